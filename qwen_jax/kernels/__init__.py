@@ -1,0 +1,153 @@
+"""Attention kernels behind one function.
+
+| implementation | platforms | masks                                   | dtypes                  |
+|----------------|-----------|-----------------------------------------|-------------------------|
+| reference      | all       | any intervals                           | float32, bfloat16, float16 |
+| cudnn          | GPU       | causal from the first key, no cache     | bfloat16, float16       |
+
+`implementation="auto"` takes cudnn on a GPU where the table allows it, and the reference otherwise; it says once, at
+trace time, what it took.
+"""
+
+import dataclasses
+import functools
+import logging
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.errors import InputError
+from qwen_jax.kernels import reference
+
+Implementation = Literal["auto", "reference", "cudnn"]
+_log = logging.getLogger(__name__)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("k_start_BT", "k_end_BT"), meta_fields=("is_causal",))
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Which keys each query row sees: k_start[i] <= j < k_end[i].
+
+    Attributes:
+      k_start_BT, k_end_BT: int32 [B, T].
+      is_causal: known while tracing: every row i sees exactly the keys 0 to i. Lets a kernel without intervals be used.
+    """
+
+    k_start_BT: jax.Array
+    k_end_BT: jax.Array
+    is_causal: bool = False
+
+
+def causal_mask(batch: int, length: int) -> Mask:
+    """Row i sees keys 0 to i. Right padding needs nothing more: no real row looks at it."""
+    ends = jnp.broadcast_to(jnp.arange(1, length + 1, dtype=jnp.int32), (batch, length))
+    return Mask(jnp.zeros((batch, length), jnp.int32), ends, is_causal=True)
+
+
+def packed_mask(segment_ids_BT: jax.Array) -> Mask:
+    """Causal within each document of a packed row.
+
+    Args:
+      segment_ids_BT: int32, equal and contiguous within a document; 0 is padding, which sees only itself.
+    """
+    T = segment_ids_BT.shape[1]
+    i = jnp.arange(T, dtype=jnp.int32)
+    previous = jnp.pad(segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    opens = (segment_ids_BT != previous) | (segment_ids_BT == 0)
+    start = jax.lax.cummax(jnp.where(opens, i, 0), axis=1)
+    return Mask(start, jnp.broadcast_to(i + 1, segment_ids_BT.shape))
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _log.info(message)
+
+
+def _choose(implementation: str, q: jax.Array, mask: Mask) -> str:
+    """Names the implementation to run, or raises if the one asked for cannot do it."""
+    platform = jax.default_backend()
+    why_not = {
+        "a GPU": platform == "gpu",
+        "a plain causal mask": mask.is_causal,
+        "bfloat16 or float16": q.dtype in (jnp.bfloat16, jnp.float16),
+        "head_dim up to 256, a multiple of 8": q.shape[-1] % 8 == 0 and q.shape[-1] <= 256,
+    }
+    lacks = [need for need, ok in why_not.items() if not ok]
+    if implementation == "auto":
+        implementation = "reference" if lacks else "cudnn"
+    elif implementation == "cudnn" and lacks:
+        raise InputError(
+            f"Attention by cudnn needs {' and '.join(lacks)}; got {q.dtype} {q.shape} on {platform}. "
+            "Use implementation='reference'."
+        )
+    elif implementation not in ("reference", "cudnn"):
+        raise InputError(f"Unknown attention implementation {implementation!r}: use auto, reference or cudnn.")
+    _say_once(f"attention on {platform}, {q.dtype}, {'causal' if mask.is_causal else 'intervals'}: {implementation}")
+    return implementation
+
+
+def attention(
+    q_BTHd: jax.Array,
+    k_BSKd: jax.Array,
+    v_BSKd: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    implementation: Implementation = "auto",
+) -> jax.Array:
+    """Grouped-query attention over interval masks. Runs on local arrays: call it inside `jax.shard_map` on a mesh.
+
+    Args:
+      q_BTHd: queries.
+      k_BSKd, v_BSKd: keys and values; H must be a multiple of K.
+      mask: intervals over the S keys.
+      scale: multiplies the logits.
+      implementation: see the table of this module.
+
+    Returns:
+      [B, T, H, d] in the dtype of q. A row that sees nothing is zero.
+
+    Raises:
+      InputError: shapes that do not fit, or an implementation that cannot do this.
+    """
+    _check_shapes(q_BTHd, k_BSKd, v_BSKd, mask)
+    if _choose(implementation, q_BTHd, mask) == "cudnn":
+        return jax.nn.dot_product_attention(q_BTHd, k_BSKd, v_BSKd, scale=scale, is_causal=True, implementation="cudnn")
+    k_BKSd, v_BKSd = k_BSKd.swapaxes(1, 2), v_BSKd.swapaxes(1, 2)
+    return reference.attention(q_BTHd, k_BKSd, v_BKSd, mask.k_start_BT, mask.k_end_BT, scale=scale)
+
+
+def decode_attention(q_BTHd: jax.Array, k_BKSd: jax.Array, v_BKSd: jax.Array, mask: Mask, *, scale: float) -> jax.Array:
+    """Attention of one or a few query rows over a cache that is stored head by head.
+
+    Args:
+      q_BTHd: queries.
+      k_BKSd, v_BKSd: the cache.
+      mask: intervals over the S cache slots.
+      scale: multiplies the logits.
+
+    Returns:
+      [B, T, H, d] in the dtype of q.
+    """
+    _check_shapes(q_BTHd, k_BKSd.swapaxes(1, 2), v_BKSd.swapaxes(1, 2), mask)
+    return reference.attention(q_BTHd, k_BKSd, v_BKSd, mask.k_start_BT, mask.k_end_BT, scale=scale)
+
+
+def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> None:
+    fits = (
+        q.ndim == k.ndim == v.ndim == 4
+        and k.shape == v.shape
+        and q.shape[0] == k.shape[0]
+        and q.shape[3] == k.shape[3]
+        and q.shape[2] % k.shape[2] == 0
+    )
+    if not fits:
+        raise InputError(
+            f"Attention needs q [B, T, H, d], k and v [B, S, K, d] with H a multiple of K; "
+            f"got q {q.shape}, k {k.shape}, v {v.shape}."
+        )
+    if mask.k_start_BT.shape != q.shape[:2] or mask.k_end_BT.shape != q.shape[:2]:
+        raise InputError(
+            f"The mask is for {mask.k_start_BT.shape} and {mask.k_end_BT.shape} query rows, q has {q.shape[:2]}."
+        )

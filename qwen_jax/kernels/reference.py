@@ -1,0 +1,44 @@
+"""Attention written down: what every kernel must equal. The only place with a dense mask."""
+
+import jax
+import jax.numpy as jnp
+
+# Not -inf: a row that sees nothing must stay finite through the softmax.
+_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+def attention(
+    q_BTHd: jax.Array,
+    k_BKSd: jax.Array,
+    v_BKSd: jax.Array,
+    k_start_BT: jax.Array,
+    k_end_BT: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """Grouped-query attention where query row i sees keys k_start[i] <= j < k_end[i].
+
+    Args:
+      q_BTHd: queries.
+      k_BKSd, v_BKSd: keys and values; H is a multiple of K, and query head h reads head h // (H / K).
+      k_start_BT, k_end_BT: int32 intervals. A row with an empty interval gives zeros.
+      scale: multiplies the logits.
+
+    Returns:
+      [B, T, H, d] in the dtype of q. Logits, softmax and sums are float32.
+    """
+    B, T, H, d = q_BTHd.shape
+    K, S = k_BKSd.shape[1:3]
+    q_BTKGd = q_BTHd.reshape(B, T, K, H // K, d)
+    logits = jnp.einsum("BTKGd,BKSd->BKGTS", q_BTKGd, k_BKSd, preferred_element_type=jnp.float32) * scale
+    j = jnp.arange(S, dtype=jnp.int32)
+    seen_BTS = (k_start_BT[:, :, None] <= j) & (j < k_end_BT[:, :, None])
+    seen = seen_BTS[:, None, None]
+    logits = jnp.where(seen, logits, _MASKED)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    weights = jnp.where(seen, weights, 0.0)
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights / jnp.where(total == 0.0, 1.0, total)
+    # Rounded to the model's dtype before the product, as Hugging Face does.
+    out = jnp.einsum("BKGTS,BKSd->BTKGd", weights.astype(v_BKSd.dtype), v_BKSd, preferred_element_type=jnp.float32)
+    return out.reshape(B, T, H, d).astype(q_BTHd.dtype)

@@ -1,0 +1,312 @@
+"""The Qwen2.5 decoder: embedding, a scan over blocks, a norm; logits are a separate call.
+
+Parameters are a plain nested dict of arrays (`init_params`, `abstract_params`); `bind` makes a module of them for one
+forward pass. Weights keep PyTorch's orientation, [out, in], with heads as an axis of their own, so that a conversion
+never transposes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax import kernels
+from qwen_jax.attention import Attention, CacheWrite, KVCache, Projection
+from qwen_jax.config import ModelConfig
+from qwen_jax.rope import rope_tables
+from qwen_jax.sharding import Sharding, gathered
+
+Params = dict[str, Any]
+Remat = Literal["none", "full", "dots"]
+
+_REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "none": lambda f: f,
+    "full": jax.checkpoint,
+    "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467), in Hugging Face's order of casts."""
+
+    def __init__(self, size: int, eps: float):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((size,)))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x = x_BTD.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return x.astype(x_BTD.dtype) * self.weight[...].astype(x_BTD.dtype)
+
+
+class MLP(nnx.Module):
+    """SwiGLU feed-forward layer (Shazeer 2020, arXiv:2002.05202). `fused`: gate and up are one matrix for each shard."""
+
+    def __init__(self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, fused: bool = False):
+        self.sharding, self.fused = sharding, fused
+        D, F, n = config.hidden_size, config.intermediate_size, sharding.tensor
+        normal = nnx.initializers.normal(config.initializer_range)
+        residual = nnx.initializers.normal(config.initializer_range / (2 * config.num_layers) ** 0.5)
+        if fused:
+            self.gate_up = Projection(jnp.zeros((n, 2, F // n, D)))
+        else:
+            self.gate = Projection(normal(rngs.params(), (F, D)))
+            self.up = Projection(normal(rngs.params(), (F, D)))
+        self.down = Projection(residual(rngs.params(), (D, F)))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        spec, dtype = self.sharding, x_BTD.dtype
+        if self.fused:
+            w_n2fD = self.gate_up.used(dtype, spec.fused_gate_up)
+            out = P(*spec.feed_forward, None, None)
+            both = jnp.einsum("BTD,nxfD->BTnxf", x_BTD, w_n2fD, out_sharding=out)
+            h = jax.nn.silu(both[:, :, :, 0]) * both[:, :, :, 1]
+            h_BTF = h.reshape(*x_BTD.shape[:2], -1, out_sharding=spec.feed_forward)
+        else:
+            gate, up = (
+                jnp.einsum("BTD,FD->BTF", x_BTD, p.used(dtype, spec.gate_up), out_sharding=spec.feed_forward)
+                for p in (self.gate, self.up)
+            )
+            h_BTF = jax.nn.silu(gate) * up
+        return jnp.einsum("BTF,DF->BTD", h_BTF, self.down.used(dtype, spec.down), out_sharding=spec.hidden)
+
+
+class Block(nnx.Module):
+    """One transformer layer: pre-norm attention and pre-norm feed-forward, each added to the stream."""
+
+    def __init__(
+        self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, fused: bool, impl: kernels.Implementation
+    ):
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, sharding, rngs, fused, impl)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, sharding, rngs, fused)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        mask: kernels.Mask,
+        cache: tuple[jax.Array, jax.Array] | None = None,
+        write: CacheWrite | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        with jax.named_scope("attention"):
+            out, cache = self.attention(self.input_norm(x_BTD), rope, mask, cache, write)
+            x_BTD = x_BTD + out
+        with jax.named_scope("mlp"):
+            return x_BTD + self.mlp(self.post_attention_norm(x_BTD)), cache
+
+
+class Qwen2(nnx.Module):
+    """The decoder. Make one with `bind`; it holds parameters and no state."""
+
+    def __init__(self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, options: "Options"):
+        self.config, self.sharding, self.options = config, sharding, options
+        normal = nnx.initializers.normal(config.initializer_range)
+        self.embed = Projection(normal(rngs.params(), (config.vocab_size, config.hidden_size)))
+
+        def block(key: jax.Array) -> Block:
+            return Block(config, sharding, nnx.Rngs(params=key), options.fused, options.attention)
+
+        keys = jax.random.split(rngs.params(), config.num_layers)
+        if options.stacked:
+            graphdef = nnx.split(nnx.eval_shape(lambda: block(jax.random.key(0))))[0]
+            self.layers = nnx.merge(graphdef, jax.vmap(lambda key: nnx.split(block(key))[1])(keys))
+        else:
+            self.layers = nnx.List([block(key) for key in keys])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = Projection(normal(rngs.params(), (config.vocab_size, config.hidden_size)))
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        mask: kernels.Mask,
+        *,
+        cache: KVCache | None = None,
+        write: CacheWrite | None = None,
+        remat: Remat = "none",
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Runs the blocks.
+
+        Args:
+          tokens_BT: int32 token ids.
+          positions_BT: int32 positions within each document.
+          mask: which keys each row sees; see `CacheWrite` for what it counts when there is a cache.
+          cache, write: for cached decoding; needs unstacked layers.
+          remat: what the backward pass recomputes: "none", "full" (everything but block inputs) or "dots" (everything
+            but the results of matrix products).
+
+        Returns:
+          The normalised hidden state [B, T, D] in the compute dtype, and the cache with the new tokens in it.
+        """
+        spec, dtype = self.sharding, jnp.dtype(self.options.dtype)
+        with jax.named_scope("embed"):
+            table = jax.reshard(self.embed.weight[...], gathered(spec.vocab))
+            x_BTD = table.at[tokens_BT].get(out_sharding=spec.hidden).astype(dtype)
+        rope = rope_tables(self.config, positions_BT, dtype)
+        if isinstance(self.layers, nnx.List):
+            new = []
+            for i, layer in enumerate(self.layers):
+                with jax.named_scope(f"layer{i}"):
+                    kv = None if cache is None else (cache.keys[i], cache.values[i])
+                    x_BTD, kv = layer(x_BTD, rope, mask, kv, write)
+                new.append(kv)
+            if cache is not None:
+                cache = KVCache(tuple(kv[0] for kv in new), tuple(kv[1] for kv in new))  # type: ignore[index]
+        else:
+            if cache is not None:
+                raise ValueError("A cache needs unstacked layers: bind with Options(stacked=False).")
+            graphdef, stacked = nnx.split(self.layers)
+
+            def body(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+                return nnx.merge(graphdef, layer)(x_BTD, rope, mask)[0], None
+
+            x_BTD, _ = jax.lax.scan(_REMAT[remat](body), x_BTD, stacked)
+        with jax.named_scope("norm"):
+            return self.norm(x_BTD), cache
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Float32 logits [B, T, V] of hidden states. V counts the padding rows of the embedding."""
+        with jax.named_scope("logits"):
+            head = self.embed if self.config.tie_word_embeddings else self.lm_head
+            w_VD = head.used(x_BTD.dtype, self.sharding.vocab)
+            spec = self.sharding.logits
+            return jnp.einsum("BTD,VD->BTV", x_BTD, w_VD, preferred_element_type=jnp.float32, out_sharding=spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a set of parameters is laid out and run.
+
+    Attributes:
+      stacked: layers are one tree with a leading layer axis, run by a scan (training); otherwise a list of trees, run
+        one after the other (inference).
+      fused: the inference layout of the projections; see `fuse`.
+      dtype: compute dtype.
+      attention: which kernel; see `kernels.attention`.
+    """
+
+    stacked: bool = True
+    fused: bool = False
+    dtype: str = "float32"
+    attention: kernels.Implementation = "auto"
+
+
+@functools.lru_cache(maxsize=64)
+def _skeleton(config: ModelConfig, sharding: Sharding, options: Options) -> tuple[Any, Any]:
+    """Graph definition and abstract parameters, made without computing anything."""
+    model = nnx.eval_shape(lambda: Qwen2(config, sharding, nnx.Rngs(0), options))
+    graphdef, state = nnx.split(model)
+    return graphdef, state
+
+
+def bind(config: ModelConfig, params: Params, sharding: Sharding, options: Options = Options()) -> Qwen2:  # noqa: B008
+    """A module over existing parameters. Free: nothing is copied. Call it inside the function you jit.
+
+    Args:
+      config: the architecture.
+      params: as from `init_params`, or a loaded checkpoint; laid out as `options` says.
+      sharding: of the current mesh.
+      options: layout and dtypes.
+    """
+    graphdef, state = _skeleton(config, sharding, options)
+    paths, treedef = jax.tree.flatten(state)
+    leaves = jax.tree.leaves(_with_list_as_dict(params))
+    if len(paths) != len(leaves):
+        raise ValueError(f"Expected {len(paths)} parameter arrays for {options}, got {len(leaves)}.")
+    model: Qwen2 = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+    return model
+
+
+def _with_list_as_dict(params: Params) -> Params:
+    layers = params["layers"]
+    return {**params, "layers": dict(enumerate(layers)) if isinstance(layers, (list, tuple)) else layers}
+
+
+def abstract_params(
+    config: ModelConfig,
+    sharding: Sharding | None = None,
+    options: Options = Options(),
+    dtype: Any = None,  # noqa: B008
+) -> Params:
+    """The parameter tree with `jax.ShapeDtypeStruct` leaves.
+
+    Args:
+      config: the architecture.
+      sharding: by default that of one device.
+      options: layout.
+      dtype: of the leaves; by default the config's own.
+
+    Returns:
+      {"embed": {"weight"}, "layers": {...} or [{...}, ...], "norm": {"weight"}, "lm_head": {"weight"} unless tied}.
+    """
+    sharding = sharding or Sharding(kv_heads=config.num_kv_heads)
+    _, state = _skeleton(config, sharding, options)
+    pure = nnx.to_pure_dict(state)
+    leaf_dtype = jnp.dtype(dtype or config.dtype)
+    pure = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf_dtype), pure)
+    if not options.stacked:
+        pure["layers"] = [pure["layers"][i] for i in range(config.num_layers)]
+    return pure
+
+
+def param_specs(config: ModelConfig, sharding: Sharding, options: Options = Options()) -> Params:  # noqa: B008
+    """The PartitionSpec of every parameter, in the tree of `abstract_params`."""
+    s, norm = sharding, {"weight": sharding.norm}
+    if options.fused:
+        attention: Params = {"qkv": {"weight": s.fused_qkv, "bias": s.fused_qkv_bias}}
+        mlp: Params = {"gate_up": {"weight": s.fused_gate_up}}
+    else:
+        kv = {"weight": s.kv, "bias": s.kv_bias}
+        attention = {"q": {"weight": s.q, "bias": s.q_bias}, "k": kv, "v": dict(kv)}
+        mlp = {"gate": {"weight": s.gate_up}, "up": {"weight": s.gate_up}}
+    layer = {
+        "input_norm": dict(norm),
+        "attention": {**attention, "o": {"weight": s.o}},
+        "post_attention_norm": dict(norm),
+        "mlp": {**mlp, "down": {"weight": s.down}},
+    }
+    if options.stacked:
+        layers: Any = jax.tree.map(lambda p: P(None, *p), layer, is_leaf=lambda p: isinstance(p, P))
+    else:
+        layers = [layer] * config.num_layers
+    specs = {"embed": {"weight": s.vocab}, "layers": layers, "norm": dict(norm)}
+    if not config.tie_word_embeddings:
+        specs["lm_head"] = {"weight": s.vocab}
+    return specs
+
+
+def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
+    """Fresh parameters for pre-training, stacked, born on their shards.
+
+    Matrices are normal with `config.initializer_range`, those that write to the residual stream smaller by
+    sqrt(2 num_layers); biases are zero and norms one.
+
+    Args:
+      config: the architecture.
+      key: a PRNG key; the same key gives the same weights on every mesh.
+      mesh: from `make_mesh`.
+      dtype: of the parameters; float32 for training.
+
+    Returns:
+      The tree of `abstract_params`.
+    """
+    sharding = Sharding.for_model(config, mesh)
+    specs = param_specs(config, sharding)
+    out = jax.tree.map(lambda p: NamedSharding(mesh, p), specs, is_leaf=lambda p: isinstance(p, P))
+
+    def init(key: jax.Array) -> Params:
+        model = Qwen2(config, sharding, nnx.Rngs(params=key), Options())
+        params = nnx.to_pure_dict(nnx.split(model)[1])
+        return jax.tree.map(lambda x: x.astype(dtype), params)
+
+    result: Params = jax.jit(init, out_shardings=out)(key)
+    return result

@@ -1,0 +1,123 @@
+"""The device mesh, and where each array lies on it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+
+def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with all of `AXES`, in explicit-sharding mode.
+
+    Args:
+      axes: sizes of the axes that are not 1, such as {"tensor": 2}.
+      devices: what to build it from; by default the first of `jax.devices()`, as many as the sizes ask for.
+
+    Raises:
+      InputError: unknown axis, or more devices asked for than there are.
+    """
+    axes = dict(axes or {})
+    unknown = sorted(set(axes) - set(AXES))
+    if unknown:
+        raise InputError(f"Unknown mesh axes {', '.join(unknown)}; the axes are {', '.join(AXES)}.")
+    sizes = tuple(axes.get(name, 1) for name in AXES)
+    if min(sizes) < 1:
+        raise InputError(f"Mesh axes must be at least 1, got {axes}.")
+    available = list(jax.devices() if devices is None else devices)
+    needed = int(np.prod(sizes))
+    if needed > len(available):
+        raise InputError(f"The mesh {axes} needs {needed} devices, there are {len(available)}.")
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=available[:needed])
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Reads "tensor=2,data=4" into {"tensor": 2, "data": 4}.
+
+    Raises:
+      InputError: not of that form.
+    """
+    axes: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name not in AXES or not size.isdecimal() or int(size) < 1 or name in axes:
+            raise InputError(f"Expected a mesh such as tensor=2,data=4 with axes of {', '.join(AXES)}; got {text!r}.")
+        axes[name] = int(size)
+    return axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """One PartitionSpec for each role. Weights are as `model.py` names them, without the stacked layer axis.
+
+    Weights lie split over `fsdp` along the hidden size and over `tensor` along heads, feed-forward width or
+    vocabulary; `gathered` takes the fsdp part away where a weight is used.
+    """
+
+    kv_heads: int
+    """Key/value heads as attention sees them: the model's own, or one for each tensor shard where those are fewer."""
+    tensor: int = 1
+    """Size of the tensor axis."""
+    vocab: P = P("tensor", "fsdp")
+    q: P = P("tensor", None, "fsdp")
+    q_bias: P = P("tensor", None)
+    kv: P = P("tensor", None, "fsdp")
+    kv_bias: P = P("tensor", None)
+    o: P = P("fsdp", "tensor", None)
+    gate_up: P = P("tensor", "fsdp")
+    down: P = P("fsdp", "tensor")
+    norm: P = P(None)
+    # Fused projections of the inference layout: the leading axis counts the tensor shards.
+    fused_qkv: P = P("tensor", None, None, "fsdp")
+    fused_qkv_bias: P = P("tensor", None, None)
+    fused_gate_up: P = P("tensor", None, None, "fsdp")
+    # Activations.
+    tokens: P = P(("data", "fsdp"), "context")
+    hidden: P = P(("data", "fsdp"), "context", None)
+    heads: P = P(("data", "fsdp"), "context", "tensor", None)
+    all_kv_heads: P = P(("data", "fsdp"), "context", None, None)
+    feed_forward: P = P(("data", "fsdp"), "context", "tensor")
+    logits: P = P(("data", "fsdp"), "context", "tensor")
+    cache: P = P(("data", "fsdp"), "tensor", None, None)
+    rows: P = P(("data", "fsdp"))
+
+    @classmethod
+    def for_model(cls, config: ModelConfig, mesh: Mesh) -> "Sharding":
+        """The layout of a model on a mesh.
+
+        Raises:
+          InputError: a dimension that the mesh does not divide.
+        """
+        tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+        for name, size, axis, parts in (
+            ("num_heads", config.num_heads, "tensor", tensor),
+            ("intermediate_size", config.intermediate_size, "tensor", tensor),
+            ("vocab_size", config.vocab_size, "tensor", tensor),
+            ("hidden_size", config.hidden_size, "fsdp", fsdp),
+        ):
+            if size % parts:
+                raise InputError(
+                    f"{name} ({size}) is not divisible by the {axis} axis ({parts}). "
+                    f"Choose an axis size that divides it."
+                )
+        if config.num_kv_heads % tensor == 0:
+            return cls(kv_heads=config.num_kv_heads, tensor=tensor)
+        if tensor % config.num_kv_heads == 0:
+            # Fewer key/value heads than shards: their small weights are replicated, and each head is repeated so
+            # that every shard has one of its own.
+            return cls(kv_heads=tensor, tensor=tensor, kv=P(None, None, "fsdp"), kv_bias=P(None, None))
+        raise InputError(
+            f"The tensor axis ({tensor}) must divide num_kv_heads ({config.num_kv_heads}) or be a multiple of it."
+        )
+
+
+def gathered(spec: P) -> P:
+    """The spec of a weight where it is used: gathered over `fsdp`, still split over `tensor`."""
+    return P(*(None if axis == "fsdp" else axis for axis in spec))
