@@ -155,7 +155,6 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Cache update and kernel, on each shard's own rows and heads."""
         spec, scale = self.sharding, self.config.head_dim**-0.5
-        rows = spec.rows
 
         def local(
             q: jax.Array,
@@ -172,11 +171,9 @@ class Attention(nnx.Module):
                 return kernels.attention(q, k, v, mask, scale=scale, implementation=self.impl), cache
             return kernels.decode_attention(q, *cache, mask, scale=scale), cache
 
-        mask_spec = dataclasses.replace(mask, k_start_BT=spec.tokens, k_end_BT=spec.tokens)
+        mask_spec = jax.tree.map(lambda _: spec.tokens, mask)
         cache_spec = None if cache is None else (spec.cache, spec.cache)
-        write_spec = None
-        if write is not None:
-            write_spec = dataclasses.replace(write, slot=P(), shift_B=None if write.shift_B is None else rows)
+        write_spec = jax.tree.map(lambda leaf: spec.rows if leaf.ndim else P(), write)
         run = jax.shard_map(
             local,
             in_specs=(spec.heads, spec.heads, spec.heads, mask_spec, cache_spec, write_spec),

@@ -143,8 +143,8 @@ class ModelConfig:
         if self.use_sliding_window and self.sliding_window is not None and layers_without < self.num_layers:
             raise InputError(
                 f"This checkpoint uses a sliding window of {self.sliding_window} tokens in layers "
-                f"{layers_without} to {self.num_layers - 1}, which is not supported. Every published Qwen2.5 checkpoint "
-                "has use_sliding_window=false; set that in config.json if full attention is what you want."
+                f"{layers_without} to {self.num_layers - 1}, which is not supported. Every published Qwen2.5 "
+                "checkpoint has use_sliding_window=false; set that in config.json if full attention is what you want."
             )
 
     @property
@@ -468,11 +468,11 @@ def _published() -> dict[str, ModelConfig]:
         configs[f"qwen2.5-{size}"] = base
         configs[f"qwen2.5-{size}-instruct"] = instruct
         if size != "72b":  # Coder: the shapes and epsilons of the general models, always at 32,768 tokens.
-            coder = {"max_position_embeddings": 32768}
+            coder: dict[str, Any] = {"max_position_embeddings": 32768}
             configs[f"qwen2.5-coder-{size}"] = dataclasses.replace(base, **coder)
             configs[f"qwen2.5-coder-{size}-instruct"] = dataclasses.replace(instruct, **coder)
         if size in ("1.5b", "7b"):  # Math: RoPE base 10,000 and 4,096 tokens.
-            math_ = {"rope_theta": 10_000.0, "max_position_embeddings": 4096, "sliding_window": 4096}
+            math_: dict[str, Any] = {"rope_theta": 10_000.0, "max_position_embeddings": 4096, "sliding_window": 4096}
             configs[f"qwen2.5-math-{size}"] = dataclasses.replace(base, **math_)
             configs[f"qwen2.5-math-{size}-instruct"] = dataclasses.replace(instruct, **math_)
         if size in ("7b", "14b"):

@@ -46,7 +46,7 @@ class RMSNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU feed-forward layer (Shazeer 2020, arXiv:2002.05202). `fused`: gate and up are one matrix for each shard."""
+    """SwiGLU feed-forward layer (Shazeer 2020, arXiv:2002.05202). `fused`: gate and up are one matrix a shard."""
 
     def __init__(self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, fused: bool = False):
         self.sharding, self.fused = sharding, fused
@@ -160,7 +160,7 @@ class Qwen2(nnx.Module):
                     x_BTD, kv = layer(x_BTD, rope, mask, kv, write)
                 new.append(kv)
             if cache is not None:
-                cache = KVCache(tuple(kv[0] for kv in new), tuple(kv[1] for kv in new))  # type: ignore[index]
+                cache = KVCache(tuple(kv[0] for kv in new), tuple(kv[1] for kv in new))
         else:
             if cache is not None:
                 raise ValueError("A cache needs unstacked layers: bind with Options(stacked=False).")
@@ -208,7 +208,7 @@ def _skeleton(config: ModelConfig, sharding: Sharding, options: Options) -> tupl
     return graphdef, state
 
 
-def bind(config: ModelConfig, params: Params, sharding: Sharding, options: Options = Options()) -> Qwen2:  # noqa: B008
+def bind(config: ModelConfig, params: Params, sharding: Sharding, options: Options = Options()) -> Qwen2:
     """A module over existing parameters. Free: nothing is copied. Call it inside the function you jit.
 
     Args:
@@ -235,7 +235,7 @@ def abstract_params(
     config: ModelConfig,
     sharding: Sharding | None = None,
     options: Options = Options(),
-    dtype: Any = None,  # noqa: B008
+    dtype: Any = None,
 ) -> Params:
     """The parameter tree with `jax.ShapeDtypeStruct` leaves.
 
@@ -258,7 +258,7 @@ def abstract_params(
     return pure
 
 
-def param_specs(config: ModelConfig, sharding: Sharding, options: Options = Options()) -> Params:  # noqa: B008
+def param_specs(config: ModelConfig, sharding: Sharding, options: Options = Options()) -> Params:
     """The PartitionSpec of every parameter, in the tree of `abstract_params`."""
     s, norm = sharding, {"weight": sharding.norm}
     if options.fused:

@@ -79,12 +79,12 @@ class Sharding:
     fused_qkv_bias: P = P("tensor", None, None)
     fused_gate_up: P = P("tensor", None, None, "fsdp")
     # Activations.
-    tokens: P = P(("data", "fsdp"), "context")
-    hidden: P = P(("data", "fsdp"), "context", None)
-    heads: P = P(("data", "fsdp"), "context", "tensor", None)
-    all_kv_heads: P = P(("data", "fsdp"), "context", None, None)
-    feed_forward: P = P(("data", "fsdp"), "context", "tensor")
-    logits: P = P(("data", "fsdp"), "context", "tensor")
+    tokens: P = P(("data", "fsdp"), None)
+    hidden: P = P(("data", "fsdp"), None, None)
+    heads: P = P(("data", "fsdp"), None, "tensor", None)
+    all_kv_heads: P = P(("data", "fsdp"), None, None, None)
+    feed_forward: P = P(("data", "fsdp"), None, "tensor")
+    logits: P = P(("data", "fsdp"), None, "tensor")
     cache: P = P(("data", "fsdp"), "tensor", None, None)
     rows: P = P(("data", "fsdp"))
 
@@ -95,6 +95,9 @@ class Sharding:
         Raises:
           InputError: a dimension that the mesh does not divide.
         """
+        for axis in ("context", "expert"):
+            if mesh.shape[axis] != 1:
+                raise InputError(f"A dense model does not use the {axis} axis; it is {mesh.shape[axis]}, make it 1.")
         tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
         for name, size, axis, parts in (
             ("num_heads", config.num_heads, "tensor", tensor),
