@@ -1,0 +1,36 @@
+"""Tokenizers: byte-level BPE and SentencePiece, chat templates, streaming decoding. See docs/tokenizer.md."""
+
+from qwen_jax.tokenizer.base import CONTROL_TOKENS, ControlToken, StreamDecoder, Tokenizer
+from qwen_jax.tokenizer.bpe import ByteLevelBPE, train_bpe
+from qwen_jax.tokenizer.chat import (
+    ChatTemplate,
+    ParsedReply,
+    check_messages,
+    check_tools,
+    parse_tool_arguments,
+    parse_tool_calls,
+    render_chat,
+)
+from qwen_jax.tokenizer.files import default_chat_template
+from qwen_jax.tokenizer.load import load_tokenizer
+from qwen_jax.tokenizer.spm import SentencePieceTokenizer, train_sentencepiece
+
+__all__ = [
+    "CONTROL_TOKENS",
+    "ByteLevelBPE",
+    "ChatTemplate",
+    "ControlToken",
+    "ParsedReply",
+    "SentencePieceTokenizer",
+    "StreamDecoder",
+    "Tokenizer",
+    "check_messages",
+    "check_tools",
+    "default_chat_template",
+    "load_tokenizer",
+    "parse_tool_arguments",
+    "parse_tool_calls",
+    "render_chat",
+    "train_bpe",
+    "train_sentencepiece",
+]

@@ -1,0 +1,285 @@
+"""Byte-level BPE: Qwen2.5's own kind of tokenizer, on the `tokenizers` library."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from qwen_jax.errors import InputError
+from qwen_jax.tokenizer.base import CONTROL_TOKENS, Tokenizer, documents, valid_text
+from qwen_jax.tokenizer.files import (
+    ADDED_TOKEN_FLAGS,
+    CONFIG_FILE,
+    AddedToken,
+    Settings,
+    control_tokens_from,
+    make_folder,
+    parse_json_object,
+    read_text,
+    save_settings,
+    write_atomic,
+)
+from qwen_jax.tokenizer.vocabulary import (
+    BYTE_CHARACTERS,
+    Merges,
+    Vocab,
+    check_vocab,
+    merges_txt,
+    to_bytes,
+    vocab_json,
+)
+
+# Qwen2's pre-tokeniser (its tokenizer.json): contractions, letters, digits one by one, punctuation, line ends, spaces.
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class ByteLevelBPE(Tokenizer):
+    """Byte-level BPE tokenizer.
+
+    Args:
+        engine: the `tokenizers` pipeline, added tokens included.
+        settings: eos, pad and chat template.
+
+    Raises:
+        InputError: eos or pad is not in the vocabulary.
+    """
+
+    def __init__(self, engine: tokenizers.Tokenizer, settings: Settings) -> None:
+        self._engine = engine
+        # The same model without the added tokens, so that control tokens in a text stay text. The model is shared.
+        self._plain_engine = tokenizers.Tokenizer(engine.model)
+        self._plain_engine.normalizer = engine.normalizer
+        self._plain_engine.pre_tokenizer = engine.pre_tokenizer
+        self._settings = settings
+        self._vocab_size = engine.get_vocab_size(with_added_tokens=True)
+        self._added = {
+            i: AddedToken(token.content, **{flag: getattr(token, flag) for flag in ADDED_TOKEN_FLAGS})
+            for i, token in sorted(engine.get_added_tokens_decoder().items())
+        }
+        self._special_ids = frozenset(i for i, token in self._added.items() if token.special)
+        self.chat_template = settings.chat_template
+        self.eos_id = self._require(settings.eos_token, "eos")
+        self.pad_id = self._require(settings.pad_token, "pad")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, control tokens included."""
+        return self._vocab_size
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `skip_special_tokens` removes."""
+        return self._special_ids
+
+    def token_to_id(self, token: str) -> int | None:
+        """Return the id of a token in the byte-level alphabet, or None."""
+        return self._engine.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str:
+        """Return the token in the byte-level alphabet. Raises InputError for an id outside the vocabulary."""
+        token = self._engine.id_to_token(self.check_id(token_id))
+        assert token is not None, "ids are dense: checked at construction"
+        return token
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of a token. Raises InputError for an id outside the vocabulary."""
+        return self._bytes[self.check_id(token_id)]
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        table = [b""] * self._vocab_size
+        for token, i in self._engine.get_vocab(with_added_tokens=True).items():
+            table[i] = to_bytes(token)
+        return table
+
+    @cached_property
+    def _bytes_without_special(self) -> list[bytes]:
+        return [b"" if i in self._special_ids else token for i, token in enumerate(self._bytes)]
+
+    def byte_decoder(self, *, skip_special_tokens: bool = False) -> Callable[[int], bytes]:
+        """Return the table from id to bytes; a token's bytes do not depend on its neighbours."""
+        return (self._bytes_without_special if skip_special_tokens else self._bytes).__getitem__
+
+    def _encode_text(self, text: str, parse_special: bool) -> list[int]:
+        engine = self._engine if parse_special else self._plain_engine
+        return engine.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str | bytes], *, parse_special: bool = True) -> list[list[int]]:
+        """Encode many texts on all cores; the same ids as `encode` on each."""
+        engine = self._engine if parse_special else self._plain_engine
+        checked = [valid_text(text) for text in texts]
+        return [encoding.ids for encoding in engine.encode_batch_fast(checked, add_special_tokens=False)]
+
+    def _document(self) -> dict[str, Any]:
+        """The pipeline as tokenizer.json describes it."""
+        return json.loads(self._engine.to_str())
+
+    def fingerprint(self) -> str:
+        """Return a sha256 (hex) of vocabulary, merges, control tokens and splitting rules."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        document = self._document()
+        digest = hashlib.sha256()
+        for part in (
+            vocab_json(document["model"]["vocab"]),
+            merges_txt(document["model"]["merges"]),
+            json.dumps({i: vars(token) for i, token in self._added.items()}, sort_keys=True),
+            json.dumps(_splitting_rules(document)),
+        ):
+            digest.update(hashlib.sha256(part.encode("utf-8")).digest())
+        return digest.hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json, vocab.json, merges.txt and tokenizer_config.json.
+
+        `transformers.AutoTokenizer.from_pretrained` loads the folder, in versions 4 and 5, with identical ids.
+        Raises InputError where the folder cannot be written.
+        """
+        path = make_folder(folder)
+        document = self._document()
+        # Qwen2Tokenizer brings its own pipeline, so only a tokenizer with that very pipeline may name it.
+        is_qwen2 = _splitting_rules(document) == _splitting_rules(json.loads(_pipeline(models.BPE()).to_str()))
+        write_atomic(path / "vocab.json", vocab_json(document["model"]["vocab"]))
+        write_atomic(path / "merges.txt", merges_txt(document["model"]["merges"]))
+        write_atomic(path / "tokenizer.json", self._engine.to_str(pretty=True))
+        fixed = {"tokenizer_class": "Qwen2Tokenizer" if is_qwen2 else "PreTrainedTokenizerFast"}
+        save_settings(path, self._settings, self._added, fixed)
+
+
+def _splitting_rules(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what the normaliser and pre-tokeniser do to ids, without `trim_offsets`, which only moves offsets."""
+    rules: list[dict[str, Any]] = []
+    for stage, nested in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        component = document[stage] or {"type": None}
+        rules += [{k: v for k, v in step.items() if k != "trim_offsets"} for step in component.get(nested, [component])]
+    return rules
+
+
+def _pipeline(model: models.BPE) -> tokenizers.Tokenizer:
+    """Return Qwen2.5's pipeline around a model, without added tokens."""
+    engine = tokenizers.Tokenizer(model)
+    engine.normalizer = normalizers.NFC()
+    engine.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
+        ]
+    )
+    engine.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    engine.decoder = decoders.ByteLevel()
+    return engine
+
+
+def from_vocab_and_merges(vocab: Vocab, merges: Merges, settings: Settings, source: Path) -> ByteLevelBPE:
+    """Build a tokenizer with Qwen2.5's pipeline.
+
+    Args:
+        vocab: byte-level token to id, ids dense.
+        merges: pairs, best first.
+        settings: its `added_tokens` are used where given, else the 22 control tokens follow the vocabulary.
+        source: named in errors.
+
+    Raises:
+        InputError: an added token clashes with the vocabulary, or eos or pad is missing.
+    """
+    engine = _pipeline(models.BPE(vocab=vocab, merges=merges))
+    declared = settings.added_tokens
+    _add_tokens(engine, control_tokens_from(len(vocab)) if declared is None else declared, source)
+    return ByteLevelBPE(engine, settings)
+
+
+def from_tokenizer_json(path: Path, settings: Settings) -> ByteLevelBPE:
+    """Load a Hugging Face tokenizer.json that describes a byte-level BPE.
+
+    Raises InputError where the file is damaged, describes another kind of tokenizer, or disagrees with `settings`.
+    """
+    text = read_text(path)
+    document = parse_json_object(text, path)
+    model, decoder = document.get("model") or {}, document.get("decoder") or {}
+    # Older files leave the model's type out; merges tell.
+    is_bpe = model.get("type", "BPE") == "BPE" and "merges" in model and isinstance(model.get("vocab"), dict)
+    if not is_bpe or decoder.get("type") != "ByteLevel":
+        raise InputError(
+            f"{path}: expected a byte-level BPE (model BPE, decoder ByteLevel), got model {model.get('type')!r} with "
+            f"decoder {decoder.get('type')!r}. SentencePiece tokenizers load from their tokenizer.model."
+        )
+    if model.get("dropout"):
+        raise InputError(f"{path}: the model has dropout {model['dropout']}, so its ids are random. Set it to null.")
+    check_vocab(model["vocab"], path)
+    try:
+        engine = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # The library raises bare Exception for every fault in a file.
+        raise InputError(f"{path}: the tokenizers library cannot read it: {error}") from None
+    if engine.num_special_tokens_to_add(is_pair=False):
+        raise InputError(f"{path}: its post-processor adds tokens to every text; Qwen2.5 adds none. Remove it.")
+    engine.no_truncation()
+    engine.no_padding()
+    _add_tokens(engine, settings.added_tokens or {}, path)
+    return ByteLevelBPE(engine, settings)
+
+
+def _add_tokens(engine: tokenizers.Tokenizer, declared: dict[int, AddedToken], source: Path) -> None:
+    """Add declared tokens, or check that they are there already, and check that all ids are dense."""
+    present = engine.get_added_tokens_decoder()
+    for i, token in declared.items():
+        other = present.get(i)
+        if other is not None and (other.content, other.special) != (token.content, token.special):
+            raise InputError(
+                f"{source}: special tokens clash: id {i} is {other.content!r} (special={other.special}) there, but "
+                f"{token.content!r} (special={token.special}) in {CONFIG_FILE}. Correct one of the files."
+            )
+        existing = engine.token_to_id(token.content)
+        expected = engine.get_vocab_size(with_added_tokens=True) if existing is None else existing
+        if i != expected:
+            raise InputError(
+                f"{source}: special tokens clash: {token.content!r} should have id {i}, but the vocabulary "
+                f"{'has it at' if existing is not None else 'continues with'} {expected}. "
+                f"Control tokens follow the regular ones without a gap; correct {CONFIG_FILE} or the vocabulary."
+            )
+        if other is None:
+            engine.add_tokens([tokenizers.AddedToken(**vars(token))])
+    ids = sorted(engine.get_vocab(with_added_tokens=True).values())
+    if ids != list(range(len(ids))):
+        raise InputError(f"{source}: the ids must be 0 to {len(ids) - 1}, each once; the highest is {ids[-1]}.")
+
+
+def train_bpe(
+    texts: Iterable[str | bytes | Path], vocab_size: int, *, min_frequency: int = 2, progress: bool = False
+) -> ByteLevelBPE:
+    """Train a byte-level BPE with Qwen2.5's pre-tokeniser on texts; the same texts give the same tokenizer.
+
+    Args:
+        texts: strings, UTF-8 bytes, or `Path` objects of text files.
+        vocab_size: ids in all, the 256 bytes and 22 control tokens included; a small corpus may give fewer.
+        min_frequency: a pair that occurs less often is not merged.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        A tokenizer whose 22 control tokens follow the learned ones.
+
+    Raises:
+        InputError: vocab_size is too small, or a text is not valid UTF-8 or cannot be read.
+    """
+    smallest = len(BYTE_CHARACTERS) + len(CONTROL_TOKENS)
+    if vocab_size < smallest:
+        raise InputError(f"vocab_size must be at least {smallest} (256 bytes and 22 control tokens), got {vocab_size}")
+    engine = _pipeline(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(CONTROL_TOKENS),
+        min_frequency=min_frequency,
+        show_progress=progress,
+        initial_alphabet=BYTE_CHARACTERS,
+        special_tokens=[],
+    )
+    engine.train_from_iterator(documents(texts), trainer)
+    _add_tokens(engine, control_tokens_from(engine.get_vocab_size()), Path("the trained vocabulary"))
+    return ByteLevelBPE(engine, Settings())

@@ -1,0 +1,308 @@
+"""Chat messages to the text a model reads, and tool calls back out of the text it writes."""
+
+import datetime
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from qwen_jax.errors import InputError
+from qwen_jax.tokenizer.base import valid_text
+from qwen_jax.tokenizer.files import default_chat_template
+
+ROLES = ("system", "user", "assistant", "tool")
+# What sandboxed template code can raise; templates are input, so each becomes an InputError.
+_TEMPLATE_FAULTS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
+
+
+class ChatTemplate:
+    """A compiled chat template, rendered as Hugging Face's `apply_chat_template` renders it.
+
+    Args:
+        source: Jinja source.
+
+    Raises:
+        InputError: the source is not valid Jinja.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        try:
+            self._template = _environment().from_string(source)
+        except _TEMPLATE_FAULTS as error:
+            line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+            raise InputError(f"the chat template is not valid Jinja{line}: {error}. Correct it.") from None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """Render a conversation.
+
+        Args:
+            messages: each with a `role` of system, user, assistant or tool, and a string `content`; an assistant's may
+                be missing or None beside `tool_calls`. Arguments of a tool call render as given, as in Hugging Face, so
+                a JSON string comes out quoted: see `parse_tool_arguments`.
+            tools: each `{"type": "function", "function": {"name", "description", "parameters"}}`.
+            add_generation_prompt: end with the opening of an assistant's turn.
+            variables: further names that the template reads, JSON values.
+
+        Raises:
+            InputError: a message or tool is malformed (the error names its index), or the template fails or refuses.
+        """
+        check_messages(messages)
+        check_tools(tools or [])
+        values = {name: _plain(value, f"variable {name}") for name, value in variables.items()}
+        # Templates come with checkpoints, so they get plain JSON values only, with no methods to misuse.
+        # As in Hugging Face, a key whose value is None counts as absent.
+        plain_messages = [
+            {key: value for key, value in _plain(message, f"message {i}").items() if value is not None}
+            for i, message in enumerate(messages)
+        ]
+        plain_tools = None if tools is None else [_plain(tool, f"tool {i}") for i, tool in enumerate(tools)]
+        try:
+            return self._template.render(
+                **values,
+                messages=plain_messages,
+                tools=plain_tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except _TEMPLATE_FAULTS as error:
+            raise InputError(
+                f"the chat template failed: {error}. Check that the messages have what it expects, or correct it."
+            ) from None
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(source: str) -> ChatTemplate:
+    return ChatTemplate(source)
+
+
+def render_chat(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    add_generation_prompt: bool = True,
+    template: str | None = None,
+) -> str:
+    """Render a conversation with a template's source, by default Qwen2.5's; see `ChatTemplate.render`."""
+    chat = _compiled(default_chat_template() if template is None else template)
+    return chat.render(messages, tools, add_generation_prompt=add_generation_prompt)
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """Hugging Face's `{% generation %}`, which marks assistant text and renders as its body."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+@functools.cache
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """Hugging Face's environment: transformers/utils/chat_template_utils.py defines what templates may rely on."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationTag]
+    )
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        # Jinja's own filter escapes for HTML, which a model never saw.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def strftime_now(pattern: str) -> str:
+        return datetime.datetime.now().strftime(pattern)
+
+    environment.filters["tojson"] = tojson
+    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    return environment
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Copy a JSON value, or raise InputError."""
+    if isinstance(value, str):
+        try:
+            return str(valid_text(value))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+    if value is None or type(value) in (bool, int, float):
+        return value
+    if isinstance(value, Mapping):
+        return {_plain(key, where): _plain(item, where) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, where) for item in value]
+    raise InputError(f"{where}: expected JSON values (text, number, list, object), got {type(value).__name__}")
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raise InputError, naming the message by its index, unless the messages have the form `ChatTemplate` renders."""
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise InputError(f"expected a list of messages, got {type(messages).__name__}")
+    if not messages:
+        raise InputError("expected at least one message, got an empty list")
+    for i, message in enumerate(messages):
+        where = f"message {i}"
+        if not isinstance(message, Mapping):
+            raise InputError(f"{where}: expected an object with 'role' and 'content', got {type(message).__name__}")
+        role = message.get("role")
+        if role not in ROLES:
+            raise InputError(f"{where}: expected role {', '.join(ROLES)}, got {role!r}")
+        calls = message.get("tool_calls")
+        if calls and role != "assistant":
+            raise InputError(f"{where}: only an assistant's message may have 'tool_calls', this one is of role {role}")
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and calls):
+            raise InputError(
+                f"{where} ({role}): expected 'content' as a string, got "
+                f"{'nothing' if content is None else type(content).__name__}. Join content parts into one text."
+            )
+        if calls is not None and not isinstance(calls, (list, tuple)):
+            raise InputError(f"{where}: expected 'tool_calls' as a list, got {type(calls).__name__}")
+        for n, call in enumerate(calls or []):
+            _check_call(call, f"{where}, tool call {n}")
+
+
+def _check_call(call: Any, where: str) -> None:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise InputError(f"{where}: expected {{'function': {{'name': text, 'arguments': object}}}}, got {call!r:.200}")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        _loads_arguments(arguments, where)
+    elif not isinstance(arguments, Mapping):
+        raise InputError(f"{where}: expected 'arguments' as an object or its JSON text, got {arguments!r:.200}")
+
+
+def _loads_arguments(text: str, where: str) -> dict[str, Any]:
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: 'arguments' is not JSON ({error}): {text!r:.200}") from None
+    if not isinstance(arguments, dict):
+        raise InputError(f"{where}: 'arguments' must be a JSON object, got {text!r:.200}")
+    return arguments
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
+    """Raise InputError, naming the tool by its index, unless the tools are function descriptions."""
+    if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Sequence):
+        raise InputError(f"expected a list of tools, got {type(tools).__name__}")
+    for i, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise InputError(
+                f"tool {i}: expected {{'type': 'function', 'function': {{'name': text, ...}}}}, got {tool!r:.200}"
+            )
+        if not isinstance(function.get("description", ""), str):
+            raise InputError(f"tool {i} ({function['name']}): expected 'description' as a string")
+        parameters = function.get("parameters", {})
+        if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
+            raise InputError(
+                f"tool {i} ({function['name']}): expected 'parameters' as a JSON schema of type object, got "
+                f"{parameters!r:.200}"
+            )
+
+
+def parse_tool_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with every tool call's arguments as an object, as the model was trained to read them.
+
+    OpenAI's interface carries arguments as JSON text; rendered as it is, the text would appear quoted.
+    Raises InputError as `check_messages` does.
+    """
+    check_messages(messages)
+    result = []
+    for i, message in enumerate(messages):
+        copied = dict(message)
+        if copied.get("tool_calls"):
+            copied["tool_calls"] = [_with_object(call, f"message {i}") for call in copied["tool_calls"]]
+        result.append(copied)
+    return result
+
+
+def _with_object(call: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _with_object(call["function"], where)}
+    arguments = call["arguments"]
+    return {**call, "arguments": _loads_arguments(arguments, where) if isinstance(arguments, str) else arguments}
+
+
+class ParsedReply(NamedTuple):
+    """An assistant's text taken apart.
+
+    Args:
+        content: the text without the tool calls that could be read.
+        tool_calls: each `{"type": "function", "function": {"name", "arguments"}}`, ready for a message.
+        problems: one line for each `<tool_call>` that could not be read and was left in `content`.
+    """
+
+    content: str
+    tool_calls: list[dict[str, Any]]
+    problems: list[str]
+
+
+_CALL_START = re.compile(r"\n?(<tool_call>)\s*")
+_CALL_END = re.compile(r"\s*</tool_call>")
+
+
+def parse_tool_calls(text: str) -> ParsedReply:
+    """Find the `<tool_call>` blocks of a reply in Hermes format: a JSON object with `name` and `arguments` in each.
+
+    It inverts the template: a rendered assistant turn gives its message back. Malformed blocks stay text and are
+    reported; nothing is raised, since a model may write anything.
+    """
+    calls: list[dict[str, Any]] = []
+    problems: list[str] = []
+    kept: list[str] = []
+    position = 0
+    search_from = 0
+    while match := _CALL_START.search(text, search_from):
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, match.end())
+            closing = _CALL_END.match(text, end)
+            problem = None if closing else "no </tool_call> after the JSON"
+            if not (isinstance(value, dict) and isinstance(value.get("name"), str) and value["name"]):
+                problem = "expected an object with a name"
+            elif not isinstance(value.get("arguments"), dict):
+                problem = "expected 'arguments' as an object"
+        except (ValueError, RecursionError) as error:
+            closing, problem = None, f"not JSON: {error}"
+        if problem is not None or closing is None:
+            problems.append(f"tool call at character {match.start()}: {problem}")
+            search_from = match.end(1)
+            continue
+        calls.append({"type": "function", "function": {"name": value["name"], "arguments": value["arguments"]}})
+        kept.append(text[position : match.start()])
+        position = search_from = closing.end()
+    kept.append(text[position:])
+    return ParsedReply("".join(kept), calls, problems)

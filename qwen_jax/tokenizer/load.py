@@ -1,0 +1,49 @@
+"""From a folder or file to a tokenizer."""
+
+from pathlib import Path
+
+from qwen_jax.errors import InputError
+from qwen_jax.tokenizer import bpe, spm
+from qwen_jax.tokenizer.base import Tokenizer
+from qwen_jax.tokenizer.files import read_settings
+from qwen_jax.tokenizer.vocabulary import read_tiktoken, read_vocab_and_merges
+
+FORMS = "tokenizer.model (SentencePiece), tokenizer.json, vocab.json with merges.txt, or qwen.tiktoken"
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load the tokenizer of a model folder.
+
+    The first of these forms that is there counts: tokenizer.model (SentencePiece), tokenizer.json, vocab.json with
+    merges.txt, qwen.tiktoken. tokenizer_config.json and chat_template.jinja, where present, give eos, pad, control
+    tokens and chat template; without them Qwen2.5's hold (eos and pad `<|endoftext|>`).
+
+    Args:
+        path: the folder, or one of these files in it.
+
+    Raises:
+        InputError: nothing to load is there, or a file is damaged or contradicts another.
+    """
+    given = Path(path)
+    if not given.exists():
+        raise InputError(f"no tokenizer at {given}: expected a folder with {FORMS}. Check the path.")
+    folder, only = (given, None) if given.is_dir() else (given.parent, given.name)
+
+    def has(name: str) -> bool:
+        return only == name if only is not None else (folder / name).is_file()
+
+    settings = read_settings(folder)
+    if has("tokenizer.model"):
+        return spm.from_model_file(folder / "tokenizer.model", settings)
+    if has("tokenizer.json"):
+        return bpe.from_tokenizer_json(folder / "tokenizer.json", settings)
+    if has("vocab.json") or has("merges.txt"):
+        for name in ("vocab.json", "merges.txt"):
+            if not (folder / name).is_file():
+                raise InputError(f"{folder} has no {name}: vocab.json and merges.txt are of use only together.")
+        vocab, merges = read_vocab_and_merges(folder / "vocab.json", folder / "merges.txt")
+        return bpe.from_vocab_and_merges(vocab, merges, settings, folder / "vocab.json")
+    if has("qwen.tiktoken"):
+        vocab, merges = read_tiktoken(folder / "qwen.tiktoken")
+        return bpe.from_vocab_and_merges(vocab, merges, settings, folder / "qwen.tiktoken")
+    raise InputError(f"no tokenizer in {given}: expected {FORMS}.")

@@ -1,0 +1,88 @@
+"""Checkpoints as transformers writes them, with random weights: the oracle of the parity tests."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+TINY: dict[str, Any] = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Gives every parameter random values, biases and norms too: zeros and ones would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                scale = 0.5 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+                parameter.normal_(0.0, scale, generator=generator)
+
+
+def make_hf_checkpoint(
+    folder: str | Path,
+    *,
+    tie: bool = True,
+    dtype: str = "float32",
+    dialect: str = "5",
+    max_shard_size: str | int = "5GB",
+    seed: int = 0,
+    **config_overrides: Any,
+) -> Qwen2ForCausalLM:
+    """Writes a tiny Qwen2 checkpoint with transformers and gives the model back as it reads it: float32, eager, eval.
+
+    Args:
+      folder: where to; made if need be.
+      tie: whether the head is the embedding.
+      dtype: on disk; the returned model holds the values after that rounding.
+      dialect: of config.json, that of transformers "4" or "5".
+      max_shard_size: as for `save_pretrained`.
+      seed: of the weights.
+      **config_overrides: on `TINY`, in the names of transformers' Qwen2Config; `rope_theta` and `rope_scaling` too.
+    """
+    settings = {**TINY, **config_overrides, "tie_word_embeddings": tie}
+    theta, scaling = settings.pop("rope_theta", 1e6), settings.pop("rope_scaling", None)
+    rope = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
+    rope["rope_type"] = rope.pop("type", rope["rope_type"])
+    config = Qwen2Config(**settings, rope_parameters=rope)
+    model = Qwen2ForCausalLM(config)
+    randomise(model, seed)
+    model.tie_weights()
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    if dialect == "4":
+        to_dialect_4(Path(folder) / "config.json", scaling)
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
+
+
+def to_dialect_4(path: Path, scaling: dict[str, Any] | None = None) -> None:
+    """Rewrites a config.json of transformers 5 the way transformers 4 writes it."""
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = scaling
+    config["torch_dtype"] = config.pop("dtype")
+    config.pop("layer_types", None)
+    config["transformers_version"] = "4.43.1"
+    path.write_text(json.dumps(config, indent=2))
+
+
+def hf_logits(model: Qwen2ForCausalLM, tokens_BT: Any) -> Any:
+    """Float32 logits [B, T, V] as a NumPy array."""
+    with torch.no_grad():
+        return model(input_ids=torch.as_tensor(tokens_BT, dtype=torch.long)).logits.float().numpy()

@@ -1,0 +1,319 @@
+"""Chat templates against Hugging Face's rendering, the sandbox, message checks, and tool calls read back."""
+
+import datetime
+import hashlib
+import itertools
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from qwen_jax.errors import InputError
+from qwen_jax.tokenizer import (
+    ChatTemplate,
+    default_chat_template,
+    parse_tool_arguments,
+    parse_tool_calls,
+    render_chat,
+    train_bpe,
+)
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Wetter für eine Stadt <b>& \"Umgebung\"</b> 天气 'now'",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer", "default": 1}},
+            "required": ["city"],
+        },
+    },
+}
+CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
+
+
+def call(name: str, arguments: Any, wrapped: bool = True) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {"id": "call_1", "type": "function", "function": function} if wrapped else function
+
+
+SYSTEM = {"role": "system", "content": "Du bist höflich. 你好 <|im_end|>"}
+USER = {"role": "user", "content": "How warm is it in Köln & Paris? 👍🏽\n\n  "}
+REPLY = {"role": "assistant", "content": "It is warm."}
+CALLS = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [call("get_weather", {"city": "Köln", "days": 2}), call("clock", {}, wrapped=False)],
+}
+CALL_WITH_TEXT = {
+    "role": "assistant",
+    "content": "Let me look.",
+    "tool_calls": [call("get_weather", {"city": "<Paris> \"x\" 'y'", "n": [1, 2.5, None, True]})],
+}
+CALL_AS_STRING: dict[str, Any] = {"role": "assistant", "tool_calls": [call("get_weather", '{"city": "Köln"}')]}
+RESULT = {"role": "tool", "content": '{"temperature": "21°"}', "tool_call_id": "call_1"}
+OTHER_RESULT = {"role": "tool", "content": "12:00"}
+
+CONVERSATIONS: list[list[dict[str, Any]]] = [
+    [USER],
+    [SYSTEM],
+    [SYSTEM, USER],
+    [USER, REPLY],
+    [SYSTEM, USER, REPLY, USER],
+    [USER, SYSTEM, USER],
+    [USER, {**REPLY, "tool_calls": []}],
+    [USER, {**REPLY, "tool_calls": None}, USER],
+    [USER, CALLS],
+    [SYSTEM, USER, CALLS, RESULT, OTHER_RESULT],
+    [USER, CALLS, RESULT, OTHER_RESULT, REPLY, USER, CALL_WITH_TEXT, RESULT],
+    [USER, CALL_WITH_TEXT, RESULT, REPLY],
+    [USER, CALL_AS_STRING, RESULT],
+    [USER, {**CALLS, "content": ""}, RESULT, USER, OTHER_RESULT],
+    [RESULT, RESULT, USER],
+    [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}],
+]
+TOOLS = [None, [], [WEATHER], [WEATHER, CLOCK]]
+
+
+@pytest.fixture(scope="module")
+def oracle() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=train_bpe([], 278)._engine)
+
+
+def test_default_template_is_the_published_one() -> None:
+    """Hash of the template in the Qwen2.5 instruct checkpoints."""
+    source = default_chat_template().encode()
+    assert len(source) == 2507
+    assert hashlib.sha256(source).hexdigest() == "cd8e9439f0570856fd70470bf8889ebd8b5d1107207f67a5efb46e342330527f"
+
+
+@pytest.mark.parametrize("conversation", range(len(CONVERSATIONS)))
+def test_grid_equals_hugging_face(oracle: PreTrainedTokenizerFast, conversation: int) -> None:
+    messages = CONVERSATIONS[conversation]
+    for tools, prompt in itertools.product(TOOLS, [False, True]):
+        expected = oracle.apply_chat_template(
+            messages,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=prompt,
+            chat_template=default_chat_template(),
+        )
+        assert render_chat(messages, tools, add_generation_prompt=prompt) == expected
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+json_value = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    max_leaves=6,
+)
+tool_call = st.builds(call, st.just("f"), st.dictionaries(text, json_value, max_size=3), st.booleans())
+message = st.one_of(
+    st.builds(
+        lambda role, content: {"role": role, "content": content}, st.sampled_from(["system", "user", "tool"]), text
+    ),
+    st.builds(lambda content: {"role": "assistant", "content": content}, text),
+    st.builds(
+        lambda content, calls: {"role": "assistant", "content": content, "tool_calls": calls},
+        st.none() | text,
+        st.lists(tool_call, min_size=1, max_size=3),
+    ),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(message, min_size=1, max_size=6), st.sampled_from(TOOLS), st.booleans())
+def test_random_conversations_equal_hugging_face(
+    oracle: PreTrainedTokenizerFast, messages: list[dict[str, Any]], tools: Any, prompt: bool
+) -> None:
+    expected = oracle.apply_chat_template(
+        messages, tools=tools, tokenize=False, add_generation_prompt=prompt, chat_template=default_chat_template()
+    )
+    assert render_chat(messages, tools, add_generation_prompt=prompt) == expected
+
+
+def test_hermes_format_written_out() -> None:
+    assert render_chat([{"role": "user", "content": "Hi"}]) == (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "U"},
+        {"role": "assistant", "content": "A", "tool_calls": [call("clock", {"z": "é"}), call("clock", {})]},
+        {"role": "tool", "content": "1"},
+        {"role": "tool", "content": "2"},
+    ]
+    assert render_chat(messages, [CLOCK], add_generation_prompt=False) == (
+        "<|im_start|>system\nS\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+        '{"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}\n'
+        "</tools>\n\nFor each function call, return a json object with function name and arguments within "
+        '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
+        "</tool_call><|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
+        '<|im_start|>assistant\nA\n<tool_call>\n{"name": "clock", "arguments": {"z": "é"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response><|im_end|>\n"
+    )
+
+
+FEATURES = [
+    "{{ messages | tojson }}|{{ messages | tojson(indent=2, sort_keys=true) }}",
+    "{{ 'é<&>' | tojson }}{{ 'é<&>' | tojson(ensure_ascii=true) }}{{ {'b': 1} | tojson(separators=(',', ':')) }}",
+    "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "{% for m in messages %}\n  {% if true %}\n    {{ m['role'] }}\n  {% endif %}\n{% endfor %}\n",
+    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "{% for m in messages %}{% generation %}{% set x = 1 %}{{ m.content }}{% endgeneration %}{{ x }}{% endfor %}",
+    "{{ strftime_now('%Y') }}{{ tools is none }}{{ documents is none }}{{ nothing }}{{ extra.a[0] }}",
+    "{{ messages[0].content.strip().split(' ') | join('-') | upper }}{{ messages[-1]['missing'] is defined }}",
+]
+
+
+@pytest.mark.parametrize("source", FEATURES)
+def test_other_templates_equal_hugging_face(oracle: PreTrainedTokenizerFast, source: str) -> None:
+    messages: list[dict[str, Any]] = [SYSTEM, USER, CALLS, RESULT]
+    extra = {"a": ["é", 1]}
+    expected = oracle.apply_chat_template(messages, tokenize=False, chat_template=source, extra=extra)
+    assert ChatTemplate(source).render(messages, add_generation_prompt=False, extra=extra) == expected
+
+
+def test_clock_is_the_present() -> None:
+    year = ChatTemplate("{{ strftime_now('%Y') }}").render([USER])
+    assert abs(int(year) - datetime.datetime.now().year) <= 1
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% if %}", r"not valid Jinja \(line 1\)"),
+        ("{{ 'x' | nonesuch }}", "not valid Jinja"),
+        ("{{ nothing.deeper }}", "'nothing' is undefined"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe|not safely"),
+        ("{{ messages[0].update({'role': 'x'}) }}", "unsafe|not safely"),
+        ("{{ (1).__add__.__globals__ }}", "unsafe|undefined"),
+        ("{{ 1 / 0 }}", "division"),
+        ("{{ messages[0].content + none }}", "concatenate"),
+        ("{{ range(99999999) | list }}", "Range too big"),
+        ("{% include 'file' %}", "no loader|not valid|template failed"),
+        ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "recursion"),
+    ],
+)
+def test_template_faults_are_input_errors(source: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ChatTemplate(source).render([USER])
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "at least one message"),
+        ("hi", "expected a list of messages, got str"),
+        ({"role": "user", "content": "x"}, "expected a list of messages, got dict"),
+        ([USER, "hi"], "message 1: expected an object"),
+        ([USER, {"content": "x"}], "message 1: expected role .*got None"),
+        ([{"role": "function", "content": "x"}], "message 0: expected role .*'function'"),
+        ([USER, {"role": "tools", "content": "x"}], "message 1: expected role .*'tools'"),
+        ([{"role": ["user"], "content": "x"}], "message 0: expected role"),
+        ([{"role": "user"}], "message 0 .*got nothing"),
+        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "message 0 .*got list.*Join"),
+        ([USER, {"role": "assistant", "content": None}], "message 1 .*got nothing"),
+        ([USER, {"role": "assistant", "content": None, "tool_calls": []}], "message 1 .*got nothing"),
+        ([USER, {"role": "tool", "content": None}], "message 1 .*got nothing"),
+        ([USER, {"role": "user", "content": "x", "tool_calls": [call("f", {})]}], "message 1: only an assistant"),
+        ([USER, {"role": "assistant", "tool_calls": "f()"}], "message 1: expected 'tool_calls' as a list"),
+        ([USER, {"role": "assistant", "tool_calls": ["f()"]}], "message 1, tool call 0: expected"),
+        ([USER, {"role": "assistant", "tool_calls": [call("f", {}), call("", {})]}], "tool call 1: expected"),
+        ([USER, {"role": "assistant", "tool_calls": [call("f", None)]}], "tool call 0: expected 'arguments'"),
+        ([USER, {"role": "assistant", "tool_calls": [call("f", "{")]}], "'arguments' is not JSON"),
+        ([USER, {"role": "assistant", "tool_calls": [call("f", "[1]")]}], "must be a JSON object"),
+        ([USER, {"role": "assistant", "tool_calls": [call("f", {"x": {1, 2}})]}], "message 1: .*got set"),
+        ([USER, {"role": "user", "content": "a\ud800"}], r"message 1: .*U\+D800 at character 1"),
+    ],
+)
+def test_malformed_messages_are_named_by_index(messages: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        render_chat(messages)
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ("f", "expected a list of tools, got str"),
+        (WEATHER, "expected a list of tools, got dict"),
+        ([WEATHER, len], "tool 1: expected"),
+        ([WEATHER, WEATHER["function"]], "tool 1: expected"),
+        ([{"type": "retrieval", "function": {"name": "f"}}], "tool 0: expected"),
+        ([{"type": "function", "function": {}}], "tool 0: expected"),
+        ([{"type": "function", "function": {"name": "f", "description": 3}}], r"tool 0 \(f\): expected 'description'"),
+        ([{"type": "function", "function": {"name": "f", "parameters": "{}"}}], r"tool 0 \(f\): expected 'parameters'"),
+        ([{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}], "type object"),
+        ([{"type": "function", "function": {"name": "f", "parameters": {"x": len}}}], "tool 0: expected JSON values"),
+    ],
+)
+def test_malformed_tools_are_named_by_index(tools: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        render_chat([USER], tools)
+
+
+def test_arguments_as_text_become_objects() -> None:
+    messages: list[dict[str, Any]] = [USER, CALL_AS_STRING, CALLS]
+    parsed = parse_tool_arguments(messages)
+    assert parsed[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Köln"}
+    assert parsed[2] == CALLS
+    assert isinstance(CALL_AS_STRING["tool_calls"][0]["function"]["arguments"], str)
+    assert '"arguments": {"city": "Köln"}}' in render_chat(parsed)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    text.filter(lambda content: "<tool_call>" not in content),
+    st.lists(st.dictionaries(text, json_value, max_size=3), min_size=1, max_size=3),
+)
+def test_rendered_calls_are_read_back(content: str, arguments: list[dict[str, Any]]) -> None:
+    """parse_tool_calls inverts the template, whatever stands in the arguments."""
+    calls = [{"type": "function", "function": {"name": "f", "arguments": a}} for a in arguments]
+    before = render_chat([USER], add_generation_prompt=True)
+    rendered = render_chat([USER, {"role": "assistant", "content": content, "tool_calls": calls}])
+    reply = rendered.removeprefix(before.removesuffix("\n")).split("<|im_end|>\n<|im_start|>assistant\n")[0]
+    assert parse_tool_calls(reply.removeprefix("\n")) == ((content, calls, []))
+
+
+def test_a_closing_tag_inside_an_argument_does_not_end_the_call() -> None:
+    body = json.dumps({"name": "f", "arguments": {"x": "</tool_call> <tool_call>"}})
+    reply = parse_tool_calls(f"<tool_call>\n{body}\n</tool_call>")
+    assert reply.content == ""
+    assert [c["function"]["arguments"] for c in reply.tool_calls] == [{"x": "</tool_call> <tool_call>"}]
+
+
+@pytest.mark.parametrize(
+    ("block", "problem"),
+    [
+        ("<tool_call>\n{'name': 'f'}\n</tool_call>", "not JSON"),
+        ('<tool_call>\n{"name": "f", "arguments": {}}', "no </tool_call>"),
+        ('<tool_call>{"name": "f", "arguments": {}} x</tool_call>', "no </tool_call>"),
+        ('<tool_call>["f"]</tool_call>', "expected an object with a name"),
+        ('<tool_call>{"name": "f"}</tool_call>', "expected 'arguments' as an object"),
+        ('<tool_call>{"name": "f", "arguments": "{}"}</tool_call>', "expected 'arguments' as an object"),
+        ("<tool_call>", "not JSON"),
+        ("<tool_call>" + "9" * 5000 + "</tool_call>", "not JSON"),
+        ("<tool_call>" + "[" * 100000, "not JSON"),
+    ],
+)
+def test_malformed_calls_stay_text_and_are_reported(block: str, problem: str) -> None:
+    good = '\n<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'
+    reply = parse_tool_calls(f"before {block}{good}")
+    assert reply.content == f"before {block}"
+    assert [c["function"]["name"] for c in reply.tool_calls] == ["g"]
+    assert len(reply.problems) == 1
+    assert problem in reply.problems[0]
+    assert "character 7" in reply.problems[0]
+
+
+def test_text_without_calls_is_itself() -> None:
+    assert parse_tool_calls("plain\n") == ("plain\n", [], [])
