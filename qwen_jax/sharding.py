@@ -74,10 +74,12 @@ class Sharding:
     gate_up: P = P("tensor", "fsdp")
     down: P = P("fsdp", "tensor")
     norm: P = P(None)
-    # Fused projections of the inference layout: the leading axis counts the tensor shards.
-    fused_qkv: P = P("tensor", None, None, "fsdp")
+    # The inference layout: fused, input first. The leading axis of the fused ones counts the tensor shards.
+    fused_qkv: P = P("tensor", "fsdp", None, None)
     fused_qkv_bias: P = P("tensor", None, None)
-    fused_gate_up: P = P("tensor", None, None, "fsdp")
+    fused_o: P = P("tensor", None, "fsdp")
+    fused_gate_up: P = P("tensor", "fsdp", None, None)
+    fused_down: P = P("tensor", "fsdp")
     # Activations.
     tokens: P = P(("data", "fsdp"), None)
     hidden: P = P(("data", "fsdp"), None, None)

@@ -12,10 +12,10 @@ from qwen_jax.sharding import Sharding
 
 
 def fuse(params: Params, config: ModelConfig, sharding: Sharding) -> Params:
-    """Joins q, k and v, and gate and up, of every layer. Consumes its argument: old buffers are freed layer by layer.
+    """Brings every layer into the inference layout: q, k and v joined, gate and up joined, input axis first.
 
-    One matrix product instead of three (or two) a layer: at batch 1 a decode step is bound by reading the weights and
-    by the number of kernels.
+    At batch 1 a decode step is bound by reading the weights and by the number of kernels. The argument is consumed:
+    its buffers are freed layer by layer, so there is never a second copy of the weights.
 
     Args:
       params: unstacked (`Options(stacked=False)`) on the current mesh. Its list of layers is emptied.
@@ -31,41 +31,42 @@ def fuse(params: Params, config: ModelConfig, sharding: Sharding) -> Params:
     fused = []
     while layers:
         layer = layers.pop(0)
-        fused.append(_fuse_layer(layer, config, sharding))
-        for leaf in jax.tree.leaves([layer["attention"][x] for x in "qkv"] + [layer["mlp"][x] for x in ("gate", "up")]):
+        matrices = {name: layer.pop(name) for name in ("attention", "mlp")}
+        fused.append({**layer, **_fuse_layer(matrices, config=config, sharding=sharding)})
+        for leaf in jax.tree.leaves(matrices):
             leaf.delete()
     return {**params, "layers": fused}
 
 
-def _fuse_layer(layer: Params, config: ModelConfig, sharding: Sharding) -> Params:
-    attention, mlp = layer["attention"], layer["mlp"]
-    qkv = _fuse_qkv(*(attention[x] for x in "qkv"), config=config, sharding=sharding)
-    gate_up = _fuse_gate_up(mlp["gate"]["weight"], mlp["up"]["weight"], sharding=sharding)
-    return {
-        **layer,
-        "attention": {"qkv": qkv, "o": attention["o"]},
-        "mlp": {"gate_up": {"weight": gate_up}, "down": mlp["down"]},
-    }
-
-
 @functools.partial(jax.jit, static_argnames=("config", "sharding"))
-def _fuse_qkv(q: Any, k: Any, v: Any, *, config: ModelConfig, sharding: Sharding) -> Any:
-    n, repeat = sharding.tensor, sharding.kv_heads // config.num_kv_heads
+def _fuse_layer(layer: Params, *, config: ModelConfig, sharding: Sharding) -> Params:
+    s, n, repeat = sharding, sharding.tensor, sharding.kv_heads // config.num_kv_heads
+    attention, mlp = layer["attention"], layer["mlp"]
 
-    def join(name: str, spec: Any) -> jax.Array:
-        parts = []
-        for x, times in ((q[name], 1), (k[name], repeat), (v[name], repeat)):
-            # Heads lead: [heads, ...] -> [shards, heads of one shard, ...].
-            x = jnp.repeat(x, times, axis=0) if times > 1 else x
-            split = jax.reshard(x, jax.P("tensor", *spec[2:]))
-            parts.append(split.reshape(n, -1, *x.shape[1:], out_sharding=spec))
+    def split(x: jax.Array, times: int = 1) -> jax.Array:
+        """[heads or width, ...] -> [shards, heads or width of one shard, ...]."""
+        x = jnp.repeat(x, times, axis=0) if times > 1 else x
+        x = jax.reshard(x, jax.P("tensor"))
+        return x.reshape(n, -1, *x.shape[1:], out_sharding=jax.P("tensor"))
+
+    def join(name: str) -> jax.Array:
+        parts = [split(attention["q"][name]), split(attention["k"][name], repeat), split(attention["v"][name], repeat)]
         return jnp.concatenate(parts, axis=1)
 
-    return {"weight": join("weight", sharding.fused_qkv), "bias": join("bias", sharding.fused_qkv_bias)}
+    def place(x: jax.Array, order: str, spec: Any) -> jax.Array:
+        return jax.reshard(jnp.einsum(order, x), spec)
 
-
-@functools.partial(jax.jit, static_argnames=("sharding",))
-def _fuse_gate_up(gate_FD: jax.Array, up_FD: jax.Array, *, sharding: Sharding) -> jax.Array:
-    n, spec = sharding.tensor, sharding.fused_gate_up
-    halves = [x.reshape(n, 1, -1, x.shape[1], out_sharding=spec) for x in (gate_FD, up_FD)]
-    return jnp.concatenate(halves, axis=1)
+    gate_up_n2fD = jnp.stack([split(mlp["gate"]["weight"]), split(mlp["up"]["weight"])], axis=1)
+    return {
+        "attention": {
+            "qkv": {
+                "weight": place(join("weight"), "nRdD->nDRd", s.fused_qkv),
+                "bias": jax.reshard(join("bias"), s.fused_qkv_bias),
+            },
+            "o": {"weight": place(attention["o"]["weight"], "DHd->HdD", s.fused_o)},
+        },
+        "mlp": {
+            "gate_up": {"weight": place(gate_up_n2fD, "nxfD->nDxf", s.fused_gate_up)},
+            "down": {"weight": place(mlp["down"]["weight"], "DF->FD", s.fused_down)},
+        },
+    }

@@ -2,9 +2,18 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 # Not -inf: a row that sees nothing must stay finite through the softmax.
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+def einsum_f32(subscripts: str, a: jax.Array, b: jax.Array, out_sharding: P | None = None) -> jax.Array:
+    """An einsum that accumulates and returns float32, whatever its inputs."""
+    if jax.default_backend() == "cpu":
+        # XLA:CPU has no product of bfloat16 into float32. Widening first gives the same numbers.
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32, out_sharding=out_sharding)
 
 
 def attention(
@@ -30,7 +39,7 @@ def attention(
     B, T, H, d = q_BTHd.shape
     K, S = k_BKSd.shape[1:3]
     q_BTKGd = q_BTHd.reshape(B, T, K, H // K, d)
-    logits = jnp.einsum("BTKGd,BKSd->BKGTS", q_BTKGd, k_BKSd, preferred_element_type=jnp.float32) * scale
+    logits = einsum_f32("BTKGd,BKSd->BKGTS", q_BTKGd, k_BKSd) * scale
     j = jnp.arange(S, dtype=jnp.int32)
     seen_BTS = (k_start_BT[:, :, None] <= j) & (j < k_end_BT[:, :, None])
     seen = seen_BTS[:, None, None]
@@ -40,5 +49,5 @@ def attention(
     total = weights.sum(axis=-1, keepdims=True)
     weights = weights / jnp.where(total == 0.0, 1.0, total)
     # Rounded to the model's dtype before the product, as Hugging Face does.
-    out = jnp.einsum("BKGTS,BKSd->BTKGd", weights.astype(v_BKSd.dtype), v_BKSd, preferred_element_type=jnp.float32)
+    out = einsum_f32("BKGTS,BKSd->BTKGd", weights.astype(v_BKSd.dtype), v_BKSd)
     return out.reshape(B, T, H, d).astype(q_BTHd.dtype)
