@@ -1,4 +1,4 @@
-"""Choosing the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty. No sort over the vocabulary."""
+"""Choosing the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty; no sort of the vocabulary."""
 
 import dataclasses
 import functools
@@ -43,7 +43,9 @@ class SamplingParams:
             if not ok:
                 raise InputError(f"{name} must be {expected}, got {getattr(self, name)}.")
 
-        need(self.temperature >= 0 and self.temperature < float("inf"), "temperature", "0 (greedy) or a positive number")
+        need(
+            self.temperature >= 0 and self.temperature < float("inf"), "temperature", "0 (greedy) or a positive number"
+        )
         need(self.top_k >= 0, "top_k", "0 (off) or a positive integer")
         need(0 < self.top_p <= 1, "top_p", "in (0, 1]")
         need(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
@@ -148,7 +150,7 @@ def top_k(x_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     The k largest entries lie in the k groups with the largest maxima, so only those groups are sorted.
     """
     B, V = x_BV.shape
-    if V <= max(4 * k, 1024):
+    if max(4 * k, 1024) >= V:
         return jax.lax.top_k(x_BV, min(k, V))
     groups = -(-V // _GROUP)
     x_BGg = jnp.pad(x_BV, ((0, 0), (0, groups * _GROUP - V)), constant_values=_LOWEST).reshape(B, groups, _GROUP)
@@ -162,7 +164,8 @@ def top_k(x_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 def _among_top_k(logits_BV: jax.Array, keys_B: jax.Array, knobs: Knobs) -> jax.Array:
     """Samples where top_k is small: everything happens among the candidates, largest first."""
     values, ids = top_k(logits_BV, TOP_K_CAP)
-    kth = jnp.take_along_axis(values, jnp.full((values.shape[0], 1), knobs.top_k - 1), axis=1)
+    k = jnp.minimum(knobs.top_k, values.shape[1])
+    kth = jnp.take_along_axis(values, jnp.full((values.shape[0], 1), k - 1), axis=1)
     values = jnp.where(values >= kth, values, _LOWEST)
     probs = jax.nn.softmax(values, axis=1)
     larger = jnp.cumsum(probs, axis=1) - probs
@@ -200,10 +203,7 @@ def _threshold(order_BV: jax.Array, mass_BV: jax.Array, wanted: jax.Array) -> ja
         shift = jnp.uint32(28) - 4 * i.astype(jnp.uint32)
         tries_B16 = t_B1 | (nibbles << shift)
         reached = jnp.stack(
-            [
-                jnp.sum(jnp.where(order_BV >= tries_B16[:, n, None], mass_BV, 0), axis=1) >= wanted
-                for n in range(16)
-            ],
+            [jnp.sum(jnp.where(order_BV >= tries_B16[:, n, None], mass_BV, 0), axis=1) >= wanted for n in range(16)],
             axis=1,
         )
         # The first try keeps the bits found so far, which did reach it (or nothing does).
