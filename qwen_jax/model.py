@@ -151,6 +151,9 @@ class Qwen2(nnx.Module):
           The normalised hidden state [B, T, D] in the compute dtype, and the cache with the new tokens in it.
         """
         spec, dtype = self.sharding, jnp.dtype(self.options.dtype)
+        tokens_BT, positions_BT, mask = jax.tree.map(
+            lambda x: jax.reshard(x, spec.tokens), (tokens_BT, positions_BT, mask)
+        )
         with jax.named_scope("embed"):
             table = jax.reshard(self.embed.weight[...], gathered(spec.vocab))
             x_BTD = table.at[tokens_BT].get(out_sharding=spec.hidden).astype(dtype)

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
+
+logging.disable_progress_bar()
 
 TINY: dict[str, Any] = {
     "vocab_size": 160,
@@ -86,3 +89,12 @@ def hf_logits(model: Qwen2ForCausalLM, tokens_BT: Any) -> Any:
     """Float32 logits [B, T, V] as a NumPy array."""
     with torch.no_grad():
         return model(input_ids=torch.as_tensor(tokens_BT, dtype=torch.long)).logits.float().numpy()
+
+
+def hf_loss_gradients(model: Qwen2ForCausalLM, tokens_BT: Any) -> dict[str, Any]:
+    """Gradients of the mean next-token cross-entropy by tensor name, as NumPy arrays."""
+    model.zero_grad()
+    tokens = torch.as_tensor(tokens_BT, dtype=torch.long)
+    logits = model(input_ids=tokens).logits[:, :-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}

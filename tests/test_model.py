@@ -44,9 +44,9 @@ def placed(mesh: Mesh, sharding: Sharding, *arrays: Any) -> list[jax.Array]:
 def packed_logits(params: Params, tokens: Any, segments: Any, positions: Any, mesh: Mesh, **options: Any) -> jax.Array:
     sharding = Sharding.for_model(CONFIG, mesh)
     model = bind(CONFIG, params, sharding, Options(**options))
-    mask = jax.tree.map(lambda x: jax.reshard(x, sharding.tokens), kernels.packed_mask(segments))
+    logits = model.logits(model(tokens, positions, kernels.packed_mask(segments))[0])
     # Whole rows, so that a test may slice the vocabulary.
-    return jax.reshard(model.logits(model(tokens, positions, mask)[0]), jax.P(*sharding.rows, None, None))
+    return jax.reshard(logits, jax.P(*sharding.rows, None, None))
 
 
 def two_documents(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -147,8 +147,8 @@ def test_cached_decoding_equals_the_full_pass_token_by_token_and_in_chunks(mesh:
         all_tokens, all_positions = placed(mesh, sharding, tokens, positions)
         expected, _ = model(all_tokens, all_positions, kernels.causal_mask(2, T))
         shape = (2, sharding.kv_heads, slots, CONFIG.head_dim)
-        buffers = tuple(jnp.full(shape, jnp.nan, out_sharding=sharding.cache) for _ in range(CONFIG.num_layers))
-        cache: KVCache | None = jax.tree.map(jnp.zeros_like, KVCache(buffers, buffers))
+        buffers = tuple(jnp.zeros(shape, out_sharding=sharding.cache) for _ in range(CONFIG.num_layers))
+        cache: KVCache | None = KVCache(buffers, buffers)
         got = []
         for start, stop in [(0, 11), (11, 20), *((t, t + 1) for t in range(20, T))]:
             size = stop - start

@@ -88,9 +88,9 @@ def prefill(
     shift_B = end - lengths_B
     # A single row always ends where it should.
     write = CacheWrite(slot=jnp.int32(0), shift_B=shift_B if B > 1 else None, fresh=True)
-    mask = jax.tree.map(lambda x: jax.reshard(x, spec.tokens), kernels.causal_mask(B, T))
-    positions_BT = jax.reshard(jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)), spec.tokens)
-    x_BTD, cache = model(tokens_BT, positions_BT, mask, cache=KVCache(empty(), empty()), write=write)
+    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    cache: KVCache | None = KVCache(empty(), empty())
+    x_BTD, cache = model(tokens_BT, positions_BT, kernels.causal_mask(B, T), cache=cache, write=write)
     x_BD = x_BTD.at[jnp.arange(B), lengths_B - 1].get(out_sharding=P(*spec.rows, None))
 
     def start(tokens_BT: jax.Array, lengths_B: jax.Array, seeds_B: jax.Array) -> Any:
@@ -136,7 +136,7 @@ def decode(
     model = bind(program.config, params, spec, program.options)
 
     def column(x: jax.Array) -> jax.Array:
-        return jax.reshard(jnp.broadcast_to(x, (B,))[:, None], spec.tokens)
+        return jnp.broadcast_to(x, (B,))[:, None]
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[jax.Array, jax.Array | None]]:
         mask = kernels.Mask(column(state.start_B), column(state.slot + 1))

@@ -1,0 +1,146 @@
+"""Checkpoints: an interrupted run is the uninterrupted one, and a wrong model, tokenizer or data is refused."""
+
+import contextlib
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from qwen_jax.config import load_config, published
+from qwen_jax.errors import InputError
+from qwen_jax.tokenizer import load_tokenizer, train_bpe
+from train.checkpoint import Checkpoints
+from train.data.loader import batches, fingerprint
+from train.data.packing import pack
+from train.loop import LoopConfig, fit
+from train.metrics import MetricsLog, read_log
+from train.optimizer import OptimizerConfig
+from train.pretrain import PretrainConfig, init_state, make_train_step
+
+TEXTS = ["def f(x):\n    return x + 1\n" * 30, "import os\nprint(os.getcwd())\n" * 20]
+MODEL = dataclasses.replace(published("tiny"), vocab_size=384, num_layers=1)
+CONFIG = PretrainConfig(MODEL, OptimizerConfig(20, 1e-2, warmup_steps=4), dtype="float32", loss_chunk=16)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(TEXTS, 300)
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer):
+    return pack([[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(TEXTS)], 16)
+
+
+@pytest.fixture(scope="module")
+def step():
+    """One compiled step for all tests, as one process has."""
+    from qwen_jax.sharding import make_mesh
+
+    return make_train_step(CONFIG, make_mesh({}, jax.devices()[:1]))
+
+
+def train(folder, mesh, tokenizer, rows, step, steps, resume=False):
+    """Runs up to `steps` as a process does that starts now; returns the final state on the host."""
+    run = {"data": fingerprint(rows), "seed": 5}
+    with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", MODEL, tokenizer, run) as checkpoints:
+        # Another seed: nothing of the fresh state may survive a restore.
+        state = init_state(CONFIG, 99 if resume else 0, mesh)
+        if resume:
+            state = checkpoints.restore(state)
+        with contextlib.closing(MetricsLog(folder / "metrics.jsonl", int(state.step))) as log:
+            loop = LoopConfig(steps, checkpoint_every=10)
+            data = batches(rows, 4, seed=5)
+            state = fit(loop, state, step, data, mesh=mesh, log=log, checkpoints=checkpoints)
+        return jax.device_get(state)
+
+
+def losses(folder):
+    return [(r["step"], r["loss"], r["grad_norm"], r["learning_rate"]) for r in read_log(folder / "metrics.jsonl")]
+
+
+def test_ten_steps_save_restore_and_ten_more_are_twenty_steps(mesh, tmp_path, tokenizer, rows, step):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    straight.mkdir()
+    broken.mkdir()
+    expected = train(straight, mesh, tokenizer, rows, step, 20)
+    train(broken, mesh, tokenizer, rows, step, 10)
+    got = train(broken, mesh, tokenizer, rows, step, 20, resume=True)
+    assert len(losses(straight)) == 20
+    assert losses(broken) == losses(straight)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+
+
+def test_saving_in_the_background_survives_donation(mesh, tmp_path, tokenizer, step, rows):
+    with jax.set_mesh(mesh), Checkpoints(tmp_path / "run", MODEL, tokenizer) as checkpoints:
+        state = init_state(CONFIG, 0, mesh)
+        before = jax.tree.map(np.array, jax.device_get(state))
+        checkpoints.save(state, 0)
+        # The step overwrites the buffers that are being saved.
+        fit(LoopConfig(3), state, step, batches(rows, 4, seed=0), mesh=mesh)
+        checkpoints._manager.wait_until_finished()
+        restored = jax.device_get(checkpoints.restore(init_state(CONFIG, 1, mesh), 0))
+    jax.tree.map(np.testing.assert_array_equal, restored, before)
+
+
+def test_the_newest_are_kept_and_each_is_a_model_folder(mesh, tmp_path, tokenizer):
+    with jax.set_mesh(mesh), Checkpoints(tmp_path / "run", MODEL, tokenizer, keep_last=2) as checkpoints:
+        state = init_state(CONFIG, 0, mesh)
+        for number in (1, 2, 3):
+            checkpoints.save(dataclasses.replace(state, step=state.step + number), number)
+            checkpoints.save(state, number)  # Saved already: nothing happens.
+    assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.is_dir()) == ["2", "3"]
+    for number in ("2", "3"):
+        folder = tmp_path / "run" / number
+        assert load_config(folder) == MODEL
+        assert load_tokenizer(folder).fingerprint() == tokenizer.fingerprint()
+        assert (folder / "params").is_dir()
+        assert not list(folder.glob("*.tmp"))
+    with jax.set_mesh(mesh), Checkpoints(tmp_path / "run", MODEL, tokenizer) as checkpoints:
+        assert checkpoints.latest_step == 3
+        assert int(checkpoints.restore(state).step) == 3
+        with pytest.raises(InputError, match=r"no checkpoint of step 1; it has \[2, 3\]"):
+            checkpoints.restore(state, 1)
+
+
+def test_resuming_with_something_else_is_refused_and_touches_nothing(tmp_path, tokenizer):
+    folder = tmp_path / "run"
+    Checkpoints(folder, MODEL, tokenizer, {"seed": 1}).close()
+    content = {p: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    wider = dataclasses.replace(MODEL, hidden_size=128)
+    with pytest.raises(InputError, match="another model: hidden_size was 64 and is now 128"):
+        Checkpoints(folder, wider, tokenizer, {"seed": 1})
+    with pytest.raises(InputError, match="another run: tokenizer was"):
+        Checkpoints(folder, MODEL, train_bpe(TEXTS, 290), {"seed": 1})
+    with pytest.raises(InputError, match="another run: seed was 1 and is now 2"):
+        Checkpoints(folder, MODEL, tokenizer, {"seed": 2})
+    assert {p: p.read_bytes() for p in folder.iterdir() if p.is_file()} == content
+    Checkpoints(folder, MODEL, tokenizer, {"seed": 1}).close()
+
+
+def test_nothing_to_restore_and_a_foreign_folder_are_clear_errors(mesh, tmp_path, tokenizer):
+    with jax.set_mesh(mesh), Checkpoints(tmp_path / "run", MODEL, tokenizer) as checkpoints:
+        assert checkpoints.latest_step is None
+        with pytest.raises(InputError, match="has no checkpoint"):
+            checkpoints.restore(init_state(CONFIG, 0, mesh))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("mine")
+    with pytest.raises(InputError, match="not empty and holds no run"):
+        Checkpoints(tmp_path / "foreign", MODEL, tokenizer)
+    assert [p.name for p in (tmp_path / "foreign").iterdir()] == ["thesis.tex"]
+
+
+def test_weights_restore_without_the_optimiser(mesh, tmp_path, tokenizer):
+    import orbax.checkpoint as ocp
+
+    with jax.set_mesh(mesh):
+        state = init_state(CONFIG, 0, mesh)
+        with Checkpoints(tmp_path / "run", MODEL, tokenizer) as checkpoints:
+            checkpoints.save(state, 7)
+        with ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore(tmp_path / "run" / "7" / "params", state.params)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(state.params))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["tokenizer"] == tokenizer.fingerprint()
