@@ -1,0 +1,218 @@
+"""The command line, as a script would use it."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hf import make_hf_checkpoint
+
+from qwen_jax.cli import main
+from qwen_jax.tokenizer import Tokenizer, load_tokenizer, train_bpe
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a tokenizer, as one would find it."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_bpe(["hello world, hello there"] * 4, 300)
+    make_hf_checkpoint(folder, vocab_size=384, eos_token_id=tokenizer.eos_id, dialect="4", dtype="bfloat16")
+    tokenizer.save(folder)
+    sampling = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "max_new_tokens": 5}
+    (folder / "generation_config.json").write_text(json.dumps(sampling))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> Tokenizer:
+    return load_tokenizer(model)
+
+
+def run(capsys: Capture, *argv: Any) -> tuple[int, str, str]:
+    status = main([str(x) for x in argv])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def feed(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+
+
+def test_info_of_a_name_and_of_a_folder(capsys: Capture, model: Path) -> None:
+    status, out, _ = run(capsys, "info", "Qwen/Qwen2.5-7B-Instruct", "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert report["parameters"]["total"] == 7_615_616_512
+    assert report["weights_bytes"]["bfloat16"] == 2 * 7_615_616_512
+    assert report["kv_bytes_per_token"]["bfloat16"] == 56 * 1024
+    assert json.loads(run(capsys, "info", model, "--json")[1])["config"]["vocab_size"] == 384
+    assert "7,615,616,512" in run(capsys, "info", "qwen2.5-7b")[1]
+
+
+def test_convert_and_verify_round_trip(capsys: Capture, model: Path, tmp_path: Path) -> None:
+    assert run(capsys, "convert", model, tmp_path / "orbax")[0] == 0
+    assert run(capsys, "convert", tmp_path / "orbax", tmp_path / "hf")[0] == 0
+    status, out, _ = run(capsys, "verify", model, tmp_path / "hf", "--json")
+    assert status == 0
+    assert json.loads(out)["max_abs"] == 0
+    assert run(capsys, "verify", tmp_path / "orbax", "--against", "transformers")[0] == 0
+
+
+def test_verify_exit_codes(capsys: Capture, model: Path, tmp_path: Path) -> None:
+    tokens = load_tokenizer(model)
+    make_hf_checkpoint(tmp_path / "other", vocab_size=384, eos_token_id=tokens.eos_id, dtype="bfloat16", seed=1)
+    status, out, _ = run(capsys, "verify", model, tmp_path / "other", "--json")
+    assert status == 1
+    assert json.loads(out)["passed"] is False
+    make_hf_checkpoint(tmp_path / "wide", vocab_size=400)
+    status, _, err = run(capsys, "verify", model, tmp_path / "wide")
+    assert status == 2
+    assert "vocabulary" in err
+    assert run(capsys, "verify", model, tmp_path / "missing")[0] == 2
+    assert run(capsys, "verify", model)[0] == 2
+
+
+def generate(capsys: Capture, model: Path, *argv: Any) -> list[dict[str, Any]]:
+    status, out, _ = run(capsys, "generate", "--model", model, "--json", *argv)
+    assert status == 0
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_generate_json(capsys: Capture, model: Path, tokenizer: Tokenizer) -> None:
+    (one,) = generate(capsys, model, "--prompt", "hello", "--logprobs", "--seed", 3)
+    assert set(one) == {"prompt_token_ids", "token_ids", "text", "finish_reason", "logprobs"}
+    assert one["prompt_token_ids"] == tokenizer.encode("hello")
+    assert len(one["token_ids"]) == len(one["logprobs"]) == 5, "max_new_tokens of generation_config.json"
+    assert one["text"] == tokenizer.decode(one["token_ids"], skip_special_tokens=True)
+    assert one["finish_reason"] == "length"
+    assert generate(capsys, model, "--prompt", "hello", "--seed", 3)[0]["token_ids"] == one["token_ids"]
+
+
+def test_generate_takes_prompts_from_everywhere_and_batches_change_nothing(
+    capsys: Capture, model: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["hello", "world, hello", "there"]
+    (tmp_path / "prompts.txt").write_text("\n".join(texts) + "\n")
+    expected = generate(capsys, model, *[x for text in texts for x in ("--prompt", text)])
+    assert generate(capsys, model, "--prompt-file", tmp_path / "prompts.txt", "--batch-size", 2) == expected
+    feed(monkeypatch, "\n".join(texts).encode())
+    assert generate(capsys, model, "--prompt-file", "-") == expected
+    ids = [x for text in texts for x in ("--prompt-ids", ",".join(map(str, tokenizer.encode(text))))]
+    assert generate(capsys, model, *ids) == expected
+
+
+def test_generate_streams_the_same_text(capsys: Capture, model: Path) -> None:
+    status, out, _ = run(capsys, "generate", "--model", model, "--prompt", "hello", "--seed", 3)
+    assert status == 0
+    assert out == generate(capsys, model, "--prompt", "hello", "--seed", 3)[0]["text"] + "\n"
+
+
+def test_generate_on_a_tensor_mesh(capsys: Capture, model: Path) -> None:
+    plain = generate(capsys, model, "--prompt", "hello", "--temperature", 0)
+    assert generate(capsys, model, "--prompt", "hello", "--temperature", 0, "--mesh", "tensor=2") == plain
+
+
+def test_tokenize_and_back(capsys: Capture, model: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "hello world\n\nhéllo <|im_end|> 你好\n"
+    feed(monkeypatch, text.encode())
+    _, out, _ = run(capsys, "tokenize", "--model", model)
+    ids = [json.loads(line) for line in out.splitlines()]
+    assert ids == [tokenizer.encode(line) for line in text.splitlines()]
+    feed(monkeypatch, out.encode())
+    assert run(capsys, "tokenize", "--model", model, "--decode")[1] == text
+
+
+def test_chat_answers_and_forgets_on_reset(capsys: Capture, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed(monkeypatch, b"hello\n/reset\nhello\nhello\n/exit\nnever\n")
+    status, out, _ = run(capsys, "chat", "--model", model, "--temperature", "0", "--max-new-tokens", "6")
+    replies = out.split("\n")
+    assert status == 0
+    assert replies[0] == replies[1]
+    assert len([reply for reply in replies if reply]) == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["generate", "--model", "MODEL"], "exactly one"),
+        (["generate", "--model", "MODEL", "--prompt", "a", "--prompt-ids", "1"], "exactly one"),
+        (["generate", "--model", "MODEL", "--prompt", ""], "empty"),
+        (["generate", "--model", "MODEL", "--prompt-ids", "1,x"], "token ids such as 1,2,3"),
+        (["generate", "--model", "MODEL", "--prompt-ids", "383"], "Prompt 0 has token id 383"),
+        (["generate", "--model", "MODEL", "--prompt", "a", "--temperature", "-1"], "temperature must be"),
+        (["generate", "--model", "MODEL", "--prompt", "a", "--max-new-tokens", "600"], "context of 512"),
+        (["generate", "--model", "MODEL", "--prompt", "a", "--mesh", "tensors=2"], "axes"),
+        (["generate", "--model", "MODEL", "--prompt", "a", "--mesh", "tensor=3"], "not divisible"),
+        (["generate", "--model", "MODEL", "--prompt", "a", "--mesh", "tensor=64"], "64 devices"),
+        (["generate", "--model", "MODEL", "--prompt-file", "nowhere.txt"], "does not exist"),
+        (["generate", "--model", "no/such/folder", "--prompt", "a"], "no/such/folder"),
+        (["info", "qwen2.5-8b"], "Unknown model"),
+        (["convert", "MODEL", "MODEL"], "exists"),
+        (["verify", "MODEL", "MODEL", "--against", "transformers"], "one of the two"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else None,
+)
+def test_bad_input_is_one_line_on_standard_error(capsys: Capture, model: Path, argv: list[str], message: str) -> None:
+    status, out, err = run(capsys, *[str(model) if x == "MODEL" else x for x in argv])
+    assert status != 0
+    assert out == ""
+    assert err.startswith("qwen-jax: error: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_prompt_file_and_standard_input_that_are_not_utf8(
+    capsys: Capture, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"fine\nnot \xff\n")
+    status, _, err = run(capsys, "generate", "--model", model, "--prompt-file", tmp_path / "prompts.txt")
+    assert (status, "line 2 is not UTF-8" in err) == (1, True)
+    feed(monkeypatch, b"fine\n\xe4\n")
+    status, out, err = run(capsys, "tokenize", "--model", model)
+    assert (status, "line 2 is not UTF-8" in err, len(out.splitlines())) == (1, True, 1)
+    feed(monkeypatch, b"[1,2]\n[1,\n")
+    status, _, err = run(capsys, "tokenize", "--model", model, "--decode")
+    assert (status, "line 2: expected a JSON array" in err) == (1, True)
+
+
+@pytest.mark.parametrize("command", ["", "info", "convert", "verify", "generate", "chat", "tokenize", "quickstart"])
+def test_help_explains(capsys: Capture, command: str) -> None:
+    try:
+        status = main([command, "--help"] if command else ["--help"])
+    except SystemExit as exit_:
+        status = int(exit_.code or 0)
+    assert status == 0
+    assert len(capsys.readouterr().out) > 200
+
+
+def test_unknown_command_and_option_exit_with_2(capsys: Capture) -> None:
+    assert run(capsys, "frobnicate")[0] == 2
+    with pytest.raises(SystemExit) as exit_:
+        main(["info", "qwen2.5-7b", "--frobnicate"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_installed_command_ignores_the_users_own_modules(model: Path, tmp_path: Path) -> None:
+    """Not even with the working directory on the path; and without a terminal no escape codes are written."""
+    for name in ("train", "convert"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
+    command = Path(sys.executable).parent / "qwen-jax"
+    for argv in ([str(command)], [sys.executable, "-m", "qwen_jax"]):
+        done = subprocess.run(
+            [*argv, "convert", str(model), f"out-{len(argv)}"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "\x1b" not in done.stdout + done.stderr
+    helped = subprocess.run([str(command), "generate", "--help"], capture_output=True, text=True, check=True)
+    assert "\x1b" not in helped.stdout
