@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from qwen_jax.tokenizer import Tokenizer
 
 DType = Literal["bfloat16", "float32", "float16"]
+# Options that say in `--help` what they take.
+Number = Annotated[float | None, tyro.conf.arg(metavar="X")]
+Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
+Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")]
+Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
 
 
 def sibling(name: str) -> ModuleType:
@@ -56,7 +61,7 @@ class Info:
         json: Print one JSON object.
     """
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME_OR_DIR")]
     json: bool = False
 
     def run(self) -> int:
@@ -112,8 +117,8 @@ class Convert:
         dtype: Of the written weights; by default as stored, every tensor byte for byte.
     """
 
-    src: tyro.conf.Positional[str]
-    dst: tyro.conf.Positional[Path]
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     to: Literal["hf", "orbax"] | None = None
     dtype: DType | None = None
 
@@ -134,8 +139,8 @@ class Verify:
         json: Print one JSON object.
     """
 
-    a: tyro.conf.Positional[str]
-    b: tyro.conf.Positional[str | None] = None
+    a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
+    b: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="B")] = None
     against: Literal["transformers"] | None = None
     json: bool = False
 
@@ -172,16 +177,16 @@ class Sampling:
         mesh: Devices to spread over, such as tensor=2.
     """
 
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int = 0
-    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    max_new_tokens: Count = None
+    temperature: Number = None
+    top_k: Count = None
+    top_p: Number = None
+    min_p: Number = None
+    repetition_penalty: Number = None
+    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    stop: Texts = ()
     dtype: DType | None = None
-    mesh: str = ""
+    mesh: Annotated[str, tyro.conf.arg(metavar="AXIS=N,...")] = ""
 
     def resolve(self, defaults: "SamplingParams") -> "SamplingParams":
         """The checkpoint's defaults with what was given on the command line."""
@@ -266,14 +271,14 @@ class Generate:
         batch_size: Prompts to run at a time. Does not change the results.
     """
 
-    model: str
+    model: Folder
     sampling: tyro.conf.OmitArgPrefixes[Sampling]
-    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    prompt_file: str | None = None
-    prompt_ids: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    prompt: Texts = ()
+    prompt_file: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    prompt_ids: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="1,2,3")] = ()
     logprobs: bool = False
     json: bool = False
-    batch_size: int = 32
+    batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 32
 
     def run(self) -> int:
         if self.batch_size < 1:
@@ -358,9 +363,9 @@ class Chat:
         system: System message; by default the chat template's own.
     """
 
-    model: str
+    model: Folder
     sampling: tyro.conf.OmitArgPrefixes[Sampling]
-    system: str | None = None
+    system: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
 
     def run(self) -> int:
         model = _Model(self.model, self.sampling, need_tokenizer=True)
@@ -440,7 +445,7 @@ class Tokenize:
         plain: Treat control tokens in the text as plain text.
     """
 
-    model: str
+    model: Folder
     decode: bool = False
     plain: bool = False
 
@@ -485,10 +490,12 @@ def _quickstart(argv: Sequence[str]) -> int:
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(back), strict=True)
         if not all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs):
             raise RuntimeError(f"The export in {folder} differs from the trained weights.")
-        return len(huggingface.SafetensorsSource(folder).entries)
+        return sum(len(leaf.names) for leaf in sibling("convert.names").leaves(config))
 
     def complete(folder: Path, prompts: Sequence[str], max_new_tokens: int) -> Iterable[Iterable[str]]:
-        model = _Model(str(folder), Sampling(max_new_tokens=max_new_tokens, temperature=0.0), need_tokenizer=True)
+        # Greedy, so small a model would soon repeat itself.
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.7, top_p=0.9, seed=options.seed)
+        model = _Model(str(folder), sampling, need_tokenizer=True)
         engine = model.engine()
         for prompt in prompts:
             stream = engine.stream(prompt, model.sampling, max_new_tokens=max_new_tokens)

@@ -10,6 +10,7 @@ import pytest
 
 from qwen_jax.config import load_config, published
 from qwen_jax.errors import InputError
+from qwen_jax.sharding import make_mesh
 from qwen_jax.tokenizer import load_tokenizer, train_bpe
 from train.checkpoint import Checkpoints
 from train.data.loader import batches, fingerprint
@@ -35,19 +36,26 @@ def rows(tokenizer):
 
 
 @pytest.fixture(scope="module")
+def fresh():
+    """Copies of a fresh state of each seed, compiled once."""
+    mesh = make_mesh({}, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        states = {seed: init_state(CONFIG, seed, mesh) for seed in (0, 1)}
+    return lambda seed: jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding), states[seed])
+
+
+@pytest.fixture(scope="module")
 def step():
     """One compiled step for all tests, as one process has."""
-    from qwen_jax.sharding import make_mesh
-
     return make_train_step(CONFIG, make_mesh({}, jax.devices()[:1]))
 
 
-def train(folder, mesh, tokenizer, rows, step, steps, resume=False):
+def train(folder, mesh, tokenizer, rows, step, fresh, steps, resume=False):
     """Runs up to `steps` as a process does that starts now; returns the final state on the host."""
     run = {"data": fingerprint(rows), "seed": 5}
     with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", MODEL, tokenizer, run) as checkpoints:
         # Another seed: nothing of the fresh state may survive a restore.
-        state = init_state(CONFIG, 99 if resume else 0, mesh)
+        state = fresh(1 if resume else 0)
         if resume:
             state = checkpoints.restore(state)
         with contextlib.closing(MetricsLog(folder / "metrics.jsonl", int(state.step))) as log:
@@ -61,34 +69,34 @@ def losses(folder):
     return [(r["step"], r["loss"], r["grad_norm"], r["learning_rate"]) for r in read_log(folder / "metrics.jsonl")]
 
 
-def test_ten_steps_save_restore_and_ten_more_are_twenty_steps(mesh, tmp_path, tokenizer, rows, step):
+def test_ten_steps_save_restore_and_ten_more_are_twenty_steps(mesh, tmp_path, tokenizer, rows, step, fresh):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     straight.mkdir()
     broken.mkdir()
-    expected = train(straight, mesh, tokenizer, rows, step, 20)
-    train(broken, mesh, tokenizer, rows, step, 10)
-    got = train(broken, mesh, tokenizer, rows, step, 20, resume=True)
+    expected = train(straight, mesh, tokenizer, rows, step, fresh, 20)
+    train(broken, mesh, tokenizer, rows, step, fresh, 10)
+    got = train(broken, mesh, tokenizer, rows, step, fresh, 20, resume=True)
     assert len(losses(straight)) == 20
     assert losses(broken) == losses(straight)
     jax.tree.map(np.testing.assert_array_equal, got, expected)
     assert jax.tree.structure(got) == jax.tree.structure(expected)
 
 
-def test_saving_in_the_background_survives_donation(mesh, tmp_path, tokenizer, step, rows):
+def test_saving_in_the_background_survives_donation(mesh, tmp_path, tokenizer, rows, step, fresh):
     with jax.set_mesh(mesh), Checkpoints(tmp_path / "run", MODEL, tokenizer) as checkpoints:
-        state = init_state(CONFIG, 0, mesh)
+        state = fresh(0)
         before = jax.tree.map(np.array, jax.device_get(state))
         checkpoints.save(state, 0)
         # The step overwrites the buffers that are being saved.
         fit(LoopConfig(3), state, step, batches(rows, 4, seed=0), mesh=mesh)
         checkpoints._manager.wait_until_finished()
-        restored = jax.device_get(checkpoints.restore(init_state(CONFIG, 1, mesh), 0))
+        restored = jax.device_get(checkpoints.restore(fresh(1), 0))
     jax.tree.map(np.testing.assert_array_equal, restored, before)
 
 
-def test_the_newest_are_kept_and_each_is_a_model_folder(mesh, tmp_path, tokenizer):
+def test_the_newest_are_kept_and_each_is_a_model_folder(mesh, tmp_path, tokenizer, fresh):
     with jax.set_mesh(mesh), Checkpoints(tmp_path / "run", MODEL, tokenizer, keep_last=2) as checkpoints:
-        state = init_state(CONFIG, 0, mesh)
+        state = fresh(0)
         for number in (1, 2, 3):
             checkpoints.save(dataclasses.replace(state, step=state.step + number), number)
             checkpoints.save(state, number)  # Saved already: nothing happens.
@@ -121,11 +129,11 @@ def test_resuming_with_something_else_is_refused_and_touches_nothing(tmp_path, t
     Checkpoints(folder, MODEL, tokenizer, {"seed": 1}).close()
 
 
-def test_nothing_to_restore_and_a_foreign_folder_are_clear_errors(mesh, tmp_path, tokenizer):
+def test_nothing_to_restore_and_a_foreign_folder_are_clear_errors(mesh, tmp_path, tokenizer, fresh):
     with jax.set_mesh(mesh), Checkpoints(tmp_path / "run", MODEL, tokenizer) as checkpoints:
         assert checkpoints.latest_step is None
         with pytest.raises(InputError, match="has no checkpoint"):
-            checkpoints.restore(init_state(CONFIG, 0, mesh))
+            checkpoints.restore(fresh(0))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("mine")
     with pytest.raises(InputError, match="not empty and holds no run"):
@@ -133,11 +141,11 @@ def test_nothing_to_restore_and_a_foreign_folder_are_clear_errors(mesh, tmp_path
     assert [p.name for p in (tmp_path / "foreign").iterdir()] == ["thesis.tex"]
 
 
-def test_weights_restore_without_the_optimiser(mesh, tmp_path, tokenizer):
+def test_weights_restore_without_the_optimiser(mesh, tmp_path, tokenizer, fresh):
     import orbax.checkpoint as ocp
 
     with jax.set_mesh(mesh):
-        state = init_state(CONFIG, 0, mesh)
+        state = fresh(0)
         with Checkpoints(tmp_path / "run", MODEL, tokenizer) as checkpoints:
             checkpoints.save(state, 7)
         with ocp.StandardCheckpointer() as checkpointer:

@@ -81,8 +81,8 @@ def test_everything_is_made_and_a_second_run_takes_its_place(text, tmp_path):
     assert summary["text"]["skipped_files"] == [str(text / "image.png")]
     assert summary["tensors_bit_for_bit"] == len(list(np.load(folder / "model" / "weights.npz")))
     # Markup in a completion is text.
-    assert summary["completions"]["class "] == "<6>[bold]é[/bold]"
-    assert "class <6>[bold]é[/bold]" in out
+    assert summary["completions"]["class"] == "<5>[bold]é[/bold]"
+    assert "class<5>[bold]é[/bold]" in out
     assert "1 files skipped" in err
     assert "step 12/12" in err
     assert str(folder / "model") in out

@@ -1,0 +1,137 @@
+"""Text files to documents, and documents to a training and a held-out part."""
+
+import codecs
+import dataclasses
+import glob
+import os
+import sysconfig
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qwen_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """What was read.
+
+    Attributes:
+      texts: one string for each file.
+      skipped: files that are not UTF-8 text.
+    """
+
+    texts: tuple[str, ...]
+    skipped: tuple[Path, ...]
+
+
+def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Expands files, folders (all files below, hidden ones left out) and glob patterns, each sorted by name.
+
+    Raises:
+      InputError: a path that is not there, or a pattern that matches nothing.
+    """
+    found: dict[Path, None] = {}
+    for given in paths:
+        name = os.fspath(given)
+        path = Path(name).expanduser()
+        matches = [path] if path.exists() else [Path(m) for m in sorted(glob.glob(str(path), recursive=True))]
+        if not matches:
+            raise InputError(
+                f"No such file or folder: {name}. Give text files, folders or patterns such as 'docs/*.md'."
+            )
+        for match in matches:
+            found.update(dict.fromkeys(_walk(match) if match.is_dir() else [match]))
+    return list(found)
+
+
+def _walk(folder: Path) -> Iterable[Path]:
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
+        yield from (Path(root) / name for name in sorted(files) if not name.startswith("."))
+
+
+def standard_library() -> list[Path]:
+    """Python's own standard library: its `.py` files, sorted, without installed packages, tests and data tables."""
+    left_out = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data", "_bundled"}
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = [
+        path for path in _walk(folder) if path.suffix == ".py" and left_out.isdisjoint(path.relative_to(folder).parts)
+    ]
+    if not files:
+        raise InputError(f"{folder} has no Python sources. Give your own text with --text.")
+    return files
+
+
+def read_documents(files: Iterable[Path], max_bytes: int) -> Documents:
+    """Reads each file as one document, up to a size in all.
+
+    Args:
+      files: read in this order. Empty ones are left out.
+      max_bytes: reading stops before the file that would go beyond; a first file that does is cut.
+
+    Raises:
+      InputError: a file that cannot be read, or no text in any of them.
+    """
+    texts: list[str] = []
+    skipped: list[Path] = []
+    left = max_bytes
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                content = file.read(left + 1)
+        except OSError as error:
+            raise InputError(f"Cannot read {path}: {error.strerror}.") from None
+        too_long = len(content) > left
+        if too_long and texts:
+            break
+        try:
+            # A character that the cut went through is dropped; any other fault raises.
+            text = codecs.getincrementaldecoder("utf-8-sig")().decode(content[:left], final=not too_long)
+        except UnicodeDecodeError:
+            skipped.append(path)
+            continue
+        if "\0" in text:  # Valid UTF-8, but no text file has it.
+            skipped.append(path)
+        elif text.strip():
+            texts.append(text)
+            left -= min(len(content), left)
+    if not texts:
+        raise InputError(
+            f"Found no text: {len(skipped)} files are not UTF-8 text, the others are empty. Give files with UTF-8 text."
+        )
+    return Documents(tuple(texts), tuple(skipped))
+
+
+def split_documents(texts: Sequence[str], held_out: float, seed: int) -> tuple[list[str], list[str]]:
+    """Splits into a training and a held-out part, by document; a single document is cut at a line end instead.
+
+    Args:
+      texts: documents.
+      held_out: about this fraction of all characters is held out; at least one document.
+      seed: which ones.
+
+    Returns:
+      Training documents and held-out documents, each in the given order.
+
+    Raises:
+      InputError: one document that has fewer than two lines.
+    """
+    if len(texts) == 1:
+        text = texts[0].rstrip("\n")
+        cut = text.rfind("\n", 0, max(int(len(text) * (1 - held_out)), 1)) + 1 or text.find("\n") + 1
+        if not cut:
+            raise InputError(
+                "One document of one line cannot be split into training and held-out text. Give more text."
+            )
+        return [text[:cut]], [text[cut:]]
+    budget = held_out * sum(map(len, texts))
+    chosen: set[int] = set()
+    for i in np.random.default_rng(seed).permutation(len(texts)).tolist():
+        if len(texts[i]) <= budget:
+            chosen.add(i)
+            budget -= len(texts[i])
+    if not chosen:
+        chosen = {min(range(len(texts)), key=lambda i: len(texts[i]))}
+    return [t for i, t in enumerate(texts) if i not in chosen], [t for i, t in enumerate(texts) if i in chosen]

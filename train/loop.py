@@ -1,0 +1,212 @@
+"""The training loop: feed the device, read its numbers one step late, evaluate, save."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from qwen_jax.errors import InputError
+from train.checkpoint import Checkpoints
+from train.data.batch import Batch, place
+from train.metrics import MetricsLog
+from train.pretrain import Metrics, TrainStep
+from train.state import TrainState
+
+
+class Data(Protocol):
+    """Batches by the number of their step; a `grain.MapDataset` is one."""
+
+    def __getitem__(self, step: int) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """When the loop does what. Every interval is in steps; 0 is never.
+
+    Attributes:
+      steps: train until this many are taken.
+      evaluate_every: also before the first step and after the last, unless 0.
+      checkpoint_every: also after the last step, unless 0.
+    """
+
+    steps: int
+    evaluate_every: int = 0
+    checkpoint_every: int = 0
+
+
+def fit(
+    config: LoopConfig,
+    state: TrainState,
+    train_step: TrainStep,
+    data: Data,
+    *,
+    mesh: Mesh,
+    log: MetricsLog | None = None,
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+    checkpoints: Checkpoints | None = None,
+    display: "Display | None" = None,
+) -> TrainState:
+    """Trains from the step that the state is at. Call it under `jax.set_mesh(mesh)`.
+
+    The host only enqueues: the numbers of a step are read after the next one was enqueued, so that the device always
+    has work.
+
+    Args:
+      config: how long, and when to evaluate and save.
+      state: fresh or restored; it is donated.
+      train_step: as from `make_train_step`.
+      data: `data[step]` is the global batch of that step, a pure function of the step: nothing else is needed to
+        resume.
+      mesh: where batches are placed.
+      log: takes one record a step, and one for each evaluation.
+      evaluate: held-out numbers of a state.
+      checkpoints: where to save.
+      display: a progress bar.
+
+    Returns:
+      The state after `config.steps` steps.
+
+    Raises:
+      InputError: the loss is not finite; checkpoints taken before stay.
+    """
+    first = int(state.step)
+    waiting: tuple[int, Metrics, int] | None = None
+    begin = time.perf_counter()
+
+    def report() -> None:
+        nonlocal begin
+        if waiting is None:
+            return
+        step, metrics, tokens = waiting
+        numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if numbers["loss"] - numbers["loss"] != 0.0:
+            raise InputError(
+                f"The loss of step {step} is {numbers['loss']}. Use a smaller learning rate, or look at the data of "
+                "this step; earlier checkpoints are unharmed."
+            )
+        begin, rate = time.perf_counter(), tokens / max(time.perf_counter() - begin, 1e-9)
+        if log:
+            log.write({"step": step, **numbers, "tokens_per_second": rate})
+        if display:
+            display.step(step, numbers["loss"], tokens)
+
+    def held_out(step: int) -> None:
+        if evaluate and config.evaluate_every:
+            numbers = {f"held_out_{name}": value for name, value in evaluate(state).items()}
+            if log:
+                log.write({"step": step, **numbers})
+            if display:
+                display.evaluation(step, numbers)
+
+    if first == 0:
+        held_out(0)
+    for index in range(first, config.steps):
+        batch: Batch = data[index]
+        state, metrics = train_step(state, place(batch, mesh))
+        report()
+        step = index + 1
+        waiting = step, metrics, batch.tokens.size
+        last = step == config.steps
+        if last or _due(step, config.evaluate_every) or _due(step, config.checkpoint_every):
+            report()
+            waiting = None
+        if last or _due(step, config.evaluate_every):
+            held_out(step)
+        if checkpoints and config.checkpoint_every and (last or _due(step, config.checkpoint_every)):
+            checkpoints.save(state, step)
+        if waiting is None:
+            begin = time.perf_counter()  # What stood between two steps is no part of the next one's time.
+    return state
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class Display:
+    """Loss, tokens per second and time left, on a console: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console, steps: int, first: int = 0, lines: int = 20):
+        """Makes a display; use it in a `with` statement.
+
+        Args:
+          console: on standard error, by custom. Rich respects NO_COLOR.
+          steps: of the run.
+          first: steps taken before.
+          lines: how many where there is no terminal.
+        """
+        self._console, self._steps, self._first = console, steps, first
+        self._every = max((steps - first) // lines, 1)
+        self._begin, self._tokens, self._timed = time.perf_counter(), 0, 0
+        self._recent: list[float] = []
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("loss [bold]{task.fields[loss]}[/bold]"),
+            TextColumn("{task.fields[rate]} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> "Display":
+        if self._console.is_terminal:
+            self._progress.start()
+            self._task = self._progress.add_task("", total=self._steps, completed=self._first, loss="-", rate="-")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._progress.stop()
+
+    def step(self, step: int, loss: float, tokens: int) -> None:
+        """Shows one step. The loss shown is a mean over the last steps, for a single one jumps about."""
+        self._recent = [*self._recent[-19:], loss]
+        mean = sum(self._recent) / len(self._recent)
+        if self._timed == 0:
+            self._begin = time.perf_counter()  # The first step compiles; speed is that of the others.
+        else:
+            self._tokens += tokens
+        elapsed = time.perf_counter() - self._begin
+        rate = self._tokens / elapsed if self._timed else 0.0
+        left = elapsed / self._timed * (self._steps - step) if self._timed else 0.0
+        self._timed += 1
+        if self._task is not None:
+            self._progress.update(self._task, completed=step, loss=f"{mean:.3f}", rate=f"{rate:,.0f}")
+        elif step % self._every == 0 or step == self._steps:
+            speed = f"  {rate:,.0f} tokens/s  {left:.0f} s left" if rate else ""
+            self._console.print(f"step {step}/{self._steps}  loss {mean:.3f}{speed}", highlight=False, soft_wrap=True)
+
+    def evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Prints held-out numbers above the bar."""
+        text = "  ".join(
+            f"{name.replace('_', ' ').replace('held out', 'held-out')} {value:.3f}" for name, value in numbers.items()
+        )
+        self._console.print(f"step {step}: {text}", highlight=False, soft_wrap=True)
+
+
+def held_out_loss(
+    params: Any, eval_step: Callable[[Any, Batch], Any], batches: Sequence[Batch], mesh: Mesh
+) -> tuple[float, float]:
+    """Runs an evaluation over all batches.
+
+    Args:
+      params: of the model.
+      eval_step: as from `make_eval_step`.
+      batches: on the host.
+      mesh: where they are placed.
+
+    Returns:
+      Summed loss in nats, and summed weight.
+    """
+    sums = [eval_step(params, place(batch, mesh)) for batch in batches]
+    totals = jax.device_get(sums)
+    return float(sum(s.loss for s in totals)), float(sum(s.weight for s in totals))

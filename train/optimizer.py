@@ -1,0 +1,102 @@
+"""AdamW, its schedules, and what it does not decay."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import optax
+
+from qwen_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with warm-up, decay and global-norm clipping.
+
+    Attributes:
+      steps: length of the whole schedule.
+      learning_rate: the peak.
+      warmup_steps: linear up to the peak.
+      schedule: after the warm-up, "cosine" or "linear" down to the final rate, or "wsd": stay at the peak, then
+        linear decay over the last `decay_steps` (Hu et al. 2024, arXiv:2404.06395).
+      decay_steps: of "wsd" only.
+      final_fraction: final rate as a fraction of the peak.
+      beta1, beta2, eps: Adam's.
+      weight_decay: times the learning rate, taken off every weight but norms and biases.
+      clip_norm: the largest global norm of a gradient.
+    """
+
+    steps: int
+    learning_rate: float = 3e-4
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    decay_steps: int = 0
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("cosine", "linear", "wsd"):
+            raise InputError(f"schedule must be cosine, linear or wsd, got {self.schedule!r}.")
+        if self.decay_steps and self.schedule != "wsd":
+            raise InputError(
+                f"decay_steps belongs to schedule 'wsd'; {self.schedule!r} decays from the warm-up to the end."
+            )
+        if min(self.warmup_steps, self.decay_steps) < 0 or not self.warmup_steps + self.decay_steps < self.steps:
+            raise InputError(
+                f"warmup_steps ({self.warmup_steps}) and decay_steps ({self.decay_steps}) must fit into "
+                f"steps ({self.steps}) with at least one step between them."
+            )
+        if not self.learning_rate > 0 or not self.clip_norm > 0 or not 0 <= self.final_fraction <= 1:
+            raise InputError(
+                "learning_rate and clip_norm must be positive and final_fraction between 0 and 1, got "
+                f"{self.learning_rate}, {self.clip_norm} and {self.final_fraction}."
+            )
+
+
+def make_schedule(config: OptimizerConfig) -> optax.Schedule:
+    """The learning rate of each step, counted from 0."""
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    # Step i of the warm-up takes (i + 1) / warmup_steps of the peak: no step is wasted at a rate of 0.
+    rise = peak / max(config.warmup_steps, 1)
+    warmup = optax.linear_schedule(rise, peak + rise, config.warmup_steps) if config.warmup_steps else None
+    rest = config.steps - config.warmup_steps
+    if config.schedule == "cosine":
+        pieces = [optax.cosine_decay_schedule(peak, rest, config.final_fraction)]
+        starts = [config.warmup_steps]
+    elif config.schedule == "linear":
+        pieces, starts = [optax.linear_schedule(peak, final, rest)], [config.warmup_steps]
+    else:
+        pieces = [optax.constant_schedule(peak), optax.linear_schedule(peak, final, max(config.decay_steps, 1))]
+        starts = [config.warmup_steps, config.steps - config.decay_steps]
+    if warmup is None:
+        return pieces[0] if len(pieces) == 1 else optax.join_schedules(pieces, starts[1:])
+    return optax.join_schedules([warmup, *pieces], starts)
+
+
+def decay_mask(params: Any) -> Any:
+    """The tree of `params` with True where weight decay applies: everywhere but in norms and biases."""
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        names = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        return names[-1] != "bias" and not any(name.endswith("norm") for name in names)
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping, Adam's moments in the dtype of the weights, decoupled weight decay, and the schedule."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            make_schedule(config),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+        ),
+    )

@@ -1,0 +1,380 @@
+"""The whole way once, small: text, tokenizer, model, training, checkpoint, export, and the trained model speaks."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
+from qwen_jax.model import Params
+from qwen_jax.sharding import make_mesh
+from qwen_jax.tokenizer import Tokenizer, train_bpe
+from train.checkpoint import Checkpoints, write_json
+from train.data.batch import Batch
+from train.data.loader import batches, fingerprint, whole_batches
+from train.data.packing import pack
+from train.data.text import Documents, find_files, read_documents, split_documents, standard_library
+from train.loop import Display, LoopConfig, fit, held_out_loss
+from train.metrics import MetricsLog, bits_per_byte, read_log, scored_bytes
+from train.optimizer import OptimizerConfig
+from train.plot import plot_run
+from train.pretrain import PretrainConfig, init_state, make_eval_step, make_train_step
+from train.state import TrainState
+
+Export = Callable[[Params, ModelConfig, Tokenizer, Path], None]
+"""Writes a Hugging Face folder."""
+VerifyExport = Callable[[Params, ModelConfig, Path], int]
+"""Compares a Hugging Face folder with parameters bit for bit: how many tensors are equal; raises if one is not."""
+Complete = Callable[[Path, Sequence[str], int], Iterable[Iterable[str]]]
+"""From a Hugging Face folder, prompts and a number of new tokens: for each prompt, its completion piece by piece."""
+
+_SUMMARY, _MADE_BY = "summary.json", "qwen-jax quickstart"
+_HELD_OUT_BYTES = 100_000
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickstartOptions:
+    """Train a tokenizer and a small Qwen2.5 model on real text, export it, and let it speak.
+
+    Attributes:
+      text: files, folders or patterns to learn from; by default the sources of Python's own standard library.
+      output: folder for everything that is made. The folder of an earlier quickstart is replaced, any other is not.
+      prompts: what the trained model completes.
+      steps: training steps.
+      batch: rows in a step.
+      length: tokens in a row.
+      layers: transformer blocks.
+      hidden: width of the model, a multiple of 64.
+      vocab_size: of the tokenizer that is trained.
+      learning_rate: the peak.
+      max_new_tokens: how long a completion may become.
+      max_megabytes: how much text to read at most.
+      seed: of the weights, the order of the data and the choice of held-out documents.
+    """
+
+    text: tuple[str, ...] = ()
+    output: Path = Path("quickstart-run")
+    prompts: tuple[str, ...] = ("import", "class", "def __init__(self", "    for i in")
+    steps: int = 1200
+    batch: int = 8
+    length: int = 128
+    layers: int = 4
+    hidden: int = 128
+    vocab_size: int = 2048
+    learning_rate: float = 4e-3
+    max_new_tokens: int = 64
+    max_megabytes: float = 6.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 2), ("batch", 1), ("length", 8), ("layers", 1), ("max_new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if self.hidden < 64 or self.hidden % 64:
+            raise InputError(f"hidden must be a multiple of 64, the width of a head; got {self.hidden}.")
+        if not self.max_megabytes > 0 or not self.learning_rate > 0:
+            raise InputError(
+                f"max_megabytes and learning_rate must be positive, got {self.max_megabytes} and {self.learning_rate}."
+            )
+        if any(not prompt for prompt in self.prompts):
+            raise InputError("A prompt is empty. Give at least one character to complete.")
+
+
+def run(
+    options: QuickstartOptions,
+    *,
+    export: Export,
+    verify_export: VerifyExport,
+    complete: Complete,
+    console: Console | None = None,
+    progress: Console | None = None,
+) -> dict[str, Any]:
+    """Runs the quickstart. Conversion and generation are passed in: training does not import them.
+
+    The output folder appears whole, at the end, or not at all.
+
+    Args:
+      options: what to learn from, and how large.
+      export: writes a Hugging Face folder.
+      verify_export: proves that it comes back bit for bit.
+      complete: streams completions.
+      console: for results; standard output by default.
+      progress: for progress; standard error by default.
+
+    Returns:
+      The content of `summary.json`.
+
+    Raises:
+      InputError: no such text, no or too little text, or an output folder that is not a quickstart's.
+    """
+    console, progress = console or Console(), progress or Console(stderr=True)
+    output = options.output.absolute()
+    _check_output(output)
+    clock = _Clock(progress)
+
+    with clock("reading text"):
+        documents = _read(options)
+    training, held_out = split_documents(documents.texts, _held_out_fraction(documents), options.seed)
+    num_bytes = sum(len(text.encode()) for text in documents.texts)
+    origin = ", ".join(options.text) or f"the standard library of Python {platform.python_version()}"
+    clock.say(
+        f"{len(documents.texts)} documents, {num_bytes / 1e6:.1f} MB, from {origin}; {len(held_out)} of them held out"
+        + (f"; {len(documents.skipped)} files skipped that are not UTF-8 text" if documents.skipped else "")
+    )
+    with clock("training the tokenizer"):
+        tokenizer = train_bpe(training, options.vocab_size)
+    with clock("encoding"):
+        rows, held_out_rows = (_rows(tokenizer, texts, options.length) for texts in (training, held_out))
+        data = batches(rows, options.batch, options.seed)
+        evaluation = _Evaluation(tokenizer, held_out_rows, options.batch)
+    tokens = int(rows.loss_weights.sum())
+    clock.say(f"{tokenizer.vocab_size} token ids, {num_bytes / _num_tokens(rows, held_out_rows):.2f} bytes a token")
+
+    config = _config(options, tokenizer)
+    model = config.model
+    clock.say(
+        f"a Qwen2.5 model of {model.num_params()['total'] / 1e6:.1f}M parameters: {model.num_layers} layers, width "
+        f"{model.hidden_size}, {model.num_heads} query and {model.num_kv_heads} key/value heads, tied embeddings"
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        mesh = make_mesh({}, jax.devices()[:1])
+        seen = {"seed": options.seed, "batch": options.batch, "data": fingerprint(rows)}
+        with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", model, tokenizer, seen) as checkpoints:
+            eval_step = make_eval_step(config, mesh)
+            with (
+                clock("training", say=False),
+                contextlib.closing(MetricsLog(folder / "metrics.jsonl")) as log,
+                Display(progress, options.steps) as display,
+            ):
+                state = fit(
+                    LoopConfig(options.steps, max(options.steps // 5, 1), max(options.steps // 2, 1)),
+                    init_state(config, options.seed, mesh),
+                    make_train_step(config, mesh),
+                    data,
+                    mesh=mesh,
+                    log=log,
+                    evaluate=lambda state: evaluation(state, eval_step, mesh),
+                    checkpoints=checkpoints,
+                    display=display,
+                )
+        with clock("saving"):
+            records = read_log(folder / "metrics.jsonl")
+            title = f"{model.num_params()['total'] / 1e6:.1f}M-parameter Qwen2.5 on {origin}"
+            plot_run(records, folder / "loss.png", title)
+            export(state.params, model, tokenizer, folder / "model")
+        with clock("comparing the export with the trained weights"):
+            num_tensors = verify_export(state.params, model, folder / "model")
+        clock.say(f"all {num_tensors} tensors come back bit for bit")
+        with clock("completing prompts", say=False):
+            completions = _complete(options, complete, folder / "model", console)
+        curve = {int(r["step"]): r["held_out_bits_per_byte"] for r in records if "held_out_bits_per_byte" in r}
+        losses = [r["loss"] for r in records if "loss" in r]
+        summary = {
+            "made_by": _MADE_BY,
+            "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
+            "versions": {"python": platform.python_version()}
+            | {
+                name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")
+            },
+            "text": {
+                "from": origin,
+                "documents": len(documents.texts),
+                "held_out_documents": len(held_out),
+                "bytes": num_bytes,
+                "skipped_files": [str(path) for path in documents.skipped],
+            },
+            "tokenizer": {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint()},
+            "parameters": model.num_params()["total"],
+            "tokens_in_text": tokens,
+            "tokens_trained": options.steps * options.batch * options.length,
+            "first_loss": losses[0],
+            "last_loss": sum(losses[-20:]) / len(losses[-20:]),
+            "held_out_bits_per_byte": curve,
+            "tensors_bit_for_bit": num_tensors,
+            "completions": completions,
+            "seconds": clock.seconds,
+        }
+        write_json(folder / _SUMMARY, summary)
+        _replace(folder, output)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    _say_results(console, options.output, summary)
+    return summary
+
+
+class _Clock:
+    """Says what goes on and how long it took."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self.seconds: dict[str, float] = {}
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def __call__(self, what: str, say: bool = True) -> Iterator[None]:
+        begin = time.perf_counter()
+        if say and self._console.is_terminal:
+            with self._console.status(what):
+                yield
+        else:
+            yield
+        self.seconds[what] = round(time.perf_counter() - begin, 1)
+        if say:
+            self.say(f"{what}: {self.seconds[what]:.1f} s")
+
+
+class _Evaluation:
+    """Held-out loss and bits per byte."""
+
+    def __init__(self, tokenizer: Tokenizer, rows: Batch, batch: int):
+        special = tokenizer.special_ids
+        bytes_of_id = np.array(
+            [0 if i in special else len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
+        )
+        self._batches, self._bytes = whole_batches(rows, batch), scored_bytes(rows, bytes_of_id)
+        if not self._bytes:
+            raise InputError("The held-out text is too short to measure anything. Give more text.")
+
+    def __call__(self, state: TrainState, eval_step: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:
+        nats, weight = held_out_loss(state.params, eval_step, self._batches, mesh)
+        return {"loss": nats / weight, "bits_per_byte": bits_per_byte(nats, self._bytes)}
+
+
+def _check_output(output: Path) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    try:
+        ours = json.loads((output / _SUMMARY).read_text(encoding="utf-8"))["made_by"] == _MADE_BY
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise InputError(
+            f"{output} exists and was not made by a quickstart. Give another folder with --output, or remove it."
+        )
+
+
+def _replace(folder: Path, output: Path) -> None:
+    """Puts the new folder in the place of an earlier one."""
+    folder.chmod(0o777 & ~_umask())  # mkdtemp makes it private.
+    if output.exists():
+        old = folder.with_name(folder.name + "-old")
+        os.replace(output, old)
+        os.replace(folder, output)
+        shutil.rmtree(old)
+    else:
+        os.replace(folder, output)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _read(options: QuickstartOptions) -> Documents:
+    files = find_files(options.text) if options.text else standard_library()
+    # Shuffled, for reading may stop before the last one.
+    order = np.random.default_rng(options.seed).permutation(len(files))
+    return read_documents([files[i] for i in order], int(options.max_megabytes * 1e6))
+
+
+def _held_out_fraction(documents: Documents) -> float:
+    return min(0.1, _HELD_OUT_BYTES / sum(map(len, documents.texts)))
+
+
+def _rows(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Batch:
+    # Text that happens to spell a control token stays text.
+    ids = tokenizer.encode_batch(texts, parse_special=False)
+    return pack([[*document, tokenizer.eos_id] for document in ids], length)
+
+
+def _num_tokens(*rows: Batch) -> int:
+    return int(sum(part.loss_weights.sum() for part in rows))
+
+
+def _config(options: QuickstartOptions, tokenizer: Tokenizer) -> PretrainConfig:
+    heads = options.hidden // 64
+    model = ModelConfig(
+        vocab_size=-(-tokenizer.vocab_size // 128) * 128,
+        hidden_size=options.hidden,
+        intermediate_size=3 * options.hidden,
+        num_layers=options.layers,
+        num_heads=heads,
+        num_kv_heads=heads // 2 if heads % 2 == 0 else 1,
+        head_dim=64,
+        tie_word_embeddings=True,
+        # The base of short-context pre-training.
+        rope_theta=10_000.0,
+        max_position_embeddings=max(options.length, 512),
+        bos_token_id=None,
+        eos_token_ids=(tokenizer.eos_id,),
+        dtype="float32",
+    )
+    optimizer = OptimizerConfig(
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        warmup_steps=options.steps // 20,
+        final_fraction=0.02,
+    )
+    # bfloat16 is slower than float32 on most CPUs.
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    # On a CPU it is cheaper to compute activations again than to move them through memory.
+    return PretrainConfig(model, optimizer, dtype=dtype, remat="full", loss_chunk=256)
+
+
+def _complete(options: QuickstartOptions, complete: Complete, folder: Path, console: Console) -> dict[str, str]:
+    completions = {}
+    streams = complete(folder, options.prompts, options.max_new_tokens)
+    for prompt, stream in zip(options.prompts, streams, strict=True):
+        # The first piece may take a compilation, and messages of it; the prompt is printed after them.
+        remaining = iter(stream)
+        first = list(itertools.islice(remaining, 1))
+        console.rule(style="dim", characters="·")
+        console.print(prompt, style="bold", end="", markup=False, highlight=False, soft_wrap=True)
+        pieces = []
+        for piece in itertools.chain(first, remaining):
+            pieces.append(piece)
+            console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        console.print()
+        completions[prompt] = "".join(pieces)
+    return completions
+
+
+def _say_results(console: Console, output: Path, summary: dict[str, Any]) -> None:
+    curve = list(summary["held_out_bits_per_byte"].values())
+    console.rule(style="dim", characters="·")
+    lines = (
+        f"training loss         {summary['first_loss']:.2f} -> {summary['last_loss']:.2f} nats a token",
+        f"held-out text         {' -> '.join(f'{value:.2f}' for value in curve)} bits a byte",
+        f"export                {summary['tensors_bit_for_bit']} tensors, bit for bit",
+        f"loss curve            {output / 'loss.png'}",
+        f"Hugging Face folder   {output / 'model'}",
+        f"Orbax checkpoint      {output / 'checkpoints' / str(summary['options']['steps'])}",
+        f"all numbers           {output / _SUMMARY}, {output / 'metrics.jsonl'}",
+        "",
+        "next:",
+        f"  qwen-jax generate --model {output / 'model'} --prompt 'def __init__(self'",
+        f"  qwen-jax info {output / 'model'}",
+        "  qwen-jax quickstart --text your/files --output my-run",
+    )
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
