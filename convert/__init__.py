@@ -1,0 +1,114 @@
+"""How checkpoints move: Hugging Face safetensors, Orbax, and onto a mesh.
+
+What is here is what others use; formats are imported when they are needed.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from convert.folder import Format, check_destination, detect, resolve
+from convert.source import Source, nbytes, parse_dtype
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
+from qwen_jax.model import Options, Params
+
+__all__ = ["convert", "detect", "load", "open_source", "resolve"]
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """Opens a checkpoint of any format and checks it, without reading the weights.
+
+    Args:
+      path: a folder or a Hub id.
+
+    Raises:
+      InputError: see `convert.huggingface.SafetensorsSource` and `convert.orbax.OrbaxSource`.
+    """
+    folder = resolve(path)
+    if detect(folder) == "hf":
+        from convert.huggingface import SafetensorsSource
+
+        return SafetensorsSource(folder)
+    from convert.orbax import OrbaxSource
+
+    return OrbaxSource(folder)
+
+
+def load(
+    path: str | os.PathLike[str], mesh: Mesh, dtype: Any = None, options: Options = Options(stacked=False)
+) -> tuple[ModelConfig, Params]:
+    """Loads a checkpoint of any format onto a mesh.
+
+    Args:
+      path: a Hugging Face folder, an Orbax folder, or a Hub id.
+      mesh: from `make_mesh`.
+      dtype: of the parameters; by default as stored.
+      options: `stacked` decides the layout; by default that of inference.
+
+    Returns:
+      The config, and the tree of `abstract_params(config, sharding, options)`.
+
+    Raises:
+      InputError: nothing there, a damaged checkpoint, an unsupported model, a mesh or a memory too small.
+    """
+    from convert.placement import place
+
+    source = open_source(path)
+    return source.config, place(source, mesh, dtype, options)
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    to: Format | None = None,
+    dtype: Any = None,
+    progress: bool = False,
+) -> None:
+    """Converts a checkpoint folder, block by block, into a new folder that is whole or not there.
+
+    Args:
+      src: a Hugging Face folder, an Orbax folder, or a Hub id.
+      dst: the new folder; must not exist or be empty.
+      to: "hf" or "orbax"; by default the format that `src` does not have.
+      dtype: of the written weights; by default as stored, and then every tensor keeps its bytes.
+      progress: shows a bar on standard error where that is a terminal.
+
+    Raises:
+      InputError: a damaged or unsupported checkpoint, a taken destination, a disk too small.
+    """
+    if to not in (None, "hf", "orbax"):
+        raise InputError(f"Expected the format 'hf' or 'orbax', got {to!r}.")
+    target = None if dtype is None else parse_dtype(dtype)
+    check_destination(Path(dst))
+    folder = resolve(src)
+    to = to or ("orbax" if detect(folder) == "hf" else "hf")
+    source = open_source(folder)
+    with _bar(nbytes(source, target), progress and sys.stderr.isatty()) as advance:
+        if to == "hf":
+            from convert.huggingface import export
+
+            export(source, source.config, dst, target, progress=advance)
+        else:
+            from convert.orbax import save
+
+            save(source, source.config, dst, target, progress=advance)
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[int], None] | None]:
+    if not shown:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda count: progress.advance(task, count)

@@ -162,16 +162,25 @@ def test_to_orbax_and_back_changes_no_byte(dtype: str, tie: bool, max_shard_size
     assert not list(tmp_path.glob(".*"))
 
 
-def test_blocks_put_together_are_the_whole(tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_kernel", [True, False])
+def test_blocks_put_together_are_the_whole(
+    in_kernel: bool, tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The paths of large models: many blocks for each tensor, uneven ones too, and stacks filled layer by layer."""
+    if not in_kernel:
+        monkeypatch.setattr("sys.platform", "other")
     make_hf_checkpoint(tmp_path / "a", tie=False, dtype="bfloat16", vocab_size=1187, max_shard_size="100KB")
     whole = convert.load(tmp_path / "a", mesh, options=Options())[1]
     monkeypatch.setattr("convert.source.BLOCK_BYTES", 1000)
     monkeypatch.setattr("convert.placement.BLOCK_BYTES", 1000)
     monkeypatch.setattr("convert.orbax.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("convert.placement._on_host", lambda sharding: False)
     convert.convert(tmp_path / "a", tmp_path / "b")
     convert.convert(tmp_path / "b", tmp_path / "c")
     assert tensors(tmp_path / "c") == tensors(tmp_path / "a")
+    convert.convert(tmp_path / "a", tmp_path / "wide", dtype="float32")
+    convert.convert(tmp_path / "wide", tmp_path / "narrow", dtype="bfloat16")
+    assert tensors(tmp_path / "narrow") == tensors(tmp_path / "a")
     for folder in (tmp_path / "a", tmp_path / "b"):
         for axes in ({}, {"fsdp": 2, "tensor": 1}):
             loaded = convert.load(folder, make_mesh(axes), options=Options())[1]
@@ -327,6 +336,8 @@ def test_a_checkpoint_that_orbax_wrote_is_read(tmp_path: Path, mesh: Mesh) -> No
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder / "params", tree)
         assert_same_tree(convert.load(folder, mesh, options=Options())[1], params)
+        convert.convert(folder, tmp_path / f"{folder.name}-hf")
+        assert_same_tree(convert.load(tmp_path / f"{folder.name}-hf", mesh, options=Options())[1], params)
         layers = convert.load(folder, mesh)[1]["layers"]
         taken = [jax.tree.map(lambda x, i=i: np.asarray(x)[i], params["layers"]) for i in range(config.num_layers)]
         assert_same_tree(layers, taken)

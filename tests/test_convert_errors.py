@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import convert
 from convert import huggingface, orbax
-from convert.source import cast
+from convert.source import Span, cast
 from qwen_jax.config import load_config, published
 from qwen_jax.errors import InputError
 from qwen_jax.model import Options
@@ -241,17 +241,22 @@ def test_a_small_disk_is_noticed_before_work(
 
 
 def fails_after(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """The third block that is moved fails, when others have been written."""
+    """The third block that is moved fails, when others have been written, whichever way it is moved."""
     calls = itertools.count(1)
 
-    def failing(*args: Any) -> Any:
-        if next(calls) == 3:
-            raise error
-        return cast(*args)
+    def failing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if next(calls) == 3:
+                raise error
+            return function(*args)
 
-    monkeypatch.setattr("convert.source.cast", failing)
+        return call
+
+    monkeypatch.setattr("convert.source.cast", failing(cast))
+    monkeypatch.setattr(Span, "copy_to", failing(Span.copy_to))
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("kind", ["single", "orbax"])
 @pytest.mark.parametrize(
     ("error", "seen"),
@@ -259,6 +264,7 @@ def fails_after(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 )
 def test_nothing_half_written_stays(
     kind: str,
+    dtype: str | None,
     error: BaseException,
     seen: type[BaseException] | None,
     checkpoints: Path,
@@ -267,7 +273,7 @@ def test_nothing_half_written_stays(
 ) -> None:
     fails_after(monkeypatch, error)
     with pytest.raises(seen or type(error)):
-        convert.convert(checkpoints / kind, tmp_path / "b")
+        convert.convert(checkpoints / kind, tmp_path / "b", dtype=dtype)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,324 @@
+"""Orbax checkpoint folders: `params/` and config.json, in and out.
+
+`params/` is a plain Orbax checkpoint of the stacked parameter tree. Orbax writes its metadata; the data goes through
+TensorStore, Orbax's own storage library, block by block, so that no stacked leaf is ever whole in memory. It is stored
+uncompressed (the low bits of weights are noise, which only costs time to compress) and in chunks of about 32 MiB that
+never span two layers of a large leaf.
+"""
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from jax.sharding import Mesh
+from orbax.checkpoint import type_handlers
+
+from convert.folder import new_folder, write_side_files
+from convert.names import Leaf, leaves
+from convert.placement import place
+from convert.safetensors import write_all
+from convert.source import BLOCK_BYTES, Source, Span, TreeSource, as_source, barrier, blocks, copy, nbytes, parse_dtype
+from qwen_jax.config import ModelConfig, load_config
+from qwen_jax.errors import InputError
+from qwen_jax.model import Options, Params
+
+PARAMS = "params"
+
+
+class _Shell:
+    """Stands for a leaf whose data comes later."""
+
+    def __init__(self, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype) -> None:
+        self.shape, self.chunks, self.dtype = shape, chunks, dtype
+
+
+class _Handler(type_handlers.TypeHandler):
+    """Lets Orbax write a leaf's metadata without its data, and open a leaf without reading it."""
+
+    def __init__(self, typestr: str) -> None:
+        self._typestr = typestr
+
+    def typestr(self) -> str:
+        return self._typestr
+
+    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
+        raise NotImplementedError
+
+    async def serialize(
+        self, values: Sequence[_Shell], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> Sequence[Any]:
+        for shell, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            metadata = {
+                "shape": shell.shape,
+                "chunks": shell.chunks,
+                "dtype": "bfloat16" if shell.dtype.name == "bfloat16" else shell.dtype.str,
+                "compressor": None,
+            }
+            await ts.open({**_spec(info), "metadata": metadata}, create=True)
+        return []
+
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
+        return [await ts.open(_spec(info), open=True, read=True) for info in infos]
+
+
+def _spec(info: Any) -> dict[str, Any]:
+    """TensorStore's description of a leaf, in any of the ways in which Orbax stores one."""
+    if info.is_ocdbt_checkpoint:
+        kvstore = {"driver": "ocdbt", "base": f"file://{info.parent_dir}/", "path": info.name}
+    else:
+        kvstore = {"driver": "file", "path": os.path.join(info.parent_dir, info.name)}
+    # A missing chunk must be an error, not zeros.
+    return {"driver": "zarr3" if info.use_zarr3 else "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
+
+
+@contextlib.contextmanager
+def _checkpointer() -> Iterator[ocp.Checkpointer]:
+    # Orbax warns of parts that this layout does not have.
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        # NumPy's type name makes the checkpoint restorable on any topology, without a target.
+        registry = type_handlers.create_type_handler_registry(
+            (_Shell, _Handler("np.ndarray")),
+            (jax.Array, _Handler("jax.Array")),
+            (int, _Handler("scalar")),
+            (str, _Handler("string")),
+        )
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, type_handler_registry=registry)
+        with ocp.Checkpointer(handler) as checkpointer:
+            yield checkpointer
+    finally:
+        log.setLevel(level)
+
+
+class OrbaxSource:
+    """An Orbax checkpoint of a parameter tree, or of a training state that has one under `params`."""
+
+    workers = min(4, os.cpu_count() or 1)
+
+    def __init__(self, folder: str | os.PathLike[str], config: ModelConfig | None = None) -> None:
+        """
+        Args:
+          folder: with config.json, and `params/` as the Orbax checkpoint.
+          config: by default that of the folder.
+
+        Raises:
+          InputError: files that are missing or damaged, or another model than the config describes.
+        """
+        self.folder: Path | None = Path(folder)
+        self.config = config or load_config(folder)
+        self._path = Path(folder).absolute() / PARAMS
+        tree = _open(self._path)
+        if "params" in tree and "embed" not in tree:
+            tree = tree["params"]
+        found = {
+            tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey)): store
+            for path, store in jax.tree_util.tree_flatten_with_path(tree)[0]
+        }
+        expected = {leaf.path: leaf for leaf in leaves(self.config)}
+        odd = sorted(set(found) ^ set(expected))
+        if odd:
+            state = "has an unknown" if odd[0] in found else "lacks the"
+            raise InputError(
+                f"{self._path} {state} parameter {'.'.join(odd[0])} ({len(odd)} such). "
+                "Check that config.json belongs to these weights."
+            )
+        for path, leaf in expected.items():
+            store = found[path]
+            if tuple(store.shape) != leaf.full_shape:
+                raise InputError(
+                    f"{self._path}: {'.'.join(path)} has shape {list(store.shape)}, config.json asks for "
+                    f"{list(leaf.full_shape)}. Check that config.json belongs to these weights."
+                )
+            parse_dtype(store.dtype.numpy_dtype)
+        # A checkpoint of a training run may hold chunks of many layers: keep one decoded while its layers are read.
+        largest = max(_chunk_bytes(store) for store in found.values())
+        context = ts.Context({"cache_pool": {"total_bytes_limit": largest if largest > 2 * BLOCK_BYTES else 0}})
+        self._stores = {path: ts.open(found[path].spec(), context=context).result() for path in expected}
+        # Leaves that lie in files as they are in memory, in whole blocks, as `save` writes them.
+        self._plain = {leaf: chunks for leaf in expected.values() if (chunks := self._plain_chunks(leaf))}
+
+    def dtype(self, leaf: Leaf) -> np.dtype:
+        return np.dtype(self._stores[leaf.path].dtype.numpy_dtype)
+
+    def read(self, leaf: Leaf, layers: slice, rows: slice) -> np.ndarray:
+        store = self._stores[leaf.path]
+        out = np.empty((layers.stop - layers.start, rows.stop - rows.start, *leaf.shape[1:]), self.dtype(leaf))
+        try:
+            part = store[layers, rows] if leaf.stacked else store[rows][np.newaxis]
+            ts.array(out).write(part[ts.d[:].translate_to[0]]).result()
+        except ValueError as error:
+            raise InputError(
+                f"{self._path}: {'.'.join(leaf.path)} cannot be read; the checkpoint is damaged or incomplete "
+                f"({str(error).splitlines()[0]})."
+            ) from None
+        return out
+
+    def _plain_chunks(self, leaf: Leaf) -> tuple[int, ...] | None:
+        """The chunk shape of a leaf whose chunks are plain files, each with the bytes of one block; else None."""
+        spec = self._stores[leaf.path].spec().to_json()
+        metadata, kvstore = spec["metadata"], spec["kvstore"]
+        here = kvstore["driver"] == "file" and Path(kvstore["path"]) == self._path / ".".join(leaf.path)
+        if spec["driver"] != "zarr" or not here:
+            return None
+        plain = metadata["compressor"] is None and metadata.get("filters") is None and metadata["order"] == "C"
+        if not plain or metadata["dimension_separator"] != "." or metadata["dtype"].startswith(">"):
+            return None
+        layers, rows = next(blocks(leaf, self.dtype(leaf).itemsize))
+        expected = ((layers.stop,) if leaf.stacked else ()) + (rows.stop, *leaf.shape[1:])
+        return expected if tuple(metadata["chunks"]) == expected else None
+
+    def spans(self, leaf: Leaf, layers: slice, rows: slice) -> list[Span] | None:
+        chunks = self._plain.get(leaf)
+        if chunks is None:
+            return None
+        file = _chunk_file(self._path, leaf, chunks, layers, rows)
+        itemsize = self.dtype(leaf).itemsize
+        size = file.stat().st_size if file.is_file() else 0
+        if size != math.prod(chunks) * itemsize:
+            raise InputError(
+                f"{file} must have {math.prod(chunks) * itemsize} bytes, it has {size}; the checkpoint is damaged or "
+                "incomplete."
+            )
+        each = (rows.stop - rows.start) * math.prod(leaf.shape[1:]) * itemsize
+        return [Span(file, i * each, each) for i in range(layers.stop - layers.start)]
+
+
+def _open(path: Path) -> dict[str, Any]:
+    """The tree of a checkpoint, with an open TensorStore at each leaf."""
+    if not (path / "_METADATA").is_file():
+        raise InputError(f"{path} is not an Orbax checkpoint: it has no _METADATA. It may be incomplete.")
+    try:
+        with _checkpointer() as checkpointer:
+            tree = checkpointer.restore(path)
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise InputError(f"{path} is not a readable Orbax checkpoint: {str(error).splitlines()[0]}.") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path} holds a {type(tree).__name__}; expected a parameter tree.")
+    return tree
+
+
+def _chunk_bytes(store: Any) -> int:
+    return int(np.prod(store.chunk_layout.read_chunk.shape)) * store.dtype.numpy_dtype.itemsize
+
+
+def load_params(
+    folder: str | os.PathLike[str],
+    config: ModelConfig,
+    mesh: Mesh,
+    dtype: Any = None,
+    options: Options = Options(),
+) -> Params:
+    """Loads an Orbax folder onto a mesh, each process only what its devices hold.
+
+    Args:
+      folder: with `params/`.
+      config: the architecture; the parameters are checked against it.
+      mesh: from `make_mesh`.
+      dtype: of the parameters; by default as stored.
+      options: `stacked` decides the layout.
+
+    Returns:
+      The tree of `abstract_params(config, sharding, options)`.
+
+    Raises:
+      InputError: files that are missing, damaged, or do not fit the config; a mesh or a memory too small.
+    """
+    return place(OrbaxSource(folder, config), mesh, dtype, options)
+
+
+class _Sink:
+    """A new checkpoint; each block becomes one of its chunks."""
+
+    def __init__(self, path: Path, source: Source, dtype: np.dtype | None) -> None:
+        tree: dict[str, Any] = {}
+        self._path, self._itemsize = path, {}
+        self._chunks: dict[Leaf, tuple[int, ...]] = {}
+        for leaf in leaves(source.config):
+            leaf_dtype = dtype or source.dtype(leaf)
+            layers, rows = next(blocks(leaf, leaf_dtype.itemsize))
+            chunks = (rows.stop - rows.start, *leaf.shape[1:])
+            if leaf.stacked:
+                chunks = (layers.stop - layers.start, *chunks)
+            self._chunks[leaf], self._itemsize[leaf] = chunks, leaf_dtype.itemsize
+            node = tree
+            for key in leaf.path[:-1]:
+                node = node.setdefault(key, {})
+            node[leaf.path[-1]] = _Shell(leaf.full_shape, chunks, leaf_dtype)
+        with _checkpointer() as checkpointer:
+            checkpointer.save(path, args=ocp.args.PyTreeSave(tree))
+
+    def write(self, leaf: Leaf, layers: slice, rows: slice, data: np.ndarray) -> None:
+        with self._open(leaf, layers, rows) as file:
+            write_all(file.fileno(), data.reshape(-1).view(np.uint8).data, 0)
+
+    def receive(self, leaf: Leaf, layers: slice, rows: slice, spans: list[Span]) -> None:
+        with self._open(leaf, layers, rows) as file:
+            for i, span in enumerate(spans):
+                span.copy_to(file.fileno(), i * span.nbytes)
+
+    def _open(self, leaf: Leaf, layers: slice, rows: slice) -> BinaryIO:
+        """A chunk's file, of the chunk's full size: the last one of an uneven split is padded."""
+        chunks = self._chunks[leaf]
+        file = _chunk_file(self._path, leaf, chunks, layers, rows).open("xb", buffering=0)
+        os.ftruncate(file.fileno(), math.prod(chunks) * self._itemsize[leaf])
+        return file
+
+
+def _chunk_file(path: Path, leaf: Leaf, chunks: Sequence[int], layers: slice, rows: slice) -> Path:
+    """The file of a chunk, in the layout of Zarr 2: the elements in C order and little-endian, nothing else."""
+    starts = [layers.start, rows.start] if leaf.stacked else [rows.start]
+    index = [start // size for start, size in zip(starts, chunks, strict=False)]
+    index += [0] * (len(leaf.full_shape) - len(index))
+    return path / ".".join(leaf.path) / ".".join(map(str, index))
+
+
+def save(
+    params: Params | Source,
+    config: ModelConfig,
+    folder: str | os.PathLike[str],
+    dtype: Any = None,
+    extra_files_from: str | os.PathLike[str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Writes an Orbax folder, whole or not at all.
+
+    `params/` in it can also be restored by plain Orbax: `StandardCheckpointer().restore(folder / "params")`.
+
+    Args:
+      params: a parameter tree, stacked or not, on any mesh of this process; or a `Source`.
+      config: the architecture.
+      folder: the new folder; must not exist or be empty.
+      dtype: of the written weights; by default as they are.
+      extra_files_from: folder from which tokenizer, generation config and config.json are taken; by default that of
+        the source.
+      progress: called with the bytes of each block written.
+
+    Raises:
+      InputError: the destination is taken, the disk too small, or the parameters do not fit the config.
+    """
+    source = as_source(params, config)
+    origin = Path(extra_files_from) if extra_files_from is not None else source.folder
+    target = None if dtype is None else parse_dtype(dtype)
+    scattered = isinstance(source, TreeSource) and source.scattered
+    if scattered and jax.process_index() != 0:
+        copy(source, None, target)
+        barrier("save")
+        return
+    known = leaves(config)
+    stated = target or (source.dtype(known[0]) if source.folder is None else None)
+    with new_folder(Path(folder), nbytes(source, target)) as temporary:
+        copy(source, _Sink(temporary / PARAMS, source, target), target, progress)
+        write_side_files(config, stated.name if stated else None, origin, temporary, both_dialects=False)
+    if scattered:
+        barrier("save")

@@ -1,0 +1,170 @@
+"""Parameters straight onto their shards: no process ever holds more than one tensor on the host."""
+
+import functools
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from convert.names import Leaf, leaves
+from convert.source import BLOCK_BYTES, Source, cast, parse_dtype, rows_at_a_time, run_all
+from qwen_jax.errors import InputError
+from qwen_jax.model import Options, Params, param_specs
+from qwen_jax.sharding import Sharding
+
+Range = tuple[int, int]
+
+
+def place(source: Source, mesh: Mesh, dtype: Any = None, options: Options = Options()) -> Params:
+    """Loads parameters onto a mesh, tensor by tensor.
+
+    Args:
+      source: where from.
+      mesh: from `make_mesh`.
+      dtype: of the parameters; by default as stored.
+      options: `stacked` decides the layout; `fused` must be False, fusing comes after loading.
+
+    Returns:
+      The tree of `abstract_params(config, sharding, options)`.
+
+    Raises:
+      InputError: a dimension that the mesh does not divide, or not enough memory.
+    """
+    if options.fused:
+        raise ValueError("Parameters are loaded unfused; load with Options(fused=False) and fuse them then.")
+    config = source.config
+    target = None if dtype is None else parse_dtype(dtype)
+    specs = param_specs(config, Sharding.for_model(config, mesh), Options(stacked=True))
+    shardings = {leaf: NamedSharding(mesh, _at(specs, leaf.path)) for leaf in leaves(config)}
+    _check_memory(source, shardings, target)
+    params: Params = {"layers": {} if options.stacked else [{} for _ in range(config.num_layers)]}
+    with jax.set_mesh(mesh):
+        for leaf, sharding in shardings.items():
+            leaf_dtype = target or source.dtype(leaf)
+            if not leaf.stacked:
+                _put(params, leaf.path, _load(source, leaf, slice(0, 1), sharding, leaf_dtype, squeeze=True))
+            elif options.stacked:
+                _put(params, leaf.path, _load_stacked(source, leaf, sharding, leaf_dtype))
+            else:
+                one = NamedSharding(mesh, P(*sharding.spec[1:]))
+                for i in range(leaf.layers):
+                    array = _load(source, leaf, slice(i, i + 1), one, leaf_dtype, squeeze=True)
+                    _put(params["layers"][i], leaf.path[1:], array)
+    return params
+
+
+def _load_stacked(source: Source, leaf: Leaf, sharding: NamedSharding, dtype: np.dtype) -> jax.Array:
+    if leaf.size * dtype.itemsize <= BLOCK_BYTES or _on_host(sharding):
+        return _load(source, leaf, slice(0, leaf.layers), sharding, dtype, squeeze=False)
+    one = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
+    stacked = jnp.zeros(leaf.full_shape, dtype, device=sharding)
+    for i in range(leaf.layers):
+        stacked = _set_layer(stacked, _load(source, leaf, slice(i, i + 1), one, dtype, squeeze=True), i)
+    return stacked
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(stacked: jax.Array, layer: jax.Array, i: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stacked, layer, i, axis=0)
+
+
+def _on_host(sharding: NamedSharding) -> bool:
+    """JAX's CPU devices take an aligned array over as it is, so there is nothing to save by going layer by layer."""
+    devices: set[Any] = sharding.device_set
+    return all(device.platform == "cpu" for device in devices)
+
+
+def _load(
+    source: Source, leaf: Leaf, layers: slice, sharding: NamedSharding, dtype: np.dtype, squeeze: bool
+) -> jax.Array:
+    """Some layers of a leaf, as one array; each process reads the rows that its devices hold, once."""
+    count = layers.stop - layers.start
+    shape = leaf.shape if squeeze else (count, *leaf.shape)
+    shards: dict[tuple[Range, ...], list[jax.Device]] = defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        spans = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        shards[spans if squeeze else spans[1:]].append(device)
+    bits = np.dtype(f"u{dtype.itemsize}")  # NumPy copies these faster than bfloat16.
+    buffers = {spans: _aligned((count, *(stop - start for start, stop in spans)), bits) for spans in shards}
+    by_rows: dict[Range, list[tuple[Range, ...]]] = defaultdict(list)
+    for spans in shards:
+        by_rows[spans[0]].append(spans)
+
+    def read(part: slice, start: int, stop: int, first: int, wanted: list[tuple[Range, ...]]) -> None:
+        data = cast(source.read(leaf, part, slice(start, stop)), dtype, leaf).view(bits)
+        there = slice(part.start - layers.start, part.stop - layers.start)
+        for spans in wanted:
+            inner = tuple(slice(a, b) for a, b in spans[1:])
+            buffers[spans][there, start - first : stop - first] = data[(slice(None), slice(None), *inner)]
+
+    itemsize = source.dtype(leaf).itemsize
+    step = rows_at_a_time(leaf, itemsize)
+    each = [slice(i, i + 1) for i in range(layers.start, layers.stop)]
+    parts = [layers] if leaf.size * itemsize <= BLOCK_BYTES else each
+    tasks = [
+        functools.partial(read, part, start, min(start + step, last), first, wanted)
+        for part in parts
+        for (first, last), wanted in by_rows.items()
+        for start in range(first, last, step)
+    ]
+    run_all(source.workers, tasks)
+    arrays = []
+    for spans, devices in shards.items():
+        host = buffers.pop(spans).view(dtype)
+        arrays += [jax.device_put(host[0] if squeeze else host, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array that starts where JAX's CPU devices can take it over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _at(tree: Params, path: tuple[str, ...]) -> Any:
+    value: Any = tree
+    for key in path:
+        value = value[key]
+    return value
+
+
+def _put(tree: Params, path: tuple[str, ...], value: jax.Array) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def _check_memory(source: Source, shardings: dict[Leaf, NamedSharding], dtype: np.dtype | None) -> None:
+    """Raises InputError where the parameters alone cannot fit."""
+    needed = 0
+    for leaf, sharding in shardings.items():
+        needed += math.prod(sharding.shard_shape(leaf.full_shape)) * (dtype or source.dtype(leaf)).itemsize
+    local = [device for device in next(iter(shardings.values())).mesh.devices.flat if device in jax.local_devices()]
+    for device in local:
+        stats = device.memory_stats()
+        if stats and "bytes_limit" in stats:
+            free, where = stats["bytes_limit"] - stats.get("bytes_in_use", 0), str(device)
+        else:
+            free, where = _available_host_bytes() // len(local), "this machine"
+        if needed > free:
+            raise InputError(
+                f"The parameters need {needed / 1e9:.2f} GB a device, {where} has {free / 1e9:.2f} GB for each. "
+                "Use a smaller dtype, or a mesh with a larger tensor or fsdp axis."
+            )
+
+
+def _available_host_bytes() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except FileNotFoundError:  # Not Linux: let the allocation itself fail.
+        return 2**62
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

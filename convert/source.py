@@ -1,0 +1,301 @@
+"""Where parameters come from, read block by block: the common ground of every format."""
+
+import dataclasses
+import errno
+import functools
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from convert.names import Leaf, leaves
+from convert.safetensors import begin_writeback
+from qwen_jax.config import DTYPES, ModelConfig
+from qwen_jax.errors import InputError
+from qwen_jax.model import Params
+
+BLOCK_BYTES = 32 * 2**20
+Block = tuple[slice, slice]
+
+
+class Source(Protocol):
+    """Parameters that can be read in parts.
+
+    Attributes:
+      config: the architecture.
+      workers: how many threads may read at a time.
+      folder: of the checkpoint, None for parameters in memory.
+    """
+
+    config: ModelConfig
+    workers: int
+    folder: Path | None
+
+    def dtype(self, leaf: Leaf) -> np.dtype:
+        """What a leaf is stored in."""
+
+    def read(self, leaf: Leaf, layers: slice, rows: slice) -> np.ndarray:
+        """Some layers (one if unstacked) and of each some rows of its first axis: [layers, rows, ...]."""
+
+    def spans(self, leaf: Leaf, layers: slice, rows: slice) -> list["Span"] | None:
+        """Where exactly these bytes lie in files, one span for each layer; None where they do not lie so."""
+
+
+class Sink(Protocol):
+    """What takes the blocks of a source, on several threads."""
+
+    def write(self, leaf: Leaf, layers: slice, rows: slice, data: np.ndarray) -> None:
+        """Takes a block from memory, [layers, rows, ...]."""
+
+    def receive(self, leaf: Leaf, layers: slice, rows: slice, spans: list["Span"]) -> None:
+        """Takes a block from files, one span for each layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A range of bytes of a file."""
+
+    file: Path
+    offset: int
+    nbytes: int
+
+    def copy_to(self, descriptor: int, offset: int) -> None:
+        """Copies it into an open file, inside the kernel where that is possible.
+
+        Raises:
+          InputError: the file is missing or ends early.
+        """
+        try:
+            source = os.open(self.file, os.O_RDONLY)
+        except FileNotFoundError:
+            raise InputError(f"{self.file} is missing; the checkpoint is damaged or incomplete.") from None
+        try:
+            done = 0
+            while done < self.nbytes:
+                count = _copy_some(source, self.offset + done, descriptor, offset + done, self.nbytes - done)
+                if count == 0:
+                    raise InputError(f"{self.file} ends too early; the checkpoint is damaged or incomplete.")
+                done += count
+            begin_writeback(descriptor, offset, self.nbytes)
+        finally:
+            os.close(source)
+
+
+def _copy_some(source: int, start: int, descriptor: int, offset: int, nbytes: int) -> int:
+    if sys.platform == "linux":
+        try:
+            return os.copy_file_range(source, descriptor, nbytes, start, offset)
+        except OSError as error:  # Not between these two file systems.
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+    return os.pwrite(descriptor, os.pread(source, min(nbytes, 2**20), start), offset)
+
+
+def parse_dtype(dtype: Any) -> np.dtype:
+    """The dtype of a name such as "bfloat16".
+
+    Raises:
+      InputError: not one that weights can be stored in.
+    """
+    try:
+        result = np.dtype(jnp.dtype(dtype))
+    except TypeError:
+        result = np.dtype(object)
+    if result.name not in DTYPES:
+        raise InputError(f"Expected a dtype of {', '.join(DTYPES)}; got {dtype!r}.")
+    return result
+
+
+def cast(data: np.ndarray, dtype: np.dtype, leaf: Leaf) -> np.ndarray:
+    """Converts a block, rounding to nearest even.
+
+    Raises:
+      InputError: a value that float16 cannot hold.
+    """
+    if data.dtype == dtype:
+        return data
+    with np.errstate(over="ignore"):
+        result = data.astype(dtype)
+    if dtype == np.float16 and not np.isfinite(result).all() and np.isfinite(data.astype(np.float32)).all():
+        raise InputError(f"{'.'.join(leaf.path)} has values beyond the range of float16. Use bfloat16 or float32.")
+    return result
+
+
+def rows_at_a_time(leaf: Leaf, itemsize: int) -> int:
+    """How many rows of one layer make a block of about `BLOCK_BYTES`."""
+    rows = leaf.shape[0]
+    pieces = -(-math.prod(leaf.shape) * itemsize // BLOCK_BYTES)
+    # An even split, if there is one near: then the blocks are also the storage chunks, none of them padded.
+    even = next((n for n in range(pieces, 2 * pieces) if rows % n == 0), pieces)
+    return -(-rows // even)
+
+
+def blocks(leaf: Leaf, itemsize: int) -> Iterator[Block]:
+    """The parts in which a leaf is moved: all of a small one, otherwise ranges of rows of one layer."""
+    if leaf.size * itemsize <= BLOCK_BYTES:
+        yield slice(0, leaf.layers), slice(0, leaf.shape[0])
+        return
+    step = rows_at_a_time(leaf, itemsize)
+    for i in range(leaf.layers):
+        for start in range(0, leaf.shape[0], step):
+            yield slice(i, i + 1), slice(start, min(start + step, leaf.shape[0]))
+
+
+def run_all(workers: int, tasks: Sequence[Callable[[], None]]) -> None:
+    """Runs tasks on threads; after the first failure nothing more is started, and it is raised."""
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(task) for task in tasks]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def copy(
+    source: Source,
+    sink: Sink | None,
+    dtype: np.dtype | None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Moves every block of a source.
+
+    Args:
+      source: where from.
+      sink: where to; None only reads, to take part in gathering.
+      dtype: of the blocks; by default as stored.
+      progress: called with the bytes of each block written.
+    """
+
+    def move(leaf: Leaf, block: Block) -> None:
+        stored = source.dtype(leaf)
+        spans = source.spans(leaf, *block) if dtype in (None, stored) else None
+        if spans is None:
+            data = cast(source.read(leaf, *block), dtype or stored, leaf)
+            if sink is not None:
+                sink.write(leaf, *block, data)
+        elif sink is not None:
+            sink.receive(leaf, *block, spans)
+        if progress is not None:
+            layers, rows = block
+            row_bytes = math.prod(leaf.shape[1:]) * (dtype or stored).itemsize
+            progress((layers.stop - layers.start) * (rows.stop - rows.start) * row_bytes)
+
+    itemsize = {leaf: (dtype or source.dtype(leaf)).itemsize for leaf in leaves(source.config)}
+    tasks = [functools.partial(move, leaf, block) for leaf, size in itemsize.items() for block in blocks(leaf, size)]
+    run_all(source.workers, tasks)
+
+
+def nbytes(source: Source, dtype: np.dtype | None) -> int:
+    """Bytes of all parameters as they would be written."""
+    return sum(leaf.size * (dtype or source.dtype(leaf)).itemsize for leaf in leaves(source.config))
+
+
+class TreeSource:
+    """Parameters in memory: NumPy or JAX arrays, stacked or a list of layers, sharded or not.
+
+    Where several processes hold the shards, all of them must read the same blocks in the same order; one tensor at a
+    time is gathered.
+    """
+
+    workers = 1  # Gathering is a collective: the order must be the same everywhere.
+    folder: Path | None = None
+
+    def __init__(self, params: Params, config: ModelConfig) -> None:
+        """
+        Args:
+          params: in the layout of `Options(stacked=True)` or `Options(stacked=False)`, not fused.
+          config: the architecture.
+
+        Raises:
+          InputError: a leaf that is missing or has another shape.
+        """
+        self.config, self._params = config, params
+        self._listed = isinstance(params.get("layers"), (list, tuple))
+        if self._listed and len(params["layers"]) != config.num_layers:
+            raise InputError(f"Expected {config.num_layers} layers, the parameters have {len(params['layers'])}.")
+        self._last: tuple[tuple[tuple[str, ...], int], np.ndarray] | None = None
+        known = leaves(config)
+        count = sum(leaf.layers if self._listed else 1 for leaf in known)
+        if len(jax.tree.leaves(params)) != count:
+            raise InputError(f"Expected {count} parameter arrays, got {len(jax.tree.leaves(params))}.")
+        for leaf in known:
+            shape = leaf.shape if self._listed else leaf.full_shape
+            for i in range(leaf.layers if self._listed else 1):
+                if self._array(leaf, i).shape != shape:
+                    raise InputError(
+                        f"Parameter {'.'.join(leaf.path)} must have shape {shape}, it has {self._array(leaf, i).shape}."
+                    )
+
+    @property
+    def scattered(self) -> bool:
+        """Whether other processes hold some of it."""
+        return any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(self._params))
+
+    def _array(self, leaf: Leaf, layer: int) -> Any:
+        """The array that holds a layer of a leaf."""
+        value: Any = self._params
+        path = leaf.path
+        try:
+            if self._listed and leaf.stacked:
+                value, path = value["layers"][layer], path[1:]
+            for key in path:
+                value = value[key]
+        except (KeyError, TypeError):
+            raise InputError(f"The parameters lack {'.'.join(leaf.path)}.") from None
+        return value
+
+    def dtype(self, leaf: Leaf) -> np.dtype:
+        return parse_dtype(self._array(leaf, 0).dtype)
+
+    def spans(self, leaf: Leaf, layers: slice, rows: slice) -> None:
+        return None
+
+    def read(self, leaf: Leaf, layers: slice, rows: slice) -> np.ndarray:
+        return np.stack([self._layer(leaf, i)[rows] for i in range(layers.start, layers.stop)])
+
+    def _layer(self, leaf: Leaf, layer: int) -> np.ndarray:
+        key = leaf.path, layer
+        if self._last is None or self._last[0] != key:
+            self._last = None
+            x = self._array(leaf, layer)
+            if leaf.stacked and not self._listed:
+                x = _take_layer(x, layer) if isinstance(x, jax.Array) else x[layer]
+            self._last = key, _to_host(x)
+        return self._last[1]
+
+
+def as_source(params: Params | Source, config: ModelConfig) -> Source:
+    """Parameters in memory as a `Source`; a `Source` as it is."""
+    if isinstance(params, dict):
+        return TreeSource(params, config)
+    return params
+
+
+@jax.jit
+def _take_layer(x: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+
+
+def _to_host(x: Any) -> np.ndarray:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        assert isinstance(x.sharding, NamedSharding)
+        return np.asarray(jax.device_put(x, NamedSharding(x.sharding.mesh, P())).addressable_data(0))
+    return np.asarray(x)
+
+
+def barrier(name: str) -> None:
+    """Waits for the other processes."""
+    multihost_utils.sync_global_devices(name)

@@ -1,0 +1,219 @@
+"""Do two checkpoints compute the same? Compared by logits, whatever their formats."""
+
+import dataclasses
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+import convert
+from convert.huggingface import export
+from convert.names import leaves
+from convert.placement import place
+from convert.source import Source
+from qwen_jax import kernels
+from qwen_jax.errors import InputError
+from qwen_jax.model import Options, Params, bind
+from qwen_jax.sharding import Sharding, make_mesh
+
+
+class CouldNotCompareError(InputError):
+    """There is no meaningful comparison: other vocabularies, or the yardstick is not installed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    """What still counts as the same.
+
+    Attributes:
+      max_relative: largest difference of a logit over the largest logit.
+      kl: mean Kullback-Leibler divergence of the next-token distributions, in nats.
+      top1: least fraction of positions with the same most likely token.
+    """
+
+    max_relative: float
+    kl: float
+    top1: float
+
+
+# Everything is computed in float32. Where both sides store the same dtype, they must hold the same weights, and only
+# the order of additions differs. Otherwise the coarser dtype has rounded them: half a unit in the last place is 2^-9
+# relative for bfloat16 and 2^-12 for float16, and it grows some tenfold through the layers.
+EXACT = Tolerance(max_relative=1e-4, kl=1e-6, top1=0.99)
+ROUNDED = {
+    "bfloat16": Tolerance(max_relative=5e-2, kl=1e-2, top1=0.85),
+    "float16": Tolerance(max_relative=5e-3, kl=1e-4, top1=0.97),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The outcome of a comparison.
+
+    Attributes:
+      passed: whether every figure is within tolerance.
+      max_abs, max_relative: largest difference of a logit, absolute and over the largest logit of `a`.
+      mean_kl, max_kl: KL(a || b) over positions, in nats.
+      top1_agreement: fraction of positions with the same most likely token.
+      positions: how many were compared.
+      tolerance: what was allowed.
+      dtypes: what the two sides store.
+    """
+
+    passed: bool
+    max_abs: float
+    max_relative: float
+    mean_kl: float
+    max_kl: float
+    top1_agreement: float
+    positions: int
+    tolerance: Tolerance
+    dtypes: tuple[str, str]
+
+    @property
+    def exit_code(self) -> int:
+        """0 for pass, 1 for fail; a comparison that could not be made raises InputError, for which 2 is meant."""
+        return 0 if self.passed else 1
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as a JSON object; a figure that is not finite, which fails, is null."""
+        values = dataclasses.asdict(self)
+        return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in values.items()}
+
+    def __str__(self) -> str:
+        t = self.tolerance
+        return (
+            f"{'PASS' if self.passed else 'FAIL'}: {self.positions} positions, {self.dtypes[0]} against "
+            f"{self.dtypes[1]}\n"
+            f"  largest difference  {self.max_abs:.3g} absolute, {self.max_relative:.3g} relative "
+            f"(allowed {t.max_relative:g})\n"
+            f"  KL divergence       {self.mean_kl:.3g} mean (allowed {t.kl:g}), {self.max_kl:.3g} largest\n"
+            f"  same top token      {self.top1_agreement:.2%} (needed {t.top1:.0%})"
+        )
+
+
+def compare(a_BTV: np.ndarray, b_BTV: np.ndarray, dtypes: tuple[str, str]) -> Report:
+    """Compares two sets of logits.
+
+    Args:
+      a_BTV, b_BTV: float32, of the same tokens; `a` is the yardstick.
+      dtypes: what the weights are stored in; decides the tolerance.
+    """
+    tolerance = EXACT if dtypes[0] == dtypes[1] else ROUNDED["bfloat16" if "bfloat16" in dtypes else "float16"]
+    max_abs = float(np.abs(a_BTV - b_BTV).max())
+    max_relative = max_abs / max(float(np.abs(a_BTV).max()), 1e-30)
+    kl = []
+    for a_V, b_V in zip(a_BTV.reshape(-1, a_BTV.shape[-1]), b_BTV.reshape(-1, b_BTV.shape[-1]), strict=True):
+        log_a, log_b = _log_softmax(a_V), _log_softmax(b_V)
+        kl.append(float((np.exp(log_a) * (log_a - log_b)).sum()))
+    top1 = float((a_BTV.argmax(-1) == b_BTV.argmax(-1)).mean())
+    mean_kl, max_kl = float(np.mean(kl)), float(np.max(kl))
+    # Written so that a NaN anywhere fails.
+    passed = max_relative <= tolerance.max_relative and mean_kl <= tolerance.kl and top1 >= tolerance.top1
+    return Report(passed, max_abs, max_relative, mean_kl, max_kl, top1, len(kl), tolerance, dtypes)
+
+
+def verify(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str] | None = None,
+    *,
+    against: Literal["transformers"] | None = None,
+    tokens_BT: np.ndarray | None = None,
+    seed: int = 0,
+) -> Report:
+    """Compares two checkpoints, or one with what transformers makes of it. One model is in memory at a time.
+
+    Args:
+      a: a Hugging Face folder, an Orbax folder, or a Hub id; the yardstick.
+      b: the other checkpoint; None if `against` is given.
+      against: "transformers" runs `a` there, on the CPU in float32 with eager attention, as the yardstick.
+      tokens_BT: token ids to run; by default two rows of 64 pseudo-random ones.
+      seed: of the pseudo-random tokens.
+
+    Raises:
+      CouldNotCompareError: the vocabularies differ, or transformers is not installed.
+      InputError: a checkpoint that cannot be read.
+    """
+    if (b is None) == (against is None) or against not in (None, "transformers"):
+        raise InputError("Give a second checkpoint, or against='transformers'; one of the two.")
+    source = convert.open_source(a)
+    other = source if b is None else convert.open_source(b)
+    if source.config.vocab_size != other.config.vocab_size:
+        raise CouldNotCompareError(
+            f"{a} has a vocabulary of {source.config.vocab_size}, {b} of {other.config.vocab_size}: "
+            "their logits do not mean the same tokens."
+        )
+    if tokens_BT is None:
+        length = min(64, source.config.context_length, other.config.context_length)
+        tokens_BT = np.random.default_rng(seed).integers(0, source.config.vocab_size, (2, length))
+    if against == "transformers":
+        return compare(_run_transformers(source, tokens_BT), _run(source, tokens_BT), (_dtype(source),) * 2)
+    return compare(_run(source, tokens_BT), _run(other, tokens_BT), (_dtype(source), _dtype(other)))
+
+
+def _dtype(source: Source) -> str:
+    """The coarsest dtype of a checkpoint's weights."""
+    found = {source.dtype(leaf).name for leaf in leaves(source.config)}
+    return next(name for name in ("bfloat16", "float16", "float32") if name in found)
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64)
+    x = x - x.max()
+    result: np.ndarray = x - np.log(np.exp(x).sum())
+    return result
+
+
+def _run(source: Source, tokens_BT: np.ndarray) -> np.ndarray:
+    """Float32 logits of this implementation, on one device."""
+    mesh = make_mesh({}, jax.devices()[:1])
+    config, sharding = source.config, Sharding.for_model(source.config, mesh)
+    params = place(source, mesh, "float32", Options())
+
+    @jax.jit
+    def logits(params: Params, tokens_BT: jax.Array) -> jax.Array:
+        model = bind(config, params, sharding, Options())
+        positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        positions, mask = jax.tree.map(
+            lambda x: jax.reshard(x, sharding.tokens), (positions, kernels.causal_mask(*tokens_BT.shape))
+        )
+        return model.logits(model(tokens_BT, positions, mask)[0])
+
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        tokens = jax.device_put(tokens_BT.astype(np.int32), NamedSharding(mesh, sharding.tokens))
+        return np.asarray(logits(params, tokens))
+
+
+def _run_transformers(source: Source, tokens_BT: np.ndarray) -> np.ndarray:
+    """Float32 logits of transformers; a checkpoint in another format is exported for it first."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise CouldNotCompareError(
+            f"Comparing with transformers needs transformers and torch ({error}). pip install transformers torch."
+        ) from None
+
+    def logits(folder: Path) -> np.ndarray:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        with torch.no_grad():
+            out: np.ndarray = model.eval()(input_ids=torch.as_tensor(tokens_BT, dtype=torch.long)).logits.numpy()
+        return out
+
+    return _in_hf_format(source, logits)
+
+
+def _in_hf_format(source: Source, use: Callable[[Path], np.ndarray]) -> np.ndarray:
+    assert source.folder is not None
+    if convert.detect(source.folder) == "hf":
+        return use(source.folder)
+    with tempfile.TemporaryDirectory(prefix="qwen-jax-verify-") as temporary:
+        export(source, source.config, Path(temporary) / "hf")
+        return use(Path(temporary) / "hf")
