@@ -42,7 +42,7 @@ types: $(DEV_VENV)/.installed
 	$(DEV_VENV)/bin/mypy
 
 check: $(DEV_VENV)/.installed $(DEV_VENV)/transformers4/.installed
-	$(DEV_VENV)/bin/python -m pytest $(ARGS)
+	$(DEV_VENV)/bin/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 test: lint types check
 

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
 from qwen_jax.config import ModelConfig
+from qwen_jax.kernels import on_mesh
 from qwen_jax.rope import rotate
 from qwen_jax.sharding import Sharding, gathered
 
@@ -67,9 +68,8 @@ class Projection(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention with bias on q, k and v, and RoPE.
 
-    In the training layout the three projections are separate and output comes first, as in PyTorch. In the inference
-    layout (`fused`) they are one matrix for each tensor shard, [shards, hidden_size, heads of q, k, v, head_dim], and
-    the input comes first: XLA's matrix-vector products on a GPU read that order faster.
+    In the training layout the three projections are separate; in the inference layout (`fused`) they are one matrix
+    for each tensor shard, [shards, heads of q, k, v, head_dim, hidden_size].
     """
 
     def __init__(
@@ -87,13 +87,12 @@ class Attention(nnx.Module):
         residual = nnx.initializers.normal(config.initializer_range / (2 * config.num_layers) ** 0.5)
         if fused:
             shape = (sharding.tensor, (H + 2 * sharding.kv_heads) // sharding.tensor, d)
-            self.qkv = Projection(jnp.zeros((shape[0], D, *shape[1:])), jnp.zeros(shape))
-            self.o = Projection(jnp.zeros((H, d, D)))
+            self.qkv = Projection(jnp.zeros((*shape, D)), jnp.zeros(shape))
         else:
             self.q = Projection(normal(rngs.params(), (H, d, D)), jnp.zeros((H, d)))
             self.k = Projection(normal(rngs.params(), (K, d, D)), jnp.zeros((K, d)))
             self.v = Projection(normal(rngs.params(), (K, d, D)), jnp.zeros((K, d)))
-            self.o = Projection(residual(rngs.params(), (D, H, d)))
+        self.o = Projection(residual(rngs.params(), (D, H, d)))
 
     def __call__(
         self,
@@ -112,25 +111,42 @@ class Attention(nnx.Module):
           cache: this layer's keys and values [B, K, S, d], or None.
           write: where the new ones go; needed with a cache.
         """
-        with jax.named_scope("qkv"):
-            q, k, v = self._project(x_BTD)
-            q, k = rotate(q, rope), rotate(k, rope)
-        with jax.named_scope("attend"):
-            out, cache = self._attend(q, k, v, mask, cache, write)
+        spec, n, scale = self.sharding, self.sharding.tensor, self.config.head_dim**-0.5
+        heads = self.config.num_heads // n, spec.kv_heads // n
+        takes = functools.partial(kernels.has_decode_step, self.impl, x_BTD.dtype, x_BTD.shape[1], *heads)
+        if cache is not None and write is not None and self.fused and not write.fresh and takes(cache[0]):
+            with jax.named_scope("qkv"):
+                qkv, bias = self._project_fused(x_BTD), self.qkv.bias[...].astype(x_BTD.dtype)
+            with jax.named_scope("attend"):
+                start_B1, slot = mask.k_start_BT, write.slot
+                out, cache = on_mesh.attend_step(qkv, bias, rope, start_B1, cache, slot, scale=scale, sharding=spec)
+        else:
+            with jax.named_scope("qkv"):
+                q, k, v = self._project(x_BTD)
+                q, k = rotate(q, rope), rotate(k, rope)
+            with jax.named_scope("attend"):
+                out, cache = self._attend(q, k, v, mask, cache, write)
         with jax.named_scope("o"):
-            spec, subscripts = (
-                (self.sharding.fused_o, "BTHd,HdD->BTD") if self.fused else (self.sharding.o, "BTHd,DHd->BTD")
-            )
-            o = self.o.used(x_BTD.dtype, spec)
-            return jnp.einsum(subscripts, out, o, out_sharding=self.sharding.hidden), cache
+            o_DHd = self.o.used(x_BTD.dtype, spec.o)
+            D, H, d = o_DHd.shape
+            if self.fused and on_mesh.takes(x_BTD, spec.batch_shards, D, H // spec.tensor * d):
+                return on_mesh.into_one(out, o_DHd, spec.heads, gathered(spec.o), spec.hidden), cache
+            return jnp.einsum("BTHd,DHd->BTD", out, o_DHd, out_sharding=spec.hidden), cache
+
+    def _project_fused(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, shards, heads of q, k, v, head_dim], before the bias."""
+        spec = self.sharding
+        w_nRdD, out_spec = self.qkv.used(x_BTD.dtype, spec.fused_qkv), P(*spec.heads, None)
+        _, R, d, D = w_nRdD.shape
+        if on_mesh.takes(x_BTD, spec.batch_shards, R * d, D):
+            return on_mesh.out_of_shards(x_BTD, w_nRdD, spec.hidden, gathered(spec.fused_qkv), out_spec)
+        return jnp.einsum("BTD,nRdD->BTnRd", x_BTD, w_nRdD, out_sharding=out_spec)
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         spec, dtype = self.sharding, x_BTD.dtype
         if self.fused:
             n, rows = spec.tensor, self.config.num_heads // spec.tensor
-            w_nDRd = self.qkv.used(dtype, spec.fused_qkv)
-            qkv = jnp.einsum("BTD,nDRd->BTnRd", x_BTD, w_nDRd, out_sharding=P(*spec.heads, None))
-            qkv = qkv + self.qkv.bias[...].astype(dtype)
+            qkv = self._project_fused(x_BTD) + self.qkv.bias[...].astype(dtype)
             q, k, v = jnp.split(qkv, [rows, rows + spec.kv_heads // n], axis=3)
             q, k, v = (y.reshape(*y.shape[:2], -1, y.shape[-1], out_sharding=spec.heads) for y in (q, k, v))
             return q, k, v

@@ -309,47 +309,16 @@ _REQUIRED_VALUES = {
 }
 
 # Everything else that may stand in a config.json without changing the forward pass.
-_KNOWN_KEYS = {
-    *_SHAPE_KEYS,
-    *_REQUIRED_VALUES,
-    "architectures",
-    "model_type",
-    "num_key_value_heads",
-    "head_dim",
-    "tie_word_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "max_position_embeddings",
-    "dual_chunk_attention_config",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "initializer_range",
-    "torch_dtype",
-    "dtype",
-    "use_sliding_window",
-    "sliding_window",
-    "max_window_layers",
-    "layer_types",
-    "use_cache",
-    "transformers_version",
-    "_name_or_path",
-    "_commit_hash",
-    "_attn_implementation_autoset",
-    "attn_implementation",
-    "seq_length",
-    "return_dict",
-    "output_attentions",
-    "output_hidden_states",
-    "chunk_size_feed_forward",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "unsloth_version",
-    "unsloth_fixed",
-}
+_KNOWN_KEYS = {*_SHAPE_KEYS, *_REQUIRED_VALUES} | set(
+    """
+    architectures model_type num_key_value_heads head_dim tie_word_embeddings rms_norm_eps rope_theta
+    rope_scaling rope_parameters max_position_embeddings dual_chunk_attention_config bos_token_id eos_token_id
+    pad_token_id initializer_range torch_dtype dtype use_sliding_window sliding_window max_window_layers
+    layer_types use_cache transformers_version _name_or_path _commit_hash _attn_implementation_autoset
+    attn_implementation seq_length return_dict output_attentions output_hidden_states chunk_size_feed_forward
+    id2label label2id problem_type unsloth_version unsloth_fixed
+    """.split()
+)
 
 _YARN_KEYS = {field.name for field in dataclasses.fields(Yarn)}
 

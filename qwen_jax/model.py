@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax import kernels
 from qwen_jax.attention import Attention, CacheWrite, KVCache, Projection
 from qwen_jax.config import ModelConfig
+from qwen_jax.kernels import on_mesh
 from qwen_jax.kernels.reference import einsum_f32
 from qwen_jax.rope import rope_tables
 from qwen_jax.sharding import Sharding, gathered
@@ -55,28 +56,31 @@ class MLP(nnx.Module):
         normal = nnx.initializers.normal(config.initializer_range)
         residual = nnx.initializers.normal(config.initializer_range / (2 * config.num_layers) ** 0.5)
         if fused:
-            self.gate_up = Projection(jnp.zeros((n, D, 2, F // n)))
-            self.down = Projection(jnp.zeros((F, D)))
+            self.gate_up = Projection(jnp.zeros((n, 2, F // n, D)))
         else:
             self.gate = Projection(normal(rngs.params(), (F, D)))
             self.up = Projection(normal(rngs.params(), (F, D)))
-            self.down = Projection(residual(rngs.params(), (D, F)))
+        self.down = Projection(residual(rngs.params(), (D, F)))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         spec, dtype = self.sharding, x_BTD.dtype
         if self.fused:
-            w_nD2f = self.gate_up.used(dtype, spec.fused_gate_up)
-            out = P(*spec.feed_forward, None, None)
-            both = jnp.einsum("BTD,nDxf->BTnxf", x_BTD, w_nD2f, out_sharding=out)
+            w_n2fD = self.gate_up.used(dtype, spec.fused_gate_up)
+            D, f = x_BTD.shape[2], w_n2fD.shape[2]
+            if on_mesh.takes(x_BTD, spec.batch_shards, 2 * f, D) and on_mesh.takes(x_BTD, spec.batch_shards, D, f):
+                w_spec = gathered(spec.fused_gate_up)
+                h_BTF = on_mesh.swiglu(x_BTD, w_n2fD, spec.hidden, w_spec, spec.feed_forward)
+                down = self.down.used(dtype, spec.down)
+                return on_mesh.into_one(h_BTF, down, spec.feed_forward, gathered(spec.down), spec.hidden)
+            both = jnp.einsum("BTD,nxfD->BTnxf", x_BTD, w_n2fD, out_sharding=P(*spec.feed_forward, None, None))
             h = jax.nn.silu(both[:, :, :, 0]) * both[:, :, :, 1]
             h_BTF = h.reshape(*x_BTD.shape[:2], -1, out_sharding=spec.feed_forward)
-            down_FD = self.down.used(dtype, spec.fused_down)
-            return jnp.einsum("BTF,FD->BTD", h_BTF, down_FD, out_sharding=spec.hidden)
-        gate, up = (
-            jnp.einsum("BTD,FD->BTF", x_BTD, p.used(dtype, spec.gate_up), out_sharding=spec.feed_forward)
-            for p in (self.gate, self.up)
-        )
-        h_BTF = jax.nn.silu(gate) * up
+        else:
+            gate, up = (
+                jnp.einsum("BTD,FD->BTF", x_BTD, p.used(dtype, spec.gate_up), out_sharding=spec.feed_forward)
+                for p in (self.gate, self.up)
+            )
+            h_BTF = jax.nn.silu(gate) * up
         return jnp.einsum("BTF,DF->BTD", h_BTF, self.down.used(dtype, spec.down), out_sharding=spec.hidden)
 
 
@@ -267,8 +271,8 @@ def param_specs(config: ModelConfig, sharding: Sharding, options: Options = Opti
     """The PartitionSpec of every parameter, in the tree of `abstract_params`."""
     s, norm = sharding, {"weight": sharding.norm}
     if options.fused:
-        attention: Params = {"qkv": {"weight": s.fused_qkv, "bias": s.fused_qkv_bias}, "o": {"weight": s.fused_o}}
-        mlp: Params = {"gate_up": {"weight": s.fused_gate_up}, "down": {"weight": s.fused_down}}
+        attention: Params = {"qkv": {"weight": s.fused_qkv, "bias": s.fused_qkv_bias}, "o": {"weight": s.o}}
+        mlp: Params = {"gate_up": {"weight": s.fused_gate_up}, "down": {"weight": s.down}}
     else:
         kv = {"weight": s.kv, "bias": s.kv_bias}
         attention = {"q": {"weight": s.q, "bias": s.q_bias}, "k": kv, "v": dict(kv), "o": {"weight": s.o}}

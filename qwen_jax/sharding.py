@@ -65,6 +65,8 @@ class Sharding:
     """Key/value heads as attention sees them: the model's own, or one for each tensor shard where those are fewer."""
     tensor: int = 1
     """Size of the tensor axis."""
+    batch_shards: int = 1
+    """Parts that the rows of a batch are in."""
     vocab: P = P("tensor", "fsdp")
     q: P = P("tensor", None, "fsdp")
     q_bias: P = P("tensor", None)
@@ -74,12 +76,10 @@ class Sharding:
     gate_up: P = P("tensor", "fsdp")
     down: P = P("fsdp", "tensor")
     norm: P = P(None)
-    # The inference layout: fused, input first. The leading axis of the fused ones counts the tensor shards.
-    fused_qkv: P = P("tensor", "fsdp", None, None)
+    # Fused projections of the inference layout: the leading axis counts the tensor shards.
+    fused_qkv: P = P("tensor", None, None, "fsdp")
     fused_qkv_bias: P = P("tensor", None, None)
-    fused_o: P = P("tensor", None, "fsdp")
-    fused_gate_up: P = P("tensor", "fsdp", None, None)
-    fused_down: P = P("tensor", "fsdp")
+    fused_gate_up: P = P("tensor", None, None, "fsdp")
     # Activations.
     tokens: P = P(("data", "fsdp"), None)
     hidden: P = P(("data", "fsdp"), None, None)
@@ -101,6 +101,7 @@ class Sharding:
             if mesh.shape[axis] != 1:
                 raise InputError(f"A dense model does not use the {axis} axis; it is {mesh.shape[axis]}, make it 1.")
         tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+        rows = mesh.shape["data"] * fsdp
         for name, size, axis, parts in (
             ("num_heads", config.num_heads, "tensor", tensor),
             ("intermediate_size", config.intermediate_size, "tensor", tensor),
@@ -113,11 +114,11 @@ class Sharding:
                     f"Choose an axis size that divides it."
                 )
         if config.num_kv_heads % tensor == 0:
-            return cls(kv_heads=config.num_kv_heads, tensor=tensor)
+            return cls(config.num_kv_heads, tensor, rows)
         if tensor % config.num_kv_heads == 0:
             # Fewer key/value heads than shards: their small weights are replicated, and each head is repeated so
             # that every shard has one of its own.
-            return cls(kv_heads=tensor, tensor=tensor, kv=P(None, None, "fsdp"), kv_bias=P(None, None))
+            return cls(tensor, tensor, rows, kv=P(None, None, "fsdp"), kv_bias=P(None, None))
         raise InputError(
             f"The tensor axis ({tensor}) must divide num_kv_heads ({config.num_kv_heads}) or be a multiple of it."
         )

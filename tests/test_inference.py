@@ -131,6 +131,15 @@ def test_chunk_size_changes_nothing(
         assert [c.token_ids for c in got] == [c.token_ids[:n] for c in greedy]
 
 
+def test_steps_beyond_the_end_of_the_cache_are_harmless(checkpoint: tuple[Path, Any]) -> None:
+    """200 + 56 tokens fill a cache of 256 exactly; a chunk of 64 steps runs past its end."""
+    prompt = [np.random.default_rng(1).integers(0, 160, 200).tolist()]
+    texts = [
+        load_engine(checkpoint[0], chunk=chunk).generate(prompt, max_new_tokens=56)[0].token_ids for chunk in (1, 64)
+    ]
+    assert texts[0] == texts[1]
+
+
 def test_each_end_of_text_id_ends_its_row(engine: Engine, prompts: list[list[int]], greedy: list[Completion]) -> None:
     eos = [greedy[0].token_ids[10], greedy[1].token_ids[20]]
     for completion, full in zip(engine.generate(prompts, max_new_tokens=64, eos_token_ids=eos), greedy, strict=True):

@@ -141,11 +141,17 @@ def test_cached_decoding_equals_the_full_pass_token_by_token_and_in_chunks(mesh:
     params = unstack(random_params(mesh))
     T, slots = 30, 48
     tokens = np.random.default_rng(4).integers(0, CONFIG.vocab_size, (2, T), dtype=np.int32)
-    with jax.set_mesh(mesh):
+
+    @jax.jit
+    def run(params: Params, *arguments: Any) -> tuple[jax.Array, KVCache | None]:
+        tokens, positions, mask, cache, write = arguments
         model = bind(CONFIG, params, sharding, Options(stacked=False))
+        return model(tokens, positions, mask, cache=cache, write=write)
+
+    with jax.set_mesh(mesh):
         positions = np.broadcast_to(np.arange(T, dtype=np.int32), (2, T))
         all_tokens, all_positions = placed(mesh, sharding, tokens, positions)
-        expected, _ = model(all_tokens, all_positions, kernels.causal_mask(2, T))
+        expected, _ = run(params, all_tokens, all_positions, kernels.causal_mask(2, T), None, None)
         shape = (2, sharding.kv_heads, slots, CONFIG.head_dim)
         buffers = tuple(jnp.zeros(shape, out_sharding=sharding.cache) for _ in range(CONFIG.num_layers))
         cache: KVCache | None = KVCache(buffers, buffers)
@@ -158,7 +164,7 @@ def test_cached_decoding_equals_the_full_pass_token_by_token_and_in_chunks(mesh:
                 mask = kernels.causal_mask(2, size)
             chunk, at = placed(mesh, sharding, tokens[:, start:stop], positions[:, start:stop])
             write = CacheWrite(slot=jnp.int32(start), fresh=start == 0)
-            x, cache = model(chunk, at, mask, cache=cache, write=write)
+            x, cache = run(params, chunk, at, mask, cache, write)
             got.append(np.asarray(x))
     np.testing.assert_allclose(np.concatenate(got, 1), np.asarray(expected), atol=2e-5)
 

@@ -225,7 +225,7 @@ class Engine:
 
     def _batch_bucket(self, size: int) -> int:
         """Next power of two that the batch axes divide: few programs serve all batch sizes."""
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        shards = self.sharding.batch_shards
         return -(-(1 << (size - 1).bit_length()) // shards) * shards
 
     def _check_memory(self, batch: int, slots: int) -> None:
@@ -233,7 +233,7 @@ class Engine:
         stats = self.mesh.devices.flat[0].memory_stats() or {}
         if "bytes_limit" not in stats:
             return
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * self.sharding.tensor
+        shards = self.sharding.batch_shards * self.sharding.tensor
         heads = self.sharding.kv_heads
         itemsize = jnp.dtype(self.options.dtype).itemsize
         needed = 2 * self.config.num_layers * heads * self.config.head_dim * itemsize * batch * slots // shards

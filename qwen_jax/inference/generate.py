@@ -139,9 +139,11 @@ def decode(
         return jnp.broadcast_to(x, (B,))[:, None]
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[jax.Array, jax.Array | None]]:
-        mask = kernels.Mask(column(state.start_B), column(state.slot + 1))
-        positions_B1 = column(state.slot - state.start_B)
-        write = CacheWrite(slot=state.slot)
+        # Steps that nobody asked for stay inside the cache.
+        slot = jnp.minimum(state.slot, program.slots - 1)
+        mask = kernels.Mask(column(state.start_B), column(slot + 1))
+        positions_B1 = column(slot - state.start_B)
+        write = CacheWrite(slot=slot)
         x_B1D, cache = model(column(state.token_B), positions_B1, mask, cache=state.cache, write=write)
         token_B, logprob_B, seen_BV = _choose(
             model.logits(x_B1D)[:, 0], state.seen_BV, state.keys_B, state.step, knobs, program

@@ -6,13 +6,14 @@
 | cudnn          | GPU       | causal from the first key, no cache     | bfloat16, float16       |
 
 `implementation="auto"` takes cudnn on a GPU where the table allows it, and the reference otherwise; it says once, at
-trace time, what it took.
+trace time, what it took. Decoding one token a row has a function of its own, `decode_step`, for GPUs of the Hopper
+generation; `has_decode_step` says whether "auto" may take it.
 """
 
 import dataclasses
 import functools
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,45 @@ def decode_attention(q_BTHd: jax.Array, k_BKSd: jax.Array, v_BKSd: jax.Array, ma
     """
     _check_shapes(q_BTHd, k_BKSd.swapaxes(1, 2), v_BKSd.swapaxes(1, 2), mask)
     return reference.attention(q_BTHd, k_BKSd, v_BKSd, mask.k_start_BT, mask.k_end_BT, scale=scale)
+
+
+def has_decode_step(
+    implementation: Implementation, dtype: jnp.dtype, length: int, num_heads: int, num_kv_heads: int, cache: jax.Array
+) -> bool:
+    """Whether `decode_step` does the next tokens; says so once.
+
+    Args:
+      implementation: it is taken only by "auto".
+      dtype: of the activations.
+      length: new tokens a row.
+      num_heads, num_kv_heads: on one device.
+      cache: a layer's keys or values, [B, K, S, d].
+    """
+    S, d = cache.shape[2:]
+    takes = (
+        implementation == "auto"
+        and length == 1
+        and dtype == cache.dtype == jnp.bfloat16
+        and jax.default_backend() == "gpu"
+        and jax.local_devices()[0].compute_capability.startswith("9.")
+        and _decode_gpu().supports(num_heads, num_kv_heads, d, S)
+    )
+    if length == 1:
+        _say_once(f"decoding, {num_heads}/{num_kv_heads} heads of {d}, {dtype}: {'kernel' if takes else 'reference'}")
+    return takes
+
+
+def decode_step(*args: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `decode_gpu.decode_step`; runs on local arrays."""
+    result: tuple[jax.Array, jax.Array, jax.Array] = _decode_gpu().decode_step(*args, scale=scale)
+    return result
+
+
+def _decode_gpu() -> Any:
+    # Imported where there is a GPU to use it: Pallas takes a while.
+    from qwen_jax.kernels import decode_gpu
+
+    return decode_gpu
 
 
 def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> None:

@@ -1,0 +1,306 @@
+"""Decode and prefill speed at true shapes with random weights, beside two yardsticks, on one GPU.
+
+    python -m experiments.decode.benchmark decode --model qwen2.5-7b --batch 1
+    python -m experiments.decode.benchmark decode --model qwen2.5-7b --batch 1 --transformers
+    python -m experiments.decode.benchmark prefill --model qwen2.5-7b --length 8192
+    python -m experiments.decode.benchmark start --model qwen2.5-0.5b
+
+`decode` times the engine's own compiled programs (greedy, and with the sampling that Qwen2.5 recommends: temperature
+0.7, top-k 20, top-p 0.8, repetition penalty 1.05) and the plain loop of `plain_loop.py`, after a 512-token prompt, and
+prints the bytes floor beside them: weights and live cache, read once a step, at the copy bandwidth measured in the same
+process. `--transformers` adds transformers' generate with a static cache. `start` writes a checkpoint and times a fresh
+process from its start to the first token, without and with a warm compilation cache. Every line of output is JSON.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.decode import plain_loop
+from qwen_jax.config import ModelConfig, published
+from qwen_jax.inference import Engine, SamplingParams
+from qwen_jax.inference.generate import Program, decode, prefill
+from qwen_jax.inference.sampling import Knobs
+from qwen_jax.model import Options, Params, abstract_params, param_specs
+from qwen_jax.sharding import Sharding, make_mesh
+
+RECOMMENDED = SamplingParams(temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.05)
+REPEATS = 5
+
+
+def say(**record: Any) -> None:
+    """One JSON line; floats to four digits."""
+    print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in record.items()}), flush=True)
+
+
+def median_seconds(run: Callable[[], Any]) -> float:
+    """Median of `REPEATS` synchronised runs, after one that is not counted."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def random_params(config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
+    """Unstacked bfloat16 weights on the device, normal with deviation 0.02."""
+    options = Options(stacked=False)
+    sharding = Sharding.for_model(config, mesh)
+    shapes, specs = abstract_params(config, sharding, options, jnp.bfloat16), param_specs(config, sharding, options)
+
+    @functools.partial(jax.jit, static_argnames=("shape", "spec"))
+    def normal(i: jax.Array, shape: tuple[int, ...], spec: jax.P) -> jax.Array:
+        return jax.reshard(0.02 * jax.random.normal(jax.random.key(i), shape, jnp.bfloat16), spec)
+
+    count = iter(range(10**6))
+    with jax.set_mesh(mesh):
+        return jax.tree.map(lambda shape, spec: normal(next(count), shape.shape, spec), shapes, specs)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a copy of 4 GiB."""
+    x = jnp.ones((2**31,), jnp.bfloat16)
+    copy = jax.jit(lambda x: x + 1)
+    return 2 * x.nbytes / median_seconds(lambda: copy(x))
+
+
+def matmul_rate() -> float:
+    """bfloat16 FLOP/s of an 8192-cubed product of random numbers."""
+    x, y = (jax.random.normal(jax.random.key(i), (8192, 8192), jnp.bfloat16) for i in range(2))
+    return 2 * 8192**3 / median_seconds(lambda: functools.partial(jax.jit(jnp.dot), x, y)())
+
+
+def step_bytes(config: ModelConfig, batch: int, live: int) -> int:
+    """What a decode step cannot help reading: every weight but the embedding table, and the live cache."""
+    params = config.num_params()
+    head = params["lm_head"] or params["embedding"]
+    return 2 * (params["layers"] + params["norm"] + head) + batch * live * config.kv_bytes_per_token()
+
+
+def run_decode(args: argparse.Namespace) -> None:
+    config, B, prompt, steps = published(args.model), args.batch, args.prompt, args.steps
+    slots = -(-(prompt + steps) // 128) * 128
+    mesh = make_mesh({}, jax.devices()[:1])
+    bandwidth = copy_bandwidth()
+    floor = step_bytes(config, B, prompt + steps // 2) / bandwidth
+    common = {"model": args.model, "batch": B, "prompt": prompt, "steps": steps}
+    say(**common, copy_tb_per_s=bandwidth / 1e12, floor_ms=floor * 1e3, floor_tokens_per_s=B / floor)
+
+    def report(what: str, seconds: float, **more: Any) -> None:
+        say(**common, what=what, step_ms=seconds * 1e3, tokens_per_s=B / seconds, of_floor=floor / seconds, **more)
+
+    if not args.no_plain:
+        params = plain_loop.random_params(config, jax.random.key(0))
+        shape = (B, config.num_kv_heads, slots, config.head_dim)
+        cache = [tuple(jnp.zeros(shape, jnp.bfloat16) for _ in range(2)) for _ in range(config.num_layers)]
+        run = jax.jit(functools.partial(plain_loop.decode_loop, config, steps=steps), donate_argnums=1)
+        token = jnp.ones((B,), jnp.int32)
+
+        def plain() -> jax.Array:
+            nonlocal cache
+            cache, tokens = run(params, cache, token, jnp.int32(prompt))
+            return tokens
+
+        report("plain loop", median_seconds(plain) / steps)
+        del params, cache
+
+    engine = Engine(config, random_params(config, mesh), mesh)
+    tokens = np.random.default_rng(0).integers(0, engine.vocab_limit, (B, prompt), dtype=np.int32)
+    rows = jax.NamedSharding(mesh, engine.sharding.rows)
+    with jax.set_mesh(mesh):
+        tokens_BT = jax.device_put(tokens, jax.NamedSharding(mesh, engine.sharding.tokens))
+        lengths, seeds = jax.device_put((np.full(B, prompt, np.int32), np.arange(B, dtype=np.uint32)), rows)
+        for name, sampling in (("greedy", SamplingParams()), ("sampled", RECOMMENDED)):
+            program = Program(config, engine.sharding, engine.options, sampling.plan, slots, engine.vocab_limit)
+            loop = _Loop(engine, program, Knobs.of(sampling), (tokens_BT, lengths, seeds), prompt, steps)
+            report(f"qwen_jax {name}", median_seconds(loop) / steps, **loop.compile_seconds)
+
+
+class _Loop:
+    """Prefill once, then the compiled decode loop from the end of the prompt as often as it is called."""
+
+    def __init__(
+        self, engine: Engine, program: Program, knobs: Knobs, inputs: tuple[jax.Array, ...], prompt: int, steps: int
+    ):
+        self.params, self.knobs, self.prompt = engine.params, knobs, prompt
+        start = time.perf_counter()
+        self.state, *_ = jax.block_until_ready(prefill(engine.params, *inputs, knobs, program=program))
+        prefilled = time.perf_counter()
+        lowered = decode.lower(engine.params, self.state, knobs, program=program, steps=steps)
+        self.compiled = lowered.compile()
+        ready = time.perf_counter()
+        self.compile_seconds = {"prefill_compile_s": prefilled - start, "decode_compile_s": ready - prefilled}
+
+    def __call__(self) -> Any:
+        # Back to the end of the prompt, so that every repetition reads the same amount of cache.
+        state = dataclasses.replace(self.state, slot=jnp.int32(self.prompt))
+        self.state, *out = self.compiled(self.params, state, self.knobs)
+        return out
+
+
+def run_prefill(args: argparse.Namespace) -> None:
+    config, mesh = published(args.model), make_mesh({}, jax.devices()[:1])
+    rate = matmul_rate()
+    engine = Engine(config, random_params(config, mesh), mesh)
+    B, T = args.batch, args.length
+    params = config.num_params()
+    # One position's logits only; causal attention sees half of the keys.
+    per_token = 2 * params["layers"] + 2 * config.num_layers * config.num_heads * config.head_dim * T
+    flops = B * T * per_token + 2 * B * config.vocab_size * config.hidden_size
+    tokens = np.random.default_rng(0).integers(0, engine.vocab_limit, (B, T), dtype=np.int32)
+    program = Program(config, engine.sharding, engine.options, SamplingParams().plan, T + 128, engine.vocab_limit)
+    with jax.set_mesh(mesh):
+        tokens_BT = jax.device_put(tokens, jax.NamedSharding(mesh, engine.sharding.tokens))
+        rows = jax.NamedSharding(mesh, engine.sharding.rows)
+        lengths, seeds = jax.device_put((np.full(B, T, np.int32), np.arange(B, dtype=np.uint32)), rows)
+        knobs = Knobs.of(SamplingParams())
+        run = functools.partial(prefill, engine.params, tokens_BT, lengths, seeds, knobs, program=program)
+        seconds = median_seconds(lambda: run()[1])
+    say(
+        model=args.model,
+        batch=B,
+        length=T,
+        what="prefill",
+        ms=seconds * 1e3,
+        tokens_per_s=B * T / seconds,
+        tflop_per_s=flops / seconds / 1e12,
+        matmul_tflop_per_s=rate / 1e12,
+        of_matmul=flops / seconds / rate,
+    )
+
+
+def run_transformers(args: argparse.Namespace) -> None:
+    """transformers' generate with a static cache (which compiles the decode step), greedy."""
+    import torch
+    import transformers
+
+    config, B = published(args.model), args.batch
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config.to_hf())).eval()
+    model.generation_config.eos_token_id = None
+    ids = torch.randint(0, 150_000, (B, args.prompt), device="cuda")
+
+    def seconds(new: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            cache_implementation="static",
+            pad_token_id=0,
+        )
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for _ in range(2):
+        seconds(args.steps + 1)
+    # One new token is the prefill alone.
+    seconds(1)
+    step = (
+        np.median([seconds(args.steps + 1) for _ in range(3)]) - np.median([seconds(1) for _ in range(3)])
+    ) / args.steps
+    say(
+        model=args.model,
+        batch=B,
+        prompt=args.prompt,
+        steps=args.steps,
+        what=f"transformers {transformers.__version__} static cache, torch {torch.__version__}",
+        step_ms=float(step) * 1e3,
+        tokens_per_s=float(B / step),
+    )
+
+
+_FIRST_TOKEN = """
+import os, time
+with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
+    ticks = int(stat.read().rsplit(")", 1)[1].split()[19])
+    lived = float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+began = time.perf_counter() - lived
+import sys, jax
+from pathlib import Path
+from convert.huggingface import load_params
+from qwen_jax.config import load_config
+from qwen_jax.inference import Engine, SamplingParams
+from qwen_jax.model import Options
+from qwen_jax.sharding import make_mesh
+folder = Path(sys.argv[1])
+config, mesh = load_config(folder), make_mesh({}, jax.devices()[:1])
+imported = time.perf_counter() - began
+params = jax.block_until_ready(load_params(folder, config, mesh, "bfloat16", Options(stacked=False)))
+loaded = time.perf_counter() - began
+engine = Engine(config, params, mesh)
+for tokens, _ in engine._chunks([[1] * 256], SamplingParams(), 64):
+    break
+print(imported, loaded, time.perf_counter() - began)
+"""
+
+
+def run_start(args: argparse.Namespace) -> None:
+    from convert.huggingface import export
+
+    config, mesh = published(args.model), make_mesh({}, jax.devices()[:1])
+    with tempfile.TemporaryDirectory(dir=args.disk) as place:
+        folder = Path(place) / "model"
+        export(random_params(config, mesh), config, folder)
+        # The child needs the memory that this process holds.
+        for array in jax.live_arrays():
+            array.delete()
+        environment = {
+            **os.environ,
+            "JAX_COMPILATION_CACHE_DIR": str(Path(place) / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
+        for what in ("first start", "second start, compiled programs cached"):
+            command = [sys.executable, "-c", _FIRST_TOKEN, str(folder)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            imported, loaded, first = map(float, done.stdout.split()[-3:])
+            say(model=args.model, what=what, imported_s=imported, loaded_s=loaded, first_token_s=first)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="command")
+    for name in ("decode", "prefill", "start"):
+        command = commands.add_parser(name)
+        command.add_argument("--model", default="qwen2.5-7b")
+        command.add_argument("--batch", type=int, default=1)
+        if name == "decode":
+            command.add_argument("--prompt", type=int, default=512)
+            command.add_argument("--steps", type=int, default=128)
+            command.add_argument("--no-plain", action="store_true")
+            command.add_argument("--transformers", action="store_true", help="time transformers instead")
+        if name == "prefill":
+            command.add_argument("--length", type=int, default=8192)
+        if name == "start":
+            command.add_argument("--disk", default=None, help="folder for the checkpoint")
+    args = parser.parse_args()
+    if args.command == "decode" and args.transformers:
+        run_transformers(args)
+        return
+    device = jax.devices()[0]
+    say(jax=jax.__version__, device=device.device_kind, date=time.strftime("%Y-%m-%d"))
+    {"decode": run_decode, "prefill": run_prefill, "start": run_start}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The kernels of a decode step on a mesh: each in one `jax.shard_map`, over each shard's own rows, heads and width.
+
+The products of a few rows with a weight matrix are by our kernel where `takes` says that it is the faster one;
+everywhere else (prefill, other devices, shapes outside the rule) the model has einsums, with the same sharding.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax import kernels
+from qwen_jax.sharding import Sharding
+
+# From experiments/kernels/skinny_matmul.md: XLA's own products are as good for a single row of a small matrix.
+_MIN_BYTES_ONE_ROW, _MIN_BYTES = 20 << 20, 1 << 20
+
+
+def takes(x_BTI: jax.Array, shards: int, outputs: int, inputs: int) -> bool:
+    """Whether the kernel does a product: one token a row, bfloat16, a Hopper GPU, a matrix that is worth it.
+
+    Args:
+      x_BTI: the rows, on the mesh.
+      shards: how many parts the batch axis is in.
+      outputs, inputs: size of one device's part of the matrix.
+    """
+    rows = x_BTI.shape[0] // shards
+    return (
+        x_BTI.shape[1] == 1
+        and x_BTI.dtype == jnp.bfloat16
+        and rows <= 128
+        and outputs % 8 == 0
+        and inputs % 64 == 0
+        and inputs >= 128
+        and 2 * outputs * inputs >= (_MIN_BYTES_ONE_ROW if rows < 16 else _MIN_BYTES)
+        and jax.default_backend() == "gpu"
+        and jax.local_devices()[0].compute_capability.startswith("9.")
+    )
+
+
+def out_of_shards(x_B1I: jax.Array, w: jax.Array, x_spec: P, w_spec: P, out_spec: P) -> jax.Array:
+    """Each shard makes its own outputs.
+
+    Args:
+      x_B1I: the rows, whole on each shard.
+      w: [shards, ..., inputs]; a shard's part is flattened to [outputs, inputs].
+      x_spec, w_spec: where they lie.
+      out_spec: of the result.
+
+    Returns:
+      [B, 1, *w.shape[:-1]].
+    """
+    from qwen_jax.kernels.matmul_gpu import skinny_matmul
+
+    def local(x: jax.Array, w: jax.Array) -> jax.Array:
+        y = skinny_matmul(x[:, 0], w.reshape(-1, w.shape[-1])).sum(axis=0)
+        return y.astype(x.dtype).reshape(x.shape[0], 1, *w.shape[:-1])
+
+    run = jax.shard_map(local, in_specs=(x_spec, w_spec), out_specs=out_spec, check_vma=False)
+    out: jax.Array = run(x_B1I, w)
+    return out
+
+
+def into_one(x: jax.Array, w: jax.Array, x_spec: P, w_spec: P, out_spec: P) -> jax.Array:
+    """Each shard has its own inputs, and the results are added.
+
+    Args:
+      x: [B, 1, ...], split along what follows.
+      w: [outputs, ...], split alike.
+      x_spec, w_spec: where they lie.
+      out_spec: of the result, [B, 1, outputs].
+    """
+    from qwen_jax.kernels.matmul_gpu import skinny_matmul
+
+    def local(x: jax.Array, w: jax.Array) -> jax.Array:
+        y = skinny_matmul(x.reshape(x.shape[0], -1), w.reshape(w.shape[0], -1)).sum(axis=0)
+        return jax.lax.psum(y, "tensor").astype(x.dtype)[:, None]
+
+    run = jax.shard_map(local, in_specs=(x_spec, w_spec), out_specs=out_spec, check_vma=False)
+    out: jax.Array = run(x, w)
+    return out
+
+
+def swiglu(x_B1D: jax.Array, w_n2fD: jax.Array, x_spec: P, w_spec: P, out_spec: P) -> jax.Array:
+    """silu(gate) * up, each shard its own width.
+
+    Args:
+      x_B1D: the rows, whole on each shard.
+      w_n2fD: gate and up of each shard.
+      x_spec, w_spec: where they lie.
+      out_spec: of the result, [B, 1, n f].
+    """
+    from qwen_jax.kernels.matmul_gpu import skinny_swiglu
+
+    def local(x: jax.Array, w: jax.Array) -> jax.Array:
+        return skinny_swiglu(x[:, 0], w[0])[:, None]
+
+    run = jax.shard_map(local, in_specs=(x_spec, w_spec), out_specs=out_spec, check_vma=False)
+    out: jax.Array = run(x_B1D, w_n2fD)
+    return out
+
+
+def attend_step(
+    qkv_B1nRd: jax.Array,
+    bias_nRd: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    start_B1: jax.Array,
+    cache: tuple[jax.Array, jax.Array],
+    slot: jax.Array,
+    *,
+    scale: float,
+    sharding: Sharding,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Bias, RoPE, cache update and attention of one new token a row, by `kernels.decode_step`.
+
+    Args:
+      qkv_B1nRd: the raw projection.
+      bias_nRd: its bias.
+      rope: tables of `rope_tables`, [B, 1, 1, head_dim / 2].
+      start_B1: int32, first cache slot that each row sees.
+      cache: keys and values [B, K, S, d].
+      slot: int32 scalar, slot of the new token, the last one seen.
+      scale: multiplies the logits.
+      sharding: of the current mesh.
+
+    Returns:
+      The heads' outputs [B, 1, H, d], and the cache with the new token in it.
+    """
+
+    def local(qkv: jax.Array, bias: jax.Array, rope: Any, start: jax.Array, cache: Any, slot: jax.Array) -> Any:
+        cos, sin = (table[:, 0, 0] for table in rope)
+        out, *new = kernels.decode_step(qkv[:, 0, 0], bias[0], cos, sin, *cache, start[:, 0], slot, scale=scale)
+        return out[:, None], tuple(new)
+
+    s = sharding
+    tables = P(*s.tokens, None, None)
+    in_specs = P(*s.heads, None), s.fused_qkv_bias, tables, s.tokens, s.cache, P()
+    run = jax.shard_map(local, in_specs=in_specs, out_specs=(s.heads, s.cache), check_vma=False)
+    result: tuple[jax.Array, Any] = run(qkv_B1nRd, bias_nRd, rope, start_B1, cache, slot)
+    return result
