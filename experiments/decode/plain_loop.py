@@ -19,13 +19,11 @@ def random_params(config: ModelConfig, key: jax.Array) -> Params:
     """bfloat16 weights, normal with deviation 0.02."""
     D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     H, K = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    count = 0
+    count = iter(range(10**6))
+    make = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
 
     def normal(*shape: int) -> jax.Array:
-        nonlocal count
-        count += 1
-        make = jax.jit(lambda key: 0.02 * jax.random.normal(key, shape, jnp.bfloat16))
-        return make(jax.random.fold_in(key, count))
+        return make(jax.random.fold_in(key, next(count)), shape)
 
     def layer() -> Params:
         return {
@@ -54,8 +52,7 @@ def norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)).astype(x.dtype) * weight
 
 
-def rope(x_BHd: jax.Array, angles: jax.Array) -> jax.Array:
-    cos, sin = jnp.cos(angles).astype(x_BHd.dtype), jnp.sin(angles).astype(x_BHd.dtype)
+def rope(x_BHd: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     a, b = jnp.split(x_BHd, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -71,12 +68,13 @@ def decode_loop(
         cache, token_B, at = carry
         x = params["embed"][token_B]
         angles = at.astype(jnp.float32) * jnp.asarray(inverse_frequencies(config))
+        cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
         seen = jnp.arange(slots) <= at
         new = []
         for w, (k_cache, v_cache) in zip(params["layers"], cache, strict=True):
             h = norm(x, w["norm1"], eps)
-            q = rope((h @ w["q"] + w["bq"]).reshape(B, H, d), angles)
-            k = rope((h @ w["k"] + w["bk"]).reshape(B, K, d), angles)
+            q = rope((h @ w["q"] + w["bq"]).reshape(B, H, d), cos, sin)
+            k = rope((h @ w["k"] + w["bk"]).reshape(B, K, d), cos, sin)
             v = (h @ w["v"] + w["bv"]).reshape(B, K, d)
             k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k[:, :, None], at, axis=2)
             v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v[:, :, None], at, axis=2)

@@ -168,7 +168,9 @@ def _among_top_k(logits_BV: jax.Array, keys_B: jax.Array, knobs: Knobs) -> jax.A
     kth = jnp.take_along_axis(values, jnp.full((values.shape[0], 1), k - 1), axis=1)
     values = jnp.where(values >= kth, values, _LOWEST)
     probs = jax.nn.softmax(values, axis=1)
-    larger = jnp.cumsum(probs, axis=1) - probs
+    # What stands before each candidate. A masked sum is one small kernel, a cumulative sum is several.
+    before = jnp.tri(probs.shape[1], k=-1, dtype=bool)
+    larger = jnp.where(before, probs[:, None, :], 0.0).sum(axis=2)
     keep = (larger < knobs.top_p) & (probs >= knobs.min_p * probs[:, :1])
     return _draw(jnp.where(keep, values, _LOWEST), keys_B, ids)
 
