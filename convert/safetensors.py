@@ -195,6 +195,9 @@ def row_offset(entry: Entry, row: int) -> int:
     return entry.offset + row * math.prod(entry.shape[1:]) * entry.dtype.itemsize
 
 
+_PAGE = 4096
+
+
 class Writer:
     """Writes a set of tensors as Hugging Face does: one file, or shards of limited size and an index.
 
@@ -230,14 +233,15 @@ class Writer:
             self._files.append(descriptor)
             header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
             position = 0
-            # Wider dtypes first, as the reference implementation orders them, keeps every tensor aligned.
-            for name in sorted(shard, key=lambda name: (-tensors[name][0].itemsize, name)):
+            # Whole pages first: between page-aligned places the kernel copies whole pages. Then wider dtypes first,
+            # as the reference implementation orders them, which keeps every tensor aligned.
+            for name in sorted(shard, key=lambda name: (sizes[name] % _PAGE > 0, -tensors[name][0].itemsize, name)):
                 dtype, shape = tensors[name]
                 span = [position, position + sizes[name]]
                 header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": span}
                 position = span[1]
             raw = json.dumps(header, separators=(",", ":")).encode()
-            raw += b" " * (-len(raw) % 8)
+            raw += b" " * (-(8 + len(raw)) % _PAGE)
             write_all(descriptor, memoryview(len(raw).to_bytes(8, "little") + raw), 0)
             os.ftruncate(descriptor, 8 + len(raw) + position)
             for name in shard:
