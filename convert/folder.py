@@ -32,7 +32,7 @@ TRAVELLING = (
     "qwen.tiktoken",
     "LICENSE",
 )
-_DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "LICENSE"]
+_DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 

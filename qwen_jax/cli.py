@@ -9,7 +9,9 @@ import importlib.util
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -148,7 +150,8 @@ class Verify:
         verify = sibling("convert.verify")
         try:
             report = verify.verify(self.a, self.b, against=self.against)
-        except InputError as error:
+        except Exception as error:
+            # Whatever it was, nothing was compared; status 1 would say that the weights differ.
             if self.json:
                 print(json.dumps({"passed": None, "error": str(error)}))
             _complain(error)
@@ -292,6 +295,7 @@ class Generate:
         longest = max(map(len, ids))
         new_tokens = model.new_tokens(longest)
         engines.check_lengths(model.config, longest, new_tokens)
+        engines.check_stop(self.sampling.stop, model.tokenizer)
         sampling = dataclasses.replace(model.sampling, logprobs=self.logprobs)
         engine = model.engine()
         settings: dict[str, Any] = {
@@ -327,6 +331,9 @@ class Generate:
             lines = path.read_bytes().splitlines()
         if not lines:
             raise InputError(f"The prompt file {self.prompt_file} is empty. Expected one prompt a line.")
+        for number, line in enumerate(lines, 1):
+            if not line:
+                raise InputError(f"{self.prompt_file}, line {number} is empty. Expected one prompt a line.")
         return [_utf8(line, f"{self.prompt_file}, line {number}") for number, line in enumerate(lines, 1)]
 
     def _show(self, i: int, total: int, completion: Any) -> None:
@@ -397,9 +404,9 @@ class Chat:
         from qwen_jax.tokenizer import render_chat
 
         assert model.tokenizer is not None
-        ids = model.tokenizer.encode(render_chat(messages, template=model.tokenizer.chat_template))
         pieces: list[str] = []
         try:
+            ids = model.tokenizer.encode(render_chat(messages, template=model.tokenizer.chat_template))
             stream = engine.stream(
                 ids,
                 model.sampling,
@@ -574,8 +581,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     for package in ("qwen_jax", "convert", "train"):
         logging.getLogger(package).setLevel(logging.INFO)
+    # A job scheduler's SIGTERM unwinds like any other failure, so that nothing half-written stays behind.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        return _COMMANDS[argv[0]][0](argv[1:])
+        status = _COMMANDS[argv[0]][0](argv[1:])
+        # Here, where a reader that has left can still be caught.
+        sys.stdout.flush()
+        return status
     except InputError as error:
         _complain(error)
         return 1

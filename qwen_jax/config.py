@@ -193,6 +193,7 @@ class ModelConfig:
             is not known: guessing would give wrong logits.
         """
         hf = dict(hf)
+        _check_kinds(hf)
         if hf.get("model_type") != "qwen2":
             raise InputError(
                 f"Expected a config.json with model_type 'qwen2', got {hf.get('model_type')!r}. "
@@ -243,14 +244,14 @@ class ModelConfig:
             num_kv_heads=int(hf.get("num_key_value_heads") or num_heads),
             head_dim=int(hf.get("head_dim") or int(hf["hidden_size"]) // num_heads),
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=float(hf.get("rms_norm_eps") or 1e-6),
             rope_theta=rope_theta,
-            max_position_embeddings=int(hf.get("max_position_embeddings", 32768)),
+            max_position_embeddings=int(hf.get("max_position_embeddings") or 32768),
             yarn=yarn,
             dual_chunk=dual_chunk,
             bos_token_id=hf.get("bos_token_id"),
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-            initializer_range=float(hf.get("initializer_range", 0.02)),
+            initializer_range=float(hf.get("initializer_range") or 0.02),
             dtype=str(hf.get("dtype") or hf.get("torch_dtype") or "float32"),
             use_sliding_window=bool(hf.get("use_sliding_window", False)),
             sliding_window=hf.get("sliding_window"),
@@ -319,6 +320,28 @@ _KNOWN_KEYS = {*_SHAPE_KEYS, *_REQUIRED_VALUES} | set(
     id2label label2id problem_type unsloth_version unsloth_fixed
     """.split()
 )
+
+
+def _check_kinds(hf: Mapping[str, Any]) -> None:
+    """Refuses values that are not of the kind their key needs; null stands for an absent key."""
+    integers = (*_SHAPE_KEYS, "num_key_value_heads", "head_dim", "max_position_embeddings")
+    for key in (*integers, "rms_norm_eps", "rope_theta", "initializer_range"):
+        value = hf.get(key)
+        if value is None:
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+        if not number or (key in integers and value != int(value)):
+            kind = "integer" if key in integers else "number"
+            raise InputError(f"config.json has {key}={value!r}; expected a positive {kind}.")
+    for key in ("rope_scaling", "rope_parameters", "dual_chunk_attention_config"):
+        if not isinstance(hf.get(key) or {}, Mapping):
+            raise InputError(f"config.json has {key}={hf[key]!r}; expected an object.")
+    eos = hf.get("eos_token_id")
+    if not all(isinstance(i, int) and i >= 0 for i in (eos if isinstance(eos, list) else [] if eos is None else [eos])):
+        raise InputError(f"config.json has eos_token_id={eos!r}; expected an id or a list of ids.")
+    if not isinstance(hf.get("layer_types") or [], list):
+        raise InputError(f"config.json has layer_types={hf['layer_types']!r}; expected a list.")
+
 
 _YARN_KEYS = {field.name for field in dataclasses.fields(Yarn)}
 

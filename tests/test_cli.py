@@ -173,12 +173,38 @@ def test_prompt_file_and_standard_input_that_are_not_utf8(
     (tmp_path / "prompts.txt").write_bytes(b"fine\nnot \xff\n")
     status, _, err = run(capsys, "generate", "--model", model, "--prompt-file", tmp_path / "prompts.txt")
     assert (status, "line 2 is not UTF-8" in err) == (1, True)
+    (tmp_path / "prompts.txt").write_bytes(b"fine\n\nmore\n")
+    status, _, err = run(capsys, "generate", "--model", model, "--prompt-file", tmp_path / "prompts.txt")
+    assert (status, "line 2 is empty" in err) == (1, True)
     feed(monkeypatch, b"fine\n\xe4\n")
     status, out, err = run(capsys, "tokenize", "--model", model)
     assert (status, "line 2 is not UTF-8" in err, len(out.splitlines())) == (1, True, 1)
     feed(monkeypatch, b"[1,2]\n[1,\n")
     status, _, err = run(capsys, "tokenize", "--model", model, "--decode")
     assert (status, "line 2: expected a JSON array" in err) == (1, True)
+
+
+def test_verify_that_breaks_in_any_way_could_not_compare(
+    capsys: Capture, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Status 1 would tell a script that the weights differ."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr("convert.verify.verify", broken)
+    status, out, err = run(capsys, "verify", model, model, "--json")
+    assert (status, json.loads(out)) == (2, {"passed": None, "error": "no memory"})
+    assert "no memory" in err
+
+
+def test_reader_that_leaves_is_no_traceback() -> None:
+    command = Path(sys.executable).parent / "qwen-jax"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        ["bash", "-c", f"{command} info qwen2.5-7b | true"], env=environment, capture_output=True, text=True
+    )
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("command", ["", "info", "convert", "verify", "generate", "chat", "tokenize", "quickstart"])

@@ -116,6 +116,13 @@ def test_rope_theta_inside_rope_parameters_is_not_ignored() -> None:
         ({"num_hidden_layers": None}, "num_hidden_layers"),
         ({"torch_dtype": "int8"}, "int8"),
         ({"dual_chunk_attention_config": {"chunk": 1}}, "dual_chunk"),
+        ({"vocab_size": "abc"}, "vocab_size='abc'; expected a positive integer"),
+        ({"num_hidden_layers": 1.5}, "num_hidden_layers=1.5"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
+        ({"rope_scaling": "yarn"}, "expected an object"),
+        ({"eos_token_id": "x"}, "eos_token_id"),
+        ({"layer_types": 5}, "expected a list"),
     ],
     ids=str,
 )

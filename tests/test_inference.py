@@ -275,6 +275,11 @@ def test_published_defaults_are_read(tmp_path: Path, config: ModelConfig) -> Non
         ({"do_sample": True, "temperature": -1.0}, "temperature"),
         ({"eos_token_id": 5000}, "eos_token_id"),
         ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size"),
+        ({"stop_strings": ["a"]}, "stop_strings"),
+        ({"do_sample": True, "top_k": 50.7}, "whole number"),
+        ({"do_sample": True, "temperature": float("nan")}, "temperature must be a number"),
+        ({"do_sample": True, "top_k": -1}, r"generation_config.json: top_k must be"),
+        ({"max_new_tokens": -5}, "at least 1"),
     ],
     ids=str,
 )

@@ -144,6 +144,8 @@ def test_numbers_do_not_recompile() -> None:
     [
         {"temperature": -0.1},
         {"temperature": float("nan")},
+        {"temperature": 1e-40},
+        {"temperature": 1e39},
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.5},

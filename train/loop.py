@@ -1,6 +1,7 @@
 """The training loop: feed the device, read its numbers one step late, evaluate, save."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -84,10 +85,12 @@ def fit(
             return
         step, metrics, tokens = waiting
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if numbers["loss"] - numbers["loss"] != 0.0:
+        # The norm of the gradient tells of an update that spoils the weights before any loss does.
+        wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(numbers.get(name, 0.0))]
+        if wrong:
             raise InputError(
-                f"The loss of step {step} is {numbers['loss']}. Use a smaller learning rate, or look at the data of "
-                "this step; earlier checkpoints are unharmed."
+                f"The {wrong[0]} of step {step} is {numbers[wrong[0]]}. Use a smaller learning rate, or look at "
+                "the data of this step; earlier checkpoints are unharmed."
             )
         begin, rate = time.perf_counter(), tokens / max(time.perf_counter() - begin, 1e-9)
         if log:

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import shutil
@@ -90,6 +91,10 @@ class QuickstartOptions:
             raise InputError(
                 f"max_megabytes and learning_rate must be positive, got {self.max_megabytes} and {self.learning_rate}."
             )
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must be in [0, 2**32), got {self.seed}.")
+        if not math.isfinite(self.max_megabytes):
+            raise InputError(f"max_megabytes must be a finite number, got {self.max_megabytes}.")
         if any(not prompt for prompt in self.prompts):
             raise InputError("A prompt is empty. Give at least one character to complete.")
 
@@ -324,7 +329,10 @@ def _config(options: QuickstartOptions, tokenizer: Tokenizer) -> PretrainConfig:
         tie_word_embeddings=True,
         # The base of short-context pre-training.
         rope_theta=10_000.0,
-        max_position_embeddings=max(options.length, 512),
+        # Room for the rows it trains on and for the prompts it will complete; a character has at most four tokens.
+        max_position_embeddings=max(
+            512, options.length, *(4 * len(prompt) + options.max_new_tokens for prompt in options.prompts)
+        ),
         bos_token_id=None,
         eos_token_ids=(tokenizer.eos_id,),
         dtype="float32",
@@ -353,7 +361,7 @@ def _complete(options: QuickstartOptions, complete: Complete, folder: Path, cons
         pieces = []
         for piece in itertools.chain(first, remaining):
             pieces.append(piece)
-            console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+            console.print(piece, end="", markup=False, emoji=False, highlight=False, soft_wrap=True)
         console.print()
         completions[prompt] = "".join(pieces)
     return completions

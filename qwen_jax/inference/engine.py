@@ -167,7 +167,7 @@ class Engine:
         """
         start = time.perf_counter()
         prompts = [[0] * prompt_length] * batch_size
-        for tokens, _ in self._chunks(prompts, sampling, max(2, max_new_tokens)):
+        for tokens, _ in self._chunks(prompts, sampling, max_new_tokens):
             if tokens.shape[1] > 1:
                 break
         return time.perf_counter() - start
@@ -256,10 +256,7 @@ class Engine:
     ) -> list["_Row"]:
         if not prompts:
             raise InputError("Expected at least one prompt, got none.")
-        if stop and self.tokenizer is None:
-            raise InputError("Stop strings need a tokenizer.")
-        if any(not text for text in stop):
-            raise InputError("A stop string must not be empty.")
+        check_stop(stop, self.tokenizer)
         eos = frozenset(self.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
         rows = []
         for i, prompt in enumerate(prompts):
@@ -377,6 +374,14 @@ def check_lengths(config: ModelConfig, longest_prompt: int, max_new_tokens: int)
             f"A prompt of {longest_prompt} tokens and max_new_tokens={max_new_tokens} exceed the model's context of "
             f"{config.context_length} tokens. Shorten the prompt or lower max_new_tokens."
         )
+
+
+def check_stop(stop: Sequence[str], tokenizer: Tokenizer | None) -> None:
+    """Raises InputError if stop strings cannot be looked for."""
+    if stop and tokenizer is None:
+        raise InputError("Stop strings need a tokenizer.")
+    if any(not text for text in stop):
+        raise InputError("A stop string must not be empty.")
 
 
 def _bucket(size: int, smallest: int) -> int:

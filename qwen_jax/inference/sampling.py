@@ -43,9 +43,8 @@ class SamplingParams:
             if not ok:
                 raise InputError(f"{name} must be {expected}, got {getattr(self, name)}.")
 
-        need(
-            self.temperature >= 0 and self.temperature < float("inf"), "temperature", "0 (greedy) or a positive number"
-        )
+        # Beyond these a float32 logit over the temperature overflows, or is lost.
+        need(self.temperature == 0 or 1e-5 <= self.temperature <= 1e5, "temperature", "0 (greedy) or in [1e-5, 1e5]")
         need(self.top_k >= 0, "top_k", "0 (off) or a positive integer")
         need(0 < self.top_p <= 1, "top_p", "in (0, 1]")
         need(0 <= self.min_p <= 1, "min_p", "in [0, 1]")

@@ -1,6 +1,8 @@
 """Generation defaults of a checkpoint, from `generation_config.json`."""
 
 import dataclasses
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "eta_cutoff": (None, 0.0),
     "encoder_repetition_penalty": (None, 1.0),
     "no_repeat_ngram_size": (None, 0),
-    "bad_words_ids": (None,),
+    "bad_words_ids": (None, []),
     "suppress_tokens": (None,),
     "begin_suppress_tokens": (None,),
     "forced_bos_token_id": (None,),
@@ -41,6 +43,10 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "min_new_tokens": (None, 0),
     "guidance_scale": (None, 1.0),
     "penalty_alpha": (None, 0.0),
+    "stop_strings": (None,),
+    "sequence_bias": (None,),
+    "exponential_decay_length_penalty": (None,),
+    "top_h": (None,),
 }
 
 
@@ -69,10 +75,23 @@ def load_generation_defaults(folder: Path, config: ModelConfig) -> GenerationDef
     def number(key: str, default: Any, kind: type) -> Any:
         value = values.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise InputError(f"{path}: {key} must be a number, got {value!r}.")
+        if kind is int and value != int(value):
+            raise InputError(f"{path}: {key} must be a whole number, got {value!r}.")
         return kind(value)
 
+    try:
+        sampling = _sampling(values, number)
+    except InputError as error:
+        raise InputError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+    max_new = None if values.get("max_new_tokens") is None else number("max_new_tokens", None, int)
+    if max_new is not None and max_new < 1:
+        raise InputError(f"{path}: max_new_tokens must be at least 1, got {max_new}.")
+    return GenerationDefaults(sampling, eos_ids, max_new)
+
+
+def _sampling(values: Mapping[str, Any], number: Callable[[str, Any, type], Any]) -> SamplingParams:
     sampling = SamplingParams(repetition_penalty=number("repetition_penalty", 1.0, float))
     if values.get("do_sample", False):
         # transformers' own defaults where the file is silent: temperature 1, top-k 50.
@@ -83,5 +102,4 @@ def load_generation_defaults(folder: Path, config: ModelConfig) -> GenerationDef
             top_p=number("top_p", 1.0, float),
             min_p=number("min_p", 0.0, float),
         )
-    max_new = values.get("max_new_tokens")
-    return GenerationDefaults(sampling, eos_ids, None if max_new is None else number("max_new_tokens", None, int))
+    return sampling
