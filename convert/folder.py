@@ -104,6 +104,11 @@ def check_destination(folder: Path) -> None:
     """Raises InputError unless `folder` does not exist or is an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists already. Give a new folder, or remove it first; nothing is overwritten.")
+    if folder.is_symlink():
+        raise InputError(f"{folder} is a symbolic link; a new folder cannot take its place. Give the folder itself.")
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{folder} cannot be made: {parent} is not a folder that can be written to.")
 
 
 @contextlib.contextmanager

@@ -322,3 +322,11 @@ def test_parameters_that_do_not_fit_the_config(checkpoints: Path, tmp_path: Path
             with pytest.raises(InputError, match=words):
                 write(bad, for_config, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_destination_that_cannot_be_made_is_refused_before_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, message in (("file/x", "cannot be made"), ("file/x/y", "cannot be made"), ("link", "symbolic link")):
+        with pytest.raises(InputError, match=message):
+            convert.convert(tmp_path / "no-source-needed", tmp_path / name)
