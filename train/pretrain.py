@@ -129,8 +129,7 @@ def loss_sums(config: PretrainConfig, sharding: Sharding, params: Params, batch:
       batch: packed rows on the mesh.
     """
     model = bind(config.model, params, sharding, Options(dtype=config.dtype))
-    mask = jax.tree.map(lambda x: jax.reshard(x, sharding.tokens), packed_mask(batch.segment_ids))
-    hidden_BTD, _ = model(batch.tokens, batch.positions, mask, remat=config.remat)
+    hidden_BTD, _ = model(batch.tokens, batch.positions, packed_mask(batch.segment_ids), remat=config.remat)
     return chunked_cross_entropy(model, hidden_BTD, *next_token_targets(batch), config.loss_chunk)
 
 
