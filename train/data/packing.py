@@ -30,15 +30,33 @@ def pack(documents: Sequence[Sequence[int] | np.ndarray], length: int) -> Batch:
     if not arrays:
         raise InputError("Expected documents with at least one token, got none.")
     flat = np.concatenate(arrays)
-    numbers = np.repeat(np.arange(1, len(arrays) + 1, dtype=np.int32), [len(a) for a in arrays])
+    starts = np.zeros(len(flat), bool)
+    starts[np.cumsum([0, *map(len, arrays[:-1])])] = True
     padding = -len(flat) % length
-    tokens, document_of = (np.pad(x, (0, padding)).reshape(-1, length) for x in (flat, numbers))
+    tokens, begins = (np.pad(x, (0, padding)).reshape(-1, length) for x in (flat, starts))
+    num_tokens = np.full(len(tokens), length)
+    num_tokens[-1] -= padding
+    return rows_to_batch(tokens, begins, num_tokens)
 
-    real = document_of > 0
-    # Documents are numbered from 1 in each row.
-    segment_ids = np.where(real, document_of - document_of[:, :1] + 1, 0).astype(np.int32)
+
+def rows_to_batch(tokens: np.ndarray, starts: np.ndarray, num_tokens: np.ndarray) -> Batch:
+    """Numbers the segments of packed rows.
+
+    Args:
+      tokens: int32 [rows, length].
+      starts: bool [rows, length], true where a document begins. A row's first token begins a segment anyway.
+      num_tokens: [rows], how many tokens at the beginning of each row are real; the others are padding.
+
+    Returns:
+      Segments and positions, counted from 1 and 0; weights are 1, and 0 on padding.
+    """
+    length = tokens.shape[1]
     i = np.arange(length, dtype=np.int32)
-    opens = np.diff(segment_ids, axis=1, prepend=-1) != 0
-    starts = np.maximum.accumulate(np.where(opens, i, 0), axis=1)
-    positions = np.where(real, i - starts, 0).astype(np.int32)
-    return Batch(tokens, positions, segment_ids, real.astype(np.float32))
+    real = i < np.asarray(num_tokens)[:, None]
+    opens = starts | (i == 0)
+    segment_ids = np.cumsum(opens, axis=1, dtype=np.int32)
+    positions = i - np.maximum.accumulate(np.where(opens, i, 0), axis=1)
+    if not real.all():
+        segment_ids *= real
+        positions *= real
+    return Batch(tokens, positions.astype(np.int32, copy=False), segment_ids, real.astype(np.float32))

@@ -1,0 +1,424 @@
+"""From files of documents to a data set of packed rows: parallel, resumable, the same bytes however it was run.
+
+The input is divided into units of work, which depend on nothing but the files and the settings. A unit becomes one
+shard and a record `units/00000.json`, written last; a unit with a valid record is not done again. When every unit has
+one, the manifest is written and `units/` removed.
+"""
+
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from qwen_jax.errors import InputError
+from qwen_jax.tokenizer import Tokenizer, load_tokenizer
+from train.data.documents import DamagedInputError, Piece, Record, find_sources, read_records, same_file, share_out
+from train.data.progress import BuildProgress
+from train.data.shards import (
+    MANIFEST,
+    Input,
+    Manifest,
+    Shard,
+    ShardWriter,
+    check_files,
+    digest,
+    load_manifest,
+    write_file,
+    write_json,
+)
+from train.data.text import find_files
+from train.data.workers import Workers
+
+_UNITS, _SETTINGS, QUARANTINE = "units", "settings.json", "quarantine.jsonl"
+_BATCH_BYTES = 1_000_000  # of text, encoded at a time; the tokenizers library takes about 170 bytes for each.
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildConfig:
+    """Turn JSON lines, Parquet and plain text into packed rows of tokens for training.
+
+    Documents are tokenized, ended with the tokenizer's end-of-text id and laid end to end over rows of one length; each
+    token is used exactly once. A build that was interrupted goes on where it was when the same command is run again.
+
+    Attributes:
+      input: files, folders or patterns: .jsonl .parquet .txt .md .rst .tex .py, all but Parquet also as .gz and .zst.
+      tokenizer: folder with the tokenizer.
+      length: tokens in a row.
+      output: folder of the data set.
+      domain: its name in the manifest; by default that of the output folder.
+      field: JSON field or Parquet column that holds the text. A plain text file is one document.
+      format: what the input files are; auto goes by their extensions.
+      workers: processes; by default one for each core.
+      max_document_megabytes: a longer line, value or text file is counted as bad. A worker may need 200 times this.
+      max_bad: the build fails when more than this fraction of all records is bad, and also more than max_bad_lines.
+      max_bad_lines: see max_bad.
+      unit_megabytes: input in a unit of work, which becomes one shard; by default 128, and more for long rows.
+    """
+
+    input: tuple[str, ...]
+    tokenizer: Path
+    length: int
+    output: Path
+    domain: str | None = None
+    field: str = "text"
+    format: Literal["auto", "jsonl", "parquet", "text"] = "auto"
+    workers: int | None = None
+    max_document_megabytes: float = 8.0
+    max_bad: float = 0.001
+    max_bad_lines: int = 10
+    unit_megabytes: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.input:
+            raise InputError("No input. Give files, folders or patterns with --input.")
+        if not 2 <= self.length <= 2**31:
+            raise InputError(f"A row must hold at least 2 tokens and less than 2**31, got a length of {self.length}.")
+        if self.workers is not None and self.workers < 1:
+            raise InputError(f"workers must be at least 1, got {self.workers}.")
+        if not 0 <= self.max_bad <= 1 or self.max_bad_lines < 0:
+            raise InputError(
+                f"max_bad is a fraction in [0, 1] and max_bad_lines a count, got {self.max_bad} and "
+                f"{self.max_bad_lines}."
+            )
+        for name in ("max_document_megabytes", "unit_megabytes"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise InputError(f"{name} must be a positive number, got {value}.")
+
+    @property
+    def max_document_bytes(self) -> int:
+        """`max_document_megabytes` in bytes."""
+        return max(int(self.max_document_megabytes * 1e6), 1)
+
+    @property
+    def unit_bytes(self) -> int:
+        """Input in a unit of work; by default enough for about 250 rows, of which only the last has padding."""
+        if self.unit_megabytes is None:
+            return max(128_000_000, 1024 * self.length)
+        return max(int(self.unit_megabytes * 1e6), 1)
+
+
+def build(config: BuildConfig, *, progress: Console | None = None) -> Manifest:
+    """Builds a data set, or finishes one that was begun.
+
+    The files that come out do not depend on the number of workers, nor on interruptions. With more than one worker,
+    processes are spawned: a script that calls this needs the usual `if __name__ == "__main__":`.
+
+    Args:
+      config: what to read, and how to pack it.
+      progress: for a progress bar; standard error by default.
+
+    Returns:
+      The manifest, which lies in the folder. A data set that was finished before is left as it is.
+
+    Raises:
+      InputError: no or unreadable input, too many bad records, a folder that holds something else or was begun with
+        other settings, a full disk. Finished units of work are kept.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    settings = {
+        "domain": config.domain if config.domain is not None else config.output.absolute().name,
+        "length": config.length,
+        "tokenizer": tokenizer.fingerprint(),
+        "end_of_text": tokenizer.eos_id,
+        "field": config.field,
+        "max_document_bytes": config.max_document_bytes,
+        "unit_bytes": config.unit_bytes,
+    }
+    files = find_files(config.input)
+    output = config.output.absolute()
+    inside = [path for path in files if output in path.absolute().parents]
+    if inside:
+        raise InputError(f"{inside[0]} lies in the output folder {config.output}. Leave it out of --input.")
+    _check_folder(output)
+    if (output / MANIFEST).exists():
+        return _finished(output, settings, files)
+    units = share_out(find_sources(files, config.format, config.field), config.unit_bytes)
+    with _locked(output):
+        folder = _begin(output, settings)
+        keys = [digest([[*same_file(p.source), p.source.kind, p.start, p.end] for p in unit]) for unit in units]
+        records = {i: record for i, key in enumerate(keys) if (record := _kept(output, config.length, i, key))}
+        todo = [(i, unit, keys[i]) for i, unit in enumerate(units) if i not in records]
+        total = sum(piece.work for unit in units for piece in unit)
+        left = sum(piece.work for _, unit, _ in todo for piece in unit)
+        with BuildProgress(progress or Console(stderr=True), len(units), len(records), total, total - left) as display:
+            try:
+                records |= _run(config, tokenizer, output, todo, display)
+            finally:
+                _remove_temporary(output)
+        manifest = _manifest(tokenizer, settings, units, [records[i] for i in range(len(units))])
+        _quarantine(config, output, units, manifest)
+        if not manifest.shards:
+            raise InputError(
+                f"Found no text in {len(files)} input files: {manifest.bad} records are bad and {manifest.empty} empty."
+                " Give files with text, or name its field with --field."
+            )
+        ours = {name for shard in manifest.shards for name, _, _ in shard.files(config.length)}
+        for path in output.glob("shard-*"):
+            if path.name not in ours:  # Of an interrupted build with more input files.
+                path.unlink()
+        write_json(output / MANIFEST, manifest.to_json())
+        shutil.rmtree(folder)
+    return manifest
+
+
+def _check_folder(output: Path) -> None:
+    try:
+        if output.exists() and not output.is_dir():
+            raise InputError(f"{output} is a file. Give a folder with --output.")
+        ours = (output / MANIFEST).exists() or (output / _UNITS).is_dir()
+        if output.exists() and not ours and any(output.iterdir()):
+            raise InputError(f"{output} is not empty and holds no data set. Give a new folder with --output.")
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"Cannot make {output}: {error.strerror}. Choose another folder with --output.") from None
+
+
+def _finished(output: Path, settings: dict[str, Any], files: Sequence[Path]) -> Manifest:
+    """The data set that is there, after a check that it is the one asked for."""
+    manifest = load_manifest(output)
+    _check_settings(output, {name: getattr(manifest, name) for name in settings}, settings)
+    given = {str(path): path.stat().st_size for path in files}
+    built = {entry.path: entry.size for entry in manifest.inputs}
+    changed = sorted(path for path in {*given, *built} if given.get(path) != built.get(path))
+    if changed:
+        raise InputError(
+            f"{output} was built from other files: {changed[0]} "
+            f"{'is new' if changed[0] not in built else 'is gone' if changed[0] not in given else 'has another size'}"
+            f"{f', and {len(changed) - 1} more' if len(changed) > 1 else ''}. Give another folder with --output."
+        )
+    check_files(output, manifest.shards, manifest.length)
+    shutil.rmtree(output / _UNITS, ignore_errors=True)  # Of a process that was killed after its last write but this.
+    return manifest
+
+
+def _check_settings(output: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
+    different = [name for name in given if saved.get(name) != given[name]]
+    if different:
+        was = "; ".join(f"{name} was {saved.get(name)!r} and is now {given[name]!r}" for name in different)
+        raise InputError(
+            f"{output} was begun with other settings: {was}. "
+            "Run the command that it was begun with, give another folder with --output, or remove this one."
+        )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps a second builder out of the folder for as long as this process lives."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise InputError(f"Another process is building {folder}. Wait for it, or give another folder.") from None
+    finally:
+        os.close(handle)
+
+
+def _begin(output: Path, settings: dict[str, Any]) -> Path:
+    """Writes down the settings, or compares them with those of the build that was begun here."""
+    folder = output / _UNITS
+    path = folder / _SETTINGS
+    if path.exists():
+        _check_settings(output, json.loads(path.read_bytes()), settings)
+    else:
+        folder.mkdir(exist_ok=True)
+        write_json(path, settings)
+    _remove_temporary(output)
+    return folder
+
+
+def _remove_temporary(output: Path) -> None:
+    """Removes what killed processes had not finished."""
+    for left_over in [*output.glob(".*.tmp"), *(output / _UNITS).glob(".*.tmp")]:
+        left_over.unlink(missing_ok=True)
+
+
+def _kept(output: Path, length: int, index: int, key: str) -> dict[str, Any] | None:
+    """The record of a finished unit, if its files are there and its input is the same as then."""
+    path = output / _UNITS / f"{index:05d}.json"
+    try:
+        record: dict[str, Any] = json.loads(path.read_bytes())
+        if record["key"] != key:
+            return None
+        check_files(output, [Shard(**record["shard"])] if record["shard"] else [], length)
+    except (OSError, ValueError, KeyError, TypeError):  # A missing or damaged one is done again; so is its shard.
+        return None
+    return record
+
+
+def _run(
+    config: BuildConfig,
+    tokenizer: Tokenizer,
+    output: Path,
+    todo: Sequence[tuple[int, tuple[Piece, ...], str]],
+    display: BuildProgress,
+) -> dict[int, dict[str, Any]]:
+    """Does the units that are left, and goes on with the others when input files are damaged."""
+    records: dict[int, dict[str, Any]] = {}
+    damaged: list[str] = []
+
+    def done(index: int, result: dict[str, Any] | DamagedInputError) -> None:
+        if isinstance(result, DamagedInputError):
+            damaged.append(str(result))
+        else:
+            records[index] = result
+            display.unit(result["shard"]["tokens"] if result["shard"] else 0)
+
+    count = min(config.workers or _cores(), len(todo))
+    if count <= 1:
+        encoder = Encoder(config, output, display.advance, tokenizer)
+        for index, unit, key in todo:
+            done(index, encoder(index, unit, key))
+    else:
+        with Workers(count, Encoder, (config, output)) as workers:
+            for (index, _, _), result in workers.run(todo, display.advance):
+                done(index, result)
+    if damaged:
+        raise InputError(
+            "; ".join(sorted(damaged)[:5]) + (f"; and {len(damaged) - 5} more" if len(damaged) > 5 else "") + ". "
+            "Fetch again or leave out what is damaged, then run the same command: everything else is finished and kept."
+        )
+    return records
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Encoder:
+    """Does one unit of work after another; each process has its own."""
+
+    def __init__(
+        self, config: BuildConfig, output: Path, advance: Callable[[int], None], tokenizer: Tokenizer | None = None
+    ):
+        """Loads the tokenizer, unless there is one.
+
+        Args:
+          config: of the build.
+          output: its folder.
+          advance: takes the bytes of input that were read since its last call.
+          tokenizer: of the config.
+        """
+        self._config, self._output, self._advance = config, output, advance
+        self._tokenizer = tokenizer or load_tokenizer(config.tokenizer)
+
+    def __call__(self, index: int, unit: tuple[Piece, ...], key: str) -> dict[str, Any] | DamagedInputError:
+        """Writes the shard and the record of a unit, and returns the record, or what is wrong with an input file."""
+        bad: list[bytes] = []
+        lines: list[int] = []
+        empty = records = 0
+        folder = self._output / _UNITS
+        try:
+            with ShardWriter(self._output, f"shard-{index:05d}", self._config.length) as shard_writer:
+                texts: list[str] = []
+                size = 0
+                for number, piece in enumerate(unit):
+                    lines.append(0)
+                    for record in read_records(
+                        piece, self._config.field, self._config.max_document_bytes, self._advance
+                    ):
+                        records += 1
+                        lines[-1] = record.line
+                        if record.reason is not None:
+                            bad.append(json.dumps([number, record.line, record.reason]).encode() + b"\n")
+                            if len(bad) > max(self._config.max_bad_lines, max(self._config.max_bad, 0.5) * records):
+                                raise InputError(_hopeless(piece, records, len(bad), record))
+                        elif record.text:
+                            texts.append(record.text)
+                            size += len(record.text)
+                        else:
+                            empty += 1
+                        if size >= _BATCH_BYTES:
+                            self._encode(shard_writer, texts)
+                            texts, size = [], 0
+                self._encode(shard_writer, texts)
+                shard = shard_writer.finish()
+        except DamagedInputError as error:
+            return error
+        if bad:
+            write_file(folder / f"{index:05d}.bad.jsonl", b"".join(bad))
+        done = {
+            "key": key,
+            "shard": dataclasses.asdict(shard) if shard else None,
+            "lines": lines,
+            "empty": empty,
+            "bad": len(bad),
+            "records": records,
+        }
+        write_json(folder / f"{index:05d}.json", done)
+        return done
+
+    def _encode(self, shard: ShardWriter, texts: list[str]) -> None:
+        if texts:
+            # Text that happens to spell a control token stays text.
+            ids = self._tokenizer.encode_batch(texts, parse_special=False)
+            shard.add([[*document, self._tokenizer.eos_id] for document in ids])
+
+
+def _hopeless(piece: Piece, records: int, bad: int, last: Record) -> str:
+    where = f"line {last.line}" + (f" after byte {piece.start}" if piece.start else "")
+    return (
+        f"{bad} of {records} records in a row are bad; the last, {piece.source.path}, {where}: {last.reason}. "
+        "Name the field with --field, give other files, or accept them with a larger --max-bad."
+    )
+
+
+def _manifest(
+    tokenizer: Tokenizer,
+    settings: dict[str, Any],
+    units: Sequence[tuple[Piece, ...]],
+    records: Sequence[dict[str, Any]],
+) -> Manifest:
+    shards = tuple(Shard(**record["shard"]) for record in records if record["shard"])
+    rows, tokens = sum(shard.rows for shard in shards), sum(shard.tokens for shard in shards)
+    sizes = {piece.source.path: piece.source.size for unit in units for piece in unit}
+    return Manifest(
+        **settings,
+        vocab_size=tokenizer.vocab_size,
+        rows=rows,
+        tokens=tokens,
+        documents=sum(shard.documents for shard in shards),
+        padding=1 - tokens / (rows * settings["length"]) if rows else 0.0,
+        empty=sum(record["empty"] for record in records),
+        bad=sum(record["bad"] for record in records),
+        inputs=tuple(Input(path, size) for path, size in sizes.items()),
+        shards=shards,
+    )
+
+
+def _quarantine(config: BuildConfig, output: Path, units: Sequence[tuple[Piece, ...]], manifest: Manifest) -> None:
+    """Writes down which records were bad, and fails if they are too many."""
+    path = output / QUARANTINE
+    path.unlink(missing_ok=True)
+    if not manifest.bad:
+        return
+    before: dict[str, int] = {}  # Lines of each file in the pieces before.
+    entries: list[bytes] = []
+    for index, unit in enumerate(units):
+        record = json.loads((output / _UNITS / f"{index:05d}.json").read_bytes())
+        name = output / _UNITS / f"{index:05d}.bad.jsonl"
+        for line in name.read_bytes().splitlines() if record["bad"] else []:
+            number, position, reason = json.loads(line)
+            source = unit[number].source.path
+            entry = {"file": source, "line": before.get(source, 0) + position, "reason": reason}
+            entries.append(json.dumps(entry).encode() + b"\n")
+        for piece, count in zip(unit, record["lines"], strict=True):
+            before[piece.source.path] = before.get(piece.source.path, 0) + count
+    write_file(path, b"".join(entries))
+    total = manifest.documents + manifest.empty + manifest.bad
+    if manifest.bad > max(config.max_bad_lines, config.max_bad * total):
+        first = "; ".join("{file}, line {line}: {reason}".format(**json.loads(entry)) for entry in entries[:3])
+        raise InputError(
+            f"{manifest.bad} of {total} records are bad, more than --max-bad {config.max_bad:g} and --max-bad-lines "
+            f"{config.max_bad_lines} allow: {first}. All are listed in {path}. Mend them, or accept them with a larger "
+            "--max-bad: the finished units of work are kept."
+        )

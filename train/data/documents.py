@@ -1,0 +1,393 @@
+"""Files of many documents, read as a stream: JSON lines, Parquet and plain text, compressed or not."""
+
+import dataclasses
+import gzip
+import importlib
+import io
+import itertools
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO, Literal
+
+from qwen_jax.errors import InputError
+from qwen_jax.tokenizer.base import valid_text
+
+Kind = Literal["jsonl", "parquet", "text"]
+_KINDS: dict[str, Kind] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    **dict.fromkeys((".txt", ".text", ".md", ".rst", ".tex", ".py"), "text"),
+}
+_COMPRESSIONS = (".gz", ".zst")
+
+
+class DamagedInputError(InputError):
+    """One input file cannot be read to its end; the others may be fine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One input file.
+
+    Attributes:
+      path: as it was found.
+      kind: how documents lie in it.
+      compression: "", ".gz" or ".zst".
+      size: in bytes, on the disk.
+      modified_ns: time of its last change; with the size, it tells whether the file is still the same.
+      groups: Parquet only: the bytes of the text column in each row group, decompressed.
+    """
+
+    path: str
+    kind: Kind
+    compression: str
+    size: int
+    modified_ns: int
+    groups: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of a file that is read without the others.
+
+    Attributes:
+      source: the file.
+      start: the first byte (JSON lines: of the lines that begin here or later), or the first row group.
+      end: where the next piece starts.
+      work: its size in bytes, for sharing out and for progress.
+    """
+
+    source: Source
+    start: int
+    end: int
+    work: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A document, or why there is none.
+
+    Attributes:
+      line: of the piece, counted from 1; the row in Parquet.
+      text: of the document; "" is an empty one.
+      reason: what is wrong with it, or None.
+    """
+
+    line: int
+    text: str
+    reason: str | None = None
+
+
+def find_sources(files: Iterable[Path], kind: Kind | Literal["auto"], field: str) -> list[Source]:
+    """Looks at each file: what it is, how large, and whether it has the field.
+
+    Args:
+      files: as from `find_files`.
+      kind: of all files; "auto" goes by their extensions.
+      field: the Parquet column that holds the text.
+
+    Raises:
+      InputError: an extension that says nothing, a file that cannot be opened, or Parquet without that column.
+    """
+    sources = []
+    for path in files:
+        suffixes = path.suffixes
+        compression = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSIONS else ""
+        known = _KINDS.get(suffixes[-1].lower()) if suffixes else None
+        this = known if kind == "auto" else kind
+        if this is None:
+            raise InputError(
+                f"{path}: expected one of {' '.join(_KINDS)}, also with .gz or .zst behind it. "
+                "Leave the file out, or say what the files are: --format jsonl, parquet or text."
+            )
+        if this == "parquet" and compression:
+            raise InputError(f"{path}: Parquet compresses inside the file. Decompress it, and give the .parquet file.")
+        if compression == ".zst":
+            _library("zstandard", ".zst files")
+        try:
+            stat = path.stat()
+            path.open("rb").close()
+        except OSError as error:
+            raise InputError(f"Cannot read {path}: {error.strerror}.") from None
+        groups = _row_groups(path, field) if this == "parquet" else ()
+        sources.append(Source(str(path), this, compression, stat.st_size, stat.st_mtime_ns, groups))
+    return sources
+
+
+def share_out(sources: Sequence[Source], unit_bytes: int) -> list[tuple[Piece, ...]]:
+    """Divides files into units of work of about one size. It depends on nothing but its arguments.
+
+    JSON lines and Parquet files that are larger than a unit are cut; smaller files are put together. A compressed
+    file cannot be entered in the middle and is never cut.
+
+    Args:
+      sources: input files.
+      unit_bytes: the size to aim for.
+    """
+    units: list[tuple[Piece, ...]] = []
+    small: list[Piece] = []
+    for source in sources:
+        cuttable = source.kind == "parquet" or (source.kind == "jsonl" and not source.compression)
+        pieces = _cut(source, unit_bytes) if cuttable else [Piece(source, 0, source.size, source.size)]
+        if len(pieces) > 1 or sum(piece.work for piece in pieces) >= unit_bytes:
+            units += [(piece,) for piece in pieces]
+            continue
+        if small and sum(piece.work for piece in [*small, *pieces]) > unit_bytes:
+            units.append(tuple(small))
+            small = []
+        small += pieces
+    return [*units, tuple(small)] if small else units
+
+
+def _cut(source: Source, unit_bytes: int) -> list[Piece]:
+    if source.kind == "jsonl":
+        count = max(-(-source.size // unit_bytes), 1)
+        edges = [source.size * i // count for i in range(count + 1)]
+        return [Piece(source, a, b, b - a) for a, b in itertools.pairwise(edges)]
+    pieces: list[Piece] = []
+    for i, work in enumerate(source.groups):
+        if pieces and pieces[-1].work + work <= unit_bytes:
+            pieces[-1] = dataclasses.replace(pieces[-1], end=i + 1, work=pieces[-1].work + work)
+        else:
+            pieces.append(Piece(source, i, i + 1, work))
+    return pieces
+
+
+def read_records(
+    piece: Piece, field: str, max_bytes: int, advance: Callable[[int], None] = lambda count: None
+) -> Iterator[Record]:
+    """Reads the documents of a piece, one at a time.
+
+    Args:
+      piece: from `share_out`.
+      field: the JSON field or Parquet column that holds the text.
+      max_bytes: a longer line, value or file is not held in memory but reported.
+      advance: takes the bytes of `piece.work` that were read since its last call.
+
+    Raises:
+      DamagedInputError: the file ends too early, or its compression or structure is broken.
+    """
+    left = piece.work
+
+    def count(size: int) -> None:
+        nonlocal left
+        size = min(size, left)
+        left -= size
+        advance(size)
+
+    read = {"jsonl": _read_lines, "parquet": _read_parquet, "text": _read_text}[piece.source.kind]
+    number = 0
+    errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, *_library_errors())
+    try:
+        for record in read(piece, field, max_bytes, count):
+            number += 1
+            yield record
+    except errors as error:
+        why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error).strip().partition("\n")[0]
+        raise DamagedInputError(
+            f"{piece.source.path} cannot be read beyond document {number} of this part: {why}"
+        ) from None
+    count(left)
+
+
+class _File(io.FileIO):
+    """A file that tells how many bytes were read."""
+
+    def __init__(self, path: str, count: Callable[[int], None]):
+        super().__init__(path)
+        self._count = count
+
+    def readinto(self, buffer: Any) -> int:
+        size = super().readinto(buffer)
+        self._count(size)
+        return size
+
+
+class _Zstandard(io.RawIOBase):
+    """Decompresses; unlike the library's own reader, it notices a file that ends in the middle of a frame."""
+
+    # One compressed byte stands for up to 30,000: little is read at a time, for all of it is decompressed at once.
+    _READ = 4096
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        # Corpora are often compressed with windows of up to 2 GiB (zstd --long=31).
+        self._library = _library("zstandard", ".zst files").ZstdDecompressor(max_window_size=2**31)
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = b""
+            if self._frame is not None and self._frame.eof:
+                data, self._frame = self._frame.unused_data, None
+            data = data or self._file.read(self._READ)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("it ends in the middle of a zstandard frame")
+                return 0
+            self._frame = self._frame or self._library.decompressobj()
+            self._ready = memoryview(self._frame.decompress(data))
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _open(source: Source, count: Callable[[int], None]) -> BinaryIO:
+    file = io.BufferedReader(_File(source.path, count), 1 << 20)
+    if source.compression == ".gz":
+        return io.BufferedReader(gzip.GzipFile(fileobj=file))
+    if source.compression == ".zst":
+        return io.BufferedReader(_Zstandard(file), 1 << 17)
+    return file
+
+
+def _read_lines(piece: Piece, field: str, max_bytes: int, count: Callable[[int], None]) -> Iterator[Record]:
+    with _open(piece.source, count) as file:
+
+        def skip_line() -> int:
+            size = 0
+            while part := file.readline(1 << 20):
+                size += len(part)
+                if part.endswith(b"\n"):
+                    break
+            return size
+
+        # The line that the start lies in belongs to the piece before; one that begins exactly there does not.
+        position = file.seek(piece.start - 1) + skip_line() if piece.start else 0
+        number = 0
+        while (piece.source.compression or position < piece.end) and (line := file.readline(max_bytes + 1)):
+            number += 1
+            position += len(line)
+            if len(line) > max_bytes and not line.endswith(b"\n"):
+                position += skip_line()
+                yield Record(number, "", _too_long("line", max_bytes))
+            elif line.strip():
+                if number == 1 and piece.start == 0:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                yield _parse(number, line, field)
+
+
+def _parse(number: int, line: bytes, field: str) -> Record:
+    try:
+        value = json.loads(valid_text(line))
+    except InputError as error:
+        return Record(number, "", str(error).partition(". ")[0])
+    except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits.
+        return Record(number, "", f"not JSON: {error}")
+    if not isinstance(value, dict):
+        return Record(number, "", f"expected a JSON object, got {type(value).__name__}")
+    if field not in value:
+        return Record(number, "", f"no field {field!r}, it has {', '.join(map(repr, sorted(value)[:8])) or 'none'}")
+    return _checked(number, value[field], field)
+
+
+def _checked(number: int, value: Any, field: str) -> Record:
+    if not isinstance(value, (str, bytes)):
+        return Record(
+            number, "", f"{field!r} must be a string, got {'null' if value is None else type(value).__name__}"
+        )
+    try:
+        text = valid_text(value)
+    except InputError as error:
+        return Record(number, "", str(error).partition(". ")[0])
+    return Record(number, text if text.strip() else "")
+
+
+def _read_text(piece: Piece, field: str, max_bytes: int, count: Callable[[int], None]) -> Iterator[Record]:
+    with _open(piece.source, count) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        yield Record(1, "", _too_long("file", max_bytes))
+    elif b"\0" in content:  # It may be valid UTF-8, but no text file has it.
+        yield Record(1, "", "not a text file: it has a zero byte")
+    else:
+        yield _checked(1, content.removeprefix(b"\xef\xbb\xbf"), field)
+
+
+def _too_long(what: str, max_bytes: int) -> str:
+    return f"the {what} is longer than {max_bytes / 1e6:g} MB, see --max-document-megabytes"
+
+
+def _row_groups(path: Path, field: str) -> tuple[int, ...]:
+    pyarrow = _library("pyarrow", "Parquet files")
+    parquet = _library("pyarrow.parquet", "Parquet files")
+    try:
+        with parquet.ParquetFile(path) as file:
+            schema, metadata = file.schema_arrow, file.metadata
+            if field not in schema.names:
+                raise InputError(
+                    f"{path} has no column {field!r}, it has {', '.join(schema.names)}. Name the text's with --field."
+                )
+            kind = schema.field(field).type
+            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            names = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+            if str(kind) not in names:
+                raise InputError(
+                    f"{path}: column {field!r} must hold strings, it holds {kind}. Name the text's with --field."
+                )
+            column = [metadata.schema.column(i).path for i in range(len(metadata.schema))].index(field)
+            groups = (metadata.row_group(i).column(column) for i in range(metadata.num_row_groups))
+            return tuple(group.total_uncompressed_size for group in groups)
+    except (OSError, pyarrow.ArrowException) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"{path} is no intact Parquet file: {why.rstrip('.')}. Fetch it again, or leave it out."
+        ) from None
+
+
+def _read_parquet(piece: Piece, field: str, max_bytes: int, count: Callable[[int], None]) -> Iterator[Record]:
+    pyarrow = _library("pyarrow", "Parquet files")
+    parquet = _library("pyarrow.parquet", "Parquet files")
+    # Buffered: a page at a time in memory, not a whole row group.
+    with parquet.ParquetFile(piece.source.path, buffer_size=1 << 20, pre_buffer=False) as file:
+        groups = range(piece.start, piece.end)
+        num_rows = sum(file.metadata.row_group(i).num_rows for i in groups)
+        batch_size = min(max(int(4e6 * num_rows / max(piece.work, 1)), 1), 4096)
+        number = 0
+        for batch in file.iter_batches(batch_size, row_groups=list(groups), columns=[field], use_threads=False):
+            column = batch.column(0)
+            if pyarrow.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
+            # As bytes, for Parquet does not promise that its strings are UTF-8.
+            for value in column.cast(pyarrow.large_binary()):
+                number += 1
+                size = value.as_buffer().size if value.is_valid else 0
+                if size > max_bytes:
+                    yield Record(number, "", _too_long("value", max_bytes))
+                else:
+                    yield _checked(number, value.as_py(), field)
+            count(int(column.nbytes))
+
+
+def _library(name: str, what: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.partition(".")[0]
+        raise InputError(f"{what} need {package}, which is not installed: pip install 'qwen-jax[data]'") from None
+
+
+def _library_errors() -> tuple[type[Exception], ...]:
+    """The exceptions of those optional libraries that are in use."""
+    found = ((sys.modules.get("zstandard"), "ZstdError"), (sys.modules.get("pyarrow"), "ArrowException"))
+    return tuple(getattr(module, name) for module, name in found if module)
+
+
+def same_file(source: Source) -> list[Any]:
+    """What tells a file from a later one of the same name, as JSON values."""
+    return [os.fspath(source.path), source.size, source.modified_ns]

@@ -1,0 +1,90 @@
+"""A built data set, open for reading: any row, in any order, straight from the disk."""
+
+import functools
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from train.data.batch import Batch
+from train.data.packing import rows_to_batch
+from train.data.shards import check_files, load_manifest, starts_width
+
+
+class PackedRows:
+    """The rows of a data set, mapped into memory: they cost no memory of the process's own.
+
+    Attributes:
+      folder: of the data set.
+      manifest: what it holds.
+      length: tokens in a row.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], verify: bool = False):
+        """Opens a data set and compares the size of every shard with the manifest.
+
+        Args:
+          folder: from `qwen-jax data build`.
+          verify: also compare the sha256 of every shard, which reads all of them.
+
+        Raises:
+          InputError: no finished data set, or a shard is missing, cut or (with `verify`) changed.
+        """
+        self.folder = Path(folder).absolute()
+        self.manifest = load_manifest(self.folder)
+        self.length = self.manifest.length
+        check_files(self.folder, self.manifest.shards, self.length, contents=verify)
+        self._paths = [str(self.folder / shard.name) for shard in self.manifest.shards]
+        self._ends = list(accumulate(shard.rows for shard in self.manifest.shards))
+
+    def __len__(self) -> int:
+        """Rows in all shards."""
+        return self.manifest.rows
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Copies rows as they lie on the disk.
+
+        Args:
+          indices: of n rows, each in [0, len).
+
+        Returns:
+          Tokens int32 [n, length], where documents begin bool [n, length], and real tokens of each row [n]. They are
+          what `rows_to_batch` takes.
+        """
+        n = len(indices)
+        tokens = np.empty((n, self.length), "<u4")
+        starts = np.empty((n, starts_width(self.length)), np.uint8)
+        num_tokens = np.empty(n, np.int64)
+        for i, index in enumerate(np.asarray(indices, np.int64).tolist()):
+            if not 0 <= index < len(self):
+                raise IndexError(f"row {index} of {len(self)}")
+            which = bisect_right(self._ends, index)
+            shard = self.manifest.shards[which]
+            row = index - (self._ends[which] - shard.rows)
+            path = self._paths[which]
+            mapped_tokens, mapped_starts = _map(path, shard.rows, self.length, shard.tokens_sha256)
+            tokens[i], starts[i] = mapped_tokens[row], mapped_starts[row]
+            num_tokens[i] = min(self.length, shard.tokens - row * self.length)
+        bits = np.unpackbits(starts, axis=1, count=self.length, bitorder="little").view(bool)
+        return tokens.view("<i4").astype(np.int32, copy=False), bits, num_tokens
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """Rows as a batch, NumPy arrays [n, length]; as `pack` makes them of the same documents.
+
+        Args:
+          indices: of n rows, each in [0, len).
+        """
+        return rows_to_batch(*self.read(indices))
+
+
+# Each mapping holds two file descriptors, of which a process may often have no more than 1024.
+@functools.lru_cache(maxsize=192)
+def _map(shard: str, rows: int, length: int, sha256: str) -> tuple[np.ndarray, np.ndarray]:
+    """Maps a shard; the hash is here so that another shard of the same name is another entry of the cache."""
+    return (
+        np.asarray(np.memmap(f"{shard}.tokens", "<u4", "r", shape=(rows, length))),
+        np.asarray(np.memmap(f"{shard}.starts", np.uint8, "r", shape=(rows, starts_width(length)))),
+    )
