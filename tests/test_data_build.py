@@ -20,8 +20,10 @@ from rich.console import Console
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import Tokenizer, train_bpe
 from train.data.build import BuildConfig, build
+from train.data.mixture import Mixture, MixtureStage
 from train.data.packing import pack
 from train.data.rows import PackedRows
+from train.data.shards import load_manifest
 from train.data.text import standard_library
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +86,8 @@ def test_every_document_of_every_format_comes_once_and_whole(rng, tokenizer, fol
         path.name: path.stat().st_size for path in inputs.iterdir()
     }
     assert manifest.tokenizer == tokenizer.fingerprint()
+    assert load_manifest(tmp_path / "out") == manifest
+    assert manifest.summary()["inputs"] == 104
 
 
 @pytest.mark.parametrize("length", [2, 8, 37, 1000])
@@ -213,6 +217,9 @@ def test_a_finished_data_set_is_left_alone_and_other_settings_are_refused(rng, f
     before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
     assert run(inputs, folder, output, workers=2, max_bad=0.5) == first
     assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
+    (output / "units").mkdir()  # As a process leaves it that is killed after its last write.
+    assert run(inputs, folder, output) == first
+    assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
     for name, value in (("length", 38), ("field", "body"), ("domain", "e"), ("max_document_megabytes", 1.0)):
         with pytest.raises(InputError, match=rf"other settings: {name[:12]}\w* was .* and is now"):
             run(inputs, folder, output, **{name: value})
@@ -317,6 +324,16 @@ def test_a_damaged_shard_is_found(rng, folder, inputs, tmp_path):
             PackedRows(tmp_path / "out")
         path.write_bytes(content)
     PackedRows(tmp_path / "out", verify=True)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_shard_that_goes_away_during_training_is_named(rng, folder, inputs, tmp_path, threads):
+    write(inputs / "a.jsonl", random_texts(rng, 30))
+    run(inputs, folder, tmp_path / "out")
+    mixture = Mixture([MixtureStage(3, 2, 37, {"d": 1})], {"d": PackedRows(tmp_path / "out")}, 0)
+    (tmp_path / "out" / "shard-00000.starts").write_bytes(b"")
+    with pytest.raises(InputError, match=r"Cannot read .*shard-00000, which was whole"):
+        next(iter(mixture.loader(threads=threads)))
 
 
 def test_a_damaged_manifest_is_found(rng, folder, inputs, tmp_path):

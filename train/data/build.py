@@ -58,8 +58,8 @@ class BuildConfig:
       format: what the input files are; auto goes by their extensions.
       workers: processes; by default one for each core.
       max_document_megabytes: a longer line, value or text file is counted as bad. A worker may need 200 times this.
-      max_bad: the build fails when more than this fraction of all records is bad, and also more than max_bad_lines.
-      max_bad_lines: see max_bad.
+      max_bad: fraction of all records that may be bad; beyond it the build fails, and keeps what is finished.
+      max_bad_lines: this many may be bad in any case.
       unit_megabytes: input in a unit of work, which becomes one shard; by default 128, and more for long rows.
     """
 
@@ -215,10 +215,13 @@ def _locked(folder: Path) -> Iterator[None]:
     """Keeps a second builder out of the folder for as long as this process lives."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"Another process is building {folder}. Wait for it, or give another folder.") from None
+        except OSError:
+            pass  # Some network file systems have no locks.
         yield
-    except BlockingIOError:
-        raise InputError(f"Another process is building {folder}. Wait for it, or give another folder.") from None
     finally:
         os.close(handle)
 
@@ -228,7 +231,11 @@ def _begin(output: Path, settings: dict[str, Any]) -> Path:
     folder = output / _UNITS
     path = folder / _SETTINGS
     if path.exists():
-        _check_settings(output, json.loads(path.read_bytes()), settings)
+        try:
+            saved = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} is damaged ({error}). Remove {output} and build again.") from None
+        _check_settings(output, saved, settings)
     else:
         folder.mkdir(exist_ok=True)
         write_json(path, settings)
@@ -273,13 +280,14 @@ def _run(
             records[index] = result
             display.unit(result["shard"]["tokens"] if result["shard"] else 0)
 
-    count = min(config.workers or _cores(), len(todo))
+    cores = config.workers or _cores()
+    count = min(cores, len(todo))
     if count <= 1:
         encoder = Encoder(config, output, display.advance, tokenizer)
         for index, unit, key in todo:
             done(index, encoder(index, unit, key))
     else:
-        with Workers(count, Encoder, (config, output)) as workers:
+        with Workers(count, cores // count, Encoder, (config, output)) as workers:
             for (index, _, _), result in workers.run(todo, display.advance):
                 done(index, result)
     if damaged:

@@ -213,7 +213,7 @@ class _Zstandard(io.RawIOBase):
     """Decompresses; unlike the library's own reader, it notices a file that ends in the middle of a frame."""
 
     # One compressed byte stands for up to 30,000: little is read at a time, for all of it is decompressed at once.
-    _READ = 4096
+    _READ = 1024
 
     def __init__(self, file: BinaryIO):
         self._file = file

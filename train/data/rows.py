@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen_jax.errors import InputError
 from train.data.batch import Batch
 from train.data.packing import rows_to_batch
 from train.data.shards import check_files, load_manifest, starts_width
@@ -84,7 +85,13 @@ class PackedRows:
 @functools.lru_cache(maxsize=192)
 def _map(shard: str, rows: int, length: int, sha256: str) -> tuple[np.ndarray, np.ndarray]:
     """Maps a shard; the hash is here so that another shard of the same name is another entry of the cache."""
-    return (
-        np.asarray(np.memmap(f"{shard}.tokens", "<u4", "r", shape=(rows, length))),
-        np.asarray(np.memmap(f"{shard}.starts", np.uint8, "r", shape=(rows, starts_width(length)))),
-    )
+    try:
+        return (
+            np.asarray(np.memmap(f"{shard}.tokens", "<u4", "r", shape=(rows, length))),
+            np.asarray(np.memmap(f"{shard}.starts", np.uint8, "r", shape=(rows, starts_width(length)))),
+        )
+    except (OSError, ValueError) as error:  # ValueError where the file is too short.
+        raise InputError(
+            f"Cannot read {shard}, which was whole when the data set was opened: {error}. "
+            "Put it back from where it is intact, and resume."
+        ) from None

@@ -12,6 +12,7 @@ each shard has.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -104,7 +105,7 @@ class Manifest:
     inputs: tuple[Input, ...]
     shards: tuple[Shard, ...]
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A sha256 (hex) of tokenizer, length and every row in its place; not of names, paths and settings."""
         rows = [[s.rows, s.tokens, s.tokens_sha256, s.starts_sha256] for s in self.shards]
@@ -118,6 +119,10 @@ class Manifest:
             "fingerprint": self.fingerprint,
             **json.loads(json.dumps(dataclasses.asdict(self))),
         }
+
+    def summary(self) -> dict[str, Any]:
+        """The same with numbers of inputs and shards instead of the lists."""
+        return {**self.to_json(), "inputs": len(self.inputs), "shards": len(self.shards)}
 
 
 def load_manifest(folder: Path) -> Manifest:

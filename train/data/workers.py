@@ -18,13 +18,16 @@ _POLL_SECONDS = 0.3
 _call: Callable[..., Any]  # What a worker process calls; set by `_start`.
 
 
-def _start(line: Connection, counter: Any, make: Callable[..., Callable[..., Any]], arguments: tuple[Any, ...]) -> None:
+def _start(
+    line: Connection, counter: Any, threads: int, make: Callable[..., Callable[..., Any]], arguments: tuple[Any, ...]
+) -> None:
     """Runs once in each worker."""
     global _call
     # Ctrl-C goes to the whole group of processes; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The units are what runs in parallel.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Of the tokenizers library, which otherwise takes all cores in each process.
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
 
     def end_with_parent() -> None:
         with contextlib.suppress(EOFError, OSError):
@@ -47,9 +50,10 @@ def _work(*arguments: Any) -> Any:
 class Workers:
     """A pool of spawned processes. Leaving the `with` statement ends them, at once if by an exception."""
 
-    def __init__(self, count: int, make: Callable[..., Callable[..., Any]], arguments: tuple[Any, ...]):
+    def __init__(self, count: int, threads: int, make: Callable[..., Callable[..., Any]], arguments: tuple[Any, ...]):
         """Args:
         count: of processes.
+        threads: that the tokenizer of each process may use.
         make: called once in each process with `arguments` and `advance`, which takes bytes of progress; it returns
           what does a unit of work.
         arguments: of `make`.
@@ -58,7 +62,7 @@ class Workers:
         theirs, self._line = context.Pipe(duplex=False)
         self._counter = context.Value("q", 0)
         self._count = count
-        self._pool = ProcessPoolExecutor(count, context, _start, (theirs, self._counter, make, arguments))
+        self._pool = ProcessPoolExecutor(count, context, _start, (theirs, self._counter, threads, make, arguments))
 
     def run(self, jobs: Iterable[tuple[Any, ...]], advance: Callable[[int], None]) -> Iterator[tuple[Any, Any]]:
         """Does jobs in parallel.
@@ -91,7 +95,7 @@ class Workers:
                     yield running.pop(future), future.result()
         except BrokenProcessPool:
             raise InputError(
-                "A worker process was killed, most likely because memory ran out. Finished units of work are kept: run "
+                "A worker process ended, most likely because memory ran out. Finished units of work are kept: run "
                 "the same command again with fewer --workers or a smaller --max-document-megabytes."
             ) from None
 
