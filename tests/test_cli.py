@@ -5,13 +5,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 from hf import make_hf_checkpoint
 
+from qwen_jax import cli
 from qwen_jax.cli import main
+from qwen_jax.cli.failures import explain
 from qwen_jax.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 Capture = pytest.CaptureFixture[str]
@@ -137,6 +142,114 @@ def test_chat_answers_and_forgets_on_reset(capsys: Capture, model: Path, monkeyp
     assert len([reply for reply in replies if reply]) == 3
 
 
+def test_chat_reads_utf8_in_any_locale_and_fails_where_a_reply_failed(
+    capsys: Capture, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody at a terminal sees the error; a script sees the status. The turns after it are answered."""
+    ask = ("chat", "--model", model, "--temperature", "0", "--max-new-tokens", "6")
+    feed(monkeypatch, "héllo\n".encode())
+    sys.stdin.reconfigure(encoding="ascii")
+    expected = run(capsys, *ask)
+    assert expected[0] == 0
+    feed(monkeypatch, ("x" * 2000 + "\nhéllo\r\n").encode())
+    status, out, err = run(capsys, *ask)
+    assert (status, out) == (1, expected[1])
+    assert "exceed the model's context" in err
+    feed(monkeypatch, b"fine\nnot \xff\n")
+    status, _, err = run(capsys, *ask)
+    assert (status, "line 2 is not UTF-8" in err) == (1, True)
+
+
+def no_device_memory(*_: Any, **__: Any) -> Any:
+    """The runtime's own error."""
+    return jax.numpy.zeros(1 << 46, "uint8").block_until_ready()
+
+
+def no_host_memory(*_: Any, **__: Any) -> Any:
+    return np.empty(1 << 50, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("where", "argv", "stdin"),
+    [
+        ("qwen_jax.inference.Engine.generate", ["generate", "--model", "MODEL", "--prompt", "a", "--json"], b""),
+        ("qwen_jax.inference.Engine.stream", ["chat", "--model", "MODEL"], b"a\n"),
+        ("convert.load", ["generate", "--model", "MODEL", "--prompt", "a"], b""),
+        ("convert.convert", ["convert", "MODEL", "elsewhere"], b""),
+        ("convert.verify.verify", ["verify", "MODEL", "MODEL"], b""),
+    ],
+)
+@pytest.mark.parametrize("failure", [no_device_memory, no_host_memory])
+def test_too_little_memory_is_one_message(
+    capsys: Capture,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    argv: list[str],
+    stdin: bytes,
+    failure: Callable[..., Any],
+) -> None:
+    monkeypatch.setattr(where, failure)
+    feed(monkeypatch, stdin)
+    status, out, err = run(capsys, *[model if x == "MODEL" else x for x in argv])
+    assert status == (2 if argv[0] == "verify" else 1)
+    assert out == ""
+    assert err.startswith("qwen-jax: error: Out of memory: ")
+    assert ("65,536.00 GiB" if failure is no_device_memory else "1.00 PiB") in err, "what was needed"
+    assert all(remedy in err for remedy in ("--batch-size", "--dtype", "--mesh")), "what to do"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2147483648 bytes.", "trying to allocate 2.00 GiB"),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 18.45G "
+            "of 15.75G hbm. Exceeded hbm capacity by 2.70G.\n\nTotal hbm usage >= 18.97G:",
+            "Used 18.45G of 15.75G hbm",
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 130M of 128M vmem.", None),
+        ("RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 300000, available 232448", None),
+        ("INVALID_ARGUMENT: out of memory lane", None),
+    ],
+)
+def test_what_counts_as_too_little_memory(text: str, expected: str | None) -> None:
+    """On-chip memory of a kernel is not for the user to mend: that keeps its traceback."""
+    problem = explain(jax.errors.JaxRuntimeError(text))
+    assert problem is None if expected is None else problem and expected in problem
+
+
+def test_a_bug_keeps_its_traceback(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("convert.convert", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["convert", str(model), "elsewhere"])
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "ascii:surrogateescape", "ascii:backslashreplace"])
+def test_output_that_cannot_be_encoded_is_replaced_and_json_is_exact(
+    model: Path, tokenizer: Tokenizer, encoding: str
+) -> None:
+    def output(argv: list[str], stdin: str) -> str:
+        command = [sys.executable, "-m", "qwen_jax", *argv, "--model", str(model)]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, env=environment, input=stdin.encode(), capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert b"Traceback" not in done.stderr
+        return done.stdout.decode(encoding.split(":")[0])
+
+    text = "hé 你好"
+    name, _, errors = encoding.partition(":")
+    expected = text.encode(name, errors if errors == "backslashreplace" else "replace").decode(name)
+    assert output(["tokenize", "--decode"], json.dumps(tokenizer.encode(text))) == expected + "\n"
+    if encoding == "ascii":
+        (line,) = output(["generate", "--prompt", text, "--json"], "").splitlines()
+        assert json.loads(line)["prompt_token_ids"] == tokenizer.encode(text)
+        assert len(output(["generate", "--help"], "")) > 200
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -190,12 +303,12 @@ def test_verify_that_breaks_in_any_way_could_not_compare(
     """Status 1 would tell a script that the weights differ."""
 
     def broken(*_: Any, **__: Any) -> None:
-        raise MemoryError("no memory")
+        raise OSError("a broken disk")
 
     monkeypatch.setattr("convert.verify.verify", broken)
     status, out, err = run(capsys, "verify", model, model, "--json")
-    assert (status, json.loads(out)) == (2, {"passed": None, "error": "no memory"})
-    assert "no memory" in err
+    assert (status, json.loads(out)) == (2, {"passed": None, "error": "a broken disk"})
+    assert "a broken disk" in err
 
 
 def test_reader_that_leaves_is_no_traceback() -> None:
@@ -215,6 +328,13 @@ def test_help_explains(capsys: Capture, command: str) -> None:
         status = int(exit_.code or 0)
     assert status == 0
     assert len(capsys.readouterr().out) > 200
+
+
+def test_a_command_may_have_two_words(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli._COMMANDS, "model info", cli._COMMANDS["info"])
+    assert run(capsys, "model", "info", "qwen2.5-7b") == run(capsys, "info", "qwen2.5-7b")
+    assert "model info  " in run(capsys, "--help")[1]
+    assert run(capsys, "model", "frobnicate")[0] == 2
 
 
 def test_unknown_command_and_option_exit_with_2(capsys: Capture) -> None:

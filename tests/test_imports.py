@@ -19,9 +19,9 @@ def imported(path: Path) -> set[str]:
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module.split(".")[0])
+            names.add(node.module)
     return names
 
 
@@ -30,8 +30,28 @@ def test_imports_go_one_way(package: str) -> None:
     files = sorted((ROOT / package).rglob("*.py"))
     assert files
     for path in files:
-        if path != ROOT / "qwen_jax" / "cli.py":
-            assert not imported(path) & FORBIDDEN[package], path
+        assert not {name.split(".")[0] for name in imported(path)} & FORBIDDEN[package], path
+
+
+def test_only_the_command_line_reaches_train_and_convert_and_nothing_reaches_the_command_line() -> None:
+    for path in (path for package in FORBIDDEN for path in sorted((ROOT / package).rglob("*.py"))):
+        if ROOT / "qwen_jax" / "cli" not in path.parents:
+            assert "sibling(" not in path.read_text(), path
+            from_cli = {name for name in imported(path) if name.startswith("qwen_jax.cli")}
+            assert not from_cli or path == ROOT / "qwen_jax" / "__main__.py", path
+
+
+def test_the_command_line_imports_nothing_before_it_is_needed() -> None:
+    """So `qwen-jax --help` is there at once, and a subcommand's module costs no more than its options."""
+    modules = sorted(path.stem for path in (ROOT / "qwen_jax" / "cli").glob("*.py"))
+    code = (
+        "import sys, qwen_jax.cli\n"
+        "assert qwen_jax.cli.main(['--help']) == 0\n"
+        "assert not {'jax', 'numpy', 'tyro', 'train', 'convert'} & sys.modules.keys()\n"
+        f"for name in {modules}: __import__('qwen_jax.cli.' + name)\n"
+        "assert not {'jax', 'train', 'convert'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
 def test_import_starts_no_backend() -> None:

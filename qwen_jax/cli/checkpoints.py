@@ -1,0 +1,115 @@
+"""`qwen-jax info`, `convert` and `verify`: what a checkpoint is, and how it moves."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from qwen_jax.cli.common import DType, sibling
+from qwen_jax.cli.failures import complain, explain
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """Print a model's shape, exact parameter counts, memory by dtype, and cache size.
+
+    Args:
+        model: A published name (Qwen2.5-7B-Instruct) or a checkpoint folder.
+        json: Print one JSON object.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME_OR_DIR")]
+    json: bool = False
+
+    def run(self) -> int:
+        from qwen_jax.config import load_config, published
+
+        config = load_config(self.model) if Path(self.model).is_dir() else published(self.model)
+        params = config.num_params()
+        sizes = {"float32": 4, "bfloat16": 2, "float16": 2}
+        report = {
+            "model": self.model,
+            "parameters": params,
+            "weights_bytes": {dtype: params["total"] * size for dtype, size in sizes.items()},
+            "kv_bytes_per_token": {dtype: config.kv_bytes_per_token(size) for dtype, size in sizes.items()},
+            "context_length": config.context_length,
+            "config": config.to_hf(),
+        }
+        if self.json:
+            print(json.dumps(report))
+            return 0
+        cache = config.kv_bytes_per_token()
+        rows = [
+            ("parameters", f"{params['total']:,} ({params['non_embedding']:,} without embedding and head)"),
+            ("  embedding", f"{params['embedding']:,}" + (" (is the head too)" if not params["lm_head"] else "")),
+            ("  layers", f"{params['layers']:,} in {config.num_layers}"),
+            ("  head", f"{params['lm_head']:,}" if params["lm_head"] else "tied to the embedding"),
+            ("hidden / feed-forward", f"{config.hidden_size:,} / {config.intermediate_size:,}"),
+            ("heads", f"{config.num_heads} query, {config.num_kv_heads} key/value, {config.head_dim} wide"),
+            ("vocabulary", f"{config.vocab_size:,} rows"),
+            ("RoPE base, norm epsilon", f"{config.rope_theta:,.0f}, {config.rms_norm_eps:g}"),
+            ("context", f"{config.context_length:,} tokens"),
+            ("weights", f"{params['total'] * 2 / 2**30:.2f} GiB bfloat16, {params['total'] * 4 / 2**30:.2f} float32"),
+            ("cache", f"{cache / 1024:g} KiB a token, {cache * config.context_length / 2**30:.2f} GiB a full context"),
+        ]
+        print(self.model)
+        for name, value in rows:
+            print(f"  {name:24s} {value}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Convert a checkpoint between Hugging Face safetensors and Orbax, tensor by tensor.
+
+    The new folder appears whole or not at all. Tokenizer, generation config and config.json travel along.
+
+    Args:
+        src: Checkpoint folder, or a Hub id such as Qwen/Qwen2.5-0.5B.
+        dst: The new folder.
+        to: Format to write; by default the one that SRC does not have.
+        dtype: Of the written weights; by default as stored, every tensor byte for byte.
+    """
+
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    to: Literal["hf", "orbax"] | None = None
+    dtype: DType | None = None
+
+    def run(self) -> int:
+        sibling("convert").convert(self.src, self.dst, self.to, self.dtype, progress=True)
+        print(self.dst)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Compare two checkpoints of any format by their logits; exit 0 pass, 1 fail, 2 could not compare.
+
+    Args:
+        a: Checkpoint folder or Hub id; the yardstick.
+        b: The other checkpoint.
+        against: Instead of B, run A in transformers as the yardstick.
+        json: Print one JSON object.
+    """
+
+    a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
+    b: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="B")] = None
+    against: Literal["transformers"] | None = None
+    json: bool = False
+
+    def run(self) -> int:
+        verify = sibling("convert.verify")
+        try:
+            report = verify.verify(self.a, self.b, against=self.against)
+        except Exception as error:
+            # Whatever it was, nothing was compared; status 1 would say that the weights differ.
+            problem = explain(error) or str(error)
+            if self.json:
+                print(json.dumps({"passed": None, "error": problem}))
+            complain(problem)
+            return 2
+        print(json.dumps(report.to_json()) if self.json else report)
+        return int(report.exit_code)

@@ -1,0 +1,53 @@
+"""What the subcommands share: types of options, parsing, and the way to `train` and `convert`."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from qwen_jax.errors import InputError
+
+DType = Literal["bfloat16", "float32", "float16"]
+# Options that say in `--help` what they take.
+Number = Annotated[float | None, tyro.conf.arg(metavar="X")]
+Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
+Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")]
+Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
+
+_CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
+
+
+def parse(options: type[Any], name: str, argv: Sequence[str]) -> Any:
+    """Reads a subcommand's options, a dataclass. Ends the process with status 2 where they make no sense."""
+    return tyro.cli(options, prog=f"qwen-jax {name}", args=list(argv), config=_CONFIG)
+
+
+def sibling(name: str) -> ModuleType:
+    """Imports `train`, `convert` or a module in them from beside this package, whatever lies in the working directory.
+
+    Args:
+      name: such as "convert.verify".
+    """
+    package = name.partition(".")[0]
+    if package not in sys.modules:
+        init = Path(__file__).resolve().parents[2] / package / "__init__.py"
+        spec = importlib.util.spec_from_file_location(package, init, submodule_search_locations=[str(init.parent)])
+        if spec is None or spec.loader is None or not init.is_file():
+            raise ImportError(f"{init} is missing: qwen_jax, train and convert are installed together.")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[package] = module
+        spec.loader.exec_module(module)
+    return importlib.import_module(name)
+
+
+def utf8(line: bytes, where: str) -> str:
+    """Decodes a line of input. Raises InputError that says where it is not UTF-8."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8: {error.reason} at byte {error.start}. Convert it first.") from None

@@ -1,0 +1,46 @@
+"""What went wrong, in words that say what to do; anything else is a bug and keeps its traceback."""
+
+import errno
+import re
+import sys
+
+from qwen_jax.errors import InputError
+
+_REMEDIES = (
+    "Where the command has them, these need less: a smaller --batch-size, shorter prompts, fewer --max-new-tokens, "
+    "--dtype bfloat16, more devices (--mesh tensor=2). Otherwise take a smaller model or a larger machine."
+)
+
+
+def explain(error: BaseException) -> str | None:
+    """The message for a failure that the user can mend: bad input, or too little memory. None for any other."""
+    if isinstance(error, InputError):
+        return str(error)
+    need = _lacking_memory(error)
+    return None if need is None else f"Out of memory: {need.rstrip('.')}. {_REMEDIES}"
+
+
+def _lacking_memory(error: BaseException) -> str | None:
+    """What could not be had, if memory of the host or of a device is what was lacking."""
+    if isinstance(error, MemoryError):
+        return str(error) or "the machine has none left"
+    if isinstance(error, OSError):
+        return "the machine has none left" if error.errno == errno.ENOMEM else None
+    # Whoever has not imported JAX cannot have its error; importing it here would only cost time.
+    jax = sys.modules.get("jax")
+    if jax is None or not isinstance(error, jax.errors.JaxRuntimeError):
+        return None
+    text = str(error)
+    # On-chip memory is a kernel's affair, not the user's; other limits (message sizes) carry this status, too.
+    if "RESOURCE_EXHAUSTED" not in text or re.search(r"\bvmem\b|\bsmem\b|shared memory", text, re.IGNORECASE):
+        return None
+    found = re.search(r"[^.\n:]*(?:out of memory|allocat)[^\n]*", text, re.IGNORECASE)
+    if found is None:
+        return None
+    said = re.sub(r"^out of memory (?:while )?", "", found[0].strip(), flags=re.IGNORECASE)
+    return re.sub(r"\b(\d{6,}) bytes", lambda size: f"{int(size[1]) / 2**30:,.2f} GiB", said)
+
+
+def complain(problem: object) -> None:
+    """Says on standard error what went wrong."""
+    print(f"qwen-jax: error: {problem}", file=sys.stderr)

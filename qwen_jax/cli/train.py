@@ -1,0 +1,46 @@
+"""`qwen-jax quickstart`: training from the command line."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_jax.cli.common import parse, sibling
+from qwen_jax.cli.generate import Model, Sampling
+
+if TYPE_CHECKING:
+    from qwen_jax.tokenizer import Tokenizer
+
+
+def quickstart(argv: Sequence[str]) -> int:
+    """Runs `train.quickstart`, which knows nothing of conversion, with what it needs of it."""
+    module = sibling("train.quickstart")
+    options = parse(module.QuickstartOptions, "quickstart", argv)
+    huggingface = sibling("convert.huggingface")
+
+    def export(params: Any, config: Any, tokenizer: "Tokenizer", folder: Path) -> None:
+        huggingface.export(params, config, folder)
+        tokenizer.save(folder)
+
+    def verify_export(params: Any, config: Any, folder: Path) -> int:
+        import jax
+        import numpy as np
+
+        from qwen_jax.sharding import make_mesh
+
+        back = huggingface.load_params(folder, config, make_mesh({}, jax.devices()[:1]))
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(back), strict=True)
+        if not all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs):
+            raise RuntimeError(f"The export in {folder} differs from the trained weights.")
+        return sum(len(leaf.names) for leaf in sibling("convert.names").leaves(config))
+
+    def complete(folder: Path, prompts: Sequence[str], max_new_tokens: int) -> Iterable[Iterable[str]]:
+        # Greedy, so small a model would soon repeat itself.
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.7, top_p=0.9, seed=options.seed)
+        model = Model(str(folder), sampling, need_tokenizer=True)
+        engine = model.engine()
+        for prompt in prompts:
+            stream = engine.stream(prompt, model.sampling, max_new_tokens=max_new_tokens)
+            yield (piece.text for piece in stream)
+
+    module.run(options, export=export, verify_export=verify_export, complete=complete)
+    return 0
