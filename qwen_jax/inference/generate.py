@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax import kernels
 from qwen_jax.attention import CacheWrite, KVCache
 from qwen_jax.config import ModelConfig
+from qwen_jax.inference import single
 from qwen_jax.inference.sampling import Knobs, Plan, sample
 from qwen_jax.model import Options, Params, bind
 from qwen_jax.sharding import Sharding
@@ -134,22 +135,28 @@ def decode(
     spec = program.sharding
     B = state.token_B.shape[0]
     model = bind(program.config, params, spec, program.options)
+    by_single = single.takes(program.config, spec, program.options, B, state.cache)
 
     def column(x: jax.Array) -> jax.Array:
         return jnp.broadcast_to(x, (B,))[:, None]
 
-    def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[jax.Array, jax.Array | None]]:
-        # Steps that nobody asked for stay inside the cache.
-        slot = jnp.minimum(state.slot, program.slots - 1)
+    def logits(state: DecodeState, slot: jax.Array, counter: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
+        if by_single:
+            return single.step(params, program.config, state.token_B, state.start_B, slot, state.cache, counter)
         mask = kernels.Mask(column(state.start_B), column(slot + 1))
         positions_B1 = column(slot - state.start_B)
         write = CacheWrite(slot=slot)
         x_B1D, cache = model(column(state.token_B), positions_B1, mask, cache=state.cache, write=write)
-        token_B, logprob_B, seen_BV = _choose(
-            model.logits(x_B1D)[:, 0], state.seen_BV, state.keys_B, state.step, knobs, program
-        )
+        return model.logits(x_B1D)[:, 0], cache, counter
+
+    def step(carry: tuple[DecodeState, jax.Array], _: None) -> Any:
+        state, counter = carry
+        # Steps that nobody asked for stay inside the cache.
+        slot = jnp.minimum(state.slot, program.slots - 1)
+        logits_BV, cache, counter = logits(state, slot, counter)
+        token_B, logprob_B, seen_BV = _choose(logits_BV, state.seen_BV, state.keys_B, state.step, knobs, program)
         new = DecodeState(
-            cache,  # type: ignore[arg-type]
+            cache,
             state.slot + 1,
             state.start_B,
             token_B,
@@ -157,9 +164,10 @@ def decode(
             state.step + 1,
             seen_BV,
         )
-        return new, (token_B, logprob_B)
+        return (new, counter), (token_B, logprob_B)
 
-    state, (tokens_NB, logprobs_NB) = jax.lax.scan(step, state, length=steps)
+    begin = state, jnp.zeros((1,), jnp.int32)
+    (state, _), (tokens_NB, logprobs_NB) = jax.lax.scan(step, begin, length=steps)
     return state, tokens_NB.swapaxes(0, 1), None if logprobs_NB is None else logprobs_NB.swapaxes(0, 1)
 
 

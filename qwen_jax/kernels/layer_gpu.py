@@ -1,0 +1,417 @@
+"""One token through a layer on Hopper GPUs: everything between two attentions in one kernel.
+
+At batch 1 a decode step reads every weight once and computes almost nothing, so the only cost that matters is a moment
+in which no weight is on its way. Here one thread block on every multiprocessor goes through four products (attention's
+output, gate and up, down, the next layer's q, k and v, or the head). A second warpgroup does nothing but fetch: it runs
+through the block's share of all four matrices as one stream, some 180 KB ahead, while the first adds residuals,
+normalises, and waits at the meetings of all blocks that stand between two products.
+
+The weights are the N side of wgmma, in tiles of any multiple of 8 rows, so that every block gets nearly the same share.
+All 64 rows of the M side are the same token: tensor cores have time to spare.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from qwen_jax.errors import InputError
+
+CHUNK = 128
+"""Columns of a weight matrix to one step; hidden size, width and heads x head_dim must be multiples of it."""
+_MAX_TILE = 80
+_SMEM_BYTES = 227 * 1024 - 2048  # what a block may have, less barriers and alignment.
+_WGMMA = plgpu.Layout.WGMMA
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One matrix-vector product and how the blocks share it.
+
+    Attributes:
+      outputs: rows of each matrix.
+      inputs: columns.
+      gates: 1, or 2 for SwiGLU.
+      tile: rows of each matrix to one accumulator.
+      splits: parts of the columns, each with its own partial result.
+    """
+
+    outputs: int
+    inputs: int
+    gates: int
+    tile: int
+    splits: int
+
+    @property
+    def items(self) -> int:
+        """Tiles times splits: what is dealt out to the blocks."""
+        return -(-self.outputs // self.tile) * self.splits
+
+
+@functools.cache
+def plan(outputs: int, inputs: int, gates: int, may_split: bool, blocks: int) -> Product:
+    """Divides a product so that the block with the most to do has the least.
+
+    Args:
+      outputs, inputs: of the matrix.
+      gates: 1 or 2.
+      may_split: whether partial results are allowed.
+      blocks: that share it.
+
+    Raises:
+      InputError: sizes that cannot be run.
+    """
+    if outputs % 8 or inputs % CHUNK or outputs < 8:
+        raise InputError(f"A layer kernel needs outputs in eights and inputs in {CHUNK}s; got {outputs} x {inputs}.")
+    best: tuple[float, Product] | None = None
+    steps = inputs // CHUNK
+    for splits in (1, 2, 4, 8) if may_split else (1,):
+        for tile in range(8, min(_MAX_TILE, outputs) + 1, 8):
+            product = Product(outputs, inputs, gates, tile, splits)
+            waves = -(-product.items // blocks)
+            if splits > steps or (splits > 1 and waves > 1):
+                continue
+            # In microseconds: a step takes its bytes at 34 GB/s a block or its fixed cost; partial results are
+            # read by every block.
+            step = max(gates * tile * CHUNK * 2 / 34e3, 0.15)
+            cost = waves * (-(-steps // splits) * step + 0.3) + (splits - 1) * outputs * 4 / 60e3
+            if best is None or cost < best[0]:
+                best = cost, product
+    assert best is not None
+    return best[1]
+
+
+def blocks() -> int:
+    """Multiprocessors of the device, or of an H100 or H200 SXM where there is none."""
+    return int(getattr(jax.local_devices()[0], "core_count", None) or 132)
+
+
+def supports(hidden: int, width: int, heads_dim: int, qkv_dim: int, vocab: int) -> bool:
+    """Whether the kernel can do a model of these sizes (the fourth is heads of q, k and v times head_dim)."""
+    return not any(n % CHUNK for n in (hidden, width, heads_dim)) and not any(n % 8 for n in (qkv_dim, vocab))
+
+
+def _strided(length: int) -> Any:
+    """A vector dealt out to 128 threads, in pieces as long as they may be."""
+    vec = next(v for v in (8, 4, 2, 1) if length % (128 * v) == 0)
+    return plgpu.Layout.WG_STRIDED((length,), vec_size=vec)
+
+
+def _load(ref: Any, layout: Any) -> jax.Array:
+    # Before jax 0.11 an index had to be given; since then it should not be.
+    must_index = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
+    return plgpu.load(ref, *((),) * must_index, layout=layout, optimized=False)
+
+
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+def _meet(_: Any, counter_ref: Any) -> None:
+    """Waits until every block has come here; what each wrote before is seen by all after.
+
+    A round of the counter is 1,024: block 0 adds what the others leave over. It never needs resetting, and 2^32 is a
+    whole number of rounds.
+    """
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, gpu
+    from jax.experimental.mosaic.gpu import utils
+
+    i32 = ir.IntegerType.get_signless(32)
+    index = ir.IndexType.get()
+    blocks = gpu.grid_dim(gpu.Dimension.x)
+    is_first = arith.cmpi(arith.CmpIPredicate.eq, gpu.block_id(gpu.Dimension.x), arith.constant(index, 0))
+    rest = arith.subi(arith.constant(index, 1025), blocks)
+    own = arith.index_cast(i32, arith.select(is_first, rest, arith.constant(index, 1)))
+    utils.warpgroup_barrier()
+    with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
+        utils.inline_ptx(
+            """{
+            .reg .pred behind;
+            .reg .u32 seen, target;
+            atom.add.acq_rel.gpu.global.u32 seen, [$0], $1;
+            and.b32 target, seen, 0xfffffc00;
+            add.u32 target, target, 1024;
+            again:
+            ld.acquire.gpu.global.u32 seen, [$0];
+            sub.u32 seen, seen, target;
+            setp.lt.s32 behind, seen, 0;
+            @behind bra again;
+            }""",
+            utils.memref_ptr(counter_ref),
+            own,
+            has_side_effects=True,
+        )
+    utils.warpgroup_barrier()
+
+
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _WGMMA))
+def _store_first_row(_: Any, ref: Any, rows: Any) -> None:
+    """Writes one row of equal ones: the four threads that hold it store two columns of every eight."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, vector
+    from jax.experimental.mosaic.gpu import utils
+
+    i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+    # Rows 0 to 7 and 8 to 15 of eight columns take turns.
+    pairs = rows.registers.flatten()[::2]
+    thread = utils.thread_idx()
+    with utils.when(arith.cmpi(arith.CmpIPredicate.ult, thread, utils.c(4, i32))):
+        column = arith.index_cast(index, arith.muli(thread, utils.c(2, i32)))
+        to = ir.MemRefType(ref.type).element_type
+        for j, pair in enumerate(pairs):
+            if to != rows.mlir_dtype:
+                pair = arith.truncf(ir.VectorType.get((2,), to), pair)
+            vector.store(pair, ref, [arith.addi(column, utils.c(8 * j, index))])
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "out_dtype", "blocks"))
+def layer_tail(
+    heads_I: jax.Array,
+    stream_D: jax.Array,
+    w_o_DI: jax.Array,
+    mid_norm_D: jax.Array,
+    w_gate_up_2FD: jax.Array,
+    w_down_DF: jax.Array,
+    next_norm_D: jax.Array,
+    w_next_ND: jax.Array,
+    counter_1: jax.Array,
+    *,
+    eps: float,
+    out_dtype: Any = jnp.bfloat16,
+    blocks: int = 132,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """From the heads' outputs of one layer to the raw q, k and v of the next one, or to the logits.
+
+    Every block must run at once: `blocks` must not exceed the multiprocessors of the device, of which each takes one.
+
+    Args:
+      heads_I: bfloat16, the attention's output, all heads in a row.
+      stream_D: bfloat16, the residual stream before it is added.
+      w_o_DI, w_gate_up_2FD, w_down_DF: bfloat16.
+      mid_norm_D: weight of the norm before the feed-forward layer.
+      next_norm_D, w_next_ND: the norm and the matrix that follow: the next layer's q, k and v, or the output head.
+      counter_1: int32, zero at first; give it the one that came back from the call before.
+      eps: of the norms.
+      out_dtype: of the last product; float32 for logits.
+      blocks: multiprocessors of the device.
+
+    Returns:
+      The stream after the layer; w_next times its norm [N]; the counter.
+
+    Raises:
+      InputError: shapes or dtypes that it cannot do.
+    """
+    weights = w_o_DI[None], w_gate_up_2FD, w_down_DF[None], w_next_ND[None]
+    return _run(stream_D, heads_I, weights, (mid_norm_D, next_norm_D), counter_1, eps, out_dtype, blocks)
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "out_dtype", "blocks"))
+def norm_product(
+    stream_D: jax.Array,
+    norm_D: jax.Array,
+    w_ND: jax.Array,
+    *,
+    eps: float,
+    out_dtype: Any = jnp.bfloat16,
+    blocks: int = 132,
+) -> jax.Array:
+    """w times the norm of the stream, [N], such as the first layer's q, k and v. See `layer_tail`."""
+    return _run(stream_D, None, (w_ND[None],), (norm_D,), jnp.zeros((1,), jnp.int32), eps, out_dtype, blocks)[1]
+
+
+def _run(
+    stream_D: jax.Array,
+    heads_I: jax.Array | None,
+    weights: Sequence[jax.Array],
+    norms: Sequence[jax.Array],
+    counter_1: jax.Array,
+    eps: float,
+    out_dtype: Any,
+    blocks: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    (D,), last = stream_D.shape, len(weights) - 1
+    for x in (stream_D, *weights, *norms, *(() if heads_I is None else (heads_I,))):
+        if x.dtype != jnp.bfloat16:
+            raise InputError(f"A layer kernel takes bfloat16, got {x.dtype} {x.shape}.")
+    products = [
+        plan(w.shape[1], w.shape[2], w.shape[0], i in (0, 2) and i != last, blocks) for i, w in enumerate(weights)
+    ]
+    tile = max(p.tile for p in products)
+    x_size = max(D, *(-(-p.inputs // CHUNK // p.splits) * CHUNK for p in products))
+    room = _SMEM_BYTES - (x_size + D) * 2
+    stages = min(room // (tile * CHUNK * 2), 16)
+    if stages < 4:
+        raise InputError(f"A layer of width {products[-2].inputs} does not fit in a multiprocessor's shared memory.")
+    # The partial results of o and down, and the feed-forward layer's inner vector.
+    between = [
+        jax.ShapeDtypeStruct((p.outputs,), jnp.bfloat16) if p.gates == 2
+        else jax.ShapeDtypeStruct((p.splits * p.outputs,), jnp.float32)
+        for p in products[:last]
+    ]  # fmt: skip
+    outs = [jax.ShapeDtypeStruct((products[last].outputs,), out_dtype), jax.ShapeDtypeStruct((D,), jnp.bfloat16)]
+
+    def body(*refs: Any, **scratch: Any) -> None:
+        refs = list(refs)
+        stream_ref = refs.pop(0)
+        counter_ref, heads_ref = (None, None) if heads_I is None else (refs.pop(0), refs.pop(0))
+        w_refs, norm_refs = refs[: last + 1], refs[last + 1 : last + 1 + len(norms)]
+        out_ref, stream_out_ref, *between_refs = refs[last + 1 + len(norms) :]
+        role = lax.axis_index("role")
+
+        @pl.when(role == 1)
+        def _() -> None:
+            _fetch(products, w_refs, blocks, scratch["w_smem"], scratch["full"], scratch["empty"])
+
+        @pl.when(role == 0)
+        def _() -> None:
+            _multiply(
+                products, counter_ref, stream_ref, heads_ref, norm_refs, [*between_refs, out_ref], stream_out_ref,
+                blocks=blocks, eps=eps, **scratch,
+            )  # fmt: skip
+
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    kernel = pl.kernel(
+        lambda *refs: pl.run_scoped(
+            functools.partial(body, *refs),
+            w_smem=plgpu.SMEM((stages, tile, CHUNK), jnp.bfloat16, transforms=transforms),
+            x_smem=plgpu.SMEM((x_size,), jnp.bfloat16),
+            stream_smem=plgpu.SMEM((D,), jnp.bfloat16),
+            full=plgpu.Barrier(num_barriers=stages),
+            empty=plgpu.Barrier(num_barriers=stages),
+            collective_axes="role",
+        ),
+        out_type=tuple(outs + between),
+        mesh=plgpu.Mesh(grid=(blocks,), grid_names=("block",), num_threads=2, thread_name="role"),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        name="layer_tail" if last else "norm_product",
+    )
+    flat = [w.reshape(-1, w.shape[-1]) for w in weights]
+    if heads_I is None:
+        out, stream_D, *_ = kernel(stream_D, *flat, *norms)
+        return stream_D, out, counter_1
+    counter = jax.new_ref(counter_1)
+    out, stream_D, *_ = kernel(stream_D, counter, heads_I, *flat, *norms)
+    return stream_D, out, jax.freeze(counter)
+
+
+def _own(product: Product, blocks: int) -> Any:
+    """How many items this block has, and what the i-th is: (first row, split, first step, steps)."""
+    block = lax.axis_index("block")
+    tiles = product.items // product.splits
+    base, extra = divmod(product.inputs // CHUNK, product.splits)
+
+    def item(i: jax.Array) -> tuple[jax.Array, ...]:
+        which = block + i * blocks
+        row, split = lax.div(which, jnp.int32(product.splits)) * product.tile, lax.rem(which, jnp.int32(product.splits))
+        # The last tile begins early enough to end with the matrix: some rows may be done twice, with the same result.
+        row = pl.multiple_of(lax.min(row, jnp.int32(product.outputs - product.tile)), 8)
+        steps = base + (split < extra).astype(jnp.int32)
+        return row, split, split * base + lax.min(split, jnp.int32(extra)), steps
+
+    return lax.div(jnp.int32(tiles * product.splits + blocks - 1) - block, jnp.int32(blocks)), item
+
+
+def _fetch(products: Sequence[Product], w_refs: Any, blocks: int, w_smem: Any, full: Any, empty: Any) -> None:
+    """The stream of weights: every step of every item of every product, as slots become free."""
+    stages, n = w_smem.shape[0], jnp.int32(0)
+    for product, w_ref in zip(products, w_refs, strict=True):
+        count, item = _own(product, blocks)
+
+        def one_item(
+            i: jax.Array, n: jax.Array, product: Product = product, w_ref: Any = w_ref, item: Any = item
+        ) -> Any:
+            row, _, start, steps = item(i)
+
+            def one_step(j: jax.Array, n: jax.Array) -> jax.Array:
+                for g in range(product.gates):
+                    slot = lax.rem(n, jnp.int32(stages))
+                    pl.when(n >= stages)(lambda slot=slot: plgpu.barrier_wait(empty.at[slot]))
+                    rows = pl.ds(g * product.outputs + row, product.tile)
+                    tile = w_smem.at[slot, pl.ds(0, product.tile)]
+                    plgpu.copy_gmem_to_smem(w_ref.at[rows, pl.ds((start + j) * CHUNK, CHUNK)], tile, full.at[slot])
+                    n = n + 1
+                return n
+
+            return lax.fori_loop(0, steps, one_step, n)
+
+        n = lax.fori_loop(0, count, one_item, n)
+
+
+def _multiply(
+    products: Sequence[Product], counter_ref: Any, stream_ref: Any, heads_ref: Any, norm_refs: Any, out_refs: Any,
+    stream_out_ref: Any, *, blocks: int, eps: float, w_smem: Any, x_smem: Any, stream_smem: Any, full: Any,
+    empty: Any,
+) -> None:  # fmt: skip
+    """The products, in order. Before each: its input, made by every block for itself."""
+    D, stages, n, last = stream_ref.shape[0], w_smem.shape[0], jnp.int32(0), len(products) - 1
+    f32, row_layout = jnp.float32, _strided(stream_ref.shape[0])
+
+    def normed(source: Any, parts: Product | None, parts_ref: Any, norm_ref: Any) -> jax.Array:
+        stream = _load(source, row_layout)
+        if parts is not None:
+            added = [_load(parts_ref.at[pl.ds(s * D, D)], row_layout) for s in range(parts.splits)]
+            added_sum = functools.reduce(jnp.add, added).astype(jnp.bfloat16)
+            stream = (stream.astype(f32) + added_sum.astype(f32)).astype(jnp.bfloat16)
+        x = stream.astype(f32)
+        x = (x * lax.rsqrt(jnp.sum(x * x) / D + eps)).astype(jnp.bfloat16)
+        x_smem[pl.ds(0, D)] = (x.astype(f32) * _load(norm_ref, row_layout).astype(f32)).astype(jnp.bfloat16)
+        return stream
+
+    for index, product in enumerate(products):
+        count, item = _own(product, blocks)
+        size = -(-product.inputs // CHUNK // product.splits) * CHUNK
+        shift = jnp.int32(0)  # of the columns in x_smem
+        if index:
+            _meet(counter_ref)
+        if last and index in (0, 2):
+            _, _, start, _ = item(jnp.int32(0))
+            shift = lax.min(start * CHUNK, jnp.int32(product.inputs - size))
+            source = heads_ref if index == 0 else out_refs[1]
+            x_smem[pl.ds(0, size)] = _load(source.at[pl.ds(pl.multiple_of(shift, CHUNK), size)], _strided(size))
+        elif index != last:
+            stream_smem[...] = normed(stream_ref, products[0], out_refs[0], norm_refs[0])
+        elif last:
+            stream = normed(stream_smem, products[2], out_refs[2], norm_refs[1])
+
+            @pl.when(lax.axis_index("block") == 0)
+            def _(stream: jax.Array = stream) -> None:
+                stream_out_ref[...] = stream
+        else:
+            normed(stream_ref, None, None, norm_refs[0])
+
+        def one_item(
+            i: jax.Array, n: jax.Array, product: Product = product, item: Any = item, shift: Any = shift,
+            out_ref: Any = out_refs[index],
+        ) -> jax.Array:  # fmt: skip
+            row, split, start, steps = item(i)
+
+            def accumulate(*accs: Any) -> tuple[jax.Array, ...]:
+                def one_step(j: jax.Array, n: jax.Array) -> jax.Array:
+                    at = pl.multiple_of((start + j) * CHUNK - shift, CHUNK)
+                    x = _load(x_smem.at[pl.ds(at, CHUNK)], _WGMMA.reduce(0))
+                    x = lax.broadcast_in_dim(x, (64, CHUNK), [1])
+                    slots = [lax.rem(n + g, jnp.int32(stages)) for g in range(product.gates)]
+                    for acc, slot in zip(accs, slots, strict=True):
+                        plgpu.barrier_wait(full.at[slot])
+                        plgpu.wgmma(acc, x, w_smem.at[slot, pl.ds(0, product.tile)].T)
+                    plgpu.wgmma_wait(0)
+                    for slot in slots:
+                        plgpu.barrier_arrive(empty.at[slot])
+                    return n + product.gates
+
+                lax.fori_loop(0, steps, one_step, n)
+                return tuple(acc[...] for acc in accs)
+
+            accs = pl.run_scoped(accumulate, *[plgpu.ACC((64, product.tile), f32)] * product.gates)
+            y = accs[0] if product.gates == 1 else accs[0] / (1 + jnp.exp(-accs[0])) * accs[1]
+            # The rows are all the same: one of them goes out.
+            at = pl.multiple_of(split * product.outputs + row, 8)
+            _store_first_row(out_ref.at[pl.ds(at, product.tile)], y)
+            return n + steps * product.gates
+
+        n = lax.fori_loop(0, count, one_item, n)
