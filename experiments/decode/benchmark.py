@@ -32,7 +32,7 @@ import numpy as np
 from experiments.decode import plain_loop
 from qwen_jax.config import ModelConfig, published
 from qwen_jax.inference import Engine, SamplingParams
-from qwen_jax.inference.generate import Program, decode, prefill
+from qwen_jax.inference.generate import Program, decoder, prefill
 from qwen_jax.inference.sampling import Knobs
 from qwen_jax.model import Options, Params, abstract_params, param_specs
 from qwen_jax.sharding import Sharding, make_mesh
@@ -150,7 +150,7 @@ class _Loop:
         start = time.perf_counter()
         self.state, *_ = jax.block_until_ready(prefill(engine.params, *inputs, knobs, program=program))
         prefilled = time.perf_counter()
-        lowered = decode.lower(engine.params, self.state, knobs, program=program, steps=steps)
+        lowered = decoder(program, self.state).lower(engine.params, self.state, knobs, program=program, steps=steps)
         self.compiled = lowered.compile()
         ready = time.perf_counter()
         self.compile_seconds = {"prefill_compile_s": prefilled - start, "decode_compile_s": ready - prefilled}

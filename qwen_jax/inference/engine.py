@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.inference.generate import DecodeState, Program, decode, prefill
+from qwen_jax.inference.generate import DecodeState, Program, decoder, prefill
 from qwen_jax.inference.sampling import Knobs, SamplingParams
 from qwen_jax.inference.weights import fuse
 from qwen_jax.model import Options, Params
@@ -217,7 +217,9 @@ class Engine:
             if chosen < max_new_tokens:
                 # The next chunk is under way before anyone looks at this one, so the device never waits for the host.
                 with jax.set_mesh(self.mesh):
-                    state, *upcoming = decode(self.params, state, knobs, program=program, steps=self.chunk)
+                    state, *upcoming = decoder(program, state)(
+                        self.params, state, knobs, program=program, steps=self.chunk
+                    )
                 chosen += self.chunk
             tokens_BN, logprobs_BN = newest
             yield np.asarray(tokens_BN), None if logprobs_BN is None else np.asarray(logprobs_BN)

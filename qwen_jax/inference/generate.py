@@ -113,8 +113,7 @@ def prefill(
     return state, token_B[:, None], None if logprob_B is None else logprob_B[:, None]
 
 
-@functools.partial(jax.jit, static_argnames=("program", "steps"), donate_argnames=("state",))
-def decode(
+def _decode(
     params: Params, state: DecodeState, knobs: Knobs, *, program: Program, steps: int
 ) -> tuple[DecodeState, jax.Array, jax.Array | None]:
     """Runs decode steps on the device.
@@ -169,6 +168,23 @@ def decode(
     begin = state, jnp.zeros((1,), jnp.int32)
     (state, _), (tokens_NB, logprobs_NB) = jax.lax.scan(step, begin, length=steps)
     return state, tokens_NB.swapaxes(0, 1), None if logprobs_NB is None else logprobs_NB.swapaxes(0, 1)
+
+
+_jit = functools.partial(jax.jit, static_argnames=("program", "steps"), donate_argnames=("state",))
+decode = _jit(_decode)
+_decode_single = _jit(_decode, compiler_options=single.COMPILER_OPTIONS)
+
+
+def decoder(program: Program, state: DecodeState) -> Any:
+    """`decode`, or where `single` takes the step, `decode` compiled with the options that it wants.
+
+    Args:
+      program: static settings.
+      state: what will be given to it.
+    """
+    rows = state.token_B.shape[0]
+    takes = single.takes(program.config, program.sharding, program.options, rows, state.cache)
+    return _decode_single if takes else decode
 
 
 def _choose(

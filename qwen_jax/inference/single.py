@@ -17,6 +17,10 @@ from qwen_jax.model import Options, Params
 from qwen_jax.rope import rope_tables
 from qwen_jax.sharding import Sharding
 
+COMPILER_OPTIONS = {"xla_gpu_graph_min_graph_size": 1 << 30}
+"""No CUDA graphs. A graph starts a kernel when the one before has ended; launched one by one, these kernels overlap:
+each begins to read its weights while the one before still runs."""
+
 
 def takes(config: ModelConfig, sharding: Sharding, options: Options, rows: int, cache: KVCache) -> bool:
     """Whether `step` does this: one row, one device of the Hopper generation, bfloat16, the inference layout.

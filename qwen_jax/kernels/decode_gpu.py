@@ -10,7 +10,6 @@ ever sees: the work is bound by memory, so they cost little.
 """
 
 import functools
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.errors import InputError
+from qwen_jax.kernels.hopper import let_next_begin, load, wait_for_previous
 
 TILE = 64
 """Cache slots that are loaded at once; the length of a cache must be a multiple of it."""
@@ -132,12 +132,6 @@ def _tiled(shape: tuple[int, ...], dtype: Any, columns: int) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)))
 
 
-def _load(ref: Any, layout: Any, optimized: bool = False) -> jax.Array:
-    # Before jax 0.11 an index had to be given; since then it should not be.
-    must_index = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
-    return plgpu.load(ref, *((),) * must_index, layout=layout, optimized=optimized)
-
-
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
 def _keep_plain(_: Any, ref: Any) -> None:
     """Keeps layout inference from swizzling a buffer that is copied by single rows: jax 0.11.2 does so wrongly."""
@@ -177,6 +171,8 @@ def _attend(
 ) -> None:  # fmt: skip
     """What one thread block does. `wide` to `wide_out` are there for blocks that merge."""
     _keep_plain(plain)
+    wait_for_previous()
+    let_next_begin()
     row, head, block = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("block")
     (R, d), G, f32 = bias_ref.shape, H // K, jnp.float32
     halves = pl.ds(0, d // 2), pl.ds(d // 2, d // 2)
@@ -185,11 +181,11 @@ def _attend(
     # All that the new token needs is asked for at once; its first use waits for the slots below.
     def with_bias(at: Any, columns: Any, layout: Any) -> tuple[jax.Array, jax.Array]:
         here = pl.ds(row * R + at.start, at.size) if isinstance(at, pl.Slice) else row * R + at
-        return _load(qkv_ref.at[here, columns], layout), _load(bias_ref.at[at, columns], layout)
+        return load(qkv_ref.at[here, columns], layout), load(bias_ref.at[at, columns], layout)
 
     q_raw = [with_bias(pl.ds(head * G, 8), half, _ROWS) for half in halves]
     k_raw = [with_bias(H + head, half, _ROWS.reduce(0)) for half in halves]
-    cos, sin = (_load(x.at[row], _ROWS.reduce(0)) for x in (cos_ref, sin_ref))
+    cos, sin = (load(x.at[row], _ROWS.reduce(0)) for x in (cos_ref, sin_ref))
     v_raw = with_bias(H + K + head, pl.ds(0, d), _WGMMA.reduce(0))
 
     start, slot = start_ref[row], slot_ref[0]
@@ -274,7 +270,7 @@ def _attend(
         @pl.when((low > 0) | (high < TILE))
         def _() -> None:
             j = plgpu.broadcasted_iota(jnp.int32, (TILE, d), 0, layout=_WGMMA)
-            tile = _load(v_tiles.at[v], _WGMMA, optimized=True)
+            tile = load(v_tiles.at[v], _WGMMA, optimized=True)
             v_tiles[v] = jnp.where((j >= low) & (j < high), tile, jnp.zeros_like(tile))
             plgpu.commit_smem()
 
@@ -297,11 +293,11 @@ def _attend(
     if blocks == 1:
         # The tile of queries has done its work and takes the output to its real rows.
         qk[...] = out.astype(jnp.bfloat16)
-        finish(_load(qk.at[pl.ds(0, 8)], _ROWS))
+        finish(load(qk.at[pl.ds(0, 8)], _ROWS))
     else:
         wide[...] = out
         lse[...] = top + jnp.log2(total)
-        out, weight = _load(wide.at[pl.ds(0, 8)], _ROWS), _load(lse.at[pl.ds(0, 8)], _ROWS.reduce(1))
+        out, weight = load(wide.at[pl.ds(0, 8)], _ROWS), load(lse.at[pl.ds(0, 8)], _ROWS.reduce(1))
         weight = plgpu.layout_cast(across(weight, (8, d)), _ROWS)
         for i, x in enumerate((out, weight)):
             plgpu.async_store_smem(
@@ -312,8 +308,8 @@ def _attend(
         def _() -> None:
             plgpu.barrier_wait(parts_ready)
             out, lse = _merged(
-                [_load(parts.at[b, 0], _ROWS) for b in range(blocks)],
-                [_load(parts.at[b, 1], _ROWS) for b in range(blocks)],
+                [load(parts.at[b, 0], _ROWS) for b in range(blocks)],
+                [load(parts.at[b, 1], _ROWS) for b in range(blocks)],
             )
             if clusters == 1:
                 finish(out.astype(jnp.bfloat16))

@@ -12,7 +12,6 @@ All 64 rows of the M side are the same token: tensor cores have time to spare.
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.errors import InputError
+from qwen_jax.kernels.hopper import let_next_begin, load, wait_for_previous
 
 CHUNK = 128
 """Columns of a weight matrix to one step; hidden size, width and heads x head_dim must be multiples of it."""
@@ -93,9 +93,9 @@ def blocks() -> int:
     return int(getattr(jax.local_devices()[0], "core_count", None) or 132)
 
 
-def supports(hidden: int, width: int, heads_dim: int, qkv_dim: int, vocab: int) -> bool:
-    """Whether the kernel can do a model of these sizes (the fourth is heads of q, k and v times head_dim)."""
-    return not any(n % CHUNK for n in (hidden, width, heads_dim)) and not any(n % 8 for n in (qkv_dim, vocab))
+def supports(hidden: int, width: int, heads: int, qkv: int, vocab: int) -> bool:
+    """Whether the kernel can do a model of these sizes; `heads` and `qkv` are counted in numbers, not in heads."""
+    return not any(n % CHUNK for n in (hidden, width, heads)) and not any(n % 8 for n in (qkv, vocab))
 
 
 def _strided(length: int) -> Any:
@@ -104,46 +104,57 @@ def _strided(length: int) -> Any:
     return plgpu.Layout.WG_STRIDED((length,), vec_size=vec)
 
 
-def _load(ref: Any, layout: Any) -> jax.Array:
-    # Before jax 0.11 an index had to be given; since then it should not be.
-    must_index = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
-    return plgpu.load(ref, *((),) * must_index, layout=layout, optimized=False)
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+def _note_round(_: Any, counter_ref: Any, round_smem: Any) -> None:
+    """Notes the round that the counter is in, for `_meet`. It can't end before this block has come to a meeting."""
+    _meeting(
+        "ld.relaxed.gpu.global.u32 seen, [$0]; and.b32 seen, seen, 0xfffffc00; st.shared.u32 [$1], seen;",
+        counter_ref,
+        round_smem,
+    )
 
 
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-def _meet(_: Any, counter_ref: Any) -> None:
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+def _meet(_: Any, counter_ref: Any, round_smem: Any) -> None:
     """Waits until every block has come here; what each wrote before is seen by all after.
 
     A round of the counter is 1,024: block 0 adds what the others leave over. It never needs resetting, and 2^32 is a
     whole number of rounds.
     """
+    _meeting(
+        """
+        red.release.gpu.global.add.u32 [$0], $2;
+        ld.shared.u32 target, [$1];
+        add.u32 target, target, 1024;
+        st.shared.u32 [$1], target;
+        again:
+        ld.acquire.gpu.global.u32 seen, [$0];
+        sub.u32 seen, seen, target;
+        setp.lt.s32 behind, seen, 0;
+        @behind bra again;
+        """,
+        counter_ref,
+        round_smem,
+    )
+
+
+def _meeting(code: str, counter_ref: Any, round_smem: Any) -> None:
+    """One thread runs PTX: $0 and $1 are the counter and the noted round, $2 what this block adds to a round."""
     from jax._src.lib.mlir import ir
-    from jax._src.lib.mlir.dialects import arith, gpu
+    from jax._src.lib.mlir.dialects import arith, gpu, llvm
     from jax.experimental.mosaic.gpu import utils
 
-    i32 = ir.IntegerType.get_signless(32)
-    index = ir.IndexType.get()
-    blocks = gpu.grid_dim(gpu.Dimension.x)
-    is_first = arith.cmpi(arith.CmpIPredicate.eq, gpu.block_id(gpu.Dimension.x), arith.constant(index, 0))
-    rest = arith.subi(arith.constant(index, 1025), blocks)
-    own = arith.index_cast(i32, arith.select(is_first, rest, arith.constant(index, 1)))
+    index, i32 = ir.IndexType.get(), ir.IntegerType.get_signless(32)
+    is_first = arith.cmpi(arith.CmpIPredicate.eq, gpu.block_id(gpu.Dimension.x), utils.c(0, index))
+    rest = arith.subi(utils.c(1025, index), gpu.grid_dim(gpu.Dimension.x))
+    own = arith.index_cast(i32, arith.select(is_first, rest, utils.c(1, index)))
     utils.warpgroup_barrier()
     with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
-        utils.inline_ptx(
-            """{
-            .reg .pred behind;
-            .reg .u32 seen, target;
-            atom.add.acq_rel.gpu.global.u32 seen, [$0], $1;
-            and.b32 target, seen, 0xfffffc00;
-            add.u32 target, target, 1024;
-            again:
-            ld.acquire.gpu.global.u32 seen, [$0];
-            sub.u32 seen, seen, target;
-            setp.lt.s32 behind, seen, 0;
-            @behind bra again;
-            }""",
-            utils.memref_ptr(counter_ref),
-            own,
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [utils.memref_ptr(counter_ref), llvm.ptrtoint(i32, utils.memref_ptr(round_smem)), own],
+            "{ .reg .pred behind; .reg .u32 seen, target; " + code + "}",
+            "l,r,r",
             has_side_effects=True,
         )
     utils.warpgroup_barrier()
@@ -188,6 +199,7 @@ def layer_tail(
     """From the heads' outputs of one layer to the raw q, k and v of the next one, or to the logits.
 
     Every block must run at once: `blocks` must not exceed the multiprocessors of the device, of which each takes one.
+    The kernel may begin to read weights while the one launched just before it still runs: that one must not write them.
 
     Args:
       heads_I: bfloat16, the attention's output, all heads in a row.
@@ -206,7 +218,7 @@ def layer_tail(
     Raises:
       InputError: shapes or dtypes that it cannot do.
     """
-    weights = w_o_DI[None], w_gate_up_2FD, w_down_DF[None], w_next_ND[None]
+    weights = _one(w_o_DI), w_gate_up_2FD, _one(w_down_DF), _one(w_next_ND)
     return _run(stream_D, heads_I, weights, (mid_norm_D, next_norm_D), counter_1, eps, out_dtype, blocks)
 
 
@@ -221,7 +233,11 @@ def norm_product(
     blocks: int = 132,
 ) -> jax.Array:
     """w times the norm of the stream, [N], such as the first layer's q, k and v. See `layer_tail`."""
-    return _run(stream_D, None, (w_ND[None],), (norm_D,), jnp.zeros((1,), jnp.int32), eps, out_dtype, blocks)[1]
+    return _run(stream_D, None, (_one(w_ND),), (norm_D,), jnp.zeros((1,), jnp.int32), eps, out_dtype, blocks)[1]
+
+
+def _one(w: jax.Array) -> jax.Array:
+    return w.reshape(1, *w.shape)
 
 
 def _run(
@@ -235,9 +251,15 @@ def _run(
     blocks: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     (D,), last = stream_D.shape, len(weights) - 1
-    for x in (stream_D, *weights, *norms, *(() if heads_I is None else (heads_I,))):
-        if x.dtype != jnp.bfloat16:
-            raise InputError(f"A layer kernel takes bfloat16, got {x.dtype} {x.shape}.")
+    vectors = stream_D, *norms, *(() if heads_I is None else (heads_I,))
+    fits = all(x.ndim == 1 for x in vectors) and all(x.shape == (D,) for x in norms) and weights[last].shape[2] == D
+    if heads_I is not None:
+        F = weights[1].shape[1]
+        expected = [(1, D, heads_I.size), (2, F, D), (1, D, F), (1, weights[3].shape[1], D)]
+        fits = fits and [w.shape for w in weights] == expected
+    if not fits or any(x.dtype != jnp.bfloat16 for x in (*vectors, *weights)):
+        got = ", ".join(f"{x.dtype} {x.shape}" for x in (*vectors, *weights))
+        raise InputError(f"A layer kernel takes bfloat16 vectors and matrices of one model's sizes; got {got}.")
     products = [
         plan(w.shape[1], w.shape[2], w.shape[0], i in (0, 2) and i != last, blocks) for i, w in enumerate(weights)
     ]
@@ -255,16 +277,18 @@ def _run(
     ]  # fmt: skip
     outs = [jax.ShapeDtypeStruct((products[last].outputs,), out_dtype), jax.ShapeDtypeStruct((D,), jnp.bfloat16)]
 
-    def body(*refs: Any, **scratch: Any) -> None:
-        refs = list(refs)
-        stream_ref = refs.pop(0)
-        counter_ref, heads_ref = (None, None) if heads_I is None else (refs.pop(0), refs.pop(0))
+    def body(stream_ref: Any, *refs: Any, **scratch: Any) -> None:
+        counter_ref, heads_ref = (None, None) if heads_I is None else refs[:2]
+        refs = refs if heads_I is None else refs[2:]
         w_refs, norm_refs = refs[: last + 1], refs[last + 1 : last + 1 + len(norms)]
         out_ref, stream_out_ref, *between_refs = refs[last + 1 + len(norms) :]
         role = lax.axis_index("role")
 
         @pl.when(role == 1)
         def _() -> None:
+            if heads_I is None:
+                # The first kernel of a step: whatever runs before it may have written anything.
+                wait_for_previous()
             _fetch(products, w_refs, blocks, scratch["w_smem"], scratch["full"], scratch["empty"])
 
         @pl.when(role == 0)
@@ -279,7 +303,8 @@ def _run(
         lambda *refs: pl.run_scoped(
             functools.partial(body, *refs),
             w_smem=plgpu.SMEM((stages, tile, CHUNK), jnp.bfloat16, transforms=transforms),
-            x_smem=plgpu.SMEM((x_size,), jnp.bfloat16),
+            # At its end, the 4 bytes of `_note_round`: a buffer of their own would take a kilobyte.
+            x_smem=plgpu.SMEM((x_size + 8,), jnp.bfloat16),
             stream_smem=plgpu.SMEM((D,), jnp.bfloat16),
             full=plgpu.Barrier(num_barriers=stages),
             empty=plgpu.Barrier(num_barriers=stages),
@@ -302,7 +327,6 @@ def _run(
 def _own(product: Product, blocks: int) -> Any:
     """How many items this block has, and what the i-th is: (first row, split, first step, steps)."""
     block = lax.axis_index("block")
-    tiles = product.items // product.splits
     base, extra = divmod(product.inputs // CHUNK, product.splits)
 
     def item(i: jax.Array) -> tuple[jax.Array, ...]:
@@ -313,7 +337,7 @@ def _own(product: Product, blocks: int) -> Any:
         steps = base + (split < extra).astype(jnp.int32)
         return row, split, split * base + lax.min(split, jnp.int32(extra)), steps
 
-    return lax.div(jnp.int32(tiles * product.splits + blocks - 1) - block, jnp.int32(blocks)), item
+    return lax.div(jnp.int32(product.items + blocks - 1) - block, jnp.int32(blocks)), item
 
 
 def _fetch(products: Sequence[Product], w_refs: Any, blocks: int, w_smem: Any, full: Any, empty: Any) -> None:
@@ -330,7 +354,7 @@ def _fetch(products: Sequence[Product], w_refs: Any, blocks: int, w_smem: Any, f
             def one_step(j: jax.Array, n: jax.Array) -> jax.Array:
                 for g in range(product.gates):
                     slot = lax.rem(n, jnp.int32(stages))
-                    pl.when(n >= stages)(lambda slot=slot: plgpu.barrier_wait(empty.at[slot]))
+                    pl.when(n >= stages)(functools.partial(plgpu.barrier_wait, empty.at[slot]))
                     rows = pl.ds(g * product.outputs + row, product.tile)
                     tile = w_smem.at[slot, pl.ds(0, product.tile)]
                     plgpu.copy_gmem_to_smem(w_ref.at[rows, pl.ds((start + j) * CHUNK, CHUNK)], tile, full.at[slot])
@@ -344,45 +368,53 @@ def _fetch(products: Sequence[Product], w_refs: Any, blocks: int, w_smem: Any, f
 
 def _multiply(
     products: Sequence[Product], counter_ref: Any, stream_ref: Any, heads_ref: Any, norm_refs: Any, out_refs: Any,
-    stream_out_ref: Any, *, blocks: int, eps: float, w_smem: Any, x_smem: Any, stream_smem: Any, full: Any,
-    empty: Any,
+    stream_out_ref: Any, *, blocks: int, eps: float, w_smem: Any, x_smem: Any, stream_smem: Any, full: Any, empty: Any,
 ) -> None:  # fmt: skip
     """The products, in order. Before each: its input, made by every block for itself."""
     D, stages, n, last = stream_ref.shape[0], w_smem.shape[0], jnp.int32(0), len(products) - 1
     f32, row_layout = jnp.float32, _strided(stream_ref.shape[0])
+    round_smem = x_smem.at[pl.ds(x_smem.shape[0] - 8, 8)]
+    # The weights are on their way by now.
+    wait_for_previous()
+    let_next_begin()
+    if last:
+        _note_round(counter_ref, round_smem)
 
-    def normed(source: Any, parts: Product | None, parts_ref: Any, norm_ref: Any) -> jax.Array:
-        stream = _load(source, row_layout)
+    def normed(stream: jax.Array, norm: jax.Array, parts: Product | None = None, parts_ref: Any = None) -> jax.Array:
         if parts is not None:
-            added = [_load(parts_ref.at[pl.ds(s * D, D)], row_layout) for s in range(parts.splits)]
+            added = [load(parts_ref.at[pl.ds(s * D, D)], row_layout) for s in range(parts.splits)]
             added_sum = functools.reduce(jnp.add, added).astype(jnp.bfloat16)
             stream = (stream.astype(f32) + added_sum.astype(f32)).astype(jnp.bfloat16)
         x = stream.astype(f32)
         x = (x * lax.rsqrt(jnp.sum(x * x) / D + eps)).astype(jnp.bfloat16)
-        x_smem[pl.ds(0, D)] = (x.astype(f32) * _load(norm_ref, row_layout).astype(f32)).astype(jnp.bfloat16)
+        x_smem[pl.ds(0, D)] = (x.astype(f32) * norm.astype(f32)).astype(jnp.bfloat16)
         return stream
 
     for index, product in enumerate(products):
         count, item = _own(product, blocks)
         size = -(-product.inputs // CHUNK // product.splits) * CHUNK
         shift = jnp.int32(0)  # of the columns in x_smem
+        # What was there before the meeting is read before it.
+        if index == last or index == 1:
+            norm = load(norm_refs[-1 if index == last else 0], row_layout)
+            stream = load(stream_smem if last and index == last else stream_ref, row_layout)
         if index:
-            _meet(counter_ref)
-        if last and index in (0, 2):
-            _, _, start, _ = item(jnp.int32(0))
-            shift = lax.min(start * CHUNK, jnp.int32(product.inputs - size))
-            source = heads_ref if index == 0 else out_refs[1]
-            x_smem[pl.ds(0, size)] = _load(source.at[pl.ds(pl.multiple_of(shift, CHUNK), size)], _strided(size))
-        elif index != last:
-            stream_smem[...] = normed(stream_ref, products[0], out_refs[0], norm_refs[0])
-        elif last:
-            stream = normed(stream_smem, products[2], out_refs[2], norm_refs[1])
+            _meet(counter_ref, round_smem)
+        if last == 0:
+            normed(stream, norm)
+        elif index == 1:
+            stream_smem[...] = normed(stream, norm, products[0], out_refs[0])
+        elif index == last:
+            stream = normed(stream, norm, products[2], out_refs[2])
 
             @pl.when(lax.axis_index("block") == 0)
             def _(stream: jax.Array = stream) -> None:
                 stream_out_ref[...] = stream
         else:
-            normed(stream_ref, None, None, norm_refs[0])
+            _, _, start, _ = item(jnp.int32(0))
+            shift = lax.min(start * CHUNK, jnp.int32(product.inputs - size))
+            source = heads_ref if index == 0 else out_refs[1]
+            x_smem[pl.ds(0, size)] = load(source.at[pl.ds(pl.multiple_of(shift, CHUNK), size)], _strided(size))
 
         def one_item(
             i: jax.Array, n: jax.Array, product: Product = product, item: Any = item, shift: Any = shift,
@@ -391,20 +423,27 @@ def _multiply(
             row, split, start, steps = item(i)
 
             def accumulate(*accs: Any) -> tuple[jax.Array, ...]:
-                def one_step(j: jax.Array, n: jax.Array) -> jax.Array:
+                def slots(j: jax.Array) -> list[jax.Array]:
+                    return [lax.rem(n + j * product.gates + g, jnp.int32(stages)) for g in range(product.gates)]
+
+                def release(j: jax.Array) -> None:
+                    for slot in slots(j):
+                        plgpu.barrier_arrive(empty.at[slot])
+
+                def one_step(j: jax.Array, _: None) -> None:
                     at = pl.multiple_of((start + j) * CHUNK - shift, CHUNK)
-                    x = _load(x_smem.at[pl.ds(at, CHUNK)], _WGMMA.reduce(0))
+                    x = load(x_smem.at[pl.ds(at, CHUNK)], _WGMMA.reduce(0))
                     x = lax.broadcast_in_dim(x, (64, CHUNK), [1])
-                    slots = [lax.rem(n + g, jnp.int32(stages)) for g in range(product.gates)]
-                    for acc, slot in zip(accs, slots, strict=True):
+                    for acc, slot in zip(accs, slots(j), strict=True):
                         plgpu.barrier_wait(full.at[slot])
                         plgpu.wgmma(acc, x, w_smem.at[slot, pl.ds(0, product.tile)].T)
-                    plgpu.wgmma_wait(0)
-                    for slot in slots:
-                        plgpu.barrier_arrive(empty.at[slot])
-                    return n + product.gates
+                    # All but this step's are done.
+                    plgpu.wgmma_wait(product.gates)
+                    pl.when(j > 0)(lambda: release(j - 1))
 
-                lax.fori_loop(0, steps, one_step, n)
+                lax.fori_loop(0, steps, one_step, None)
+                plgpu.wgmma_wait(0)
+                release(steps - 1)
                 return tuple(acc[...] for acc in accs)
 
             accs = pl.run_scoped(accumulate, *[plgpu.ACC((64, product.tile), f32)] * product.gates)

@@ -1,0 +1,39 @@
+"""What the kernels for Hopper GPUs share."""
+
+import inspect
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+
+
+def load(ref: Any, layout: Any, optimized: bool = False) -> jax.Array:
+    """Reads memory into registers.
+
+    Args:
+      ref: global or shared memory.
+      layout: of the registers.
+      optimized: insist on accesses without bank conflicts.
+    """
+    # Before jax 0.11 an index had to be given; since then it should not be.
+    must_index = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
+    return plgpu.load(ref, *((),) * must_index, layout=layout, optimized=optimized)
+
+
+def wait_for_previous() -> None:
+    """Waits until all that was launched before has ended and can be read.
+
+    A kernel that says this may be started while the one before it still runs (programmatic dependent launch), and do
+    before it whatever needs none of that one's results. Before jax 0.11 kernels never overlap.
+    """
+    if hasattr(plgpu, "griddepcontrol_wait"):
+        plgpu.griddepcontrol_wait()
+
+
+def let_next_begin() -> None:
+    """Lets the next kernel start once every block has said so.
+
+    Say it after `wait_for_previous` only: then what the next one reads before its own wait is surely complete.
+    """
+    if hasattr(plgpu, "griddepcontrol_launch_dependents"):
+        plgpu.griddepcontrol_launch_dependents()
