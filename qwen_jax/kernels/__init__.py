@@ -7,7 +7,8 @@
 
 `implementation="auto"` takes cudnn on a GPU where the table allows it, and the reference otherwise; it says once, at
 trace time, what it took. Decoding one token a row has a function of its own, `decode_step`, for GPUs of the Hopper
-generation; `has_decode_step` says whether "auto" may take it.
+generation; `has_decode_step` says whether "auto" may take it. The products of a decode step have kernels there too:
+`on_mesh` for a batch, `layer_gpu` for one row on one device (see `qwen_jax.inference.single`).
 """
 
 import dataclasses
