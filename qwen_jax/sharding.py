@@ -90,6 +90,11 @@ class Sharding:
     cache: P = P(("data", "fsdp"), "tensor", None, None)
     rows: P = P(("data", "fsdp"))
 
+    @property
+    def row_axes(self) -> tuple[str, ...]:
+        """The axes that tokens are split over."""
+        return ("data", "fsdp", "context")
+
     @classmethod
     def for_model(cls, config: ModelConfig, mesh: Mesh) -> "Sharding":
         """The layout of a model on a mesh.

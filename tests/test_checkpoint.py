@@ -17,12 +17,12 @@ from train.data.loader import batches, fingerprint
 from train.data.packing import pack
 from train.loop import LoopConfig, fit
 from train.metrics import MetricsLog, read_log
-from train.optimizer import OptimizerConfig
+from train.optimizer import OptimizerConfig, Schedule
 from train.pretrain import PretrainConfig, init_state, make_train_step
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 30, "import os\nprint(os.getcwd())\n" * 20]
 MODEL = dataclasses.replace(published("tiny"), vocab_size=384, num_layers=1)
-CONFIG = PretrainConfig(MODEL, OptimizerConfig(20, 1e-2, warmup_steps=4), dtype="float32", loss_chunk=16)
+CONFIG = PretrainConfig(MODEL, OptimizerConfig(Schedule(20, 1e-2, warmup_steps=4)), dtype="float32", loss_chunk=16)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from qwen_jax.config import published
 from qwen_jax.errors import InputError
 from qwen_jax.model import abstract_params
-from train.optimizer import OptimizerConfig, decay_mask, make_optimizer, make_schedule
+from train.optimizer import OptimizerConfig, Schedule, decay_mask, make_optimizer, make_schedule
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-untied"])
@@ -23,8 +23,8 @@ def test_norms_and_biases_alone_are_not_decayed(name):
 def test_weight_decay_is_decoupled():
     # With a zero gradient Adam moves nothing; what is left is weight x (1 - rate x decay).
     params = {"embed": {"weight": jnp.full((3,), 2.0)}, "norm": {"weight": jnp.full((3,), 2.0)}}
-    optimizer = make_optimizer(OptimizerConfig(steps=10, learning_rate=0.1, weight_decay=0.5, schedule="wsd"))
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    optimizer = make_optimizer(OptimizerConfig(Schedule(10, 0.1, schedule="wsd"), weight_decay=0.5))
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params, step=0)
     np.testing.assert_allclose(updates["embed"]["weight"], -0.1 * 0.5 * 2.0, rtol=1e-6)
     np.testing.assert_array_equal(updates["norm"]["weight"], 0.0)
 
@@ -32,15 +32,15 @@ def test_weight_decay_is_decoupled():
 def test_a_long_gradient_is_clipped_to_the_norm():
     # Adam's first update is the sign of the gradient whatever its size; its second moment keeps the clipped size.
     params = {"embed": {"weight": jnp.zeros((4,))}}
-    optimizer = make_optimizer(OptimizerConfig(steps=10, clip_norm=0.5, beta2=0.9))
+    optimizer = make_optimizer(OptimizerConfig(Schedule(10), clip_norm=0.5, beta2=0.9))
     gradient = {"embed": {"weight": jnp.full((4,), 100.0)}}
-    _, state = optimizer.update(gradient, optimizer.init(params), params)
+    _, state = optimizer.update(gradient, optimizer.init(params), params, step=0)
     nu = next(s.nu for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "nu")) if hasattr(s, "nu"))
     np.testing.assert_allclose(nu["embed"]["weight"].sum(), 0.1 * 0.5**2, rtol=1e-5)
 
 
 def rates(**kwargs):
-    config = OptimizerConfig(steps=100, learning_rate=2.0, final_fraction=0.1, **kwargs)
+    config = OptimizerConfig(Schedule(100, 2.0, final_fraction=0.1, **kwargs))
     return np.array([make_schedule(config)(step) for step in range(101)])
 
 
@@ -70,9 +70,24 @@ def test_each_schedule_at_its_middle():
         ({"warmup_steps": 100}, "must fit into"),
         ({"decay_steps": 5}, "belongs to schedule 'wsd'"),
         ({"learning_rate": 0.0}, "must be positive"),
-        ({"clip_norm": -1.0}, "must be positive"),
     ],
 )
-def test_bad_settings_are_refused(kwargs, message):
+def test_bad_schedules_are_refused(kwargs, message):
     with pytest.raises(InputError, match=message):
-        OptimizerConfig(steps=100, **kwargs)
+        Schedule(steps=100, **kwargs)
+
+
+@pytest.mark.parametrize("kwargs", [{"clip_norm": -1.0}, {"beta2": 1.0}, {"eps": 0.0}, {"schedule": ()}])
+def test_bad_settings_are_refused(kwargs):
+    with pytest.raises(InputError, match=next(iter(kwargs)).replace("schedule", "Schedule")):
+        OptimizerConfig(**{"schedule": Schedule(10), **kwargs})
+
+
+def test_stretches_follow_one_another_each_as_if_it_were_alone():
+    first = Schedule(20, 1.0, warmup_steps=5, final_fraction=0.5)
+    second = Schedule(10, 0.5, schedule="wsd")
+    third = Schedule(30, 2.0, warmup_steps=10, schedule="wsd", decay_steps=10)
+    joined = make_schedule(OptimizerConfig((first, second, third)))
+    alone = [make_schedule(OptimizerConfig(part))(i) for part in (first, second, third) for i in range(part.steps)]
+    np.testing.assert_allclose([joined(i) for i in range(60)], alone, rtol=1e-6)
+    np.testing.assert_allclose(alone[20:30], 0.5)

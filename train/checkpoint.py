@@ -96,7 +96,7 @@ class Checkpoints:
         self._label()
         items = {
             "params": ocp.args.StandardSave(state.params),
-            "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+            "optimizer": ocp.args.StandardSave(_all_but_params(state)),
         }
         self._manager.save(step, args=ocp.args.Composite(**items))
 
@@ -119,11 +119,10 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         items = {
             "params": ocp.args.StandardRestore(abstract.params),
-            "optimizer": ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
+            "optimizer": ocp.args.StandardRestore(_all_but_params(abstract)),
         }
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        optimizer = restored["optimizer"]
-        return TrainState(optimizer["step"], restored["params"], optimizer["opt_state"])
+        return TrainState(params=restored["params"], **restored["optimizer"])
 
     def close(self) -> None:
         """Waits until everything is saved."""
@@ -136,6 +135,10 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _all_but_params(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "opt_state": state.opt_state, "guard": state.guard}
 
 
 def _check_same(what: str, saved: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> None:

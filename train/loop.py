@@ -1,7 +1,6 @@
 """The training loop: feed the device, read its numbers one step late, evaluate, save."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -33,11 +32,13 @@ class LoopConfig:
       steps: train until this many are taken.
       evaluate_every: also before the first step and after the last, unless 0.
       checkpoint_every: also after the last step, unless 0.
+      max_skipped: so many steps skipped in a row, for gradients that were not finite or spiked, end the run; not 0.
     """
 
     steps: int
     evaluate_every: int = 0
     checkpoint_every: int = 0
+    max_skipped: int = 10
 
 
 def fit(
@@ -73,30 +74,32 @@ def fit(
       The state after `config.steps` steps.
 
     Raises:
-      InputError: the loss is not finite; checkpoints taken before stay.
+      InputError: too many steps in a row were skipped; checkpoints taken before stay.
     """
     first = int(state.step)
     waiting: tuple[int, Metrics, int] | None = None
     begin = time.perf_counter()
+    skipped = 0
 
     def report() -> None:
-        nonlocal begin
+        nonlocal begin, skipped
         if waiting is None:
             return
         step, metrics, tokens = waiting
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        # The norm of the gradient tells of an update that spoils the weights before any loss does.
-        wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(numbers.get(name, 0.0))]
-        if wrong:
-            raise InputError(
-                f"The {wrong[0]} of step {step} is {numbers[wrong[0]]}. Use a smaller learning rate, or look at "
-                "the data of this step; earlier checkpoints are unharmed."
-            )
         begin, rate = time.perf_counter(), tokens / max(time.perf_counter() - begin, 1e-9)
         if log:
             log.write({"step": step, **numbers, "tokens_per_second": rate})
         if display:
             display.step(step, numbers["loss"], tokens)
+        skipped = skipped + 1 if numbers.get("skipped") else 0
+        if skipped == config.max_skipped:
+            raise InputError(
+                f"The {skipped} steps up to step {step} were skipped: their gradients were not finite or spiked. The "
+                f"loss of the last is {numbers['loss']}, the norm of its gradient {numbers['grad_norm']}. Look at the "
+                "data of these steps, use a smaller learning rate, or a larger spike_factor; weights and earlier "
+                "checkpoints are unharmed."
+            )
 
     def held_out(step: int) -> None:
         if evaluate and config.evaluate_every:

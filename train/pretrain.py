@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,19 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.config import DTYPES, ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import packed_mask
-from qwen_jax.model import Options, Params, Qwen2, Remat, bind, init_params
+from qwen_jax.model import Options, Params, Remat, bind, init_params
 from qwen_jax.sharding import Sharding
 from train.data.batch import Batch
+from train.loss import Sums, chunked_cross_entropy, next_token_targets
 from train.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from train.state import TrainState
+from train.state import Guard, TrainState
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-EvalStep = Callable[[Params, Batch], "Sums"]
+EvalStep = Callable[[Params, Batch], Sums]
+
+# A norm is judged by the running mean of about this many steps before it, and not before there are as many.
+_GUARD_STEPS = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,90 +38,32 @@ class PretrainConfig:
       optimizer: AdamW and its schedule.
       dtype: compute dtype. Weights, moments, softmax, norms and losses are float32 whatever it is.
       remat: what the backward pass recomputes; see `Qwen2.__call__`.
-      loss_chunk: positions of each row whose logits exist at one time.
+      accumulation: parts that a batch is worked off in, one after the other; the loss does not depend on it.
+      loss_chunk: tokens of one device whose logits exist at one time.
+      z_loss: coefficient; see `chunked_cross_entropy`.
+      spike_factor: a step whose gradient norm is more than this many times the running mean is skipped; 0 skips none
+        but those whose loss or gradient is not finite.
     """
 
     model: ModelConfig
     optimizer: OptimizerConfig
     dtype: str = "bfloat16"
     remat: Remat = "none"
-    loss_chunk: int = 512
+    accumulation: int = 1
+    loss_chunk: int = 2048
+    z_loss: float = 0.0
+    spike_factor: float = 0.0
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
-        if self.loss_chunk < 1:
-            raise InputError(f"loss_chunk must be at least 1, got {self.loss_chunk}.")
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("loss", "weight"), meta_fields=())
-@dataclasses.dataclass(frozen=True)
-class Sums:
-    """Numerator and denominator of a mean loss. Add them over parts of a batch, then divide once.
-
-    Attributes:
-      loss: float32 scalar, sum of weight x cross-entropy in nats.
-      weight: float32 scalar, sum of weights.
-    """
-
-    loss: jax.Array
-    weight: jax.Array
-
-
-def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """What each position predicts: the next token of the same document, with that token's weight.
-
-    Args:
-      batch: packed rows [B, T].
-
-    Returns:
-      Target ids int32 [B, T], and weights float32 [B, T] that are 0 on padding and at the end of a segment.
-    """
-
-    def following(x_BT: jax.Array) -> jax.Array:
-        return jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
-
-    same = (following(batch.segment_ids) == batch.segment_ids) & (batch.segment_ids > 0)
-    return following(batch.tokens), jnp.where(same, following(batch.loss_weights), 0.0)
-
-
-def chunked_cross_entropy(
-    model: Qwen2, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, chunk: int
-) -> Sums:
-    """Weighted cross-entropy whose logits are made, and made again for the gradient, a chunk of positions at a time.
-
-    Args:
-      model: for its output head.
-      hidden_BTD: normalised hidden states.
-      targets_BT: int32 ids.
-      weights_BT: float32.
-      chunk: positions of each row in one chunk.
-    """
-    T, spec = hidden_BTD.shape[1], model.sharding
-    n = -(-T // chunk)
-    c = -(-T // n)
-
-    def chunks(x: jax.Array) -> jax.Array:
-        # Chunk j is positions j, n + j, 2n + j, ...: each shard of the context axis has its part of every chunk.
-        x = jnp.pad(x, ((0, 0), (0, n * c - T), *((0, 0),) * (x.ndim - 2)))
-        rest = (None,) * (x.ndim - 2)
-        x = x.reshape(x.shape[0], c, n, *x.shape[2:], out_sharding=P(*spec.tokens, None, *rest))
-        return jnp.moveaxis(x, 2, 0)
-
-    def body(sums: Sums, inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Sums, None]:
-        hidden_BcD, targets_Bc, weights_Bc = inputs
-        logits_BcV = model.logits(hidden_BcD)
-        # A sum over a one-hot, not a look-up: it needs no gather where the vocabulary is split over devices.
-        is_target = jnp.arange(logits_BcV.shape[-1]) == targets_Bc[..., None]
-        picked_Bc = jnp.where(is_target, logits_BcV, 0.0).sum(axis=-1)
-        losses_Bc = jax.nn.logsumexp(logits_BcV, axis=-1) - picked_Bc
-        return Sums(sums.loss + (losses_Bc * weights_Bc).sum(), sums.weight + weights_Bc.sum()), None
-
-    zero = Sums(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-    inputs = (chunks(hidden_BTD), chunks(targets_BT), chunks(weights_BT))
-    with jax.named_scope("cross_entropy"):
-        sums, _ = jax.lax.scan(jax.checkpoint(body), zero, inputs)
-    return sums
+        for name in ("loss_chunk", "accumulation"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.z_loss < 0:
+            raise InputError(f"z_loss must be at least 0, got {self.z_loss}.")
+        if self.spike_factor != 0 and not self.spike_factor > 1:
+            raise InputError(f"spike_factor must be above 1, or 0 to skip no spikes; got {self.spike_factor}.")
 
 
 def loss_sums(config: PretrainConfig, sharding: Sharding, params: Params, batch: Batch) -> Sums:
@@ -130,7 +77,60 @@ def loss_sums(config: PretrainConfig, sharding: Sharding, params: Params, batch:
     """
     model = bind(config.model, params, sharding, Options(dtype=config.dtype))
     hidden_BTD, _ = model(batch.tokens, batch.positions, packed_mask(batch.segment_ids), remat=config.remat)
-    return chunked_cross_entropy(model, hidden_BTD, *next_token_targets(batch), config.loss_chunk)
+    targets, weights = (jax.reshard(x, sharding.tokens) for x in next_token_targets(batch))
+    return chunked_cross_entropy(model, hidden_BTD, targets, weights, config.loss_chunk, config.z_loss)
+
+
+def mean_gradient(
+    config: PretrainConfig, sharding: Sharding, params: Params, batch: Batch
+) -> tuple[Params, Sums, jax.Array]:
+    """The gradient of the mean loss of a batch, whatever it is split into.
+
+    Args:
+      config: of the run.
+      sharding: of the current mesh.
+      params: of `init_params`.
+      batch: the whole global batch.
+
+    Returns:
+      The gradient in float32; `Sums` that are already divided by the weight of the whole batch; that weight.
+
+    Raises:
+      InputError: the batch does not divide into the parts and the shards of the mesh.
+    """
+    n, shards = config.accumulation, sharding.batch_shards
+    if batch.shape[0] % (n * shards):
+        raise InputError(
+            f"A batch of {batch.shape[0]} rows does not divide into {n} accumulated parts over {shards} shards of "
+            f"rows (data x fsdp). Choose a batch that is a multiple of {n * shards}."
+        )
+    weight = next_token_targets(batch)[1].sum()
+    # A batch without any target has loss 0, not NaN.
+    denominator = jnp.maximum(weight, 1e-8)
+
+    def share_of_mean(params: Params, part: Batch) -> tuple[jax.Array, Sums]:
+        sums = jax.tree.map(lambda x: x / denominator, loss_sums(config, sharding, params, part))
+        return sums.loss, sums
+
+    differentiate = jax.value_and_grad(share_of_mean, has_aux=True)
+    if n == 1:
+        (_, means), gradient = differentiate(params, batch)
+        return gradient, means, weight
+
+    def parts(x_BT: jax.Array) -> jax.Array:
+        # Part j is rows j, n + j, ...: each shard has its own rows of every part.
+        x = x_BT.reshape(-1, n, x_BT.shape[1], out_sharding=P(sharding.rows[0], None, None))
+        return jnp.moveaxis(x, 1, 0)
+
+    def body(total: Any, part: Batch) -> tuple[Any, None]:
+        (_, means), gradient = differentiate(params, part)
+        return jax.tree.map(jnp.add, total, (gradient, means)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    start = jax.tree.map(jnp.zeros_like, params), Sums(zero, zero, zero)
+    with jax.named_scope("accumulation"):
+        (gradient, means), _ = jax.lax.scan(body, start, jax.tree.map(parts, batch))
+    return gradient, means, weight
 
 
 def init_state(config: PretrainConfig, seed: int, mesh: Mesh) -> TrainState:
@@ -141,17 +141,33 @@ def init_state(config: PretrainConfig, seed: int, mesh: Mesh) -> TrainState:
       seed: of the weights.
       mesh: the current mesh, from `make_mesh`.
     """
-    params = init_params(config.model, jax.random.key(seed), mesh)
-    optimizer = make_optimizer(config.optimizer)
-    return TrainState(
-        jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, P())), params, jax.jit(optimizer.init)(params)
-    )
+    return fresh_state(config, init_params(config.model, jax.random.key(seed), mesh), mesh)
+
+
+def fresh_state(config: PretrainConfig, params: Params, mesh: Mesh) -> TrainState:
+    """The state before the first step, from given weights.
+
+    Args:
+      config: of the run.
+      params: float32, on the mesh.
+      mesh: the current mesh, from `make_mesh`.
+    """
+
+    def scalar(dtype: Any) -> jax.Array:
+        # Each has a buffer of its own: the state is donated.
+        return jax.device_put(jnp.zeros((), dtype), NamedSharding(mesh, P()))
+
+    opt_state = jax.jit(make_optimizer(config.optimizer).init)(params)
+    guard = Guard(scalar(jnp.float32), scalar(jnp.int32), scalar(jnp.int32))
+    return TrainState(scalar(jnp.int32), params, opt_state, guard)
 
 
 def train_step(
     config: PretrainConfig, sharding: Sharding, state: TrainState, batch: Batch
 ) -> tuple[TrainState, Metrics]:
     """One optimiser step. Pure.
+
+    A step whose loss or gradient is not finite, or whose gradient spikes, is skipped: only its number counts.
 
     Args:
       config: of the run.
@@ -160,26 +176,39 @@ def train_step(
       batch: the whole global batch.
 
     Returns:
-      The state after the step, and float32 scalars: `loss` (nats per unit of weight, before the step), `grad_norm`
-      (before clipping), `learning_rate`, `weight` (the sum of loss weights).
+      The state after the step, and float32 scalars: `loss` (mean cross-entropy in nats, before the step),
+      `grad_norm` (before clipping), `learning_rate`, `weight` (sum of loss weights), `skipped` (1 if this step was).
     """
-
-    def mean_loss(params: Params) -> tuple[jax.Array, Sums]:
-        sums = loss_sums(config, sharding, params, batch)
-        # A batch without any target has loss 0, not NaN.
-        return sums.loss / jnp.maximum(sums.weight, 1e-8), sums
-
-    (loss, sums), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    gradient, means, weight = mean_gradient(config, sharding, state.params, batch)
     with jax.named_scope("optimizer"):
-        updates, opt_state = make_optimizer(config.optimizer).update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        norm = optax.tree.norm(gradient)
+        good, guard = _judge(config, state.guard, means.loss, norm)
+        optimizer = make_optimizer(config.optimizer)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, step=state.step)
+        after = optax.apply_updates(state.params, updates), opt_state
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), after, (state.params, state.opt_state)
+        )
     metrics = {
-        "loss": loss,
-        "grad_norm": optax.tree.norm(gradients),
-        "learning_rate": jnp.asarray(make_schedule(config.optimizer)(state.step), jnp.float32),
-        "weight": sums.weight,
+        "loss": means.cross_entropy,
+        "grad_norm": norm,
+        "learning_rate": make_schedule(config.optimizer)(state.step),
+        "weight": weight,
+        "skipped": jnp.where(good, 0.0, 1.0),
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    return TrainState(state.step + 1, params, opt_state, guard), metrics
+
+
+def _judge(config: PretrainConfig, guard: Guard, loss: jax.Array, norm: jax.Array) -> tuple[jax.Array, Guard]:
+    """Whether a step counts, and the guard after it."""
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    if config.spike_factor:
+        good &= (guard.accepted < _GUARD_STEPS) | (norm <= config.spike_factor * guard.mean_norm)
+    # A plain mean of the first steps, an exponential one after them.
+    share = 1.0 / jnp.minimum(guard.accepted + 1, _GUARD_STEPS).astype(jnp.float32)
+    mean = guard.mean_norm + share * (norm - guard.mean_norm)
+    counts = guard.accepted + good, guard.skipped + ~good
+    return good, Guard(jnp.where(good, mean, guard.mean_norm), *counts)
 
 
 def make_train_step(config: PretrainConfig, mesh: Mesh) -> TrainStep:
@@ -193,5 +222,6 @@ def make_train_step(config: PretrainConfig, mesh: Mesh) -> TrainStep:
 
 
 def make_eval_step(config: PretrainConfig, mesh: Mesh) -> EvalStep:
-    """`loss_sums`, compiled at its first call."""
+    """`loss_sums` without z-loss, compiled at its first call."""
+    config = dataclasses.replace(config, z_loss=0.0)
     return jax.jit(functools.partial(loss_sums, config, Sharding.for_model(config.model, mesh)))

@@ -31,7 +31,7 @@ from train.data.packing import pack
 from train.data.text import Documents, find_files, read_documents, split_documents, standard_library
 from train.loop import Display, LoopConfig, fit, held_out_loss
 from train.metrics import MetricsLog, bits_per_byte, read_log, scored_bytes
-from train.optimizer import OptimizerConfig
+from train.optimizer import OptimizerConfig, Schedule
 from train.plot import plot_run
 from train.pretrain import PretrainConfig, init_state, make_eval_step, make_train_step
 from train.state import TrainState
@@ -337,16 +337,11 @@ def _config(options: QuickstartOptions, tokenizer: Tokenizer) -> PretrainConfig:
         eos_token_ids=(tokenizer.eos_id,),
         dtype="float32",
     )
-    optimizer = OptimizerConfig(
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        warmup_steps=options.steps // 20,
-        final_fraction=0.02,
-    )
+    schedule = Schedule(options.steps, options.learning_rate, warmup_steps=options.steps // 20, final_fraction=0.02)
     # bfloat16 is slower than float32 on most CPUs.
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     # On a CPU it is cheaper to compute activations again than to move them through memory.
-    return PretrainConfig(model, optimizer, dtype=dtype, remat="full", loss_chunk=256)
+    return PretrainConfig(model, OptimizerConfig(schedule), dtype=dtype, remat="full", loss_chunk=4096)
 
 
 def _complete(options: QuickstartOptions, complete: Complete, folder: Path, console: Console) -> dict[str, str]:

@@ -9,15 +9,35 @@ import optax
 from qwen_jax.model import Params
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "opt_state"), meta_fields=())
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("mean_norm", "accepted", "skipped"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """What tells a spiking gradient from a usual one.
+
+    Attributes:
+      mean_norm: float32 scalar, running mean of the gradient norms of accepted steps.
+      accepted: int32 scalar, steps that moved the weights.
+      skipped: int32 scalar, steps that did not.
+    """
+
+    mean_norm: jax.Array
+    accepted: jax.Array
+    skipped: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("step", "params", "opt_state", "guard"), meta_fields=()
+)
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """Attributes:
-    step: int32 scalar, optimiser steps taken; also the number of the next batch.
+    step: int32 scalar, steps taken, skipped ones too; also the number of the next batch.
     params: float32 master weights, the tree of `qwen_jax.model.init_params`.
     opt_state: of `train.optimizer.make_optimizer`.
+    guard: against bad gradients.
     """
 
     step: jax.Array
     params: Params
     opt_state: optax.OptState
+    guard: Guard
