@@ -45,8 +45,52 @@ def place(batch: Batch, mesh: Mesh) -> Batch:
     """Puts a batch of NumPy arrays on the devices of a mesh, rows split over data and fsdp.
 
     Args:
-      batch: the whole global batch.
+      batch: the whole global batch, the same in every process; each places only the rows of its devices.
       mesh: from `qwen_jax.sharding.make_mesh`.
     """
-    placed: Batch = jax.device_put(batch, NamedSharding(mesh, Sharding.tokens))
-    return placed
+    sharding = NamedSharding(mesh, Sharding.tokens)
+    if jax.process_count() == 1:
+        placed: Batch = jax.device_put(batch, sharding)
+        return placed
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i]), batch)
+
+
+def row_part(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """Which part of the rows of a global batch this process has to read.
+
+    Args:
+      mesh: from `qwen_jax.sharding.make_mesh`.
+      batch_size: rows in the global batch.
+
+    Returns:
+      (index, count): part `index` of `count` equal ones holds all rows of this process's devices. Processes that share
+      rows, on a tensor axis that spans them, read the same part.
+    """
+    indices = NamedSharding(mesh, Sharding.rows).addressable_devices_indices_map((batch_size,))
+    bounds = [index[0].indices(batch_size) for index in indices.values() if index]
+    first, last = min(b[0] for b in bounds), max(b[1] for b in bounds)
+    count = batch_size // (last - first)
+    while batch_size % count or first * count // batch_size != (last - 1) * count // batch_size:
+        count -= 1
+    return first * count // batch_size, count
+
+
+def place_part(part: Batch, batch_size: int, mesh: Mesh) -> Batch:
+    """Puts this process's part of a global batch on its devices.
+
+    Args:
+      part: NumPy arrays [batch_size / count, length], the part that `row_part` names.
+      batch_size: rows in the global batch.
+      mesh: from `qwen_jax.sharding.make_mesh`.
+    """
+    index, count = row_part(mesh, batch_size)
+    begin, sharding = index * (batch_size // count), NamedSharding(mesh, Sharding.tokens)
+
+    def put(x: Any) -> jax.Array:
+        def rows(index: Any) -> Any:
+            start, stop, _ = index[0].indices(batch_size)
+            return x[start - begin : stop - begin]
+
+        return jax.make_array_from_callback((batch_size, x.shape[1]), sharding, rows)
+
+    return jax.tree.map(put, part)
