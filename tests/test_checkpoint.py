@@ -18,7 +18,7 @@ from train.data.packing import pack
 from train.loop import LoopConfig, fit
 from train.metrics import MetricsLog, read_log
 from train.optimizer import OptimizerConfig, Schedule
-from train.pretrain import PretrainConfig, init_state, make_train_step
+from train.pretrain import PretrainConfig, abstract_state, init_state, make_train_step
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 30, "import os\nprint(os.getcwd())\n" * 20]
 MODEL = dataclasses.replace(published("tiny"), vocab_size=384, num_layers=1)
@@ -152,3 +152,88 @@ def test_weights_restore_without_the_optimiser(mesh, tmp_path, tokenizer, fresh)
             params = checkpointer.restore(tmp_path / "run" / "7" / "params", state.params)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(state.params))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["tokenizer"] == tokenizer.fingerprint()
+
+
+def damage(folder, how):
+    """Spoils the largest file of arrays below a folder, as a full disk or a dying one does."""
+    largest = max((path for path in folder.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
+    if how == "missing":
+        largest.unlink()
+    elif how == "cut":
+        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    else:
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        largest.write_bytes(content)
+
+
+def noise(x):
+    return jax.device_put(np.random.default_rng(0).normal(size=x.shape).astype(x.dtype), x.sharding)
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "flipped"])
+@pytest.mark.parametrize("item", ["params", "optimizer"])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(mesh, tmp_path, tokenizer, fresh, caplog, how, item):
+    folder = tmp_path / "run"
+    with jax.set_mesh(mesh):
+        state = fresh(0)
+        # Zero moments would take no room.
+        state = dataclasses.replace(state, opt_state=jax.tree.map(noise, state.opt_state))
+        with Checkpoints(folder, MODEL, tokenizer) as checkpoints:
+            for number in (1, 2):
+                checkpoints.save(dataclasses.replace(state, step=state.step + number), number)
+        damage(folder / "2" / item, how)
+        with Checkpoints(folder, MODEL, tokenizer) as checkpoints:
+            restored = checkpoints.restore(fresh(1))
+            assert "step 2" in caplog.text
+            assert "is damaged" in caplog.text
+            assert checkpoints.latest_step == 1
+            # Its number is free again.
+            checkpoints.save(dataclasses.replace(state, step=state.step + 2), 2)
+        assert (folder / "damaged-2").is_dir()
+        with Checkpoints(folder, MODEL, tokenizer) as checkpoints:
+            assert int(checkpoints.restore(fresh(1)).step) == 2
+    assert int(restored.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored.params), jax.device_get(state.params))
+
+
+def test_when_all_are_damaged_nothing_is_lost_and_it_says_so(mesh, tmp_path, tokenizer, fresh):
+    with jax.set_mesh(mesh), Checkpoints(tmp_path / "run", MODEL, tokenizer) as checkpoints:
+        checkpoints.save(fresh(0), 1)
+        checkpoints._manager.wait_until_finished()
+        damage(tmp_path / "run" / "1" / "params", "cut")
+        with pytest.raises(InputError, match=r"checkpoint of step 1 .* is damaged"):
+            checkpoints.restore(fresh(1), 1)
+        with pytest.raises(InputError, match=r"No checkpoint .* could be read"):
+            checkpoints.restore(fresh(1))
+    assert (tmp_path / "run" / "damaged-1" / "params").is_dir()
+
+
+def test_every_so_many_stay_beside_the_newest(mesh, tmp_path, tokenizer, fresh):
+    folder = tmp_path / "run"
+    with jax.set_mesh(mesh), Checkpoints(folder, MODEL, tokenizer, keep_last=2, keep_every=4) as checkpoints:
+        for number in range(1, 8):
+            checkpoints.save(fresh(0), number)
+    assert sorted(int(p.name) for p in folder.iterdir() if p.is_dir()) == [4, 6, 7]
+
+
+def test_a_checkpoint_has_the_configuration_of_its_stage(mesh, tmp_path, tokenizer, fresh):
+    later = dataclasses.replace(MODEL, rope_theta=1e6)
+    with jax.set_mesh(mesh), Checkpoints(tmp_path / "run", MODEL, tokenizer) as checkpoints:
+        checkpoints.save(fresh(0), 1)
+        checkpoints.save(fresh(0), 2, later, {"rows": [1, 2]})
+    assert load_config(tmp_path / "run" / "1") == MODEL
+    assert load_config(tmp_path / "run" / "2") == later
+    with Checkpoints(tmp_path / "run", MODEL, tokenizer) as checkpoints:
+        assert (checkpoints.data(1), checkpoints.data(2)) == (None, {"rows": [1, 2]})
+
+
+def test_a_checkpoint_restores_onto_another_mesh_bit_for_bit(mesh, tmp_path, tokenizer, fresh):
+    with jax.set_mesh(mesh), Checkpoints(tmp_path / "run", MODEL, tokenizer) as checkpoints:
+        state = fresh(0)
+        checkpoints.save(state, 1)
+    other = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    with jax.set_mesh(other), Checkpoints(tmp_path / "run", MODEL, tokenizer) as checkpoints:
+        restored = checkpoints.restore(abstract_state(CONFIG, other))
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(restored)} == {8}
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))

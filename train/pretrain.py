@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.config import DTYPES, ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import packed_mask
-from qwen_jax.model import Options, Params, Remat, bind, init_params
+from qwen_jax.model import Options, Params, Remat, abstract_params, bind, init_params, param_specs
 from qwen_jax.sharding import Sharding
 from train.data.batch import Batch
 from train.loss import Sums, chunked_cross_entropy, next_token_targets
@@ -160,6 +160,32 @@ def fresh_state(config: PretrainConfig, params: Params, mesh: Mesh) -> TrainStat
     opt_state = jax.jit(make_optimizer(config.optimizer).init)(params)
     guard = Guard(scalar(jnp.float32), scalar(jnp.int32), scalar(jnp.int32))
     return TrainState(scalar(jnp.int32), params, opt_state, guard)
+
+
+def abstract_state(config: PretrainConfig, mesh: Mesh) -> TrainState:
+    """The state as `jax.ShapeDtypeStruct`s with shardings: what to restore a checkpoint like.
+
+    Args:
+      config: of the run.
+      mesh: from `make_mesh`.
+    """
+    sharding = Sharding.for_model(config.model, mesh)
+
+    def struct(leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    specs = param_specs(config.model, sharding)
+    params = jax.tree.map(struct, abstract_params(config.model, sharding, dtype=jnp.float32), specs)
+    optimizer = make_optimizer(config.optimizer)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        struct,
+        jax.eval_shape(optimizer.init, params),
+        specs,
+        transform_non_params=lambda leaf: struct(leaf, P()),
+    )
+    scalars: list[Any] = [struct(jnp.zeros((), dtype), P()) for dtype in (jnp.int32, jnp.float32, jnp.int32, jnp.int32)]
+    return TrainState(scalars[0], params, opt_state, Guard(*scalars[1:]))
 
 
 def train_step(
