@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax import kernels
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels import on_mesh
+from qwen_jax.products import product
 from qwen_jax.rope import rotate
-from qwen_jax.sharding import Sharding, gathered
+from qwen_jax.sharding import Sharding
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("keys", "values"), meta_fields=())
@@ -59,10 +60,6 @@ class Projection(nnx.Module):
         self.weight = nnx.Param(weight)
         if bias is not None:
             self.bias = nnx.Param(bias)
-
-    def used(self, dtype: jnp.dtype, spec: P) -> jax.Array:
-        """The weight in the compute dtype, gathered over fsdp."""
-        return jax.reshard(self.weight[...].astype(dtype), gathered(spec))
 
 
 class Attention(nnx.Module):
@@ -127,20 +124,13 @@ class Attention(nnx.Module):
             with jax.named_scope("attend"):
                 out, cache = self._attend(q, k, v, mask, cache, write)
         with jax.named_scope("o"):
-            o_DHd = self.o.used(x_BTD.dtype, spec.o)
-            D, H, d = o_DHd.shape
-            if self.fused and on_mesh.takes(x_BTD, spec.batch_shards, D, H // spec.tensor * d):
-                return on_mesh.into_one(out, o_DHd, spec.heads, gathered(spec.o), spec.hidden), cache
-            return jnp.einsum("BTHd,DHd->BTD", out, o_DHd, out_sharding=spec.hidden), cache
+            return product("BTHd,DHd->BTD", out, self.o.weight[...], spec.heads, spec.o, spec.hidden), cache
 
     def _project_fused(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, shards, heads of q, k, v, head_dim], before the bias."""
         spec = self.sharding
-        w_nRdD, out_spec = self.qkv.used(x_BTD.dtype, spec.fused_qkv), P(*spec.heads, None)
-        _, R, d, D = w_nRdD.shape
-        if on_mesh.takes(x_BTD, spec.batch_shards, R * d, D):
-            return on_mesh.out_of_shards(x_BTD, w_nRdD, spec.hidden, gathered(spec.fused_qkv), out_spec)
-        return jnp.einsum("BTD,nRdD->BTnRd", x_BTD, w_nRdD, out_sharding=out_spec)
+        w_nRdD, out_spec = self.qkv.weight[...], P(*spec.heads, None)
+        return product("BTD,nRdD->BTnRd", x_BTD, w_nRdD, spec.hidden, spec.fused_qkv, out_spec)
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         spec, dtype = self.sharding, x_BTD.dtype
@@ -152,7 +142,7 @@ class Attention(nnx.Module):
             return q, k, v
 
         def project(p: Projection, w_spec: P, heads: P) -> jax.Array:
-            y = jnp.einsum("BTD,HdD->BTHd", x_BTD, p.used(dtype, w_spec), out_sharding=heads)
+            y = product("BTD,HdD->BTHd", x_BTD, p.weight[...], spec.hidden, w_spec, heads)
             return y + p.bias[...].astype(dtype)
 
         q = project(self.q, spec.q, spec.heads)

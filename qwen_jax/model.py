@@ -21,6 +21,7 @@ from qwen_jax.attention import Attention, CacheWrite, KVCache, Projection
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels import on_mesh
 from qwen_jax.kernels.reference import einsum_f32
+from qwen_jax.products import look_up, product
 from qwen_jax.rope import rope_tables
 from qwen_jax.sharding import Sharding, gathered
 
@@ -63,25 +64,23 @@ class MLP(nnx.Module):
         self.down = Projection(residual(rngs.params(), (D, F)))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        spec, dtype = self.sharding, x_BTD.dtype
+        spec = self.sharding
         if self.fused:
-            w_n2fD = self.gate_up.used(dtype, spec.fused_gate_up)
-            D, f = x_BTD.shape[2], w_n2fD.shape[2]
-            if on_mesh.takes(x_BTD, spec.batch_shards, 2 * f, D) and on_mesh.takes(x_BTD, spec.batch_shards, D, f):
-                w_spec = gathered(spec.fused_gate_up)
-                h_BTF = on_mesh.swiglu(x_BTD, w_n2fD, spec.hidden, w_spec, spec.feed_forward)
-                down = self.down.used(dtype, spec.down)
-                return on_mesh.into_one(h_BTF, down, spec.feed_forward, gathered(spec.down), spec.hidden)
-            both = jnp.einsum("BTD,nxfD->BTnxf", x_BTD, w_n2fD, out_sharding=P(*spec.feed_forward, None, None))
-            h = jax.nn.silu(both[:, :, :, 0]) * both[:, :, :, 1]
-            h_BTF = h.reshape(*x_BTD.shape[:2], -1, out_sharding=spec.feed_forward)
+            gate_up, (_, _, f, D) = self.gate_up.weight[...], self.gate_up.weight.shape
+            if on_mesh.takes(x_BTD, spec.batch_shards, 2 * f, D):
+                h_BTF = on_mesh.swiglu(x_BTD, gate_up, spec)
+            else:
+                both_spec = P(*spec.feed_forward, None, None)
+                both = product("BTD,nxfD->BTnxf", x_BTD, gate_up, spec.hidden, spec.fused_gate_up, both_spec)
+                h = jax.nn.silu(both[:, :, :, 0]) * both[:, :, :, 1]
+                h_BTF = h.reshape(*x_BTD.shape[:2], -1, out_sharding=spec.feed_forward)
         else:
             gate, up = (
-                jnp.einsum("BTD,FD->BTF", x_BTD, p.used(dtype, spec.gate_up), out_sharding=spec.feed_forward)
+                product("BTD,FD->BTF", x_BTD, p.weight[...], spec.hidden, spec.gate_up, spec.feed_forward)
                 for p in (self.gate, self.up)
             )
             h_BTF = jax.nn.silu(gate) * up
-        return jnp.einsum("BTF,DF->BTD", h_BTF, self.down.used(dtype, spec.down), out_sharding=spec.hidden)
+        return product("BTF,DF->BTD", h_BTF, self.down.weight[...], spec.feed_forward, spec.down, spec.hidden)
 
 
 class Block(nnx.Module):
@@ -159,8 +158,7 @@ class Qwen2(nnx.Module):
             lambda x: jax.reshard(x, spec.tokens), (tokens_BT, positions_BT, mask)
         )
         with jax.named_scope("embed"):
-            table = jax.reshard(self.embed.weight[...], gathered(spec.vocab))
-            x_BTD = table.at[tokens_BT].get(out_sharding=spec.hidden).astype(dtype)
+            x_BTD = look_up(self.embed.weight[...], tokens_BT, dtype, spec)
         rope = rope_tables(self.config, positions_BT, dtype)
         if isinstance(self.layers, nnx.List):
             new = []
@@ -187,7 +185,7 @@ class Qwen2(nnx.Module):
         """Float32 logits [B, T, V] of hidden states. V counts the padding rows of the embedding."""
         with jax.named_scope("logits"):
             head = self.embed if self.config.tie_word_embeddings else self.lm_head
-            w_VD = head.used(x_BTD.dtype, self.sharding.vocab)
+            w_VD = jax.reshard(head.weight[...].astype(x_BTD.dtype), gathered(self.sharding.vocab))
             return einsum_f32("BTD,VD->BTV", x_BTD, w_VD, self.sharding.logits)
 
 

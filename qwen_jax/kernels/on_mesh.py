@@ -4,6 +4,7 @@ The products of a few rows with a weight matrix are by our kernel where `takes` 
 everywhere else (prefill, other devices, shapes outside the rule) the model has einsums, with the same sharding.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -39,65 +40,45 @@ def takes(x_BTI: jax.Array, shards: int, outputs: int, inputs: int) -> bool:
     )
 
 
-def out_of_shards(x_B1I: jax.Array, w: jax.Array, x_spec: P, w_spec: P, out_spec: P) -> jax.Array:
-    """Each shard makes its own outputs.
+def few_rows(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """An einsum of one token a row with a whole weight, on one device, by `skinny_matmul`.
 
     Args:
-      x_B1I: the rows, whole on each shard.
-      w: [shards, ..., inputs]; a shard's part is flattened to [outputs, inputs].
-      x_spec, w_spec: where they lie.
-      out_spec: of the result.
+      subscripts: such as "BTD,FD->BTF", as for `products.product`.
+      x: [B, 1, inputs...].
+      w: [outputs..., inputs...].
 
     Returns:
-      [B, 1, *w.shape[:-1]].
+      float32 [B, 1, outputs...].
     """
     from qwen_jax.kernels.matmul_gpu import skinny_matmul
 
-    def local(x: jax.Array, w: jax.Array) -> jax.Array:
-        y = skinny_matmul(x[:, 0], w.reshape(-1, w.shape[-1])).sum(axis=0)
-        return y.astype(x.dtype).reshape(x.shape[0], 1, *w.shape[:-1])
-
-    run = jax.shard_map(local, in_specs=(x_spec, w_spec), out_specs=out_spec, check_vma=False)
-    out: jax.Array = run(x_B1I, w)
-    return out
+    out = subscripts.split("->")[1]
+    kept = w.shape[: len(out) - 2]
+    y = skinny_matmul(x.reshape(x.shape[0], -1), w.reshape(math.prod(kept), -1)).sum(axis=0)
+    return y.reshape(x.shape[0], 1, *kept)
 
 
-def into_one(x: jax.Array, w: jax.Array, x_spec: P, w_spec: P, out_spec: P) -> jax.Array:
-    """Each shard has its own inputs, and the results are added.
-
-    Args:
-      x: [B, 1, ...], split along what follows.
-      w: [outputs, ...], split alike.
-      x_spec, w_spec: where they lie.
-      out_spec: of the result, [B, 1, outputs].
-    """
-    from qwen_jax.kernels.matmul_gpu import skinny_matmul
-
-    def local(x: jax.Array, w: jax.Array) -> jax.Array:
-        y = skinny_matmul(x.reshape(x.shape[0], -1), w.reshape(w.shape[0], -1)).sum(axis=0)
-        return jax.lax.psum(y, "tensor").astype(x.dtype)[:, None]
-
-    run = jax.shard_map(local, in_specs=(x_spec, w_spec), out_specs=out_spec, check_vma=False)
-    out: jax.Array = run(x, w)
-    return out
-
-
-def swiglu(x_B1D: jax.Array, w_n2fD: jax.Array, x_spec: P, w_spec: P, out_spec: P) -> jax.Array:
+def swiglu(x_B1D: jax.Array, w_n2fD: jax.Array, sharding: Sharding) -> jax.Array:
     """silu(gate) * up, each shard its own width.
 
     Args:
       x_B1D: the rows, whole on each shard.
       w_n2fD: gate and up of each shard.
-      x_spec, w_spec: where they lie.
-      out_spec: of the result, [B, 1, n f].
+      sharding: of the current mesh.
+
+    Returns:
+      [B, 1, n f].
     """
     from qwen_jax.kernels.matmul_gpu import skinny_swiglu
 
     def local(x: jax.Array, w: jax.Array) -> jax.Array:
+        w = jax.lax.all_gather(w, "fsdp", axis=3, tiled=True)
         return skinny_swiglu(x[:, 0], w[0])[:, None]
 
-    run = jax.shard_map(local, in_specs=(x_spec, w_spec), out_specs=out_spec, check_vma=False)
-    out: jax.Array = run(x_B1D, w_n2fD)
+    s = sharding
+    run = jax.shard_map(local, in_specs=(s.hidden, s.fused_gate_up), out_specs=s.feed_forward, check_vma=False)
+    out: jax.Array = run(x_B1D, w_n2fD.astype(x_B1D.dtype))
     return out
 
 

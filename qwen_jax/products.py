@@ -1,0 +1,78 @@
+"""Products with weights that lie split over a mesh, with the collectives written out.
+
+A weight split over `fsdp` is gathered where it is used, and so its gradient is scattered as it is summed: half the
+bytes of summing it everywhere and keeping a part, and never a whole gradient in memory. (From shardings alone, the TPU
+compiler makes a sum everywhere of it.)
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax.kernels import on_mesh
+from qwen_jax.sharding import Sharding
+
+
+def product(subscripts: str, x: jax.Array, w: jax.Array, x_spec: P, w_spec: P, out_spec: P) -> jax.Array:
+    """An einsum of activations with a weight, by the kernel for a few rows where `on_mesh.takes` says so.
+
+    Args:
+      subscripts: such as "BTD,FD->BTF"; the weight's outputs come first, then its inputs, as they do in x.
+      x: activations.
+      w: weight, split over `fsdp` along an axis of its own, and perhaps over `tensor`.
+      x_spec, w_spec, out_spec: where they lie.
+
+    Returns:
+      The result in x's dtype, summed over `tensor` where that splits a contracted axis.
+    """
+    inputs, out = subscripts.split("->")
+    letters = inputs.split(",")[1]
+    split = letters[w_spec.index("tensor")] if "tensor" in w_spec else ""
+    sums = bool(split) and split not in out
+    mesh = jax.sharding.get_abstract_mesh()
+    outputs, contracted = (
+        math.prod(size for letter, size in zip(letters, w.shape, strict=True) if (letter in out) == kept)
+        // (mesh.shape["tensor"] if split and (split in out) == kept else 1)
+        for kept in (True, False)
+    )
+    by_kernel = on_mesh.takes(x, mesh.shape["data"] * mesh.shape["fsdp"], outputs, contracted)
+
+    def local(x: jax.Array, w: jax.Array) -> jax.Array:
+        w = lax.all_gather(w, "fsdp", axis=w_spec.index("fsdp"), tiled=True)
+        y = on_mesh.few_rows(subscripts, x, w) if by_kernel else jnp.einsum(subscripts, x, w)
+        return (lax.psum(y, "tensor") if sums else y).astype(x.dtype)
+
+    run = jax.shard_map(local, in_specs=(x_spec, w_spec), out_specs=out_spec, check_vma=not by_kernel)
+    result: jax.Array = run(x, w.astype(x.dtype))
+    return result
+
+
+def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, sharding: Sharding) -> jax.Array:
+    """Rows of the embedding table.
+
+    The table stays where it lies: each device looks up its part of every row for the tokens of all `fsdp` shards, and
+    the parts are exchanged. The gradient adds up in the table's own dtype.
+
+    Args:
+      table_VD: split over `tensor` and `fsdp`.
+      tokens_BT: int32 ids.
+      dtype: of the result.
+      sharding: of the current mesh.
+
+    Returns:
+      [B, T, D], laid out as `sharding.hidden`.
+    """
+
+    def local(table_vd: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        ids = lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True) - lax.axis_index("tensor") * table_vd.shape[0]
+        here = (ids >= 0) & (ids < table_vd.shape[0])
+        # A row that another shard has is left out of the sum, and of the gradient.
+        found = jnp.where(here[..., None], table_vd[jnp.where(here, ids, 0)], 0).astype(dtype)
+        return lax.all_to_all(lax.psum(found, "tensor"), "fsdp", split_axis=0, concat_axis=2, tiled=True)
+
+    run = jax.shard_map(local, in_specs=(sharding.vocab, sharding.tokens), out_specs=sharding.hidden)
+    result: jax.Array = run(table_VD, tokens_BT)
+    return result
