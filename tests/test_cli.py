@@ -320,10 +320,12 @@ def test_reader_that_leaves_is_no_traceback() -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("command", ["", "info", "convert", "verify", "generate", "chat", "tokenize", "quickstart"])
+@pytest.mark.parametrize(
+    "command", ["", "info", "convert", "verify", "generate", "chat", "tokenize", "quickstart", "train pretrain"]
+)
 def test_help_explains(capsys: Capture, command: str) -> None:
     try:
-        status = main([command, "--help"] if command else ["--help"])
+        status = main([*command.split(), "--help"])
     except SystemExit as exit_:
         status = int(exit_.code or 0)
     assert status == 0

@@ -132,6 +132,8 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        # Saving would wait for the save before it anyhow, and that one may still be removing old checkpoints.
+        self._manager.wait_until_finished()
         self._label()
         items = {
             "params": ocp.args.StandardSave(state.params),

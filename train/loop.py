@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qwen_jax.errors import InputError
-from train.checkpoint import Checkpoints
 from train.data.batch import Batch, place
 from train.metrics import MetricsLog
 from train.pretrain import Metrics, TrainStep
@@ -22,6 +21,12 @@ class Data(Protocol):
     """Batches by the number of their step; a `grain.MapDataset` is one."""
 
     def __getitem__(self, step: int) -> Any: ...
+
+
+class Saves(Protocol):
+    """Where states are saved; `Checkpoints` is one."""
+
+    def save(self, state: TrainState, step: int) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +55,9 @@ def fit(
     mesh: Mesh,
     log: MetricsLog | None = None,
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: Saves | None = None,
     display: "Display | None" = None,
+    stop: Callable[[int], bool] | None = None,
 ) -> TrainState:
     """Trains from the step that the state is at. Call it under `jax.set_mesh(mesh)`.
 
@@ -63,15 +69,16 @@ def fit(
       state: fresh or restored; it is donated.
       train_step: as from `make_train_step`.
       data: `data[step]` is the global batch of that step, a pure function of the step: nothing else is needed to
-        resume.
+        resume. NumPy arrays, or on the devices already.
       mesh: where batches are placed.
       log: takes one record a step, and one for each evaluation.
       evaluate: held-out numbers of a state.
       checkpoints: where to save.
       display: a progress bar.
+      stop: asked after each step, with its number; where it says so, the state is saved and given back.
 
     Returns:
-      The state after `config.steps` steps.
+      The state after `config.steps` steps, or where it was stopped.
 
     Raises:
       InputError: too many steps in a row were skipped; checkpoints taken before stay.
@@ -113,20 +120,27 @@ def fit(
         held_out(0)
     for index in range(first, config.steps):
         batch: Batch = data[index]
-        state, metrics = train_step(state, place(batch, mesh))
+        placed = batch if isinstance(batch.tokens, jax.Array) else place(batch, mesh)
+        state, metrics = train_step(state, placed)
         report()
         step = index + 1
         waiting = step, metrics, batch.tokens.size
-        last = step == config.steps
+        stopped = stop is not None and stop(step)
+        last = stopped or step == config.steps
         if last or _due(step, config.evaluate_every) or _due(step, config.checkpoint_every):
             report()
             waiting = None
-        if last or _due(step, config.evaluate_every):
+        evaluates = step == config.steps or _due(step, config.evaluate_every)
+        if evaluates and not stopped:
             held_out(step)
-        if checkpoints and config.checkpoint_every and (last or _due(step, config.checkpoint_every)):
+        if checkpoints and (stopped or config.checkpoint_every) and (last or _due(step, config.checkpoint_every)):
             checkpoints.save(state, step)
+        if evaluates and stopped:
+            held_out(step)  # There may be no time for it: saving comes first.
         if waiting is None:
             begin = time.perf_counter()  # What stood between two steps is no part of the next one's time.
+        if stopped:
+            break
     return state
 
 

@@ -24,6 +24,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "generate": ("generate", "Generate", "complete prompts"),
     "chat": ("generate", "Chat", "talk to a model"),
     "tokenize": ("tokenize", "Tokenize", "text to token ids and back"),
+    "train pretrain": ("train", "pretrain", "pre-train a model in stages, or go on with it"),
     "quickstart": ("train", "quickstart", "train a small model on real text, export it, let it speak"),
 }
 

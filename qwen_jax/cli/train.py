@@ -1,4 +1,4 @@
-"""`qwen-jax quickstart`: training from the command line."""
+"""`qwen-jax quickstart` and `qwen-jax train`: training from the command line."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -44,3 +44,9 @@ def quickstart(argv: Sequence[str]) -> int:
 
     module.run(options, export=export, verify_export=verify_export, complete=complete)
     return 0
+
+
+def pretrain(argv: Sequence[str]) -> int:
+    """Runs `train.run`."""
+    status: int = sibling("train.run").main(argv)
+    return status

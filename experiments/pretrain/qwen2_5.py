@@ -1,0 +1,60 @@
+"""The pre-training recipes of the Qwen2.5 technical report (arXiv:2412.15115, sections 3.2 and 3.3), stage by stage.
+
+    qwen-jax train pretrain --config experiments/pretrain/qwen2_5.py:standard --set data.web=DIR data.code=DIR ...
+    qwen-jax train pretrain --config experiments/pretrain/qwen2_5.py:turbo    --set ...
+
+The report gives lengths, RoPE bases and the share of rows at the maximal length. It gives neither steps, nor batch
+sizes, nor learning rates, nor mixture weights: those here are placeholders of a
+usual size, to be set for the data at hand.
+Each data set is built with the length of the stage that uses it, `web-4k` by `qwen-jax data build --length 4096`.
+Hardware: meant for pods (see the meshes); `qwen-jax plan` says what fits. Nothing here has been run at full size.
+"""
+
+from qwen_jax.config import published
+from train.config import RunConfig, Stage
+from train.optimizer import Schedule
+
+# Rows of a step hold about this many tokens in every stage.
+_TOKENS = 4 * 2**20
+
+
+def _stage(steps: int, length: int, theta: float, mixture: dict[str, float], schedule: Schedule | None = None) -> Stage:
+    """A stage after the first: the learning rate stays where the first one ended."""
+    schedule = schedule or Schedule(steps, 3e-5, schedule="wsd")
+    return Stage(schedule, length, _TOKENS // length, mixture, rope_theta=theta)
+
+
+def standard() -> RunConfig:
+    """All dense models but Turbo: 4,096 tokens with base 1e4, then 32,768 with base 1e6 (by ABF)."""
+    return RunConfig(
+        output="runs/qwen2.5-7b",
+        model=published("qwen2.5-7b"),
+        tokenizer="tokenizers/qwen2.5",
+        data={name: f"data/{name}" for name in ("web-4k", "code-4k", "math-4k", "long-32k", "short-32k")},
+        stages=(
+            _stage(
+                *(200_000, 4096, 1e4, {"web-4k": 0.7, "code-4k": 0.2, "math-4k": 0.1}),
+                Schedule(200_000, 3e-4, warmup_steps=2000, final_fraction=0.1),
+            ),
+            _stage(5_000, 32_768, 1e6, {"long-32k": 0.4, "short-32k": 0.6}),
+        ),
+        mesh={"fsdp": 64, "tensor": 2},
+    )
+
+
+def turbo() -> RunConfig:
+    """Qwen2.5-Turbo: 32,768, 65,536, 131,072 and 262,144 tokens with base 1e7; 40% at the maximal length, 60% shorter.
+
+    `long-N` holds documents of at least N tokens, so that each fills its rows; `short-N` shorter ones, packed.
+    """
+    lengths = 32_768, 65_536, 131_072, 262_144
+    return RunConfig(
+        output="runs/qwen2.5-turbo",
+        model=published("qwen2.5-7b"),
+        tokenizer="tokenizers/qwen2.5",
+        initial="runs/qwen2.5-7b/checkpoints/200000",
+        data={f"{kind}-{n}": f"data/{kind}-{n}" for n in lengths for kind in ("long", "short")},
+        stages=tuple(_stage(1000, n, 1e7, {f"long-{n}": 0.4, f"short-{n}": 0.6}) for n in lengths),
+        mesh={"fsdp": 16, "tensor": 4},
+        remat="full",
+    )
