@@ -25,6 +25,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "chat": ("generate", "Chat", "talk to a model"),
     "tokenize": ("tokenize", "Tokenize", "text to token ids and back"),
     "train pretrain": ("train", "pretrain", "pre-train a model in stages, or go on with it"),
+    "plan": ("plan", "Plan", "does a run fit given chips, and how fast could it be: compiled without them"),
     "quickstart": ("train", "quickstart", "train a small model on real text, export it, let it speak"),
 }
 
