@@ -49,7 +49,9 @@ def test_too_much_time_ends_all() -> None:
 
 def test_scripts_run_too(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(
-        "import sys, jax\nopen(sys.argv[1] + str(jax.process_index()), 'w').write(str(jax.device_count()))\nsys.exit(0)\n"
+        "import sys, jax\n"
+        "open(sys.argv[1] + str(jax.process_index()), 'w').write(str(jax.device_count()))\n"
+        "sys.exit(0)\n"
     )
     assert run(tmp_path / "script.py", f"{tmp_path}/out-", devices=3) == [None, None]
     assert [(tmp_path / f"out-{i}").read_text() for i in range(2)] == ["6", "6"]

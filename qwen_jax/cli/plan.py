@@ -9,7 +9,6 @@ from typing import Annotated
 import tyro
 
 from qwen_jax.cli.common import sibling
-from qwen_jax.sharding import parse_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +39,8 @@ class Plan:
         if self.topology != "gpu":
             # A TPU that this machine may have is not to be touched.
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        from qwen_jax.sharding import parse_mesh
+
         plan, where = sibling("train.plan"), sibling("train.topology").target(self.topology, self.num_slices)
         config = sibling("train.config").load(self.config, self.set)
         axes = parse_mesh(self.mesh) if self.mesh else None
