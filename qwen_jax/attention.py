@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from qwen_jax import kernels
+from qwen_jax import context, kernels
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels import on_mesh
 from qwen_jax.products import product
@@ -176,7 +176,7 @@ class Attention(nnx.Module):
             write: CacheWrite | None,
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
             if cache is None or write is None:
-                return kernels.attention(q, k, v, mask, scale=scale, implementation=self.impl), None
+                return context.attention(q, k, v, mask, spec.context, scale=scale, implementation=self.impl), None
             cache = _store(cache[0], k, write), _store(cache[1], v, write)
             if write.fresh:
                 return kernels.attention(q, k, v, mask, scale=scale, implementation=self.impl), cache

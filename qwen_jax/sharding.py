@@ -67,6 +67,8 @@ class Sharding:
     """Size of the tensor axis."""
     batch_shards: int = 1
     """Parts that the rows of a batch are in."""
+    context: int = 1
+    """Parts that the tokens of a row are in; see `qwen_jax.context`."""
     vocab: P = P("tensor", "fsdp")
     q: P = P("tensor", None, "fsdp")
     q_bias: P = P("tensor", None)
@@ -96,15 +98,23 @@ class Sharding:
         return ("data", "fsdp", "context")
 
     @classmethod
-    def for_model(cls, config: ModelConfig, mesh: Mesh) -> "Sharding":
+    def for_model(cls, config: ModelConfig, mesh: Mesh, split_rows: bool = False) -> "Sharding":
         """The layout of a model on a mesh.
 
+        Args:
+          config: the architecture.
+          mesh: from `make_mesh`.
+          split_rows: the caller lays tokens out by `qwen_jax.context.spread`, as training does; a context axis is an
+            error otherwise.
+
         Raises:
-          InputError: a dimension that the mesh does not divide.
+          InputError: a dimension that the mesh does not divide, or an axis without use.
         """
-        for axis in ("context", "expert"):
-            if mesh.shape[axis] != 1:
-                raise InputError(f"A dense model does not use the {axis} axis; it is {mesh.shape[axis]}, make it 1.")
+        if mesh.shape["expert"] != 1:
+            raise InputError(f"A dense model does not use the expert axis; it is {mesh.shape['expert']}, make it 1.")
+        context = mesh.shape["context"]
+        if context > 1 and not split_rows:
+            raise InputError(f"Only training splits rows over the context axis; it is {context}, make it 1.")
         tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
         rows = mesh.shape["data"] * fsdp
         for name, size, axis, parts in (
@@ -118,12 +128,17 @@ class Sharding:
                     f"{name} ({size}) is not divisible by the {axis} axis ({parts}). "
                     f"Choose an axis size that divides it."
                 )
+        split: dict[str, P] = {}
+        if context > 1:
+            for role in ("tokens", "hidden", "heads", "all_kv_heads", "feed_forward", "logits"):
+                spec = getattr(cls, role)
+                split[role] = P(spec[0], "context", *spec[2:])
         if config.num_kv_heads % tensor == 0:
-            return cls(config.num_kv_heads, tensor, rows)
+            return cls(config.num_kv_heads, tensor, rows, context, **split)
         if tensor % config.num_kv_heads == 0:
             # Fewer key/value heads than shards: their small weights are replicated, and each head is repeated so
             # that every shard has one of its own.
-            return cls(tensor, tensor, rows, kv=P(None, None, "fsdp"), kv_bias=P(None, None))
+            return cls(tensor, tensor, rows, context, kv=P(None, None, "fsdp"), kv_bias=P(None, None), **split)
         raise InputError(
             f"The tensor axis ({tensor}) must divide num_kv_heads ({config.num_kv_heads}) or be a multiple of it."
         )

@@ -44,7 +44,7 @@ def curve(axes: dict[str, int], accumulation: int, remat: Any, params: Any) -> n
     optimizer = OptimizerConfig(Schedule(STEPS, 1e-2, warmup_steps=5))
     config = PretrainConfig(MODEL, optimizer, "float32", remat, accumulation, loss_chunk=16, z_loss=1e-3)
     mesh, data = make_mesh(axes), batches(rows(), 32, seed=0)
-    specs = param_specs(MODEL, Sharding.for_model(MODEL, mesh))
+    specs = param_specs(MODEL, Sharding.for_model(MODEL, mesh, split_rows=True))
     with jax.set_mesh(mesh):
         on_mesh = jax.tree.map(
             lambda x, spec: jax.make_array_from_callback(x.shape, jax.NamedSharding(mesh, spec), lambda i: x[i]),
@@ -84,6 +84,8 @@ def test_the_curve_that_all_are_compared_with_learns() -> None:
         ({"fsdp": 4, "tensor": 2}, 1, "full"),
         ({"data": 2, "tensor": 4}, 1, "none"),
         ({"data": 2, "fsdp": 2, "tensor": 2}, 4, "dots"),
+        ({"context": 8}, 1, "none"),
+        ({"fsdp": 2, "context": 2, "tensor": 2}, 4, "full"),
     ],
     ids=str,
 )

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.config import DTYPES, ModelConfig
+from qwen_jax.context import spread
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import packed_mask
 from qwen_jax.model import Options, Params, Remat, abstract_params, bind, init_params, param_specs
@@ -76,8 +77,10 @@ def loss_sums(config: PretrainConfig, sharding: Sharding, params: Params, batch:
       batch: packed rows on the mesh.
     """
     model = bind(config.model, params, sharding, Options(dtype=config.dtype))
-    hidden_BTD, _ = model(batch.tokens, batch.positions, packed_mask(batch.segment_ids), remat=config.remat)
-    targets, weights = (jax.reshard(x, sharding.tokens) for x in next_token_targets(batch))
+    # Who follows whom, and who sees whom, is decided while rows are whole.
+    arrays = batch.tokens, batch.positions, packed_mask(batch.segment_ids), *next_token_targets(batch)
+    tokens, positions, mask, targets, weights = jax.tree.map(lambda x: spread(x, sharding), arrays)
+    hidden_BTD, _ = model(tokens, positions, mask, remat=config.remat)
     return chunked_cross_entropy(model, hidden_BTD, targets, weights, config.loss_chunk, config.z_loss)
 
 
@@ -169,7 +172,7 @@ def abstract_state(config: PretrainConfig, mesh: Mesh) -> TrainState:
       config: of the run.
       mesh: from `make_mesh`.
     """
-    sharding = Sharding.for_model(config.model, mesh)
+    sharding = Sharding.for_model(config.model, mesh, split_rows=True)
 
     def struct(leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
@@ -243,11 +246,11 @@ def make_train_step(config: PretrainConfig, mesh: Mesh) -> TrainStep:
     Raises:
       InputError: a dimension of the model that the mesh does not divide.
     """
-    sharding = Sharding.for_model(config.model, mesh)
+    sharding = Sharding.for_model(config.model, mesh, split_rows=True)
     return jax.jit(functools.partial(train_step, config, sharding), donate_argnums=0)
 
 
 def make_eval_step(config: PretrainConfig, mesh: Mesh) -> EvalStep:
     """`loss_sums` without z-loss, compiled at its first call."""
     config = dataclasses.replace(config, z_loss=0.0)
-    return jax.jit(functools.partial(loss_sums, config, Sharding.for_model(config.model, mesh)))
+    return jax.jit(functools.partial(loss_sums, config, Sharding.for_model(config.model, mesh, split_rows=True)))

@@ -204,7 +204,7 @@ def _check_vocabulary(config: RunConfig, datasets: dict[str, PackedRows]) -> Non
 
 
 def _check_batch(config: RunConfig, index: int, mesh: Mesh) -> None:
-    stage, shards = config.stages[index], Sharding.for_model(config.model, mesh).batch_shards
+    stage, shards = config.stages[index], Sharding.for_model(config.model, mesh, split_rows=True).batch_shards
     if stage.batch_size % (stage.accumulation * shards):
         raise InputError(
             f"Stage {index + 1} has a batch of {stage.batch_size} rows, which does not divide into "

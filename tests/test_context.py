@@ -1,0 +1,107 @@
+"""Rows split over the context axis: attention is that of whole rows, work is even, and memory does not square."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax import context, kernels
+from qwen_jax.config import published
+from qwen_jax.errors import InputError
+from qwen_jax.sharding import Sharding, make_mesh
+
+TINY = published("tiny")
+
+
+def on_context(mesh, sharding, q, k, v, mask):
+    """Attention of rows that are spread first and gathered after, on a mesh."""
+
+    def run(q, k, v, start, end):
+        # `spread` moves one number a token: the tokens' own numbers say where the rest goes.
+        numbers = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
+        order = np.asarray(context.spread(numbers, sharding))[0]
+        back = np.argsort(order)
+        spec = P(None, "context", None, None)
+        attend = jax.shard_map(
+            lambda q, k, v, mask: context.attention(
+                q, k, v, mask, sharding.context, scale=0.3, implementation="reference"
+            ),
+            in_specs=(spec, spec, spec, jax.tree.map(lambda _: P(None, "context"), mask)),
+            out_specs=spec,
+        )
+
+        def loss(q, k, v):
+            parts = (jax.reshard(x[:, order], spec) for x in (q, k, v))
+            ends = (jax.reshard(x[:, order], P(None, "context")) for x in (start, end))
+            out = jax.reshard(attend(*parts, kernels.Mask(*ends)), P())[:, back]
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    with jax.set_mesh(mesh):
+        return run(q, k, v, mask.k_start_BT, mask.k_end_BT)
+
+
+@pytest.mark.parametrize(("n", "logits"), [(2, 2**27), (4, 2**27), (4, 2 * 4 * 2 * 64)])
+def test_attention_is_that_of_whole_rows(monkeypatch, n, logits):
+    """Values and gradients, over documents of unequal length; in the last case in several blocks of queries."""
+    monkeypatch.setattr(context, "_LOGITS", logits)
+    rng = np.random.default_rng(n)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 64, h, 8)), jnp.float32) for h in (4, 2, 2))
+    segments = np.sort(rng.integers(1, 6, (2, 64)), axis=1).astype(np.int32)
+    segments[1, 50:] = 0
+    mask = kernels.packed_mask(jnp.asarray(segments))
+
+    def whole(q, k, v):
+        out = kernels.attention(q, k, v, mask, scale=0.3, implementation="reference")
+        return jnp.sum(jnp.sin(out)), out
+
+    expected = jax.value_and_grad(whole, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    mesh = make_mesh({"context": n})
+    got = on_context(mesh, Sharding.for_model(TINY, mesh, split_rows=True), q, k, v, mask)
+    # float32 sums in another order.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_each_device_has_a_like_share_of_causal_work(n):
+    mesh = make_mesh({"context": n})
+    with jax.set_mesh(mesh):
+        seen = jnp.arange(1, 65)[None]  # How many keys each token sees.
+        places = context.spread(seen, Sharding.for_model(TINY, mesh, split_rows=True))
+        shares = [int(np.asarray(shard.data).sum()) for shard in places.addressable_shards]
+    assert sorted(np.asarray(places)[0]) == list(range(1, 65))
+    assert len(shares) == n
+    assert max(shares) - min(shares) == 0
+
+
+def test_a_length_that_does_not_divide_and_a_model_that_does_not_split_are_refused():
+    mesh = make_mesh({"context": 4})
+    with jax.set_mesh(mesh), pytest.raises(InputError, match="Rows of 20 tokens do not divide into 8 chunks"):
+        context.spread(jnp.zeros((1, 20), jnp.int32), Sharding.for_model(TINY, mesh, split_rows=True))
+    with pytest.raises(InputError, match="Only training splits rows over the context axis; it is 4"):
+        Sharding.for_model(TINY, mesh)
+
+
+def test_memory_grows_with_the_length_and_not_with_its_square(monkeypatch):
+    from train.data.batch import place
+    from train.data.packing import pack
+    from train.optimizer import OptimizerConfig, Schedule
+    from train.pretrain import PretrainConfig, abstract_state, make_train_step
+
+    monkeypatch.setattr(context, "_LOGITS", 2**16)
+    model = dataclasses.replace(TINY, num_layers=1)
+    config = PretrainConfig(model, OptimizerConfig(Schedule(9)), "float32", "full", loss_chunk=64)
+    mesh = make_mesh({"context": 2})
+
+    def temporary_bytes(length):
+        rows = pack([np.arange(length) % 7], length)
+        with jax.set_mesh(mesh):
+            step = make_train_step(config, mesh).lower(abstract_state(config, mesh), place(rows, mesh))
+            return step.compile({"xla_backend_optimization_level": "0"}).memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(2048) < 2.2 * temporary_bytes(1024)
