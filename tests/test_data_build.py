@@ -17,6 +17,7 @@ import pytest
 from data_sets import contents, documents_on_disk, expected_documents, random_texts, write
 from rich.console import Console
 
+from qwen_jax.cli import main
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import Tokenizer, train_bpe
 from train.data.build import BuildConfig, build
@@ -394,3 +395,22 @@ def test_progress_is_a_bar_on_a_terminal_and_few_lines_elsewhere(rng, folder, in
 def test_workers_do_not_import_jax():
     code = "import sys, train.data.build; assert 'jax' not in sys.modules and 'pyarrow' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ})
+
+
+def test_command_builds_and_says_what_it_made(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The one object of `--json` agrees with the folder, also when the same command is run again."""
+    write(tmp_path / "web.jsonl", random_texts(np.random.default_rng(0), 30))
+    command = ["data", "build", "--input", f"{tmp_path}/*.jsonl", "--tokenizer", str(folder)]
+    command += ["--length", "32", "--output", f"{tmp_path}/out", "--domain", "web", "--workers", "1"]
+    for _ in range(2):
+        assert main([*command, "--json"]) == 0
+        said = json.loads(capsys.readouterr().out)
+        manifest = load_manifest(tmp_path / "out")
+        assert (said["domain"], said["documents"], said["length"]) == ("web", 30, 32)
+        assert (said["tokens"], said["rows"], said["fingerprint"]) == (
+            manifest.tokens,
+            manifest.rows,
+            manifest.fingerprint,
+        )
+    assert main([*command[:2], "--input", f"{tmp_path}/none*", *command[4:]]) == 1
+    assert "none*" in capsys.readouterr().err

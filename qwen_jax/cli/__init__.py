@@ -24,6 +24,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "generate": ("generate", "Generate", "complete prompts"),
     "chat": ("generate", "Chat", "talk to a model"),
     "tokenize": ("tokenize", "Tokenize", "text to token ids and back"),
+    "data build": ("data", "build", "documents to packed rows of tokens"),
     "train pretrain": ("train", "pretrain", "pre-train a model in stages, or go on with it"),
     "plan": ("plan", "Plan", "does a run fit given chips, and how fast could it be: compiled without them"),
     "quickstart": ("train", "quickstart", "train a small model on real text, export it, let it speak"),
