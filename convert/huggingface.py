@@ -1,21 +1,21 @@
 """Hugging Face checkpoint folders: safetensors and config.json, in and out."""
 
+import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from convert.folder import new_folder, write_side_files
 from convert.names import LM_HEAD, Leaf, is_ignored, leaves
 from convert.placement import place
 from convert.safetensors import Entry, Writer, read_folder, read_rows, row_offset
-from convert.source import Source, Span, TreeSource, as_source, barrier, blocks, copy, nbytes, parse_dtype
+from convert.source import Source, Span, blocks
+from convert.write import write_checkpoint
 from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import InputError
 from qwen_jax.model import Options, Params
@@ -215,26 +215,18 @@ def export(
     Raises:
       InputError: the destination is taken, the disk too small, or the parameters do not fit the config.
     """
-    source = as_source(params, config)
-    origin = Path(extra_files_from) if extra_files_from is not None else source.folder
-    target = None if dtype is None else parse_dtype(dtype)
-    scattered = isinstance(source, TreeSource) and source.scattered
-    if scattered and jax.process_index() != 0:
-        copy(source, None, target)
-        barrier("export")
-        return
-    known = leaves(config)
-    tensors = {
-        name: (target or source.dtype(leaf), leaf.hf_shape)
-        for name, leaf in sorted(((name, leaf) for leaf in known for name in leaf.names), key=lambda x: _order(x[0]))
-    }
-    stated = target or (source.dtype(known[0]) if source.folder is None else None)
-    with new_folder(Path(folder), nbytes(source, target)) as temporary:
+
+    @contextlib.contextmanager
+    def open_sink(source: Source, target: np.dtype | None, temporary: Path) -> Iterator[_Sink]:
+        named = ((name, leaf) for leaf in leaves(config) for name in leaf.names)
+        tensors = {
+            name: (target or source.dtype(leaf), leaf.hf_shape)
+            for name, leaf in sorted(named, key=lambda x: _order(x[0]))
+        }
         with Writer(temporary, tensors, max_shard_bytes) as writer:
-            copy(source, _Sink(writer), target, progress)
-        write_side_files(config, stated.name if stated else None, origin, temporary, both_dialects=True)
-    if scattered:
-        barrier("export")
+            yield _Sink(writer)
+
+    write_checkpoint(params, config, folder, dtype, extra_files_from, progress, open_sink, both_dialects=True)
 
 
 def _order(name: str) -> tuple[int, int]:

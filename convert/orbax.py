@@ -21,11 +21,11 @@ import tensorstore as ts
 from jax.sharding import Mesh
 from orbax.checkpoint import type_handlers
 
-from convert.folder import new_folder, write_side_files
 from convert.names import Leaf, leaves
 from convert.placement import place
 from convert.safetensors import write_all
-from convert.source import BLOCK_BYTES, Source, Span, TreeSource, as_source, barrier, blocks, copy, nbytes, parse_dtype
+from convert.source import BLOCK_BYTES, Source, Span, blocks, parse_dtype
+from convert.write import write_checkpoint
 from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import InputError
 from qwen_jax.model import Options, Params
@@ -94,8 +94,17 @@ def _checkpointer() -> Iterator[ocp.Checkpointer]:
             (int, _Handler("scalar")),
             (str, _Handler("string")),
         )
-        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, type_handler_registry=registry)
-        with ocp.Checkpointer(handler) as checkpointer:
+        # Otherwise Orbax waits for processes that take no part.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix=f"process-{jax.process_index()}",
+        )
+        several = {"multiprocessing_options": alone} if jax.process_count() > 1 else {}
+        handler = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=False, use_zarr3=False, type_handler_registry=registry, **several
+        )
+        with ocp.Checkpointer(handler, **several) as checkpointer:
             yield checkpointer
     finally:
         log.setLevel(level)
@@ -296,7 +305,8 @@ def save(
     `params/` in it can also be restored by plain Orbax: `StandardCheckpointer().restore(folder / "params")`.
 
     Args:
-      params: a parameter tree, stacked or not, on any mesh of this process; or a `Source`.
+      params: a parameter tree, stacked or not, on any mesh; or a `Source`. Where several processes hold the shards,
+        all of them must call this; the first one writes.
       config: the architecture.
       folder: the new folder; must not exist or be empty.
       dtype: of the written weights; by default as they are.
@@ -307,18 +317,8 @@ def save(
     Raises:
       InputError: the destination is taken, the disk too small, or the parameters do not fit the config.
     """
-    source = as_source(params, config)
-    origin = Path(extra_files_from) if extra_files_from is not None else source.folder
-    target = None if dtype is None else parse_dtype(dtype)
-    scattered = isinstance(source, TreeSource) and source.scattered
-    if scattered and jax.process_index() != 0:
-        copy(source, None, target)
-        barrier("save")
-        return
-    known = leaves(config)
-    stated = target or (source.dtype(known[0]) if source.folder is None else None)
-    with new_folder(Path(folder), nbytes(source, target)) as temporary:
-        copy(source, _Sink(temporary / PARAMS, source, target), target, progress)
-        write_side_files(config, stated.name if stated else None, origin, temporary, both_dialects=False)
-    if scattered:
-        barrier("save")
+
+    def open_sink(source: Source, target: np.dtype | None, temporary: Path) -> contextlib.nullcontext[_Sink]:
+        return contextlib.nullcontext(_Sink(temporary / PARAMS, source, target))
+
+    write_checkpoint(params, config, folder, dtype, extra_files_from, progress, open_sink, both_dialects=False)

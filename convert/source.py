@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -294,8 +293,3 @@ def _to_host(x: Any) -> np.ndarray:
         assert isinstance(x.sharding, NamedSharding)
         return np.asarray(jax.device_put(x, NamedSharding(x.sharding.mesh, P())).addressable_data(0))
     return np.asarray(x)
-
-
-def barrier(name: str) -> None:
-    """Waits for the other processes."""
-    multihost_utils.sync_global_devices(name)

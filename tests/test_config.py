@@ -122,6 +122,9 @@ def test_rope_theta_inside_rope_parameters_is_not_ignored() -> None:
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
         ({"rope_scaling": "yarn"}, "expected an object"),
         ({"eos_token_id": "x"}, "eos_token_id"),
+        ({"eos_token_id": True}, "eos_token_id"),
+        ({"eos_token_id": 512}, "eos_token_id=512 with a vocabulary of 512"),
+        ({"eos_token_id": [0, 600]}, "or null if texts end by their length"),
         ({"layer_types": 5}, "expected a list"),
     ],
     ids=str,
@@ -136,6 +139,14 @@ def test_window_that_no_layer_uses_is_accepted() -> None:
     hf = {**published("tiny").to_hf(), "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}
     config = ModelConfig.from_hf(hf)
     assert config.to_hf()["use_sliding_window"] is True
+
+
+@pytest.mark.parametrize("eos", [None, []])
+def test_no_end_of_text_id_is_written_as_null(eos: Any) -> None:
+    """transformers 5 fails on an empty list in generation_config.json; null is what it takes for none."""
+    config = ModelConfig.from_hf({**published("tiny").to_hf(), "eos_token_id": eos})
+    assert config.eos_token_ids == ()
+    assert config.to_hf()["eos_token_id"] is None
 
 
 def test_unknown_name_lists_the_known_ones() -> None:

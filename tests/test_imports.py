@@ -61,3 +61,10 @@ def test_import_starts_no_backend() -> None:
         "assert not xla_bridge.backends_are_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_type_checkers_of_others_see_the_types(package: str) -> None:
+    """setup.cfg packages the marker of PEP 561 where there is one."""
+    assert (ROOT / package / "py.typed").is_file()
+    assert "* = py.typed" in (ROOT / "setup.cfg").read_text()

@@ -267,9 +267,21 @@ def test_published_defaults_are_read(tmp_path: Path, config: ModelConfig) -> Non
     assert (defaults.sampling, defaults.max_new_tokens) == (SamplingParams(), 2048)
 
 
+def test_no_end_of_text_id_means_the_full_length(
+    tmp_path: Path, config: ModelConfig, engine: Engine, prompts: list[list[int]]
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": []}))
+    defaults = load_generation_defaults(tmp_path, config)
+    assert defaults.eos_token_ids == ()
+    (one,) = engine.generate(prompts[:1], max_new_tokens=20, eos_token_ids=defaults.eos_token_ids)
+    assert (len(one.token_ids), one.finish_reason) == (20, "length")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ({"eos_token_id": [0, 5000]}, "eos_token_id"),
+        ({"eos_token_id": True}, "eos_token_id"),
         ({"num_beams": 4}, "num_beams"),
         ({"do_sample": True, "temperature": "hot"}, "temperature"),
         ({"do_sample": True, "temperature": -1.0}, "temperature"),

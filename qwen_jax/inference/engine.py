@@ -236,9 +236,9 @@ class Engine:
         if "bytes_limit" not in stats:
             return
         shards = self.sharding.batch_shards * self.sharding.tensor
-        heads = self.sharding.kv_heads
-        itemsize = jnp.dtype(self.options.dtype).itemsize
-        needed = 2 * self.config.num_layers * heads * self.config.head_dim * itemsize * batch * slots // shards
+        copies = self.sharding.kv_heads // self.config.num_kv_heads
+        a_token = self.config.kv_bytes_per_token(jnp.dtype(self.options.dtype).itemsize) * copies
+        needed = a_token * batch * slots // shards
         free = stats["bytes_limit"] - stats["bytes_in_use"]
         if needed > free:
             raise InputError(

@@ -69,7 +69,8 @@ def load_generation_defaults(folder: Path, config: ModelConfig) -> GenerationDef
             raise InputError(f"{path} has {key}={values[key]!r}, which is not supported. Remove it to go on without.")
     eos = values.get("eos_token_id")
     eos_ids = config.eos_token_ids if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    if not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in eos_ids):
+    # An empty list is "none": a text ends by its length only.
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < config.vocab_size for i in eos_ids):
         raise InputError(f"{path}: eos_token_id must hold ids below {config.vocab_size}, got {eos!r}.")
 
     def number(key: str, default: Any, kind: type) -> Any:

@@ -57,16 +57,18 @@ class Tokenizer(ABC):
     eos_id: int
     pad_id: int
     chat_template: str
+    _vocab_size: int
+    _special_ids: frozenset[int]
 
     @property
-    @abstractmethod
     def vocab_size(self) -> int:
-        """Number of ids the tokenizer can produce: 0 to vocab_size - 1. A model's embedding may have more rows."""
+        """Number of ids, control tokens included: 0 to vocab_size - 1. A model's embedding may have more rows."""
+        return self._vocab_size
 
     @property
-    @abstractmethod
     def special_ids(self) -> frozenset[int]:
-        """Ids that `skip_special_tokens` removes."""
+        """Ids that `skip_special_tokens` removes: special control tokens, and a model's own (such as `<s>`)."""
+        return self._special_ids
 
     @abstractmethod
     def token_to_id(self, token: str) -> int | None:

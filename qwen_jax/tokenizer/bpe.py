@@ -68,16 +68,6 @@ class ByteLevelBPE(Tokenizer):
         self.eos_id = self._require(settings.eos_token, "eos")
         self.pad_id = self._require(settings.pad_token, "pad")
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, control tokens included."""
-        return self._vocab_size
-
-    @property
-    def special_ids(self) -> frozenset[int]:
-        """Ids that `skip_special_tokens` removes."""
-        return self._special_ids
-
     def token_to_id(self, token: str) -> int | None:
         """Return the id of a token in the byte-level alphabet, or None."""
         return self._engine.token_to_id(token)

@@ -115,16 +115,6 @@ class SentencePieceTokenizer(Tokenizer):
         # A byte piece and the unknown piece may show a space, too, which SentencePiece leaves alone.
         return i not in self._control and self._engine.id_to_piece(i).startswith(_SPACE)
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, control tokens included."""
-        return self._vocab_size
-
-    @property
-    def special_ids(self) -> frozenset[int]:
-        """Ids that `skip_special_tokens` removes: special control tokens, and the model's own (such as `<s>`)."""
-        return self._special_ids
-
     def token_to_id(self, token: str) -> int | None:
         """Return the id of a piece or control token, or None."""
         return self._id_of.get(token, self.piece_id(token))

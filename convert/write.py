@@ -1,0 +1,103 @@
+"""Writing a checkpoint folder of any format, by one process or by several that hold it together."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from convert.folder import new_folder, write_side_files
+from convert.names import Leaf, leaves
+from convert.source import Sink, Source, Span, TreeSource, as_source, copy, nbytes, parse_dtype
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
+from qwen_jax.model import Params
+
+OpenSink = Callable[[Source, np.dtype | None, Path], AbstractContextManager[Sink]]
+
+
+def write_checkpoint(
+    params: Params | Source,
+    config: ModelConfig,
+    folder: str | os.PathLike[str],
+    dtype: Any,
+    extra_files_from: str | os.PathLike[str] | None,
+    progress: Callable[[int], None] | None,
+    open_sink: OpenSink,
+    both_dialects: bool,
+) -> None:
+    """Writes a checkpoint folder, whole or not at all. Where several processes hold the shards, the first one writes.
+
+    Args:
+      params, config, folder, dtype, extra_files_from, progress: as for `convert.huggingface.export`.
+      open_sink: from the source, the dtype (None: as stored) and a new folder, what takes the blocks.
+      both_dialects: whether transformers 4 must understand the config.json.
+
+    Raises:
+      InputError: the destination is taken, the disk too small, or the parameters do not fit the config. Where the first
+        of several processes fails, all of them do.
+    """
+    source = as_source(params, config)
+    origin = Path(extra_files_from) if extra_files_from is not None else source.folder
+    target = None if dtype is None else parse_dtype(dtype)
+    stated = target or (source.dtype(leaves(config)[0]) if source.folder is None else None)
+
+    @contextlib.contextmanager
+    def new_checkpoint() -> Iterator[Sink]:
+        with new_folder(Path(folder), nbytes(source, target)) as temporary:
+            with open_sink(source, target, temporary) as sink:
+                yield sink
+            write_side_files(config, stated.name if stated else None, origin, temporary, both_dialects)
+
+    if not (isinstance(source, TreeSource) and source.scattered):
+        with new_checkpoint() as sink:
+            copy(source, sink, target, progress)
+        return
+    with contextlib.ExitStack() as stack:
+        patient: _Patient | None = None
+        with _in_step(folder):
+            if jax.process_index() == 0:
+                patient = _Patient(stack.enter_context(new_checkpoint()))
+        with _in_step(folder):
+            copy(source, patient, target, progress)
+            if patient is not None and patient.problem is not None:
+                raise patient.problem
+            stack.close()
+
+
+@contextlib.contextmanager
+def _in_step(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """A block that ends well in every process or in none. Each process must come to its end."""
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    fine = np.asarray(multihost_utils.process_allgather(np.array(problem is None)))
+    if problem is not None:
+        raise problem
+    if not fine.all():
+        raise InputError(f"Writing {folder} failed in process {int(np.argmin(fine))}; its message says why.")
+
+
+class _Patient:
+    """Goes on taking blocks after a failure, because other processes wait for this one to gather them."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self.problem: Exception | None = None
+
+    def write(self, leaf: Leaf, layers: slice, rows: slice, data: np.ndarray) -> None:
+        if self.problem is None:
+            try:
+                self._sink.write(leaf, layers, rows, data)
+            except Exception as error:
+                self.problem = error
+
+    def receive(self, leaf: Leaf, layers: slice, rows: slice, spans: list[Span]) -> None:
+        raise NotImplementedError("Parameters in memory lie in no file.")
