@@ -183,7 +183,7 @@ def plan_stage(config: RunConfig, index: int, where: Target, axes: Mapping[str, 
     stage, step_config = config.stages[index], config.pretrain(index)
     axes = axes or config.mesh_axes(index) or _all_fsdp(where)
     mesh = mesh_of(where, axes)
-    sharding = Sharding.for_model(step_config.model, mesh)
+    sharding = Sharding.for_model(step_config.model, mesh, split_rows=True)
     tokens = NamedSharding(mesh, sharding.tokens)
     shape = stage.batch_size, stage.length
     ints, floats = (jax.ShapeDtypeStruct(shape, dtype, sharding=tokens) for dtype in (jnp.int32, jnp.float32))
