@@ -1,8 +1,8 @@
 """Products with weights that lie split over a mesh, with the collectives written out.
 
 A weight split over `fsdp` is gathered where it is used, and so its gradient is scattered as it is summed: half the
-bytes of summing it everywhere and keeping a part, and never a whole gradient in memory. (From shardings alone, the TPU
-compiler makes a sum everywhere of it.)
+bytes of summing it everywhere and keeping a part. (A compiler may still choose otherwise: `qwen-jax plan` says what it
+made of it.)
 """
 
 import math
