@@ -107,9 +107,12 @@ def _step(
         x_D = table[token[0]]
     cos, sin = (t[:, 0, 0] for t in rope_tables(config, (slot - start)[:, None], jnp.dtype(dtype)))
     layers, keys, values = params["layers"], [], []
+    head = table if config.tie_word_embeddings else params["lm_head"]["weight"]
+    # What comes before each attention, and after the last one: a norm and a matrix.
+    following = [(layer["input_norm"]["weight"], matrix(layer["attention"]["qkv"]["weight"])) for layer in layers]
+    following.append((params["norm"]["weight"], head))
     with jax.named_scope("qkv"):
-        first = layers[0]["attention"]["qkv"]["weight"]
-        qkv = layer_gpu.norm_product(x_D, layers[0]["input_norm"]["weight"], matrix(first), eps=eps, blocks=blocks)
+        qkv = layer_gpu.norm_product(x_D, *following[0], eps=eps, blocks=blocks)
     for i, layer in enumerate(layers):
         with jax.named_scope(f"layer{i}"):
             attention, mlp = layer["attention"], layer["mlp"]
@@ -119,12 +122,6 @@ def _step(
             )
             keys.append(k)
             values.append(v)
-            following = layers[i + 1] if i + 1 < len(layers) else None
-            if following is None:
-                norm = params["norm"]["weight"]
-                next_w = table if config.tie_word_embeddings else params["lm_head"]["weight"]
-            else:
-                norm, next_w = following["input_norm"]["weight"], following["attention"]["qkv"]["weight"]
             x_D, qkv, counter = layer_gpu.layer_tail(
                 out.reshape(H * d),
                 x_D,
@@ -132,11 +129,10 @@ def _step(
                 layer["post_attention_norm"]["weight"],
                 mlp["gate_up"]["weight"][0],
                 mlp["down"]["weight"],
-                norm,
-                matrix(next_w),
+                *following[i + 1],
                 counter,
                 eps=eps,
-                out_dtype=jnp.float32 if following is None else dtype,
+                out_dtype=jnp.float32 if i + 1 == len(layers) else dtype,
                 blocks=blocks,
             )
     return qkv[None], KVCache(tuple(keys), tuple(values)), counter
