@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,13 +119,23 @@ class Attention(nnx.Module):
                 start_B1, slot = mask.k_start_BT, write.slot
                 out, cache = on_mesh.attend_step(qkv, bias, rope, start_B1, cache, slot, scale=scale, sharding=spec)
         else:
-            with jax.named_scope("qkv"):
-                q, k, v = self._project(x_BTD)
-                q, k = rotate(q, rope), rotate(k, rope)
-            with jax.named_scope("attend"):
-                out, cache = self._attend(q, k, v, mask, cache, write)
+            q, k, v = self.queries_keys_values(x_BTD, rope)
+            out, cache = self.attend(q, k, v, mask, cache, write)
+        return self.output(out), cache
+
+    def queries_keys_values(
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Projections of the normalised input, q and k rotated: [B, T, H, d], and [B, T, K, d] twice."""
+        with jax.named_scope("qkv"):
+            q, k, v = self._project(x_BTD)
+            return rotate(q, rope), rotate(k, rope), v
+
+    def output(self, heads_BTHd: jax.Array) -> jax.Array:
+        """The output projection, [B, T, D]."""
+        spec = self.sharding
         with jax.named_scope("o"):
-            return product("BTHd,DHd->BTD", out, self.o.weight[...], spec.heads, spec.o, spec.hidden), cache
+            return product("BTHd,DHd->BTD", heads_BTHd, self.o.weight[...], spec.heads, spec.o, spec.hidden)
 
     def _project_fused(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, shards, heads of q, k, v, head_dim], before the bias."""
@@ -155,17 +166,19 @@ class Attention(nnx.Module):
         )
         return q, k, v
 
-    def _attend(
+    def attend(
         self,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
         mask: kernels.Mask,
-        cache: tuple[jax.Array, jax.Array] | None,
-        write: CacheWrite | None,
+        cache: tuple[jax.Array, jax.Array] | None = None,
+        write: CacheWrite | None = None,
+        recompute: bool = False,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Cache update and kernel, on each shard's own rows and heads."""
+        """Cache update and kernel, on each shard's own rows and heads; `recompute`: see `kernels.attention`."""
         spec, scale = self.sharding, self.config.head_dim**-0.5
+        how: Any = {"scale": scale, "implementation": self.impl}
 
         def local(
             q: jax.Array,
@@ -176,10 +189,10 @@ class Attention(nnx.Module):
             write: CacheWrite | None,
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
             if cache is None or write is None:
-                return context.attention(q, k, v, mask, spec.context, scale=scale, implementation=self.impl), None
+                return context.attention(q, k, v, mask, spec.context, recompute=recompute, **how), None
             cache = _store(cache[0], k, write), _store(cache[1], v, write)
             if write.fresh:
-                return kernels.attention(q, k, v, mask, scale=scale, implementation=self.impl), cache
+                return kernels.attention(q, k, v, mask, **how), cache
             return kernels.decode_attention(q, *cache, mask, scale=scale), cache
 
         mask_spec = jax.tree.map(lambda _: spec.tokens, mask)
@@ -190,7 +203,8 @@ class Attention(nnx.Module):
             in_specs=(spec.heads, spec.heads, spec.heads, mask_spec, cache_spec, write_spec),
             out_specs=(spec.heads, cache_spec),
         )
-        return run(q, k, v, mask, cache, write)
+        with jax.named_scope("attend"):
+            return run(q, k, v, mask, cache, write)
 
 
 def _store(cache_BKSd: jax.Array, new_BTKd: jax.Array, write: CacheWrite) -> jax.Array:

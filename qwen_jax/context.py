@@ -61,6 +61,7 @@ def attention(
     *,
     scale: float,
     implementation: kernels.Implementation,
+    recompute: bool = False,
 ) -> jax.Array:
     """Attention of a device's own queries over the keys of whole rows. Runs on local arrays, inside `jax.shard_map`.
 
@@ -72,13 +73,15 @@ def attention(
       k_BtKd, v_BtKd: keys and values, in the places that `spread` gave their tokens.
       mask: of these queries; intervals over the keys in the order of the row.
       n: size of the context axis.
-      scale, implementation: see `kernels.attention`.
+      scale, implementation, recompute: see `kernels.attention`.
 
     Returns:
       [B, t, H, d] in the dtype of q.
     """
     if n == 1:
-        return kernels.attention(q_BtHd, k_BtKd, v_BtKd, mask, scale=scale, implementation=implementation)
+        return kernels.attention(
+            q_BtHd, k_BtKd, v_BtKd, mask, scale=scale, implementation=implementation, recompute=recompute
+        )
     k_BTKd, v_BTKd = _whole(k_BtKd, n), _whole(v_BtKd, n)
     B, t, H, d = q_BtHd.shape
     blocks = 1

@@ -8,7 +8,7 @@ never transposes.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +21,12 @@ from qwen_jax.attention import Attention, CacheWrite, KVCache, Projection
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels import on_mesh
 from qwen_jax.kernels.reference import einsum_f32
+from qwen_jax.layers import Remat, recompute, run_layers
 from qwen_jax.products import look_up, product
 from qwen_jax.rope import rope_tables
 from qwen_jax.sharding import Sharding, gathered
 
 Params = dict[str, Any]
-Remat = Literal["none", "full", "dots"]
-
-_REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
-    "none": lambda f: f,
-    "full": jax.checkpoint,
-    "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-}
 
 
 class RMSNorm(nnx.Module):
@@ -64,22 +58,30 @@ class MLP(nnx.Module):
         self.down = Projection(residual(rngs.params(), (D, F)))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        if not self.fused:
+            return self.down_swiglu(*self.gate_and_up(x_BTD))
         spec = self.sharding
-        if self.fused:
-            gate_up, (_, _, f, D) = self.gate_up.weight[...], self.gate_up.weight.shape
-            if on_mesh.takes(x_BTD, spec.batch_shards, 2 * f, D):
-                h_BTF = on_mesh.swiglu(x_BTD, gate_up, spec)
-            else:
-                both_spec = P(*spec.feed_forward, None, None)
-                both = product("BTD,nxfD->BTnxf", x_BTD, gate_up, spec.hidden, spec.fused_gate_up, both_spec)
-                h = jax.nn.silu(both[:, :, :, 0]) * both[:, :, :, 1]
-                h_BTF = h.reshape(*x_BTD.shape[:2], -1, out_sharding=spec.feed_forward)
-        else:
-            gate, up = (
-                product("BTD,FD->BTF", x_BTD, p.weight[...], spec.hidden, spec.gate_up, spec.feed_forward)
-                for p in (self.gate, self.up)
-            )
-            h_BTF = jax.nn.silu(gate) * up
+        gate_up, (_, _, f, D) = self.gate_up.weight[...], self.gate_up.weight.shape
+        if on_mesh.takes(x_BTD, spec.batch_shards, 2 * f, D):
+            return self._down(on_mesh.swiglu(x_BTD, gate_up, spec))
+        both_spec = P(*spec.feed_forward, None, None)
+        both = product("BTD,nxfD->BTnxf", x_BTD, gate_up, spec.hidden, spec.fused_gate_up, both_spec)
+        h = jax.nn.silu(both[:, :, :, 0]) * both[:, :, :, 1]
+        return self._down(h.reshape(*x_BTD.shape[:2], -1, out_sharding=spec.feed_forward))
+
+    def gate_and_up(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The two products before the nonlinearity, [B, T, F] each."""
+        spec = self.sharding
+        weights = self.gate.weight[...], self.up.weight[...]
+        gate, up = (product("BTD,FD->BTF", x_BTD, w, spec.hidden, spec.gate_up, spec.feed_forward) for w in weights)
+        return gate, up
+
+    def down_swiglu(self, gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+        """All that follows them."""
+        return self._down(jax.nn.silu(gate_BTF) * up_BTF)
+
+    def _down(self, h_BTF: jax.Array) -> jax.Array:
+        spec = self.sharding
         return product("BTF,DF->BTD", h_BTF, self.down.weight[...], spec.feed_forward, spec.down, spec.hidden)
 
 
@@ -107,6 +109,27 @@ class Block(nnx.Module):
             x_BTD = x_BTD + out
         with jax.named_scope("mlp"):
             return x_BTD + self.mlp(self.post_attention_norm(x_BTD)), cache
+
+    def keeping_dots(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], mask: kernels.Mask) -> jax.Array:
+        """The same without a cache; the backward pass keeps the results of products and of attention, and no more."""
+
+        def again(f: Callable[..., Any], modules: tuple[nnx.Module, ...], *inputs: Any, constants: Any = ()) -> Any:
+            graphdef, params = nnx.split(modules)
+            call = lambda params, *args: f(*nnx.merge(graphdef, params), *args)  # noqa: E731
+            return recompute(call, params, *inputs, constants=constants)
+
+        with jax.named_scope("attention"):
+            q, k, v = again(
+                lambda norm, attention, x, *rope: attention.queries_keys_values(norm(x), rope),
+                *((self.input_norm, self.attention), x_BTD),
+                constants=rope,
+            )
+            out = self.attention.attend(q, k, v, mask, recompute=True)[0]
+            x_BTD = again(lambda attention, x, out: x + attention.output(out), (self.attention,), x_BTD, out)
+        with jax.named_scope("mlp"):
+            norm_mlp = self.post_attention_norm, self.mlp
+            gate, up = again(lambda norm, mlp, x: mlp.gate_and_up(norm(x)), norm_mlp, x_BTD)
+            return again(lambda mlp, x, *h: x + mlp.down_swiglu(*h), (self.mlp,), x_BTD, gate, up)
 
 
 class Qwen2(nnx.Module):
@@ -139,6 +162,7 @@ class Qwen2(nnx.Module):
         cache: KVCache | None = None,
         write: CacheWrite | None = None,
         remat: Remat = "none",
+        scan_layers: bool = True,
     ) -> tuple[jax.Array, KVCache | None]:
         """Runs the blocks.
 
@@ -148,7 +172,8 @@ class Qwen2(nnx.Module):
           mask: which keys each row sees; see `CacheWrite` for what it counts when there is a cache.
           cache, write: for cached decoding; needs unstacked layers.
           remat: what the backward pass recomputes: "none", "full" (everything but block inputs) or "dots" (everything
-            but the results of matrix products).
+            but the results of matrix products and of attention).
+          scan_layers: stacked layers run in one loop; otherwise one after the other (see `qwen_jax.layers`).
 
         Returns:
           The normalised hidden state [B, T, D] in the compute dtype, and the cache with the new tokens in it.
@@ -174,10 +199,11 @@ class Qwen2(nnx.Module):
                 raise ValueError("A cache needs unstacked layers: bind with Options(stacked=False).")
             graphdef, stacked = nnx.split(self.layers)
 
-            def body(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-                return nnx.merge(graphdef, layer)(x_BTD, rope, mask)[0], None
+            def layer(params: Any, x_BTD: jax.Array) -> jax.Array:
+                block: Block = nnx.merge(graphdef, params)
+                return block.keeping_dots(x_BTD, rope, mask) if remat == "dots" else block(x_BTD, rope, mask)[0]
 
-            x_BTD, _ = jax.lax.scan(_REMAT[remat](body), x_BTD, stacked)
+            x_BTD = run_layers(layer, stacked, x_BTD, remat, scan_layers, dtype)
         with jax.named_scope("norm"):
             return self.norm(x_BTD), cache
 

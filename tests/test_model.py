@@ -13,7 +13,8 @@ from qwen_jax import kernels
 from qwen_jax.attention import CacheWrite, KVCache
 from qwen_jax.config import ModelConfig, published
 from qwen_jax.errors import InputError
-from qwen_jax.model import Options, Params, Remat, abstract_params, bind, init_params, param_specs
+from qwen_jax.layers import Remat
+from qwen_jax.model import Options, Params, abstract_params, bind, init_params, param_specs
 from qwen_jax.sharding import Sharding, make_mesh
 
 CONFIG = published("tiny-untied")
@@ -114,8 +115,9 @@ def test_padding_changes_nothing(mesh: Mesh, side: str) -> None:
     np.testing.assert_allclose(got[segments == 1], expected[0], atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
-def test_scan_unrolled_and_remat_agree(mesh: Mesh, remat: Remat) -> None:
+def test_scan_unrolled_and_remat_agree(mesh: Mesh, remat: Remat, scan_layers: bool) -> None:
     tokens, segments, positions = two_documents(5)
     sharding = Sharding.for_model(CONFIG, mesh)
     params = random_params(mesh)
@@ -123,8 +125,8 @@ def test_scan_unrolled_and_remat_agree(mesh: Mesh, remat: Remat) -> None:
     def loss(params: Params, batch: list[jax.Array], stacked: bool, remat: Remat) -> jax.Array:
         model = bind(CONFIG, params, sharding, Options(stacked=stacked))
         mask = kernels.packed_mask(batch[1])
-        logits = model.logits(model(batch[0], batch[2], mask, remat=remat)[0])
-        return jnp.mean(jax.nn.logsumexp(logits, -1))
+        hidden = model(batch[0], batch[2], mask, remat=remat, scan_layers=scan_layers)[0]
+        return jnp.mean(jax.nn.logsumexp(model.logits(hidden), -1))
 
     with jax.set_mesh(mesh):
         batch = placed(mesh, sharding, tokens, segments, positions)

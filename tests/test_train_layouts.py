@@ -39,10 +39,12 @@ def weights() -> Any:
         return jax.device_get(init_params(MODEL, jax.random.key(0), mesh))
 
 
-def curve(axes: dict[str, int], accumulation: int, remat: Any, params: Any) -> np.ndarray:
+def curve(axes: dict[str, int], accumulation: int, remat: Any, params: Any, scan_layers: bool = True) -> np.ndarray:
     """Loss and gradient norm of each step."""
     optimizer = OptimizerConfig(Schedule(STEPS, 1e-2, warmup_steps=5))
-    config = PretrainConfig(MODEL, optimizer, "float32", remat, accumulation, loss_chunk=16, z_loss=1e-3)
+    config = PretrainConfig(
+        MODEL, optimizer, "float32", remat, accumulation, loss_chunk=16, z_loss=1e-3, scan_layers=scan_layers
+    )
     mesh, data = make_mesh(axes), batches(rows(), 32, seed=0)
     specs = param_specs(MODEL, Sharding.for_model(MODEL, mesh, split_rows=True))
     with jax.set_mesh(mesh):
@@ -91,6 +93,16 @@ def test_the_curve_that_all_are_compared_with_learns() -> None:
 )
 def test_layouts_agree(axes: dict[str, int], accumulation: int, remat: str) -> None:
     np.testing.assert_allclose(curve(axes, accumulation, remat, weights()), one_device(), rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("axes", "accumulation", "remat"),
+    [({}, 1, "dots"), ({"data": 2, "fsdp": 2, "tensor": 2}, 4, "dots"), ({"fsdp": 2, "context": 2}, 1, "full")],
+    ids=str,
+)
+def test_layers_one_after_the_other_are_a_loop(axes: dict[str, int], accumulation: int, remat: str) -> None:
+    got = curve(axes, accumulation, remat, weights(), scan_layers=False)
+    np.testing.assert_allclose(got, one_device(), rtol=TOLERANCE)
 
 
 def on_eight(params: Any) -> np.ndarray:

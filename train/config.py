@@ -14,7 +14,7 @@ from typing import Any, Literal, Union
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.model import Remat
+from qwen_jax.layers import Remat
 from qwen_jax.sharding import AXES
 from train.data.mixture import MixtureStage, Weight
 from train.optimizer import OptimizerConfig, Schedule
@@ -65,7 +65,7 @@ class RunConfig:
       initial: folder of an Orbax checkpoint whose weights to begin with; by default they are drawn.
       seed: of weights and data order.
       mesh: sizes of the axes that are not 1.
-      dtype, remat, loss_chunk, z_loss, spike_factor: see `PretrainConfig`.
+      dtype, remat, scan_layers, loss_chunk, z_loss, spike_factor: see `PretrainConfig`.
       beta1, beta2, eps, weight_decay, clip_norm: see `OptimizerConfig`.
       evaluate_every, checkpoint_every, max_skipped: see `LoopConfig`; the end of a stage counts as the end of a run.
       keep_last: how many of the newest checkpoints stay.
@@ -83,6 +83,7 @@ class RunConfig:
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     remat: Remat = "dots"
+    scan_layers: bool = True
     loss_chunk: int = 2048
     z_loss: float = 0.0
     spike_factor: float = 0.0
@@ -145,6 +146,7 @@ class RunConfig:
             self.loss_chunk,
             self.z_loss,
             self.spike_factor,
+            self.scan_layers,
         )
 
     def mesh_axes(self, index: int) -> Mapping[str, int]:

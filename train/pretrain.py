@@ -15,7 +15,8 @@ from qwen_jax.config import DTYPES, ModelConfig
 from qwen_jax.context import spread
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import packed_mask
-from qwen_jax.model import Options, Params, Remat, abstract_params, bind, init_params, param_specs
+from qwen_jax.layers import Remat
+from qwen_jax.model import Options, Params, abstract_params, bind, init_params, param_specs
 from qwen_jax.sharding import Sharding
 from train.data.batch import Batch
 from train.loss import Sums, chunked_cross_entropy, next_token_targets
@@ -44,6 +45,7 @@ class PretrainConfig:
       z_loss: coefficient; see `chunked_cross_entropy`.
       spike_factor: a step whose gradient norm is more than this many times the running mean is skipped; 0 skips none
         but those whose loss or gradient is not finite.
+      scan_layers: the layers are one loop; otherwise they follow one another: faster on a GPU, longer to compile.
     """
 
     model: ModelConfig
@@ -54,6 +56,7 @@ class PretrainConfig:
     loss_chunk: int = 2048
     z_loss: float = 0.0
     spike_factor: float = 0.0
+    scan_layers: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -80,7 +83,7 @@ def loss_sums(config: PretrainConfig, sharding: Sharding, params: Params, batch:
     # Who follows whom, and who sees whom, is decided while rows are whole.
     arrays = batch.tokens, batch.positions, packed_mask(batch.segment_ids), *next_token_targets(batch)
     tokens, positions, mask, targets, weights = jax.tree.map(lambda x: spread(x, sharding), arrays)
-    hidden_BTD, _ = model(tokens, positions, mask, remat=config.remat)
+    hidden_BTD, _ = model(tokens, positions, mask, remat=config.remat, scan_layers=config.scan_layers)
     return chunked_cross_entropy(model, hidden_BTD, targets, weights, config.loss_chunk, config.z_loss)
 
 

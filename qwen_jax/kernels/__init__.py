@@ -97,6 +97,7 @@ def attention(
     *,
     scale: float,
     implementation: Implementation = "auto",
+    recompute: bool = False,
 ) -> jax.Array:
     """Grouped-query attention over interval masks. Runs on local arrays: call it inside `jax.shard_map` on a mesh.
 
@@ -106,6 +107,7 @@ def attention(
       mask: intervals over the S keys.
       scale: multiplies the logits.
       implementation: see the table of this module.
+      recompute: the backward pass keeps no [T, S] array. Only the reference needs to be told.
 
     Returns:
       [B, T, H, d] in the dtype of q. A row that sees nothing is zero.
@@ -117,7 +119,8 @@ def attention(
     if _choose(implementation, q_BTHd, mask) == "cudnn":
         return jax.nn.dot_product_attention(q_BTHd, k_BSKd, v_BSKd, scale=scale, is_causal=True, implementation="cudnn")
     k_BKSd, v_BKSd = k_BSKd.swapaxes(1, 2), v_BSKd.swapaxes(1, 2)
-    return reference.attention(q_BTHd, k_BKSd, v_BKSd, mask.k_start_BT, mask.k_end_BT, scale=scale)
+    run = functools.partial(reference.attention, scale=scale)
+    return (jax.checkpoint(run) if recompute else run)(q_BTHd, k_BKSd, v_BKSd, mask.k_start_BT, mask.k_end_BT)
 
 
 def decode_attention(q_BTHd: jax.Array, k_BKSd: jax.Array, v_BKSd: jax.Array, mask: Mask, *, scale: float) -> jax.Array:
