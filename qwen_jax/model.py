@@ -21,7 +21,7 @@ from qwen_jax.attention import Attention, CacheWrite, KVCache, Projection
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels import on_mesh
 from qwen_jax.kernels.reference import einsum_f32
-from qwen_jax.layers import Remat, recompute, run_layers
+from qwen_jax.layers import Remat, recompute
 from qwen_jax.products import look_up, product
 from qwen_jax.rope import rope_tables
 from qwen_jax.sharding import Sharding, gathered
@@ -162,7 +162,6 @@ class Qwen2(nnx.Module):
         cache: KVCache | None = None,
         write: CacheWrite | None = None,
         remat: Remat = "none",
-        scan_layers: bool = True,
     ) -> tuple[jax.Array, KVCache | None]:
         """Runs the blocks.
 
@@ -173,7 +172,6 @@ class Qwen2(nnx.Module):
           cache, write: for cached decoding; needs unstacked layers.
           remat: what the backward pass recomputes: "none", "full" (everything but block inputs) or "dots" (everything
             but the results of matrix products and of attention).
-          scan_layers: stacked layers run in one loop; otherwise one after the other (see `qwen_jax.layers`).
 
         Returns:
           The normalised hidden state [B, T, D] in the compute dtype, and the cache with the new tokens in it.
@@ -185,27 +183,39 @@ class Qwen2(nnx.Module):
         with jax.named_scope("embed"):
             x_BTD = look_up(self.embed.weight[...], tokens_BT, dtype, spec)
         rope = rope_tables(self.config, positions_BT, dtype)
-        if isinstance(self.layers, nnx.List):
-            new = []
-            for i, layer in enumerate(self.layers):
-                with jax.named_scope(f"layer{i}"):
-                    kv = None if cache is None else (cache.keys[i], cache.values[i])
-                    x_BTD, kv = layer(x_BTD, rope, mask, kv, write)
-                new.append(kv)
-            if cache is not None:
-                cache = KVCache(tuple(kv[0] for kv in new), tuple(kv[1] for kv in new))
+        if cache is not None:
+            x_BTD, cache = self._with_cache(x_BTD, rope, mask, cache, write)
         else:
-            if cache is not None:
-                raise ValueError("A cache needs unstacked layers: bind with Options(stacked=False).")
-            graphdef, stacked = nnx.split(self.layers)
 
-            def layer(params: Any, x_BTD: jax.Array) -> jax.Array:
+            def layer(graphdef: Any, params: Any, x_BTD: jax.Array) -> jax.Array:
                 block: Block = nnx.merge(graphdef, params)
                 return block.keeping_dots(x_BTD, rope, mask) if remat == "dots" else block(x_BTD, rope, mask)[0]
 
-            x_BTD = run_layers(layer, stacked, x_BTD, remat, scan_layers, dtype)
+            if isinstance(self.layers, nnx.List):
+                for i, block in enumerate(self.layers):
+                    graphdef, params = nnx.split(block)
+                    one = functools.partial(layer, graphdef)
+                    with jax.named_scope(f"layer{i}"):
+                        x_BTD = recompute(one, params, x_BTD) if remat == "full" else one(params, x_BTD)
+            else:
+                graphdef, stacked = nnx.split(self.layers)
+                one = functools.partial(layer, graphdef)
+                body = jax.checkpoint(one) if remat == "full" else one
+                x_BTD, _ = jax.lax.scan(lambda x, params: (body(params, x), None), x_BTD, stacked)
         with jax.named_scope("norm"):
             return self.norm(x_BTD), cache
+
+    def _with_cache(
+        self, x_BTD: jax.Array, rope: Any, mask: kernels.Mask, cache: KVCache, write: CacheWrite | None
+    ) -> tuple[jax.Array, KVCache]:
+        if not isinstance(self.layers, nnx.List):
+            raise ValueError("A cache needs unstacked layers: bind with Options(stacked=False).")
+        new = []
+        for i, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer{i}"):
+                x_BTD, kv = layer(x_BTD, rope, mask, (cache.keys[i], cache.values[i]), write)
+            new.append(kv)
+        return x_BTD, KVCache(tuple(kv[0] for kv in new), tuple(kv[1] for kv in new))
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of hidden states. V counts the padding rows of the embedding."""

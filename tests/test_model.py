@@ -115,9 +115,9 @@ def test_padding_changes_nothing(mesh: Mesh, side: str) -> None:
     np.testing.assert_allclose(got[segments == 1], expected[0], atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
-def test_scan_unrolled_and_remat_agree(mesh: Mesh, remat: Remat, scan_layers: bool) -> None:
+def test_scan_unrolled_and_remat_agree(mesh: Mesh, remat: Remat, stacked: bool) -> None:
     tokens, segments, positions = two_documents(5)
     sharding = Sharding.for_model(CONFIG, mesh)
     params = random_params(mesh)
@@ -125,15 +125,17 @@ def test_scan_unrolled_and_remat_agree(mesh: Mesh, remat: Remat, scan_layers: bo
     def loss(params: Params, batch: list[jax.Array], stacked: bool, remat: Remat) -> jax.Array:
         model = bind(CONFIG, params, sharding, Options(stacked=stacked))
         mask = kernels.packed_mask(batch[1])
-        hidden = model(batch[0], batch[2], mask, remat=remat, scan_layers=scan_layers)[0]
+        hidden = model(batch[0], batch[2], mask, remat=remat)[0]
         return jnp.mean(jax.nn.logsumexp(model.logits(hidden), -1))
 
     with jax.set_mesh(mesh):
         batch = placed(mesh, sharding, tokens, segments, positions)
-        value, grads = jax.jit(jax.value_and_grad(lambda p: loss(p, batch, True, remat)))(params)
+        own = params if stacked else unstack(params)
+        value, grads = jax.jit(jax.value_and_grad(lambda p: loss(p, batch, stacked, remat)))(own)
         expected, expected_grads = jax.jit(jax.value_and_grad(lambda p: loss(p, batch, False, "none")))(unstack(params))
     np.testing.assert_allclose(value, expected, rtol=1e-6)
-    for a, b in zip(jax.tree.leaves(unstack(grads)), jax.tree.leaves(expected_grads), strict=True):
+    grads = unstack(grads) if stacked else grads
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()) + 1e-9)
 
 

@@ -97,7 +97,7 @@ def test_layouts_agree(axes: dict[str, int], accumulation: int, remat: str) -> N
 
 @pytest.mark.parametrize(
     ("axes", "accumulation", "remat"),
-    [({}, 1, "dots"), ({"data": 2, "fsdp": 2, "tensor": 2}, 4, "dots"), ({"fsdp": 2, "context": 2}, 1, "full")],
+    [({}, 1, "dots"), ({"data": 2, "fsdp": 2, "tensor": 2}, 4, "dots"), ({"fsdp": 2, "context": 2}, 2, "full")],
     ids=str,
 )
 def test_layers_one_after_the_other_are_a_loop(axes: dict[str, int], accumulation: int, remat: str) -> None:

@@ -130,15 +130,20 @@ def decay_mask(params: Any) -> Any:
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """Clipping, Adam's moments in the dtype of the weights, decoupled weight decay, and the learning rate.
 
-    `update` takes `step=`, an int32 scalar: the learning rate follows the run's steps, also where one was skipped.
+    `update` takes `norm=`, the global norm of the gradient, which the caller has at hand, and `step=`, an int32 scalar:
+    the learning rate follows the run's steps, also where one was skipped.
     """
     rate = make_schedule(config)
 
-    def by_rate(updates: Any, state: Any, params: Any = None, *, step: jax.Array) -> tuple[Any, Any]:
+    def clip(updates: Any, state: Any, params: Any = None, *, norm: jax.Array, **_: Any) -> tuple[Any, Any]:
+        factor = jnp.minimum(1.0, config.clip_norm / norm)
+        return jax.tree.map(lambda update: update * factor, updates), state
+
+    def by_rate(updates: Any, state: Any, params: Any = None, *, step: jax.Array, **_: Any) -> tuple[Any, Any]:
         return jax.tree.map(lambda update: -rate(step) * update, updates), state
 
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), clip),
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, decay_mask),
         optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), by_rate),

@@ -37,3 +37,15 @@ def let_next_begin() -> None:
     """
     if hasattr(plgpu, "griddepcontrol_launch_dependents"):
         plgpu.griddepcontrol_launch_dependents()
+
+
+def products_so_far(acc: Any, but: int = 0) -> jax.Array:
+    """Reads an accumulator once all products that were begun are done but the last few.
+
+    Args:
+      acc: of `plgpu.ACC`.
+      but: how many of the last ones may still run, which must not be its own. Before jax 0.11 all are waited for.
+    """
+    if but and hasattr(plgpu, "wgmma_accumulator_load"):
+        return plgpu.wgmma_accumulator_load(acc, wait_n=but)
+    return acc[...]
