@@ -145,8 +145,8 @@ def mean_gradient(
 def _apart(config: PretrainConfig, params: Params) -> Params:
     """Each layer's weights in the compute dtype, unless the layers are one loop.
 
-    A gradient by such weights is rounded to that dtype, as those of products always are, and takes half the memory until
-    the optimiser reads it.
+    A gradient by such weights is rounded to that dtype, as those of products always are, and takes half the memory
+    until the optimiser reads it.
     """
     if config.scan_layers or isinstance(params["layers"], list):
         return params

@@ -3,12 +3,14 @@
 | implementation | platforms | masks                                   | dtypes                  |
 |----------------|-----------|-----------------------------------------|-------------------------|
 | reference      | all       | any intervals                           | float32, bfloat16, float16 |
+| gpu            | Hopper    | any intervals                           | bfloat16, float16       |
 | cudnn          | GPU       | causal from the first key, no cache     | bfloat16, float16       |
 
-`implementation="auto"` takes cudnn on a GPU where the table allows it, and the reference otherwise; it says once, at
-trace time, what it took. Decoding one token a row has a function of its own, `decode_step`, for GPUs of the Hopper
-generation; `has_decode_step` says whether "auto" may take it. The products of a decode step have kernels there too:
-`on_mesh` for a batch, `layer_gpu` for one row on one device (see `qwen_jax.inference.single`).
+`implementation="auto"` takes cudnn on a GPU where the table allows it, else gpu (`flash_gpu`, head_dim 64 and 128) on a
+GPU of the Hopper generation, and the reference otherwise; it says once, at trace time, what it took. Decoding one token
+a row has a function of its own, `decode_step`, for GPUs of the Hopper generation; `has_decode_step` says whether "auto"
+may take it. The products of a decode step have kernels there too: `on_mesh` for a batch, `layer_gpu` for one row on one
+device (see `qwen_jax.inference.single`).
 """
 
 import dataclasses
@@ -22,7 +24,7 @@ import jax.numpy as jnp
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import reference
 
-Implementation = Literal["auto", "reference", "cudnn"]
+Implementation = Literal["auto", "reference", "gpu", "cudnn"]
 _log = logging.getLogger(__name__)
 
 
@@ -61,6 +63,10 @@ def packed_mask(segment_ids_BT: jax.Array) -> Mask:
     return Mask(start, jnp.broadcast_to(i + 1, segment_ids_BT.shape))
 
 
+def _on_hopper() -> bool:
+    return jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability.startswith("9.")
+
+
 @functools.cache
 def _say_once(message: str) -> None:
     _log.info(message)
@@ -69,22 +75,31 @@ def _say_once(message: str) -> None:
 def _choose(implementation: str, q: jax.Array, mask: Mask) -> str:
     """Names the implementation to run, or raises if the one asked for cannot do it."""
     platform = jax.default_backend()
-    why_not = {
-        "a GPU": platform == "gpu",
-        "a plain causal mask": mask.is_causal,
-        "bfloat16 or float16": q.dtype in (jnp.bfloat16, jnp.float16),
-        "head_dim up to 256, a multiple of 8": q.shape[-1] % 8 == 0 and q.shape[-1] <= 256,
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    needs = {
+        "cudnn": {
+            "a GPU": platform == "gpu",
+            "a plain causal mask": mask.is_causal,
+            "bfloat16 or float16": half,
+            "head_dim up to 256, a multiple of 8": q.shape[-1] % 8 == 0 and q.shape[-1] <= 256,
+        },
+        "gpu": {
+            "a GPU of the Hopper generation": _on_hopper(),
+            "bfloat16 or float16": half,
+            "head_dim 64 or 128": q.shape[-1] in (64, 128),
+        },
+        "reference": {},
     }
-    lacks = [need for need, ok in why_not.items() if not ok]
+    lacks = {name: [need for need, met in of.items() if not met] for name, of in needs.items()}
     if implementation == "auto":
-        implementation = "reference" if lacks else "cudnn"
-    elif implementation == "cudnn" and lacks:
+        implementation = next(name for name in needs if not lacks[name])
+    elif implementation not in needs:
+        raise InputError(f"Unknown attention implementation {implementation!r}: use auto, {', '.join(sorted(needs))}.")
+    elif lacks[implementation]:
         raise InputError(
-            f"Attention by cudnn needs {' and '.join(lacks)}; got {q.dtype} {q.shape} on {platform}. "
-            "Use implementation='reference'."
+            f"Attention by {implementation} needs {' and '.join(lacks[implementation])}; got {q.dtype} {q.shape} on "
+            f"{platform}. Use implementation='{next(name for name in needs if not lacks[name])}'."
         )
-    elif implementation not in ("reference", "cudnn"):
-        raise InputError(f"Unknown attention implementation {implementation!r}: use auto, reference or cudnn.")
     _say_once(f"attention on {platform}, {q.dtype}, {'causal' if mask.is_causal else 'intervals'}: {implementation}")
     return implementation
 
@@ -116,7 +131,13 @@ def attention(
       InputError: shapes that do not fit, or an implementation that cannot do this.
     """
     _check_shapes(q_BTHd, k_BSKd, v_BSKd, mask)
-    if _choose(implementation, q_BTHd, mask) == "cudnn":
+    chosen = _choose(implementation, q_BTHd, mask)
+    if chosen == "gpu":
+        # Imported where there is a GPU to use it: Pallas takes a while.
+        from qwen_jax.kernels import flash_gpu
+
+        return flash_gpu.attention(q_BTHd, k_BSKd, v_BSKd, mask.k_start_BT, mask.k_end_BT, scale)[0]
+    if chosen == "cudnn":
         return jax.nn.dot_product_attention(q_BTHd, k_BSKd, v_BSKd, scale=scale, is_causal=True, implementation="cudnn")
     k_BKSd, v_BKSd = k_BSKd.swapaxes(1, 2), v_BSKd.swapaxes(1, 2)
     run = functools.partial(reference.attention, scale=scale)
@@ -156,8 +177,7 @@ def has_decode_step(
         implementation == "auto"
         and length == 1
         and dtype == cache.dtype == jnp.bfloat16
-        and jax.default_backend() == "gpu"
-        and jax.local_devices()[0].compute_capability.startswith("9.")
+        and _on_hopper()
         and _decode_gpu().supports(num_heads, num_kv_heads, d, S)
     )
     if length == 1:

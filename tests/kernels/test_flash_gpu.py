@@ -1,0 +1,203 @@
+"""Attention on Hopper GPUs: which tiles it visits, that it lowers, and its numbers where there is a card."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen_jax.errors import InputError
+from qwen_jax.kernels import flash_gpu, reference
+
+ROWS = flash_gpu.ROWS
+
+
+def packed(numbers: np.random.Generator, B: int, T: int, S: int) -> tuple[np.ndarray, np.ndarray]:
+    """Documents of random lengths, causal within each, some padding at the end."""
+    start, end = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
+    for b in range(B):
+        i, real = 0, int(numbers.integers(T // 2, T + 1))
+        while i < real:
+            n = min(int(numbers.integers(1, max(T // 3, 2))), real - i)
+            start[b, i : i + n], end[b, i : i + n] = i, np.arange(i, i + n) + 1
+            i += n
+        start[b, real:], end[b, real:] = np.arange(real, T), np.arange(real, T) + 1
+    return np.minimum(start, S), np.minimum(end, S)
+
+
+def causal(numbers: np.random.Generator, B: int, T: int, S: int) -> tuple[np.ndarray, np.ndarray]:
+    """The last query sees all keys, as in chunked prefill."""
+    end = np.broadcast_to(np.clip(np.arange(T) + 1 + S - T, 0, S), (B, T)).astype(np.int32)
+    return np.zeros_like(end), end
+
+
+def window(numbers: np.random.Generator, B: int, T: int, S: int) -> tuple[np.ndarray, np.ndarray]:
+    _, end = causal(numbers, B, T, S)
+    return np.maximum(end - int(numbers.integers(1, S + 1)), 0).astype(np.int32), end
+
+
+def anything(numbers: np.random.Generator, B: int, T: int, S: int) -> tuple[np.ndarray, np.ndarray]:
+    """Intervals without any order; some are empty, some have one key."""
+    start = numbers.integers(0, S, (B, T))
+    length = numbers.integers(0, S, (B, T)) * numbers.integers(0, 2, (B, T)) + numbers.integers(0, 2, (B, T))
+    return start.astype(np.int32), np.minimum(start + length, S).astype(np.int32)
+
+
+MASKS = (packed, causal, window, anything)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32), st.sampled_from(MASKS), st.integers(1, 400), st.integers(1, 400))
+def test_visits_cover_what_is_seen_and_spare_the_mask_only_where_all_is_seen(seed, mask, T, S):
+    """For either direction: each visible pair is in a visited tile, and a tile without a mask has no invisible pair."""
+    start, end = mask(np.random.default_rng(seed), 2, T, S)
+    padded = [np.asarray(flash_gpu._padded(jnp.asarray(x))) for x in (start, end)]
+    keys, rows, tiles = 128, 64, -(-S // 128)
+    place = np.arange(tiles * keys)
+    seen = (padded[0][:, :, None] <= place) & (place < padded[1][:, :, None])
+    seen = seen.reshape(2, -1, rows, tiles, keys)
+    some, every = seen.any(axis=(2, 4)), seen.all(axis=(2, 4))
+    visits = np.asarray(flash_gpu._visits(*map(jnp.asarray, padded), rows, keys))
+    visitors = np.asarray(flash_gpu._visitors(*map(jnp.asarray, padded), rows, keys, tiles))
+    for found, some_, every_ in ((visits, some, every), (visitors, some.swapaxes(1, 2), every.swapaxes(1, 2))):
+        other = np.arange(some_.shape[2])
+        visited = (found[..., :1] <= other) & (other < found[..., 1:2])
+        bare = (found[..., 2:3] <= other) & (other < found[..., 3:])
+        assert not (some_ & ~visited).any()
+        assert not (bare & ~(every_ & visited)).any()
+        assert (found[..., 0] <= found[..., 2]).all()
+        assert (found[..., 3] <= np.maximum(found[..., 1], found[..., 0])).all()
+        assert (found[..., 1] <= some_.shape[2]).all()
+
+
+def test_a_causal_mask_visits_half_and_masks_the_diagonal_alone():
+    start, end = causal(np.random.default_rng(0), 1, 4096, 4096)
+    visits = np.asarray(flash_gpu._visits(jnp.asarray(start), jnp.asarray(end), 64, 128))
+    assert (visits[0, :, 1] - visits[0, :, 0]).sum() == sum(i // 2 + 1 for i in range(64))
+    assert ((visits[..., 1] - visits[..., 0]) - (visits[..., 3] - visits[..., 2]) == 1).all()
+    visitors = np.asarray(flash_gpu._visitors(jnp.asarray(start), jnp.asarray(end), 64, 128, 32))
+    assert ((visitors[..., 1] - visitors[..., 0]) - (visitors[..., 3] - visitors[..., 2]) == 2).all()
+
+
+@pytest.mark.parametrize(("H", "K", "d"), [(28, 4, 128), (14, 2, 64)])
+def test_lowers_to_three_kernels_and_no_square_array(H: int, K: int, d: int) -> None:
+    """Forward, and two for the gradient, over q, k and v where they lie."""
+    q, k = (jax.ShapeDtypeStruct((2, 1000, n, d), jnp.bfloat16) for n in (H, K))
+    i = jax.ShapeDtypeStruct((2, 1000), jnp.int32)
+
+    def loss(q, k, v, start, end):
+        out, lse = flash_gpu.attention(q, k, v, start, end, d**-0.5)
+        return out.astype(jnp.float32).sum() + lse.sum()
+
+    grad = jax.jit(jax.grad(loss, (0, 1, 2)))
+    text = grad.trace(q, k, k, i, i).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == 3
+    assert "1000x1000" not in text
+
+
+def test_refuses_what_it_cannot_do() -> None:
+    q, i = jnp.ones((1, 64, 2, 32), jnp.bfloat16), jnp.ones((1, 64), jnp.int32)
+    with pytest.raises(InputError, match="head_dim 64 or 128"):
+        flash_gpu.attention(q, q, q, i, i, 1.0)
+    q = jnp.ones((1, 64, 2, 64))
+    with pytest.raises(InputError, match="bfloat16"):
+        flash_gpu.attention(q, q, q, i, i, 1.0)
+
+
+def exact(q, k, v, start, end, scale):
+    """Output and log-sum-exp in float32 with full products, of the same rounded inputs."""
+    with jax.default_matmul_precision("highest"):
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        out = reference.attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), start, end, scale=scale)
+        logits = jnp.einsum("BTHd,BSHd->BHTS", q, jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)) * scale
+        j = jnp.arange(k.shape[1])
+        seen = (start[:, None, :, None] <= j) & (j < end[:, None, :, None])
+        return out, jax.nn.logsumexp(jnp.where(seen, logits, -jnp.inf), axis=-1)
+
+
+def relative(got, want) -> float:
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-6))
+
+
+CASES = (
+    (packed, 2, 512, 512, 4, 2, 128),
+    (packed, 1, 1000, 1000, 14, 2, 64),
+    (packed, 2, 640, 640, 7, 1, 128),
+    (causal, 1, 192, 1024, 4, 4, 128),
+    (causal, 2, 130, 130, 4, 2, 64),
+    (window, 1, 777, 777, 6, 2, 128),
+    (window, 1, 777, 900, 6, 2, 64),
+    (anything, 2, 300, 500, 4, 2, 128),
+    (anything, 2, 500, 300, 4, 1, 64),
+    (anything, 1, 1, 1, 2, 1, 64),
+    (causal, 1, 4096, 4096, 2, 1, 128),
+)
+
+
+def drawn(case):
+    mask, B, T, S, H, K, d = case
+    numbers = np.random.default_rng()
+    q, k, v, by = (
+        jnp.asarray(numbers.standard_normal(shape), jnp.bfloat16)
+        for shape in ((B, T, H, d), (B, S, K, d), (B, S, K, d), (B, T, H, d))
+    )
+    by_lse = jnp.asarray(numbers.standard_normal((B, H, T)), jnp.float32)
+    return (q, k, v), [jnp.asarray(x) for x in mask(numbers, B, T, S)], by, by_lse
+
+
+def check(case) -> dict[str, float]:
+    """Errors of output, log-sum-exp and the three gradients."""
+    qkv, (start, end), by, by_lse = drawn(case)
+    scale = qkv[0].shape[-1] ** -0.5
+    see = np.asarray(start < end)[:, None]
+
+    def loss(f, q, k, v):
+        out, lse = f(q, k, v, start, end, scale)
+        lse = jnp.where(see, lse, 0.0)
+        return (out.astype(jnp.float32) * by).sum() + (lse * by_lse).sum(), (out, lse)
+
+    run = lambda f: jax.jit(jax.grad(functools.partial(loss, f), (0, 1, 2), has_aux=True))(*qkv)  # noqa: E731
+    grads, (out, lse) = run(flash_gpu.attention)
+    want_grads, (want, want_lse) = run(exact)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in (out, lse, *grads))
+    empty = ~np.asarray(start < end)
+    assert not np.asarray(out, np.float32)[empty].any()
+    return {
+        "out": relative(out, want),
+        "lse": float(np.abs(np.asarray(lse) - np.asarray(want_lse)).max()),
+        **{n: relative(g, w) for n, g, w in zip(("dq", "dk", "dv"), grads, want_grads, strict=True)},
+    }
+
+
+if jax.default_backend() == "gpu":
+
+    @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(getattr(x, "__name__", x)) for x in c))
+    def test_numbers_on_the_card(case) -> None:
+        """bfloat16 products of float32 sums: rounding of the result, of probabilities and of their gradients."""
+        errors = check(case)
+        assert errors.pop("lse") < 1e-3
+        assert max(errors.values()) < 1e-2, errors
+
+    def test_other_documents_are_not_there_to_the_last_bit() -> None:
+        """Changing one document changes no bit of its neighbours' outputs and gradients; runs repeat exactly."""
+        T, cut = 512, 200
+        numbers = np.random.default_rng()
+        q, k, v = (jnp.asarray(numbers.standard_normal((1, T, n, 128)), jnp.bfloat16) for n in (4, 2, 2))
+        place = np.arange(T)
+        start, end = (jnp.asarray(x[None], jnp.int32) for x in (np.where(place < cut, 0, cut), place + 1))
+
+        @jax.jit
+        def run(q, k, v):
+            out, pull = jax.vjp(lambda *x: flash_gpu.attention(*x, start, end, 0.1)[0], q, k, v)
+            return out, *pull(jnp.ones_like(out))
+
+        first = run(q, k, v)
+        changed = run(*(x.at[:, :cut].multiply(-3) for x in (q, k, v)))
+        for a, b, c in zip(first, changed, run(q, k, v), strict=True):
+            np.testing.assert_array_equal(np.asarray(a[:, cut:], np.float32), np.asarray(b[:, cut:], np.float32))
+            np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(c, np.float32))
+            assert (np.asarray(a[:, :cut], np.float32) != np.asarray(b[:, :cut], np.float32)).any()
