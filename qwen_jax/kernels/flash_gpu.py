@@ -25,11 +25,15 @@ from qwen_jax.kernels.hopper import load, products_so_far
 
 ROWS = 64
 """Rows of one warpgroup, on which wgmma insists."""
-_LOWEST = -1e30
-"""Stands for minus infinity where a difference of two must not be NaN."""
+_LOWEST, _LOW = -1e30, -1e15
+"""A masked logit, and where the running maximum starts: below every real logit and so far above a masked one that its
+probability is zero, also before a row has seen anything."""
+_FORWARD = {64: (3, 128), 128: (2, 128)}
+"""Warpgroups that compute, and keys of a tile, for each head_dim."""
 _SMEM_BYTES = 227 * 1024 - 4096
 _LOG2E = math.log2(math.e)
 _WGMMA = plgpu.Layout.WGMMA
+_FEEDER_REGISTERS = 32
 
 
 def supports(dtype: Any, num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
@@ -72,9 +76,10 @@ def _forward(
             f"The attention kernels for Hopper GPUs take bfloat16 or float16 and head_dim 64 or 128; got {q.dtype} "
             f"{q.shape} and {k.shape}. Use implementation='reference'."
         )
-    start, end = (_padded(x) for x in (jnp.maximum(start, 0), jnp.minimum(end, k.shape[1])))
-    out, lse = _run_forward(q, k, v, start, end, scale)
-    return (out, lse[:, :, : q.shape[1]]), (q, k, v, start, end, out, lse)
+    start, end = jnp.maximum(start, 0), jnp.minimum(end, k.shape[1])
+    out, lse = _run_forward(*map(_in_eights, (q, k, v)), start, end, scale)
+    out, lse = out[:, : q.shape[1]], lse[:, :, : q.shape[1]]
+    return (out, lse), (q, k, v, start, end, out, lse)
 
 
 def _backward(scale: float, kept: Any, by: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
@@ -82,21 +87,24 @@ def _backward(scale: float, kept: Any, by: tuple[jax.Array, jax.Array]) -> tuple
     by_out, by_lse = by
     # What the softmax takes off each logit's gradient; a gradient of the log-sum-exp adds the probability itself.
     delta = jnp.einsum("BTHd,BTHd->BHT", out.astype(jnp.float32), by_out.astype(jnp.float32)) - by_lse
-    delta = jnp.pad(delta, ((0, 0), (0, 0), (0, lse.shape[2] - delta.shape[2])))
     # In base 2, and so large for a row without keys that its probabilities are zero.
     log2 = jnp.where(jnp.isfinite(lse), lse * _LOG2E, -_LOWEST)
-    by_out = by_out.astype(q.dtype)
-    dq = _run_queries(q, k, v, by_out, start, end, log2, delta, scale)
-    dk, dv = _run_keys(q, k, v, by_out, start, end, log2, delta, scale)
-    return dq, dk, dv, None, None
+    arrays: Any = *map(_in_eights, (q, k, v, by_out)), *(_padded(x, 2 * ROWS) for x in (start, end, log2, delta))
+    dq, (dk, dv) = _run_queries(*arrays, scale), _run_keys(*arrays, scale)
+    return dq[:, : q.shape[1]], dk[:, : k.shape[1]], dv[:, : k.shape[1]], None, None
 
 
-attention.defvjp(lambda *args: _forward(*args), _backward)
+attention.defvjp(_forward, _backward)
 
 
-def _padded(x_BT: jax.Array) -> jax.Array:
-    """Intervals of whole tiles; rows that are not there see nothing."""
-    return jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % (2 * ROWS))))
+def _padded(x: jax.Array, multiple: int) -> jax.Array:
+    """Fills up the last axis with zeros: rows that are not there see nothing."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % multiple)])
+
+
+def _in_eights(x_BTHd: jax.Array) -> jax.Array:
+    """A length in whole eights, which the copy engine wants of what it lays out in tiles; more it fills up itself."""
+    return jnp.pad(x_BTHd, ((0, 0), (0, -x_BTHd.shape[1] % 8), (0, 0), (0, 0)))
 
 
 def _visits(start_BT: jax.Array, end_BT: jax.Array, rows: int, keys: int) -> jax.Array:
@@ -150,6 +158,11 @@ def _tiled(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
+def _registers(warpgroups: int) -> int:
+    """Of a thread of the warpgroups that compute."""
+    return (65536 // 128 - _FEEDER_REGISTERS) // warpgroups // 8 * 8
+
+
 def _across(x: jax.Array, shape: tuple[int, ...], axis: int = 0) -> jax.Array:
     """A number for each row (or, with axis 1, for each column), all along it."""
     return lax.broadcast_in_dim(x, shape, [axis])
@@ -184,13 +197,15 @@ def _zeros(shape: tuple[int, ...], layout: Any) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
 
 
-def _kernel(name: str, block: Callable[..., None], out_type: Any, grid: tuple[int, int, int], **scratch: Any) -> Any:
+def _kernel(
+    name: str, block: Callable[..., None], out_type: Any, grid: tuple[int, int, int], threads: int, **scratch: Any
+) -> Any:
     """A kernel over heads, tiles and rows of the batch; `block` gets its operands, results and shared memory."""
 
     def body(*refs: Any) -> None:
         pl.run_scoped(functools.partial(block, *refs), collective_axes="warpgroup", **scratch)
 
-    mesh = plgpu.Mesh(grid=grid, grid_names=("head", "tile", "row"), num_threads=3, thread_name="warpgroup")
+    mesh = plgpu.Mesh(grid=grid, grid_names=("head", "tile", "row"), num_threads=threads, thread_name="warpgroup")
     params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
     return pl.kernel(body, out_type=out_type, mesh=mesh, compiler_params=params, name=name)
 
@@ -201,40 +216,45 @@ def _kernel(name: str, block: Callable[..., None], out_type: Any, grid: tuple[in
 def _run_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, end: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    (B, _, H, d), padded = q.shape, start.shape[1]
-    keys = 128
-    stages = min(4, (_SMEM_BYTES - 2 * ROWS * (d * 2 + 4)) // (2 * keys * d * 2))
+    (B, _, H, d) = q.shape
+    warpgroups, keys = _FORWARD[d]
+    stages = min(4, (_SMEM_BYTES - warpgroups * ROWS * (d * 2 + 4)) // (2 * keys * d * 2))
+    start, end = (_padded(x, warpgroups * ROWS) for x in (start, end))
+    padded = start.shape[1]
     kernel = _kernel(
         "flash_forward",
         functools.partial(_forward_block, scale=scale, group=H // k.shape[2]),
         (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, H, padded), jnp.float32)),
-        (H, padded // (2 * ROWS), B),
-        q_smem=_tiled((2, ROWS, d), q.dtype),
+        (H, padded // (warpgroups * ROWS), B),
+        warpgroups + 1,
+        q_smem=_tiled((warpgroups, ROWS, d), q.dtype),
         k_smem=_tiled((stages, keys, d), q.dtype),
         v_smem=_tiled((stages, keys, d), q.dtype),
-        lse_smem=plgpu.SMEM((2, ROWS), jnp.float32),
-        q_ready=plgpu.Barrier(num_barriers=2),
+        lse_smem=plgpu.SMEM((warpgroups, ROWS), jnp.float32),
+        q_ready=plgpu.Barrier(num_barriers=warpgroups),
         k_ready=plgpu.Barrier(num_barriers=stages),
         v_ready=plgpu.Barrier(num_barriers=stages),
-        k_free=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        v_free=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        k_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        v_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         turn=plgpu.Barrier(num_arrivals=2),
     )
     out, lse = kernel(q, k, v, start, end, _visits(start, end, ROWS, keys))
     return out, lse
 
 
-def _own_visits(visits_ref: Any, row: Any, tile: Any, warpgroup: Any) -> tuple[Any, Any, list[Any]]:
+def _own_visits(visits_ref: Any, row: Any, tile: Any, warpgroup: Any, warpgroups: int) -> tuple[Any, Any, list[Any]]:
     """First and end of what a block visits, and all four numbers of one of its warpgroups within that."""
-    both = [[visits_ref[row, 2 * tile + w, n] for n in range(4)] for w in range(2)]
-    first = jnp.minimum(both[0][0], both[1][0])
-    # An empty tile begins where it ends, at 0: it must not widen what the other one visits.
-    empty = [b[0] >= b[1] for b in both]
-    first = jnp.where(empty[0], both[1][0], jnp.where(empty[1], both[0][0], first))
-    last = jnp.maximum(both[0][1], both[1][1])
-    full = [jnp.where(warpgroup == 0, both[0][n], both[1][n]) for n in (2, 3)]
-    full_first = jnp.clip(full[0], first, last)
-    return first, last, [first, last, full_first, jnp.clip(full[1], full_first, last)]
+    first, last, full_first, full_last = jnp.int32(2**30), jnp.int32(0), jnp.int32(0), jnp.int32(0)
+    for w in range(warpgroups):
+        own = [visits_ref[row, warpgroups * tile + w, n] for n in range(4)]
+        # An empty tile must not widen what the others visit.
+        first = jnp.where(own[0] < own[1], jnp.minimum(first, own[0]), first)
+        last = jnp.maximum(last, own[1])
+        full_first = jnp.where(warpgroup == w, own[2], full_first)
+        full_last = jnp.where(warpgroup == w, own[3], full_last)
+    first = jnp.minimum(first, last)
+    full_first = jnp.clip(full_first, first, last)
+    return first, last, [first, last, full_first, jnp.clip(full_last, full_first, last)]
 
 
 def _forward_block(
@@ -245,19 +265,26 @@ def _forward_block(
     warpgroup, row, head = (lax.axis_index(name) for name in ("warpgroup", "row", "head"))
     # The last tiles see most under a causal mask: they begin first.
     tile = lax.axis_size("tile") - 1 - lax.axis_index("tile")
-    stages, keys, d = k_smem.shape
-    first, last, visits = _own_visits(visits_ref, row, tile, warpgroup)
-    f32 = jnp.float32
+    (stages, keys, d), warpgroups, f32 = k_smem.shape, q_smem.shape[0], jnp.float32
+    first, last, visits = _own_visits(visits_ref, row, tile, warpgroup, warpgroups)
+
+    def say_turn() -> None:
+        if warpgroups == 2:
+            plgpu.barrier_arrive(turn)
+
+    def wait_turn() -> None:
+        # One warpgroup's products run while the other one does its softmax. Three find their own way.
+        if warpgroups == 2:
+            plgpu.barrier_wait(turn)
 
     def take_turns() -> None:
-        # One warpgroup's products run while the other one does its softmax.
-        plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(turn)
+        say_turn()
+        wait_turn()
 
-    @pl.when(warpgroup < 2)
+    @pl.when(warpgroup < warpgroups)
     def _() -> None:
-        plgpu.set_max_registers(232, action="increase")
-        rows = pl.ds((2 * tile + warpgroup) * ROWS, ROWS)
+        plgpu.set_max_registers(_registers(warpgroups), action="increase")
+        rows = pl.ds((warpgroups * tile + warpgroup) * ROWS, ROWS)
         q_tile = q_smem.at[warpgroup]
         plgpu.copy_gmem_to_smem(q_ref.at[row, rows, head], q_tile, q_ready.at[warpgroup])
         low, high = (load(x.at[row, rows], _WGMMA.reduce(1)) for x in (start_ref, end_ref))
@@ -285,15 +312,15 @@ def _forward_block(
             total = total * alpha + p.sum(axis=1)
             p = p.astype(q_smem.dtype)
             acc, total, new_top, p = lax.optimization_barrier((acc, total, new_top, p))
-            plgpu.barrier_arrive(turn)
+            say_turn()
             plgpu.barrier_wait(v_ready.at[slot])
-            plgpu.barrier_wait(turn)
+            wait_turn()
             acc = pl.run_state(lambda acc: plgpu.wgmma(acc, p, v_smem.at[slot]))(plgpu.ACC.init(acc))
             plgpu.barrier_arrive(v_free.at[slot])
             return acc, new_top, total
 
         pl.when(warpgroup == 1)(take_turns)
-        top = plgpu.layout_cast(jnp.full((ROWS,), _LOWEST, f32), _WGMMA.reduce(1))
+        top = plgpu.layout_cast(jnp.full((ROWS,), _LOW, f32), _WGMMA.reduce(1))
         carry = _zeros((ROWS, d), _WGMMA), top, _zeros((ROWS,), _WGMMA.reduce(1))
         acc, top, total = _in_phases(visits, step, carry)
         pl.when(warpgroup == 0)(take_turns)
@@ -307,9 +334,9 @@ def _forward_block(
         plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[row, head, rows])
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(warpgroup == 2)
+    @pl.when(warpgroup == warpgroups)
     def _() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(_FEEDER_REGISTERS, action="decrease")
         _feed_keys(k_ref, v_ref, (row, lax.div(head, jnp.int32(group))), first, last - first,
                    k_smem, v_smem, k_ready, v_ready, k_free, v_free)  # fmt: skip
 
@@ -349,6 +376,7 @@ def _run_queries(
         functools.partial(_queries_block, scale=scale, group=H // k.shape[2]),
         (jax.ShapeDtypeStruct(q.shape, q.dtype),),
         (H, padded // (2 * ROWS), B),
+        3,
         q_smem=_tiled((2, ROWS, d), q.dtype),
         do_smem=_tiled((2, ROWS, d), q.dtype),
         k_smem=_tiled((stages, keys, d), q.dtype),
@@ -372,12 +400,12 @@ def _queries_block(
     warpgroup, row, head = (lax.axis_index(name) for name in ("warpgroup", "row", "head"))
     tile = lax.axis_size("tile") - 1 - lax.axis_index("tile")
     stages, keys, d = k_smem.shape
-    first, last, visits = _own_visits(visits_ref, row, tile, warpgroup)
+    first, last, visits = _own_visits(visits_ref, row, tile, warpgroup, 2)
     f32 = jnp.float32
 
     @pl.when(warpgroup < 2)
     def _() -> None:
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(_registers(2), action="increase")
         rows = pl.ds((2 * tile + warpgroup) * ROWS, ROWS)
         q_tile, do_tile = q_smem.at[warpgroup], do_smem.at[warpgroup]
         plgpu.copy_gmem_to_smem(q_ref.at[row, rows, head], q_tile, q_ready.at[warpgroup])
@@ -415,7 +443,7 @@ def _queries_block(
 
     @pl.when(warpgroup == 2)
     def _() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(_FEEDER_REGISTERS, action="decrease")
         _feed_keys(k_ref, v_ref, (row, lax.div(head, jnp.int32(group))), first, last - first,
                    k_smem, v_smem, k_ready, v_ready, k_free, v_free)  # fmt: skip
 
@@ -437,6 +465,7 @@ def _run_keys(
         functools.partial(_keys_block, scale=scale, group=q.shape[2] // K),
         (like, like),
         (K, tiles, B),
+        3,
         k_smem=_tiled((2, ROWS, d), q.dtype),
         v_smem=_tiled((2, ROWS, d), q.dtype),
         q_smem=_tiled((stages, rows, d), q.dtype),
@@ -463,7 +492,7 @@ def _keys_block(
 
     @pl.when(warpgroup < 2)
     def _() -> None:
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(_registers(2), action="increase")
         begin = (2 * tile + warpgroup) * ROWS
         own = (row, pl.ds(begin, ROWS), head)
         k_tile, v_tile = k_smem.at[warpgroup], v_smem.at[warpgroup]
@@ -515,7 +544,7 @@ def _keys_block(
 
     @pl.when(warpgroup == 2)
     def _() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(_FEEDER_REGISTERS, action="decrease")
 
         def fetch(i: Any, wait: bool) -> None:
             slot = _rem(i, stages)
