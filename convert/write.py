@@ -9,14 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from convert.folder import new_folder, write_side_files
 from convert.names import Leaf, leaves
 from convert.source import Sink, Source, Span, TreeSource, as_source, copy, nbytes, parse_dtype
 from qwen_jax.config import ModelConfig
-from qwen_jax.errors import InputError
 from qwen_jax.model import Params
+from qwen_jax.multihost import in_step
 
 OpenSink = Callable[[Source, np.dtype | None, Path], AbstractContextManager[Sink]]
 
@@ -60,29 +59,14 @@ def write_checkpoint(
         return
     with contextlib.ExitStack() as stack:
         patient: _Patient | None = None
-        with _in_step(folder):
+        with in_step(f"Writing {folder}"):
             if jax.process_index() == 0:
                 patient = _Patient(stack.enter_context(new_checkpoint()))
-        with _in_step(folder):
+        with in_step(f"Writing {folder}"):
             copy(source, patient, target, progress)
             if patient is not None and patient.problem is not None:
                 raise patient.problem
             stack.close()
-
-
-@contextlib.contextmanager
-def _in_step(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """A block that ends well in every process or in none. Each process must come to its end."""
-    problem: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        problem = error
-    fine = np.asarray(multihost_utils.process_allgather(np.array(problem is None)))
-    if problem is not None:
-        raise problem
-    if not fine.all():
-        raise InputError(f"Writing {folder} failed in process {int(np.argmin(fine))}; its message says why.")
 
 
 class _Patient:

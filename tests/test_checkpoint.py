@@ -204,9 +204,12 @@ def test_when_all_are_damaged_nothing_is_lost_and_it_says_so(mesh, tmp_path, tok
         damage(tmp_path / "run" / "1" / "params", "cut")
         with pytest.raises(InputError, match=r"checkpoint of step 1 .* is damaged"):
             checkpoints.restore(fresh(1), 1)
-        with pytest.raises(InputError, match=r"No checkpoint .* could be read"):
-            checkpoints.restore(fresh(1))
-    assert (tmp_path / "run" / "damaged-1" / "params").is_dir()
+        # As often as it is asked: a job that is started again and again must not begin from nothing.
+        for _ in range(2):
+            assert checkpoints.latest_step == 1
+            with pytest.raises(InputError, match=r"No checkpoint .* could be read: those of steps \[1\] are damaged"):
+                checkpoints.restore(fresh(1))
+    assert (tmp_path / "run" / "1" / "params").is_dir()
 
 
 def test_every_so_many_stay_beside_the_newest(mesh, tmp_path, tokenizer, fresh):

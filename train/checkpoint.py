@@ -7,25 +7,30 @@ gets its own `config.json` and tokenizer, so that it is a model like any other: 
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from qwen_jax.config import ModelConfig, load_config, read_json
 from qwen_jax.errors import InputError
+from qwen_jax.multihost import gather, in_step
 from qwen_jax.tokenizer.base import Tokenizer
 from train.state import TrainState
 
 _log = logging.getLogger(__name__)
+# What the system says when there is no room: the disk is full, the quota is used up, a file may not grow further.
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Checkpoints:
@@ -56,15 +61,19 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         run = {"tokenizer": tokenizer.fingerprint(), **(run or {})}
         self._config = config
-        if (self.folder / "run.json").exists():
-            saved = dataclasses.asdict(load_config(self.folder))
-            _check_same("model", saved, dataclasses.asdict(config), self.folder)
-            _check_same("run", read_json(self.folder / "run.json"), json.loads(json.dumps(run)), self.folder)
-        else:
-            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        self._saving, self._bytes = "", 0  # What was begun to be saved last, and its size.
+        self._failed = False
+        with in_step(f"Opening {self.folder}"):
+            new = not (self.folder / "run.json").exists()
+            if not new:
+                saved = dataclasses.asdict(load_config(self.folder))
+                _check_same("model", saved, dataclasses.asdict(config), self.folder)
+                _check_same("run", read_json(self.folder / "run.json"), json.loads(json.dumps(run)), self.folder)
+            elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
                 raise InputError(f"{self.folder} is not empty and holds no run. Give a new or empty folder.")
-            _meet("a new run")  # All have looked before one of them makes it.
-            if jax.process_index() == 0:
+        # All have looked before one of them makes it.
+        with in_step(f"Making {self.folder}"), self._room():
+            if new and jax.process_index() == 0:
                 temporary = self.folder.with_name(self.folder.name + ".tmp")
                 shutil.rmtree(temporary, ignore_errors=True)  # Of a process that was killed just here.
                 temporary.mkdir(parents=True)
@@ -72,17 +81,20 @@ class Checkpoints:
                 write_json(temporary / "config.json", config.to_hf())
                 write_json(temporary / "run.json", run)
                 os.replace(temporary, self.folder)
-        _meet("the folder of the run")
+        with in_step(f"Opening {self.folder}"):
+            if not (self.folder / "run.json").exists():
+                raise InputError(
+                    f"{self.folder}, which process 0 has made, is not there for process {jax.process_index()}. "
+                    "The folder of a run must be on a file system that all processes see."
+                )
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last, keep_period=keep_every or None, cleanup_tmp_directories=True
         )
-        handlers = {
-            "params": ocp.StandardCheckpointHandler(),
-            "optimizer": ocp.StandardCheckpointHandler(),
-            "about": ocp.JsonCheckpointHandler(),
-        }
+        self._arrays = {"params": ocp.StandardCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler()}
+        handlers = {**self._arrays, "about": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
-        self._label()
+        with self._room():
+            self._label()
 
     def _label(self) -> None:
         """Puts configuration and tokenizer into the complete checkpoints that lack them; config.json is the last."""
@@ -106,14 +118,21 @@ class Checkpoints:
         return about
 
     def _steps(self) -> list[int]:
-        """The complete checkpoints, oldest first."""
+        """The complete checkpoints that this process sees, oldest first."""
         # The manager would count those that are still being written.
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
+    def _steps_of_any(self) -> list[int]:
+        """The complete checkpoints that any process sees, oldest first; the same in all of them."""
+        mine = self._steps()
+        counts = gather(len(mine))
+        padded = [*mine, *[-1] * (int(counts.max()) - len(mine))]
+        return sorted({step for step in gather(padded).ravel().tolist() if step >= 0}) if counts.any() else []
+
     @property
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint, or None."""
-        return max(self._steps(), default=None)
+        """The newest complete checkpoint, or None. With several processes, all of them must ask."""
+        return max(self._steps_of_any(), default=None)
 
     def save(
         self,
@@ -129,12 +148,15 @@ class Checkpoints:
           step: `state.step`, which the caller knows without asking the device.
           config: of the model at this step, where a stage has changed it.
           data: what `data` shall give back, as JSON values.
+
+        Raises:
+          InputError: there is no room, for this one or for the one before, which is written in the background. Complete
+            checkpoints stay as they are.
         """
         if step in self._manager.all_steps():
             return
         # Saving would wait for the save before it anyhow, and that one may still be removing old checkpoints.
-        self._manager.wait_until_finished()
-        self._label()
+        self.finish()
         items = {
             "params": ocp.args.StandardSave(state.params),
             "optimizer": ocp.args.StandardSave(_all_but_params(state)),
@@ -142,7 +164,50 @@ class Checkpoints:
                 {"model": (config or self._config).to_hf(), "data": data, "checksums": _checksums(state)}
             ),
         }
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        self._saving, self._bytes = f"the checkpoint of step {step}", sum(x.nbytes for x in jax.tree.leaves(state))
+        with self._room():
+            self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def check(self) -> None:
+        """Whether saving in the background has failed by now; it does not wait.
+
+        Raises:
+          InputError: as for `save`.
+        """
+        with self._room():
+            self._manager.check_for_errors()
+
+    def finish(self) -> None:
+        """Waits until everything is saved.
+
+        Raises:
+          InputError: as for `save`.
+        """
+        with self._room():
+            self._manager.wait_until_finished()
+            self._label()
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """Says what, where and how much is needed when there is no room, and removes what was not finished."""
+        try:
+            yield
+        except Exception as error:  # Orbax raises ValueError, with the system's message in its text.
+            reason = _no_room(error)
+            if reason is None:
+                raise
+            if jax.process_index() == 0:
+                for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
+            self._failed = True
+            whole = self._steps() if self.folder.is_dir() else []
+            needs, free = f"{self._bytes / 2**20:,.1f}", f"{_free(self.folder) / 2**20:,.1f}"
+            raise InputError(
+                f"Cannot save {self._saving or 'anything'} in {self.folder}: {reason}. It needs up to {needs} MiB, and "
+                f"{free} MiB are free. "
+                + (f"The checkpoints of steps {whole} are unharmed. " if whole else "There is no earlier checkpoint. ")
+                + "Make room, or keep fewer (keep_last, keep_every); the same command goes on from the newest."
+            ) from error
 
     def data(self, step: int) -> dict[str, Any] | None:
         """What `save` was given as `data`.
@@ -166,67 +231,117 @@ class Checkpoints:
         Raises:
           InputError: no such checkpoint, or none that is whole.
         """
-        self._manager.wait_until_finished()
-        steps = self._steps()
+        self.finish()
+        steps = self._steps_of_any()
         if not steps or (step is not None and step not in steps):
             raise InputError(
                 f"{self.folder} has no checkpoint {'' if step is None else f'of step {step}'}; it has {steps}."
             )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        items = {
-            "params": ocp.args.StandardRestore(abstract.params),
-            "optimizer": ocp.args.StandardRestore(_all_but_params(abstract)),
-        }
+        items = {"params": abstract.params, "optimizer": _all_but_params(abstract)}
+        damaged: list[int] = []
         for candidate in reversed(steps) if step is None else [step]:
-            try:
-                saved = self._about(candidate)["checksums"]
-                restored = self._manager.restore(candidate, args=ocp.args.Composite(**items))
-                state = TrainState(params=restored["params"], **restored["optimizer"])
-                now = _checksums(state)
-                wrong = [name for name in now if saved.get(name) != now[name]]
-                if wrong:
-                    raise ValueError(f"{wrong[0]} is not what was saved")
+            state, reason = self._read(candidate, items)
+            if state is not None:
+                self._put_aside(damaged)
                 return state
-            except jax.errors.JaxRuntimeError:
-                raise  # Too little memory says nothing about the checkpoint.
-            except Exception as error:  # Orbax raises no narrower one for an array that cannot be read.
-                reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-                if step is not None:
-                    raise InputError(f"The checkpoint of step {step} in {self.folder} is damaged: {reason}") from error
-                _log.warning(
-                    "The checkpoint of step %d in %s is damaged (%s). Trying the one before it; the damaged one is "
-                    "kept as damaged-%d.",
-                    *(candidate, self.folder, reason, candidate),
-                )
-                self._put_aside(candidate)
-        raise InputError(f"No checkpoint in {self.folder} could be read; the damaged ones are kept as damaged-<step>.")
+            if step is not None:
+                raise InputError(f"The checkpoint of step {step} in {self.folder} is damaged: {reason}")
+            _log.warning(
+                "The checkpoint of step %d in %s is damaged (%s). Trying the one before it; the damaged one is kept as "
+                "damaged-%d.",
+                *(candidate, self.folder, reason, candidate),
+            )
+            damaged.append(candidate)
+        raise InputError(
+            f"No checkpoint in {self.folder} could be read: those of steps {steps} are damaged. They are left as they "
+            "are. Put one back from a copy, or begin again in a new folder."
+        )
 
-    def _put_aside(self, step: int) -> None:
-        _meet(f"damage {step}")
-        if jax.process_index() == 0:
-            target = self.folder / f"damaged-{step}"
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(self.folder / str(step), target)
-        _meet(f"damaged {step}")
+    def _read(self, step: int, items: Mapping[str, Any]) -> tuple[TrainState | None, str]:
+        """A checkpoint that every process has found whole, or None and why.
+
+        No process goes on with what another one cannot read: each says what it saw before any takes the next step.
+        Orbax's own manager would leave those that can read it waiting for those that cannot.
+        """
+        saved, restored, problem = {}, {}, None
+        try:
+            saved = self._about(step)["checksums"]
+            for name, like in items.items():
+                folder = self._manager.directory / str(step) / name
+                restored[name] = self._arrays[name].restore(folder, args=ocp.args.StandardRestore(like))
+        except Exception as error:  # Orbax raises no narrower one for an array that cannot be read.
+            problem = error
+        # Too little memory says nothing about the checkpoint.
+        fatal = isinstance(problem, (jax.errors.JaxRuntimeError, MemoryError))
+        seen = gather(2 * fatal if problem and fatal else int(problem is not None))
+        if fatal and problem is not None:
+            raise problem
+        if (seen == 2).any():
+            raise InputError(
+                f"Process {int(np.argmax(seen == 2))} could not load the checkpoint of step {step} in {self.folder}; "
+                "its message says why."
+            )
+        state = None
+        if not seen.any():
+            state = TrainState(params=restored["params"], **restored["optimizer"])
+            now = _checksums(state)
+            wrong = [name for name in now if saved.get(name) != now[name]]
+            problem = ValueError(f"{wrong[0]} is not what was saved") if wrong else None
+            seen = gather(int(bool(wrong)))
+        if not seen.any():
+            return state, ""
+        if problem is None:
+            return None, f"process {int(np.argmax(seen))} cannot read it"
+        text = str(problem).strip()
+        return None, text.splitlines()[0][:300] if text else type(problem).__name__
+
+    def _put_aside(self, steps: list[int]) -> None:
+        """Renames damaged checkpoints, now that an older one is known to be whole."""
+        if not steps:
+            return
+        with in_step(f"Renaming damaged checkpoints in {self.folder}"):
+            for step in steps if jax.process_index() == 0 else []:
+                target = self.folder / f"damaged-{step}"
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(self.folder / str(step), target)
         self._manager.reload()
 
     def close(self) -> None:
-        """Waits until everything is saved."""
-        self._manager.wait_until_finished()
-        self._label()
+        """Waits until everything is saved.
+
+        Raises:
+          InputError: as for `save`.
+        """
+        self.finish()
         self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is None:
+            self.close()
+            return
+        if self._failed or (jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)):
+            return  # A save in progress would wait for other processes, which may be gone.
+        try:
+            self.close()
+        except Exception as second:  # What came first is what to tell.
+            _log.warning("%s", second)
 
 
-def _meet(where: str) -> None:
-    """Waits for the other processes."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
+def _no_room(error: BaseException) -> str | None:
+    """What the system said, where it had no room to write; None for any other failure."""
+    if isinstance(error, OSError):
+        return os.strerror(error.errno) if error.errno in _NO_ROOM else None
+    codes = [int(code) for code in re.findall(r"os_error_code='(\d+)'", str(error))]
+    return next((os.strerror(code) for code in codes if code in _NO_ROOM), None)
+
+
+def _free(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def _all_but_params(state: TrainState) -> dict[str, Any]:
