@@ -90,8 +90,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last, keep_period=keep_every or None, cleanup_tmp_directories=True
         )
-        self._arrays = {"params": ocp.StandardCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler()}
-        handlers = {**self._arrays, "about": ocp.JsonCheckpointHandler()}
+        handlers = {
+            "params": ocp.StandardCheckpointHandler(),
+            "optimizer": ocp.StandardCheckpointHandler(),
+            "about": ocp.JsonCheckpointHandler(),
+        }
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         with self._room():
             self._label()
@@ -262,14 +265,12 @@ class Checkpoints:
         """A checkpoint that every process has found whole, or None and why.
 
         No process goes on with what another one cannot read: each says what it saw before any takes the next step.
-        Orbax's own manager would leave those that can read it waiting for those that cannot.
         """
         saved, restored, problem = {}, {}, None
         try:
             saved = self._about(step)["checksums"]
             for name, like in items.items():
-                folder = self._manager.directory / str(step) / name
-                restored[name] = self._arrays[name].restore(folder, args=ocp.args.StandardRestore(like))
+                restored[name] = read_arrays(self.folder / str(step) / name, like)
         except Exception as error:  # Orbax raises no narrower one for an array that cannot be read.
             problem = error
         # Too little memory says nothing about the checkpoint.
@@ -329,6 +330,16 @@ class Checkpoints:
             self.close()
         except Exception as second:  # What came first is what to tell.
             _log.warning("%s", second)
+
+
+def read_arrays(folder: Path, like: Any) -> Any:
+    """Reads a tree of arrays onto the devices. It waits for no other process, as Orbax's own checkpointers would.
+
+    Args:
+      folder: an absolute one, as `params` of a checkpoint.
+      like: `jax.ShapeDtypeStruct`s with shardings.
+    """
+    return ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(like))
 
 
 def _no_room(error: BaseException) -> str | None:

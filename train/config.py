@@ -59,9 +59,10 @@ class RunConfig:
       output: folder of the run: log, checkpoints, and what it was started with.
       model: the architecture. Stages may change its `rope_theta`.
       tokenizer: folder of the tokenizer that the data was built with.
-      data: folders of `qwen-jax data build`, each under the name that mixtures give it.
+      data: folders of `qwen-jax data build`, each under the name that mixtures give it. For small work also raw
+        documents, a file, a folder or a pattern: they are built when the run starts, into its own folder.
       stages: in order.
-      held_out: folders of data sets to evaluate on, by name.
+      held_out: data sets to evaluate on, by name; given as in `data`.
       initial: folder of an Orbax checkpoint whose weights to begin with; by default they are drawn.
       seed: of weights and data order.
       mesh: sizes of the axes that are not 1.
@@ -70,6 +71,9 @@ class RunConfig:
       evaluate_every, checkpoint_every, max_skipped: see `LoopConfig`; the end of a stage counts as the end of a run.
       keep_last: how many of the newest checkpoints stay.
       keep_every: checkpoints of steps that are a multiple of it stay too; 0 is none.
+      export: Hugging Face folder to write after the last step; by default none.
+      verify_data: compare the sha256 of all data with what was built before training, which reads all of it.
+      max_raw_megabytes: more raw documents than this, in the size of their files, must be built ahead.
     """
 
     output: str
@@ -97,6 +101,9 @@ class RunConfig:
     max_skipped: int = 10
     keep_last: int = 2
     keep_every: int = 0
+    export: str | None = None
+    verify_data: bool = False
+    max_raw_megabytes: float = 64.0
 
     def __post_init__(self) -> None:
         if not self.stages:

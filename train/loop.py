@@ -221,12 +221,15 @@ def held_out_loss(
     Args:
       params: of the model.
       eval_step: as from `make_eval_step`.
-      batches: on the host.
+      batches: on the host, or on the devices already.
       mesh: where they are placed.
 
     Returns:
       Summed loss in nats, and summed weight.
     """
-    sums = [eval_step(params, place(batch, mesh)) for batch in batches]
+    sums: list[Any] = []
+    for batch in batches:
+        sums.append(eval_step(params, batch if isinstance(batch.tokens, jax.Array) else place(batch, mesh)))
+        jax.block_until_ready(sums[-4:-3])  # So that no more than a few batches wait on the devices.
     totals = jax.device_get(sums)
     return float(sum(s.loss for s in totals)), float(sum(s.weight for s in totals))

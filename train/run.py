@@ -12,27 +12,29 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
 from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import InputError
+from qwen_jax.model import Params
+from qwen_jax.multihost import in_step
 from qwen_jax.sharding import Sharding, make_mesh
 from qwen_jax.tokenizer import load_tokenizer
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, read_arrays
 from train.config import RunConfig, as_json, load
-from train.data.batch import Batch
 from train.data.feed import Feed
-from train.data.loader import whole_batches
 from train.data.mixture import Mixture
 from train.data.rows import PackedRows
+from train.data.shards import digest
+from train.distributed import HEARTBEAT_SECONDS, check_same, join
+from train.inputs import HeldOutBatches, open_data
 from train.loop import Display, LoopConfig, fit, held_out_loss
 from train.metrics import MetricsLog
 from train.pretrain import abstract_state, fresh_state, init_state, make_eval_step, make_train_step
@@ -41,13 +43,16 @@ from train.state import TrainState
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # The exit status of a program that SIGTERM has ended.
 STOPPED = 128 + signal.SIGTERM
+# Writes a Hugging Face folder: weights, their architecture, the folder of a checkpoint with its tokenizer, where to.
+Export = Callable[[Params, ModelConfig, Path, Path], None]
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], export: Export | None = None) -> int:
     """`qwen-jax train pretrain`.
 
     Args:
       argv: arguments after the command's name.
+      export: see `pretrain`.
 
     Returns:
       The exit status: 0, or 143 where SIGTERM stopped the run after a checkpoint.
@@ -64,22 +69,33 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--distributed", action="store_true", help="join the other processes of a SLURM, GKE or TPU job first"
     )
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where no scheduler says so")
+    parser.add_argument("--num-processes", type=int, metavar="N", help="how many, where no scheduler says so")
+    parser.add_argument("--process-id", type=int, metavar="I", help="of this process, where no scheduler says so")
+    parser.add_argument(
+        "--heartbeat-timeout",
+        type=int,
+        default=HEARTBEAT_SECONDS,
+        metavar="SECONDS",
+        help="a process that has been silent for so long is taken for dead, and all others end (%(default)s)",
+    )
     options = parser.parse_args(list(argv))
     config = load(options.config, options.set)
     if options.print_config:
         print(json.dumps(as_json(config), indent=2))
         return 0
-    if options.distributed:
-        jax.distributed.initialize()
-    return STOPPED if pretrain(config) else 0
+    if options.distributed or options.coordinator:
+        join(options.coordinator, options.num_processes, options.process_id, options.heartbeat_timeout)
+    return STOPPED if pretrain(config, export=export) else 0
 
 
-def pretrain(config: RunConfig, console: Console | None = None) -> bool:
+def pretrain(config: RunConfig, console: Console | None = None, export: Export | None = None) -> bool:
     """Trains from the newest checkpoint of the run's folder, or from the beginning, to the end of the last stage.
 
     Args:
       config: of the run. On resume, stages that were not reached yet may have changed.
       console: for progress; standard error by default. Only process 0 shows any.
+      export: writes `config.export`; the command line has one.
 
     Returns:
       Whether SIGTERM stopped it; everything is saved then.
@@ -89,17 +105,23 @@ def pretrain(config: RunConfig, console: Console | None = None) -> bool:
     """
     first_process = jax.process_index() == 0
     console = console or Console(stderr=True, quiet=not first_process)
-    datasets = {name: PackedRows(folder) for name, folder in config.data.items()}
-    mixture = Mixture(config.mixture_stages(), datasets, config.seed)
-    tokenizer = load_tokenizer(config.tokenizer)
-    mixture.check_tokenizer(tokenizer.fingerprint())
-    _check_vocabulary(config, datasets)
-    held_out = _HeldOut(config, tokenizer.fingerprint())
-    meshes = [make_mesh(config.mesh_axes(index)) for index in range(len(config.stages))]
-    for index, mesh in enumerate(meshes):
-        _check_batch(config, index, mesh)
+    check_same("configuration", digest(as_json(config)))
+    with in_step("Preparing the run"):
+        tokenizer = load_tokenizer(config.tokenizer)
+        meshes = [make_mesh(config.mesh_axes(index)) for index in range(len(config.stages))]
+        for index, mesh in enumerate(meshes):
+            _check_batch(config, index, mesh)
+    datasets, held_out_rows = open_data(config, tokenizer.fingerprint(), console)
     output = Path(config.output).absolute()
-    output.mkdir(parents=True, exist_ok=True)
+    with in_step("Preparing the run"):
+        mixture = Mixture(config.mixture_stages(), datasets, config.seed)
+        mixture.check_tokenizer(tokenizer.fingerprint())
+        _check_vocabulary(config, datasets)
+        output.mkdir(parents=True, exist_ok=True)
+    check_same("data", mixture.fingerprint())
+    held_out = _HeldOut(config, held_out_rows)
+    if config.export is not None and export is None:
+        raise InputError("Writing config.export needs the function `export`; the command line gives it.")
     run = {"seed": config.seed, "initial": config.initial}
     with (
         _Sigterm() as sigterm,
@@ -109,6 +131,14 @@ def pretrain(config: RunConfig, console: Console | None = None) -> bool:
     ):
         state, step = _begin(config, checkpoints, mixture, meshes)
         total = config.ends[-1]
+        exported = config.export is not None and _is_taken(Path(config.export))
+        if exported and step < total:
+            raise InputError(f"{config.export} exists already. Export to a new folder (export), or remove it first.")
+
+        def stop(step: int) -> bool:
+            checkpoints.check()
+            return sigterm.stop(step)
+
         _say_beginning(console, config, step)
         with contextlib.ExitStack() as stack:
             log = (
@@ -135,11 +165,14 @@ def pretrain(config: RunConfig, console: Console | None = None) -> bool:
                         evaluate=held_out.evaluation(index, mesh),
                         checkpoints=_OfStage(checkpoints, stage.model, mixture.record()),
                         display=display,
-                        stop=sigterm.stop,
+                        stop=stop,
                     )
                     step = int(state.step)
                 if sigterm.came:
                     break
+        if step == total and config.export is not None and export is not None and not exported:
+            checkpoints.finish()
+            export(state.params, config.pretrain(-1).model, checkpoints.folder, Path(config.export))
         if step < total:
             console.print(
                 f"Stopped by SIGTERM after step {step} of {total}; it is saved; the same command goes on from there.",
@@ -165,21 +198,29 @@ def _begin(
     config: RunConfig, checkpoints: Checkpoints, mixture: Mixture, meshes: Sequence[Mesh]
 ) -> tuple[TrainState, int]:
     """The state to go on from, on the mesh of its stage, and its step."""
-    if checkpoints.latest_step is not None:
+    newest = checkpoints.latest_step
+    if newest is not None:
         # Which mesh: that of the stage which the newest checkpoint is in, or was the last of.
-        newest = min(checkpoints.latest_step, len(mixture) - 1)
-        index = mixture.stage(newest)
+        index = mixture.stage(min(newest, len(mixture) - 1))
         with jax.set_mesh(meshes[index]):
             state = checkpoints.restore(abstract_state(config.pretrain(index), meshes[index]))
         step = int(state.step)
-        mixture.check_resume(checkpoints.data(step) or {}, step)
+        with in_step("Resuming"):
+            mixture.check_resume(checkpoints.data(step) or {}, step)
         return state, step
     stage, mesh = config.pretrain(0), meshes[0]
     with jax.set_mesh(mesh):
         if config.initial is None:
             return init_state(stage, config.seed, mesh), 0
         like = abstract_state(stage, mesh).params
-        return fresh_state(stage, _initial_weights(config, Path(config.initial), like), mesh), 0
+        with in_step(f"Reading the weights of {config.initial}"):
+            weights = _initial_weights(config, Path(config.initial).absolute(), like)
+        return fresh_state(stage, weights, mesh), 0
+
+
+def _is_taken(folder: Path) -> bool:
+    """Whether something is there already."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def _initial_weights(config: RunConfig, folder: Path, like: Any) -> Any:
@@ -190,8 +231,7 @@ def _initial_weights(config: RunConfig, folder: Path, like: Any) -> Any:
     if different or not (folder / "params").is_dir():
         why = ", ".join(f"{n} is {saved[n]!r} there and {given[n]!r} here" for n in different) or "it has no params/"
         raise InputError(f"The weights of {folder} do not fit the model of this run: {why}.")
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder.absolute() / "params", like)
+    return read_arrays(folder / "params", like)
 
 
 def _check_vocabulary(config: RunConfig, datasets: dict[str, PackedRows]) -> None:
@@ -216,14 +256,8 @@ def _check_batch(config: RunConfig, index: int, mesh: Mesh) -> None:
 class _HeldOut:
     """Mean loss on each held-out data set."""
 
-    def __init__(self, config: RunConfig, tokenizer: str):
-        self._config = config
-        self._rows: dict[str, Batch] = {}
-        for name, folder in config.held_out.items():
-            rows = PackedRows(folder)
-            if rows.manifest.tokenizer != tokenizer:
-                raise InputError(f"The held-out data set {name!r} was built with another tokenizer. Build it again.")
-            self._rows[name] = rows.take(range(len(rows)))
+    def __init__(self, config: RunConfig, rows: dict[str, PackedRows]):
+        self._config, self._rows = config, rows
 
     def evaluation(self, index: int, mesh: Mesh) -> Any:
         """A function of the state, for `fit`, with the configuration of a stage; None without data."""
@@ -231,7 +265,7 @@ class _HeldOut:
             return None
         stage = self._config.stages[index]
         eval_step, size = make_eval_step(self._config.pretrain(index), mesh), stage.batch_size // stage.accumulation
-        batches = {name: whole_batches(rows, size) for name, rows in self._rows.items()}
+        batches = {name: HeldOutBatches(rows, size, mesh) for name, rows in self._rows.items()}
 
         def evaluate(state: TrainState) -> dict[str, float]:
             sums = {name: held_out_loss(state.params, eval_step, parts, mesh) for name, parts in batches.items()}

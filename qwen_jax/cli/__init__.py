@@ -12,9 +12,10 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 
-from qwen_jax.cli.failures import complain, explain
+from qwen_jax.cli.failures import complain, explain, several_processes
 
 # A name of one word or two: its module here, what is called in it, its summary.
 _COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -88,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     for package in ("qwen_jax", "convert", "train"):
         logging.getLogger(package).setLevel(logging.INFO)
+    # Orbax's; it prints the traceback of what it raises all the same.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     # A job scheduler's SIGTERM unwinds like any other failure, so that nothing half-written stays behind.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -97,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
+        _leave(130)
         return 130
     except BrokenPipeError:
         # Whoever read our output has left. Nothing more can be written, not even at interpreter shutdown.
@@ -105,9 +109,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         problem = explain(error)
         if problem is None:
+            if several_processes():
+                traceback.print_exc()
+                _leave(1)
             raise
         complain(problem)
+        _leave(1)
         return 1
+
+
+def _leave(status: int) -> None:
+    """One of several processes ends at once: an ordinary exit would wait for the others, and they for this one."""
+    if several_processes():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _print_anything() -> None:

@@ -6,6 +6,8 @@ import sys
 
 from qwen_jax.errors import InputError
 
+# How a failed collective reads when another process is gone: over TCP, over NCCL, from JAX's coordination service.
+_LOST = re.compile(r"gloo|nccl|by peer|connection|heartbeat|coordination|barrier", re.IGNORECASE)
 _REMEDIES = (
     "Where the command has them, these need less: a smaller --batch-size, shorter prompts, fewer --max-new-tokens, "
     "--dtype bfloat16, more devices (--mesh tensor=2). Otherwise take a smaller model or a larger machine."
@@ -16,8 +18,33 @@ def explain(error: BaseException) -> str | None:
     """The message for a failure that the user can mend: bad input, or too little memory. None for any other."""
     if isinstance(error, InputError):
         return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = f" for {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}. Make room and run the same command again."
+    lost = _lost_process(error)
+    if lost is not None:
+        return lost
     need = _lacking_memory(error)
     return None if need is None else f"Out of memory: {need.rstrip('.')}. {_REMEDIES}"
+
+
+def several_processes() -> bool:
+    """Whether this process is one of several that JAX has joined."""
+    jax = sys.modules.get("jax")
+    return bool(jax and jax.distributed.is_initialized() and jax.process_count() > 1)
+
+
+def _lost_process(error: BaseException) -> str | None:
+    """What to do, where another process of the job is gone."""
+    if not several_processes() or not isinstance(error, (sys.modules["jax"].errors.JaxRuntimeError, TimeoutError)):
+        return None
+    text = str(error)
+    if not isinstance(error, TimeoutError) and not _LOST.search(text):
+        return None
+    return (
+        "Another process of the job has ended or cannot be reached, and its own output says why "
+        f"({text.strip().partition(chr(10))[0][:300]}). Start all of them again with the same command."
+    )
 
 
 def _lacking_memory(error: BaseException) -> str | None:

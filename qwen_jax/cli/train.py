@@ -47,6 +47,10 @@ def quickstart(argv: Sequence[str]) -> int:
 
 
 def pretrain(argv: Sequence[str]) -> int:
-    """Runs `train.run`."""
-    status: int = sibling("train.run").main(argv)
+    """Runs `train.run`, which knows nothing of conversion, with what it needs of it."""
+
+    def export(params: Any, config: Any, origin: Path, folder: Path) -> None:
+        sibling("convert.huggingface").export(params, config, folder, extra_files_from=origin)
+
+    status: int = sibling("train.run").main(argv, export)
     return status

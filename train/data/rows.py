@@ -54,6 +54,9 @@ class PackedRows:
         Returns:
           Tokens int32 [n, length], where documents begin bool [n, length], and real tokens of each row [n]. They are
           what `rows_to_batch` takes.
+
+        Raises:
+          InputError: a token id that no tokenizer made: the shard is damaged.
         """
         n = len(indices)
         tokens = np.empty((n, self.length), "<u4")
@@ -69,6 +72,12 @@ class PackedRows:
             mapped_tokens, mapped_starts = _map(path, shard.rows, self.length, shard.tokens_sha256)
             tokens[i], starts[i] = mapped_tokens[row], mapped_starts[row]
             num_tokens[i] = min(self.length, shard.tokens - row * self.length)
+            if tokens[i].max() >= self.manifest.vocab_size:
+                raise InputError(
+                    f"{path}.tokens is damaged: row {row} has the token id {tokens[i].max()}, and the tokenizer has "
+                    f"{self.manifest.vocab_size}. Copy it again from where it is intact, and resume; verify_data=true "
+                    "looks for other damage."
+                )
         bits = np.unpackbits(starts, axis=1, count=self.length, bitorder="little").view(bool)
         return tokens.view("<i4").astype(np.int32, copy=False), bits, num_tokens
 

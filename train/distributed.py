@@ -1,0 +1,58 @@
+"""Joining the other processes of a job, and making sure that all of them were started with the same thing."""
+
+import jax
+import numpy as np
+
+from qwen_jax.errors import InputError
+from qwen_jax.multihost import gather
+
+# A process that has been silent for so long is taken for dead, and all others end.
+HEARTBEAT_SECONDS = 60
+
+
+def join(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    index: int | None = None,
+    heartbeat_seconds: int = HEARTBEAT_SECONDS,
+) -> None:
+    """Makes this process one of a job; call it before anything else touches a device.
+
+    Args:
+      coordinator: "host:port" of process 0; by default what SLURM, Open MPI, Kubernetes or a Cloud TPU says.
+      processes: how many there are; by default as above.
+      index: of this one, from 0; by default as above.
+      heartbeat_seconds: a process that has been silent for so long is taken for dead, and all others end.
+
+    Raises:
+      InputError: nothing says which job this is, or the others did not come.
+    """
+    if heartbeat_seconds < 2:
+        raise InputError(f"The heartbeat timeout must be at least 2 seconds, got {heartbeat_seconds}.")
+    try:
+        jax.distributed.initialize(coordinator, processes, index, heartbeat_timeout_seconds=heartbeat_seconds)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"Cannot join the other processes: {reason} Start one process for each host by SLURM, Open MPI, Kubernetes "
+            "or on every worker of a Cloud TPU; or give --coordinator HOST:PORT, --num-processes N and --process-id I."
+        ) from None
+
+
+def check_same(what: str, digest: str) -> None:
+    """Compares something between all processes.
+
+    Args:
+      what: is compared, for the message, such as "configuration".
+      digest: a hash of it (hex).
+
+    Raises:
+      InputError: in every process, where any has another than process 0.
+    """
+    of_all = gather([int(digest[i : i + 7], 16) for i in (0, 7, 14)])
+    different = np.flatnonzero((of_all != of_all[0]).any(axis=1)).tolist()
+    if different:
+        raise InputError(
+            f"The {what} of {'process' if len(different) == 1 else 'processes'} {', '.join(map(str, different))} "
+            "is not that of process 0. Start all processes with the same command, on the same files."
+        )

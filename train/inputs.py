@@ -1,0 +1,124 @@
+"""The data of a run: built data sets, raw documents that become one, and held-out rows, read as they are needed."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from qwen_jax.errors import InputError
+from qwen_jax.multihost import in_step
+from train.config import RunConfig
+from train.data.batch import Batch, place_part, row_part
+from train.data.build import BuildConfig, build
+from train.data.rows import PackedRows
+from train.data.shards import MANIFEST
+from train.data.text import find_files
+
+
+def open_data(
+    config: RunConfig, tokenizer: str, console: Console
+) -> tuple[dict[str, PackedRows], dict[str, PackedRows]]:
+    """Opens what a run reads. Raw documents are built first, by process 0, into `data/` of the run's folder.
+
+    Args:
+      config: of the run.
+      tokenizer: its fingerprint.
+      console: for progress.
+
+    Returns:
+      Data sets to train on and to evaluate on, by name.
+
+    Raises:
+      InputError: something is missing, damaged or built with another tokenizer; raw documents that are too many, or
+        others than those that the run began with.
+    """
+    lengths: dict[str, set[int]] = {}
+    for stage in config.mixture_stages():
+        for name in stage.weights:
+            # One of weight 0 is not used, but named: it must be there.
+            if name in stage.shares() or name not in lengths:
+                lengths.setdefault(name, set()).add(stage.length)
+    opened: tuple[dict[str, PackedRows], dict[str, PackedRows]] = {}, {}
+    kinds = (("data", config.data), ("held_out", config.held_out))
+    for into, (kind, sources) in zip(opened, kinds, strict=True):
+        for name, source in sources.items():
+            # A held-out data set has rows of whatever length it was built with.
+            wanted = lengths.get(name, set()) if kind == "data" else {config.stages[0].length}
+            with in_step(f"Opening {kind}.{name}"):
+                if _built(Path(source)):
+                    into[name] = PackedRows(source, config.verify_data)
+                elif wanted:
+                    folder = Path(config.output).absolute() / "data" / kind / name
+                    if jax.process_index() == 0:
+                        _build(config, f"{kind}.{name}", source, wanted, folder, console)
+            if name not in into and wanted:
+                with in_step(f"Opening {kind}.{name}"):
+                    into[name] = PackedRows(folder, config.verify_data)
+    for name, rows in opened[1].items():
+        if rows.manifest.tokenizer != tokenizer:
+            raise InputError(f"The held-out data set {name!r} was built with another tokenizer. Build it again.")
+    return opened
+
+
+def _built(source: Path) -> bool:
+    """Whether it is a folder of `qwen-jax data build`, finished or not."""
+    return source.is_dir() and any((source / name).exists() for name in (MANIFEST, "units", "shard-00000.tokens"))
+
+
+def _build(config: RunConfig, name: str, source: str, lengths: set[int], folder: Path, console: Console) -> None:
+    if len(lengths) > 1:
+        raise InputError(
+            f"{name} is raw documents, which become rows of one length, and stages ask for {sorted(lengths)}. Give "
+            "them once for each length, under names of their own."
+        )
+    (length,) = lengths
+    files = find_files([source])
+    megabytes = sum(path.stat().st_size for path in files) / 1e6
+    if megabytes > config.max_raw_megabytes:
+        raise InputError(
+            f"{name}: the raw documents of {source} have {megabytes:,.1f} MB, more than the "
+            f"{config.max_raw_megabytes:g} that a run builds when it starts (max_raw_megabytes). Build them ahead: "
+            f"qwen-jax data build --input {shlex.quote(source)} --tokenizer {shlex.quote(config.tokenizer)} --length "
+            f"{length} --output DIR, and give DIR."
+        )
+    try:
+        build(BuildConfig((source,), Path(config.tokenizer), length, folder, domain=name, workers=1), progress=console)
+    except InputError as error:
+        begun = (folder / MANIFEST).exists()
+        hint = " A run keeps the documents it began with: put them back, or begin a new run." if begun else ""
+        raise InputError(f"{name}: {error}{hint}") from None
+
+
+class HeldOutBatches(Sequence[Batch]):
+    """All rows of a data set in order, on the devices of a mesh, read when they are asked for.
+
+    The last batch is filled up with rows of padding. Each process reads only the rows of its own devices.
+    """
+
+    def __init__(self, rows: PackedRows, batch_size: int, mesh: Mesh):
+        """
+        Args:
+          rows: of the data set.
+          batch_size: rows in a global batch.
+          mesh: where batches are placed.
+        """
+        self._rows, self._size, self._mesh = rows, batch_size, mesh
+        self._part = row_part(mesh, batch_size)
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._size)
+
+    def __getitem__(self, index: int) -> Batch:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(f"batch {index} of {len(self)}")
+        part, count = self._part
+        size = self._size // count
+        first = index * self._size + part * size
+        batch = self._rows.take(range(min(first, len(self._rows)), min(first + size, len(self._rows))))
+        missing = size - batch.shape[0]
+        padded: Batch = jax.tree.map(lambda x: np.pad(x, ((0, missing), (0, 0))), batch)
+        return place_part(padded, self._size, self._mesh)
