@@ -5,8 +5,12 @@ def job(folder: str) -> list[float]:  # at the top level of a test module
     ...
 
 first, second = run(job, str(tmp_path), processes=2, devices=2)
+
+with train("config.py", processes=2) as job:  # the real command
+    assert job.wait() == [0, 0]
 """
 
+import contextlib
 import os
 import pickle
 import signal
@@ -16,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +57,10 @@ def run(
     script = isinstance(function, (str, Path))
     target = str(function) if script else (function.__module__, function.__qualname__)
     environment = {**os.environ, **(env or {}), "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    with tempfile.TemporaryDirectory(prefix="qwen-jax-processes-") as name:
+    with tempfile.TemporaryDirectory(prefix="qwen-jax-processes-") as name, reserved_port() as port:
         folder = Path(name)
-        task = {"target": target, "args": args, "address": f"127.0.0.1:{free_port()}", "processes": processes}
-        (folder / "task").write_bytes(pickle.dumps({**task, "devices": devices}))
+        task = {"target": target, "args": args, "address": f"127.0.0.1:{port}", "processes": processes}
+        (folder / "task").write_bytes(pickle.dumps({**task, "devices": devices, "timeout": timeout}))
         command = [sys.executable, __file__, name]
         started: list[subprocess.Popen[bytes]] = []
         try:
@@ -82,12 +86,108 @@ def run(
         return [pickle.loads((folder / f"result-{i}").read_bytes()) for i in range(processes)]
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
+class Job:
+    """Processes of `qwen-jax train pretrain` that form one job.
+
+    Attributes:
+      started: by process index.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.started: list[subprocess.Popen[bytes]] = []
+        self._folder = folder
+
+    def output(self, index: int) -> str:
+        """What a process has written so far, standard output and error together."""
+        return _tail(self._folder / f"output-{index}", 20_000)
+
+    def wait(self, timeout: float = 300.0) -> list[int]:
+        """Waits for all; their exit statuses.
+
+        Raises:
+          ProcessError: one is not done in time.
+        """
+        deadline = time.monotonic() + timeout
+        while None in [process.poll() for process in self.started]:
+            if time.monotonic() > deadline:
+                raise ProcessError(f"Not done within {timeout:g} seconds.\n{self}")
+            time.sleep(0.02)
+        return [process.returncode for process in self.started]
+
+    def __str__(self) -> str:
+        codes = [process.poll() for process in self.started]
+        outputs = (f"--- process {i} ---\n{self.output(i)}" for i in range(len(codes)))
+        return "\n".join([f"Exit statuses (None is still running): {codes}", *outputs])
+
+
+@contextlib.contextmanager
+def train(
+    config: str | os.PathLike[str],
+    *changes: str,
+    processes: int = 1,
+    devices: int = 1,
+    options: Sequence[str] = (),
+    env: dict[str, str] | None = None,
+    launcher: Sequence[str] = (),
+) -> Iterator[Job]:
+    """Starts `qwen-jax train pretrain`, once or as several processes that find each other; ends them when it is left.
+
+    Args:
+      config: for `--config`.
+      *changes: for `--set`.
+      processes: how many.
+      devices: fake CPU devices in each process.
+      options: further ones.
+      env: environment variables on top of this process's own.
+      launcher: a command that the last process is started with, such as `prlimit`.
+    """
+    root = str(Path(__file__).parent.parent)
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "PYTHONPATH": os.pathsep.join([root, *sys.path]),
+        **(env or {}),
+    }
+    command = [sys.executable, "-m", "qwen_jax", "train", "pretrain", "--config", os.fspath(config), *options]
+    command += ["--set", *changes] if changes else []
+    with tempfile.TemporaryDirectory(prefix="qwen-jax-job-") as name, reserved_port() as port:
+        job = Job(Path(name))
+        try:
+            for i in range(processes):
+                place = [
+                    "--coordinator",
+                    f"127.0.0.1:{port}",
+                    "--num-processes",
+                    str(processes),
+                    "--process-id",
+                    str(i),
+                ]
+                with (Path(name) / f"output-{i}").open("wb") as output:
+                    job.started.append(
+                        subprocess.Popen(
+                            [*(launcher if i == processes - 1 else ()), *command, *(place if processes > 1 else ())],
+                            env=environment,
+                            stdin=subprocess.DEVNULL,
+                            stdout=output,
+                            stderr=subprocess.STDOUT,
+                            start_new_session=True,
+                        )
+                    )
+            yield job
+        finally:
+            for process in job.started:
+                _end(process)
+
+
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A TCP port of this machine that nobody listens on, and that the system gives to nobody else meanwhile."""
     with socket.socket() as probe:
+        # JAX's coordinator, which sets the same option, may listen there all the same.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        yield probe.getsockname()[1]
 
 
 def _wait(started: list["subprocess.Popen[bytes]"], timeout: float) -> str:
@@ -127,7 +227,9 @@ def _main(folder: Path, index: int) -> None:
     task = pickle.loads((folder / "task").read_bytes())
     jax.config.update("jax_num_cpu_devices", task["devices"])
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(task["address"], task["processes"], index, initialization_timeout=60)
+    jax.distributed.initialize(
+        task["address"], task["processes"], index, initialization_timeout=int(task["timeout"]) + 1
+    )
     result = None
     if isinstance(task["target"], str):
         sys.argv = [task["target"], *task["args"]]

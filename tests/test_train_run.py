@@ -1,93 +1,37 @@
 """Runs from a configuration: stages in one log, resume that leaves no trace, and what must not change on the way."""
 
-import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from data_sets import make_rows
-from jax.experimental.compilation_cache import compilation_cache
-from processes import run as run_processes
+from runs import assert_same_weights, config_file, configuration, make_material, numbers, program_cache
 
-from qwen_jax.config import load_config, published
+from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
 from qwen_jax.sharding import make_mesh
 from qwen_jax.tokenizer import train_bpe
 from train import run
-from train.config import RunConfig, Stage, load, set_field
+from train.config import load, set_field
 from train.data.batch import row_part
 from train.data.mixture import Mixture
 from train.data.rows import PackedRows
 from train.metrics import read_log
-from train.optimizer import Schedule
-
-MODEL = dataclasses.replace(published("tiny"), vocab_size=1024, num_layers=1, rope_theta=1e4)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
     """Runs that begin anew find their programs compiled, as they would on a cluster with a cache; it saves minutes."""
-    folder = str(tmp_path_factory.mktemp("cache"))
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (folder, 0.5), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield folder
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    with program_cache(tmp_path_factory.mktemp("cache")) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
     """A tokenizer, and data sets of two lengths."""
-    folder = tmp_path_factory.mktemp("material")
-    tokenizer = train_bpe(["some text of no importance " * 9], 300)
-    tokenizer.save(folder / "tokenizer")
-    rng = np.random.default_rng(0)
-    for name, length in (("a", 16), ("b", 16), ("long", 32), ("held", 16)):
-        make_rows(folder / name, rng, 12, length, tokenizer=tokenizer.fingerprint())
-    return folder
-
-
-def configuration(material, output, **changes) -> RunConfig:
-    config = RunConfig(
-        output=str(output),
-        model=MODEL,
-        tokenizer=str(material / "tokenizer"),
-        data={name: str(material / name) for name in ("a", "b", "long")},
-        held_out={"held": str(material / "held")},
-        stages=(
-            Stage(Schedule(6, 1e-2, warmup_steps=2), 16, 4, {"a": 1, "b": 3}),
-            Stage(Schedule(4, 1e-3, schedule="wsd"), 32, 2, {"long": 1}, rope_theta=1e6, accumulation=2),
-        ),
-        dtype="float32",
-        remat="none",
-        evaluate_every=5,
-        checkpoint_every=3,
-        keep_last=3,
-    )
-    return dataclasses.replace(config, **changes)
-
-
-def numbers(output) -> list[tuple]:
-    keys = "step", "loss", "grad_norm", "learning_rate", "weight", "skipped", "held_out_held_loss"
-    return [tuple(r.get(key) for key in keys) for r in read_log(Path(output) / "metrics.jsonl")]
-
-
-def final_weights(output, step=10):
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(Path(output) / "checkpoints" / str(step) / "params")
+    return make_material(tmp_path_factory.mktemp("material"))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +79,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(material, tmp_path, straigh
     assert (output / "checkpoints" / str(at)).is_dir()
     assert not run.pretrain(config)
     assert numbers(output) == numbers(straight)
-    jax.tree.map(np.testing.assert_array_equal, final_weights(output), final_weights(straight))
+    assert_same_weights(output, straight)
     # A run that has ended does nothing more.
     assert not run.pretrain(config)
     assert numbers(output) == numbers(straight)
@@ -151,7 +95,7 @@ def test_a_run_on_another_mesh_goes_on_within_noise(material, tmp_path, straight
         config = set_field(config, change)
     run.pretrain(config)
     got, expected = numbers(output), numbers(straight)
-    assert got[:6] == expected[:6]
+    assert got[:5] == expected[:5]  # Up to where it was stopped.
     # float32 sums in another order.
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose([x or 0 for x in a], [x or 0 for x in b], rtol=1e-4)
@@ -185,63 +129,6 @@ def test_what_a_run_has_seen_may_not_change_and_what_comes_may(material, tmp_pat
 
 def _tokenizer(material) -> str:
     return PackedRows(material / "a").manifest.tokenizer
-
-
-CONFIG_FILE = """
-import pathlib, sys
-sys.path.insert(0, {tests!r})
-from test_train_run import configuration
-def config():
-    return configuration(pathlib.Path({material!r}), {output!r})
-"""
-
-
-@pytest.mark.slow
-def test_killed_at_any_time_a_run_ends_as_if_it_had_not_been(material, tmp_path, straight, cache):
-    """By SIGKILL at random moments, also during a save, and by SIGTERM."""
-    output = tmp_path / "run"
-    text = CONFIG_FILE.format(tests=str(Path(__file__).parent), material=str(material), output=str(output))
-    (tmp_path / "config.py").write_text(text)
-    code = "import sys; from train.run import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "--config", str(tmp_path / "config.py"), "--set", "checkpoint_every=1"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-        "JAX_COMPILATION_CACHE_DIR": cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-    }
-    rng, log = np.random.default_rng(0), output / "metrics.jsonl"
-    for i in range(4):
-        seen = log.read_bytes().count(b"\n") if log.exists() else 0
-        with (tmp_path / f"err-{i}").open("wb") as err:
-            process = subprocess.Popen(command, env=environment, stderr=err)
-        deadline = time.monotonic() + 200
-        while process.poll() is None and time.monotonic() < deadline:
-            if i < 3 and log.exists() and log.read_bytes().count(b"\n") not in (seen, 0):
-                time.sleep(rng.random() * 0.2)
-                process.send_signal(signal.SIGTERM if i == 1 else signal.SIGKILL)
-                break
-            time.sleep(0.005)
-        status = process.wait(200)
-        assert status in ((0, run.STOPPED) if i == 1 else (0, -signal.SIGKILL) if i < 3 else (0,)), (
-            tmp_path / f"err-{i}"
-        ).read_text()
-    assert [n for n in numbers(output) if n[1]] == [n for n in numbers(straight) if n[1]]
-    jax.tree.map(np.testing.assert_array_equal, final_weights(output), final_weights(straight))
-
-
-def on_hosts(material: str, output: str) -> list[tuple]:
-    """In each of several processes."""
-    config = configuration(Path(material), output, mesh={"data": 2, "tensor": 2})
-    run.pretrain(dataclasses.replace(config, stages=(config.stages[0],)))
-    return numbers(output)
-
-
-def test_hosts_train_together_on_rows_of_their_own(material, tmp_path, straight):
-    got, _ = run_processes(on_hosts, str(material), str(tmp_path / "run"), processes=2, devices=2)
-    for a, b in zip(got, numbers(straight), strict=False):
-        np.testing.assert_allclose([x or 0 for x in a], [x or 0 for x in b], rtol=1e-4)
-    assert len((tmp_path / "run" / "launches.jsonl").read_text().splitlines()) == 1
 
 
 def test_another_number_of_hosts_reads_the_same_global_batches(material):
@@ -281,7 +168,7 @@ def test_fields_are_set_by_their_path_and_misspelt_ones_are_named(material):
 
 def test_a_configuration_is_a_function_in_a_file(material, tmp_path, capsys):
     file = tmp_path / "runs.py"
-    file.write_text(CONFIG_FILE.format(tests=str(Path(__file__).parent), material=str(material), output="out"))
+    config_file(file, material, Path("out"))
     assert load(str(file), ["seed=3"]).seed == 3
     with pytest.raises(InputError, match="no function 'confg'; did you mean 'config'"):
         load(f"{file}:confg")
