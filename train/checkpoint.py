@@ -13,6 +13,8 @@ import logging
 import os
 import re
 import shutil
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,7 @@ class Checkpoints:
         run = {"tokenizer": tokenizer.fingerprint(), **(run or {})}
         self._config = config
         self._saving, self._bytes = "", 0  # What was begun to be saved last, and its size.
-        self._failed = False
+        self._problem: BaseException | None = None  # Why saving in the background has failed.
         with in_step(f"Opening {self.folder}"):
             new = not (self.folder / "run.json").exists()
             if not new:
@@ -88,7 +90,10 @@ class Checkpoints:
                     "The folder of a run must be on a file system that all processes see."
                 )
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_last, keep_period=keep_every or None, cleanup_tmp_directories=True
+            max_to_keep=keep_last,
+            keep_period=keep_every or None,
+            cleanup_tmp_directories=True,
+            async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._barrier),
         )
         handlers = {
             "params": ocp.StandardCheckpointHandler(),
@@ -177,8 +182,11 @@ class Checkpoints:
         Raises:
           InputError: as for `save`.
         """
+        # Not `check_for_errors` of the manager: it would take the error from the thread that must not go on to remove
+        # old checkpoints.
         with self._room():
-            self._manager.check_for_errors()
+            if self._problem is not None:
+                raise self._problem
 
     def finish(self) -> None:
         """Waits until everything is saved.
@@ -189,6 +197,17 @@ class Checkpoints:
         with self._room():
             self._manager.wait_until_finished()
             self._label()
+
+    def _barrier(self, *, key: str, timeout_ms: int) -> None:
+        """Where the threads that save meet those of other processes. One that has failed does not wait for them.
+
+        They wait for what it did not write, and it for them, for 20 minutes.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            self._problem = self._problem or sys.exc_info()[1]
+        if self._problem is not None:
+            raise self._problem
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     @contextlib.contextmanager
     def _room(self) -> Iterator[None]:
@@ -202,7 +221,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
                     shutil.rmtree(unfinished, ignore_errors=True)
-            self._failed = True
+            self._problem = error
             whole = self._steps() if self.folder.is_dir() else []
             needs, free = f"{self._bytes / 2**20:,.1f}", f"{_free(self.folder) / 2**20:,.1f}"
             raise InputError(
@@ -324,7 +343,7 @@ class Checkpoints:
         if error is None:
             self.close()
             return
-        if self._failed or (jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)):
+        if self._problem or (jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)):
             return  # A save in progress would wait for other processes, which may be gone.
         try:
             self.close()

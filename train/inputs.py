@@ -90,7 +90,7 @@ def _build(config: RunConfig, name: str, source: str, lengths: set[int], folder:
     except InputError as error:
         begun = (folder / MANIFEST).exists()
         hint = " A run keeps the documents it began with: put them back, or begin a new run." if begun else ""
-        raise InputError(f"{name}: {error}{hint}") from None
+        raise InputError(f"{name}, {source}: {error}{hint}") from None
 
 
 class HeldOutBatches(Sequence[Batch]):

@@ -117,7 +117,12 @@ def pretrain(config: RunConfig, console: Console | None = None, export: Export |
         mixture = Mixture(config.mixture_stages(), datasets, config.seed)
         mixture.check_tokenizer(tokenizer.fingerprint())
         _check_vocabulary(config, datasets)
-        output.mkdir(parents=True, exist_ok=True)
+        if config.initial is not None and not (output / "checkpoints").exists():
+            _check_initial(config, Path(config.initial))
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"Cannot make the folder {output}: {error.strerror}. Give another as output.") from None
     check_same("data", mixture.fingerprint())
     held_out = _HeldOut(config, held_out_rows)
     if config.export is not None and export is None:
@@ -214,7 +219,7 @@ def _begin(
             return init_state(stage, config.seed, mesh), 0
         like = abstract_state(stage, mesh).params
         with in_step(f"Reading the weights of {config.initial}"):
-            weights = _initial_weights(config, Path(config.initial).absolute(), like)
+            weights = _initial_weights(Path(config.initial).absolute() / "params", like)
         return fresh_state(stage, weights, mesh), 0
 
 
@@ -223,7 +228,17 @@ def _is_taken(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
-def _initial_weights(config: RunConfig, folder: Path, like: Any) -> Any:
+def _initial_weights(folder: Path, like: Any) -> Any:
+    try:
+        return read_arrays(folder, like)
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        raise
+    except Exception as error:  # Orbax raises no narrower one for an array that cannot be read.
+        reason = str(error).strip().partition("\n")[0][:300]
+        raise InputError(f"The weights in {folder} are damaged: {reason}. Copy them again.") from error
+
+
+def _check_initial(config: RunConfig, folder: Path) -> None:
     saved = dataclasses.asdict(load_config(folder))
     given = dataclasses.asdict(config.model)
     free = ("rope_theta", "max_position_embeddings", "dtype", "yarn", "dual_chunk")
@@ -231,7 +246,6 @@ def _initial_weights(config: RunConfig, folder: Path, like: Any) -> Any:
     if different or not (folder / "params").is_dir():
         why = ", ".join(f"{n} is {saved[n]!r} there and {given[n]!r} here" for n in different) or "it has no params/"
         raise InputError(f"The weights of {folder} do not fit the model of this run: {why}.")
-    return read_arrays(folder / "params", like)
 
 
 def _check_vocabulary(config: RunConfig, datasets: dict[str, PackedRows]) -> None:

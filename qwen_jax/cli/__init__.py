@@ -89,8 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     for package in ("qwen_jax", "convert", "train"):
         logging.getLogger(package).setLevel(logging.INFO)
-    # Orbax's; it prints the traceback of what it raises all the same.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    _hush_orbax()
     # A job scheduler's SIGTERM unwinds like any other failure, so that nothing half-written stays behind.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -124,6 +123,20 @@ def _leave(status: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _hush_orbax() -> None:
+    """A save that fails is told once, by what catches it, and not by a traceback for each of its arrays as well."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def hook(what: "sys.UnraisableHookArgs") -> None:
+        # Writes that end after the save has been given up.
+        if not (isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"):
+            before(what)
+
+    if before is sys.__unraisablehook__:
+        sys.unraisablehook = hook
 
 
 def _print_anything() -> None:
