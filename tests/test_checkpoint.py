@@ -3,10 +3,13 @@
 import contextlib
 import dataclasses
 import json
+import threading
 
 import jax
 import numpy as np
+import psutil
 import pytest
+from processes import run
 
 from qwen_jax.config import load_config, published
 from qwen_jax.errors import InputError
@@ -127,6 +130,45 @@ def test_resuming_with_something_else_is_refused_and_touches_nothing(tmp_path, t
         Checkpoints(folder, MODEL, tokenizer, {"seed": 2})
     assert {p: p.read_bytes() for p in folder.iterdir() if p.is_file()} == content
     Checkpoints(folder, MODEL, tokenizer, {"seed": 1}).close()
+
+
+def peak_of_saves(folder):
+    """Bytes of a state, and by how many the process grew at most while it was saved three times."""
+    model = dataclasses.replace(published("qwen2.5-0.5b"), vocab_size=8192, num_layers=2)
+    config, mesh = PretrainConfig(model, OptimizerConfig(Schedule(5, 1e-3)), dtype="float32"), make_mesh({})
+    tokenizer, process = train_bpe(TEXTS, 300), psutil.Process()
+    with jax.set_mesh(mesh), Checkpoints(folder, model, tokenizer) as checkpoints:
+        state = init_state(config, 0, mesh)
+        state = dataclasses.replace(state, opt_state=jax.tree.map(noise, state.opt_state))
+        checkpoints.save(state, 0)  # What is imported and compiled for the first save is no part of it.
+        checkpoints.finish()
+        before, peak, done = process.memory_info().rss, 0, threading.Event()
+
+        def watch():
+            nonlocal peak
+            while not done.wait(0.002):
+                peak = max(peak, process.memory_info().rss)
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        for step in (1, 2, 3):
+            checkpoints.save(state, step)
+        checkpoints.finish()
+        done.set()
+        watching.join()
+        return sum(x.nbytes for x in jax.tree.leaves(state)), peak - before
+
+
+@pytest.mark.slow
+def test_saving_takes_no_more_memory_of_the_host_than_the_state(tmp_path):
+    """On the CPU the state itself is in the host's memory already; what grows is the copy that is written.
+
+    Orbax's store has a cache of up to 100 MB besides, whatever the size of the state.
+    """
+    ((size, grown),) = run(peak_of_saves, str(tmp_path / "run"), processes=1)
+    print(f"state {size / 2**20:.0f} MiB, grown by {grown / 2**20:.0f} MiB")
+    assert size > 300 * 2**20
+    assert 0.5 * size < grown < size + 160 * 2**20
 
 
 def test_nothing_to_restore_and_a_foreign_folder_are_clear_errors(mesh, tmp_path, tokenizer, fresh):
