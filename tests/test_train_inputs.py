@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from data_sets import contents, random_texts, write
+from processes import run as run_processes
 from runs import (
     assert_same_weights,
     config_file,
@@ -125,6 +126,22 @@ def test_raw_documents_are_the_rows_that_a_build_of_them_has(
     assert not run.pretrain(raw(material, tmp_path / "run", documents))
     assert numbers(tmp_path / "run") == numbers(tmp_path / "built-run")
     assert_same_weights(tmp_path / "run", tmp_path / "built-run")
+
+
+def raw_on_hosts(material: str, output: str, documents: str) -> list[float]:
+    """In each of two processes, which start with nothing built."""
+    config = dataclasses.replace(raw(Path(material), Path(output), documents), mesh={"data": 2})
+    run.pretrain(config)
+    return losses(output)
+
+
+@pytest.mark.slow
+def test_one_of_several_processes_builds_raw_documents_for_all(material: Path, tmp_path: Path, documents: Path) -> None:
+    first, second = run_processes(raw_on_hosts, str(material), str(tmp_path / "two"), str(documents), processes=2)
+    run.pretrain(raw(material, tmp_path / "one", documents))
+    assert first == second
+    # float32 sums in another order.
+    np.testing.assert_allclose(first, losses(tmp_path / "one"), rtol=1e-4)
 
 
 def test_raw_documents_may_not_change_on_resume_and_not_be_too_many(

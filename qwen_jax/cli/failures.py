@@ -29,9 +29,9 @@ def explain(error: BaseException) -> str | None:
 
 
 def several_processes() -> bool:
-    """Whether this process is one of several that JAX has joined."""
+    """Whether this process has joined others."""
     jax = sys.modules.get("jax")
-    return bool(jax and jax.distributed.is_initialized() and jax.process_count() > 1)
+    return bool(jax and jax.distributed.is_initialized())
 
 
 def _lost_process(error: BaseException) -> str | None:
