@@ -19,22 +19,19 @@ from train.data.shards import MANIFEST
 from train.data.text import find_files
 
 
-def open_data(
-    config: RunConfig, tokenizer: str, console: Console
-) -> tuple[dict[str, PackedRows], dict[str, PackedRows]]:
+def open_data(config: RunConfig, console: Console) -> tuple[dict[str, PackedRows], dict[str, PackedRows]]:
     """Opens what a run reads. Raw documents are built first, by process 0, into `data/` of the run's folder.
 
     Args:
       config: of the run.
-      tokenizer: its fingerprint.
       console: for progress.
 
     Returns:
       Data sets to train on and to evaluate on, by name.
 
     Raises:
-      InputError: something is missing, damaged or built with another tokenizer; raw documents that are too many, or
-        others than those that the run began with.
+      InputError: something is missing or damaged; raw documents that are too many, or others than those that the run
+        began with.
     """
     lengths: dict[str, set[int]] = {}
     for stage in config.mixture_stages():
@@ -58,9 +55,6 @@ def open_data(
             if name not in into and wanted:
                 with in_step(f"Opening {kind}.{name}"):
                     into[name] = PackedRows(folder, config.verify_data)
-    for name, rows in opened[1].items():
-        if rows.manifest.tokenizer != tokenizer:
-            raise InputError(f"The held-out data set {name!r} was built with another tokenizer. Build it again.")
     return opened
 
 

@@ -111,7 +111,7 @@ def pretrain(config: RunConfig, console: Console | None = None, export: Export |
         meshes = [make_mesh(config.mesh_axes(index)) for index in range(len(config.stages))]
         for index, mesh in enumerate(meshes):
             _check_batch(config, index, mesh)
-    datasets, held_out_rows = open_data(config, tokenizer.fingerprint(), console)
+    datasets, held_out_rows = open_data(config, console)
     output = Path(config.output).absolute()
     with in_step("Preparing the run"):
         mixture = Mixture(config.mixture_stages(), datasets, config.seed)
@@ -124,7 +124,7 @@ def pretrain(config: RunConfig, console: Console | None = None, export: Export |
         except OSError as error:
             raise InputError(f"Cannot make the folder {output}: {error.strerror}. Give another as output.") from None
     check_same("data", mixture.fingerprint())
-    held_out = _HeldOut(config, held_out_rows)
+    held_out = _HeldOut(config, held_out_rows, tokenizer.fingerprint())
     if config.export is not None and export is None:
         raise InputError("Writing config.export needs the function `export`; the command line gives it.")
     run = {"seed": config.seed, "initial": config.initial}
@@ -270,8 +270,11 @@ def _check_batch(config: RunConfig, index: int, mesh: Mesh) -> None:
 class _HeldOut:
     """Mean loss on each held-out data set."""
 
-    def __init__(self, config: RunConfig, rows: dict[str, PackedRows]):
+    def __init__(self, config: RunConfig, rows: dict[str, PackedRows], tokenizer: str):
         self._config, self._rows = config, rows
+        for name, data in rows.items():
+            if data.manifest.tokenizer != tokenizer:
+                raise InputError(f"The held-out data set {name!r} was built with another tokenizer. Build it again.")
 
     def evaluation(self, index: int, mesh: Mesh) -> Any:
         """A function of the state, for `fit`, with the configuration of a stage; None without data."""
