@@ -74,6 +74,8 @@ class RunConfig:
       export: Hugging Face folder to write after the last step; by default none.
       verify_data: compare the sha256 of all data with what was built before training, which reads all of it.
       max_raw_megabytes: more raw documents than this, in the size of their files, must be built ahead.
+      profile: first and last step to trace for xprof; None traces nothing.
+      wandb_project: project of Weights & Biases that the run is logged to besides TensorBoard; None is none.
     """
 
     output: str
@@ -104,6 +106,8 @@ class RunConfig:
     export: str | None = None
     verify_data: bool = False
     max_raw_megabytes: float = 64.0
+    profile: tuple[int, int] | None = None
+    wandb_project: str | None = None
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -119,6 +123,13 @@ class RunConfig:
             for axis in self.mesh_axes(index):
                 if axis not in AXES:
                     raise InputError(f"A mesh has no axis {axis!r}; {_near(axis, AXES)}")
+        if self.profile is not None and (
+            len(self.profile) != 2 or not 1 <= self.profile[0] <= self.profile[1] <= self.ends[-1]
+        ):
+            raise InputError(
+                f"profile must be the first and the last step to trace, from 1 to {self.ends[-1]}, the last of the "
+                f"run; got {self.profile}."
+            )
         self.mixture_stages()
 
     @property
