@@ -77,7 +77,7 @@ def _forward(
             f"{q.shape} and {k.shape}. Use implementation='reference'."
         )
     start, end = jnp.maximum(start, 0), jnp.minimum(end, k.shape[1])
-    out, lse = _run_forward(*map(_in_eights, (q, k, v)), start, end, scale=scale)
+    out, lse = _run_forward(_in_eights(q), _in_eights(k), _in_eights(v), start, end, scale=scale)
     out, lse = out[:, : q.shape[1]], lse[:, :, : q.shape[1]]
     return (out, lse), (q, k, v, start, end, out, lse)
 
