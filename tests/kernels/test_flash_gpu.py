@@ -158,8 +158,8 @@ def check(case) -> dict[str, float]:
 
     def loss(f, q, k, v):
         out, lse = f(q, k, v, start, end, scale)
-        lse = jnp.where(see, lse, 0.0)
-        return (out.astype(jnp.float32) * by).sum() + (lse * by_lse).sum(), (out, lse)
+        total = (out.astype(jnp.float32) * by).sum() + (jnp.where(see, lse, 0.0) * by_lse).sum()
+        return total, (out, lse)
 
     run = lambda f: jax.jit(jax.grad(functools.partial(loss, f), (0, 1, 2), has_aux=True))(*qkv)  # noqa: E731
     grads, (out, lse) = jax.device_get(run(flash_gpu.attention))
