@@ -18,7 +18,8 @@ from qwen_jax.sharding import Sharding, make_mesh
 from train.data.batch import place
 from train.data.loader import batches, whole_batches
 from train.data.packing import pack
-from train.loop import Display, LoopConfig, fit, held_out_loss
+from train.display import Display
+from train.loop import LoopConfig, fit, held_out_loss
 from train.loss import chunked_cross_entropy, next_token_targets
 from train.metrics import MetricsLog, bits_per_byte, flops_per_token, mfu, read_log, scored_bytes
 from train.optimizer import OptimizerConfig, Schedule, make_schedule
@@ -415,8 +416,8 @@ def test_display_off_a_terminal_writes_plain_lines():
     out = io.StringIO()
     with Display(Console(file=out, force_terminal=False), steps=40, lines=4) as display:
         for step in range(1, 41):
-            display.step(step, 4.0, tokens=100)
-        display.evaluation(40, {"held_out_bits_per_byte": 2.5})
+            display.step(step, 4.0, tokens=100, seconds=0.5)
+        display.evaluation(40, {"held_out_bits_per_byte": 2.5}, seconds=1.0)
     lines = out.getvalue().splitlines()
     assert [line.split("  ")[0] for line in lines[:-1]] == ["step 10/40", "step 20/40", "step 30/40", "step 40/40"]
     assert lines[-1] == "step 40: held-out bits per byte 2.500"
@@ -427,7 +428,7 @@ def test_display_on_a_terminal_shows_loss_speed_and_time_left():
     out = io.StringIO()
     with Display(Console(file=out, force_terminal=True, width=120), steps=3) as display:
         for step in range(1, 4):
-            display.step(step, 1.25, tokens=100)
+            display.step(step, 1.25, tokens=100, seconds=0.5)
     text = out.getvalue()
     assert "3/3" in text
     assert "1.250" in text

@@ -80,7 +80,9 @@ def configuration(material, output, **changes) -> RunConfig:
 
 def numbers(output) -> list[tuple]:
     keys = "step", "loss", "grad_norm", "learning_rate", "weight", "skipped", "held_out_held_loss"
-    return [tuple(r.get(key) for key in keys) for r in read_log(Path(output) / "metrics.jsonl")]
+    records = read_log(Path(output) / "metrics.jsonl")
+    # Where the time went is another thing each time.
+    return [tuple(r.get(key) for key in keys) for r in records if "seconds_step" not in r]
 
 
 def final_weights(output, step=10):

@@ -70,6 +70,8 @@ class RunConfig:
       evaluate_every, checkpoint_every, max_skipped: see `LoopConfig`; the end of a stage counts as the end of a run.
       keep_last: how many of the newest checkpoints stay.
       keep_every: checkpoints of steps that are a multiple of it stay too; 0 is none.
+      profile: first and last step to trace for xprof; None traces nothing.
+      wandb_project: project of Weights & Biases that the run is logged to besides TensorBoard; None is none.
     """
 
     output: str
@@ -97,6 +99,8 @@ class RunConfig:
     max_skipped: int = 10
     keep_last: int = 2
     keep_every: int = 0
+    profile: tuple[int, int] | None = None
+    wandb_project: str | None = None
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -112,6 +116,13 @@ class RunConfig:
             for axis in self.mesh_axes(index):
                 if axis not in AXES:
                     raise InputError(f"A mesh has no axis {axis!r}; {_near(axis, AXES)}")
+        if self.profile is not None and (
+            len(self.profile) != 2 or not 1 <= self.profile[0] <= self.profile[1] <= self.ends[-1]
+        ):
+            raise InputError(
+                f"profile must be the first and the last step to trace, from 1 to {self.ends[-1]}, the last of the "
+                f"run; got {self.profile}."
+            )
         self.mixture_stages()
 
     @property

@@ -1,20 +1,24 @@
 """The training loop: feed the device, read its numbers one step late, evaluate, save."""
 
 import dataclasses
-import time
+import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qwen_jax.errors import InputError
 from train.data.batch import Batch, place
-from train.metrics import MetricsLog
+from train.display import Display
+from train.goodput import Clock, compilation
 from train.pretrain import Metrics, TrainStep
 from train.state import TrainState
+from train.trackers import Log
+
+_log = logging.getLogger(__name__)
 
 
 class Data(Protocol):
@@ -46,6 +50,39 @@ class LoopConfig:
     max_skipped: int = 10
 
 
+class Profile:
+    """A trace of some steps for xprof; leave it, and a trace that is not ended yet is."""
+
+    def __init__(self, folder: str | os.PathLike[str], first: int, last: int):
+        """Says what to trace.
+
+        Args:
+          folder: where to.
+          first: step to begin with, counted from 1.
+          last: step to end with.
+        """
+        self.folder, self.first, self.last = Path(folder), first, last
+        self._tracing = False
+
+    def begin(self) -> None:
+        """Starts to trace."""
+        jax.profiler.start_trace(self.folder)
+        self._tracing = True
+
+    def end(self) -> bool:
+        """Writes the trace; says whether there was one."""
+        tracing, self._tracing = self._tracing, False
+        if tracing:
+            jax.profiler.stop_trace()
+        return tracing
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
 def fit(
     config: LoopConfig,
     state: TrainState,
@@ -53,11 +90,14 @@ def fit(
     data: Data,
     *,
     mesh: Mesh,
-    log: MetricsLog | None = None,
+    log: Log | None = None,
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
     checkpoints: Saves | None = None,
-    display: "Display | None" = None,
+    display: Display | None = None,
     stop: Callable[[int], bool] | None = None,
+    clock: Clock | None = None,
+    mfu: Callable[[float], float] | None = None,
+    profile: Profile | None = None,
 ) -> TrainState:
     """Trains from the step that the state is at. Call it under `jax.set_mesh(mesh)`.
 
@@ -76,6 +116,9 @@ def fit(
       checkpoints: where to save.
       display: a progress bar.
       stop: asked after each step, with its number; where it says so, the state is saved and given back.
+      clock: of the run; with it, the log gets a record of where the time went every minute, and at each checkpoint.
+      mfu: of a rate in tokens per second, for the log.
+      profile: steps to trace.
 
     Returns:
       The state after `config.steps` steps, or where it was stopped.
@@ -85,20 +128,28 @@ def fit(
     """
     first = int(state.step)
     waiting: tuple[int, Metrics, int] | None = None
-    begin = time.perf_counter()
-    skipped = 0
+    say = display.say if display else _log.warning if jax.process_index() == 0 else lambda _: None
+    of_run, clock = clock is not None, clock or Clock()
+    stepping, skipped = clock.stepping, 0
+    clock.lap("initialisation")
 
     def report() -> None:
-        nonlocal begin, skipped
+        nonlocal waiting, stepping, skipped
         if waiting is None:
             return
         step, metrics, tokens = waiting
+        waiting = None
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        begin, rate = time.perf_counter(), tokens / max(time.perf_counter() - begin, 1e-9)
+        clock.lap("step")
+        seconds, stepping = max(clock.stepping - stepping, 1e-9), clock.stepping
+        rate = tokens / seconds
         if log:
-            log.write({"step": step, **numbers, "tokens_per_second": rate})
+            speed = {"seconds": seconds, "tokens_per_second": rate} | ({"mfu": mfu(rate)} if mfu else {})
+            log.write({"step": step, **numbers, **speed})
+            if of_run and clock.due:
+                log.write(clock.record(step))
         if display:
-            display.step(step, numbers["loss"], tokens)
+            display.step(step, numbers["loss"], tokens, seconds)
         skipped = skipped + 1 if numbers.get("skipped") else 0
         if skipped == config.max_skipped:
             raise InputError(
@@ -107,110 +158,74 @@ def fit(
                 "data of these steps, use a smaller learning rate, or a larger spike_factor; weights and earlier "
                 "checkpoints are unharmed."
             )
+        if skipped:
+            say(f"step {step} was skipped: loss {numbers['loss']:.3f}, gradient norm {numbers['grad_norm']:.3g}")
 
     def held_out(step: int) -> None:
         if evaluate and config.evaluate_every:
+            clock.lap("step")
+            before = clock.seconds["evaluation"]
             numbers = {f"held_out_{name}": value for name, value in evaluate(state).items()}
+            clock.lap("evaluation")
             if log:
                 log.write({"step": step, **numbers})
             if display:
-                display.evaluation(step, numbers)
+                display.evaluation(step, numbers, clock.seconds["evaluation"] - before)
 
     if first == 0:
         held_out(0)
     for index in range(first, config.steps):
+        step = index + 1
+        if profile and step == profile.first:
+            report()  # The trace begins with a device that has nothing to do.
+            profile.begin()
+            clock.lap("profile")
+        clock.lap("step")
         batch: Batch = data[index]
         placed = batch if isinstance(batch.tokens, jax.Array) else place(batch, mesh)
-        state, metrics = train_step(state, placed)
+        # While the device is busy with the step before, nobody waits for data.
+        clock.lap("step" if waiting and not _ready(waiting[1]) else "input")
+        programs = compilation().programs
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, metrics = train_step(state, placed)
+        if index > first and compilation().programs > programs:
+            say(f"step {step} was compiled again: its batch or its state has another shape, type or sharding")
         report()
-        step = index + 1
         waiting = step, metrics, batch.tokens.size
         stopped = stop is not None and stop(step)
         last = stopped or step == config.steps
         if last or _due(step, config.evaluate_every) or _due(step, config.checkpoint_every):
             report()
-            waiting = None
+        if profile and step == profile.last:
+            report()
+            if profile.end():
+                say(f"steps {profile.first} to {step} are traced: pip install xprof; xprof --logdir {profile.folder}")
+            clock.lap("profile")
         evaluates = step == config.steps or _due(step, config.evaluate_every)
         if evaluates and not stopped:
             held_out(step)
         if checkpoints and (stopped or config.checkpoint_every) and (last or _due(step, config.checkpoint_every)):
+            clock.lap("step")
+            if log:
+                log.flush()  # Who goes on from this checkpoint doesn't write again what came before it.
             checkpoints.save(state, step)
+            clock.lap("checkpoint")
+            if log and of_run:
+                log.write(clock.record(step))
         if evaluates and stopped:
             held_out(step)  # There may be no time for it: saving comes first.
-        if waiting is None:
-            begin = time.perf_counter()  # What stood between two steps is no part of the next one's time.
         if stopped:
             break
     return state
 
 
+def _ready(metrics: Metrics) -> bool:
+    """Whether the step is done."""
+    return all(value.is_ready() for value in metrics.values() if isinstance(value, jax.Array))  # type: ignore[attr-defined]
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-class Display:
-    """Loss, tokens per second and time left, on a console: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, console: Console, steps: int, first: int = 0, lines: int = 20):
-        """Makes a display; use it in a `with` statement.
-
-        Args:
-          console: on standard error, by custom. Rich respects NO_COLOR.
-          steps: of the run.
-          first: steps taken before.
-          lines: how many where there is no terminal.
-        """
-        self._console, self._steps, self._first = console, steps, first
-        self._every = max((steps - first) // lines, 1)
-        self._begin, self._tokens, self._timed = time.perf_counter(), 0, 0
-        self._recent: list[float] = []
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("loss [bold]{task.fields[loss]}[/bold]"),
-            TextColumn("{task.fields[rate]} tokens/s"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> "Display":
-        if self._console.is_terminal:
-            self._progress.start()
-            self._task = self._progress.add_task("", total=self._steps, completed=self._first, loss="-", rate="-")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._task is not None:
-            self._progress.stop()
-
-    def step(self, step: int, loss: float, tokens: int) -> None:
-        """Shows one step. The loss shown is a mean over the last steps, for a single one jumps about."""
-        self._recent = [*self._recent[-19:], loss]
-        mean = sum(self._recent) / len(self._recent)
-        if self._timed == 0:
-            self._begin = time.perf_counter()  # The first step compiles; speed is that of the others.
-        else:
-            self._tokens += tokens
-        elapsed = time.perf_counter() - self._begin
-        rate = self._tokens / elapsed if self._timed else 0.0
-        left = elapsed / self._timed * (self._steps - step) if self._timed else 0.0
-        self._timed += 1
-        if self._task is not None:
-            self._progress.update(self._task, completed=step, loss=f"{mean:.3f}", rate=f"{rate:,.0f}")
-        elif step % self._every == 0 or step == self._steps:
-            speed = f"  {rate:,.0f} tokens/s  {left:.0f} s left" if rate else ""
-            self._console.print(f"step {step}/{self._steps}  loss {mean:.3f}{speed}", highlight=False, soft_wrap=True)
-
-    def evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Prints held-out numbers above the bar."""
-        text = "  ".join(
-            f"{name.replace('_', ' ').replace('held out', 'held-out')} {value:.3f}" for name, value in numbers.items()
-        )
-        self._console.print(f"step {step}: {text}", highlight=False, soft_wrap=True)
 
 
 def held_out_loss(

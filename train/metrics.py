@@ -107,6 +107,9 @@ class MetricsLog:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
+    def flush(self) -> None:
+        """Nothing to do: every line is handed over when it is written."""
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()

@@ -29,7 +29,8 @@ from train.data.batch import Batch
 from train.data.loader import batches, fingerprint, whole_batches
 from train.data.packing import pack
 from train.data.text import Documents, find_files, read_documents, split_documents, standard_library
-from train.loop import Display, LoopConfig, fit, held_out_loss
+from train.display import Display
+from train.loop import LoopConfig, fit, held_out_loss
 from train.metrics import MetricsLog, bits_per_byte, read_log, scored_bytes
 from train.optimizer import OptimizerConfig, Schedule
 from train.plot import plot_run

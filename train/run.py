@@ -3,16 +3,10 @@
 import argparse
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
-import os
-import platform
 import signal
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +27,38 @@ from train.data.feed import Feed
 from train.data.loader import whole_batches
 from train.data.mixture import Mixture
 from train.data.rows import PackedRows
-from train.loop import Display, LoopConfig, fit, held_out_loss
-from train.metrics import MetricsLog
+from train.goodput import Clock
+from train.loop import LoopConfig, fit, held_out_loss
 from train.pretrain import abstract_state, fresh_state, init_state, make_eval_step, make_train_step
+from train.report import Report
 from train.state import TrainState
+from train.trackers import check_wandb
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # The exit status of a program that SIGTERM has ended.
 STOPPED = 128 + signal.SIGTERM
+
+_ABOUT = """\
+Pre-train a model in stages. The same command goes on from the newest checkpoint,
+or does nothing where the run has ended. SIGTERM saves, and ends with status 143."""
+_EXAMPLES = """\
+a configuration (docs/training.md; the Qwen2.5 report's are in experiments/pretrain):
+
+  from qwen_jax.config import published
+  from train.config import RunConfig, Stage
+  from train.optimizer import Schedule
+
+  def config():
+      return RunConfig(
+          output="runs/small",                  # log, checkpoints, curves
+          model=published("qwen2.5-0.5b"),
+          tokenizer="tokenizer",                # the folder that the data was built with
+          data={"web": "data/web-4k"},          # folders of `qwen-jax data build`
+          held_out={"web": "data/web-held-out"},
+          stages=(Stage(Schedule(20_000, 3e-4, warmup_steps=500), 4096, 256, {"web": 1}),),
+          evaluate_every=500,
+      )
+
+watch it:  tensorboard --logdir OUTPUT/tensorboard;  python -m train.plot OUTPUT draws OUTPUT/loss.png"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,23 +73,50 @@ def main(argv: Sequence[str]) -> int:
     Raises:
       InputError: a configuration, data or a folder that does not fit.
     """
-    parser = argparse.ArgumentParser("qwen-jax train pretrain", description="Pre-train a model, or go on with it.")
-    parser.add_argument(
-        "--config", required=True, metavar="FILE.py[:FUNCTION]", help="function that returns a RunConfig"
+    parser = argparse.ArgumentParser(
+        "qwen-jax train pretrain", description=_ABOUT, epilog=_EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=C", help="change fields")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as JSON and stop")
     parser.add_argument(
-        "--distributed", action="store_true", help="join the other processes of a SLURM, GKE or TPU job first"
+        "--config",
+        required=True,
+        metavar="FILE.py[:FUNCTION]",
+        help="Python function that returns a train.config.RunConfig;\n"
+        "by default `config`, or the only function of the file",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATH=VALUE",
+        help="change fields of it, such as stages.0.schedule.steps=100\nmesh.fsdp=8 data.web=/data/web remat=full",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print what results as JSON, and stop")
+    parser.add_argument(
+        "--profile",
+        metavar="FIRST:LAST",
+        help="trace these steps for xprof, into OUTPUT/profile; 10:13 are four steps",
+    )
+    parser.add_argument(
+        "--distributed", action="store_true", help="first join the other processes of a SLURM, GKE, MPI or TPU job"
     )
     options = parser.parse_args(list(argv))
     config = load(options.config, options.set)
+    if options.profile:
+        config = dataclasses.replace(config, profile=_steps(options.profile))
     if options.print_config:
         print(json.dumps(as_json(config), indent=2))
         return 0
     if options.distributed:
         jax.distributed.initialize()
     return STOPPED if pretrain(config) else 0
+
+
+def _steps(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    if not colon or not first.isdecimal() or not last.isdecimal():
+        raise InputError(f"--profile expects the first and the last step to trace, such as 10:13; got {text!r}.")
+    return int(first), int(last)
 
 
 def pretrain(config: RunConfig, console: Console | None = None) -> bool:
@@ -87,8 +132,11 @@ def pretrain(config: RunConfig, console: Console | None = None) -> bool:
     Raises:
       InputError: data, tokenizer, model and folder that do not fit each other or the run that the folder holds.
     """
+    clock = Clock()
     first_process = jax.process_index() == 0
     console = console or Console(stderr=True, quiet=not first_process)
+    if config.wandb_project and first_process:
+        check_wandb()
     datasets = {name: PackedRows(folder) for name, folder in config.data.items()}
     mixture = Mixture(config.mixture_stages(), datasets, config.seed)
     tokenizer = load_tokenizer(config.tokenizer)
@@ -101,24 +149,19 @@ def pretrain(config: RunConfig, console: Console | None = None) -> bool:
     output = Path(config.output).absolute()
     output.mkdir(parents=True, exist_ok=True)
     run = {"seed": config.seed, "initial": config.initial}
-    with (
-        _Sigterm() as sigterm,
-        Checkpoints(
+    total = config.ends[-1]
+    with contextlib.ExitStack() as stack:
+        sigterm = stack.enter_context(_Sigterm())
+        with Checkpoints(
             output / "checkpoints", config.model, tokenizer, run, config.keep_last, config.keep_every
-        ) as checkpoints,
-    ):
-        state, step = _begin(config, checkpoints, mixture, meshes)
-        total = config.ends[-1]
-        _say_beginning(console, config, step)
-        with contextlib.ExitStack() as stack:
-            log = (
-                stack.enter_context(contextlib.closing(MetricsLog(output / "metrics.jsonl", step)))
-                if first_process
-                else None
-            )
-            if first_process:
-                _record_launch(output, config, step)
-            display = stack.enter_context(Display(console, total, step)) if first_process else None
+        ) as checkpoints:
+            state, step = _begin(config, checkpoints, mixture, meshes)
+            if step >= total:
+                console.print(
+                    f"{config.output} has ended: all {total:,} steps are taken", highlight=False, soft_wrap=True
+                )
+                return False
+            report = stack.enter_context(Report(config, meshes, step, console, clock))
             for index, end in enumerate(config.ends):
                 if step >= end:
                     continue
@@ -131,21 +174,19 @@ def pretrain(config: RunConfig, console: Console | None = None) -> bool:
                         make_train_step(stage, mesh),
                         Feed(mixture, step, mesh),
                         mesh=mesh,
-                        log=log,
+                        log=report.log,
                         evaluate=held_out.evaluation(index, mesh),
                         checkpoints=_OfStage(checkpoints, stage.model, mixture.record()),
-                        display=display,
+                        display=report.display,
                         stop=sigterm.stop,
+                        clock=clock,
+                        mfu=report.mfu(index),
+                        profile=report.profile,
                     )
                     step = int(state.step)
                 if sigterm.came:
                     break
-        if step < total:
-            console.print(
-                f"Stopped by SIGTERM after step {step} of {total}; it is saved; the same command goes on from there.",
-                highlight=False,
-                soft_wrap=True,
-            )
+        report.end(step)
     return step < total
 
 
@@ -235,7 +276,10 @@ class _HeldOut:
 
         def evaluate(state: TrainState) -> dict[str, float]:
             sums = {name: held_out_loss(state.params, eval_step, parts, mesh) for name, parts in batches.items()}
-            return {f"{name}_loss": nats / max(weight, 1e-8) for name, (nats, weight) in sums.items()}
+            # Of all data sets together, every token counting the same.
+            total, weights = (sum(numbers) for numbers in zip(*sums.values(), strict=True))
+            means = {f"{name}_loss": nats / max(weight, 1e-8) for name, (nats, weight) in sums.items()}
+            return {"loss": total / max(weights, 1e-8), **means}
 
         return evaluate
 
@@ -274,56 +318,3 @@ class _Sigterm:
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
-
-
-def _say_beginning(console: Console, config: RunConfig, step: int) -> None:
-    model = config.model
-    lines = [
-        f"{model.num_params()['total'] / 1e6:,.1f}M parameters on {jax.device_count()} x "
-        f"{jax.devices()[0].device_kind} in {jax.process_count()} processes; {config.output}"
-    ]
-    if step:
-        lines.append(f"going on after step {step}")
-    for number, (stage, end) in enumerate(zip(config.stages, config.ends, strict=True), 1):
-        theta = config.pretrain(number - 1).model.rope_theta
-        lines.append(
-            f"stage {number}: to step {end}, {stage.batch_size} rows of {stage.length} tokens, rope_theta {theta:g}, "
-            f"learning rate {stage.schedule.learning_rate:g}"
-        )
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _record_launch(output: Path, config: RunConfig, step: int) -> None:
-    """Appends what this process was started with to `launches.jsonl`, one object a launch."""
-    launch = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "step": step,
-        "command": sys.argv,
-        "git": _git_revision(),
-        "versions": {"python": platform.python_version()} | dict(_versions()),
-        "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
-        "processes": jax.process_count(),
-        "config": as_json(config),
-    }
-    with (output / "launches.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(launch) + "\n")
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            yield name, importlib.metadata.version(name)
-
-
-def _git_revision() -> str | None:
-    """The commit of this code, with "+changes" where files differ from it; None outside a repository."""
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), *args]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

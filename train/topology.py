@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -49,6 +49,17 @@ CHIPS = {
         Chip("v6e", 32 * GiB, 918e12, 1.64e12, 400e9, 12.5e9),
         Chip("7x", 192 * GiB, 2307e12, 7.38e12, 600e9, 12.5e9),
     )
+}
+# `device_kind` of the devices of each.
+_TPU_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "7x",
 }
 # Data sheets of the SXM parts; NVLink in one direction, one 400 Gbit/s network card a GPU.
 _GPUS = {
@@ -122,10 +133,29 @@ def _local_gpus() -> Target:
             "There is no GPU on this machine that jax can see. Give a TPU topology such as v5p:4x4x4."
         ) from None
     kind = devices[0].device_kind
-    chip = next((chip for name, chip in _GPUS.items() if name in kind), None)
+    chip = _gpu(kind)
     if chip is None:
         raise InputError(f"No figures are known for {kind!r}; known are {', '.join(_GPUS)}.")
     return Target("gpu", tuple(devices), chip, 1)
+
+
+def _gpu(kind: str) -> Chip | None:
+    return next((chip for name, chip in _GPUS.items() if name in kind), None)
+
+
+def peak_flops(devices: Sequence[Any]) -> float | None:
+    """bfloat16 FLOP/s of devices of one kind, all together; None where their kind has no published figures here.
+
+    Args:
+      devices: as `jax.devices()`.
+    """
+    kind = devices[0].device_kind
+    if name := _TPU_KINDS.get(kind):
+        # A device may be half a chip.
+        chips = {(getattr(device, "slice_index", 0), *device.coords) for device in devices}
+        return CHIPS[name].flops * len(chips)
+    chip = _gpu(kind)
+    return chip.flops * len(devices) if chip else None
 
 
 def _share(chip: Chip, cores: int) -> Chip:
