@@ -138,7 +138,8 @@ def _plot(curves: dict[str, dict[int, list[dict[str, float]]]], width: int, path
         axes.grid(color="#eeeeee")
         # The first steps would hide the rest.
         values = np.concatenate([line.get_ydata() for line in axes.get_lines()])
-        axes.set_ylim(0.95 * values.min(), np.quantile(values, 0.97))
+        low, high = values.min(), np.quantile(values, 0.97)
+        axes.set_ylim(low - 0.05 * (high - low), high)
         axes.legend(frameon=False, fontsize=8)
     FigureCanvasAgg(figure).print_png(path)
 

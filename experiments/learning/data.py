@@ -70,6 +70,10 @@ def make(folder: Path, max_megabytes: float, folders: list[str] | None = None, w
     training, held_out = split_documents(texts, min(_HELD_OUT_BYTES / num_bytes, 0.1), 0)
     seen = np.cumsum([len(text) for text in training])
     tokenizer = train_bpe(training[: int(np.searchsorted(seen, _TOKENIZER_BYTES)) + 1], VOCAB_SIZE)
+    if tokenizer.vocab_size != VOCAB_SIZE:
+        raise InputError(
+            f"The text gives a tokenizer of {tokenizer.vocab_size} ids, the model has {VOCAB_SIZE}. Give more text."
+        )
     tokenizer.save(folder / "tokenizer")
     about = {
         "bytes": num_bytes,

@@ -60,9 +60,12 @@ def main() -> None:
         save_initial(run)
         # `pretrain` answers SIGTERM by saving; the same command goes on from there.
         timer = threading.Timer(args.limit, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.daemon = True
         timer.start()
-        stopped = pretrain(run)
-        timer.cancel()
+        try:
+            stopped = pretrain(run)
+        finally:
+            timer.cancel()
         if stopped:
             raise SystemExit(f"Seed {seed} was not finished after {args.limit:g} s; the same command goes on with it.")
 

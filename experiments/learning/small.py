@@ -9,6 +9,7 @@ The second command is one of our runs alone; `ours.py` does it for several seeds
 from pathlib import Path
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.tokenizer import CONTROL_TOKENS
 from train.config import RunConfig, Stage
 from train.optimizer import Schedule
 
@@ -35,6 +36,8 @@ def config(folder: str = "learning-run", seed: int = 0) -> RunConfig:
         rope_theta=1e4,
         max_position_embeddings=LENGTH,
         bos_token_id=None,
+        # The first of the control tokens, which follow the learned ones.
+        eos_token_ids=(VOCAB_SIZE - len(CONTROL_TOKENS),),
         dtype="float32",
     )
     place = Path(folder)
