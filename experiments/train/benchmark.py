@@ -156,9 +156,8 @@ def run_ours(args: argparse.Namespace) -> None:
     logging.getLogger("qwen_jax").setLevel(logging.INFO)
     model, mesh = published(args.model), make_mesh({}, jax.devices()[:1])
     optimizer = OptimizerConfig(Schedule(10**6, RATE, schedule="wsd"))
-    config = PretrainConfig(
-        model, optimizer, remat=args.remat, accumulation=args.accumulation, loss_chunk=args.loss_chunk
-    )
+    more = {name: getattr(args, name) for name in ("accumulation", "loss_chunk", "scan_layers")}
+    config = PretrainConfig(model, optimizer, remat=args.remat, **more)
     tokens = random_tokens(model, args.batch, args.length)
     # Documents of equal length; one a row by default.
     index = np.broadcast_to(np.arange(args.length, dtype=np.int32), tokens.shape)
@@ -166,7 +165,7 @@ def run_ours(args: argparse.Namespace) -> None:
     batch = Batch(tokens, index % document, 1 + index // document, np.ones(tokens.shape, np.float32))
     with jax.set_mesh(mesh):
         state = init_state(config, 0, mesh)
-        more = {name: getattr(args, name) for name in ("accumulation", "loss_chunk", "documents")}
+        more["documents"] = args.documents
         measure(args, "ours", state, make_train_step(config, mesh), place(batch, mesh), **more)
 
 
@@ -271,6 +270,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if name == "ours":
             command.add_argument("--accumulation", type=int, default=1, help="parts that a step is worked off in")
             command.add_argument("--documents", type=int, default=1, help="in a row")
+            command.add_argument(
+                "--no-scan-layers", dest="scan_layers", action="store_false", help="layers one after the other"
+            )
         if name == "plain":
             command.add_argument("--unroll", type=int, default=1, help="layers in one pass of the scan")
         if name == "transformers":
