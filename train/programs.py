@@ -101,6 +101,8 @@ class Collective:
       bytes: that one device sends in one run of it.
       times: how often a step runs it.
       shape: of the result, as text.
+      result_bytes: of the result on one device.
+      group: devices that the first of them run it with, numbered in the order of the mesh.
       crosses_slices: whether it leaves a slice.
     """
 
@@ -108,13 +110,16 @@ class Collective:
     bytes: float
     times: int
     shape: str
+    result_bytes: float = 0.0
+    group: tuple[int, ...] = ()
     crosses_slices: bool = False
 
 
 def collectives(hlo: str, devices: int, num_slices: int = 1) -> list[Collective]:
     """Reads the collectives out of a compiled program.
 
-    An asynchronous collective may be cut into several pieces of text; its channel tells that they are one.
+    An asynchronous collective may be cut into several pieces of text; TPUs number the chain that they form. A sum of
+    which each device keeps a part is one ring's reduce-scatter on TPUs, written as a fusion of that name.
 
     Args:
       hlo: text of the optimised module.
@@ -151,15 +156,17 @@ def collectives(hlo: str, devices: int, num_slices: int = 1) -> list[Collective]
             match = _OP.search(line)
             if not match or not times[name]:
                 continue
-            group, crosses = _groups(line, devices, num_slices)
-            size = _result_bytes(match[1], match[2], "-start(" in line)
-            moved = {"all-reduce": 2.0 * (group - 1) / group, "reduce-scatter": group - 1.0, "collective-permute": 1.0}
-            sent = size * moved.get(match[2], (group - 1) / group)
-            channel = re.search(r"channel_id=(\d+)", line)
-            key = channel[1] if channel else (name, line)
+            members, crosses = _groups(line, devices, num_slices)
+            kind, n, size = match[2], len(members), _result_bytes(match[1], match[2], "-start(" in line)
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                kind, size = "reduce-scatter", size / n
+            moved = {"all-reduce": 2.0 * (n - 1) / n, "reduce-scatter": n - 1.0, "collective-permute": 1.0}
+            sent = size * moved.get(kind, (n - 1) / n)
+            chain = re.search(r'chain_id="(\d+)"', line)
+            key = chain[1] if chain else (name, line)
             old = found.get(key)
             if old is None or old.times < times[name]:
-                found[key] = Collective(match[2], sent, times[name], match[1].split("{")[0], crosses)
+                found[key] = Collective(kind, sent, times[name], match[1].split("{")[0], size, members, crosses)
     return list(found.values())
 
 
@@ -183,8 +190,8 @@ def _result_bytes(shape: str, kind: str, started: bool) -> float:
     return float(sum(sizes))
 
 
-def _groups(line: str, devices: int, num_slices: int) -> tuple[int, bool]:
-    """Devices in a group, and whether a group reaches over slices."""
+def _groups(line: str, devices: int, num_slices: int) -> tuple[tuple[int, ...], bool]:
+    """The first group of devices, and whether a group reaches over slices."""
     slice_size = devices // num_slices
 
     def crosses(members: np.ndarray) -> bool:
@@ -196,14 +203,14 @@ def _groups(line: str, devices: int, num_slices: int) -> tuple[int, bool]:
         chosen = [name.strip("' ") for name in match[3].split(",")]
         where = [list(axes).index(name) for name in chosen]
         members = np.moveaxis(order, where, range(-len(where), 0)).reshape(-1, math.prod(axes[n] for n in chosen))
-        return members.shape[1], crosses(members)
+        return tuple(members[0].tolist()), crosses(members)
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         order = np.arange(devices).reshape([int(n) for n in match[3].split(",")])
         if match[4]:
             order = order.transpose([int(n) for n in match[4].split(",")])
         members = order.reshape(int(match[1]), int(match[2]))
-        return members.shape[1], crosses(members)
+        return tuple(members[0].tolist()), crosses(members)
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[^=]*?\})\}", line):
         groups = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])]
-        return len(groups[0]), any(crosses(np.array(group)) for group in groups)
-    return devices, num_slices > 1
+        return tuple(groups[0]), any(crosses(np.array(group)) for group in groups)
+    return tuple(range(devices)), num_slices > 1
