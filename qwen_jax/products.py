@@ -1,8 +1,8 @@
 """Products with weights that lie split over a mesh, with the collectives written out.
 
-A weight split over `fsdp` is gathered where it is used, and its gradient is scattered as it is summed: half the bytes of
-summing it everywhere and keeping a part. A compiler may still choose otherwise, and `qwen-jax plan` says what it made of
-it: for TPUs it sums everywhere where `fsdp` is several axes of the torus, as its scatter goes around one ring only.
+A weight split over `fsdp` is gathered where it is used, and its gradient is scattered as it is summed: half the bytes
+of summing it everywhere and keeping a part. A compiler may still choose otherwise, and `qwen-jax plan` says what it
+made of it: for TPUs it sums everywhere where `fsdp` is several axes of the torus, as its scatter goes around one ring.
 """
 
 import functools

@@ -145,6 +145,7 @@ def mesh_of(where: Target, axes: Mapping[str, int]) -> Mesh:
     count = len(where.devices)
     if math.prod(axes.values()) != count:
         raise InputError(
-            f"{where.topology} has {count} devices in {where.num_slices} slices; the mesh {dict(axes)} has not."
+            f"{where.topology} has {count} devices in {where.num_slices} slices; the mesh {dict(axes)} has "
+            f"{math.prod(axes.values())}. Give a mesh of all of them."
         )
     return make_mesh(axes, where.devices)
