@@ -53,7 +53,8 @@ def turbo() -> RunConfig:
     """Qwen2.5-Turbo: 32,768, 65,536, 131,072 and 262,144 tokens with base 1e7; 40% at the maximal length, 60% shorter.
 
     `long-N` holds documents of at least N tokens, so that each fills its rows; `short-N` shorter ones, packed. Where a
-    step has fewer rows than there are devices, the context axis splits them: each of 64 has 65,536 tokens in every stage.
+    step has fewer rows than there are devices, the context axis splits them: each of the 64 has 65,536 tokens in every
+    stage.
     """
     meshes = {
         32_768: {"fsdp": 64},
