@@ -213,9 +213,10 @@ def _kernel(
     return pl.kernel(body, out_type=out_type, mesh=mesh, compiler_params=params, name=name)
 
 
-# Forward.
+# Forward. This and the two below are jitted so that a model of many layers lowers each of them once.
 
 
+@functools.partial(jax.jit, static_argnames="scale")
 def _run_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, end: jax.Array, *, scale: float
 ) -> tuple[jax.Array, jax.Array]:
@@ -367,6 +368,7 @@ def _feed_keys(
 # Gradient of the queries.
 
 
+@functools.partial(jax.jit, static_argnames="scale")
 def _run_queries(
     q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, start: jax.Array, end: jax.Array, log2: jax.Array,
     delta: jax.Array, *, scale: float,
@@ -454,6 +456,7 @@ def _queries_block(
 # Gradient of keys and values.
 
 
+@functools.partial(jax.jit, static_argnames="scale")
 def _run_keys(
     q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, start: jax.Array, end: jax.Array, log2: jax.Array,
     delta: jax.Array, *, scale: float,

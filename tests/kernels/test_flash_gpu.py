@@ -98,6 +98,18 @@ def test_lowers_to_three_kernels_and_no_square_array(H: int, K: int, d: int) -> 
     assert "1000x1000" not in text
 
 
+def test_layers_of_one_shape_share_a_kernel() -> None:
+    q, i = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, 256), jnp.int32)
+
+    def layers(q, start, end):
+        for _ in range(3):
+            q = flash_gpu.attention(q, q, q, start, end, 0.125)[0]
+        return q
+
+    text = jax.jit(layers).trace(q, i, i).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == 1
+
+
 def test_refuses_what_it_cannot_do() -> None:
     q, i = jnp.ones((1, 64, 2, 32), jnp.bfloat16), jnp.ones((1, 64), jnp.int32)
     with pytest.raises(InputError, match="head_dim 64 or 128"):
