@@ -202,6 +202,8 @@ class Attention(nnx.Module):
             local,
             in_specs=(spec.heads, spec.heads, spec.heads, mask_spec, cache_spec, write_spec),
             out_specs=(spec.heads, cache_spec),
+            # Our kernels don't say along which axes their results vary.
+            check_vma=kernels.choose(self.impl, q, mask) != "gpu",
         )
         with jax.named_scope("attend"):
             return run(q, k, v, mask, cache, write)

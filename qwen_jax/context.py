@@ -65,8 +65,8 @@ def attention(
 ) -> jax.Array:
     """Attention of a device's own queries over the keys of whole rows. Runs on local arrays, inside `jax.shard_map`.
 
-    Queries go a block at a time, and the backward pass makes the logits of a block again: memory grows with the length
-    and not with its square.
+    Where the logits would be large, queries go a block at a time, and the backward pass makes the logits of a block
+    again: memory grows with the length and not with its square.
 
     Args:
       q_BtHd: queries.
@@ -78,15 +78,20 @@ def attention(
     Returns:
       [B, t, H, d] in the dtype of q.
     """
-    if n == 1:
-        return kernels.attention(
-            q_BtHd, k_BtKd, v_BtKd, mask, scale=scale, implementation=implementation, recompute=recompute
-        )
-    k_BTKd, v_BTKd = _whole(k_BtKd, n), _whole(v_BtKd, n)
     B, t, H, d = q_BtHd.shape
+    k_BTKd, v_BTKd = (x if n == 1 else _whole(x, n) for x in (k_BtKd, v_BtKd))
+    # Of a part of a row no mask is known to be causal.
+    mask = mask if n == 1 else kernels.Mask(mask.k_start_BT, mask.k_end_BT)
     blocks = 1
-    while t % (2 * blocks) == 0 and B * H * (t // blocks) * k_BTKd.shape[1] > _LOGITS:
-        blocks *= 2
+    if kernels.choose(implementation, q_BtHd, mask) == "reference":
+        while t % (2 * blocks) == 0 and B * H * (t // blocks) * k_BTKd.shape[1] > _LOGITS:
+            blocks *= 2
+    if blocks == 1:
+        return kernels.attention(
+            q_BtHd, k_BTKd, v_BTKd, mask, scale=scale, implementation=implementation, recompute=recompute or n > 1
+        )
+    # Every block adds to the gradients of keys and values: they must add up in float32.
+    wide_k, wide_v = k_BTKd.astype(jnp.float32), v_BTKd.astype(jnp.float32)
 
     def cut(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(B, blocks, t // blocks, *x.shape[2:]), 1, 0)
@@ -94,8 +99,8 @@ def attention(
     @jax.checkpoint
     def one(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, start, end = inputs
-        part = kernels.Mask(start, end)
-        return kernels.attention(q, k_BTKd, v_BTKd, part, scale=scale, implementation=implementation)
+        k, v = wide_k.astype(k_BTKd.dtype), wide_v.astype(v_BTKd.dtype)
+        return kernels.attention(q, k, v, kernels.Mask(start, end), scale=scale, implementation=implementation)
 
     out = lax.map(one, (cut(q_BtHd), cut(mask.k_start_BT), cut(mask.k_end_BT)))
     return jnp.moveaxis(out, 0, 1).reshape(B, t, H, d)

@@ -1,10 +1,11 @@
 """Products with weights that lie split over a mesh, with the collectives written out.
 
-A weight split over `fsdp` is gathered where it is used, and so its gradient is scattered as it is summed: half the
-bytes of summing it everywhere and keeping a part. (A compiler may still choose otherwise: `qwen-jax plan` says what it
-made of it.)
+A weight split over `fsdp` is gathered where it is used, and its gradient is scattered as it is summed: half the bytes
+of summing it everywhere and keeping a part. A compiler may still choose otherwise, and `qwen-jax plan` says what it
+made of it: for TPUs it sums everywhere where `fsdp` is several axes of the torus, as its scatter goes around one ring.
 """
 
+import functools
 import math
 
 import jax
@@ -41,13 +42,33 @@ def product(subscripts: str, x: jax.Array, w: jax.Array, x_spec: P, w_spec: P, o
     by_kernel = on_mesh.takes(x, mesh.shape["data"] * mesh.shape["fsdp"], outputs, contracted)
 
     def local(x: jax.Array, w: jax.Array) -> jax.Array:
-        w = lax.all_gather(w, "fsdp", axis=w_spec.index("fsdp"), tiled=True)
+        w = _gather(w, w_spec.index("fsdp"))
         y = on_mesh.few_rows(subscripts, x, w) if by_kernel else jnp.einsum(subscripts, x, w)
         return (lax.psum(y, "tensor") if sums else y).astype(x.dtype)
 
     run = jax.shard_map(local, in_specs=(x_spec, w_spec), out_specs=out_spec, check_vma=not by_kernel)
     result: jax.Array = run(x, w.astype(x.dtype))
     return result
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(w: jax.Array, axis: int) -> jax.Array:
+    """A weight from its parts over `fsdp`, which lie along an axis."""
+    return lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+
+
+def _gather_forward(w: jax.Array, axis: int) -> tuple[jax.Array, None]:
+    return _gather(w, axis), None
+
+
+def _gather_backward(axis: int, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    # Parts in front: the TPU compiler makes no reduce-scatter along an axis whose parts do not fill whole tiles.
+    n = jax.sharding.get_abstract_mesh().shape["fsdp"]
+    parts = gradient.reshape(*gradient.shape[:axis], n, gradient.shape[axis] // n, *gradient.shape[axis + 1 :])
+    return (lax.psum_scatter(jnp.moveaxis(parts, axis, 0), "fsdp", scatter_dimension=0),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, sharding: Sharding) -> jax.Array:

@@ -1,10 +1,14 @@
 """The device mesh, and where each array lies on it."""
 
+import collections
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -17,12 +21,15 @@ AXES = ("data", "fsdp", "expert", "context", "tensor")
 def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with all of `AXES`, in explicit-sharding mode.
 
+    Devices of several slices, or of several nodes with GPUs, are joined by the data axis, and all other axes lie within
+    one. Where nodes are more than the data axis counts, fsdp joins the rest of them; slices of TPUs it never joins.
+
     Args:
       axes: sizes of the axes that are not 1, such as {"tensor": 2}.
       devices: what to build it from; by default the first of `jax.devices()`, as many as the sizes ask for.
 
     Raises:
-      InputError: unknown axis, or more devices asked for than there are.
+      InputError: unknown axis, more devices asked for than there are, or slices that the data axis does not join.
     """
     axes = dict(axes or {})
     unknown = sorted(set(axes) - set(AXES))
@@ -32,10 +39,37 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Devic
     if min(sizes) < 1:
         raise InputError(f"Mesh axes must be at least 1, got {axes}.")
     available = list(jax.devices() if devices is None else devices)
-    needed = int(np.prod(sizes))
+    needed = math.prod(sizes)
     if needed > len(available):
         raise InputError(f"The mesh {axes} needs {needed} devices, there are {len(available)}.")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=available[:needed])
+    return Mesh(_arranged(sizes, available[:needed]), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def _arranged(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in the shape of a mesh: what is between slices or nodes is outermost."""
+    # JAX tells which GPUs share fast links by the same attribute, and has no such thing for CPUs.
+    sliced, gpus = hasattr(devices[0], "slice_index"), devices[0].platform == "gpu"
+    groups = collections.Counter(d.slice_index if sliced else d.process_index if gpus else 0 for d in devices)
+    count, name = len(groups), "nodes" if gpus else "slices"
+    if count == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    axes = {axis: size for axis, size in zip(AXES, sizes, strict=True) if size > 1}
+    if len(set(groups.values())) > 1:
+        raise InputError(
+            f"The mesh {axes} takes unequal parts of the {count} {name}: {sorted(groups.values())} devices. "
+            f"Choose sizes that use all {name} alike."
+        )
+    data, fsdp = sizes[:2]
+    across = math.gcd(data, count)
+    rest = count // across
+    if rest > 1 and (not gpus or fsdp % rest):
+        what = "data axis, or data x fsdp," if gpus else "data axis"
+        raise InputError(f"The {what} must be a multiple of the {count} {name}; the mesh is {axes}.")
+    between = (across, rest, *(1 for _ in sizes[2:]))
+    within = [size // parts for size, parts in zip(sizes, between, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(
+        within, between, devices, process_is_granule=not sliced, allow_split_physical_axes=True
+    )
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -67,6 +67,26 @@ def test_attention_is_that_of_whole_rows(monkeypatch, n, logits):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
 
 
+def test_gradients_of_many_blocks_of_queries_add_up_in_float32(monkeypatch):
+    """In bfloat16, 64 blocks are as near to float32 as one is, on one device too."""
+    rng = np.random.default_rng(7)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 64, h, 8)), jnp.bfloat16) for h in (4, 2, 2))
+    # All queries see all keys, and what comes back has one sign: rounded sums would stop growing.
+    mask = kernels.Mask(jnp.zeros((1, 64), jnp.int32), jnp.full((1, 64), 64, jnp.int32))
+
+    def gradient(dtype):
+        def loss(v):
+            out = context.attention(q.astype(dtype), k.astype(dtype), v, mask, 1, scale=0.3, implementation="reference")
+            return jnp.sum(out.astype(jnp.float32))
+
+        return np.asarray(jax.jit(jax.grad(loss))(v.astype(dtype)), np.float64)
+
+    exact, at_once = gradient(jnp.float32), gradient(jnp.bfloat16)
+    monkeypatch.setattr(context, "_LOGITS", 4 * 64)
+    in_blocks = gradient(jnp.bfloat16)
+    assert np.abs(in_blocks - exact).max() < 1.5 * np.abs(at_once - exact).max() + 1e-3
+
+
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_each_device_has_a_like_share_of_causal_work(n):
     mesh = make_mesh({"context": n})

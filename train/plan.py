@@ -45,7 +45,8 @@ class Plan:
       model_flops_per_step: without recomputation, by the formula of docs/training.md.
       collective_bytes: that one device sends in a step, by kind.
       dcn_bytes: the part of them that leaves a slice.
-      gathered_bytes: the largest single all-gather.
+      gathered_bytes: the result of the largest single all-gather.
+      gathers: each all-gather by the shape of its result, largest first, and how often a step runs such.
       compute_seconds, memory_seconds, network_seconds: the bounds.
       estimated_step_seconds: the largest of them.
       mfu_bound: model FLOPs over peak FLOPs in that time.
@@ -70,6 +71,7 @@ class Plan:
     collective_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
     dcn_bytes: float = 0.0
     gathered_bytes: float = 0.0
+    gathers: dict[str, int] = dataclasses.field(default_factory=dict)
     compute_seconds: float = 0.0
     memory_seconds: float = 0.0
     network_seconds: float = 0.0
@@ -87,6 +89,8 @@ def plan_step(
     batch: Any,
     model_flops: float,
     options: Mapping[str, Any] | None = None,
+    *,
+    hopeless: bool = True,
 ) -> Plan:
     """Compiles a step and takes its measure.
 
@@ -98,6 +102,7 @@ def plan_step(
       batch: likewise.
       model_flops: of one step by formula.
       options: to be repeated in the plan.
+      hopeless: compile also what cannot fit, by the sizes in the traced program alone.
     """
     sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
     chip, devices = where.chip, mesh.size
@@ -113,6 +118,10 @@ def plan_step(
         hbm_limit_bytes=chip.hbm_bytes, weights_bytes=weights, moments_bytes=moments, activations_bytes=kept,
         flops_per_step=flops, model_flops_per_step=model_flops,
     )  # fmt: skip
+    least = weights + moments + kept
+    if least > chip.hbm_bytes and not hopeless:
+        why = "Weights, moments and what is kept for the backward pass alone are more; not compiled."
+        return Plan(fits=False, hbm_bytes=least, compile_seconds=time.perf_counter() - start, why_not=why, **known)
     try:
         compiled = lowered.compile()
     except Exception as error:
@@ -127,6 +136,7 @@ def plan_step(
     aliased, arguments = memory.alias_size_in_bytes, memory.argument_size_in_bytes
     hbm = arguments + memory.output_size_in_bytes - aliased + memory.temp_size_in_bytes
     found = collectives(compiled.as_text(), devices, where.num_slices)
+    gathers = sorted((c for c in found if c.kind == "all-gather"), key=lambda c: -c.result_bytes)
     by_kind: dict[str, float] = defaultdict(float)
     for c in found:
         by_kind[c.kind] += c.bytes * c.times
@@ -142,7 +152,8 @@ def plan_step(
         temporary_bytes=max(memory.temp_size_in_bytes - kept, 0),
         collective_bytes=dict(by_kind),
         dcn_bytes=dcn,
-        gathered_bytes=max((c.bytes for c in found if c.kind == "all-gather"), default=0.0),
+        gathered_bytes=max((c.result_bytes for c in gathers), default=0.0),
+        gathers={shape: sum(c.times for c in gathers if c.shape == shape) for shape in [c.shape for c in gathers]},
         compute_seconds=compute,
         memory_seconds=bandwidth,
         network_seconds=network,
@@ -159,16 +170,25 @@ def _struct_bytes(x: Any) -> int:
     return math.prod(shape) * x.dtype.itemsize
 
 
+# What the TPU compiler says early, from the sizes of a program's values, and what it says when it has placed them.
+_TOO_LARGE = (
+    r"total memory required for HLO temporaries \(([\d.]+)([KMGT]?)i?B?\)",
+    r"Used ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm",
+)
+
+
 def _asked_for(message: str) -> int | None:
-    """Bytes that a compiler says it would have needed, if that is what it complains of."""
+    """Bytes that a compiler says it would have needed, 0 if it does not say; None if it complains of another thing."""
     units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-    match = re.search(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm", message)
-    if match is None and not re.search(r"RESOURCE_EXHAUSTED|[Oo]ut of memory", message):
-        return None
-    return int(float(match[1]) * units[match[2]]) if match else 0
+    for pattern in _TOO_LARGE:
+        if match := re.search(pattern, message):
+            return int(float(match[1]) * units[match[2]])
+    return 0 if re.search(r"RESOURCE_EXHAUSTED|[Oo]ut of memory", message) else None
 
 
-def plan_stage(config: RunConfig, index: int, where: Target, axes: Mapping[str, int] | None = None) -> Plan:
+def plan_stage(
+    config: RunConfig, index: int, where: Target, axes: Mapping[str, int] | None = None, *, hopeless: bool = True
+) -> Plan:
     """The plan of one stage of a run.
 
     Args:
@@ -176,6 +196,7 @@ def plan_stage(config: RunConfig, index: int, where: Target, axes: Mapping[str, 
       index: of the stage, from 0.
       where: from `target`.
       axes: of the mesh; by default the config's, or FSDP over all devices of a slice if it has none.
+      hopeless: see `plan_step`.
 
     Raises:
       InputError: a mesh that does not cover the devices, or that the model or the batch does not divide by.
@@ -183,8 +204,7 @@ def plan_stage(config: RunConfig, index: int, where: Target, axes: Mapping[str, 
     stage, step_config = config.stages[index], config.pretrain(index)
     axes = axes or config.mesh_axes(index) or _all_fsdp(where)
     mesh = mesh_of(where, axes)
-    sharding = Sharding.for_model(step_config.model, mesh, split_rows=True)
-    tokens = NamedSharding(mesh, sharding.tokens)
+    tokens = NamedSharding(mesh, Sharding.tokens)  # As `Batch` is placed: the step itself splits rows.
     shape = stage.batch_size, stage.length
     ints, floats = (jax.ShapeDtypeStruct(shape, dtype, sharding=tokens) for dtype in (jnp.int32, jnp.float32))
     options = {
@@ -202,6 +222,7 @@ def plan_stage(config: RunConfig, index: int, where: Target, axes: Mapping[str, 
         Batch(ints, ints, ints, floats),
         flops_per_token(step_config.model, stage.length) * math.prod(shape),
         options,
+        hopeless=hopeless,
     )
 
 
@@ -209,35 +230,69 @@ def _all_fsdp(where: Target) -> dict[str, int]:
     return {"data": where.num_slices, "fsdp": len(where.devices) // where.num_slices}
 
 
-def search(config: RunConfig, index: int, where: Target, say: Callable[[Plan], None] = lambda _: None) -> list[Plan]:
+def search(
+    config: RunConfig,
+    index: int,
+    where: Target,
+    axes: Mapping[str, int] | None = None,
+    say: Callable[[Plan], None] = lambda _: None,
+) -> list[Plan]:
     """Plans of a stage with other meshes, remat policies and micro-batches, those that fit first, fastest first.
 
-    Accumulation is raised only until a mesh and policy fit: more of it is never faster.
+    Accumulation is raised only until a mesh and policy fit: more of it is never faster. What cannot fit by the traced
+    program alone is not compiled.
 
     Args:
       config: of the run.
       index: of the stage, from 0.
       where: from `target`.
+      axes: keep this mesh, and try the rest.
       say: is told of each plan as it is made.
+
+    Raises:
+      InputError: nothing can be tried: no mesh divides the model and the batch, or `axes` is no mesh for them.
     """
     stage, plans = config.stages[index], []
-    for tensor, remat in itertools.product((1, 2, 4, 8), ("none", "dots", "full")):
-        per_slice, rest = divmod(len(where.devices) // where.num_slices, tensor)
-        axes = {"data": where.num_slices, "fsdp": per_slice, "tensor": tensor}
+    meshes = _meshes(config, index, where) if axes is None else [dict(axes)]
+    for mesh, remat in itertools.product(meshes, ("none", "dots", "full")):
+        shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
         for accumulation in (1, 2, 4, 8):
-            if rest or per_slice < 1 or stage.batch_size % (accumulation * where.num_slices * per_slice):
+            if stage.batch_size % (accumulation * shards):
                 break
             changed = dataclasses.replace(stage, remat=remat, accumulation=accumulation)  # type: ignore[arg-type]
             stages = (*config.stages[:index], changed, *config.stages[index + 1 :])
-            try:
-                plan = plan_stage(dataclasses.replace(config, stages=stages), index, where, axes)
-            except InputError:  # of a dimension that these axes do not divide
-                break
+            plan = plan_stage(dataclasses.replace(config, stages=stages), index, where, mesh, hopeless=False)
             say(plan)
             plans.append(plan)
             if plan.fits:
                 break
-    return sorted(plans, key=lambda plan: (not plan.fits, plan.estimated_step_seconds))
+    if not plans:
+        raise InputError(
+            f"Nothing to try for stage {index + 1}: {stage.batch_size} rows of {stage.length} tokens and this model do "
+            f"not divide over {len(where.devices)} devices {'in any mesh' if axes is None else f'as {dict(axes)}'}. "
+            f"Change the batch, or the number of devices."
+        )
+    return sorted(plans, key=lambda plan: (not plan.fits, plan.estimated_step_seconds, plan.hbm_bytes))
+
+
+# Shorter rows have no use for a context axis.
+_LONG = 16_384
+
+
+def _meshes(config: RunConfig, index: int, where: Target) -> list[dict[str, int]]:
+    """The meshes of all devices that divide the model, the rows and the batch of a stage."""
+    stage, model, meshes = config.stages[index], config.pretrain(index).model, []
+    for context, tensor in itertools.product((1, 2, 4, 8, 16) if stage.length >= _LONG else (1,), (1, 2, 4, 8)):
+        fsdp, rest = divmod(len(where.devices) // where.num_slices, context * tensor)
+        axes = {"data": where.num_slices, "fsdp": fsdp, "context": context, "tensor": tensor}
+        if rest or fsdp < 1 or stage.length % (2 * context) or stage.batch_size % (where.num_slices * fsdp):
+            continue
+        try:
+            Sharding.for_model(model, mesh_of(where, axes), split_rows=True)
+        except InputError:  # of a dimension of the model that these axes do not divide
+            continue
+        meshes.append(axes)
+    return meshes
 
 
 def describe(plan: Plan) -> str:
@@ -249,8 +304,8 @@ def describe(plan: Plan) -> str:
         f"stage {o['stage']}: {o['batch_size']} rows of {o['length']:,}, remat {o['remat']}, accumulation "
         f"{o['accumulation']}, {mesh}; compiled for {plan.topology}{slices} in {plan.compile_seconds:.0f} s"
     )
-    if not plan.hbm_bytes:
-        return f"{head}\n  does not fit: {plan.why_not}"
+    if plan.why_not:
+        return f"{head}\n  DOES NOT FIT in {plan.hbm_limit_bytes / gib:.2f} GiB a device: {plan.why_not}"
     parts = {
         "weights": plan.weights_bytes,
         "moments": plan.moments_bytes,

@@ -50,6 +50,8 @@ def kept_for_backward(jaxpr: Any, devices: int) -> int:
     for eqn in _jaxpr(jaxpr).eqns:
         if eqn.primitive.name == "scan":
             stacked = eqn.outvars[eqn.params["num_carry"] :]
+            if not stacked:  # a loop over accumulated parts: what one of them keeps
+                total += max(kept_for_backward(inner, devices) for inner in _inner(eqn.params))
             # The gradient of a stacked weight is no activation: it has nothing of the batch in it, and is float32.
             total += sum(
                 _local_bytes(v.aval, devices) for v in stacked if v.aval.ndim > 1 and not eqn.params["reverse"]
@@ -85,10 +87,12 @@ def _local_bytes(aval: Any, devices: int) -> int:
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _OP = re.compile(rf"= (.*?) ({'|'.join(_COLLECTIVES)})(?:-start)?\(")
+_SENT_TO_HOST = re.compile(r"= \((\w+)\[([\d,]*)\].* send\(.*xla_megascale_runtime.*_transfer_type=\"(\w+)\"")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLS = re.compile(
     r"(?:calls|to_apply|body|branch_computations|async_execution_thread)=\{?((?:%?[\w.\-]+(?:, )?)+)\}?"
 )
+_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 
 
@@ -100,7 +104,9 @@ class Collective:
       kind: such as "all-gather".
       bytes: that one device sends in one run of it.
       times: how often a step runs it.
-      shape: of the result, as text.
+      shape: of the result, or of the largest of several, as text.
+      result_bytes: of the result on one device.
+      group: devices that the first of them run it with, numbered in the order of the mesh.
       crosses_slices: whether it leaves a slice.
     """
 
@@ -108,13 +114,16 @@ class Collective:
     bytes: float
     times: int
     shape: str
+    result_bytes: float = 0.0
+    group: tuple[int, ...] = ()
     crosses_slices: bool = False
 
 
 def collectives(hlo: str, devices: int, num_slices: int = 1) -> list[Collective]:
     """Reads the collectives out of a compiled program.
 
-    An asynchronous collective may be cut into several pieces of text; its channel tells that they are one.
+    An asynchronous collective may be cut into several pieces of text; TPUs number the chain that they form. A sum of
+    which each device keeps a part is one ring's reduce-scatter on TPUs, written as a fusion of that name.
 
     Args:
       hlo: text of the optimised module.
@@ -137,7 +146,7 @@ def collectives(hlo: str, devices: int, num_slices: int = 1) -> list[Collective]
         for line in bodies.get(name, ()):
             loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
             if loop:
-                visit(loop[2], multiple * _trip_count(line, loop[1], bodies))
+                visit(loop[2], multiple * _trip_count(line, loop[1], bodies[name], bodies))
                 continue
             for match in _CALLS.finditer(line):
                 for callee in re.findall(r"[\w.\-]+", match[1]):
@@ -148,43 +157,70 @@ def collectives(hlo: str, devices: int, num_slices: int = 1) -> list[Collective]
     found: dict[Any, Collective] = {}
     for name, body in bodies.items():
         for line in body:
-            match = _OP.search(line)
-            if not match or not times[name]:
+            if not times[name]:
                 continue
-            group, crosses = _groups(line, devices, num_slices)
-            size = _result_bytes(match[1], match[2], "-start(" in line)
-            moved = {"all-reduce": 2.0 * (group - 1) / group, "reduce-scatter": group - 1.0, "collective-permute": 1.0}
-            sent = size * moved.get(match[2], (group - 1) / group)
-            channel = re.search(r"channel_id=(\d+)", line)
-            key = channel[1] if channel else (name, line)
+            if match := _SENT_TO_HOST.search(line):
+                found[name, line] = _between_slices(match, times[name], devices, num_slices)
+                continue
+            match = _OP.search(line)
+            if not match:
+                continue
+            members, crosses = _groups(line, devices, num_slices)
+            kind, n, size = match[2], len(members), _result_bytes(match[1], match[2], "-start(" in line)
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                kind, size = "reduce-scatter", size / n
+            moved = {"all-reduce": 2.0 * (n - 1) / n, "reduce-scatter": n - 1.0, "collective-permute": 1.0}
+            sent = size * moved.get(kind, (n - 1) / n)
+            chain = re.search(r'chain_id="(\d+)"', line)
+            key = chain[1] if chain else (name, line)
             old = found.get(key)
             if old is None or old.times < times[name]:
-                found[key] = Collective(match[2], sent, times[name], match[1].split("{")[0], crosses)
+                shape = max(_SHAPE.findall(match[1]), key=_shape_bytes)
+                found[key] = Collective(kind, sent, times[name], "{}[{}]".format(*shape), size, members, crosses)
     return list(found.values())
 
 
-def _trip_count(line: str, condition: str, bodies: Mapping[str, list[str]]) -> int:
+def _between_slices(match: re.Match[str], times: int, devices: int, num_slices: int) -> Collective:
+    """What a device hands to its host, to be summed or gathered with the same device of the other slices."""
+    kind, shape = match[3].lower().replace("_", "-"), (match[1], match[2])
+    size, members = _shape_bytes(shape), tuple(range(0, devices, devices // num_slices))
+    sent = size * (2.0 if kind == "all-reduce" else 1.0) * (num_slices - 1) / num_slices
+    return Collective(kind, sent, times, "{}[{}]".format(*shape), size, members, crosses_slices=True)
+
+
+def _trip_count(line: str, condition: str, caller: Sequence[str], bodies: Mapping[str, list[str]]) -> int:
+    """How often the loop of a line of its caller runs."""
     known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', line)
     if known:
         return int(known[1])
-    # The loops of a scan count up to a constant in their condition.
+    # The loops of a scan count up to a constant in their condition, the first number in their state. They begin at 0,
+    # or at 1 where the compiler has taken the first round out of the loop.
     limits = [int(n) for text in bodies.get(condition, ()) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", text)]
-    return max(limits, default=1)
+    defined = {match[1]: match[2] for text in caller if (match := re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (.*)", text))}
+    value = re.search(r" while\(%([\w.\-]+)\)", line)
+    start = None
+    while value and start is None:
+        text = defined.get(value[1], "")
+        start = re.match(r"s32\[\]\S* constant\((\d+)\)", text)
+        value = re.search(r" (?:tuple|copy)\(%([\w.\-]+)", text)
+    return max(limits, default=1) - (int(start[1]) if start else 0)
+
+
+def _shape_bytes(shape: tuple[str, str]) -> int:
+    dtype, dims = shape
+    return math.prod(map(int, filter(None, dims.split(",")))) * _BYTES.get(dtype, 4)
 
 
 def _result_bytes(shape: str, kind: str, started: bool) -> float:
-    sizes = [
-        math.prod(map(int, filter(None, dims.split(",")))) * _BYTES.get(dtype, 4)
-        for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)
-    ]
+    sizes = [_shape_bytes(found) for found in _SHAPE.findall(shape)]
     if started and len(sizes) > 1:
         # A start returns its operand beside its result.
         return float(min(sizes) if kind == "reduce-scatter" else max(sizes))
     return float(sum(sizes))
 
 
-def _groups(line: str, devices: int, num_slices: int) -> tuple[int, bool]:
-    """Devices in a group, and whether a group reaches over slices."""
+def _groups(line: str, devices: int, num_slices: int) -> tuple[tuple[int, ...], bool]:
+    """The first group of devices, and whether a group reaches over slices."""
     slice_size = devices // num_slices
 
     def crosses(members: np.ndarray) -> bool:
@@ -196,14 +232,14 @@ def _groups(line: str, devices: int, num_slices: int) -> tuple[int, bool]:
         chosen = [name.strip("' ") for name in match[3].split(",")]
         where = [list(axes).index(name) for name in chosen]
         members = np.moveaxis(order, where, range(-len(where), 0)).reshape(-1, math.prod(axes[n] for n in chosen))
-        return members.shape[1], crosses(members)
+        return tuple(members[0].tolist()), crosses(members)
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         order = np.arange(devices).reshape([int(n) for n in match[3].split(",")])
         if match[4]:
             order = order.transpose([int(n) for n in match[4].split(",")])
         members = order.reshape(int(match[1]), int(match[2]))
-        return members.shape[1], crosses(members)
+        return tuple(members[0].tolist()), crosses(members)
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[^=]*?\})\}", line):
         groups = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])]
-        return len(groups[0]), any(crosses(np.array(group)) for group in groups)
-    return devices, num_slices > 1
+        return tuple(groups[0]), any(crosses(np.array(group)) for group in groups)
+    return tuple(range(devices)), num_slices > 1

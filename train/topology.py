@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from qwen_jax.errors import InputError
-from qwen_jax.sharding import AXES, make_mesh
+from qwen_jax.sharding import make_mesh
 
 GiB = 1 << 30
 
@@ -164,27 +163,19 @@ def _share(chip: Chip, cores: int) -> Chip:
 
 
 def mesh_of(where: Target, axes: Mapping[str, int]) -> Mesh:
-    """A mesh of all devices of a target; slices are joined by the data axis, all others lie within one.
+    """A mesh of all devices of a target, as a run on them would make it.
 
     Args:
       where: from `target`.
       axes: sizes of the axes that are not 1.
 
     Raises:
-      InputError: the axes don't cover the devices, or the data axis is no multiple of the slices.
+      InputError: the axes don't cover the devices, or `make_mesh` refuses them.
     """
     count = len(where.devices)
     if math.prod(axes.values()) != count:
         raise InputError(
-            f"{where.topology} has {count} devices in {where.num_slices} slices; the mesh {dict(axes)} has not."
+            f"{where.topology} has {count} devices in {where.num_slices} slices; the mesh {dict(axes)} has "
+            f"{math.prod(axes.values())}. Give a mesh of all of them."
         )
-    if where.num_slices == 1:
-        return make_mesh(axes, where.devices)
-    if axes.get("data", 1) % where.num_slices:
-        raise InputError(
-            f"The data axis must be a multiple of the {where.num_slices} slices; the mesh is {dict(axes)}."
-        )
-    within = [axes.get(name, 1) // (where.num_slices if name == "data" else 1) for name in AXES]
-    between = [where.num_slices if name == "data" else 1 for name in AXES]
-    devices = mesh_utils.create_hybrid_device_mesh(within, between, where.devices, allow_split_physical_axes=True)
-    return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return make_mesh(axes, where.devices)

@@ -18,10 +18,17 @@ from train.optimizer import Schedule
 _TOKENS = 4 * 2**20
 
 
-def _stage(steps: int, length: int, theta: float, mixture: dict[str, float], schedule: Schedule | None = None) -> Stage:
+def _stage(
+    steps: int,
+    length: int,
+    theta: float,
+    mixture: dict[str, float],
+    schedule: Schedule | None = None,
+    mesh: dict[str, int] | None = None,
+) -> Stage:
     """A stage after the first: the learning rate stays where the first one ended."""
     schedule = schedule or Schedule(steps, 3e-5, schedule="wsd")
-    return Stage(schedule, length, _TOKENS // length, mixture, rope_theta=theta)
+    return Stage(schedule, length, _TOKENS // length, mixture, rope_theta=theta, mesh=mesh)
 
 
 def standard() -> RunConfig:
@@ -45,16 +52,24 @@ def standard() -> RunConfig:
 def turbo() -> RunConfig:
     """Qwen2.5-Turbo: 32,768, 65,536, 131,072 and 262,144 tokens with base 1e7; 40% at the maximal length, 60% shorter.
 
-    `long-N` holds documents of at least N tokens, so that each fills its rows; `short-N` shorter ones, packed.
+    `long-N` holds documents of at least N tokens, so that each fills its rows; `short-N` shorter ones, packed. Where a
+    step has fewer rows than there are devices, the context axis splits them: each of the 64 has 65,536 tokens in every
+    stage.
     """
-    lengths = 32_768, 65_536, 131_072, 262_144
+    meshes = {
+        32_768: {"fsdp": 64},
+        65_536: {"fsdp": 64},
+        131_072: {"fsdp": 32, "context": 2},
+        262_144: {"fsdp": 16, "context": 4},
+    }
     return RunConfig(
         output="runs/qwen2.5-turbo",
         model=published("qwen2.5-7b"),
         tokenizer="tokenizers/qwen2.5",
         initial="runs/qwen2.5-7b/checkpoints/200000",
-        data={f"{kind}-{n}": f"data/{kind}-{n}" for n in lengths for kind in ("long", "short")},
-        stages=tuple(_stage(1000, n, 1e7, {f"long-{n}": 0.4, f"short-{n}": 0.6}) for n in lengths),
-        mesh={"fsdp": 16, "tensor": 4},
+        data={f"{kind}-{n}": f"data/{kind}-{n}" for n in meshes for kind in ("long", "short")},
+        stages=tuple(
+            _stage(1000, n, 1e7, {f"long-{n}": 0.4, f"short-{n}": 0.6}, mesh=mesh) for n, mesh in meshes.items()
+        ),
         remat="full",
     )

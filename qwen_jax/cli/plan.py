@@ -31,7 +31,7 @@ class Plan:
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH=VALUE")] = ()
     """Changes a field of the config."""
     search: bool = False
-    """Try meshes, remat policies and micro-batches, and rank them. A compilation each."""
+    """Try meshes (unless --mesh is given), remat policies and micro-batches, and rank them. A compilation each."""
     json: bool = False
     """One JSON object a plan."""
 
@@ -44,7 +44,8 @@ class Plan:
         plan, where = sibling("train.plan"), sibling("train.topology").target(self.topology, self.num_slices)
         config = sibling("train.config").load(self.config, self.set)
         axes = parse_mesh(self.mesh) if self.mesh else None
-        seen, plans = set(), []
+        seen: set[tuple[object, ...]] = set()
+        plans, fits = [], True
         for index, stage in enumerate(config.stages):
             kind = stage.length, stage.batch_size, stage.remat, stage.accumulation, str(stage.mesh)
             if kind in seen:
@@ -52,9 +53,11 @@ class Plan:
             seen.add(kind)
             if self.search:
                 progress = lambda made: print(plan.describe(made), file=sys.stderr)  # noqa: E731
-                plans += plan.search(config, index, where, progress)
+                found = plan.search(config, index, where, axes, progress)
             else:
-                plans.append(plan.plan_stage(config, index, where, axes))
+                found = [plan.plan_stage(config, index, where, axes)]
+            plans += found
+            fits &= any(made.fits for made in found)
         for made in plans:
             print(json.dumps(dataclasses.asdict(made)) if self.json else plan.describe(made))
-        return 0 if any(made.fits for made in plans) else 1
+        return 0 if fits else 1

@@ -72,8 +72,8 @@ def _say_once(message: str) -> None:
     _log.info(message)
 
 
-def _choose(implementation: str, q: jax.Array, mask: Mask) -> str:
-    """Names the implementation to run, or raises if the one asked for cannot do it."""
+def choose(implementation: str, q: jax.Array, mask: Mask) -> str:
+    """Names the implementation that `attention` runs, or raises `InputError` if the one asked for cannot do it."""
     platform = jax.default_backend()
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     needs = {
@@ -131,7 +131,7 @@ def attention(
       InputError: shapes that do not fit, or an implementation that cannot do this.
     """
     _check_shapes(q_BTHd, k_BSKd, v_BSKd, mask)
-    chosen = _choose(implementation, q_BTHd, mask)
+    chosen = choose(implementation, q_BTHd, mask)
     if chosen == "gpu":
         # Imported where there is a GPU to use it: Pallas takes a while.
         from qwen_jax.kernels import flash_gpu

@@ -77,7 +77,7 @@ def _forward(
             f"{q.shape} and {k.shape}. Use implementation='reference'."
         )
     start, end = jnp.maximum(start, 0), jnp.minimum(end, k.shape[1])
-    out, lse = _run_forward(*map(_in_eights, (q, k, v)), start, end, scale)
+    out, lse = _run_forward(_in_eights(q), _in_eights(k), _in_eights(v), start, end, scale=scale)
     out, lse = out[:, : q.shape[1]], lse[:, :, : q.shape[1]]
     return (out, lse), (q, k, v, start, end, out, lse)
 
@@ -89,8 +89,9 @@ def _backward(scale: float, kept: Any, by: tuple[jax.Array, jax.Array]) -> tuple
     delta = jnp.einsum("BTHd,BTHd->BHT", out.astype(jnp.float32), by_out.astype(jnp.float32)) - by_lse
     # In base 2, and so large for a row without keys that its probabilities are zero.
     log2 = jnp.where(jnp.isfinite(lse), lse * _LOG2E, -_LOWEST)
-    arrays: Any = *map(_in_eights, (q, k, v, by_out)), *(_padded(x, 2 * ROWS) for x in (start, end, log2, delta))
-    dq, (dk, dv) = _run_queries(*arrays, scale), _run_keys(*arrays, scale)
+    arrays: list[Any] = [_in_eights(x) for x in (q, k, v, by_out)]
+    arrays += [_padded(x, 2 * ROWS) for x in (start, end, log2, delta)]
+    dq, (dk, dv) = _run_queries(*arrays, scale=scale), _run_keys(*arrays, scale=scale)
     return dq[:, : q.shape[1]], dk[:, : k.shape[1]], dv[:, : k.shape[1]], None, None
 
 
@@ -159,8 +160,10 @@ def _tiled(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def _registers(warpgroups: int) -> int:
-    """Of a thread of the warpgroups that compute."""
-    return (65536 // 128 - _FEEDER_REGISTERS) // warpgroups // 8 * 8
+    """Of a thread of the warpgroups that compute, what the feeder leaves them. One more than there are: a deadlock."""
+    threads = warpgroups + 1
+    at_launch = 65536 // 128 // threads // 8 * 8
+    return (threads * at_launch - _FEEDER_REGISTERS) // warpgroups // 8 * 8
 
 
 def _across(x: jax.Array, shape: tuple[int, ...], axis: int = 0) -> jax.Array:
@@ -210,11 +213,12 @@ def _kernel(
     return pl.kernel(body, out_type=out_type, mesh=mesh, compiler_params=params, name=name)
 
 
-# Forward.
+# Forward. This and the two below are jitted so that a model of many layers lowers each of them once.
 
 
+@functools.partial(jax.jit, static_argnames="scale")
 def _run_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, end: jax.Array, scale: float
+    q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, end: jax.Array, *, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     (B, _, H, d) = q.shape
     warpgroups, keys = _FORWARD[d]
@@ -364,9 +368,10 @@ def _feed_keys(
 # Gradient of the queries.
 
 
+@functools.partial(jax.jit, static_argnames="scale")
 def _run_queries(
     q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, start: jax.Array, end: jax.Array, log2: jax.Array,
-    delta: jax.Array, scale: float,
+    delta: jax.Array, *, scale: float,
 ) -> jax.Array:  # fmt: skip
     (B, _, H, d), padded = q.shape, start.shape[1]
     keys = 128 if d == 64 else 64
@@ -451,9 +456,10 @@ def _queries_block(
 # Gradient of keys and values.
 
 
+@functools.partial(jax.jit, static_argnames="scale")
 def _run_keys(
     q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, start: jax.Array, end: jax.Array, log2: jax.Array,
-    delta: jax.Array, scale: float,
+    delta: jax.Array, *, scale: float,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     (B, S, K, d), keys = k.shape, 2 * ROWS
     rows = 64

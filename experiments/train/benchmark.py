@@ -1,0 +1,326 @@
+"""Tokens per second of one training step at true shapes with random weights, beside two yardsticks, on one GPU.
+
+    python -m experiments.train.benchmark ours --model qwen2.5-0.5b --batch 8 --remat dots
+    python -m experiments.train.benchmark plain --model qwen2.5-0.5b --batch 8 --remat dots
+    python -m experiments.train.benchmark transformers --model qwen2.5-0.5b --batch 8 --remat none
+    python -m experiments.train.benchmark all --seconds 1500 --output train.jsonl \
+        {ours,plain}/qwen2.5-0.5b/batch={8,16},remat={none,dots} transformers/qwen2.5-0.5b/batch=8,remat=none
+    python -m experiments.train.benchmark ours --model qwen2.5-0.5b --batch 8 --remat dots --profile trace
+    python -m experiments.train.benchmark kernels trace
+
+A process is one measurement, so that each has the whole memory; `all` starts one after the other. Every step is the
+whole one: forward, backward, clipping, AdamW, with float32 master weights and moments and bfloat16 products. A row is
+one document of random tokens. `ours` is the code of a run (`train.pretrain`), `plain` is `plain_step.py`,
+`transformers` is `torch_step.py`. A step's time is the median over the ends of successive steps, the next one always on
+its way, as in a run. Every line of output is JSON, but for the tables of `all` and `kernels`. A measurement that does
+not fit into memory says so and ends with status 3.
+"""
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.decode.benchmark import matmul_rate, say
+from experiments.train import plain_step
+from experiments.train.kernels import print_kernels
+from qwen_jax.config import ModelConfig, published
+from qwen_jax.sharding import make_mesh
+from train.data.batch import Batch, place
+from train.metrics import flops_per_token
+from train.optimizer import OptimizerConfig, Schedule
+from train.pretrain import PretrainConfig, init_state, make_train_step
+
+PEAK = 989e12  # Dense bfloat16 FLOP/s of an H100 or H200 (SXM) by the vendor's datasheet.
+NO_MEMORY = 3
+RATE = 1e-4
+PROFILED = 3
+
+Step = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
+
+
+def random_tokens(config: ModelConfig, batch: int, length: int) -> np.ndarray:
+    """int32 [batch, length], each of the vocabulary's ids equally likely."""
+    return np.random.default_rng(0).integers(0, config.vocab_size, (batch, length), dtype=np.int32)
+
+
+def report(args: argparse.Namespace, what: str, seconds: float, matmul: float | None, **more: Any) -> None:
+    """The line of a measurement.
+
+    Args:
+      args: of the command line.
+      what: was measured.
+      seconds: of a step.
+      matmul: bfloat16 FLOP/s of a large product in the same process, or None.
+      **more: further entries.
+    """
+    rate = args.batch * args.length / seconds
+    flops = rate * flops_per_token(published(args.model), args.length)
+    say(
+        what=what,
+        model=args.model,
+        length=args.length,
+        batch=args.batch,
+        remat=args.remat,
+        step_ms=seconds * 1e3,
+        tokens_per_s=rate,
+        tflop_per_s=flops / 1e12,
+        mfu=flops / PEAK,
+        **({} if matmul is None else {"matmul_tflop_per_s": matmul / 1e12, "of_matmul": flops / matmul}),
+        **more,
+    )
+
+
+def measure(args: argparse.Namespace, what: str, state: Any, step: Any, batch: Any, **more: Any) -> None:
+    """Compiles a step that donates its state, times it, and reports.
+
+    Args:
+      args: of the command line.
+      what: is measured.
+      state: the first argument of the step.
+      step: a jitted function (state, batch) -> (state, metrics).
+      batch: on the device.
+      **more: further entries of the report.
+    """
+    device = jax.devices()[0]
+    start = time.perf_counter()
+    lowered = step.lower(state, batch)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    ready = time.perf_counter()
+    memory = compiled.memory_analysis()
+    old, size = jax.tree.leaves(state), sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    for _ in range(args.warmup):
+        state, metrics = compiled(state, batch)
+    jax.block_until_ready((state, metrics))
+    # The buffers that went in are gone, and the program writes its result into them.
+    donated = all(leaf.is_deleted() for leaf in old) and memory.alias_size_in_bytes >= size
+    ends, waiting = [], None
+    for _ in range(args.steps + 1):
+        state, metrics = compiled(state, batch)
+        if waiting is not None:
+            ends.append(_end(waiting))
+        waiting = metrics
+    ends.append(_end(waiting))
+    loss = float(metrics["loss"])
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+    if args.profile:
+        _profile(args, compiled, state, batch)
+    del state, batch, old, metrics, waiting
+    report(
+        args,
+        what,
+        float(np.median(np.diff(ends))),
+        None if args.no_matmul else matmul_rate(),
+        donated=donated,
+        state_gb=size / 1e9,
+        temporaries_gb=memory.temp_size_in_bytes / 1e9,
+        peak_gb=peak / 1e9,
+        trace_s=traced - start,
+        compile_s=ready - traced,
+        slowest_ms=float(np.max(np.diff(ends))) * 1e3,
+        loss=loss,
+        **more,
+    )
+
+
+def _end(metrics: Any) -> float:
+    jax.block_until_ready(metrics)
+    return time.perf_counter()
+
+
+def _profile(args: argparse.Namespace, compiled: Any, state: Any, batch: Any) -> None:
+    """Leaves a trace of a few steps, and the program, whose names say what the kernels belong to."""
+    folder = Path(args.profile)
+    with jax.profiler.trace(str(folder)):
+        for _ in range(PROFILED):
+            state, metrics = compiled(state, batch)
+        jax.block_until_ready((state, metrics))
+    (folder / "step.hlo.txt").write_text(compiled.as_text())
+    (folder / "steps.json").write_text(json.dumps({"steps": PROFILED, "command": sys.argv[1:]}) + "\n")
+
+
+def run_ours(args: argparse.Namespace) -> None:
+    # The model says once which attention it took.
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("qwen_jax").setLevel(logging.INFO)
+    model, mesh = published(args.model), make_mesh({}, jax.devices()[:1])
+    optimizer = OptimizerConfig(Schedule(10**6, RATE, schedule="wsd"))
+    more = {name: getattr(args, name) for name in ("accumulation", "loss_chunk", "scan_layers")}
+    config = PretrainConfig(model, optimizer, remat=args.remat, **more)
+    tokens = random_tokens(model, args.batch, args.length)
+    # Documents of equal length; one a row by default.
+    index = np.broadcast_to(np.arange(args.length, dtype=np.int32), tokens.shape)
+    document = -(-args.length // args.documents)
+    batch = Batch(tokens, index % document, 1 + index // document, np.ones(tokens.shape, np.float32))
+    with jax.set_mesh(mesh):
+        state = init_state(config, 0, mesh)
+        more["documents"] = args.documents
+        measure(args, "ours", state, make_train_step(config, mesh), place(batch, mesh), **more)
+
+
+def run_plain(args: argparse.Namespace) -> None:
+    model = published(args.model)
+    start, step = plain_step.make(model, RATE, args.remat, args.loss_chunk, args.unroll)
+    tokens = jnp.asarray(random_tokens(model, args.batch, args.length + 1))
+    more = {name: getattr(args, name) for name in ("loss_chunk", "unroll")}
+    measure(args, "plain", start(jax.random.key(0)), step, tokens, **more)
+
+
+def run_transformers(args: argparse.Namespace) -> None:
+    from experiments.train import torch_step
+
+    tokens = random_tokens(published(args.model), args.batch, args.length + 1)
+    seconds, matmul, more = torch_step.measure(args, tokens)
+    report(args, "transformers", seconds, matmul, **more)
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Every try in a process of its own, as long as there is time; a table last."""
+    begin, records = time.perf_counter(), []
+    with Path(args.output).open("a", encoding="utf-8") as log:
+        for attempt in args.tries:
+            left = args.seconds - (time.perf_counter() - begin)
+            if left < 30:
+                record: dict[str, Any] = {"error": "no time left"}
+            else:
+                record = _attempt(attempt, args.options, min(left, args.each))
+            record = {"try": attempt, **record}
+            records.append(record)
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            print(json.dumps(record), flush=True)
+    _print_table(records)
+
+
+def _attempt(attempt: str, options: list[str], seconds: float) -> dict[str, Any]:
+    """What a process said in its last line, or why it said nothing."""
+    kind, model, settings = attempt.split("/")
+    pairs = [f"--{setting.replace('_', '-')}" for setting in settings.split(",") if setting]
+    command = [sys.executable, "-m", "experiments.train.benchmark", kind, "--model", model, *pairs, *options]
+    begin = time.perf_counter()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not finished after {seconds:.0f} s"}
+    took = {"process_s": round(time.perf_counter() - begin, 1)}
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode in (0, NO_MEMORY) and lines:
+        attention = [line for line in done.stderr.splitlines() if line.startswith("attention on")]
+        return {**lines[0], **lines[-1], **({"attention": attention[0]} if attention else {}), **took}
+    return {"error": f"status {done.returncode}: " + "\n".join(done.stderr.splitlines()[-6:])[-800:], **took}
+
+
+def _print_table(records: list[dict[str, Any]]) -> None:
+    """The fastest of each kind and model; what it is to the fastest of the yardsticks."""
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for record in records:
+        key = record.get("model", ""), record.get("what", "")
+        if "tokens_per_s" in record and record["tokens_per_s"] > best.get(key, {"tokens_per_s": 0})["tokens_per_s"]:
+            best[key] = record
+    print("\n| model | | settings | tokens/s | step, ms | MFU | of matmul | peak, GB | to plain | to transformers |")
+    print("|---" * 10 + "|")
+    for (model, what), record in best.items():
+        ratios = []
+        for yardstick in ("plain", "transformers"):
+            other = best.get((model, yardstick))
+            ratios.append(f"{record['tokens_per_s'] / other['tokens_per_s']:.2f}" if other else "-")
+        settings, rate = record["try"].split("/")[2], record["tokens_per_s"]
+        print(
+            f"| {model} | {what} | {settings} | {rate:,.0f} | {record['step_ms']:.1f} | {record['mfu']:.1%} | "
+            f"{record.get('of_matmul', 0):.1%} | {record['peak_gb']:.1f} | {' | '.join(ratios)} |"
+        )
+    failed = [record for record in records if "error" in record]
+    for record in failed:
+        print(f"{record['try']}: {record['error'].splitlines()[-1]}")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = f"{type(error).__name__}: {error}"
+    return any(sign in text for sign in ("RESOURCE_EXHAUSTED", "OutOfMemory", "out of memory", "Out of memory"))
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="command")
+    for name in ("ours", "plain", "transformers"):
+        command = commands.add_parser(name)
+        command.add_argument("--model", default="qwen2.5-0.5b")
+        command.add_argument("--batch", type=int, default=8, help="rows in a step")
+        command.add_argument("--length", type=int, default=4096, help="tokens in a row")
+        command.add_argument("--loss-chunk", type=int, default=4096, help="tokens whose logits exist at one time")
+        command.add_argument("--steps", type=int, default=10, help="timed steps")
+        command.add_argument("--warmup", type=int, default=3, help="steps before them")
+        command.add_argument("--no-matmul", action="store_true", help="do not measure the rate of a large product")
+        policies = ("none", "full") if name == "transformers" else ("none", "dots", "full")
+        command.add_argument("--remat", choices=policies, default="none" if name == "transformers" else "dots")
+        if name != "transformers":
+            command.add_argument("--profile", metavar="DIR", help="leave a trace there")
+        if name == "ours":
+            command.add_argument("--accumulation", type=int, default=1, help="parts that a step is worked off in")
+            command.add_argument("--documents", type=int, default=1, help="in a row")
+            command.add_argument(
+                "--no-scan-layers", dest="scan_layers", action="store_false", help="layers one after the other"
+            )
+        if name == "plain":
+            command.add_argument("--unroll", type=int, default=1, help="layers in one pass of the scan")
+        if name == "transformers":
+            command.add_argument("--compile", choices=("model", "layers", "none"), default="model")
+            command.add_argument("--weights", choices=("float32", "bfloat16"), default="float32")
+    command = commands.add_parser("all", help="one process for each try")
+    command.add_argument("tries", nargs="+", metavar="KIND/MODEL/OPTION=VALUE,...")
+    command.add_argument("--seconds", type=float, default=1500, help="no try is begun after this time")
+    command.add_argument("--each", type=float, default=240, help="seconds that one try may take")
+    command.add_argument("--output", default="train.jsonl", help="file that takes the lines, at its end")
+    command.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="given to every try; all that follows")
+    command = commands.add_parser("kernels", help="device time of a trace by part of the model and by kernel")
+    command.add_argument("folder", type=Path)
+    command.add_argument("--top", type=int, default=25)
+    args = parser.parse_args(argv)
+    for attempt in getattr(args, "tries", ()):
+        if attempt.count("/") != 2 or attempt.split("/")[0] not in ("ours", "plain", "transformers"):
+            parser.error(
+                f"expected KIND/MODEL/OPTION=VALUE,... such as plain/qwen2.5-7b/batch=4,remat=full; got {attempt!r}"
+            )
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if args.command == "all":
+        return run_all(args)
+    if args.command == "kernels":
+        return print_kernels(args.folder, args.top)
+    if args.command == "transformers":
+        # JAX is not to take the card's memory.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        jax.config.update("jax_platforms", "cpu")
+    elif "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        # The masters and moments of 7B alone are 91 GB; the default is three quarters of the memory.
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
+    runs = {"ours": run_ours, "plain": run_plain, "transformers": run_transformers}
+    try:
+        if args.command != "transformers":
+            say(jax=jax.__version__, device=jax.devices()[0].device_kind, date=time.strftime("%Y-%m-%d"))
+        runs[args.command](args)
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        say(what=args.command, model=args.model, batch=args.batch, remat=args.remat, error="out of memory")
+        print(str(error)[:2000], file=sys.stderr)
+        sys.exit(NO_MEMORY)
+
+
+if __name__ == "__main__":
+    main()
