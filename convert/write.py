@@ -16,7 +16,7 @@ from convert.names import Leaf, leaves
 from convert.source import Sink, Source, Span, TreeSource, as_source, copy, nbytes, parse_dtype
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.model import Params
+from qwen_jax.params import Params
 
 OpenSink = Callable[[Source, np.dtype | None, Path], AbstractContextManager[Sink]]
 
