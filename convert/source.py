@@ -21,7 +21,7 @@ from convert.names import Leaf, leaves
 from convert.safetensors import begin_writeback
 from qwen_jax.config import DTYPES, ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.model import Params
+from qwen_jax.params import Params
 
 BLOCK_BYTES = 32 * 2**20
 Block = tuple[slice, slice]

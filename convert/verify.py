@@ -20,7 +20,8 @@ from convert.placement import place
 from convert.source import Source
 from qwen_jax import kernels
 from qwen_jax.errors import InputError
-from qwen_jax.model import Options, Params, bind
+from qwen_jax.model import Options
+from qwen_jax.params import Params, bind
 from qwen_jax.sharding import Sharding, make_mesh
 
 

@@ -9,7 +9,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from qwen_jax import kernels
 from qwen_jax.config import ModelConfig
-from qwen_jax.model import Options, Params, bind
+from qwen_jax.model import Options
+from qwen_jax.params import Params, bind
 from qwen_jax.sharding import Sharding
 
 

@@ -26,7 +26,8 @@ from convert import huggingface, orbax
 from convert.names import leaves
 from convert.safetensors import read_folder
 from qwen_jax.config import ModelConfig, load_config, published
-from qwen_jax.model import Options, Params, abstract_params, param_specs
+from qwen_jax.model import Options
+from qwen_jax.params import Params, abstract_params, param_specs
 from qwen_jax.sharding import Sharding, make_mesh
 
 # Every value of every axis of the grid stands in at least one row. The vocabularies are 151936 / 128 and 152064 / 256.

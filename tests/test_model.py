@@ -14,7 +14,8 @@ from qwen_jax.attention import CacheWrite, KVCache
 from qwen_jax.config import ModelConfig, published
 from qwen_jax.errors import InputError
 from qwen_jax.layers import Remat
-from qwen_jax.model import Options, Params, abstract_params, bind, init_params, param_specs
+from qwen_jax.model import Options
+from qwen_jax.params import Params, abstract_params, bind, init_params, param_specs
 from qwen_jax.sharding import Sharding, make_mesh
 
 CONFIG = published("tiny-untied")

@@ -8,7 +8,7 @@ import pytest
 
 from qwen_jax.config import published
 from qwen_jax.errors import InputError
-from qwen_jax.model import abstract_params
+from qwen_jax.params import abstract_params
 from train.optimizer import OptimizerConfig, Schedule, decay_mask, make_optimizer, make_schedule
 
 

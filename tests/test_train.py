@@ -13,7 +13,7 @@ from rich.console import Console
 
 from qwen_jax.config import published
 from qwen_jax.errors import InputError
-from qwen_jax.model import bind, init_params
+from qwen_jax.params import bind, init_params
 from qwen_jax.sharding import Sharding, make_mesh
 from train.data.batch import place
 from train.data.loader import batches, whole_batches

@@ -10,7 +10,7 @@ import pytest
 from processes import run
 
 from qwen_jax.config import published
-from qwen_jax.model import init_params, param_specs
+from qwen_jax.params import init_params, param_specs
 from qwen_jax.sharding import Sharding, make_mesh
 from train.data.batch import place
 from train.data.loader import batches

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.model import Params
+from qwen_jax.params import Params
 from qwen_jax.sharding import make_mesh
 from qwen_jax.tokenizer import Tokenizer, train_bpe
 from train.checkpoint import Checkpoints, write_json

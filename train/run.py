@@ -17,8 +17,8 @@ from rich.console import Console
 
 from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import InputError
-from qwen_jax.model import Params
 from qwen_jax.multihost import in_step
+from qwen_jax.params import Params
 from qwen_jax.sharding import Sharding, make_mesh
 from qwen_jax.tokenizer import load_tokenizer
 from train.checkpoint import Checkpoints, read_arrays

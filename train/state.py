@@ -6,7 +6,7 @@ import functools
 import jax
 import optax
 
-from qwen_jax.model import Params
+from qwen_jax.params import Params
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("mean_norm", "accepted", "skipped"), meta_fields=())
@@ -32,7 +32,7 @@ class Guard:
 class TrainState:
     """Attributes:
     step: int32 scalar, steps taken, skipped ones too; also the number of the next batch.
-    params: float32 master weights, the tree of `qwen_jax.model.init_params`.
+    params: float32 master weights, the tree of `qwen_jax.params.init_params`.
     opt_state: of `train.optimizer.make_optimizer`.
     guard: against bad gradients.
     """

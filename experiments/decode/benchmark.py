@@ -34,7 +34,8 @@ from qwen_jax.config import ModelConfig, published
 from qwen_jax.inference import Engine, SamplingParams
 from qwen_jax.inference.generate import Program, decoder, prefill
 from qwen_jax.inference.sampling import Knobs
-from qwen_jax.model import Options, Params, abstract_params, param_specs
+from qwen_jax.model import Options
+from qwen_jax.params import Params, abstract_params, param_specs
 from qwen_jax.sharding import Sharding, make_mesh
 
 RECOMMENDED = SamplingParams(temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.05)

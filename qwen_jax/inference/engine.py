@@ -14,7 +14,8 @@ from qwen_jax.errors import InputError
 from qwen_jax.inference.generate import DecodeState, Program, decoder, prefill
 from qwen_jax.inference.sampling import Knobs, SamplingParams
 from qwen_jax.inference.weights import fuse
-from qwen_jax.model import Options, Params
+from qwen_jax.model import Options
+from qwen_jax.params import Params
 from qwen_jax.sharding import Sharding
 from qwen_jax.tokenizer import StreamDecoder, Tokenizer
 

@@ -13,7 +13,8 @@ from qwen_jax.attention import CacheWrite, KVCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.inference import single
 from qwen_jax.inference.sampling import Knobs, Plan, sample
-from qwen_jax.model import Options, Params, bind
+from qwen_jax.model import Options
+from qwen_jax.params import Params, bind
 from qwen_jax.sharding import Sharding
 
 

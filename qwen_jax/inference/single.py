@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax import kernels
 from qwen_jax.attention import KVCache
 from qwen_jax.config import ModelConfig
-from qwen_jax.model import Options, Params
+from qwen_jax.model import Options
+from qwen_jax.params import Params
 from qwen_jax.rope import rope_tables
 from qwen_jax.sharding import Sharding
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.model import Params
+from qwen_jax.params import Params
 from qwen_jax.sharding import Sharding
 
 

@@ -17,7 +17,8 @@ from qwen_jax.errors import InputError
 from qwen_jax.inference.generate import Program, decode, prefill
 from qwen_jax.inference.sampling import Knobs, SamplingParams
 from qwen_jax.kernels import decode_gpu
-from qwen_jax.model import Options, abstract_params, param_specs
+from qwen_jax.model import Options
+from qwen_jax.params import abstract_params, param_specs
 from qwen_jax.sharding import Sharding, make_mesh
 
 _ON_HOPPER = jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability.startswith("9.")

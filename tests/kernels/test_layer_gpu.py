@@ -19,7 +19,8 @@ from qwen_jax.inference.generate import Program, decoder, prefill
 from qwen_jax.inference.sampling import Knobs, SamplingParams
 from qwen_jax.kernels import layer_gpu
 from qwen_jax.kernels.layer_gpu import CHUNK, layer_tail, norm_product, plan
-from qwen_jax.model import Options, abstract_params, param_specs
+from qwen_jax.model import Options
+from qwen_jax.params import abstract_params, param_specs
 from qwen_jax.sharding import Sharding, make_mesh
 
 _ON_HOPPER = jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability.startswith("9.")
