@@ -22,7 +22,7 @@ class Chip:
 
     Attributes:
       name: as a topology names it.
-      hbm_bytes: memory.
+      hbm_bytes: memory that a program may have.
       flops: bfloat16 FLOP/s.
       hbm_bandwidth: bytes/s.
       ici_bandwidth: bytes/s that a chip can send to its neighbours, all links together.
@@ -38,15 +38,16 @@ class Chip:
 
 
 # From the pages of docs.cloud.google.com/tpu on each generation: peak, HBM, interconnect and the hosts' network cards
-# (for v4 and v5p, whose pages don't name them, 100 Gbit/s a host of 4 chips are assumed).
+# (for v4 and v5p, whose pages don't name them, 100 Gbit/s a host of 4 chips are assumed). Of the HBM, what the compiler
+# says is available when it refuses a program.
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 32 * GiB, 275e12, 1.2e12, 300e9, 3.1e9),
-        Chip("v5e", 16 * GiB, 197e12, 819e9, 200e9, 3.1e9),
-        Chip("v5p", 95 * GiB, 459e12, 2.765e12, 600e9, 3.1e9),
-        Chip("v6e", 32 * GiB, 918e12, 1.64e12, 400e9, 12.5e9),
-        Chip("7x", 192 * GiB, 2307e12, 7.38e12, 600e9, 12.5e9),
+        Chip("v4", int(30.75 * GiB), 275e12, 1.2e12, 300e9, 3.1e9),
+        Chip("v5e", int(15.75 * GiB), 197e12, 819e9, 200e9, 3.1e9),
+        Chip("v5p", int(95.74 * GiB), 459e12, 2.765e12, 600e9, 3.1e9),
+        Chip("v6e", int(31.25 * GiB), 918e12, 1.64e12, 400e9, 12.5e9),
+        Chip("7x", int(189.5 * GiB), 2307e12, 7.38e12, 600e9, 12.5e9),
     )
 }
 # `device_kind` of the devices of each.
@@ -75,7 +76,7 @@ class Target:
 
     Attributes:
       topology: as it was asked for.
-      devices: of all slices. A device may be half a chip (v4 and 7x have two cores each).
+      devices: of all slices. A device may be half a chip (7x has two cores).
       chip: one device's share of a chip's figures.
       num_slices: groups joined only by the data-centre network.
     """
@@ -112,7 +113,11 @@ def target(topology: str, num_slices: int = 1) -> Target:
     chips = math.prod(map(int, shape.split("x"))) * num_slices
     try:
         described = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{'tpu7x' if name == '7x' else name}:{shape}", num_slices=num_slices
+            platform="tpu",
+            topology_name=f"{'tpu7x' if name == '7x' else name}:{shape}",
+            num_slices=num_slices,
+            # The two cores of a v4 are one device where it is used.
+            **({"chip_config_name": "megacore"} if name == "v4" else {}),
         )
     except Exception as error:
         if "libtpu" in str(error) or "PJRT" in str(error):

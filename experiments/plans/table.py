@@ -1,0 +1,169 @@
+"""Training steps of the published sizes, compiled for pods that need not be there: memory, traffic, least time.
+
+    python -m experiments.plans.table             # compiles what has no result yet, and writes README.md's table again
+    python -m experiments.plans.table 7b-v5e-4x4  # these rows once more
+
+One JSON file a row lies in results/. A compilation takes minutes, and needs the TPU compiler: pip install '.[tpu]'.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.pretrain.qwen2_5 import turbo
+from qwen_jax.config import ModelConfig, published
+from qwen_jax.layers import Remat
+from train.config import RunConfig, Stage
+from train.optimizer import Schedule
+
+_HERE = Path(__file__).parent
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+GiB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+      config: of the run.
+      topology: of a slice.
+      stage: of the run, from 0.
+      num_slices: how many slices.
+    """
+
+    config: RunConfig
+    topology: str
+    stage: int = 0
+    num_slices: int = 1
+
+
+def _run(model: str, rows: int, mesh: Mapping[str, int], remat: Remat = "full", accumulation: int = 1) -> RunConfig:
+    """A stage of 4,096 tokens a row."""
+    stage = Stage(Schedule(1000), 4096, rows, {"web": 1}, accumulation=accumulation)
+    return RunConfig("run", published(model), "tokenizer", {"web": "data"}, (stage,), mesh=mesh, remat=remat)
+
+
+ROWS = {
+    "7b-v5e-4x4": Row(_run("qwen2.5-7b", 12, {"fsdp": 4, "tensor": 4}), "v5e:4x4"),
+    "7b-v6e-4x4": Row(_run("qwen2.5-7b", 32, {"fsdp": 16}), "v6e:4x4"),
+    "7b-v6e-4x4-two-slices": Row(_run("qwen2.5-7b", 64, {"data": 2, "fsdp": 16}), "v6e:4x4", num_slices=2),
+    "7b-262144-v5p-4x4x4": Row(turbo(), "v5p:4x4x4", stage=3),
+    "32b-v5p-4x4x8": Row(_run("qwen2.5-32b", 1024, {"data": 4, "fsdp": 32}), "v5p:4x4x8"),
+    "32b-v5p-8x8x8": Row(_run("qwen2.5-32b", 1024, {"data": 4, "fsdp": 128}), "v5p:8x8x8"),
+    "72b-v5p-4x4x8": Row(_run("qwen2.5-72b", 1024, {"data": 2, "fsdp": 64}, accumulation=2), "v5p:4x4x8"),
+    "72b-v5p-8x8x8": Row(_run("qwen2.5-72b", 1024, {"data": 8, "fsdp": 64}), "v5p:8x8x8"),
+}
+
+
+def unexpected_gathers(plan: Mapping[str, Any], model: ModelConfig) -> list[str]:
+    """All-gathers of a plan that are other than one matrix of one layer, the head, keys or values of own rows, or small.
+
+    Args:
+      plan: as JSON.
+      model: what was planned.
+
+    Returns:
+      Their shapes; a parameter of all layers together would be among them.
+    """
+    mesh, o, D, d = plan["mesh"], plan["options"], model.hidden_size, model.head_dim
+    rows = o["batch_size"] // o["accumulation"] // mesh.get("data", 1) // mesh.get("fsdp", 1)
+    sizes = {
+        D * model.num_heads * d,
+        D * model.num_kv_heads * d,
+        D * model.intermediate_size,
+        D * model.vocab_size,
+        rows * o["length"] * model.num_kv_heads * d,
+    }
+    allowed = {size // mesh.get("tensor", 1) for size in sizes}
+    found = {shape: math.prod(map(int, re.findall(r"\d+", shape.partition("[")[2]))) for shape in plan["gathers"]}
+    small = max(D, model.intermediate_size)  # a norm or a bias
+    return [s for s, size in found.items() if not s.startswith("s32") and size > small and size not in allowed]
+
+
+def _compile(name: str) -> dict[str, Any]:
+    # Imported late: the environment of a compiler without chips comes first.
+    from train.plan import plan_stage
+    from train.topology import target
+
+    row = ROWS[name]
+    plan = dataclasses.asdict(plan_stage(row.config, row.stage, target(row.topology, row.num_slices)))
+    return {
+        "row": name,
+        "parameters": row.config.model.num_params()["total"],
+        "plan": plan,
+        "unexpected_gathers": unexpected_gathers(plan, row.config.model),
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _PACKAGES},
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def line(result: Mapping[str, Any]) -> str:
+    """One row as Markdown."""
+    p, o = result["plan"], result["plan"]["options"]
+    mesh = ", ".join(f"{axis}={size}" for axis, size in p["mesh"].items())
+    where = p["topology"] if p["num_slices"] == 1 else f"{p['num_slices']} slices of {p['topology']}"
+    rows = f"{o['batch_size']} x {o['length']:,}" + (f" in {o['accumulation']} parts" if o["accumulation"] > 1 else "")
+    fits = f"{p['hbm_bytes'] / GiB:.1f} of {p['hbm_limit_bytes'] / GiB:.1f}" + (
+        "" if p["fits"] else ": **does not fit**"
+    )
+    sent = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in p["collective_bytes"].items() if size >= 5e7)
+    sent += f"; {p['dcn_bytes'] / 1e9:.2f} leave the slice" if p["dcn_bytes"] else ""
+    largest = next(iter(p["gathers"]), "none")
+    cells = (
+        f"{result['parameters'] / 1e9:.1f}B", where, mesh, rows, o["remat"], fits, sent,
+        f"{largest}: {p['gathered_bytes'] / 1e9:.2f}" + " **unexpected**" * bool(result["unexpected_gathers"]),
+        f"{p['estimated_step_seconds']:.2f}", f"{p['mfu_bound']:.0%}", f"{p['compile_seconds']:.0f}",
+    )  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def _write_table() -> None:
+    """Puts what there is into README.md, between its two marks."""
+    results = [json.loads(result_file(name).read_text()) for name in ROWS if result_file(name).exists()]
+    heads = (
+        "parameters", "compiled for", "mesh", "rows x tokens", "remat", "GiB a device", "GB sent by a device in a step",
+        "largest all-gather, GB", "seconds a step, at least", "MFU, at most", "seconds to compile",
+    )  # fmt: skip
+    rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *map(line, results)]
+    readme = _HERE / "README.md"
+    before, _, rest = readme.read_text().partition("<!-- table -->\n")
+    after = rest.partition("<!-- end -->")[2]
+    readme.write_text(before + "<!-- table -->\n" + "\n".join(rows) + "\n<!-- end -->" + after)
+
+
+def result_file(name: str) -> Path:
+    return _HERE / "results" / f"{name}.json"
+
+
+def main() -> None:
+    """The command of this module."""
+    parser = argparse.ArgumentParser(description="Compile steps for pods and write the table.")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; by default those without result")
+    chosen = parser.parse_args().rows or [name for name in ROWS if not result_file(name).exists()]
+    if unknown := set(chosen) - set(ROWS):
+        parser.error(f"no rows {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    for name in chosen:
+        print(f"{name} ...", flush=True)
+        result = _compile(name)
+        print(line(result), flush=True)
+        temporary = result_file(name).with_suffix(".tmp")
+        temporary.parent.mkdir(exist_ok=True)
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(temporary, result_file(name))
+    _write_table()
+
+
+if __name__ == "__main__":
+    main()
