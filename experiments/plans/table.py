@@ -55,7 +55,7 @@ def _run(model: str, rows: int, mesh: Mapping[str, int], remat: Remat = "full", 
 
 ROWS = {
     "7b-v5e-4x4": Row(_run("qwen2.5-7b", 12, {"fsdp": 4, "tensor": 4}), "v5e:4x4"),
-    "7b-v6e-4x4": Row(_run("qwen2.5-7b", 32, {"fsdp": 16}), "v6e:4x4"),
+    "7b-v6e-4x4": Row(_run("qwen2.5-7b", 32, {"data": 2, "fsdp": 8}), "v6e:4x4"),
     "7b-v6e-4x4-two-slices": Row(_run("qwen2.5-7b", 64, {"data": 2, "fsdp": 16}), "v6e:4x4", num_slices=2),
     "7b-262144-v5p-4x4x4": Row(turbo(), "v5p:4x4x4", stage=3),
     "32b-v5p-4x4x8": Row(_run("qwen2.5-32b", 1024, {"data": 4, "fsdp": 32}), "v5p:4x4x8"),
@@ -66,7 +66,7 @@ ROWS = {
 
 
 def unexpected_gathers(plan: Mapping[str, Any], model: ModelConfig) -> list[str]:
-    """All-gathers of a plan that are other than one matrix of one layer, the head, keys or values of own rows, or small.
+    """All-gathers of a plan that are not one matrix of one layer, the head, keys or values of own rows, or small.
 
     Args:
       plan: as JSON.
