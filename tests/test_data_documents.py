@@ -165,8 +165,12 @@ def test_extensions(rng, go, tmp_path):
 # --- damaged files ---
 
 
+def compressed(content: bytes, suffix: str) -> bytes:
+    return gzip.compress(content) if suffix == "gz" else zstandard.ZstdCompressor().compress(content)
+
+
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
-@pytest.mark.parametrize("damage", ["cut", "flipped", "not compressed"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "rubbish", "not compressed"])
 def test_a_damaged_file_is_named_and_the_others_are_kept(rng, go, tmp_path, suffix, damage):
     for i in range(3):
         write(tmp_path / "in" / f"{i}.jsonl.{suffix}", random_texts(rng, 300))
@@ -177,6 +181,8 @@ def test_a_damaged_file_is_named_and_the_others_are_kept(rng, go, tmp_path, suff
         {
             "cut": good[: middle + 7],
             "flipped": good[:middle] + bytes(255 - b for b in good[middle : middle + 40]) + good[middle + 40 :],
+            # What damage can be read as until it is noticed.
+            "rubbish": compressed(b"not JSON\n" * 500, suffix) + good[:middle],
             "not compressed": b"plain text\n" * 100,
         }[damage]
     )

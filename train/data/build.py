@@ -5,6 +5,7 @@ shard and a record `units/00000.json`, written last; a unit with a valid record 
 one, the manifest is written and `units/` removed.
 """
 
+import collections
 import dataclasses
 import fcntl
 import json
@@ -331,14 +332,16 @@ class Encoder:
                 size = 0
                 for number, piece in enumerate(unit):
                     lines.append(0)
-                    for record in read_records(
-                        piece, self._config.field, self._config.max_document_bytes, self._advance
-                    ):
+                    found = read_records(piece, self._config.field, self._config.max_document_bytes, self._advance)
+                    for record in found:
                         records += 1
                         lines[-1] = record.line
                         if record.reason is not None:
                             bad.append(json.dumps([number, record.line, record.reason]).encode() + b"\n")
                             if len(bad) > max(self._config.max_bad_lines, max(self._config.max_bad, 0.5) * records):
+                                if piece.source.compression:
+                                    # What is read from a damaged one may be rubbish until its end tells.
+                                    collections.deque(found, maxlen=0)
                                 raise InputError(_hopeless(piece, records, len(bad), record))
                         elif record.text:
                             texts.append(record.text)
