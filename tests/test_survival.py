@@ -35,7 +35,7 @@ from qwen_jax.tokenizer import load_tokenizer
 from train import checkpoint
 from train import run as run_module
 from train.checkpoint import Checkpoints
-from train.config import RunConfig, Stage, set_field
+from train.config import RunConfig, Stage, set_fields
 from train.data.batch import Batch
 from train.data.feed import Feed
 from train.optimizer import OptimizerConfig, Schedule
@@ -92,8 +92,7 @@ def test_killed_ten_times_a_run_ends_as_if_it_had_not_been(material: Path, tmp_p
     changes = ("stages.0.schedule.steps=300", "stages.1.schedule.steps=20", "evaluate_every=0", "keep_last=2")
     expected, output = tmp_path / "straight", tmp_path / "run"
     config = configuration(material, expected, checkpoint_every=1000)
-    for change in changes:
-        config = set_field(config, change)
+    config = set_fields(config, *changes)
     run_module.pretrain(config)
     file = config_file(tmp_path / "config.py", material, output)
     during_saves = 0
@@ -191,7 +190,7 @@ def test_another_mixture_from_a_step_on_changes_nothing_before_it(material: Path
     later = Stage(Schedule(4, 1e-3), 16, 4, {"a": 1, "b": 1})
     config = dataclasses.replace(config, stages=(config.stages[0], later))
     hashes, expected = recorded(dataclasses.replace(config, output=str(tmp_path / "one")))
-    changed = set_field(config, "stages.1.mixture.b=7")
+    changed = set_fields(config, "stages.1.mixture.b=7")
     other_hashes, other = recorded(dataclasses.replace(changed, output=str(tmp_path / "other")))
     assert (other_hashes[:6], other[:6]) == (hashes[:6], expected[:6])
     assert other_hashes[6:] != hashes[6:]
@@ -225,8 +224,7 @@ def test_sigterm_to_any_process_saves_one_step_in_all(material: Path, tmp_path: 
     # The log ends with the step that is saved, and what is saved can be gone on with, here by one process.
     assert len(losses(output)) == step
     config = configuration(material, output, evaluate_every=0)
-    for change in (*LONG[1:], f"stages.0.schedule.steps={step + 2}", "stages.0.schedule.warmup_steps=2"):
-        config = set_field(config, change)
+    config = set_fields(config, *LONG[1:], f"stages.0.schedule.steps={step + 2}", "stages.0.schedule.warmup_steps=2")
     run_module.pretrain(config)
     assert len(losses(output)) == step + 6
 
@@ -330,8 +328,7 @@ def test_no_room_for_a_checkpoint_is_an_error_that_costs_nothing(
     file, output = config_file(tmp_path / "config.py", material, tmp_path / "run"), tmp_path / "run"
     changes = ("mesh.data=2", "stages.1.accumulation=1") if processes == 2 else ()
     config = configuration(material, output)
-    for change in (*changes, "stages.0.schedule.steps=6"):
-        config = set_field(config, change)
+    config = set_fields(config, *changes, "stages.0.schedule.steps=6")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module._Sigterm, "_asked", lambda self, step: step == 4)
         assert run_module.pretrain(config)

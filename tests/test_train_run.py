@@ -14,7 +14,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.sharding import make_mesh
 from qwen_jax.tokenizer import train_bpe
 from train import run
-from train.config import load, set_field
+from train.config import load, set_fields
 from train.data.batch import row_part
 from train.data.mixture import Mixture
 from train.data.rows import PackedRows
@@ -64,7 +64,7 @@ def test_stages_are_one_run_with_one_log(straight, material):
 
 def test_a_stage_changes_the_rotary_base_and_nothing_else(material, tmp_path, straight):
     """The first loss of stage 2 with another base is another, from the same weights."""
-    config = set_field(configuration(material, tmp_path / "run"), "stages.1.rope_theta=1e4")
+    config = set_fields(configuration(material, tmp_path / "run"), "stages.1.rope_theta=1e4")
     run.pretrain(config)
     assert numbers(tmp_path / "run")[:8] == numbers(straight)[:8]
     assert numbers(tmp_path / "run")[8:] != numbers(straight)[8:]
@@ -91,8 +91,7 @@ def test_a_run_on_another_mesh_goes_on_within_noise(material, tmp_path, straight
         patch.setattr(run._Sigterm, "_asked", lambda self, step: step == 4)
         run.pretrain(config)
     # Stages on meshes of their own: the state moves from one to the other.
-    for change in ("mesh.fsdp=2", "stages.1.accumulation=1", "stages.1.mesh.tensor=2"):
-        config = set_field(config, change)
+    config = set_fields(config, "mesh.fsdp=2", "stages.1.accumulation=1", "stages.1.mesh.tensor=2")
     run.pretrain(config)
     got, expected = numbers(output), numbers(straight)
     assert got[:5] == expected[:5]  # Up to where it was stopped.
@@ -118,11 +117,12 @@ def test_what_a_run_has_seen_may_not_change_and_what_comes_may(material, tmp_pat
         (f"tokenizer={tmp_path / 'tokenizer'}", "built with the tokenizer"),
         ("model.num_layers=2", "another model: num_layers was 1 and is now 2"),
         ("stages.0.schedule.steps=3", "stage 1"),
+        ("model.eos_token_ids=[999999]", "ends texts with the ids .999999.*end-of-text id"),
     ):
         with pytest.raises(InputError, match=message):
-            run.pretrain(set_field(config, change))
+            run.pretrain(set_fields(config, change))
     assert numbers(output) == before
-    run.pretrain(set_field(config, "stages.1.schedule.steps=2"))
+    run.pretrain(set_fields(config, "stages.1.schedule.steps=2"))
     assert numbers(output)[:8] == numbers(straight)[:8]
     assert len([n for n in numbers(output) if n[1] is not None]) == 8
 
@@ -145,12 +145,19 @@ def test_another_number_of_hosts_reads_the_same_global_batches(material):
 
 def test_fields_are_set_by_their_path_and_misspelt_ones_are_named(material):
     config = configuration(material, "run")
-    assert set_field(config, "stages.1.schedule.learning_rate=2").stages[1].schedule.learning_rate == 2.0
-    assert set_field(config, "mesh.fsdp=4").mesh == {"fsdp": 4}
-    assert set_field(config, "stages.0.mesh.fsdp=4").stages[0].mesh == {"fsdp": 4}
-    assert set_field(config, "output=7").output == "7"
-    assert set_field(config, 'data={"a": "x"}').data == {"a": "x"}
-    assert set_field(config, "stages.1.rope_theta=null").pretrain(1).model.rope_theta == 1e4
+    assert set_fields(config, "stages.1.schedule.learning_rate=2").stages[1].schedule.learning_rate == 2.0
+    assert set_fields(config, "mesh.fsdp=4").mesh == {"fsdp": 4}
+    assert set_fields(config, "stages.0.mesh.fsdp=4").stages[0].mesh == {"fsdp": 4}
+    # Each alone would not fit the other.
+    both = "stages.0.schedule.steps=2", "stages.0.schedule.warmup_steps=1"
+    for order in (both, both[::-1]):
+        schedule = set_fields(config, *order).stages[0].schedule
+        assert (schedule.steps, schedule.warmup_steps) == (2, 1)
+    with pytest.raises(InputError, match="must fit into steps"):
+        set_fields(config, both[0])
+    assert set_fields(config, "output=7").output == "7"
+    assert set_fields(config, 'data={"a": "x"}').data == {"a": "x"}
+    assert set_fields(config, "stages.1.rope_theta=null").pretrain(1).model.rope_theta == 1e4
     for change, message in (
         ("stages.0.lenght=1", "Stage has no field 'lenght'; did you mean 'length'"),
         ("stages.2.length=1", "expected an index from 0 to 1"),
@@ -163,7 +170,7 @@ def test_fields_are_set_by_their_path_and_misspelt_ones_are_named(material):
         ("seed.x=1", "has no field 'x'"),
     ):
         with pytest.raises(InputError, match=message):
-            set_field(config, change)
+            set_fields(config, change)
 
 
 def test_a_configuration_is_a_function_in_a_file(material, tmp_path, capsys):
@@ -204,5 +211,5 @@ def test_runs_that_cannot_work_are_refused_before_anything_is_made(material, tmp
         ("stages.0.length=32", "has rows of 16"),
     ):
         with pytest.raises(InputError, match=message):
-            run.pretrain(set_field(config, change))
+            run.pretrain(set_fields(config, change))
     assert not (tmp_path / "run").exists()

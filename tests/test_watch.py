@@ -24,7 +24,7 @@ from qwen_jax.config import published
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import train_bpe
 from train import run, trackers
-from train.config import RunConfig, Stage, set_field
+from train.config import RunConfig, Stage, set_fields
 from train.data.batch import Batch
 from train.display import Display, Stretch, duration
 from train.goodput import KINDS, Clock, compilation
@@ -348,8 +348,8 @@ def test_steps_to_trace_must_be_steps_of_the_run(material, tmp_path, capsys):
     config = configuration(material, tmp_path)
     for wrong in ("[0, 2]", "[3, 2]", "[1, 14]", "[1]"):
         with pytest.raises(InputError, match="first and the last step to trace, from 1 to 13"):
-            set_field(config, f"profile={wrong}")
-    assert set_field(config, "profile=[2, 3]").profile == (2, 3)
+            set_fields(config, f"profile={wrong}")
+    assert set_fields(config, "profile=[2, 3]").profile == (2, 3)
     file = tmp_path / "c.py"
     file.write_text(
         f"import sys, pathlib\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_watch\n"
@@ -555,7 +555,7 @@ def test_mfu_is_of_the_devices_that_a_mesh_has(material, tmp_path, monkeypatch):
     from train.report import Report
 
     monkeypatch.setattr("train.report.peak_flops", lambda devices: 1e9 * len(devices))
-    config = set_field(configuration(material, tmp_path, mesh={"data": 2}), "stages.1.mesh.data=1")
+    config = set_fields(configuration(material, tmp_path, mesh={"data": 2}), "stages.1.mesh.data=1")
     out = io.StringIO()
     meshes = [run.make_mesh(config.mesh_axes(index)) for index in range(2)]
     with Report(config, meshes, 0, Console(file=out, width=200), Clock()) as report:

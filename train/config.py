@@ -1,5 +1,6 @@
 """A run as a Python function that returns its configuration, and changes to it by the path of a field."""
 
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -206,26 +207,35 @@ def load(path: str, changes: Sequence[str] = ()) -> RunConfig:
         raise InputError(
             f"{function_name} of {file} must return a train.config.RunConfig, got {type(config).__name__}."
         )
-    for change in changes:
-        config = set_field(config, change)
-    return config
+    return set_fields(config, *changes)
 
 
-def set_field(config: Any, change: str) -> Any:
-    """A copy of a configuration with one field changed.
+def set_fields(config: Any, *changes: str) -> Any:
+    """A copy of a configuration with fields changed. What they must be to each other is looked at when all are.
 
     Args:
       config: a frozen dataclass.
-      change: "path.to.field=value". Elements of a tuple have their index as name, and entries of a mapping their key,
-        which may be new. A value is JSON, or plain text where a text is wanted.
+      changes: each "path.to.field=value". Elements of a tuple have their index as name, and entries of a mapping their
+        key, which may be new. A value is JSON, or plain text where a text is wanted.
 
     Raises:
-      InputError: no such field, or a value that is not of its type.
+      InputError: no such field, a value that is not of its type, or values that do not go together.
     """
-    path, equals, text = change.partition("=")
-    if not equals or not path:
-        raise InputError(f"Expected path.to.field=value, got {change!r}.")
-    return _replaced(config, type(config), path.split("."), text, change)
+    for change in changes:
+        path, equals, text = change.partition("=")
+        if not equals or not path:
+            raise InputError(f"Expected path.to.field=value, got {change!r}.")
+        config = _replaced(config, type(config), path.split("."), text, change)
+    return _checked(config)
+
+
+def _checked(value: Any) -> Any:
+    """The same, with all dataclasses in it made anew, the inner ones first."""
+    if isinstance(value, tuple):
+        return tuple(map(_checked, value))
+    if not dataclasses.is_dataclass(value):
+        return value
+    return dataclasses.replace(value, **{f.name: _checked(getattr(value, f.name)) for f in dataclasses.fields(value)})  # type: ignore[type-var]
 
 
 def _replaced(value: Any, kind: Any, path: Sequence[str], text: str, change: str) -> Any:
@@ -237,8 +247,9 @@ def _replaced(value: Any, kind: Any, path: Sequence[str], text: str, change: str
         if name not in fields:
             raise InputError(f"{change!r}: {type(value).__name__} has no field {name!r}; {_near(name, fields)}")
         hint = typing.get_type_hints(type(value))[name]
-        new = _replaced(getattr(value, name), hint, rest, text, change)
-        return dataclasses.replace(value, **{name: new})  # type: ignore[type-var]
+        new = copy.copy(value)
+        object.__setattr__(new, name, _replaced(getattr(value, name), hint, rest, text, change))
+        return new
     if isinstance(value, tuple):
         if not name.isdecimal() or int(name) >= len(value):
             raise InputError(f"{change!r}: expected an index from 0 to {len(value) - 1}, got {name!r}.")

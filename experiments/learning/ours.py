@@ -18,7 +18,7 @@ import jax
 from convert.huggingface import export
 from experiments.learning.small import config
 from qwen_jax.sharding import make_mesh
-from train.config import RunConfig, set_field
+from train.config import RunConfig, set_fields
 from train.pretrain import init_state
 from train.run import pretrain
 
@@ -36,8 +36,7 @@ def command_line(doc: str | None) -> argparse.ArgumentParser:
 def configuration(args: argparse.Namespace, seed: int) -> RunConfig:
     """The run of a seed, with the changes of the command line."""
     run = config(args.folder, seed)
-    for change in args.set:
-        run = set_field(run, change)
+    run = set_fields(run, *args.set)
     return run
 
 

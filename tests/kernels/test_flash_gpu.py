@@ -10,9 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels import flash_gpu, reference
-
-ROWS = flash_gpu.ROWS
+from qwen_jax.kernels import flash_gpu, flash_gpu_tiles, reference, visits
 
 
 def packed(numbers: np.random.Generator, B: int, T: int, S: int) -> tuple[np.ndarray, np.ndarray]:
@@ -54,15 +52,15 @@ MASKS = (packed, causal, window, anything)
 def test_visits_cover_what_is_seen_and_spare_the_mask_only_where_all_is_seen(seed, mask, T, S):
     """For either direction: each visible pair is in a visited tile, and a tile without a mask has no invisible pair."""
     start, end = mask(np.random.default_rng(seed), 2, T, S)
-    padded = [np.asarray(flash_gpu._padded(jnp.asarray(x), 128)) for x in (start, end)]
+    padded = [np.asarray(flash_gpu_tiles.fill_up(jnp.asarray(x), 128)) for x in (start, end)]
     keys, rows, tiles = 128, 64, -(-S // 128)
     place = np.arange(tiles * keys)
     seen = (padded[0][:, :, None] <= place) & (place < padded[1][:, :, None])
     seen = seen.reshape(2, -1, rows, tiles, keys)
     some, every = seen.any(axis=(2, 4)), seen.all(axis=(2, 4))
-    visits = np.asarray(flash_gpu._visits(*map(jnp.asarray, padded), rows, keys))
-    visitors = np.asarray(flash_gpu._visitors(*map(jnp.asarray, padded), rows, keys, tiles))
-    for found, some_, every_ in ((visits, some, every), (visitors, some.swapaxes(1, 2), every.swapaxes(1, 2))):
+    there = np.asarray(visits.visits(*map(jnp.asarray, padded), rows, keys))
+    back = np.asarray(visits.visitors(*map(jnp.asarray, padded), rows, keys, tiles))
+    for found, some_, every_ in ((there, some, every), (back, some.swapaxes(1, 2), every.swapaxes(1, 2))):
         other = np.arange(some_.shape[2])
         visited = (found[..., :1] <= other) & (other < found[..., 1:2])
         bare = (found[..., 2:3] <= other) & (other < found[..., 3:])
@@ -75,11 +73,11 @@ def test_visits_cover_what_is_seen_and_spare_the_mask_only_where_all_is_seen(see
 
 def test_a_causal_mask_visits_half_and_masks_the_diagonal_alone():
     start, end = causal(np.random.default_rng(0), 1, 4096, 4096)
-    visits = np.asarray(flash_gpu._visits(jnp.asarray(start), jnp.asarray(end), 64, 128))
-    assert (visits[0, :, 1] - visits[0, :, 0]).sum() == sum(i // 2 + 1 for i in range(64))
-    assert ((visits[..., 1] - visits[..., 0]) - (visits[..., 3] - visits[..., 2]) == 1).all()
-    visitors = np.asarray(flash_gpu._visitors(jnp.asarray(start), jnp.asarray(end), 64, 128, 32))
-    assert ((visitors[..., 1] - visitors[..., 0]) - (visitors[..., 3] - visitors[..., 2]) == 2).all()
+    there = np.asarray(visits.visits(jnp.asarray(start), jnp.asarray(end), 64, 128))
+    assert (there[0, :, 1] - there[0, :, 0]).sum() == sum(i // 2 + 1 for i in range(64))
+    assert ((there[..., 1] - there[..., 0]) - (there[..., 3] - there[..., 2]) == 1).all()
+    back = np.asarray(visits.visitors(jnp.asarray(start), jnp.asarray(end), 64, 128, 32))
+    assert ((back[..., 1] - back[..., 0]) - (back[..., 3] - back[..., 2]) == 2).all()
 
 
 @pytest.mark.parametrize(("H", "K", "d"), [(28, 4, 128), (14, 2, 64)])

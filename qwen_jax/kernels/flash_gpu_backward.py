@@ -1,0 +1,232 @@
+"""The gradients of `flash_gpu`: of the queries by a walk over keys, of keys and values by a walk over queries."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from qwen_jax.kernels.flash_gpu_tiles import (
+    FEEDER_REGISTERS,
+    LOG2E,
+    ROWS,
+    SMEM_BYTES,
+    WGMMA,
+    across,
+    feed_keys,
+    in_phases,
+    kernel,
+    mask_logits,
+    own_visits,
+    registers,
+    rem,
+    tiled,
+    zeros,
+)
+from qwen_jax.kernels.hopper import load, products_so_far
+from qwen_jax.kernels.visits import visitors, visits
+
+# The queries' gradient.
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def run_queries(
+    q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, start: jax.Array, end: jax.Array, log2: jax.Array,
+    delta: jax.Array, *, scale: float,
+) -> jax.Array:  # fmt: skip
+    (B, _, H, d), padded = q.shape, start.shape[1]
+    keys = 128 if d == 64 else 64
+    stages = min(4, (SMEM_BYTES - 4 * ROWS * d * 2) // (2 * keys * d * 2))
+    launch = kernel(
+        "flash_backward_queries",
+        functools.partial(_queries_block, scale=scale, group=H // k.shape[2]),
+        (jax.ShapeDtypeStruct(q.shape, q.dtype),),
+        (H, padded // (2 * ROWS), B),
+        3,
+        q_smem=tiled((2, ROWS, d), q.dtype),
+        do_smem=tiled((2, ROWS, d), q.dtype),
+        k_smem=tiled((stages, keys, d), q.dtype),
+        v_smem=tiled((stages, keys, d), q.dtype),
+        q_ready=plgpu.Barrier(num_arrivals=2, num_barriers=2),
+        k_ready=plgpu.Barrier(num_barriers=stages),
+        v_ready=plgpu.Barrier(num_barriers=stages),
+        k_free=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        v_free=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+    )
+    (dq,) = launch(q, k, v, do, start, end, log2, delta, visits(start, end, ROWS, keys))
+    result: jax.Array = dq
+    return result
+
+
+def _queries_block(
+    q_ref: Any, k_ref: Any, v_ref: Any, do_ref: Any, start_ref: Any, end_ref: Any, log2_ref: Any, delta_ref: Any,
+    visits_ref: Any, dq_ref: Any, *, q_smem: Any, do_smem: Any, k_smem: Any, v_smem: Any, q_ready: Any, k_ready: Any,
+    v_ready: Any, k_free: Any, v_free: Any, scale: float, group: int,
+) -> None:  # fmt: skip
+    warpgroup, row, head = (lax.axis_index(name) for name in ("warpgroup", "row", "head"))
+    tile = lax.axis_size("tile") - 1 - lax.axis_index("tile")
+    stages, keys, d = k_smem.shape
+    first, last, visits = own_visits(visits_ref, row, tile, warpgroup, 2)
+    f32 = jnp.float32
+
+    @pl.when(warpgroup < 2)
+    def _() -> None:
+        plgpu.set_max_registers(registers(2), action="increase")
+        rows = pl.ds((2 * tile + warpgroup) * ROWS, ROWS)
+        q_tile, do_tile = q_smem.at[warpgroup], do_smem.at[warpgroup]
+        plgpu.copy_gmem_to_smem(q_ref.at[row, rows, head], q_tile, q_ready.at[warpgroup])
+        plgpu.copy_gmem_to_smem(do_ref.at[row, rows, head], do_tile, q_ready.at[warpgroup])
+        low, high = (load(x.at[row, rows], WGMMA.reduce(1)) for x in (start_ref, end_ref))
+        log2, delta = (load(x.at[row, head, rows], WGMMA.reduce(1)) for x in (log2_ref, delta_ref))
+        plgpu.barrier_wait(q_ready.at[warpgroup])
+        factor = scale * LOG2E
+
+        def step(i: Any, acc: jax.Array, masked: bool) -> jax.Array:
+            slot = rem(i - first, stages)
+            plgpu.barrier_wait(k_ready.at[slot])
+            plgpu.barrier_wait(v_ready.at[slot])
+
+            def by_logits(s_acc: Any, dp_acc: Any) -> jax.Array:
+                plgpu.wgmma(s_acc, q_tile, k_smem.at[slot].T)
+                plgpu.wgmma(dp_acc, do_tile, v_smem.at[slot].T)
+                s = products_so_far(s_acc, but=1)
+                if masked:
+                    s = mask_logits(s, low - i * keys, high - i * keys, axis=1)
+                p = jnp.exp2(s * factor - across(log2, s.shape))
+                return p * (products_so_far(dp_acc) - across(delta, s.shape))
+
+            ds = pl.run_scoped(by_logits, *[plgpu.ACC((ROWS, keys), f32)] * 2).astype(q_smem.dtype)
+            plgpu.barrier_arrive(v_free.at[slot])
+            acc = pl.run_state(lambda acc: plgpu.wgmma(acc, ds, k_smem.at[slot]))(plgpu.ACC.init(acc))
+            plgpu.barrier_arrive(k_free.at[slot])
+            return acc
+
+        acc = in_phases(visits, step, zeros((ROWS, d), WGMMA))
+        q_tile[...] = (acc * scale).astype(q_smem.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[row, rows, head])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == 2)
+    def _() -> None:
+        plgpu.set_max_registers(FEEDER_REGISTERS, action="decrease")
+        feed_keys(k_ref, v_ref, (row, lax.div(head, jnp.int32(group))), first, last - first,
+                   k_smem, v_smem, k_ready, v_ready, k_free, v_free)  # fmt: skip
+
+
+# That of keys and values.
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def run_keys(
+    q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, start: jax.Array, end: jax.Array, log2: jax.Array,
+    delta: jax.Array, *, scale: float,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    (B, S, K, d), keys = k.shape, 2 * ROWS
+    rows = 64
+    tiles = -(-S // keys)
+    stages = min(4, (SMEM_BYTES - 4 * ROWS * d * 2) // (2 * rows * (d * 2 + 4)))
+    like = jax.ShapeDtypeStruct(k.shape, k.dtype)
+    launch = kernel(
+        "flash_backward_keys",
+        functools.partial(_keys_block, scale=scale, group=q.shape[2] // K),
+        (like, like),
+        (K, tiles, B),
+        3,
+        k_smem=tiled((2, ROWS, d), q.dtype),
+        v_smem=tiled((2, ROWS, d), q.dtype),
+        q_smem=tiled((stages, rows, d), q.dtype),
+        do_smem=tiled((stages, rows, d), q.dtype),
+        log2_smem=plgpu.SMEM((stages, rows), jnp.float32),
+        delta_smem=plgpu.SMEM((stages, rows), jnp.float32),
+        k_ready=plgpu.Barrier(num_arrivals=2, num_barriers=2),
+        q_ready=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+        q_free=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+    )
+    dk, dv = launch(q, k, v, do, start, end, log2, delta, visitors(start, end, rows, keys, tiles))
+    return dk, dv
+
+
+def _keys_block(
+    q_ref: Any, k_ref: Any, v_ref: Any, do_ref: Any, start_ref: Any, end_ref: Any, log2_ref: Any, delta_ref: Any,
+    visits_ref: Any, dk_ref: Any, dv_ref: Any, *, k_smem: Any, v_smem: Any, q_smem: Any, do_smem: Any, log2_smem: Any,
+    delta_smem: Any, k_ready: Any, q_ready: Any, q_free: Any, scale: float, group: int,
+) -> None:  # fmt: skip
+    warpgroup, row, head, tile = (lax.axis_index(name) for name in ("warpgroup", "row", "head", "tile"))
+    stages, rows, d = q_smem.shape
+    visits = [visits_ref[row, tile, n] for n in range(4)]
+    first, count, f32 = visits[0], visits[1] - visits[0], jnp.float32
+
+    @pl.when(warpgroup < 2)
+    def _() -> None:
+        plgpu.set_max_registers(registers(2), action="increase")
+        begin = (2 * tile + warpgroup) * ROWS
+        own = (row, pl.ds(begin, ROWS), head)
+        k_tile, v_tile = k_smem.at[warpgroup], v_smem.at[warpgroup]
+        plgpu.copy_gmem_to_smem(k_ref.at[own], k_tile, k_ready.at[warpgroup])
+        plgpu.copy_gmem_to_smem(v_ref.at[own], v_tile, k_ready.at[warpgroup])
+        plgpu.barrier_wait(k_ready.at[warpgroup])
+        factor = scale * LOG2E
+
+        def one_head(h: Any, carry: Any) -> Any:
+            def step(i: Any, carry: Any, masked: bool) -> Any:
+                dk, dv = carry
+                slot = rem(h * count + i - first, stages)
+                plgpu.barrier_wait(q_ready.at[slot])
+
+                def by_logits(s_acc: Any, dp_acc: Any) -> tuple[jax.Array, jax.Array]:
+                    # Keys are the rows here, queries the columns.
+                    plgpu.wgmma(s_acc, k_tile, q_smem.at[slot].T)
+                    plgpu.wgmma(dp_acc, v_tile, do_smem.at[slot].T)
+                    s = products_so_far(s_acc, but=1)
+                    if masked:
+                        here = pl.ds(i * rows, rows)
+                        low, high = (load(x.at[row, here], WGMMA.reduce(0)) - begin for x in (start_ref, end_ref))
+                        s = mask_logits(s, low, high, axis=0)
+                    p = jnp.exp2(s * factor - across(load(log2_smem.at[slot], WGMMA.reduce(0)), s.shape, 1))
+                    dp = products_so_far(dp_acc)
+                    ds = p * (dp - across(load(delta_smem.at[slot], WGMMA.reduce(0)), s.shape, 1))
+                    return p.astype(q_smem.dtype), ds.astype(q_smem.dtype)
+
+                p, ds = pl.run_scoped(by_logits, *[plgpu.ACC((ROWS, rows), f32)] * 2)
+
+                def add(accs: Any) -> None:
+                    dk_acc, dv_acc = accs
+                    plgpu.wgmma(dv_acc, p, do_smem.at[slot])
+                    plgpu.wgmma(dk_acc, ds, q_smem.at[slot])
+
+                dk, dv = pl.run_state(add)((plgpu.ACC.init(dk), plgpu.ACC.init(dv)))
+                plgpu.barrier_arrive(q_free.at[slot])
+                return dk, dv
+
+            return in_phases(visits, step, carry)
+
+        dk, dv = lax.fori_loop(0, group, one_head, (zeros((ROWS, d), WGMMA), zeros((ROWS, d), WGMMA)))
+        k_tile[...] = (dk * scale).astype(q_smem.dtype)
+        v_tile[...] = dv.astype(q_smem.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(k_tile, dk_ref.at[own])
+        plgpu.copy_smem_to_gmem(v_tile, dv_ref.at[own])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == 2)
+    def _() -> None:
+        plgpu.set_max_registers(FEEDER_REGISTERS, action="decrease")
+
+        def fetch(i: Any, wait: bool) -> None:
+            slot = rem(i, stages)
+            h = head * group + lax.div(i, count)
+            here = pl.ds((first + lax.rem(i, count)) * rows, rows)
+            if wait:
+                plgpu.barrier_wait(q_free.at[slot])
+            for ref, smem in ((q_ref, q_smem), (do_ref, do_smem)):
+                plgpu.copy_gmem_to_smem(ref.at[row, here, h], smem.at[slot], q_ready.at[slot])
+            for ref, smem in ((log2_ref, log2_smem), (delta_ref, delta_smem)):
+                plgpu.copy_gmem_to_smem(ref.at[row, h, here], smem.at[slot], q_ready.at[slot])
+
+        total = count * group
+        lax.fori_loop(0, jnp.minimum(total, stages), lambda i, _: fetch(i, False), None)
+        lax.fori_loop(stages, total, lambda i, _: fetch(i, True), None)

@@ -1,0 +1,126 @@
+"""What the attention kernels for Hopper GPUs are made of: tiles in shared memory, masks, and the walk over tiles."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+ROWS = 64
+"""Rows of one warpgroup, on which wgmma insists."""
+LOWEST, LOW = -1e30, -1e15
+"""A masked logit, and where the running maximum starts: below every real logit and so far above a masked one that its
+probability is zero, also before a row has seen anything."""
+SMEM_BYTES = 227 * 1024 - 4096
+LOG2E = math.log2(math.e)
+WGMMA = plgpu.Layout.WGMMA
+FEEDER_REGISTERS = 32
+
+
+def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory in the order that the tensor cores read without bank conflicts."""
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def registers(warpgroups: int) -> int:
+    """Of a thread of the warpgroups that compute, what the feeder leaves them. One more than there are: a deadlock."""
+    threads = warpgroups + 1
+    at_launch = 65536 // 128 // threads // 8 * 8
+    return (threads * at_launch - FEEDER_REGISTERS) // warpgroups // 8 * 8
+
+
+def across(x: jax.Array, shape: tuple[int, ...], axis: int = 0) -> jax.Array:
+    """A number for each row (or, with axis 1, for each column), all along it."""
+    return lax.broadcast_in_dim(x, shape, [axis])
+
+
+def rem(i: Any, n: int) -> jax.Array:
+    return lax.rem(i, jnp.int32(n))
+
+
+def in_phases(visits: list[Any], body: Callable[..., Any], carry: Any) -> Any:
+    """Runs `body(i, carry, masked)` over the visited tiles; those in the middle need no mask."""
+    first, last, full_first, full_last = visits
+    for begin, end, masked in ((first, full_first, True), (full_first, full_last, False), (full_last, last, True)):
+        carry = lax.fori_loop(begin, end, functools.partial(body, masked=masked), carry)
+    return carry
+
+
+def mask_logits(s: jax.Array, low: jax.Array, high: jax.Array, axis: int) -> jax.Array:
+    """Logits with those outside low <= place < high made lowest; `low` and `high` are for each row.
+
+    Args:
+      s: [rows, columns].
+      low, high: int32, one for each row and counted along columns (axis 1), or the other way round (axis 0).
+      axis: along which the place is counted.
+    """
+    place = plgpu.broadcasted_iota(jnp.int32, s.shape, axis, layout=WGMMA)
+    low, high = (across(x, s.shape, 1 - axis) for x in (low, high))
+    return jnp.where((place >= low) & (place < high), s, LOWEST)
+
+
+def zeros(shape: tuple[int, ...], layout: Any) -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+
+
+def kernel(
+    name: str, block: Callable[..., None], out_type: Any, grid: tuple[int, int, int], threads: int, **scratch: Any
+) -> Any:
+    """A kernel over heads, tiles and rows of the batch; `block` gets its operands, results and shared memory."""
+
+    def body(*refs: Any) -> None:
+        pl.run_scoped(functools.partial(block, *refs), collective_axes="warpgroup", **scratch)
+
+    mesh = plgpu.Mesh(grid=grid, grid_names=("head", "tile", "row"), num_threads=threads, thread_name="warpgroup")
+    params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+    return pl.kernel(body, out_type=out_type, mesh=mesh, compiler_params=params, name=name)
+
+
+def own_visits(visits_ref: Any, row: Any, tile: Any, warpgroup: Any, warpgroups: int) -> tuple[Any, Any, list[Any]]:
+    """First and end of what a block visits, and all four numbers of one of its warpgroups within that."""
+    first, last, full_first, full_last = jnp.int32(2**30), jnp.int32(0), jnp.int32(0), jnp.int32(0)
+    for w in range(warpgroups):
+        own = [visits_ref[row, warpgroups * tile + w, n] for n in range(4)]
+        # An empty tile must not widen what the others visit.
+        first = jnp.where(own[0] < own[1], jnp.minimum(first, own[0]), first)
+        last = jnp.maximum(last, own[1])
+        full_first = jnp.where(warpgroup == w, own[2], full_first)
+        full_last = jnp.where(warpgroup == w, own[3], full_last)
+    first = jnp.minimum(first, last)
+    full_first = jnp.clip(full_first, first, last)
+    return first, last, [first, last, full_first, jnp.clip(full_last, full_first, last)]
+
+
+def feed_keys(
+    k_ref: Any, v_ref: Any, where: tuple[Any, Any], first: Any, count: Any, k_smem: Any, v_smem: Any, k_ready: Any,
+    v_ready: Any, k_free: Any, v_free: Any,
+) -> None:  # fmt: skip
+    """Copies tiles of keys and values to shared memory as it comes free."""
+    stages, keys, _ = k_smem.shape
+    row, head = where
+
+    def fetch(i: Any, wait: bool) -> None:
+        slot = rem(i, stages)
+        at = (row, pl.ds((first + i) * keys, keys), head)
+        for ref, smem, ready, free in ((k_ref, k_smem, k_ready, k_free), (v_ref, v_smem, v_ready, v_free)):
+            if wait:
+                plgpu.barrier_wait(free.at[slot])
+            plgpu.copy_gmem_to_smem(ref.at[at], smem.at[slot], ready.at[slot])
+
+    lax.fori_loop(0, jnp.minimum(count, stages), lambda i, _: fetch(i, False), None)
+    lax.fori_loop(stages, count, lambda i, _: fetch(i, True), None)
+
+
+def fill_up(x: jax.Array, multiple: int) -> jax.Array:
+    """Fills up the last axis with zeros: rows that are not there see nothing."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % multiple)])
+
+
+def in_eights(x_BTHd: jax.Array) -> jax.Array:
+    """A length in whole eights, which the copy engine wants of what it lays out in tiles; more it fills up itself."""
+    return jnp.pad(x_BTHd, ((0, 0), (0, -x_BTHd.shape[1] % 8), (0, 0), (0, 0)))
