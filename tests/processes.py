@@ -34,7 +34,7 @@ def run(
     *args: Any,
     processes: int = 2,
     devices: int = 1,
-    timeout: float = 180.0,
+    timeout: float = 600.0,
     env: dict[str, str] | None = None,
 ) -> list[Any]:
     """Calls a function once in each of several new processes that form one JAX cluster on the CPU.
