@@ -1,4 +1,9 @@
-"""The one exception for bad input."""
+"""The one exception for bad input, and what the system says when there is no room."""
+
+import errno
+
+# The disk is full, the quota is used up, a file may not grow further.
+NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 class InputError(ValueError):

@@ -190,6 +190,7 @@ class Qwen2(nnx.Module):
                 for i, block in enumerate(self.layers):
                     graphdef, params = nnx.split(block)
                     one = functools.partial(layer, graphdef)
+                    # Not by jax.checkpoint, which outside a loop would fence the weights too: a copy of each.
                     with jax.named_scope(f"layer{i}"):
                         x_BTD = recompute(one, params, x_BTD) if remat == "full" else one(params, x_BTD)
             else:

@@ -2,7 +2,7 @@
 
 A weight split over `fsdp` is gathered where it is used, and its gradient is scattered as it is summed: half the bytes
 of summing it everywhere and keeping a part. A compiler may still choose otherwise, and `qwen-jax plan` says what it
-made of it: for TPUs it sums everywhere where `fsdp` is several axes of the torus, as its scatter goes around one ring.
+made of it (docs/plan.md: when it sums everywhere instead on TPUs).
 """
 
 import functools

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,8 @@ from runs import (
     final_weights,
     launches,
     losses,
-    make_material,
     numbers,
     print_seed,
-    program_cache,
     saved_steps,
 )
 
@@ -41,18 +38,7 @@ from train.data.feed import Feed
 from train.optimizer import OptimizerConfig, Schedule
 from train.pretrain import PretrainConfig, abstract_state, init_state
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with program_cache(tmp_path_factory.mktemp("cache")) as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_material(tmp_path_factory.mktemp("material"))
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -16,10 +15,8 @@ from runs import (
     config_file,
     configuration,
     losses,
-    make_material,
     numbers,
     print_seed,
-    program_cache,
     saved_steps,
 )
 
@@ -37,16 +34,7 @@ from train.optimizer import Schedule
 
 Capture = pytest.CaptureFixture[str]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with program_cache(tmp_path_factory.mktemp("cache")) as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_material(tmp_path_factory.mktemp("material"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

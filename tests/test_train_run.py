@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from data_sets import make_rows
-from runs import assert_same_weights, config_file, configuration, make_material, numbers, program_cache
+from runs import assert_same_weights, config_file, configuration, numbers
 
 from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
@@ -20,18 +20,7 @@ from train.data.mixture import Mixture
 from train.data.rows import PackedRows
 from train.metrics import read_log
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Runs that begin anew find their programs compiled, as they would on a cluster with a cache; it saves minutes."""
-    with program_cache(tmp_path_factory.mktemp("cache")) as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory):
-    """A tokenizer, and data sets of two lengths."""
-    return make_material(tmp_path_factory.mktemp("material"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ gets its own `config.json` and tokenizer, so that it is a model like any other: 
 import contextlib
 import ctypes
 import dataclasses
-import errno
 import json
 import logging
 import os
@@ -26,14 +25,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from qwen_jax.config import ModelConfig, load_config, read_json
-from qwen_jax.errors import InputError
+from qwen_jax.errors import NO_ROOM, InputError
 from qwen_jax.multihost import gather, in_step
 from qwen_jax.tokenizer.base import Tokenizer
 from train.state import TrainState
 
 _log = logging.getLogger(__name__)
-# What the system says when there is no room: the disk is full, the quota is used up, a file may not grow further.
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Checkpoints:
@@ -72,7 +69,7 @@ class Checkpoints:
                 saved = dataclasses.asdict(load_config(self.folder))
                 _check_same("model", saved, dataclasses.asdict(config), self.folder)
                 _check_same("run", read_json(self.folder / "run.json"), json.loads(json.dumps(run)), self.folder)
-            elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            elif is_taken(self.folder):
                 raise InputError(f"{self.folder} is not empty and holds no run. Give a new or empty folder.")
         # All have looked before one of them makes it.
         with in_step(f"Making {self.folder}"), self._room():
@@ -369,9 +366,9 @@ def read_arrays(folder: Path, like: Any) -> Any:
 def _no_room(error: BaseException) -> str | None:
     """What the system said, where it had no room to write; None for any other failure."""
     if isinstance(error, OSError):
-        return os.strerror(error.errno) if error.errno in _NO_ROOM else None
+        return os.strerror(error.errno) if error.errno in NO_ROOM else None
     codes = [int(code) for code in re.findall(r"os_error_code='(\d+)'", str(error))]
-    return next((os.strerror(code) for code in codes if code in _NO_ROOM), None)
+    return next((os.strerror(code) for code in codes if code in NO_ROOM), None)
 
 
 def _free(folder: Path) -> int:
@@ -417,6 +414,11 @@ def _check_same(what: str, saved: Mapping[str, Any], given: Mapping[str, Any], f
             f"{folder} holds a run with another {what}: {difference}. "
             "Resume with what it began with, or begin in a new folder."
         )
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether something is there already that a new folder would destroy."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -182,7 +182,7 @@ def fit(
             clock.lap("profile")
         clock.lap("step")
         batch: Batch = data[index]
-        placed = batch if isinstance(batch.tokens, jax.Array) else place(batch, mesh)
+        placed = _placed(batch, mesh)
         # While the device is busy with the step before, nobody waits for data.
         clock.lap("step" if waiting and not _ready(waiting[1]) else "input")
         programs = compilation().programs
@@ -219,6 +219,11 @@ def fit(
     return state
 
 
+def _placed(batch: Batch, mesh: Mesh) -> Batch:
+    """A batch on the devices, where it may be already."""
+    return batch if isinstance(batch.tokens, jax.Array) else place(batch, mesh)
+
+
 def _ready(metrics: Metrics) -> bool:
     """Whether the step is done."""
     return all(value.is_ready() for value in metrics.values() if isinstance(value, jax.Array))  # type: ignore[attr-defined]
@@ -244,7 +249,7 @@ def held_out_loss(
     """
     sums: list[Any] = []
     for batch in batches:
-        sums.append(eval_step(params, batch if isinstance(batch.tokens, jax.Array) else place(batch, mesh)))
+        sums.append(eval_step(params, _placed(batch, mesh)))
         jax.block_until_ready(sums[-4:-3])  # So that no more than a few batches wait on the devices.
     totals = jax.device_get(sums)
     return float(sum(s.loss for s in totals)), float(sum(s.weight for s in totals))

@@ -21,7 +21,7 @@ from qwen_jax.multihost import in_step
 from qwen_jax.params import Params
 from qwen_jax.sharding import Sharding, make_mesh
 from qwen_jax.tokenizer import load_tokenizer
-from train.checkpoint import Checkpoints, read_arrays
+from train.checkpoint import Checkpoints, is_taken, read_arrays
 from train.config import RunConfig, as_json, load
 from train.data.feed import Feed
 from train.data.mixture import Mixture
@@ -183,7 +183,7 @@ def pretrain(config: RunConfig, console: Console | None = None, export: Export |
             output / "checkpoints", config.model, tokenizer, run, config.keep_last, config.keep_every
         ) as checkpoints:
             state, step = _begin(config, checkpoints, mixture, meshes)
-            exported = config.export is not None and _is_taken(Path(config.export))
+            exported = config.export is not None and is_taken(Path(config.export))
             if exported and step < total:
                 raise InputError(
                     f"{config.export} exists already. Export to a new folder (export), or remove it first."
@@ -269,11 +269,6 @@ def _begin(
         with in_step(f"Reading the weights of {config.initial}"):
             weights = _initial_weights(Path(config.initial).absolute() / "params", like)
         return fresh_state(stage, weights, mesh), 0
-
-
-def _is_taken(folder: Path) -> bool:
-    """Whether something is there already."""
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def _initial_weights(folder: Path, like: Any) -> Any:

@@ -4,7 +4,7 @@ import errno
 import re
 import sys
 
-from qwen_jax.errors import InputError
+from qwen_jax.errors import NO_ROOM, InputError
 
 # How a failed collective reads when another process is gone: over TCP, over NCCL, from JAX's coordination service.
 _LOST = re.compile(r"gloo|nccl|by peer|connection|heartbeat|coordination|barrier", re.IGNORECASE)
@@ -18,7 +18,7 @@ def explain(error: BaseException) -> str | None:
     """The message for a failure that the user can mend: bad input, or too little memory. None for any other."""
     if isinstance(error, InputError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         where = f" for {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}. Make room and run the same command again."
     lost = _lost_process(error)

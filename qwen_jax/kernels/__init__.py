@@ -63,7 +63,8 @@ def packed_mask(segment_ids_BT: jax.Array) -> Mask:
     return Mask(start, jnp.broadcast_to(i + 1, segment_ids_BT.shape))
 
 
-def _on_hopper() -> bool:
+def on_hopper() -> bool:
+    """Whether the devices are GPUs of the generation that our GPU kernels are for."""
     return jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability.startswith("9.")
 
 
@@ -84,7 +85,7 @@ def choose(implementation: str, q: jax.Array, mask: Mask) -> str:
             "head_dim up to 256, a multiple of 8": q.shape[-1] % 8 == 0 and q.shape[-1] <= 256,
         },
         "gpu": {
-            "a GPU of the Hopper generation": _on_hopper(),
+            "a GPU of the Hopper generation": on_hopper(),
             "bfloat16 or float16": half,
             "head_dim 64 or 128": q.shape[-1] in (64, 128),
         },
@@ -177,7 +178,7 @@ def has_decode_step(
         implementation == "auto"
         and length == 1
         and dtype == cache.dtype == jnp.bfloat16
-        and _on_hopper()
+        and on_hopper()
         and _decode_gpu().supports(num_heads, num_kv_heads, d, S)
     )
     if length == 1:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.hopper import let_next_begin, load, wait_for_previous
+from qwen_jax.kernels.hopper import let_next_begin, load, tiled, wait_for_previous
 
 TILE = 64
 """Cache slots that are loaded at once; the length of a cache must be a multiple of it."""
@@ -126,12 +126,6 @@ def decode_step(
     return out.reshape(B, H, d), jax.freeze(keys), jax.freeze(values)
 
 
-def _tiled(shape: tuple[int, ...], dtype: Any, columns: int) -> Any:
-    """Shared memory in the order that the tensor cores read without bank conflicts."""
-    swizzle = columns * jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)))
-
-
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
 def _keep_plain(_: Any, ref: Any) -> None:
     """Keeps layout inference from swizzling a buffer that is copied by single rows: jax 0.11.2 does so wrongly."""
@@ -144,17 +138,17 @@ def _block(*refs: Any, H: int, K: int, d: int, clusters: int, blocks: int, scale
     scratch: dict[str, Any] = dict(
         plain=plgpu.SMEM((8, d), jnp.bfloat16),
         # Both operands of a product must be swizzled alike, and the halves of a head must be tiles of their own.
-        qk=_tiled((64, d), jnp.bfloat16, d // 2),
-        k_tiles=_tiled((k_stages, TILE, d), jnp.bfloat16, d // 2),
-        v_tiles=_tiled((v_stages, TILE, d), jnp.bfloat16, 64),
+        qk=tiled((64, d), jnp.bfloat16, d // 2),
+        k_tiles=tiled((k_stages, TILE, d), jnp.bfloat16, d // 2),
+        v_tiles=tiled((v_stages, TILE, d), jnp.bfloat16, 64),
         k_ready=plgpu.Barrier(num_barriers=k_stages),
         v_ready=plgpu.Barrier(num_barriers=v_stages),
     )
     if blocks > 1:
         scratch |= dict(
-            wide=_tiled((64, d), jnp.float32, 32),
+            wide=tiled((64, d), jnp.float32, 32),
             lse=plgpu.SMEM((64,), jnp.float32),
-            parts=_tiled((blocks, 2, 8, d), jnp.float32, 32),
+            parts=tiled((blocks, 2, 8, d), jnp.float32, 32),
             parts_ready=plgpu.Barrier(num_arrivals=2 * blocks),
         )
     if clusters > 1:

@@ -23,10 +23,9 @@ from qwen_jax.kernels.flash_gpu_tiles import (
     own_visits,
     registers,
     rem,
-    tiled,
     zeros,
 )
-from qwen_jax.kernels.hopper import load, products_so_far
+from qwen_jax.kernels.hopper import load, products_so_far, tiled
 from qwen_jax.kernels.visits import visitors, visits
 
 # The queries' gradient.

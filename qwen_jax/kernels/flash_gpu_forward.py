@@ -25,10 +25,9 @@ from qwen_jax.kernels.flash_gpu_tiles import (
     own_visits,
     registers,
     rem,
-    tiled,
     zeros,
 )
-from qwen_jax.kernels.hopper import load
+from qwen_jax.kernels.hopper import load, tiled
 from qwen_jax.kernels.visits import visits
 
 _SHAPES = {64: (3, 128), 128: (2, 128)}

@@ -22,11 +22,6 @@ WGMMA = plgpu.Layout.WGMMA
 FEEDER_REGISTERS = 32
 
 
-def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory in the order that the tensor cores read without bank conflicts."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
-
-
 def registers(warpgroups: int) -> int:
     """Of a thread of the warpgroups that compute, what the feeder leaves them. One more than there are: a deadlock."""
     threads = warpgroups + 1

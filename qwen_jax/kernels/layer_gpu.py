@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.hopper import let_next_begin, load, wait_for_previous
+from qwen_jax.kernels.hopper import let_next_begin, load, tiled, wait_for_previous
 
 CHUNK = 128
 """Columns of a weight matrix to one step; hidden size, width and heads x head_dim must be multiples of it."""
@@ -298,11 +298,10 @@ def _run(
                 blocks=blocks, eps=eps, **scratch,
             )  # fmt: skip
 
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     kernel = pl.kernel(
         lambda *refs: pl.run_scoped(
             functools.partial(body, *refs),
-            w_smem=plgpu.SMEM((stages, tile, CHUNK), jnp.bfloat16, transforms=transforms),
+            w_smem=tiled((stages, tile, CHUNK), jnp.bfloat16),
             # At its end, the 4 bytes of `_note_round`: a buffer of their own would take a kilobyte.
             x_smem=plgpu.SMEM((x_size + 8,), jnp.bfloat16),
             stream_smem=plgpu.SMEM((D,), jnp.bfloat16),

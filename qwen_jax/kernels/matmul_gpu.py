@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen_jax.errors import InputError
+from qwen_jax.kernels.hopper import tiled
 
 MAX_ROWS = 128
 _SMS = 132  # of an H100 or H200 SXM; on another part the results are the same and the tiles less even.
@@ -168,9 +169,8 @@ def _product(x_BK: jax.Array, w_GNK: jax.Array) -> jax.Array:
         lax.fori_loop(0, own_tiles, one_tile, None)
         plgpu.wait_smem_to_gmem(0)
 
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     # Slots of x overlap: each holds x_rows rows, and wgmma reads on into the next to fill its 64.
-    x_smem = plgpu.SMEM(((p.stages - 1) * x_rows + m, p.chunk), jnp.bfloat16, transforms=transforms)
+    x_smem = tiled(((p.stages - 1) * x_rows + m, p.chunk), jnp.bfloat16)
     kernel = plgpu.kernel(
         skinny_product,
         out_type=jax.ShapeDtypeStruct((p.splits, B, N), out_dtype),
@@ -178,7 +178,7 @@ def _product(x_BK: jax.Array, w_GNK: jax.Array) -> jax.Array:
         grid_names=("block",),
         scratch_types={
             "x_smem": x_smem,
-            "w_smem": plgpu.SMEM((p.stages, gates, p.tile, p.chunk), jnp.bfloat16, transforms=transforms),
+            "w_smem": tiled((p.stages, gates, p.tile, p.chunk), jnp.bfloat16),
             "out_smem": plgpu.SMEM((m, p.tile), out_dtype),
             "full": plgpu.Barrier(num_arrivals=1 + gates, num_barriers=p.stages),
         },

@@ -35,8 +35,7 @@ def takes(x_BTI: jax.Array, shards: int, outputs: int, inputs: int) -> bool:
         and inputs % 64 == 0
         and inputs >= 128
         and 2 * outputs * inputs >= (_MIN_BYTES_ONE_ROW if rows < 16 else _MIN_BYTES)
-        and jax.default_backend() == "gpu"
-        and jax.local_devices()[0].compute_capability.startswith("9.")
+        and kernels.on_hopper()
     )
 
 
