@@ -20,7 +20,7 @@ from train.data.loader import batches, whole_batches
 from train.data.packing import pack
 from train.display import Display
 from train.loop import LoopConfig, fit, held_out_loss
-from train.loss import chunked_cross_entropy, next_token_targets
+from train.loss import _statistics, chunked_cross_entropy, next_token_targets
 from train.metrics import MetricsLog, bits_per_byte, flops_per_token, mfu, read_log, scored_bytes
 from train.optimizer import OptimizerConfig, Schedule, make_schedule
 from train.pretrain import PretrainConfig, init_state, loss_sums, make_eval_step, make_train_step
@@ -156,6 +156,21 @@ def test_chunked_loss_equals_the_loss_of_full_logits(mesh, name, chunk):
         got = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(params, hidden)
     # float32 sums in another order; values are of order 1 to 100.
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, expected)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3, 1e30])
+def test_statistics_of_logits_of_any_size(scale):
+    """Against float64. A logit that is no number leaves a loss that is none, so that the step is skipped."""
+    logits = (np.random.default_rng().normal(size=(7, 1003)) * scale).astype(np.float32)
+    target = np.arange(1003) == np.arange(7)[:, None]
+    top, total, picked = jax.jit(_statistics)(logits, target)
+    exact = logits.astype(np.float64)
+    np.testing.assert_array_equal(top, logits.max(axis=-1))
+    np.testing.assert_array_equal(picked, np.diag(logits))
+    np.testing.assert_allclose(total, np.exp(exact - exact.max(axis=-1, keepdims=True)).sum(axis=-1), rtol=1e-5)
+    for bad in (np.nan, np.inf):
+        logits[:, 500] = bad
+        assert np.isnan(jax.jit(_statistics)(logits, target)[1]).all()
 
 
 def test_z_loss_is_the_squared_logarithm_of_the_denominator(mesh):

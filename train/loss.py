@@ -140,10 +140,10 @@ def _local(
         (sums, head_gradient), (x_cD, targets_c, weights_c) = carry, inputs
         logits_cv = einsum_f32("cD,vD->cv", x_cD, w_vD)
         is_target = jnp.arange(v) == (targets_c - first)[:, None]
-        top_c = jax.lax.pmax(logits_cv.max(axis=-1), "tensor")
-        parts = jnp.exp(logits_cv - top_c[:, None]).sum(axis=-1), jnp.where(is_target, logits_cv, 0.0).sum(axis=-1)
-        total_c, picked_c = jax.lax.psum(parts, "tensor")
-        log_total_c = top_c + jnp.log(total_c)
+        top_c, total_c, picked_c = _statistics(logits_cv, is_target)
+        highest_c = jax.lax.pmax(top_c, "tensor")
+        total_c, picked_c = jax.lax.psum((total_c * jnp.exp(top_c - highest_c), picked_c), "tensor")
+        log_total_c = highest_c + jnp.log(total_c)
         cross_entropy = ((log_total_c - picked_c) * weights_c).sum()
         loss = cross_entropy + how.z_loss * (log_total_c**2 * weights_c).sum()
         part = Sums(loss, weights_c.sum(), cross_entropy)
@@ -168,3 +168,19 @@ def _local(
     d_BTD = d_ncD.reshape(n * c, D)[:count].reshape(hidden_BTD.shape)
     head_gradient = jax.lax.psum(head_gradient, tuple(axis for axis in rows if axis != "fsdp"))
     return sums, (d_BTD, jax.lax.psum_scatter(head_gradient, "fsdp", scatter_dimension=1, tiled=True))
+
+
+def _statistics(logits_cv: jax.Array, is_target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The highest logit, the sum of exp(logit - highest), and the target's logit (0 if it is not here), each [c].
+
+    In one reading: the logits are the largest array of a step, and to find the maximum first would read them once more.
+    """
+
+    def join(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        top = jnp.maximum(a[0], b[0])
+        return top, a[1] * jnp.exp(a[0] - top) + b[1] * jnp.exp(b[0] - top), a[2] + b[2]
+
+    zero, lowest = jnp.zeros((), logits_cv.dtype), jnp.array(jnp.finfo(logits_cv.dtype).min)
+    operands = logits_cv, jnp.ones_like(logits_cv), jnp.where(is_target, logits_cv, zero)
+    top, total, picked = jax.lax.reduce(operands, (lowest, zero, zero), join, (1,))
+    return top, total, picked

@@ -49,7 +49,7 @@ def config(folder: str = "learning-run", seed: int = 0) -> RunConfig:
         held_out={"text": str(place / "held-out")},
         stages=(Stage(Schedule(1500, 1e-3, warmup_steps=100), LENGTH, 64, {"text": 1}),),
         seed=seed,
-        remat="full",
+        remat="dots",
         loss_chunk=16_384,
         evaluate_every=100,
         checkpoint_every=0,
