@@ -193,17 +193,18 @@ class Attention(nnx.Module):
             cache = _store(cache[0], k, write), _store(cache[1], v, write)
             if write.fresh:
                 return kernels.attention(q, k, v, mask, **how), cache
-            return kernels.decode_attention(q, *cache, mask, scale=scale), cache
+            return kernels.decode_attention(q, *cache, mask, **how)[0], cache
 
         mask_spec = jax.tree.map(lambda _: spec.tokens, mask)
         cache_spec = None if cache is None else (spec.cache, spec.cache)
         write_spec = jax.tree.map(lambda leaf: spec.rows if leaf.ndim else P(), write)
+        cached = write is not None and not write.fresh
+        chosen = kernels.choose(self.impl, q, mask, return_lse=cached, cache=cached)
         run = jax.shard_map(
             local,
             in_specs=(spec.heads, spec.heads, spec.heads, mask_spec, cache_spec, write_spec),
             out_specs=(spec.heads, cache_spec),
-            # Our kernels don't say along which axes their results vary.
-            check_vma=kernels.choose(self.impl, q, mask) != "gpu",
+            check_vma=not kernels.is_ours(chosen),
         )
         with jax.named_scope("attend"):
             return run(q, k, v, mask, cache, write)

@@ -1,66 +1,90 @@
-"""Attention kernels behind one function.
+"""Attention kernels behind one function, one for caches and one for paged caches.
 
-| implementation | platforms | masks                                   | dtypes                  |
-|----------------|-----------|-----------------------------------------|-------------------------|
-| reference      | all       | any intervals                           | float32, bfloat16, float16 |
-| gpu            | Hopper    | any intervals                           | bfloat16, float16       |
-| cudnn          | GPU       | causal from the first key, no cache     | bfloat16, float16       |
+| implementation | where      | masks     | dtypes                     | head_dim       | lse | gradient | caches |
+|----------------|------------|-----------|----------------------------|----------------|-----|----------|--------|
+| cudnn          | GPU        | causal    | bfloat16, float16          | 8, 16, ... 256 | no  | yes      | no     |
+| gpu            | Hopper GPU | intervals | bfloat16, float16          | 64, 128        | yes | yes      | yes    |
+| tpu            | TPU        | intervals | bfloat16, float32          | 64, 128        | yes | yes      | yes    |
+| xla            | anywhere   | intervals | float32, bfloat16, float16 | any            | no  | yes      | no     |
+| reference      | anywhere   | intervals | float32, bfloat16, float16 | any            | yes | yes      | yes    |
 
-`implementation="auto"` takes cudnn on a GPU where the table allows it, else gpu (`flash_gpu`, head_dim 64 and 128) on a
-GPU of the Hopper generation, and the reference otherwise; it says once, at trace time, what it took. Decoding one token
-a row has a function of its own, `decode_step`, for GPUs of the Hopper generation; `has_decode_step` says whether "auto"
-may take it. The products of a decode step have kernels there too: `on_mesh` for a batch, `layer_gpu` for one row on one
-device (see `qwen_jax.inference.single`).
+Masks: "causal" is row i sees keys 0 to i, known while tracing; "intervals" is any `Mask`. lse: the log-sum-exp.
+Caches: `decode_attention` and `paged_attention`, which have a gradient by the reference alone. Any number of query
+heads may share a key/value head.
+
+`implementation="auto"` takes the first of cudnn, gpu, tpu and reference that does what is asked; xla, which is
+`jax.nn.dot_product_attention` written out by XLA, only when it is named. It says once, while tracing, what it took, and
+warns where that is the reference on an accelerator. `tests/kernels/test_coverage.py` holds this table to the truth.
+
+Decoding one token a row has a function of its own, `decode_step`, for GPUs of the Hopper generation; `has_decode_step`
+says whether "auto" may take it. The products of a decode step have kernels there too: `on_mesh` for a batch,
+`layer_gpu` for one row on one device (see `qwen_jax.inference.single`).
 """
 
 import dataclasses
 import functools
 import logging
-from typing import Any, Literal
+import math
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import reference
+from qwen_jax.kernels.mask import Mask, cache_mask, causal_mask, packed_mask
 
-Implementation = Literal["auto", "reference", "gpu", "cudnn"]
+__all__ = [
+    "COVERAGE",
+    "Coverage",
+    "Implementation",
+    "Mask",
+    "attention",
+    "cache_mask",
+    "causal_mask",
+    "choose",
+    "decode_attention",
+    "decode_step",
+    "has_decode_step",
+    "is_ours",
+    "on_hopper",
+    "packed_mask",
+    "paged_attention",
+    "platform",
+]
+
+Implementation = Literal["auto", "cudnn", "gpu", "tpu", "xla", "reference"]
 _log = logging.getLogger(__name__)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("k_start_BT", "k_end_BT"), meta_fields=("is_causal",))
 @dataclasses.dataclass(frozen=True)
-class Mask:
-    """Which keys each query row sees: k_start[i] <= j < k_end[i].
+class Coverage:
+    """What an implementation does; a row of the table above."""
 
-    Attributes:
-      k_start_BT, k_end_BT: int32 [B, T].
-      is_causal: known while tracing: every row i sees exactly the keys 0 to i. Lets a kernel without intervals be used.
-    """
-
-    k_start_BT: jax.Array
-    k_end_BT: jax.Array
-    is_causal: bool = False
+    where: str
+    dtypes: tuple[str, ...]
+    head_dims: tuple[int, ...] | None = None
+    causal_only: bool = False
+    log_sum_exp: bool = True
+    caches: bool = True
 
 
-def causal_mask(batch: int, length: int) -> Mask:
-    """Row i sees keys 0 to i. Right padding needs nothing more: no real row looks at it."""
-    ends = jnp.broadcast_to(jnp.arange(1, length + 1, dtype=jnp.int32), (batch, length))
-    return Mask(jnp.zeros((batch, length), jnp.int32), ends, is_causal=True)
+_HALF, _ALL = ("bfloat16", "float16"), ("float32", "bfloat16", "float16")
+COVERAGE = {
+    "cudnn": Coverage("GPU", _HALF, tuple(range(8, 257, 8)), causal_only=True, log_sum_exp=False, caches=False),
+    "gpu": Coverage("Hopper GPU", _HALF, (64, 128)),
+    "tpu": Coverage("TPU", ("bfloat16", "float32"), (64, 128)),
+    "xla": Coverage("anywhere", _ALL, log_sum_exp=False, caches=False),
+    "reference": Coverage("anywhere", _ALL),
+}
+"""In the order of "auto", which passes xla by."""
 
 
-def packed_mask(segment_ids_BT: jax.Array) -> Mask:
-    """Causal within each document of a packed row.
-
-    Args:
-      segment_ids_BT: int32, equal and contiguous within a document; 0 is padding, which sees only itself.
-    """
-    T = segment_ids_BT.shape[1]
-    i = jnp.arange(T, dtype=jnp.int32)
-    previous = jnp.pad(segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    opens = (segment_ids_BT != previous) | (segment_ids_BT == 0)
-    start = jax.lax.cummax(jnp.where(opens, i, 0), axis=1)
-    return Mask(start, jnp.broadcast_to(i + 1, segment_ids_BT.shape))
+def platform() -> str:
+    """What is compiled for: cpu, gpu or tpu. That of the current mesh, which may be of devices that are not here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = device.platform if device else jax.default_backend()
+    return "gpu" if name in ("cuda", "rocm") else str(name)
 
 
 def on_hopper() -> bool:
@@ -68,43 +92,81 @@ def on_hopper() -> bool:
     return jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability.startswith("9.")
 
 
+def is_ours(implementation: str) -> bool:
+    """Whether it is a kernel of this package. Those don't say along which mesh axes their results vary."""
+    return implementation in ("gpu", "tpu")
+
+
 @functools.cache
-def _say_once(message: str) -> None:
-    _log.info(message)
+def _say_once(message: str, level: int = logging.INFO) -> None:
+    _log.log(level, message)
 
 
-def choose(implementation: str, q: jax.Array, mask: Mask) -> str:
-    """Names the implementation that `attention` runs, or raises `InputError` if the one asked for cannot do it."""
-    platform = jax.default_backend()
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    needs = {
-        "cudnn": {
-            "a GPU": platform == "gpu",
-            "a plain causal mask": mask.is_causal,
-            "bfloat16 or float16": half,
-            "head_dim up to 256, a multiple of 8": q.shape[-1] % 8 == 0 and q.shape[-1] <= 256,
-        },
-        "gpu": {
-            "a GPU of the Hopper generation": on_hopper(),
-            "bfloat16 or float16": half,
-            "head_dim 64 or 128": q.shape[-1] in (64, 128),
-        },
-        "reference": {},
+def choose(implementation: str, q: jax.Array, mask: Mask, *, return_lse: bool = False, cache: bool = False) -> str:
+    """Names the implementation that runs, or raises `InputError` if the one asked for cannot do it.
+
+    Args:
+      implementation: "auto" or a name.
+      q: queries, [B, T, H, d].
+      mask: of them.
+      return_lse: whether the log-sum-exp is wanted.
+      cache: whether keys and values are a cache, contiguous or paged.
+    """
+    here = {"anywhere": True, "GPU": platform() == "gpu", "Hopper GPU": on_hopper(), "TPU": platform() == "tpu"}
+    lacks = {
+        name: [
+            need
+            for need, met in {
+                f"a {of.where}": here[of.where],
+                " or ".join(of.dtypes): q.dtype.name in of.dtypes,
+                f"head_dim {_some(of.head_dims)}": of.head_dims is None or q.shape[-1] in of.head_dims,
+                "a plain causal mask": mask.is_causal or not of.causal_only,
+                "return_lse=False": of.log_sum_exp or not return_lse,
+                "keys and values that are no cache": of.caches or not cache,
+            }.items()
+            if not met
+        ]
+        for name, of in COVERAGE.items()
     }
-    lacks = {name: [need for need, met in of.items() if not met] for name, of in needs.items()}
-    if implementation == "auto":
-        implementation = next(name for name in needs if not lacks[name])
-    elif implementation not in needs:
-        raise InputError(f"Unknown attention implementation {implementation!r}: use auto, {', '.join(sorted(needs))}.")
-    elif lacks[implementation]:
+    able = [name for name, lack in lacks.items() if not lack and name != "xla"]
+    asked = implementation
+    if asked == "auto":
+        if not able:
+            raise InputError(f"Attention needs {' or '.join(_ALL)}; got {q.dtype}.")
+        implementation = able[0]
+    elif asked not in COVERAGE:
+        raise InputError(f"Unknown attention implementation {asked!r}: use auto, {', '.join(COVERAGE)}.")
+    elif lacks[asked]:
         raise InputError(
-            f"Attention by {implementation} needs {' and '.join(lacks[implementation])}; got {q.dtype} {q.shape} on "
-            f"{platform}. Use implementation='{next(name for name in needs if not lacks[name])}'."
+            f"Attention by {asked} needs {' and '.join(lacks[asked])}; got {q.dtype} {q.shape} on {platform()}. "
+            f"Use implementation={' or '.join(map(repr, able))}."
         )
-    _say_once(f"attention on {platform}, {q.dtype}, {'causal' if mask.is_causal else 'intervals'}: {implementation}")
+    kind = "a cache" if cache else "causal" if mask.is_causal else "intervals"
+    message = f"attention on {platform()}, {q.dtype}, head_dim {q.shape[-1]}, {kind}: {implementation}"
+    if asked == "auto" and implementation == "reference" and platform() != "cpu":
+        why = "; ".join(f"{name} needs {' and '.join(lack)}" for name, lack in lacks.items() if lack)
+        _say_once(f"{message}, which is slow here ({why})", logging.WARNING)
+    else:
+        _say_once(message)
     return implementation
 
 
+def _some(numbers: tuple[int, ...] | None) -> str:
+    if numbers is None or len(numbers) < 4:
+        return " or ".join(map(str, numbers or ()))
+    return f"{numbers[0]}, {numbers[1]}, ... {numbers[-1]}"
+
+
+@overload
+def attention(
+    q_BTHd: jax.Array, k_BSKd: jax.Array, v_BSKd: jax.Array, mask: Mask, *, scale: float,
+    implementation: Implementation = ..., recompute: bool = ..., return_lse: Literal[False] = ...,
+) -> jax.Array: ...  # fmt: skip
+@overload
+def attention(
+    q_BTHd: jax.Array, k_BSKd: jax.Array, v_BSKd: jax.Array, mask: Mask, *, scale: float,
+    implementation: Implementation = ..., recompute: bool = ..., return_lse: Literal[True],
+) -> tuple[jax.Array, jax.Array]: ...  # fmt: skip
 def attention(
     q_BTHd: jax.Array,
     k_BSKd: jax.Array,
@@ -114,7 +176,8 @@ def attention(
     scale: float,
     implementation: Implementation = "auto",
     recompute: bool = False,
-) -> jax.Array:
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Grouped-query attention over interval masks. Runs on local arrays: call it inside `jax.shard_map` on a mesh.
 
     Args:
@@ -123,42 +186,142 @@ def attention(
       mask: intervals over the S keys.
       scale: multiplies the logits.
       implementation: see the table of this module.
-      recompute: the backward pass keeps no [T, S] array. Only the reference needs to be told.
+      recompute: the backward pass keeps no [T, S] array. Only the reference and xla need to be told.
+      return_lse: return the log-sum-exp too, by which outputs over parts of the keys can be merged.
 
     Returns:
-      [B, T, H, d] in the dtype of q. A row that sees nothing is zero.
+      [B, T, H, d] in the dtype of q. A row that sees nothing is zero. With `return_lse` also the natural logarithm of
+      the softmax's denominator, float32 [B, H, T], minus infinity where a row sees nothing.
 
     Raises:
-      InputError: shapes that do not fit, or an implementation that cannot do this.
+      InputError: shapes that do not fit, intervals that are no intervals, or an implementation that cannot do this.
     """
-    _check_shapes(q_BTHd, k_BSKd, v_BSKd, mask)
-    chosen = choose(implementation, q_BTHd, mask)
+    _check(q_BTHd, k_BSKd, v_BSKd, mask, scale, k_BSKd.shape[1])
+    chosen = choose(implementation, q_BTHd, mask, return_lse=return_lse)
+    ends = mask.k_start_BT, mask.k_end_BT
+    # Kernels are imported where they are used: Pallas takes a while.
     if chosen == "gpu":
-        # Imported where there is a GPU to use it: Pallas takes a while.
         from qwen_jax.kernels import flash_gpu
 
-        return flash_gpu.attention(q_BTHd, k_BSKd, v_BSKd, mask.k_start_BT, mask.k_end_BT, scale)[0]
-    if chosen == "cudnn":
+        out, lse = flash_gpu.attention(q_BTHd, k_BSKd, v_BSKd, *ends, scale)
+    elif chosen == "tpu":
+        from qwen_jax.kernels import flash_tpu
+
+        out, lse = flash_tpu.attention(q_BTHd, k_BSKd.swapaxes(1, 2), v_BSKd.swapaxes(1, 2), *ends, scale)
+    elif chosen == "cudnn":
         return jax.nn.dot_product_attention(q_BTHd, k_BSKd, v_BSKd, scale=scale, is_causal=True, implementation="cudnn")
-    k_BKSd, v_BKSd = k_BSKd.swapaxes(1, 2), v_BSKd.swapaxes(1, 2)
-    run = functools.partial(reference.attention, scale=scale)
-    return (jax.checkpoint(run) if recompute else run)(q_BTHd, k_BKSd, v_BKSd, mask.k_start_BT, mask.k_end_BT)
+    elif chosen == "xla":
+        by_xla = functools.partial(reference.attention_by_xla, scale=scale)
+        return (jax.checkpoint(by_xla) if recompute else by_xla)(q_BTHd, k_BSKd, v_BSKd, *ends)
+    else:
+        plain = functools.partial(reference.attention, scale=scale)
+        out, lse = (jax.checkpoint(plain) if recompute else plain)(
+            q_BTHd, k_BSKd.swapaxes(1, 2), v_BSKd.swapaxes(1, 2), *ends
+        )
+    return (out, lse) if return_lse else out
 
 
-def decode_attention(q_BTHd: jax.Array, k_BKSd: jax.Array, v_BKSd: jax.Array, mask: Mask, *, scale: float) -> jax.Array:
-    """Attention of one or a few query rows over a cache that is stored head by head.
+def decode_attention(
+    q_BTHd: jax.Array,
+    k_BKSd: jax.Array,
+    v_BKSd: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    implementation: Implementation = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of new tokens over a cache that is stored head by head: one token of each row, a few, or a chunk.
+
+    Few query rows take a kernel that splits the keys over the chip, many that of `attention`. Runs on local arrays.
 
     Args:
       q_BTHd: queries.
-      k_BKSd, v_BKSd: the cache.
-      mask: intervals over the S cache slots.
+      k_BKSd, v_BKSd: the cache. All its slots must be finite.
+      mask: intervals over the S cache slots: lengths, left padding, windows, chunks at an offset (see `cache_mask`).
       scale: multiplies the logits.
+      implementation: see the table of this module.
 
     Returns:
-      [B, T, H, d] in the dtype of q.
+      [B, T, H, d] in the dtype of q, and the log-sum-exp as from `attention`.
+
+    Raises:
+      InputError: as `attention`.
     """
-    _check_shapes(q_BTHd, k_BKSd.swapaxes(1, 2), v_BKSd.swapaxes(1, 2), mask)
-    return reference.attention(q_BTHd, k_BKSd, v_BKSd, mask.k_start_BT, mask.k_end_BT, scale=scale)
+    _check(q_BTHd, k_BKSd.swapaxes(1, 2), v_BKSd.swapaxes(1, 2), mask, scale, k_BKSd.shape[2])
+    (_, T, H, d), (K, S) = q_BTHd.shape, k_BKSd.shape[1:3]
+    chosen = choose(implementation, q_BTHd, mask, return_lse=True, cache=True)
+    args = q_BTHd, k_BKSd, v_BKSd, mask.k_start_BT, mask.k_end_BT, scale
+    if chosen == "gpu":
+        from qwen_jax.kernels import flash_decode_gpu, flash_gpu
+
+        if flash_decode_gpu.supports(q_BTHd.dtype, T, H, K, d, S):
+            return flash_decode_gpu.attention(*args)
+        return flash_gpu.attention(*args, head_major=True)
+    if chosen == "tpu":
+        from qwen_jax.kernels import flash_decode_tpu, flash_tpu
+
+        if flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d):
+            return flash_decode_tpu.attention(*args)
+        return flash_tpu.attention(*args)
+    return reference.attention(*args[:-1], scale=scale)
+
+
+def paged_attention(
+    q_BTHd: jax.Array,
+    k_NKPd: jax.Array,
+    v_NKPd: jax.Array,
+    pages_BM: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    implementation: Implementation = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """The same over a paged cache: slot j of row b is slot j % P of page pages[b, j // P].
+
+    Many query rows (a chunk of a prompt) gather their pages first, which costs one copy of what they see.
+
+    Args:
+      q_BTHd: queries.
+      k_NKPd, v_NKPd: pages of P slots.
+      pages_BM: int32 page table. Entries for slots that no row sees may be anything.
+      mask: intervals over the M P slots of the table.
+      scale: multiplies the logits.
+      implementation: see the table of this module.
+
+    Returns:
+      As `decode_attention`.
+
+    Raises:
+      InputError: as `attention`.
+    """
+    if k_NKPd.ndim != 4 or pages_BM.ndim != 2 or pages_BM.shape[0] != q_BTHd.shape[0]:
+        raise InputError(
+            f"Paged attention needs pages [N, K, P, d] and a page table [B, M] for q [B, T, H, d]; got "
+            f"{k_NKPd.shape}, {pages_BM.shape} and q {q_BTHd.shape}."
+        )
+    (B, T, H, d), (N, K, P), M = q_BTHd.shape, k_NKPd.shape[:3], pages_BM.shape[1]
+    whole = jax.ShapeDtypeStruct((B, M * P, K, d), k_NKPd.dtype)
+    like_v = jax.ShapeDtypeStruct((B, M * v_NKPd.shape[2], v_NKPd.shape[1], v_NKPd.shape[3]), v_NKPd.dtype)
+    _check(q_BTHd, whole, like_v, mask, scale, M * P)
+    chosen = choose(implementation, q_BTHd, mask, return_lse=True, cache=True)
+    args = q_BTHd, k_NKPd, v_NKPd, pages_BM, mask.k_start_BT, mask.k_end_BT, scale
+    if chosen == "gpu":
+        from qwen_jax.kernels import flash_decode_gpu
+
+        if flash_decode_gpu.supports(q_BTHd.dtype, T, H, K, d, M * P, P):
+            return flash_decode_gpu.paged_attention(*args)
+    if chosen == "tpu":
+        from qwen_jax.kernels import flash_decode_tpu
+
+        if flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d):
+            return flash_decode_tpu.paged_attention(*args)
+
+    def gathered(x_NKPd: jax.Array) -> jax.Array:
+        x_BMKPd = x_NKPd[jnp.clip(pages_BM, 0, N - 1)]
+        return x_BMKPd.swapaxes(1, 2).reshape(B, K, M * P, d)
+
+    named: Any = chosen
+    return decode_attention(q_BTHd, gathered(k_NKPd), gathered(v_NKPd), mask, scale=scale, implementation=named)
 
 
 def has_decode_step(
@@ -199,7 +362,7 @@ def _decode_gpu() -> Any:
     return decode_gpu
 
 
-def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> None:
+def _check(q: Any, k: Any, v: Any, mask: Mask, scale: float, slots: int) -> None:
     fits = (
         q.ndim == k.ndim == v.ndim == 4
         and k.shape == v.shape
@@ -212,7 +375,12 @@ def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> None:
             f"Attention needs q [B, T, H, d], k and v [B, S, K, d] with H a multiple of K; "
             f"got q {q.shape}, k {k.shape}, v {v.shape}."
         )
+    if not q.dtype == k.dtype == v.dtype:
+        raise InputError(f"Attention needs q, k and v of one dtype; got {q.dtype}, {k.dtype} and {v.dtype}.")
     if mask.k_start_BT.shape != q.shape[:2] or mask.k_end_BT.shape != q.shape[:2]:
         raise InputError(
             f"The mask is for {mask.k_start_BT.shape} and {mask.k_end_BT.shape} query rows, q has {q.shape[:2]}."
         )
+    if not math.isfinite(scale):
+        raise InputError(f"Attention needs a finite scale; got {scale}. The usual one is head_dim ** -0.5.")
+    mask.check(slots)

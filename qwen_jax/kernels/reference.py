@@ -24,7 +24,7 @@ def attention(
     k_end_BT: jax.Array,
     *,
     scale: float,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Grouped-query attention where query row i sees keys k_start[i] <= j < k_end[i].
 
     Args:
@@ -34,20 +34,41 @@ def attention(
       scale: multiplies the logits.
 
     Returns:
-      [B, T, H, d] in the dtype of q. Logits, softmax and sums are float32.
+      [B, T, H, d] in the dtype of q; and the natural logarithm of the softmax's denominator, float32 [B, H, T], minus
+      infinity where a row sees nothing. Logits, softmax and sums are float32.
     """
     B, T, H, d = q_BTHd.shape
     K, S = k_BKSd.shape[1:3]
     q_BTKGd = q_BTHd.reshape(B, T, K, H // K, d)
     logits = einsum_f32("BTKGd,BKSd->BKGTS", q_BTKGd, k_BKSd) * scale
-    j = jnp.arange(S, dtype=jnp.int32)
-    seen_BTS = (k_start_BT[:, :, None] <= j) & (j < k_end_BT[:, :, None])
-    seen = seen_BTS[:, None, None]
+    seen = _dense(k_start_BT, k_end_BT, S)[:, None, None]
     logits = jnp.where(seen, logits, _MASKED)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    weights = jnp.exp(logits - top)
     weights = jnp.where(seen, weights, 0.0)
     total = weights.sum(axis=-1, keepdims=True)
-    weights = weights / jnp.where(total == 0.0, 1.0, total)
+    # Where a row sees nothing its logarithm must not have a gradient of zero over zero.
+    sees = total > 0.0
+    total = jnp.where(sees, total, 1.0)
+    lse = jnp.where(sees, top + jnp.log(total), -jnp.inf).reshape(B, H, T)
+    weights = weights / total
     # Rounded to the model's dtype before the product, as Hugging Face does.
     out = einsum_f32("BKGTS,BKSd->BTKGd", weights.astype(v_BKSd.dtype), v_BKSd)
-    return out.reshape(B, T, H, d).astype(q_BTHd.dtype)
+    return out.reshape(B, T, H, d).astype(q_BTHd.dtype), lse
+
+
+def attention_by_xla(
+    q_BTHd: jax.Array, k_BSKd: jax.Array, v_BSKd: jax.Array, k_start_BT: jax.Array, k_end_BT: jax.Array, *, scale: float
+) -> jax.Array:
+    """The same by JAX's own `dot_product_attention`, its output alone."""
+    seen_BTS = _dense(k_start_BT, k_end_BT, k_BSKd.shape[1])
+    out = jax.nn.dot_product_attention(
+        q_BTHd, k_BSKd, v_BSKd, mask=seen_BTS[:, None], scale=scale, implementation="xla"
+    )
+    # It gives a row that sees nothing the mean of all values.
+    return jnp.where((k_start_BT < k_end_BT)[:, :, None, None], out, 0)
+
+
+def _dense(k_start_BT: jax.Array, k_end_BT: jax.Array, S: int) -> jax.Array:
+    j = jnp.arange(S, dtype=jnp.int32)
+    return (k_start_BT[:, :, None] <= j) & (j < k_end_BT[:, :, None])

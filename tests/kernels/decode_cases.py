@@ -110,4 +110,4 @@ def plain(
     j = jnp.arange(keys.shape[2])
     seen = ((j >= start[:, None]) & (j < end[:, None]))[:, None, :, None]
     clean = (jnp.where(seen, cache, 0) for cache in (keys, values))
-    return reference.attention(q, *clean, start[:, None], end[:, None], scale=scale)[:, 0], keys, values
+    return reference.attention(q, *clean, start[:, None], end[:, None], scale=scale)[0][:, 0], keys, values

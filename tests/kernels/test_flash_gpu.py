@@ -63,6 +63,21 @@ def test_lowers_to_three_kernels_and_no_square_array(H: int, K: int, d: int) -> 
     assert "1000x1000" not in text
 
 
+def test_a_cache_is_read_as_it_lies_and_has_no_gradient() -> None:
+    """A chunk of queries over a longer cache [B, K, S, d]: one kernel and no transpose; a gradient is refused."""
+    q, cache = (
+        jax.ShapeDtypeStruct((2, 256, 14, 64), jnp.bfloat16),
+        jax.ShapeDtypeStruct((2, 2, 4096, 64), jnp.bfloat16),
+    )
+    i = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+    run = lambda q, k, v, start, end: flash_gpu.attention(q, k, v, start, end, 0.125, head_major=True)[0]  # noqa: E731
+    text = jax.jit(run).trace(q, cache, cache, i, i).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == 1
+    assert "stablehlo.transpose" not in text
+    with pytest.raises(InputError, match="no gradient"):
+        jax.eval_shape(jax.grad(lambda *x: run(*x).astype(jnp.float32).sum()), q, cache, cache, i, i)
+
+
 def test_layers_of_one_shape_share_a_kernel() -> None:
     q, i = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, 256), jnp.int32)
 
@@ -87,7 +102,7 @@ def test_refuses_what_it_cannot_do() -> None:
 def exact(q, k, v, start, end, scale):
     """Output and log-sum-exp in float32, of the same rounded inputs."""
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    out = reference.attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), start, end, scale=scale)
+    out, _ = reference.attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), start, end, scale=scale)
     logits = jnp.einsum("BTHd,BSHd->BHTS", q, jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)) * scale
     j = jnp.arange(k.shape[1])
     seen = (start[:, None, :, None] <= j) & (j < end[:, None, :, None])
@@ -182,3 +197,18 @@ if jax.default_backend() == "gpu":
             np.testing.assert_array_equal(np.asarray(a[:, cut:], np.float32), np.asarray(b[:, cut:], np.float32))
             np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(c, np.float32))
             assert (np.asarray(a[:, :cut], np.float32) != np.asarray(b[:, :cut], np.float32)).any()
+
+    @pytest.mark.parametrize("d", [64, 128])
+    def test_a_cache_laid_out_head_by_head_gives_the_same_bits(d) -> None:
+        """A chunk at an offset; what lies in slots that no row sees does not matter while it is finite."""
+        numbers = np.random.default_rng()
+        written, S = 700, 1024
+        q, k, v = (
+            jnp.asarray(numbers.standard_normal((2, T, n, d)), jnp.bfloat16) for T, n in ((200, 4), (S, 2), (S, 2))
+        )
+        end = jnp.broadcast_to(jnp.arange(written - 200, written, dtype=jnp.int32) + 1, (2, 200))
+        here = lambda x: x.at[:, written:].set(0)  # noqa: E731
+        want = flash_gpu.attention(q, here(k), here(v), 0 * end, end, 0.1)
+        k, v = (x.at[:, written:].multiply(1e30).swapaxes(1, 2) for x in (k, v))
+        for a, b in zip(want, flash_gpu.attention(q, k, v, 0 * end, end, 0.1, True), strict=True):
+            np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))

@@ -1,0 +1,116 @@
+"""Attention over interval masks on TPUs: forward and backward, for training and prefill.
+
+All logits are held transposed, keys down and queries across: the softmax's maxima and sums are then elementwise over
+registers instead of across lanes, its statistics are one row, and in every product whose result has head_dim rows the
+matrix unit sees its full width even where that is twice head_dim (v6e and 7x; see experiments/kernels/tpu_schedule.md).
+
+Each program has a tile of queries of one head and a segment of its keys and values in VMEM, and walks over the tiles
+of that segment which its intervals meet (`visits`); tiles without a masked pair take a body without masks. Every sum
+has one order.
+
+Sources: FlashAttention-2 (Dao 2023, arXiv:2307.08691) for the algorithm and its gradient.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qwen_jax.errors import InputError
+from qwen_jax.kernels.flash_tpu_backward import run_backward
+from qwen_jax.kernels.flash_tpu_forward import run_forward
+from qwen_jax.kernels.tpu import Blocks, blocks, fill_up
+from qwen_jax.kernels.visits import visits
+
+_LOG2E = 1.4426950408889634
+# Stands for infinity where a difference of two must not be NaN.
+_HIGH = 1e30
+
+
+def supports(dtype: Any, num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
+    """Whether the kernels can do this, as one device sees it."""
+    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32) and head_dim in (64, 128) and num_heads % num_kv_heads == 0
+
+
+def attention(
+    q_BTHd: jax.Array,
+    k_BKSd: jax.Array,
+    v_BKSd: jax.Array,
+    start_BT: jax.Array,
+    end_BT: jax.Array,
+    scale: float,
+    tiles: Blocks | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Grouped-query attention where query row i sees keys start[i] <= j < end[i]. Runs on local arrays.
+
+    Args:
+      q_BTHd: queries, bfloat16 or float32.
+      k_BKSd, v_BKSd: keys and values, head by head as a cache has them. All must be finite, also those nobody sees.
+      start_BT, end_BT: int32 intervals; rows that see nothing have start >= end.
+      scale: multiplies the logits.
+      tiles: sizes; by default what `tpu.blocks` finds for the device.
+
+    Returns:
+      [B, T, H, d] in the dtype of q, zero where a row sees nothing; and the natural logarithm of the softmax's
+      denominator, float32 [B, H, T], minus infinity there. Both have gradients.
+
+    Raises:
+      InputError: what `supports` denies.
+    """
+    (_, T, H, d), (K, S) = q_BTHd.shape, k_BKSd.shape[1:3]
+    if not supports(q_BTHd.dtype, H, K, d):
+        raise InputError(
+            f"The attention kernels for TPUs take bfloat16 or float32 and head_dim 64 or 128; got {q_BTHd.dtype} "
+            f"{q_BTHd.shape} and {k_BKSd.shape}. Use implementation='reference'."
+        )
+    tiles = tiles or blocks(T, S, d, q_BTHd.dtype)
+    start, end = jnp.maximum(start_BT, 0), jnp.minimum(end_BT, S)
+    start, end = (fill_up(x, 1, tiles.queries) for x in (start, end))
+    q = fill_up(q_BTHd.swapaxes(1, 2), 2, tiles.queries)
+    k, v = (fill_up(x, 2, tiles.segment) for x in (k_BKSd, v_BKSd))
+    out, lse = _attention(q, k, v, start, end, scale, tiles)
+    return out[:, :, :T].swapaxes(1, 2), lse[:, :, :T]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, end: jax.Array, scale: float, tiles: Blocks
+) -> tuple[jax.Array, jax.Array]:
+    """The same of whole tiles: q and the output are [B, H, T, d]."""
+    return _forward(q, k, v, start, end, scale, tiles)[0]
+
+
+def _forward(q: Any, k: Any, v: Any, start: Any, end: Any, scale: float, tiles: Blocks) -> Any:
+    visited = visits(start, end, tiles.queries, tiles.keys)
+    out, lse = run_forward(q, k, v, start, end, visited, factor=scale * _LOG2E, tiles=tiles)
+    return (out, lse), (q, k, v, start, end, out, lse)
+
+
+def _backward(scale: float, tiles: Blocks, kept: Any, by: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
+    q, k, v, start, end, out, lse = kept
+    by_out, by_lse = by
+    # What the softmax takes off each logit's gradient; a gradient of the log-sum-exp adds the probability itself.
+    delta = jnp.einsum("BHTd,BHTd->BHT", out.astype(jnp.float32), by_out.astype(jnp.float32)) - by_lse
+    # In base 2, and so large for a row without keys that its probabilities are zero.
+    log2 = jnp.where(jnp.isfinite(lse), lse * _LOG2E, _HIGH)
+    run = functools.partial(run_backward, factor=scale * _LOG2E, scale=scale, tiles=tiles)
+    segment, S = tiles.backward_segment, k.shape[2]
+    if S == segment:
+        dq, dk, dv = run(q, k, v, by_out, start, end, log2, delta, dtype=q.dtype)
+        return dq, dk, dv, None, None
+
+    # One segment of keys after the other, so that no more than one share of the queries' gradient is held beside it.
+    def one(dq: jax.Array, first: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        k_part, v_part = (lax.dynamic_slice_in_dim(x, first, segment, axis=2) for x in (k, v))
+        ends = (jnp.clip(x - first, 0, segment) for x in (start, end))
+        share, dk, dv = run(q, k_part, v_part, by_out, *ends, log2, delta, dtype=jnp.float32)
+        return dq + share, (dk, dv)
+
+    dq, (dk, dv) = lax.scan(one, jnp.zeros(q.shape, jnp.float32), jnp.arange(0, S, segment, dtype=jnp.int32))
+    dk, dv = (jnp.moveaxis(x, 0, 2).reshape(k.shape) for x in (dk, dv))
+    return dq.astype(q.dtype), dk, dv, None, None
+
+
+_attention.defvjp(_forward, _backward)

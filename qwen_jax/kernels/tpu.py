@@ -1,0 +1,107 @@
+"""What the kernels for TPUs share: the device they are for, and the sizes of their tiles."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Sizes of the attention kernels' tiles.
+
+    Attributes:
+      queries: rows of a program; a multiple of twice `lanes`.
+      keys: keys of a tile; divides both segments.
+      lanes: queries of one product.
+      segment, backward_segment: keys and values that are in VMEM at once. The first is a multiple of the second.
+      vmem_bytes: of one core.
+    """
+
+    queries: int
+    keys: int
+    lanes: int
+    segment: int
+    backward_segment: int
+    vmem_bytes: int
+
+
+def _is_tpu() -> bool:
+    """Whether what is compiled for is a TPU: the current mesh's device, or the first one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return bool(device.device_kind.startswith("TPU"))
+
+
+def device() -> tuple[int, int]:
+    """Bytes of VMEM and width of the matrix unit of the core that is compiled for.
+
+    Where it is none (TPU interpret mode): those of a v5p.
+    """
+    if not _is_tpu():
+        return 64 << 20, 128
+    info = pltpu.get_tpu_info()
+    return info.vmem_capacity_bytes, info.mxu_column_size
+
+
+def cores() -> int:
+    """Cores that share a kernel's grid: two on v4 and v5p."""
+    return pltpu.get_tpu_info().num_cores if _is_tpu() else 1
+
+
+def fill_up(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    """Fills up an axis with zeros: rows that are not there see nothing, keys that are not there nobody sees."""
+    return jnp.pad(x, [(0, -n % multiple if a == axis else 0) for a, n in enumerate(x.shape)])
+
+
+def forward_bytes(tiles: Blocks, d: int, itemsize: int) -> int:
+    """VMEM of the forward kernel. A head_dim of 64 takes the lanes of 128; what is moved is there twice."""
+    wide, fixed = max(d, LANES), 2 << 20
+    moved = 2 * itemsize * wide * (2 * tiles.queries + 2 * tiles.segment)
+    scratch = 4 * d * tiles.queries + 4 * tiles.keys * tiles.queries + 2 * itemsize * tiles.keys * (tiles.lanes + d)
+    return moved + scratch + fixed
+
+
+def backward_bytes(tiles: Blocks, d: int, itemsize: int) -> int:
+    """VMEM of the backward kernel, in the same way."""
+    wide, fixed = max(d, LANES), 2 << 20
+    rows, keys = tiles.queries, tiles.backward_segment
+    moved = 2 * wide * (rows * (2 * itemsize + 4) + 4 * itemsize * keys)
+    scratch = 4 * d * (rows + 2 * keys) + 2 * itemsize * (d * rows + tiles.keys * (2 * tiles.lanes + d))
+    return moved + scratch + fixed
+
+
+def blocks(T: int, S: int, d: int, dtype: Any) -> Blocks:
+    """Sizes for T queries and S keys of head_dim d, on the device that is compiled for.
+
+    Products are as wide as the matrix unit. A program takes as many queries as give the scheduler independent work
+    (four products, eight of the wide ones where rows are long), and segments take half of VMEM at most.
+    """
+    vmem, lanes = device()
+    itemsize = jnp.dtype(dtype).itemsize
+    long = T >= 8192 and vmem >= 64 << 20 and itemsize == 2
+    queries = 2048 if long and lanes == 256 else 1024
+    queries = min(queries, -(-T // (2 * lanes)) * 2 * lanes)
+    # A multiple that halves to an even number of products.
+    queries = next(n for n in (2048, 1024, 512, 256) if n <= queries)
+    queries = max(queries, 2 * lanes)
+    keys = 512 if itemsize == 2 else 256
+    keys = min(keys, -(-S // LANES) * LANES)
+    tiles = -(-S // keys)
+    most = min(tiles, 16384 // keys)
+
+    def sized(forward: int, backward: int) -> Blocks:
+        return Blocks(queries, keys, lanes, forward * keys, backward * keys, vmem)
+
+    backward = most
+    while backward > 1 and backward_bytes(sized(backward, backward), d, itemsize) > vmem // 2:
+        backward = -(-backward // 2)
+    # Rows are cut evenly, so that little is filled up.
+    backward = -(-tiles // -(-tiles // backward))
+    forward = backward
+    while 2 * forward <= most and forward_bytes(sized(2 * forward, backward), d, itemsize) <= vmem // 2:
+        forward *= 2
+    return sized(forward, backward)

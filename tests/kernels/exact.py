@@ -1,0 +1,64 @@
+"""Attention and its gradients in float64: what every kernel's numbers are held against."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Exact(NamedTuple):
+    """Of inputs taken to float64: output [B, T, H, d], log-sum-exp [B, H, T], and gradients where asked for."""
+
+    out: np.ndarray
+    lse: np.ndarray
+    dq: Any = None
+    dk: Any = None
+    dv: Any = None
+
+
+def attention(q: Any, k: Any, v: Any, start: Any, end: Any, scale: float, by: Any = None, by_lse: Any = None) -> Exact:
+    """Interval attention written out.
+
+    Args:
+      q: [B, T, H, d].
+      k, v: [B, S, K, d].
+      start, end: [B, T].
+      scale: of the logits.
+      by, by_lse: gradients by the output and by the log-sum-exp (of rows that see something).
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    start, end = np.asarray(start), np.asarray(end)
+    group = q.shape[2] // k.shape[2]
+    wide_k, wide_v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
+    j = np.arange(k.shape[1])
+    seen = ((start[..., None] <= j) & (j < end[..., None]))[:, None]
+    logits = np.where(seen, np.einsum("bthd,bshd->bhts", q, wide_k) * scale, -np.inf)
+    top = np.where(seen.any(-1, keepdims=True), logits.max(-1, keepdims=True), 0)
+    weights = np.exp(logits - top)
+    total = weights.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        lse = (top + np.log(total))[..., 0]
+    p = weights / np.where(total == 0, 1, total)
+    out = np.einsum("bhts,bshd->bthd", p, wide_v)
+    if by is None:
+        return Exact(out, lse)
+    by = np.asarray(by, np.float64)
+    by_p = np.einsum("bthd,bshd->bhts", by, wide_v)
+    taken = (p * by_p).sum(-1, keepdims=True)
+    if by_lse is not None:
+        taken = taken - np.asarray(by_lse, np.float64)[..., None]
+    slopes = p * (by_p - taken) * scale
+    B, S, K, d = k.shape
+
+    def grouped(x: np.ndarray) -> np.ndarray:
+        return x.reshape(B, S, K, group, d).sum(3)
+
+    dk, dv = np.einsum("bhts,bthd->bshd", slopes, q), np.einsum("bhts,bthd->bshd", p, by)
+    return Exact(out, lse, np.einsum("bhts,bshd->bthd", slopes, wide_k), grouped(dk), grouped(dv))
+
+
+def relative(got: Any, want: Any) -> float:
+    """Size of the difference over the size of what is wanted; infinite where something is not finite."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if not np.isfinite(got).all():
+        return float("inf")
+    return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-6))
