@@ -97,7 +97,7 @@ def _backward(scale: float, tiles: Blocks, kept: Any, by: tuple[jax.Array, jax.A
     log2 = jnp.where(jnp.isfinite(lse), lse * _LOG2E, _HIGH)
     run = functools.partial(run_backward, factor=scale * _LOG2E, scale=scale, tiles=tiles)
     segment, S = tiles.backward_segment, k.shape[2]
-    if S == segment:
+    if segment == S:
         dq, dk, dv = run(q, k, v, by_out, start, end, log2, delta, dtype=q.dtype)
         return dq, dk, dv, None, None
 

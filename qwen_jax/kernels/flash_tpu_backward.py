@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax.kernels.flash_tpu_forward import own_tiles, product, seen, walk
-from qwen_jax.kernels.tpu import Blocks, backward_bytes
+from qwen_jax.kernels.tpu import Blocks, backward_bytes, cost
 from qwen_jax.kernels.visits import visits
 
 
@@ -71,6 +71,7 @@ def run_backward(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=backward_bytes(tiles, d, q.dtype.itemsize),
         ),
+        cost_estimate=cost(5, q, k),
         name="flash_backward",
     )(visits(start, end, tiles.queries, tiles.keys), q, by, k, v, start[:, None], end[:, None], log2[:, :, None],
       delta[:, :, None])  # fmt: skip

@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qwen_jax.kernels.tpu import Blocks, forward_bytes
+from qwen_jax.kernels.tpu import Blocks, cost, forward_bytes
 
 # A masked logit, and where the running maximum starts: below every real logit and so far above a masked one that its
 # probability is zero, also before a row has seen anything.
@@ -105,6 +105,7 @@ def run_forward(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=forward_bytes(tiles, d, q.dtype.itemsize),
         ),
+        cost_estimate=cost(2, q, k),
         name="flash_forward",
     )(visited, q, k, v, start[:, None], end[:, None])
     return out, lse[:, :, 0]

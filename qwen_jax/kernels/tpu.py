@@ -1,10 +1,12 @@
 """What the kernels for TPUs share: the device they are for, and the sizes of their tiles."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
@@ -55,6 +57,18 @@ def cores() -> int:
 def fill_up(x: jax.Array, axis: int, multiple: int) -> jax.Array:
     """Fills up an axis with zeros: rows that are not there see nothing, keys that are not there nobody sees."""
     return jnp.pad(x, [(0, -n % multiple if a == axis else 0) for a, n in enumerate(x.shape)])
+
+
+def cost(products: int, q: jax.Array, k: jax.Array) -> pl.CostEstimate:
+    """What XLA and `qwen-jax plan` are told of a kernel: the work of a causal mask, since intervals are data.
+
+    Args:
+      products: matrix products of [T, S] x head_dim that it does.
+      q, k: [B, H, T, d] and [B, K, S, d].
+    """
+    pairs = math.prod(q.shape[:3]) * k.shape[2] // 2
+    moved = products * (q.size * q.dtype.itemsize + k.size * k.dtype.itemsize)
+    return pl.CostEstimate(flops=2 * products * pairs * q.shape[3], transcendentals=pairs, bytes_accessed=moved)
 
 
 def forward_bytes(tiles: Blocks, d: int, itemsize: int) -> int:
