@@ -1,7 +1,7 @@
 """Speed of attention, forward and with its gradient, ours beside others' on one GPU. Results are in attention.md.
 
     python -m experiments.kernels.attention                      # ours and cuDNN through JAX
-    python -m experiments.kernels.attention --torch --tokamax    # and these, where they are installed
+    python -m experiments.kernels.attention --tokamax --torch CUDNN_ATTENTION FLASH_ATTENTION    # and these
 
 TFLOP/s count what a causal mask leaves: 4 B H T^2 d / 2 for the forward pass, 2.5 times that for the gradient. Every
 number is the median of five timings of several calls in a row, of normal random inputs.
@@ -117,7 +117,7 @@ def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--torch", action="store_true", help="also PyTorch's backends")
+    parser.add_argument("--torch", nargs="*", default=[], help="also these backends of PyTorch, of torch.nn.attention")
     parser.add_argument("--tokamax", action="store_true", help="also tokamax's kernel for Hopper")
     args = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {time.strftime('%Y-%m-%d')}")
@@ -125,9 +125,8 @@ def main() -> None:
         f.__name__: functools.partial(lambda f, shape: measure(f, shape, shape[1]), f)
         for f in (ours, cudnn, *((tokamax,) if args.tokamax else ()))
     }
-    if args.torch:
-        for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
-            kinds[f"torch {backend}"] = functools.partial(lambda b, shape: measure_torch(shape, b), backend)
+    for backend in args.torch:
+        kinds[f"torch {backend}"] = functools.partial(lambda b, shape: measure_torch(shape, b), backend)
     print("| shape | | forward, TFLOP/s | forward and gradient, TFLOP/s | ms | ms |")
     print("|---" * 6 + "|")
     for name in args.shapes:

@@ -23,6 +23,7 @@ from qwen_jax.kernels.flash_gpu_tiles import (
     own_visits,
     registers,
     rem,
+    unknown_zero,
     zeros,
 )
 from qwen_jax.kernels.hopper import load, products_so_far, tiled
@@ -37,13 +38,13 @@ def run_queries(
     delta: jax.Array, *, scale: float,
 ) -> jax.Array:  # fmt: skip
     (B, _, H, d), padded = q.shape, start.shape[1]
-    keys = 128 if d == 64 else 64
+    keys = 128
     stages = min(4, (SMEM_BYTES - 4 * ROWS * d * 2) // (2 * keys * d * 2))
     launch = kernel(
         "flash_backward_queries",
         functools.partial(_queries_block, scale=scale, group=H // k.shape[2]),
         (jax.ShapeDtypeStruct(q.shape, q.dtype),),
-        (H, padded // (2 * ROWS), B),
+        {"tile": padded // (2 * ROWS), "row": B, "head": H},
         3,
         q_smem=tiled((2, ROWS, d), q.dtype),
         do_smem=tiled((2, ROWS, d), q.dtype),
@@ -85,6 +86,8 @@ def _queries_block(
 
         def step(i: Any, acc: jax.Array, masked: bool) -> jax.Array:
             slot = rem(i - first, stages)
+            own = warpgroup + unknown_zero(i)
+            q_tile, do_tile = q_smem.at[own], do_smem.at[own]
             plgpu.barrier_wait(k_ready.at[slot])
             plgpu.barrier_wait(v_ready.at[slot])
 
@@ -112,7 +115,7 @@ def _queries_block(
     @pl.when(warpgroup == 2)
     def _() -> None:
         plgpu.set_max_registers(FEEDER_REGISTERS, action="decrease")
-        feed_keys(k_ref, v_ref, (row, lax.div(head, jnp.int32(group))), first, last - first,
+        feed_keys(k_ref, v_ref, (row, lax.div(head, jnp.int32(group))), first, last - first, 0,
                    k_smem, v_smem, k_ready, v_ready, k_free, v_free)  # fmt: skip
 
 
@@ -133,7 +136,7 @@ def run_keys(
         "flash_backward_keys",
         functools.partial(_keys_block, scale=scale, group=q.shape[2] // K),
         (like, like),
-        (K, tiles, B),
+        {"tile": tiles, "row": B, "head": K},
         3,
         k_smem=tiled((2, ROWS, d), q.dtype),
         v_smem=tiled((2, ROWS, d), q.dtype),
@@ -174,6 +177,8 @@ def _keys_block(
             def step(i: Any, carry: Any, masked: bool) -> Any:
                 dk, dv = carry
                 slot = rem(h * count + i - first, stages)
+                own = warpgroup + unknown_zero(i)
+                k_tile, v_tile = k_smem.at[own], v_smem.at[own]
                 plgpu.barrier_wait(q_ready.at[slot])
 
                 def by_logits(s_acc: Any, dp_acc: Any) -> tuple[jax.Array, jax.Array]:

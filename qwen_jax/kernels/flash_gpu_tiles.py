@@ -19,14 +19,14 @@ probability is zero, also before a row has seen anything."""
 SMEM_BYTES = 227 * 1024 - 4096
 LOG2E = math.log2(math.e)
 WGMMA = plgpu.Layout.WGMMA
-FEEDER_REGISTERS = 32
+FEEDER_REGISTERS = 24
 
 
-def registers(warpgroups: int) -> int:
-    """Of a thread of the warpgroups that compute, what the feeder leaves them. One more than there are: a deadlock."""
-    threads = warpgroups + 1
+def registers(warpgroups: int, others: int = 1) -> int:
+    """Of a thread of the warpgroups that compute, what the others leave them. One more than there are: a deadlock."""
+    threads = warpgroups + others
     at_launch = 65536 // 128 // threads // 8 * 8
-    return (threads * at_launch - FEEDER_REGISTERS) // warpgroups // 8 * 8
+    return (threads * at_launch - others * FEEDER_REGISTERS) // warpgroups // 8 * 8
 
 
 def across(x: jax.Array, shape: tuple[int, ...], axis: int = 0) -> jax.Array:
@@ -36,6 +36,15 @@ def across(x: jax.Array, shape: tuple[int, ...], axis: int = 0) -> jax.Array:
 
 def rem(i: Any, n: int) -> jax.Array:
     return lax.rem(i, jnp.int32(n))
+
+
+def unknown_zero(i: Any) -> jax.Array:
+    """Zero, for any step of a loop, which the compiler doesn't know.
+
+    Added to an index into shared memory, it keeps addresses from being worked out before the loop: there are so many
+    that they would be spilled, and what is spilled comes back from L2, since shared memory takes all of L1.
+    """
+    return lax.shift_right_logical(i, jnp.int32(30))
 
 
 def in_phases(visits: list[Any], body: Callable[..., Any], carry: Any) -> Any:
@@ -64,14 +73,15 @@ def zeros(shape: tuple[int, ...], layout: Any) -> jax.Array:
 
 
 def kernel(
-    name: str, block: Callable[..., None], out_type: Any, grid: tuple[int, int, int], threads: int, **scratch: Any
+    name: str, block: Callable[..., None], out_type: Any, grid: dict[str, int], threads: int, **scratch: Any
 ) -> Any:
-    """A kernel over heads, tiles and rows of the batch; `block` gets its operands, results and shared memory."""
+    """A kernel over a grid, whose last axis runs fastest; `block` gets its operands, results and shared memory."""
 
     def body(*refs: Any) -> None:
         pl.run_scoped(functools.partial(block, *refs), collective_axes="warpgroup", **scratch)
 
-    mesh = plgpu.Mesh(grid=grid, grid_names=("head", "tile", "row"), num_threads=threads, thread_name="warpgroup")
+    sizes, names = tuple(grid.values()), tuple(grid)
+    mesh = plgpu.Mesh(grid=sizes, grid_names=names, num_threads=threads, thread_name="warpgroup")
     params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
     return pl.kernel(body, out_type=out_type, mesh=mesh, compiler_params=params, name=name)
 
@@ -92,23 +102,22 @@ def own_visits(visits_ref: Any, row: Any, tile: Any, warpgroup: Any, warpgroups:
 
 
 def feed_keys(
-    k_ref: Any, v_ref: Any, where: tuple[Any, Any], first: Any, count: Any, k_smem: Any, v_smem: Any, k_ready: Any,
-    v_ready: Any, k_free: Any, v_free: Any,
+    k_ref: Any, v_ref: Any, where: tuple[Any, Any], first: Any, count: Any, before: Any, k_smem: Any, v_smem: Any,
+    k_ready: Any, v_ready: Any, k_free: Any, v_free: Any, head_major: bool = False,
 ) -> None:  # fmt: skip
-    """Copies tiles of keys and values to shared memory as it comes free."""
+    """Copies tiles of keys and values to shared memory as it comes free; `before` were copied before."""
     stages, keys, _ = k_smem.shape
     row, head = where
 
-    def fetch(i: Any, wait: bool) -> None:
-        slot = rem(i, stages)
-        at = (row, pl.ds((first + i) * keys, keys), head)
+    def fetch(i: Any, _: Any) -> None:
+        slot = rem(before + i, stages)
+        here = pl.ds((first + i) * keys, keys)
+        at = (row, head, here) if head_major else (row, here, head)
         for ref, smem, ready, free in ((k_ref, k_smem, k_ready, k_free), (v_ref, v_smem, v_ready, v_free)):
-            if wait:
-                plgpu.barrier_wait(free.at[slot])
+            pl.when(before + i >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
             plgpu.copy_gmem_to_smem(ref.at[at], smem.at[slot], ready.at[slot])
 
-    lax.fori_loop(0, jnp.minimum(count, stages), lambda i, _: fetch(i, False), None)
-    lax.fori_loop(stages, count, lambda i, _: fetch(i, True), None)
+    lax.fori_loop(0, count, fetch, None)
 
 
 def fill_up(x: jax.Array, multiple: int) -> jax.Array:
@@ -116,6 +125,6 @@ def fill_up(x: jax.Array, multiple: int) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % multiple)])
 
 
-def in_eights(x_BTHd: jax.Array) -> jax.Array:
+def in_eights(x: jax.Array, axis: int = 1) -> jax.Array:
     """A length in whole eights, which the copy engine wants of what it lays out in tiles; more it fills up itself."""
-    return jnp.pad(x_BTHd, ((0, 0), (0, -x_BTHd.shape[1] % 8), (0, 0), (0, 0)))
+    return jnp.pad(x, [(0, -n % 8 if a == axis else 0) for a, n in enumerate(x.shape)])

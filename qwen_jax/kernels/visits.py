@@ -48,3 +48,15 @@ def visitors(start_BT: jax.Array, end_BT: jax.Array, rows: int, keys: int, count
     broken = ~whole & (jnp.arange(tiles) >= full_begin[:, :, None])
     full_finish = jnp.clip(first(broken), full_begin, finish)
     return jnp.stack([begin, finish, full_begin, full_finish], axis=2)
+
+
+def ranks(visitors: jax.Array, tiles: int) -> jax.Array:
+    """How many tiles of keys before it visit the same tile of queries: int32 [B, tiles of keys, tiles of queries].
+
+    Args:
+      visitors: as the function of that name gives them.
+      tiles: of queries.
+    """
+    i = jnp.arange(tiles, dtype=jnp.int32)
+    visited = ((visitors[..., :1] <= i) & (i < visitors[..., 1:2])).astype(jnp.int32)
+    return jnp.cumsum(visited, axis=1) - visited
