@@ -1,8 +1,10 @@
 """Attention over interval masks on TPUs: forward and backward, for training and prefill.
 
-All logits are held transposed, keys down and queries across: the softmax's maxima and sums are then elementwise over
-registers instead of across lanes, its statistics are one row, and in every product whose result has head_dim rows the
-matrix unit sees its full width even where that is twice head_dim (v6e and 7x; see experiments/kernels/tpu_schedule.md).
+Where head_dim is less than the width of the matrix unit (64 everywhere, 128 on v6e and 7x) logits are held transposed,
+keys down and queries across: the softmax's maxima and sums are then elementwise over registers instead of across
+lanes, its statistics are one row, and where head_dim is the number of rows of a product the unit is filled although
+head_dim is not its width. The gradient's logits are always transposed. experiments/kernels/tpu_attention.md has what
+this is worth.
 
 Each program has a tile of queries of one head and a segment of its keys and values in VMEM, and walks over the tiles
 of that segment which its intervals meet (`visits`); tiles without a masked pair take a body without masks. Every sum

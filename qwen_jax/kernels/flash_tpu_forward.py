@@ -1,6 +1,7 @@
 """The forward pass of `flash_tpu`."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,12 +10,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qwen_jax.kernels.tpu import Blocks, cost, forward_bytes
+from qwen_jax.kernels.tpu import LANES, Blocks, cost, forward_bytes
 
 # A masked logit, and where the running maximum starts: below every real logit and so far above a masked one that its
 # probability is zero, also before a row has seen anything.
 LOWEST, LOW = -1e30, -1e15
 _SUBLANES, _PACKED = 8, 16
+_LN2 = 0.6931471805599453
 _NT, _NN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))
 
 
@@ -39,9 +41,9 @@ def own_tiles(visits_ref: Any, row: Any, tile: Any, segment: Any, count: int) ->
     return tuple(jnp.clip(visits_ref[row, tile, n], low, low + count) for n in range(4))
 
 
-def seen(lo: jax.Array, hi: jax.Array, first: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Which pairs of a tile are visible: keys down from `first`, queries across with their intervals [1, queries]."""
-    j = lax.broadcasted_iota(jnp.int32, shape, 0)
+def seen(lo: jax.Array, hi: jax.Array, first: Any, shape: tuple[int, ...], axis: int = 0) -> jax.Array:
+    """Which pairs of a tile are visible: keys along `axis` from `first` on, the intervals along the other one."""
+    j = lax.broadcasted_iota(jnp.int32, shape, axis)
     return (j >= lo - first) & (j < hi - first)
 
 
@@ -73,30 +75,43 @@ def run_forward(
 
     queries = pl.BlockSpec((None, None, tiles.queries, d), lambda b, h, i, s, _: (b, h, i, 0))
     keys = pl.BlockSpec((None, None, segment, d), at_keys)
-    ends = pl.BlockSpec((None, 1, tiles.queries), lambda b, h, i, s, _: (b, 0, i))
     f32, n, lanes = jnp.float32, tiles.queries // tiles.lanes, tiles.lanes
-    scratch = dict(
-        acc=pltpu.VMEM((d, tiles.queries), f32),
-        top=pltpu.VMEM((_SUBLANES, tiles.queries), f32),
-        total=pltpu.VMEM((_SUBLANES, tiles.queries), f32),
-        logits=pltpu.VMEM((n, tiles.keys, lanes), f32),
-        tops=pltpu.VMEM((n, _SUBLANES, lanes), f32),
-        probs=pltpu.VMEM((2, tiles.keys, lanes), v.dtype),
-        shrink=pltpu.VMEM((2, _SUBLANES, lanes), f32),
-        values=pltpu.VMEM((2, d, tiles.keys), v.dtype),
-    )
+    program: Callable[..., None]
+    if d < lanes:
+        program, ends = _keys_down, jnp.stack([start, end], axis=1)
+        ends_spec = pl.BlockSpec((None, 2, tiles.queries), lambda b, h, i, s, _: (b, 0, i))
+        scratch = dict(
+            acc=pltpu.VMEM((d, tiles.queries), f32),
+            top=pltpu.VMEM((_SUBLANES, tiles.queries), f32),
+            total=pltpu.VMEM((_SUBLANES, tiles.queries), f32),
+            logits=pltpu.VMEM((n, tiles.keys, lanes), f32),
+            tops=pltpu.VMEM((n, _SUBLANES, lanes), f32),
+            probs=pltpu.VMEM((2, tiles.keys, lanes), v.dtype),
+            shrink=pltpu.VMEM((2, _SUBLANES, lanes), f32),
+            values=pltpu.VMEM((2, d, tiles.keys), v.dtype),
+        )
+    else:
+        program, ends = _keys_across, jnp.stack([start, end], axis=2)
+        ends_spec = pl.BlockSpec((None, tiles.queries, 2), lambda b, h, i, s, _: (b, i, 0))
+        scratch = dict(
+            acc=pltpu.VMEM((tiles.queries, d), f32),
+            top=pltpu.VMEM((tiles.queries, LANES), f32),
+            total=pltpu.VMEM((tiles.queries, LANES), f32),
+            low=pltpu.VMEM((tiles.queries, LANES), jnp.int32),
+            high=pltpu.VMEM((tiles.queries, LANES), jnp.int32),
+        )
     names = list(scratch)
 
     def kernel(*refs: Any) -> None:
         own = dict(zip(names, refs[-len(names) :], strict=True))
-        _program(*refs[: -len(names)], **own, factor=factor, tiles=tiles)
+        program(*refs[: -len(names)], **own, factor=factor, tiles=tiles)
 
     out, lse = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B, H, T // tiles.queries, S // segment),
-            in_specs=[queries, keys, keys, ends, ends],
+            in_specs=[queries, keys, keys, ends_spec],
             out_specs=[queries, pl.BlockSpec((None, None, 1, tiles.queries), lambda b, h, i, s, _: (b, h, 0, i))],
             scratch_shapes=list(scratch.values()),
         ),
@@ -107,16 +122,16 @@ def run_forward(
         ),
         cost_estimate=cost(2, q, k),
         name="flash_forward",
-    )(visited, q, k, v, start[:, None], end[:, None])
+    )(visited, q, k, v, ends)
     return out, lse[:, :, 0]
 
 
-def _program(
-    visits_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, start_ref: Any, end_ref: Any, out_ref: Any, lse_ref: Any, *,
+def _keys_down(
+    visits_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, ends_ref: Any, out_ref: Any, lse_ref: Any, *,
     acc: Any, top: Any, total: Any, logits: Any, tops: Any, probs: Any, shrink: Any, values: Any, factor: float,
     tiles: Blocks,
 ) -> None:  # fmt: skip
-    """One tile of queries and one segment of keys.
+    """One tile of queries and one segment of keys; logits have keys down and queries across.
 
     The queries are in n columns. A column's tile goes through three stages: logits, softmax, and the product with the
     values. So that the matrix unit and the vector unit always have both something to do, a step takes the first stage
@@ -138,7 +153,7 @@ def _program(
         at = pl.ds(pl.multiple_of((i - segment * count) * keys, keys), keys)
         s = product(k_ref[at, :], q_ref[columns[r], :], transposed=True) * factor
         if masked:
-            s = jnp.where(seen(start_ref[:, columns[r]], end_ref[:, columns[r]], i * keys, s.shape), s, LOWEST)
+            s = jnp.where(seen(ends_ref[:1, columns[r]], ends_ref[1:, columns[r]], i * keys, s.shape), s, LOWEST)
         logits[r] = s
         tops[r] = s.reshape(-1, _SUBLANES, lanes).max(axis=0)
 
@@ -176,4 +191,58 @@ def _program(
         sums = total[...].sum(axis=0, keepdims=True)
         sees = sums > 0
         out_ref[...] = (acc[...] * jnp.where(sees, 1 / sums, 0.0)).T.astype(out_ref.dtype)
-        lse_ref[...] = jnp.where(sees, top[:1] * 0.6931471805599453 + jnp.log(sums), -jnp.inf)
+        lse_ref[...] = jnp.where(sees, top[:1] * _LN2 + jnp.log(sums), -jnp.inf)
+
+
+def _keys_across(
+    visits_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, ends_ref: Any, out_ref: Any, lse_ref: Any, *,
+    acc: Any, top: Any, total: Any, low: Any, high: Any, factor: float, tiles: Blocks,
+) -> None:  # fmt: skip
+    """The same with logits the plain way round, for a head_dim that fills the matrix unit.
+
+    There the unit is the bound, and it needs no more help than the next rows' logits beside these rows' softmax. Each
+    lane keeps a sum of its own until the end.
+    """
+    segment, keys, height = pl.program_id(3), tiles.keys, tiles.lanes
+    count = tiles.segment // keys
+    rows = [slice(r * height, (r + 1) * height) for r in range(tiles.queries // height)]
+
+    @pl.when(segment == 0)
+    def begin() -> None:
+        top[...] = jnp.full_like(top, LOW)
+        acc[...], total[...] = jnp.zeros_like(acc), jnp.zeros_like(total)
+        # In every lane, where comparing wants them.
+        low[...], high[...] = (jnp.broadcast_to(ends_ref[:, n : n + 1], low.shape) for n in range(2))
+
+    def step(i: Any, masked: bool) -> None:
+        at = pl.ds(pl.multiple_of((i - segment * count) * keys, keys), keys)
+
+        def see(r: int) -> jax.Array:
+            return product(q_ref[rows[r], :], k_ref[at, :], transposed=True) * factor
+
+        s = see(0)
+        for r, here in enumerate(rows):
+            after = see(r + 1) if r + 1 < len(rows) else s
+            parts = [s[:, c : c + LANES] for c in range(0, keys, LANES)]
+            if masked:
+                for c, part in enumerate(parts):
+                    visible = seen(low[here, :], high[here, :], i * keys + c * LANES, part.shape, axis=1)
+                    parts[c] = jnp.where(visible, part, LOWEST)
+            highest = functools.reduce(jnp.maximum, parts).max(axis=1, keepdims=True)
+            new_top = jnp.maximum(top[here, :], highest)
+            alpha = jnp.exp2(top[here, :] - new_top)
+            p = [jnp.exp2(part - new_top) for part in parts]
+            total[here, :] = total[here, :] * alpha + functools.reduce(jnp.add, p)
+            top[here, :] = new_top
+            acc[here, :] = acc[here, :] * alpha + product(jnp.concatenate(p, axis=1).astype(v_ref.dtype), v_ref[at, :])
+            s = after
+
+    first, last, full_first, full_last = own_tiles(visits_ref, pl.program_id(0), pl.program_id(2), segment, count)
+    walk(first, last, full_first, full_last, step)
+
+    @pl.when(segment == pl.num_programs(3) - 1)
+    def finish() -> None:
+        sums = total[...].sum(axis=1, keepdims=True)
+        out_ref[...] = (acc[...] * jnp.where(sums > 0, 1 / sums, 0.0)).astype(out_ref.dtype)
+        lse = jnp.where(sums > 0, top[...] * _LN2 + jnp.log(sums), -jnp.inf)
+        lse_ref[...] = lse.T[:1]

@@ -73,31 +73,35 @@ def cost(products: int, q: jax.Array, k: jax.Array) -> pl.CostEstimate:
 
 def forward_bytes(tiles: Blocks, d: int, itemsize: int) -> int:
     """VMEM of the forward kernel. A head_dim of 64 takes the lanes of 128; what is moved is there twice."""
-    wide, fixed = max(d, LANES), 2 << 20
-    moved = 2 * itemsize * wide * (2 * tiles.queries + 2 * tiles.segment)
-    scratch = 4 * d * tiles.queries + 4 * tiles.keys * tiles.queries + 2 * itemsize * tiles.keys * (tiles.lanes + d)
-    return moved + scratch + fixed
+    wide, rows, spilled = max(d, LANES), tiles.queries, 2 << 20
+    moved = 2 * itemsize * wide * (2 * rows + 2 * tiles.segment)
+    if d < tiles.lanes:
+        scratch = 4 * (d + tiles.keys) * rows + 2 * itemsize * tiles.keys * (tiles.lanes + d)
+    else:
+        # The accumulator; and in every lane the maximum, the sum, and both ends of intervals, which come twice.
+        scratch = 4 * rows * (wide + 6 * LANES)
+    return moved + scratch + spilled
 
 
 def backward_bytes(tiles: Blocks, d: int, itemsize: int) -> int:
     """VMEM of the backward kernel, in the same way."""
-    wide, fixed = max(d, LANES), 2 << 20
+    wide, spilled = max(d, LANES), 2 << 20
     rows, keys = tiles.queries, tiles.backward_segment
     moved = 2 * wide * (rows * (2 * itemsize + 4) + 4 * itemsize * keys)
     scratch = 4 * d * (rows + 2 * keys) + 2 * itemsize * (d * rows + tiles.keys * (2 * tiles.lanes + d))
-    return moved + scratch + fixed
+    return moved + scratch + spilled
 
 
-def blocks(T: int, S: int, d: int, dtype: Any) -> Blocks:
-    """Sizes for T queries and S keys of head_dim d, on the device that is compiled for.
+def blocks(T: int, S: int, d: int, dtype: Any, core: tuple[int, int] | None = None) -> Blocks:
+    """Sizes for T queries and S keys of head_dim d, on a core as `device` describes it: that which is compiled for.
 
-    Products are as wide as the matrix unit. A program takes as many queries as give the scheduler independent work
-    (four products, eight of the wide ones where rows are long), and segments take half of VMEM at most.
+    Products are as wide as the matrix unit. A program takes 1,024 queries, which give the scheduler independent
+    work, or 2,048 where rows are long; segments take half of VMEM at most.
     """
-    vmem, lanes = device()
+    vmem, lanes = core or device()
     itemsize = jnp.dtype(dtype).itemsize
     long = T >= 8192 and vmem >= 64 << 20 and itemsize == 2
-    queries = 2048 if long and lanes == 256 else 1024
+    queries = 2048 if long else 1024
     queries = min(queries, -(-T // (2 * lanes)) * 2 * lanes)
     # A multiple that halves to an even number of products.
     queries = next(n for n in (2048, 1024, 512, 256) if n <= queries)
