@@ -18,6 +18,7 @@ from typing import Any
 
 from experiments.kernels.tpu_schedule import CORES, TOPOLOGIES, Estimate, Kernel, MiB, compile_kernels, estimate
 from qwen_jax.errors import InputError
+from qwen_jax.kernels import tpu
 from train.topology import CHIPS
 
 _MODULE = "experiments.kernels.tpu_attention"
@@ -214,15 +215,13 @@ def published_row(row: tuple[Any, ...]) -> dict[str, Any]:
     return facts | {name: round(x, 3) for name, x in (times | ratio).items()}
 
 
-def _sizes(chip: str, T: int, d: int) -> Any:
+def _sizes(chip: str, T: int, d: int) -> tpu.Blocks:
     """The sizes that `tpu.blocks` finds on a chip."""
-    from qwen_jax.kernels import tpu
-
     core = CORES[chip]
     return tpu.blocks(T, T, d, "bfloat16", (core.vmem, core.mxu_width))
 
 
-def _ours_estimate(kernel: Kernel, tiles: Any, T: int, H: int, d: int) -> Estimate:
+def _ours_estimate(kernel: Kernel, tiles: tpu.Blocks, T: int, H: int, d: int) -> Estimate:
     """Of one kernel of `ours`.
 
     Its loop runs over the tiles that are visited, and has a body for whole ones and one for those that the mask cuts.
@@ -248,6 +247,8 @@ def _ours_estimate(kernel: Kernel, tiles: Any, T: int, H: int, d: int) -> Estima
         numbers += 3 * segments * T * wide * 4 * (segments > 1)
     else:
         numbers = T * wide * 2 * 2 + (met * segment if segments > 1 else T) * wide * 2 * 2
+        # Both ends of intervals: a number, or one in every lane.
+        numbers += 2 * 4 * T * (1 if d < tiles.lanes else 128)
     return estimate(kernel, {name: H * n for name, n in runs.items()}, H * numbers)
 
 
@@ -275,20 +276,19 @@ def decoding_row(chip: str, B: int, S: int, page: int) -> dict[str, Any]:
     H, K, d = 28, 4, 128
     kwargs = {"B": B, "S": S, "H": H, "K": K, "d": d, "page": page}
     [kernel] = compile_kernels(f"{_MODULE}:ours_decoding", TOPOLOGIES[chip], kwargs)
-    # Two megabytes of keys and values a tile, of one head or of all heads of some pages.
-    tiles = B * K * S * d * 4 // (2 << 20)
-    names = {r.name: r for r in kernel.regions}
-    loops = [r.name for r in kernel.regions if r.kind == "loop" and r.name.startswith("step") and r.trips is None]
+    core = CORES[chip]
+    # A tile is of one head, or of all heads of some pages.
+    tiles = B * K * S * d * 4 // tpu.tile_bytes(CHIPS[chip].hbm_bandwidth / core.devices / core.cores)
     if page:
-        main = next(
-            name for name in loops if any(q.startswith(f"{name}.") for q in kernel.products) or name in kernel.products
-        )
-        runs = {"step": float(B), main: float(tiles)}
-        pages = tiles * (2 << 20) // (K * page * d * 4)
-        runs |= {r.name: float(pages) for r in kernel.regions if r.kind == "loop" and r.name not in (main, "grid")}
+        # The loop with the products runs over tiles; those within and before it start and await copies of pages.
+        main = next(r.name for r in kernel.regions if r.kind == "loop" and r.share("MXU"))
+        loops = [r for r in kernel.regions if r.kind == "loop" and r.name != main and r.trips is None]
+        pages = B * S // page
+        runs = {main: float(tiles)} | {r.name: float(pages) for r in loops if r.name.startswith((f"{main}.", "step."))}
+        runs |= {r.name: float(pages * B // tiles) for r in loops if r.name not in runs and r.name != "grid"}
+        runs |= {"step": float(B)} if main not in ("grid", "step") else {}
     else:
         runs = {"step": float(tiles)}
-    runs = {name: n for name, n in runs.items() if name in names}
     result = estimate(kernel, runs, 4.0 * B * K * S * d)
     row: dict[str, Any] = {"chip": chip, "cache": f"pages of {page}" if page else "one array", "batch": B, "slots": S}
     row |= {"vmem_MiB": round(kernel.vmem / MiB, 1), "schedule us": round(result.schedule * 1e6, 1)}

@@ -2,7 +2,7 @@
 
 The work is bound by reading the cache, so the query rows of a group (tokens x heads that share keys) make one small
 tile, and keys and values are the stationary side of both products. A contiguous cache comes through the grid's own
-pipeline in tiles of about two megabytes; a paged one by copies of single pages, a tile's pages at a time, with the
+pipeline in tiles of some megabytes; a paged one by copies of single pages, a tile's pages at a time, with the
 next tile's on the way. Only tiles that some row sees are read. Where rows and heads are too few to keep both cores of
 a chip busy the live tiles are split between two programs and merged.
 
@@ -11,6 +11,7 @@ Source: Flash-Decoding (Dao et al. 2023) for the split keys.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,11 +22,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.flash_tpu_forward import LOW, LOWEST, product
-from qwen_jax.kernels.tpu import LANES, cores, fill_up
+from qwen_jax.kernels.tpu import LANES, cores, fill_up, tile_bytes
 
 _LOG2E = math.log2(math.e)
-_TILE_BYTES = 2 << 20
-"""Keys and values fetched at once: a few times what the chip has in flight to cover the latency of its memory."""
 ROWS = 128
 """The most query rows (tokens x heads of a group) that share a key/value head."""
 
@@ -86,7 +85,7 @@ def attention(
         out_shape=[jax.ShapeDtypeStruct((splits, B, K, R, n), jnp.float32) for n in (d, LANES)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=4 * _TILE_BYTES + (8 << 20),
+            vmem_limit_bytes=4 * tile_bytes() + (8 << 20),
         ),
         name="decode_attention",
     )(live, rows, k, v, ends)
@@ -120,7 +119,7 @@ def paged_attention(
     (B, *_, d), (K, P), M = q_BTHd.shape, k_NKPd.shape[1:3], pages_BM.shape[1]
     if P % 16:
         raise InputError(f"Paged attention on TPUs needs pages of a multiple of 16 slots; got {P}.")
-    count = max(1, min(M, _TILE_BYTES // (2 * K * P * max(d, LANES) * k_NKPd.dtype.itemsize)))
+    count = max(1, min(M, tile_bytes() // (2 * K * P * max(d, LANES) * k_NKPd.dtype.itemsize)))
     keys = count * P
     rows, ends, live = _rows(q_BTHd, K, start_BT, end_BT, M * P, keys)
     splits, R = _splits(B), rows.shape[2]
@@ -144,7 +143,7 @@ def paged_attention(
         ),
         out_shape=[jax.ShapeDtypeStruct((splits, B, K, R, n), jnp.float32) for n in (d, LANES)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=4 * _TILE_BYTES + (8 << 20)
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=4 * tile_bytes() + (8 << 20)
         ),
         name="paged_decode_attention",
     )(live, pages, rows, k_NKPd, v_NKPd, ends)
@@ -152,8 +151,8 @@ def paged_attention(
 
 
 def _tile(S: int, row_bytes: int) -> int:
-    """Slots of a tile: about `_TILE_BYTES` of keys and values, whole lanes, and where possible a divisor of S."""
-    most = min(max(_TILE_BYTES // (2 * row_bytes), LANES), -(-S // LANES) * LANES)
+    """Slots of a tile: about `tile_bytes` of keys and values, whole lanes, and where possible a divisor of S."""
+    most = min(max(tile_bytes() // (2 * row_bytes), LANES), -(-S // LANES) * LANES)
     return next((n for n in range(most, most // 2, -LANES) if S % n == 0), most)
 
 
@@ -205,17 +204,33 @@ def _begin(acc: Any, top: Any, total: Any) -> None:
     top[...] = jnp.full_like(top, LOW)
 
 
-def _add(q: Any, k: Any, v: Any, ends: Any, first: Any, acc: Any, top: Any, total: Any, factor: float) -> None:
-    """Takes a tile of keys [keys, d] from `first` on into the running softmax of rows [R, d]."""
-    s = product(q[...], k, transposed=True) * factor
-    j = lax.broadcasted_iota(jnp.int32, s.shape, 1) + first
-    s = jnp.where((j >= ends[:, :1]) & (j < ends[:, 1:2]), s, LOWEST)
-    new_top = jnp.maximum(top[...], s.max(axis=1, keepdims=True))
-    alpha = jnp.exp2(top[...] - new_top)
-    p = jnp.exp2(s - new_top[:, :1])
-    total[...] = total[...] * alpha + p.sum(axis=1, keepdims=True)
-    acc[...] = acc[...] * alpha[:, : acc.shape[1]] + product(p.astype(v.dtype), v)
-    top[...] = new_top
+def _add(
+    tiles: Sequence[tuple[Any, Any, Any]], ends: Any, first: Any, state: Sequence[tuple[Any, Any, Any]], factor: float
+) -> None:
+    """Takes a tile of keys from `first` on into the running softmax of each head.
+
+    Args:
+      tiles: queries [R, d], keys and values [keys, d] of each head.
+      ends: intervals of the rows, in the first two lanes.
+      first: slot of the first key.
+      state: accumulator, maximum and sum of each head.
+      factor: scale of the logits in base 2.
+    """
+    # All heads' logits before any product that waits for a softmax: the matrix unit takes products in order.
+    logits = [product(q, k, transposed=True) * factor for q, k, _ in tiles]
+    j = lax.broadcasted_iota(jnp.int32, logits[0].shape, 1) + first
+    visible = (j >= ends[:, :1]) & (j < ends[:, 1:2])
+    weights = []
+    for s, (_, top, total) in zip(logits, state, strict=True):
+        s = jnp.where(visible, s, LOWEST)
+        new_top = jnp.maximum(top[...], s.max(axis=1, keepdims=True))
+        alpha = jnp.exp2(top[...] - new_top)
+        p = jnp.exp2(s - new_top[:, :1])
+        total[...] = total[...] * alpha + p.sum(axis=1, keepdims=True)
+        top[...] = new_top
+        weights.append((p, alpha))
+    for (p, alpha), (_, _, v), (acc, _, _) in zip(weights, tiles, state, strict=True):
+        acc[...] = acc[...] * alpha[:, : acc.shape[1]] + product(p.astype(v.dtype), v)
 
 
 def _end(acc: Any, top: Any, total: Any, out_ref: Any, lse_ref: Any) -> None:
@@ -235,7 +250,8 @@ def _contiguous(
 
     @pl.when(first + i < last)
     def _() -> None:
-        _add(q_ref, k_ref[...], v_ref[...], ends_ref[...], (first + i) * keys, acc, top, total, factor)
+        tile = q_ref[...], k_ref[...], v_ref[...]
+        _add([tile], ends_ref[...], (first + i) * keys, [(acc, top, total)], factor)
 
     pl.when(i == pl.num_programs(3) - 1)(lambda: _end(acc, top, total, out_ref, lse_ref))
 
@@ -265,9 +281,10 @@ def _paged(
         pl.when(i + 1 < last)(lambda: copies(i + 1, False))
         copies(i, True)
         slot = lax.rem(i, 2)
-        for h in range(K):
-            k, v = (x[slot, :, h].reshape(count * P, d) for x in (k_held, v_held))
-            _add(q_ref.at[h], k, v, ends_ref[...], i * count * P, acc.at[h], top.at[h], total.at[h], factor)
+        cut = lambda x, h: x[slot, :, h].reshape(count * P, d)  # noqa: E731
+        tiles = [(q_ref[h], cut(k_held, h), cut(v_held, h)) for h in range(K)]
+        state = [(acc.at[h], top.at[h], total.at[h]) for h in range(K)]
+        _add(tiles, ends_ref[...], i * count * P, state, factor)
 
     lax.fori_loop(first, last, step, None)
     _end(acc, top, total, out_ref, lse_ref)

@@ -78,8 +78,8 @@ def run_forward(
     f32, n, lanes = jnp.float32, tiles.queries // tiles.lanes, tiles.lanes
     program: Callable[..., None]
     if d < lanes:
-        program, ends = _keys_down, jnp.stack([start, end], axis=1)
-        ends_spec = pl.BlockSpec((None, 2, tiles.queries), lambda b, h, i, s, _: (b, 0, i))
+        program, ends = _keys_down, [start[:, None], end[:, None]]
+        ends_spec = pl.BlockSpec((None, 1, tiles.queries), lambda b, h, i, s, _: (b, 0, i))
         scratch = dict(
             acc=pltpu.VMEM((d, tiles.queries), f32),
             top=pltpu.VMEM((_SUBLANES, tiles.queries), f32),
@@ -91,14 +91,13 @@ def run_forward(
             values=pltpu.VMEM((2, d, tiles.keys), v.dtype),
         )
     else:
-        program, ends = _keys_across, jnp.stack([start, end], axis=2)
-        ends_spec = pl.BlockSpec((None, tiles.queries, 2), lambda b, h, i, s, _: (b, i, 0))
+        # In every lane, where comparing wants them. A number alone in a row would take as much room.
+        program, ends = _keys_across, [jnp.broadcast_to(x[:, :, None], (*x.shape, LANES)) for x in (start, end)]
+        ends_spec = pl.BlockSpec((None, tiles.queries, LANES), lambda b, h, i, s, _: (b, i, 0))
         scratch = dict(
             acc=pltpu.VMEM((tiles.queries, d), f32),
             top=pltpu.VMEM((tiles.queries, LANES), f32),
             total=pltpu.VMEM((tiles.queries, LANES), f32),
-            low=pltpu.VMEM((tiles.queries, LANES), jnp.int32),
-            high=pltpu.VMEM((tiles.queries, LANES), jnp.int32),
         )
     names = list(scratch)
 
@@ -111,7 +110,7 @@ def run_forward(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B, H, T // tiles.queries, S // segment),
-            in_specs=[queries, keys, keys, ends_spec],
+            in_specs=[queries, keys, keys, ends_spec, ends_spec],
             out_specs=[queries, pl.BlockSpec((None, None, 1, tiles.queries), lambda b, h, i, s, _: (b, h, 0, i))],
             scratch_shapes=list(scratch.values()),
         ),
@@ -122,12 +121,12 @@ def run_forward(
         ),
         cost_estimate=cost(2, q, k),
         name="flash_forward",
-    )(visited, q, k, v, ends)
+    )(visited, q, k, v, *ends)
     return out, lse[:, :, 0]
 
 
 def _keys_down(
-    visits_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, ends_ref: Any, out_ref: Any, lse_ref: Any, *,
+    visits_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, start_ref: Any, end_ref: Any, out_ref: Any, lse_ref: Any, *,
     acc: Any, top: Any, total: Any, logits: Any, tops: Any, probs: Any, shrink: Any, values: Any, factor: float,
     tiles: Blocks,
 ) -> None:  # fmt: skip
@@ -153,7 +152,7 @@ def _keys_down(
         at = pl.ds(pl.multiple_of((i - segment * count) * keys, keys), keys)
         s = product(k_ref[at, :], q_ref[columns[r], :], transposed=True) * factor
         if masked:
-            s = jnp.where(seen(ends_ref[:1, columns[r]], ends_ref[1:, columns[r]], i * keys, s.shape), s, LOWEST)
+            s = jnp.where(seen(start_ref[:, columns[r]], end_ref[:, columns[r]], i * keys, s.shape), s, LOWEST)
         logits[r] = s
         tops[r] = s.reshape(-1, _SUBLANES, lanes).max(axis=0)
 
@@ -195,8 +194,8 @@ def _keys_down(
 
 
 def _keys_across(
-    visits_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, ends_ref: Any, out_ref: Any, lse_ref: Any, *,
-    acc: Any, top: Any, total: Any, low: Any, high: Any, factor: float, tiles: Blocks,
+    visits_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, start_ref: Any, end_ref: Any, out_ref: Any, lse_ref: Any, *,
+    acc: Any, top: Any, total: Any, factor: float, tiles: Blocks,
 ) -> None:  # fmt: skip
     """The same with logits the plain way round, for a head_dim that fills the matrix unit.
 
@@ -211,8 +210,6 @@ def _keys_across(
     def begin() -> None:
         top[...] = jnp.full_like(top, LOW)
         acc[...], total[...] = jnp.zeros_like(acc), jnp.zeros_like(total)
-        # In every lane, where comparing wants them.
-        low[...], high[...] = (jnp.broadcast_to(ends_ref[:, n : n + 1], low.shape) for n in range(2))
 
     def step(i: Any, masked: bool) -> None:
         at = pl.ds(pl.multiple_of((i - segment * count) * keys, keys), keys)
@@ -226,7 +223,7 @@ def _keys_across(
             parts = [s[:, c : c + LANES] for c in range(0, keys, LANES)]
             if masked:
                 for c, part in enumerate(parts):
-                    visible = seen(low[here, :], high[here, :], i * keys + c * LANES, part.shape, axis=1)
+                    visible = seen(start_ref[here, :], end_ref[here, :], i * keys + c * LANES, part.shape, axis=1)
                     parts[c] = jnp.where(visible, part, LOWEST)
             highest = functools.reduce(jnp.maximum, parts).max(axis=1, keepdims=True)
             new_top = jnp.maximum(top[here, :], highest)
@@ -243,6 +240,6 @@ def _keys_across(
     @pl.when(segment == pl.num_programs(3) - 1)
     def finish() -> None:
         sums = total[...].sum(axis=1, keepdims=True)
-        out_ref[...] = (acc[...] * jnp.where(sums > 0, 1 / sums, 0.0)).astype(out_ref.dtype)
-        lse = jnp.where(sums > 0, top[...] * _LN2 + jnp.log(sums), -jnp.inf)
-        lse_ref[...] = lse.T[:1]
+        sees = sums > 0
+        out_ref[...] = (acc[...] * jnp.where(sees, 1 / sums, 0.0)).astype(out_ref.dtype)
+        lse_ref[...] = jnp.where(sees, top[...] * _LN2 + jnp.log(sums), -jnp.inf).T[:1]

@@ -54,6 +54,20 @@ def cores() -> int:
     return pltpu.get_tpu_info().num_cores if _is_tpu() else 1
 
 
+def tile_bytes(bandwidth: float | None = None) -> int:
+    """Bytes of a cache that are fetched at once: what a core reads in about 1.3 us, a power of two.
+
+    Less, and a step's own latency (products, softmax, products) is longer than its copy; more, and rows of a few slots
+    read what they don't see.
+
+    Args:
+      bandwidth: of a core, in bytes a second; by default of the one that is compiled for, or a v5p's.
+    """
+    if bandwidth is None:
+        bandwidth = pltpu.get_tpu_info().mem_bw_bytes_per_second if _is_tpu() else 1.23e12
+    return 1 << round(math.log2(bandwidth * 1.3e-6))
+
+
 def fill_up(x: jax.Array, axis: int, multiple: int) -> jax.Array:
     """Fills up an axis with zeros: rows that are not there see nothing, keys that are not there nobody sees."""
     return jnp.pad(x, [(0, -n % multiple if a == axis else 0) for a, n in enumerate(x.shape)])
@@ -78,7 +92,7 @@ def forward_bytes(tiles: Blocks, d: int, itemsize: int) -> int:
     if d < tiles.lanes:
         scratch = 4 * (d + tiles.keys) * rows + 2 * itemsize * tiles.keys * (tiles.lanes + d)
     else:
-        # The accumulator; and in every lane the maximum, the sum, and both ends of intervals, which come twice.
+        # The accumulator; and in every lane the maximum, the sum, and both ends of intervals, which are moved.
         scratch = 4 * rows * (wide + 6 * LANES)
     return moved + scratch + spilled
 

@@ -52,7 +52,7 @@ def check(got, args, scale) -> None:
 @pytest.mark.parametrize("mask", MASKS, ids=lambda m: m.__name__)
 def test_numbers_of_both_kinds_of_cache(monkeypatch, mask, T, H, K, d, dtype, splits) -> None:
     """Parity with float64, tiles of a few pages, live ranges that begin and end anywhere, either number of splits."""
-    monkeypatch.setattr(flash_decode_tpu, "_TILE_BYTES", 1 << 18)
+    monkeypatch.setattr(flash_decode_tpu, "tile_bytes", lambda: 1 << 18)
     monkeypatch.setattr(flash_decode_tpu, "_splits", lambda _: splits)
     numbers, scale = np.random.default_rng(), d**-0.5
     args = drawn(numbers, mask, 2, T, 1000, H, K, d, dtype)
@@ -69,7 +69,7 @@ def test_numbers_of_both_kinds_of_cache(monkeypatch, mask, T, H, K, d, dtype, sp
 @pytest.mark.parametrize("when", ["eager", "on_wait"])
 def test_copies_of_pages_are_waited_for(monkeypatch, when) -> None:
     """Whether a copy is done at once or as late as its wait, numbers are right; nothing reads what is being written."""
-    monkeypatch.setattr(flash_decode_tpu, "_TILE_BYTES", 1 << 18)
+    monkeypatch.setattr(flash_decode_tpu, "tile_bytes", lambda: 1 << 18)
     numbers = np.random.default_rng()
     args = drawn(numbers, window, 1, 2, 700, 2, 1, 64, jnp.float32)
     params = pltpu.InterpretParams(detect_races=True, dma_execution_mode=when, uninitialized_memory="nan")
