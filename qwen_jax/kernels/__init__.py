@@ -2,8 +2,8 @@
 
 | implementation | where      | masks     | dtypes                     | head_dim       | lse | gradient | caches |
 |----------------|------------|-----------|----------------------------|----------------|-----|----------|--------|
-| cudnn          | GPU        | causal    | bfloat16, float16          | 8, 16, ... 256 | no  | yes      | no     |
 | gpu            | Hopper GPU | intervals | bfloat16, float16          | 64, 128        | yes | yes      | yes    |
+| cudnn          | GPU        | causal    | bfloat16, float16          | 8, 16, ... 256 | no  | yes      | no     |
 | tpu            | TPU        | intervals | bfloat16, float32          | 64, 128        | yes | yes      | yes    |
 | xla            | anywhere   | intervals | float32, bfloat16, float16 | any            | no  | yes      | no     |
 | reference      | anywhere   | intervals | float32, bfloat16, float16 | any            | yes | yes      | yes    |
@@ -12,7 +12,7 @@ Masks: "causal" is row i sees keys 0 to i, known while tracing; "intervals" is a
 Caches: `decode_attention` and `paged_attention`, which have a gradient by the reference alone. Any number of query
 heads may share a key/value head.
 
-`implementation="auto"` takes the first of cudnn, gpu, tpu and reference that does what is asked; xla, which is
+`implementation="auto"` takes the first of gpu, cudnn, tpu and reference that does what is asked; xla, which is
 `jax.nn.dot_product_attention` written out by XLA, only when it is named. It says once, while tracing, what it took, and
 warns where that is the reference on an accelerator. `tests/kernels/test_coverage.py` holds this table to the truth.
 
@@ -53,7 +53,7 @@ __all__ = [
     "platform",
 ]
 
-Implementation = Literal["auto", "cudnn", "gpu", "tpu", "xla", "reference"]
+Implementation = Literal["auto", "gpu", "cudnn", "tpu", "xla", "reference"]
 _log = logging.getLogger(__name__)
 
 
@@ -71,8 +71,8 @@ class Coverage:
 
 _HALF, _ALL = ("bfloat16", "float16"), ("float32", "bfloat16", "float16")
 COVERAGE = {
-    "cudnn": Coverage("GPU", _HALF, tuple(range(8, 257, 8)), causal_only=True, log_sum_exp=False, caches=False),
     "gpu": Coverage("Hopper GPU", _HALF, (64, 128)),
+    "cudnn": Coverage("GPU", _HALF, tuple(range(8, 257, 8)), causal_only=True, log_sum_exp=False, caches=False),
     "tpu": Coverage("TPU", ("bfloat16", "float32"), (64, 128)),
     "xla": Coverage("anywhere", _ALL, log_sum_exp=False, caches=False),
     "reference": Coverage("anywhere", _ALL),

@@ -25,35 +25,34 @@ def attention(q: Any, k: Any, v: Any, start: Any, end: Any, scale: float, by: An
       scale: of the logits.
       by, by_lse: gradients by the output and by the log-sum-exp (of rows that see something).
     """
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    q, k, v = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (q, k, v))
     start, end = np.asarray(start), np.asarray(end)
-    group = q.shape[2] // k.shape[2]
-    wide_k, wide_v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
-    j = np.arange(k.shape[1])
+    (B, H, _, d), (K, S) = q.shape, k.shape[1:3]
+    wide_k, wide_v = np.repeat(k, H // K, axis=1), np.repeat(v, H // K, axis=1)
+    j = np.arange(S)
     seen = ((start[..., None] <= j) & (j < end[..., None]))[:, None]
-    logits = np.where(seen, np.einsum("bthd,bshd->bhts", q, wide_k) * scale, -np.inf)
+    logits = np.where(seen, q @ wide_k.swapaxes(2, 3) * scale, -np.inf)
     top = np.where(seen.any(-1, keepdims=True), logits.max(-1, keepdims=True), 0)
     weights = np.exp(logits - top)
     total = weights.sum(-1, keepdims=True)
     with np.errstate(divide="ignore"):
         lse = (top + np.log(total))[..., 0]
     p = weights / np.where(total == 0, 1, total)
-    out = np.einsum("bhts,bshd->bthd", p, wide_v)
+    out = (p @ wide_v).swapaxes(1, 2)
     if by is None:
         return Exact(out, lse)
-    by = np.asarray(by, np.float64)
-    by_p = np.einsum("bthd,bshd->bhts", by, wide_v)
+    by = np.asarray(by, np.float64).swapaxes(1, 2)
+    by_p = by @ wide_v.swapaxes(2, 3)
     taken = (p * by_p).sum(-1, keepdims=True)
     if by_lse is not None:
         taken = taken - np.asarray(by_lse, np.float64)[..., None]
     slopes = p * (by_p - taken) * scale
-    B, S, K, d = k.shape
 
     def grouped(x: np.ndarray) -> np.ndarray:
-        return x.reshape(B, S, K, group, d).sum(3)
+        return x.reshape(B, K, H // K, S, d).sum(2).swapaxes(1, 2)
 
-    dk, dv = np.einsum("bhts,bthd->bshd", slopes, q), np.einsum("bhts,bthd->bshd", p, by)
-    return Exact(out, lse, np.einsum("bhts,bshd->bthd", slopes, wide_k), grouped(dk), grouped(dv))
+    dk, dv = slopes.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ by
+    return Exact(out, lse, (slopes @ wide_k).swapaxes(1, 2), grouped(dk), grouped(dv))
 
 
 def relative(got: Any, want: Any) -> float:
