@@ -15,6 +15,7 @@ from typing import Any, Literal, Union
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.kernels import Implementation
 from qwen_jax.layers import Remat
 from qwen_jax.sharding import AXES
 from train.data.mixture import MixtureStage, Weight
@@ -67,7 +68,7 @@ class RunConfig:
       initial: folder of an Orbax checkpoint whose weights to begin with; by default they are drawn.
       seed: of weights and data order.
       mesh: sizes of the axes that are not 1.
-      dtype, remat, scan_layers, loss_chunk, z_loss, spike_factor: see `PretrainConfig`.
+      dtype, remat, scan_layers, attention, loss_chunk, z_loss, spike_factor: see `PretrainConfig`.
       beta1, beta2, eps, weight_decay, clip_norm: see `OptimizerConfig`.
       evaluate_every, checkpoint_every, max_skipped: see `LoopConfig`; the end of a stage counts as the end of a run.
       keep_last: how many of the newest checkpoints stay.
@@ -91,6 +92,7 @@ class RunConfig:
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     remat: Remat = "dots"
     scan_layers: bool = True
+    attention: Implementation = "auto"
     loss_chunk: int = 2048
     z_loss: float = 0.0
     spike_factor: float = 0.0
@@ -166,6 +168,7 @@ class RunConfig:
             self.z_loss,
             self.spike_factor,
             self.scan_layers,
+            self.attention,
         )
 
     def mesh_axes(self, index: int) -> Mapping[str, int]:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.config import DTYPES, ModelConfig
 from qwen_jax.context import spread
 from qwen_jax.errors import InputError
-from qwen_jax.kernels import packed_mask
+from qwen_jax.kernels import Implementation, packed_mask
 from qwen_jax.layers import Remat, restacked, unstacked
 from qwen_jax.model import Options
 from qwen_jax.params import Params, abstract_params, bind, init_params, param_specs
@@ -47,6 +47,7 @@ class PretrainConfig:
       spike_factor: a step whose gradient norm is more than this many times the running mean is skipped; 0 skips none
         but those whose loss or gradient is not finite.
       scan_layers: the layers are one loop; otherwise they follow one another: faster on a GPU, longer to compile.
+      attention: which kernel; see `kernels.attention`.
     """
 
     model: ModelConfig
@@ -58,6 +59,7 @@ class PretrainConfig:
     z_loss: float = 0.0
     spike_factor: float = 0.0
     scan_layers: bool = True
+    attention: Implementation = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -81,7 +83,9 @@ def loss_sums(config: PretrainConfig, sharding: Sharding, params: Params, batch:
       batch: packed rows on the mesh.
     """
     params = _apart(config, params)
-    model = bind(config.model, params, sharding, Options(config.scan_layers, dtype=config.dtype))
+    model = bind(
+        config.model, params, sharding, Options(config.scan_layers, dtype=config.dtype, attention=config.attention)
+    )
     # Who follows whom, and who sees whom, is decided while rows are whole.
     arrays = batch.tokens, batch.positions, packed_mask(batch.segment_ids), *next_token_targets(batch)
     tokens, positions, mask, targets, weights = jax.tree.map(lambda x: spread(x, sharding), arrays)

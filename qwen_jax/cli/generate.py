@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -17,6 +17,10 @@ from qwen_jax.errors import InputError
 if TYPE_CHECKING:
     from qwen_jax.inference import Engine, GenerationDefaults, SamplingParams
     from qwen_jax.tokenizer import Tokenizer
+
+
+# Of `qwen_jax.kernels.Implementation`, which takes seconds to import.
+Attention = Literal["auto", "gpu", "cudnn", "tpu", "xla", "reference"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Sampling:
         stop: Strings that end a text; they are cut off.
         dtype: To compute in; by default the checkpoint's own on a GPU or TPU, float32 on a CPU.
         mesh: Devices to spread over, such as tensor=2.
+        attention: Kernel that computes it; auto takes the best one here.
     """
 
     max_new_tokens: Count = None
@@ -46,6 +51,7 @@ class Sampling:
     stop: Texts = ()
     dtype: DType | None = None
     mesh: Annotated[str, tyro.conf.arg(metavar="AXIS=N,...")] = ""
+    attention: Attention = "auto"
 
     def resolve(self, defaults: "SamplingParams") -> "SamplingParams":
         """The checkpoint's defaults with what was given on the command line."""
@@ -100,7 +106,8 @@ class Model:
         dtype = self.options.dtype or default
         mesh = make_mesh(self.axes)
         config, params = sibling("convert").load(self.folder, mesh, dtype)
-        return Engine(config, params, mesh, tokenizer=self.tokenizer, dtype=dtype)
+        attention = self.options.attention
+        return Engine(config, params, mesh, tokenizer=self.tokenizer, dtype=dtype, attention=attention)
 
 
 def _enable_compilation_cache() -> None:

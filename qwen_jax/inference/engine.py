@@ -14,6 +14,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.inference.generate import DecodeState, Program, decoder, prefill
 from qwen_jax.inference.sampling import Knobs, SamplingParams
 from qwen_jax.inference.weights import fuse
+from qwen_jax.kernels import Implementation
 from qwen_jax.model import Options
 from qwen_jax.params import Params
 from qwen_jax.sharding import Sharding
@@ -63,6 +64,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         dtype: str = "bfloat16",
         chunk: int = 16,
+        attention: Implementation = "auto",
     ):
         """Takes the parameters over and brings them into the inference layout.
 
@@ -73,13 +75,14 @@ class Engine:
           tokenizer: for text, stop strings, and to know which ids are padding.
           dtype: compute and cache dtype: bfloat16, float32 or float16.
           chunk: decode steps that run on the device between two looks at the tokens.
+          attention: which kernel; see `kernels.attention`.
 
         Raises:
           InputError: a tokenizer with more tokens than the model, or a mesh that does not fit the model.
         """
         self.config, self.mesh, self.tokenizer, self.chunk = config, mesh, tokenizer, chunk
         self.sharding = Sharding.for_model(config, mesh)
-        self.options = Options(stacked=False, fused=True, dtype=dtype)
+        self.options = Options(stacked=False, fused=True, dtype=dtype, attention=attention)
         if chunk < 1:
             raise InputError(f"chunk must be at least 1, got {chunk}.")
         self.vocab_limit = vocab_limit(config, tokenizer)

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import logging
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax import kernels
+from qwen_jax.cli.generate import Attention
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import COVERAGE, Mask, causal_mask
 from tests.kernels import exact
@@ -214,6 +216,10 @@ def test_bad_input_is_named_in_the_callers_words(what) -> None:
     q, k, v, mask, scale = change(*inputs("float32", 64), causal_mask(1, T))
     with pytest.raises(InputError, match=words):
         kernels.attention(q, k, v, mask, scale=scale)
+
+
+def test_the_command_line_offers_what_there_is() -> None:
+    assert get_args(Attention) == get_args(kernels.Implementation) == ("auto", *COVERAGE)
 
 
 def test_bad_caches_are_named() -> None:
