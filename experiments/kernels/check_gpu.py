@@ -1,0 +1,83 @@
+"""Checks of the kernels on one Hopper GPU: the tests of tests/kernels, which have more to check there, and sanitizers.
+
+    python -m experiments.kernels.check_gpu tests       # by several processes (pytest-xdist) on the one card
+    python -m experiments.kernels.check_gpu sanitizers  # CUDA's compute-sanitizer: races, barriers, memory
+
+The sanitizers run small cases of every attention kernel, forward, gradient and decoding: they slow a kernel down a
+hundredfold. The exit status is 1 where a test fails or a sanitizer reports anything.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+
+TOOLS = ("racecheck", "synccheck", "memcheck")
+
+
+def small_cases() -> None:
+    """Runs each kernel once, on a few tiles."""
+    import jax
+    import jax.numpy as jnp
+
+    from qwen_jax import kernels
+
+    def normal(i: int, *shape: int) -> jax.Array:
+        return jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+
+    T, H, K = 320, 4, 2
+    documents = jnp.repeat(jnp.array([[1, 2, 3, 0]], jnp.int32), T // 4, axis=1)
+    mask = kernels.packed_mask(documents)
+    for d in (64, 128):
+        q, k, v = normal(0, 1, T, H, d), normal(1, 1, T, K, d), normal(2, 1, T, K, d)
+
+        def run(q: jax.Array, k: jax.Array, v: jax.Array, scale: float = d**-0.5) -> tuple[jax.Array, jax.Array]:
+            return kernels.attention(q, k, v, mask, scale=scale, implementation="gpu", return_lse=True)
+
+        out, pull = jax.vjp(run, q, k, v)
+        jax.block_until_ready(pull(out))
+        cache = normal(3, 2, K, 512, d), normal(4, 2, K, 512, d)
+        pages = normal(5, 24, K, 64, d), normal(6, 24, K, 64, d)
+        table = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
+        for tokens in (1, 3, 128):
+            rows = kernels.cache_mask(jnp.array([0, 70], jnp.int32), jnp.int32(300), tokens)
+            q = normal(7, 2, tokens, H, d)
+            jax.block_until_ready(kernels.decode_attention(q, *cache, rows, scale=0.1, implementation="gpu"))
+            jax.block_until_ready(kernels.paged_attention(q, *pages, table, rows, scale=0.1, implementation="gpu"))
+
+
+def main() -> int:
+    """Runs what was asked for, and says what it found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("tests", "sanitizers", "cases"), metavar="{tests,sanitizers}")
+    parser.add_argument("--jobs", type=int, default=8, help="processes that share the card")
+    parser.add_argument("--tools", nargs="+", default=TOOLS, choices=TOOLS)
+    args = parser.parse_args()
+    environment = os.environ | {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if args.what == "cases":
+        small_cases()
+        return 0
+    if args.what == "tests":
+        command = [sys.executable, "-m", "pytest", "-q", "-n", str(args.jobs), "tests/kernels"]
+        return min(subprocess.run(command, env=environment, check=False).returncode, 1)
+    if shutil.which("compute-sanitizer") is None:
+        print("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit.", file=sys.stderr)
+        return 1
+    failed = False
+    for tool in args.tools:
+        # Only our kernels: those of libraries are not ours to check, and slow.
+        filters = ["--kernel-regex", "kns=flash", "--kernel-regex", "kns=decode"]
+        command = ["compute-sanitizer", "--tool", tool, *filters, "--error-exitcode", "1"]
+        command += [sys.executable, "-m", "experiments.kernels.check_gpu", "cases"]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        said = [line for line in result.stdout.splitlines() if line.startswith("=========")]
+        print(f"{tool}: {'something' if result.returncode else 'nothing'} found", *said[-20:], sep="\n", flush=True)
+        if result.returncode:
+            print(result.stderr[-2000:], file=sys.stderr)
+        failed |= bool(result.returncode)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
