@@ -25,6 +25,7 @@ import dataclasses
 import functools
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import jax
@@ -47,6 +48,7 @@ __all__ = [
     "decode_step",
     "has_decode_step",
     "is_ours",
+    "merge",
     "on_hopper",
     "packed_mask",
     "paged_attention",
@@ -89,7 +91,11 @@ def platform() -> str:
 
 def on_hopper() -> bool:
     """Whether the devices are GPUs of the generation that our GPU kernels are for."""
-    return jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability.startswith("9.")
+    return (
+        platform() == "gpu"
+        and jax.default_backend() == "gpu"
+        and jax.local_devices()[0].compute_capability.startswith("9.")
+    )
 
 
 def is_ours(implementation: str) -> bool:
@@ -184,10 +190,10 @@ def attention(
       q_BTHd: queries.
       k_BSKd, v_BSKd: keys and values; H must be a multiple of K.
       mask: intervals over the S keys.
-      scale: multiplies the logits.
+      scale: multiplies the logits; positive.
       implementation: see the table of this module.
       recompute: the backward pass keeps no [T, S] array. Only the reference and xla need to be told.
-      return_lse: return the log-sum-exp too, by which outputs over parts of the keys can be merged.
+      return_lse: return the log-sum-exp too, by which `merge` puts outputs over parts of the keys together.
 
     Returns:
       [B, T, H, d] in the dtype of q. A row that sees nothing is zero. With `return_lse` also the natural logarithm of
@@ -196,7 +202,7 @@ def attention(
     Raises:
       InputError: shapes that do not fit, intervals that are no intervals, or an implementation that cannot do this.
     """
-    _check(q_BTHd, k_BSKd, v_BSKd, mask, scale, k_BSKd.shape[1])
+    scale = _check(q_BTHd, k_BSKd, v_BSKd, mask, scale, "[B, S, K, d]")
     chosen = choose(implementation, q_BTHd, mask, return_lse=return_lse)
     ends = mask.k_start_BT, mask.k_end_BT
     # Kernels are imported where they are used: Pallas takes a while.
@@ -238,7 +244,7 @@ def decode_attention(
       q_BTHd: queries.
       k_BKSd, v_BKSd: the cache. All its slots must be finite.
       mask: intervals over the S cache slots: lengths, left padding, windows, chunks at an offset (see `cache_mask`).
-      scale: multiplies the logits.
+      scale: multiplies the logits; positive.
       implementation: see the table of this module.
 
     Returns:
@@ -247,7 +253,7 @@ def decode_attention(
     Raises:
       InputError: as `attention`.
     """
-    _check(q_BTHd, k_BKSd.swapaxes(1, 2), v_BKSd.swapaxes(1, 2), mask, scale, k_BKSd.shape[2])
+    scale = _check(q_BTHd, k_BKSd, v_BKSd, mask, scale, "[B, K, S, d]")
     (_, T, H, d), (K, S) = q_BTHd.shape, k_BKSd.shape[1:3]
     chosen = choose(implementation, q_BTHd, mask, return_lse=True, cache=True)
     args = q_BTHd, k_BKSd, v_BKSd, mask.k_start_BT, mask.k_end_BT, scale
@@ -255,13 +261,15 @@ def decode_attention(
         from qwen_jax.kernels import flash_decode_gpu, flash_gpu
 
         if flash_decode_gpu.supports(q_BTHd.dtype, T, H, K, d, S):
-            return flash_decode_gpu.attention(*args)
+            return _without_gradient(flash_decode_gpu.attention, *args)
+        if T == 1:
+            _say_once(f"decoding by the kernel for many queries: {H}/{K} heads, {S} slots", logging.WARNING)
         return flash_gpu.attention(*args, head_major=True)
     if chosen == "tpu":
         from qwen_jax.kernels import flash_decode_tpu, flash_tpu
 
         if flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d):
-            return flash_decode_tpu.attention(*args)
+            return _without_gradient(flash_decode_tpu.attention, *args)
         return flash_tpu.attention(*args)
     return reference.attention(*args[:-1], scale=scale)
 
@@ -278,14 +286,15 @@ def paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """The same over a paged cache: slot j of row b is slot j % P of page pages[b, j // P].
 
-    Many query rows (a chunk of a prompt) gather their pages first, which costs one copy of what they see.
+    Pages for many query rows (a chunk of a prompt), and pages that a kernel can't read (of other than a multiple of 16
+    slots), are gathered first, which costs one copy of what the table names.
 
     Args:
       q_BTHd: queries.
       k_NKPd, v_NKPd: pages of P slots.
       pages_BM: int32 page table. Entries for slots that no row sees may be anything.
       mask: intervals over the M P slots of the table.
-      scale: multiplies the logits.
+      scale: multiplies the logits; positive.
       implementation: see the table of this module.
 
     Returns:
@@ -294,27 +303,30 @@ def paged_attention(
     Raises:
       InputError: as `attention`.
     """
-    if k_NKPd.ndim != 4 or pages_BM.ndim != 2 or pages_BM.shape[0] != q_BTHd.shape[0]:
+    fits = q_BTHd.ndim == k_NKPd.ndim == 4 and pages_BM.ndim == 2 and k_NKPd.shape == v_NKPd.shape
+    if not fits or pages_BM.shape[0] != q_BTHd.shape[0] or not jnp.issubdtype(pages_BM.dtype, jnp.integer):
         raise InputError(
-            f"Paged attention needs pages [N, K, P, d] and a page table [B, M] for q [B, T, H, d]; got "
-            f"{k_NKPd.shape}, {pages_BM.shape} and q {q_BTHd.shape}."
+            f"Paged attention needs pages [N, K, P, d], the same of keys and values, and an integer page table [B, M] "
+            f"for q [B, T, H, d]; got {k_NKPd.shape}, {v_NKPd.shape}, {pages_BM.dtype} {pages_BM.shape} and q "
+            f"{q_BTHd.shape}."
         )
     (B, T, H, d), (N, K, P), M = q_BTHd.shape, k_NKPd.shape[:3], pages_BM.shape[1]
-    whole = jax.ShapeDtypeStruct((B, M * P, K, d), k_NKPd.dtype)
-    like_v = jax.ShapeDtypeStruct((B, M * v_NKPd.shape[2], v_NKPd.shape[1], v_NKPd.shape[3]), v_NKPd.dtype)
-    _check(q_BTHd, whole, like_v, mask, scale, M * P)
+    whole = jax.ShapeDtypeStruct((B, K, M * P, k_NKPd.shape[3]), k_NKPd.dtype)
+    scale = _check(q_BTHd, whole, whole.update(dtype=v_NKPd.dtype), mask, scale, "[B, K, S, d]")
     chosen = choose(implementation, q_BTHd, mask, return_lse=True, cache=True)
     args = q_BTHd, k_NKPd, v_NKPd, pages_BM, mask.k_start_BT, mask.k_end_BT, scale
     if chosen == "gpu":
         from qwen_jax.kernels import flash_decode_gpu
 
         if flash_decode_gpu.supports(q_BTHd.dtype, T, H, K, d, M * P, P):
-            return flash_decode_gpu.paged_attention(*args)
+            return _without_gradient(flash_decode_gpu.paged_attention, *args)
     if chosen == "tpu":
         from qwen_jax.kernels import flash_decode_tpu
 
-        if flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d):
-            return flash_decode_tpu.paged_attention(*args)
+        if flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d, P, pages_BM.size):
+            return _without_gradient(flash_decode_tpu.paged_attention, *args)
+    if chosen in ("gpu", "tpu") and T == 1:
+        _say_once(f"decoding copies its pages first: {H}/{K} heads, pages of {P}, {M} a row", logging.WARNING)
 
     def gathered(x_NKPd: jax.Array) -> jax.Array:
         x_BMKPd = x_NKPd[jnp.clip(pages_BM, 0, N - 1)]
@@ -362,17 +374,40 @@ def _decode_gpu() -> Any:
     return decode_gpu
 
 
-def _check(q: Any, k: Any, v: Any, mask: Mask, scale: float, slots: int) -> None:
+def _without_gradient(run: Any, *args: Any) -> tuple[jax.Array, jax.Array]:
+    """Runs a kernel that has no gradient, and says so to whoever asks for it."""
+    *arrays, scale = args
+
+    def refuse(*_: Any) -> Any:
+        raise InputError("Decode attention by a kernel has no gradient. Use implementation='reference', or attention.")
+
+    kernel: Any = jax.custom_vjp(lambda *arrays: run(*arrays, scale))
+    kernel.defvjp(refuse, refuse)
+    result: tuple[jax.Array, jax.Array] = kernel(*arrays)
+    return result
+
+
+def _check(q: Any, k: Any, v: Any, mask: Mask, scale: Any, layout: str) -> float:
+    """Raises `InputError` for what does not fit together; returns the scale as a number.
+
+    Args:
+      q, k, v: as the caller gave them.
+      mask: of the queries.
+      scale: of the logits.
+      layout: of k and v.
+    """
+    heads, slots = layout.split(", ").index("K"), layout.split(", ").index("S")
     fits = (
         q.ndim == k.ndim == v.ndim == 4
         and k.shape == v.shape
         and q.shape[0] == k.shape[0]
         and q.shape[3] == k.shape[3]
-        and q.shape[2] % k.shape[2] == 0
+        and 0 not in (*q.shape, *k.shape)
+        and q.shape[2] % k.shape[heads] == 0
     )
     if not fits:
         raise InputError(
-            f"Attention needs q [B, T, H, d], k and v [B, S, K, d] with H a multiple of K; "
+            f"Attention needs q [B, T, H, d], k and v {layout} with H a multiple of K, and nothing empty; "
             f"got q {q.shape}, k {k.shape}, v {v.shape}."
         )
     if not q.dtype == k.dtype == v.dtype:
@@ -381,6 +416,31 @@ def _check(q: Any, k: Any, v: Any, mask: Mask, scale: float, slots: int) -> None
         raise InputError(
             f"The mask is for {mask.k_start_BT.shape} and {mask.k_end_BT.shape} query rows, q has {q.shape[:2]}."
         )
-    if not math.isfinite(scale):
-        raise InputError(f"Attention needs a finite scale; got {scale}. The usual one is head_dim ** -0.5.")
-    mask.check(slots)
+    if isinstance(scale, jax.core.Tracer) or not (math.isfinite(scale) and scale > 0):
+        raise InputError(
+            f"Attention needs a positive, finite number as its scale, known while tracing; got {scale}. "
+            "The usual one is head_dim ** -0.5."
+        )
+    mask.check(k.shape[slots])
+    return float(scale)
+
+
+def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    """Attention over all keys, from outputs and log-sum-exps over parts of them.
+
+    Args:
+      parts: outputs [B, T, H, d] and log-sum-exps float32 [B, H, T], as from `attention` with `return_lse`. No key may
+        be in two of them.
+
+    Returns:
+      The same of all keys together. A row that sees nothing in any part is zero, and minus infinity.
+    """
+    outs, lses = zip(*parts, strict=True)
+    lse = jnp.stack(lses)
+    top = jax.lax.stop_gradient(jnp.max(lse, axis=0))
+    # Minus infinity less itself is no number: a row that sees nothing takes the weights of zeros.
+    sees, counts = jnp.isfinite(top), jnp.isfinite(lse)
+    weights = jnp.where(counts, jnp.exp(jnp.where(counts, lse - jnp.where(sees, top, 0.0), 0.0)), 0.0)
+    total = jnp.where(sees, weights.sum(axis=0), 1.0)
+    out = jnp.einsum("PBHT,PBTHd->BTHd", weights / total, jnp.stack(outs).astype(jnp.float32))
+    return out.astype(outs[0].dtype), jnp.where(sees, top + jnp.log(total), -jnp.inf)

@@ -25,14 +25,30 @@ from qwen_jax.kernels.flash_tpu_forward import LOW, LOWEST, product
 from qwen_jax.kernels.tpu import LANES, cores, fill_up, tile_bytes
 
 _LOG2E = math.log2(math.e)
+_TABLE_BYTES = 768 << 10
+"""Of a page table: scalar memory is a megabyte, and not all of it is ours."""
 ROWS = 128
 """The most query rows (tokens x heads of a group) that share a key/value head."""
 
 
-def supports(dtype: Any, tokens: int, num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
-    """Whether the kernels can do this, as one device sees it."""
+def supports(
+    dtype: Any, tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, page: int = 16, entries: int = 0
+) -> bool:
+    """Whether the kernels can do this, as one device sees it.
+
+    Args:
+      dtype: of all.
+      tokens: of a row.
+      num_heads, num_kv_heads, head_dim: of queries and cache.
+      page: slots of a page, of a paged cache. One of all heads is fetched at once.
+      entries: of its page table, which must fit in scalar memory.
+    """
+    held = 2 * num_kv_heads * page * max(head_dim, LANES) * jnp.dtype(dtype).itemsize
     return (
-        jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)
+        page % 16 == 0
+        and held <= tile_bytes()
+        and 4 * entries <= _TABLE_BYTES
+        and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)
         and head_dim in (64, 128)
         and num_heads % num_kv_heads == 0
         and tokens * (num_heads // num_kv_heads) <= ROWS
@@ -106,7 +122,7 @@ def paged_attention(
     Args:
       q_BTHd: queries, bfloat16 or float32.
       k_NKPd, v_NKPd: pages. P is a multiple of 16; all slots of visited tiles must be finite.
-      pages_BM: int32 page table. Entries beyond a row's last slot are not read.
+      pages_BM: int32 page table. Entries for slots that no row sees may be anything; they are clipped.
       start_BT, end_BT: int32 intervals over the M P slots.
       scale: multiplies the logits.
 
@@ -117,14 +133,19 @@ def paged_attention(
       InputError: what `supports` denies, or pages that are not whole tiles of memory.
     """
     (B, *_, d), (K, P), M = q_BTHd.shape, k_NKPd.shape[1:3], pages_BM.shape[1]
-    if P % 16:
-        raise InputError(f"Paged attention on TPUs needs pages of a multiple of 16 slots; got {P}.")
+    if not supports(q_BTHd.dtype, 1, K, K, d, P, pages_BM.size):
+        raise InputError(
+            f"Paged attention on TPUs needs pages of a multiple of 16 slots, {tile_bytes()} bytes at most for all "
+            f"heads, and a page table of {_TABLE_BYTES // 4} entries at most; got pages {k_NKPd.shape} and a table "
+            f"{pages_BM.shape}. Use implementation='reference'."
+        )
     count = max(1, min(M, tile_bytes() // (2 * K * P * max(d, LANES) * k_NKPd.dtype.itemsize)))
     keys = count * P
     rows, ends, live = _rows(q_BTHd, K, start_BT, end_BT, M * P, keys)
     splits, R = _splits(B), rows.shape[2]
-    # A tile may reach past the table, and reads its last page again there: nobody sees those slots.
-    pages = jnp.minimum(pages_BM, k_NKPd.shape[0] - 1)
+    # Whole tiles of pages are copied, of which nobody may see the last ones; a tile that reaches past the table reads
+    # its last page again.
+    pages = jnp.clip(pages_BM, 0, k_NKPd.shape[0] - 1)
     held = pltpu.VMEM((2, count, K, P, d), k_NKPd.dtype)
     out, lse = pl.pallas_call(
         functools.partial(_paged, factor=scale * _LOG2E, splits=splits),

@@ -80,6 +80,8 @@ def _backward(scale: float, head_major: bool, kept: Any, by: tuple[jax.Array, ja
         raise InputError("Attention over a cache laid out head by head has no gradient. Use head_major=False.")
     q, k, v, start, end, out, lse = kept
     by_out, by_lse = by
+    # A row without keys has minus infinity, which does not move.
+    by_lse = jnp.where(jnp.isfinite(lse), by_lse, 0.0)
     # What the softmax takes off each logit's gradient; a gradient of the log-sum-exp adds the probability itself.
     delta = jnp.einsum("BTHd,BTHd->BHT", out.astype(jnp.float32), by_out.astype(jnp.float32)) - by_lse
     # In base 2, and so large for a row without keys that its probabilities are zero.

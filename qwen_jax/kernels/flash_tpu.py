@@ -93,6 +93,8 @@ def _forward(q: Any, k: Any, v: Any, start: Any, end: Any, scale: float, tiles: 
 def _backward(scale: float, tiles: Blocks, kept: Any, by: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
     q, k, v, start, end, out, lse = kept
     by_out, by_lse = by
+    # A row without keys has minus infinity, which does not move.
+    by_lse = jnp.where(jnp.isfinite(lse), by_lse, 0.0)
     # What the softmax takes off each logit's gradient; a gradient of the log-sum-exp adds the probability itself.
     delta = jnp.einsum("BHTd,BHTd->BHT", out.astype(jnp.float32), by_out.astype(jnp.float32)) - by_lse
     # In base 2, and so large for a row without keys that its probabilities are zero.

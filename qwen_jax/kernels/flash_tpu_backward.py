@@ -129,7 +129,6 @@ def _program(
 
     @pl.when(first < last)
     def go() -> None:
-        k_across[...] = jnp.zeros_like(k_across)
         walk(first, last, full_first, full_last, step)
         collect(n - 1, last - 1)
 

@@ -33,7 +33,7 @@ class Mask:
         if self.k_start_BT.dtype != jnp.int32 or self.k_end_BT.dtype != jnp.int32:
             raise InputError(f"A mask is of int32; got {self.k_start_BT.dtype} and {self.k_end_BT.dtype}.")
         ends = self.k_start_BT, self.k_end_BT
-        if any(isinstance(x, jax.core.Tracer) or not x.is_fully_addressable for x in ends):
+        if any(isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True) for x in ends):
             return
         # NumPy, since a mask that is known may meet a program that is being traced.
         start, end = map(np.asarray, ends)

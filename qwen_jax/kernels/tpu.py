@@ -86,42 +86,44 @@ def cost(products: int, q: jax.Array, k: jax.Array) -> pl.CostEstimate:
 
 
 def forward_bytes(tiles: Blocks, d: int, itemsize: int) -> int:
-    """VMEM of the forward kernel. A head_dim of 64 takes the lanes of 128; what is moved is there twice."""
-    wide, rows, spilled = max(d, LANES), tiles.queries, 2 << 20
-    moved = 2 * itemsize * wide * (2 * rows + 2 * tiles.segment)
+    """VMEM of the forward kernel. A head_dim of 64 takes the lanes of 128, and a row alone those of 8 rows; what is
+    moved is there twice."""
+    wide, rows = max(d, LANES), tiles.queries
+    moved = 2 * itemsize * wide * (2 * rows + 2 * tiles.segment) + 2 * 3 * 4 * 8 * rows
     if d < tiles.lanes:
         scratch = 4 * (d + tiles.keys) * rows + 2 * itemsize * tiles.keys * (tiles.lanes + d)
     else:
         # The accumulator; and in every lane the maximum, the sum, and both ends of intervals, which are moved.
         scratch = 4 * rows * (wide + 6 * LANES)
-    return moved + scratch + spilled
+    return moved + scratch + _spilled(itemsize)
 
 
 def backward_bytes(tiles: Blocks, d: int, itemsize: int) -> int:
     """VMEM of the backward kernel, in the same way."""
-    wide, spilled = max(d, LANES), 2 << 20
-    rows, keys = tiles.queries, tiles.backward_segment
-    moved = 2 * wide * (rows * (2 * itemsize + 4) + 4 * itemsize * keys)
+    wide, rows, keys = max(d, LANES), tiles.queries, tiles.backward_segment
+    moved = 2 * wide * (rows * (2 * itemsize + 4) + 4 * itemsize * keys) + 2 * 4 * 4 * 8 * rows
     scratch = 4 * d * (rows + 2 * keys) + 2 * itemsize * (d * rows + tiles.keys * (2 * tiles.lanes + d))
-    return moved + scratch + spilled
+    return moved + scratch + _spilled(itemsize)
+
+
+def _spilled(itemsize: int) -> int:
+    """Room for registers that are put away; float32 products are several each."""
+    return itemsize << 20
 
 
 def blocks(T: int, S: int, d: int, dtype: Any, core: tuple[int, int] | None = None) -> Blocks:
     """Sizes for T queries and S keys of head_dim d, on a core as `device` describes it: that which is compiled for.
 
-    Products are as wide as the matrix unit. A program takes 1,024 queries, which give the scheduler independent
-    work, or 2,048 where rows are long; segments take half of VMEM at most.
+    Products are as wide as the matrix unit. A program takes up to 1,024 queries, which give the scheduler independent
+    work, or 2,048 where rows are long. A segment has at most 16,384 keys, more of which save nothing, and takes half of
+    VMEM at most, unless a single tile takes more. Rows are cut evenly, so that little is filled up.
     """
     vmem, lanes = core or device()
     itemsize = jnp.dtype(dtype).itemsize
     long = T >= 8192 and vmem >= 64 << 20 and itemsize == 2
-    queries = 2048 if long else 1024
-    queries = min(queries, -(-T // (2 * lanes)) * 2 * lanes)
-    # A multiple that halves to an even number of products.
-    queries = next(n for n in (2048, 1024, 512, 256) if n <= queries)
-    queries = max(queries, 2 * lanes)
-    keys = 512 if itemsize == 2 else 256
-    keys = min(keys, -(-S // LANES) * LANES)
+    programs = -(-T // (2048 if long else 1024))
+    queries = -(-T // (programs * 2 * lanes)) * 2 * lanes
+    keys = min(512 if itemsize == 2 else 256, -(-S // LANES) * LANES)
     tiles = -(-S // keys)
     most = min(tiles, 16384 // keys)
 
@@ -130,10 +132,13 @@ def blocks(T: int, S: int, d: int, dtype: Any, core: tuple[int, int] | None = No
 
     backward = most
     while backward > 1 and backward_bytes(sized(backward, backward), d, itemsize) > vmem // 2:
-        backward = -(-backward // 2)
-    # Rows are cut evenly, so that little is filled up.
-    backward = -(-tiles // -(-tiles // backward))
-    forward = backward
-    while 2 * forward <= most and forward_bytes(sized(2 * forward, backward), d, itemsize) <= vmem // 2:
-        forward *= 2
-    return sized(forward, backward)
+        backward -= 1
+    parts = -(-tiles // backward)
+    backward = -(-tiles // parts)
+
+    def fits(n: int) -> bool:
+        return n * backward <= most and forward_bytes(sized(n * backward, backward), d, itemsize) <= vmem // 2
+
+    # A divisor of the parts: the forward pass fills up no more than the backward pass does.
+    forward = max(n for n in range(1, parts + 1) if parts % n == 0 and (n == 1 or fits(n)))
+    return sized(forward * backward, backward)

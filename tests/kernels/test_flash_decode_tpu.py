@@ -22,7 +22,7 @@ def drawn(numbers, mask, B, T, S, H, K, d, dtype):
 
 
 def paged(numbers, k, v, P):
-    """The same caches in pages that lie in random order among pages of others; and their table."""
+    """The same caches in pages that lie in random order among others; and their table, with rubbish behind it."""
     B, K, S, d = k.shape
     M = -(-S // P)
     places = numbers.permutation(B * M + 3)[: B * M].reshape(B, M)
@@ -33,7 +33,8 @@ def paged(numbers, k, v, P):
         pages[places] = x.reshape(B, K, M, P, d).swapaxes(1, 2)
         return jnp.asarray(pages, k.dtype)
 
-    return cut(k), cut(v), jnp.asarray(places, jnp.int32)
+    rubbish = numbers.integers(-(2**31), 2**31, (B, 3))
+    return cut(k), cut(v), jnp.asarray(np.concatenate([places, rubbish], axis=1), jnp.int32)
 
 
 def check(got, args, scale) -> None:
@@ -112,5 +113,7 @@ def test_refuses_what_it_cannot_do() -> None:
     q, k = jnp.ones((1, 20, 14, 64), jnp.bfloat16), jnp.ones((1, 2, 64, 64), jnp.bfloat16)
     with pytest.raises(InputError, match="at most 128 query rows"):
         flash_decode_tpu.attention(q, k, k, i, i, 1.0)
-    with pytest.raises(InputError, match="multiple of 16 slots"):
-        flash_decode_tpu.paged_attention(q[:, :1], k[:, :, :8], k[:, :, :8], i[:, :2], i[:, :1], i[:, :1], 1.0)
+    large, long = jnp.ones((1, 2, 8192, 64), jnp.bfloat16), jnp.ones((1, 2**18), jnp.int32)
+    for pages, table in ((k[:, :, :8], i), (large, i), (k, long)):
+        with pytest.raises(InputError, match=r"multiple of 16 slots.*Use implementation='reference'"):
+            flash_decode_tpu.paged_attention(q[:, :1], pages, pages, table, i[:, :1], i[:, :1], 1.0)

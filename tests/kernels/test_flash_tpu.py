@@ -44,8 +44,8 @@ def drawn(numbers, mask, B, T, S, H, K, d, dtype):
         for shape in ((B, T, H, d), (B, S, K, d), (B, S, K, d), (B, T, H, d))
     )
     start, end = mask(numbers, B, T, S)
-    # A row without keys has no log-sum-exp to have a gradient.
-    by_lse = jnp.asarray(numbers.standard_normal((B, H, T)) * (start < end)[:, None], jnp.float32)
+    # What comes back through a row without keys may be no number (a guard's zero over zero); it must go no further.
+    by_lse = jnp.asarray(np.where((start < end)[:, None], numbers.standard_normal((B, H, T)), np.nan), jnp.float32)
     return q, k, v, jnp.asarray(start), jnp.asarray(end), by, by_lse
 
 
@@ -53,7 +53,7 @@ def check(args, tiles) -> dict[str, float]:
     q, k, v, start, end, by, by_lse = args
     scale = q.shape[-1] ** -0.5
     got = interpreted(*args, scale=scale, tiles=tiles)
-    want = exact.attention(q, k, v, start, end, scale, by, by_lse)
+    want = exact.attention(q, k, v, start, end, scale, by, jnp.nan_to_num(by_lse))
     empty = ~np.asarray(start < end)
     assert not np.asarray(got[0], np.float32)[empty].any()
     unseen = np.broadcast_to(empty[:, None], got[1].shape)
@@ -114,25 +114,28 @@ def test_tiles_do_not_change_the_result_beyond_rounding() -> None:
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("T", [1, 300, 1024, 4096, 9000, 32768, 131072])
-@pytest.mark.parametrize(("vmem", "lanes"), [(16, 128), (64, 128), (64, 256), (128, 128), (128, 256)])
-@pytest.mark.parametrize(("d", "dtype"), [(64, "bfloat16"), (128, "bfloat16"), (128, "float32")])
-def test_blocks_fit(monkeypatch, T, vmem, lanes, d, dtype) -> None:
-    monkeypatch.setattr(tpu, "device", lambda: (vmem << 20, lanes))
-    found = tpu.blocks(T, T, d, dtype)
+@settings(deadline=None, max_examples=300)
+@given(
+    st.one_of(st.integers(1, 5000), st.integers(1, 2**20)),
+    st.sampled_from([(16, 128), (64, 128), (64, 256), (128, 128), (128, 256)]),
+    st.sampled_from([(64, "bfloat16"), (128, "bfloat16"), (128, "float32")]),
+)
+def test_blocks_fit_and_fill_up_little(T, core, kind) -> None:
+    (vmem, lanes), (d, dtype) = core, kind
+    found = tpu.blocks(T, T, d, dtype, (vmem << 20, lanes))
     assert found.queries % (2 * lanes) == 0
     assert found.segment % found.backward_segment == found.backward_segment % found.keys == 0
     itemsize = jnp.dtype(dtype).itemsize
-    assert tpu.forward_bytes(found, d, itemsize) <= max(vmem << 20, 0) * 15 // 16
-    assert tpu.backward_bytes(found, d, itemsize) <= max(vmem << 20, 0) * 15 // 16
-    # Little is filled up.
-    assert -(-T // found.segment) * found.segment <= 1.35 * T + 1024
+    assert tpu.forward_bytes(found, d, itemsize) <= (vmem << 20) * 15 // 16
+    assert tpu.backward_bytes(found, d, itemsize) <= (vmem << 20) * 15 // 16
+    assert -(-T // found.segment) * found.segment <= 1.2 * T + 1024
+    assert -(-T // found.queries) * found.queries <= 1.2 * T + 1024
 
 
 @needs_libtpu
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 @pytest.mark.parametrize(
-    ("d", "dtype", "T"), [(128, "bfloat16", 32768), (64, "bfloat16", 4096), (128, "float32", 1000)]
+    ("d", "dtype", "T"), [(128, "bfloat16", 32768), (64, "bfloat16", 4096), (128, "float32", 32768)]
 )
 def test_compiles_within_its_vmem(chip, d, dtype, T, record_property) -> None:
     """Forward and backward by the real compiler, which refuses what takes more VMEM than our count of it."""
