@@ -357,7 +357,9 @@ def has_decode_step(
         and _decode_gpu().supports(num_heads, num_kv_heads, d, S)
     )
     if length == 1:
-        _say_once(f"decoding, {num_heads}/{num_kv_heads} heads of {d}, {dtype}: {'kernel' if takes else 'reference'}")
+        _say_once(
+            f"decoding, {num_heads}/{num_kv_heads} heads of {d}, {dtype}: step {'fused' if takes else 'not fused'}"
+        )
     return takes
 
 

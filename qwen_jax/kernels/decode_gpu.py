@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.hopper import let_next_begin, load, tiled, wait_for_previous
+from qwen_jax.kernels.hopper import EIGHTS, keep_plain, let_next_begin, load, tiled, wait_for_previous
 
 TILE = 64
 """Cache slots that are loaded at once; the length of a cache must be a multiple of it."""
@@ -33,8 +33,6 @@ which do not reach every multiprocessor. On another part the results are the sam
 _LOWEST = -1e30
 """Stands for minus infinity where a difference of two must not be NaN."""
 _WGMMA = plgpu.Layout.WGMMA
-# Eight rows spread over a whole warpgroup.
-_ROWS = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (8, 8), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 def supports(num_heads: int, num_kv_heads: int, head_dim: int, slots: int) -> bool:
@@ -126,11 +124,6 @@ def decode_step(
     return out.reshape(B, H, d), jax.freeze(keys), jax.freeze(values)
 
 
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-def _keep_plain(_: Any, ref: Any) -> None:
-    """Keeps layout inference from swizzling a buffer that is copied by single rows: jax 0.11.2 does so wrongly."""
-
-
 def _block(*refs: Any, H: int, K: int, d: int, clusters: int, blocks: int, scale: float) -> None:
     """Gives a thread block its shared memory."""
     # Two blocks that share a multiprocessor must fit in 227 KiB.
@@ -164,7 +157,7 @@ def _attend(
     H: int, K: int, clusters: int, blocks: int, scale: float,
 ) -> None:  # fmt: skip
     """What one thread block does. `wide` to `wide_out` are there for blocks that merge."""
-    _keep_plain(plain)
+    keep_plain(plain)
     wait_for_previous()
     let_next_begin()
     row, head, block = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("block")
@@ -177,9 +170,9 @@ def _attend(
         here = pl.ds(row * R + at.start, at.size) if isinstance(at, pl.Slice) else row * R + at
         return load(qkv_ref.at[here, columns], layout), load(bias_ref.at[at, columns], layout)
 
-    q_raw = [with_bias(pl.ds(head * G, 8), half, _ROWS) for half in halves]
-    k_raw = [with_bias(H + head, half, _ROWS.reduce(0)) for half in halves]
-    cos, sin = (load(x.at[row], _ROWS.reduce(0)) for x in (cos_ref, sin_ref))
+    q_raw = [with_bias(pl.ds(head * G, 8), half, EIGHTS) for half in halves]
+    k_raw = [with_bias(H + head, half, EIGHTS.reduce(0)) for half in halves]
+    cos, sin = (load(x.at[row], EIGHTS.reduce(0)) for x in (cos_ref, sin_ref))
     v_raw = with_bias(H + K + head, pl.ds(0, d), _WGMMA.reduce(0))
 
     start, slot = start_ref[row], slot_ref[0]
@@ -210,7 +203,7 @@ def _attend(
         return [x.astype(jnp.bfloat16) for x in (left * cos - right * sin, right * cos + left * sin)]
 
     def spread(x: jax.Array) -> jax.Array:
-        return plgpu.layout_cast(lax.broadcast_in_dim(x, (8, d // 2), [1]), _ROWS)
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, (8, d // 2), [1]), EIGHTS)
 
     cos, sin = cos.astype(f32), sin.astype(f32)
     q_new, k_new = rotated(q_raw, spread(cos), spread(sin)), rotated(k_raw, cos, sin)
@@ -287,12 +280,12 @@ def _attend(
     if blocks == 1:
         # The tile of queries has done its work and takes the output to its real rows.
         qk[...] = out.astype(jnp.bfloat16)
-        finish(load(qk.at[pl.ds(0, 8)], _ROWS))
+        finish(load(qk.at[pl.ds(0, 8)], EIGHTS))
     else:
         wide[...] = out
         lse[...] = top + jnp.log2(total)
-        out, weight = load(wide.at[pl.ds(0, 8)], _ROWS), load(lse.at[pl.ds(0, 8)], _ROWS.reduce(1))
-        weight = plgpu.layout_cast(across(weight, (8, d)), _ROWS)
+        out, weight = load(wide.at[pl.ds(0, 8)], EIGHTS), load(lse.at[pl.ds(0, 8)], EIGHTS.reduce(1))
+        weight = plgpu.layout_cast(across(weight, (8, d)), EIGHTS)
         for i, x in enumerate((out, weight)):
             plgpu.async_store_smem(
                 x, parts.at[block, i], parts_ready, cluster_idx=jnp.int32(0), cluster_dim="block", optimized=False
@@ -302,13 +295,13 @@ def _attend(
         def _() -> None:
             plgpu.barrier_wait(parts_ready)
             out, lse = _merged(
-                [load(parts.at[b, 0], _ROWS) for b in range(blocks)],
-                [load(parts.at[b, 1], _ROWS) for b in range(blocks)],
+                [load(parts.at[b, 0], EIGHTS) for b in range(blocks)],
+                [load(parts.at[b, 1], EIGHTS) for b in range(blocks)],
             )
             if clusters == 1:
                 finish(out.astype(jnp.bfloat16))
                 return
-            _keep_plain(wide_out)
+            keep_plain(wide_out)
             for x, ref in zip((out, lse), out_refs, strict=True):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 wide_out[...] = x

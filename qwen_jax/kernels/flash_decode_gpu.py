@@ -24,8 +24,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.flash_gpu_tiles import LOG2E, LOW, LOWEST, ROWS, WGMMA, across, mask_logits, rem, zeros
-from qwen_jax.kernels.hopper import let_next_begin, load, tiled, wait_for_previous
+from qwen_jax.kernels.flash_gpu_tiles import ROWS, WGMMA, across, mask_logits, rem, zeros
+from qwen_jax.kernels.hopper import EIGHTS, keep_plain, let_next_begin, load, tiled, wait_for_previous
+from qwen_jax.kernels.softmax import LOG2E, LOW, LOWEST
 
 PAGE = 16
 """The size of a page is a multiple of it."""
@@ -35,8 +36,6 @@ _MOST_SPLITS = 128
 _STEP_US, _START_US, _MERGE_US = 2.0, 1.5, 2.5
 """What a tile costs every block when all of the chip's read memory, what a round of blocks costs to begin, and what a
 merge costs. Only the choice of splits depends on them."""
-# Eight rows spread over every warp; the four warps have eight columns each.
-_EIGHTS = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (8, 8), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
 _COLUMNS = 32
 _PER_ROW = WGMMA.reduce(1)
 
@@ -244,11 +243,6 @@ def _run(
     return out, lse.reshape(B, K, T, G).swapaxes(2, 3).reshape(B, H, T)
 
 
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-def _keep_plain(_: Any, ref: Any) -> None:
-    """Keeps layout inference from swizzling a buffer that is copied by single rows: jax 0.11.2 does so wrongly."""
-
-
 def _attend(
     q_ref: Any, k_ref: Any, v_ref: Any, start_ref: Any, end_ref: Any, *refs: Any, slots: int, splits: int, scale: float,
     shape: Shape,
@@ -265,7 +259,7 @@ def _attend(
     let_next_begin()
 
     def loop(plain: Any, ring: Any, q_ready: Any, k_ready: Any, v_ready: Any) -> tuple[jax.Array, ...]:
-        _keep_plain(plain)
+        keep_plain(plain)
         for t in range(T):
             queries = q_ref.at[row, t, pl.ds(head * G, G)]
             plgpu.copy_gmem_to_smem(queries, plain.at[pl.ds(t * G, G)], q_ready)
@@ -316,7 +310,7 @@ def _attend(
         plgpu.barrier_wait(q_ready)
         for n in range(used // 8):
             eight = pl.ds(n * 8, 8)
-            ring[eight] = load(plain.at[eight], _EIGHTS)
+            ring[eight] = load(plain.at[eight], EIGHTS)
         plgpu.commit_smem()
         queries, factor = ring.at[pl.ds(0, ROWS)], scale * LOG2E
 
@@ -380,7 +374,7 @@ def _attend(
         # The ring's memory: every warp must be done with it.
         plgpu.commit_smem()
         if splits == 1:
-            _keep_plain(out_smem)
+            keep_plain(out_smem)
             out_smem[...] = out.astype(dtype)
             plgpu.commit_smem()
             for t in range(T):
@@ -405,10 +399,10 @@ def _merge(parts_ref: Any, lse_ref: Any, out_ref: Any, out_lse_ref: Any, *, spli
     wait_for_previous()
     let_next_begin()
     at = pl.ds(columns * _COLUMNS, _COLUMNS)
-    parts = load(parts_ref.at[row, head, query, :, at], _EIGHTS)
-    lse = load(lse_ref.at[row, head, :, query], _EIGHTS.reduce(1))
+    parts = load(parts_ref.at[row, head, query, :, at], EIGHTS)
+    lse = load(lse_ref.at[row, head, :, query], EIGHTS.reduce(1))
     # Lines that no share has written hold anything.
-    n = plgpu.broadcasted_iota(jnp.int32, parts.shape, 0, layout=_EIGHTS)
+    n = plgpu.broadcasted_iota(jnp.int32, parts.shape, 0, layout=EIGHTS)
     lse = jnp.where(n < splits, across(lse, parts.shape), LOWEST)
     top = lse.max(axis=0)
     weights = jnp.exp2(lse - lax.broadcast_in_dim(top, parts.shape, [1]))

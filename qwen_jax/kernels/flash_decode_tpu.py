@@ -10,7 +10,6 @@ Source: Flash-Decoding (Dao et al. 2023) for the split keys.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.flash_tpu_forward import LOW, LOWEST, product
+from qwen_jax.kernels.flash_tpu_forward import product
+from qwen_jax.kernels.softmax import LOG2E, LOW, LOWEST
 from qwen_jax.kernels.tpu import LANES, cores, fill_up, tile_bytes
 
-_LOG2E = math.log2(math.e)
 _TABLE_BYTES = 768 << 10
 """Of a page table: scalar memory is a megabyte, and not all of it is ours."""
 ROWS = 128
@@ -80,7 +79,7 @@ def attention(
     rows, ends, live = _rows(q_BTHd, K, start_BT, end_BT, S, keys)
     splits, R = _splits(B * K), rows.shape[2]
     cache = pl.BlockSpec((None, None, keys, d), functools.partial(_at_tile, splits=splits))
-    block = functools.partial(_contiguous, factor=scale * _LOG2E, splits=splits)
+    block = functools.partial(_contiguous, factor=scale * LOG2E, splits=splits)
     grid = (splits, B, K, -(-k.shape[2] // keys // splits))
     out, lse = pl.pallas_call(
         block,
@@ -148,7 +147,7 @@ def paged_attention(
     pages = jnp.clip(pages_BM, 0, k_NKPd.shape[0] - 1)
     held = pltpu.VMEM((2, count, K, P, d), k_NKPd.dtype)
     out, lse = pl.pallas_call(
-        functools.partial(_paged, factor=scale * _LOG2E, splits=splits),
+        functools.partial(_paged, factor=scale * LOG2E, splits=splits),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(splits, B),
@@ -319,7 +318,7 @@ def _merged(out: jax.Array, lse: jax.Array, q_BTHd: jax.Array) -> tuple[jax.Arra
     weights = jnp.exp2(log2 - top)
     total = weights.sum(axis=0)
     out = (out * weights[..., None]).sum(axis=0) / jnp.where(total == 0, 1, total)[..., None]
-    log = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) / _LOG2E)
+    log = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) / LOG2E)
 
     def heads(x: jax.Array) -> jax.Array:
         x = x[:, :, : T * (H // K)].reshape(B, K, T, H // K, *x.shape[3:])

@@ -21,7 +21,8 @@ from qwen_jax.errors import InputError
 from qwen_jax.kernels.flash_gpu_backward import run_keys, run_queries
 from qwen_jax.kernels.flash_gpu_forward import run_forward
 from qwen_jax.kernels.flash_gpu_fused import run_backward
-from qwen_jax.kernels.flash_gpu_tiles import LOG2E, LOWEST, ROWS, fill_up, in_eights
+from qwen_jax.kernels.flash_gpu_tiles import ROWS, fill_up, in_eights
+from qwen_jax.kernels.softmax import gradient_terms
 
 
 def supports(dtype: Any, num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
@@ -80,12 +81,7 @@ def _backward(scale: float, head_major: bool, kept: Any, by: tuple[jax.Array, ja
         raise InputError("Attention over a cache laid out head by head has no gradient. Use head_major=False.")
     q, k, v, start, end, out, lse = kept
     by_out, by_lse = by
-    # A row without keys has minus infinity, which does not move.
-    by_lse = jnp.where(jnp.isfinite(lse), by_lse, 0.0)
-    # What the softmax takes off each logit's gradient; a gradient of the log-sum-exp adds the probability itself.
-    delta = jnp.einsum("BTHd,BTHd->BHT", out.astype(jnp.float32), by_out.astype(jnp.float32)) - by_lse
-    # In base 2, and so large for a row without keys that its probabilities are zero.
-    log2 = jnp.where(jnp.isfinite(lse), lse * LOG2E, -LOWEST)
+    log2, delta = gradient_terms(out, lse, by_out, by_lse, "BTHd")
     arrays: list[Any] = [in_eights(x) for x in (q, k, v, by_out)]
     arrays += [fill_up(x, 2 * ROWS) for x in (start, end, log2, delta)]
     if q.shape[3] == 64:

@@ -11,7 +11,6 @@ from jax import lax
 
 from qwen_jax.kernels.flash_gpu_tiles import (
     FEEDER_REGISTERS,
-    LOG2E,
     ROWS,
     SMEM_BYTES,
     WGMMA,
@@ -27,6 +26,7 @@ from qwen_jax.kernels.flash_gpu_tiles import (
     zeros,
 )
 from qwen_jax.kernels.hopper import load, products_so_far, tiled
+from qwen_jax.kernels.softmax import LOG2E
 from qwen_jax.kernels.visits import visitors, visits
 
 # The queries' gradient.

@@ -15,8 +15,6 @@ from jax import lax
 
 from qwen_jax.kernels.flash_gpu_tiles import (
     FEEDER_REGISTERS,
-    LOG2E,
-    LOW,
     ROWS,
     SMEM_BYTES,
     WGMMA,
@@ -32,6 +30,7 @@ from qwen_jax.kernels.flash_gpu_tiles import (
     zeros,
 )
 from qwen_jax.kernels.hopper import load, products_so_far, tiled
+from qwen_jax.kernels.softmax import LOG2E, LOW
 from qwen_jax.kernels.visits import visits
 
 BLOCKS = 132

@@ -18,7 +18,6 @@ from jax import lax
 
 from qwen_jax.kernels.flash_gpu_tiles import (
     FEEDER_REGISTERS,
-    LOG2E,
     ROWS,
     WGMMA,
     across,
@@ -29,6 +28,7 @@ from qwen_jax.kernels.flash_gpu_tiles import (
     unknown_zero,
 )
 from qwen_jax.kernels.hopper import load, products_so_far, tiled
+from qwen_jax.kernels.softmax import LOG2E
 from qwen_jax.kernels.visits import ranks, visitors
 
 

@@ -1,7 +1,6 @@
 """What the attention kernels for Hopper GPUs are made of: tiles in shared memory, masks, and the walk over tiles."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +10,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_jax.kernels.softmax import LOWEST
+
 ROWS = 64
 """Rows of one warpgroup, on which wgmma insists."""
-LOWEST, LOW = -1e30, -1e15
-"""A masked logit, and where the running maximum starts: below every real logit and so far above a masked one that its
-probability is zero, also before a row has seen anything."""
 SMEM_BYTES = 227 * 1024 - 4096
-LOG2E = math.log2(math.e)
 WGMMA = plgpu.Layout.WGMMA
 FEEDER_REGISTERS = 24
 

@@ -23,12 +23,9 @@ from jax import lax
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.flash_tpu_backward import run_backward
 from qwen_jax.kernels.flash_tpu_forward import run_forward
+from qwen_jax.kernels.softmax import LOG2E, gradient_terms
 from qwen_jax.kernels.tpu import Blocks, blocks, fill_up
 from qwen_jax.kernels.visits import visits
-
-_LOG2E = 1.4426950408889634
-# Stands for infinity where a difference of two must not be NaN.
-_HIGH = 1e30
 
 
 def supports(dtype: Any, num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
@@ -86,20 +83,15 @@ def _attention(
 
 def _forward(q: Any, k: Any, v: Any, start: Any, end: Any, scale: float, tiles: Blocks) -> Any:
     visited = visits(start, end, tiles.queries, tiles.keys)
-    out, lse = run_forward(q, k, v, start, end, visited, factor=scale * _LOG2E, tiles=tiles)
+    out, lse = run_forward(q, k, v, start, end, visited, factor=scale * LOG2E, tiles=tiles)
     return (out, lse), (q, k, v, start, end, out, lse)
 
 
 def _backward(scale: float, tiles: Blocks, kept: Any, by: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
     q, k, v, start, end, out, lse = kept
     by_out, by_lse = by
-    # A row without keys has minus infinity, which does not move.
-    by_lse = jnp.where(jnp.isfinite(lse), by_lse, 0.0)
-    # What the softmax takes off each logit's gradient; a gradient of the log-sum-exp adds the probability itself.
-    delta = jnp.einsum("BHTd,BHTd->BHT", out.astype(jnp.float32), by_out.astype(jnp.float32)) - by_lse
-    # In base 2, and so large for a row without keys that its probabilities are zero.
-    log2 = jnp.where(jnp.isfinite(lse), lse * _LOG2E, _HIGH)
-    run = functools.partial(run_backward, factor=scale * _LOG2E, scale=scale, tiles=tiles)
+    log2, delta = gradient_terms(out, lse, by_out, by_lse, "BHTd")
+    run = functools.partial(run_backward, factor=scale * LOG2E, scale=scale, tiles=tiles)
     segment, S = tiles.backward_segment, k.shape[2]
     if segment == S:
         dq, dk, dv = run(q, k, v, by_out, start, end, log2, delta, dtype=q.dtype)

@@ -10,11 +10,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from qwen_jax.kernels.softmax import LOW, LOWEST
 from qwen_jax.kernels.tpu import LANES, Blocks, cost, forward_bytes
 
-# A masked logit, and where the running maximum starts: below every real logit and so far above a masked one that its
-# probability is zero, also before a row has seen anything.
-LOWEST, LOW = -1e30, -1e15
 _SUBLANES, _PACKED = 8, 16
 _LN2 = 0.6931471805599453
 _NT, _NN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))

@@ -7,6 +7,9 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+EIGHTS = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (8, 8), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
+"""Registers of a warpgroup that hold eight rows."""
+
 
 def tiled(shape: tuple[int, ...], dtype: Any, columns: int = 64) -> Any:
     """Shared memory in the order that the tensor cores read without bank conflicts, in tiles of 8 rows.
@@ -62,3 +65,8 @@ def products_so_far(acc: Any, but: int = 0) -> jax.Array:
     if but and hasattr(plgpu, "wgmma_accumulator_load"):
         return plgpu.wgmma_accumulator_load(acc, wait_n=but)
     return acc[...]
+
+
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+def keep_plain(_: Any, ref: Any) -> None:
+    """Keeps layout inference from swizzling a buffer that is copied by single rows: jax 0.11.2 does so wrongly."""
