@@ -1,4 +1,4 @@
-"""Checks of the kernels on one Hopper GPU: the tests of tests/kernels, which have more to check there, and sanitizers.
+"""Checks of the kernels on one Hopper GPU: their tests, which have more to check there, and sanitizers.
 
     python -m experiments.kernels.check_gpu tests       # by several processes (pytest-xdist) on the one card
     python -m experiments.kernels.check_gpu sanitizers  # CUDA's compute-sanitizer: races, barriers, memory
@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 TOOLS = ("racecheck", "synccheck", "memcheck")
 
@@ -62,7 +63,8 @@ def main() -> int:
         small_cases()
         return 0
     if args.what == "tests":
-        command = [sys.executable, "-m", "pytest", "-q", "-n", str(args.jobs), "tests/kernels"]
+        files = sorted(str(x) for x in Path("tests/kernels").glob("test_*_gpu.py"))
+        command = [sys.executable, "-m", "pytest", "-q", "-n", str(args.jobs), *files, "tests/kernels/test_coverage.py"]
         return min(subprocess.run(command, env=environment, check=False).returncode, 1)
     if shutil.which("compute-sanitizer") is None:
         print("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit.", file=sys.stderr)
