@@ -59,6 +59,8 @@ def main() -> int:
     parser.add_argument("--tools", nargs="+", default=TOOLS, choices=TOOLS)
     args = parser.parse_args()
     environment = os.environ | {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    # Plain functions that kernels are held to would else round float32 factors to TensorFloat-32.
+    environment["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
     if args.what == "cases":
         small_cases()
         return 0

@@ -27,7 +27,8 @@ from qwen_jax.kernels.hopper import let_next_begin, load, tiled, wait_for_previo
 CHUNK = 128
 """Columns of a weight matrix to one step; hidden size, width and heads x head_dim must be multiples of it."""
 _MAX_TILE = 80
-_SMEM_BYTES = 227 * 1024 - 2048  # what a block may have, less barriers and alignment.
+_SMEM_BYTES = 227 * 1024 - 3328
+"""What a block may have, less barriers, one kilobyte of alignment and two in which sums are exchanged."""
 _WGMMA = plgpu.Layout.WGMMA
 
 
