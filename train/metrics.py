@@ -46,7 +46,7 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
 
     Args:
       config: the architecture.
-      length: tokens in a row.
+      length: tokens in a row. Documents packed into it see less, so that this counts more attention than is done.
     """
     d, f = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim

@@ -65,7 +65,8 @@ def report(args: argparse.Namespace, what: str, seconds: float, matmul: float | 
       **more: further entries.
     """
     rate = args.batch * args.length / seconds
-    flops = rate * flops_per_token(published(args.model), args.length)
+    # Attention sees no further than a document.
+    flops = rate * flops_per_token(published(args.model), args.length // getattr(args, "documents", 1))
     say(
         what=what,
         model=args.model,

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.kernels.flash_gpu_tiles import (
+    BLOCKS,
     FEEDER_REGISTERS,
     ROWS,
     SMEM_BYTES,
     WGMMA,
     across,
+    deal,
     feed_keys,
     fill_up,
     in_phases,
@@ -33,8 +35,6 @@ from qwen_jax.kernels.hopper import load, products_so_far, tiled
 from qwen_jax.kernels.softmax import LOG2E, LOW
 from qwen_jax.kernels.visits import visits
 
-BLOCKS = 132
-"""Multiprocessors of an H100 or H200."""
 _WARPGROUPS, _KEYS = 2, 128
 """Warpgroups that compute, and keys of a tile."""
 
@@ -77,21 +77,10 @@ def _forward_block(
     q_smem: Any, k_smem: Any, v_smem: Any, out_smem: Any, lse_smem: Any, q_ready: Any, k_ready: Any, v_ready: Any,
     k_free: Any, v_free: Any, scale: float, group: int, head_major: bool,
 ) -> None:  # fmt: skip
-    warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+    warpgroup = lax.axis_index("warpgroup")
     (stages, keys, d), warpgroups, f32 = k_smem.shape, q_smem.shape[0], jnp.float32
     B, H, padded = lse_ref.shape
-    tiles, blocks = padded // (warpgroups * ROWS), lax.axis_size("block")
-    rounds = -(-B * H * tiles // blocks)
-
-    def place(turn: Any) -> tuple[Any, ...]:
-        """Row, head and tile of a block's turn; no tile, a negative number, where there is none left."""
-        # The last tiles see most under a causal mask: they come first, and are dealt out to and fro, so that each block
-        # gets about as much.
-        n = turn * blocks + jnp.where(rem(turn, 2) == 0, block, blocks - 1 - block)
-        rest = rem(n, B * H)
-        return lax.div(rest, jnp.int32(H)), rem(rest, H), tiles - 1 - lax.div(n, jnp.int32(B * H))
-
-    turns = jnp.where(place(jnp.int32(rounds - 1))[2] < 0, rounds - 1, rounds)
+    turns, place = deal(B, H, padded // (warpgroups * ROWS))
 
     def visited(turn: Any) -> list[Any]:
         """First and end of what a block visits in a turn; and of what one of its warpgroups need not mask of that,
@@ -119,7 +108,8 @@ def _forward_block(
                 s = mask_logits(s, low - i * keys, high - i * keys, axis=1)
             new_top = jnp.maximum(top, s.max(axis=1) * factor)
             p = jnp.exp2(s * factor - across(new_top, s.shape))
-            return p, p.sum(axis=1), new_top
+            # Sums over threads can wait for the end of the walk: until then, a row has eight.
+            return p, sum((p[:, n : n + 8] for n in range(8, keys, 8)), p[:, :8]), new_top
 
         def first_tile(s_acc: Any) -> tuple[jax.Array, ...]:
             slot = rem(before, stages)
@@ -154,7 +144,8 @@ def _forward_block(
                 plgpu.barrier_wait(v_ready.at[slot])
                 so_far = products_so_far(acc)
                 plgpu.barrier_arrive(v_free.at[slot_before])
-                return so_far * across(alpha, so_far.shape), new_p.astype(q_smem.dtype), total * alpha + here, new_top
+                so_far, total = (x * across(alpha, x.shape) for x in (so_far, total))
+                return so_far, new_p.astype(q_smem.dtype), total + here, new_top
 
             carry = pl.run_scoped(first_tile, plgpu.ACC((ROWS, keys), f32))
             so_far, p, total, top = in_phases(visits, step, carry)
@@ -164,7 +155,7 @@ def _forward_block(
             pl.when(turn + 1 < turns)(lambda: fetch_queries(turn + 1))
             so_far = acc[...]
             plgpu.barrier_arrive(v_free.at[final])
-            return so_far, total, top
+            return so_far, total.sum(axis=1), top
 
         acc, total, top = pl.run_scoped(walk, plgpu.ACC((ROWS, d), f32))
         sees = low < high

@@ -12,9 +12,12 @@ from jax import lax
 
 from qwen_jax.kernels.softmax import LOWEST
 
+BLOCKS = 132
+"""Multiprocessors of an H100 or H200."""
 ROWS = 64
 """Rows of one warpgroup, on which wgmma insists."""
-SMEM_BYTES = 227 * 1024 - 4096
+SMEM_BYTES = 227 * 1024 - 2048
+"""What a block may have, less barriers and alignment."""
 WGMMA = plgpu.Layout.WGMMA
 FEEDER_REGISTERS = 24
 
@@ -79,8 +82,31 @@ def kernel(
 
     sizes, names = tuple(grid.values()), tuple(grid)
     mesh = plgpu.Mesh(grid=sizes, grid_names=names, num_threads=threads, thread_name="warpgroup")
-    params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+    # Reductions are over rows, which no warp shares with another: they exchange nothing through shared memory.
+    params = plgpu.CompilerParams(
+        approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+    )
     return pl.kernel(body, out_type=out_type, mesh=mesh, compiler_params=params, name=name)
+
+
+def deal(B: int, H: int, tiles: int) -> tuple[jax.Array, Callable[[Any], tuple[Any, Any, Any]]]:
+    """Deals out all tiles of all heads to the blocks of a kernel, which stay until all is done.
+
+    Returns:
+      How many turns this block has, and what it does in one: row, head and tile; no tile, a negative number, where
+      there is none left.
+    """
+    block, blocks = lax.axis_index("block"), lax.axis_size("block")
+    rounds = -(-B * H * tiles // blocks)
+
+    def place(turn: Any) -> tuple[Any, Any, Any]:
+        # The last tiles see most under a causal mask: they come first, and are dealt out to and fro, so that each block
+        # gets about as much.
+        n = turn * blocks + jnp.where(rem(turn, 2) == 0, block, blocks - 1 - block)
+        rest = rem(n, B * H)
+        return lax.div(rest, jnp.int32(H)), rem(rest, H), tiles - 1 - lax.div(n, jnp.int32(B * H))
+
+    return jnp.where(place(jnp.int32(rounds - 1))[2] < 0, rounds - 1, rounds), place
 
 
 def own_visits(visits_ref: Any, row: Any, tile: Any, warpgroup: Any, warpgroups: int) -> tuple[Any, Any, list[Any]]:
