@@ -189,7 +189,7 @@ class Attention(nnx.Module):
             write: CacheWrite | None,
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
             if cache is None or write is None:
-                return context.attention(q, k, v, mask, spec.context, recompute=recompute, **how), None
+                return context.attention(q, k, v, mask, spec.context, ring=spec.ring, recompute=recompute, **how), None
             cache = _store(cache[0], k, write), _store(cache[1], v, write)
             if write.fresh:
                 return kernels.attention(q, k, v, mask, **how), cache
@@ -204,7 +204,7 @@ class Attention(nnx.Module):
             local,
             in_specs=(spec.heads, spec.heads, spec.heads, mask_spec, cache_spec, write_spec),
             out_specs=(spec.heads, cache_spec),
-            check_vma=not kernels.is_ours(chosen),
+            check_vma=not (kernels.is_ours(chosen) or spec.ring),
         )
         with jax.named_scope("attend"):
             return run(q, k, v, mask, cache, write)

@@ -1,9 +1,16 @@
 """The context axis: the tokens of a row split over devices, each with a like share of causal work.
 
 A row is cut into 2n chunks for n devices; device i has chunks i and 2n - 1 - i, an early one and a late one. Positions
-and mask intervals travel with the tokens, so only attention must know: it gathers keys and values and puts them back
-into the order of the row, which is what intervals count.
+and mask intervals travel with the tokens, so only attention must know. It has two ways:
+
+- Gather: keys and values of whole rows on every device, in the order of the row, which is what intervals count.
+- Ring (Liu et al. 2023, arXiv:2310.01889): each device's keys and values go round, and what a device has seen of them
+  is merged by its log-sum-exp. A device never holds more than two devices' share, and copies need not wait for the
+  kernels. Gradients travel in float32, which makes more bytes, and kernels are called 2n times for 1/2n of the keys.
 """
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +59,78 @@ def _whole(x_BtKd: jax.Array, n: int) -> jax.Array:
     return jnp.concatenate([early, late], axis=1).reshape(B, T, *rest)
 
 
+# What is not differentiated: size of the axis, scale, implementation.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _ring(
+    q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, end: jax.Array, n: int, scale: float,
+    implementation: kernels.Implementation,
+) -> jax.Array:  # fmt: skip
+    """Attention of a device's queries while keys and values go round; arguments as of `attention`."""
+    return _ring_forward(q, k, v, start, end, n, scale, implementation)[0]
+
+
+def _next(x: Any, n: int) -> Any:
+    """Each device's share moves on to the device after it."""
+    return jax.tree.map(lambda x: lax.ppermute(x, "context", [(i, (i + 1) % n) for i in range(n)]), x)
+
+
+def _halves(start: jax.Array, end: jax.Array, step: jax.Array, chunk: int, n: int) -> list[tuple[slice, kernels.Mask]]:
+    """Where the two chunks lie in the share that is here after so many steps, and what these queries see of either."""
+    owner = lax.rem(lax.axis_index("context") - step + n, n)
+    parts = []
+    for half, index in enumerate((owner, 2 * n - 1 - owner)):
+        low, high = (jnp.clip(x - index * chunk, 0, chunk) for x in (start, end))
+        parts.append((slice(half * chunk, (half + 1) * chunk), kernels.Mask(low, high)))
+    return parts
+
+
+def _ring_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, end: jax.Array, n: int, scale: float,
+    implementation: kernels.Implementation,
+) -> Any:  # fmt: skip
+    how: Any = {"scale": scale, "implementation": implementation}
+    chunk = k.shape[1] // 2
+
+    def one(carry: Any, step: jax.Array) -> tuple[Any, None]:
+        merged, (k, v) = carry
+        coming = _next((k, v), n)
+        parts = [
+            kernels.attention(q, k[:, at], v[:, at], seen, return_lse=True, **how)
+            for at, seen in _halves(start, end, step, chunk, n)
+        ]
+        return (kernels.merge([merged, *parts]), coming), None
+
+    B, t, H, _ = q.shape
+    nothing = jnp.zeros(q.shape, jnp.float32), jnp.full((B, H, t), -jnp.inf, jnp.float32)
+    ((out, lse), _), _ = lax.scan(one, (nothing, (k, v)), jnp.arange(n, dtype=jnp.int32))
+    out = out.astype(q.dtype)
+    return out, (q, k, v, start, end, out, lse)
+
+
+def _ring_backward(n: int, scale: float, implementation: kernels.Implementation, kept: Any, by: jax.Array) -> Any:
+    q, k, v, start, end, out, lse = kept
+    chunk, f32 = k.shape[1] // 2, jnp.float32
+
+    def one(carry: Any, step: jax.Array) -> tuple[Any, None]:
+        dq, sums, (k, v) = carry
+        # The gradients of a share follow it a step behind: they travel while its part here is worked out.
+        (dk, dv), coming = _next(sums, n), _next((k, v), n)
+        for at, seen in _halves(start, end, step, chunk, n):
+            own = kernels.attention_gradient(
+                q, k[:, at], v[:, at], seen, out, lse, by, scale=scale, implementation=implementation
+            )
+            dq, dk, dv = dq + own[0], dk.at[:, at].add(own[1]), dv.at[:, at].add(own[2])
+        return (dq, (dk, dv), coming), None
+
+    zeros = jnp.zeros(q.shape, f32), (jnp.zeros(k.shape, f32), jnp.zeros(v.shape, f32))
+    (dq, sums, _), _ = lax.scan(one, (*zeros, (k, v)), jnp.arange(n, dtype=jnp.int32))
+    dk, dv = _next(sums, n)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+
+
+_ring.defvjp(_ring_forward, _ring_backward)
+
+
 def attention(
     q_BtHd: jax.Array,
     k_BtKd: jax.Array,
@@ -62,11 +141,12 @@ def attention(
     scale: float,
     implementation: kernels.Implementation,
     recompute: bool = False,
+    ring: bool = False,
 ) -> jax.Array:
     """Attention of a device's own queries over the keys of whole rows. Runs on local arrays, inside `jax.shard_map`.
 
-    Where the logits would be large, queries go a block at a time, and the backward pass makes the logits of a block
-    again: memory grows with the length and not with its square.
+    Where keys are gathered and the logits would be large, queries go a block at a time, and the backward pass makes the
+    logits of a block again: memory grows with the length and not with its square.
 
     Args:
       q_BtHd: queries.
@@ -74,10 +154,16 @@ def attention(
       mask: of these queries; intervals over the keys in the order of the row.
       n: size of the context axis.
       scale, implementation, recompute: see `kernels.attention`.
+      ring: keys and values go round instead of being gathered. Needs an implementation with a log-sum-exp, and a
+        `shard_map` that does not check along which axes results vary.
 
     Returns:
       [B, t, H, d] in the dtype of q.
     """
+    if ring and n > 1:
+        part = kernels.Mask(mask.k_start_BT, mask.k_end_BT)
+        chosen: Any = kernels.choose(implementation, q_BtHd, part, return_lse=True)
+        return _ring(q_BtHd, k_BtKd, v_BtKd, mask.k_start_BT, mask.k_end_BT, n, scale, chosen)
     B, t, H, d = q_BtHd.shape
     k_BTKd, v_BTKd = (x if n == 1 else _whole(x, n) for x in (k_BtKd, v_BtKd))
     # Of a part of a row no mask is known to be causal.

@@ -103,6 +103,8 @@ class Sharding:
     """Parts that the rows of a batch are in."""
     context: int = 1
     """Parts that the tokens of a row are in; see `qwen_jax.context`."""
+    ring: bool = False
+    """Keys and values go round the context axis instead of being gathered."""
     vocab: P = P("tensor", "fsdp")
     q: P = P("tensor", None, "fsdp")
     q_bias: P = P("tensor", None)
@@ -162,7 +164,7 @@ class Sharding:
                     f"{name} ({size}) is not divisible by the {axis} axis ({parts}). "
                     f"Choose an axis size that divides it."
                 )
-        split: dict[str, P] = {}
+        split: dict[str, Any] = {}
         if context > 1:
             for role in ("tokens", "hidden", "heads", "all_kv_heads", "feed_forward", "logits"):
                 spec = getattr(cls, role)

@@ -13,11 +13,13 @@ from qwen_jax import context, kernels
 from qwen_jax.config import published
 from qwen_jax.errors import InputError
 from qwen_jax.sharding import Sharding, make_mesh
+from train.optimizer import OptimizerConfig, Schedule
+from train.pretrain import PretrainConfig, abstract_state, make_train_step
 
 TINY = published("tiny")
 
 
-def on_context(mesh, sharding, q, k, v, mask):
+def on_context(mesh, sharding, q, k, v, mask, ring=False):
     """Attention of rows that are spread first and gathered after, on a mesh."""
 
     def run(q, k, v, start, end):
@@ -28,10 +30,11 @@ def on_context(mesh, sharding, q, k, v, mask):
         spec = P(None, "context", None, None)
         attend = jax.shard_map(
             lambda q, k, v, mask: context.attention(
-                q, k, v, mask, sharding.context, scale=0.3, implementation="reference"
+                q, k, v, mask, sharding.context, scale=0.3, implementation="reference", ring=ring
             ),
             in_specs=(spec, spec, spec, jax.tree.map(lambda _: P(None, "context"), mask)),
             out_specs=spec,
+            check_vma=not ring,
         )
 
         def loss(q, k, v):
@@ -46,9 +49,12 @@ def on_context(mesh, sharding, q, k, v, mask):
         return run(q, k, v, mask.k_start_BT, mask.k_end_BT)
 
 
-@pytest.mark.parametrize(("n", "logits"), [(2, 2**27), (4, 2**27), (4, 2 * 4 * 2 * 64)])
-def test_attention_is_that_of_whole_rows(monkeypatch, n, logits):
-    """Values and gradients, over documents of unequal length; in the last case in several blocks of queries."""
+@pytest.mark.parametrize(
+    ("n", "logits", "ring"),
+    [(2, 2**27, False), (4, 2**27, False), (4, 2 * 4 * 2 * 64, False), (2, 2**27, True), (4, 2**27, True)],
+)
+def test_attention_is_that_of_whole_rows(monkeypatch, n, logits, ring):
+    """Values and gradients, over documents of unequal length; gathered, in several blocks of queries, and as a ring."""
     monkeypatch.setattr(context, "_LOGITS", logits)
     rng = np.random.default_rng(n)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 64, h, 8)), jnp.float32) for h in (4, 2, 2))
@@ -62,9 +68,50 @@ def test_attention_is_that_of_whole_rows(monkeypatch, n, logits):
 
     expected = jax.value_and_grad(whole, argnums=(0, 1, 2), has_aux=True)(q, k, v)
     mesh = make_mesh({"context": n})
-    got = on_context(mesh, Sharding.for_model(TINY, mesh, split_rows=True), q, k, v, mask)
+    got = on_context(mesh, Sharding.for_model(TINY, mesh, split_rows=True), q, k, v, mask, ring)
     # float32 sums in another order.
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
+
+
+def compiled(ring, length):
+    """The gradient of attention alone on four devices."""
+    mesh = make_mesh({"context": 4})
+    spec, rows = P(None, "context", None, None), P(None, "context")
+    attend = jax.shard_map(
+        functools.partial(context.attention, n=4, scale=0.3, implementation="reference", ring=ring),
+        in_specs=(spec, spec, spec, kernels.Mask(rows, rows)),
+        out_specs=spec,
+        check_vma=not ring,
+    )
+
+    def like(shape, dtype, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    q = like((1, length, 16, 64), jnp.float32, spec)
+    ends = kernels.Mask(*[like((1, length), jnp.int32, rows)] * 2)
+    with jax.set_mesh(mesh):
+        f = jax.jit(jax.grad(lambda q, k, v, mask: attend(q, k, v, mask).sum(), (0, 1, 2)))
+        return f.lower(q, q, q, ends).compile()
+
+
+def test_a_ring_gathers_nothing():
+    """Keys, values and their gradients move from device to device; gathered, there is an array of whole rows."""
+    gathered, ring = (compiled(x, 256).as_text() for x in (False, True))
+    assert "all-gather" in gathered
+    assert "collective-permute" not in gathered
+    assert "all-gather" not in ring
+    assert "collective-permute" in ring
+    assert "f32[1,256,16,64]" in gathered
+    assert "f32[1,256,16,64]" not in ring
+
+
+def test_a_ring_refuses_what_gives_no_log_sum_exp():
+    x = jnp.ones((1, 8, 2, 8))
+    mask = kernels.causal_mask(1, 8)
+    with pytest.raises(InputError, match=r"xla needs return_lse=False.*Use implementation='reference'"):
+        context.attention(x, x, x, mask, 2, scale=1.0, implementation="xla", ring=True)
+    with pytest.raises(InputError, match="which attention='cudnn' does not give"):
+        PretrainConfig(TINY, OptimizerConfig(Schedule(9)), attention="cudnn", ring=True)
 
 
 def test_gradients_of_many_blocks_of_queries_add_up_in_float32(monkeypatch):
@@ -110,8 +157,6 @@ def test_a_length_that_does_not_divide_and_a_model_that_does_not_split_are_refus
 def test_memory_grows_with_the_length_and_not_with_its_square(monkeypatch):
     from train.data.batch import place
     from train.data.packing import pack
-    from train.optimizer import OptimizerConfig, Schedule
-    from train.pretrain import PretrainConfig, abstract_state, make_train_step
 
     monkeypatch.setattr(context, "_LOGITS", 2**16)
     model = dataclasses.replace(TINY, num_layers=1)

@@ -39,11 +39,21 @@ def weights() -> Any:
         return jax.device_get(init_params(MODEL, jax.random.key(0), mesh))
 
 
-def curve(axes: dict[str, int], accumulation: int, remat: Any, params: Any, scan_layers: bool = True) -> np.ndarray:
+def curve(
+    axes: dict[str, int], accumulation: int, remat: Any, params: Any, scan_layers: bool = True, ring: bool = False
+) -> np.ndarray:
     """Loss and gradient norm of each step."""
     optimizer = OptimizerConfig(Schedule(STEPS, 1e-2, warmup_steps=5))
     config = PretrainConfig(
-        MODEL, optimizer, "float32", remat, accumulation, loss_chunk=16, z_loss=1e-3, scan_layers=scan_layers
+        MODEL,
+        optimizer,
+        "float32",
+        remat,
+        accumulation,
+        loss_chunk=16,
+        z_loss=1e-3,
+        scan_layers=scan_layers,
+        ring=ring,
     )
     mesh, data = make_mesh(axes), batches(rows(), 32, seed=0)
     specs = param_specs(MODEL, Sharding.for_model(MODEL, mesh, split_rows=True))
@@ -96,6 +106,15 @@ def test_layouts_agree(axes: dict[str, int], accumulation: int, remat: str) -> N
 
 
 @pytest.mark.parametrize(
+    ("axes", "remat"),
+    [({"context": 8}, "none"), ({"context": 4}, "dots"), ({"fsdp": 2, "context": 2, "tensor": 2}, "full")],
+    ids=str,
+)
+def test_keys_that_go_round_are_keys_that_are_gathered(axes: dict[str, int], remat: str) -> None:
+    np.testing.assert_allclose(curve(axes, 1, remat, weights(), ring=True), one_device(), rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
     ("axes", "accumulation", "remat"),
     [({}, 1, "dots"), ({"data": 2, "fsdp": 2, "tensor": 2}, 4, "dots"), ({"fsdp": 2, "context": 2}, 2, "full")],
     ids=str,
@@ -110,7 +129,13 @@ def on_eight(params: Any) -> np.ndarray:
     return curve({"data": 2, "fsdp": 2, "tensor": 2}, 1, "none", params)
 
 
-def test_two_processes_of_four_devices_are_one_of_eight() -> None:
-    first, second = run(on_eight, weights(), processes=2, devices=4)
+def round_eight(params: Any) -> np.ndarray:
+    """Keys and values go from process to process."""
+    return curve({"context": 8}, 1, "none", params, ring=True)
+
+
+@pytest.mark.parametrize("job", [on_eight, round_eight])
+def test_two_processes_of_four_devices_are_one(job: Any) -> None:
+    first, second = run(job, weights(), processes=2, devices=4)
     np.testing.assert_array_equal(first, second)
-    np.testing.assert_allclose(first, on_eight(weights()), rtol=TOLERANCE)
+    np.testing.assert_allclose(first, one_device(), rtol=TOLERANCE)

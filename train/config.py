@@ -68,7 +68,7 @@ class RunConfig:
       initial: folder of an Orbax checkpoint whose weights to begin with; by default they are drawn.
       seed: of weights and data order.
       mesh: sizes of the axes that are not 1.
-      dtype, remat, scan_layers, attention, loss_chunk, z_loss, spike_factor: see `PretrainConfig`.
+      dtype, remat, scan_layers, attention, ring, loss_chunk, z_loss, spike_factor: see `PretrainConfig`.
       beta1, beta2, eps, weight_decay, clip_norm: see `OptimizerConfig`.
       evaluate_every, checkpoint_every, max_skipped: see `LoopConfig`; the end of a stage counts as the end of a run.
       keep_last: how many of the newest checkpoints stay.
@@ -93,6 +93,7 @@ class RunConfig:
     remat: Remat = "dots"
     scan_layers: bool = True
     attention: Implementation = "auto"
+    ring: bool = False
     loss_chunk: int = 2048
     z_loss: float = 0.0
     spike_factor: float = 0.0
@@ -169,6 +170,7 @@ class RunConfig:
             self.spike_factor,
             self.scan_layers,
             self.attention,
+            self.ring,
         )
 
     def mesh_axes(self, index: int) -> Mapping[str, int]:

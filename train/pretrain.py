@@ -48,6 +48,7 @@ class PretrainConfig:
         but those whose loss or gradient is not finite.
       scan_layers: the layers are one loop; otherwise they follow one another: faster on a GPU, longer to compile.
       attention: which kernel; see `kernels.attention`.
+      ring: on a context axis, keys and values go round the devices instead of being gathered; see `qwen_jax.context`.
     """
 
     model: ModelConfig
@@ -60,6 +61,7 @@ class PretrainConfig:
     spike_factor: float = 0.0
     scan_layers: bool = True
     attention: Implementation = "auto"
+    ring: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -67,6 +69,11 @@ class PretrainConfig:
         for name in ("loss_chunk", "accumulation"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.ring and self.attention in ("cudnn", "xla"):
+            raise InputError(
+                f"ring puts parts of the keys together by their log-sum-exps, which attention={self.attention!r} does "
+                "not give. Use attention='auto', 'gpu', 'tpu' or 'reference', or ring=False."
+            )
         if self.z_loss < 0:
             raise InputError(f"z_loss must be at least 0, got {self.z_loss}.")
         if self.spike_factor != 0 and not self.spike_factor > 1:
@@ -82,7 +89,7 @@ def loss_sums(config: PretrainConfig, sharding: Sharding, params: Params, batch:
       params: of `init_params`, or with their layers apart where they are no loop; see `_apart`.
       batch: packed rows on the mesh.
     """
-    params = _apart(config, params)
+    params, sharding = _apart(config, params), dataclasses.replace(sharding, ring=config.ring)
     model = bind(
         config.model, params, sharding, Options(config.scan_layers, dtype=config.dtype, attention=config.attention)
     )

@@ -227,6 +227,61 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def attention_gradient(
+    q_BTHd: jax.Array,
+    k_BSKd: jax.Array,
+    v_BSKd: jax.Array,
+    mask: Mask,
+    out_BTHd: jax.Array,
+    lse_BHT: jax.Array,
+    by_out_BTHd: jax.Array,
+    *,
+    scale: float,
+    implementation: Implementation = "auto",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradient of attention by queries, and by those of its keys and values that are given.
+
+    `attention` has this gradient of itself. This is for who has keys in parts: output and log-sum-exp are those over
+    all keys, merged, and a part's share of the gradient needs no more of the others. Runs on local arrays.
+
+    Args:
+      q_BTHd: queries.
+      k_BSKd, v_BSKd: a part of the keys and values.
+      mask: intervals over the S keys of the part.
+      out_BTHd, lse_BHT: attention over all keys, as from `merge`.
+      by_out_BTHd: the gradient by the output.
+      scale: multiplies the logits; positive.
+      implementation: see the table of this module; one that gives a log-sum-exp.
+
+    Returns:
+      This part's share of the gradient by q, and the gradients by k and v, in the dtypes of those.
+
+    Raises:
+      InputError: as `attention`.
+    """
+    scale = _check(q_BTHd, k_BSKd, v_BSKd, mask, scale, "[B, S, K, d]")
+    (B, T, H, _), like_out = q_BTHd.shape, (out_BTHd.shape, by_out_BTHd.shape)
+    if like_out != (q_BTHd.shape,) * 2 or lse_BHT.shape != (B, H, T):
+        raise InputError(
+            f"The gradient for q {q_BTHd.shape} needs an output and a gradient by it of the same shape and a "
+            f"log-sum-exp {(B, H, T)}; got {out_BTHd.shape}, {by_out_BTHd.shape} and {lse_BHT.shape}."
+        )
+    chosen = choose(implementation, q_BTHd, mask, return_lse=True)
+    kept = mask.k_start_BT, mask.k_end_BT, out_BTHd, lse_BHT, by_out_BTHd
+    if chosen == "gpu":
+        from qwen_jax.kernels import flash_gpu
+
+        return flash_gpu.gradient(q_BTHd, k_BSKd, v_BSKd, *kept, scale)
+    k_BKSd, v_BKSd = k_BSKd.swapaxes(1, 2), v_BSKd.swapaxes(1, 2)
+    if chosen == "tpu":
+        from qwen_jax.kernels import flash_tpu
+
+        dq, dk, dv = flash_tpu.gradient(q_BTHd, k_BKSd, v_BKSd, *kept, scale)
+    else:
+        dq, dk, dv = reference.gradient(q_BTHd, k_BKSd, v_BKSd, *kept, scale=scale)
+    return dq, dk.swapaxes(1, 2), dv.swapaxes(1, 2)
+
+
 def decode_attention(
     q_BTHd: jax.Array,
     k_BKSd: jax.Array,
@@ -444,5 +499,7 @@ def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.
     sees, counts = jnp.isfinite(top), jnp.isfinite(lse)
     weights = jnp.where(counts, jnp.exp(jnp.where(counts, lse - jnp.where(sees, top, 0.0), 0.0)), 0.0)
     total = jnp.where(sees, weights.sum(axis=0), 1.0)
-    out = jnp.einsum("PBHT,PBTHd->BTHd", weights / total, jnp.stack(outs).astype(jnp.float32))
+    # Elementwise, so that no part is copied.
+    shares = (weights / total).swapaxes(2, 3)[..., None]
+    out = sum(share * out.astype(jnp.float32) for share, out in zip(shares, outs, strict=True))
     return out.astype(outs[0].dtype), jnp.where(sees, top + jnp.log(total), -jnp.inf)

@@ -92,3 +92,14 @@ def _backward(scale: float, head_major: bool, kept: Any, by: tuple[jax.Array, ja
 
 
 attention.defvjp(_forward, _backward)
+
+
+def gradient(
+    q_BTHd: jax.Array, k_BSKd: jax.Array, v_BSKd: jax.Array, start_BT: jax.Array, end_BT: jax.Array,
+    out_BTHd: jax.Array, lse_BHT: jax.Array, by_out_BTHd: jax.Array, scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """The gradient over a part of the keys; see `kernels.attention_gradient`."""
+    start, end = jnp.maximum(start_BT, 0), jnp.minimum(end_BT, k_BSKd.shape[1])
+    kept = q_BTHd, k_BSKd, v_BSKd, start, end, out_BTHd, lse_BHT
+    dq, dk, dv, *_ = _backward(scale, False, kept, (by_out_BTHd, jnp.zeros_like(lse_BHT)))
+    return dq, dk, dv

@@ -65,12 +65,31 @@ def attention(
             f"{q_BTHd.shape} and {k_BKSd.shape}. Use implementation='reference'."
         )
     tiles = tiles or blocks(T, S, d, q_BTHd.dtype)
-    start, end = jnp.maximum(start_BT, 0), jnp.minimum(end_BT, S)
-    start, end = (fill_up(x, 1, tiles.queries) for x in (start, end))
-    q = fill_up(q_BTHd.swapaxes(1, 2), 2, tiles.queries)
-    k, v = (fill_up(x, 2, tiles.segment) for x in (k_BKSd, v_BKSd))
-    out, lse = _attention(q, k, v, start, end, scale, tiles)
+    out, lse = _attention(*_whole_tiles(q_BTHd, k_BKSd, v_BKSd, start_BT, end_BT, tiles), scale, tiles)
     return out[:, :, :T].swapaxes(1, 2), lse[:, :, :T]
+
+
+def gradient(
+    q_BTHd: jax.Array, k_BKSd: jax.Array, v_BKSd: jax.Array, start_BT: jax.Array, end_BT: jax.Array,
+    out_BTHd: jax.Array, lse_BHT: jax.Array, by_out_BTHd: jax.Array, scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """The gradient over a part of the keys, which are head by head; see `kernels.attention_gradient`."""
+    (_, T, _, d), S = q_BTHd.shape, k_BKSd.shape[2]
+    tiles = blocks(T, S, d, q_BTHd.dtype)
+    out, by_out = (fill_up(x.swapaxes(1, 2), 2, tiles.queries) for x in (out_BTHd, by_out_BTHd))
+    # Rows that are not there see nothing, whatever their log-sum-exp is.
+    lse = fill_up(lse_BHT, 2, tiles.queries)
+    kept = *_whole_tiles(q_BTHd, k_BKSd, v_BKSd, start_BT, end_BT, tiles), out, lse
+    dq, dk, dv, *_ = _backward(scale, tiles, kept, (by_out, jnp.zeros_like(lse)))
+    return dq[:, :, :T].swapaxes(1, 2), dk[:, :, :S], dv[:, :, :S]
+
+
+def _whole_tiles(q: Any, k: Any, v: Any, start: Any, end: Any, tiles: Blocks) -> tuple[jax.Array, ...]:
+    """Queries head by head, filled up to whole tiles as keys, values and intervals are."""
+    start, end = jnp.maximum(start, 0), jnp.minimum(end, k.shape[2])
+    start, end = (fill_up(x, 1, tiles.queries) for x in (start, end))
+    k, v = (fill_up(x, 2, tiles.segment) for x in (k, v))
+    return fill_up(q.swapaxes(1, 2), 2, tiles.queries), k, v, start, end
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))

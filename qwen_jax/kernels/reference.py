@@ -57,6 +57,26 @@ def attention(
     return out.reshape(B, T, H, d).astype(q_BTHd.dtype), lse
 
 
+def gradient(
+    q_BTHd: jax.Array, k_BKSd: jax.Array, v_BKSd: jax.Array, k_start_BT: jax.Array, k_end_BT: jax.Array,
+    out_BTHd: jax.Array, lse_BHT: jax.Array, by_out_BTHd: jax.Array, *, scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """The gradient over a part of the keys, head by head, written down; see `kernels.attention_gradient`."""
+    B, T, H, d = q_BTHd.shape
+    K, S = k_BKSd.shape[1:3]
+    q, out, by = (x.reshape(B, T, K, H // K, d) for x in (q_BTHd, out_BTHd, by_out_BTHd))
+    lse = lse_BHT.reshape(B, K, H // K, T, 1)
+    logits = einsum_f32("BTKGd,BKSd->BKGTS", q, k_BKSd) * scale
+    seen = _dense(k_start_BT, k_end_BT, S)[:, None, None]
+    weights = jnp.where(seen, jnp.exp(jnp.where(seen, logits - lse, 0.0)), 0.0)
+    delta = einsum_f32("BTKGd,BTKGd->BKGT", out, by)
+    by_logits = (weights * (einsum_f32("BTKGd,BKSd->BKGTS", by, v_BKSd) - delta[..., None]) * scale).astype(q.dtype)
+    dq = einsum_f32("BKGTS,BKSd->BTKGd", by_logits, k_BKSd).reshape(q_BTHd.shape)
+    dk = einsum_f32("BKGTS,BTKGd->BKSd", by_logits, q)
+    dv = einsum_f32("BKGTS,BTKGd->BKSd", weights.astype(by.dtype), by)
+    return dq.astype(q.dtype), dk.astype(k_BKSd.dtype), dv.astype(v_BKSd.dtype)
+
+
 def attention_by_xla(
     q_BTHd: jax.Array, k_BSKd: jax.Array, v_BSKd: jax.Array, k_start_BT: jax.Array, k_end_BT: jax.Array, *, scale: float
 ) -> jax.Array:

@@ -259,6 +259,30 @@ def test_parts_of_the_keys_are_merged() -> None:
         assert exact.relative(a, b) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["reference", "tpu"])
+def test_parts_of_the_keys_have_their_share_of_the_gradient(name) -> None:
+    """Of output and log-sum-exp over all keys; rows and keys that are no multiple of a tile."""
+    q, k, v = inputs("float32", 64)
+    mask, half = intervals(), 24
+    ends, by = (mask.k_start_BT, mask.k_end_BT), jnp.asarray(np.random.default_rng(5).standard_normal(q.shape), q.dtype)
+    want = exact.attention(q, k, v, *ends, 0.125, by)
+    out, lse = kernels.attention(q, k, v, mask, scale=0.125, implementation="reference", return_lse=True)
+    with on(COVERAGE[name].where):
+        parts = [
+            kernels.attention_gradient(
+                q, k[:, at], v[:, at], Mask(*(jnp.clip(x - at.start, 0, at.stop - at.start) for x in ends)),
+                out, lse, by, scale=0.125, implementation=name,
+            )
+            for at in (slice(0, half), slice(half, T))
+        ]  # fmt: skip
+    (dq, dk, dv), (dq_more, dk_more, dv_more) = parts
+    got = dq + dq_more, jnp.concatenate([dk, dk_more], axis=1), jnp.concatenate([dv, dv_more], axis=1)
+    for a, b in zip(got, want[2:], strict=True):
+        assert exact.relative(a, b) < 1e-5
+    with pytest.raises(InputError, match=r"a log-sum-exp \(1, 4, 40\); got"):
+        kernels.attention_gradient(q, k, v, mask, out, lse[:, :1], by, scale=0.125)
+
+
 def test_bad_caches_are_named() -> None:
     q, k, v = inputs("float32", 64)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)

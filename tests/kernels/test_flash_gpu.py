@@ -79,6 +79,16 @@ def test_lowers_to_few_kernels_and_no_square_array(H: int, K: int, d: int, kerne
     assert "1000x1000" not in text
 
 
+@pytest.mark.parametrize(("d", "kernels"), [(128, 2), (64, 1)])
+def test_the_gradient_of_a_part_is_the_kernels_of_the_gradient(d: int, kernels: int) -> None:
+    q, k = (jax.ShapeDtypeStruct((1, n, 2, d), jnp.bfloat16) for n in (200, 136))
+    i, lse = jax.ShapeDtypeStruct((1, 200), jnp.int32), jax.ShapeDtypeStruct((1, 2, 200), jnp.float32)
+    run = jax.jit(functools.partial(flash_gpu.gradient, scale=0.1))
+    text = run.trace(q, k, k, i, i, q, lse, q).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == kernels
+    assert [x.shape for x in jax.eval_shape(run, q, k, k, i, i, q, lse, q)] == [q.shape, k.shape, k.shape]
+
+
 def test_a_cache_is_read_as_it_lies_and_has_no_gradient() -> None:
     """A chunk of queries over a longer cache [B, K, S, d]: one kernel and no transpose; a gradient is refused."""
     q, cache = (
@@ -227,6 +237,20 @@ if jax.default_backend() == "gpu":
             np.testing.assert_array_equal(np.asarray(a[:, cut:], np.float32), np.asarray(b[:, cut:], np.float32))
             np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(c, np.float32))
             assert (np.asarray(a[:, :cut], np.float32) != np.asarray(b[:, :cut], np.float32)).any()
+
+    @pytest.mark.parametrize("d", [64, 128])
+    def test_parts_of_the_keys_have_their_share_of_the_gradient(d) -> None:
+        """Of output and log-sum-exp over all keys."""
+        q, k, v, start, end, by, _ = drawn((window, 1, 500, 400, 4, 2, d))
+        want = exact.attention(q, k, v, start, end, 0.1, by)
+        out, lse = flash_gpu.attention(q, k, v, start, end, 0.1)
+        parts = []
+        for at in (slice(0, 136), slice(136, 400)):
+            ends = (jnp.clip(x - at.start, 0, at.stop - at.start) for x in (start, end))
+            parts.append(flash_gpu.gradient(q, k[:, at], v[:, at], *ends, out, lse, by, 0.1))
+        (dq, dk, dv), (dq_more, dk_more, dv_more) = jax.device_get(parts)
+        got = dq.astype(np.float32) + dq_more, np.concatenate([dk, dk_more], 1), np.concatenate([dv, dv_more], 1)
+        assert max(exact.relative(g, w) for g, w in zip(got, want[2:], strict=True)) < 1e-2
 
     @pytest.mark.parametrize("d", [64, 128])
     def test_a_cache_laid_out_head_by_head_gives_the_same_bits(d) -> None:

@@ -26,10 +26,10 @@ def interpreted(monkeypatch):
         yield
 
 
-def gradients(axes: dict[str, int], attention: str):
+def gradients(axes: dict[str, int], attention: str, ring: bool = False):
     """Loss and gradients of two packed rows on a mesh."""
     mesh = make_mesh(axes, jax.devices()[: int(np.prod(list(axes.values())))])
-    sharding = Sharding.for_model(CONFIG, mesh, split_rows="context" in axes)
+    sharding = dataclasses.replace(Sharding.for_model(CONFIG, mesh, split_rows="context" in axes), ring=ring)
     numbers = np.random.default_rng(0)
     tokens = numbers.integers(0, CONFIG.vocab_size, (2, 96), dtype=np.int32)
     segments = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], 24, axis=1).astype(np.int32)
@@ -58,10 +58,15 @@ def gradients(axes: dict[str, int], attention: str):
         return jax.device_get(run(params, *arrays))
 
 
-@pytest.mark.parametrize("axes", [{"data": 1}, {"data": 2, "tensor": 2}, {"context": 2}], ids=str)
-def test_gradients_on_a_mesh_are_those_of_the_reference(axes) -> None:
-    """Heads over tensor, rows over data, tokens over context: the same kernel within shard_map, the same numbers."""
-    got, want = gradients(axes, "tpu"), gradients({"data": 1}, "reference")
+@pytest.mark.parametrize(
+    ("axes", "ring"),
+    [({"data": 1}, False), ({"data": 2, "tensor": 2}, False), ({"context": 2}, False), ({"context": 2}, True)],
+    ids=str,
+)
+def test_gradients_on_a_mesh_are_those_of_the_reference(axes, ring) -> None:
+    """Heads over tensor, rows over data, tokens over context, where keys are gathered or go round: the same kernel
+    within shard_map, the same numbers."""
+    got, want = gradients(axes, "tpu", ring), gradients({"data": 1}, "reference")
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)
 
