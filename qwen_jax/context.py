@@ -69,9 +69,9 @@ def _ring(
     return _ring_forward(q, k, v, start, end, n, scale, implementation)[0]
 
 
-def _next(x: Any, n: int) -> Any:
+def _next(x: jax.Array, n: int) -> jax.Array:
     """Each device's share moves on to the device after it."""
-    return jax.tree.map(lambda x: lax.ppermute(x, "context", [(i, (i + 1) % n) for i in range(n)]), x)
+    return lax.ppermute(x, "context", [(i, (i + 1) % n) for i in range(n)])
 
 
 def _halves(start: jax.Array, end: jax.Array, step: jax.Array, chunk: int, n: int) -> list[tuple[slice, kernels.Mask]]:
@@ -92,39 +92,41 @@ def _ring_forward(
     chunk = k.shape[1] // 2
 
     def one(carry: Any, step: jax.Array) -> tuple[Any, None]:
-        merged, (k, v) = carry
-        coming = _next((k, v), n)
+        merged, kv = carry
+        coming = _next(kv, n)
         parts = [
-            kernels.attention(q, k[:, at], v[:, at], seen, return_lse=True, **how)
+            kernels.attention(q, kv[0, :, at], kv[1, :, at], seen, return_lse=True, **how)
             for at, seen in _halves(start, end, step, chunk, n)
         ]
         return (kernels.merge([merged, *parts]), coming), None
 
     B, t, H, _ = q.shape
     nothing = jnp.zeros(q.shape, jnp.float32), jnp.full((B, H, t), -jnp.inf, jnp.float32)
-    ((out, lse), _), _ = lax.scan(one, (nothing, (k, v)), jnp.arange(n, dtype=jnp.int32))
+    ((out, lse), _), _ = lax.scan(one, (nothing, jnp.stack([k, v])), jnp.arange(n, dtype=jnp.int32))
     out = out.astype(q.dtype)
     return out, (q, k, v, start, end, out, lse)
 
 
 def _ring_backward(n: int, scale: float, implementation: kernels.Implementation, kept: Any, by: jax.Array) -> Any:
     q, k, v, start, end, out, lse = kept
+    how: Any = {"scale": scale, "implementation": implementation}
     chunk, f32 = k.shape[1] // 2, jnp.float32
 
     def one(carry: Any, step: jax.Array) -> tuple[Any, None]:
-        dq, sums, (k, v) = carry
-        # The gradients of a share follow it a step behind: they travel while its part here is worked out.
-        (dk, dv), coming = _next(sums, n), _next((k, v), n)
+        dq, dkv, kv = carry
+        # The gradients of a share follow it a step behind: they travel while its part here is worked out. One copy
+        # after the other: devices that began with different ones could wait for each other.
+        dkv, leaving = lax.optimization_barrier((_next(dkv, n), kv))
+        coming = _next(leaving, n)
         for at, seen in _halves(start, end, step, chunk, n):
-            own = kernels.attention_gradient(
-                q, k[:, at], v[:, at], seen, out, lse, by, scale=scale, implementation=implementation
-            )
-            dq, dk, dv = dq + own[0], dk.at[:, at].add(own[1]), dv.at[:, at].add(own[2])
-        return (dq, (dk, dv), coming), None
+            own = kernels.attention_gradient(q, kv[0, :, at], kv[1, :, at], seen, out, lse, by, **how)
+            dq, dkv = dq + own[0], dkv.at[:, :, at].add(jnp.stack(own[1:]))
+        return (dq, dkv, coming), None
 
-    zeros = jnp.zeros(q.shape, f32), (jnp.zeros(k.shape, f32), jnp.zeros(v.shape, f32))
-    (dq, sums, _), _ = lax.scan(one, (*zeros, (k, v)), jnp.arange(n, dtype=jnp.int32))
-    dk, dv = _next(sums, n)
+    kv = jnp.stack([k, v])
+    zeros = jnp.zeros(q.shape, f32), jnp.zeros(kv.shape, f32)
+    (dq, dkv, _), _ = lax.scan(one, (*zeros, kv), jnp.arange(n, dtype=jnp.int32))
+    dk, dv = _next(dkv, n)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
