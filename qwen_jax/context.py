@@ -162,14 +162,13 @@ def attention(
     Returns:
       [B, t, H, d] in the dtype of q.
     """
+    # Of a part of a row no mask is known to be causal.
+    mask = mask if n == 1 else kernels.Mask(mask.k_start_BT, mask.k_end_BT)
     if ring and n > 1:
-        part = kernels.Mask(mask.k_start_BT, mask.k_end_BT)
-        chosen: Any = kernels.choose(implementation, q_BtHd, part, return_lse=True)
+        chosen: Any = kernels.choose(implementation, q_BtHd, mask, return_lse=True)
         return _ring(q_BtHd, k_BtKd, v_BtKd, mask.k_start_BT, mask.k_end_BT, n, scale, chosen)
     B, t, H, d = q_BtHd.shape
     k_BTKd, v_BTKd = (x if n == 1 else _whole(x, n) for x in (k_BtKd, v_BtKd))
-    # Of a part of a row no mask is known to be causal.
-    mask = mask if n == 1 else kernels.Mask(mask.k_start_BT, mask.k_end_BT)
     blocks = 1
     if kernels.choose(implementation, q_BtHd, mask) == "reference":
         while t % (2 * blocks) == 0 and B * H * (t // blocks) * k_BTKd.shape[1] > _LOGITS:

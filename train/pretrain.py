@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.config import DTYPES, ModelConfig
 from qwen_jax.context import spread
 from qwen_jax.errors import InputError
-from qwen_jax.kernels import Implementation, packed_mask
+from qwen_jax.kernels import COVERAGE, Implementation, packed_mask
 from qwen_jax.layers import Remat, restacked, unstacked
 from qwen_jax.model import Options
 from qwen_jax.params import Params, abstract_params, bind, init_params, param_specs
@@ -69,10 +69,11 @@ class PretrainConfig:
         for name in ("loss_chunk", "accumulation"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.ring and self.attention in ("cudnn", "xla"):
+        mergeable = ("auto", *(name for name, of in COVERAGE.items() if of.log_sum_exp))
+        if self.ring and self.attention not in mergeable:
             raise InputError(
                 f"ring puts parts of the keys together by their log-sum-exps, which attention={self.attention!r} does "
-                "not give. Use attention='auto', 'gpu', 'tpu' or 'reference', or ring=False."
+                f"not give. Use attention={' or '.join(map(repr, mergeable))}, or ring=False."
             )
         if self.z_loss < 0:
             raise InputError(f"z_loss must be at least 0, got {self.z_loss}.")

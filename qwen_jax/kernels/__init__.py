@@ -25,7 +25,6 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import jax
@@ -34,6 +33,7 @@ import jax.numpy as jnp
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import reference
 from qwen_jax.kernels.mask import Mask, cache_mask, causal_mask, packed_mask
+from qwen_jax.kernels.softmax import merge
 
 __all__ = [
     "COVERAGE",
@@ -41,6 +41,7 @@ __all__ = [
     "Implementation",
     "Mask",
     "attention",
+    "attention_gradient",
     "cache_mask",
     "causal_mask",
     "choose",
@@ -480,26 +481,3 @@ def _check(q: Any, k: Any, v: Any, mask: Mask, scale: Any, layout: str) -> float
         )
     mask.check(k.shape[slots])
     return float(scale)
-
-
-def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
-    """Attention over all keys, from outputs and log-sum-exps over parts of them.
-
-    Args:
-      parts: outputs [B, T, H, d] and log-sum-exps float32 [B, H, T], as from `attention` with `return_lse`. No key may
-        be in two of them.
-
-    Returns:
-      The same of all keys together. A row that sees nothing in any part is zero, and minus infinity.
-    """
-    outs, lses = zip(*parts, strict=True)
-    lse = jnp.stack(lses)
-    top = jax.lax.stop_gradient(jnp.max(lse, axis=0))
-    # Minus infinity less itself is no number: a row that sees nothing takes the weights of zeros.
-    sees, counts = jnp.isfinite(top), jnp.isfinite(lse)
-    weights = jnp.where(counts, jnp.exp(jnp.where(counts, lse - jnp.where(sees, top, 0.0), 0.0)), 0.0)
-    total = jnp.where(sees, weights.sum(axis=0), 1.0)
-    # Elementwise, so that no part is copied.
-    shares = (weights / total).swapaxes(2, 3)[..., None]
-    out = sum(share * out.astype(jnp.float32) for share, out in zip(shares, outs, strict=True))
-    return out.astype(outs[0].dtype), jnp.where(sees, top + jnp.log(total), -jnp.inf)

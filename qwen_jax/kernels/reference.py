@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from qwen_jax.kernels.softmax import LOG2E, gradient_terms
+
 # Not -inf: a row that sees nothing must stay finite through the softmax.
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
@@ -64,13 +66,13 @@ def gradient(
     """The gradient over a part of the keys, head by head, written down; see `kernels.attention_gradient`."""
     B, T, H, d = q_BTHd.shape
     K, S = k_BKSd.shape[1:3]
-    q, out, by = (x.reshape(B, T, K, H // K, d) for x in (q_BTHd, out_BTHd, by_out_BTHd))
-    lse = lse_BHT.reshape(B, K, H // K, T, 1)
+    q, by = (x.reshape(B, T, K, H // K, d) for x in (q_BTHd, by_out_BTHd))
+    terms = gradient_terms(out_BTHd, lse_BHT, by_out_BTHd, jnp.zeros_like(lse_BHT), "BTHd")
+    log2, delta = (x.reshape(B, K, H // K, T, 1) for x in terms)
     logits = einsum_f32("BTKGd,BKSd->BKGTS", q, k_BKSd) * scale
     seen = _dense(k_start_BT, k_end_BT, S)[:, None, None]
-    weights = jnp.where(seen, jnp.exp(jnp.where(seen, logits - lse, 0.0)), 0.0)
-    delta = einsum_f32("BTKGd,BTKGd->BKGT", out, by)
-    by_logits = (weights * (einsum_f32("BTKGd,BKSd->BKGTS", by, v_BKSd) - delta[..., None]) * scale).astype(q.dtype)
+    weights = jnp.where(seen, jnp.exp2(logits * LOG2E - log2), 0.0)
+    by_logits = (weights * (einsum_f32("BTKGd,BKSd->BKGTS", by, v_BKSd) - delta) * scale).astype(q.dtype)
     dq = einsum_f32("BKGTS,BKSd->BTKGd", by_logits, k_BKSd).reshape(q_BTHd.shape)
     dk = einsum_f32("BKGTS,BTKGd->BKSd", by_logits, q)
     dv = einsum_f32("BKGTS,BTKGd->BKSd", weights.astype(by.dtype), by)
