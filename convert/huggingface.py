@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from convert.names import LM_HEAD, Leaf, is_ignored, leaves
+from convert.names import LM_HEAD, Leaf, in_fused, is_ignored, leaves
 from convert.placement import place
 from convert.safetensors import Entry, Writer, read_folder, read_rows, row_offset
 from convert.source import Source, Span, blocks
@@ -42,10 +42,34 @@ class SafetensorsSource:
         self.config = config or load_config(folder)
         self._entries = read_folder(Path(folder))
         self._leaves = leaves(self.config)
+        if self.config.moe is not None:
+            self._take_apart()
         self._check(Path(folder))
         self._files = _Files()
         if self.config.tie_word_embeddings and LM_HEAD in self._entries:
             self._compare_head()
+
+    def _take_apart(self) -> None:
+        """Finds the tensors of single experts in those that hold all experts of a layer."""
+        assert self.config.moe is not None
+        moe, D = self.config.moe, self.config.hidden_size
+        fused: set[str] = set()
+        for name in [name for leaf in self._leaves for name in leaf.names if name not in self._entries]:
+            found = in_fused(name)
+            entry = self._entries.get(found[0]) if found else None
+            if found is None or entry is None:
+                continue
+            expert, part, parts = found[1]
+            rows, columns = (moe.intermediate_size, D) if parts == 2 else (D, moe.intermediate_size)
+            if entry.shape != (moe.num_experts, parts * rows, columns):
+                raise InputError(
+                    f"{entry.file}: {found[0]} has shape {list(entry.shape)}, config.json asks for "
+                    f"{[moe.num_experts, parts * rows, columns]}. Check that config.json belongs to these weights."
+                )
+            fused.add(found[0])
+            self._entries[name] = entry.part((expert * parts + part) * rows, rows)
+        for name in fused:
+            del self._entries[name]
 
     def _check(self, folder: Path) -> None:
         expected = {name: leaf for leaf in self._leaves for name in leaf.names}
@@ -63,7 +87,7 @@ class SafetensorsSource:
             if names:
                 raise InputError(
                     f"{folder} {what} {len(names)} of the tensors of a Qwen2 model with {self.config.num_layers} "
-                    f"layers: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}. "
+                    f"layers{self._experts()}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}. "
                     "Check that config.json belongs to these weights."
                 )
         shapes = {name: leaf.hf_shape for name, leaf in expected.items()}
@@ -83,10 +107,14 @@ class SafetensorsSource:
                     "expected one dtype. Save it in one with transformers."
                 )
 
+    def _experts(self) -> str:
+        moe = self.config.moe
+        return "" if moe is None else f" and {moe.num_experts} experts in {len(self.config.sparse_layers)} of them"
+
     def _compare_head(self) -> None:
         """Says so where a tied checkpoint carries a head of its own that differs: nobody would notice otherwise."""
         embed = self._leaves[0]
-        head = Leaf(("lm_head", "weight"), (LM_HEAD,), False, embed.shape, embed.hf_shape)
+        head = Leaf(("lm_head", "weight"), (LM_HEAD,), (), (), embed.shape, embed.hf_shape)
         same = self.dtype(embed) == self.dtype(head) and all(
             self.read(embed, *block).tobytes() == self.read(head, *block).tobytes()
             for block in blocks(embed, self.dtype(embed).itemsize)
@@ -101,8 +129,8 @@ class SafetensorsSource:
     def dtype(self, leaf: Leaf) -> np.dtype:
         return self._entries[leaf.names[0]].dtype
 
-    def read(self, leaf: Leaf, layers: slice, rows: slice) -> np.ndarray:
-        names = leaf.names[layers]
+    def read(self, leaf: Leaf, tensors: slice, rows: slice) -> np.ndarray:
+        names = leaf.names[tensors]
         inner = leaf.shape[1:]
         out = np.empty((len(names), rows.stop - rows.start, *inner), self.dtype(leaf))
         there = _rows_there(leaf, rows)
@@ -111,10 +139,10 @@ class SafetensorsSource:
             read_rows(self._files.descriptor(entry), entry, there, part)
         return out
 
-    def spans(self, leaf: Leaf, layers: slice, rows: slice) -> list[Span]:
+    def spans(self, leaf: Leaf, tensors: slice, rows: slice) -> list[Span]:
         there = _rows_there(leaf, rows)
         found = []
-        for name in leaf.names[layers]:
+        for name in leaf.names[tensors]:
             entry = self._entries[name]
             start, stop = row_offset(entry, there.start), row_offset(entry, there.stop)
             found.append(Span(entry.file, start, stop - start))
@@ -179,14 +207,14 @@ class _Sink:
         # A file takes one write at a time anyway; a thread that waits here does not spin in the kernel.
         self._lock = threading.Lock()
 
-    def write(self, leaf: Leaf, layers: slice, rows: slice, data: np.ndarray) -> None:
+    def write(self, leaf: Leaf, tensors: slice, rows: slice, data: np.ndarray) -> None:
         with self._lock:
-            for name, part in zip(leaf.names[layers], data, strict=True):
+            for name, part in zip(leaf.names[tensors], data, strict=True):
                 self._writer.write(name, rows.start * part[:1].nbytes, part)
 
-    def receive(self, leaf: Leaf, layers: slice, rows: slice, spans: list[Span]) -> None:
+    def receive(self, leaf: Leaf, tensors: slice, rows: slice, spans: list[Span]) -> None:
         with self._lock:
-            for name, span in zip(leaf.names[layers], spans, strict=True):
+            for name, span in zip(leaf.names[tensors], spans, strict=True):
                 descriptor, start = self._writer.place(name)
                 span.copy_to(descriptor, start + rows.start * (span.nbytes // (rows.stop - rows.start)))
 

@@ -7,11 +7,13 @@ a reshape of the same bytes.
 import dataclasses
 import math
 import re
+from typing import Any
 
 from qwen_jax.config import ModelConfig
 
 # Hugging Face name -> (path in the parameter tree, axes). Axes in parentheses are one axis there and two here.
-# Letters: V vocabulary, D hidden, H query heads, K key/value heads, d head_dim, F feed-forward.
+# Letters: V vocabulary, D hidden, H query heads, K key/value heads, d head_dim, F feed-forward, E experts, f width
+# of an expert, s of the shared one.
 _OUTSIDE = {
     "model.embed_tokens.weight": ("embed.weight", "V D"),
     "model.norm.weight": ("norm.weight", "D"),
@@ -27,9 +29,21 @@ _LAYER = {
     "self_attn.v_proj.bias": ("attention.v.bias", "(K d)"),
     "self_attn.o_proj.weight": ("attention.o.weight", "D (H d)"),
     "post_attention_layernorm.weight": ("post_attention_norm.weight", "D"),
+}
+_DENSE = {
     "mlp.gate_proj.weight": ("mlp.gate.weight", "F D"),
     "mlp.up_proj.weight": ("mlp.up.weight", "F D"),
     "mlp.down_proj.weight": ("mlp.down.weight", "D F"),
+}
+# One tensor for each expert: {e} there is an axis here, and so is {gate_or_up}.
+_SPARSE = {
+    "mlp.gate.weight": ("moe.router.weight", "E D"),
+    "mlp.experts.{e}.{gate_or_up}_proj.weight": ("moe.experts.gate_up", "f D"),
+    "mlp.experts.{e}.down_proj.weight": ("moe.experts.down", "D f"),
+    "mlp.shared_expert.gate_proj.weight": ("moe.shared.gate.weight", "s D"),
+    "mlp.shared_expert.up_proj.weight": ("moe.shared.up.weight", "s D"),
+    "mlp.shared_expert.down_proj.weight": ("moe.shared.down.weight", "D s"),
+    "mlp.shared_expert_gate.weight": ("moe.shared_gate.weight", "1 D"),
 }
 LM_HEAD = "lm_head.weight"
 
@@ -43,32 +57,61 @@ class Leaf:
 
     Attributes:
       path: keys from the root of the parameter tree.
-      names: Hugging Face names: one for each layer, or a single one.
-      stacked: whether the leaf has a leading layer axis.
-      shape: of one layer, here.
+      names: Hugging Face names of its tensors, in the order in which they are stacked.
+      stack: leading axes of the leaf: none, layers, or layers and experts (and gate and up).
+      layers: numbers of the layers that have it; empty without a layer axis.
+      shape: of one tensor, here.
       hf_shape: of one tensor, on disk in Hugging Face's format.
     """
 
     path: tuple[str, ...]
     names: tuple[str, ...]
-    stacked: bool
+    stack: tuple[int, ...]
+    layers: tuple[int, ...]
     shape: tuple[int, ...]
     hf_shape: tuple[int, ...]
 
-    @property
-    def layers(self) -> int:
-        """How many tensors it holds."""
-        return len(self.names)
+    def __hash__(self) -> int:
+        return hash(self.path)  # Of the names, which may be thousands, it would take long.
 
     @property
     def full_shape(self) -> tuple[int, ...]:
         """Shape of the leaf in the stacked tree."""
-        return (self.layers, *self.shape) if self.stacked else self.shape
+        return (*self.stack, *self.shape)
+
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        """Shape of the leaf in one layer, or of all of it where there are no layers."""
+        return (*self.stack[1:], *self.shape)
+
+    @property
+    def per_layer(self) -> int:
+        """Tensors in one layer."""
+        return math.prod(self.stack[1:])
 
     @property
     def size(self) -> int:
-        """Elements in all layers together."""
-        return self.layers * math.prod(self.shape)
+        """Elements in all of its tensors together."""
+        return math.prod(self.full_shape)
+
+    def region(self, tensors: slice) -> tuple[slice, ...]:
+        """Where some of its tensors lie along `stack`: one of them, or whole runs of the last axes.
+
+        Raises:
+          ValueError: tensors that are no box.
+        """
+        count, index = tensors.stop - tensors.start, []
+        for i, size in enumerate(self.stack):
+            each = math.prod(self.stack[i + 1 :])
+            first, number = tensors.start // each % size, max(count // each, 1)
+            index.append(slice(first, first + number))
+            if count >= each:
+                if tensors.start % each or count % each or first + number > size:
+                    break
+                return (*index, *(slice(0, n) for n in self.stack[i + 1 :]))
+        if self.stack:
+            raise ValueError(f"Tensors {tensors.start} to {tensors.stop} of {self.stack} are no box.")
+        return ()
 
 
 def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
@@ -84,23 +127,62 @@ def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
         "K": config.num_kv_heads,
         "d": config.head_dim,
         "F": config.intermediate_size,
+        "1": 1,
     }
+    if config.moe is not None:
+        moe = config.moe
+        size |= {"E": moe.num_experts, "f": moe.intermediate_size, "s": moe.shared_intermediate_size}
 
-    def leaf(path: str, axes: str, names: tuple[str, ...], stacked: bool) -> Leaf:
+    def leaf(name: str, path: str, axes: str, layers: tuple[int, ...]) -> Leaf:
         shape = tuple(size[letter] for letter in re.findall(r"\w", axes))
         groups = re.findall(r"\(.*?\)|\w", axes)
         hf_shape = tuple(math.prod(size[letter] for letter in re.findall(r"\w", group)) for group in groups)
-        return Leaf(tuple(path.split(".")), names, stacked, shape, hf_shape)
+        names: tuple[str, ...] = (name,)
+        stack: tuple[int, ...] = ()
+        if layers:
+            names, stack = tuple(f"model.layers.{i}.{name}" for i in layers), (len(layers),)
+        axis: tuple[tuple[str, tuple[Any, ...]], ...]
+        axis = ("{e}", tuple(range(size.get("E", 0)))), ("{gate_or_up}", ("gate", "up"))
+        for part, values in axis:
+            if part in name:
+                names = tuple(text.replace(part, str(value)) for text in names for value in values)
+                stack = (*stack, len(values))
+        return Leaf(tuple(path.split(".")), names, stack, layers, shape, hf_shape)
 
-    outside = {name: leaf(path, axes, (name,), False) for name, (path, axes) in _OUTSIDE.items()}
+    outside = {name: leaf(name, *where, ()) for name, where in _OUTSIDE.items()}
     if config.tie_word_embeddings:
         del outside[LM_HEAD]
     embed, *rest = outside.values()
+    every = tuple(range(config.num_layers))
+    dense = tuple(i for i in every if i not in config.sparse_layers)
     layers = [
-        leaf(f"layers.{path}", axes, tuple(f"model.layers.{i}.{name}" for i in range(config.num_layers)), True)
-        for name, (path, axes) in _LAYER.items()
+        leaf(name, f"layers.{path}", axes, where)
+        for table, where in ((_LAYER, every), (_DENSE, dense), (_SPARSE, config.sparse_layers))
+        for name, (path, axes) in table.items()
+        if where
     ]
     return (embed, *layers, *rest)
+
+
+_EXPERT = re.compile(r"(.*mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight")
+
+
+def in_fused(name: str) -> tuple[str, tuple[int, int, int]] | None:
+    """Where an expert's tensor lies in a checkpoint that stores all experts of a layer as one tensor.
+
+    Args:
+      name: of the tensor by itself.
+
+    Returns:
+      That one's name, [experts, rows, columns]; which expert; which part of the rows, of how many: gate and up are the
+      two halves of one tensor. None if it is no expert's.
+    """
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return None
+    if match[3] == "down":
+        return f"{match[1]}down_proj", (int(match[2]), 0, 1)
+    return f"{match[1]}gate_up_proj", (int(match[2]), int(match[3] == "up"), 2)
 
 
 def is_ignored(name: str) -> bool:

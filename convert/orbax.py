@@ -161,18 +161,19 @@ class OrbaxSource:
     def dtype(self, leaf: Leaf) -> np.dtype:
         return np.dtype(self._stores[leaf.path].dtype.numpy_dtype)
 
-    def read(self, leaf: Leaf, layers: slice, rows: slice) -> np.ndarray:
+    def read(self, leaf: Leaf, tensors: slice, rows: slice) -> np.ndarray:
         store = self._stores[leaf.path]
-        out = np.empty((layers.stop - layers.start, rows.stop - rows.start, *leaf.shape[1:]), self.dtype(leaf))
+        region = leaf.region(tensors)
+        shape = (*(part.stop - part.start for part in region), rows.stop - rows.start, *leaf.shape[1:])
+        out = np.empty(shape, self.dtype(leaf))
         try:
-            part = store[layers, rows] if leaf.stacked else store[rows][np.newaxis]
-            ts.array(out).write(part[ts.d[:].translate_to[0]]).result()
+            ts.array(out).write(store[(*region, rows)][ts.d[:].translate_to[0]]).result()
         except ValueError as error:
             raise InputError(
                 f"{self._path}: {'.'.join(leaf.path)} cannot be read; the checkpoint is damaged or incomplete "
                 f"({str(error).splitlines()[0]})."
             ) from None
-        return out
+        return out.reshape(tensors.stop - tensors.start, *out.shape[len(region) :])
 
     def _plain_chunks(self, leaf: Leaf) -> tuple[int, ...] | None:
         """The chunk shape of a leaf whose chunks are plain files, each with the bytes of one block; else None."""
@@ -184,15 +185,14 @@ class OrbaxSource:
         plain = metadata["compressor"] is None and metadata.get("filters") is None and metadata["order"] == "C"
         if not plain or metadata["dimension_separator"] != "." or metadata["dtype"].startswith(">"):
             return None
-        layers, rows = next(blocks(leaf, self.dtype(leaf).itemsize))
-        expected = ((layers.stop,) if leaf.stacked else ()) + (rows.stop, *leaf.shape[1:])
+        expected = _first_block(leaf, self.dtype(leaf).itemsize)
         return expected if tuple(metadata["chunks"]) == expected else None
 
-    def spans(self, leaf: Leaf, layers: slice, rows: slice) -> list[Span] | None:
+    def spans(self, leaf: Leaf, tensors: slice, rows: slice) -> list[Span] | None:
         chunks = self._plain.get(leaf)
         if chunks is None:
             return None
-        file = _chunk_file(self._path, leaf, chunks, layers, rows)
+        file = _chunk_file(self._path, leaf, chunks, tensors, rows)
         itemsize = self.dtype(leaf).itemsize
         size = file.stat().st_size if file.is_file() else 0
         if size != math.prod(chunks) * itemsize:
@@ -201,7 +201,13 @@ class OrbaxSource:
                 "incomplete."
             )
         each = (rows.stop - rows.start) * math.prod(leaf.shape[1:]) * itemsize
-        return [Span(file, i * each, each) for i in range(layers.stop - layers.start)]
+        return [Span(file, i * each, each) for i in range(tensors.stop - tensors.start)]
+
+
+def _first_block(leaf: Leaf, itemsize: int) -> tuple[int, ...]:
+    """The shape of the first block of a leaf, which is that of all, but the last of an uneven split."""
+    tensors, rows = next(blocks(leaf, itemsize))
+    return (*(part.stop - part.start for part in leaf.region(tensors)), rows.stop - rows.start, *leaf.shape[1:])
 
 
 def _open(path: Path) -> dict[str, Any]:
@@ -256,10 +262,7 @@ class _Sink:
         self._chunks: dict[Leaf, tuple[int, ...]] = {}
         for leaf in leaves(source.config):
             leaf_dtype = dtype or source.dtype(leaf)
-            layers, rows = next(blocks(leaf, leaf_dtype.itemsize))
-            chunks = (rows.stop - rows.start, *leaf.shape[1:])
-            if leaf.stacked:
-                chunks = (layers.stop - layers.start, *chunks)
+            chunks = _first_block(leaf, leaf_dtype.itemsize)
             self._chunks[leaf], self._itemsize[leaf] = chunks, leaf_dtype.itemsize
             node = tree
             for key in leaf.path[:-1]:
@@ -268,26 +271,26 @@ class _Sink:
         with _checkpointer() as checkpointer:
             checkpointer.save(path, args=ocp.args.PyTreeSave(tree))
 
-    def write(self, leaf: Leaf, layers: slice, rows: slice, data: np.ndarray) -> None:
-        with self._open(leaf, layers, rows) as file:
+    def write(self, leaf: Leaf, tensors: slice, rows: slice, data: np.ndarray) -> None:
+        with self._open(leaf, tensors, rows) as file:
             write_all(file.fileno(), data.reshape(-1).view(np.uint8).data, 0)
 
-    def receive(self, leaf: Leaf, layers: slice, rows: slice, spans: list[Span]) -> None:
-        with self._open(leaf, layers, rows) as file:
+    def receive(self, leaf: Leaf, tensors: slice, rows: slice, spans: list[Span]) -> None:
+        with self._open(leaf, tensors, rows) as file:
             for i, span in enumerate(spans):
                 span.copy_to(file.fileno(), i * span.nbytes)
 
-    def _open(self, leaf: Leaf, layers: slice, rows: slice) -> BinaryIO:
+    def _open(self, leaf: Leaf, tensors: slice, rows: slice) -> BinaryIO:
         """A chunk's file, of the chunk's full size: the last one of an uneven split is padded."""
         chunks = self._chunks[leaf]
-        file = _chunk_file(self._path, leaf, chunks, layers, rows).open("xb", buffering=0)
+        file = _chunk_file(self._path, leaf, chunks, tensors, rows).open("xb", buffering=0)
         os.ftruncate(file.fileno(), math.prod(chunks) * self._itemsize[leaf])
         return file
 
 
-def _chunk_file(path: Path, leaf: Leaf, chunks: Sequence[int], layers: slice, rows: slice) -> Path:
+def _chunk_file(path: Path, leaf: Leaf, chunks: Sequence[int], tensors: slice, rows: slice) -> Path:
     """The file of a chunk, in the layout of Zarr 2: the elements in C order and little-endian, nothing else."""
-    starts = [layers.start, rows.start] if leaf.stacked else [rows.start]
+    starts = [*(part.start for part in leaf.region(tensors)), rows.start]
     index = [start // size for start, size in zip(starts, chunks, strict=False)]
     index += [0] * (len(leaf.full_shape) - len(index))
     return path / ".".join(leaf.path) / ".".join(map(str, index))

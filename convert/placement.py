@@ -3,6 +3,7 @@
 import functools
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +49,24 @@ def place(source: Source, mesh: Mesh, dtype: Any = None, options: Options = Opti
     with jax.set_mesh(mesh):
         for leaf, sharding in shardings.items():
             leaf_dtype = target or source.dtype(leaf)
-            if not leaf.stacked:
+            if not leaf.layers:
                 _put(params, leaf.path, _load(source, leaf, slice(0, 1), sharding, leaf_dtype, squeeze=True))
             elif options.stacked:
                 _put(params, leaf.path, _load_stacked(source, leaf, sharding, leaf_dtype))
             else:
                 one = NamedSharding(mesh, P(*sharding.spec[1:]))
-                for i in range(leaf.layers):
+                for i, layer in enumerate(leaf.layers):
                     array = _load(source, leaf, slice(i, i + 1), one, leaf_dtype, squeeze=True)
-                    _put(params["layers"][i], leaf.path[1:], array)
+                    _put(params["layers"][layer], leaf.path[1:], array)
     return params
 
 
 def _load_stacked(source: Source, leaf: Leaf, sharding: NamedSharding, dtype: np.dtype) -> jax.Array:
     if leaf.size * dtype.itemsize <= BLOCK_BYTES or _on_host(sharding):
-        return _load(source, leaf, slice(0, leaf.layers), sharding, dtype, squeeze=False)
+        return _load(source, leaf, slice(0, len(leaf.layers)), sharding, dtype, squeeze=False)
     one = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
     stacked = jnp.zeros(leaf.full_shape, dtype, device=sharding)
-    for i in range(leaf.layers):
+    for i in range(len(leaf.layers)):
         stacked = _set_layer(stacked, _load(source, leaf, slice(i, i + 1), one, dtype, squeeze=True), i)
     return stacked
 
@@ -85,8 +86,8 @@ def _load(
     source: Source, leaf: Leaf, layers: slice, sharding: NamedSharding, dtype: np.dtype, squeeze: bool
 ) -> jax.Array:
     """Some layers of a leaf, as one array; each process reads the rows that its devices hold, once."""
-    count = layers.stop - layers.start
-    shape = leaf.shape if squeeze else (count, *leaf.shape)
+    count, per_layer, inner_stack = layers.stop - layers.start, leaf.per_layer, leaf.stack[1:]
+    shape = leaf.layer_shape if squeeze else (count, *leaf.layer_shape)
     shards: dict[tuple[Range, ...], list[jax.Device]] = defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None
@@ -94,25 +95,48 @@ def _load(
         shards[spans if squeeze else spans[1:]].append(device)
     bits = np.dtype(f"u{dtype.itemsize}")  # NumPy copies these faster than bfloat16.
     buffers = {spans: _aligned((count, *(stop - start for start, stop in spans)), bits) for spans in shards}
+    axis = len(inner_stack)  # of the rows
     by_rows: dict[Range, list[tuple[Range, ...]]] = defaultdict(list)
     for spans in shards:
-        by_rows[spans[0]].append(spans)
+        by_rows[spans[axis]].append(spans)
 
     def read(part: slice, start: int, stop: int, first: int, wanted: list[tuple[Range, ...]]) -> None:
         data = cast(source.read(leaf, part, slice(start, stop)), dtype, leaf).view(bits)
-        there = slice(part.start - layers.start, part.stop - layers.start)
+        region = leaf.region(part)
+        if region:
+            data = data.reshape(*(s.stop - s.start for s in region), *data.shape[1:])
+        there = [slice(s.start - layers.start, s.stop - layers.start) for s in region[:1]] or [slice(0, 1)]
         for spans in wanted:
-            inner = tuple(slice(a, b) for a, b in spans[1:])
-            buffers[spans][there, start - first : stop - first] = data[(slice(None), slice(None), *inner)]
+            target, source_index = list(there), [slice(None)]
+            for s, (low, high) in zip(region[1:], spans[:axis], strict=True):
+                a = max(s.start, low)
+                b = max(a, min(s.stop, high))
+                target.append(slice(a - low, b - low))
+                source_index.append(slice(a - s.start, b - s.start))
+            inner = [slice(None), *(slice(a, b) for a, b in spans[axis + 1 :])]
+            buffers[spans][(*target, slice(start - first, stop - first))] = data[(*source_index, *inner)]
 
     itemsize = source.dtype(leaf).itemsize
     step = rows_at_a_time(leaf, itemsize)
-    each = [slice(i, i + 1) for i in range(layers.start, layers.stop)]
-    parts = [layers] if leaf.size * itemsize <= BLOCK_BYTES else each
+
+    def parts(wanted: list[tuple[Range, ...]]) -> Iterator[slice]:
+        """Whole layers where they are small, or the tensors that somebody wants."""
+        if leaf.size * itemsize <= BLOCK_BYTES:
+            yield slice(layers.start * per_layer, layers.stop * per_layer)
+            return
+        each = per_layer if per_layer * math.prod(leaf.shape) * itemsize <= BLOCK_BYTES else 1
+        for tensors in range(layers.start * per_layer, layers.stop * per_layer, each):
+            within = np.unravel_index(tensors % per_layer, inner_stack) if inner_stack else ()
+            anyone = any(
+                all(low <= i < high for i, (low, high) in zip(within, spans, strict=False)) for spans in wanted
+            )
+            if each > 1 or anyone:
+                yield slice(tensors, tensors + each)
+
     tasks = [
         functools.partial(read, part, start, min(start + step, last), first, wanted)
-        for part in parts
         for (first, last), wanted in by_rows.items()
+        for part in parts(wanted)
         for start in range(first, last, step)
     ]
     run_all(source.workers, tasks)

@@ -39,6 +39,11 @@ class Entry:
     shape: tuple[int, ...]
     offset: int
 
+    def part(self, first: int, rows: int) -> "Entry":
+        """Some rows of it, counted over all axes but the last, as a tensor [rows, columns] of its own."""
+        columns = self.shape[-1]
+        return Entry(self.file, self.dtype, (rows, columns), self.offset + first * columns * self.dtype.itemsize)
+
 
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file.

@@ -43,21 +43,21 @@ class Source(Protocol):
     def dtype(self, leaf: Leaf) -> np.dtype:
         """What a leaf is stored in."""
 
-    def read(self, leaf: Leaf, layers: slice, rows: slice) -> np.ndarray:
-        """Some layers (one if unstacked) and of each some rows of its first axis: [layers, rows, ...]."""
+    def read(self, leaf: Leaf, tensors: slice, rows: slice) -> np.ndarray:
+        """Some tensors of a leaf, and of each some rows of its first axis: [tensors, rows, ...]."""
 
-    def spans(self, leaf: Leaf, layers: slice, rows: slice) -> list["Span"] | None:
-        """Where exactly these bytes lie in files, one span for each layer; None where they do not lie so."""
+    def spans(self, leaf: Leaf, tensors: slice, rows: slice) -> list["Span"] | None:
+        """Where exactly these bytes lie in files, one span for each tensor; None where they do not lie so."""
 
 
 class Sink(Protocol):
     """What takes the blocks of a source, on several threads."""
 
-    def write(self, leaf: Leaf, layers: slice, rows: slice, data: np.ndarray) -> None:
-        """Takes a block from memory, [layers, rows, ...]."""
+    def write(self, leaf: Leaf, tensors: slice, rows: slice, data: np.ndarray) -> None:
+        """Takes a block from memory, [tensors, rows, ...]."""
 
-    def receive(self, leaf: Leaf, layers: slice, rows: slice, spans: list["Span"]) -> None:
-        """Takes a block from files, one span for each layer."""
+    def receive(self, leaf: Leaf, tensors: slice, rows: slice, spans: list["Span"]) -> None:
+        """Takes a block from files, one span for each tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ def cast(data: np.ndarray, dtype: np.dtype, leaf: Leaf) -> np.ndarray:
 
 
 def rows_at_a_time(leaf: Leaf, itemsize: int) -> int:
-    """How many rows of one layer make a block of about `BLOCK_BYTES`."""
+    """How many rows of one tensor make a block of about `BLOCK_BYTES`."""
     rows = leaf.shape[0]
     pieces = -(-math.prod(leaf.shape) * itemsize // BLOCK_BYTES)
     # An even split, if there is one near: then the blocks are also the storage chunks, none of them padded.
@@ -140,12 +140,15 @@ def rows_at_a_time(leaf: Leaf, itemsize: int) -> int:
 
 
 def blocks(leaf: Leaf, itemsize: int) -> Iterator[Block]:
-    """The parts in which a leaf is moved: all of a small one, otherwise ranges of rows of one layer."""
-    if leaf.size * itemsize <= BLOCK_BYTES:
-        yield slice(0, leaf.layers), slice(0, leaf.shape[0])
-        return
+    """The parts in which a leaf is moved: all of a small one, whole small layers or experts, or ranges of rows."""
+    for i in range(len(leaf.stack) + 1):
+        each = math.prod(leaf.stack[i:])
+        if each * math.prod(leaf.shape) * itemsize <= BLOCK_BYTES:
+            for start in range(0, len(leaf.names), each):
+                yield slice(start, start + each), slice(0, leaf.shape[0])
+            return
     step = rows_at_a_time(leaf, itemsize)
-    for i in range(leaf.layers):
+    for i in range(len(leaf.names)):
         for start in range(0, leaf.shape[0], step):
             yield slice(i, i + 1), slice(start, min(start + step, leaf.shape[0]))
 
@@ -188,9 +191,9 @@ def copy(
         elif sink is not None:
             sink.receive(leaf, *block, spans)
         if progress is not None:
-            layers, rows = block
+            tensors, rows = block
             row_bytes = math.prod(leaf.shape[1:]) * (dtype or stored).itemsize
-            progress((layers.stop - layers.start) * (rows.stop - rows.start) * row_bytes)
+            progress((tensors.stop - tensors.start) * (rows.stop - rows.start) * row_bytes)
 
     itemsize = {leaf: (dtype or source.dtype(leaf)).itemsize for leaf in leaves(source.config)}
     tasks = [functools.partial(move, leaf, block) for leaf, size in itemsize.items() for block in blocks(leaf, size)]
@@ -227,12 +230,12 @@ class TreeSource:
             raise InputError(f"Expected {config.num_layers} layers, the parameters have {len(params['layers'])}.")
         self._last: tuple[tuple[tuple[str, ...], int], np.ndarray] | None = None
         known = leaves(config)
-        count = sum(leaf.layers if self._listed else 1 for leaf in known)
+        count = sum(len(self._holders(leaf)) for leaf in known)
         if len(jax.tree.leaves(params)) != count:
             raise InputError(f"Expected {count} parameter arrays, got {len(jax.tree.leaves(params))}.")
         for leaf in known:
-            shape = leaf.shape if self._listed else leaf.full_shape
-            for i in range(leaf.layers if self._listed else 1):
+            shape = leaf.layer_shape if self._listed else leaf.full_shape
+            for i in self._holders(leaf):
                 if self._array(leaf, i).shape != shape:
                     raise InputError(
                         f"Parameter {'.'.join(leaf.path)} must have shape {shape}, it has {self._array(leaf, i).shape}."
@@ -243,13 +246,17 @@ class TreeSource:
         """Whether other processes hold some of it."""
         return any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(self._params))
 
+    def _holders(self, leaf: Leaf) -> range:
+        """The arrays of a leaf: one for each of its layers where these are a list."""
+        return range(len(leaf.layers) if self._listed and leaf.layers else 1)
+
     def _array(self, leaf: Leaf, layer: int) -> Any:
-        """The array that holds a layer of a leaf."""
+        """The array that holds the leaf's layer of that index."""
         value: Any = self._params
         path = leaf.path
         try:
-            if self._listed and leaf.stacked:
-                value, path = value["layers"][layer], path[1:]
+            if self._listed and leaf.layers:
+                value, path = value["layers"][leaf.layers[layer]], path[1:]
             for key in path:
                 value = value[key]
         except (KeyError, TypeError):
@@ -259,19 +266,20 @@ class TreeSource:
     def dtype(self, leaf: Leaf) -> np.dtype:
         return parse_dtype(self._array(leaf, 0).dtype)
 
-    def spans(self, leaf: Leaf, layers: slice, rows: slice) -> None:
+    def spans(self, leaf: Leaf, tensors: slice, rows: slice) -> None:
         return None
 
-    def read(self, leaf: Leaf, layers: slice, rows: slice) -> np.ndarray:
-        return np.stack([self._layer(leaf, i)[rows] for i in range(layers.start, layers.stop)])
+    def read(self, leaf: Leaf, tensors: slice, rows: slice) -> np.ndarray:
+        return np.stack([self._tensor(leaf, i)[rows] for i in range(tensors.start, tensors.stop)])
 
-    def _layer(self, leaf: Leaf, layer: int) -> np.ndarray:
-        key = leaf.path, layer
+    def _tensor(self, leaf: Leaf, i: int) -> np.ndarray:
+        key = leaf.path, i
         if self._last is None or self._last[0] != key:
             self._last = None
-            x = self._array(leaf, layer)
-            if leaf.stacked and not self._listed:
-                x = _take_layer(x, layer) if isinstance(x, jax.Array) else x[layer]
+            where = tuple(map(int, np.unravel_index(i, leaf.stack))) if leaf.stack else ()
+            x, index = self._array(leaf, where[0] if where else 0), where[1:] if self._listed else where
+            if index:
+                x = _take(x, index) if isinstance(x, jax.Array) else x[index]
             self._last = key, _to_host(x)
         return self._last[1]
 
@@ -284,8 +292,25 @@ def as_source(params: Params | Source, config: ModelConfig) -> Source:
 
 
 @jax.jit
-def _take_layer(x: jax.Array, layer: int) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+def _take(x: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+    """One entry of the leading axes, of which that of the experts may be split over devices."""
+    sharding = jax.typeof(x).sharding
+    lead, rest = sharding.spec[: len(index)], P(*sharding.spec[len(index) :])
+    if "expert" not in lead:
+        return x[index]
+    axis, bits = lead.index("expert"), jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+
+    def local(x: jax.Array, *index: jax.Array) -> jax.Array:
+        size = x.shape[axis]
+        here = index[axis] - jax.lax.axis_index("expert") * size
+        own = x[(*index[:axis], jnp.clip(here, 0, size - 1), *index[axis + 1 :])]
+        # As integers: a sum with zeros would make a zero of a negative zero.
+        found = jnp.where((here >= 0) & (here < size), jax.lax.bitcast_convert_type(own, bits), 0)
+        return jax.lax.bitcast_convert_type(jax.lax.psum(found, "expert"), x.dtype)
+
+    run = jax.shard_map(local, mesh=sharding.mesh, in_specs=(sharding.spec, *(P(),) * len(index)), out_specs=rest)
+    result: jax.Array = run(x, *index)
+    return result
 
 
 def _to_host(x: Any) -> np.ndarray:

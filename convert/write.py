@@ -76,12 +76,12 @@ class _Patient:
         self._sink = sink
         self.problem: Exception | None = None
 
-    def write(self, leaf: Leaf, layers: slice, rows: slice, data: np.ndarray) -> None:
+    def write(self, leaf: Leaf, tensors: slice, rows: slice, data: np.ndarray) -> None:
         if self.problem is None:
             try:
-                self._sink.write(leaf, layers, rows, data)
+                self._sink.write(leaf, tensors, rows, data)
             except Exception as error:
                 self.problem = error
 
-    def receive(self, leaf: Leaf, layers: slice, rows: slice, spans: list[Span]) -> None:
+    def receive(self, leaf: Leaf, tensors: slice, rows: slice, spans: list[Span]) -> None:
         raise NotImplementedError("Parameters in memory lie in no file.")

@@ -63,8 +63,47 @@ class DualChunk:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoE:
+    """A mixture of experts in place of feed-forward layers: routed experts, and one shared by all tokens.
+
+    Attributes:
+      num_experts: routed experts of a layer.
+      num_experts_per_tok: of which a token takes this many.
+      intermediate_size: SwiGLU width of a routed expert.
+      shared_intermediate_size: of the shared one, which a sigmoid of the token gates.
+      norm_topk_prob: whether the weights of the experts taken are made to sum to 1.
+      decoder_sparse_step: every such layer has experts: those whose number, counted from 1, it divides.
+      mlp_only_layers: layers that have none all the same, counted from 0.
+      router_aux_loss_coef: of the load-balancing loss, for training.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    intermediate_size: int
+    shared_intermediate_size: int
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    router_aux_loss_coef: float = 0.001
+
+    def __post_init__(self) -> None:
+        names = ("num_experts", "num_experts_per_tok", "intermediate_size", "shared_intermediate_size")
+        for name in (*names, "decoder_sparse_step"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name} of a mixture of experts must be a positive integer, got {value!r}.")
+        if self.num_experts_per_tok > self.num_experts:
+            raise InputError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) is more than num_experts ({self.num_experts}): a "
+                "token takes each expert at most once."
+            )
+        if not self.router_aux_loss_coef >= 0:
+            raise InputError(f"router_aux_loss_coef must be at least 0, got {self.router_aux_loss_coef}.")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a dense Qwen2.5 model.
+    """Architecture of a Qwen2.5 model, dense or with a mixture of experts.
 
     `rms_norm_eps`, `max_position_embeddings` and `eos_token_ids` differ between the base and the instruct checkpoint
     of one size; see `published`.
@@ -72,7 +111,7 @@ class ModelConfig:
     Attributes:
       vocab_size: rows of the embedding. More than the tokenizer has: the rest is padding that is never sampled.
       hidden_size: width of the residual stream.
-      intermediate_size: width of the SwiGLU feed-forward layer.
+      intermediate_size: width of the SwiGLU feed-forward layer, where a layer has no experts.
       num_layers: transformer blocks.
       num_heads: query heads.
       num_kv_heads: key and value heads; divides `num_heads`.
@@ -83,6 +122,7 @@ class ModelConfig:
       max_position_embeddings: context length in tokens.
       yarn: context extension, or None.
       dual_chunk: dual-chunk attention, or None.
+      moe: experts, or None for a dense model.
       bos_token_id: recorded for other tools; nothing is prepended to a prompt.
       eos_token_ids: ids that end a text.
       initializer_range: standard deviation of the initial weights.
@@ -104,6 +144,7 @@ class ModelConfig:
     max_position_embeddings: int = 32768
     yarn: Yarn | None = None
     dual_chunk: DualChunk | None = None
+    moe: MoE | None = None
     bos_token_id: int | None = 151643
     eos_token_ids: tuple[int, ...] = (151643,)
     initializer_range: float = 0.02
@@ -139,6 +180,17 @@ class ModelConfig:
             )
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.")
+        if self.moe is not None:
+            odd = [i for i in self.moe.mlp_only_layers if not 0 <= i < self.num_layers]
+            if odd:
+                raise InputError(f"mlp_only_layers names layers {odd}; there are layers 0 to {self.num_layers - 1}.")
+            if not self.sparse_layers:
+                raise InputError(
+                    f"No layer has experts: decoder_sparse_step is {self.moe.decoder_sparse_step} and mlp_only_layers "
+                    f"{list(self.moe.mlp_only_layers)}, with {self.num_layers} layers."
+                )
+            if self.use_sliding_window:
+                raise InputError("use_sliding_window=true is not supported with experts; no published model has it.")
         layers_without = self.num_layers if self.max_window_layers is None else self.max_window_layers
         if self.use_sliding_window and self.sliding_window is not None and layers_without < self.num_layers:
             raise InputError(
@@ -148,6 +200,14 @@ class ModelConfig:
             )
 
     @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers that have experts, counted from 0."""
+        if self.moe is None:
+            return ()
+        step, without = self.moe.decoder_sparse_step, self.moe.mlp_only_layers
+        return tuple(i for i in range(self.num_layers) if (i + 1) % step == 0 and i not in without)
+
+    @property
     def context_length(self) -> int:
         """The longest sequence, in tokens, that this implementation runs exactly."""
         extended = int(self.yarn.original_max_position_embeddings * self.yarn.factor) if self.yarn else 0
@@ -155,20 +215,35 @@ class ModelConfig:
         return min(length, self.dual_chunk.chunk_len) if self.dual_chunk else length
 
     def num_params(self) -> dict[str, int]:
-        """Exact parameter counts: `embedding`, `layers`, `norm`, `lm_head` (0 when tied), `total`, `non_embedding`."""
-        d, f = self.hidden_size, self.intermediate_size
+        """Exact parameter counts.
+
+        Returns:
+          `embedding`, `layers`, `norm`, `lm_head` (0 when tied), `total`, `non_embedding`; and `active`, those that
+          one token is multiplied with: without the experts it does not take, and with the head, but not the embedding.
+        """
+        d = self.hidden_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        layer = q * d + q + 2 * (kv * d + kv) + d * q + 3 * d * f + 2 * d
+        attention = q * d + q + 2 * (kv * d + kv) + d * q + 2 * d
+        sparse = len(self.sparse_layers)
+        layers = self.num_layers * attention + (self.num_layers - sparse) * 3 * d * self.intermediate_size
+        idle = 0
+        if self.moe is not None:
+            expert = 3 * d * self.moe.intermediate_size
+            router_and_gate = (self.moe.num_experts + 1) * d
+            shared = 3 * d * self.moe.shared_intermediate_size
+            layers += sparse * (self.moe.num_experts * expert + shared + router_and_gate)
+            idle = sparse * (self.moe.num_experts - self.moe.num_experts_per_tok) * expert
         embedding = self.vocab_size * d
         lm_head = 0 if self.tie_word_embeddings else embedding
-        total = embedding + self.num_layers * layer + d + lm_head
+        total = embedding + layers + d + lm_head
         return {
             "embedding": embedding,
-            "layers": self.num_layers * layer,
+            "layers": layers,
             "norm": d,
             "lm_head": lm_head,
             "total": total,
             "non_embedding": total - embedding - lm_head,
+            "active": layers - idle + d + embedding,
         }
 
     def kv_bytes_per_token(self, itemsize: int = 2) -> int:
@@ -302,6 +377,7 @@ def _published() -> dict[str, ModelConfig]:
                 sliding_window=32768,
                 max_window_layers=base.max_window_layers,
             )
+    configs |= _mixtures()
     # Not published: small enough for tests and for a first training run on a laptop.
     tiny = ModelConfig(
         vocab_size=512,
@@ -319,7 +395,36 @@ def _published() -> dict[str, ModelConfig]:
     )
     configs["tiny"] = tiny
     configs["tiny-untied"] = dataclasses.replace(tiny, tie_word_embeddings=False)
+    configs["tiny-moe"] = dataclasses.replace(tiny, moe=MoE(8, 2, 32, 64))
     return configs
+
+
+def _mixtures() -> dict[str, ModelConfig]:
+    """The two published models with experts, and a family of ours with finer ones."""
+    small: dict[str, Any] = dict(
+        vocab_size=151936, hidden_size=2048, intermediate_size=5632, num_layers=24, num_heads=16, num_kv_heads=16,
+        head_dim=128, tie_word_embeddings=False, moe=MoE(60, 4, 1408, 5632), max_window_layers=21,
+    )  # fmt: skip
+    large: dict[str, Any] = dict(
+        vocab_size=151936, hidden_size=3584, intermediate_size=18944, num_layers=28, num_heads=28, num_kv_heads=4,
+        head_dim=128, tie_word_embeddings=False, moe=MoE(64, 8, 2560, 20480), max_window_layers=28,
+    )  # fmt: skip
+    chat = (_IM_END,)
+    window: dict[str, Any] = {"max_position_embeddings": 32768, "sliding_window": 32768}
+    published = {
+        "qwen1.5-moe-a2.7b": ModelConfig(**small, max_position_embeddings=8192, sliding_window=32768),
+        "qwen1.5-moe-a2.7b-chat": ModelConfig(**small, **window, eos_token_ids=chat),
+        "qwen2-57b-a14b": ModelConfig(**large, max_position_embeddings=131072, sliding_window=131072),
+        "qwen2-57b-a14b-instruct": ModelConfig(**large, **window, eos_token_ids=chat),
+    }
+    # Ours, after what the report says of Qwen2.5-Turbo and gives no sizes of: many narrow experts, eight to a token,
+    # and a shared one as wide as two of them, in the body of a dense model.
+    fine = {
+        "fine-3b-a0.6b": ("0.5b", MoE(64, 8, 640, 1280, norm_topk_prob=True)),
+        "fine-23b-a2.4b": ("3b", MoE(128, 8, 768, 1536, norm_topk_prob=True)),
+        "fine-91b-a4.9b": ("7b", MoE(256, 8, 1152, 2304, norm_topk_prob=True)),
+    }
+    return published | {name: ModelConfig(**_shape(size), moe=moe) for name, (size, moe) in fine.items()}
 
 
 PUBLISHED: dict[str, ModelConfig] = _published()

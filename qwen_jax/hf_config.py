@@ -5,10 +5,23 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from qwen_jax.config import DualChunk, ModelConfig, Yarn
+from qwen_jax.config import DualChunk, ModelConfig, MoE, Yarn
 from qwen_jax.errors import InputError
 
 _SHAPE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+# The mixture of experts: key there -> field of `MoE`, or its name where that is the same.
+_MOE_KEYS = {
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_tok",
+    "moe_intermediate_size": "intermediate_size",
+    "shared_expert_intermediate_size": "shared_intermediate_size",
+    "norm_topk_prob": "norm_topk_prob",
+    "decoder_sparse_step": "decoder_sparse_step",
+    "mlp_only_layers": "mlp_only_layers",
+    "router_aux_loss_coef": "router_aux_loss_coef",
+}
+_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
 
 # Settings that change the computation and that Qwen2.5 has at one value only.
 _REQUIRED_VALUES = {
@@ -18,6 +31,7 @@ _REQUIRED_VALUES = {
     "quantization_config": None,
     "add_cross_attention": False,
     "is_encoder_decoder": False,
+    "qkv_bias": True,
 }
 
 # Everything else that may stand in a config.json without changing the forward pass.
@@ -28,7 +42,7 @@ _KNOWN_KEYS = {*_SHAPE_KEYS, *_REQUIRED_VALUES} | set(
     pad_token_id initializer_range torch_dtype dtype use_sliding_window sliding_window max_window_layers
     layer_types use_cache transformers_version _name_or_path _commit_hash _attn_implementation_autoset
     attn_implementation seq_length return_dict output_attentions output_hidden_states chunk_size_feed_forward
-    id2label label2id problem_type unsloth_version unsloth_fixed
+    id2label label2id problem_type unsloth_version unsloth_fixed output_router_logits
     """.split()
 )
 
@@ -44,14 +58,17 @@ def read(hf: Mapping[str, Any]) -> ModelConfig:
     """
     hf = dict(hf)
     _check_kinds(hf)
-    if hf.get("model_type") != "qwen2":
+    kind = hf.get("model_type")
+    if kind not in _ARCHITECTURES:
         raise InputError(
-            f"Expected a config.json with model_type 'qwen2', got {hf.get('model_type')!r}. "
-            "Only the dense Qwen2 and Qwen2.5 architecture can be loaded."
+            f"Expected a config.json with model_type 'qwen2' (or 'qwen2_moe'), got {kind!r}. Only the Qwen2 and "
+            "Qwen2.5 architecture can be loaded, dense or with experts."
         )
-    architectures = hf.get("architectures") or ["Qwen2ForCausalLM"]
-    if architectures != ["Qwen2ForCausalLM"]:
-        raise InputError(f"Expected architecture Qwen2ForCausalLM, got {architectures}.")
+    architectures = hf.get("architectures") or [_ARCHITECTURES[kind]]
+    if architectures != [_ARCHITECTURES[kind]]:
+        raise InputError(f"Expected architecture {_ARCHITECTURES[kind]}, got {architectures}.")
+    moe = _read_moe(hf) if kind == "qwen2_moe" else None
+    hf = {key: value for key, value in hf.items() if kind == "qwen2" or key not in _MOE_KEYS}
     unknown = sorted(set(hf) - _KNOWN_KEYS)
     if unknown:
         raise InputError(
@@ -97,6 +114,7 @@ def read(hf: Mapping[str, Any]) -> ModelConfig:
         max_position_embeddings=int(hf.get("max_position_embeddings") or 32768),
         yarn=yarn,
         dual_chunk=dual_chunk,
+        moe=moe,
         bos_token_id=hf.get("bos_token_id"),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         initializer_range=float(hf.get("initializer_range") or 0.02),
@@ -117,8 +135,9 @@ def write(config: ModelConfig) -> dict[str, Any]:
       A JSON object that `read` turns into the same config.
     """
     eos: Any = list(config.eos_token_ids)
+    kind = "qwen2" if config.moe is None else "qwen2_moe"
     hf: dict[str, Any] = {
-        "architectures": ["Qwen2ForCausalLM"],
+        "architectures": [_ARCHITECTURES[kind]],
         "attention_dropout": 0.0,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else eos,
@@ -127,7 +146,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "initializer_range": config.initializer_range,
         "intermediate_size": config.intermediate_size,
         "max_position_embeddings": config.max_position_embeddings,
-        "model_type": "qwen2",
+        "model_type": kind,
         "num_attention_heads": config.num_heads,
         "num_hidden_layers": config.num_layers,
         "num_key_value_heads": config.num_kv_heads,
@@ -140,6 +159,9 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "use_sliding_window": config.use_sliding_window,
         "vocab_size": config.vocab_size,
     }
+    if config.moe is not None:
+        hf |= {key: getattr(config.moe, field) for key, field in _MOE_KEYS.items()}
+        hf["mlp_only_layers"] = list(config.moe.mlp_only_layers)
     if config.max_window_layers is not None:
         hf["max_window_layers"] = config.max_window_layers
     if config.head_dim * config.num_heads != config.hidden_size:
@@ -151,6 +173,23 @@ def write(config: ModelConfig) -> dict[str, Any]:
     if config.dual_chunk:
         hf["dual_chunk_attention_config"] = dataclasses.asdict(config.dual_chunk)
     return hf
+
+
+def _read_moe(hf: Mapping[str, Any]) -> MoE:
+    """The experts of a config.json of model_type qwen2_moe."""
+    missing = [key for key in list(_MOE_KEYS)[:4] if hf.get(key) is None]
+    if missing:
+        raise InputError(f"config.json has model_type 'qwen2_moe' and lacks {', '.join(missing)}.")
+    given = {field: hf[key] for key, field in _MOE_KEYS.items() if hf.get(key) is not None}
+    layers = given.get("mlp_only_layers", [])
+    if not isinstance(layers, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
+        raise InputError(f"config.json has mlp_only_layers={layers!r}; expected a list of layer numbers.")
+    if not isinstance(given.get("norm_topk_prob", False), bool):
+        raise InputError(f"config.json has norm_topk_prob={given['norm_topk_prob']!r}; expected true or false.")
+    coefficient = given.get("router_aux_loss_coef", 0.0)
+    if not isinstance(coefficient, (int, float)) or isinstance(coefficient, bool) or not math.isfinite(coefficient):
+        raise InputError(f"config.json has router_aux_loss_coef={coefficient!r}; expected a number.")
+    return MoE(**{**given, "mlp_only_layers": tuple(layers)})
 
 
 def _check_kinds(hf: Mapping[str, Any]) -> None:

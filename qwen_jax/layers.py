@@ -38,7 +38,7 @@ def recompute(f: Callable[..., Any], params: Any, *inputs: Any, constants: tuple
     def backward(kept: Any, by: Any) -> Any:
         params, inputs, constants = kept
         # Without this the compiler would find that it has made these values before, and keep them.
-        inputs, by = lax.optimization_barrier((inputs, by))
+        inputs, by = _fenced((inputs, by))
         _, pull = jax.vjp(lambda params, inputs: f(params, *inputs, *constants), params, inputs)
         return *pull(by), None
 
@@ -46,22 +46,56 @@ def recompute(f: Callable[..., Any], params: Any, *inputs: Any, constants: tuple
     return run(params, inputs, constants)
 
 
-def unstacked(stacked: Any, dtype: Any) -> list[Any]:
+def _fenced(tree: Any) -> Any:
+    """The same values, of which the compiler does not know where they come from."""
+    leaves, treedef = jax.tree.flatten(tree)
+    real = [i for i, leaf in enumerate(leaves) if leaf.dtype != jax.dtypes.float0]  # Integers have such gradients.
+    for i, leaf in zip(real, lax.optimization_barrier([leaves[i] for i in real]), strict=True):
+        leaves[i] = leaf
+    return jax.tree.unflatten(treedef, leaves)
+
+
+_KINDS = ("mlp", "moe")
+
+
+def index_of(name: str, layer: int, sparse_layers: Sequence[int]) -> int | None:
+    """Where a layer's part lies in the stack of its kind; None if the layer has no such part.
+
+    Args:
+      name: of the part: "mlp" is in layers without experts, "moe" in those with, and all else in every layer.
+      layer: its number.
+      sparse_layers: numbers of the layers that have experts.
+    """
+    before = sum(i < layer for i in sparse_layers)
+    if name not in _KINDS:
+        return layer
+    if (name == "moe") != (layer in sparse_layers):
+        return None
+    return before if name == "moe" else layer - before
+
+
+def unstacked(stacked: Any, dtype: Any, sparse_layers: Sequence[int] = ()) -> list[Any]:
     """The parameters of each layer.
 
     Args:
       stacked: of all layers, with a leading axis.
       dtype: of the result, such as that of compute.
+      sparse_layers: numbers of the layers that have experts.
     """
-    layer = lambda i: jax.tree.map(lambda w: w[i].astype(dtype), stacked)  # noqa: E731
-    return list(map(layer, range(jax.tree.leaves(stacked)[0].shape[0])))
+
+    def layer(i: int) -> Any:
+        at = {name: index_of(name, i, sparse_layers) for name in stacked}
+        take = lambda name: jax.tree.map(lambda w: w[at[name]].astype(dtype), stacked[name])  # noqa: E731
+        return {name: take(name) for name in stacked if at[name] is not None}
+
+    return list(map(layer, range(stacked["input_norm"]["weight"].shape[0])))
 
 
 def restacked(layers: Sequence[Any], dtype: Any) -> Any:
     """What `unstacked` took apart; into one buffer as they come, so that there is no second copy of them all.
 
     Args:
-      layers: trees of one structure, such as gradients, which come last layer first.
+      layers: dicts of trees, such as gradients, which come last layer first.
       dtype: of the result.
     """
 
@@ -72,4 +106,5 @@ def restacked(layers: Sequence[Any], dtype: Any) -> Any:
             out = out.at[i].set(leaves[i])
         return out.astype(dtype)
 
-    return jax.tree.map(stack, *layers)
+    names = sorted({name for layer in layers for name in layer})
+    return {name: jax.tree.map(stack, *(layer[name] for layer in layers if name in layer)) for name in names}

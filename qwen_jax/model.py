@@ -5,11 +5,12 @@ Modules are made of existing parameters by `qwen_jax.params.bind`, for one forwa
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -17,8 +18,10 @@ from qwen_jax import kernels
 from qwen_jax.attention import Attention, CacheWrite, KVCache, Projection
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels import on_mesh
+from qwen_jax.kernels.grouped import Implementation as Grouped
 from qwen_jax.kernels.reference import einsum_f32
-from qwen_jax.layers import Remat, recompute
+from qwen_jax.layers import Remat, index_of, recompute
+from qwen_jax.moe import MoE, Routing
 from qwen_jax.products import look_up, product
 from qwen_jax.rope import rope_tables
 from qwen_jax.sharding import Sharding, gathered
@@ -40,9 +43,11 @@ class RMSNorm(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU feed-forward layer (Shazeer 2020, arXiv:2002.05202). `fused`: gate and up are one matrix a shard."""
 
-    def __init__(self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, fused: bool = False):
+    def __init__(
+        self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, fused: bool = False, width: int | None = None
+    ):
         self.sharding, self.fused = sharding, fused
-        D, F, n = config.hidden_size, config.intermediate_size, sharding.tensor
+        D, F, n = config.hidden_size, width or config.intermediate_size, sharding.tensor
         normal = nnx.initializers.normal(config.initializer_range)
         residual = nnx.initializers.normal(config.initializer_range / (2 * config.num_layers) ** 0.5)
         if fused:
@@ -81,15 +86,22 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One transformer layer: pre-norm attention and pre-norm feed-forward, each added to the stream."""
+    """One transformer layer: pre-norm attention and pre-norm feed-forward, each added to the stream.
+
+    `kinds`: what its feed-forward part is: "mlp", or "moe" with experts; both only to lay out parameters.
+    """
 
     def __init__(
-        self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, fused: bool, impl: kernels.Implementation
+        self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, options: "Options", kinds: Collection[str]
     ):
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, sharding, rngs, fused, impl)
+        self.attention = Attention(config, sharding, rngs, options.fused, options.attention)
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, sharding, rngs, fused)
+        if "mlp" in kinds:
+            self.mlp = MLP(config, sharding, rngs, options.fused)
+        if "moe" in kinds and config.moe is not None:
+            shared = MLP(config, sharding, rngs, options.fused, config.moe.shared_intermediate_size)
+            self.moe = MoE(config, sharding, rngs, options, shared)
 
     def __call__(
         self,
@@ -98,14 +110,22 @@ class Block(nnx.Module):
         mask: kernels.Mask,
         cache: tuple[jax.Array, jax.Array] | None = None,
         write: CacheWrite | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        valid_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, Routing | None]:
         with jax.named_scope("attention"):
             out, cache = self.attention(self.input_norm(x_BTD), rope, mask, cache, write)
             x_BTD = x_BTD + out
-        with jax.named_scope("mlp"):
-            return x_BTD + self.mlp(self.post_attention_norm(x_BTD)), cache
+        if not hasattr(self, "moe"):
+            with jax.named_scope("mlp"):
+                return x_BTD + self.mlp(self.post_attention_norm(x_BTD)), cache, None
+        with jax.named_scope("moe"):
+            h_BTD = self.post_attention_norm(x_BTD)
+            out, routing = self.moe.routed(x_BTD, self.post_attention_norm.weight[...], valid_BT)
+            return x_BTD + (out + self.moe.gated(h_BTD, self.moe.shared(h_BTD))), cache, routing
 
-    def keeping_dots(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], mask: kernels.Mask) -> jax.Array:
+    def keeping_dots(
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], mask: kernels.Mask, valid_BT: jax.Array | None
+    ) -> tuple[jax.Array, Routing | None]:
         """The same without a cache; the backward pass keeps the results of products and of attention, and no more."""
 
         def again(f: Callable[..., Any], modules: tuple[nnx.Module, ...], *inputs: Any, constants: Any = ()) -> Any:
@@ -121,10 +141,17 @@ class Block(nnx.Module):
             )
             out = self.attention.attend(q, k, v, mask, recompute=True)[0]
             x_BTD = again(lambda attention, x, out: x + attention.output(out), (self.attention,), x_BTD, out)
-        with jax.named_scope("mlp"):
-            norm_mlp = self.post_attention_norm, self.mlp
-            gate, up = again(lambda norm, mlp, x: mlp.gate_and_up(norm(x)), norm_mlp, x_BTD)
-            return again(lambda mlp, x, *h: x + mlp.down_swiglu(*h), (self.mlp,), x_BTD, gate, up)
+        norm = self.post_attention_norm
+        if not hasattr(self, "moe"):
+            with jax.named_scope("mlp"):
+                gate, up = again(lambda norm, mlp, x: mlp.gate_and_up(norm(x)), (norm, self.mlp), x_BTD)
+                return again(lambda mlp, x, *h: x + mlp.down_swiglu(*h), (self.mlp,), x_BTD, gate, up), None
+        with jax.named_scope("moe"):
+            out, routing = self.moe.routed(x_BTD, norm.weight[...], valid_BT, keep_dots=True)
+            gate, up = again(lambda norm, mlp, x: mlp.gate_and_up(norm(x)), (norm, self.moe.shared), x_BTD)
+            shared = again(lambda mlp, *h: mlp.down_swiglu(*h), (self.moe.shared,), gate, up)
+            gated = again(lambda norm, moe, x, y: moe.gated(norm(x), y), (norm, self.moe), x_BTD, shared)
+            return x_BTD + (out + gated), routing
 
 
 class Qwen2(nnx.Module):
@@ -135,15 +162,23 @@ class Qwen2(nnx.Module):
         normal = nnx.initializers.normal(config.initializer_range)
         self.embed = Projection(normal(rngs.params(), (config.vocab_size, config.hidden_size)))
 
-        def block(key: jax.Array) -> Block:
-            return Block(config, sharding, nnx.Rngs(params=key), options.fused, options.attention)
+        sparse = config.sparse_layers
+        kind = ["moe" if i in sparse else "mlp" for i in range(config.num_layers)]
+
+        def block(key: jax.Array, kinds: Collection[str]) -> Block:
+            return Block(config, sharding, nnx.Rngs(params=key), options, kinds)
 
         keys = jax.random.split(rngs.params(), config.num_layers)
         if options.stacked:
-            graphdef = nnx.split(nnx.eval_shape(lambda: block(jax.random.key(0))))[0]
-            self.layers = nnx.merge(graphdef, jax.vmap(lambda key: nnx.split(block(key))[1])(keys))
+            graphdef = nnx.split(nnx.eval_shape(lambda: block(jax.random.key(0), kind)))[0]
+            state = jax.vmap(lambda key: nnx.split(block(key, kind))[1])(keys)
+            if len(set(kind)) > 1:
+                where = {name: np.array([i for i, of in enumerate(kind) if of == name]) for name in set(kind)}
+                take = lambda name: lambda w: w[where[name]] if name in where else w  # noqa: E731
+                state = nnx.State({name: jax.tree.map(take(name), part) for name, part in state.items()})
+            self.layers = nnx.merge(graphdef, state)
         else:
-            self.layers = nnx.List([block(key) for key in keys])
+            self.layers = nnx.List([block(key, {of}) for key, of in zip(keys, kind, strict=True)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Projection(normal(rngs.params(), (config.vocab_size, config.hidden_size)))
@@ -158,6 +193,20 @@ class Qwen2(nnx.Module):
         write: CacheWrite | None = None,
         remat: Remat = "none",
     ) -> tuple[jax.Array, KVCache | None]:
+        """`run` without the routing."""
+        return self.run(tokens_BT, positions_BT, mask, cache=cache, write=write, remat=remat)[:2]
+
+    def run(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        mask: kernels.Mask,
+        *,
+        cache: KVCache | None = None,
+        write: CacheWrite | None = None,
+        remat: Remat = "none",
+        valid_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None, Routing | None]:
         """Runs the blocks.
 
         Args:
@@ -167,24 +216,29 @@ class Qwen2(nnx.Module):
           cache, write: for cached decoding; needs unstacked layers.
           remat: what the backward pass recomputes: "none", "full" (everything but block inputs) or "dots" (everything
             but the results of matrix products and of attention).
+          valid_BT: bool, which tokens are not padding: experts leave the others alone, and routing is counted.
 
         Returns:
-          The normalised hidden state [B, T, D] in the compute dtype, and the cache with the new tokens in it.
+          The normalised hidden state [B, T, D] in the compute dtype; the cache with the new tokens in it; with
+          `valid_BT`, the routing of every layer that has experts, with an axis of these layers in front.
         """
         spec, dtype = self.sharding, jnp.dtype(self.options.dtype)
-        tokens_BT, positions_BT, mask = jax.tree.map(
-            lambda x: jax.reshard(x, spec.tokens), (tokens_BT, positions_BT, mask)
+        tokens_BT, positions_BT, mask, valid_BT = jax.tree.map(
+            lambda x: jax.reshard(x, spec.tokens), (tokens_BT, positions_BT, mask, valid_BT)
         )
         with jax.named_scope("embed"):
             x_BTD = look_up(self.embed.weight[...], tokens_BT, dtype, spec)
         rope = rope_tables(self.config, positions_BT, dtype)
+        routing: list[Routing] = []
         if cache is not None:
             x_BTD, cache = self._with_cache(x_BTD, rope, mask, cache, write)
         else:
 
-            def layer(graphdef: Any, params: Any, x_BTD: jax.Array) -> jax.Array:
+            def layer(graphdef: Any, x_BTD: jax.Array, params: Any) -> tuple[jax.Array, Routing | None]:
                 block: Block = nnx.merge(graphdef, params)
-                return block.keeping_dots(x_BTD, rope, mask) if remat == "dots" else block(x_BTD, rope, mask)[0]
+                if remat == "dots":
+                    return block.keeping_dots(x_BTD, rope, mask, valid_BT)
+                return block(x_BTD, rope, mask, valid_BT=valid_BT)[::2]
 
             if isinstance(self.layers, nnx.List):
                 for i, block in enumerate(self.layers):
@@ -192,14 +246,43 @@ class Qwen2(nnx.Module):
                     one = functools.partial(layer, graphdef)
                     # Not by jax.checkpoint, which outside a loop would fence the weights too: a copy of each.
                     with jax.named_scope(f"layer{i}"):
-                        x_BTD = recompute(one, params, x_BTD) if remat == "full" else one(params, x_BTD)
+                        again = functools.partial(recompute, lambda params, x, one=one: one(x, params))
+                        x_BTD, of = again(params, x_BTD) if remat == "full" else one(x_BTD, params)
+                    routing += [jax.tree.map(lambda x: x[None], of)] if of is not None else []
             else:
-                graphdef, stacked = nnx.split(self.layers)
-                one = functools.partial(layer, graphdef)
-                body = jax.checkpoint(one) if remat == "full" else one
-                x_BTD, _ = jax.lax.scan(lambda x, params: (body(params, x), None), x_BTD, stacked)
+                for graphdef, stacked in self._runs():
+                    one = functools.partial(layer, graphdef)
+                    body = jax.checkpoint(one) if remat == "full" else one
+                    x_BTD, of = jax.lax.scan(body, x_BTD, stacked)
+                    routing += [of] if of is not None else []
         with jax.named_scope("norm"):
-            return self.norm(x_BTD), cache
+            every = jax.tree.map(lambda *x: jnp.concatenate(x), *routing) if routing else None
+            return self.norm(x_BTD), cache, every
+
+    def _runs(self) -> list[tuple[Any, Any]]:
+        """Layers of one kind that follow one another, as graph definition and stacked parameters."""
+        graphdef, stacked = nnx.split(self.layers)
+        sparse, count = self.config.sparse_layers, self.config.num_layers
+        kinds = ["moe" if i in sparse else "mlp" for i in range(count)]
+        if len(set(kinds)) == 1:
+            return [(graphdef, stacked)]
+        runs = []
+        first = 0
+        while first < count:
+            kind = kinds[first]
+            last = next((i for i in range(first, count) if kinds[i] != kind), count)
+            block = nnx.eval_shape(
+                lambda kind=kind: Block(self.config, self.sharding, nnx.Rngs(0), self.options, {kind})
+            )
+            parts = {}
+            for name, part in stacked.items():
+                at = index_of(name, first, sparse)
+                if at is not None:
+                    end = at + last - first
+                    parts[name] = jax.tree.map(lambda w, at=at, end=end: w[at:end], part)
+            runs.append((nnx.split(block)[0], nnx.State(parts)))
+            first = last
+        return runs
 
     def _with_cache(
         self, x_BTD: jax.Array, rope: Any, mask: kernels.Mask, cache: KVCache, write: CacheWrite | None
@@ -209,7 +292,7 @@ class Qwen2(nnx.Module):
         new = []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer{i}"):
-                x_BTD, kv = layer(x_BTD, rope, mask, (cache.keys[i], cache.values[i]), write)
+                x_BTD, kv, _ = layer(x_BTD, rope, mask, (cache.keys[i], cache.values[i]), write)
             new.append(kv)
         return x_BTD, KVCache(tuple(kv[0] for kv in new), tuple(kv[1] for kv in new))
 
@@ -231,9 +314,14 @@ class Options:
       fused: the inference layout of the projections; see `fuse`.
       dtype: compute dtype.
       attention: which kernel; see `kernels.attention`.
+      grouped: which kernel multiplies the rows of experts; see `kernels.grouped`.
+      capacity_factor: 0 loses no token. Otherwise each expert has room for this many times the rows that a device would
+        send it if all got as many; others pass it by, and are counted.
     """
 
     stacked: bool = True
     fused: bool = False
     dtype: str = "float32"
     attention: kernels.Implementation = "auto"
+    grouped: Grouped = "auto"
+    capacity_factor: float = 0.0

@@ -79,7 +79,7 @@ def abstract_params(
 
 def param_specs(config: ModelConfig, sharding: Sharding, options: Options = Options()) -> Params:
     """The PartitionSpec of every parameter, in the tree of `abstract_params`."""
-    s, norm = sharding, {"weight": sharding.norm}
+    s, norm, L = sharding, {"weight": sharding.norm}, config.num_layers
     if options.fused:
         attention: Params = {"qkv": {"weight": s.fused_qkv, "bias": s.fused_qkv_bias}, "o": {"weight": s.o}}
         mlp: Params = {"gate_up": {"weight": s.fused_gate_up}, "down": {"weight": s.down}}
@@ -87,16 +87,20 @@ def param_specs(config: ModelConfig, sharding: Sharding, options: Options = Opti
         kv = {"weight": s.kv, "bias": s.kv_bias}
         attention = {"q": {"weight": s.q, "bias": s.q_bias}, "k": kv, "v": dict(kv), "o": {"weight": s.o}}
         mlp = {"gate": {"weight": s.gate_up}, "up": {"weight": s.gate_up}, "down": {"weight": s.down}}
-    layer = {
-        "input_norm": dict(norm),
-        "attention": attention,
-        "post_attention_norm": dict(norm),
-        "mlp": mlp,
+    layer = {"input_norm": dict(norm), "attention": attention, "post_attention_norm": dict(norm)}
+    router = {"weight": s.router}
+    moe = {
+        "router": router,
+        "experts": {"gate_up": s.experts_gate_up, "down": s.experts_down},
+        "shared": mlp,
+        "shared_gate": dict(router),
     }
+    kinds = [{**layer, "moe": moe} if i in config.sparse_layers else {**layer, "mlp": mlp} for i in range(L)]
     if options.stacked:
-        layers: Any = jax.tree.map(lambda p: P(None, *p), layer, is_leaf=lambda p: isinstance(p, P))
+        every = {name: part for kind in kinds for name, part in kind.items()}
+        layers: Any = jax.tree.map(lambda p: P(None, *p), every, is_leaf=lambda p: isinstance(p, P))
     else:
-        layers = [layer] * config.num_layers
+        layers = kinds
     specs = {"embed": {"weight": s.vocab}, "layers": layers, "norm": dict(norm)}
     if not config.tie_word_embeddings:
         specs["lm_head"] = {"weight": s.vocab}

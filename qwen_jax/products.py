@@ -39,10 +39,10 @@ def product(subscripts: str, x: jax.Array, w: jax.Array, x_spec: P, w_spec: P, o
         // (mesh.shape["tensor"] if split and (split in out) == kept else 1)
         for kept in (True, False)
     )
-    by_kernel = on_mesh.takes(x, mesh.shape["data"] * mesh.shape["fsdp"], outputs, contracted)
+    by_kernel = on_mesh.takes(x, math.prod(mesh.shape[axis] for axis in x_spec[0]), outputs, contracted)
 
     def local(x: jax.Array, w: jax.Array) -> jax.Array:
-        w = _gather(w, w_spec.index("fsdp"))
+        w = gather(w, w_spec.index("fsdp"))
         y = on_mesh.few_rows(subscripts, x, w) if by_kernel else jnp.einsum(subscripts, x, w)
         return (lax.psum(y, "tensor") if sums else y).astype(x.dtype)
 
@@ -52,13 +52,13 @@ def product(subscripts: str, x: jax.Array, w: jax.Array, x_spec: P, w_spec: P, o
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(w: jax.Array, axis: int) -> jax.Array:
+def gather(w: jax.Array, axis: int) -> jax.Array:
     """A weight from its parts over `fsdp`, which lie along an axis."""
     return lax.all_gather(w, "fsdp", axis=axis, tiled=True)
 
 
 def _gather_forward(w: jax.Array, axis: int) -> tuple[jax.Array, None]:
-    return _gather(w, axis), None
+    return gather(w, axis), None
 
 
 def _gather_backward(axis: int, _: None, gradient: jax.Array) -> tuple[jax.Array]:
@@ -68,7 +68,7 @@ def _gather_backward(axis: int, _: None, gradient: jax.Array) -> tuple[jax.Array
     return (lax.psum_scatter(jnp.moveaxis(parts, axis, 0), "fsdp", scatter_dimension=0),)
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+gather.defvjp(_gather_forward, _gather_backward)
 
 
 def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, sharding: Sharding) -> jax.Array:

@@ -87,12 +87,17 @@ def parse_mesh(text: str) -> dict[str, int]:
     return axes
 
 
+# The axes that rows of a batch are split over.
+_ROWS = ("data", "fsdp", "expert")
+
+
 @dataclasses.dataclass(frozen=True)
 class Sharding:
     """One PartitionSpec for each role. Weights are as `model.py` names them, without the stacked layer axis.
 
-    Weights lie split over `fsdp` along the hidden size and over `tensor` along heads, feed-forward width or
-    vocabulary; `gathered` takes the fsdp part away where a weight is used.
+    Weights lie split over `fsdp` along the hidden size, over `tensor` along heads, feed-forward width or vocabulary,
+    experts over `expert`; `gathered` takes the fsdp part away where a weight is used. In training the expert axis is
+    one more that rows are split over. When generating, all devices of that axis have the same rows.
     """
 
     kv_heads: int
@@ -103,6 +108,8 @@ class Sharding:
     """Parts that the rows of a batch are in."""
     context: int = 1
     """Parts that the tokens of a row are in; see `qwen_jax.context`."""
+    expert: int = 1
+    """Size of the expert axis."""
     ring: bool = False
     """Keys and values go round the context axis instead of being gathered."""
     vocab: P = P("tensor", "fsdp")
@@ -114,24 +121,33 @@ class Sharding:
     gate_up: P = P("tensor", "fsdp")
     down: P = P("fsdp", "tensor")
     norm: P = P(None)
+    router: P = P(None, "fsdp")
+    experts_gate_up: P = P("expert", None, "tensor", "fsdp")
+    experts_down: P = P("expert", "fsdp", "tensor")
     # Fused projections of the inference layout: the leading axis counts the tensor shards.
     fused_qkv: P = P("tensor", None, None, "fsdp")
     fused_qkv_bias: P = P("tensor", None, None)
     fused_gate_up: P = P("tensor", None, None, "fsdp")
     # Activations.
-    tokens: P = P(("data", "fsdp"), None)
-    hidden: P = P(("data", "fsdp"), None, None)
-    heads: P = P(("data", "fsdp"), None, "tensor", None)
-    all_kv_heads: P = P(("data", "fsdp"), None, None, None)
-    feed_forward: P = P(("data", "fsdp"), None, "tensor")
-    logits: P = P(("data", "fsdp"), None, "tensor")
-    cache: P = P(("data", "fsdp"), "tensor", None, None)
-    rows: P = P(("data", "fsdp"))
+    tokens: P = P(_ROWS, None)
+    hidden: P = P(_ROWS, None, None)
+    heads: P = P(_ROWS, None, "tensor", None)
+    all_kv_heads: P = P(_ROWS, None, None, None)
+    feed_forward: P = P(_ROWS, None, "tensor")
+    logits: P = P(_ROWS, None, "tensor")
+    cache: P = P(_ROWS, "tensor", None, None)
+    rows: P = P(_ROWS)
 
     @property
     def row_axes(self) -> tuple[str, ...]:
         """The axes that tokens are split over."""
-        return ("data", "fsdp", "context")
+        rows: tuple[str, ...] = self.rows[0]
+        return (*rows, "context")
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether rows travel to the devices of their experts."""
+        return self.expert > 1 and "expert" in self.row_axes
 
     @classmethod
     def for_model(cls, config: ModelConfig, mesh: Mesh, split_rows: bool = False) -> "Sharding":
@@ -146,29 +162,40 @@ class Sharding:
         Raises:
           InputError: a dimension that the mesh does not divide, or an axis without use.
         """
-        if mesh.shape["expert"] != 1:
-            raise InputError(f"A dense model does not use the expert axis; it is {mesh.shape['expert']}, make it 1.")
+        expert, moe = mesh.shape["expert"], config.moe
+        if moe is None and expert != 1:
+            raise InputError(f"A dense model does not use the expert axis; it is {expert}, make it 1.")
         context = mesh.shape["context"]
         if context > 1 and not split_rows:
             raise InputError(f"Only training splits rows over the context axis; it is {context}, make it 1.")
         tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
-        rows = mesh.shape["data"] * fsdp
+        rows = mesh.shape["data"] * fsdp * (expert if split_rows else 1)
+        experts: tuple[tuple[str, int, str, int], ...] = ()
+        if moe is not None:
+            experts = (
+                ("num_experts", moe.num_experts, "expert", expert),
+                ("moe_intermediate_size", moe.intermediate_size, "tensor", tensor),
+                ("shared_expert_intermediate_size", moe.shared_intermediate_size, "tensor", tensor),
+            )
         for name, size, axis, parts in (
             ("num_heads", config.num_heads, "tensor", tensor),
             ("intermediate_size", config.intermediate_size, "tensor", tensor),
             ("vocab_size", config.vocab_size, "tensor", tensor),
             ("hidden_size", config.hidden_size, "fsdp", fsdp),
+            *experts,
         ):
             if size % parts:
                 raise InputError(
                     f"{name} ({size}) is not divisible by the {axis} axis ({parts}). "
                     f"Choose an axis size that divides it."
                 )
-        split: dict[str, Any] = {}
-        if context > 1:
-            for role in ("tokens", "hidden", "heads", "all_kv_heads", "feed_forward", "logits"):
-                spec = getattr(cls, role)
-                split[role] = P(spec[0], "context", *spec[2:])
+        split: dict[str, Any] = {"expert": expert}
+        for role in ("tokens", "hidden", "heads", "all_kv_heads", "feed_forward", "logits", "cache", "rows"):
+            first, *rest = getattr(cls, role)
+            if not split_rows:
+                split[role] = P(tuple(axis for axis in first if axis != "expert"), *rest)
+            elif context > 1 and role not in ("cache", "rows"):
+                split[role] = P(first, "context", *rest[1:])
         if config.num_kv_heads % tensor == 0:
             return cls(config.num_kv_heads, tensor, rows, context, **split)
         if tensor % config.num_kv_heads == 0:

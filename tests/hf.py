@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -22,6 +22,13 @@ TINY: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": 0,
     "pad_token_id": None,
+}
+
+TINY_MOE: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 80,
 }
 
 
@@ -45,9 +52,10 @@ def make_hf_checkpoint(
     dialect: str = "5",
     max_shard_size: str | int = "5GB",
     seed: int = 0,
+    moe: bool = False,
     **config_overrides: Any,
-) -> Qwen2ForCausalLM:
-    """Writes a tiny Qwen2 checkpoint with transformers and gives the model back as it reads it: float32, eager, eval.
+) -> Any:
+    """Writes a tiny Qwen2 or Qwen2Moe checkpoint with transformers, and gives the model back: float32, eager, eval.
 
     Args:
       folder: where to; made if need be.
@@ -56,20 +64,22 @@ def make_hf_checkpoint(
       dialect: of config.json, that of transformers "4" or "5".
       max_shard_size: as for `save_pretrained`.
       seed: of the weights.
+      moe: with experts, `TINY_MOE`.
       **config_overrides: on `TINY`, in the names of transformers' Qwen2Config; `rope_theta` and `rope_scaling` too.
     """
-    settings = {**TINY, **config_overrides, "tie_word_embeddings": tie}
+    config_class, model_class = (Qwen2MoeConfig, Qwen2MoeForCausalLM) if moe else (Qwen2Config, Qwen2ForCausalLM)
+    settings = {**TINY, **(TINY_MOE if moe else {}), **config_overrides, "tie_word_embeddings": tie}
     theta, scaling = settings.pop("rope_theta", 1e6), settings.pop("rope_scaling", None)
     rope = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
     rope["rope_type"] = rope.pop("type", rope["rope_type"])
-    config = Qwen2Config(**settings, rope_parameters=rope)
-    model = Qwen2ForCausalLM(config)
+    config = config_class(**settings, rope_parameters=rope)
+    model = model_class(config)
     randomise(model, seed)
     model.tie_weights()
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     if dialect == "4":
         to_dialect_4(Path(folder) / "config.json", scaling)
-    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     return model.eval()
 
 

@@ -92,7 +92,7 @@ def test_logits_and_gradients_are_those_of_transformers(case: dict[str, Any], tm
         for key in leaf.path:
             got = got[key]
         for i, name in enumerate(leaf.names):
-            mine = (got[i] if leaf.stacked else got).reshape(leaf.hf_shape)
+            mine = (got[i] if leaf.layers else got).reshape(leaf.hf_shape)
             # Some gradients nearly vanish (that of a key bias would, without RoPE): those are held to the largest one.
             scale = max(np.abs(expected[name]).max(), 1e-2 * largest)
             assert np.abs(mine - expected[name]).max() / scale < 1e-4, name
@@ -140,7 +140,7 @@ def test_buffers_of_old_versions_are_passed_over(tmp_path: Path, mesh: Mesh) -> 
     held["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
     save_file(held, tmp_path / "model.safetensors")
     config, params = convert.load(tmp_path, mesh)
-    assert len(jax.tree.leaves(params)) == sum(leaf.layers for leaf in leaves(config))
+    assert len(jax.tree.leaves(params)) == sum(len(leaf.names) for leaf in leaves(config))
 
 
 # --- round trips ---------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def test_a_step_of_a_training_run_converts_bit_for_bit_and_generates(tmp_path: P
             for key in leaf.path:
                 value = value[key]
             for i, name in enumerate(leaf.names):
-                array = np.asarray(value[i] if leaf.stacked else value)
+                array = np.asarray(value[i] if leaf.layers else value)
                 assert held.pop(name).tobytes() == array.tobytes(), name
         assert not held
         assert load_tokenizer(folder).fingerprint() == tokenizer.fingerprint()

@@ -19,6 +19,7 @@ from qwen_jax.kernels import Implementation
 from qwen_jax.layers import Remat
 from qwen_jax.sharding import AXES
 from train.data.mixture import MixtureStage, Weight
+from train.moe import MoETraining
 from train.optimizer import OptimizerConfig, Schedule
 from train.pretrain import PretrainConfig
 
@@ -68,7 +69,7 @@ class RunConfig:
       initial: folder of an Orbax checkpoint whose weights to begin with; by default they are drawn.
       seed: of weights and data order.
       mesh: sizes of the axes that are not 1.
-      dtype, remat, scan_layers, attention, ring, loss_chunk, z_loss, spike_factor: see `PretrainConfig`.
+      dtype, remat, scan_layers, attention, ring, loss_chunk, z_loss, spike_factor, moe: see `PretrainConfig`.
       beta1, beta2, eps, weight_decay, clip_norm: see `OptimizerConfig`.
       evaluate_every, checkpoint_every, max_skipped: see `LoopConfig`; the end of a stage counts as the end of a run.
       keep_last: how many of the newest checkpoints stay.
@@ -97,6 +98,7 @@ class RunConfig:
     loss_chunk: int = 2048
     z_loss: float = 0.0
     spike_factor: float = 0.0
+    moe: MoETraining = MoETraining()
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -171,6 +173,7 @@ class RunConfig:
             self.scan_layers,
             self.attention,
             self.ring,
+            self.moe,
         )
 
     def mesh_axes(self, index: int) -> Mapping[str, int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from qwen_jax.errors import InputError
@@ -98,6 +99,7 @@ def fit(
     clock: Clock | None = None,
     mfu: Callable[[float], float] | None = None,
     profile: Profile | None = None,
+    loads: Callable[[int, np.ndarray], None] | None = None,
 ) -> TrainState:
     """Trains from the step that the state is at. Call it under `jax.set_mesh(mesh)`.
 
@@ -119,6 +121,7 @@ def fit(
       clock: of the run; with it, the log gets a record of where the time went every minute, and at each checkpoint.
       mfu: of a rate in tokens per second, for the log.
       profile: steps to trace.
+      loads: takes the step and `expert_load` of its metrics, if they have it.
 
     Returns:
       The state after `config.steps` steps, or where it was stopped.
@@ -139,7 +142,9 @@ def fit(
             return
         step, metrics, tokens = waiting
         waiting = None
-        numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        found = jax.device_get(metrics)
+        load = found.pop("expert_load", None)
+        numbers = {name: float(value) for name, value in found.items()}
         clock.lap("step")
         seconds, stepping = max(clock.stepping - stepping, 1e-9), clock.stepping
         rate = tokens / seconds
@@ -148,6 +153,8 @@ def fit(
             log.write({"step": step, **numbers, **speed})
             if of_run and clock.due:
                 log.write(clock.record(step))
+        if loads and load is not None:
+            loads(step, load)
         if display:
             display.step(step, numbers["loss"], tokens, seconds)
         skipped = skipped + 1 if numbers.get("skipped") else 0
@@ -156,10 +163,11 @@ def fit(
                 f"The {skipped} steps up to step {step} were skipped: their gradients were not finite or spiked. The "
                 f"loss of the last is {numbers['loss']}, the norm of its gradient {numbers['grad_norm']}. Look at the "
                 "data of these steps, use a smaller learning rate, or a larger spike_factor; weights and earlier "
-                "checkpoints are unharmed."
+                f"checkpoints are unharmed.{_router(numbers)}"
             )
         if skipped:
-            say(f"step {step} was skipped: loss {numbers['loss']:.3f}, gradient norm {numbers['grad_norm']:.3g}")
+            norm = numbers["grad_norm"]
+            say(f"step {step} was skipped: loss {numbers['loss']:.3f}, gradient norm {norm:.3g}.{_router(numbers)}")
 
     def held_out(step: int) -> None:
         if evaluate and config.evaluate_every:
@@ -217,6 +225,17 @@ def fit(
         if stopped:
             break
     return state
+
+
+def _router(numbers: Mapping[str, float]) -> str:
+    """Says which router went wrong, if one did."""
+    layer = int(numbers.get("router_not_finite", 0))
+    if not layer:
+        return ""
+    return (
+        f" The router of layer {layer} (counted from 1) gives logits that are not finite: its input or its weight is "
+        "not. A router_z_loss keeps logits small."
+    )
 
 
 def _placed(batch: Batch, mesh: Mesh) -> Batch:

@@ -41,16 +41,21 @@ def scored_bytes(rows: Batch, bytes_of_id: np.ndarray) -> int:
 def flops_per_token(config: ModelConfig, length: int) -> float:
     """Model FLOPs of one training token, forward and backward.
 
-    6 for each weight of a matrix product, the head among them and the embedding look-up not, and
-    6 x layers x heads x head_dim x length for causal attention.
+    6 for each weight of a matrix product, the head among them and the embedding look-up not, of experts those that a
+    token takes, and 6 x layers x heads x head_dim x length for causal attention.
 
     Args:
       config: the architecture.
       length: tokens in a row. Documents packed into it see less, so that this counts more attention than is done.
     """
-    d, f = config.hidden_size, config.intermediate_size
+    d, sparse = config.hidden_size, len(config.sparse_layers)
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    weights = config.num_layers * (2 * q * d + 2 * kv * d + 3 * d * f) + config.vocab_size * d
+    weights = config.num_layers * (2 * q * d + 2 * kv * d) + config.vocab_size * d
+    weights += (config.num_layers - sparse) * 3 * d * config.intermediate_size
+    if config.moe is not None:
+        moe = config.moe
+        width = moe.num_experts_per_tok * moe.intermediate_size + moe.shared_intermediate_size
+        weights += sparse * d * (3 * width + moe.num_experts + 1)
     return 6.0 * weights + 6.0 * config.num_layers * q * length
 
 

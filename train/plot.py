@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from qwen_jax.errors import InputError
 from train.metrics import read_log
+from train.moe import EXPERTS, read_loads
 
 _INK, _GREY, _BLUE, _ORANGE = "#222222", "#8a8a8a", "#3b6fb6", "#d1662b"
 # Of held-out data sets; training is blue.
@@ -110,14 +111,48 @@ def plot_pretraining(records: Sequence[dict[str, float]], stages: Mapping[int, s
     _write(figure, path)
 
 
+def plot_experts(steps: np.ndarray, loads_nLE: np.ndarray, layers: Sequence[int], path: Path, title: str) -> None:
+    """Draws how busy experts are into a PNG: now, in every layer, and in the middle one over the run.
+
+    Args:
+      steps: [n].
+      loads_nLE: load of each expert at these steps, over the mean.
+      layers: numbers of the layers that have experts.
+      path: of the file.
+      title: above the panels.
+    """
+    middle = len(layers) // 2
+    # Experts have no order of their own: by their load at the end, a stripe that stays is an expert that stays busy.
+    order = np.argsort(loads_nLE[-1, middle])
+    figure = _figure(title, 4.8)
+    panels = (
+        (loads_nLE[-1], f"load over the mean, step {int(steps[-1]):,}", "expert", "layer"),
+        (loads_nLE[:, middle][:, order].T, f"layer {layers[middle]} over the run", "step", "expert, by last load"),
+    )
+    for axes, (values, name, x, y) in zip(figure.subplots(1, 2), panels, strict=True):
+        image = axes.imshow(values, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
+        axes.set_title(name, loc="left", fontsize=10, color=_INK)
+        axes.set_xlabel(x, fontsize=9, color=_GREY)
+        axes.set_ylabel(y, fontsize=9, color=_GREY)
+        axes.tick_params(colors=_GREY, labelsize=9)
+        for where in (axes.xaxis, axes.yaxis):
+            where.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    left, right = figure.axes
+    left.yaxis.set_major_formatter(lambda value, _: str(layers[int(value)]) if 0 <= value < len(layers) else "")
+    right.xaxis.set_major_formatter(lambda value, _: f"{int(steps[int(value)]):,}" if 0 <= value < len(steps) else "")
+    bar = figure.colorbar(image, ax=figure.axes, extend="max", shrink=0.9)
+    bar.ax.tick_params(colors=_GREY, labelsize=9)
+    _write(figure, path)
+
+
 def plot_folder(folder: Path) -> Path:
-    """Draws the run in a folder into its `loss.png`.
+    """Draws the run in a folder into its `loss.png`, and the load of its experts, if any, into `experts.png`.
 
     Args:
       folder: `output` of the run.
 
     Returns:
-      The path of the picture.
+      The path of the first picture.
 
     Raises:
       InputError: there is no run, or none that has begun.
@@ -134,7 +169,14 @@ def plot_folder(folder: Path) -> Path:
         end: f"stage {number}: {stage['length']:,} tokens"
         for number, (end, stage) in enumerate(zip(ends, stages, strict=True), 1)
     }
-    plot_pretraining(read_log(metrics), names, folder / "loss.png", f"{folder.name} on {launch['devices']['kind']}")
+    title = f"{folder.name} on {launch['devices']['kind']}"
+    plot_pretraining(read_log(metrics), names, folder / "loss.png", title)
+    if (folder / EXPERTS).is_file():
+        steps, loads = read_loads(folder / EXPERTS)
+        model = launch["config"]["model"]
+        step, without = model["moe"]["decoder_sparse_step"], model["moe"]["mlp_only_layers"]
+        layers = [i for i in range(model["num_layers"]) if (i + 1) % step == 0 and i not in without]
+        plot_experts(steps, loads, layers, folder / "experts.png", title)
     return folder / "loss.png"
 
 

@@ -17,10 +17,12 @@ from qwen_jax.errors import InputError
 from qwen_jax.kernels import COVERAGE, Implementation, packed_mask
 from qwen_jax.layers import Remat, restacked, unstacked
 from qwen_jax.model import Options
+from qwen_jax.moe import Routing
 from qwen_jax.params import Params, abstract_params, bind, init_params, param_specs
 from qwen_jax.sharding import Sharding
 from train.data.batch import Batch
 from train.loss import Sums, chunked_cross_entropy, next_token_targets
+from train.moe import MoETraining, auxiliary, routing_metrics
 from train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from train.state import Guard, TrainState
 
@@ -49,6 +51,7 @@ class PretrainConfig:
       scan_layers: the layers are one loop; otherwise they follow one another: faster on a GPU, longer to compile.
       attention: which kernel; see `kernels.attention`.
       ring: on a context axis, keys and values go round the devices instead of being gathered; see `qwen_jax.context`.
+      moe: for a model with experts.
     """
 
     model: ModelConfig
@@ -62,6 +65,7 @@ class PretrainConfig:
     scan_layers: bool = True
     attention: Implementation = "auto"
     ring: bool = False
+    moe: MoETraining = MoETraining()
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -82,7 +86,7 @@ class PretrainConfig:
 
 
 def loss_sums(config: PretrainConfig, sharding: Sharding, params: Params, batch: Batch) -> Sums:
-    """Summed next-token loss of a batch, and the sum of its weights.
+    """Summed next-token loss of a batch, and the sum of its weights. No expert loses a token.
 
     Args:
       config: model, compute dtype, remat and chunk.
@@ -90,20 +94,33 @@ def loss_sums(config: PretrainConfig, sharding: Sharding, params: Params, batch:
       params: of `init_params`, or with their layers apart where they are no loop; see `_apart`.
       batch: packed rows on the mesh.
     """
-    params, sharding = _apart(config, params), dataclasses.replace(sharding, ring=config.ring)
-    model = bind(
-        config.model, params, sharding, Options(config.scan_layers, dtype=config.dtype, attention=config.attention)
-    )
-    # Who follows whom, and who sees whom, is decided while rows are whole.
-    arrays = batch.tokens, batch.positions, packed_mask(batch.segment_ids), *next_token_targets(batch)
-    tokens, positions, mask, targets, weights = jax.tree.map(lambda x: spread(x, sharding), arrays)
-    hidden_BTD, _ = model(tokens, positions, mask, remat=config.remat)
+    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, capacity_factor=0.0))
+    model, hidden_BTD, targets, weights, _ = _forward(config, sharding, params, batch, count=False)
     return chunked_cross_entropy(model, hidden_BTD, targets, weights, config.loss_chunk, config.z_loss)
+
+
+def _forward(config: PretrainConfig, sharding: Sharding, params: Params, batch: Batch, count: bool) -> Any:
+    """The model, its hidden states, targets and their weights, and if `count` its routing."""
+    params, sharding = _apart(config, params), dataclasses.replace(sharding, ring=config.ring)
+    options = Options(
+        config.scan_layers,
+        dtype=config.dtype,
+        attention=config.attention,
+        grouped=config.moe.grouped,
+        capacity_factor=config.moe.capacity_factor,
+    )
+    model = bind(config.model, params, sharding, options)
+    # Who follows whom, and who sees whom, is decided while rows are whole.
+    valid = batch.segment_ids > 0 if count else None
+    arrays = batch.tokens, batch.positions, packed_mask(batch.segment_ids), valid, *next_token_targets(batch)
+    tokens, positions, mask, valid, targets, weights = jax.tree.map(lambda x: spread(x, sharding), arrays)
+    hidden_BTD, _, routing = model.run(tokens, positions, mask, remat=config.remat, valid_BT=valid)
+    return model, hidden_BTD, targets, weights, routing
 
 
 def mean_gradient(
     config: PretrainConfig, sharding: Sharding, params: Params, batch: Batch
-) -> tuple[Params, Sums, jax.Array]:
+) -> tuple[Params, Sums, jax.Array, Routing | None]:
     """The gradient of the mean loss of a batch, whatever it is split into.
 
     Args:
@@ -114,7 +131,7 @@ def mean_gradient(
 
     Returns:
       The gradient, its layers apart where they are no loop; `Sums` that are already divided by the weight of the whole
-      batch; that weight.
+      batch, and whose loss has what experts add; that weight; the routing of the whole batch, if there are experts.
 
     Raises:
       InputError: the batch does not divide into the parts and the shards of the mesh.
@@ -130,29 +147,59 @@ def mean_gradient(
     # A batch without any target has loss 0, not NaN.
     denominator = jnp.maximum(weight, 1e-8)
 
-    def share_of_mean(params: Params, part: Batch) -> tuple[jax.Array, Sums]:
-        sums = jax.tree.map(lambda x: x / denominator, loss_sums(config, sharding, params, part))
-        return sums.loss, sums
+    sparse = config.model.moe is not None
+    tokens = jnp.maximum((batch.segment_ids > 0).sum(dtype=jnp.float32), 1.0)
+
+    def share_of_mean(params: Params, part: Batch, loads: Any) -> tuple[jax.Array, tuple[Sums, Routing | None]]:
+        model, hidden, targets, weights, routing = _forward(config, sharding, params, part, count=sparse)
+        sums = chunked_cross_entropy(model, hidden, targets, weights, config.loss_chunk, config.z_loss)
+        sums = jax.tree.map(lambda x: x / denominator, sums)
+        if routing is not None:
+            load_LE, counted = loads if ahead else (loads[0] + routing.load_E, loads[1] + routing.tokens[0])
+            counted = jnp.maximum(counted, 1.0)
+            added = auxiliary(config.moe, config.model, routing, load_LE, counted, tokens)
+            sums = dataclasses.replace(sums, loss=sums.loss + added)
+        return sums.loss, (sums, routing)
 
     differentiate = jax.value_and_grad(share_of_mean, has_aux=True)
+    ahead = sparse and n > 1 and config.moe.count_ahead and config.moe.coefficient(config.model) > 0
+    zero = jnp.zeros((), jnp.float32)
+    loads: Any = None
+    if sparse and config.model.moe is not None:
+        loads = jnp.zeros((len(config.model.sparse_layers), config.model.moe.num_experts), jnp.float32), zero
     if n == 1:
-        (_, means), gradient = differentiate(params, batch)
-        return gradient, means, weight
+        (_, (means, routing)), gradient = differentiate(params, batch, loads)
+        return gradient, means, weight, routing
 
     def parts(x_BT: jax.Array) -> jax.Array:
         # Part j is rows j, n + j, ...: each shard has its own rows of every part.
         x = x_BT.reshape(-1, n, x_BT.shape[1], out_sharding=P(sharding.rows[0], None, None))
         return jnp.moveaxis(x, 1, 0)
 
-    def body(total: Any, part: Batch) -> tuple[Any, None]:
-        (_, means), gradient = differentiate(params, part)
-        return jax.tree.map(jnp.add, total, (gradient, means)), None
+    each = jax.tree.map(parts, batch)
+    if ahead:
 
-    zero = jnp.zeros((), jnp.float32)
-    start = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params), Sums(zero, zero, zero)
+        def count(total: Any, part: Batch) -> tuple[Any, None]:
+            routing = _forward(config, sharding, params, part, count=True)[-1]
+            return (total[0] + routing.load_E, total[1] + routing.tokens[0]), None
+
+        with jax.named_scope("counting"):
+            loads, _ = jax.lax.scan(count, loads, each)
+
+    def body(total: Any, part: Batch) -> tuple[Any, None]:
+        so_far = total[1][1]
+        against = loads if ahead or not sparse else (so_far.load_E, so_far.tokens[0])
+        (_, found), gradient = differentiate(params, part, against)
+        return jax.tree.map(jnp.add, total, (gradient, found)), None
+
+    none: Any = None
+    if loads is not None:
+        layers = jnp.zeros(loads[0].shape[:1], jnp.float32)
+        none = Routing(jnp.zeros_like(loads[0]), jnp.zeros_like(loads[0]), layers, layers, layers, layers)
+    start = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params), (Sums(zero, zero, zero), none)
     with jax.named_scope("accumulation"):
-        (gradient, means), _ = jax.lax.scan(body, start, jax.tree.map(parts, batch))
-    return gradient, means, weight
+        (gradient, (means, routing)), _ = jax.lax.scan(body, start, each)
+    return gradient, means, weight, routing
 
 
 def _apart(config: PretrainConfig, params: Params) -> Params:
@@ -163,7 +210,7 @@ def _apart(config: PretrainConfig, params: Params) -> Params:
     """
     if config.scan_layers or isinstance(params["layers"], list):
         return params
-    return {**params, "layers": unstacked(params["layers"], config.dtype)}
+    return {**params, "layers": unstacked(params["layers"], config.dtype, config.model.sparse_layers)}
 
 
 def init_state(config: PretrainConfig, seed: int, mesh: Mesh) -> TrainState:
@@ -236,9 +283,10 @@ def train_step(
 
     Returns:
       The state after the step, and float32 scalars: `loss` (mean cross-entropy in nats, before the step),
-      `grad_norm` (before clipping), `learning_rate`, `weight` (sum of loss weights), `skipped` (1 if this step was).
+      `grad_norm` (before clipping), `learning_rate`, `weight` (sum of loss weights), `skipped` (1 if this step was); and
+      with experts what `routing_metrics` gives.
     """
-    gradient, means, weight = mean_gradient(config, sharding, state.params, batch)
+    gradient, means, weight, routing = mean_gradient(config, sharding, state.params, batch)
     with jax.named_scope("optimizer"):
         # Before the layers are put together: XLA is slow to sum what it puts together on the way.
         norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), gradient))
@@ -258,6 +306,8 @@ def train_step(
         "weight": weight,
         "skipped": jnp.where(good, 0.0, 1.0),
     }
+    if routing is not None:
+        metrics |= routing_metrics(config.model, routing)
     return TrainState(state.step + 1, params, opt_state, guard), metrics
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -22,6 +23,7 @@ from train.display import Display, Stretch, duration
 from train.goodput import Clock
 from train.loop import Profile
 from train.metrics import MetricsLog, flops_per_token, mfu, read_log
+from train.moe import EXPERTS, LoadLog
 from train.plot import plot_folder
 from train.topology import peak_flops
 from train.trackers import Log, Logs, TensorBoardLog, WandbLog
@@ -62,6 +64,7 @@ class Report:
         self.log: Log | None = None
         self.display: Display | None = None
         self.profile: Profile | None = None
+        self.loads: Callable[[int, np.ndarray], None] | None = None
         if jax.process_index():
             return
         metrics = self._output / "metrics.jsonl"
@@ -71,6 +74,8 @@ class Report:
         if config.wandb_project:
             logs.append(WandbLog(config.wandb_project, self._output, as_json(config)))
         self.log = Logs(*logs)
+        if config.model.moe is not None:
+            self.loads = LoadLog(self._output / EXPERTS, config.ends[-1], step).write
         self._record_launch()
         # What was carried over stays in the log, whatever becomes of this launch.
         clock.lap("initialisation")
@@ -194,6 +199,13 @@ class Report:
         parts = [f"{kind} {value / wall:.1%}" for kind, value in seconds.items() if value / wall >= 0.0005]
         yield f"  wall time    {', '.join(parts)}"
         yield f"  curves       {output / 'loss.png'}; tensorboard --logdir {output / 'tensorboard'}"
+        loads = [r for r in records if "load_entropy" in r]
+        if loads:
+            now = loads[-1]
+            yield (
+                f"  experts      loads have {now['load_entropy']:.1%} of the largest entropy, the busiest "
+                f"{now['load_max']:.2f}x the mean, {now['dropped']:.2%} dropped; {output / 'experts.png'}"
+            )
         yield f"  checkpoint   {output / 'checkpoints' / str(step)}; qwen-jax generate --model takes it as it is"
 
     def _record_launch(self) -> None:

@@ -225,6 +225,7 @@ def pretrain(config: RunConfig, console: Console | None = None, export: Export |
                         clock=clock,
                         mfu=report.mfu(index),
                         profile=report.profile,
+                        loads=report.loads,
                     )
                     step = int(state.step)
                 if sigterm.came:

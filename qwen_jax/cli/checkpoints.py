@@ -40,13 +40,21 @@ class Info:
         if self.json:
             print(json.dumps(report))
             return 0
-        cache = config.kv_bytes_per_token()
+        cache, moe, experts = config.kv_bytes_per_token(), config.moe, []
+        if moe is not None:
+            sparse = len(config.sparse_layers)
+            experts = [
+                ("active parameters", f"{params['active']:,} for a token, the head among them and the embedding not"),
+                ("experts", f"{moe.num_experts} in {sparse} layers, {moe.intermediate_size:,} wide"),
+                ("  to a token", f"{moe.num_experts_per_tok}, and a shared one of {moe.shared_intermediate_size:,}"),
+            ]
         rows = [
             ("parameters", f"{params['total']:,} ({params['non_embedding']:,} without embedding and head)"),
             ("  embedding", f"{params['embedding']:,}" + (" (is the head too)" if not params["lm_head"] else "")),
             ("  layers", f"{params['layers']:,} in {config.num_layers}"),
             ("  head", f"{params['lm_head']:,}" if params["lm_head"] else "tied to the embedding"),
             ("hidden / feed-forward", f"{config.hidden_size:,} / {config.intermediate_size:,}"),
+            *experts,
             ("heads", f"{config.num_heads} query, {config.num_kv_heads} key/value, {config.head_dim} wide"),
             ("vocabulary", f"{config.vocab_size:,} rows"),
             ("RoPE base, norm epsilon", f"{config.rope_theta:,.0f}, {config.rms_norm_eps:g}"),

@@ -24,7 +24,7 @@ each begins to read its weights while the one before still runs."""
 
 
 def takes(config: ModelConfig, sharding: Sharding, options: Options, rows: int, cache: KVCache) -> bool:
-    """Whether `step` does this: one row, one device of the Hopper generation, bfloat16, the inference layout.
+    """Whether `step` does this: one row, one Hopper GPU, bfloat16, the inference layout, no experts.
 
     Args:
       config: the architecture.
@@ -34,7 +34,8 @@ def takes(config: ModelConfig, sharding: Sharding, options: Options, rows: int, 
       cache: of the batch.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if rows != 1 or mesh.size != 1 or not options.fused or options.dtype != "bfloat16":
+    plain = config.moe is None and options.fused and options.dtype == "bfloat16"
+    if rows != 1 or mesh.size != 1 or not plain:
         return False
     heads = config.num_heads, config.num_kv_heads
     dtype = jnp.dtype(options.dtype)

@@ -30,10 +30,13 @@ def fuse(params: Params, config: ModelConfig, sharding: Sharding) -> Params:
     fused = []
     while layers:
         layer = layers.pop(0)
-        attention, mlp = dict(layer["attention"]), dict(layer["mlp"])
+        attention, moe = dict(layer["attention"]), layer.get("moe")
+        mlp = dict(layer["mlp"] if moe is None else moe["shared"])
         joined = {name: attention.pop(name) for name in "qkv"} | {name: mlp.pop(name) for name in ("gate", "up")}
         qkv, gate_up = _join(joined, config=config, sharding=sharding)
-        fused.append({**layer, "attention": {**attention, "qkv": qkv}, "mlp": {**mlp, "gate_up": gate_up}})
+        mlp["gate_up"] = gate_up
+        rest = {"mlp": mlp} if moe is None else {"moe": {**moe, "shared": mlp}}
+        fused.append({**layer, "attention": {**attention, "qkv": qkv}, **rest})
         for leaf in jax.tree.leaves(joined):
             leaf.delete()
     return {**params, "layers": fused}

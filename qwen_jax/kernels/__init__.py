@@ -105,7 +105,8 @@ def is_ours(implementation: str) -> bool:
 
 
 @functools.cache
-def _say_once(message: str, level: int = logging.INFO) -> None:
+def say_once(message: str, level: int = logging.INFO) -> None:
+    """Logs what was chosen, the first time."""
     _log.log(level, message)
 
 
@@ -152,9 +153,9 @@ def choose(implementation: str, q: jax.Array, mask: Mask, *, return_lse: bool = 
     message = f"attention on {platform()}, {q.dtype}, head_dim {q.shape[-1]}, {kind}: {implementation}"
     if asked == "auto" and implementation == "reference" and platform() != "cpu":
         why = "; ".join(f"{name} needs {' and '.join(lack)}" for name, lack in lacks.items() if lack)
-        _say_once(f"{message}, which is slow here ({why})", logging.WARNING)
+        say_once(f"{message}, which is slow here ({why})", logging.WARNING)
     else:
-        _say_once(message)
+        say_once(message)
     return implementation
 
 
@@ -319,7 +320,7 @@ def decode_attention(
         if flash_decode_gpu.supports(q_BTHd.dtype, T, H, K, d, S):
             return _without_gradient(flash_decode_gpu.attention, *args)
         if T == 1:
-            _say_once(f"decoding by the kernel for many queries: {H}/{K} heads, {S} slots", logging.WARNING)
+            say_once(f"decoding by the kernel for many queries: {H}/{K} heads, {S} slots", logging.WARNING)
         return flash_gpu.attention(*args, head_major=True)
     if chosen == "tpu":
         from qwen_jax.kernels import flash_decode_tpu, flash_tpu
@@ -382,7 +383,7 @@ def paged_attention(
         if flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d, P, pages_BM.size):
             return _without_gradient(flash_decode_tpu.paged_attention, *args)
     if chosen in ("gpu", "tpu") and T == 1:
-        _say_once(f"decoding copies its pages first: {H}/{K} heads, pages of {P}, {M} a row", logging.WARNING)
+        say_once(f"decoding copies its pages first: {H}/{K} heads, pages of {P}, {M} a row", logging.WARNING)
 
     def gathered(x_NKPd: jax.Array) -> jax.Array:
         x_BMKPd = x_NKPd[jnp.clip(pages_BM, 0, N - 1)]
@@ -413,7 +414,7 @@ def has_decode_step(
         and _decode_gpu().supports(num_heads, num_kv_heads, d, S)
     )
     if length == 1:
-        _say_once(
+        say_once(
             f"decoding, {num_heads}/{num_kv_heads} heads of {d}, {dtype}: step {'fused' if takes else 'not fused'}"
         )
     return takes

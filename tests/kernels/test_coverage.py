@@ -187,7 +187,7 @@ def test_caches_of_both_kinds(name, tokens) -> None:
     ],
 )
 def test_auto_says_once_what_it_took_and_warns_where_that_is_slow(caplog, where, dtype, d, causal, expected) -> None:
-    kernels._say_once.cache_clear()
+    kernels.say_once.cache_clear()
     mask = causal_mask(1, T) if causal else intervals()
     with on(where), caplog.at_level(logging.INFO, "qwen_jax.kernels"):
         for _ in range(2):

@@ -1,0 +1,347 @@
+"""Grouped matrix products on TPUs without a TPU: ours beside megablox and ragged_dot. Results: tpu_grouped.md.
+
+    python -m experiments.kernels.grouped_tpu ours       # the table
+    python -m experiments.kernels.grouped_tpu megablox   # that of jax.experimental.pallas.ops.tpu.megablox
+    python -m experiments.kernels.grouped_tpu ragged     # jax.lax.ragged_dot_general, and what XLA puts around it
+
+Times are estimates by `tpu_schedule`: compiled, not run.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.kernels.tpu_attention import print_rows
+from experiments.kernels.tpu_schedule import CORES, TOPOLOGIES, Estimate, Kernel, MiB, compile_kernels, estimate
+from qwen_jax.errors import InputError
+from qwen_jax.kernels import grouped_tpu
+from train.topology import CHIPS
+
+_MODULE = "experiments.kernels.grouped_tpu"
+OPERATIONS = ("forward", "input gradient", "weights gradient")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One layer's weights [N, K], and over how many groups a device has them."""
+
+    name: str
+    groups: tuple[int, ...]
+    N: int
+    K: int
+
+
+CASES = (
+    Case("57B-A14B gate and up", (64, 8), 5120, 3584),
+    Case("57B-A14B down", (64, 8), 3584, 2560),
+    Case("A2.7B gate and up", (60,), 2816, 2048),
+    Case("A2.7B down", (60,), 2048, 1408),
+    Case("256 experts gate and up", (256,), 1536, 2048),
+    Case("256 experts down", (256,), 2048, 768),
+)
+ROWS = (65536, 8192)
+
+
+def _arguments(operation: str, M: int, G: int, N: int, K: int) -> list[Any]:
+    import jax
+    import jax.numpy as jnp
+
+    x, dy, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((M, K), (M, N), (G, N, K)))
+    sizes = jax.ShapeDtypeStruct((G,), jnp.int32)
+    return {"forward": [x, w, sizes], "input gradient": [dy, w, sizes], "weights gradient": [dy, x, sizes]}[operation]
+
+
+def ours(
+    operation: str, M: int, G: int, N: int, K: int, dtype: str = "bfloat16"
+) -> tuple[Callable[..., Any], list[Any]]:
+    """`qwen_jax.kernels.grouped_tpu`; `dtype` is that of the weights' gradient."""
+    import jax.numpy as jnp
+
+    function: Callable[..., Any] = functools.partial(grouped_tpu.product, transposed=operation == "input gradient")
+    if operation == "weights gradient":
+        function = functools.partial(grouped_tpu.weights_gradient, dtype=jnp.dtype(dtype))
+    return function, _arguments(operation, M, G, N, K)
+
+
+def megablox(
+    operation: str, M: int, G: int, N: int, K: int, tiling: Sequence[int]
+) -> tuple[Callable[..., Any], list[Any]]:
+    """JAX's megablox; `tiling` is of rows, and of the two dimensions of its own product."""
+    import jax.numpy as jnp
+
+    # The package has a function of the same name as this module.
+    kernels = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
+    options: dict[str, Any] = {"preferred_element_type": jnp.bfloat16, "tiling": tuple(tiling)}
+    arguments = _arguments(operation, M, G, N, K)
+    if operation == "weights gradient":
+        return lambda dy, x, sizes: kernels.tgmm(dy.T, x, sizes, **options), arguments
+    return functools.partial(kernels.gmm, transpose_rhs=operation == "forward", **options), arguments
+
+
+def ragged(operation: str, M: int, G: int, N: int, K: int) -> tuple[Callable[..., Any], list[Any]]:
+    """`jax.lax.ragged_dot_general`, whatever XLA makes of it."""
+    import jax.numpy as jnp
+    from jax import lax
+
+    sums = {"forward": (1, 2), "input gradient": (1, 1), "weights gradient": (0, 0)}[operation]
+    numbers = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((sums[0],), (sums[1],)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[] if operation == "weights gradient" else [0],
+    )
+    return (
+        lambda a, b, sizes: lax.ragged_dot_general(a, b, sizes, numbers, preferred_element_type=jnp.bfloat16),
+        _arguments(operation, M, G, N, K),
+    )
+
+
+def routed(M: int, G: int, even: bool) -> list[int]:
+    """Rows of each group: as even as can be, or thrown with equal chances."""
+    if even:
+        return [M * (g + 1) // G - M * g // G for g in range(G)]
+    return [int(n) for n in np.random.default_rng(0).multinomial(M, [1 / G] * G)]
+
+
+def ranges(sizes: Sequence[int], rows: int) -> Iterator[tuple[int, int]]:
+    """Rows of tiles that are a group's, one pair for each visit."""
+    begin = 0
+    for size in sizes:
+        end = begin + size
+        for tile in range(begin // rows, -(-end // rows) if size else 0):
+            yield max(begin - tile * rows, 0), min(end - tile * rows, rows)
+        begin = end
+
+
+def _blocks(low: int, high: int, block: int) -> int:
+    return -(-(high - low // 16 * 16) // block)
+
+
+def _zeroing(kernel: Kernel) -> list[str]:
+    """The branch that writes zeros: the longest one in a step without products in it, and what is in that."""
+
+    def within(name: str) -> list[str]:
+        return [r.name for r in kernel.regions if r.name == name or r.name.startswith(f"{name}.")]
+
+    branches = [within(r.name) for r in kernel.regions if r.parent == "step"]
+    free = [names for names in branches if not set(names) & set(kernel.products)]
+    return max(free, key=lambda names: sum(kernel[name].bundles for name in names))
+
+
+def ours_estimate(
+    kernel: Kernel, tiles: grouped_tpu.Tiles, operation: str, case: Case, sizes: Sequence[int], itemsize: int
+) -> Estimate:
+    """Of one kernel of `ours`. Branches that only fetch weights are counted at every visit."""
+    M, G, N, K = sum(sizes), len(sizes), case.N, case.K
+    visits, every = list(ranges(sizes, tiles.rows)), -(-M // tiles.rows) + G
+    if operation == "weights gradient":
+        n_parts, k_parts = -(-N // tiles.columns), -(-K // tiles.inner)
+        parts = n_parts * k_parts
+        whole = [high - low == tiles.rows for low, high in visits]
+        cut = sum(_blocks(*v, tiles.block) for v, all_ in zip(visits, whole, strict=True) if not all_)
+        full, block = kernel.products
+        runs = {full: sum(whole), block: cut}
+        numbers = 2 * M * (k_parts * N + n_parts * K) + itemsize * G * N * K
+    else:
+        inner, out = (N, K) if operation == "input gradient" else (K, N)
+        parts = -(-out // tiles.columns)
+        [block] = kernel.products
+        runs = {block: sum(_blocks(*v, tiles.block) for v in visits)}
+        numbers = 2 * (parts * M * inner + sum(size > 0 for size in sizes) * N * K + M * out)
+    runs |= {"step": every} | dict.fromkeys(_zeroing(kernel), 0)
+    # Loops around blocks run as often as there are visits, whatever their blocks.
+    runs |= {r.name: every for r in kernel.regions if r.kind == "loop" and r.parent and r.name not in (*runs, "grid")}
+    return estimate(kernel, {name: parts * n for name, n in runs.items()}, numbers)
+
+
+def ours_tiles(chip: str, operation: str, case: Case) -> grouped_tpu.Tiles:
+    """The sizes that `ours` takes on a chip."""
+    core = CORES[chip]
+    kind = (core.vmem, core.mxu_width), core.cores
+    if operation == "weights gradient":
+        return grouped_tpu.gradient_tiles(case.N, case.K, *kind)
+    inner, out = (case.N, case.K) if operation == "input gradient" else (case.K, case.N)
+    return grouped_tpu.product_tiles(inner, out, *kind)
+
+
+def _peak(chip: str) -> float:
+    """FLOP/s of a device at the clock that is counted with."""
+    core = CORES[chip]
+    units = 4 * 128**2 if core.mxu_width == 128 else 4 * 256**2
+    return 2 * units * core.clock * core.cores
+
+
+@functools.cache
+def _compiled(chip: str, operation: str, case: Case, dtype: str) -> Kernel:
+    # What a visit costs depends neither on the number of rows nor on that of groups.
+    kwargs = {"operation": operation, "M": 4096, "G": 4, "N": case.N, "K": case.K, "dtype": dtype}
+    kernels = compile_kernels(f"{_MODULE}:ours", TOPOLOGIES[chip], kwargs)
+    [kernel] = [k for k in kernels if k.name.startswith("grouped")]
+    return kernel
+
+
+def kernel_row(chip: str, case: Case, operation: str, dtype: str) -> dict[str, Any]:
+    """What `ours` is compiled to: of each body with products the use of matrix units and the registers put away."""
+    tiles, kernel = ours_tiles(chip, operation, case), _compiled(chip, operation, case, dtype)
+    sizes = f"{tiles.rows}/{tiles.block}/{tiles.columns}" + f"/{tiles.inner}" * (operation == "weights gradient")
+    bodies = [kernel[name] for name in kernel.products]
+    row: dict[str, Any] = {"chip": chip, "weights": f"{case.name}, {case.N} x {case.K}", "pass": operation}
+    row |= {"tiles": sizes, "cores": kernel.cores, "VMEM MiB": round(kernel.vmem / MiB, 1)}
+    row["MXU"] = " + ".join(f"{x.share('MXU'):.2f}" for x in bodies)
+    return row | {"spills": " + ".join(str(x.spills) for x in bodies)}
+
+
+def times_row(chip: str, case: Case, M: int, G: int, passes: Sequence[str], dtype: str) -> dict[str, Any]:
+    """Estimates of `ours`: ms with even groups, and what the bound is of the time with even / with thrown groups."""
+    row: dict[str, Any] = {"chip": chip, "weights": case.name, "rows": M, "groups": G}
+    for operation in passes:
+        kernel, tiles = _compiled(chip, operation, case, dtype), ours_tiles(chip, operation, case)
+        itemsize = 4 if operation == "weights gradient" and dtype == "float32" else 2
+        even, thrown = (ours_estimate(kernel, tiles, operation, case, routed(M, G, x), itemsize) for x in (True, False))
+        times = _times(chip, case, M, G, even, thrown, itemsize)
+        by_bytes = " HBM" if even.hbm > even.schedule else ""
+        row[operation] = f"{times['ms']}{by_bytes}, {times['of the bound']:.2f} / {times['thrown: of the bound']:.2f}"
+    return row | {"bound ms": times["bound ms"]}
+
+
+def _times(
+    chip: str, case: Case, M: int, G: int, even: Estimate, thrown: Estimate, itemsize: int = 2
+) -> dict[str, Any]:
+    work = 2 * M * case.N * case.K / _peak(chip)
+    moved = 2 * M * (case.N + case.K) + itemsize * G * case.N * case.K
+    # What no kernel can be below: full matrix units, or each array read or written once.
+    bound = max(work, moved * CORES[chip].devices / CHIPS[chip].hbm_bandwidth)
+    times = {"ms": even.seconds, "schedule ms": even.schedule, "HBM ms": even.hbm}
+    times |= {"thrown: schedule ms": thrown.schedule, "thrown: HBM ms": thrown.hbm, "bound ms": bound}
+    row: dict[str, Any] = {name: round(x * 1e3, 3) for name, x in times.items()}
+    row |= {"TFLOP/s": round(2 * M * case.N * case.K / even.seconds / 1e12)}
+    row |= {"of the peak": round(work / even.seconds, 2), "of the bound": round(bound / even.seconds, 2)}
+    return row | {"thrown: of the bound": round(bound / thrown.seconds, 2)}
+
+
+def _divisors(size: int, most: int) -> list[int]:
+    return [n for n in range(128, min(size, most) + 1, 128) if size % n == 0]
+
+
+def megablox_tilings(operation: str, case: Case) -> list[tuple[int, int, int]]:
+    """Tilings to try: rows, and divisors of both dimensions, so that its masks of remainders are not needed."""
+    if operation == "weights gradient":
+        first, second = case.N, case.K
+    else:
+        first, second = (case.N, case.K) if operation == "input gradient" else (case.K, case.N)
+    most = 1536 if operation == "weights gradient" else 4096
+    return [(rows, x, _divisors(second, 1536)[-1]) for rows in (256, 512) for x in _divisors(first, most)[-2:]]
+
+
+def megablox_row(chip: str, operation: str, case: Case) -> dict[str, Any]:
+    """The best of `megablox_tilings`, at `ROWS[0]` rows and all groups, thrown."""
+    M, G, best = ROWS[0], case.groups[0], None
+    for tiling in megablox_tilings(operation, case):
+        kwargs = {"operation": operation, "M": 4096, "G": 4, "N": case.N, "K": case.K, "tiling": tiling}
+        try:
+            kernels = compile_kernels(f"{_MODULE}:megablox", TOPOLOGIES[chip], kwargs)
+        except InputError:  # Too much for the VMEM that it asks for.
+            continue
+        kernel = kernels[-1]
+        one = functools.partial(_megablox_estimate, kernel, tiling, operation, case)
+        even, thrown = (one(routed(M, G, kind)) for kind in (True, False))
+        if best is None or thrown.seconds < best[0]:
+            best = thrown.seconds, tiling, kernel, even, thrown
+    if best is None:
+        raise InputError(f"No tiling of megablox compiles for {chip}.")
+    _, tiling, kernel, even, thrown = best
+    body = max((kernel[n] for n in kernel.products), key=lambda r: r.bundles)
+    row = {"chip": chip, "weights": case.name, "pass": operation, "rows": M, "groups": G}
+    row |= {"tiling": "/".join(map(str, tiling)), "cores": kernel.cores, "MXU": round(body.share("MXU"), 2)}
+    return row | {"spills": body.spills} | _times(chip, case, M, G, even, thrown)
+
+
+def _megablox_estimate(
+    kernel: Kernel, tiling: tuple[int, int, int], operation: str, case: Case, sizes: Sequence[int]
+) -> Estimate:
+    """Of one kernel of `megablox`. Tiles are visited whole; it doesn't skip any part."""
+    M, G, N, K, rows = sum(sizes), len(sizes), case.N, case.K, tiling[0]
+    visits = len(list(ranges(sizes, rows)))
+    if operation == "weights gradient":
+        n_parts, k_parts = N // tiling[1], K // tiling[2]
+        parts, [body] = n_parts * k_parts, kernel.products
+        ends = [r.name for r in kernel.regions if r.parent == "step" and not body.startswith(r.name)]
+        runs = {"step": visits, body: visits} | dict.fromkeys(ends, G)
+        numbers = 2 * M * (k_parts * N + n_parts * K) + 2 * G * N * K
+        return estimate(kernel, {name: parts * n for name, n in runs.items()}, numbers)
+    inner, out = (N, K) if operation == "input gradient" else (K, N)
+    sums, parts = -(-inner // tiling[1]), -(-out // tiling[2])
+    # Of its two branches with products that for the end of the sum also stores, under a mask.
+    bodies = sorted(kernel.products, key=lambda name: kernel[name].bundles)
+    runs = {"step": visits * sums, bodies[-1]: visits} | dict.fromkeys(bodies[:-1], visits * (sums - 1))
+    other = [r.name for r in kernel.regions if r.parent == "step" and not any(b.startswith(r.name) for b in bodies)]
+    runs |= dict.fromkeys(other, visits)
+    numbers = 2 * M * out + (2 * (parts * M * inner + G * N * K))
+    if sums > 1:
+        numbers = 2 * M * out + 2 * visits * (parts * rows * inner + N * K)
+    return estimate(kernel, {name: parts * n for name, n in runs.items()}, numbers)
+
+
+def ragged_row(chip: str, operation: str, case: Case) -> dict[str, Any]:
+    """What XLA makes of `ragged`, at `ROWS[0]` rows and all groups."""
+    import jax
+
+    from train.topology import target
+
+    M, G = ROWS[0], case.groups[0]
+    kwargs: dict[str, Any] = {"operation": operation, "M": M, "G": G, "N": case.N, "K": case.K}
+    here = jax.sharding.SingleDeviceSharding(target(TOPOLOGIES[chip]).devices[0])
+    function, arguments = ragged(**kwargs)
+    placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for x in arguments]
+    compiled = jax.jit(function).lower(*placed).compile()
+    row: dict[str, Any] = {"chip": chip, "weights": case.name, "pass": operation, "rows": M, "groups": G}
+    found = re.search(r'ragged_dot_tiling="(\d+),(\d+),(\d+)"', compiled.as_text() or "")
+    memory: Any = compiled.memory_analysis()
+    costs: Any = compiled.cost_analysis()
+    temporary = memory.temp_size_in_bytes
+    row |= {"kernel": found is not None, "temporary MiB": round(temporary / MiB)}
+    row["FLOP / needed"] = round(costs["flops"] / (2 * M * case.N * case.K), 1)
+    if found is None:
+        return row
+    tiling = int(found[1]), int(found[2]), int(found[3])
+    kernels = compile_kernels(f"{_MODULE}:ragged", TOPOLOGIES[chip], kwargs)
+    [kernel] = [k for k in kernels if "metadata" not in k.name]
+    [body] = [kernel[name] for name in kernel.products]
+    row |= {"tiling": "/".join(map(str, tiling)), "cores": kernel.cores, "MXU": round(body.share("MXU"), 2)}
+    even, thrown = (_megablox_estimate(kernel, tiling, operation, case, routed(M, G, kind)) for kind in (True, False))
+    # Weights that are transposed first are read and written once more than the kernel's own bytes.
+    copied = 2 * temporary * CORES[chip].devices / CHIPS[chip].hbm_bandwidth if temporary > MiB else 0.0
+    return row | {"spills": body.spills, "copy ms": round(copied * 1e3, 3)} | _times(chip, case, M, G, even, thrown)
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="ours", choices=("ours", "megablox", "ragged"))
+    parser.add_argument("--chips", nargs="+", default=["v5p", "v6e", "7x"], choices=list(CORES))
+    parser.add_argument("--passes", nargs="+", default=list(OPERATIONS), choices=OPERATIONS)
+    parser.add_argument("--cases", nargs="+", type=int, default=list(range(len(CASES))), help="indices of CASES")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of our weights gradient")
+    parser.add_argument("--json", action="store_true", help="one line of JSON for each row")
+    args = parser.parse_args()
+    chosen = [(chip, x, CASES[i]) for chip in args.chips for x in args.passes for i in args.cases]
+    if args.what == "ours":
+        print_rows([functools.partial(kernel_row, chip, case, x, args.dtype) for chip, x, case in chosen], args.json)
+        layers = [
+            (chip, CASES[i], M, G) for chip in args.chips for i in args.cases for M in ROWS for G in CASES[i].groups
+        ]
+        print_rows([functools.partial(times_row, *x, args.passes, args.dtype) for x in layers], args.json)
+    elif args.what == "megablox":
+        print_rows([functools.partial(megablox_row, *x) for x in chosen], args.json)
+    else:
+        for x in chosen:
+            print_rows([functools.partial(ragged_row, *x)], args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,408 @@
+"""Mixture of experts, as `Qwen2MoeForCausalLM` has it: a router, the experts it picks, and one for all tokens.
+
+A token's work is that of the experts it takes, and no token is lost: rows are sorted by expert, multiplied in groups,
+and put back. Where the expert axis splits the experts, rows travel to them (`qwen_jax.exchange`); where all devices of
+that axis have the same rows, as when generating, each does its own experts' share and the shares are summed.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.config import MoE as MoEConfig
+from qwen_jax.exchange import AXIS, parcels, send, send_back
+from qwen_jax.kernels.grouped import Implementation as Grouped
+from qwen_jax.kernels.grouped import grouped_matmul
+from qwen_jax.kernels.reference import einsum_f32
+from qwen_jax.layers import recompute
+from qwen_jax.products import gather
+from qwen_jax.sharding import Sharding
+
+# With so few rows each is multiplied by itself: what counts is to read the matrices that are used, once, and no others.
+_FEW = 16
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("load_E", "probability_E", "z", "entropy", "tokens", "dropped"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """What a layer's router did, summed over all tokens of the batch, on all devices; float32.
+
+    Attributes:
+      load_E: how many tokens took each expert. No gradient.
+      probability_E: the router's probabilities.
+      z: squared logarithms of the softmax's denominator.
+      entropy: of the router's probabilities, in nats. No gradient.
+      tokens: how many there were.
+      dropped: how often an expert had no room for a token; 0 without a capacity.
+    """
+
+    load_E: jax.Array
+    probability_E: jax.Array
+    z: jax.Array
+    entropy: jax.Array
+    tokens: jax.Array
+    dropped: jax.Array
+
+
+class Router(nnx.Module):
+    """[E, D], without a bias."""
+
+    def __init__(self, weight: jax.Array):
+        self.weight = nnx.Param(weight)
+
+
+class Experts(nnx.Module):
+    """SwiGLU layers, all experts of a layer in two arrays."""
+
+    def __init__(self, gate_up_E2FD: jax.Array, down_EDF: jax.Array):
+        self.gate_up = nnx.Param(gate_up_E2FD)
+        self.down = nnx.Param(down_EDF)
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """What is static about the routed part of a layer.
+
+    Attributes:
+      moe: the architecture.
+      sharding: of the current mesh.
+      eps: of the norm before it.
+      capacity_factor: 0, or room in each expert, over what even routing needs; see `Options`.
+      grouped: which kernel; see `kernels.grouped`.
+      keep_dots: the backward pass keeps the results of products and makes all else again.
+      count: sum up a `Routing`.
+    """
+
+    moe: MoEConfig
+    sharding: Sharding
+    eps: float
+    capacity_factor: float
+    grouped: Grouped
+    keep_dots: bool
+    count: bool
+
+
+class MoE(nnx.Module):
+    """The routed experts of a layer, and its shared one, which is an `MLP`.
+
+    The routed part begins with the norm, so that no normalised input need be kept for the backward pass.
+    """
+
+    def __init__(self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, options: Any, shared: nnx.Module):
+        assert config.moe is not None
+        self.config, self.sharding, self.options = config, sharding, options
+        E, F, D = config.moe.num_experts, config.moe.intermediate_size, config.hidden_size
+        normal = nnx.initializers.normal(config.initializer_range)
+        residual = nnx.initializers.normal(config.initializer_range / (2 * config.num_layers) ** 0.5)
+        self.router = Router(normal(rngs.params(), (E, D)))
+        self.experts = Experts(normal(rngs.params(), (E, 2, F, D)), residual(rngs.params(), (E, D, F)))
+        self.shared = shared
+        self.shared_gate = Router(normal(rngs.params(), (1, D)))
+
+    def routed(
+        self, x_BTD: jax.Array, norm_D: jax.Array, valid_BT: jax.Array | None, keep_dots: bool = False
+    ) -> tuple[jax.Array, Routing | None]:
+        """What the routed experts add.
+
+        Args:
+          x_BTD: the stream, before the norm.
+          norm_D: weight of the norm.
+          valid_BT: which tokens are not padding, and with it, that a `Routing` is wanted; None: all, and none.
+          keep_dots: see `How`.
+
+        Returns:
+          [B, T, D], and the routing.
+        """
+        spec, options, moe = self.sharding, self.options, self.config.moe
+        assert moe is not None
+        count = valid_BT is not None
+        how = How(moe, spec, self.config.rms_norm_eps, options.capacity_factor, options.grouped, keep_dots, count)
+        none: Any = P()
+        everywhere = Routing(none, none, none, none, none, none) if count else None
+        run: Any = jax.shard_map(
+            functools.partial(_local, how),
+            in_specs=(
+                spec.hidden, spec.norm, spec.router, spec.experts_gate_up, spec.experts_down,
+                spec.tokens if count else None,
+            ),
+            out_specs=(spec.hidden, everywhere),
+            check_vma=False,
+        )  # fmt: skip
+        dtype = x_BTD.dtype
+        weights = self.router.weight[...], self.experts.gate_up[...], self.experts.down[...]
+        with jax.named_scope("experts"):
+            result: tuple[jax.Array, Routing | None]
+            result = run(x_BTD, norm_D, *(w.astype(dtype) for w in weights), valid_BT)
+        return result
+
+    def gated(self, h_BTD: jax.Array, shared_BTD: jax.Array) -> jax.Array:
+        """The shared expert's result, times the sigmoid of what its gate says of the normalised input."""
+        weight = jax.reshard(self.shared_gate.weight[...].astype(h_BTD.dtype), P(None, None))
+        gate = jnp.einsum("BTD,XD->BTX", h_BTD, weight)
+        return jax.nn.sigmoid(gate) * shared_BTD
+
+
+def _local(
+    how: How, x_btD: jax.Array, norm_D: jax.Array, router: jax.Array, gate_up: jax.Array, down: jax.Array, valid: Any
+) -> tuple[jax.Array, Routing | None]:
+    """One device's tokens."""
+    first, second = _capacity(how, x_btD) if how.capacity_factor else _dropless(how, x_btD)
+    if how.keep_dots:
+        valid = (valid,)
+        kept, rows, routing = recompute(first, (norm_D, router, gate_up), x_btD, constants=valid)
+        out = recompute(second, down, kept, rows[0], constants=(rows[1],))
+    else:
+        kept, rows, routing = first((norm_D, router, gate_up), x_btD, valid)
+        out = second(down, kept, *rows)
+    sums = ["tensor"] * (how.sharding.tensor > 1)
+    sums += [AXIS] * (how.sharding.expert > 1 and not how.sharding.exchanges)
+    out = lax.psum(out, tuple(sums)) if sums else out
+    return out.astype(x_btD.dtype).reshape(x_btD.shape), routing
+
+
+def _norm(how: How, x_btD: jax.Array, norm_D: jax.Array) -> jax.Array:
+    """[N, D]; as `RMSNorm`."""
+    x = x_btD.astype(jnp.float32)
+    x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + how.eps)
+    return (x.astype(x_btD.dtype) * norm_D.astype(x_btD.dtype)).reshape(-1, x_btD.shape[-1])
+
+
+def route(x_ND: jax.Array, router_ED: jax.Array, moe: MoEConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Which experts tokens take, and how much of each.
+
+    Args:
+      x_ND: normalised tokens.
+      router_ED: the router's weight.
+      moe: the architecture.
+
+    Returns:
+      Weights [N, k] in the dtype of x, expert ids int32 [N, k], logits float32 [N, E]. As in transformers, logits are
+      rounded to the dtype of x, and their softmax over all experts is float32.
+    """
+    logits = einsum_f32("nd,ed->ne", x_ND, router_ED).astype(x_ND.dtype).astype(jnp.float32)
+    top, ids = lax.top_k(jax.nn.softmax(logits), moe.num_experts_per_tok)
+    if moe.norm_topk_prob:
+        top = top / top.sum(-1, keepdims=True)
+    return top.astype(x_ND.dtype), ids, logits
+
+
+def _count(how: How, logits: jax.Array, ids: jax.Array, valid_N: jax.Array | None, dropped: Any) -> Routing | None:
+    """Sums over all tokens on all devices."""
+    if valid_N is None:
+        return None
+    E = how.moe.num_experts
+    keep = valid_N.astype(jnp.float32)
+    log_p, log_total = jax.nn.log_softmax(logits), jax.nn.logsumexp(logits, -1)
+    p = jnp.exp(log_p)
+    taken = (ids[:, :, None] == jnp.arange(E)).sum(1)
+    sums = Routing(
+        load_E=(taken * keep[:, None]).sum(0),
+        probability_E=(p * keep[:, None]).sum(0),
+        z=(log_total**2 * keep).sum(),
+        entropy=lax.stop_gradient((-(p * log_p).sum(-1) * keep).sum()),
+        tokens=keep.sum(),
+        dropped=jnp.asarray(dropped, jnp.float32),
+    )
+    total: Routing = lax.psum(sums, how.sharding.row_axes)
+    return total
+
+
+# --- dropless --------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _sorted(x_ND: jax.Array, order_A: jax.Array, inverse_A: jax.Array, k: int) -> jax.Array:
+    """A copy of its token for each assignment, in the order given. Its gradient gathers, too, instead of scattering."""
+    return x_ND[order_A // k]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _summed(y_AD: jax.Array, order_A: jax.Array, inverse_A: jax.Array, k: int) -> jax.Array:
+    """The sum, float32, of each token's assignments; the counterpart of `_sorted`."""
+    return y_AD[inverse_A].reshape(-1, k, y_AD.shape[-1]).astype(jnp.float32).sum(1)
+
+
+_sorted.defvjp(
+    lambda x, order, inverse, k: (_sorted(x, order, inverse, k), (order, inverse)),
+    lambda k, kept, by: (_summed(by, *kept, k).astype(by.dtype), None, None),
+)
+_summed.defvjp(
+    # Of the rows only the dtype is kept.
+    lambda y, order, inverse, k: (_summed(y, order, inverse, k), (order, inverse, y[:0])),
+    lambda k, kept, by: (_sorted(by.astype(kept[2].dtype), *kept[:2], k), None, None),
+)
+
+
+@functools.partial(jax.custom_vjp)
+def _permuted(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Rows in another order, and their gradient in the one before."""
+    return x[order]
+
+
+_permuted.defvjp(
+    lambda x, order, inverse: (x[order], (order, inverse)),
+    lambda kept, by: (by[kept[1]], None, None),
+)
+
+
+def _by_expert(runs_ne: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """From runs by origin and expert to runs by expert and origin.
+
+    Args:
+      runs_ne: int32, rows of each origin for each expert.
+      size: rows there are room for; those of no run stay where they are.
+
+    Returns:
+      The order, and its inverse.
+    """
+
+    def moved(lengths: jax.Array, starts_there: jax.Array) -> jax.Array:
+        """Where the row at each place comes from, given the lengths of runs here and their starts there."""
+        ends = jnp.cumsum(lengths)
+        place = jnp.arange(size)
+        run = (place[:, None] >= ends).sum(1)
+        shift = jnp.append(starts_there - (ends - lengths), 0)
+        return place + shift[run]
+
+    def starts(lengths: jax.Array) -> jax.Array:
+        return (jnp.cumsum(lengths.reshape(-1)) - lengths.reshape(-1)).reshape(lengths.shape)
+
+    by_origin, by_expert = starts(runs_ne), starts(runs_ne.T).T
+    order = moved(runs_ne.T.reshape(-1), by_origin.T.reshape(-1))
+    return order, moved(runs_ne.reshape(-1), by_expert.reshape(-1))
+
+
+def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
+    """The routed part in two pieces: up to the first products, and after."""
+    moe, spec = how.moe, how.sharding
+    E, k, n = moe.num_experts, moe.num_experts_per_tok, spec.expert
+    N = x_btD.shape[0] * x_btD.shape[1]
+    A, e = N * k, E // n
+    room = n * N * min(k, e)  # All tokens of all devices may want experts of one.
+    few = A <= _FEW and n == 1 and not how.count
+
+    def first(params: Any, x_btD: jax.Array, valid: jax.Array | None) -> Any:
+        norm_D, router_ED, gate_up_e2FD = params
+        x_ND = _norm(how, x_btD, norm_D)
+        weights, ids, logits = route(x_ND, gather(router_ED, 1), moe)
+        valid_N = None if valid is None else valid.reshape(-1)
+        routing = _count(how, logits, ids, valid_N, 0.0)
+        w = gather(gate_up_e2FD, 3).reshape(e, -1, x_ND.shape[1])
+        if few:
+            ids_A = ids.reshape(-1)
+            rows = [_one(w, ids_A[a], x_ND[a // k]) for a in range(A)]
+            return jnp.stack(rows), (weights.reshape(-1), (ids_A,)), routing
+        ids = ids if valid_N is None else jnp.where(valid_N[:, None], ids, E)
+        here_A = ids.reshape(-1)
+        if n > 1 and not spec.exchanges:
+            here_A = here_A - lax.axis_index(AXIS) * e
+            here_A = jnp.where((here_A >= 0) & (here_A < e), here_A, e)
+        # Those of no expert here are last.
+        order = jnp.argsort(here_A, stable=True)
+        inverse = jnp.zeros_like(order).at[order].set(jnp.arange(A, dtype=order.dtype), unique_indices=True)
+        sizes = (here_A[:, None] == jnp.arange(E if spec.exchanges else e)).sum(0, dtype=jnp.int32)
+        rows_AD = _sorted(x_ND, order, inverse, k)
+        weights_A = _permuted(weights.reshape(-1), order, inverse)
+        plan: Any = None
+        if spec.exchanges:
+            p = parcels(sizes, n)
+            there = _by_expert(p.runs_ne, room)
+            rows_AD = _permuted(send(rows_AD, p, room), *there)
+            weights_A = _permuted(send(weights_A, p, room), *there)
+            sizes, plan = p.runs_ne.sum(0), (p, there)
+        gate_up = grouped_matmul(rows_AD, w, sizes, implementation=how.grouped)
+        return gate_up, (weights_A, (order, inverse, sizes, plan)), routing
+
+    def second(down_eDF: jax.Array, gate_up: jax.Array, weights_A: jax.Array, where: Any) -> jax.Array:
+        down = gather(down_eDF, 1)
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        # The weight goes before the product: then nothing of its result is needed for the gradient by the weight.
+        h = jax.nn.silu(gate) * up * weights_A[:, None]
+        if few:
+            (ids_A,) = where
+            y = jnp.stack([_one(down, ids_A[a], h[a]) for a in range(A)])
+            return y.reshape(N, k, -1).astype(jnp.float32).sum(1)
+        order, inverse, sizes, plan = where
+        y = grouped_matmul(h, down, sizes, implementation=how.grouped)
+        if plan is not None:
+            p, (to, back) = plan
+            y = send_back(_permuted(y, back, to), p, A)
+        return _summed(y, order, inverse, k)
+
+    return first, second
+
+
+def _one(w_ENK: jax.Array, group: jax.Array, x_K: jax.Array) -> jax.Array:
+    """A row times the matrix of its group."""
+    return einsum_f32("nk,k->n", lax.dynamic_index_in_dim(w_ENK, group, keepdims=False), x_K).astype(x_K.dtype)
+
+
+# --- capacity --------------------------------------------------------------------------------------------------------
+
+
+def _capacity(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
+    """The same with room for so many of a device's tokens in each expert, first come, first served.
+
+    What is exchanged and multiplied has one size whatever the router does (GShard, arXiv:2006.16668, section 2.2).
+    """
+    moe, spec = how.moe, how.sharding
+    E, k, n = moe.num_experts, moe.num_experts_per_tok, spec.expert
+    N = x_btD.shape[0] * x_btD.shape[1]
+    room = min(math.ceil(how.capacity_factor * N * k / E), N)
+    e = E // n
+
+    def first(params: Any, x_btD: jax.Array, valid: jax.Array | None) -> Any:
+        norm_D, router_ED, gate_up_e2FD = params
+        x_ND = _norm(how, x_btD, norm_D)
+        weights, ids, logits = route(x_ND, gather(router_ED, 1), moe)
+        valid_N = None if valid is None else valid.reshape(-1)
+        wanted = ids if valid_N is None else jnp.where(valid_N[:, None], ids, E)
+        is_for_AE = wanted.reshape(-1)[:, None] == jnp.arange(E)
+        before_A = jnp.where(is_for_AE, jnp.cumsum(is_for_AE, axis=0) - 1, 0).sum(1)
+        has_room = (before_A < room) & is_for_AE.any(1)
+        dropped = (is_for_AE.any(1) & ~has_room).sum()
+        routing = _count(how, logits, ids, valid_N, dropped)
+        slots = E * room
+        slot_A = jnp.where(has_room, wanted.reshape(-1) * room + before_A, slots)
+        token_S = jnp.full((slots,), N, jnp.int32).at[slot_A].set(jnp.arange(N * k) // k, mode="drop")
+        rows = x_ND.at[token_S].get(mode="fill", fill_value=0)
+        weight_S = jnp.zeros((slots,), weights.dtype).at[slot_A].set(weights.reshape(-1), mode="drop")
+        w = gather(gate_up_e2FD, 3).reshape(e, -1, x_ND.shape[1])
+        rows, weight_S = _mine(rows), _mine(weight_S)
+        gate_up = einsum_f32("ecd,efd->ecf", rows, w).astype(rows.dtype)
+        return gate_up, (weight_S, (token_S,)), routing
+
+    def second(down_eDF: jax.Array, gate_up: jax.Array, weight_ec: jax.Array, where: Any) -> jax.Array:
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        h = jax.nn.silu(gate) * up * weight_ec[..., None]
+        y = _given_back(einsum_f32("ecf,edf->ecd", h, gather(down_eDF, 1)).astype(h.dtype))
+        out = jnp.zeros((N, y.shape[-1]), jnp.float32)
+        return out.at[where[0]].add(y.reshape(E * room, -1).astype(jnp.float32), mode="drop")
+
+    def _mine(x: jax.Array) -> jax.Array:
+        """[slots of all experts, ...] -> [experts here, slots of all origins, ...]."""
+        x = x.reshape(n, e, room, *x.shape[1:])
+        if spec.exchanges:
+            return jnp.moveaxis(lax.all_to_all(x, AXIS, 0, 0), 0, 1).reshape(e, n * room, *x.shape[3:])
+        return lax.dynamic_index_in_dim(x, lax.axis_index(AXIS), keepdims=False)
+
+    def _given_back(y: jax.Array) -> jax.Array:
+        if spec.exchanges:
+            parts = jnp.moveaxis(y.reshape(e, n, room, *y.shape[2:]), 1, 0)
+            return lax.all_to_all(parts, AXIS, 0, 0)
+        own = jnp.zeros((n, *y.shape), y.dtype)
+        return lax.dynamic_update_index_in_dim(own, y, lax.axis_index(AXIS), 0)
+
+    return first, second
