@@ -19,7 +19,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.model import Options
 from qwen_jax.params import Params
 
-__all__ = ["convert", "detect", "load", "open_source", "resolve"]
+__all__ = ["convert", "detect", "load", "open_source", "resolve", "write_folder"]
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
@@ -83,13 +83,28 @@ def convert(
     Raises:
       InputError: a damaged or unsupported checkpoint, a taken destination, a disk too small.
     """
-    if to not in (None, "hf", "orbax"):
+    check_destination(Path(dst))
+    folder = resolve(src)
+    write_folder(open_source(folder), dst, to or ("orbax" if detect(folder) == "hf" else "hf"), dtype, progress)
+
+
+def write_folder(
+    source: Source, dst: str | os.PathLike[str], to: Format, dtype: Any = None, progress: bool = False
+) -> None:
+    """Writes a checkpoint folder from a `Source`.
+
+    Args:
+      source: where from.
+      dst, dtype, progress: as for `convert`.
+      to: "hf" or "orbax".
+
+    Raises:
+      InputError: see `convert`.
+    """
+    if to not in ("hf", "orbax"):
         raise InputError(f"Expected the format 'hf' or 'orbax', got {to!r}.")
     target = None if dtype is None else parse_dtype(dtype)
     check_destination(Path(dst))
-    folder = resolve(src)
-    to = to or ("orbax" if detect(folder) == "hf" else "hf")
-    source = open_source(folder)
     with _bar(nbytes(source, target), progress and sys.stderr.isatty()) as advance:
         if to == "hf":
             from convert.huggingface import export

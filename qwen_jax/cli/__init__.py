@@ -21,6 +21,7 @@ from qwen_jax.cli.failures import complain, explain, several_processes
 _COMMANDS: dict[str, tuple[str, str, str]] = {
     "info": ("checkpoints", "Info", "a model's shape, parameters, memory and cache size"),
     "convert": ("checkpoints", "Convert", "between Hugging Face safetensors and Orbax"),
+    "upcycle": ("checkpoints", "Upcycle", "a dense checkpoint to a mixture of experts"),
     "verify": ("checkpoints", "Verify", "compare two checkpoints, or one with transformers, by logits"),
     "generate": ("generate", "Generate", "complete prompts"),
     "chat": ("generate", "Chat", "talk to a model"),

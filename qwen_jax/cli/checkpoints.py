@@ -93,6 +93,62 @@ class Convert:
 
 
 @dataclasses.dataclass(frozen=True)
+class Upcycle:
+    """Make a mixture of experts of a dense checkpoint, by the recipe of Qwen's own models (docs/moe.md).
+
+    The feed-forward layers are replicated, their neurons shuffled and cut into experts; the router is new. With
+    `--reinit 0` and the defaults the new model computes what the old one does, and `qwen-jax verify` can tell.
+
+    Args:
+        src: Dense checkpoint folder, or a Hub id such as Qwen/Qwen2.5-0.5B.
+        dst: The new folder.
+        num_experts: Routed experts of each layer.
+        top_k: Experts that a token takes.
+        width: Of a routed expert; by default a token's experts are together as wide as the dense layer.
+        shared_width: Of the shared expert; by default as wide as the dense layer.
+        norm_topk_prob: Weights of a token's experts sum to 1.
+        reinit: Fraction of each expert's neurons that are drawn anew.
+        seed: Of all that is drawn.
+        to: Format to write; by default that of SRC.
+        dtype: Of the written weights; by default as stored.
+    """
+
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    num_experts: int = 64
+    top_k: int = 8
+    width: int | None = None
+    shared_width: int | None = None
+    norm_topk_prob: bool = True
+    reinit: float = 0.5
+    seed: int = 0
+    to: Literal["hf", "orbax"] | None = None
+    dtype: DType | None = None
+
+    def run(self) -> int:
+        from qwen_jax.config import MoE
+        from qwen_jax.errors import InputError
+
+        upcycling, folder = sibling("convert.upcycle"), sibling("convert")
+        dense = folder.open_source(self.src).config.intermediate_size
+        if self.width is None and (self.top_k < 1 or dense % self.top_k):
+            raise InputError(
+                f"The dense layer ({dense}) is not cut evenly into {self.top_k} experts, those of a token. Give "
+                "--width, or a --top-k that divides it."
+            )
+        width, shared = self.width or dense // self.top_k, self.shared_width or dense
+        moe = MoE(self.num_experts, self.top_k, width, shared, norm_topk_prob=self.norm_topk_prob)
+        recipe = upcycling.Recipe(moe, self.reinit, self.seed)
+        made = upcycling.upcycle(self.src, self.dst, recipe, self.to, self.dtype, progress=True)
+        params = made.config.num_params()
+        print(
+            f"{self.dst}: {params['total'] / 1e9:.2f}B parameters, {params['active'] / 1e9:.2f}B active; it "
+            + ("computes what the dense model does" if made.preserves else "does not compute what the dense model does")
+        )
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Verify:
     """Compare two checkpoints of any format by their logits; exit 0 pass, 1 fail, 2 could not compare.
 

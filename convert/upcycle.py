@@ -1,0 +1,226 @@
+"""From a dense checkpoint to a mixture of experts: the recipe of Qwen's own models, tensor by tensor.
+
+The Qwen2 report (arXiv:2407.10671, section 2.2.2) replicates the feed-forward layer until there are enough hidden
+neurons, shuffles those of each replica, cuts them into experts, and draws half of each expert's parameters anew. What
+it leaves open is decided here:
+
+- Anew means whole neurons, with the mean and deviation of the layer's weights (arXiv:2502.19261 measured that).
+- The router is new. Where experts times width are whole replicas, and a token takes as many experts as one has, all
+  experts of a replica begin with the same router row (the virtual groups of arXiv:2410.07524): a token then takes a
+  whole feed-forward layer.
+- The shared expert is the dense layer, if it is as wide, and begins half open: the sigmoid of nought. A wider one has
+  silent neurons besides; a narrower one has some of the neurons and begins silent.
+- Output weights of experts are scaled by what the router takes away, so that all together are one dense layer. With
+  `norm_topk_prob`, virtual groups, and nothing drawn anew, the new model computes what the old one does.
+"""
+
+import dataclasses
+import functools
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.names import Leaf, leaves
+from convert.source import Source
+from qwen_jax.config import MoE
+from qwen_jax.errors import InputError
+
+# What a random draw is for; part of its seed.
+_ORDER, _WHICH, _VALUES, _ROUTER, _EXTRA = range(5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a dense model becomes a mixture.
+
+    Attributes:
+      moe: the experts.
+      reinit: fraction of each routed expert's neurons that are drawn anew.
+      seed: of all that is drawn.
+    """
+
+    moe: MoE
+    reinit: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.reinit <= 1:
+            raise InputError(f"reinit must be a fraction from 0 to 1, got {self.reinit}.")
+
+
+class Upcycled:
+    """The mixture as a `Source`: what is asked for is made of the dense checkpoint on the way.
+
+    Attributes:
+      preserves: whether the new model computes what the old one does.
+    """
+
+    workers = 1  # Tensors of one layer are made of the same ones.
+
+    def __init__(self, dense: Source, recipe: Recipe) -> None:
+        """
+        Args:
+          dense: where from.
+          recipe: what to.
+
+        Raises:
+          InputError: the checkpoint has experts already.
+        """
+        if dense.config.moe is not None:
+            raise InputError(
+                f"Expected a dense checkpoint, got one with {dense.config.moe.num_experts} experts in a layer. Only a "
+                "dense model can be made a mixture of experts."
+            )
+        self._dense, self._recipe, self.folder = dense, recipe, dense.folder
+        self.config = dataclasses.replace(dense.config, moe=recipe.moe)
+        self._of_dense = {leaf.path: leaf for leaf in leaves(dense.config)}
+        self._lock = threading.Lock()
+        self._held: tuple[int, dict[str, np.ndarray]] = (-1, {})
+        moe, F = recipe.moe, dense.config.intermediate_size
+        segments, uneven = divmod(F, moe.intermediate_size)
+        # How many experts are a replica; 0 if none are.
+        whole = not uneven and moe.num_experts % segments == 0 and moe.num_experts_per_tok % segments == 0
+        self._group = segments if whole else 0
+        self._shared_has_all = moe.shared_intermediate_size >= F
+        self.preserves = bool(self._group) and moe.norm_topk_prob and recipe.reinit == 0
+
+    def dtype(self, leaf: Leaf) -> np.dtype:
+        return self._dense.dtype(self._of_dense.get(leaf.path, self._of_dense[("layers", "mlp", "up", "weight")]))
+
+    def spans(self, leaf: Leaf, tensors: slice, rows: slice) -> None:
+        return None
+
+    def read(self, leaf: Leaf, tensors: slice, rows: slice) -> np.ndarray:
+        with self._lock:
+            made = [self._tensor(leaf, i, rows) for i in range(tensors.start, tensors.stop)]
+        return np.stack(made).astype(self.dtype(leaf))
+
+    def _tensor(self, leaf: Leaf, i: int, rows: slice) -> np.ndarray:
+        """Some rows of a tensor; float32 if it is made here."""
+        layer, *index = map(int, np.unravel_index(i, leaf.stack)) if leaf.stack else (0,)
+        same = self._of_dense.get(leaf.path)
+        if same is not None:
+            at = leaf.layers[layer] if leaf.layers else 0
+            return self._dense.read(same, slice(at, at + 1), rows)[0]
+        make: dict[str, Callable[..., np.ndarray]] = {
+            "experts.gate_up": self._gate_up,
+            "experts.down": self._down,
+            "router.weight": self._router,
+            "shared.gate.weight": functools.partial(self._shared, "gate"),
+            "shared.up.weight": functools.partial(self._shared, "up"),
+            "shared.down.weight": functools.partial(self._shared, "down"),
+            "shared_gate.weight": lambda _: np.zeros((1, self.config.hidden_size), np.float32),
+        }
+        return make[".".join(leaf.path[2:])](leaf.layers[layer], *index)[rows]
+
+    def _random(self, *what: int) -> np.random.Generator:
+        return np.random.default_rng([self._recipe.seed, *what])
+
+    def _weight(self, layer: int, name: str) -> np.ndarray:
+        """A matrix of the dense feed-forward layer, float32; those of one layer are held."""
+        if self._held[0] != layer:
+            self._held = (layer, {})
+        if name not in self._held[1]:
+            leaf = self._of_dense[("layers", "mlp", name, "weight")]
+            whole = self._dense.read(leaf, slice(layer, layer + 1), slice(0, leaf.shape[0]))[0]
+            self._held[1][name] = whole.astype(np.float32)
+        return self._held[1][name]
+
+    def _neurons(self, layer: int, expert: int) -> np.ndarray:
+        """Which neurons of the dense layer an expert has."""
+        F, f = self.config.intermediate_size, self._recipe.moe.intermediate_size
+        first = expert * f
+        orders = [
+            self._random(_ORDER, layer, replica).permutation(F)
+            for replica in range(first // F, (first + f - 1) // F + 1)
+        ]
+        start = first - first // F * F
+        return np.concatenate(orders)[start : start + f]
+
+    def _anew(self, layer: int, expert: int) -> np.ndarray:
+        """Which of an expert's neurons are drawn."""
+        f = self._recipe.moe.intermediate_size
+        return self._random(_WHICH, layer, expert).permutation(f)[: round(self._recipe.reinit * f)]
+
+    def _drawn(self, layer: int, name: str, shape: tuple[int, ...], *what: int) -> np.ndarray:
+        """Values with the mean and deviation of a matrix of the dense layer."""
+        like = self._weight(layer, name)
+        seed = {"gate": 0, "up": 1, "down": 2}[name]
+        return self._random(*what, seed).normal(like.mean(), like.std(), shape).astype(np.float32)
+
+    def _gate_up(self, layer: int, expert: int, part: int) -> np.ndarray:
+        name = ("gate", "up")[part]
+        weight = self._weight(layer, name)[self._neurons(layer, expert)]
+        anew = self._anew(layer, expert)
+        weight[anew] = self._drawn(layer, name, (len(anew), weight.shape[1]), _VALUES, layer, expert)
+        return weight
+
+    def _down(self, layer: int, expert: int) -> np.ndarray:
+        weight = self._weight(layer, "down")[:, self._neurons(layer, expert)]
+        anew = self._anew(layer, expert)
+        weight[:, anew] = self._drawn(layer, "down", (weight.shape[0], len(anew)), _VALUES, layer, expert)
+        moe = self._recipe.moe
+        # Of all neurons a token takes this many, with this weight, for this share of the layer's output.
+        taken = moe.num_experts_per_tok * moe.intermediate_size / self.config.intermediate_size
+        each = 1 / moe.num_experts_per_tok if moe.norm_topk_prob else 1 / moe.num_experts
+        share = 0.5 if self._shared_has_all else 1.0
+        return weight * np.float32(share / (taken * each))
+
+    def _router(self, layer: int) -> np.ndarray:
+        moe, D = self._recipe.moe, self.config.hidden_size
+        rows = moe.num_experts // (self._group or 1)
+        drawn = self._random(_ROUTER, layer).normal(0.0, self.config.initializer_range, (rows, D)).astype(np.float32)
+        return np.repeat(drawn, self._group or 1, axis=0)
+
+    def _shared(self, name: str, layer: int) -> np.ndarray:
+        weight, width = self._weight(layer, name), self._recipe.moe.shared_intermediate_size
+        silent = name == "down" and not self._shared_has_all
+        if name == "down":
+            weight = weight.T
+        extra = width - weight.shape[0]
+        if extra > 0:
+            zeros = np.zeros((extra, weight.shape[1]), np.float32)
+            more = zeros if name == "down" else self._drawn(layer, name, zeros.shape, _EXTRA, layer)
+            weight = np.concatenate([weight, more])
+        else:
+            weight = weight[self._random(_EXTRA, layer).permutation(len(weight))[:width]]
+        weight = np.zeros_like(weight) if silent else weight
+        return weight.T if name == "down" else weight
+
+
+def upcycle(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    recipe: Recipe,
+    to: Any = None,
+    dtype: Any = None,
+    progress: bool = False,
+) -> Upcycled:
+    """Writes a dense checkpoint as a mixture of experts, into a new folder that is whole or not there.
+
+    Args:
+      src: a Hugging Face folder, an Orbax folder, or a Hub id.
+      dst: the new folder; must not exist or be empty.
+      recipe: what it becomes.
+      to: "hf" or "orbax"; by default the format that `src` has.
+      dtype: of the written weights; by default as stored.
+      progress: shows a bar on standard error where that is a terminal.
+
+    Returns:
+      What was written.
+
+    Raises:
+      InputError: as `convert` does; or a checkpoint that has experts already.
+    """
+    from convert import detect, open_source, resolve, write_folder
+    from convert.folder import check_destination
+
+    check_destination(Path(dst))
+    folder = resolve(src)
+    source = Upcycled(open_source(folder), recipe)
+    write_folder(source, dst, to or detect(folder), dtype, progress)
+    return source
