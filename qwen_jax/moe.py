@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.config import MoE as MoEConfig
-from qwen_jax.exchange import AXIS, parcels, send, send_back
+from qwen_jax.exchange import AXIS, parcels, send, send_back, send_numbers
 from qwen_jax.kernels.grouped import Implementation as Grouped
 from qwen_jax.kernels.grouped import grouped_matmul
 from qwen_jax.kernels.reference import einsum_f32
@@ -320,9 +320,9 @@ def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
             p = parcels(sizes, n)
             there = _by_expert(p.runs_ne, room)
             rows_AD = _permuted(send(rows_AD, p, room), *there)
-            weights_A = _permuted(send(weights_A, p, room), *there)
+            weights_A = _permuted(send_numbers(weights_A, p, room), *there)
             sizes, plan = p.runs_ne.sum(0), (p, there)
-        gate_up = grouped_matmul(rows_AD, w, sizes, implementation=how.grouped)
+        gate_up = grouped_matmul(rows_AD, w, sizes, expected=A, implementation=how.grouped)
         return gate_up, (weights_A, (order, inverse, sizes, plan)), routing
 
     def second(down_eDF: jax.Array, gate_up: jax.Array, weights_A: jax.Array, where: Any) -> jax.Array:
@@ -335,7 +335,7 @@ def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
             y = jnp.stack([_one(down, ids_A[a], h[a]) for a in range(A)])
             return y.reshape(N, k, -1).astype(jnp.float32).sum(1)
         order, inverse, sizes, plan = where
-        y = grouped_matmul(h, down, sizes, implementation=how.grouped)
+        y = grouped_matmul(h, down, sizes, expected=A, implementation=how.grouped)
         if plan is not None:
             p, (to, back) = plan
             y = send_back(_permuted(y, back, to), p, A)

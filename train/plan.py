@@ -255,7 +255,7 @@ def search(
     stage, plans = config.stages[index], []
     meshes = _meshes(config, index, where) if axes is None else [dict(axes)]
     for mesh, remat in itertools.product(meshes, ("none", "dots", "full")):
-        shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
+        shards = math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp", "expert"))
         for accumulation in (1, 2, 4, 8):
             if stage.batch_size % (accumulation * shards):
                 break
@@ -282,10 +282,13 @@ _LONG = 16_384
 def _meshes(config: RunConfig, index: int, where: Target) -> list[dict[str, int]]:
     """The meshes of all devices that divide the model, the rows and the batch of a stage."""
     stage, model, meshes = config.stages[index], config.pretrain(index).model, []
-    for context, tensor in itertools.product((1, 2, 4, 8, 16) if stage.length >= _LONG else (1,), (1, 2, 4, 8)):
-        fsdp, rest = divmod(len(where.devices) // where.num_slices, context * tensor)
-        axes = {"data": where.num_slices, "fsdp": fsdp, "context": context, "tensor": tensor}
-        if rest or fsdp < 1 or stage.length % (2 * context) or stage.batch_size % (where.num_slices * fsdp):
+    contexts = (1, 2, 4, 8, 16) if stage.length >= _LONG else (1,)
+    experts = (1, 2, 4, 8, 16) if model.moe is not None else (1,)
+    for expert, context, tensor in itertools.product(experts, contexts, (1, 2, 4, 8)):
+        fsdp, rest = divmod(len(where.devices) // where.num_slices, expert * context * tensor)
+        axes = {"data": where.num_slices, "fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}
+        rows = where.num_slices * fsdp * expert
+        if rest or fsdp < 1 or stage.length % (2 * context) or stage.batch_size % rows:
             continue
         try:
             Sharding.for_model(model, mesh_of(where, axes), split_rows=True)

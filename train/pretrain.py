@@ -283,8 +283,8 @@ def train_step(
 
     Returns:
       The state after the step, and float32 scalars: `loss` (mean cross-entropy in nats, before the step),
-      `grad_norm` (before clipping), `learning_rate`, `weight` (sum of loss weights), `skipped` (1 if this step was); and
-      with experts what `routing_metrics` gives.
+      `grad_norm` (before clipping), `learning_rate`, `weight` (sum of loss weights), `skipped` (1 if this step was);
+      with experts those of `routing_metrics`.
     """
     gradient, means, weight, routing = mean_gradient(config, sharding, state.params, batch)
     with jax.named_scope("optimizer"):
@@ -330,7 +330,10 @@ def make_train_step(config: PretrainConfig, mesh: Mesh) -> TrainStep:
       InputError: a dimension of the model that the mesh does not divide.
     """
     sharding = Sharding.for_model(config.model, mesh, split_rows=True)
-    return jax.jit(functools.partial(train_step, config, sharding), donate_argnums=0)
+    # While rows travel to their experts, the shared one has something to do.
+    asynchronous = sharding.exchanges and mesh.devices.flat[0].platform == "tpu"
+    options: Any = {"xla_tpu_enable_async_ragged_all_to_all": True} if asynchronous else None
+    return jax.jit(functools.partial(train_step, config, sharding), donate_argnums=0, compiler_options=options)
 
 
 def make_eval_step(config: PretrainConfig, mesh: Mesh) -> EvalStep:

@@ -123,7 +123,8 @@ def collectives(hlo: str, devices: int, num_slices: int = 1) -> list[Collective]
     """Reads the collectives out of a compiled program.
 
     An asynchronous collective may be cut into several pieces of text; TPUs number the chain that they form. A sum of
-    which each device keeps a part is one ring's reduce-scatter on TPUs, written as a fusion of that name.
+    which each device keeps a part is one ring's reduce-scatter on TPUs, written as a fusion of that name. A ragged
+    exchange is taken to send alike to all.
 
     Args:
       hlo: text of the optimised module.
@@ -169,6 +170,8 @@ def collectives(hlo: str, devices: int, num_slices: int = 1) -> list[Collective]
             kind, n, size = match[2], len(members), _result_bytes(match[1], match[2], "-start(" in line)
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind, size = "reduce-scatter", size / n
+            if kind == "ragged-all-to-all":
+                size = min(size, _operand_bytes(match[1], line, body))
             moved = {"all-reduce": 2.0 * (n - 1) / n, "reduce-scatter": n - 1.0, "collective-permute": 1.0}
             sent = size * moved.get(kind, (n - 1) / n)
             chain = re.search(r'chain_id="(\d+)"', line)
@@ -217,6 +220,16 @@ def _result_bytes(shape: str, kind: str, started: bool) -> float:
         # A start returns its operand beside its result.
         return float(min(sizes) if kind == "reduce-scatter" else max(sizes))
     return float(sum(sizes))
+
+
+def _operand_bytes(result: str, line: str, body: Sequence[str]) -> float:
+    """What is sent from, or received into if that is less: the other has room for the worst case."""
+    if "-start(" in line:  # Its result has its operands in front: rows, and what they are received into.
+        return min(map(_shape_bytes, _SHAPE.findall(result)[:2]), default=math.inf)
+    name = re.search(r"ragged-all-to-all\([^%)]*%([\w.\-]+)", line)
+    pattern = re.compile(rf"\s*(?:ROOT )?%{re.escape(name[1])} = (.*?)[\w\-]+\(") if name else None
+    shapes = [_SHAPE.findall(match[1]) for text in body if pattern and (match := pattern.match(text))]
+    return float(_shape_bytes(shapes[0][0])) if shapes and shapes[0] else math.inf
 
 
 def _groups(line: str, devices: int, num_slices: int) -> tuple[tuple[int, ...], bool]:

@@ -289,7 +289,10 @@ def _check_initial(config: RunConfig, folder: Path) -> None:
     different = [name for name in given if name not in free and saved[name] != given[name]]
     if different or not (folder / "params").is_dir():
         why = ", ".join(f"{n} is {saved[n]!r} there and {given[n]!r} here" for n in different) or "it has no params/"
-        raise InputError(f"The weights of {folder} do not fit the model of this run: {why}.")
+        hint = ""
+        if "moe" in different and saved["moe"] is None:
+            hint = " `qwen-jax upcycle` makes a mixture of experts of a dense checkpoint."
+        raise InputError(f"The weights of {folder} do not fit the model of this run: {why}.{hint}")
 
 
 def _check_vocabulary(config: RunConfig, datasets: dict[str, PackedRows]) -> None:

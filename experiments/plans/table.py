@@ -61,6 +61,10 @@ ROWS = {
     "32b-v5p-4x4x8": Row(_run("qwen2.5-32b", 1024, {"data": 4, "fsdp": 32}), "v5p:4x4x8"),
     "32b-v5p-8x8x8": Row(_run("qwen2.5-32b", 1024, {"data": 4, "fsdp": 128}), "v5p:8x8x8"),
     "72b-v5p-4x4x8": Row(_run("qwen2.5-72b", 1024, {"data": 2, "fsdp": 64}, accumulation=2), "v5p:4x4x8"),
+    "57b-a14b-v5p-4x4x8": Row(_run("qwen2-57b-a14b", 512, {"fsdp": 16, "expert": 8}, accumulation=2), "v5p:4x4x8"),
+    "91b-a5b-256-experts-v5p-4x4x8": Row(
+        _run("fine-91b-a4.9b", 512, {"fsdp": 16, "expert": 8}, accumulation=2), "v5p:4x4x8"
+    ),
     "72b-v5p-8x8x8": Row(_run("qwen2.5-72b", 1024, {"data": 8, "fsdp": 64}), "v5p:8x8x8"),
 }
 
@@ -76,7 +80,7 @@ def unexpected_gathers(plan: Mapping[str, Any], model: ModelConfig) -> list[str]
       Their shapes; a parameter of all layers together would be among them.
     """
     mesh, o, D, d = plan["mesh"], plan["options"], model.hidden_size, model.head_dim
-    rows = o["batch_size"] // o["accumulation"] // mesh.get("data", 1) // mesh.get("fsdp", 1)
+    rows = o["batch_size"] // o["accumulation"] // math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp", "expert"))
     sizes = {
         D * model.num_heads * d,
         D * model.num_kv_heads * d,
@@ -84,6 +88,12 @@ def unexpected_gathers(plan: Mapping[str, Any], model: ModelConfig) -> list[str]
         D * model.vocab_size,
         rows * o["length"] * model.num_kv_heads * d,
     }
+    if model.moe is not None:
+        expert = model.moe.num_experts // mesh.get("expert", 1) * D * model.moe.intermediate_size
+        sizes |= {expert, 2 * expert, D * model.moe.shared_intermediate_size, D * model.moe.num_experts}
+        # One number for each row that goes to an expert, of all devices or of what all may receive.
+        chosen = rows * o["length"] * model.moe.num_experts_per_tok * mesh.get("expert", 1) * mesh.get("tensor", 1)
+        sizes |= {chosen, chosen * mesh.get("expert", 1)}
     allowed = {size // mesh.get("tensor", 1) for size in sizes}
     found = {shape: math.prod(map(int, re.findall(r"\d+", shape.partition("[")[2]))) for shape in plan["gathers"]}
     small = max(D, model.intermediate_size)  # a norm or a bias

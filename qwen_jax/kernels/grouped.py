@@ -67,7 +67,12 @@ def choose(implementation: str, dtype: Any, outputs: int, inputs: int) -> str:
 
 
 def grouped_matmul(
-    x_MK: jax.Array, w_GNK: jax.Array, sizes_G: jax.Array, *, implementation: Implementation = "auto"
+    x_MK: jax.Array,
+    w_GNK: jax.Array,
+    sizes_G: jax.Array,
+    *,
+    expected: int | None = None,
+    implementation: Implementation = "auto",
 ) -> jax.Array:
     """Each row times the transposed matrix of its group.
 
@@ -75,6 +80,7 @@ def grouped_matmul(
       x_MK: rows sorted by group: the first sizes[0] belong to group 0, and so on.
       w_GNK: matrices, [out, in], in the dtype of x.
       sizes_G: int32, how many rows each group has; any may be 0. Together at most M. They get no gradient.
+      expected: about how many rows there will be, for those who plan with the cost; by default M.
       implementation: see the table above.
 
     Returns:
@@ -94,25 +100,32 @@ def grouped_matmul(
             f"Grouped products take rows and matrices of one dtype, and int32 sizes; got {x_MK.dtype}, {w_GNK.dtype} "
             f"and {sizes_G.dtype}."
         )
-    return _grouped(choose(implementation, x_MK.dtype, *w_GNK.shape[1:]), x_MK, w_GNK, sizes_G)
+    chosen = choose(implementation, x_MK.dtype, *w_GNK.shape[1:])
+    return _grouped(chosen, x_MK.shape[0] if expected is None else expected, x_MK, w_GNK, sizes_G)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(implementation: str, x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    return _module(implementation).product(x, w, sizes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _grouped(implementation: str, expected: int, x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    return _module(implementation).product(x, w, sizes, **_cost(implementation, expected))
 
 
-def _forward(implementation: str, x: jax.Array, w: jax.Array, sizes: jax.Array) -> tuple[jax.Array, Any]:
-    return _grouped(implementation, x, w, sizes), (x, w, sizes)
+def _forward(implementation: str, expected: int, *args: jax.Array) -> tuple[jax.Array, Any]:
+    return _grouped(implementation, expected, *args), args
 
 
-def _backward(implementation: str, kept: Any, by: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _backward(implementation: str, expected: int, kept: Any, by: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x, w, sizes = kept
-    of = _module(implementation)
-    return of.product(by, w, sizes, transposed=True), of.weights_gradient(by, x, sizes, dtype=w.dtype), None
+    of, cost = _module(implementation), _cost(implementation, expected)
+    dx = of.product(by, w, sizes, transposed=True, **cost)
+    return dx, of.weights_gradient(by, x, sizes, dtype=w.dtype, **cost), None
 
 
 _grouped.defvjp(_forward, _backward)
+
+
+def _cost(implementation: str, expected: int) -> dict[str, int]:
+    """What a kernel that states its cost is told."""
+    return {"expected": expected} if implementation == "tpu" else {}
 
 
 def _module(implementation: str) -> Any:

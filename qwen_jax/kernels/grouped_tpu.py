@@ -132,7 +132,9 @@ def _reserve(vmem: int) -> int:
     return max(vmem >> 5, 2 << 20)
 
 
-def product(x_MK: jax.Array, w_GNK: jax.Array, sizes_G: jax.Array, *, transposed: bool = False) -> jax.Array:
+def product(
+    x_MK: jax.Array, w_GNK: jax.Array, sizes_G: jax.Array, *, transposed: bool = False, expected: int | None = None
+) -> jax.Array:
     """Each row times the weights of its group, w x; `transposed`, w^T x, as the gradient of the input is.
 
     Runs on local arrays. Sums are float32.
@@ -142,6 +144,7 @@ def product(x_MK: jax.Array, w_GNK: jax.Array, sizes_G: jax.Array, *, transposed
       w_GNK: [G, outputs, inputs] bfloat16, as PyTorch has weights. Groups without rows are not read.
       sizes_G: int32, rows of each group; no more than M together.
       transposed: which dimension of the weights is summed over: inputs, or else outputs.
+      expected: about how many rows there will be, for the cost that is stated; by default M.
 
     Returns:
       [M, N] bfloat16, or [M, K] where `transposed`. Rows behind those of the last group are zero, whatever x has there.
@@ -159,10 +162,13 @@ def product(x_MK: jax.Array, w_GNK: jax.Array, sizes_G: jax.Array, *, transposed
     x = tpu.fill_up(x_MK, 0, tiles.rows) if tiles.rows > M else x_MK
     with jax.named_scope("grouped_product"):
         visits = _visits(sizes_G, M, tiles.rows, rest=True)
-        return _run_product(x, w_GNK, visits, transposed=transposed, tiles=tiles)[:M]
+        rows = M if expected is None else min(expected, M)
+        return _run_product(x, w_GNK, visits, transposed=transposed, tiles=tiles, expected=rows)[:M]
 
 
-def weights_gradient(dy_MN: jax.Array, x_MK: jax.Array, sizes_G: jax.Array, *, dtype: Any = jnp.float32) -> jax.Array:
+def weights_gradient(
+    dy_MN: jax.Array, x_MK: jax.Array, sizes_G: jax.Array, *, dtype: Any = jnp.float32, expected: int | None = None
+) -> jax.Array:
     """The sum of dy x^T over the rows of each group. Runs on local arrays; sums are float32.
 
     Args:
@@ -170,6 +176,7 @@ def weights_gradient(dy_MN: jax.Array, x_MK: jax.Array, sizes_G: jax.Array, *, d
       x_MK: [M, inputs] bfloat16, its rows.
       sizes_G: int32, rows of each group; no more than M together. Other rows have no part in anything.
       dtype: of the result, float32 or bfloat16.
+      expected: see `product`.
 
     Returns:
       [G, outputs, inputs], zero for groups without rows.
@@ -188,7 +195,8 @@ def weights_gradient(dy_MN: jax.Array, x_MK: jax.Array, sizes_G: jax.Array, *, d
     dy, x = (tpu.fill_up(a, 0, tiles.rows) if tiles.rows > M else a for a in (dy_MN, x_MK))
     with jax.named_scope("grouped_gradient"):
         visits = _visits(sizes_G, M, tiles.rows, rest=False)
-        return _run_gradient(dy, x, visits, groups=sizes_G.size, dtype=jnp.dtype(dtype), tiles=tiles)
+        rows = M if expected is None else min(expected, M)
+        return _run_gradient(dy, x, visits, groups=sizes_G.size, dtype=jnp.dtype(dtype), tiles=tiles, expected=rows)
 
 
 def _weights_shape(w: jax.Array) -> tuple[int, int, int]:
@@ -273,8 +281,10 @@ def _kept(mask: jax.Array, x: jax.Array, other: jax.Array | float) -> jax.Array:
     return jnp.where(mask, x.astype(f32), other.astype(f32) if isinstance(other, jax.Array) else other).astype(x.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("transposed", "tiles"))
-def _run_product(x: jax.Array, w: jax.Array, visits: jax.Array, *, transposed: bool, tiles: Tiles) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("transposed", "tiles", "expected"))
+def _run_product(
+    x: jax.Array, w: jax.Array, visits: jax.Array, *, transposed: bool, tiles: Tiles, expected: int
+) -> jax.Array:
     """`product` of whole tiles or more."""
     M, (G, N, K), columns = x.shape[0], w.shape, tiles.columns
     out = K if transposed else N
@@ -300,7 +310,9 @@ def _run_product(x: jax.Array, w: jax.Array, visits: jax.Array, *, transposed: b
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=tiles.vmem_bytes
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * M * N * K, transcendentals=0, bytes_accessed=2 * (parts * x.size + w.size + M * out)
+            flops=2 * expected * N * K,
+            transcendentals=0,
+            bytes_accessed=2 * (parts * expected * tiles.inner + w.size + M * out),
         ),
         name="grouped_product",
     )(visits, x, w)
@@ -361,12 +373,12 @@ def _product_program(
         out_ref[...] = _kept((row < low) | (row >= high), out_ref[...], 0.0)
 
 
-@functools.partial(jax.jit, static_argnames=("groups", "dtype", "tiles"))
+@functools.partial(jax.jit, static_argnames=("groups", "dtype", "tiles", "expected"))
 def _run_gradient(
-    dy: jax.Array, x: jax.Array, visits: jax.Array, *, groups: int, dtype: Any, tiles: Tiles
+    dy: jax.Array, x: jax.Array, visits: jax.Array, *, groups: int, dtype: Any, tiles: Tiles, expected: int
 ) -> jax.Array:
     """`weights_gradient` of whole tiles or more."""
-    (M, N), K = dy.shape, x.shape[1]
+    N, K = dy.shape[1], x.shape[1]
     n_parts, k_parts = -(-N // tiles.columns), -(-K // tiles.inner)
     turns = n_parts * k_parts // tiles.cores
 
@@ -392,9 +404,9 @@ def _run_gradient(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=tiles.vmem_bytes
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * M * N * K,
+            flops=2 * expected * N * K,
             transcendentals=0,
-            bytes_accessed=2 * M * (k_parts * N + n_parts * K) + groups * N * K * dtype.itemsize,
+            bytes_accessed=2 * expected * (k_parts * N + n_parts * K) + groups * N * K * dtype.itemsize,
         ),
         name="grouped_gradient",
     )(visits, dy, x)
