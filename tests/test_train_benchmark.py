@@ -11,6 +11,7 @@ import pytest
 
 from experiments.train import benchmark, kernels, plain_step
 from qwen_jax.config import published
+from qwen_jax.errors import InputError
 from train.data.batch import Batch, place
 from train.optimizer import OptimizerConfig, Schedule
 from train.pretrain import PretrainConfig, init_state, make_train_step
@@ -72,7 +73,7 @@ def test_transformers_step_is_transformers_own_loss():
     args = benchmark.parse(
         ["transformers", "--model", "tiny", "--compile", "none", "--remat", "full", "--loss-chunk", "20"]
     )
-    model, optimizer = torch_step.make(args, torch.device("cpu"))
+    model, optimizer = torch_step.make(args, benchmark.architecture(args), torch.device("cpu"))
     randomise(model, seed=int(np.random.default_rng().integers(2**31)))
     ids = torch.randint(0, 512, (2, 34))
     with torch.no_grad():
@@ -102,6 +103,31 @@ def test_a_measurement_reports_what_it_did(capsys):
     np.testing.assert_allclose(line["tflop_per_s"] * 1e12 / line["tokens_per_s"], flops, rtol=2e-2)
     params = 4 * config.num_params()["total"]
     np.testing.assert_allclose(line["state_gb"] * 1e9, 3 * params, rtol=2e-3)
+
+
+def test_a_mixture_and_the_dense_model_beside_it(capsys):
+    """As many active parameters, but for router and gate; transformers' own mixture takes the same loss."""
+    from experiments.train import torch_step
+
+    tiny = "--model tiny-moe --layers 1"
+    mixture, dense = (benchmark.parse(f"ours {tiny} {more}".split()) for more in ("", "--dense"))
+    active = [benchmark.architecture(args).num_params()["active"] for args in (mixture, dense)]
+    assert active[0] - active[1] == (8 + 1) * 64
+    assert benchmark.architecture(mixture).num_layers == 1
+    with pytest.raises(InputError, match="plain step has no experts"):
+        benchmark.run_plain(benchmark.parse(f"plain {tiny}".split()))
+    benchmark.run_ours(
+        benchmark.parse(f"ours {tiny} --batch 2 --length 32 --loss-chunk 64 --steps 2 --warmup 1 --no-matmul".split())
+    )
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["model"] == "tiny-moe, 1 layers"
+    import torch
+
+    args = benchmark.parse(f"transformers {tiny} --compile none --loss-chunk 20 --weights bfloat16".split())
+    model, optimizer = torch_step.make(args, benchmark.architecture(args), torch.device("cpu"))
+    assert type(model).__name__ == "Qwen2MoeForCausalLM"
+    ids = torch.randint(0, 512, (2, 34))
+    loss = torch_step.make_step(args, model, optimizer)(ids)
+    assert 6.0 < float(loss) < 6.5, "that of 512 equally likely tokens is 6.24"
 
 
 def test_kernels_are_put_to_the_parts_of_the_model(tmp_path, capsys):

@@ -17,6 +17,7 @@ not fit into memory says so and ends with status 3.
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -35,6 +36,7 @@ from experiments.decode.benchmark import matmul_rate, say
 from experiments.train import plain_step
 from experiments.train.kernels import print_kernels
 from qwen_jax.config import ModelConfig, published
+from qwen_jax.errors import InputError
 from qwen_jax.sharding import make_mesh
 from train.data.batch import Batch, place
 from train.metrics import flops_per_token
@@ -47,6 +49,21 @@ RATE = 1e-4
 PROFILED = 3
 
 Step = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
+
+
+def architecture(args: argparse.Namespace) -> ModelConfig:
+    """What is trained: a published model, perhaps with fewer layers, or the dense one beside a mixture of experts.
+
+    That one has a feed-forward layer as wide as the experts of a token are together, and so as many active parameters,
+    but for the router.
+    """
+    model = published(args.model)
+    if args.layers:
+        model = dataclasses.replace(model, num_layers=args.layers, max_window_layers=args.layers)
+    if args.dense and model.moe is not None:
+        width = model.moe.num_experts_per_tok * model.moe.intermediate_size + model.moe.shared_intermediate_size
+        model = dataclasses.replace(model, moe=None, intermediate_size=width)
+    return model
 
 
 def random_tokens(config: ModelConfig, batch: int, length: int) -> np.ndarray:
@@ -66,10 +83,10 @@ def report(args: argparse.Namespace, what: str, seconds: float, matmul: float | 
     """
     rate = args.batch * args.length / seconds
     # Attention sees no further than a document.
-    flops = rate * flops_per_token(published(args.model), args.length // getattr(args, "documents", 1))
+    flops = rate * flops_per_token(architecture(args), args.length // getattr(args, "documents", 1))
     say(
         what=what,
-        model=args.model,
+        model=args.model + (f", {args.layers} layers" if args.layers else "") + (", dense" if args.dense else ""),
         length=args.length,
         batch=args.batch,
         remat=args.remat,
@@ -155,7 +172,7 @@ def run_ours(args: argparse.Namespace) -> None:
     # The model says once which attention it took.
     logging.basicConfig(format="%(message)s")
     logging.getLogger("qwen_jax").setLevel(logging.INFO)
-    model, mesh = published(args.model), make_mesh({}, jax.devices()[:1])
+    model, mesh = architecture(args), make_mesh({}, jax.devices()[:1])
     optimizer = OptimizerConfig(Schedule(10**6, RATE, schedule="wsd"))
     more = {name: getattr(args, name) for name in ("accumulation", "loss_chunk", "scan_layers")}
     config = PretrainConfig(model, optimizer, remat=args.remat, **more)
@@ -171,7 +188,9 @@ def run_ours(args: argparse.Namespace) -> None:
 
 
 def run_plain(args: argparse.Namespace) -> None:
-    model = published(args.model)
+    model = architecture(args)
+    if model.moe is not None:
+        raise InputError("The plain step has no experts; add --dense, or take another yardstick.")
     start, step = plain_step.make(model, RATE, args.remat, args.loss_chunk, args.unroll)
     tokens = jnp.asarray(random_tokens(model, args.batch, args.length + 1))
     more = {name: getattr(args, name) for name in ("loss_chunk", "unroll")}
@@ -181,8 +200,8 @@ def run_plain(args: argparse.Namespace) -> None:
 def run_transformers(args: argparse.Namespace) -> None:
     from experiments.train import torch_step
 
-    tokens = random_tokens(published(args.model), args.batch, args.length + 1)
-    seconds, matmul, more = torch_step.measure(args, tokens)
+    tokens = random_tokens(architecture(args), args.batch, args.length + 1)
+    seconds, matmul, more = torch_step.measure(args, architecture(args), tokens)
     report(args, "transformers", seconds, matmul, **more)
 
 
@@ -258,6 +277,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("ours", "plain", "transformers"):
         command = commands.add_parser(name)
         command.add_argument("--model", default="qwen2.5-0.5b")
+        command.add_argument("--layers", type=int, default=0, help="fewer layers than the model has")
+        command.add_argument("--dense", action="store_true", help="beside a mixture: the dense one of equal activity")
         command.add_argument("--batch", type=int, default=8, help="rows in a step")
         command.add_argument("--length", type=int, default=4096, help="tokens in a row")
         command.add_argument("--loss-chunk", type=int, default=4096, help="tokens whose logits exist at one time")

@@ -18,7 +18,7 @@ import transformers
 from torch.utils.checkpoint import checkpoint
 
 from experiments.decode.benchmark import say
-from qwen_jax.config import published
+from qwen_jax.config import ModelConfig
 
 
 def matmul_rate(device: torch.device) -> float:
@@ -36,11 +36,14 @@ def matmul_rate(device: torch.device) -> float:
     return 16 * 2 * 8192**3 / float(np.median(times[1:]))
 
 
-def measure(args: argparse.Namespace, tokens: np.ndarray) -> tuple[float, float | None, dict[str, Any]]:
+def measure(
+    args: argparse.Namespace, shape: ModelConfig, tokens: np.ndarray
+) -> tuple[float, float | None, dict[str, Any]]:
     """Times the training step.
 
     Args:
       args: of the command line of `benchmark.py`.
+      shape: the architecture.
       tokens: int32 [batch, length + 1].
 
     Returns:
@@ -51,7 +54,7 @@ def measure(args: argparse.Namespace, tokens: np.ndarray) -> tuple[float, float 
     name = torch.cuda.get_device_name() if cuda else "cpu"
     say(torch=torch.__version__, transformers=transformers.__version__, device=name, date=time.strftime("%Y-%m-%d"))
     torch.backends.cuda.matmul.allow_tf32 = True
-    model, optimizer = make(args, device)
+    model, optimizer = make(args, shape, device)
     step = make_step(args, model, optimizer)
     ids = torch.as_tensor(tokens, dtype=torch.long, device=device)
     start = time.perf_counter()
@@ -88,14 +91,19 @@ def measure(args: argparse.Namespace, tokens: np.ndarray) -> tuple[float, float 
     return float(np.median(seconds)), None if args.no_matmul or not cuda else matmul_rate(device), more
 
 
-def make(args: argparse.Namespace, device: torch.device) -> tuple[Any, torch.optim.Optimizer]:
+def make(args: argparse.Namespace, shape: ModelConfig, device: torch.device) -> tuple[Any, torch.optim.Optimizer]:
     """Model and optimizer, on the device."""
     torch.manual_seed(0)
-    config = transformers.Qwen2Config(**published(args.model).to_hf(), attn_implementation="sdpa")
+    settings = {**shape.to_hf(), "attn_implementation": "sdpa"}
+    if shape.moe is None:
+        config, kind = transformers.Qwen2Config(**settings), transformers.Qwen2ForCausalLM
+    else:  # Experts by PyTorch's grouped products.
+        config = transformers.Qwen2MoeConfig(**settings, experts_implementation="grouped_mm")
+        kind = transformers.Qwen2MoeForCausalLM
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, args.weights))
     with device:
-        model = transformers.Qwen2ForCausalLM(config)
+        model = kind(config)
     torch.set_default_dtype(before)
     model.config.use_cache = False
     model.train()
