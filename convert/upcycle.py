@@ -80,6 +80,7 @@ class Upcycled:
         self._of_dense = {leaf.path: leaf for leaf in leaves(dense.config)}
         self._lock = threading.Lock()
         self._held: tuple[int, dict[str, np.ndarray]] = (-1, {})
+        self._like: dict[str, tuple[float, float]] = {}  # mean and deviation of what is held
         moe, F = recipe.moe, dense.config.intermediate_size
         segments, uneven = divmod(F, moe.intermediate_size)
         # How many experts are a replica; 0 if none are.
@@ -123,7 +124,7 @@ class Upcycled:
     def _weight(self, layer: int, name: str) -> np.ndarray:
         """A matrix of the dense feed-forward layer, float32; those of one layer are held."""
         if self._held[0] != layer:
-            self._held = (layer, {})
+            self._held, self._like = (layer, {}), {}
         if name not in self._held[1]:
             leaf = self._of_dense[("layers", "mlp", name, "weight")]
             whole = self._dense.read(leaf, slice(layer, layer + 1), slice(0, leaf.shape[0]))[0]
@@ -149,20 +150,24 @@ class Upcycled:
     def _drawn(self, layer: int, name: str, shape: tuple[int, ...], *what: int) -> np.ndarray:
         """Values with the mean and deviation of a matrix of the dense layer."""
         like = self._weight(layer, name)
+        if name not in self._like:
+            self._like[name] = float(like.mean()), float(like.std())
         seed = {"gate": 0, "up": 1, "down": 2}[name]
-        return self._random(*what, seed).normal(like.mean(), like.std(), shape).astype(np.float32)
+        return self._random(*what, seed).normal(*self._like[name], shape).astype(np.float32)
 
     def _gate_up(self, layer: int, expert: int, part: int) -> np.ndarray:
         name = ("gate", "up")[part]
         weight = self._weight(layer, name)[self._neurons(layer, expert)]
         anew = self._anew(layer, expert)
-        weight[anew] = self._drawn(layer, name, (len(anew), weight.shape[1]), _VALUES, layer, expert)
+        if len(anew):
+            weight[anew] = self._drawn(layer, name, (len(anew), weight.shape[1]), _VALUES, layer, expert)
         return weight
 
     def _down(self, layer: int, expert: int) -> np.ndarray:
         weight = self._weight(layer, "down")[:, self._neurons(layer, expert)]
         anew = self._anew(layer, expert)
-        weight[:, anew] = self._drawn(layer, "down", (weight.shape[0], len(anew)), _VALUES, layer, expert)
+        if len(anew):
+            weight[:, anew] = self._drawn(layer, "down", (weight.shape[0], len(anew)), _VALUES, layer, expert)
         moe = self._recipe.moe
         # Of all neurons a token takes this many, with this weight, for this share of the layer's output.
         taken = moe.num_experts_per_tok * moe.intermediate_size / self.config.intermediate_size

@@ -51,7 +51,10 @@ def parcels(sizes_E: jax.Array, n: int) -> Parcels:
 
     Args:
       sizes_E: int32, this device's rows for each expert of all; those of one device are neighbours.
-      n: size of the axis.
+      n: size of the axis; divides the number of experts.
+
+    Returns:
+      What `send` and its like need.
     """
     sizes_nne = lax.all_gather(sizes_E, AXIS).reshape(n, n, -1)  # from, to, expert there
     from_to = sizes_nne.sum(2)

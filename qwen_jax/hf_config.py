@@ -10,7 +10,7 @@ from qwen_jax.errors import InputError
 
 _SHAPE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
-# The mixture of experts: key there -> field of `MoE`, or its name where that is the same.
+# The mixture of experts: key there -> field of `MoE`.
 _MOE_KEYS = {
     "num_experts": "num_experts",
     "num_experts_per_tok": "num_experts_per_tok",

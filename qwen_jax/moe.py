@@ -160,11 +160,13 @@ def _local(
     """One device's tokens."""
     first, second = _capacity(how, x_btD) if how.capacity_factor else _dropless(how, x_btD)
     if how.keep_dots:
-        valid = (valid,)
-        kept, rows, routing = recompute(first, (norm_D, router, gate_up), x_btD, constants=valid)
+        # Chosen once: a second choice could be another one by a rounding, and its rows would be in another order.
+        x, norm, weight = lax.stop_gradient((x_btD, norm_D, router))
+        ids = route(_norm(how, x, norm), gather(weight, 1), how.moe)[1]
+        kept, rows, routing = recompute(first, (norm_D, router, gate_up), x_btD, constants=(valid, ids))
         out = recompute(second, down, kept, rows[0], constants=(rows[1],))
     else:
-        kept, rows, routing = first((norm_D, router, gate_up), x_btD, valid)
+        kept, rows, routing = first((norm_D, router, gate_up), x_btD, valid, None)
         out = second(down, kept, *rows)
     sums = ["tensor"] * (how.sharding.tensor > 1)
     sums += [AXIS] * (how.sharding.expert > 1 and not how.sharding.exchanges)
@@ -179,23 +181,30 @@ def _norm(how: How, x_btD: jax.Array, norm_D: jax.Array) -> jax.Array:
     return (x.astype(x_btD.dtype) * norm_D.astype(x_btD.dtype)).reshape(-1, x_btD.shape[-1])
 
 
-def route(x_ND: jax.Array, router_ED: jax.Array, moe: MoEConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+def route(
+    x_ND: jax.Array, router_ED: jax.Array, moe: MoEConfig, ids_Nk: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Which experts tokens take, and how much of each.
 
     Args:
       x_ND: normalised tokens.
       router_ED: the router's weight.
       moe: the architecture.
+      ids_Nk: experts that were chosen before; None chooses.
 
     Returns:
       Weights [N, k] in the dtype of x, expert ids int32 [N, k], logits float32 [N, E]. As in transformers, logits are
       rounded to the dtype of x, and their softmax over all experts is float32.
     """
     logits = einsum_f32("nd,ed->ne", x_ND, router_ED).astype(x_ND.dtype).astype(jnp.float32)
-    top, ids = lax.top_k(jax.nn.softmax(logits), moe.num_experts_per_tok)
+    p = jax.nn.softmax(logits)
+    if ids_Nk is None:
+        top, ids_Nk = lax.top_k(p, moe.num_experts_per_tok)
+    else:
+        top = jnp.take_along_axis(p, ids_Nk, axis=1)
     if moe.norm_topk_prob:
         top = top / top.sum(-1, keepdims=True)
-    return top.astype(x_ND.dtype), ids, logits
+    return top.astype(x_ND.dtype), ids_Nk, logits
 
 
 def _count(how: How, logits: jax.Array, ids: jax.Array, valid_N: jax.Array | None, dropped: Any) -> Routing | None:
@@ -293,10 +302,10 @@ def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
     room = n * N * min(k, e)  # All tokens of all devices may want experts of one.
     few = A <= _FEW and n == 1 and not how.count
 
-    def first(params: Any, x_btD: jax.Array, valid: jax.Array | None) -> Any:
+    def first(params: Any, x_btD: jax.Array, valid: jax.Array | None, ids: jax.Array | None) -> Any:
         norm_D, router_ED, gate_up_e2FD = params
         x_ND = _norm(how, x_btD, norm_D)
-        weights, ids, logits = route(x_ND, gather(router_ED, 1), moe)
+        weights, ids, logits = route(x_ND, gather(router_ED, 1), moe, ids)
         valid_N = None if valid is None else valid.reshape(-1)
         routing = _count(how, logits, ids, valid_N, 0.0)
         w = gather(gate_up_e2FD, 3).reshape(e, -1, x_ND.shape[1])
@@ -363,10 +372,10 @@ def _capacity(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
     room = min(math.ceil(how.capacity_factor * N * k / E), N)
     e = E // n
 
-    def first(params: Any, x_btD: jax.Array, valid: jax.Array | None) -> Any:
+    def first(params: Any, x_btD: jax.Array, valid: jax.Array | None, ids: jax.Array | None) -> Any:
         norm_D, router_ED, gate_up_e2FD = params
         x_ND = _norm(how, x_btD, norm_D)
-        weights, ids, logits = route(x_ND, gather(router_ED, 1), moe)
+        weights, ids, logits = route(x_ND, gather(router_ED, 1), moe, ids)
         valid_N = None if valid is None else valid.reshape(-1)
         wanted = ids if valid_N is None else jnp.where(valid_N[:, None], ids, E)
         is_for_AE = wanted.reshape(-1)[:, None] == jnp.arange(E)

@@ -52,9 +52,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
 
 
 def test_a_run_leaves_loads_a_picture_and_a_model(straight: Path, tmp_path: Path) -> None:
-    steps, loads = read_loads(straight / "experts.jsonl")
+    steps, loads, layers = read_loads(straight / "experts.jsonl")
     assert steps.tolist() == list(range(1, 11))
     assert loads.shape == (10, 1, 4)
+    assert layers == [1]
     assert (straight / "experts.png").is_file()
     records = [r for r in read_log(straight / "metrics.jsonl") if "loss" in r]
     assert all({"balance_loss", "load_max", "router_entropy", "dropped"} <= r.keys() for r in records)

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -35,6 +36,9 @@ class MoETraining:
         against the loads of the parts so far.
       capacity_factor: 0 loses no token; see `qwen_jax.model.Options`. Evaluation loses none in any case.
       grouped: which kernel multiplies the rows of experts; see `qwen_jax.kernels.grouped`.
+
+    Raises:
+      InputError: a coefficient or factor that is negative or not finite.
     """
 
     balance_loss: float | None = None
@@ -84,9 +88,13 @@ def auxiliary(
     Args:
       config: coefficients.
       model: the architecture.
-      routing: of the part.
-      load_LE, load_tokens: loads that it is balanced against, and the tokens that they were counted over.
-      tokens: of the whole batch.
+      routing: of the part, with an axis of layers in front.
+      load_LE, load_tokens: loads [sparse layers, experts] that it is balanced against, and the number of tokens that
+        they were counted over.
+      tokens: number of tokens of the whole batch.
+
+    Returns:
+      Float32 scalar.
     """
     share_LE = jax.lax.stop_gradient(load_LE) / load_tokens
     balance = load_LE.shape[1] * jnp.mean((share_LE * routing.probability_E).sum(1)) / tokens
@@ -129,15 +137,16 @@ def routing_metrics(model: ModelConfig, routing: Routing) -> dict[str, jax.Array
 class LoadLog:
     """`experts.jsonl`: at about two hundred steps of a run, the load of every expert over the mean."""
 
-    def __init__(self, path: Path, steps: int, resume_step: int = 0):
+    def __init__(self, path: Path, layers: Sequence[int], steps: int, resume_step: int = 0):
         """Opens the log; lines after `resume_step` are taken away, for their steps are run again.
 
         Args:
           path: of the file, which is made when there is something to write.
+          layers: numbers of the layers that have experts.
           steps: of the whole run.
           resume_step: steps already taken.
         """
-        self._path, self._every = path, max(steps // 200, 1)
+        self._path, self._layers, self._every = path, list(layers), max(steps // 200, 1)
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resume_step]
             temporary = path.with_name(path.name + ".tmp")
@@ -147,7 +156,7 @@ class LoadLog:
     def write(self, step: int, load_LE: np.ndarray) -> None:
         """Appends a line, if it is this step's turn."""
         if step % self._every == 0 or step == 1:
-            record = {"step": step, "load": np.round(load_LE.astype(float), 4).tolist()}
+            record = {"step": step, "layers": self._layers, "load": np.round(load_LE.astype(float), 4).tolist()}
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
@@ -160,7 +169,8 @@ def _step(line: str) -> float:
         return math.inf
 
 
-def read_loads(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [n], and the loads at them [n, sparse layers, experts]."""
+def read_loads(path: Path) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Steps [n], the loads at them [n, sparse layers, experts], and the numbers of these layers."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if _step(line) < math.inf]
-    return np.array([r["step"] for r in records]), np.array([r["load"] for r in records])
+    layers = records[-1]["layers"] if records else []
+    return np.array([r["step"] for r in records]), np.array([r["load"] for r in records]), layers

@@ -172,11 +172,9 @@ def plot_folder(folder: Path) -> Path:
     title = f"{folder.name} on {launch['devices']['kind']}"
     plot_pretraining(read_log(metrics), names, folder / "loss.png", title)
     if (folder / EXPERTS).is_file():
-        steps, loads = read_loads(folder / EXPERTS)
-        model = launch["config"]["model"]
-        step, without = model["moe"]["decoder_sparse_step"], model["moe"]["mlp_only_layers"]
-        layers = [i for i in range(model["num_layers"]) if (i + 1) % step == 0 and i not in without]
-        plot_experts(steps, loads, layers, folder / "experts.png", title)
+        steps, loads, layers = read_loads(folder / EXPERTS)
+        if len(steps):
+            plot_experts(steps, loads, layers, folder / "experts.png", title)
     return folder / "loss.png"
 
 

@@ -140,7 +140,7 @@ def mean_gradient(
     if batch.shape[0] % (n * shards):
         raise InputError(
             f"A batch of {batch.shape[0]} rows does not divide into {n} accumulated parts over {shards} shards of "
-            f"rows (data x fsdp). Choose a batch that is a multiple of {n * shards}."
+            f"rows (data x fsdp x expert). Choose a batch that is a multiple of {n * shards}."
         )
     params = _apart(config, params)
     weight = next_token_targets(batch)[1].sum()
@@ -284,7 +284,7 @@ def train_step(
     Returns:
       The state after the step, and float32 scalars: `loss` (mean cross-entropy in nats, before the step),
       `grad_norm` (before clipping), `learning_rate`, `weight` (sum of loss weights), `skipped` (1 if this step was);
-      with experts those of `routing_metrics`.
+      with experts those of `routing_metrics`, of which `expert_load` is an array.
     """
     gradient, means, weight, routing = mean_gradient(config, sharding, state.params, batch)
     with jax.named_scope("optimizer"):

@@ -75,7 +75,7 @@ class Report:
             logs.append(WandbLog(config.wandb_project, self._output, as_json(config)))
         self.log = Logs(*logs)
         if config.model.moe is not None:
-            self.loads = LoadLog(self._output / EXPERTS, config.ends[-1], step).write
+            self.loads = LoadLog(self._output / EXPERTS, config.model.sparse_layers, config.ends[-1], step).write
         self._record_launch()
         # What was carried over stays in the log, whatever becomes of this launch.
         clock.lap("initialisation")

@@ -286,6 +286,8 @@ def _check_initial(config: RunConfig, folder: Path) -> None:
     saved = dataclasses.asdict(load_config(folder))
     given = dataclasses.asdict(config.model)
     free = ("rope_theta", "max_position_embeddings", "dtype", "yarn", "dual_chunk")
+    for model in (saved, given):  # What shapes no weight.
+        model["moe"] = model["moe"] and {**model["moe"], "router_aux_loss_coef": None}
     different = [name for name in given if name not in free and saved[name] != given[name]]
     if different or not (folder / "params").is_dir():
         why = ", ".join(f"{n} is {saved[n]!r} there and {given[n]!r} here" for n in different) or "it has no params/"
@@ -315,7 +317,7 @@ def _check_batch(config: RunConfig, index: int, mesh: Mesh) -> None:
     if stage.batch_size % (stage.accumulation * shards):
         raise InputError(
             f"Stage {index + 1} has a batch of {stage.batch_size} rows, which does not divide into "
-            f"{stage.accumulation} accumulated parts over {shards} shards of rows (data x fsdp). "
+            f"{stage.accumulation} accumulated parts over {shards} shards of rows (data x fsdp x expert). "
             f"Choose a multiple of {stage.accumulation * shards}."
         )
 

@@ -1,1 +1,1 @@
-"""What a mixture of experts learns, beside dense models, and how fast it is."""
+"""What a mixture of experts learns, beside dense models."""

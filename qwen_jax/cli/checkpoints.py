@@ -136,7 +136,8 @@ class Upcycle:
                 f"The dense layer ({dense}) is not cut evenly into {self.top_k} experts, those of a token. Give "
                 "--width, or a --top-k that divides it."
             )
-        width, shared = self.width or dense // self.top_k, self.shared_width or dense
+        width = dense // self.top_k if self.width is None else self.width
+        shared = dense if self.shared_width is None else self.shared_width
         moe = MoE(self.num_experts, self.top_k, width, shared, norm_topk_prob=self.norm_topk_prob)
         recipe = upcycling.Recipe(moe, self.reinit, self.seed)
         made = upcycling.upcycle(self.src, self.dst, recipe, self.to, self.dtype, progress=True)
@@ -145,6 +146,11 @@ class Upcycle:
             f"{self.dst}: {params['total'] / 1e9:.2f}B parameters, {params['active'] / 1e9:.2f}B active; it "
             + ("computes what the dense model does" if made.preserves else "does not compute what the dense model does")
         )
+        if width % 128:
+            print(
+                f"experts are {width} wide: fast kernels want a multiple of 128 on TPUs and of 64 on GPUs, so training "
+                "will be slow; --width chooses another"
+            )
         return 0
 
 

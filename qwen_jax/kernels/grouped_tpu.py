@@ -85,7 +85,7 @@ def product_tiles(inner: int, columns: int, core: tuple[int, int], cores: int = 
         return min(found, key=lambda x: x[0])[1]
     raise InputError(
         f"Expected matrices of which {LANES} columns fit in the {vmem >> 20} MiB of VMEM; got a product that sums over "
-        f"{inner}. Use ragged_dot, or split that dimension among devices."
+        f"{inner}. Use implementation='tiles', or split that dimension among devices."
     )
 
 

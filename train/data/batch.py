@@ -42,7 +42,7 @@ class Batch:
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
-    """Puts a batch of NumPy arrays on the devices of a mesh, rows split over data and fsdp.
+    """Puts a batch of NumPy arrays on the devices of a mesh, rows split over data, fsdp and expert.
 
     Args:
       batch: the whole global batch, the same in every process; each places only the rows of its devices.
