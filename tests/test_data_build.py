@@ -183,7 +183,7 @@ def test_killed_builds_go_on_to_the_same_bytes_and_leave_no_process(rng, folder,
 
 
 def test_sigterm_ends_the_workers(rng, folder, inputs, tmp_path):
-    write(inputs / "a.jsonl", random_texts(rng, 20_000))
+    write(inputs / "a.jsonl", random_texts(rng, 40_000))
     code = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n" + _BUILD
     arguments = [sys.executable, "-c", code, str(inputs), str(folder), str(tmp_path / "o"), "2"]
     builder = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -197,7 +197,7 @@ def test_sigterm_ends_the_workers(rng, folder, inputs, tmp_path):
 
 
 def test_a_killed_worker_is_an_error_that_keeps_what_is_finished(rng, folder, inputs, tmp_path):
-    write(inputs / "a.jsonl", random_texts(rng, 20_000))
+    write(inputs / "a.jsonl", random_texts(rng, 40_000))
     builder = process(inputs, folder, tmp_path / "out", 2)
     while not list((tmp_path / "out").glob("units/0*.json")):
         time.sleep(0.002)
