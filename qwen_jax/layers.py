@@ -9,10 +9,24 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
 Remat = Literal["none", "full", "dots"]
+
+
+def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467) of the last axis, cast as Hugging Face casts.
+
+    Args:
+      x: [..., D]; the result is in its dtype.
+      weight_D: multiplies the normalised values, which are rounded first.
+      eps: added to the mean square.
+    """
+    wide = x.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return wide.astype(x.dtype) * weight_D.astype(x.dtype)
 
 
 def recompute(f: Callable[..., Any], params: Any, *inputs: Any, constants: tuple[Any, ...] = ()) -> Any:

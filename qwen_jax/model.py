@@ -20,7 +20,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.kernels import on_mesh
 from qwen_jax.kernels.grouped import Implementation as Grouped
 from qwen_jax.kernels.reference import einsum_f32
-from qwen_jax.layers import Remat, index_of, recompute
+from qwen_jax.layers import Remat, index_of, recompute, rms_norm
 from qwen_jax.moe import MoE, Routing
 from qwen_jax.products import look_up, product
 from qwen_jax.rope import rope_tables
@@ -28,16 +28,14 @@ from qwen_jax.sharding import Sharding, gathered
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467), in Hugging Face's order of casts."""
+    """`rms_norm` and its weight."""
 
     def __init__(self, size: int, eps: float):
         self.eps = eps
         self.weight = nnx.Param(jnp.ones((size,)))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x = x_BTD.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return x.astype(x_BTD.dtype) * self.weight[...].astype(x_BTD.dtype)
+        return rms_norm(x_BTD, self.weight[...], self.eps)
 
 
 class MLP(nnx.Module):

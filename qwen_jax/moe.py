@@ -16,13 +16,14 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from qwen_jax.attention import Projection
 from qwen_jax.config import ModelConfig
 from qwen_jax.config import MoE as MoEConfig
 from qwen_jax.exchange import AXIS, parcels, send, send_back, send_numbers
 from qwen_jax.kernels.grouped import Implementation as Grouped
 from qwen_jax.kernels.grouped import grouped_matmul
 from qwen_jax.kernels.reference import einsum_f32
-from qwen_jax.layers import recompute
+from qwen_jax.layers import recompute, rms_norm
 from qwen_jax.products import gather
 from qwen_jax.sharding import Sharding
 
@@ -54,13 +55,6 @@ class Routing:
     entropy: jax.Array
     tokens: jax.Array
     dropped: jax.Array
-
-
-class Router(nnx.Module):
-    """[E, D], without a bias."""
-
-    def __init__(self, weight: jax.Array):
-        self.weight = nnx.Param(weight)
 
 
 class Experts(nnx.Module):
@@ -106,10 +100,10 @@ class MoE(nnx.Module):
         E, F, D = config.moe.num_experts, config.moe.intermediate_size, config.hidden_size
         normal = nnx.initializers.normal(config.initializer_range)
         residual = nnx.initializers.normal(config.initializer_range / (2 * config.num_layers) ** 0.5)
-        self.router = Router(normal(rngs.params(), (E, D)))
+        self.router = Projection(normal(rngs.params(), (E, D)))
         self.experts = Experts(normal(rngs.params(), (E, 2, F, D)), residual(rngs.params(), (E, D, F)))
         self.shared = shared
-        self.shared_gate = Router(normal(rngs.params(), (1, D)))
+        self.shared_gate = Projection(normal(rngs.params(), (1, D)))
 
     def routed(
         self, x_BTD: jax.Array, norm_D: jax.Array, valid_BT: jax.Array | None, keep_dots: bool = False
@@ -175,10 +169,8 @@ def _local(
 
 
 def _norm(how: How, x_btD: jax.Array, norm_D: jax.Array) -> jax.Array:
-    """[N, D]; as `RMSNorm`."""
-    x = x_btD.astype(jnp.float32)
-    x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + how.eps)
-    return (x.astype(x_btD.dtype) * norm_D.astype(x_btD.dtype)).reshape(-1, x_btD.shape[-1])
+    """Normalised tokens, [N, D]."""
+    return rms_norm(x_btD, norm_D, how.eps).reshape(-1, x_btD.shape[-1])
 
 
 def route(

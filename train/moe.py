@@ -59,19 +59,22 @@ class MoETraining:
         return model.moe.router_aux_loss_coef if self.balance_loss is None else self.balance_loss
 
 
-def balance_loss(load_LE: jax.Array, probability_LE: jax.Array, tokens: jax.Array) -> jax.Array:
+def balance_loss(
+    load_LE: jax.Array, probability_LE: jax.Array, tokens: jax.Array, load_tokens: jax.Array | None = None
+) -> jax.Array:
     """The load-balancing loss of Switch Transformers (Fedus et al. 2022, arXiv:2101.03961, equations 4 to 6).
 
     Args:
       load_LE: tokens that took each expert, of each layer. They get no gradient.
       probability_LE: summed router probabilities.
       tokens: how many tokens there were.
+      load_tokens: how many the loads were counted over, if not those.
 
     Returns:
       E x sum over experts of (load / tokens) x (probability / tokens), mean over layers. As in transformers a token
       counts for each of its k experts, so that even loads give k.
     """
-    share_LE = jax.lax.stop_gradient(load_LE) / tokens
+    share_LE = jax.lax.stop_gradient(load_LE) / (tokens if load_tokens is None else load_tokens)
     return load_LE.shape[1] * jnp.mean((share_LE * probability_LE / tokens).sum(1))
 
 
@@ -96,8 +99,7 @@ def auxiliary(
     Returns:
       Float32 scalar.
     """
-    share_LE = jax.lax.stop_gradient(load_LE) / load_tokens
-    balance = load_LE.shape[1] * jnp.mean((share_LE * routing.probability_E).sum(1)) / tokens
+    balance = balance_loss(load_LE, routing.probability_E, tokens, load_tokens)
     return config.coefficient(model) * balance + config.router_z_loss * routing.z.mean() / tokens
 
 
