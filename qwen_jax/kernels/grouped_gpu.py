@@ -1,8 +1,10 @@
 """Grouped products on Hopper GPUs, for mixtures of experts: rows sorted by group, each group with a matrix of its own.
 
-As many blocks as there are multiprocessors stay and take turns at tiles of the result. In a block one warpgroup copies
-what the next steps need into a ring in shared memory, and two multiply, each 64 rows of the tile by 256 columns. The
-ring runs on across tiles: while the end of one tile is written, the next one is on its way.
+As many blocks as there are multiprocessors stay, and each takes the next tile of the result when it is done with one.
+(Dealt out beforehand, tiles of unequal length let blocks drift apart, until what one reads has left L2 before the next
+one wants it.) In a block one warpgroup copies what the next steps need into a ring in shared memory, and two multiply,
+each 64 rows of the tile by 256 columns. The ring runs on across tiles: while the end of one tile is written, the next
+one is on its way.
 
 Only rows that there are cost anything. A tile of `product` has rows of one group, and begins at the last multiple of 8
 before them, since the copy engine lays rows out in eights; the few rows of the group before are multiplied but not
@@ -117,8 +119,9 @@ def product(x_MK: jax.Array, w_GNK: jax.Array, sizes_G: jax.Array, *, transposed
         zeros_smem=plgpu.SMEM((_ZERO_ROWS, columns), x.dtype),
         ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
+        **_turn_scratch(),
     )
-    out: jax.Array = launch(table, counts, x, w_GNK)[0]
+    out: jax.Array = launch(table, jnp.append(counts, 0), x, w_GNK)[0]
     return out[:M]
 
 
@@ -163,11 +166,13 @@ def weights_gradient(dy_MN: jax.Array, x_MK: jax.Array, sizes_G: jax.Array, *, d
         # The second half of them is for steps that have to be cleaned first.
         ready=plgpu.Barrier(num_arrivals=2, num_barriers=2 * stages),
         free=plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
+        **_turn_scratch(),
     )
     if N < _ROWS:
         dy_MN = jnp.pad(dy_MN, [(0, 0), (0, _ROWS - N)])
-    bounds_G2 = jnp.stack([end_G - sizes_G, end_G], axis=1)
-    out: jax.Array = launch(bounds_G2, _whole(dy_MN), _whole(x_MK))[0]
+    # The last row has the counter.
+    bounds = jnp.append(jnp.stack([end_G - sizes_G, end_G], axis=1), jnp.zeros((1, 2), jnp.int32), axis=0)
+    out: jax.Array = launch(bounds, _whole(dy_MN), _whole(x_MK))[0]
     return out
 
 
@@ -192,9 +197,96 @@ def _whole(x: jax.Array) -> jax.Array:
     return jnp.pad(x, [(0, missing), (0, 0)]) if missing else x
 
 
-def _turns(tiles: Any) -> Any:
-    """How many of the tiles are this block's."""
-    return lax.div(tiles - lax.axis_index("block") + (BLOCKS - 1), jnp.int32(BLOCKS))
+def _turn_scratch() -> dict[str, Any]:
+    """What the warpgroups of a block tell one another by which tile is next: of this turn, and of the one after."""
+    return {
+        "taken_smem": plgpu.SMEM((2,), jnp.int32),
+        "told": plgpu.Barrier(num_barriers=2),
+        "heard": plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=2),
+    }
+
+
+def _by_one_thread(code: str, counter_ref: Any, *smem: Any) -> None:
+    """Runs PTX: $0 is the counter, $1 a number in shared memory."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import llvm
+    from jax.experimental.mosaic.gpu import utils
+
+    i32 = ir.IntegerType.get_signless(32)
+    with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
+        operands = [utils.memref_ptr(counter_ref), *(llvm.ptrtoint(i32, utils.memref_ptr(ref)) for ref in smem)]
+        kinds = "l" + ",r" * len(smem)
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, "{ " + code + " }", kinds, has_side_effects=True)
+    utils.warpgroup_barrier()
+
+
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+def _count_up(_: Any, counter_ref: Any, before_smem: Any) -> None:
+    """Adds one to the counter, and notes what it was."""
+    count = ".reg .u32 before; atom.relaxed.gpu.global.add.u32 before, [$0], 1; st.shared.u32 [$1], before;"
+    _by_one_thread(count, counter_ref, before_smem)
+
+
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+def _set_to_zero(_: Any, counter_ref: Any) -> None:
+    _by_one_thread("st.relaxed.gpu.global.u32 [$0], 0;", counter_ref)
+
+
+def _take(turn: Any, counter_ref: Any, taken_smem: Any) -> Any:
+    """The number of the next tile that no block has, which is this block's in that turn."""
+    slot = rem(turn, 2)
+    _count_up(counter_ref, taken_smem.at[pl.ds(slot, 1)])
+    return taken_smem[slot]
+
+
+def _hand_out(
+    tiles: Any, feed: Callable[..., Any], finish: Callable[..., None], carry: Any, counter_ref: Any, *,
+    taken_smem: Any, told: Any, heard: Any,
+) -> None:  # fmt: skip
+    """Takes tiles as long as there are any, tells those that multiply, and feeds them.
+
+    Args:
+      tiles: how many there are.
+      feed: is given the number of a tile and the carry, and gives the next one.
+      finish: is given the last carry, and does what those that multiply still wait for.
+      carry: the first one.
+      counter_ref: zero, shared by all blocks; and zero again when all of them are done. It is part of an operand: it
+        cannot be a mutable array of its own, which JAX does not take through a scan that is differentiated.
+      taken_smem, told, heard: of `_turn_scratch`.
+    """
+
+    def take(turn: Any) -> Any:
+        slot = rem(turn, 2)
+        pl.when(turn >= 2)(lambda: plgpu.barrier_wait(heard.at[slot]))
+        n = _take(turn, counter_ref, taken_smem)
+        plgpu.barrier_arrive(told.at[slot])
+        return n
+
+    def one(state: Any) -> Any:
+        turn, n, carry = state
+        carry = feed(n, carry)
+        return turn + 1, take(turn + 1), carry
+
+    # Those that multiply hear of the one beyond the last, too.
+    last, beyond, carry = lax.while_loop(lambda state: state[1] < tiles, one, (jnp.int32(0), take(jnp.int32(0)), carry))
+    # Each block has taken one that is not there; nobody takes any after the last of these.
+    pl.when(beyond == tiles + (BLOCKS - 1))(lambda: _set_to_zero(counter_ref))
+    finish(carry)
+    lax.fori_loop(jnp.maximum(last - 1, 0), last + 1, lambda i, _: plgpu.barrier_wait(heard.at[rem(i, 2)]), None)
+
+
+def _hear(turn: Any, taken_smem: Any, told: Any, heard: Any) -> Any:
+    """What `_hand_out` took for that turn; to be asked once for every turn, in order."""
+    slot = rem(turn, 2)
+    plgpu.barrier_wait(told.at[slot])
+    n = taken_smem[slot]
+    plgpu.barrier_arrive(heard.at[slot])
+    return n
+
+
+def _share(n: Any) -> Any:
+    """How many of n equal things are this block's."""
+    return lax.div(n - lax.axis_index("block") + (BLOCKS - 1), jnp.int32(BLOCKS))
 
 
 def _place(n: Any, rows: Any, columns: int) -> tuple[Any, Any]:
@@ -275,36 +367,36 @@ def _send(values: jax.Array, pieces: Any, to: Any, begin: Any) -> None:
 
 def _product_block(
     table_ref: Any, counts_ref: Any, x_ref: Any, w_ref: Any, out_ref: Any, *, x_smem: Any, w_smem: Any, out_smem: Any,
-    zeros_smem: Any, ready: Any, free: Any, transposed: bool,
+    zeros_smem: Any, ready: Any, free: Any, transposed: bool, **turns: Any,
 ) -> None:  # fmt: skip
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     stages, (M, width), length = free.shape[0], out_ref.shape, x_ref.shape[1]
     columns = w_smem.shape[2 if transposed else 1]
     wide, steps = -(-width // columns), length // _CHUNK
     tiles, rows = counts_ref[0], counts_ref[1]
-    turns = _turns(tiles * wide)
 
-    def tile(turn: Any) -> tuple[Any, ...]:
-        """Of a turn: group, row at which it begins, its own rows, and first column."""
-        row, column = _place(block + turn * BLOCKS, tiles, wide)
+    def tile(n: Any) -> tuple[Any, ...]:
+        """Of the n-th tile: n, group, row at which it begins, its own rows, and first column."""
+        row, column = _place(n, tiles, wide)
         row = jnp.minimum(row, table_ref.shape[0] - 1)
-        return *(table_ref[row, i] for i in range(4)), column * columns
+        return n, *(table_ref[row, i] for i in range(4)), column * columns
 
     def multiply() -> None:
-        def turn(i: Any, now: tuple[Any, ...]) -> tuple[Any, ...]:
-            # What the next tile is, is read before it is needed.
-            after, before = tile(i + 1), i * steps
-            _, begin, first, end, column = now
+        def turn(state: Any) -> Any:
+            i, (_, _, begin, first, end, column) = state
+            before = i * steps
             begin += warpgroup * ROWS
             low, high = jnp.maximum(first - begin, 0), jnp.minimum(end - begin, ROWS)
 
-            def some() -> None:
+            def some() -> Any:
                 def operands(slot: Any) -> tuple[Any, Any]:
                     w = w_smem.at[slot]
                     own = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
                     return x_smem.at[slot, own], w if transposed else w.T
 
                 y = _sum((ROWS, columns), before, steps, operands, ready, free).astype(out_ref.dtype)
+                # What the next tile is, is read while this one is written.
+                after = tile(_hear(i + 1, **turns))
                 here = pl.ds(pl.multiple_of(begin, 8), ROWS)
 
                 def whole() -> None:
@@ -318,27 +410,29 @@ def _product_block(
                         pl.when(column + at < width)(functools.partial(_store_rows, to, y[:, at : at + 64], own))
 
                 lax.cond((low == 0) & (high == ROWS), whole, part)
+                return after
 
-            def none() -> None:
+            def none() -> Any:
                 def skip(i: Any, _: None) -> None:
                     slot = rem(before + i, stages)
                     plgpu.barrier_wait(ready.at[slot])
                     plgpu.barrier_arrive(free.at[slot])
 
                 lax.fori_loop(0, steps, skip, None)
+                return tile(_hear(i + 1, **turns))
 
-            lax.cond(low < high, some, none)
-            return after
+            return i + 1, lax.cond(low < high, some, none)
 
-        lax.fori_loop(0, turns, turn, tile(jnp.int32(0)))
+        first = jnp.int32(0), tile(_hear(jnp.int32(0), **turns))
+        lax.while_loop(lambda state: state[1][0] < tiles * wide, turn, first)
 
     def feed() -> None:
         # Zeros to write, counted by copies; they are spread over the steps.
         keep_plain(zeros_smem)
         zeros_smem[...] = jnp.zeros(zeros_smem.shape, zeros_smem.dtype)
         plgpu.commit_smem()
-        zeros = _turns(lax.div(M - rows + (_ZERO_ROWS - 1), jnp.int32(_ZERO_ROWS)) * wide)
-        share = lax.div(zeros, jnp.maximum(turns * steps, 1)) + 1
+        zeros = _share(lax.div(M - rows + (_ZERO_ROWS - 1), jnp.int32(_ZERO_ROWS)) * wide)
+        at_once = lax.div(zeros, jnp.maximum(_share(tiles * wide) * steps, 1)) + 1
 
         def write_zeros(i: Any, _: None) -> None:
             n = block + i * BLOCKS
@@ -346,14 +440,15 @@ def _product_block(
             here = pl.ds(rows + row * _ZERO_ROWS, _ZERO_ROWS), pl.ds((n - row * wide) * columns, columns)
             plgpu.copy_smem_to_gmem(zeros_smem, out_ref.at[here])
 
-        def turn(i: Any, written: Any) -> Any:
-            group, begin, _, end, column = tile(i)
+        def turn(number: Any, carry: Any) -> Any:
+            before, written = carry
+            _, group, begin, _, end, column = tile(number)
             begin, units = pl.multiple_of(begin, 8), lax.div(end - begin + (ROWS - 1), jnp.int32(ROWS))
             # Only rows that some warpgroup has, which are 64 to each.
             few = [(u * ROWS, units == u) for u in range(1, _WARPGROUPS + 1)]
 
             def step(j: Any, written: Any) -> Any:
-                n = i * steps + j
+                n = before + j
                 slot, part = rem(n, stages), pl.ds(j * _CHUNK, _CHUNK)
                 pl.when(n >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                 here = (part, pl.ds(column, columns)) if transposed else (pl.ds(column, columns), part)
@@ -361,16 +456,20 @@ def _product_block(
                 for count, there in few:
                     source, to = x_ref.at[pl.ds(begin, count), part], x_smem.at[slot, pl.ds(0, count)]
                     pl.when(there)(functools.partial(plgpu.copy_gmem_to_smem, source, to, ready.at[slot]))
-                now = jnp.minimum(written + share, zeros)
+                now = jnp.minimum(written + at_once, zeros)
                 lax.fori_loop(written, now, write_zeros, None)
                 return now
 
-            return lax.fori_loop(0, steps, step, written)
+            return before + steps, lax.fori_loop(0, steps, step, written)
 
-        written = lax.fori_loop(0, turns, turn, jnp.int32(0))
-        lax.fori_loop(written, zeros, write_zeros, None)
-        plgpu.wait_smem_to_gmem(0)
-        _wait_for_rest(turns * steps, free)
+        def finish(carry: Any) -> None:
+            total, written = carry
+            lax.fori_loop(written, zeros, write_zeros, None)
+            plgpu.wait_smem_to_gmem(0)
+            _wait_for_rest(total, free)
+
+        counter_ref = counts_ref.at[pl.ds(2, 1)]
+        _hand_out(tiles * wide, turn, finish, (jnp.int32(0), jnp.int32(0)), counter_ref, **turns)
 
     _roles(multiply, feed, 40)
 
@@ -403,22 +502,21 @@ def _store_rows(_: Any, ref: Any, rows: Any, own: Any) -> None:
 
 def _gradient_block(
     bounds_ref: Any, dy_ref: Any, x_ref: Any, out_ref: Any, *, dy_smem: Any, x_smem: Any, out_smem: Any, ready: Any,
-    free: Any,
+    free: Any, **turns: Any,
 ) -> None:  # fmt: skip
-    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+    warpgroup = lax.axis_index("warpgroup")
     (G, N, K), stages, columns = out_ref.shape, free.shape[0], x_smem.shape[2]
     high, wide = -(-N // _ROWS), -(-K // columns)
-    turns = _turns(jnp.int32(G * high * wide))
+    tiles = jnp.int32(G * high * wide)
 
-    def tile(turn: Any) -> tuple[Any, ...]:
-        """Of a turn: group, first row and column of the result, first and end of the rows to sum, and steps."""
-        n = block + turn * BLOCKS
+    def tile(n: Any) -> tuple[Any, ...]:
+        """Of the n-th tile: n, group, its row and column in the result, first and end of the rows to sum, and steps."""
         group = lax.div(n, jnp.int32(high * wide))
         row, column = _place(n - group * (high * wide), jnp.int32(high), wide)
         group = jnp.minimum(group, G - 1)
         first, end = bounds_ref[group, 0], bounds_ref[group, 1]
         count = lax.div(end - lax.div(first, jnp.int32(8)) * 8 + (_CHUNK - 1), jnp.int32(_CHUNK))
-        return group, row * _ROWS, column * columns, first, end, jnp.where(first < end, count, 0)
+        return n, group, row * _ROWS, column * columns, first, end, jnp.where(first < end, count, 0)
 
     def own_rows(i: Any, first: Any, end: Any) -> tuple[Any, Any, Any]:
         """Of a step: the row at which it begins, and first and end of the group's own, counted from there."""
@@ -426,21 +524,22 @@ def _gradient_block(
         return begin, jnp.maximum(first - begin, 0), jnp.minimum(end - begin, _CHUNK)
 
     def multiply() -> None:
-        def turn(i: Any, carry: Any) -> Any:
-            before, (group, row, column, _, _, steps) = carry
-            after = tile(i + 1)
+        def turn(state: Any) -> Any:
+            i, before, (_, group, row, column, _, _, steps) = state
 
             def operands(slot: Any) -> tuple[Any, Any]:
                 own = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
                 return dy_smem.at[slot, :, own].T, x_smem.at[slot]
 
             dw = _sum((ROWS, columns), before, steps, operands, ready, free)
+            after = tile(_hear(i + 1, **turns))
             row += warpgroup * ROWS
             here = pl.ds(pl.multiple_of(row, ROWS), ROWS)
             pl.when(row < N)(lambda: _send(dw, out_smem.at[warpgroup], out_ref.at[group, here], column))
-            return before + steps, after
+            return i + 1, before + steps, after
 
-        lax.fori_loop(0, turns, turn, (jnp.int32(0), tile(jnp.int32(0))))
+        first = jnp.int32(0), jnp.int32(0), tile(_hear(jnp.int32(0), **turns))
+        lax.while_loop(lambda state: state[2][0] < tiles, turn, first)
 
     def feed() -> None:
         def clean(slot: Any, low: Any, high: Any) -> None:
@@ -461,9 +560,9 @@ def _gradient_block(
             for _ in range(2):
                 plgpu.barrier_arrive(ready.at[slot])
 
-        def turn(t: Any, carry: Any) -> Any:
+        def turn(n: Any, carry: Any) -> Any:
             before, late = carry
-            _, row, column, first, end, steps = tile(t)
+            _, _, row, column, first, end, steps = tile(n)
 
             def step(i: Any, late: Any) -> Any:
                 slot = rem(before + i, stages)
@@ -478,14 +577,21 @@ def _gradient_block(
                 clean_late(late)
                 return mixed, slot, low, high
 
-            return before + steps, lax.fori_loop(0, steps, step, late)
+            mixed, *step_before = lax.fori_loop(0, steps, step, late)
+            # Where no step follows, those that multiply must not wait for one.
+            pl.when(mixed & (steps == 0))(lambda: clean(*step_before))
+            return before + steps, (mixed & (steps > 0), *step_before)
 
         def clean_late(late: Any) -> None:
             pl.when(late[0])(lambda: clean(*late[1:]))
 
         none = jnp.bool_(False), jnp.int32(0), jnp.int32(0), jnp.int32(0)
-        total, late = lax.fori_loop(0, turns, turn, (jnp.int32(0), none))
-        clean_late(late)
-        _wait_for_rest(total, free)
+
+        def finish(carry: Any) -> None:
+            total, late = carry
+            clean_late(late)
+            _wait_for_rest(total, free)
+
+        _hand_out(tiles, turn, finish, (jnp.int32(0), none), bounds_ref.at[G, pl.ds(0, 1)], **turns)
 
     _roles(multiply, feed, 56)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels import grouped_gpu
+from qwen_jax.kernels import grouped, grouped_gpu
 from qwen_jax.kernels.grouped_gpu import product, row_tiles, supports, weights_gradient
 
 _ON_HOPPER = jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability.startswith("9.")
@@ -87,6 +87,23 @@ def test_lowers_to_one_kernel_each_over_matrices_where_they_lie(N: int, K: int) 
         assert text.count("mosaic_gpu_v2") == 1
         assert not any(op in text for op in ("stablehlo.transpose", "stablehlo.dot"))
         assert N < 128 or "stablehlo.pad" not in text
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_lowers_in_a_scan_that_is_differentiated(again: bool) -> None:
+    """As in training: a loop over layers, recomputed or not."""
+
+    def loss(w_LGNN: jax.Array, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+            return jnp.tanh(grouped._grouped("gpu", 64, x, w, sizes)), None
+
+        return jax.lax.scan(jax.checkpoint(layer) if again else layer, x, w_LGNN)[0].astype(jnp.float32).sum()
+
+    x, w = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((64, 128), (3, 4, 128, 128)))
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+    text = jax.jit(jax.grad(loss)).trace(w, x, sizes).lower(lowering_platforms=("cuda",)).as_text()
+    # The product, once more if recomputed, and its gradients by x and by w.
+    assert text.count("mosaic_gpu_v2") == 3 + again
 
 
 def test_supports_multiples_of_64_in_bfloat16() -> None:
@@ -190,6 +207,12 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
 
             pl.when(own[r] != 0)(store)
 
+    def take_by_turns(turn, counter_ref, taken_smem) -> jax.Array:
+        """A `_take` that deals tiles out beforehand, for the interpreter, which knows no atomic operation."""
+        n = jax.lax.axis_index("block") + turn * grouped_gpu.BLOCKS
+        taken_smem[turn % 2] = n
+        return n
+
     # (blocks, sizes, rows, N, K): empty groups, single rows, ends anywhere, odd parts of a tile, small matrices.
     @pytest.mark.slow
     @pytest.mark.parametrize(
@@ -206,6 +229,7 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
         """Equal to float64 with memory that starts as NaN, and no unordered accesses, on a machine of a few SMs."""
         monkeypatch.setattr(grouped_gpu, "BLOCKS", blocks)
         monkeypatch.setattr(grouped_gpu, "_store_rows", store_one_by_one)
+        monkeypatch.setattr(grouped_gpu, "_take", take_by_turns)
         how = interpret_params.InterpretGPUParams(
             out_of_bounds_reads="uninitialized", inline_mgpu="ignore", detect_races=True
         )
