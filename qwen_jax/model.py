@@ -118,8 +118,8 @@ class Block(nnx.Module):
                 return x_BTD + self.mlp(self.post_attention_norm(x_BTD)), cache, None
         with jax.named_scope("moe"):
             h_BTD = self.post_attention_norm(x_BTD)
-            out, routing = self.moe.routed(x_BTD, self.post_attention_norm.weight[...], valid_BT)
-            return x_BTD + (out + self.moe.gated(h_BTD, self.moe.shared(h_BTD))), cache, routing
+            out, routing = self.moe(x_BTD, h_BTD, self.post_attention_norm.weight[...], valid_BT)
+            return x_BTD + out, cache, routing
 
     def keeping_dots(
         self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], mask: kernels.Mask, valid_BT: jax.Array | None
@@ -145,7 +145,7 @@ class Block(nnx.Module):
                 gate, up = again(lambda norm, mlp, x: mlp.gate_and_up(norm(x)), (norm, self.mlp), x_BTD)
                 return again(lambda mlp, x, *h: x + mlp.down_swiglu(*h), (self.mlp,), x_BTD, gate, up), None
         with jax.named_scope("moe"):
-            out, routing = self.moe.routed(x_BTD, norm.weight[...], valid_BT, keep_dots=True)
+            out, routing, _ = self.moe.routed(x_BTD, norm.weight[...], valid_BT, keep_dots=True)
             gate, up = again(lambda norm, mlp, x: mlp.gate_and_up(norm(x)), (norm, self.moe.shared), x_BTD)
             shared = again(lambda mlp, *h: mlp.down_swiglu(*h), (self.moe.shared,), gate, up)
             gated = again(lambda norm, moe, x, y: moe.gated(norm(x), y), (norm, self.moe), x_BTD, shared)

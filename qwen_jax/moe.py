@@ -105,19 +105,50 @@ class MoE(nnx.Module):
         self.shared = shared
         self.shared_gate = Projection(normal(rngs.params(), (1, D)))
 
-    def routed(
-        self, x_BTD: jax.Array, norm_D: jax.Array, valid_BT: jax.Array | None, keep_dots: bool = False
+    def __call__(
+        self, x_BTD: jax.Array, h_BTD: jax.Array, norm_D: jax.Array, valid_BT: jax.Array | None
     ) -> tuple[jax.Array, Routing | None]:
+        """What all experts add.
+
+        While rows travel the shared expert works: no routed one begins before gate and up of the shared one are there,
+        and nobody reads their sum before its result is. So a compiler has products to put into both exchanges, where
+        it finds that these take long enough.
+
+        Args:
+          x_BTD, norm_D, valid_BT: see `routed`.
+          h_BTD: the stream, after the norm.
+
+        Returns:
+          [B, T, D], and the routing.
+        """
+        if not self.sharding.exchanges:
+            out, routing, _ = self.routed(x_BTD, norm_D, valid_BT)
+            return out + self.gated(h_BTD, self.shared(h_BTD)), routing
+        out, routing, gate_up = self.routed(x_BTD, norm_D, valid_BT, self.shared.gate_and_up(h_BTD))
+        gated = self.gated(h_BTD, self.shared.down_swiglu(*gate_up))
+        # Tied last: no gradient needs what is summed, and a backward pass that makes all else again leaves it out.
+        out, gated = lax.optimization_barrier((out, gated))
+        return out + gated, routing
+
+    def routed(
+        self,
+        x_BTD: jax.Array,
+        norm_D: jax.Array,
+        valid_BT: jax.Array | None,
+        meanwhile: tuple[jax.Array, ...] = (),
+        keep_dots: bool = False,
+    ) -> tuple[jax.Array, Routing | None, tuple[jax.Array, ...]]:
         """What the routed experts add.
 
         Args:
           x_BTD: the stream, before the norm.
           norm_D: weight of the norm.
           valid_BT: which tokens are not padding, and with it, that a `Routing` is wanted; None: all, and none.
-          keep_dots: see `How`.
+          meanwhile: [B, T, F] each, what is to be made while rows travel: experts here wait for it, too.
+          keep_dots: see `How`; goes without `meanwhile`, which would be kept twice.
 
         Returns:
-          [B, T, D], and the routing.
+          [B, T, D], the routing, and `meanwhile`, for what comes after.
         """
         spec, options, moe = self.sharding, self.options, self.config.moe
         assert moe is not None
@@ -129,16 +160,16 @@ class MoE(nnx.Module):
             functools.partial(_local, how),
             in_specs=(
                 spec.hidden, spec.norm, spec.router, spec.experts_gate_up, spec.experts_down,
-                spec.tokens if count else None,
+                spec.tokens if count else None, spec.feed_forward,
             ),
-            out_specs=(spec.hidden, everywhere),
+            out_specs=(spec.hidden, everywhere, spec.feed_forward),
             check_vma=False,
         )  # fmt: skip
         dtype = x_BTD.dtype
         weights = self.router.weight[...], self.experts.gate_up[...], self.experts.down[...]
         with jax.named_scope("experts"):
-            result: tuple[jax.Array, Routing | None]
-            result = run(x_BTD, norm_D, *(w.astype(dtype) for w in weights), valid_BT)
+            result: tuple[jax.Array, Routing | None, tuple[jax.Array, ...]]
+            result = run(x_BTD, norm_D, *(w.astype(dtype) for w in weights), valid_BT, meanwhile)
         return result
 
     def gated(self, h_BTD: jax.Array, shared_BTD: jax.Array) -> jax.Array:
@@ -149,23 +180,29 @@ class MoE(nnx.Module):
 
 
 def _local(
-    how: How, x_btD: jax.Array, norm_D: jax.Array, router: jax.Array, gate_up: jax.Array, down: jax.Array, valid: Any
-) -> tuple[jax.Array, Routing | None]:
+    how: How, x_btD: jax.Array, norm_D: jax.Array, router: jax.Array, gate_up: jax.Array, down: jax.Array, valid: Any,
+    meanwhile: Any,
+) -> tuple[jax.Array, Routing | None, Any]:  # fmt: skip
     """One device's tokens."""
     first, second = _capacity(how, x_btD) if how.capacity_factor else _dropless(how, x_btD)
     if how.keep_dots:
         # Chosen once: a second choice could be another one by a rounding, and its rows would be in another order.
         x, norm, weight = lax.stop_gradient((x_btD, norm_D, router))
         ids = route(_norm(how, x, norm), gather(weight, 1), how.moe)[1]
-        kept, rows, routing = recompute(first, (norm_D, router, gate_up), x_btD, constants=(valid, ids))
+        kept, rows, routing, _ = recompute(first, (norm_D, router, gate_up), x_btD, constants=(valid, ids))
         out = recompute(second, down, kept, rows[0], constants=(rows[1],))
     else:
-        kept, rows, routing = first((norm_D, router, gate_up), x_btD, valid, None)
+        kept, rows, routing, meanwhile = first((norm_D, router, gate_up), x_btD, valid, None, meanwhile)
         out = second(down, kept, *rows)
     sums = ["tensor"] * (how.sharding.tensor > 1)
     sums += [AXIS] * (how.sharding.expert > 1 and not how.sharding.exchanges)
     out = lax.psum(out, tuple(sums)) if sums else out
-    return out.astype(x_btD.dtype).reshape(x_btD.shape), routing
+    return out.astype(x_btD.dtype).reshape(x_btD.shape), routing, meanwhile
+
+
+def _tied(rows: jax.Array, meanwhile: Any) -> tuple[jax.Array, Any]:
+    """Rows that have come, and what was made meanwhile: neither is used before both are there."""
+    return lax.optimization_barrier((rows, meanwhile)) if meanwhile else (rows, meanwhile)
 
 
 def _norm(how: How, x_btD: jax.Array, norm_D: jax.Array) -> jax.Array:
@@ -294,7 +331,9 @@ def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
     room = n * N * min(k, e)  # All tokens of all devices may want experts of one.
     few = A <= _FEW and n == 1 and not how.count
 
-    def first(params: Any, x_btD: jax.Array, valid: jax.Array | None, ids: jax.Array | None) -> Any:
+    def first(
+        params: Any, x_btD: jax.Array, valid: jax.Array | None, ids: jax.Array | None, meanwhile: Any = ()
+    ) -> Any:
         norm_D, router_ED, gate_up_e2FD = params
         x_ND = _norm(how, x_btD, norm_D)
         weights, ids, logits = route(x_ND, gather(router_ED, 1), moe, ids)
@@ -304,7 +343,7 @@ def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
         if few:
             ids_A = ids.reshape(-1)
             rows = [_one(w, ids_A[a], x_ND[a // k]) for a in range(A)]
-            return jnp.stack(rows), (weights.reshape(-1), (ids_A,)), routing
+            return jnp.stack(rows), (weights.reshape(-1), (ids_A,)), routing, meanwhile
         ids = ids if valid_N is None else jnp.where(valid_N[:, None], ids, E)
         here_A = ids.reshape(-1)
         if n > 1 and not spec.exchanges:
@@ -320,11 +359,12 @@ def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
         if spec.exchanges:
             p = parcels(sizes, n)
             there = _by_expert(p.runs_ne, room)
-            rows_AD = _permuted(send(rows_AD, p, room), *there)
+            rows_AD, meanwhile = _tied(send(rows_AD, p, room), meanwhile)
+            rows_AD = _permuted(rows_AD, *there)
             weights_A = _permuted(send_numbers(weights_A, p, room), *there)
             sizes, plan = p.runs_ne.sum(0), (p, there)
         gate_up = grouped_matmul(rows_AD, w, sizes, expected=A, implementation=how.grouped)
-        return gate_up, (weights_A, (order, inverse, sizes, plan)), routing
+        return gate_up, (weights_A, (order, inverse, sizes, plan)), routing, meanwhile
 
     def second(down_eDF: jax.Array, gate_up: jax.Array, weights_A: jax.Array, where: Any) -> jax.Array:
         down = gather(down_eDF, 1)
@@ -364,7 +404,9 @@ def _capacity(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
     room = min(math.ceil(how.capacity_factor * N * k / E), N)
     e = E // n
 
-    def first(params: Any, x_btD: jax.Array, valid: jax.Array | None, ids: jax.Array | None) -> Any:
+    def first(
+        params: Any, x_btD: jax.Array, valid: jax.Array | None, ids: jax.Array | None, meanwhile: Any = ()
+    ) -> Any:
         norm_D, router_ED, gate_up_e2FD = params
         x_ND = _norm(how, x_btD, norm_D)
         weights, ids, logits = route(x_ND, gather(router_ED, 1), moe, ids)
@@ -382,8 +424,9 @@ def _capacity(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
         weight_S = jnp.zeros((slots,), weights.dtype).at[slot_A].set(weights.reshape(-1), mode="drop")
         w = gather(gate_up_e2FD, 3).reshape(e, -1, x_ND.shape[1])
         rows, weight_S = _mine(rows), _mine(weight_S)
+        rows, meanwhile = _tied(rows, meanwhile)
         gate_up = einsum_f32("ecd,efd->ecf", rows, w).astype(rows.dtype)
-        return gate_up, (weight_S, (token_S,)), routing
+        return gate_up, (weight_S, (token_S,)), routing, meanwhile
 
     def second(down_eDF: jax.Array, gate_up: jax.Array, weight_ec: jax.Array, where: Any) -> jax.Array:
         gate, up = jnp.split(gate_up, 2, axis=-1)

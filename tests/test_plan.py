@@ -20,11 +20,12 @@ from jax.sharding import PartitionSpec as P
 import train.plan as plan_module
 from qwen_jax import sharding
 from qwen_jax.cli import main
-from qwen_jax.config import ModelConfig, published
+from qwen_jax.config import ModelConfig, MoE, published
 from qwen_jax.errors import InputError
 from qwen_jax.sharding import AXES, Sharding, make_mesh
 from train.config import RunConfig, Stage
 from train.data.batch import Batch
+from train.moe import MoETraining
 from train.optimizer import OptimizerConfig, Schedule
 from train.plan import Plan, plan_step, search
 from train.pretrain import PretrainConfig, abstract_state, make_train_step
@@ -124,12 +125,14 @@ def test_flops_of_loops_branches_and_shards() -> None:
         assert count_flops(jax.jit(split).trace(x).jaxpr) == 4 * 2 * 2 * 2 * 16
 
 
-def _step(axes: dict[str, int], remat: str, devices: Any = None, dtype: str = "bfloat16", **sizes: Any) -> Any:
+def _step(
+    axes: dict[str, int], remat: str, devices: Any = None, dtype: str = "bfloat16", length: int = 64, **sizes: Any
+) -> Any:
     model = dataclasses.replace(published("tiny"), **{"num_layers": 3, "vocab_size": 512, **sizes})
     mesh = make_mesh(axes, devices)
     config = PretrainConfig(model, OptimizerConfig(Schedule(10)), dtype, remat)  # type: ignore[arg-type]
     tokens = NamedSharding(mesh, Sharding.tokens)
-    ints, floats = (jax.ShapeDtypeStruct((8, 64), dtype, sharding=tokens) for dtype in (jnp.int32, jnp.float32))
+    ints, floats = (jax.ShapeDtypeStruct((8, length), dtype, sharding=tokens) for dtype in (jnp.int32, jnp.float32))
     state = abstract_state(config, mesh)
     return config, mesh, make_train_step(config, mesh), state, Batch(ints, ints, ints, floats)
 
@@ -241,6 +244,43 @@ def test_compiled_for_a_pod_gradients_are_scattered_not_summed_everywhere() -> N
     with jax.set_mesh(mesh):
         compiled = step.trace(state, batch).lower(lowering_platforms=("tpu",)).compile()
     _check_collectives(collectives(compiled.as_text(), 16), config.model, mesh, 2)
+
+
+def _meanwhile(hlo: str) -> list[set[str]]:
+    """For each exchange of rows or weights in the forward pass, the shared expert's products from start to end of it.
+
+    Args:
+      hlo: text of the optimised module, in the order in which it runs.
+    """
+    found: list[set[str]] = []
+    under_way: dict[str, set[str]] = {}
+    for line in hlo.splitlines():
+        if match := re.search(r"%([\w.\-]+) = .* (?:ragged-)?all-to-all-start\(.*op_name=\"(.*?)\"", line):
+            if "moe/experts" in match[2] and "transpose" not in match[2]:
+                under_way[match[1]] = set()
+                found.append(under_way[match[1]])
+        elif match := re.search(r"all-to-all-done\(%([\w.\-]+)\)", line):
+            under_way.pop(match[1], None)
+        elif match := re.search(r"op_name=\".*moe/shard_map/(\S+)/dot_general\"", line):
+            for products in under_way.values():
+                products.add(match[1])
+    return found
+
+
+@needs_libtpu
+@pytest.mark.parametrize("capacity_factor", [0.0, 1.25])
+def test_compiled_for_a_pod_the_shared_expert_works_while_rows_travel(capacity_factor: float) -> None:
+    """The forward pass of a small mixture for 4 chips of v5p: each exchange of rows has a product to itself."""
+    where = target("v5p:2x2x1")
+    sizes = {"hidden_size": 512, "num_heads": 4, "head_dim": 128, "moe": MoE(8, 2, 256, 1024)}
+    config, mesh, _, state, batch = _step({"fsdp": 2, "expert": 2}, "full", where.devices, length=1024, **sizes)
+    config = dataclasses.replace(config, moe=MoETraining(capacity_factor=capacity_factor))
+    with jax.set_mesh(mesh):
+        traced = make_train_step(config, mesh).trace(state, batch)  # type: ignore[attr-defined]
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    to, *_, back = _meanwhile(compiled.as_text())
+    assert to == {"BTD,FD->BTF"}
+    assert back == {"BTF,DF->BTD"}
 
 
 _CONFIG = """

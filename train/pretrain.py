@@ -332,7 +332,8 @@ def make_train_step(config: PretrainConfig, mesh: Mesh) -> TrainStep:
     sharding = Sharding.for_model(config.model, mesh, split_rows=True)
     # While rows travel to their experts, the shared one has something to do.
     asynchronous = sharding.exchanges and mesh.devices.flat[0].platform == "tpu"
-    options: Any = {"xla_tpu_enable_async_ragged_all_to_all": True} if asynchronous else None
+    kind = "all_to_all" if config.moe.capacity_factor else "ragged_all_to_all"
+    options: Any = {f"xla_tpu_enable_async_{kind}": True} if asynchronous else None
     return jax.jit(functools.partial(train_step, config, sharding), donate_argnums=0, compiler_options=options)
 
 
