@@ -136,13 +136,14 @@ def _decode(
     B = state.token_B.shape[0]
     model = bind(program.config, params, spec, program.options)
     by_single = single.takes(program.config, spec, program.options, B, state.cache)
+    prepared = single.prepare(params) if by_single else params
 
     def column(x: jax.Array) -> jax.Array:
         return jnp.broadcast_to(x, (B,))[:, None]
 
     def logits(state: DecodeState, slot: jax.Array, counter: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
         if by_single:
-            return single.step(params, program.config, state.token_B, state.start_B, slot, state.cache, counter)
+            return single.step(prepared, program.config, state.token_B, state.start_B, slot, state.cache, counter)
         mask = kernels.Mask(column(state.start_B), column(slot + 1))
         positions_B1 = column(slot - state.start_B)
         write = CacheWrite(slot=slot)

@@ -4,6 +4,7 @@ The model of `qwen_jax.model` would do it too, with ten kernels a layer; at batc
 a tenth of the time. Numerics are the same: Hugging Face's order of casts, products accumulated in float32.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ each begins to read its weights while the one before still runs."""
 
 
 def takes(config: ModelConfig, sharding: Sharding, options: Options, rows: int, cache: KVCache) -> bool:
-    """Whether `step` does this: one row, one Hopper GPU, bfloat16, the inference layout, no experts.
+    """Whether `step` does this: one row, one Hopper GPU, bfloat16, the inference layout.
 
     Args:
       config: the architecture.
@@ -34,18 +35,42 @@ def takes(config: ModelConfig, sharding: Sharding, options: Options, rows: int, 
       cache: of the batch.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    plain = config.moe is None and options.fused and options.dtype == "bfloat16"
+    plain = not options.capacity_factor and options.fused and options.dtype == "bfloat16"
     if rows != 1 or mesh.size != 1 or not plain:
         return False
     heads = config.num_heads, config.num_kv_heads
     dtype = jnp.dtype(options.dtype)
     if not kernels.has_decode_step(options.attention, dtype, 1, *heads, cache.keys[0]):
         return False
-    from qwen_jax.kernels import layer_gpu
+    from qwen_jax.kernels import layer_gpu, layer_gpu_moe
 
     attention = config.num_heads * config.head_dim
     qkv = attention + 2 * config.num_kv_heads * config.head_dim
-    return layer_gpu.supports(config.hidden_size, config.intermediate_size, attention, qkv, config.vocab_size)
+    sizes = attention, qkv, config.vocab_size
+    all_sparse = len(config.sparse_layers) == config.num_layers
+    fits = all_sparse or layer_gpu.supports(config.hidden_size, config.intermediate_size, *sizes)
+    return fits and (config.moe is None or layer_gpu_moe.supports(config.hidden_size, config.moe, *sizes))
+
+
+def prepare(params: Params) -> Params:
+    """The parameters as `step` wants them, to be made once for many steps.
+
+    Args:
+      params: in the fused layout.
+
+    Returns:
+      The same, but that of each layer's experts the router and the shared one's gate are one matrix.
+    """
+    from qwen_jax.kernels import layer_gpu_moe
+
+    def prepared(layer: Params) -> Params:
+        if "moe" not in layer:
+            return layer
+        moe = dict(layer["moe"])
+        router, gate = (moe.pop(name)["weight"] for name in ("router", "shared_gate"))
+        return {**layer, "moe": {**moe, "router_and_gate": layer_gpu_moe.router_and_gate(router, gate)}}
+
+    return {**params, "layers": list(map(prepared, params["layers"]))}
 
 
 def step(
@@ -60,7 +85,7 @@ def step(
     """Reads one token and says what may follow.
 
     Args:
-      params: in the fused layout.
+      params: from `prepare`.
       config: the architecture.
       token: int32 [1].
       start: int32 [1], the first cache slot in use.
@@ -95,7 +120,7 @@ def _step(
     cache: KVCache,
     counter: jax.Array,
 ) -> tuple[jax.Array, KVCache, jax.Array]:
-    from qwen_jax.kernels import layer_gpu
+    from qwen_jax.kernels import layer_gpu, layer_gpu_moe
 
     eps, dtype = config.rms_norm_eps, jnp.bfloat16
     H, d = config.num_heads, config.head_dim
@@ -103,6 +128,9 @@ def _step(
 
     def matrix(weight: jax.Array) -> jax.Array:
         return weight.reshape(-1, weight.shape[-1])
+
+    def matrices(mlp: Params) -> tuple[jax.Array, ...]:
+        return mlp["gate_up"]["weight"][0], mlp["down"]["weight"]
 
     table = params["embed"]["weight"]
     with jax.named_scope("embed"):
@@ -113,24 +141,31 @@ def _step(
     # What comes before each attention, and after the last one: a norm and a matrix.
     following = [(layer["input_norm"]["weight"], matrix(layer["attention"]["qkv"]["weight"])) for layer in layers]
     following.append((params["norm"]["weight"], head))
+    experts_tail = functools.partial(layer_gpu_moe.layer_tail, moe=config.moe)
     with jax.named_scope("qkv"):
         qkv = layer_gpu.norm_product(x_D, *following[0], eps=eps, blocks=blocks)
     for i, layer in enumerate(layers):
         with jax.named_scope(f"layer{i}"):
-            attention, mlp = layer["attention"], layer["mlp"]
+            attention, moe = layer["attention"], layer.get("moe")
             bias = attention["qkv"]["bias"][0]
             out, k, v = kernels.decode_step(
                 qkv.reshape(1, -1, d), bias, cos, sin, cache.keys[i], cache.values[i], start, slot, scale=d**-0.5
             )
             keys.append(k)
             values.append(v)
-            x_D, qkv, counter = layer_gpu.layer_tail(
+            if moe is None:
+                tail: Any = layer_gpu.layer_tail
+                feed_forward = matrices(layer["mlp"])
+            else:
+                tail, experts = experts_tail, moe["experts"]
+                gate_up, down = matrices(moe["shared"])
+                feed_forward = moe["router_and_gate"], gate_up, experts["gate_up"], down, experts["down"]
+            x_D, qkv, counter = tail(
                 out.reshape(H * d),
                 x_D,
                 attention["o"]["weight"].reshape(-1, H * d),
                 layer["post_attention_norm"]["weight"],
-                mlp["gate_up"]["weight"][0],
-                mlp["down"]["weight"],
+                *feed_forward,
                 *following[i + 1],
                 counter,
                 eps=eps,

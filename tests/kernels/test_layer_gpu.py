@@ -5,27 +5,21 @@ import functools
 import re
 from typing import Any
 
-import decode_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layer_cases import EPS, ON_HOPPER, error, generate, plain_kernels, plain_product, plain_tail
 
-from qwen_jax import kernels
 from qwen_jax.config import published
 from qwen_jax.errors import InputError
 from qwen_jax.inference import single
-from qwen_jax.inference.generate import Program, decoder, prefill
-from qwen_jax.inference.sampling import Knobs, SamplingParams
 from qwen_jax.kernels import layer_gpu
 from qwen_jax.kernels.layer_gpu import CHUNK, layer_tail, norm_product, plan
 from qwen_jax.model import Options
-from qwen_jax.params import abstract_params, param_specs
 from qwen_jax.sharding import Sharding, make_mesh
 
-_ON_HOPPER = jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability.startswith("9.")
 _MODELS = [f"qwen2.5-{size}" for size in ("0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")]
-_EPS = 1e-6
 
 
 def _sizes(name: str) -> tuple[int, int, int, int, int]:
@@ -33,34 +27,6 @@ def _sizes(name: str) -> tuple[int, int, int, int, int]:
     c = published(name)
     heads = c.num_heads * c.head_dim
     return c.hidden_size, c.intermediate_size, heads, heads + 2 * c.num_kv_heads * c.head_dim, c.vocab_size
-
-
-def _norm(x_D: jax.Array, w_D: jax.Array) -> jax.Array:
-    x = x_D.astype(jnp.float32)
-    x = (x * jax.lax.rsqrt(jnp.mean(x * x) + _EPS)).astype(x_D.dtype)
-    return x * w_D
-
-
-def _times(w: jax.Array, x_I: jax.Array) -> jax.Array:
-    return jnp.matmul(w.astype(jnp.float32), x_I.astype(jnp.float32), precision="highest")
-
-
-def plain_product(
-    stream_D: jax.Array, norm_D: jax.Array, w_ND: jax.Array, *, out_dtype: Any = jnp.bfloat16, **_: Any
-) -> Any:
-    """What `norm_product` stands for."""
-    return _times(w_ND, _norm(stream_D, norm_D)).astype(out_dtype)
-
-
-def plain_tail(
-    heads: jax.Array, stream: jax.Array, w_o: jax.Array, mid_norm: jax.Array, w_gate_up: jax.Array, w_down: jax.Array,
-    next_norm: jax.Array, w_next: jax.Array, counter: jax.Array, *, out_dtype: Any = jnp.bfloat16, **_: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """What `layer_tail` stands for."""
-    stream = stream + _times(w_o, heads).astype(stream.dtype)
-    gate, up = _times(w_gate_up, _norm(stream, mid_norm))
-    stream = stream + _times(w_down, (jax.nn.silu(gate) * up).astype(stream.dtype)).astype(stream.dtype)
-    return stream, plain_product(stream, next_norm, w_next, out_dtype=out_dtype), counter
 
 
 def _shapes(name: str, head: bool) -> list[jax.ShapeDtypeStruct]:
@@ -84,7 +50,7 @@ def test_plan_covers_every_row_and_deals_evenly(name: str, blocks: int) -> None:
     ):
         p = plan(n, k, gates, may_split, blocks)
         assert p.tile % 8 == 0
-        assert 8 <= p.tile <= min(n, layer_gpu._MAX_TILE)
+        assert 8 <= p.tile <= min(n, layer_gpu.MAX_TILE)
         assert p.items // p.splits * p.tile >= n
         assert p.splits == 1 or (may_split and p.items <= blocks)
         longest = -(-p.items // blocks) * p.tile * -(-(k // CHUNK) // p.splits) * CHUNK
@@ -96,7 +62,7 @@ def test_plan_covers_every_row_and_deals_evenly(name: str, blocks: int) -> None:
 @pytest.mark.parametrize("head", [False, True])
 def test_lowers_for_hopper_to_one_kernel_that_reads_weights_where_they_lie(name: str, head: bool) -> None:
     """Without a card: it fits a multiprocessor, the counter is updated in place, nothing of a weight's size is made."""
-    step = jax.jit(functools.partial(layer_tail, eps=_EPS, out_dtype=jnp.float32 if head else jnp.bfloat16))
+    step = jax.jit(functools.partial(layer_tail, eps=EPS, out_dtype=jnp.float32 if head else jnp.bfloat16))
     text = step.trace(*_shapes(name, head)).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu_v2") == 1
     assert len(re.findall(r"output_tuple_indices = \[\d+\],\s*operand_index = 1\b", text)) == 1
@@ -109,7 +75,7 @@ def test_lowers_for_hopper_to_one_kernel_that_reads_weights_where_they_lie(name:
 def test_first_product_fits_too(name: str, head: bool) -> None:
     """Of every published model, with tiles of any size: buffers, their alignment and barriers."""
     _, stream, *_, norm, w, _ = _shapes(name, head)
-    step = jax.jit(functools.partial(norm_product, eps=_EPS, out_dtype=jnp.float32 if head else jnp.bfloat16))
+    step = jax.jit(functools.partial(norm_product, eps=EPS, out_dtype=jnp.float32 if head else jnp.bfloat16))
     assert step.trace(stream, norm, w).lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 1
 
 
@@ -120,37 +86,11 @@ def test_what_the_kernel_cannot_do_is_refused() -> None:
     good = [zeros(*s.shape, dtype=s.dtype) for s in _shapes("qwen2.5-0.5b", head=False)]
     for index, bad in ((0, zeros(128)), (2, good[2].astype(jnp.float32)), (4, zeros(2, 4864, 768)), (6, zeros(1, 896))):
         with pytest.raises(InputError, match="one model's sizes"):
-            layer_tail(*good[:index], bad, *good[index + 1 :], eps=_EPS)
+            layer_tail(*good[:index], bad, *good[index + 1 :], eps=EPS)
     with pytest.raises(InputError, match="in 128s"):
-        norm_product(zeros(320), zeros(320), zeros(64, 320), eps=_EPS)
+        norm_product(zeros(320), zeros(320), zeros(64, 320), eps=EPS)
     assert not layer_gpu.supports(896, 4864, 896, 1152, 151_937)
     assert not layer_gpu.supports(896, 4800, 896, 1152, 151_936)
-
-
-def _generate(name: str, layers: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:
-    """16 greedy tokens after a prompt, and their log-probabilities."""
-    config = dataclasses.replace(published(name), num_layers=layers, vocab_size=vocab)
-    mesh, sampling = make_mesh({}, jax.devices()[:1]), SamplingParams(logprobs=True)
-    options = Options(stacked=False, fused=True, dtype="bfloat16")
-    sharding = Sharding.for_model(config, mesh)
-    shapes, specs = (f(config, sharding, options) for f in (abstract_params, param_specs))
-    rng = np.random.default_rng(0)
-
-    def draw(path: Any, shape: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array:
-        values = rng.standard_normal(shape.shape, np.float32)
-        values = 1 + 0.1 * values if "norm" in jax.tree_util.keystr(path) else 0.05 * values
-        return jax.device_put(jnp.asarray(values, jnp.bfloat16), jax.NamedSharding(mesh, spec))
-
-    with jax.set_mesh(mesh):
-        params = jax.tree_util.tree_map_with_path(draw, shapes, specs)
-        program = Program(config, sharding, options, sampling.plan, slots=64, vocab_limit=vocab)
-        tokens = jax.device_put(rng.integers(0, vocab, (1, 16), np.int32), jax.NamedSharding(mesh, sharding.tokens))
-        rows = jax.NamedSharding(mesh, sharding.rows)
-        lengths, seeds = jax.device_put((np.array([11], np.int32), np.zeros(1, np.uint32)), rows)
-        state, *_ = prefill(params, tokens, lengths, seeds, Knobs.of(sampling), program=program)
-        run = decoder(program, state)
-        _, chosen, logprobs = run(params, state, Knobs.of(sampling), program=program, steps=16)
-        return np.asarray(chosen)[0], np.asarray(logprobs)[0]
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="bfloat16 sums of other orders part at ties there")
@@ -158,23 +98,10 @@ def _generate(name: str, layers: int, vocab: int) -> tuple[np.ndarray, np.ndarra
 def test_step_by_kernels_is_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The right weights, norms, positions and slots reach the kernels: with plain functions in their place, the
     decode loop gives what the model gives."""
-    vocab = 512
-    expected, logprobs = _generate(name, 2, vocab)
-    calls: list[str] = []
-
-    def noted(what: str, f: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            calls.append(what)
-            return f(*args, **kwargs)
-
-        return run
-
-    jax.clear_caches()  # or the loop of before would come back
-    monkeypatch.setattr(single, "takes", lambda *_: True)
-    monkeypatch.setattr(kernels, "decode_step", noted("attention", decode_cases.plain))
-    monkeypatch.setattr(layer_gpu, "layer_tail", noted("tail", plain_tail))
-    monkeypatch.setattr(layer_gpu, "norm_product", noted("first", plain_product))
-    got, got_logprobs = _generate(name, 2, vocab)
+    config = dataclasses.replace(published(name), num_layers=2, vocab_size=512)
+    expected, logprobs = generate(config)
+    calls = plain_kernels(monkeypatch)
+    got, got_logprobs = generate(config)
     assert calls == ["first", "attention", "tail", "attention", "tail"]
     np.testing.assert_array_equal(got[:8], expected[:8])
     np.testing.assert_allclose(got_logprobs[:8], logprobs[:8], atol=0.05)
@@ -185,7 +112,7 @@ def test_only_one_row_on_one_device_is_taken() -> None:
     cache = kernels_cache(config.num_kv_heads, config.head_dim)
     with jax.set_mesh(make_mesh({}, jax.devices()[:1])) as _:
         sharding = Sharding(kv_heads=config.num_kv_heads)
-        assert single.takes(config, sharding, options, 1, cache) == _ON_HOPPER
+        assert single.takes(config, sharding, options, 1, cache) == ON_HOPPER
         assert not single.takes(config, sharding, options, 2, cache)
         assert not single.takes(config, sharding, dataclasses.replace(options, dtype="float32"), 1, cache)
         assert not single.takes(config, sharding, dataclasses.replace(options, fused=False), 1, cache)
@@ -199,11 +126,7 @@ def kernels_cache(num_kv_heads: int, head_dim: int) -> Any:
     return KVCache((buffer,), (buffer,))  # type: ignore[arg-type]
 
 
-if _ON_HOPPER:
-
-    def _error(x: jax.Array, truth: jax.Array) -> float:
-        a, b = (np.asarray(v, np.float64) for v in (x, truth))
-        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+if ON_HOPPER:
 
     @pytest.mark.parametrize("name", _MODELS[:5])
     @pytest.mark.parametrize("head", [False, True])
@@ -217,25 +140,25 @@ if _ON_HOPPER:
         ]
         args[3], args[6] = 1 + args[3], 1 + args[6]
         dtype = jnp.float32 if head else jnp.bfloat16
-        run = functools.partial(layer_tail, *args, eps=_EPS, out_dtype=dtype, blocks=layer_gpu.blocks())
+        run = functools.partial(layer_tail, *args, eps=EPS, out_dtype=dtype, blocks=layer_gpu.blocks())
         stream, out, counter = run(jnp.zeros((1,), jnp.int32))
         truth = jax.jit(functools.partial(plain_tail, out_dtype=dtype))(*args, counter)
         assert int(counter[0]) == 3 * 1024
         # A bfloat16 rounding is worth 1.7e-3 and there are several; one that falls the other way moves what follows.
-        assert _error(stream, truth[0]) < 8e-3
-        assert _error(out, truth[1]) < 8e-3
+        assert error(stream, truth[0]) < 8e-3
+        assert error(out, truth[1]) < 8e-3
         for _ in range(100):
             again, out_again, counter = run(counter)
             np.testing.assert_array_equal(np.asarray(again), np.asarray(stream))
             np.testing.assert_array_equal(np.asarray(out_again), np.asarray(out))
-        first = norm_product(args[1], args[6], args[7], eps=_EPS, out_dtype=dtype, blocks=layer_gpu.blocks())
-        assert _error(first, plain_product(args[1], args[6], args[7], out_dtype=dtype)) < 4e-3
+        first = norm_product(args[1], args[6], args[7], eps=EPS, out_dtype=dtype, blocks=layer_gpu.blocks())
+        assert error(first, plain_product(args[1], args[6], args[7], out_dtype=dtype)) < 4e-3
 
     def test_counter_wraps_around() -> None:
         """2^32 is a whole number of rounds: at the end of its range the counter goes on from zero."""
         shapes = _shapes("qwen2.5-0.5b", head=False)
         args = [jnp.ones(s.shape, jnp.bfloat16) * 0.01 for s in shapes[:-1]]
-        run = functools.partial(layer_tail, *args, eps=_EPS, blocks=layer_gpu.blocks())
+        run = functools.partial(layer_tail, *args, eps=EPS, blocks=layer_gpu.blocks())
         *expected, _ = run(jnp.zeros((1,), jnp.int32))
         *got, counter = run(jnp.full((1,), -2048, jnp.int32))
         assert int(counter[0]) == 1024
@@ -244,11 +167,12 @@ if _ON_HOPPER:
 
     def test_decoding_by_the_kernels_is_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
         """The whole loop, with overlapping launches, against the path of larger batches."""
-        got, got_logprobs = _generate("qwen2.5-0.5b", 3, 4096)
-        _, again_logprobs = _generate("qwen2.5-0.5b", 3, 4096)
+        config = dataclasses.replace(published("qwen2.5-0.5b"), num_layers=3, vocab_size=4096)
+        got, got_logprobs = generate(config)
+        _, again_logprobs = generate(config)
         np.testing.assert_array_equal(got_logprobs, again_logprobs)
         jax.clear_caches()
         monkeypatch.setattr(single, "takes", lambda *_: False)
-        expected, logprobs = _generate("qwen2.5-0.5b", 3, 4096)
+        expected, logprobs = generate(config)
         np.testing.assert_array_equal(got[:4], expected[:4])
         np.testing.assert_allclose(got_logprobs[:4], logprobs[:4], atol=0.05)
