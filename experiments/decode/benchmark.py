@@ -6,10 +6,11 @@
     python -m experiments.decode.benchmark start --model qwen2.5-0.5b
 
 `decode` times the engine's own compiled programs (greedy, and with the sampling that Qwen2.5 recommends: temperature
-0.7, top-k 20, top-p 0.8, repetition penalty 1.05) and the plain loop of `plain_loop.py`, after a 512-token prompt, and
-prints the bytes floor beside them: weights and live cache, read once a step, at the copy bandwidth measured in the same
-process. `--transformers` adds transformers' generate with a static cache. `start` writes a checkpoint and times a fresh
-process from its start to the first token, without and with a warm compilation cache. Every line of output is JSON.
+0.7, top-k 20, top-p 0.8, repetition penalty 1.05) and the plain loop of `plain_loop.py`, which knows no experts, after
+a 512-token prompt, and prints the bytes floor beside them: weights and live cache, read once a step, at the copy
+bandwidth measured in the same process. `--transformers` adds transformers' generate with a static cache. `start` writes
+a checkpoint and times a fresh process from its start to the first token, without and with a warm compilation cache.
+Every line of output is JSON.
 """
 
 import argparse
@@ -96,10 +97,18 @@ def matmul_rate() -> float:
 
 
 def step_bytes(config: ModelConfig, batch: int, live: int) -> int:
-    """What a decode step cannot help reading: every weight but the embedding table, and the live cache."""
-    params = config.num_params()
+    """What a decode step cannot help reading: every weight but the embedding table, and the live cache.
+
+    Of experts, as many as rows that choose evenly and independently take on average.
+    """
+    params, moe = config.num_params(), config.moe
     head = params["lm_head"] or params["embedding"]
-    return 2 * (params["layers"] + params["norm"] + head) + batch * live * config.kv_bytes_per_token()
+    weights = params["layers"] + params["norm"] + head
+    if moe is not None:
+        expert = 3 * config.hidden_size * moe.intermediate_size
+        idle = moe.num_experts * (1 - moe.num_experts_per_tok / moe.num_experts) ** batch
+        weights -= round(len(config.sparse_layers) * idle * expert)
+    return 2 * weights + batch * live * config.kv_bytes_per_token()
 
 
 def run_decode(args: argparse.Namespace) -> None:
@@ -114,7 +123,7 @@ def run_decode(args: argparse.Namespace) -> None:
     def report(what: str, seconds: float, **more: Any) -> None:
         say(**common, what=what, step_ms=seconds * 1e3, tokens_per_s=B / seconds, of_floor=floor / seconds, **more)
 
-    if not args.no_plain:
+    if not args.no_plain and config.moe is None:
         params = plain_loop.random_params(config, jax.random.key(0))
         shape = (B, config.num_kv_heads, slots, config.head_dim)
         cache = [tuple(jnp.zeros(shape, jnp.bfloat16) for _ in range(2)) for _ in range(config.num_layers)]
@@ -169,8 +178,9 @@ def run_prefill(args: argparse.Namespace) -> None:
     engine = Engine(config, random_params(config, mesh), mesh)
     B, T = args.batch, args.length
     params = config.num_params()
-    # One position's logits only; causal attention sees half of the keys.
-    per_token = 2 * params["layers"] + 2 * config.num_layers * config.num_heads * config.head_dim * T
+    # One position's logits only; causal attention sees half of the keys; of experts, those that a token takes.
+    layers = params["active"] - params["norm"] - params["embedding"]
+    per_token = 2 * layers + 2 * config.num_layers * config.num_heads * config.head_dim * T
     flops = B * T * per_token + 2 * B * config.vocab_size * config.hidden_size
     tokens = np.random.default_rng(0).integers(0, engine.vocab_limit, (B, T), dtype=np.int32)
     program = Program(config, engine.sharding, engine.options, SamplingParams().plan, T + 128, engine.vocab_limit)
@@ -202,7 +212,11 @@ def run_transformers(args: argparse.Namespace) -> None:
     config, B = published(args.model), args.batch
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config.to_hf())).eval()
+        if config.moe is None:
+            model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config.to_hf())).eval()
+        else:  # Experts by PyTorch's grouped products.
+            settings = transformers.Qwen2MoeConfig(**config.to_hf(), experts_implementation="grouped_mm")
+            model = transformers.Qwen2MoeForCausalLM(settings).eval()
     model.generation_config.eos_token_id = None
     ids = torch.randint(0, 150_000, (B, args.prompt), device="cuda")
 

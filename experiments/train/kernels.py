@@ -10,7 +10,20 @@ from typing import Any
 import jax
 
 # Of an operation's name the innermost counts; "attention" itself is the norm before it and the residual after it.
-SCOPES = ("embed", "attention", "qkv", "attend", "o", "mlp", "norm", "cross_entropy", "optimizer", "accumulation")
+SCOPES = (
+    "embed",
+    "attention",
+    "qkv",
+    "attend",
+    "o",
+    "mlp",
+    "moe",
+    "experts",
+    "norm",
+    "cross_entropy",
+    "optimizer",
+    "accumulation",
+)
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*metadata=\{[^}]*op_name="([^"]*)"')
 
 
