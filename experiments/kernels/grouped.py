@@ -1,0 +1,138 @@
+"""Grouped products on one Hopper GPU, beside dense products of as many FLOPs and other people's kernels.
+
+    python -m experiments.kernels.grouped
+    python -m experiments.kernels.grouped --shapes 64x5120x3584 --rows 65536 --routing exact zipf --others
+
+FLOPs are those of the rows there are: 2 rows N K. A number is the median of five timings, each of so many calls that
+they take a tenth of a second, of normal random inputs. "of dense" is against `jnp.einsum` of [rows, K] with one [N, K]
+(or of [rows, N] with it, or of [rows, N] with [rows, K]), measured just before. Routing: `exact`, as many rows for each
+group; `even`, drawn evenly; `zipf`, the n-th most popular group is drawn 1/n times as often as the first.
+`--others` adds `jax.lax.ragged_dot` where that does not take too long, and tokamax's kernel if it is installed.
+"""
+
+import argparse
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax.kernels.grouped_gpu import product, weights_gradient
+
+# 57B-A14B's, A2.7B's, and 256 narrow experts: gate and up, and down. [groups, N, K].
+SHAPES = ["64x5120x3584", "64x3584x2560", "60x2816x2048", "60x2048x1408", "256x1536x2048", "256x2048x768"]
+_RAGGED_DOT_FLOPS = 2e14
+"""On GPUs it multiplies every row with every matrix."""
+
+
+def median_seconds(run: Callable[[], Any]) -> float:
+    """Of a call."""
+    jax.block_until_ready(run())
+    begin = time.perf_counter()
+    jax.block_until_ready(run())
+    calls = max(1, min(50, int(0.1 / (time.perf_counter() - begin))))
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        for _ in range(calls):
+            result = run()
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - begin) / calls)
+    return statistics.median(times)
+
+
+def sizes(routing: str, groups: int, rows: int) -> np.ndarray:
+    """Rows of each group, int32 [groups]; see above."""
+    if routing == "exact":
+        return np.full(groups, rows // groups, np.int32)
+    numbers = np.random.default_rng(0)
+    share = np.ones(groups) if routing == "even" else 1 / np.arange(1, groups + 1)
+    return numbers.multinomial(rows, numbers.permutation(share / share.sum())).astype(np.int32)
+
+
+def others(
+    x: jax.Array, dy: jax.Array, w: jax.Array, sizes_G: jax.Array
+) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """Name, kind of product, and call of each yardstick; they want matrices [K, N]."""
+    transposed = jnp.swapaxes(w, 1, 2).copy()
+    if 2.0 * x.size * w.shape[0] * w.shape[1] < _RAGGED_DOT_FLOPS:
+        ragged = jax.jit(jax.lax.ragged_dot)
+        yield "jax.lax.ragged_dot", "product", lambda: ragged(x, transposed, sizes_G)
+    try:
+        import tokamax  # type: ignore[import-not-found]
+    except ImportError as error:
+        print(f"no tokamax: {error}")
+        return
+    forward = jax.jit(lambda x, w, s: tokamax.ragged_dot(x, w, s, implementation="mosaic"))
+    dims = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    gradient = jax.jit(lambda dy, x, s: tokamax.ragged_dot_general(dy, x, s, dims, implementation="mosaic"))
+    yield "tokamax", "product", lambda: forward(x, transposed, sizes_G)
+    yield "tokamax", "transposed", lambda: forward(dy, w, sizes_G)
+    yield "tokamax", "gradient", lambda: gradient(dy, x, sizes_G)
+
+
+def measure(group_shape: str, rows: int, routings: list[str], with_others: bool) -> None:
+    """The table's rows of one shape."""
+    G, N, K = map(int, group_shape.split("x"))
+    x, dy, w = (
+        jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+        for i, shape in enumerate(((rows, K), (rows, N), (G, N, K)))
+    )
+    flops = 2.0 * rows * N * K
+    dense: dict[str, float] = {}
+
+    def report(routing: str, name: str, what: str, run: Callable[[], Any]) -> None:
+        try:
+            rate = flops / median_seconds(run)
+        except Exception as error:  # Somebody else's kernel must not end the table.
+            print(
+                f"| {group_shape} | {rows:,} | {routing} | {name} | {what} | {type(error).__name__} | | |", flush=True
+            )
+            return
+        first, ms = dense.setdefault(what.split()[0], rate), flops / rate * 1e3
+        print(
+            f"| {group_shape} | {rows:,} | {routing} | {name} | {what} | {ms:.3f} | {rate / 1e12:.0f} | "
+            f"{rate / first:.2f} |",
+            flush=True,
+        )
+
+    for what, subscripts, operands in (
+        ("product", "mk,nk->mn", (x, w[0])),
+        ("transposed", "mn,nk->mk", (dy, w[0])),
+        ("gradient", "mn,mk->nk", (dy, x)),
+    ):
+        einsum = jax.jit(functools.partial(jnp.einsum, subscripts))
+        report("", "dense", what, functools.partial(einsum, *operands))
+    for routing in routings:
+        s = jnp.asarray(sizes(routing, G, rows))
+        report(routing, "ours", "product", functools.partial(product, x, w, s))
+        report(routing, "ours", "transposed", functools.partial(product, dy, w, s, transposed=True))
+        for what, dtype in (("gradient", jnp.bfloat16), ("gradient in float32", jnp.float32)):
+            report(routing, "ours", what, functools.partial(weights_gradient, dy, x, s, dtype=dtype))
+        for name, what, run in others(x, dy, w, s) if with_others else ():
+            report(routing, name, what, run)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="GxNxK", help="groups, and of each the matrix")
+    parser.add_argument("--rows", nargs="+", type=int, default=[65536, 8192], help="of all groups together")
+    parser.add_argument("--routing", nargs="+", default=["exact", "even", "zipf"], choices=["exact", "even", "zipf"])
+    parser.add_argument("--others", action="store_true", help="yardsticks beside dense products")
+    args = parser.parse_args()
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {time.strftime('%Y-%m-%d')}\n")
+    print("| G x N x K | rows | routing | | | ms | TFLOP/s | of dense |\n" + "|---" * 8 + "|")
+    for shape in args.shapes:
+        for rows in args.rows:
+            measure(shape, rows, args.routing, args.others)
+
+
+if __name__ == "__main__":
+    main()
