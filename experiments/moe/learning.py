@@ -83,15 +83,23 @@ def run(folder: Path, seed: int, steps: int, changes: list[str]) -> None:
 
 
 def judge(folder: Path) -> dict[str, Any]:
-    """Writes `learning.json` and `learning.png`; returns the content of the first."""
+    """Writes `learning.json` and `learning.png`; returns the content of the first.
+
+    Two runs are compared where both have come to the same step.
+    """
     logs: dict[str, dict[int, list[dict[str, float]]]] = {kind: {} for kind in RUNS}
     for kind in RUNS:
         for path in sorted(folder.glob(f"{kind}-*/metrics.jsonl")):
             logs[kind][int(path.parent.name.rsplit("-", 1)[1])] = read_log(path)
-    final = {kind: {seed: series(log, HELD_OUT)[1][-1] for seed, log in of.items()} for kind, of in logs.items()}
-    result: dict[str, Any] = {"final_held_out_loss": final}
+    curves = {kind: {seed: series(log, HELD_OUT) for seed, log in of.items()} for kind, of in logs.items()}
+    final = {kind: {seed: losses[-1] for seed, (_, losses) in of.items()} for kind, of in curves.items()}
+    last = {kind: {seed: int(steps[-1]) for seed, (steps, _) in of.items()} for kind, of in curves.items()}
+    result: dict[str, Any] = {"steps": last, "final_held_out_loss": final}
     for better, worse in (("moe", "dense"), ("upcycled", "scratch")):
-        seeds = sorted(final[better].keys() & final[worse].keys())
+        seeds = sorted(seed for seed, step in last[better].items() if last[worse].get(seed) == step)
+        if not seeds:
+            result[f"{better}_minus_{worse}"] = None
+            continue
         gaps = np.array([final[better][seed] - final[worse][seed] for seed in seeds])
         deviation = None
         if len(seeds) > 1:
@@ -103,8 +111,6 @@ def judge(folder: Path) -> dict[str, Any]:
             "seed_deviation": deviation,
             "as_expected": None if deviation is None else bool(gaps.mean() < -deviation),
         }
-    last = {kind: next((log[-1] for log in of.values()), {}) for kind, of in logs.items()}
-    result["steps"] = {kind: record.get("step") for kind, record in last.items()}
     loads = ("load_entropy", "load_max", "router_entropy")
     result["experts"] = {
         kind: {name: float(np.mean([series(log, name)[1][-50:].mean() for log in of.values()])) for name in loads}
