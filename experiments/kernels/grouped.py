@@ -3,10 +3,10 @@
     python -m experiments.kernels.grouped
     python -m experiments.kernels.grouped --shapes 64x5120x3584 --rows 65536 --routing exact zipf --others
 
-FLOPs are those of the rows there are: 2 rows N K. A number is the median of five timings, each of so many calls that
-they take a tenth of a second, of normal random inputs. "of dense" is against `jnp.einsum` of [rows, K] with one [N, K]
-(or of [rows, N] with it, or of [rows, N] with [rows, K]), measured just before. Routing: `exact`, as many rows for each
-group; `even`, drawn evenly; `zipf`, the n-th most popular group is drawn 1/n times as often as the first.
+FLOPs are those of the rows that have a group: 2 rows N K. A number is the median of five timings, each of so many calls
+that they take a tenth of a second, of normal random inputs. "of dense" is against `jnp.einsum` of [rows, K] with one
+[N, K] (or of [rows, N] with it, or of [rows, N] with [rows, K]), measured just before. Routing: `exact`, as many rows
+for each group; `even`, drawn evenly; `zipf`, the n-th most popular group is drawn 1/n times as often as the first.
 `--others` adds `jax.lax.ragged_dot` where that does not take too long, and tokamax's kernel if it is installed.
 """
 
@@ -85,23 +85,18 @@ def measure(group_shape: str, rows: int, routings: list[str], with_others: bool)
         jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
         for i, shape in enumerate(((rows, K), (rows, N), (G, N, K)))
     )
-    flops = 2.0 * rows * N * K
     dense: dict[str, float] = {}
 
-    def report(routing: str, name: str, what: str, run: Callable[[], Any]) -> None:
-        try:
-            rate = flops / median_seconds(run)
-        except Exception as error:  # Somebody else's kernel must not end the table.
-            print(
-                f"| {group_shape} | {rows:,} | {routing} | {name} | {what} | {type(error).__name__} | | |", flush=True
-            )
-            return
-        first, ms = dense.setdefault(what.split()[0], rate), flops / rate * 1e3
+    def report(routing: str, name: str, what: str, run: Callable[[], Any], there: int = rows) -> float:
+        seconds = median_seconds(run)
+        rate = 2.0 * there * N * K / seconds
+        of_dense = rate / dense.get(what.split()[0], rate)
         print(
-            f"| {group_shape} | {rows:,} | {routing} | {name} | {what} | {ms:.3f} | {rate / 1e12:.0f} | "
-            f"{rate / first:.2f} |",
+            f"| {group_shape} | {there:,} | {routing} | {name} | {what} | {seconds * 1e3:.3f} | {rate / 1e12:.0f} | "
+            f"{of_dense:.2f} |",
             flush=True,
         )
+        return rate
 
     for what, subscripts, operands in (
         ("product", "mk,nk->mn", (x, w[0])),
@@ -109,15 +104,19 @@ def measure(group_shape: str, rows: int, routings: list[str], with_others: bool)
         ("gradient", "mn,mk->nk", (dy, x)),
     ):
         einsum = jax.jit(functools.partial(jnp.einsum, subscripts))
-        report("", "dense", what, functools.partial(einsum, *operands))
+        dense[what] = report("", "dense", what, functools.partial(einsum, *operands))
     for routing in routings:
         s = jnp.asarray(sizes(routing, G, rows))
-        report(routing, "ours", "product", functools.partial(product, x, w, s))
-        report(routing, "ours", "transposed", functools.partial(product, dy, w, s, transposed=True))
+        there = int(s.sum())
+        report(routing, "ours", "product", functools.partial(product, x, w, s), there)
+        report(routing, "ours", "transposed", functools.partial(product, dy, w, s, transposed=True), there)
         for what, dtype in (("gradient", jnp.bfloat16), ("gradient in float32", jnp.float32)):
-            report(routing, "ours", what, functools.partial(weights_gradient, dy, x, s, dtype=dtype))
+            report(routing, "ours", what, functools.partial(weights_gradient, dy, x, s, dtype=dtype), there)
         for name, what, run in others(x, dy, w, s) if with_others else ():
-            report(routing, name, what, run)
+            try:
+                report(routing, name, what, run, there)
+            except Exception as error:  # Somebody else's kernel must not end the table.
+                print(f"| {group_shape} | {there:,} | {routing} | {name} | {what} | {type(error).__name__} | | |")
 
 
 def main() -> None:

@@ -90,7 +90,10 @@ def judge(folder: Path) -> dict[str, Any]:
     logs: dict[str, dict[int, list[dict[str, float]]]] = {kind: {} for kind in RUNS}
     for kind in RUNS:
         for path in sorted(folder.glob(f"{kind}-*/metrics.jsonl")):
-            logs[kind][int(path.parent.name.rsplit("-", 1)[1])] = read_log(path)
+            log = read_log(path)
+            # One that was stopped before it was first evaluated says nothing.
+            if any(HELD_OUT in record for record in log):
+                logs[kind][int(path.parent.name.rsplit("-", 1)[1])] = log
     curves = {kind: {seed: series(log, HELD_OUT) for seed, log in of.items()} for kind, of in logs.items()}
     final = {kind: {seed: losses[-1] for seed, (_, losses) in of.items()} for kind, of in curves.items()}
     last = {kind: {seed: int(steps[-1]) for seed, (steps, _) in of.items()} for kind, of in curves.items()}

@@ -136,7 +136,9 @@ def _decode(
     B = state.token_B.shape[0]
     model = bind(program.config, params, spec, program.options)
     by_single = single.takes(program.config, spec, program.options, B, state.cache)
-    prepared = single.prepare(params) if by_single else params
+    if by_single:
+        prepared, token_B = single.prepare(params, state.token_B)
+        state = dataclasses.replace(state, token_B=token_B)
 
     def column(x: jax.Array) -> jax.Array:
         return jnp.broadcast_to(x, (B,))[:, None]

@@ -1,10 +1,9 @@
 """Grouped products on Hopper GPUs, for mixtures of experts: rows sorted by group, each group with a matrix of its own.
 
-As many blocks as there are multiprocessors stay, and each takes the next tile of the result when it is done with one.
-(Dealt out beforehand, tiles of unequal length let blocks drift apart, until what one reads has left L2 before the next
-one wants it.) In a block one warpgroup copies what the next steps need into a ring in shared memory, and two multiply,
-each 64 rows of the tile by 256 columns. The ring runs on across tiles: while the end of one tile is written, the next
-one is on its way.
+As many blocks as there are multiprocessors stay, and each takes the next tile of the result when it has sent for all
+of one (`grouped_gpu_turns`). In a block one warpgroup copies what the next steps need into a ring in shared memory, and
+two multiply, each 64 rows of the tile by 256 columns. The ring runs on across tiles: while the end of one tile is
+written, the next one is on its way.
 
 Only rows that there are cost anything. A tile of `product` has rows of one group, and begins at the last multiple of 8
 before them, since the copy engine lays rows out in eights; the few rows of the group before are multiplied but not
@@ -26,6 +25,7 @@ from jax import lax
 
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.flash_gpu_tiles import BLOCKS, ROWS, SMEM_BYTES, WGMMA, kernel, rem
+from qwen_jax.kernels.grouped_gpu_turns import hand_out, hear, turn_scratch
 from qwen_jax.kernels.hopper import EIGHTS, keep_plain, load, tiled
 
 _CHUNK, _COLUMNS = 64, 256
@@ -38,7 +38,7 @@ _PANEL = 16
 _PIECES, _PIECE_BYTES = 2, 128 * ROWS
 """Parts of a result that a warpgroup may have on their way to global memory, and their size: 64 rows."""
 _ZERO_ROWS = 2
-"""Rows of zeros that one copy writes: a kilobyte, all that is left of shared memory."""
+"""Rows of zeros that one copy writes: a kilobyte. With the number of the next tile, that is all of shared memory."""
 _PER_ROW = WGMMA.reduce(1)
 
 
@@ -119,7 +119,7 @@ def product(x_MK: jax.Array, w_GNK: jax.Array, sizes_G: jax.Array, *, transposed
         zeros_smem=plgpu.SMEM((_ZERO_ROWS, columns), x.dtype),
         ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
-        **_turn_scratch(),
+        **turn_scratch(_WARPGROUPS),
     )
     out: jax.Array = launch(table, jnp.append(counts, 0), x, w_GNK)[0]
     return out[:M]
@@ -166,7 +166,7 @@ def weights_gradient(dy_MN: jax.Array, x_MK: jax.Array, sizes_G: jax.Array, *, d
         # The second half of them is for steps that have to be cleaned first.
         ready=plgpu.Barrier(num_arrivals=2, num_barriers=2 * stages),
         free=plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
-        **_turn_scratch(),
+        **turn_scratch(_WARPGROUPS),
     )
     if N < _ROWS:
         dy_MN = jnp.pad(dy_MN, [(0, 0), (0, _ROWS - N)])
@@ -195,93 +195,6 @@ def _whole(x: jax.Array) -> jax.Array:
     """At least as many rows as a copy has, and in whole eights, which the copy engine wants of what it lays out so."""
     missing = max(_ROWS, -(-x.shape[0] // 8) * 8) - x.shape[0]
     return jnp.pad(x, [(0, missing), (0, 0)]) if missing else x
-
-
-def _turn_scratch() -> dict[str, Any]:
-    """What the warpgroups of a block tell one another by which tile is next: of this turn, and of the one after."""
-    return {
-        "taken_smem": plgpu.SMEM((2,), jnp.int32),
-        "told": plgpu.Barrier(num_barriers=2),
-        "heard": plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=2),
-    }
-
-
-def _by_one_thread(code: str, counter_ref: Any, *smem: Any) -> None:
-    """Runs PTX: $0 is the counter, $1 a number in shared memory."""
-    from jax._src.lib.mlir import ir
-    from jax._src.lib.mlir.dialects import llvm
-    from jax.experimental.mosaic.gpu import utils
-
-    i32 = ir.IntegerType.get_signless(32)
-    with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
-        operands = [utils.memref_ptr(counter_ref), *(llvm.ptrtoint(i32, utils.memref_ptr(ref)) for ref in smem)]
-        kinds = "l" + ",r" * len(smem)
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, "{ " + code + " }", kinds, has_side_effects=True)
-    utils.warpgroup_barrier()
-
-
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-def _count_up(_: Any, counter_ref: Any, before_smem: Any) -> None:
-    """Adds one to the counter, and notes what it was."""
-    count = ".reg .u32 before; atom.relaxed.gpu.global.add.u32 before, [$0], 1; st.shared.u32 [$1], before;"
-    _by_one_thread(count, counter_ref, before_smem)
-
-
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-def _set_to_zero(_: Any, counter_ref: Any) -> None:
-    _by_one_thread("st.relaxed.gpu.global.u32 [$0], 0;", counter_ref)
-
-
-def _take(turn: Any, counter_ref: Any, taken_smem: Any) -> Any:
-    """The number of the next tile that no block has, which is this block's in that turn."""
-    slot = rem(turn, 2)
-    _count_up(counter_ref, taken_smem.at[pl.ds(slot, 1)])
-    return taken_smem[slot]
-
-
-def _hand_out(
-    tiles: Any, feed: Callable[..., Any], finish: Callable[..., None], carry: Any, counter_ref: Any, *,
-    taken_smem: Any, told: Any, heard: Any,
-) -> None:  # fmt: skip
-    """Takes tiles as long as there are any, tells those that multiply, and feeds them.
-
-    Args:
-      tiles: how many there are.
-      feed: is given the number of a tile and the carry, and gives the next one.
-      finish: is given the last carry, and does what those that multiply still wait for.
-      carry: the first one.
-      counter_ref: zero, shared by all blocks; and zero again when all of them are done. It is part of an operand: it
-        cannot be a mutable array of its own, which JAX does not take through a scan that is differentiated.
-      taken_smem, told, heard: of `_turn_scratch`.
-    """
-
-    def take(turn: Any) -> Any:
-        slot = rem(turn, 2)
-        pl.when(turn >= 2)(lambda: plgpu.barrier_wait(heard.at[slot]))
-        n = _take(turn, counter_ref, taken_smem)
-        plgpu.barrier_arrive(told.at[slot])
-        return n
-
-    def one(state: Any) -> Any:
-        turn, n, carry = state
-        carry = feed(n, carry)
-        return turn + 1, take(turn + 1), carry
-
-    # Those that multiply hear of the one beyond the last, too.
-    last, beyond, carry = lax.while_loop(lambda state: state[1] < tiles, one, (jnp.int32(0), take(jnp.int32(0)), carry))
-    # Each block has taken one that is not there; nobody takes any after the last of these.
-    pl.when(beyond == tiles + (BLOCKS - 1))(lambda: _set_to_zero(counter_ref))
-    finish(carry)
-    lax.fori_loop(jnp.maximum(last - 1, 0), last + 1, lambda i, _: plgpu.barrier_wait(heard.at[rem(i, 2)]), None)
-
-
-def _hear(turn: Any, taken_smem: Any, told: Any, heard: Any) -> Any:
-    """What `_hand_out` took for that turn; to be asked once for every turn, in order."""
-    slot = rem(turn, 2)
-    plgpu.barrier_wait(told.at[slot])
-    n = taken_smem[slot]
-    plgpu.barrier_arrive(heard.at[slot])
-    return n
 
 
 def _share(n: Any) -> Any:
@@ -396,7 +309,7 @@ def _product_block(
 
                 y = _sum((ROWS, columns), before, steps, operands, ready, free).astype(out_ref.dtype)
                 # What the next tile is, is read while this one is written.
-                after = tile(_hear(i + 1, **turns))
+                after = tile(hear(i + 1, **turns))
                 here = pl.ds(pl.multiple_of(begin, 8), ROWS)
 
                 def whole() -> None:
@@ -419,12 +332,12 @@ def _product_block(
                     plgpu.barrier_arrive(free.at[slot])
 
                 lax.fori_loop(0, steps, skip, None)
-                return tile(_hear(i + 1, **turns))
+                return tile(hear(i + 1, **turns))
 
             return i + 1, lax.cond(low < high, some, none)
 
-        first = jnp.int32(0), tile(_hear(jnp.int32(0), **turns))
-        lax.while_loop(lambda state: state[1][0] < tiles * wide, turn, first)
+        begin = jnp.int32(0), tile(hear(jnp.int32(0), **turns))
+        lax.while_loop(lambda state: state[1][0] < tiles * wide, turn, begin)
 
     def feed() -> None:
         # Zeros to write, counted by copies; they are spread over the steps.
@@ -440,17 +353,16 @@ def _product_block(
             here = pl.ds(rows + row * _ZERO_ROWS, _ZERO_ROWS), pl.ds((n - row * wide) * columns, columns)
             plgpu.copy_smem_to_gmem(zeros_smem, out_ref.at[here])
 
-        def turn(number: Any, carry: Any) -> Any:
+        def turn(n: Any, carry: Any) -> Any:
             before, written = carry
-            _, group, begin, _, end, column = tile(number)
+            _, group, begin, _, end, column = tile(n)
             begin, units = pl.multiple_of(begin, 8), lax.div(end - begin + (ROWS - 1), jnp.int32(ROWS))
             # Only rows that some warpgroup has, which are 64 to each.
             few = [(u * ROWS, units == u) for u in range(1, _WARPGROUPS + 1)]
 
             def step(j: Any, written: Any) -> Any:
-                n = before + j
-                slot, part = rem(n, stages), pl.ds(j * _CHUNK, _CHUNK)
-                pl.when(n >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                slot, part = rem(before + j, stages), pl.ds(j * _CHUNK, _CHUNK)
+                pl.when(before + j >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                 here = (part, pl.ds(column, columns)) if transposed else (pl.ds(column, columns), part)
                 plgpu.copy_gmem_to_smem(w_ref.at[group, *here], w_smem.at[slot], ready.at[slot])
                 for count, there in few:
@@ -469,7 +381,7 @@ def _product_block(
             _wait_for_rest(total, free)
 
         counter_ref = counts_ref.at[pl.ds(2, 1)]
-        _hand_out(tiles * wide, turn, finish, (jnp.int32(0), jnp.int32(0)), counter_ref, **turns)
+        hand_out(tiles * wide, turn, finish, (jnp.int32(0), jnp.int32(0)), counter_ref, **turns)
 
     _roles(multiply, feed, 40)
 
@@ -532,14 +444,14 @@ def _gradient_block(
                 return dy_smem.at[slot, :, own].T, x_smem.at[slot]
 
             dw = _sum((ROWS, columns), before, steps, operands, ready, free)
-            after = tile(_hear(i + 1, **turns))
+            after = tile(hear(i + 1, **turns))
             row += warpgroup * ROWS
             here = pl.ds(pl.multiple_of(row, ROWS), ROWS)
             pl.when(row < N)(lambda: _send(dw, out_smem.at[warpgroup], out_ref.at[group, here], column))
             return i + 1, before + steps, after
 
-        first = jnp.int32(0), jnp.int32(0), tile(_hear(jnp.int32(0), **turns))
-        lax.while_loop(lambda state: state[2][0] < tiles, turn, first)
+        begin = jnp.int32(0), jnp.int32(0), tile(hear(jnp.int32(0), **turns))
+        lax.while_loop(lambda state: state[2][0] < tiles, turn, begin)
 
     def feed() -> None:
         def clean(slot: Any, low: Any, high: Any) -> None:
@@ -592,6 +504,6 @@ def _gradient_block(
             clean_late(late)
             _wait_for_rest(total, free)
 
-        _hand_out(tiles, turn, finish, (jnp.int32(0), none), bounds_ref.at[G, pl.ds(0, 1)], **turns)
+        hand_out(tiles, turn, finish, (jnp.int32(0), none), bounds_ref.at[G, pl.ds(0, 1)], **turns)
 
     _roles(multiply, feed, 56)

@@ -19,9 +19,9 @@ from jax import lax
 
 from qwen_jax.config import MoE
 from qwen_jax.errors import InputError
-from qwen_jax.kernels import layer_gpu
+from qwen_jax.kernels import layer_gpu, layer_gpu_products
 from qwen_jax.kernels.hopper import let_next_begin, load, wait_for_previous
-from qwen_jax.kernels.layer_gpu import (
+from qwen_jax.kernels.layer_gpu_products import (
     CHUNK,
     MAX_TILE,
     Product,
@@ -92,6 +92,7 @@ def plan_two(
 def supports(hidden: int, moe: MoE, heads: int, qkv: int, vocab: int) -> bool:
     """Whether the kernel can do a model of these sizes; see `layer_gpu.supports`."""
     widths = moe.intermediate_size, moe.shared_intermediate_size
+    # Every thread holds a quarter of the router's logits.
     return moe.num_experts < 256 and all(layer_gpu.supports(hidden, F, heads, qkv, vocab) for F in widths)
 
 
@@ -103,14 +104,14 @@ def router_and_gate(router_ED: jax.Array, gate_1D: jax.Array) -> jax.Array:
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
 def _come(_: Any, counter_ref: Any, round_smem: Any) -> None:
-    """The first half of `layer_gpu.meet`."""
-    layer_gpu.meeting(layer_gpu.COME, counter_ref, round_smem)
+    """The first half of `meet`."""
+    layer_gpu_products.meeting(layer_gpu_products.COME, counter_ref, round_smem)
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
 def _wait(_: Any, counter_ref: Any, round_smem: Any) -> None:
-    """The second half of `layer_gpu.meet`, for any warpgroup of a block that has come."""
-    layer_gpu.meeting("ld.shared.u32 target, [$1];" + layer_gpu.WAIT, counter_ref, round_smem)
+    """The second half of `meet`, for any warpgroup of a block that has come."""
+    layer_gpu_products.meeting("ld.shared.u32 target, [$1];" + layer_gpu_products.WAIT, counter_ref, round_smem)
 
 
 @functools.partial(jax.jit, static_argnames=("moe", "eps", "out_dtype", "blocks"))
@@ -268,7 +269,7 @@ def _multiply(
 
         def bring(part: jax.Array, start: jax.Array) -> jax.Array:
             begin = lax.min(start, jnp.int32(product.inputs - size))
-            expert = lax.div(part, jnp.int32(product.splits)) * (product.experts > 1)
+            expert = lax.div(part, jnp.int32(product.splits))
             at = pl.multiple_of(expert * product.inputs + begin, CHUNK)
             x_smem[pl.ds(0, size)] = load(source_ref.at[pl.ds(at, size)], strided(size))
             return begin

@@ -134,7 +134,8 @@ def logits_of_both(config: ModelConfig, count: int = 12) -> tuple[np.ndarray, np
 
     def by_kernels(params: Any, token: jax.Array, start: jax.Array, slot: jax.Array, cache: KVCache) -> jax.Array:
         counter = jnp.zeros((1,), jnp.int32)
-        return single.step(single.prepare(params), config, token, start, slot, cache, counter)[0][0]
+        params, token = single.prepare(params, token)
+        return single.step(params, config, token, start, slot, cache, counter)[0][0]
 
     def by_model(params: Any, token: jax.Array, start: jax.Array, slot: jax.Array, cache: KVCache) -> jax.Array:
         mask, write = kernels.Mask(start[:, None], (slot + 1)[None, None]), CacheWrite(slot=slot)

@@ -1,6 +1,7 @@
 """Grouped products on Hopper: how tiles are dealt out, that they lower, and numbers where something can run them."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels import grouped, grouped_gpu
+from qwen_jax.kernels import grouped, grouped_gpu, grouped_gpu_turns
 from qwen_jax.kernels.grouped_gpu import product, row_tiles, supports, weights_gradient
 
 _ON_HOPPER = jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability.startswith("9.")
@@ -229,7 +230,7 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
         """Equal to float64 with memory that starts as NaN, and no unordered accesses, on a machine of a few SMs."""
         monkeypatch.setattr(grouped_gpu, "BLOCKS", blocks)
         monkeypatch.setattr(grouped_gpu, "_store_rows", store_one_by_one)
-        monkeypatch.setattr(grouped_gpu, "_take", take_by_turns)
+        monkeypatch.setattr(grouped_gpu_turns, "_take", take_by_turns)
         how = interpret_params.InterpretGPUParams(
             out_of_bounds_reads="uninitialized", inline_mgpu="ignore", detect_races=True
         )
@@ -262,7 +263,26 @@ if _ON_HOPPER:
     def test_numbers_on_the_card(routing: str, N: int, K: int) -> None:
         check(*_ROUTINGS[routing], N, K)
 
-    @settings(deadline=None, max_examples=40)
+    @pytest.mark.parametrize("known", [False, True])
+    def test_kernels_that_share_a_counter_leave_it_at_zero(known: bool) -> None:
+        """Products of one program with the same sizes, which XLA may give one operand; known when compiling, or not."""
+        sizes = jnp.asarray(zipf(_RNG, 16, 3000), jnp.int32)
+        x, w = (
+            jnp.asarray(_RNG.standard_normal(s, np.float32) / 16, jnp.bfloat16) for s in ((3000, 256), (16, 256, 256))
+        )
+
+        def some(x: jax.Array, sizes: jax.Array = sizes) -> list[jax.Array]:
+            y = product(x, w, sizes)
+            z = product(y, w, sizes, transposed=True)
+            return [y, z, *(weights_gradient(a, x, sizes, dtype=jnp.float32) for a in (y, z))]
+
+        one_by_one = some(x)
+        run = functools.partial(jax.jit(some), x, *([] if known else [sizes]))
+        for _ in range(5):
+            for got, expected in zip(run(), one_by_one, strict=True):
+                np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+
+    @settings(deadline=None, max_examples=10)
     @given(routings(), st.integers(1, 6), st.integers(1, 6))
     def test_any_routing_on_the_card(routing, n, k) -> None:
         check(*routing, 64 * n, 64 * k)

@@ -15,7 +15,8 @@ from qwen_jax.config import published
 from qwen_jax.errors import InputError
 from qwen_jax.inference import single
 from qwen_jax.kernels import layer_gpu
-from qwen_jax.kernels.layer_gpu import CHUNK, layer_tail, norm_product, plan
+from qwen_jax.kernels.layer_gpu import layer_tail, norm_product
+from qwen_jax.kernels.layer_gpu_products import CHUNK, MAX_TILE, plan
 from qwen_jax.model import Options
 from qwen_jax.sharding import Sharding, make_mesh
 
@@ -50,7 +51,7 @@ def test_plan_covers_every_row_and_deals_evenly(name: str, blocks: int) -> None:
     ):
         p = plan(n, k, gates, may_split, blocks)
         assert p.tile % 8 == 0
-        assert 8 <= p.tile <= min(n, layer_gpu.MAX_TILE)
+        assert 8 <= p.tile <= min(n, MAX_TILE)
         assert p.items // p.splits * p.tile >= n
         assert p.splits == 1 or (may_split and p.items <= blocks)
         longest = -(-p.items // blocks) * p.tile * -(-(k // CHUNK) // p.splits) * CHUNK

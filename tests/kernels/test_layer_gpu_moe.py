@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 from layer_cases import EPS, ON_HOPPER, error, generate, logits_of_both, plain_experts_tail, plain_kernels
 
+from qwen_jax.attention import KVCache
 from qwen_jax.config import ModelConfig, MoE, published
 from qwen_jax.errors import InputError
-from qwen_jax.kernels import layer_gpu, layer_gpu_moe
-from qwen_jax.kernels.layer_gpu import CHUNK, MAX_TILE
+from qwen_jax.inference import single
+from qwen_jax.kernels import layer_gpu, layer_gpu_moe, layer_gpu_products
 from qwen_jax.kernels.layer_gpu_moe import layer_tail, plan_two, router_and_gate
+from qwen_jax.kernels.layer_gpu_products import CHUNK, MAX_TILE, plan, share
+from qwen_jax.model import Options
+from qwen_jax.sharding import Sharding, make_mesh
 
 _MODELS = ["qwen1.5-moe-a2.7b", "qwen2-57b-a14b"]
 # With as few experts as a token takes, with none to choose, with a last tile of the head that overlaps.
@@ -82,7 +86,7 @@ def test_two_products_are_dealt_out_together(name: str, blocks: int, monkeypatch
             done = np.zeros((n, product.outputs, product.inputs // CHUNK), bool)
             for block in range(blocks):
                 monkeypatch.setattr(jax.lax, "axis_index", lambda _, block=block: jnp.int32(block))
-                count, item = layer_gpu.share(product, blocks)
+                count, item = share(product, blocks)
                 for row, part, start, steps in np.stack(jax.vmap(item)(jnp.arange(int(count))), 1):
                     done[part // product.splits, row : row + product.tile, start : start + steps] = True
                     load[block] += gates * product.tile * steps
@@ -122,6 +126,25 @@ def test_what_the_kernel_cannot_do_is_refused() -> None:
         assert not layer_gpu_moe.supports(256, dataclasses.replace(moe, **wrong), *sizes)
 
 
+def test_one_row_of_a_mixture_is_taken_where_the_kernel_can_do_it() -> None:
+    options = Options(stacked=False, fused=True, dtype="bfloat16")
+
+    def takes(config: ModelConfig, options: Options = options) -> bool:
+        buffer = jax.ShapeDtypeStruct((1, config.num_kv_heads, 128, config.head_dim), jnp.bfloat16)
+        cache: Any = KVCache((buffer,), (buffer,))  # type: ignore[arg-type]
+        with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
+            return single.takes(config, Sharding(kv_heads=config.num_kv_heads), options, 1, cache)
+
+    a27b = published("qwen1.5-moe-a2.7b")
+    assert a27b.moe is not None
+    mixed = dataclasses.replace(a27b, intermediate_size=11264, moe=dataclasses.replace(a27b.moe, mlp_only_layers=(0,)))
+    for config in (a27b, published("qwen2-57b-a14b"), mixed):
+        assert takes(config) == ON_HOPPER
+        assert not takes(config, dataclasses.replace(options, capacity_factor=1.0))
+    for change in ({"num_experts": 256}, {"intermediate_size": 192}, {"shared_intermediate_size": 192}):
+        assert not takes(dataclasses.replace(a27b, moe=dataclasses.replace(a27b.moe, **change)))
+
+
 def test_router_and_gate_are_one_matrix_in_eights() -> None:
     for E in (3, 7, 8, 60):
         both = router_and_gate(jnp.ones((E, 16)), jnp.full((1, 16), 2.0))
@@ -148,7 +171,7 @@ def test_step_by_kernels_is_the_model(dense: tuple[int, ...], monkeypatch: pytes
 def _check_steps(config: ModelConfig) -> None:
     got, expected = logits_of_both(config)
     errors = np.linalg.norm(got - expected, axis=1) / np.linalg.norm(expected, axis=1)
-    assert np.median(errors) < 0.02, errors
+    assert np.sort(errors)[len(errors) * 3 // 4] < 0.02, errors
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="the kernels themselves are tested there")
@@ -176,7 +199,7 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
     def _imitate(monkeypatch: pytest.MonkeyPatch) -> None:
         """Gives the interpreter what it can run: blocks are a cluster, whose barriers stand for the counter; the
         input of a product goes through shared memory; slots that come free at the end need not be waited for."""
-        mesh, wgmma, launch = plgpu.Mesh, plgpu.wgmma, layer_gpu.launch
+        mesh, wgmma, launch = plgpu.Mesh, plgpu.wgmma, layer_gpu_products.launch
         staging: list[Any] = []
 
         def launch_cluster(body: Any, *args: Any, **more: Any) -> Any:
@@ -215,7 +238,7 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
         monkeypatch.setattr(plgpu, "Mesh", mesh_of_cluster)
         monkeypatch.setattr(plgpu, "wgmma", wgmma_from_memory)
         monkeypatch.setattr(layer_gpu_moe, "launch", launch_cluster)
-        monkeypatch.setattr(layer_gpu, "_store_first_row", store_first_row)
+        monkeypatch.setattr(layer_gpu_products, "_store_first_row", store_first_row)
         monkeypatch.setattr(shared_memory.Barrier, "deallocate", deallocate)
         for name in ("wait_for_previous", "let_next_begin"):
             monkeypatch.setattr(layer_gpu_moe, name, lambda: None)
@@ -237,14 +260,14 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
         """With memory that starts as NaN. Tiles are of eight rows, so that none overlap: rows that two blocks write,
         with the same result, would count as a race."""
         _imitate(monkeypatch)
-        for module in (layer_gpu, layer_gpu_moe):
+        for module in (layer_gpu_products, layer_gpu_moe):
             monkeypatch.setattr(module, "MAX_TILE", 8)
         how = interpret_params.InterpretGPUParams(
             out_of_bounds_reads="uninitialized", inline_mgpu="ignore", detect_races=True
         )
         config = _small(moe)
         with contextlib.ExitStack() as stack:
-            for clear in (layer_tail.clear_cache, layer_gpu.plan.cache_clear, plan_two.cache_clear):
+            for clear in (layer_tail.clear_cache, plan.cache_clear, plan_two.cache_clear):
                 clear()
                 stack.callback(clear)
             stack.enter_context(interpret_params.force_gpu_interpret_mode(how))
@@ -254,13 +277,11 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
 
 if ON_HOPPER:
 
-    @pytest.mark.parametrize("moe", [*_SMALL, published("qwen1.5-moe-a2.7b").moe])
+    @pytest.mark.parametrize("moe", [*_SMALL, *(published(name).moe for name in _MODELS)])
     @pytest.mark.parametrize("ties", [False, True])
     def test_kernel_meets_the_truth_every_time(moe: MoE, ties: bool) -> None:
         """100 runs on one counter are equal bit for bit; of experts that are equally likely, the first is taken."""
-        config = _small(moe)
-        if moe.num_experts == 60 and moe.intermediate_size > 128:
-            config = dataclasses.replace(published("qwen1.5-moe-a2.7b"), moe=moe)
+        config = next((published(name) for name in _MODELS if published(name).moe == moe), _small(moe))
         args = _drawn(config, ties=ties)
         blocks = layer_gpu.blocks()
         _check(config, args, blocks)
@@ -274,7 +295,9 @@ if ON_HOPPER:
 
     @pytest.mark.parametrize("dense", [(), (1,)], ids=["all sparse", "mixed"])
     @pytest.mark.parametrize("norm_topk_prob", [False, True])
-    def test_decoding_by_the_kernels_is_the_model(dense: tuple[int, ...], norm_topk_prob: bool) -> None:
+    def test_decoding_by_the_kernels_is_the_model(
+        dense: tuple[int, ...], norm_topk_prob: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """A step against the path of larger batches. A rounding may give a token another expert, so most tokens count.
 
         The whole loop, whose launches overlap, gives the same text every time.
@@ -282,6 +305,10 @@ if ON_HOPPER:
         moe = MoE(8, 2, 256, 512, norm_topk_prob=norm_topk_prob, mlp_only_layers=dense)
         config = dataclasses.replace(_small(moe, 4096), num_layers=3)
         _check_steps(config)
+        taken, takes = [], single.takes
+        monkeypatch.setattr(single, "takes", lambda *args: taken.append(takes(*args)) or taken[-1])
         first, again = generate(config), generate(config)
+        assert taken
+        assert all(taken)
         for a, b in zip(first, again, strict=True):
             np.testing.assert_array_equal(a, b)
