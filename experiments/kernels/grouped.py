@@ -12,40 +12,21 @@ for each group; `even`, drawn evenly; `zipf`, the n-th most popular group is dra
 
 import argparse
 import functools
-import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
-
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.kernels.attention import seconds
 from qwen_jax.kernels.grouped_gpu import product, weights_gradient
 
 # 57B-A14B's, A2.7B's, and 256 narrow experts: gate and up, and down. [groups, N, K].
 SHAPES = ["64x5120x3584", "64x3584x2560", "60x2816x2048", "60x2048x1408", "256x1536x2048", "256x2048x768"]
 _RAGGED_DOT_FLOPS = 2e14
 """On GPUs it multiplies every row with every matrix."""
-
-
-def median_seconds(run: Callable[[], Any]) -> float:
-    """Of a call."""
-    jax.block_until_ready(run())
-    begin = time.perf_counter()
-    jax.block_until_ready(run())
-    calls = max(1, min(50, int(0.1 / (time.perf_counter() - begin))))
-    times = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        for _ in range(calls):
-            result = run()
-        jax.block_until_ready(result)
-        times.append((time.perf_counter() - begin) / calls)
-    return statistics.median(times)
 
 
 def sizes(routing: str, groups: int, rows: int) -> np.ndarray:
@@ -88,11 +69,11 @@ def measure(group_shape: str, rows: int, routings: list[str], with_others: bool)
     dense: dict[str, float] = {}
 
     def report(routing: str, name: str, what: str, run: Callable[[], Any], there: int = rows) -> float:
-        seconds = median_seconds(run)
-        rate = 2.0 * there * N * K / seconds
+        took = seconds(run, jax.block_until_ready)
+        rate = 2.0 * there * N * K / took
         of_dense = rate / dense.get(what.split()[0], rate)
         print(
-            f"| {group_shape} | {there:,} | {routing} | {name} | {what} | {seconds * 1e3:.3f} | {rate / 1e12:.0f} | "
+            f"| {group_shape} | {there:,} | {routing} | {name} | {what} | {took * 1e3:.3f} | {rate / 1e12:.0f} | "
             f"{of_dense:.2f} |",
             flush=True,
         )

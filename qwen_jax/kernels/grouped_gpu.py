@@ -26,7 +26,7 @@ from jax import lax
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.flash_gpu_tiles import BLOCKS, ROWS, SMEM_BYTES, WGMMA, kernel, rem
 from qwen_jax.kernels.grouped_gpu_turns import hand_out, hear, turn_scratch
-from qwen_jax.kernels.hopper import EIGHTS, keep_plain, load, tiled
+from qwen_jax.kernels.hopper import EIGHTS, keep_plain, load, store_rows, tiled
 
 _CHUNK, _COLUMNS = 64, 256
 """What is summed over in one step, and columns of a tile, the most that wgmma takes."""
@@ -320,7 +320,7 @@ def _product_block(
                     own = ((r >= low) & (r < high)).astype(jnp.int32)
                     for at in range(0, columns, 64):
                         to = out_ref.at[here, pl.ds(pl.multiple_of(column + at, 64), 64)]
-                        pl.when(column + at < width)(functools.partial(_store_rows, to, y[:, at : at + 64], own))
+                        pl.when(column + at < width)(functools.partial(store_rows, to, y[:, at : at + 64], own))
 
                 lax.cond((low == 0) & (high == ROWS), whole, part)
                 return after
@@ -384,29 +384,6 @@ def _product_block(
         hand_out(tiles * wide, turn, finish, (jnp.int32(0), jnp.int32(0)), counter_ref, **turns)
 
     _roles(multiply, feed, 40)
-
-
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA, _PER_ROW))
-def _store_rows(_: Any, ref: Any, rows: Any, own: Any) -> None:
-    """Writes those of 64 rows for which `own` is not zero: each thread what it has of them, two columns at a time."""
-    from jax._src.lib.mlir import ir
-    from jax._src.lib.mlir.dialects import arith, vector
-    from jax.experimental.mosaic.gpu import utils
-
-    i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
-    # A thread has two rows, eight apart, of the 16 of its warp, and in each of them two columns of every eight.
-    thread = arith.remui(utils.thread_idx(), utils.c(128, i32))
-    warp, lane = arith.divui(thread, utils.c(32, i32)), arith.remui(thread, utils.c(32, i32))
-    row = arith.addi(arith.muli(warp, utils.c(16, i32)), arith.divui(lane, utils.c(4, i32)))
-    column = arith.index_cast(index, arith.muli(arith.remui(lane, utils.c(4, i32)), utils.c(2, i32)))
-    pairs = rows.registers.reshape(-1, 2)
-    for half, mine in enumerate(own.registers.flatten()):
-        if isinstance(mine.type, ir.VectorType):
-            mine = vector.extract(mine, [], [0])
-        at_row = arith.index_cast(index, arith.addi(row, utils.c(8 * half, i32)))
-        with utils.when(arith.cmpi(arith.CmpIPredicate.ne, mine, utils.c(0, i32))):
-            for j, pair in enumerate(pairs[:, half]):
-                vector.store(pair, ref, [at_row, arith.addi(column, utils.c(8 * j, index))])
 
 
 # The gradient by the weights.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.kernels.flash_gpu_tiles import rem
+from qwen_jax.kernels.hopper import by_one_thread
 
 
 def turn_scratch(listeners: int) -> dict[str, Any]:
@@ -28,30 +29,16 @@ def turn_scratch(listeners: int) -> dict[str, Any]:
     }
 
 
-def _by_one_thread(code: str, counter_ref: Any, *smem: Any) -> None:
-    """Runs PTX: $0 is the counter, $1 a number in shared memory, which no thread may still be reading."""
-    from jax._src.lib.mlir import ir
-    from jax._src.lib.mlir.dialects import llvm
-    from jax.experimental.mosaic.gpu import utils
-
-    i32 = ir.IntegerType.get_signless(32)
-    with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
-        operands = [utils.memref_ptr(counter_ref), *(llvm.ptrtoint(i32, utils.memref_ptr(ref)) for ref in smem)]
-        kinds = "l" + ",r" * len(smem)
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, "{ " + code + " }", kinds, has_side_effects=True)
-    utils.warpgroup_barrier()
-
-
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
 def _count_up(_: Any, counter_ref: Any, before_smem: Any) -> None:
     """Adds one to the counter, and notes what it was."""
     count = ".reg .u32 before; atom.relaxed.gpu.global.add.u32 before, [$0], 1; st.shared.u32 [$1], before;"
-    _by_one_thread(count, counter_ref, before_smem)
+    by_one_thread(count, counter_ref, before_smem)
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
 def _set_to_zero(_: Any, counter_ref: Any) -> None:
-    _by_one_thread("st.relaxed.gpu.global.u32 [$0], 0;", counter_ref)
+    by_one_thread("st.relaxed.gpu.global.u32 [$0], 0;", counter_ref)
 
 
 def _take(turn: Any, counter_ref: Any, taken_smem: Any) -> Any:

@@ -70,3 +70,55 @@ def products_so_far(acc: Any, but: int = 0) -> jax.Array:
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
 def keep_plain(_: Any, ref: Any) -> None:
     """Keeps layout inference from swizzling a buffer that is copied by single rows: jax 0.11.2 does so wrongly."""
+
+
+def by_one_thread(code: str, *operands: Any) -> None:
+    """One thread of a warpgroup runs PTX, to be called within `inline_mgpu`; the others wait before and after.
+
+    Args:
+      code: its $0, $1, ... are the operands; it may declare registers.
+      *operands: references to global memory, whose address has 64 bits, or to shared memory, whose has 32; and int32s.
+    """
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import llvm
+    from jax.experimental.mosaic.gpu import utils
+
+    values, kinds = [], []
+    for operand in operands:
+        if isinstance(operand.type, ir.MemRefType):
+            in_shared = utils.is_smem_ref(operand)
+            operand = utils.memref_ptr(operand)
+            if in_shared:
+                operand = llvm.ptrtoint(ir.IntegerType.get_signless(32), operand)
+            kinds.append("r" if in_shared else "l")
+        else:
+            kinds.append("r")
+        values.append(operand)
+    utils.warpgroup_barrier()
+    with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
+        none = ir.Type.parse("!llvm.void")
+        llvm.inline_asm(none, values, "{ " + code + " }", ",".join(kinds), has_side_effects=True)
+    utils.warpgroup_barrier()
+
+
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)))
+def store_rows(_: Any, ref: Any, rows: Any, own: Any) -> None:
+    """Writes those of 64 rows for which `own` is not zero: each thread what it has of them, two columns at a time."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, vector
+    from jax.experimental.mosaic.gpu import utils
+
+    i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+    # A thread has two rows, eight apart, of the 16 of its warp, and in each of them two columns of every eight.
+    thread = arith.remui(utils.thread_idx(), utils.c(128, i32))
+    warp, lane = arith.divui(thread, utils.c(32, i32)), arith.remui(thread, utils.c(32, i32))
+    row = arith.addi(arith.muli(warp, utils.c(16, i32)), arith.divui(lane, utils.c(4, i32)))
+    column = arith.index_cast(index, arith.muli(arith.remui(lane, utils.c(4, i32)), utils.c(2, i32)))
+    pairs = rows.registers.reshape(-1, 2)
+    for half, mine in enumerate(own.registers.flatten()):
+        if isinstance(mine.type, ir.VectorType):
+            mine = vector.extract(mine, [], [0])
+        at_row = arith.index_cast(index, arith.addi(row, utils.c(8 * half, i32)))
+        with utils.when(arith.cmpi(arith.CmpIPredicate.ne, mine, utils.c(0, i32))):
+            for j, pair in enumerate(pairs[:, half]):
+                vector.store(pair, ref, [at_row, arith.addi(column, utils.c(8 * j, index))])

@@ -19,17 +19,18 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_jax.errors import InputError
 from qwen_jax.kernels.hopper import let_next_begin, load, wait_for_previous
 from qwen_jax.kernels.layer_gpu_products import (
     CHUNK,
     Product,
+    check,
     fetch,
     launch,
     meet,
     multiply,
     normed,
     note_round,
+    place_of_round,
     plan,
     result_of,
     share,
@@ -125,9 +126,7 @@ def _run(
         F = weights[1].shape[1]
         expected = [(1, D, heads_I.size), (2, F, D), (1, D, F), (1, weights[3].shape[1], D)]
         fits = fits and [w.shape for w in weights] == expected
-    if not fits or any(x.dtype != jnp.bfloat16 for x in (*vectors, *weights)):
-        got = ", ".join(f"{x.dtype} {x.shape}" for x in (*vectors, *weights))
-        raise InputError(f"A layer kernel takes bfloat16 vectors and matrices of one model's sizes; got {got}.")
+    check(fits, (*vectors, *weights))
     products = [
         plan(w.shape[1], w.shape[2], w.shape[0], i in (0, 2) and i != last, blocks) for i, w in enumerate(weights)
     ]
@@ -175,7 +174,7 @@ def _multiply(
     """The products, in order. Before each: its input, made by every block for itself."""
     n, last = jnp.int32(0), len(products) - 1
     row_layout = strided(stream_ref.shape[0])
-    round_smem = x_smem.at[pl.ds(x_smem.shape[0] - 8, 8)]
+    round_smem = place_of_round(x_smem)
     # The weights are on their way by now.
     wait_for_previous()
     let_next_begin()

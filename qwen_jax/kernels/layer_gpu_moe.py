@@ -18,24 +18,27 @@ import numpy as np
 from jax import lax
 
 from qwen_jax.config import MoE
-from qwen_jax.errors import InputError
-from qwen_jax.kernels import layer_gpu, layer_gpu_products
+from qwen_jax.kernels import layer_gpu
 from qwen_jax.kernels.hopper import let_next_begin, load, wait_for_previous
 from qwen_jax.kernels.layer_gpu_products import (
     CHUNK,
     MAX_TILE,
     Product,
+    check,
+    come,
     fetch,
     launch,
     meet,
     multiply,
     normed,
     note_round,
+    place_of_round,
     plan,
     result_of,
     share,
     strided,
     total,
+    wait_for_all,
 )
 
 _LATE = 4.0
@@ -102,18 +105,6 @@ def router_and_gate(router_ED: jax.Array, gate_1D: jax.Array) -> jax.Array:
     return jnp.pad(jnp.concatenate([router_ED, gate_1D]), ((0, -(E + 1) % 8), (0, 0)))
 
 
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-def _come(_: Any, counter_ref: Any, round_smem: Any) -> None:
-    """The first half of `meet`."""
-    layer_gpu_products.meeting(layer_gpu_products.COME, counter_ref, round_smem)
-
-
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-def _wait(_: Any, counter_ref: Any, round_smem: Any) -> None:
-    """The second half of `meet`, for any warpgroup of a block that has come."""
-    layer_gpu_products.meeting("ld.shared.u32 target, [$1];" + layer_gpu_products.WAIT, counter_ref, round_smem)
-
-
 @functools.partial(jax.jit, static_argnames=("moe", "eps", "out_dtype", "blocks"))
 def layer_tail(
     heads_I: jax.Array,
@@ -157,9 +148,7 @@ def layer_tail(
     expected = [(D, heads_I.size), (R, D), (2, S, D), (E, 2, F, D), (D, S), (E, D, F), (w_next_ND.shape[0], D)]
     vectors = stream_D, heads_I, *norms
     fits = [w.shape for w in weights] == expected and [x.shape for x in vectors] == [(D,), (heads_I.size,), (D,), (D,)]
-    if not fits or any(x.dtype != jnp.bfloat16 for x in (*vectors, *weights)):
-        got = ", ".join(f"{x.dtype} {x.shape}" for x in (*vectors, *weights))
-        raise InputError(f"A layer kernel takes bfloat16 vectors and matrices of one model's sizes; got {got}.")
+    check(fits, (*vectors, *weights))
     products = (
         plan(D, heads_I.size, 1, True, blocks),
         plan(R, D, 1, True, blocks),
@@ -173,7 +162,7 @@ def layer_tail(
         w_refs, norm_refs, (out_ref, stream_out_ref, *between_refs) = refs[:7], refs[7:9], refs[9:]
         end = x_smem.shape[0]
         of_both = dict(
-            products=products, counter_ref=counter_ref, round_smem=x_smem.at[pl.ds(end - 8, 8)],
+            products=products, counter_ref=counter_ref, round_smem=place_of_round(x_smem),
             notes_smem=x_smem.at[pl.ds(end - 8 - notes, notes)], blocks=blocks,
         )  # fmt: skip
         stream_smem = scratch.pop("stream_smem")
@@ -239,7 +228,7 @@ def _fetch(
     for index, (product, w_ref) in enumerate(zip(products, w_refs, strict=True)):
         if index == _ROUTED[0]:
             plgpu.barrier_wait(asked)
-            _wait(counter_ref, round_smem)
+            wait_for_all(counter_ref, round_smem)
             ids, weights = choose()
             for i, weight in enumerate(weights):
                 notes_smem[i] = weight
@@ -285,7 +274,7 @@ def _multiply(
     added = total(out_refs[0], products[0].splits, row_layout)
     stream_smem[...] = normed(stream, norm, eps, x_smem, added)
     n = run(1, n)
-    _come(counter_ref, round_smem)
+    come(counter_ref, round_smem)
     plgpu.barrier_arrive(asked)
     n = run(2, n)
     plgpu.barrier_wait(answered)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.hopper import load, tiled
+from qwen_jax.kernels.hopper import by_one_thread, load, tiled
 
 CHUNK = 128
 """Columns of a weight matrix to one step; hidden size, width and heads x head_dim must be multiples of it."""
@@ -101,7 +101,7 @@ def strided(length: int) -> Any:
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
 def note_round(_: Any, counter_ref: Any, round_smem: Any) -> None:
     """Notes the round that the counter is in, for `meet`. It can't end before this block has come to a meeting."""
-    meeting(
+    _meeting(
         "ld.relaxed.gpu.global.u32 seen, [$0]; and.b32 seen, seen, 0xfffffc00; st.shared.u32 [$1], seen;",
         counter_ref,
         round_smem,
@@ -115,15 +115,27 @@ def meet(_: Any, counter_ref: Any, round_smem: Any) -> None:
     A round of the counter is 1,024: block 0 adds what the others leave over. It never needs resetting, and 2^32 is a
     whole number of rounds.
     """
-    meeting(COME + WAIT, counter_ref, round_smem)
+    _meeting(_COME + _WAIT, counter_ref, round_smem)
 
 
-COME = """
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+def come(_: Any, counter_ref: Any, round_smem: Any) -> None:
+    """The first half of `meet`: says that this block has come."""
+    _meeting(_COME, counter_ref, round_smem)
+
+
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+def wait_for_all(_: Any, counter_ref: Any, round_smem: Any) -> None:
+    """The second half of `meet`, for any warpgroup of a block that has come."""
+    _meeting("ld.shared.u32 target, [$1];" + _WAIT, counter_ref, round_smem)
+
+
+_COME = """
         red.release.gpu.global.add.u32 [$0], $2;
         ld.shared.u32 target, [$1];
         add.u32 target, target, 1024;
         st.shared.u32 [$1], target;"""
-WAIT = """
+_WAIT = """
         again:
         ld.acquire.gpu.global.u32 seen, [$0];
         sub.u32 seen, seen, target;
@@ -132,26 +144,17 @@ WAIT = """
         """
 
 
-def meeting(code: str, counter_ref: Any, round_smem: Any) -> None:
+def _meeting(code: str, counter_ref: Any, round_smem: Any) -> None:
     """One thread runs PTX: $0 and $1 are the counter and the noted round, $2 what this block adds to a round."""
     from jax._src.lib.mlir import ir
-    from jax._src.lib.mlir.dialects import arith, gpu, llvm
+    from jax._src.lib.mlir.dialects import arith, gpu
     from jax.experimental.mosaic.gpu import utils
 
     index, i32 = ir.IndexType.get(), ir.IntegerType.get_signless(32)
     is_first = arith.cmpi(arith.CmpIPredicate.eq, gpu.block_id(gpu.Dimension.x), utils.c(0, index))
     rest = arith.subi(utils.c(1025, index), gpu.grid_dim(gpu.Dimension.x))
     own = arith.index_cast(i32, arith.select(is_first, rest, utils.c(1, index)))
-    utils.warpgroup_barrier()
-    with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"),
-            [utils.memref_ptr(counter_ref), llvm.ptrtoint(i32, utils.memref_ptr(round_smem)), own],
-            "{ .reg .pred behind; .reg .u32 seen, target; " + code + "}",
-            "l,r,r",
-            has_side_effects=True,
-        )
-    utils.warpgroup_barrier()
+    by_one_thread(".reg .pred behind; .reg .u32 seen, target; " + code, counter_ref, round_smem, own)
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _WGMMA))
@@ -221,6 +224,23 @@ def launch(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         name=name,
     )
+
+
+def place_of_round(x_smem: Any) -> Any:
+    """Where `note_round` notes it: at the end of `launch`'s `x_smem`."""
+    return x_smem.at[pl.ds(x_smem.shape[0] - 8, 8)]
+
+
+def check(fits: bool, arrays: Sequence[jax.Array]) -> None:
+    """Refuses what a layer kernel cannot do.
+
+    Args:
+      fits: whether the shapes are right.
+      arrays: all vectors and matrices.
+    """
+    if not fits or any(x.dtype != jnp.bfloat16 for x in arrays):
+        got = ", ".join(f"{x.dtype} {x.shape}" for x in arrays)
+        raise InputError(f"A layer kernel takes bfloat16 vectors and matrices of one model's sizes; got {got}.")
 
 
 def share(product: Product, blocks: int) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, ...]]]:

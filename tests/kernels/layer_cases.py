@@ -83,17 +83,17 @@ def error(x: jax.Array, truth: jax.Array) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def generate(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """16 greedy tokens after a prompt, and their log-probabilities.
+def one_layer_cache(config: ModelConfig) -> KVCache:
+    """Shapes of a cache of one layer."""
+    buffer = jax.ShapeDtypeStruct((1, config.num_kv_heads, 128, config.head_dim), jnp.bfloat16)
+    return KVCache((buffer,), (buffer,))  # type: ignore[arg-type]
 
-    Args:
-      config: the architecture; weights are random, the same every time.
-    """
-    mesh, sampling = make_mesh({}, jax.devices()[:1]), SamplingParams(logprobs=True)
+
+def drawn(config: ModelConfig, mesh: Any, rng: np.random.Generator) -> tuple[Options, Sharding, Any]:
+    """The inference layout, and random weights in it."""
     options = Options(stacked=False, fused=True, dtype="bfloat16")
     sharding = Sharding.for_model(config, mesh)
     shapes, specs = (f(config, sharding, options) for f in (abstract_params, param_specs))
-    rng = np.random.default_rng(0)
 
     def draw(path: Any, shape: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array:
         values = rng.standard_normal(shape.shape, np.float32)
@@ -101,7 +101,18 @@ def generate(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
         return jax.device_put(jnp.asarray(values, jnp.bfloat16), jax.NamedSharding(mesh, spec))
 
     with jax.set_mesh(mesh):
-        params = jax.tree_util.tree_map_with_path(draw, shapes, specs)
+        return options, sharding, jax.tree_util.tree_map_with_path(draw, shapes, specs)
+
+
+def generate(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """16 greedy tokens after a prompt, and their log-probabilities.
+
+    Args:
+      config: the architecture; weights are random, the same every time.
+    """
+    mesh, sampling, rng = make_mesh({}, jax.devices()[:1]), SamplingParams(logprobs=True), np.random.default_rng(0)
+    options, sharding, params = drawn(config, mesh, rng)
+    with jax.set_mesh(mesh):
         program = Program(config, sharding, options, sampling.plan, slots=64, vocab_limit=config.vocab_size)
         tokens = jax.device_put(
             rng.integers(0, config.vocab_size, (1, 16), np.int32), jax.NamedSharding(mesh, sharding.tokens)
@@ -121,16 +132,8 @@ def logits_of_both(config: ModelConfig, count: int = 12) -> tuple[np.ndarray, np
       config: the architecture; weights and caches are random, the same every time.
       count: tokens, each tried by itself.
     """
-    mesh, slots = make_mesh({}, jax.devices()[:1]), 128
-    options = Options(stacked=False, fused=True, dtype="bfloat16")
-    sharding = Sharding.for_model(config, mesh)
-    shapes, specs = (f(config, sharding, options) for f in (abstract_params, param_specs))
-    keys = iter(jax.random.split(jax.random.key(0), 1000))
-
-    def draw(path: Any, shape: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array:
-        values = jax.random.normal(next(keys), shape.shape)
-        values = 1 + 0.1 * values if "norm" in jax.tree_util.keystr(path) else 0.05 * values
-        return jax.device_put(values.astype(jnp.bfloat16), jax.NamedSharding(mesh, spec))
+    mesh, slots, rng = make_mesh({}, jax.devices()[:1]), 128, np.random.default_rng(0)
+    options, sharding, params = drawn(config, mesh, rng)
 
     def by_kernels(params: Any, token: jax.Array, start: jax.Array, slot: jax.Array, cache: KVCache) -> jax.Array:
         counter = jnp.zeros((1,), jnp.int32)
@@ -144,12 +147,11 @@ def logits_of_both(config: ModelConfig, count: int = 12) -> tuple[np.ndarray, np
         return model.logits(x)[0, 0]
 
     with jax.set_mesh(mesh):
-        params = jax.tree_util.tree_map_with_path(draw, shapes, specs)
         shape = (1, sharding.kv_heads, slots, config.head_dim)
         where = jax.NamedSharding(mesh, sharding.cache)
         keys_values = [
             tuple(
-                jax.device_put(jax.random.normal(next(keys), shape, jnp.bfloat16), where)
+                jax.device_put(jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16), where)
                 for _ in range(config.num_layers)
             )
             for _ in range(2)

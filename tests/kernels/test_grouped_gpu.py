@@ -200,7 +200,7 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
     from jax._src.pallas.mosaic_gpu.interpret import params as interpret_params
 
     def store_one_by_one(ref, rows, own) -> None:
-        """What `_store_rows` does, for the interpreter, which can't run it."""
+        """What `store_rows` does, for the interpreter, which can't run it."""
         for r in range(rows.shape[0]):
 
             def store(r: int = r) -> None:
@@ -229,7 +229,7 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
     def test_numbers_and_races_in_the_interpreter(blocks, sizes, rows, N, K, monkeypatch: pytest.MonkeyPatch) -> None:
         """Equal to float64 with memory that starts as NaN, and no unordered accesses, on a machine of a few SMs."""
         monkeypatch.setattr(grouped_gpu, "BLOCKS", blocks)
-        monkeypatch.setattr(grouped_gpu, "_store_rows", store_one_by_one)
+        monkeypatch.setattr(grouped_gpu, "store_rows", store_one_by_one)
         monkeypatch.setattr(grouped_gpu_turns, "_take", take_by_turns)
         how = interpret_params.InterpretGPUParams(
             out_of_bounds_reads="uninitialized", inline_mgpu="ignore", detect_races=True

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layer_cases import EPS, ON_HOPPER, error, generate, plain_kernels, plain_product, plain_tail
+from layer_cases import EPS, ON_HOPPER, error, generate, one_layer_cache, plain_kernels, plain_product, plain_tail
 
 from qwen_jax.config import published
 from qwen_jax.errors import InputError
@@ -110,21 +110,13 @@ def test_step_by_kernels_is_the_model(name: str, monkeypatch: pytest.MonkeyPatch
 
 def test_only_one_row_on_one_device_is_taken() -> None:
     config, options = published("qwen2.5-0.5b"), Options(stacked=False, fused=True, dtype="bfloat16")
-    cache = kernels_cache(config.num_kv_heads, config.head_dim)
+    cache = one_layer_cache(config)
     with jax.set_mesh(make_mesh({}, jax.devices()[:1])) as _:
         sharding = Sharding(kv_heads=config.num_kv_heads)
         assert single.takes(config, sharding, options, 1, cache) == ON_HOPPER
         assert not single.takes(config, sharding, options, 2, cache)
         assert not single.takes(config, sharding, dataclasses.replace(options, dtype="float32"), 1, cache)
         assert not single.takes(config, sharding, dataclasses.replace(options, fused=False), 1, cache)
-
-
-def kernels_cache(num_kv_heads: int, head_dim: int) -> Any:
-    """Shapes of a cache of one layer."""
-    from qwen_jax.attention import KVCache
-
-    buffer = jax.ShapeDtypeStruct((1, num_kv_heads, 128, head_dim), jnp.bfloat16)
-    return KVCache((buffer,), (buffer,))  # type: ignore[arg-type]
 
 
 if ON_HOPPER:

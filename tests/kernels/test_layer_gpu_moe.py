@@ -12,9 +12,17 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layer_cases import EPS, ON_HOPPER, error, generate, logits_of_both, plain_experts_tail, plain_kernels
+from layer_cases import (
+    EPS,
+    ON_HOPPER,
+    error,
+    generate,
+    logits_of_both,
+    one_layer_cache,
+    plain_experts_tail,
+    plain_kernels,
+)
 
-from qwen_jax.attention import KVCache
 from qwen_jax.config import ModelConfig, MoE, published
 from qwen_jax.errors import InputError
 from qwen_jax.inference import single
@@ -130,10 +138,8 @@ def test_one_row_of_a_mixture_is_taken_where_the_kernel_can_do_it() -> None:
     options = Options(stacked=False, fused=True, dtype="bfloat16")
 
     def takes(config: ModelConfig, options: Options = options) -> bool:
-        buffer = jax.ShapeDtypeStruct((1, config.num_kv_heads, 128, config.head_dim), jnp.bfloat16)
-        cache: Any = KVCache((buffer,), (buffer,))  # type: ignore[arg-type]
         with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
-            return single.takes(config, Sharding(kv_heads=config.num_kv_heads), options, 1, cache)
+            return single.takes(config, Sharding(kv_heads=config.num_kv_heads), options, 1, one_layer_cache(config))
 
     a27b = published("qwen1.5-moe-a2.7b")
     assert a27b.moe is not None
@@ -212,8 +218,8 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
                     plgpu.barrier_arrive(here)
                     return here
 
-                monkeypatch.setattr(layer_gpu_moe, "_come", come)
-                monkeypatch.setattr(layer_gpu_moe, "_wait", lambda *_: plgpu.barrier_wait(meetings.at[1]))
+                monkeypatch.setattr(layer_gpu_moe, "come", come)
+                monkeypatch.setattr(layer_gpu_moe, "wait_for_all", lambda *_: plgpu.barrier_wait(meetings.at[1]))
                 monkeypatch.setattr(layer_gpu_moe, "meet", lambda *_: plgpu.barrier_wait(come()))
                 body(*refs, **scratch)
 
