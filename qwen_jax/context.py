@@ -18,6 +18,7 @@ from jax import lax
 
 from qwen_jax import kernels
 from qwen_jax.errors import InputError
+from qwen_jax.products import gather
 from qwen_jax.sharding import Sharding
 
 # Logits of one block of queries: 512 MiB in float32.
@@ -52,7 +53,7 @@ def spread(x_BT: jax.Array, sharding: Sharding) -> jax.Array:
 
 def _whole(x_BtKd: jax.Array, n: int) -> jax.Array:
     """Keys or values of whole rows, in order, from each device's part."""
-    x_BTKd = lax.all_gather(x_BtKd, "context", axis=1, tiled=True)
+    x_BTKd = gather(x_BtKd, 1, "context")
     B, T, *rest = x_BTKd.shape
     x = x_BTKd.reshape(B, n, 2, T // (2 * n), *rest)
     early, late = x[:, :, 0], jnp.flip(x[:, :, 1], axis=1)

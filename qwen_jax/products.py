@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from qwen_jax import kernels
 from qwen_jax.kernels import on_mesh
 from qwen_jax.sharding import Sharding
 
@@ -51,24 +52,37 @@ def product(subscripts: str, x: jax.Array, w: jax.Array, x_spec: P, w_spec: P, o
     return result
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gather(w: jax.Array, axis: int) -> jax.Array:
-    """A weight from its parts over `fsdp`, which lie along an axis."""
-    return lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(x: jax.Array, axis: int, name: str = "fsdp") -> jax.Array:
+    """A whole from its parts over the mesh axis of that name, which lie along an axis of x. In a `shard_map`."""
+    return lax.all_gather(x, name, axis=axis, tiled=True)
 
 
-def _gather_forward(w: jax.Array, axis: int) -> tuple[jax.Array, None]:
-    return gather(w, axis), None
+def _gather_forward(x: jax.Array, axis: int, name: str) -> tuple[jax.Array, None]:
+    return gather(x, axis, name), None
 
 
-def _gather_backward(axis: int, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+def _gather_backward(axis: int, name: str, _: None, gradient: jax.Array) -> tuple[jax.Array]:
     # Parts in front: the TPU compiler makes no reduce-scatter along an axis whose parts do not fill whole tiles.
-    n = jax.sharding.get_abstract_mesh().shape["fsdp"]
-    parts = gradient.reshape(*gradient.shape[:axis], n, gradient.shape[axis] // n, *gradient.shape[axis + 1 :])
-    return (lax.psum_scatter(jnp.moveaxis(parts, axis, 0), "fsdp", scatter_dimension=0),)
+    return (reduce_scatter(_parts(gradient, axis, name), 0, name).squeeze(0),)
 
 
 gather.defvjp(_gather_forward, _gather_backward)
+
+
+def reduce_scatter(x: jax.Array, axis: int, name: str = "fsdp") -> jax.Array:
+    """A device's part, along an axis, of the sum of x over the mesh axis of that name. In a `shard_map`."""
+    if kernels.platform() != "cpu":
+        return lax.psum_scatter(x, name, scatter_dimension=axis, tiled=True)
+    # Processes on CPUs use Gloo, whose reduce-scatter may overwrite what it has yet to send: at times a part is wrong
+    # and nothing says so (jaxlib 0.10.2 and 0.12.0.dev; https://github.com/jax-ml/jax/issues/40830).
+    return lax.all_to_all(_parts(x, axis, name), name, 0, 0).sum(0)
+
+
+def _parts(x: jax.Array, axis: int, name: str) -> jax.Array:
+    """[n, ...]: what each device of a mesh axis gets of x, along an axis."""
+    n = jax.sharding.get_abstract_mesh().shape[name]
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], n, x.shape[axis] // n, *x.shape[axis + 1 :]), axis, 0)
 
 
 def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, sharding: Sharding) -> jax.Array:

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax.kernels.reference import einsum_f32
 from qwen_jax.model import Qwen2
+from qwen_jax.products import reduce_scatter
 from qwen_jax.sharding import Sharding
 from train.data.batch import Batch
 
@@ -167,7 +168,7 @@ def _local(
         return sums, None
     d_BTD = d_ncD.reshape(n * c, D)[:count].reshape(hidden_BTD.shape)
     head_gradient = jax.lax.psum(head_gradient, tuple(axis for axis in rows if axis != "fsdp"))
-    return sums, (d_BTD, jax.lax.psum_scatter(head_gradient, "fsdp", scatter_dimension=1, tiled=True))
+    return sums, (d_BTD, reduce_scatter(head_gradient, 1))
 
 
 def _statistics(logits_cv: jax.Array, is_target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
