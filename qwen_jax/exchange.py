@@ -1,8 +1,9 @@
 """Rows to the devices of the expert axis that have their experts, and back.
 
-Every device sorts its rows by expert, and so by device; how many go where is known after one gather of small numbers.
-TPUs and GPUs have a collective for unequal parts. Elsewhere every part is padded to the longest there could be, and an
-equal exchange carries the same rows to the same places.
+Every device sorts its rows by expert; how many go where is known after one gather of small numbers. The rows of one
+device for one expert travel as a piece and come to lie beside those of other devices for that expert, so that nothing
+has to be put in order on either side. TPUs and GPUs have a collective for unequal pieces. Elsewhere all rows are
+gathered, and the same ones are taken to the same places.
 
 Functions here run on local arrays, inside `jax.shard_map`.
 """
@@ -22,28 +23,31 @@ AXIS = "expert"
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("sent_n", "starts_n", "there_n", "received_n", "origins_n", "back_n", "runs_ne"),
+    data_fields=("sent_ne", "starts_ne", "there_ne", "received_ne", "places_ne", "back_ne"),
     meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True)
 class Parcels:
-    """Which rows go where; all int32, one number for each of the n devices of the axis.
+    """Which rows go where; all int32 [n devices of the axis, e experts of one].
 
     Attributes:
-      sent_n, starts_n: rows for each device, and where they begin among the sorted ones.
-      there_n: where they begin among what that device receives.
-      received_n, origins_n: rows of each device, and where they begin among what is received.
-      back_n: where the rows received from each device begin among that device's sorted ones.
-      runs_ne: of the rows received from each device, how many belong to each expert here.
+      sent_ne, starts_ne: rows for each expert of each device, and where they begin among the sorted ones.
+      there_ne: where they begin among what that device receives.
+      received_ne, places_ne: rows of each device for each expert here, and where they begin among what is received.
+      back_ne: where they began among that device's sorted ones.
     """
 
-    sent_n: jax.Array
-    starts_n: jax.Array
-    there_n: jax.Array
-    received_n: jax.Array
-    origins_n: jax.Array
-    back_n: jax.Array
-    runs_ne: jax.Array
+    sent_ne: jax.Array
+    starts_ne: jax.Array
+    there_ne: jax.Array
+    received_ne: jax.Array
+    places_ne: jax.Array
+    back_ne: jax.Array
+
+    @property
+    def sizes_e(self) -> jax.Array:
+        """Rows received for each expert here."""
+        return self.received_ne.sum(0)
 
 
 def parcels(sizes_E: jax.Array, n: int) -> Parcels:
@@ -56,18 +60,13 @@ def parcels(sizes_E: jax.Array, n: int) -> Parcels:
     Returns:
       What `send` and its like need.
     """
-    sizes_nne = lax.all_gather(sizes_E, AXIS).reshape(n, n, -1)  # from, to, expert there
-    from_to = sizes_nne.sum(2)
+    sizes_nE = lax.all_gather(sizes_E, AXIS)
+    starts_nE = jnp.cumsum(sizes_nE, 1) - sizes_nE
+    sizes_nne, starts_nne = (x.reshape(n, n, -1) for x in (sizes_nE, starts_nE))  # from, to, expert there
+    by_expert = sizes_nne.transpose(1, 2, 0).reshape(n, -1)  # to; expert there and from
+    places = (jnp.cumsum(by_expert, 1) - by_expert).reshape(n, -1, n).transpose(2, 0, 1)
     me = lax.axis_index(AXIS)
-    sent, received = from_to[me], from_to[:, me]
-
-    def before(x: jax.Array, axis: int = 0) -> jax.Array:
-        return jnp.cumsum(x, axis) - x
-
-    return Parcels(
-        sent, before(sent), before(from_to)[me], received, before(received), before(from_to, 1)[:, me],
-        sizes_nne[:, me],
-    )  # fmt: skip
+    return Parcels(sizes_nne[me], starts_nne[me], places[me], sizes_nne[:, me], places[:, me], starts_nne[:, me])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -80,9 +79,10 @@ def send(rows: jax.Array, p: Parcels, size: int) -> jax.Array:
       size: the most that may be received.
 
     Returns:
-      [size, ...]: by origin, and by expert within; zeros where there is none.
+      [size, ...]: by expert, and by origin within; zeros where there is none.
     """
-    return _exchange(rows, size, p.starts_n, p.sent_n, p.there_n, p.received_n)
+    room = jnp.zeros((size, *rows.shape[1:]), rows.dtype)
+    return _exchange(rows, room, p.starts_ne, p.sent_ne, p.there_ne, p.received_ne)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -97,7 +97,8 @@ def send_back(rows: jax.Array, p: Parcels, size: int) -> jax.Array:
     Returns:
       [size, ...], sorted as they were; zeros where a row went nowhere.
     """
-    return _exchange(rows, size, p.origins_n, p.received_n, p.back_n, p.sent_n)
+    room = jnp.zeros((size, *rows.shape[1:]), rows.dtype)
+    return _exchange(rows, room, p.places_ne, p.received_ne, p.back_ne, p.sent_ne)
 
 
 send.defvjp(
@@ -118,48 +119,47 @@ def send_numbers(numbers: jax.Array, p: Parcels, size: int) -> jax.Array:
       numbers: [M], sorted by expert.
       p, size: see `send`.
     """
-    return _pick(numbers, size, p.received_n, p.back_n)
+    return _pick(numbers, jnp.zeros((size,), numbers.dtype), p.received_ne, p.places_ne, p.back_ne)
 
 
 def _numbers_back(size: int, kept: Any, by: jax.Array) -> tuple[jax.Array, None]:
     count, p = kept
-    return _pick(by, count, p.sent_n, p.there_n), None
+    return _pick(by, jnp.zeros((count,), by.dtype), p.sent_ne, p.starts_ne, p.there_ne), None
 
 
 send_numbers.defvjp(lambda x, p, size: (send_numbers(x, p, size), (x.shape[0], p)), _numbers_back)
 
 
-def _pick(numbers: jax.Array, size: int, received_n: jax.Array, from_n: jax.Array) -> jax.Array:
-    """Numbers of other devices.
+def _pick(
+    rows: jax.Array, room: jax.Array, received_ne: jax.Array, places_ne: jax.Array, from_ne: jax.Array
+) -> jax.Array:
+    """Rows of all devices of the axis.
 
     Args:
-      numbers: this device's.
-      size: places for them; those beyond all that is received get zeros.
-      received_n: how many come from each device.
-      from_n: where they begin among that device's.
+      rows: [M, ...], this device's.
+      room: [size, ...], what is where nothing is received.
+      received_ne: how many come from each device in each piece.
+      places_ne: where they go.
+      from_ne: where they begin among that device's.
     """
-    numbers_nM = lax.all_gather(numbers, AXIS)
-    origin, within, used = _origins(size, received_n)
-    return jnp.where(used, numbers_nM[origin, jnp.where(used, from_n[origin] + within, 0)], 0)
-
-
-def _origins(size: int, received_n: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of each place: which device its row comes from, which of that device's it is, and whether there is one."""
-    ends, place = jnp.cumsum(received_n), jnp.arange(size)
-    origin = jnp.minimum((place[:, None] >= ends).sum(1), ends.shape[0] - 1)
-    return origin, place - (ends - received_n)[origin], place < ends[-1]
+    rows_NM = lax.all_gather(rows, AXIS, tiled=True)
+    n, begins = received_ne.shape[0], places_ne.reshape(-1)
+    shifts = (jnp.arange(n)[:, None] * rows.shape[0] + from_ne).reshape(-1) - begins
+    place = jnp.arange(room.shape[0])
+    within = place[:, None] - begins
+    # Sums over pieces, which a compiler fuses, instead of look-ups place by place.
+    is_of = (within >= 0) & (within < received_ne.reshape(-1))
+    used = is_of.any(1)
+    found = rows_NM[jnp.where(used, place + (is_of * shifts).sum(1), 0)]
+    return jnp.where(used.reshape(-1, *(1,) * (rows.ndim - 1)), found, room)
 
 
 def _exchange(
-    rows: jax.Array, size: int, starts_n: jax.Array, sent_n: jax.Array, places_n: jax.Array, received_n: jax.Array
-) -> jax.Array:
-    empty = jnp.zeros((size, *rows.shape[1:]), rows.dtype)
-    if kernels.platform() != "cpu":
-        return lax.ragged_all_to_all(rows, empty, starts_n, sent_n, places_n, received_n, axis_name=AXIS)
-    # The longest part: no device has more rows to send, or room for more.
-    longest = min(rows.shape[0], size)
-    index = jnp.clip(starts_n[:, None] + jnp.arange(longest), 0, rows.shape[0] - 1)
-    parts = lax.all_to_all(rows[index], AXIS, 0, 0)
-    origin, within, used = _origins(size, received_n)
-    found = parts[origin, jnp.clip(within, 0, longest - 1)]
-    return jnp.where(used.reshape(-1, *(1,) * (rows.ndim - 1)), found, empty)
+    rows: jax.Array, room: jax.Array, starts_ne: jax.Array, sent_ne: jax.Array, there_ne: jax.Array,
+    received_ne: jax.Array,
+) -> jax.Array:  # fmt: skip
+    if kernels.platform() == "cpu":
+        places_ne, from_ne = (lax.all_to_all(x, AXIS, 0, 0) for x in (there_ne, starts_ne))
+        return _pick(rows, room, received_ne, places_ne, from_ne)
+    pieces = (x.reshape(-1) for x in (starts_ne, sent_ne, there_ne, received_ne))
+    return lax.ragged_all_to_all(rows, room, *pieces, axis_name=AXIS)

@@ -295,31 +295,10 @@ _permuted.defvjp(
 )
 
 
-def _by_expert(runs_ne: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """From runs by origin and expert to runs by expert and origin.
-
-    Args:
-      runs_ne: int32, rows of each origin for each expert.
-      size: rows there are room for; those of no run stay where they are.
-
-    Returns:
-      The order, and its inverse.
-    """
-
-    def moved(lengths: jax.Array, starts_there: jax.Array) -> jax.Array:
-        """Where the row at each place comes from, given the lengths of runs here and their starts there."""
-        ends = jnp.cumsum(lengths)
-        place = jnp.arange(size)
-        run = (place[:, None] >= ends).sum(1)
-        shift = jnp.append(starts_there - (ends - lengths), 0)
-        return place + shift[run]
-
-    def starts(lengths: jax.Array) -> jax.Array:
-        return (jnp.cumsum(lengths.reshape(-1)) - lengths.reshape(-1)).reshape(lengths.shape)
-
-    by_origin, by_expert = starts(runs_ne), starts(runs_ne.T).T
-    order = moved(runs_ne.T.reshape(-1), by_origin.T.reshape(-1))
-    return order, moved(runs_ne.reshape(-1), by_expert.reshape(-1))
+def _gated(gate_up: jax.Array, weights_A: jax.Array) -> jax.Array:
+    """SwiGLU times the weight, which goes before the product: then its gradient needs nothing of the result."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return jax.nn.silu(gate) * up * weights_A[:, None]
 
 
 def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
@@ -357,29 +336,23 @@ def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
         weights_A = _permuted(weights.reshape(-1), order, inverse)
         plan: Any = None
         if spec.exchanges:
-            p = parcels(sizes, n)
-            there = _by_expert(p.runs_ne, room)
-            rows_AD, meanwhile = _tied(send(rows_AD, p, room), meanwhile)
-            rows_AD = _permuted(rows_AD, *there)
-            weights_A = _permuted(send_numbers(weights_A, p, room), *there)
-            sizes, plan = p.runs_ne.sum(0), (p, there)
-        gate_up = grouped_matmul(rows_AD, w, sizes, expected=A, implementation=how.grouped)
+            plan = parcels(sizes, n)
+            rows_AD, meanwhile = _tied(send(rows_AD, plan, room), meanwhile)
+            weights_A, sizes = send_numbers(weights_A, plan, room), plan.sizes_e
+        gate_up = grouped_matmul(rows_AD, w, sizes, expected=A, fill=not spec.exchanges, implementation=how.grouped)
         return gate_up, (weights_A, (order, inverse, sizes, plan)), routing, meanwhile
 
     def second(down_eDF: jax.Array, gate_up: jax.Array, weights_A: jax.Array, where: Any) -> jax.Array:
         down = gather(down_eDF, 1)
-        gate, up = jnp.split(gate_up, 2, axis=-1)
-        # The weight goes before the product: then nothing of its result is needed for the gradient by the weight.
-        h = jax.nn.silu(gate) * up * weights_A[:, None]
+        h = _gated(gate_up, weights_A)
         if few:
             (ids_A,) = where
             y = jnp.stack([_one(down, ids_A[a], h[a]) for a in range(A)])
             return y.reshape(N, k, -1).astype(jnp.float32).sum(1)
         order, inverse, sizes, plan = where
-        y = grouped_matmul(h, down, sizes, expected=A, implementation=how.grouped)
+        y = grouped_matmul(h, down, sizes, expected=A, fill=plan is None, implementation=how.grouped)
         if plan is not None:
-            p, (to, back) = plan
-            y = send_back(_permuted(y, back, to), p, A)
+            y = send_back(y, plan, A)
         return _summed(y, order, inverse, k)
 
     return first, second

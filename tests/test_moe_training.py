@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from hf import make_hf_checkpoint
+from jax.sharding import PartitionSpec as P
 from processes import run
 from test_train_layouts import rows
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
 from convert.huggingface import load_params
+from qwen_jax import exchange, moe
 from qwen_jax.config import MoE, load_config, published
 from qwen_jax.errors import InputError
+from qwen_jax.kernels.grouped import grouped_matmul
 from qwen_jax.params import Params, init_params, param_specs
 from qwen_jax.sharding import Sharding, make_mesh
 from train.data.batch import Batch, place
@@ -117,6 +121,91 @@ def test_the_curve_that_all_are_compared_with_learns() -> None:
 )
 def test_layouts_agree(axes: dict[str, int], changes: dict[str, Any]) -> None:
     agree(curve(axes, weights(), **changes))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_what_is_beyond_the_rows_that_come_is_never_read(monkeypatch: pytest.MonkeyPatch, remat: str) -> None:
+    """There is room for the worst case; with what is no number in all of the rest, no bit of a curve changes."""
+    axes = {"data": 2, "expert": 4}
+    want = curve(axes, weights(), remat=remat)
+    spoiled = 0
+
+    def spoil(x: jax.Array, sizes: jax.Array) -> jax.Array:
+        return jnp.where((jnp.arange(x.shape[0]) < sizes.sum())[:, None], x, jnp.nan)
+
+    spoil_both_ways = jax.custom_vjp(spoil)
+    spoil_both_ways.defvjp(lambda x, sizes: (spoil(x, sizes), sizes), lambda sizes, by: (spoil(by, sizes), None))
+
+    def grouped(x: jax.Array, w: jax.Array, sizes: jax.Array, *, fill: bool, **options: Any) -> jax.Array:
+        nonlocal spoiled
+        assert not fill
+        spoiled += 1
+        y = grouped_matmul(spoil_both_ways(x, sizes), w, sizes, fill=fill, **options)
+        return spoil_both_ways(y, sizes)
+
+    monkeypatch.setattr(moe, "grouped_matmul", grouped)
+    got = curve(axes, weights(), remat=remat)
+    assert spoiled
+    for name, numbers in want.items():
+        np.testing.assert_array_equal(got[name], numbers, err_msg=name)
+
+
+def test_pieces_for_the_collective_are_what_is_exchanged_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By JAX's words for `ragged_all_to_all`, rows come where the way without it brings them, and so back."""
+    n, e, M, size = 4, 3, 40, 100
+    numbers = np.random.default_rng()
+    sizes = np.stack([numbers.multinomial(numbers.integers(M + 1), [1 / 12] * 12) for _ in range(n)]).astype(np.int32)
+    sizes[1, 3:9], sizes[2] = 0, 0
+    sizes[3] = [0] * 11 + [M]
+
+    def ragged(rows: Any, room: Any, starts: Any, sent: Any, there: Any, received: Any, axis_name: str) -> Any:
+        """The pseudo-code of its documentation, all devices' arguments gathered."""
+        rows, starts, sent, there = (jax.lax.all_gather(x, axis_name) for x in (rows, starts, sent, there))
+        me, place = jax.lax.axis_index(axis_name), jnp.arange(room.shape[0])
+        for origin in range(n):
+            for i in range(e):
+                piece = me * e + i
+                within = place - there[origin, piece]
+                is_here = (within >= 0) & (within < sent[origin, piece])
+                at = jnp.clip(starts[origin, piece] + within, 0, rows.shape[1] - 1)
+                room = jnp.where(is_here[:, None], rows[origin, at], room)
+        return room
+
+    def there_and_back(rows: Any, sizes: Any) -> Any:
+        p = exchange.parcels(sizes[0], n)
+        there = exchange.send(rows, p, size)
+        used = jnp.arange(size)[:, None] < p.sizes_e.sum()
+        there = jnp.where(used, there, 0)
+        number = exchange.send_numbers(rows[:, 0], p, size)
+        return there, p.received_ne[None], p.sent_ne[None], number, exchange.send_back(there, p, M)
+
+    mesh = jax.make_mesh((n,), ("expert",), devices=jax.devices()[:n], axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jnp.asarray(numbers.integers(1, 1000, (n * M, 2)), jnp.float32)
+    results = []
+    for platform in ("cpu", "tpu"):
+        monkeypatch.setattr(exchange.kernels, "platform", lambda platform=platform: platform)
+        monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged)
+        run = jax.shard_map(there_and_back, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False)
+        results.append(jax.device_get(jax.jit(run)(rows, sizes)))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
+    there, received, sent, number, back = results[0]
+    np.testing.assert_array_equal(received, sizes.reshape(n, n, e).swapaxes(0, 1))
+    np.testing.assert_array_equal(sent, sizes.reshape(n, n, e))
+    np.testing.assert_array_equal(number, there[:, 0])
+    by_device = np.asarray(rows).reshape(n, M, 2)
+    for device in range(n):
+        # By expert, and by origin within: as if all devices' rows were sorted by expert together.
+        pieces = [
+            by_device[origin, sizes[origin, :expert].sum() :][: sizes[origin, expert]]
+            for expert in range(device * e, device * e + e)
+            for origin in range(n)
+        ]
+        want = np.concatenate(pieces)
+        np.testing.assert_array_equal(there[device * size :][: len(want)], want)
+        used = sizes[device].sum()
+        np.testing.assert_array_equal(back[device * M :][:used], by_device[device, :used])
+        assert not back[device * M + used : (device + 1) * M].any()
 
 
 def on_eight(params: Any) -> dict[str, np.ndarray]:

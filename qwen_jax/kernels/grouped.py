@@ -72,6 +72,7 @@ def grouped_matmul(
     sizes_G: jax.Array,
     *,
     expected: int | None = None,
+    fill: bool = True,
     implementation: Implementation = "auto",
 ) -> jax.Array:
     """Each row times the transposed matrix of its group.
@@ -81,11 +82,13 @@ def grouped_matmul(
       w_GNK: matrices, [out, in], in the dtype of x.
       sizes_G: int32, how many rows each group has; any may be 0. Together at most M. They get no gradient.
       expected: about how many rows there will be, for those who plan with the cost; by default M.
+      fill: zeros beyond the last group's rows, in the result and in the gradient of x. Without it they may hold
+        anything, not only numbers, and on TPUs they cost nothing.
       implementation: see the table above.
 
     Returns:
-      [M, N] in the dtype of x; zeros beyond the last group's rows, whatever x has there. The gradient by a matrix is
-      summed in float32 and returned in its dtype.
+      [M, N] in the dtype of x, whatever x has beyond the last group's rows. The gradient by a matrix is summed in
+      float32 and returned in its dtype.
 
     Raises:
       InputError: shapes that do not match, or an implementation that cannot do this.
@@ -101,31 +104,33 @@ def grouped_matmul(
             f"and {sizes_G.dtype}."
         )
     chosen = choose(implementation, x_MK.dtype, *w_GNK.shape[1:])
-    return _grouped(chosen, x_MK.shape[0] if expected is None else expected, x_MK, w_GNK, sizes_G)
+    return _grouped(chosen, x_MK.shape[0] if expected is None else expected, fill, x_MK, w_GNK, sizes_G)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _grouped(implementation: str, expected: int, x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    return _module(implementation).product(x, w, sizes, **_cost(implementation, expected))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _grouped(implementation: str, expected: int, fill: bool, *args: jax.Array) -> jax.Array:
+    # Only TPU kernels state their cost, or leave rows as they are.
+    options = {"expected": expected, "fill": fill} if implementation == "tpu" else {}
+    result: jax.Array = _module(implementation).product(*args, **options)
+    return result
 
 
-def _forward(implementation: str, expected: int, *args: jax.Array) -> tuple[jax.Array, Any]:
-    return _grouped(implementation, expected, *args), args
+def _forward(implementation: str, expected: int, fill: bool, *args: jax.Array) -> tuple[jax.Array, Any]:
+    return _grouped(implementation, expected, fill, *args), args
 
 
-def _backward(implementation: str, expected: int, kept: Any, by: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _backward(
+    implementation: str, expected: int, fill: bool, kept: Any, by: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     x, w, sizes = kept
-    of, cost = _module(implementation), _cost(implementation, expected)
-    dx = of.product(by, w, sizes, transposed=True, **cost)
-    return dx, of.weights_gradient(by, x, sizes, dtype=w.dtype, **cost), None
+    of, options = _module(implementation), {"expected": expected} if implementation == "tpu" else {}
+    dw = of.weights_gradient(by, x, sizes, dtype=w.dtype, **options)
+    if implementation == "tpu":
+        options["fill"] = fill
+    return of.product(by, w, sizes, transposed=True, **options), dw, None
 
 
 _grouped.defvjp(_forward, _backward)
-
-
-def _cost(implementation: str, expected: int) -> dict[str, int]:
-    """What a kernel that states its cost is told."""
-    return {"expected": expected} if implementation == "tpu" else {}
 
 
 def _module(implementation: str) -> Any:

@@ -13,7 +13,7 @@ experiments/kernels/tpu_grouped.md has what this is worth, and why it isn't `jax
 import dataclasses
 import functools
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +133,13 @@ def _reserve(vmem: int) -> int:
 
 
 def product(
-    x_MK: jax.Array, w_GNK: jax.Array, sizes_G: jax.Array, *, transposed: bool = False, expected: int | None = None
+    x_MK: jax.Array,
+    w_GNK: jax.Array,
+    sizes_G: jax.Array,
+    *,
+    transposed: bool = False,
+    expected: int | None = None,
+    fill: bool = True,
 ) -> jax.Array:
     """Each row times the weights of its group, w x; `transposed`, w^T x, as the gradient of the input is.
 
@@ -145,9 +151,11 @@ def product(
       sizes_G: int32, rows of each group; no more than M together.
       transposed: which dimension of the weights is summed over: inputs, or else outputs.
       expected: about how many rows there will be, for the cost that is stated; by default M.
+      fill: rows behind those of the last group become zero. Without it they may hold anything, and are neither read nor
+        written, but for those in a tile with others.
 
     Returns:
-      [M, N] bfloat16, or [M, K] where `transposed`. Rows behind those of the last group are zero, whatever x has there.
+      [M, N] bfloat16, or [M, K] where `transposed`, whatever x has behind the rows of the last group.
 
     Raises:
       InputError: another dtype, shapes that do not fit together, dimensions that are not multiples of 128, or a sum
@@ -161,9 +169,9 @@ def product(
     # An array smaller than a tile is filled up; the edge of a larger one is cut by the pipeline of copies.
     x = tpu.fill_up(x_MK, 0, tiles.rows) if tiles.rows > M else x_MK
     with jax.named_scope("grouped_product"):
-        visits = _visits(sizes_G, M, tiles.rows, rest=True)
+        visits = _visits(sizes_G, M, tiles.rows, "rest" if fill else "nothing")
         rows = M if expected is None else min(expected, M)
-        return _run_product(x, w_GNK, visits, transposed=transposed, tiles=tiles, expected=rows)[:M]
+        return _run_product(x, w_GNK, visits, transposed=transposed, tiles=tiles, expected=rows, fill=fill)[:M]
 
 
 def weights_gradient(
@@ -194,7 +202,7 @@ def weights_gradient(
     tiles = gradient_tiles(N, K, tpu.device(), tpu.cores())
     dy, x = (tpu.fill_up(a, 0, tiles.rows) if tiles.rows > M else a for a in (dy_MN, x_MK))
     with jax.named_scope("grouped_gradient"):
-        visits = _visits(sizes_G, M, tiles.rows, rest=False)
+        visits = _visits(sizes_G, M, tiles.rows, "empty")
         rows = M if expected is None else min(expected, M)
         return _run_gradient(dy, x, visits, groups=sizes_G.size, dtype=jnp.dtype(dtype), tiles=tiles, expected=rows)
 
@@ -218,14 +226,15 @@ def _check(x: jax.Array, sizes: jax.Array, groups: int, name: str, width: int) -
         raise InputError(f"Expected int32 sizes of {groups} groups; got {sizes.dtype} {sizes.shape}.")
 
 
-def _visits(sizes: jax.Array, M: int, rows: int, *, rest: bool) -> jax.Array:
+def _visits(sizes: jax.Array, M: int, rows: int, too: Literal["rest", "empty", "nothing"]) -> jax.Array:
     """Which group is at which tile of rows when: [8, tiles + G] int32.
 
     Args:
       sizes: [G].
       M: rows there are.
       rows: of a tile.
-      rest: whether rows behind the last group are visited too, by a group G; else groups without rows are, once each.
+      too: what is visited beside the rows of groups: those behind the last one, by a group G; groups without rows,
+        once each; or nothing.
 
     Returns:
       For each visit its tile and group; the rows of the tile that are the group's, from `_LOW` to before `_HIGH`;
@@ -240,15 +249,15 @@ def _visits(sizes: jax.Array, M: int, rows: int, *, rest: bool) -> jax.Array:
     after = jnp.append(lax.cummin(which, reverse=True)[1:], G)
     after = jnp.where(after == G, which.min(), after)
     order = jnp.cumsum(held, dtype=jnp.int32) - held
-    if rest:
+    if too == "rest":
         starts, ends = jnp.append(starts, ends[-1]), jnp.append(ends, M)
         order, after = jnp.append(order, 0), jnp.append(after, G)
     first = jnp.minimum(starts // rows, count - 1)
-    visits = jnp.where(ends > starts, (ends - 1) // rows - first + 1, 0 if rest else 1)
+    visits = jnp.where(ends > starts, (ends - 1) // rows - first + 1, int(too == "empty"))
     until = jnp.cumsum(visits, dtype=jnp.int32)
     i = jnp.arange(count + G, dtype=jnp.int32)
-    at = jnp.minimum(i, until[-1] - 1)
-    group = (until[:, None] <= at[None]).sum(0, dtype=jnp.int32)
+    at = jnp.minimum(i, jnp.maximum(until[-1] - 1, 0))
+    group = jnp.minimum((until[:, None] <= at[None]).sum(0, dtype=jnp.int32), len(ends) - 1)
     place = at - (until - visits)[group]
     tile, live = first[group] + place, i < until[-1]
     low, high = (jnp.where(live, jnp.clip(x[group] - tile * rows, 0, rows), 0) for x in (starts, ends))
@@ -281,9 +290,9 @@ def _kept(mask: jax.Array, x: jax.Array, other: jax.Array | float) -> jax.Array:
     return jnp.where(mask, x.astype(f32), other.astype(f32) if isinstance(other, jax.Array) else other).astype(x.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("transposed", "tiles", "expected"))
+@functools.partial(jax.jit, static_argnames=("transposed", "tiles", "expected", "fill"))
 def _run_product(
-    x: jax.Array, w: jax.Array, visits: jax.Array, *, transposed: bool, tiles: Tiles, expected: int
+    x: jax.Array, w: jax.Array, visits: jax.Array, *, transposed: bool, tiles: Tiles, expected: int, fill: bool
 ) -> jax.Array:
     """`product` of whole tiles or more."""
     M, (G, N, K), columns = x.shape[0], w.shape, tiles.columns
@@ -312,7 +321,7 @@ def _run_product(
         cost_estimate=pl.CostEstimate(
             flops=2 * expected * N * K,
             transcendentals=0,
-            bytes_accessed=2 * (parts * expected * tiles.inner + w.size + M * out),
+            bytes_accessed=2 * (parts * expected * tiles.inner + w.size + (M if fill else expected) * out),
         ),
         name="grouped_product",
     )(visits, x, w)

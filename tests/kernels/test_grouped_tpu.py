@@ -104,6 +104,24 @@ def test_routings(small) -> None:
         check(drawn(list(numbers.multinomial(numbers.integers(M + 1), numbers.dirichlet([0.5] * 5)))))
 
 
+def test_without_filling_the_rest_is_left_as_it_is(small) -> None:
+    """Rows of groups are the same to the last bit; the tiles behind the last one's are never written."""
+
+    @jax.jit
+    def unfilled(x, dy, w, sizes):
+        return grouped_tpu.product(x, w, sizes, fill=False), grouped_tpu.product(
+            dy, w, sizes, transposed=True, fill=False
+        )
+
+    for sizes in SIZES.values():
+        args, used = drawn(sizes), sum(sizes)
+        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
+            got = [np.asarray(a, np.float32) for a in jax.device_get(unfilled(*args))]
+        for a, b in zip(got, interpreted(*args)[:2], strict=True):
+            np.testing.assert_array_equal(a[:used], b[:used])
+            assert np.isnan(a[-(-max(used, 1) // 64) * 64 :]).all()
+
+
 def test_float32_gradient(small) -> None:
     check(drawn(SIZES["rows of no group"]), jnp.float32)
 

@@ -23,6 +23,10 @@ from layer_cases import (
     plain_kernels,
 )
 
+from experiments.decode.benchmark import step_bytes
+from experiments.kernels import layer
+from experiments.kernels.layer import program
+from experiments.kernels.layer import shapes as shapes_and_bytes
 from qwen_jax.config import ModelConfig, MoE, published
 from qwen_jax.errors import InputError
 from qwen_jax.inference import single
@@ -115,6 +119,24 @@ def test_lowers_for_hopper_to_one_kernel_that_reads_weights_where_they_lie(name:
     assert len(re.findall(r"output_tuple_indices = \[\d+\],\s*operand_index = 1\b", text)) == 1
     done = set(re.findall(r"stablehlo\.(\w+)", text))
     assert done <= {"custom_call", "output_operand_alias", "reshape"}, done
+
+
+@pytest.mark.parametrize("name", layer.MODELS)
+def test_what_the_benchmark_counts_is_what_a_decode_step_reads(name: str) -> None:
+    config = published(name)
+    matrices = shapes_and_bytes(config)[1] * config.num_layers + 2 * config.vocab_size * config.hidden_size
+    assert step_bytes(config, 1, 0) == pytest.approx(matrices, rel=2e-4)  # biases and norms
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", *_MODELS])
+def test_the_benchmarks_loop_lowers_to_one_kernel(name: str) -> None:
+    config = published(name)
+    sizes, I = shapes_and_bytes(config)[0], config.num_heads * config.head_dim
+    if config.moe is not None:
+        sizes[2] = -(-sizes[2][0] // 8) * 8, config.hidden_size
+    heads, stream, *weights = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((I,), (config.hidden_size,), *sizes))
+    traced = program(config, 132).trace(heads, stream, jax.ShapeDtypeStruct((1,), jnp.int32), [weights] * 2)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 1
 
 
 def test_what_the_kernel_cannot_do_is_refused() -> None:
