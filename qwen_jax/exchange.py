@@ -49,6 +49,18 @@ class Parcels:
         """Rows received for each expert here."""
         return self.received_ne.sum(0)
 
+    def part(self, begin: int | jax.Array, size: int) -> "Parcels":
+        """Of all rows those that every device would receive at so many places, which become the first ones."""
+
+        def cut(lengths: jax.Array, places: jax.Array, origins: jax.Array) -> tuple[jax.Array, ...]:
+            before = jnp.clip(begin - places, 0, lengths)
+            kept = jnp.clip(begin + size - places, 0, lengths) - before
+            return kept, jnp.clip(places - begin, 0, size), origins + before
+
+        sent_ne, there_ne, starts_ne = cut(self.sent_ne, self.there_ne, self.starts_ne)
+        received_ne, places_ne, back_ne = cut(self.received_ne, self.places_ne, self.back_ne)
+        return Parcels(sent_ne, starts_ne, there_ne, received_ne, places_ne, back_ne)
+
 
 def parcels(sizes_E: jax.Array, n: int) -> Parcels:
     """Tells all devices of the axis how many rows go where.

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.attention import Projection
 from qwen_jax.config import ModelConfig
 from qwen_jax.config import MoE as MoEConfig
-from qwen_jax.exchange import AXIS, parcels, send, send_back, send_numbers
+from qwen_jax.exchange import AXIS, Parcels, parcels, send, send_back, send_numbers
 from qwen_jax.kernels.grouped import Implementation as Grouped
 from qwen_jax.kernels.grouped import grouped_matmul
 from qwen_jax.kernels.reference import einsum_f32
@@ -29,6 +29,10 @@ from qwen_jax.sharding import Sharding
 
 # With so few rows each is multiplied by itself: what counts is to read the matrices that are used, once, and no others.
 _FEW = 16
+# Rows that a device has room for, over what it gets if all devices get as many. Those beyond come in further rounds.
+_ROOM = 1.5
+FURTHER_ROUNDS = "further_rounds"
+"""Name of the scope of what is not run while devices get about as many rows."""
 
 
 @functools.partial(
@@ -185,15 +189,16 @@ def _local(
 ) -> tuple[jax.Array, Routing | None, Any]:  # fmt: skip
     """One device's tokens."""
     first, second = _capacity(how, x_btD) if how.capacity_factor else _dropless(how, x_btD)
+    params = norm_D, router, gate_up, down
     if how.keep_dots:
         # Chosen once: a second choice could be another one by a rounding, and its rows would be in another order.
         x, norm, weight = lax.stop_gradient((x_btD, norm_D, router))
         ids = route(_norm(how, x, norm), gather(weight, 1), how.moe)[1]
-        kept, rows, routing, _ = recompute(first, (norm_D, router, gate_up), x_btD, constants=(valid, ids))
-        out = recompute(second, down, kept, rows[0], constants=(rows[1],))
+        kept, rows, routing, _ = recompute(first, params, x_btD, constants=(valid, ids))
+        out = recompute(second, params, kept, rows[0], x_btD, constants=(rows[1],))
     else:
-        kept, rows, routing, meanwhile = first((norm_D, router, gate_up), x_btD, valid, None, meanwhile)
-        out = second(down, kept, *rows)
+        kept, rows, routing, meanwhile = first(params, x_btD, valid, None, meanwhile)
+        out = second(params, kept, rows[0], x_btD, rows[1])
     sums = ["tensor"] * (how.sharding.tensor > 1)
     sums += [AXIS] * (how.sharding.expert > 1 and not how.sharding.exchanges)
     out = lax.psum(out, tuple(sums)) if sums else out
@@ -307,24 +312,25 @@ def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
     E, k, n = moe.num_experts, moe.num_experts_per_tok, spec.expert
     N = x_btD.shape[0] * x_btD.shape[1]
     A, e = N * k, E // n
-    room = n * N * min(k, e)  # All tokens of all devices may want experts of one.
+    most = n * N * min(k, e)  # All tokens of all devices may want experts of one.
+    room = min(math.ceil(_ROOM * A), most)
     few = A <= _FEW and n == 1 and not how.count
 
     def first(
         params: Any, x_btD: jax.Array, valid: jax.Array | None, ids: jax.Array | None, meanwhile: Any = ()
     ) -> Any:
-        norm_D, router_ED, gate_up_e2FD = params
+        norm_D, router_ED, gate_up_e2FD, _ = params
         x_ND = _norm(how, x_btD, norm_D)
         weights, ids, logits = route(x_ND, gather(router_ED, 1), moe, ids)
         valid_N = None if valid is None else valid.reshape(-1)
         routing = _count(how, logits, ids, valid_N, 0.0)
-        w = gather(gate_up_e2FD, 3).reshape(e, -1, x_ND.shape[1])
+        w = _matrices(gate_up_e2FD)
         if few:
             ids_A = ids.reshape(-1)
             rows = [_one(w, ids_A[a], x_ND[a // k]) for a in range(A)]
             return jnp.stack(rows), (weights.reshape(-1), (ids_A,)), routing, meanwhile
-        ids = ids if valid_N is None else jnp.where(valid_N[:, None], ids, E)
-        here_A = ids.reshape(-1)
+        wanted = ids if valid_N is None else jnp.where(valid_N[:, None], ids, E)
+        here_A = wanted.reshape(-1)
         if n > 1 and not spec.exchanges:
             here_A = here_A - lax.axis_index(AXIS) * e
             here_A = jnp.where((here_A >= 0) & (here_A < e), here_A, e)
@@ -337,25 +343,112 @@ def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
         plan: Any = None
         if spec.exchanges:
             plan = parcels(sizes, n)
-            rows_AD, meanwhile = _tied(send(rows_AD, plan, room), meanwhile)
-            weights_A, sizes = send_numbers(weights_A, plan, room), plan.sizes_e
+            now = plan.part(0, room)
+            rows_AD, meanwhile = _tied(send(rows_AD, now, room), meanwhile)
+            weights_A, sizes = send_numbers(weights_A, now, room), now.sizes_e
         gate_up = grouped_matmul(rows_AD, w, sizes, expected=A, fill=not spec.exchanges, implementation=how.grouped)
-        return gate_up, (weights_A, (order, inverse, sizes, plan)), routing, meanwhile
+        return gate_up, (weights_A, (order, inverse, sizes, plan, ids)), routing, meanwhile
 
-    def second(down_eDF: jax.Array, gate_up: jax.Array, weights_A: jax.Array, where: Any) -> jax.Array:
-        down = gather(down_eDF, 1)
+    def second(params: Any, gate_up: jax.Array, weights_A: jax.Array, x_btD: jax.Array, where: Any) -> jax.Array:
+        down = gather(params[3], 1)
         h = _gated(gate_up, weights_A)
         if few:
             (ids_A,) = where
             y = jnp.stack([_one(down, ids_A[a], h[a]) for a in range(A)])
             return y.reshape(N, k, -1).astype(jnp.float32).sum(1)
-        order, inverse, sizes, plan = where
+        order, inverse, sizes, plan, ids = where
         y = grouped_matmul(h, down, sizes, expected=A, fill=plan is None, implementation=how.grouped)
         if plan is not None:
-            y = send_back(y, plan, A)
+            y = send_back(y, plan.part(0, room), A)
+            if room < most:
+                y = _further_rounds(how, room, y, (x_btD, *params), (order, inverse, plan, ids))
         return _summed(y, order, inverse, k)
 
     return first, second
+
+
+def _matrices(gate_up_e2FD: jax.Array) -> jax.Array:
+    """Gate and up of each expert as one matrix, gathered."""
+    w = gather(gate_up_e2FD, 3)
+    return w.reshape(w.shape[0], -1, w.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _further_rounds(how: How, room: int, y_AD: jax.Array, of: Any, where: Any) -> jax.Array:
+    """Adds results of rows that a device had no room for at first: none, if experts are anything like balanced.
+
+    The backward pass makes all of a round again.
+
+    Args:
+      how, room: static: see there, and rows of a round.
+      y_AD: results of the first round, by expert; zeros for other rows.
+      of: tokens; weights of norm, router and experts, as they lie.
+      where: order and its inverse, all parcels, and the experts chosen.
+    """
+    rounds = _rounds(where[2], room)
+
+    def run(y_AD: jax.Array) -> jax.Array:
+        given = _to_exchange(how, where, *of)
+        return lax.fori_loop(1, rounds, lambda i, y: y + _round(how, room, where[2], i, *given), y_AD)
+
+    # Weights are gathered for it, too: only where it is needed.
+    with jax.named_scope(FURTHER_ROUNDS):
+        result: jax.Array = lax.cond(rounds > 1, run, lambda y: y, y_AD)
+    return result
+
+
+def _further_rounds_backward(how: How, room: int, kept: Any, by: jax.Array) -> Any:
+    of, where = kept
+    rounds = _rounds(where[2], room)
+
+    def run() -> Any:
+        given, back = jax.vjp(functools.partial(_to_exchange, how, where), *of)
+
+        def one(i: jax.Array, sums: Any) -> Any:
+            parts = jax.vjp(functools.partial(_round, how, room, where[2], i), *given)[1](by)
+            return jax.tree.map(lambda sum, x: sum + x.astype(jnp.float32), sums, parts)
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), given)
+        sums = lax.fori_loop(1, rounds, one, zeros)
+        return back(jax.tree.map(lambda sum, x: sum.astype(x.dtype), sums, given))
+
+    with jax.named_scope(FURTHER_ROUNDS):
+        return by, lax.cond(rounds > 1, run, lambda: jax.tree.map(jnp.zeros_like, of)), None
+
+
+_further_rounds.defvjp(
+    lambda how, room, y, of, where: (_further_rounds(how, room, y, of, where), (of, where)), _further_rounds_backward
+)
+
+
+def _rounds(plan: Parcels, room: int) -> jax.Array:
+    """How many are needed; the same on all devices, which must take part in each."""
+    most = lax.pmax(plan.received_ne.sum(), jax.sharding.get_abstract_mesh().axis_names)
+    return (most + room - 1) // room
+
+
+def _to_exchange(
+    how: How, where: Any, x_btD: jax.Array, norm_D: jax.Array, router_ED: jax.Array, gate_up: jax.Array, down: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Rows and their weights, by expert, and all matrices, gathered."""
+    order, inverse, _, ids = where
+    x_ND = _norm(how, x_btD, norm_D)
+    weights = route(x_ND, gather(router_ED, 1), how.moe, ids)[0]
+    rows_AD = _sorted(x_ND, order, inverse, how.moe.num_experts_per_tok)
+    return rows_AD, _permuted(weights.reshape(-1), order, inverse), _matrices(gate_up), gather(down, 1)
+
+
+def _round(
+    how: How, room: int, plan: Parcels, i: jax.Array, rows_AD: jax.Array, weights_A: jax.Array, gate_up: jax.Array,
+    down: jax.Array,
+) -> jax.Array:  # fmt: skip
+    """Results, by expert, of the rows of one round; zeros for others."""
+    now = plan.part(i * room, room)
+    rows, weights = send(rows_AD, now, room), send_numbers(weights_A, now, room)
+    multiply = functools.partial(
+        grouped_matmul, sizes_G=now.sizes_e, expected=len(rows_AD), fill=False, implementation=how.grouped
+    )
+    return send_back(multiply(_gated(multiply(rows, gate_up), weights), down), now, len(rows_AD))
 
 
 def _one(w_ENK: jax.Array, group: jax.Array, x_K: jax.Array) -> jax.Array:
@@ -380,7 +473,7 @@ def _capacity(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
     def first(
         params: Any, x_btD: jax.Array, valid: jax.Array | None, ids: jax.Array | None, meanwhile: Any = ()
     ) -> Any:
-        norm_D, router_ED, gate_up_e2FD = params
+        norm_D, router_ED, gate_up_e2FD, _ = params
         x_ND = _norm(how, x_btD, norm_D)
         weights, ids, logits = route(x_ND, gather(router_ED, 1), moe, ids)
         valid_N = None if valid is None else valid.reshape(-1)
@@ -395,16 +488,16 @@ def _capacity(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
         token_S = jnp.full((slots,), N, jnp.int32).at[slot_A].set(jnp.arange(N * k) // k, mode="drop")
         rows = x_ND.at[token_S].get(mode="fill", fill_value=0)
         weight_S = jnp.zeros((slots,), weights.dtype).at[slot_A].set(weights.reshape(-1), mode="drop")
-        w = gather(gate_up_e2FD, 3).reshape(e, -1, x_ND.shape[1])
+        w = _matrices(gate_up_e2FD)
         rows, weight_S = _mine(rows), _mine(weight_S)
         rows, meanwhile = _tied(rows, meanwhile)
         gate_up = einsum_f32("ecd,efd->ecf", rows, w).astype(rows.dtype)
         return gate_up, (weight_S, (token_S,)), routing, meanwhile
 
-    def second(down_eDF: jax.Array, gate_up: jax.Array, weight_ec: jax.Array, where: Any) -> jax.Array:
+    def second(params: Any, gate_up: jax.Array, weight_ec: jax.Array, x_btD: jax.Array, where: Any) -> jax.Array:
         gate, up = jnp.split(gate_up, 2, axis=-1)
         h = jax.nn.silu(gate) * up * weight_ec[..., None]
-        y = _given_back(einsum_f32("ecf,edf->ecd", h, gather(down_eDF, 1)).astype(h.dtype))
+        y = _given_back(einsum_f32("ecf,edf->ecd", h, gather(params[3], 1)).astype(h.dtype))
         out = jnp.zeros((N, y.shape[-1]), jnp.float32)
         return out.at[where[0]].add(y.reshape(E * room, -1).astype(jnp.float32), mode="drop")
 

@@ -72,7 +72,7 @@ gather.defvjp(_gather_forward, _gather_backward)
 
 def reduce_scatter(x: jax.Array, axis: int, name: str = "fsdp") -> jax.Array:
     """A device's part, along an axis, of the sum of x over the mesh axis of that name. In a `shard_map`."""
-    if kernels.platform() != "cpu":
+    if kernels.platform() != "cpu" or not jax.distributed.is_initialized():
         return lax.psum_scatter(x, name, scatter_dimension=axis, tiled=True)
     # Processes on CPUs use Gloo, whose reduce-scatter may overwrite what it has yet to send: at times a part is wrong
     # and nothing says so (jaxlib 0.10.2 and 0.12.0.dev; https://github.com/jax-ml/jax/issues/40830).

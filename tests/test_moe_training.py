@@ -123,10 +123,29 @@ def test_layouts_agree(axes: dict[str, int], changes: dict[str, Any]) -> None:
     agree(curve(axes, weights(), **changes))
 
 
+@pytest.mark.parametrize(
+    ("axes", "changes"),
+    [
+        ({"expert": 2, "fsdp": 2}, {"remat": "none"}),
+        ({"expert": 4}, {"remat": "dots", "accumulation": 2}),
+        ({"expert": 8}, {"remat": "full"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("room", [0.3, 1.0])
+def test_rows_that_find_no_room_come_in_further_rounds(
+    monkeypatch: pytest.MonkeyPatch, axes: dict[str, int], changes: dict[str, Any], room: float
+) -> None:
+    """However few a device has room for at one time, nothing is lost, and the curve is one device's."""
+    monkeypatch.setattr(moe, "_ROOM", room)
+    agree(curve(axes, weights(), **changes))
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_what_is_beyond_the_rows_that_come_is_never_read(monkeypatch: pytest.MonkeyPatch, remat: str) -> None:
     """There is room for the worst case; with what is no number in all of the rest, no bit of a curve changes."""
     axes = {"data": 2, "expert": 4}
+    monkeypatch.setattr(moe, "_ROOM", 0.8)  # A second round is not full.
     want = curve(axes, weights(), remat=remat)
     spoiled = 0
 
@@ -136,12 +155,12 @@ def test_what_is_beyond_the_rows_that_come_is_never_read(monkeypatch: pytest.Mon
     spoil_both_ways = jax.custom_vjp(spoil)
     spoil_both_ways.defvjp(lambda x, sizes: (spoil(x, sizes), sizes), lambda sizes, by: (spoil(by, sizes), None))
 
-    def grouped(x: jax.Array, w: jax.Array, sizes: jax.Array, *, fill: bool, **options: Any) -> jax.Array:
+    def grouped(x: jax.Array, w: jax.Array, sizes_G: jax.Array, *, fill: bool, **options: Any) -> jax.Array:
         nonlocal spoiled
         assert not fill
         spoiled += 1
-        y = grouped_matmul(spoil_both_ways(x, sizes), w, sizes, fill=fill, **options)
-        return spoil_both_ways(y, sizes)
+        y = grouped_matmul(spoil_both_ways(x, sizes_G), w, sizes_G, fill=fill, **options)
+        return spoil_both_ways(y, sizes_G)
 
     monkeypatch.setattr(moe, "grouped_matmul", grouped)
     got = curve(axes, weights(), remat=remat)

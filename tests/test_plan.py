@@ -22,6 +22,7 @@ from qwen_jax import sharding
 from qwen_jax.cli import main
 from qwen_jax.config import ModelConfig, MoE, published
 from qwen_jax.errors import InputError
+from qwen_jax.moe import FURTHER_ROUNDS
 from qwen_jax.sharding import AXES, Sharding, make_mesh
 from train.config import RunConfig, Stage
 from train.data.batch import Batch
@@ -256,7 +257,7 @@ def _meanwhile(hlo: str) -> list[set[str]]:
     under_way: dict[str, set[str]] = {}
     for line in hlo.splitlines():
         if match := re.search(r"%([\w.\-]+) = .* (?:ragged-)?all-to-all-start\(.*op_name=\"(.*?)\"", line):
-            if "moe/experts" in match[2] and "transpose" not in match[2]:
+            if "moe/experts" in match[2] and "transpose" not in match[2] and FURTHER_ROUNDS not in match[2]:
                 under_way[match[1]] = set()
                 found.append(under_way[match[1]])
         elif match := re.search(r"all-to-all-done\(%([\w.\-]+)\)", line):

@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from qwen_jax.moe import FURTHER_ROUNDS
+
 
 def count_flops(jaxpr: Any) -> float:
     """FLOPs of all matrix products of a jaxpr, on all devices together; 2 for each multiply and add.
 
-    Loops count as often as they run, the dearest branch of a condition counts, kernels say themselves.
+    Loops count as often as they run, the dearest branch of a condition counts, kernels say themselves. Further rounds
+    of experts do not count.
 
     Args:
       jaxpr: as from `jax.jit(f).trace(...).jaxpr`.
@@ -21,6 +24,8 @@ def count_flops(jaxpr: Any) -> float:
     total = 0.0
     for eqn in _jaxpr(jaxpr).eqns:
         name, params = eqn.primitive.name, eqn.params
+        if FURTHER_ROUNDS in str(eqn.source_info.name_stack):
+            continue
         if name == "dot_general":
             (contract, _), _ = params["dimension_numbers"]
             out, left = eqn.outvars[0].aval, eqn.invars[0].aval
@@ -124,7 +129,7 @@ def collectives(hlo: str, devices: int, num_slices: int = 1) -> list[Collective]
 
     An asynchronous collective may be cut into several pieces of text; TPUs number the chain that they form. A sum of
     which each device keeps a part is one ring's reduce-scatter on TPUs, written as a fusion of that name. A ragged
-    exchange is taken to send alike to all.
+    exchange is taken to send alike to all, and further rounds of experts are taken not to be needed.
 
     Args:
       hlo: text of the optimised module.
@@ -145,6 +150,8 @@ def collectives(hlo: str, devices: int, num_slices: int = 1) -> list[Collective]
     def visit(name: str, multiple: int) -> None:
         times[name] += multiple
         for line in bodies.get(name, ()):
+            if " conditional(" in line and FURTHER_ROUNDS in line:
+                continue
             loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
             if loop:
                 visit(loop[2], multiple * _trip_count(line, loop[1], bodies[name], bodies))
