@@ -29,8 +29,8 @@ from qwen_jax.sharding import Sharding
 
 # With so few rows each is multiplied by itself: what counts is to read the matrices that are used, once, and no others.
 _FEW = 16
-# Rows that a device has room for, over what it gets if all devices get as many. Those beyond come in further rounds.
-_ROOM = 1.5
+ROOM = 1.5
+"""Rows that a device has room for, over what it gets if all get as many; those beyond come in further rounds."""
 FURTHER_ROUNDS = "further_rounds"
 """Name of the scope of what is not run while devices get about as many rows."""
 
@@ -313,7 +313,7 @@ def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
     N = x_btD.shape[0] * x_btD.shape[1]
     A, e = N * k, E // n
     most = n * N * min(k, e)  # All tokens of all devices may want experts of one.
-    room = min(math.ceil(_ROOM * A), most)
+    room = min(math.ceil(ROOM * A), most)
     few = A <= _FEW and n == 1 and not how.count
 
     def first(

@@ -137,7 +137,7 @@ def test_rows_that_find_no_room_come_in_further_rounds(
     monkeypatch: pytest.MonkeyPatch, axes: dict[str, int], changes: dict[str, Any], room: float
 ) -> None:
     """However few a device has room for at one time, nothing is lost, and the curve is one device's."""
-    monkeypatch.setattr(moe, "_ROOM", room)
+    monkeypatch.setattr(moe, "ROOM", room)
     agree(curve(axes, weights(), **changes))
 
 
@@ -145,7 +145,7 @@ def test_rows_that_find_no_room_come_in_further_rounds(
 def test_what_is_beyond_the_rows_that_come_is_never_read(monkeypatch: pytest.MonkeyPatch, remat: str) -> None:
     """There is room for the worst case; with what is no number in all of the rest, no bit of a curve changes."""
     axes = {"data": 2, "expert": 4}
-    monkeypatch.setattr(moe, "_ROOM", 0.8)  # A second round is not full.
+    monkeypatch.setattr(moe, "ROOM", 0.8)  # A second round is not full.
     want = curve(axes, weights(), remat=remat)
     spoiled = 0
 

@@ -22,6 +22,7 @@ from typing import Any
 from experiments.pretrain.qwen2_5 import turbo
 from qwen_jax.config import ModelConfig, published
 from qwen_jax.layers import Remat
+from qwen_jax.moe import ROOM
 from train.config import RunConfig, Stage
 from train.optimizer import Schedule
 
@@ -89,9 +90,9 @@ def unexpected_gathers(plan: Mapping[str, Any], model: ModelConfig) -> list[str]
     if model.moe is not None:
         expert = model.moe.num_experts // mesh.get("expert", 1) * D * model.moe.intermediate_size
         sizes |= {expert, 2 * expert, D * model.moe.shared_intermediate_size, D * model.moe.num_experts}
-        # One number for each row that goes to an expert, of all devices or of what all may receive.
+        # One number for each row that goes to an expert, of all devices or of what all have room for.
         chosen = rows * o["length"] * model.moe.num_experts_per_tok * mesh.get("expert", 1) * mesh.get("tensor", 1)
-        sizes |= {chosen, chosen * mesh.get("expert", 1)}
+        sizes |= {chosen, math.ceil(ROOM * chosen)}
     allowed = {size // mesh.get("tensor", 1) for size in sizes}
     found = {shape: math.prod(map(int, re.findall(r"\d+", shape.partition("[")[2]))) for shape in plan["gathers"]}
     small = max(D, model.intermediate_size)  # a norm or a bias

@@ -96,7 +96,7 @@ def test_lowers_in_a_scan_that_is_differentiated(again: bool) -> None:
 
     def loss(w_LGNN: jax.Array, x: jax.Array, sizes: jax.Array) -> jax.Array:
         def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
-            return jnp.tanh(grouped._grouped("gpu", 64, x, w, sizes)), None
+            return jnp.tanh(grouped._grouped("gpu", 64, True, x, w, sizes)), None
 
         return jax.lax.scan(jax.checkpoint(layer) if again else layer, x, w_LGNN)[0].astype(jnp.float32).sum()
 

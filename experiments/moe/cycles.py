@@ -1,0 +1,111 @@
+"""What the TPU compiler expects a layer with experts to take beside its grouped products and its exchanges.
+
+    python -m experiments.moe.cycles
+    python -m experiments.moe.cycles --model fine-91b-a4.9b --topology v6e:8x16 --mesh fsdp=16 expert=8
+
+Compiles a training step of two layers for a pod that need not be there, and adds up the cycles that the compiler writes
+beside its instructions (`estimated_cycles`), one JSON line for each loop. Kernels of ours and collectives have no such
+number. What runs only while experts are far from balanced is left out. Needs the TPU compiler: pip install '.[tpu]'.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from qwen_jax.config import published
+from qwen_jax.moe import FURTHER_ROUNDS
+from qwen_jax.sharding import Sharding
+from train.data.batch import Batch
+from train.optimizer import OptimizerConfig, Schedule
+from train.pretrain import PretrainConfig, abstract_state, make_train_step
+from train.topology import mesh_of, target
+
+_LARGEST = 6
+
+
+def program(model: str, topology: str, axes: dict[str, int], rows: int, length: int) -> str:
+    """Text of the optimised module of a step of two layers, bfloat16, all recomputed."""
+    two = dataclasses.replace(published(model), num_layers=2)
+    config = PretrainConfig(two, OptimizerConfig(Schedule(1000)), remat="full")
+    mesh = mesh_of(target(topology), axes)
+    ints, floats = (
+        jax.ShapeDtypeStruct((rows, length), dtype, sharding=NamedSharding(mesh, Sharding.tokens))
+        for dtype in (jnp.int32, jnp.float32)
+    )
+    with jax.set_mesh(mesh):
+        traced = make_train_step(config, mesh).trace(  # type: ignore[attr-defined]
+            abstract_state(config, mesh), Batch(ints, ints, ints, floats)
+        )
+        text: str = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    return text
+
+
+def loops(hlo: str) -> Iterator[dict[str, Any]]:
+    """Of each loop's body: pass, cycles, and the largest instructions; those of the fewest cycles are left out.
+
+    Args:
+      hlo: text of the optimised module.
+    """
+    bodies: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in hlo.splitlines():
+        if match := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+            name = match[2]
+            bodies[name] = []
+            entry = name if match[1] else entry
+        elif name:
+            bodies[name].append(line)
+    reached: list[str] = []
+
+    def visit(name: str) -> None:
+        for line in bodies.get(name, ()):
+            if " conditional(" in line and FURTHER_ROUNDS in line:
+                continue
+            if match := re.search(r"body=%?([\w.\-]+)", line):
+                reached.append(match[1])
+                visit(match[1])
+
+    visit(entry)
+    for name in reached:
+        found = [
+            (int(match[1]), line.strip())
+            for line in bodies[name]
+            if (match := re.search(r'estimated_cycles":"(\d+)"', line))
+        ]
+        total = sum(cycles for cycles, _ in found)
+        if total < 1e6:
+            continue
+        text = "\n".join(bodies[name])
+        yield {
+            "loop": "layers" if "/moe/" in text else "loss" if "cross_entropy" in text else name,
+            "pass": "backward" if "transpose(jvp" in text else "forward",
+            "million_cycles": round(total / 1e6, 1),
+            "largest": [
+                [round(n / 1e6, 2), re.sub(r"\{.*?\}", "", line)[:90]]
+                for n, line in sorted(found)[: -_LARGEST - 1 : -1]
+            ],
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="qwen2-57b-a14b")
+    parser.add_argument("--topology", default="v5p:4x4x8")
+    parser.add_argument("--mesh", nargs="+", default=["fsdp=16", "expert=8"], metavar="AXIS=SIZE")
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--length", type=int, default=4096)
+    args = parser.parse_args()
+    axes = {axis: int(size) for axis, size in (part.split("=") for part in args.mesh)}
+    for found in loops(program(args.model, args.topology, axes, args.rows, args.length)):
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
