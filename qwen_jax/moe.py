@@ -300,10 +300,10 @@ _permuted.defvjp(
 )
 
 
-def _gated(gate_up: jax.Array, weights_A: jax.Array) -> jax.Array:
+def _gated(gate_up: jax.Array, weights: jax.Array) -> jax.Array:
     """SwiGLU times the weight, which goes before the product: then its gradient needs nothing of the result."""
     gate, up = jnp.split(gate_up, 2, axis=-1)
-    return jax.nn.silu(gate) * up * weights_A[:, None]
+    return jax.nn.silu(gate) * up * weights[..., None]
 
 
 def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
@@ -495,8 +495,7 @@ def _capacity(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
         return gate_up, (weight_S, (token_S,)), routing, meanwhile
 
     def second(params: Any, gate_up: jax.Array, weight_ec: jax.Array, x_btD: jax.Array, where: Any) -> jax.Array:
-        gate, up = jnp.split(gate_up, 2, axis=-1)
-        h = jax.nn.silu(gate) * up * weight_ec[..., None]
+        h = _gated(gate_up, weight_ec)
         y = _given_back(einsum_f32("ecf,edf->ecd", h, gather(params[3], 1)).astype(h.dtype))
         out = jnp.zeros((N, y.shape[-1]), jnp.float32)
         return out.at[where[0]].add(y.reshape(E * room, -1).astype(jnp.float32), mode="drop")

@@ -124,6 +124,20 @@ class Collective:
     crosses_slices: bool = False
 
 
+def computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
+    """Name of a compiled program's entry, and the lines of each of its computations by name."""
+    bodies: dict[str, list[str]] = {}
+    entry, name = "", ""
+    for line in hlo.splitlines():
+        if match := _COMPUTATION.match(line):
+            name = match[1]
+            bodies[name] = []
+            entry = name if line.startswith("ENTRY") else entry
+        elif name:
+            bodies[name].append(line)
+    return entry, bodies
+
+
 def collectives(hlo: str, devices: int, num_slices: int = 1) -> list[Collective]:
     """Reads the collectives out of a compiled program.
 
@@ -136,15 +150,7 @@ def collectives(hlo: str, devices: int, num_slices: int = 1) -> list[Collective]
       devices: that it is for.
       num_slices: devices are numbered slice by slice.
     """
-    bodies: dict[str, list[str]] = {}
-    entry, name = "", ""
-    for line in hlo.splitlines():
-        if match := _COMPUTATION.match(line):
-            name = match[1]
-            bodies[name] = []
-            entry = name if line.startswith("ENTRY") else entry
-        elif name:
-            bodies[name].append(line)
+    entry, bodies = computations(hlo)
     times: dict[str, int] = defaultdict(int)
 
     def visit(name: str, multiple: int) -> None:

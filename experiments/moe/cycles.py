@@ -25,6 +25,7 @@ from qwen_jax.sharding import Sharding
 from train.data.batch import Batch
 from train.optimizer import OptimizerConfig, Schedule
 from train.pretrain import PretrainConfig, abstract_state, make_train_step
+from train.programs import computations
 from train.topology import mesh_of, target
 
 _LARGEST = 6
@@ -53,15 +54,7 @@ def loops(hlo: str) -> Iterator[dict[str, Any]]:
     Args:
       hlo: text of the optimised module.
     """
-    bodies: dict[str, list[str]] = {}
-    name = entry = ""
-    for line in hlo.splitlines():
-        if match := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
-            name = match[2]
-            bodies[name] = []
-            entry = name if match[1] else entry
-        elif name:
-            bodies[name].append(line)
+    entry, bodies = computations(hlo)
     reached: list[str] = []
 
     def visit(name: str) -> None:
@@ -85,7 +78,8 @@ def loops(hlo: str) -> Iterator[dict[str, Any]]:
         text = "\n".join(bodies[name])
         yield {
             "loop": "layers" if "/moe/" in text else "loss" if "cross_entropy" in text else name,
-            "pass": "backward" if "transpose(jvp" in text else "forward",
+            # Either has something of the other: a constant, or what is made again.
+            "pass": "backward" if text.count("transpose(jvp") > text.count("/jvp(") else "forward",
             "million_cycles": round(total / 1e6, 1),
             "largest": [
                 [round(n / 1e6, 2), re.sub(r"\{.*?\}", "", line)[:90]]
