@@ -1,7 +1,9 @@
 """Checkpoints: an interrupted run is the uninterrupted one, and a wrong model, tokenizer or data is refused."""
 
+import asyncio
 import contextlib
 import dataclasses
+import gc
 import json
 import threading
 
@@ -282,3 +284,19 @@ def test_a_checkpoint_restores_onto_another_mesh_bit_for_bit(mesh, tmp_path, tok
         restored = checkpoints.restore(abstract_state(CONFIG, other))
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(restored)} == {8}
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
+
+
+def test_lack_of_room_is_not_told_once_more_for_each_array(tmp_path, tokenizer, caplog):
+    """What Orbax raises is the first error; asyncio logs those of other arrays, and must go on to log other kinds."""
+
+    async def write(text: str) -> None:
+        raise ValueError(text)
+
+    async def write_all() -> None:
+        tasks = [asyncio.create_task(write(text)) for text in ("full [os_error_code='28']", "another")]
+        await asyncio.wait(tasks)
+
+    with Checkpoints(tmp_path / "run", MODEL, tokenizer):
+        asyncio.run(write_all())
+        gc.collect()
+    assert [str(record.exc_info[1]) for record in caplog.records if record.name == "asyncio"] == ["another"]

@@ -99,6 +99,7 @@ class Checkpoints:
             "about": ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        logging.getLogger("asyncio").addFilter(_not_for_lack_of_room)
         with self._room():
             self._label()
 
@@ -369,6 +370,16 @@ def _no_room(error: BaseException) -> str | None:
         return os.strerror(error.errno) if error.errno in NO_ROOM else None
     codes = [int(code) for code in re.findall(r"os_error_code='(\d+)'", str(error))]
     return next((os.strerror(code) for code in codes if code in NO_ROOM), None)
+
+
+def _not_for_lack_of_room(record: logging.LogRecord) -> bool:
+    """Whether a record is about anything else.
+
+    Orbax writes many arrays at once and raises the error of the first that finds no room; asyncio would log those of
+    the others, a traceback for each, beside the message that says all there is to say.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or _no_room(error) is None
 
 
 def _free(folder: Path) -> int:
