@@ -174,6 +174,12 @@ def _exchange(
     if kernels.platform() == "cpu":
         places_ne, from_ne = (lax.all_to_all(x, AXIS, 0, 0) for x in (there_ne, starts_ne))
         return _pick(rows, size, received_ne, places_ne, from_ne)
-    room = lax.empty((size, *rows.shape[1:]), rows.dtype)
-    pieces = (x.reshape(-1) for x in (starts_ne, sent_ne, there_ne, received_ne))
-    return lax.ragged_all_to_all(rows, room, *pieces, axis_name=AXIS)
+
+    # A call that JAX does not look into: else it would move the buffer, which depends on nothing, out of a loop over
+    # layers, and each layer would have to copy it.
+    @jax.custom_batching.sequential_vmap
+    def receive(rows: jax.Array, *pieces: jax.Array) -> jax.Array:
+        return lax.ragged_all_to_all(rows, lax.empty((size, *rows.shape[1:]), rows.dtype), *pieces, axis_name=AXIS)
+
+    received: jax.Array = receive(rows, *(x.reshape(-1) for x in (starts_ne, sent_ne, there_ne, received_ne)))
+    return received

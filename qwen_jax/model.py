@@ -145,11 +145,11 @@ class Block(nnx.Module):
                 gate, up = again(lambda norm, mlp, x: mlp.gate_and_up(norm(x)), (norm, self.mlp), x_BTD)
                 return again(lambda mlp, x, *h: x + mlp.down_swiglu(*h), (self.mlp,), x_BTD, gate, up), None
         with jax.named_scope("moe"):
-            out, routing, _ = self.moe.routed(x_BTD, norm.weight[...], valid_BT, keep_dots=True)
             gate, up = again(lambda norm, mlp, x: mlp.gate_and_up(norm(x)), (norm, self.moe.shared), x_BTD)
             shared = again(lambda mlp, *h: mlp.down_swiglu(*h), (self.moe.shared,), gate, up)
             gated = again(lambda norm, moe, x, y: moe.gated(norm(x), y), (norm, self.moe), x_BTD, shared)
-            return x_BTD + (out + gated), routing
+            out, routing = self.moe.routed(x_BTD, norm.weight[...], valid_BT, gated, keep_dots=True)
+            return x_BTD + out, routing
 
 
 class Qwen2(nnx.Module):

@@ -114,10 +114,6 @@ class MoE(nnx.Module):
     ) -> tuple[jax.Array, Routing | None]:
         """What all experts add.
 
-        While rows travel the shared expert works: no routed one begins before gate and up of the shared one are there,
-        and nobody reads their sum before its result is. So a compiler has products to put into both exchanges, where
-        it finds that these take long enough.
-
         Args:
           x_BTD, norm_D, valid_BT: see `routed`.
           h_BTD: the stream, after the norm.
@@ -125,34 +121,30 @@ class MoE(nnx.Module):
         Returns:
           [B, T, D], and the routing.
         """
-        if not self.sharding.exchanges:
-            out, routing, _ = self.routed(x_BTD, norm_D, valid_BT)
-            return out + self.gated(h_BTD, self.shared(h_BTD)), routing
-        out, routing, gate_up = self.routed(x_BTD, norm_D, valid_BT, self.shared.gate_and_up(h_BTD))
-        gated = self.gated(h_BTD, self.shared.down_swiglu(*gate_up))
-        # Tied last: no gradient needs what is summed, and a backward pass that makes all else again leaves it out.
-        out, gated = lax.optimization_barrier((out, gated))
-        return out + gated, routing
+        return self.routed(x_BTD, norm_D, valid_BT, self.gated(h_BTD, self.shared(h_BTD)))
 
     def routed(
         self,
         x_BTD: jax.Array,
         norm_D: jax.Array,
         valid_BT: jax.Array | None,
-        meanwhile: tuple[jax.Array, ...] = (),
+        shared_BTD: jax.Array,
         keep_dots: bool = False,
-    ) -> tuple[jax.Array, Routing | None, tuple[jax.Array, ...]]:
-        """What the routed experts add.
+    ) -> tuple[jax.Array, Routing | None]:
+        """What the routed experts add, and the shared one.
+
+        Nothing but the sum, which is made as soon as rows are back, needs both: a compiler has the products of the
+        shared expert to put into the exchanges.
 
         Args:
           x_BTD: the stream, before the norm.
           norm_D: weight of the norm.
           valid_BT: which tokens are not padding, and with it, that a `Routing` is wanted; None: all, and none.
-          meanwhile: [B, T, F] each, what is to be made while rows travel: experts here wait for it, too.
-          keep_dots: see `How`; goes without `meanwhile`, which would be kept twice.
+          shared_BTD: what the shared expert adds.
+          keep_dots: see `How`.
 
         Returns:
-          [B, T, D], the routing, and `meanwhile`, for what comes after.
+          [B, T, D], and the routing.
         """
         spec, options, moe = self.sharding, self.options, self.config.moe
         assert moe is not None
@@ -164,16 +156,16 @@ class MoE(nnx.Module):
             functools.partial(_local, how),
             in_specs=(
                 spec.hidden, spec.norm, spec.router, spec.experts_gate_up, spec.experts_down,
-                spec.tokens if count else None, spec.feed_forward,
+                spec.tokens if count else None, spec.hidden,
             ),
-            out_specs=(spec.hidden, everywhere, spec.feed_forward),
+            out_specs=(spec.hidden, everywhere),
             check_vma=False,
         )  # fmt: skip
         dtype = x_BTD.dtype
         weights = self.router.weight[...], self.experts.gate_up[...], self.experts.down[...]
         with jax.named_scope("experts"):
-            result: tuple[jax.Array, Routing | None, tuple[jax.Array, ...]]
-            result = run(x_BTD, norm_D, *(w.astype(dtype) for w in weights), valid_BT, meanwhile)
+            result: tuple[jax.Array, Routing | None]
+            result = run(x_BTD, norm_D, *(w.astype(dtype) for w in weights), valid_BT, shared_BTD)
         return result
 
     def gated(self, h_BTD: jax.Array, shared_BTD: jax.Array) -> jax.Array:
@@ -185,29 +177,31 @@ class MoE(nnx.Module):
 
 def _local(
     how: How, x_btD: jax.Array, norm_D: jax.Array, router: jax.Array, gate_up: jax.Array, down: jax.Array, valid: Any,
-    meanwhile: Any,
-) -> tuple[jax.Array, Routing | None, Any]:  # fmt: skip
+    shared_btD: jax.Array,
+) -> tuple[jax.Array, Routing | None]:  # fmt: skip
     """One device's tokens."""
-    first, second = _capacity(how, x_btD) if how.capacity_factor else _dropless(how, x_btD)
+    first, second, further = _capacity(how, x_btD) if how.capacity_factor else _dropless(how, x_btD)
     params = norm_D, router, gate_up, down
     if how.keep_dots:
         # Chosen once: a second choice could be another one by a rounding, and its rows would be in another order.
         x, norm, weight = lax.stop_gradient((x_btD, norm_D, router))
         ids = route(_norm(how, x, norm), gather(weight, 1), how.moe)[1]
-        kept, rows, routing, _ = recompute(first, params, x_btD, constants=(valid, ids))
-        out = recompute(second, params, kept, rows[0], x_btD, constants=(rows[1],))
+        kept, rows, routing = recompute(first, params, x_btD, constants=(valid, ids))
+        out = recompute(second, params, kept, rows[0], constants=(rows[1],))
     else:
-        kept, rows, routing, meanwhile = first(params, x_btD, valid, None, meanwhile)
-        out = second(params, kept, rows[0], x_btD, rows[1])
-    sums = ["tensor"] * (how.sharding.tensor > 1)
-    sums += [AXIS] * (how.sharding.expert > 1 and not how.sharding.exchanges)
-    out = lax.psum(out, tuple(sums)) if sums else out
-    return out.astype(x_btD.dtype).reshape(x_btD.shape), routing, meanwhile
+        kept, rows, routing = first(params, x_btD, valid, None)
+        out = second(params, kept, rows[0], rows[1])
+    # Summed before further rounds: of what is needed after them only, the TPU compiler puts nothing into the exchanges.
+    out = _sum(how, out) + shared_btD.reshape(out.shape)
+    out = further(out, (x_btD, *params), rows[1])
+    return out.astype(x_btD.dtype).reshape(x_btD.shape), routing
 
 
-def _tied(rows: jax.Array, meanwhile: Any) -> tuple[jax.Array, Any]:
-    """Rows that have come, and what was made meanwhile: neither is used before both are there."""
-    return lax.optimization_barrier((rows, meanwhile)) if meanwhile else (rows, meanwhile)
+def _sum(how: How, out_ND: jax.Array) -> jax.Array:
+    """The sum over devices that have parts of it."""
+    axes = ["tensor"] * (how.sharding.tensor > 1)
+    axes += [AXIS] * (how.sharding.expert > 1 and not how.sharding.exchanges)
+    return lax.psum(out_ND, tuple(axes)) if axes else out_ND
 
 
 def _norm(how: How, x_btD: jax.Array, norm_D: jax.Array) -> jax.Array:
@@ -306,8 +300,8 @@ def _gated(gate_up: jax.Array, weights: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up * weights[..., None]
 
 
-def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
-    """The routed part in two pieces: up to the first products, and after."""
+def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any, Any]:
+    """The routed part in pieces: up to the first products; the others; and what comes after all is summed."""
     moe, spec = how.moe, how.sharding
     E, k, n = moe.num_experts, moe.num_experts_per_tok, spec.expert
     N = x_btD.shape[0] * x_btD.shape[1]
@@ -316,9 +310,7 @@ def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
     room = min(math.ceil(ROOM * A), most)
     few = A <= _FEW and n == 1 and not how.count
 
-    def first(
-        params: Any, x_btD: jax.Array, valid: jax.Array | None, ids: jax.Array | None, meanwhile: Any = ()
-    ) -> Any:
+    def first(params: Any, x_btD: jax.Array, valid: jax.Array | None, ids: jax.Array | None) -> Any:
         norm_D, router_ED, gate_up_e2FD, _ = params
         x_ND = _norm(how, x_btD, norm_D)
         weights, ids, logits = route(x_ND, gather(router_ED, 1), moe, ids)
@@ -328,7 +320,7 @@ def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
         if few:
             ids_A = ids.reshape(-1)
             rows = [_one(w, ids_A[a], x_ND[a // k]) for a in range(A)]
-            return jnp.stack(rows), (weights.reshape(-1), (ids_A,)), routing, meanwhile
+            return jnp.stack(rows), (weights.reshape(-1), (ids_A,)), routing
         wanted = ids if valid_N is None else jnp.where(valid_N[:, None], ids, E)
         here_A = wanted.reshape(-1)
         if n > 1 and not spec.exchanges:
@@ -344,27 +336,30 @@ def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
         if spec.exchanges:
             plan = parcels(sizes, n)
             now = plan.part(0, room)
-            rows_AD, meanwhile = _tied(send(rows_AD, now, room), meanwhile)
-            weights_A, sizes = send_numbers(weights_A, now, room), now.sizes_e
+            rows_AD, weights_A, sizes = send(rows_AD, now, room), send_numbers(weights_A, now, room), now.sizes_e
         gate_up = grouped_matmul(rows_AD, w, sizes, expected=A, fill=not spec.exchanges, implementation=how.grouped)
-        return gate_up, (weights_A, (order, inverse, sizes, plan, ids)), routing, meanwhile
+        return gate_up, (weights_A, (order, inverse, sizes, plan, ids)), routing
 
-    def second(params: Any, gate_up: jax.Array, weights_A: jax.Array, x_btD: jax.Array, where: Any) -> jax.Array:
+    def second(params: Any, gate_up: jax.Array, weights_A: jax.Array, where: Any) -> jax.Array:
         down = gather(params[3], 1)
         h = _gated(gate_up, weights_A)
         if few:
             (ids_A,) = where
             y = jnp.stack([_one(down, ids_A[a], h[a]) for a in range(A)])
             return y.reshape(N, k, -1).astype(jnp.float32).sum(1)
-        order, inverse, sizes, plan, ids = where
+        order, inverse, sizes, plan, _ = where
         y = grouped_matmul(h, down, sizes, expected=A, fill=plan is None, implementation=how.grouped)
         if plan is not None:
             y = send_back(y, plan.part(0, room), A)
-            if room < most:
-                y = _further_rounds(how, room, y, (x_btD, *params), (order, inverse, plan, ids))
         return _summed(y, order, inverse, k)
 
-    return first, second
+    def further(out_ND: jax.Array, of: Any, where: Any) -> jax.Array:
+        if not spec.exchanges or room == most:
+            return out_ND
+        order, inverse, _, plan, ids = where
+        return _further_rounds(how, room, out_ND, of, (order, inverse, plan, ids))
+
+    return first, second, further
 
 
 def _matrices(gate_up_e2FD: jax.Array) -> jax.Array:
@@ -374,26 +369,26 @@ def _matrices(gate_up_e2FD: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _further_rounds(how: How, room: int, y_AD: jax.Array, of: Any, where: Any) -> jax.Array:
+def _further_rounds(how: How, room: int, out_ND: jax.Array, of: Any, where: Any) -> jax.Array:
     """Adds results of rows that a device had no room for at first: none, if experts are anything like balanced.
 
     The backward pass makes all of a round again.
 
     Args:
       how, room: static: see there, and rows of a round.
-      y_AD: results of the first round, by expert; zeros for other rows.
+      out_ND: what the first round has come to, float32.
       of: tokens; weights of norm, router and experts, as they lie.
       where: order and its inverse, all parcels, and the experts chosen.
     """
     rounds = _rounds(where[2], room)
 
-    def run(y_AD: jax.Array) -> jax.Array:
+    def run(out_ND: jax.Array) -> jax.Array:
         given = _to_exchange(how, where, *of)
-        return lax.fori_loop(1, rounds, lambda i, y: y + _round(how, room, where[2], i, *given), y_AD)
+        return lax.fori_loop(1, rounds, lambda i, out: out + _round(how, room, where, i, *given), out_ND)
 
     # Weights are gathered for it, too: only where it is needed.
     with jax.named_scope(FURTHER_ROUNDS):
-        result: jax.Array = lax.cond(rounds > 1, run, lambda y: y, y_AD)
+        result: jax.Array = lax.cond(rounds > 1, run, lambda out: out, out_ND)
     return result
 
 
@@ -405,7 +400,7 @@ def _further_rounds_backward(how: How, room: int, kept: Any, by: jax.Array) -> A
         given, back = jax.vjp(functools.partial(_to_exchange, how, where), *of)
 
         def one(i: jax.Array, sums: Any) -> Any:
-            parts = jax.vjp(functools.partial(_round, how, room, where[2], i), *given)[1](by)
+            parts = jax.vjp(functools.partial(_round, how, room, where, i), *given)[1](by)
             return jax.tree.map(lambda sum, x: sum + x.astype(jnp.float32), sums, parts)
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), given)
@@ -439,16 +434,18 @@ def _to_exchange(
 
 
 def _round(
-    how: How, room: int, plan: Parcels, i: jax.Array, rows_AD: jax.Array, weights_A: jax.Array, gate_up: jax.Array,
+    how: How, room: int, where: Any, i: jax.Array, rows_AD: jax.Array, weights_A: jax.Array, gate_up: jax.Array,
     down: jax.Array,
 ) -> jax.Array:  # fmt: skip
-    """Results, by expert, of the rows of one round; zeros for others."""
+    """What the rows of one round come to, [N, D]."""
+    order, inverse, plan, _ = where
     now = plan.part(i * room, room)
     rows, weights = send(rows_AD, now, room), send_numbers(weights_A, now, room)
     multiply = functools.partial(
         grouped_matmul, sizes_G=now.sizes_e, expected=len(rows_AD), fill=False, implementation=how.grouped
     )
-    return send_back(multiply(_gated(multiply(rows, gate_up), weights), down), now, len(rows_AD))
+    y = send_back(multiply(_gated(multiply(rows, gate_up), weights), down), now, len(rows_AD))
+    return _sum(how, _summed(y, order, inverse, how.moe.num_experts_per_tok))
 
 
 def _one(w_ENK: jax.Array, group: jax.Array, x_K: jax.Array) -> jax.Array:
@@ -459,7 +456,7 @@ def _one(w_ENK: jax.Array, group: jax.Array, x_K: jax.Array) -> jax.Array:
 # --- capacity --------------------------------------------------------------------------------------------------------
 
 
-def _capacity(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
+def _capacity(how: How, x_btD: jax.Array) -> tuple[Any, Any, Any]:
     """The same with room for so many of a device's tokens in each expert, first come, first served.
 
     What is exchanged and multiplied has one size whatever the router does (GShard, arXiv:2006.16668, section 2.2).
@@ -470,9 +467,7 @@ def _capacity(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
     room = min(math.ceil(how.capacity_factor * N * k / E), N)
     e = E // n
 
-    def first(
-        params: Any, x_btD: jax.Array, valid: jax.Array | None, ids: jax.Array | None, meanwhile: Any = ()
-    ) -> Any:
+    def first(params: Any, x_btD: jax.Array, valid: jax.Array | None, ids: jax.Array | None) -> Any:
         norm_D, router_ED, gate_up_e2FD, _ = params
         x_ND = _norm(how, x_btD, norm_D)
         weights, ids, logits = route(x_ND, gather(router_ED, 1), moe, ids)
@@ -490,11 +485,10 @@ def _capacity(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
         weight_S = jnp.zeros((slots,), weights.dtype).at[slot_A].set(weights.reshape(-1), mode="drop")
         w = _matrices(gate_up_e2FD)
         rows, weight_S = _mine(rows), _mine(weight_S)
-        rows, meanwhile = _tied(rows, meanwhile)
         gate_up = einsum_f32("ecd,efd->ecf", rows, w).astype(rows.dtype)
-        return gate_up, (weight_S, (token_S,)), routing, meanwhile
+        return gate_up, (weight_S, (token_S,)), routing
 
-    def second(params: Any, gate_up: jax.Array, weight_ec: jax.Array, x_btD: jax.Array, where: Any) -> jax.Array:
+    def second(params: Any, gate_up: jax.Array, weight_ec: jax.Array, where: Any) -> jax.Array:
         h = _gated(gate_up, weight_ec)
         y = _given_back(einsum_f32("ecf,edf->ecd", h, gather(params[3], 1)).astype(h.dtype))
         out = jnp.zeros((N, y.shape[-1]), jnp.float32)
@@ -514,4 +508,4 @@ def _capacity(how: How, x_btD: jax.Array) -> tuple[Any, Any]:
         own = jnp.zeros((n, *y.shape), y.dtype)
         return lax.dynamic_update_index_in_dim(own, y, lax.axis_index(AXIS), 0)
 
-    return first, second
+    return first, second, lambda out, of, where: out

@@ -8,6 +8,7 @@ import pytest
 from data_sets import make_rows
 
 from experiments.learning import compare, small
+from experiments.moe import learning
 from qwen_jax.config import published
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import train_bpe
@@ -92,3 +93,36 @@ def test_unfinished_and_missing_runs_are_no_verdict(tmp_path):
     (tmp_path / "ours-2" / "metrics.jsonl").unlink()
     with pytest.raises(InputError, match="at least two seeds"):
         compare.compare(tmp_path)
+
+
+# Mixtures
+
+
+@pytest.mark.parametrize("size", learning.SIZES)
+def test_a_mixture_is_compared_with_a_dense_model_of_as_many_active_parameters(size):
+    dense, moe, scratch, upcycled = (learning.config(kind, "run", size=size).model for kind in learning.RUNS)
+    router_and_gate = moe.num_layers * (moe.moe.num_experts + 1) * moe.hidden_size
+    assert moe.num_params()["active"] == dense.num_params()["active"] + router_and_gate
+    assert scratch == upcycled
+    assert scratch.moe.shared_intermediate_size == dense.intermediate_size
+    assert dense.intermediate_size % scratch.moe.intermediate_size == 0
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(0.021, True), (0.019, False), (-0.1, False)])
+def test_the_verdict_on_mixtures_is_the_stated_rule(tmp_path, gain, expected):
+    """Three seeds 0.02 apart deviate by 0.02; the last one of the mixture has not come as far and does not count."""
+    for kind in learning.RUNS:
+        for seed in range(4):
+            end = 30 if (kind, seed) == ("moe", 3) else 40
+            log = [{"step": step, "loss": 9.0 / step} for step in range(1, end + 1)]
+            log[-1:] = [{"step": end, "held_out_text_loss": 3.0 + 0.02 * seed - gain * (kind in ("moe", "upcycled"))}]
+            log[0] |= dict.fromkeys(("load_entropy", "load_max", "router_entropy"), 0.5)
+            (tmp_path / f"{kind}-{seed}").mkdir()
+            (tmp_path / f"{kind}-{seed}" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+    result = learning.judge(tmp_path)
+    verdict = result["moe_minus_dense"]
+    assert verdict["as_expected"] is expected
+    np.testing.assert_allclose(verdict["seeds"], [-gain] * 3, atol=1e-9)
+    np.testing.assert_allclose(verdict["seed_deviation"], 0.02, atol=1e-9)
+    assert len(result["upcycled_minus_scratch"]["seeds"]) == 4
+    assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG")

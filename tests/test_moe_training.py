@@ -126,7 +126,7 @@ def test_layouts_agree(axes: dict[str, int], changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("axes", "changes"),
     [
-        ({"expert": 2, "fsdp": 2}, {"remat": "none"}),
+        ({"expert": 2, "fsdp": 2, "tensor": 2}, {"remat": "none"}),
         ({"expert": 4}, {"remat": "dots", "accumulation": 2}),
         ({"expert": 8}, {"remat": "full"}),
     ],

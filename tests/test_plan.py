@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import train.plan as plan_module
+from experiments.moe import cycles
 from qwen_jax import sharding
 from qwen_jax.cli import main
 from qwen_jax.config import ModelConfig, MoE, published
@@ -279,9 +280,26 @@ def test_compiled_for_a_pod_the_shared_expert_works_while_rows_travel(capacity_f
     with jax.set_mesh(mesh):
         traced = make_train_step(config, mesh).trace(state, batch)  # type: ignore[attr-defined]
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    to, *_, back = _meanwhile(compiled.as_text())
+    text = compiled.as_text()
+    to, *_, back = _meanwhile(text)
     assert to == {"BTD,FD->BTF"}
     assert back == {"BTF,DF->BTD"}
+    # What arrives comes into buffers that are there for it, and nothing is copied into them beforehand.
+    buffers = set(re.findall(r" ragged-all-to-all(?:-start)?\(%[\w.\-]+, %(\w+)", text))
+    assert buffers == (set() if capacity_factor else {"empty"})
+
+
+@needs_libtpu
+def test_cycles_of_a_layer_are_those_of_its_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled for 4 chips of v5p: a loop over layers forward and one backward, which is the longer one."""
+    small = ModelConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=4, num_heads=2, num_kv_heads=2, head_dim=128,
+        tie_word_embeddings=False, moe=MoE(8, 2, 128, 256),
+    )  # fmt: skip
+    monkeypatch.setattr(cycles, "published", lambda name: small)
+    text = cycles.program("small", "v5p:2x2x1", {"fsdp": 2, "expert": 2}, 4, 512)
+    found = {(loop["loop"], loop["pass"]): loop["million_cycles"] for loop in cycles.loops(text, least=1.0)}
+    assert 0 < found["layers", "forward"] < found["layers", "backward"]
 
 
 _CONFIG = """

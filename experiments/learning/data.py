@@ -3,8 +3,9 @@
     python -m experiments.learning.data --folder learning-run
 
 Files of 200 bytes to 1 MB that are UTF-8 text, each text once, in a seeded order up to `--megabytes`. Some 4 MB of
-documents are held out; neither the tokenizer (trained on a part of the others) nor the training rows see them. What was
-used is in `data.json`: the text differs from one installation to the next, so compare only runs on the same rows.
+documents, at most a twentieth, are held out; neither the tokenizer (trained on a part of the others) nor the training
+rows see them. What was used is in `data.json`: the text differs from one installation to the next, so compare only runs
+on the same rows.
 """
 
 import argparse
@@ -47,7 +48,14 @@ def find_text(max_bytes: int, seed: int, folders: list[str] | None = None) -> li
     return list({hashlib.sha256(text.encode()).digest(): text for text in texts}.values())
 
 
-def make(folder: Path, max_megabytes: float, folders: list[str] | None = None, workers: int | None = None) -> dict:
+def make(
+    folder: Path,
+    max_megabytes: float,
+    folders: list[str] | None = None,
+    workers: int | None = None,
+    vocab_size: int = VOCAB_SIZE,
+    length: int = LENGTH,
+) -> dict:
     """Tokenizer, training rows and held-out rows.
 
     Args:
@@ -55,6 +63,8 @@ def make(folder: Path, max_megabytes: float, folders: list[str] | None = None, w
       max_megabytes: text to read at most.
       folders: where to look for it; see `find_text`.
       workers: processes that tokenize; by default one for each core.
+      vocab_size: of the tokenizer.
+      length: of a row, in tokens.
 
     Returns:
       The content of `data.json`.
@@ -67,12 +77,12 @@ def make(folder: Path, max_megabytes: float, folders: list[str] | None = None, w
     begin = time.perf_counter()
     texts = find_text(int(max_megabytes * 1e6), 0, folders)
     num_bytes = sum(len(text.encode()) for text in texts)
-    training, held_out = split_documents(texts, min(_HELD_OUT_BYTES / num_bytes, 0.1), 0)
+    training, held_out = split_documents(texts, min(_HELD_OUT_BYTES / num_bytes, 0.05), 0)
     seen = np.cumsum([len(text) for text in training])
-    tokenizer = train_bpe(training[: int(np.searchsorted(seen, _TOKENIZER_BYTES)) + 1], VOCAB_SIZE)
-    if tokenizer.vocab_size != VOCAB_SIZE:
+    tokenizer = train_bpe(training[: int(np.searchsorted(seen, _TOKENIZER_BYTES)) + 1], vocab_size)
+    if tokenizer.vocab_size != vocab_size:
         raise InputError(
-            f"The text gives a tokenizer of {tokenizer.vocab_size} ids, the model has {VOCAB_SIZE}. Give more text."
+            f"The text gives a tokenizer of {tokenizer.vocab_size} ids, the model has {vocab_size}. Give more text."
         )
     tokenizer.save(folder / "tokenizer")
     about = {
@@ -90,7 +100,7 @@ def make(folder: Path, max_megabytes: float, folders: list[str] | None = None, w
             if lines:
                 (source / f"{part:02d}.jsonl").write_text(lines, encoding="utf-8")
         config = BuildConfig(
-            (str(source),), folder / "tokenizer", LENGTH, folder / name, workers=workers, unit_megabytes=8
+            (str(source),), folder / "tokenizer", length, folder / name, workers=workers, unit_megabytes=8
         )
         manifest = build(config)
         about[name] = {
@@ -113,9 +123,11 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=300, help="text to read at most")
     parser.add_argument("--text", nargs="+", help="folders to take the text from instead")
     parser.add_argument("--workers", type=int, help="processes that tokenize; by default one for each core")
+    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="ids of the tokenizer")
+    parser.add_argument("--length", type=int, default=LENGTH, help="of a row, in tokens")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    print(json.dumps(make(args.folder, args.megabytes, args.text, args.workers)))
+    print(json.dumps(make(args.folder, args.megabytes, args.text, args.workers, args.vocab_size, args.length)))
 
 
 if __name__ == "__main__":

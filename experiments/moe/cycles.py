@@ -40,19 +40,19 @@ def program(model: str, topology: str, axes: dict[str, int], rows: int, length: 
         jax.ShapeDtypeStruct((rows, length), dtype, sharding=NamedSharding(mesh, Sharding.tokens))
         for dtype in (jnp.int32, jnp.float32)
     )
+    state, batch = abstract_state(config, mesh), Batch(ints, ints, ints, floats)
     with jax.set_mesh(mesh):
-        traced = make_train_step(config, mesh).trace(  # type: ignore[attr-defined]
-            abstract_state(config, mesh), Batch(ints, ints, ints, floats)
-        )
+        traced = make_train_step(config, mesh).trace(state, batch)  # type: ignore[attr-defined]
         text: str = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
     return text
 
 
-def loops(hlo: str) -> Iterator[dict[str, Any]]:
-    """Of each loop's body: pass, cycles, and the largest instructions; those of the fewest cycles are left out.
+def loops(hlo: str, least: float = 1e6) -> Iterator[dict[str, Any]]:
+    """Of each loop's body: pass, cycles, and the largest instructions.
 
     Args:
       hlo: text of the optimised module.
+      least: cycles below which a loop is left out.
     """
     entry, bodies = computations(hlo)
     reached: list[str] = []
@@ -73,7 +73,7 @@ def loops(hlo: str) -> Iterator[dict[str, Any]]:
             if (match := re.search(r'estimated_cycles":"(\d+)"', line))
         ]
         total = sum(cycles for cycles, _ in found)
-        if total < 1e6:
+        if total < least:
             continue
         text = "\n".join(bodies[name])
         yield {

@@ -4,21 +4,28 @@
     python -m experiments.moe.learning --folder moe-run --seeds 0 1
     python -m experiments.moe.learning --folder moe-run --picture     # draws and judges what has been run
 
+and on a CPU, in under an hour:
+
+    python -m experiments.learning.data --folder moe-cpu --megabytes 24 --vocab-size 1024 --length 256
+    python -m experiments.moe.learning --folder moe-cpu --size cpu --seeds 0 1
+
 Four runs a seed, on the same rows in the same order:
 
-- `dense`: 8 layers, 512 wide, feed-forward 1,536.
-- `moe`: the same body; 64 experts of 128, 8 to a token, and a shared one of 512: as many active parameters.
-- `scratch`: 32 experts of 384, 4 to a token, and a shared one of 1,536, for a third of the steps.
+- `dense`.
+- `moe`: the same body; experts and a shared one, in all 5.7 times as wide as the dense model's feed-forward layer, of
+  which a token takes as much as that has.
+- `scratch`: another mixture, for a third of the steps, whose shared expert is as wide as the dense model's.
 - `upcycled`: the same, its weights from the end of `dense` by `qwen-jax upcycle`'s recipe.
 
 What must come out, fixed before anything was measured: `moe` below `dense` in held-out loss after as many tokens, and
 `upcycled` below `scratch`, by more than the standard deviation between seeds. Leaves the runs' folders, `learning.json`
-and `learning.png` in the folder. Hardware: meant for one GPU; `--set` makes everything smaller.
+and `learning.png` in the folder. `--size gpu`, the default, is for one GPU.
 """
 
 import argparse
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +37,56 @@ from convert.upcycle import Recipe, upcycle
 from experiments.learning import small
 from experiments.learning.compare import HELD_OUT, series, smooth
 from qwen_jax.config import MoE
+from qwen_jax.tokenizer import CONTROL_TOKENS
 from train.config import RunConfig, Stage, set_fields
 from train.metrics import read_log
 from train.optimizer import Schedule
 from train.run import pretrain
 
 RUNS = {"dense": "#8a8a8a", "moe": "#3b6fb6", "scratch": "#d1662b", "upcycled": "#3f8f5b"}
-_WIDTH = 1536
-_MIXTURES = {
-    "moe": MoE(64, 8, 128, 512, norm_topk_prob=True, router_aux_loss_coef=0.01),
-    "scratch": MoE(32, 4, 384, _WIDTH, norm_topk_prob=True, router_aux_loss_coef=0.01),
-}
 
 
-def config(kind: str, folder: str, seed: int = 0, steps: int = 1500) -> RunConfig:
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How large all is.
+
+    Attributes:
+      model: what differs from the model of `experiments.learning.small`; its `intermediate_size` is that of `dense`.
+      moe, scratch: the mixtures.
+      peak: learning rate.
+      length, batch_size: of rows.
+      run: other settings of all runs.
+    """
+
+    model: Mapping[str, Any]
+    moe: MoE
+    scratch: MoE
+    peak: float
+    length: int
+    batch_size: int
+    run: Mapping[str, Any]
+
+
+def _mixture(num_experts: int, num_experts_per_tok: int, width: int, shared: int) -> MoE:
+    return MoE(num_experts, num_experts_per_tok, width, shared, norm_topk_prob=True, router_aux_loss_coef=0.01)
+
+
+SIZES = {
+    "gpu": Size(
+        {"intermediate_size": 1536}, _mixture(32, 4, 256, 512), _mixture(32, 4, 384, 1536), 1e-3, small.LENGTH, 64, {}
+    ),
+    "cpu": Size(
+        {
+            "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 192, "num_layers": 4, "num_heads": 4,
+            "head_dim": 16, "max_position_embeddings": 256, "eos_token_ids": (1024 - len(CONTROL_TOKENS),),
+        },
+        _mixture(16, 2, 64, 64), _mixture(16, 2, 96, 192), 3e-3, 256, 16,
+        {"dtype": "float32", "remat": "none", "loss_chunk": 4096, "evaluate_every": 250},
+    ),
+}  # fmt: skip
+
+
+def config(kind: str, folder: str, seed: int = 0, steps: int = 1500, size: str = "gpu") -> RunConfig:
     """One of the runs.
 
     Args:
@@ -51,29 +94,29 @@ def config(kind: str, folder: str, seed: int = 0, steps: int = 1500) -> RunConfi
       folder: with the data; takes the runs.
       seed: of weights and data order.
       steps: of `dense` and `moe`; the others have a third.
+      size: of `SIZES`.
     """
-    base = small.config(folder, seed)
-    model = dataclasses.replace(base.model, intermediate_size=_WIDTH)
+    base, of = small.config(folder, seed), SIZES[size]
+    model = dataclasses.replace(base.model, **of.model)
     short = kind in ("scratch", "upcycled")
     if kind != "dense":
-        model = dataclasses.replace(model, moe=_MIXTURES["scratch" if short else "moe"])
+        model = dataclasses.replace(model, moe=of.scratch if short else of.moe)
     count = steps // 3 if short else steps
-    stage = base.stages[0]
-    schedule = Schedule(count, 1e-3, warmup_steps=min(100, count // 5))
-    return dataclasses.replace(
-        base,
-        output=str(Path(folder) / f"{kind}-{seed}"),
-        model=model,
-        stages=(Stage(schedule, stage.length, stage.batch_size, stage.mixture),),
-        initial=str(Path(folder) / f"start-{seed}") if kind == "upcycled" else None,
-        checkpoint_every=count if kind == "dense" else 0,
-    )
+    schedule = Schedule(count, of.peak, warmup_steps=min(100, count // 5))
+    settings: dict[str, Any] = {
+        "output": str(Path(folder) / f"{kind}-{seed}"),
+        "model": model,
+        "stages": (Stage(schedule, of.length, of.batch_size, base.stages[0].mixture),),
+        "initial": str(Path(folder) / f"start-{seed}") if kind == "upcycled" else None,
+        "checkpoint_every": count if kind == "dense" else 0,
+    }
+    return dataclasses.replace(base, **settings, **of.run)
 
 
-def run(folder: Path, seed: int, steps: int, changes: list[str]) -> None:
+def run(folder: Path, seed: int, steps: int, size: str, changes: list[str]) -> None:
     """All runs of a seed that are not done yet."""
     for kind in RUNS:
-        settings = set_fields(config(kind, str(folder), seed, steps), *changes)
+        settings = set_fields(config(kind, str(folder), seed, steps, size), *changes)
         if kind == "upcycled" and not (folder / f"start-{seed}").exists():
             moe = settings.model.moe
             assert moe is not None
@@ -154,12 +197,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("moe-run"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=1500, help="of dense and moe; the others have a third")
+    parser.add_argument("--size", choices=SIZES, default="gpu", help="of models and rows")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=C", help="change all runs")
     parser.add_argument("--picture", action="store_true", help="run nothing; judge and draw what there is")
     args = parser.parse_args()
     if not args.picture:
         for seed in args.seeds:
-            run(args.folder, seed, args.steps, args.set)
+            run(args.folder, seed, args.steps, args.size, args.set)
     print(json.dumps(judge(args.folder), indent=2))
 
 
