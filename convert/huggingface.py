@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from convert.names import LM_HEAD, Leaf, in_fused, is_ignored, leaves
+from convert.names import LM_HEAD, Leaf, check_names, in_fused, is_ignored, leaves
 from convert.placement import place
 from convert.safetensors import Entry, Writer, read_folder, read_rows, row_offset
 from convert.source import Source, Span, blocks
@@ -83,13 +83,7 @@ class SafetensorsSource:
             )
         tied_head = {LM_HEAD} if self.config.tie_word_embeddings else set()
         unknown = [name for name in found if name not in expected and name not in tied_head]
-        for names, what in ((missing, "lacks"), (unknown, "has unknown")):
-            if names:
-                raise InputError(
-                    f"{folder} {what} {len(names)} of the tensors of a Qwen2 model with {self.config.num_layers} "
-                    f"layers{self._experts()}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}. "
-                    "Check that config.json belongs to these weights."
-                )
+        check_names(folder, missing, unknown, self.config)
         shapes = {name: leaf.hf_shape for name, leaf in expected.items()}
         if tied_head & found.keys():
             shapes[LM_HEAD] = (self.config.vocab_size, self.config.hidden_size)
@@ -106,10 +100,6 @@ class SafetensorsSource:
                     f"{folder} stores {'.'.join(leaf.path)} in {' and '.join(sorted(dtypes))} in different layers; "
                     "expected one dtype. Save it in one with transformers."
                 )
-
-    def _experts(self) -> str:
-        moe = self.config.moe
-        return "" if moe is None else f" and {moe.num_experts} experts in {len(self.config.sparse_layers)} of them"
 
     def _compare_head(self) -> None:
         """Says so where a tied checkpoint carries a head of its own that differs: nobody would notice otherwise."""

@@ -7,9 +7,11 @@ a reshape of the same bytes.
 import dataclasses
 import math
 import re
+from collections.abc import Collection
 from typing import Any
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
 
 # Hugging Face name -> (path in the parameter tree, axes). Axes in parentheses are one axis there and two here.
 # Letters: V vocabulary, D hidden, H query heads, K key/value heads, d head_dim, F feed-forward, E experts, f width
@@ -188,3 +190,25 @@ def in_fused(name: str) -> tuple[str, tuple[int, int, int]] | None:
 def is_ignored(name: str) -> bool:
     """Whether a tensor on disk may be passed over: a buffer that the model computes by itself."""
     return _IGNORED.fullmatch(name) is not None
+
+
+def check_names(where: Any, missing: Collection[str], unknown: Collection[str], config: ModelConfig) -> None:
+    """Refuses a checkpoint that has other tensors than a model; the first of them are named.
+
+    Args:
+      where: the folder.
+      missing, unknown: names of tensors that it lacks, and that it should not have.
+      config: of the model.
+
+    Raises:
+      InputError: there are any.
+    """
+    moe = config.moe
+    experts = "" if moe is None else f" and {moe.num_experts} experts in {len(config.sparse_layers)} of them"
+    for names, what in ((missing, "lacks"), (unknown, "has unknown")):
+        if names:
+            raise InputError(
+                f"{where} {what} {len(names)} of the tensors of a Qwen2 model with {config.num_layers} "
+                f"layers{experts}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}. "
+                "Check that config.json belongs to these weights."
+            )

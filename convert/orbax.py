@@ -21,7 +21,7 @@ import tensorstore as ts
 from jax.sharding import Mesh
 from orbax.checkpoint import type_handlers
 
-from convert.names import Leaf, leaves
+from convert.names import Leaf, check_names, leaves
 from convert.placement import place
 from convert.safetensors import write_all
 from convert.source import BLOCK_BYTES, Source, Span, blocks, parse_dtype
@@ -136,13 +136,9 @@ class OrbaxSource:
             for path, store in jax.tree_util.tree_flatten_with_path(tree)[0]
         }
         expected = {leaf.path: leaf for leaf in leaves(self.config)}
-        odd = sorted(set(found) ^ set(expected))
-        if odd:
-            state = "has an unknown" if odd[0] in found else "lacks the"
-            raise InputError(
-                f"{self._path} {state} parameter {'.'.join(odd[0])} ({len(odd)} such). "
-                "Check that config.json belongs to these weights."
-            )
+        names = {path: ".".join(path) for path in {*found, *expected}}
+        missing, unknown = ([names[path] for path in x] for x in (expected.keys() - found, found.keys() - expected))
+        check_names(self._path, missing, unknown, self.config)
         for path, leaf in expected.items():
             store = found[path]
             if tuple(store.shape) != leaf.full_shape:

@@ -11,13 +11,14 @@ it leaves open is decided here:
 - The shared expert is the dense layer, if it is as wide, and begins half open: the sigmoid of nought. A wider one has
   silent neurons besides; a narrower one has some of the neurons and begins silent.
 - Output weights of experts are scaled by what the router takes away, so that all together are one dense layer. With
-  `norm_topk_prob`, virtual groups, and nothing drawn anew, the new model computes what the old one does.
+  `norm_topk_prob`, virtual groups, and nothing drawn anew, the new model computes what the old one does. Without
+  `norm_topk_prob` the router's rows are so small that all experts begin with nearly the same probability.
 """
 
 import dataclasses
 import functools
+import math
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,16 +51,19 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.reinit <= 1:
             raise InputError(f"reinit must be a fraction from 0 to 1, got {self.reinit}.")
+        if self.seed < 0:
+            raise InputError(f"seed must be at least 0, got {self.seed}.")
 
 
 class Upcycled:
     """The mixture as a `Source`: what is asked for is made of the dense checkpoint on the way.
 
     Attributes:
-      preserves: whether the new model computes what the old one does.
+      preserves: whether the new model computes what the old one does, but for `rounds`.
+      rounds: whether scaled output weights of experts are rounded to the dtype in which they are stored.
     """
 
-    workers = 1  # Tensors of one layer are made of the same ones.
+    workers = 1  # Tensors of one layer are made of the same ones, which are held.
 
     def __init__(self, dense: Source, recipe: Recipe) -> None:
         """
@@ -78,7 +82,6 @@ class Upcycled:
         self._dense, self._recipe, self.folder = dense, recipe, dense.folder
         self.config = dataclasses.replace(dense.config, moe=recipe.moe)
         self._of_dense = {leaf.path: leaf for leaf in leaves(dense.config)}
-        self._lock = threading.Lock()
         self._held: tuple[int, dict[str, np.ndarray]] = (-1, {})
         self._like: dict[str, tuple[float, float]] = {}  # mean and deviation of what is held
         moe, F = recipe.moe, dense.config.intermediate_size
@@ -88,6 +91,12 @@ class Upcycled:
         self._group = segments if whole else 0
         self._shared_has_all = moe.shared_intermediate_size >= F
         self.preserves = bool(self._group) and moe.norm_topk_prob and recipe.reinit == 0
+        # Of all neurons a token takes this many, with this weight, for this share of the layer's output.
+        taken = moe.num_experts_per_tok * moe.intermediate_size / F
+        each = 1 / moe.num_experts_per_tok if moe.norm_topk_prob else 1 / moe.num_experts
+        self._scale = (0.5 if self._shared_has_all else 1.0) / (taken * each)
+        stored = dense.dtype(self._of_dense[("layers", "mlp", "down", "weight")])
+        self.rounds = math.frexp(self._scale)[0] != 0.5 and stored != np.float32
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         return self._dense.dtype(self._of_dense.get(leaf.path, self._of_dense[("layers", "mlp", "up", "weight")]))
@@ -96,8 +105,7 @@ class Upcycled:
         return None
 
     def read(self, leaf: Leaf, tensors: slice, rows: slice) -> np.ndarray:
-        with self._lock:
-            made = [self._tensor(leaf, i, rows) for i in range(tensors.start, tensors.stop)]
+        made = [self._tensor(leaf, i, rows) for i in range(tensors.start, tensors.stop)]
         return np.stack(made).astype(self.dtype(leaf))
 
     def _tensor(self, leaf: Leaf, i: int, rows: slice) -> np.ndarray:
@@ -168,17 +176,14 @@ class Upcycled:
         anew = self._anew(layer, expert)
         if len(anew):
             weight[:, anew] = self._drawn(layer, "down", (weight.shape[0], len(anew)), _VALUES, layer, expert)
-        moe = self._recipe.moe
-        # Of all neurons a token takes this many, with this weight, for this share of the layer's output.
-        taken = moe.num_experts_per_tok * moe.intermediate_size / self.config.intermediate_size
-        each = 1 / moe.num_experts_per_tok if moe.norm_topk_prob else 1 / moe.num_experts
-        share = 0.5 if self._shared_has_all else 1.0
-        return weight * np.float32(share / (taken * each))
+        return weight * np.float32(self._scale)
 
     def _router(self, layer: int) -> np.ndarray:
         moe, D = self._recipe.moe, self.config.hidden_size
         rows = moe.num_experts // (self._group or 1)
-        drawn = self._random(_ROUTER, layer).normal(0.0, self.config.initializer_range, (rows, D)).astype(np.float32)
+        # Inputs are about 1. Probabilities that are not made to sum to 1 must be alike for the scale to hold.
+        deviation = self.config.initializer_range / (1 if moe.norm_topk_prob else D**0.5)
+        drawn = self._random(_ROUTER, layer).normal(0.0, deviation, (rows, D)).astype(np.float32)
         return np.repeat(drawn, self._group or 1, axis=0)
 
     def _shared(self, name: str, layer: int) -> np.ndarray:

@@ -97,6 +97,8 @@ class MoE:
                 f"num_experts_per_tok ({self.num_experts_per_tok}) is more than num_experts ({self.num_experts}): a "
                 "token takes each expert at most once."
             )
+        if not isinstance(self.mlp_only_layers, tuple) or not all(isinstance(i, int) for i in self.mlp_only_layers):
+            raise InputError(f"mlp_only_layers must be a tuple of numbers of layers, got {self.mlp_only_layers!r}.")
         if not self.router_aux_loss_coef >= 0:
             raise InputError(f"router_aux_loss_coef must be at least 0, got {self.router_aux_loss_coef}.")
 

@@ -174,6 +174,14 @@ def test_what_is_missing_or_odd_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"lacks .*mlp\.down_proj.*config.json belongs"):
         convert(tmp_path / "m", tmp_path / "d")
     assert not (tmp_path / "b").exists()
+    for name, other in (("a", moe_config), ("b", dense_config)):
+        make_hf_checkpoint(tmp_path / "whole" / name, moe=name == "b")
+        convert(tmp_path / "whole" / name, tmp_path / "orbax" / name)
+        (tmp_path / "orbax" / name / "config.json").write_text(json.dumps(other))
+    with pytest.raises(InputError, match=r"lacks .* 8 experts .*: .*layers\.moe\.experts\.down.*config.json belongs"):
+        convert(tmp_path / "orbax" / "a", tmp_path / "e")
+    with pytest.raises(InputError, match=r"lacks .*: .*layers\.mlp\.down\.weight.*config.json belongs"):
+        convert(tmp_path / "orbax" / "b", tmp_path / "e")
 
 
 # --- configurations --------------------------------------------------------------------------------------------------
@@ -312,9 +320,10 @@ def test_no_token_is_lost_wherever_they_go(axes: dict[str, int], expert: int | N
 def test_a_single_token(mesh: Mesh) -> None:
     params = init_params(TINY_MOE, jax.random.key(0), mesh)
     ids = np.array([[5]])
-    many = hidden(TINY_MOE, params, mesh, np.repeat(np.repeat(ids, 20, 0), 1, 1))[0]
+    many = hidden(TINY_MOE, params, mesh, np.repeat(ids, 20, 0))[0]
     one, routing = hidden(TINY_MOE, params, mesh, ids, np.ones((1, 1), bool))
-    np.testing.assert_allclose(one[0], many[7], atol=1e-6)
+    for got in (one, hidden(TINY_MOE, params, mesh, ids)[0]):  # As in training, and as when generating.
+        np.testing.assert_allclose(got[0], many[7], atol=1e-6)
     assert routing is not None
     assert routing.load_E.sum() == 6
 

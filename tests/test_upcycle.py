@@ -74,6 +74,33 @@ def test_what_does_not_preserve_says_so(
     assert 1e-3 < np.abs(got - want).max() / np.abs(want).max() < 2
 
 
+@pytest.mark.parametrize("top_k", [3, 4])
+def test_scaled_weights_in_bfloat16_are_exact_or_it_says_that_they_are_rounded(top_k: int, tmp_path: Path) -> None:
+    make_hf_checkpoint(tmp_path / "dense", dtype="bfloat16")
+    recipe = Recipe(MoE(2 * top_k, top_k, F // top_k, F, norm_topk_prob=True), reinit=0.0)
+    made = upcycle(tmp_path / "dense", tmp_path / "moe", recipe)
+    assert made.preserves
+    assert made.rounds == (top_k == 3)
+    old = load_file(tmp_path / "dense" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    new = load_file(tmp_path / "moe" / "model.safetensors")["model.layers.0.mlp.experts.0.down_proj.weight"]
+    columns = {(column.astype(np.float32) * (top_k / 2)).tobytes() for column in old.T}
+    assert all((column.astype(np.float32).tobytes() in columns) == (top_k == 4) for column in new.T)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k", "width"), [(16, 4, F // 4), (15, 4, 40)])
+def test_without_normalised_weights_experts_are_as_strong_as_the_dense_layer(
+    num_experts: int, top_k: int, width: int, tmp_path: Path
+) -> None:
+    """In a wide model, where a router of usual deviation would have favourites from the start."""
+    make_hf_checkpoint(tmp_path / "dense", hidden_size=1024, num_hidden_layers=1)
+    recipe = Recipe(MoE(num_experts, top_k, width, F, norm_topk_prob=False), reinit=0.0)
+    config = upcycle(tmp_path / "dense", tmp_path / "moe", recipe).config
+    router = load_file(tmp_path / "moe" / "model.safetensors")["model.layers.0.mlp.gate.weight"]
+    logits = np.random.default_rng(0).normal(size=(1000, config.hidden_size)) @ router.T
+    chosen = np.sort(np.exp(logits) / np.exp(logits).sum(1, keepdims=True), 1)[:, -top_k:].sum(1)
+    np.testing.assert_allclose(chosen, top_k / num_experts, rtol=0.06)
+
+
 def test_each_replica_has_every_neuron_once_and_half_of_each_expert_is_new(dense: Path, tmp_path: Path) -> None:
     old = load_file(dense / "model.safetensors")["model.layers.1.mlp.gate_proj.weight"]
     row_of = {row.tobytes(): i for i, row in enumerate(old)}
@@ -135,6 +162,8 @@ def test_the_command_teaches_and_refuses(dense: Path, tmp_path: Path, capsys: py
     assert not (tmp_path / "never").exists()
 
 
-def test_a_fraction_is_a_fraction() -> None:
+def test_a_fraction_is_a_fraction_and_a_seed_no_less_than_nought() -> None:
+    with pytest.raises(InputError, match=r"seed must be at least 0, got -1"):
+        Recipe(MIXTURE, seed=-1)
     with pytest.raises(InputError, match=r"reinit must be a fraction from 0 to 1, got 1\.5"):
         Recipe(MIXTURE, 1.5)

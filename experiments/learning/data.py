@@ -94,7 +94,7 @@ def make(
     }
     for name, documents in (("train", training), ("held-out", held_out)):
         source = folder / "text" / name
-        source.mkdir(parents=True)
+        source.mkdir(parents=True, exist_ok=True)  # Of a run that was interrupted: the text is the same.
         for part in range(_PARTS):
             lines = "".join(json.dumps({"text": text}) + "\n" for text in documents[part::_PARTS])
             if lines:

@@ -145,11 +145,13 @@ class Upcycle:
         print(
             f"{self.dst}: {params['total'] / 1e9:.2f}B parameters, {params['active'] / 1e9:.2f}B active; it "
             + ("computes what the dense model does" if made.preserves else "does not compute what the dense model does")
+            + (", up to the rounding of scaled weights" if made.preserves and made.rounds else "")
         )
         if width % 128:
             print(
-                f"experts are {width} wide: fast kernels want a multiple of 128 on TPUs and of 64 on GPUs, so training "
-                "will be slow; --width chooses another"
+                f"experts are {width} wide: the fast kernels want a multiple of 128 on TPUs"
+                + (" and of 64 on GPUs" if width % 64 else "")
+                + ", so training will be slow there; --width chooses another"
             )
         return 0
 
