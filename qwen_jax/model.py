@@ -21,9 +21,10 @@ from qwen_jax.kernels import on_mesh
 from qwen_jax.kernels.grouped import Implementation as Grouped
 from qwen_jax.kernels.reference import einsum_f32
 from qwen_jax.layers import Remat, index_of, recompute, rms_norm
-from qwen_jax.moe import MoE, Routing
+from qwen_jax.moe import MoE
 from qwen_jax.products import look_up, product
 from qwen_jax.rope import rope_tables
+from qwen_jax.routing import Routing
 from qwen_jax.sharding import Sharding, gathered
 
 

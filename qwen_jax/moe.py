@@ -5,7 +5,6 @@ and put back. Where the expert axis splits the experts, rows travel to them (`qw
 that axis have the same rows, as when generating, each does its own experts' share and the shares are summed.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -17,14 +16,14 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.attention import Projection
+from qwen_jax.capacity import with_capacity
 from qwen_jax.config import ModelConfig
-from qwen_jax.config import MoE as MoEConfig
 from qwen_jax.exchange import AXIS, Parcels, parcels, send, send_back, send_numbers
-from qwen_jax.kernels.grouped import Implementation as Grouped
 from qwen_jax.kernels.grouped import grouped_matmul
 from qwen_jax.kernels.reference import einsum_f32
-from qwen_jax.layers import recompute, rms_norm
+from qwen_jax.layers import recompute
 from qwen_jax.products import gather
+from qwen_jax.routing import How, Routing, choose, gated, matrices, normalised, route
 from qwen_jax.sharding import Sharding
 
 # With so few rows each is multiplied by itself: what counts is to read the matrices that are used, once, and no others.
@@ -35,61 +34,12 @@ FURTHER_ROUNDS = "further_rounds"
 """Name of the scope of what is not run while devices get about as many rows."""
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("load_E", "probability_E", "z", "entropy", "tokens", "dropped"),
-    meta_fields=(),
-)
-@dataclasses.dataclass(frozen=True)
-class Routing:
-    """What a layer's router did, summed over all tokens of the batch, on all devices; float32.
-
-    Attributes:
-      load_E: how many tokens took each expert. No gradient.
-      probability_E: the router's probabilities.
-      z: squared logarithms of the softmax's denominator.
-      entropy: of the router's probabilities, in nats. No gradient.
-      tokens: how many there were.
-      dropped: how often an expert had no room for a token; 0 without a capacity.
-    """
-
-    load_E: jax.Array
-    probability_E: jax.Array
-    z: jax.Array
-    entropy: jax.Array
-    tokens: jax.Array
-    dropped: jax.Array
-
-
 class Experts(nnx.Module):
     """SwiGLU layers, all experts of a layer in two arrays."""
 
     def __init__(self, gate_up_E2FD: jax.Array, down_EDF: jax.Array):
         self.gate_up = nnx.Param(gate_up_E2FD)
         self.down = nnx.Param(down_EDF)
-
-
-@dataclasses.dataclass(frozen=True)
-class How:
-    """What is static about the routed part of a layer.
-
-    Attributes:
-      moe: the architecture.
-      sharding: of the current mesh.
-      eps: of the norm before it.
-      capacity_factor: 0, or room in each expert, over what even routing needs; see `Options`.
-      grouped: which kernel; see `kernels.grouped`.
-      keep_dots: the backward pass keeps the results of products and makes all else again.
-      count: sum up a `Routing`.
-    """
-
-    moe: MoEConfig
-    sharding: Sharding
-    eps: float
-    capacity_factor: float
-    grouped: Grouped
-    keep_dots: bool
-    count: bool
 
 
 class MoE(nnx.Module):
@@ -180,12 +130,12 @@ def _local(
     shared_btD: jax.Array,
 ) -> tuple[jax.Array, Routing | None]:  # fmt: skip
     """One device's tokens."""
-    first, second, further = _capacity(how, x_btD) if how.capacity_factor else _dropless(how, x_btD)
+    first, second, further = (with_capacity if how.capacity_factor else _dropless)(how, x_btD)
     params = norm_D, router, gate_up, down
     if how.keep_dots:
         # Chosen once: a second choice could be another one by a rounding, and its rows would be in another order.
         x, norm, weight = lax.stop_gradient((x_btD, norm_D, router))
-        ids = route(_norm(how, x, norm), gather(weight, 1), how.moe)[1]
+        ids = route(normalised(how, x, norm), gather(weight, 1), how.moe)[1]
         kept, rows, routing = recompute(first, params, x_btD, constants=(valid, ids))
         out = recompute(second, params, kept, rows[0], constants=(rows[1],))
     else:
@@ -202,61 +152,6 @@ def _sum(how: How, out_ND: jax.Array) -> jax.Array:
     axes = ["tensor"] * (how.sharding.tensor > 1)
     axes += [AXIS] * (how.sharding.expert > 1 and not how.sharding.exchanges)
     return lax.psum(out_ND, tuple(axes)) if axes else out_ND
-
-
-def _norm(how: How, x_btD: jax.Array, norm_D: jax.Array) -> jax.Array:
-    """Normalised tokens, [N, D]."""
-    return rms_norm(x_btD, norm_D, how.eps).reshape(-1, x_btD.shape[-1])
-
-
-def route(
-    x_ND: jax.Array, router_ED: jax.Array, moe: MoEConfig, ids_Nk: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which experts tokens take, and how much of each.
-
-    Args:
-      x_ND: normalised tokens.
-      router_ED: the router's weight.
-      moe: the architecture.
-      ids_Nk: experts that were chosen before; None chooses.
-
-    Returns:
-      Weights [N, k] in the dtype of x, expert ids int32 [N, k], logits float32 [N, E]. As in transformers, logits are
-      rounded to the dtype of x, and their softmax over all experts is float32.
-    """
-    logits = einsum_f32("nd,ed->ne", x_ND, router_ED).astype(x_ND.dtype).astype(jnp.float32)
-    p = jax.nn.softmax(logits)
-    if ids_Nk is None:
-        top, ids_Nk = lax.top_k(p, moe.num_experts_per_tok)
-    else:
-        top = jnp.take_along_axis(p, ids_Nk, axis=1)
-    if moe.norm_topk_prob:
-        top = top / top.sum(-1, keepdims=True)
-    return top.astype(x_ND.dtype), ids_Nk, logits
-
-
-def _count(how: How, logits: jax.Array, ids: jax.Array, valid_N: jax.Array | None, dropped: Any) -> Routing | None:
-    """Sums over all tokens on all devices."""
-    if valid_N is None:
-        return None
-    E = how.moe.num_experts
-    keep = valid_N.astype(jnp.float32)
-    log_p, log_total = jax.nn.log_softmax(logits), jax.nn.logsumexp(logits, -1)
-    p = jnp.exp(log_p)
-    taken = (ids[:, :, None] == jnp.arange(E)).sum(1)
-    sums = Routing(
-        load_E=(taken * keep[:, None]).sum(0),
-        probability_E=(p * keep[:, None]).sum(0),
-        z=(log_total**2 * keep).sum(),
-        entropy=lax.stop_gradient((-(p * log_p).sum(-1) * keep).sum()),
-        tokens=keep.sum(),
-        dropped=jnp.asarray(dropped, jnp.float32),
-    )
-    total: Routing = lax.psum(sums, how.sharding.row_axes)
-    return total
-
-
-# --- dropless --------------------------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -294,12 +189,6 @@ _permuted.defvjp(
 )
 
 
-def _gated(gate_up: jax.Array, weights: jax.Array) -> jax.Array:
-    """SwiGLU times the weight, which goes before the product: then its gradient needs nothing of the result."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return jax.nn.silu(gate) * up * weights[..., None]
-
-
 def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any, Any]:
     """The routed part in pieces: up to the first products; the others; and what comes after all is summed."""
     moe, spec = how.moe, how.sharding
@@ -311,18 +200,14 @@ def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any, Any]:
     few = A <= _FEW and n == 1 and not how.count
 
     def first(params: Any, x_btD: jax.Array, valid: jax.Array | None, ids: jax.Array | None) -> Any:
-        norm_D, router_ED, gate_up_e2FD, _ = params
-        x_ND = _norm(how, x_btD, norm_D)
-        weights, ids, logits = route(x_ND, gather(router_ED, 1), moe, ids)
-        valid_N = None if valid is None else valid.reshape(-1)
-        routing = _count(how, logits, ids, valid_N, 0.0)
-        w = _matrices(gate_up_e2FD)
+        chosen = choose(how, params, x_btD, valid, ids)
+        x_ND, weights, ids, routing = chosen.x_ND, chosen.weights_Nk, chosen.ids_Nk, chosen.count(0.0)
+        w = matrices(params[2])
         if few:
             ids_A = ids.reshape(-1)
             rows = [_one(w, ids_A[a], x_ND[a // k]) for a in range(A)]
             return jnp.stack(rows), (weights.reshape(-1), (ids_A,)), routing
-        wanted = ids if valid_N is None else jnp.where(valid_N[:, None], ids, E)
-        here_A = wanted.reshape(-1)
+        here_A = chosen.wanted_Nk.reshape(-1)
         if n > 1 and not spec.exchanges:
             here_A = here_A - lax.axis_index(AXIS) * e
             here_A = jnp.where((here_A >= 0) & (here_A < e), here_A, e)
@@ -342,7 +227,7 @@ def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any, Any]:
 
     def second(params: Any, gate_up: jax.Array, weights_A: jax.Array, where: Any) -> jax.Array:
         down = gather(params[3], 1)
-        h = _gated(gate_up, weights_A)
+        h = gated(gate_up, weights_A)
         if few:
             (ids_A,) = where
             y = jnp.stack([_one(down, ids_A[a], h[a]) for a in range(A)])
@@ -360,12 +245,6 @@ def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any, Any]:
         return _further_rounds(how, room, out_ND, of, (order, inverse, plan, ids))
 
     return first, second, further
-
-
-def _matrices(gate_up_e2FD: jax.Array) -> jax.Array:
-    """Gate and up of each expert as one matrix, gathered."""
-    w = gather(gate_up_e2FD, 3)
-    return w.reshape(w.shape[0], -1, w.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -427,10 +306,10 @@ def _to_exchange(
 ) -> tuple[jax.Array, ...]:
     """Rows and their weights, by expert, and all matrices, gathered."""
     order, inverse, _, ids = where
-    x_ND = _norm(how, x_btD, norm_D)
+    x_ND = normalised(how, x_btD, norm_D)
     weights = route(x_ND, gather(router_ED, 1), how.moe, ids)[0]
     rows_AD = _sorted(x_ND, order, inverse, how.moe.num_experts_per_tok)
-    return rows_AD, _permuted(weights.reshape(-1), order, inverse), _matrices(gate_up), gather(down, 1)
+    return rows_AD, _permuted(weights.reshape(-1), order, inverse), matrices(gate_up), gather(down, 1)
 
 
 def _round(
@@ -444,68 +323,10 @@ def _round(
     multiply = functools.partial(
         grouped_matmul, sizes_G=now.sizes_e, expected=len(rows_AD), fill=False, implementation=how.grouped
     )
-    y = send_back(multiply(_gated(multiply(rows, gate_up), weights), down), now, len(rows_AD))
+    y = send_back(multiply(gated(multiply(rows, gate_up), weights), down), now, len(rows_AD))
     return _sum(how, _summed(y, order, inverse, how.moe.num_experts_per_tok))
 
 
 def _one(w_ENK: jax.Array, group: jax.Array, x_K: jax.Array) -> jax.Array:
     """A row times the matrix of its group."""
     return einsum_f32("nk,k->n", lax.dynamic_index_in_dim(w_ENK, group, keepdims=False), x_K).astype(x_K.dtype)
-
-
-# --- capacity --------------------------------------------------------------------------------------------------------
-
-
-def _capacity(how: How, x_btD: jax.Array) -> tuple[Any, Any, Any]:
-    """The same with room for so many of a device's tokens in each expert, first come, first served.
-
-    What is exchanged and multiplied has one size whatever the router does (GShard, arXiv:2006.16668, section 2.2).
-    """
-    moe, spec = how.moe, how.sharding
-    E, k, n = moe.num_experts, moe.num_experts_per_tok, spec.expert
-    N = x_btD.shape[0] * x_btD.shape[1]
-    room = min(math.ceil(how.capacity_factor * N * k / E), N)
-    e = E // n
-
-    def first(params: Any, x_btD: jax.Array, valid: jax.Array | None, ids: jax.Array | None) -> Any:
-        norm_D, router_ED, gate_up_e2FD, _ = params
-        x_ND = _norm(how, x_btD, norm_D)
-        weights, ids, logits = route(x_ND, gather(router_ED, 1), moe, ids)
-        valid_N = None if valid is None else valid.reshape(-1)
-        wanted = ids if valid_N is None else jnp.where(valid_N[:, None], ids, E)
-        is_for_AE = wanted.reshape(-1)[:, None] == jnp.arange(E)
-        before_A = jnp.where(is_for_AE, jnp.cumsum(is_for_AE, axis=0) - 1, 0).sum(1)
-        has_room = (before_A < room) & is_for_AE.any(1)
-        dropped = (is_for_AE.any(1) & ~has_room).sum()
-        routing = _count(how, logits, ids, valid_N, dropped)
-        slots = E * room
-        slot_A = jnp.where(has_room, wanted.reshape(-1) * room + before_A, slots)
-        token_S = jnp.full((slots,), N, jnp.int32).at[slot_A].set(jnp.arange(N * k) // k, mode="drop")
-        rows = x_ND.at[token_S].get(mode="fill", fill_value=0)
-        weight_S = jnp.zeros((slots,), weights.dtype).at[slot_A].set(weights.reshape(-1), mode="drop")
-        w = _matrices(gate_up_e2FD)
-        rows, weight_S = _mine(rows), _mine(weight_S)
-        gate_up = einsum_f32("ecd,efd->ecf", rows, w).astype(rows.dtype)
-        return gate_up, (weight_S, (token_S,)), routing
-
-    def second(params: Any, gate_up: jax.Array, weight_ec: jax.Array, where: Any) -> jax.Array:
-        h = _gated(gate_up, weight_ec)
-        y = _given_back(einsum_f32("ecf,edf->ecd", h, gather(params[3], 1)).astype(h.dtype))
-        out = jnp.zeros((N, y.shape[-1]), jnp.float32)
-        return out.at[where[0]].add(y.reshape(E * room, -1).astype(jnp.float32), mode="drop")
-
-    def _mine(x: jax.Array) -> jax.Array:
-        """[slots of all experts, ...] -> [experts here, slots of all origins, ...]."""
-        x = x.reshape(n, e, room, *x.shape[1:])
-        if spec.exchanges:
-            return jnp.moveaxis(lax.all_to_all(x, AXIS, 0, 0), 0, 1).reshape(e, n * room, *x.shape[3:])
-        return lax.dynamic_index_in_dim(x, lax.axis_index(AXIS), keepdims=False)
-
-    def _given_back(y: jax.Array) -> jax.Array:
-        if spec.exchanges:
-            parts = jnp.moveaxis(y.reshape(e, n, room, *y.shape[2:]), 1, 0)
-            return lax.all_to_all(parts, AXIS, 0, 0)
-        own = jnp.zeros((n, *y.shape), y.dtype)
-        return lax.dynamic_update_index_in_dim(own, y, lax.axis_index(AXIS), 0)
-
-    return first, second, lambda out, of, where: out

@@ -25,8 +25,8 @@ from qwen_jax.config import ModelConfig, MoE, load_config, published
 from qwen_jax.errors import InputError
 from qwen_jax.inference.engine import Engine
 from qwen_jax.model import Options
-from qwen_jax.moe import Routing, route
 from qwen_jax.params import Params, bind, init_params, param_specs
+from qwen_jax.routing import Routing, route
 from qwen_jax.sharding import Sharding, make_mesh
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -43,14 +43,14 @@ MODEL = dataclasses.replace(
     num_layers=3,
     moe=MoE(8, 2, 16, 32, mlp_only_layers=(0,)),
 )
+BALANCE = MoETraining(balance_loss=0.05, router_z_loss=1e-3)
 # Of float32 sums in another order. A token between two experts may then take the other one: curves part a little.
 TOLERANCE = 5e-3
 
 
 def config(**changes: Any) -> PretrainConfig:
     optimizer = OptimizerConfig(Schedule(STEPS, 1e-2, warmup_steps=5))
-    moe = MoETraining(balance_loss=0.05, router_z_loss=1e-3)
-    given: dict[str, Any] = {"dtype": "float32", "remat": "none", "loss_chunk": 64, "moe": moe, **changes}
+    given: dict[str, Any] = {"dtype": "float32", "remat": "none", "loss_chunk": 64, "moe": BALANCE, **changes}
     return PretrainConfig(MODEL, optimizer, **given)
 
 
@@ -116,6 +116,9 @@ def test_the_curve_that_all_are_compared_with_learns() -> None:
         ({"data": 2, "expert": 2, "context": 2}, {"accumulation": 2, "ring": True}),
         ({"fsdp": 4, "tensor": 2}, {"scan_layers": False, "remat": "full"}),
         ({}, {"accumulation": 8, "remat": "dots"}),
+        # Room for all tokens in each expert: nothing is dropped.
+        ({"expert": 4}, {"remat": "dots", "moe": dataclasses.replace(BALANCE, capacity_factor=4.0)}),
+        ({"expert": 2, "tensor": 2}, {"remat": "full", "moe": dataclasses.replace(BALANCE, capacity_factor=4.0)}),
     ],
     ids=str,
 )

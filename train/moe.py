@@ -18,7 +18,7 @@ import numpy as np
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.grouped import Implementation
-from qwen_jax.moe import Routing
+from qwen_jax.routing import Routing
 
 EXPERTS = "experts.jsonl"
 

@@ -17,8 +17,8 @@ from qwen_jax.errors import InputError
 from qwen_jax.kernels import COVERAGE, Implementation, packed_mask
 from qwen_jax.layers import Remat, restacked, unstacked
 from qwen_jax.model import Options
-from qwen_jax.moe import Routing
 from qwen_jax.params import Params, abstract_params, bind, init_params, param_specs
+from qwen_jax.routing import Routing
 from qwen_jax.sharding import Sharding
 from train.data.batch import Batch
 from train.loss import Sums, chunked_cross_entropy, next_token_targets

@@ -191,7 +191,7 @@ def layer_tail(
 
 
 def _choose(logits_ref: Any, parts: int, moe: MoE) -> tuple[list[jax.Array], list[jax.Array]]:
-    """What `qwen_jax.moe.route` does: the experts, and in bfloat16 their weights and that of the shared one."""
+    """What `qwen_jax.routing.route` does: the experts, and in bfloat16 their weights and that of the shared one."""
     E = moe.num_experts
     logits = total(logits_ref, parts, _COLUMNS).astype(jnp.float32)
     index = plgpu.broadcasted_iota(jnp.int32, logits.shape, 0, layout=_COLUMNS)
