@@ -4,10 +4,11 @@
     python -m experiments.moe.learning --folder moe-run --seeds 0 1
     python -m experiments.moe.learning --folder moe-run --picture     # draws and judges what has been run
 
-and on a CPU, in under an hour:
+and on two cores of a CPU, in about an hour (README.md has what came out):
 
     python -m experiments.learning.data --folder moe-cpu --megabytes 24 --vocab-size 1024 --length 256
-    python -m experiments.moe.learning --folder moe-cpu --size cpu --seeds 0 1
+    python -m experiments.moe.learning --folder moe-cpu --size cpu --steps 1200 --seeds 0 &
+    python -m experiments.moe.learning --folder moe-cpu --size cpu --steps 1200 --seeds 1
 
 Four runs a seed, on the same rows in the same order:
 
