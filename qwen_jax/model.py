@@ -170,11 +170,11 @@ class Qwen2(nnx.Module):
         keys = jax.random.split(rngs.params(), config.num_layers)
         if options.stacked:
             graphdef = nnx.split(nnx.eval_shape(lambda: block(jax.random.key(0), kind)))[0]
-            state = jax.vmap(lambda key: nnx.split(block(key, kind))[1])(keys)
-            if len(set(kind)) > 1:
-                where = {name: np.array([i for i, of in enumerate(kind) if of == name]) for name in set(kind)}
-                take = lambda name: lambda w: w[where[name]] if name in where else w  # noqa: E731
-                state = nnx.State({name: jax.tree.map(take(name), part) for name, part in state.items()})
+            draw = lambda kinds, keys: jax.vmap(lambda key: nnx.split(block(key, kinds))[1])(keys)  # noqa: E731
+            # What a layer may lack is drawn for those that have it.
+            where = {name: np.array([i for i, of in enumerate(kind) if of == name]) for name in set(kind)}
+            parts = {name: draw({name}, keys[layers])[name] for name, layers in where.items()}
+            state = nnx.State({**draw((), keys), **parts})
             self.layers = nnx.merge(graphdef, state)
         else:
             self.layers = nnx.List([block(key, {of}) for key, of in zip(keys, kind, strict=True)])

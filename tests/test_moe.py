@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from hf import TINY, hf_logits, hf_loss_gradients, make_hf_checkpoint
 from jax.sharding import Mesh
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,8 @@ from qwen_jax import kernels
 from qwen_jax.config import ModelConfig, MoE, load_config, published
 from qwen_jax.errors import InputError
 from qwen_jax.inference.engine import Engine
-from qwen_jax.model import Options
+from qwen_jax.layers import index_of
+from qwen_jax.model import Options, Qwen2
 from qwen_jax.params import Params, bind, init_params, param_specs
 from qwen_jax.routing import Routing, route
 from qwen_jax.sharding import Sharding, make_mesh
@@ -315,6 +317,30 @@ def test_no_token_is_lost_wherever_they_go(axes: dict[str, int], expert: int | N
         np.testing.assert_array_equal(routing.load_E[:, expert], [ids.size] * 2)
     np.testing.assert_allclose(there.probability_E, routing.probability_E, rtol=1e-5)
     np.testing.assert_allclose(there.z, routing.z, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mlp_only", [(), (0, 2)])
+def test_initial_weights_are_drawn_for_the_layers_that_have_them(mlp_only: tuple[int, ...], mesh: Mesh) -> None:
+    """All layers of a kind at once the same numbers as layer by layer, and none for a layer without the part."""
+    assert TINY_MOE.moe is not None
+    moe = dataclasses.replace(TINY_MOE.moe, mlp_only_layers=mlp_only)
+    config = dataclasses.replace(TINY_MOE, num_layers=4, moe=moe)
+    sharding = Sharding.for_model(config, mesh, split_rows=True)
+
+    def drawn(key: jax.Array, stacked: bool) -> Any:
+        return nnx.to_pure_dict(nnx.split(Qwen2(config, sharding, nnx.Rngs(params=key), Options(stacked=stacked)))[1])
+
+    with jax.set_mesh(mesh):
+        stacked, single = (drawn(jax.random.key(3), x) for x in (True, False))
+        traced = jax.make_jaxpr(lambda key: drawn(key, True))(jax.random.key(3))
+    for i in range(4):
+        for name, part in single["layers"][i].items():
+            at = index_of(name, i, config.sparse_layers)
+            jax.tree.map(lambda a, b, at=at: np.testing.assert_array_equal(a[at], b), stacked["layers"][name], part)
+    experts = stacked["layers"]["moe"]["experts"]["gate_up"].shape
+    assert experts[0] == 4 - len(mlp_only)
+    assert str(experts)[1:-1].replace(" ", "") in str(traced)
+    assert str((4, *experts[1:]))[1:-1].replace(" ", "") not in str(traced) or not mlp_only
 
 
 def test_a_single_token(mesh: Mesh) -> None:
