@@ -136,8 +136,7 @@ class OrbaxSource:
             for path, store in jax.tree_util.tree_flatten_with_path(tree)[0]
         }
         expected = {leaf.path: leaf for leaf in leaves(self.config)}
-        names = {path: ".".join(path) for path in {*found, *expected}}
-        missing, unknown = ([names[path] for path in x] for x in (expected.keys() - found, found.keys() - expected))
+        missing, unknown = (list(map(".".join, paths)) for paths in (expected.keys() - found, found.keys() - expected))
         check_names(self._path, missing, unknown, self.config)
         for path, leaf in expected.items():
             store = found[path]

@@ -95,11 +95,12 @@ class Upcycled:
         taken = moe.num_experts_per_tok * moe.intermediate_size / F
         each = 1 / moe.num_experts_per_tok if moe.norm_topk_prob else 1 / moe.num_experts
         self._scale = (0.5 if self._shared_has_all else 1.0) / (taken * each)
-        stored = dense.dtype(self._of_dense[("layers", "mlp", "down", "weight")])
-        self.rounds = math.frexp(self._scale)[0] != 0.5 and stored != np.float32
+        self._dtype = dense.dtype(self._of_dense[("layers", "mlp", "up", "weight")])  # Of what is made here.
+        self.rounds = math.frexp(self._scale)[0] != 0.5 and self._dtype != np.float32
 
     def dtype(self, leaf: Leaf) -> np.dtype:
-        return self._dense.dtype(self._of_dense.get(leaf.path, self._of_dense[("layers", "mlp", "up", "weight")]))
+        same = self._of_dense.get(leaf.path)
+        return self._dtype if same is None else self._dense.dtype(same)
 
     def spans(self, leaf: Leaf, tensors: slice, rows: slice) -> None:
         return None

@@ -17,7 +17,7 @@ from qwen_jax.rope import rotate
 from qwen_jax.sharding import Sharding
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("keys", "values"), meta_fields=())
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
     """Keys (already rotated) and values of every layer.

@@ -21,11 +21,7 @@ from qwen_jax import kernels
 AXIS = "expert"
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("sent_ne", "starts_ne", "there_ne", "received_ne", "places_ne", "back_ne"),
-    meta_fields=(),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Parcels:
     """Which rows go where; all int32 [n devices of the axis, e experts of one].

@@ -23,7 +23,7 @@ from qwen_jax.kernels.grouped import grouped_matmul
 from qwen_jax.kernels.reference import einsum_f32
 from qwen_jax.layers import recompute
 from qwen_jax.products import gather
-from qwen_jax.routing import How, Routing, choose, gated, matrices, normalised, route
+from qwen_jax.routing import How, Routing, choose, gated, matrices
 from qwen_jax.sharding import Sharding
 
 # With so few rows each is multiplied by itself: what counts is to read the matrices that are used, once, and no others.
@@ -134,8 +134,7 @@ def _local(
     params = norm_D, router, gate_up, down
     if how.keep_dots:
         # Chosen once: a second choice could be another one by a rounding, and its rows would be in another order.
-        x, norm, weight = lax.stop_gradient((x_btD, norm_D, router))
-        ids = route(normalised(how, x, norm), gather(weight, 1), how.moe)[1]
+        ids = choose(how, *lax.stop_gradient((params, x_btD)), None, None).ids_Nk
         kept, rows, routing = recompute(first, params, x_btD, constants=(valid, ids))
         out = recompute(second, params, kept, rows[0], constants=(rows[1],))
     else:
@@ -306,10 +305,9 @@ def _to_exchange(
 ) -> tuple[jax.Array, ...]:
     """Rows and their weights, by expert, and all matrices, gathered."""
     order, inverse, _, ids = where
-    x_ND = normalised(how, x_btD, norm_D)
-    weights = route(x_ND, gather(router_ED, 1), how.moe, ids)[0]
-    rows_AD = _sorted(x_ND, order, inverse, how.moe.num_experts_per_tok)
-    return rows_AD, _permuted(weights.reshape(-1), order, inverse), matrices(gate_up), gather(down, 1)
+    chosen = choose(how, (norm_D, router_ED), x_btD, None, ids)
+    rows_AD = _sorted(chosen.x_ND, order, inverse, how.moe.num_experts_per_tok)
+    return rows_AD, _permuted(chosen.weights_Nk.reshape(-1), order, inverse), matrices(gate_up), gather(down, 1)
 
 
 def _round(

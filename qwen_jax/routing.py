@@ -17,11 +17,7 @@ from qwen_jax.products import gather
 from qwen_jax.sharding import Sharding
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("load_E", "probability_E", "z", "entropy", "tokens", "dropped"),
-    meta_fields=(),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
     """What a layer's router did, summed over all tokens of the batch, on all devices; float32.
@@ -95,16 +91,11 @@ def choose(how: How, params: Any, x_btD: jax.Array, valid: jax.Array | None, ids
       valid: which tokens are not padding, or None for all.
       ids_Nk: see `route`.
     """
-    x_ND = normalised(how, x_btD, params[0])
+    x_ND = rms_norm(x_btD, params[0], how.eps).reshape(-1, x_btD.shape[-1])
     weights, ids, logits = route(x_ND, gather(params[1], 1), how.moe, ids_Nk)
     valid_N = None if valid is None else valid.reshape(-1)
     wanted = ids if valid_N is None else jnp.where(valid_N[:, None], ids, how.moe.num_experts)
     return Chosen(x_ND, weights, ids, wanted, functools.partial(_count, how, logits, ids, valid_N))
-
-
-def normalised(how: How, x_btD: jax.Array, norm_D: jax.Array) -> jax.Array:
-    """Normalised tokens, [N, D]."""
-    return rms_norm(x_btD, norm_D, how.eps).reshape(-1, x_btD.shape[-1])
 
 
 def route(

@@ -125,7 +125,10 @@ class Collective:
 
 
 def computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
-    """Name of a compiled program's entry, and the lines of each of its computations by name."""
+    """Name of a compiled program's entry, and the lines of each of its computations by name.
+
+    Without the calls of further rounds of experts, which are taken not to be needed.
+    """
     bodies: dict[str, list[str]] = {}
     entry, name = "", ""
     for line in hlo.splitlines():
@@ -133,7 +136,7 @@ def computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
             name = match[1]
             bodies[name] = []
             entry = name if line.startswith("ENTRY") else entry
-        elif name:
+        elif name and not (" conditional(" in line and FURTHER_ROUNDS in line):
             bodies[name].append(line)
     return entry, bodies
 
@@ -156,8 +159,6 @@ def collectives(hlo: str, devices: int, num_slices: int = 1) -> list[Collective]
     def visit(name: str, multiple: int) -> None:
         times[name] += multiple
         for line in bodies.get(name, ()):
-            if " conditional(" in line and FURTHER_ROUNDS in line:
-                continue
             loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
             if loop:
                 visit(loop[2], multiple * _trip_count(line, loop[1], bodies[name], bodies))

@@ -1,7 +1,6 @@
 """What a training run carries from step to step."""
 
 import dataclasses
-import functools
 
 import jax
 import optax
@@ -9,7 +8,7 @@ import optax
 from qwen_jax.params import Params
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("mean_norm", "accepted", "skipped"), meta_fields=())
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Guard:
     """What tells a spiking gradient from a usual one.
@@ -25,9 +24,7 @@ class Guard:
     skipped: jax.Array
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("step", "params", "opt_state", "guard"), meta_fields=()
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """Attributes:

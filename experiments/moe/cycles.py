@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from qwen_jax.config import published
-from qwen_jax.moe import FURTHER_ROUNDS
 from qwen_jax.sharding import Sharding
 from train.data.batch import Batch
 from train.optimizer import OptimizerConfig, Schedule
@@ -59,8 +58,6 @@ def loops(hlo: str, least: float = 1e6) -> Iterator[dict[str, Any]]:
 
     def visit(name: str) -> None:
         for line in bodies.get(name, ()):
-            if " conditional(" in line and FURTHER_ROUNDS in line:
-                continue
             if match := re.search(r"body=%?([\w.\-]+)", line):
                 reached.append(match[1])
                 visit(match[1])

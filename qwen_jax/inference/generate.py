@@ -18,11 +18,7 @@ from qwen_jax.params import Params, bind
 from qwen_jax.sharding import Sharding
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("cache", "slot", "start_B", "token_B", "keys_B", "step", "seen_BV"),
-    meta_fields=(),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
     """A batch in the middle of generation.

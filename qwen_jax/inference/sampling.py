@@ -1,7 +1,6 @@
 """Choosing the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty; no sort of the vocabulary."""
 
 import dataclasses
-import functools
 from typing import Literal
 
 import jax
@@ -71,11 +70,7 @@ class Plan:
     logprobs: bool
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
-    meta_fields=(),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Knobs:
     """The numbers of `SamplingParams`, as arrays: changing them compiles nothing."""
