@@ -16,7 +16,7 @@ from convert.folder import Format, check_destination, detect, resolve
 from convert.source import Source, nbytes, parse_dtype
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.model import Options
+from qwen_jax.options import Options
 from qwen_jax.params import Params
 
 __all__ = ["convert", "detect", "load", "open_source", "resolve", "write_folder"]

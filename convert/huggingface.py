@@ -18,7 +18,7 @@ from convert.source import Source, Span, blocks
 from convert.write import write_checkpoint
 from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import InputError
-from qwen_jax.model import Options
+from qwen_jax.options import Options
 from qwen_jax.params import Params
 
 MAX_SHARD_BYTES = 5e9  # What `save_pretrained` of transformers takes.

@@ -28,7 +28,7 @@ from convert.source import BLOCK_BYTES, Source, Span, blocks, parse_dtype
 from convert.write import write_checkpoint
 from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import InputError
-from qwen_jax.model import Options
+from qwen_jax.options import Options
 from qwen_jax.params import Params
 
 PARAMS = "params"

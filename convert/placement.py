@@ -16,9 +16,9 @@ from jax.sharding import PartitionSpec as P
 from convert.names import Leaf, leaves
 from convert.source import BLOCK_BYTES, Source, cast, parse_dtype, rows_at_a_time, run_all
 from qwen_jax.errors import InputError
-from qwen_jax.model import Options
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params, param_specs
-from qwen_jax.sharding import Sharding
 
 Range = tuple[int, int]
 

@@ -20,9 +20,9 @@ from convert.placement import place
 from convert.source import Source
 from qwen_jax import kernels
 from qwen_jax.errors import InputError
-from qwen_jax.model import Options
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import Params, bind
-from qwen_jax.sharding import Sharding, make_mesh
 
 
 class CouldNotCompareError(InputError):

@@ -14,7 +14,7 @@ from convert.folder import new_folder, write_side_files
 from convert.names import Leaf, leaves
 from convert.source import Sink, Source, Span, TreeSource, as_source, copy, nbytes, parse_dtype
 from qwen_jax.config import ModelConfig
-from qwen_jax.multihost import in_step
+from qwen_jax.parallel.multihost import in_step
 from qwen_jax.params import Params
 
 OpenSink = Callable[[Source, np.dtype | None, Path], AbstractContextManager[Sink]]

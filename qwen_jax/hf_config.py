@@ -1,11 +1,9 @@
-"""Hugging Face `config.json`, in the dialects of transformers 4.x and 5.x: from a `ModelConfig`, and to one."""
+"""Hugging Face `config.json`, in the dialects of transformers 4.x and 5.x: to fields of `ModelConfig` and back."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from qwen_jax.config import DualChunk, ModelConfig, MoE, Yarn
 from qwen_jax.errors import InputError
 
 _SHAPE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -47,14 +45,14 @@ _KNOWN_KEYS = {*_SHAPE_KEYS, *_REQUIRED_VALUES} | set(
 )
 
 
-def read(hf: Mapping[str, Any]) -> ModelConfig:
-    """What `ModelConfig.from_hf` does.
+def read(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `ModelConfig`; `yarn`, `dual_chunk` and `moe` as the fields of their classes, or None.
 
     Args:
       hf: the parsed JSON object.
 
     Raises:
-      InputError: see there.
+      InputError: another architecture, a setting that changes the computation and is not supported, or an unknown key.
     """
     hf = dict(hf)
     _check_kinds(hf)
@@ -96,11 +94,13 @@ def read(hf: Mapping[str, Any]) -> ModelConfig:
     eos = hf.get("eos_token_id")
     dual_chunk = hf.get("dual_chunk_attention_config")
     if dual_chunk is not None:
-        try:
-            dual_chunk = DualChunk(**dual_chunk)
-        except TypeError as error:
-            raise InputError(f"dual_chunk_attention_config of config.json: {error}.") from None
-    return ModelConfig(
+        if set(dual_chunk) != _DUAL_CHUNK_KEYS:
+            raise InputError(
+                f"dual_chunk_attention_config of config.json needs {', '.join(sorted(_DUAL_CHUNK_KEYS))}; it has "
+                f"{sorted(dual_chunk)}."
+            )
+        dual_chunk = dict(dual_chunk)
+    return dict(
         vocab_size=int(hf["vocab_size"]),
         hidden_size=int(hf["hidden_size"]),
         intermediate_size=int(hf["intermediate_size"]),
@@ -125,57 +125,57 @@ def read(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def write(config: ModelConfig) -> dict[str, Any]:
-    """What `ModelConfig.to_hf` does.
+def write(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a `config.json`.
 
     Args:
-      config: the architecture.
+      fields: of a `ModelConfig`, as `dataclasses.asdict` gives them.
 
     Returns:
-      A JSON object that `read` turns into the same config.
+      A JSON object that `read` turns into the same fields.
     """
-    eos: Any = list(config.eos_token_ids)
-    kind = "qwen2" if config.moe is None else "qwen2_moe"
+    eos: Any = list(fields["eos_token_ids"])
+    kind = "qwen2" if fields["moe"] is None else "qwen2_moe"
     hf: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[kind]],
         "attention_dropout": 0.0,
-        "bos_token_id": config.bos_token_id,
+        "bos_token_id": fields["bos_token_id"],
         "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else eos,
         "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
-        "initializer_range": config.initializer_range,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_position_embeddings,
+        "hidden_size": fields["hidden_size"],
+        "initializer_range": fields["initializer_range"],
+        "intermediate_size": fields["intermediate_size"],
+        "max_position_embeddings": fields["max_position_embeddings"],
         "model_type": kind,
-        "num_attention_heads": config.num_heads,
-        "num_hidden_layers": config.num_layers,
-        "num_key_value_heads": config.num_kv_heads,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "sliding_window": config.sliding_window,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "torch_dtype": config.dtype,
+        "num_attention_heads": fields["num_heads"],
+        "num_hidden_layers": fields["num_layers"],
+        "num_key_value_heads": fields["num_kv_heads"],
+        "rms_norm_eps": fields["rms_norm_eps"],
+        "rope_theta": fields["rope_theta"],
+        "sliding_window": fields["sliding_window"],
+        "tie_word_embeddings": fields["tie_word_embeddings"],
+        "torch_dtype": fields["dtype"],
         "use_cache": True,
-        "use_sliding_window": config.use_sliding_window,
-        "vocab_size": config.vocab_size,
+        "use_sliding_window": fields["use_sliding_window"],
+        "vocab_size": fields["vocab_size"],
     }
-    if config.moe is not None:
-        hf |= {key: getattr(config.moe, field) for key, field in _MOE_KEYS.items()}
-        hf["mlp_only_layers"] = list(config.moe.mlp_only_layers)
-    if config.max_window_layers is not None:
-        hf["max_window_layers"] = config.max_window_layers
-    if config.head_dim * config.num_heads != config.hidden_size:
-        hf["head_dim"] = config.head_dim
-    if config.yarn:
-        yarn = {key: value for key, value in dataclasses.asdict(config.yarn).items() if value is not None}
+    if fields["moe"] is not None:
+        hf |= {key: fields["moe"][field] for key, field in _MOE_KEYS.items()}
+        hf["mlp_only_layers"] = list(fields["moe"]["mlp_only_layers"])
+    if fields["max_window_layers"] is not None:
+        hf["max_window_layers"] = fields["max_window_layers"]
+    if fields["head_dim"] * fields["num_heads"] != fields["hidden_size"]:
+        hf["head_dim"] = fields["head_dim"]
+    if fields["yarn"]:
+        yarn = {key: value for key, value in fields["yarn"].items() if value is not None}
         # `type` is what tools older than transformers 4.43 read.
         hf["rope_scaling"] = {"rope_type": "yarn", "type": "yarn", **yarn}
-    if config.dual_chunk:
-        hf["dual_chunk_attention_config"] = dataclasses.asdict(config.dual_chunk)
+    if fields["dual_chunk"]:
+        hf["dual_chunk_attention_config"] = fields["dual_chunk"]
     return hf
 
 
-def _read_moe(hf: Mapping[str, Any]) -> MoE:
+def _read_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
     """The experts of a config.json of model_type qwen2_moe."""
     missing = [key for key in list(_MOE_KEYS)[:4] if hf.get(key) is None]
     if missing:
@@ -189,7 +189,7 @@ def _read_moe(hf: Mapping[str, Any]) -> MoE:
     coefficient = given.get("router_aux_loss_coef", 0.0)
     if not isinstance(coefficient, (int, float)) or isinstance(coefficient, bool) or not math.isfinite(coefficient):
         raise InputError(f"config.json has router_aux_loss_coef={coefficient!r}; expected a number.")
-    return MoE(**{**given, "mlp_only_layers": tuple(layers)})
+    return {**given, "mlp_only_layers": tuple(layers)}
 
 
 def _check_kinds(hf: Mapping[str, Any]) -> None:
@@ -219,10 +219,11 @@ def _check_kinds(hf: Mapping[str, Any]) -> None:
         raise InputError(f"config.json has layer_types={hf['layer_types']!r}; expected a list.")
 
 
-_YARN_KEYS = {field.name for field in dataclasses.fields(Yarn)}
+_YARN_KEYS = {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"}
+_DUAL_CHUNK_KEYS = {"chunk_size", "local_size", "original_max_position_embeddings"}
 
 
-def _read_rope(hf: Mapping[str, Any]) -> tuple[float, Yarn | None]:
+def _read_rope(hf: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """RoPE base and scaling from either dialect: `rope_theta` + `rope_scaling`, or `rope_parameters`."""
     scaling: dict[str, Any] = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     theta = scaling.pop("rope_theta", None)
@@ -251,4 +252,4 @@ def _read_rope(hf: Mapping[str, Any]) -> tuple[float, Yarn | None]:
         )
     # Older files leave the original length to max_position_embeddings.
     original = int(scaling.pop("original_max_position_embeddings", None) or hf.get("max_position_embeddings", 32768))
-    return float(theta), Yarn(original_max_position_embeddings=original, **scaling)
+    return float(theta), {"original_max_position_embeddings": original, **scaling}

@@ -3,7 +3,6 @@
 Modules are made of existing parameters by `qwen_jax.params.bind`, for one forward pass.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Collection
 from typing import Any
@@ -15,28 +14,19 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
-from qwen_jax.attention import Attention, CacheWrite, KVCache, Projection
+from qwen_jax.attention.block import Attention, CacheWrite, KVCache
+from qwen_jax.attention.rope import rope_tables
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels import on_mesh
-from qwen_jax.kernels.grouped import Implementation as Grouped
 from qwen_jax.kernels.reference import einsum_f32
-from qwen_jax.layers import Remat, index_of, recompute, rms_norm
-from qwen_jax.moe import MoE
-from qwen_jax.products import look_up, product
-from qwen_jax.rope import rope_tables
-from qwen_jax.routing import Routing
-from qwen_jax.sharding import Sharding, gathered
-
-
-class RMSNorm(nnx.Module):
-    """`rms_norm` and its weight."""
-
-    def __init__(self, size: int, eps: float):
-        self.eps = eps
-        self.weight = nnx.Param(jnp.ones((size,)))
-
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return rms_norm(x_BTD, self.weight[...], self.eps)
+from qwen_jax.linear import Projection, RMSNorm, product
+from qwen_jax.moe.block import MoE
+from qwen_jax.moe.router import Routing
+from qwen_jax.options import Options
+from qwen_jax.parallel.collectives import look_up
+from qwen_jax.parallel.sharding import Sharding, gathered
+from qwen_jax.remat import Remat, recompute
+from qwen_jax.stack import index_of
 
 
 class MLP(nnx.Module):
@@ -91,7 +81,7 @@ class Block(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, options: "Options", kinds: Collection[str]
+        self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, options: Options, kinds: Collection[str]
     ):
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, sharding, rngs, options.fused, options.attention)
@@ -156,7 +146,7 @@ class Block(nnx.Module):
 class Qwen2(nnx.Module):
     """The decoder. Make one with `bind`; it holds parameters and no state."""
 
-    def __init__(self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, options: "Options"):
+    def __init__(self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, options: Options):
         self.config, self.sharding, self.options = config, sharding, options
         normal = nnx.initializers.normal(config.initializer_range)
         self.embed = Projection(normal(rngs.params(), (config.vocab_size, config.hidden_size)))
@@ -301,26 +291,3 @@ class Qwen2(nnx.Module):
             head = self.embed if self.config.tie_word_embeddings else self.lm_head
             w_VD = jax.reshard(head.weight[...].astype(x_BTD.dtype), gathered(self.sharding.vocab))
             return einsum_f32("BTD,VD->BTV", x_BTD, w_VD, self.sharding.logits)
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How a set of parameters is laid out and run.
-
-    Attributes:
-      stacked: layers are one tree with a leading layer axis, run by a scan (training); otherwise a list of trees, run
-        one after the other (inference).
-      fused: the inference layout of the projections; see `fuse`.
-      dtype: compute dtype.
-      attention: which kernel; see `kernels.attention`.
-      grouped: which kernel multiplies the rows of experts; see `kernels.grouped`.
-      capacity_factor: 0 loses no token. Otherwise each expert has room for this many times the rows that a device would
-        send it if all got as many; others pass it by, and are counted.
-    """
-
-    stacked: bool = True
-    fused: bool = False
-    dtype: str = "float32"
-    attention: kernels.Implementation = "auto"
-    grouped: Grouped = "auto"
-    capacity_factor: float = 0.0

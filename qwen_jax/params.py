@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.model import Options, Qwen2
-from qwen_jax.sharding import Sharding
+from qwen_jax.model import Qwen2
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import Sharding
 
 Params = dict[str, Any]
 

@@ -12,7 +12,7 @@ import jax
 import pytest
 from jax.sharding import Mesh
 
-from qwen_jax.sharding import make_mesh
+from qwen_jax.parallel.sharding import make_mesh
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -25,7 +25,9 @@ def mesh() -> Mesh:
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer, and data sets of two lengths, for runs."""
-    from runs import make_material  # Here, so that kernels can be tested where training's packages are not installed.
+    from tests.helpers.runs import (
+        make_material,  # Here, so that kernels can be tested where training's packages are not installed.
+    )
 
     return make_material(tmp_path_factory.mktemp("material"))
 
@@ -33,7 +35,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The folder of `program_cache`, for modules of many runs."""
-    from runs import program_cache
+    from tests.helpers.runs import program_cache
 
     with program_cache(tmp_path_factory.mktemp("cache")) as folder:
         yield folder

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 
 from qwen_jax.config import ModelConfig, load_config, read_json
 from qwen_jax.errors import NO_ROOM, InputError
-from qwen_jax.multihost import gather, in_step
+from qwen_jax.parallel.multihost import gather, in_step
 from qwen_jax.tokenizer.base import Tokenizer
 from train.state import TrainState
 

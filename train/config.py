@@ -16,8 +16,8 @@ from typing import Any, Literal, Union
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import Implementation
-from qwen_jax.layers import Remat
-from qwen_jax.sharding import AXES
+from qwen_jax.parallel.sharding import AXES
+from qwen_jax.remat import Remat
 from train.data.mixture import MixtureStage, Weight
 from train.moe import MoETraining
 from train.optimizer import OptimizerConfig, Schedule

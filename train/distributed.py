@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from qwen_jax.errors import InputError
-from qwen_jax.multihost import gather
+from qwen_jax.parallel.multihost import gather
 
 # A process that has been silent for so long is taken for dead, and all others end.
 HEARTBEAT_SECONDS = 60

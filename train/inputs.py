@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from qwen_jax.errors import InputError
-from qwen_jax.multihost import in_step
+from qwen_jax.parallel.multihost import in_step
 from train.config import RunConfig
 from train.data.batch import Batch, place_part, row_part
 from train.data.build import BuildConfig, build

@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 
 from qwen_jax.errors import InputError
 from train.data.batch import Batch, place
-from train.display import Display
-from train.goodput import Clock, compilation
+from train.observe.display import Display
+from train.observe.goodput import Clock, compilation
+from train.observe.trackers import Log
 from train.pretrain import Metrics, TrainStep
 from train.state import TrainState
-from train.trackers import Log
 
 _log = logging.getLogger(__name__)
 

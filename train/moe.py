@@ -17,8 +17,8 @@ import numpy as np
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.grouped import Implementation
-from qwen_jax.routing import Routing
+from qwen_jax.kernels.matmul.grouped import Implementation
+from qwen_jax.moe.router import Routing
 
 EXPERTS = "experts.jsonl"
 
@@ -35,7 +35,7 @@ class MoETraining:
         price of one more forward pass: only then is the gradient that of the whole batch. Otherwise a part is balanced
         against the loads of the parts so far.
       capacity_factor: 0 loses no token; see `qwen_jax.model.Options`. Evaluation loses none in any case.
-      grouped: which kernel multiplies the rows of experts; see `qwen_jax.kernels.grouped`.
+      grouped: which kernel multiplies the rows of experts; see `qwen_jax.kernels.matmul.grouped`.
 
     Raises:
       InputError: a coefficient or factor that is negative or not finite.

@@ -11,17 +11,18 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from qwen_jax.attention.sequence import spread
 from qwen_jax.config import DTYPES, ModelConfig
-from qwen_jax.context import spread
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import COVERAGE, Implementation, packed_mask
-from qwen_jax.layers import Remat, restacked, unstacked
-from qwen_jax.model import Options
+from qwen_jax.moe.router import Routing
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params, abstract_params, bind, init_params, param_specs
-from qwen_jax.routing import Routing
-from qwen_jax.sharding import Sharding
+from qwen_jax.remat import Remat
+from qwen_jax.stack import restacked, unstacked
 from train.data.batch import Batch
-from train.loss import Sums, chunked_cross_entropy, next_token_targets
+from train.losses import Sums, chunked_cross_entropy, next_token_targets
 from train.moe import MoETraining, auxiliary, routing_metrics
 from train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from train.state import Guard, TrainState
@@ -50,7 +51,8 @@ class PretrainConfig:
         but those whose loss or gradient is not finite.
       scan_layers: the layers are one loop; otherwise they follow one another: faster on a GPU, longer to compile.
       attention: which kernel; see `kernels.attention`.
-      ring: on a context axis, keys and values go round the devices instead of being gathered; see `qwen_jax.context`.
+      ring: on a context axis, keys and values go round the devices instead of being gathered; see
+        `qwen_jax.attention.sequence`.
       moe: for a model with experts.
     """
 

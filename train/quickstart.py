@@ -21,19 +21,19 @@ from rich.console import Console
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.params import Params
-from qwen_jax.sharding import make_mesh
 from qwen_jax.tokenizer import Tokenizer, train_bpe
 from train.checkpoint import Checkpoints, write_json
 from train.data.batch import Batch
 from train.data.loader import batches, fingerprint, whole_batches
 from train.data.packing import pack
 from train.data.text import Documents, find_files, read_documents, split_documents, standard_library
-from train.display import Display
 from train.loop import LoopConfig, fit, held_out_loss
-from train.metrics import MetricsLog, bits_per_byte, read_log, scored_bytes
+from train.observe.display import Display
+from train.observe.metrics import MetricsLog, bits_per_byte, read_log, scored_bytes
+from train.observe.plots import plot_run
 from train.optimizer import OptimizerConfig, Schedule
-from train.plot import plot_run
 from train.pretrain import PretrainConfig, init_state, make_eval_step, make_train_step
 from train.state import TrainState
 

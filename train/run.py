@@ -17,9 +17,9 @@ from rich.console import Console
 
 from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import InputError
-from qwen_jax.multihost import in_step
+from qwen_jax.parallel.multihost import in_step
+from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import Params
-from qwen_jax.sharding import Sharding, make_mesh
 from qwen_jax.tokenizer import load_tokenizer
 from train.checkpoint import Checkpoints, is_taken, read_arrays
 from train.config import RunConfig, as_json, load
@@ -28,13 +28,13 @@ from train.data.mixture import Mixture
 from train.data.rows import PackedRows
 from train.data.shards import digest
 from train.distributed import HEARTBEAT_SECONDS, check_same, join
-from train.goodput import Clock
 from train.inputs import HeldOutBatches, open_data
 from train.loop import LoopConfig, fit, held_out_loss
+from train.observe.goodput import Clock
+from train.observe.report import Report
+from train.observe.trackers import check_wandb
 from train.pretrain import abstract_state, fresh_state, init_state, make_eval_step, make_train_step
-from train.report import Report
 from train.state import TrainState
-from train.trackers import check_wandb
 
 # The exit status of a program that SIGTERM has ended.
 STOPPED = 128 + signal.SIGTERM
@@ -62,7 +62,7 @@ a configuration (docs/training.md; the Qwen2.5 report's are in experiments/pretr
           evaluate_every=500,
       )
 
-watch it:  tensorboard --logdir OUTPUT/tensorboard;  python -m train.plot OUTPUT draws OUTPUT/loss.png"""
+watch it:  tensorboard --logdir OUTPUT/tensorboard;  python -m train.observe.plots OUTPUT draws OUTPUT/loss.png"""
 
 
 def main(argv: Sequence[str], export: Export | None = None) -> int:

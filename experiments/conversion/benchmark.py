@@ -42,7 +42,7 @@ def build(folder: Path, size: str) -> int:
 
     from convert.names import leaves
     from convert.safetensors import Writer
-    from qwen_jax.config import published
+    from qwen_jax.published import published
 
     config = published(f"qwen2.5-{size}")
     folder.mkdir()

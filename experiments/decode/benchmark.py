@@ -31,13 +31,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.decode import plain_loop
-from qwen_jax.config import ModelConfig, published
+from qwen_jax.config import ModelConfig
 from qwen_jax.inference import Engine, SamplingParams
-from qwen_jax.inference.generate import Program, decoder, prefill
+from qwen_jax.inference.programs import Program, decoder, prefill
 from qwen_jax.inference.sampling import Knobs
-from qwen_jax.model import Options
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import Params, abstract_params, param_specs
-from qwen_jax.sharding import Sharding, make_mesh
+from qwen_jax.published import published
 
 RECOMMENDED = SamplingParams(temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.05)
 REPEATS = 5

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qwen_jax.attention.rope import inverse_frequencies
 from qwen_jax.config import ModelConfig
-from qwen_jax.rope import inverse_frequencies
 
 Params = dict[str, Any]
 

@@ -21,7 +21,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.kernels import flash_gpu
+from qwen_jax.kernels.attention import flash_gpu
 
 # B, T, H, K, d.
 SHAPES = {

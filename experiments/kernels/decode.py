@@ -1,4 +1,4 @@
-"""Measures `qwen_jax.kernels.flash_decode_gpu` on one Hopper GPU. Results are in decode.md.
+"""Measures `qwen_jax.kernels.decode.flash_decode_gpu` on one Hopper GPU. Results are in decode.md.
 
     python -m experiments.kernels.decode                    # ours, and cuDNN through JAX
     python -m experiments.kernels.decode --torch            # and PyTorch's
@@ -25,7 +25,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.kernels import flash_decode_gpu
+from qwen_jax.kernels.decode import flash_decode_gpu
 
 COPY_RATE = 4.27e12
 """Bytes read and written a second by a large copy on the card of decode.md; measured again with --torch."""

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.kernels.attention import seconds
-from qwen_jax.kernels.grouped_gpu import product, weights_gradient
+from qwen_jax.kernels.matmul.grouped_gpu import product, weights_gradient
 
 # 57B-A14B's, A2.7B's, and 256 narrow experts: gate and up, and down. [groups, N, K].
 SHAPES = ["64x5120x3584", "64x3584x2560", "60x2816x2048", "60x2048x1408", "256x1536x2048", "256x2048x768"]

@@ -20,8 +20,8 @@ import numpy as np
 from experiments.kernels.tpu_attention import print_rows
 from experiments.kernels.tpu_schedule import CORES, TOPOLOGIES, Estimate, Kernel, MiB, compile_kernels, estimate
 from qwen_jax.errors import InputError
-from qwen_jax.kernels import grouped_tpu
-from train.topology import CHIPS
+from qwen_jax.kernels.matmul import grouped_tpu
+from train.plan.topology import CHIPS
 
 _MODULE = "experiments.kernels.grouped_tpu"
 OPERATIONS = ("forward", "input gradient", "weights gradient")
@@ -60,7 +60,7 @@ def _arguments(operation: str, M: int, G: int, N: int, K: int) -> list[Any]:
 def ours(
     operation: str, M: int, G: int, N: int, K: int, dtype: str = "bfloat16"
 ) -> tuple[Callable[..., Any], list[Any]]:
-    """`qwen_jax.kernels.grouped_tpu`; `dtype` is that of the weights' gradient."""
+    """`qwen_jax.kernels.matmul.grouped_tpu`; `dtype` is that of the weights' gradient."""
     import jax.numpy as jnp
 
     function: Callable[..., Any] = functools.partial(grouped_tpu.product, transposed=operation == "input gradient")
@@ -291,7 +291,7 @@ def ragged_row(chip: str, operation: str, case: Case) -> dict[str, Any]:
     """What XLA makes of `ragged`, at `ROWS[0]` rows and all groups."""
     import jax
 
-    from train.topology import target
+    from train.plan.topology import target
 
     M, G = ROWS[0], case.groups[0]
     kwargs: dict[str, Any] = {"operation": operation, "M": M, "G": G, "N": case.N, "K": case.K}

@@ -1,4 +1,4 @@
-"""The layer kernels of one token (`qwen_jax.kernels.layer_gpu`, `layer_gpu_moe`) alone, on one Hopper GPU.
+"""The layer kernels of one token (`qwen_jax.kernels.decode.layer_gpu`, `layer_gpu_moe`) alone, on one Hopper GPU.
 
     python -m experiments.kernels.layer
     python -m experiments.kernels.layer --models qwen1.5-moe-a2.7b --runs 5
@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.decode.benchmark import copy_bandwidth
-from qwen_jax.config import ModelConfig, published
-from qwen_jax.inference.single import COMPILER_OPTIONS
-from qwen_jax.kernels import layer_gpu, layer_gpu_moe
-from qwen_jax.kernels.layer_gpu_moe import router_and_gate
+from qwen_jax.config import ModelConfig
+from qwen_jax.inference.one_row import COMPILER_OPTIONS
+from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe
+from qwen_jax.kernels.decode.layer_gpu_moe import router_and_gate
+from qwen_jax.published import published
 
 MODELS = ["qwen2.5-0.5b", "qwen2.5-7b", "qwen1.5-moe-a2.7b", "qwen2-57b-a14b"]
 _CALLS = 200

@@ -1,4 +1,4 @@
-"""Measures `qwen_jax.kernels.matmul_gpu` on one Hopper GPU. Results are in skinny_matmul.md.
+"""Measures `qwen_jax.kernels.matmul.few_rows_gpu` on one Hopper GPU. Results are in skinny_matmul.md.
 
 python -m experiments.kernels.skinny_matmul check    # numbers against float64, every output element written
 python -m experiments.kernels.skinny_matmul table    # each product alone, against XLA's
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax.kernels.matmul_gpu import plan, skinny_matmul, skinny_swiglu
+from qwen_jax.kernels.matmul.few_rows_gpu import plan, skinny_matmul, skinny_swiglu
 
 Weights = dict[str, jax.Array]
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from experiments.kernels.tpu_schedule import CORES, TOPOLOGIES, Estimate, Kernel, MiB, compile_kernels, estimate
 from qwen_jax.errors import InputError
-from qwen_jax.kernels import tpu
-from train.topology import CHIPS
+from qwen_jax.kernels.tpu import tiles as tpu
+from train.plan.topology import CHIPS
 
 _MODULE = "experiments.kernels.tpu_attention"
 
@@ -29,7 +29,7 @@ def ours(T: int, H: int, d: int, gradient: bool = False) -> tuple[Callable[..., 
     import jax
     import jax.numpy as jnp
 
-    from qwen_jax.kernels import flash_tpu
+    from qwen_jax.kernels.attention import flash_tpu
 
     def attention(q: Any, k: Any, v: Any, start: Any, end: Any) -> Any:
         return flash_tpu.attention(q, k, v, start, end, d**-0.5)
@@ -48,7 +48,7 @@ def ours_decoding(B: int, S: int, H: int, K: int, d: int, page: int = 0) -> tupl
     import jax
     import jax.numpy as jnp
 
-    from qwen_jax.kernels import flash_decode_tpu
+    from qwen_jax.kernels.decode import flash_decode_tpu
 
     q, ends = jax.ShapeDtypeStruct((B, 1, H, d), jnp.bfloat16), jax.ShapeDtypeStruct((B, 1), jnp.int32)
     if page:

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 
 from qwen_jax.errors import InputError
-from train.topology import CHIPS
+from train.plan.topology import CHIPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +286,7 @@ def compile_here(build: str, topology: str, kwargs: Mapping[str, Any]) -> list[s
     """What the process for one compilation does; the names of the kernels."""
     import jax
 
-    from train.topology import target
+    from train.plan.topology import target
 
     module, _, name = build.partition(":")
     function, arguments = getattr(importlib.import_module(module), name)(**kwargs)

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from qwen_jax.errors import InputError
-from train.metrics import read_log
+from train.observe.metrics import read_log
 
 LOOPS = {"ours": ("qwen_jax", "#3b6fb6", "-"), "torch": ("PyTorch, transformers", "#d1662b", "--")}
 HELD_OUT = "held_out_text_loss"

@@ -17,7 +17,7 @@ import jax
 
 from convert.huggingface import export
 from experiments.learning.small import config
-from qwen_jax.sharding import make_mesh
+from qwen_jax.parallel.sharding import make_mesh
 from train.config import RunConfig, set_fields
 from train.pretrain import init_state
 from train.run import pretrain

@@ -31,7 +31,7 @@ from train.data.batch import Batch
 from train.data.loader import whole_batches
 from train.data.mixture import Mixture
 from train.data.rows import PackedRows
-from train.metrics import MetricsLog
+from train.observe.metrics import MetricsLog
 from train.optimizer import Schedule
 
 

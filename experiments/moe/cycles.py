@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from qwen_jax.config import published
-from qwen_jax.sharding import Sharding
+from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.published import published
 from train.data.batch import Batch
 from train.optimizer import OptimizerConfig, Schedule
+from train.plan.programs import computations
+from train.plan.topology import mesh_of, target
 from train.pretrain import PretrainConfig, abstract_state, make_train_step
-from train.programs import computations
-from train.topology import mesh_of, target
 
 _LARGEST = 6
 

@@ -40,7 +40,7 @@ from experiments.learning.compare import HELD_OUT, series, smooth
 from qwen_jax.config import MoE
 from qwen_jax.tokenizer import CONTROL_TOKENS
 from train.config import RunConfig, Stage, set_fields
-from train.metrics import read_log
+from train.observe.metrics import read_log
 from train.optimizer import Schedule
 from train.run import pretrain
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.pretrain.qwen2_5 import turbo
-from qwen_jax.config import ModelConfig, published
-from qwen_jax.layers import Remat
-from qwen_jax.moe import ROOM
+from qwen_jax.config import ModelConfig
+from qwen_jax.moe.block import ROOM
+from qwen_jax.published import published
+from qwen_jax.remat import Remat
 from train.config import RunConfig, Stage
 from train.optimizer import Schedule
 
@@ -101,8 +102,8 @@ def unexpected_gathers(plan: Mapping[str, Any], model: ModelConfig) -> list[str]
 
 def _compile(name: str) -> dict[str, Any]:
     # Imported late: the environment of a compiler without chips comes first.
-    from train.plan import plan_stage
-    from train.topology import target
+    from train.plan.fit import plan_stage
+    from train.plan.topology import target
 
     row = ROWS[name]
     plan = dataclasses.asdict(plan_stage(row.config, row.stage, target(row.topology, row.num_slices)))

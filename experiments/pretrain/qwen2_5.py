@@ -10,7 +10,7 @@ Each data set is built with the length of the stage that uses it, `web-4k` by `q
 Hardware: meant for pods (see the meshes); `qwen-jax plan` says what fits. Nothing here has been run at full size.
 """
 
-from qwen_jax.config import published
+from qwen_jax.published import published
 from train.config import RunConfig, Stage
 from train.optimizer import Schedule
 

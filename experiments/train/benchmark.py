@@ -35,11 +35,12 @@ import numpy as np
 from experiments.decode.benchmark import matmul_rate, say
 from experiments.train import plain_step
 from experiments.train.kernels import print_kernels
-from qwen_jax.config import ModelConfig, published
+from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.sharding import make_mesh
+from qwen_jax.parallel.sharding import make_mesh
+from qwen_jax.published import published
 from train.data.batch import Batch, place
-from train.metrics import flops_per_token
+from train.observe.metrics import flops_per_token
 from train.optimizer import OptimizerConfig, Schedule
 from train.pretrain import PretrainConfig, init_state, make_train_step
 

@@ -24,7 +24,8 @@ class Info:
     json: bool = False
 
     def run(self) -> int:
-        from qwen_jax.config import load_config, published
+        from qwen_jax.config import load_config
+        from qwen_jax.published import published
 
         config = load_config(self.model) if Path(self.model).is_dir() else published(self.model)
         params = config.num_params()

@@ -70,7 +70,7 @@ class Model:
     def __init__(self, name: str, options: Sampling, need_tokenizer: bool):
         from qwen_jax.config import load_config
         from qwen_jax.inference import load_generation_defaults
-        from qwen_jax.sharding import parse_mesh
+        from qwen_jax.parallel.sharding import parse_mesh
 
         self.options, self.axes = options, parse_mesh(options.mesh)
         self.folder: Path = sibling("convert").resolve(name)
@@ -99,7 +99,7 @@ class Model:
         import jax
 
         from qwen_jax.inference import Engine
-        from qwen_jax.sharding import make_mesh
+        from qwen_jax.parallel.sharding import make_mesh
 
         _enable_compilation_cache()
         default = "float32" if jax.default_backend() == "cpu" else self.config.dtype

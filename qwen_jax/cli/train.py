@@ -25,7 +25,7 @@ def quickstart(argv: Sequence[str]) -> int:
         import jax
         import numpy as np
 
-        from qwen_jax.sharding import make_mesh
+        from qwen_jax.parallel.sharding import make_mesh
 
         back = huggingface.load_params(folder, config, make_mesh({}, jax.devices()[:1]))
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(back), strict=True)

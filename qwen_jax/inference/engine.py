@@ -11,13 +11,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.inference.generate import DecodeState, Program, decoder, prefill
+from qwen_jax.inference.programs import DecodeState, Program, decoder, prefill
 from qwen_jax.inference.sampling import Knobs, SamplingParams
 from qwen_jax.inference.weights import fuse
 from qwen_jax.kernels import Implementation
-from qwen_jax.model import Options
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params
-from qwen_jax.sharding import Sharding
 from qwen_jax.tokenizer import StreamDecoder, Tokenizer
 
 # Rows of the published embeddings; ids from 151,665 on were never trained.

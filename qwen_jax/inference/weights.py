@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params
-from qwen_jax.sharding import Sharding
 
 
 def fuse(params: Params, config: ModelConfig, sharding: Sharding) -> Params:

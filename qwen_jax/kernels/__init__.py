@@ -18,7 +18,7 @@ warns where that is the reference on an accelerator. `tests/kernels/test_coverag
 
 Decoding one token a row has a function of its own, `decode_step`, for GPUs of the Hopper generation; `has_decode_step`
 says whether "auto" may take it. The products of a decode step have kernels there too: `on_mesh` for a batch,
-`layer_gpu` for one row on one device (see `qwen_jax.inference.single`).
+`layer_gpu` for one row on one device (see `qwen_jax.inference.one_row`).
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.kernels import reference
 from qwen_jax.kernels.mask import Mask, cache_mask, causal_mask, packed_mask
 from qwen_jax.kernels.softmax import merge
+from qwen_jax.platform import on_hopper, platform
 
 __all__ = [
     "COVERAGE",
@@ -81,22 +82,6 @@ COVERAGE = {
     "reference": Coverage("anywhere", _ALL),
 }
 """In the order of "auto", which passes xla by."""
-
-
-def platform() -> str:
-    """What is compiled for: cpu, gpu or tpu. That of the current mesh, which may be of devices that are not here."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    name = device.platform if device else jax.default_backend()
-    return "gpu" if name in ("cuda", "rocm") else str(name)
-
-
-def on_hopper() -> bool:
-    """Whether the devices are GPUs of the generation that our GPU kernels are for."""
-    return (
-        platform() == "gpu"
-        and jax.default_backend() == "gpu"
-        and jax.local_devices()[0].compute_capability.startswith("9.")
-    )
 
 
 def is_ours(implementation: str) -> bool:
@@ -209,11 +194,11 @@ def attention(
     ends = mask.k_start_BT, mask.k_end_BT
     # Kernels are imported where they are used: Pallas takes a while.
     if chosen == "gpu":
-        from qwen_jax.kernels import flash_gpu
+        from qwen_jax.kernels.attention import flash_gpu
 
         out, lse = flash_gpu.attention(q_BTHd, k_BSKd, v_BSKd, *ends, scale)
     elif chosen == "tpu":
-        from qwen_jax.kernels import flash_tpu
+        from qwen_jax.kernels.attention import flash_tpu
 
         out, lse = flash_tpu.attention(q_BTHd, k_BSKd.swapaxes(1, 2), v_BSKd.swapaxes(1, 2), *ends, scale)
     elif chosen == "cudnn":
@@ -271,12 +256,12 @@ def attention_gradient(
     chosen = choose(implementation, q_BTHd, mask, return_lse=True)
     kept = mask.k_start_BT, mask.k_end_BT, out_BTHd, lse_BHT, by_out_BTHd
     if chosen == "gpu":
-        from qwen_jax.kernels import flash_gpu
+        from qwen_jax.kernels.attention import flash_gpu
 
         return flash_gpu.gradient(q_BTHd, k_BSKd, v_BSKd, *kept, scale)
     k_BKSd, v_BKSd = k_BSKd.swapaxes(1, 2), v_BSKd.swapaxes(1, 2)
     if chosen == "tpu":
-        from qwen_jax.kernels import flash_tpu
+        from qwen_jax.kernels.attention import flash_tpu
 
         dq, dk, dv = flash_tpu.gradient(q_BTHd, k_BKSd, v_BKSd, *kept, scale)
     else:
@@ -315,7 +300,8 @@ def decode_attention(
     chosen = choose(implementation, q_BTHd, mask, return_lse=True, cache=True)
     args = q_BTHd, k_BKSd, v_BKSd, mask.k_start_BT, mask.k_end_BT, scale
     if chosen == "gpu":
-        from qwen_jax.kernels import flash_decode_gpu, flash_gpu
+        from qwen_jax.kernels.attention import flash_gpu
+        from qwen_jax.kernels.decode import flash_decode_gpu
 
         if flash_decode_gpu.supports(q_BTHd.dtype, T, H, K, d, S):
             return _without_gradient(flash_decode_gpu.attention, *args)
@@ -323,7 +309,8 @@ def decode_attention(
             say_once(f"decoding by the kernel for many queries: {H}/{K} heads, {S} slots", logging.WARNING)
         return flash_gpu.attention(*args, head_major=True)
     if chosen == "tpu":
-        from qwen_jax.kernels import flash_decode_tpu, flash_tpu
+        from qwen_jax.kernels.attention import flash_tpu
+        from qwen_jax.kernels.decode import flash_decode_tpu
 
         if flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d):
             return _without_gradient(flash_decode_tpu.attention, *args)
@@ -373,12 +360,12 @@ def paged_attention(
     chosen = choose(implementation, q_BTHd, mask, return_lse=True, cache=True)
     args = q_BTHd, k_NKPd, v_NKPd, pages_BM, mask.k_start_BT, mask.k_end_BT, scale
     if chosen == "gpu":
-        from qwen_jax.kernels import flash_decode_gpu
+        from qwen_jax.kernels.decode import flash_decode_gpu
 
         if flash_decode_gpu.supports(q_BTHd.dtype, T, H, K, d, M * P, P):
             return _without_gradient(flash_decode_gpu.paged_attention, *args)
     if chosen == "tpu":
-        from qwen_jax.kernels import flash_decode_tpu
+        from qwen_jax.kernels.decode import flash_decode_tpu
 
         if flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d, P, pages_BM.size):
             return _without_gradient(flash_decode_tpu.paged_attention, *args)
@@ -428,7 +415,7 @@ def decode_step(*args: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, j
 
 def _decode_gpu() -> Any:
     # Imported where there is a GPU to use it: Pallas takes a while.
-    from qwen_jax.kernels import decode_gpu
+    from qwen_jax.kernels.decode import decode_gpu
 
     return decode_gpu
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
-from qwen_jax.sharding import Sharding
+from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.platform import on_hopper
 
 # From experiments/kernels/skinny_matmul.md: XLA's own products are as good for a single row of a small matrix.
 _MIN_BYTES_ONE_ROW, _MIN_BYTES = 20 << 20, 1 << 20
@@ -35,7 +36,7 @@ def takes(x_BTI: jax.Array, shards: int, outputs: int, inputs: int) -> bool:
         and inputs % 64 == 0
         and inputs >= 128
         and 2 * outputs * inputs >= (_MIN_BYTES_ONE_ROW if rows < 16 else _MIN_BYTES)
-        and kernels.on_hopper()
+        and on_hopper()
     )
 
 
@@ -50,7 +51,7 @@ def few_rows(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
     Returns:
       float32 [B, 1, outputs...].
     """
-    from qwen_jax.kernels.matmul_gpu import skinny_matmul
+    from qwen_jax.kernels.matmul.few_rows_gpu import skinny_matmul
 
     out = subscripts.split("->")[1]
     kept = w.shape[: len(out) - 2]
@@ -69,7 +70,7 @@ def swiglu(x_B1D: jax.Array, w_n2fD: jax.Array, sharding: Sharding) -> jax.Array
     Returns:
       [B, 1, n f].
     """
-    from qwen_jax.kernels.matmul_gpu import skinny_swiglu
+    from qwen_jax.kernels.matmul.few_rows_gpu import skinny_swiglu
 
     def local(x: jax.Array, w: jax.Array) -> jax.Array:
         w = jax.lax.all_gather(w, "fsdp", axis=3, tiled=True)

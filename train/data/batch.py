@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from qwen_jax.sharding import Sharding
+from qwen_jax.parallel.sharding import Sharding
 
 
 @functools.partial(
@@ -46,7 +46,7 @@ def place(batch: Batch, mesh: Mesh) -> Batch:
 
     Args:
       batch: the whole global batch, the same in every process; each places only the rows of its devices.
-      mesh: from `qwen_jax.sharding.make_mesh`.
+      mesh: from `qwen_jax.parallel.sharding.make_mesh`.
     """
     sharding = NamedSharding(mesh, Sharding.tokens)
     if jax.process_count() == 1:
@@ -59,7 +59,7 @@ def row_part(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     """Which part of the rows of a global batch this process has to read.
 
     Args:
-      mesh: from `qwen_jax.sharding.make_mesh`.
+      mesh: from `qwen_jax.parallel.sharding.make_mesh`.
       batch_size: rows in the global batch.
 
     Returns:
@@ -81,7 +81,7 @@ def place_part(part: Batch, batch_size: int, mesh: Mesh) -> Batch:
     Args:
       part: NumPy arrays [batch_size / count, length], the part that `row_part` names.
       batch_size: rows in the global batch.
-      mesh: from `qwen_jax.sharding.make_mesh`.
+      mesh: from `qwen_jax.parallel.sharding.make_mesh`.
     """
     index, count = row_part(mesh, batch_size)
     begin, sharding = index * (batch_size // count), NamedSharding(mesh, Sharding.tokens)

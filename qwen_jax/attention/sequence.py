@@ -1,0 +1,194 @@
+"""The context axis: the tokens of a row split over devices, each with a like share of causal work.
+
+A row is cut into 2n chunks for n devices; device i has chunks i and 2n - 1 - i, an early one and a late one. Positions
+and mask intervals travel with the tokens, so only attention must know. It has two ways:
+
+- Gather: keys and values of whole rows on every device, in the order of the row, which is what intervals count.
+- Ring (Liu et al. 2023, arXiv:2310.01889): each device's keys and values go round, and what a device has seen of them
+  is merged by its log-sum-exp. A device never holds more than two devices' share, and copies need not wait for the
+  kernels. Gradients travel in float32, which makes more bytes, and kernels are called 2n times for 1/2n of the keys.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qwen_jax import kernels
+from qwen_jax.errors import InputError
+from qwen_jax.parallel.collectives import gather
+from qwen_jax.parallel.sharding import Sharding
+
+# Logits of one block of queries: 512 MiB in float32.
+_LOGITS = 2**27
+
+
+def spread(x_BT: jax.Array, sharding: Sharding) -> jax.Array:
+    """Puts rows where the model wants them, in the order described above.
+
+    Args:
+      x_BT: tokens, or anything else that is one number for each of them; rows are whole on each device.
+      sharding: of the current mesh.
+
+    Returns:
+      [B, T], laid out as `sharding.tokens`.
+
+    Raises:
+      InputError: T does not divide into 2n chunks.
+    """
+    n, (B, T) = sharding.context, x_BT.shape
+    if n > 1:
+        if T % (2 * n):
+            raise InputError(
+                f"Rows of {T} tokens do not divide into {2 * n} chunks, two for each device of the context axis. "
+                f"Choose a length that is a multiple of {2 * n}."
+            )
+        early_BnC = x_BT[:, : T // 2].reshape(B, n, -1)
+        late_BnC = jnp.flip(x_BT[:, T // 2 :].reshape(B, n, -1), axis=1)
+        x_BT = jnp.stack([early_BnC, late_BnC], axis=2).reshape(B, T)
+    return jax.reshard(x_BT, sharding.tokens)
+
+
+def _whole(x_BtKd: jax.Array, n: int) -> jax.Array:
+    """Keys or values of whole rows, in order, from each device's part."""
+    x_BTKd = gather(x_BtKd, 1, "context")
+    B, T, *rest = x_BTKd.shape
+    x = x_BTKd.reshape(B, n, 2, T // (2 * n), *rest)
+    early, late = x[:, :, 0], jnp.flip(x[:, :, 1], axis=1)
+    return jnp.concatenate([early, late], axis=1).reshape(B, T, *rest)
+
+
+# What is not differentiated: size of the axis, scale, implementation.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _ring(
+    q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, end: jax.Array, n: int, scale: float,
+    implementation: kernels.Implementation,
+) -> jax.Array:  # fmt: skip
+    """Attention of a device's queries while keys and values go round; arguments as of `attention`."""
+    return _ring_forward(q, k, v, start, end, n, scale, implementation)[0]
+
+
+def _next(x: jax.Array, n: int) -> jax.Array:
+    """Each device's share moves on to the device after it."""
+    return lax.ppermute(x, "context", [(i, (i + 1) % n) for i in range(n)])
+
+
+def _halves(start: jax.Array, end: jax.Array, step: jax.Array, chunk: int, n: int) -> list[tuple[slice, kernels.Mask]]:
+    """Where the two chunks lie in the share that is here after so many steps, and what these queries see of either."""
+    owner = lax.rem(lax.axis_index("context") - step + n, n)
+    parts = []
+    for half, index in enumerate((owner, 2 * n - 1 - owner)):
+        low, high = (jnp.clip(x - index * chunk, 0, chunk) for x in (start, end))
+        parts.append((slice(half * chunk, (half + 1) * chunk), kernels.Mask(low, high)))
+    return parts
+
+
+def _ring_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, end: jax.Array, n: int, scale: float,
+    implementation: kernels.Implementation,
+) -> Any:  # fmt: skip
+    how: Any = {"scale": scale, "implementation": implementation}
+    chunk = k.shape[1] // 2
+
+    def one(carry: Any, step: jax.Array) -> tuple[Any, None]:
+        merged, kv = carry
+        coming = _next(kv, n)
+        parts = [
+            kernels.attention(q, kv[0, :, at], kv[1, :, at], seen, return_lse=True, **how)
+            for at, seen in _halves(start, end, step, chunk, n)
+        ]
+        return (kernels.merge([merged, *parts]), coming), None
+
+    B, t, H, _ = q.shape
+    nothing = jnp.zeros(q.shape, jnp.float32), jnp.full((B, H, t), -jnp.inf, jnp.float32)
+    ((out, lse), _), _ = lax.scan(one, (nothing, jnp.stack([k, v])), jnp.arange(n, dtype=jnp.int32))
+    out = out.astype(q.dtype)
+    return out, (q, k, v, start, end, out, lse)
+
+
+def _ring_backward(n: int, scale: float, implementation: kernels.Implementation, kept: Any, by: jax.Array) -> Any:
+    q, k, v, start, end, out, lse = kept
+    how: Any = {"scale": scale, "implementation": implementation}
+    chunk, f32 = k.shape[1] // 2, jnp.float32
+
+    def one(carry: Any, step: jax.Array) -> tuple[Any, None]:
+        dq, dkv, kv = carry
+        # The gradients of a share follow it a step behind: they travel while its part here is worked out. One copy
+        # after the other: devices that began with different ones could wait for each other.
+        dkv, leaving = lax.optimization_barrier((_next(dkv, n), kv))
+        coming = _next(leaving, n)
+        for at, seen in _halves(start, end, step, chunk, n):
+            own = kernels.attention_gradient(q, kv[0, :, at], kv[1, :, at], seen, out, lse, by, **how)
+            dq, dkv = dq + own[0], dkv.at[:, :, at].add(jnp.stack(own[1:]))
+        return (dq, dkv, coming), None
+
+    kv = jnp.stack([k, v])
+    zeros = jnp.zeros(q.shape, f32), jnp.zeros(kv.shape, f32)
+    (dq, dkv, _), _ = lax.scan(one, (*zeros, kv), jnp.arange(n, dtype=jnp.int32))
+    dk, dv = _next(dkv, n)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+
+
+_ring.defvjp(_ring_forward, _ring_backward)
+
+
+def attention(
+    q_BtHd: jax.Array,
+    k_BtKd: jax.Array,
+    v_BtKd: jax.Array,
+    mask: kernels.Mask,
+    n: int,
+    *,
+    scale: float,
+    implementation: kernels.Implementation,
+    recompute: bool = False,
+    ring: bool = False,
+) -> jax.Array:
+    """Attention of a device's own queries over the keys of whole rows. Runs on local arrays, inside `jax.shard_map`.
+
+    Where keys are gathered and the logits would be large, queries go a block at a time, and the backward pass makes the
+    logits of a block again: memory grows with the length and not with its square.
+
+    Args:
+      q_BtHd: queries.
+      k_BtKd, v_BtKd: keys and values, in the places that `spread` gave their tokens.
+      mask: of these queries; intervals over the keys in the order of the row.
+      n: size of the context axis.
+      scale, implementation, recompute: see `kernels.attention`.
+      ring: keys and values go round instead of being gathered. Needs an implementation with a log-sum-exp, and a
+        `shard_map` that does not check along which axes results vary.
+
+    Returns:
+      [B, t, H, d] in the dtype of q.
+    """
+    # Of a part of a row no mask is known to be causal.
+    mask = mask if n == 1 else kernels.Mask(mask.k_start_BT, mask.k_end_BT)
+    if ring and n > 1:
+        chosen: Any = kernels.choose(implementation, q_BtHd, mask, return_lse=True)
+        return _ring(q_BtHd, k_BtKd, v_BtKd, mask.k_start_BT, mask.k_end_BT, n, scale, chosen)
+    B, t, H, d = q_BtHd.shape
+    k_BTKd, v_BTKd = (x if n == 1 else _whole(x, n) for x in (k_BtKd, v_BtKd))
+    blocks = 1
+    if kernels.choose(implementation, q_BtHd, mask) == "reference":
+        while t % (2 * blocks) == 0 and B * H * (t // blocks) * k_BTKd.shape[1] > _LOGITS:
+            blocks *= 2
+    if blocks == 1:
+        return kernels.attention(
+            q_BtHd, k_BTKd, v_BTKd, mask, scale=scale, implementation=implementation, recompute=recompute or n > 1
+        )
+    # Every block adds to the gradients of keys and values: they must add up in float32.
+    wide_k, wide_v = k_BTKd.astype(jnp.float32), v_BTKd.astype(jnp.float32)
+
+    def cut(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(B, blocks, t // blocks, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def one(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        q, start, end = inputs
+        k, v = wide_k.astype(k_BTKd.dtype), wide_v.astype(v_BTKd.dtype)
+        return kernels.attention(q, k, v, kernels.Mask(start, end), scale=scale, implementation=implementation)
+
+    out = lax.map(one, (cut(q_BtHd), cut(mask.k_start_BT), cut(mask.k_end_BT)))
+    return jnp.moveaxis(out, 0, 1).reshape(B, t, H, d)

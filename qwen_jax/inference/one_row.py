@@ -1,0 +1,186 @@
+"""A decode step of one sequence on one Hopper GPU, by two kernels a layer.
+
+The model of `qwen_jax.model` would do it too, with ten kernels a layer; at batch 1 the gaps between them cost more than
+a tenth of the time. Numerics are the same: Hugging Face's order of casts, products accumulated in float32; but that a
+feed-forward layer's inner vector is rounded once, after the nonlinearity and an expert's weight, and the sum of all
+routed experts once instead of each.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax import kernels
+from qwen_jax.attention.block import KVCache
+from qwen_jax.attention.rope import rope_tables
+from qwen_jax.config import ModelConfig
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.params import Params
+
+COMPILER_OPTIONS = {"xla_gpu_graph_min_graph_size": 1 << 30}
+"""No CUDA graphs. A graph starts a kernel when the one before has ended; launched one by one, these kernels overlap:
+each begins to read its weights while the one before still runs."""
+
+
+def takes(config: ModelConfig, sharding: Sharding, options: Options, rows: int, cache: KVCache) -> bool:
+    """Whether `step` does this: one row, one Hopper GPU, bfloat16, the inference layout.
+
+    Args:
+      config: the architecture.
+      sharding: of the current mesh.
+      options: layout and dtypes of the parameters.
+      rows: of the batch.
+      cache: of the batch.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    plain = not options.capacity_factor and options.fused and options.dtype == "bfloat16"
+    if rows != 1 or mesh.size != 1 or not plain:
+        return False
+    heads = config.num_heads, config.num_kv_heads
+    dtype = jnp.dtype(options.dtype)
+    if not kernels.has_decode_step(options.attention, dtype, 1, *heads, cache.keys[0]):
+        return False
+    from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe
+
+    attention = config.num_heads * config.head_dim
+    qkv = attention + 2 * config.num_kv_heads * config.head_dim
+    sizes = attention, qkv, config.vocab_size
+    all_sparse = len(config.sparse_layers) == config.num_layers
+    fits = all_sparse or layer_gpu.supports(config.hidden_size, config.intermediate_size, *sizes)
+    fits = fits and (config.moe is None or layer_gpu_moe.supports(config.hidden_size, config.moe, *sizes))
+    layers = "two kernels a layer" if fits else "many kernels a layer: its sizes do not allow two"
+    kernels.say_once(f"decoding one sequence: {layers}")
+    return fits
+
+
+def prepare(params: Params, token: jax.Array) -> tuple[Params, jax.Array]:
+    """The parameters as `step` wants them, to be made once for many steps.
+
+    Args:
+      params: in the fused layout.
+      token: int32 [1], of the first step.
+
+    Returns:
+      The same, but that of each layer's experts the router and the shared one's gate are one matrix; and the token.
+    """
+    from qwen_jax.kernels.decode import layer_gpu_moe
+
+    joined = [
+        layer_gpu_moe.router_and_gate(layer["moe"]["router"]["weight"], layer["moe"]["shared_gate"]["weight"])
+        if "moe" in layer
+        else None
+        for layer in params["layers"]
+    ]
+    # A layer's kernel may begin to read weights while the one before it runs, which must not be what makes them.
+    joined, token = jax.lax.optimization_barrier((joined, token))
+    layers = [
+        layer if both is None else {**layer, "moe": {**layer["moe"], "router_and_gate": both}}
+        for layer, both in zip(params["layers"], joined, strict=True)
+    ]
+    return {**params, "layers": layers}, token
+
+
+def step(
+    params: Params,
+    config: ModelConfig,
+    token: jax.Array,
+    start: jax.Array,
+    slot: jax.Array,
+    cache: KVCache,
+    counter: jax.Array,
+) -> tuple[jax.Array, KVCache, jax.Array]:
+    """Reads one token and says what may follow.
+
+    Args:
+      params: from `prepare`.
+      config: the architecture.
+      token: int32 [1].
+      start: int32 [1], the first cache slot in use.
+      slot: int32 scalar, where the token goes.
+      cache: of one row.
+      counter: int32 [1], zero at first, then the one that came back.
+
+    Returns:
+      Float32 logits [1, V], the cache with the token in it, the counter.
+    """
+
+    def specs(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
+
+    args = params, token, start, slot, cache, counter
+    run = jax.shard_map(
+        lambda *args: _step(config, *args),
+        in_specs=tuple(map(specs, args)),
+        out_specs=(P(), specs(cache), P()),
+        check_vma=False,
+    )
+    result: tuple[jax.Array, KVCache, jax.Array] = run(*args)
+    return result
+
+
+def _step(
+    config: ModelConfig,
+    params: Params,
+    token: jax.Array,
+    start: jax.Array,
+    slot: jax.Array,
+    cache: KVCache,
+    counter: jax.Array,
+) -> tuple[jax.Array, KVCache, jax.Array]:
+    from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe
+
+    eps, dtype = config.rms_norm_eps, jnp.bfloat16
+    H, d = config.num_heads, config.head_dim
+    blocks = layer_gpu.blocks()
+
+    def matrix(weight: jax.Array) -> jax.Array:
+        return weight.reshape(-1, weight.shape[-1])
+
+    def matrices(mlp: Params) -> tuple[jax.Array, ...]:
+        return mlp["gate_up"]["weight"][0], mlp["down"]["weight"]
+
+    table = params["embed"]["weight"]
+    with jax.named_scope("embed"):
+        x_D = table[token[0]]
+    cos, sin = (t[:, 0, 0] for t in rope_tables(config, (slot - start)[:, None], jnp.dtype(dtype)))
+    layers, keys, values = params["layers"], [], []
+    head = table if config.tie_word_embeddings else params["lm_head"]["weight"]
+    # What comes before each attention, and after the last one: a norm and a matrix.
+    following = [(layer["input_norm"]["weight"], matrix(layer["attention"]["qkv"]["weight"])) for layer in layers]
+    following.append((params["norm"]["weight"], head))
+    experts_tail = functools.partial(layer_gpu_moe.layer_tail, moe=config.moe)
+    with jax.named_scope("qkv"):
+        qkv = layer_gpu.norm_product(x_D, *following[0], eps=eps, blocks=blocks)
+    for i, layer in enumerate(layers):
+        with jax.named_scope(f"layer{i}"):
+            attention, moe = layer["attention"], layer.get("moe")
+            bias = attention["qkv"]["bias"][0]
+            out, k, v = kernels.decode_step(
+                qkv.reshape(1, -1, d), bias, cos, sin, cache.keys[i], cache.values[i], start, slot, scale=d**-0.5
+            )
+            keys.append(k)
+            values.append(v)
+            if moe is None:
+                tail: Any = layer_gpu.layer_tail
+                feed_forward = matrices(layer["mlp"])
+            else:
+                tail, experts = experts_tail, moe["experts"]
+                gate_up, down = matrices(moe["shared"])
+                feed_forward = moe["router_and_gate"], gate_up, experts["gate_up"], down, experts["down"]
+            x_D, qkv, counter = tail(
+                out.reshape(H * d),
+                x_D,
+                attention["o"]["weight"].reshape(-1, H * d),
+                layer["post_attention_norm"]["weight"],
+                *feed_forward,
+                *following[i + 1],
+                counter,
+                eps=eps,
+                out_dtype=jnp.float32 if i + 1 == len(layers) else dtype,
+                blocks=blocks,
+            )
+    return qkv[None], KVCache(tuple(keys), tuple(values)), counter

@@ -1,0 +1,212 @@
+"""The device mesh, and where each array lies on it."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+
+def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with all of `AXES`, in explicit-sharding mode.
+
+    Devices of several slices, or of several nodes with GPUs, are joined by the data axis, and all other axes lie within
+    one. Where nodes are more than the data axis counts, fsdp joins the rest of them; slices of TPUs it never joins.
+
+    Args:
+      axes: sizes of the axes that are not 1, such as {"tensor": 2}.
+      devices: what to build it from; by default the first of `jax.devices()`, as many as the sizes ask for.
+
+    Raises:
+      InputError: unknown axis, more devices asked for than there are, or slices that the data axis does not join.
+    """
+    axes = dict(axes or {})
+    unknown = sorted(set(axes) - set(AXES))
+    if unknown:
+        raise InputError(f"Unknown mesh axes {', '.join(unknown)}; the axes are {', '.join(AXES)}.")
+    sizes = tuple(axes.get(name, 1) for name in AXES)
+    if min(sizes) < 1:
+        raise InputError(f"Mesh axes must be at least 1, got {axes}.")
+    available = list(jax.devices() if devices is None else devices)
+    needed = math.prod(sizes)
+    if needed > len(available):
+        raise InputError(f"The mesh {axes} needs {needed} devices, there are {len(available)}.")
+    return Mesh(_arranged(sizes, available[:needed]), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def _arranged(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in the shape of a mesh: what is between slices or nodes is outermost."""
+    # JAX tells which GPUs share fast links by the same attribute, and has no such thing for CPUs.
+    sliced, gpus = hasattr(devices[0], "slice_index"), devices[0].platform == "gpu"
+    groups = collections.Counter(d.slice_index if sliced else d.process_index if gpus else 0 for d in devices)
+    count, name = len(groups), "nodes" if gpus else "slices"
+    if count == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    axes = {axis: size for axis, size in zip(AXES, sizes, strict=True) if size > 1}
+    if len(set(groups.values())) > 1:
+        raise InputError(
+            f"The mesh {axes} takes unequal parts of the {count} {name}: {sorted(groups.values())} devices. "
+            f"Choose sizes that use all {name} alike."
+        )
+    data, fsdp = sizes[:2]
+    across = math.gcd(data, count)
+    rest = count // across
+    if rest > 1 and (not gpus or fsdp % rest):
+        what = "data axis, or data x fsdp," if gpus else "data axis"
+        raise InputError(f"The {what} must be a multiple of the {count} {name}; the mesh is {axes}.")
+    between = (across, rest, *(1 for _ in sizes[2:]))
+    within = [size // parts for size, parts in zip(sizes, between, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(
+        within, between, devices, process_is_granule=not sliced, allow_split_physical_axes=True
+    )
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Reads "tensor=2,data=4" into {"tensor": 2, "data": 4}.
+
+    Raises:
+      InputError: not of that form.
+    """
+    axes: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name not in AXES or not size.isdecimal() or int(size) < 1 or name in axes:
+            raise InputError(f"Expected a mesh such as tensor=2,data=4 with axes of {', '.join(AXES)}; got {text!r}.")
+        axes[name] = int(size)
+    return axes
+
+
+# The axes that rows of a batch are split over.
+_ROWS = ("data", "fsdp", "expert")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """One PartitionSpec for each role. Weights are as `model.py` names them, without the stacked layer axis.
+
+    Weights lie split over `fsdp` along the hidden size, over `tensor` along heads, feed-forward width or vocabulary,
+    experts over `expert`; `gathered` takes the fsdp part away where a weight is used. In training the expert axis is
+    one more that rows are split over. When generating, all devices of that axis have the same rows.
+    """
+
+    kv_heads: int
+    """Key/value heads as attention sees them: the model's own, or one for each tensor shard where those are fewer."""
+    tensor: int = 1
+    """Size of the tensor axis."""
+    batch_shards: int = 1
+    """Parts that the rows of a batch are in."""
+    context: int = 1
+    """Parts that the tokens of a row are in; see `qwen_jax.attention.sequence`."""
+    expert: int = 1
+    """Size of the expert axis."""
+    ring: bool = False
+    """Keys and values go round the context axis instead of being gathered."""
+    vocab: P = P("tensor", "fsdp")
+    q: P = P("tensor", None, "fsdp")
+    q_bias: P = P("tensor", None)
+    kv: P = P("tensor", None, "fsdp")
+    kv_bias: P = P("tensor", None)
+    o: P = P("fsdp", "tensor", None)
+    gate_up: P = P("tensor", "fsdp")
+    down: P = P("fsdp", "tensor")
+    norm: P = P(None)
+    router: P = P(None, "fsdp")
+    experts_gate_up: P = P("expert", None, "tensor", "fsdp")
+    experts_down: P = P("expert", "fsdp", "tensor")
+    # Fused projections of the inference layout: the leading axis counts the tensor shards.
+    fused_qkv: P = P("tensor", None, None, "fsdp")
+    fused_qkv_bias: P = P("tensor", None, None)
+    fused_gate_up: P = P("tensor", None, None, "fsdp")
+    # Activations.
+    tokens: P = P(_ROWS, None)
+    hidden: P = P(_ROWS, None, None)
+    heads: P = P(_ROWS, None, "tensor", None)
+    all_kv_heads: P = P(_ROWS, None, None, None)
+    feed_forward: P = P(_ROWS, None, "tensor")
+    logits: P = P(_ROWS, None, "tensor")
+    cache: P = P(_ROWS, "tensor", None, None)
+    rows: P = P(_ROWS)
+
+    @property
+    def row_axes(self) -> tuple[str, ...]:
+        """The axes that tokens are split over."""
+        rows: tuple[str, ...] = self.rows[0]
+        return (*rows, "context")
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether rows travel to the devices of their experts."""
+        return self.expert > 1 and "expert" in self.row_axes
+
+    @classmethod
+    def for_model(cls, config: ModelConfig, mesh: Mesh, split_rows: bool = False) -> "Sharding":
+        """The layout of a model on a mesh.
+
+        Args:
+          config: the architecture.
+          mesh: from `make_mesh`.
+          split_rows: the caller places tokens by `qwen_jax.attention.sequence.spread`, as training does; a context
+            axis is an error otherwise.
+
+        Raises:
+          InputError: a dimension that the mesh does not divide, or an axis without use.
+        """
+        expert, moe = mesh.shape["expert"], config.moe
+        if moe is None and expert != 1:
+            raise InputError(f"A dense model does not use the expert axis; it is {expert}, make it 1.")
+        context = mesh.shape["context"]
+        if context > 1 and not split_rows:
+            raise InputError(f"Only training splits rows over the context axis; it is {context}, make it 1.")
+        tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+        rows = mesh.shape["data"] * fsdp * (expert if split_rows else 1)
+        experts: tuple[tuple[str, int, str, int], ...] = ()
+        if moe is not None:
+            experts = (
+                ("num_experts", moe.num_experts, "expert", expert),
+                ("moe_intermediate_size", moe.intermediate_size, "tensor", tensor),
+                ("shared_expert_intermediate_size", moe.shared_intermediate_size, "tensor", tensor),
+            )
+        for name, size, axis, parts in (
+            ("num_heads", config.num_heads, "tensor", tensor),
+            ("intermediate_size", config.intermediate_size, "tensor", tensor),
+            ("vocab_size", config.vocab_size, "tensor", tensor),
+            ("hidden_size", config.hidden_size, "fsdp", fsdp),
+            *experts,
+        ):
+            if size % parts:
+                raise InputError(
+                    f"{name} ({size}) is not divisible by the {axis} axis ({parts}). "
+                    f"Choose an axis size that divides it."
+                )
+        split: dict[str, Any] = {"expert": expert}
+        for role in ("tokens", "hidden", "heads", "all_kv_heads", "feed_forward", "logits", "cache", "rows"):
+            first, *rest = getattr(cls, role)
+            if not split_rows:
+                split[role] = P(tuple(axis for axis in first if axis != "expert"), *rest)
+            elif context > 1 and role not in ("cache", "rows"):
+                split[role] = P(first, "context", *rest[1:])
+        if config.num_kv_heads % tensor == 0:
+            return cls(config.num_kv_heads, tensor, rows, context, **split)
+        if tensor % config.num_kv_heads == 0:
+            # Fewer key/value heads than shards: their small weights are replicated, and each head is repeated so
+            # that every shard has one of its own.
+            return cls(tensor, tensor, rows, context, kv=P(None, None, "fsdp"), kv_bias=P(None, None), **split)
+        raise InputError(
+            f"The tensor axis ({tensor}) must divide num_kv_heads ({config.num_kv_heads}) or be a multiple of it."
+        )
+
+
+def gathered(spec: P) -> P:
+    """The spec of a weight where it is used: gathered over `fsdp`, still split over `tensor`."""
+    return P(*(None if axis == "fsdp" else axis for axis in spec))

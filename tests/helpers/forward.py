@@ -1,0 +1,50 @@
+"""The model's logits and gradients on plain arrays, for tests."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from qwen_jax import kernels
+from qwen_jax.config import ModelConfig
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.params import Params, bind
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 4))
+def _logits(
+    config: ModelConfig, sharding: Sharding, params: Params, tokens_BT: jax.Array, options: Options
+) -> jax.Array:
+    model = bind(config, params, sharding, options)
+    positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    positions, mask = jax.tree.map(
+        lambda x: jax.reshard(x, sharding.tokens), (positions, kernels.causal_mask(*tokens_BT.shape))
+    )
+    return model.logits(model(tokens_BT, positions, mask)[0])
+
+
+def logits(
+    config: ModelConfig, params: Params, mesh: Mesh, tokens_BT: np.ndarray, options: Options = Options()
+) -> np.ndarray:
+    """Float32 logits [B, T, V] of a causal forward pass."""
+    sharding = Sharding.for_model(config, mesh)
+    with jax.set_mesh(mesh):
+        tokens = jax.device_put(np.asarray(tokens_BT, np.int32), NamedSharding(mesh, sharding.tokens))
+        return np.asarray(_logits(config, sharding, params, tokens, options))
+
+
+def loss_gradients(config: ModelConfig, params: Params, mesh: Mesh, tokens_BT: np.ndarray) -> Params:
+    """Gradients of the mean next-token cross-entropy, in the tree of the (stacked) parameters, as NumPy arrays."""
+    sharding = Sharding.for_model(config, mesh)
+
+    def loss(params: Params, tokens_BT: jax.Array) -> jax.Array:
+        log_p = jax.nn.log_softmax(_logits(config, sharding, params, tokens_BT, Options())[:, :-1])
+        return -jnp.mean(jnp.sum(log_p * jax.nn.one_hot(tokens_BT[:, 1:], config.vocab_size), axis=-1))
+
+    with jax.set_mesh(mesh):
+        tokens = jax.device_put(np.asarray(tokens_BT, np.int32), NamedSharding(mesh, sharding.tokens))
+        result: Params = jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(params, tokens))
+        return result

@@ -1,0 +1,198 @@
+"""What the layer kernels stand for, in plain functions, and a short text by the decode loop."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_jax import kernels
+from qwen_jax.attention.block import CacheWrite, KVCache
+from qwen_jax.config import ModelConfig, MoE
+from qwen_jax.inference import one_row as single
+from qwen_jax.inference.programs import Program, decoder, prefill
+from qwen_jax.inference.sampling import Knobs, SamplingParams
+from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import Sharding, make_mesh
+from qwen_jax.params import abstract_params, bind, param_specs
+from tests.helpers import decode_cases
+
+ON_HOPPER = jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability.startswith("9.")
+EPS = 1e-6
+
+
+def norm(x_D: jax.Array, w_D: jax.Array) -> jax.Array:
+    x = x_D.astype(jnp.float32)
+    x = (x * jax.lax.rsqrt(jnp.mean(x * x) + EPS)).astype(x_D.dtype)
+    return x * w_D
+
+
+def times(w: jax.Array, x_I: jax.Array) -> jax.Array:
+    return jnp.matmul(w.astype(jnp.float32), x_I.astype(jnp.float32), precision="highest")
+
+
+def plain_product(
+    stream_D: jax.Array, norm_D: jax.Array, w_ND: jax.Array, *, out_dtype: Any = jnp.bfloat16, **_: Any
+) -> Any:
+    """What `norm_product` stands for."""
+    return times(w_ND, norm(stream_D, norm_D)).astype(out_dtype)
+
+
+def plain_tail(
+    heads: jax.Array, stream: jax.Array, w_o: jax.Array, mid_norm: jax.Array, w_gate_up: jax.Array, w_down: jax.Array,
+    next_norm: jax.Array, w_next: jax.Array, counter: jax.Array, *, out_dtype: Any = jnp.bfloat16, **_: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """What `layer_tail` stands for."""
+    stream = stream + times(w_o, heads).astype(stream.dtype)
+    gate, up = times(w_gate_up, norm(stream, mid_norm))
+    stream = stream + times(w_down, (jax.nn.silu(gate) * up).astype(stream.dtype)).astype(stream.dtype)
+    return stream, plain_product(stream, next_norm, w_next, out_dtype=out_dtype), counter
+
+
+def plain_experts_tail(
+    heads: jax.Array, stream: jax.Array, w_o: jax.Array, mid_norm: jax.Array, w_router: jax.Array,
+    w_shared_gate_up: jax.Array, w_gate_up: jax.Array, w_shared_down: jax.Array, w_down: jax.Array,
+    next_norm: jax.Array, w_next: jax.Array, counter: jax.Array, *, moe: MoE, out_dtype: Any = jnp.bfloat16, **_: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """What `layer_gpu_moe.layer_tail` stands for."""
+    dtype = stream.dtype
+    stream = stream + times(w_o, heads).astype(dtype)
+    x = norm(stream, mid_norm)
+    logits = times(w_router, x).astype(dtype).astype(jnp.float32)
+    top, ids = jax.lax.top_k(jax.nn.softmax(logits[: moe.num_experts]), moe.num_experts_per_tok)
+    if moe.norm_topk_prob:
+        top = top / top.sum()
+
+    def inner(w: jax.Array, weight: Any = 1.0) -> jax.Array:
+        gate, up = times(w, x)
+        return (jax.nn.silu(gate) * up * weight).astype(dtype)
+
+    top = top.astype(dtype).astype(jnp.float32)
+    routed = sum(times(w_down[id], inner(w_gate_up[id], weight)) for id, weight in zip(ids, top, strict=True))
+    shared = times(w_shared_down, inner(w_shared_gate_up)).astype(dtype)
+    gate = jax.nn.sigmoid(logits[moe.num_experts]).astype(dtype)
+    stream = stream + (jnp.asarray(routed).astype(dtype) + gate * shared)
+    return stream, plain_product(stream, next_norm, w_next, out_dtype=out_dtype), counter
+
+
+def error(x: jax.Array, truth: jax.Array) -> float:
+    """Of the whole, relative."""
+    a, b = (np.asarray(v, np.float64) for v in (x, truth))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def one_layer_cache(config: ModelConfig) -> KVCache:
+    """Shapes of a cache of one layer."""
+    buffer = jax.ShapeDtypeStruct((1, config.num_kv_heads, 128, config.head_dim), jnp.bfloat16)
+    return KVCache((buffer,), (buffer,))  # type: ignore[arg-type]
+
+
+def drawn(config: ModelConfig, mesh: Any, rng: np.random.Generator) -> tuple[Options, Sharding, Any]:
+    """The inference layout, and random weights in it."""
+    options = Options(stacked=False, fused=True, dtype="bfloat16")
+    sharding = Sharding.for_model(config, mesh)
+    shapes, specs = (f(config, sharding, options) for f in (abstract_params, param_specs))
+
+    def draw(path: Any, shape: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array:
+        values = rng.standard_normal(shape.shape, np.float32)
+        values = 1 + 0.1 * values if "norm" in jax.tree_util.keystr(path) else 0.05 * values
+        return jax.device_put(jnp.asarray(values, jnp.bfloat16), jax.NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        return options, sharding, jax.tree_util.tree_map_with_path(draw, shapes, specs)
+
+
+def generate(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """16 greedy tokens after a prompt, and their log-probabilities.
+
+    Args:
+      config: the architecture; weights are random, the same every time.
+    """
+    mesh, sampling, rng = make_mesh({}, jax.devices()[:1]), SamplingParams(logprobs=True), np.random.default_rng(0)
+    options, sharding, params = drawn(config, mesh, rng)
+    with jax.set_mesh(mesh):
+        program = Program(config, sharding, options, sampling.plan, slots=64, vocab_limit=config.vocab_size)
+        tokens = jax.device_put(
+            rng.integers(0, config.vocab_size, (1, 16), np.int32), jax.NamedSharding(mesh, sharding.tokens)
+        )
+        rows = jax.NamedSharding(mesh, sharding.rows)
+        lengths, seeds = jax.device_put((np.array([11], np.int32), np.zeros(1, np.uint32)), rows)
+        state, *_ = prefill(params, tokens, lengths, seeds, Knobs.of(sampling), program=program)
+        run = decoder(program, state)
+        _, chosen, logprobs = run(params, state, Knobs.of(sampling), program=program, steps=16)
+        return np.asarray(chosen)[0], np.asarray(logprobs)[0]
+
+
+def logits_of_both(config: ModelConfig, count: int = 12) -> tuple[np.ndarray, np.ndarray]:
+    """Float32 logits [count, V] after the same tokens and caches, by a decode step's kernels and by the model.
+
+    Args:
+      config: the architecture; weights and caches are random, the same every time.
+      count: tokens, each tried by itself.
+    """
+    mesh, slots, rng = make_mesh({}, jax.devices()[:1]), 128, np.random.default_rng(0)
+    options, sharding, params = drawn(config, mesh, rng)
+
+    def by_kernels(params: Any, token: jax.Array, start: jax.Array, slot: jax.Array, cache: KVCache) -> jax.Array:
+        counter = jnp.zeros((1,), jnp.int32)
+        params, token = single.prepare(params, token)
+        return single.step(params, config, token, start, slot, cache, counter)[0][0]
+
+    def by_model(params: Any, token: jax.Array, start: jax.Array, slot: jax.Array, cache: KVCache) -> jax.Array:
+        mask, write = kernels.Mask(start[:, None], (slot + 1)[None, None]), CacheWrite(slot=slot)
+        model = bind(config, params, sharding, options)
+        x, _ = model(token[:, None], (slot - start)[:, None], mask, cache=cache, write=write)
+        return model.logits(x)[0, 0]
+
+    with jax.set_mesh(mesh):
+        shape = (1, sharding.kv_heads, slots, config.head_dim)
+        where = jax.NamedSharding(mesh, sharding.cache)
+        keys_values = [
+            tuple(
+                jax.device_put(jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16), where)
+                for _ in range(config.num_layers)
+            )
+            for _ in range(2)
+        ]
+        rows = jax.NamedSharding(mesh, sharding.rows)
+        start = jax.device_put(np.array([3], np.int32), rows)
+        results = []
+        for step, how in ((by_kernels, single.COMPILER_OPTIONS if ON_HOPPER else None), (by_model, None)):
+            run = jax.jit(step, compiler_options=how)
+            results.append(
+                np.stack([
+                    np.asarray(
+                        run(
+                            params,
+                            jax.device_put(np.array([97 * i % config.vocab_size], np.int32), rows),
+                            start,
+                            jnp.int32(60 + i),
+                            KVCache(*keys_values),
+                        )
+                    )
+                    for i in range(count)
+                ])
+            )  # fmt: skip
+        return results[0], results[1]
+
+
+def plain_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Puts plain functions in place of a decode step's kernels; their calls are noted in the list."""
+    calls: list[str] = []
+
+    def noted(what: str, f: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            calls.append(what)
+            return f(*args, **kwargs)
+
+        return run
+
+    jax.clear_caches()  # or the loop of before would come back
+    monkeypatch.setattr(single, "takes", lambda *_: True)
+    monkeypatch.setattr(kernels, "decode_step", noted("attention", decode_cases.plain))
+    monkeypatch.setattr(layer_gpu, "layer_tail", noted("tail", plain_tail))
+    monkeypatch.setattr(layer_gpu_moe, "layer_tail", noted("experts", plain_experts_tail))
+    monkeypatch.setattr(layer_gpu, "norm_product", noted("first", plain_product))
+    return calls

@@ -1,0 +1,119 @@
+"""Decode attention on TPUs: numbers and races in TPU interpret mode, and the real compiler for every generation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from qwen_jax.errors import InputError
+from qwen_jax.kernels.decode import flash_decode_tpu
+from tests.helpers import exact
+from tests.helpers.masks import MASKS, window
+from tests.helpers.tpu_compiler import TOPOLOGIES, compile_for, needs_libtpu
+
+
+def drawn(numbers, mask, B, T, S, H, K, d, dtype):
+    q, k, v = (jnp.asarray(numbers.standard_normal(s), dtype) for s in ((B, T, H, d), (B, K, S, d), (B, K, S, d)))
+    start, end = mask(numbers, B, T, S)
+    return q, k, v, jnp.asarray(start), jnp.asarray(end)
+
+
+def paged(numbers, k, v, P):
+    """The same caches in pages that lie in random order among others; and their table, with rubbish behind it."""
+    B, K, S, d = k.shape
+    M = -(-S // P)
+    places = numbers.permutation(B * M + 3)[: B * M].reshape(B, M)
+
+    def cut(x):
+        x = np.pad(np.asarray(x, np.float32), ((0, 0), (0, 0), (0, M * P - S), (0, 0)))
+        pages = numbers.standard_normal((B * M + 3, K, P, d))
+        pages[places] = x.reshape(B, K, M, P, d).swapaxes(1, 2)
+        return jnp.asarray(pages, k.dtype)
+
+    rubbish = numbers.integers(-(2**31), 2**31, (B, 3))
+    return cut(k), cut(v), jnp.asarray(np.concatenate([places, rubbish], axis=1), jnp.int32)
+
+
+def check(got, args, scale) -> None:
+    out, lse = (np.asarray(x, np.float64) for x in got)
+    q, k, v, start, end = args
+    want = exact.attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), start, end, scale)
+    small = q.dtype == jnp.float32
+    assert exact.relative(out, want.out) < (2e-6 if small else 5e-3)
+    unseen = np.isneginf(want.lse)
+    assert (np.isneginf(lse) == unseen).all()
+    assert np.abs(np.where(unseen, 0, lse - np.where(unseen, 0, want.lse))).max() < (1e-5 if small else 1e-4)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize(("T", "H", "K", "d", "dtype"), [(1, 4, 2, 64, "float32"), (5, 14, 2, 128, "bfloat16")])
+@pytest.mark.parametrize("mask", MASKS, ids=lambda m: m.__name__)
+def test_numbers_of_both_kinds_of_cache(monkeypatch, mask, T, H, K, d, dtype, splits) -> None:
+    """Parity with float64, tiles of a few pages, live ranges that begin and end anywhere, either number of splits."""
+    monkeypatch.setattr(flash_decode_tpu, "tile_bytes", lambda: 1 << 18)
+    monkeypatch.setattr(flash_decode_tpu, "_splits", lambda _: splits)
+    numbers, scale = np.random.default_rng(), d**-0.5
+    args = drawn(numbers, mask, 2, T, 1000, H, K, d, dtype)
+    q, k, v, start, end = args
+    pages = paged(numbers, k, v, 64)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
+        whole = jax.jit(functools.partial(flash_decode_tpu.attention, scale=scale))(*args)
+        parts = jax.jit(functools.partial(flash_decode_tpu.paged_attention, scale=scale))(q, *pages, start, end)
+        jax.block_until_ready((whole, parts))
+    check(whole, args, scale)
+    check(parts, args, scale)
+
+
+@pytest.mark.parametrize("when", ["eager", "on_wait"])
+def test_copies_of_pages_are_waited_for(monkeypatch, when) -> None:
+    """Whether a copy is done at once or as late as its wait, numbers are right; nothing reads what is being written."""
+    monkeypatch.setattr(flash_decode_tpu, "tile_bytes", lambda: 1 << 18)
+    numbers = np.random.default_rng()
+    args = drawn(numbers, window, 1, 2, 700, 2, 1, 64, jnp.float32)
+    params = pltpu.InterpretParams(detect_races=True, dma_execution_mode=when, uninitialized_memory="nan")
+    with pltpu.force_tpu_interpret_mode(params):
+        run = functools.partial(flash_decode_tpu.paged_attention, scale=0.125)
+        got = jax.block_until_ready(run(args[0], *paged(numbers, *args[1:3], 64), *args[3:]))
+    check(got, args, 0.125)
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    assert interpret_pallas_call.races is not None
+    assert not interpret_pallas_call.races.races_found
+
+
+def test_splits_share_the_live_tiles() -> None:
+    for first in range(4):
+        for last in range(first, 9):
+            live = np.array([[first, last]])
+            shares = [flash_decode_tpu._share(live, 0, s, 2) for s in (0, 1)]
+            assert int(shares[0][0]) == first
+            assert int(shares[0][1]) == int(shares[1][0])
+            assert int(shares[1][1]) == last
+            assert abs(sum((-1) ** i * int(b - a) for i, (a, b) in enumerate(shares))) <= 1
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize(("B", "T", "H", "K", "d"), [(1, 1, 28, 4, 128), (3, 4, 14, 1, 64)])
+def test_compiles(chip, B, T, H, K, d) -> None:
+    q, i = jax.ShapeDtypeStruct((B, T, H, d), jnp.bfloat16), jax.ShapeDtypeStruct((B, T), jnp.int32)
+    cache, pages = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((B, K, 32768, d), (512, K, 64, d)))
+    table = jax.ShapeDtypeStruct((B, 300), jnp.int32)
+    run = compile_for(chip, lambda *x: flash_decode_tpu.attention(*x, 0.1), q, cache, cache, i, i)
+    assert "decode_attention" in run.as_text()
+    run = compile_for(chip, lambda *x: flash_decode_tpu.paged_attention(*x, 0.1), q, pages, pages, table, i, i)
+    assert "paged_decode_attention" in run.as_text()
+
+
+def test_refuses_what_it_cannot_do() -> None:
+    i = jnp.ones((1, 20), jnp.int32)
+    q, k = jnp.ones((1, 20, 14, 64), jnp.bfloat16), jnp.ones((1, 2, 64, 64), jnp.bfloat16)
+    with pytest.raises(InputError, match="at most 128 query rows"):
+        flash_decode_tpu.attention(q, k, k, i, i, 1.0)
+    large, long = jnp.ones((1, 2, 8192, 64), jnp.bfloat16), jnp.ones((1, 2**18), jnp.int32)
+    for pages, table in ((k[:, :, :8], i), (large, i), (k, long)):
+        with pytest.raises(InputError, match=r"multiple of 16 slots.*Use implementation='reference'"):
+            flash_decode_tpu.paged_attention(q[:, :1], pages, pages, table, i[:, :1], i[:, :1], 1.0)

@@ -1,0 +1,244 @@
+"""What a pre-training run tells of itself: launches, numbers, progress, and a summary at the end."""
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from qwen_jax.errors import InputError
+from train.config import RunConfig, as_json
+from train.loop import Profile
+from train.moe import EXPERTS, LoadLog
+from train.observe.display import Display, Stretch, duration
+from train.observe.goodput import Clock
+from train.observe.metrics import MetricsLog, flops_per_token, mfu, read_log
+from train.observe.plots import plot_folder
+from train.observe.trackers import Log, Logs, TensorBoardLog, WandbLog
+from train.plan.topology import peak_flops
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+# Steps that the first and last losses of the summary are means of, at most.
+_WINDOW = 20
+
+
+class Report:
+    """Everything that a launch writes and shows; use it in a `with` statement. All but process 0 stay silent.
+
+    Attributes:
+      log: of the numbers; None in other processes.
+      display: of the progress; None in other processes.
+      profile: steps to trace; None for none, and in other processes.
+      clock: of the run.
+    """
+
+    def __init__(self, config: RunConfig, meshes: Sequence[Mesh], step: int, console: Console, clock: Clock):
+        """Opens the logs, records the launch, and says what begins.
+
+        Args:
+          config: of the run.
+          meshes: of its stages.
+          step: that it goes on from.
+          console: for progress.
+          clock: that was started when the launch began.
+
+        Raises:
+          InputError: a log that is none.
+        """
+        self._config, self._meshes, self._first, self._console, self.clock = config, meshes, step, console, clock
+        self._output = Path(config.output).absolute()
+        self._peak = peak_flops(jax.devices())
+        if self._peak is not None:
+            self._peak /= jax.device_count()  # Of one device.
+        self.log: Log | None = None
+        self.display: Display | None = None
+        self.profile: Profile | None = None
+        self.loads: Callable[[int, np.ndarray], None] | None = None
+        if jax.process_index():
+            return
+        metrics = self._output / "metrics.jsonl"
+        clock.carry_over(metrics, step)
+        self._metrics = MetricsLog(metrics, step)
+        logs: list[Log] = [self._metrics, TensorBoardLog(self._output / "tensorboard", step)]
+        if config.wandb_project:
+            logs.append(WandbLog(config.wandb_project, self._output, as_json(config)))
+        self.log = Logs(*logs)
+        if config.model.moe is not None:
+            self.loads = LoadLog(self._output / EXPERTS, config.model.sparse_layers, config.ends[-1], step).write
+        self._record_launch()
+        # What was carried over stays in the log, whatever becomes of this launch.
+        clock.lap("initialisation")
+        self._metrics.write(clock.record(step))
+        self._say_beginning()
+        stretches = []
+        for index, (end, stage) in enumerate(zip(config.ends, config.stages, strict=True)):
+            tokens = stage.batch_size * stage.length
+            flops = tokens * flops_per_token(config.pretrain(index).model, stage.length)
+            stretches.append(Stretch(end, tokens, flops / meshes[index].size))
+        self.display = Display(
+            *(console, config.ends[-1], step),
+            stretches=stretches,
+            peak_flops=self._peak,
+            evaluate_every=config.evaluate_every if config.held_out else 0,
+        )
+        if config.profile and config.profile[0] > step:
+            self.profile = Profile(self._output / "profile", *config.profile)
+
+    def __enter__(self) -> "Report":
+        for part in (self.display, self.profile):
+            if part is not None:
+                part.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.profile:
+            self.profile.end()
+        if self.display:
+            self.display.close()
+        if self.log:
+            self.log.close()
+
+    def mfu(self, index: int) -> Callable[[float], float] | None:
+        """MFU of a stage at a rate in tokens per second; None where the devices' peak is not known.
+
+        Args:
+          index: of the stage, from 0.
+        """
+        if self._peak is None:
+            return None
+        model, length = self._config.pretrain(index).model, self._config.stages[index].length
+        return functools.partial(mfu, config=model, length=length, peak_flops=self._peak * self._meshes[index].size)
+
+    def end(self, step: int) -> None:
+        """Closes the bar, logs where the time went, draws `loss.png`, and prints a summary.
+
+        Args:
+          step: the last one taken.
+        """
+        self.clock.lap("checkpoint")  # The last save was waited for.
+        if self.log is None:
+            return
+        if self.display:
+            self.display.close()
+        self._metrics.write(self.clock.record(step))
+        with contextlib.suppress(InputError):  # Not one loss was finite: there is no curve.
+            plot_folder(self._output)
+        for line in self._summary(step):
+            self._say(line)
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _say_beginning(self) -> None:
+        config, step = self._config, self._first
+        device, count, processes = jax.devices()[0], jax.device_count(), jax.process_count()
+        used = max(mesh.size for mesh in self._meshes)
+        self._say(
+            f"{config.model.num_params()['total'] / 1e6:,.1f}M parameters on {used} x {device.device_kind}"
+            + (f"; the mesh leaves {count - used} more unused" if used < count else "")
+            + (f" in {processes} processes" if processes > 1 else "")
+        )
+        self._say(f"run folder: {config.output}")
+        for number, (stage, end) in enumerate(zip(config.stages, config.ends, strict=True), 1):
+            theta = config.pretrain(number - 1).model.rope_theta
+            self._say(
+                f"stage {number}: to step {end:,}, {stage.batch_size} rows of {stage.length:,} tokens, "
+                f"rope_theta {theta:,.0f}, learning rate {stage.schedule.learning_rate:g}"
+            )
+        if self._peak is None:
+            self._say(f"no MFU is shown: the peak of {device.device_kind!r} is not known")
+        if step:
+            lost, down = self.clock.seconds["lost"], self.clock.seconds["down"]
+            self._say(
+                f"going on after step {step:,}; so far {duration(lost)} of steps were lost and {duration(down)} passed "
+                "between launches"
+            )
+        if config.profile and config.profile[0] <= step:
+            self._say(f"nothing is traced: steps {config.profile[0]} to {config.profile[1]} were taken before")
+
+    def _summary(self, step: int) -> Iterator[str]:
+        """What was reached, in lines."""
+        config, total, output = self._config, self._config.ends[-1], Path(self._config.output)
+        seconds = self.clock.seconds
+        wall = sum(seconds.values())
+        if step < total:
+            yield f"stopped by SIGTERM after step {step:,} of {total:,}; saved: the same command goes on from there"
+        else:
+            yield f"finished: {step:,} steps in {duration(wall)}"
+        records = read_log(self._output / "metrics.jsonl")
+        losses = [r["loss"] for r in records if "loss" in r]
+        if losses and step == total:
+            window = min(_WINDOW, -(-len(losses) // 4))
+            first, last = losses[:window], losses[-window:]
+            yield f"  loss         {sum(first) / len(first):.3f} -> {sum(last) / len(last):.3f} nats a token"
+        held_out = [r for r in records if "held_out_loss" in r]
+        if held_out and step == total:
+            for name in (name for name in held_out[-1] if name.startswith("held_out_")):
+                label = name.removeprefix("held_out_").removesuffix("loss").removesuffix("_") or "all"
+                if label != "all" or len(config.held_out) > 1:
+                    first_value = next(r[name] for r in held_out if name in r)
+                    yield f"  held-out     {label} {first_value:.3f} -> {held_out[-1][name]:.3f}"
+        speeds = [(r["seconds"], r["tokens_per_second"], r.get("mfu")) for r in records if "seconds" in r]
+        if speeds:
+            stepping = sum(s for s, _, _ in speeds)
+            rate = sum(s * r for s, r, _ in speeds) / stepping
+            known = [(s, m) for s, _, m in speeds if m is not None]
+            share = f", MFU {sum(s * m for s, m in known) / sum(s for s, _ in known):.1%}" if known else ""
+            yield f"  speed        {rate:,.0f} tokens/s in steps{share}"
+        parts = [f"{kind} {value / wall:.1%}" for kind, value in seconds.items() if value / wall >= 0.0005]
+        yield f"  wall time    {', '.join(parts)}"
+        yield f"  curves       {output / 'loss.png'}; tensorboard --logdir {output / 'tensorboard'}"
+        loads = [r for r in records if "load_entropy" in r]
+        if loads:
+            now = loads[-1]
+            yield (
+                f"  experts      loads have {now['load_entropy']:.1%} of the largest entropy, the busiest "
+                f"{now['load_max']:.2f}x the mean, {now['dropped']:.2%} dropped; {output / 'experts.png'}"
+            )
+        yield f"  checkpoint   {output / 'checkpoints' / str(step)}; qwen-jax generate --model takes it as it is"
+
+    def _record_launch(self) -> None:
+        """Appends what this process was started with to `launches.jsonl`, one object a launch."""
+        launch = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "step": self._first,
+            "seconds_before": {kind: round(value, 3) for kind, value in self.clock.seconds.items() if value},
+            "command": sys.argv,
+            "git": _git_revision(),
+            "versions": {"python": platform.python_version()} | dict(_versions()),
+            "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
+            "processes": jax.process_count(),
+            "config": as_json(self._config),
+        }
+        with (self._output / "launches.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(launch) + "\n")
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield name, importlib.metadata.version(name)
+
+
+def _git_revision() -> str | None:
+    """The commit of this code, with "+changes" where files differ from it; None outside a repository."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), *args]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

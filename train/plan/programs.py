@@ -1,0 +1,272 @@
+"""What a program costs: read from the traced one (FLOPs, what is kept) and from the compiled one (collectives)."""
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qwen_jax.moe.block import FURTHER_ROUNDS
+
+
+def count_flops(jaxpr: Any) -> float:
+    """FLOPs of all matrix products of a jaxpr, on all devices together; 2 for each multiply and add.
+
+    Loops count as often as they run, the dearest branch of a condition counts, kernels say themselves. Further rounds
+    of experts do not count.
+
+    Args:
+      jaxpr: as from `jax.jit(f).trace(...).jaxpr`.
+    """
+    total = 0.0
+    for eqn in _jaxpr(jaxpr).eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if FURTHER_ROUNDS in str(eqn.source_info.name_stack):
+            continue
+        if name == "dot_general":
+            (contract, _), _ = params["dimension_numbers"]
+            out, left = eqn.outvars[0].aval, eqn.invars[0].aval
+            total += 2.0 * out.size * math.prod(left.shape[i] for i in contract)
+        elif name == "pallas_call":
+            total += getattr(params.get("cost_estimate"), "flops", 0) or 0
+        elif name == "cond":
+            total += max(count_flops(branch) for branch in params["branches"])
+        else:
+            times = params["length"] if name == "scan" else 1
+            if name == "shard_map":
+                # Shapes inside are those of one device.
+                axes = params["manual_axes"] if "manual_axes" in params else params["mesh"].axis_names
+                times = math.prod(params["mesh"].shape[axis] for axis in axes)
+            total += times * sum(count_flops(inner) for inner in _inner(params))
+    return total
+
+
+def kept_for_backward(jaxpr: Any, devices: int) -> int:
+    """Bytes on one device that scans stack up: what the forward pass keeps for the backward pass.
+
+    Args:
+      jaxpr: of the step.
+      devices: of the mesh, where a shape says nothing of its sharding.
+    """
+    total = 0
+    for eqn in _jaxpr(jaxpr).eqns:
+        if eqn.primitive.name == "scan":
+            stacked = eqn.outvars[eqn.params["num_carry"] :]
+            if not stacked:  # a loop over accumulated parts: what one of them keeps
+                total += max(kept_for_backward(inner, devices) for inner in _inner(eqn.params))
+            # The gradient of a stacked weight is no activation: it has nothing of the batch in it, and is float32.
+            total += sum(
+                _local_bytes(v.aval, devices) for v in stacked if v.aval.ndim > 1 and not eqn.params["reverse"]
+            )
+        else:
+            total += sum(kept_for_backward(inner, devices) for inner in _inner(eqn.params))
+    return total
+
+
+def _jaxpr(jaxpr: Any) -> Any:
+    return jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
+
+
+def _inner(params: Mapping[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(_jaxpr(item), "eqns"):
+                yield item
+
+
+def _local_bytes(aval: Any, devices: int) -> int:
+    sharding = getattr(aval, "sharding", None)
+    shape: Sequence[int] = aval.shape
+    if sharding is not None and sharding.mesh.size == devices:
+        shape = [
+            n // math.prod(sharding.mesh.shape[a] for a in (axes if isinstance(axes, tuple) else (axes,)) if a)
+            for n, axes in zip(aval.shape, sharding.spec, strict=True)
+        ]
+    return math.prod(shape) * aval.dtype.itemsize
+
+
+# What is read in the compiled program.
+
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_OP = re.compile(rf"= (.*?) ({'|'.join(_COLLECTIVES)})(?:-start)?\(")
+_SENT_TO_HOST = re.compile(r"= \((\w+)\[([\d,]*)\].* send\(.*xla_megascale_runtime.*_transfer_type=\"(\w+)\"")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLS = re.compile(
+    r"(?:calls|to_apply|body|branch_computations|async_execution_thread)=\{?((?:%?[\w.\-]+(?:, )?)+)\}?"
+)
+_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a compiled program.
+
+    Attributes:
+      kind: such as "all-gather".
+      bytes: that one device sends in one run of it.
+      times: how often a step runs it.
+      shape: of the result, or of the largest of several, as text.
+      result_bytes: of the result on one device.
+      group: devices that the first of them run it with, numbered in the order of the mesh.
+      crosses_slices: whether it leaves a slice.
+    """
+
+    kind: str
+    bytes: float
+    times: int
+    shape: str
+    result_bytes: float = 0.0
+    group: tuple[int, ...] = ()
+    crosses_slices: bool = False
+
+
+def computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
+    """Name of a compiled program's entry, and the lines of each of its computations by name.
+
+    Without the calls of further rounds of experts, which are taken not to be needed.
+    """
+    bodies: dict[str, list[str]] = {}
+    entry, name = "", ""
+    for line in hlo.splitlines():
+        if match := _COMPUTATION.match(line):
+            name = match[1]
+            bodies[name] = []
+            entry = name if line.startswith("ENTRY") else entry
+        elif name and not (" conditional(" in line and FURTHER_ROUNDS in line):
+            bodies[name].append(line)
+    return entry, bodies
+
+
+def collectives(hlo: str, devices: int, num_slices: int = 1) -> list[Collective]:
+    """Reads the collectives out of a compiled program.
+
+    An asynchronous collective may be cut into several pieces of text; TPUs number the chain that they form. A sum of
+    which each device keeps a part is one ring's reduce-scatter on TPUs, written as a fusion of that name. A ragged
+    exchange is taken to send alike to all, and further rounds of experts are taken not to be needed.
+
+    Args:
+      hlo: text of the optimised module.
+      devices: that it is for.
+      num_slices: devices are numbered slice by slice.
+    """
+    entry, bodies = computations(hlo)
+    times: dict[str, int] = defaultdict(int)
+
+    def visit(name: str, multiple: int) -> None:
+        times[name] += multiple
+        for line in bodies.get(name, ()):
+            loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+            if loop:
+                visit(loop[2], multiple * _trip_count(line, loop[1], bodies[name], bodies))
+                continue
+            for match in _CALLS.finditer(line):
+                for callee in re.findall(r"[\w.\-]+", match[1]):
+                    if callee in bodies and not (_OP.search(line) and "to_apply" in match[0]):
+                        visit(callee, multiple)
+
+    visit(entry, 1)
+    found: dict[Any, Collective] = {}
+    for name, body in bodies.items():
+        for line in body:
+            if not times[name]:
+                continue
+            if match := _SENT_TO_HOST.search(line):
+                found[name, line] = _between_slices(match, times[name], devices, num_slices)
+                continue
+            match = _OP.search(line)
+            if not match:
+                continue
+            members, crosses = _groups(line, devices, num_slices)
+            kind, n, size = match[2], len(members), _result_bytes(match[1], match[2], "-start(" in line)
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                kind, size = "reduce-scatter", size / n
+            if kind == "ragged-all-to-all":
+                size = min(size, _operand_bytes(match[1], line, body))
+            moved = {"all-reduce": 2.0 * (n - 1) / n, "reduce-scatter": n - 1.0, "collective-permute": 1.0}
+            sent = size * moved.get(kind, (n - 1) / n)
+            chain = re.search(r'chain_id="(\d+)"', line)
+            key = chain[1] if chain else (name, line)
+            old = found.get(key)
+            if old is None or old.times < times[name]:
+                shape = max(_SHAPE.findall(match[1]), key=_shape_bytes)
+                found[key] = Collective(kind, sent, times[name], "{}[{}]".format(*shape), size, members, crosses)
+    return list(found.values())
+
+
+def _between_slices(match: re.Match[str], times: int, devices: int, num_slices: int) -> Collective:
+    """What a device hands to its host, to be summed or gathered with the same device of the other slices."""
+    kind, shape = match[3].lower().replace("_", "-"), (match[1], match[2])
+    size, members = _shape_bytes(shape), tuple(range(0, devices, devices // num_slices))
+    sent = size * (2.0 if kind == "all-reduce" else 1.0) * (num_slices - 1) / num_slices
+    return Collective(kind, sent, times, "{}[{}]".format(*shape), size, members, crosses_slices=True)
+
+
+def _trip_count(line: str, condition: str, caller: Sequence[str], bodies: Mapping[str, list[str]]) -> int:
+    """How often the loop of a line of its caller runs."""
+    known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', line)
+    if known:
+        return int(known[1])
+    # The loops of a scan count up to a constant in their condition, the first number in their state. They begin at 0,
+    # or at 1 where the compiler has taken the first round out of the loop.
+    limits = [int(n) for text in bodies.get(condition, ()) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", text)]
+    defined = {match[1]: match[2] for text in caller if (match := re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (.*)", text))}
+    value = re.search(r" while\(%([\w.\-]+)\)", line)
+    start = None
+    while value and start is None:
+        text = defined.get(value[1], "")
+        start = re.match(r"s32\[\]\S* constant\((\d+)\)", text)
+        value = re.search(r" (?:tuple|copy)\(%([\w.\-]+)", text)
+    return max(limits, default=1) - (int(start[1]) if start else 0)
+
+
+def _shape_bytes(shape: tuple[str, str]) -> int:
+    dtype, dims = shape
+    return math.prod(map(int, filter(None, dims.split(",")))) * _BYTES.get(dtype, 4)
+
+
+def _result_bytes(shape: str, kind: str, started: bool) -> float:
+    sizes = [_shape_bytes(found) for found in _SHAPE.findall(shape)]
+    if started and len(sizes) > 1:
+        # A start returns its operand beside its result.
+        return float(min(sizes) if kind == "reduce-scatter" else max(sizes))
+    return float(sum(sizes))
+
+
+def _operand_bytes(result: str, line: str, body: Sequence[str]) -> float:
+    """What is sent from, or received into if that is less: the other has room for the worst case."""
+    if "-start(" in line:  # Its result has its operands in front: rows, and what they are received into.
+        return min(map(_shape_bytes, _SHAPE.findall(result)[:2]), default=math.inf)
+    name = re.search(r"ragged-all-to-all\([^%)]*%([\w.\-]+)", line)
+    pattern = re.compile(rf"\s*(?:ROOT )?%{re.escape(name[1])} = (.*?)[\w\-]+\(") if name else None
+    shapes = [_SHAPE.findall(match[1]) for text in body if pattern and (match := pattern.match(text))]
+    return float(_shape_bytes(shapes[0][0])) if shapes and shapes[0] else math.inf
+
+
+def _groups(line: str, devices: int, num_slices: int) -> tuple[tuple[int, ...], bool]:
+    """The first group of devices, and whether a group reaches over slices."""
+    slice_size = devices // num_slices
+
+    def crosses(members: np.ndarray) -> bool:
+        return num_slices > 1 and bool((members // slice_size != members[..., :1] // slice_size).any())
+
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:\s*\(([^)]*)\))?\s*\{([^}]*)\}", line):
+        axes = {name.strip("' "): int(size) for name, size in (part.split("=") for part in match[1].split(","))}
+        order = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
+        chosen = [name.strip("' ") for name in match[3].split(",")]
+        where = [list(axes).index(name) for name in chosen]
+        members = np.moveaxis(order, where, range(-len(where), 0)).reshape(-1, math.prod(axes[n] for n in chosen))
+        return tuple(members[0].tolist()), crosses(members)
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        order = np.arange(devices).reshape([int(n) for n in match[3].split(",")])
+        if match[4]:
+            order = order.transpose([int(n) for n in match[4].split(",")])
+        members = order.reshape(int(match[1]), int(match[2]))
+        return tuple(members[0].tolist()), crosses(members)
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[^=]*?\})\}", line):
+        groups = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])]
+        return tuple(groups[0]), any(crosses(np.array(group)) for group in groups)
+    return tuple(range(devices)), num_slices > 1

@@ -1,0 +1,186 @@
+"""Chips, their published figures, and the devices of a topology, present or not."""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from qwen_jax.errors import InputError
+from qwen_jax.parallel.sharding import make_mesh
+
+GiB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published figures of one chip.
+
+    Attributes:
+      name: as a topology names it.
+      hbm_bytes: memory that a program may have.
+      flops: bfloat16 FLOP/s.
+      hbm_bandwidth: bytes/s.
+      ici_bandwidth: bytes/s that a chip can send to its neighbours, all links together.
+      dcn_bandwidth: bytes/s that a chip can send to another slice, its share of the host's network.
+    """
+
+    name: str
+    hbm_bytes: int
+    flops: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    dcn_bandwidth: float
+
+
+# From the pages of docs.cloud.google.com/tpu on each generation: peak, HBM, interconnect and the hosts' network cards
+# (for v4 and v5p, whose pages don't name them, 100 Gbit/s a host of 4 chips are assumed). Of the HBM, what the compiler
+# says is available when it refuses a program.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", int(30.75 * GiB), 275e12, 1.2e12, 300e9, 3.1e9),
+        Chip("v5e", int(15.75 * GiB), 197e12, 819e9, 200e9, 3.1e9),
+        Chip("v5p", int(95.74 * GiB), 459e12, 2.765e12, 600e9, 3.1e9),
+        Chip("v6e", int(31.25 * GiB), 918e12, 1.64e12, 400e9, 12.5e9),
+        Chip("7x", int(189.5 * GiB), 2307e12, 7.38e12, 600e9, 12.5e9),
+    )
+}
+# `device_kind` of the devices of each.
+_TPU_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "7x",
+}
+# Data sheets of the SXM parts; NVLink in one direction, one 400 Gbit/s network card a GPU.
+_GPUS = {
+    "H100": Chip("H100", 80 * GiB, 989e12, 3.35e12, 450e9, 50e9),
+    "H200": Chip("H200", 141 * 10**9, 989e12, 4.8e12, 450e9, 50e9),
+    "A100": Chip("A100", 80 * GiB, 312e12, 2.0e12, 300e9, 25e9),
+    "B200": Chip("B200", 192 * 10**9, 2250e12, 8.0e12, 900e9, 50e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where a step is compiled for.
+
+    Attributes:
+      topology: as it was asked for.
+      devices: of all slices. A device may be half a chip (7x has two cores).
+      chip: one device's share of a chip's figures.
+      num_slices: groups joined only by the data-centre network.
+    """
+
+    topology: str
+    devices: tuple[Any, ...]
+    chip: Chip
+    num_slices: int
+
+
+def target(topology: str, num_slices: int = 1) -> Target:
+    """Finds the devices of a topology, present or not.
+
+    Args:
+      topology: such as "v5p:4x4x4" (chips along each axis), or "gpu" for the GPUs of this machine.
+      num_slices: how many such slices.
+
+    Raises:
+      InputError: unknown chip or shape, no TPU compiler installed, no GPU here.
+    """
+    if topology == "gpu":
+        return _local_gpus()
+    name, _, shape = topology.partition(":")
+    name = name.removeprefix("tpu")
+    if name not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape) or num_slices < 1:
+        raise InputError(
+            f"Expected a topology such as v5p:4x4x4 or v6e:4x4 with a chip of {', '.join(CHIPS)}, or gpu, and at least "
+            f"one slice; got {topology!r} and {num_slices}."
+        )
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    chips = math.prod(map(int, shape.split("x"))) * num_slices
+    try:
+        described = topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=f"{'tpu7x' if name == '7x' else name}:{shape}",
+            num_slices=num_slices,
+            # The two cores of a v4 are one device where it is used.
+            **({"chip_config_name": "megacore"} if name == "v4" else {}),
+        )
+    except Exception as error:
+        if "libtpu" in str(error) or "PJRT" in str(error):
+            raise InputError(f"The TPU compiler is missing: pip install 'qwen_jax[tpu]'. ({error})") from None
+        raise InputError(
+            f"{topology} with {num_slices} slices is not a topology that the compiler knows: {error}"
+        ) from None
+    devices = tuple(described.devices)
+    return Target(topology, devices, _share(CHIPS[name], len(devices) // chips), num_slices)
+
+
+def _local_gpus() -> Target:
+    try:
+        devices = jax.devices("gpu")
+    except RuntimeError:
+        raise InputError(
+            "There is no GPU on this machine that jax can see. Give a TPU topology such as v5p:4x4x4."
+        ) from None
+    kind = devices[0].device_kind
+    chip = _gpu(kind)
+    if chip is None:
+        raise InputError(f"No figures are known for {kind!r}; known are {', '.join(_GPUS)}.")
+    return Target("gpu", tuple(devices), chip, 1)
+
+
+def _gpu(kind: str) -> Chip | None:
+    return next((chip for name, chip in _GPUS.items() if name in kind), None)
+
+
+def peak_flops(devices: Sequence[Any]) -> float | None:
+    """bfloat16 FLOP/s of devices of one kind, all together; None where their kind has no published figures here.
+
+    Args:
+      devices: as `jax.devices()`.
+    """
+    kind = devices[0].device_kind
+    if name := _TPU_KINDS.get(kind):
+        # A device may be half a chip.
+        chips = {(getattr(device, "slice_index", 0), *device.coords) for device in devices}
+        return CHIPS[name].flops * len(chips)
+    chip = _gpu(kind)
+    return chip.flops * len(devices) if chip else None
+
+
+def _share(chip: Chip, cores: int) -> Chip:
+    numbers = {f.name: getattr(chip, f.name) for f in dataclasses.fields(chip) if f.name != "name"}
+    return Chip(chip.name, **{name: type(value)(value / cores) for name, value in numbers.items()})
+
+
+def mesh_of(where: Target, axes: Mapping[str, int]) -> Mesh:
+    """A mesh of all devices of a target, as a run on them would make it.
+
+    Args:
+      where: from `target`.
+      axes: sizes of the axes that are not 1.
+
+    Raises:
+      InputError: the axes don't cover the devices, or `make_mesh` refuses them.
+    """
+    count = len(where.devices)
+    if math.prod(axes.values()) != count:
+        raise InputError(
+            f"{where.topology} has {count} devices in {where.num_slices} slices; the mesh {dict(axes)} has "
+            f"{math.prod(axes.values())}. Give a mesh of all of them."
+        )
+    return make_mesh(axes, where.devices)
