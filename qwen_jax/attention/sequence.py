@@ -18,7 +18,7 @@ from jax import lax
 
 from qwen_jax import kernels
 from qwen_jax.errors import InputError
-from qwen_jax.parallel.collectives import gather
+from qwen_jax.parallel.collectives import all_gather_weight
 from qwen_jax.parallel.sharding import Sharding
 
 # Logits of one block of queries: 512 MiB in float32.
@@ -53,7 +53,7 @@ def spread(x_BT: jax.Array, sharding: Sharding) -> jax.Array:
 
 def _whole(x_BtKd: jax.Array, n: int) -> jax.Array:
     """Keys or values of whole rows, in order, from each device's part."""
-    x_BTKd = gather(x_BtKd, 1, "context")
+    x_BTKd = all_gather_weight(x_BtKd, 1, "context")
     B, T, *rest = x_BTKd.shape
     x = x_BTKd.reshape(B, n, 2, T // (2 * n), *rest)
     early, late = x[:, :, 0], jnp.flip(x[:, :, 1], axis=1)

@@ -110,8 +110,6 @@ class Sharding:
     """Parts that the tokens of a row are in; see `qwen_jax.attention.sequence`."""
     expert: int = 1
     """Size of the expert axis."""
-    ring: bool = False
-    """Keys and values go round the context axis instead of being gathered."""
     vocab: P = P("tensor", "fsdp")
     q: P = P("tensor", None, "fsdp")
     q_bias: P = P("tensor", None)
