@@ -1,6 +1,6 @@
-"""The parameters: a plain nested dict of arrays, drawn or abstract, where they lie, and a module of them.
+"""The parameters of a model: a nested dict of arrays, initialised or abstract, their shardings, and a module of them.
 
-Weights keep PyTorch's orientation, [out, in], with heads as an axis of their own: a conversion never transposes.
+Weights keep PyTorch's orientation, [out, in], with heads as a separate axis: a conversion never transposes.
 """
 
 import functools
@@ -22,18 +22,18 @@ Params = dict[str, Any]
 
 @functools.lru_cache(maxsize=64)
 def _skeleton(config: ModelConfig, sharding: Sharding, options: Options) -> tuple[Any, Any]:
-    """Graph definition and abstract parameters, made without computing anything."""
+    """Graph definition and abstract parameters; nothing is computed."""
     model = nnx.eval_shape(lambda: Qwen2(config, sharding, nnx.Rngs(0), options))
     graphdef, state = nnx.split(model)
     return graphdef, state
 
 
 def bind(config: ModelConfig, params: Params, sharding: Sharding, options: Options = Options()) -> Qwen2:
-    """A module over existing parameters. Free: nothing is copied. Call it inside the function you jit.
+    """A module over existing parameters, without copies. Call it inside the function that you jit.
 
     Args:
       config: the architecture.
-      params: as from `init_params`, or a loaded checkpoint; laid out as `options` says.
+      params: as from `init_params`, or a loaded checkpoint; in the layout of `options`.
       sharding: of the current mesh.
       options: layout and dtypes.
     """
@@ -63,7 +63,7 @@ def abstract_params(
       config: the architecture.
       sharding: by default that of one device.
       options: layout.
-      dtype: of the leaves; by default the config's own.
+      dtype: of the leaves; by default the dtype of `config`.
 
     Returns:
       {"embed": {"weight"}, "layers": {...} or [{...}, ...], "norm": {"weight"}, "lm_head": {"weight"} unless tied}.
@@ -97,10 +97,10 @@ def _is_spec(x: object) -> bool:
 
 
 def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
-    """Fresh parameters for pre-training, stacked, born on their shards.
+    """Initialises parameters for pre-training, stacked, directly in their shardings.
 
-    Matrices are normal with `config.initializer_range`, those that write to the residual stream smaller by
-    sqrt(2 num_layers); biases are zero and norms one.
+    Matrices are normal with standard deviation `config.initializer_range`, divided by sqrt(2 num_layers) for those that
+    write to the residual stream; biases are zero and norms one.
 
     Args:
       config: the architecture.
