@@ -29,7 +29,7 @@ def interpreted(monkeypatch):
 def gradients(axes: dict[str, int], attention: str, ring: bool = False):
     """Loss and gradients of two packed rows on a mesh."""
     mesh = make_mesh(axes, jax.devices()[: int(np.prod(list(axes.values())))])
-    sharding = dataclasses.replace(Sharding.for_model(CONFIG, mesh, split_rows="context" in axes), ring=ring)
+    sharding = Sharding.for_model(CONFIG, mesh, split_rows="context" in axes)
     numbers = np.random.default_rng(0)
     tokens = numbers.integers(0, CONFIG.vocab_size, (2, 96), dtype=np.int32)
     segments = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], 24, axis=1).astype(np.int32)
@@ -43,7 +43,7 @@ def gradients(axes: dict[str, int], attention: str, ring: bool = False):
         )
 
         def loss(params):
-            model = bind(CONFIG, params, sharding, Options(dtype="float32", attention=attention))
+            model = bind(CONFIG, params, sharding, Options(dtype="float32", attention=attention, ring=ring))
             logits = model.logits(model(tokens, positions, kernels.Mask(start, end)).hidden)
             return jnp.mean(jax.nn.logsumexp(logits, -1))
 
