@@ -21,7 +21,7 @@ from qwen_jax.kernels import on_mesh
 from qwen_jax.kernels.reference import einsum_f32
 from qwen_jax.linear import Projection, RMSNorm, product
 from qwen_jax.moe.block import MoE
-from qwen_jax.moe.router import Routing
+from qwen_jax.moe.router import RouterStats
 from qwen_jax.options import Options
 from qwen_jax.parallel.collectives import look_up
 from qwen_jax.parallel.sharding import Sharding, gathered
@@ -100,7 +100,7 @@ class Block(nnx.Module):
         cache: tuple[jax.Array, jax.Array] | None = None,
         write: CacheWrite | None = None,
         valid_BT: jax.Array | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, Routing | None]:
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, RouterStats | None]:
         with jax.named_scope("attention"):
             out, cache = self.attention(self.input_norm(x_BTD), rope, mask, cache, write)
             x_BTD = x_BTD + out
@@ -114,7 +114,7 @@ class Block(nnx.Module):
 
     def keeping_dots(
         self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], mask: kernels.Mask, valid_BT: jax.Array | None
-    ) -> tuple[jax.Array, Routing | None]:
+    ) -> tuple[jax.Array, RouterStats | None]:
         """The same without a cache; the backward pass keeps the results of products and of attention, and no more."""
 
         def again(f: Callable[..., Any], modules: tuple[nnx.Module, ...], *inputs: Any, constants: Any = ()) -> Any:
@@ -138,7 +138,7 @@ class Block(nnx.Module):
         with jax.named_scope("moe"):
             gate, up = again(lambda norm, mlp, x: mlp.gate_and_up(norm(x)), (norm, self.moe.shared), x_BTD)
             shared = again(lambda mlp, *h: mlp.down_swiglu(*h), (self.moe.shared,), gate, up)
-            gated = again(lambda norm, moe, x, y: moe.gated(norm(x), y), (norm, self.moe), x_BTD, shared)
+            gated = again(lambda norm, moe, x, y: moe.apply_shared_gate(norm(x), y), (norm, self.moe), x_BTD, shared)
             out, routing = self.moe.routed(x_BTD, norm.weight[...], valid_BT, gated, keep_dots=True)
             return x_BTD + out, routing
 
@@ -195,7 +195,7 @@ class Qwen2(nnx.Module):
         write: CacheWrite | None = None,
         remat: Remat = "none",
         valid_BT: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache | None, Routing | None]:
+    ) -> tuple[jax.Array, KVCache | None, RouterStats | None]:
         """Runs the blocks.
 
         Args:
@@ -218,12 +218,12 @@ class Qwen2(nnx.Module):
         with jax.named_scope("embed"):
             x_BTD = look_up(self.embed.weight[...], tokens_BT, dtype, spec)
         rope = rope_tables(self.config, positions_BT, dtype)
-        routing: list[Routing] = []
+        routing: list[RouterStats] = []
         if cache is not None:
             x_BTD, cache = self._with_cache(x_BTD, rope, mask, cache, write)
         else:
 
-            def layer(graphdef: Any, x_BTD: jax.Array, params: Any) -> tuple[jax.Array, Routing | None]:
+            def layer(graphdef: Any, x_BTD: jax.Array, params: Any) -> tuple[jax.Array, RouterStats | None]:
                 block: Block = nnx.merge(graphdef, params)
                 if remat == "dots":
                     return block.keeping_dots(x_BTD, rope, mask, valid_BT)
