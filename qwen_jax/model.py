@@ -18,7 +18,7 @@ from qwen_jax.attention.block import Attention, CacheWrite, KVCache
 from qwen_jax.attention.rope import rope_tables
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels import on_mesh
-from qwen_jax.kernels.reference import einsum_f32
+from qwen_jax.kernels.einsum import einsum_f32
 from qwen_jax.linear import Projection, RMSNorm, product
 from qwen_jax.moe.block import MoE
 from qwen_jax.moe.router import Routing

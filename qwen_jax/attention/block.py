@@ -103,7 +103,7 @@ class Attention(nnx.Module):
         """
         spec, n, scale = self.sharding, self.sharding.tensor, self.config.head_dim**-0.5
         heads = self.config.num_heads // n, spec.kv_heads // n
-        takes = functools.partial(kernels.has_decode_step, self.impl, x_BTD.dtype, x_BTD.shape[1], *heads)
+        takes = functools.partial(kernels.supports_decode_step, self.impl, x_BTD.dtype, x_BTD.shape[1], *heads)
         if cache is not None and write is not None and self.fused and not write.fresh and takes(cache[0]):
             with jax.named_scope("qkv"):
                 qkv, bias = self._project_fused(x_BTD), self.qkv.bias[...].astype(x_BTD.dtype)
@@ -191,12 +191,12 @@ class Attention(nnx.Module):
         cache_spec = None if cache is None else (spec.cache, spec.cache)
         write_spec = jax.tree.map(lambda leaf: spec.rows if leaf.ndim else P(), write)
         cached = write is not None and not write.fresh
-        chosen = kernels.choose(self.impl, q, mask, return_lse=cached, cache=cached)
+        chosen = kernels.select_attention(self.impl, q, mask, return_lse=cached, cache=cached)
         run = jax.shard_map(
             local,
             in_specs=(spec.heads, spec.heads, spec.heads, mask_spec, cache_spec, write_spec),
             out_specs=(spec.heads, cache_spec),
-            check_vma=not (kernels.is_ours(chosen) or spec.ring),
+            check_vma=not (kernels.is_pallas(chosen) or spec.ring),
         )
         with jax.named_scope("attend"):
             return run(q, k, v, mask, cache, write)

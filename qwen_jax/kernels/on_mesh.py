@@ -4,19 +4,17 @@ The products of a few rows with a weight matrix are by our kernel where `takes` 
 everywhere else (prefill, other devices, shapes outside the rule) the model has einsums, with the same sharding.
 """
 
-import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
+from qwen_jax.kernels.matmul.few_rows import few_rows_einsum as few_rows
+from qwen_jax.kernels.matmul.few_rows import supports
 from qwen_jax.parallel.sharding import Sharding
-from qwen_jax.platform import on_hopper
 
-# From experiments/kernels/skinny_matmul.md: XLA's own products are as good for a single row of a small matrix.
-_MIN_BYTES_ONE_ROW, _MIN_BYTES = 20 << 20, 1 << 20
+__all__ = ["attend_step", "few_rows", "swiglu", "takes"]
 
 
 def takes(x_BTI: jax.Array, shards: int, outputs: int, inputs: int) -> bool:
@@ -27,36 +25,7 @@ def takes(x_BTI: jax.Array, shards: int, outputs: int, inputs: int) -> bool:
       shards: how many parts the batch axis is in.
       outputs, inputs: size of one device's part of the matrix.
     """
-    rows = x_BTI.shape[0] // shards
-    return (
-        x_BTI.shape[1] == 1
-        and x_BTI.dtype == jnp.bfloat16
-        and rows <= 128
-        and outputs % 8 == 0
-        and inputs % 64 == 0
-        and inputs >= 128
-        and 2 * outputs * inputs >= (_MIN_BYTES_ONE_ROW if rows < 16 else _MIN_BYTES)
-        and on_hopper()
-    )
-
-
-def few_rows(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """An einsum of one token a row with a whole weight, on one device, by `skinny_matmul`.
-
-    Args:
-      subscripts: such as "BTD,FD->BTF", as for `products.product`.
-      x: [B, 1, inputs...].
-      w: [outputs..., inputs...].
-
-    Returns:
-      float32 [B, 1, outputs...].
-    """
-    from qwen_jax.kernels.matmul.few_rows_gpu import skinny_matmul
-
-    out = subscripts.split("->")[1]
-    kept = w.shape[: len(out) - 2]
-    y = skinny_matmul(x.reshape(x.shape[0], -1), w.reshape(math.prod(kept), -1)).sum(axis=0)
-    return y.reshape(x.shape[0], 1, *kept)
+    return supports(x_BTI.shape[0] // shards, x_BTI.shape[1], x_BTI.dtype, outputs, inputs)
 
 
 def swiglu(x_B1D: jax.Array, w_n2fD: jax.Array, sharding: Sharding) -> jax.Array:

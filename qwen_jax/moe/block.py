@@ -16,8 +16,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.kernels.einsum import einsum_f32
 from qwen_jax.kernels.matmul.grouped import grouped_matmul
-from qwen_jax.kernels.reference import einsum_f32
 from qwen_jax.linear import Projection
 from qwen_jax.moe.capacity import with_capacity
 from qwen_jax.moe.exchange import AXIS, Parcels, parcels, send, send_back, send_numbers

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_jax.kernels.reference import einsum_f32
+from qwen_jax.kernels.einsum import einsum_f32
 from qwen_jax.moe.exchange import AXIS
 from qwen_jax.moe.router import How, choose, gated, matrices
 from qwen_jax.parallel.collectives import gather
