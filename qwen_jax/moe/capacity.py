@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_jax.kernels.reference import einsum_f32
+from qwen_jax.kernels.einsum import einsum_f32
 from qwen_jax.moe.dispatch import Dispatched
 from qwen_jax.moe.exchange import AXIS
 from qwen_jax.moe.router import MoEContext, RouterOutput

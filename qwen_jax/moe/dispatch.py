@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_jax.kernels.einsum import einsum_f32
 from qwen_jax.kernels.matmul.grouped import grouped_matmul
-from qwen_jax.kernels.reference import einsum_f32
 from qwen_jax.moe.exchange import AXIS, ExchangePlan, plan_exchange, send, send_back, send_scalars
 from qwen_jax.moe.router import MoEContext, RouterOutput
 
