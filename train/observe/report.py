@@ -6,11 +6,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +21,7 @@ from rich.console import Console
 
 from qwen_jax.errors import InputError
 from train.config import RunConfig, as_json
-from train.loop import Profile
+from train.loop import Monitor, Profile
 from train.moe import EXPERTS, LoadLog
 from train.observe.display import Display, Stretch, duration
 from train.observe.goodput import Clock
@@ -27,6 +29,7 @@ from train.observe.metrics import MetricsLog, flops_per_token, mfu, read_log
 from train.observe.plots import plot_folder
 from train.observe.trackers import Log, Logs, TensorBoardLog, WandbLog
 from train.plan.topology import peak_flops
+from train.resume import describe
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Steps that the first and last losses of the summary are means of, at most.
@@ -43,7 +46,15 @@ class Report:
       clock: of the run.
     """
 
-    def __init__(self, config: RunConfig, meshes: Sequence[Mesh], step: int, console: Console, clock: Clock):
+    def __init__(
+        self,
+        config: RunConfig,
+        meshes: Sequence[Mesh],
+        step: int,
+        console: Console,
+        clock: Clock,
+        changes: Mapping[str, tuple[Any, Any]] | None = None,
+    ):
         """Opens the logs, records the launch, and says what begins.
 
         Args:
@@ -52,19 +63,20 @@ class Report:
           step: that it goes on from.
           console: for progress.
           clock: that was started when the launch began.
+          changes: fields of the configuration that differ from those of the last launch; see `train.resume`.
 
         Raises:
           InputError: a log that is none.
         """
         self._config, self._meshes, self._first, self._console, self.clock = config, meshes, step, console, clock
-        self._output = Path(config.output).absolute()
+        self._output, self._changes = Path(config.output).absolute(), changes or {}
         self._peak = peak_flops(jax.devices())
         if self._peak is not None:
             self._peak /= jax.device_count()  # Of one device.
         self.log: Log | None = None
         self.display: Display | None = None
         self.profile: Profile | None = None
-        self.loads: Callable[[int, np.ndarray], None] | None = None
+        self.arrays: Callable[[int, str, np.ndarray], None] | None = None
         if jax.process_index():
             return
         metrics = self._output / "metrics.jsonl"
@@ -75,7 +87,7 @@ class Report:
             logs.append(WandbLog(config.wandb_project, self._output, as_json(config)))
         self.log = Logs(*logs)
         if config.model.moe is not None:
-            self.loads = LoadLog(self._output / EXPERTS, config.model.sparse_layers, config.ends[-1], step).write
+            self.arrays = LoadLog(self._output / EXPERTS, config.model.sparse_layers, config.ends[-1], step).write
         self._record_launch()
         # What was carried over stays in the log, whatever becomes of this launch.
         clock.lap("initialisation")
@@ -84,13 +96,13 @@ class Report:
         stretches = []
         for index, (end, stage) in enumerate(zip(config.ends, config.stages, strict=True)):
             tokens = stage.batch_size * stage.length
-            flops = tokens * flops_per_token(config.pretrain(index).model, stage.length)
+            flops = tokens * flops_per_token(config.next_token(index).model, stage.length)
             stretches.append(Stretch(end, tokens, flops / meshes[index].size))
         self.display = Display(
             *(console, config.ends[-1], step),
             stretches=stretches,
             peak_flops=self._peak,
-            evaluate_every=config.evaluate_every if config.held_out else 0,
+            evaluate_every=config.loop.evaluate_every if config.held_out else 0,
         )
         if config.profile and config.profile[0] > step:
             self.profile = Profile(self._output / "profile", *config.profile)
@@ -109,6 +121,14 @@ class Report:
         if self.log:
             self.log.close()
 
+    def monitor(self, index: int) -> Monitor:
+        """What watches the loop of a stage.
+
+        Args:
+          index: of the stage, from 0.
+        """
+        return Monitor(self.log, self.display, self.clock, self.mfu(index), self.profile, self.arrays)
+
     def mfu(self, index: int) -> Callable[[float], float] | None:
         """MFU of a stage at a rate in tokens per second; None where the devices' peak is not known.
 
@@ -117,14 +137,16 @@ class Report:
         """
         if self._peak is None:
             return None
-        model, length = self._config.pretrain(index).model, self._config.stages[index].length
+        model, length = self._config.next_token(index).model, self._config.stages[index].length
         return functools.partial(mfu, config=model, length=length, peak_flops=self._peak * self._meshes[index].size)
 
-    def end(self, step: int) -> None:
+    def end(self, step: int, stopped_by: int = 0, saved: int | None = None) -> None:
         """Closes the bar, logs where the time went, draws `loss.png`, and prints a summary.
 
         Args:
           step: the last one taken.
+          stopped_by: number of the signal that stopped the run before its end; 0 for none.
+          saved: the newest checkpoint, if there is one.
         """
         self.clock.lap("checkpoint")  # The last save was waited for.
         if self.log is None:
@@ -134,7 +156,7 @@ class Report:
         self._metrics.write(self.clock.record(step))
         with contextlib.suppress(InputError):  # Not one loss was finite: there is no curve.
             plot_folder(self._output)
-        for line in self._summary(step):
+        for line in self._summary(step, stopped_by, saved):
             self._say(line)
 
     def _say(self, line: str) -> None:
@@ -151,7 +173,7 @@ class Report:
         )
         self._say(f"run folder: {config.output}")
         for number, (stage, end) in enumerate(zip(config.stages, config.ends, strict=True), 1):
-            theta = config.pretrain(number - 1).model.rope_theta
+            theta = config.next_token(number - 1).model.rope_theta
             self._say(
                 f"stage {number}: to step {end:,}, {stage.batch_size} rows of {stage.length:,} tokens, "
                 f"rope_theta {theta:,.0f}, learning rate {stage.schedule.learning_rate:g}"
@@ -164,16 +186,24 @@ class Report:
                 f"going on after step {step:,}; so far {duration(lost)} of steps were lost and {duration(down)} passed "
                 "between launches"
             )
+        for line in describe(self._changes):
+            self._say(f"changed since the last launch: {line}")
         if config.profile and config.profile[0] <= step:
             self._say(f"nothing is traced: steps {config.profile[0]} to {config.profile[1]} were taken before")
 
-    def _summary(self, step: int) -> Iterator[str]:
+    def _summary(self, step: int, stopped_by: int, saved: int | None) -> Iterator[str]:
         """What was reached, in lines."""
         config, total, output = self._config, self._config.ends[-1], Path(self._config.output)
         seconds = self.clock.seconds
         wall = sum(seconds.values())
         if step < total:
-            yield f"stopped by SIGTERM after step {step:,} of {total:,}; saved: the same command goes on from there"
+            name = "Ctrl-C" if stopped_by == signal.SIGINT else "SIGTERM"
+            where = "saved: the same command goes on from there"
+            if saved != step:
+                where = "not saved, because the last steps were skipped: the same command goes on from " + (
+                    "the beginning" if saved is None else f"step {saved:,}"
+                )
+            yield f"stopped by {name} after step {step:,} of {total:,}; {where}"
         else:
             yield f"finished: {step:,} steps in {duration(wall)}"
         records = read_log(self._output / "metrics.jsonl")
@@ -206,7 +236,8 @@ class Report:
                 f"  experts      loads have {now['load_entropy']:.1%} of the largest entropy, the busiest "
                 f"{now['load_max']:.2f}x the mean, {now['dropped']:.2%} dropped; {output / 'experts.png'}"
             )
-        yield f"  checkpoint   {output / 'checkpoints' / str(step)}; qwen-jax generate --model takes it as it is"
+        if saved is not None:
+            yield f"  checkpoint   {output / 'checkpoints' / str(saved)}; qwen-jax generate --model takes it as it is"
 
     def _record_launch(self) -> None:
         """Appends what this process was started with to `launches.jsonl`, one object a launch."""
@@ -220,6 +251,7 @@ class Report:
             "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
             "processes": jax.process_count(),
             "config": as_json(self._config),
+            "changed": self._changes,
         }
         with (self._output / "launches.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(launch) + "\n")

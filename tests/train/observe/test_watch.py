@@ -23,10 +23,13 @@ from qwen_jax.published import published
 from qwen_jax.tokenizer import train_bpe
 from tests.helpers.data_sets import make_rows
 from tests.helpers.processes import run as run_processes
+from tests.helpers.runs import stop_after
+from train import launch as launching
 from train import run
 from train.config import RunConfig, Stage, set_fields
 from train.data.batch import Batch
-from train.loop import LoopConfig, fit
+from train.interrupt import Interruption
+from train.loop import ByStep, CheckpointConfig, LoopConfig, Monitor, fit
 from train.observe import trackers
 from train.observe.display import Display, Stretch, duration
 from train.observe.goodput import KINDS, Clock, compilation
@@ -35,6 +38,7 @@ from train.observe.plots import plot_folder, plot_pretraining
 from train.optimizer import Schedule
 from train.plan.topology import peak_flops
 from train.state import Guard, TrainState
+from train.step import StepConfig
 
 MODEL = dataclasses.replace(published("tiny"), vocab_size=1024, num_layers=1, rope_theta=1e4)
 STEPS = 10, 3  # Of the two stages.
@@ -51,10 +55,9 @@ def configuration(folder: Path, output: Path, **changes) -> RunConfig:
             Stage(Schedule(STEPS[0], 1e-2, warmup_steps=2), 16, 4, {"short": 1}),
             Stage(Schedule(STEPS[1], 1e-3, schedule="wsd"), 32, 2, {"long": 1}, rope_theta=1e6),
         ),
-        dtype="float32",
-        remat="none",
-        evaluate_every=2,
-        checkpoint_every=3,
+        step=StepConfig(dtype="float32", remat="none"),
+        loop=LoopConfig(evaluate_every=2),
+        checkpoints=CheckpointConfig(every=3),
     )
     return dataclasses.replace(config, **changes)
 
@@ -88,10 +91,10 @@ def watched(material, tmp_path_factory) -> Watched:
     config = configuration(material, output, profile=(6, 7))
     compiled: list[tuple[int, int, int]] = []
     programs: dict[int, int] = {}
-    make_train_step = run.make_train_step
+    make_train_step = launching.make_train_step
 
-    def counted(stage, mesh):
-        step = make_train_step(stage, mesh)
+    def counted(*args):
+        step = make_train_step(*args)
 
         def train_step(state, batch):
             before = compilation().programs
@@ -103,18 +106,18 @@ def watched(material, tmp_path_factory) -> Watched:
 
     def note(self, step):
         programs[step] = compilation().programs
-        return False
+        return 0
 
     with pytest.MonkeyPatch.context() as patch:
         first = time.time()
-        patch.setattr(run._Sigterm, "_asked", lambda self, step: step == 4)
+        stop_after(patch, 4)
         assert run.pretrain(config, Console(file=io.StringIO()))
         # As if it had been killed: nothing of step 4 but its line in the log.
         shutil.rmtree(output / "checkpoints" / "4")
         before = read_log(output / "metrics.jsonl")
         time.sleep(0.5)
-        patch.setattr(run._Sigterm, "_asked", note)
-        patch.setattr(run, "make_train_step", counted)
+        patch.setattr(Interruption, "_asked", note)
+        patch.setattr(launching, "make_train_step", counted)
         out, second = io.StringIO(), time.time()
         assert not run.pretrain(config, Console(file=out, width=300))
     return Watched(output, (first, second, time.time()), before, out.getvalue(), compiled, programs)
@@ -230,7 +233,8 @@ def test_a_batch_of_another_shape_is_told(mesh):
     state = TrainState(jnp.zeros((), jnp.int32), {}, (), Guard(jnp.zeros(()), jnp.zeros((), int), jnp.zeros((), int)))
     with jax.set_mesh(mesh), Display(Console(file=out, width=200), 5) as display:
         state = jax.device_put(state, jax.NamedSharding(mesh, jax.P()))
-        fit(LoopConfig(5), state, step, [rows(8)] * 3 + [rows(12)] * 2, mesh=mesh, display=display)
+        data = ByStep([rows(8)] * 3 + [rows(12)] * 2)
+        fit(5, state, step, data, mesh=mesh, monitor=Monitor(display=display))
     told = [line for line in out.getvalue().splitlines() if "compiled again" in line]
     assert [line.split(" was")[0] for line in told] == ["step 4"]
 
@@ -259,7 +263,7 @@ def test_the_host_never_waits_for_the_step_that_it_has_just_enqueued(mesh):
     with jax.set_mesh(mesh):
         zero = jnp.zeros(())
         state = TrainState(jnp.zeros((), jnp.int32), {}, (), Guard(zero, zero, zero))
-        fit(LoopConfig(6), state, step, [rows] * 6, mesh=mesh)
+        fit(6, state, step, ByStep([rows] * 6), mesh=mesh)
     assert busy == [True] * 4
     assert done == [True] * 4  # And no more than one step ahead.
 
@@ -530,11 +534,11 @@ def test_weights_and_biases_offline_for_real(tmp_path, monkeypatch):
 
 def broken(material: str, output: str) -> str:
     """In each of several processes: a run whose weights are not numbers."""
-    init = run.init_state
-    run.init_state = lambda *args: dataclasses.replace(
+    init = launching.init_state
+    launching.init_state = lambda *args: dataclasses.replace(
         init(*args), params=jax.tree.map(lambda x: x * jnp.nan, init(*args).params)
     )
-    config = configuration(Path(material), Path(output), mesh={"data": 2}, max_skipped=3, held_out={})
+    config = configuration(Path(material), Path(output), mesh={"data": 2}, loop=LoopConfig(max_skipped=3), held_out={})
     try:
         run.pretrain(config)
     except InputError as error:
