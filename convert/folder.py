@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_jax.config import ModelConfig
+from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json
 
@@ -135,9 +135,10 @@ def write_side_files(
     original = origin / "config.json" if origin else None
     old: dict[str, Any] = read_json(original) if original and original.is_file() else {}
     keep = bool(old) and dtype in (None, old.get("dtype") or old.get("torch_dtype"))
+    keep = keep and (old.get("architectures") or config.to_hf()["architectures"]) == config.to_hf()["architectures"]
     if both_dialects:
         keep = keep and "rope_theta" in old
-    if original and keep and dataclasses.replace(ModelConfig.from_hf(old), dtype=config.dtype) == config:
+    if original and keep and dataclasses.replace(load_config(original.parent), dtype=config.dtype) == config:
         shutil.copyfile(original, folder / "config.json")
     else:
         hf = {**config.to_hf(), "torch_dtype": dtype or config.dtype}

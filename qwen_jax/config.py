@@ -296,7 +296,10 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
         raise InputError(
             problem or f"{path} has no config.json. Expected a Hugging Face or qwen_jax checkpoint folder."
         )
-    return ModelConfig.from_hf(read_json(file))
+    hf = read_json(file)
+    if (path / "generation_config.json").is_file():  # Then nobody reads the generation settings in config.json.
+        hf = {key: value for key, value in hf.items() if key not in hf_config.GENERATION_DEFAULTS}
+    return ModelConfig.from_hf(hf)
 
 
 def adapter_problem(folder: Path) -> str | None:
