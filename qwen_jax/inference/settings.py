@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_jax.config import ModelConfig, read_json
+from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.files import read_json
 from qwen_jax.inference.sampling import SamplingParams
 
 
