@@ -185,7 +185,7 @@ def _run(source: Source, tokens_BT: np.ndarray) -> np.ndarray:
         positions, mask = jax.tree.map(
             lambda x: jax.reshard(x, sharding.tokens), (positions, kernels.causal_mask(*tokens_BT.shape))
         )
-        return model.logits(model(tokens_BT, positions, mask)[0])
+        return model.logits(model(tokens_BT, positions, mask).hidden)
 
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         tokens = jax.device_put(tokens_BT.astype(np.int32), NamedSharding(mesh, sharding.tokens))

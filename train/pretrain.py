@@ -20,7 +20,7 @@ from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params, abstract_params, bind, init_params, param_specs
 from qwen_jax.remat import Remat
-from qwen_jax.stack import restacked, unstacked
+from qwen_jax.stack import restack, unstack
 from train.data.batch import Batch
 from train.losses import Sums, chunked_cross_entropy, next_token_targets
 from train.moe import MoETraining, auxiliary, routing_metrics
@@ -103,11 +103,12 @@ def loss_sums(config: PretrainConfig, sharding: Sharding, params: Params, batch:
 
 def _forward(config: PretrainConfig, sharding: Sharding, params: Params, batch: Batch, count: bool) -> Any:
     """The model, its hidden states, targets and their weights, and if `count` its routing."""
-    params, sharding = _apart(config, params), dataclasses.replace(sharding, ring=config.ring)
+    params = _apart(config, params)
     options = Options(
         config.scan_layers,
         dtype=config.dtype,
         attention=config.attention,
+        ring=config.ring,
         grouped=config.moe.grouped,
         capacity_factor=config.moe.capacity_factor,
     )
@@ -116,8 +117,8 @@ def _forward(config: PretrainConfig, sharding: Sharding, params: Params, batch: 
     valid = batch.segment_ids > 0 if count else None
     arrays = batch.tokens, batch.positions, packed_mask(batch.segment_ids), valid, *next_token_targets(batch)
     tokens, positions, mask, valid, targets, weights = jax.tree.map(lambda x: spread(x, sharding), arrays)
-    hidden_BTD, _, routing = model.run(tokens, positions, mask, remat=config.remat, valid_BT=valid)
-    return model, hidden_BTD, targets, weights, routing
+    output = model(tokens, positions, mask, remat=config.remat, valid_BT=valid)
+    return model, output.hidden, targets, weights, output.routing
 
 
 def mean_gradient(
@@ -212,7 +213,7 @@ def _apart(config: PretrainConfig, params: Params) -> Params:
     """
     if config.scan_layers or isinstance(params["layers"], list):
         return params
-    return {**params, "layers": unstacked(params["layers"], config.dtype, config.model.sparse_layers)}
+    return {**params, "layers": unstack(params["layers"], config.dtype, config.model.sparse_layers)}
 
 
 def init_state(config: PretrainConfig, seed: int, mesh: Mesh) -> TrainState:
@@ -293,7 +294,7 @@ def train_step(
         # Before the layers are put together: XLA is slow to sum what it puts together on the way.
         norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), gradient))
         if not config.scan_layers:
-            gradient = {**gradient, "layers": restacked(gradient["layers"], jnp.float32)}
+            gradient = {**gradient, "layers": restack(gradient["layers"], jnp.float32)}
         good, guard = _judge(config, state.guard, means.loss, norm)
         optimizer = make_optimizer(config.optimizer)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, step=state.step, norm=norm)

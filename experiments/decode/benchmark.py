@@ -168,7 +168,8 @@ class _Loop:
 
     def __call__(self) -> Any:
         # Back to the end of the prompt, so that every repetition reads the same amount of cache.
-        state = dataclasses.replace(self.state, slot=jnp.int32(self.prompt))
+        cache = dataclasses.replace(self.state.cache, slot=jnp.int32(self.prompt))
+        state = dataclasses.replace(self.state, cache=cache)
         self.state, *out = self.compiled(self.params, state, self.knobs)
         return out
 
@@ -265,8 +266,8 @@ from pathlib import Path
 from convert.huggingface import load_params
 from qwen_jax.config import load_config
 from qwen_jax.inference import Engine, SamplingParams
-from qwen_jax.model import Options
-from qwen_jax.sharding import make_mesh
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import make_mesh
 folder = Path(sys.argv[1])
 config, mesh = load_config(folder), make_mesh({}, jax.devices()[:1])
 imported = time.perf_counter() - began

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from qwen_jax import kernels
-from qwen_jax.attention.block import CacheWrite, KVCache
+from qwen_jax.attention.cache import ContiguousCache
 from qwen_jax.config import ModelConfig
-from qwen_jax.inference import one_row as single
+from qwen_jax.inference import one_row
 from qwen_jax.inference.sampling import Knobs, Plan, sample
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
@@ -24,18 +23,14 @@ class DecodeState:
     """A batch in the middle of generation.
 
     Attributes:
-      cache: keys and values; row b's tokens are in slots start_B[b] to slot - 1.
-      slot: int32 scalar, where the next token goes, the same for every row.
-      start_B: int32 [B], the first slot in use. A token's position is its slot minus this.
+      cache: keys and values of the tokens so far.
       token_B: int32 [B], the newest token, not in the cache yet.
       keys_B: one PRNG key a row.
       step: int32 scalar, tokens chosen so far.
       seen_BV: bool [B, V], tokens in the prompt or the text; None unless the plan has a penalty.
     """
 
-    cache: KVCache
-    slot: jax.Array
-    start_B: jax.Array
+    cache: ContiguousCache
     token_B: jax.Array
     keys_B: jax.Array
     step: jax.Array
@@ -76,19 +71,11 @@ def prefill(
     spec, config = program.sharding, program.config
     B, T = tokens_BT.shape
     model = bind(config, params, spec, program.options)
-    shape = (B, spec.kv_heads, program.slots, config.head_dim)
-    dtype = jnp.dtype(program.options.dtype)
-
-    def empty() -> tuple[jax.Array, ...]:
-        return tuple(jnp.zeros(shape, dtype, out_sharding=spec.cache) for _ in range(config.num_layers))
-
-    end = lengths_B.max()
-    shift_B = end - lengths_B
-    # A single row always ends where it should.
-    write = CacheWrite(slot=jnp.int32(0), shift_B=shift_B if B > 1 else None, fresh=True)
-    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    cache: KVCache | None = KVCache(empty(), empty())
-    x_BTD, cache = model(tokens_BT, positions_BT, kernels.causal_mask(B, T), cache=cache, write=write)
+    # The prompts, into a fresh cache.
+    cache = ContiguousCache.for_prompts(config, spec, lengths_B, program.slots, jnp.dtype(program.options.dtype))
+    output = model(tokens_BT, cache.positions(T), cache.mask(T), cache=cache)
+    cache = output.cache.advanced(lengths_B.max())
+    x_BTD = output.hidden
     x_BD = x_BTD.at[jnp.arange(B), lengths_B - 1].get(out_sharding=P(*spec.rows, None))
 
     def start(tokens_BT: jax.Array, lengths_B: jax.Array, seeds_B: jax.Array) -> Any:
@@ -106,7 +93,7 @@ def prefill(
     keys_B, seen_BV = start(jax.reshard(tokens_BT, P(*rows, None)), lengths_B, seeds_B)
     logits_BV = model.logits(x_BD[:, None])[:, 0]
     token_B, logprob_B, seen_BV = _choose(logits_BV, seen_BV, keys_B, jnp.int32(0), knobs, program)
-    state = DecodeState(cache, end, shift_B, token_B, keys_B, jnp.int32(1), seen_BV)  # type: ignore[arg-type]
+    state = DecodeState(cache, token_B, keys_B, jnp.int32(1), seen_BV)
     return state, token_B[:, None], None if logprob_B is None else logprob_B[:, None]
 
 
@@ -131,38 +118,26 @@ def _decode(
     spec = program.sharding
     B = state.token_B.shape[0]
     model = bind(program.config, params, spec, program.options)
-    by_single = single.takes(program.config, spec, program.options, B, state.cache)
-    if by_single:
-        prepared, token_B = single.prepare(params, state.token_B)
+    one_row_kernels = one_row.supports(program.config, spec, program.options, B, state.cache)
+    if one_row_kernels:
+        prepared, token_B = one_row.prepare(params, state.token_B)
         state = dataclasses.replace(state, token_B=token_B)
 
-    def column(x: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(x, (B,))[:, None]
-
-    def logits(state: DecodeState, slot: jax.Array, counter: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
-        if by_single:
-            return single.step(prepared, program.config, state.token_B, state.start_B, slot, state.cache, counter)
-        mask = kernels.Mask(column(state.start_B), column(slot + 1))
-        positions_B1 = column(slot - state.start_B)
-        write = CacheWrite(slot=slot)
-        x_B1D, cache = model(column(state.token_B), positions_B1, mask, cache=state.cache, write=write)
-        return model.logits(x_B1D)[:, 0], cache, counter
+    def logits(
+        token_B: jax.Array, cache: ContiguousCache, counter: jax.Array
+    ) -> tuple[jax.Array, ContiguousCache, jax.Array]:
+        if one_row_kernels:
+            return one_row.step(prepared, program.config, token_B, cache, counter)
+        output = model(token_B[:, None], cache.positions(1), cache.mask(1), cache=cache)
+        return model.logits(output.hidden)[:, 0], output.cache, counter
 
     def step(carry: tuple[DecodeState, jax.Array], _: None) -> Any:
         state, counter = carry
         # Steps that nobody asked for stay inside the cache.
-        slot = jnp.minimum(state.slot, program.slots - 1)
-        logits_BV, cache, counter = logits(state, slot, counter)
+        cache = dataclasses.replace(state.cache, slot=jnp.minimum(state.cache.slot, program.slots - 1))
+        logits_BV, cache, counter = logits(state.token_B, cache, counter)
         token_B, logprob_B, seen_BV = _choose(logits_BV, state.seen_BV, state.keys_B, state.step, knobs, program)
-        new = DecodeState(
-            cache,
-            state.slot + 1,
-            state.start_B,
-            token_B,
-            state.keys_B,
-            state.step + 1,
-            seen_BV,
-        )
+        new = DecodeState(cache.advanced(1), token_B, state.keys_B, state.step + 1, seen_BV)
         return (new, counter), (token_B, logprob_B)
 
     begin = state, jnp.zeros((1,), jnp.int32)
@@ -172,19 +147,19 @@ def _decode(
 
 _jit = functools.partial(jax.jit, static_argnames=("program", "steps"), donate_argnames=("state",))
 decode = _jit(_decode)
-_decode_single = _jit(_decode, compiler_options=single.COMPILER_OPTIONS)
+_decode_one_row = _jit(_decode, compiler_options=one_row.COMPILER_OPTIONS)
 
 
 def decoder(program: Program, state: DecodeState) -> Any:
-    """`decode`, or where `single` takes the step, `decode` compiled with the options that it wants.
+    """`decode`; where the kernels for one row are used, `decode` compiled with the options that they need.
 
     Args:
       program: static settings.
-      state: what will be given to it.
+      state: that it will be called with.
     """
     rows = state.token_B.shape[0]
-    takes = single.takes(program.config, program.sharding, program.options, rows, state.cache)
-    return _decode_single if takes else decode
+    supported = one_row.supports(program.config, program.sharding, program.options, rows, state.cache)
+    return _decode_one_row if supported else decode
 
 
 def _choose(

@@ -18,11 +18,11 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.matmul.grouped import grouped_matmul
 from qwen_jax.kernels.reference import einsum_f32
-from qwen_jax.linear import Projection
+from qwen_jax.linear import Weight
 from qwen_jax.moe.capacity import with_capacity
 from qwen_jax.moe.exchange import AXIS, Parcels, parcels, send, send_back, send_numbers
 from qwen_jax.moe.router import How, Routing, choose, gated, matrices
-from qwen_jax.parallel.collectives import gather
+from qwen_jax.parallel.collectives import all_gather_weight
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.remat import recompute
 
@@ -37,9 +37,9 @@ FURTHER_ROUNDS = "further_rounds"
 class Experts(nnx.Module):
     """SwiGLU layers, all experts of a layer in two arrays."""
 
-    def __init__(self, gate_up_E2FD: jax.Array, down_EDF: jax.Array):
-        self.gate_up = nnx.Param(gate_up_E2FD)
-        self.down = nnx.Param(down_EDF)
+    def __init__(self, gate_up_E2FD: jax.Array, down_EDF: jax.Array, sharding: Sharding):
+        self.gate_up = nnx.Param(gate_up_E2FD, spec=sharding.experts_gate_up)
+        self.down = nnx.Param(down_EDF, spec=sharding.experts_down)
 
 
 class MoE(nnx.Module):
@@ -54,10 +54,10 @@ class MoE(nnx.Module):
         E, F, D = config.moe.num_experts, config.moe.intermediate_size, config.hidden_size
         normal = nnx.initializers.normal(config.initializer_range)
         residual = nnx.initializers.normal(config.initializer_range / (2 * config.num_layers) ** 0.5)
-        self.router = Projection(normal(rngs.params(), (E, D)))
-        self.experts = Experts(normal(rngs.params(), (E, 2, F, D)), residual(rngs.params(), (E, D, F)))
+        self.router = Weight(normal(rngs.params(), (E, D)), sharding.router)
+        self.experts = Experts(normal(rngs.params(), (E, 2, F, D)), residual(rngs.params(), (E, D, F)), sharding)
         self.shared = shared
-        self.shared_gate = Projection(normal(rngs.params(), (1, D)))
+        self.shared_gate = Weight(normal(rngs.params(), (1, D)), sharding.router)
 
     def __call__(
         self, x_BTD: jax.Array, h_BTD: jax.Array, norm_D: jax.Array, valid_BT: jax.Array | None
@@ -225,7 +225,7 @@ def _dropless(how: How, x_btD: jax.Array) -> tuple[Any, Any, Any]:
         return gate_up, (weights_A, (order, inverse, sizes, plan, ids)), routing
 
     def second(params: Any, gate_up: jax.Array, weights_A: jax.Array, where: Any) -> jax.Array:
-        down = gather(params[3], 1)
+        down = all_gather_weight(params[3], 1)
         h = gated(gate_up, weights_A)
         if few:
             (ids_A,) = where
@@ -307,7 +307,12 @@ def _to_exchange(
     order, inverse, _, ids = where
     chosen = choose(how, (norm_D, router_ED), x_btD, None, ids)
     rows_AD = _sorted(chosen.x_ND, order, inverse, how.moe.num_experts_per_tok)
-    return rows_AD, _permuted(chosen.weights_Nk.reshape(-1), order, inverse), matrices(gate_up), gather(down, 1)
+    return (
+        rows_AD,
+        _permuted(chosen.weights_Nk.reshape(-1), order, inverse),
+        matrices(gate_up),
+        all_gather_weight(down, 1),
+    )
 
 
 def _round(

@@ -10,7 +10,7 @@ from jax import lax
 from qwen_jax.kernels.reference import einsum_f32
 from qwen_jax.moe.exchange import AXIS
 from qwen_jax.moe.router import How, choose, gated, matrices
-from qwen_jax.parallel.collectives import gather
+from qwen_jax.parallel.collectives import all_gather_weight
 
 
 def with_capacity(how: How, x_btD: jax.Array) -> tuple[Any, Any, Any]:
@@ -42,7 +42,7 @@ def with_capacity(how: How, x_btD: jax.Array) -> tuple[Any, Any, Any]:
 
     def second(params: Any, gate_up: jax.Array, weight_ec: jax.Array, where: Any) -> jax.Array:
         h = gated(gate_up, weight_ec)
-        y = _given_back(einsum_f32("ecf,edf->ecd", h, gather(params[3], 1)).astype(h.dtype))
+        y = _given_back(einsum_f32("ecf,edf->ecd", h, all_gather_weight(params[3], 1)).astype(h.dtype))
         out = jnp.zeros((N, y.shape[-1]), jnp.float32)
         return out.at[where[0]].add(y.reshape(E * room, -1).astype(jnp.float32), mode="drop")
 

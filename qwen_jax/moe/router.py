@@ -13,7 +13,7 @@ from qwen_jax.config import MoE as MoEConfig
 from qwen_jax.kernels.matmul.grouped import Implementation as Grouped
 from qwen_jax.kernels.reference import einsum_f32
 from qwen_jax.linear import rms_norm
-from qwen_jax.parallel.collectives import gather
+from qwen_jax.parallel.collectives import all_gather_weight
 from qwen_jax.parallel.sharding import Sharding
 
 
@@ -92,7 +92,7 @@ def choose(how: How, params: Any, x_btD: jax.Array, valid: jax.Array | None, ids
       ids_Nk: see `route`.
     """
     x_ND = rms_norm(x_btD, params[0], how.eps).reshape(-1, x_btD.shape[-1])
-    weights, ids, logits = route(x_ND, gather(params[1], 1), how.moe, ids_Nk)
+    weights, ids, logits = route(x_ND, all_gather_weight(params[1], 1), how.moe, ids_Nk)
     valid_N = None if valid is None else valid.reshape(-1)
     wanted = ids if valid_N is None else jnp.where(valid_N[:, None], ids, how.moe.num_experts)
     return Chosen(x_ND, weights, ids, wanted, functools.partial(_count, how, logits, ids, valid_N))
@@ -153,5 +153,5 @@ def gated(gate_up: jax.Array, weights: jax.Array) -> jax.Array:
 
 def matrices(gate_up_e2FD: jax.Array) -> jax.Array:
     """Gate and up of each expert as one matrix, gathered."""
-    w = gather(gate_up_e2FD, 3)
+    w = all_gather_weight(gate_up_e2FD, 3)
     return w.reshape(w.shape[0], -1, w.shape[-1])

@@ -277,8 +277,8 @@ def hidden(
     def run(params: Params, ids: jax.Array, valid: Any) -> Any:
         model = bind(config, params, sharding, Options(**options))
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        out, _, routing = model.run(ids, positions, kernels.causal_mask(*ids.shape), valid_BT=valid)
-        return jax.reshard(out, jax.P(None, None, None)), routing
+        output = model(ids, positions, kernels.causal_mask(*ids.shape), valid_BT=valid)
+        return jax.reshard(output.hidden, jax.P(None, None, None)), output.routing
 
     with jax.set_mesh(where):
         put = lambda x: None if x is None else jax.device_put(x, jax.NamedSharding(where, sharding.tokens))  # noqa: E731
