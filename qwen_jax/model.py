@@ -19,7 +19,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.matmul import few_rows
 from qwen_jax.linear import Embedding, Linear, RMSNorm
 from qwen_jax.moe.block import MoE
-from qwen_jax.moe.router import Routing
+from qwen_jax.moe.router import RouterStats
 from qwen_jax.options import Options
 from qwen_jax.parallel.collectives import all_gather_weight
 from qwen_jax.parallel.sharding import Sharding
@@ -40,7 +40,7 @@ class Output:
 
     hidden: jax.Array
     cache: Any = None
-    routing: Routing | None = None
+    routing: RouterStats | None = None
 
 
 class MLP(nnx.Module):
@@ -117,7 +117,7 @@ class Block(nnx.Module):
         *,
         remat: Remat = "none",
         valid_BT: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerCache | None, Routing | None]:
+    ) -> tuple[jax.Array, LayerCache | None, RouterStats | None]:
         """The residual stream after the layer, the layer's cache, and statistics of the router.
 
         Args:
@@ -156,7 +156,7 @@ class Block(nnx.Module):
             if not sparse:
                 return run(lambda mlp, x, *h: x + mlp.down_swiglu(*h), (mlp,), x_BTD, *gate_up), cache, None
             shared = run(lambda mlp, *h: mlp.down_swiglu(*h), (mlp,), *gate_up)
-            shared = run(lambda norm, moe, h, y: moe.gated(norm(h), y), (norm, self.moe), h_BTD, shared)
+            shared = run(lambda norm, moe, h, y: moe.apply_shared_gate(norm(h), y), (norm, self.moe), h_BTD, shared)
             norm_D = self.post_attention_norm.weight[...]
             out, routing = self.moe.routed(x_BTD, norm_D, valid_BT, shared, keep_dots=dots)
             return x_BTD + out, cache, routing
@@ -214,12 +214,12 @@ class Qwen2(nnx.Module):
         rope = rope_tables(self.config, positions_BT, dtype)
 
         # Layers.
-        routing: Routing | None = None
+        routing: RouterStats | None = None
         if cache is not None:
             x_BTD, cache = self._run_cached(x_BTD, rope, mask, cache)
         else:
 
-            def layer(block: Block, x_BTD: jax.Array) -> tuple[jax.Array, Routing | None]:
+            def layer(block: Block, x_BTD: jax.Array) -> tuple[jax.Array, RouterStats | None]:
                 return block(x_BTD, rope, mask, remat=remat, valid_BT=valid_BT)[::2]
 
             x_BTD, routing = run_layers(self.layers, layer, x_BTD, self._block, self.config, remat)

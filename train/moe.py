@@ -18,7 +18,7 @@ import numpy as np
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.matmul.grouped import Implementation
-from qwen_jax.moe.router import Routing
+from qwen_jax.moe.router import RouterStats
 
 EXPERTS = "experts.jsonl"
 
@@ -81,7 +81,7 @@ def balance_loss(
 def auxiliary(
     config: MoETraining,
     model: ModelConfig,
-    routing: Routing,
+    routing: RouterStats,
     load_LE: jax.Array,
     load_tokens: jax.Array,
     tokens: jax.Array,
@@ -103,7 +103,7 @@ def auxiliary(
     return config.coefficient(model) * balance + config.router_z_loss * routing.z.mean() / tokens
 
 
-def routing_metrics(model: ModelConfig, routing: Routing) -> dict[str, jax.Array]:
+def routing_metrics(model: ModelConfig, routing: RouterStats) -> dict[str, jax.Array]:
     """Numbers of a step.
 
     Args:

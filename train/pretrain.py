@@ -15,7 +15,7 @@ from qwen_jax.attention.sequence import spread
 from qwen_jax.config import DTYPES, ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import COVERAGE, Implementation, packed_mask
-from qwen_jax.moe.router import Routing
+from qwen_jax.moe.router import RouterStats
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params, abstract_params, bind, init_params, param_specs
@@ -123,7 +123,7 @@ def _forward(config: PretrainConfig, sharding: Sharding, params: Params, batch: 
 
 def mean_gradient(
     config: PretrainConfig, sharding: Sharding, params: Params, batch: Batch
-) -> tuple[Params, Sums, jax.Array, Routing | None]:
+) -> tuple[Params, Sums, jax.Array, RouterStats | None]:
     """The gradient of the mean loss of a batch, whatever it is split into.
 
     Args:
@@ -153,7 +153,7 @@ def mean_gradient(
     sparse = config.model.moe is not None
     tokens = jnp.maximum((batch.segment_ids > 0).sum(dtype=jnp.float32), 1.0)
 
-    def share_of_mean(params: Params, part: Batch, loads: Any) -> tuple[jax.Array, tuple[Sums, Routing | None]]:
+    def share_of_mean(params: Params, part: Batch, loads: Any) -> tuple[jax.Array, tuple[Sums, RouterStats | None]]:
         model, hidden, targets, weights, routing = _forward(config, sharding, params, part, count=sparse)
         sums = chunked_cross_entropy(model, hidden, targets, weights, config.loss_chunk, config.z_loss)
         sums = jax.tree.map(lambda x: x / denominator, sums)
@@ -198,7 +198,7 @@ def mean_gradient(
     none: Any = None
     if loads is not None:
         layers = jnp.zeros(loads[0].shape[:1], jnp.float32)
-        none = Routing(jnp.zeros_like(loads[0]), jnp.zeros_like(loads[0]), layers, layers, layers, layers)
+        none = RouterStats(jnp.zeros_like(loads[0]), jnp.zeros_like(loads[0]), layers, layers, layers, layers)
     start = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params), (Sums(zero, zero, zero), none)
     with jax.named_scope("accumulation"):
         (gradient, (means, routing)), _ = jax.lax.scan(body, start, each)

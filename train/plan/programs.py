@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_jax.moe.block import FURTHER_ROUNDS
+from qwen_jax.moe.further_rounds import FURTHER_ROUNDS
 
 
 def count_flops(jaxpr: Any) -> float:

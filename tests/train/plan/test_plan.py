@@ -22,7 +22,7 @@ from experiments.moe import cycles
 from qwen_jax.cli import main
 from qwen_jax.config import ModelConfig, MoE
 from qwen_jax.errors import InputError
-from qwen_jax.moe.block import FURTHER_ROUNDS
+from qwen_jax.moe.further_rounds import FURTHER_ROUNDS
 from qwen_jax.parallel import sharding
 from qwen_jax.parallel.sharding import AXES, Sharding, make_mesh
 from qwen_jax.published import published
