@@ -10,16 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
-from convert.folder import Format, check_destination, detect, resolve
+from convert.folder import Format, check_destination, detect
 from convert.source import Source, nbytes, parse_dtype
-from qwen_jax.config import ModelConfig
+from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import InputError
+from qwen_jax.hub import CONFIG, is_hub_id, resolve
 from qwen_jax.options import Options
 from qwen_jax.params import Params
 
-__all__ = ["convert", "detect", "load", "open_source", "resolve", "write_folder"]
+__all__ = ["convert", "detect", "load", "open_source", "write_folder"]
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
@@ -31,6 +33,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     Raises:
       InputError: see `convert.huggingface.SafetensorsSource` and `convert.orbax.OrbaxSource`.
     """
+    if is_hub_id(path):
+        load_config(resolve(path, CONFIG))  # Refuse an unsupported model before its weights are downloaded.
     folder = resolve(path)
     if detect(folder) == "hf":
         from convert.huggingface import SafetensorsSource
@@ -86,9 +90,10 @@ def convert(
     Raises:
       InputError: a damaged or unsupported checkpoint, a taken destination, a disk too small.
     """
-    check_destination(Path(dst))
-    folder = resolve(src)
-    write_folder(open_source(folder), dst, to or ("orbax" if detect(folder) == "hf" else "hf"), dtype, progress)
+    _check_options(dst, to, dtype)
+    source = open_source(src)
+    assert source.folder is not None
+    write_folder(source, dst, to or ("orbax" if detect(source.folder) == "hf" else "hf"), dtype, progress)
 
 
 def write_folder(
@@ -104,10 +109,7 @@ def write_folder(
     Raises:
       InputError: see `convert`.
     """
-    if to not in ("hf", "orbax"):
-        raise InputError(f"Expected the format 'hf' or 'orbax', got {to!r}.")
-    target = None if dtype is None else parse_dtype(dtype)
-    check_destination(Path(dst))
+    target = _check_options(dst, to, dtype)
     with _bar(nbytes(source, target), progress and sys.stderr.isatty()) as advance:
         if to == "hf":
             from convert.huggingface import export
@@ -117,6 +119,14 @@ def write_folder(
             from convert.orbax import save
 
             save(source, source.config, dst, target, progress=advance)
+
+
+def _check_options(dst: str | os.PathLike[str], to: str | None, dtype: Any) -> np.dtype | None:
+    """Checks what does not depend on the source, before it is downloaded or opened; returns the parsed dtype."""
+    if to not in (None, "hf", "orbax"):
+        raise InputError(f"Expected the format 'hf' or 'orbax', got {to!r}.")
+    check_destination(Path(dst))
+    return None if dtype is None else parse_dtype(dtype)
 
 
 @contextmanager

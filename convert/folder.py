@@ -5,15 +5,15 @@ import dataclasses
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_jax.config import ModelConfig, read_json
+from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.files import read_json
 
 Format = Literal["hf", "orbax"]
 
@@ -32,48 +32,6 @@ TRAVELLING = (
     "qwen.tiktoken",
     "LICENSE",
 )
-_DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE"]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-def resolve(name: str | os.PathLike[str]) -> Path:
-    """A local folder for a path or a Hugging Face Hub id such as "Qwen/Qwen2.5-0.5B-Instruct".
-
-    A folder of that name wins; of a training run's checkpoints, the newest is taken. Otherwise an id is downloaded into
-    the Hub's cache: weights, JSON and text only.
-
-    Raises:
-      InputError: no such folder, or the download failed.
-    """
-    path = Path(name)
-    if path.is_dir():
-        return _newest_step(path)
-    if path.exists():
-        raise InputError(f"{path} is a file; expected a checkpoint folder.")
-    if not _HUB_ID.fullmatch(str(name)):
-        raise InputError(f"{path} does not exist. Expected a checkpoint folder or a Hub id such as Qwen/Qwen2.5-0.5B.")
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=_DOWNLOADED))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise InputError(
-            f"There is no folder {name}, and downloading {name} from the Hugging Face Hub failed: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__} "
-            "Check the name and the network (HF_HUB_OFFLINE, HF_ENDPOINT), or download it elsewhere with "
-            f"`hf download {name}` and give the folder."
-        ) from None
-
-
-def _newest_step(folder: Path) -> Path:
-    """The newest complete checkpoint of a training run, or the folder itself if it is no run."""
-    if not (folder / "run.json").is_file():
-        return folder
-    steps = [path for path in folder.iterdir() if path.name.isdecimal() and (path / "config.json").is_file()]
-    if not steps:
-        raise InputError(f"{folder} is a training run without a complete checkpoint. Let it save one first.")
-    return max(steps, key=lambda path: int(path.name))
 
 
 def detect(path: str | os.PathLike[str]) -> Format:

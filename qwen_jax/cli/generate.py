@@ -69,11 +69,14 @@ class Model:
 
     def __init__(self, name: str, options: Sampling, need_tokenizer: bool):
         from qwen_jax.config import load_config
+        from qwen_jax.hub import SMALL, is_hub_id, resolve
         from qwen_jax.inference import load_generation_defaults
         from qwen_jax.parallel.sharding import parse_mesh
 
         self.options, self.axes = options, parse_mesh(options.mesh)
-        self.folder: Path = sibling("convert").resolve(name)
+        self.folder = resolve(name, SMALL)
+        # The weights of a Hub model are downloaded later, when everything else is known to be in order.
+        self.checkpoint: str | Path = name if is_hub_id(name) else self.folder
         self.config = load_config(self.folder)
         self.defaults: GenerationDefaults = load_generation_defaults(self.folder, self.config)
         self.sampling = options.resolve(self.defaults.sampling)
@@ -105,7 +108,7 @@ class Model:
         default = "float32" if jax.default_backend() == "cpu" else self.config.dtype
         dtype = self.options.dtype or default
         mesh = make_mesh(self.axes)
-        config, params = sibling("convert").load(self.folder, mesh, dtype)
+        config, params = sibling("convert").load(self.checkpoint, mesh, dtype)
         attention = self.options.attention
         return Engine(config, params, mesh, tokenizer=self.tokenizer, dtype=dtype, attention=attention)
 

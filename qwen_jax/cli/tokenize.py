@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 
-from qwen_jax.cli.common import Folder, sibling, utf8
+from qwen_jax.cli.common import Folder, utf8
 from qwen_jax.errors import InputError
 
 
@@ -23,9 +23,10 @@ class Tokenize:
     plain: bool = False
 
     def run(self) -> int:
+        from qwen_jax.hub import TOKENIZER, resolve
         from qwen_jax.tokenizer import load_tokenizer
 
-        tokenizer = load_tokenizer(sibling("convert").resolve(self.model))
+        tokenizer = load_tokenizer(resolve(self.model, TOKENIZER))
         for number, line in enumerate(sys.stdin.buffer, 1):
             text = utf8(line.removesuffix(b"\n"), f"Standard input, line {number}")
             if not self.decode:

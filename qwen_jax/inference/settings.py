@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from qwen_jax.config import ModelConfig, read_json
+from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.files import read_json
 from qwen_jax.inference.sampling import SamplingParams
 
 DEFAULT_NEW_TOKENS = 512
