@@ -66,9 +66,9 @@ def load(
     from convert.placement import place
     from qwen_jax.inference.settings import add_end_ids
 
-    folder = resolve(path)
-    source = open_source(folder)
-    return add_end_ids(source.config, folder), place(source, mesh, dtype, options)
+    source = open_source(path)
+    assert source.folder is not None
+    return add_end_ids(source.config, source.folder), place(source, mesh, dtype, options)
 
 
 def convert(
