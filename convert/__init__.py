@@ -57,15 +57,18 @@ def load(
       options: `stacked` decides the layout; by default that of inference.
 
     Returns:
-      The config, and the tree of `abstract_params(config, sharding, options)`.
+      The config, with the end ids of generation_config.json after its own, and the tree of
+      `abstract_params(config, sharding, options)`.
 
     Raises:
       InputError: nothing there, a damaged checkpoint, an unsupported model, a mesh or a memory too small.
     """
     from convert.placement import place
+    from qwen_jax.inference.settings import add_end_ids
 
     source = open_source(path)
-    return source.config, place(source, mesh, dtype, options)
+    assert source.folder is not None
+    return add_end_ids(source.config, source.folder), place(source, mesh, dtype, options)
 
 
 def convert(

@@ -11,8 +11,8 @@ from qwen_jax import kernels
 from qwen_jax.attention.cache import ContiguousCache
 from qwen_jax.config import ModelConfig, MoE
 from qwen_jax.inference import one_row
-from qwen_jax.inference.programs import Program, decoder, prefill
-from qwen_jax.inference.sampling import Knobs, SamplingParams
+from qwen_jax.inference.programs import StaticArgs, decoder, prefill
+from qwen_jax.inference.sampling import SamplingParams, SamplingValues
 from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
@@ -114,15 +114,15 @@ def generate(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     mesh, sampling, rng = make_mesh({}, jax.devices()[:1]), SamplingParams(logprobs=True), np.random.default_rng(0)
     options, sharding, params = drawn(config, mesh, rng)
     with jax.set_mesh(mesh):
-        program = Program(config, sharding, options, sampling.plan, slots=64, vocab_limit=config.vocab_size)
+        static = StaticArgs(config, sharding, options, sampling.mode, slots=64, vocab_limit=config.vocab_size)
         tokens = jax.device_put(
             rng.integers(0, config.vocab_size, (1, 16), np.int32), jax.NamedSharding(mesh, sharding.tokens)
         )
         rows = jax.NamedSharding(mesh, sharding.rows)
         lengths, seeds = jax.device_put((np.array([11], np.int32), np.zeros(1, np.uint32)), rows)
-        state, *_ = prefill(params, tokens, lengths, seeds, Knobs.of(sampling), program=program)
-        run = decoder(program, state)
-        _, chosen, logprobs = run(params, state, Knobs.of(sampling), program=program, steps=16)
+        state, *_ = prefill(params, tokens, lengths, seeds, SamplingValues.of(sampling), static=static)
+        run = decoder(static, state)
+        _, chosen, logprobs = run(params, state, SamplingValues.of(sampling), static=static, steps=16)
         return np.asarray(chosen)[0], np.asarray(logprobs)[0]
 
 

@@ -370,9 +370,7 @@ class Encoder:
 
     def _encode(self, shard: ShardWriter, texts: list[str]) -> None:
         if texts:
-            # Text that happens to spell a control token stays text.
-            ids = self._tokenizer.encode_batch(texts, parse_special=False)
-            shard.add([[*document, self._tokenizer.eos_id] for document in ids])
+            shard.add(self._tokenizer.encode_documents(texts))
 
 
 def _hopeless(piece: Piece, records: int, bad: int, last: Record) -> str:

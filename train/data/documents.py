@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, BinaryIO, Literal
 
 from qwen_jax.errors import InputError
-from qwen_jax.tokenizer.base import valid_text
+from qwen_jax.tokenizer.text import valid_text
 
 Kind = Literal["jsonl", "parquet", "text"]
 _KINDS: dict[str, Kind] = {

@@ -12,8 +12,8 @@ import pytest
 
 from qwen_jax import kernels
 from qwen_jax.errors import InputError
-from qwen_jax.inference.programs import Program, decode, prefill
-from qwen_jax.inference.sampling import Knobs, SamplingParams
+from qwen_jax.inference.programs import StaticArgs, decode, prefill
+from qwen_jax.inference.sampling import SamplingParams, SamplingValues
 from qwen_jax.kernels.decode import step_gpu
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
@@ -114,11 +114,11 @@ def _generate(axes: dict[str, int], implementation: kernels.Implementation) -> n
 
     with jax.set_mesh(mesh):
         params = jax.tree.map(draw, shapes, specs)
-        program = Program(_TINY, sharding, options, sampling.plan, slots=64, vocab_limit=_TINY.vocab_size)
+        static = StaticArgs(_TINY, sharding, options, sampling.mode, slots=64, vocab_limit=_TINY.vocab_size)
         tokens = jax.reshard(jnp.asarray(rng.integers(0, _TINY.vocab_size, (2, 8)), jnp.int32), sharding.tokens)
         lengths, seeds = (jax.reshard(x, sharding.rows) for x in (jnp.array([8, 5]), jnp.zeros(2, jnp.uint32)))
-        state, _, _ = prefill(params, tokens, lengths, seeds, Knobs.of(sampling), program=program)
-        _, _, logprobs = decode(params, state, Knobs.of(sampling), program=program, steps=6)
+        state, _, _ = prefill(params, tokens, lengths, seeds, SamplingValues.of(sampling), static=static)
+        _, _, logprobs = decode(params, state, SamplingValues.of(sampling), static=static, steps=6)
         return np.asarray(logprobs)
 
 
