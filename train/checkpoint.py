@@ -28,6 +28,7 @@ from qwen_jax.config import ModelConfig, load_config, read_json
 from qwen_jax.errors import NO_ROOM, InputError
 from qwen_jax.parallel.multihost import gather, in_step
 from qwen_jax.tokenizer.base import Tokenizer
+from train.files import to_json, write_file
 from train.state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -432,8 +433,6 @@ def is_taken(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file; a reader sees all of it or none."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def write_json(path: Path, value: object) -> None:
+    """Writes a JSON file. A reader sees the old content or the new one, never a part."""
+    write_file(path, (to_json(value, indent=2) + "\n").encode())

@@ -5,9 +5,7 @@ experts may differ in their load, which is what makes them specialists (Qiu et a
 """
 
 import dataclasses
-import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.matmul.grouped import Implementation
 from qwen_jax.moe.router import Routing
+from train.files import read_records, to_json, write_file
 
 EXPERTS = "experts.jsonl"
 
@@ -150,29 +149,20 @@ class LoadLog:
         """
         self._path, self._layers, self._every = path, list(layers), max(steps // 200, 1)
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resume_step]
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, path)
+            kept = [record for record in read_records(path, "step") if record["step"] <= resume_step]
+            write_file(path, "".join(to_json(record) + "\n" for record in kept).encode())
 
     def write(self, step: int, load_LE: np.ndarray) -> None:
         """Appends a line, if it is this step's turn."""
         if step % self._every == 0 or step == 1:
             record = {"step": step, "layers": self._layers, "load": np.round(load_LE.astype(float), 4).tolist()}
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-
-
-def _step(line: str) -> float:
-    """The step of a line; infinity for half a line, which a killed process may leave."""
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf
+                file.write(to_json(record) + "\n")
 
 
 def read_loads(path: Path) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Steps [n], the loads at them [n, sparse layers, experts], and the numbers of these layers."""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if _step(line) < math.inf]
+    records = read_records(path, "load")
     layers = records[-1]["layers"] if records else []
-    return np.array([r["step"] for r in records]), np.array([r["load"] for r in records]), layers
+    # A load that is not finite is null in the file, and NaN here.
+    return np.array([r["step"] for r in records]), np.array([r["load"] for r in records], float), layers

@@ -32,7 +32,7 @@ from train.data.text import Documents, find_files, read_documents, split_documen
 from train.loop import LoopConfig, fit, held_out_loss
 from train.observe.display import Display
 from train.observe.metrics import MetricsLog, bits_per_byte, read_log, scored_bytes
-from train.observe.plots import plot_run
+from train.observe.plots import plot_run, try_to_plot
 from train.optimizer import OptimizerConfig, Schedule
 from train.pretrain import PretrainConfig, init_state, make_eval_step, make_train_step
 from train.state import TrainState
@@ -157,7 +157,7 @@ def run(
         f"{model.hidden_size}, {model.num_heads} query and {model.num_kv_heads} key/value heads, tied embeddings"
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    folder = Path(tempfile.mkdtemp(prefix=".quickstart-", dir=output.parent))
     try:
         mesh = make_mesh({}, jax.devices()[:1])
         seen = {"seed": options.seed, "batch": options.batch, "data": fingerprint(rows)}
@@ -182,7 +182,7 @@ def run(
         with clock("saving"):
             records = read_log(folder / "metrics.jsonl")
             title = f"{model.num_params()['total'] / 1e6:.1f}M-parameter Qwen2.5 on {origin}"
-            plot_run(records, folder / "loss.png", title)
+            try_to_plot(lambda: plot_run(records, folder / "loss.png", title), clock.say)
             export(state.params, model, tokenizer, folder / "model")
         with clock("comparing the export with the trained weights"):
             num_tensors = verify_export(state.params, model, folder / "model")

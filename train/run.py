@@ -204,7 +204,7 @@ def pretrain(config: RunConfig, console: Console | None = None, export: Export |
                 )
                 write_export()
                 return False
-            report = stack.enter_context(Report(config, meshes, step, console, clock))
+            report = stack.enter_context(Report(config, meshes, step, console, clock, mixture.describe_epochs()))
             for index, end in enumerate(config.ends):
                 if step >= end:
                     continue
