@@ -30,6 +30,7 @@ from qwen_jax.errors import NO_ROOM, InputError
 from qwen_jax.files import read_json
 from qwen_jax.parallel.multihost import gather, in_step
 from qwen_jax.tokenizer.base import Tokenizer
+from train.files import to_json, write_file
 from train.loop import CheckpointConfig
 from train.state import TrainState
 
@@ -507,7 +508,5 @@ def is_taken(folder: Path) -> bool:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes a JSON file atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Writes a JSON file. A reader sees the old content or the new one, never a part."""
+    write_file(path, (to_json(value, indent=2) + "\n").encode())

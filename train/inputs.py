@@ -79,11 +79,14 @@ def _build(config: RunConfig, name: str, source: str, lengths: set[int], folder:
             f"{length} --output DIR, and give DIR."
         )
     try:
-        build(BuildConfig((source,), Path(config.tokenizer), length, folder, domain=name, workers=1), progress=console)
+        build_config = BuildConfig((source,), Path(config.tokenizer), length, folder, domain=name, workers=1)
+        manifest = build(build_config, progress=console)
     except InputError as error:
         begun = (folder / MANIFEST).exists()
         hint = " A run keeps the documents that it began with: restore them, or begin a new run." if begun else ""
         raise InputError(f"{name}, {source}: {error}{hint}") from None
+    if left_out := manifest.left_out(folder):
+        console.print(f"{name}: {left_out}", highlight=False, markup=False, soft_wrap=True)
 
 
 class HeldOutBatches(Sequence[Batch]):

@@ -5,9 +5,7 @@ experts may differ in their load, which is what makes them specialise (Qiu et al
 """
 
 import dataclasses
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from qwen_jax.kernels.matmul.grouped import Implementation
 from qwen_jax.moe.router import RouterStats
 from qwen_jax.parallel.sharding import Sharding
 from train.data.batch import Batch
+from train.files import read_records, to_json, write_file
 from train.objective import BoundModel
 
 EXPERTS = "experts.jsonl"
@@ -229,10 +228,8 @@ class LoadLog:
         """
         self._path, self._layers, self._every = path, list(layers), max(steps // 200, 1)
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resume_step]
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, path)
+            kept = [record for record in read_records(path, "step") if record["step"] <= resume_step]
+            write_file(path, "".join(to_json(record) + "\n" for record in kept).encode())
 
     def write(self, step: int, name: str, value: np.ndarray) -> None:
         """Appends a line if a line is due at this step; a hook for `Monitor.arrays`.
@@ -245,15 +242,7 @@ class LoadLog:
         if name == "expert_load" and (step % self._every == 0 or step == 1):
             record = {"step": step, "layers": self._layers, "load": np.round(value.astype(float), 4).tolist()}
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-
-
-def _step(line: str) -> float:
-    """The step of a line; infinity for a line that was cut short when the process was killed."""
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf
+                file.write(to_json(record) + "\n")
 
 
 def read_loads(path: Path) -> tuple[np.ndarray, np.ndarray, list[int]]:
@@ -265,6 +254,7 @@ def read_loads(path: Path) -> tuple[np.ndarray, np.ndarray, list[int]]:
     Returns:
       Steps [n], loads at these steps [n, sparse layers, experts], and the indices of the sparse layers.
     """
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if _step(line) < math.inf]
+    records = read_records(path, "load")
     layers = records[-1]["layers"] if records else []
-    return np.array([r["step"] for r in records]), np.array([r["load"] for r in records]), layers
+    # A load that is not finite is null in the file, and NaN here.
+    return np.array([r["step"] for r in records]), np.array([r["load"] for r in records], float), layers

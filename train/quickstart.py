@@ -34,7 +34,7 @@ from train.launch import Job, Phase, launch
 from train.loop import ByStep, CheckpointConfig, Indexed, LoopConfig, Monitor, held_out_loss
 from train.observe.display import Display
 from train.observe.metrics import MetricsLog, bits_per_byte, read_log, scored_bytes
-from train.observe.plots import plot_run
+from train.observe.plots import plot_run, try_to_plot
 from train.optimizer import OptimizerConfig, Schedule
 from train.pretrain import NextToken, PretrainConfig
 from train.state import TrainState
@@ -159,7 +159,7 @@ def run(
         f"{model.hidden_size}, {model.num_heads} query and {model.num_kv_heads} key/value heads, tied embeddings"
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    folder = Path(tempfile.mkdtemp(prefix=".quickstart-", dir=output.parent))
     try:
         with clock("training", say=False):
             identity = {"seed": options.seed, "batch": options.batch, "data": fingerprint(rows)}
@@ -167,7 +167,7 @@ def run(
         with clock("saving"):
             records = read_log(folder / "metrics.jsonl")
             title = f"{model.num_params()['total'] / 1e6:.1f}M-parameter Qwen2.5 on {origin}"
-            plot_run(records, folder / "loss.png", title)
+            try_to_plot(lambda: plot_run(records, folder / "loss.png", title), clock.say)
             export(params, model, tokenizer, folder / "model")
         with clock("comparing the export with the trained weights"):
             num_tensors = verify_export(params, model, folder / "model")

@@ -325,7 +325,7 @@ def test_the_log_has_the_loss_of_each_held_out_data_set_and_of_all_tokens(watche
 
 def test_the_console_tells_what_began_and_what_came_of_it(watched):
     text = watched.text
-    assert "going on after step 3; so far" in text
+    assert "resuming after step 3; so far" in text
     assert text.count("no MFU is shown: the peak of 'cpu' is not known") == 1
     assert "finished: 13 steps in" in text
     for word in ("wall time", "compile", "lost", "tokens/s in steps", "held-out     web", "generate --model"):
