@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,7 @@ class _Files:
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
+        weakref.finalize(self, _close_all, self._open)
 
     def descriptor(self, entry: Entry) -> int:
         if entry.file not in self._open:
@@ -218,9 +220,10 @@ class _Files:
                 os.close(descriptor)
         return self._open[entry.file]
 
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
+
+def _close_all(descriptors: dict[Path, int]) -> None:
+    for descriptor in descriptors.values():
+        os.close(descriptor)
 
 
 class _Sink:
