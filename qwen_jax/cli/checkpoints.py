@@ -184,5 +184,5 @@ class Verify:
                 print(json.dumps({"passed": None, "error": problem}))
             complain(problem)
             return 2
-        print(json.dumps(report.to_json()) if self.json else report)
+        print(report.to_json() if self.json else report)
         return int(report.exit_code)

@@ -14,7 +14,7 @@ import torch
 from jax.sharding import PartitionSpec as P
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
-from convert.huggingface import load_params
+from convert import load_params
 from qwen_jax.config import MoE, load_config
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.matmul.grouped import grouped_matmul
