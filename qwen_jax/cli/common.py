@@ -17,7 +17,9 @@ DType = Literal["bfloat16", "float32", "float16"]
 Number = Annotated[float | None, tyro.conf.arg(metavar="X")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
 Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")]
-Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
+# A model is the first argument without a name, or an option.
+ModelPosition = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+ModelOption = Annotated[str | None, tyro.conf.arg(metavar="DIR")]
 
 _CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
 
@@ -25,6 +27,13 @@ _CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
 def parse(options: type[Any], name: str, argv: Sequence[str]) -> Any:
     """Reads a subcommand's options, a dataclass. Ends the process with status 2 where they make no sense."""
     return tyro.cli(options, prog=f"qwen-jax {name}", args=list(argv), config=_CONFIG)
+
+
+def model_name(position: str | None, option: str | None) -> str:
+    """Returns the model that a command was given. Raises InputError unless it was given exactly once."""
+    if (position is None) == (option is None):
+        raise InputError("Give the model once: a checkpoint folder or a Hub id such as Qwen/Qwen2.5-0.5B-Instruct.")
+    return position if position is not None else str(option)
 
 
 def sibling(name: str) -> ModuleType:

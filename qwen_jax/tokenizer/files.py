@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import InputError
+from qwen_jax.files import why_unusable
 from qwen_jax.tokenizer.control import CONTROL_TOKENS, END_OF_TEXT, TURN_START
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -241,7 +242,10 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return a file's bytes, or raise InputError."""
+    """Return a file's bytes, or raise InputError, which names a dangling link or a Git LFS pointer."""
+    problem = why_unusable(path)
+    if problem is not None:
+        raise InputError(problem)
     try:
         return path.read_bytes()
     except OSError as error:
