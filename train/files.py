@@ -102,6 +102,7 @@ def read_records(path: Path, key: str, warn: bool = True) -> list[dict[str, Any]
         else:
             skipped.append(number)
     if skipped and warn:
-        shown = ", ".join(map(str, skipped[:5])) + (f" and {len(skipped) - 5} more" if len(skipped) > 5 else "")
-        _log.warning("%s: skipped line %s, which holds no complete record; a crash may leave such lines.", path, shown)
+        shown = ", ".join(map(str, skipped[:5])) + (", ..." if len(skipped) > 5 else "")
+        count = "a damaged line" if len(skipped) == 1 else f"{len(skipped)} damaged lines"
+        _log.warning("%s: skipped %s (%s). A crash may leave such lines.", path, count, shown)
     return records

@@ -104,7 +104,7 @@ def unexpected_gathers(plan: Mapping[str, Any], model: ModelConfig) -> list[str]
 
 def _compile(name: str) -> dict[str, Any]:
     # Imported late: the environment of a compiler without chips comes first.
-    from train.plan.fit import plan_stage
+    from train.plan.stage import plan_stage
     from train.plan.topology import target
 
     row = ROWS[name]

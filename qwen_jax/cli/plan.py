@@ -41,7 +41,7 @@ class Plan:
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
         from qwen_jax.parallel.sharding import parse_mesh
 
-        plan, where = sibling("train.plan.fit"), sibling("train.plan.topology").target(self.topology, self.num_slices)
+        plan, where = sibling("train.plan.stage"), sibling("train.plan.topology").target(self.topology, self.num_slices)
         config = sibling("train.config").load(self.config, self.set)
         axes = parse_mesh(self.mesh) if self.mesh else None
         seen: set[tuple[object, ...]] = set()

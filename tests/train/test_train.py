@@ -435,23 +435,6 @@ def test_flops_of_the_half_billion_model():
     assert mfu(1e6, config, 4096, peak_flops=flops_per_token(config, 4096) * 2e6) == 0.5
 
 
-def test_a_resumed_log_drops_the_steps_that_run_again(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path)
-    for step in range(1, 5):
-        log.write({"step": step, "loss": float(step)})
-    log.close()
-    with path.open("a") as file:
-        file.write('{"step": 5, "lo')  # A killed process.
-    resumed = MetricsLog(path, resume_step=2)
-    resumed.write({"step": 3, "loss": 30.0})
-    resumed.close()
-    assert [(r["step"], r["loss"]) for r in read_log(path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
-    path.write_text('hello\n{"step": 1}\n')
-    with pytest.raises(InputError, match="line 1 is not a metrics record"):
-        MetricsLog(path, resume_step=2)
-
-
 def test_display_off_a_terminal_writes_plain_lines():
     out = io.StringIO()
     with Display(Console(file=out, force_terminal=False), steps=40, lines=4) as display:

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import train.plan.fit as plan_module
+import train.plan.stage as plan_module
 from experiments.moe import cycles
 from qwen_jax.cli import main
 from qwen_jax.config import ModelConfig, MoE
@@ -30,8 +30,8 @@ from train.config import RunConfig, Stage
 from train.data.batch import Batch
 from train.moe import MoETraining
 from train.optimizer import OptimizerConfig, Schedule
-from train.plan.fit import Plan, plan_step, search
 from train.plan.programs import Collective, collectives, count_flops
+from train.plan.stage import Plan, plan_step, search
 from train.plan.topology import CHIPS, Target, mesh_of, target
 from train.pretrain import NextToken, PretrainConfig
 from train.state import abstract_state
