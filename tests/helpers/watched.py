@@ -13,11 +13,15 @@ from rich.console import Console
 from qwen_jax.published import published
 from qwen_jax.tokenizer import train_bpe
 from tests.helpers.data_sets import make_rows
-from train import run
+from tests.helpers.runs import stop_after
+from train import launch, run
 from train.config import RunConfig, Stage
+from train.interrupt import Interruption
+from train.loop import CheckpointConfig, LoopConfig
 from train.observe.goodput import compilation
 from train.observe.metrics import read_log
 from train.optimizer import Schedule
+from train.step import StepConfig
 
 MODEL = dataclasses.replace(published("tiny"), vocab_size=1024, num_layers=1, rope_theta=1e4)
 STEPS = 10, 3  # Of the two stages.
@@ -34,10 +38,9 @@ def configuration(folder: Path, output: Path, **changes) -> RunConfig:
             Stage(Schedule(STEPS[0], 1e-2, warmup_steps=2), 16, 4, {"short": 1}),
             Stage(Schedule(STEPS[1], 1e-3, schedule="wsd"), 32, 2, {"long": 1}, rope_theta=1e6),
         ),
-        dtype="float32",
-        remat="none",
-        evaluate_every=2,
-        checkpoint_every=3,
+        step=StepConfig(dtype="float32", remat="none"),
+        loop=LoopConfig(evaluate_every=2),
+        checkpoints=CheckpointConfig(every=3),
     )
     return dataclasses.replace(config, **changes)
 
@@ -68,10 +71,10 @@ def watch(material: Path, output: Path) -> Watched:
     config = configuration(material, output, profile=(6, 7))
     compiled: list[tuple[int, int, int]] = []
     programs: dict[int, int] = {}
-    make_train_step = run.make_train_step
+    make_train_step = launch.make_train_step
 
-    def counted(stage, mesh):
-        step = make_train_step(stage, mesh)
+    def counted(*args):
+        step = make_train_step(*args)
 
         def train_step(state, batch):
             before = compilation().programs
@@ -83,11 +86,11 @@ def watch(material: Path, output: Path) -> Watched:
 
     def note(self, step):
         programs[step] = compilation().programs
-        return False
+        return 0
 
     with pytest.MonkeyPatch.context() as patch:
         first = time.time()
-        patch.setattr(run._Sigterm, "_asked", lambda self, step: step == 4)
+        stop_after(patch, 4)
         assert run.pretrain(config, Console(file=io.StringIO()))
         # As if it had been killed: of step 4, only its record in the log; and lines that are cut or full of zero bytes.
         shutil.rmtree(output / "checkpoints" / "4")
@@ -96,8 +99,8 @@ def watch(material: Path, output: Path) -> Watched:
             with (output / name).open("ab") as file:
                 file.write(damage)
         time.sleep(0.5)
-        patch.setattr(run._Sigterm, "_asked", note)
-        patch.setattr(run, "make_train_step", counted)
+        patch.setattr(Interruption, "_asked", note)
+        patch.setattr(launch, "make_train_step", counted)
         out, second = io.StringIO(), time.time()
         assert not run.pretrain(config, Console(file=out, width=300))
     return Watched(output, (first, second, time.time()), before, out.getvalue(), compiled, programs)

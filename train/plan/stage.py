@@ -25,7 +25,8 @@ from train.data.batch import Batch
 from train.observe.metrics import flops_per_token
 from train.plan.programs import collectives, count_flops, kept_for_backward
 from train.plan.topology import Target, mesh_of
-from train.pretrain import abstract_state, make_train_step
+from train.state import abstract_state
+from train.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +202,7 @@ def plan_stage(
     Raises:
       InputError: a mesh that does not cover the devices, or that the model or the batch does not divide by.
     """
-    stage, step_config = config.stages[index], config.pretrain(index)
+    stage, objective, step = config.stages[index], config.next_token(index), config.step_config(index)
     axes = axes or config.mesh_axes(index) or _all_fsdp(where)
     mesh = mesh_of(where, axes)
     tokens = NamedSharding(mesh, Sharding.tokens)  # As `Batch` is placed: the step itself splits rows.
@@ -211,16 +212,16 @@ def plan_stage(
         "stage": index,
         "batch_size": stage.batch_size,
         "length": stage.length,
-        "accumulation": step_config.accumulation,
-        "remat": step_config.remat,
+        "accumulation": step.accumulation,
+        "remat": step.remat,
     }
     return plan_step(
         where,
         mesh,
-        make_train_step(step_config, mesh),
-        abstract_state(step_config, mesh),
+        make_train_step(objective, config.optimizer_config(), step, mesh),
+        abstract_state(objective.model, config.optimizer_config(), mesh),
         Batch(ints, ints, ints, floats),
-        flops_per_token(step_config.model, stage.length) * math.prod(shape),
+        flops_per_token(objective.model, stage.length) * math.prod(shape),
         options,
         hopeless=hopeless,
     )
@@ -281,7 +282,7 @@ _LONG = 16_384
 
 def _meshes(config: RunConfig, index: int, where: Target) -> list[dict[str, int]]:
     """The meshes of all devices that divide the model, the rows and the batch of a stage."""
-    stage, model, meshes = config.stages[index], config.pretrain(index).model, []
+    stage, model, meshes = config.stages[index], config.next_token(index).model, []
     contexts = (1, 2, 4, 8, 16) if stage.length >= _LONG else (1,)
     experts = (1, 2, 4, 8, 16) if model.moe is not None else (1,)
     for expert, context, tensor in itertools.product(experts, contexts, (1, 2, 4, 8)):

@@ -14,7 +14,7 @@ from rich.console import Console
 from tests.helpers.watched import STEPS
 from train.data.batch import Batch
 from train.files import read_records
-from train.loop import LoopConfig, fit
+from train.loop import ByStep, Monitor, fit
 from train.observe.display import Display
 from train.observe.goodput import KINDS, Clock, compilation
 from train.observe.metrics import MetricsLog, read_log
@@ -131,7 +131,8 @@ def test_a_batch_of_another_shape_is_told(mesh):
     state = TrainState(jnp.zeros((), jnp.int32), {}, (), Guard(jnp.zeros(()), jnp.zeros((), int), jnp.zeros((), int)))
     with jax.set_mesh(mesh), Display(Console(file=out, width=200), 5) as display:
         state = jax.device_put(state, jax.NamedSharding(mesh, jax.P()))
-        fit(LoopConfig(5), state, step, [rows(8)] * 3 + [rows(12)] * 2, mesh=mesh, display=display)
+        data = ByStep([rows(8)] * 3 + [rows(12)] * 2)
+        fit(5, state, step, data, mesh=mesh, monitor=Monitor(display=display))
     told = [line for line in out.getvalue().splitlines() if "compiled again" in line]
     assert [line.split(" was")[0] for line in told] == ["step 4"]
 
@@ -160,6 +161,6 @@ def test_the_host_never_waits_for_the_step_that_it_has_just_enqueued(mesh):
     with jax.set_mesh(mesh):
         zero = jnp.zeros(())
         state = TrainState(jnp.zeros((), jnp.int32), {}, (), Guard(zero, zero, zero))
-        fit(LoopConfig(6), state, step, [rows] * 6, mesh=mesh)
+        fit(6, state, step, ByStep([rows] * 6), mesh=mesh)
     assert busy == [True] * 4
     assert done == [True] * 4  # And no more than one step ahead.

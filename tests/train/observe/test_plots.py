@@ -52,7 +52,7 @@ def test_a_damaged_line_does_not_stop_a_plot(watched, tmp_path, damage):
 def test_loads_that_are_not_finite_are_null_and_are_plotted(tmp_path):
     log = LoadLog(tmp_path / "experts.jsonl", [1, 3], steps=3)
     for step, load in enumerate((np.ones((2, 4)), np.full((2, 4), np.nan), np.array([[1, np.inf, 0, 3]] * 2)), 1):
-        log.write(step, load)
+        log.write(step, "expert_load", load)
     with (tmp_path / "experts.jsonl").open("ab") as file:
         file.write(b'{"step": 4, "lo' + bytes(40))
     assert "NaN" not in (tmp_path / "experts.jsonl").read_text()

@@ -14,8 +14,9 @@ from rich.console import Console
 from qwen_jax.errors import InputError
 from tests.helpers.processes import run as run_processes
 from tests.helpers.watched import MODEL, configuration
-from train import run
+from train import launch, run
 from train.config import set_fields
+from train.loop import LoopConfig
 from train.observe.goodput import Clock
 from train.observe.metrics import flops_per_token
 from train.observe.report import Report
@@ -113,11 +114,11 @@ def test_the_end_of_a_run_does_not_fail_for_its_plots(watched, material, tmp_pat
 
 def broken(material: str, output: str) -> str:
     """In each of several processes: a run whose weights are not numbers."""
-    init = run.init_state
-    run.init_state = lambda *args: dataclasses.replace(
+    init = launch.init_state
+    launch.init_state = lambda *args: dataclasses.replace(
         init(*args), params=jax.tree.map(lambda x: x * jnp.nan, init(*args).params)
     )
-    config = configuration(Path(material), Path(output), mesh={"data": 2}, max_skipped=3, held_out={})
+    config = configuration(Path(material), Path(output), mesh={"data": 2}, loop=LoopConfig(max_skipped=3), held_out={})
     try:
         run.pretrain(config)
     except InputError as error:

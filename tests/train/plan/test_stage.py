@@ -30,10 +30,12 @@ from train.config import RunConfig, Stage
 from train.data.batch import Batch
 from train.moe import MoETraining
 from train.optimizer import OptimizerConfig, Schedule
-from train.plan.stage import Plan, plan_step, search
 from train.plan.programs import Collective, collectives, count_flops
+from train.plan.stage import Plan, plan_step, search
 from train.plan.topology import CHIPS, Target, mesh_of, target
-from train.pretrain import PretrainConfig, abstract_state, make_train_step
+from train.pretrain import NextToken, PretrainConfig
+from train.state import abstract_state
+from train.step import StepConfig, make_train_step
 
 # The parts of an optimised module that matter: a loop of 28 rounds, begun at 1, with a gather in it (two pieces of one
 # chain) and a sum of which each device keeps a part; sums and a scatter outside. Channels tell nothing.
@@ -133,11 +135,13 @@ def _step(
 ) -> Any:
     model = dataclasses.replace(published("tiny"), **{"num_layers": 3, "vocab_size": 512, **sizes})
     mesh = make_mesh(axes, devices)
-    config = PretrainConfig(model, OptimizerConfig(Schedule(10)), dtype, remat)  # type: ignore[arg-type]
+    objective, optimizer = NextToken(model), OptimizerConfig(Schedule(10))
+    config = StepConfig(dtype, remat)  # type: ignore[arg-type]
     tokens = NamedSharding(mesh, Sharding.tokens)
     ints, floats = (jax.ShapeDtypeStruct((8, length), dtype, sharding=tokens) for dtype in (jnp.int32, jnp.float32))
-    state = abstract_state(config, mesh)
-    return config, mesh, make_train_step(config, mesh), state, Batch(ints, ints, ints, floats)
+    state = abstract_state(model, optimizer, mesh)
+    step = make_train_step(objective, optimizer, config, mesh)
+    return objective, mesh, step, state, Batch(ints, ints, ints, floats)
 
 
 @pytest.mark.parametrize(("remat", "passes"), [("none", 3), ("full", 4)])
@@ -276,10 +280,11 @@ def test_compiled_for_a_pod_the_shared_expert_works_while_rows_travel(capacity_f
     """The forward pass of a small mixture for 4 chips of v5p: each exchange of rows has a product to itself."""
     where = target("v5p:2x2x1")
     sizes = {"hidden_size": 512, "num_heads": 4, "head_dim": 128, "moe": MoE(8, 2, 256, 1024)}
-    config, mesh, _, state, batch = _step({"fsdp": 2, "expert": 2}, "full", where.devices, length=1024, **sizes)
-    config = dataclasses.replace(config, moe=MoETraining(capacity_factor=capacity_factor))
+    objective, mesh, _, state, batch = _step({"fsdp": 2, "expert": 2}, "full", where.devices, length=1024, **sizes)
+    objective = NextToken(objective.model, PretrainConfig(moe=MoETraining(capacity_factor=capacity_factor)))
     with jax.set_mesh(mesh):
-        traced = make_train_step(config, mesh).trace(state, batch)  # type: ignore[attr-defined]
+        step = make_train_step(objective, OptimizerConfig(Schedule(10)), StepConfig(remat="full"), mesh)
+        traced = step.trace(state, batch)  # type: ignore[attr-defined]
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     text = compiled.as_text()
     to, *_, back = _meanwhile(text)
