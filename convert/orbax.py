@@ -18,17 +18,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from jax.sharding import Mesh
 from orbax.checkpoint import type_handlers
 
 from convert.names import Leaf, check_names, leaves
-from convert.placement import place
 from convert.safetensors import write_all
-from convert.source import BLOCK_BYTES, Source, Span, blocks, parse_dtype
+from convert.source import BLOCK_BYTES, Source, Span, blocks
 from convert.write import write_checkpoint
-from qwen_jax.config import ModelConfig, load_config
+from qwen_jax.config import DTYPES, ModelConfig, load_config
 from qwen_jax.errors import InputError
-from qwen_jax.options import Options
 from qwen_jax.params import Params
 
 PARAMS = "params"
@@ -145,7 +142,11 @@ class OrbaxSource:
                     f"{self._path}: {'.'.join(path)} has shape {list(store.shape)}, config.json asks for "
                     f"{list(leaf.full_shape)}. Check that config.json belongs to these weights."
                 )
-            parse_dtype(store.dtype.numpy_dtype)
+            if store.dtype.numpy_dtype.name not in DTYPES:
+                raise InputError(
+                    f"{self._path}: {'.'.join(path)} has dtype {store.dtype.numpy_dtype.name}; expected one of "
+                    f"{', '.join(DTYPES)}."
+                )
         # A checkpoint of a training run may hold chunks of many layers: keep one decoded while its layers are read.
         largest = max(_chunk_bytes(store) for store in found.values())
         context = ts.Context({"cache_pool": {"total_bytes_limit": largest if largest > 2 * BLOCK_BYTES else 0}})
@@ -221,31 +222,6 @@ def _open(path: Path) -> dict[str, Any]:
 
 def _chunk_bytes(store: Any) -> int:
     return int(np.prod(store.chunk_layout.read_chunk.shape)) * store.dtype.numpy_dtype.itemsize
-
-
-def load_params(
-    folder: str | os.PathLike[str],
-    config: ModelConfig,
-    mesh: Mesh,
-    dtype: Any = None,
-    options: Options = Options(),
-) -> Params:
-    """Loads an Orbax folder onto a mesh, each process only what its devices hold.
-
-    Args:
-      folder: with `params/`.
-      config: the architecture; the parameters are checked against it.
-      mesh: from `make_mesh`.
-      dtype: of the parameters; by default as stored.
-      options: `stacked` decides the layout.
-
-    Returns:
-      The tree of `abstract_params(config, sharding, options)`.
-
-    Raises:
-      InputError: files that are missing, damaged, or do not fit the config; a mesh or a memory too small.
-    """
-    return place(OrbaxSource(folder, config), mesh, dtype, options)
 
 
 class _Sink:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from convert.names import Leaf, leaves
-from convert.source import BLOCK_BYTES, Source, cast, parse_dtype, rows_at_a_time, run_all
+from convert.source import BLOCK_BYTES, Source, cast, check_storable, parse_dtype, rows_at_a_time, run_all
 from qwen_jax.errors import InputError
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
@@ -42,6 +42,7 @@ def place(source: Source, mesh: Mesh, dtype: Any = None, options: Options = Opti
         raise ValueError("Parameters are loaded unfused; load with Options(fused=False) and fuse them then.")
     config = source.config
     target = None if dtype is None else parse_dtype(dtype)
+    check_storable(source, target)
     specs = param_specs(config, Sharding.for_model(config, mesh), Options(stacked=True))
     shardings = {leaf: NamedSharding(mesh, _at(specs, leaf.path)) for leaf in leaves(config)}
     _check_memory(source, shardings, target)

@@ -115,6 +115,25 @@ def parse_dtype(dtype: Any) -> np.dtype:
     return result
 
 
+def check_storable(source: Source, dtype: np.dtype | None) -> None:
+    """Refuses to keep the stored dtype of a source if it is float64, which is neither written nor computed in.
+
+    Args:
+      source: the parameters.
+      dtype: what they will be cast to, or None if they are kept as stored.
+
+    Raises:
+      InputError: `dtype` is None and a parameter is stored in float64.
+    """
+    wide = [leaf for leaf in leaves(source.config) if dtype is None and source.dtype(leaf).name not in DTYPES]
+    if wide:
+        raise InputError(
+            f"{source.folder or 'The checkpoint'} stores {', '.join(wide[0].names[:2])} in "
+            f"{source.dtype(wide[0]).name}, and {len(wide)} of its parameters in such a dtype. Give the dtype to cast "
+            f"to: one of {', '.join(DTYPES)} (--dtype float32)."
+        )
+
+
 def cast(data: np.ndarray, dtype: np.dtype, leaf: Leaf) -> np.ndarray:
     """Converts a block, rounding to nearest even.
 

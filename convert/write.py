@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.folder import new_folder, write_side_files
+from convert.folder import check_side_files, new_folder, write_side_files
 from convert.names import Leaf, leaves
-from convert.source import Sink, Source, Span, TreeSource, as_source, copy, nbytes, parse_dtype
+from convert.source import Sink, Source, Span, TreeSource, as_source, check_storable, copy, nbytes, parse_dtype
 from qwen_jax.config import ModelConfig
 from qwen_jax.parallel.multihost import in_step
 from qwen_jax.params import Params
@@ -44,6 +44,8 @@ def write_checkpoint(
     source = as_source(params, config)
     origin = Path(extra_files_from) if extra_files_from is not None else source.folder
     target = None if dtype is None else parse_dtype(dtype)
+    check_storable(source, target)
+    check_side_files(origin)
     stated = target or (source.dtype(leaves(config)[0]) if source.folder is None else None)
 
     @contextlib.contextmanager

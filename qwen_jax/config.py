@@ -1,7 +1,6 @@
 """The architecture of a model."""
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 from qwen_jax import hf_config
 from qwen_jax.errors import InputError
+from qwen_jax.files import read_json, why_unusable
 
 DTYPES = ("bfloat16", "float32", "float16")
 
@@ -281,32 +281,38 @@ class ModelConfig:
         return hf_config.write(dataclasses.asdict(self))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file.
-
-    Raises:
-      InputError: no such file, not JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object, it holds a {type(value).__name__}.")
-    return value
-
-
 def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """Reads `config.json` of a checkpoint folder.
 
     Raises:
-      InputError: no such folder or file, or an unsupported model.
+      InputError: no such folder or file, an adapter without its base model, or an unsupported model.
     """
     path = Path(folder)
     if not path.is_dir():
         raise InputError(f"{path} is not a folder. Expected a checkpoint folder with config.json in it.")
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path} has no config.json. Expected a Hugging Face or qwen_jax checkpoint folder.")
-    return ModelConfig.from_hf(read_json(path / "config.json"))
+    file = path / "config.json"
+    if not file.exists() and not file.is_symlink():
+        problem = adapter_problem(path)
+        raise InputError(
+            problem or f"{path} has no config.json. Expected a Hugging Face or qwen_jax checkpoint folder."
+        )
+    hf = read_json(file)
+    if (path / "generation_config.json").is_file():  # Then nobody reads the generation settings in config.json.
+        hf = {key: value for key, value in hf.items() if key not in hf_config.GENERATION_DEFAULTS}
+    return ModelConfig.from_hf(hf)
+
+
+def adapter_problem(folder: Path) -> str | None:
+    """What to do with a folder that holds an adapter (LoRA and the like, as PEFT saves them); None if it holds none."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return None
+    settings = {} if why_unusable(file) else read_json(file)
+    kind, base = settings.get("peft_type") or "PEFT", settings.get("base_model_name_or_path")
+    return (
+        f"{folder} holds a {kind} adapter (adapter_config.json), not a model"
+        + (f"; its base model is {base}" if base else "")
+        + ". Merge it into the base model first, with PEFT: "
+        "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...); then give the merged "
+        "folder."
+    )

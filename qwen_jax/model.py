@@ -1,95 +1,111 @@
-"""The Qwen2.5 decoder: embedding, a scan over blocks, a norm; logits are a separate call.
+"""The Qwen2.5 decoder: embedding, blocks, norm, logits.
 
-Modules are made of existing parameters by `qwen_jax.params.bind`, for one forward pass.
+`qwen_jax.params.bind` makes a model of existing parameters, for one forward pass.
 """
 
-import functools
-from collections.abc import Callable, Collection
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
-from qwen_jax.attention.block import Attention, CacheWrite, KVCache
+from qwen_jax.attention.block import Attention
+from qwen_jax.attention.cache import Cache, LayerCache
 from qwen_jax.attention.rope import rope_tables
 from qwen_jax.config import ModelConfig
-from qwen_jax.kernels import on_mesh
-from qwen_jax.kernels.reference import einsum_f32
-from qwen_jax.linear import Projection, RMSNorm, product
+from qwen_jax.kernels.matmul import few_rows
+from qwen_jax.linear import Embedding, Linear, RMSNorm
 from qwen_jax.moe.block import MoE
-from qwen_jax.moe.router import Routing
+from qwen_jax.moe.router import RouterStats
 from qwen_jax.options import Options
-from qwen_jax.parallel.collectives import look_up
-from qwen_jax.parallel.sharding import Sharding, gathered
-from qwen_jax.remat import Remat, recompute
-from qwen_jax.stack import index_of
+from qwen_jax.parallel.collectives import all_gather_weight
+from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.remat import Remat, recompute_piece, run_piece
+from qwen_jax.stack import layer_kinds, run_layers, stacked_layers
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """The result of a forward pass.
+
+    Attributes:
+      hidden: normalised hidden state [B, T, D] in the compute dtype; `Qwen2.logits` takes it.
+      cache: the cache with the new tokens in it, if there was one.
+      routing: statistics of every layer with experts, with a leading axis over these layers, if they were asked for.
+    """
+
+    hidden: jax.Array
+    cache: Any = None
+    routing: RouterStats | None = None
 
 
 class MLP(nnx.Module):
-    """SwiGLU feed-forward layer (Shazeer 2020, arXiv:2002.05202). `fused`: gate and up are one matrix a shard."""
+    """SwiGLU feed-forward layer (Shazeer 2020, arXiv:2002.05202): `down(silu(gate(x)) * up(x))`.
 
-    def __init__(
-        self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, fused: bool = False, width: int | None = None
-    ):
-        self.sharding, self.fused = sharding, fused
-        D, F, n = config.hidden_size, width or config.intermediate_size, sharding.tensor
+    In the inference layout (`Options.fused`) gate and up are one matrix for each tensor shard.
+    """
+
+    def __init__(self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, options: Options, width: int):
+        s, D, n = sharding, config.hidden_size, sharding.tensor
+        self.sharding, self.fused = sharding, options.fused
         normal = nnx.initializers.normal(config.initializer_range)
         residual = nnx.initializers.normal(config.initializer_range / (2 * config.num_layers) ** 0.5)
-        if fused:
-            self.gate_up = Projection(jnp.zeros((n, 2, F // n, D)))
+        if self.fused:
+            weight, out = jnp.zeros((n, 2, width // n, D)), P(*s.feed_forward, None, None)
+            self.gate_up = Linear("BTD,nxfD->BTnxf", weight, x=s.hidden, w=s.fused_gate_up, out=out)
         else:
-            self.gate = Projection(normal(rngs.params(), (F, D)))
-            self.up = Projection(normal(rngs.params(), (F, D)))
-        self.down = Projection(residual(rngs.params(), (D, F)))
+            self.gate, self.up = (
+                Linear("BTD,FD->BTF", normal(rngs.params(), (width, D)), x=s.hidden, w=s.gate_up, out=s.feed_forward)
+                for _ in range(2)
+            )
+        self.down = Linear("BTF,DF->BTD", residual(rngs.params(), (D, width)), x=s.feed_forward, w=s.down, out=s.hidden)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.down_swiglu(*self.gate_and_up(x_BTD))
+
+    def gate_and_up(self, x_BTD: jax.Array) -> tuple[jax.Array, ...]:
+        """Gate and up, [B, T, F] each; or their SwiGLU alone, where one kernel computes it."""
         if not self.fused:
-            return self.down_swiglu(*self.gate_and_up(x_BTD))
-        spec = self.sharding
-        gate_up, (_, _, f, D) = self.gate_up.weight[...], self.gate_up.weight.shape
-        if on_mesh.takes(x_BTD, spec.batch_shards, 2 * f, D):
-            return self._down(on_mesh.swiglu(x_BTD, gate_up, spec))
-        both_spec = P(*spec.feed_forward, None, None)
-        both = product("BTD,nxfD->BTnxf", x_BTD, gate_up, spec.hidden, spec.fused_gate_up, both_spec)
-        h = jax.nn.silu(both[:, :, :, 0]) * both[:, :, :, 1]
-        return self._down(h.reshape(*x_BTD.shape[:2], -1, out_sharding=spec.feed_forward))
+            return self.gate(x_BTD), self.up(x_BTD)
+        s, (_, _, f, D) = self.sharding, self.gate_up.weight.shape
+        if few_rows.supports(x_BTD.shape[0] // s.batch_shards, x_BTD.shape[1], x_BTD.dtype, 2 * f, D):
 
-    def gate_and_up(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The two products before the nonlinearity, [B, T, F] each."""
-        spec = self.sharding
-        weights = self.gate.weight[...], self.up.weight[...]
-        gate, up = (product("BTD,FD->BTF", x_BTD, w, spec.hidden, spec.gate_up, spec.feed_forward) for w in weights)
-        return gate, up
+            @jax.shard_map(in_specs=(s.hidden, s.fused_gate_up), out_specs=s.feed_forward, check_vma=False)
+            def swiglu(x: jax.Array, w: jax.Array) -> jax.Array:
+                return few_rows.swiglu(x, all_gather_weight(w, 3)[0])
 
-    def down_swiglu(self, gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
-        """All that follows them."""
-        return self._down(jax.nn.silu(gate_BTF) * up_BTF)
+            return (swiglu(x_BTD, self.gate_up.weight[...].astype(x_BTD.dtype)),)
+        both_BTnxf = self.gate_up(x_BTD)
+        return both_BTnxf[:, :, :, 0], both_BTnxf[:, :, :, 1]
 
-    def _down(self, h_BTF: jax.Array) -> jax.Array:
-        spec = self.sharding
-        return product("BTF,DF->BTD", h_BTF, self.down.weight[...], spec.feed_forward, spec.down, spec.hidden)
+    def down_swiglu(self, *gate_up: jax.Array) -> jax.Array:
+        """The rest: [B, T, D] from what `gate_and_up` gives."""
+        h = gate_up[0] if len(gate_up) == 1 else jax.nn.silu(gate_up[0]) * gate_up[1]
+        if h.ndim == 4:  # [B, T, n, f] of the inference layout.
+            h = h.reshape(*h.shape[:2], -1, out_sharding=self.sharding.feed_forward)
+        return self.down(h)
 
 
 class Block(nnx.Module):
-    """One transformer layer: pre-norm attention and pre-norm feed-forward, each added to the stream.
+    """One transformer layer: pre-norm attention and a pre-norm feed-forward part, each added to the residual stream.
 
-    `kinds`: what its feed-forward part is: "mlp", or "moe" with experts; both only to lay out parameters.
+    `kinds`: of the feed-forward part, "mlp" or "moe"; both only to describe the parameters of a stack.
     """
 
     def __init__(
-        self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, options: Options, kinds: Collection[str]
+        self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, options: Options, kinds: tuple[str, ...]
     ):
-        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, sharding, rngs, options.fused, options.attention)
-        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, sharding.norm)
+        self.attention = Attention(config, sharding, rngs, options)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, sharding.norm)
         if "mlp" in kinds:
-            self.mlp = MLP(config, sharding, rngs, options.fused)
+            self.mlp = MLP(config, sharding, rngs, options, config.intermediate_size)
         if "moe" in kinds and config.moe is not None:
-            shared = MLP(config, sharding, rngs, options.fused, config.moe.shared_intermediate_size)
+            shared = MLP(config, sharding, rngs, options, config.moe.shared_intermediate_size)
             self.moe = MoE(config, sharding, rngs, options, shared)
 
     def __call__(
@@ -97,50 +113,53 @@ class Block(nnx.Module):
         x_BTD: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         mask: kernels.Mask,
-        cache: tuple[jax.Array, jax.Array] | None = None,
-        write: CacheWrite | None = None,
+        cache: LayerCache | None = None,
+        *,
+        remat: Remat = "none",
         valid_BT: jax.Array | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, Routing | None]:
+    ) -> tuple[jax.Array, LayerCache | None, RouterStats | None]:
+        """The residual stream after the layer, the layer's cache, and statistics of the router.
+
+        Args:
+          x_BTD: the residual stream.
+          rope: of `rope_tables`.
+          mask, cache, valid_BT: as for `Qwen2.__call__`; the cache is that of this layer.
+          remat: "dots" runs the layer in pieces, each one product with the elementwise work around it.
+        """
+        dots = remat == "dots"
+        run = recompute_piece if dots else run_piece
+
+        def prenorm(norm: RMSNorm, x_BTD: jax.Array) -> tuple[Any, jax.Array]:
+            # A piece that is recomputed begins with the norm; otherwise the norm is computed once for all pieces.
+            return (norm, x_BTD) if dots else (lambda h: h, norm(x_BTD))
+
+        # Attention.
         with jax.named_scope("attention"):
-            out, cache = self.attention(self.input_norm(x_BTD), rope, mask, cache, write)
-            x_BTD = x_BTD + out
-        if not hasattr(self, "moe"):
-            with jax.named_scope("mlp"):
-                return x_BTD + self.mlp(self.post_attention_norm(x_BTD)), cache, None
-        with jax.named_scope("moe"):
-            h_BTD = self.post_attention_norm(x_BTD)
-            out, routing = self.moe(x_BTD, h_BTD, self.post_attention_norm.weight[...], valid_BT)
+            norm, h_BTD = prenorm(self.input_norm, x_BTD)
+            if cache is not None:
+                out, cache = self.attention.attend_cached(h_BTD, rope, mask, cache)
+            else:
+                q, k, v = run(
+                    lambda norm, attention, h, *rope: attention.queries_keys_values(norm(h), rope),
+                    *((norm, self.attention), h_BTD),
+                    constants=rope,
+                )
+                out, _ = self.attention.attend(q, k, v, mask, recompute=dots)
+            x_BTD = run(lambda attention, x, out: x + attention.output(out), (self.attention,), x_BTD, out)
+
+        # Feed-forward part: one MLP, or experts beside a shared MLP.
+        sparse = hasattr(self, "moe")
+        with jax.named_scope("moe" if sparse else "mlp"):
+            mlp = self.moe.shared if sparse else self.mlp
+            norm, h_BTD = prenorm(self.post_attention_norm, x_BTD)
+            gate_up = run(lambda norm, mlp, h: mlp.gate_and_up(norm(h)), (norm, mlp), h_BTD)
+            if not sparse:
+                return run(lambda mlp, x, *h: x + mlp.down_swiglu(*h), (mlp,), x_BTD, *gate_up), cache, None
+            shared = run(lambda mlp, *h: mlp.down_swiglu(*h), (mlp,), *gate_up)
+            shared = run(lambda norm, moe, h, y: moe.apply_shared_gate(norm(h), y), (norm, self.moe), h_BTD, shared)
+            norm_D = self.post_attention_norm.weight[...]
+            out, routing = self.moe.routed(x_BTD, norm_D, valid_BT, shared, keep_dots=dots)
             return x_BTD + out, cache, routing
-
-    def keeping_dots(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], mask: kernels.Mask, valid_BT: jax.Array | None
-    ) -> tuple[jax.Array, Routing | None]:
-        """The same without a cache; the backward pass keeps the results of products and of attention, and no more."""
-
-        def again(f: Callable[..., Any], modules: tuple[nnx.Module, ...], *inputs: Any, constants: Any = ()) -> Any:
-            graphdef, params = nnx.split(modules)
-            call = lambda params, *args: f(*nnx.merge(graphdef, params), *args)  # noqa: E731
-            return recompute(call, params, *inputs, constants=constants)
-
-        with jax.named_scope("attention"):
-            q, k, v = again(
-                lambda norm, attention, x, *rope: attention.queries_keys_values(norm(x), rope),
-                *((self.input_norm, self.attention), x_BTD),
-                constants=rope,
-            )
-            out = self.attention.attend(q, k, v, mask, recompute=True)[0]
-            x_BTD = again(lambda attention, x, out: x + attention.output(out), (self.attention,), x_BTD, out)
-        norm = self.post_attention_norm
-        if not hasattr(self, "moe"):
-            with jax.named_scope("mlp"):
-                gate, up = again(lambda norm, mlp, x: mlp.gate_and_up(norm(x)), (norm, self.mlp), x_BTD)
-                return again(lambda mlp, x, *h: x + mlp.down_swiglu(*h), (self.mlp,), x_BTD, gate, up), None
-        with jax.named_scope("moe"):
-            gate, up = again(lambda norm, mlp, x: mlp.gate_and_up(norm(x)), (norm, self.moe.shared), x_BTD)
-            shared = again(lambda mlp, *h: mlp.down_swiglu(*h), (self.moe.shared,), gate, up)
-            gated = again(lambda norm, moe, x, y: moe.gated(norm(x), y), (norm, self.moe), x_BTD, shared)
-            out, routing = self.moe.routed(x_BTD, norm.weight[...], valid_BT, gated, keep_dots=True)
-            return x_BTD + out, routing
 
 
 class Qwen2(nnx.Module):
@@ -149,28 +168,19 @@ class Qwen2(nnx.Module):
     def __init__(self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, options: Options):
         self.config, self.sharding, self.options = config, sharding, options
         normal = nnx.initializers.normal(config.initializer_range)
-        self.embed = Projection(normal(rngs.params(), (config.vocab_size, config.hidden_size)))
-
-        sparse = config.sparse_layers
-        kind = ["moe" if i in sparse else "mlp" for i in range(config.num_layers)]
-
-        def block(key: jax.Array, kinds: Collection[str]) -> Block:
-            return Block(config, sharding, nnx.Rngs(params=key), options, kinds)
-
-        keys = jax.random.split(rngs.params(), config.num_layers)
+        table = config.vocab_size, config.hidden_size
+        self.embed = Embedding(normal(rngs.params(), table), sharding)
+        keys_L, kinds = jax.random.split(rngs.params(), config.num_layers), layer_kinds(config)
         if options.stacked:
-            graphdef = nnx.split(nnx.eval_shape(lambda: block(jax.random.key(0), kind)))[0]
-            draw = lambda kinds, keys: jax.vmap(lambda key: nnx.split(block(key, kinds))[1])(keys)  # noqa: E731
-            # What a layer may lack is drawn for those that have it.
-            where = {name: np.array([i for i, of in enumerate(kind) if of == name]) for name in set(kind)}
-            parts = {name: draw({name}, keys[layers])[name] for name, layers in where.items()}
-            state = nnx.State({**draw((), keys), **parts})
-            self.layers = nnx.merge(graphdef, state)
+            self.layers = stacked_layers(self._block, keys_L, kinds)
         else:
-            self.layers = nnx.List([block(key, {of}) for key, of in zip(keys, kind, strict=True)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.layers = nnx.List([self._block(key, (kind,)) for key, kind in zip(keys_L, kinds, strict=True)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, sharding.norm)
         if not config.tie_word_embeddings:
-            self.lm_head = Projection(normal(rngs.params(), (config.vocab_size, config.hidden_size)))
+            self.lm_head = Embedding(normal(rngs.params(), table), sharding)
+
+    def _block(self, key: jax.Array, kinds: tuple[str, ...]) -> Block:
+        return Block(self.config, self.sharding, nnx.Rngs(params=key), self.options, kinds)
 
     def __call__(
         self,
@@ -178,116 +188,59 @@ class Qwen2(nnx.Module):
         positions_BT: jax.Array,
         mask: kernels.Mask,
         *,
-        cache: KVCache | None = None,
-        write: CacheWrite | None = None,
-        remat: Remat = "none",
-    ) -> tuple[jax.Array, KVCache | None]:
-        """`run` without the routing."""
-        return self.run(tokens_BT, positions_BT, mask, cache=cache, write=write, remat=remat)[:2]
-
-    def run(
-        self,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        mask: kernels.Mask,
-        *,
-        cache: KVCache | None = None,
-        write: CacheWrite | None = None,
+        cache: Cache[Any] | None = None,
         remat: Remat = "none",
         valid_BT: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache | None, Routing | None]:
-        """Runs the blocks.
+    ) -> Output:
+        """Runs the model up to the last norm.
 
         Args:
           tokens_BT: int32 token ids.
           positions_BT: int32 positions within each document.
-          mask: which keys each row sees; see `CacheWrite` for what it counts when there is a cache.
-          cache, write: for cached decoding; needs unstacked layers.
-          remat: what the backward pass recomputes: "none", "full" (everything but block inputs) or "dots" (everything
-            but the results of matrix products and of attention).
-          valid_BT: bool, which tokens are not padding: experts leave the others alone, and routing is counted.
-
-        Returns:
-          The normalised hidden state [B, T, D] in the compute dtype; the cache with the new tokens in it; with
-          `valid_BT`, the routing of every layer that has experts, with an axis of these layers in front.
+          mask: the keys that each row sees; with a cache, as the cache counts them.
+          cache: for generation; needs unstacked layers.
+          remat: what the backward pass recomputes: "none"; "full", everything but the inputs of blocks; or "dots",
+            everything but the results of matrix products and of attention.
+          valid_BT: bool, which tokens are not padding: experts skip the others, and routing statistics are counted.
         """
+        # Inputs in the sharding of the model.
         spec, dtype = self.sharding, jnp.dtype(self.options.dtype)
         tokens_BT, positions_BT, mask, valid_BT = jax.tree.map(
             lambda x: jax.reshard(x, spec.tokens), (tokens_BT, positions_BT, mask, valid_BT)
         )
+        # Embedding and rotary tables.
         with jax.named_scope("embed"):
-            x_BTD = look_up(self.embed.weight[...], tokens_BT, dtype, spec)
+            x_BTD = self.embed(tokens_BT, dtype)
         rope = rope_tables(self.config, positions_BT, dtype)
-        routing: list[Routing] = []
+
+        # Layers.
+        routing: RouterStats | None = None
         if cache is not None:
-            x_BTD, cache = self._with_cache(x_BTD, rope, mask, cache, write)
+            x_BTD, cache = self._run_cached(x_BTD, rope, mask, cache)
         else:
 
-            def layer(graphdef: Any, x_BTD: jax.Array, params: Any) -> tuple[jax.Array, Routing | None]:
-                block: Block = nnx.merge(graphdef, params)
-                if remat == "dots":
-                    return block.keeping_dots(x_BTD, rope, mask, valid_BT)
-                return block(x_BTD, rope, mask, valid_BT=valid_BT)[::2]
+            def layer(block: Block, x_BTD: jax.Array) -> tuple[jax.Array, RouterStats | None]:
+                return block(x_BTD, rope, mask, remat=remat, valid_BT=valid_BT)[::2]
 
-            if isinstance(self.layers, nnx.List):
-                for i, block in enumerate(self.layers):
-                    graphdef, params = nnx.split(block)
-                    one = functools.partial(layer, graphdef)
-                    # Not by jax.checkpoint, which outside a loop would fence the weights too: a copy of each.
-                    with jax.named_scope(f"layer{i}"):
-                        again = functools.partial(recompute, lambda params, x, one=one: one(x, params))
-                        x_BTD, of = again(params, x_BTD) if remat == "full" else one(x_BTD, params)
-                    routing += [jax.tree.map(lambda x: x[None], of)] if of is not None else []
-            else:
-                for graphdef, stacked in self._runs():
-                    one = functools.partial(layer, graphdef)
-                    body = jax.checkpoint(one) if remat == "full" else one
-                    x_BTD, of = jax.lax.scan(body, x_BTD, stacked)
-                    routing += [of] if of is not None else []
+            x_BTD, routing = run_layers(self.layers, layer, x_BTD, self._block, self.config, remat)
+
+        # Norm.
         with jax.named_scope("norm"):
-            every = jax.tree.map(lambda *x: jnp.concatenate(x), *routing) if routing else None
-            return self.norm(x_BTD), cache, every
+            return Output(self.norm(x_BTD), cache, routing)
 
-    def _runs(self) -> list[tuple[Any, Any]]:
-        """Layers of one kind that follow one another, as graph definition and stacked parameters."""
-        graphdef, stacked = nnx.split(self.layers)
-        sparse, count = self.config.sparse_layers, self.config.num_layers
-        kinds = ["moe" if i in sparse else "mlp" for i in range(count)]
-        if len(set(kinds)) == 1:
-            return [(graphdef, stacked)]
-        runs = []
-        first = 0
-        while first < count:
-            kind = kinds[first]
-            last = next((i for i in range(first, count) if kinds[i] != kind), count)
-            block = nnx.eval_shape(
-                lambda kind=kind: Block(self.config, self.sharding, nnx.Rngs(0), self.options, {kind})
-            )
-            parts = {}
-            for name, part in stacked.items():
-                at = index_of(name, first, sparse)
-                if at is not None:
-                    end = at + last - first
-                    parts[name] = jax.tree.map(lambda w, at=at, end=end: w[at:end], part)
-            runs.append((nnx.split(block)[0], nnx.State(parts)))
-            first = last
-        return runs
-
-    def _with_cache(
-        self, x_BTD: jax.Array, rope: Any, mask: kernels.Mask, cache: KVCache, write: CacheWrite | None
-    ) -> tuple[jax.Array, KVCache]:
+    def _run_cached(
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], mask: kernels.Mask, cache: Cache[Any]
+    ) -> tuple[jax.Array, Cache[Any]]:
         if not isinstance(self.layers, nnx.List):
             raise ValueError("A cache needs unstacked layers: bind with Options(stacked=False).")
-        new = []
-        for i, layer in enumerate(self.layers):
+        written = []
+        for i, (block, layer) in enumerate(zip(self.layers, cache.layers, strict=True)):
             with jax.named_scope(f"layer{i}"):
-                x_BTD, kv, _ = layer(x_BTD, rope, mask, (cache.keys[i], cache.values[i]), write)
-            new.append(kv)
-        return x_BTD, KVCache(tuple(kv[0] for kv in new), tuple(kv[1] for kv in new))
+                x_BTD, layer, _ = block(x_BTD, rope, mask, layer)
+            written.append(layer)
+        return x_BTD, cache.with_layers(written)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of hidden states. V counts the padding rows of the embedding."""
         with jax.named_scope("logits"):
-            head = self.embed if self.config.tie_word_embeddings else self.lm_head
-            w_VD = jax.reshard(head.weight[...].astype(x_BTD.dtype), gathered(self.sharding.vocab))
-            return einsum_f32("BTD,VD->BTV", x_BTD, w_VD, self.sharding.logits)
+            return (self.embed if self.config.tie_word_embeddings else self.lm_head).logits(x_BTD)

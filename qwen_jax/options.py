@@ -8,22 +8,25 @@ from qwen_jax.kernels.matmul.grouped import Implementation as Grouped
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a set of parameters is laid out and run.
+    """How a set of parameters is laid out, and how the model is run.
 
     Attributes:
       stacked: layers are one tree with a leading layer axis, run by a scan (training); otherwise a list of trees, run
         one after the other (inference).
-      fused: the inference layout of the projections; see `fuse`.
+      fused: the inference layout of the projections; see `qwen_jax.inference.weights.fuse`.
       dtype: compute dtype.
-      attention: which kernel; see `kernels.attention`.
-      grouped: which kernel multiplies the rows of experts; see `kernels.grouped`.
-      capacity_factor: 0 loses no token. Otherwise each expert has room for this many times the rows that a device would
-        send it if all got as many; others pass it by, and are counted.
+      attention: attention kernel; see `kernels.attention`.
+      ring: on a context axis, keys and values travel around the devices instead of being gathered; see
+        `qwen_jax.attention.sequence`.
+      grouped: kernel for the matrix products of experts; see `qwen_jax.kernels.matmul.grouped`.
+      capacity_factor: 0 is dropless. Otherwise each expert has room for this many times the rows that a device would
+        send it under even routing; overflowing tokens are dropped, and counted.
     """
 
     stacked: bool = True
     fused: bool = False
     dtype: str = "float32"
     attention: kernels.Implementation = "auto"
+    ring: bool = False
     grouped: Grouped = "auto"
     capacity_factor: float = 0.0

@@ -1,6 +1,6 @@
-"""The parameters: a plain nested dict of arrays, drawn or abstract, where they lie, and a module of them.
+"""The parameters of a model: a nested dict of arrays, initialised or abstract, their shardings, and a module of them.
 
-Weights keep PyTorch's orientation, [out, in], with heads as an axis of their own: a conversion never transposes.
+Weights keep PyTorch's orientation, [out, in], with heads as a separate axis: a conversion never transposes.
 """
 
 import functools
@@ -22,18 +22,18 @@ Params = dict[str, Any]
 
 @functools.lru_cache(maxsize=64)
 def _skeleton(config: ModelConfig, sharding: Sharding, options: Options) -> tuple[Any, Any]:
-    """Graph definition and abstract parameters, made without computing anything."""
+    """Graph definition and abstract parameters; nothing is computed."""
     model = nnx.eval_shape(lambda: Qwen2(config, sharding, nnx.Rngs(0), options))
     graphdef, state = nnx.split(model)
     return graphdef, state
 
 
 def bind(config: ModelConfig, params: Params, sharding: Sharding, options: Options = Options()) -> Qwen2:
-    """A module over existing parameters. Free: nothing is copied. Call it inside the function you jit.
+    """A module over existing parameters, without copies. Call it inside the function that you jit.
 
     Args:
       config: the architecture.
-      params: as from `init_params`, or a loaded checkpoint; laid out as `options` says.
+      params: as from `init_params`, or a loaded checkpoint; in the layout of `options`.
       sharding: of the current mesh.
       options: layout and dtypes.
     """
@@ -63,7 +63,7 @@ def abstract_params(
       config: the architecture.
       sharding: by default that of one device.
       options: layout.
-      dtype: of the leaves; by default the config's own.
+      dtype: of the leaves; by default the dtype of `config`.
 
     Returns:
       {"embed": {"weight"}, "layers": {...} or [{...}, ...], "norm": {"weight"}, "lm_head": {"weight"} unless tied}.
@@ -79,40 +79,28 @@ def abstract_params(
 
 
 def param_specs(config: ModelConfig, sharding: Sharding, options: Options = Options()) -> Params:
-    """The PartitionSpec of every parameter, in the tree of `abstract_params`."""
-    s, norm, L = sharding, {"weight": sharding.norm}, config.num_layers
-    if options.fused:
-        attention: Params = {"qkv": {"weight": s.fused_qkv, "bias": s.fused_qkv_bias}, "o": {"weight": s.o}}
-        mlp: Params = {"gate_up": {"weight": s.fused_gate_up}, "down": {"weight": s.down}}
-    else:
-        kv = {"weight": s.kv, "bias": s.kv_bias}
-        attention = {"q": {"weight": s.q, "bias": s.q_bias}, "k": kv, "v": dict(kv), "o": {"weight": s.o}}
-        mlp = {"gate": {"weight": s.gate_up}, "up": {"weight": s.gate_up}, "down": {"weight": s.down}}
-    layer = {"input_norm": dict(norm), "attention": attention, "post_attention_norm": dict(norm)}
-    router = {"weight": s.router}
-    moe = {
-        "router": router,
-        "experts": {"gate_up": s.experts_gate_up, "down": s.experts_down},
-        "shared": mlp,
-        "shared_gate": dict(router),
-    }
-    kinds = [{**layer, "moe": moe} if i in config.sparse_layers else {**layer, "mlp": mlp} for i in range(L)]
+    """The PartitionSpec that every parameter is stored with, in the tree of `abstract_params`.
+
+    Modules state them where they create the parameters; stacked layers have a leading axis that is not sharded.
+    """
+    _, state = _skeleton(config, sharding, options)
+    specs = nnx.to_pure_dict(state, extract_fn=lambda variable: variable.get_metadata("spec"))
     if options.stacked:
-        every = {name: part for kind in kinds for name, part in kind.items()}
-        layers: Any = jax.tree.map(lambda p: P(None, *p), every, is_leaf=lambda p: isinstance(p, P))
+        specs["layers"] = jax.tree.map(lambda spec: P(None, *spec), specs["layers"], is_leaf=_is_spec)
     else:
-        layers = kinds
-    specs = {"embed": {"weight": s.vocab}, "layers": layers, "norm": dict(norm)}
-    if not config.tie_word_embeddings:
-        specs["lm_head"] = {"weight": s.vocab}
+        specs["layers"] = [specs["layers"][i] for i in range(config.num_layers)]
     return specs
 
 
-def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
-    """Fresh parameters for pre-training, stacked, born on their shards.
+def _is_spec(x: object) -> bool:
+    return isinstance(x, P)
 
-    Matrices are normal with `config.initializer_range`, those that write to the residual stream smaller by
-    sqrt(2 num_layers); biases are zero and norms one.
+
+def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
+    """Initialises parameters for pre-training, stacked, directly in their shardings.
+
+    Matrices are normal with standard deviation `config.initializer_range`, divided by sqrt(2 num_layers) for those that
+    write to the residual stream; biases are zero and norms one.
 
     Args:
       config: the architecture.
@@ -125,7 +113,7 @@ def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh, dtype: Any = jn
     """
     sharding = Sharding.for_model(config, mesh, split_rows=True)
     specs = param_specs(config, sharding)
-    out = jax.tree.map(lambda p: NamedSharding(mesh, p), specs, is_leaf=lambda p: isinstance(p, P))
+    out = jax.tree.map(lambda p: NamedSharding(mesh, p), specs, is_leaf=_is_spec)
 
     def init(key: jax.Array) -> Params:
         model = Qwen2(config, sharding, nnx.Rngs(params=key), Options())

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from qwen_jax.config import ModelConfig, load_config, read_json
+from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import NO_ROOM, InputError
+from qwen_jax.files import read_json
 from qwen_jax.parallel.multihost import gather, in_step
 from qwen_jax.tokenizer.base import Tokenizer
 from train.files import to_json, write_file

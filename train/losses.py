@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from qwen_jax.kernels.reference import einsum_f32
+from qwen_jax.kernels.einsum import einsum_f32
 from qwen_jax.model import Qwen2
 from qwen_jax.parallel.collectives import reduce_scatter
 from qwen_jax.parallel.sharding import Sharding

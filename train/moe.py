@@ -16,7 +16,7 @@ import numpy as np
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.matmul.grouped import Implementation
-from qwen_jax.moe.router import Routing
+from qwen_jax.moe.router import RouterStats
 from qwen_jax.parallel.sharding import Sharding
 from train.data.batch import Batch
 from train.files import read_records, to_json, write_file
@@ -101,12 +101,12 @@ def count_whole_batch(config: MoETraining, model: BoundModel, batch: Batch, micr
     return WholeBatch(tokens, loads)
 
 
-def zero_routing(model: ModelConfig) -> Routing:
+def zero_routing(model: ModelConfig) -> RouterStats:
     """The routing of no token, with a leading axis of sparse layers."""
     assert model.moe is not None
     layers_L = jnp.zeros(len(model.sparse_layers), jnp.float32)
     experts_LE = jnp.zeros((len(model.sparse_layers), model.moe.num_experts), jnp.float32)
-    return Routing(experts_LE, experts_LE, layers_L, layers_L, layers_L, layers_L)
+    return RouterStats(experts_LE, experts_LE, layers_L, layers_L, layers_L, layers_L)
 
 
 def balance_loss(
@@ -129,7 +129,7 @@ def balance_loss(
 
 
 def auxiliary(
-    config: MoETraining, model: ModelConfig, routing: Routing, whole: WholeBatch, so_far: Routing | None
+    config: MoETraining, model: ModelConfig, routing: RouterStats, whole: WholeBatch, so_far: RouterStats | None
 ) -> jax.Array:
     """What the routing of a micro-batch adds to the mean loss of the whole batch: balance loss and router z-loss.
 
@@ -152,7 +152,7 @@ def auxiliary(
     return config.coefficient(model) * balance + config.router_z_loss * routing.z.mean() / whole.tokens
 
 
-def routing_metrics(model: ModelConfig, routing: Routing) -> dict[str, jax.Array]:
+def routing_metrics(model: ModelConfig, routing: RouterStats) -> dict[str, jax.Array]:
     """Metrics of the routers in a step.
 
     Args:

@@ -21,7 +21,7 @@ from qwen_jax.attention.sequence import spread
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels import packed_mask
 from qwen_jax.model import Qwen2
-from qwen_jax.moe.router import Routing
+from qwen_jax.moe.router import RouterStats
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.remat import Remat
@@ -83,7 +83,7 @@ class BoundModel:
     module: Qwen2
     remat: Remat
 
-    def hidden(self, batch: Batch, count_routing: bool = False) -> tuple[jax.Array, Routing | None]:
+    def hidden(self, batch: Batch, count_routing: bool = False) -> tuple[jax.Array, RouterStats | None]:
         """Final hidden states of packed rows.
 
         Args:
@@ -98,8 +98,8 @@ class BoundModel:
         valid = batch.segment_ids > 0 if count_routing else None
         arrays = batch.tokens, batch.positions, packed_mask(batch.segment_ids), valid
         tokens, positions, mask, valid = jax.tree.map(self.in_model_order, arrays)
-        hidden_BTD, _, routing = self.module.run(tokens, positions, mask, remat=self.remat, valid_BT=valid)
-        return hidden_BTD, routing
+        output = self.module(tokens, positions, mask, remat=self.remat, valid_BT=valid)
+        return output.hidden, output.routing
 
     def in_model_order(self, x_BT: jax.Array) -> jax.Array:
         """Puts one number a token, such as a target or a weight, where the token's hidden state is.

@@ -8,7 +8,7 @@ import jax
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.moe.router import Routing
+from qwen_jax.moe.router import RouterStats
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from train.data.batch import Batch
@@ -51,7 +51,7 @@ class PretrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class NextToken(Objective[Batch, Routing | None, WholeBatch | None]):
+class NextToken(Objective[Batch, RouterStats | None, WholeBatch | None]):
     """Cross-entropy of the next token of the same document; with experts, their balance and router z-loss too.
 
     Attributes:
@@ -73,8 +73,8 @@ class NextToken(Objective[Batch, Routing | None, WholeBatch | None]):
         return count_whole_batch(self.config.moe, model, batch, micro_batches)
 
     def sums(
-        self, model: BoundModel, batch: Batch, context: BatchContext[Routing | None, WholeBatch | None] | None
-    ) -> tuple[Sums, Routing | None]:
+        self, model: BoundModel, batch: Batch, context: BatchContext[RouterStats | None, WholeBatch | None] | None
+    ) -> tuple[Sums, RouterStats | None]:
         """Summed cross-entropy, and the routing of an MoE model in training."""
         whole = context.prepared if context else None
         hidden_BTD, routing = model.hidden(batch, count_routing=whole is not None)
@@ -87,11 +87,11 @@ class NextToken(Objective[Batch, Routing | None, WholeBatch | None]):
             sums = dataclasses.replace(sums, regulariser=added)
         return sums, routing
 
-    def zero_statistics(self) -> Routing | None:
-        """Routing of no token; None for a dense model."""
+    def zero_statistics(self) -> RouterStats | None:
+        """Statistics of no token; None for a dense model."""
         return None if self.model.moe is None else zero_routing(self.model)
 
-    def metrics(self, statistics: Routing | None, denominator: jax.Array) -> Metrics:
+    def metrics(self, statistics: RouterStats | None, denominator: jax.Array) -> Metrics:
         """With experts: `train.moe.routing_metrics`."""
         return {} if statistics is None else routing_metrics(self.model, statistics)
 

@@ -294,9 +294,7 @@ def _held_out_fraction(documents: Documents) -> float:
 
 
 def _rows(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Batch:
-    # The name of a control token in a text is plain text.
-    ids = tokenizer.encode_batch(texts, parse_special=False)
-    return pack([[*document, tokenizer.eos_id] for document in ids], length)
+    return pack(tokenizer.encode_documents(texts), length)
 
 
 def _num_tokens(*rows: Batch) -> int:

@@ -219,7 +219,7 @@ def _job(
         check_stages_taken(config, step, checkpoints.model(step), changes)
 
     def report(step: int) -> Report:
-        return Report(config, meshes, step, console, clock, changes if step else {}, mixture.describe_epochs())
+        return Report(config, meshes, step, console, clock, mixture.describe_epochs(), changes if step else {})
 
     def initial(like: Params) -> Params:
         with in_step(f"Reading the weights of {config.initial}"):

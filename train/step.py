@@ -22,7 +22,7 @@ from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params, bind
 from qwen_jax.remat import Remat
-from qwen_jax.stack import restacked, unstacked
+from qwen_jax.stack import restack, unstack
 from train.fields import at_least
 from train.objective import BatchContext, BoundModel, Metrics, Objective, Sums, mean, zero_sums
 from train.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -184,8 +184,7 @@ def _split(batch: B, n: int, sharding: Sharding) -> B:
 
 
 def _bind(objective: Objective[B, S, C], config: StepConfig, sharding: Sharding, params: Params) -> BoundModel:
-    options = Options(stacked=config.scan_layers, dtype=config.dtype, attention=config.attention)
-    sharding = dataclasses.replace(sharding, ring=config.ring)
+    options = Options(stacked=config.scan_layers, dtype=config.dtype, attention=config.attention, ring=config.ring)
     return BoundModel(bind(objective.model, params, sharding, objective.options(options)), config.remat)
 
 
@@ -197,7 +196,7 @@ def _layers_for_compute(objective: Objective[B, S, C], config: StepConfig, param
     """
     if config.scan_layers:
         return params
-    return {**params, "layers": unstacked(params["layers"], config.dtype, objective.model.sparse_layers)}
+    return {**params, "layers": unstack(params["layers"], config.dtype, objective.model.sparse_layers)}
 
 
 def train_step(
@@ -231,7 +230,7 @@ def train_step(
         norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), found.gradient))
         gradient = found.gradient
         if not config.scan_layers:
-            gradient = {**gradient, "layers": restacked(gradient["layers"], jnp.float32)}
+            gradient = {**gradient, "layers": restack(gradient["layers"], jnp.float32)}
         good, guard = _judge(config, state.guard, found.means.loss, norm)
         transformation = make_optimizer(optimizer)
         updates, opt_state = transformation.update(gradient, state.opt_state, state.params, step=state.step, norm=norm)

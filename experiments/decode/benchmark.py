@@ -33,8 +33,8 @@ import numpy as np
 from experiments.decode import plain_loop
 from qwen_jax.config import ModelConfig
 from qwen_jax.inference import Engine, SamplingParams
-from qwen_jax.inference.programs import Program, decoder, prefill
-from qwen_jax.inference.sampling import Knobs
+from qwen_jax.inference.programs import StaticArgs, decoder, prefill
+from qwen_jax.inference.sampling import SamplingValues
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import Params, abstract_params, param_specs
@@ -146,8 +146,8 @@ def run_decode(args: argparse.Namespace) -> None:
         tokens_BT = jax.device_put(tokens, jax.NamedSharding(mesh, engine.sharding.tokens))
         lengths, seeds = jax.device_put((np.full(B, prompt, np.int32), np.arange(B, dtype=np.uint32)), rows)
         for name, sampling in (("greedy", SamplingParams()), ("sampled", RECOMMENDED)):
-            program = Program(config, engine.sharding, engine.options, sampling.plan, slots, engine.vocab_limit)
-            loop = _Loop(engine, program, Knobs.of(sampling), (tokens_BT, lengths, seeds), prompt, steps)
+            static = StaticArgs(config, engine.sharding, engine.options, sampling.mode, slots, engine.vocab_limit)
+            loop = _Loop(engine, static, SamplingValues.of(sampling), (tokens_BT, lengths, seeds), prompt, steps)
             report(f"qwen_jax {name}", median_seconds(loop) / steps, **loop.compile_seconds)
 
 
@@ -155,21 +155,28 @@ class _Loop:
     """Prefill once, then the compiled decode loop from the end of the prompt as often as it is called."""
 
     def __init__(
-        self, engine: Engine, program: Program, knobs: Knobs, inputs: tuple[jax.Array, ...], prompt: int, steps: int
+        self,
+        engine: Engine,
+        static: StaticArgs,
+        values: SamplingValues,
+        inputs: tuple[jax.Array, ...],
+        prompt: int,
+        steps: int,
     ):
-        self.params, self.knobs, self.prompt = engine.params, knobs, prompt
+        self.params, self.values, self.prompt = engine.params, values, prompt
         start = time.perf_counter()
-        self.state, *_ = jax.block_until_ready(prefill(engine.params, *inputs, knobs, program=program))
+        self.state, *_ = jax.block_until_ready(prefill(engine.params, *inputs, values, static=static))
         prefilled = time.perf_counter()
-        lowered = decoder(program, self.state).lower(engine.params, self.state, knobs, program=program, steps=steps)
+        lowered = decoder(static, self.state).lower(engine.params, self.state, values, static=static, steps=steps)
         self.compiled = lowered.compile()
         ready = time.perf_counter()
         self.compile_seconds = {"prefill_compile_s": prefilled - start, "decode_compile_s": ready - prefilled}
 
     def __call__(self) -> Any:
         # Back to the end of the prompt, so that every repetition reads the same amount of cache.
-        state = dataclasses.replace(self.state, slot=jnp.int32(self.prompt))
-        self.state, *out = self.compiled(self.params, state, self.knobs)
+        cache = dataclasses.replace(self.state.cache, slot=jnp.int32(self.prompt))
+        state = dataclasses.replace(self.state, cache=cache)
+        self.state, *out = self.compiled(self.params, state, self.values)
         return out
 
 
@@ -184,13 +191,13 @@ def run_prefill(args: argparse.Namespace) -> None:
     per_token = 2 * layers + 2 * config.num_layers * config.num_heads * config.head_dim * T
     flops = B * T * per_token + 2 * B * config.vocab_size * config.hidden_size
     tokens = np.random.default_rng(0).integers(0, engine.vocab_limit, (B, T), dtype=np.int32)
-    program = Program(config, engine.sharding, engine.options, SamplingParams().plan, T + 128, engine.vocab_limit)
+    static = StaticArgs(config, engine.sharding, engine.options, SamplingParams().mode, T + 128, engine.vocab_limit)
     with jax.set_mesh(mesh):
         tokens_BT = jax.device_put(tokens, jax.NamedSharding(mesh, engine.sharding.tokens))
         rows = jax.NamedSharding(mesh, engine.sharding.rows)
         lengths, seeds = jax.device_put((np.full(B, T, np.int32), np.arange(B, dtype=np.uint32)), rows)
-        knobs = Knobs.of(SamplingParams())
-        run = functools.partial(prefill, engine.params, tokens_BT, lengths, seeds, knobs, program=program)
+        values = SamplingValues.of(SamplingParams())
+        run = functools.partial(prefill, engine.params, tokens_BT, lengths, seeds, values, static=static)
         seconds = median_seconds(lambda: run()[1])
     say(
         model=args.model,
@@ -262,18 +269,18 @@ with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
 began = time.perf_counter() - lived
 import sys, jax
 from pathlib import Path
-from convert.huggingface import load_params
+from convert import load_params
 from qwen_jax.config import load_config
 from qwen_jax.inference import Engine, SamplingParams
-from qwen_jax.model import Options
-from qwen_jax.sharding import make_mesh
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import make_mesh
 folder = Path(sys.argv[1])
 config, mesh = load_config(folder), make_mesh({}, jax.devices()[:1])
 imported = time.perf_counter() - began
 params = jax.block_until_ready(load_params(folder, config, mesh, "bfloat16", Options(stacked=False)))
 loaded = time.perf_counter() - began
 engine = Engine(config, params, mesh)
-for tokens, _ in engine._chunks([[1] * 256], SamplingParams(), 64):
+for tokens, _ in engine.token_chunks([[1] * 256], SamplingParams(), 64):
     break
 print(imported, loaded, time.perf_counter() - began)
 """

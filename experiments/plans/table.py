@@ -21,7 +21,7 @@ from typing import Any
 
 from experiments.pretrain.qwen2_5 import turbo
 from qwen_jax.config import ModelConfig
-from qwen_jax.moe.block import ROOM
+from qwen_jax.moe.dispatch import ROOM
 from qwen_jax.published import published
 from qwen_jax.remat import Remat
 from train.config import RunConfig, Stage

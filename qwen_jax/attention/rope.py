@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies (plain and YaRN), and the rotation itself."""
+"""Rotary position embedding (RoPE): frequencies, plain or YaRN, cos and sin tables, and the rotation."""
 
 import math
 
@@ -13,7 +13,7 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
     """Radians per token of each rotated pair.
 
     Args:
-      config: gives head_dim, rope_theta and YaRN, if any.
+      config: gives head_dim, rope_theta (the base) and YaRN, if any.
 
     Returns:
       float32 [head_dim / 2].
@@ -21,7 +21,7 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
     Source: Su et al. 2021 (arXiv:2104.09864) eq. 15; YaRN: Peng et al. 2023 (arXiv:2309.00071) section 3.2.
     """
     d, theta = config.head_dim, config.rope_theta
-    # float32 throughout, as PyTorch computes it: the tables must agree to the last bit.
+    # float32 throughout, as in PyTorch: the tables must agree to the last bit.
     plain = 1.0 / np.power(np.float32(theta), np.arange(0, d, 2, dtype=np.float32) / np.float32(d))
     if config.yarn is None:
         return plain.astype(np.float32)
@@ -30,7 +30,7 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def _yarn_kept_share(yarn: Yarn, d: int, theta: float) -> np.ndarray:
-    """How much of each frequency stays as it is: 1 for the fast ones, 0 for the slow ones, a ramp between."""
+    """The share of each frequency that is kept: 1 for high frequencies, 0 for low ones, a ramp in between."""
 
     def pair_with(rotations: float) -> float:
         turn = yarn.original_max_position_embeddings / (rotations * 2 * math.pi)
@@ -38,24 +38,24 @@ def _yarn_kept_share(yarn: Yarn, d: int, theta: float) -> np.ndarray:
 
     low = max(math.floor(pair_with(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_with(yarn.beta_slow)), d - 1)
-    # Guards a ramp of no width.
+    # A ramp of zero width would divide by zero.
     span = high - low if high != low else 0.001
     ramp = np.clip((np.arange(d // 2, dtype=np.float32) - low) / np.float32(span), 0, 1)
     return (1 - ramp).astype(np.float32)
 
 
 def rope_tables(config: ModelConfig, positions_BT: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines for `rotate`, computed in float32 and cast once, in Hugging Face's order.
+    """Cosines and sines for `rotate`, computed in float32 and cast once, as Hugging Face does.
 
     Args:
-      config: gives the frequencies.
-      positions_BT: int32, each token's position in its document.
-      dtype: of the queries and keys that will be rotated.
+      config: gives the frequencies and YaRN's scale.
+      positions_BT: int32, position of each token in its document.
+      dtype: of the queries and keys.
 
     Returns:
       (cos, sin), each `dtype` [B, T, 1, head_dim / 2].
     """
-    # An elementwise product: a TPU would run an einsum here in bfloat16 and ruin far positions.
+    # An elementwise product, not an einsum: TPUs run einsums in bfloat16 by default, which ruins large positions.
     angles = positions_BT.astype(jnp.float32)[:, :, None, None] * jnp.asarray(inverse_frequencies(config))
     scale = config.yarn.scale if config.yarn else 1.0
     return (jnp.cos(angles) * scale).astype(dtype), (jnp.sin(angles) * scale).astype(dtype)

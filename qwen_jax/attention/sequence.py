@@ -1,12 +1,13 @@
-"""The context axis: the tokens of a row split over devices, each with a like share of causal work.
+"""Sequence parallelism: the context axis shards the tokens of a row, with an equal share of causal work on each device.
 
-A row is cut into 2n chunks for n devices; device i has chunks i and 2n - 1 - i, an early one and a late one. Positions
-and mask intervals travel with the tokens, so only attention must know. It has two ways:
+The order is zigzag. A row is cut into 2n chunks for n devices; device i has chunks i and 2n - 1 - i, an early one and a
+late one. Positions and mask intervals are sharded like the tokens, so that only attention depends on the order. There
+are two ways to attend:
 
-- Gather: keys and values of whole rows on every device, in the order of the row, which is what intervals count.
-- Ring (Liu et al. 2023, arXiv:2310.01889): each device's keys and values go round, and what a device has seen of them
-  is merged by its log-sum-exp. A device never holds more than two devices' share, and copies need not wait for the
-  kernels. Gradients travel in float32, which makes more bytes, and kernels are called 2n times for 1/2n of the keys.
+- Gather: every device gathers the keys and values of whole rows, in the order of the row, which mask intervals count.
+- Ring attention (Liu et al. 2023, arXiv:2310.01889): keys and values travel around the devices, and partial results are
+  merged by their log-sum-exp. A device holds at most two shards of keys and values, and copies overlap with kernels.
+  Gradients travel in float32, which costs more bytes, and kernels are called 2n times, each for 1/2n of the keys.
 """
 
 import functools
@@ -18,25 +19,25 @@ from jax import lax
 
 from qwen_jax import kernels
 from qwen_jax.errors import InputError
-from qwen_jax.parallel.collectives import gather
+from qwen_jax.parallel.collectives import all_gather_weight
 from qwen_jax.parallel.sharding import Sharding
 
-# Logits of one block of queries: 512 MiB in float32.
-_LOGITS = 2**27
+# Logits that exist at one time without a kernel: 512 MiB in float32.
+_MAX_LOGITS = 2**27
 
 
 def spread(x_BT: jax.Array, sharding: Sharding) -> jax.Array:
-    """Puts rows where the model wants them, in the order described above.
+    """Shards rows over the context axis in zigzag order.
 
     Args:
-      x_BT: tokens, or anything else that is one number for each of them; rows are whole on each device.
+      x_BT: token ids, or any other array with one number for each token; not sharded over the context axis.
       sharding: of the current mesh.
 
     Returns:
-      [B, T], laid out as `sharding.tokens`.
+      [B, T] in `Sharding.tokens`.
 
     Raises:
-      InputError: T does not divide into 2n chunks.
+      InputError: T is not a multiple of 2n.
     """
     n, (B, T) = sharding.context, x_BT.shape
     if n > 1:
@@ -52,31 +53,31 @@ def spread(x_BT: jax.Array, sharding: Sharding) -> jax.Array:
 
 
 def _whole(x_BtKd: jax.Array, n: int) -> jax.Array:
-    """Keys or values of whole rows, in order, from each device's part."""
-    x_BTKd = gather(x_BtKd, 1, "context")
+    """All-gathers keys or values over the context axis, into the order of the row."""
+    x_BTKd = all_gather_weight(x_BtKd, 1, "context")
     B, T, *rest = x_BTKd.shape
     x = x_BTKd.reshape(B, n, 2, T // (2 * n), *rest)
     early, late = x[:, :, 0], jnp.flip(x[:, :, 1], axis=1)
     return jnp.concatenate([early, late], axis=1).reshape(B, T, *rest)
 
 
-# What is not differentiated: size of the axis, scale, implementation.
+# Size of the axis, scale and implementation are static.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _ring(
     q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, end: jax.Array, n: int, scale: float,
     implementation: kernels.Implementation,
 ) -> jax.Array:  # fmt: skip
-    """Attention of a device's queries while keys and values go round; arguments as of `attention`."""
+    """Ring attention of a device's own queries; arguments as for `attention`."""
     return _ring_forward(q, k, v, start, end, n, scale, implementation)[0]
 
 
 def _next(x: jax.Array, n: int) -> jax.Array:
-    """Each device's share moves on to the device after it."""
+    """Sends each device's shard to the next device."""
     return lax.ppermute(x, "context", [(i, (i + 1) % n) for i in range(n)])
 
 
 def _halves(start: jax.Array, end: jax.Array, step: jax.Array, chunk: int, n: int) -> list[tuple[slice, kernels.Mask]]:
-    """Where the two chunks lie in the share that is here after so many steps, and what these queries see of either."""
+    """The two chunks of the shard that is here after `step` sends: slices, and masks of our queries over them."""
     owner = lax.rem(lax.axis_index("context") - step + n, n)
     parts = []
     for half, index in enumerate((owner, 2 * n - 1 - owner)):
@@ -92,8 +93,9 @@ def _ring_forward(
     how: Any = {"scale": scale, "implementation": implementation}
     chunk = k.shape[1] // 2
 
-    def one(carry: Any, step: jax.Array) -> tuple[Any, None]:
+    def one_shard(carry: Any, step: jax.Array) -> tuple[Any, None]:
         merged, kv = carry
+        # The next shard travels while this one is used.
         coming = _next(kv, n)
         parts = [
             kernels.attention(q, kv[0, :, at], kv[1, :, at], seen, return_lse=True, **how)
@@ -103,30 +105,30 @@ def _ring_forward(
 
     B, t, H, _ = q.shape
     nothing = jnp.zeros(q.shape, jnp.float32), jnp.full((B, H, t), -jnp.inf, jnp.float32)
-    ((out, lse), _), _ = lax.scan(one, (nothing, jnp.stack([k, v])), jnp.arange(n, dtype=jnp.int32))
+    ((out, lse), _), _ = lax.scan(one_shard, (nothing, jnp.stack([k, v])), jnp.arange(n, dtype=jnp.int32))
     out = out.astype(q.dtype)
     return out, (q, k, v, start, end, out, lse)
 
 
-def _ring_backward(n: int, scale: float, implementation: kernels.Implementation, kept: Any, by: jax.Array) -> Any:
+def _ring_backward(n: int, scale: float, implementation: kernels.Implementation, kept: Any, dout: jax.Array) -> Any:
     q, k, v, start, end, out, lse = kept
     how: Any = {"scale": scale, "implementation": implementation}
     chunk, f32 = k.shape[1] // 2, jnp.float32
 
-    def one(carry: Any, step: jax.Array) -> tuple[Any, None]:
+    def one_shard(carry: Any, step: jax.Array) -> tuple[Any, None]:
         dq, dkv, kv = carry
-        # The gradients of a share follow it a step behind: they travel while its part here is worked out. One copy
-        # after the other: devices that began with different ones could wait for each other.
+        # The gradient of a shard follows it one step behind, and travels while this step is computed. The barrier
+        # orders the two sends: devices that started them in different orders could deadlock.
         dkv, leaving = lax.optimization_barrier((_next(dkv, n), kv))
         coming = _next(leaving, n)
         for at, seen in _halves(start, end, step, chunk, n):
-            own = kernels.attention_gradient(q, kv[0, :, at], kv[1, :, at], seen, out, lse, by, **how)
+            own = kernels.attention_gradient(q, kv[0, :, at], kv[1, :, at], seen, out, lse, dout, **how)
             dq, dkv = dq + own[0], dkv.at[:, :, at].add(jnp.stack(own[1:]))
         return (dq, dkv, coming), None
 
     kv = jnp.stack([k, v])
     zeros = jnp.zeros(q.shape, f32), jnp.zeros(kv.shape, f32)
-    (dq, dkv, _), _ = lax.scan(one, (*zeros, kv), jnp.arange(n, dtype=jnp.int32))
+    (dq, dkv, _), _ = lax.scan(one_shard, (*zeros, kv), jnp.arange(n, dtype=jnp.int32))
     dk, dv = _next(dkv, n)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
@@ -148,47 +150,47 @@ def attention(
 ) -> jax.Array:
     """Attention of a device's own queries over the keys of whole rows. Runs on local arrays, inside `jax.shard_map`.
 
-    Where keys are gathered and the logits would be large, queries go a block at a time, and the backward pass makes the
-    logits of a block again: memory grows with the length and not with its square.
+    Where no kernel is used and the logits would be large, queries are processed in blocks, and the backward pass
+    recomputes the logits of a block: memory grows linearly with the length, not quadratically.
 
     Args:
       q_BtHd: queries.
-      k_BtKd, v_BtKd: keys and values, in the places that `spread` gave their tokens.
-      mask: of these queries; intervals over the keys in the order of the row.
+      k_BtKd, v_BtKd: this device's keys and values, in zigzag order.
+      mask: of these queries; intervals count keys in the order of the row.
       n: size of the context axis.
-      scale, implementation, recompute: see `kernels.attention`.
-      ring: keys and values go round instead of being gathered. Needs an implementation with a log-sum-exp, and a
-        `shard_map` that does not check along which axes results vary.
+      scale, implementation, recompute: as for `kernels.attention`.
+      ring: ring attention instead of gathering. Needs an implementation that returns the log-sum-exp, and a
+        `shard_map` with check_vma=False.
 
     Returns:
       [B, t, H, d] in the dtype of q.
     """
-    # Of a part of a row no mask is known to be causal.
+    # A mask over a shard of a row is not plain causal.
     mask = mask if n == 1 else kernels.Mask(mask.k_start_BT, mask.k_end_BT)
     if ring and n > 1:
-        chosen: Any = kernels.choose(implementation, q_BtHd, mask, return_lse=True)
+        chosen: Any = kernels.select_attention(implementation, q_BtHd, mask, return_lse=True)
         return _ring(q_BtHd, k_BtKd, v_BtKd, mask.k_start_BT, mask.k_end_BT, n, scale, chosen)
     B, t, H, d = q_BtHd.shape
     k_BTKd, v_BTKd = (x if n == 1 else _whole(x, n) for x in (k_BtKd, v_BtKd))
     blocks = 1
-    if kernels.choose(implementation, q_BtHd, mask) == "reference":
-        while t % (2 * blocks) == 0 and B * H * (t // blocks) * k_BTKd.shape[1] > _LOGITS:
+    if kernels.select_attention(implementation, q_BtHd, mask) == "reference":
+        while t % (2 * blocks) == 0 and B * H * (t // blocks) * k_BTKd.shape[1] > _MAX_LOGITS:
             blocks *= 2
     if blocks == 1:
         return kernels.attention(
             q_BtHd, k_BTKd, v_BTKd, mask, scale=scale, implementation=implementation, recompute=recompute or n > 1
         )
-    # Every block adds to the gradients of keys and values: they must add up in float32.
+    # Every block adds to the gradients of keys and values, which must be accumulated in float32.
     wide_k, wide_v = k_BTKd.astype(jnp.float32), v_BTKd.astype(jnp.float32)
 
     def cut(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(B, blocks, t // blocks, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def one(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    def one_block(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, start, end = inputs
         k, v = wide_k.astype(k_BTKd.dtype), wide_v.astype(v_BTKd.dtype)
         return kernels.attention(q, k, v, kernels.Mask(start, end), scale=scale, implementation=implementation)
 
-    out = lax.map(one, (cut(q_BtHd), cut(mask.k_start_BT), cut(mask.k_end_BT)))
+    out = lax.map(one_block, (cut(q_BtHd), cut(mask.k_start_BT), cut(mask.k_end_BT)))
     return jnp.moveaxis(out, 0, 1).reshape(B, t, H, d)

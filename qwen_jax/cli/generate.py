@@ -1,31 +1,35 @@
-"""`qwen-jax generate` and `chat`: a checkpoint speaks."""
+"""`qwen-jax generate` and `chat`: run a checkpoint."""
 
 import dataclasses
 import json
 import os
+import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from qwen_jax.cli.common import Count, DType, Folder, Number, Texts, sibling, utf8
+from qwen_jax.cli.common import Count, DType, ModelOption, ModelPosition, Number, Texts, model_name, sibling
 from qwen_jax.cli.failures import complain, explain
+from qwen_jax.cli.lines import read_lines, read_text
 from qwen_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from qwen_jax.inference import Engine, GenerationDefaults, SamplingParams
+    from qwen_jax.inference import Completion, Engine, SamplingParams
     from qwen_jax.tokenizer import Tokenizer
 
 
-# Of `qwen_jax.kernels.Implementation`, which takes seconds to import.
+# The values of `qwen_jax.kernels.Implementation`, which takes seconds to import.
 Attention = Literal["auto", "gpu", "cudnn", "tpu", "xla", "reference"]
+IdLists = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="1,2,3")]
+Message = dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. What is not given comes from the checkpoint's generation_config.json.
+    """How tokens are sampled. Values that are not given come from the checkpoint's generation_config.json.
 
     Args:
         max_new_tokens: At most this many new tokens.
@@ -34,8 +38,11 @@ class Sampling:
         top_p: Keep the most likely tokens up to this probability; 1 keeps all.
         min_p: Keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
         repetition_penalty: Makes tokens that have occurred less likely; 1 is none.
-        seed: Of the random numbers; prompt i uses SEED + i.
+        seed: Of the random numbers. generate uses SEED + i for prompt i, by default 0 + i; chat uses SEED + i for
+            turn i, by default a new seed each turn.
         stop: Strings that end a text; they are cut off.
+        stop_token_ids: Further token ids that end a text; may be given several times.
+        ignore_eos: Let only --stop, --stop-token-ids and the length end a text.
         dtype: To compute in; by default the checkpoint's own on a GPU or TPU, float32 on a CPU.
         mesh: Devices to spread over, such as tensor=2.
         attention: Kernel that computes it; auto takes the best one here.
@@ -47,37 +54,77 @@ class Sampling:
     top_p: Number = None
     min_p: Number = None
     repetition_penalty: Number = None
-    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    seed: Count = None
     stop: Texts = ()
+    stop_token_ids: IdLists = ()
+    ignore_eos: bool = False
     dtype: DType | None = None
     mesh: Annotated[str, tyro.conf.arg(metavar="AXIS=N,...")] = ""
     attention: Attention = "auto"
 
     def resolve(self, defaults: "SamplingParams") -> "SamplingParams":
-        """The checkpoint's defaults with what was given on the command line."""
+        """Returns the defaults, replaced where the command line has a value. Raises InputError for a wrong value."""
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return dataclasses.replace(defaults, **given)
 
+    def check(self) -> None:
+        """Raises InputError for values that are wrong for any checkpoint."""
+        from qwen_jax.inference import SamplingParams
 
-# How many new tokens where neither the caller nor the checkpoint says.
-_DEFAULT_NEW_TOKENS = 512
+        self.resolve(SamplingParams())
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        if "" in self.stop:
+            raise InputError("A stop string must not be empty.")
+        self.stop_ids()
+
+    def stop_ids(self) -> list[int]:
+        """The ids of --stop-token-ids. Raises InputError for something else than ids."""
+        return [i for text in self.stop_token_ids for i in _parse_ids(text)]
 
 
 class Model:
-    """A checkpoint's small files, read and checked before the weights are."""
+    """A checkpoint's small files, read and checked before its weights are downloaded or loaded.
 
-    def __init__(self, name: str, options: Sampling, need_tokenizer: bool):
+    Args:
+      name: a folder or a Hub id.
+      options: from the command line.
+      need_tokenizer: whether a checkpoint without a tokenizer is an error.
+      also_ends: names of tokens that end a text, too, where the vocabulary has them.
+
+    Raises:
+      InputError: a wrong option, an unsupported model, damaged files, or options that do not fit the model.
+    """
+
+    def __init__(self, name: str, options: Sampling, need_tokenizer: bool, also_ends: Sequence[str] = ()):
+        # Options that are wrong for any checkpoint.
+        options.check()
         from qwen_jax.config import load_config
+        from qwen_jax.hub import SMALL, is_hub_id, resolve
+        from qwen_jax.inference import engine as engines
         from qwen_jax.inference import load_generation_defaults
-        from qwen_jax.parallel.sharding import parse_mesh
+        from qwen_jax.parallel.sharding import Sharding, make_mesh, parse_mesh
 
-        self.options, self.axes = options, parse_mesh(options.mesh)
-        self.folder: Path = sibling("convert").resolve(name)
+        self.options, self.mesh = options, make_mesh(parse_mesh(options.mesh))
+        # The small files.
+        self.folder = resolve(name, SMALL)
+        self.checkpoint: str | Path = name if is_hub_id(name) else self.folder
         self.config = load_config(self.folder)
-        self.defaults: GenerationDefaults = load_generation_defaults(self.folder, self.config)
-        self.sampling = options.resolve(self.defaults.sampling)
+        self.defaults = load_generation_defaults(self.folder, self.config)
         self.tokenizer = self._tokenizer(need_tokenizer)
+        # Options that must fit this checkpoint.
+        self.sampling = options.resolve(self.defaults.sampling)
+        Sharding.for_model(self.config, self.mesh)
+        self.vocab_limit = engines.vocab_limit(self.config, self.tokenizer)
+        self.stop = engines.check_stop(options.stop, self.tokenizer)
+        ends = list(engines.check_ids(options.stop_ids(), "--stop-token-ids", self.config.vocab_size))
+        if not options.ignore_eos:
+            config = dataclasses.replace(self.config, eos_token_ids=self.defaults.eos_token_ids)
+            ends += engines.default_eos(config, self.tokenizer)
+            if self.tokenizer is not None:
+                ends += [i for i in map(self.tokenizer.token_to_id, also_ends) if i is not None]
+        self.eos_token_ids = tuple(dict.fromkeys(ends))
 
     def _tokenizer(self, needed: bool) -> "Tokenizer | None":
         from qwen_jax.tokenizer import load_tokenizer
@@ -88,30 +135,42 @@ class Model:
         return load_tokenizer(self.folder)
 
     def new_tokens(self, longest_prompt: int) -> int:
-        """As asked for; a default is cut to what the context leaves."""
-        if self.options.max_new_tokens is not None:
-            return self.options.max_new_tokens
-        wanted = self.defaults.max_new_tokens or _DEFAULT_NEW_TOKENS
-        return max(1, min(wanted, self.config.context_length - longest_prompt))
+        """How many new tokens: as given; otherwise the checkpoint's default, at most what the context leaves.
+
+        Raises:
+          InputError: prompt and new tokens do not fit the context.
+        """
+        from qwen_jax.inference.engine import check_lengths
+
+        wanted = self.options.max_new_tokens
+        if wanted is None:
+            wanted = self.defaults.new_tokens(longest_prompt, self.config.context_length)
+        check_lengths(self.config, longest_prompt, wanted)
+        return wanted
 
     def engine(self) -> "Engine":
-        """Loads the weights."""
+        """Loads the weights; downloads them first if the model is a Hub id."""
         import jax
 
         from qwen_jax.inference import Engine
-        from qwen_jax.parallel.sharding import make_mesh
 
         _enable_compilation_cache()
         default = "float32" if jax.default_backend() == "cpu" else self.config.dtype
         dtype = self.options.dtype or default
-        mesh = make_mesh(self.axes)
-        config, params = sibling("convert").load(self.folder, mesh, dtype)
-        attention = self.options.attention
-        return Engine(config, params, mesh, tokenizer=self.tokenizer, dtype=dtype, attention=attention)
+        config, params = sibling("convert").load(self.checkpoint, self.mesh, dtype)
+        return Engine(
+            config,
+            params,
+            self.mesh,
+            tokenizer=self.tokenizer,
+            dtype=dtype,
+            attention=self.options.attention,
+            eos_token_ids=self.eos_token_ids,
+        )
 
 
 def _enable_compilation_cache() -> None:
-    """Compiled programs survive the process on accelerators, unless the user has chosen a place or none already."""
+    """Keeps the compiled programs of accelerators on disk, unless the user has chosen a folder already."""
     import jax
 
     if jax.default_backend() == "cpu" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
@@ -124,59 +183,67 @@ def _enable_compilation_cache() -> None:
 class Generate:
     """Complete prompts. Give --prompt, --prompt-file or --prompt-ids.
 
-    A single prompt on a terminal is completed as a stream. With --json, one object is printed for each prompt:
-    prompt_token_ids, token_ids, text, finish_reason ("stop" or "length"), logprobs.
+    A single prompt is completed as a stream. With --json, one object is printed for each prompt: prompt_token_ids,
+    token_ids, text, finish_reason ("stop", "length" or "error"), logprobs, error. If a prompt ends with an error, the
+    exit status is 1.
 
     Args:
-        model: Checkpoint folder (Hugging Face or Orbax) or Hub id.
+        folder: Checkpoint folder (Hugging Face or Orbax) or Hub id.
+        model: The same, as an option.
         prompt: A text; may be given several times.
-        prompt_file: A file with one prompt a line; "-" is standard input.
+        prompt_file: A file of prompts; may be given several times; "-" is standard input.
+        prompt_per: One prompt on each line of a prompt file, or the whole file as one prompt.
         prompt_ids: Token ids such as 1,2,3; may be given several times.
         logprobs: Also give each token's log-probability.
         json: Print JSON, one object a line.
         batch_size: Prompts to run at a time. Does not change the results.
     """
 
-    model: Folder
-    sampling: tyro.conf.OmitArgPrefixes[Sampling]
+    folder: ModelPosition = None
+    model: ModelOption = None
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = dataclasses.field(default_factory=Sampling)
     prompt: Texts = ()
-    prompt_file: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    prompt_ids: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="1,2,3")] = ()
+    prompt_file: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE")] = ()
+    prompt_per: Literal["line", "file"] = "line"
+    prompt_ids: IdLists = ()
     logprobs: bool = False
     json: bool = False
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 32
 
     def run(self) -> int:
+        # Everything that can be wrong is checked before the weights are loaded.
+        name = model_name(self.folder, self.model)
         if self.batch_size < 1:
             raise InputError(f"--batch-size must be at least 1, got {self.batch_size}.")
         prompts = self._prompts()
-        model = Model(self.model, self.sampling, need_tokenizer=not self.prompt_ids)
-        from qwen_jax.inference import engine as engines
+        model = Model(name, self.sampling, need_tokenizer=not self.prompt_ids)
+        from qwen_jax.inference.engine import encode
 
-        limit = engines.vocab_limit(model.config, model.tokenizer)
-        ids = [engines.encode(prompt, i, model.tokenizer, limit) for i, prompt in enumerate(prompts)]
-        longest = max(map(len, ids))
-        new_tokens = model.new_tokens(longest)
-        engines.check_lengths(model.config, longest, new_tokens)
-        engines.check_stop(self.sampling.stop, model.tokenizer)
+        ids = [encode(prompt, i, model.tokenizer, model.vocab_limit) for i, prompt in enumerate(prompts)]
+        new_tokens = model.new_tokens(max(map(len, ids)))
         sampling = dataclasses.replace(model.sampling, logprobs=self.logprobs)
         engine = model.engine()
-        settings: dict[str, Any] = {
-            "max_new_tokens": new_tokens,
-            "eos_token_ids": model.defaults.eos_token_ids,
-            "stop": self.sampling.stop,
-        }
+        errors: list[str] = []
+        # A single prompt, as a stream.
         if len(ids) == 1 and not self.json and not self.logprobs and model.tokenizer is not None:
-            for piece in engine.stream(ids[0], sampling, **settings):
+            for piece in engine.stream(ids[0], sampling, max_new_tokens=new_tokens, stop=model.stop):
                 print(piece.text, end="", flush=True)
+                if piece.completion is not None and piece.completion.error is not None:
+                    errors.append(piece.completion.error)
             print()
-            return 0
-        for start in range(0, len(ids), self.batch_size):
-            part = ids[start : start + self.batch_size]
-            seeded = dataclasses.replace(sampling, seed=(sampling.seed + start) % 2**32)
-            for i, completion in enumerate(engine.generate(part, seeded, **settings), start):
-                self._show(i, len(ids), completion)
-        return 0
+        else:
+            for start in range(0, len(ids), self.batch_size):
+                part = ids[start : start + self.batch_size]
+                seeded = dataclasses.replace(sampling, seed=(sampling.seed + start) % 2**32)
+                completions = engine.generate(part, seeded, max_new_tokens=new_tokens, stop=model.stop)
+                for i, completion in enumerate(completions, start):
+                    self._show(i, len(ids), completion)
+                    if completion.error is not None:
+                        errors.append(f"prompt {i}: {completion.error}" if len(ids) > 1 else completion.error)
+        if errors:
+            more = f" ({len(errors) - 1} more prompts ended with an error.)" if len(errors) > 1 else ""
+            complain(errors[0] + more)
+        return int(bool(errors))
 
     def _prompts(self) -> list[str | list[int]]:
         if sum(map(bool, (self.prompt, self.prompt_file, self.prompt_ids))) != 1:
@@ -185,29 +252,39 @@ class Generate:
             return list(self.prompt)
         if self.prompt_ids:
             return [_parse_ids(text) for text in self.prompt_ids]
-        if self.prompt_file == "-":
-            lines = sys.stdin.buffer.read().splitlines()
-        else:
-            path = Path(str(self.prompt_file))
-            if not path.is_file():
-                raise InputError(f"The prompt file {path} does not exist.")
-            lines = path.read_bytes().splitlines()
-        if not lines:
-            raise InputError(f"The prompt file {self.prompt_file} is empty. Expected one prompt a line.")
-        for number, line in enumerate(lines, 1):
-            if not line:
-                raise InputError(f"{self.prompt_file}, line {number} is empty. Expected one prompt a line.")
-        return [utf8(line, f"{self.prompt_file}, line {number}") for number, line in enumerate(lines, 1)]
+        return [prompt for name in self.prompt_file for prompt in _prompts_of_file(name, self.prompt_per)]
 
-    def _show(self, i: int, total: int, completion: Any) -> None:
+    def _show(self, i: int, total: int, completion: "Completion") -> None:
         if self.json:
-            print(json.dumps(dataclasses.asdict(completion)), flush=True)
+            print(json.dumps(dataclasses.asdict(completion), allow_nan=False), flush=True)
             return
         if total > 1:
             print(f"--- prompt {i} ({completion.finish_reason}) ---")
         print(completion.text if completion.text is not None else ",".join(map(str, completion.token_ids)), flush=True)
         if completion.logprobs is not None:
             print("logprobs: " + " ".join(f"{x:.4f}" for x in completion.logprobs), flush=True)
+
+
+def _prompts_of_file(name: str, per: Literal["line", "file"]) -> list[str]:
+    if name == "-":
+        data = sys.stdin.buffer.read()
+    else:
+        path = Path(name)
+        if not path.is_file():
+            raise InputError(f"The prompt file {path} does not exist.")
+        data = path.read_bytes()
+    if per == "file":
+        prompts = [read_text(data, name)]
+    else:
+        # Only "\n" ends a line: `splitlines` would split at a lone "\r", too.
+        prompts = list(read_lines(data.removesuffix(b"\n").split(b"\n") if data else [], name))
+    if not any(prompts):
+        what = "one prompt on each line" if per == "line" else "a prompt"
+        raise InputError(f"The prompt file {name} is empty. Expected {what}.")
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise InputError(f"{name}, line {number} is empty. Expected one prompt on each line (--prompt-per file?).")
+    return prompts
 
 
 def _parse_ids(text: str) -> list[int]:
@@ -222,23 +299,26 @@ class Chat:
     """Talk to a model. /reset starts anew, /exit or Ctrl-D ends, Ctrl-C stops a reply.
 
     Args:
-        model: Checkpoint folder (Hugging Face or Orbax) or Hub id.
+        folder: Checkpoint folder (Hugging Face or Orbax) or Hub id.
+        model: The same, as an option.
         system: System message; by default the chat template's own.
     """
 
-    model: Folder
-    sampling: tyro.conf.OmitArgPrefixes[Sampling]
+    folder: ModelPosition = None
+    model: ModelOption = None
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = dataclasses.field(default_factory=Sampling)
     system: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
 
     def run(self) -> int:
-        model = Model(self.model, self.sampling, need_tokenizer=True)
+        name = model_name(self.folder, self.model)
+        # The end-of-text id of a base checkpoint does not end a turn.
+        model = Model(name, self.sampling, need_tokenizer=True, also_ends=["<|im_end|>"])
         assert model.tokenizer is not None
-        engine = model.engine()
-        # A base checkpoint's own end-of-text id does not end a turn.
-        turn_end = model.tokenizer.token_to_id("<|im_end|>")
-        eos = {*model.defaults.eos_token_ids, *([] if turn_end is None else [turn_end])}
         start = [{"role": "system", "content": self.system}] if self.system is not None else []
-        messages: list[dict[str, Any]] = list(start)
+        # A template that fails, or refuses a system message, does so before the weights are loaded.
+        model.tokenizer.encode_chat([*start, {"role": "user", "content": "Hello"}])
+        engine = model.engine()
+        messages: list[Message] = list(start)
         failed = False
         for line in _lines():
             if line == "/exit":
@@ -249,33 +329,29 @@ class Chat:
             if not line.strip():
                 continue
             messages.append({"role": "user", "content": line})
-            reply = self._reply(model, engine, messages, sorted(eos))
+            reply = self._reply(model, engine, messages)
             if reply is None:
                 messages.pop()
                 failed = True
             else:
                 messages.append({"role": "assistant", "content": reply})
-        # Somebody at a terminal has seen it and gone on; a script has only the status.
+        # A user at a terminal has seen the error and gone on; a script sees only the status.
         return int(failed and not sys.stdin.isatty())
 
-    def _reply(self, model: Model, engine: "Engine", messages: list[dict[str, Any]], eos: Sequence[int]) -> str | None:
-        """Streams one reply; None if there is none, because the conversation no longer fits."""
-        from qwen_jax.tokenizer import render_chat
-
+    def _reply(self, model: Model, engine: "Engine", messages: list[Message]) -> str | None:
+        """Streams one reply and returns it; None if it failed, for example because the context is full."""
         assert model.tokenizer is not None
+        turn = sum(message["role"] == "assistant" for message in messages)
+        seed = secrets.randbits(32) if self.sampling.seed is None else (self.sampling.seed + turn) % 2**32
+        sampling = dataclasses.replace(model.sampling, seed=seed)
         pieces: list[str] = []
         try:
-            ids = model.tokenizer.encode(render_chat(messages, template=model.tokenizer.chat_template))
-            stream = engine.stream(
-                ids,
-                model.sampling,
-                max_new_tokens=model.new_tokens(len(ids)),
-                eos_token_ids=eos,
-                stop=self.sampling.stop,
-            )
-            for piece in stream:
+            ids = model.tokenizer.encode_chat(messages)
+            for piece in engine.stream(ids, sampling, max_new_tokens=model.new_tokens(len(ids)), stop=model.stop):
                 pieces.append(piece.text)
                 print(piece.text, end="", flush=True)
+                if piece.completion is not None and piece.completion.error is not None:
+                    raise InputError(piece.completion.error)
         except Exception as error:
             problem = explain(error)
             if problem is None:
@@ -292,10 +368,9 @@ class Chat:
 
 
 def _lines() -> Iterator[str]:
-    """Lines of standard input: of a terminal in its own encoding, with a prompt, otherwise UTF-8."""
+    """Lines of standard input: of a terminal in its own encoding, with a prompt; otherwise UTF-8."""
     if not sys.stdin.isatty():
-        for number, line in enumerate(sys.stdin.buffer, 1):
-            yield utf8(line.removesuffix(b"\n").removesuffix(b"\r"), f"Standard input, line {number}")
+        yield from read_lines(sys.stdin.buffer, "Standard input")
         return
     while True:
         try:

@@ -29,7 +29,7 @@ def quickstart(argv: Sequence[str]) -> int:
 
         from qwen_jax.parallel.sharding import make_mesh
 
-        back = huggingface.load_params(folder, config, make_mesh({}, jax.devices()[:1]))
+        back = sibling("convert").load_params(folder, config, make_mesh({}, jax.devices()[:1]))
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(back), strict=True)
         if not all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs):
             raise RuntimeError(f"The export in {folder} differs from the trained weights.")

@@ -1,6 +1,7 @@
-"""Jit-compiled inference: KV cache, sampling, generation, and the engine that ties them together."""
+"""Jit-compiled inference: sampling, generation, and the engine. See docs/inference.md."""
 
-from qwen_jax.inference.engine import Completion, Engine, Piece
+from qwen_jax.inference.completion import Completion, Piece
+from qwen_jax.inference.engine import Engine
 from qwen_jax.inference.sampling import SamplingParams
 from qwen_jax.inference.settings import GenerationDefaults, load_generation_defaults
 

@@ -1,8 +1,8 @@
-"""From prompts to text: buckets, warm-up, batching, streaming, stop strings."""
+"""The inference engine: prompts to text, with buckets, warm-up, batching, streaming and stop strings."""
 
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from typing import SupportsIndex, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,49 +11,31 @@ from jax.sharding import Mesh, NamedSharding
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.inference.programs import DecodeState, Program, decoder, prefill
-from qwen_jax.inference.sampling import Knobs, SamplingParams
+from qwen_jax.inference.completion import Completion, Ending, Piece, Row
+from qwen_jax.inference.programs import DecodeState, StaticArgs, decoder, prefill
+from qwen_jax.inference.sampling import SamplingParams, SamplingValues, as_int
 from qwen_jax.inference.weights import fuse
 from qwen_jax.kernels import Implementation
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params
-from qwen_jax.tokenizer import StreamDecoder, Tokenizer
+from qwen_jax.tokenizer import Tokenizer
 
 # Rows of the published embeddings; ids from 151,665 on were never trained.
 _PUBLISHED_VOCABS, _PUBLISHED_TOKENS = (151936, 152064), 151665
 
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What came of one prompt.
-
-    Attributes:
-      prompt_token_ids: the prompt as the model saw it.
-      token_ids: the new tokens, with the end-of-text token if that ended it.
-      text: the new tokens as text, without control tokens that are special and without the stop string; None if the
-        engine has no tokenizer.
-      finish_reason: "stop" (an end-of-text token or a stop string) or "length".
-      logprobs: log-probability of each new token, if asked for.
-    """
-
-    prompt_token_ids: list[int]
-    token_ids: list[int]
-    text: str | None
-    finish_reason: str
-    logprobs: list[float] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A piece of a streamed text: never half a character. The last one has the completion."""
-
-    text: str
-    completion: Completion | None = None
+Prompt = str | bytes | Sequence[SupportsIndex] | np.ndarray | jax.Array
+"""Text, or token ids."""
+Ids = Sequence[SupportsIndex] | np.ndarray | SupportsIndex
+"""Token ids, or a single one."""
 
 
 class Engine:
-    """A model on a mesh, ready to generate. Not for use from several threads at a time."""
+    """A model on a mesh, ready to generate. Not safe for calls from several threads at a time.
+
+    Attributes:
+      eos_token_ids: ids that end a text, unless a call gives others.
+    """
 
     def __init__(
         self,
@@ -65,27 +47,35 @@ class Engine:
         dtype: str = "bfloat16",
         chunk: int = 16,
         attention: Implementation = "auto",
+        eos_token_ids: Ids | None = None,
     ):
-        """Takes the parameters over and brings them into the inference layout.
+        """Brings the parameters into the inference layout; they are consumed.
 
         Args:
           config: the architecture.
-          params: unstacked, as `convert.load` gives them; consumed.
-          mesh: where they are.
-          tokenizer: for text, stop strings, and to know which ids are padding.
+          params: unstacked, from `convert.load`; consumed.
+          mesh: the mesh that the parameters are on.
+          tokenizer: for text and stop strings, and to know which ids are padding.
           dtype: compute and cache dtype: bfloat16, float32 or float16.
-          chunk: decode steps that run on the device between two looks at the tokens.
+          chunk: decode steps that run on the device before the host reads the tokens.
           attention: which kernel; see `kernels.attention`.
+          eos_token_ids: ids that end a text. By default those of the config, to which `convert.load` adds those of
+            generation_config.json, and the tokenizer's end-of-text token.
 
         Raises:
-          InputError: a tokenizer with more tokens than the model, or a mesh that does not fit the model.
+          InputError: a tokenizer with more tokens than the model, ids out of range, or a mesh that does not fit the
+            model.
         """
-        self.config, self.mesh, self.tokenizer, self.chunk = config, mesh, tokenizer, chunk
+        self.config, self.mesh, self.tokenizer, self.chunk = config, mesh, tokenizer, as_int(chunk, "chunk")
         self.sharding = Sharding.for_model(config, mesh)
         self.options = Options(stacked=False, fused=True, dtype=dtype, attention=attention)
-        if chunk < 1:
+        if self.chunk < 1:
             raise InputError(f"chunk must be at least 1, got {chunk}.")
         self.vocab_limit = vocab_limit(config, tokenizer)
+        if eos_token_ids is None:
+            self.eos_token_ids = default_eos(config, tokenizer)
+        else:
+            self.eos_token_ids = check_ids(eos_token_ids, "eos_token_ids", config.vocab_size)
         with jax.set_mesh(mesh):
             self.params = fuse(params, config, self.sharding)
 
@@ -93,60 +83,61 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams = SamplingParams(),
         *,
         max_new_tokens: int = 256,
-        eos_token_ids: Sequence[int] | None = None,
-        stop: Sequence[str] = (),
+        eos_token_ids: Ids | None = None,
+        stop: str | Sequence[str] = (),
     ) -> list[Completion]:
         """Completes a batch of prompts of any lengths.
 
         Args:
-          prompts: texts or token ids. The result for a prompt does not depend on the others.
-          sampling: how tokens are chosen.
+          prompts: texts or lists of token ids; a single one counts as a list of one. The completion of a prompt does
+            not depend on the others.
+          sampling: how tokens are sampled.
           max_new_tokens: at most this many for each prompt.
-          eos_token_ids: ids that end a text; by default the config's.
-          stop: strings that end a text; they are cut off.
+          eos_token_ids: ids that end a text; by default the engine's. An empty list: nothing but length and `stop`.
+          stop: strings that end a text and are cut off. One that contains a special token is found too.
+
+        Returns:
+          A completion for each prompt, in order. A row whose logits are not finite has `finish_reason` "error".
 
         Raises:
           InputError: an empty prompt, ids out of range, more tokens than the context has, a cache larger than memory,
             stop strings without a tokenizer.
         """
-        rows = self._rows(prompts, sampling, eos_token_ids, stop)
-        for tokens, logprobs in self._chunks([row.prompt for row in rows], sampling, max_new_tokens):
+        rows = self._rows(as_prompts(prompts), sampling, max_new_tokens, eos_token_ids, stop)
+        for tokens, logprobs in self.token_chunks([row.prompt for row in rows], sampling, max_new_tokens):
             for i, row in enumerate(rows):
-                row.add(tokens[i], None if logprobs is None else logprobs[i], max_new_tokens)
+                row.add(tokens[i], None if logprobs is None else logprobs[i])
             if all(row.finish_reason for row in rows):
                 break
         return [row.completion() for row in rows]
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         sampling: SamplingParams = SamplingParams(),
         *,
         max_new_tokens: int = 256,
-        eos_token_ids: Sequence[int] | None = None,
-        stop: Sequence[str] = (),
+        eos_token_ids: Ids | None = None,
+        stop: str | Sequence[str] = (),
     ) -> Iterator[Piece]:
-        """Completes one prompt, giving out text as it comes: after the first token, then chunk by chunk.
+        """Completes one prompt and yields its text in pieces: after the first token, then after each chunk.
 
-        Args and errors are those of `generate`; they are checked before the first piece. The texts of the pieces
-        together are the text of `generate`.
+        The arguments and errors are those of `generate`; errors are raised by the call, before the first piece. The
+        pieces join to the text of `generate`.
         """
         if self.tokenizer is None:
             raise InputError("Streaming text needs a tokenizer.")
-        (row,) = self._rows([prompt], sampling, eos_token_ids, stop, incremental=True)
-        chunks = self._chunks([row.prompt], sampling, max_new_tokens)
-        return self._pieces(row, chunks, max_new_tokens)
+        (row,) = self._rows([prompt], sampling, max_new_tokens, eos_token_ids, stop, incremental=True)
+        return self._pieces(row, self.token_chunks([row.prompt], sampling, max_new_tokens))
 
-    def _pieces(
-        self, row: "_Row", chunks: Iterator[tuple[np.ndarray, np.ndarray | None]], max_new_tokens: int
-    ) -> Iterator[Piece]:
+    def _pieces(self, row: Row, chunks: Iterator[tuple[np.ndarray, np.ndarray | None]]) -> Iterator[Piece]:
         given = 0
         for tokens, logprobs in chunks:
-            row.add(tokens[0], None if logprobs is None else logprobs[0], max_new_tokens)
+            row.add(tokens[0], None if logprobs is None else logprobs[0])
             if row.finish_reason:
                 break
             ready = row.ready_text()
@@ -164,14 +155,14 @@ class Engine:
         max_new_tokens: int = 256,
         sampling: SamplingParams = SamplingParams(),
     ) -> float:
-        """Compiles what a call of this size needs, so that it, and smaller ones of the same buckets, compile nothing.
+        """Compiles the programs for calls of this size; later calls in the same buckets compile nothing.
 
         Returns:
           Seconds taken.
         """
         start = time.perf_counter()
         prompts = [[0] * prompt_length] * batch_size
-        for tokens, _ in self._chunks(prompts, sampling, max_new_tokens):
+        for tokens, _ in self.token_chunks(prompts, sampling, max_new_tokens):
             if tokens.shape[1] > 1:
                 break
         return time.perf_counter() - start
@@ -182,31 +173,46 @@ class Engine:
 
     # --- the device side ---
 
-    def _chunks(
-        self, prompts: list[list[int]], sampling: SamplingParams, max_new_tokens: int
+    def token_chunks(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, max_new_tokens: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """Checks, then yields [batch, n] tokens and log-probabilities: the first token, then chunk after chunk."""
+        """Yields new tokens as they are generated: the first of each row, then chunk after chunk.
+
+        Rows are not cut where a text ends; stop iterating when all of them have ended.
+
+        Args:
+          prompts: token ids.
+          sampling: how tokens are sampled.
+          max_new_tokens: the last chunk may go beyond it.
+
+        Returns:
+          An iterator of int32 tokens [batch, n] and float32 log-probabilities [batch, n], or None if not asked for.
+          The batch is padded to its bucket. A token is `sampling.NOT_FINITE` where the logits are not finite.
+
+        Raises:
+          InputError: more tokens than the context has, or a cache larger than memory.
+        """
         longest = max(len(prompt) for prompt in prompts)
         check_lengths(self.config, longest, max_new_tokens)
         slots = self.cache_slots(longest, max_new_tokens)
         batch = self._batch_bucket(len(prompts))
         self._check_memory(batch, slots)
-        program = Program(self.config, self.sharding, self.options, sampling.plan, slots, self.vocab_limit)
+        static = StaticArgs(self.config, self.sharding, self.options, sampling.mode, slots, self.vocab_limit)
         tokens_BT = np.zeros((batch, min(_bucket(longest, smallest=64), slots)), np.int32)
         lengths_B = np.ones(batch, np.int32)
         for i, prompt in enumerate(prompts):
             tokens_BT[i, : len(prompt)] = prompt
             lengths_B[i] = len(prompt)
         seeds_B = ((np.arange(batch, dtype=np.uint64) + sampling.seed) % 2**32).astype(np.uint32)
-        return self._run(program, tokens_BT, lengths_B, seeds_B, Knobs.of(sampling), max_new_tokens)
+        return self._run(static, tokens_BT, lengths_B, seeds_B, SamplingValues.of(sampling), max_new_tokens)
 
     def _run(
         self,
-        program: Program,
+        static: StaticArgs,
         tokens_BT: np.ndarray,
         lengths_B: np.ndarray,
         seeds_B: np.ndarray,
-        knobs: Knobs,
+        values: SamplingValues,
         max_new_tokens: int,
     ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         rows = NamedSharding(self.mesh, self.sharding.rows)
@@ -214,28 +220,28 @@ class Engine:
             tokens = jax.device_put(tokens_BT, NamedSharding(self.mesh, self.sharding.tokens))
             lengths, seeds = jax.device_put((lengths_B, seeds_B), rows)
             state: DecodeState
-            state, *newest = prefill(self.params, tokens, lengths, seeds, knobs, program=program)
-        chosen = 1
+            state, *newest = prefill(self.params, tokens, lengths, seeds, values, static=static)
+        started = 1
         while newest:
             upcoming: list[jax.Array | None] = []
-            if chosen < max_new_tokens:
-                # The next chunk is under way before anyone looks at this one, so the device never waits for the host.
+            if started < max_new_tokens:
+                # The next chunk starts before the host reads this one, so that the device never waits for the host.
                 with jax.set_mesh(self.mesh):
-                    state, *upcoming = decoder(program, state)(
-                        self.params, state, knobs, program=program, steps=self.chunk
+                    state, *upcoming = decoder(static, state)(
+                        self.params, state, values, static=static, steps=self.chunk
                     )
-                chosen += self.chunk
+                started += self.chunk
             tokens_BN, logprobs_BN = newest
             yield np.asarray(tokens_BN), None if logprobs_BN is None else np.asarray(logprobs_BN)
             newest = upcoming
 
     def _batch_bucket(self, size: int) -> int:
-        """Next power of two that the batch axes divide: few programs serve all batch sizes."""
+        """The next power of two, rounded up to a multiple of the batch shards: few programs serve all batch sizes."""
         shards = self.sharding.batch_shards
         return -(-(1 << (size - 1).bit_length()) // shards) * shards
 
     def _check_memory(self, batch: int, slots: int) -> None:
-        """Refuses a cache that cannot fit, where the device tells how much it has."""
+        """Raises InputError if the cache does not fit into memory, where the device reports its memory."""
         stats = self.mesh.devices.flat[0].memory_stats() or {}
         if "bytes_limit" not in stats:
             return
@@ -254,89 +260,71 @@ class Engine:
 
     def _rows(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         sampling: SamplingParams,
-        eos_token_ids: Sequence[int] | None,
-        stop: Sequence[str],
+        max_new_tokens: int,
+        eos_token_ids: Ids | None,
+        stop: str | Sequence[str],
         incremental: bool = False,
-    ) -> list["_Row"]:
-        if not prompts:
+    ) -> list[Row]:
+        if not len(prompts):
             raise InputError("Expected at least one prompt, got none.")
-        check_stop(stop, self.tokenizer)
-        eos = frozenset(self.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-        rows = []
-        for i, prompt in enumerate(prompts):
-            ids = encode(prompt, i, self.tokenizer, self.vocab_limit)
-            rows.append(_Row(ids, eos, tuple(stop), self.tokenizer, sampling.logprobs, incremental or bool(stop)))
-        return rows
+        eos = self.eos_token_ids
+        if eos_token_ids is not None:
+            eos = check_ids(eos_token_ids, "eos_token_ids", self.config.vocab_size)
+        ending = Ending(frozenset(eos), check_stop(stop, self.tokenizer), as_int(max_new_tokens, "max_new_tokens"))
+        return [
+            Row(
+                encode(prompt, i, self.tokenizer, self.vocab_limit),
+                ending,
+                self.tokenizer,
+                logprobs=sampling.logprobs,
+                incremental=incremental,
+                dtype=self.options.dtype,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
 
 
-class _Row:
-    """One prompt's growing completion. Text is decoded token by token only where somebody needs it before the end."""
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """Returns a list of prompts; a single text or a single list of ids becomes a list of one."""
+    if isinstance(prompts, (str, bytes)) or getattr(prompts, "ndim", 2) == 1:
+        return [cast(Prompt, prompts)]
+    if not hasattr(prompts, "__iter__"):
+        raise InputError(f"Expected prompts as texts or lists of token ids, got {prompts!r}.")
+    items = list(cast(Sequence[Prompt], prompts))
+    if items and all(hasattr(item, "__index__") and not getattr(item, "ndim", 0) for item in items):
+        return [cast(Sequence[SupportsIndex], items)]
+    return items
 
-    def __init__(
-        self,
-        prompt: list[int],
-        eos: frozenset[int],
-        stop: tuple[str, ...],
-        tokenizer: Tokenizer | None,
-        logprobs: bool,
-        incremental: bool,
-    ):
-        self.prompt, self.eos, self.stop, self.tokenizer = prompt, eos, stop, tokenizer
-        self.tokens: list[int] = []
-        self.logprobs: list[float] | None = [] if logprobs else None
-        self.finish_reason = ""
-        self.text = ""
-        self.cut = False
-        self.decoder: StreamDecoder | None = None
-        if incremental and tokenizer is not None:
-            self.decoder = StreamDecoder(tokenizer, skip_special_tokens=True)
 
-    def add(self, tokens: np.ndarray, logprobs: np.ndarray | None, max_new_tokens: int) -> None:
-        """Takes new tokens up to whatever ends the text."""
-        for n, token in enumerate(tokens.tolist()):
-            if self.finish_reason:
-                return
-            self.tokens.append(token)
-            if self.logprobs is not None and logprobs is not None:
-                self.logprobs.append(float(logprobs[n]))
-            if token in self.eos or (self.decoder is not None and self._extend(self.decoder.push([token]))):
-                self.finish_reason = "stop"
-            elif len(self.tokens) == max_new_tokens:
-                self.finish_reason = "length"
+def default_eos(config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Ids that end a text: those of the config, and the tokenizer's end-of-text token."""
+    own = () if tokenizer is None else (tokenizer.eos_id,)
+    return tuple(dict.fromkeys([*config.eos_token_ids, *own]))
 
-    def _extend(self, new: str) -> bool:
-        """Appends text; cuts it and returns true where a stop string is in it."""
-        before = len(self.text)
-        self.text += new
-        found = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in self.stop]
-        found = [at for at in found if at >= 0]
-        if found:
-            self.text, self.cut = self.text[: min(found)], True
-        return self.cut
 
-    def ready_text(self) -> str:
-        """Text that no later token can take back: what might be the beginning of a stop string is held."""
-        held = 0
-        for stop in self.stop:
-            sizes = range(min(len(stop) - 1, len(self.text)), 0, -1)
-            held = max(held, next((size for size in sizes if self.text.endswith(stop[:size])), 0))
-        return self.text[: len(self.text) - held]
+def check_ids(ids: Ids, name: str, limit: int) -> tuple[int, ...]:
+    """Returns ids as integers; a single id becomes a tuple of one.
 
-    def completion(self) -> Completion:
-        """The finished completion."""
-        text: str | None = None
-        if self.decoder is not None:
-            text = self.text if self.cut else self.text + self.decoder.flush()
-        elif self.tokenizer is not None:
-            body = self.tokens[:-1] if self.tokens[-1] in self.eos else self.tokens
-            text = self.tokenizer.decode(body, skip_special_tokens=True)
-        return Completion(self.prompt, self.tokens, text, self.finish_reason, self.logprobs)
+    Args:
+      ids: of Python, NumPy or JAX.
+      name: of the argument, for errors.
+      limit: ids must be below it.
+
+    Raises:
+      InputError: something else than integers in [0, limit).
+    """
+    single = not hasattr(ids, "__iter__") or getattr(ids, "ndim", 1) == 0
+    values = tuple(as_int(i, name) for i in ([ids] if single else cast(Sequence[SupportsIndex], ids)))
+    wrong = [i for i in values if not 0 <= i < limit]
+    if wrong:
+        raise InputError(f"{name} has {wrong[0]}; ids must be in [0, {limit}).")
+    return values
 
 
 def vocab_limit(config: ModelConfig, tokenizer: Tokenizer | None) -> int:
-    """The number of ids that are tokens; those from there to the end of the embedding are padding.
+    """The number of ids that are tokens. Ids from there to the end of the embedding are padding.
 
     Raises:
       InputError: a tokenizer with more tokens than the model.
@@ -351,18 +339,26 @@ def vocab_limit(config: ModelConfig, tokenizer: Tokenizer | None) -> int:
     return tokenizer.vocab_size
 
 
-def encode(prompt: str | Sequence[int], i: int, tokenizer: Tokenizer | None, limit: int) -> list[int]:
-    """Token ids of prompt number i.
+def encode(prompt: Prompt, i: int, tokenizer: Tokenizer | None, limit: int) -> list[int]:
+    """Returns the token ids of prompt number i.
+
+    Args:
+      prompt: text, to which the tokenizer adds its own BOS token if it has one; or ids.
+      i: its number, for errors.
+      tokenizer: for text.
+      limit: ids must be below it.
 
     Raises:
-      InputError: empty, text without a tokenizer, or ids that are not below the limit.
+      InputError: empty, text without a tokenizer, or ids that are not integers below the limit.
     """
-    if isinstance(prompt, str):
+    if isinstance(prompt, (str, bytes)):
         if tokenizer is None:
             raise InputError(f"Prompt {i} is text, but there is no tokenizer. Give token ids.")
         ids = tokenizer.encode(prompt)
+    elif hasattr(prompt, "__iter__"):
+        ids = [as_int(token, f"A token id of prompt {i}") for token in prompt]
     else:
-        ids = [int(token) for token in prompt]
+        raise InputError(f"Prompt {i} must be text or a list of token ids, got {prompt!r}.")
     if not ids:
         raise InputError(f"Prompt {i} is empty. Give at least one token.")
     wrong = [token for token in ids if not 0 <= token < limit]
@@ -373,6 +369,7 @@ def encode(prompt: str | Sequence[int], i: int, tokenizer: Tokenizer | None, lim
 
 def check_lengths(config: ModelConfig, longest_prompt: int, max_new_tokens: int) -> None:
     """Raises InputError if prompt and new tokens do not fit the model's context."""
+    max_new_tokens = as_int(max_new_tokens, "max_new_tokens")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     if longest_prompt + max_new_tokens > config.context_length:
@@ -382,16 +379,25 @@ def check_lengths(config: ModelConfig, longest_prompt: int, max_new_tokens: int)
         )
 
 
-def check_stop(stop: Sequence[str], tokenizer: Tokenizer | None) -> None:
-    """Raises InputError if stop strings cannot be looked for."""
-    if stop and tokenizer is None:
+def check_stop(stop: str | Sequence[str], tokenizer: Tokenizer | None) -> tuple[str, ...]:
+    """Returns the stop strings; a single one becomes a tuple of one.
+
+    Raises:
+      InputError: no tokenizer, an empty stop string, or something else than strings.
+    """
+    texts = (stop,) if isinstance(stop, str) else tuple(stop)
+    if texts and tokenizer is None:
         raise InputError("Stop strings need a tokenizer.")
-    if any(not text for text in stop):
-        raise InputError("A stop string must not be empty.")
+    for text in texts:
+        if not isinstance(text, str):
+            raise InputError(f"A stop string must be a string, got {text!r}. Ids belong to eos_token_ids.")
+        if not text:
+            raise InputError("A stop string must not be empty.")
+    return texts
 
 
 def _bucket(size: int, smallest: int) -> int:
-    """The next length that programs are compiled for: powers of two, and from 512 on quarter steps between them."""
+    """The next length that programs are compiled for: powers of two, and above 512 quarter steps between them."""
     power = max(smallest, 1 << (size - 1).bit_length())
     if power <= 512:
         return power

@@ -1,9 +1,9 @@
-"""A decode step of one sequence on one Hopper GPU, by two kernels a layer.
+"""A decode step of one sequence on one Hopper GPU, with two kernels a layer.
 
-The model of `qwen_jax.model` would do it too, with ten kernels a layer; at batch 1 the gaps between them cost more than
-a tenth of the time. Numerics are the same: Hugging Face's order of casts, products accumulated in float32; but that a
-feed-forward layer's inner vector is rounded once, after the nonlinearity and an expert's weight, and the sum of all
-routed experts once instead of each.
+`qwen_jax.model` computes the same with ten kernels a layer; at batch 1 the gaps between kernels cost more than a tenth
+of the time. The numerics are the same (Hugging Face's order of casts, products accumulated in float32), with two
+exceptions: the inner vector of a feed-forward layer is rounded once, after the nonlinearity and the expert's weight,
+and the sum over routed experts is rounded once instead of for each expert.
 """
 
 import functools
@@ -14,20 +14,21 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
-from qwen_jax.attention.block import KVCache
+from qwen_jax.attention.cache import ContiguousCache
 from qwen_jax.attention.rope import rope_tables
 from qwen_jax.config import ModelConfig
+from qwen_jax.kernels.decode import layer as layer_kernels
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params
 
 COMPILER_OPTIONS = {"xla_gpu_graph_min_graph_size": 1 << 30}
-"""No CUDA graphs. A graph starts a kernel when the one before has ended; launched one by one, these kernels overlap:
-each begins to read its weights while the one before still runs."""
+"""No CUDA graphs. In a graph a kernel starts when the kernel before it has ended. Launched one by one, these kernels
+overlap: each begins to read its weights while the kernel before it still runs."""
 
 
-def takes(config: ModelConfig, sharding: Sharding, options: Options, rows: int, cache: KVCache) -> bool:
-    """Whether `step` does this: one row, one Hopper GPU, bfloat16, the inference layout.
+def supports(config: ModelConfig, sharding: Sharding, options: Options, rows: int, cache: ContiguousCache) -> bool:
+    """Whether `step` can be used: one row, one Hopper GPU, bfloat16, the inference layout.
 
     Args:
       config: the architecture.
@@ -42,30 +43,20 @@ def takes(config: ModelConfig, sharding: Sharding, options: Options, rows: int, 
         return False
     heads = config.num_heads, config.num_kv_heads
     dtype = jnp.dtype(options.dtype)
-    if not kernels.has_decode_step(options.attention, dtype, 1, *heads, cache.keys[0]):
+    if not kernels.supports_decode_step(options.attention, dtype, 1, *heads, cache.keys[0]):
         return False
-    from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe
-
-    attention = config.num_heads * config.head_dim
-    qkv = attention + 2 * config.num_kv_heads * config.head_dim
-    sizes = attention, qkv, config.vocab_size
-    all_sparse = len(config.sparse_layers) == config.num_layers
-    fits = all_sparse or layer_gpu.supports(config.hidden_size, config.intermediate_size, *sizes)
-    fits = fits and (config.moe is None or layer_gpu_moe.supports(config.hidden_size, config.moe, *sizes))
-    layers = "two kernels a layer" if fits else "many kernels a layer: its sizes do not allow two"
-    kernels.say_once(f"decoding one sequence: {layers}")
-    return fits
+    return layer_kernels.supports(config)
 
 
 def prepare(params: Params, token: jax.Array) -> tuple[Params, jax.Array]:
-    """The parameters as `step` wants them, to be made once for many steps.
+    """The parameters in the form that `step` needs, made once for many steps.
 
     Args:
       params: in the fused layout.
       token: int32 [1], of the first step.
 
     Returns:
-      The same, but that of each layer's experts the router and the shared one's gate are one matrix; and the token.
+      The parameters, with the router and the shared expert's gate of each layer in one matrix; and the token.
     """
     from qwen_jax.kernels.decode import layer_gpu_moe
 
@@ -75,7 +66,7 @@ def prepare(params: Params, token: jax.Array) -> tuple[Params, jax.Array]:
         else None
         for layer in params["layers"]
     ]
-    # A layer's kernel may begin to read weights while the one before it runs, which must not be what makes them.
+    # A layer's kernel may read weights while the kernel before it still runs, which must not be what produces them.
     joined, token = jax.lax.optimization_barrier((joined, token))
     layers = [
         layer if both is None else {**layer, "moe": {**layer["moe"], "router_and_gate": both}}
@@ -85,24 +76,16 @@ def prepare(params: Params, token: jax.Array) -> tuple[Params, jax.Array]:
 
 
 def step(
-    params: Params,
-    config: ModelConfig,
-    token: jax.Array,
-    start: jax.Array,
-    slot: jax.Array,
-    cache: KVCache,
-    counter: jax.Array,
-) -> tuple[jax.Array, KVCache, jax.Array]:
-    """Reads one token and says what may follow.
+    params: Params, config: ModelConfig, token: jax.Array, cache: ContiguousCache, counter: jax.Array
+) -> tuple[jax.Array, ContiguousCache, jax.Array]:
+    """Runs the model on one token.
 
     Args:
       params: from `prepare`.
       config: the architecture.
       token: int32 [1].
-      start: int32 [1], the first cache slot in use.
-      slot: int32 scalar, where the token goes.
-      cache: of one row.
-      counter: int32 [1], zero at first, then the one that came back.
+      cache: of one row; its slot is where the token goes.
+      counter: int32 [1], zero for the first step, then the one that was returned.
 
     Returns:
       Float32 logits [1, V], the cache with the token in it, the counter.
@@ -111,26 +94,20 @@ def step(
     def specs(tree: Any) -> Any:
         return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
 
-    args = params, token, start, slot, cache, counter
+    args = params, token, cache, counter
     run = jax.shard_map(
-        lambda *args: _step(config, *args),
+        functools.partial(_step, config),
         in_specs=tuple(map(specs, args)),
         out_specs=(P(), specs(cache), P()),
         check_vma=False,
     )
-    result: tuple[jax.Array, KVCache, jax.Array] = run(*args)
+    result: tuple[jax.Array, ContiguousCache, jax.Array] = run(*args)
     return result
 
 
 def _step(
-    config: ModelConfig,
-    params: Params,
-    token: jax.Array,
-    start: jax.Array,
-    slot: jax.Array,
-    cache: KVCache,
-    counter: jax.Array,
-) -> tuple[jax.Array, KVCache, jax.Array]:
+    config: ModelConfig, params: Params, token: jax.Array, cache: ContiguousCache, counter: jax.Array
+) -> tuple[jax.Array, ContiguousCache, jax.Array]:
     from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe
 
     eps, dtype = config.rms_norm_eps, jnp.bfloat16
@@ -143,13 +120,14 @@ def _step(
     def matrices(mlp: Params) -> tuple[jax.Array, ...]:
         return mlp["gate_up"]["weight"][0], mlp["down"]["weight"]
 
+    # Embedding and rotary tables.
     table = params["embed"]["weight"]
     with jax.named_scope("embed"):
         x_D = table[token[0]]
-    cos, sin = (t[:, 0, 0] for t in rope_tables(config, (slot - start)[:, None], jnp.dtype(dtype)))
-    layers, keys, values = params["layers"], [], []
+    cos, sin = (t[:, 0, 0] for t in rope_tables(config, cache.positions(1), jnp.dtype(dtype)))
+    layers, cache_layers, written = params["layers"], cache.layers, []
     head = table if config.tie_word_embeddings else params["lm_head"]["weight"]
-    # What comes before each attention, and after the last one: a norm and a matrix.
+    # The norm and the matrix before each attention, and those after the last layer.
     following = [(layer["input_norm"]["weight"], matrix(layer["attention"]["qkv"]["weight"])) for layer in layers]
     following.append((params["norm"]["weight"], head))
     experts_tail = functools.partial(layer_gpu_moe.layer_tail, moe=config.moe)
@@ -159,11 +137,10 @@ def _step(
         with jax.named_scope(f"layer{i}"):
             attention, moe = layer["attention"], layer.get("moe")
             bias = attention["qkv"]["bias"][0]
-            out, k, v = kernels.decode_step(
-                qkv.reshape(1, -1, d), bias, cos, sin, cache.keys[i], cache.values[i], start, slot, scale=d**-0.5
-            )
-            keys.append(k)
-            values.append(v)
+            # Bias, RoPE, cache and attention in one kernel.
+            out, kv = cache_layers[i].step(qkv.reshape(1, -1, d), bias, (cos, sin), cache.start_B, scale=d**-0.5)
+            written.append(kv)
+            # Everything up to the projections of the next layer, or to the logits, in the other kernel.
             if moe is None:
                 tail: Any = layer_gpu.layer_tail
                 feed_forward = matrices(layer["mlp"])
@@ -183,4 +160,4 @@ def _step(
                 out_dtype=jnp.float32 if i + 1 == len(layers) else dtype,
                 blocks=blocks,
             )
-    return qkv[None], KVCache(tuple(keys), tuple(values)), counter
+    return qkv[None], cache.with_layers(written), counter

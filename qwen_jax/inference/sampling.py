@@ -1,6 +1,7 @@
-"""Choosing the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty; no sort of the vocabulary."""
+"""Sampling of the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty; nothing is sorted."""
 
 import dataclasses
+import operator
 from typing import Literal
 
 import jax
@@ -8,25 +9,32 @@ import jax.numpy as jnp
 
 from qwen_jax.errors import InputError
 
-# Candidates that are kept when top_k is at most this many; beyond it the whole vocabulary is weighed.
+# Up to this top_k, sampling works on a list of candidates; beyond it, on the whole vocabulary.
 TOP_K_CAP = 32
+NOT_FINITE = -1
+"""The token of a row whose logits or log-probability are not finite."""
 _GROUP = 32
 _LOWEST = -float("inf")
+_KEEP_ALL = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. The order of operations is Hugging Face's.
+    """Sampling parameters. They are applied in Hugging Face's order.
 
     Attributes:
       temperature: divides the logits; 0 means greedy.
-      top_k: keep the k most likely tokens; 0 keeps all.
-      top_p: keep the smallest set of most likely tokens whose probability reaches top_p; 1 keeps all.
+      top_k: keep the k most likely tokens; 0 or -1 keeps all.
+      top_p: keep the smallest set of most likely tokens whose probability reaches top_p; 1 keeps all, 0 only the
+        likeliest.
       min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
       repetition_penalty: divides positive and multiplies negative logits of tokens that have occurred (Keskar et al.
         2019, arXiv:1909.05858, section 4.1); 1 is none.
       seed: of the random numbers. Row i of a batch uses seed + i, whatever else is in the batch.
-      logprobs: also return each chosen token's log-probability under the model (temperature 1, no filters).
+      logprobs: also return each sampled token's log-probability under the model (temperature 1, no filters).
+
+    Raises:
+      InputError: a value of another type, or out of range.
     """
 
     temperature: float = 0.0
@@ -38,42 +46,67 @@ class SamplingParams:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            object.__setattr__(self, name, as_number(getattr(self, name), name))
+        for name in ("top_k", "seed"):
+            object.__setattr__(self, name, as_int(getattr(self, name), name))
+
         def need(ok: bool, name: str, expected: str) -> None:
             if not ok:
                 raise InputError(f"{name} must be {expected}, got {getattr(self, name)}.")
 
-        # Beyond these a float32 logit over the temperature overflows, or is lost.
+        # Outside this range, a float32 logit divided by the temperature overflows or underflows.
         need(self.temperature == 0 or 1e-5 <= self.temperature <= 1e5, "temperature", "0 (greedy) or in [1e-5, 1e5]")
-        need(self.top_k >= 0, "top_k", "0 (off) or a positive integer")
-        need(0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        need(self.top_k >= -1, "top_k", "0 or -1 (off) or a positive integer")
+        need(0 <= self.top_p <= 1, "top_p", "in [0, 1]")
         need(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
-        need(self.repetition_penalty > 0, "repetition_penalty", "positive (1 is none)")
+        need(0 < self.repetition_penalty < float("inf"), "repetition_penalty", "positive (1 is none)")
         need(0 <= self.seed < 2**32, "seed", "in [0, 2**32)")
 
     @property
-    def plan(self) -> "Plan":
-        """What has to be compiled for these parameters."""
-        mode: Literal["greedy", "top_k", "full"] = "full"
-        if self.temperature == 0:
-            mode = "greedy"
+    def mode(self) -> "SamplingMode":
+        """The part of the parameters that is compiled into the program."""
+        method: Literal["greedy", "top_k", "full"] = "full"
+        if self.temperature == 0 or self.top_p == 0:
+            method = "greedy"
         elif 0 < self.top_k <= TOP_K_CAP:
-            mode = "top_k"
-        return Plan(mode, penalty=self.repetition_penalty != 1.0, logprobs=self.logprobs)
+            method = "top_k"
+        return SamplingMode(method, penalty=self.repetition_penalty != 1.0, logprobs=self.logprobs)
+
+
+def as_int(value: object, name: str) -> int:
+    """Returns an integer of Python, NumPy or JAX as an int. Raises InputError for floats, booleans and other types."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise InputError(f"{name} must be an integer, got {value!r}.") from None
+
+
+def as_number(value: object, name: str) -> float:
+    """Returns a number of Python, NumPy or JAX as a float. Raises InputError for text, booleans and other types."""
+    try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{name} must be a number, got {value!r}.") from None
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The static part of sampling: parameters that agree on it share one compiled program."""
+class SamplingMode:
+    """The static part of sampling: parameters with the same mode share one compiled program."""
 
-    mode: Literal["greedy", "top_k", "full"]
+    method: Literal["greedy", "top_k", "full"]
     penalty: bool
     logprobs: bool
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Knobs:
-    """The numbers of `SamplingParams`, as arrays: changing them compiles nothing."""
+class SamplingValues:
+    """The numbers of `SamplingParams` as scalar arrays: changing them compiles nothing."""
 
     temperature: jax.Array
     top_k: jax.Array
@@ -82,10 +115,10 @@ class Knobs:
     repetition_penalty: jax.Array
 
     @classmethod
-    def of(cls, params: SamplingParams) -> "Knobs":
+    def of(cls, params: SamplingParams) -> "SamplingValues":
         return cls(
             temperature=jnp.float32(params.temperature or 1.0),
-            top_k=jnp.int32(params.top_k or 2**31 - 1),
+            top_k=jnp.int32(min(params.top_k, _KEEP_ALL) if params.top_k > 0 else _KEEP_ALL),
             # Above any sum of probabilities, so that rounding never drops a token when everything is to be kept.
             top_p=jnp.float32(params.top_p if params.top_p < 1 else 2.0),
             min_p=jnp.float32(params.min_p),
@@ -93,55 +126,60 @@ class Knobs:
         )
 
 
-def sample(
+def sample_token(
     logits_BV: jax.Array,
     seen_BV: jax.Array | None,
     keys_B: jax.Array,
     step: jax.Array,
-    knobs: Knobs,
-    plan: Plan,
+    values: SamplingValues,
+    mode: SamplingMode,
     vocab_limit: int,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Chooses one token a row.
+    """Samples one token for each row.
 
     Args:
       logits_BV: float32.
-      seen_BV: bool, tokens that the penalty applies to; needed if the plan has one.
-      keys_B: one PRNG key a row.
-      step: int32, how many tokens were chosen before; with the row's key it fixes the random numbers.
-      knobs, plan: what to do.
-      vocab_limit: ids from here on are padding of the embedding and are never chosen.
+      seen_BV: bool, tokens that the penalty applies to; needed if the mode has one.
+      keys_B: one PRNG key for each row.
+      step: int32, how many tokens were sampled before; with the row's key it determines the random numbers.
+      values, mode: the sampling parameters.
+      vocab_limit: ids from here on are padding of the embedding and are never sampled.
 
     Returns:
-      int32 [B] tokens, and float32 [B] log-probabilities if the plan asks for them.
+      int32 [B] tokens, and float32 [B] log-probabilities if the mode asks for them. The token is `NOT_FINITE` in rows
+      with a NaN or an infinite maximum among the logits, or a log-probability that is not finite.
     """
     with jax.named_scope("sample"):
         raw_BV = logits_BV
         V = logits_BV.shape[1]
+        # A NaN compares as neither larger nor smaller. As infinity it is sampled in every mode, and then seen below.
+        logits_BV = jnp.where(jnp.isnan(logits_BV), jnp.inf, logits_BV)
         if vocab_limit < V:
             logits_BV = jnp.where(jnp.arange(V) < vocab_limit, logits_BV, _LOWEST)
-        if plan.penalty:
+        if mode.penalty:
             if seen_BV is None:
                 raise ValueError("A repetition penalty needs seen_BV.")
-            p = knobs.repetition_penalty
+            p = values.repetition_penalty
             penalised = jnp.where(logits_BV > 0, logits_BV / p, logits_BV * p)
             logits_BV = jnp.where(seen_BV, penalised, logits_BV)
-        if plan.mode == "greedy":
+        if mode.method == "greedy":
             token_B = jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
         else:
             draw_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-            choose = _among_top_k if plan.mode == "top_k" else _among_all
-            token_B = choose(logits_BV / knobs.temperature, draw_keys_B, knobs)
-        if not plan.logprobs:
-            return token_B, None
-        chosen_B = jnp.take_along_axis(raw_BV, token_B[:, None], axis=1)[:, 0]
-        return token_B, chosen_B - jax.nn.logsumexp(raw_BV, axis=1)
+            sample = _sample_top_k if mode.method == "top_k" else _sample_all
+            token_B = sample(logits_BV / values.temperature, draw_keys_B, values)
+        # The logit of the sampled token tells about its whole row, so nothing else of the vocabulary is read.
+        logit_B = jnp.take_along_axis(raw_BV, token_B[:, None], axis=1)[:, 0]
+        if not mode.logprobs:
+            return jnp.where(jnp.isfinite(logit_B), token_B, NOT_FINITE), None
+        logprob_B = logit_B - jax.nn.logsumexp(raw_BV, axis=1)
+        return jnp.where(jnp.isfinite(logprob_B), token_B, NOT_FINITE), logprob_B
 
 
 def top_k(x_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest entries of each row, largest first, and their indices.
+    """Returns the k largest entries of each row, largest first, and their indices.
 
-    The k largest entries lie in the k groups with the largest maxima, so only those groups are sorted.
+    The k largest entries are in the k groups with the largest maxima, so only those groups are sorted.
     """
     B, V = x_BV.shape
     if max(4 * k, 1024) >= V:
@@ -155,43 +193,44 @@ def top_k(x_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return values_Bk, group_Bk * _GROUP + at_Bk % _GROUP
 
 
-def _among_top_k(logits_BV: jax.Array, keys_B: jax.Array, knobs: Knobs) -> jax.Array:
-    """Samples where top_k is small: everything happens among the candidates, largest first."""
-    values, ids = top_k(logits_BV, TOP_K_CAP)
-    k = jnp.minimum(knobs.top_k, values.shape[1])
-    kth = jnp.take_along_axis(values, jnp.full((values.shape[0], 1), k - 1), axis=1)
-    values = jnp.where(values >= kth, values, _LOWEST)
-    probs = jax.nn.softmax(values, axis=1)
-    # What stands before each candidate. A masked sum is one small kernel, a cumulative sum is several.
+def _sample_top_k(logits_BV: jax.Array, keys_B: jax.Array, values: SamplingValues) -> jax.Array:
+    """Samples where top_k is small: all filters work on the list of candidates, largest first."""
+    logits_Bk, ids_Bk = top_k(logits_BV, TOP_K_CAP)
+    k = jnp.minimum(values.top_k, logits_Bk.shape[1])
+    kth = jnp.take_along_axis(logits_Bk, jnp.full((logits_Bk.shape[0], 1), k - 1), axis=1)
+    logits_Bk = jnp.where(logits_Bk >= kth, logits_Bk, _LOWEST)
+    probs = jax.nn.softmax(logits_Bk, axis=1)
+    # The probability before each candidate. A masked sum is one small kernel, a cumulative sum is several.
     before = jnp.tri(probs.shape[1], k=-1, dtype=bool)
     larger = jnp.where(before, probs[:, None, :], 0.0).sum(axis=2)
-    keep = (larger < knobs.top_p) & (probs >= knobs.min_p * probs[:, :1])
-    return _draw(jnp.where(keep, values, _LOWEST), keys_B, ids)
+    keep = (larger < values.top_p) & (probs >= values.min_p * probs[:, :1])
+    return _draw(jnp.where(keep, logits_Bk, _LOWEST), keys_B, ids_Bk)
 
 
-def _among_all(logits_BV: jax.Array, keys_B: jax.Array, knobs: Knobs) -> jax.Array:
+def _sample_all(logits_BV: jax.Array, keys_B: jax.Array, values: SamplingValues) -> jax.Array:
     """Samples over the whole vocabulary. Filters are thresholds on the logit, found by bisection on its bits."""
     order = _ordered_bits(logits_BV)
-    in_top_k = order >= _threshold(order, jnp.ones_like(logits_BV), jnp.minimum(knobs.top_k, logits_BV.shape[1]))
+    in_top_k = order >= _threshold(order, jnp.ones_like(logits_BV), jnp.minimum(values.top_k, logits_BV.shape[1]))
     logits_BV = jnp.where(in_top_k, logits_BV, _LOWEST)
     probs = jax.nn.softmax(logits_BV, axis=1)
-    in_nucleus = order >= _threshold(order, probs, knobs.top_p)
-    keep = in_nucleus & (probs >= knobs.min_p * probs.max(axis=1, keepdims=True))
-    # The likeliest token always stays, whatever rounding did to the sums.
-    keep |= probs == probs.max(axis=1, keepdims=True)
+    in_nucleus = order >= _threshold(order, probs, values.top_p)
+    keep = in_nucleus & (probs >= values.min_p * probs.max(axis=1, keepdims=True))
+    # The likeliest token always stays, whatever the rounding of the sums; and so does an infinite logit, which makes
+    # every probability NaN.
+    keep |= ~(probs < probs.max(axis=1, keepdims=True))
     return _draw(jnp.where(keep, logits_BV, _LOWEST), keys_B, None)
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
-    """uint32 that order as the float32 do."""
+    """Maps float32 to uint32 of the same order."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def _threshold(order_BV: jax.Array, mass_BV: jax.Array, wanted: jax.Array) -> jax.Array:
-    """The largest threshold t, [B, 1], such that the entries with order >= t have at least the wanted mass.
+    """Returns the largest threshold t, [B, 1], such that the entries with order >= t have at least the wanted mass.
 
-    Finds four bits of t in each of eight passes. If all the mass is less than wanted, t is 0.
+    Each of eight passes finds four bits of t. If the total mass is less than wanted, t is 0.
     """
     nibbles = jnp.arange(16, dtype=jnp.uint32)
 
@@ -202,7 +241,7 @@ def _threshold(order_BV: jax.Array, mass_BV: jax.Array, wanted: jax.Array) -> ja
             [jnp.sum(jnp.where(order_BV >= tries_B16[:, n, None], mass_BV, 0), axis=1) >= wanted for n in range(16)],
             axis=1,
         )
-        # The first try keeps the bits found so far, which did reach it (or nothing does).
+        # The first try keeps the bits found so far, which reach the wanted mass unless nothing does.
         best = jnp.maximum(jnp.sum(reached, axis=1, keepdims=True) - 1, 0).astype(jnp.uint32)
         return t_B1 | (best << shift)
 
@@ -211,7 +250,7 @@ def _threshold(order_BV: jax.Array, mass_BV: jax.Array, wanted: jax.Array) -> ja
 
 
 def _draw(logits_BN: jax.Array, keys_B: jax.Array, ids_BN: jax.Array | None) -> jax.Array:
-    """One sample a row by the Gumbel-max trick."""
+    """Draws one sample for each row by the Gumbel-max trick."""
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits_BN.shape[1:], jnp.float32))(keys_B)
     at_B = jnp.argmax(logits_BN + noise, axis=1).astype(jnp.int32)
     if ids_BN is None:

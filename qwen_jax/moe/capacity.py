@@ -1,63 +1,91 @@
-"""Experts with a capacity: what is exchanged and multiplied has one size, and what finds no room is dropped."""
+"""Dispatch with a capacity: each expert has a fixed number of slots, and overflowing tokens are dropped.
 
+What is exchanged and multiplied has one size, whatever the router does.
+"""
+
+import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_jax.kernels.reference import einsum_f32
+from qwen_jax.kernels.einsum import einsum_f32
+from qwen_jax.moe.dispatch import Dispatched
 from qwen_jax.moe.exchange import AXIS
-from qwen_jax.moe.router import How, choose, gated, matrices
-from qwen_jax.parallel.collectives import gather
+from qwen_jax.moe.router import MoEContext, RouterOutput
 
 
-def with_capacity(how: How, x_btD: jax.Array) -> tuple[Any, Any, Any]:
-    """The routed part in pieces, as those without a capacity. There is room for so many of a device's tokens in each
-    expert, first come, first served (GShard, arXiv:2006.16668, section 2.2).
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CapacityInfo:
+    """Where dispatch with a capacity placed the tokens.
+
+    Attributes:
+      token_S: int32, the token in each of this device's slots for all experts; `num_tokens` in an empty slot.
+      num_tokens: of this device.
     """
-    moe, spec = how.moe, how.sharding
-    E, k, n = moe.num_experts, moe.num_experts_per_tok, spec.expert
-    N = x_btD.shape[0] * x_btD.shape[1]
-    room = min(math.ceil(how.capacity_factor * N * k / E), N)
-    e = E // n
 
-    def first(params: Any, x_btD: jax.Array, valid: jax.Array | None, ids: jax.Array | None) -> Any:
-        chosen = choose(how, params, x_btD, valid, ids)
-        wanted, weights = chosen.wanted_Nk, chosen.weights_Nk
-        is_for_AE = wanted.reshape(-1)[:, None] == jnp.arange(E)
-        before_A = jnp.where(is_for_AE, jnp.cumsum(is_for_AE, axis=0) - 1, 0).sum(1)
-        has_room = (before_A < room) & is_for_AE.any(1)
-        dropped = (is_for_AE.any(1) & ~has_room).sum()
-        slots = E * room
-        slot_A = jnp.where(has_room, wanted.reshape(-1) * room + before_A, slots)
-        token_S = jnp.full((slots,), N, jnp.int32).at[slot_A].set(jnp.arange(N * k) // k, mode="drop")
-        rows = chosen.x_ND.at[token_S].get(mode="fill", fill_value=0)
-        weight_S = jnp.zeros((slots,), weights.dtype).at[slot_A].set(weights.reshape(-1), mode="drop")
-        w = matrices(params[2])
-        rows, weight_S = _mine(rows), _mine(weight_S)
-        gate_up = einsum_f32("ecd,efd->ecf", rows, w).astype(rows.dtype)
-        return gate_up, (weight_S, (token_S,)), chosen.count(dropped)
+    token_S: jax.Array
+    num_tokens: int = dataclasses.field(metadata={"static": True})
 
-    def second(params: Any, gate_up: jax.Array, weight_ec: jax.Array, where: Any) -> jax.Array:
-        h = gated(gate_up, weight_ec)
-        y = _given_back(einsum_f32("ecf,edf->ecd", h, gather(params[3], 1)).astype(h.dtype))
-        out = jnp.zeros((N, y.shape[-1]), jnp.float32)
-        return out.at[where[0]].add(y.reshape(E * room, -1).astype(jnp.float32), mode="drop")
+    def multiply(self, context: MoEContext, rows: jax.Array, matrices: jax.Array) -> jax.Array:
+        """See `qwen_jax.moe.dispatch.DispatchInfo`. Rows are [experts here, slots, width]."""
+        return einsum_f32("eck,enk->ecn", rows, matrices).astype(rows.dtype)
 
-    def _mine(x: jax.Array) -> jax.Array:
-        """[slots of all experts, ...] -> [experts here, slots of all origins, ...]."""
-        x = x.reshape(n, e, room, *x.shape[1:])
-        if spec.exchanges:
-            return jnp.moveaxis(lax.all_to_all(x, AXIS, 0, 0), 0, 1).reshape(e, n * room, *x.shape[3:])
-        return lax.dynamic_index_in_dim(x, lax.axis_index(AXIS), keepdims=False)
+    def combine(self, context: MoEContext, rows: jax.Array) -> jax.Array:
+        """See `qwen_jax.moe.dispatch.DispatchInfo`."""
+        rows_SD = _to_tokens(context, rows).reshape(self.token_S.shape[0], -1)
+        out_ND = jnp.zeros((self.num_tokens, rows_SD.shape[1]), jnp.float32)
+        return out_ND.at[self.token_S].add(rows_SD.astype(jnp.float32), mode="drop")
 
-    def _given_back(y: jax.Array) -> jax.Array:
-        if spec.exchanges:
-            parts = jnp.moveaxis(y.reshape(e, n, room, *y.shape[2:]), 1, 0)
-            return lax.all_to_all(parts, AXIS, 0, 0)
-        own = jnp.zeros((n, *y.shape), y.dtype)
-        return lax.dynamic_update_index_in_dim(own, y, lax.axis_index(AXIS), 0)
 
-    return first, second, lambda out, of, where: out
+def dispatch_with_capacity(context: MoEContext, routed: RouterOutput) -> Dispatched:
+    """Places one device's tokens in the slots of their experts and sends them to the devices of these experts.
+
+    An expert has room for `capacity_factor` times the tokens that the device would send it if loads were even. Tokens
+    are placed in their order, and those that find no room are dropped (GShard, arXiv:2006.16668, section 2.2).
+
+    Args:
+      context: static settings.
+      routed: the router's decisions.
+    """
+    E, k = context.config.num_experts, context.config.num_experts_per_tok
+    N = routed.x_ND.shape[0]
+    room = min(math.ceil(context.capacity_factor * N * k / E), N)
+    num_slots = E * room
+
+    # Sort: an assignment's slot is the number of earlier assignments to the same expert.
+    expert_A = routed.masked_ids_Nk.reshape(-1)
+    is_for_AE = expert_A[:, None] == jnp.arange(E)
+    before_A = jnp.where(is_for_AE, jnp.cumsum(is_for_AE, axis=0) - 1, 0).sum(1)
+    has_room_A = (before_A < room) & is_for_AE.any(1)
+    dropped = (is_for_AE.any(1) & ~has_room_A).sum()
+    slot_A = jnp.where(has_room_A, expert_A * room + before_A, num_slots)
+    token_S = jnp.full((num_slots,), N, jnp.int32).at[slot_A].set(jnp.arange(N * k) // k, mode="drop")
+    rows_SD = routed.x_ND.at[token_S].get(mode="fill", fill_value=0)
+    weights_A = routed.weights_Nk.reshape(-1)
+    weights_S = jnp.zeros((num_slots,), weights_A.dtype).at[slot_A].set(weights_A, mode="drop")
+
+    # Send.
+    rows, weights = _to_experts(context, rows_SD), _to_experts(context, weights_S)
+    return Dispatched(rows, weights, dropped, CapacityInfo(token_S, N))
+
+
+def _to_experts(context: MoEContext, x: jax.Array) -> jax.Array:
+    """[slots for all experts, ...] -> [experts here, slots of all senders, ...]."""
+    n, E = context.sharding.expert, context.config.num_experts
+    x = x.reshape(n, E // n, x.shape[0] // E, *x.shape[1:])
+    if context.sharding.exchanges:
+        return jnp.moveaxis(lax.all_to_all(x, AXIS, 0, 0), 0, 1).reshape(E // n, -1, *x.shape[3:])
+    return lax.dynamic_index_in_dim(x, lax.axis_index(AXIS), keepdims=False)
+
+
+def _to_tokens(context: MoEContext, y: jax.Array) -> jax.Array:
+    """The inverse of `_to_experts`: [n devices, experts of each, slots, ...], zeros for what was not computed here."""
+    n = context.sharding.expert
+    if context.sharding.exchanges:
+        y = y.reshape(y.shape[0], n, y.shape[1] // n, *y.shape[2:])
+        return lax.all_to_all(jnp.moveaxis(y, 1, 0), AXIS, 0, 0)
+    own = jnp.zeros((n, *y.shape), y.dtype)
+    return lax.dynamic_update_index_in_dim(own, y, lax.axis_index(AXIS), 0)

@@ -1,36 +1,37 @@
-"""Rows to the devices of the expert axis that have their experts, and back.
+"""Sends rows to the devices of the expert axis that hold their experts, and back.
 
-Every device sorts its rows by expert; how many go where is known after one gather of small numbers. The rows of one
-device for one expert travel as a piece and come to lie beside those of other devices for that expert, so that nothing
-has to be put in order on either side. TPUs and GPUs have a collective for unequal pieces. Elsewhere all rows are
-gathered, and the same ones are taken to the same places.
+Each device sorts its rows by expert. One all-gather of the counts tells all devices how many rows go where. The rows of
+one device for one expert travel as one contiguous piece, which is placed next to the pieces of other devices for the
+same expert, so neither side sorts again. TPUs and GPUs have a collective for pieces of unequal size
+(`ragged_all_to_all`). On CPUs all rows are gathered and each device picks the ones it would have received.
 
-Functions here run on local arrays, inside `jax.shard_map`.
+The functions work on local arrays, inside `jax.shard_map`.
 """
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_jax.platform import platform
+from qwen_jax import platform
 
 AXIS = "expert"
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Parcels:
-    """Which rows go where; all int32 [n devices of the axis, e experts of one].
+class ExchangePlan:
+    """The pieces that this device sends and receives; int32 arrays [n devices of the axis, e experts of a device].
 
     Attributes:
-      sent_ne, starts_ne: rows for each expert of each device, and where they begin among the sorted ones.
-      there_ne: where they begin among what that device receives.
-      received_ne, places_ne: rows of each device for each expert here, and where they begin among what is received.
-      back_ne: where they began among that device's sorted ones.
+      sent_ne: number of rows to send to each device for each of its experts.
+      starts_ne: index of the first of these rows among this device's sorted rows.
+      there_ne: index at which the receiving device places the first of them.
+      received_ne: number of rows to receive from each device for each expert of this device.
+      places_ne: index at which this device places the first of these.
+      back_ne: index of the first of them among the sender's sorted rows.
     """
 
     sent_ne: jax.Array
@@ -42,11 +43,16 @@ class Parcels:
 
     @property
     def sizes_e(self) -> jax.Array:
-        """Rows received for each expert here."""
+        """Number of rows received for each expert of this device."""
         return self.received_ne.sum(0)
 
-    def part(self, begin: int | jax.Array, size: int) -> "Parcels":
-        """Of all rows those that every device would receive at so many places, which become the first ones."""
+    def window(self, begin: int | jax.Array, size: int) -> "ExchangePlan":
+        """The plan of a partial exchange: the rows that each device would receive at [begin, begin + size).
+
+        Args:
+          begin: first index among the received rows; it becomes index 0.
+          size: number of rows that each device has room for.
+        """
 
         def cut(lengths: jax.Array, places: jax.Array, origins: jax.Array) -> tuple[jax.Array, ...]:
             before = jnp.clip(begin - places, 0, lengths)
@@ -55,111 +61,117 @@ class Parcels:
 
         sent_ne, there_ne, starts_ne = cut(self.sent_ne, self.there_ne, self.starts_ne)
         received_ne, places_ne, back_ne = cut(self.received_ne, self.places_ne, self.back_ne)
-        return Parcels(sent_ne, starts_ne, there_ne, received_ne, places_ne, back_ne)
+        return ExchangePlan(sent_ne, starts_ne, there_ne, received_ne, places_ne, back_ne)
 
 
-def parcels(sizes_E: jax.Array, n: int) -> Parcels:
-    """Tells all devices of the axis how many rows go where.
+def plan_exchange(sizes_E: jax.Array, n: int) -> ExchangePlan:
+    """Computes the plan of an exchange from every device's row counts. All devices of the axis must call it.
 
     Args:
-      sizes_E: int32, this device's rows for each expert of all; those of one device are neighbours.
-      n: size of the axis; divides the number of experts.
-
-    Returns:
-      What `send` and its like need.
+      sizes_E: int32, number of this device's rows for each of all experts. The experts of a device are consecutive.
+      n: size of the expert axis; divides the number of experts.
     """
     sizes_nE = lax.all_gather(sizes_E, AXIS)
     starts_nE = jnp.cumsum(sizes_nE, 1) - sizes_nE
-    sizes_nne, starts_nne = (x.reshape(n, n, -1) for x in (sizes_nE, starts_nE))  # from, to, expert there
-    by_expert = sizes_nne.transpose(1, 2, 0).reshape(n, -1)  # to; expert there and from
+    # Axes: sender, receiver, expert of the receiver.
+    sizes_nne, starts_nne = (x.reshape(n, n, -1) for x in (sizes_nE, starts_nE))
+    # A receiver's rows are ordered by expert, and by sender within an expert.
+    by_expert = sizes_nne.transpose(1, 2, 0).reshape(n, -1)
     places = (jnp.cumsum(by_expert, 1) - by_expert).reshape(n, -1, n).transpose(2, 0, 1)
     me = lax.axis_index(AXIS)
-    return Parcels(sizes_nne[me], starts_nne[me], places[me], sizes_nne[:, me], places[:, me], starts_nne[:, me])
+    return ExchangePlan(sizes_nne[me], starts_nne[me], places[me], sizes_nne[:, me], places[:, me], starts_nne[:, me])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def send(rows: jax.Array, p: Parcels, size: int) -> jax.Array:
-    """Sorted rows to the devices of their experts.
+def send(rows: jax.Array, plan: ExchangePlan, size: int) -> jax.Array:
+    """Sends sorted rows to the devices of their experts. The gradient is sent back.
 
     Args:
       rows: [M, ...], sorted by expert.
-      p: of them.
-      size: the most that may be received.
+      plan: of these rows.
+      size: number of rows that this device has room for.
 
     Returns:
-      [size, ...]: by expert, and by origin within. Beyond what is received anything may be, not only numbers.
+      [size, ...], sorted by expert, and by sender within an expert. Rows beyond those received are uninitialised and
+      may hold NaN.
     """
-    return _exchange(rows, size, p.starts_ne, p.sent_ne, p.there_ne, p.received_ne)
+    return _exchange(rows, size, plan.starts_ne, plan.sent_ne, plan.there_ne, plan.received_ne)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def send_back(rows: jax.Array, p: Parcels, size: int) -> jax.Array:
-    """What became of received rows, to where they came from.
+def send_back(rows: jax.Array, plan: ExchangePlan, size: int) -> jax.Array:
+    """Returns received rows to the devices that sent them: the inverse of `send`.
 
     Args:
-      rows: as `send` gave them.
-      p: as for `send`.
-      size: rows that `send` was given.
+      rows: in the order in which `send` returned them.
+      plan: the one `send` was given.
+      size: number of rows that `send` was given.
 
     Returns:
-      [size, ...], sorted as they were; zeros where a row went nowhere.
+      [size, ...] in the sender's order; zeros for rows that were not sent.
     """
-    y = _exchange(rows, size, p.places_ne, p.received_ne, p.back_ne, p.sent_ne)
-    # Cheaper than zeros to begin with: the collective wants rows in a layout that TPUs are slow to fill.
-    used = _pieces(size, p.sent_ne, p.starts_ne).any(1)
+    y = _exchange(rows, size, plan.places_ne, plan.received_ne, plan.back_ne, plan.sent_ne)
+    # A mask is cheaper than a receive buffer of zeros: the collective's row layout is slow to fill on TPUs.
+    used = _in_piece(size, plan.sent_ne, plan.starts_ne).any(1)
     return jnp.where(used.reshape(-1, *(1,) * (y.ndim - 1)), y, 0)
 
 
+_Residuals = tuple[int, ExchangePlan]
+
 send.defvjp(
-    lambda rows, p, size: (send(rows, p, size), (rows.shape[0], p)),
-    lambda size, kept, by: (send_back(by, kept[1], kept[0]), None),
+    lambda rows, plan, size: (send(rows, plan, size), (rows.shape[0], plan)),
+    lambda size, residuals, dy: (send_back(dy, residuals[1], residuals[0]), None),
 )
 send_back.defvjp(
-    lambda rows, p, size: (send_back(rows, p, size), (rows.shape[0], p)),
-    lambda size, kept, by: (send(by, kept[1], kept[0]), None),
+    lambda rows, plan, size: (send_back(rows, plan, size), (rows.shape[0], plan)),
+    lambda size, residuals, dy: (send(dy, residuals[1], residuals[0]), None),
 )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def send_numbers(numbers: jax.Array, p: Parcels, size: int) -> jax.Array:
-    """As `send`, for one number a row: all are gathered, which costs less than rows of one number each would.
+def send_scalars(scalars: jax.Array, plan: ExchangePlan, size: int) -> jax.Array:
+    """`send` for one number a row. It gathers all numbers, which is cheaper than exchanging rows of width one.
 
     Args:
-      numbers: [M], sorted by expert.
-      p, size: see `send`.
+      scalars: [M], sorted by expert.
+      plan: of these rows.
+      size: number of rows that this device has room for.
+
+    Returns:
+      [size]; zeros beyond what is received.
     """
-    return _pick(numbers, size, p.received_ne, p.places_ne, p.back_ne)
+    return _pick(scalars, size, plan.received_ne, plan.places_ne, plan.back_ne)
 
 
-def _numbers_back(size: int, kept: Any, by: jax.Array) -> tuple[jax.Array, None]:
-    count, p = kept
-    return _pick(by, count, p.sent_ne, p.starts_ne, p.there_ne), None
+def _send_scalars_backward(size: int, residuals: _Residuals, dy: jax.Array) -> tuple[jax.Array, None]:
+    count, plan = residuals
+    return _pick(dy, count, plan.sent_ne, plan.starts_ne, plan.there_ne), None
 
 
-send_numbers.defvjp(lambda x, p, size: (send_numbers(x, p, size), (x.shape[0], p)), _numbers_back)
+send_scalars.defvjp(lambda x, plan, size: (send_scalars(x, plan, size), (x.shape[0], plan)), _send_scalars_backward)
 
 
-def _pieces(size: int, lengths_ne: jax.Array, begins_ne: jax.Array) -> jax.Array:
-    """Whether each place belongs to each piece, [size, n e]."""
+def _in_piece(size: int, lengths_ne: jax.Array, begins_ne: jax.Array) -> jax.Array:
+    """Whether each of `size` indices lies in each piece, bool [size, n e]."""
     within = jnp.arange(size)[:, None] - begins_ne.reshape(-1)
     return (within >= 0) & (within < lengths_ne.reshape(-1))
 
 
 def _pick(rows: jax.Array, size: int, received_ne: jax.Array, places_ne: jax.Array, from_ne: jax.Array) -> jax.Array:
-    """Rows of all devices of the axis.
+    """Gathers the rows of all devices and picks those that an exchange would bring to this one.
 
     Args:
-      rows: [M, ...], this device's.
-      size: places for them; those that nothing is for get zeros.
-      received_ne: how many come from each device in each piece.
-      places_ne: where they go.
-      from_ne: where they begin among that device's.
+      rows: [M, ...], this device's rows; M is the same on all devices.
+      size: number of rows to return; those that receive nothing are zeros.
+      received_ne: number of rows in the piece from each device for each expert.
+      places_ne: index at which each piece is placed.
+      from_ne: index at which it begins among the sender's rows.
     """
     rows_NM = lax.all_gather(rows, AXIS, tiled=True)
     first = jnp.arange(received_ne.shape[0])[:, None] * rows.shape[0] + from_ne
-    # Sums over pieces, which a compiler fuses, instead of look-ups place by place.
-    is_of = _pieces(size, received_ne, places_ne)
-    used, shift = is_of.any(1), (is_of * (first - places_ne).reshape(-1)).sum(1)
+    # A sum over pieces fuses into one kernel; looking up the piece of each index would not.
+    is_in = _in_piece(size, received_ne, places_ne)
+    used, shift = is_in.any(1), (is_in * (first - places_ne).reshape(-1)).sum(1)
     found = rows_NM[jnp.where(used, jnp.arange(size) + shift, 0)]
     return jnp.where(used.reshape(-1, *(1,) * (rows.ndim - 1)), found, 0)
 
@@ -167,12 +179,13 @@ def _pick(rows: jax.Array, size: int, received_ne: jax.Array, places_ne: jax.Arr
 def _exchange(
     rows: jax.Array, size: int, starts_ne: jax.Array, sent_ne: jax.Array, there_ne: jax.Array, received_ne: jax.Array
 ) -> jax.Array:
-    if platform() == "cpu":
+    """Moves pieces of rows between the devices of the axis; the arguments are those of `ragged_all_to_all`."""
+    if platform.platform() == "cpu":
         places_ne, from_ne = (lax.all_to_all(x, AXIS, 0, 0) for x in (there_ne, starts_ne))
         return _pick(rows, size, received_ne, places_ne, from_ne)
 
-    # A call that JAX does not look into: else it would move the buffer, which depends on nothing, out of a loop over
-    # layers, and each layer would have to copy it.
+    # The receive buffer depends on no input, so JAX would move it out of a scan over layers, and every layer would then
+    # have to copy it. `sequential_vmap` makes this an opaque call, which keeps the buffer inside.
     @jax.custom_batching.sequential_vmap
     def receive(rows: jax.Array, *pieces: jax.Array) -> jax.Array:
         return lax.ragged_all_to_all(rows, lax.empty((size, *rows.shape[1:]), rows.dtype), *pieces, axis_name=AXIS)

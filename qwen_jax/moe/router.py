@@ -1,34 +1,31 @@
-"""Which experts tokens take, and what both ways to route, dropless and with a capacity, do alike."""
+"""The router: which experts each token uses, with which weights, and statistics of these choices."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.config import MoE as MoEConfig
+from qwen_jax.kernels.einsum import einsum_f32
 from qwen_jax.kernels.matmul.grouped import Implementation as Grouped
-from qwen_jax.kernels.reference import einsum_f32
 from qwen_jax.linear import rms_norm
-from qwen_jax.parallel.collectives import gather
+from qwen_jax.moe.experts import MoEWeights
 from qwen_jax.parallel.sharding import Sharding
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Routing:
-    """What a layer's router did, summed over all tokens of the batch, on all devices; float32.
+class RouterStats:
+    """Statistics of a layer's router, summed over all tokens of the batch on all devices; float32.
 
     Attributes:
-      load_E: how many tokens took each expert. No gradient.
-      probability_E: the router's probabilities.
-      z: squared logarithms of the softmax's denominator.
-      entropy: of the router's probabilities, in nats. No gradient.
-      tokens: how many there were.
-      dropped: how often an expert had no room for a token; 0 without a capacity.
+      load_E: number of tokens that chose each expert. It has no gradient.
+      probability_E: the router's probability of each expert.
+      z: squared log of the softmax denominator.
+      entropy: entropy of the router's probabilities, in nats. It has no gradient.
+      tokens: number of tokens that are not padding.
+      dropped: number of assignments for which the expert had no room; 0 without a capacity.
     """
 
     load_E: jax.Array
@@ -40,78 +37,85 @@ class Routing:
 
 
 @dataclasses.dataclass(frozen=True)
-class How:
-    """What is static about the routed part of a layer.
+class MoEContext:
+    """The static settings of the routed part of a layer.
 
     Attributes:
-      moe: the architecture.
+      config: the MoE part of the architecture.
       sharding: of the current mesh.
-      eps: of the norm before it.
-      capacity_factor: 0, or room in each expert, over what even routing needs; see `Options`.
-      grouped: which kernel; see `kernels.grouped`.
-      keep_dots: the backward pass keeps the results of products and makes all else again.
-      count: sum up a `Routing`.
+      eps: epsilon of the norm before the router.
+      capacity_factor: see `qwen_jax.options.Options`.
+      grouped: kernel of the grouped products; see `qwen_jax.kernels.matmul.grouped`.
+      keep_dots: the backward pass keeps the results of matrix products and recomputes everything else.
     """
 
-    moe: MoEConfig
+    config: MoEConfig
     sharding: Sharding
     eps: float
     capacity_factor: float
     grouped: Grouped
     keep_dots: bool
-    count: bool
 
 
 @dataclasses.dataclass(frozen=True)
-class Chosen:
-    """What the router said of one device's tokens.
+class RouterOutput:
+    """The router's decisions for one device's tokens.
 
     Attributes:
-      x_ND: tokens, normalised.
-      weights_Nk: of the experts taken.
-      ids_Nk: the experts.
-      wanted_Nk: the same, but for padding, which takes one that there is not.
-      count: (how many assignments were dropped) -> `Routing`, or None where none is wanted.
+      x_ND: normalised tokens.
+      weights_Nk: weights of the chosen experts, in the dtype of x.
+      ids_Nk: int32 ids of the chosen experts.
+      masked_ids_Nk: `ids_Nk`, where padding has the out-of-range id E and so is sent to no expert.
+      logits_NE: float32 router logits.
+      valid_N: which tokens are not padding; None if all are valid and no statistics are wanted.
     """
 
     x_ND: jax.Array
     weights_Nk: jax.Array
     ids_Nk: jax.Array
-    wanted_Nk: jax.Array
-    count: Callable[[Any], Routing | None]
+    masked_ids_Nk: jax.Array
+    logits_NE: jax.Array
+    valid_N: jax.Array | None
 
 
-def choose(how: How, params: Any, x_btD: jax.Array, valid: jax.Array | None, ids_Nk: jax.Array | None) -> Chosen:
-    """Norm and router.
+def route_tokens(
+    context: MoEContext,
+    weights: MoEWeights,
+    x_btD: jax.Array,
+    valid_bt: jax.Array | None,
+    ids_Nk: jax.Array | None = None,
+) -> RouterOutput:
+    """Normalises one device's tokens and routes them.
 
     Args:
-      how: see there.
-      params: norm, router, and others.
-      x_btD: one device's part of the stream.
-      valid: which tokens are not padding, or None for all.
-      ids_Nk: see `route`.
+      context: static settings.
+      weights: of the layer; this uses the norm and the router.
+      x_btD: one device's part of the residual stream.
+      valid_bt: which tokens are not padding; None if all are valid and no statistics are wanted.
+      ids_Nk: expert ids of an earlier call; None chooses them.
     """
-    x_ND = rms_norm(x_btD, params[0], how.eps).reshape(-1, x_btD.shape[-1])
-    weights, ids, logits = route(x_ND, gather(params[1], 1), how.moe, ids_Nk)
-    valid_N = None if valid is None else valid.reshape(-1)
-    wanted = ids if valid_N is None else jnp.where(valid_N[:, None], ids, how.moe.num_experts)
-    return Chosen(x_ND, weights, ids, wanted, functools.partial(_count, how, logits, ids, valid_N))
+    x_ND = rms_norm(x_btD, weights.norm_D, context.eps).reshape(-1, x_btD.shape[-1])
+    weights_Nk, ids_Nk, logits_NE = route(x_ND, weights.gathered_router(), context.config, ids_Nk)
+    valid_N = None if valid_bt is None else valid_bt.reshape(-1)
+    masked_ids_Nk = ids_Nk if valid_N is None else jnp.where(valid_N[:, None], ids_Nk, context.config.num_experts)
+    return RouterOutput(x_ND, weights_Nk, ids_Nk, masked_ids_Nk, logits_NE, valid_N)
 
 
 def route(
     x_ND: jax.Array, router_ED: jax.Array, moe: MoEConfig, ids_Nk: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which experts tokens take, and how much of each.
+    """Chooses k experts for each token, as `Qwen2MoeForCausalLM` of transformers does.
+
+    Logits are rounded to the dtype of x. Their softmax over all experts is float32.
 
     Args:
       x_ND: normalised tokens.
-      router_ED: the router's weight.
-      moe: the architecture.
-      ids_Nk: experts that were chosen before; None chooses.
+      router_ED: the router's weight, in the dtype of x.
+      moe: the MoE part of the architecture.
+      ids_Nk: int32 expert ids to use instead of the k most probable ones.
 
     Returns:
-      Weights [N, k] in the dtype of x, expert ids int32 [N, k], logits float32 [N, E]. As in transformers, logits are
-      rounded to the dtype of x, and their softmax over all experts is float32.
+      Weights [N, k] in the dtype of x, expert ids int32 [N, k], logits float32 [N, E].
     """
     logits = einsum_f32("nd,ed->ne", x_ND, router_ED).astype(x_ND.dtype).astype(jnp.float32)
     p = jax.nn.softmax(logits)
@@ -124,34 +128,30 @@ def route(
     return top.astype(x_ND.dtype), ids_Nk, logits
 
 
-def _count(how: How, logits: jax.Array, ids: jax.Array, valid_N: jax.Array | None, dropped: Any) -> Routing | None:
-    """Sums over all tokens on all devices."""
-    if valid_N is None:
+def router_stats(context: MoEContext, routed: RouterOutput, dropped: jax.Array | float) -> RouterStats | None:
+    """Sums statistics over all tokens on all devices.
+
+    Args:
+      context: static settings.
+      routed: the router's decisions for this device's tokens.
+      dropped: number of this device's assignments that were dropped.
+
+    Returns:
+      The statistics, or None if `routed.valid_N` is None.
+    """
+    if routed.valid_N is None:
         return None
-    E = how.moe.num_experts
-    keep = valid_N.astype(jnp.float32)
-    log_p, log_total = jax.nn.log_softmax(logits), jax.nn.logsumexp(logits, -1)
+    keep = routed.valid_N.astype(jnp.float32)
+    log_p, log_total = jax.nn.log_softmax(routed.logits_NE), jax.nn.logsumexp(routed.logits_NE, -1)
     p = jnp.exp(log_p)
-    taken = (ids[:, :, None] == jnp.arange(E)).sum(1)
-    sums = Routing(
-        load_E=(taken * keep[:, None]).sum(0),
+    chosen_NE = (routed.ids_Nk[:, :, None] == jnp.arange(context.config.num_experts)).sum(1)
+    sums = RouterStats(
+        load_E=(chosen_NE * keep[:, None]).sum(0),
         probability_E=(p * keep[:, None]).sum(0),
         z=(log_total**2 * keep).sum(),
         entropy=lax.stop_gradient((-(p * log_p).sum(-1) * keep).sum()),
         tokens=keep.sum(),
         dropped=jnp.asarray(dropped, jnp.float32),
     )
-    total: Routing = lax.psum(sums, how.sharding.row_axes)
+    total: RouterStats = lax.psum(sums, context.sharding.row_axes)
     return total
-
-
-def gated(gate_up: jax.Array, weights: jax.Array) -> jax.Array:
-    """SwiGLU times the weight, which goes before the product: then its gradient needs nothing of the result."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return jax.nn.silu(gate) * up * weights[..., None]
-
-
-def matrices(gate_up_e2FD: jax.Array) -> jax.Array:
-    """Gate and up of each expert as one matrix, gathered."""
-    w = gather(gate_up_e2FD, 3)
-    return w.reshape(w.shape[0], -1, w.shape[-1])

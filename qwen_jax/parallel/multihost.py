@@ -1,4 +1,4 @@
-"""Several processes that must do the same: each says how it fared, and all hear all."""
+"""Processes of one job: they share numbers, and share success or failure."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from qwen_jax.errors import InputError
 
 
 def gather(values: int | list[int]) -> np.ndarray:
-    """What each process says. It is a meeting: it waits until every process has come.
+    """Gathers numbers from all processes. It is a barrier: every process must call it.
 
     Args:
-      values: a number, or as many numbers as the other processes give.
+      values: one number, or a list of the same length in every process.
 
     Returns:
       int32 [processes] or [processes, numbers], by process index.
@@ -23,13 +23,13 @@ def gather(values: int | list[int]) -> np.ndarray:
 
 @contextlib.contextmanager
 def in_step(what: str) -> Iterator[None]:
-    """A block that ends well in every process or in none. Each process must come to its end.
+    """A block that succeeds in every process or fails in every process. Every process must reach its end.
 
     Args:
-      what: is done, for the message, such as "Writing x".
+      what: describes the block in the message, such as "Writing x".
 
     Raises:
-      InputError: another process failed. Where this one did, its own exception.
+      InputError: another process failed. A process that failed raises its own exception.
     """
     problem: Exception | None = None
     try:

@@ -1,4 +1,4 @@
-"""The device mesh, and where each array lies on it."""
+"""The device mesh, and the sharding of every array of a model on it."""
 
 import collections
 import dataclasses
@@ -21,15 +21,15 @@ AXES = ("data", "fsdp", "expert", "context", "tensor")
 def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with all of `AXES`, in explicit-sharding mode.
 
-    Devices of several slices, or of several nodes with GPUs, are joined by the data axis, and all other axes lie within
-    one. Where nodes are more than the data axis counts, fsdp joins the rest of them; slices of TPUs it never joins.
+    The data axis connects TPU slices or GPU nodes; all other axes stay within one slice or node. Where there are more
+    nodes than the data axis has parts, fsdp spans the rest of them; it never spans TPU slices.
 
     Args:
       axes: sizes of the axes that are not 1, such as {"tensor": 2}.
-      devices: what to build it from; by default the first of `jax.devices()`, as many as the sizes ask for.
+      devices: by default the first of `jax.devices()`, as many as the sizes need.
 
     Raises:
-      InputError: unknown axis, more devices asked for than there are, or slices that the data axis does not join.
+      InputError: an unknown axis, more devices than there are, or sizes that do not fit the slices or nodes.
     """
     axes = dict(axes or {})
     unknown = sorted(set(axes) - set(AXES))
@@ -42,12 +42,12 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Devic
     needed = math.prod(sizes)
     if needed > len(available):
         raise InputError(f"The mesh {axes} needs {needed} devices, there are {len(available)}.")
-    return Mesh(_arranged(sizes, available[:needed]), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return Mesh(_arrange(sizes, available[:needed]), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def _arranged(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-    """The devices in the shape of a mesh: what is between slices or nodes is outermost."""
-    # JAX tells which GPUs share fast links by the same attribute, and has no such thing for CPUs.
+def _arrange(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in the shape of a mesh, with the parts that span slices or nodes outermost."""
+    # GPUs have slice_index too, for those that share fast links; CPUs do not.
     sliced, gpus = hasattr(devices[0], "slice_index"), devices[0].platform == "gpu"
     groups = collections.Counter(d.slice_index if sliced else d.process_index if gpus else 0 for d in devices)
     count, name = len(groups), "nodes" if gpus else "slices"
@@ -56,8 +56,8 @@ def _arranged(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     axes = {axis: size for axis, size in zip(AXES, sizes, strict=True) if size > 1}
     if len(set(groups.values())) > 1:
         raise InputError(
-            f"The mesh {axes} takes unequal parts of the {count} {name}: {sorted(groups.values())} devices. "
-            f"Choose sizes that use all {name} alike."
+            f"The mesh {axes} uses {sorted(groups.values())} devices of the {count} {name}. "
+            f"Choose sizes that use the same number of devices of each."
         )
     data, fsdp = sizes[:2]
     across = math.gcd(data, count)
@@ -87,31 +87,29 @@ def parse_mesh(text: str) -> dict[str, int]:
     return axes
 
 
-# The axes that rows of a batch are split over.
+# The axes that shard the rows of a batch.
 _ROWS = ("data", "fsdp", "expert")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """One PartitionSpec for each role. Weights are as `model.py` names them, without the stacked layer axis.
+    """One PartitionSpec for each role. Weights are named as in `model.py`, without the stacked layer axis.
 
-    Weights lie split over `fsdp` along the hidden size, over `tensor` along heads, feed-forward width or vocabulary,
-    experts over `expert`; `gathered` takes the fsdp part away where a weight is used. In training the expert axis is
-    one more that rows are split over. When generating, all devices of that axis have the same rows.
+    `fsdp` shards weights along the hidden size, `tensor` along heads, feed-forward width or vocabulary, `expert` along
+    experts. A weight is gathered over `fsdp` where it is used. In training the expert axis also shards the rows of a
+    batch; in inference all devices of that axis have the same rows.
     """
 
     kv_heads: int
-    """Key/value heads as attention sees them: the model's own, or one for each tensor shard where those are fewer."""
+    """Key/value heads in attention: those of the model, or one for each tensor shard where the model has fewer."""
     tensor: int = 1
     """Size of the tensor axis."""
     batch_shards: int = 1
-    """Parts that the rows of a batch are in."""
+    """Number of shards of the rows of a batch."""
     context: int = 1
-    """Parts that the tokens of a row are in; see `qwen_jax.attention.sequence`."""
+    """Number of shards of the tokens of a row; see `qwen_jax.attention.sequence`."""
     expert: int = 1
     """Size of the expert axis."""
-    ring: bool = False
-    """Keys and values go round the context axis instead of being gathered."""
     vocab: P = P("tensor", "fsdp")
     q: P = P("tensor", None, "fsdp")
     q_bias: P = P("tensor", None)
@@ -140,34 +138,34 @@ class Sharding:
 
     @property
     def row_axes(self) -> tuple[str, ...]:
-        """The axes that tokens are split over."""
+        """The axes that shard tokens."""
         rows: tuple[str, ...] = self.rows[0]
         return (*rows, "context")
 
     @property
     def exchanges(self) -> bool:
-        """Whether rows travel to the devices of their experts."""
+        """Whether tokens are sent to the devices of their experts."""
         return self.expert > 1 and "expert" in self.row_axes
 
     @classmethod
     def for_model(cls, config: ModelConfig, mesh: Mesh, split_rows: bool = False) -> "Sharding":
-        """The layout of a model on a mesh.
+        """The shardings of a model on a mesh.
 
         Args:
           config: the architecture.
           mesh: from `make_mesh`.
-          split_rows: the caller places tokens by `qwen_jax.attention.sequence.spread`, as training does; a context
-            axis is an error otherwise.
+          split_rows: for training: the expert axis shards rows, and a context axis may shard tokens, which the caller
+            orders by `qwen_jax.attention.sequence.spread`.
 
         Raises:
-          InputError: a dimension that the mesh does not divide, or an axis without use.
+          InputError: a dimension that the mesh does not divide, or an unused axis.
         """
         expert, moe = mesh.shape["expert"], config.moe
         if moe is None and expert != 1:
             raise InputError(f"A dense model does not use the expert axis; it is {expert}, make it 1.")
         context = mesh.shape["context"]
         if context > 1 and not split_rows:
-            raise InputError(f"Only training splits rows over the context axis; it is {context}, make it 1.")
+            raise InputError(f"Only training uses the context axis; it is {context}, make it 1.")
         tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
         rows = mesh.shape["data"] * fsdp * (expert if split_rows else 1)
         experts: tuple[tuple[str, int, str, int], ...] = ()
@@ -199,8 +197,8 @@ class Sharding:
         if config.num_kv_heads % tensor == 0:
             return cls(config.num_kv_heads, tensor, rows, context, **split)
         if tensor % config.num_kv_heads == 0:
-            # Fewer key/value heads than shards: their small weights are replicated, and each head is repeated so
-            # that every shard has one of its own.
+            # Fewer key/value heads than shards: their small weights are replicated, and heads are repeated so that
+            # every shard has one.
             return cls(tensor, tensor, rows, context, kv=P(None, None, "fsdp"), kv_bias=P(None, None), **split)
         raise InputError(
             f"The tensor axis ({tensor}) must divide num_kv_heads ({config.num_kv_heads}) or be a multiple of it."
@@ -208,5 +206,5 @@ class Sharding:
 
 
 def gathered(spec: P) -> P:
-    """The spec of a weight where it is used: gathered over `fsdp`, still split over `tensor`."""
+    """The PartitionSpec of a weight where it is used: gathered over `fsdp`, still sharded over `tensor`."""
     return P(*(None if axis == "fsdp" else axis for axis in spec))

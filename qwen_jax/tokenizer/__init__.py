@@ -1,6 +1,6 @@
 """Tokenizers: byte-level BPE and SentencePiece, chat templates, streaming decoding. See docs/tokenizer.md."""
 
-from qwen_jax.tokenizer.base import CONTROL_TOKENS, ControlToken, StreamDecoder, Tokenizer
+from qwen_jax.tokenizer.base import StreamDecoder, Tokenizer
 from qwen_jax.tokenizer.bpe import ByteLevelBPE, train_bpe
 from qwen_jax.tokenizer.chat import (
     ChatTemplate,
@@ -11,6 +11,7 @@ from qwen_jax.tokenizer.chat import (
     parse_tool_calls,
     render_chat,
 )
+from qwen_jax.tokenizer.control import CONTROL_TOKENS, ControlToken
 from qwen_jax.tokenizer.files import default_chat_template
 from qwen_jax.tokenizer.load import load_tokenizer
 from qwen_jax.tokenizer.spm import SentencePieceTokenizer, train_sentencepiece

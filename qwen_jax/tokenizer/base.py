@@ -1,64 +1,46 @@
-"""What every tokenizer offers, and the control tokens of Qwen2.5."""
+"""The interface of every tokenizer, and decoding of streams."""
 
 import codecs
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from qwen_jax.errors import InputError
-
-
-@dataclass(frozen=True)
-class ControlToken:
-    """A token that stands for itself, outside the learned vocabulary.
-
-    Args:
-        content: the text of the token.
-        special: whether `skip_special_tokens` removes it from decoded text. Tool-call and fill-in-the-middle tokens
-            are not special, because programs read them in the text.
-    """
-
-    content: str
-    special: bool
-
-
-# In the order of their ids, which follow the last regular id. Source: tokenizer_config.json of the Qwen2.5 checkpoints.
-CONTROL_TOKENS = tuple(
-    ControlToken(content, special)
-    for special, contents in (
-        (
-            True,
-            "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-            "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>",
-        ),
-        (
-            False,
-            "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> "
-            "<|file_sep|>",
-        ),
-    )
-    for content in contents.split()
-)
-END_OF_TEXT = "<|endoftext|>"
+from qwen_jax.tokenizer.chat import ChatTemplate
+from qwen_jax.tokenizer.control import END_OF_TEXT, TURN_START
+from qwen_jax.tokenizer.files import TEMPLATE_FILE, Settings, default_chat_template
+from qwen_jax.tokenizer.text import valid_text
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back; byte-level BPE and SentencePiece both keep this interface.
+    """Text to token ids and back. Byte-level BPE and SentencePiece implement this interface.
 
     Attributes:
-        eos_id: id that ends a generation.
-        pad_id: id used to fill rows; a mask says what is padding, never this id.
-        chat_template: Jinja source for `ChatTemplate`.
+        eos_id: id of the token that ends a text.
+        pad_id: id used to fill rows. What is padding is carried in a mask, never read from this id.
     """
 
     eos_id: int
     pad_id: int
-    chat_template: str
+    _settings: Settings
     _vocab_size: int
     _special_ids: frozenset[int]
+    # Ids that `encode` adds before and after a text; empty for Qwen2.5.
+    _prefix: tuple[int, ...] = ()
+    _suffix: tuple[int, ...] = ()
+
+    def _find_end_and_padding(self) -> None:
+        """Set `eos_id` and `pad_id` from the settings. Raises InputError where a token is not in the vocabulary."""
+        named = self._settings.named_tokens
+        self.eos_id = self._require(named.get("eos_token") or END_OF_TEXT, "eos")
+        pad = named.get("pad_token")
+        if pad is None and self.token_to_id(END_OF_TEXT) is None:
+            self.pad_id = self.eos_id
+        else:
+            self.pad_id = self._require(pad or END_OF_TEXT, "pad")
 
     @property
     def vocab_size(self) -> int:
@@ -69,6 +51,25 @@ class Tokenizer(ABC):
     def special_ids(self) -> frozenset[int]:
         """Ids that `skip_special_tokens` removes: special control tokens, and a model's own (such as `<s>`)."""
         return self._special_ids
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The template of `encode_chat`; by default that of the Qwen2.5 instruct checkpoints.
+
+        Raises:
+            InputError: the folder's template is malformed, or there is none and the vocabulary lacks `<|im_start|>`,
+                so that the default template would be read as plain text.
+        """
+        templates = self._settings.chat_templates()
+        if not templates:
+            if self.token_to_id(TURN_START) is None:
+                raise InputError(
+                    f"the tokenizer has no chat template, and no {TURN_START} for that of Qwen2.5. Set chat_template "
+                    f"in tokenizer_config.json, or write it into {TEMPLATE_FILE} beside it."
+                )
+            templates = {"default": default_chat_template()}
+        source = templates["default"] if list(templates) == ["default"] else templates
+        return ChatTemplate(source, self._settings.special_tokens)
 
     @abstractmethod
     def token_to_id(self, token: str) -> int | None:
@@ -87,16 +88,16 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def byte_decoder(self, *, skip_special_tokens: bool = False) -> Callable[[int], bytes]:
-        """Return a function that is called with each id of one text in order and returns the bytes the id adds.
+        """Return a function from an id to the bytes that it adds, to be called with the ids of one text in order.
 
-        It is what `decode` and `StreamDecoder` share. Its ids must lie in the vocabulary.
+        `decode` and `StreamDecoder` share it. The ids must lie in the vocabulary.
         """
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return a sha256 (hex) of what decides the ids: vocabulary, merges, control tokens and splitting rules.
+        """Return a sha256 (hex) of everything that determines the ids: vocabulary, merges, control tokens, rules.
 
-        It does not depend on the form of the files it was loaded from, nor on eos, pad and the chat template.
+        It does not depend on the form of the files, nor on eos, pad and the chat template.
         """
 
     @abstractmethod
@@ -106,22 +107,72 @@ class Tokenizer(ABC):
     @abstractmethod
     def _encode_text(self, text: str, parse_special: bool) -> list[int]: ...
 
-    def encode(self, text: str | bytes, *, parse_special: bool = True) -> list[int]:
-        """Turn text into token ids; nothing is added before or after.
+    def encode(self, text: str | bytes, *, parse_special: bool = True, add_special_tokens: bool = True) -> list[int]:
+        """Turn text into token ids.
 
         Args:
             text: a string, or UTF-8 bytes.
-            parse_special: True reads control tokens in the text as such, as Hugging Face does; False takes them for
-                plain text, which is right for text that others wrote.
+            parse_special: True reads control tokens in the text as such, as Hugging Face does. False treats them as
+                plain text, which is right for text from others.
+            add_special_tokens: add the tokens that this tokenizer puts before and after each text, such as a BOS token.
+                Qwen2.5's puts none. A rendered chat already has them.
 
         Raises:
             InputError: the bytes are not UTF-8, or the string holds a lone surrogate.
         """
-        return self._encode_text(valid_text(text), parse_special)
+        ids = self._encode_text(valid_text(text), parse_special)
+        return self._surround(ids) if add_special_tokens else ids
 
-    def encode_batch(self, texts: Sequence[str | bytes], *, parse_special: bool = True) -> list[list[int]]:
+    def encode_batch(
+        self, texts: Sequence[str | bytes], *, parse_special: bool = True, add_special_tokens: bool = True
+    ) -> list[list[int]]:
         """Encode many texts; the same as `encode` on each."""
-        return [self.encode(text, parse_special=parse_special) for text in texts]
+        return [self.encode(text, parse_special=parse_special, add_special_tokens=add_special_tokens) for text in texts]
+
+    def encode_documents(self, texts: Sequence[str | bytes]) -> list[list[int]]:
+        """Encode whole documents for pre-training: control tokens are plain text, and each ends with `eos_id`, once."""
+        documents = self.encode_batch(texts, parse_special=False)
+        # A tokenizer that puts the end-of-text token after each text has added it already.
+        ended = self._suffix[-1:] == (self.eos_id,)
+        return documents if ended else [[*document, self.eos_id] for document in documents]
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Turn a conversation into the ids of a prompt, with `chat_template`.
+
+        Args:
+            messages, tools, add_generation_prompt: as for `ChatTemplate.render`.
+
+        Raises:
+            InputError: see `ChatTemplate.render` and `chat_template`.
+        """
+        text = self.chat_template.render(messages, tools, add_generation_prompt=add_generation_prompt)
+        return self.encode(text, add_special_tokens=False)
+
+    def _surround(self, ids: list[int]) -> list[int]:
+        return [*self._prefix, *ids, *self._suffix] if self._prefix or self._suffix else ids
+
+    def _add_by_flags(self) -> None:
+        """Set `_prefix` and `_suffix` from `add_bos_token` and `add_eos_token`, where no tokenizer.json has rules."""
+        for role in ("bos", "eos"):
+            if not self._settings.flag(f"add_{role}_token"):
+                continue
+            token = self._settings.special_tokens.get(f"{role}_token")
+            if token is None:
+                raise InputError(
+                    f"{self._settings.source}: add_{role}_token is true and {role}_token is not given. Give it, or set "
+                    f"add_{role}_token to false."
+                )
+            added = (self._require(token, role),)
+            if role == "bos":
+                self._prefix = added
+            else:
+                self._suffix = added
 
     def decode(self, ids: Iterable[SupportsIndex], *, skip_special_tokens: bool = False) -> str:
         """Turn token ids into text; bytes that are not UTF-8 become U+FFFD.
@@ -156,10 +207,10 @@ class Tokenizer(ABC):
 
 
 class StreamDecoder:
-    """Turn ids into text as they come, never emitting part of a character.
+    """Incremental detokenisation: turns ids into text as they arrive and never emits part of a character.
 
     The pushed strings followed by the flushed one equal `tokenizer.decode(all ids)`, however the ids are split. The
-    cost of a token does not depend on how many came before.
+    cost of a token does not depend on the number of tokens before it.
 
     Args:
         tokenizer: the tokenizer of the ids.
@@ -176,53 +227,12 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: Iterable[SupportsIndex]) -> str:
-        """Take the next ids and return the text that is now certain. Raises InputError as `decode` does."""
+        """Decode the next ids and return the text that no later id can change. Raises InputError as `decode` does."""
         checked = [self._tokenizer.check_id(i) for i in ids]
         return self._utf8.decode(b"".join([self._step(i) for i in checked]))
 
     def flush(self) -> str:
-        """End the text: return U+FFFD for an unfinished character, else an empty string. Then a new text may begin."""
+        """End the text: return U+FFFD for an unfinished character, else an empty string. A new text may follow."""
         rest = self._utf8.decode(b"", final=True)
         self._start()
         return rest
-
-
-def valid_text(text: str | bytes) -> str:
-    """Return the text as a string that has a UTF-8 form, or raise InputError saying where it has none."""
-    if isinstance(text, bytes):
-        try:
-            return text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"text is not UTF-8: byte 0x{text[error.start]:02x} at offset {error.start} ({error.reason}). "
-                "Convert the text to UTF-8 first."
-            ) from None
-    if not isinstance(text, str):
-        raise InputError(f"expected text as str or UTF-8 bytes, got {type(text).__name__}")
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"text holds a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which UTF-8 "
-                "cannot express. Decode the source with errors='replace', or remove the character."
-            ) from None
-    return text
-
-
-def documents(texts: Iterable[str | bytes | Path]) -> Iterable[str]:
-    """Yield the training texts one by one: strings and UTF-8 bytes as they are, `Path` objects as the file's text.
-
-    Raises:
-        InputError: a single string came instead of several, a file cannot be read, or a text is not valid Unicode.
-    """
-    if isinstance(texts, (str, bytes, Path)):
-        raise InputError("expected an iterable of texts or of Path objects, got a single one. Put it in a list.")
-    for number, item in enumerate(texts):
-        where = f"file {item}" if isinstance(item, Path) else f"text {number}"
-        try:
-            yield valid_text(item.read_bytes() if isinstance(item, Path) else item)
-        except OSError as error:
-            raise InputError(f"cannot read training {where}: {error.strerror}") from None
-        except InputError as error:
-            raise InputError(f"training {where}: {error}") from None

@@ -1,4 +1,4 @@
-"""Byte-level BPE: Qwen2.5's own kind of tokenizer, on the `tokenizers` library."""
+"""Byte-level BPE, the kind of tokenizer that Qwen2.5 has, built on the `tokenizers` library."""
 
 import hashlib
 import json
@@ -11,7 +11,8 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from qwen_jax.errors import InputError
-from qwen_jax.tokenizer.base import CONTROL_TOKENS, Tokenizer, documents, valid_text
+from qwen_jax.tokenizer.base import Tokenizer
+from qwen_jax.tokenizer.control import CONTROL_TOKENS
 from qwen_jax.tokenizer.files import (
     ADDED_TOKEN_FLAGS,
     CONFIG_FILE,
@@ -24,6 +25,7 @@ from qwen_jax.tokenizer.files import (
     save_settings,
     write_atomic,
 )
+from qwen_jax.tokenizer.text import documents, valid_text
 from qwen_jax.tokenizer.vocabulary import (
     BYTE_CHARACTERS,
     Merges,
@@ -45,13 +47,20 @@ class ByteLevelBPE(Tokenizer):
 
     Args:
         engine: the `tokenizers` pipeline, added tokens included.
-        settings: eos, pad and chat template.
+        settings: named tokens and chat template.
+        surround: ids that are added before and after each text; by default those of `add_bos_token` and
+            `add_eos_token` in the settings.
 
     Raises:
         InputError: eos or pad is not in the vocabulary.
     """
 
-    def __init__(self, engine: tokenizers.Tokenizer, settings: Settings) -> None:
+    def __init__(
+        self,
+        engine: tokenizers.Tokenizer,
+        settings: Settings,
+        surround: tuple[Sequence[int], Sequence[int]] | None = None,
+    ) -> None:
         self._engine = engine
         # The same model without the added tokens, so that control tokens in a text stay text. The model is shared.
         self._plain_engine = tokenizers.Tokenizer(engine.model)
@@ -64,9 +73,11 @@ class ByteLevelBPE(Tokenizer):
             for i, token in sorted(engine.get_added_tokens_decoder().items())
         }
         self._special_ids = frozenset(i for i, token in self._added.items() if token.special)
-        self.chat_template = settings.chat_template
-        self.eos_id = self._require(settings.eos_token, "eos")
-        self.pad_id = self._require(settings.pad_token, "pad")
+        self._find_end_and_padding()
+        if surround is None:
+            self._add_by_flags()
+        else:
+            self._prefix, self._suffix = map(tuple, surround)
 
     def token_to_id(self, token: str) -> int | None:
         """Return the id of a token in the byte-level alphabet, or None."""
@@ -86,7 +97,8 @@ class ByteLevelBPE(Tokenizer):
     def _bytes(self) -> list[bytes]:
         table = [b""] * self._vocab_size
         for token, i in self._engine.get_vocab(with_added_tokens=True).items():
-            table[i] = to_bytes(token)
+            # An added token is matched by its text, and its letters may also be in the byte-level alphabet.
+            table[i] = token.encode("utf-8") if i in self._added else to_bytes(token)
         return table
 
     @cached_property
@@ -94,21 +106,24 @@ class ByteLevelBPE(Tokenizer):
         return [b"" if i in self._special_ids else token for i, token in enumerate(self._bytes)]
 
     def byte_decoder(self, *, skip_special_tokens: bool = False) -> Callable[[int], bytes]:
-        """Return the table from id to bytes; a token's bytes do not depend on its neighbours."""
+        """Return a look-up in the table of each id's bytes, which do not depend on the neighbouring tokens."""
         return (self._bytes_without_special if skip_special_tokens else self._bytes).__getitem__
 
     def _encode_text(self, text: str, parse_special: bool) -> list[int]:
         engine = self._engine if parse_special else self._plain_engine
         return engine.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str | bytes], *, parse_special: bool = True) -> list[list[int]]:
+    def encode_batch(
+        self, texts: Sequence[str | bytes], *, parse_special: bool = True, add_special_tokens: bool = True
+    ) -> list[list[int]]:
         """Encode many texts on all cores; the same ids as `encode` on each."""
         engine = self._engine if parse_special else self._plain_engine
         checked = [valid_text(text) for text in texts]
-        return [encoding.ids for encoding in engine.encode_batch_fast(checked, add_special_tokens=False)]
+        ids = [encoding.ids for encoding in engine.encode_batch_fast(checked, add_special_tokens=False)]
+        return [self._surround(one) for one in ids] if add_special_tokens else ids
 
     def _document(self) -> dict[str, Any]:
-        """The pipeline as tokenizer.json describes it."""
+        """Return the pipeline in the form of tokenizer.json."""
         return json.loads(self._engine.to_str())
 
     def fingerprint(self) -> str:
@@ -126,6 +141,8 @@ class ByteLevelBPE(Tokenizer):
             json.dumps(_splitting_rules(document)),
         ):
             digest.update(hashlib.sha256(part.encode("utf-8")).digest())
+        if self._prefix or self._suffix:
+            digest.update(repr((self._prefix, self._suffix)).encode())
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
@@ -136,7 +153,7 @@ class ByteLevelBPE(Tokenizer):
         """
         path = make_folder(folder)
         document = self._document()
-        # Qwen2Tokenizer brings its own pipeline, so only a tokenizer with that very pipeline may name it.
+        # Qwen2Tokenizer builds its own pipeline, so only a tokenizer with the same one may name that class.
         is_qwen2 = _splitting_rules(document) == _splitting_rules(json.loads(_pipeline(models.BPE()).to_str()))
         write_atomic(path / "vocab.json", vocab_json(document["model"]["vocab"]))
         write_atomic(path / "merges.txt", merges_txt(document["model"]["merges"]))
@@ -146,7 +163,7 @@ class ByteLevelBPE(Tokenizer):
 
 
 def _splitting_rules(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what the normaliser and pre-tokeniser do to ids, without `trim_offsets`, which only moves offsets."""
+    """Return the normaliser's and pre-tokeniser's settings, without `trim_offsets`, which does not change ids."""
     rules: list[dict[str, Any]] = []
     for stage, nested in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
         component = document[stage] or {"type": None}
@@ -175,7 +192,7 @@ def from_vocab_and_merges(vocab: Vocab, merges: Merges, settings: Settings, sour
     Args:
         vocab: byte-level token to id, ids dense.
         merges: pairs, best first.
-        settings: its `added_tokens` are used where given, else the 22 control tokens follow the vocabulary.
+        settings: its `added_tokens` are used where given; otherwise the 22 control tokens follow the vocabulary.
         source: named in errors.
 
     Raises:
@@ -195,12 +212,17 @@ def from_tokenizer_json(path: Path, settings: Settings) -> ByteLevelBPE:
     text = read_text(path)
     document = parse_json_object(text, path)
     model, decoder = document.get("model") or {}, document.get("decoder") or {}
-    # Older files leave the model's type out; merges tell.
-    is_bpe = model.get("type", "BPE") == "BPE" and "merges" in model and isinstance(model.get("vocab"), dict)
+    # Older files leave the model's type out.
+    is_bpe = model.get("type", "BPE") == "BPE" and isinstance(model.get("vocab"), dict)
     if not is_bpe or decoder.get("type") != "ByteLevel":
         raise InputError(
             f"{path}: expected a byte-level BPE (model BPE, decoder ByteLevel), got model {model.get('type')!r} with "
             f"decoder {decoder.get('type')!r}. SentencePiece tokenizers load from their tokenizer.model."
+        )
+    if not isinstance(model.get("merges"), list):
+        raise InputError(
+            f"{path}: the BPE model has no list of merges, so texts cannot be split into its tokens. The file is "
+            "incomplete; fetch it again, or remove it where vocab.json and merges.txt are beside it."
         )
     if model.get("dropout"):
         raise InputError(f"{path}: the model has dropout {model['dropout']}, so its ids are random. Set it to null.")
@@ -209,16 +231,37 @@ def from_tokenizer_json(path: Path, settings: Settings) -> ByteLevelBPE:
         engine = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # The library raises bare Exception for every fault in a file.
         raise InputError(f"{path}: the tokenizers library cannot read it: {error}") from None
-    if engine.num_special_tokens_to_add(is_pair=False):
-        raise InputError(f"{path}: its post-processor adds tokens to every text; Qwen2.5 adds none. Remove it.")
     engine.no_truncation()
     engine.no_padding()
-    _add_tokens(engine, settings.added_tokens or {}, path)
-    return ByteLevelBPE(engine, settings)
+    present = engine.get_added_tokens_decoder()
+    # added_tokens.json gives ids without flags, and tokenizer.json has the flags.
+    declared = {
+        i: token for i, token in (settings.added_tokens or {}).items() if settings.declares_flags or i not in present
+    }
+    _add_tokens(engine, declared, path)
+    return ByteLevelBPE(engine, settings, _surrounding_ids(engine, path))
+
+
+def _surrounding_ids(engine: tokenizers.Tokenizer, path: Path) -> tuple[list[int], list[int]]:
+    """Return the ids that the post-processor adds before and after each text.
+
+    Raises InputError where it does something else.
+    """
+    if not engine.num_special_tokens_to_add(is_pair=False):
+        return [], []
+    plain = engine.encode("a", add_special_tokens=False).ids
+    whole = engine.encode("a", add_special_tokens=True).ids
+    starts = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain]
+    if len(starts) != 1:
+        raise InputError(
+            f"{path}: expected a post-processor that adds tokens before or after a text; this one makes {whole} of the "
+            f"ids {plain}. Correct it or remove it."
+        )
+    return whole[: starts[0]], whole[starts[0] + len(plain) :]
 
 
 def _add_tokens(engine: tokenizers.Tokenizer, declared: dict[int, AddedToken], source: Path) -> None:
-    """Add declared tokens, or check that they are there already, and check that all ids are dense."""
+    """Add declared tokens or check that they are there already, and check that all ids are dense."""
     present = engine.get_added_tokens_decoder()
     for i, token in declared.items():
         other = present.get(i)

@@ -1,4 +1,4 @@
-"""Chat messages to the text a model reads, and tool calls back out of the text it writes."""
+"""Chat templates: messages to the text that a model reads, and tool calls parsed from the text that it writes."""
 
 import datetime
 import functools
@@ -14,11 +14,11 @@ import jinja2.parser
 import jinja2.sandbox
 
 from qwen_jax.errors import InputError
-from qwen_jax.tokenizer.base import valid_text
-from qwen_jax.tokenizer.files import default_chat_template
+from qwen_jax.tokenizer.files import TEMPLATE_FILE, default_chat_template
+from qwen_jax.tokenizer.text import valid_text
 
 ROLES = ("system", "user", "assistant", "tool")
-# What sandboxed template code can raise; templates are input, so each becomes an InputError.
+# Exceptions that sandboxed template code can raise. Templates are input, so each becomes an InputError.
 _TEMPLATE_FAULTS = (
     jinja2.TemplateError,
     TypeError,
@@ -31,22 +31,37 @@ _TEMPLATE_FAULTS = (
 
 
 class ChatTemplate:
-    """A compiled chat template, rendered as Hugging Face's `apply_chat_template` renders it.
+    """A chat template, rendered as Hugging Face's `apply_chat_template` renders it.
 
     Args:
-        source: Jinja source.
+        source: Jinja source, or several by name. Of several, "tool_use" is rendered where tools are given, otherwise
+            "default".
+        special_tokens: name to text of the tokens that a template may use, such as `eos_token`.
 
     Raises:
-        InputError: the source is not valid Jinja.
+        InputError: a single source is not valid Jinja. One of several is checked when it is rendered.
     """
 
-    def __init__(self, source: str) -> None:
-        self.source = source
-        try:
-            self._template = _environment().from_string(source)
-        except _TEMPLATE_FAULTS as error:
-            line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise InputError(f"the chat template is not valid Jinja{line}: {error}. Correct it.") from None
+    def __init__(self, source: str | Mapping[str, str], special_tokens: Mapping[str, str] | None = None) -> None:
+        self.sources = {"default": source} if isinstance(source, str) else dict(source)
+        self.special_tokens = dict(special_tokens or {})
+        if isinstance(source, str):
+            _compiled(source)
+
+    def source(self, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """Return the Jinja source for a conversation with or without tools.
+
+        Raises:
+            InputError: there are several templates and none of them is called "default".
+        """
+        if tools is not None and "tool_use" in self.sources:
+            return self.sources["tool_use"]
+        if "default" not in self.sources:
+            raise InputError(
+                f"the tokenizer has chat templates called {', '.join(sorted(self.sources))}, and none called "
+                f"'default'. Write the one to use into {TEMPLATE_FILE}."
+            )
+        return self.sources["default"]
 
     def render(
         self,
@@ -64,7 +79,7 @@ class ChatTemplate:
                 a JSON string comes out quoted: see `parse_tool_arguments`.
             tools: each `{"type": "function", "function": {"name", "description", "parameters"}}`.
             add_generation_prompt: end with the opening of an assistant's turn.
-            variables: further names that the template reads, JSON values.
+            variables: further names that the template reads, JSON values. They win over special tokens.
 
         Raises:
             InputError: a message or tool is malformed (the error names its index), or the template fails or refuses.
@@ -80,8 +95,8 @@ class ChatTemplate:
         ]
         plain_tools = None if tools is None else [_plain(tool, f"tool {i}") for i, tool in enumerate(tools)]
         try:
-            return self._template.render(
-                **values,
+            return _compiled(self.source(tools)).render(
+                {**self.special_tokens, **values},
                 messages=plain_messages,
                 tools=plain_tools,
                 documents=None,
@@ -94,8 +109,13 @@ class ChatTemplate:
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(source: str) -> ChatTemplate:
-    return ChatTemplate(source)
+def _compiled(source: str) -> jinja2.Template:
+    """Compile Jinja source. Raises InputError where it is not valid."""
+    try:
+        return _environment().from_string(source)
+    except _TEMPLATE_FAULTS as error:
+        line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        raise InputError(f"the chat template is not valid Jinja{line}: {error}. Correct it.") from None
 
 
 def render_chat(
@@ -103,11 +123,18 @@ def render_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     *,
     add_generation_prompt: bool = True,
-    template: str | None = None,
+    template: str | ChatTemplate | None = None,
 ) -> str:
-    """Render a conversation with a template's source, by default Qwen2.5's; see `ChatTemplate.render`."""
-    chat = _compiled(default_chat_template() if template is None else template)
-    return chat.render(messages, tools, add_generation_prompt=add_generation_prompt)
+    """Render a conversation as text; see `ChatTemplate.render`.
+
+    Args:
+        messages, tools, add_generation_prompt: as for `ChatTemplate.render`.
+        template: a tokenizer's `chat_template`, or Jinja source; by default that of the Qwen2.5 instruct checkpoints.
+            Source alone knows no special tokens.
+    """
+    if not isinstance(template, ChatTemplate):
+        template = ChatTemplate(default_chat_template() if template is None else template)
+    return template.render(messages, tools, add_generation_prompt=add_generation_prompt)
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -258,7 +285,7 @@ def _with_object(call: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 class ParsedReply(NamedTuple):
-    """An assistant's text taken apart.
+    """An assistant's reply, parsed.
 
     Args:
         content: the text without the tool calls that could be read.

@@ -1,20 +1,25 @@
-"""The files around a vocabulary: tokenizer_config.json, the chat template, and safe reading and writing."""
+"""The files beside a vocabulary (tokenizer_config.json, chat templates, added tokens), and safe reading and writing."""
 
 import json
 import os
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import InputError
-from qwen_jax.tokenizer.base import CONTROL_TOKENS, END_OF_TEXT
+from qwen_jax.files import why_unusable
+from qwen_jax.tokenizer.control import CONTROL_TOKENS, END_OF_TEXT, TURN_START
 
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FOLDER = "additional_chat_templates"
+ADDED_TOKENS_FILE = "added_tokens.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKEN_FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
-# Keys that describe one version's loader, not the tokenizer; transformers 4 stumbles over the first.
+# Keys that describe one version's loader, not the tokenizer; transformers 4 cannot read the first.
 _TRANSFORMERS_5_KEYS = ("extra_special_tokens", "backend", "is_local", "local_files_only", "added_tokens_decoder")
 
 
@@ -37,21 +42,58 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class Settings:
-    """What tokenizer_config.json and chat_template.jinja say.
+    """The contents of tokenizer_config.json and of the files that extend it.
 
     Args:
-        eos_token: name of the token that ends a generation.
-        pad_token: name of the padding token.
-        chat_template: Jinja source.
-        added_tokens: id to token, or None where the file does not list them.
-        other: the remaining keys of the file, kept for saving.
+        named_tokens: `eos_token`, `pad_token`, `bos_token` and every other `*_token` key to the token's text, or to
+            None where the file says null.
+        chat_template: as the files give it, unchecked: Jinja source, several of them by name, or None. It is checked
+            when a chat is rendered, since encoding text needs no template.
+        added_tokens: id to token, or None where no file lists them.
+        declares_flags: whether `added_tokens` comes with flags, as in tokenizer_config.json but not added_tokens.json.
+        other: the remaining keys of tokenizer_config.json, kept for saving.
+        source: tokenizer_config.json, for error messages.
     """
 
-    eos_token: str = END_OF_TEXT
-    pad_token: str = END_OF_TEXT
-    chat_template: str = field(default_factory=default_chat_template)
+    named_tokens: Mapping[str, str | None] = field(default_factory=dict)
+    chat_template: object = None
     added_tokens: dict[int, AddedToken] | None = None
+    declares_flags: bool = True
     other: dict[str, Any] = field(default_factory=dict)
+    source: Path = Path(CONFIG_FILE)
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Name to text of the tokens that a chat template can use, such as `bos_token`."""
+        named = {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT, **self.named_tokens}
+        return {name: token for name, token in named.items() if token is not None}
+
+    def flag(self, name: str) -> bool:
+        """Whether a switch such as `add_bos_token` is on. Raises InputError where it is not a boolean."""
+        value = self.other.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise InputError(f"{self.source}: {name} must be true or false, got {value!r}")
+        return bool(value)
+
+    def chat_templates(self) -> dict[str, str]:
+        """Return Jinja sources by name; a single template is called "default". Empty where there is none.
+
+        Raises:
+            InputError: `chat_template` has another form than a string or a list of named strings.
+        """
+        value = self.chat_template
+        if value is None:
+            return {}
+        if isinstance(value, str):
+            return {"default": value}
+        if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+            value = {entry.get("name"): entry.get("template") for entry in value}
+        if not isinstance(value, dict) or not all(isinstance(x, str) for entry in value.items() for x in entry):
+            raise InputError(
+                f"{self.source}: chat_template must be a string, or a list of objects with the strings 'name' and "
+                f"'template'; got {self.chat_template!r:.200}. Correct it, or write the template into {TEMPLATE_FILE}."
+            )
+        return value
 
 
 def control_tokens_from(first_id: int) -> dict[int, AddedToken]:
@@ -60,42 +102,52 @@ def control_tokens_from(first_id: int) -> dict[int, AddedToken]:
 
 
 def read_settings(folder: Path) -> Settings:
-    """Read tokenizer_config.json and chat_template.jinja of a folder; what is absent takes Qwen2.5's values.
+    """Read tokenizer_config.json and the files that extend it; the order of precedence is that of transformers.
+
+    Template files win over `chat_template`. special_tokens_map.json and added_tokens.json, which older versions of
+    transformers wrote, count only where tokenizer_config.json has no `added_tokens_decoder`.
 
     Raises InputError for a file that cannot be read or has entries of the wrong form.
     """
     path = folder / CONFIG_FILE
     config = read_json_object(path) if path.exists() else {}
-    template_path = folder / TEMPLATE_FILE
+    declared = config.pop("added_tokens_decoder", None)
+    if declared is None:
+        # Written by older versions, beside a tokenizer_config.json without these entries.
+        if (folder / SPECIAL_TOKENS_FILE).is_file():
+            older = read_json_object(folder / SPECIAL_TOKENS_FILE)
+            config.update({key: value for key, value in older.items() if value is not None})
+        added = _older_added_tokens(folder, config)
+    else:
+        added = _added_tokens(declared, path)
     template = config.pop("chat_template", None)
-    if template_path.exists():  # Hugging Face lets the separate file win, too.
-        template = read_text(template_path)
-    if template is not None and not isinstance(template, str):
-        raise InputError(
-            f"{path}: chat_template must be one string, got {type(template).__name__}. "
-            f"Of several named templates, write the one to use into {TEMPLATE_FILE}."
-        )
-    added = config.pop("added_tokens_decoder", None)
-    return Settings(
-        eos_token=_token_name(config.pop("eos_token", None), END_OF_TEXT, path),
-        pad_token=_token_name(config.pop("pad_token", None), END_OF_TEXT, path),
-        chat_template=default_chat_template() if template is None else template,
-        added_tokens=None if added is None else _added_tokens(added, path),
-        other=config,
-    )
+    named = {
+        key: _token_text(config.pop(key), key, path)
+        for key in list(config)
+        if key.endswith("_token") and not isinstance(config[key], bool)
+    }
+    return Settings(named, _template_files(folder) or template, added, declared is not None, config, path)
 
 
-def _token_name(value: Any, default: str, path: Path) -> str:
-    if isinstance(value, dict):  # A serialised AddedToken.
-        value = value.get("content")
-    if value is None:
-        return default
-    if not isinstance(value, str):
-        raise InputError(f"{path}: a token must be a string or an object with 'content', got {value!r}")
-    return value
+def _template_files(folder: Path) -> str | dict[str, str] | None:
+    """Return the templates that have files of their own."""
+    templates: dict[str, str] = {}
+    if (folder / TEMPLATE_FILE).exists():
+        templates["default"] = read_text(folder / TEMPLATE_FILE)
+    for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")):
+        templates[path.name.removesuffix(".jinja")] = read_text(path)
+    return templates["default"] if list(templates) == ["default"] else templates or None
 
 
-def _added_tokens(entries: Any, path: Path) -> dict[int, AddedToken]:
+def _token_text(value: object, key: str, path: Path) -> str | None:
+    text = value.get("content") if isinstance(value, dict) else value  # A dictionary is a serialised AddedToken.
+    if text is not None and not isinstance(text, str):
+        raise InputError(f"{path}: {key} must be a string or an object with 'content', got {value!r}")
+    return text
+
+
+def _added_tokens(entries: object, path: Path) -> dict[int, AddedToken]:
+    """Read `added_tokens_decoder`."""
     if not isinstance(entries, dict):
         raise InputError(f"{path}: added_tokens_decoder must be an object of id to token, got {type(entries).__name__}")
     tokens: dict[int, AddedToken] = {}
@@ -109,15 +161,43 @@ def _added_tokens(entries: Any, path: Path) -> dict[int, AddedToken]:
     return dict(sorted(tokens.items()))
 
 
+def _older_added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, AddedToken] | None:
+    """Read added_tokens.json, which gives ids without flags. A token that another key names as special is special."""
+    path = folder / ADDED_TOKENS_FILE
+    if not path.is_file():
+        return None
+    entries = read_json_object(path)
+    named = [value for key, value in config.items() if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        extra = config.get(key) or []
+        named += list(extra.values()) if isinstance(extra, dict) else list(extra)
+    special = {token.get("content") if isinstance(token, dict) else token for token in named}
+    ids = [i for i in entries.values() if type(i) is int and i >= 0]
+    if len(set(ids)) < len(entries):
+        raise InputError(f"{path}: each token must have an id of its own, 0 or more. Correct the file.")
+    return {
+        i: AddedToken(content, normalized=content not in special, special=content in special)
+        for content, i in sorted(entries.items(), key=lambda entry: entry[1])
+    }
+
+
 def save_settings(folder: Path, settings: Settings, added: dict[int, AddedToken], fixed: dict[str, Any]) -> None:
     """Write tokenizer_config.json in the form that transformers 4 and 5 both read.
 
+    Files of an older tokenizer in the folder that would win over it are removed.
+
     Args:
         folder: an existing folder.
-        settings: eos, pad, chat template and the keys to keep.
+        settings: named tokens, chat template and the keys to keep.
         added: every added token by id.
         fixed: keys that the kind of tokenizer decides.
     """
+    named = {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT, **settings.named_tokens}
+    templates = settings.chat_template
+    if templates is None and any(token.content == TURN_START for token in added.values()):
+        templates = default_chat_template()
+    elif isinstance(templates, dict):
+        templates = [{"name": name, "template": source} for name, source in templates.items()]
     config: dict[str, Any] = {
         "add_bos_token": False,
         "add_prefix_space": False,
@@ -129,15 +209,14 @@ def save_settings(folder: Path, settings: Settings, added: dict[int, AddedToken]
         "unk_token": None,
         **{key: value for key, value in settings.other.items() if key not in _TRANSFORMERS_5_KEYS},
         **fixed,
-        "eos_token": settings.eos_token,
-        "pad_token": settings.pad_token,
+        **named,
         "additional_special_tokens": [t.content for t in added.values() if t.special and t.content != END_OF_TEXT],
         "added_tokens_decoder": {str(i): vars(token) for i, token in added.items()},
-        "chat_template": settings.chat_template,
+        "chat_template": templates,
     }
     write_atomic(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-    if (folder / TEMPLATE_FILE).exists():  # A stale one would win over tokenizer_config.json.
-        write_atomic(folder / TEMPLATE_FILE, settings.chat_template)
+    for path in (folder / TEMPLATE_FILE, *(folder / TEMPLATE_FOLDER).glob("*.jinja")):
+        path.unlink(missing_ok=True)
 
 
 def make_folder(folder: str | Path) -> Path:
@@ -163,7 +242,10 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return a file's bytes, or raise InputError."""
+    """Return a file's bytes, or raise InputError, which names a dangling link or a Git LFS pointer."""
+    problem = why_unusable(path)
+    if problem is not None:
+        raise InputError(problem)
     try:
         return path.read_bytes()
     except OSError as error:

@@ -1,8 +1,9 @@
-"""From a folder or file to a tokenizer."""
+"""Loading a tokenizer from a folder, a file or the Hugging Face Hub."""
 
 from pathlib import Path
 
 from qwen_jax.errors import InputError
+from qwen_jax.hub import TOKENIZER, is_hub_id, resolve
 from qwen_jax.tokenizer import bpe, spm
 from qwen_jax.tokenizer.base import Tokenizer
 from qwen_jax.tokenizer.files import read_settings
@@ -12,25 +13,28 @@ FORMS = "tokenizer.model (SentencePiece), tokenizer.json, vocab.json with merges
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load the tokenizer of a model folder.
+    """Load the tokenizer of a model.
 
-    The first of these forms that is there counts: tokenizer.model (SentencePiece), tokenizer.json, vocab.json with
-    merges.txt, qwen.tiktoken. tokenizer_config.json and chat_template.jinja, where present, give eos, pad, control
-    tokens and chat template; without them Qwen2.5's hold (eos and pad `<|endoftext|>`).
+    The first form that the folder has is loaded: tokenizer.model (SentencePiece), tokenizer.json, vocab.json with
+    merges.txt, qwen.tiktoken. tokenizer_config.json and chat templates, where present, give eos, pad, control tokens
+    and chat template; without them those of Qwen2.5 are used (eos and pad `<|endoftext|>`).
 
     Args:
-        path: the folder, or one of these files in it.
+        path: a folder, one of these files, or a Hub id, of which only the tokenizer's files are downloaded.
 
     Raises:
-        InputError: nothing to load is there, or a file is damaged or contradicts another.
+        InputError: there is nothing to load, the download failed, or a file is damaged or contradicts another.
     """
     given = Path(path)
+    if given.is_dir() or is_hub_id(path):
+        given = resolve(path, TOKENIZER)
     if not given.exists():
         raise InputError(f"no tokenizer at {given}: expected a folder with {FORMS}. Check the path.")
     folder, only = (given, None) if given.is_dir() else (given.parent, given.name)
 
     def has(name: str) -> bool:
-        return only == name if only is not None else (folder / name).is_file()
+        # A dangling link counts: reading it says what is wrong.
+        return only == name if only is not None else (folder / name).is_file() or (folder / name).is_symlink()
 
     settings = read_settings(folder)
     if has("tokenizer.model"):
@@ -40,7 +44,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if has("vocab.json") or has("merges.txt"):
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).is_file():
-                raise InputError(f"{folder} has no {name}: vocab.json and merges.txt are of use only together.")
+                raise InputError(f"{folder} has no {name}: vocab.json and merges.txt belong together. Fetch both.")
         vocab, merges = read_vocab_and_merges(folder / "vocab.json", folder / "merges.txt")
         return bpe.from_vocab_and_merges(vocab, merges, settings, folder / "vocab.json")
     if has("qwen.tiktoken"):

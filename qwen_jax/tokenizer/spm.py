@@ -1,4 +1,4 @@
-"""SentencePiece models behind the same interface, for those who pre-train with their own."""
+"""SentencePiece tokenizers, for pre-training with a vocabulary of one's own."""
 
 import hashlib
 import io
@@ -11,7 +11,8 @@ from typing import Literal
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from qwen_jax.errors import InputError
-from qwen_jax.tokenizer.base import CONTROL_TOKENS, Tokenizer, documents
+from qwen_jax.tokenizer.base import Tokenizer
+from qwen_jax.tokenizer.control import CONTROL_TOKENS
 from qwen_jax.tokenizer.files import (
     CONFIG_FILE,
     AddedToken,
@@ -21,6 +22,7 @@ from qwen_jax.tokenizer.files import (
     save_settings,
     write_atomic,
 )
+from qwen_jax.tokenizer.text import documents
 
 MODEL_FILE = "tokenizer.model"
 _SPACE = "\u2581"  # SentencePiece writes a space as this character, so a text's own U+2581 decodes as a space.
@@ -34,7 +36,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     Args:
         model: a serialised SentencePiece model.
-        settings: eos, pad and chat template; its `added_tokens` are used where given.
+        settings: named tokens and chat template; its `added_tokens` are used where given.
         source: named in errors.
 
     Raises:
@@ -61,9 +63,8 @@ class SentencePieceTokenizer(Tokenizer):
         self._pieces = [self._piece_bytes(i) for i in range(pieces)]
         self._vocab_size = pieces + sum(i >= pieces for i in self._added)
         self._strips_one, self._strips_all = self._leading_space_rule()
-        self.chat_template = settings.chat_template
-        self.eos_id = self._require(settings.eos_token, "eos")
-        self.pad_id = self._require(settings.pad_token, "pad")
+        self._find_end_and_padding()
+        self._add_by_flags()
 
     def _place_added_tokens(self, source: Path) -> dict[int, AddedToken]:
         following = self._engine.get_piece_size()
@@ -100,9 +101,9 @@ class SentencePieceTokenizer(Tokenizer):
         return piece.replace(_SPACE, " ").encode("utf-8")
 
     def _leading_space_rule(self) -> tuple[bool, bool]:
-        """Ask the model what it does to a space at the start of a text: remove one, or remove spaces until text comes.
+        """Return whether decoding removes one space at the start of a text, and whether it removes all of them.
 
-        The Python interface does not show the model's settings.
+        The Python interface does not give the model's settings, so this decodes short texts to find out.
         """
         first = next((i for i in range(len(self._pieces)) if self._starts_with_space(i)), None)
         if first is None:
@@ -112,7 +113,7 @@ class SentencePieceTokenizer(Tokenizer):
         return strips, strips and space is not None and self._engine.decode([space, space]) == ""
 
     def _starts_with_space(self, i: int) -> bool:
-        # A byte piece and the unknown piece may show a space, too, which SentencePiece leaves alone.
+        # SentencePiece keeps a leading space of byte pieces and of the unknown piece.
         return i not in self._control and self._engine.id_to_piece(i).startswith(_SPACE)
 
     def token_to_id(self, token: str) -> int | None:
@@ -130,7 +131,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._control[i] if i in self._control else self._pieces[i]
 
     def byte_decoder(self, *, skip_special_tokens: bool = False) -> Callable[[int], bytes]:
-        """Return a function from the next id to its bytes; it drops the space that the model adds at a text's start."""
+        """Return a function from an id to its bytes that removes the space which the model adds at a text's start."""
         hidden = self._special_ids if skip_special_tokens else frozenset()
         at_start = True
 
@@ -164,7 +165,10 @@ class SentencePieceTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         """Return a sha256 (hex) of the model and the control tokens."""
         added = json.dumps({i: vars(token) for i, token in self._added.items()}, sort_keys=True)
-        return hashlib.sha256(hashlib.sha256(self._model).digest() + added.encode("utf-8")).hexdigest()
+        digest = hashlib.sha256(hashlib.sha256(self._model).digest() + added.encode("utf-8"))
+        if self._prefix or self._suffix:
+            digest.update(repr((self._prefix, self._suffix)).encode())
+        return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.model and tokenizer_config.json.
@@ -185,7 +189,7 @@ def from_model_file(path: Path, settings: Settings) -> SentencePieceTokenizer:
 def train_sentencepiece(
     texts: Iterable[str | bytes | Path], vocab_size: int, *, model_type: Literal["bpe", "unigram"] = "bpe"
 ) -> SentencePieceTokenizer:
-    """Train a SentencePiece model on texts that loses nothing: no normalisation, unknown characters as bytes.
+    """Train a lossless SentencePiece model: no normalisation, and unknown characters are encoded as bytes.
 
     Args:
         texts: strings, UTF-8 bytes, or `Path` objects of text files.
@@ -213,7 +217,7 @@ def train_sentencepiece(
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            max_sentence_length=1 << 24,  # Bytes; longer lines would be left out without a word.
+            max_sentence_length=1 << 24,  # In bytes. SentencePiece skips longer lines without a message.
             bos_id=-1,
             eos_id=-1,
             pad_id=-1,
@@ -224,6 +228,6 @@ def train_sentencepiece(
         raise InputError(
             f"SentencePiece cannot train {vocab_size} ids on these texts: {error}. Change vocab_size or give more text."
         ) from None
-    # transformers' class for SentencePiece BPE gives the same ids in versions 4 and 5; it has none for such a unigram.
+    # transformers' class for SentencePiece BPE gives the same ids in versions 4 and 5; for this unigram it has none.
     other = {"tokenizer_class": "LlamaTokenizer", "legacy": False} if model_type == "bpe" else {}
     return SentencePieceTokenizer(model.getvalue(), Settings(other=other), Path("the trained model"))

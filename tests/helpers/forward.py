@@ -23,7 +23,7 @@ def _logits(
     positions, mask = jax.tree.map(
         lambda x: jax.reshard(x, sharding.tokens), (positions, kernels.causal_mask(*tokens_BT.shape))
     )
-    return model.logits(model(tokens_BT, positions, mask)[0])
+    return model.logits(model(tokens_BT, positions, mask).hidden)
 
 
 def logits(

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from qwen_jax import kernels
-from qwen_jax.attention.block import CacheWrite, KVCache
+from qwen_jax.attention.cache import ContiguousCache
 from qwen_jax.config import ModelConfig, MoE
-from qwen_jax.inference import one_row as single
-from qwen_jax.inference.programs import Program, decoder, prefill
-from qwen_jax.inference.sampling import Knobs, SamplingParams
+from qwen_jax.inference import one_row
+from qwen_jax.inference.programs import StaticArgs, decoder, prefill
+from qwen_jax.inference.sampling import SamplingParams, SamplingValues
 from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
@@ -83,10 +83,11 @@ def error(x: jax.Array, truth: jax.Array) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def one_layer_cache(config: ModelConfig) -> KVCache:
+def one_layer_cache(config: ModelConfig) -> ContiguousCache:
     """Shapes of a cache of one layer."""
     buffer = jax.ShapeDtypeStruct((1, config.num_kv_heads, 128, config.head_dim), jnp.bfloat16)
-    return KVCache((buffer,), (buffer,))  # type: ignore[arg-type]
+    number, rows = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    return ContiguousCache((buffer,), (buffer,), number, rows)  # type: ignore[arg-type]
 
 
 def drawn(config: ModelConfig, mesh: Any, rng: np.random.Generator) -> tuple[Options, Sharding, Any]:
@@ -113,15 +114,15 @@ def generate(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     mesh, sampling, rng = make_mesh({}, jax.devices()[:1]), SamplingParams(logprobs=True), np.random.default_rng(0)
     options, sharding, params = drawn(config, mesh, rng)
     with jax.set_mesh(mesh):
-        program = Program(config, sharding, options, sampling.plan, slots=64, vocab_limit=config.vocab_size)
+        static = StaticArgs(config, sharding, options, sampling.mode, slots=64, vocab_limit=config.vocab_size)
         tokens = jax.device_put(
             rng.integers(0, config.vocab_size, (1, 16), np.int32), jax.NamedSharding(mesh, sharding.tokens)
         )
         rows = jax.NamedSharding(mesh, sharding.rows)
         lengths, seeds = jax.device_put((np.array([11], np.int32), np.zeros(1, np.uint32)), rows)
-        state, *_ = prefill(params, tokens, lengths, seeds, Knobs.of(sampling), program=program)
-        run = decoder(program, state)
-        _, chosen, logprobs = run(params, state, Knobs.of(sampling), program=program, steps=16)
+        state, *_ = prefill(params, tokens, lengths, seeds, SamplingValues.of(sampling), static=static)
+        run = decoder(static, state)
+        _, chosen, logprobs = run(params, state, SamplingValues.of(sampling), static=static, steps=16)
         return np.asarray(chosen)[0], np.asarray(logprobs)[0]
 
 
@@ -135,15 +136,13 @@ def logits_of_both(config: ModelConfig, count: int = 12) -> tuple[np.ndarray, np
     mesh, slots, rng = make_mesh({}, jax.devices()[:1]), 128, np.random.default_rng(0)
     options, sharding, params = drawn(config, mesh, rng)
 
-    def by_kernels(params: Any, token: jax.Array, start: jax.Array, slot: jax.Array, cache: KVCache) -> jax.Array:
-        counter = jnp.zeros((1,), jnp.int32)
-        params, token = single.prepare(params, token)
-        return single.step(params, config, token, start, slot, cache, counter)[0][0]
+    def by_kernels(params: Any, token: jax.Array, cache: ContiguousCache) -> jax.Array:
+        params, token = one_row.prepare(params, token)
+        return one_row.step(params, config, token, cache, jnp.zeros((1,), jnp.int32))[0][0]
 
-    def by_model(params: Any, token: jax.Array, start: jax.Array, slot: jax.Array, cache: KVCache) -> jax.Array:
-        mask, write = kernels.Mask(start[:, None], (slot + 1)[None, None]), CacheWrite(slot=slot)
+    def by_model(params: Any, token: jax.Array, cache: ContiguousCache) -> jax.Array:
         model = bind(config, params, sharding, options)
-        x, _ = model(token[:, None], (slot - start)[:, None], mask, cache=cache, write=write)
+        x = model(token[:, None], cache.positions(1), cache.mask(1), cache=cache).hidden
         return model.logits(x)[0, 0]
 
     with jax.set_mesh(mesh):
@@ -159,7 +158,7 @@ def logits_of_both(config: ModelConfig, count: int = 12) -> tuple[np.ndarray, np
         rows = jax.NamedSharding(mesh, sharding.rows)
         start = jax.device_put(np.array([3], np.int32), rows)
         results = []
-        for step, how in ((by_kernels, single.COMPILER_OPTIONS if ON_HOPPER else None), (by_model, None)):
+        for step, how in ((by_kernels, one_row.COMPILER_OPTIONS if ON_HOPPER else None), (by_model, None)):
             run = jax.jit(step, compiler_options=how)
             results.append(
                 np.stack([
@@ -167,9 +166,7 @@ def logits_of_both(config: ModelConfig, count: int = 12) -> tuple[np.ndarray, np
                         run(
                             params,
                             jax.device_put(np.array([97 * i % config.vocab_size], np.int32), rows),
-                            start,
-                            jnp.int32(60 + i),
-                            KVCache(*keys_values),
+                            ContiguousCache(*keys_values, jnp.int32(60 + i), start),
                         )
                     )
                     for i in range(count)
@@ -190,7 +187,7 @@ def plain_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return run
 
     jax.clear_caches()  # or the loop of before would come back
-    monkeypatch.setattr(single, "takes", lambda *_: True)
+    monkeypatch.setattr(one_row, "supports", lambda *_: True)
     monkeypatch.setattr(kernels, "decode_step", noted("attention", decode_cases.plain))
     monkeypatch.setattr(layer_gpu, "layer_tail", noted("tail", plain_tail))
     monkeypatch.setattr(layer_gpu_moe, "layer_tail", noted("experts", plain_experts_tail))

@@ -14,7 +14,8 @@ from qwen_jax.published import published
 from qwen_jax.tokenizer import train_bpe
 from tests.helpers.data_sets import make_rows
 from tests.helpers.runs import stop_after
-from train import launch, run
+from train import launch as launching
+from train import run
 from train.config import RunConfig, Stage
 from train.interrupt import Interruption
 from train.loop import CheckpointConfig, LoopConfig
@@ -71,7 +72,7 @@ def watch(material: Path, output: Path) -> Watched:
     config = configuration(material, output, profile=(6, 7))
     compiled: list[tuple[int, int, int]] = []
     programs: dict[int, int] = {}
-    make_train_step = launch.make_train_step
+    make_train_step = launching.make_train_step
 
     def counted(*args):
         step = make_train_step(*args)
@@ -100,7 +101,7 @@ def watch(material: Path, output: Path) -> Watched:
                 file.write(damage)
         time.sleep(0.5)
         patch.setattr(Interruption, "_asked", note)
-        patch.setattr(launch, "make_train_step", counted)
+        patch.setattr(launching, "make_train_step", counted)
         out, second = io.StringIO(), time.time()
         assert not run.pretrain(config, Console(file=out, width=300))
     return Watched(output, (first, second, time.time()), before, out.getvalue(), compiled, programs)

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from qwen_jax import kernels
-from qwen_jax.attention.block import CacheWrite, KVCache
+from qwen_jax.attention.cache import ContiguousCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.options import Options
@@ -47,7 +47,7 @@ def placed(mesh: Mesh, sharding: Sharding, *arrays: Any) -> list[jax.Array]:
 def packed_logits(params: Params, tokens: Any, segments: Any, positions: Any, mesh: Mesh, **options: Any) -> jax.Array:
     sharding = Sharding.for_model(CONFIG, mesh)
     model = bind(CONFIG, params, sharding, Options(**options))
-    logits = model.logits(model(tokens, positions, kernels.packed_mask(segments))[0])
+    logits = model.logits(model(tokens, positions, kernels.packed_mask(segments)).hidden)
     # Whole rows, so that a test may slice the vocabulary.
     return jax.reshard(logits, jax.P(*sharding.rows, None, None))
 
@@ -127,7 +127,7 @@ def test_scan_unrolled_and_remat_agree(mesh: Mesh, remat: Remat, stacked: bool) 
     def loss(params: Params, batch: list[jax.Array], stacked: bool, remat: Remat) -> jax.Array:
         model = bind(CONFIG, params, sharding, Options(stacked=stacked))
         mask = kernels.packed_mask(batch[1])
-        hidden = model(batch[0], batch[2], mask, remat=remat)[0]
+        hidden = model(batch[0], batch[2], mask, remat=remat).hidden
         return jnp.mean(jax.nn.logsumexp(model.logits(hidden), -1))
 
     with jax.set_mesh(mesh):
@@ -149,28 +149,21 @@ def test_cached_decoding_equals_the_full_pass_token_by_token_and_in_chunks(mesh:
     tokens = np.random.default_rng(4).integers(0, CONFIG.vocab_size, (2, T), dtype=np.int32)
 
     @jax.jit
-    def run(params: Params, *arguments: Any) -> tuple[jax.Array, KVCache | None]:
-        tokens, positions, mask, cache, write = arguments
-        model = bind(CONFIG, params, sharding, Options(stacked=False))
-        return model(tokens, positions, mask, cache=cache, write=write)
+    def run(params: Params, tokens: jax.Array, cache: ContiguousCache | None) -> tuple[jax.Array, Any]:
+        model, (B, T) = bind(CONFIG, params, sharding, Options(stacked=False)), tokens.shape
+        if cache is None:
+            positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+            return model(tokens, positions, kernels.causal_mask(B, T)).hidden, None
+        output = model(tokens, cache.positions(T), cache.mask(T), cache=cache)
+        return output.hidden, output.cache.advanced(T)
 
     with jax.set_mesh(mesh):
-        positions = np.broadcast_to(np.arange(T, dtype=np.int32), (2, T))
-        all_tokens, all_positions = placed(mesh, sharding, tokens, positions)
-        expected, _ = run(params, all_tokens, all_positions, kernels.causal_mask(2, T), None, None)
-        shape = (2, sharding.kv_heads, slots, CONFIG.head_dim)
-        buffers = tuple(jnp.zeros(shape, out_sharding=sharding.cache) for _ in range(CONFIG.num_layers))
-        cache: KVCache | None = KVCache(buffers, buffers)
+        expected, _ = run(params, *placed(mesh, sharding, tokens), None)
+        lengths = jnp.full((2,), 11, jnp.int32, out_sharding=sharding.rows)
+        cache = ContiguousCache.for_prompts(CONFIG, sharding, lengths, slots, jnp.dtype("float32"))
         got = []
         for start, stop in [(0, 11), (11, 20), *((t, t + 1) for t in range(20, T))]:
-            size = stop - start
-            ends = np.broadcast_to(np.arange(start + 1, stop + 1, dtype=np.int32), (2, size))
-            mask = kernels.Mask(*placed(mesh, sharding, np.zeros_like(ends), ends))
-            if start == 0:
-                mask = kernels.causal_mask(2, size)
-            chunk, at = placed(mesh, sharding, tokens[:, start:stop], positions[:, start:stop])
-            write = CacheWrite(slot=jnp.int32(start), fresh=start == 0)
-            x, cache = run(params, chunk, at, mask, cache, write)
+            x, cache = run(params, *placed(mesh, sharding, tokens[:, start:stop]), cache)
             got.append(np.asarray(x))
     np.testing.assert_allclose(np.concatenate(got, 1), np.asarray(expected), atol=2e-5)
 

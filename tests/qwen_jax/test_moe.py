@@ -1,4 +1,4 @@
-"""Mixtures of experts: parity with transformers, and the laws of routing, exchange, capacity and balance."""
+"""MoE models: parity with transformers, checkpoints, configurations, routing, capacity and balance."""
 
 import dataclasses
 import json
@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2MoeForCausalLM
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
-from convert import convert
-from convert.huggingface import export, load_params
+from convert import convert, load_params
+from convert.huggingface import export
 from qwen_jax import kernels
 from qwen_jax.config import ModelConfig, MoE, load_config
 from qwen_jax.errors import InputError
 from qwen_jax.inference.engine import Engine
 from qwen_jax.model import Qwen2
-from qwen_jax.moe.router import Routing, route
+from qwen_jax.moe.router import RouterStats, route
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import Params, bind, init_params, param_specs
@@ -38,8 +38,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "normalised": {"norm_topk_prob": True},
     "sparse-steps": {"decoder_sparse_step": 2, "num_hidden_layers": 4},
     "mlp-only": {"mlp_only_layers": [1], "num_hidden_layers": 4},
-    "one-to-a-token": {"num_experts_per_tok": 1},
-    "all-to-a-token": {"num_experts_per_tok": 8},
+    "one-expert-per-token": {"num_experts_per_tok": 1},
+    "all-experts-per-token": {"num_experts_per_tok": 8},
 }
 
 
@@ -57,34 +57,34 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def test_logits_and_gradients_are_those_of_transformers(checkpoint: tuple[Path, Any], mesh: Mesh) -> None:
-    """Within float32 noise: 1e-5 of the largest logit, 1e-4 of the largest gradient of each tensor."""
+    """Within float32 rounding: 1e-5 of the largest logit, 1e-4 of the largest gradient of each tensor."""
     folder, model = checkpoint
     config = load_config(folder)
     params = load_params(folder, config, mesh)
     want = hf_logits(model, tokens())
     np.testing.assert_allclose(forward.logits(config, params, mesh, tokens()), want, atol=1e-5 * np.abs(want).max())
 
-    got, of = forward.loss_gradients(config, params, mesh, tokens()), hf_loss_gradients(model, tokens())
+    got, want = forward.loss_gradients(config, params, mesh, tokens()), hf_loss_gradients(model, tokens())
     for at, i in enumerate(config.sparse_layers):
         name, layer = f"model.layers.{i}.mlp", got["layers"]["moe"]
         pairs = [
-            (layer["router"]["weight"][at], of[f"{name}.gate.weight"]),
-            (layer["experts"]["down"][at], of[f"{name}.experts.down_proj"]),
-            (layer["experts"]["gate_up"][at].reshape(8, -1, 64), of[f"{name}.experts.gate_up_proj"]),
-            (layer["shared"]["up"]["weight"][at], of[f"{name}.shared_expert.up_proj.weight"]),
-            (layer["shared_gate"]["weight"][at], of[f"{name}.shared_expert_gate.weight"]),
+            (layer["router"]["weight"][at], want[f"{name}.gate.weight"]),
+            (layer["experts"]["down"][at], want[f"{name}.experts.down_proj"]),
+            (layer["experts"]["gate_up"][at].reshape(8, -1, 64), want[f"{name}.experts.gate_up_proj"]),
+            (layer["shared"]["up"]["weight"][at], want[f"{name}.shared_expert.up_proj.weight"]),
+            (layer["shared_gate"]["weight"][at], want[f"{name}.shared_expert_gate.weight"]),
         ]
         for mine, theirs in pairs:
             assert np.abs(theirs).max() > 0 or config.moe.num_experts_per_tok == 8  # type: ignore[union-attr]
             np.testing.assert_allclose(mine, theirs, atol=1e-4 * np.abs(theirs).max() + 1e-9)
     dense = [i for i in range(config.num_layers) if i not in config.sparse_layers]
     for at, i in enumerate(dense):
-        mine, theirs = got["layers"]["mlp"]["up"]["weight"][at], of[f"model.layers.{i}.mlp.up_proj.weight"]
+        mine, theirs = got["layers"]["mlp"]["up"]["weight"][at], want[f"model.layers.{i}.mlp.up_proj.weight"]
         np.testing.assert_allclose(mine, theirs, atol=1e-4 * np.abs(theirs).max())
 
 
 def test_text_is_that_of_transformers(checkpoint: tuple[Path, Any], mesh: Mesh) -> None:
-    """Greedy, from a prompt of many rows' work and then one token at a time, which takes the path of few rows."""
+    """Greedy decoding: the prompt takes the path of sorted rows, later tokens that of few rows."""
     folder, model = checkpoint
     config = load_config(folder)
     prompts = [list(map(int, row[:n])) for row, n in zip(tokens(1), (30, 7), strict=True)]
@@ -125,8 +125,8 @@ def test_round_trips_keep_every_byte(checkpoint: tuple[Path, Any], tmp_path: Pat
     convert(tmp_path / "orbax", tmp_path / "back")
     assert content(tmp_path / "back") == content(folder)
     assert load_config(tmp_path / "back") == load_config(folder)
-    again = Qwen2MoeForCausalLM.from_pretrained(tmp_path / "back")
-    assert set(again.state_dict()) == set(Qwen2MoeForCausalLM.from_pretrained(folder).state_dict())
+    reloaded = Qwen2MoeForCausalLM.from_pretrained(tmp_path / "back")
+    assert set(reloaded.state_dict()) == set(Qwen2MoeForCausalLM.from_pretrained(folder).state_dict())
 
 
 def test_experts_of_a_layer_may_be_one_tensor(checkpoint: tuple[Path, Any], tmp_path: Path) -> None:
@@ -145,7 +145,9 @@ def _tied(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("stacked", [True, False])
-def test_weights_lie_on_a_mesh_and_come_back(checkpoint: tuple[Path, Any], tmp_path: Path, stacked: bool) -> None:
+def test_weights_are_sharded_and_exported_unchanged(
+    checkpoint: tuple[Path, Any], tmp_path: Path, stacked: bool
+) -> None:
     folder, _ = checkpoint
     config = load_config(folder)
     where = make_mesh({"expert": 2, "tensor": 2, "fsdp": 2})
@@ -160,7 +162,7 @@ def test_weights_lie_on_a_mesh_and_come_back(checkpoint: tuple[Path, Any], tmp_p
     assert content(tmp_path / "out") == content(folder)
 
 
-def test_what_is_missing_or_odd_is_named(tmp_path: Path) -> None:
+def test_missing_tensors_are_named(tmp_path: Path) -> None:
     make_hf_checkpoint(tmp_path / "a", moe=True)
     state = load_file(tmp_path / "a" / "model.safetensors")
     state.pop("model.layers.1.mlp.experts.5.up_proj.weight")
@@ -201,7 +203,7 @@ def test_published_sizes() -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny-moe", "qwen1.5-moe-a2.7b", "fine-3b-a0.6b", "fine-91b-a4.9b"])
-def test_counts_are_those_of_the_arrays(name: str) -> None:
+def test_parameter_counts_match_the_arrays(name: str) -> None:
     config = published(name)
     from qwen_jax.params import abstract_params
 
@@ -219,7 +221,7 @@ def test_counts_are_those_of_the_arrays(name: str) -> None:
         ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef must be at least 0"),
     ],
 )
-def test_odd_configurations_are_refused(changes: dict[str, Any], says: str) -> None:
+def test_invalid_configurations_are_refused(changes: dict[str, Any], says: str) -> None:
     tiny = published("tiny-moe")
     with pytest.raises(InputError, match=says):
         dataclasses.replace(tiny, moe=dataclasses.replace(tiny.moe, **changes))  # type: ignore[type-var]
@@ -237,7 +239,7 @@ def test_odd_configurations_are_refused(changes: dict[str, Any], says: str) -> N
         ("qkv_bias", False, "qkv_bias=False"),
     ],
 )
-def test_odd_config_files_are_refused(key: str, value: Any, says: str) -> None:
+def test_invalid_config_files_are_refused(key: str, value: Any, says: str) -> None:
     hf = published("tiny-moe").to_hf()
     with pytest.raises(InputError, match=says):
         ModelConfig.from_hf({**hf, key: value})
@@ -267,8 +269,8 @@ TINY_MOE = dataclasses.replace(published("tiny-moe"), hidden_size=32, head_dim=8
 
 def hidden(
     config: ModelConfig, params: Params, where: Mesh, ids: np.ndarray, valid: np.ndarray | None = None, **options: Any
-) -> tuple[np.ndarray, Routing | None]:
-    """Hidden states and routing in the layout of training."""
+) -> tuple[np.ndarray, RouterStats | None]:
+    """Hidden states and router statistics, in the layout of training."""
     sharding = Sharding.for_model(config, where, split_rows=True)
     specs = param_specs(config, sharding)
     params = jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), jax.NamedSharding(where, s)), params, specs)
@@ -277,21 +279,23 @@ def hidden(
     def run(params: Params, ids: jax.Array, valid: Any) -> Any:
         model = bind(config, params, sharding, Options(**options))
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        out, _, routing = model.run(ids, positions, kernels.causal_mask(*ids.shape), valid_BT=valid)
-        return jax.reshard(out, jax.P(None, None, None)), routing
+        output = model(ids, positions, kernels.causal_mask(*ids.shape), valid_BT=valid)
+        return jax.reshard(output.hidden, jax.P(None, None, None)), output.routing
 
     with jax.set_mesh(where):
         put = lambda x: None if x is None else jax.device_put(x, jax.NamedSharding(where, sharding.tokens))  # noqa: E731
-        got: tuple[np.ndarray, Routing | None] = jax.device_get(run(params, put(np.asarray(ids, np.int32)), put(valid)))
+        got: tuple[np.ndarray, RouterStats | None] = jax.device_get(
+            run(params, put(np.asarray(ids, np.int32)), put(valid))
+        )
         return got
 
 
 def skewed(params: Params, expert: int | None) -> Params:
-    """The same with routers that send every token to the same experts first."""
+    """The parameters with routers whose first choice is the same expert for every token."""
     if expert is None:
         return params
     embed, router = (np.array(x) for x in (params["embed"]["weight"], params["layers"]["moe"]["router"]["weight"]))
-    # One direction of the stream is the same for all tokens, and the router looks at no other.
+    # The first component of the stream is the same for all tokens, and the router reads no other.
     embed[:, 0], router[..., 0] = 5.0, 0.0
     router[:, expert, 0] = 50.0
     moe = {**params["layers"]["moe"], "router": {"weight": router}}
@@ -302,39 +306,39 @@ def skewed(params: Params, expert: int | None) -> Params:
 @pytest.mark.parametrize(
     "axes", [{"expert": 2}, {"expert": 8}, {"expert": 2, "tensor": 2}, {"data": 2, "expert": 4}], ids=str
 )
-def test_no_token_is_lost_wherever_they_go(axes: dict[str, int], expert: int | None, mesh: Mesh) -> None:
-    """All to one expert, or as they like: the same hidden states as on one device, every assignment counted once."""
+def test_dropless_layouts_agree_with_one_device(axes: dict[str, int], expert: int | None, mesh: Mesh) -> None:
+    """Loads may be even or all tokens may choose one expert: hidden states agree, and every assignment counts once."""
     params = skewed(init_params(TINY_MOE, jax.random.key(0), mesh), expert)
     ids = np.random.default_rng(3).integers(0, 64, (8, 16))
     valid = np.ones(ids.shape, bool)
     want, routing = hidden(TINY_MOE, params, mesh, ids, valid)
-    where = make_mesh(axes)
-    got, there = hidden(TINY_MOE, params, where, ids, valid)
+    target = make_mesh(axes)
+    got, sharded = hidden(TINY_MOE, params, target, ids, valid)
     np.testing.assert_allclose(got, want, atol=2e-5)
     assert routing is not None
-    assert there is not None
-    np.testing.assert_array_equal(there.load_E, routing.load_E)
+    assert sharded is not None
+    np.testing.assert_array_equal(sharded.load_E, routing.load_E)
     np.testing.assert_array_equal(routing.load_E.sum(1), [ids.size * 3] * 2)
     if expert is not None:
         np.testing.assert_array_equal(routing.load_E[:, expert], [ids.size] * 2)
-    np.testing.assert_allclose(there.probability_E, routing.probability_E, rtol=1e-5)
-    np.testing.assert_allclose(there.z, routing.z, rtol=1e-5)
+    np.testing.assert_allclose(sharded.probability_E, routing.probability_E, rtol=1e-5)
+    np.testing.assert_allclose(sharded.z, routing.z, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mlp_only", [(), (0, 2)])
-def test_initial_weights_are_drawn_for_the_layers_that_have_them(mlp_only: tuple[int, ...], mesh: Mesh) -> None:
-    """All layers of a kind at once the same numbers as layer by layer, and none for a layer without the part."""
+def test_weights_are_initialised_only_for_layers_that_have_them(mlp_only: tuple[int, ...], mesh: Mesh) -> None:
+    """Stacked layers get the same numbers as single ones, and a layer without a part gets no weights for it."""
     assert TINY_MOE.moe is not None
     moe = dataclasses.replace(TINY_MOE.moe, mlp_only_layers=mlp_only)
     config = dataclasses.replace(TINY_MOE, num_layers=4, moe=moe)
     sharding = Sharding.for_model(config, mesh, split_rows=True)
 
-    def drawn(key: jax.Array, stacked: bool) -> Any:
+    def initialised(key: jax.Array, stacked: bool) -> Any:
         return nnx.to_pure_dict(nnx.split(Qwen2(config, sharding, nnx.Rngs(params=key), Options(stacked=stacked)))[1])
 
     with jax.set_mesh(mesh):
-        stacked, single = (drawn(jax.random.key(3), x) for x in (True, False))
-        traced = jax.make_jaxpr(lambda key: drawn(key, True))(jax.random.key(3))
+        stacked, single = (initialised(jax.random.key(3), x) for x in (True, False))
+        traced = jax.make_jaxpr(lambda key: initialised(key, True))(jax.random.key(3))
     for i in range(4):
         for name, part in single["layers"][i].items():
             at = index_of(name, i, config.sparse_layers)
@@ -350,23 +354,23 @@ def test_a_single_token(mesh: Mesh) -> None:
     ids = np.array([[5]])
     many = hidden(TINY_MOE, params, mesh, np.repeat(ids, 20, 0))[0]
     one, routing = hidden(TINY_MOE, params, mesh, ids, np.ones((1, 1), bool))
-    for got in (one, hidden(TINY_MOE, params, mesh, ids)[0]):  # As in training, and as when generating.
+    for got in (one, hidden(TINY_MOE, params, mesh, ids)[0]):  # As in training, and as in inference.
         np.testing.assert_allclose(got[0], many[7], atol=1e-6)
     assert routing is not None
     assert routing.load_E.sum() == 6
 
 
-def test_the_order_of_the_batch_changes_nothing(mesh: Mesh) -> None:
+def test_rows_do_not_depend_on_their_order_in_the_batch(mesh: Mesh) -> None:
     params = init_params(TINY_MOE, jax.random.key(0), mesh)
     ids = np.random.default_rng(4).integers(0, 64, (6, 9))
     order = np.random.default_rng(5).permutation(6)
     want, routing = hidden(TINY_MOE, params, mesh, ids, np.ones(ids.shape, bool))
-    got, there = hidden(TINY_MOE, params, mesh, ids[order], np.ones(ids.shape, bool))
+    got, reordered = hidden(TINY_MOE, params, mesh, ids[order], np.ones(ids.shape, bool))
     np.testing.assert_array_equal(got, want[order])
-    np.testing.assert_array_equal(there.load_E, routing.load_E)  # type: ignore[union-attr]
+    np.testing.assert_array_equal(reordered.load_E, routing.load_E)  # type: ignore[union-attr]
 
 
-def test_padding_takes_no_expert(mesh: Mesh) -> None:
+def test_padding_is_sent_to_no_expert(mesh: Mesh) -> None:
     params = init_params(TINY_MOE, jax.random.key(0), mesh)
     ids = np.random.default_rng(6).integers(0, 64, (2, 12))
     valid = np.ones(ids.shape, bool)
@@ -378,13 +382,13 @@ def test_padding_takes_no_expert(mesh: Mesh) -> None:
         np.testing.assert_array_equal(routing.tokens, [valid.sum()] * 2)
         changed = ids.copy()
         changed[0, 7:] = 3
-        other, again = hidden(TINY_MOE, params, mesh, changed, valid, **options)
+        other, other_routing = hidden(TINY_MOE, params, mesh, changed, valid, **options)
         np.testing.assert_array_equal(short[valid], other[valid])
-        np.testing.assert_array_equal(routing.probability_E, again.probability_E)  # type: ignore[union-attr]
+        np.testing.assert_array_equal(routing.probability_E, other_routing.probability_E)  # type: ignore[union-attr]
 
 
-def test_ties_and_infinite_logits_choose_real_experts() -> None:
-    """`top_k` of what is not a number still names experts that exist, so nothing is read out of bounds."""
+def test_ids_are_in_range_for_ties_and_logits_that_are_not_finite() -> None:
+    """`top_k` of NaN still returns ids of existing experts, so nothing is read out of bounds."""
     x = jnp.array([[jnp.nan] * 4, [jnp.inf] * 4, [0.0] * 4])
     weights, ids, _ = route(x, jnp.ones((8, 4)), MoE(8, 3, 8, 8))
     assert ids.min() >= 0
@@ -393,8 +397,8 @@ def test_ties_and_infinite_logits_choose_real_experts() -> None:
     assert np.isfinite(weights[2]).all()
 
 
-def test_experts_that_were_chosen_before_are_taken() -> None:
-    """Whatever the largest probabilities are now: a second choice must not part from rows that are kept."""
+def test_given_expert_ids_are_used() -> None:
+    """Even if others are more probable now: recomputation must use the rows that were kept for the backward pass."""
     rng = np.random.default_rng(1)
     x, router = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, 4), (8, 4)))
     for norm in (False, True):
@@ -412,7 +416,7 @@ def test_experts_that_were_chosen_before_are_taken() -> None:
 
 
 @pytest.mark.parametrize("axes", [{}, {"expert": 4}, {"expert": 2, "tensor": 2}], ids=str)
-def test_room_for_all_is_dropless(axes: dict[str, int], mesh: Mesh) -> None:
+def test_a_capacity_for_all_rows_is_dropless(axes: dict[str, int], mesh: Mesh) -> None:
     params = init_params(TINY_MOE, jax.random.key(0), mesh)
     ids = np.random.default_rng(7).integers(0, 64, (8, 16))
     valid = np.ones(ids.shape, bool)
@@ -424,7 +428,7 @@ def test_room_for_all_is_dropless(axes: dict[str, int], mesh: Mesh) -> None:
     assert not routing.dropped.any()
 
 
-def test_what_has_no_room_is_counted_and_first_come_is_first_served(mesh: Mesh) -> None:
+def test_overflowing_tokens_are_counted_and_the_first_ones_kept(mesh: Mesh) -> None:
     params = skewed(init_params(TINY_MOE, jax.random.key(0), mesh), 2)
     ids = np.random.default_rng(8).integers(0, 64, (1, 32))
     valid = np.ones(ids.shape, bool)
@@ -440,8 +444,8 @@ def test_what_has_no_room_is_counted_and_first_come_is_first_served(mesh: Mesh) 
 # --- balance ---------------------------------------------------------------------------------------------------------
 
 
-def test_counts_give_the_loss_of_transformers(tmp_path: Path, mesh: Mesh) -> None:
-    """Pooled over layers, as transformers has it, padding left out."""
+def test_statistics_give_the_balance_loss_of_transformers(tmp_path: Path, mesh: Mesh) -> None:
+    """Pooled over layers, as in transformers, without padding."""
     model = make_hf_checkpoint(tmp_path, moe=True)
     config = load_config(tmp_path)
     ids = tokens(9)

@@ -153,7 +153,7 @@ def test_a_length_that_does_not_divide_and_a_model_that_does_not_split_are_refus
     mesh = make_mesh({"context": 4})
     with jax.set_mesh(mesh), pytest.raises(InputError, match="Rows of 20 tokens do not divide into 8 chunks"):
         context.spread(jnp.zeros((1, 20), jnp.int32), Sharding.for_model(TINY, mesh, split_rows=True))
-    with pytest.raises(InputError, match="Only training splits rows over the context axis; it is 4"):
+    with pytest.raises(InputError, match="Only training uses the context axis; it is 4"):
         Sharding.for_model(TINY, mesh)
 
 

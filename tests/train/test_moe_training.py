@@ -14,11 +14,11 @@ import torch
 from jax.sharding import PartitionSpec as P
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
-from convert.huggingface import load_params
+from convert import load_params
 from qwen_jax.config import MoE, load_config
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.matmul.grouped import grouped_matmul
-from qwen_jax.moe import block as moe
+from qwen_jax.moe import dispatch as moe
 from qwen_jax.moe import exchange
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import Params, init_params, param_specs
@@ -201,18 +201,18 @@ def test_pieces_for_the_collective_are_what_is_exchanged_without_it(monkeypatch:
         return room
 
     def there_and_back(rows: Any, sizes: Any) -> Any:
-        p = exchange.parcels(sizes[0], n)
+        p = exchange.plan_exchange(sizes[0], n)
         there = exchange.send(rows, p, size)
         used = jnp.arange(size)[:, None] < p.sizes_e.sum()
         there = jnp.where(used, there, 0)
-        number = exchange.send_numbers(rows[:, 0], p, size)
+        number = exchange.send_scalars(rows[:, 0], p, size)
         return there, p.received_ne[None], p.sent_ne[None], number, exchange.send_back(there, p, M)
 
     mesh = jax.make_mesh((n,), ("expert",), devices=jax.devices()[:n], axis_types=(jax.sharding.AxisType.Auto,))
     rows = jnp.asarray(numbers.integers(1, 1000, (n * M, 2)), jnp.float32)
     results = []
     for platform in ("cpu", "tpu"):
-        monkeypatch.setattr(exchange.kernels, "platform", lambda platform=platform: platform)
+        monkeypatch.setattr(exchange, "platform", lambda platform=platform: platform)
         monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged)
         run = jax.shard_map(there_and_back, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False)
         results.append(jax.device_get(jax.jit(run)(rows, sizes)))

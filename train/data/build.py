@@ -427,9 +427,7 @@ class Encoder:
 
     def _encode(self, shard: ShardWriter, texts: list[str]) -> None:
         if texts:
-            # Text that spells a control token stays text.
-            ids = self._tokenizer.encode_batch(texts, parse_special=False)
-            shard.add([[*document, self._tokenizer.eos_id] for document in ids])
+            shard.add(self._tokenizer.encode_documents(texts))
         self._advance(self._unreported)
         self._unreported = 0
 

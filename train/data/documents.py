@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from qwen_jax.errors import InputError
-from qwen_jax.tokenizer.base import valid_text
+from qwen_jax.tokenizer.text import valid_text
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

@@ -52,8 +52,8 @@ class Report:
         step: int,
         console: Console,
         clock: Clock,
-        changes: Mapping[str, tuple[Any, Any]] | None = None,
         data: str = "",
+        changes: Mapping[str, tuple[Any, Any]] | None = None,
     ):
         """Opens the logs, records the launch, and shows what begins.
 
@@ -63,14 +63,14 @@ class Report:
           step: the step that the launch resumes from.
           console: where progress is shown.
           clock: clock that was started when the launch began.
-          changes: fields of the configuration that differ from those of the last launch; see `train.resume`.
           data: what to show of the data, such as `Mixture.describe_epochs()`.
+          changes: fields of the configuration that differ from those of the last launch; see `train.resume`.
 
         Raises:
           InputError: Weights & Biases refuses the run.
         """
         self._config, self._meshes, self._first, self._console, self.clock = config, meshes, step, console, clock
-        self._output, self._changes, self._data = Path(config.output).absolute(), changes or {}, data
+        self._output, self._data, self._changes = Path(config.output).absolute(), data, changes or {}
         self._peak = peak_flops(jax.devices())
         if self._peak is not None:
             self._peak /= jax.device_count()  # FLOP/s of one device.

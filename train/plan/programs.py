@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from qwen_jax.moe.block import FURTHER_ROUNDS
+from qwen_jax.moe.further_rounds import FURTHER_ROUNDS
 
 
 def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.errors import InputError
-from qwen_jax.inference import one_row as single
+from qwen_jax.inference import one_row
 from qwen_jax.kernels.decode import layer_gpu
 from qwen_jax.kernels.decode.layer_gpu import layer_tail, norm_product
 from qwen_jax.kernels.decode.layer_gpu_products import CHUNK, MAX_TILE, plan
@@ -122,10 +122,10 @@ def test_only_one_row_on_one_device_is_taken() -> None:
     cache = one_layer_cache(config)
     with jax.set_mesh(make_mesh({}, jax.devices()[:1])) as _:
         sharding = Sharding(kv_heads=config.num_kv_heads)
-        assert single.takes(config, sharding, options, 1, cache) == ON_HOPPER
-        assert not single.takes(config, sharding, options, 2, cache)
-        assert not single.takes(config, sharding, dataclasses.replace(options, dtype="float32"), 1, cache)
-        assert not single.takes(config, sharding, dataclasses.replace(options, fused=False), 1, cache)
+        assert one_row.supports(config, sharding, options, 1, cache) == ON_HOPPER
+        assert not one_row.supports(config, sharding, options, 2, cache)
+        assert not one_row.supports(config, sharding, dataclasses.replace(options, dtype="float32"), 1, cache)
+        assert not one_row.supports(config, sharding, dataclasses.replace(options, fused=False), 1, cache)
 
 
 if ON_HOPPER:
@@ -174,7 +174,7 @@ if ON_HOPPER:
         _, again_logprobs = generate(config)
         np.testing.assert_array_equal(got_logprobs, again_logprobs)
         jax.clear_caches()
-        monkeypatch.setattr(single, "takes", lambda *_: False)
+        monkeypatch.setattr(one_row, "supports", lambda *_: False)
         expected, logprobs = generate(config)
         np.testing.assert_array_equal(got[:4], expected[:4])
         np.testing.assert_allclose(got_logprobs[:4], logprobs[:4], atol=0.05)

@@ -19,7 +19,7 @@ from experiments.kernels.layer import program
 from experiments.kernels.layer import shapes as shapes_and_bytes
 from qwen_jax.config import ModelConfig, MoE
 from qwen_jax.errors import InputError
-from qwen_jax.inference import one_row as single
+from qwen_jax.inference import one_row
 from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe, layer_gpu_products
 from qwen_jax.kernels.decode.layer_gpu_moe import layer_tail, plan_two, router_and_gate
 from qwen_jax.kernels.decode.layer_gpu_products import CHUNK, MAX_TILE, plan, share
@@ -162,7 +162,7 @@ def test_one_row_of_a_mixture_is_taken_where_the_kernel_can_do_it() -> None:
 
     def takes(config: ModelConfig, options: Options = options) -> bool:
         with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
-            return single.takes(config, Sharding(kv_heads=config.num_kv_heads), options, 1, one_layer_cache(config))
+            return one_row.supports(config, Sharding(kv_heads=config.num_kv_heads), options, 1, one_layer_cache(config))
 
     a27b = published("qwen1.5-moe-a2.7b")
     assert a27b.moe is not None
@@ -269,7 +269,7 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
         monkeypatch.setattr(layer_gpu_moe, "launch", launch_cluster)
         monkeypatch.setattr(layer_gpu_products, "_store_first_row", store_first_row)
         monkeypatch.setattr(shared_memory.Barrier, "deallocate", deallocate)
-        for name in ("wait_for_previous", "let_next_begin"):
+        for name in ("wait_for_previous_kernel", "allow_next_kernel"):
             monkeypatch.setattr(layer_gpu_moe, name, lambda: None)
 
     @pytest.mark.slow
@@ -334,8 +334,8 @@ if ON_HOPPER:
         moe = MoE(8, 2, 256, 512, norm_topk_prob=norm_topk_prob, mlp_only_layers=dense)
         config = dataclasses.replace(_small(moe, 4096), num_layers=3)
         _check_steps(config)
-        taken, takes = [], single.takes
-        monkeypatch.setattr(single, "takes", lambda *args: taken.append(takes(*args)) or taken[-1])
+        taken, takes = [], one_row.supports
+        monkeypatch.setattr(one_row, "supports", lambda *args: taken.append(takes(*args)) or taken[-1])
         first, again = generate(config), generate(config)
         assert taken
         assert all(taken)

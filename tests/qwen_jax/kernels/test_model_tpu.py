@@ -6,30 +6,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax import kernels
-from qwen_jax.attention.block import CacheWrite, KVCache
+from qwen_jax.attention.cache import ContiguousCache
 from qwen_jax.attention.sequence import spread
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import bind, init_params
 from qwen_jax.published import published
+from tests.helpers.platforms import as_if_on
 
 CONFIG = dataclasses.replace(published("tiny"), hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=64, num_layers=2)
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    monkeypatch.setattr(kernels, "platform", lambda: "tpu")
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+def interpreted():
+    with as_if_on("TPU"):
         yield
 
 
 def gradients(axes: dict[str, int], attention: str, ring: bool = False):
     """Loss and gradients of two packed rows on a mesh."""
     mesh = make_mesh(axes, jax.devices()[: int(np.prod(list(axes.values())))])
-    sharding = dataclasses.replace(Sharding.for_model(CONFIG, mesh, split_rows="context" in axes), ring=ring)
+    sharding = Sharding.for_model(CONFIG, mesh, split_rows="context" in axes)
     numbers = np.random.default_rng(0)
     tokens = numbers.integers(0, CONFIG.vocab_size, (2, 96), dtype=np.int32)
     segments = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], 24, axis=1).astype(np.int32)
@@ -43,8 +42,8 @@ def gradients(axes: dict[str, int], attention: str, ring: bool = False):
         )
 
         def loss(params):
-            model = bind(CONFIG, params, sharding, Options(dtype="float32", attention=attention))
-            logits = model.logits(model(tokens, positions, kernels.Mask(start, end))[0])
+            model = bind(CONFIG, params, sharding, Options(dtype="float32", attention=attention, ring=ring))
+            logits = model.logits(model(tokens, positions, kernels.Mask(start, end)).hidden)
             return jnp.mean(jax.nn.logsumexp(logits, -1))
 
         return jax.value_and_grad(loss)(params)
@@ -84,7 +83,7 @@ def test_chunked_prefill_and_decoding_are_the_whole_pass() -> None:
         @jax.jit
         def whole(params, tokens, positions):
             model = bind(CONFIG, params, sharding, Options(dtype="float32", attention="reference"))
-            return model(tokens, positions, kernels.causal_mask(2, T))[0]
+            return model(tokens, positions, kernels.causal_mask(2, T)).hidden
 
         def place(x):
             return jax.device_put(np.asarray(x), jax.NamedSharding(mesh, sharding.tokens))
@@ -93,20 +92,20 @@ def test_chunked_prefill_and_decoding_are_the_whole_pass() -> None:
         want = np.asarray(whole(params, place(tokens), place(positions)))
         layers = params["layers"]
         params = {**params, "layers": [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(CONFIG.num_layers)]}
-        empty = [jnp.zeros((2, 2, slots, 64), out_sharding=sharding.cache) for _ in range(CONFIG.num_layers)]
-        cache, got = KVCache(tuple(empty), tuple(empty)), []
+        lengths = jnp.full((2,), 6, jnp.int32, out_sharding=sharding.rows)
+        cache, got = ContiguousCache.for_prompts(CONFIG, sharding, lengths, slots, jnp.dtype("float32")), []
+        # The first chunk attends to the cache too.
+        cache = cache.advanced(0)
 
         @jax.jit
-        def part(params, tokens, positions, start, end, cache, slot):
-            model = bind(CONFIG, params, sharding, options)
-            return model(tokens, positions, kernels.Mask(start, end), cache=cache, write=CacheWrite(slot=slot))
+        def part(params, tokens, cache):
+            model, size = bind(CONFIG, params, sharding, options), tokens.shape[1]
+            output = model(tokens, cache.positions(size), cache.mask(size), cache=cache)
+            return output.hidden, output.cache.advanced(size)
 
         first = 0
         for size in (6, 5, 1, 1, 1):
-            at = slice(first, first + size)
-            mask = kernels.cache_mask(jnp.zeros(2, jnp.int32), jnp.int32(first), size)
-            ends = place(mask.k_start_BT), place(mask.k_end_BT)
-            x, cache = part(params, place(tokens[:, at]), place(positions[:, at]), *ends, cache, jnp.int32(first))
+            x, cache = part(params, place(tokens[:, first : first + size]), cache)
             got.append(np.asarray(x))
             first += size
     np.testing.assert_allclose(np.concatenate(got, axis=1), want, rtol=1e-3, atol=1e-4)

@@ -4,17 +4,20 @@ import datetime
 import hashlib
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import (
     ChatTemplate,
+    Tokenizer,
     default_chat_template,
+    load_tokenizer,
     parse_tool_arguments,
     parse_tool_calls,
     render_chat,
@@ -179,6 +182,82 @@ def test_other_templates_equal_hugging_face(oracle: PreTrainedTokenizerFast, sou
     extra = {"a": ["é", 1]}
     expected = oracle.apply_chat_template(messages, tokenize=False, chat_template=source, extra=extra)
     assert ChatTemplate(source).render(messages, add_generation_prompt=False, extra=extra) == expected
+
+
+def folder_of_templates(folder: Path, **config: Any) -> tuple[Tokenizer, Any]:
+    """A tokenizer with changes to tokenizer_config.json, loaded here and by transformers."""
+    if not (folder / "tokenizer_config.json").exists():
+        train_bpe([], 278).save(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}",
+        "{{ messages[0].content + eos_token + pad_token }}",
+        "{{ bos_token is defined }}{{ sep_token is defined }}{{ unk_token is defined }}{{ own_token }}{{ eos_token }}",
+        "{{ [bos_token, eos_token, pad_token, mask_token] | tojson }}",
+    ],
+)
+def test_templates_know_the_special_tokens(source: str, tmp_path: Path) -> None:
+    bos = {"content": "<|im_start|>", "special": True, "__type": "AddedToken"}
+    tokenizer, hf = folder_of_templates(
+        tmp_path,
+        chat_template=source,
+        bos_token=bos,
+        eos_token="<|im_end|>",
+        own_token="<|box_end|>",
+        mask_token="<|box_start|>",
+    )
+    expected = hf.apply_chat_template([USER], tokenize=False)
+    assert render_chat([USER], template=tokenizer.chat_template) == expected
+    assert tokenizer.decode(tokenizer.encode_chat([USER])) == expected
+    with_other = hf.apply_chat_template([USER], tokenize=False, eos_token="!")
+    assert tokenizer.chat_template.render([USER], add_generation_prompt=False, eos_token="!") == with_other
+
+
+NAMED = [{"name": "default", "template": "D{{ eos_token }}"}, {"name": "tool_use", "template": "T{{ tools | length }}"}]
+
+
+def test_of_several_templates_tools_choose_as_in_transformers(tmp_path: Path) -> None:
+    """In tokenizer_config.json, in files of their own, and in files that win over tokenizer_config.json."""
+    tokenizer, hf = folder_of_templates(tmp_path, chat_template=NAMED)
+    tokenizer.save(tmp_path / "again")
+    hf.save_pretrained(tmp_path / "files")
+    assert (tmp_path / "files" / "additional_chat_templates").is_dir()
+    folder_of_templates(tmp_path / "files", chat_template="not this one")
+    folder_of_templates(tmp_path / "more", chat_template="overridden")
+    (tmp_path / "more" / "chat_template.jinja").write_text("from the file{{ eos_token }}")
+    for folder in (tmp_path, tmp_path / "again", tmp_path / "files", tmp_path / "more"):
+        tokenizer, hf = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+        for tools in TOOLS:
+            assert tokenizer.chat_template.render([USER], tools) == hf.apply_chat_template(
+                [USER], tools=tools, tokenize=False, add_generation_prompt=True
+            )
+    tokenizer.save(tmp_path / "more")
+    assert load_tokenizer(tmp_path / "more").chat_template.sources == tokenizer.chat_template.sources
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ([{"name": "rag", "template": "R"}], "templates called rag, and none called 'default'"),
+        ([{"name": "default"}], "chat_template must be a string"),
+        (3, "chat_template must be a string"),
+        ("{% if %}", "not valid Jinja"),
+    ],
+)
+def test_a_bad_template_is_missed_only_when_one_is_needed(template: Any, message: str, tmp_path: Path) -> None:
+    train_bpe([], 278).save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
+    with pytest.raises(InputError, match=message):
+        tokenizer.encode_chat([USER])
 
 
 def test_clock_is_the_present() -> None:

@@ -13,6 +13,7 @@ import time
 import unicodedata
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import (
     ByteLevelBPE,
     SentencePieceTokenizer,
+    StreamDecoder,
     Tokenizer,
     default_chat_template,
     load_tokenizer,
@@ -360,6 +362,145 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def edit_out(path: Path, key: str) -> None:
+    content = json.loads(path.read_text())
+    del content[key]
+    path.write_text(json.dumps(content))
+
+
+def special_piece(token: str) -> dict[str, Any]:
+    return {"SpecialToken": {"id": token, "type_id": 0}}
+
+
+def template_processing(single: list[dict[str, Any]]) -> dict[str, Any]:
+    """A post-processor of tokenizer.json, for the control tokens of `small`."""
+    used = [piece["SpecialToken"]["id"] for piece in single if "SpecialToken" in piece]
+    ids = {token: small().token_to_id(token) for token in used}
+    special = {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in ids.items()}
+    return {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special}
+
+
+TEXT_PIECE = {"Sequence": {"id": "A", "type_id": 0}}
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [special_piece("<|im_start|>"), TEXT_PIECE],
+        [TEXT_PIECE, special_piece("<|endoftext|>")],
+        [special_piece("<|im_start|>"), special_piece("<tool_call>"), TEXT_PIECE, special_piece("<|endoftext|>")],
+    ],
+    ids=["bos", "eos", "both"],
+)
+def test_a_post_processor_adds_what_it_adds_in_transformers(pieces: list[dict[str, Any]], tmp_path: Path) -> None:
+    """As loaded and as saved again; one by one and in batches; never in a chat, whose template has these tokens."""
+    small().save(tmp_path)
+    edit(tmp_path / "tokenizer.json", post_processor=template_processing(pieces))
+    load_tokenizer(tmp_path).save(tmp_path / "again")
+    hf = AutoTokenizer.from_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "again"):
+        tokenizer = load_tokenizer(folder)
+        expected = [hf.encode(text) for text in CORPUS]
+        assert tokenizer.encode_batch(CORPUS) == [tokenizer.encode(text) for text in CORPUS] == expected
+        bare = [hf.encode(text, add_special_tokens=False) for text in CORPUS]
+        assert tokenizer.encode_batch(CORPUS, add_special_tokens=False) == bare
+        messages = [{"role": "user", "content": "hi"}]
+        chat = hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert tokenizer.encode_chat(messages) == chat
+        documents = tokenizer.encode_documents(["one", "two <|im_end|>"])
+        assert all(document[-1] == tokenizer.eos_id != document[-2] for document in documents)
+        assert tokenizer.fingerprint() != small().fingerprint()
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"add_bos_token": True}, {"add_bos_token": True, "add_eos_token": True}], ids=str
+)
+@pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json", "tokenizer.model"])
+def test_add_bos_token_counts_where_no_tokenizer_json_has_rules(
+    form: str, flags: dict[str, bool], tmp_path: Path
+) -> None:
+    tokenizer = train_sentencepiece(CORPUS * 3, 700) if form == "tokenizer.model" else small()
+    tokenizer.save(tmp_path)
+    edit(tmp_path / "tokenizer_config.json", bos_token="<|im_start|>", **flags)
+    if form == "vocab.json":
+        (tmp_path / "tokenizer.json").unlink()
+    hf = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("a text", "two\nlines"):
+        assert load_tokenizer(tmp_path).encode(text) == hf.encode(text)
+
+
+def test_tokens_of_older_files_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
+    """added_tokens.json and special_tokens_map.json beside vocab.json and merges.txt, without added_tokens_decoder."""
+    small().save(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    first = small().vocab_size - len(CONTROL)
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<extra>", "čaj"]
+    (tmp_path / "added_tokens.json").write_text(json.dumps({token: first + n for n, token in enumerate(names)}))
+    for key in ("added_tokens_decoder", "eos_token", "additional_special_tokens"):
+        edit_out(tmp_path / "tokenizer_config.json", key)
+    older = {"eos_token": {"content": "<|im_end|>"}, "additional_special_tokens": ["<|im_start|>"]}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(older))
+    tokenizer, hf = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.vocab_size == len(hf) == first + len(names)
+    assert tokenizer.id_to_token(tokenizer.eos_id) == hf.eos_token == "<|im_end|>"
+    text = "a<|im_start|>b <extra> c<|im_end|>d<|endoftext|>"
+    ids = tokenizer.encode(text)
+    assert ids == hf.encode(text)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == hf.decode(ids, skip_special_tokens=True)
+    tokenizer.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").fingerprint() == tokenizer.fingerprint()
+
+
+def test_flags_of_tokenizer_json_win_over_added_tokens_json(tmp_path: Path) -> None:
+    small().save(tmp_path)
+    edit_out(tmp_path / "tokenizer_config.json", "added_tokens_decoder")
+    (tmp_path / "added_tokens.json").write_text(
+        json.dumps({"<tool_call>": small().token_to_id("<tool_call>"), "<new>": small().vocab_size})
+    )
+    tokenizer, hf = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    text = "<tool_call> <new>"
+    assert tokenizer.encode(text) == hf.encode(text)
+    assert tokenizer.special_ids == small().special_ids
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_added_tokens_of_latin_letters_decode_to_themselves(skip: bool, tmp_path: Path) -> None:
+    """Their letters are also in the alphabet that stands for bytes; transformers takes them for bytes."""
+    words = ["č", "café", "đem", "Ġx", "naïve ü", "日本"]
+    small().save(tmp_path)
+    hf = AutoTokenizer.from_pretrained(tmp_path)
+    hf.add_tokens(words)
+    hf.save_pretrained(tmp_path / "added")
+    tokenizer = load_tokenizer(tmp_path / "added")
+    for word in words:
+        text = f"a {word} b{word}"
+        ids = tokenizer.encode(text)
+        assert tokenizer.token_to_id(word) in ids
+        assert tokenizer.decode(ids, skip_special_tokens=skip) == text
+        stream = StreamDecoder(tokenizer, skip_special_tokens=skip)
+        assert "".join(stream.push([i]) for i in ids) + stream.flush() == text
+        assert tokenizer.token_bytes(tokenizer.encode(word)[0]) == word.encode()
+
+
+def test_padding_falls_back_to_the_end_token(tmp_path: Path) -> None:
+    """A vocabulary without `<|endoftext|>` needs no pad token of its own."""
+    base = small()
+    base.save(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    first = base.vocab_size - len(CONTROL)
+    added = {str(first): {"content": "</s>", "special": True}}
+    edit(tmp_path / "tokenizer_config.json", added_tokens_decoder=added, eos_token="</s>", pad_token=None)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.pad_id == tokenizer.eos_id == first
+    with pytest.raises(InputError, match=r"no <\|im_start\|>"):
+        _ = tokenizer_without_template(tmp_path).chat_template
+
+
+def tokenizer_without_template(folder: Path) -> Tokenizer:
+    edit_out(folder / "tokenizer_config.json", "chat_template")
+    return load_tokenizer(folder)
+
+
 def test_settings_of_the_folder_are_kept(tmp_path: Path) -> None:
     small().save(tmp_path)
     edit(
@@ -374,18 +515,19 @@ def test_settings_of_the_folder_are_kept(tmp_path: Path) -> None:
         tokenizer = load_tokenizer(tmp_path)
         assert tokenizer.id_to_token(tokenizer.eos_id) == "<|im_end|>"
         assert tokenizer.id_to_token(tokenizer.pad_id) == "<|fim_pad|>"
-        assert tokenizer.chat_template == "{{ messages[0].content }}"
+        assert tokenizer.chat_template.source() == "{{ messages[0].content }}"
         tokenizer.save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert (config["model_max_length"], config["own_key"]) == (77, [1])
-    (tmp_path / "chat_template.jinja").unlink()
-    assert load_tokenizer(tmp_path).chat_template == "{{ messages[0].content }}"
+    assert config["chat_template"] == "{{ messages[0].content }}"
 
 
 def test_a_stale_template_file_does_not_outlive_a_save(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("old")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("old, with tools")
     small().save(tmp_path)
-    assert load_tokenizer(tmp_path).chat_template == default_chat_template()
+    assert load_tokenizer(tmp_path).chat_template.sources == {"default": default_chat_template()}
 
 
 def test_fingerprint_sees_merges_control_tokens_and_splitting(tmp_path: Path) -> None:
@@ -495,8 +637,30 @@ def break_eos(folder: Path) -> None:
     edit(folder / "tokenizer_config.json", eos_token="</s>")
 
 
-def break_template(folder: Path) -> None:
-    edit(folder / "tokenizer_config.json", chat_template=[{"name": "default", "template": ""}])
+def break_no_merges(folder: Path) -> None:
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    del model["merges"]
+    edit(folder / "tokenizer.json", model=model)
+
+
+def break_post_processor(folder: Path) -> None:
+    pieces = [
+        {"Sequence": {"id": "A", "type_id": 0}},
+        special_piece("<|im_end|>"),
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    edit(folder / "tokenizer.json", post_processor=template_processing(pieces))
+
+
+def break_bos(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    edit(folder / "tokenizer_config.json", add_bos_token=True)
+
+
+def break_added_tokens(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    edit_out(folder / "tokenizer_config.json", "added_tokens_decoder")
+    (folder / "added_tokens.json").write_text('{"<a>": 298, "<b>": 298}')
 
 
 @pytest.mark.parametrize(
@@ -516,7 +680,10 @@ def break_template(folder: Path) -> None:
         (break_control_twice, "two ids to 'x'"),
         (break_control_gap, "should have id 9999"),
         (break_eos, "eos token '</s>' is not in the vocabulary"),
-        (break_template, "chat_template must be one string"),
+        (break_no_merges, "the BPE model has no list of merges"),
+        (break_post_processor, "expected a post-processor that adds tokens before or after"),
+        (break_bos, "add_bos_token is true and bos_token is not given"),
+        (break_added_tokens, "added_tokens.json: each token must have an id of its own"),
     ],
 )
 def test_damaged_folders_are_refused(harm, message: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -150,7 +150,7 @@ def test_save_and_load_is_the_same_tokenizer(tmp_path: Path) -> None:
     assert again.fingerprint() == tokenizer.fingerprint() != trained("bpe").fingerprint()
     for text in TEXTS:
         assert again.encode(text) == tokenizer.encode(text)
-    assert (again.eos_id, again.pad_id, again.chat_template) == (578, 578, tokenizer.chat_template)
+    assert (again.eos_id, again.pad_id, again.chat_template.source()) == (578, 578, tokenizer.chat_template.source())
     assert again.encode_batch(TEXTS) == [again.encode(text) for text in TEXTS]
 
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from qwen_jax.errors import InputError
 from tests.helpers.processes import run as run_processes
 from tests.helpers.watched import MODEL, configuration
-from train import launch, run
+from train import launch as launching
+from train import run
 from train.config import set_fields
 from train.loop import LoopConfig
 from train.observe.goodput import Clock
@@ -114,8 +115,8 @@ def test_the_end_of_a_run_does_not_fail_for_its_plots(watched, material, tmp_pat
 
 def broken(material: str, output: str) -> str:
     """In each of several processes: a run whose weights are not numbers."""
-    init = launch.init_state
-    launch.init_state = lambda *args: dataclasses.replace(
+    init = launching.init_state
+    launching.init_state = lambda *args: dataclasses.replace(
         init(*args), params=jax.tree.map(lambda x: x * jnp.nan, init(*args).params)
     )
     config = configuration(Path(material), Path(output), mesh={"data": 2}, loop=LoopConfig(max_skipped=3), held_out={})

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from experiments.moe import cycles
 from qwen_jax.config import ModelConfig, MoE
 from qwen_jax.errors import InputError
-from qwen_jax.moe.block import FURTHER_ROUNDS
+from qwen_jax.moe.further_rounds import FURTHER_ROUNDS
 from qwen_jax.parallel.sharding import AXES
 from tests.helpers.steps import abstract_step
 from tests.helpers.tpu_compiler import needs_libtpu

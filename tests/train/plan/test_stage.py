@@ -23,7 +23,7 @@ from train.plan.topology import CHIPS, Target
 from train.step import check_divides
 
 _CONFIG = """
-from train.config import RunConfig, Stage, set_fields
+from train.config import RunConfig, Stage
 from train.optimizer import Schedule
 from qwen_jax.published import published
 import dataclasses

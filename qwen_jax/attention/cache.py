@@ -1,0 +1,404 @@
+"""Key/value caches. A cache owns its layout: the model writes to it and attends to it, and never looks inside.
+
+The model asks for two things, on each shard's own arrays: `write(k, v)` stores new tokens, and `attend(q, k, v, mask)`
+attends to what the queries may see. Both caches number the tokens of a row by *slots*; masks count slots.
+
+- `ContiguousCache`: one buffer a layer. All rows of a batch end at the same slot, so that a decode step writes one
+  slice; shorter prompts begin at a later slot.
+- `PagedCache`: pages of a fixed number of slots, shared by all rows through a page table. Each row has its own length.
+
+A cache without tokens is `fresh`: its first write is a prompt, and queries attend to the new keys alone.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax import kernels
+from qwen_jax.config import ModelConfig
+from qwen_jax.parallel.sharding import Sharding
+
+
+class LayerCache(Protocol):
+    """The keys and values of one layer, as the model sees them."""
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing was written before, so that queries attend to new keys only. Static."""
+        ...
+
+    def specs(self, sharding: Sharding) -> Any:
+        """The same tree with a PartitionSpec in place of each array."""
+        ...
+
+    def write(self, k_BTKd: jax.Array, v_BTKd: jax.Array) -> Self:
+        """The cache with new keys (rotated) and values in it. Runs on local arrays."""
+        ...
+
+    def attend(
+        self,
+        q_BTHd: jax.Array,
+        k_BTKd: jax.Array,
+        v_BTKd: jax.Array,
+        mask: kernels.Mask,
+        *,
+        scale: float,
+        implementation: kernels.Implementation,
+    ) -> jax.Array:
+        """Attention of the new tokens [B, T, H, d], after `write`. Runs on local arrays.
+
+        Args:
+          q_BTHd: queries.
+          k_BTKd, v_BTKd: the new keys and values, for a fresh cache.
+          mask: intervals over the new tokens of a fresh cache, over slots of any other.
+          scale, implementation: as for `kernels.attention`.
+        """
+        ...
+
+    def supports_step(self, implementation: kernels.Implementation, x: jax.Array, heads: int, kv_heads: int) -> bool:
+        """Whether one kernel adds the bias, rotates, writes and attends for one new token a row.
+
+        Args:
+          implementation: that is asked for.
+          x: activations [B, T, ...] of the new tokens.
+          heads, kv_heads: on one device.
+        """
+        ...
+
+    def step(
+        self,
+        qkv_BRd: jax.Array,
+        bias_Rd: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        start_B: jax.Array,
+        *,
+        scale: float,
+    ) -> tuple[jax.Array, Self]:
+        """That kernel: the heads' outputs [B, H, d] and the cache. Runs on local arrays.
+
+        Args:
+          qkv_BRd: projection of one token a row without the bias; R counts the heads of q, k and v.
+          bias_Rd: its bias.
+          rope: cos and sin, [B, head_dim / 2].
+          start_B: int32, the first slot that each row sees.
+          scale: multiplies the logits.
+        """
+        ...
+
+
+Layer = TypeVar("Layer", bound=LayerCache)
+
+
+class Cache(Protocol[Layer]):
+    """The keys and values of all layers, as the model sees them."""
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """One for each layer."""
+        ...
+
+    def with_layers(self, layers: Sequence[Layer]) -> Self:
+        """The cache with the keys and values that layers have written."""
+        ...
+
+
+# --- one buffer a layer ---
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("k_BKSd", "v_BKSd", "slot", "shift_B"), meta_fields=("fresh",)
+)
+@dataclasses.dataclass(frozen=True)
+class ContiguousLayer:
+    """One layer of a `ContiguousCache`; `shift_B` is None where rows need not be shifted."""
+
+    k_BKSd: jax.Array
+    v_BKSd: jax.Array
+    slot: jax.Array
+    shift_B: jax.Array | None
+    fresh: bool
+
+    def specs(self, sharding: Sharding) -> Any:
+        shift = None if self.shift_B is None else sharding.rows
+        arrays: dict[str, Any] = {"k_BKSd": sharding.cache, "v_BKSd": sharding.cache, "slot": P(), "shift_B": shift}
+        return dataclasses.replace(self, **arrays)
+
+    def write(self, k_BTKd: jax.Array, v_BTKd: jax.Array) -> "ContiguousLayer":
+        k_BKSd, v_BKSd = self._store(self.k_BKSd, k_BTKd), self._store(self.v_BKSd, v_BTKd)
+        return dataclasses.replace(self, k_BKSd=k_BKSd, v_BKSd=v_BKSd)
+
+    def _store(self, buffer_BKSd: jax.Array, new_BTKd: jax.Array) -> jax.Array:
+        if self.shift_B is not None:
+            # Right-padded prompts of unequal length all end at the same slot.
+            new_BTKd = jax.vmap(functools.partial(jnp.roll, axis=0))(new_BTKd, self.shift_B)
+        new_BKTd = new_BTKd.swapaxes(1, 2).astype(buffer_BKSd.dtype)
+        return lax.dynamic_update_slice_in_dim(buffer_BKSd, new_BKTd, self.slot, axis=2)
+
+    def attend(
+        self,
+        q_BTHd: jax.Array,
+        k_BTKd: jax.Array,
+        v_BTKd: jax.Array,
+        mask: kernels.Mask,
+        *,
+        scale: float,
+        implementation: kernels.Implementation,
+    ) -> jax.Array:
+        if self.fresh:
+            return kernels.attention(q_BTHd, k_BTKd, v_BTKd, mask, scale=scale, implementation=implementation)
+        keys_values = self.k_BKSd, self.v_BKSd
+        return kernels.decode_attention(q_BTHd, *keys_values, mask, scale=scale, implementation=implementation)[0]
+
+    def supports_step(self, implementation: kernels.Implementation, x: jax.Array, heads: int, kv_heads: int) -> bool:
+        return not self.fresh and kernels.supports_decode_step(
+            implementation, x.dtype, x.shape[1], heads, kv_heads, self.k_BKSd
+        )
+
+    def step(
+        self,
+        qkv_BRd: jax.Array,
+        bias_Rd: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        start_B: jax.Array,
+        *,
+        scale: float,
+    ) -> tuple[jax.Array, "ContiguousLayer"]:
+        out, k, v = kernels.decode_step(
+            qkv_BRd, bias_Rd, *rope, self.k_BKSd, self.v_BKSd, start_B, self.slot, scale=scale
+        )
+        return out, dataclasses.replace(self, k_BKSd=k, v_BKSd=v)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("keys", "values", "slot", "start_B"), meta_fields=("fresh",)
+)
+@dataclasses.dataclass(frozen=True)
+class ContiguousCache:
+    """One buffer for the keys and one for the values of each layer.
+
+    Attributes:
+      keys, values: [B, K, S, d] for each layer. Separate buffers, not one stacked array: a loop on the device updates
+        them in place.
+      slot: int32 scalar, where the next tokens are written, the same slot for every row.
+      start_B: int32, the first slot of each row. A token's position is its slot minus this.
+      fresh: nothing was written yet.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    slot: jax.Array
+    start_B: jax.Array
+    fresh: bool = False
+
+    @classmethod
+    def for_prompts(
+        cls, config: ModelConfig, sharding: Sharding, lengths_B: jax.Array, slots: int, dtype: jnp.dtype
+    ) -> "ContiguousCache":
+        """An empty cache for prompts of these lengths, which will all end at the same slot.
+
+        Args:
+          config: the architecture.
+          sharding: of the current mesh.
+          lengths_B: int32, tokens of each prompt.
+          slots: length of the buffers in tokens.
+          dtype: of keys and values.
+        """
+        shape = len(lengths_B), sharding.kv_heads, slots, config.head_dim
+
+        def empty() -> tuple[jax.Array, ...]:
+            return tuple(jnp.zeros(shape, dtype, out_sharding=sharding.cache) for _ in range(config.num_layers))
+
+        return cls(empty(), empty(), jnp.int32(0), lengths_B.max() - lengths_B, fresh=True)
+
+    @property
+    def slots(self) -> int:
+        """Length S of the buffers."""
+        return self.keys[0].shape[2]
+
+    @property
+    def layers(self) -> list[ContiguousLayer]:
+        # A single row always ends where it should.
+        shift_B = self.start_B if self.fresh and len(self.start_B) > 1 else None
+        pairs = zip(self.keys, self.values, strict=True)
+        return [ContiguousLayer(k, v, self.slot, shift_B, self.fresh) for k, v in pairs]
+
+    def with_layers(self, layers: Sequence[ContiguousLayer]) -> "ContiguousCache":
+        keys, values = tuple(layer.k_BKSd for layer in layers), tuple(layer.v_BKSd for layer in layers)
+        return dataclasses.replace(self, keys=keys, values=values)
+
+    def positions(self, length: int) -> jax.Array:
+        """Positions int32 [B, T] of the next tokens, within their rows."""
+        if self.fresh:
+            return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (len(self.start_B), length))
+        return (self.slot - self.start_B)[:, None] + jnp.arange(length, dtype=jnp.int32)
+
+    def mask(self, length: int) -> kernels.Mask:
+        """What the next tokens see, for `attend`: each its own row up to itself."""
+        if self.fresh:
+            return kernels.causal_mask(len(self.start_B), length)
+        return kernels.cache_mask(self.start_B, self.slot, length)
+
+    def advanced(self, count: int | jax.Array) -> "ContiguousCache":
+        """The cache after so many tokens of the longest row were written."""
+        return dataclasses.replace(self, slot=self.slot + count, fresh=False)
+
+
+# --- pages ---
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("k_NKPd", "v_NKPd", "pages_BM", "lengths_B", "new_B"),
+    meta_fields=("fresh",),
+)
+@dataclasses.dataclass(frozen=True)
+class PagedLayer:
+    """One layer of a `PagedCache`."""
+
+    k_NKPd: jax.Array
+    v_NKPd: jax.Array
+    pages_BM: jax.Array
+    lengths_B: jax.Array
+    new_B: jax.Array
+    fresh: bool
+
+    def specs(self, sharding: Sharding) -> Any:
+        s, table = sharding, P(*sharding.rows, None)
+        arrays: dict[str, Any] = {"k_NKPd": s.cache, "v_NKPd": s.cache, "pages_BM": table}
+        arrays |= {"lengths_B": s.rows, "new_B": s.rows}
+        return dataclasses.replace(self, **arrays)
+
+    def write(self, k_BTKd: jax.Array, v_BTKd: jax.Array) -> "PagedLayer":
+        (N, _, size, _), T, M = self.k_NKPd.shape, k_BTKd.shape[1], self.pages_BM.shape[1]
+        # The slot of each new token, and the page and the place in it that the table gives for the slot.
+        t = jnp.arange(T, dtype=jnp.int32)
+        slot_BT = self.lengths_B[:, None] + t
+        page_BT = jnp.take_along_axis(self.pages_BM, jnp.minimum(slot_BT // size, M - 1), axis=1)
+        # Padding, and what is beyond the table, goes to page N, which does not exist: the write is dropped.
+        page_BT = jnp.where((t < self.new_B[:, None]) & (slot_BT < M * size), page_BT, N)
+
+        def store(pages_NKPd: jax.Array, new_BTKd: jax.Array) -> jax.Array:
+            return pages_NKPd.at[page_BT, :, slot_BT % size].set(new_BTKd.astype(pages_NKPd.dtype), mode="drop")
+
+        return dataclasses.replace(self, k_NKPd=store(self.k_NKPd, k_BTKd), v_NKPd=store(self.v_NKPd, v_BTKd))
+
+    def attend(
+        self,
+        q_BTHd: jax.Array,
+        k_BTKd: jax.Array,
+        v_BTKd: jax.Array,
+        mask: kernels.Mask,
+        *,
+        scale: float,
+        implementation: kernels.Implementation,
+    ) -> jax.Array:
+        if self.fresh:
+            return kernels.attention(q_BTHd, k_BTKd, v_BTKd, mask, scale=scale, implementation=implementation)
+        pages = self.k_NKPd, self.v_NKPd, self.pages_BM
+        return kernels.paged_attention(q_BTHd, *pages, mask, scale=scale, implementation=implementation)[0]
+
+    def supports_step(self, implementation: kernels.Implementation, x: jax.Array, heads: int, kv_heads: int) -> bool:
+        return False
+
+    def step(
+        self,
+        qkv_BRd: jax.Array,
+        bias_Rd: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        start_B: jax.Array,
+        *,
+        scale: float,
+    ) -> tuple[jax.Array, "PagedLayer"]:
+        raise ValueError("There is no fused decode step for pages: see supports_step.")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("keys", "values", "pages_BM", "lengths_B", "new_B"),
+    meta_fields=("fresh",),
+)
+@dataclasses.dataclass(frozen=True)
+class PagedCache:
+    """Pages of P slots for the keys and the values of each layer, and a table of the pages of each row.
+
+    Slot j of row b is slot j % P of page pages[b, j // P]. The table decides which rows share pages; a row must not
+    write to a page that another row reads. Where rows are sharded over devices, pages are too, and the table's entries
+    count the pages of the row's own shard.
+
+    Attributes:
+      keys, values: [N, K, P, d] for each layer.
+      pages_BM: int32 page table. Entries for slots that are not in use may have any value.
+      lengths_B: int32, tokens that each row has in the cache.
+      new_B: int32, how many of the next tokens of each row are real; the rest is padding on the right.
+      fresh: no row has a token yet.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    pages_BM: jax.Array
+    lengths_B: jax.Array
+    new_B: jax.Array
+    fresh: bool = False
+
+    @classmethod
+    def empty(
+        cls,
+        config: ModelConfig,
+        sharding: Sharding,
+        pages_BM: jax.Array,
+        new_B: jax.Array,
+        *,
+        num_pages: int,
+        page_size: int,
+        dtype: jnp.dtype,
+    ) -> "PagedCache":
+        """A cache without tokens.
+
+        Args:
+          config: the architecture.
+          sharding: of the current mesh.
+          pages_BM: int32 page table.
+          new_B: int32, tokens of each prompt.
+          num_pages: pages of all shards together.
+          page_size: slots in a page.
+          dtype: of keys and values.
+        """
+        shape = num_pages, sharding.kv_heads, page_size, config.head_dim
+
+        def pages() -> tuple[jax.Array, ...]:
+            return tuple(jnp.zeros(shape, dtype, out_sharding=sharding.cache) for _ in range(config.num_layers))
+
+        return cls(pages(), pages(), pages_BM, jnp.zeros_like(new_B), new_B, fresh=True)
+
+    @property
+    def layers(self) -> list[PagedLayer]:
+        pairs = zip(self.keys, self.values, strict=True)
+        return [PagedLayer(k, v, self.pages_BM, self.lengths_B, self.new_B, self.fresh) for k, v in pairs]
+
+    def with_layers(self, layers: Sequence[PagedLayer]) -> "PagedCache":
+        keys, values = tuple(layer.k_NKPd for layer in layers), tuple(layer.v_NKPd for layer in layers)
+        return dataclasses.replace(self, keys=keys, values=values)
+
+    def positions(self, length: int) -> jax.Array:
+        """Positions int32 [B, T] of the next tokens, within their rows."""
+        return self.lengths_B[:, None] + jnp.arange(length, dtype=jnp.int32)
+
+    def mask(self, length: int) -> kernels.Mask:
+        """What the next tokens see, for `attend`: each its own row up to itself."""
+        if self.fresh:
+            return kernels.causal_mask(len(self.lengths_B), length)
+        return kernels.cache_mask(jnp.zeros_like(self.lengths_B), self.lengths_B, length)
+
+    def advanced(self, new_B: jax.Array) -> "PagedCache":
+        """The cache after its next tokens were written.
+
+        Args:
+          new_B: int32, how many real tokens of each row come next.
+        """
+        return dataclasses.replace(self, lengths_B=self.lengths_B + self.new_B, new_B=new_B, fresh=False)

@@ -1,0 +1,74 @@
+"""Small files of a checkpoint folder: reading JSON, and saying why a file cannot be used."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.errors import InputError
+
+# The first line of a pointer that Git LFS leaves in place of a large file (github.com/git-lfs/git-lfs, docs/spec.md).
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def why_unusable(path: Path) -> str | None:
+    """The reason why a path is not a readable file of its own content, with advice; None if it is one.
+
+    Recognised are missing files, symbolic links whose target is gone (a cleaned Hugging Face cache, a folder copied
+    without its blobs), folders, and pointers that `git clone` leaves where Git LFS is not installed.
+    """
+    if path.is_symlink() and not path.exists():
+        return (
+            f"{path} is a symbolic link to {os.readlink(path)}, which does not exist. Fetch the file again, or copy "
+            "the folder with its links followed (cp -rL)."
+        )
+    if not path.exists():
+        return f"{path} does not exist."
+    if not path.is_file():
+        return f"{path} is not a file."
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}."
+    if start == _LFS_POINTER:
+        return (
+            f"{path} is a Git LFS pointer, not the file itself. Run `git lfs pull` in its repository, or download the "
+            "checkpoint with `hf download`."
+        )
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    Raises:
+      InputError: no such file, not JSON, or not an object.
+    """
+    problem = why_unusable(path)
+    if problem is not None:
+        raise InputError(problem)
+    try:
+        # utf-8-sig: some editors write a byte order mark, which JSON does not have.
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # ValueError also covers UnicodeDecodeError and huge integers.
+        raise InputError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, it holds a {type(value).__name__}.")
+    return value
+
+
+def strict_json(value: Mapping[str, Any], indent: int | None = None) -> str:
+    """JSON text of an object, in which a float that is not finite is null: JSON has no NaN and no Infinity."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(x) for x in value]
+    return value

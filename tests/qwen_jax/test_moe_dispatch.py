@@ -1,0 +1,141 @@
+"""Dispatch and combine: every row meets its own expert once and returns to its own token, whatever the layout."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax.config import MoE
+from qwen_jax.moe import dispatch as dropless
+from qwen_jax.moe.capacity import CapacityInfo, dispatch_with_capacity
+from qwen_jax.moe.dispatch import DroplessInfo, FewRowsInfo, RowOrder, dispatch_dropless, gather_rows, sum_assignments
+from qwen_jax.moe.exchange import plan_exchange
+from qwen_jax.moe.experts import sum_partial_results
+from qwen_jax.moe.router import MoEContext, RouterOutput
+from qwen_jax.parallel.sharding import Sharding, make_mesh
+from qwen_jax.published import published
+
+E, K, D = 8, 3, 16
+
+
+def context(axes: dict[str, int], training: bool, capacity_factor: float = 0.0) -> tuple[MoEContext, jax.sharding.Mesh]:
+    mesh = make_mesh(axes, jax.devices()[: math.prod(axes.values())])
+    sharding = Sharding.for_model(published("tiny-moe"), mesh, split_rows=training)
+    return MoEContext(MoE(E, K, 24, 40), sharding, 1e-6, capacity_factor, "auto", keep_dots=False), mesh
+
+
+def scaled_by_experts(
+    context: MoEContext, mesh: jax.sharding.Mesh, x_ND: np.ndarray, ids_Nk: np.ndarray, valid_N: np.ndarray | None
+) -> tuple[np.ndarray, list[Any]]:
+    """Dispatches tokens, multiplies each with its expert's matrix, which is the expert's id + 1 times the identity, and
+    combines. Also returns the infos that dispatch made."""
+    infos: list[Any] = []
+
+    def local(x_ND: jax.Array, ids_Nk: jax.Array, valid_N: jax.Array | None, matrices: jax.Array) -> jax.Array:
+        masked = ids_Nk if valid_N is None else jnp.where(valid_N[:, None], ids_Nk, E)
+        routed = RouterOutput(x_ND, jnp.ones(ids_Nk.shape), ids_Nk, masked, jnp.zeros((len(x_ND), E)), valid_N)
+        dispatch = dispatch_with_capacity if context.capacity_factor else dispatch_dropless
+        rows, _, _, info = dispatch(context, routed)
+        infos.append(info)
+        return sum_partial_results(context.sharding, info.combine(context, info.multiply(context, rows, matrices)))
+
+    rows = context.sharding.rows
+    run = jax.jit(
+        jax.shard_map(
+            local,
+            in_specs=(rows, rows, None if valid_N is None else rows, P("expert")),
+            out_specs=rows,
+            check_vma=False,
+        )
+    )
+    matrices = np.arange(1, E + 1)[:, None, None] * np.eye(D)
+    with jax.set_mesh(mesh):
+        put = lambda x, spec: None if x is None else jax.device_put(x, jax.NamedSharding(mesh, spec))  # noqa: E731
+        args = put(x_ND, rows), put(ids_Nk, rows), put(valid_N, rows), put(matrices.astype(np.float32), P("expert"))
+        return np.asarray(run(*args)), infos
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["rows split", "same rows"])
+@pytest.mark.parametrize("axes", [{}, {"expert": 2}, {"expert": 8}, {"data": 2, "expert": 4}], ids=str)
+@pytest.mark.parametrize("capacity_factor", [0.0, E / K])
+def test_every_row_meets_its_expert_and_returns_to_its_token(
+    capacity_factor: float, axes: dict[str, int], training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for all rows in one exchange. Padding meets no expert."""
+    monkeypatch.setattr(dropless, "ROOM", 100.0)
+    rng = np.random.default_rng()
+    x_ND = rng.integers(-9, 10, (64, D)).astype(np.float32)
+    ids_Nk = np.stack([rng.permutation(E)[:K] for _ in x_ND]).astype(np.int32)
+    ids_Nk[:20] = ids_Nk[0]  # Uneven loads, and experts without rows on some devices.
+    valid_N = rng.random(64) < 0.8
+    got, infos = scaled_by_experts(*context(axes, training, capacity_factor), x_ND, ids_Nk, valid_N)
+    assert {type(info) for info in infos} == {CapacityInfo if capacity_factor else DroplessInfo}
+    np.testing.assert_array_equal(got, x_ND * (ids_Nk + 1).sum(1, keepdims=True) * valid_N[:, None])
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 6])
+def test_few_rows_are_not_sorted(tokens: int) -> None:
+    """At most 16 rows, on one device and without padding, take the direct path, with the same result."""
+    rng = np.random.default_rng()
+    x_ND = rng.integers(-9, 10, (tokens, D)).astype(np.float32)
+    ids_Nk = np.stack([rng.permutation(E)[:K] for _ in x_ND]).astype(np.int32)
+    want = x_ND * (ids_Nk + 1).sum(1, keepdims=True)
+    for valid_N, kind in (
+        (None, FewRowsInfo if tokens * K <= 16 else DroplessInfo),
+        (np.ones(tokens, bool), DroplessInfo),
+    ):
+        got, infos = scaled_by_experts(*context({}, training=False), x_ND, ids_Nk, valid_N)
+        assert [type(info) for info in infos] == [kind]
+        np.testing.assert_array_equal(got, want)
+
+
+def test_gather_rows_and_sum_assignments_are_transposes() -> None:
+    """Each has the other as its gradient; autodiff of the plain definitions says the same."""
+    rng = np.random.default_rng()
+    N = 10
+    x_ND, y_AD = (jnp.asarray(rng.normal(size=(rows, D)), jnp.float32) for rows in (N, N * K))
+    order_A = rng.permutation(N * K)
+    order = RowOrder(jnp.asarray(order_A), jnp.asarray(np.argsort(order_A)))
+    tokens_A = jnp.asarray(order_A // K)
+
+    rows, pull = jax.vjp(lambda x: gather_rows(x, order, K), x_ND)
+    plain_rows, plain_pull = jax.vjp(lambda x: x[tokens_A], x_ND)
+    np.testing.assert_array_equal(rows, plain_rows)
+    np.testing.assert_allclose(pull(y_AD)[0], plain_pull(y_AD)[0], rtol=1e-6, atol=1e-6)
+
+    sums, pull = jax.vjp(lambda y: sum_assignments(y, order, K), y_AD)
+    plain_sums, plain_pull = jax.vjp(lambda y: jnp.zeros((N, D)).at[tokens_A].add(y), y_AD)
+    np.testing.assert_allclose(sums, plain_sums, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(pull(x_ND)[0], plain_pull(x_ND)[0])
+
+
+def test_windows_of_an_exchange_cover_every_row_once() -> None:
+    """Rounds of any size together send what one exchange would, and what is sent is what the other side receives."""
+    rng = np.random.default_rng()
+    n, e, size = 4, 2, int(rng.integers(1, 30))
+    sizes = rng.integers(0, 12, (n, n * e)).astype(np.int32)
+    rounds = -(-int(sizes.reshape(n, n, e).sum((0, 2)).max()) // size)
+
+    def local(sizes: jax.Array) -> Any:
+        plan = plan_exchange(sizes[0], n)
+        windows = [plan.window(i * size, size) for i in range(rounds)]
+        return jax.tree.map(lambda *x: jnp.stack(x)[None], plan, *windows)
+
+    mesh = jax.make_mesh((n,), ("expert",), devices=jax.devices()[:n], axis_types=(jax.sharding.AxisType.Auto,))
+    run = functools.partial(jax.shard_map, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False)
+    plans = jax.device_get(jax.jit(run(local))(sizes))
+    sent, received = plans.sent_ne, plans.received_ne  # [device, whole or round, other device, expert]
+    np.testing.assert_array_equal(sent[:, 0], sizes.reshape(n, n, e))
+    np.testing.assert_array_equal(sent[:, 1:].sum(1), sent[:, 0])
+    np.testing.assert_array_equal(sent, received.transpose(2, 1, 0, 3))
+    assert received[:, 1:].sum((2, 3)).max() <= size
+    ends = plans.places_ne + received
+    assert ends[:, 1:].max() <= size
+    # A piece continues in the next round where it ended in this one.
+    starts = plans.starts_ne[:, 1:]
+    np.testing.assert_array_equal(starts, plans.starts_ne[:, :1] + np.cumsum(sent[:, 1:], 1) - sent[:, 1:])
