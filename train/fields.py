@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 from qwen_jax.errors import InputError
+from train.files import to_json
 
 T = TypeVar("T")
 
@@ -169,12 +170,12 @@ def near(name: str, names: Iterable[str]) -> str:
 
 
 def as_json(config: object) -> dict[str, Any]:
-    """A configuration as JSON values; a `Fraction` becomes its text.
+    """A configuration as JSON values; a `Fraction` becomes its text, and a number that is not finite None.
 
     Args:
       config: a dataclass.
     """
-    value: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))  # type: ignore[call-overload]
+    value: dict[str, Any] = json.loads(to_json(dataclasses.asdict(config), default=str))  # type: ignore[call-overload]
     return value
 
 

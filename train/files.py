@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +41,18 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def to_json(value: object, indent: int | None = None) -> str:
+def to_json(value: object, indent: int | None = None, default: Callable[[Any], object] | None = None) -> str:
     """Strict JSON: NaN and infinities, which JSON does not have, become null.
 
     Args:
-      value: of what `json` supports.
+      value: what to write.
       indent: spaces of each level; by default everything is on one line.
+      default: converts objects that `json` does not support; by default they raise TypeError.
     """
     try:
-        return json.dumps(value, indent=indent, allow_nan=False)
+        return json.dumps(value, indent=indent, default=default, allow_nan=False)
     except ValueError:
-        return json.dumps(_finite(value), indent=indent, allow_nan=False)
+        return json.dumps(_finite(value), indent=indent, default=default, allow_nan=False)
 
 
 def _finite(value: object) -> object:

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from train.data.mixture import Mixture
 from train.data.rows import PackedRows
 from train.data.shards import digest
 from train.distributed import HEARTBEAT_SECONDS, check_same, join
+from train.files import to_json
 from train.inputs import HeldOutBatches, open_data
 from train.launch import Export, Job, Phase, launch
 from train.lock import lock
@@ -122,7 +122,7 @@ def main(argv: Sequence[str], export: WriteExport | None = None) -> int:
     if options.profile:
         config = dataclasses.replace(config, profile=_steps(options.profile))
     if options.print_config:
-        print(json.dumps(as_json(config), indent=2))
+        print(to_json(as_json(config), indent=2))
         return 0
     if options.distributed or options.coordinator:
         join(options.coordinator, options.num_processes, options.process_id, options.heartbeat_timeout)

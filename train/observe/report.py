@@ -149,7 +149,7 @@ class Report:
         Args:
           step: number of the last step.
           stopped_by: number of the signal that stopped the run before its end; 0 for none.
-          saved: the newest checkpoint, if there is one.
+          saved: step of the newest checkpoint, if there is one.
         """
         self.clock.lap("checkpoint")  # Until here, the run has waited for the last save.
         if self.log is None:
