@@ -6,8 +6,13 @@ import sys
 
 from qwen_jax.errors import NO_ROOM, InputError
 
-# How a failed collective reads when another process is gone: over TCP, over NCCL, from JAX's coordination service.
+# What JAX's errors say when another process is gone: over TCP, over NCCL, from the coordination service.
 _LOST = re.compile(r"gloo|nccl|by peer|connection|heartbeat|coordination|barrier", re.IGNORECASE)
+# The same in exceptions of other types, which a failed collective raises too: words that nothing else says.
+_SURELY_LOST = re.compile(
+    r"gloo \w+ failed|gloo/|nccl \w*error|reset by peer|closed by peer|heartbeat timeout|coordination service",
+    re.IGNORECASE,
+)
 _REMEDIES = (
     "Where the command has them, these need less: a smaller --batch-size, shorter prompts, fewer --max-new-tokens, "
     "--dtype bfloat16, more devices (--mesh tensor=2). Otherwise take a smaller model or a larger machine."
@@ -35,11 +40,17 @@ def several_processes() -> bool:
 
 
 def _lost_process(error: BaseException) -> str | None:
-    """What to do, where another process of the job is gone."""
-    if not several_processes() or not isinstance(error, (sys.modules["jax"].errors.JaxRuntimeError, TimeoutError)):
+    """What to do if another process of the job is gone, which any exception in the chain of causes may tell."""
+    if not several_processes():
         return None
-    text = str(error)
-    if not isinstance(error, TimeoutError) and not _LOST.search(text):
+    text, cause = None, error
+    while cause is not None and text is None:
+        if isinstance(cause, sys.modules["jax"].errors.JaxRuntimeError):
+            lost = _LOST.search(str(cause)) is not None
+        else:
+            lost = isinstance(cause, TimeoutError) or _SURELY_LOST.search(str(cause)) is not None
+        text, cause = (str(cause) if lost else None), cause.__cause__ or cause.__context__
+    if text is None:
         return None
     return (
         "Another process of the job has ended or cannot be reached, and its own output says why "
