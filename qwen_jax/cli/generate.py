@@ -70,10 +70,11 @@ class Model:
     def __init__(self, name: str, options: Sampling, need_tokenizer: bool):
         from qwen_jax.config import load_config
         from qwen_jax.hub import SMALL, is_hub_id, resolve
-        from qwen_jax.inference import load_generation_defaults
+        from qwen_jax.inference import SamplingParams, load_generation_defaults
         from qwen_jax.parallel.sharding import parse_mesh
 
         self.options, self.axes = options, parse_mesh(options.mesh)
+        options.resolve(SamplingParams())  # Refuses values out of range before anything is downloaded.
         self.folder = resolve(name, SMALL)
         # The weights of a Hub model are downloaded later, when everything else is known to be in order.
         self.checkpoint: str | Path = name if is_hub_id(name) else self.folder
