@@ -205,8 +205,8 @@ class Upcycled:
 def _check_dense(config: ModelConfig) -> None:
     if config.moe is not None:
         raise InputError(
-            f"Expected a dense checkpoint, got one with {config.moe.num_experts} experts in a layer. Only a dense model "
-            "can be upcycled."
+            f"Expected a dense checkpoint, got one with {config.moe.num_experts} experts in a layer. Only a dense "
+            "model can be upcycled."
         )
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from qwen_jax.cli.common import DType, binary_size, count, sibling
+from qwen_jax.cli.common import DType, sibling
 from qwen_jax.cli.failures import complain, explain
+from qwen_jax.units import binary_size, count
 
 if TYPE_CHECKING:
     from qwen_jax.config import ModelConfig

@@ -13,11 +13,11 @@ import pytest
 
 from qwen_jax import hub
 from qwen_jax.cli import main
-from qwen_jax.cli.common import binary_size, count
 from qwen_jax.errors import InputError
 from qwen_jax.files import strict_json
 from qwen_jax.published import published
 from qwen_jax.tokenizer import train_bpe
+from qwen_jax.units import binary_size, count
 
 NAME = "someone/Some-Model.1"
 FILES = (
