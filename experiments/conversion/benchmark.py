@@ -3,9 +3,9 @@
     python -m experiments.conversion.benchmark --directory /some/disk [--size 1.5b] [--repeats 3] [--json out.json]
 
 Builds a random bfloat16 checkpoint of a published shape, then converts it to Orbax and back, each time in a fresh
-process. Expected on a laptop or server with a warm page cache: less than 0.5 GB above the interpreter, and at least half
-the speed of `cp`. Each is timed twice: until the command returns, and until the bytes are on the disk. The source is in
-the page cache each time. Needs four times the size of the checkpoint on the disk; everything is removed afterwards.
+process. Expected on a laptop or server with a warm page cache: less than 0.5 GB above the interpreter, and at least
+half the speed of `cp`. Each is timed twice: until the command returns, and until the bytes are on the disk. The source
+is in the page cache each time. Needs four times the size of the checkpoint on the disk, and removes it afterwards.
 """
 
 import argparse
