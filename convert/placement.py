@@ -20,6 +20,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params, param_specs
+from qwen_jax.units import binary_size
 
 Range = tuple[int, int]
 
@@ -196,7 +197,7 @@ def _check_memory(source: Source, shardings: dict[Leaf, NamedSharding], dtype: n
             free, where = _available_host_bytes() // len(local), "this machine"
         if needed > free:
             raise InputError(
-                f"The parameters need {needed / 1e9:.2f} GB a device, {where} has {free / 1e9:.2f} GB for each. "
+                f"The parameters need {binary_size(needed)} a device, {where} has {binary_size(free)} for each. "
                 "Use a smaller dtype, or a mesh with a larger tensor or fsdp axis."
             )
 

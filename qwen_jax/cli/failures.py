@@ -41,7 +41,7 @@ def several_processes() -> bool:
 
 
 def _lost_process(error: BaseException) -> str | None:
-    """The message for an error that another process has caused by ending, anywhere in the chain of causes; else None."""
+    """The message if the loss of another process is anywhere in the chain of causes; None otherwise."""
     if not several_processes():
         return None
     text, cause = None, error
