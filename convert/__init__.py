@@ -119,7 +119,7 @@ def convert(
     Raises:
       InputError: a damaged or unsupported checkpoint, an existing destination, or too small a disk.
     """
-    _check_options(dst, to, dtype)
+    check_options(dst, to, dtype)
     source = open_source(src)
     assert source.folder is not None
     write_folder(source, dst, to or ("orbax" if detect(source.folder) == "hf" else "hf"), dtype, progress)
@@ -138,7 +138,7 @@ def write_folder(
     Raises:
       InputError: as `convert`.
     """
-    target = _check_options(dst, to, dtype)
+    target = check_options(dst, to, dtype)
     with _bar(nbytes(source, target), progress and sys.stderr.isatty()) as advance:
         if to == "hf":
             from convert.huggingface import export
@@ -150,7 +150,7 @@ def write_folder(
             save(source, source.config, dst, target, progress=advance)
 
 
-def _check_options(dst: str | os.PathLike[str], to: str | None, dtype: DTypeLike | None) -> np.dtype | None:
+def check_options(dst: str | os.PathLike[str], to: str | None, dtype: DTypeLike | None) -> np.dtype | None:
     """Checks what does not depend on the source, before it is downloaded or opened; returns the parsed dtype."""
     if to not in (None, "hf", "orbax"):
         raise InputError(f"Expected the format 'hf' or 'orbax', got {to!r}.")

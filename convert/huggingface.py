@@ -7,9 +7,9 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from convert.names import EMBED, LM_HEAD, Leaf, check_names, in_fused, is_ignored, leaves, standard_names
 from convert.safetensors import DTYPES, Entry, Writer, read_folder, read_rows, row_offset
@@ -250,7 +250,7 @@ def export(
     params: Params | Source,
     config: ModelConfig,
     folder: str | os.PathLike[str],
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     max_shard_bytes: float = MAX_SHARD_BYTES,
     extra_files_from: str | os.PathLike[str] | None = None,
     progress: Callable[[int], None] | None = None,

@@ -277,9 +277,10 @@ def _check_initial(config: RunConfig, folder: Path) -> None:
 def _check_vocabulary(config: RunConfig, datasets: dict[str, PackedRows]) -> None:
     model = config.model
     if beyond := [token for token in model.eos_token_ids if token >= model.vocab_size]:
+        ends = sorted({rows.manifest.end_of_text for rows in datasets.values()})
         raise InputError(
             f"The model ends texts with the ids {beyond} (eos_token_ids), and has {model.vocab_size} ids in all. "
-            "Give the tokenizer's end-of-text id, or none."
+            f"Give the end-of-text id of the data's tokenizer, eos_token_ids=({', '.join(map(str, ends))},), or none."
         )
     for name, rows in datasets.items():
         if rows.manifest.vocab_size > config.model.vocab_size:
