@@ -1,6 +1,6 @@
-"""How checkpoints move: Hugging Face safetensors, Orbax, and onto a mesh.
+"""Moving checkpoints: Hugging Face safetensors to and from Orbax, and either of them onto a mesh.
 
-What is here is what others use; formats are imported when they are needed.
+This module is the public interface; the module of a format is imported when it is needed.
 """
 
 import os
@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from convert.folder import Format, check_destination, detect
 from convert.source import Source, nbytes, parse_dtype
@@ -21,17 +21,18 @@ from qwen_jax.hub import CONFIG, is_hub_id, resolve
 from qwen_jax.options import Options
 from qwen_jax.params import Params
 
-__all__ = ["convert", "detect", "load", "open_source", "write_folder"]
+__all__ = ["convert", "detect", "load", "load_params", "open_source", "write_folder"]
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
+def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None) -> Source:
     """Opens a checkpoint of any format and checks it, without reading the weights.
 
     Args:
-      path: a folder or a Hub id.
+      path: a Hugging Face folder, an Orbax folder, or a Hub id.
+      config: the architecture that the checkpoint must have; by default that of its config.json.
 
     Raises:
-      InputError: see `convert.huggingface.SafetensorsSource` and `convert.orbax.OrbaxSource`.
+      InputError: no such checkpoint, a damaged one, or an unsupported model.
     """
     if is_hub_id(path):
         load_config(resolve(path, CONFIG))  # Refuse an unsupported model before its weights are downloaded.
@@ -39,16 +40,16 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if detect(folder) == "hf":
         from convert.huggingface import SafetensorsSource
 
-        return SafetensorsSource(folder)
+        return SafetensorsSource(folder, config)
     from convert.orbax import OrbaxSource
 
-    return OrbaxSource(folder)
+    return OrbaxSource(folder, config)
 
 
 def load(
-    path: str | os.PathLike[str], mesh: Mesh, dtype: Any = None, options: Options = Options(stacked=False)
+    path: str | os.PathLike[str], mesh: Mesh, dtype: DTypeLike | None = None, options: Options = Options(stacked=False)
 ) -> tuple[ModelConfig, Params]:
-    """Loads a checkpoint of any format onto a mesh.
+    """Loads a checkpoint of any format onto a mesh, tensor by tensor; each process reads what its devices hold.
 
     Args:
       path: a Hugging Face folder, an Orbax folder, or a Hub id.
@@ -61,55 +62,83 @@ def load(
       `abstract_params(config, sharding, options)`.
 
     Raises:
-      InputError: nothing there, a damaged checkpoint, an unsupported model, a mesh or a memory too small.
+      InputError: no such checkpoint, a damaged one, an unsupported model, or too small a mesh or memory.
     """
-    from convert.placement import place
     from qwen_jax.inference.settings import add_end_ids
 
     source = open_source(path)
     assert source.folder is not None
-    return add_end_ids(source.config, source.folder), place(source, mesh, dtype, options)
+    return add_end_ids(source.config, source.folder), _place(source, mesh, dtype, options)
+
+
+def load_params(
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    mesh: Mesh,
+    dtype: DTypeLike | None = None,
+    options: Options = Options(),
+) -> Params:
+    """Loads the parameters of a checkpoint that must have a given architecture; see `load`.
+
+    Args:
+      path, mesh, dtype: as for `load`.
+      config: the architecture; the tensors are checked against it.
+      options: `stacked` decides the layout; by default that of training.
+
+    Returns:
+      The tree of `abstract_params(config, sharding, options)`.
+
+    Raises:
+      InputError: as `load`.
+    """
+    return _place(open_source(path, config), mesh, dtype, options)
+
+
+def _place(source: Source, mesh: Mesh, dtype: DTypeLike | None, options: Options) -> Params:
+    from convert.placement import place
+
+    return place(source, mesh, dtype, options)
 
 
 def convert(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     to: Format | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     progress: bool = False,
 ) -> None:
-    """Converts a checkpoint folder, block by block, into a new folder that is whole or not there.
+    """Converts a checkpoint, block by block, into a new folder. After a failure nothing is left of it.
 
     Args:
       src: a Hugging Face folder, an Orbax folder, or a Hub id.
       dst: the new folder; must not exist or be empty.
       to: "hf" or "orbax"; by default the format that `src` does not have.
       dtype: of the written weights; by default as stored, and then every tensor keeps its bytes.
-      progress: shows a bar on standard error where that is a terminal.
+      progress: show a bar on standard error if that is a terminal.
 
     Raises:
-      InputError: a damaged or unsupported checkpoint, a taken destination, a disk too small.
+      InputError: a damaged or unsupported checkpoint, an existing destination, or too small a disk.
     """
-    _check_options(dst, to, dtype)
+    check_options(dst, to, dtype)
     source = open_source(src)
     assert source.folder is not None
     write_folder(source, dst, to or ("orbax" if detect(source.folder) == "hf" else "hf"), dtype, progress)
 
 
 def write_folder(
-    source: Source, dst: str | os.PathLike[str], to: Format, dtype: Any = None, progress: bool = False
+    source: Source, dst: str | os.PathLike[str], to: Format, dtype: DTypeLike | None = None, progress: bool = False
 ) -> None:
     """Writes a checkpoint folder from a `Source`.
 
     Args:
-      source: where from.
+      source: the parameters.
       dst, dtype, progress: as for `convert`.
       to: "hf" or "orbax".
 
     Raises:
-      InputError: see `convert`.
+      InputError: as `convert`.
     """
-    target = _check_options(dst, to, dtype)
+    target = check_options(dst, to, dtype)
     with _bar(nbytes(source, target), progress and sys.stderr.isatty()) as advance:
         if to == "hf":
             from convert.huggingface import export
@@ -121,7 +150,7 @@ def write_folder(
             save(source, source.config, dst, target, progress=advance)
 
 
-def _check_options(dst: str | os.PathLike[str], to: str | None, dtype: Any) -> np.dtype | None:
+def check_options(dst: str | os.PathLike[str], to: str | None, dtype: DTypeLike | None) -> np.dtype | None:
     """Checks what does not depend on the source, before it is downloaded or opened; returns the parsed dtype."""
     if to not in (None, "hf", "orbax"):
         raise InputError(f"Expected the format 'hf' or 'orbax', got {to!r}.")

@@ -1,8 +1,7 @@
-"""Checkpoint folders: finding one, telling its format, what travels along, and writing one whole or not at all."""
+"""Checkpoint folders: detecting the format, copying the small files, and writing a folder atomically."""
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -11,58 +10,54 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_jax.config import ModelConfig
-from qwen_jax.errors import InputError
-from qwen_jax.files import read_json
+from qwen_jax.config import ModelConfig, adapter_problem, load_config
+from qwen_jax.errors import NO_ROOM, InputError
+from qwen_jax.files import read_json, why_unusable
+from qwen_jax.hub import TOKENIZER
 
 Format = Literal["hf", "orbax"]
+PICKLES = (".bin", ".pt", ".pth")
 
-# Beside config.json. Everything here is data; code of a repository is never copied.
-TRAVELLING = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "qwen.tiktoken",
-    "LICENSE",
-)
+# Copied along with config.json. All of them are data; code in a checkpoint folder is never copied.
+SIDE_FILES = ("generation_config.json", *TOKENIZER, "LICENSE")
 
 
 def detect(path: str | os.PathLike[str]) -> Format:
     """Tells which format a checkpoint folder has.
 
     Returns:
-      "hf" for safetensors in Hugging Face's layout, "orbax" for ours: `config.json` beside `params/`.
+      "hf" for safetensors in Hugging Face's layout, "orbax" for `config.json` beside an Orbax checkpoint `params/`.
 
     Raises:
-      InputError: neither, or no folder.
+      InputError: neither, an adapter, or no folder.
     """
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path} is not a folder. Expected a checkpoint folder.")
     if (path / "params").is_dir():
         return "orbax"
-    if list(path.glob("*.safetensors")) or list(path.glob("*.safetensors.index.json")):
+    # A folder with pickles counts as "hf": reading it explains why they are refused.
+    if any(any(path.glob(f"*{ending}")) for ending in (".safetensors", ".safetensors.index.json", *PICKLES)):
         return "hf"
-    if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
-        return "hf"  # Reading it tells what is wrong with pickles.
+    found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
+    from_hub = " From the Hub only safetensors are downloaded, not pickles." if "snapshots" in path.parts else ""
     raise InputError(
-        f"{path} holds no checkpoint: expected model.safetensors, model.safetensors.index.json or an Orbax folder "
-        f"params/ in it; it has {', '.join(sorted(p.name for p in path.iterdir())[:5]) or 'nothing'}."
+        adapter_problem(path)
+        or f"{path} holds no checkpoint: expected model.safetensors, model.safetensors.index.json or an Orbax folder "
+        f"params/ in it; it has {found}.{from_hub}"
     )
 
 
 def check_destination(folder: Path) -> None:
-    """Raises InputError unless `folder` does not exist or is an empty folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Raises InputError unless `folder` can be created, or is an empty folder."""
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        linked = folder.is_symlink()
+    except OSError as error:  # A name that is too long, links in a circle, a folder that cannot be listed.
+        raise InputError(f"{folder} cannot be created: {error.strerror}. Give another folder.") from None
+    if taken:
         raise InputError(f"{folder} exists already. Give a new folder, or remove it first; nothing is overwritten.")
-    if folder.is_symlink():
+    if linked:
         raise InputError(f"{folder} is a symbolic link; a new folder cannot take its place. Give the folder itself.")
     parent = next(parent for parent in folder.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -71,14 +66,14 @@ def check_destination(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well, and disappears when it does not.
+    """A temporary folder that is renamed to `folder` if the block succeeds, and removed if it fails.
 
     Args:
       folder: must not exist, or be empty.
-      needed_bytes: what will be written; checked against the free space.
+      needed_bytes: how much will be written; checked against the free space.
 
     Raises:
-      InputError: the destination is taken, or the disk is too small.
+      InputError: the destination exists, or the disk is too small.
     """
     folder = Path(os.path.abspath(folder))
     check_destination(folder)
@@ -90,16 +85,18 @@ def new_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
             "Make room or choose another disk."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    # A name has at most 255 bytes: of a long one, the temporary name has only the beginning.
+    start = os.fsdecode(os.fsencode(folder.name)[:200])
+    temporary = folder.parent / f".{start}.{os.getpid()}.tmp"
     temporary.mkdir()
     try:
         yield temporary
-        with ThreadPoolExecutor(4) as pool:  # Many files to wait for; the disk likes to be asked for several.
+        with ThreadPoolExecutor(4) as pool:  # Each flush waits for the disk, which works faster on several.
             list(pool.map(_sync, [temporary, *temporary.rglob("*")]))
         os.rename(temporary, folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_ROOM:
             raise InputError(f"The disk of {folder} is full. Nothing was left behind; make room and repeat.") from None
         raise
     except BaseException:
@@ -116,34 +113,45 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_side_files(origin: Path | None) -> None:
+    """Raises InputError if a file that will be copied along cannot be read, before the weights are written."""
+    for name in SIDE_FILES if origin else ():
+        assert origin is not None
+        listed = (origin / name).exists() or (origin / name).is_symlink()
+        problem = why_unusable(origin / name) if listed else None
+        if problem is not None:
+            raise InputError(problem)
+
+
 def write_side_files(
     config: ModelConfig, dtype: str | None, origin: Path | None, folder: Path, both_dialects: bool
 ) -> None:
-    """Writes config.json and copies the files that travel along.
+    """Writes config.json, and copies tokenizer, generation config and license.
 
-    The original config.json is copied byte for byte where it still tells the truth, so that a round trip changes
-    nothing. It is rewritten when the dtype changes, and, if `both_dialects`, when only transformers 5 would read it
-    rightly: transformers 4 takes a RoPE base of 10,000 where it finds none at the top level.
+    The original config.json is copied byte for byte if it is still correct, so that a round trip changes nothing. It
+    is rewritten if the dtype or the architecture's name changes, and, with `both_dialects`, if only transformers 5
+    would read it correctly: transformers 4 uses a RoPE base of 10,000 if there is none at the top level.
 
     Args:
       config: the architecture.
-      dtype: of the written weights, if it is not what the original config.json says.
+      dtype: of the written weights; None if it is that of the original config.json.
       origin: folder of the original files, or None.
-      folder: where to.
+      folder: the folder to write into.
       both_dialects: whether transformers 4 must understand the result.
     """
     original = origin / "config.json" if origin else None
     old: dict[str, Any] = read_json(original) if original and original.is_file() else {}
     keep = bool(old) and dtype in (None, old.get("dtype") or old.get("torch_dtype"))
+    keep = keep and (old.get("architectures") or config.to_hf()["architectures"]) == config.to_hf()["architectures"]
     if both_dialects:
         keep = keep and "rope_theta" in old
-    if original and keep and dataclasses.replace(ModelConfig.from_hf(old), dtype=config.dtype) == config:
+    if original and keep and dataclasses.replace(load_config(original.parent), dtype=config.dtype) == config:
         shutil.copyfile(original, folder / "config.json")
     else:
         hf = {**config.to_hf(), "torch_dtype": dtype or config.dtype}
         if "pad_token_id" in old:
             hf["pad_token_id"] = old["pad_token_id"]
         (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for name in TRAVELLING:
+    for name in SIDE_FILES:
         if origin and (origin / name).is_file():
             shutil.copyfile(origin / name, folder / name)

@@ -1,31 +1,31 @@
-"""Hugging Face checkpoint folders: safetensors and config.json, in and out."""
+"""Reading and writing Hugging Face checkpoint folders: safetensors and config.json."""
 
 import contextlib
+import logging
 import os
 import threading
-import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
-from convert.names import LM_HEAD, Leaf, check_names, in_fused, is_ignored, leaves
-from convert.placement import place
-from convert.safetensors import Entry, Writer, read_folder, read_rows, row_offset
+from convert.names import EMBED, LM_HEAD, Leaf, check_names, in_fused, is_ignored, leaves, standard_names
+from convert.safetensors import DTYPES, Entry, Writer, read_folder, read_rows, row_offset
 from convert.source import Source, Span, blocks
 from convert.write import write_checkpoint
 from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import InputError
-from qwen_jax.options import Options
 from qwen_jax.params import Params
 
-MAX_SHARD_BYTES = 5e9  # What `save_pretrained` of transformers takes.
+_log = logging.getLogger(__name__)
+
+MAX_SHARD_BYTES = 5e9  # The default of `save_pretrained` in transformers.
 
 
 class SafetensorsSource:
-    """A Hugging Face folder, checked whole before anything is read from it."""
+    """A Hugging Face folder as a `Source`; all of it is checked before any weights are read."""
 
     workers = min(4, os.cpu_count() or 1)
 
@@ -40,23 +40,40 @@ class SafetensorsSource:
         """
         self.folder: Path | None = Path(folder)
         self.config = config or load_config(folder)
-        self._entries = read_folder(Path(folder))
         self._leaves = leaves(self.config)
-        if self.config.moe is not None:
-            self._take_apart()
+        self._entries = self._find(Path(folder))
         self._check(Path(folder))
         self._files = _Files()
         if self.config.tie_word_embeddings and LM_HEAD in self._entries:
             self._compare_head()
+        self._dtypes = {leaf: self._common_dtype(leaf) for leaf in self._leaves}
 
-    def _take_apart(self) -> None:
-        """Finds the tensors of single experts in those that hold all experts of a layer."""
+    def _find(self, folder: Path) -> dict[str, Entry]:
+        """The tensors by their standard names."""
+        tied = {EMBED, LM_HEAD} if self.config.tie_word_embeddings else set()
+
+        def optional(name: str) -> bool:
+            # A tied model may be saved with the embedding, with the head, or with both.
+            full = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+            return full in tied or is_ignored(full)
+
+        found = read_folder(folder, optional)
+        standard = standard_names(folder, found)
+        entries = {standard[name]: entry for name, entry in found.items()}
+        if tied and EMBED not in entries and LM_HEAD in entries:
+            entries[EMBED] = entries.pop(LM_HEAD)
+        if self.config.moe is not None:
+            self._split_fused_experts(entries)
+        return entries
+
+    def _split_fused_experts(self, entries: dict[str, Entry]) -> None:
+        """Replaces tensors that hold all experts of a layer by the tensors of the single experts."""
         assert self.config.moe is not None
         moe, D = self.config.moe, self.config.hidden_size
         fused: set[str] = set()
-        for name in [name for leaf in self._leaves for name in leaf.names if name not in self._entries]:
+        for name in [name for leaf in self._leaves for name in leaf.names if name not in entries]:
             found = in_fused(name)
-            entry = self._entries.get(found[0]) if found else None
+            entry = entries.get(found[0]) if found else None
             if found is None or entry is None:
                 continue
             expert, part, parts = found[1]
@@ -66,14 +83,21 @@ class SafetensorsSource:
                     f"{entry.file}: {found[0]} has shape {list(entry.shape)}, config.json asks for "
                     f"{[moe.num_experts, parts * rows, columns]}. Check that config.json belongs to these weights."
                 )
+            _check_dtype(found[0], entry)
             fused.add(found[0])
-            self._entries[name] = entry.part((expert * parts + part) * rows, rows)
+            entries[name] = entry.part((expert * parts + part) * rows, rows)
         for name in fused:
-            del self._entries[name]
+            del entries[name]
 
     def _check(self, folder: Path) -> None:
+        """Compares names, shapes and dtypes with what the config describes."""
         expected = {name: leaf for leaf in self._leaves for name in leaf.names}
-        found = {name: entry for name, entry in self._entries.items() if not is_ignored(name)}
+        # Buffers, and tensors without elements, hold nothing that the model needs.
+        found = {
+            name: entry
+            for name, entry in self._entries.items()
+            if name in expected or not (is_ignored(name) or 0 in entry.shape)
+        }
         missing = [name for name in expected if name not in found]
         if missing == [LM_HEAD]:
             raise InputError(
@@ -87,114 +111,127 @@ class SafetensorsSource:
         shapes = {name: leaf.hf_shape for name, leaf in expected.items()}
         if tied_head & found.keys():
             shapes[LM_HEAD] = (self.config.vocab_size, self.config.hidden_size)
+        empty = [name for name in shapes if 0 in found[name].shape]
+        if empty:
+            raise InputError(
+                f"{folder} holds {len(empty)} tensors without elements where weights are expected: "
+                f"{', '.join(empty[:3])}. DeepSpeed ZeRO-3 writes such files if the weights are not gathered: set "
+                "stage3_gather_16bit_weights_on_model_save, or run its zero_to_fp32.py."
+            )
         for name, shape in shapes.items():
             if found[name].shape != shape:
                 raise InputError(
                     f"{found[name].file}: {name} has shape {list(found[name].shape)}, config.json asks for "
                     f"{list(shape)}. Check that config.json belongs to these weights."
                 )
-        for leaf in self._leaves:
-            dtypes = {found[name].dtype.name for name in leaf.names}
-            if len(dtypes) > 1:
-                raise InputError(
-                    f"{folder} stores {'.'.join(leaf.path)} in {' and '.join(sorted(dtypes))} in different layers; "
-                    "expected one dtype. Save it in one with transformers."
-                )
+            _check_dtype(name, found[name])
+
+    def _common_dtype(self, leaf: Leaf) -> np.dtype:
+        """The dtype of a leaf: the narrowest that holds the values of all of its tensors exactly."""
+        by_dtype: dict[np.dtype, list[str]] = {}
+        for name in leaf.names:
+            by_dtype.setdefault(self._entries[name].dtype, []).append(name)
+        if len(by_dtype) == 1:
+            return next(iter(by_dtype))
+        widest = np.dtype(np.float64 if np.dtype(np.float64) in by_dtype else np.float32)
+        fewest = min(by_dtype, key=lambda dtype: (len(by_dtype[dtype]), -dtype.itemsize))
+        _log.warning(
+            "%s stores %s in %s, which differs from other layers; all layers of %s are read as %s.",
+            self.folder, ", ".join(by_dtype[fewest][:3]), fewest.name, ".".join(leaf.path), widest.name,
+        )  # fmt: skip
+        return widest
 
     def _compare_head(self) -> None:
-        """Says so where a tied checkpoint carries a head of its own that differs: nobody would notice otherwise."""
+        """Refuses a tied checkpoint with a head of its own that differs from the embedding.
+
+        transformers 4 and transformers 5 compute different logits with it.
+        """
         embed = self._leaves[0]
         head = Leaf(("lm_head", "weight"), (LM_HEAD,), (), (), embed.shape, embed.hf_shape)
-        same = self.dtype(embed) == self.dtype(head) and all(
-            self.read(embed, *block).tobytes() == self.read(head, *block).tobytes()
-            for block in blocks(embed, self.dtype(embed).itemsize)
-        )
-        if not same:
-            warnings.warn(
-                f"{self.folder} has tie_word_embeddings=true and an {LM_HEAD} that differs from the embedding. The "
-                "embedding is used, as transformers does. If that is wrong, set tie_word_embeddings to false.",
-                stacklevel=2,
-            )
+        # Where the two are stored in different dtypes, they need to agree after rounding only.
+        coarsest = min((self._entries[name].dtype for name in (EMBED, LM_HEAD)), key=lambda dtype: dtype.itemsize)
+        self._dtypes = {leaf: self._entries[leaf.names[0]].dtype for leaf in (embed, head)}
+        for block in blocks(embed, coarsest.itemsize):
+            ours, theirs = (self.read(leaf, *block).astype(coarsest, copy=False) for leaf in (embed, head))
+            if ours.tobytes() != theirs.tobytes():
+                raise InputError(
+                    f"{self.folder} has tie_word_embeddings=true and an {LM_HEAD} that differs from {EMBED}: "
+                    "transformers 4 computes logits with the embedding, transformers 5 with the head. Set "
+                    "tie_word_embeddings to false in config.json to use the head, or remove it from the weights."
+                )
 
     def dtype(self, leaf: Leaf) -> np.dtype:
-        return self._entries[leaf.names[0]].dtype
+        return self._dtypes[leaf]
 
     def read(self, leaf: Leaf, tensors: slice, rows: slice) -> np.ndarray:
         names = leaf.names[tensors]
-        inner = leaf.shape[1:]
-        out = np.empty((len(names), rows.stop - rows.start, *inner), self.dtype(leaf))
-        there = _rows_there(leaf, rows)
+        out = np.empty((len(names), rows.stop - rows.start, *leaf.shape[1:]), self.dtype(leaf))
+        hf_rows = _hf_rows(leaf, rows)
         for name, part in zip(names, out, strict=True):
             entry = self._entries[name]
-            read_rows(self._files.descriptor(entry), entry, there, part)
+            descriptor = self._files.descriptor(entry)
+            if entry.dtype == out.dtype:
+                read_rows(descriptor, entry, hf_rows, part)
+            else:
+                stored = np.empty(part.shape, entry.dtype)
+                read_rows(descriptor, entry, hf_rows, stored)
+                part[...] = stored
         return out
 
-    def spans(self, leaf: Leaf, tensors: slice, rows: slice) -> list[Span]:
-        there = _rows_there(leaf, rows)
+    def spans(self, leaf: Leaf, tensors: slice, rows: slice) -> list[Span] | None:
+        hf_rows = _hf_rows(leaf, rows)
         found = []
         for name in leaf.names[tensors]:
             entry = self._entries[name]
-            start, stop = row_offset(entry, there.start), row_offset(entry, there.stop)
+            if entry.dtype != self.dtype(leaf):
+                return None
+            start, stop = row_offset(entry, hf_rows.start), row_offset(entry, hf_rows.stop)
             found.append(Span(entry.file, start, stop - start))
         return found
 
 
-def _rows_there(leaf: Leaf, rows: slice) -> slice:
-    """Rows of the tensor on disk: where a row here is a head, they are head_dim times as many. The same bytes."""
+def _check_dtype(name: str, entry: Entry) -> None:
+    """Refuses a weight in a dtype that weights are not read from."""
+    if entry.code not in DTYPES:
+        raise InputError(
+            f"{entry.file}: tensor {name} has dtype {entry.code!r}; expected one of {', '.join(DTYPES)}. Quantised "
+            "checkpoints cannot be read; use the original one."
+        )
+
+
+def _hf_rows(leaf: Leaf, rows: slice) -> slice:
+    """Rows of the Hugging Face tensor that hold given rows of the parameter: head_dim times as many for heads."""
     per_row = leaf.hf_shape[0] // leaf.shape[0]
     return slice(rows.start * per_row, rows.stop * per_row)
 
 
 class _Files:
-    """Descriptors of files, opened at first use and closed with this object."""
+    """File descriptors, opened at first use and closed with this object."""
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
+        weakref.finalize(self, _close_all, self._open)
 
     def descriptor(self, entry: Entry) -> int:
         if entry.file not in self._open:
-            # Two threads may both open it: the first one stays, the other is closed.
+            # Two threads may both open it: the first descriptor is kept, the other is closed.
             descriptor = os.open(entry.file, os.O_RDONLY)
             if self._open.setdefault(entry.file, descriptor) != descriptor:
                 os.close(descriptor)
         return self._open[entry.file]
 
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
 
-
-def load_params(
-    folder: str | os.PathLike[str],
-    config: ModelConfig,
-    mesh: Mesh,
-    dtype: Any = None,
-    options: Options = Options(),
-) -> Params:
-    """Loads a Hugging Face folder onto a mesh, tensor by tensor, each process only what its devices hold.
-
-    Args:
-      folder: with safetensors.
-      config: the architecture; the tensors are checked against it.
-      mesh: from `make_mesh`.
-      dtype: of the parameters; by default as stored.
-      options: `stacked` decides the layout.
-
-    Returns:
-      The tree of `abstract_params(config, sharding, options)`.
-
-    Raises:
-      InputError: files that are missing, damaged, or do not fit the config; a mesh or a memory too small.
-    """
-    return place(SafetensorsSource(folder, config), mesh, dtype, options)
+def _close_all(descriptors: dict[Path, int]) -> None:
+    for descriptor in descriptors.values():
+        os.close(descriptor)
 
 
 class _Sink:
-    """Puts blocks into their places in safetensors files."""
+    """Writes blocks to their places in safetensors files."""
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
-        # A file takes one write at a time anyway; a thread that waits here does not spin in the kernel.
+        # The kernel serialises writes to a file anyway; a thread that waits here does not spin.
         self._lock = threading.Lock()
 
     def write(self, leaf: Leaf, tensors: slice, rows: slice, data: np.ndarray) -> None:
@@ -213,26 +250,26 @@ def export(
     params: Params | Source,
     config: ModelConfig,
     folder: str | os.PathLike[str],
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     max_shard_bytes: float = MAX_SHARD_BYTES,
     extra_files_from: str | os.PathLike[str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes a Hugging Face folder that transformers 4 and 5 load, whole or not at all.
+    """Writes a Hugging Face folder that transformers 4 and 5 load. After a failure nothing is left.
 
     Args:
       params: a parameter tree, stacked or not, on any mesh; or a `Source`. Where several processes hold the shards,
-        all of them must call this; the first one writes.
+        all of them must call this; process 0 writes.
       config: the architecture.
       folder: the new folder; must not exist or be empty.
-      dtype: of the written weights; by default as they are.
+      dtype: of the written weights; by default that of the parameters.
       max_shard_bytes: a larger model is written in several files with an index.
-      extra_files_from: folder from which tokenizer, generation config and config.json are taken; by default that of
+      extra_files_from: folder from which tokenizer, generation config and config.json are copied; by default that of
         the source.
-      progress: called with the bytes of each block written.
+      progress: called with the number of bytes of each block written.
 
     Raises:
-      InputError: the destination is taken, the disk too small, or the parameters do not fit the config.
+      InputError: the destination exists, the disk is too small, or the parameters do not fit the config.
     """
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The one table between Hugging Face tensor names and parameter paths.
+"""The one table of Hugging Face tensor names and parameter paths.
 
 Weights keep PyTorch's orientation on both sides, so the two shapes differ only in how axes are grouped: a conversion is
 a reshape of the same bytes.
@@ -8,14 +8,14 @@ import dataclasses
 import math
 import re
 from collections.abc import Collection
-from typing import Any
+from pathlib import Path
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 
-# Hugging Face name -> (path in the parameter tree, axes). Axes in parentheses are one axis there and two here.
-# Letters: V vocabulary, D hidden, H query heads, K key/value heads, d head_dim, F feed-forward, E experts, f width
-# of an expert, s of the shared one.
+# Hugging Face name -> (path in the parameter tree, axes). Axes in parentheses are one axis in Hugging Face's tensor and
+# two in the parameter. Letters: V vocabulary, D hidden, H query heads, K key/value heads, d head_dim, F feed-forward,
+# E experts, f width of an expert, s width of the shared expert.
 _OUTSIDE = {
     "model.embed_tokens.weight": ("embed.weight", "V D"),
     "model.norm.weight": ("norm.weight", "D"),
@@ -37,7 +37,7 @@ _DENSE = {
     "mlp.up_proj.weight": ("mlp.up.weight", "F D"),
     "mlp.down_proj.weight": ("mlp.down.weight", "D F"),
 }
-# One tensor for each expert: {e} there is an axis here, and so is {gate_or_up}.
+# One tensor for each expert: {e} and {gate_or_up} in a name are leading axes of the parameter.
 _SPARSE = {
     "mlp.gate.weight": ("moe.router.weight", "E D"),
     "mlp.experts.{e}.{gate_or_up}_proj.weight": ("moe.experts.gate_up", "f D"),
@@ -47,23 +47,34 @@ _SPARSE = {
     "mlp.shared_expert.down_proj.weight": ("moe.shared.down.weight", "D s"),
     "mlp.shared_expert_gate.weight": ("moe.shared_gate.weight", "1 D"),
 }
-LM_HEAD = "lm_head.weight"
+EMBED, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # Buffers that old versions of transformers saved; the model computes them.
-_IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_IGNORED = re.compile(
+    r"model\.((layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached)"
+    r"|layers\.\d+\.self_attn\.(bias|masked_bias|causal_mask)|causal_mask)"
+)
+# What training tools put in front of every tensor name.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "module.": "DistributedDataParallel or DeepSpeed",
+    "base_model.model.": "PEFT",
+}
+_LORA = re.compile(r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|base_layer|modules_to_save)\.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One leaf of the stacked parameter tree, and the tensors that it holds.
+    """One leaf of the stacked parameter tree, and the Hugging Face tensors that it holds.
 
     Attributes:
       path: keys from the root of the parameter tree.
       names: Hugging Face names of its tensors, in the order in which they are stacked.
       stack: leading axes of the leaf: none, layers, or layers and experts (and gate and up).
-      layers: numbers of the layers that have it; empty without a layer axis.
-      shape: of one tensor, here.
-      hf_shape: of one tensor, on disk in Hugging Face's format.
+      layers: numbers of the layers that have this parameter; empty without a layer axis.
+      shape: of one tensor, as a parameter.
+      hf_shape: of one tensor, as Hugging Face stores it.
     """
 
     path: tuple[str, ...]
@@ -74,7 +85,7 @@ class Leaf:
     hf_shape: tuple[int, ...]
 
     def __hash__(self) -> int:
-        return hash(self.path)  # Of the names, which may be thousands, it would take long.
+        return hash(self.path)  # Hashing the names, which may be thousands, would be slow.
 
     @property
     def full_shape(self) -> tuple[int, ...]:
@@ -83,7 +94,7 @@ class Leaf:
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
-        """Shape of the leaf in one layer, or of all of it where there are no layers."""
+        """Shape of the leaf in one layer, or of the whole leaf if it has no layer axis."""
         return (*self.stack[1:], *self.shape)
 
     @property
@@ -97,10 +108,10 @@ class Leaf:
         return math.prod(self.full_shape)
 
     def region(self, tensors: slice) -> tuple[slice, ...]:
-        """Where some of its tensors lie along `stack`: one of them, or whole runs of the last axes.
+        """The index along the axes of `stack` of a range of tensors: of one tensor, or of whole runs of the last axes.
 
         Raises:
-          ValueError: tensors that are no box.
+          ValueError: the tensors are not a contiguous block.
         """
         count, index = tensors.stop - tensors.start, []
         for i, size in enumerate(self.stack):
@@ -112,12 +123,14 @@ class Leaf:
                     break
                 return (*index, *(slice(0, n) for n in self.stack[i + 1 :]))
         if self.stack:
-            raise ValueError(f"Tensors {tensors.start} to {tensors.stop} of {self.stack} are no box.")
+            raise ValueError(
+                f"Tensors {tensors.start} to {tensors.stop} of {self.stack} do not form a contiguous block."
+            )
         return ()
 
 
 def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
-    """Every leaf of a model's parameter tree, in the order of the model.
+    """Lists every leaf of a model's parameter tree, in the order of the model.
 
     Args:
       config: the architecture.
@@ -143,7 +156,7 @@ def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
         stack: tuple[int, ...] = ()
         if layers:
             names, stack = tuple(f"model.layers.{i}.{name}" for i in layers), (len(layers),)
-        axis: tuple[tuple[str, tuple[Any, ...]], ...]
+        axis: tuple[tuple[str, tuple[int | str, ...]], ...]
         axis = ("{e}", tuple(range(size.get("E", 0)))), ("{gate_or_up}", ("gate", "up"))
         for part, values in axis:
             if part in name:
@@ -170,14 +183,14 @@ _EXPERT = re.compile(r"(.*mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight")
 
 
 def in_fused(name: str) -> tuple[str, tuple[int, int, int]] | None:
-    """Where an expert's tensor lies in a checkpoint that stores all experts of a layer as one tensor.
+    """Finds an expert's tensor in a checkpoint that stores all experts of a layer as one tensor.
 
     Args:
-      name: of the tensor by itself.
+      name: of the expert's own tensor.
 
     Returns:
-      That one's name, [experts, rows, columns]; which expert; which part of the rows, of how many: gate and up are the
-      two halves of one tensor. None if it is no expert's.
+      The name of the fused tensor [experts, rows, columns], and (expert, part, parts): gate and up are the two parts
+      of the rows of one fused tensor. None if the name is not that of an expert's tensor.
     """
     match = _EXPERT.fullmatch(name)
     if match is None:
@@ -188,16 +201,53 @@ def in_fused(name: str) -> tuple[str, tuple[int, int, int]] | None:
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a tensor on disk may be passed over: a buffer that the model computes by itself."""
+    """Whether a tensor of a checkpoint may be skipped: a buffer that the model computes by itself."""
     return _IGNORED.fullmatch(name) is not None
 
 
-def check_names(where: Any, missing: Collection[str], unknown: Collection[str], config: ModelConfig) -> None:
+def standard_names(where: Path, names: Collection[str]) -> dict[str, str]:
+    """Maps the tensor names of a checkpoint to the names in this table.
+
+    A base model saved without its head (`AutoModel` of transformers) has names without the leading "model.".
+
+    Args:
+      where: the folder, for messages.
+      names: all tensor names of the checkpoint.
+
+    Returns:
+      For each name its standard name; unknown names stay as they are.
+
+    Raises:
+      InputError: unmerged LoRA matrices, or names that a training tool has put a prefix in front of.
+    """
+    lora = next((name for name in sorted(names) if _LORA.search(name)), None)
+    if lora is not None:
+        raise InputError(
+            f"{where} holds tensors of a LoRA adapter that is not merged into the weights, such as {lora}. Merge it "
+            "with PEFT: merge_and_unload(), then save_pretrained(...)."
+        )
+    known = "layers.0.input_layernorm.weight"
+    found = next((name for name in sorted(names) if ("." + name).endswith("." + known)), f"model.{known}")
+    prefix = found.removesuffix(known)
+    if prefix == "":
+        return {name: name if name == LM_HEAD else f"model.{name}" for name in names}
+    if prefix != "model.":
+        extra = prefix[: -len("model.")] if prefix.endswith(".model.") else prefix
+        tool = next((f", which {tool} adds" for part, tool in _WRAPPERS.items() if part in prefix), "")
+        raise InputError(
+            f"{where}: the tensor names begin with {extra!r}{tool}: found {found}, expected model.{known}. Save the "
+            "wrapped model itself, or remove that prefix from the names in the safetensors files."
+        )
+    return {name: name for name in names}
+
+
+def check_names(where: Path, missing: Collection[str], unknown: Collection[str], config: ModelConfig) -> None:
     """Refuses a checkpoint that has other tensors than a model; the first of them are named.
 
     Args:
       where: the folder.
-      missing, unknown: names of tensors that it lacks, and that it should not have.
+      missing: names of tensors that the checkpoint lacks.
+      unknown: names of tensors that the model does not have.
       config: of the model.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Orbax checkpoint folders: `params/` and config.json, in and out.
+"""Reading and writing Orbax checkpoint folders: `params/` and config.json.
 
-`params/` is a plain Orbax checkpoint of the stacked parameter tree. Orbax writes its metadata; the data goes through
-TensorStore, Orbax's own storage library, block by block, so that no stacked leaf is ever whole in memory. It is stored
-uncompressed (the low bits of weights are noise, which only costs time to compress) and in chunks of about 32 MiB that
-never span two layers of a large leaf.
+`params/` is a plain Orbax checkpoint of the stacked parameter tree. Orbax writes its metadata; the data is written
+block by block in the layout of TensorStore, Orbax's storage library, so that no stacked leaf is ever completely in
+memory. It is stored uncompressed (the low bits of weights are noise, which only costs time to compress), in chunks of
+about 32 MiB that never span two layers of a large leaf.
 """
 
 import contextlib
@@ -18,24 +18,22 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from orbax.checkpoint import type_handlers
 
 from convert.names import Leaf, check_names, leaves
-from convert.placement import place
 from convert.safetensors import write_all
-from convert.source import BLOCK_BYTES, Source, Span, blocks, parse_dtype
+from convert.source import BLOCK_BYTES, Source, Span, blocks
 from convert.write import write_checkpoint
-from qwen_jax.config import ModelConfig, load_config
+from qwen_jax.config import DTYPES, ModelConfig, load_config
 from qwen_jax.errors import InputError
-from qwen_jax.options import Options
 from qwen_jax.params import Params
 
 PARAMS = "params"
 
 
 class _Shell:
-    """Stands for a leaf whose data comes later."""
+    """Placeholder for a leaf whose data is written later."""
 
     def __init__(self, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype) -> None:
         self.shape, self.chunks, self.dtype = shape, chunks, dtype
@@ -72,7 +70,7 @@ class _Handler(type_handlers.TypeHandler):
 
 
 def _spec(info: Any) -> dict[str, Any]:
-    """TensorStore's description of a leaf, in any of the ways in which Orbax stores one."""
+    """TensorStore's specification of a leaf, in any of the layouts that Orbax has."""
     if info.is_ocdbt_checkpoint:
         kvstore = {"driver": "ocdbt", "base": f"file://{info.parent_dir}/", "path": info.name}
     else:
@@ -83,7 +81,7 @@ def _spec(info: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[ocp.Checkpointer]:
-    # Orbax warns of parts that this layout does not have.
+    # Orbax would warn about parts of a checkpoint that this layout does not have.
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -95,13 +93,13 @@ def _checkpointer() -> Iterator[ocp.Checkpointer]:
             (int, _Handler("scalar")),
             (str, _Handler("string")),
         )
-        # Otherwise Orbax waits for processes that take no part.
-        alone = ocp.options.MultiprocessingOptions(
+        # By default Orbax would wait for processes that do not take part.
+        this_process = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(),
             active_processes={jax.process_index()},
             barrier_sync_key_prefix=f"process-{jax.process_index()}",
         )
-        several = {"multiprocessing_options": alone} if jax.process_count() > 1 else {}
+        several = {"multiprocessing_options": this_process} if jax.process_count() > 1 else {}
         handler = ocp.PyTreeCheckpointHandler(
             use_ocdbt=False, use_zarr3=False, type_handler_registry=registry, **several
         )
@@ -112,7 +110,7 @@ def _checkpointer() -> Iterator[ocp.Checkpointer]:
 
 
 class OrbaxSource:
-    """An Orbax checkpoint of a parameter tree, or of a training state that has one under `params`."""
+    """An Orbax checkpoint as a `Source`: of a parameter tree, or of a training state that has one under `params`."""
 
     workers = min(4, os.cpu_count() or 1)
 
@@ -145,12 +143,16 @@ class OrbaxSource:
                     f"{self._path}: {'.'.join(path)} has shape {list(store.shape)}, config.json asks for "
                     f"{list(leaf.full_shape)}. Check that config.json belongs to these weights."
                 )
-            parse_dtype(store.dtype.numpy_dtype)
+            if store.dtype.numpy_dtype.name not in DTYPES:
+                raise InputError(
+                    f"{self._path}: {'.'.join(path)} has dtype {store.dtype.numpy_dtype.name}; expected one of "
+                    f"{', '.join(DTYPES)}."
+                )
         # A checkpoint of a training run may hold chunks of many layers: keep one decoded while its layers are read.
         largest = max(_chunk_bytes(store) for store in found.values())
         context = ts.Context({"cache_pool": {"total_bytes_limit": largest if largest > 2 * BLOCK_BYTES else 0}})
         self._stores = {path: ts.open(found[path].spec(), context=context).result() for path in expected}
-        # Leaves that lie in files as they are in memory, in whole blocks, as `save` writes them.
+        # Leaves whose chunks are files with the bytes of one block each, as `save` writes them, can be copied as files.
         self._plain = {leaf: chunks for leaf in expected.values() if (chunks := self._plain_chunks(leaf))}
 
     def dtype(self, leaf: Leaf) -> np.dtype:
@@ -171,11 +173,11 @@ class OrbaxSource:
         return out.reshape(tensors.stop - tensors.start, *out.shape[len(region) :])
 
     def _plain_chunks(self, leaf: Leaf) -> tuple[int, ...] | None:
-        """The chunk shape of a leaf whose chunks are plain files, each with the bytes of one block; else None."""
+        """The chunk shape of a leaf whose chunks are plain files, each with the bytes of one block; otherwise None."""
         spec = self._stores[leaf.path].spec().to_json()
         metadata, kvstore = spec["metadata"], spec["kvstore"]
-        here = kvstore["driver"] == "file" and Path(kvstore["path"]) == self._path / ".".join(leaf.path)
-        if spec["driver"] != "zarr" or not here:
+        in_own_folder = kvstore["driver"] == "file" and Path(kvstore["path"]) == self._path / ".".join(leaf.path)
+        if spec["driver"] != "zarr" or not in_own_folder:
             return None
         plain = metadata["compressor"] is None and metadata.get("filters") is None and metadata["order"] == "C"
         if not plain or metadata["dimension_separator"] != "." or metadata["dtype"].startswith(">"):
@@ -200,13 +202,13 @@ class OrbaxSource:
 
 
 def _first_block(leaf: Leaf, itemsize: int) -> tuple[int, ...]:
-    """The shape of the first block of a leaf, which is that of all, but the last of an uneven split."""
+    """The shape of the blocks of a leaf; only the last block of an uneven split is smaller."""
     tensors, rows = next(blocks(leaf, itemsize))
     return (*(part.stop - part.start for part in leaf.region(tensors)), rows.stop - rows.start, *leaf.shape[1:])
 
 
 def _open(path: Path) -> dict[str, Any]:
-    """The tree of a checkpoint, with an open TensorStore at each leaf."""
+    """Opens a checkpoint as a tree with an open TensorStore at each leaf."""
     if not (path / "_METADATA").is_file():
         raise InputError(f"{path} is not an Orbax checkpoint: it has no _METADATA. It may be incomplete.")
     try:
@@ -223,33 +225,8 @@ def _chunk_bytes(store: Any) -> int:
     return int(np.prod(store.chunk_layout.read_chunk.shape)) * store.dtype.numpy_dtype.itemsize
 
 
-def load_params(
-    folder: str | os.PathLike[str],
-    config: ModelConfig,
-    mesh: Mesh,
-    dtype: Any = None,
-    options: Options = Options(),
-) -> Params:
-    """Loads an Orbax folder onto a mesh, each process only what its devices hold.
-
-    Args:
-      folder: with `params/`.
-      config: the architecture; the parameters are checked against it.
-      mesh: from `make_mesh`.
-      dtype: of the parameters; by default as stored.
-      options: `stacked` decides the layout.
-
-    Returns:
-      The tree of `abstract_params(config, sharding, options)`.
-
-    Raises:
-      InputError: files that are missing, damaged, or do not fit the config; a mesh or a memory too small.
-    """
-    return place(OrbaxSource(folder, config), mesh, dtype, options)
-
-
 class _Sink:
-    """A new checkpoint; each block becomes one of its chunks."""
+    """A new Orbax checkpoint as a `Sink`; each block becomes one of its chunks."""
 
     def __init__(self, path: Path, source: Source, dtype: np.dtype | None) -> None:
         tree: dict[str, Any] = {}
@@ -276,7 +253,7 @@ class _Sink:
                 span.copy_to(file.fileno(), i * span.nbytes)
 
     def _open(self, leaf: Leaf, tensors: slice, rows: slice) -> BinaryIO:
-        """A chunk's file, of the chunk's full size: the last one of an uneven split is padded."""
+        """Creates a chunk's file at full size: the last chunk of an uneven split is padded."""
         chunks = self._chunks[leaf]
         file = _chunk_file(self._path, leaf, chunks, tensors, rows).open("xb", buffering=0)
         os.ftruncate(file.fileno(), math.prod(chunks) * self._itemsize[leaf])
@@ -284,7 +261,7 @@ class _Sink:
 
 
 def _chunk_file(path: Path, leaf: Leaf, chunks: Sequence[int], tensors: slice, rows: slice) -> Path:
-    """The file of a chunk, in the layout of Zarr 2: the elements in C order and little-endian, nothing else."""
+    """The file of a chunk. In Zarr 2 it holds only the elements, in C order and little-endian."""
     starts = [*(part.start for part in leaf.region(tensors)), rows.start]
     index = [start // size for start, size in zip(starts, chunks, strict=False)]
     index += [0] * (len(leaf.full_shape) - len(index))
@@ -295,26 +272,26 @@ def save(
     params: Params | Source,
     config: ModelConfig,
     folder: str | os.PathLike[str],
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     extra_files_from: str | os.PathLike[str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes an Orbax folder, whole or not at all.
+    """Writes an Orbax folder. After a failure nothing is left.
 
     `params/` in it can also be restored by plain Orbax: `StandardCheckpointer().restore(folder / "params")`.
 
     Args:
       params: a parameter tree, stacked or not, on any mesh; or a `Source`. Where several processes hold the shards,
-        all of them must call this; the first one writes.
+        all of them must call this; process 0 writes.
       config: the architecture.
       folder: the new folder; must not exist or be empty.
-      dtype: of the written weights; by default as they are.
-      extra_files_from: folder from which tokenizer, generation config and config.json are taken; by default that of
+      dtype: of the written weights; by default that of the parameters.
+      extra_files_from: folder from which tokenizer, generation config and config.json are copied; by default that of
         the source.
-      progress: called with the bytes of each block written.
+      progress: called with the number of bytes of each block written.
 
     Raises:
-      InputError: the destination is taken, the disk too small, or the parameters do not fit the config.
+      InputError: the destination exists, the disk is too small, or the parameters do not fit the config.
     """
 
     def open_sink(source: Source, target: np.dtype | None, temporary: Path) -> contextlib.nullcontext[_Sink]:

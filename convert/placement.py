@@ -1,4 +1,4 @@
-"""Parameters straight onto their shards: no process ever holds more than one tensor on the host."""
+"""Loading parameters directly onto their shards: a process holds at most about one tensor on the host."""
 
 import functools
 import math
@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from convert.names import Leaf, leaves
-from convert.source import BLOCK_BYTES, Source, cast, parse_dtype, rows_at_a_time, run_all
+from convert.source import BLOCK_BYTES, Source, cast, check_storable, parse_dtype, rows_at_a_time, run_all
 from qwen_jax.errors import InputError
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
@@ -23,25 +24,26 @@ from qwen_jax.params import Params, param_specs
 Range = tuple[int, int]
 
 
-def place(source: Source, mesh: Mesh, dtype: Any = None, options: Options = Options()) -> Params:
+def place(source: Source, mesh: Mesh, dtype: DTypeLike | None = None, options: Options = Options()) -> Params:
     """Loads parameters onto a mesh, tensor by tensor.
 
     Args:
-      source: where from.
+      source: the parameters.
       mesh: from `make_mesh`.
       dtype: of the parameters; by default as stored.
-      options: `stacked` decides the layout; `fused` must be False, fusing comes after loading.
+      options: `stacked` decides the layout; `fused` must be False, parameters are fused after loading.
 
     Returns:
       The tree of `abstract_params(config, sharding, options)`.
 
     Raises:
-      InputError: a dimension that the mesh does not divide, or not enough memory.
+      InputError: a dimension is not divisible by its mesh axis, or there is not enough memory.
     """
     if options.fused:
         raise ValueError("Parameters are loaded unfused; load with Options(fused=False) and fuse them then.")
     config = source.config
     target = None if dtype is None else parse_dtype(dtype)
+    check_storable(source, target)
     specs = param_specs(config, Sharding.for_model(config, mesh), Options(stacked=True))
     shardings = {leaf: NamedSharding(mesh, _at(specs, leaf.path)) for leaf in leaves(config)}
     _check_memory(source, shardings, target)
@@ -77,15 +79,25 @@ def _set_layer(stacked: jax.Array, layer: jax.Array, i: int) -> jax.Array:
 
 
 def _on_host(sharding: NamedSharding) -> bool:
-    """JAX's CPU devices take an aligned array over as it is, so there is nothing to save by going layer by layer."""
-    devices: set[Any] = sharding.device_set
+    """Whether all devices are CPUs, which use aligned host arrays without a copy: loading by layers saves nothing."""
+    devices: set[jax.Device] = sharding.device_set
     return all(device.platform == "cpu" for device in devices)
 
 
 def _load(
     source: Source, leaf: Leaf, layers: slice, sharding: NamedSharding, dtype: np.dtype, squeeze: bool
 ) -> jax.Array:
-    """Some layers of a leaf, as one array; each process reads the rows that its devices hold, once."""
+    """Loads a range of layers of a leaf as one array; each process reads the rows that its devices hold, once.
+
+    Args:
+      source: the parameters.
+      leaf: which parameter.
+      layers: range of the leaf's layers; 0 to 1 if it has no layer axis.
+      sharding: of the result.
+      dtype: of the result.
+      squeeze: load one layer, without a layer axis.
+    """
+    # Which devices hold which part.
     count, per_layer, inner_stack = layers.stop - layers.start, leaf.per_layer, leaf.stack[1:]
     shape = leaf.layer_shape if squeeze else (count, *leaf.layer_shape)
     shards: dict[tuple[Range, ...], list[jax.Device]] = defaultdict(list)
@@ -95,19 +107,20 @@ def _load(
         shards[spans if squeeze else spans[1:]].append(device)
     bits = np.dtype(f"u{dtype.itemsize}")  # NumPy copies these faster than bfloat16.
     buffers = {spans: _aligned((count, *(stop - start for start, stop in spans)), bits) for spans in shards}
-    axis = len(inner_stack)  # of the rows
+    axis = len(inner_stack)  # That of the rows.
     by_rows: dict[Range, list[tuple[Range, ...]]] = defaultdict(list)
     for spans in shards:
         by_rows[spans[axis]].append(spans)
 
+    # Read each block once, and copy it into every buffer that needs some of it.
     def read(part: slice, start: int, stop: int, first: int, wanted: list[tuple[Range, ...]]) -> None:
         data = cast(source.read(leaf, part, slice(start, stop)), dtype, leaf).view(bits)
         region = leaf.region(part)
         if region:
             data = data.reshape(*(s.stop - s.start for s in region), *data.shape[1:])
-        there = [slice(s.start - layers.start, s.stop - layers.start) for s in region[:1]] or [slice(0, 1)]
+        layer_index = [slice(s.start - layers.start, s.stop - layers.start) for s in region[:1]] or [slice(0, 1)]
         for spans in wanted:
-            target, source_index = list(there), [slice(None)]
+            target, source_index = list(layer_index), [slice(None)]
             for s, (low, high) in zip(region[1:], spans[:axis], strict=True):
                 a = max(s.start, low)
                 b = max(a, min(s.stop, high))
@@ -120,17 +133,17 @@ def _load(
     step = rows_at_a_time(leaf, itemsize)
 
     def parts(wanted: list[tuple[Range, ...]]) -> Iterator[slice]:
-        """Whole layers where they are small, or the tensors that somebody wants."""
+        """Ranges of tensors to read: whole layers if these are small, otherwise single tensors that a device needs."""
         if leaf.size * itemsize <= BLOCK_BYTES:
             yield slice(layers.start * per_layer, layers.stop * per_layer)
             return
         each = per_layer if per_layer * math.prod(leaf.shape) * itemsize <= BLOCK_BYTES else 1
         for tensors in range(layers.start * per_layer, layers.stop * per_layer, each):
             within = np.unravel_index(tensors % per_layer, inner_stack) if inner_stack else ()
-            anyone = any(
+            needed = any(
                 all(low <= i < high for i, (low, high) in zip(within, spans, strict=False)) for spans in wanted
             )
-            if each > 1 or anyone:
+            if each > 1 or needed:
                 yield slice(tensors, tensors + each)
 
     tasks = [
@@ -140,6 +153,7 @@ def _load(
         for start in range(first, last, step)
     ]
     run_all(source.workers, tasks)
+    # To the devices.
     arrays = []
     for spans, devices in shards.items():
         host = buffers.pop(spans).view(dtype)
@@ -148,7 +162,7 @@ def _load(
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array that starts where JAX's CPU devices can take it over without a copy."""
+    """An uninitialised array, aligned so that JAX's CPU devices can use it without a copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -169,7 +183,7 @@ def _put(tree: Params, path: tuple[str, ...], value: jax.Array) -> None:
 
 
 def _check_memory(source: Source, shardings: dict[Leaf, NamedSharding], dtype: np.dtype | None) -> None:
-    """Raises InputError where the parameters alone cannot fit."""
+    """Raises InputError if the parameters alone do not fit into the memory of the devices."""
     needed = 0
     for leaf, sharding in shardings.items():
         needed += math.prod(sharding.shard_shape(leaf.full_shape)) * (dtype or source.dtype(leaf)).itemsize

@@ -1,66 +1,90 @@
 """Reading and writing safetensors files, a block of rows at a time, with plain reads and writes.
 
 The format: 8 bytes of header length, a JSON header, then the tensors' bytes without gaps
-(https://github.com/huggingface/safetensors#format). Memory-mapped pages count as resident, so nothing is mapped here.
+(https://github.com/huggingface/safetensors#format). Nothing is memory-mapped: mapped pages count as resident memory.
 """
 
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from convert.folder import PICKLES
+from qwen_jax.config import adapter_problem
 from qwen_jax.errors import InputError
-from qwen_jax.files import read_json
+from qwen_jax.files import read_json, why_unusable
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+# Dtypes of weights; the last one is only read.
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype(np.float64),
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+# Bits of an element of every dtype of the format, for tensors that are not read.
+_BITS = {
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E5M2FNUZ", "F8_E4M3FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
 _MAX_HEADER = 100_000_000  # The reference implementation's limit.
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies.
+    """Where a tensor is stored.
 
     Attributes:
       file: the file.
-      dtype, shape: of the tensor.
+      code: the format's name of the dtype, such as "BF16".
+      shape: of the tensor.
       offset: of its first byte in the file.
     """
 
     file: Path
-    dtype: np.dtype
+    code: str
     shape: tuple[int, ...]
     offset: int
 
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype, if it is one of `DTYPES`."""
+        return DTYPES[self.code]
+
     def part(self, first: int, rows: int) -> "Entry":
-        """Some rows of it, counted over all axes but the last, as a tensor [rows, columns] of its own."""
+        """Some rows, counted over all axes but the last, as a tensor [rows, columns] of its own."""
         columns = self.shape[-1]
-        return Entry(self.file, self.dtype, (rows, columns), self.offset + first * columns * self.dtype.itemsize)
+        return Entry(self.file, self.code, (rows, columns), self.offset + first * columns * self.dtype.itemsize)
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file.
+    """Reads the names, dtypes and shapes of the tensors of one safetensors file.
 
     Raises:
-      InputError: not a whole and valid safetensors file.
+      InputError: not a complete and valid safetensors file.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(_MAX_HEADER, size - 8):
-                raise _invalid(path, f"it has {size} bytes and its header claims {length}; it is truncated or corrupt")
-            raw = file.read(length)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist. Complete the download of the checkpoint.") from None
+    problem = why_unusable(path)
+    if problem is not None:
+        raise InputError(problem)
+    # The header.
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(_MAX_HEADER, size - 8):
+            raise _invalid(path, f"it has {size} bytes and its header claims {length}; it is truncated or corrupt")
+        raw = file.read(length)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (UnicodeDecodeError, json.JSONDecodeError, _DuplicateKeyError) as error:
@@ -68,13 +92,14 @@ def read_header(path: Path) -> dict[str, Entry]:
     if not isinstance(header, dict):
         raise _invalid(path, "its header is not a JSON object")
     header.pop("__metadata__", None)
+    # The tensors: each has the bytes that its shape needs, and together they fill the file without gaps.
     data_start, entries, spans = 8 + length, {}, []
     for name, value in header.items():
-        dtype, shape, start, stop = _fields(path, name, value)
-        expected = math.prod(shape) * dtype.itemsize
+        code, shape, start, stop = _fields(path, name, value)
+        expected = -(-math.prod(shape) * _BITS[code] // 8)
         if stop - start != expected:
-            raise _invalid(path, f"tensor {name} of {dtype}{list(shape)} needs {expected} bytes, has {stop - start}")
-        entries[name] = Entry(path, dtype, shape, data_start + start)
+            raise _invalid(path, f"tensor {name} of {code}{list(shape)} needs {expected} bytes, has {stop - start}")
+        entries[name] = Entry(path, code, shape, data_start + start)
         spans.append((start, stop, name))
     position = 0
     for start, stop, name in sorted(spans):
@@ -101,8 +126,8 @@ def _invalid(path: Path, what: str) -> InputError:
     return InputError(f"{path} is not a valid safetensors file: {what}. Fetch or write it again.")
 
 
-def _fields(path: Path, name: str, value: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    """The checked fields of one header entry."""
+def _fields(path: Path, name: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """The checked fields of one header entry: dtype code, shape, first and last byte."""
 
     def naturals(x: Any) -> bool:
         return isinstance(x, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in x)
@@ -112,66 +137,90 @@ def _fields(path: Path, name: str, value: Any) -> tuple[np.dtype, tuple[int, ...
     shape, offsets = value["shape"], value["data_offsets"]
     if not naturals(shape) or not naturals(offsets) or len(offsets) != 2:
         raise _invalid(path, f"the entry of {name} has shape {shape} and data_offsets {offsets}")
-    dtype = _DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
-    if dtype is None:
-        raise InputError(
-            f"{path}: tensor {name} has dtype {value['dtype']!r}; expected one of {', '.join(_DTYPES)}. "
-            "Quantised checkpoints cannot be read; use the original one."
-        )
-    return dtype, tuple(shape), offsets[0], offsets[1]
+    code = value["dtype"]
+    if not isinstance(code, str) or code not in _BITS:
+        raise _invalid(path, f"tensor {name} has dtype {code!r}, which the format does not have")
+    return code, tuple(shape), offsets[0], offsets[1]
 
 
-def read_folder(folder: Path) -> dict[str, Entry]:
-    """The tensors of a folder: of `model.safetensors`, or of the files that `model.safetensors.index.json` names.
+def read_folder(folder: Path, optional: Callable[[str], bool] = lambda name: False) -> dict[str, Entry]:
+    """Finds the tensors of a folder: in `model.safetensors`, or in the files that `model.safetensors.index.json` names.
+
+    Args:
+      folder: the checkpoint folder.
+      optional: whether the model does without a tensor of that name, as it does without the output head where the
+        config ties it to the embedding. The index and the files may disagree about such tensors.
 
     Raises:
-      InputError: a missing, truncated or corrupt file, an index that does not fit the files, or a tensor that two
-        files claim.
+      InputError: a missing, truncated or corrupt file, an index that does not fit the files, a tensor that is in two
+        files, or an adapter instead of a model.
     """
     single, index = folder / SINGLE, folder / INDEX
-    if single.exists() and index.exists():
-        raise InputError(f"{folder} has both {SINGLE} and {INDEX}. Remove the one that is not meant.")
-    if single.exists():
-        return read_header(single)
-    if not index.exists():
-        pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-        if pickled:
-            raise InputError(
-                f"{folder} holds {pickled[0].name}, a pickle, which can run code when loaded; it is not read. Get the "
-                "safetensors version, or convert it where you trust it: "
-                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) of transformers writes safetensors."
-            )
-        found = ", ".join(path.name for path in sorted(folder.glob("*.safetensors"))[:3])
+    has_single, has_index = _is_listed(single), _is_listed(index)
+    problem = adapter_problem(folder)
+    if problem is not None and not has_single and not has_index:
+        raise InputError(problem)
+    if problem is not None and any(folder.glob("adapter_model.*")):
         raise InputError(
-            f"{folder} has neither {SINGLE} nor {INDEX}"
-            + (f", only {found}. Fetch the index too." if found else ". Expected a folder with safetensors weights.")
+            f"{folder} holds a model and an adapter beside it, which would not be applied. Merge the adapter into the "
+            "model with PEFT (merge_and_unload), or move the adapter_* files to another folder."
         )
+    if not has_index:
+        if has_single:
+            return read_header(single)
+        raise _no_weights(folder)
+    # The index.
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"{index} must hold a weight_map from tensor names to file names.")
-    for file in sorted(set(weight_map.values())):
+    files = sorted(set(weight_map.values()))
+    for file in files:
         if Path(file).name != file:
             raise InputError(f"{index} names the file {file!r}; expected a plain file name beside the index.")
-    files = sorted(set(weight_map.values()))
-    missing = [file for file in files if not (folder / file).is_file()]
+    if has_single and files != [SINGLE]:
+        raise InputError(f"{folder} has both {SINGLE} and {INDEX}, which names other files. Remove the wrong one.")
+    missing = [file for file in files if not _is_listed(folder / file)]
     if missing:
         raise InputError(
             f"{folder} lacks {', '.join(missing[:3])} ({len(missing)} of {len(files)} files that {INDEX} names). "
             "Complete the download."
         )
+    # The files, against the index.
     entries: dict[str, Entry] = {}
     for file in files:
         for name, entry in read_header(folder / file).items():
-            if name in entries:
+            if name not in entries or (optional(name) and weight_map.get(name) == file):
+                entries[name] = entry
+            elif not optional(name):
                 raise InputError(f"{folder}: both {entries[name].file.name} and {file} hold tensor {name}.")
-            entries[name] = entry
     for name, file in weight_map.items():
-        if name not in entries or entries[name].file.name != file:
+        if not optional(name) and (name not in entries or entries[name].file.name != file):
             raise InputError(f"{index} says that {file} holds tensor {name}; it does not.")
-    unlisted = sorted(set(entries) - set(weight_map))
+    unlisted = sorted(name for name in set(entries) - set(weight_map) if not optional(name))
     if unlisted:
         raise InputError(f"{entries[unlisted[0]].file} holds tensor {unlisted[0]}, which {INDEX} does not list.")
     return entries
+
+
+def _is_listed(path: Path) -> bool:
+    """Whether the folder lists a file, be it a symbolic link whose target is gone: `read_header` says what is wrong."""
+    return path.exists() or path.is_symlink()
+
+
+def _no_weights(folder: Path) -> InputError:
+    """What to say of a folder without safetensors weights."""
+    pickled = sorted(file for ending in PICKLES for file in folder.glob(f"*{ending}"))
+    if pickled:
+        return InputError(
+            f"{folder} holds {pickled[0].name}, a pickle, which can run code when loaded; it is not read. Get the "
+            "safetensors version, or convert it where you trust it: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) of transformers writes safetensors."
+        )
+    found = ", ".join(path.name for path in sorted(folder.glob("*.safetensors"))[:3])
+    return InputError(
+        f"{folder} has neither {SINGLE} nor {INDEX}"
+        + (f", only {found}. Fetch the index too." if found else ". Expected a folder with safetensors weights.")
+    )
 
 
 def read_rows(file: int, entry: Entry, rows: slice, out: np.ndarray) -> None:
@@ -270,7 +319,9 @@ class Writer:
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         for descriptor in self._files:
             os.close(descriptor)
         if kind is None and self._index is not None:

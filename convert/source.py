@@ -1,4 +1,4 @@
-"""Where parameters come from, read block by block: the common ground of every format."""
+"""Parameters that are read and written block by block: the interface between the formats."""
 
 import dataclasses
 import errno
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from convert.names import Leaf, leaves
 from convert.safetensors import begin_writeback
@@ -32,8 +33,8 @@ class Source(Protocol):
 
     Attributes:
       config: the architecture.
-      workers: how many threads may read at a time.
-      folder: of the checkpoint, None for parameters in memory.
+      workers: how many threads may read at the same time.
+      folder: of the checkpoint; None for parameters in memory.
     """
 
     config: ModelConfig
@@ -41,23 +42,23 @@ class Source(Protocol):
     folder: Path | None
 
     def dtype(self, leaf: Leaf) -> np.dtype:
-        """What a leaf is stored in."""
+        """The dtype in which a leaf is stored; all of its tensors have it."""
 
     def read(self, leaf: Leaf, tensors: slice, rows: slice) -> np.ndarray:
-        """Some tensors of a leaf, and of each some rows of its first axis: [tensors, rows, ...]."""
+        """Reads a range of rows (first axis) of each of a range of tensors of a leaf: [tensors, rows, ...]."""
 
     def spans(self, leaf: Leaf, tensors: slice, rows: slice) -> list["Span"] | None:
-        """Where exactly these bytes lie in files, one span for each tensor; None where they do not lie so."""
+        """Where the same bytes are in files, one span per tensor; None if they are not stored like that."""
 
 
 class Sink(Protocol):
-    """What takes the blocks of a source, on several threads."""
+    """Receives the blocks of a source, from several threads."""
 
     def write(self, leaf: Leaf, tensors: slice, rows: slice, data: np.ndarray) -> None:
-        """Takes a block from memory, [tensors, rows, ...]."""
+        """Writes a block from memory, [tensors, rows, ...]."""
 
     def receive(self, leaf: Leaf, tensors: slice, rows: slice, spans: list["Span"]) -> None:
-        """Takes a block from files, one span for each tensor."""
+        """Copies a block from files, one span per tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Span:
     nbytes: int
 
     def copy_to(self, descriptor: int, offset: int) -> None:
-        """Copies it into an open file, inside the kernel where that is possible.
+        """Copies the bytes into an open file, inside the kernel where that is possible.
 
         Raises:
           InputError: the file is missing or ends early.
@@ -94,17 +95,17 @@ def _copy_some(source: int, start: int, descriptor: int, offset: int, nbytes: in
     if sys.platform == "linux":
         try:
             return os.copy_file_range(source, descriptor, nbytes, start, offset)
-        except OSError as error:  # Not between these two file systems.
+        except OSError as error:  # Not supported between these two file systems.
             if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
     return os.pwrite(descriptor, os.pread(source, min(nbytes, 2**20), start), offset)
 
 
-def parse_dtype(dtype: Any) -> np.dtype:
-    """The dtype of a name such as "bfloat16".
+def parse_dtype(dtype: DTypeLike) -> np.dtype:
+    """Returns the dtype of a name such as "bfloat16".
 
     Raises:
-      InputError: not one that weights can be stored in.
+      InputError: weights cannot be stored in it.
     """
     try:
         result = np.dtype(jnp.dtype(dtype))
@@ -113,6 +114,25 @@ def parse_dtype(dtype: Any) -> np.dtype:
     if result.name not in DTYPES:
         raise InputError(f"Expected a dtype of {', '.join(DTYPES)}; got {dtype!r}.")
     return result
+
+
+def check_storable(source: Source, dtype: np.dtype | None) -> None:
+    """Refuses to keep the stored dtype of a source if it is float64, which is neither written nor computed in.
+
+    Args:
+      source: the parameters.
+      dtype: what they will be cast to, or None if they are kept as stored.
+
+    Raises:
+      InputError: `dtype` is None and a parameter is stored in float64.
+    """
+    wide = [leaf for leaf in leaves(source.config) if dtype is None and source.dtype(leaf).name not in DTYPES]
+    if wide:
+        raise InputError(
+            f"{source.folder or 'The checkpoint'} stores {', '.join(wide[0].names[:2])} in "
+            f"{source.dtype(wide[0]).name}, and {len(wide)} of its parameters in such a dtype. Give the dtype to cast "
+            f"to: one of {', '.join(DTYPES)} (--dtype float32)."
+        )
 
 
 def cast(data: np.ndarray, dtype: np.dtype, leaf: Leaf) -> np.ndarray:
@@ -131,16 +151,16 @@ def cast(data: np.ndarray, dtype: np.dtype, leaf: Leaf) -> np.ndarray:
 
 
 def rows_at_a_time(leaf: Leaf, itemsize: int) -> int:
-    """How many rows of one tensor make a block of about `BLOCK_BYTES`."""
+    """The number of rows of one tensor in a block of about `BLOCK_BYTES`."""
     rows = leaf.shape[0]
     pieces = -(-math.prod(leaf.shape) * itemsize // BLOCK_BYTES)
-    # An even split, if there is one near: then the blocks are also the storage chunks, none of them padded.
+    # Prefer an even split: blocks are also storage chunks, and then none of them is padded.
     even = next((n for n in range(pieces, 2 * pieces) if rows % n == 0), pieces)
     return -(-rows // even)
 
 
 def blocks(leaf: Leaf, itemsize: int) -> Iterator[Block]:
-    """The parts in which a leaf is moved: all of a small one, whole small layers or experts, or ranges of rows."""
+    """The blocks in which a leaf is moved: all of a small leaf, whole small layers or experts, or ranges of rows."""
     for i in range(len(leaf.stack) + 1):
         each = math.prod(leaf.stack[i:])
         if each * math.prod(leaf.shape) * itemsize <= BLOCK_BYTES:
@@ -154,7 +174,7 @@ def blocks(leaf: Leaf, itemsize: int) -> Iterator[Block]:
 
 
 def run_all(workers: int, tasks: Sequence[Callable[[], None]]) -> None:
-    """Runs tasks on threads; after the first failure nothing more is started, and it is raised."""
+    """Runs tasks on threads. The first failure is raised, and no further tasks are started."""
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(task) for task in tasks]
         try:
@@ -175,10 +195,10 @@ def copy(
     """Moves every block of a source.
 
     Args:
-      source: where from.
-      sink: where to; None only reads, to take part in gathering.
+      source: the parameters.
+      sink: where the blocks go; None only reads, to take part in gathering from several processes.
       dtype: of the blocks; by default as stored.
-      progress: called with the bytes of each block written.
+      progress: called with the number of bytes of each block written.
     """
 
     def move(leaf: Leaf, block: Block) -> None:
@@ -201,18 +221,18 @@ def copy(
 
 
 def nbytes(source: Source, dtype: np.dtype | None) -> int:
-    """Bytes of all parameters as they would be written."""
+    """Bytes of all parameters when written in `dtype`, or as stored if that is None."""
     return sum(leaf.size * (dtype or source.dtype(leaf)).itemsize for leaf in leaves(source.config))
 
 
 class TreeSource:
-    """Parameters in memory: NumPy or JAX arrays, stacked or a list of layers, sharded or not.
+    """Parameters in memory as a `Source`: NumPy or JAX arrays, stacked or a list of layers, sharded or not.
 
-    Where several processes hold the shards, all of them must read the same blocks in the same order; one tensor at a
-    time is gathered.
+    If several processes hold the shards, all of them must read the same blocks in the same order; one tensor at a time
+    is gathered.
     """
 
-    workers = 1  # Gathering is a collective: the order must be the same everywhere.
+    workers = 1  # Gathering is a collective: the order must be the same in all processes.
     folder: Path | None = None
 
     def __init__(self, params: Params, config: ModelConfig) -> None:
@@ -222,7 +242,7 @@ class TreeSource:
           config: the architecture.
 
         Raises:
-          InputError: a leaf that is missing or has another shape.
+          InputError: a parameter is missing or has another shape.
         """
         self.config, self._params = config, params
         self._listed = isinstance(params.get("layers"), (list, tuple))
@@ -247,11 +267,11 @@ class TreeSource:
         return any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(self._params))
 
     def _holders(self, leaf: Leaf) -> range:
-        """The arrays of a leaf: one for each of its layers where these are a list."""
+        """Indices of the arrays that hold a leaf: one per layer if the layers are a list, otherwise one."""
         return range(len(leaf.layers) if self._listed and leaf.layers else 1)
 
-    def _array(self, leaf: Leaf, layer: int) -> Any:
-        """The array that holds the leaf's layer of that index."""
+    def _array(self, leaf: Leaf, layer: int) -> jax.Array | np.ndarray:
+        """The array that holds a leaf's layer of that index."""
         value: Any = self._params
         path = leaf.path
         try:
@@ -285,7 +305,7 @@ class TreeSource:
 
 
 def as_source(params: Params | Source, config: ModelConfig) -> Source:
-    """Parameters in memory as a `Source`; a `Source` as it is."""
+    """Wraps parameters in memory as a `Source`; returns a `Source` unchanged."""
     if isinstance(params, dict):
         return TreeSource(params, config)
     return params
@@ -293,7 +313,7 @@ def as_source(params: Params | Source, config: ModelConfig) -> Source:
 
 @jax.jit
 def _take(x: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
-    """One entry of the leading axes, of which that of the experts may be split over devices."""
+    """One entry of the leading axes; the axis of the experts may be sharded."""
     sharding = jax.typeof(x).sharding
     lead, rest = sharding.spec[: len(index)], P(*sharding.spec[len(index) :])
     if "expert" not in lead:
@@ -304,16 +324,16 @@ def _take(x: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
         size = x.shape[axis]
         here = index[axis] - jax.lax.axis_index("expert") * size
         own = x[(*index[:axis], jnp.clip(here, 0, size - 1), *index[axis + 1 :])]
-        # As integers: a sum with zeros would make a zero of a negative zero.
+        # Summed as integers: as floats, a negative zero plus zeros would become a positive zero.
         found = jnp.where((here >= 0) & (here < size), jax.lax.bitcast_convert_type(own, bits), 0)
         return jax.lax.bitcast_convert_type(jax.lax.psum(found, "expert"), x.dtype)
 
-    run = jax.shard_map(local, mesh=sharding.mesh, in_specs=(sharding.spec, *(P(),) * len(index)), out_specs=rest)
-    result: jax.Array = run(x, *index)
+    in_specs = (sharding.spec, *(P(),) * len(index))
+    result: jax.Array = jax.shard_map(local, mesh=sharding.mesh, in_specs=in_specs, out_specs=rest)(x, *index)
     return result
 
 
-def _to_host(x: Any) -> np.ndarray:
+def _to_host(x: jax.Array | np.ndarray) -> np.ndarray:
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         assert isinstance(x.sharding, NamedSharding)
         return np.asarray(jax.device_put(x, NamedSharding(x.sharding.mesh, P())).addressable_data(0))

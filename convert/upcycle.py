@@ -1,18 +1,19 @@
-"""From a dense checkpoint to a mixture of experts: the recipe of Qwen's own models, tensor by tensor.
+"""Upcycling a dense checkpoint to a mixture of experts by the recipe of Qwen's own models, tensor by tensor.
 
 The Qwen2 report (arXiv:2407.10671, section 2.2.2) replicates the feed-forward layer until there are enough hidden
-neurons, shuffles those of each replica, cuts them into experts, and draws half of each expert's parameters anew. What
-it leaves open is decided here:
+neurons, shuffles the neurons of each replica, cuts them into experts, and initialises half of each expert's parameters
+anew. The report leaves some choices open; they are made here:
 
-- Anew means whole neurons, with the mean and deviation of the layer's weights (arXiv:2502.19261 measured that).
-- The router is new. Where experts times width are whole replicas, and a token takes as many experts as one has, all
-  experts of a replica begin with the same router row (the virtual groups of arXiv:2410.07524): a token then takes a
-  whole feed-forward layer.
-- The shared expert is the dense layer, if it is as wide, and begins half open: the sigmoid of nought. A wider one has
-  silent neurons besides; a narrower one has some of the neurons and begins silent.
-- Output weights of experts are scaled by what the router takes away, so that all together are one dense layer. With
-  `norm_topk_prob`, virtual groups, and nothing drawn anew, the new model computes what the old one does. Without
-  `norm_topk_prob` the router's rows are so small that all experts begin with nearly the same probability.
+- Whole neurons are initialised anew, with the mean and standard deviation of the layer's weights (measured in
+  arXiv:2502.19261).
+- The router is new. If the experts divide into whole replicas, and the experts per token too, all experts of a replica
+  start with the same router row (the virtual groups of arXiv:2410.07524): a token is then routed to a whole
+  feed-forward layer.
+- The shared expert is the dense layer if it is as wide, and its gate starts at sigmoid(0) = 1/2. A wider shared expert
+  has further neurons with zero output weights; a narrower one has some of the neurons, all with zero output weights.
+- Output weights of the experts are scaled to undo the router's weights, so that together they are one dense layer. With
+  `norm_topk_prob`, virtual groups, and nothing initialised anew, the new model computes what the dense one does.
+  Without `norm_topk_prob` the router's rows are so small that all experts start with nearly the same probability.
 """
 
 import dataclasses
@@ -20,28 +21,29 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
+from convert import check_options, detect, open_source, write_folder
+from convert.folder import Format
 from convert.names import Leaf, leaves
 from convert.source import Source
 from qwen_jax.config import MoE
 from qwen_jax.errors import InputError
 
-# What a random draw is for; part of its seed.
+# The purpose of a random draw, which is part of its seed.
 _ORDER, _WHICH, _VALUES, _ROUTER, _EXTRA = range(5)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a dense model becomes a mixture.
+    """How a dense model is turned into a mixture of experts.
 
     Attributes:
       moe: the experts.
-      reinit: fraction of each routed expert's neurons that are drawn anew.
-      seed: of all that is drawn.
+      reinit: fraction of each routed expert's neurons that are initialised anew.
+      seed: of everything random.
     """
 
     moe: MoE
@@ -56,46 +58,46 @@ class Recipe:
 
 
 class Upcycled:
-    """The mixture as a `Source`: what is asked for is made of the dense checkpoint on the way.
+    """The mixture as a `Source`: each tensor is computed from the dense checkpoint when it is read.
 
     Attributes:
-      preserves: whether the new model computes what the old one does, but for `rounds`.
+      preserves: whether the new model computes what the dense one does, up to `rounds`.
       rounds: whether scaled output weights of experts are rounded to the dtype in which they are stored.
     """
 
-    workers = 1  # Tensors of one layer are made of the same ones, which are held.
+    workers = 1  # Tensors of one layer are computed from the same dense weights, which are cached.
 
     def __init__(self, dense: Source, recipe: Recipe) -> None:
         """
         Args:
-          dense: where from.
-          recipe: what to.
+          dense: the dense checkpoint.
+          recipe: the mixture.
 
         Raises:
-          InputError: the checkpoint has experts already.
+          InputError: the checkpoint already has experts.
         """
         if dense.config.moe is not None:
             raise InputError(
                 f"Expected a dense checkpoint, got one with {dense.config.moe.num_experts} experts in a layer. Only a "
-                "dense model can be made a mixture of experts."
+                "dense model can be upcycled."
             )
         self._dense, self._recipe, self.folder = dense, recipe, dense.folder
         self.config = dataclasses.replace(dense.config, moe=recipe.moe)
         self._of_dense = {leaf.path: leaf for leaf in leaves(dense.config)}
         self._held: tuple[int, dict[str, np.ndarray]] = (-1, {})
-        self._like: dict[str, tuple[float, float]] = {}  # mean and deviation of what is held
+        self._like: dict[str, tuple[float, float]] = {}  # Mean and standard deviation of the cached weights.
         moe, F = recipe.moe, dense.config.intermediate_size
         segments, uneven = divmod(F, moe.intermediate_size)
-        # How many experts are a replica; 0 if none are.
+        # Experts in a replica; 0 if the experts do not divide into whole replicas.
         whole = not uneven and moe.num_experts % segments == 0 and moe.num_experts_per_tok % segments == 0
         self._group = segments if whole else 0
         self._shared_has_all = moe.shared_intermediate_size >= F
         self.preserves = bool(self._group) and moe.norm_topk_prob and recipe.reinit == 0
-        # Of all neurons a token takes this many, with this weight, for this share of the layer's output.
+        # A token's experts are together this many dense layers wide, and each expert's output has this weight.
         taken = moe.num_experts_per_tok * moe.intermediate_size / F
         each = 1 / moe.num_experts_per_tok if moe.norm_topk_prob else 1 / moe.num_experts
         self._scale = (0.5 if self._shared_has_all else 1.0) / (taken * each)
-        self._dtype = dense.dtype(self._of_dense[("layers", "mlp", "up", "weight")])  # Of what is made here.
+        self._dtype = dense.dtype(self._of_dense[("layers", "mlp", "up", "weight")])  # Of the new tensors.
         self.rounds = math.frexp(self._scale)[0] != 0.5 and self._dtype != np.float32
 
     def dtype(self, leaf: Leaf) -> np.dtype:
@@ -110,7 +112,7 @@ class Upcycled:
         return np.stack(made).astype(self.dtype(leaf))
 
     def _tensor(self, leaf: Leaf, i: int, rows: slice) -> np.ndarray:
-        """Some rows of a tensor; float32 if it is made here."""
+        """A range of rows of a tensor; float32 if it is a new one."""
         layer, *index = map(int, np.unravel_index(i, leaf.stack)) if leaf.stack else (0,)
         same = self._of_dense.get(leaf.path)
         if same is not None:
@@ -131,7 +133,7 @@ class Upcycled:
         return np.random.default_rng([self._recipe.seed, *what])
 
     def _weight(self, layer: int, name: str) -> np.ndarray:
-        """A matrix of the dense feed-forward layer, float32; those of one layer are held."""
+        """A matrix of the dense feed-forward layer, float32; those of one layer are cached."""
         if self._held[0] != layer:
             self._held, self._like = (layer, {}), {}
         if name not in self._held[1]:
@@ -141,7 +143,7 @@ class Upcycled:
         return self._held[1][name]
 
     def _neurons(self, layer: int, expert: int) -> np.ndarray:
-        """Which neurons of the dense layer an expert has."""
+        """Indices of the dense layer's neurons that an expert has."""
         F, f = self.config.intermediate_size, self._recipe.moe.intermediate_size
         first = expert * f
         orders = [
@@ -151,13 +153,13 @@ class Upcycled:
         start = first - first // F * F
         return np.concatenate(orders)[start : start + f]
 
-    def _anew(self, layer: int, expert: int) -> np.ndarray:
-        """Which of an expert's neurons are drawn."""
+    def _reinitialised(self, layer: int, expert: int) -> np.ndarray:
+        """Indices of an expert's neurons that are initialised anew."""
         f = self._recipe.moe.intermediate_size
         return self._random(_WHICH, layer, expert).permutation(f)[: round(self._recipe.reinit * f)]
 
     def _drawn(self, layer: int, name: str, shape: tuple[int, ...], *what: int) -> np.ndarray:
-        """Values with the mean and deviation of a matrix of the dense layer."""
+        """Random values with the mean and standard deviation of a matrix of the dense layer."""
         like = self._weight(layer, name)
         if name not in self._like:
             self._like[name] = float(like.mean()), float(like.std())
@@ -167,14 +169,14 @@ class Upcycled:
     def _gate_up(self, layer: int, expert: int, part: int) -> np.ndarray:
         name = ("gate", "up")[part]
         weight = self._weight(layer, name)[self._neurons(layer, expert)]
-        anew = self._anew(layer, expert)
+        anew = self._reinitialised(layer, expert)
         if len(anew):
             weight[anew] = self._drawn(layer, name, (len(anew), weight.shape[1]), _VALUES, layer, expert)
         return weight
 
     def _down(self, layer: int, expert: int) -> np.ndarray:
         weight = self._weight(layer, "down")[:, self._neurons(layer, expert)]
-        anew = self._anew(layer, expert)
+        anew = self._reinitialised(layer, expert)
         if len(anew):
             weight[:, anew] = self._drawn(layer, "down", (weight.shape[0], len(anew)), _VALUES, layer, expert)
         return weight * np.float32(self._scale)
@@ -182,7 +184,7 @@ class Upcycled:
     def _router(self, layer: int) -> np.ndarray:
         moe, D = self._recipe.moe, self.config.hidden_size
         rows = moe.num_experts // (self._group or 1)
-        # Inputs are about 1. Probabilities that are not made to sum to 1 must be alike for the scale to hold.
+        # The router's inputs are about 1. Without normalisation the scale is right only for nearly equal probabilities.
         deviation = self.config.initializer_range / (1 if moe.norm_topk_prob else D**0.5)
         drawn = self._random(_ROUTER, layer).normal(0.0, deviation, (rows, D)).astype(np.float32)
         return np.repeat(drawn, self._group or 1, axis=0)
@@ -207,31 +209,28 @@ def upcycle(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     recipe: Recipe,
-    to: Any = None,
-    dtype: Any = None,
+    to: Format | None = None,
+    dtype: DTypeLike | None = None,
     progress: bool = False,
 ) -> Upcycled:
-    """Writes a dense checkpoint as a mixture of experts, into a new folder that is whole or not there.
+    """Writes a dense checkpoint as a mixture of experts into a new folder. After a failure nothing is left of it.
 
     Args:
       src: a Hugging Face folder, an Orbax folder, or a Hub id.
       dst: the new folder; must not exist or be empty.
-      recipe: what it becomes.
+      recipe: the mixture.
       to: "hf" or "orbax"; by default the format that `src` has.
       dtype: of the written weights; by default as stored.
-      progress: shows a bar on standard error where that is a terminal.
+      progress: show a bar on standard error if that is a terminal.
 
     Returns:
-      What was written.
+      The mixture that was written.
 
     Raises:
-      InputError: as `convert` does; or a checkpoint that has experts already.
+      InputError: as `convert.convert`; or the checkpoint already has experts.
     """
-    from convert import detect, open_source, resolve, write_folder
-    from convert.folder import check_destination
-
-    check_destination(Path(dst))
-    folder = resolve(src)
-    source = Upcycled(open_source(folder), recipe)
-    write_folder(source, dst, to or detect(folder), dtype, progress)
+    check_options(dst, to, dtype)
+    source = Upcycled(open_source(src), recipe)
+    assert source.folder is not None
+    write_folder(source, dst, to or detect(source.folder), dtype, progress)
     return source

@@ -1,12 +1,13 @@
-"""Do two checkpoints compute the same? Compared by logits, whatever their formats."""
+"""Compares two checkpoints of any format, or one with transformers, by their logits."""
 
 import dataclasses
-import math
+import functools
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +20,22 @@ from convert.names import leaves
 from convert.placement import place
 from convert.source import Source
 from qwen_jax import kernels
+from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import InputError
+from qwen_jax.files import strict_json
+from qwen_jax.hub import CONFIG, resolve
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import Params, bind
 
 
 class CouldNotCompareError(InputError):
-    """There is no meaningful comparison: other vocabularies, or the yardstick is not installed."""
+    """There is no meaningful comparison: the vocabularies differ, or transformers is not installed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """What still counts as the same.
+    """The largest differences that still count as equal.
 
     Attributes:
       max_relative: largest difference of a logit over the largest logit.
@@ -44,9 +48,9 @@ class Tolerance:
     top1: float
 
 
-# Everything is computed in float32. Where both sides store the same dtype, they must hold the same weights, and only
-# the order of additions differs. Otherwise the coarser dtype has rounded them: half a unit in the last place is 2^-9
-# relative for bfloat16 and 2^-12 for float16, and it grows some tenfold through the layers.
+# Everything is computed in float32. If both sides store the same dtype, they must hold the same weights, and only the
+# order of additions may differ. Otherwise the coarser dtype has rounded the weights: half a unit in the last place is a
+# relative error of 2^-9 for bfloat16 and of 2^-12 for float16, and it grows about tenfold through the layers.
 EXACT = Tolerance(max_relative=1e-4, kl=1e-6, top1=0.99)
 ROUNDED = {
     "bfloat16": Tolerance(max_relative=5e-2, kl=1e-2, top1=0.85),
@@ -64,8 +68,8 @@ class Report:
       mean_kl, max_kl: KL(a || b) over positions, in nats.
       top1_agreement: fraction of positions with the same most likely token.
       positions: how many were compared.
-      tolerance: what was allowed.
-      dtypes: what the two sides store.
+      tolerance: the differences that were allowed.
+      dtypes: in which the two sides store their weights; the coarsest one of each.
     """
 
     passed: bool
@@ -80,13 +84,12 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 for pass, 1 for fail; a comparison that could not be made raises InputError, for which 2 is meant."""
+        """0 for a pass, 1 for a fail. (2 stands for a comparison that could not be made, which raises InputError.)"""
         return 0 if self.passed else 1
 
-    def to_json(self) -> dict[str, Any]:
-        """The report as a JSON object; a figure that is not finite, which fails, is null."""
-        values = dataclasses.asdict(self)
-        return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in values.items()}
+    def to_json(self) -> str:
+        """The report as a JSON object. A figure that is not finite is null, and such a report has not passed."""
+        return strict_json(dataclasses.asdict(self))
 
     def __str__(self) -> str:
         t = self.tolerance
@@ -104,8 +107,8 @@ def compare(a_BTV: np.ndarray, b_BTV: np.ndarray, dtypes: tuple[str, str]) -> Re
     """Compares two sets of logits.
 
     Args:
-      a_BTV, b_BTV: float32, of the same tokens; `a` is the yardstick.
-      dtypes: what the weights are stored in; decides the tolerance.
+      a_BTV, b_BTV: float32 [batch, length, vocabulary], for the same tokens; `a` is the reference.
+      dtypes: in which the weights of the two are stored; decides the tolerance.
     """
     tolerance = EXACT if dtypes[0] == dtypes[1] else ROUNDED["bfloat16" if "bfloat16" in dtypes else "float16"]
     max_abs = float(np.abs(a_BTV - b_BTV).max())
@@ -116,7 +119,7 @@ def compare(a_BTV: np.ndarray, b_BTV: np.ndarray, dtypes: tuple[str, str]) -> Re
         kl.append(float((np.exp(log_a) * (log_a - log_b)).sum()))
     top1 = float((a_BTV.argmax(-1) == b_BTV.argmax(-1)).mean())
     mean_kl, max_kl = float(np.mean(kl)), float(np.max(kl))
-    # Written so that a NaN anywhere fails.
+    # A NaN makes each of these comparisons false, so it fails.
     passed = max_relative <= tolerance.max_relative and mean_kl <= tolerance.kl and top1 >= tolerance.top1
     return Report(passed, max_abs, max_relative, mean_kl, max_kl, top1, len(kl), tolerance, dtypes)
 
@@ -129,12 +132,12 @@ def verify(
     tokens_BT: np.ndarray | None = None,
     seed: int = 0,
 ) -> Report:
-    """Compares two checkpoints, or one with what transformers makes of it. One model is in memory at a time.
+    """Compares two checkpoints, or one with the same checkpoint in transformers. One model is in memory at a time.
 
     Args:
-      a: a Hugging Face folder, an Orbax folder, or a Hub id; the yardstick.
+      a: a Hugging Face folder, an Orbax folder, or a Hub id; the reference.
       b: the other checkpoint; None if `against` is given.
-      against: "transformers" runs `a` there, on the CPU in float32 with eager attention, as the yardstick.
+      against: "transformers" runs `a` there, on the CPU in float32 with eager attention, as the reference.
       tokens_BT: token ids to run; by default two rows of 64 pseudo-random ones.
       seed: of the pseudo-random tokens.
 
@@ -144,13 +147,17 @@ def verify(
     """
     if (b is None) == (against is None) or against not in (None, "transformers"):
         raise InputError("Give a second checkpoint, or against='transformers'; one of the two.")
-    source = convert.open_source(a)
-    other = source if b is None else convert.open_source(b)
-    if source.config.vocab_size != other.config.vocab_size:
+    if against == "transformers":
+        _need_transformers()
+    # The configs first: of a Hub model they are small.
+    configs = [load_config(resolve(name, CONFIG)) for name in (a, b) if name is not None]
+    if configs[0].vocab_size != configs[-1].vocab_size:
         raise CouldNotCompareError(
-            f"{a} has a vocabulary of {source.config.vocab_size}, {b} of {other.config.vocab_size}: "
+            f"{a} has a vocabulary of {configs[0].vocab_size}, {b} of {configs[1].vocab_size}: "
             "their logits do not mean the same tokens."
         )
+    source = convert.open_source(a)
+    other = source if b is None else convert.open_source(b)
     if tokens_BT is None:
         length = min(64, source.config.context_length, other.config.context_length)
         tokens_BT = np.random.default_rng(seed).integers(0, source.config.vocab_size, (2, length))
@@ -162,7 +169,7 @@ def verify(
 def _dtype(source: Source) -> str:
     """The coarsest dtype of a checkpoint's weights."""
     found = {source.dtype(leaf).name for leaf in leaves(source.config)}
-    return next(name for name in ("bfloat16", "float16", "float32") if name in found)
+    return next((name for name in ("bfloat16", "float16") if name in found), "float32")
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:
@@ -173,34 +180,43 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def _run(source: Source, tokens_BT: np.ndarray) -> np.ndarray:
-    """Float32 logits of this implementation, on one device."""
+    """Float32 logits [B, T, V] of this implementation, on one device."""
     mesh = make_mesh({}, jax.devices()[:1])
-    config, sharding = source.config, Sharding.for_model(source.config, mesh)
+    # Fields that the forward pass does not read are left out: checkpoints of one architecture share a compilation.
+    config = dataclasses.replace(source.config, dtype="float32", bos_token_id=None, eos_token_ids=())
+    sharding = Sharding.for_model(config, mesh)
     params = place(source, mesh, "float32", Options())
-
-    @jax.jit
-    def logits(params: Params, tokens_BT: jax.Array) -> jax.Array:
-        model = bind(config, params, sharding, Options())
-        positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        positions, mask = jax.tree.map(
-            lambda x: jax.reshard(x, sharding.tokens), (positions, kernels.causal_mask(*tokens_BT.shape))
-        )
-        return model.logits(model(tokens_BT, positions, mask).hidden)
-
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         tokens = jax.device_put(tokens_BT.astype(np.int32), NamedSharding(mesh, sharding.tokens))
-        return np.asarray(logits(params, tokens))
+        return np.asarray(_logits(params, tokens, config, sharding))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sharding"))
+def _logits(params: Params, tokens_BT: jax.Array, config: ModelConfig, sharding: Sharding) -> jax.Array:
+    model = bind(config, params, sharding, Options())
+    positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    positions, mask = jax.tree.map(
+        lambda x: jax.reshard(x, sharding.tokens), (positions, kernels.causal_mask(*tokens_BT.shape))
+    )
+    return model.logits(model(tokens_BT, positions, mask).hidden)
+
+
+def _need_transformers() -> None:
+    """Raises CouldNotCompareError where transformers or torch is not installed, without importing them."""
+    missing = [name for name in ("transformers", "torch") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CouldNotCompareError(
+            f"Comparing with transformers needs {' and '.join(missing)}. pip install transformers torch."
+        )
 
 
 def _run_transformers(source: Source, tokens_BT: np.ndarray) -> np.ndarray:
-    """Float32 logits of transformers; a checkpoint in another format is exported for it first."""
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise CouldNotCompareError(
-            f"Comparing with transformers needs transformers and torch ({error}). pip install transformers torch."
-        ) from None
+    """Float32 logits [B, T, V] of transformers; a checkpoint in another format is exported for it first."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     def logits(folder: Path) -> np.ndarray:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
@@ -212,6 +228,7 @@ def _run_transformers(source: Source, tokens_BT: np.ndarray) -> np.ndarray:
 
 
 def _in_hf_format(source: Source, use: Callable[[Path], np.ndarray]) -> np.ndarray:
+    """Calls a function with a Hugging Face folder of a checkpoint, which is temporary if the checkpoint is in Orbax."""
     assert source.folder is not None
     if convert.detect(source.folder) == "hf":
         return use(source.folder)

@@ -1,4 +1,4 @@
-"""The architecture of a model."""
+"""The architecture of a model: `ModelConfig` and its parts."""
 
 import dataclasses
 import math
@@ -19,11 +19,11 @@ class Yarn:
     """YaRN context extension (Peng et al. 2023, arXiv:2309.00071), as the Qwen documentation configures it.
 
     Attributes:
-      factor: how many times longer the context becomes.
+      factor: ratio of the extended context length to the original one.
       original_max_position_embeddings: the context length, in tokens, that the model was trained with.
       attention_factor: multiplies cos and sin; None means the paper's 0.1 ln(factor) + 1.
-      beta_fast, beta_slow: rotations over the original context above which a frequency is kept, below which it is
-        interpolated.
+      beta_fast: frequencies with more rotations than this over the original context are kept.
+      beta_slow: frequencies with fewer rotations than this over the original context are interpolated.
     """
 
     factor: float
@@ -50,7 +50,7 @@ class Yarn:
 class DualChunk:
     """Dual-chunk attention settings of the 1M-context checkpoints (An et al. 2024, arXiv:2402.17463).
 
-    Up to `chunk_len` tokens dual-chunk attention is plain RoPE attention, exactly.
+    Up to `chunk_len` tokens dual-chunk attention is exactly plain RoPE attention.
     """
 
     chunk_size: int
@@ -65,17 +65,17 @@ class DualChunk:
 
 @dataclasses.dataclass(frozen=True)
 class MoE:
-    """A mixture of experts in place of feed-forward layers: routed experts, and one shared by all tokens.
+    """Mixture-of-experts layers in place of feed-forward layers: routed experts, and one shared by all tokens.
 
     Attributes:
       num_experts: routed experts of a layer.
-      num_experts_per_tok: of which a token takes this many.
+      num_experts_per_tok: routed experts per token (top-k).
       intermediate_size: SwiGLU width of a routed expert.
-      shared_intermediate_size: of the shared one, which a sigmoid of the token gates.
-      norm_topk_prob: whether the weights of the experts taken are made to sum to 1.
-      decoder_sparse_step: every such layer has experts: those whose number, counted from 1, it divides.
-      mlp_only_layers: layers that have none all the same, counted from 0.
-      router_aux_loss_coef: of the load-balancing loss, for training.
+      shared_intermediate_size: SwiGLU width of the shared expert, whose output is multiplied by a sigmoid gate.
+      norm_topk_prob: whether the weights of a token's experts are normalised to sum to 1.
+      decoder_sparse_step: every layer whose number, counted from 1, is a multiple of this has experts.
+      mlp_only_layers: layers without experts in spite of that, counted from 0.
+      router_aux_loss_coef: coefficient of the load-balancing loss in training.
     """
 
     num_experts: int
@@ -96,7 +96,7 @@ class MoE:
         if self.num_experts_per_tok > self.num_experts:
             raise InputError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) is more than num_experts ({self.num_experts}): a "
-                "token takes each expert at most once."
+                "token is routed to different experts."
             )
         if not isinstance(self.mlp_only_layers, tuple) or not all(isinstance(i, int) for i in self.mlp_only_layers):
             raise InputError(f"mlp_only_layers must be a tuple of numbers of layers, got {self.mlp_only_layers!r}.")
@@ -112,14 +112,15 @@ class ModelConfig:
     of one size; see `published`.
 
     Attributes:
-      vocab_size: rows of the embedding. More than the tokenizer has: the rest is padding that is never sampled.
+      vocab_size: rows of the embedding. The published models have more rows than the tokenizer has ids; the rest is
+        padding that is never sampled.
       hidden_size: width of the residual stream.
-      intermediate_size: width of the SwiGLU feed-forward layer, where a layer has no experts.
+      intermediate_size: width of the SwiGLU feed-forward layer, in layers without experts.
       num_layers: transformer blocks.
       num_heads: query heads.
       num_kv_heads: key and value heads; divides `num_heads`.
       head_dim: width of one head.
-      tie_word_embeddings: whether the output head is the embedding.
+      tie_word_embeddings: whether the output head shares its weight with the embedding.
       rms_norm_eps: added to the mean square in every RMSNorm.
       rope_theta: RoPE base.
       max_position_embeddings: context length in tokens.
@@ -127,11 +128,11 @@ class ModelConfig:
       dual_chunk: dual-chunk attention, or None.
       moe: experts, or None for a dense model.
       bos_token_id: recorded for other tools; nothing is prepended to a prompt.
-      eos_token_ids: ids that end a text.
+      eos_token_ids: ids that end a text, such as (tokenizer.eos_id,) for a model with a tokenizer of its own.
       initializer_range: standard deviation of the initial weights.
-      dtype: what the checkpoint stores: bfloat16, float32 or float16.
-      use_sliding_window, sliding_window, max_window_layers: carried for other tools. A window that any layer would
-        use (`use_sliding_window` and `max_window_layers < num_layers`) is refused.
+      dtype: in which the checkpoint stores its weights: bfloat16, float32 or float16.
+      use_sliding_window, sliding_window, max_window_layers: kept for other tools. A window that any layer would use
+        (`use_sliding_window` and `max_window_layers < num_layers`) is refused.
     """
 
     vocab_size: int
@@ -176,7 +177,7 @@ class ModelConfig:
                 "each key/value head serves an equal group of query heads."
             )
         if self.head_dim % 2:
-            raise InputError(f"head_dim must be even, RoPE rotates pairs; got {self.head_dim}.")
+            raise InputError(f"head_dim must be even, because RoPE rotates pairs; got {self.head_dim}.")
         if not self.rms_norm_eps > 0 or not self.rope_theta > 0:
             raise InputError(
                 f"rms_norm_eps and rope_theta must be positive, got {self.rms_norm_eps} and {self.rope_theta}."
@@ -184,9 +185,9 @@ class ModelConfig:
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.")
         if self.moe is not None:
-            odd = [i for i in self.moe.mlp_only_layers if not 0 <= i < self.num_layers]
-            if odd:
-                raise InputError(f"mlp_only_layers names layers {odd}; there are layers 0 to {self.num_layers - 1}.")
+            beyond = [i for i in self.moe.mlp_only_layers if not 0 <= i < self.num_layers]
+            if beyond:
+                raise InputError(f"mlp_only_layers names layers {beyond}; there are layers 0 to {self.num_layers - 1}.")
             if not self.sparse_layers:
                 raise InputError(
                     f"No layer has experts: decoder_sparse_step is {self.moe.decoder_sparse_step} and mlp_only_layers "
@@ -194,11 +195,11 @@ class ModelConfig:
                 )
             if self.use_sliding_window:
                 raise InputError("use_sliding_window=true is not supported with experts; no published model has it.")
-        layers_without = self.num_layers if self.max_window_layers is None else self.max_window_layers
-        if self.use_sliding_window and self.sliding_window is not None and layers_without < self.num_layers:
+        first_layer = self.num_layers if self.max_window_layers is None else self.max_window_layers
+        if self.use_sliding_window and self.sliding_window is not None and first_layer < self.num_layers:
             raise InputError(
                 f"This checkpoint uses a sliding window of {self.sliding_window} tokens in layers "
-                f"{layers_without} to {self.num_layers - 1}, which is not supported. Every published Qwen2.5 "
+                f"{first_layer} to {self.num_layers - 1}, which is not supported. Every published Qwen2.5 "
                 "checkpoint has use_sliding_window=false; set that in config.json if full attention is what you want."
             )
 
@@ -221,8 +222,9 @@ class ModelConfig:
         """Exact parameter counts.
 
         Returns:
-          `embedding`, `layers`, `norm`, `lm_head` (0 when tied), `total`, `non_embedding`; and `active`, those that
-          one token is multiplied with: without the experts it does not take, and with the head, but not the embedding.
+          `embedding`, `layers`, `norm`, `lm_head` (0 when tied), `total`, `non_embedding` (without embedding and
+          head), and `active`: parameters that one token is multiplied with, the head among them; without the embedding
+          and the experts that the token is not routed to.
         """
         d = self.hidden_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -250,7 +252,7 @@ class ModelConfig:
         }
 
     def kv_bytes_per_token(self, itemsize: int = 2) -> int:
-        """Bytes that one token occupies in the key/value cache.
+        """Bytes of one token in the key/value cache.
 
         Args:
           itemsize: bytes of one cache element.
@@ -296,7 +298,10 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
         raise InputError(
             problem or f"{path} has no config.json. Expected a Hugging Face or qwen_jax checkpoint folder."
         )
-    return ModelConfig.from_hf(read_json(file))
+    hf = read_json(file)
+    if (path / "generation_config.json").is_file():  # Then nobody reads the generation settings in config.json.
+        hf = {key: value for key, value in hf.items() if key not in hf_config.GENERATION_DEFAULTS}
+    return ModelConfig.from_hf(hf)
 
 
 def adapter_problem(folder: Path) -> str | None:

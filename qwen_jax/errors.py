@@ -1,4 +1,4 @@
-"""The one exception for bad input, and what the system says when there is no room."""
+"""The exception for bad input, and the error numbers for a full disk."""
 
 import errno
 
@@ -9,6 +9,6 @@ NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 class InputError(ValueError):
     """Something the caller gave cannot be used.
 
-    The message says what was expected, what came, and what to do. The command line prints it on standard error
-    without a traceback and exits with status 1.
+    The message says what was expected, what was found, and what to do. The command line prints it on standard
+    error without a traceback and exits with status 1.
     """

@@ -38,7 +38,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 def is_hub_id(name: str | os.PathLike[str]) -> bool:
     """Whether a name has the form of a Hub id, `owner/model`, and is no local path."""
-    return not Path(name).exists() and _HUB_ID.fullmatch(str(name)) is not None
+    return not os.path.exists(name) and _HUB_ID.fullmatch(str(name)) is not None
 
 
 def resolve(name: str | os.PathLike[str], patterns: Sequence[str] = CHECKPOINT) -> Path:
@@ -57,7 +57,11 @@ def resolve(name: str | os.PathLike[str], patterns: Sequence[str] = CHECKPOINT) 
       InputError: no such folder, or the download failed.
     """
     path = Path(name)
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # Names that are too long, links in a circle.
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+    if is_folder:
         return _newest_step(path)
     if path.exists():
         raise InputError(f"{path} is a file; expected a checkpoint folder.")

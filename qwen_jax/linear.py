@@ -8,8 +8,8 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from qwen_jax.kernels.einsum import einsum_f32
 from qwen_jax.kernels.matmul import few_rows
-from qwen_jax.kernels.reference import einsum_f32
 from qwen_jax.parallel.collectives import all_gather_weight, look_up
 from qwen_jax.parallel.sharding import Sharding, gathered
 

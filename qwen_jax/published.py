@@ -6,7 +6,7 @@ from typing import Any
 from qwen_jax.config import DualChunk, ModelConfig, MoE
 from qwen_jax.errors import InputError
 
-# Facts from the published config.json files. hidden, intermediate, layers, heads, kv heads, head_dim, vocabulary, tied.
+# From the published config.json files: hidden, intermediate, layers, heads, kv heads, head_dim, vocabulary, tied.
 _SHAPES: dict[str, tuple[int, int, int, int, int, int, int, bool]] = {
     "0.5b": (896, 4864, 24, 14, 2, 64, 151936, True),
     "1.5b": (1536, 8960, 28, 12, 2, 128, 151936, True),
@@ -16,7 +16,7 @@ _SHAPES: dict[str, tuple[int, int, int, int, int, int, int, bool]] = {
     "32b": (5120, 27648, 64, 40, 8, 128, 152064, False),
     "72b": (8192, 29568, 80, 64, 8, 128, 152064, False),
 }
-# Fields of the shapes that carry a window nobody uses; they only have to survive a round trip.
+# First layer of a sliding window that no published model switches on; kept so that config.json round-trips.
 _BASE_WINDOW_LAYERS = {"0.5b": 24, "1.5b": 28, "3b": 36, "7b": 28, "14b": 48, "32b": 64, "72b": 80}
 _INSTRUCT_WINDOW_LAYERS = {"0.5b": 21, "1.5b": 21, "3b": 70, "7b": 28, "14b": 70, "32b": 70, "72b": 70}
 _ENDOFTEXT, _IM_END = 151643, 151645
@@ -96,7 +96,7 @@ def _published() -> dict[str, ModelConfig]:
 
 
 def _mixtures() -> dict[str, ModelConfig]:
-    """The two published models with experts, and a family of ours with finer ones."""
+    """The two published models with experts, and three of our own with narrower experts."""
     small: dict[str, Any] = dict(
         vocab_size=151936, hidden_size=2048, intermediate_size=5632, num_layers=24, num_heads=16, num_kv_heads=16,
         head_dim=128, tie_word_embeddings=False, moe=MoE(60, 4, 1408, 5632), max_window_layers=21,
@@ -113,8 +113,8 @@ def _mixtures() -> dict[str, ModelConfig]:
         "qwen2-57b-a14b": ModelConfig(**large, max_position_embeddings=131072, sliding_window=131072),
         "qwen2-57b-a14b-instruct": ModelConfig(**large, **window, eos_token_ids=chat),
     }
-    # Ours, after what the report says of Qwen2.5-Turbo and gives no sizes of: many narrow experts, eight to a token,
-    # and a shared one as wide as two of them, in the body of a dense model.
+    # Our own, after the report's description of Qwen2.5-Turbo, for which it gives no sizes: many narrow experts, eight
+    # per token, and a shared one as wide as two of them, with attention and embedding of a dense model.
     fine = {
         "fine-3b-a0.6b": ("0.5b", MoE(64, 8, 640, 1280, norm_topk_prob=True)),
         "fine-23b-a2.4b": ("3b", MoE(128, 8, 768, 1536, norm_topk_prob=True)),
@@ -127,13 +127,13 @@ PUBLISHED: dict[str, ModelConfig] = _published()
 
 
 def published(name: str) -> ModelConfig:
-    """The configuration of a published model.
+    """Looks up the configuration of a published model.
 
     Args:
       name: such as "Qwen2.5-7B-Instruct", in any case, with or without the "Qwen/" in front.
 
     Raises:
-      InputError: no such model; the message lists the names.
+      InputError: there is no such model; the message lists the names.
     """
     key = name.lower().removeprefix("qwen/")
     if key not in PUBLISHED:

@@ -1,8 +1,8 @@
 """Checkpoints of a training run, by Orbax: atomic, in the background, and exact on resume.
 
-A run's folder holds `run.json`, what must not change on resume; `config.json` and the tokenizer; and one numbered
-folder for each kept step, with the weights (`params`) apart from the optimiser (`optimizer`). Every numbered folder
-gets its own `config.json` and tokenizer, so that it is a model like any other: it can be run, converted and verified.
+The folder holds `run.json`, what must not change on resume; `config.json` and the tokenizer; and one numbered folder
+for each kept step, in which the weights (`params`) are apart from the optimiser (`optimizer`). Every numbered folder
+has its own `config.json` and tokenizer, so that it is a model like any other: it can be run, converted and verified.
 """
 
 import contextlib
@@ -14,10 +14,11 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +30,21 @@ from qwen_jax.errors import NO_ROOM, InputError
 from qwen_jax.files import read_json
 from qwen_jax.parallel.multihost import gather, in_step
 from qwen_jax.tokenizer.base import Tokenizer
+from train.files import to_json, write_file
+from train.loop import CheckpointConfig
 from train.state import TrainState
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one run. Close it, or use it in a `with` statement: saving goes on in the background."""
+    """The checkpoints of one run. Close it, or use it in a `with` statement: saves finish in the background.
+
+    Attributes:
+      folder: where they are.
+    """
 
     def __init__(
         self,
@@ -43,27 +52,26 @@ class Checkpoints:
         config: ModelConfig,
         tokenizer: Tokenizer,
         run: Mapping[str, Any] | None = None,
-        keep_last: int = 2,
-        keep_every: int = 0,
+        schedule: CheckpointConfig | None = None,
     ):
-        """Opens the folder of a run, or begins one.
+        """Opens the folder of a run, or creates it.
 
         Args:
           folder: of the run's checkpoints.
           config: of the model.
-          tokenizer: that made the data.
+          tokenizer: of the data.
           run: anything else, as JSON values, that decides the sequence of losses: seeds, a fingerprint of the data.
-          keep_last: how many of the newest checkpoints stay.
-          keep_every: those of steps that are a multiple of it stay too; 0 is none.
+          schedule: how often the loop saves, and which checkpoints are kept; by default as `CheckpointConfig` has it.
 
         Raises:
-          InputError: the folder holds a run with another model, tokenizer or `run`; nothing is touched then.
+          InputError: the folder holds a run with another model, tokenizer or `run`; nothing is changed then.
         """
         self.folder = Path(folder).absolute()
         run = {"tokenizer": tokenizer.fingerprint(), **(run or {})}
-        self._config = config
-        self._saving, self._bytes = "", 0  # What was begun to be saved last, and its size.
+        self._config, self._schedule = config, schedule or CheckpointConfig()
+        self._saving, self._bytes = "", 0  # The save that began last, and its size.
         self._problem: BaseException | None = None  # Why saving in the background has failed.
+        # Look at what is there, and change nothing.
         with in_step(f"Opening {self.folder}"):
             new = not (self.folder / "run.json").exists()
             if not new:
@@ -72,11 +80,11 @@ class Checkpoints:
                 _check_same("run", read_json(self.folder / "run.json"), json.loads(json.dumps(run)), self.folder)
             elif is_taken(self.folder):
                 raise InputError(f"{self.folder} is not empty and holds no run. Give a new or empty folder.")
-        # All have looked before one of them makes it.
-        with in_step(f"Making {self.folder}"), self._room():
+        # Process 0 creates the folder, after all processes have looked.
+        with in_step(f"Creating {self.folder}"), self._room():
             if new and jax.process_index() == 0:
                 temporary = self.folder.with_name(self.folder.name + ".tmp")
-                shutil.rmtree(temporary, ignore_errors=True)  # Of a process that was killed just here.
+                shutil.rmtree(temporary, ignore_errors=True)  # Left by a process that was killed here.
                 temporary.mkdir(parents=True)
                 tokenizer.save(temporary)
                 write_json(temporary / "config.json", config.to_hf())
@@ -85,12 +93,13 @@ class Checkpoints:
         with in_step(f"Opening {self.folder}"):
             if not (self.folder / "run.json").exists():
                 raise InputError(
-                    f"{self.folder}, which process 0 has made, is not there for process {jax.process_index()}. "
-                    "The folder of a run must be on a file system that all processes see."
+                    f"Process 0 has created {self.folder}, and process {jax.process_index()} does not see it. The "
+                    "folder of a run must be on a file system that all processes share."
                 )
+        # Open Orbax's manager.
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_last,
-            keep_period=keep_every or None,
+            max_to_keep=self._schedule.keep_last,
+            keep_period=self._schedule.keep_every or None,
             cleanup_tmp_directories=True,
             async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._barrier),
         )
@@ -101,14 +110,20 @@ class Checkpoints:
         }
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         logging.getLogger("asyncio").addFilter(_not_for_lack_of_room)
+        self._tokenizer_files = _files_of(tokenizer)
         with self._room():
             self._label()
 
+    @property
+    def every(self) -> int:
+        """Steps between two saves; see `CheckpointConfig`."""
+        return self._schedule.every
+
     def _label(self) -> None:
-        """Puts configuration and tokenizer into the complete checkpoints that lack them; config.json is the last."""
+        """Copies configuration and tokenizer into complete checkpoints that lack them; config.json is the last."""
         if jax.process_index():
             return
-        files = [p for p in self.folder.iterdir() if p.is_file() and p.name not in ("run.json", "config.json")]
+        files = [path for name in self._tokenizer_files if (path := self.folder / name).is_file()]
         for step in self._steps():
             folder = self.folder / str(step)
             if (folder / "config.json").exists():
@@ -117,7 +132,7 @@ class Checkpoints:
                 temporary = folder / (path.name + ".tmp")
                 shutil.copyfile(path, temporary)
                 os.replace(temporary, folder / path.name)
-            # A damaged one gets none.
+            # A damaged checkpoint gets none.
             with contextlib.suppress(OSError, ValueError, KeyError):
                 write_json(folder / "config.json", self._about(step)["model"])
 
@@ -126,12 +141,12 @@ class Checkpoints:
         return about
 
     def _steps(self) -> list[int]:
-        """The complete checkpoints that this process sees, oldest first."""
+        """The complete checkpoints that this process sees, oldest first; a file is none, whatever its name."""
         # The manager would count those that are still being written.
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
     def _steps_of_any(self) -> list[int]:
-        """The complete checkpoints that any process sees, oldest first; the same in all of them."""
+        """The complete checkpoints that any process sees, oldest first; the same list in all processes."""
         mine = self._steps()
         counts = gather(len(mine))
         padded = [*mine, *[-1] * (int(counts.max()) - len(mine))]
@@ -139,7 +154,7 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint, or None. With several processes, all of them must ask."""
+        """The step of the newest complete checkpoint, or None. With several processes, all of them must ask."""
         return max(self._steps_of_any(), default=None)
 
     def save(
@@ -149,22 +164,23 @@ class Checkpoints:
         config: ModelConfig | None = None,
         data: Mapping[str, Any] | None = None,
     ) -> None:
-        """Begins to save; the state may be donated as soon as this returns. A step that is there already is kept.
+        """Begins to save. The state may be donated as soon as this returns. A checkpoint that exists is kept.
 
         Args:
           state: after `step` steps.
           step: `state.step`, which the caller knows without asking the device.
-          config: of the model at this step, where a stage has changed it.
-          data: what `data` shall give back, as JSON values.
+          config: of the model at this step, if a stage has changed it.
+          data: JSON values for `data` to return.
 
         Raises:
-          InputError: there is no room, for this one or for the one before, which is written in the background. Complete
-            checkpoints stay as they are.
+          InputError: there is no room, for this checkpoint or the one before, which is written in the background.
+            Complete checkpoints are not changed.
         """
         if step in self._manager.all_steps():
             return
-        # Saving would wait for the save before it anyhow, and that one may still be removing old checkpoints.
+        # Orbax would wait for the save before this one anyway, and that may still be removing old checkpoints.
         self.finish()
+        self._clear(step)
         items = {
             "params": ocp.args.StandardSave(state.params),
             "optimizer": ocp.args.StandardSave(_all_but_params(state)),
@@ -176,14 +192,20 @@ class Checkpoints:
         with self._room():
             self._manager.save(step, args=ocp.args.Composite(**items))
 
+    def _clear(self, step: int) -> None:
+        """Moves a file away that has the name of a checkpoint; Orbax would overwrite it."""
+        path = self.folder / str(step)
+        if jax.process_index() == 0 and path.is_file():
+            os.replace(path, path.with_name(f"{step}.file"))
+            _log.warning("%s is a file and no checkpoint; it is kept as %s.file.", path, step)
+
     def check(self) -> None:
-        """Whether saving in the background has failed by now; it does not wait.
+        """Raises if saving in the background has failed by now; it does not wait.
 
         Raises:
           InputError: as for `save`.
         """
-        # Not `check_for_errors` of the manager: it would take the error from the thread that must not go on to remove
-        # old checkpoints.
+        # `check_for_errors` of the manager would clear the error, and its thread would go on to remove old checkpoints.
         with self._room():
             if self._problem is not None:
                 raise self._problem
@@ -197,15 +219,15 @@ class Checkpoints:
         with self._room():
             self._manager.wait_until_finished()
             self._label()
-        # What the host's copy took is free, but glibc keeps much of it, and the next copy would come on top.
+        # The host's copy is freed, but glibc keeps much of the memory, and the next copy would need as much again.
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None and self._saving:
             trim(0)
 
     def _barrier(self, *, key: str, timeout_ms: int) -> None:
-        """Where the threads that save meet those of other processes. One that has failed does not wait for them.
+        """The barrier between the saving threads of all processes. A thread that has failed does not wait at it.
 
-        They wait for what it did not write, and it for them, for 20 minutes.
+        The others would wait for what it did not write, and it for them, for 20 minutes.
         """
         if threading.current_thread() is not threading.main_thread():
             self._problem = self._problem or sys.exc_info()[1]
@@ -215,10 +237,10 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _room(self) -> Iterator[None]:
-        """Says what, where and how much is needed when there is no room, and removes what was not finished."""
+        """Turns a lack of room into an InputError that says what is needed, and removes unfinished checkpoints."""
         try:
             yield
-        except Exception as error:  # Orbax raises ValueError, with the system's message in its text.
+        except Exception as error:  # Orbax raises ValueError, whose text has the system's message.
             reason = _no_room(error)
             if reason is None:
                 raise
@@ -232,7 +254,8 @@ class Checkpoints:
                 f"Cannot save {self._saving or 'anything'} in {self.folder}: {reason}. It needs up to {needs} MiB, and "
                 f"{free} MiB are free. "
                 + (f"The checkpoints of steps {whole} are unharmed. " if whole else "There is no earlier checkpoint. ")
-                + "Make room, or keep fewer (keep_last, keep_every); the same command goes on from the newest."
+                + "Make room, or keep fewer (checkpoints.keep_last, checkpoints.keep_every); the same command resumes "
+                "from the newest."
             ) from error
 
     def data(self, step: int) -> dict[str, Any] | None:
@@ -244,18 +267,26 @@ class Checkpoints:
         record: dict[str, Any] | None = self._about(step)["data"]
         return record
 
+    def model(self, step: int) -> ModelConfig:
+        """The model as `save` was given it.
+
+        Args:
+          step: of the checkpoint.
+        """
+        return ModelConfig.from_hf(self._about(step)["model"])
+
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """Reads a checkpoint onto the devices.
 
-        Where the newest is damaged, the one before it is read, and so on; a warning says so, and the damaged folder is
+        If the newest is damaged, the one before it is read, and so on; a warning says so, and the damaged folder is
         renamed to `damaged-<step>`.
 
         Args:
-          like: a state, or its `jax.ShapeDtypeStruct`s with shardings, of the same run; the mesh may be another.
-          step: by default the newest; that of another step is read or an error.
+          like: a state of the same run, or its `jax.ShapeDtypeStruct`s with shardings; the mesh may be another.
+          step: by default the newest that is undamaged. A step that is given is read, or it is an error.
 
         Raises:
-          InputError: no such checkpoint, or none that is whole.
+          InputError: no such checkpoint, or all are damaged.
         """
         self.finish()
         steps = self._steps_of_any()
@@ -269,7 +300,7 @@ class Checkpoints:
         for candidate in reversed(steps) if step is None else [step]:
             state, reason = self._read(candidate, items)
             if state is not None:
-                self._put_aside(damaged)
+                self._put_aside(damaged, "damaged")
                 return state
             if step is not None:
                 raise InputError(f"The checkpoint of step {step} in {self.folder} is damaged: {reason}")
@@ -280,23 +311,23 @@ class Checkpoints:
             )
             damaged.append(candidate)
         raise InputError(
-            f"No checkpoint in {self.folder} could be read: those of steps {steps} are damaged. They are left as they "
-            "are. Put one back from a copy, or begin again in a new folder."
+            f"No checkpoint in {self.folder} could be read: those of steps {steps} are damaged. They are not changed. "
+            "Restore one from a copy, or begin again in a new folder."
         )
 
     def _read(self, step: int, items: Mapping[str, Any]) -> tuple[TrainState | None, str]:
-        """A checkpoint that every process has found whole, or None and why.
+        """Reads a checkpoint; None and the reason if any process finds it damaged.
 
-        No process goes on with what another one cannot read: each says what it saw before any takes the next step.
+        No process continues with what another one cannot read: they exchange what they found after each phase.
         """
         saved, restored, problem = {}, {}, None
         try:
             saved = self._about(step)["checksums"]
             for name, like in items.items():
                 restored[name] = read_arrays(self.folder / str(step) / name, like)
-        except Exception as error:  # Orbax raises no narrower one for an array that cannot be read.
+        except Exception as error:  # Orbax has no narrower type for an array that cannot be read.
             problem = error
-        # Too little memory says nothing about the checkpoint.
+        # Could all processes read it? Too little memory says nothing about the checkpoint.
         fatal = isinstance(problem, (jax.errors.JaxRuntimeError, MemoryError))
         seen = gather(2 * fatal if problem and fatal else int(problem is not None))
         if fatal and problem is not None:
@@ -306,6 +337,7 @@ class Checkpoints:
                 f"Process {int(np.argmax(seen == 2))} could not load the checkpoint of step {step} in {self.folder}; "
                 "its message says why."
             )
+        # Is it what was saved?
         state = None
         if not seen.any():
             state = TrainState(params=restored["params"], **restored["optimizer"])
@@ -320,13 +352,41 @@ class Checkpoints:
         text = str(problem).strip()
         return None, text.splitlines()[0][:300] if text else type(problem).__name__
 
-    def _put_aside(self, steps: list[int]) -> None:
-        """Renames damaged checkpoints, now that an older one is known to be whole."""
+    def reject(self, step: int) -> str:
+        """Hears that the weights after a step are ruined. A checkpoint of that step is renamed to `ruined-<step>`.
+
+        It is kept under its name if there is no older one. With several processes, all of them must call this.
+
+        Args:
+          step: the last one that was accepted.
+
+        Returns:
+          A sentence on what this means for the checkpoints.
+        """
+        self.finish()
+        steps = self._steps_of_any()
+        older = [s for s in steps if s < step]
+        if step not in steps:
+            return (
+                f"No checkpoint has these weights; the same command resumes from that of step {steps[-1]}."
+                if steps
+                else "No checkpoint has these weights, and there is none from before."
+            )
+        if not older:
+            return f"The only checkpoint, that of step {step}, has these weights: begin again in a new folder."
+        self._put_aside([step], "ruined")
+        return (
+            f"The checkpoint of step {step} has these weights and is kept as ruined-{step}; the same command resumes "
+            f"from that of step {older[-1]}."
+        )
+
+    def _put_aside(self, steps: Sequence[int], why: str) -> None:
+        """Renames checkpoints that are not to be resumed from, once an older one is known to be whole."""
         if not steps:
             return
-        with in_step(f"Renaming damaged checkpoints in {self.folder}"):
+        with in_step(f"Renaming {why} checkpoints in {self.folder}"):
             for step in steps if jax.process_index() == 0 else []:
-                target = self.folder / f"damaged-{step}"
+                target = self.folder / f"{why}-{step}"
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(self.folder / str(step), target)
         self._manager.reload()
@@ -349,24 +409,38 @@ class Checkpoints:
             return
         if self._problem or (jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)):
             return  # A save in progress would wait for other processes, which may be gone.
+        if isinstance(error, KeyboardInterrupt):
+            return  # Whoever interrupts does not want to wait.
         try:
             self.close()
-        except Exception as second:  # What came first is what to tell.
+        except Exception as second:  # The first error is the one to report.
             _log.warning("%s", second)
 
 
-def read_arrays(folder: Path, like: Any) -> Any:
-    """Reads a tree of arrays onto the devices. It waits for no other process, as Orbax's own checkpointers would.
+def _files_of(tokenizer: Tokenizer) -> list[str]:
+    """The names of the files that a tokenizer consists of."""
+    if jax.process_index():
+        return []  # Only process 0 copies them.
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        return sorted(path.name for path in Path(folder).iterdir())
+
+
+def read_arrays(folder: Path, like: T) -> T:
+    """Reads a tree of arrays onto the devices. Unlike Orbax's own checkpointers, it waits for no other process.
 
     Args:
-      folder: an absolute one, as `params` of a checkpoint.
+      folder: an absolute path, such as `params` of a checkpoint.
       like: `jax.ShapeDtypeStruct`s with shardings.
+
+    Returns:
+      Arrays in the tree of `like`.
     """
     return ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(like))
 
 
 def _no_room(error: BaseException) -> str | None:
-    """What the system said, where it had no room to write; None for any other failure."""
+    """The system's message if it had no room to write; None for any other failure."""
     if isinstance(error, OSError):
         return os.strerror(error.errno) if error.errno in NO_ROOM else None
     codes = [int(code) for code in re.findall(r"os_error_code='(\d+)'", str(error))]
@@ -374,17 +448,17 @@ def _no_room(error: BaseException) -> str | None:
 
 
 def _not_for_lack_of_room(record: logging.LogRecord) -> bool:
-    """Whether a record is about anything else.
+    """A filter for log records: all but those about a lack of room.
 
-    Orbax writes many arrays at once and raises the error of the first that finds no room; asyncio would log those of
-    the others, a traceback for each, beside the message that says all there is to say.
+    Orbax writes many arrays at once and raises the error of the first that finds no room; asyncio would log a traceback
+    for each of the others, beside the message that says it all.
     """
     error = record.exc_info[1] if record.exc_info else None
     return error is None or _no_room(error) is None
 
 
 def _free(folder: Path) -> int:
-    """Bytes that are free where a folder is, or will be."""
+    """Free bytes on the disk that has a folder, or will have it."""
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
@@ -393,9 +467,9 @@ def _all_but_params(state: TrainState) -> dict[str, Any]:
 
 
 def _checksums(state: TrainState) -> dict[str, int]:
-    """One number for each array, the same on every mesh; any change of a single element changes it.
+    """One number for each array, the same on every mesh; a change of any single element changes it.
 
-    The disk's bytes have no checksum of their own, and a flipped bit in a weight would otherwise pass for a weight.
+    Orbax stores no checksums, and without them a flipped bit would pass for a weight.
     """
     numbers = jax.device_get(_sums(state))
     return {
@@ -404,7 +478,7 @@ def _checksums(state: TrainState) -> dict[str, int]:
 
 
 @jax.jit
-def _sums(tree: Any) -> Any:
+def _sums(tree: TrainState) -> TrainState:
     def weighted(x: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
         # The index of each element, modulo 2^32.
@@ -412,7 +486,7 @@ def _sums(tree: Any) -> Any:
         for axis in reversed(range(x.ndim)):
             place = place + jnp.uint32(stride % 2**32) * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
             stride *= x.shape[axis]
-        # Times an odd number: no difference of a single element can vanish.
+        # An odd factor: the difference of a single element cannot vanish modulo 2^32.
         return (bits * (2 * place + 1)).sum(dtype=jnp.uint32)
 
     return jax.tree.map(weighted, tree)
@@ -429,12 +503,10 @@ def _check_same(what: str, saved: Mapping[str, Any], given: Mapping[str, Any], f
 
 
 def is_taken(folder: Path) -> bool:
-    """Whether something is there already that a new folder would destroy."""
+    """Whether a path exists and is no empty folder, so that writing a folder there would destroy something."""
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file; a reader sees all of it or none."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def write_json(path: Path, value: object) -> None:
+    """Writes a JSON file. A reader sees the old content or the new one, never a part."""
+    write_file(path, (to_json(value, indent=2) + "\n").encode())

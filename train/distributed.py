@@ -1,4 +1,4 @@
-"""Joining the other processes of a job, and making sure that all of them were started with the same thing."""
+"""Joining the other processes of a job, and checking that all were started with the same configuration and data."""
 
 import jax
 import numpy as np
@@ -6,7 +6,7 @@ import numpy as np
 from qwen_jax.errors import InputError
 from qwen_jax.parallel.multihost import gather
 
-# A process that has been silent for so long is taken for dead, and all others end.
+# A process that was silent for this long counts as dead, and all others end.
 HEARTBEAT_SECONDS = 60
 
 
@@ -16,16 +16,16 @@ def join(
     index: int | None = None,
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
 ) -> None:
-    """Makes this process one of a job; call it before anything else touches a device.
+    """Joins this process to a job. Call it before anything else touches a device.
 
     Args:
-      coordinator: "host:port" of process 0; by default what SLURM, Open MPI, Kubernetes or a Cloud TPU says.
+      coordinator: "host:port" of process 0; by default from SLURM, Open MPI, Kubernetes or the Cloud TPU.
       processes: how many there are; by default as above.
       index: of this one, from 0; by default as above.
-      heartbeat_seconds: a process that has been silent for so long is taken for dead, and all others end.
+      heartbeat_seconds: a process that was silent for this long counts as dead, and all others end.
 
     Raises:
-      InputError: nothing says which job this is, or the others did not come.
+      InputError: no scheduler describes the job, or the other processes did not join.
     """
     if heartbeat_seconds < 2:
         raise InputError(f"The heartbeat timeout must be at least 2 seconds, got {heartbeat_seconds}.")
@@ -40,14 +40,14 @@ def join(
 
 
 def check_same(what: str, digest: str) -> None:
-    """Compares something between all processes.
+    """Checks that something is the same in all processes.
 
     Args:
-      what: is compared, for the message, such as "configuration".
+      what: its name for the message, such as "configuration".
       digest: a hash of it (hex).
 
     Raises:
-      InputError: in every process, where any has another than process 0.
+      InputError: in every process, if it differs in any process from that of process 0.
     """
     of_all = gather([int(digest[i : i + 7], 16) for i in (0, 7, 14)])
     different = np.flatnonzero((of_all != of_all[0]).any(axis=1)).tolist()

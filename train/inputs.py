@@ -1,4 +1,4 @@
-"""The data of a run: built data sets, raw documents that become one, and held-out rows, read as they are needed."""
+"""The data of a run: built data sets, raw documents that are built first, and held-out rows, read on demand."""
 
 import shlex
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from train.data.text import find_files
 
 
 def open_data(config: RunConfig, console: Console) -> tuple[dict[str, PackedRows], dict[str, PackedRows]]:
-    """Opens what a run reads. Raw documents are built first, by process 0, into `data/` of the run's folder.
+    """Opens the data of a run. Raw documents are built first, by process 0, into `data/` of the run's folder.
 
     Args:
       config: of the run.
@@ -30,20 +30,19 @@ def open_data(config: RunConfig, console: Console) -> tuple[dict[str, PackedRows
       Data sets to train on and to evaluate on, by name.
 
     Raises:
-      InputError: something is missing or damaged; raw documents that are too many, or others than those that the run
-        began with.
+      InputError: data that is missing or damaged; too many raw documents, or not those that the run began with.
     """
     lengths: dict[str, set[int]] = {}
     for stage in config.mixture_stages():
         for name in stage.weights:
-            # One of weight 0 is not used, but named: it must be there.
+            # A data set of weight 0 is not used, but it must exist.
             if name in stage.shares() or name not in lengths:
                 lengths.setdefault(name, set()).add(stage.length)
     opened: tuple[dict[str, PackedRows], dict[str, PackedRows]] = {}, {}
     kinds = (("data", config.data), ("held_out", config.held_out))
     for into, (kind, sources) in zip(opened, kinds, strict=True):
         for name, source in sources.items():
-            # A held-out data set has rows of whatever length it was built with.
+            # A built held-out data set keeps its own row length.
             wanted = lengths.get(name, set()) if kind == "data" else {config.stages[0].length}
             with in_step(f"Opening {kind}.{name}"):
                 if _built(Path(source)):
@@ -59,15 +58,15 @@ def open_data(config: RunConfig, console: Console) -> tuple[dict[str, PackedRows
 
 
 def _built(source: Path) -> bool:
-    """Whether it is a folder of `qwen-jax data build`, finished or not."""
+    """Whether a path is a folder of `qwen-jax data build`, finished or not."""
     return source.is_dir() and any((source / name).exists() for name in (MANIFEST, "units", "shard-00000.tokens"))
 
 
 def _build(config: RunConfig, name: str, source: str, lengths: set[int], folder: Path, console: Console) -> None:
     if len(lengths) > 1:
         raise InputError(
-            f"{name} is raw documents, which become rows of one length, and stages ask for {sorted(lengths)}. Give "
-            "them once for each length, under names of their own."
+            f"{name} is raw documents, which are built into rows of one length, and stages ask for {sorted(lengths)}. "
+            "List them once for each length, under a different name."
         )
     (length,) = lengths
     files = find_files([source])
@@ -75,30 +74,32 @@ def _build(config: RunConfig, name: str, source: str, lengths: set[int], folder:
     if megabytes > config.max_raw_megabytes:
         raise InputError(
             f"{name}: the raw documents of {source} have {megabytes:,.1f} MB, more than the "
-            f"{config.max_raw_megabytes:g} that a run builds when it starts (max_raw_megabytes). Build them ahead: "
+            f"{config.max_raw_megabytes:g} that a run builds when it starts (max_raw_megabytes). Build them first: "
             f"qwen-jax data build --input {shlex.quote(source)} --tokenizer {shlex.quote(config.tokenizer)} --length "
             f"{length} --output DIR, and give DIR."
         )
     try:
-        build(BuildConfig((source,), Path(config.tokenizer), length, folder, domain=name, workers=1), progress=console)
+        build_config = BuildConfig((source,), Path(config.tokenizer), length, folder, domain=name, workers=1)
+        manifest = build(build_config, progress=console)
     except InputError as error:
         begun = (folder / MANIFEST).exists()
-        hint = " A run keeps the documents it began with: put them back, or begin a new run." if begun else ""
+        hint = " A run keeps the documents that it began with: restore them, or begin a new run." if begun else ""
         raise InputError(f"{name}, {source}: {error}{hint}") from None
+    if left_out := manifest.left_out(folder):
+        console.print(f"{name}: {left_out}", highlight=False, markup=False, soft_wrap=True)
 
 
 class HeldOutBatches(Sequence[Batch]):
-    """All rows of a data set in order, on the devices of a mesh, read when they are asked for.
+    """All rows of a data set in order, as batches on the devices of a mesh, read on demand.
 
-    The last batch is filled up with rows of padding. Each process reads only the rows of its own devices.
+    The last batch is padded with empty rows. Each process reads only the rows of its own devices.
     """
 
     def __init__(self, rows: PackedRows, batch_size: int, mesh: Mesh):
-        """
-        Args:
-          rows: of the data set.
-          batch_size: rows in a global batch.
-          mesh: where batches are placed.
+        """Args:
+        rows: of the data set.
+        batch_size: rows in a global batch.
+        mesh: where batches are placed.
         """
         self._rows, self._size, self._mesh = rows, batch_size, mesh
         self._part = row_part(mesh, batch_size)

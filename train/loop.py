@@ -1,66 +1,138 @@
-"""The training loop: feed the device, read its numbers one step late, evaluate, save."""
+"""The training loop: feeds the device, reads its metrics one step late, evaluates, saves. It knows no objective."""
 
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Generic, Protocol, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from qwen_jax.errors import InputError
-from train.data.batch import Batch, place
+from qwen_jax.params import Params
+from train.data.batch import place
+from train.fields import at_least
+from train.objective import Metrics
 from train.observe.display import Display
 from train.observe.goodput import Clock, compilation
 from train.observe.trackers import Log
-from train.pretrain import Metrics, TrainStep
 from train.state import TrainState
+from train.step import EvalStep, TrainStep
 
 _log = logging.getLogger(__name__)
 
+B = TypeVar("B")
+Produced = TypeVar("Produced", covariant=True)
 
-class Data(Protocol):
-    """Batches by the number of their step; a `grain.MapDataset` is one."""
 
-    def __getitem__(self, step: int) -> Any: ...
+class Data(Protocol[Produced]):
+    """Where the loop gets its batches."""
+
+    def batch(self, step: int, state: TrainState) -> Produced:
+        """The global batch of a step.
+
+        In pre-training it is a function of the step alone, so that nothing else is needed to resume. Reinforcement
+        learning generates it with the weights of the state.
+
+        Args:
+          step: counted from 0; the loop asks for one after the other.
+          state: before the step. Its buffers are donated to the step: do not keep them.
+
+        Returns:
+          NumPy arrays, the same in every process, or arrays on the devices already.
+        """
+        ...
+
+
+class Indexed(Protocol[Produced]):
+    """A sequence of batches by the number of their step; a `grain.MapDataset` is one."""
+
+    def __getitem__(self, step: int, /) -> Produced: ...
+
+
+class ByStep(Generic[B]):
+    """`Data` whose batch is a pure function of the step."""
+
+    def __init__(self, batches: Indexed[B]):
+        """Args:
+        batches: `batches[step]` is the global batch of a step.
+        """
+        self._batches = batches
+
+    def batch(self, step: int, state: TrainState) -> B:
+        """The batch of a step, whatever the state."""
+        return self._batches[step]
 
 
 class Saves(Protocol):
-    """Where states are saved; `Checkpoints` is one."""
+    """Where states are saved, and how often; `train.checkpoint.Checkpoints` is one."""
 
-    def save(self, state: TrainState, step: int) -> None: ...
+    @property
+    def every(self) -> int:
+        """Steps between two saves; 0 saves only where the run is stopped."""
+        ...
+
+    def save(self, state: TrainState, step: int) -> None:
+        """Saves the state after a step."""
+        ...
+
+    def reject(self, step: int) -> str:
+        """Hears that the weights after a step are ruined; says what that means for the checkpoints."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """When the loop does what. Every interval is in steps; 0 is never.
+    """When the loop evaluates, and when it gives up.
 
     Attributes:
-      steps: train until this many are taken.
-      evaluate_every: also before the first step and after the last, unless 0.
-      checkpoint_every: also after the last step, unless 0.
-      max_skipped: so many steps skipped in a row, for gradients that were not finite or spiked, end the run; not 0.
+      evaluate_every: steps between two evaluations; also before the first step and after the last. 0 is never.
+      max_skipped: end the run after this many skipped steps in a row.
+
+    Raises:
+      InputError: a value out of range.
     """
 
-    steps: int
     evaluate_every: int = 0
-    checkpoint_every: int = 0
     max_skipped: int = 10
+
+    def __post_init__(self) -> None:
+        at_least(self, evaluate_every=0, max_skipped=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run saves, and which checkpoints it keeps.
+
+    Attributes:
+      every: steps between two saves; also after the last step. 0 saves only where the run is stopped.
+      keep_last: how many of the newest checkpoints are kept.
+      keep_every: checkpoints of steps that are a multiple of it are kept too; 0 is none.
+
+    Raises:
+      InputError: a value out of range.
+    """
+
+    every: int = 1000
+    keep_last: int = 2
+    keep_every: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(self, every=0, keep_last=1, keep_every=0)
 
 
 class Profile:
-    """A trace of some steps for xprof; leave it, and a trace that is not ended yet is."""
+    """A trace of some steps for xprof. Use it in a `with` statement, which ends a trace that is still going on."""
 
     def __init__(self, folder: str | os.PathLike[str], first: int, last: int):
-        """Says what to trace.
-
-        Args:
-          folder: where to.
-          first: step to begin with, counted from 1.
-          last: step to end with.
+        """Args:
+        folder: where the trace is written.
+        first: step to begin with, counted from 1.
+        last: step to end with.
         """
         self.folder, self.first, self.last = Path(folder), first, last
         self._tracing = False
@@ -71,7 +143,7 @@ class Profile:
         self._tracing = True
 
     def end(self) -> bool:
-        """Writes the trace; says whether there was one."""
+        """Writes the trace; returns whether there was one."""
         tracing, self._tracing = self._tracing, False
         if tracing:
             jax.profiler.stop_trace()
@@ -84,90 +156,97 @@ class Profile:
         self.end()
 
 
+@dataclasses.dataclass
+class Monitor:
+    """What watches a run. Everything may be left out.
+
+    Attributes:
+      log: gets a record for each step and each evaluation.
+      display: shows progress.
+      clock: of the run; with it, the log gets a record of where the time went every minute and at each checkpoint.
+      mfu: model FLOPs utilisation at a rate in tokens per second, for the log.
+      profile: steps to trace.
+      arrays: gets the metrics that are arrays rather than scalars: step, name and value.
+    """
+
+    log: Log | None = None
+    display: Display | None = None
+    clock: Clock | None = None
+    mfu: Callable[[float], float] | None = None
+    profile: Profile | None = None
+    arrays: Callable[[int, str, np.ndarray], None] | None = None
+
+
+def _no_explanation(numbers: Mapping[str, float]) -> str:
+    return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis(Generic[B]):
+    """How to find out why steps are skipped.
+
+    Attributes:
+      explain: a sentence on a step's metrics, or ""; see `Objective.explain`.
+      finite_loss: whether a state's loss on a batch is finite. It is called only when the run is about to end after
+        skipped steps. None leaves the question open.
+    """
+
+    explain: Callable[[Mapping[str, float]], str] = _no_explanation
+    finite_loss: Callable[[TrainState, B], bool] | None = None
+
+
 def fit(
-    config: LoopConfig,
+    steps: int,
     state: TrainState,
-    train_step: TrainStep,
-    data: Data,
+    train_step: TrainStep[B],
+    data: Data[B],
     *,
     mesh: Mesh,
-    log: Log | None = None,
+    config: LoopConfig = LoopConfig(),
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
     checkpoints: Saves | None = None,
-    display: Display | None = None,
     stop: Callable[[int], bool] | None = None,
-    clock: Clock | None = None,
-    mfu: Callable[[float], float] | None = None,
-    profile: Profile | None = None,
-    loads: Callable[[int, np.ndarray], None] | None = None,
+    monitor: Monitor | None = None,
+    diagnosis: Diagnosis[B] | None = None,
 ) -> TrainState:
     """Trains from the step that the state is at. Call it under `jax.set_mesh(mesh)`.
 
-    The host only enqueues: the numbers of a step are read after the next one was enqueued, so that the device always
-    has work.
+    The host only enqueues work: the metrics of a step are read after the next step was enqueued, so that the device
+    always has work.
+
+    No state is saved after skipped steps: the save is postponed to the next accepted step.
 
     Args:
-      config: how long, and when to evaluate and save.
+      steps: train until this many are taken.
       state: fresh or restored; it is donated.
       train_step: as from `make_train_step`.
-      data: `data[step]` is the global batch of that step, a pure function of the step: nothing else is needed to
-        resume. NumPy arrays, or on the devices already.
+      data: the batches.
       mesh: where batches are placed.
-      log: takes one record a step, and one for each evaluation.
-      evaluate: held-out numbers of a state.
+      config: when to evaluate, and when to give up.
+      evaluate: held-out metrics of a state.
       checkpoints: where to save.
-      display: a progress bar.
-      stop: asked after each step, with its number; where it says so, the state is saved and given back.
-      clock: of the run; with it, the log gets a record of where the time went every minute, and at each checkpoint.
-      mfu: of a rate in tokens per second, for the log.
-      profile: steps to trace.
-      loads: takes the step and `expert_load` of its metrics, if they have it.
+      stop: asked after each step, with its number; if it says yes, the state is saved and returned.
+      monitor: what watches the run.
+      diagnosis: how to find out why steps are skipped.
 
     Returns:
-      The state after `config.steps` steps, or where it was stopped.
+      The state after `steps` steps, or where it was stopped.
 
     Raises:
-      InputError: too many steps in a row were skipped; checkpoints taken before stay.
+      InputError: too many steps in a row were skipped, or the last steps were and the weights are ruined. Complete
+        checkpoints are kept.
     """
     first = int(state.step)
-    waiting: tuple[int, Metrics, int] | None = None
-    say = display.say if display else _log.warning if jax.process_index() == 0 else lambda _: None
-    of_run, clock = clock is not None, clock or Clock()
-    stepping, skipped = clock.stepping, 0
+    reader = _Reader(monitor or Monitor(), diagnosis or Diagnosis())
+    monitor, clock = reader.monitor, reader.clock
+    save_every = checkpoints.every if checkpoints else 0
+    postponed = False  # A checkpoint is due, and waits for a step that is accepted.
     clock.lap("initialisation")
 
     def report() -> None:
-        nonlocal waiting, stepping, skipped
-        if waiting is None:
-            return
-        step, metrics, tokens = waiting
-        waiting = None
-        found = jax.device_get(metrics)
-        load = found.pop("expert_load", None)
-        numbers = {name: float(value) for name, value in found.items()}
-        clock.lap("step")
-        seconds, stepping = max(clock.stepping - stepping, 1e-9), clock.stepping
-        rate = tokens / seconds
-        if log:
-            speed = {"seconds": seconds, "tokens_per_second": rate} | ({"mfu": mfu(rate)} if mfu else {})
-            log.write({"step": step, **numbers, **speed})
-            if of_run and clock.due:
-                log.write(clock.record(step))
-        if loads and load is not None:
-            loads(step, load)
-        if display:
-            display.step(step, numbers["loss"], tokens, seconds)
-        skipped = skipped + 1 if numbers.get("skipped") else 0
-        if skipped == config.max_skipped:
-            raise InputError(
-                f"The {skipped} steps up to step {step} were skipped: their gradients were not finite or spiked. The "
-                f"loss of the last is {numbers['loss']}, the norm of its gradient {numbers['grad_norm']}. Look at the "
-                "data of these steps, use a smaller learning rate, or a larger spike_factor; weights and earlier "
-                f"checkpoints are unharmed.{_router(numbers)}"
-            )
-        if skipped:
-            norm = numbers["grad_norm"]
-            say(f"step {step} was skipped: loss {numbers['loss']:.3f}, gradient norm {norm:.3g}.{_router(numbers)}")
+        reader.read()
+        if reader.skipped == config.max_skipped:
+            raise InputError(reader.why_to_give_up(state, checkpoints))
 
     def held_out(step: int) -> None:
         if evaluate and config.evaluate_every:
@@ -175,86 +254,210 @@ def fit(
             before = clock.seconds["evaluation"]
             numbers = {f"held_out_{name}": value for name, value in evaluate(state).items()}
             clock.lap("evaluation")
-            if log:
-                log.write({"step": step, **numbers})
-            if display:
-                display.evaluation(step, numbers, clock.seconds["evaluation"] - before)
+            reader.evaluated(step, numbers, clock.seconds["evaluation"] - before)
+
+    def save(step: int, final: bool) -> None:
+        nonlocal postponed
+        assert checkpoints is not None
+        if reader.skipped and (not final or reader.ruined(state)):
+            if not postponed or final:
+                when = "nothing is saved" if final else "the checkpoint waits for a step that is accepted"
+                reader.say(f"step {step}: {when}, because the last {reader.skipped} steps were skipped")
+            postponed = True
+            return
+        postponed = False
+        clock.lap("step")
+        if monitor.log:
+            monitor.log.flush()  # A run that resumes from this checkpoint does not write earlier records again.
+        checkpoints.save(state, step)
+        clock.lap("checkpoint")
+        reader.record_time(step)
 
     if first == 0:
         held_out(0)
-    for index in range(first, config.steps):
+    for index in range(first, steps):
         step = index + 1
-        if profile and step == profile.first:
-            report()  # The trace begins with a device that has nothing to do.
-            profile.begin()
+        # A trace begins with an idle device.
+        if monitor.profile and step == monitor.profile.first:
+            report()
+            monitor.profile.begin()
             clock.lap("profile")
+        # Input. While the device computes the step before, nobody waits for data.
         clock.lap("step")
-        batch: Batch = data[index]
-        placed = _placed(batch, mesh)
-        # While the device is busy with the step before, nobody waits for data.
-        clock.lap("step" if waiting and not _ready(waiting[1]) else "input")
+        batch = _placed(data.batch(index, state), mesh)
+        clock.lap("step" if reader.busy() else "input")
+        # Enqueue the step, then read the metrics of the one before.
         programs = compilation().programs
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            state, metrics = train_step(state, placed)
+            state, metrics = train_step(state, batch)
         if index > first and compilation().programs > programs:
-            say(f"step {step} was compiled again: its batch or its state has another shape, type or sharding")
+            reader.say(f"step {step} was compiled again: its batch or its state has another shape, type or sharding")
         report()
-        waiting = step, metrics, batch.tokens.size
+        reader.expect(step, metrics, batch)
+        # Where something else follows, read the metrics of this step at once.
         stopped = stop is not None and stop(step)
-        last = stopped or step == config.steps
-        if last or _due(step, config.evaluate_every) or _due(step, config.checkpoint_every):
+        last = stopped or step == steps
+        save_due = checkpoints is not None and (
+            stopped or (save_every > 0 and (last or postponed or _due(step, save_every)))
+        )
+        if last or save_due or _due(step, config.evaluate_every):
             report()
-        if profile and step == profile.last:
+        if monitor.profile and step == monitor.profile.last:
             report()
-            if profile.end():
-                say(f"steps {profile.first} to {step} are traced: pip install xprof; xprof --logdir {profile.folder}")
+            if monitor.profile.end():
+                trace = f"steps {monitor.profile.first} to {step} are traced"
+                reader.say(f"{trace}: pip install xprof; xprof --logdir {monitor.profile.folder}")
             clock.lap("profile")
-        evaluates = step == config.steps or _due(step, config.evaluate_every)
+        if step == steps and not stopped and reader.ruined(state):
+            raise InputError(reader.why_to_give_up(state, checkpoints))
+        # Evaluate and save. After a stop there may be no time for an evaluation: saving comes first.
+        evaluates = step == steps or _due(step, config.evaluate_every)
         if evaluates and not stopped:
             held_out(step)
-        if checkpoints and (stopped or config.checkpoint_every) and (last or _due(step, config.checkpoint_every)):
-            clock.lap("step")
-            if log:
-                log.flush()  # Who goes on from this checkpoint doesn't write again what came before it.
-            checkpoints.save(state, step)
-            clock.lap("checkpoint")
-            if log and of_run:
-                log.write(clock.record(step))
+        if save_due:
+            save(step, last)
         if evaluates and stopped:
-            held_out(step)  # There may be no time for it: saving comes first.
+            held_out(step)
         if stopped:
             break
     return state
 
 
-def _router(numbers: Mapping[str, float]) -> str:
-    """Says which router went wrong, if one did."""
-    layer = int(numbers.get("router_not_finite", 0))
-    if not layer:
-        return ""
-    return (
-        f" The router of layer {layer} (counted from 1) gives logits that are not finite: its input or its weight is "
-        "not. A router_z_loss keeps logits small."
-    )
+class _Reader(Generic[B]):
+    """Reads metrics one step late, passes them to the monitor, and keeps count of skipped steps.
+
+    Attributes:
+      monitor: what watches the run.
+      clock: the monitor's, or one of its own.
+      skipped: steps skipped in a row, up to the last one that was read.
+    """
+
+    def __init__(self, monitor: Monitor, diagnosis: Diagnosis[B]):
+        self.monitor, self.clock, self.skipped = monitor, monitor.clock or Clock(), 0
+        self._diagnosis = diagnosis
+        self._stepping = self.clock.stepping
+        # Enqueued and not read yet; and the last one that was accepted.
+        self._waiting: tuple[int, Metrics, B] | None = None
+        self._accepted: tuple[int, B] | None = None
+        self._numbers: dict[str, float] = {}
+        self._step = 0
+
+    def say(self, text: str) -> None:
+        """Shows a line; only process 0 does."""
+        if self.monitor.display:
+            self.monitor.display.say(text)
+        elif jax.process_index() == 0:
+            _log.warning("%s", text)
+
+    def expect(self, step: int, metrics: Metrics, batch: B) -> None:
+        """Takes the metrics of a step that was enqueued; `read` reads them."""
+        self._waiting = step, metrics, batch
+
+    def busy(self) -> bool:
+        """Whether the device is still computing the step that was enqueued last."""
+        if self._waiting is None:
+            return False
+        arrays = [value for value in self._waiting[1].values() if isinstance(value, jax.Array)]
+        return not all(array.is_ready() for array in arrays)  # type: ignore[attr-defined]
+
+    def read(self) -> None:
+        """Waits for the step that was enqueued last and reports it, unless that was done already."""
+        if self._waiting is None:
+            return
+        (step, metrics, batch), self._waiting = self._waiting, None
+        found = jax.device_get(metrics)
+        arrays = {name: value for name, value in found.items() if np.ndim(value)}
+        numbers = {name: float(value) for name, value in found.items() if name not in arrays}
+        # Time and speed.
+        self.clock.lap("step")
+        seconds, self._stepping = max(self.clock.stepping - self._stepping, 1e-9), self.clock.stepping
+        tokens = jax.tree.leaves(batch)[0].size
+        rate = tokens / seconds
+        # Log and display.
+        monitor = self.monitor
+        if monitor.log:
+            speed = {"seconds": seconds, "tokens_per_second": rate}
+            if monitor.mfu:
+                speed["mfu"] = monitor.mfu(rate)
+            monitor.log.write({"step": step, **numbers, **speed})
+            if monitor.clock and self.clock.due:
+                monitor.log.write(self.clock.record(step))
+        if monitor.arrays:
+            for name, value in arrays.items():
+                monitor.arrays(step, name, value)
+        if monitor.display:
+            monitor.display.step(step, numbers["loss"], tokens, seconds)
+        # Skipped steps.
+        self._step, self._numbers = step, numbers
+        if not numbers.get("skipped"):
+            self.skipped, self._accepted = 0, (step, batch)
+            return
+        self.skipped += 1
+        loss, norm = numbers["loss"], numbers["grad_norm"]
+        self.say(f"step {step} was skipped: loss {loss:.3f}, gradient norm {norm:.3g}.{self._explanation()}")
+
+    def evaluated(self, step: int, numbers: Mapping[str, float], seconds: float) -> None:
+        """Passes held-out metrics on."""
+        if self.monitor.log:
+            self.monitor.log.write({"step": step, **numbers})
+        if self.monitor.display:
+            self.monitor.display.evaluation(step, numbers, seconds)
+
+    def record_time(self, step: int) -> None:
+        """Logs where the time of the run went."""
+        if self.monitor.log and self.monitor.clock:
+            self.monitor.log.write(self.clock.record(step))
+
+    def _explanation(self) -> str:
+        text = self._diagnosis.explain(self._numbers)
+        return f" {text}" if text else ""
+
+    def ruined(self, state: TrainState) -> bool:
+        """Whether skipped steps are known to be the weights' fault.
+
+        If so, the loss is not finite even on the batch that was accepted last, where it was finite before that step
+        changed the weights. A spiking gradient is finite, so the weights are sound.
+        """
+        finite = all(math.isfinite(self._numbers.get(name, 0.0)) for name in ("loss", "grad_norm"))
+        if not self.skipped or finite or self._accepted is None or self._diagnosis.finite_loss is None:
+            return False
+        return not self._diagnosis.finite_loss(state, self._accepted[1])
+
+    def why_to_give_up(self, state: TrainState, checkpoints: Saves | None) -> str:
+        """Says why the run ends after skipped steps, and what became of weights and checkpoints."""
+        numbers = self._numbers
+        text = (
+            f"The {self.skipped} steps up to step {self._step} were skipped: their losses or gradients were not "
+            f"finite, or their gradients spiked. The loss of the last is {numbers['loss']}, the norm of its gradient "
+            f"{numbers['grad_norm']}.{self._explanation()} "
+        )
+        if self._accepted is not None and self.ruined(state):
+            step = self._accepted[0]
+            outcome = checkpoints.reject(step) if checkpoints else ""
+            return (
+                f"{text}Step {step} ruined the weights: with them, not even the loss of its own batch is finite any "
+                f"more. Use a smaller learning rate. {outcome}".rstrip()
+            )
+        if self._accepted is None:
+            text += "No step of this launch was accepted, so the weights are those that it began with. "
+        return (
+            f"{text}Look at the data of these steps, use a smaller learning rate, or a larger spike_factor. The "
+            "checkpoints are those from before these steps."
+        )
 
 
-def _placed(batch: Batch, mesh: Mesh) -> Batch:
+def _placed(batch: B, mesh: Mesh) -> B:
     """A batch on the devices, where it may be already."""
-    return batch if isinstance(batch.tokens, jax.Array) else place(batch, mesh)
-
-
-def _ready(metrics: Metrics) -> bool:
-    """Whether the step is done."""
-    return all(value.is_ready() for value in metrics.values() if isinstance(value, jax.Array))  # type: ignore[attr-defined]
+    if isinstance(jax.tree.leaves(batch)[0], jax.Array):
+        return batch
+    return place(batch, mesh)
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def held_out_loss(
-    params: Any, eval_step: Callable[[Any, Batch], Any], batches: Sequence[Batch], mesh: Mesh
-) -> tuple[float, float]:
+def held_out_loss(params: Params, eval_step: EvalStep[B], batches: Sequence[B], mesh: Mesh) -> tuple[float, float]:
     """Runs an evaluation over all batches.
 
     Args:
@@ -266,9 +469,9 @@ def held_out_loss(
     Returns:
       Summed loss in nats, and summed weight.
     """
-    sums: list[Any] = []
+    sums = []
     for batch in batches:
         sums.append(eval_step(params, _placed(batch, mesh)))
-        jax.block_until_ready(sums[-4:-3])  # So that no more than a few batches wait on the devices.
+        jax.block_until_ready(sums[-4:-3])  # Only a few batches wait on the devices.
     totals = jax.device_get(sums)
     return float(sum(s.loss for s in totals)), float(sum(s.weight for s in totals))

@@ -1,38 +1,22 @@
-"""Next-token cross-entropy over a large vocabulary: chunk by chunk, split over devices, its gradient on the way."""
+"""Next-token cross-entropy over a large vocabulary: chunked, vocabulary-sharded, its gradient computed on the way."""
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from qwen_jax.kernels.reference import einsum_f32
+from qwen_jax.kernels.einsum import einsum_f32
 from qwen_jax.model import Qwen2
 from qwen_jax.parallel.collectives import reduce_scatter
 from qwen_jax.parallel.sharding import Sharding
 from train.data.batch import Batch
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("loss", "weight", "cross_entropy"), meta_fields=())
-@dataclasses.dataclass(frozen=True)
-class Sums:
-    """Numerators and denominator of a mean loss. Add them over parts of a batch, then divide once.
-
-    Attributes:
-      loss: float32 scalar, what is minimised: the sum of weight x (cross-entropy + z-loss), in nats.
-      weight: float32 scalar, sum of weights.
-      cross_entropy: float32 scalar, `loss` without z-loss. It carries no gradient.
-    """
-
-    loss: jax.Array
-    weight: jax.Array
-    cross_entropy: jax.Array
+from train.objective import Sums, zero_sums
 
 
 def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """What each position predicts: the next token of the same document, with that token's weight.
+    """Targets of next-token prediction: the next token of the same document, with that token's weight.
 
     Args:
       batch: packed rows [B, T].
@@ -56,125 +40,146 @@ def chunked_cross_entropy(
     chunk: int,
     z_loss: float = 0.0,
 ) -> Sums:
-    """Weighted cross-entropy; logits exist for a chunk of a device's tokens at a time, and are made once.
+    """Weighted cross-entropy. Logits exist for one chunk of a device's tokens at a time, and are computed once.
 
-    The gradient is linear in that of the loss, a scalar: the pass that makes the logits of a chunk makes its part of
-    the gradient too, and keeps only that. Each tensor shard has its own part of the vocabulary; what crosses the tensor
-    axis is three numbers a token, and the gradient of the hidden state.
+    The loss is a scalar, and the gradients are linear in its cotangent: the pass that computes the logits of a chunk
+    also computes the chunk's gradients, and keeps only those. Each tensor shard has its own part of the vocabulary.
+    Three numbers per token and the gradient with respect to the hidden states cross the tensor axis.
 
     Args:
       model: for its output head.
-      hidden_BTD: normalised hidden states, laid out as `Sharding.hidden`.
-      targets_BT: int32 ids, laid out as `Sharding.tokens`.
-      weights_BT: float32, likewise. They get no gradient.
+      hidden_BTD: normalised hidden states, sharded as `Sharding.hidden`.
+      targets_BT: int32 ids, sharded as `Sharding.tokens`.
+      weights_BT: float32, sharded alike. They get no gradient.
       chunk: tokens of one device whose logits exist at one time.
-      z_loss: coefficient of the squared log of the softmax's denominator (Chowdhery et al. 2022, arXiv:2204.02311,
-        section 5), which keeps the logits from drifting away.
+      z_loss: coefficient of the squared log of the softmax denominator (Chowdhery et al. 2022, arXiv:2204.02311,
+        section 5), which keeps the logits from drifting.
+
+    Returns:
+      Sums over the batch, whose `reported` is the cross-entropy without z-loss.
     """
     head = model.embed if model.config.tie_word_embeddings else model.lm_head
     with jax.named_scope("cross_entropy"):
-        how = _How(model.sharding, chunk, z_loss)
-        sums: Sums = _cross_entropy(how, hidden_BTD, head.weight[...], targets_BT, weights_BT)
+        context = LossContext(model.sharding, chunk, z_loss)
+        sums: Sums = _cross_entropy(context, hidden_BTD, head.weight[...], targets_BT, weights_BT)
         return sums
 
 
 @dataclasses.dataclass(frozen=True)
-class _How:
+class LossContext:
+    """What is static about a cross-entropy; see the arguments of `chunked_cross_entropy`."""
+
     sharding: Sharding
     chunk: int
     z_loss: float
 
 
+# Gradients with respect to the hidden states, in their dtype, and the head, in float32; None if not asked for.
+_Gradients = tuple[jax.Array, jax.Array] | None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(how: _How, hidden: jax.Array, head_VD: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
-    return _on_mesh(how, False, hidden, head_VD, targets, weights)[0]
+def _cross_entropy(
+    context: LossContext, hidden: jax.Array, head_VD: jax.Array, targets: jax.Array, weights: jax.Array
+) -> Sums:
+    return _on_mesh(context, False, hidden, head_VD, targets, weights)[0]
 
 
-def _forward(how: _How, *args: jax.Array) -> tuple[Sums, Any]:
-    return _on_mesh(how, True, *args)
+def _forward(context: LossContext, *args: jax.Array) -> tuple[Sums, _Gradients]:
+    return _on_mesh(context, True, *args)
 
 
-def _backward(how: _How, gradients: tuple[jax.Array, jax.Array], by: Sums) -> tuple[Any, ...]:
+def _backward(
+    context: LossContext, gradients: tuple[jax.Array, jax.Array], dsums: Sums
+) -> tuple[jax.Array, jax.Array, None, None]:
     hidden, head = gradients
-    return (hidden * by.loss).astype(hidden.dtype), head * by.loss, None, None
+    return (hidden * dsums.loss).astype(hidden.dtype), head * dsums.loss, None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _on_mesh(how: _How, differentiate: bool, *args: jax.Array) -> tuple[Sums, Any]:
-    """The sums, and the gradients of `loss` by the hidden states (in their dtype) and the head (float32)."""
-    s = how.sharding
-    everywhere: Any = P()
-    out_specs = Sums(everywhere, everywhere, everywhere), ((s.hidden, s.vocab) if differentiate else None)
+def _on_mesh(context: LossContext, differentiate: bool, *args: jax.Array) -> tuple[Sums, _Gradients]:
+    """The sums, and if asked for the gradients of `loss`."""
+    s, replicated = context.sharding, P()
+    sums_specs = Sums(replicated, replicated, replicated)  # type: ignore[arg-type]
     run = jax.shard_map(
-        functools.partial(_local, how, differentiate),
+        functools.partial(_local, context, differentiate),
         in_specs=(s.hidden, s.vocab, s.tokens, s.tokens),
-        out_specs=out_specs,
+        out_specs=(sums_specs, (s.hidden, s.vocab) if differentiate else None),
         check_vma=False,
     )
-    result: tuple[Sums, Any] = run(*args)
+    result: tuple[Sums, _Gradients] = run(*args)
     return result
 
 
 def _local(
-    how: _How,
+    context: LossContext,
     differentiate: bool,
     hidden_BTD: jax.Array,
     head_vD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
-) -> tuple[Sums, Any]:
+) -> tuple[Sums, _Gradients]:
     """One device's tokens against its part of the vocabulary."""
     dtype, v, D = hidden_BTD.dtype, head_vD.shape[0], hidden_BTD.shape[-1]
     w_vD = jax.lax.all_gather(head_vD.astype(dtype), "fsdp", axis=1, tiled=True)
     first = jax.lax.axis_index("tensor") * v
+    # n chunks of c tokens, the last one padded with tokens of weight 0.
     count = targets_BT.size
-    n = -(-count // how.chunk)
+    n = -(-count // context.chunk)
     c = -(-count // n)
 
     def chunks(x: jax.Array, *rest: int) -> jax.Array:
         x = x.reshape(count, *rest)
         return jnp.pad(x, ((0, n * c - count), *((0, 0),) * len(rest))).reshape(n, c, *rest)
 
-    def body(carry: Any, inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, jax.Array | None]:
-        (sums, head_gradient), (x_cD, targets_c, weights_c) = carry, inputs
+    def body(
+        carry: tuple[Sums, jax.Array | None], inputs: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[tuple[Sums, jax.Array | None], jax.Array | None]:
+        (sums, dhead), (x_cD, targets_c, weights_c) = carry, inputs
+        # Log of the softmax denominator, over all tensor shards.
         logits_cv = einsum_f32("cD,vD->cv", x_cD, w_vD)
         is_target = jnp.arange(v) == (targets_c - first)[:, None]
         top_c, total_c, picked_c = _statistics(logits_cv, is_target)
         highest_c = jax.lax.pmax(top_c, "tensor")
         total_c, picked_c = jax.lax.psum((total_c * jnp.exp(top_c - highest_c), picked_c), "tensor")
         log_total_c = highest_c + jnp.log(total_c)
+        # The sums.
         cross_entropy = ((log_total_c - picked_c) * weights_c).sum()
-        loss = cross_entropy + how.z_loss * (log_total_c**2 * weights_c).sum()
+        loss = cross_entropy + context.z_loss * (log_total_c**2 * weights_c).sum()
         part = Sums(loss, weights_c.sum(), cross_entropy)
         sums = jax.tree.map(jnp.add, sums, part)
         if not differentiate:
             return (sums, None), None
-        by_probability_c = 1.0 + 2.0 * how.z_loss * log_total_c
+        # The gradients, while the logits are at hand.
+        dlog_total_c = 1.0 + 2.0 * context.z_loss * log_total_c
         probability_cv = jnp.exp(logits_cv - log_total_c[:, None])
-        d_cv = ((probability_cv * by_probability_c[:, None] - is_target) * weights_c[:, None]).astype(dtype)
-        d_cD = jax.lax.psum(einsum_f32("cv,vD->cD", d_cv, w_vD), "tensor").astype(dtype)
-        return (sums, head_gradient + einsum_f32("cv,cD->vD", d_cv, x_cD)), d_cD
+        dlogits_cv = ((probability_cv * dlog_total_c[:, None] - is_target) * weights_c[:, None]).astype(dtype)
+        dx_cD = jax.lax.psum(einsum_f32("cv,vD->cD", dlogits_cv, w_vD), "tensor").astype(dtype)
+        assert dhead is not None
+        return (sums, dhead + einsum_f32("cv,cD->vD", dlogits_cv, x_cD)), dx_cD
 
-    zero = jnp.zeros((), jnp.float32)
-    head_zero = jnp.zeros((v, D), jnp.float32) if differentiate else None
+    dhead_zero = jnp.zeros((v, D), jnp.float32) if differentiate else None
     inputs = chunks(hidden_BTD, D), chunks(targets_BT), chunks(weights_BT)
-    d_ncD: Any
-    (sums, head_gradient), d_ncD = jax.lax.scan(body, (Sums(zero, zero, zero), head_zero), inputs)
-    rows = how.sharding.row_axes
+    (sums, dhead), dx_ncD = jax.lax.scan(body, (zero_sums(), dhead_zero), inputs)
+    # Over the devices that have other tokens.
+    rows = context.sharding.row_axes
     sums = jax.lax.psum(sums, rows)
     if not differentiate:
         return sums, None
-    d_BTD = d_ncD.reshape(n * c, D)[:count].reshape(hidden_BTD.shape)
-    head_gradient = jax.lax.psum(head_gradient, tuple(axis for axis in rows if axis != "fsdp"))
-    return sums, (d_BTD, reduce_scatter(head_gradient, 1))
+    assert dhead is not None
+    assert dx_ncD is not None
+    dhidden_BTD = dx_ncD.reshape(n * c, D)[:count].reshape(hidden_BTD.shape)
+    dhead = jax.lax.psum(dhead, tuple(axis for axis in rows if axis != "fsdp"))
+    return sums, (dhidden_BTD, reduce_scatter(dhead, 1))
 
 
 def _statistics(logits_cv: jax.Array, is_target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The highest logit, the sum of exp(logit - highest), and the target's logit (0 if it is not here), each [c].
+    """The highest logit, the sum of exp(logit - highest), and the target's logit (0 if another shard has it), each [c].
 
-    In one reading: the logits are the largest array of a step, and to find the maximum first would read them once more.
+    One pass computes all three: the logits are the largest array of a step, and finding the maximum first would read
+    them twice.
     """
 
     def join(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

@@ -1,14 +1,12 @@
-"""Training a mixture of experts: the losses that keep its experts in use, and the numbers that tell whether they are.
+"""Training of MoE models: the losses that keep all experts in use, and the numbers that tell whether they are.
 
-The balance loss counts over the whole global batch, on all devices and in all accumulated parts: over a few documents
-experts may differ in their load, which is what makes them specialists (Qiu et al. 2025, arXiv:2501.11873).
+The balance loss counts over the whole global batch, on all devices and in all micro-batches: over a few documents
+experts may differ in their load, which is what makes them specialise (Qiu et al. 2025, arXiv:2501.11873).
 """
 
 import dataclasses
-import json
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -19,22 +17,26 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.matmul.grouped import Implementation
 from qwen_jax.moe.router import RouterStats
+from qwen_jax.parallel.sharding import Sharding
+from train.data.batch import Batch
+from train.files import read_records, to_json, write_file
+from train.objective import BoundModel
 
 EXPERTS = "experts.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
 class MoETraining:
-    """How experts are trained. A dense model has no use for it.
+    """How experts are trained. A dense model does not use it.
 
     Attributes:
       balance_loss: coefficient of `balance_loss`; by default the model's `router_aux_loss_coef`.
-      router_z_loss: coefficient of the mean squared logarithm of the router's softmax denominator (Zoph et al. 2022,
+      router_z_loss: coefficient of the mean squared log of the router's softmax denominator (Zoph et al. 2022,
         arXiv:2202.08906, equation 5), which keeps its logits small.
-      count_ahead: where a batch is worked off in several parts, count the experts' loads of all of them first, at the
-        price of one more forward pass: only then is the gradient that of the whole batch. Otherwise a part is balanced
-        against the loads of the parts so far.
-      capacity_factor: 0 loses no token; see `qwen_jax.model.Options`. Evaluation loses none in any case.
+      count_ahead: with several micro-batches per step, count the experts' loads of all of them first, at the cost of
+        one more forward pass: only then is the gradient that of the whole batch. Otherwise a micro-batch is balanced
+        against the loads of the micro-batches so far.
+      capacity_factor: 0 is dropless; see `qwen_jax.options.Options`. Evaluation is dropless in any case.
       grouped: which kernel multiplies the rows of experts; see `qwen_jax.kernels.matmul.grouped`.
 
     Raises:
@@ -54,9 +56,57 @@ class MoETraining:
                 raise InputError(f"{name} must be at least 0, got {value}.")
 
     def coefficient(self, model: ModelConfig) -> float:
-        """Of the balance loss."""
+        """The coefficient of the balance loss of an MoE model."""
         assert model.moe is not None
         return model.moe.router_aux_loss_coef if self.balance_loss is None else self.balance_loss
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WholeBatch:
+    """What the losses of a micro-batch need of its whole batch.
+
+    Attributes:
+      tokens: float32 scalar, number of tokens, at least 1.
+      loads: experts' loads [sparse layers, experts], and over how many tokens they were counted, if they were counted
+        ahead; None where each micro-batch is balanced against the loads so far.
+    """
+
+    tokens: jax.Array
+    loads: tuple[jax.Array, jax.Array] | None
+
+
+def count_whole_batch(config: MoETraining, model: BoundModel, batch: Batch, micro_batches: Batch | None) -> WholeBatch:
+    """Counts the tokens of a batch, and its experts' loads by a forward pass over all micro-batches if that is needed.
+
+    Args:
+      config: says whether loads are counted ahead.
+      model: with the current weights.
+      batch: the whole global batch.
+      micro_batches: the same, each array [micro-batches, rows, length]; None if the batch is not split.
+    """
+    tokens = jnp.maximum((batch.segment_ids > 0).sum(dtype=jnp.float32), 1.0)
+    architecture = model.module.config
+    if micro_batches is None or not config.count_ahead or config.coefficient(architecture) == 0:
+        return WholeBatch(tokens, None)
+    zero = zero_routing(architecture)
+
+    def count(total: tuple[jax.Array, jax.Array], micro_batch: Batch) -> tuple[tuple[jax.Array, jax.Array], None]:
+        _, routing = model.hidden(micro_batch, count_routing=True)
+        assert routing is not None
+        return (total[0] + routing.load_E, total[1] + routing.tokens[0]), None
+
+    with jax.named_scope("counting"):
+        loads, _ = jax.lax.scan(count, (zero.load_E, jnp.zeros((), jnp.float32)), micro_batches)
+    return WholeBatch(tokens, loads)
+
+
+def zero_routing(model: ModelConfig) -> RouterStats:
+    """The routing of no token, with a leading axis of sparse layers."""
+    assert model.moe is not None
+    layers_L = jnp.zeros(len(model.sparse_layers), jnp.float32)
+    experts_LE = jnp.zeros((len(model.sparse_layers), model.moe.num_experts), jnp.float32)
+    return RouterStats(experts_LE, experts_LE, layers_L, layers_L, layers_L, layers_L)
 
 
 def balance_loss(
@@ -65,57 +115,56 @@ def balance_loss(
     """The load-balancing loss of Switch Transformers (Fedus et al. 2022, arXiv:2101.03961, equations 4 to 6).
 
     Args:
-      load_LE: tokens that took each expert, of each layer. They get no gradient.
+      load_LE: tokens that each expert of each layer got. They get no gradient.
       probability_LE: summed router probabilities.
-      tokens: how many tokens there were.
-      load_tokens: how many the loads were counted over, if not those.
+      tokens: number of tokens.
+      load_tokens: number of tokens that the loads were counted over; by default `tokens`.
 
     Returns:
-      E x sum over experts of (load / tokens) x (probability / tokens), mean over layers. As in transformers a token
-      counts for each of its k experts, so that even loads give k.
+      E x sum over experts of (load / tokens) x (probability / tokens), averaged over layers. As in transformers,
+      a token counts for each of its k experts, so that even loads give k.
     """
     share_LE = jax.lax.stop_gradient(load_LE) / (tokens if load_tokens is None else load_tokens)
     return load_LE.shape[1] * jnp.mean((share_LE * probability_LE / tokens).sum(1))
 
 
 def auxiliary(
-    config: MoETraining,
-    model: ModelConfig,
-    routing: RouterStats,
-    load_LE: jax.Array,
-    load_tokens: jax.Array,
-    tokens: jax.Array,
+    config: MoETraining, model: ModelConfig, routing: RouterStats, whole: WholeBatch, so_far: RouterStats | None
 ) -> jax.Array:
-    """What a part of a batch adds to the mean loss of the whole batch.
+    """What the routing of a micro-batch adds to the mean loss of the whole batch: balance loss and router z-loss.
 
     Args:
       config: coefficients.
       model: the architecture.
-      routing: of the part, with an axis of layers in front.
-      load_LE, load_tokens: loads [sparse layers, experts] that it is balanced against, and the number of tokens that
-        they were counted over.
-      tokens: number of tokens of the whole batch.
+      routing: of the micro-batch, with a leading axis of sparse layers.
+      whole: what is known of the whole batch.
+      so_far: routing of the micro-batches before this one, added up.
 
     Returns:
       Float32 scalar.
     """
-    balance = balance_loss(load_LE, routing.probability_E, tokens, load_tokens)
-    return config.coefficient(model) * balance + config.router_z_loss * routing.z.mean() / tokens
+    if whole.loads is not None:
+        load_LE, counted = whole.loads
+    else:
+        assert so_far is not None
+        load_LE, counted = so_far.load_E + routing.load_E, so_far.tokens[0] + routing.tokens[0]
+    balance = balance_loss(load_LE, routing.probability_E, whole.tokens, jnp.maximum(counted, 1.0))
+    return config.coefficient(model) * balance + config.router_z_loss * routing.z.mean() / whole.tokens
 
 
 def routing_metrics(model: ModelConfig, routing: RouterStats) -> dict[str, jax.Array]:
-    """Numbers of a step.
+    """Metrics of the routers in a step.
 
     Args:
       model: the architecture.
       routing: of the whole batch.
 
     Returns:
-      Float32 scalars: `balance_loss` (k when loads are even), `router_z_loss` (both without coefficient),
-      `router_entropy` (of a token's probabilities, in nats), `load_entropy` (of the loads of a layer, over the largest
-      there could be), `load_max` (of the busiest expert of any layer, over the mean), `dropped` (fraction of
-      assignments), `router_not_finite` (number of the first layer whose router gave a NaN or infinity, counted from 1;
-      0 if none did); and `expert_load` [sparse layers, experts], over the mean.
+      Float32 scalars: `balance_loss` (k when loads are even) and `router_z_loss`, both without coefficient;
+      `router_entropy` of a token's probabilities, in nats; `load_entropy` of the loads of a layer, as a fraction of the
+      largest possible; `load_max`, the load of the busiest expert of any layer over the mean; `dropped`, a fraction of
+      assignments; `router_not_finite`, the first layer whose router gave a NaN or infinity, counted from 1, or 0. And
+      `expert_load` [sparse layers, experts], each expert's load over the mean.
     """
     assert model.moe is not None
     E, k = model.moe.num_experts, model.moe.num_experts_per_tok
@@ -136,43 +185,76 @@ def routing_metrics(model: ModelConfig, routing: RouterStats) -> dict[str, jax.A
     }
 
 
+def explain_router(numbers: Mapping[str, float]) -> str:
+    """Names the first router that gave logits that are not finite, or returns "".
+
+    Args:
+      numbers: `routing_metrics` of a step.
+    """
+    layer = int(numbers.get("router_not_finite", 0))
+    if not layer:
+        return ""
+    return (
+        f"The router of layer {layer} (counted from 1) gives logits that are not finite: its input or its weight is "
+        "not. A router_z_loss keeps logits small."
+    )
+
+
+def exchange_options(config: MoETraining, sharding: Sharding, platform: str) -> dict[str, bool]:
+    """Options of XLA under which an expert axis exchanges tokens while the shared expert computes.
+
+    Args:
+      config: says which collective is used.
+      sharding: of the mesh.
+      platform: of its devices; the options are those of TPUs.
+    """
+    if not sharding.exchanges or platform != "tpu":
+        return {}
+    kind = "all_to_all" if config.capacity_factor else "ragged_all_to_all"
+    return {f"xla_tpu_enable_async_{kind}": True}
+
+
 class LoadLog:
-    """`experts.jsonl`: at about two hundred steps of a run, the load of every expert over the mean."""
+    """The file `experts.jsonl`: at about two hundred steps of a run, each expert's load over the mean."""
 
     def __init__(self, path: Path, layers: Sequence[int], steps: int, resume_step: int = 0):
-        """Opens the log; lines after `resume_step` are taken away, for their steps are run again.
+        """Opens the log and removes the lines after `resume_step`, whose steps are run again.
 
         Args:
-          path: of the file, which is made when there is something to write.
-          layers: numbers of the layers that have experts.
+          path: of the file, which is created at the first write.
+          layers: indices of the layers that have experts.
           steps: of the whole run.
           resume_step: steps already taken.
         """
         self._path, self._layers, self._every = path, list(layers), max(steps // 200, 1)
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resume_step]
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, path)
+            kept = [record for record in read_records(path, "step") if record["step"] <= resume_step]
+            write_file(path, "".join(to_json(record) + "\n" for record in kept).encode())
 
-    def write(self, step: int, load_LE: np.ndarray) -> None:
-        """Appends a line, if it is this step's turn."""
-        if step % self._every == 0 or step == 1:
-            record = {"step": step, "layers": self._layers, "load": np.round(load_LE.astype(float), 4).tolist()}
+    def write(self, step: int, name: str, value: np.ndarray) -> None:
+        """Appends a line if a line is due at this step; a hook for `Monitor.arrays`.
+
+        Args:
+          step: its number.
+          name: of a metric; all but `expert_load` are ignored.
+          value: of the metric, [sparse layers, experts].
+        """
+        if name == "expert_load" and (step % self._every == 0 or step == 1):
+            record = {"step": step, "layers": self._layers, "load": np.round(value.astype(float), 4).tolist()}
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-
-
-def _step(line: str) -> float:
-    """The step of a line; infinity for half a line, which a killed process may leave."""
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf
+                file.write(to_json(record) + "\n")
 
 
 def read_loads(path: Path) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Steps [n], the loads at them [n, sparse layers, experts], and the numbers of these layers."""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if _step(line) < math.inf]
+    """Reads `experts.jsonl`.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      Steps [n], loads at these steps [n, sparse layers, experts], and the indices of the sparse layers.
+    """
+    records = read_records(path, "load")
     layers = records[-1]["layers"] if records else []
-    return np.array([r["step"] for r in records]), np.array([r["load"] for r in records]), layers
+    # A load that is not finite is null in the file, and NaN here.
+    return np.array([r["step"] for r in records]), np.array([r["load"] for r in records], float), layers

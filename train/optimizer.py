@@ -1,30 +1,35 @@
-"""AdamW, its learning rate, and what it does not decay."""
+"""AdamW with learning-rate schedules, gradient clipping, and weight decay of matrices only."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from qwen_jax.errors import InputError
+from train.fields import at_least
 
 Rate = Callable[[jax.Array | int], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The learning rate over a stretch of steps: warm-up, then decay.
+    """The learning rate over some steps: warm-up, then decay.
 
     Attributes:
-      steps: length of the stretch.
+      steps: how many.
       learning_rate: the peak.
       warmup_steps: linear up to the peak.
       schedule: after the warm-up, "cosine" or "linear" down to the final rate, or "wsd": stay at the peak, then
         linear decay over the last `decay_steps` (Hu et al. 2024, arXiv:2404.06395).
       decay_steps: of "wsd" only.
       final_fraction: final rate as a fraction of the peak.
+
+    Raises:
+      InputError: a value out of range, or phases that do not fit into the steps.
     """
 
     steps: int
@@ -41,7 +46,8 @@ class Schedule:
             raise InputError(
                 f"decay_steps belongs to schedule 'wsd'; {self.schedule!r} decays from the warm-up to the end."
             )
-        if min(self.warmup_steps, self.decay_steps) < 0 or not self.warmup_steps + self.decay_steps < self.steps:
+        at_least(self, steps=1, warmup_steps=0, decay_steps=0)
+        if not self.warmup_steps + self.decay_steps < self.steps:
             raise InputError(
                 f"warmup_steps ({self.warmup_steps}) and decay_steps ({self.decay_steps}) must fit into "
                 f"steps ({self.steps}) with at least one step between them."
@@ -54,17 +60,19 @@ class Schedule:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with global-norm clipping.
+class AdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with clipping by the global norm; its learning rate is apart.
 
     Attributes:
-      schedule: the learning rate; several stretches follow one another, and the last one's final rate stays.
       beta1, beta2, eps: Adam's.
-      weight_decay: times the learning rate, taken off every weight but norms and biases.
+      weight_decay: times the learning rate, the fraction of a weight that a step subtracts from it; norms and biases
+        are not decayed.
       clip_norm: the largest global norm of a gradient.
+
+    Raises:
+      InputError: a value out of range.
     """
 
-    schedule: Schedule | tuple[Schedule, ...]
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -72,9 +80,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.stretches:
-            raise InputError("An optimizer needs at least one Schedule, got none.")
-        if not self.clip_norm > 0 or not self.eps > 0 or self.weight_decay < 0:
+        if not self.clip_norm > 0 or not self.eps > 0 or not self.weight_decay >= 0:
             raise InputError(
                 "clip_norm and eps must be positive and weight_decay at least 0, got "
                 f"{self.clip_norm}, {self.eps} and {self.weight_decay}."
@@ -82,24 +88,43 @@ class OptimizerConfig:
         if not 0 <= self.beta1 < 1 or not 0 <= self.beta2 < 1:
             raise InputError(f"beta1 and beta2 must be at least 0 and below 1, got {self.beta1} and {self.beta2}.")
 
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with its learning rate.
+
+    Attributes:
+      schedule: the learning rate; several schedules follow one another, and the final rate of the last one stays.
+      adamw: all else.
+
+    Raises:
+      InputError: no schedule.
+    """
+
+    schedule: Schedule | tuple[Schedule, ...]
+    adamw: AdamW = AdamW()
+
+    def __post_init__(self) -> None:
+        if not self.schedules:
+            raise InputError("An optimizer needs at least one Schedule, got none.")
+
     @property
-    def stretches(self) -> tuple[Schedule, ...]:
+    def schedules(self) -> tuple[Schedule, ...]:
         """`schedule` as a tuple."""
         return self.schedule if isinstance(self.schedule, tuple) else (self.schedule,)
 
 
 def make_schedule(config: OptimizerConfig) -> Rate:
-    """The learning rate of each step, counted from 0: a function of an int32 scalar to a float32 scalar."""
-    rates, ends = [_stretch(schedule) for schedule in config.stretches], [0]
-    for schedule in config.stretches:
-        ends.append(ends[-1] + schedule.steps)
-    joined = optax.join_schedules(rates, ends[1:-1]) if len(rates) > 1 else rates[0]
+    """The learning rate as a function of the step: an int32 scalar, counted from 0, to a float32 scalar."""
+    rates = [_rate(schedule) for schedule in config.schedules]
+    ends = list(itertools.accumulate(schedule.steps for schedule in config.schedules))
+    joined = optax.join_schedules(rates, ends[:-1]) if len(rates) > 1 else rates[0]
     return lambda step: jnp.asarray(joined(step), jnp.float32)
 
 
-def _stretch(config: Schedule) -> optax.Schedule:
+def _rate(config: Schedule) -> optax.Schedule:
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
-    # Step i of the warm-up takes (i + 1) / warmup_steps of the peak: no step is wasted at a rate of 0.
+    # Step i of the warm-up has (i + 1) / warmup_steps of the peak: no step is wasted at a rate of 0.
     rise = peak / max(config.warmup_steps, 1)
     warmup = optax.linear_schedule(rise, peak + rise, config.warmup_steps) if config.warmup_steps else None
     rest = config.steps - config.warmup_steps
@@ -117,10 +142,10 @@ def _stretch(config: Schedule) -> optax.Schedule:
     return optax.join_schedules([warmup, *pieces], starts)
 
 
-def decay_mask(params: Any) -> Any:
+def decay_mask(params: optax.Params) -> optax.Params:
     """The tree of `params` with True where weight decay applies: everywhere but in norms and biases."""
 
-    def decays(path: tuple[Any, ...], _: Any) -> bool:
+    def decays(path: tuple[object, ...], _: jax.Array) -> bool:
         names = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         return names[-1] != "bias" and not any(name.endswith("norm") for name in names)
 
@@ -128,23 +153,30 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """Clipping, Adam's moments in the dtype of the weights, decoupled weight decay, and the learning rate.
+    """AdamW by optax: clipping, moments in the dtype of the weights, decoupled weight decay, and the learning rate.
 
-    `update` takes `norm=`, the global norm of the gradient, which the caller has at hand, and `step=`, an int32 scalar:
-    the learning rate follows the run's steps, also where one was skipped.
+    `update` needs `norm=`, the global norm of the gradient, which the caller has computed already, and `step=`, an
+    int32 scalar: the learning rate follows the steps of the run, skipped ones included.
+
+    Args:
+      config: of the run.
     """
-    rate = make_schedule(config)
+    rate, adamw = make_schedule(config), config.adamw
 
-    def clip(updates: Any, state: Any, params: Any = None, *, norm: jax.Array, **_: Any) -> tuple[Any, Any]:
-        factor = jnp.minimum(1.0, config.clip_norm / norm)
+    def clip(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params = None, *, norm: jax.Array, **_: object
+    ) -> tuple[optax.Updates, optax.OptState]:
+        factor = jnp.minimum(1.0, adamw.clip_norm / norm)
         return jax.tree.map(lambda update: update * factor, updates), state
 
-    def by_rate(updates: Any, state: Any, params: Any = None, *, step: jax.Array, **_: Any) -> tuple[Any, Any]:
+    def scale_by_rate(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params = None, *, step: jax.Array, **_: object
+    ) -> tuple[optax.Updates, optax.OptState]:
         return jax.tree.map(lambda update: -rate(step) * update, updates), state
 
     return optax.chain(
         optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), clip),
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
-        optax.add_decayed_weights(config.weight_decay, decay_mask),
-        optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), by_rate),
+        optax.scale_by_adam(b1=adamw.beta1, b2=adamw.beta2, eps=adamw.eps),
+        optax.add_decayed_weights(adamw.weight_decay, decay_mask),
+        optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), scale_by_rate),
     )

@@ -1,4 +1,4 @@
-"""The whole way once, small: text, tokenizer, model, training, checkpoint, export, and the trained model speaks."""
+"""The quickstart: trains a tokenizer and a small model on text, exports the model, and lets it complete prompts."""
 
 import contextlib
 import dataclasses
@@ -11,9 +11,9 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -24,25 +24,28 @@ from qwen_jax.errors import InputError
 from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.params import Params
 from qwen_jax.tokenizer import Tokenizer, train_bpe
-from train.checkpoint import Checkpoints, write_json
+from train.checkpoint import write_json
 from train.data.batch import Batch
 from train.data.loader import batches, fingerprint, whole_batches
 from train.data.packing import pack
 from train.data.text import Documents, find_files, read_documents, split_documents, standard_library
-from train.loop import LoopConfig, fit, held_out_loss
+from train.fields import at_least
+from train.launch import Job, Phase, launch
+from train.loop import ByStep, CheckpointConfig, Indexed, LoopConfig, Monitor, held_out_loss
 from train.observe.display import Display
 from train.observe.metrics import MetricsLog, bits_per_byte, read_log, scored_bytes
-from train.observe.plots import plot_run
+from train.observe.plots import plot_run, try_to_plot
 from train.optimizer import OptimizerConfig, Schedule
-from train.pretrain import PretrainConfig, init_state, make_eval_step, make_train_step
+from train.pretrain import NextToken, PretrainConfig
 from train.state import TrainState
+from train.step import EvalStep, StepConfig
 
 Export = Callable[[Params, ModelConfig, Tokenizer, Path], None]
 """Writes a Hugging Face folder."""
 VerifyExport = Callable[[Params, ModelConfig, Path], int]
-"""Compares a Hugging Face folder with parameters bit for bit: how many tensors are equal; raises if one is not."""
+"""Compares a Hugging Face folder with parameters bit for bit; returns the number of tensors, raises if one differs."""
 Complete = Callable[[Path, Sequence[str], int], Iterable[Iterable[str]]]
-"""From a Hugging Face folder, prompts and a number of new tokens: for each prompt, its completion piece by piece."""
+"""From a Hugging Face folder, prompts and a number of new tokens: the pieces of each prompt's completion."""
 
 _SUMMARY, _MADE_BY = "summary.json", "qwen-jax quickstart"
 _HELD_OUT_BYTES = 100_000
@@ -50,12 +53,12 @@ _HELD_OUT_BYTES = 100_000
 
 @dataclasses.dataclass(frozen=True)
 class QuickstartOptions:
-    """Train a tokenizer and a small Qwen2.5 model on real text, export it, and let it speak.
+    """Train a tokenizer and a small Qwen2.5 model on real text, export it, and complete prompts with it.
 
     Attributes:
       text: files, folders or patterns to learn from; by default the sources of Python's own standard library.
-      output: folder for everything that is made. The folder of an earlier quickstart is replaced, any other is not.
-      prompts: what the trained model completes.
+      output: folder for all results. The folder of an earlier quickstart is replaced, any other is not.
+      prompts: the trained model completes them.
       steps: training steps.
       batch: rows in a step.
       length: tokens in a row.
@@ -63,8 +66,8 @@ class QuickstartOptions:
       hidden: width of the model, a multiple of 64.
       vocab_size: of the tokenizer that is trained.
       learning_rate: the peak.
-      max_new_tokens: how long a completion may become.
-      max_megabytes: how much text to read at most.
+      max_new_tokens: the longest completion.
+      max_megabytes: read at most this much text.
       seed: of the weights, the order of the data and the choice of held-out documents.
     """
 
@@ -83,9 +86,7 @@ class QuickstartOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 2), ("batch", 1), ("length", 8), ("layers", 1), ("max_new_tokens", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        at_least(self, steps=2, batch=1, length=8, layers=1, max_new_tokens=1, vocab_size=1)
         if self.hidden < 64 or self.hidden % 64:
             raise InputError(f"hidden must be a multiple of 64, the width of a head; got {self.hidden}.")
         if not self.max_megabytes > 0 or not self.learning_rate > 0:
@@ -109,14 +110,14 @@ def run(
     console: Console | None = None,
     progress: Console | None = None,
 ) -> dict[str, Any]:
-    """Runs the quickstart. Conversion and generation are passed in: training does not import them.
+    """Runs the quickstart. Conversion and generation are passed in, because training does not import them.
 
-    The output folder appears whole, at the end, or not at all.
+    The output folder is complete when it appears, at the end; after a failure there is none.
 
     Args:
-      options: what to learn from, and how large.
+      options: what to learn from, and the sizes.
       export: writes a Hugging Face folder.
-      verify_export: proves that it comes back bit for bit.
+      verify_export: checks that it reads back bit for bit.
       complete: streams completions.
       console: for results; standard output by default.
       progress: for progress; standard error by default.
@@ -132,6 +133,7 @@ def run(
     _check_output(output)
     clock = _Clock(progress)
 
+    # Text, tokenizer, rows.
     with clock("reading text"):
         documents = _read(options)
     training, held_out = split_documents(documents.texts, _held_out_fraction(documents), options.seed)
@@ -150,45 +152,29 @@ def run(
     tokens = int(rows.loss_weights.sum())
     clock.say(f"{tokenizer.vocab_size} token ids, {num_bytes / _num_tokens(rows, held_out_rows):.2f} bytes a token")
 
-    config = _config(options, tokenizer)
-    model = config.model
+    # The model. All that follows is written into a temporary folder beside the output.
+    model = _model(options, tokenizer)
     clock.say(
         f"a Qwen2.5 model of {model.num_params()['total'] / 1e6:.1f}M parameters: {model.num_layers} layers, width "
         f"{model.hidden_size}, {model.num_heads} query and {model.num_kv_heads} key/value heads, tied embeddings"
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    folder = Path(tempfile.mkdtemp(prefix=".quickstart-", dir=output.parent))
     try:
-        mesh = make_mesh({}, jax.devices()[:1])
-        seen = {"seed": options.seed, "batch": options.batch, "data": fingerprint(rows)}
-        with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", model, tokenizer, seen) as checkpoints:
-            eval_step = make_eval_step(config, mesh)
-            with (
-                clock("training", say=False),
-                contextlib.closing(MetricsLog(folder / "metrics.jsonl")) as log,
-                Display(progress, options.steps) as display,
-            ):
-                state = fit(
-                    LoopConfig(options.steps, max(options.steps // 5, 1), max(options.steps // 2, 1)),
-                    init_state(config, options.seed, mesh),
-                    make_train_step(config, mesh),
-                    data,
-                    mesh=mesh,
-                    log=log,
-                    evaluate=lambda state: evaluation(state, eval_step, mesh),
-                    checkpoints=checkpoints,
-                    display=display,
-                )
+        with clock("training", say=False):
+            identity = {"seed": options.seed, "batch": options.batch, "data": fingerprint(rows)}
+            params = launch(_job(options, model, tokenizer, folder, data, evaluation, identity, progress)).state.params
         with clock("saving"):
             records = read_log(folder / "metrics.jsonl")
             title = f"{model.num_params()['total'] / 1e6:.1f}M-parameter Qwen2.5 on {origin}"
-            plot_run(records, folder / "loss.png", title)
-            export(state.params, model, tokenizer, folder / "model")
+            try_to_plot(lambda: plot_run(records, folder / "loss.png", title), clock.say)
+            export(params, model, tokenizer, folder / "model")
         with clock("comparing the export with the trained weights"):
-            num_tensors = verify_export(state.params, model, folder / "model")
-        clock.say(f"all {num_tensors} tensors come back bit for bit")
+            num_tensors = verify_export(params, model, folder / "model")
+        clock.say(f"all {num_tensors} tensors read back bit for bit")
         with clock("completing prompts", say=False):
             completions = _complete(options, complete, folder / "model", console)
+        # The summary; then the folder is complete.
         curve = {int(r["step"]): r["held_out_bits_per_byte"] for r in records if "held_out_bits_per_byte" in r}
         losses = [r["loss"] for r in records if "loss" in r]
         summary = {
@@ -226,7 +212,7 @@ def run(
 
 
 class _Clock:
-    """Says what goes on and how long it took."""
+    """Shows the current phase and how long each took."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -260,7 +246,7 @@ class _Evaluation:
         if not self._bytes:
             raise InputError("The held-out text is too short to measure anything. Give more text.")
 
-    def __call__(self, state: TrainState, eval_step: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:
+    def __call__(self, state: TrainState, eval_step: EvalStep[Batch], mesh: jax.sharding.Mesh) -> dict[str, float]:
         nats, weight = held_out_loss(state.params, eval_step, self._batches, mesh)
         return {"loss": nats / weight, "bits_per_byte": bits_per_byte(nats, self._bytes)}
 
@@ -279,7 +265,7 @@ def _check_output(output: Path) -> None:
 
 
 def _replace(folder: Path, output: Path) -> None:
-    """Puts the new folder in the place of an earlier one."""
+    """Puts the new folder in place of an earlier one."""
     folder.chmod(0o777 & ~_umask())  # mkdtemp makes it private.
     if output.exists():
         old = folder.with_name(folder.name + "-old")
@@ -298,7 +284,7 @@ def _umask() -> int:
 
 def _read(options: QuickstartOptions) -> Documents:
     files = find_files(options.text) if options.text else standard_library()
-    # Shuffled, for reading may stop before the last one.
+    # Shuffled, because reading may stop before the last file.
     order = np.random.default_rng(options.seed).permutation(len(files))
     return read_documents([files[i] for i in order], int(options.max_megabytes * 1e6))
 
@@ -315,9 +301,9 @@ def _num_tokens(*rows: Batch) -> int:
     return int(sum(part.loss_weights.sum() for part in rows))
 
 
-def _config(options: QuickstartOptions, tokenizer: Tokenizer) -> PretrainConfig:
+def _model(options: QuickstartOptions, tokenizer: Tokenizer) -> ModelConfig:
     heads = options.hidden // 64
-    model = ModelConfig(
+    return ModelConfig(
         vocab_size=-(-tokenizer.vocab_size // 128) * 128,
         hidden_size=options.hidden,
         intermediate_size=3 * options.hidden,
@@ -328,7 +314,7 @@ def _config(options: QuickstartOptions, tokenizer: Tokenizer) -> PretrainConfig:
         tie_word_embeddings=True,
         # The base of short-context pre-training.
         rope_theta=10_000.0,
-        # Room for the rows it trains on and for the prompts it will complete; a character has at most four tokens.
+        # Room for the rows in training and for the prompts; a character has at most four tokens.
         max_position_embeddings=max(
             512, options.length, *(4 * len(prompt) + options.max_new_tokens for prompt in options.prompts)
         ),
@@ -336,18 +322,73 @@ def _config(options: QuickstartOptions, tokenizer: Tokenizer) -> PretrainConfig:
         eos_token_ids=(tokenizer.eos_id,),
         dtype="float32",
     )
+
+
+def _job(
+    options: QuickstartOptions,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    folder: Path,
+    data: Indexed[Batch],
+    evaluation: _Evaluation,
+    identity: Mapping[str, Any],
+    console: Console,
+) -> Job[Batch]:
+    """What to train, in a folder that nobody else knows."""
+    mesh = make_mesh({}, jax.devices()[:1])
+    # bfloat16 is slower than float32 on most CPUs, and recomputing activations is cheaper than moving them.
+    dtype: Literal["float32", "bfloat16"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     schedule = Schedule(options.steps, options.learning_rate, warmup_steps=options.steps // 20, final_fraction=0.02)
-    # bfloat16 is slower than float32 on most CPUs.
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    # On a CPU it is cheaper to compute activations again than to move them through memory.
-    return PretrainConfig(model, OptimizerConfig(schedule), dtype=dtype, remat="full", loss_chunk=4096)
+    phase = Phase(
+        end=options.steps,
+        objective=NextToken(model, PretrainConfig(loss_chunk=4096)),
+        step=StepConfig(dtype=dtype, remat="full"),
+        mesh=mesh,
+        data=lambda step: ByStep(data),
+        evaluate=lambda state, eval_step: evaluation(state, eval_step, mesh),
+    )
+    return Job(
+        folder=folder / "checkpoints",
+        model=model,
+        tokenizer=tokenizer,
+        optimizer=OptimizerConfig(schedule),
+        phases=(phase,),
+        report=lambda step: _Report(folder, options.steps, console),
+        seed=options.seed,
+        identity=identity,
+        loop=LoopConfig(evaluate_every=max(options.steps // 5, 1)),
+        checkpoints=CheckpointConfig(every=max(options.steps // 2, 1)),
+        # An interrupted quickstart leaves nothing.
+        save_on_signals=False,
+    )
+
+
+class _Report:
+    """The log and the progress of a quickstart."""
+
+    def __init__(self, folder: Path, steps: int, console: Console):
+        self._log, self._display = MetricsLog(folder / "metrics.jsonl"), Display(console, steps)
+
+    def __enter__(self) -> "_Report":
+        self._display.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._display.close()
+        self._log.close()
+
+    def monitor(self, index: int) -> Monitor:
+        return Monitor(log=self._log, display=self._display)
+
+    def end(self, step: int, stopped_by: int, saved: int | None) -> None:
+        self._display.close()
 
 
 def _complete(options: QuickstartOptions, complete: Complete, folder: Path, console: Console) -> dict[str, str]:
     completions = {}
     streams = complete(folder, options.prompts, options.max_new_tokens)
     for prompt, stream in zip(options.prompts, streams, strict=True):
-        # The first piece may take a compilation, and messages of it; the prompt is printed after them.
+        # The first piece may need a compilation, which may print messages; the prompt is printed after them.
         remaining = iter(stream)
         first = list(itertools.islice(remaining, 1))
         console.rule(style="dim", characters="·")

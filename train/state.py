@@ -1,11 +1,18 @@
-"""What a training run carries from step to step."""
+"""What a training run carries from step to step: weights, optimiser state, guard, and how they begin."""
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
-from qwen_jax.params import Params
+from qwen_jax.config import ModelConfig
+from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.params import Params, abstract_params, init_params, param_specs
+from train.optimizer import OptimizerConfig, make_optimizer
 
 
 @jax.tree_util.register_dataclass
@@ -27,14 +34,77 @@ class Guard:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Attributes:
-    step: int32 scalar, steps taken, skipped ones too; also the number of the next batch.
-    params: float32 master weights, the tree of `qwen_jax.params.init_params`.
-    opt_state: of `train.optimizer.make_optimizer`.
-    guard: against bad gradients.
+    """The state of a run between two steps; a checkpoint holds exactly this.
+
+    Attributes:
+      step: int32 scalar, steps taken, skipped ones included; also the number of the next batch.
+      params: float32 master weights, the tree of `qwen_jax.params.init_params`.
+      opt_state: of `train.optimizer.make_optimizer`.
+      guard: against bad gradients.
     """
 
     step: jax.Array
     params: Params
     opt_state: optax.OptState
     guard: Guard
+
+
+def init_state(model: ModelConfig, optimizer: OptimizerConfig, seed: int, mesh: Mesh) -> TrainState:
+    """Random weights and zero moments, created on their shards.
+
+    Args:
+      model: the architecture.
+      optimizer: of the run.
+      seed: of the weights.
+      mesh: the current mesh, from `make_mesh`.
+    """
+    return fresh_state(optimizer, init_params(model, jax.random.key(seed), mesh), mesh)
+
+
+def fresh_state(optimizer: OptimizerConfig, params: Params, mesh: Mesh) -> TrainState:
+    """The state before the first step, from given weights.
+
+    Args:
+      optimizer: of the run.
+      params: float32, on the mesh.
+      mesh: the current mesh, from `make_mesh`.
+    """
+
+    def scalar(dtype: DTypeLike) -> jax.Array:
+        # Each needs a buffer of its own, because the state is donated.
+        return jax.device_put(jnp.zeros((), dtype), NamedSharding(mesh, P()))
+
+    opt_state = jax.jit(make_optimizer(optimizer).init)(params)
+    guard = Guard(scalar(jnp.float32), scalar(jnp.int32), scalar(jnp.int32))
+    return TrainState(scalar(jnp.int32), params, opt_state, guard)
+
+
+def abstract_state(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
+    """The state as `jax.ShapeDtypeStruct`s with shardings: the target that a checkpoint is restored to.
+
+    Args:
+      model: the architecture.
+      optimizer: of the run.
+      mesh: from `make_mesh`.
+    """
+    sharding = Sharding.for_model(model, mesh, split_rows=True)
+
+    def struct(leaf: jax.Array | jax.ShapeDtypeStruct, spec: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    # Weights, and moments in the same shardings.
+    specs = param_specs(model, sharding)
+    params = jax.tree.map(struct, abstract_params(model, sharding, dtype=jnp.float32), specs)
+    transformation = make_optimizer(optimizer)
+    opt_state = optax.tree.map_params(
+        transformation,
+        struct,
+        jax.eval_shape(transformation.init, params),
+        specs,
+        transform_non_params=lambda leaf: struct(leaf, P()),
+    )
+    # Step and guard.
+    dtypes = jnp.int32, jnp.float32, jnp.int32, jnp.int32
+    step, *guard = (struct(jax.ShapeDtypeStruct((), dtype), P()) for dtype in dtypes)
+    # Structs stand where arrays will be.
+    return TrainState(step, params, opt_state, Guard(*guard))  # type: ignore[arg-type]

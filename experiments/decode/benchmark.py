@@ -269,7 +269,7 @@ with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
 began = time.perf_counter() - lived
 import sys, jax
 from pathlib import Path
-from convert.huggingface import load_params
+from convert import load_params
 from qwen_jax.config import load_config
 from qwen_jax.inference import Engine, SamplingParams
 from qwen_jax.options import Options

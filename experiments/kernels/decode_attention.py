@@ -1,4 +1,4 @@
-"""Measures `qwen_jax.kernels.decode.decode_gpu` on one Hopper GPU. Results are in decode_attention.md.
+"""Measures `qwen_jax.kernels.decode.step_gpu` on one Hopper GPU. Results are in decode_attention.md.
 
 python -m experiments.kernels.decode_attention
 """
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.kernels.decode.decode_gpu import decode_step, shares
+from qwen_jax.kernels.decode.step_gpu import decode_step, shares
 
 COPY_RATE = 4.27e12
 """Bytes read and written a second by a large copy on the card of decode_attention.md."""

@@ -18,7 +18,8 @@ from typing import Any
 
 from experiments.kernels.tpu_schedule import CORES, TOPOLOGIES, Estimate, Kernel, MiB, compile_kernels, estimate
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.tpu import tiles as tpu
+from qwen_jax.kernels.attention.flash_tpu_tiles import Tiling, choose_tiling
+from qwen_jax.kernels.tpu.device import Core, cache_tile_bytes
 from train.plan.topology import CHIPS
 
 _MODULE = "experiments.kernels.tpu_attention"
@@ -215,13 +216,13 @@ def published_row(row: tuple[Any, ...]) -> dict[str, Any]:
     return facts | {name: round(x, 3) for name, x in (times | ratio).items()}
 
 
-def _sizes(chip: str, T: int, d: int) -> tpu.Blocks:
-    """The sizes that `tpu.blocks` finds on a chip."""
+def _sizes(chip: str, T: int, d: int) -> Tiling:
+    """The sizes that `choose_tiling` finds on a chip."""
     core = CORES[chip]
-    return tpu.blocks(T, T, d, "bfloat16", (core.vmem, core.mxu_width))
+    return choose_tiling(T, T, d, "bfloat16", Core(core.vmem, core.mxu_width))
 
 
-def _ours_estimate(kernel: Kernel, tiles: tpu.Blocks, T: int, H: int, d: int) -> Estimate:
+def _ours_estimate(kernel: Kernel, tiles: Tiling, T: int, H: int, d: int) -> Estimate:
     """Of one kernel of `ours`.
 
     Its loop runs over the tiles that are visited, and has a body for whole ones and one for those that the mask cuts.
@@ -278,7 +279,7 @@ def decoding_row(chip: str, B: int, S: int, page: int) -> dict[str, Any]:
     [kernel] = compile_kernels(f"{_MODULE}:ours_decoding", TOPOLOGIES[chip], kwargs)
     core = CORES[chip]
     # A tile is of one head, or of all heads of some pages.
-    tiles = B * K * S * d * 4 // tpu.tile_bytes(CHIPS[chip].hbm_bandwidth / core.devices / core.cores)
+    tiles = B * K * S * d * 4 // cache_tile_bytes(CHIPS[chip].hbm_bandwidth / core.devices / core.cores)
     if page:
         # The loop with the products runs over tiles; those within and before it start and await copies of pages.
         main = next(r.name for r in kernel.regions if r.kind == "loop" and r.share("MXU"))

@@ -19,8 +19,8 @@ from convert.huggingface import export
 from experiments.learning.small import config
 from qwen_jax.parallel.sharding import make_mesh
 from train.config import RunConfig, set_fields
-from train.pretrain import init_state
 from train.run import pretrain
+from train.state import init_state
 
 
 def command_line(doc: str | None) -> argparse.ArgumentParser:
@@ -48,7 +48,7 @@ def save_initial(run: RunConfig) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     mesh = make_mesh(run.mesh_axes(0))
     with jax.set_mesh(mesh):
-        export(init_state(run.pretrain(0), run.seed, mesh).params, run.model, folder)
+        export(init_state(run.next_token(0).model, run.optimizer_config(), run.seed, mesh).params, run.model, folder)
 
 
 def main() -> None:

@@ -11,7 +11,10 @@ from pathlib import Path
 from qwen_jax.config import ModelConfig
 from qwen_jax.tokenizer import CONTROL_TOKENS
 from train.config import RunConfig, Stage
+from train.loop import CheckpointConfig, LoopConfig
 from train.optimizer import Schedule
+from train.pretrain import PretrainConfig
+from train.step import StepConfig
 
 VOCAB_SIZE = 16_384
 LENGTH = 1024
@@ -49,8 +52,8 @@ def config(folder: str = "learning-run", seed: int = 0) -> RunConfig:
         held_out={"text": str(place / "held-out")},
         stages=(Stage(Schedule(1500, 1e-3, warmup_steps=100), LENGTH, 64, {"text": 1}),),
         seed=seed,
-        remat="dots",
-        loss_chunk=16_384,
-        evaluate_every=100,
-        checkpoint_every=0,
+        objective=PretrainConfig(loss_chunk=16_384),
+        step=StepConfig(remat="dots"),
+        loop=LoopConfig(evaluate_every=100),
+        checkpoints=CheckpointConfig(every=0),
     )

@@ -91,12 +91,12 @@ def train(run: RunConfig, initial: Path, output: Path, compile_model: bool = Fal
       InputError: a run that this loop does not do, or no initial weights.
     """
     begin = time.perf_counter()
-    if len(run.stages) != 1 or run.stages[0].schedule.schedule != "cosine" or run.dtype == "float16":
+    if len(run.stages) != 1 or run.stages[0].schedule.schedule != "cosine" or run.step.dtype == "float16":
         raise InputError("The PyTorch loop does one stage with a cosine schedule, in float32 or bfloat16.")
     if not initial.is_dir():
         raise InputError(f"{initial} is not there. It is written by experiments.learning.ours; run that first.")
     stage, device = run.stages[0], torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, run.dtype)
+    dtype = getattr(torch, run.step.dtype)
     mixture = Mixture(run.mixture_stages(), {name: PackedRows(path) for name, path in run.data.items()}, run.seed)
     held_out = {}
     for name, path in run.held_out.items():
@@ -107,9 +107,9 @@ def train(run: RunConfig, initial: Path, output: Path, compile_model: bool = Fal
     decayed = [p for name, p in model.named_parameters() if not name.endswith(("bias", "norm.weight"))]
     others = [p for name, p in model.named_parameters() if name.endswith(("bias", "norm.weight"))]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": run.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        betas=(run.beta1, run.beta2),
-        eps=run.eps,
+        [{"params": decayed, "weight_decay": run.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=(run.optimizer.beta1, run.optimizer.beta2),
+        eps=run.optimizer.eps,
         fused=device.type == "cuda",
     )
     forward = torch.compile(model) if compile_model else model
@@ -137,14 +137,14 @@ def train(run: RunConfig, initial: Path, output: Path, compile_model: bool = Fal
             total, weight = summed_loss(forward, batch, device, dtype)
             loss = total / weight
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip_norm)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             numbers = {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": rate, "weight": weight}
             now = time.perf_counter()
             log.write({"step": step + 1, **numbers, "tokens_per_second": batch.tokens.size / (now - last)})
             last = now
-            if step + 1 == stage.steps or (run.evaluate_every and (step + 1) % run.evaluate_every == 0):
+            if step + 1 == stage.steps or (run.loop.evaluate_every and (step + 1) % run.loop.evaluate_every == 0):
                 evaluate(step + 1)
                 last = time.perf_counter()
             if last - begin > limit and step + 1 < stage.steps:
@@ -159,7 +159,7 @@ def _record_launch(output: Path, run: RunConfig, device: torch.device, compile_m
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "compile": compile_model,
         "seed": run.seed,
-        "dtype": run.dtype,
+        "dtype": run.step.dtype,
     }
     (output / "launch.json").write_text(json.dumps(launch) + "\n", encoding="utf-8")
 

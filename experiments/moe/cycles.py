@@ -25,7 +25,9 @@ from train.data.batch import Batch
 from train.optimizer import OptimizerConfig, Schedule
 from train.plan.programs import computations
 from train.plan.topology import mesh_of, target
-from train.pretrain import PretrainConfig, abstract_state, make_train_step
+from train.pretrain import NextToken
+from train.state import abstract_state
+from train.step import StepConfig, make_train_step
 
 _LARGEST = 6
 
@@ -33,15 +35,16 @@ _LARGEST = 6
 def program(model: str, topology: str, axes: dict[str, int], rows: int, length: int) -> str:
     """Text of the optimised module of a step of two layers, bfloat16, all recomputed."""
     two = dataclasses.replace(published(model), num_layers=2)
-    config = PretrainConfig(two, OptimizerConfig(Schedule(1000)), remat="full")
+    optimizer = OptimizerConfig(Schedule(1000))
     mesh = mesh_of(target(topology), axes)
     ints, floats = (
         jax.ShapeDtypeStruct((rows, length), dtype, sharding=NamedSharding(mesh, Sharding.tokens))
         for dtype in (jnp.int32, jnp.float32)
     )
-    state, batch = abstract_state(config, mesh), Batch(ints, ints, ints, floats)
+    state, batch = abstract_state(two, optimizer, mesh), Batch(ints, ints, ints, floats)
     with jax.set_mesh(mesh):
-        traced = make_train_step(config, mesh).trace(state, batch)  # type: ignore[attr-defined]
+        step = make_train_step(NextToken(two), optimizer, StepConfig(remat="full"), mesh)
+        traced = step.trace(state, batch)  # type: ignore[attr-defined]
         text: str = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
     return text
 

@@ -40,9 +40,12 @@ from experiments.learning.compare import HELD_OUT, series, smooth
 from qwen_jax.config import MoE
 from qwen_jax.tokenizer import CONTROL_TOKENS
 from train.config import RunConfig, Stage, set_fields
+from train.loop import CheckpointConfig, LoopConfig
 from train.observe.metrics import read_log
 from train.optimizer import Schedule
+from train.pretrain import PretrainConfig
 from train.run import pretrain
+from train.step import StepConfig
 
 RUNS = {"dense": "#8a8a8a", "moe": "#3b6fb6", "scratch": "#d1662b", "upcycled": "#3f8f5b"}
 
@@ -83,7 +86,11 @@ SIZES = {
             "head_dim": 16, "max_position_embeddings": 256, "eos_token_ids": (1024 - len(CONTROL_TOKENS),),
         },
         _mixture(16, 2, 64, 64), _mixture(16, 2, 96, 192), 3e-3, 256, 16,
-        {"dtype": "float32", "remat": "none", "loss_chunk": 4096, "evaluate_every": 250},
+        {
+            "objective": PretrainConfig(loss_chunk=4096),
+            "step": StepConfig(dtype="float32", remat="none"),
+            "loop": LoopConfig(evaluate_every=250),
+        },
     ),
 }  # fmt: skip
 
@@ -110,7 +117,7 @@ def config(kind: str, folder: str, seed: int = 0, steps: int = 1500, size: str =
         "model": model,
         "stages": (Stage(schedule, of.length, of.batch_size, base.stages[0].mixture),),
         "initial": str(Path(folder) / f"start-{seed}") if kind == "upcycled" else None,
-        "checkpoint_every": count if kind == "dense" else 0,
+        "checkpoints": CheckpointConfig(every=count if kind == "dense" else 0),
     }
     return dataclasses.replace(base, **settings, **of.run)
 

@@ -26,6 +26,7 @@ from qwen_jax.published import published
 from qwen_jax.remat import Remat
 from train.config import RunConfig, Stage
 from train.optimizer import Schedule
+from train.step import StepConfig
 
 _HERE = Path(__file__).parent
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
@@ -52,7 +53,8 @@ class Row:
 def _run(model: str, rows: int, mesh: Mapping[str, int], remat: Remat = "full", accumulation: int = 1) -> RunConfig:
     """A stage of 4,096 tokens a row."""
     stage = Stage(Schedule(1000), 4096, rows, {"web": 1}, accumulation=accumulation)
-    return RunConfig("run", published(model), "tokenizer", {"web": "data"}, (stage,), mesh=mesh, remat=remat)
+    step = StepConfig(remat=remat)
+    return RunConfig("run", published(model), "tokenizer", {"web": "data"}, (stage,), mesh=mesh, step=step)
 
 
 ROWS = {
@@ -102,7 +104,7 @@ def unexpected_gathers(plan: Mapping[str, Any], model: ModelConfig) -> list[str]
 
 def _compile(name: str) -> dict[str, Any]:
     # Imported late: the environment of a compiler without chips comes first.
-    from train.plan.fit import plan_stage
+    from train.plan.stage import plan_stage
     from train.plan.topology import target
 
     row = ROWS[name]

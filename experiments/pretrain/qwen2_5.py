@@ -13,6 +13,7 @@ Hardware: meant for pods (see the meshes); `qwen-jax plan` says what fits. Nothi
 from qwen_jax.published import published
 from train.config import RunConfig, Stage
 from train.optimizer import Schedule
+from train.step import StepConfig
 
 # Rows of a step hold about this many tokens in every stage.
 _TOKENS = 4 * 2**20
@@ -71,5 +72,5 @@ def turbo() -> RunConfig:
         stages=tuple(
             _stage(1000, n, 1e7, {f"long-{n}": 0.4, f"short-{n}": 0.6}, mesh=mesh) for n, mesh in meshes.items()
         ),
-        remat="full",
+        step=StepConfig(remat="full"),
     )

@@ -42,7 +42,9 @@ from qwen_jax.published import published
 from train.data.batch import Batch, place
 from train.observe.metrics import flops_per_token
 from train.optimizer import OptimizerConfig, Schedule
-from train.pretrain import PretrainConfig, init_state, make_train_step
+from train.pretrain import NextToken, PretrainConfig
+from train.state import init_state
+from train.step import StepConfig, make_train_step
 
 PEAK = 989e12  # Dense bfloat16 FLOP/s of an H100 or H200 (SXM) by the vendor's datasheet.
 NO_MEMORY = 3
@@ -176,16 +178,18 @@ def run_ours(args: argparse.Namespace) -> None:
     model, mesh = architecture(args), make_mesh({}, jax.devices()[:1])
     optimizer = OptimizerConfig(Schedule(10**6, RATE, schedule="wsd"))
     more = {name: getattr(args, name) for name in ("accumulation", "loss_chunk", "scan_layers")}
-    config = PretrainConfig(model, optimizer, remat=args.remat, **more)
+    objective = NextToken(model, PretrainConfig(loss_chunk=args.loss_chunk))
+    config = StepConfig(remat=args.remat, accumulation=args.accumulation, scan_layers=args.scan_layers)
     tokens = random_tokens(model, args.batch, args.length)
     # Documents of equal length; one a row by default.
     index = np.broadcast_to(np.arange(args.length, dtype=np.int32), tokens.shape)
     document = -(-args.length // args.documents)
     batch = Batch(tokens, index % document, 1 + index // document, np.ones(tokens.shape, np.float32))
     with jax.set_mesh(mesh):
-        state = init_state(config, 0, mesh)
+        state = init_state(model, optimizer, 0, mesh)
         more["documents"] = args.documents
-        measure(args, "ours", state, make_train_step(config, mesh), place(batch, mesh), **more)
+        step = make_train_step(objective, optimizer, config, mesh)
+        measure(args, "ours", state, step, place(batch, mesh), **more)
 
 
 def run_plain(args: argparse.Namespace) -> None:

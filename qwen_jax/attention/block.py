@@ -93,12 +93,12 @@ class Attention(nnx.Module):
         spec, options = self.sharding, self.options
         how: dict[str, Any] = {"scale": self.config.head_dim**-0.5, "implementation": options.attention}
         cached = cache is not None and not cache.fresh
-        chosen = kernels.choose(options.attention, q, mask, return_lse=cached, cache=cached)
+        chosen = kernels.select_attention(options.attention, q, mask, return_lse=cached, cache=cached)
 
         @jax.shard_map(
             in_specs=(spec.heads, spec.heads, spec.heads, spec.tokens, None if cache is None else cache.specs(spec)),
             out_specs=(spec.heads, None if cache is None else cache.specs(spec)),
-            check_vma=not (kernels.is_ours(chosen) or options.ring),
+            check_vma=not (kernels.is_pallas(chosen) or options.ring),
         )
         def local(
             q: jax.Array, k: jax.Array, v: jax.Array, mask: kernels.Mask, cache: LayerCache | None

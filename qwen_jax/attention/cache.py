@@ -156,7 +156,7 @@ class ContiguousLayer:
         return kernels.decode_attention(q_BTHd, *keys_values, mask, scale=scale, implementation=implementation)[0]
 
     def supports_step(self, implementation: kernels.Implementation, x: jax.Array, heads: int, kv_heads: int) -> bool:
-        return not self.fresh and kernels.has_decode_step(
+        return not self.fresh and kernels.supports_decode_step(
             implementation, x.dtype, x.shape[1], heads, kv_heads, self.k_BKSd
         )
 

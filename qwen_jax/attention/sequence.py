@@ -168,12 +168,12 @@ def attention(
     # A mask over a shard of a row is not plain causal.
     mask = mask if n == 1 else kernels.Mask(mask.k_start_BT, mask.k_end_BT)
     if ring and n > 1:
-        chosen: Any = kernels.choose(implementation, q_BtHd, mask, return_lse=True)
+        chosen: Any = kernels.select_attention(implementation, q_BtHd, mask, return_lse=True)
         return _ring(q_BtHd, k_BtKd, v_BtKd, mask.k_start_BT, mask.k_end_BT, n, scale, chosen)
     B, t, H, d = q_BtHd.shape
     k_BTKd, v_BTKd = (x if n == 1 else _whole(x, n) for x in (k_BtKd, v_BtKd))
     blocks = 1
-    if kernels.choose(implementation, q_BtHd, mask) == "reference":
+    if kernels.select_attention(implementation, q_BtHd, mask) == "reference":
         while t % (2 * blocks) == 0 and B * H * (t // blocks) * k_BTKd.shape[1] > _MAX_LOGITS:
             blocks *= 2
     if blocks == 1:

@@ -1,8 +1,8 @@
 """The `qwen-jax` command.
 
 There is one file for each group of subcommands, imported when one of them is called. A subcommand is a dataclass of its
-options with a `run` method, or, where `train` has the options, a function of its arguments. This package alone in
-qwen_jax imports train or convert, and only when a subcommand needs them.
+options with a `run` method, or, where `train` defines the options, a function of its arguments. No other package in
+qwen_jax imports train or convert, and this one only does so when a subcommand needs them.
 """
 
 import importlib
@@ -17,24 +17,27 @@ from collections.abc import Sequence
 
 from qwen_jax.cli.failures import complain, explain, several_processes
 
-# A name of one word or two: its module here, what is called in it, its summary.
+# Name of one or two words -> module in this package, class or function in it, summary.
 _COMMANDS: dict[str, tuple[str, str, str]] = {
-    "info": ("checkpoints", "Info", "a model's shape, parameters, memory and cache size"),
-    "convert": ("checkpoints", "Convert", "between Hugging Face safetensors and Orbax"),
-    "upcycle": ("checkpoints", "Upcycle", "a dense checkpoint to a mixture of experts"),
+    "info": ("checkpoints", "Info", "show a model's shape, parameters, memory and cache size"),
+    "convert": ("checkpoints", "Convert", "convert between Hugging Face safetensors and Orbax"),
+    "upcycle": ("checkpoints", "Upcycle", "turn a dense checkpoint into a mixture of experts"),
     "verify": ("checkpoints", "Verify", "compare two checkpoints, or one with transformers, by logits"),
     "generate": ("generate", "Generate", "complete prompts"),
     "chat": ("generate", "Chat", "talk to a model"),
-    "tokenize": ("tokenize", "Tokenize", "text to token ids and back"),
-    "data build": ("data", "build", "documents to packed rows of tokens"),
-    "train pretrain": ("train", "pretrain", "pre-train a model in stages, or go on with it"),
-    "plan": ("plan", "Plan", "does a run fit given chips, and how fast could it be: compiled without them"),
-    "quickstart": ("train", "quickstart", "train a small model on real text, export it, let it speak"),
+    "tokenize": ("tokenize", "Tokenize", "turn text into token ids, and back"),
+    "data build": ("data", "build", "turn documents into packed rows of tokens"),
+    "train pretrain": ("train", "pretrain", "pre-train a model in stages, or resume such a run"),
+    "plan": ("plan", "Plan", "compile a run for given chips without them: does it fit, how fast could it be"),
+    "quickstart": ("train", "quickstart", "train a small model on real text, export it, generate text"),
 }
+
+# May stand anywhere among the arguments of any command.
+_VERBOSE = "--verbose"
 
 
 def _name(argv: Sequence[str]) -> str | None:
-    """The subcommand that the arguments begin with."""
+    """The subcommand at the beginning of the arguments."""
     return next((name for name in (" ".join(argv[:2]), argv[0]) if name in _COMMANDS), None)
 
 
@@ -57,7 +60,8 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "qwen-jax COMMAND --help explains a command and shows its options.",
+            "qwen-jax COMMAND --help explains a command and shows its options. With --verbose any command also says on",
+            "standard error which kernels it uses. qwen-jax --version prints the version.",
         ]
     )
 
@@ -69,10 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments without the program's name; by default those of the process.
 
     Returns:
-      The exit status: 0, 1 for bad input or too little memory (or a failed comparison), 2 for a command line that
-      makes no sense (or a comparison that could not be made), 130 after Ctrl-C.
+      The exit status: 0, 1 for bad input or too little memory (or a failed comparison), 2 for an invalid command line
+      (or a comparison that could not be made), 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    verbose = _VERBOSE in argv
+    argv = [argument for argument in argv if argument != _VERBOSE]
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else 2
@@ -86,24 +92,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"unknown command {argv[0]!r}; the commands are {', '.join(_COMMANDS)}.")
         return 2
     _print_anything()
-    # What the kernels, converters and loops have to say goes to standard error, plainly.
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     for package in ("qwen_jax", "convert", "train"):
-        logging.getLogger(package).setLevel(logging.INFO)
+        logging.getLogger(package).setLevel(logging.INFO if verbose else logging.WARNING)
     _hush_orbax()
-    # A job scheduler's SIGTERM unwinds like any other failure, so that nothing half-written stays behind.
+    # A job scheduler's SIGTERM raises SystemExit, so that unfinished files are removed like after any other failure.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         status = _run(name, argv[len(name.split()) :])
-        # Here, where a reader that has left can still be caught.
+        # Flush here, where a closed pipe can still be handled.
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         _leave(130)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has left. Nothing more can be written, not even at interpreter shutdown.
+        # The reader of our output has closed the pipe. Nothing more can be written, not even at interpreter shutdown.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -119,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _leave(status: int) -> None:
-    """One of several processes ends at once: an ordinary exit would wait for the others, and they for this one."""
+    """Ends one of several processes at once: an ordinary exit would wait for the others, and they for this one."""
     if several_processes():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -127,12 +132,12 @@ def _leave(status: int) -> None:
 
 
 def _hush_orbax() -> None:
-    """A save that fails is told once, by what catches it, and not by a traceback for each of its arrays as well."""
+    """Silences Orbax's own tracebacks, one for each array of a failed save; the code that saves reports the failure."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     before = sys.unraisablehook
 
     def hook(what: "sys.UnraisableHookArgs") -> None:
-        # Writes that end after the save has been given up.
+        # Writes that finish after the save has been abandoned.
         if not (isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"):
             before(what)
 
@@ -141,9 +146,9 @@ def _hush_orbax() -> None:
 
 
 def _print_anything() -> None:
-    """A character that standard output cannot encode becomes a question mark. JSON is ASCII and stays exact."""
+    """Lets standard output print "?" for characters that it cannot encode. JSON is ASCII and stays exact."""
     out = sys.stdout
-    # In a C.UTF-8 locale Python's own surrogateescape never fails, and gives odd file names back byte for byte.
+    # In a C.UTF-8 locale Python's own surrogateescape never fails, and prints file names that are not UTF-8 exactly.
     failing = ("strict",) if "utf" in (out.encoding or "").lower() else ("strict", "surrogateescape")
     if isinstance(out, io.TextIOWrapper) and out.errors in failing:
         out.reconfigure(errors="replace")

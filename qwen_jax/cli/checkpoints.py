@@ -1,22 +1,26 @@
-"""`qwen-jax info`, `convert` and `verify`: what a checkpoint is, and how it moves."""
+"""`qwen-jax info`, `convert`, `upcycle` and `verify`: the shape of a checkpoint, its conversion and its comparison."""
 
 import dataclasses
-import json
+import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from qwen_jax.cli.common import DType, sibling
+from qwen_jax.cli.common import DType, binary_size, count, sibling
 from qwen_jax.cli.failures import complain, explain
+
+if TYPE_CHECKING:
+    from qwen_jax.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """Print a model's shape, exact parameter counts, memory by dtype, and cache size.
+    """Print a model's shape, exact parameter counts, memory by dtype, and cache size. No weights are read.
 
     Args:
-        model: A published name (Qwen2.5-7B-Instruct) or a checkpoint folder.
+        model: A published name (Qwen2.5-7B-Instruct), a checkpoint folder, or a Hub id, of which config.json is
+            downloaded.
         json: Print one JSON object.
     """
 
@@ -24,10 +28,9 @@ class Info:
     json: bool = False
 
     def run(self) -> int:
-        from qwen_jax.config import load_config
-        from qwen_jax.published import published
+        from qwen_jax.files import strict_json
 
-        config = load_config(self.model) if Path(self.model).is_dir() else published(self.model)
+        config = _config(self.model)
         params = config.num_params()
         sizes = {"float32": 4, "bfloat16": 2, "float16": 2}
         report = {
@@ -39,47 +42,64 @@ class Info:
             "config": config.to_hf(),
         }
         if self.json:
-            print(json.dumps(report))
+            print(strict_json(report))
             return 0
-        cache, moe, experts = config.kv_bytes_per_token(), config.moe, []
-        if moe is not None:
-            sparse = len(config.sparse_layers)
-            experts = [
-                ("active parameters", f"{params['active']:,} for a token, the head among them and the embedding not"),
-                ("experts", f"{moe.num_experts} in {sparse} layers, {moe.intermediate_size:,} wide"),
-                ("  to a token", f"{moe.num_experts_per_tok}, and a shared one of {moe.shared_intermediate_size:,}"),
-            ]
-        rows = [
-            ("parameters", f"{params['total']:,} ({params['non_embedding']:,} without embedding and head)"),
-            ("  embedding", f"{params['embedding']:,}" + (" (is the head too)" if not params["lm_head"] else "")),
-            ("  layers", f"{params['layers']:,} in {config.num_layers}"),
-            ("  head", f"{params['lm_head']:,}" if params["lm_head"] else "tied to the embedding"),
-            ("hidden / feed-forward", f"{config.hidden_size:,} / {config.intermediate_size:,}"),
-            *experts,
-            ("heads", f"{config.num_heads} query, {config.num_kv_heads} key/value, {config.head_dim} wide"),
-            ("vocabulary", f"{config.vocab_size:,} rows"),
-            ("RoPE base, norm epsilon", f"{config.rope_theta:,.0f}, {config.rms_norm_eps:g}"),
-            ("context", f"{config.context_length:,} tokens"),
-            ("weights", f"{params['total'] * 2 / 2**30:.2f} GiB bfloat16, {params['total'] * 4 / 2**30:.2f} float32"),
-            ("cache", f"{cache / 1024:g} KiB a token, {cache * config.context_length / 2**30:.2f} GiB a full context"),
-        ]
         print(self.model)
-        for name, value in rows:
+        for name, value in _rows(config):
             print(f"  {name:24s} {value}")
         return 0
+
+
+def _config(model: str) -> "ModelConfig":
+    """The config of a folder, of a published name, or of a Hub model."""
+    from qwen_jax.config import load_config
+    from qwen_jax.hub import CONFIG, is_hub_id, resolve
+    from qwen_jax.published import PUBLISHED, published
+
+    known = model.lower().removeprefix("qwen/") in PUBLISHED
+    if os.path.isdir(model) or (not known and (is_hub_id(model) or "/" in model)):
+        return load_config(resolve(model, CONFIG))
+    return published(model)
+
+
+def _rows(config: "ModelConfig") -> list[tuple[str, str]]:
+    """The table that `info` prints."""
+    params, cache, moe, experts = config.num_params(), config.kv_bytes_per_token(), config.moe, []
+    if moe is not None:
+        sparse = len(config.sparse_layers)
+        experts = [
+            ("active parameters", f"{params['active']:,} per token, with the head and without the embedding"),
+            ("experts", f"{moe.num_experts} in {sparse} layers, {moe.intermediate_size:,} wide"),
+            ("  per token", f"{moe.num_experts_per_tok}, and a shared one of {moe.shared_intermediate_size:,}"),
+        ]
+    return [
+        ("parameters", f"{params['total']:,} ({params['non_embedding']:,} without embedding and head)"),
+        ("  embedding", f"{params['embedding']:,}" + (" (is the head too)" if not params["lm_head"] else "")),
+        ("  layers", f"{params['layers']:,} in {config.num_layers}"),
+        ("  head", f"{params['lm_head']:,}" if params["lm_head"] else "tied to the embedding"),
+        ("hidden / feed-forward", f"{config.hidden_size:,} / {config.intermediate_size:,}"),
+        *experts,
+        ("heads", f"{config.num_heads} query, {config.num_kv_heads} key/value, {config.head_dim} wide"),
+        ("vocabulary", f"{config.vocab_size:,} rows"),
+        ("RoPE base, norm epsilon", f"{config.rope_theta:,.0f}, {config.rms_norm_eps:g}"),
+        ("context", f"{config.context_length:,} tokens"),
+        ("weights", f"{binary_size(2 * params['total'])} bfloat16, {binary_size(4 * params['total'])} float32"),
+        ("cache", f"{binary_size(cache)} a token, {binary_size(cache * config.context_length)} a full context"),
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
     """Convert a checkpoint between Hugging Face safetensors and Orbax, tensor by tensor.
 
-    The new folder appears whole or not at all. Tokenizer, generation config and config.json travel along.
+    The new folder appears when it is complete; after a failure nothing is left. Tokenizer, generation config and
+    config.json are copied too.
 
     Args:
         src: Checkpoint folder, or a Hub id such as Qwen/Qwen2.5-0.5B.
         dst: The new folder.
         to: Format to write; by default the one that SRC does not have.
-        dtype: Of the written weights; by default as stored, every tensor byte for byte.
+        dtype: Dtype of the written weights; by default as stored, every tensor byte for byte.
     """
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
@@ -95,23 +115,23 @@ class Convert:
 
 @dataclasses.dataclass(frozen=True)
 class Upcycle:
-    """Make a mixture of experts of a dense checkpoint, by the recipe of Qwen's own models (docs/moe.md).
+    """Turn a dense checkpoint into a mixture of experts, by the recipe of Qwen's own models (docs/moe.md).
 
     The feed-forward layers are replicated, their neurons shuffled and cut into experts; the router is new. With
-    `--reinit 0` and the defaults the new model computes what the old one does, and `qwen-jax verify` can tell.
+    `--reinit 0` and the defaults the new model computes what the dense one does, which `qwen-jax verify` confirms.
 
     Args:
         src: Dense checkpoint folder, or a Hub id such as Qwen/Qwen2.5-0.5B.
         dst: The new folder.
         num_experts: Routed experts of each layer.
-        top_k: Experts that a token takes.
-        width: Of a routed expert; by default a token's experts are together as wide as the dense layer.
-        shared_width: Of the shared expert; by default as wide as the dense layer.
-        norm_topk_prob: Weights of a token's experts sum to 1.
-        reinit: Fraction of each expert's neurons that are drawn anew.
-        seed: Of all that is drawn.
+        top_k: Experts per token.
+        width: Width of a routed expert; by default a token's experts together are as wide as the dense layer.
+        shared_width: Width of the shared expert; by default that of the dense layer.
+        norm_topk_prob: Normalise the weights of a token's experts to sum to 1.
+        reinit: Fraction of each expert's neurons that are initialised anew.
+        seed: Seed of everything random.
         to: Format to write; by default that of SRC.
-        dtype: Of the written weights; by default as stored.
+        dtype: Dtype of the written weights; by default as stored.
     """
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
@@ -127,14 +147,15 @@ class Upcycle:
     dtype: DType | None = None
 
     def run(self) -> int:
-        from qwen_jax.config import MoE
+        from qwen_jax.config import MoE, load_config
         from qwen_jax.errors import InputError
+        from qwen_jax.hub import CONFIG, resolve
 
-        upcycling, folder = sibling("convert.upcycle"), sibling("convert")
-        dense = folder.open_source(self.src).config.intermediate_size
+        upcycling = sibling("convert.upcycle")
+        dense = load_config(resolve(self.src, CONFIG)).intermediate_size
         if self.width is None and (self.top_k < 1 or dense % self.top_k):
             raise InputError(
-                f"The dense layer ({dense}) is not cut evenly into {self.top_k} experts, those of a token. Give "
+                f"The dense layer is {dense} wide, which is not divisible by the {self.top_k} experts of a token. Give "
                 "--width, or a --top-k that divides it."
             )
         width = dense // self.top_k if self.width is None else self.width
@@ -144,15 +165,15 @@ class Upcycle:
         made = upcycling.upcycle(self.src, self.dst, recipe, self.to, self.dtype, progress=True)
         params = made.config.num_params()
         print(
-            f"{self.dst}: {params['total'] / 1e9:.2f}B parameters, {params['active'] / 1e9:.2f}B active; it "
+            f"{self.dst}: {count(params['total'])} parameters, {count(params['active'])} active; it "
             + ("computes what the dense model does" if made.preserves else "does not compute what the dense model does")
             + (", up to the rounding of scaled weights" if made.preserves and made.rounds else "")
         )
         if width % 128:
             print(
-                f"experts are {width} wide: the fast kernels want a multiple of 128 on TPUs"
+                f"Experts are {width} wide: the fast kernels need a multiple of 128 on TPUs"
                 + (" and of 64 on GPUs" if width % 64 else "")
-                + ", so training will be slow there; --width chooses another"
+                + ", so training will be slow there; --width chooses another width."
             )
         return 0
 
@@ -162,9 +183,9 @@ class Verify:
     """Compare two checkpoints of any format by their logits; exit 0 pass, 1 fail, 2 could not compare.
 
     Args:
-        a: Checkpoint folder or Hub id; the yardstick.
+        a: Checkpoint folder or Hub id; the reference.
         b: The other checkpoint.
-        against: Instead of B, run A in transformers as the yardstick.
+        against: Instead of B, run A in transformers as the reference.
         json: Print one JSON object.
     """
 
@@ -174,6 +195,8 @@ class Verify:
     json: bool = False
 
     def run(self) -> int:
+        from qwen_jax.files import strict_json
+
         verify = sibling("convert.verify")
         try:
             report = verify.verify(self.a, self.b, against=self.against)
@@ -181,8 +204,8 @@ class Verify:
             # Whatever it was, nothing was compared; status 1 would say that the weights differ.
             problem = explain(error) or str(error)
             if self.json:
-                print(json.dumps({"passed": None, "error": problem}))
+                print(strict_json({"passed": None, "error": problem}))
             complain(problem)
             return 2
-        print(json.dumps(report.to_json()) if self.json else report)
+        print(report.to_json() if self.json else report)
         return int(report.exit_code)

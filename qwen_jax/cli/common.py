@@ -1,4 +1,4 @@
-"""What the subcommands share: types of options, parsing, and the way to `train` and `convert`."""
+"""Shared by the subcommands: types of options, parsing, printing sizes, and importing `train` and `convert`."""
 
 import importlib
 import importlib.util
@@ -13,7 +13,7 @@ import tyro
 from qwen_jax.errors import InputError
 
 DType = Literal["bfloat16", "float32", "float16"]
-# Options that say in `--help` what they take.
+# Options with the name of their value in `--help`.
 Number = Annotated[float | None, tyro.conf.arg(metavar="X")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
 Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")]
@@ -25,7 +25,7 @@ _CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
 
 
 def parse(options: type[Any], name: str, argv: Sequence[str]) -> Any:
-    """Reads a subcommand's options, a dataclass. Ends the process with status 2 where they make no sense."""
+    """Parses a subcommand's options into a dataclass. Ends the process with status 2 if they are invalid."""
     return tyro.cli(options, prog=f"qwen-jax {name}", args=list(argv), config=_CONFIG)
 
 
@@ -37,7 +37,7 @@ def model_name(position: str | None, option: str | None) -> str:
 
 
 def sibling(name: str) -> ModuleType:
-    """Imports `train`, `convert` or a module in them from beside this package, whatever lies in the working directory.
+    """Imports `train`, `convert` or a module in them from beside this package, whatever is in the working directory.
 
     Args:
       name: such as "convert.verify".
@@ -54,8 +54,24 @@ def sibling(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+def binary_size(nbytes: float) -> str:
+    """A number of bytes for reading, such as "1.50 GiB"; small ones in MiB, KiB or bytes."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
+def count(number: float) -> str:
+    """A number of parameters for reading, such as "1.54B"; small ones in millions (M) or thousands (K)."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:.0f}"
+
+
 def utf8(line: bytes, where: str) -> str:
-    """Decodes a line of input. Raises InputError that says where it is not UTF-8."""
+    """Decodes a line of input. Raises an InputError with the position if it is not UTF-8."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""What went wrong, in words that say what to do; anything else is a bug and keeps its traceback."""
+"""Turns failures that the user can fix into messages; any other exception is a bug and keeps its traceback."""
 
 import errno
 import re
@@ -6,16 +6,17 @@ import sys
 
 from qwen_jax.errors import NO_ROOM, InputError
 
-# How a failed collective reads when another process is gone: over TCP, over NCCL, from JAX's coordination service.
+# Words in the error of a collective when another process is gone: over TCP, over NCCL, from JAX's coordination service.
 _LOST = re.compile(r"gloo|nccl|by peer|connection|heartbeat|coordination|barrier", re.IGNORECASE)
 _REMEDIES = (
-    "Where the command has them, these need less: a smaller --batch-size, shorter prompts, fewer --max-new-tokens, "
-    "--dtype bfloat16, more devices (--mesh tensor=2). Otherwise take a smaller model or a larger machine."
+    "What reduces it, where the command has the option: a smaller --batch-size, shorter prompts, fewer "
+    "--max-new-tokens, --dtype bfloat16, more devices (--mesh tensor=2). Otherwise use a smaller model or "
+    "a larger machine."
 )
 
 
 def explain(error: BaseException) -> str | None:
-    """The message for a failure that the user can mend: bad input, or too little memory. None for any other."""
+    """The message for a failure that the user can fix: bad input, or too little memory. None for any other."""
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, OSError) and error.errno in NO_ROOM:
@@ -29,13 +30,13 @@ def explain(error: BaseException) -> str | None:
 
 
 def several_processes() -> bool:
-    """Whether this process has joined others."""
+    """Whether this process is one of several of a job."""
     jax = sys.modules.get("jax")
     return bool(jax and jax.distributed.is_initialized())
 
 
 def _lost_process(error: BaseException) -> str | None:
-    """What to do, where another process of the job is gone."""
+    """The message for an error whose cause is that another process of the job is gone; None for any other error."""
     if not several_processes() or not isinstance(error, (sys.modules["jax"].errors.JaxRuntimeError, TimeoutError)):
         return None
     text = str(error)
@@ -48,17 +49,17 @@ def _lost_process(error: BaseException) -> str | None:
 
 
 def _lacking_memory(error: BaseException) -> str | None:
-    """What could not be had, if memory of the host or of a device is what was lacking."""
+    """The allocation that failed, if memory of the host or of a device was exhausted; None for any other error."""
     if isinstance(error, MemoryError):
         return str(error) or "the machine has none left"
     if isinstance(error, OSError):
         return "the machine has none left" if error.errno == errno.ENOMEM else None
-    # Whoever has not imported JAX cannot have its error; importing it here would only cost time.
+    # Without JAX imported this cannot be an error of JAX; importing it here would only cost time.
     jax = sys.modules.get("jax")
     if jax is None or not isinstance(error, jax.errors.JaxRuntimeError):
         return None
     text = str(error)
-    # On-chip memory is a kernel's affair, not the user's; other limits (message sizes) carry this status, too.
+    # Running out of on-chip memory is a bug of a kernel. Other limits (message sizes) have the same status code.
     if "RESOURCE_EXHAUSTED" not in text or re.search(r"\bvmem\b|\bsmem\b|shared memory", text, re.IGNORECASE):
         return None
     found = re.search(r"[^.\n:]*(?:out of memory|allocat)[^\n]*", text, re.IGNORECASE)
@@ -69,5 +70,5 @@ def _lacking_memory(error: BaseException) -> str | None:
 
 
 def complain(problem: object) -> None:
-    """Says on standard error what went wrong."""
+    """Prints an error message on standard error."""
     print(f"qwen-jax: error: {problem}", file=sys.stderr)

@@ -1,5 +1,7 @@
 """`qwen-jax quickstart` and `qwen-jax train`: training from the command line."""
 
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def quickstart(argv: Sequence[str]) -> int:
-    """Runs `train.quickstart`, which knows nothing of conversion, with what it needs of it."""
+    """Runs `train.quickstart`. It does not import conversion and generation: they are passed to it."""
     module = sibling("train.quickstart")
     options = parse(module.QuickstartOptions, "quickstart", argv)
     huggingface = sibling("convert.huggingface")
@@ -27,14 +29,14 @@ def quickstart(argv: Sequence[str]) -> int:
 
         from qwen_jax.parallel.sharding import make_mesh
 
-        back = huggingface.load_params(folder, config, make_mesh({}, jax.devices()[:1]))
+        back = sibling("convert").load_params(folder, config, make_mesh({}, jax.devices()[:1]))
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(back), strict=True)
         if not all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs):
             raise RuntimeError(f"The export in {folder} differs from the trained weights.")
         return sum(len(leaf.names) for leaf in sibling("convert.names").leaves(config))
 
     def complete(folder: Path, prompts: Sequence[str], max_new_tokens: int) -> Iterable[Iterable[str]]:
-        # Greedy, so small a model would soon repeat itself.
+        # With greedy sampling, such a small model would soon repeat itself.
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.7, top_p=0.9, seed=options.seed)
         model = Model(str(folder), sampling, need_tokenizer=True)
         engine = model.engine()
@@ -47,10 +49,16 @@ def quickstart(argv: Sequence[str]) -> int:
 
 
 def pretrain(argv: Sequence[str]) -> int:
-    """Runs `train.run`, which knows nothing of conversion, with what it needs of it."""
+    """Runs `train.run`. It does not import conversion: the export is passed to it."""
 
     def export(params: Any, config: Any, origin: Path, folder: Path) -> None:
         sibling("convert.huggingface").export(params, config, folder, extra_files_from=origin)
 
-    status: int = sibling("train.run").main(argv, export)
+    run, interrupt = sibling("train.run"), sibling("train.interrupt")
+    try:
+        status: int = run.main(argv, export)
+    except interrupt.EndNow:
+        # An ordinary exit would wait for a save in the background.
+        print("qwen-jax: interrupted twice: ended without saving", file=sys.stderr, flush=True)
+        os._exit(130)
     return status

@@ -17,6 +17,7 @@ from qwen_jax import kernels
 from qwen_jax.attention.cache import ContiguousCache
 from qwen_jax.attention.rope import rope_tables
 from qwen_jax.config import ModelConfig
+from qwen_jax.kernels.decode import layer as layer_kernels
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params
@@ -42,19 +43,9 @@ def supports(config: ModelConfig, sharding: Sharding, options: Options, rows: in
         return False
     heads = config.num_heads, config.num_kv_heads
     dtype = jnp.dtype(options.dtype)
-    if not kernels.has_decode_step(options.attention, dtype, 1, *heads, cache.keys[0]):
+    if not kernels.supports_decode_step(options.attention, dtype, 1, *heads, cache.keys[0]):
         return False
-    from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe
-
-    attention = config.num_heads * config.head_dim
-    qkv = attention + 2 * config.num_kv_heads * config.head_dim
-    sizes = attention, qkv, config.vocab_size
-    all_sparse = len(config.sparse_layers) == config.num_layers
-    fits = all_sparse or layer_gpu.supports(config.hidden_size, config.intermediate_size, *sizes)
-    fits = fits and (config.moe is None or layer_gpu_moe.supports(config.hidden_size, config.moe, *sizes))
-    layers = "two kernels a layer" if fits else "many kernels a layer: its sizes do not allow two"
-    kernels.say_once(f"decoding one sequence: {layers}")
-    return fits
+    return layer_kernels.supports(config)
 
 
 def prepare(params: Params, token: jax.Array) -> tuple[Params, jax.Array]:

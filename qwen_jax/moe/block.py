@@ -124,8 +124,8 @@ def _routed_on_device(
     else:
         gate_up, row_weights, info, stats = up(weights, x_btD, valid_bt, None)
         out_ND = down(weights, gate_up, row_weights, info)
-    # The shared expert is added before the further rounds. The TPU compiler schedules nothing during the exchanges of
-    # which the result is needed only after these rounds.
+    # Add the shared expert before the further rounds. The TPU compiler moves nothing that is first needed after these
+    # rounds into the exchanges, so a later sum would lose the overlap.
     out_ND = sum_partial_results(context.sharding, out_ND) + shared_btD.reshape(out_ND.shape)
     if isinstance(info, DroplessInfo):
         out_ND = add_further_rounds(context, out_ND, x_btD, weights, info)
@@ -138,7 +138,7 @@ def _route_and_multiply_up(
     """Everything up to the first product: the product, the router's weight of each row, and where the rows are."""
     routed = route_tokens(context, weights, x_btD, valid_bt, ids_Nk)
     gate_up_eFD = weights.gathered_gate_up()
-    # Sort and send.
+    # Sort the rows by expert and send them to the devices of their experts.
     dispatch = dispatch_with_capacity if context.capacity_factor else dispatch_dropless
     rows, row_weights, dropped, info = dispatch(context, routed)
     # Multiply.

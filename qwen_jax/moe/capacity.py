@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_jax.kernels.reference import einsum_f32
+from qwen_jax.kernels.einsum import einsum_f32
 from qwen_jax.moe.dispatch import Dispatched
 from qwen_jax.moe.exchange import AXIS
 from qwen_jax.moe.router import MoEContext, RouterOutput
@@ -21,6 +21,8 @@ from qwen_jax.moe.router import MoEContext, RouterOutput
 class CapacityInfo:
     """Where dispatch with a capacity placed the tokens.
 
+    It implements `qwen_jax.moe.dispatch.DispatchInfo`.
+
     Attributes:
       token_S: int32, the token in each of this device's slots for all experts; `num_tokens` in an empty slot.
       num_tokens: of this device.
@@ -30,11 +32,11 @@ class CapacityInfo:
     num_tokens: int = dataclasses.field(metadata={"static": True})
 
     def multiply(self, context: MoEContext, rows: jax.Array, matrices: jax.Array) -> jax.Array:
-        """See `qwen_jax.moe.dispatch.DispatchInfo`. Rows are [experts here, slots, width]."""
+        """Batched product of the slots of each expert here, [experts, slots, width]."""
         return einsum_f32("eck,enk->ecn", rows, matrices).astype(rows.dtype)
 
     def combine(self, context: MoEContext, rows: jax.Array) -> jax.Array:
-        """See `qwen_jax.moe.dispatch.DispatchInfo`."""
+        """Returns the slots to their tokens and sums those of each token. Empty slots are dropped."""
         rows_SD = _to_tokens(context, rows).reshape(self.token_S.shape[0], -1)
         out_ND = jnp.zeros((self.num_tokens, rows_SD.shape[1]), jnp.float32)
         return out_ND.at[self.token_S].add(rows_SD.astype(jnp.float32), mode="drop")
@@ -67,7 +69,7 @@ def dispatch_with_capacity(context: MoEContext, routed: RouterOutput) -> Dispatc
     weights_A = routed.weights_Nk.reshape(-1)
     weights_S = jnp.zeros((num_slots,), weights_A.dtype).at[slot_A].set(weights_A, mode="drop")
 
-    # Send.
+    # Send: every slot, empty or not.
     rows, weights = _to_experts(context, rows_SD), _to_experts(context, weights_S)
     return Dispatched(rows, weights, dropped, CapacityInfo(token_S, N))
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_jax.kernels.einsum import einsum_f32
 from qwen_jax.kernels.matmul.grouped import grouped_matmul
-from qwen_jax.kernels.reference import einsum_f32
 from qwen_jax.moe.exchange import AXIS, ExchangePlan, plan_exchange, send, send_back, send_scalars
 from qwen_jax.moe.router import MoEContext, RouterOutput
 
@@ -24,7 +24,7 @@ ROOM = 1.5
 
 Rows beyond that are exchanged in further rounds."""
 
-# With so few rows the time is that of reading the matrices. Each row reads those of its expert, and no others are read.
+# Products of so few rows are memory-bandwidth bound: each row reads the matrix of its expert, and no other is read.
 _FEW_ROWS = 16
 
 
@@ -112,7 +112,7 @@ permute.defvjp(lambda x, order: (x[order.order_A], order), lambda order, dy: (dy
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DroplessInfo:
-    """Where dropless dispatch placed the rows.
+    """Where dropless dispatch placed the rows; implements `DispatchInfo`.
 
     Attributes:
       order: the sorted order of this device's assignments.
@@ -127,15 +127,15 @@ class DroplessInfo:
     ids_Nk: jax.Array
 
     def multiply(self, context: MoEContext, rows: jax.Array, matrices: jax.Array) -> jax.Array:
-        """See `DispatchInfo`. Rows are sorted by expert; what follows the last of them is never read."""
-        # Without an exchange the rows of experts on other devices come last, and their results must be zero.
+        """Grouped product of rows sorted by expert. What follows the last expert's rows is never read."""
+        # Without an exchange, padding and the rows of experts on other devices come last; their results must be zero.
         return grouped_matmul(
             rows, matrices, self.sizes_e, expected=self.ids_Nk.size, fill=self.plan is None,
             implementation=context.grouped,
         )  # fmt: skip
 
     def combine(self, context: MoEContext, rows: jax.Array) -> jax.Array:
-        """See `DispatchInfo`. Rows that are left to further rounds count as zero."""
+        """Returns the rows and sums those of each token. Rows that are left to further rounds count as zero."""
         if self.plan is not None:
             rows = send_back(rows, self.plan.window(0, rows.shape[0]), self.ids_Nk.size)
         return sum_assignments(rows, self.order, context.config.num_experts_per_tok)
@@ -144,7 +144,7 @@ class DroplessInfo:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FewRowsInfo:
-    """Rows that are too few to sort: each is multiplied on its own.
+    """Rows that are too few to sort: each is multiplied on its own; implements `DispatchInfo`.
 
     Attributes:
       ids_A: the expert of each assignment.
@@ -153,17 +153,18 @@ class FewRowsInfo:
     ids_A: jax.Array
 
     def multiply(self, context: MoEContext, rows: jax.Array, matrices: jax.Array) -> jax.Array:
-        """See `DispatchInfo`. There is a row for each token before the first product, and one an assignment after."""
+        """Products of single rows: one row per token in the first product, one per assignment in the second."""
         A = self.ids_A.shape[0]
         products = [_multiply_row(matrices, self.ids_A[a], rows[a * rows.shape[0] // A]) for a in range(A)]
         return jnp.stack(products)
 
     def combine(self, context: MoEContext, rows: jax.Array) -> jax.Array:
-        """See `DispatchInfo`."""
+        """Sums the rows of each token; they are still in the tokens' order."""
         return rows.reshape(-1, context.config.num_experts_per_tok, rows.shape[-1]).astype(jnp.float32).sum(1)
 
 
 def _multiply_row(w_ENK: jax.Array, expert: jax.Array, x_K: jax.Array) -> jax.Array:
+    """One row times the transposed matrix of its expert."""
     w_NK = lax.dynamic_index_in_dim(w_ENK, expert, keepdims=False)
     return einsum_f32("nk,k->n", w_NK, x_K).astype(x_K.dtype)
 
@@ -182,10 +183,11 @@ def dispatch_dropless(context: MoEContext, routed: RouterOutput) -> Dispatched:
     sharding, E, k = context.sharding, context.config.num_experts, context.config.num_experts_per_tok
     A, n = routed.ids_Nk.size, sharding.expert
     e = E // n
+    # Few rows: nothing to sort or send. This path has no mask for padding, so it needs all tokens to be valid.
     if A <= _FEW_ROWS and n == 1 and routed.valid_N is None:
         return Dispatched(routed.x_ND, routed.weights_Nk.reshape(-1), 0.0, FewRowsInfo(routed.ids_Nk.reshape(-1)))
 
-    # Sort by expert. Padding, and rows of experts that other devices compute, come last.
+    # Sort: by expert. Padding, and rows of experts that other devices compute, come last.
     expert_A = routed.masked_ids_Nk.reshape(-1)
     if n > 1 and not sharding.exchanges:
         expert_A = expert_A - lax.axis_index(AXIS) * e
@@ -197,7 +199,7 @@ def dispatch_dropless(context: MoEContext, routed: RouterOutput) -> Dispatched:
     rows = gather_rows(routed.x_ND, order, k)
     weights = permute(routed.weights_Nk.reshape(-1), order)
 
-    # Send.
+    # Send: to the devices of the experts, as many rows as these have room for.
     plan = None
     if sharding.exchanges:
         plan, (room, _) = plan_exchange(sizes, n), exchange_room(context, routed.x_ND.shape[0])

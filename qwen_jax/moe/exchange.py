@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_jax.platform import platform
+from qwen_jax import platform
 
 AXIS = "expert"
 
@@ -180,7 +180,7 @@ def _exchange(
     rows: jax.Array, size: int, starts_ne: jax.Array, sent_ne: jax.Array, there_ne: jax.Array, received_ne: jax.Array
 ) -> jax.Array:
     """Moves pieces of rows between the devices of the axis; the arguments are those of `ragged_all_to_all`."""
-    if platform() == "cpu":
+    if platform.platform() == "cpu":
         places_ne, from_ne = (lax.all_to_all(x, AXIS, 0, 0) for x in (there_ne, starts_ne))
         return _pick(rows, size, received_ne, places_ne, from_ne)
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.config import MoE as MoEConfig
+from qwen_jax.kernels.einsum import einsum_f32
 from qwen_jax.kernels.matmul.grouped import Implementation as Grouped
-from qwen_jax.kernels.reference import einsum_f32
 from qwen_jax.linear import rms_norm
 from qwen_jax.moe.experts import MoEWeights
 from qwen_jax.parallel.sharding import Sharding

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_jax import platform
 from qwen_jax.parallel.sharding import Sharding
-from qwen_jax.platform import platform
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -35,7 +35,7 @@ all_gather_weight.defvjp(_gather_forward, _gather_backward)
 
 def reduce_scatter(x: jax.Array, axis: int, name: str = "fsdp") -> jax.Array:
     """This device's shard, along an axis of x, of the sum over a mesh axis."""
-    if platform() != "cpu" or not jax.distributed.is_initialized():
+    if platform.platform() != "cpu" or not jax.distributed.is_initialized():
         return lax.psum_scatter(x, name, scatter_dimension=axis, tiled=True)
     # Processes on CPUs use Gloo. Its reduce-scatter may overwrite data that it has yet to send, which silently gives
     # wrong results at times (jaxlib 0.10.2 and 0.12.0.dev; https://github.com/jax-ml/jax/issues/40830).

@@ -16,7 +16,7 @@ import pytest
 import torch
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import convert
@@ -70,14 +70,6 @@ def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     return found
 
 
-def add_lm_head(folder: Path, weight: np.ndarray | None = None) -> None:
-    """Puts a head into a tied single-file checkpoint: by default the embedding."""
-    file = folder / "model.safetensors"
-    held = load_file(file)
-    held["lm_head.weight"] = held["model.embed_tokens.weight"].copy() if weight is None else weight
-    save_file(held, file, metadata={"format": "pt"})
-
-
 @pytest.mark.parametrize("case", GRID.values(), ids=GRID.keys())
 def test_logits_and_gradients_are_those_of_transformers(case: dict[str, Any], tmp_path: Path, mesh: Mesh) -> None:
     model = make_hf_checkpoint(tmp_path, **case)
@@ -115,33 +107,6 @@ def test_logits_at_the_true_shape_of_the_half_billion_model(tmp_path: Path, mesh
     loaded, params = convert.load(tmp_path, mesh, "float32", Options())
     assert loaded.num_params()["total"] == 494_032_768
     assert relative(logits(loaded, params, mesh, tokens), expected) < 1e-4
-
-
-def test_a_tied_head_on_disk_is_the_embedding(tmp_path: Path, mesh: Mesh) -> None:
-    model = make_hf_checkpoint(tmp_path)
-    add_lm_head(tmp_path)
-    config, params = convert.load(tmp_path, mesh, options=Options())
-    tokens = random_tokens(config)
-    assert "lm_head" not in params
-    assert relative(logits(config, params, mesh, tokens), hf_logits(model, tokens)) < 1e-4
-
-
-def test_a_tied_head_that_differs_from_the_embedding_is_passed_over_aloud(tmp_path: Path, mesh: Mesh) -> None:
-    model = make_hf_checkpoint(tmp_path)
-    add_lm_head(tmp_path, np.random.default_rng().standard_normal((160, 64), np.float32))
-    with pytest.warns(UserWarning, match="differs from the embedding"):
-        config, params = convert.load(tmp_path, mesh, options=Options())
-    tokens = random_tokens(config)
-    assert relative(logits(config, params, mesh, tokens), hf_logits(model, tokens)) < 1e-4
-
-
-def test_buffers_of_old_versions_are_passed_over(tmp_path: Path, mesh: Mesh) -> None:
-    make_hf_checkpoint(tmp_path)
-    held = load_file(tmp_path / "model.safetensors")
-    held["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
-    save_file(held, tmp_path / "model.safetensors")
-    config, params = convert.load(tmp_path, mesh)
-    assert len(jax.tree.leaves(params)) == sum(len(leaf.names) for leaf in leaves(config))
 
 
 # --- round trips ---------------------------------------------------------------------------------------------------

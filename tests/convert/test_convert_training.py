@@ -16,15 +16,15 @@ from qwen_jax.published import published
 from qwen_jax.tokenizer import load_tokenizer, train_bpe
 from train.checkpoint import Checkpoints
 from train.optimizer import OptimizerConfig, Schedule
-from train.pretrain import PretrainConfig, init_state
+from train.state import init_state
 
 
 def test_a_step_of_a_training_run_converts_bit_for_bit_and_generates(tmp_path: Path, mesh: Mesh) -> None:
     tokenizer = train_bpe(["hello world, hello there"] * 4, 300)
     model = dataclasses.replace(published("tiny-untied"), vocab_size=384, eos_token_ids=(tokenizer.eos_id,))
-    training = PretrainConfig(model, OptimizerConfig(Schedule(20, 1e-2, warmup_steps=4)), dtype="float32")
+    optimizer = OptimizerConfig(Schedule(20, 1e-2, warmup_steps=4))
     with jax.set_mesh(mesh), Checkpoints(tmp_path / "run", model, tokenizer) as checkpoints:
-        state = init_state(training, 0, mesh)
+        state = init_state(model, optimizer, 0, mesh)
         checkpoints.save(state, 0)
     for source in (tmp_path / "run", tmp_path / "run/0"):
         folder = tmp_path / f"hf-{source.name}"

@@ -1,4 +1,4 @@
-"""Upcycling: what the new model computes, what its experts are made of, and that it is streamed and repeatable."""
+"""Upcycling: what the new model computes, where the experts' weights come from, and that it is reproducible."""
 
 import dataclasses
 import json
@@ -50,8 +50,10 @@ def logits(folder: Path, mesh: Mesh) -> np.ndarray:
     ],
     ids=str,
 )
-def test_nothing_drawn_anew_computes_the_same(changes: dict[str, Any], dense: Path, tmp_path: Path, mesh: Mesh) -> None:
-    """Whole replicas to a token: the logits of the dense model, within float32 noise."""
+def test_without_reinitialisation_the_model_computes_the_same(
+    changes: dict[str, Any], dense: Path, tmp_path: Path, mesh: Mesh
+) -> None:
+    """A token is routed to whole replicas: the logits of the dense model, within float32 rounding."""
     made = upcycle(dense, tmp_path / "moe", Recipe(dataclasses.replace(MIXTURE, **changes), reinit=0.0, seed=3))
     assert made.preserves
     want = logits(dense, mesh)
@@ -75,7 +77,7 @@ def test_what_does_not_preserve_says_so(
 
 
 @pytest.mark.parametrize("top_k", [3, 4])
-def test_scaled_weights_in_bfloat16_are_exact_or_it_says_that_they_are_rounded(top_k: int, tmp_path: Path) -> None:
+def test_rounding_of_scaled_weights_in_bfloat16_is_reported(top_k: int, tmp_path: Path) -> None:
     make_hf_checkpoint(tmp_path / "dense", dtype="bfloat16")
     recipe = Recipe(MoE(2 * top_k, top_k, F // top_k, F, norm_topk_prob=True), reinit=0.0)
     made = upcycle(tmp_path / "dense", tmp_path / "moe", recipe)
@@ -91,7 +93,7 @@ def test_scaled_weights_in_bfloat16_are_exact_or_it_says_that_they_are_rounded(t
 def test_without_normalised_weights_experts_are_as_strong_as_the_dense_layer(
     num_experts: int, top_k: int, width: int, tmp_path: Path
 ) -> None:
-    """In a wide model, where a router of usual deviation would have favourites from the start."""
+    """In a wide model, where a router with the usual standard deviation would prefer some experts from the start."""
     make_hf_checkpoint(tmp_path / "dense", hidden_size=1024, num_hidden_layers=1)
     recipe = Recipe(MoE(num_experts, top_k, width, F, norm_topk_prob=False), reinit=0.0)
     config = upcycle(tmp_path / "dense", tmp_path / "moe", recipe).config
@@ -142,7 +144,9 @@ def test_the_same_seed_is_the_same_bytes_however_it_is_read(dense: Path, tmp_pat
         assert got.tobytes() == whole.read(leaf, slice(last, last + 1), rows).tobytes()
 
 
-def test_the_command_teaches_and_refuses(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_whether_the_function_is_preserved_and_refuses_what_does_not_fit(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["upcycle", str(dense), str(tmp_path / "moe"), "--num-experts", "8", "--top-k", "4"]
     assert main([*arguments, "--reinit", "0"]) == 0
     assert "it computes what the dense model does" in capsys.readouterr().out
@@ -151,7 +155,7 @@ def test_the_command_teaches_and_refuses(dense: Path, tmp_path: Path, capsys: py
     capsys.readouterr()
     for extra, says in (
         (["--reinit", "2"], "reinit must be a fraction"),
-        (["--top-k", "7"], "is not cut evenly into 7 experts"),
+        (["--top-k", "7"], "not divisible by the 7 experts of a token"),
         (["--top-k", "9", "--width", "8"], r"num_experts_per_tok (9) is more than num_experts (8)"),
     ):
         refused = [*arguments[:2], str(tmp_path / "never"), *arguments[3:], *extra]
@@ -162,7 +166,7 @@ def test_the_command_teaches_and_refuses(dense: Path, tmp_path: Path, capsys: py
     assert not (tmp_path / "never").exists()
 
 
-def test_a_fraction_is_a_fraction_and_a_seed_no_less_than_nought() -> None:
+def test_reinit_and_seed_out_of_range_are_refused() -> None:
     with pytest.raises(InputError, match=r"seed must be at least 0, got -1"):
         Recipe(MIXTURE, seed=-1)
     with pytest.raises(InputError, match=r"reinit must be a fraction from 0 to 1, got 1\.5"):

@@ -13,8 +13,10 @@ from qwen_jax.published import published
 from qwen_jax.tokenizer import train_bpe
 from tests.helpers.data_sets import make_rows
 from train.config import Stage
+from train.loop import LoopConfig
 from train.observe.metrics import read_log
 from train.optimizer import Schedule
+from train.step import StepConfig
 
 
 @pytest.mark.slow
@@ -38,9 +40,8 @@ def test_both_loops_agree_in_float32(tmp_path):
         output=str(tmp_path / "ours-0"),
         model=dataclasses.replace(published("tiny"), vocab_size=1024, rope_theta=1e4),
         stages=(Stage(Schedule(20, 3e-3, warmup_steps=4), 32, 4, {"text": 1}),),
-        dtype="float32",
-        remat="none",
-        evaluate_every=10,
+        step=StepConfig(dtype="float32", remat="none"),
+        loop=LoopConfig(evaluate_every=10),
     )
     save_initial(run)
     assert not pretrain(run)

@@ -14,7 +14,9 @@ from qwen_jax.errors import InputError
 from qwen_jax.published import published
 from train.data.batch import Batch, place
 from train.optimizer import OptimizerConfig, Schedule
-from train.pretrain import PretrainConfig, init_state, make_train_step
+from train.pretrain import NextToken, PretrainConfig
+from train.state import init_state
+from train.step import StepConfig, make_train_step
 
 
 def plain_params(params):
@@ -38,12 +40,12 @@ def test_plain_step_is_the_real_step(mesh, model, policy):
     B, T = 4, 33
     config = dataclasses.replace(published(model), vocab_size=int(rng.integers(100, 200)), rope_theta=1e4)
     optimizer = OptimizerConfig(Schedule(100, 3e-3, schedule="wsd"))
-    real = PretrainConfig(config, optimizer, dtype="float32", remat=policy, loss_chunk=16)
+    objective, real = NextToken(config, PretrainConfig(loss_chunk=16)), StepConfig("float32", policy)
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     ones = np.ones((B, T))
     start, plain_step_ = plain_step.make(config, 3e-3, policy, chunk=32, unroll=2, dtype=jnp.float32)
     with jax.set_mesh(mesh):
-        state = init_state(real, int(rng.integers(2**31)), mesh)
+        state = init_state(config, optimizer, int(rng.integers(2**31)), mesh)
         # Biases and norms that are not zero and one, or a mistake with them would not show.
         noisy = jax.tree.map(
             lambda x: x + 0.05 * rng.normal(size=x.shape).astype(np.float32), jax.device_get(state.params)
@@ -51,7 +53,7 @@ def test_plain_step_is_the_real_step(mesh, model, policy):
         state = dataclasses.replace(
             state, params=jax.device_put(noisy, jax.tree.map(lambda x: x.sharding, state.params))
         )
-        step = make_train_step(real, mesh)
+        step = make_train_step(objective, optimizer, real, mesh)
     plain = jax.device_put(plain_params(noisy)), start(jax.random.key(0))[1]
     for _ in range(4):
         tokens = rng.integers(0, config.vocab_size, (B, T), dtype=np.int32)

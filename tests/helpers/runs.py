@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from qwen_jax.published import published
 from qwen_jax.tokenizer import train_bpe
 from tests.helpers.data_sets import make_rows
 from train.config import RunConfig, Stage
+from train.interrupt import Interruption
+from train.loop import CheckpointConfig, LoopConfig
 from train.observe.metrics import read_log
 from train.optimizer import Schedule
+from train.step import StepConfig
 
 MODEL = dataclasses.replace(published("tiny"), vocab_size=1024, num_layers=1, rope_theta=1e4)
 
@@ -45,11 +50,9 @@ def configuration(material: Path | str, output: Path | str, **changes: Any) -> R
             Stage(Schedule(6, 1e-2, warmup_steps=2), 16, 4, {"a": 1, "b": 3}),
             Stage(Schedule(4, 1e-3, schedule="wsd"), 32, 2, {"long": 1}, rope_theta=1e6, accumulation=2),
         ),
-        dtype="float32",
-        remat="none",
-        evaluate_every=5,
-        checkpoint_every=3,
-        keep_last=3,
+        step=StepConfig(dtype="float32", remat="none"),
+        loop=LoopConfig(evaluate_every=5),
+        checkpoints=CheckpointConfig(every=3, keep_last=3),
     )
     return dataclasses.replace(config, **changes)
 
@@ -63,8 +66,13 @@ def config_file(path: Path, material: Path, output: Path) -> Path:
     return path
 
 
+def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Runs see a SIGTERM after this step."""
+    patch.setattr(Interruption, "_asked", lambda self, now: signal.SIGTERM if now == step else 0)
+
+
 def numbers(output: Path | str) -> list[tuple[Any, ...]]:
-    """What must not depend on how a run was interrupted: the log without times."""
+    """The log without times: it must not depend on how a run was interrupted."""
     keys = "step", "loss", "grad_norm", "learning_rate", "weight", "skipped", "held_out_held_loss"
     records = [tuple(r.get(key) for key in keys) for r in read_log(Path(output) / "metrics.jsonl")]
     return [record for record in records if record[1] is not None or record[6] is not None]
@@ -98,7 +106,7 @@ def launches(output: Path | str) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def program_cache(folder: Path) -> Iterator[str]:
-    """Runs that begin anew find their programs compiled, as they would on a cluster with a cache; it saves minutes."""
+    """A persistent compilation cache, which saves the many runs of a test module minutes of compiling."""
     names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
     before = [getattr(jax.config, name) for name in names]
     for name, value in zip(names, (str(folder), 0.3), strict=True):
@@ -116,7 +124,7 @@ def cache_environment(folder: str) -> dict[str, str]:
 
 
 def print_seed() -> np.random.Generator:
-    """Fresh random numbers, whose seed stands in the output of a test that fails."""
+    """A random generator with a fresh seed, which is printed so that a failure can be repeated."""
     seed = int(np.random.SeedSequence().entropy % 2**32)  # type: ignore[operator]
     print("seed", seed)
     return np.random.default_rng(seed)

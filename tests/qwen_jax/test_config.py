@@ -3,13 +3,19 @@
 import ast
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import Qwen2Config, Qwen2MoeConfig
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 import qwen_jax
+from qwen_jax.attention.rope import inverse_frequencies
 from qwen_jax.config import DualChunk, ModelConfig, Yarn, load_config
 from qwen_jax.errors import InputError
 from qwen_jax.published import PUBLISHED, published
@@ -110,7 +116,26 @@ def test_rope_theta_inside_rope_parameters_is_not_ignored() -> None:
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
         ({"rope_scaling": {"rope_type": "yarn", "type": "linear", "factor": 8.0}}, "two RoPE types"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "factor"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, "mscale"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscales": 1.0}}, "mscales"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate=False"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "2"}}, "factor='2' in YaRN"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": "x"}}, "beta_fast='x'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "'linear' is not supported"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta='x' in the RoPE parameters"),
+        ({"use_sliding_window": True}, "sliding window of 4096 tokens in layers 28 to 29"),
+        ({"use_sliding_window": True, "sliding_window": 64}, "layers 28 to 29"),
+        ({"use_sliding_window": "false"}, "expected true or false"),
+        ({"tie_word_embeddings": "false"}, "expected true or false"),
+        ({"sliding_window": "4096"}, "expected an integer"),
+        ({"bos_token_id": "<s>"}, "expected an integer"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
+        ({"is_causal": False}, "is_causal=False"),
+        ({"per_layer_config": {"0": {"hidden_act": "gelu"}}}, "per_layer_config"),
+        ({"compression_config": {"format": "pack-quantized"}}, "compression_config"),
+        ({"temperature": 0.7}, "temperature=0.7, a setting of text generation.*generation_config.json"),
+        ({"some_new_key": 1}, "not known here: some_new_key"),
         ({"rope_parameters": {"rope_theta": 5.0}}, "two RoPE bases"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
@@ -135,8 +160,138 @@ def test_rope_theta_inside_rope_parameters_is_not_ignored() -> None:
     ids=str,
 )
 def test_what_would_compute_something_else_is_refused(change: dict[str, Any], message: str) -> None:
+    hf = {**published("tiny").to_hf(), "num_hidden_layers": 30}
+    if "max_window_layers" in str(change) or "layer_types" in change:
+        hf["num_hidden_layers"] = 2
+    del hf["sliding_window"]
     with pytest.raises(InputError, match=message):
-        ModelConfig.from_hf({**published("tiny").to_hf(), **change})
+        ModelConfig.from_hf({**hf, **change})
+
+
+# Keys that other tools and other versions of transformers write; they change nothing at inference.
+INERT: dict[str, Any] = {
+    "tokenizer_class": "Qwen2Tokenizer",
+    "torchscript": False,
+    "is_decoder": True,
+    "tie_encoder_decoder": False,
+    "pruned_heads": {},
+    "task_specific_params": {},
+    "auto_map": {"AutoModelForCausalLM": "modeling_qwen2.Qwen2ForCausalLM"},
+    "_attn_implementation": "sdpa",
+    "num_labels": 2,
+    "model_max_length": 512,
+    "attention_dropout": 0.1,
+    "hidden_dropout_prob": 0.1,
+    "embd_pdrop": 0.0,
+    "pretraining_tp": 1,
+    "gradient_checkpointing": True,
+    "use_bfloat16": False,
+    "cross_attention_hidden_size": None,
+    "finetuning_task": None,
+    "is_causal": True,
+    "partial_rotary_factor": 1.0,
+    "hidden_act": "swish",
+    "architectures": ["Qwen2Model"],
+    "some_unknown_key": None,
+}
+
+
+@pytest.mark.parametrize("key", INERT)
+def test_keys_that_change_nothing_at_inference_pass(key: str) -> None:
+    hf = published("tiny").to_hf()
+    assert ModelConfig.from_hf({**hf, key: INERT[key]}) == ModelConfig.from_hf(hf)
+
+
+BASE_CONFIG_IN_TRANSFORMERS_4 = (
+    "import json; from transformers import Qwen2Config as C; print(json.dumps(C().to_dict()))"
+)
+
+
+@pytest.mark.parametrize("version", ["4", "5"])
+def test_every_key_of_the_base_config_of_transformers_passes_at_its_default_and_at_null(version: str) -> None:
+    """Tools that write `to_dict()` of a config, not the difference from its defaults, write all of them."""
+    theirs = Qwen2Config().to_dict()
+    if version == "4":
+        environment = {**os.environ, "PYTHONPATH": str(Path(sys.prefix) / "transformers4")}
+        command = [sys.executable, "-c", BASE_CONFIG_IN_TRANSFORMERS_4]
+        theirs = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+        assert {"torchscript", "pruned_heads", "num_beams", "transformers_version"} <= theirs.keys()
+    hf = published("tiny").to_hf()
+    added = {
+        key: value
+        for key, value in theirs.items()
+        if key not in hf and key not in ("layer_types", "rope_parameters", "dtype")
+    }
+    expected = ModelConfig.from_hf(hf)
+    assert dataclasses.replace(ModelConfig.from_hf({**added, **hf}), max_window_layers=None) == expected
+    for key in added:
+        assert ModelConfig.from_hf({**hf, key: None}) == expected, key
+
+
+@pytest.mark.parametrize("key", sorted(set(published("tiny").to_hf()) - {"model_type", "rope_theta"}))
+def test_null_is_the_default(key: str) -> None:
+    """As if the key were not there; where there is no default, both are refused with the same words."""
+    hf = published("tiny").to_hf()
+
+    def outcome(content: dict[str, Any]) -> Any:
+        try:
+            return ModelConfig.from_hf(content)
+        except InputError as error:
+            return str(error)
+
+    assert outcome({**hf, key: None}) == outcome({k: v for k, v in hf.items() if k != key})
+
+
+def test_generation_settings_in_config_json_pass_where_nobody_reads_them(tmp_path: Path) -> None:
+    """transformers reads them if there is no generation_config.json: then they would be lost in silence."""
+    (tmp_path / "config.json").write_text(json.dumps({**published("tiny").to_hf(), "top_p": 0.5}))
+    with pytest.raises(InputError, match=r"top_p=0\.5.*generation_config\.json"):
+        load_config(tmp_path)
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert load_config(tmp_path) == published("tiny")
+
+
+def yarn_of_transformers(hf: dict[str, Any]) -> tuple[np.ndarray, float]:
+    """Inverse frequencies and the factor on cos and sin, as transformers computes them."""
+    model = Qwen2RotaryEmbedding(Qwen2Config(**hf))
+    return model.inv_freq.numpy(), model.attention_scaling
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"attention_factor": None, "beta_fast": None, "beta_slow": None},
+        {"mscale": 1.0},
+        {"mscale": 0.7, "mscale_all_dim": 1.0},
+        {"mscale": 0.7, "mscale_all_dim": 1.0, "attention_factor": 1.5},
+        {"mscale": 0, "mscale_all_dim": 1.0},
+        {"truncate": True, "finetuned": True},
+        {"beta_fast": 16.0, "beta_slow": 2.0},
+    ],
+    ids=str,
+)
+def test_yarn_keys_mean_what_they_mean_to_transformers(extra: dict[str, Any]) -> None:
+    hf = published("tiny").to_hf()
+    hf["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, **extra}
+    config = ModelConfig.from_hf(hf)
+    assert config.yarn is not None
+    frequencies, scale = yarn_of_transformers(hf)
+    assert config.yarn.scale == pytest.approx(scale, rel=1e-6)
+    np.testing.assert_allclose(inverse_frequencies(config), frequencies, rtol=1e-5)
+
+
+def test_linear_interpolation_by_one_is_none() -> None:
+    hf = published("tiny").to_hf()
+    for rope in ({"type": "linear", "factor": 1.0}, {"rope_type": None, "factor": None}, {}, None):
+        assert ModelConfig.from_hf({**hf, "rope_scaling": rope}) == published("tiny")
+    nested = {"full_attention": {"rope_type": "default", "rope_theta": hf["rope_theta"]}}
+    assert ModelConfig.from_hf({**hf, "rope_parameters": nested}) == published("tiny")
+
+
+def test_layer_types_override_the_window_settings() -> None:
+    """As in transformers 5: a list of full attention leaves no layer to the window."""
+    hf = {**published("tiny").to_hf(), "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
+    assert ModelConfig.from_hf({**hf, "layer_types": ["full_attention"] * 2}).use_sliding_window is False
 
 
 def test_window_that_no_layer_uses_is_accepted() -> None:

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2MoeForCausalLM
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
-from convert import convert
-from convert.huggingface import export, load_params
+from convert import convert, load_params
+from convert.huggingface import export
 from qwen_jax import kernels
 from qwen_jax.config import ModelConfig, MoE, load_config
 from qwen_jax.errors import InputError

@@ -15,7 +15,9 @@ from qwen_jax.errors import InputError
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.published import published
 from train.optimizer import OptimizerConfig, Schedule
-from train.pretrain import PretrainConfig, abstract_state, make_train_step
+from train.pretrain import NextToken, PretrainConfig
+from train.state import abstract_state
+from train.step import StepConfig, make_train_step
 
 TINY = published("tiny")
 
@@ -111,8 +113,8 @@ def test_a_ring_refuses_what_gives_no_log_sum_exp():
     mask = kernels.causal_mask(1, 8)
     with pytest.raises(InputError, match=r"xla needs return_lse=False.*Use implementation='reference'"):
         context.attention(x, x, x, mask, 2, scale=1.0, implementation="xla", ring=True)
-    with pytest.raises(InputError, match="which attention='cudnn' does not give"):
-        PretrainConfig(TINY, OptimizerConfig(Schedule(9)), attention="cudnn", ring=True)
+    with pytest.raises(InputError, match="which attention='cudnn' does not return"):
+        StepConfig(attention="cudnn", ring=True)
 
 
 def test_gradients_of_many_blocks_of_queries_add_up_in_float32(monkeypatch):
@@ -161,13 +163,16 @@ def test_memory_grows_with_the_length_and_not_with_its_square(monkeypatch):
 
     monkeypatch.setattr(context, "_LOGITS", 2**16)
     model = dataclasses.replace(TINY, num_layers=1)
-    config = PretrainConfig(model, OptimizerConfig(Schedule(9)), "float32", "full", loss_chunk=64)
+    objective, optimizer = NextToken(model, PretrainConfig(loss_chunk=64)), OptimizerConfig(Schedule(9))
+    config = StepConfig("float32", "full")
     mesh = make_mesh({"context": 2})
 
     def temporary_bytes(length):
         rows = pack([np.arange(length) % 7], length)
         with jax.set_mesh(mesh):
-            step = make_train_step(config, mesh).lower(abstract_state(config, mesh), place(rows, mesh))
+            step = make_train_step(objective, optimizer, config, mesh).lower(
+                abstract_state(model, optimizer, mesh), place(rows, mesh)
+            )
             return step.compile({"xla_backend_optimization_level": "0"}).memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(2048) < 2.2 * temporary_bytes(1024)

@@ -21,14 +21,16 @@ from tests.helpers.processes import run
 from train.checkpoint import Checkpoints
 from train.data.loader import batches, fingerprint
 from train.data.packing import pack
-from train.loop import LoopConfig, fit
+from train.loop import ByStep, CheckpointConfig, Monitor, fit
 from train.observe.metrics import MetricsLog, read_log
 from train.optimizer import OptimizerConfig, Schedule
-from train.pretrain import PretrainConfig, abstract_state, init_state, make_train_step
+from train.pretrain import NextToken, PretrainConfig
+from train.state import abstract_state, init_state
+from train.step import StepConfig, make_train_step
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 30, "import os\nprint(os.getcwd())\n" * 20]
 MODEL = dataclasses.replace(published("tiny"), vocab_size=384, num_layers=1)
-CONFIG = PretrainConfig(MODEL, OptimizerConfig(Schedule(20, 1e-2, warmup_steps=4)), dtype="float32", loss_chunk=16)
+OPTIMIZER = OptimizerConfig(Schedule(20, 1e-2, warmup_steps=4))
 
 
 @pytest.fixture(scope="module")
@@ -46,28 +48,28 @@ def fresh():
     """Copies of a fresh state of each seed, compiled once."""
     mesh = make_mesh({}, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        states = {seed: init_state(CONFIG, seed, mesh) for seed in (0, 1)}
+        states = {seed: init_state(MODEL, OPTIMIZER, seed, mesh) for seed in (0, 1)}
     return lambda seed: jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding), states[seed])
 
 
 @pytest.fixture(scope="module")
 def step():
     """One compiled step for all tests, as one process has."""
-    return make_train_step(CONFIG, make_mesh({}, jax.devices()[:1]))
+    objective, config = NextToken(MODEL, PretrainConfig(loss_chunk=16)), StepConfig(dtype="float32", remat="none")
+    return make_train_step(objective, OPTIMIZER, config, make_mesh({}, jax.devices()[:1]))
 
 
 def train(folder, mesh, tokenizer, rows, step, fresh, steps, resume=False):
     """Runs up to `steps` as a process does that starts now; returns the final state on the host."""
-    run = {"data": fingerprint(rows), "seed": 5}
-    with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", MODEL, tokenizer, run) as checkpoints:
+    run, schedule = {"data": fingerprint(rows), "seed": 5}, CheckpointConfig(every=10)
+    with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", MODEL, tokenizer, run, schedule) as checkpoints:
         # Another seed: nothing of the fresh state may survive a restore.
         state = fresh(1 if resume else 0)
         if resume:
             state = checkpoints.restore(state)
         with contextlib.closing(MetricsLog(folder / "metrics.jsonl", int(state.step))) as log:
-            loop = LoopConfig(steps, checkpoint_every=10)
-            data = batches(rows, 4, seed=5)
-            state = fit(loop, state, step, data, mesh=mesh, log=log, checkpoints=checkpoints)
+            data = ByStep(batches(rows, 4, seed=5))
+            state = fit(steps, state, step, data, mesh=mesh, checkpoints=checkpoints, monitor=Monitor(log=log))
         return jax.device_get(state)
 
 
@@ -94,14 +96,17 @@ def test_saving_in_the_background_survives_donation(mesh, tmp_path, tokenizer, r
         before = jax.tree.map(np.array, jax.device_get(state))
         checkpoints.save(state, 0)
         # The step overwrites the buffers that are being saved.
-        fit(LoopConfig(3), state, step, batches(rows, 4, seed=0), mesh=mesh)
+        fit(3, state, step, ByStep(batches(rows, 4, seed=0)), mesh=mesh)
         checkpoints._manager.wait_until_finished()
         restored = jax.device_get(checkpoints.restore(fresh(1), 0))
     jax.tree.map(np.testing.assert_array_equal, restored, before)
 
 
 def test_the_newest_are_kept_and_each_is_a_model_folder(mesh, tmp_path, tokenizer, fresh):
-    with jax.set_mesh(mesh), Checkpoints(tmp_path / "run", MODEL, tokenizer, keep_last=2) as checkpoints:
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(tmp_path / "run", MODEL, tokenizer, schedule=CheckpointConfig(keep_last=2)) as checkpoints,
+    ):
         state = fresh(0)
         for number in (1, 2, 3):
             checkpoints.save(dataclasses.replace(state, step=state.step + number), number)
@@ -138,10 +143,10 @@ def test_resuming_with_something_else_is_refused_and_touches_nothing(tmp_path, t
 def peak_of_saves(folder):
     """Bytes of a state, and by how many the process grew at most while it was saved three times."""
     model = dataclasses.replace(published("qwen2.5-0.5b"), vocab_size=8192, num_layers=2)
-    config, mesh = PretrainConfig(model, OptimizerConfig(Schedule(5, 1e-3)), dtype="float32"), make_mesh({})
+    mesh = make_mesh({})
     tokenizer, process = train_bpe(TEXTS, 300), psutil.Process()
     with jax.set_mesh(mesh), Checkpoints(folder, model, tokenizer) as checkpoints:
-        state = init_state(config, 0, mesh)
+        state = init_state(model, OPTIMIZER, 0, mesh)
         state = dataclasses.replace(state, opt_state=jax.tree.map(noise, state.opt_state))
         checkpoints.save(state, 0)  # What is imported and compiled for the first save is no part of it.
         checkpoints.finish()
@@ -259,7 +264,8 @@ def test_when_all_are_damaged_nothing_is_lost_and_it_says_so(mesh, tmp_path, tok
 
 def test_every_so_many_stay_beside_the_newest(mesh, tmp_path, tokenizer, fresh):
     folder = tmp_path / "run"
-    with jax.set_mesh(mesh), Checkpoints(folder, MODEL, tokenizer, keep_last=2, keep_every=4) as checkpoints:
+    schedule = CheckpointConfig(keep_last=2, keep_every=4)
+    with jax.set_mesh(mesh), Checkpoints(folder, MODEL, tokenizer, schedule=schedule) as checkpoints:
         for number in range(1, 8):
             checkpoints.save(fresh(0), number)
     assert sorted(int(p.name) for p in folder.iterdir() if p.is_dir()) == [4, 6, 7]
@@ -282,7 +288,7 @@ def test_a_checkpoint_restores_onto_another_mesh_bit_for_bit(mesh, tmp_path, tok
         checkpoints.save(state, 1)
     other = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     with jax.set_mesh(other), Checkpoints(tmp_path / "run", MODEL, tokenizer) as checkpoints:
-        restored = checkpoints.restore(abstract_state(CONFIG, other))
+        restored = checkpoints.restore(abstract_state(MODEL, OPTIMIZER, other))
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(restored)} == {8}
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
 

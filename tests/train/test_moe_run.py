@@ -11,7 +11,7 @@ from convert import convert
 from convert.upcycle import Recipe, upcycle
 from qwen_jax.config import MoE, load_config
 from qwen_jax.errors import InputError
-from tests.helpers.runs import MODEL, assert_same_weights, configuration, numbers
+from tests.helpers.runs import MODEL, assert_same_weights, configuration, numbers, stop_after
 from train import run
 from train.config import RunConfig, set_fields
 from train.moe import read_loads
@@ -35,7 +35,7 @@ def straight(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stopped(config: RunConfig, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(run._Sigterm, "_asked", lambda self, step: step == at)
+        stop_after(patch, at)
         assert run.pretrain(config)
 
 

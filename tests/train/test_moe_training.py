@@ -14,7 +14,7 @@ import torch
 from jax.sharding import PartitionSpec as P
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
-from convert.huggingface import load_params
+from convert import load_params
 from qwen_jax.config import MoE, load_config
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.matmul.grouped import grouped_matmul
@@ -28,12 +28,14 @@ from tests.helpers.processes import run
 from tests.train.test_train_layouts import rows
 from train.data.batch import Batch, place
 from train.data.loader import batches
-from train.loop import LoopConfig, fit
+from train.loop import ByStep, Diagnosis, LoopConfig, Monitor, fit
 from train.moe import LoadLog, MoETraining, balance_loss, read_loads
 from train.observe.metrics import flops_per_token
 from train.observe.plots import plot_experts
 from train.optimizer import OptimizerConfig, Schedule
-from train.pretrain import PretrainConfig, fresh_state, loss_sums, make_train_step, mean_gradient
+from train.pretrain import NextToken, PretrainConfig
+from train.state import fresh_state
+from train.step import BatchGradient, StepConfig, batch_gradient, eval_step, make_train_step
 
 STEPS = 30
 MODEL = dataclasses.replace(
@@ -50,10 +52,12 @@ BALANCE = MoETraining(balance_loss=0.05, router_z_loss=1e-3)
 TOLERANCE = 5e-3
 
 
-def config(**changes: Any) -> PretrainConfig:
-    optimizer = OptimizerConfig(Schedule(STEPS, 1e-2, warmup_steps=5))
-    given: dict[str, Any] = {"dtype": "float32", "remat": "none", "loss_chunk": 64, "moe": BALANCE, **changes}
-    return PretrainConfig(MODEL, optimizer, **given)
+OPTIMIZER = OptimizerConfig(Schedule(STEPS, 1e-2, warmup_steps=5))
+
+
+def config(moe: MoETraining = BALANCE, **changes: Any) -> tuple[NextToken, StepConfig]:
+    objective = NextToken(MODEL, PretrainConfig(loss_chunk=64, moe=moe))
+    return objective, StepConfig(**{"dtype": "float32", "remat": "none", **changes})
 
 
 @functools.cache
@@ -75,10 +79,11 @@ def on_mesh(params: Any, mesh: Any) -> Params:
 
 def curve(axes: dict[str, int], params: Any, **changes: Any) -> dict[str, np.ndarray]:
     """Metrics of each step."""
-    settings, mesh, data = config(**changes), make_mesh(axes), batches(rows(), 32, seed=0)
+    (objective, settings), mesh, data = config(**changes), make_mesh(axes), batches(rows(), 32, seed=0)
     with jax.set_mesh(mesh):
-        state = fresh_state(settings, on_mesh(params, mesh), mesh)
-        lowered = make_train_step(settings, mesh).lower(state, place(data[0], mesh))  # type: ignore[attr-defined]
+        state = fresh_state(OPTIMIZER, on_mesh(params, mesh), mesh)
+        step = make_train_step(objective, OPTIMIZER, settings, mesh)
+        lowered = step.lower(state, place(data[0], mesh))  # type: ignore[attr-defined]
         step = lowered.compile(compiler_options={"xla_backend_optimization_level": "0"})
         found = []
         for i in range(STEPS):
@@ -247,14 +252,14 @@ def test_two_processes_of_four_devices_are_one() -> None:
 
 
 def gradient(batch: Batch, **changes: Any) -> tuple[Any, Any, Any]:
-    settings, mesh = config(**changes), make_mesh({}, jax.devices()[:1])
+    """The gradient, the sums over the denominator, and the routing."""
+    (objective, settings), mesh = config(**changes), make_mesh({}, jax.devices()[:1])
     sharding = Sharding.for_model(MODEL, mesh, split_rows=True)
     with jax.set_mesh(mesh):
         params = on_mesh(weights(), mesh)
-        got, sums, _, routing = jax.jit(functools.partial(mean_gradient, settings, sharding))(
-            params, place(batch, mesh)
-        )
-        return jax.device_get(got), jax.device_get(sums), jax.device_get(routing)
+        compute = jax.jit(functools.partial(batch_gradient, objective, settings, sharding))
+        found: BatchGradient[Any] = jax.device_get(compute(params, place(batch, mesh)))
+        return found.gradient, found.means, found.statistics
 
 
 def test_balance_is_the_plain_formula_and_that_of_any_split() -> None:
@@ -273,7 +278,7 @@ def test_balance_is_the_plain_formula_and_that_of_any_split() -> None:
             for layer in zip(routing.load_E, routing.probability_E, strict=True)
         ]
     )
-    np.testing.assert_allclose(means.loss - means.cross_entropy, 10 * plain, rtol=1e-4)
+    np.testing.assert_allclose(means.loss - means.reported, 10 * plain, rtol=1e-4)
     np.testing.assert_allclose(balance_loss(routing.load_E, routing.probability_E, tokens), plain, rtol=1e-5)
 
     parts, part_means, part_routing = gradient(batch, moe=moe, accumulation=4)
@@ -331,13 +336,15 @@ def test_their_gradients_are_those_of_transformers(tmp_path: Path) -> None:
     of = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
 
     mesh, architecture = make_mesh({}, jax.devices()[:1]), load_config(tmp_path)
-    settings = dataclasses.replace(config(moe=MoETraining(3.0, 0.5)), model=architecture)
+    objective, settings = config(moe=MoETraining(3.0, 0.5))
+    objective = dataclasses.replace(objective, model=architecture)
     sharding = Sharding.for_model(architecture, mesh, split_rows=True)
     with jax.set_mesh(mesh):
         params = load_params(tmp_path, architecture, mesh)
-        run_ = jax.jit(functools.partial(mean_gradient, settings, sharding))
-        got, sums, _, _ = run_(params, place(batch, mesh))
-    np.testing.assert_allclose(sums.loss, loss.item(), rtol=1e-5)
+        compute = jax.jit(functools.partial(batch_gradient, objective, settings, sharding))
+        found = compute(params, place(batch, mesh))
+    got = found.gradient
+    np.testing.assert_allclose(found.means.loss, loss.item(), rtol=1e-5)
     pairs = [
         (got["layers"]["moe"]["router"]["weight"][0], "model.layers.0.mlp.gate.weight"),
         (got["layers"]["attention"]["o"]["weight"][0].reshape(64, 64), "model.layers.0.self_attn.o_proj.weight"),
@@ -354,8 +361,8 @@ def test_evaluation_loses_no_token_and_adds_no_loss() -> None:
     with jax.set_mesh(mesh):
         params = on_mesh(weights(), mesh)
         for moe in (MoETraining(), MoETraining(balance_loss=9.0, capacity_factor=0.25)):
-            sums = loss_sums(config(moe=moe), sharding, params, place(batch, mesh))
-            found.append((float(sums.loss), float(sums.cross_entropy)))
+            sums = eval_step(*config(moe=moe), sharding, params, place(batch, mesh))
+            found.append((float(sums.loss), float(sums.reported)))
     assert found[0] == found[1]
     assert found[0][0] == found[0][1]
 
@@ -373,24 +380,22 @@ def test_a_router_that_is_not_finite_is_named() -> None:
     mesh, broken = make_mesh({}, jax.devices()[:1]), jax.tree.map(np.array, weights())
     broken["layers"]["moe"]["router"]["weight"][1] = np.nan
     with jax.set_mesh(mesh):
-        state = fresh_state(config(), on_mesh(broken, mesh), mesh)
-        data = batches(rows(), 8, seed=6)
+        objective, settings = config()
+        state = fresh_state(OPTIMIZER, on_mesh(broken, mesh), mesh)
+        data = ByStep(batches(rows(), 8, seed=6))
+        step = make_train_step(objective, OPTIMIZER, settings, mesh)
+        loop, diagnosis = LoopConfig(max_skipped=2), Diagnosis[Batch](objective.explain)
         with pytest.raises(InputError, match=r"router of layer 3 \(counted from 1\) gives logits that are not finite"):
-            fit(LoopConfig(9, max_skipped=2), state, make_train_step(config(), mesh), data, mesh=mesh)
+            fit(9, state, step, data, mesh=mesh, config=loop, diagnosis=diagnosis)
 
 
 def test_loads_are_logged_and_drawn(tmp_path: Path) -> None:
     mesh, log = make_mesh({}, jax.devices()[:1]), LoadLog(tmp_path / "experts.jsonl", MODEL.sparse_layers, steps=6)
     with jax.set_mesh(mesh):
-        state = fresh_state(config(), on_mesh(weights(), mesh), mesh)
-        fit(
-            LoopConfig(6),
-            state,
-            make_train_step(config(), mesh),
-            batches(rows(), 8, seed=7),
-            mesh=mesh,
-            loads=log.write,
-        )
+        objective, settings = config()
+        state = fresh_state(OPTIMIZER, on_mesh(weights(), mesh), mesh)
+        step = make_train_step(objective, OPTIMIZER, settings, mesh)
+        fit(6, state, step, ByStep(batches(rows(), 8, seed=7)), mesh=mesh, monitor=Monitor(arrays=log.write))
     steps, loads, layers = read_loads(tmp_path / "experts.jsonl")
     assert steps.tolist() == [1, 2, 3, 4, 5, 6]
     assert loads.shape == (6, 2, 8)

@@ -28,6 +28,7 @@ from tests.helpers.runs import (
     numbers,
     print_seed,
     saved_steps,
+    stop_after,
 )
 from train import checkpoint
 from train import run as run_module
@@ -35,8 +36,9 @@ from train.checkpoint import Checkpoints
 from train.config import RunConfig, Stage, set_fields
 from train.data.batch import Batch
 from train.data.feed import Feed
+from train.loop import CheckpointConfig, LoopConfig
 from train.optimizer import OptimizerConfig, Schedule
-from train.pretrain import PretrainConfig, abstract_state, init_state
+from train.state import abstract_state, init_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 
@@ -75,9 +77,14 @@ def unfinished(output: Path) -> list[Path]:
 def test_killed_ten_times_a_run_ends_as_if_it_had_not_been(material: Path, tmp_path: Path, cache: str) -> None:
     """By SIGKILL at random moments, every other time in the middle of a save."""
     rng = print_seed()
-    changes = ("stages.0.schedule.steps=300", "stages.1.schedule.steps=20", "evaluate_every=0", "keep_last=2")
+    changes = (
+        "stages.0.schedule.steps=300",
+        "stages.1.schedule.steps=20",
+        "loop.evaluate_every=0",
+        "checkpoints.keep_last=2",
+    )
     expected, output = tmp_path / "straight", tmp_path / "run"
-    config = configuration(material, expected, checkpoint_every=1000)
+    config = configuration(material, expected, checkpoints=CheckpointConfig(every=1000))
     config = set_fields(config, *changes)
     run_module.pretrain(config)
     file = config_file(tmp_path / "config.py", material, output)
@@ -93,11 +100,11 @@ def test_killed_ten_times_a_run_ends_as_if_it_had_not_been(material: Path, tmp_p
         job.started[0].send_signal(signal.SIGKILL)
 
     for i in range(10):
-        with train(file, *changes, "checkpoint_every=2", env=cache_environment(cache)) as job:
+        with train(file, *changes, "checkpoints.every=2", env=cache_environment(cache)) as job:
             kill(job, save=i % 2 == 0)
             assert job.wait() == [-signal.SIGKILL], job
         during_saves += bool(unfinished(output))
-    with train(file, *changes, "checkpoint_every=2", env=cache_environment(cache)) as job:
+    with train(file, *changes, "checkpoints.every=2", env=cache_environment(cache)) as job:
         assert job.wait() == [0], job
     begins = [launch["step"] for launch in launches(output)]
     print(f"killed ten times, {during_saves} of them during a save; begun at the steps {begins}")
@@ -133,8 +140,8 @@ def recorded(config: RunConfig, until: int | None = None) -> tuple[list[str], li
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "Feed", Recording)
         if until is not None:
-            patch.setattr(run_module._Sigterm, "_asked", lambda self, step: step == until)
-        assert run_module.pretrain(config) == (until is not None)
+            stop_after(patch, until)
+        assert bool(run_module.pretrain(config)) == (until is not None)
     return hashes, losses(config.output)
 
 
@@ -196,20 +203,20 @@ def running(job: Job, output: Path) -> None:
     assert wait_for(job, lambda: lines(output / "metrics.jsonl") > 20), job
 
 
-LONG = ("stages.0.schedule.steps=1000000", "stages.1.accumulation=1", "mesh.data=2", "evaluate_every=0")
+LONG = ("stages.0.schedule.steps=1000000", "stages.1.accumulation=1", "mesh.data=2", "loop.evaluate_every=0")
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_sigterm_to_any_process_saves_one_step_in_all(material: Path, tmp_path: Path, cache: str, index: int) -> None:
     file, output = config_file(tmp_path / "config.py", material, tmp_path / "run"), tmp_path / "run"
-    with train(file, *LONG, "checkpoint_every=0", processes=2, env=cache_environment(cache)) as job:
+    with train(file, *LONG, "checkpoints.every=0", processes=2, env=cache_environment(cache)) as job:
         running(job, output)
         job.started[index].send_signal(signal.SIGTERM)
         assert job.wait(120) == [143, 143], job
     (step,) = saved_steps(output)
     # The log ends with the step that is saved, and what is saved can be gone on with, here by one process.
     assert len(losses(output)) == step
-    config = configuration(material, output, evaluate_every=0)
+    config = configuration(material, output, loop=LoopConfig())
     config = set_fields(config, *LONG[1:], f"stages.0.schedule.steps={step + 2}", "stages.0.schedule.warmup_steps=2")
     run_module.pretrain(config)
     assert len(losses(output)) == step + 6
@@ -222,7 +229,7 @@ def test_a_lost_process_ends_the_others_with_a_message(
     """One that is killed closes its connections; one that hangs (stopped, as a machine that is gone) just is silent."""
     file, output = config_file(tmp_path / "config.py", material, tmp_path / "run"), tmp_path / "run"
     options = ("--heartbeat-timeout", "10")
-    with train(file, *LONG, "checkpoint_every=10", processes=2, options=options, env=cache_environment(cache)) as job:
+    with train(file, *LONG, "checkpoints.every=10", processes=2, options=options, env=cache_environment(cache)) as job:
         running(job, output)
         wait_for(job, lambda: saved_steps(output))
         job.started[index].send_signal(getattr(signal, how))
@@ -241,13 +248,13 @@ def test_a_lost_process_ends_the_others_with_a_message(
 
 def see_damage(material: str, output: str, what: str) -> tuple[int, str, list[int]]:
     """In each of two processes: process 1 alone finds the newest checkpoint damaged."""
-    config = PretrainConfig(configuration(material, output).model, OptimizerConfig(Schedule(5, 1e-2)), dtype="float32")
+    model, optimizer = configuration(material, output).model, OptimizerConfig(Schedule(5, 1e-2))
     mesh, tokenizer = make_mesh({"fsdp": 2}), load_tokenizer(Path(material) / "tokenizer")
     warnings: list[str] = []
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
         patch.setattr(checkpoint._log, "warning", lambda text, *args: warnings.append(text % args))
-        state = init_state(config, 0, mesh)
-        with Checkpoints(output, config.model, tokenizer) as checkpoints:
+        state = init_state(model, optimizer, 0, mesh)
+        with Checkpoints(output, model, tokenizer) as checkpoints:
             for step in (1, 2):
                 checkpoints.save(dataclasses.replace(state, step=state.step + step), step)
         if jax.process_index() == 1:
@@ -268,10 +275,10 @@ def see_damage(material: str, output: str, what: str) -> tuple[int, str, list[in
                 patch.setattr(Checkpoints, "_steps", lambda self: [s for s in steps(self) if s != 2])
                 patch.setattr(Checkpoints, "_about", lambda self, step: {} if step == 2 else {"checksums": about(step)})
                 about = lambda step: checkpoint.read_json(Path(output) / str(step) / "about" / "metadata")["checksums"]  # noqa: E731
-        with Checkpoints(output, config.model, tokenizer) as checkpoints:
+        with Checkpoints(output, model, tokenizer) as checkpoints:
             assert checkpoints.latest_step == 2
             try:
-                restored = int(checkpoints.restore(abstract_state(config, mesh)).step)
+                restored = int(checkpoints.restore(abstract_state(model, optimizer, mesh)).step)
             except (MemoryError, ValueError) as error:
                 return -1, f"{type(error).__name__}: {error}", saved_steps(Path(output).parent)
     return restored, " ".join(warnings), saved_steps(Path(output).parent)
@@ -316,7 +323,7 @@ def test_no_room_for_a_checkpoint_is_an_error_that_costs_nothing(
     config = configuration(material, output)
     config = set_fields(config, *changes, "stages.0.schedule.steps=6")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module._Sigterm, "_asked", lambda self, step: step == 4)
+        stop_after(patch, 4)
         assert run_module.pretrain(config)
     assert saved_steps(output) == [3, 4]
     launcher = (sys.executable, "-c", LIMIT, "100000")
@@ -354,7 +361,7 @@ def test_a_full_disk(material: Path, tmp_path: Path, straight: Path) -> None:
         output = disk / "run"
         config = configuration(material, output)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run_module._Sigterm, "_asked", lambda self, step: step == 4)
+            stop_after(patch, 4)
             assert run_module.pretrain(config)
         free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
         (disk / "filler").write_bytes(bytes(free - 60_000))

@@ -18,20 +18,43 @@ from qwen_jax.published import published
 from train.data.batch import place
 from train.data.loader import batches, whole_batches
 from train.data.packing import pack
-from train.loop import LoopConfig, fit, held_out_loss
+from train.loop import ByStep, LoopConfig, Monitor, fit, held_out_loss
 from train.losses import _statistics, chunked_cross_entropy, next_token_targets
 from train.observe.display import Display
 from train.observe.metrics import MetricsLog, bits_per_byte, flops_per_token, mfu, read_log, scored_bytes
 from train.optimizer import OptimizerConfig, Schedule, make_schedule
-from train.pretrain import PretrainConfig, init_state, loss_sums, make_eval_step, make_train_step
-from train.state import Guard, TrainState
+from train.pretrain import NextToken, PretrainConfig
+from train.state import Guard, TrainState, init_state
+from train.step import StepConfig, eval_step, make_eval_step, make_train_step
 
 TINY = dataclasses.replace(published("tiny"), vocab_size=128)
 
 
-def pretrain(model=TINY, steps=10, **kwargs):
-    kwargs = {"dtype": "float32", "loss_chunk": 8, **kwargs}
-    return PretrainConfig(model, OptimizerConfig(Schedule(steps, 1e-3)), **kwargs)
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a step is made from."""
+
+    objective: NextToken
+    optimizer: OptimizerConfig
+    step: StepConfig
+
+
+SCHEDULE = Schedule(10, 1e-3)
+
+
+def pretrain(model=TINY, schedule=SCHEDULE, loss_chunk=8, z_loss=0.0, **kwargs):
+    """Next-token training in float32, without recomputation unless `kwargs`, of `StepConfig`, say otherwise."""
+    objective = NextToken(model, PretrainConfig(loss_chunk, z_loss))
+    step = StepConfig(**{"dtype": "float32", "remat": "none", **kwargs})
+    return Training(objective, OptimizerConfig(schedule), step)
+
+
+def train_step_of(training, mesh):
+    return make_train_step(training.objective, training.optimizer, training.step, mesh)
+
+
+def loss_sums(training, sharding, params, batch):
+    return eval_step(training.objective, training.step, sharding, params, batch)
 
 
 def random_rows(seed, lengths, length=32, vocab=128):
@@ -51,19 +74,19 @@ def initial_params(model):
 
 
 @functools.cache
-def compiled_step(config):
-    return make_train_step(config, one_device())
+def compiled_step(training):
+    return train_step_of(training, one_device())
 
 
 @functools.cache
-def _state(config):
+def _state(training):
     with jax.set_mesh(one_device()):
-        return init_state(config, 0, one_device())
+        return init_state(training.objective.model, training.optimizer, 0, one_device())
 
 
-def fresh_state(config):
-    """A copy of `init_state`, which is compiled once for all tests: a step donates what it gets."""
-    return jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding), _state(config))
+def fresh_state(training):
+    """A copy of `init_state`, which is compiled once for all tests: a step donates its argument."""
+    return jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding), _state(training))
 
 
 @functools.cache
@@ -87,7 +110,7 @@ def loss_and_gradients(config, sharding):
 
 
 def grads_and_sums(config, mesh, params, batch):
-    compute = loss_and_gradients(config, Sharding.for_model(config.model, mesh))
+    compute = loss_and_gradients(config, Sharding.for_model(config.objective.model, mesh))
     (_, sums), gradients = compute(params, place(batch, mesh))
     return jax.device_get(gradients), jax.device_get(sums)
 
@@ -105,7 +128,7 @@ def test_a_target_equal_to_the_padding_id_counts(mesh):
     # Packing pads with id 0; a trained token 0 must keep its weight.
     rows = pack([[3, 0, 0, 4, 0]], 8)
     with jax.set_mesh(mesh):
-        sums = make_eval_step(pretrain(), mesh)(random_params(TINY), place(rows, mesh))
+        sums = make_eval_step(pretrain().objective, pretrain().step, mesh)(random_params(TINY), place(rows, mesh))
     assert float(sums.weight) == 4
 
 
@@ -189,7 +212,7 @@ def test_z_loss_is_the_squared_logarithm_of_the_denominator(mesh):
     def chunked(params, hidden):
         arrays = (jax.reshard(jnp.asarray(x), sharding.tokens) for x in (targets, weights))
         sums = chunked_cross_entropy(bind(TINY, params, sharding), hidden, *arrays, 4, z_loss=0.1)
-        return sums.loss, sums.cross_entropy
+        return sums.loss, sums.reported
 
     with jax.set_mesh(mesh):
         params = random_params(TINY)
@@ -244,7 +267,8 @@ def test_a_mesh_trains_as_one_device_does(mesh):
         expected = metrics(mesh, fresh_state(config), compiled_step(config))
     eight = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     with jax.set_mesh(eight):
-        got = metrics(eight, init_state(config, 0, eight), make_train_step(config, eight))
+        state = init_state(config.objective.model, config.optimizer, 0, eight)
+        got = metrics(eight, state, train_step_of(config, eight))
     # float32 sums in another order; Adam divides by gradients that may be small.
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4), got, expected)
 
@@ -280,7 +304,7 @@ def test_a_bad_gradient_moves_nothing_but_the_count_of_steps(mesh, cause):
 
 
 def test_the_learning_rate_follows_the_run_and_not_the_steps_that_counted(mesh):
-    config = pretrain(steps=10)
+    config = pretrain()
     rows = random_rows(3, [256])
     with jax.set_mesh(mesh):
         state = fresh_state(config)
@@ -326,26 +350,27 @@ def test_a_batch_without_targets_has_loss_zero_and_finite_weights(mesh):
 def test_training_compiles_once_and_learns_a_repeated_text(mesh, tmp_path):
     text = b"the quick brown fox jumps over the lazy dog. " * 40
     rows = pack([list(text)], 32)
-    config = PretrainConfig(TINY, OptimizerConfig(Schedule(60, 1e-2, warmup_steps=5)), dtype="float32", loss_chunk=16)
+    config = pretrain(schedule=Schedule(60, 1e-2, warmup_steps=5), loss_chunk=16)
     log = MetricsLog(tmp_path / "metrics.jsonl")
     with jax.set_mesh(mesh):
-        step, eval_step = make_train_step(config, mesh), make_eval_step(config, mesh)
+        step, evaluation = train_step_of(config, mesh), make_eval_step(config.objective, config.step, mesh)
         held_out = whole_batches(rows, 16)
 
         def evaluate(state):
-            nats, weight = held_out_loss(state.params, eval_step, held_out, mesh)
+            nats, weight = held_out_loss(state.params, evaluation, held_out, mesh)
             return {"loss": nats / weight}
 
         state = fit(
-            LoopConfig(60, evaluate_every=30),
-            init_state(config, 0, mesh),
+            60,
+            init_state(TINY, config.optimizer, 0, mesh),
             step,
-            batches(rows, 8, seed=0),
+            ByStep(batches(rows, 8, seed=0)),
             mesh=mesh,
-            log=log,
+            config=LoopConfig(evaluate_every=30),
             evaluate=evaluate,
+            monitor=Monitor(log=log),
         )
-    assert step._cache_size() == eval_step._cache_size() == 1
+    assert step._cache_size() == evaluation._cache_size() == 1
     assert int(state.step) == 60
     records = read_log(tmp_path / "metrics.jsonl")
     losses = {r["step"]: r["loss"] for r in records if "loss" in r}
@@ -359,12 +384,12 @@ def test_training_compiles_once_and_learns_a_repeated_text(mesh, tmp_path):
 
 
 def test_losses_that_are_not_finite_stop_the_run(mesh):
-    data = batches(random_rows(0, [300]), 8, seed=0)
+    data = ByStep(batches(random_rows(0, [300]), 8, seed=0))
     with jax.set_mesh(mesh):
         state = fresh_state(pretrain())
         broken = dataclasses.replace(state, params=jax.tree.map(lambda x: x * jnp.nan, state.params))
         with pytest.raises(InputError, match=r"4 steps up to step 4 .* loss of the last is nan"):
-            fit(LoopConfig(10, max_skipped=4), broken, compiled_step(pretrain()), data, mesh=mesh)
+            fit(10, broken, compiled_step(pretrain()), data, mesh=mesh, config=LoopConfig(max_skipped=4))
 
 
 def test_metrics_are_read_after_the_next_step_was_enqueued(mesh):
@@ -384,7 +409,7 @@ def test_metrics_are_read_after_the_next_step_was_enqueued(mesh):
 
     with jax.set_mesh(mesh):
         state = TrainState(step=0, params={}, opt_state=(), guard=Guard(0.0, 0, 0))
-        fit(LoopConfig(3), state, step, [random_rows(0, [64])] * 3, mesh=mesh)
+        fit(3, state, step, ByStep([random_rows(0, [64])] * 3), mesh=mesh)
     assert events == ["enqueue 1", "enqueue 2", "read 1", "enqueue 3", "read 2", "read 3"]
 
 
@@ -408,23 +433,6 @@ def test_flops_of_the_half_billion_model():
     weights = counts["non_embedding"] - norms_and_biases + counts["embedding"]
     assert flops_per_token(config, 4096) == 6 * weights + 6 * 24 * 14 * 64 * 4096
     assert mfu(1e6, config, 4096, peak_flops=flops_per_token(config, 4096) * 2e6) == 0.5
-
-
-def test_a_resumed_log_drops_the_steps_that_run_again(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path)
-    for step in range(1, 5):
-        log.write({"step": step, "loss": float(step)})
-    log.close()
-    with path.open("a") as file:
-        file.write('{"step": 5, "lo')  # A killed process.
-    resumed = MetricsLog(path, resume_step=2)
-    resumed.write({"step": 3, "loss": 30.0})
-    resumed.close()
-    assert [(r["step"], r["loss"]) for r in read_log(path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
-    path.write_text('hello\n{"step": 1}\n')
-    with pytest.raises(InputError, match="line 1 is not a metrics record"):
-        MetricsLog(path, resume_step=2)
 
 
 def test_display_off_a_terminal_writes_plain_lines():
@@ -461,5 +469,5 @@ def test_bad_settings_are_refused():
 
 def test_a_batch_that_does_not_divide_is_refused(mesh):
     config = pretrain(accumulation=3)
-    with jax.set_mesh(mesh), pytest.raises(InputError, match="batch of 8 rows does not divide into 3 accumulated"):
-        make_train_step(config, mesh)(fresh_state(config), place(random_rows(0, [256]), mesh))
+    with jax.set_mesh(mesh), pytest.raises(InputError, match="batch of 8 rows does not divide into 3 micro-batches"):
+        train_step_of(config, mesh)(fresh_state(config), place(random_rows(0, [256]), mesh))

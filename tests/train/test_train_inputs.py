@@ -16,7 +16,16 @@ from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.tokenizer import load_tokenizer
 from tests.helpers.data_sets import contents, random_texts, write
 from tests.helpers.processes import run as run_processes
-from tests.helpers.runs import assert_same_weights, config_file, configuration, losses, numbers, print_seed, saved_steps
+from tests.helpers.runs import (
+    assert_same_weights,
+    config_file,
+    configuration,
+    losses,
+    numbers,
+    print_seed,
+    saved_steps,
+    stop_after,
+)
 from train import run
 from train.config import Stage
 from train.data.build import BuildConfig, build
@@ -99,7 +108,7 @@ def test_raw_documents_are_the_rows_that_a_build_of_them_has(
     build(BuildConfig((str(documents),), material / "tokenizer", 16, built))
     run.pretrain(raw(material, tmp_path / "built-run", built))
     with monkeypatch.context() as patch:
-        patch.setattr(run._Sigterm, "_asked", lambda self, step: step == 4)
+        stop_after(patch, 4)
         assert run.pretrain(raw(material, tmp_path / "run", documents))
     rows = PackedRows(tmp_path / "run" / "data" / "data" / "a")
     assert rows.manifest.fingerprint == PackedRows(built).manifest.fingerprint
@@ -131,7 +140,7 @@ def test_raw_documents_may_not_change_on_resume_and_not_be_too_many(
     with pytest.raises(InputError, match=r"more than the 0.001 that a run builds .* qwen-jax data build --input"):
         run.pretrain(dataclasses.replace(config, max_raw_megabytes=0.001))
     with monkeypatch.context() as patch:
-        patch.setattr(run._Sigterm, "_asked", lambda self, step: step == 4)
+        stop_after(patch, 4)
         assert run.pretrain(config)
     before = numbers(tmp_path / "run")
     with (documents / "a.jsonl").open("a") as file:
@@ -286,11 +295,15 @@ def test_a_checkpoint_of_another_model_is_refused(command, tmp_path: Path) -> No
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_the_checkpoints_stay(command, tmp_path: Path) -> None:
-    few = ["stages.0.schedule.steps=3", "stages.1.schedule.steps=1", "checkpoint_every=1"]
+    few = ["stages.0.schedule.steps=3", "stages.1.schedule.steps=1", "checkpoints.every=1"]
     assert command(*few)[0] == 0
     # A learning rate under which the weights leave the numbers.
     status, told = command(
-        *few[:1], "stages.1.schedule.steps=60", "stages.1.schedule.learning_rate=1e30", "max_skipped=3", "keep_last=50"
+        *few[:1],
+        "stages.1.schedule.steps=60",
+        "stages.1.schedule.learning_rate=1e30",
+        "loop.max_skipped=3",
+        "checkpoints.keep_last=50",
     )
     assert status == 1
     assert "steps up to step" in told

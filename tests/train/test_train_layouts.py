@@ -16,7 +16,9 @@ from train.data.batch import place
 from train.data.loader import batches
 from train.data.packing import pack
 from train.optimizer import OptimizerConfig, Schedule
-from train.pretrain import PretrainConfig, fresh_state, make_train_step
+from train.pretrain import NextToken, PretrainConfig
+from train.state import fresh_state
+from train.step import StepConfig, make_train_step
 
 STEPS = 50
 # Two key/value heads: a tensor axis of four replicates them.
@@ -44,17 +46,8 @@ def curve(
 ) -> np.ndarray:
     """Loss and gradient norm of each step."""
     optimizer = OptimizerConfig(Schedule(STEPS, 1e-2, warmup_steps=5))
-    config = PretrainConfig(
-        MODEL,
-        optimizer,
-        "float32",
-        remat,
-        accumulation,
-        loss_chunk=16,
-        z_loss=1e-3,
-        scan_layers=scan_layers,
-        ring=ring,
-    )
+    objective = NextToken(MODEL, PretrainConfig(loss_chunk=16, z_loss=1e-3))
+    config = StepConfig("float32", remat, accumulation, scan_layers, ring=ring)
     mesh, data = make_mesh(axes), batches(rows(), 32, seed=0)
     specs = param_specs(MODEL, Sharding.for_model(MODEL, mesh, split_rows=True))
     with jax.set_mesh(mesh):
@@ -63,12 +56,14 @@ def curve(
             params,
             specs,
         )
-        state = fresh_state(config, on_mesh, mesh)
-        # Compiling takes all of the time; what LLVM makes of it changes nothing here.
-        lowered = make_train_step(config, mesh).lower(state, place(data[0], mesh))  # type: ignore[attr-defined]
+        state = fresh_state(optimizer, on_mesh, mesh)
+        # Compiling takes most of the time; LLVM's optimisations do not matter here.
+        lowered = make_train_step(objective, optimizer, config, mesh).lower(  # type: ignore[attr-defined]
+            state, place(data[0], mesh)
+        )
         step = lowered.compile(compiler_options={"xla_backend_optimization_level": "0"})
         if jax.distributed.is_initialized():
-            # What Gloo makes of one is wrong at times (qwen_jax/products.py).
+            # Gloo's are wrong at times (qwen_jax/parallel/collectives.py).
             assert "reduce-scatter(" not in step.as_text()
         metrics = []
         for i in range(STEPS):

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
 from qwen_jax.parallel.sharding import Sharding
+
+B = TypeVar("B")
 
 
 @functools.partial(
@@ -41,16 +43,17 @@ class Batch:
         return rows, length
 
 
-def place(batch: Batch, mesh: Mesh) -> Batch:
+def place(batch: B, mesh: Mesh) -> B:
     """Puts a batch of NumPy arrays on the devices of a mesh, rows split over data, fsdp and expert.
 
     Args:
-      batch: the whole global batch, the same in every process; each places only the rows of its devices.
+      batch: the whole global batch, the same in every process; each places only the rows of its devices. A `Batch`, or
+        any other tree of [batch, length] arrays.
       mesh: from `qwen_jax.parallel.sharding.make_mesh`.
     """
     sharding = NamedSharding(mesh, Sharding.tokens)
     if jax.process_count() == 1:
-        placed: Batch = jax.device_put(batch, sharding)
+        placed: B = jax.device_put(batch, sharding)
         return placed
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i]), batch)
 

@@ -1,21 +1,22 @@
-"""From files of documents to a data set of packed rows: parallel, resumable, the same bytes however it was run.
+"""Builds a data set of packed rows from files of documents: parallel, resumable and deterministic.
 
-The input is divided into units of work, which depend on nothing but the files and the settings. A unit becomes one
-shard and a record `units/00000.json`, written last; a unit with a valid record is not done again. When every unit has
-one, the manifest is written and `units/` removed.
+The input is divided into units of work, which depend only on the files and the settings. A unit is written as one shard
+and a record `units/00000.json`, in this order; a unit with a valid record is not repeated. When all units are finished,
+the manifest is written and `units/` is removed.
 """
 
 import collections
 import dataclasses
 import fcntl
+import functools
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from rich.console import Console
 
@@ -25,6 +26,7 @@ from train.data.documents import DamagedInputError, Piece, Record, find_sources,
 from train.data.progress import BuildProgress
 from train.data.shards import (
     MANIFEST,
+    QUARANTINE,
     Input,
     Manifest,
     Shard,
@@ -38,30 +40,56 @@ from train.data.shards import (
 from train.data.text import find_files
 from train.data.workers import Workers
 
-_UNITS, _SETTINGS, QUARANTINE = "units", "settings.json", "quarantine.jsonl"
-_BATCH_BYTES = 1_000_000  # of text, encoded at a time; the tokenizers library takes about 170 bytes for each.
+_UNITS, _SETTINGS = "units", "settings.json"
+# Characters that are tokenized at a time; the tokenizers library uses about 170 bytes of memory for each.
+_BATCH_CHARACTERS = 1_000_000
+
+
+class UnitRecord(TypedDict):
+    """The JSON record of a finished unit of work.
+
+    Attributes:
+      key: digest of its input: files, sizes, times, and the parts of the files.
+      shard: fields of its `Shard`; None if it had no text.
+      lines: lines read of each of its pieces.
+      empty: number of empty documents.
+      bad: number of bad records.
+      records: number of all records.
+    """
+
+    key: str
+    shard: dict[str, str | int] | None
+    lines: list[int]
+    empty: int
+    bad: int
+    records: int
+
+
+Settings = Mapping[str, str | int]
+Unit = tuple[Piece, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class BuildConfig:
-    """Turn JSON lines, Parquet and plain text into packed rows of tokens for training.
+    """Tokenize JSON lines, Parquet and plain text into packed rows for training.
 
-    Documents are tokenized, ended with the tokenizer's end-of-text id and laid end to end over rows of one length; each
-    token is used exactly once. A build that was interrupted goes on where it was when the same command is run again.
+    Documents are tokenized, ended with the tokenizer's end-of-text id, concatenated and cut into rows of one length;
+    each token is used exactly once. An interrupted build continues when the same command is run again.
 
     Attributes:
       input: files, folders or patterns: .jsonl .parquet .txt .md .rst .tex .py, all but Parquet also as .gz and .zst.
-      tokenizer: folder with the tokenizer.
+      tokenizer: folder of the tokenizer.
       length: tokens in a row.
       output: folder of the data set.
-      domain: its name in the manifest; by default that of the output folder.
+      domain: name of the data set in its manifest; by default the name of the output folder.
       field: JSON field or Parquet column that holds the text. A plain text file is one document.
-      format: what the input files are; auto goes by their extensions.
-      workers: processes; by default one for each core.
-      max_document_megabytes: a longer line, value or text file is counted as bad. A worker may need 200 times this.
-      max_bad: fraction of all records that may be bad; beyond it the build fails, and keeps what is finished.
-      max_bad_lines: this many may be bad in any case.
-      unit_megabytes: input in a unit of work, which becomes one shard; by default 128, and more for long rows.
+      format: format of the input files; auto decides by their extensions.
+      workers: number of processes; by default one for each core.
+      max_document_megabytes: a longer line, value or text file is a bad record. A worker may need 200 times as much
+        memory.
+      max_bad: fraction of all records that may be bad; with more, the build fails and keeps what is finished.
+      max_bad_lines: number of records that may be bad in any case.
+      unit_megabytes: input of a unit of work, which becomes one shard; by default 128, and more for long rows.
     """
 
     input: tuple[str, ...]
@@ -101,31 +129,32 @@ class BuildConfig:
 
     @property
     def unit_bytes(self) -> int:
-        """Input in a unit of work; by default enough for about 250 rows, of which only the last has padding."""
+        """Bytes of input in a unit of work; by default enough for about 250 rows, of which one has padding."""
         if self.unit_megabytes is None:
             return max(128_000_000, 1024 * self.length)
         return max(int(self.unit_megabytes * 1e6), 1)
 
 
 def build(config: BuildConfig, *, progress: Console | None = None) -> Manifest:
-    """Builds a data set, or finishes one that was begun.
+    """Builds a data set, or finishes an interrupted build.
 
-    The files that come out do not depend on the number of workers, nor on interruptions. With more than one worker,
-    processes are spawned: a script that calls this needs the usual `if __name__ == "__main__":`.
+    The result does not depend on the number of workers or on interruptions. More than one worker are spawned processes:
+    a script that calls this needs the usual `if __name__ == "__main__":`.
 
     Args:
       config: what to read, and how to pack it.
-      progress: for a progress bar; standard error by default.
+      progress: console for the progress bar; by default standard error.
 
     Returns:
-      The manifest, which lies in the folder. A data set that was finished before is left as it is.
+      The manifest, as it is in the folder. A data set that is finished already is not changed.
 
     Raises:
-      InputError: no or unreadable input, too many bad records, a folder that holds something else or was begun with
-        other settings, a full disk. Finished units of work are kept.
+      InputError: no input or unreadable input, too many bad records, an output folder that holds something else or
+        was begun with other settings, a full disk. Finished units of work are kept.
     """
+    # What is asked for.
     tokenizer = load_tokenizer(config.tokenizer)
-    settings = {
+    settings: Settings = {
         "domain": config.domain if config.domain is not None else config.output.absolute().name,
         "length": config.length,
         "tokenizer": tokenizer.fingerprint(),
@@ -134,20 +163,23 @@ def build(config: BuildConfig, *, progress: Console | None = None) -> Manifest:
         "max_document_bytes": config.max_document_bytes,
         "unit_bytes": config.unit_bytes,
     }
+    # Check input and output before any work.
     files = find_files(config.input)
     output = config.output.absolute()
     inside = [path for path in files if output in path.absolute().parents]
     if inside:
-        raise InputError(f"{inside[0]} lies in the output folder {config.output}. Leave it out of --input.")
+        raise InputError(f"{inside[0]} is in the output folder {config.output}. Leave it out of --input.")
     _check_folder(output)
     if (output / MANIFEST).exists():
         return _finished(output, settings, files)
     units = share_out(find_sources(files, config.format, config.field), config.unit_bytes)
     with _locked(output):
+        # Which units are finished already?
         folder = _begin(output, settings)
         keys = [digest([[*same_file(p.source), p.source.kind, p.start, p.end] for p in unit]) for unit in units]
-        records = {i: record for i, key in enumerate(keys) if (record := _kept(output, config.length, i, key))}
+        records = {i: record for i, key in enumerate(keys) if (record := _finished_unit(output, config.length, i, key))}
         todo = [(i, unit, keys[i]) for i, unit in enumerate(units) if i not in records]
+        # Do the others.
         total = sum(piece.work for unit in units for piece in unit)
         left = sum(piece.work for _, unit, _ in todo for piece in unit)
         with BuildProgress(progress or Console(stderr=True), len(units), len(records), total, total - left) as display:
@@ -155,16 +187,17 @@ def build(config: BuildConfig, *, progress: Console | None = None) -> Manifest:
                 records |= _run(config, tokenizer, output, todo, display)
             finally:
                 _remove_temporary(output)
+        # Put the data set together.
         manifest = _manifest(tokenizer, settings, units, [records[i] for i in range(len(units))])
         _quarantine(config, output, units, manifest)
         if not manifest.shards:
             raise InputError(
                 f"Found no text in {len(files)} input files: {manifest.bad} records are bad and {manifest.empty} empty."
-                " Give files with text, or name its field with --field."
+                " Give files with text, or give the name of its field with --field."
             )
         ours = {name for shard in manifest.shards for name, _, _ in shard.files(config.length)}
         for path in output.glob("shard-*"):
-            if path.name not in ours:  # Of an interrupted build with more input files.
+            if path.name not in ours:  # Left by an interrupted build with more input files.
                 path.unlink()
         write_json(output / MANIFEST, manifest.to_json())
         shutil.rmtree(folder)
@@ -180,11 +213,11 @@ def _check_folder(output: Path) -> None:
             raise InputError(f"{output} is not empty and holds no data set. Give a new folder with --output.")
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"Cannot make {output}: {error.strerror}. Choose another folder with --output.") from None
+        raise InputError(f"Cannot create {output}: {error.strerror}. Give another folder with --output.") from None
 
 
-def _finished(output: Path, settings: dict[str, Any], files: Sequence[Path]) -> Manifest:
-    """The data set that is there, after a check that it is the one asked for."""
+def _finished(output: Path, settings: Settings, files: Sequence[Path]) -> Manifest:
+    """Loads a finished data set and checks that it has the given settings and input files."""
     manifest = load_manifest(output)
     _check_settings(output, {name: getattr(manifest, name) for name in settings}, settings)
     given = {str(path): path.stat().st_size for path in files}
@@ -197,23 +230,23 @@ def _finished(output: Path, settings: dict[str, Any], files: Sequence[Path]) -> 
             f"{f', and {len(changed) - 1} more' if len(changed) > 1 else ''}. Give another folder with --output."
         )
     check_files(output, manifest.shards, manifest.length)
-    shutil.rmtree(output / _UNITS, ignore_errors=True)  # Of a process that was killed after its last write but this.
+    shutil.rmtree(output / _UNITS, ignore_errors=True)  # Left by a process that was killed after writing the manifest.
     return manifest
 
 
-def _check_settings(output: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
+def _check_settings(output: Path, saved: Mapping[str, object], given: Settings) -> None:
     different = [name for name in given if saved.get(name) != given[name]]
     if different:
         was = "; ".join(f"{name} was {saved.get(name)!r} and is now {given[name]!r}" for name in different)
         raise InputError(
             f"{output} was begun with other settings: {was}. "
-            "Run the command that it was begun with, give another folder with --output, or remove this one."
+            "Use these settings again, give another folder with --output, or remove this one."
         )
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keeps a second builder out of the folder for as long as this process lives."""
+    """Locks the folder against other builds; the system releases the lock when this process ends."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -221,14 +254,14 @@ def _locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise InputError(f"Another process is building {folder}. Wait for it, or give another folder.") from None
         except OSError:
-            pass  # Some network file systems have no locks.
+            pass  # Some network file systems do not have locks.
         yield
     finally:
         os.close(handle)
 
 
-def _begin(output: Path, settings: dict[str, Any]) -> Path:
-    """Writes down the settings, or compares them with those of the build that was begun here."""
+def _begin(output: Path, settings: Settings) -> Path:
+    """Saves the settings, or compares them with those of the interrupted build; returns the folder of the units."""
     folder = output / _UNITS
     path = folder / _SETTINGS
     if path.exists():
@@ -245,41 +278,46 @@ def _begin(output: Path, settings: dict[str, Any]) -> Path:
 
 
 def _remove_temporary(output: Path) -> None:
-    """Removes what killed processes had not finished."""
+    """Removes unfinished files of processes that were killed."""
     for left_over in [*output.glob(".*.tmp"), *(output / _UNITS).glob(".*.tmp")]:
         left_over.unlink(missing_ok=True)
 
 
-def _kept(output: Path, length: int, index: int, key: str) -> dict[str, Any] | None:
-    """The record of a finished unit, if its files are there and its input is the same as then."""
+def _finished_unit(output: Path, length: int, index: int, key: str) -> UnitRecord | None:
+    """The record of a unit if it is finished: its input has not changed and its files have the expected sizes."""
     path = output / _UNITS / f"{index:05d}.json"
     try:
-        record: dict[str, Any] = json.loads(path.read_bytes())
+        record: UnitRecord = json.loads(path.read_bytes())
         if record["key"] != key:
             return None
-        check_files(output, [Shard(**record["shard"])] if record["shard"] else [], length)
-    except (OSError, ValueError, KeyError, TypeError):  # A missing or damaged one is done again; so is its shard.
+        check_files(output, _shards([record]), length)
+    except (OSError, ValueError, KeyError, TypeError):  # Missing or damaged: the unit is repeated.
         return None
     return record
+
+
+def _shards(records: Sequence[UnitRecord]) -> tuple[Shard, ...]:
+    """The shards of finished units."""
+    return tuple(Shard(**record["shard"]) for record in records if record["shard"])  # type: ignore[arg-type]
 
 
 def _run(
     config: BuildConfig,
     tokenizer: Tokenizer,
     output: Path,
-    todo: Sequence[tuple[int, tuple[Piece, ...], str]],
+    todo: Sequence[tuple[int, Unit, str]],
     display: BuildProgress,
-) -> dict[int, dict[str, Any]]:
-    """Does the units that are left, and goes on with the others when input files are damaged."""
-    records: dict[int, dict[str, Any]] = {}
+) -> dict[int, UnitRecord]:
+    """Does the units in `todo`. A damaged input file does not stop the other units; it is an error at the end."""
+    records: dict[int, UnitRecord] = {}
     damaged: list[str] = []
 
-    def done(index: int, result: dict[str, Any] | DamagedInputError) -> None:
+    def done(index: int, result: UnitRecord | DamagedInputError) -> None:
         if isinstance(result, DamagedInputError):
             damaged.append(str(result))
         else:
             records[index] = result
-            display.unit(result["shard"]["tokens"] if result["shard"] else 0)
+            display.unit()
 
     cores = config.workers or _cores()
     count = min(cores, len(todo))
@@ -288,13 +326,14 @@ def _run(
         for index, unit, key in todo:
             done(index, encoder(index, unit, key))
     else:
-        with Workers(count, cores // count, Encoder, (config, output)) as workers:
+        with Workers(count, cores // count, functools.partial(Encoder, config, output)) as workers:
             for (index, _, _), result in workers.run(todo, display.advance):
                 done(index, result)
     if damaged:
         raise InputError(
             "; ".join(sorted(damaged)[:5]) + (f"; and {len(damaged) - 5} more" if len(damaged) > 5 else "") + ". "
-            "Fetch again or leave out what is damaged, then run the same command: everything else is finished and kept."
+            "Download the damaged files again or leave them out, then run the same command: everything else is "
+            "finished and kept."
         )
     return records
 
@@ -304,24 +343,37 @@ def _cores() -> int:
 
 
 class Encoder:
-    """Does one unit of work after another; each process has its own."""
+    """Tokenizes units of work and writes their shards. Each worker process has one."""
 
     def __init__(
         self, config: BuildConfig, output: Path, advance: Callable[[int], None], tokenizer: Tokenizer | None = None
     ):
-        """Loads the tokenizer, unless there is one.
+        """Loads the tokenizer, unless one is given.
 
         Args:
           config: of the build.
-          output: its folder.
-          advance: takes the bytes of input that were read since its last call.
-          tokenizer: of the config.
+          output: folder of the data set.
+          advance: is called with the bytes of input that were processed since its last call.
+          tokenizer: the tokenizer of `config`.
         """
         self._config, self._output, self._advance = config, output, advance
         self._tokenizer = tokenizer or load_tokenizer(config.tokenizer)
+        self._unreported = 0
 
-    def __call__(self, index: int, unit: tuple[Piece, ...], key: str) -> dict[str, Any] | DamagedInputError:
-        """Writes the shard and the record of a unit, and returns the record, or what is wrong with an input file."""
+    def __call__(self, index: int, unit: Unit, key: str) -> UnitRecord | DamagedInputError:
+        """Does one unit of work.
+
+        Args:
+          index: number of the unit, from 0.
+          unit: its pieces of input files.
+          key: digest of its input.
+
+        Returns:
+          The record of the unit, which is also written, or the error of a damaged input file.
+
+        Raises:
+          InputError: most records are bad, or the disk is full.
+        """
         bad: list[bytes] = []
         lines: list[int] = []
         empty = records = 0
@@ -332,7 +384,7 @@ class Encoder:
                 size = 0
                 for number, piece in enumerate(unit):
                     lines.append(0)
-                    found = read_records(piece, self._config.field, self._config.max_document_bytes, self._advance)
+                    found = read_records(piece, self._config.field, self._config.max_document_bytes, self._read)
                     for record in found:
                         records += 1
                         lines[-1] = record.line
@@ -340,7 +392,7 @@ class Encoder:
                             bad.append(json.dumps([number, record.line, record.reason]).encode() + b"\n")
                             if len(bad) > max(self._config.max_bad_lines, max(self._config.max_bad, 0.5) * records):
                                 if piece.source.compression:
-                                    # What is read from a damaged one may be rubbish until its end tells.
+                                    # Records of a damaged file may be garbage: read on, which raises at the damage.
                                     collections.deque(found, maxlen=0)
                                 raise InputError(_hopeless(piece, records, len(bad), record))
                         elif record.text:
@@ -348,16 +400,17 @@ class Encoder:
                             size += len(record.text)
                         else:
                             empty += 1
-                        if size >= _BATCH_BYTES:
+                        if size >= _BATCH_CHARACTERS:
                             self._encode(shard_writer, texts)
                             texts, size = [], 0
                 self._encode(shard_writer, texts)
                 shard = shard_writer.finish()
         except DamagedInputError as error:
             return error
+        # The record comes last: it says that everything else is complete.
         if bad:
             write_file(folder / f"{index:05d}.bad.jsonl", b"".join(bad))
-        done = {
+        done: UnitRecord = {
             "key": key,
             "shard": dataclasses.asdict(shard) if shard else None,
             "lines": lines,
@@ -368,35 +421,41 @@ class Encoder:
         write_json(folder / f"{index:05d}.json", done)
         return done
 
+    def _read(self, num_bytes: int) -> None:
+        """Counts input that was read. It is reported once it is tokenized: reading alone is a hundred times faster."""
+        self._unreported += num_bytes
+
     def _encode(self, shard: ShardWriter, texts: list[str]) -> None:
         if texts:
             shard.add(self._tokenizer.encode_documents(texts))
+        self._advance(self._unreported)
+        self._unreported = 0
 
 
 def _hopeless(piece: Piece, records: int, bad: int, last: Record) -> str:
     where = f"line {last.line}" + (f" after byte {piece.start}" if piece.start else "")
     return (
         f"{bad} of {records} records in a row are bad; the last, {piece.source.path}, {where}: {last.reason}. "
-        "Name the field with --field, give other files, or accept them with a larger --max-bad."
+        "Give the name of the field with --field, give other files, or accept bad records with a larger --max-bad."
     )
 
 
 def _manifest(
     tokenizer: Tokenizer,
-    settings: dict[str, Any],
-    units: Sequence[tuple[Piece, ...]],
-    records: Sequence[dict[str, Any]],
+    settings: Settings,
+    units: Sequence[Unit],
+    records: Sequence[UnitRecord],
 ) -> Manifest:
-    shards = tuple(Shard(**record["shard"]) for record in records if record["shard"])
+    shards = _shards(records)
     rows, tokens = sum(shard.rows for shard in shards), sum(shard.tokens for shard in shards)
     sizes = {piece.source.path: piece.source.size for unit in units for piece in unit}
     return Manifest(
-        **settings,
+        **settings,  # type: ignore[arg-type]
         vocab_size=tokenizer.vocab_size,
         rows=rows,
         tokens=tokens,
         documents=sum(shard.documents for shard in shards),
-        padding=1 - tokens / (rows * settings["length"]) if rows else 0.0,
+        padding=1 - tokens / (rows * int(settings["length"])) if rows else 0.0,
         empty=sum(record["empty"] for record in records),
         bad=sum(record["bad"] for record in records),
         inputs=tuple(Input(path, size) for path, size in sizes.items()),
@@ -404,13 +463,13 @@ def _manifest(
     )
 
 
-def _quarantine(config: BuildConfig, output: Path, units: Sequence[tuple[Piece, ...]], manifest: Manifest) -> None:
-    """Writes down which records were bad, and fails if they are too many."""
+def _quarantine(config: BuildConfig, output: Path, units: Sequence[Unit], manifest: Manifest) -> None:
+    """Lists the bad records in `quarantine.jsonl`, and raises InputError if there are too many."""
     path = output / QUARANTINE
     path.unlink(missing_ok=True)
     if not manifest.bad:
         return
-    before: dict[str, int] = {}  # Lines of each file in the pieces before.
+    before: dict[str, int] = {}  # Lines of each file in earlier pieces.
     entries: list[bytes] = []
     for index, unit in enumerate(units):
         record = json.loads((output / _UNITS / f"{index:05d}.json").read_bytes())
@@ -428,6 +487,6 @@ def _quarantine(config: BuildConfig, output: Path, units: Sequence[tuple[Piece, 
         first = "; ".join("{file}, line {line}: {reason}".format(**json.loads(entry)) for entry in entries[:3])
         raise InputError(
             f"{manifest.bad} of {total} records are bad, more than --max-bad {config.max_bad:g} and --max-bad-lines "
-            f"{config.max_bad_lines} allow: {first}. All are listed in {path}. Mend them, or accept them with a larger "
-            "--max-bad: the finished units of work are kept."
+            f"{config.max_bad_lines} allow: {first}. All are listed in {path}. Correct them, or accept them with a "
+            "larger --max-bad: finished units of work are kept."
         )

@@ -1,4 +1,4 @@
-"""Files of many documents, read as a stream: JSON lines, Parquet and plain text, compressed or not."""
+"""Reads files of documents as a stream: JSON lines, Parquet and plain text, compressed or not."""
 
 import dataclasses
 import gzip
@@ -6,16 +6,18 @@ import importlib
 import io
 import itertools
 import json
-import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer.text import valid_text
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 Kind = Literal["jsonl", "parquet", "text"]
 _KINDS: dict[str, Kind] = {
@@ -25,10 +27,13 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys((".txt", ".text", ".md", ".rst", ".tex", ".py"), "text"),
 }
 _COMPRESSIONS = (".gz", ".zst")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Bytes that are read ahead. Progress counts what is read, and is to be close to what is processed.
+_READ_AHEAD = 1 << 17
 
 
 class DamagedInputError(InputError):
-    """One input file cannot be read to its end; the others may be fine."""
+    """An input file cannot be read to its end; the others may be intact."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +41,12 @@ class Source:
     """One input file.
 
     Attributes:
-      path: as it was found.
-      kind: how documents lie in it.
+      path: its path.
+      kind: its format.
       compression: "", ".gz" or ".zst".
-      size: in bytes, on the disk.
-      modified_ns: time of its last change; with the size, it tells whether the file is still the same.
-      groups: Parquet only: the bytes of the text column in each row group, decompressed.
+      size: size on disk in bytes.
+      modified_ns: time of its last change in nanoseconds; with the size, it tells whether the file has changed.
+      groups: Parquet only: decompressed bytes of the text column in each row group.
     """
 
     path: str
@@ -54,13 +59,13 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of a file that is read without the others.
+    """A part of a file that can be read without the other parts.
 
     Attributes:
       source: the file.
-      start: the first byte (JSON lines: of the lines that begin here or later), or the first row group.
-      end: where the next piece starts.
-      work: its size in bytes, for sharing out and for progress.
+      start: the first byte or, of Parquet, the first row group. A line belongs to the piece that it begins in.
+      end: start of the next piece.
+      work: size in bytes, for equal units and for progress.
     """
 
     source: Source
@@ -71,12 +76,12 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A document, or why there is none.
+    """A document, or the reason why a record is bad.
 
     Attributes:
-      line: of the piece, counted from 1; the row in Parquet.
-      text: of the document; "" is an empty one.
-      reason: what is wrong with it, or None.
+      line: line (of Parquet: row) in the piece, counted from 1.
+      text: text of the document; "" if it is empty or bad.
+      reason: what is wrong with the record; None if nothing is.
     """
 
     line: int
@@ -85,15 +90,15 @@ class Record:
 
 
 def find_sources(files: Iterable[Path], kind: Kind | Literal["auto"], field: str) -> list[Source]:
-    """Looks at each file: what it is, how large, and whether it has the field.
+    """Determines the format and size of each file, and checks that it can be read.
 
     Args:
       files: as from `find_files`.
-      kind: of all files; "auto" goes by their extensions.
-      field: the Parquet column that holds the text.
+      kind: format of all files; "auto" decides by their extensions.
+      field: Parquet column that holds the text.
 
     Raises:
-      InputError: an extension that says nothing, a file that cannot be opened, or Parquet without that column.
+      InputError: an unknown extension, a file that cannot be opened, or Parquet without that column.
     """
     sources = []
     for path in files:
@@ -103,8 +108,8 @@ def find_sources(files: Iterable[Path], kind: Kind | Literal["auto"], field: str
         this = known if kind == "auto" else kind
         if this is None:
             raise InputError(
-                f"{path}: expected one of {' '.join(_KINDS)}, also with .gz or .zst behind it. "
-                "Leave the file out, or say what the files are: --format jsonl, parquet or text."
+                f"{path}: expected one of {' '.join(_KINDS)}, also followed by .gz or .zst. "
+                "Leave the file out, or give the format of all files: --format jsonl, parquet or text."
             )
         if this == "parquet" and compression:
             raise InputError(f"{path}: Parquet compresses inside the file. Decompress it, and give the .parquet file.")
@@ -121,14 +126,17 @@ def find_sources(files: Iterable[Path], kind: Kind | Literal["auto"], field: str
 
 
 def share_out(sources: Sequence[Source], unit_bytes: int) -> list[tuple[Piece, ...]]:
-    """Divides files into units of work of about one size. It depends on nothing but its arguments.
+    """Divides files into units of work of about equal size; a pure function of its arguments.
 
-    JSON lines and Parquet files that are larger than a unit are cut; smaller files are put together. A compressed
-    file cannot be entered in the middle and is never cut.
+    JSON lines and Parquet files that are larger than a unit are cut into pieces; smaller files are grouped. A
+    compressed file is never cut, because it can only be read from its beginning.
 
     Args:
       sources: input files.
-      unit_bytes: the size to aim for.
+      unit_bytes: size of a unit to aim for.
+
+    Returns:
+      The pieces of each unit.
     """
     units: list[tuple[Piece, ...]] = []
     small: list[Piece] = []
@@ -166,12 +174,12 @@ def read_records(
 
     Args:
       piece: from `share_out`.
-      field: the JSON field or Parquet column that holds the text.
-      max_bytes: a longer line, value or file is not held in memory but reported.
-      advance: takes the bytes of `piece.work` that were read since its last call.
+      field: JSON field or Parquet column that holds the text.
+      max_bytes: a longer line, value or file is a bad record, and is not held in memory.
+      advance: is called with the bytes of `piece.work` that were read since its last call.
 
     Raises:
-      DamagedInputError: the file ends too early, or its compression or structure is broken.
+      DamagedInputError: the file ends too early, or its compression or structure is damaged.
     """
     left = piece.work
 
@@ -197,22 +205,22 @@ def read_records(
 
 
 class _File(io.FileIO):
-    """A file that tells how many bytes were read."""
+    """A file that reports how many bytes were read."""
 
     def __init__(self, path: str, count: Callable[[int], None]):
         super().__init__(path)
         self._count = count
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: "WriteableBuffer") -> int:
         size = super().readinto(buffer)
         self._count(size)
         return size
 
 
 class _Zstandard(io.RawIOBase):
-    """Decompresses; unlike the library's own reader, it notices a file that ends in the middle of a frame."""
+    """Decompresses Zstandard; unlike the library's own reader, it notices a file that ends inside a frame."""
 
-    # One compressed byte stands for up to 30,000: little is read at a time, for all of it is decompressed at once.
+    # All that is read is decompressed at once, up to 30,000 bytes from one byte: read little at a time.
     _READ = 1024
 
     def __init__(self, file: BinaryIO):
@@ -225,7 +233,7 @@ class _Zstandard(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: "WriteableBuffer") -> int:
         while not self._ready:
             data = b""
             if self._frame is not None and self._frame.eof:
@@ -237,8 +245,9 @@ class _Zstandard(io.RawIOBase):
                 return 0
             self._frame = self._frame or self._library.decompressobj()
             self._ready = memoryview(self._frame.decompress(data))
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
+        into = memoryview(buffer)
+        size = min(len(into), len(self._ready))
+        into[:size] = self._ready[:size]
         self._ready = self._ready[size:]
         return size
 
@@ -248,11 +257,11 @@ class _Zstandard(io.RawIOBase):
 
 
 def _open(source: Source, count: Callable[[int], None]) -> BinaryIO:
-    file = io.BufferedReader(_File(source.path, count), 1 << 20)
+    file = io.BufferedReader(_File(source.path, count), _READ_AHEAD)
     if source.compression == ".gz":
         return io.BufferedReader(gzip.GzipFile(fileobj=file))
     if source.compression == ".zst":
-        return io.BufferedReader(_Zstandard(file), 1 << 17)
+        return io.BufferedReader(_Zstandard(file), _READ_AHEAD)
     return file
 
 
@@ -267,19 +276,20 @@ def _read_lines(piece: Piece, field: str, max_bytes: int, count: Callable[[int],
                     break
             return size
 
-        # The line that the start lies in belongs to the piece before; one that begins exactly there does not.
+        # The line that contains byte start - 1 belongs to the piece before.
         position = file.seek(piece.start - 1) + skip_line() if piece.start else 0
         number = 0
-        while (piece.source.compression or position < piece.end) and (line := file.readline(max_bytes + 1)):
+        # Two bytes more than allowed: "\r\n" is no part of a line.
+        while (piece.source.compression or position < piece.end) and (line := file.readline(max_bytes + 2)):
             number += 1
             position += len(line)
-            if len(line) > max_bytes and not line.endswith(b"\n"):
-                position += skip_line()
+            content = line.removesuffix(b"\n").removesuffix(b"\r").removeprefix(_BYTE_ORDER_MARK)
+            if len(content) > max_bytes:
+                if not line.endswith(b"\n"):
+                    position += skip_line()
                 yield Record(number, "", _too_long("line", max_bytes))
-            elif line.strip():
-                if number == 1 and piece.start == 0:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                yield _parse(number, line, field)
+            elif content.strip():
+                yield _parse(number, content, field)
 
 
 def _parse(number: int, line: bytes, field: str) -> Record:
@@ -296,7 +306,7 @@ def _parse(number: int, line: bytes, field: str) -> Record:
     return _checked(number, value[field], field)
 
 
-def _checked(number: int, value: Any, field: str) -> Record:
+def _checked(number: int, value: object, field: str) -> Record:
     if not isinstance(value, (str, bytes)):
         return Record(
             number, "", f"{field!r} must be a string, got {'null' if value is None else type(value).__name__}"
@@ -313,10 +323,11 @@ def _read_text(piece: Piece, field: str, max_bytes: int, count: Callable[[int], 
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         yield Record(1, "", _too_long("file", max_bytes))
-    elif b"\0" in content:  # It may be valid UTF-8, but no text file has it.
+    elif b"\0" in content:  # Valid UTF-8, but not in a text file.
         yield Record(1, "", "not a text file: it has a zero byte")
     else:
-        yield _checked(1, content.removeprefix(b"\xef\xbb\xbf"), field)
+        # The same text has the same tokens, whichever system wrote the file.
+        yield _checked(1, content.removeprefix(_BYTE_ORDER_MARK).replace(b"\r\n", b"\n"), field)
 
 
 def _too_long(what: str, max_bytes: int) -> str:
@@ -331,29 +342,27 @@ def _row_groups(path: Path, field: str) -> tuple[int, ...]:
             schema, metadata = file.schema_arrow, file.metadata
             if field not in schema.names:
                 raise InputError(
-                    f"{path} has no column {field!r}, it has {', '.join(schema.names)}. Name the text's with --field."
+                    f"{path} has no column {field!r}, it has {', '.join(schema.names)}. Name it with --field."
                 )
             kind = schema.field(field).type
             kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
             names = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
             if str(kind) not in names:
-                raise InputError(
-                    f"{path}: column {field!r} must hold strings, it holds {kind}. Name the text's with --field."
-                )
+                raise InputError(f"{path}: column {field!r} must hold strings, it holds {kind}. Name it with --field.")
             column = [metadata.schema.column(i).path for i in range(len(metadata.schema))].index(field)
             groups = (metadata.row_group(i).column(column) for i in range(metadata.num_row_groups))
             return tuple(group.total_uncompressed_size for group in groups)
     except (OSError, pyarrow.ArrowException) as error:
         why = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"{path} is no intact Parquet file: {why.rstrip('.')}. Fetch it again, or leave it out."
+            f"{path} is not an intact Parquet file: {why.rstrip('.')}. Download it again, or leave it out."
         ) from None
 
 
 def _read_parquet(piece: Piece, field: str, max_bytes: int, count: Callable[[int], None]) -> Iterator[Record]:
     pyarrow = _library("pyarrow", "Parquet files")
     parquet = _library("pyarrow.parquet", "Parquet files")
-    # Buffered: a page at a time in memory, not a whole row group.
+    # With a buffer, one page at a time is in memory rather than a whole row group.
     with parquet.ParquetFile(piece.source.path, buffer_size=1 << 20, pre_buffer=False) as file:
         groups = range(piece.start, piece.end)
         num_rows = sum(file.metadata.row_group(i).num_rows for i in groups)
@@ -363,7 +372,7 @@ def _read_parquet(piece: Piece, field: str, max_bytes: int, count: Callable[[int
             column = batch.column(0)
             if pyarrow.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
-            # As bytes, for Parquet does not promise that its strings are UTF-8.
+            # As bytes, because Parquet does not guarantee that strings are UTF-8.
             for value in column.cast(pyarrow.large_binary()):
                 number += 1
                 size = value.as_buffer().size if value.is_valid else 0
@@ -383,11 +392,11 @@ def _library(name: str, what: str) -> ModuleType:
 
 
 def _library_errors() -> tuple[type[Exception], ...]:
-    """The exceptions of those optional libraries that are in use."""
+    """The exceptions of the optional libraries that are imported."""
     found = ((sys.modules.get("zstandard"), "ZstdError"), (sys.modules.get("pyarrow"), "ArrowException"))
     return tuple(getattr(module, name) for module, name in found if module)
 
 
-def same_file(source: Source) -> list[Any]:
-    """What tells a file from a later one of the same name, as JSON values."""
-    return [os.fspath(source.path), source.size, source.modified_ns]
+def same_file(source: Source) -> list[str | int]:
+    """Path, size and time of a file, which tell it from a later one of the same name."""
+    return [source.path, source.size, source.modified_ns]

@@ -1,4 +1,4 @@
-"""Which rows make up which step: a schedule of exact mixtures, a pure function of (seed, step, schedule)."""
+"""The data mixture: which rows make up the batch of a step, a pure function of (seed, step, schedule)."""
 
 import dataclasses
 import functools
@@ -22,18 +22,22 @@ from train.data.shards import digest
 
 Weight = float | int | str | Fraction
 _MAX_PERIOD = 2**20
+# Up to four epochs, repeated data is nearly as good as new data; beyond, its value decays
+# (Muennighoff et al. 2023, "Scaling data-constrained language models", arXiv:2305.16264).
+MANY_EPOCHS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class MixtureStage:
-    """A stretch of training with one mixture.
+    """Consecutive steps with the same data mixture.
 
     Attributes:
-      steps: how many.
+      steps: number of steps.
       batch_size: rows in the global batch of a step.
       length: tokens in a row; the data sets must have been built with it.
-      weights: for each data set its weight; shares are weights over their sum. A weight is an exact number: an integer,
-        a `Fraction`, "1/3", or a float, which stands for the simplest fraction that rounds to it.
+      weights: weight of each data set, by name. Its share of the rows is its weight over the sum of all weights. A
+        weight is an exact number: an integer, a `Fraction`, "1/3", or a float, which is taken as the simplest fraction
+        that rounds to it.
     """
 
     steps: int
@@ -48,10 +52,10 @@ class MixtureStage:
         self.shares()
 
     def shares(self) -> dict[str, Fraction]:
-        """The exact share of each data set, by name; those of weight 0 are left out.
+        """The exact share of each data set, by name, without data sets of weight 0.
 
         Raises:
-          InputError: a weight is negative or no number, all are 0, or they are too fine for an exact pattern.
+          InputError: a weight is negative or not a number, all weights are 0, or their pattern is too long.
         """
         weights = {name: _exact(name, weight) for name, weight in sorted(self.weights.items())}
         total = sum(weights.values(), Fraction(0))
@@ -86,29 +90,29 @@ def _exact(name: str, weight: Weight) -> Fraction:
 
 
 class Mixture:
-    """The batches of a run, by the number of their step.
+    """The batches of a run, by step.
 
-    Within a stage, after any number of rows each data set has given its share of them to within one row; nothing is
-    sampled. A data set gives each of its rows once before any comes again, in an order drawn anew for each pass; when a
-    later stage names it again, it goes on where it was. So what comes later in the schedule changes nothing before it.
+    Shares are exact rather than sampled: after any number of rows of a stage, the number of rows of each data set is
+    its share of them to within one row. In each epoch of a data set every row comes once, in a new order. A data set
+    that a later stage uses again continues where it was, so that later stages do not change earlier batches.
 
     Attributes:
       stages: the schedule.
-      datasets: by name.
-      seed: of the orders.
-      names: of the data sets, sorted; `rows` counts them in this order.
+      datasets: data sets, by name.
+      seed: seed of the orders.
+      names: names of the data sets, sorted; `rows` refers to them by index.
     """
 
     def __init__(self, stages: Sequence[MixtureStage], datasets: Mapping[str, PackedRows], seed: int):
-        """Checks that schedule and data sets fit.
+        """Checks that schedule and data sets fit together.
 
         Args:
-          stages: in order.
-          datasets: what the stages' weights name; others may be there and are not used.
-          seed: decides the order in which each data set gives its rows.
+          stages: the schedule, in order.
+          datasets: data sets by name. The weights of stages refer to these names; data sets without weight are unused.
+          seed: decides the order of the rows of each data set.
 
         Raises:
-          InputError: no stage, an unknown data set, one of another length, or data sets of different tokenizers.
+          InputError: there is no stage, a data set is unknown or has another row length, or tokenizers differ.
         """
         if not stages:
             raise InputError("A mixture needs at least one stage of training, got none.")
@@ -133,6 +137,7 @@ class Mixture:
                 f"The data sets were built with different tokenizers: {tokenizers}. Build them with the model's."
             )
         self.tokenizer: str = next(iter(tokenizers.values()))
+        # Rows of each data set before each stage, and their orders.
         self._ends = list(accumulate(stage.steps for stage in self.stages))
         self._patterns = [_Pattern(stage.shares(), self.names) for stage in self.stages]
         counts = [p.counts(s.steps * s.batch_size) for p, s in zip(self._patterns, self.stages, strict=True)]
@@ -143,35 +148,35 @@ class Mixture:
         return sorted({name for stage in stages for name in stage.shares()})
 
     def __len__(self) -> int:
-        """Steps in all stages."""
+        """Number of steps in all stages."""
         return self._ends[-1]
 
     def stage(self, step: int) -> int:
-        """The index of the stage that a step, counted from 0, belongs to."""
+        """The index of the stage of a step, both counted from 0."""
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of a schedule of {len(self)}")
         return bisect_right(self._ends, step)
 
     def rows(self, step: int, process_index: int = 0, process_count: int = 1) -> np.ndarray:
-        """Which rows make up a step.
+        """Chooses the rows of a step.
 
         Args:
           step: counted from 0.
-          process_index: of the process whose part is asked for.
-          process_count: of all processes.
+          process_index: index of the process that reads the rows.
+          process_count: number of processes.
 
         Returns:
           int64 [batch_size / process_count, 2]: the index of the data set in `names`, and the row in it.
 
         Raises:
-          InputError: the processes do not divide the batch.
+          InputError: the batch does not divide by the number of processes.
         """
         index = self.stage(step)
         stage, pattern = self.stages[index], self._patterns[index]
         if stage.batch_size % process_count:
             raise InputError(
-                f"Stage {index + 1} has {stage.batch_size} rows in a batch, which {process_count} processes do not "
-                "divide. Choose a batch that is a multiple."
+                f"Stage {index + 1} has {stage.batch_size} rows in a batch, which does not divide by {process_count} "
+                "processes. Choose a multiple as batch_size."
             )
         size = stage.batch_size // process_count
         first = (step - self._ends[index] + stage.steps) * stage.batch_size + process_index * size
@@ -181,20 +186,20 @@ class Mixture:
         return np.stack([which, np.array(rows, np.int64)], axis=1)
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """The rows of a step, or the part of them that a process feeds.
+        """Reads the batch of a step, or the part of one process.
 
-        The parts of all processes, in order, are the global batch, whatever their number.
+        The concatenated parts of all processes are the global batch, for any number of processes.
 
         Args:
           step: counted from 0.
-          process_index: of this process.
-          process_count: of all processes.
+          process_index: index of this process.
+          process_count: number of processes.
 
         Returns:
           NumPy arrays [batch_size / process_count, length].
 
         Raises:
-          InputError: the processes do not divide the batch.
+          InputError: the batch does not divide by the number of processes.
         """
         chosen = self.rows(step, process_index, process_count)
         shape = len(chosen), self.stages[self.stage(step)].length
@@ -211,24 +216,25 @@ class Mixture:
     def loader(
         self, start: int = 0, process_index: int = 0, process_count: int = 1, *, threads: int = 2, ahead: int = 4
     ) -> "grain.IterDataset[Batch]":
-        """Batches from a step to the end of the schedule, read ahead by threads.
+        """Iterates over batches from a step to the end of the schedule; threads read ahead.
 
         Args:
-          start: the first step.
-          process_index: of this process.
-          process_count: of all processes.
-          threads: that read; 0 reads only when asked.
-          ahead: batches that wait in memory, 16 bytes a token.
+          start: the first step, counted from 0.
+          process_index: index of this process.
+          process_count: number of processes.
+          threads: number of reading threads; 0 does not read ahead.
+          ahead: number of batches to keep in memory, 16 bytes a token.
         """
-        self.rows(start, process_index, process_count)  # An error is better here than in a thread.
+        self.rows(start, process_index, process_count)  # Raises here what would be raised in a thread.
         steps = grain.MapDataset.range(start, len(self))
         batches = steps.map(lambda step: self.batch(step, process_index, process_count))
         return batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
 
     def draws(self, step: int | None = None) -> dict[str, int]:
-        """How many rows each data set has given before a step; by default, to the end of the schedule.
+        """Number of rows that come from each data set before a step.
 
-        Over `len(datasets[name])` it is the number of passes.
+        Args:
+          step: counted from 0; by default the end of the schedule.
         """
         step = len(self) if step is None else step
         index = min(bisect_right(self._ends, step), len(self.stages) - 1)
@@ -236,21 +242,35 @@ class Mixture:
         total = self._drawn[index] + self._patterns[index].counts(taken)
         return dict(zip(self.names, total.tolist(), strict=True))
 
+    def epochs(self) -> dict[str, float]:
+        """How many times the schedule reads each of its data sets, by name."""
+        return {name: rows / len(self.datasets[name]) for name, rows in self.draws().items() if rows}
+
+    def describe_epochs(self) -> str:
+        """A line on `epochs`, with a warning if a data set is read more than `MANY_EPOCHS` times."""
+        epochs = self.epochs()
+        shown = [f"{name} {count:.2g}" if count < 10 else f"{name} {count:,.0f}" for name, count in epochs.items()]
+        line = f"epochs of each data set: {', '.join(shown)}"
+        many = [name for name, count in epochs.items() if count > MANY_EPOCHS]
+        if not many:
+            return line
+        return f"{line} (more than {MANY_EPOCHS} of {', '.join(many)}: more data or a smaller weight may be better)"
+
     def batch_hash(self, step: int) -> str:
-        """A sha256 (hex) of the global batch of a step: the same on every host and for any number of them."""
+        """A sha256 (hex) of the global batch of a step; the same on every host, for any number of hosts."""
         digest = hashlib.sha256()
         for array in jax.tree.leaves(self.batch(step)):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def check_tokenizer(self, fingerprint: str) -> None:
-        """Compares the tokenizer of the data with that of the model.
+        """Checks that data and model have the same tokenizer.
 
         Args:
-          fingerprint: `Tokenizer.fingerprint()` of the model's.
+          fingerprint: `Tokenizer.fingerprint()` of the model's tokenizer.
 
         Raises:
-          InputError: it is another.
+          InputError: the tokenizers differ.
         """
         if fingerprint != self.tokenizer:
             raise InputError(
@@ -259,7 +279,7 @@ class Mixture:
             )
 
     def record(self) -> dict[str, Any]:
-        """All that decides the batches, as JSON values, for a checkpoint to keep; see `check_resume`."""
+        """Everything that decides the batches, to be saved in checkpoints; see `check_resume`."""
         return {
             "seed": self.seed,
             "tokenizer": self.tokenizer,
@@ -277,32 +297,32 @@ class Mixture:
         }
 
     def fingerprint(self, step: int | None = None) -> str:
-        """A sha256 (hex) of all that decides the batches before a step; by default, of the whole schedule."""
+        """A sha256 (hex) of everything that decides the batches before a step; by default, all batches."""
         return digest(_past(self.record(), len(self) if step is None else step))
 
     def check_resume(self, saved: Mapping[str, Any], step: int) -> None:
-        """Checks that the batches before a step are those that a run has seen. What comes after may be another.
+        """Checks that a run has seen the same batches before a step. Later batches may differ.
 
         Args:
           saved: `record()` of the run.
-          step: how many steps the run has taken.
+          step: number of steps that the run has taken.
 
         Raises:
-          InputError: they are not; it says what differs.
+          InputError: the batches differ; the message says in what.
         """
         was, now = _past(saved, step), _past(self.record(), step)
         different = [_difference(name, was.get(name), now[name]) for name in now if was.get(name) != now[name]]
         if different:
             raise InputError(
                 f"The run has taken {step} steps with other data: {'; '.join(different)}. "
-                "Resume with what it has seen (later stages may change), or begin a new run."
+                "Resume with the same data (later stages may change), or begin a new run."
             )
         if step > len(self):
             raise InputError(f"The run has taken {step} steps, and the schedule has {len(self)}. Append stages to it.")
 
 
 def _past(record: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """The part of a record that decides the batches before a step."""
+    """The part of a `Mixture.record()` that decides the batches before a step."""
     stages, left = [], step
     for stage in record["stages"]:
         if left > 0:
@@ -314,8 +334,9 @@ def _past(record: Mapping[str, Any], step: int) -> dict[str, Any]:
 
 
 def _difference(name: str, was: Any, now: Any) -> str:
+    """Says how the part `name` of two records differs."""
     if name == "order":
-        return "this version of Grain shuffles in another order; use the one that the run began with"
+        return "this version of Grain shuffles in another order; use the version that the run began with"
     if name == "datasets":
         changed = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
         return f"the content of {', '.join(map(repr, changed))} has changed"
@@ -329,7 +350,7 @@ def _difference(name: str, was: Any, now: Any) -> str:
 
 
 class _Pattern:
-    """The sequence of data sets in a stage, which repeats after a period."""
+    """The sequence of data sets in a stage, which repeats with a period."""
 
     def __init__(self, shares: Mapping[str, Fraction], names: Sequence[str]):
         period = math.lcm(*(share.denominator for share in shares.values()))
@@ -337,35 +358,35 @@ class _Pattern:
         for name, share in shares.items():
             self._each[names.index(name)] = share.numerator * (period // share.denominator)
         self._which = _lay_out(tuple(self._each.tolist()))
-        self._rank = np.zeros(period, np.int64)  # How many of the same data set came before in the period.
+        self._rank = np.zeros(period, np.int64)  # Rows of the same data set before this one in the period.
         for d in np.flatnonzero(self._each):
             self._rank[self._which == d] = np.arange(self._each[d])
 
     def draws(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For positions in the stage: which data set, and how many of its rows came before in the stage."""
+        """For positions in the stage: the data set, and the number of its rows before the position in the stage."""
         periods, places = np.divmod(positions, len(self._which))
         which = self._which[places]
         return which, periods * self._each[which] + self._rank[places]
 
     def counts(self, rows: int) -> np.ndarray:
-        """How many rows of each data set are among the first ones."""
+        """Number of rows of each data set among the first `rows` rows of the stage."""
         periods, rest = divmod(rows, len(self._which))
         return periods * self._each + np.bincount(self._which[:rest], minlength=len(self._each))
 
 
 @functools.lru_cache
 def _lay_out(each: tuple[int, ...]) -> np.ndarray:
-    """Orders one period so that after n rows each data set has had floor or ceil of n x its share.
+    """Orders one period so that of n rows a data set of share w has floor(n w) or ceil(n w).
 
-    The k-th row of a data set of share w must come within positions [floor(k / w), ceil((k + 1) / w)). Of those whose
-    window is open, the one whose window ends first is taken; that always succeeds, for it is the schedule of unit tasks
-    on one processor (Baruah et al. 1996, "Proportionate progress", Algorithmica 15).
+    Row k of a data set of share w must be at a position in [floor(k / w), ceil((k + 1) / w)). Of the data sets whose
+    window has begun, the one whose window ends first comes next. This always succeeds: it is the pfair schedule of
+    unit tasks on one processor (Baruah et al. 1996, "Proportionate progress", Algorithmica 15).
 
     Args:
       each: rows of each data set in the period.
 
     Returns:
-      int64 [sum(each)]: the index of a data set.
+      int64 [sum(each)], index of the data set at each position.
     """
     period = sum(each)
     taken = [0] * len(each)
@@ -378,13 +399,13 @@ def _lay_out(each: tuple[int, ...]) -> np.ndarray:
     return order
 
 
-def _order(rows: int, name: str) -> Any:
-    """An endless map from draw to row; each pass has every row once."""
+def _order(rows: int, name: str) -> "grain.MapDataset[int]":
+    """An endless map from a draw to a row; every row comes once in each epoch."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
     return grain.MapDataset.range(rows).shuffle(seed=seed).repeat()
 
 
 def _order_probe() -> str:
-    """Tells versions of Grain apart that would draw other orders."""
+    """A value that differs between versions of Grain that shuffle differently."""
     order = _order(1000, "probe")
     return digest([order[i] for i in range(990, 1020)])

@@ -1,4 +1,4 @@
-"""The progress of a build: a bar on a terminal, about twenty lines elsewhere."""
+"""Progress of a data build: a bar on a terminal, about twenty lines elsewhere."""
 
 import time
 
@@ -9,19 +9,19 @@ _LINES = 20
 
 
 class BuildProgress:
-    """Shows how much input is done, how fast, and how long it will take. Rich respects NO_COLOR."""
+    """Shows how much input is processed, the speed, and the time left. Rich respects NO_COLOR."""
 
     def __init__(self, console: Console, units: int, done: int, total_bytes: int, done_bytes: int):
         """Args:
-        console: on standard error, by custom.
-        units: of work, in all.
+        console: where progress is shown, usually standard error.
+        units: number of units of work.
         done: units that an earlier process finished.
-        total_bytes: of input.
-        done_bytes: of input, in the units that are finished.
+        total_bytes: bytes of input.
+        done_bytes: bytes of input in the finished units.
         """
         self._console, self._units, self._done = console, units, done
         self._bytes, self._first, self._total = done_bytes, done_bytes, total_bytes
-        self._tokens, self._begin, self._said = 0, time.perf_counter(), done_bytes
+        self._begin, self._printed = time.perf_counter(), done_bytes
         self._progress = Progress(
             TextColumn("building"),
             BarColumn(bar_width=None),
@@ -36,7 +36,7 @@ class BuildProgress:
 
     def __enter__(self) -> "BuildProgress":
         if self._done:
-            self._print(f"going on: {self._done} of {self._units} units are finished")
+            self._print(f"resuming: {self._done} of {self._units} units are finished")
         if self._console.is_terminal:
             self._progress.start()
             self._task = self._progress.add_task(
@@ -52,20 +52,23 @@ class BuildProgress:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def advance(self, count: int) -> None:
-        """Takes the bytes read since the last call."""
+        """Adds to what is processed.
+
+        Args:
+          count: bytes of input that were processed since the last call.
+        """
         self._bytes += count
         elapsed = max(time.perf_counter() - self._begin, 1e-9)
         rate = (self._bytes - self._first) / elapsed / 1e6
         if self._task is not None:
             self._progress.update(self._task, completed=self._bytes, rate=rate)
-        elif self._bytes - self._said >= self._total / _LINES:
-            self._said = self._bytes
+        elif self._bytes - self._printed >= self._total / _LINES:
+            self._printed = self._bytes
             left = (self._total - self._bytes) / max(rate * 1e6, 1e-9)
             self._print(f"{self._bytes / 1e6:.1f}/{self._total / 1e6:.1f} MB  {rate:.1f} MB/s  {left:.0f} s left")
 
-    def unit(self, tokens: int) -> None:
-        """Takes the tokens of a finished unit."""
+    def unit(self) -> None:
+        """Counts a finished unit."""
         self._done += 1
-        self._tokens += tokens
         if self._task is not None:
             self._progress.update(self._task, units=self._done)

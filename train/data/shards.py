@@ -1,13 +1,13 @@
-"""Packed rows on disk: what a shard is, how it is written, and the manifest of a data set.
+"""The format of a data set of packed rows on disk: its shards, how they are written, and its manifest.
 
 A data set is a folder. Each of its shards is two flat little-endian files without a header:
 
-    shard-00000.tokens    uint32 [rows, length]             token ids; 0 where a row is padded
-    shard-00000.starts    uint8  [rows, ceil(length / 8)]   a bit for each token: does it begin a document
+    shard-00000.tokens    uint32 [rows, length]             token ids; 0 in padding
+    shard-00000.starts    uint8  [rows, ceil(length / 8)]   a bit for each token: 1 if it begins a document
 
-The lowest bit of a byte is its first token's. Documents lie end to end, so only the end of the last row of a shard is
-padding: row r has min(length, tokens - r * length) tokens. `manifest.json`, written last, says how many rows and tokens
-each shard has.
+The lowest bit of a byte belongs to the first of its eight tokens. Documents are concatenated, so that only the last row
+of a shard has padding: row r has min(length, tokens - r * length) tokens. `manifest.json` is written last; it has the
+number of rows and tokens of each shard.
 """
 
 import contextlib
@@ -22,9 +22,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from qwen_jax.errors import InputError
+from qwen_jax.errors import NO_ROOM, InputError
+from train import files
 
-MANIFEST = "manifest.json"
+MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
 VERSION = 1
 _FORMAT = "qwen-jax packed rows"
 
@@ -34,12 +35,12 @@ class Shard:
     """One shard.
 
     Attributes:
-      name: of its files, without extension.
-      rows: how many.
-      tokens: without padding.
-      documents: that begin in it; none goes on in another shard.
-      tokens_sha256: of its `.tokens` file (hex).
-      starts_sha256: of its `.starts` file (hex).
+      name: name of its files, without extension.
+      rows: number of rows.
+      tokens: number of tokens, without padding.
+      documents: number of documents; no document continues in another shard.
+      tokens_sha256: sha256 of its `.tokens` file (hex).
+      starts_sha256: sha256 of its `.starts` file (hex).
     """
 
     name: str
@@ -50,7 +51,11 @@ class Shard:
     starts_sha256: str
 
     def files(self, length: int) -> tuple[tuple[str, int, str], tuple[str, int, str]]:
-        """(file name, bytes, sha256) of the tokens and of the starts."""
+        """(file name, size in bytes, sha256) of the `.tokens` and of the `.starts` file.
+
+        Args:
+          length: tokens in a row.
+        """
         return (
             (f"{self.name}.tokens", self.rows * length * 4, self.tokens_sha256),
             (f"{self.name}.starts", self.rows * starts_width(length), self.starts_sha256),
@@ -67,25 +72,25 @@ class Input:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a data set holds, and from where.
+    """The manifest of a data set: what it holds, and from which files it was built.
 
     Attributes:
-      domain: its name.
+      domain: name of the data set.
       length: tokens in a row.
-      tokenizer: `Tokenizer.fingerprint()`.
-      vocab_size: every token id is smaller.
-      end_of_text: the id that ends each document.
+      tokenizer: `Tokenizer.fingerprint()` of its tokenizer.
+      vocab_size: size of the vocabulary; every token id is smaller.
+      end_of_text: token id that ends each document.
       field: JSON field or Parquet column of the text.
       max_document_bytes: longer documents were left out.
       unit_bytes: size of a unit of work; each became one shard.
-      rows: in all shards.
-      tokens: without padding.
-      documents: how many.
-      padding: fraction of all positions.
-      empty: documents without text, which were passed over.
-      bad: records that could not be read; `quarantine.jsonl` lists them.
-      inputs: files.
-      shards: in order.
+      rows: number of rows in all shards.
+      tokens: number of tokens, without padding.
+      documents: number of documents.
+      padding: fraction of all positions that is padding.
+      empty: number of documents without text, which were left out.
+      bad: number of records that could not be used; `quarantine.jsonl` lists them.
+      inputs: input files.
+      shards: shards, in order.
     """
 
     domain: str
@@ -107,7 +112,7 @@ class Manifest:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A sha256 (hex) of tokenizer, length and every row in its place; not of names, paths and settings."""
+        """A sha256 (hex) of tokenizer, length and all rows in their order; names, paths and settings do not count."""
         rows = [[s.rows, s.tokens, s.tokens_sha256, s.starts_sha256] for s in self.shards]
         return digest([VERSION, self.tokenizer, self.length, rows])
 
@@ -121,15 +126,25 @@ class Manifest:
         }
 
     def summary(self) -> dict[str, Any]:
-        """The same with numbers of inputs and shards instead of the lists."""
+        """`to_json` with the number of inputs and shards instead of the lists."""
         return {**self.to_json(), "inputs": len(self.inputs), "shards": len(self.shards)}
+
+    def left_out(self, folder: Path) -> str:
+        """Says how many records were left out, and where they are listed; "" if none was.
+
+        Args:
+          folder: of the data set.
+        """
+        parts = [f"{self.bad:,} bad record{'s' * (self.bad > 1)} (see {folder / QUARANTINE})"] if self.bad else []
+        parts += [f"{self.empty:,} empty document{'s' * (self.empty > 1)}"] if self.empty else []
+        return f"left out: {' and '.join(parts)}" if parts else ""
 
 
 def load_manifest(folder: Path) -> Manifest:
     """Reads the manifest of a data set.
 
     Raises:
-      InputError: the folder is no finished data set, or the manifest is damaged or of another version.
+      InputError: the folder is not a finished data set, or the manifest is damaged or of another version.
     """
     path = folder / MANIFEST
     try:
@@ -153,7 +168,7 @@ def load_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise InputError(
             f"{folder} is no finished data set: it has no {MANIFEST}. "
-            "Build it with `qwen-jax data build`; where that was interrupted, run the same command again."
+            "Build it with `qwen-jax data build`; if that was interrupted, run the same command again."
         ) from None
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror}.") from None
@@ -167,16 +182,16 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, shards: Sequence[Shard], length: int, contents: bool = False) -> None:
-    """Compares the files of shards with what is known of them.
+    """Checks that the files of shards exist and have the expected sizes.
 
     Args:
       folder: of the data set.
-      shards: to look at.
+      shards: shards to check.
       length: tokens in a row.
       contents: also compare the sha256 of each file, which reads all of it.
 
     Raises:
-      InputError: a file is missing, cut or changed.
+      InputError: a file is missing, truncated or changed.
     """
     for name, size, sha256 in (file for shard in shards for file in shard.files(length)):
         path = folder / name
@@ -191,7 +206,7 @@ def check_files(folder: Path, shards: Sequence[Shard], length: int, contents: bo
             raise InputError(f"{path} is not what was built: its sha256 is not {sha256}. {_REPAIR}")
 
 
-_REPAIR = "Copy the shard again from where it is intact, or build the data again in a new folder."
+_REPAIR = "Copy the shard again from an intact data set, or build the data again in a new folder."
 
 
 def _sha256(path: Path) -> str:
@@ -199,21 +214,25 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """A sha256 (hex) of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def starts_width(length: int) -> int:
-    """Bytes of a row of `.starts`."""
+    """Bytes of a row in a `.starts` file.
+
+    Args:
+      length: tokens in a row.
+    """
     return -(-length // 8)
 
 
 class ShardWriter:
-    """Packs documents into the rows of one shard as they come; a row or so is in memory.
+    """Packs a stream of documents into the rows of one shard; about one row is in memory.
 
-    It lays documents end to end, as `pack` does. The files have temporary names until `finish`; used as a context
-    manager, it removes them if anything fails before.
+    Documents are concatenated, as `pack` does. The files have temporary names until `finish`; as a context manager, it
+    removes them if anything fails before.
     """
 
     def __init__(self, folder: Path, name: str, length: int):
@@ -221,7 +240,7 @@ class ShardWriter:
 
         Args:
           folder: of the data set.
-          name: of the shard.
+          name: name of the shard.
           length: tokens in a row.
 
         Raises:
@@ -233,10 +252,13 @@ class ShardWriter:
         self._files = [_HashedFile(folder / f"{name}.{extension}") for extension in ("tokens", "starts")]
 
     def add(self, documents: Sequence[Sequence[int]]) -> None:
-        """Appends documents of at least one token each.
+        """Appends documents.
+
+        Args:
+          documents: token ids of each, at least one.
 
         Raises:
-          InputError: the files cannot be written, as on a full disk.
+          InputError: the files cannot be written, for example because the disk is full.
         """
         arrays = [np.asarray(document, "<u4") for document in documents]
         starts = [np.zeros(len(array), bool) for array in arrays]
@@ -256,7 +278,7 @@ class ShardWriter:
         self._rows += rows
 
     def finish(self) -> Shard | None:
-        """Pads the last row and puts the files in place. Returns None, and leaves no file, where nothing was added."""
+        """Pads the last row and renames the files. Returns None, and leaves no file, if no document was added."""
         if len(self._tokens):
             padding = -len(self._tokens) % self._length
             self._tokens, self._starts = (np.pad(array, (0, padding)) for array in (self._tokens, self._starts))
@@ -275,10 +297,10 @@ class ShardWriter:
 
 
 class _HashedFile:
-    """A file that appears whole or not at all, and its sha256."""
+    """A file that gets its name when it is complete, and its sha256."""
 
     def __init__(self, path: Path):
-        self._path, self._temporary = path, temporary_name(path)
+        self._path, self._temporary = path, files.temporary_name(path)
         self._hash = hashlib.sha256()
         with _writing(path):
             self._file: BinaryIO = self._temporary.open("wb")
@@ -298,37 +320,24 @@ class _HashedFile:
         return self._hash.hexdigest()
 
     def discard(self) -> None:
-        with contextlib.suppress(OSError):  # It could not be written, which was said already.
+        with contextlib.suppress(OSError):  # A write has failed, and raised then.
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file through to the disk; a reader sees all of it or none.
+    """Writes a file of a data set; a reader sees all of it or none.
 
     Raises:
-      InputError: it cannot be written.
+      InputError: the file cannot be written.
     """
-    temporary = temporary_name(path)
     with _writing(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        files.write_file(path, content)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """`write_file` of a JSON value."""
-    write_file(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def temporary_name(path: Path) -> Path:
-    """The name beside its place under which this process writes a file."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_json(path: Path, value: object) -> None:
+    """Writes a JSON file of a data set; see `write_file`."""
+    write_file(path, (files.to_json(value, indent=1) + "\n").encode())
 
 
 @contextlib.contextmanager
@@ -336,7 +345,8 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        remedy = "make room (rows take 4 bytes a token)" if error.errno in NO_ROOM else "solve this problem"
         raise InputError(
-            f"Cannot write {path}: {error.strerror}. What is finished is kept: make room (rows take 4 bytes a token), "
-            "then run the same command again."
+            f"Cannot write {path}: {error.strerror}. Finished units of work are kept: {remedy}, then run the same "
+            "command again."
         ) from None

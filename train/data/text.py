@@ -1,4 +1,4 @@
-"""Text files to documents, and documents to a training and a held-out part."""
+"""Finds text files, reads them as documents, and splits documents into a training and a held-out part."""
 
 import codecs
 import dataclasses
@@ -15,10 +15,10 @@ from qwen_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """What was read.
+    """Documents that were read.
 
     Attributes:
-      texts: one string for each file.
+      texts: text of each file.
       skipped: files that are not UTF-8 text.
     """
 
@@ -27,16 +27,25 @@ class Documents:
 
 
 def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """Expands files, folders (all files below, hidden ones left out) and glob patterns, each sorted by name.
+    """Expands files, folders and glob patterns.
+
+    Args:
+      paths: a folder stands for all files below it, without hidden ones.
+
+    Returns:
+      The files in the order of `paths`, those of a folder or pattern sorted by name; each once.
 
     Raises:
-      InputError: a path that is not there, or a pattern that matches nothing.
+      InputError: a path that does not exist, or a pattern that matches nothing.
     """
     found: dict[Path, None] = {}
     for given in paths:
         name = os.fspath(given)
-        path = Path(name).expanduser()
-        matches = [path] if path.exists() else [Path(m) for m in sorted(glob.glob(str(path), recursive=True))]
+        try:
+            path = Path(name).expanduser()
+            matches = [path] if path.exists() else [Path(m) for m in sorted(glob.glob(str(path), recursive=True))]
+        except (OSError, RuntimeError) as error:  # A name that is too long, a home folder that does not exist.
+            raise InputError(f"Cannot look for {name}: {error}. Give another path.") from None
         if not matches:
             raise InputError(
                 f"No such file or folder: {name}. Give text files, folders or patterns such as 'docs/*.md'."
@@ -53,7 +62,7 @@ def _walk(folder: Path) -> Iterable[Path]:
 
 
 def standard_library() -> list[Path]:
-    """Python's own standard library: its `.py` files, sorted, without installed packages, tests and data tables."""
+    """The `.py` files of Python's standard library, sorted, without installed packages, tests and data tables."""
     left_out = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data", "_bundled"}
     folder = Path(sysconfig.get_path("stdlib"))
     files = [
@@ -65,14 +74,14 @@ def standard_library() -> list[Path]:
 
 
 def read_documents(files: Iterable[Path], max_bytes: int) -> Documents:
-    """Reads each file as one document, up to a size in all.
+    """Reads each file as one document, up to a total size. "\\r\\n" becomes "\\n"; a byte order mark is ignored.
 
     Args:
-      files: read in this order. Empty ones are left out.
-      max_bytes: reading stops before the file that would go beyond; a first file that does is cut.
+      files: files, in the order in which they are read. Empty ones are left out.
+      max_bytes: reading stops before the file that exceeds this total; if that is the first file, it is cut.
 
     Raises:
-      InputError: a file that cannot be read, or no text in any of them.
+      InputError: a file cannot be read, or no file has text.
     """
     texts: list[str] = []
     skipped: list[Path] = []
@@ -87,15 +96,15 @@ def read_documents(files: Iterable[Path], max_bytes: int) -> Documents:
         if too_long and texts:
             break
         try:
-            # A character that the cut went through is dropped; any other fault raises.
+            # A character that was cut is dropped; anything else that is not UTF-8 raises.
             text = codecs.getincrementaldecoder("utf-8-sig")().decode(content[:left], final=not too_long)
         except UnicodeDecodeError:
             skipped.append(path)
             continue
-        if "\0" in text:  # Valid UTF-8, but no text file has it.
+        if "\0" in text:  # Valid UTF-8, but not in a text file.
             skipped.append(path)
         elif text.strip():
-            texts.append(text)
+            texts.append(text.replace("\r\n", "\n"))
             left -= min(len(content), left)
     if not texts:
         raise InputError(
@@ -105,18 +114,18 @@ def read_documents(files: Iterable[Path], max_bytes: int) -> Documents:
 
 
 def split_documents(texts: Sequence[str], held_out: float, seed: int) -> tuple[list[str], list[str]]:
-    """Splits into a training and a held-out part, by document; a single document is cut at a line end instead.
+    """Splits documents into a training and a held-out part; a single document is cut at a line end.
 
     Args:
       texts: documents.
-      held_out: about this fraction of all characters is held out; at least one document.
-      seed: which ones.
+      held_out: fraction of all characters to hold out, approximately; at least one document.
+      seed: seed of the choice.
 
     Returns:
       Training documents and held-out documents, each in the given order.
 
     Raises:
-      InputError: one document that has fewer than two lines.
+      InputError: there is one document, and it has fewer than two lines.
     """
     if len(texts) == 1:
         text = texts[0].rstrip("\n")

@@ -1,4 +1,4 @@
-"""What the console shows while a run goes on."""
+"""The progress of a run on the console: loss, speed and time left."""
 
 import collections
 import dataclasses
@@ -10,20 +10,20 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-# Losses and speeds shown are means over so many steps: a single one jumps about.
+# Losses and speeds are shown as means over this many steps, because single steps are noisy.
 _WINDOW = 20
-# Off a terminal, a line at least so often, in seconds.
+# Without a terminal, seconds between two lines at most.
 _PATIENCE = 300.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Stretch:
-    """Steps that cost the same, such as those of a stage.
+    """Consecutive steps of equal cost, such as those of a stage.
 
     Attributes:
-      end: number of the last of them.
-      tokens: in a step.
-      flops: model FLOPs of a step that one device does; see `flops_per_token`.
+      end: number of the last step.
+      tokens: number of tokens in a step.
+      flops: model FLOPs of a step on one device; see `flops_per_token`.
     """
 
     end: int
@@ -32,7 +32,7 @@ class Stretch:
 
 
 class Display:
-    """Loss, speed and time left, on a console: a bar on a terminal, a line now and then elsewhere."""
+    """Shows loss, speed and time left: a bar on a terminal, about twenty lines elsewhere."""
 
     def __init__(
         self,
@@ -44,17 +44,17 @@ class Display:
         peak_flops: float | None = None,
         evaluate_every: int = 0,
     ):
-        """Makes a display; use it in a `with` statement.
+        """Creates a display, which is a context manager.
 
         Args:
-          console: on standard error, by custom. Rich respects NO_COLOR.
-          steps: of the run.
-          first: steps taken before.
-          lines: about how many where there is no terminal; more where one would take longer than five minutes.
-          stretches: of the run; by default all steps cost the same. Time left is that of the FLOPs that are left,
-            at the speed of this stretch so far, and of the evaluations that are left.
-          peak_flops: of one device, per second, for the MFU; None shows none.
-          evaluate_every: as in `LoopConfig`.
+          console: where to show it, usually standard error. Rich respects NO_COLOR.
+          steps: number of steps of the run.
+          first: number of steps taken already.
+          lines: approximate number of lines without a terminal; more if a line would take more than five minutes.
+          stretches: steps of equal cost; by default all steps. The time left is computed from the FLOPs that are left
+            at the speed of the current stretch so far, and from the evaluations that are left.
+          peak_flops: peak FLOP/s of one device, for the MFU; None shows no MFU.
+          evaluate_every: steps between two evaluations, as in `LoopConfig`; 0 for none.
         """
         self._console, self._steps, self._first, self._peak = console, steps, first, peak_flops
         self._stretches = list(stretches) or [Stretch(steps, 0, 1.0)]
@@ -119,19 +119,19 @@ class Display:
         steps = self._seconds * self._flops(step, self._steps) / self._flops(self._begin, step)
         if not self._evaluations or not self._evaluate_every:
             return steps
-        # At multiples of the interval, and at the end of each stretch; that of this step is still to come.
+        # There is an evaluation at multiples of the interval and at the end of each stretch, after this step too.
         ends = [s.end for s in self._stretches if s.end >= step and s.end % self._evaluate_every]
         left = self._steps // self._evaluate_every - (step - 1) // self._evaluate_every + len(ends)
         return steps + left * sum(self._evaluations) / len(self._evaluations)
 
     def step(self, step: int, loss: float, tokens: int, seconds: float) -> None:
-        """Shows one step.
+        """Shows a step.
 
         Args:
           step: its number.
-          loss: its mean loss in nats.
-          tokens: in it.
-          seconds: that it took, without compilation.
+          loss: mean loss in nats.
+          tokens: number of tokens.
+          seconds: duration, without compilation.
         """
         stretch = self._stretches[self._index(step)]
         if math.isfinite(loss):
@@ -145,7 +145,7 @@ class Display:
         fields: dict[str, Any] = {"loss": f"{_mean(self._losses):.3f}", "rate": f"{rate:,.0f}", "mfu": "-", "left": "-"}
         if self._peak and stretch.tokens:
             fields["mfu"] = f"{rate * stretch.flops / stretch.tokens / self._peak:.1%}"
-        if step > self._begin + 1:  # What one step takes says little: the device has only begun.
+        if step > self._begin + 1:  # The first step is not representative.
             fields["left"] = duration(self._left(step))
         if self._task is not None:
             self._progress.update(self._task, description=self._name(step), completed=step, **fields)
@@ -157,12 +157,12 @@ class Display:
             self.say("  ".join(parts))
 
     def evaluation(self, step: int, numbers: Mapping[str, float], seconds: float) -> None:
-        """Prints held-out numbers above the bar.
+        """Prints held-out metrics above the bar.
 
         Args:
-          step: that the state was at.
-          numbers: by name.
-          seconds: that they took, without compilation.
+          step: number of the last step.
+          numbers: metrics by name.
+          seconds: duration of the evaluation, without compilation.
         """
         self._evaluations.append(seconds)
         texts, parts = [], []
@@ -175,7 +175,7 @@ class Display:
         self.say(f"step {step}: held-out {'  '.join(texts)}" + (f" ({', '.join(parts)})" if parts else ""))
 
     def say(self, text: str) -> None:
-        """Prints a line, above the bar."""
+        """Prints a line above the bar."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -184,7 +184,7 @@ def _mean(values: Sequence[float] | collections.deque[float]) -> float:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people, such as "2 h 05 min"."""
+    """Formats seconds, such as "2 h 05 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

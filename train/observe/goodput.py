@@ -1,31 +1,36 @@
-"""Where the wall time of a run goes, over all its launches."""
+"""Goodput: the wall time of a run, over all its launches, by what it was spent on."""
 
-import json
 import threading
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
 
-# Every moment from the first launch on belongs to exactly one of these.
+from train.observe.metrics import read_log
+
+# Every moment since the first launch belongs to exactly one of these.
 KINDS = {
     "step": "training steps",
     "compile": "tracing and compiling",
     "input": "waiting for data",
     "evaluation": "evaluation",
-    "checkpoint": "saving, as far as training waited for it",
+    "checkpoint": "waiting for checkpoints to be saved",
     "profile": "writing a profile",
-    "initialisation": "opening data, weights or a checkpoint",
-    "lost": "steps that had to be run again",
+    "initialisation": "opening data, and reading weights or a checkpoint",
+    "lost": "steps that were run again after a restart",
     "down": "not running, between launches",
 }
-# Seconds between two records in the log.
+# Seconds between two records of the time in the log.
 _EVERY = 60.0
 
 
 class _Compilation:
-    """Seconds that a thread has spent in tracing, lowering and compiling, and programs that it has compiled."""
+    """Compilation in one thread.
+
+    Attributes:
+      seconds: spent in tracing, lowering and compiling.
+      programs: number of programs compiled.
+    """
 
     _EVENTS = "/jax/core/compile/"
     _BACKEND = "/jax/core/compile/backend_compile_duration"
@@ -35,10 +40,16 @@ class _Compilation:
         self.seconds, self.programs = 0.0, 0
 
     def add(self, event: str, duration: float) -> None:
+        """Adds an event of `jax.monitoring` that has just ended.
+
+        Args:
+          event: its name.
+          duration: in seconds.
+        """
         now = time.perf_counter()
         self.programs += event == self._BACKEND
-        # Tracing a function traces those inside it, and their events come first: what a span contains is no time of
-        # its own. The margin is for the clocks, which are read one after the other.
+        # Tracing a function traces the functions it calls, whose events come first. Subtract events that this one
+        # contains, so that their time counts once. The margin allows for clocks that are read one after the other.
         while self._spans and self._spans[-1][0] >= now - duration - 1e-4:
             begin, end = self._spans.pop()
             self.seconds -= end - begin
@@ -55,17 +66,17 @@ def _listen(event: str, duration_secs: float, **_: str | int) -> None:
 
 
 def compilation() -> _Compilation:
-    """What this thread has compiled since the first call in it: `seconds`, and how many `programs`."""
+    """Compilation in this thread since its first call of this function."""
     if not _compilations:
         jax.monitoring.register_event_duration_secs_listener(_listen)
     return _compilations.setdefault(threading.get_ident(), _Compilation())
 
 
 class Clock:
-    """Divides the time of a launch into kinds of `KINDS`; all of it, so that they add up to the wall time.
+    """Divides the wall time of a launch completely into the kinds of `KINDS`.
 
     Attributes:
-      seconds: of each kind, over all launches.
+      seconds: time of each kind, over all launches.
     """
 
     def __init__(self) -> None:
@@ -76,17 +87,21 @@ class Clock:
         self._begin = time.time()
 
     def carry_over(self, metrics: Path, step: int) -> None:
-        """Adds the launches before this one.
+        """Adds the time of earlier launches.
 
         Args:
-          metrics: log of the run as the launch before left it.
-          step: that this launch goes on from.
+          metrics: log of the run as the last launch left it.
+          step: the step that this launch resumes from.
         """
         for kind, seconds in _before(metrics, step, self._begin).items():
             self.seconds[kind] += seconds
 
     def lap(self, kind: str) -> None:
-        """Says what the time since the last lap was spent on; compilation in it is taken out."""
+        """Assigns the time since the last lap to a kind, and compilation in it to "compile".
+
+        Args:
+          kind: one of `KINDS`.
+        """
         now, compiled = time.perf_counter(), self._compilation.seconds
         of_compile = min(max(compiled - self._compiled, 0.0), now - self._last)
         self.seconds["compile"] += of_compile
@@ -95,19 +110,19 @@ class Clock:
 
     @property
     def stepping(self) -> float:
-        """Seconds of steps, with their waiting for data."""
+        """Seconds of steps, including the waiting for data."""
         return self.seconds["step"] + self.seconds["input"]
 
     @property
     def due(self) -> bool:
-        """Whether the last record is a minute old."""
+        """Whether a minute has passed since the last record."""
         return time.perf_counter() - self._recorded >= _EVERY
 
     def record(self, step: int) -> dict[str, float]:
-        """A record for the log, up to the last lap.
+        """The record of the time for the log, up to the last lap.
 
         Args:
-          step: the last one that was reported.
+          step: number of the last step that was logged.
         """
         self._recorded = time.perf_counter()
         total = sum(self.seconds.values())
@@ -117,30 +132,20 @@ class Clock:
 
 
 def _before(metrics: Path, step: int, now: float) -> dict[str, float]:
-    """Seconds of each kind from the first launch until `now`, seen from a launch that goes on from `step`."""
-    records = list(_records(metrics))
+    """Seconds of each kind from the first launch until `now`, for a launch that resumes from `step`."""
+    records = read_log(metrics, warn=False) if metrics.exists() else []  # `MetricsLog` will warn.
     newest = max((i for i, r in enumerate(records) if "seconds_step" in r), default=None)
     if newest is None:
         return {}
     seconds = {kind: records[newest].get(f"seconds_{kind}", 0.0) for kind in KINDS}
-    # Steps that were taken after the last record of the time are known by their own.
+    # Steps after the last record of the time have their own records.
     after = [r for r in records[newest:] if "seconds" in r]
     seconds["step"] += sum(r["seconds"] for r in after)
     seconds["down"] += max(now - records[newest]["time"] - sum(r["seconds"] for r in after), 0.0)
     lost = sum(r["seconds"] for r in records if "seconds" in r and r["step"] > step)
     seconds["lost"] += lost
-    # The waiting for data in those steps is not known apart; there is hardly any.
+    # The lost steps include some waiting for data, which is not recorded separately.
     of_steps = min(lost, seconds["step"])
     seconds["step"] -= of_steps
     seconds["input"] = max(seconds["input"] - (lost - of_steps), 0.0)
     return seconds
-
-
-def _records(metrics: Path) -> Iterator[Mapping[str, float]]:
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # A killed process may leave half of a last line.
-        if isinstance(record, dict) and "step" in record:
-            yield record

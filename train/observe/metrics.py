@@ -1,24 +1,22 @@
-"""Formulas of what is reported, and the log they go to."""
+"""Formulas of reported metrics (bits per byte, FLOPs, MFU), and the log `metrics.jsonl`."""
 
-import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.errors import InputError
 from train.data.batch import Batch
+from train.files import read_records, to_json, write_file
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """Compression of a text by a model; unlike the loss of a token, it does not depend on the tokenizer.
+    """Bits per byte of a text under a model; unlike the loss per token, it does not depend on the tokenizer.
 
     Args:
       nats: summed cross-entropy of the predicted tokens.
-      num_bytes: UTF-8 bytes that those tokens stand for.
+      num_bytes: number of UTF-8 bytes that these tokens encode.
 
     Returns:
       nats / ln 2 / num_bytes, which is loss / ln 2 * tokens / bytes.
@@ -27,11 +25,11 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
 
 
 def scored_bytes(rows: Batch, bytes_of_id: np.ndarray) -> int:
-    """UTF-8 bytes of the tokens that a loss over these rows predicts: all but the first token of each segment.
+    """Counts the UTF-8 bytes of the predicted tokens of some rows: all but the first token of each segment.
 
     Args:
       rows: NumPy arrays [rows, length].
-      bytes_of_id: length of each token id's bytes; 0 for control tokens, which stand for no text.
+      bytes_of_id: int [vocabulary], number of bytes of each token; 0 for control tokens, which are not text.
     """
     same = (rows.segment_ids[:, 1:] == rows.segment_ids[:, :-1]) & (rows.segment_ids[:, 1:] > 0)
     scored = same & (rows.loss_weights[:, 1:] > 0)
@@ -41,12 +39,12 @@ def scored_bytes(rows: Batch, bytes_of_id: np.ndarray) -> int:
 def flops_per_token(config: ModelConfig, length: int) -> float:
     """Model FLOPs of one training token, forward and backward.
 
-    6 for each weight of a matrix product, the head among them and the embedding look-up not, of experts those that a
-    token takes, and 6 x layers x heads x head_dim x length for causal attention.
+    6 for each weight in a matrix product, which includes the head, excludes the embedding look-up, and includes of the
+    experts those that a token is routed to; and 6 x layers x heads x head_dim x length for causal attention.
 
     Args:
       config: the architecture.
-      length: tokens in a row. Documents packed into it see less, so that this counts more attention than is done.
+      length: tokens in a row. Tokens of packed documents attend to fewer, so that this overestimates attention.
     """
     d, sparse = config.hidden_size, len(config.sparse_layers)
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -63,63 +61,58 @@ def mfu(tokens_per_second: float, config: ModelConfig, length: int, peak_flops: 
     """Model FLOPs utilisation (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), between 0 and 1.
 
     Args:
-      tokens_per_second: of all devices together.
+      tokens_per_second: speed of all devices together.
       config: the architecture.
       length: tokens in a row.
-      peak_flops: of all devices together, per second.
+      peak_flops: FLOP/s of all devices together.
     """
     return tokens_per_second * flops_per_token(config, length) / peak_flops
 
 
 class MetricsLog:
-    """One JSON object a line, appended as they come.
+    """The log `metrics.jsonl`: one JSON object a line. Numbers that are not finite are written as null.
 
-    A run that goes on from a checkpoint continues its log: lines of later steps, which will be run again, are taken
-    away first.
+    A run that resumes from a checkpoint continues its log. Records of later steps are removed, because these steps are
+    run again.
     """
 
     def __init__(self, path: Path, resume_step: int = 0):
-        """Opens the log.
+        """Opens the log. Lines that a crash has damaged are removed, with a warning.
 
         Args:
           path: of the `.jsonl` file.
-          resume_step: steps already taken; lines up to this step are kept.
-
-        Raises:
-          InputError: the existing file is not such a log.
+          resume_step: number of steps already taken; records up to this step are kept.
         """
-        kept = []
-        lines = path.read_text(encoding="utf-8").splitlines() if resume_step and path.exists() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                step = json.loads(line)["step"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                # A killed process may leave half of a last line; its step is run again.
-                if number == len(lines):
-                    break
-                raise InputError(
-                    f"{path}, line {number} is not a metrics record. Move the file away to go on."
-                ) from None
-            if step <= resume_step:
-                kept.append(line + "\n")
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
+        records = read_records(path, "step") if resume_step and path.exists() else []
+        kept = [to_json(record) + "\n" for record in records if record["step"] <= resume_step]
+        write_file(path, "".join(kept).encode())
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, float]) -> None:
-        """Appends one line."""
-        self._file.write(json.dumps(record) + "\n")
+        """Appends a record.
+
+        Args:
+          record: numbers by name; `step` is one of them.
+        """
+        self._file.write(to_json(record) + "\n")
         self._file.flush()
 
     def flush(self) -> None:
-        """Nothing to do: every line is handed over when it is written."""
+        """Does nothing: `write` hands every line to the system."""
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
 
-def read_log(path: Path) -> list[dict[str, float]]:
-    """All lines of a metrics log."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read_log(path: Path, warn: bool = True) -> list[dict[str, float]]:
+    """Reads `metrics.jsonl`. A null is NaN, and damaged lines are skipped.
+
+    Args:
+      path: of the file.
+      warn: log one sentence on the lines that were skipped.
+    """
+    return [
+        {name: math.nan if value is None else value for name, value in record.items()}
+        for record in read_records(path, "step", warn)
+    ]

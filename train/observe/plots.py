@@ -1,13 +1,12 @@
-"""The picture of a run.
+"""Plots of a run: losses, learning rate and speed in `loss.png`, loads of experts in `experts.png`.
 
-`python -m train.observe.plots FOLDER` draws the run of `qwen-jax train pretrain` in a folder, also while it goes on.
+`python -m train.observe.plots FOLDER` plots a run of `qwen-jax train pretrain`, finished or not.
 """
 
 import argparse
+import io
 import itertools
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from qwen_jax.errors import InputError
+from train.files import read_records, write_file
 from train.moe import EXPERTS, read_loads
 from train.observe.metrics import read_log
 
 _INK, _GREY, _BLUE, _ORANGE = "#222222", "#8a8a8a", "#3b6fb6", "#d1662b"
-# Of held-out data sets; training is blue.
+# Colours of held-out data sets; training is blue.
 _COLOURS = (_ORANGE, "#3f8f5b", "#8456a8", "#b8902a", "#c2497f", "#4a9aa8", "#7a5c43", "#5b6b7a")
-# More points than these can't be told apart.
+# More points in a curve cannot be told apart.
 _POINTS = 4000
 
 
 def plot_run(records: Sequence[dict[str, float]], path: Path, title: str) -> None:
-    """Draws the training loss, and held-out bits per byte where there are any, into a PNG.
+    """Plots the training loss and, if there are any, held-out bits per byte.
 
     Args:
-      records: lines of a metrics log: `step` with `loss`, or with `held_out_bits_per_byte`.
-      path: of the file.
+      records: of the log: `step` with `loss`, or with `held_out_bits_per_byte`.
+      path: of the PNG file.
       title: above both panels.
     """
     held_out = [(r["step"], r["held_out_bits_per_byte"]) for r in records if "held_out_bits_per_byte" in r]
@@ -49,7 +49,7 @@ def plot_run(records: Sequence[dict[str, float]], path: Path, title: str) -> Non
             axes[1].annotate(
                 f"{value:.2f}",
                 (step, value),
-                xytext=(4, 6),  # Above and right: a falling curve leaves that side free.
+                xytext=(4, 6),  # Above and right, which a falling curve leaves free.
                 textcoords="offset points",
                 color=_INK,
                 fontsize=9,
@@ -60,27 +60,28 @@ def plot_run(records: Sequence[dict[str, float]], path: Path, title: str) -> Non
 
 
 def plot_pretraining(records: Sequence[dict[str, float]], stages: Mapping[int, str], path: Path, title: str) -> None:
-    """Draws a run of several stages into a PNG: losses, learning rate and speed.
+    """Plots a run of several stages: losses, learning rate and speed.
 
     Args:
-      records: lines of a metrics log.
-      stages: by the number of its last step, what each is called.
-      path: of the file.
+      records: of the log.
+      stages: name of each stage, by the number of its last step.
+      path: of the PNG file.
       title: above the panels.
 
     Raises:
-      InputError: the log has no step yet.
+      InputError: the log has no step with a finite loss.
     """
     steps, _ = _series(records, "loss")
     if not len(steps):
-        raise InputError("There is nothing to draw: the log has no step yet.")
+        raise InputError("There is nothing to plot: the log has no step with a finite loss yet.")
     figure = _figure(title, 7.2)
     grid = figure.add_gridspec(2, 2, height_ratios=(1.7, 1))
     loss, rate, speed = (figure.add_subplot(cell) for cell in (grid[0, :], grid[1, 0], grid[1, 1]))
+    # Losses, over the whole width.
     _style(loss, "loss (nats per token)")
     _curve(loss, *_series(records, "loss"), "training")
     names = sorted({name for r in records for name in r if name.startswith("held_out_") and name.endswith("_loss")})
-    # The mean over all data sets says nothing new where there is one.
+    # With one data set, the mean over all data sets is the same curve.
     names = [name for name in names if name != "held_out_loss"] or ["held_out_loss"]
     for name, colour in zip(names, itertools.cycle(_COLOURS), strict=False):
         where, values = _series(records, name)
@@ -88,6 +89,7 @@ def plot_pretraining(records: Sequence[dict[str, float]], stages: Mapping[int, s
         if len(where):
             loss.plot(where, values, color=colour, linewidth=1.5, marker="o", markersize=3.5, label=f"held-out {label}")
     loss.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    # Learning rate and speed, below.
     _style(rate, "learning rate")
     rate.plot(*_thinned(*_series(records, "learning_rate")), color=_BLUE, linewidth=1.8)
     rate.set_ylim(bottom=0)
@@ -95,6 +97,7 @@ def plot_pretraining(records: Sequence[dict[str, float]], stages: Mapping[int, s
     _style(speed, "tokens per second, without compilation")
     _curve(speed, *_series(records, "tokens_per_second"))
     speed.set_ylim(bottom=0)
+    # Stages begin at dashed lines.
     first = 0
     for number, (end, name) in enumerate(stages.items()):
         shown = first < steps[-1]
@@ -102,7 +105,7 @@ def plot_pretraining(records: Sequence[dict[str, float]], stages: Mapping[int, s
             for axes in (loss, rate, speed):
                 axes.axvline(first, color=_GREY, linewidth=0.9, linestyle=(0, (4, 3)))
         if len(stages) > 1 and shown:
-            # In the free band above the curves, at the stage's beginning.
+            # Above the curves, where the stage begins.
             place = loss.get_xaxis_transform()
             loss.text(first, 1.0, f" {name}", transform=place, va="bottom", fontsize=8.5, color=_GREY)
         first = end
@@ -112,17 +115,17 @@ def plot_pretraining(records: Sequence[dict[str, float]], stages: Mapping[int, s
 
 
 def plot_experts(steps: np.ndarray, loads_nLE: np.ndarray, layers: Sequence[int], path: Path, title: str) -> None:
-    """Draws how busy experts are into a PNG: now, in every layer, and in the middle one over the run.
+    """Plots the loads of experts: at the last step in every layer, and in the middle layer over the run.
 
     Args:
-      steps: [n].
-      loads_nLE: load of each expert at these steps, over the mean.
-      layers: numbers of the layers that have experts.
-      path: of the file.
+      steps: [n], numbers of steps.
+      loads_nLE: [n, sparse layers, experts], load of each expert at these steps over the mean.
+      layers: indices of the layers that have experts.
+      path: of the PNG file.
       title: above the panels.
     """
     middle = len(layers) // 2
-    # Experts have no order of their own: by their load at the end, a stripe that stays is an expert that stays busy.
+    # Sort experts by their last load: a stripe that persists is an expert that stays busy.
     order = np.argsort(loads_nLE[-1, middle])
     figure = _figure(title, 4.8)
     panels = (
@@ -146,23 +149,27 @@ def plot_experts(steps: np.ndarray, loads_nLE: np.ndarray, layers: Sequence[int]
 
 
 def plot_folder(folder: Path) -> Path:
-    """Draws the run in a folder into its `loss.png`, and the load of its experts, if any, into `experts.png`.
+    """Plots a run into `loss.png` in its folder and, for MoE models, `experts.png`.
 
     Args:
       folder: `output` of the run.
 
     Returns:
-      The path of the first picture.
+      The path of `loss.png`.
 
     Raises:
-      InputError: there is no run, or none that has begun.
+      InputError: the folder has no run, or the run has not begun.
     """
     launches, metrics = folder / "launches.jsonl", folder / "metrics.jsonl"
     if not launches.is_file() or not metrics.is_file():
         raise InputError(
             f"{folder} holds no run of `qwen-jax train pretrain`: it has no launches.jsonl, metrics.jsonl."
         )
-    launch = json.loads(launches.read_text(encoding="utf-8").splitlines()[-1])
+    # The stages are those of the last launch whose record is complete.
+    records = read_records(launches, "config")
+    if not records:
+        raise InputError(f"{launches} has no complete record, which would say what the stages of the run are.")
+    launch = records[-1]
     stages: list[dict[str, Any]] = launch["config"]["stages"]
     ends = itertools.accumulate(stage["schedule"]["steps"] for stage in stages)
     names = {
@@ -178,6 +185,20 @@ def plot_folder(folder: Path) -> Path:
     return folder / "loss.png"
 
 
+def try_to_plot(plot: Callable[[], object], say: Callable[[str], None]) -> None:
+    """Plots something; a failure is one line and no error, because a plot is not worth a run.
+
+    Args:
+      plot: plots it.
+      say: shows the line.
+    """
+    try:
+        plot()
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        say(f"a plot could not be drawn: {reason}")
+
+
 def _figure(title: str, height: float) -> Figure:
     figure = Figure(figsize=(10, height), dpi=150, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK, weight="bold")
@@ -185,9 +206,9 @@ def _figure(title: str, height: float) -> Figure:
 
 
 def _write(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)
+    content = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(content)
+    write_file(path, content.getvalue())
 
 
 def _style(axes: Axes, title: str) -> None:
@@ -203,14 +224,14 @@ def _style(axes: Axes, title: str) -> None:
 
 
 def _series(records: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and finite values of a number."""
+    """Steps at which a number has a finite value, and these values."""
     pairs = np.array([(r["step"], r[name]) for r in records if name in r], float).reshape(-1, 2)
     pairs = pairs[np.isfinite(pairs[:, 1])]
     return pairs[:, 0], pairs[:, 1]
 
 
 def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str | None = None) -> None:
-    """A noisy series, pale, and its running mean."""
+    """Plots a noisy series in a pale colour, and its running mean."""
     axes.plot(*_thinned(steps, values), color=_BLUE, alpha=0.25, linewidth=0.8)
     axes.plot(*_thinned(steps, _smooth(values)), color=_BLUE, linewidth=1.8, label=label)
 
@@ -221,7 +242,7 @@ def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """A running mean over about a fortieth of the run, narrower towards both ends."""
+    """A running mean over about a fortieth of the run, over less near both ends."""
     count = len(values)
     index = np.arange(count)
     reach = np.minimum(max(count // 80, 1), np.minimum(index, count - 1 - index))
@@ -232,7 +253,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        "python -m train.observe.plots", description="Draws loss.png of a pre-training run."
+        "python -m train.observe.plots", description="Plots a pre-training run into its loss.png."
     )
     parser.add_argument("folder", type=Path, help="folder of the run")
     try:

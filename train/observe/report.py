@@ -1,72 +1,86 @@
-"""What a pre-training run tells of itself: launches, numbers, progress, and a summary at the end."""
+"""The report of a pre-training run: its launches, metrics and progress, and a summary at the end."""
 
 import contextlib
 import functools
 import importlib.metadata
-import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from qwen_jax.errors import InputError
 from train.config import RunConfig, as_json
-from train.loop import Profile
+from train.files import append_record
+from train.loop import Monitor, Profile
 from train.moe import EXPERTS, LoadLog
 from train.observe.display import Display, Stretch, duration
 from train.observe.goodput import Clock
 from train.observe.metrics import MetricsLog, flops_per_token, mfu, read_log
-from train.observe.plots import plot_folder
+from train.observe.plots import plot_folder, try_to_plot
 from train.observe.trackers import Log, Logs, TensorBoardLog, WandbLog
 from train.plan.topology import peak_flops
+from train.resume import describe
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-# Steps that the first and last losses of the summary are means of, at most.
+# The first and last losses of the summary are means over at most this many steps.
 _WINDOW = 20
 
 
 class Report:
-    """Everything that a launch writes and shows; use it in a `with` statement. All but process 0 stay silent.
+    """Everything that a launch writes and shows, as a context manager. Only process 0 writes or shows anything.
 
     Attributes:
-      log: of the numbers; None in other processes.
-      display: of the progress; None in other processes.
-      profile: steps to trace; None for none, and in other processes.
-      clock: of the run.
+      log: gets the metrics; None in other processes.
+      display: shows progress; None in other processes.
+      profile: steps to trace; None without any, and in other processes.
+      clock: clock of the run.
     """
 
-    def __init__(self, config: RunConfig, meshes: Sequence[Mesh], step: int, console: Console, clock: Clock):
-        """Opens the logs, records the launch, and says what begins.
+    def __init__(
+        self,
+        config: RunConfig,
+        meshes: Sequence[Mesh],
+        step: int,
+        console: Console,
+        clock: Clock,
+        data: str = "",
+        changes: Mapping[str, tuple[Any, Any]] | None = None,
+    ):
+        """Opens the logs, records the launch, and shows what begins.
 
         Args:
           config: of the run.
-          meshes: of its stages.
-          step: that it goes on from.
-          console: for progress.
-          clock: that was started when the launch began.
+          meshes: mesh of each stage.
+          step: the step that the launch resumes from.
+          console: where progress is shown.
+          clock: clock that was started when the launch began.
+          data: what to show of the data, such as `Mixture.describe_epochs()`.
+          changes: fields of the configuration that differ from those of the last launch; see `train.resume`.
 
         Raises:
-          InputError: a log that is none.
+          InputError: Weights & Biases refuses the run.
         """
         self._config, self._meshes, self._first, self._console, self.clock = config, meshes, step, console, clock
-        self._output = Path(config.output).absolute()
+        self._output, self._data, self._changes = Path(config.output).absolute(), data, changes or {}
         self._peak = peak_flops(jax.devices())
         if self._peak is not None:
-            self._peak /= jax.device_count()  # Of one device.
+            self._peak /= jax.device_count()  # FLOP/s of one device.
         self.log: Log | None = None
         self.display: Display | None = None
         self.profile: Profile | None = None
-        self.loads: Callable[[int, np.ndarray], None] | None = None
+        self.arrays: Callable[[int, str, np.ndarray], None] | None = None
         if jax.process_index():
             return
+        # Logs.
         metrics = self._output / "metrics.jsonl"
         clock.carry_over(metrics, step)
         self._metrics = MetricsLog(metrics, step)
@@ -75,22 +89,23 @@ class Report:
             logs.append(WandbLog(config.wandb_project, self._output, as_json(config)))
         self.log = Logs(*logs)
         if config.model.moe is not None:
-            self.loads = LoadLog(self._output / EXPERTS, config.model.sparse_layers, config.ends[-1], step).write
+            self.arrays = LoadLog(self._output / EXPERTS, config.model.sparse_layers, config.ends[-1], step).write
         self._record_launch()
-        # What was carried over stays in the log, whatever becomes of this launch.
+        # The time of earlier launches stays in the log, even if this launch fails.
         clock.lap("initialisation")
         self._metrics.write(clock.record(step))
         self._say_beginning()
+        # Progress.
         stretches = []
         for index, (end, stage) in enumerate(zip(config.ends, config.stages, strict=True)):
             tokens = stage.batch_size * stage.length
-            flops = tokens * flops_per_token(config.pretrain(index).model, stage.length)
+            flops = tokens * flops_per_token(config.next_token(index).model, stage.length)
             stretches.append(Stretch(end, tokens, flops / meshes[index].size))
         self.display = Display(
             *(console, config.ends[-1], step),
             stretches=stretches,
             peak_flops=self._peak,
-            evaluate_every=config.evaluate_every if config.held_out else 0,
+            evaluate_every=config.loop.evaluate_every if config.held_out else 0,
         )
         if config.profile and config.profile[0] > step:
             self.profile = Profile(self._output / "profile", *config.profile)
@@ -109,32 +124,41 @@ class Report:
         if self.log:
             self.log.close()
 
-    def mfu(self, index: int) -> Callable[[float], float] | None:
-        """MFU of a stage at a rate in tokens per second; None where the devices' peak is not known.
+    def monitor(self, index: int) -> Monitor:
+        """What watches the loop of a stage.
 
         Args:
           index: of the stage, from 0.
         """
-        if self._peak is None:
-            return None
-        model, length = self._config.pretrain(index).model, self._config.stages[index].length
-        return functools.partial(mfu, config=model, length=length, peak_flops=self._peak * self._meshes[index].size)
+        return Monitor(self.log, self.display, self.clock, self.mfu(index), self.profile, self.arrays)
 
-    def end(self, step: int) -> None:
-        """Closes the bar, logs where the time went, draws `loss.png`, and prints a summary.
+    def mfu(self, index: int) -> Callable[[float], float] | None:
+        """A function from tokens per second to the MFU of a stage; None if the peak of the devices is not known.
 
         Args:
-          step: the last one taken.
+          index: index of the stage, from 0.
         """
-        self.clock.lap("checkpoint")  # The last save was waited for.
+        if self._peak is None:
+            return None
+        model, length = self._config.next_token(index).model, self._config.stages[index].length
+        return functools.partial(mfu, config=model, length=length, peak_flops=self._peak * self._meshes[index].size)
+
+    def end(self, step: int, stopped_by: int = 0, saved: int | None = None) -> None:
+        """Closes the bar, logs where the time went, plots `loss.png`, and prints a summary.
+
+        Args:
+          step: number of the last step.
+          stopped_by: number of the signal that stopped the run before its end; 0 for none.
+          saved: step of the newest checkpoint, if there is one.
+        """
+        self.clock.lap("checkpoint")  # Until here, the run has waited for the last save.
         if self.log is None:
             return
         if self.display:
             self.display.close()
         self._metrics.write(self.clock.record(step))
-        with contextlib.suppress(InputError):  # Not one loss was finite: there is no curve.
-            plot_folder(self._output)
-        for line in self._summary(step):
+        try_to_plot(lambda: plot_folder(self._output), self._say)
+        for line in self._summary(step, stopped_by, saved):
             self._say(line)
 
     def _say(self, line: str) -> None:
@@ -151,29 +175,39 @@ class Report:
         )
         self._say(f"run folder: {config.output}")
         for number, (stage, end) in enumerate(zip(config.stages, config.ends, strict=True), 1):
-            theta = config.pretrain(number - 1).model.rope_theta
+            theta = config.next_token(number - 1).model.rope_theta
             self._say(
                 f"stage {number}: to step {end:,}, {stage.batch_size} rows of {stage.length:,} tokens, "
                 f"rope_theta {theta:,.0f}, learning rate {stage.schedule.learning_rate:g}"
             )
+        if self._data:
+            self._say(self._data)
         if self._peak is None:
             self._say(f"no MFU is shown: the peak of {device.device_kind!r} is not known")
         if step:
             lost, down = self.clock.seconds["lost"], self.clock.seconds["down"]
             self._say(
-                f"going on after step {step:,}; so far {duration(lost)} of steps were lost and {duration(down)} passed "
+                f"resuming after step {step:,}; so far {duration(lost)} of steps were lost and {duration(down)} passed "
                 "between launches"
             )
+        for line in describe(self._changes):
+            self._say(f"changed since the last launch: {line}")
         if config.profile and config.profile[0] <= step:
-            self._say(f"nothing is traced: steps {config.profile[0]} to {config.profile[1]} were taken before")
+            self._say(f"nothing is traced: steps {config.profile[0]} to {config.profile[1]} were taken already")
 
-    def _summary(self, step: int) -> Iterator[str]:
-        """What was reached, in lines."""
+    def _summary(self, step: int, stopped_by: int, saved: int | None) -> Iterator[str]:
+        """The lines of the summary."""
         config, total, output = self._config, self._config.ends[-1], Path(self._config.output)
         seconds = self.clock.seconds
         wall = sum(seconds.values())
         if step < total:
-            yield f"stopped by SIGTERM after step {step:,} of {total:,}; saved: the same command goes on from there"
+            name = "Ctrl-C" if stopped_by == signal.SIGINT else "SIGTERM"
+            where = "saved: the same command resumes from there"
+            if saved != step:
+                where = "not saved, because the last steps were skipped: the same command resumes from " + (
+                    "the beginning" if saved is None else f"step {saved:,}"
+                )
+            yield f"stopped by {name} after step {step:,} of {total:,}; {where}"
         else:
             yield f"finished: {step:,} steps in {duration(wall)}"
         records = read_log(self._output / "metrics.jsonl")
@@ -206,10 +240,11 @@ class Report:
                 f"  experts      loads have {now['load_entropy']:.1%} of the largest entropy, the busiest "
                 f"{now['load_max']:.2f}x the mean, {now['dropped']:.2%} dropped; {output / 'experts.png'}"
             )
-        yield f"  checkpoint   {output / 'checkpoints' / str(step)}; qwen-jax generate --model takes it as it is"
+        if saved is not None:
+            yield f"  checkpoint   {output / 'checkpoints' / str(saved)}; qwen-jax generate --model takes it as it is"
 
     def _record_launch(self) -> None:
-        """Appends what this process was started with to `launches.jsonl`, one object a launch."""
+        """Appends a record of this launch to `launches.jsonl`: time, command, versions, devices, configuration."""
         launch = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "step": self._first,
@@ -220,9 +255,9 @@ class Report:
             "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
             "processes": jax.process_count(),
             "config": as_json(self._config),
+            "changed": self._changes,
         }
-        with (self._output / "launches.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(launch) + "\n")
+        append_record(self._output / "launches.jsonl", launch)
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -232,7 +267,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def _git_revision() -> str | None:
-    """The commit of this code, with "+changes" where files differ from it; None outside a repository."""
+    """The git commit of this code, with "+changes" if files differ from it; None outside a repository."""
 
     def git(*args: str) -> str:
         command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), *args]

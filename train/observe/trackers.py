@@ -1,23 +1,26 @@
-"""Where the numbers of a run go besides `metrics.jsonl`: TensorBoard, and Weights & Biases when asked for."""
+"""Logs of metrics besides `metrics.jsonl`: TensorBoard and, if configured, Weights & Biases."""
 
-import os
 import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from qwen_jax.errors import InputError
+from train.files import write_file
 
 
 class Log(Protocol):
-    """Takes records: numbers by name, `step` among them."""
+    """Where records of metrics are written."""
 
-    def write(self, record: Mapping[str, float]) -> None: ...
+    def write(self, record: Mapping[str, float]) -> None:
+        """Writes a record: numbers by name; `step` is one of them."""
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Makes all records safe from the end of this process."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Closes the log."""
 
 
 class Logs:
@@ -27,29 +30,29 @@ class Logs:
         self._logs = logs
 
     def write(self, record: Mapping[str, float]) -> None:
-        """Writes to each."""
+        """Writes a record to each log."""
         for log in self._logs:
             log.write(record)
 
     def flush(self) -> None:
-        """Makes each safe from the end of this process."""
+        """Flushes each log."""
         for log in self._logs:
             log.flush()
 
     def close(self) -> None:
-        """Closes each."""
+        """Closes each log."""
         for log in self._logs:
             log.close()
 
 
 def tags(record: Mapping[str, float]) -> dict[str, float]:
-    """A record's numbers by the names that they have in TensorBoard and Weights & Biases.
+    """Renames the numbers of a record for TensorBoard and Weights & Biases.
 
-    Those of a step are `train/<name>`, held-out ones `held_out/<name>`, and the time spent on each kind of
-    `train.observe.goodput.KINDS` is `goodput/<kind>`, a fraction of the wall time.
+    Numbers of a step become `train/<name>`, held-out numbers `held_out/<name>`, and the time spent on each kind of
+    `train.observe.goodput.KINDS` becomes `goodput/<kind>`, a fraction of the wall time.
 
     Args:
-      record: of `metrics.jsonl`.
+      record: a record of the log.
     """
     total = sum(value for name, value in record.items() if name.startswith("seconds_"))
     if total:
@@ -68,37 +71,38 @@ def tags(record: Mapping[str, float]) -> dict[str, float]:
 
 
 class TensorBoardLog:
-    """Scalars in an event file of TensorBoard; one file a launch."""
+    """Scalars in an event file of TensorBoard, one file for each launch."""
 
-    # Seconds between two writes to the disk.
+    # Seconds between two flushes.
     _FLUSH = 10.0
 
     def __init__(self, folder: Path, resume_step: int = 0):
-        """Begins a file.
+        """Creates the file of this launch.
 
         Args:
-          folder: what TensorBoard is pointed at.
-          resume_step: steps already taken; TensorBoard forgets later ones of earlier files.
+          folder: the log directory to give to TensorBoard.
+          resume_step: number of steps already taken; TensorBoard drops later steps of earlier files.
         """
-        # tensorboardX's SummaryWriter hands events to a thread and can't say when they are on the disk. A checkpoint
-        # must find all events up to its step there: a resumed run doesn't write them again.
+        # All events up to a checkpoint must be on disk when it is saved, because a resumed run does not write them
+        # again. The SummaryWriter of tensorboardX writes in a thread and cannot tell when that is so.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2, summary_pb2
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         before = len(list(folder.glob("events.*"))) if folder.exists() else 0
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads files in the order of their names, which tell the second; two launches may share one.
+        # TensorBoard reads files in the order of their names. These have the time in seconds, which two launches may
+        # share: number the launches too.
         self._writer = EventsWriter(str(folder / "events"), f".{before:06d}")
         if before:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            # A run that begins anew evaluates before its first step again.
+            # A run that begins again also evaluates before its first step again.
             first = resume_step + 1 if resume_step else 0
             self._writer.write_event(self._event(wall_time=time.time(), step=first, session_log=start))
         self._flushed = 0.0
 
     def write(self, record: Mapping[str, float]) -> None:
-        """Adds a scalar for each number."""
+        """Adds a scalar for each number of the record."""
         values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in tags(record).items()]
         event = self._event(wall_time=time.time(), step=int(record["step"]), summary=self._summary(value=values))
         self._writer.write_event(event)
@@ -106,7 +110,7 @@ class TensorBoardLog:
             self.flush()
 
     def flush(self) -> None:
-        """Puts everything on the disk."""
+        """Writes all events to the disk."""
         self._writer.flush()
         self._flushed = time.monotonic()
 
@@ -116,10 +120,10 @@ class TensorBoardLog:
 
 
 def check_wandb() -> None:
-    """Finds out whether Weights & Biases can be used, before there is anything to lose.
+    """Checks that Weights & Biases can be used, before a run begins.
 
     Raises:
-      InputError: the package is missing, or nobody is logged in.
+      InputError: the package is not installed, or nobody is logged in.
     """
     try:
         import wandb
@@ -137,26 +141,24 @@ def check_wandb() -> None:
 
 
 class WandbLog:
-    """A run of Weights & Biases; launches that go on with a run go on with this one, too."""
+    """A run of Weights & Biases; all launches of a training run log to the same one."""
 
-    def __init__(self, project: str, output: Path, config: Mapping[str, Any]):
-        """Begins the run, or goes on with it.
+    def __init__(self, project: str, output: Path, config: Mapping[str, object]):
+        """Creates or resumes the run of Weights & Biases.
 
         Args:
-          project: of Weights & Biases. Entity, mode and address are as its own environment variables say.
-          output: folder of the run.
+          project: its project. Entity, mode and address come from the environment variables of Weights & Biases.
+          output: folder of the training run.
           config: resolved configuration, as JSON values.
 
         Raises:
-          InputError: Weights & Biases refuses.
+          InputError: Weights & Biases refuses the run.
         """
         import wandb
 
         path = output / "wandb_id"
         if not path.exists():
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text(secrets.token_hex(4), encoding="utf-8")
-            os.replace(temporary, path)
+            write_file(path, secrets.token_hex(4).encode())
         try:
             self._run = wandb.init(
                 project=project,
@@ -168,20 +170,20 @@ class WandbLog:
             )
         except wandb.errors.Error as error:
             raise InputError(
-                f"Weights & Biases did not begin a run in the project {project!r}: {error}. Look at its message, set "
-                "WANDB_MODE=offline, or leave wandb_project out; checkpoints are unharmed."
+                f"Weights & Biases refused a run in the project {project!r}: {error}. Do what its message says, set "
+                "WANDB_MODE=offline, or leave wandb_project out; checkpoints are not affected."
             ) from error
-        # An axis of our own: wandb's only ever grows, and a resumed run goes back to its checkpoint.
+        # wandb's own step can only grow, but a resumed run goes back to its checkpoint. Use an axis of our own.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def write(self, record: Mapping[str, float]) -> None:
-        """Sends a record."""
+        """Logs a record."""
         self._run.log({"step": int(record["step"]), **tags(record)})
 
     def flush(self) -> None:
-        """Nothing to do: wandb's own process has every record."""
+        """Does nothing: the process of wandb has every record already."""
 
     def close(self) -> None:
-        """Ends the run; waits until everything is sent."""
+        """Ends the run, after everything is sent."""
         self._run.finish()

@@ -1,34 +1,36 @@
-"""What a program costs: read from the traced one (FLOPs, what is kept) and from the compiled one (collectives)."""
+"""Costs of a program: FLOPs and activations from the traced program, collectives from the compiled one."""
 
 import dataclasses
 import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import cast
 
+import jax
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from qwen_jax.moe.further_rounds import FURTHER_ROUNDS
 
 
-def count_flops(jaxpr: Any) -> float:
-    """FLOPs of all matrix products of a jaxpr, on all devices together; 2 for each multiply and add.
+def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
+    """FLOPs of all matrix products of a jaxpr, on all devices together; a multiply and an add are 2.
 
-    Loops count as often as they run, the dearest branch of a condition counts, kernels say themselves. Further rounds
-    of experts do not count.
+    The body of a loop counts as often as it runs. Of a condition, the most expensive branch counts. Kernels declare
+    their cost. Further rounds of experts do not count.
 
     Args:
       jaxpr: as from `jax.jit(f).trace(...).jaxpr`.
     """
     total = 0.0
-    for eqn in _jaxpr(jaxpr).eqns:
+    for eqn in _equations(jaxpr):
         name, params = eqn.primitive.name, eqn.params
         if FURTHER_ROUNDS in str(eqn.source_info.name_stack):
             continue
         if name == "dot_general":
             (contract, _), _ = params["dimension_numbers"]
-            out, left = eqn.outvars[0].aval, eqn.invars[0].aval
+            out, left = _shaped(eqn.outvars[0]), _shaped(eqn.invars[0])
             total += 2.0 * out.size * math.prod(left.shape[i] for i in contract)
         elif name == "pallas_call":
             total += getattr(params.get("cost_estimate"), "flops", 0) or 0
@@ -37,47 +39,53 @@ def count_flops(jaxpr: Any) -> float:
         else:
             times = params["length"] if name == "scan" else 1
             if name == "shard_map":
-                # Shapes inside are those of one device.
+                # Shapes inside a shard_map are those of one device.
                 axes = params["manual_axes"] if "manual_axes" in params else params["mesh"].axis_names
                 times = math.prod(params["mesh"].shape[axis] for axis in axes)
             total += times * sum(count_flops(inner) for inner in _inner(params))
     return total
 
 
-def kept_for_backward(jaxpr: Any, devices: int) -> int:
-    """Bytes on one device that scans stack up: what the forward pass keeps for the backward pass.
+def kept_for_backward(jaxpr: Jaxpr | ClosedJaxpr, devices: int) -> int:
+    """Bytes on one device of the stacked outputs of scans: what the forward pass keeps for the backward pass.
 
     Args:
       jaxpr: of the step.
-      devices: of the mesh, where a shape says nothing of its sharding.
+      devices: number of devices of the mesh.
     """
     total = 0
-    for eqn in _jaxpr(jaxpr).eqns:
+    for eqn in _equations(jaxpr):
         if eqn.primitive.name == "scan":
             stacked = eqn.outvars[eqn.params["num_carry"] :]
-            if not stacked:  # a loop over accumulated parts: what one of them keeps
+            if not stacked:  # A loop over micro-batches: count what one of them keeps.
                 total += max(kept_for_backward(inner, devices) for inner in _inner(eqn.params))
-            # The gradient of a stacked weight is no activation: it has nothing of the batch in it, and is float32.
-            total += sum(
-                _local_bytes(v.aval, devices) for v in stacked if v.aval.ndim > 1 and not eqn.params["reverse"]
-            )
+            # Scans of the backward pass stack gradients of weights, which are not activations.
+            arrays = [] if eqn.params["reverse"] else map(_shaped, stacked)
+            total += sum(_local_bytes(array, devices) for array in arrays if array.ndim > 1)
         else:
             total += sum(kept_for_backward(inner, devices) for inner in _inner(eqn.params))
     return total
 
 
-def _jaxpr(jaxpr: Any) -> Any:
-    return jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
+def _shaped(variable: Var | Literal) -> jax.core.ShapedArray:
+    """Shape, dtype and sharding of an array."""
+    return cast(jax.core.ShapedArray, variable.aval)
 
 
-def _inner(params: Mapping[str, Any]) -> Iterator[Any]:
+def _equations(jaxpr: Jaxpr | ClosedJaxpr) -> Sequence[JaxprEqn]:
+    return jaxpr.jaxpr.eqns if isinstance(jaxpr, ClosedJaxpr) else jaxpr.eqns
+
+
+def _inner(params: Mapping[str, object]) -> Iterator[Jaxpr | ClosedJaxpr]:
+    """The jaxprs among the parameters of an equation."""
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
-            if hasattr(_jaxpr(item), "eqns"):
+            if isinstance(item, (Jaxpr, ClosedJaxpr)):
                 yield item
 
 
-def _local_bytes(aval: Any, devices: int) -> int:
+def _local_bytes(aval: jax.core.ShapedArray, devices: int) -> int:
+    """Bytes of a value on one device."""
     sharding = getattr(aval, "sharding", None)
     shape: Sequence[int] = aval.shape
     if sharding is not None and sharding.mesh.size == devices:
@@ -88,7 +96,7 @@ def _local_bytes(aval: Any, devices: int) -> int:
     return math.prod(shape) * aval.dtype.itemsize
 
 
-# What is read in the compiled program.
+# The text of a compiled program.
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _OP = re.compile(rf"= (.*?) ({'|'.join(_COLLECTIVES)})(?:-start)?\(")
@@ -107,12 +115,12 @@ class Collective:
 
     Attributes:
       kind: such as "all-gather".
-      bytes: that one device sends in one run of it.
+      bytes: bytes that one device sends each time.
       times: how often a step runs it.
-      shape: of the result, or of the largest of several, as text.
-      result_bytes: of the result on one device.
-      group: devices that the first of them run it with, numbered in the order of the mesh.
-      crosses_slices: whether it leaves a slice.
+      shape: shape of the result, or of the largest of several results, as text.
+      result_bytes: size of the result on one device.
+      group: the first group of devices that communicate, numbered in the order of the mesh.
+      crosses_slices: whether a group has devices of several slices.
     """
 
     kind: str
@@ -125,9 +133,15 @@ class Collective:
 
 
 def computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
-    """Name of a compiled program's entry, and the lines of each of its computations by name.
+    """Splits a compiled program into its computations.
 
-    Without the calls of further rounds of experts, which are taken not to be needed.
+    Calls of further rounds of experts are left out: they are assumed not to run.
+
+    Args:
+      hlo: text of the optimised module.
+
+    Returns:
+      The name of the entry computation, and the lines of each computation by its name.
     """
     bodies: dict[str, list[str]] = {}
     entry, name = "", ""
@@ -142,17 +156,18 @@ def computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
 
 
 def collectives(hlo: str, devices: int, num_slices: int = 1) -> list[Collective]:
-    """Reads the collectives out of a compiled program.
+    """Finds the collectives of a compiled program.
 
-    An asynchronous collective may be cut into several pieces of text; TPUs number the chain that they form. A sum of
-    which each device keeps a part is one ring's reduce-scatter on TPUs, written as a fusion of that name. A ragged
-    exchange is taken to send alike to all, and further rounds of experts are taken not to be needed.
+    An asynchronous collective may consist of several operations, which count once; on TPUs they have a common chain
+    number. The TPU compiler writes the reduce-scatter of a ring as a fusion named `all-reduce-scatter`. A ragged
+    all-to-all is assumed to send equally to all devices, and further rounds of experts are assumed not to run.
 
     Args:
       hlo: text of the optimised module.
-      devices: that it is for.
-      num_slices: devices are numbered slice by slice.
+      devices: number of devices.
+      num_slices: number of slices; devices are numbered slice by slice.
     """
+    # How often does each computation run?
     entry, bodies = computations(hlo)
     times: dict[str, int] = defaultdict(int)
 
@@ -169,7 +184,8 @@ def collectives(hlo: str, devices: int, num_slices: int = 1) -> list[Collective]
                         visit(callee, multiple)
 
     visit(entry, 1)
-    found: dict[Any, Collective] = {}
+    # The collectives in each of them.
+    found: dict[str | tuple[str, str], Collective] = {}
     for name, body in bodies.items():
         for line in body:
             if not times[name]:
@@ -189,7 +205,7 @@ def collectives(hlo: str, devices: int, num_slices: int = 1) -> list[Collective]
             moved = {"all-reduce": 2.0 * (n - 1) / n, "reduce-scatter": n - 1.0, "collective-permute": 1.0}
             sent = size * moved.get(kind, (n - 1) / n)
             chain = re.search(r'chain_id="(\d+)"', line)
-            key = chain[1] if chain else (name, line)
+            key: str | tuple[str, str] = chain[1] if chain else (name, line)
             old = found.get(key)
             if old is None or old.times < times[name]:
                 shape = max(_SHAPE.findall(match[1]), key=_shape_bytes)
@@ -198,7 +214,7 @@ def collectives(hlo: str, devices: int, num_slices: int = 1) -> list[Collective]
 
 
 def _between_slices(match: re.Match[str], times: int, devices: int, num_slices: int) -> Collective:
-    """What a device hands to its host, to be summed or gathered with the same device of the other slices."""
+    """The collective of one device of each slice, which goes through their hosts."""
     kind, shape = match[3].lower().replace("_", "-"), (match[1], match[2])
     size, members = _shape_bytes(shape), tuple(range(0, devices, devices // num_slices))
     sent = size * (2.0 if kind == "all-reduce" else 1.0) * (num_slices - 1) / num_slices
@@ -206,12 +222,12 @@ def _between_slices(match: re.Match[str], times: int, devices: int, num_slices: 
 
 
 def _trip_count(line: str, condition: str, caller: Sequence[str], bodies: Mapping[str, list[str]]) -> int:
-    """How often the loop of a line of its caller runs."""
+    """The trip count of the loop in a line of its caller."""
     known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', line)
     if known:
         return int(known[1])
-    # The loops of a scan count up to a constant in their condition, the first number in their state. They begin at 0,
-    # or at 1 where the compiler has taken the first round out of the loop.
+    # The first number in the state of a scan's loop counts up to a constant in its condition. It begins at 0, or at 1
+    # if the compiler has peeled the first iteration.
     limits = [int(n) for text in bodies.get(condition, ()) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", text)]
     defined = {match[1]: match[2] for text in caller if (match := re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (.*)", text))}
     value = re.search(r" while\(%([\w.\-]+)\)", line)
@@ -231,14 +247,17 @@ def _shape_bytes(shape: tuple[str, str]) -> int:
 def _result_bytes(shape: str, kind: str, started: bool) -> float:
     sizes = [_shape_bytes(found) for found in _SHAPE.findall(shape)]
     if started and len(sizes) > 1:
-        # A start returns its operand beside its result.
+        # An asynchronous start returns its operand and its result.
         return float(min(sizes) if kind == "reduce-scatter" else max(sizes))
     return float(sum(sizes))
 
 
 def _operand_bytes(result: str, line: str, body: Sequence[str]) -> float:
-    """What is sent from, or received into if that is less: the other has room for the worst case."""
-    if "-start(" in line:  # Its result has its operands in front: rows, and what they are received into.
+    """Size of the buffer that is sent or of the one that receives, whichever is smaller.
+
+    The other buffer has room for the worst case.
+    """
+    if "-start(" in line:  # Its result begins with its operands, the two buffers.
         return min(map(_shape_bytes, _SHAPE.findall(result)[:2]), default=math.inf)
     name = re.search(r"ragged-all-to-all\([^%)]*%([\w.\-]+)", line)
     pattern = re.compile(rf"\s*(?:ROOT )?%{re.escape(name[1])} = (.*?)[\w\-]+\(") if name else None
@@ -247,7 +266,7 @@ def _operand_bytes(result: str, line: str, body: Sequence[str]) -> float:
 
 
 def _groups(line: str, devices: int, num_slices: int) -> tuple[tuple[int, ...], bool]:
-    """The first group of devices, and whether a group reaches over slices."""
+    """The first group of devices that communicate, and whether a group has devices of several slices."""
     slice_size = devices // num_slices
 
     def crosses(members: np.ndarray) -> bool:

@@ -1,11 +1,10 @@
-"""Chips, their published figures, and the devices of a topology, present or not."""
+"""Topologies to compile for, whether their chips are present or not, and the published figures of these chips."""
 
 import dataclasses
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -14,6 +13,14 @@ from qwen_jax.errors import InputError
 from qwen_jax.parallel.sharding import make_mesh
 
 GiB = 1 << 30
+# Without a TPU, libtpu looks for the host that it runs on, and prints errors when it finds none. Tell it not to ask the
+# metadata server, and name a host; the topology does not depend on it.
+_WITHOUT_TPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +28,12 @@ class Chip:
     """Published figures of one chip.
 
     Attributes:
-      name: as a topology names it.
-      hbm_bytes: memory that a program may have.
-      flops: bfloat16 FLOP/s.
-      hbm_bandwidth: bytes/s.
-      ici_bandwidth: bytes/s that a chip can send to its neighbours, all links together.
-      dcn_bandwidth: bytes/s that a chip can send to another slice, its share of the host's network.
+      name: its name in a topology.
+      hbm_bytes: memory that is available to a program, in bytes.
+      flops: peak bfloat16 FLOP/s.
+      hbm_bandwidth: memory bandwidth in bytes/s.
+      ici_bandwidth: bytes/s that a chip can send to its neighbours over all links together.
+      dcn_bandwidth: bytes/s that a chip can send to another slice: its share of the host's network.
     """
 
     name: str
@@ -37,9 +44,9 @@ class Chip:
     dcn_bandwidth: float
 
 
-# From the pages of docs.cloud.google.com/tpu on each generation: peak, HBM, interconnect and the hosts' network cards
-# (for v4 and v5p, whose pages don't name them, 100 Gbit/s a host of 4 chips are assumed). Of the HBM, what the compiler
-# says is available when it refuses a program.
+# Peak, memory bandwidth and networks are from the pages of docs.cloud.google.com/tpu on each generation. Those of v4
+# and v5p do not name the hosts' network cards: 100 Gbit/s for a host of 4 chips are assumed. The memory is what the
+# compiler says is available when it refuses a program.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -50,7 +57,7 @@ CHIPS = {
         Chip("7x", int(189.5 * GiB), 2307e12, 7.38e12, 600e9, 12.5e9),
     )
 }
-# `device_kind` of the devices of each.
+# Names of the chips by `device_kind`.
 _TPU_KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -61,7 +68,7 @@ _TPU_KINDS = {
     "TPU v6e": "v6e",
     "TPU7x": "7x",
 }
-# Data sheets of the SXM parts; NVLink in one direction, one 400 Gbit/s network card a GPU.
+# From the data sheets of the SXM parts: NVLink in one direction, and one 400 Gbit/s network card for each GPU.
 _GPUS = {
     "H100": Chip("H100", 80 * GiB, 989e12, 3.35e12, 450e9, 50e9),
     "H200": Chip("H200", 141 * 10**9, 989e12, 4.8e12, 450e9, 50e9),
@@ -72,30 +79,31 @@ _GPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where a step is compiled for.
+    """The devices that a step is compiled for.
 
     Attributes:
-      topology: as it was asked for.
-      devices: of all slices. A device may be half a chip (7x has two cores).
-      chip: one device's share of a chip's figures.
-      num_slices: groups joined only by the data-centre network.
+      topology: its name, as given.
+      devices: devices of all slices. A device may be half a chip (a 7x has two cores).
+      chip: figures of one device.
+      num_slices: number of slices, which only the data-centre network connects.
     """
 
     topology: str
-    devices: tuple[Any, ...]
+    devices: tuple[jax.Device, ...]
     chip: Chip
     num_slices: int
 
 
 def target(topology: str, num_slices: int = 1) -> Target:
-    """Finds the devices of a topology, present or not.
+    """Describes the devices of a topology, whether they are present or not.
 
     Args:
-      topology: such as "v5p:4x4x4" (chips along each axis), or "gpu" for the GPUs of this machine.
-      num_slices: how many such slices.
+      topology: a chip and the number of chips along each axis, such as "v5p:4x4x4", or "gpu" for the GPUs of this
+        machine.
+      num_slices: number of such slices.
 
     Raises:
-      InputError: unknown chip or shape, no TPU compiler installed, no GPU here.
+      InputError: the chip or the shape is unknown, the TPU compiler is not installed, or there is no GPU.
     """
     if topology == "gpu":
         return _local_gpus()
@@ -106,8 +114,8 @@ def target(topology: str, num_slices: int = 1) -> Target:
             f"Expected a topology such as v5p:4x4x4 or v6e:4x4 with a chip of {', '.join(CHIPS)}, or gpu, and at least "
             f"one slice; got {topology!r} and {num_slices}."
         )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for variable, value in _WITHOUT_TPU.items():
+        os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
     chips = math.prod(map(int, shape.split("x"))) * num_slices
@@ -116,17 +124,17 @@ def target(topology: str, num_slices: int = 1) -> Target:
             platform="tpu",
             topology_name=f"{'tpu7x' if name == '7x' else name}:{shape}",
             num_slices=num_slices,
-            # The two cores of a v4 are one device where it is used.
+            # The two cores of a v4 are used as one device.
             **({"chip_config_name": "megacore"} if name == "v4" else {}),
         )
     except Exception as error:
         if "libtpu" in str(error) or "PJRT" in str(error):
-            raise InputError(f"The TPU compiler is missing: pip install 'qwen_jax[tpu]'. ({error})") from None
+            raise InputError(f"The TPU compiler is not installed: pip install 'qwen-jax[tpu]'. ({error})") from None
         raise InputError(
-            f"{topology} with {num_slices} slices is not a topology that the compiler knows: {error}"
+            f"The TPU compiler does not know the topology {topology} with {num_slices} slices: {error}"
         ) from None
     devices = tuple(described.devices)
-    return Target(topology, devices, _share(CHIPS[name], len(devices) // chips), num_slices)
+    return Target(topology, devices, _divided(CHIPS[name], len(devices) // chips), num_slices)
 
 
 def _local_gpus() -> Target:
@@ -139,7 +147,7 @@ def _local_gpus() -> Target:
     kind = devices[0].device_kind
     chip = _gpu(kind)
     if chip is None:
-        raise InputError(f"No figures are known for {kind!r}; known are {', '.join(_GPUS)}.")
+        raise InputError(f"No figures are known for {kind!r}, only for {', '.join(_GPUS)}.")
     return Target("gpu", tuple(devices), chip, 1)
 
 
@@ -147,11 +155,11 @@ def _gpu(kind: str) -> Chip | None:
     return next((chip for name, chip in _GPUS.items() if name in kind), None)
 
 
-def peak_flops(devices: Sequence[Any]) -> float | None:
-    """bfloat16 FLOP/s of devices of one kind, all together; None where their kind has no published figures here.
+def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+    """Peak bfloat16 FLOP/s of devices of one kind together; None if the figures of their kind are not known.
 
     Args:
-      devices: as `jax.devices()`.
+      devices: as from `jax.devices()`.
     """
     kind = devices[0].device_kind
     if name := _TPU_KINDS.get(kind):
@@ -162,25 +170,26 @@ def peak_flops(devices: Sequence[Any]) -> float | None:
     return chip.flops * len(devices) if chip else None
 
 
-def _share(chip: Chip, cores: int) -> Chip:
+def _divided(chip: Chip, cores: int) -> Chip:
+    """The figures of one of several cores of a chip."""
     numbers = {f.name: getattr(chip, f.name) for f in dataclasses.fields(chip) if f.name != "name"}
     return Chip(chip.name, **{name: type(value)(value / cores) for name, value in numbers.items()})
 
 
 def mesh_of(where: Target, axes: Mapping[str, int]) -> Mesh:
-    """A mesh of all devices of a target, as a run on them would make it.
+    """The mesh of all devices of a topology, as a run on them would make it.
 
     Args:
       where: from `target`.
       axes: sizes of the axes that are not 1.
 
     Raises:
-      InputError: the axes don't cover the devices, or `make_mesh` refuses them.
+      InputError: the axes do not use all devices, or `make_mesh` refuses them.
     """
     count = len(where.devices)
     if math.prod(axes.values()) != count:
         raise InputError(
             f"{where.topology} has {count} devices in {where.num_slices} slices; the mesh {dict(axes)} has "
-            f"{math.prod(axes.values())}. Give a mesh of all of them."
+            f"{math.prod(axes.values())}. Give a mesh of all devices."
         )
     return make_mesh(axes, where.devices)

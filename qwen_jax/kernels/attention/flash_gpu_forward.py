@@ -1,11 +1,11 @@
 """The forward pass of `flash_gpu`.
 
-As many blocks as there are multiprocessors work off all tiles of queries: while the end of one tile is worked out, keys
-and queries of the next are already on their way.
+One thread block per multiprocessor stays resident and works through all query tiles. While it finishes one tile, the
+keys and queries of the next are already being copied.
 """
 
 import functools
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -14,48 +14,88 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.kernels.attention.flash_gpu_tiles import (
-    BLOCKS,
+    KeyRing,
+    KeyTiles,
+    block_key_tiles,
+    feed_keys,
+    mask_logits,
+    over_key_tiles,
+    schedule_tiles,
+)
+from qwen_jax.kernels.attention.tile_ranges import key_tiles
+from qwen_jax.kernels.gpu.device import MULTIPROCESSORS, TILE_SHARED_BYTES
+from qwen_jax.kernels.gpu.hopper import load, read_accumulator, tiled
+from qwen_jax.kernels.gpu.tiles import (
     FEEDER_REGISTERS,
+    PER_ROW,
     ROWS,
-    SMEM_BYTES,
     WGMMA,
     across,
-    deal,
-    feed_keys,
-    fill_up,
-    in_phases,
+    compute_registers,
     kernel,
-    mask_logits,
-    own_visits,
-    registers,
     rem,
     zeros,
 )
-from qwen_jax.kernels.attention.visits import visits
-from qwen_jax.kernels.gpu.hopper import load, products_so_far, tiled
+from qwen_jax.kernels.padding import pad_to_multiple
 from qwen_jax.kernels.softmax import LOG2E, LOW
+from qwen_jax.kernels.types import Ref
 
 _WARPGROUPS, _KEYS = 2, 128
 """Warpgroups that compute, and keys of a tile."""
 
 
-# This, as the backward pass, is jitted so that a model of many layers lowers it once.
+class _Memory(NamedTuple):
+    """Shared memory and barriers of a thread block. The first dimension is a warpgroup or a stage of the ring."""
+
+    q_smem: Ref
+    k_smem: Ref
+    v_smem: Ref
+    out_smem: Ref
+    lse_smem: Ref
+    q_ready: Ref
+    k_ready: Ref
+    v_ready: Ref
+    k_free: Ref
+    v_free: Ref
+
+    @property
+    def ring(self) -> KeyRing:
+        return KeyRing(self.k_smem, self.v_smem, self.k_ready, self.v_ready, self.k_free, self.v_free)
+
+
+class _Inputs(NamedTuple):
+    """References to the operands in global memory."""
+
+    q: Ref
+    k: Ref
+    v: Ref
+    start: Ref
+    end: Ref
+    tiles: Ref
+
+
+# This is jitted, like the backward pass, so that a model of many layers lowers it once.
 @functools.partial(jax.jit, static_argnames=("scale", "head_major"))
 def run_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, end: jax.Array, *, scale: float,
     head_major: bool = False,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Output [B, T, H, d] and log-sum-exp [B, H, padded T]; arguments as those of `flash_gpu.attention`."""
     (B, _, H, d) = q.shape
     warpgroups, keys = _WARPGROUPS, _KEYS
-    stages = min(4, (SMEM_BYTES - warpgroups * ROWS * (d * 4 + 4)) // (2 * keys * d * 2))
-    start, end = (fill_up(x, warpgroups * ROWS) for x in (start, end))
+    stages = min(4, (TILE_SHARED_BYTES - warpgroups * ROWS * (d * 4 + 4)) // (2 * keys * d * 2))
+    start, end = (pad_to_multiple(x, -1, warpgroups * ROWS) for x in (start, end))
     padded = start.shape[1]
+
+    def block(*refs: Ref, **scratch: Ref) -> None:
+        group = H // k.shape[1 if head_major else 2]
+        _block(_Inputs(*refs[:6]), _Memory(**scratch), *refs[6:], scale=scale, group=group, head_major=head_major)
+
     launch = kernel(
         "flash_forward",
-        functools.partial(_forward_block, scale=scale, group=H // k.shape[1 if head_major else 2],
-                          head_major=head_major),
+        block,
         (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, H, padded), jnp.float32)),
-        {"block": min(BLOCKS, B * H * (padded // (warpgroups * ROWS)))},
+        {"block": min(MULTIPROCESSORS, B * H * (padded // (warpgroups * ROWS)))},
         warpgroups + 1,
         q_smem=tiled((warpgroups, ROWS, d), q.dtype),
         k_smem=tiled((stages, keys, d), q.dtype),
@@ -67,127 +107,130 @@ def run_forward(
         v_ready=plgpu.Barrier(num_barriers=stages),
         k_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         v_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-    )  # fmt: skip
-    out, lse = launch(q, k, v, start, end, visits(start, end, ROWS, keys))
+    )
+    out, lse = launch(q, k, v, start, end, key_tiles(start, end, ROWS, keys))
     return out, lse
 
 
-def _forward_block(
-    q_ref: Any, k_ref: Any, v_ref: Any, start_ref: Any, end_ref: Any, visits_ref: Any, out_ref: Any, lse_ref: Any, *,
-    q_smem: Any, k_smem: Any, v_smem: Any, out_smem: Any, lse_smem: Any, q_ready: Any, k_ready: Any, v_ready: Any,
-    k_free: Any, v_free: Any, scale: float, group: int, head_major: bool,
-) -> None:  # fmt: skip
+def _block(
+    inputs: _Inputs, memory: _Memory, out_ref: Ref, lse_ref: Ref, *, scale: float, group: int, head_major: bool
+) -> None:
+    """The program of a thread block: two warpgroups compute, 64 query rows each, and one copies keys and values."""
     warpgroup = lax.axis_index("warpgroup")
+    q_smem, k_smem, v_smem = memory.q_smem, memory.k_smem, memory.v_smem
     (stages, keys, d), warpgroups, f32 = k_smem.shape, q_smem.shape[0], jnp.float32
     B, H, padded = lse_ref.shape
-    turns, place = deal(B, H, padded // (warpgroups * ROWS))
+    turns, place = schedule_tiles(B, H, padded // (warpgroups * ROWS))
 
-    def visited(turn: Any) -> list[Any]:
-        """First and end of what a block visits in a turn; and of what one of its warpgroups need not mask of that,
-        without the first, which always is masked."""
+    def visited(turn: jax.Array) -> KeyTiles:
+        """The key tiles of a turn. The first is always masked, so it does not count as unmasked."""
         row, _, tile = place(turn)
         tile = jnp.maximum(tile, 0)
-        first, last, (_, _, full_first, full_last) = own_visits(visits_ref, row, tile, warpgroup, warpgroups)
-        # Where nothing is seen, one tile is visited all the same, and all of it is masked.
+        first, last, full_first, full_last = block_key_tiles(inputs.tiles, row, tile, warpgroup, warpgroups)
+        # A block that sees nothing visits one tile all the same, all of which is masked.
         first, last = jnp.where(first < last, first, 0), jnp.where(first < last, last, 1)
-        return [first, last, jnp.maximum(full_first, first + 1), jnp.maximum(full_last, first + 1)]
+        return KeyTiles(first, last, jnp.maximum(full_first, first + 1), jnp.maximum(full_last, first + 1))
 
-    def compute_tile(turn: Any, carry: Any) -> Any:
+    def compute_tile(turn: jax.Array, carry: tuple[jax.Array, KeyTiles]) -> tuple[jax.Array, KeyTiles]:
         before, (first, last, full_first, full_last) = carry
         row, head, tile = place(turn)
-        next_visits = visited(turn + 1)
-        visits = [first + 1, last, full_first, full_last]
+        next_tiles = visited(turn + 1)
+        tiles = KeyTiles(first + 1, last, full_first, full_last)
         rows = pl.ds((warpgroups * tile + warpgroup) * ROWS, ROWS)
-        q_tile, out_tile = q_smem.at[warpgroup], out_smem.at[warpgroup]
-        low, high = (load(x.at[row, rows], WGMMA.reduce(1)) for x in (start_ref, end_ref))
-        plgpu.barrier_wait(q_ready.at[warpgroup])
+        q_tile, out_tile = q_smem.at[warpgroup], memory.out_smem.at[warpgroup]
+        low, high = (load(x.at[row, rows], PER_ROW) for x in (inputs.start, inputs.end))
+        plgpu.barrier_wait(memory.q_ready.at[warpgroup])
         factor = scale * LOG2E
 
-        def softmax(s: jax.Array, i: Any, top: jax.Array, masked: bool) -> tuple[jax.Array, ...]:
+        def softmax(s: jax.Array, i: jax.Array, top: jax.Array, masked: bool) -> tuple[jax.Array, ...]:
+            """Probabilities, their sums, and the new maximum."""
             if masked:
                 s = mask_logits(s, low - i * keys, high - i * keys, axis=1)
             new_top = jnp.maximum(top, s.max(axis=1) * factor)
             p = jnp.exp2(s * factor - across(new_top, s.shape))
-            # Sums over threads can wait for the end of the walk: until then, a row has eight.
+            # Sums over threads wait until the end of the tile. Until then a row has eight partial sums.
             return p, sum((p[:, n : n + 8] for n in range(8, keys, 8)), p[:, :8]), new_top
 
-        def first_tile(s_acc: Any) -> tuple[jax.Array, ...]:
+        def first_tile(s_acc: Ref) -> tuple[jax.Array, ...]:
             slot = rem(before, stages)
-            plgpu.barrier_wait(k_ready.at[slot])
+            plgpu.barrier_wait(memory.k_ready.at[slot])
             plgpu.wgmma(s_acc, q_tile, k_smem.at[slot].T)
             s = s_acc[...]
-            plgpu.barrier_arrive(k_free.at[slot])
-            top = plgpu.layout_cast(jnp.full((ROWS,), LOW, f32), WGMMA.reduce(1))
+            plgpu.barrier_arrive(memory.k_free.at[slot])
+            top = plgpu.layout_cast(jnp.full((ROWS,), LOW, f32), PER_ROW)
             p, total, top = softmax(s, first, top, True)
-            plgpu.barrier_wait(v_ready.at[slot])
+            plgpu.barrier_wait(memory.v_ready.at[slot])
             return zeros((ROWS, d), WGMMA), p.astype(q_smem.dtype), total, top
 
-        def walk(acc: Any) -> tuple[jax.Array, ...]:
-            def step(i: Any, carry: Any, masked: bool) -> Any:
-                """Products with these keys and with the values before; while the latter run, these keys' softmax."""
+        def walk(acc: Ref) -> tuple[jax.Array, ...]:
+            def step(i: jax.Array, carry: tuple[jax.Array, ...], masked: bool) -> tuple[jax.Array, ...]:
+                """Multiplies by these keys and by the previous values; meanwhile computes the softmax of these keys."""
                 so_far, p, total, top = carry
                 slot, slot_before = rem(before + i - first, stages), rem(before + i - first - 1, stages)
-                plgpu.barrier_wait(k_ready.at[slot])
+                plgpu.barrier_wait(memory.k_ready.at[slot])
                 acc[...] = so_far
 
-                def products(s_acc: Any) -> tuple[jax.Array, ...]:
+                def products(s_acc: Ref) -> tuple[jax.Array, ...]:
                     plgpu.wgmma(s_acc, q_tile, k_smem.at[slot].T)
                     plgpu.wgmma(acc, p, v_smem.at[slot_before])
-                    s = products_so_far(s_acc, but=1)
-                    plgpu.barrier_arrive(k_free.at[slot])
+                    s = read_accumulator(s_acc, pending=1)
+                    plgpu.barrier_arrive(memory.k_free.at[slot])
                     new_p, here, new_top = softmax(s, i, top, masked)
                     return lax.optimization_barrier((new_p, here, new_top, jnp.exp2(top - new_top)))
 
                 new_p, here, new_top, alpha = pl.run_scoped(products, plgpu.ACC((ROWS, keys), f32))
-                # Needed in the next step only. Here, this wait keeps the compiler from moving the exponentials behind
-                # the wait for the products.
-                plgpu.barrier_wait(v_ready.at[slot])
-                so_far = products_so_far(acc)
-                plgpu.barrier_arrive(v_free.at[slot_before])
+                # These values are needed in the next step only. Waiting here keeps the compiler from moving the
+                # exponentials after the wait for the products.
+                plgpu.barrier_wait(memory.v_ready.at[slot])
+                so_far = read_accumulator(acc)
+                plgpu.barrier_arrive(memory.v_free.at[slot_before])
                 so_far, total = (x * across(alpha, x.shape) for x in (so_far, total))
                 return so_far, new_p.astype(q_smem.dtype), total + here, new_top
 
+            # The first key tile has logits only; afterwards each step runs one tile ahead of its values.
             carry = pl.run_scoped(first_tile, plgpu.ACC((ROWS, keys), f32))
-            so_far, p, total, top = in_phases(visits, step, carry)
+            so_far, p, total, top = over_key_tiles(tiles, step, carry)
+            # The product with the last values, during which the queries of the next turn are fetched.
             acc[...] = so_far
             final = rem(before + last - 1 - first, stages)
             plgpu.wgmma(acc, p, v_smem.at[final])
             pl.when(turn + 1 < turns)(lambda: fetch_queries(turn + 1))
             so_far = acc[...]
-            plgpu.barrier_arrive(v_free.at[final])
+            plgpu.barrier_arrive(memory.v_free.at[final])
             return so_far, total.sum(axis=1), top
 
         acc, total, top = pl.run_scoped(walk, plgpu.ACC((ROWS, d), f32))
+        # Normalise and write, once the previous results have left shared memory.
         sees = low < high
         inverse = jnp.where(sees, 1 / total, 0.0)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         out_tile[...] = (acc * across(inverse, acc.shape)).astype(q_smem.dtype)
-        lse_smem.at[warpgroup][...] = jnp.where(sees, top * (1 / LOG2E) + jnp.log(total), -jnp.inf)
+        memory.lse_smem.at[warpgroup][...] = jnp.where(sees, top * (1 / LOG2E) + jnp.log(total), -jnp.inf)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_tile, out_ref.at[row, rows, head])
-        plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[row, head, rows])
-        return before + last - first, next_visits
+        plgpu.copy_smem_to_gmem(memory.lse_smem.at[warpgroup], lse_ref.at[row, head, rows])
+        return before + last - first, next_tiles
 
-    def fetch_queries(turn: Any) -> None:
+    def fetch_queries(turn: jax.Array) -> None:
         row, head, tile = place(turn)
         rows = pl.ds((warpgroups * tile + warpgroup) * ROWS, ROWS)
-        plgpu.copy_gmem_to_smem(q_ref.at[row, rows, head], q_smem.at[warpgroup], q_ready.at[warpgroup])
+        plgpu.copy_gmem_to_smem(inputs.q.at[row, rows, head], q_smem.at[warpgroup], memory.q_ready.at[warpgroup])
 
     @pl.when(warpgroup < warpgroups)
-    def _() -> None:
-        plgpu.set_max_registers(registers(warpgroups), action="increase")
+    def compute() -> None:
+        plgpu.set_max_registers(compute_registers(warpgroups), action="increase")
         fetch_queries(jnp.int32(0))
         lax.fori_loop(0, turns, compute_tile, (jnp.int32(0), visited(jnp.int32(0))))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == warpgroups)
-    def _() -> None:
+    def copy() -> None:
         plgpu.set_max_registers(FEEDER_REGISTERS, action="decrease")
 
-        def feed(turn: Any, before: Any) -> Any:
-            (row, head, _), (first, last, _, _) = place(turn), visited(turn)
-            feed_keys(k_ref, v_ref, (row, lax.div(head, jnp.int32(group))), first, last - first, before,
-                      k_smem, v_smem, k_ready, v_ready, k_free, v_free, head_major)  # fmt: skip
-            return before + last - first
+        def feed(turn: jax.Array, before: jax.Array) -> jax.Array:
+            (row, head, _), tiles = place(turn), visited(turn)
+            where = row, lax.div(head, jnp.int32(group))
+            feed_keys(inputs.k, inputs.v, where, tiles, before, memory.ring, head_major)
+            return before + tiles.last - tiles.first
 
         lax.fori_loop(0, turns, feed, jnp.int32(0))

@@ -1,8 +1,8 @@
-"""What the attention kernels for Hopper GPUs are made of: tiles in shared memory, masks, and the walk over tiles."""
+"""What the attention kernels for Hopper GPUs share: masks, the schedule of query tiles, and the copies of keys."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.experimental.pallas as pl
@@ -10,144 +10,160 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_jax.kernels.gpu.tiles import WGMMA, across, rem
 from qwen_jax.kernels.softmax import LOWEST
+from qwen_jax.kernels.types import Ref
 
-BLOCKS = 132
-"""Multiprocessors of an H100 or H200."""
-ROWS = 64
-"""Rows of one warpgroup, on which wgmma insists."""
-SMEM_BYTES = 227 * 1024 - 2048
-"""What a block may have, less barriers and alignment."""
-WGMMA = plgpu.Layout.WGMMA
-FEEDER_REGISTERS = 24
+T = TypeVar("T")
+Carry = TypeVar("Carry")
 
 
-def registers(warpgroups: int, others: int = 1) -> int:
-    """Of a thread of the warpgroups that compute, what the others leave them. One more than there are: a deadlock."""
-    threads = warpgroups + others
-    at_launch = 65536 // 128 // threads // 8 * 8
-    return (threads * at_launch - others * FEEDER_REGISTERS) // warpgroups // 8 * 8
+class BackwardInputs(NamedTuple, Generic[T]):
+    """The arguments of a backward kernel, as arrays or as references.
 
-
-def across(x: jax.Array, shape: tuple[int, ...], axis: int = 0) -> jax.Array:
-    """A number for each row (or, with axis 1, for each column), all along it."""
-    return lax.broadcast_in_dim(x, shape, [axis])
-
-
-def rem(i: Any, n: int) -> jax.Array:
-    return lax.rem(i, jnp.int32(n))
-
-
-def unknown_zero(i: Any) -> jax.Array:
-    """Zero, for any step of a loop, which the compiler doesn't know.
-
-    Added to an index into shared memory, it keeps addresses from being worked out before the loop: there are so many
-    that they would be spilled, and what is spilled comes back from L2, since shared memory takes all of L1.
+    Attributes:
+      q, dout: queries and the gradient with respect to the output, [B, T, H, d].
+      k, v: keys and values, [B, S, K, d].
+      start, end: mask intervals, [B, padded T].
+      log2, delta: from `gradient_terms`, [B, H, padded T].
     """
-    return lax.shift_right_logical(i, jnp.int32(30))
+
+    q: T
+    k: T
+    v: T
+    dout: T
+    start: T
+    end: T
+    log2: T
+    delta: T
 
 
-def in_phases(visits: list[Any], body: Callable[..., Any], carry: Any) -> Any:
-    """Runs `body(i, carry, masked)` over the visited tiles; those in the middle need no mask."""
-    first, last, full_first, full_last = visits
+class KeyTiles(NamedTuple):
+    """The range of key tiles that a thread block visits, and the part of it that needs no mask.
+
+    Attributes:
+      first, last: first and end of the visited tiles.
+      full_first, full_last: first and end of those in which no pair is masked.
+    """
+
+    first: jax.Array
+    last: jax.Array
+    full_first: jax.Array
+    full_last: jax.Array
+
+
+class TilePlace(NamedTuple):
+    """Where a tile of queries is: row of the batch, query head, and index of the tile in the row."""
+
+    row: jax.Array
+    head: jax.Array
+    tile: jax.Array
+
+
+def over_key_tiles(tiles: KeyTiles, body: Callable[..., Carry], carry: Carry) -> Carry:
+    """Runs `body(i, carry, masked)` over the visited tiles: masked ones, then unmasked ones, then masked ones."""
+    first, last, full_first, full_last = tiles
     for begin, end, masked in ((first, full_first, True), (full_first, full_last, False), (full_last, last, True)):
         carry = lax.fori_loop(begin, end, functools.partial(body, masked=masked), carry)
     return carry
 
 
 def mask_logits(s: jax.Array, low: jax.Array, high: jax.Array, axis: int) -> jax.Array:
-    """Logits with those outside low <= place < high made lowest; `low` and `high` are for each row.
+    """Replaces the logits outside low <= j < high by the lowest one.
 
     Args:
       s: [rows, columns].
-      low, high: int32, one for each row and counted along columns (axis 1), or the other way round (axis 0).
-      axis: along which the place is counted.
+      low, high: int32, one for each query.
+      axis: along which the keys j are counted; the queries are the other one.
     """
-    place = plgpu.broadcasted_iota(jnp.int32, s.shape, axis, layout=WGMMA)
+    j = plgpu.broadcasted_iota(jnp.int32, s.shape, axis, layout=WGMMA)
     low, high = (across(x, s.shape, 1 - axis) for x in (low, high))
-    return jnp.where((place >= low) & (place < high), s, LOWEST)
+    return jnp.where((j >= low) & (j < high), s, LOWEST)
 
 
-def zeros(shape: tuple[int, ...], layout: Any) -> jax.Array:
-    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+def schedule_tiles(B: int, H: int, tiles: int) -> tuple[jax.Array, Callable[[jax.Array], TilePlace]]:
+    """Distributes all query tiles over the thread blocks, which stay resident until all tiles are done.
 
-
-def kernel(
-    name: str, block: Callable[..., None], out_type: Any, grid: dict[str, int], threads: int, **scratch: Any
-) -> Any:
-    """A kernel over a grid, whose last axis runs fastest; `block` gets its operands, results and shared memory."""
-
-    def body(*refs: Any) -> None:
-        pl.run_scoped(functools.partial(block, *refs), collective_axes="warpgroup", **scratch)
-
-    sizes, names = tuple(grid.values()), tuple(grid)
-    mesh = plgpu.Mesh(grid=sizes, grid_names=names, num_threads=threads, thread_name="warpgroup")
-    # Reductions are over rows, which no warp shares with another: they exchange nothing through shared memory.
-    params = plgpu.CompilerParams(
-        approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-    )
-    return pl.kernel(body, out_type=out_type, mesh=mesh, compiler_params=params, name=name)
-
-
-def deal(B: int, H: int, tiles: int) -> tuple[jax.Array, Callable[[Any], tuple[Any, Any, Any]]]:
-    """Deals out all tiles of all heads to the blocks of a kernel, which stay until all is done.
+    Args:
+      B, H: rows and query heads.
+      tiles: query tiles of a row.
 
     Returns:
-      How many turns this block has, and what it does in one: row, head and tile; no tile, a negative number, where
-      there is none left.
+      How many turns this thread block has, and the place of its tile in each turn. Where no tile is left, the tile is
+      negative.
     """
     block, blocks = lax.axis_index("block"), lax.axis_size("block")
     rounds = -(-B * H * tiles // blocks)
 
-    def place(turn: Any) -> tuple[Any, Any, Any]:
-        # The last tiles see most under a causal mask: they come first, and are dealt out to and fro, so that each block
-        # gets about as much.
+    def place(turn: jax.Array) -> TilePlace:
+        # The last tiles see most keys under a causal mask. They come first, and the direction alternates, so that
+        # every block gets about the same amount of work.
         n = turn * blocks + jnp.where(rem(turn, 2) == 0, block, blocks - 1 - block)
         rest = rem(n, B * H)
-        return lax.div(rest, jnp.int32(H)), rem(rest, H), tiles - 1 - lax.div(n, jnp.int32(B * H))
+        return TilePlace(lax.div(rest, jnp.int32(H)), rem(rest, H), tiles - 1 - lax.div(n, jnp.int32(B * H)))
 
-    return jnp.where(place(jnp.int32(rounds - 1))[2] < 0, rounds - 1, rounds), place
+    return jnp.where(place(jnp.int32(rounds - 1)).tile < 0, rounds - 1, rounds), place
 
 
-def own_visits(visits_ref: Any, row: Any, tile: Any, warpgroup: Any, warpgroups: int) -> tuple[Any, Any, list[Any]]:
-    """First and end of what a block visits, and all four numbers of one of its warpgroups within that."""
+def block_key_tiles(tiles_ref: Ref, row: jax.Array, tile: jax.Array, warpgroup: jax.Array, warpgroups: int) -> KeyTiles:
+    """The key tiles that a thread block visits, and the part of them in which this warpgroup needs no mask.
+
+    Args:
+      tiles_ref: from `key_tiles`, for the query tiles of single warpgroups.
+      row, tile: row of the batch and query tile of the thread block.
+      warpgroup, warpgroups: index of this warpgroup and their number.
+    """
     first, last, full_first, full_last = jnp.int32(2**30), jnp.int32(0), jnp.int32(0), jnp.int32(0)
     for w in range(warpgroups):
-        own = [visits_ref[row, warpgroups * tile + w, n] for n in range(4)]
-        # An empty tile must not widen what the others visit.
+        own = [tiles_ref[row, warpgroups * tile + w, n] for n in range(4)]
+        # An empty range must not widen the range of the block.
         first = jnp.where(own[0] < own[1], jnp.minimum(first, own[0]), first)
         last = jnp.maximum(last, own[1])
         full_first = jnp.where(warpgroup == w, own[2], full_first)
         full_last = jnp.where(warpgroup == w, own[3], full_last)
     first = jnp.minimum(first, last)
     full_first = jnp.clip(full_first, first, last)
-    return first, last, [first, last, full_first, jnp.clip(full_last, full_first, last)]
+    return KeyTiles(first, last, full_first, jnp.clip(full_last, full_first, last))
+
+
+class KeyRing(NamedTuple):
+    """The ring of key and value tiles in shared memory, and its barriers: tile arrived, and slot free again."""
+
+    k_smem: Ref
+    v_smem: Ref
+    k_ready: Ref
+    v_ready: Ref
+    k_free: Ref
+    v_free: Ref
 
 
 def feed_keys(
-    k_ref: Any, v_ref: Any, where: tuple[Any, Any], first: Any, count: Any, before: Any, k_smem: Any, v_smem: Any,
-    k_ready: Any, v_ready: Any, k_free: Any, v_free: Any, head_major: bool = False,
+    k_ref: Ref, v_ref: Ref, where: tuple[jax.Array, jax.Array], tiles: KeyTiles, before: jax.Array,
+    ring: KeyRing, head_major: bool = False,
 ) -> None:  # fmt: skip
-    """Copies tiles of keys and values to shared memory as it comes free; `before` were copied before."""
-    stages, keys, _ = k_smem.shape
-    row, head = where
+    """Copies key and value tiles into the ring as its slots become free.
 
-    def fetch(i: Any, _: Any) -> None:
+    Args:
+      k_ref, v_ref: keys and values in global memory.
+      where: row of the batch and key/value head.
+      tiles: the tiles to copy.
+      before: tiles copied so far by this thread block.
+      ring: where they go.
+      head_major: the layout is [B, K, S, d].
+    """
+    stages, keys, _ = ring.k_smem.shape
+    row, head = where
+    count = tiles.last - tiles.first
+
+    def fetch(i: jax.Array, _: None) -> None:
         slot = rem(before + i, stages)
-        here = pl.ds((first + i) * keys, keys)
+        here = pl.ds((tiles.first + i) * keys, keys)
         at = (row, head, here) if head_major else (row, here, head)
-        for ref, smem, ready, free in ((k_ref, k_smem, k_ready, k_free), (v_ref, v_smem, v_ready, v_free)):
+        for ref, smem, ready, free in (
+            (k_ref, ring.k_smem, ring.k_ready, ring.k_free),
+            (v_ref, ring.v_smem, ring.v_ready, ring.v_free),
+        ):
             pl.when(before + i >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
             plgpu.copy_gmem_to_smem(ref.at[at], smem.at[slot], ready.at[slot])
 
     lax.fori_loop(0, count, fetch, None)
-
-
-def fill_up(x: jax.Array, multiple: int) -> jax.Array:
-    """Fills up the last axis with zeros: rows that are not there see nothing."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % multiple)])
-
-
-def in_eights(x: jax.Array, axis: int = 1) -> jax.Array:
-    """A length in whole eights, which the copy engine wants of what it lays out in tiles; more it fills up itself."""
-    return jnp.pad(x, [(0, -n % 8 if a == axis else 0) for a, n in enumerate(x.shape)])

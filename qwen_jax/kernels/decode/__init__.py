@@ -1,0 +1,205 @@
+"""Attention of new tokens over a cache, contiguous or paged, and one whole attention step of decoding."""
+
+from collections.abc import Callable
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax import platform
+from qwen_jax.errors import InputError
+from qwen_jax.kernels import reference
+from qwen_jax.kernels.attention.coverage import Implementation, check_arguments, select_attention
+from qwen_jax.kernels.mask import Mask
+from qwen_jax.kernels.select import Candidate, select, unmet
+
+
+def decode_attention(
+    q_BTHd: jax.Array,
+    k_BKSd: jax.Array,
+    v_BKSd: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    implementation: Implementation = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of new tokens over a head-major cache: one token per row, a few, or a chunk of a prompt.
+
+    Few query rows use a kernel that splits the keys over the whole chip, many query rows the kernel of `attention`.
+    Runs on local arrays.
+
+    Args:
+      q_BTHd: queries.
+      k_BKSd, v_BKSd: the cache. All its slots must be finite.
+      mask: intervals over the S cache slots: lengths, left padding, windows, chunks at an offset (see `cache_mask`).
+      scale: multiplies the logits; positive.
+      implementation: see the table in `qwen_jax.kernels`.
+
+    Returns:
+      [B, T, H, d] in the dtype of q, and the log-sum-exp as from `attention`.
+
+    Raises:
+      InputError: as `attention`.
+    """
+    scale = check_arguments(q_BTHd, k_BKSd, v_BKSd, mask, scale, "[B, K, S, d]")
+    (_, T, H, d), (K, S) = q_BTHd.shape, k_BKSd.shape[1:3]
+    chosen = select_attention(implementation, q_BTHd, mask, return_lse=True, cache=True)
+    args = q_BTHd, k_BKSd, v_BKSd, mask.k_start_BT, mask.k_end_BT
+    if chosen == "gpu":
+        from qwen_jax.kernels.attention import flash_gpu
+        from qwen_jax.kernels.decode import flash_decode_gpu
+
+        if _splits_keys(flash_decode_gpu.supports(q_BTHd.dtype, T, H, K, d, S), T, f"{H}/{K} heads, {S} slots"):
+            return _without_gradient(flash_decode_gpu.attention, args, scale)
+        return flash_gpu.attention(*args, scale, head_major=True)
+    if chosen == "tpu":
+        from qwen_jax.kernels.attention import flash_tpu
+        from qwen_jax.kernels.decode import flash_decode_tpu
+
+        if _splits_keys(flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d), T, f"{H}/{K} heads, {S} slots"):
+            return _without_gradient(flash_decode_tpu.attention, args, scale)
+        return flash_tpu.attention(*args, scale)
+    return reference.attention(*args, scale=scale)
+
+
+def _splits_keys(supported: bool, tokens: int, sizes: str) -> bool:
+    """Whether the kernel that splits the keys runs, and not the one for many queries, which is slow for one token.
+
+    Args:
+      supported: whether it supports the call.
+      tokens: new tokens per row.
+      sizes: heads and slots, for messages.
+    """
+    few = Candidate("flash_decode", () if supported else ("few query rows and a cache of whole tiles",))
+    many = Candidate("flash", slow=tokens == 1)
+    return select([few, many], "auto", "attention kernel for a cache", f"{tokens} new tokens, {sizes}") == few.name
+
+
+def paged_attention(
+    q_BTHd: jax.Array,
+    k_NKPd: jax.Array,
+    v_NKPd: jax.Array,
+    pages_BM: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    implementation: Implementation = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """`decode_attention` over a paged cache: slot j of row b is slot j % P of page pages[b, j // P].
+
+    The kernels read pages of a multiple of 16 slots for few query rows. Otherwise the pages are gathered into a
+    contiguous cache first, which costs a copy of all pages in the table.
+
+    Args:
+      q_BTHd: queries.
+      k_NKPd, v_NKPd: pages of P slots.
+      pages_BM: int32 page table. Entries for slots that no row sees may have any value.
+      mask: intervals over the M P slots of the table.
+      scale: multiplies the logits; positive.
+      implementation: see the table in `qwen_jax.kernels`.
+
+    Returns:
+      As `decode_attention`.
+
+    Raises:
+      InputError: as `attention`.
+    """
+    fits = q_BTHd.ndim == k_NKPd.ndim == 4 and pages_BM.ndim == 2 and k_NKPd.shape == v_NKPd.shape
+    if not fits or pages_BM.shape[0] != q_BTHd.shape[0] or not jnp.issubdtype(pages_BM.dtype, jnp.integer):
+        raise InputError(
+            f"Paged attention needs q [B, T, H, d], keys and values [N, K, P, d] and an integer page table [B, M]; got "
+            f"q {q_BTHd.shape}, {k_NKPd.shape}, {v_NKPd.shape} and {pages_BM.dtype} {pages_BM.shape}."
+        )
+    (B, T, H, d), (N, K, P), M = q_BTHd.shape, k_NKPd.shape[:3], pages_BM.shape[1]
+    whole = jax.ShapeDtypeStruct((B, K, M * P, k_NKPd.shape[3]), k_NKPd.dtype)
+    scale = check_arguments(q_BTHd, whole, whole.update(dtype=v_NKPd.dtype), mask, scale, "[B, K, S, d]")
+    chosen = select_attention(implementation, q_BTHd, mask, return_lse=True, cache=True)
+    args = q_BTHd, k_NKPd, v_NKPd, pages_BM, mask.k_start_BT, mask.k_end_BT
+    sizes = f"{H}/{K} heads, {M} pages of {P} slots"
+    if chosen == "gpu":
+        from qwen_jax.kernels.decode import flash_decode_gpu
+
+        if _reads_pages(flash_decode_gpu.supports(q_BTHd.dtype, T, H, K, d, M * P, P), T, sizes):
+            return _without_gradient(flash_decode_gpu.paged_attention, args, scale)
+    if chosen == "tpu":
+        from qwen_jax.kernels.decode import flash_decode_tpu
+
+        if _reads_pages(flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d, P, pages_BM.size), T, sizes):
+            return _without_gradient(flash_decode_tpu.paged_attention, args, scale)
+
+    def gathered(x_NKPd: jax.Array) -> jax.Array:
+        x_BMKPd = x_NKPd[jnp.clip(pages_BM, 0, N - 1)]
+        return x_BMKPd.swapaxes(1, 2).reshape(B, K, M * P, d)
+
+    return decode_attention(
+        q_BTHd, gathered(k_NKPd), gathered(v_NKPd), mask, scale=scale, implementation=_named(chosen)
+    )
+
+
+def _reads_pages(supported: bool, tokens: int, sizes: str) -> bool:
+    """Whether a kernel reads the pages where they are, and not a gathered copy of them."""
+    direct = Candidate("pages", () if supported else ("few query rows and pages of a multiple of 16 slots",))
+    copied = Candidate("gathered copy", slow=tokens == 1)
+    return select([direct, copied], "auto", "paged attention", f"{tokens} new tokens, {sizes}") == direct.name
+
+
+def _named(chosen: str) -> Implementation:
+    named: Implementation = chosen  # type: ignore[assignment]  # one of its names
+    return named
+
+
+def supports_decode_step(
+    implementation: Implementation,
+    dtype: jax.typing.DTypeLike,
+    length: int,
+    num_heads: int,
+    num_kv_heads: int,
+    cache: jax.Array,
+) -> bool:
+    """Whether `decode_step` is used for the next tokens. Logs the outcome once.
+
+    Args:
+      implementation: only "auto" selects it.
+      dtype: of the activations.
+      length: new tokens per row.
+      num_heads, num_kv_heads: on one device.
+      cache: keys or values of a layer, [B, K, S, d].
+    """
+    if length != 1:
+        return False
+    S, d = cache.shape[2:]
+    needs = {
+        "a Hopper GPU": platform.on_hopper(),
+        "bfloat16": jnp.dtype(dtype) == cache.dtype == jnp.bfloat16,
+    }
+    if all(needs.values()):
+        # Imported only where it can run, because importing Pallas takes seconds.
+        from qwen_jax.kernels.decode import step_gpu
+
+        needs["sizes that the kernel supports"] = step_gpu.supports(num_heads, num_kv_heads, d, S)
+    fused, separate = Candidate("fused", unmet(needs)), Candidate("separate kernels")
+    asked = "auto" if implementation == "auto" else separate.name
+    sizes = f"{jnp.dtype(dtype)}, {num_heads}/{num_kv_heads} heads of {d}, {S} slots"
+    return select([fused, separate], asked, "attention step of decoding", sizes) == fused.name
+
+
+def decode_step(*args: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Bias, RoPE, cache update and attention of one new token per row; see `step_gpu.decode_step`."""
+    from qwen_jax.kernels.decode import step_gpu
+
+    result: tuple[jax.Array, jax.Array, jax.Array] = step_gpu.decode_step(*args, scale=scale)
+    return result
+
+
+def _without_gradient(
+    run: Callable[..., tuple[jax.Array, jax.Array]], arrays: tuple[jax.Array, ...], scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Runs a kernel that has no gradient, and raises if someone differentiates it."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise InputError("Decode attention by a kernel has no gradient. Use implementation='reference', or attention.")
+
+    kernel = jax.custom_vjp(lambda *arrays: run(*arrays, scale))
+    kernel.defvjp(refuse, refuse)
+    result: tuple[jax.Array, jax.Array] = kernel(*arrays)
+    return result

@@ -24,8 +24,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.attention.flash_gpu_tiles import ROWS, WGMMA, across, mask_logits, rem, zeros
-from qwen_jax.kernels.gpu.hopper import EIGHTS, keep_plain, let_next_begin, load, tiled, wait_for_previous
+from qwen_jax.kernels.attention.flash_gpu_tiles import mask_logits
+from qwen_jax.kernels.gpu.hopper import (
+    EIGHT_ROWS,
+    allow_next_kernel,
+    keep_unswizzled,
+    load,
+    tiled,
+    wait_for_previous_kernel,
+)
+from qwen_jax.kernels.gpu.tiles import ROWS, WGMMA, across, rem, zeros
 from qwen_jax.kernels.softmax import LOG2E, LOW, LOWEST
 
 PAGE = 16
@@ -255,11 +263,11 @@ def _attend(
     # A tile is one copy, or one for each page that it meets.
     piece = math.gcd(k_ref.shape[2], keys) if tables else keys
     row, head, split = (lax.axis_index(name) for name in ("row", "head", "split"))
-    wait_for_previous()
-    let_next_begin()
+    wait_for_previous_kernel()
+    allow_next_kernel()
 
     def loop(plain: Any, ring: Any, q_ready: Any, k_ready: Any, v_ready: Any) -> tuple[jax.Array, ...]:
-        keep_plain(plain)
+        keep_unswizzled(plain)
         for t in range(T):
             queries = q_ref.at[row, t, pl.ds(head * G, G)]
             plgpu.copy_gmem_to_smem(queries, plain.at[pl.ds(t * G, G)], q_ready)
@@ -310,7 +318,7 @@ def _attend(
         plgpu.barrier_wait(q_ready)
         for n in range(used // 8):
             eight = pl.ds(n * 8, 8)
-            ring[eight] = load(plain.at[eight], EIGHTS)
+            ring[eight] = load(plain.at[eight], EIGHT_ROWS)
         plgpu.commit_smem()
         queries, factor = ring.at[pl.ds(0, ROWS)], scale * LOG2E
 
@@ -374,7 +382,7 @@ def _attend(
         # The ring's memory: every warp must be done with it.
         plgpu.commit_smem()
         if splits == 1:
-            keep_plain(out_smem)
+            keep_unswizzled(out_smem)
             out_smem[...] = out.astype(dtype)
             plgpu.commit_smem()
             for t in range(T):
@@ -396,13 +404,13 @@ def _attend(
 def _merge(parts_ref: Any, lse_ref: Any, out_ref: Any, out_lse_ref: Any, *, splits: int, group: int) -> None:
     """Some columns of one row: the mean of the shares' outputs, weighted by their part of the softmax."""
     row, head, query, columns = (lax.axis_index(name) for name in ("row", "head", "query", "columns"))
-    wait_for_previous()
-    let_next_begin()
+    wait_for_previous_kernel()
+    allow_next_kernel()
     at = pl.ds(columns * _COLUMNS, _COLUMNS)
-    parts = load(parts_ref.at[row, head, query, :, at], EIGHTS)
-    lse = load(lse_ref.at[row, head, :, query], EIGHTS.reduce(1))
+    parts = load(parts_ref.at[row, head, query, :, at], EIGHT_ROWS)
+    lse = load(lse_ref.at[row, head, :, query], EIGHT_ROWS.reduce(1))
     # Lines that no share has written hold anything.
-    n = plgpu.broadcasted_iota(jnp.int32, parts.shape, 0, layout=EIGHTS)
+    n = plgpu.broadcasted_iota(jnp.int32, parts.shape, 0, layout=EIGHT_ROWS)
     lse = jnp.where(n < splits, across(lse, parts.shape), LOWEST)
     top = lse.max(axis=0)
     weights = jnp.exp2(lse - lax.broadcast_in_dim(top, parts.shape, [1]))

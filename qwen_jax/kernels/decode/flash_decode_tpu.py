@@ -20,9 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.attention.flash_tpu_forward import product
+from qwen_jax.kernels.padding import pad_to_multiple
 from qwen_jax.kernels.softmax import LOG2E, LOW, LOWEST
-from qwen_jax.kernels.tpu.tiles import LANES, cores, fill_up, tile_bytes
+from qwen_jax.kernels.tpu.device import LANES, cache_tile_bytes, cores
+from qwen_jax.kernels.tpu.tiles import product
 
 _TABLE_BYTES = 768 << 10
 """Of a page table: scalar memory is a megabyte, and not all of it is ours."""
@@ -45,7 +46,7 @@ def supports(
     held = 2 * num_kv_heads * page * max(head_dim, LANES) * jnp.dtype(dtype).itemsize
     return (
         page % 16 == 0
-        and held <= tile_bytes()
+        and held <= cache_tile_bytes()
         and 4 * entries <= _TABLE_BYTES
         and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)
         and head_dim in (64, 128)
@@ -75,7 +76,7 @@ def attention(
     (B, *_, d), (K, S) = q_BTHd.shape, k_BKSd.shape[1:3]
     keys = _tile(S, max(d, LANES) * k_BKSd.dtype.itemsize)
     # Most caches are whole tiles; the rest is copied, once a call.
-    k, v = (fill_up(x, 2, keys) for x in (k_BKSd, v_BKSd))
+    k, v = (pad_to_multiple(x, 2, keys) for x in (k_BKSd, v_BKSd))
     rows, ends, live = _rows(q_BTHd, K, start_BT, end_BT, S, keys)
     splits, R = _splits(B * K), rows.shape[2]
     cache = pl.BlockSpec((None, None, keys, d), functools.partial(_at_tile, splits=splits))
@@ -100,7 +101,7 @@ def attention(
         out_shape=[jax.ShapeDtypeStruct((splits, B, K, R, n), jnp.float32) for n in (d, LANES)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=4 * tile_bytes() + (8 << 20),
+            vmem_limit_bytes=4 * cache_tile_bytes() + (8 << 20),
         ),
         name="decode_attention",
     )(live, rows, k, v, ends)
@@ -134,11 +135,11 @@ def paged_attention(
     (B, *_, d), (K, P), M = q_BTHd.shape, k_NKPd.shape[1:3], pages_BM.shape[1]
     if not supports(q_BTHd.dtype, 1, K, K, d, P, pages_BM.size):
         raise InputError(
-            f"Paged attention on TPUs needs pages of a multiple of 16 slots, {tile_bytes()} bytes at most for all "
-            f"heads, and a page table of {_TABLE_BYTES // 4} entries at most; got pages {k_NKPd.shape} and a table "
+            f"Paged attention on TPUs needs pages of a multiple of 16 slots, {cache_tile_bytes()} bytes at most for "
+            f"all heads, and a page table of {_TABLE_BYTES // 4} entries at most; got pages {k_NKPd.shape} and a table "
             f"{pages_BM.shape}. Use implementation='reference'."
         )
-    count = max(1, min(M, tile_bytes() // (2 * K * P * max(d, LANES) * k_NKPd.dtype.itemsize)))
+    count = max(1, min(M, cache_tile_bytes() // (2 * K * P * max(d, LANES) * k_NKPd.dtype.itemsize)))
     keys = count * P
     rows, ends, live = _rows(q_BTHd, K, start_BT, end_BT, M * P, keys)
     splits, R = _splits(B), rows.shape[2]
@@ -163,7 +164,7 @@ def paged_attention(
         ),
         out_shape=[jax.ShapeDtypeStruct((splits, B, K, R, n), jnp.float32) for n in (d, LANES)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=4 * tile_bytes() + (8 << 20)
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=4 * cache_tile_bytes() + (8 << 20)
         ),
         name="paged_decode_attention",
     )(live, pages, rows, k_NKPd, v_NKPd, ends)
@@ -171,8 +172,8 @@ def paged_attention(
 
 
 def _tile(S: int, row_bytes: int) -> int:
-    """Slots of a tile: about `tile_bytes` of keys and values, whole lanes, and where possible a divisor of S."""
-    most = min(max(tile_bytes() // (2 * row_bytes), LANES), -(-S // LANES) * LANES)
+    """Slots of a tile: about `cache_tile_bytes` of keys and values, whole lanes, and where possible a divisor of S."""
+    most = min(max(cache_tile_bytes() // (2 * row_bytes), LANES), -(-S // LANES) * LANES)
     return next((n for n in range(most, most // 2, -LANES) if S % n == 0), most)
 
 
@@ -201,7 +202,7 @@ def _rows(
     high = -(-jnp.where(sees, end, 0).max(axis=1) // keys)
     live = jnp.stack([jnp.minimum(low, high), high], axis=1).astype(jnp.int32)
     ends = jnp.repeat(jnp.stack([start, end], axis=2), H // K, axis=1)
-    return fill_up(rows, 2, 16), fill_up(fill_up(ends, 1, 16), 2, LANES), live
+    return pad_to_multiple(rows, 2, 16), pad_to_multiple(pad_to_multiple(ends, 1, 16), 2, LANES), live
 
 
 def _share(live_ref: Any, row: Any, split: Any, splits: int) -> tuple[Any, Any]:

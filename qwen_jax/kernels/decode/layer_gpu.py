@@ -36,7 +36,7 @@ from qwen_jax.kernels.decode.layer_gpu_products import (
     strided,
     total,
 )
-from qwen_jax.kernels.gpu.hopper import let_next_begin, load, wait_for_previous
+from qwen_jax.kernels.gpu.hopper import allow_next_kernel, load, wait_for_previous_kernel
 
 
 def blocks() -> int:
@@ -145,7 +145,7 @@ def _run(
         def _() -> None:
             if heads_I is None:
                 # The first kernel of a step: whatever runs before it may have written anything.
-                wait_for_previous()
+                wait_for_previous_kernel()
             slots, n = [scratch[name] for name in ("w_smem", "full", "empty")], jnp.int32(0)
             for product, w_ref in zip(products, w_refs, strict=True):
                 n = fetch(product, share(product, blocks), w_ref, n, *slots)
@@ -176,8 +176,8 @@ def _multiply(
     row_layout = strided(stream_ref.shape[0])
     round_smem = place_of_round(x_smem)
     # The weights are on their way by now.
-    wait_for_previous()
-    let_next_begin()
+    wait_for_previous_kernel()
+    allow_next_kernel()
     if last:
         note_round(counter_ref, round_smem)
 

@@ -39,7 +39,7 @@ from qwen_jax.kernels.decode.layer_gpu_products import (
     total,
     wait_for_all,
 )
-from qwen_jax.kernels.gpu.hopper import let_next_begin, load, wait_for_previous
+from qwen_jax.kernels.gpu.hopper import allow_next_kernel, load, wait_for_previous_kernel
 
 _LATE = 4.0
 """Microseconds that a block waits for the choice of experts if it has nothing of the shared one to do."""
@@ -246,8 +246,8 @@ def _multiply(
     """The products, in order. Before each: its input, made by every block for itself."""
     chosen, f32, row_layout = products[_ROUTED[0]].experts, jnp.float32, strided(stream_ref.shape[0])
     # The weights are on their way by now.
-    wait_for_previous()
-    let_next_begin()
+    wait_for_previous_kernel()
+    allow_next_kernel()
     note_round(counter_ref, round_smem)
     n = jnp.int32(0)
 

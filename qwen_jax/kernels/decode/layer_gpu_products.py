@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.gpu.hopper import by_one_thread, load, tiled
+from qwen_jax.kernels.gpu.hopper import load, run_on_one_thread, tiled
 
 CHUNK = 128
 """Columns of a weight matrix to one step; hidden size, width and heads x head_dim must be multiples of it."""
@@ -154,7 +154,7 @@ def _meeting(code: str, counter_ref: Any, round_smem: Any) -> None:
     is_first = arith.cmpi(arith.CmpIPredicate.eq, gpu.block_id(gpu.Dimension.x), utils.c(0, index))
     rest = arith.subi(utils.c(1025, index), gpu.grid_dim(gpu.Dimension.x))
     own = arith.index_cast(i32, arith.select(is_first, rest, utils.c(1, index)))
-    by_one_thread(".reg .pred behind; .reg .u32 seen, target; " + code, counter_ref, round_smem, own)
+    run_on_one_thread(".reg .pred behind; .reg .u32 seen, target; " + code, counter_ref, round_smem, own)
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _WGMMA))

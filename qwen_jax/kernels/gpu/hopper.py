@@ -1,4 +1,4 @@
-"""What the kernels for Hopper GPUs share."""
+"""Instructions and layouts of Hopper GPUs that Pallas does not offer, or offers differently from version to version."""
 
 import inspect
 from typing import Any
@@ -7,82 +7,89 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-EIGHTS = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (8, 8), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
-"""Registers of a warpgroup that hold eight rows."""
+from qwen_jax.kernels.types import Layout, Ref
+
+EIGHT_ROWS = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 32), (8, 8), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
+)
+"""A layout of registers in which a warpgroup holds eight rows."""
 
 
-def tiled(shape: tuple[int, ...], dtype: Any, columns: int = 64) -> Any:
-    """Shared memory in the order that the tensor cores read without bank conflicts, in tiles of 8 rows.
+def tiled(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, columns: int = 64) -> Any:
+    """Shared memory in tiles of 8 rows, swizzled so that the tensor cores read it without bank conflicts.
 
     Args:
       shape: of the buffer.
       dtype: of its elements.
-      columns: of a tile; 128 bytes of them, or 64.
+      columns: of a tile; they must take 128 or 64 bytes.
     """
     swizzle = columns * jnp.dtype(dtype).itemsize
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)))
 
 
-def load(ref: Any, layout: Any, optimized: bool = False) -> jax.Array:
+def load(ref: Ref, layout: Layout, optimized: bool = False) -> jax.Array:
     """Reads memory into registers.
 
     Args:
       ref: global or shared memory.
       layout: of the registers.
-      optimized: insist on accesses without bank conflicts.
+      optimized: require accesses without bank conflicts.
     """
-    # Before jax 0.11 an index had to be given; since then it should not be.
+    # Before jax 0.11 an index had to be passed; since then it must not be.
     must_index = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
     return plgpu.load(ref, *((),) * must_index, layout=layout, optimized=optimized)
 
 
-def wait_for_previous() -> None:
-    """Waits until all that was launched before has ended and can be read.
+def wait_for_previous_kernel() -> None:
+    """Waits until everything launched before this kernel has ended and its results can be read.
 
-    A kernel that says this may be started while the one before it still runs (programmatic dependent launch), and do
-    before it whatever needs none of that one's results. Before jax 0.11 kernels never overlap.
+    With programmatic dependent launch, a kernel that calls this may start while the previous one still runs. Before the
+    call it may do work that needs no result of the previous kernel. Before jax 0.11 kernels never overlap.
     """
     if hasattr(plgpu, "griddepcontrol_wait"):
         plgpu.griddepcontrol_wait()
 
 
-def let_next_begin() -> None:
-    """Lets the next kernel start once every block has said so.
+def allow_next_kernel() -> None:
+    """Lets the next kernel start, once every thread block has called this.
 
-    Say it after `wait_for_previous` only: then what the next one reads before its own wait is surely complete.
+    Call it only after `wait_for_previous_kernel`: then everything that the next kernel reads before its own wait is
+    complete.
     """
     if hasattr(plgpu, "griddepcontrol_launch_dependents"):
         plgpu.griddepcontrol_launch_dependents()
 
 
-def products_so_far(acc: Any, but: int = 0) -> jax.Array:
-    """Reads an accumulator once all products that were begun are done but the last few.
+def read_accumulator(acc: Ref, pending: int = 0) -> jax.Array:
+    """Reads a wgmma accumulator after waiting for its products.
 
     Args:
-      acc: of `plgpu.ACC`.
-      but: how many of the last ones may still run, which must not be its own. Before jax 0.11 all are waited for.
+      acc: from `plgpu.ACC`.
+      pending: how many of the most recently started products may still run; they must write other accumulators. Before
+        jax 0.11 all products are waited for.
     """
-    if but and hasattr(plgpu, "wgmma_accumulator_load"):
-        return plgpu.wgmma_accumulator_load(acc, wait_n=but)
+    if pending and hasattr(plgpu, "wgmma_accumulator_load"):
+        return plgpu.wgmma_accumulator_load(acc, wait_n=pending)
     return acc[...]
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-def keep_plain(_: Any, ref: Any) -> None:
-    """Keeps layout inference from swizzling a buffer that is copied by single rows: jax 0.11.2 does so wrongly."""
+def keep_unswizzled(_: Any, ref: Any) -> None:
+    """Keeps layout inference from swizzling a buffer that is copied row by row, which jax 0.11.2 does wrongly."""
 
 
-def by_one_thread(code: str, *operands: Any) -> None:
-    """One thread of a warpgroup runs PTX, to be called within `inline_mgpu`; the others wait before and after.
+def run_on_one_thread(code: str, *operands: Any) -> None:
+    """Runs PTX on one thread of a warpgroup while the others wait. Call it within `plgpu.inline_mgpu`.
 
     Args:
-      code: its $0, $1, ... are the operands; it may declare registers.
-      *operands: references to global memory, whose address has 64 bits, or to shared memory, whose has 32; and int32s.
+      code: PTX in which $0, $1, ... are the operands; it may declare registers.
+      *operands: references to global memory (64-bit addresses) or shared memory (32-bit addresses), and int32 values.
     """
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import llvm
     from jax.experimental.mosaic.gpu import utils
 
+    # Operands as registers, with the constraint of each: "r" for 32 bits, "l" for 64.
     values, kinds = [], []
     for operand in operands:
         if isinstance(operand.type, ir.MemRefType):
@@ -103,13 +110,13 @@ def by_one_thread(code: str, *operands: Any) -> None:
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)))
 def store_rows(_: Any, ref: Any, rows: Any, own: Any) -> None:
-    """Writes those of 64 rows for which `own` is not zero: each thread what it has of them, two columns at a time."""
+    """Writes those of 64 rows for which `own` is not zero. Each thread writes its own values, two columns at a time."""
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, vector
     from jax.experimental.mosaic.gpu import utils
 
     i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
-    # A thread has two rows, eight apart, of the 16 of its warp, and in each of them two columns of every eight.
+    # A thread holds two of the 16 rows of its warp, eight apart, and two columns of every eight.
     thread = arith.remui(utils.thread_idx(), utils.c(128, i32))
     warp, lane = arith.divui(thread, utils.c(32, i32)), arith.remui(thread, utils.c(32, i32))
     row = arith.addi(arith.muli(warp, utils.c(16, i32)), arith.divui(lane, utils.c(4, i32)))

@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.gpu.hopper import tiled
+from qwen_jax.kernels.types import Ref
 
 MAX_ROWS = 128
 _SMS = 132  # of an H100 or H200 SXM; on another part the results are the same and the tiles less even.
@@ -110,14 +111,14 @@ def _product(x_BK: jax.Array, w_GNK: jax.Array) -> jax.Array:
         x_BK = jnp.pad(x_BK, ((0, x_rows - B), (0, 0)))
 
     def skinny_product(
-        x_ref: jax.Ref,
-        w_ref: jax.Ref,
-        out_ref: jax.Ref,
+        x_ref: Ref,
+        w_ref: Ref,
+        out_ref: Ref,
         *,
-        x_smem: jax.Ref,
-        w_smem: jax.Ref,
-        out_smem: jax.Ref,
-        full: jax.Ref,
+        x_smem: Ref,
+        w_smem: Ref,
+        out_smem: Ref,
+        full: Ref,
     ) -> None:
         block = lax.axis_index("block")
         # With splits there is one tile to a block; without, a block takes every `blocks`-th tile.

@@ -1,8 +1,8 @@
 """Grouped products on Hopper GPUs, for mixtures of experts: rows sorted by group, each group with a matrix of its own.
 
 As many blocks as there are multiprocessors stay, and each takes the next tile of the result when it has sent for all
-of one (`grouped_gpu_turns`). In a block one warpgroup copies what the next steps need into a ring in shared memory, and
-two multiply, each 64 rows of the tile by 256 columns. The ring runs on across tiles: while the end of one tile is
+of one (`grouped_gpu_schedule`). In a block one warpgroup copies what the next steps need into a ring in shared memory,
+and two multiply, each 64 rows of the tile by 256 columns. The ring runs on across tiles: while the end of one tile is
 written, the next one is on its way.
 
 Only rows that there are cost anything. A tile of `product` has rows of one group, and begins at the last multiple of 8
@@ -24,9 +24,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.attention.flash_gpu_tiles import BLOCKS, ROWS, SMEM_BYTES, WGMMA, kernel, rem
-from qwen_jax.kernels.gpu.hopper import EIGHTS, keep_plain, load, store_rows, tiled
-from qwen_jax.kernels.matmul.grouped_gpu_turns import hand_out, hear, turn_scratch
+from qwen_jax.kernels.gpu.device import MULTIPROCESSORS as BLOCKS
+from qwen_jax.kernels.gpu.device import TILE_SHARED_BYTES as SMEM_BYTES
+from qwen_jax.kernels.gpu.hopper import EIGHT_ROWS, keep_unswizzled, load, store_rows, tiled
+from qwen_jax.kernels.gpu.tiles import ROWS, WGMMA, kernel, rem
+from qwen_jax.kernels.matmul.grouped_gpu_schedule import hand_out, hear, turn_scratch
 
 _CHUNK, _COLUMNS = 64, 256
 """What is summed over in one step, and columns of a tile, the most that wgmma takes."""
@@ -341,7 +343,7 @@ def _product_block(
 
     def feed() -> None:
         # Zeros to write, counted by copies; they are spread over the steps.
-        keep_plain(zeros_smem)
+        keep_unswizzled(zeros_smem)
         zeros_smem[...] = jnp.zeros(zeros_smem.shape, zeros_smem.dtype)
         plgpu.commit_smem()
         zeros = _share(lax.div(M - rows + (_ZERO_ROWS - 1), jnp.int32(_ZERO_ROWS)) * wide)
@@ -437,8 +439,8 @@ def _gradient_block(
             def clean_eight(n: Any) -> None:
                 at = pl.ds(pl.multiple_of(n * 8, 8), 8)
                 for smem in (dy_smem.at[slot], x_smem.at[slot]):
-                    rows = load(smem.at[at], EIGHTS)
-                    r = plgpu.broadcasted_iota(jnp.int32, rows.shape, 0, layout=EIGHTS) + n * 8
+                    rows = load(smem.at[at], EIGHT_ROWS)
+                    r = plgpu.broadcasted_iota(jnp.int32, rows.shape, 0, layout=EIGHT_ROWS) + n * 8
                     smem[at] = jnp.where((r >= low) & (r < high), rows, jnp.zeros_like(rows))
 
             def eight(n: Any, _: None) -> None:

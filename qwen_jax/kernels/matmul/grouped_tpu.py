@@ -22,8 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.tpu import tiles as tpu
-from qwen_jax.kernels.tpu.tiles import LANES
+from qwen_jax.kernels.padding import pad_to_multiple
+from qwen_jax.kernels.tpu import device as tpu
+from qwen_jax.kernels.tpu.device import LANES
 
 # A register holds that many rows of bfloat16 in each lane; cuts are between them.
 _PACKED = 16
@@ -165,9 +166,9 @@ def product(
     inner, columns = (N, K) if transposed else (K, N)
     _check(x_MK, sizes_G, G, "x", inner)
     M = x_MK.shape[0]
-    tiles = product_tiles(inner, columns, tpu.device(), tpu.cores())
+    tiles = product_tiles(inner, columns, tpu.core(), tpu.cores())
     # An array smaller than a tile is filled up; the edge of a larger one is cut by the pipeline of copies.
-    x = tpu.fill_up(x_MK, 0, tiles.rows) if tiles.rows > M else x_MK
+    x = pad_to_multiple(x_MK, 0, tiles.rows) if tiles.rows > M else x_MK
     with jax.named_scope("grouped_product"):
         visits = _visits(sizes_G, M, tiles.rows, "rest" if fill else "nothing")
         rows = M if expected is None else min(expected, M)
@@ -199,8 +200,8 @@ def weights_gradient(
     (M, N), K = dy_MN.shape, x_MK.shape[1]
     if len(x_MK) != M:
         raise InputError(f"Expected as many rows of dy as of x; got {dy_MN.shape} and {x_MK.shape}.")
-    tiles = gradient_tiles(N, K, tpu.device(), tpu.cores())
-    dy, x = (tpu.fill_up(a, 0, tiles.rows) if tiles.rows > M else a for a in (dy_MN, x_MK))
+    tiles = gradient_tiles(N, K, tpu.core(), tpu.cores())
+    dy, x = (pad_to_multiple(a, 0, tiles.rows) if tiles.rows > M else a for a in (dy_MN, x_MK))
     with jax.named_scope("grouped_gradient"):
         visits = _visits(sizes_G, M, tiles.rows, "empty")
         rows = M if expected is None else min(expected, M)

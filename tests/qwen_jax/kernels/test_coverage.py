@@ -1,6 +1,5 @@
 """The table of `qwen_jax.kernels`, held to the truth: what it claims runs and is right, what it does not is refused."""
 
-import contextlib
 import functools
 import itertools
 import logging
@@ -10,30 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
-from qwen_jax import kernels
+from qwen_jax import kernels, platform
 from qwen_jax.cli.generate import Attention
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import COVERAGE, Mask, causal_mask
+from qwen_jax.kernels.select import log_once
 from tests.helpers import exact
+from tests.helpers.platforms import as_if_on as on
 
 DTYPES, HEAD_DIMS, T = ("float32", "bfloat16", "float16"), (20, 32, 64, 128, 256, 264), 40
 KERNEL = {"cudnn": "__cudnn", "gpu": "mosaic_gpu", "tpu": "tpu_custom_call"}
 """What a lowered program calls."""
-
-
-@contextlib.contextmanager
-def on(where: str):
-    """As if the devices were those; TPU kernels then run in the interpreter."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "platform", lambda: {"GPU": "gpu", "Hopper GPU": "gpu", "TPU": "tpu"}.get(where, "cpu"))
-        patch.setattr(kernels, "on_hopper", lambda: where == "Hopper GPU")
-        if where == "TPU":
-            with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
-                yield
-        else:
-            yield
 
 
 def intervals() -> Mask:
@@ -81,17 +68,17 @@ def test_exactly_the_claimed_combinations_are_taken(name) -> None:
         )
         with on(of.where):
             if claimed:
-                assert kernels.choose(name, q, mask, return_lse=lse, cache=cache) == name
+                assert kernels.select_attention(name, q, mask, return_lse=lse, cache=cache) == name
             else:
                 with pytest.raises(InputError, match=f"Attention by {name} needs .*Use implementation="):
-                    kernels.choose(name, q, mask, return_lse=lse, cache=cache)
+                    kernels.select_attention(name, q, mask, return_lse=lse, cache=cache)
 
 
 @pytest.mark.parametrize("name", [n for n, of in COVERAGE.items() if of.where != "anywhere"])
 def test_a_platform_without_the_kernel_is_named(name) -> None:
     message = rf"a {COVERAGE[name].where}.*on cpu. Use implementation='reference'"
     with on("CPU"), pytest.raises(InputError, match=message):
-        kernels.choose(name, inputs(COVERAGE[name].dtypes[0], 64)[0], causal_mask(1, T))
+        kernels.select_attention(name, inputs(COVERAGE[name].dtypes[0], 64)[0], causal_mask(1, T))
 
 
 @pytest.mark.parametrize("name", ["reference", "xla", "tpu"])
@@ -135,16 +122,16 @@ def test_what_does_not_run_here_lowers_to_its_kernel(name) -> None:
             return out.astype(jnp.float32).sum()
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, "platform", lambda: "tpu" if name == "tpu" else "gpu")
-            patch.setattr(kernels, "on_hopper", lambda: True)
+            patch.setattr(platform, "platform", lambda: "tpu" if name == "tpu" else "gpu")
+            patch.setattr(platform, "on_hopper", lambda: True)
             if name == "cudnn":
                 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
                 patch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
                 patch.setattr(cudnn, "check_compute_capability", lambda _: True)
-            platform = "tpu" if name == "tpu" else "cuda"
+            target = "tpu" if name == "tpu" else "cuda"
             traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, v)
-            assert KERNEL[name] in traced.lower(lowering_platforms=(platform,)).as_text()
+            assert KERNEL[name] in traced.lower(lowering_platforms=(target,)).as_text()
 
 
 @pytest.mark.parametrize("name", ["reference", "tpu"])
@@ -187,11 +174,11 @@ def test_caches_of_both_kinds(name, tokens) -> None:
     ],
 )
 def test_auto_says_once_what_it_took_and_warns_where_that_is_slow(caplog, where, dtype, d, causal, expected) -> None:
-    kernels.say_once.cache_clear()
+    log_once.cache_clear()
     mask = causal_mask(1, T) if causal else intervals()
     with on(where), caplog.at_level(logging.INFO, "qwen_jax.kernels"):
         for _ in range(2):
-            assert kernels.choose("auto", inputs(dtype, d)[0], mask) == expected
+            assert kernels.select_attention("auto", inputs(dtype, d)[0], mask) == expected
     [record] = caplog.records
     assert record.getMessage().split(": ")[1].startswith(expected)
     slow = expected == "reference" and where != "anywhere"
@@ -207,7 +194,7 @@ BAD = {
         "finite number as its scale.*nan",
     ),
     "a negative scale": (lambda q, k, v, m: (q, k, v, m, -0.1), "positive, finite number as its scale.*got -0.1"),
-    "nothing": (lambda q, k, v, m: (q[:, :0], k, v, causal_mask(1, 0), 1.0), "nothing empty"),
+    "nothing": (lambda q, k, v, m: (q[:, :0], k, v, causal_mask(1, 0), 1.0), "no dimension of size 0"),
     "two dtypes": (lambda q, k, v, m: (q, k.astype(jnp.float16), v, m, 1.0), "one dtype; got float32, float16"),
     "a mask of another dtype": (lambda q, k, v, m: (q, k, v, Mask(m.k_start_BT * 1.0, m.k_end_BT), 1.0), "int32"),
     "a negative interval": (lambda q, k, v, m: (q, k, v, Mask(m.k_start_BT - 1, m.k_end_BT), 1.0), "a start of -1"),

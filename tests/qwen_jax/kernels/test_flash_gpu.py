@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.attention import flash_gpu, flash_gpu_tiles, visits
+from qwen_jax.kernels.attention import flash_gpu, tile_ranges
+from qwen_jax.kernels.padding import pad_to_multiple
 from tests.helpers import exact
 from tests.helpers.masks import MASKS, anything, causal, packed, window
 
@@ -20,14 +21,14 @@ from tests.helpers.masks import MASKS, anything, causal, packed, window
 def test_visits_cover_what_is_seen_and_spare_the_mask_only_where_all_is_seen(seed, mask, T, S):
     """For either direction: each visible pair is in a visited tile, and a tile without a mask has no invisible pair."""
     start, end = mask(np.random.default_rng(seed), 2, T, S)
-    padded = [np.asarray(flash_gpu_tiles.fill_up(jnp.asarray(x), 128)) for x in (start, end)]
+    padded = [np.asarray(pad_to_multiple(jnp.asarray(x), -1, 128)) for x in (start, end)]
     keys, rows, tiles = 128, 64, -(-S // 128)
     place = np.arange(tiles * keys)
     seen = (padded[0][:, :, None] <= place) & (place < padded[1][:, :, None])
     seen = seen.reshape(2, -1, rows, tiles, keys)
     some, every = seen.any(axis=(2, 4)), seen.all(axis=(2, 4))
-    there = np.asarray(visits.visits(*map(jnp.asarray, padded), rows, keys))
-    back = np.asarray(visits.visitors(*map(jnp.asarray, padded), rows, keys, tiles))
+    there = np.asarray(tile_ranges.key_tiles(*map(jnp.asarray, padded), rows, keys))
+    back = np.asarray(tile_ranges.query_tiles(*map(jnp.asarray, padded), rows, keys, tiles))
     for found, some_, every_ in ((there, some, every), (back, some.swapaxes(1, 2), every.swapaxes(1, 2))):
         other = np.arange(some_.shape[2])
         visited = (found[..., :1] <= other) & (other < found[..., 1:2])
@@ -41,10 +42,10 @@ def test_visits_cover_what_is_seen_and_spare_the_mask_only_where_all_is_seen(see
 
 def test_a_causal_mask_visits_half_and_masks_the_diagonal_alone():
     start, end = causal(np.random.default_rng(0), 1, 4096, 4096)
-    there = np.asarray(visits.visits(jnp.asarray(start), jnp.asarray(end), 64, 128))
+    there = np.asarray(tile_ranges.key_tiles(jnp.asarray(start), jnp.asarray(end), 64, 128))
     assert (there[0, :, 1] - there[0, :, 0]).sum() == sum(i // 2 + 1 for i in range(64))
     assert ((there[..., 1] - there[..., 0]) - (there[..., 3] - there[..., 2]) == 1).all()
-    back = np.asarray(visits.visitors(jnp.asarray(start), jnp.asarray(end), 64, 128, 32))
+    back = np.asarray(tile_ranges.query_tiles(jnp.asarray(start), jnp.asarray(end), 64, 128, 32))
     assert ((back[..., 1] - back[..., 0]) - (back[..., 3] - back[..., 2]) == 2).all()
 
 
@@ -52,12 +53,12 @@ def test_a_causal_mask_visits_half_and_masks_the_diagonal_alone():
 @given(st.integers(0, 2**32), st.sampled_from(MASKS), st.integers(1, 400), st.integers(1, 400))
 def test_ranks_give_all_that_visit_a_tile_of_queries_turns_in_one_order(seed, mask, T, S):
     start, end = mask(np.random.default_rng(seed), 2, T, S)
-    start, end = (flash_gpu_tiles.fill_up(jnp.asarray(x), 128) for x in (start, end))
-    there = visits.visitors(start, end, 128, 128, -(-S // 128))
+    start, end = (pad_to_multiple(jnp.asarray(x), -1, 128) for x in (start, end))
+    there = tile_ranges.query_tiles(start, end, 128, 128, -(-S // 128))
     tiles = start.shape[1] // 128
     i = np.arange(tiles)
     visited = (np.asarray(there)[..., :1] <= i) & (i < np.asarray(there)[..., 1:2])
-    for row_visited, row_ranks in zip(visited, np.asarray(visits.ranks(there, tiles)), strict=True):
+    for row_visited, row_ranks in zip(visited, np.asarray(tile_ranges.visit_order(there, tiles)), strict=True):
         for n in range(tiles):
             turns = row_ranks[row_visited[:, n], n]
             np.testing.assert_array_equal(turns, np.arange(len(turns)))

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.attention import flash_tpu
-from qwen_jax.kernels.tpu import tiles as tpu
+from qwen_jax.kernels.attention import flash_tpu, flash_tpu_tiles
 from tests.helpers import exact
 from tests.helpers.masks import MASKS, anything, causal, packed, window
 from tests.helpers.tpu_compiler import TOPOLOGIES, compile_for, needs_libtpu
 
-SMALL = tpu.Blocks(queries=256, keys=128, lanes=128, segment=256, backward_segment=128, vmem_bytes=64 << 20)
+SMALL = flash_tpu_tiles.Tiling(queries=256, keys=128, lanes=128, segment=256, backward_segment=128, vmem_bytes=64 << 20)
 WIDE = dataclasses.replace(SMALL, queries=1024, lanes=256, segment=512, backward_segment=512)
 
 
@@ -123,12 +122,12 @@ def test_tiles_do_not_change_the_result_beyond_rounding() -> None:
 )
 def test_blocks_fit_and_fill_up_little(T, core, kind) -> None:
     (vmem, lanes), (d, dtype) = core, kind
-    found = tpu.blocks(T, T, d, dtype, (vmem << 20, lanes))
+    found = flash_tpu_tiles.choose_tiling(T, T, d, dtype, (vmem << 20, lanes))
     assert found.queries % (2 * lanes) == 0
     assert found.segment % found.backward_segment == found.backward_segment % found.keys == 0
     itemsize = jnp.dtype(dtype).itemsize
-    assert tpu.forward_bytes(found, d, itemsize) <= (vmem << 20) * 15 // 16
-    assert tpu.backward_bytes(found, d, itemsize) <= (vmem << 20) * 15 // 16
+    assert flash_tpu_tiles.forward_bytes(found, d, itemsize) <= (vmem << 20) * 15 // 16
+    assert flash_tpu_tiles.backward_bytes(found, d, itemsize) <= (vmem << 20) * 15 // 16
     assert -(-T // found.segment) * found.segment <= 1.1 * T + 512
     assert -(-T // found.queries) * found.queries <= 1.2 * T + 1024
 
@@ -143,9 +142,12 @@ def test_compiles_within_its_vmem(chip, d, dtype, T, record_property) -> None:
     used = {}
 
     def f(q, k, v, start, end):
-        tiles = tpu.blocks(T, T, d, dtype)
+        tiles = flash_tpu_tiles.choose_tiling(T, T, d, dtype)
         size = jnp.dtype(dtype).itemsize
-        used.update(forward=tpu.forward_bytes(tiles, d, size), backward=tpu.backward_bytes(tiles, d, size))
+        used.update(
+            forward=flash_tpu_tiles.forward_bytes(tiles, d, size),
+            backward=flash_tpu_tiles.backward_bytes(tiles, d, size),
+        )
         assert max(used.values()) <= tiles.vmem_bytes
         run = functools.partial(flash_tpu.attention, start_BT=start, end_BT=end, scale=0.1)
         (out, lse), pull = jax.vjp(run, q, k, v)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax import kernels
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.matmul.grouped import choose, grouped_matmul
+from qwen_jax.kernels.matmul.grouped import grouped_matmul, select_grouped
+from qwen_jax.kernels.select import log_once
+from tests.helpers.platforms import as_if_on
 
 SIZES = {
     "even": (70, [10] * 7),
@@ -55,9 +56,9 @@ def test_a_gradient_by_matrices_is_summed_in_float32() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (((4, 8), (2, 6, 7), (2,)), r"take rows \[M, K\], matrices \[G, N, K\] and sizes \[G\]; got \(4, 8\)"),
+        (((4, 8), (2, 6, 7), (2,)), r"need rows \[M, K\], matrices \[G, N, K\] and sizes \[G\]; got \(4, 8\)"),
         (((4, 8), (2, 6, 8), (3,)), r"sizes \[G\]; got"),
-        (((8,), (2, 6, 8), (2,)), r"take rows \[M, K\]"),
+        (((8,), (2, 6, 8), (2,)), r"need rows \[M, K\]"),
     ],
 )
 def test_shapes_that_do_not_match_are_refused(arguments: Any, says: str) -> None:
@@ -77,33 +78,33 @@ def test_dtypes_that_do_not_match_are_refused() -> None:
 @pytest.mark.parametrize(
     ("where", "dtype", "sizes", "chosen"),
     [
-        ("cpu", "bfloat16", (256, 128), "tiles"),
-        ("hopper", "bfloat16", (256, 64), "gpu"),
-        ("hopper", "bfloat16", (256, 72), "tiles"),
-        ("hopper", "float32", (256, 64), "tiles"),
-        ("tpu", "bfloat16", (256, 128), "tpu"),
-        ("tpu", "bfloat16", (256, 64), "tiles"),
+        ("CPU", "bfloat16", (256, 128), "tiles"),
+        ("Hopper GPU", "bfloat16", (256, 64), "gpu"),
+        ("Hopper GPU", "bfloat16", (256, 72), "tiles"),
+        ("Hopper GPU", "float32", (256, 64), "tiles"),
+        ("TPU", "bfloat16", (256, 128), "tpu"),
+        ("TPU", "bfloat16", (256, 64), "tiles"),
     ],
 )
 def test_auto_takes_what_can_and_warns_of_what_is_slow(
-    where: str, dtype: str, sizes: tuple[int, int], chosen: str, monkeypatch: Any, caplog: Any
+    where: str, dtype: str, sizes: tuple[int, int], chosen: str, caplog: Any
 ) -> None:
-    monkeypatch.setattr(kernels, "platform", lambda: "gpu" if where == "hopper" else where)
-    monkeypatch.setattr(kernels, "on_hopper", lambda: where == "hopper")
-    kernels.say_once.cache_clear()
-    with caplog.at_level(logging.INFO, "qwen_jax"):
-        assert choose("auto", dtype, *sizes) == chosen
-        assert choose("auto", dtype, *sizes) == chosen
+    log_once.cache_clear()
+    with as_if_on(where), caplog.at_level(logging.INFO, "qwen_jax"):
+        assert select_grouped("auto", dtype, *sizes) == chosen
+        assert select_grouped("auto", dtype, *sizes) == chosen
     (record,) = caplog.records
-    slow = chosen == "tiles" and where != "cpu"
+    slow = chosen == "tiles" and where != "CPU"
     assert record.levelno == (logging.WARNING if slow else logging.INFO)
     assert ("slow here" in record.message) == slow
 
 
 def test_what_cannot_is_refused_by_name() -> None:
-    with pytest.raises(InputError, match=r"by gpu need a Hopper GPU; got matrices .* on cpu\. Use 'tiles'"):
-        choose("gpu", "bfloat16", 128, 128)
-    with pytest.raises(InputError, match="need a TPU and bfloat16 and sizes that are multiples of 128"):
-        choose("tpu", "float32", 100, 128)
-    with pytest.raises(InputError, match="Unknown implementation of grouped products 'triton': use auto, gpu, tpu"):
-        choose("triton", "bfloat16", 128, 128)
+    with pytest.raises(
+        InputError, match=r"by gpu needs a Hopper GPU; got matrices .* on cpu\. Use implementation='tiles'"
+    ):
+        select_grouped("gpu", "bfloat16", 128, 128)
+    with pytest.raises(InputError, match="needs a TPU and bfloat16 and sizes that are multiples of 128"):
+        select_grouped("tpu", "float32", 100, 128)
+    with pytest.raises(InputError, match="Unknown grouped product implementation 'triton': use auto, gpu, tpu"):
+        select_grouped("triton", "bfloat16", 128, 128)

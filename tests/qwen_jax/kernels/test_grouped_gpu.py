@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.matmul import grouped, grouped_gpu, grouped_gpu_turns
+from qwen_jax.kernels.matmul import grouped, grouped_gpu, grouped_gpu_schedule
 from qwen_jax.kernels.matmul.grouped_gpu import product, row_tiles, supports, weights_gradient
 
 _ON_HOPPER = jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability.startswith("9.")
@@ -230,7 +230,7 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
         """Equal to float64 with memory that starts as NaN, and no unordered accesses, on a machine of a few SMs."""
         monkeypatch.setattr(grouped_gpu, "BLOCKS", blocks)
         monkeypatch.setattr(grouped_gpu, "store_rows", store_one_by_one)
-        monkeypatch.setattr(grouped_gpu_turns, "_take", take_by_turns)
+        monkeypatch.setattr(grouped_gpu_schedule, "_take", take_by_turns)
         how = interpret_params.InterpretGPUParams(
             out_of_bounds_reads="uninitialized", inline_mgpu="ignore", detect_races=True
         )

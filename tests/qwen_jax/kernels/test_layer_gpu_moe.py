@@ -269,7 +269,7 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
         monkeypatch.setattr(layer_gpu_moe, "launch", launch_cluster)
         monkeypatch.setattr(layer_gpu_products, "_store_first_row", store_first_row)
         monkeypatch.setattr(shared_memory.Barrier, "deallocate", deallocate)
-        for name in ("wait_for_previous", "let_next_begin"):
+        for name in ("wait_for_previous_kernel", "allow_next_kernel"):
             monkeypatch.setattr(layer_gpu_moe, name, lambda: None)
 
     @pytest.mark.slow

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax import kernels
 from qwen_jax.attention.cache import ContiguousCache
@@ -15,14 +14,14 @@ from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import bind, init_params
 from qwen_jax.published import published
+from tests.helpers.platforms import as_if_on
 
 CONFIG = dataclasses.replace(published("tiny"), hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=64, num_layers=2)
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    monkeypatch.setattr(kernels, "platform", lambda: "tpu")
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+def interpreted():
+    with as_if_on("TPU"):
         yield
 
 

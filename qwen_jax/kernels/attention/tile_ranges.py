@@ -1,18 +1,18 @@
-"""Which tiles of keys a tile of queries must visit under interval masks, and the reverse."""
+"""Which tiles of keys each tile of queries visits under interval masks, and the reverse."""
 
 import jax
 import jax.numpy as jnp
 
 
-def visits(start_BT: jax.Array, end_BT: jax.Array, rows: int, keys: int) -> jax.Array:
-    """The tiles of keys that a tile of queries visits, and those among them where no pair is masked.
+def key_tiles(start_BT: jax.Array, end_BT: jax.Array, rows: int, keys: int) -> jax.Array:
+    """The range of key tiles that each query tile visits, and the range in which no pair is masked.
 
     Args:
-      start_BT, end_BT: intervals.
-      rows, keys: length of a tile of either.
+      start_BT, end_BT: mask intervals; T is a multiple of `rows`.
+      rows, keys: length of a query tile and of a key tile.
 
     Returns:
-      int32 [B, tiles, 4]: first and end of the visited, first and end of the unmasked.
+      int32 [B, query tiles, 4]: first and end of the visited key tiles, first and end of the unmasked ones.
     """
     start, end = (x.reshape(x.shape[0], -1, rows) for x in (start_BT, end_BT))
     sees = start < end
@@ -24,10 +24,12 @@ def visits(start_BT: jax.Array, end_BT: jax.Array, rows: int, keys: int) -> jax.
     return jnp.stack([first, last, full_first, full_last], axis=2)
 
 
-def visitors(start_BT: jax.Array, end_BT: jax.Array, rows: int, keys: int, count: int) -> jax.Array:
-    """The reverse: the tiles of queries that visit each of `count` tiles of keys, as `visits` gives it.
+def query_tiles(start_BT: jax.Array, end_BT: jax.Array, rows: int, keys: int, count: int) -> jax.Array:
+    """The reverse of `key_tiles`: the range of query tiles that visit each of `count` key tiles.
 
-    Tiles between the first and the last that don't see it are counted in; their pairs are all masked.
+    Returns:
+      int32 [B, count, 4]: first and end of the visiting query tiles, first and end of the unmasked ones. The first
+      range may contain query tiles that see nothing of the key tile; all their pairs are masked.
     """
     start, end = (x.reshape(x.shape[0], 1, -1, rows) for x in (start_BT, end_BT))
     key = jnp.arange(count, dtype=jnp.int32)[:, None] * keys
@@ -44,19 +46,22 @@ def visitors(start_BT: jax.Array, end_BT: jax.Array, rows: int, keys: int, count
     begin = jnp.where(meets.any(axis=2), first(meets), 0)
     finish = jnp.where(meets.any(axis=2), tiles - first(meets[:, :, ::-1]), 0)
     full_begin = jnp.clip(first(whole), begin, finish)
-    # The first run of whole tiles: where they are interrupted it ends.
+    # Only the first run of unmasked tiles counts: it ends at the first masked one.
     broken = ~whole & (jnp.arange(tiles) >= full_begin[:, :, None])
     full_finish = jnp.clip(first(broken), full_begin, finish)
     return jnp.stack([begin, finish, full_begin, full_finish], axis=2)
 
 
-def ranks(visitors: jax.Array, tiles: int) -> jax.Array:
-    """How many tiles of keys before it visit the same tile of queries: int32 [B, tiles of keys, tiles of queries].
+def visit_order(query_tiles: jax.Array, tiles: int) -> jax.Array:
+    """For each pair of tiles, the number of earlier key tiles that are visited by the same query tile.
 
     Args:
-      visitors: as the function of that name gives them.
-      tiles: of queries.
+      query_tiles: from the function of that name.
+      tiles: number of query tiles.
+
+    Returns:
+      int32 [B, key tiles, query tiles].
     """
     i = jnp.arange(tiles, dtype=jnp.int32)
-    visited = ((visitors[..., :1] <= i) & (i < visitors[..., 1:2])).astype(jnp.int32)
+    visited = ((query_tiles[..., :1] <= i) & (i < query_tiles[..., 1:2])).astype(jnp.int32)
     return jnp.cumsum(visited, axis=1) - visited

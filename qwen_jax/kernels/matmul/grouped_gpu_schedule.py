@@ -12,8 +12,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_jax.kernels.attention.flash_gpu_tiles import rem
-from qwen_jax.kernels.gpu.hopper import by_one_thread
+from qwen_jax.kernels.gpu.hopper import run_on_one_thread
+from qwen_jax.kernels.gpu.tiles import rem
 
 
 def turn_scratch(listeners: int) -> dict[str, Any]:
@@ -33,12 +33,12 @@ def turn_scratch(listeners: int) -> dict[str, Any]:
 def _count_up(_: Any, counter_ref: Any, before_smem: Any) -> None:
     """Adds one to the counter, and notes what it was."""
     count = ".reg .u32 before; atom.relaxed.gpu.global.add.u32 before, [$0], 1; st.shared.u32 [$1], before;"
-    by_one_thread(count, counter_ref, before_smem)
+    run_on_one_thread(count, counter_ref, before_smem)
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
 def _set_to_zero(_: Any, counter_ref: Any) -> None:
-    by_one_thread("st.relaxed.gpu.global.u32 [$0], 0;", counter_ref)
+    run_on_one_thread("st.relaxed.gpu.global.u32 [$0], 0;", counter_ref)
 
 
 def _take(turn: Any, counter_ref: Any, taken_smem: Any) -> Any:

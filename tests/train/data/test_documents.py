@@ -129,11 +129,39 @@ def test_empty_documents_vanish_and_no_document_is_an_error(go, tmp_path):
     assert (manifest.documents, manifest.empty) == (1, 3)
 
 
-def test_byte_order_marks_are_no_text(tokenizer, go, tmp_path):
-    (tmp_path / "in" / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
-    (tmp_path / "in" / "b.txt").write_bytes(b"\xef\xbb\xbftwo")
-    go()
-    assert documents_on_disk(tmp_path / "out") == expected_documents(tokenizer, ["one", "two"])
+def test_byte_order_marks_are_not_text(tokenizer, go, tmp_path):
+    """Also inside a file, as `cat a.jsonl b.jsonl` leaves them."""
+    (tmp_path / "in" / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n\xef\xbb\xbf{"text": "two"}\n')
+    (tmp_path / "in" / "b.txt").write_bytes(b"\xef\xbb\xbfthree")
+    (tmp_path / "in" / "c.jsonl").write_bytes(b"\xef\xbb\xbf\r\n")
+    assert go().bad == 0
+    assert documents_on_disk(tmp_path / "out") == expected_documents(tokenizer, ["one", "two", "three"])
+
+
+@pytest.mark.parametrize("unit", [None, 0.0005])
+def test_line_ends_are_treated_alike(rng, tokenizer, go, tmp_path, unit):
+    """Files with "\\r\\n" give the same data set as files with "\\n"; text in a JSON string stays as it is."""
+    texts = [text.replace("\r\n", "\n") for text in random_texts(rng, 40)]
+    for folder, end in (("unix", b"\n"), ("windows", b"\r\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_bytes(jsonl([*texts, "kept\r\n"]).replace(b"\n", end))
+        (tmp_path / folder / "b.txt").write_bytes("\n".join(texts).encode().replace(b"\n", end))
+        go(f"{folder}-out", input=(str(tmp_path / folder),), unit_megabytes=unit)
+    assert documents_on_disk(tmp_path / "unix-out") == documents_on_disk(tmp_path / "windows-out")
+    expected = expected_documents(tokenizer, [*texts, "kept\r\n", "\n".join(texts)])
+    assert documents_on_disk(tmp_path / "unix-out") == expected
+
+
+def test_names_may_be_as_long_as_the_file_system_allows(tokenizer, go, tmp_path):
+    """Names of 255 bytes, in folders and files; a longer one is an error that names it."""
+    name = "ü" * 125
+    (tmp_path / "in" / f"{name}.txt").write_bytes(b"text")
+    go(f"{name}12345")
+    assert documents_on_disk(tmp_path / f"{name}12345") == expected_documents(tokenizer, ["text"])
+    with pytest.raises(InputError, match=r"Cannot create .*: File name too long"):
+        go("x" * 256)
+    with pytest.raises(InputError, match=r"Cannot look for .*File name too long"):
+        go("out", input=("x" * 256,))
 
 
 def test_files_that_are_no_text_are_bad(go, tmp_path):
@@ -209,7 +237,7 @@ def test_damaged_parquet_and_wrong_columns(rng, go, tmp_path):
     good = path.read_bytes()
     for content in (b"", b"PAR1", good[:-1], good[:50]):
         path.write_bytes(content)
-        with pytest.raises(InputError, match=r"a.parquet is no intact Parquet file: .*Fetch it again"):
+        with pytest.raises(InputError, match=r"a.parquet is not an intact Parquet file: .*Download it again"):
             go()
     # The footer is whole, a page is not.
     footer = int.from_bytes(good[-8:-4], "little") + 8
@@ -293,9 +321,13 @@ def test_a_document_longer_than_memory_is_bad_and_never_held(folder, tmp_path):
 
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
-def test_the_limit_is_exact(go, tmp_path, end):
+def test_the_limit_is_exact_and_a_line_end_does_not_count(go, tmp_path, end):
     line = json.dumps({"text": "a" * 500}).encode()
-    (tmp_path / "in" / "a.jsonl").write_bytes(line + end)
-    assert go(max_document_megabytes=(len(line) + len(end.strip(b"\n"))) / 1e6).bad == 0
-    with pytest.raises(InputError, match="no text"):
-        go("less", max_document_megabytes=(len(line) + len(end.strip(b"\n")) - 1) / 1e6)
+    (tmp_path / "in" / "a.jsonl").write_bytes(line + end + b'{"text": "b"}' + end if end else line)
+    assert go(max_document_megabytes=len(line) / 1e6).bad == 0
+    if not end:
+        with pytest.raises(InputError, match="no text"):
+            go("less", max_document_megabytes=(len(line) - 1) / 1e6)
+    else:
+        less = go("less", max_document_megabytes=(len(line) - 1) / 1e6)
+        assert (less.bad, less.documents) == (1, 1)

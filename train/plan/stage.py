@@ -1,8 +1,8 @@
-"""What a training step needs on given chips: the real step, compiled for them, without having them.
+"""Plans: the training step of a stage, compiled for chips that need not be present, with its memory, FLOPs and traffic.
 
-Memory is the compiler's own account. FLOPs are counted in the traced program, recomputation included. Collectives are
-read from the compiled one, loops multiplied out. The time is a bound: the longest of what arithmetic, memory and
-network need at their published rates, as if all three overlapped perfectly. Nothing here has run.
+Memory is what the compiler reports. FLOPs are counted in the traced program and include recomputation. Collectives are
+read from the compiled program and multiplied by the trip counts of their loops. The time is a lower bound: the longest
+of arithmetic, memory traffic and network at their published rates, as if these overlapped perfectly. Nothing is run.
 """
 
 import dataclasses
@@ -25,33 +25,36 @@ from train.data.batch import Batch
 from train.observe.metrics import flops_per_token
 from train.plan.programs import collectives, count_flops, kept_for_backward
 from train.plan.topology import Target, mesh_of
-from train.pretrain import abstract_state, make_train_step
+from train.state import TrainState, abstract_state
+from train.step import TrainStep, check_divides, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a step needs on each device, and how long it must at least take. Compiled for the topology, not run on it.
+    """Memory, FLOPs, traffic and minimum time of a training step. It was compiled for the topology, not run on it.
 
     Attributes:
-      topology, num_slices, devices: what it was compiled for.
-      mesh: sizes of the axes that are not 1.
-      options: what else was chosen.
-      fits: whether the compiler could place it in memory.
-      hbm_bytes: of one device; what the compiler reports, or asked for when it did not fit.
-      hbm_limit_bytes: what one device has.
-      weights_bytes, moments_bytes, activations_bytes, temporary_bytes: parts of `hbm_bytes`: float32 masters, Adam's
-        moments, what scans keep for the backward pass, and all else that lives within the step.
-      flops_per_step: of all devices, recomputation included.
-      model_flops_per_step: without recomputation, by the formula of docs/training.md.
-      collective_bytes: that one device sends in a step, by kind.
-      dcn_bytes: the part of them that leaves a slice.
-      gathered_bytes: the result of the largest single all-gather.
-      gathers: each all-gather by the shape of its result, largest first, and how often a step runs such.
-      compute_seconds, memory_seconds, network_seconds: the bounds.
-      estimated_step_seconds: the largest of them.
+      topology, num_slices, devices: what the step was compiled for.
+      mesh: sizes of the mesh axes that are not 1.
+      options: stage (counted from 1), batch_size, length, accumulation and remat.
+      fits: whether the step fits in the memory of a device.
+      hbm_bytes: memory on one device, as the compiler reports it; if the step does not fit, what it would need.
+      hbm_limit_bytes: memory of one device.
+      weights_bytes: part of `hbm_bytes`: float32 weights.
+      moments_bytes: part of `hbm_bytes`: moments of Adam.
+      activations_bytes: part of `hbm_bytes`: what scans keep for the backward pass.
+      temporary_bytes: part of `hbm_bytes`: everything else that exists within the step.
+      flops_per_step: FLOPs on all devices, with recomputation.
+      model_flops_per_step: FLOPs without recomputation, by the formula of docs/training.md.
+      collective_bytes: bytes that one device sends in a step, by kind of collective.
+      dcn_bytes: the part of `collective_bytes` that leaves a slice.
+      gathered_bytes: size of the largest result of an all-gather.
+      gathers: number of all-gathers in a step by the shape of their result, largest first.
+      compute_seconds, memory_seconds, network_seconds: lower bounds of the step time.
+      estimated_step_seconds: the largest of these bounds.
       mfu_bound: model FLOPs over peak FLOPs in that time.
-      compile_seconds: what compiling took.
-      why_not: the compiler's words when it does not fit.
+      compile_seconds: duration of tracing and compiling.
+      why_not: the compiler's message if the step does not fit.
     """
 
     topology: str
@@ -84,29 +87,30 @@ class Plan:
 def plan_step(
     where: Target,
     mesh: Mesh,
-    step: Callable[..., Any],
-    state: Any,
-    batch: Any,
+    step: TrainStep[Batch],
+    state: TrainState,
+    batch: Batch,
     model_flops: float,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, str | int] | None = None,
     *,
-    hopeless: bool = True,
+    always_compile: bool = True,
 ) -> Plan:
-    """Compiles a step and takes its measure.
+    """Compiles a training step for a topology, and determines what it needs.
 
     Args:
-      where: from `target`.
-      mesh: of its devices.
-      step: jitted, (state, batch) -> anything.
-      state: a TrainState with `jax.ShapeDtypeStruct` leaves that carry shardings.
-      batch: likewise.
-      model_flops: of one step by formula.
-      options: to be repeated in the plan.
-      hopeless: compile also what cannot fit, by the sizes in the traced program alone.
+      where: the topology, from `target`.
+      mesh: mesh of its devices.
+      step: jitted training step.
+      state: its state, with `jax.ShapeDtypeStruct` leaves that have shardings.
+      batch: its batch, with such leaves too.
+      model_flops: model FLOPs of one step, by formula.
+      options: `options` of the plan.
+      always_compile: also compile a step that cannot fit by the sizes of its arrays alone.
     """
     sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
     chip, devices = where.chip, mesh.size
     weights, moments = (sum(map(_struct_bytes, jax.tree.leaves(x))) for x in (state.params, state.opt_state))
+    # Trace: FLOPs, and what is kept for the backward pass.
     start = time.perf_counter()
     platform = "tpu" if where.topology != "gpu" else "cuda"
     with jax.set_mesh(mesh):
@@ -119,9 +123,10 @@ def plan_step(
         flops_per_step=flops, model_flops_per_step=model_flops,
     )  # fmt: skip
     least = weights + moments + kept
-    if least > chip.hbm_bytes and not hopeless:
-        why = "Weights, moments and what is kept for the backward pass alone are more; not compiled."
+    if least > chip.hbm_bytes and not always_compile:
+        why = "Weights, moments and what is kept for the backward pass alone are larger; not compiled."
         return Plan(fits=False, hbm_bytes=least, compile_seconds=time.perf_counter() - start, why_not=why, **known)
+    # Compile: memory and collectives.
     try:
         compiled = lowered.compile()
     except Exception as error:
@@ -141,8 +146,8 @@ def plan_step(
     for c in found:
         by_kind[c.kind] += c.bytes * c.times
     dcn = sum(c.bytes * c.times for c in found if c.crosses_slices)
+    # Lower bounds of the time. The state is read and written at least once.
     compute = flops / devices / chip.flops
-    # At the least, the state is read once and written once.
     bandwidth = (arguments + memory.output_size_in_bytes) / chip.hbm_bandwidth
     network = max((sum(by_kind.values()) - dcn) / chip.ici_bandwidth, dcn / chip.dcn_bandwidth)
     bound = max(compute, bandwidth, network)
@@ -164,13 +169,14 @@ def plan_step(
     )
 
 
-def _struct_bytes(x: Any) -> int:
+def _struct_bytes(x: jax.ShapeDtypeStruct) -> int:
+    """Bytes of an array on one device."""
     sharding = getattr(x, "sharding", None)
     shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
     return math.prod(shape) * x.dtype.itemsize
 
 
-# What the TPU compiler says early, from the sizes of a program's values, and what it says when it has placed them.
+# The TPU compiler refuses a program early, by the total size of its values, or after it has placed them.
 _TOO_LARGE = (
     r"total memory required for HLO temporaries \(([\d.]+)([KMGT]?)i?B?\)",
     r"Used ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm",
@@ -178,7 +184,7 @@ _TOO_LARGE = (
 
 
 def _asked_for(message: str) -> int | None:
-    """Bytes that a compiler says it would have needed, 0 if it does not say; None if it complains of another thing."""
+    """Bytes that a step needs by the compiler's message, or 0 if it does not say; None for other errors."""
     units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
     for pattern in _TOO_LARGE:
         if match := re.search(pattern, message):
@@ -187,42 +193,44 @@ def _asked_for(message: str) -> int | None:
 
 
 def plan_stage(
-    config: RunConfig, index: int, where: Target, axes: Mapping[str, int] | None = None, *, hopeless: bool = True
+    config: RunConfig, index: int, where: Target, axes: Mapping[str, int] | None = None, *, always_compile: bool = True
 ) -> Plan:
-    """The plan of one stage of a run.
+    """Plans one stage of a run.
 
     Args:
-      config: of the run.
-      index: of the stage, from 0.
-      where: from `target`.
-      axes: of the mesh; by default the config's, or FSDP over all devices of a slice if it has none.
-      hopeless: see `plan_step`.
+      config: configuration of the run.
+      index: index of the stage, from 0.
+      where: the topology, from `target`.
+      axes: sizes of the mesh axes; by default those of the configuration or, if it has none, FSDP over each slice.
+      always_compile: see `plan_step`.
 
     Raises:
-      InputError: a mesh that does not cover the devices, or that the model or the batch does not divide by.
+      InputError: the mesh does not have all devices, or the model or the batch does not divide over it.
     """
-    stage, step_config = config.stages[index], config.pretrain(index)
+    stage, objective, step = config.stages[index], config.next_token(index), config.step_config(index)
     axes = axes or config.mesh_axes(index) or _all_fsdp(where)
     mesh = mesh_of(where, axes)
-    tokens = NamedSharding(mesh, Sharding.tokens)  # As `Batch` is placed: the step itself splits rows.
+    shards = Sharding.for_model(config.model, mesh, split_rows=True).batch_shards
+    check_divides(stage.batch_size, step.accumulation, shards, where=f"Stage {index + 1}: ")
+    tokens = NamedSharding(mesh, Sharding.tokens)  # As a `Batch` is placed; the step splits rows further.
     shape = stage.batch_size, stage.length
     ints, floats = (jax.ShapeDtypeStruct(shape, dtype, sharding=tokens) for dtype in (jnp.int32, jnp.float32))
     options = {
-        "stage": index,
+        "stage": index + 1,
         "batch_size": stage.batch_size,
         "length": stage.length,
-        "accumulation": step_config.accumulation,
-        "remat": step_config.remat,
+        "accumulation": step.accumulation,
+        "remat": step.remat,
     }
     return plan_step(
         where,
         mesh,
-        make_train_step(step_config, mesh),
-        abstract_state(step_config, mesh),
+        make_train_step(objective, config.optimizer_config(), step, mesh),
+        abstract_state(objective.model, config.optimizer_config(), mesh),
         Batch(ints, ints, ints, floats),
-        flops_per_token(step_config.model, stage.length) * math.prod(shape),
+        flops_per_token(objective.model, stage.length) * math.prod(shape),
         options,
-        hopeless=hopeless,
+        always_compile=always_compile,
     )
 
 
@@ -237,20 +245,23 @@ def search(
     axes: Mapping[str, int] | None = None,
     say: Callable[[Plan], None] = lambda _: None,
 ) -> list[Plan]:
-    """Plans of a stage with other meshes, remat policies and micro-batches, those that fit first, fastest first.
+    """Plans a stage with other meshes, remat policies and micro-batches.
 
-    Accumulation is raised only until a mesh and policy fit: more of it is never faster. What cannot fit by the traced
-    program alone is not compiled.
+    For each mesh and policy, accumulation is raised only until the step fits, because more is never faster. Steps that
+    cannot fit by the sizes of their arrays alone are not compiled.
 
     Args:
-      config: of the run.
-      index: of the stage, from 0.
-      where: from `target`.
-      axes: keep this mesh, and try the rest.
-      say: is told of each plan as it is made.
+      config: configuration of the run.
+      index: index of the stage, from 0.
+      where: the topology, from `target`.
+      axes: sizes of the mesh axes; by default all meshes are tried.
+      say: is called with each plan when it is made.
+
+    Returns:
+      The plans: those that fit come first, and of these the fastest.
 
     Raises:
-      InputError: nothing can be tried: no mesh divides the model and the batch, or `axes` is no mesh for them.
+      InputError: nothing can be tried, because no mesh divides the model and the batch, or `axes` does not.
     """
     stage, plans = config.stages[index], []
     meshes = _meshes(config, index, where) if axes is None else [dict(axes)]
@@ -261,7 +272,7 @@ def search(
                 break
             changed = dataclasses.replace(stage, remat=remat, accumulation=accumulation)  # type: ignore[arg-type]
             stages = (*config.stages[:index], changed, *config.stages[index + 1 :])
-            plan = plan_stage(dataclasses.replace(config, stages=stages), index, where, mesh, hopeless=False)
+            plan = plan_stage(dataclasses.replace(config, stages=stages), index, where, mesh, always_compile=False)
             say(plan)
             plans.append(plan)
             if plan.fits:
@@ -270,18 +281,18 @@ def search(
         raise InputError(
             f"Nothing to try for stage {index + 1}: {stage.batch_size} rows of {stage.length} tokens and this model do "
             f"not divide over {len(where.devices)} devices {'in any mesh' if axes is None else f'as {dict(axes)}'}. "
-            f"Change the batch, or the number of devices."
+            "Change batch_size, or the number of devices."
         )
     return sorted(plans, key=lambda plan: (not plan.fits, plan.estimated_step_seconds, plan.hbm_bytes))
 
 
-# Shorter rows have no use for a context axis.
+# A context axis is not tried for shorter rows.
 _LONG = 16_384
 
 
 def _meshes(config: RunConfig, index: int, where: Target) -> list[dict[str, int]]:
-    """The meshes of all devices that divide the model, the rows and the batch of a stage."""
-    stage, model, meshes = config.stages[index], config.pretrain(index).model, []
+    """The meshes of all devices over which the model, the rows and the batch of a stage divide."""
+    stage, model, meshes = config.stages[index], config.next_token(index).model, []
     contexts = (1, 2, 4, 8, 16) if stage.length >= _LONG else (1,)
     experts = (1, 2, 4, 8, 16) if model.moe is not None else (1,)
     for expert, context, tensor in itertools.product(experts, contexts, (1, 2, 4, 8)):
@@ -292,14 +303,18 @@ def _meshes(config: RunConfig, index: int, where: Target) -> list[dict[str, int]
             continue
         try:
             Sharding.for_model(model, mesh_of(where, axes), split_rows=True)
-        except InputError:  # of a dimension of the model that these axes do not divide
+        except InputError:  # A dimension of the model does not divide over these axes.
             continue
         meshes.append(axes)
     return meshes
 
 
 def describe(plan: Plan) -> str:
-    """The plan in words, for people."""
+    """Formats a plan as a few lines of text.
+
+    Args:
+      plan: from `plan_stage`.
+    """
     gib, o = 1 << 30, plan.options
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items()) or "one device"
     slices = f", {plan.num_slices} slices" if plan.num_slices > 1 else ""

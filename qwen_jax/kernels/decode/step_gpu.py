@@ -21,7 +21,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.gpu.hopper import EIGHTS, keep_plain, let_next_begin, load, tiled, wait_for_previous
+from qwen_jax.kernels.gpu.hopper import (
+    EIGHT_ROWS,
+    allow_next_kernel,
+    keep_unswizzled,
+    load,
+    tiled,
+    wait_for_previous_kernel,
+)
 
 TILE = 64
 """Cache slots that are loaded at once; the length of a cache must be a multiple of it."""
@@ -157,9 +164,9 @@ def _attend(
     H: int, K: int, clusters: int, blocks: int, scale: float,
 ) -> None:  # fmt: skip
     """What one thread block does. `wide` to `wide_out` are there for blocks that merge."""
-    keep_plain(plain)
-    wait_for_previous()
-    let_next_begin()
+    keep_unswizzled(plain)
+    wait_for_previous_kernel()
+    allow_next_kernel()
     row, head, block = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("block")
     (R, d), G, f32 = bias_ref.shape, H // K, jnp.float32
     halves = pl.ds(0, d // 2), pl.ds(d // 2, d // 2)
@@ -170,9 +177,9 @@ def _attend(
         here = pl.ds(row * R + at.start, at.size) if isinstance(at, pl.Slice) else row * R + at
         return load(qkv_ref.at[here, columns], layout), load(bias_ref.at[at, columns], layout)
 
-    q_raw = [with_bias(pl.ds(head * G, 8), half, EIGHTS) for half in halves]
-    k_raw = [with_bias(H + head, half, EIGHTS.reduce(0)) for half in halves]
-    cos, sin = (load(x.at[row], EIGHTS.reduce(0)) for x in (cos_ref, sin_ref))
+    q_raw = [with_bias(pl.ds(head * G, 8), half, EIGHT_ROWS) for half in halves]
+    k_raw = [with_bias(H + head, half, EIGHT_ROWS.reduce(0)) for half in halves]
+    cos, sin = (load(x.at[row], EIGHT_ROWS.reduce(0)) for x in (cos_ref, sin_ref))
     v_raw = with_bias(H + K + head, pl.ds(0, d), _WGMMA.reduce(0))
 
     start, slot = start_ref[row], slot_ref[0]
@@ -203,7 +210,7 @@ def _attend(
         return [x.astype(jnp.bfloat16) for x in (left * cos - right * sin, right * cos + left * sin)]
 
     def spread(x: jax.Array) -> jax.Array:
-        return plgpu.layout_cast(lax.broadcast_in_dim(x, (8, d // 2), [1]), EIGHTS)
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, (8, d // 2), [1]), EIGHT_ROWS)
 
     cos, sin = cos.astype(f32), sin.astype(f32)
     q_new, k_new = rotated(q_raw, spread(cos), spread(sin)), rotated(k_raw, cos, sin)
@@ -280,12 +287,12 @@ def _attend(
     if blocks == 1:
         # The tile of queries has done its work and takes the output to its real rows.
         qk[...] = out.astype(jnp.bfloat16)
-        finish(load(qk.at[pl.ds(0, 8)], EIGHTS))
+        finish(load(qk.at[pl.ds(0, 8)], EIGHT_ROWS))
     else:
         wide[...] = out
         lse[...] = top + jnp.log2(total)
-        out, weight = load(wide.at[pl.ds(0, 8)], EIGHTS), load(lse.at[pl.ds(0, 8)], EIGHTS.reduce(1))
-        weight = plgpu.layout_cast(across(weight, (8, d)), EIGHTS)
+        out, weight = load(wide.at[pl.ds(0, 8)], EIGHT_ROWS), load(lse.at[pl.ds(0, 8)], EIGHT_ROWS.reduce(1))
+        weight = plgpu.layout_cast(across(weight, (8, d)), EIGHT_ROWS)
         for i, x in enumerate((out, weight)):
             plgpu.async_store_smem(
                 x, parts.at[block, i], parts_ready, cluster_idx=jnp.int32(0), cluster_dim="block", optimized=False
@@ -295,13 +302,13 @@ def _attend(
         def _() -> None:
             plgpu.barrier_wait(parts_ready)
             out, lse = _merged(
-                [load(parts.at[b, 0], EIGHTS) for b in range(blocks)],
-                [load(parts.at[b, 1], EIGHTS) for b in range(blocks)],
+                [load(parts.at[b, 0], EIGHT_ROWS) for b in range(blocks)],
+                [load(parts.at[b, 1], EIGHT_ROWS) for b in range(blocks)],
             )
             if clusters == 1:
                 finish(out.astype(jnp.bfloat16))
                 return
-            keep_plain(wide_out)
+            keep_unswizzled(wide_out)
             for x, ref in zip((out, lse), out_refs, strict=True):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 wide_out[...] = x

@@ -164,6 +164,18 @@ def test_batches_hold_the_rows_that_they_name(data):
             jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b[0]), batch, one)
 
 
+def test_a_data_set_that_is_read_more_than_four_times_is_named(data):
+    """Epochs are rows read over rows there are, in all stages; data sets that are not read are left out."""
+    mixture = Mixture([stage(9, 5, {"web": 1}), stage(30, 4, {"web": 1, "large": 3})], data, 0)
+    assert mixture.epochs() == {"web": (45 + 30) / len(data["web"]), "large": 90 / len(data["large"])}
+    few, many = len(data["code"]) * 4, len(data["code"]) * 4 + 1
+    assert mixture.describe_epochs().startswith("epochs of each data set: large 0.03, web 2.3")
+    assert "more than" not in Mixture([stage(few, 1, {"code": 1, "web": 0})], data, 0).describe_epochs()
+    warned = Mixture([stage(many, 2, {"code": 1, "large": 1})], data, 0).describe_epochs()
+    assert "(more than 4 of code: more data" in warned
+    assert ": code 500 (" in Mixture([stage(500, len(data["code"]), {"code": 1})], data, 0).describe_epochs()
+
+
 # --- the past does not depend on the future ---
 
 
@@ -263,7 +275,7 @@ def test_the_loader_begins_at_any_step(data, threads, start):
 def test_hosts_that_do_not_divide_a_batch_are_refused(data):
     mixture = Mixture([stage(5, 8, {"web": 1})], data, 0)
     for ask in (mixture.rows, mixture.batch, mixture.loader):
-        with pytest.raises(InputError, match=r"8 rows in a batch, which 3 processes do not divide"):
+        with pytest.raises(InputError, match=r"8 rows in a batch, which does not divide by 3 processes"):
             ask(0, 0, 3)
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from qwen_jax.cli import main
 from qwen_jax.errors import InputError
-from qwen_jax.tokenizer import Tokenizer, train_bpe
+from qwen_jax.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from tests.helpers.data_sets import contents, documents_on_disk, expected_documents, random_texts, write
 from train.data.build import BuildConfig, build
 from train.data.mixture import Mixture, MixtureStage
@@ -75,6 +75,7 @@ def test_every_document_of_every_format_comes_once_and_whole(rng, tokenizer, fol
         write(inputs / name, texts[i : i + 100])
     for i in range(400, 500):
         write(inputs / f"{i}.{('txt', 'md', 'py')[i % 3]}", [texts[i]])
+        texts[i] = texts[i].replace("\r\n", "\n")
     manifest = run(inputs, folder, tmp_path / "out", unit_megabytes=unit)
     got, expected = documents_on_disk(tmp_path / "out"), expected_documents(tokenizer, texts)
     assert sorted(got) == sorted(expected)
@@ -167,7 +168,7 @@ def test_killed_builds_go_on_to_the_same_bytes_and_leave_no_process(rng, folder,
         children = psutil.Process(builder.pid).children(recursive=True)
         builder.send_signal(signal.SIGKILL)
         said = builder.communicate()[1]
-        assert f"going on: {kept} of {units} units" in said if kept else "going on" not in said
+        assert f"resuming: {kept} of {units} units" in said if kept else "resuming" not in said
         _, alive = psutil.wait_procs(children, timeout=60)
         assert not alive
         assert not (output / "manifest.json").exists(), "it was killed too late to test anything"
@@ -272,7 +273,7 @@ def test_a_folder_of_something_else_is_refused(rng, folder, inputs, tmp_path):
         run(inputs, folder, tmp_path / "out")
     with pytest.raises(InputError, match="is a file"):
         run(inputs, folder, inputs / "a.jsonl")
-    with pytest.raises(InputError, match="lies in the output folder"):
+    with pytest.raises(InputError, match="is in the output folder"):
         run(inputs, folder, inputs)
     assert contents(tmp_path / "out") == {"thesis.tex": b"precious"}
 
@@ -392,6 +393,28 @@ def test_progress_is_a_bar_on_a_terminal_and_few_lines_elsewhere(rng, folder, in
             assert 5 <= len(file.getvalue().splitlines()) <= 21
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_progress_counts_what_is_tokenized(rng, folder, inputs, tmp_path, monkeypatch, suffix):
+    """With a tokenizer of 1 MB of input in a second, no speed is far from 1 MB/s, the first one included."""
+    now = [0.0]
+    texts = [rng.bytes(5000).hex() for _ in range(1000)]
+    path = write(inputs / f"a.{suffix}", texts)
+    kind = type(load_tokenizer(folder))
+
+    def slow(self, batch, **options):
+        now[0] += sum(map(len, batch)) / sum(map(len, texts)) * path.stat().st_size / 1e6
+        return [[1]] * len(batch)
+
+    monkeypatch.setattr("train.data.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(kind, "encode_batch", slow)
+    out = io.StringIO()
+    build(BuildConfig((str(inputs),), folder, 37, tmp_path / "out", workers=1), progress=Console(file=out, width=200))
+    speeds = [float(line.split(" MB/s")[0].split()[-1]) for line in out.getvalue().splitlines()]
+    assert len(speeds) >= 5
+    # What is read ahead counts too early.
+    assert all(0.8 <= speed <= 1.3 for speed in speeds), speeds
+
+
 def test_workers_do_not_import_jax():
     code = "import sys, train.data.build; assert 'jax' not in sys.modules and 'pyarrow' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ})
@@ -414,3 +437,20 @@ def test_command_builds_and_says_what_it_made(tmp_path: Path, folder: Path, caps
         )
     assert main([*command[:2], "--input", f"{tmp_path}/none*", *command[4:]]) == 1
     assert "none*" in capsys.readouterr().err
+
+
+def test_command_says_what_was_left_out_and_where(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In its last line, when it builds and when it finds the data set finished."""
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\nbad\n{"text": ""}\n{"other": 1}\n{"text": "two"}\n')
+    command = ["data", "build", "--input", f"{tmp_path}/a.jsonl", "--tokenizer", str(folder), "--length", "32"]
+    for _ in range(2):
+        assert main([*command, "--output", f"{tmp_path}/out", "--workers", "1"]) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert "of 2 documents" in last
+        assert f"; left out: 2 bad records (see {tmp_path}/out/quarantine.jsonl) and 1 empty document" in last
+    assert len((tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()) == 2
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n')
+    assert main([*command, "--output", f"{tmp_path}/whole", "--workers", "1"]) == 0
+    assert "left out" not in capsys.readouterr().out

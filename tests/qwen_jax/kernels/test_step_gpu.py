@@ -14,7 +14,7 @@ from qwen_jax import kernels
 from qwen_jax.errors import InputError
 from qwen_jax.inference.programs import StaticArgs, decode, prefill
 from qwen_jax.inference.sampling import SamplingParams, SamplingValues
-from qwen_jax.kernels.decode import decode_gpu
+from qwen_jax.kernels.decode import step_gpu
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import abstract_params, param_specs
@@ -53,12 +53,12 @@ def test_shares_fill_the_chip_and_every_share_can_have_a_tile() -> None:
     """Never more blocks than run at once unless heads alone are more; whole clusters; splits only of what is long."""
     for rows in range(1, 513):
         for slots in (64, 128, 640, 4096, 32768, 131072):
-            clusters, blocks = decode_gpu.shares(rows, slots)
+            clusters, blocks = step_gpu.shares(rows, slots)
             assert blocks in (1, 2, 4, 8)
-            assert clusters * blocks <= slots // decode_gpu.TILE
+            assert clusters * blocks <= slots // step_gpu.TILE
             assert clusters == 1 or blocks == 8
             assert clusters * blocks == 1 or rows * clusters * blocks <= 132
-    assert decode_gpu.shares(4, 32768)[0] > 1  # one row of 7B with a long cache
+    assert step_gpu.shares(4, 32768)[0] > 1  # one row of 7B with a long cache
 
 
 @pytest.mark.parametrize("case", [CASES[i] for i in (0, 5, 6, 7, 9, 15, 18)], ids=str)
@@ -68,10 +68,10 @@ def test_lowers_for_hopper_to_one_kernel_that_updates_the_cache_in_place(case: C
     c, R = case, case.H + 2 * case.K
     sizes = (c.B, R, c.d), (R, c.d), (c.B, c.d // 2), (c.B, c.d // 2), *((c.B, c.K, c.S, c.d),) * 2, (c.B,), ()
     args = [jax.ShapeDtypeStruct(size, like.dtype) for size, like in zip(sizes, shapes, strict=True)]
-    step = jax.jit(lambda *a: decode_gpu.decode_step(*a, scale=1.0))
+    step = jax.jit(lambda *a: step_gpu.decode_step(*a, scale=1.0))
     text = step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu_v2") == 1
-    outputs = len(jax.tree.leaves(jax.eval_shape(step, *args))) - 2 + (decode_gpu.shares(c.B * c.K, c.S)[0] > 1)
+    outputs = len(jax.tree.leaves(jax.eval_shape(step, *args))) - 2 + (step_gpu.shares(c.B * c.K, c.S)[0] > 1)
     aliases = re.findall(r"output_tuple_indices = \[(\d+)\],\s*operand_index = (\d+)", text)
     assert sorted(aliases) == [(str(outputs), "6"), (str(outputs + 1), "7")]
 
@@ -79,12 +79,12 @@ def test_lowers_for_hopper_to_one_kernel_that_updates_the_cache_in_place(case: C
 def test_what_the_kernel_cannot_do_is_refused() -> None:
     args = list(decode_cases.inputs(Case(1, 4, 2, 64, 96, 5)))  # a cache of one tile and a half
     with pytest.raises(InputError, match="multiple of 64"):
-        decode_gpu.decode_step(*args, scale=1.0)
+        step_gpu.decode_step(*args, scale=1.0)
     args = [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in decode_cases.inputs(CASES[11])]
     with pytest.raises(InputError, match="bfloat16"):
-        decode_gpu.decode_step(*args, scale=1.0)
-    assert not decode_gpu.supports(num_heads=18, num_kv_heads=2, head_dim=64, slots=64)
-    assert not decode_gpu.supports(num_heads=8, num_kv_heads=1, head_dim=96, slots=64)
+        step_gpu.decode_step(*args, scale=1.0)
+    assert not step_gpu.supports(num_heads=18, num_kv_heads=2, head_dim=64, slots=64)
+    assert not step_gpu.supports(num_heads=8, num_kv_heads=1, head_dim=96, slots=64)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return decode_cases.plain(*args, scale=scale)
 
-    monkeypatch.setattr(kernels, "has_decode_step", lambda implementation, *_: implementation == "auto")
+    monkeypatch.setattr(kernels, "supports_decode_step", lambda implementation, *_: implementation == "auto")
     monkeypatch.setattr(kernels, "decode_step", step)
     return calls
 
@@ -136,11 +136,11 @@ def test_model_gives_the_kernel_what_it_asks_for(as_if_on_hopper: list[int], axe
 
 def test_kernel_is_taken_only_where_it_can_run() -> None:
     cache = jax.ShapeDtypeStruct((1, 2, 64, 64), jnp.bfloat16)
-    assert kernels.has_decode_step("auto", jnp.bfloat16, 1, 14, 2, cache) == _ON_HOPPER
-    assert not kernels.has_decode_step("reference", jnp.bfloat16, 1, 14, 2, cache)
-    assert not kernels.has_decode_step("auto", jnp.bfloat16, 2, 14, 2, cache)
-    assert not kernels.has_decode_step("auto", jnp.float32, 1, 14, 2, cache)
-    assert not kernels.has_decode_step("auto", jnp.bfloat16, 1, 18, 2, cache)
+    assert kernels.supports_decode_step("auto", jnp.bfloat16, 1, 14, 2, cache) == _ON_HOPPER
+    assert not kernels.supports_decode_step("reference", jnp.bfloat16, 1, 14, 2, cache)
+    assert not kernels.supports_decode_step("auto", jnp.bfloat16, 2, 14, 2, cache)
+    assert not kernels.supports_decode_step("auto", jnp.float32, 1, 14, 2, cache)
+    assert not kernels.supports_decode_step("auto", jnp.bfloat16, 1, 18, 2, cache)
 
 
 if _ON_HOPPER:
@@ -149,7 +149,7 @@ if _ON_HOPPER:
     def test_kernel_meets_the_truth_and_touches_one_slot(case: Case) -> None:
         """Over every published shape; NaN in the slots that no row may see would show."""
         # The output is rounded, and each weight; the new token only where float32 and float64 part at a tie.
-        _check(decode_gpu.decode_step, case, within=4e-3, new_within=1e-4)
+        _check(step_gpu.decode_step, case, within=4e-3, new_within=1e-4)
 
     @pytest.mark.parametrize("case", [CASES[6], CASES[7], CASES[18]], ids=str)
     def test_many_steps_in_a_device_loop_equal_the_plain_path(case: Case) -> None:
@@ -165,5 +165,5 @@ if _ON_HOPPER:
 
             return np.asarray(jax.jit(lambda c: jax.lax.scan(body, c, length=steps)[1])((args[0], *args[4:6], args[7])))
 
-        out, truth = run(decode_gpu.decode_step), run(decode_cases.plain)
+        out, truth = run(step_gpu.decode_step), run(decode_cases.plain)
         assert _error(out, np.asarray(truth, np.float64)) < 8e-3

@@ -1,0 +1,109 @@
+"""Files that training writes: whole or not at all, in strict JSON, readable after a crash.
+
+Records are JSON objects, one a line. A process that is killed, or a machine that loses power, may leave a line that is
+cut or padded with zero bytes; readers skip such lines.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+# Bytes of a file's name that its temporary name repeats: file systems allow 255 in all.
+_NAME_BYTES = 200
+
+
+def temporary_name(path: Path) -> Path:
+    """The hidden name next to `path` under which this process writes it first; never too long for the file system."""
+    name = os.fsencode(path.name)[:_NAME_BYTES].decode(errors="ignore")
+    return path.with_name(f".{name}.{os.getpid()}.tmp")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file and flushes it to the disk. A reader sees the old content or the new one, never a part.
+
+    Raises:
+      OSError: the file cannot be written; an existing one is unchanged.
+    """
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_json(value: object, indent: int | None = None, default: Callable[[Any], object] | None = None) -> str:
+    """Strict JSON: NaN and infinities, which JSON does not have, become null.
+
+    Args:
+      value: what to write.
+      indent: spaces of each level; by default everything is on one line.
+      default: converts objects that `json` does not support; by default they raise TypeError.
+    """
+    try:
+        return json.dumps(value, indent=indent, default=default, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, default=default, allow_nan=False)
+
+
+def _finite(value: object) -> object:
+    """The same value with None for numbers that are not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends a record on a line of its own, also where the last line was cut.
+
+    Args:
+      path: of a file of records, which is created if need be.
+      record: as `to_json` takes it.
+    """
+    with path.open("ab+") as file:
+        cut = False
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            cut = file.read(1) != b"\n"
+        file.write(b"\n" * cut + to_json(record).encode() + b"\n")
+
+
+def read_records(path: Path, key: str, warn: bool = True) -> list[dict[str, Any]]:
+    """Reads a file of records; lines that hold none are skipped.
+
+    Args:
+      path: of the file.
+      key: that each record must have.
+      warn: log one sentence on the lines that were skipped.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    records, skipped = [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.strip(b"\0").decode())
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and key in record:
+            records.append(record)
+        else:
+            skipped.append(number)
+    if skipped and warn:
+        shown = ", ".join(map(str, skipped[:5])) + (", ..." if len(skipped) > 5 else "")
+        count = "a damaged line" if len(skipped) == 1 else f"{len(skipped)} damaged lines"
+        _log.warning("%s: skipped %s (%s). A crash may leave such lines.", path, count, shown)
+    return records

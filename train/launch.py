@@ -1,0 +1,287 @@
+"""Launches a job: from its newest checkpoint to its end, through phases with objectives and meshes of their own.
+
+A job says what is trained; `launch` opens checkpoints, restores or initialises the state, runs the loop of each phase,
+answers signals, and exports. It serves any objective.
+"""
+
+import contextlib
+import dataclasses
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import jax
+from jax.sharding import Mesh
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
+from qwen_jax.parallel.multihost import in_step
+from qwen_jax.params import Params
+from qwen_jax.tokenizer import Tokenizer
+from train.checkpoint import Checkpoints, is_taken
+from train.interrupt import Interruption
+from train.loop import CheckpointConfig, Data, Diagnosis, LoopConfig, Monitor, fit
+from train.objective import Objective
+from train.optimizer import OptimizerConfig
+from train.state import TrainState, abstract_state, fresh_state, init_state
+from train.step import EvalStep, StepConfig, TrainStep, make_eval_step, make_loss_check, make_train_step
+
+B = TypeVar("B")
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase(Generic[B]):
+    """Steps of a job that have the same objective, step configuration and mesh.
+
+    Attributes:
+      end: number of the last step, counted from 1.
+      objective: what is minimised.
+      step: how a step is computed.
+      mesh: from `make_mesh`.
+      data: the batches from a step on, counted from 0.
+      evaluate: held-out metrics of a state, by the jitted evaluation step of the objective.
+    """
+
+    end: int
+    objective: Objective[B, Any, Any]
+    step: StepConfig
+    mesh: Mesh
+    data: Callable[[int], Data[B]]
+    evaluate: Callable[[TrainState, EvalStep[B]], Mapping[str, float]] | None = None
+
+
+class Reporter(Protocol):
+    """What a launch writes and shows; a context manager."""
+
+    def __enter__(self) -> "Reporter": ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def monitor(self, index: int) -> Monitor:
+        """What watches the loop of a phase."""
+        ...
+
+    def end(self, step: int, stopped_by: int, saved: int | None) -> None:
+        """Reports the end: the last step, the signal that ended the launch or 0, and the newest checkpoint."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """A folder that is written from the weights after the last step.
+
+    Attributes:
+      folder: its path.
+      write: writes it.
+    """
+
+    folder: Path
+    write: Callable[[Params], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job(Generic[B]):
+    """What to train, from what, and where it is saved.
+
+    Attributes:
+      folder: of the checkpoints.
+      model: the architecture that checkpoints are compared with; phases may change its `rope_theta`.
+      tokenizer: of the data.
+      optimizer: AdamW, with the learning rate of all phases.
+      phases: in order.
+      say: shows a line.
+      report: opens what a launch writes and shows, given the step that it begins from.
+      seed: of random weights.
+      identity: what else must not change on resume, as JSON values; see `Checkpoints`.
+      data_record: what decides the batches, as JSON values; it is saved with each checkpoint.
+      loop: when to evaluate, and when to give up.
+      checkpoints: when to save.
+      initial: reads the weights to begin with, given their shapes and shardings; by default they are random.
+      check_resume: raises if the job does not fit the steps taken: it is given the checkpoints and the step.
+      export: after the last step.
+      nothing_left: what to say if all steps are taken already.
+      save_on_signals: SIGTERM and Ctrl-C save and end the run.
+    """
+
+    folder: Path
+    model: ModelConfig
+    tokenizer: Tokenizer
+    optimizer: OptimizerConfig
+    phases: tuple[Phase[B], ...]
+    report: Callable[[int], Reporter]
+    say: Callable[[str], None] = lambda _: None
+    seed: int = 0
+    identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    data_record: Mapping[str, Any] | None = None
+    loop: LoopConfig = LoopConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    initial: Callable[[Params], Params] | None = None
+    check_resume: Callable[[Checkpoints, int], None] | None = None
+    export: Export | None = None
+    nothing_left: str = "All steps are taken."
+    save_on_signals: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a launch ended.
+
+    Attributes:
+      state: after the last step that was taken.
+      step: its number.
+      signal: the number of the signal that ended the launch early; 0 for none.
+      steps_taken: in this launch.
+    """
+
+    state: TrainState
+    step: int
+    signal: int
+    steps_taken: int
+
+
+def launch(job: Job[B]) -> Outcome:
+    """Trains from the newest checkpoint, or from the beginning, to the end of the last phase.
+
+    Args:
+      job: what to train.
+
+    Raises:
+      InputError: a folder, weights or data that do not fit; no room for a checkpoint; too many skipped steps.
+    """
+    total, programs = job.phases[-1].end, _Programs(job.optimizer)
+    with contextlib.ExitStack() as stack:
+        interruption = stack.enter_context(Interruption()) if job.save_on_signals else None
+        with Checkpoints(job.folder, job.model, job.tokenizer, job.identity, job.checkpoints) as checkpoints:
+            # Where to begin.
+            state, first = _begin(job, checkpoints)
+            exported = job.export is not None and is_taken(job.export.folder)
+            if job.export is not None and exported and first < total:
+                raise InputError(
+                    f"{job.export.folder} exists already. Export to a new folder (export), or remove it first."
+                )
+
+            def stop(step: int) -> bool:
+                checkpoints.check()
+                return interruption is not None and interruption.stop(step)
+
+            # The phases that are left.
+            step, report = first, None
+            if first >= total:
+                job.say(job.nothing_left)
+            else:
+                report = stack.enter_context(job.report(first))
+                for index, phase in enumerate(job.phases):
+                    if step >= phase.end:
+                        continue
+                    with jax.set_mesh(phase.mesh):
+                        like = abstract_state(phase.objective.model, job.optimizer, phase.mesh)
+                        state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, like))
+                        state = fit(
+                            phase.end,
+                            state,
+                            programs.train_step(phase),
+                            phase.data(step),
+                            mesh=phase.mesh,
+                            config=job.loop,
+                            evaluate=_evaluation(phase, programs),
+                            checkpoints=_PhaseCheckpoints(checkpoints, phase.objective.model, job.data_record),
+                            stop=stop,
+                            monitor=report.monitor(index),
+                            diagnosis=programs.diagnosis(phase),
+                        )
+                        step = int(state.step)
+                    if interruption is not None and interruption.signal:
+                        break
+            # What follows the last step.
+            stopped_by = interruption.signal if interruption is not None and step < total else 0
+            if job.export is not None and not exported and step == total:
+                checkpoints.finish()
+                job.export.write(state.params)
+            saved = checkpoints.latest_step if report is not None else None
+        if report is not None:
+            report.end(step, stopped_by, saved)
+    return Outcome(state, step, stopped_by, step - first)
+
+
+class _Programs:
+    """Jitted steps, made once for phases that are alike: each would be compiled anew."""
+
+    def __init__(self, optimizer: OptimizerConfig):
+        self._optimizer = optimizer
+        self._made: dict[tuple[object, ...], Any] = {}
+
+    def _once(self, kind: str, phase: Phase[B], make: Callable[[], Any]) -> Any:
+        key = kind, phase.objective, phase.step, phase.mesh
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def train_step(self, phase: Phase[B]) -> TrainStep[B]:
+        """The training step of a phase."""
+        make = lambda: make_train_step(phase.objective, self._optimizer, phase.step, phase.mesh)  # noqa: E731
+        step: TrainStep[B] = self._once("train", phase, make)
+        return step
+
+    def eval_step(self, phase: Phase[B]) -> EvalStep[B]:
+        """The evaluation step of a phase."""
+        make = lambda: make_eval_step(phase.objective, phase.step, phase.mesh)  # noqa: E731
+        step: EvalStep[B] = self._once("eval", phase, make)
+        return step
+
+    def diagnosis(self, phase: Phase[B]) -> Diagnosis[B]:
+        """How to find out why steps of a phase are skipped."""
+
+        def finite_loss(state: TrainState, batch: B) -> bool:
+            make = lambda: make_loss_check(phase.objective, phase.step, phase.mesh)  # noqa: E731
+            return bool(self._once("check", phase, make)(state.params, batch))
+
+        return Diagnosis(phase.objective.explain, finite_loss)
+
+
+def _evaluation(phase: Phase[B], programs: _Programs) -> Callable[[TrainState], Mapping[str, float]] | None:
+    evaluate = phase.evaluate
+    if evaluate is None:
+        return None
+    return lambda state: evaluate(state, programs.eval_step(phase))
+
+
+@dataclasses.dataclass(frozen=True)
+class _PhaseCheckpoints:
+    """Checkpoints that are saved with the model of a phase and the record of the data."""
+
+    checkpoints: Checkpoints
+    model: ModelConfig
+    data: Mapping[str, Any] | None
+
+    @property
+    def every(self) -> int:
+        return self.checkpoints.every
+
+    def save(self, state: TrainState, step: int) -> None:
+        self.checkpoints.save(state, step, self.model, self.data)
+
+    def reject(self, step: int) -> str:
+        return self.checkpoints.reject(step)
+
+
+def _begin(job: Job[B], checkpoints: Checkpoints) -> tuple[TrainState, int]:
+    """The state to begin with, on the mesh of its phase, and its step."""
+    newest = checkpoints.latest_step
+    if newest is not None:
+        # The phase of the checkpoint's own step; any would do, for the state has one tree in all of them.
+        ends = [phase.end for phase in job.phases]
+        phase = job.phases[min(bisect_left(ends, newest + 1), len(ends) - 1)]
+        with jax.set_mesh(phase.mesh):
+            state = checkpoints.restore(abstract_state(phase.objective.model, job.optimizer, phase.mesh))
+        step = int(state.step)
+        if job.check_resume is not None:
+            with in_step("Resuming"):
+                job.check_resume(checkpoints, step)
+        return state, step
+    phase = job.phases[0]
+    with jax.set_mesh(phase.mesh):
+        if job.initial is None:
+            return init_state(phase.objective.model, job.optimizer, job.seed, phase.mesh), 0
+        like = abstract_state(phase.objective.model, job.optimizer, phase.mesh).params
+        return fresh_state(job.optimizer, job.initial(like), phase.mesh), 0

@@ -1,0 +1,87 @@
+"""What may change when a run is resumed, and what has changed."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
+from train.config import RunConfig, as_json, with_new_names
+from train.fields import differences
+
+# Where a run is, and what it shows: not how it learns.
+_NO_CHANGE = ("output", "profile", "wandb_project", "verify_data", "max_raw_megabytes", "export")
+
+
+def changed_since_last_launch(config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ from those of the last launch in the run's folder.
+
+    Args:
+      config: of this launch.
+
+    Returns:
+      (value before, value now) by path; empty if no launch is recorded.
+    """
+    before = _last_launch(Path(config.output) / "launches.jsonl")
+    if before is None:
+        return {}
+    found = differences(with_new_names(before), as_json(config))
+    return {path: values for path, values in found.items() if path.partition(".")[0] not in _NO_CHANGE}
+
+
+def _last_launch(path: Path) -> Mapping[str, Any] | None:
+    """The configuration of the last launch whose record can be read."""
+    if not path.is_file():
+        return None
+    for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        try:
+            config = json.loads(line)["config"]
+        except (ValueError, KeyError, TypeError):
+            continue  # A record that a killed process or a full disk has cut.
+        if isinstance(config, dict):
+            return config
+    return None
+
+
+def check_stages_taken(
+    config: RunConfig, step: int, saved: ModelConfig, changes: Mapping[str, tuple[Any, Any]]
+) -> None:
+    """Checks that the RoPE base of the steps that a run has taken is still the same.
+
+    Args:
+      config: of this launch.
+      step: how many steps are taken.
+      saved: the model as the checkpoint of that step has it.
+      changes: as from `changed_since_last_launch`.
+
+    Raises:
+      InputError: a stage that has begun has another RoPE base than it had.
+    """
+    # The checkpoint tells for the stage of its own step.
+    current = next(index for index, end in enumerate(config.ends) if step <= end or index == len(config.ends) - 1)
+    theta = config.next_token(current).model.rope_theta
+    if theta != saved.rope_theta:
+        raise InputError(_rope(current, step, saved.rope_theta, theta))
+    # The last launch tells for those before it.
+    for index in range(current):
+        values = changes.get(f"stages.{index}.rope_theta", (None, None))
+        before, now = (config.model.rope_theta if value is None else value for value in values)
+        if before != now:
+            raise InputError(_rope(index, step, before, now))
+
+
+def _rope(index: int, step: int, before: float, now: float) -> str:
+    return (
+        f"The run has taken {step} steps, and stage {index + 1}, which has begun, had rope_theta {before:g} and now "
+        f"has {now:g}. Set stages.{index}.rope_theta back, or change the base in a stage that has not begun."
+    )
+
+
+def describe(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """The changes as text, such as "optimizer.beta2 0.95 -> 0.99"."""
+    return [f"{path} {_text(before)} -> {_text(now)}" for path, (before, now) in changes.items()]
+
+
+def _text(value: object) -> str:
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)

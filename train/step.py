@@ -1,0 +1,330 @@
+"""The training step: gradient accumulation, global denominators, the guard against bad gradients, and the optimiser.
+
+It serves any `train.objective.Objective`, and knows none of them.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Generic, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax.config import DTYPES
+from qwen_jax.errors import InputError
+from qwen_jax.kernels import COVERAGE, Implementation
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.params import Params, bind
+from qwen_jax.remat import Remat
+from qwen_jax.stack import restack, unstack
+from train.fields import at_least
+from train.objective import BatchContext, BoundModel, Metrics, Objective, Sums, mean, zero_sums
+from train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from train.state import Guard, TrainState
+
+B = TypeVar("B")
+S = TypeVar("S")
+C = TypeVar("C")
+
+TrainStep = Callable[[TrainState, B], tuple[TrainState, Metrics]]
+EvalStep = Callable[[Params, B], Sums]
+
+# A gradient norm is compared with the running mean over about this many steps before it, once there were as many.
+_GUARD_STEPS = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """How a training step is computed, whatever it minimises.
+
+    Attributes:
+      dtype: compute dtype. Weights, moments, softmax, norms and losses are float32 in any case.
+      remat: what the backward pass recomputes; see `qwen_jax.remat`.
+      accumulation: micro-batches per step, computed one after the other; the loss does not depend on it.
+      scan_layers: run the layers in a loop. Unrolled layers are faster on a GPU and take longer to compile.
+      attention: which kernel; see `qwen_jax.kernels.attention`.
+      ring: on a context axis, pass keys and values around the devices instead of gathering them; see
+        `qwen_jax.attention.sequence`.
+      spike_factor: skip a step whose gradient norm is more than this many times the running mean; 0 skips only those
+        whose loss or gradient is not finite.
+
+    Raises:
+      InputError: an unknown dtype, a value out of range, or a kernel that cannot be used with `ring`.
+    """
+
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    remat: Remat = "dots"
+    accumulation: int = 1
+    scan_layers: bool = True
+    attention: Implementation = "auto"
+    ring: bool = False
+    spike_factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        at_least(self, accumulation=1)
+        mergeable = ("auto", *(name for name, coverage in COVERAGE.items() if coverage.log_sum_exp))
+        if self.ring and self.attention not in mergeable:
+            raise InputError(
+                f"ring merges partial attention by log-sum-exp, which attention={self.attention!r} does not return. "
+                f"Use attention={' or '.join(map(repr, mergeable))}, or ring=False."
+            )
+        if self.spike_factor != 0 and not (self.spike_factor > 1 and math.isfinite(self.spike_factor)):
+            raise InputError(f"spike_factor must be above 1, or 0 to skip no spikes; got {self.spike_factor}.")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BatchGradient(Generic[S]):
+    """The gradient of the mean loss of a whole batch, and what was computed with it.
+
+    Attributes:
+      gradient: in the tree of the parameters; where layers are not scanned, `layers` is a list of them.
+      means: sums over the batch, divided by the denominator, with the regulariser in `loss`.
+      denominator: float32 scalar, as the objective gave it.
+      statistics: of the objective, over the whole batch.
+    """
+
+    gradient: Params
+    means: Sums
+    denominator: jax.Array
+    statistics: S
+
+
+def batch_gradient(
+    objective: Objective[B, S, C], config: StepConfig, sharding: Sharding, params: Params, batch: B
+) -> BatchGradient[S]:
+    """Differentiates the mean loss of a batch, which does not depend on the number of micro-batches.
+
+    Args:
+      objective: what to minimise.
+      config: of the step.
+      sharding: of the current mesh.
+      params: of `init_params`.
+      batch: the whole global batch.
+
+    Raises:
+      InputError: the batch does not divide into the micro-batches and the shards of the mesh.
+    """
+    n, shards = config.accumulation, sharding.batch_shards
+    check_divides(_rows(batch), n, shards)
+    params = _layers_for_compute(objective, config, params)
+
+    # The denominator is that of the whole batch, over all devices and micro-batches.
+    whole = objective.denominator(batch)
+    # A batch without any target has loss 0, not NaN.
+    denominator = jnp.maximum(whole, 1e-8)
+
+    def share_of_mean(params: Params, micro_batch: B, context: BatchContext[S, C]) -> tuple[jax.Array, tuple[Sums, S]]:
+        sums, statistics = objective.sums(_bind(objective, config, sharding, params), micro_batch, context)
+        share = mean(sums, denominator)
+        return share.loss, (share, statistics)
+
+    differentiate = jax.value_and_grad(share_of_mean, has_aux=True)
+    micro_batches = _split(batch, n, sharding) if n > 1 else None
+    prepared = objective.prepare(_bind(objective, config, sharding, params), batch, micro_batches)
+    zero_statistics = objective.zero_statistics()
+    if micro_batches is None:
+        (_, (means, statistics)), gradient = differentiate(params, batch, BatchContext(prepared, zero_statistics))
+        return BatchGradient(gradient, means, whole, statistics)
+
+    # Gradients, shares of the mean and statistics of the micro-batches add up in float32.
+    def accumulate(total: tuple[Params, tuple[Sums, S]], micro_batch: B) -> tuple[tuple[Params, tuple[Sums, S]], None]:
+        (_, found), gradient = differentiate(params, micro_batch, BatchContext(prepared, total[1][1]))
+        return jax.tree.map(jnp.add, total, (gradient, found)), None
+
+    start = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params), (zero_sums(), zero_statistics)
+    with jax.named_scope("accumulation"):
+        (gradient, (means, statistics)), _ = jax.lax.scan(accumulate, start, micro_batches)
+    return BatchGradient(gradient, means, whole, statistics)
+
+
+def check_divides(rows: int, accumulation: int, shards: int, where: str = "") -> None:
+    """Checks that a batch can be split into micro-batches and over the devices.
+
+    Args:
+      rows: in the global batch.
+      accumulation: micro-batches per step.
+      shards: parts that the mesh splits rows into.
+      where: begins the message, such as "Stage 1: ".
+
+    Raises:
+      InputError: it cannot.
+    """
+    if rows % (accumulation * shards):
+        raise InputError(
+            f"{where}a batch of {rows} rows does not divide into {accumulation} micro-batches over {shards} shards of "
+            f"rows (data x fsdp x expert). Choose a multiple of {accumulation * shards} rows."
+        )
+
+
+def _rows(batch: object) -> int:
+    """Rows of a batch, whose leaves are all [rows, length]."""
+    rows: int = jax.tree.leaves(batch)[0].shape[0]
+    return rows
+
+
+def _split(batch: B, n: int, sharding: Sharding) -> B:
+    """The micro-batches of a batch: each array [n, rows / n, length]."""
+
+    def split(x_BT: jax.Array) -> jax.Array:
+        # Micro-batch j has the rows j, n + j, ...: every shard of rows keeps its own part of each micro-batch.
+        x = x_BT.reshape(-1, n, x_BT.shape[1], out_sharding=P(sharding.rows[0], None, None))
+        return jnp.moveaxis(x, 1, 0)
+
+    micro_batches: B = jax.tree.map(split, batch)
+    return micro_batches
+
+
+def _bind(objective: Objective[B, S, C], config: StepConfig, sharding: Sharding, params: Params) -> BoundModel:
+    options = Options(stacked=config.scan_layers, dtype=config.dtype, attention=config.attention, ring=config.ring)
+    return BoundModel(bind(objective.model, params, sharding, objective.options(options)), config.remat)
+
+
+def _layers_for_compute(objective: Objective[B, S, C], config: StepConfig, params: Params) -> Params:
+    """The parameters with a list of layers in the compute dtype, unless the layers are scanned.
+
+    The gradient with respect to such weights is rounded to that dtype, as gradients of matrix products always are, and
+    takes half the memory until the optimiser reads it.
+    """
+    if config.scan_layers:
+        return params
+    return {**params, "layers": unstack(params["layers"], config.dtype, objective.model.sparse_layers)}
+
+
+def train_step(
+    objective: Objective[B, S, C],
+    optimizer: OptimizerConfig,
+    config: StepConfig,
+    sharding: Sharding,
+    state: TrainState,
+    batch: B,
+) -> tuple[TrainState, Metrics]:
+    """One optimiser step. Pure.
+
+    A step is skipped if its loss or gradient is not finite or its gradient spikes: it only counts as a step then.
+
+    Args:
+      objective: what to minimise.
+      optimizer: AdamW and its schedule.
+      config: of the step.
+      sharding: of the current mesh.
+      state: before the step.
+      batch: the whole global batch.
+
+    Returns:
+      The state after the step, and metrics. Float32 scalars: `loss` (mean of `Sums.reported`, before the step),
+      `grad_norm` (before clipping), `learning_rate`, `weight` (the denominator), `skipped` (1 if this step was); and
+      the objective's own, which may be arrays.
+    """
+    found = batch_gradient(objective, config, sharding, state.params, batch)
+    with jax.named_scope("optimizer"):
+        # Before the layers are stacked: XLA is slow to sum what it stacks on the way.
+        norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), found.gradient))
+        gradient = found.gradient
+        if not config.scan_layers:
+            gradient = {**gradient, "layers": restack(gradient["layers"], jnp.float32)}
+        good, guard = _judge(config, state.guard, found.means.loss, norm)
+        transformation = make_optimizer(optimizer)
+        updates, opt_state = transformation.update(gradient, state.opt_state, state.params, step=state.step, norm=norm)
+        after = optax.apply_updates(state.params, updates), opt_state
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), after, (state.params, state.opt_state)
+        )
+    metrics = {
+        "loss": found.means.reported,
+        "grad_norm": norm,
+        "learning_rate": make_schedule(optimizer)(state.step),
+        "weight": found.denominator,
+        "skipped": jnp.where(good, 0.0, 1.0),
+        **objective.metrics(found.statistics, jnp.maximum(found.denominator, 1e-8)),
+    }
+    return TrainState(state.step + 1, params, opt_state, guard), metrics
+
+
+def _judge(config: StepConfig, guard: Guard, loss: jax.Array, norm: jax.Array) -> tuple[jax.Array, Guard]:
+    """Whether a step is accepted, and the guard after it."""
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    if config.spike_factor:
+        good &= (guard.accepted < _GUARD_STEPS) | (norm <= config.spike_factor * guard.mean_norm)
+    # A plain mean over the first steps, an exponential one after them.
+    share = 1.0 / jnp.minimum(guard.accepted + 1, _GUARD_STEPS).astype(jnp.float32)
+    mean_norm = guard.mean_norm + share * (norm - guard.mean_norm)
+    counts = guard.accepted + good, guard.skipped + ~good
+    return good, Guard(jnp.where(good, mean_norm, guard.mean_norm), *counts)
+
+
+def eval_step(objective: Objective[B, S, C], config: StepConfig, sharding: Sharding, params: Params, batch: B) -> Sums:
+    """Sums of an objective over a batch, in one piece, without gradient and without what only helps training. Pure.
+
+    Args:
+      objective: as in training; its `for_evaluation` is evaluated.
+      config: of the step; `accumulation` has no effect.
+      sharding: of the current mesh.
+      params: of `init_params`, or with a list of layers in the compute dtype where they are not scanned.
+      batch: on the mesh.
+    """
+    objective = objective.for_evaluation()
+    if not isinstance(params["layers"], list):
+        params = _layers_for_compute(objective, config, params)
+    return objective.sums(_bind(objective, config, sharding, params), batch, None)[0]
+
+
+def make_train_step(
+    objective: Objective[B, S, C], optimizer: OptimizerConfig, config: StepConfig, mesh: Mesh
+) -> TrainStep[B]:
+    """Jits `train_step`; the state given to it is donated and must not be used again.
+
+    Args:
+      objective: what to minimise.
+      optimizer: AdamW and its schedule.
+      config: of the step.
+      mesh: from `make_mesh`.
+
+    Raises:
+      InputError: a dimension of the model that the mesh does not divide.
+    """
+    sharding = Sharding.for_model(objective.model, mesh, split_rows=True)
+    options = objective.compiler_options(sharding, mesh.devices.flat[0].platform)
+    step = functools.partial(train_step, objective, optimizer, config, sharding)
+    return jax.jit(step, donate_argnums=0, compiler_options=dict(options) or None)
+
+
+def make_eval_step(objective: Objective[B, S, C], config: StepConfig, mesh: Mesh) -> EvalStep[B]:
+    """Jits `eval_step`.
+
+    Args:
+      objective: as in training.
+      config: of the step.
+      mesh: from `make_mesh`.
+
+    Raises:
+      InputError: a dimension of the model that the mesh does not divide.
+    """
+    sharding = Sharding.for_model(objective.model, mesh, split_rows=True)
+    return jax.jit(functools.partial(eval_step, objective, config, sharding))
+
+
+def make_loss_check(objective: Objective[B, S, C], config: StepConfig, mesh: Mesh) -> Callable[[Params, B], jax.Array]:
+    """Jits a check whether the loss is finite: of parameters, on the first micro-batch of a global batch.
+
+    Args:
+      objective: as in training.
+      config: of the step.
+      mesh: from `make_mesh`.
+    """
+    sharding = Sharding.for_model(objective.model, mesh, split_rows=True)
+
+    def check(params: Params, batch: B) -> jax.Array:
+        if config.accumulation > 1:
+            batch = jax.tree.map(lambda x: x[0], _split(batch, config.accumulation, sharding))
+        return jnp.isfinite(eval_step(objective, config, sharding, params, batch).loss)
+
+    return jax.jit(check)
