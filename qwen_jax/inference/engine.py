@@ -192,7 +192,7 @@ class Engine:
         Raises:
           InputError: more tokens than the context has, or a cache larger than memory.
         """
-        longest = max(len(prompt) for prompt in prompts)
+        longest, max_new_tokens = max(map(len, prompts)), as_int(max_new_tokens, "max_new_tokens")
         check_lengths(self.config, longest, max_new_tokens)
         slots = self.cache_slots(longest, max_new_tokens)
         batch = self._batch_bucket(len(prompts))
