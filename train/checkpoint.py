@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import NO_ROOM, InputError
 from qwen_jax.files import read_json
-from qwen_jax.parallel.multihost import gather, in_step
+from qwen_jax.parallel.multihost import gather_from_processes, in_step
 from qwen_jax.tokenizer.base import Tokenizer
 from train.checksums import checksums
 from train.files import to_json, write_file
@@ -148,9 +148,13 @@ class Checkpoints:
     def _steps_of_any(self) -> list[int]:
         """The complete checkpoints that any process sees, oldest first; the same list in all processes."""
         mine = self._steps()
-        counts = gather(len(mine))
+        counts = gather_from_processes(len(mine))
         padded = [*mine, *[-1] * (int(counts.max()) - len(mine))]
-        return sorted({step for step in gather(padded).ravel().tolist() if step >= 0}) if counts.any() else []
+        return (
+            sorted({step for step in gather_from_processes(padded).ravel().tolist() if step >= 0})
+            if counts.any()
+            else []
+        )
 
     @property
     def latest_step(self) -> int | None:
@@ -329,7 +333,7 @@ class Checkpoints:
             problem = error
         # Could all processes read it? Too little memory says nothing about the checkpoint.
         fatal = isinstance(problem, (jax.errors.JaxRuntimeError, MemoryError))
-        seen = gather(2 * fatal if problem and fatal else int(problem is not None))
+        seen = gather_from_processes(2 * fatal if problem and fatal else int(problem is not None))
         if fatal and problem is not None:
             raise problem
         if (seen == 2).any():
@@ -344,7 +348,7 @@ class Checkpoints:
             now = checksums(state)
             wrong = [name for name in now if saved.get(name) != now[name]]
             problem = ValueError(f"{wrong[0]} is not what was saved") if wrong else None
-            seen = gather(int(bool(wrong)))
+            seen = gather_from_processes(int(bool(wrong)))
         if not seen.any():
             return state, ""
         if problem is None:

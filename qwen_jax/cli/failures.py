@@ -44,7 +44,8 @@ def _lost_process(error: BaseException) -> str | None:
     """The message if the loss of another process is anywhere in the chain of causes; None otherwise."""
     if not several_processes():
         return None
-    text, cause = None, error
+    text: str | None = None
+    cause: BaseException | None = error
     while cause is not None and text is None:
         if isinstance(cause, sys.modules["jax"].errors.JaxRuntimeError):
             lost = _LOST.search(str(cause)) is not None

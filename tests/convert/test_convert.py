@@ -234,7 +234,7 @@ def test_sharded_loading_uses_the_shardings_of_the_model_and_the_same_bytes(
     convert.convert(tmp_path / "hf", tmp_path / "orbax")
     options, many = Options(stacked=stacked), make_mesh(axes)
     config, one = convert.load(tmp_path / "hf", mesh, options=options)
-    sharding = Sharding.for_model(config, many)
+    sharding = Sharding.for_inference(config, many)
     specs = jax.tree.leaves(param_specs(config, sharding, options), is_leaf=lambda x: isinstance(x, P))
     for folder in ("hf", "orbax"):
         loaded = convert.load(tmp_path / folder, many, options=options)[1]
