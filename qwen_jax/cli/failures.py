@@ -43,7 +43,8 @@ def _lost_process(error: BaseException) -> str | None:
     """What to do if another process of the job is gone, which any exception in the chain of causes may tell."""
     if not several_processes():
         return None
-    text, cause = None, error
+    text: str | None = None
+    cause: BaseException | None = error
     while cause is not None and text is None:
         if isinstance(cause, sys.modules["jax"].errors.JaxRuntimeError):
             lost = _LOST.search(str(cause)) is not None
