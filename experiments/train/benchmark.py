@@ -295,7 +295,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if name != "transformers":
             command.add_argument("--profile", metavar="DIR", help="leave a trace there")
         if name == "ours":
-            command.add_argument("--accumulation", type=int, default=1, help="parts that a step is worked off in")
+            command.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
             command.add_argument("--documents", type=int, default=1, help="in a row")
             command.add_argument(
                 "--no-scan-layers", dest="scan_layers", action="store_false", help="layers one after the other"
