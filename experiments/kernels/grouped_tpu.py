@@ -103,7 +103,7 @@ def ragged(operation: str, M: int, G: int, N: int, K: int) -> tuple[Callable[...
 
 
 def routed(M: int, G: int, even: bool) -> list[int]:
-    """Rows of each group: as even as can be, or thrown with equal chances."""
+    """Rows of each group: as even as can be, or random with equal chances."""
     if even:
         return [M * (g + 1) // G - M * g // G for g in range(G)]
     return [int(n) for n in np.random.default_rng(0).multinomial(M, [1 / G] * G)]
@@ -198,31 +198,31 @@ def kernel_row(chip: str, case: Case, operation: str, dtype: str) -> dict[str, A
 
 
 def times_row(chip: str, case: Case, M: int, G: int, passes: Sequence[str], dtype: str) -> dict[str, Any]:
-    """Estimates of `ours`: ms with even groups, and what the bound is of the time with even / with thrown groups."""
+    """Estimates of `ours`: ms with even groups, and what the bound is of the time with even / with random groups."""
     row: dict[str, Any] = {"chip": chip, "weights": case.name, "rows": M, "groups": G}
     for operation in passes:
         kernel, tiles = _compiled(chip, operation, case, dtype), ours_tiles(chip, operation, case)
         itemsize = 4 if operation == "weights gradient" and dtype == "float32" else 2
-        even, thrown = (ours_estimate(kernel, tiles, operation, case, routed(M, G, x), itemsize) for x in (True, False))
-        times = _times(chip, case, M, G, even, thrown, itemsize)
+        even, random = (ours_estimate(kernel, tiles, operation, case, routed(M, G, x), itemsize) for x in (True, False))
+        times = _times(chip, case, M, G, even, random, itemsize)
         by_bytes = " HBM" if even.hbm > even.schedule else ""
-        row[operation] = f"{times['ms']}{by_bytes}, {times['of the bound']:.2f} / {times['thrown: of the bound']:.2f}"
+        row[operation] = f"{times['ms']}{by_bytes}, {times['of the bound']:.2f} / {times['random: of the bound']:.2f}"
     return row | {"bound ms": times["bound ms"]}
 
 
 def _times(
-    chip: str, case: Case, M: int, G: int, even: Estimate, thrown: Estimate, itemsize: int = 2
+    chip: str, case: Case, M: int, G: int, even: Estimate, random: Estimate, itemsize: int = 2
 ) -> dict[str, Any]:
     work = 2 * M * case.N * case.K / _peak(chip)
     moved = 2 * M * (case.N + case.K) + itemsize * G * case.N * case.K
     # What no kernel can be below: full matrix units, or each array read or written once.
     bound = max(work, moved * CORES[chip].devices / CHIPS[chip].hbm_bandwidth)
     times = {"ms": even.seconds, "schedule ms": even.schedule, "HBM ms": even.hbm}
-    times |= {"thrown: schedule ms": thrown.schedule, "thrown: HBM ms": thrown.hbm, "bound ms": bound}
+    times |= {"random: schedule ms": random.schedule, "random: HBM ms": random.hbm, "bound ms": bound}
     row: dict[str, Any] = {name: round(x * 1e3, 3) for name, x in times.items()}
     row |= {"TFLOP/s": round(2 * M * case.N * case.K / even.seconds / 1e12)}
     row |= {"of the peak": round(work / even.seconds, 2), "of the bound": round(bound / even.seconds, 2)}
-    return row | {"thrown: of the bound": round(bound / thrown.seconds, 2)}
+    return row | {"random: of the bound": round(bound / random.seconds, 2)}
 
 
 def _divisors(size: int, most: int) -> list[int]:
@@ -240,7 +240,7 @@ def megablox_tilings(operation: str, case: Case) -> list[tuple[int, int, int]]:
 
 
 def megablox_row(chip: str, operation: str, case: Case) -> dict[str, Any]:
-    """The best of `megablox_tilings`, at `ROWS[0]` rows and all groups, thrown."""
+    """The best of `megablox_tilings`, at `ROWS[0]` rows and all groups, random."""
     M, G, best = ROWS[0], case.groups[0], None
     for tiling in megablox_tilings(operation, case):
         kwargs = {"operation": operation, "M": 4096, "G": 4, "N": case.N, "K": case.K, "tiling": tiling}
@@ -250,16 +250,16 @@ def megablox_row(chip: str, operation: str, case: Case) -> dict[str, Any]:
             continue
         kernel = kernels[-1]
         one = functools.partial(_megablox_estimate, kernel, tiling, operation, case)
-        even, thrown = (one(routed(M, G, kind)) for kind in (True, False))
-        if best is None or thrown.seconds < best[0]:
-            best = thrown.seconds, tiling, kernel, even, thrown
+        even, random = (one(routed(M, G, kind)) for kind in (True, False))
+        if best is None or random.seconds < best[0]:
+            best = random.seconds, tiling, kernel, even, random
     if best is None:
         raise InputError(f"No tiling of megablox compiles for {chip}.")
-    _, tiling, kernel, even, thrown = best
+    _, tiling, kernel, even, random = best
     body = max((kernel[n] for n in kernel.products), key=lambda r: r.bundles)
     row = {"chip": chip, "weights": case.name, "pass": operation, "rows": M, "groups": G}
     row |= {"tiling": "/".join(map(str, tiling)), "cores": kernel.cores, "MXU": round(body.share("MXU"), 2)}
-    return row | {"spills": body.spills} | _times(chip, case, M, G, even, thrown)
+    return row | {"spills": body.spills} | _times(chip, case, M, G, even, random)
 
 
 def _megablox_estimate(
@@ -314,10 +314,10 @@ def ragged_row(chip: str, operation: str, case: Case) -> dict[str, Any]:
     [kernel] = [k for k in kernels if "metadata" not in k.name]
     [body] = [kernel[name] for name in kernel.products]
     row |= {"tiling": "/".join(map(str, tiling)), "cores": kernel.cores, "MXU": round(body.share("MXU"), 2)}
-    even, thrown = (_megablox_estimate(kernel, tiling, operation, case, routed(M, G, kind)) for kind in (True, False))
+    even, random = (_megablox_estimate(kernel, tiling, operation, case, routed(M, G, kind)) for kind in (True, False))
     # Weights that are transposed first are read and written once more than the kernel's own bytes.
     copied = 2 * temporary * CORES[chip].devices / CHIPS[chip].hbm_bandwidth if temporary > MiB else 0.0
-    return row | {"spills": body.spills, "copy ms": round(copied * 1e3, 3)} | _times(chip, case, M, G, even, thrown)
+    return row | {"spills": body.spills, "copy ms": round(copied * 1e3, 3)} | _times(chip, case, M, G, even, random)
 
 
 def main() -> None:
