@@ -149,7 +149,7 @@ LENGTHS = (4096, 16384, 131072)
 
 
 def splash_rows(chip: str, d: int, blocks: tuple[int, int, int], gradient: str) -> dict[str, Any]:
-    """Estimates of `splash` at `LENGTHS`, heads x head_dim = 2048; a gradient's are without the forward pass."""
+    """Estimates of `splash` at `LENGTHS`, heads x head_dim = 2048; gradients without the forward pass."""
     H, names = 2048 // d, ("block_q", "block_kv", "block_compute")
     # The cost of a step depends neither on the length nor on the number of heads.
     kwargs = {"T": 2 * max(blocks), "H": 2, "d": d, "gradient": gradient} | dict(zip(names, blocks, strict=True))
