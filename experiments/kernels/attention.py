@@ -1,10 +1,10 @@
-"""Speed of attention, forward and with its gradient, ours beside others' on one GPU. Results are in attention.md.
+"""Speed of attention, forward and with gradient, ours and others on one GPU. Results are in attention.md.
 
     python -m experiments.kernels.attention                      # ours and cuDNN through JAX
     python -m experiments.kernels.attention --tokamax --torch CUDNN_ATTENTION FLASH_ATTENTION    # and these
 
 TFLOP/s count what a causal mask leaves: 4 B H T^2 d / 2 for the forward pass, 2.5 times that for the gradient. Every
-number is the median of five timings of several calls in a row, of normal random inputs.
+number is the median of five timings, each of several calls in a row, with normal random inputs.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def tokamax(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, end: jax
 
 
 def seconds(run: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
-    """Of one call, by the median of five timings."""
+    """Seconds of one call: the median of five timings."""
     wait(run())
     begin = time.perf_counter()
     wait(run())
@@ -67,7 +67,7 @@ def seconds(run: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
 
 
 def inputs(shape: tuple[int, ...], document: int) -> tuple[list[jax.Array], list[jax.Array]]:
-    """q, k, v and the gradient by the output; and the intervals of rows of documents of equal length."""
+    """q, k, v and a gradient with respect to the output; and mask intervals for documents of equal length."""
     B, T, H, K, d = shape
     keys = jax.random.split(jax.random.key(0), 4)
     arrays = [jax.random.normal(x, (B, T, n, d), jnp.bfloat16) for x, n in zip(keys, (H, K, K, H), strict=True)]
@@ -76,25 +76,25 @@ def inputs(shape: tuple[int, ...], document: int) -> tuple[list[jax.Array], list
 
 
 def measure(f: Attention, shape: tuple[int, ...], document: int) -> tuple[float, float]:
-    """Seconds of the forward pass, and of it and the gradient."""
-    (q, k, v, by), mask = inputs(shape, document)
+    """Seconds of the forward pass, and of forward pass and gradient."""
+    (q, k, v, dout), mask = inputs(shape, document)
 
-    def both(q: jax.Array, k: jax.Array, v: jax.Array, by: jax.Array) -> Any:
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, dout: jax.Array) -> Any:
         out, pull = jax.vjp(lambda *x: f(*x, *mask), q, k, v)
-        return out, pull(by)
+        return out, pull(dout)
 
     forward, whole = jax.jit(lambda q, k, v: f(q, k, v, *mask)), jax.jit(both)
     wait = jax.block_until_ready
-    return seconds(lambda: forward(q, k, v), wait), seconds(lambda: whole(q, k, v, by), wait)
+    return seconds(lambda: forward(q, k, v), wait), seconds(lambda: whole(q, k, v, dout), wait)
 
 
 def measure_torch(shape: tuple[int, ...], backend: str) -> tuple[float, float]:
-    """The same by PyTorch's scaled_dot_product_attention, whose layout is [B, H, T, d]."""
+    """`measure` for PyTorch's scaled_dot_product_attention, whose layout is [B, H, T, d]."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     B, T, H, K, d = shape
-    q, k, v, by = (torch.randn(B, n, T, d, device="cuda", dtype=torch.bfloat16) for n in (H, K, K, H))
+    q, k, v, dout = (torch.randn(B, n, T, d, device="cuda", dtype=torch.bfloat16) for n in (H, K, K, H))
     for x in (q, k, v):
         x.requires_grad_()
 
@@ -103,7 +103,7 @@ def measure_torch(shape: tuple[int, ...], backend: str) -> tuple[float, float]:
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     def both() -> Any:
-        return torch.autograd.grad(forward(), (q, k, v), by)
+        return torch.autograd.grad(forward(), (q, k, v), dout)
 
     def wait(_: Any) -> None:
         torch.cuda.synchronize()
@@ -117,7 +117,7 @@ def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--torch", nargs="*", default=[], help="also these backends of PyTorch, of torch.nn.attention")
+    parser.add_argument("--torch", nargs="*", default=[], help="also these backends of torch.nn.attention.SDPBackend")
     parser.add_argument("--tokamax", action="store_true", help="also tokamax's kernel for Hopper")
     args = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {time.strftime('%Y-%m-%d')}")
@@ -135,7 +135,7 @@ def main() -> None:
         for kind, run in kinds.items():
             try:
                 forward, both = run(SHAPES[name])
-            except Exception as error:  # One that cannot do a shape must not end the table.
+            except Exception as error:  # An implementation that does not support a shape must not end the table.
                 print(f"| {name} | {kind} | {type(error).__name__}: {str(error)[:100]!r} | | | |", flush=True)
                 continue
             print(

@@ -1,10 +1,10 @@
-"""Checks of the kernels on one Hopper GPU: their tests, which have more to check there, and sanitizers.
+"""Checks of the kernels on one Hopper GPU: their tests, of which some run only there, and sanitizers.
 
-    python -m experiments.kernels.check_gpu tests       # by several processes (pytest-xdist) on the one card
+    python -m experiments.kernels.check_gpu tests       # in several processes (pytest-xdist) on the card
     python -m experiments.kernels.check_gpu sanitizers  # CUDA's compute-sanitizer: races, barriers, memory
 
-The sanitizers run small cases of every attention kernel, forward, gradient and decoding: they slow a kernel down a
-hundredfold. The exit status is 1 where a test fails or a sanitizer reports anything.
+The sanitizers run small cases of every attention kernel, forward, gradient and decoding, because they slow a kernel
+down a hundredfold. The exit status is 1 if a test fails or a sanitizer reports anything.
 """
 
 import argparse
@@ -52,24 +52,25 @@ def small_cases() -> None:
 
 
 def main() -> int:
-    """Runs what was asked for, and says what it found."""
+    """Runs the tests or the sanitizers, and prints what they found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tests", "sanitizers", "cases"), metavar="{tests,sanitizers}")
     parser.add_argument("--jobs", type=int, default=8, help="processes that share the card")
     parser.add_argument("--tools", nargs="+", default=TOOLS, choices=TOOLS)
     args = parser.parse_args()
     environment = os.environ | {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    # Plain functions that kernels are held to would else round float32 factors to TensorFloat-32.
+    # Otherwise the plain functions that kernels are compared with would round float32 operands to TensorFloat-32.
     environment["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
     if args.what == "cases":
         small_cases()
         return 0
     if args.what == "tests":
-        files = sorted(str(x) for x in Path("tests/kernels").glob("test_*_gpu.py"))
-        command = [sys.executable, "-m", "pytest", "-q", "-n", str(args.jobs), *files, "tests/kernels/test_coverage.py"]
+        files = sorted(str(x) for x in Path("tests/qwen_jax/kernels").glob("test_*_gpu.py"))
+        files.append("tests/qwen_jax/kernels/test_coverage.py")
+        command = [sys.executable, "-m", "pytest", "-q", "-n", str(args.jobs), *files]
         return min(subprocess.run(command, env=environment, check=False).returncode, 1)
     if shutil.which("compute-sanitizer") is None:
-        print("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit.", file=sys.stderr)
+        print("Expected compute-sanitizer on the PATH. Install the CUDA toolkit, which contains it.", file=sys.stderr)
         return 1
     failed = False
     for tool in args.tools:
@@ -77,7 +78,7 @@ def main() -> int:
         command += [sys.executable, "-m", "experiments.kernels.check_gpu", "cases"]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         said = [line for line in result.stdout.splitlines() if line.startswith("=========")]
-        # A tool that could not work says no more than that.
+        # A tool that could not run prints no summary.
         found = result.returncode != 0 or not any("SUMMARY" in line for line in said)
         print(f"{tool}: {'something' if found else 'nothing'} found", *said[-20:], sep="\n", flush=True)
         if found:

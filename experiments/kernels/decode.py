@@ -3,7 +3,7 @@
     python -m experiments.kernels.decode                    # ours, and cuDNN through JAX
     python -m experiments.kernels.decode --torch            # and PyTorch's
 
-Every call of a loop has a cache of its own and depends on the call before. The caches together are larger than the L2.
+Every call of a loop has its own cache and depends on the previous call. The caches together are larger than L2.
 """
 
 import argparse
@@ -28,10 +28,10 @@ import jax.numpy as jnp
 from qwen_jax.kernels.decode import flash_decode_gpu
 
 COPY_RATE = 4.27e12
-"""Bytes read and written a second by a large copy on the card of decode.md; measured again with --torch."""
+"""Bytes read and written per second by a large copy on the card of decode.md; measured again with --torch."""
 # Model: (query heads, key/value heads, head_dim).
 MODELS = {"7B": (28, 4, 128), "0.5B": (14, 2, 64)}
-# Model, batch, slots of the cache, slots in use by the shortest and the longest row (the others lie evenly between).
+# Model, batch, slots of the cache, slots in use by the shortest and the longest row (the others are evenly spaced).
 Setting = tuple[str, int, int, int, int]
 SETTINGS: tuple[Setting, ...] = (
     ("7B", 1, 4096, 4000, 4000), ("7B", 1, 32768, 32768, 32768), ("7B", 1, 131072, 131072, 131072),
@@ -48,9 +48,9 @@ def array(q: jax.Array, k: jax.Array, v: jax.Array, live: jax.Array, uneven: boo
 
 
 def paged(size: int, q: jax.Array, k: jax.Array, v: jax.Array, live: jax.Array) -> jax.Array:
-    """The same cache taken for pages that lie in no order."""
+    """Attention over the same cache, seen as pages in a permuted order."""
     (B, K, S, d), end = k.shape, live[:, None]
-    # As many pages, row by row; the order is a fixed permutation of all of them.
+    # The table is a fixed permutation of all pages.
     n = B * S // size
     order = jnp.arange(n, dtype=jnp.int32) * 7919 % n
     k, v = (x.reshape(n, K, size, d) for x in (k, v))
@@ -60,7 +60,7 @@ def paged(size: int, q: jax.Array, k: jax.Array, v: jax.Array, live: jax.Array) 
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, live: jax.Array) -> jax.Array:
-    """Its own layout: slots before heads."""
+    """cuDNN through JAX, whose layout has slots before heads."""
     B, K, S, d = k.shape
     k, v = (x.reshape(B, S, K, d) for x in (k, v))
     ones = jnp.ones_like(live)
@@ -75,7 +75,7 @@ def lengths(setting: Setting) -> list[int]:
 
 
 def loop(f: Attention, setting: Setting) -> tuple[Callable[..., Any], list[Any], int]:
-    """A function of many calls of `f`, its arguments, and how many calls."""
+    """A function that calls `f` many times, its arguments, and the number of calls."""
     model, B, S, _, _ = setting
     H, K, d = MODELS[model]
     bytes_ = 4 * B * K * S * d
@@ -101,7 +101,7 @@ def loop(f: Attention, setting: Setting) -> tuple[Callable[..., Any], list[Any],
 
 
 def kernels_of(run: Callable[[], Any]) -> dict[str, list[tuple[float, float]]]:
-    """Begin and duration of every kernel by the profiler, in microseconds."""
+    """Begin and duration of every kernel in the profiler, in microseconds."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run())
@@ -119,7 +119,7 @@ def kernels_of(run: Callable[[], Any]) -> dict[str, list[tuple[float, float]]]:
 
 
 def measure(f: Attention, setting: Setting) -> tuple[float, float, dict[str, float]]:
-    """Microseconds of one call, by the device's clock from begin to begin and by the host's; of each of its kernels."""
+    """Microseconds of one call on the device and on the host, and the median of each of its kernels."""
     run, args, calls = loop(f, setting)
     lowered = jax.jit(run).lower(*args)
     # Outside command buffers, so that the profiler sees single kernels.
@@ -147,7 +147,7 @@ def measure_torch(setting: Setting, backend: str) -> float:
 
     model, B, S, low, live = setting
     if low != live:
-        raise ValueError("rows of one length only")
+        raise ValueError("PyTorch's attention needs rows of one length.")
     H, K, d = MODELS[model]
     bytes_ = 4 * B * K * S * d
     layers = max(2, min(16, -(-int(1e9) // bytes_)))
@@ -181,7 +181,7 @@ def measure_torch(setting: Setting, backend: str) -> float:
 
 
 def read_rate() -> float:
-    """Bytes a second that XLA reads to find the maxima of the rows of a large array."""
+    """Bytes per second that XLA reads for the maxima of the rows of a large array."""
     x = jax.random.normal(jax.random.key(0), (1 << 18, 4096), jnp.bfloat16)
     f = jax.jit(lambda x: x.max(axis=1))
     jax.block_until_ready(f(x))
@@ -190,7 +190,7 @@ def read_rate() -> float:
 
 
 def torch_copy_rate() -> float:
-    """Bytes read and written a second by PyTorch's copy of a large array."""
+    """Bytes read and written per second by PyTorch's copy of a large array."""
     import torch
 
     x = torch.randn(1 << 30, device="cuda", dtype=torch.bfloat16)
@@ -223,8 +223,8 @@ def main() -> None:
         model, B, S, low, high = setting
         _, K, d = MODELS[model]
         live = f"{high}" if low == high else f"{low} to {high}"
-        shape = flash_decode_gpu.TILINGS[d]
-        splits = {n: flash_decode_gpu.splits_for(B * K, S, shape, n != "ours") for n in kinds if "ours" in n}
+        tiling = flash_decode_gpu.TILINGS[d]
+        splits = {n: flash_decode_gpu.splits_for(B * K, S, tiling, n != "ours") for n in kinds if "ours" in n}
 
         def line(kind: str, device: float, host: float, each: dict[str, float]) -> None:
             rate = 4 * K * sum(lengths(setting)) * d / device * 1e6  # noqa: B023
@@ -235,7 +235,7 @@ def main() -> None:
         for kind, f in kinds.items():
             try:
                 line(kind, *measure(f, setting))
-            except Exception as error:  # One that cannot do a setting must not end the table.
+            except Exception as error:  # An implementation that does not support a setting must not end the table.
                 print(f"| {model} | {B} | {S} | {live} | {kind} | {type(error).__name__}: {str(error)[:100]!r} |")
         for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION") if args.torch else ():
             try:

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from qwen_jax.kernels.decode.step_gpu import decode_step, shares
 
 COPY_RATE = 4.27e12
-"""Bytes read and written a second by a large copy on the card of decode_attention.md."""
+"""Bytes read and written per second by a large copy on the card of decode_attention.md."""
 # Model: (query heads, key/value heads, head_dim).
 MODELS = {"7B": (28, 4, 128), "0.5B": (14, 2, 64)}
 STEPS = 16
 
 
 def measure(model: str, batch: int, slots: int, live: int) -> tuple[float, int]:
-    """Microseconds of one kernel by the profiler, and copies of a cache in the compiled loop (which must be none).
+    """Microseconds of one kernel in the profiler, and the number of cache copies in the compiled loop, which must be 0.
 
     Args:
       model: of `MODELS`.
@@ -34,7 +34,7 @@ def measure(model: str, batch: int, slots: int, live: int) -> tuple[float, int]:
     """
     H, K, d = MODELS[model]
     key, shape = jax.random.key(0), (batch, K, slots, d)
-    # Caches of several layers, so that one is not still in L2 when its turn comes again.
+    # Caches of several layers, so that none is still in L2 when it is used again.
     layers = max(2, min(16, int(20e9 // (4 * batch * K * slots * d))))
 
     @functools.partial(jax.jit, static_argnames="shape")

@@ -1,13 +1,14 @@
-"""Grouped products on one Hopper GPU, beside dense products of as many FLOPs and other people's kernels.
+"""Grouped products on one Hopper GPU, compared with dense products of as many FLOPs and other kernels.
 
     python -m experiments.kernels.grouped
     python -m experiments.kernels.grouped --shapes 64x5120x3584 --rows 65536 --routing exact zipf --others
 
-FLOPs are those of the rows that have a group: 2 rows N K. A number is the median of five timings, each of so many calls
-that they take a tenth of a second, of normal random inputs. "of dense" is against `jnp.einsum` of [rows, K] with one
-[N, K] (or of [rows, N] with it, or of [rows, N] with [rows, K]), measured just before. Routing: `exact`, as many rows
-for each group; `even`, drawn evenly; `zipf`, the n-th most popular group is drawn 1/n times as often as the first.
-`--others` adds `jax.lax.ragged_dot` where that does not take too long, and tokamax's kernel if it is installed.
+FLOPs are those of the rows that have a group: 2 rows N K. A number is the median of five timings, each of as many calls
+as take a tenth of a second, with normal random inputs. "of dense" is the ratio to `jnp.einsum` of [rows, K] with one
+[N, K] (or of [rows, N] with it, or of [rows, N] with [rows, K]), measured just before. Routing: `exact`, the same
+number of rows for each group; `even`, random with equal probabilities; `zipf`, the n-th most popular group is 1/n as
+likely as the first. `--others` adds `jax.lax.ragged_dot` where that does not take too long, and tokamax's kernel if it
+is installed.
 """
 
 import argparse
@@ -26,11 +27,11 @@ from qwen_jax.kernels.matmul.grouped_gpu import product, weights_gradient
 # 57B-A14B's, A2.7B's, and 256 narrow experts: gate and up, and down. [groups, N, K].
 SHAPES = ["64x5120x3584", "64x3584x2560", "60x2816x2048", "60x2048x1408", "256x1536x2048", "256x2048x768"]
 _RAGGED_DOT_FLOPS = 2e14
-"""On GPUs it multiplies every row with every matrix."""
+"""The most FLOPs of `jax.lax.ragged_dot`, which multiplies every row with every matrix on GPUs."""
 
 
 def sizes(routing: str, groups: int, rows: int) -> np.ndarray:
-    """Rows of each group, int32 [groups]; see above."""
+    """Rows of each group, int32 [groups]; the routings are described above."""
     if routing == "exact":
         return np.full(groups, rows // groups, np.int32)
     numbers = np.random.default_rng(0)
@@ -41,7 +42,7 @@ def sizes(routing: str, groups: int, rows: int) -> np.ndarray:
 def others(
     x: jax.Array, dy: jax.Array, w: jax.Array, sizes_G: jax.Array
 ) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-    """Name, kind of product, and call of each yardstick; they want matrices [K, N]."""
+    """Name, kind of product, and call of each other kernel; they need matrices [K, N]."""
     transposed = jnp.swapaxes(w, 1, 2).copy()
     if 2.0 * x.size * w.shape[0] * w.shape[1] < _RAGGED_DOT_FLOPS:
         ragged = jax.jit(jax.lax.ragged_dot)
@@ -60,7 +61,7 @@ def others(
 
 
 def measure(group_shape: str, rows: int, routings: list[str], with_others: bool) -> None:
-    """The table's rows of one shape."""
+    """Prints the rows of one shape."""
     G, N, K = map(int, group_shape.split("x"))
     x, dy, w = (
         jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
@@ -96,16 +97,16 @@ def measure(group_shape: str, rows: int, routings: list[str], with_others: bool)
         for name, what, run in others(x, dy, w, s) if with_others else ():
             try:
                 report(routing, name, what, run, there)
-            except Exception as error:  # Somebody else's kernel must not end the table.
+            except Exception as error:  # A failure of another kernel must not end the table.
                 print(f"| {group_shape} | {there:,} | {routing} | {name} | {what} | {type(error).__name__} | | |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="GxNxK", help="groups, and of each the matrix")
-    parser.add_argument("--rows", nargs="+", type=int, default=[65536, 8192], help="of all groups together")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="GxNxK", help="groups, and size of a matrix")
+    parser.add_argument("--rows", nargs="+", type=int, default=[65536, 8192], help="rows of all groups together")
     parser.add_argument("--routing", nargs="+", default=["exact", "even", "zipf"], choices=["exact", "even", "zipf"])
-    parser.add_argument("--others", action="store_true", help="yardsticks beside dense products")
+    parser.add_argument("--others", action="store_true", help="also measure other kernels")
     args = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {time.strftime('%Y-%m-%d')}\n")
     print("| G x N x K | rows | routing | | | ms | TFLOP/s | of dense |\n" + "|---" * 8 + "|")

@@ -1,10 +1,10 @@
-"""Grouped matrix products on TPUs without a TPU: ours beside megablox and ragged_dot. Results: tpu_grouped.md.
+"""Estimates of grouped products on TPUs without a TPU: ours, megablox and ragged_dot. Results: tpu_grouped.md.
 
-    python -m experiments.kernels.grouped_tpu ours       # the table
-    python -m experiments.kernels.grouped_tpu megablox   # that of jax.experimental.pallas.ops.tpu.megablox
-    python -m experiments.kernels.grouped_tpu ragged     # jax.lax.ragged_dot_general, and what XLA puts around it
+    python -m experiments.kernels.grouped_tpu ours       # our kernels
+    python -m experiments.kernels.grouped_tpu megablox   # jax.experimental.pallas.ops.tpu.megablox
+    python -m experiments.kernels.grouped_tpu ragged     # jax.lax.ragged_dot_general, and what XLA does around it
 
-Times are estimates by `tpu_schedule`: compiled, not run.
+Times are estimates of `tpu_schedule`: compiled, not run.
 """
 
 import argparse
@@ -30,7 +30,7 @@ OPERATIONS = ("forward", "input gradient", "weights gradient")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One layer's weights [N, K], and over how many groups a device has them."""
+    """The weights [N, K] of a layer, and the numbers of groups that a device may have."""
 
     name: str
     groups: tuple[int, ...]
@@ -61,7 +61,7 @@ def _arguments(operation: str, M: int, G: int, N: int, K: int) -> list[Any]:
 def ours(
     operation: str, M: int, G: int, N: int, K: int, dtype: str = "bfloat16"
 ) -> tuple[Callable[..., Any], list[Any]]:
-    """`qwen_jax.kernels.matmul.grouped_tpu`; `dtype` is that of the weights' gradient."""
+    """`qwen_jax.kernels.matmul.grouped_tpu`; `dtype` is that of the gradient of the weights."""
     import jax.numpy as jnp
 
     function: Callable[..., Any] = functools.partial(grouped_tpu.product, transposed=operation == "input gradient")
@@ -73,7 +73,7 @@ def ours(
 def megablox(
     operation: str, M: int, G: int, N: int, K: int, tiling: Sequence[int]
 ) -> tuple[Callable[..., Any], list[Any]]:
-    """JAX's megablox; `tiling` is of rows, and of the two dimensions of its own product."""
+    """JAX's megablox; `tiling` is for the rows and the two dimensions of its own product."""
     import jax.numpy as jnp
 
     # The package has a function of the same name as this module.
@@ -86,7 +86,7 @@ def megablox(
 
 
 def ragged(operation: str, M: int, G: int, N: int, K: int) -> tuple[Callable[..., Any], list[Any]]:
-    """`jax.lax.ragged_dot_general`, whatever XLA makes of it."""
+    """`jax.lax.ragged_dot_general`, as XLA compiles it."""
     import jax.numpy as jnp
     from jax import lax
 
@@ -103,14 +103,14 @@ def ragged(operation: str, M: int, G: int, N: int, K: int) -> tuple[Callable[...
 
 
 def routed(M: int, G: int, even: bool) -> list[int]:
-    """Rows of each group: as even as can be, or thrown with equal chances."""
+    """Rows of each group: as even as possible, or random with equal probabilities."""
     if even:
         return [M * (g + 1) // G - M * g // G for g in range(G)]
     return [int(n) for n in np.random.default_rng(0).multinomial(M, [1 / G] * G)]
 
 
 def ranges(sizes: Sequence[int], rows: int) -> Iterator[tuple[int, int]]:
-    """Rows of tiles that are a group's, one pair for each visit."""
+    """The range of rows of a group in a tile, for each visit of a tile by a group."""
     begin = 0
     for size in sizes:
         end = begin + size
@@ -124,7 +124,7 @@ def _blocks(low: int, high: int, block: int) -> int:
 
 
 def _zeroing(kernel: Kernel) -> list[str]:
-    """The branch that writes zeros: the longest one in a step without products in it, and what is in that."""
+    """The branch that writes zeros, the longest one in a step without products, and the regions inside it."""
 
     def within(name: str) -> list[str]:
         return [r.name for r in kernel.regions if r.name == name or r.name.startswith(f"{name}.")]
@@ -137,7 +137,7 @@ def _zeroing(kernel: Kernel) -> list[str]:
 def ours_estimate(
     kernel: Kernel, tiles: grouped_tpu.Tiling, operation: str, case: Case, sizes: Sequence[int], itemsize: int
 ) -> Estimate:
-    """Of one kernel of `ours`. Branches that only fetch weights are counted at every visit."""
+    """The estimate of one kernel of `ours`. Branches that only copy weights are counted at every visit."""
     M, G, N, K = sum(sizes), len(sizes), case.N, case.K
     visits, every = list(ranges(sizes, tiles.rows)), -(-M // tiles.rows) + G
     if operation == "weights gradient":
@@ -155,13 +155,13 @@ def ours_estimate(
         runs = {block: sum(_blocks(*v, tiles.block) for v in visits)}
         numbers = 2 * (parts * M * inner + sum(size > 0 for size in sizes) * N * K + M * out)
     runs |= {"step": every} | dict.fromkeys(_zeroing(kernel), 0)
-    # Loops around blocks run as often as there are visits, whatever their blocks.
+    # Loops around blocks are counted once per visit, whatever the number of their blocks.
     runs |= {r.name: every for r in kernel.regions if r.kind == "loop" and r.parent and r.name not in (*runs, "grid")}
     return estimate(kernel, {name: parts * n for name, n in runs.items()}, numbers)
 
 
 def ours_tiles(chip: str, operation: str, case: Case) -> grouped_tpu.Tiling:
-    """The sizes that `ours` takes on a chip."""
+    """The sizes that `ours` uses on a chip."""
     core = CORES[chip]
     kind = Core(core.vmem, core.mxu_width), core.cores
     if operation == "weights gradient":
@@ -171,7 +171,7 @@ def ours_tiles(chip: str, operation: str, case: Case) -> grouped_tpu.Tiling:
 
 
 def _peak(chip: str) -> float:
-    """FLOP/s of a device at the clock that is counted with."""
+    """FLOP/s of a device at the clock that the estimates use."""
     core = CORES[chip]
     units = 4 * 128**2 if core.mxu_width == 128 else 4 * 256**2
     return 2 * units * core.clock * core.cores
@@ -179,7 +179,7 @@ def _peak(chip: str) -> float:
 
 @functools.cache
 def _compiled(chip: str, operation: str, case: Case, dtype: str) -> Kernel:
-    # What a visit costs depends neither on the number of rows nor on that of groups.
+    # The cost of a visit depends neither on the number of rows nor on the number of groups.
     kwargs = {"operation": operation, "M": 4096, "G": 4, "N": case.N, "K": case.K, "dtype": dtype}
     kernels = compile_kernels(f"{_MODULE}:ours", TOPOLOGIES[chip], kwargs)
     [kernel] = [k for k in kernels if k.name.startswith("grouped")]
@@ -187,7 +187,7 @@ def _compiled(chip: str, operation: str, case: Case, dtype: str) -> Kernel:
 
 
 def kernel_row(chip: str, case: Case, operation: str, dtype: str) -> dict[str, Any]:
-    """What `ours` is compiled to: of each body with products the use of matrix units and the registers put away."""
+    """What `ours` is compiled to: for each body with products the use of the matrix units and the spilled registers."""
     tiles, kernel = ours_tiles(chip, operation, case), _compiled(chip, operation, case, dtype)
     sizes = f"{tiles.rows}/{tiles.block}/{tiles.columns}" + f"/{tiles.inner}" * (operation == "weights gradient")
     bodies = [kernel[name] for name in kernel.products]
@@ -198,31 +198,31 @@ def kernel_row(chip: str, case: Case, operation: str, dtype: str) -> dict[str, A
 
 
 def times_row(chip: str, case: Case, M: int, G: int, passes: Sequence[str], dtype: str) -> dict[str, Any]:
-    """Estimates of `ours`: ms with even groups, and what the bound is of the time with even / with thrown groups."""
+    """Estimates of `ours`: ms with even groups, and the ratio of the bound to the time with even / random groups."""
     row: dict[str, Any] = {"chip": chip, "weights": case.name, "rows": M, "groups": G}
     for operation in passes:
         kernel, tiles = _compiled(chip, operation, case, dtype), ours_tiles(chip, operation, case)
         itemsize = 4 if operation == "weights gradient" and dtype == "float32" else 2
-        even, thrown = (ours_estimate(kernel, tiles, operation, case, routed(M, G, x), itemsize) for x in (True, False))
-        times = _times(chip, case, M, G, even, thrown, itemsize)
+        even, random = (ours_estimate(kernel, tiles, operation, case, routed(M, G, x), itemsize) for x in (True, False))
+        times = _times(chip, case, M, G, even, random, itemsize)
         by_bytes = " HBM" if even.hbm > even.schedule else ""
-        row[operation] = f"{times['ms']}{by_bytes}, {times['of the bound']:.2f} / {times['thrown: of the bound']:.2f}"
+        row[operation] = f"{times['ms']}{by_bytes}, {times['of the bound']:.2f} / {times['random: of the bound']:.2f}"
     return row | {"bound ms": times["bound ms"]}
 
 
 def _times(
-    chip: str, case: Case, M: int, G: int, even: Estimate, thrown: Estimate, itemsize: int = 2
+    chip: str, case: Case, M: int, G: int, even: Estimate, random: Estimate, itemsize: int = 2
 ) -> dict[str, Any]:
     work = 2 * M * case.N * case.K / _peak(chip)
     moved = 2 * M * (case.N + case.K) + itemsize * G * case.N * case.K
-    # What no kernel can be below: full matrix units, or each array read or written once.
+    # The lower bound of any kernel: full matrix units, or each array read or written once.
     bound = max(work, moved * CORES[chip].devices / CHIPS[chip].hbm_bandwidth)
     times = {"ms": even.seconds, "schedule ms": even.schedule, "HBM ms": even.hbm}
-    times |= {"thrown: schedule ms": thrown.schedule, "thrown: HBM ms": thrown.hbm, "bound ms": bound}
+    times |= {"random: schedule ms": random.schedule, "random: HBM ms": random.hbm, "bound ms": bound}
     row: dict[str, Any] = {name: round(x * 1e3, 3) for name, x in times.items()}
     row |= {"TFLOP/s": round(2 * M * case.N * case.K / even.seconds / 1e12)}
     row |= {"of the peak": round(work / even.seconds, 2), "of the bound": round(bound / even.seconds, 2)}
-    return row | {"thrown: of the bound": round(bound / thrown.seconds, 2)}
+    return row | {"random: of the bound": round(bound / random.seconds, 2)}
 
 
 def _divisors(size: int, most: int) -> list[int]:
@@ -230,7 +230,7 @@ def _divisors(size: int, most: int) -> list[int]:
 
 
 def megablox_tilings(operation: str, case: Case) -> list[tuple[int, int, int]]:
-    """Tilings to try: rows, and divisors of both dimensions, so that its masks of remainders are not needed."""
+    """Tilings to try: rows, and divisors of both dimensions, which need no masks for remainders."""
     if operation == "weights gradient":
         first, second = case.N, case.K
     else:
@@ -240,32 +240,32 @@ def megablox_tilings(operation: str, case: Case) -> list[tuple[int, int, int]]:
 
 
 def megablox_row(chip: str, operation: str, case: Case) -> dict[str, Any]:
-    """The best of `megablox_tilings`, at `ROWS[0]` rows and all groups, thrown."""
+    """The best of `megablox_tilings` for random groups, with `ROWS[0]` rows and all groups."""
     M, G, best = ROWS[0], case.groups[0], None
     for tiling in megablox_tilings(operation, case):
         kwargs = {"operation": operation, "M": 4096, "G": 4, "N": case.N, "K": case.K, "tiling": tiling}
         try:
             kernels = compile_kernels(f"{_MODULE}:megablox", TOPOLOGIES[chip], kwargs)
-        except InputError:  # Too much for the VMEM that it asks for.
+        except InputError:  # It does not fit in the VMEM that megablox asks for.
             continue
         kernel = kernels[-1]
         one = functools.partial(_megablox_estimate, kernel, tiling, operation, case)
-        even, thrown = (one(routed(M, G, kind)) for kind in (True, False))
-        if best is None or thrown.seconds < best[0]:
-            best = thrown.seconds, tiling, kernel, even, thrown
+        even, random = (one(routed(M, G, kind)) for kind in (True, False))
+        if best is None or random.seconds < best[0]:
+            best = random.seconds, tiling, kernel, even, random
     if best is None:
-        raise InputError(f"No tiling of megablox compiles for {chip}.")
-    _, tiling, kernel, even, thrown = best
+        raise InputError(f"Expected a tiling of megablox that compiles for {chip}; none of those tried does.")
+    _, tiling, kernel, even, random = best
     body = max((kernel[n] for n in kernel.products), key=lambda r: r.bundles)
     row = {"chip": chip, "weights": case.name, "pass": operation, "rows": M, "groups": G}
     row |= {"tiling": "/".join(map(str, tiling)), "cores": kernel.cores, "MXU": round(body.share("MXU"), 2)}
-    return row | {"spills": body.spills} | _times(chip, case, M, G, even, thrown)
+    return row | {"spills": body.spills} | _times(chip, case, M, G, even, random)
 
 
 def _megablox_estimate(
     kernel: Kernel, tiling: tuple[int, int, int], operation: str, case: Case, sizes: Sequence[int]
 ) -> Estimate:
-    """Of one kernel of `megablox`. Tiles are visited whole; it doesn't skip any part."""
+    """The estimate of one kernel of `megablox`. It multiplies whole tiles and does not skip any part."""
     M, G, N, K, rows = sum(sizes), len(sizes), case.N, case.K, tiling[0]
     visits = len(list(ranges(sizes, rows)))
     if operation == "weights gradient":
@@ -277,7 +277,7 @@ def _megablox_estimate(
         return estimate(kernel, {name: parts * n for name, n in runs.items()}, numbers)
     inner, out = (N, K) if operation == "input gradient" else (K, N)
     sums, parts = -(-inner // tiling[1]), -(-out // tiling[2])
-    # Of its two branches with products that for the end of the sum also stores, under a mask.
+    # Of its two branches with products, the one for the end of the sum also stores, with a mask.
     bodies = sorted(kernel.products, key=lambda name: kernel[name].bundles)
     runs = {"step": visits * sums, bodies[-1]: visits} | dict.fromkeys(bodies[:-1], visits * (sums - 1))
     other = [r.name for r in kernel.regions if r.parent == "step" and not any(b.startswith(r.name) for b in bodies)]
@@ -289,7 +289,7 @@ def _megablox_estimate(
 
 
 def ragged_row(chip: str, operation: str, case: Case) -> dict[str, Any]:
-    """What XLA makes of `ragged`, at `ROWS[0]` rows and all groups."""
+    """What XLA compiles `ragged` to, with `ROWS[0]` rows and all groups."""
     import jax
 
     from train.plan.topology import target
@@ -314,10 +314,10 @@ def ragged_row(chip: str, operation: str, case: Case) -> dict[str, Any]:
     [kernel] = [k for k in kernels if "metadata" not in k.name]
     [body] = [kernel[name] for name in kernel.products]
     row |= {"tiling": "/".join(map(str, tiling)), "cores": kernel.cores, "MXU": round(body.share("MXU"), 2)}
-    even, thrown = (_megablox_estimate(kernel, tiling, operation, case, routed(M, G, kind)) for kind in (True, False))
-    # Weights that are transposed first are read and written once more than the kernel's own bytes.
+    even, random = (_megablox_estimate(kernel, tiling, operation, case, routed(M, G, kind)) for kind in (True, False))
+    # Weights that are transposed first are read and written once in addition to the bytes of the kernel.
     copied = 2 * temporary * CORES[chip].devices / CHIPS[chip].hbm_bandwidth if temporary > MiB else 0.0
-    return row | {"spills": body.spills, "copy ms": round(copied * 1e3, 3)} | _times(chip, case, M, G, even, thrown)
+    return row | {"spills": body.spills, "copy ms": round(copied * 1e3, 3)} | _times(chip, case, M, G, even, random)
 
 
 def main() -> None:

@@ -3,10 +3,10 @@
     python -m experiments.kernels.layer
     python -m experiments.kernels.layer --models qwen1.5-moe-a2.7b --runs 5
 
-Everything of a layer between two attentions, with random weights at true sizes, beside the time that the bytes it reads
-take at the copy rate measured in the same process. A program runs the kernel about 200 times, each on the stream that
-the one before left and with nothing between them, over so many layers that no weight is still in a cache. A number is
-the median of `--runs` programs.
+Measures everything of a layer between two attention steps, with random weights of true sizes, and compares it with the
+time that the weights take at the copy rate measured in the same process. A program runs the kernel about 200 times,
+each on the residual stream of the previous call and with nothing between them, over so many layers that no weight is
+still in a cache. A number is the median of `--runs` programs.
 """
 
 import argparse
@@ -29,26 +29,26 @@ from qwen_jax.published import published
 MODELS = ["qwen2.5-0.5b", "qwen2.5-7b", "qwen1.5-moe-a2.7b", "qwen2-57b-a14b"]
 _CALLS = 200
 _CACHE = 2**29
-"""Bytes of weights between two uses of the same: ten times the largest cache."""
+"""Bytes of weights between two uses of the same weight: ten times the largest cache."""
 
 
 def shapes(config: ModelConfig) -> tuple[list[tuple[int, ...]], int]:
-    """Those of a layer's weights and norms, as the kernel takes them; and how many bytes of weights a token reads."""
+    """The shapes of the weights and norms of a layer, as the kernel takes them, and the bytes that a token reads."""
     D, I, F, moe = config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size, config.moe
     first, last = [(D, I), (D,)], [(D,), (I + 2 * config.num_kv_heads * config.head_dim, D)]
     if moe is None:
         feed_forward: list[tuple[int, ...]] = [(2, F, D), (D, F)]
-        of_them = [1, 1]
+        divisors = [1, 1]
     else:
         E, F, S = moe.num_experts, moe.intermediate_size, moe.shared_intermediate_size
         feed_forward = [(E + 1, D), (2, S, D), (E, 2, F, D), (D, S), (E, D, F)]
-        of_them = [1, 1, E // moe.num_experts_per_tok, 1, E // moe.num_experts_per_tok]
-    read = [math.prod(shape) // n for shape, n in zip(feed_forward, of_them, strict=True)]
+        divisors = [1, 1, E // moe.num_experts_per_tok, 1, E // moe.num_experts_per_tok]
+    read = [math.prod(shape) // n for shape, n in zip(feed_forward, divisors, strict=True)]
     return [*first, *feed_forward, *last], 2 * (sum(read) + math.prod(first[0]) + math.prod(last[1]))
 
 
 def layer(config: ModelConfig, seed: int) -> list[jax.Array]:
-    """Random weights of a size that keeps activations near one; the norms' are one."""
+    """Random weights scaled so that activations stay near one; the norms are one."""
 
     def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         if len(shape) == 1:
@@ -64,7 +64,7 @@ def layer(config: ModelConfig, seed: int) -> list[jax.Array]:
 
 
 def program(config: ModelConfig, blocks: int) -> Any:
-    """`_CALLS` layers with nothing between them: (heads, stream, counter, layers) to the last stream and counter."""
+    """Runs `_CALLS` layers with nothing between them: from (heads, stream, counter, layers) to stream and counter."""
     eps = config.rms_norm_eps
 
     def one(heads: jax.Array, stream: jax.Array, counter: jax.Array, weights: list[jax.Array]) -> Any:
@@ -85,7 +85,7 @@ def program(config: ModelConfig, blocks: int) -> Any:
 
 
 def measure(name: str, runs: int, copy: float) -> None:
-    """The table's row of one model."""
+    """Prints the row of one model."""
     config = published(name)
     size = shapes(config)[1]
     layers = [layer(config, seed) for seed in range(math.ceil(_CACHE / size))]
@@ -112,7 +112,7 @@ def measure(name: str, runs: int, copy: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--runs", type=int, default=5, help="of a program; a number is their median")
+    parser.add_argument("--runs", type=int, default=5, help="runs of a program; a number is their median")
     args = parser.parse_args()
     copy = copy_bandwidth() / 1e12
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {copy:.2f} TB/s, {time.strftime('%Y-%m-%d')}\n")

@@ -1,8 +1,8 @@
 """Measures `qwen_jax.kernels.matmul.few_rows_gpu` on one Hopper GPU. Results are in skinny_matmul.md.
 
-python -m experiments.kernels.skinny_matmul check    # numbers against float64, every output element written
-python -m experiments.kernels.skinny_matmul table    # each product alone, against XLA's
-python -m experiments.kernels.skinny_matmul step     # the products of a decode step with what lies between them
+python -m experiments.kernels.skinny_matmul check    # numerics against float64; every output element is written
+python -m experiments.kernels.skinny_matmul table    # each product alone, compared with XLA's
+python -m experiments.kernels.skinny_matmul step     # the products of a decode step with what is between them
 """
 
 import argparse
@@ -38,12 +38,12 @@ def shapes(model: str) -> dict[str, tuple[int, ...]]:
 
 @functools.partial(jax.jit, static_argnames="shape")
 def random_matrix(seed: int, shape: tuple[int, ...]) -> jax.Array:
-    """Normal, of a size that keeps activations near one."""
+    """Normal random numbers scaled so that activations stay near one."""
     return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16) * shape[-1] ** -0.5
 
 
 def xla(x_BK: jax.Array, w: jax.Array) -> jax.Array:
-    """What the model does without the kernels."""
+    """The product as the model computes it without the kernels."""
     if w.ndim == 2:
         return jnp.einsum("BK,NK->BN", x_BK, w)
     both = jnp.einsum("BK,GNK->GBN", x_BK, w)
@@ -56,7 +56,7 @@ def ours(x_BK: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def float64(x_BK: jax.Array, w: jax.Array) -> np.ndarray[Any, Any]:
-    """The product in float64, on the device (so that the large ones take no minutes)."""
+    """The product in float64, on the device, because large ones take minutes on the host."""
 
     def product(x: jax.Array, w: jax.Array) -> jax.Array:
         return jnp.einsum("BK,NK->BN", x.astype(jnp.float64), w.astype(jnp.float64))
@@ -69,20 +69,20 @@ def float64(x_BK: jax.Array, w: jax.Array) -> np.ndarray[Any, Any]:
 
 
 def on_poison(run: Callable[..., jax.Array], like: jax.ShapeDtypeStruct, *args: jax.Array) -> jax.Array:
-    """Runs where the result gets memory that holds NaN, and checks that it did."""
+    """Runs a function so that its result gets memory that holds NaN, and checks that it did."""
     for tries in range(1, 6):
-        # Of small buffers the allocator has many to choose from.
+        # The allocator has many small buffers to choose from.
         poison = [jax.block_until_ready(jnp.full(like.shape, jnp.nan, like.dtype)) for _ in range(4**tries)]
         places = {x.unsafe_buffer_pointer() for x in poison}
         del poison
         out = jax.block_until_ready(run(*args))
         if out.unsafe_buffer_pointer() in places:
             return out
-    raise RuntimeError("The allocator never gave a poisoned buffer back.")
+    raise RuntimeError("Expected a buffer that held NaN; the allocator gave another one each time.")
 
 
 def check() -> None:
-    """Prints the relative error of every shape; fails where it is too large or an element was not written."""
+    """Prints the relative error of every shape; fails if it is too large or an element was not written."""
     cases = [s for model in MODELS for s in shapes(model).values()]
     # Shards of tensor parallelism, other sizes, and odd ends in N and K.
     cases += [(1152, 3584), (3584, 896), (2, 4736, 3584), (3584, 2368), (896, 448), (2, 8960, 1536), (5120, 13824)]
@@ -107,11 +107,11 @@ def check() -> None:
         error = np.linalg.norm(got - want[:B]) / np.linalg.norm(want[:B])
         print(f"{shape!s:>18} {B:3d} rows: relative error {error:.1e}", flush=True)
         if not error < (5e-5 if len(shape) == 2 else 3e-3):
-            raise SystemExit("Too large.")
+            raise SystemExit(f"The relative error of {shape} with {B} rows is too large: {error:.1e}.")
 
 
 def table(batches: tuple[int, ...] = (1, 8, 64), buffer_bytes: float = 4e8) -> None:
-    """Prints time on the device (CUPTI) and bandwidth of W for each product, ours and XLA's."""
+    """Prints device time (CUPTI) and bandwidth of W for each product, ours and XLA's."""
     jobs: list[tuple[str, str, int, str, Any]] = []
     for model in MODELS:
         for name, shape in shapes(model).items():
@@ -171,7 +171,7 @@ def norm(x_BD: jax.Array) -> jax.Array:
 
 
 def between(qkv_BN: jax.Array, D: int) -> jax.Array:
-    """Stands for RoPE, cache and attention: five small operations that XLA may not join."""
+    """Stands for RoPE, cache and attention: five small operations that XLA may not fuse."""
     x_BD = qkv_BN[:, :D]
     for i in range(5):
         x_BD = jax.lax.optimization_barrier(jnp.tanh(jnp.roll(x_BD, i + 1, axis=1)) + 0.5 * x_BD)

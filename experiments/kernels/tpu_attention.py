@@ -1,10 +1,10 @@
-"""Attention kernels on TPUs without a TPU, ours beside splash attention. Results: tpu_attention.md.
+"""Estimates of attention kernels on TPUs without a TPU: ours and splash attention. Results: tpu_attention.md.
 
     python -m experiments.kernels.tpu_attention ours        # forward, gradient and decoding by qwen_jax.kernels
     python -m experiments.kernels.tpu_attention splash      # JAX's splash attention, forward and gradient
-    python -m experiments.kernels.tpu_attention published   # tokamax's beside its published times; needs tokamax
+    python -m experiments.kernels.tpu_attention published   # tokamax's and its published times; needs tokamax
 
-Times are estimates by `tpu_schedule`: compiled, not run.
+Times are estimates of `tpu_schedule`: compiled, not run.
 """
 
 import argparse
@@ -26,7 +26,7 @@ _MODULE = "experiments.kernels.tpu_attention"
 
 
 def ours(T: int, H: int, d: int, gradient: bool = False) -> tuple[Callable[..., Any], list[Any]]:
-    """`flash_tpu` with as many key/value heads; with `gradient` its gradient too."""
+    """`flash_tpu` with as many key/value heads as query heads; with `gradient` its gradient too."""
     import jax
     import jax.numpy as jnp
 
@@ -63,7 +63,7 @@ def ours_decoding(B: int, S: int, H: int, K: int, d: int, page: int = 0) -> tupl
 def splash(
     T: int, H: int, d: int, block_q: int, block_kv: int, block_compute: int, gradient: str = ""
 ) -> tuple[Callable[..., Any], list[Any]]:
-    """JAX's splash attention, causal; with `gradient` "fused" (one kernel more) or "split" (two) its gradient too."""
+    """JAX's splash attention, causal; with `gradient` "fused" (one more kernel) or "split" (two) its gradient too."""
     import jax
     import jax.numpy as jnp
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
@@ -117,26 +117,26 @@ def _with_gradient(attention: Callable[..., Any], x: Any, gradient: bool) -> tup
 
     if not gradient:
         return attention, [x] * 3
-    return lambda q, k, v, by: jax.vjp(attention, q, k, v)[1](by), [x] * 4
+    return lambda q, k, v, dout: jax.vjp(attention, q, k, v)[1](dout), [x] * 4
 
 
 def causal_tiles(T: int, block_q: int, block_kv: int) -> tuple[int, int]:
-    """Tiles that a causal mask leaves whole, and tiles that it cuts."""
+    """The number of tiles that a causal mask leaves whole, and of those that it masks partly."""
     starts = range(0, T, block_q)
     whole = sum((i + 1) // block_kv for i in starts)
     return whole, sum(math.ceil((i + block_q) / block_kv) for i in starts) - whole
 
 
 def _splash_estimate(kernel: Kernel, T: int, H: int, d: int, block_q: int, block_kv: int, fused: bool) -> Estimate:
-    """Of one kernel of `splash`. Its grid has tiles above the diagonal too, which it skips; others cost the same."""
+    """The estimate of one kernel of `splash`. Its grid has tiles above the diagonal, which it skips."""
     q_tiles, kv_tiles, visits = T // block_q, T // block_kv, sum(causal_tiles(T, block_q, block_kv))
     by_keys = "dkv" in kernel.name
-    # Positions read and written, of a head: once, and at each visit. Fused, each tile of keys writes its part of dq.
+    # Positions of a head read and written: once, and at each visit. Fused, each key tile writes its part of dq.
     once = 4 * T if by_keys else (3 if "dq" in kernel.name else 2) * T
     often = 2 * visits * (block_q if by_keys else block_kv) + (T * kv_tiles if fused and by_keys else 0)
     ends = kv_tiles if by_keys else q_tiles
     runs = {"step": q_tiles * kv_tiles, "step.0": ends, "step.1": visits, "step.2": ends}
-    # A row of head_dim 64 takes the room of one of 128 in HBM.
+    # A row of head_dim 64 takes the space of one of 128 in HBM.
     return estimate(kernel, {name: H * n for name, n in runs.items()}, H * max(d, 128) * 2 * (once + often))
 
 
@@ -149,9 +149,9 @@ LENGTHS = (4096, 16384, 131072)
 
 
 def splash_rows(chip: str, d: int, blocks: tuple[int, int, int], gradient: str) -> dict[str, Any]:
-    """Estimates of `splash` at `LENGTHS`, heads x head_dim = 2048; a gradient's are without the forward pass."""
+    """Estimates of `splash` at `LENGTHS`, heads x head_dim = 2048; gradients without the forward pass."""
     H, names = 2048 // d, ("block_q", "block_kv", "block_compute")
-    # What a step costs does not depend on the length nor on the number of heads.
+    # The cost of a step depends neither on the length nor on the number of heads.
     kwargs = {"T": 2 * max(blocks), "H": 2, "d": d, "gradient": gradient} | dict(zip(names, blocks, strict=True))
     kernels = compile_kernels(f"{_MODULE}:splash", TOPOLOGIES[chip], kwargs)
     kernels = sorted((k for k in kernels if ("fwd" in k.name) != bool(gradient)), key=lambda kernel: kernel.name)
@@ -169,7 +169,7 @@ def splash_rows(chip: str, d: int, blocks: tuple[int, int, int], gradient: str) 
     return row
 
 
-# Of openxla/tokamax, data/autotuning/{tpu_v5,tpu_v6_lite,tpu7x}/pallas_mosaic_tpu_flash_attention*.json: medians of
+# From openxla/tokamax, data/autotuning/{tpu_v5,tpu_v6_lite,tpu7x}/pallas_mosaic_tpu_flash_attention*.json: medians of
 # five, with the blocks found fastest. 16,384 tokens in rows of T, heads x head_dim = 2048, bfloat16. Chip, T, head_dim,
 # causal, blocks, layouts of q, k, v (1 head_dim minor, 2 sequence minor), scheduler, gradient, ms.
 PUBLISHED: tuple[tuple[str, int, int, bool, tuple[int, int, int], str, bool, bool, float], ...] = (
@@ -194,20 +194,20 @@ PUBLISHED: tuple[tuple[str, int, int, bool, tuple[int, int, int], str, bool, boo
 
 
 def published_row(row: tuple[Any, ...]) -> dict[str, Any]:
-    """One published time beside its estimate."""
+    """One published time and its estimate."""
     chip, T, d, causal, (block_q, block_kv, _), layouts, scheduler, gradient, measured = row
     kwargs = {"d": d, "causal": causal, "layouts": layouts, "scheduler": scheduler, "gradient": gradient}
     kwargs |= {"T": 2 * max(block_q, block_kv), "H": 2, "blocks": row[4]}
     kernel = compile_kernels(f"{_MODULE}:tokamax", TOPOLOGIES[chip], kwargs)[-1]
     q_tiles, kv_tiles, heads = T // block_q, T // block_kv, 16384 // T * 2048 // d
     whole, cut = causal_tiles(T, block_q, block_kv) if causal else (q_tiles * kv_tiles, 0)
-    # Its grid has only the tiles that the mask leaves, but that of the gradient has all.
+    # The grid of the forward pass has only the tiles that the mask leaves; that of the gradient has all tiles.
     runs = {"step": q_tiles * kv_tiles if gradient else whole + cut}
     runs |= dict(zip(kernel.products, (whole, cut), strict=False))
     before_and_behind = [r.name for r in kernel.regions if r.parent == "step" and r.name not in kernel.products]
     runs |= dict.fromkeys(before_and_behind, kv_tiles if gradient else q_tiles)
     result = estimate(kernel, {name: heads * n for name, n in runs.items()})
-    # XLA transposes q, k, v and the output; in the gradient theirs too, and it sums q's over the tiles of keys.
+    # XLA transposes q, k, v and the output; for the gradient also their gradients, and it sums dq over the key tiles.
     arrays = 8 + kv_tiles if gradient else 4
     outside = 2 * arrays * 16384 * 2048 * 2 * max(1, 128 // d) * CORES[chip].devices / CHIPS[chip].hbm_bandwidth
     facts = {"chip": chip, "T": T, "d": d, "causal": causal, "gradient": gradient, "blocks": row[4]}
@@ -217,15 +217,15 @@ def published_row(row: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _sizes(chip: str, T: int, d: int) -> Tiling:
-    """The sizes that `choose_tiling` finds on a chip."""
+    """The sizes that `choose_tiling` gives for a chip."""
     core = CORES[chip]
     return choose_tiling(T, T, d, "bfloat16", Core(core.vmem, core.mxu_width))
 
 
 def _ours_estimate(kernel: Kernel, tiles: Tiling, T: int, H: int, d: int) -> Estimate:
-    """Of one kernel of `ours`.
+    """The estimate of one kernel of `ours`.
 
-    Its loop runs over the tiles that are visited, and has a body for whole ones and one for those that the mask cuts.
+    Its loop runs over the visited tiles, and has one body for whole tiles and one for partly masked tiles.
     """
     backward = "backward" in kernel.name
     segment = tiles.backward_segment if backward else tiles.segment
@@ -233,28 +233,28 @@ def _ours_estimate(kernel: Kernel, tiles: Tiling, T: int, H: int, d: int) -> Est
     whole, cut = causal_tiles(T, tiles.queries, tiles.keys)
     loop = next(r.name for r in kernel.regions if r.kind == "loop" and r.name.startswith("step"))
     full, masked = (r.name for r in kernel.regions if r.parent == loop)
-    # Segments that a tile of queries visits, all of them together.
+    # Segments that are visited, over all query tiles.
     met = sum(math.ceil((i + tiles.queries) / segment) for i in range(0, T, tiles.queries))
     runs = {"step": q_tiles * segments, loop: whole + cut, full: whole, masked: cut}
     branches = [r for r in kernel.regions if r.parent == "step" and r.name != loop]
     for r in branches:
         around_the_loop = loop.startswith(f"{r.name}.")
-        # Forward, the first and the last segment of a tile have more to do; backward, the first and last tile of one.
+        # Forward, the first and last segment of a query tile do more; backward, the first and last tile of a segment.
         runs[r.name] = (met if around_the_loop else segments) if backward else q_tiles
     wide = max(d, 128)
     if backward:
-        # Of each segment: queries, output's gradient and a part of the queries'; and XLA adds up the parts.
+        # For each segment: queries, dout and a part of dq; XLA adds up the parts.
         numbers = segments * T * wide * (2 + 2 + (4 if segments > 1 else 2)) + T * wide * 2 * 4
         numbers += 3 * segments * T * wide * 4 * (segments > 1)
     else:
         numbers = T * wide * 2 * 2 + (met * segment if segments > 1 else T) * wide * 2 * 2
-        # Both ends of intervals: a number, or one in every lane.
+        # Both ends of the intervals: one number, or one in every lane.
         numbers += 2 * 4 * T * (1 if d < tiles.lanes else 128)
     return estimate(kernel, {name: H * n for name, n in runs.items()}, H * numbers)
 
 
 def ours_rows(chip: str, d: int, T: int, gradient: bool) -> dict[str, Any]:
-    """An estimate of `ours`, heads x head_dim = 2048; a gradient's is without the forward pass."""
+    """An estimate of `ours`, heads x head_dim = 2048; gradients without the forward pass."""
     H, tiles = 2048 // d, _sizes(chip, T, d)
     kernels = compile_kernels(f"{_MODULE}:ours", TOPOLOGIES[chip], {"T": T, "H": 2, "d": d, "gradient": gradient})
     [kernel] = (k for k in kernels if ("backward" in k.name) == gradient)
@@ -273,15 +273,15 @@ def ours_rows(chip: str, d: int, T: int, gradient: bool) -> dict[str, Any]:
 
 
 def decoding_row(chip: str, B: int, S: int, page: int) -> dict[str, Any]:
-    """An estimate of decoding with the shapes of 7B, all S slots live."""
+    """An estimate of decoding with the shapes of 7B, all S slots in use."""
     H, K, d = 28, 4, 128
     kwargs = {"B": B, "S": S, "H": H, "K": K, "d": d, "page": page}
     [kernel] = compile_kernels(f"{_MODULE}:ours_decoding", TOPOLOGIES[chip], kwargs)
     core = CORES[chip]
-    # A tile is of one head, or of all heads of some pages.
+    # A tile belongs to one head, or it has some pages of all heads.
     tiles = B * K * S * d * 4 // cache_tile_bytes(CHIPS[chip].hbm_bandwidth / core.devices / core.cores)
     if page:
-        # The loop with the products runs over tiles; those within and before it start and await copies of pages.
+        # The loop with the products runs over tiles; the loops inside and before it start and await copies of pages.
         main = next(r.name for r in kernel.regions if r.kind == "loop" and r.share("MXU"))
         loops = [r for r in kernel.regions if r.kind == "loop" and r.name != main and r.trips is None]
         pages = B * S // page
@@ -297,11 +297,12 @@ def decoding_row(chip: str, B: int, S: int, page: int) -> dict[str, Any]:
 
 
 def print_rows(jobs: Sequence["functools.partial[dict[str, Any]]"], as_lines: bool) -> None:
+    """Prints a table of the rows that the jobs compute, or with `as_lines` one line of JSON for each."""
     headed = False
     for job in jobs:
         try:
             row = job()
-        except InputError as error:  # One that the compiler refuses must not end the table.
+        except InputError as error:  # A kernel that the compiler refuses must not end the table.
             print(f"{job.args}: {str(error)[-300:]}", file=sys.stderr, flush=True)
             continue
         if not as_lines and not headed:

@@ -1,20 +1,22 @@
-"""Time of a Pallas TPU kernel without a TPU, from the schedule that its compiler ends with. `tpu_attention`
-has tables of attention kernels.
+"""Estimates the time of a Pallas TPU kernel without a TPU, from the final schedule of the compiler.
+
+`tpu_attention` and `grouped_tpu` print tables of our kernels.
 
     python -m experiments.kernels.tpu_schedule module:function --kwargs '{"d": 64}' --topology v6e:2x2
     python -m experiments.kernels.tpu_schedule module:function --executions '{"step": 528, "step.1": 496, ...}'
 
-`module:function` is a function that returns another one and its arguments as `jax.ShapeDtypeStruct`s; the kernels in it
-are compiled for the topology in a process of their own. Only the other one, when it is traced, can ask for the device
-(`pltpu.get_tpu_info`); before, there is just the CPU. A TPU core issues one bundle of instructions a cycle, in order.
-So the time of a kernel is bundles x executions / clock, or that of its bytes from and to HBM if that is longer.
-What is not seen: waiting for a copy that was started too late, the launch, and operations of XLA around the kernel.
+`module:function` returns another function and its arguments as `jax.ShapeDtypeStruct`s. The kernels in that function
+are compiled for the topology, in a separate process. Only while it is traced can it ask for the device
+(`pltpu.get_tpu_info`); before that there is only the CPU. A TPU core issues one bundle of instructions per cycle, in
+order. So the time of a kernel is bundles x executions / clock, or that of its bytes from and to HBM if that is longer.
+The estimate does not include waiting for a copy that was started too late, the launch, and the operations of XLA around
+the kernel.
 
-Each bundle is listed once, branches and loops too. The command lists the regions between branches: `grid` is the loop
-over the grid, `step` its body, `step.0`, `step.1` ... the branches (`pl.when`, each side of `lax.cond`) and loops in
-it in the order of the program, `step.1.0` what is inside one of them. With `--scopes` a `jax.named_scope` around all
-that is in a branch gives it that name. How often each runs depends on shapes and masks: say it in `executions`, all
-cores together.
+The schedule has each bundle once, in branches and loops too. The command lists the regions between branches: `grid` is
+the loop over the grid, `step` its body, `step.0`, `step.1` ... the branches (`pl.when`, each side of `lax.cond`) and
+loops in it in the order of the program, `step.1.0` a region inside one of them. With `--scopes` a `jax.named_scope`
+around everything in a branch names it. How often each region runs depends on shapes and masks: pass it as `executions`,
+summed over all cores.
 """
 
 import argparse
@@ -40,15 +42,15 @@ from train.plan.topology import CHIPS
 
 @dataclasses.dataclass(frozen=True)
 class Core:
-    """What a TensorCore is to its schedule.
+    """What a schedule depends on: one TensorCore.
 
     Attributes:
       clock: Hz.
-      cores: of one JAX device; with two, a grid with a parallel dimension is split among them (megacore).
-      devices: of one chip.
-      mxu_width: rows and columns of a matrix unit. Of a product it takes that much of each at once, filled or not.
-      vmem: bytes.
-      delay_slots: bundles behind a branch that run whether it is taken or not.
+      cores: cores of one JAX device; with two, a grid with a parallel dimension is split between them (megacore).
+      devices: JAX devices of one chip.
+      mxu_width: rows and columns of a matrix unit. A product uses that many of each at once, filled or not.
+      vmem: bytes of VMEM.
+      delay_slots: bundles after a branch that run whether it is taken or not.
     """
 
     clock: float
@@ -60,9 +62,9 @@ class Core:
 
 
 MiB = 1 << 20
-# Clocks are the published peaks (train/topology.py) over what the matrix units do in a cycle: 4 of 128x128, from v6e
-# on 2 of 256x256 that take two rows. Sizes are of a core, from jax/_src/pallas/mosaic/tpu_info.py; delay slots as seen
-# in schedules. By its peak 7x would run at 2.2 GHz; 1.9 is what XLA itself counts with, and published times agree.
+# Clocks are the published peaks (train/plan/topology.py) over the work of the matrix units in a cycle: 4 of 128x128,
+# from v6e on 2 of 256x256 that take two rows. Sizes of a core are from jax/_src/pallas/mosaic/tpu_info.py; delay slots
+# are those of schedules. The peak of 7x implies 2.2 GHz; XLA itself uses 1.9, and published times agree with that.
 CORES = {
     "v4": Core(1.05e9, 2, 1, 128, 16 * MiB, 4),
     "v5e": Core(1.50e9, 1, 1, 128, 128 * MiB, 4),
@@ -72,8 +74,8 @@ CORES = {
 }
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "7x:2x2x1"}
 
-# Columns of the compiler's table: slots of each unit that a bundle takes. Loads and stores that bring back and put away
-# registers are counted again in columns of their own.
+# Columns of the compiler's table: slots of each unit that a bundle uses. Loads and stores of spilled registers are also
+# counted in separate columns.
 UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VLOAD:FILL", "VSTORE", "VSTORE:SPILL", "SALU")
 
 _MODULE = "experiments.kernels.tpu_schedule"
@@ -94,10 +96,10 @@ class Region:
       name: unique in its kernel.
       kind: "kernel", "loop" or "when".
       parent: name of the region around it, "" of the kernel.
-      bundles: its own, without those of regions inside it.
-      slots: taken in those bundles, for each of `UNITS`.
+      bundles: without those of the regions inside it.
+      slots: used in these bundles, for each of `UNITS`.
       capacity: slots of each unit in one bundle.
-      trips: of a loop from 0 to a constant, else None. On one core.
+      trips: of a loop from 0 to a constant, on one core; otherwise None.
     """
 
     name: str
@@ -109,23 +111,23 @@ class Region:
     trips: int | None
 
     def share(self, unit: str) -> float:
-        """Slots taken of those there are."""
+        """The share of the slots of a unit that is used."""
         i = UNITS.index(unit)
         return self.slots[i] / (self.capacity[i] * self.bundles) if self.bundles else 0.0
 
     @property
     def spills(self) -> int:
-        """Vector registers put away."""
+        """Stores of spilled vector registers."""
         return self.slots[UNITS.index("VSTORE:SPILL")]
 
     @property
     def fills(self) -> int:
-        """Vector registers brought back."""
+        """Loads of spilled vector registers."""
         return self.slots[UNITS.index("VLOAD:FILL")]
 
     @property
     def busiest(self) -> str:
-        """The unit with the greatest share."""
+        """The unit with the largest share."""
         return max(UNITS, key=self.share)
 
 
@@ -137,9 +139,9 @@ class Kernel:
       name: in the compiled program.
       chip: key of `CORES`.
       regions: in the order of the program, the kernel itself first.
-      cores: that work on it.
+      cores: that run it.
       vmem: bytes of windows, scratch and spilled registers.
-      vmem_spilled: bytes of the last.
+      vmem_spilled: bytes of spilled registers.
     """
 
     name: str
@@ -160,11 +162,11 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Seconds that a kernel is expected to take.
+    """The estimated time of a kernel.
 
     Attributes:
       kernel: what was compiled.
-      executions: of each region, all cores together.
+      executions: of each region, summed over all cores.
       assumed: regions whose executions were not given.
       schedule: seconds of the bundles.
       hbm: seconds of the bytes.
@@ -182,23 +184,23 @@ class Estimate:
         return max(self.schedule, self.hbm)
 
     def part(self, region: Region) -> float:
-        """Share of a region in the bundles that are run."""
+        """The share of a region in the executed bundles."""
         total = sum(r.bundles * self.executions[r.name] for r in self.kernel.regions)
         return region.bundles * self.executions[region.name] / total
 
 
 def estimate(kernel: Kernel, executions: Mapping[str, float], hbm_bytes: float = 0.0) -> Estimate:
-    """Adds up a kernel's regions.
+    """Adds up the regions of a kernel.
 
     Args:
       kernel: from `compile_kernels`.
-      executions: how often each region runs, all cores together, by name. What is left out runs as often as the region
-        around it, a loop with a known number of trips so many times more; `grid`, where not given, two more than `step`
-        on each core, as the pipeline of copies makes it.
-      hbm_bytes: read and written.
+      executions: how often each region runs, by name, summed over all cores. By default a region runs as often as the
+        region around it, and a loop with a known number of trips that many times more. `grid` runs two more times than
+        `step` on each core, because of the pipeline of copies.
+      hbm_bytes: bytes read and written.
 
     Raises:
-      InputError: a name that isn't a region's, or a loop with no known number of trips.
+      InputError: a name that is not a region, or a loop without a known number of trips.
     """
     core, names = CORES[kernel.chip], [region.name for region in kernel.regions]
     if unknown := set(executions) - set(names):
@@ -221,7 +223,9 @@ def estimate(kernel: Kernel, executions: Mapping[str, float], hbm_bytes: float =
         elif region.trips is not None:
             counts[region.name] = counts[region.parent] * region.trips
         else:
-            raise InputError(f"Say in executions how often {region.name} of {kernel.name} runs; it is a loop.")
+            raise InputError(
+                f"Expected executions of the loop {region.name} of {kernel.name}, whose trips are not known; pass them."
+            )
     cycles = sum(region.bundles * counts[region.name] for region in kernel.regions) / kernel.cores
     bandwidth = CHIPS[kernel.chip].hbm_bandwidth / core.devices
     return Estimate(kernel, counts, tuple(assumed), cycles / core.clock, hbm_bytes / bandwidth)
@@ -230,16 +234,16 @@ def estimate(kernel: Kernel, executions: Mapping[str, float], hbm_bytes: float =
 def compile_kernels(
     build: str, topology: str, kwargs: Mapping[str, Any] | None = None, scopes: bool = False
 ) -> list[Kernel]:
-    """Compiles what a function builds for a TPU, in a process of its own, and reads the schedules of its kernels.
+    """Compiles what a function builds for a TPU, in a separate process, and reads the schedules of its kernels.
 
     Args:
       build: "module:function". Called with `kwargs` it returns a function and its arguments, `jax.ShapeDtypeStruct`s.
       topology: such as "v5p:2x2x1"; one device of it is compiled for.
-      kwargs: what JSON can say.
-      scopes: name regions by the `jax.named_scope` in them. It compiles twice, as recording them moves bundles.
+      kwargs: values that JSON can represent.
+      scopes: name regions by the `jax.named_scope` in them. It compiles twice, because recording them moves bundles.
 
     Raises:
-      InputError: the compiler refuses; its own words are in the message.
+      InputError: the compiler refuses; its message is included.
     """
     chip = topology.partition(":")[0]
     plain = _dump(build, topology, kwargs or {}, "")
@@ -278,12 +282,14 @@ def _dump(build: str, topology: str, kwargs: Mapping[str, Any], flags: str) -> d
 def _text(folder: Path, name: str, kind: str) -> str:
     files = [x for x in folder.iterdir() if re.fullmatch(rf"\d+-{re.escape(name)}-\d+-{kind}\.txt", x.name)]
     if not files:
-        raise InputError(f"The compiler wrote no {kind} of {name}: this libtpu is not one that the tool knows.")
+        raise InputError(
+            f"Expected a file {kind} of {name} from the compiler; this version of libtpu is not supported."
+        )
     return files[0].read_text()
 
 
 def compile_here(build: str, topology: str, kwargs: Mapping[str, Any]) -> list[str]:
-    """What the process for one compilation does; the names of the kernels."""
+    """Compiles in this process, and returns the names of the kernels."""
     import jax
 
     from train.plan.topology import target
@@ -293,14 +299,14 @@ def compile_here(build: str, topology: str, kwargs: Mapping[str, Any]) -> list[s
     device = target(topology).devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
     placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in arguments]
-    # What asks for the device while it is traced, such as `get_tpu_info`, looks at the mesh.
+    # Functions that ask for the device while tracing, such as `get_tpu_info`, look at the mesh.
     with jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("x",))):
         text = jax.jit(function).lower(*placed).compile().as_text() or ""
     return re.findall(r"%(\S+) = .*custom_call_target=\"tpu_custom_call\"", text)
 
 
 def read_kernel(name: str, chip: str, bundles: str, units: str, allocations: str, scopes: str = "") -> Kernel:
-    """Reads what the compiler wrote of one kernel.
+    """Reads the files of the compiler for one kernel.
 
     Args:
       name: of the kernel.
@@ -308,10 +314,10 @@ def read_kernel(name: str, chip: str, bundles: str, units: str, allocations: str
       bundles: the file `*-packed-bundles-post-ra.txt`: one entry for each cycle, branches with their targets.
       units: the file `*-pre-delay_hlo-static-per-bundle-utilization.txt`: one row for each of those.
       allocations: the file `*-post-ra.txt`.
-      scopes: `bundles` of a compilation that records the names of scopes, or none.
+      scopes: `bundles` of a compilation that records the names of scopes, or "".
 
     Raises:
-      InputError: the texts don't fit together.
+      InputError: the files do not match.
     """
     core = CORES[chip]
     texts = _bundles(bundles)
@@ -349,7 +355,7 @@ class _Span:
 
 
 def _bundles(text: str) -> list[str]:
-    """Text of each bundle; one may go on for several lines."""
+    """The text of each bundle, which may have several lines."""
     texts: list[str] = []
     for line in text.splitlines():
         if (found := _BUNDLE.match(line)) and int(found[1], 16) == len(texts):
@@ -360,14 +366,14 @@ def _bundles(text: str) -> list[str]:
 
 
 def _spans(texts: Sequence[str], delay_slots: int) -> list[_Span]:
-    """A branch forward guards what it jumps over; one backward ends a loop that begins where it leads."""
+    """Spans of code: a forward branch guards what it jumps over, a backward branch ends a loop that begins there."""
     found = []
     for i, text in enumerate(texts):
         for branch in _BRANCH.finditer(text):
             to, behind = int(branch[1]), i + 1 + delay_slots
             found.append(_Span("loop", to, behind, None) if to <= i else _Span("when", behind, to, None))
     found = [span for span in found if span.start < span.end]
-    # Of two that are the same, a guard is around its loop.
+    # If a guard and a loop are the same span, the guard is around the loop.
     found.sort(key=lambda x: (x.start, -x.end, x.kind == "loop"))
     spans = [_Span("kernel", 0, len(texts), None), *found]
     open_ = [0]
@@ -402,7 +408,7 @@ def _names(spans: Sequence[_Span], scopes: Mapping[int, str]) -> list[str]:
 
 
 def _scope_names(text: str, plain: Sequence[_Span], delay_slots: int) -> dict[int, str]:
-    """The first scope that begins in each region itself; none where recording them changed the regions."""
+    """The first scope that begins in each region; none if recording scopes changed the regions."""
     texts = _bundles(text)
     spans = _spans(texts, delay_slots)
     if [(x.kind, x.parent) for x in spans] != [(x.kind, x.parent) for x in plain]:
@@ -416,13 +422,13 @@ def _scope_names(text: str, plain: Sequence[_Span], delay_slots: int) -> dict[in
 
 
 def report(result: Estimate) -> str:
-    """What is known of a kernel, with its regions as a table in Markdown."""
+    """A summary of a kernel, with its regions as a Markdown table."""
     kernel, core, units = result.kernel, CORES[result.kernel.chip], ("MXU", "VALU", "XLU", "EUP", "VLOAD", "VSTORE")
     lines = [
         f"{kernel.name}: {kernel.cores} core(s) of {kernel.chip} at {core.clock / 1e9:.2f} GHz; VMEM "
         f"{kernel.vmem / MiB:.1f} of {core.vmem / MiB:.0f} MiB, {kernel.vmem_spilled / MiB:.1f} of it spilled "
         f"registers; schedule {result.schedule * 1e3:.3f} ms, HBM {result.hbm * 1e3:.3f} ms.",
-        f"| region | runs | bundles | of the time | {' | '.join(units)} | registers spilled | brought back |",
+        f"| region | runs | bundles | of the time | {' | '.join(units)} | registers spilled | restored |",
         "|---" * 12 + "|",
     ]
     for region in kernel.regions:
@@ -435,19 +441,19 @@ def report(result: Estimate) -> str:
 
 
 def as_json(result: Estimate) -> str:
-    """All that is known of a kernel as one line of JSON; `slots` are of `units`."""
+    """Everything known of a kernel as one line of JSON; `slots` are those of `units`."""
     return json.dumps({"seconds": result.seconds, "units": UNITS, **dataclasses.asdict(result)})
 
 
 def main() -> None:
-    """Prints what was asked for."""
+    """Prints the report of each kernel."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("build", help="module:function, which returns a function and its arguments")
     parser.add_argument("--kwargs", type=json.loads, default={}, help="for the function, as JSON")
     parser.add_argument("--topology", default="v5p:2x2x1", help="; ".join(TOPOLOGIES.values()))
     parser.add_argument("--kernel", default="", help="only kernels with this in their name")
-    parser.add_argument("--executions", type=json.loads, default={}, help="of regions, all cores together, as JSON")
-    parser.add_argument("--hbm-bytes", type=float, default=0.0, help="that the kernel reads and writes")
+    parser.add_argument("--executions", type=json.loads, default={}, help="of regions, summed over all cores, as JSON")
+    parser.add_argument("--hbm-bytes", type=float, default=0.0, help="bytes that the kernel reads and writes")
     parser.add_argument("--scopes", action="store_true", help="name regions by jax.named_scope; compiles twice")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each kernel")
     parser.add_argument("--compile", action="store_true", help="only compile, and print the kernels' names")
@@ -457,7 +463,7 @@ def main() -> None:
         return
     for kernel in compile_kernels(args.build, args.topology, args.kwargs, args.scopes):
         if args.kernel in kernel.name:
-            # To look at it, a loop whose trips nobody said runs once.
+            # A loop with an unknown number of trips is counted once.
             unknown = {r.name: 1.0 for r in kernel.regions if r.kind == "loop" and r.trips is None}
             result = estimate(kernel, unknown | args.executions, args.hbm_bytes)
             print(as_json(result) if args.json else report(result), flush=True)

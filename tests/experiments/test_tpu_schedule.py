@@ -119,7 +119,7 @@ def test_trips_of_a_grid_are_known_and_two_of_them_only_fill_the_pipeline() -> N
 
 
 def test_what_cannot_be_counted_is_refused() -> None:
-    with pytest.raises(InputError, match=r"step\.1\.0 of toy\.1 runs; it is a loop"):
+    with pytest.raises(InputError, match=r"step\.1\.0 of toy\.1, whose trips are not known"):
         estimate(_kernel(), {})
     with pytest.raises(InputError, match=r"which are kernel, grid, step.*masked"):
         estimate(_kernel(), {"masked": 1})
