@@ -14,6 +14,7 @@ from qwen_jax.config import ModelConfig, adapter_problem, load_config
 from qwen_jax.errors import NO_ROOM, InputError
 from qwen_jax.files import read_json, why_unusable
 from qwen_jax.hub import TOKENIZER
+from qwen_jax.units import binary_size
 
 Format = Literal["hf", "orbax"]
 PICKLES = (".bin", ".pt", ".pth")
@@ -81,7 +82,7 @@ def new_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
     free = shutil.disk_usage(existing).free
     if needed_bytes > free:
         raise InputError(
-            f"Writing {folder} needs {needed_bytes / 1e9:.2f} GB, {existing} has {free / 1e9:.2f} GB free. "
+            f"Writing {folder} needs {binary_size(needed_bytes)}, {existing} has {binary_size(free)} free. "
             "Make room or choose another disk."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)

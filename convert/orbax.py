@@ -48,11 +48,11 @@ class _Handler(type_handlers.TypeHandler):
     def typestr(self) -> str:
         return self._typestr
 
-    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
+    async def metadata(self, infos: Sequence[type_handlers.ParamInfo]) -> Sequence[Any]:
         raise NotImplementedError
 
     async def serialize(
-        self, values: Sequence[_Shell], infos: Sequence[Any], args: Sequence[Any] | None = None
+        self, values: Sequence[_Shell], infos: Sequence[type_handlers.ParamInfo], args: object = None
     ) -> Sequence[Any]:
         for shell, info in zip(values, infos, strict=True):
             await info.await_path_creation()
@@ -65,11 +65,11 @@ class _Handler(type_handlers.TypeHandler):
             await ts.open({**_spec(info), "metadata": metadata}, create=True)
         return []
 
-    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
+    async def deserialize(self, infos: Sequence[type_handlers.ParamInfo], args: object = None) -> Sequence[Any]:
         return [await ts.open(_spec(info), open=True, read=True) for info in infos]
 
 
-def _spec(info: Any) -> dict[str, Any]:
+def _spec(info: type_handlers.ParamInfo) -> dict[str, Any]:
     """TensorStore's specification of a leaf, in any of the layouts that Orbax has."""
     if info.is_ocdbt_checkpoint:
         kvstore = {"driver": "ocdbt", "base": f"file://{info.parent_dir}/", "path": info.name}
@@ -221,8 +221,8 @@ def _open(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _chunk_bytes(store: Any) -> int:
-    return int(np.prod(store.chunk_layout.read_chunk.shape)) * store.dtype.numpy_dtype.itemsize
+def _chunk_bytes(store: ts.TensorStore) -> int:
+    return int(np.prod(np.array(store.chunk_layout.read_chunk.shape))) * store.dtype.numpy_dtype.itemsize
 
 
 class _Sink:

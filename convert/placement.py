@@ -20,6 +20,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params, param_specs
+from qwen_jax.units import binary_size
 
 Range = tuple[int, int]
 
@@ -44,7 +45,7 @@ def place(source: Source, mesh: Mesh, dtype: DTypeLike | None = None, options: O
     config = source.config
     target = None if dtype is None else parse_dtype(dtype)
     check_storable(source, target)
-    specs = param_specs(config, Sharding.for_model(config, mesh), Options(stacked=True))
+    specs = param_specs(config, Sharding.for_inference(config, mesh), Options(stacked=True))
     shardings = {leaf: NamedSharding(mesh, _at(specs, leaf.path)) for leaf in leaves(config)}
     _check_memory(source, shardings, target)
     params: Params = {"layers": {} if options.stacked else [{} for _ in range(config.num_layers)]}
@@ -196,7 +197,7 @@ def _check_memory(source: Source, shardings: dict[Leaf, NamedSharding], dtype: n
             free, where = _available_host_bytes() // len(local), "this machine"
         if needed > free:
             raise InputError(
-                f"The parameters need {needed / 1e9:.2f} GB a device, {where} has {free / 1e9:.2f} GB for each. "
+                f"The parameters need {binary_size(needed)} a device, {where} has {binary_size(free)} for each. "
                 "Use a smaller dtype, or a mesh with a larger tensor or fsdp axis."
             )
 

@@ -115,7 +115,7 @@ class _DuplicateKeyError(Exception):
     pass
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) != len(pairs):
         raise _DuplicateKeyError("a key stands in it twice")
@@ -126,10 +126,10 @@ def _invalid(path: Path, what: str) -> InputError:
     return InputError(f"{path} is not a valid safetensors file: {what}. Fetch or write it again.")
 
 
-def _fields(path: Path, name: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
+def _fields(path: Path, name: str, value: object) -> tuple[str, tuple[int, ...], int, int]:
     """The checked fields of one header entry: dtype code, shape, first and last byte."""
 
-    def naturals(x: Any) -> bool:
+    def naturals(x: object) -> bool:
         return isinstance(x, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in x)
 
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
@@ -194,7 +194,7 @@ def read_folder(folder: Path, optional: Callable[[str], bool] = lambda name: Fal
             elif not optional(name):
                 raise InputError(f"{folder}: both {entries[name].file.name} and {file} hold tensor {name}.")
     for name, file in weight_map.items():
-        if not optional(name) and (name not in entries or entries[name].file.name != file):
+        if (name not in entries or entries[name].file.name != file) and not optional(name):
             raise InputError(f"{index} says that {file} holds tensor {name}; it does not.")
     unlisted = sorted(name for name in set(entries) - set(weight_map) if not optional(name))
     if unlisted:

@@ -29,8 +29,9 @@ from convert import check_options, detect, open_source, write_folder
 from convert.folder import Format
 from convert.names import Leaf, leaves
 from convert.source import Source
-from qwen_jax.config import MoE
+from qwen_jax.config import ModelConfig, MoE, load_config
 from qwen_jax.errors import InputError
+from qwen_jax.hub import CONFIG, resolve
 
 # The purpose of a random draw, which is part of its seed.
 _ORDER, _WHICH, _VALUES, _ROUTER, _EXTRA = range(5)
@@ -76,11 +77,7 @@ class Upcycled:
         Raises:
           InputError: the checkpoint already has experts.
         """
-        if dense.config.moe is not None:
-            raise InputError(
-                f"Expected a dense checkpoint, got one with {dense.config.moe.num_experts} experts in a layer. Only a "
-                "dense model can be upcycled."
-            )
+        _check_dense(dense.config)
         self._dense, self._recipe, self.folder = dense, recipe, dense.folder
         self.config = dataclasses.replace(dense.config, moe=recipe.moe)
         self._of_dense = {leaf.path: leaf for leaf in leaves(dense.config)}
@@ -205,6 +202,14 @@ class Upcycled:
         return weight.T if name == "down" else weight
 
 
+def _check_dense(config: ModelConfig) -> None:
+    if config.moe is not None:
+        raise InputError(
+            f"Expected a dense checkpoint, got one with {config.moe.num_experts} experts in a layer. Only a dense "
+            "model can be upcycled."
+        )
+
+
 def upcycle(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
@@ -230,6 +235,7 @@ def upcycle(
       InputError: as `convert.convert`; or the checkpoint already has experts.
     """
     check_options(dst, to, dtype)
+    _check_dense(load_config(resolve(src, CONFIG)))
     source = Upcycled(open_source(src), recipe)
     assert source.folder is not None
     write_folder(source, dst, to or detect(source.folder), dtype, progress)

@@ -184,7 +184,7 @@ def _run(source: Source, tokens_BT: np.ndarray) -> np.ndarray:
     mesh = make_mesh({}, jax.devices()[:1])
     # Fields that the forward pass does not read are left out: checkpoints of one architecture share a compilation.
     config = dataclasses.replace(source.config, dtype="float32", bos_token_id=None, eos_token_ids=())
-    sharding = Sharding.for_model(config, mesh)
+    sharding = Sharding.for_inference(config, mesh)
     params = place(source, mesh, "float32", Options())
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         tokens = jax.device_put(tokens_BT.astype(np.int32), NamedSharding(mesh, sharding.tokens))

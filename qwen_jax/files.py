@@ -59,12 +59,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def strict_json(value: Mapping[str, Any], indent: int | None = None) -> str:
+def strict_json(value: Mapping[str, object], indent: int | None = None) -> str:
     """JSON text of an object, in which a float that is not finite is null: JSON has no NaN and no Infinity."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     if isinstance(value, Mapping):

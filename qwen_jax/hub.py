@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_jax.errors import InputError
+from qwen_jax.files import read_json
 
 # Sets of files for `resolve`. Everything in them is data: neither code nor pickles are ever downloaded.
 CONFIG = ("config.json", "generation_config.json", "adapter_config.json")
@@ -29,7 +30,8 @@ TOKENIZER = (
     "qwen.tiktoken",
 )
 SMALL = (*CONFIG, *TOKENIZER)
-CHECKPOINT = (*SMALL, "*.safetensors", "*.safetensors.index.json", "LICENSE")
+INDEX = "model.safetensors.index.json"
+CHECKPOINT = (*SMALL, "LICENSE", "model.safetensors", INDEX)  # And the files that the index names.
 
 # Files that are not needed where there is a tokenizer.json.
 _REDUNDANT = ("vocab.json", "merges.txt", "qwen.tiktoken", "LICENSE")
@@ -47,11 +49,12 @@ def resolve(name: str | os.PathLike[str], patterns: Sequence[str] = CHECKPOINT) 
     Args:
       name: a folder; the folder of a training run, of which the newest complete checkpoint is taken; or a Hub id such
         as "Qwen/Qwen2.5-0.5B-Instruct", if there is no folder of that name.
-      patterns: names or glob patterns of the files to download for a Hub id. Those already in the Hub's cache are not
-        downloaded again, and without a network the cached files are used. A local folder is not searched for them.
+      patterns: names of the files to download for a Hub id; with an index of weights, the files that it names too.
+        Those already in the Hub's cache are not downloaded again, and without a network the cached files are used. A
+        local folder is not searched for them.
 
     Returns:
-      An existing folder. Files that match `patterns` but are not in the Hub's repository are not in it.
+      An existing folder. It lacks the files that the Hub's repository does not have.
 
     Raises:
       InputError: no such folder, or the download failed.
@@ -76,20 +79,24 @@ def _download(name: str, patterns: Sequence[str]) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    def snapshot(ignored: Sequence[str]) -> Path:
-        # Subfolders hold other formats and intermediate checkpoints.
-        ignore = ["*/*", *ignored]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=ignore))
-
-    try:
+    def snapshot(files: Sequence[str]) -> Path:
         try:
-            return snapshot(())
+            return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
         except LocalEntryNotFoundError:
             # Offline, and the cache lacks some of the files: it may have all that are needed.
-            folder = snapshot(_REDUNDANT)
+            needed = [file for file in files if file not in _REDUNDANT]
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=needed))
             if not (folder / "tokenizer.json").is_file():
                 raise
             return folder
+
+    try:
+        folder = snapshot(patterns)
+        if INDEX in patterns and (folder / INDEX).is_file():
+            shards = read_json(folder / INDEX).get("weight_map")
+            if isinstance(shards, dict):  # Otherwise reading the checkpoint says what is wrong with the index.
+                folder = snapshot([*patterns, *sorted(set(map(str, shards.values())))])
+        return folder
     except (HfHubHTTPError, HFValidationError, OSError) as error:  # Being offline or not cached is an OSError, too.
         lines = str(error).strip().splitlines()
         raise InputError(

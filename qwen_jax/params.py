@@ -111,7 +111,7 @@ def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh, dtype: Any = jn
     Returns:
       The tree of `abstract_params`.
     """
-    sharding = Sharding.for_model(config, mesh, split_rows=True)
+    sharding = Sharding.for_training(config, mesh)
     specs = param_specs(config, sharding)
     out = jax.tree.map(lambda p: NamedSharding(mesh, p), specs, is_leaf=_is_spec)
 

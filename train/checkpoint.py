@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import NO_ROOM, InputError
 from qwen_jax.files import read_json
-from qwen_jax.parallel.multihost import gather, in_step
+from qwen_jax.parallel.multihost import gather_from_processes, in_step
 from qwen_jax.tokenizer.base import Tokenizer
+from train.checksums import checksums
 from train.files import to_json, write_file
 from train.loop import CheckpointConfig
 from train.state import TrainState
@@ -148,9 +148,13 @@ class Checkpoints:
     def _steps_of_any(self) -> list[int]:
         """The complete checkpoints that any process sees, oldest first; the same list in all processes."""
         mine = self._steps()
-        counts = gather(len(mine))
+        counts = gather_from_processes(len(mine))
         padded = [*mine, *[-1] * (int(counts.max()) - len(mine))]
-        return sorted({step for step in gather(padded).ravel().tolist() if step >= 0}) if counts.any() else []
+        return (
+            sorted({step for step in gather_from_processes(padded).ravel().tolist() if step >= 0})
+            if counts.any()
+            else []
+        )
 
     @property
     def latest_step(self) -> int | None:
@@ -185,7 +189,7 @@ class Checkpoints:
             "params": ocp.args.StandardSave(state.params),
             "optimizer": ocp.args.StandardSave(_all_but_params(state)),
             "about": ocp.args.JsonSave(
-                {"model": (config or self._config).to_hf(), "data": data, "checksums": _checksums(state)}
+                {"model": (config or self._config).to_hf(), "data": data, "checksums": checksums(state)}
             ),
         }
         self._saving, self._bytes = f"the checkpoint of step {step}", sum(x.nbytes for x in jax.tree.leaves(state))
@@ -329,7 +333,7 @@ class Checkpoints:
             problem = error
         # Could all processes read it? Too little memory says nothing about the checkpoint.
         fatal = isinstance(problem, (jax.errors.JaxRuntimeError, MemoryError))
-        seen = gather(2 * fatal if problem and fatal else int(problem is not None))
+        seen = gather_from_processes(2 * fatal if problem and fatal else int(problem is not None))
         if fatal and problem is not None:
             raise problem
         if (seen == 2).any():
@@ -341,10 +345,10 @@ class Checkpoints:
         state = None
         if not seen.any():
             state = TrainState(params=restored["params"], **restored["optimizer"])
-            now = _checksums(state)
+            now = checksums(state)
             wrong = [name for name in now if saved.get(name) != now[name]]
             problem = ValueError(f"{wrong[0]} is not what was saved") if wrong else None
-            seen = gather(int(bool(wrong)))
+            seen = gather_from_processes(int(bool(wrong)))
         if not seen.any():
             return state, ""
         if problem is None:
@@ -464,32 +468,6 @@ def _free(folder: Path) -> int:
 
 def _all_but_params(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state, "guard": state.guard}
-
-
-def _checksums(state: TrainState) -> dict[str, int]:
-    """One number for each array, the same on every mesh; a change of any single element changes it.
-
-    Orbax stores no checksums, and without them a flipped bit would pass for a weight.
-    """
-    numbers = jax.device_get(_sums(state))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): int(x) for path, x in jax.tree.leaves_with_path(numbers)
-    }
-
-
-@jax.jit
-def _sums(tree: TrainState) -> TrainState:
-    def weighted(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-        # The index of each element, modulo 2^32.
-        place, stride = jnp.zeros((), jnp.uint32), 1
-        for axis in reversed(range(x.ndim)):
-            place = place + jnp.uint32(stride % 2**32) * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-            stride *= x.shape[axis]
-        # An odd factor: the difference of a single element cannot vanish modulo 2^32.
-        return (bits * (2 * place + 1)).sum(dtype=jnp.uint32)
-
-    return jax.tree.map(weighted, tree)
 
 
 def _check_same(what: str, saved: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> None:

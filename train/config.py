@@ -253,6 +253,8 @@ def with_new_names(record: Mapping[str, Any]) -> dict[str, Any]:
       record: `as_json` of a `RunConfig`, of this version or an older one.
     """
     result: dict[str, Any] = {name: value for name, value in record.items() if name not in MOVED}
+    if "step" not in record:
+        result["step"] = {"accumulation": 1}  # Only stages had it.
     for name, path in MOVED.items():
         if name in record:
             group, field = path.split(".")

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from qwen_jax.errors import InputError
-from qwen_jax.parallel.multihost import gather
+from qwen_jax.parallel.multihost import gather_from_processes
 
 # A process that was silent for this long counts as dead, and all others end.
 HEARTBEAT_SECONDS = 60
@@ -49,7 +49,7 @@ def check_same(what: str, digest: str) -> None:
     Raises:
       InputError: in every process, if it differs in any process from that of process 0.
     """
-    of_all = gather([int(digest[i : i + 7], 16) for i in (0, 7, 14)])
+    of_all = gather_from_processes([int(digest[i : i + 7], 16) for i in (0, 7, 14)])
     different = np.flatnonzero((of_all != of_all[0]).any(axis=1)).tolist()
     if different:
         raise InputError(

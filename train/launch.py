@@ -198,9 +198,9 @@ def launch(job: Job[B]) -> Outcome:
             if job.export is not None and not exported and step == total:
                 checkpoints.finish()
                 job.export.write(state.params)
-            saved = checkpoints.latest_step if report is not None else None
+        # Closing the checkpoints has waited for the last save.
         if report is not None:
-            report.end(step, stopped_by, saved)
+            report.end(step, stopped_by, checkpoints.latest_step)
     return Outcome(state, step, stopped_by, step - first)
 
 

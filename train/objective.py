@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.attention.sequence import spread
+from qwen_jax.attention.sequence import zigzag_shard
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels import packed_mask
 from qwen_jax.model import Qwen2
@@ -109,7 +109,7 @@ class BoundModel:
         Args:
           x_BT: in the order of the rows.
         """
-        return spread(x_BT, self.module.sharding)
+        return zigzag_shard(x_BT, self.module.sharding)
 
 
 class Objective(abc.ABC, Generic[B, S, C]):

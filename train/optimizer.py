@@ -40,13 +40,13 @@ class Schedule:
     final_fraction: float = 0.1
 
     def __post_init__(self) -> None:
+        at_least(self, steps=1, warmup_steps=0, decay_steps=0)
         if self.schedule not in ("cosine", "linear", "wsd"):
             raise InputError(f"schedule must be cosine, linear or wsd, got {self.schedule!r}.")
         if self.decay_steps and self.schedule != "wsd":
             raise InputError(
                 f"decay_steps belongs to schedule 'wsd'; {self.schedule!r} decays from the warm-up to the end."
             )
-        at_least(self, steps=1, warmup_steps=0, decay_steps=0)
         if not self.warmup_steps + self.decay_steps < self.steps:
             raise InputError(
                 f"warmup_steps ({self.warmup_steps}) and decay_steps ({self.decay_steps}) must fit into "

@@ -34,7 +34,7 @@ from train.launch import Job, Phase, launch
 from train.loop import ByStep, CheckpointConfig, Indexed, LoopConfig, Monitor, held_out_loss
 from train.observe.display import Display
 from train.observe.metrics import MetricsLog, bits_per_byte, read_log, scored_bytes
-from train.observe.plots import plot_run, try_to_plot
+from train.observe.plots import plot_run, try_to
 from train.optimizer import OptimizerConfig, Schedule
 from train.pretrain import NextToken, PretrainConfig
 from train.state import TrainState
@@ -167,7 +167,7 @@ def run(
         with clock("saving"):
             records = read_log(folder / "metrics.jsonl")
             title = f"{model.num_params()['total'] / 1e6:.1f}M-parameter Qwen2.5 on {origin}"
-            try_to_plot(lambda: plot_run(records, folder / "loss.png", title), clock.say)
+            try_to("draw loss.png", lambda: plot_run(records, folder / "loss.png", title), clock.say)
             export(params, model, tokenizer, folder / "model")
         with clock("comparing the export with the trained weights"):
             num_tensors = verify_export(params, model, folder / "model")

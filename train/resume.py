@@ -10,7 +10,9 @@ from qwen_jax.errors import InputError
 from train.config import RunConfig, as_json, with_new_names
 from train.fields import differences
 
-# Where a run is, and what it shows: not how it learns.
+# What a stage has where it says nothing.
+_STAGE_DEFAULTS = {"accumulation": "step.accumulation", "remat": "step.remat", "rope_theta": "model.rope_theta"}
+# Where a run is and what it shows, which changes nothing that it learns.
 _NO_CHANGE = ("output", "profile", "wandb_project", "verify_data", "max_raw_megabytes", "export")
 
 
@@ -26,8 +28,24 @@ def changed_since_last_launch(config: RunConfig) -> dict[str, tuple[Any, Any]]:
     before = _last_launch(Path(config.output) / "launches.jsonl")
     if before is None:
         return {}
-    found = differences(with_new_names(before), as_json(config))
+    before, now = with_new_names(before), as_json(config)
+    found = differences(before, now)
+    # A stage that states what it would have by default is no change.
+    for index, stages in enumerate(zip(before["stages"], now["stages"], strict=False)):
+        for name, default in _STAGE_DEFAULTS.items():
+            a, b = (
+                _at(record, default) if stage[name] is None else stage[name]
+                for record, stage in zip((before, now), stages, strict=True)
+            )
+            if a == b:
+                found.pop(f"stages.{index}.{name}", None)
     return {path: values for path, values in found.items() if path.partition(".")[0] not in _NO_CHANGE}
+
+
+def _at(record: Mapping[str, Any], path: str) -> Any:
+    """The value at a path of one point."""
+    group, name = path.split(".")
+    return record[group][name]
 
 
 def _last_launch(path: Path) -> Mapping[str, Any] | None:

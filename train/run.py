@@ -167,7 +167,7 @@ def pretrain(config: RunConfig, console: Console | None = None, export: WriteExp
         tokenizer = load_tokenizer(config.tokenizer)
         meshes = [make_mesh(config.mesh_axes(index)) for index in range(len(config.stages))]
         for index, (stage, mesh) in enumerate(zip(config.stages, meshes, strict=True)):
-            shards = Sharding.for_model(config.model, mesh, split_rows=True).batch_shards
+            shards = Sharding.for_training(config.model, mesh).batch_shards
             accumulation = config.step_config(index).accumulation
             check_divides(stage.batch_size, accumulation, shards, where=f"Stage {index + 1}: ")
         if config.export is not None and export is None:

@@ -87,7 +87,7 @@ def abstract_state(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -
       optimizer: of the run.
       mesh: from `make_mesh`.
     """
-    sharding = Sharding.for_model(model, mesh, split_rows=True)
+    sharding = Sharding.for_training(model, mesh)
 
     def struct(leaf: jax.Array | jax.ShapeDtypeStruct, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))

@@ -291,7 +291,7 @@ def make_train_step(
     Raises:
       InputError: a dimension of the model that the mesh does not divide.
     """
-    sharding = Sharding.for_model(objective.model, mesh, split_rows=True)
+    sharding = Sharding.for_training(objective.model, mesh)
     options = objective.compiler_options(sharding, mesh.devices.flat[0].platform)
     step = functools.partial(train_step, objective, optimizer, config, sharding)
     return jax.jit(step, donate_argnums=0, compiler_options=dict(options) or None)
@@ -308,7 +308,7 @@ def make_eval_step(objective: Objective[B, S, C], config: StepConfig, mesh: Mesh
     Raises:
       InputError: a dimension of the model that the mesh does not divide.
     """
-    sharding = Sharding.for_model(objective.model, mesh, split_rows=True)
+    sharding = Sharding.for_training(objective.model, mesh)
     return jax.jit(functools.partial(eval_step, objective, config, sharding))
 
 
@@ -320,7 +320,7 @@ def make_loss_check(objective: Objective[B, S, C], config: StepConfig, mesh: Mes
       config: of the step.
       mesh: from `make_mesh`.
     """
-    sharding = Sharding.for_model(objective.model, mesh, split_rows=True)
+    sharding = Sharding.for_training(objective.model, mesh)
 
     def check(params: Params, batch: B) -> jax.Array:
         if config.accumulation > 1:

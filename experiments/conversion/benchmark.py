@@ -1,11 +1,11 @@
-"""Speed and memory of checkpoint conversion, beside `cp` of the same bytes on the same disk.
+"""Speed and memory of checkpoint conversion, compared with `cp` of the same bytes on the same disk.
 
     python -m experiments.conversion.benchmark --directory /some/disk [--size 1.5b] [--repeats 3] [--json out.json]
 
-Builds a random bfloat16 checkpoint of a true shape, then converts it to Orbax and back, each time in a fresh process.
-Expected on a laptop or server with a warm page cache: less than 0.5 GB above the interpreter, and at least half the
-speed of `cp`. Both are timed twice over: until the command returns, and until the bytes are on the disk. The source is
-in the page cache for all of them. Needs four times the checkpoint on the disk; everything is removed afterwards.
+Builds a random bfloat16 checkpoint of a published shape, then converts it to Orbax and back, each time in a fresh
+process. Expected on a laptop or server with a warm page cache: less than 0.5 GB above the interpreter, and at least
+half the speed of `cp`. Each is timed twice: until the command returns, and until the bytes are on the disk. The source
+is in the page cache each time. Needs four times the size of the checkpoint on the disk, and removes it afterwards.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def build(folder: Path, size: str) -> int:
 
 
 def converted(source: Path, destination: Path) -> dict[str, float]:
-    """Converts in a fresh process; times with and without the start of Python and its imports."""
+    """Converts in a fresh process; measures with and without the start of Python and its imports."""
     start = time.perf_counter()
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
@@ -81,7 +81,7 @@ def copied(source: Path, destination: Path) -> dict[str, float]:
 
 
 def warm(folder: Path) -> None:
-    """Reads everything once, so that the page cache holds it."""
+    """Reads every file once, so that it is in the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -90,13 +90,13 @@ def warm(folder: Path) -> None:
 
 
 def measure(directory: Path, size: str, repeats: int) -> dict[str, Any]:
-    """Runs everything and returns the medians, with the machine they were taken on."""
+    """Runs everything and returns the medians, with the machine on which they were measured."""
     runs: dict[str, list[dict[str, float]]] = {"cp": [], "hf -> orbax": [], "orbax -> hf": []}
     work = Path(tempfile.mkdtemp(prefix="conversion-", dir=directory))
     try:
         nbytes = build(work / "hf", size)
         os.sync()
-        # The first write into fresh blocks is slower on many virtual disks; it is nobody's.
+        # The first write to new blocks is slower on many virtual disks: it is not timed.
         copied(work / "hf", work / "scratch")
         shutil.rmtree(work / "scratch")
         for _ in range(repeats):
@@ -121,7 +121,7 @@ def measure(directory: Path, size: str, repeats: int) -> dict[str, Any]:
 
 
 def machine() -> dict[str, str]:
-    """What the numbers were taken on."""
+    """Describes the machine and the versions of the packages."""
     import jax
     import orbax.checkpoint
 

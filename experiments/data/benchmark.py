@@ -2,12 +2,12 @@
 
     python -m experiments.data.benchmark --directory /some/disk [--tokenizer DIR] [--megatokens 200] [--json out.json]
 
-Reading: two data sets of random tokens (documents of 10 to 10,000 tokens) are mixed 2:1 by `Mixture.loader`; every
-batch is taken and dropped. Warm is with the files in the page cache, cold after the kernel was told to forget them.
-Expected: well above 120,000 tokens/s, ten times what one host eats when it trains a 7B model.
+Reading: `Mixture.loader` mixes two data sets of random tokens (documents of 10 to 10,000 tokens) 2:1, and every batch
+is read and dropped. Warm means that the files are in the page cache, cold that they were removed from it. Expected:
+well above 120,000 tokens/s, ten times what one host needs to train a 7B model.
 
-Building, with --tokenizer: the sources of Python's standard library, cut to pieces of 4,000 characters and repeated, by
-`qwen-jax data build`'s own function in a fresh process for each row of the table.
+Building, with --tokenizer: the sources of Python's standard library, cut into documents of 4,000 characters and
+repeated, are built by the function of `qwen-jax data build` in a new process for each row of the table.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from train.data.mixture import Mixture, MixtureStage
 from train.data.rows import PackedRows
 from train.data.shards import MANIFEST, Manifest, ShardWriter, write_json
 
-# Not a function of this module: worker processes import the main module again, and this one imports JAX.
+# A script rather than a function: worker processes import the main module, and this module imports JAX.
 _BUILD = """
 import io, json, resource, sys, time
 from pathlib import Path
@@ -43,7 +43,7 @@ if __name__ == "__main__":
     begin = time.perf_counter()
     manifest = build(config, progress=Console(file=io.StringIO()))
     seconds = time.perf_counter() - begin
-    # ru_maxrss of this process would count what its parent had; that of its children is theirs, or this one's.
+    # ru_maxrss of this process would include the memory of its parent; that of its children does not.
     own = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
     peak = max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1e6
     print(json.dumps({"seconds": seconds, "tokens": manifest.tokens, "padding": manifest.padding, "peak_gb": peak}))
@@ -76,7 +76,7 @@ def make_rows(folder: Path, tokens: int, length: int, seed: int) -> PackedRows:
 
 
 def forget(folder: Path) -> None:
-    """Takes the files out of the page cache."""
+    """Removes the files from the page cache."""
     for path in folder.rglob("shard-*"):
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
@@ -85,7 +85,7 @@ def forget(folder: Path) -> None:
 
 
 def read_speed(datasets: dict[str, PackedRows], length: int, batch_tokens: int, threads: int) -> float:
-    """Tokens per second of one pass."""
+    """Tokens per second of one epoch."""
     batch = max(batch_tokens // length, 1)
     steps = sum(map(len, datasets.values())) // batch
     mixture = Mixture([MixtureStage(steps, batch, length, {"a": 2, "b": 1})], datasets, 0)
@@ -96,7 +96,7 @@ def read_speed(datasets: dict[str, PackedRows], length: int, batch_tokens: int, 
 
 
 def reading(directory: Path, megatokens: int) -> list[dict[str, Any]]:
-    """Every length, with and without reading threads, warm and cold."""
+    """Measures reading at every length, with and without reading threads, warm and cold."""
     table = []
     for length in (4096, 32_768, 262_144):
         folder = Path(tempfile.mkdtemp(dir=directory))
@@ -117,7 +117,7 @@ def reading(directory: Path, megatokens: int) -> list[dict[str, Any]]:
 
 
 def write_text(folder: Path, suffix: str, repeats: int) -> int:
-    """Writes the standard library as documents; returns bytes of text."""
+    """Writes the standard library as documents; returns the number of bytes of text."""
     from train.data.text import read_documents, standard_library
 
     texts = read_documents(standard_library(), 10**9).texts
@@ -136,7 +136,7 @@ def write_text(folder: Path, suffix: str, repeats: int) -> int:
 
 
 def building(directory: Path, tokenizer: Path, repeats: int) -> list[dict[str, Any]]:
-    """Several formats, with one process and one for each core."""
+    """Measures builds of several formats, with one process and with one for each core."""
     table = []
     for suffix, workers in (("jsonl", 1), ("jsonl", os.cpu_count() or 1), ("jsonl.gz", 1), ("parquet", 1)):
         folder = Path(tempfile.mkdtemp(dir=directory))
@@ -158,7 +158,7 @@ def building(directory: Path, tokenizer: Path, repeats: int) -> list[dict[str, A
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was measured, and with what."""
+    """The measurements, and the versions of packages."""
 
     versions: dict[str, str]
     reading: list[dict[str, Any]]
@@ -166,7 +166,7 @@ class Report:
 
 
 def main() -> None:
-    """Measures, and prints tables."""
+    """Measures, and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--tokenizer", type=Path, help="folder with a tokenizer; without it nothing is built")

@@ -63,7 +63,7 @@ def median_seconds(run: Callable[[], Any]) -> float:
 def random_params(config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
     """Unstacked bfloat16 weights on the device, normal with deviation 0.02."""
     options = Options(stacked=False)
-    sharding = Sharding.for_model(config, mesh)
+    sharding = Sharding.for_inference(config, mesh)
     shapes, specs = abstract_params(config, sharding, options, jnp.bfloat16), param_specs(config, sharding, options)
 
     @functools.partial(jax.jit, static_argnames=("shape", "spec"))

@@ -223,7 +223,7 @@ def main() -> None:
         model, B, S, low, high = setting
         _, K, d = MODELS[model]
         live = f"{high}" if low == high else f"{low} to {high}"
-        shape = flash_decode_gpu.SHAPES[d]
+        shape = flash_decode_gpu.TILINGS[d]
         splits = {n: flash_decode_gpu.splits_for(B * K, S, shape, n != "ours") for n in kinds if "ours" in n}
 
         def line(kind: str, device: float, host: float, each: dict[str, float]) -> None:

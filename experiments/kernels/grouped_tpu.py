@@ -21,6 +21,7 @@ from experiments.kernels.tpu_attention import print_rows
 from experiments.kernels.tpu_schedule import CORES, TOPOLOGIES, Estimate, Kernel, MiB, compile_kernels, estimate
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.matmul import grouped_tpu
+from qwen_jax.kernels.tpu.device import Core
 from train.plan.topology import CHIPS
 
 _MODULE = "experiments.kernels.grouped_tpu"
@@ -134,7 +135,7 @@ def _zeroing(kernel: Kernel) -> list[str]:
 
 
 def ours_estimate(
-    kernel: Kernel, tiles: grouped_tpu.Tiles, operation: str, case: Case, sizes: Sequence[int], itemsize: int
+    kernel: Kernel, tiles: grouped_tpu.Tiling, operation: str, case: Case, sizes: Sequence[int], itemsize: int
 ) -> Estimate:
     """Of one kernel of `ours`. Branches that only fetch weights are counted at every visit."""
     M, G, N, K = sum(sizes), len(sizes), case.N, case.K
@@ -159,14 +160,14 @@ def ours_estimate(
     return estimate(kernel, {name: parts * n for name, n in runs.items()}, numbers)
 
 
-def ours_tiles(chip: str, operation: str, case: Case) -> grouped_tpu.Tiles:
+def ours_tiles(chip: str, operation: str, case: Case) -> grouped_tpu.Tiling:
     """The sizes that `ours` takes on a chip."""
     core = CORES[chip]
-    kind = (core.vmem, core.mxu_width), core.cores
+    kind = Core(core.vmem, core.mxu_width), core.cores
     if operation == "weights gradient":
-        return grouped_tpu.gradient_tiles(case.N, case.K, *kind)
+        return grouped_tpu.gradient_tiling(case.N, case.K, *kind)
     inner, out = (case.N, case.K) if operation == "input gradient" else (case.K, case.N)
-    return grouped_tpu.product_tiles(inner, out, *kind)
+    return grouped_tpu.product_tiling(inner, out, *kind)
 
 
 def _peak(chip: str) -> float:

@@ -23,6 +23,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.inference.one_row import COMPILER_OPTIONS
 from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe
 from qwen_jax.kernels.decode.layer_gpu_moe import router_and_gate
+from qwen_jax.kernels.gpu.device import multiprocessors
 from qwen_jax.published import published
 
 MODELS = ["qwen2.5-0.5b", "qwen2.5-7b", "qwen1.5-moe-a2.7b", "qwen2-57b-a14b"]
@@ -94,7 +95,7 @@ def measure(name: str, runs: int, copy: float) -> None:
         for key, n in zip(keys, (config.num_heads * config.head_dim, config.hidden_size), strict=True)
     )
     counter = jnp.zeros((1,), jnp.int32)
-    run, times = program(config, layer_gpu.blocks()), []
+    run, times = program(config, multiprocessors()), []
     for _ in range(runs + 1):
         begin = time.perf_counter()
         _, counter = jax.block_until_ready(run(heads, stream, counter, layers))

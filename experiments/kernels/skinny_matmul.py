@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax.kernels.matmul.few_rows_gpu import plan, skinny_matmul, skinny_swiglu
+from qwen_jax.kernels.matmul.few_rows_gpu import choose_tiling, skinny_matmul, skinny_swiglu
 
 Weights = dict[str, jax.Array]
 
@@ -243,5 +243,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("check", "table", "step"))
     part = parser.parse_args().part
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; e.g. {plan(64, 4608, 3584)}")
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; e.g. {choose_tiling(64, 4608, 3584)}")
     {"check": check, "table": table, "step": step}[part]()

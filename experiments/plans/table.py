@@ -1,9 +1,9 @@
-"""Training steps of the published sizes, compiled for pods that need not be there: memory, traffic, least time.
+"""Plans of the published sizes: training steps compiled for pods, with their memory, traffic and minimum time.
 
-    python -m experiments.plans.table             # compiles what has no result yet, and writes README.md's table again
-    python -m experiments.plans.table 7b-v5e-4x4  # these rows once more
+    python -m experiments.plans.table             # compiles the rows without a result, and writes README.md's table
+    python -m experiments.plans.table 7b-v5e-4x4  # compiles these rows again
 
-One JSON file a row lies in results/. A compilation takes minutes, and needs the TPU compiler: pip install '.[tpu]'.
+Each row has a JSON file in results/. A compilation takes minutes and needs the TPU compiler: pip install '.[tpu]'.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from qwen_jax.moe.dispatch import ROOM
 from qwen_jax.published import published
 from qwen_jax.remat import Remat
 from train.config import RunConfig, Stage
+from train.files import to_json, write_file
 from train.optimizer import Schedule
 from train.step import StepConfig
 
@@ -35,13 +36,13 @@ GiB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-      config: of the run.
-      topology: of a slice.
-      stage: of the run, from 0.
-      num_slices: how many slices.
+      config: configuration of the run.
+      topology: topology of a slice.
+      stage: index of the stage, from 0.
+      num_slices: number of slices.
     """
 
     config: RunConfig
@@ -51,7 +52,7 @@ class Row:
 
 
 def _run(model: str, rows: int, mesh: Mapping[str, int], remat: Remat = "full", accumulation: int = 1) -> RunConfig:
-    """A stage of 4,096 tokens a row."""
+    """A run of one stage with rows of 4,096 tokens."""
     stage = Stage(Schedule(1000), 4096, rows, {"web": 1}, accumulation=accumulation)
     step = StepConfig(remat=remat)
     return RunConfig("run", published(model), "tokenizer", {"web": "data"}, (stage,), mesh=mesh, step=step)
@@ -72,14 +73,14 @@ ROWS = {
 
 
 def unexpected_gathers(plan: Mapping[str, Any], model: ModelConfig) -> list[str]:
-    """All-gathers of a plan that are not one matrix of one layer, the head, keys or values of own rows, or small.
+    """Finds all-gathers that are not one matrix of one layer, the head, keys or values of own rows, or small.
 
     Args:
-      plan: as JSON.
-      model: what was planned.
+      plan: the plan, as JSON.
+      model: the architecture.
 
     Returns:
-      Their shapes; a parameter of all layers together would be among them.
+      Their shapes. A parameter of all layers together would be among them.
     """
     mesh, o, D, d = plan["mesh"], plan["options"], model.hidden_size, model.head_dim
     rows = o["batch_size"] // o["accumulation"] // math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp", "expert"))
@@ -93,17 +94,17 @@ def unexpected_gathers(plan: Mapping[str, Any], model: ModelConfig) -> list[str]
     if model.moe is not None:
         expert = model.moe.num_experts // mesh.get("expert", 1) * D * model.moe.intermediate_size
         sizes |= {expert, 2 * expert, D * model.moe.shared_intermediate_size, D * model.moe.num_experts}
-        # One number for each row that goes to an expert, of all devices or of what all have room for.
+        # One number for each row that is sent to an expert, or that there is room for, on all devices.
         chosen = rows * o["length"] * model.moe.num_experts_per_tok * mesh.get("expert", 1) * mesh.get("tensor", 1)
         sizes |= {chosen, math.ceil(ROOM * chosen)}
     allowed = {size // mesh.get("tensor", 1) for size in sizes}
     found = {shape: math.prod(map(int, re.findall(r"\d+", shape.partition("[")[2]))) for shape in plan["gathers"]}
-    small = max(D, model.intermediate_size)  # a norm or a bias
+    small = max(D, model.intermediate_size)  # A norm or a bias.
     return [s for s, size in found.items() if not s.startswith("s32") and size > small and size not in allowed]
 
 
 def _compile(name: str) -> dict[str, Any]:
-    # Imported late: the environment of a compiler without chips comes first.
+    # Imported late, after `main` has set the environment of JAX.
     from train.plan.stage import plan_stage
     from train.plan.topology import target
 
@@ -121,7 +122,7 @@ def _compile(name: str) -> dict[str, Any]:
 
 
 def line(result: Mapping[str, Any]) -> str:
-    """One row as Markdown."""
+    """Formats a row of the table in Markdown."""
     p, o = result["plan"], result["plan"]["options"]
     mesh = ", ".join(f"{axis}={size}" for axis, size in p["mesh"].items())
     where = p["topology"] if p["num_slices"] == 1 else f"{p['num_slices']} slices of {p['topology']}"
@@ -141,7 +142,7 @@ def line(result: Mapping[str, Any]) -> str:
 
 
 def _write_table() -> None:
-    """Puts what there is into README.md, between its two marks."""
+    """Writes the table of all results into README.md, between its two marks."""
     results = [json.loads(result_file(name).read_text()) for name in ROWS if result_file(name).exists()]
     heads = (
         "parameters", "compiled for", "mesh", "rows x tokens", "remat", "GiB a device", "GB sent by a device in a step",
@@ -170,10 +171,8 @@ def main() -> None:
         print(f"{name} ...", flush=True)
         result = _compile(name)
         print(line(result), flush=True)
-        temporary = result_file(name).with_suffix(".tmp")
-        temporary.parent.mkdir(exist_ok=True)
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, result_file(name))
+        result_file(name).parent.mkdir(exist_ok=True)
+        write_file(result_file(name), (to_json(result, indent=1) + "\n").encode())
     _write_table()
 
 

@@ -26,7 +26,7 @@ from qwen_jax.parallel.sharding import Sharding
 _MAX_LOGITS = 2**27
 
 
-def spread(x_BT: jax.Array, sharding: Sharding) -> jax.Array:
+def zigzag_shard(x_BT: jax.Array, sharding: Sharding) -> jax.Array:
     """Shards rows over the context axis in zigzag order.
 
     Args:
@@ -52,7 +52,7 @@ def spread(x_BT: jax.Array, sharding: Sharding) -> jax.Array:
     return jax.reshard(x_BT, sharding.tokens)
 
 
-def _whole(x_BtKd: jax.Array, n: int) -> jax.Array:
+def _zigzag_gather(x_BtKd: jax.Array, n: int) -> jax.Array:
     """All-gathers keys or values over the context axis, into the order of the row."""
     x_BTKd = all_gather_weight(x_BtKd, 1, "context")
     B, T, *rest = x_BTKd.shape
@@ -171,7 +171,7 @@ def attention(
         chosen: Any = kernels.select_attention(implementation, q_BtHd, mask, return_lse=True)
         return _ring(q_BtHd, k_BtKd, v_BtKd, mask.k_start_BT, mask.k_end_BT, n, scale, chosen)
     B, t, H, d = q_BtHd.shape
-    k_BTKd, v_BTKd = (x if n == 1 else _whole(x, n) for x in (k_BtKd, v_BtKd))
+    k_BTKd, v_BTKd = (x if n == 1 else _zigzag_gather(x, n) for x in (k_BtKd, v_BtKd))
     blocks = 1
     if kernels.select_attention(implementation, q_BtHd, mask) == "reference":
         while t % (2 * blocks) == 0 and B * H * (t // blocks) * k_BTKd.shape[1] > _MAX_LOGITS:

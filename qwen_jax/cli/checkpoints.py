@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from qwen_jax.cli.common import DType, binary_size, count, sibling
+from qwen_jax.cli.common import DType, sibling
 from qwen_jax.cli.failures import complain, explain
+from qwen_jax.units import binary_size, count
 
 if TYPE_CHECKING:
     from qwen_jax.config import ModelConfig
@@ -152,16 +153,21 @@ class Upcycle:
         from qwen_jax.hub import CONFIG, resolve
 
         upcycling = sibling("convert.upcycle")
+        # Check the options before the config is downloaded; widths that are not given depend on it.
+        sibling("convert").check_options(self.dst, self.to, self.dtype)
+        widths = 1 if self.width is None else self.width, 1 if self.shared_width is None else self.shared_width
+        moe = MoE(self.num_experts, self.top_k, widths[0], widths[1], norm_topk_prob=self.norm_topk_prob)
+        recipe = upcycling.Recipe(moe, self.reinit, self.seed)
         dense = load_config(resolve(self.src, CONFIG)).intermediate_size
-        if self.width is None and (self.top_k < 1 or dense % self.top_k):
+        if self.width is None and dense % self.top_k:
             raise InputError(
                 f"The dense layer is {dense} wide, which is not divisible by the {self.top_k} experts of a token. Give "
                 "--width, or a --top-k that divides it."
             )
         width = dense // self.top_k if self.width is None else self.width
         shared = dense if self.shared_width is None else self.shared_width
-        moe = MoE(self.num_experts, self.top_k, width, shared, norm_topk_prob=self.norm_topk_prob)
-        recipe = upcycling.Recipe(moe, self.reinit, self.seed)
+        moe = dataclasses.replace(moe, intermediate_size=width, shared_intermediate_size=shared)
+        recipe = dataclasses.replace(recipe, moe=moe)
         made = upcycling.upcycle(self.src, self.dst, recipe, self.to, self.dtype, progress=True)
         params = made.config.num_params()
         print(

@@ -8,6 +8,11 @@ from qwen_jax.errors import NO_ROOM, InputError
 
 # Words in the error of a collective when another process is gone: over TCP, over NCCL, from JAX's coordination service.
 _LOST = re.compile(r"gloo|nccl|by peer|connection|heartbeat|coordination|barrier", re.IGNORECASE)
+# The same in exceptions of other types, which a failed collective raises too: words that nothing else says.
+_SURELY_LOST = re.compile(
+    r"gloo \w+ failed|gloo/|nccl \w*error|reset by peer|closed by peer|heartbeat timeout|coordination service",
+    re.IGNORECASE,
+)
 _REMEDIES = (
     "What reduces it, where the command has the option: a smaller --batch-size, shorter prompts, fewer "
     "--max-new-tokens, --dtype bfloat16, more devices (--mesh tensor=2). Otherwise use a smaller model or "
@@ -36,11 +41,18 @@ def several_processes() -> bool:
 
 
 def _lost_process(error: BaseException) -> str | None:
-    """The message for an error whose cause is that another process of the job is gone; None for any other error."""
-    if not several_processes() or not isinstance(error, (sys.modules["jax"].errors.JaxRuntimeError, TimeoutError)):
+    """The message if the loss of another process is anywhere in the chain of causes; None otherwise."""
+    if not several_processes():
         return None
-    text = str(error)
-    if not isinstance(error, TimeoutError) and not _LOST.search(text):
+    text: str | None = None
+    cause: BaseException | None = error
+    while cause is not None and text is None:
+        if isinstance(cause, sys.modules["jax"].errors.JaxRuntimeError):
+            lost = _LOST.search(str(cause)) is not None
+        else:
+            lost = isinstance(cause, TimeoutError) or _SURELY_LOST.search(str(cause)) is not None
+        text, cause = (str(cause) if lost else None), cause.__cause__ or cause.__context__
+    if text is None:
         return None
     return (
         "Another process of the job has ended or cannot be reached, and its own output says why "

@@ -115,7 +115,7 @@ class Model:
         self.tokenizer = self._tokenizer(need_tokenizer)
         # Options that must fit this checkpoint.
         self.sampling = options.resolve(self.defaults.sampling)
-        Sharding.for_model(self.config, self.mesh)
+        Sharding.for_inference(self.config, self.mesh)
         self.vocab_limit = engines.vocab_limit(self.config, self.tokenizer)
         self.stop = engines.check_stop(options.stop, self.tokenizer)
         ends = list(engines.check_ids(options.stop_ids(), "--stop-token-ids", self.config.vocab_size))

@@ -67,7 +67,7 @@ class Engine:
             model.
         """
         self.config, self.mesh, self.tokenizer, self.chunk = config, mesh, tokenizer, as_int(chunk, "chunk")
-        self.sharding = Sharding.for_model(config, mesh)
+        self.sharding = Sharding.for_inference(config, mesh)
         self.options = Options(stacked=False, fused=True, dtype=dtype, attention=attention)
         if self.chunk < 1:
             raise InputError(f"chunk must be at least 1, got {chunk}.")

@@ -109,10 +109,11 @@ def _step(
     config: ModelConfig, params: Params, token: jax.Array, cache: ContiguousCache, counter: jax.Array
 ) -> tuple[jax.Array, ContiguousCache, jax.Array]:
     from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe
+    from qwen_jax.kernels.gpu.device import multiprocessors
 
     eps, dtype = config.rms_norm_eps, jnp.bfloat16
     H, d = config.num_heads, config.head_dim
-    blocks = layer_gpu.blocks()
+    blocks = multiprocessors()
 
     def matrix(weight: jax.Array) -> jax.Array:
         return weight.reshape(-1, weight.shape[-1])

@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 from qwen_jax.errors import InputError
 
 
-def gather(values: int | list[int]) -> np.ndarray:
+def gather_from_processes(values: int | list[int]) -> np.ndarray:
     """Gathers numbers from all processes. It is a barrier: every process must call it.
 
     Args:
@@ -36,7 +36,7 @@ def in_step(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         problem = error
-    fine = gather(int(problem is None))
+    fine = gather_from_processes(int(problem is None))
     if problem is not None:
         raise problem
     if not fine.all():

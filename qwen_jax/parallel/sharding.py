@@ -148,26 +148,44 @@ class Sharding:
         return self.expert > 1 and "expert" in self.row_axes
 
     @classmethod
-    def for_model(cls, config: ModelConfig, mesh: Mesh, split_rows: bool = False) -> "Sharding":
-        """The shardings of a model on a mesh.
+    def for_training(cls, config: ModelConfig, mesh: Mesh) -> "Sharding":
+        """The shardings of a model in training.
+
+        The expert axis shards rows, and a context axis shards tokens, which the caller orders by
+        `qwen_jax.attention.sequence.zigzag_shard`.
 
         Args:
           config: the architecture.
           mesh: from `make_mesh`.
-          split_rows: for training: the expert axis shards rows, and a context axis may shard tokens, which the caller
-            orders by `qwen_jax.attention.sequence.spread`.
 
         Raises:
           InputError: a dimension that the mesh does not divide, or an unused axis.
         """
+        return cls._for_model(config, mesh, training=True)
+
+    @classmethod
+    def for_inference(cls, config: ModelConfig, mesh: Mesh) -> "Sharding":
+        """The shardings of a model in inference: all devices of an expert axis have the same rows.
+
+        Args:
+          config: the architecture.
+          mesh: from `make_mesh`.
+
+        Raises:
+          InputError: a dimension that the mesh does not divide, or an unused axis.
+        """
+        return cls._for_model(config, mesh, training=False)
+
+    @classmethod
+    def _for_model(cls, config: ModelConfig, mesh: Mesh, training: bool) -> "Sharding":
         expert, moe = mesh.shape["expert"], config.moe
         if moe is None and expert != 1:
             raise InputError(f"A dense model does not use the expert axis; it is {expert}, make it 1.")
         context = mesh.shape["context"]
-        if context > 1 and not split_rows:
+        if context > 1 and not training:
             raise InputError(f"Only training uses the context axis; it is {context}, make it 1.")
         tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
-        rows = mesh.shape["data"] * fsdp * (expert if split_rows else 1)
+        rows = mesh.shape["data"] * fsdp * (expert if training else 1)
         experts: tuple[tuple[str, int, str, int], ...] = ()
         if moe is not None:
             experts = (
@@ -190,7 +208,7 @@ class Sharding:
         split: dict[str, Any] = {"expert": expert}
         for role in ("tokens", "hidden", "heads", "all_kv_heads", "feed_forward", "logits", "cache", "rows"):
             first, *rest = getattr(cls, role)
-            if not split_rows:
+            if not training:
                 split[role] = P(tuple(axis for axis in first if axis != "expert"), *rest)
             elif context > 1 and role not in ("cache", "rows"):
                 split[role] = P(first, "context", *rest[1:])

@@ -1,4 +1,4 @@
-"""A checkpoint means the same here, in transformers, and after any conversion."""
+"""Logits and weights of a checkpoint are the same here, in transformers, and after any conversion."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ from qwen_jax.published import published
 from tests.helpers.forward import logits, loss_gradients
 from tests.helpers.hf import hf_logits, hf_loss_gradients, make_hf_checkpoint, randomise, to_dialect_4
 
-# Every value of every axis of the grid stands in at least one row. The vocabularies are 151936 / 128 and 152064 / 256.
+# Every value of every axis of the grid is in at least one row. The vocabularies are 151936 / 128 and 152064 / 256.
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 GRID: dict[str, dict[str, Any]] = {
     "0.5B-like": {"head_dim": 64, "hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
@@ -86,7 +86,7 @@ def test_logits_and_gradients_are_those_of_transformers(case: dict[str, Any], tm
             got = got[key]
         for i, name in enumerate(leaf.names):
             mine = (got[i] if leaf.layers else got).reshape(leaf.hf_shape)
-            # Some gradients nearly vanish (that of a key bias would, without RoPE): those are held to the largest one.
+            # Some gradients nearly vanish (that of a key bias would, without RoPE): compare these with the largest one.
             scale = max(np.abs(expected[name]).max(), 1e-2 * largest)
             assert np.abs(mine - expected[name]).max() / scale < 1e-4, name
 
@@ -114,7 +114,9 @@ def test_logits_at_the_true_shape_of_the_half_billion_model(tmp_path: Path, mesh
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(("tie", "max_shard_size"), [(True, "5GB"), (False, "60KB")])
-def test_to_orbax_and_back_changes_no_byte(dtype: str, tie: bool, max_shard_size: str, tmp_path: Path) -> None:
+def test_a_round_trip_through_orbax_is_byte_identical(
+    dtype: str, tie: bool, max_shard_size: str, tmp_path: Path
+) -> None:
     make_hf_checkpoint(tmp_path / "a", tie=tie, dtype=dtype, max_shard_size=max_shard_size, dialect="4")
     (tmp_path / "a/tokenizer.json").write_text('{"some": "tokenizer"}')
     (tmp_path / "a/modeling_qwen.py").write_text("raise SystemExit")
@@ -130,10 +132,10 @@ def test_to_orbax_and_back_changes_no_byte(dtype: str, tie: bool, max_shard_size
 
 
 @pytest.mark.parametrize("in_kernel", [True, False])
-def test_blocks_put_together_are_the_whole(
+def test_any_split_into_blocks_gives_the_same_result(
     in_kernel: bool, tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The paths of large models: many blocks for each tensor, uneven ones too, and stacks filled layer by layer."""
+    """The code paths of large models: several blocks per tensor, also uneven ones, and stacks filled layer by layer."""
     if not in_kernel:
         monkeypatch.setattr("sys.platform", "other")
     make_hf_checkpoint(tmp_path / "a", tie=False, dtype="bfloat16", vocab_size=1187, max_shard_size="100KB")
@@ -173,7 +175,7 @@ for folder in sys.argv[2:]:
 """
 
 
-def test_what_is_written_loads_in_both_versions_of_transformers(tmp_path: Path) -> None:
+def test_our_output_loads_in_both_versions_of_transformers(tmp_path: Path) -> None:
     yarn = {"rope_scaling": {"rope_type": "yarn", **YARN}, "rope_theta": 1e7}
     tokens, expected = np.random.default_rng().integers(0, 160, (2, 40)), {}
     for rope in ({}, yarn):
@@ -194,7 +196,7 @@ def test_what_is_written_loads_in_both_versions_of_transformers(tmp_path: Path) 
         assert relative(np.load(f"{folder}.npy"), ours) < 1e-5, folder
 
 
-def test_casting_rounds_to_nearest_and_says_so_in_the_config(tmp_path: Path) -> None:
+def test_casting_rounds_to_nearest_and_updates_the_config(tmp_path: Path) -> None:
     model = make_hf_checkpoint(tmp_path / "a", tie=False)
     for dtype in ("bfloat16", "float16"):
         convert.convert(tmp_path / "a", tmp_path / dtype, to="hf", dtype=dtype)
@@ -224,15 +226,15 @@ def test_index_and_shards_are_as_transformers_writes_them(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("axes", [{"tensor": 2}, {"tensor": 4}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
 @pytest.mark.parametrize("stacked", [True, False])
-def test_shards_are_those_of_the_model_and_hold_the_same_bytes(
+def test_sharded_loading_uses_the_shardings_of_the_model_and_the_same_bytes(
     axes: dict[str, int], stacked: bool, tmp_path: Path, mesh: Mesh
 ) -> None:
-    """Also where the tensor axis (4) exceeds the key/value heads (2)."""
+    """Also if the tensor axis (4) is larger than the number of key/value heads (2)."""
     make_hf_checkpoint(tmp_path / "hf", tie=False, dtype="bfloat16")
     convert.convert(tmp_path / "hf", tmp_path / "orbax")
     options, many = Options(stacked=stacked), make_mesh(axes)
     config, one = convert.load(tmp_path / "hf", mesh, options=options)
-    sharding = Sharding.for_model(config, many)
+    sharding = Sharding.for_inference(config, many)
     specs = jax.tree.leaves(param_specs(config, sharding, options), is_leaf=lambda x: isinstance(x, P))
     for folder in ("hf", "orbax"):
         loaded = convert.load(tmp_path / folder, many, options=options)[1]
@@ -254,7 +256,7 @@ def test_eight_devices_compute_what_one_does(tmp_path: Path, mesh: Mesh) -> None
 
 
 @pytest.mark.parametrize("stacked", [True, False])
-def test_parameters_on_a_mesh_are_exported_as_they_are(stacked: bool, tmp_path: Path) -> None:
+def test_sharded_parameters_are_exported_unchanged(stacked: bool, tmp_path: Path) -> None:
     make_hf_checkpoint(tmp_path / "a", tie=False, dtype="bfloat16", dialect="4")
     (tmp_path / "a/vocab.json").write_text("{}")
     many = make_mesh({"fsdp": 2, "tensor": 4})
@@ -267,7 +269,7 @@ def test_parameters_on_a_mesh_are_exported_as_they_are(stacked: bool, tmp_path: 
     assert tensors(tmp_path / "d") == tensors(tmp_path / "a")
 
 
-def test_parameters_in_memory_are_exported_with_a_config_that_tells_their_dtype(tmp_path: Path, mesh: Mesh) -> None:
+def test_the_exported_config_has_the_dtype_of_the_parameters(tmp_path: Path, mesh: Mesh) -> None:
     config = published("tiny")
     params = random_params(config)
     huggingface.export(params, config, tmp_path / "a", dtype="bfloat16")
@@ -280,7 +282,7 @@ def test_parameters_in_memory_are_exported_with_a_config_that_tells_their_dtype(
 # --- Orbax ---------------------------------------------------------------------------------------------------------
 
 
-def test_plain_orbax_restores_what_is_written(tmp_path: Path) -> None:
+def test_plain_orbax_restores_our_checkpoints(tmp_path: Path) -> None:
     make_hf_checkpoint(tmp_path / "a", tie=False, dtype="bfloat16")
     convert.convert(tmp_path / "a", tmp_path / "b")
     many = make_mesh({"fsdp": 2, "tensor": 4})
@@ -293,7 +295,7 @@ def test_plain_orbax_restores_what_is_written(tmp_path: Path) -> None:
     assert all(jax.tree.leaves(jax.tree.map(lambda x, y: x.sharding == y.sharding, restored, params)))
 
 
-def test_a_checkpoint_that_orbax_wrote_is_read(tmp_path: Path, mesh: Mesh) -> None:
+def test_checkpoints_in_the_default_layout_of_orbax_are_read(tmp_path: Path, mesh: Mesh) -> None:
     """Orbax's own default layout differs from ours: OCDBT, compressed, one chunk for each shard."""
     config = published("tiny-untied")
     params = jax.tree.map(jnp.asarray, random_params(config))
@@ -310,7 +312,7 @@ def test_a_checkpoint_that_orbax_wrote_is_read(tmp_path: Path, mesh: Mesh) -> No
         assert_same_tree(layers, taken)
 
 
-def test_the_newest_checkpoint_of_a_run_is_taken(tmp_path: Path, mesh: Mesh) -> None:
+def test_the_newest_checkpoint_of_a_run_is_loaded(tmp_path: Path, mesh: Mesh) -> None:
     config = published("tiny")
     for step, seed in ((9, 0), (10, 1)):
         orbax.save(random_params(config, seed), config, tmp_path / str(step))
@@ -320,7 +322,7 @@ def test_the_newest_checkpoint_of_a_run_is_taken(tmp_path: Path, mesh: Mesh) -> 
     assert_same_tree(params, random_params(config, 1))
 
 
-def test_nothing_is_logged_or_left_set(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_logged_and_logger_levels_are_restored(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     make_hf_checkpoint(tmp_path / "a")
     capfd.readouterr()
     level = logging.getLogger("absl").level
@@ -329,7 +331,7 @@ def test_nothing_is_logged_or_left_set(tmp_path: Path, capfd: pytest.CaptureFixt
     assert logging.getLogger("absl").level == level
 
 
-def test_dialect_4_helper_is_read_like_dialect_5(tmp_path: Path) -> None:
+def test_both_dialects_give_the_same_config(tmp_path: Path) -> None:
     make_hf_checkpoint(tmp_path, rope_theta=1e4)
     config = load_config(tmp_path)
     to_dialect_4(tmp_path / "config.json")

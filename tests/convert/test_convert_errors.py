@@ -1,4 +1,4 @@
-"""Bad checkpoints are refused before any work, with words, and nothing half-written stays behind."""
+"""Damaged checkpoints are refused with a reason before any work, and a failure leaves no files behind."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(source: Path, destination: Path, words: str) -> None:
-    """Converting fails with these words and leaves the destination's folder as it was."""
+    """Converting fails with this message and leaves the destination's parent folder unchanged."""
     before = sorted(destination.parent.iterdir())
     with pytest.raises(InputError, match=words):
         convert.convert(source, destination)
@@ -96,18 +96,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (lambda f: f.write_bytes(b""), "truncated or corrupt"),
     "cut in the header": (lambda f: f.write_bytes(f.read_bytes()[:100]), "truncated or corrupt"),
     "cut in the data": (lambda f: f.write_bytes(f.read_bytes()[:-1]), "truncated or corrupt"),
-    "something behind": (lambda f: f.write_bytes(f.read_bytes() + b"x"), "truncated or corrupt"),
+    "trailing bytes": (lambda f: f.write_bytes(f.read_bytes() + b"x"), "truncated or corrupt"),
     "huge header": (lambda f: f.write_bytes(b"\xff" * 8 + f.read_bytes()[8:]), "truncated or corrupt"),
-    "no JSON": (lambda f: with_header(f, b"{not json", b""), "not valid JSON"),
-    "no UTF-8": (lambda f: with_header(f, b'{"\xff": 1}', b""), "not valid JSON"),
+    "not JSON": (lambda f: with_header(f, b"{not json", b""), "not valid JSON"),
+    "not UTF-8": (lambda f: with_header(f, b'{"\xff": 1}', b""), "not valid JSON"),
     "a list": (lambda f: with_header(f, [1], b""), "not a JSON object"),
-    "an entry that is no object": (lambda f: with_header(f, {"x": 3}, b""), "lacks dtype"),
-    "name twice": (twice, "twice"),
+    "an entry that is not an object": (lambda f: with_header(f, {"x": 3}, b""), "lacks dtype"),
+    "duplicate name": (twice, "twice"),
     "offsets overlap": (overlap, "starts at byte"),
     "offsets beyond": (change_entry("data_offsets", [10**9, 10**9 + 256]), "starts at byte"),
     "offsets negative": (change_entry("data_offsets", [-256, 0]), "data_offsets"),
     "offsets do not fit the shape": (change_entry("shape", [63]), "needs 252 bytes, has 256"),
-    "shape of no numbers": (change_entry("shape", ["64"]), "has shape"),
+    "shape without numbers": (change_entry("shape", ["64"]), "has shape"),
     "unknown dtype": (change_entry("dtype", "F33"), "dtype 'F33', which the format does not have"),
     "wrong shape": (change_entry("shape", [8, 8]), r"has shape \[8, 8\], config.json asks for \[64\]"),
     "missing tensor": (drop("model.norm.weight"), r"lacks 1 of the tensors.*model\.norm\.weight"),
@@ -153,13 +153,17 @@ FOLDERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         "says that .* holds tensor model.extra; it does not",
     ),
     "tensor not in the index": ("shards", edit_index(lambda m: m.pop("model.norm.weight")), "does not list"),
-    "index leads outside": ("shards", edit_index(lambda m: m.update({"model.norm.weight": "../x"})), "plain file name"),
-    "index is no JSON": ("shards", lambda f: (f / "model.safetensors.index.json").write_text("{"), "not valid JSON"),
+    "index leaves the folder": (
+        "shards",
+        edit_index(lambda m: m.update({"model.norm.weight": "../x"})),
+        "plain file name",
+    ),
+    "index is not JSON": ("shards", lambda f: (f / "model.safetensors.index.json").write_text("{"), "not valid JSON"),
     "index without map": ("shards", lambda f: (f / "model.safetensors.index.json").write_text("{}"), "weight_map"),
     "no index": ("shards", lambda f: (f / "model.safetensors.index.json").unlink(), "Fetch the index"),
     "both forms": ("shards", lambda f: shutil.copy(shard(f, 0), f / "model.safetensors"), "has both"),
     "no config": ("single", lambda f: (f / "config.json").unlink(), "no config.json"),
-    "config is no JSON": ("single", lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+    "config is not JSON": ("single", lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "no weights": ("single", lambda f: (f / "model.safetensors").unlink(), "holds no checkpoint"),
     "Orbax without metadata": ("orbax", lambda f: (f / "params/_METADATA").unlink(), "no _METADATA"),
     "Orbax with broken metadata": ("orbax", lambda f: (f / "params/_METADATA").write_text("{"), "not a readable"),
@@ -188,7 +192,7 @@ class _Bomb:
         return os.abort, ()
 
 
-def test_pickles_are_refused_unopened(checkpoints: Path, tmp_path: Path) -> None:
+def test_pickles_are_refused_without_opening_them(checkpoints: Path, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     shutil.copy(checkpoints / "single/config.json", tmp_path / "a")
     (tmp_path / "a/pytorch_model.bin").write_bytes(pickle.dumps(_Bomb()))
@@ -203,7 +207,7 @@ def test_pickles_are_refused_unopened(checkpoints: Path, tmp_path: Path) -> None
         ("Qwen/Qwen2.5-0.5B-Instruct", "downloading .* failed.*hf download Qwen/Qwen2.5-0.5B-Instruct"),
     ],
 )
-def test_sources_that_are_not_there(name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_sources(name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -212,19 +216,19 @@ def test_sources_that_are_not_there(name: str, words: str, tmp_path: Path, monke
     assert not (tmp_path / "b").exists()
 
 
-def test_a_file_is_no_folder(checkpoints: Path, tmp_path: Path) -> None:
+def test_a_file_instead_of_a_folder_is_refused(checkpoints: Path, tmp_path: Path) -> None:
     refused(checkpoints / "single/model.safetensors", tmp_path / "b", "is a file")
 
 
 @pytest.mark.parametrize("kind", ["single", "orbax"])
-def test_taken_destinations_stay_as_they_are(kind: str, checkpoints: Path, tmp_path: Path) -> None:
+def test_existing_destinations_are_left_unchanged(kind: str, checkpoints: Path, tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b/precious").write_text("x")
     refused(checkpoints / kind, tmp_path / "b", "exists already")
     refused(checkpoints / kind, tmp_path / "b/precious", "exists already")
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["precious"]
     (tmp_path / "b/precious").unlink()
-    convert.convert(checkpoints / kind, tmp_path / "b")  # An empty folder is not taken.
+    convert.convert(checkpoints / kind, tmp_path / "b")  # An empty folder may be used.
     assert load_config(tmp_path / "b")
 
 
@@ -233,15 +237,15 @@ class _Usage(NamedTuple):
 
 
 @pytest.mark.parametrize("kind", ["single", "orbax"])
-def test_a_small_disk_is_noticed_before_work(
+def test_too_small_a_disk_is_refused_before_any_work(
     kind: str, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: _Usage(1000))
-    refused(checkpoints / kind, tmp_path / "b", r"needs 0\.00 GB.*has 0\.00 GB free")
+    refused(checkpoints / kind, tmp_path / "b", r"needs \S+ KiB, .* has 1000 bytes free")
 
 
 def fails_after(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """The third block that is moved fails, when others have been written, whichever way it is moved."""
+    """Makes the third block fail, whether it is copied from file to file or through memory."""
     calls = itertools.count(1)
 
     def failing(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -262,7 +266,7 @@ def fails_after(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     ("error", "seen"),
     [(OSError(28, "No space left on device"), InputError), (OSError(5, "I/O"), OSError), (KeyboardInterrupt(), None)],
 )
-def test_nothing_half_written_stays(
+def test_a_failure_leaves_nothing_behind(
     kind: str,
     dtype: str | None,
     error: BaseException,
@@ -277,7 +281,7 @@ def test_nothing_half_written_stays(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_wishes_that_cannot_be_met(checkpoints: Path, tmp_path: Path, mesh: Mesh) -> None:
+def test_other_invalid_arguments(checkpoints: Path, tmp_path: Path, mesh: Mesh) -> None:
     with pytest.raises(InputError, match="'hf' or 'orbax'"):
         convert.convert(checkpoints / "single", tmp_path / "b", to="gguf")  # type: ignore[arg-type]
     for dtype in ("int8", "float64", "nonsense"):
@@ -290,15 +294,15 @@ def test_other_wishes_that_cannot_be_met(checkpoints: Path, tmp_path: Path, mesh
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_memory_is_noticed_before_loading(
+def test_too_little_memory_is_refused_before_loading(
     checkpoints: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("convert.placement._available_host_bytes", lambda: 1000)
-    with pytest.raises(InputError, match=r"parameters need 0\.00 GB a device"):
+    with pytest.raises(InputError, match=r"parameters need \S+ KiB a device, this machine has 1000 bytes"):
         convert.load(checkpoints / "single", mesh)
 
 
-def test_values_beyond_float16_are_not_turned_into_infinity(checkpoints: Path, tmp_path: Path) -> None:
+def test_values_beyond_the_range_of_float16_are_an_error(checkpoints: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoints / "single", tmp_path / "a")
     held = load_file(tmp_path / "a/model.safetensors")
     held["model.norm.weight"][5] = 70_000
@@ -324,7 +328,7 @@ def test_parameters_that_do_not_fit_the_config(checkpoints: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_destination_that_cannot_be_made_is_refused_before_work(tmp_path: Path) -> None:
+def test_a_destination_that_cannot_be_created_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name, message in (("file/x", "cannot be made"), ("file/x/y", "cannot be made"), ("link", "symbolic link")):

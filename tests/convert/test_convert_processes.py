@@ -1,4 +1,4 @@
-"""Two processes that hold a model together write the same bytes as one, and fail together."""
+"""Two processes that hold the shards of a model write the same bytes as one process, and fail together."""
 
 import hashlib
 from pathlib import Path
@@ -21,7 +21,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def there_and_back(folder: str) -> list[str]:
-    """From safetensors on one mesh to Orbax, from there on another mesh to safetensors, stacked and not."""
+    """Converts safetensors on one mesh to Orbax, and that on another mesh to safetensors, stacked and unstacked."""
     root = Path(folder)
     for stacked in (True, False):
         options = Options(stacked=stacked)
@@ -30,13 +30,13 @@ def there_and_back(folder: str) -> list[str]:
         orbax.save(params, config, root / f"orbax-{stacked}", extra_files_from=root / "hf")
         _, params = convert.load(root / f"orbax-{stacked}", make_mesh({"fsdp": 4}), options=options)
         huggingface.export(params, config, root / f"hf-{stacked}", max_shard_bytes=60_000, extra_files_from=root / "hf")
-        assert (root / f"hf-{stacked}/config.json").is_file(), "no process goes on before all is written"
+        assert (root / f"hf-{stacked}/config.json").is_file(), "no process continues before everything is written"
     return sorted(path.name for path in root.iterdir())
 
 
-def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_write_the_same_files_as_one(tmp_path: Path) -> None:
     make_hf_checkpoint(tmp_path / "hf", tie=False, dtype="bfloat16", dialect="4", max_shard_size="60KB")
-    (tmp_path / "hf/merges.txt").write_text("travels along")
+    (tmp_path / "hf/merges.txt").write_text("copied")
     names = ["hf", "hf-False", "hf-True", "orbax-False", "orbax-True"]
     assert run(there_and_back, str(tmp_path), processes=2, devices=2) == [names, names]
     convert.convert(tmp_path / "hf", tmp_path / "one")
@@ -44,7 +44,7 @@ def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
     huggingface.export(params, config, tmp_path / "alone", max_shard_bytes=60_000, extra_files_from=tmp_path / "hf")
     for stacked in (True, False):
         assert digests(tmp_path / f"hf-{stacked}") == digests(tmp_path / "alone")
-        # Orbax notes the time and the place of writing.
+        # Orbax records the time and the path of writing.
         written, expected = digests(tmp_path / f"orbax-{stacked}"), digests(tmp_path / "one")
         assert written.keys() == expected.keys()
         different = sorted(x for x in expected if written[x] != expected[x])
@@ -52,7 +52,7 @@ def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
 
 
 def fail(folder: str) -> list[str]:
-    """What each process is told when the first one cannot begin, and when it fails on the way."""
+    """The errors of each process if process 0 cannot begin to write, and if it fails while writing."""
     root, told = Path(folder), []
     config, params = convert.load(root / "hf", make_mesh({"fsdp": 2}), options=Options())
 

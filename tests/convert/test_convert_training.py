@@ -1,4 +1,4 @@
-"""What training saves is a model like any other: it converts without a changed bit, and speaks."""
+"""A checkpoint of a training run converts bit for bit and generates text like any other checkpoint."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`verify` passes what computes the same, fails what does not, and says when it cannot tell."""
+"""`verify` passes equal models, fails different ones, and reports when it cannot compare."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def test_transformers_agrees(kind: str, checkpoints: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_rounding_passes_by_the_tolerance_of_the_coarser_dtype(dtype: str, checkpoints: Path, tmp_path: Path) -> None:
+def test_rounded_weights_pass_with_the_coarser_tolerance(dtype: str, checkpoints: Path, tmp_path: Path) -> None:
     convert.convert(checkpoints / "hf", tmp_path / "b", dtype=dtype)
     report = verify(checkpoints / "hf", tmp_path / "b")
     assert report.passed
@@ -88,7 +88,7 @@ def test_weights_that_are_not_finite_fail_and_the_report_is_json(checkpoints: Pa
         assert "NaN" not in report.to_json()
 
 
-def test_figures_are_those_of_their_definitions() -> None:
+def test_the_figures_match_their_definitions() -> None:
     p, q = np.array([0.5, 0.25, 0.25]), np.array([0.25, 0.5, 0.25])
     a, b = np.log(p)[None, None].astype(np.float32), np.log(q)[None, None].astype(np.float32) + 3
     report = compare(a, b, ("float32", "float32"))
@@ -107,7 +107,7 @@ def test_two_checkpoints_of_one_architecture_are_compiled_once(checkpoints: Path
     assert module._logits._cache_size() == 1
 
 
-def test_own_tokens_are_used(checkpoints: Path) -> None:
+def test_given_tokens_are_used(checkpoints: Path) -> None:
     assert verify(checkpoints / "hf", checkpoints / "orbax", tokens_BT=np.zeros((3, 5), int)).positions == 15
 
 
@@ -117,7 +117,7 @@ def test_other_vocabularies_cannot_be_compared(checkpoints: Path, tmp_path: Path
         verify(checkpoints / "hf", tmp_path)
 
 
-def test_what_cannot_be_read_or_asked_is_an_input_error(checkpoints: Path, tmp_path: Path) -> None:
+def test_missing_checkpoints_and_invalid_arguments_are_input_errors(checkpoints: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         verify(checkpoints / "hf", tmp_path / "nothing")
     with pytest.raises(InputError, match="one of the two"):

@@ -30,7 +30,7 @@ def logits(
     config: ModelConfig, params: Params, mesh: Mesh, tokens_BT: np.ndarray, options: Options = Options()
 ) -> np.ndarray:
     """Float32 logits [B, T, V] of a causal forward pass."""
-    sharding = Sharding.for_model(config, mesh)
+    sharding = Sharding.for_inference(config, mesh)
     with jax.set_mesh(mesh):
         tokens = jax.device_put(np.asarray(tokens_BT, np.int32), NamedSharding(mesh, sharding.tokens))
         return np.asarray(_logits(config, sharding, params, tokens, options))
@@ -38,7 +38,7 @@ def logits(
 
 def loss_gradients(config: ModelConfig, params: Params, mesh: Mesh, tokens_BT: np.ndarray) -> Params:
     """Gradients of the mean next-token cross-entropy, in the tree of the (stacked) parameters, as NumPy arrays."""
-    sharding = Sharding.for_model(config, mesh)
+    sharding = Sharding.for_inference(config, mesh)
 
     def loss(params: Params, tokens_BT: jax.Array) -> jax.Array:
         log_p = jax.nn.log_softmax(_logits(config, sharding, params, tokens_BT, Options())[:, :-1])

@@ -93,7 +93,7 @@ def one_layer_cache(config: ModelConfig) -> ContiguousCache:
 def drawn(config: ModelConfig, mesh: Any, rng: np.random.Generator) -> tuple[Options, Sharding, Any]:
     """The inference layout, and random weights in it."""
     options = Options(stacked=False, fused=True, dtype="bfloat16")
-    sharding = Sharding.for_model(config, mesh)
+    sharding = Sharding.for_inference(config, mesh)
     shapes, specs = (f(config, sharding, options) for f in (abstract_params, param_specs))
 
     def draw(path: Any, shape: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array:

@@ -328,7 +328,7 @@ def test_load_config_says_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_every_config_field_is_read_by_some_code() -> None:
-    """A field that nothing reads is a promise that nothing keeps."""
+    """A config field that no code reads is a bug."""
     root = Path(qwen_jax.__file__).parent
     nodes = [node for path in root.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
@@ -337,6 +337,6 @@ def test_every_config_field_is_read_by_some_code() -> None:
         if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "fields":
             read.add(ast.literal_eval(node.slice))
     for cls in (ModelConfig, Yarn, DualChunk):
-        # The original length of dual-chunk attention is carried for other tools (asdict), like the window fields.
+        # The original length of dual-chunk attention is kept for other tools (asdict), like the window fields.
         unread = {field.name for field in dataclasses.fields(cls)} - read
         assert not unread, f"{cls.__name__}: {unread}"

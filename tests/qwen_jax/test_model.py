@@ -45,7 +45,7 @@ def placed(mesh: Mesh, sharding: Sharding, *arrays: Any) -> list[jax.Array]:
 
 
 def packed_logits(params: Params, tokens: Any, segments: Any, positions: Any, mesh: Mesh, **options: Any) -> jax.Array:
-    sharding = Sharding.for_model(CONFIG, mesh)
+    sharding = Sharding.for_inference(CONFIG, mesh)
     model = bind(CONFIG, params, sharding, Options(**options))
     logits = model.logits(model(tokens, positions, kernels.packed_mask(segments)).hidden)
     # Whole rows, so that a test may slice the vocabulary.
@@ -67,7 +67,7 @@ def test_document_b_is_bitwise_blind_to_document_a_and_to_padding(mesh: Mesh) ->
     other[:, :20] = two_documents(1)[0][:, :20]
     other[:, 50:] = two_documents(2)[0][:, 50:]
     params = random_params(mesh)
-    sharding = Sharding.for_model(CONFIG, mesh)
+    sharding = Sharding.for_inference(CONFIG, mesh)
 
     @jax.jit
     def run(params: Params, *batch: jax.Array) -> tuple[jax.Array, Params]:
@@ -89,7 +89,7 @@ def test_document_b_is_bitwise_blind_to_document_a_and_to_padding(mesh: Mesh) ->
 def test_packed_document_equals_the_document_alone(mesh: Mesh) -> None:
     """Within float32 noise of differently grouped sums: 1e-5 of the largest logit."""
     tokens, segments, positions = two_documents()
-    sharding = Sharding.for_model(CONFIG, mesh)
+    sharding = Sharding.for_inference(CONFIG, mesh)
     params = random_params(mesh)
     with jax.set_mesh(mesh):
         packed = packed_logits(params, *placed(mesh, sharding, tokens, segments, positions), mesh)
@@ -108,7 +108,7 @@ def test_padding_changes_nothing(mesh: Mesh, side: str) -> None:
     row = np.concatenate([part for part, _ in parts], 1)
     segments = np.concatenate([np.full_like(part, number) for part, number in parts], 1)
     positions = np.concatenate([np.arange(part.shape[1], dtype=np.int32)[None] * number for part, number in parts], 1)
-    sharding = Sharding.for_model(CONFIG, mesh)
+    sharding = Sharding.for_inference(CONFIG, mesh)
     params = random_params(mesh)
     with jax.set_mesh(mesh):
         got = np.asarray(packed_logits(params, *placed(mesh, sharding, row, segments, positions), mesh))
@@ -121,7 +121,7 @@ def test_padding_changes_nothing(mesh: Mesh, side: str) -> None:
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
 def test_scan_unrolled_and_remat_agree(mesh: Mesh, remat: Remat, stacked: bool) -> None:
     tokens, segments, positions = two_documents(5)
-    sharding = Sharding.for_model(CONFIG, mesh)
+    sharding = Sharding.for_inference(CONFIG, mesh)
     params = random_params(mesh)
 
     def loss(params: Params, batch: list[jax.Array], stacked: bool, remat: Remat) -> jax.Array:
@@ -143,7 +143,7 @@ def test_scan_unrolled_and_remat_agree(mesh: Mesh, remat: Remat, stacked: bool) 
 
 def test_cached_decoding_equals_the_full_pass_token_by_token_and_in_chunks(mesh: Mesh) -> None:
     """Prefill, then a chunk at an offset, then single tokens: the same hidden states as one pass over everything."""
-    sharding = Sharding.for_model(CONFIG, mesh)
+    sharding = Sharding.for_inference(CONFIG, mesh)
     params = unstack(random_params(mesh))
     T, slots = 30, 48
     tokens = np.random.default_rng(4).integers(0, CONFIG.vocab_size, (2, T), dtype=np.int32)
@@ -177,7 +177,7 @@ def test_every_mesh_gives_the_same_logits_and_gradients(axes: dict[str, int]) ->
 
     def run(axes: dict[str, int]) -> tuple[np.ndarray, Params]:
         mesh = make_mesh(axes)
-        sharding = Sharding.for_model(CONFIG, mesh)
+        sharding = Sharding.for_inference(CONFIG, mesh)
         params = random_params(mesh)
         rows = [np.concatenate([x] * 8) for x in two_documents(6)]
         rows[0] = np.random.default_rng(7).integers(0, CONFIG.vocab_size, rows[0].shape, dtype=np.int32)
@@ -211,7 +211,7 @@ def test_every_mesh_gives_the_same_logits_and_gradients(axes: dict[str, int]) ->
 )
 def test_mesh_that_does_not_divide_is_refused(axes: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Sharding.for_model(CONFIG, make_mesh(axes))
+        Sharding.for_inference(CONFIG, make_mesh(axes))
 
 
 def test_initial_parameters_are_ready_for_pretraining(mesh: Mesh) -> None:
@@ -233,7 +233,7 @@ def test_initial_parameters_are_ready_for_pretraining(mesh: Mesh) -> None:
 def test_specs_match_the_parameter_tree(options: Options) -> None:
     for name in ("tiny", "tiny-untied"):
         config = published(name)
-        sharding = Sharding.for_model(config, make_mesh({"tensor": 4}))
+        sharding = Sharding.for_inference(config, make_mesh({"tensor": 4}))
         shapes = abstract_params(config, sharding, options)
         specs = param_specs(config, sharding, options)
         flat_shapes, flat_specs = (
@@ -247,7 +247,7 @@ def test_specs_match_the_parameter_tree(options: Options) -> None:
 def test_works_in_both_modes_of_nnx(mesh: Mesh) -> None:
     """Graph mode and tree mode give the same logits."""
     tokens, segments, positions = two_documents()
-    sharding = Sharding.for_model(CONFIG, mesh)
+    sharding = Sharding.for_inference(CONFIG, mesh)
     outputs = []
     for graph in (True, False):
         with nnx.set_graph_mode(graph), jax.set_mesh(mesh):

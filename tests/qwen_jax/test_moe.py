@@ -153,7 +153,7 @@ def test_weights_are_sharded_and_exported_unchanged(
     where = make_mesh({"expert": 2, "tensor": 2, "fsdp": 2})
     options = Options(stacked=stacked)
     params = load_params(folder, config, where, options=options)
-    specs = param_specs(config, Sharding.for_model(config, where), options)
+    specs = param_specs(config, Sharding.for_inference(config, where), options)
     for x, spec in zip(
         jax.tree.leaves(params), jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, jax.P)), strict=True
     ):
@@ -254,12 +254,12 @@ def test_invalid_config_files_are_refused(key: str, value: Any, says: str) -> No
 )
 def test_meshes_that_do_not_divide_are_refused(axes: dict[str, int], says: str) -> None:
     with pytest.raises(InputError, match=says):
-        Sharding.for_model(published("tiny-moe"), make_mesh(axes))
+        Sharding.for_inference(published("tiny-moe"), make_mesh(axes))
 
 
 def test_a_dense_model_has_no_expert_axis() -> None:
     with pytest.raises(InputError, match="dense model does not use the expert axis"):
-        Sharding.for_model(published("tiny"), make_mesh({"expert": 2}))
+        Sharding.for_inference(published("tiny"), make_mesh({"expert": 2}))
 
 
 # --- routing ---------------------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def hidden(
     config: ModelConfig, params: Params, where: Mesh, ids: np.ndarray, valid: np.ndarray | None = None, **options: Any
 ) -> tuple[np.ndarray, RouterStats | None]:
     """Hidden states and router statistics, in the layout of training."""
-    sharding = Sharding.for_model(config, where, split_rows=True)
+    sharding = Sharding.for_training(config, where)
     specs = param_specs(config, sharding)
     params = jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), jax.NamedSharding(where, s)), params, specs)
 
@@ -331,7 +331,7 @@ def test_weights_are_initialised_only_for_layers_that_have_them(mlp_only: tuple[
     assert TINY_MOE.moe is not None
     moe = dataclasses.replace(TINY_MOE.moe, mlp_only_layers=mlp_only)
     config = dataclasses.replace(TINY_MOE, num_layers=4, moe=moe)
-    sharding = Sharding.for_model(config, mesh, split_rows=True)
+    sharding = Sharding.for_training(config, mesh)
 
     def initialised(key: jax.Array, stacked: bool) -> Any:
         return nnx.to_pure_dict(nnx.split(Qwen2(config, sharding, nnx.Rngs(params=key), Options(stacked=stacked)))[1])

@@ -25,7 +25,7 @@ E, K, D = 8, 3, 16
 
 def context(axes: dict[str, int], training: bool, capacity_factor: float = 0.0) -> tuple[MoEContext, jax.sharding.Mesh]:
     mesh = make_mesh(axes, jax.devices()[: math.prod(axes.values())])
-    sharding = Sharding.for_model(published("tiny-moe"), mesh, split_rows=training)
+    sharding = (Sharding.for_training if training else Sharding.for_inference)(published("tiny-moe"), mesh)
     return MoEContext(MoE(E, K, 24, 40), sharding, 1e-6, capacity_factor, "auto", keep_dots=False), mesh
 
 

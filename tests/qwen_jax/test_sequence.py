@@ -26,9 +26,9 @@ def on_context(mesh, sharding, q, k, v, mask, ring=False):
     """Attention of rows that are spread first and gathered after, on a mesh."""
 
     def run(q, k, v, start, end):
-        # `spread` moves one number a token: the tokens' own numbers say where the rest goes.
+        # `zigzag_shard` moves one number a token: the tokens' own numbers say where the rest goes.
         numbers = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
-        order = np.asarray(context.spread(numbers, sharding))[0]
+        order = np.asarray(context.zigzag_shard(numbers, sharding))[0]
         back = np.argsort(order)
         spec = P(None, "context", None, None)
         attend = jax.shard_map(
@@ -71,7 +71,7 @@ def test_attention_is_that_of_whole_rows(monkeypatch, n, logits, ring):
 
     expected = jax.value_and_grad(whole, argnums=(0, 1, 2), has_aux=True)(q, k, v)
     mesh = make_mesh({"context": n})
-    got = on_context(mesh, Sharding.for_model(TINY, mesh, split_rows=True), q, k, v, mask, ring)
+    got = on_context(mesh, Sharding.for_training(TINY, mesh), q, k, v, mask, ring)
     # float32 sums in another order.
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
 
@@ -142,7 +142,7 @@ def test_each_device_has_a_like_share_of_causal_work(n):
     mesh = make_mesh({"context": n})
     with jax.set_mesh(mesh):
         seen = jnp.arange(1, 65)[None]  # How many keys each token sees.
-        places = context.spread(seen, Sharding.for_model(TINY, mesh, split_rows=True))
+        places = context.zigzag_shard(seen, Sharding.for_training(TINY, mesh))
         shares = [int(np.asarray(shard.data).sum()) for shard in places.addressable_shards]
     assert sorted(np.asarray(places)[0]) == list(range(1, 65))
     assert len(shares) == n
@@ -152,9 +152,9 @@ def test_each_device_has_a_like_share_of_causal_work(n):
 def test_a_length_that_does_not_divide_and_a_model_that_does_not_split_are_refused():
     mesh = make_mesh({"context": 4})
     with jax.set_mesh(mesh), pytest.raises(InputError, match="Rows of 20 tokens do not divide into 8 chunks"):
-        context.spread(jnp.zeros((1, 20), jnp.int32), Sharding.for_model(TINY, mesh, split_rows=True))
+        context.zigzag_shard(jnp.zeros((1, 20), jnp.int32), Sharding.for_training(TINY, mesh))
     with pytest.raises(InputError, match="Only training uses the context axis; it is 4"):
-        Sharding.for_model(TINY, mesh)
+        Sharding.for_inference(TINY, mesh)
 
 
 def test_memory_grows_with_the_length_and_not_with_its_square(monkeypatch):

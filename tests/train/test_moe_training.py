@@ -68,7 +68,7 @@ def weights() -> Any:
 
 
 def on_mesh(params: Any, mesh: Any) -> Params:
-    specs = param_specs(MODEL, Sharding.for_model(MODEL, mesh, split_rows=True))
+    specs = param_specs(MODEL, Sharding.for_training(MODEL, mesh))
     placed: Params = jax.tree.map(
         lambda x, spec: jax.make_array_from_callback(x.shape, jax.NamedSharding(mesh, spec), lambda i: x[i]),
         params,
@@ -254,7 +254,7 @@ def test_two_processes_of_four_devices_are_one() -> None:
 def gradient(batch: Batch, **changes: Any) -> tuple[Any, Any, Any]:
     """The gradient, the sums over the denominator, and the routing."""
     (objective, settings), mesh = config(**changes), make_mesh({}, jax.devices()[:1])
-    sharding = Sharding.for_model(MODEL, mesh, split_rows=True)
+    sharding = Sharding.for_training(MODEL, mesh)
     with jax.set_mesh(mesh):
         params = on_mesh(weights(), mesh)
         compute = jax.jit(functools.partial(batch_gradient, objective, settings, sharding))
@@ -338,7 +338,7 @@ def test_their_gradients_are_those_of_transformers(tmp_path: Path) -> None:
     mesh, architecture = make_mesh({}, jax.devices()[:1]), load_config(tmp_path)
     objective, settings = config(moe=MoETraining(3.0, 0.5))
     objective = dataclasses.replace(objective, model=architecture)
-    sharding = Sharding.for_model(architecture, mesh, split_rows=True)
+    sharding = Sharding.for_training(architecture, mesh)
     with jax.set_mesh(mesh):
         params = load_params(tmp_path, architecture, mesh)
         compute = jax.jit(functools.partial(batch_gradient, objective, settings, sharding))
@@ -356,7 +356,7 @@ def test_their_gradients_are_those_of_transformers(tmp_path: Path) -> None:
 
 def test_evaluation_loses_no_token_and_adds_no_loss() -> None:
     batch, mesh = batches(rows(), 8, seed=4)[0], make_mesh({}, jax.devices()[:1])
-    sharding = Sharding.for_model(MODEL, mesh, split_rows=True)
+    sharding = Sharding.for_training(MODEL, mesh)
     found = []
     with jax.set_mesh(mesh):
         params = on_mesh(weights(), mesh)

@@ -110,7 +110,7 @@ def loss_and_gradients(config, sharding):
 
 
 def grads_and_sums(config, mesh, params, batch):
-    compute = loss_and_gradients(config, Sharding.for_model(config.objective.model, mesh))
+    compute = loss_and_gradients(config, Sharding.for_inference(config.objective.model, mesh))
     (_, sums), gradients = compute(params, place(batch, mesh))
     return jax.device_get(gradients), jax.device_get(sums)
 
@@ -155,7 +155,7 @@ def test_a_change_in_one_document_leaves_the_others_loss_and_gradients_bitwise_u
 @pytest.mark.parametrize("chunk", [1, 5, 8, 100])
 def test_chunked_loss_equals_the_loss_of_full_logits(mesh, name, chunk):
     config = dataclasses.replace(published(name), vocab_size=96)
-    sharding = Sharding.for_model(config, mesh)
+    sharding = Sharding.for_inference(config, mesh)
     rng = np.random.default_rng(chunk)
     hidden = rng.normal(size=(2, 19, 64)).astype(np.float32)
     targets = rng.integers(0, 96, (2, 19))
@@ -198,7 +198,7 @@ def test_statistics_of_logits_of_any_size(scale):
 
 def test_z_loss_is_the_squared_logarithm_of_the_denominator(mesh):
     """And it changes what is minimised, not the cross-entropy that is reported."""
-    sharding = Sharding.for_model(TINY, mesh)
+    sharding = Sharding.for_inference(TINY, mesh)
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(2, 9, 64)).astype(np.float32)
     targets, weights = rng.integers(0, 128, (2, 9)), rng.random((2, 9)).astype(np.float32)
@@ -227,7 +227,7 @@ def test_full_logits_never_exist(mesh):
     model, rows = dataclasses.replace(TINY, vocab_size=8192), random_rows(0, [16 * 32])
 
     def temporary_bytes(chunk):
-        config, sharding = pretrain(model, loss_chunk=chunk), Sharding.for_model(model, mesh)
+        config, sharding = pretrain(model, loss_chunk=chunk), Sharding.for_inference(model, mesh)
         step = jax.jit(jax.grad(lambda p, b: loss_sums(config, sharding, p, b).loss))
         return step.lower(params, place(rows, mesh)).compile().memory_analysis().temp_size_in_bytes
 

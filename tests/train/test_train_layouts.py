@@ -49,7 +49,7 @@ def curve(
     objective = NextToken(MODEL, PretrainConfig(loss_chunk=16, z_loss=1e-3))
     config = StepConfig("float32", remat, accumulation, scan_layers, ring=ring)
     mesh, data = make_mesh(axes), batches(rows(), 32, seed=0)
-    specs = param_specs(MODEL, Sharding.for_model(MODEL, mesh, split_rows=True))
+    specs = param_specs(MODEL, Sharding.for_training(MODEL, mesh))
     with jax.set_mesh(mesh):
         on_mesh = jax.tree.map(
             lambda x, spec: jax.make_array_from_callback(x.shape, jax.NamedSharding(mesh, spec), lambda i: x[i]),

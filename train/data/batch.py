@@ -1,10 +1,11 @@
-"""The one data type between documents and the training step."""
+"""`Batch`: packed rows for the training step, and their placement on the devices of a mesh."""
 
 import dataclasses
 import functools
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from qwen_jax.parallel.sharding import Sharding
@@ -21,14 +22,14 @@ B = TypeVar("B")
 class Batch:
     """Packed rows; every array is [batch, length], in NumPy on the host and in JAX on devices.
 
-    The weights belong to tokens as targets: `loss_weights[b, t]` counts the prediction of `tokens[b, t]` from the
-    tokens before it. The first token of a document has nothing before it and is never a target, whatever its weight.
+    The weights belong to tokens as targets: `loss_weights[b, t]` is the weight of predicting `tokens[b, t]` from the
+    tokens before it. The first token of a segment has none before it and is never a target, whatever its weight.
 
     Attributes:
       tokens: int32 token ids.
       positions: int32, counted from 0 in each document.
       segment_ids: int32, equal within a document and contiguous; 0 is padding.
-      loss_weights: float32. Carried with the tokens, never derived from their ids.
+      loss_weights: float32. They are carried with the tokens, never derived from token ids.
     """
 
     tokens: Any
@@ -59,15 +60,15 @@ def place(batch: B, mesh: Mesh) -> B:
 
 
 def row_part(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-    """Which part of the rows of a global batch this process has to read.
+    """Determines which part of the rows of a global batch this process has to read.
 
     Args:
       mesh: from `qwen_jax.parallel.sharding.make_mesh`.
       batch_size: rows in the global batch.
 
     Returns:
-      (index, count): part `index` of `count` equal ones holds all rows of this process's devices. Processes that share
-      rows, on a tensor axis that spans them, read the same part.
+      (index, count): part `index` of `count` equal parts holds all rows of this process's devices. Processes that
+      share rows, because a tensor axis spans them, read the same part.
     """
     indices = NamedSharding(mesh, Sharding.rows).addressable_devices_indices_map((batch_size,))
     bounds = [index[0].indices(batch_size) for index in indices.values() if index]
@@ -82,15 +83,16 @@ def place_part(part: Batch, batch_size: int, mesh: Mesh) -> Batch:
     """Puts this process's part of a global batch on its devices.
 
     Args:
-      part: NumPy arrays [batch_size / count, length], the part that `row_part` names.
+      part: NumPy arrays [batch_size / count, length], the part that `row_part` returned.
       batch_size: rows in the global batch.
       mesh: from `qwen_jax.parallel.sharding.make_mesh`.
     """
     index, count = row_part(mesh, batch_size)
     begin, sharding = index * (batch_size // count), NamedSharding(mesh, Sharding.tokens)
 
-    def put(x: Any) -> jax.Array:
-        def rows(index: Any) -> Any:
+    def put(x: np.ndarray) -> jax.Array:
+        def rows(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             start, stop, _ = index[0].indices(batch_size)
             return x[start - begin : stop - begin]
 

@@ -1,4 +1,4 @@
-"""Batches of a mixture on the devices of a mesh, read ahead."""
+"""Batches of a data mixture on the devices of a mesh, read ahead."""
 
 from collections.abc import Iterator
 
@@ -9,21 +9,21 @@ from train.data.mixture import Mixture
 
 
 class Feed:
-    """The global batches of a mixture, in order from a step on; each process reads only its part of the rows.
+    """The global batches of a data mixture from a step on, in order. Each process reads only its part of the rows.
 
-    `feed[step]` gives them one after the other, already on the devices.
+    `feed[step]` is the next batch, already on the devices.
     """
 
     def __init__(self, mixture: Mixture, start: int, mesh: Mesh):
-        """Begins to read.
+        """Begins to read ahead.
 
         Args:
-          mixture: of the run.
+          mixture: data mixture of the run.
           start: the first step.
-          mesh: where batches are placed; it is that of one stage.
+          mesh: mesh of the current stage, where batches are placed.
 
         Raises:
-          InputError: the processes do not divide the batch.
+          InputError: the batch does not divide by the number of processes.
         """
         self._mixture, self._mesh, self._next = mixture, mesh, start
         self._part = row_part(mesh, self._batch_size(start))
@@ -36,9 +36,9 @@ class Feed:
         """The global batch of a step, as `jax.Array`s.
 
         Args:
-          step: one more than that of the call before.
+          step: `start` in the first call, and one more in each further call.
         """
         if step != self._next:
-            raise ValueError(f"A feed gives its batches in order: the next is {self._next}, not {step}.")
+            raise ValueError(f"A Feed returns batches in order: the next step is {self._next}, got {step}.")
         self._next += 1
         return place_part(next(self._batches), self._batch_size(step), self._mesh)

@@ -1,4 +1,4 @@
-"""Rows in memory to batches in a seeded order, by Grain."""
+"""Batches of rows in memory, in a seeded order; a data set for small runs and for evaluation."""
 
 import hashlib
 
@@ -13,15 +13,15 @@ from train.data.batch import Batch
 def batches(rows: Batch, batch_size: int, seed: int) -> "grain.MapDataset[Batch]":
     """An endless map from step to batch: `batches(...)[step]` is a pure function of (seed, step).
 
-    Each row comes once in every pass over the data, in an order drawn anew for each pass.
+    In each epoch every row comes once, in a new order.
 
     Args:
       rows: NumPy arrays [rows, length], as from `pack`.
       batch_size: rows in a batch.
-      seed: of the order.
+      seed: seed of the order.
 
     Raises:
-      InputError: fewer rows than a batch takes.
+      InputError: there are fewer rows than a batch needs.
     """
     num_rows, length = rows.shape
     if not 1 <= batch_size <= num_rows:
@@ -39,7 +39,7 @@ def batches(rows: Batch, batch_size: int, seed: int) -> "grain.MapDataset[Batch]
 
 
 def whole_batches(rows: Batch, batch_size: int) -> list[Batch]:
-    """All rows in order, for evaluation; the last batch is filled up with rows of padding.
+    """All rows in order, for evaluation; the last batch is padded with empty rows.
 
     Args:
       rows: NumPy arrays [rows, length].
@@ -52,7 +52,7 @@ def whole_batches(rows: Batch, batch_size: int) -> list[Batch]:
 
 
 def fingerprint(rows: Batch) -> str:
-    """A sha256 (hex) of the rows: on resume, the same data gives the same value."""
+    """A sha256 (hex) of the rows, to be compared on resume."""
     digest = hashlib.sha256(repr(rows.shape).encode())
     for array in jax.tree.leaves(rows):
         digest.update(np.ascontiguousarray(array).data)

@@ -1,4 +1,4 @@
-"""Documents of tokens to rows of one length."""
+"""Packs documents of tokens into rows of one length."""
 
 from collections.abc import Sequence
 
@@ -9,20 +9,20 @@ from train.data.batch import Batch
 
 
 def pack(documents: Sequence[Sequence[int] | np.ndarray], length: int) -> Batch:
-    """Lays documents end to end over rows of one length.
+    """Concatenates documents and cuts them into rows of one length.
 
-    Every token is used exactly once, and only the last row has padding. A document that reaches the end of a row goes
-    on in the next one as a segment of its own: the model never sees across a row, so positions start again there.
+    Every token is used exactly once, and only the last row has padding. A document that reaches the end of a row
+    continues in the next row as a segment of its own, whose positions start at 0: attention does not cross rows.
 
     Args:
-      documents: token ids, with whatever ends a document already appended. Empty documents vanish.
+      documents: token ids of each, including an end-of-text id if there is to be one. Empty documents are left out.
       length: tokens in a row.
 
     Returns:
-      All rows, as NumPy arrays [rows, length]; weights are 1, and 0 on padding.
+      All rows, as NumPy arrays [rows, length]; loss weights are 1, and 0 on padding.
 
     Raises:
-      InputError: no tokens at all, or a length below 2.
+      InputError: there is no token, or the length is below 2.
     """
     if length < 2:
         raise InputError(f"Rows must hold at least 2 tokens, got a length of {length}.")
@@ -40,15 +40,15 @@ def pack(documents: Sequence[Sequence[int] | np.ndarray], length: int) -> Batch:
 
 
 def rows_to_batch(tokens: np.ndarray, starts: np.ndarray, num_tokens: np.ndarray) -> Batch:
-    """Numbers the segments of packed rows.
+    """Makes a batch of packed rows: computes segment ids, positions and loss weights.
 
     Args:
-      tokens: int32 [rows, length].
-      starts: bool [rows, length], true where a document begins. A row's first token begins a segment anyway.
-      num_tokens: [rows], how many tokens at the beginning of each row are real; the others are padding.
+      tokens: int32 [rows, length], token ids.
+      starts: bool [rows, length], true where a document begins. The first token of a row always begins a segment.
+      num_tokens: [rows], number of tokens of each row; the rest of the row is padding.
 
     Returns:
-      Segments and positions, counted from 1 and 0; weights are 1, and 0 on padding.
+      The rows. Segments are counted from 1, positions from 0; loss weights are 1, and 0 on padding.
     """
     length = tokens.shape[1]
     i = np.arange(length, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""A built data set, open for reading: any row, in any order, straight from the disk."""
+"""Reads rows of a built data set from the disk, in any order."""
 
 import functools
 import os
@@ -16,11 +16,11 @@ from train.data.shards import check_files, load_manifest, starts_width
 
 
 class PackedRows:
-    """The rows of a data set, mapped into memory: they cost no memory of the process's own.
+    """The rows of a data set. Its files are memory-mapped and use no memory of the process.
 
     Attributes:
-      folder: of the data set.
-      manifest: what it holds.
+      folder: folder of the data set.
+      manifest: its manifest.
       length: tokens in a row.
     """
 
@@ -28,11 +28,11 @@ class PackedRows:
         """Opens a data set and compares the size of every shard with the manifest.
 
         Args:
-          folder: from `qwen-jax data build`.
-          verify: also compare the sha256 of every shard, which reads all of them.
+          folder: folder of the data set, from `qwen-jax data build`.
+          verify: also compare the sha256 of every shard, which reads all shards.
 
         Raises:
-          InputError: no finished data set, or a shard is missing, cut or (with `verify`) changed.
+          InputError: the data set is not finished, or a shard is missing, truncated or (with `verify`) changed.
         """
         self.folder = Path(folder).absolute()
         self.manifest = load_manifest(self.folder)
@@ -42,21 +42,21 @@ class PackedRows:
         self._ends = list(accumulate(shard.rows for shard in self.manifest.shards))
 
     def __len__(self) -> int:
-        """Rows in all shards."""
+        """Number of rows in all shards."""
         return self.manifest.rows
 
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Copies rows as they lie on the disk.
+        """Reads rows.
 
         Args:
-          indices: of n rows, each in [0, len).
+          indices: indices of n rows, each in [0, len).
 
         Returns:
-          Tokens int32 [n, length], where documents begin bool [n, length], and real tokens of each row [n]. They are
-          what `rows_to_batch` takes.
+          The arguments of `rows_to_batch`: tokens int32 [n, length], starts of documents bool [n, length], and the
+          number of tokens of each row [n].
 
         Raises:
-          InputError: a token id that no tokenizer made: the shard is damaged.
+          InputError: a token id is not in the vocabulary, because the shard is damaged.
         """
         n = len(indices)
         tokens = np.empty((n, self.length), "<u4")
@@ -75,25 +75,25 @@ class PackedRows:
             if tokens[i].max() >= self.manifest.vocab_size:
                 raise InputError(
                     f"{path}.tokens is damaged: row {row} has the token id {tokens[i].max()}, and the tokenizer has "
-                    f"{self.manifest.vocab_size}. Copy it again from where it is intact, and resume; verify_data=true "
-                    "looks for other damage."
+                    f"{self.manifest.vocab_size} ids. Copy it again from an intact data set, and resume; "
+                    "verify_data=true looks for other damage."
                 )
         bits = np.unpackbits(starts, axis=1, count=self.length, bitorder="little").view(bool)
         return tokens.view("<i4").astype(np.int32, copy=False), bits, num_tokens
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """Rows as a batch, NumPy arrays [n, length]; as `pack` makes them of the same documents.
+        """Reads rows as a batch of NumPy arrays [n, length]; they equal those of `pack` for the same documents.
 
         Args:
-          indices: of n rows, each in [0, len).
+          indices: indices of n rows, each in [0, len).
         """
         return rows_to_batch(*self.read(indices))
 
 
-# Each mapping holds two file descriptors, of which a process may often have no more than 1024.
+# Each mapping needs two file descriptors, and a process may often have no more than 1024.
 @functools.lru_cache(maxsize=192)
 def _map(shard: str, rows: int, length: int, sha256: str) -> tuple[np.ndarray, np.ndarray]:
-    """Maps a shard; the hash is here so that another shard of the same name is another entry of the cache."""
+    """Maps a shard into memory. The hash distinguishes shards of the same name in the cache."""
     try:
         return (
             np.asarray(np.memmap(f"{shard}.tokens", "<u4", "r", shape=(rows, length))),
@@ -101,6 +101,6 @@ def _map(shard: str, rows: int, length: int, sha256: str) -> tuple[np.ndarray, n
         )
     except (OSError, ValueError) as error:  # ValueError where the file is too short.
         raise InputError(
-            f"Cannot read {shard}, which was whole when the data set was opened: {error}. "
-            "Put it back from where it is intact, and resume."
+            f"Cannot read {shard}, which was intact when the data set was opened: {error}. "
+            "Restore it from an intact copy, and resume."
         ) from None

@@ -185,18 +185,19 @@ def plot_folder(folder: Path) -> Path:
     return folder / "loss.png"
 
 
-def try_to_plot(plot: Callable[[], object], say: Callable[[str], None]) -> None:
-    """Plots something; a failure is one line and no error, because a plot is not worth a run.
+def try_to(do: str, action: Callable[[], object], say: Callable[[str], None]) -> None:
+    """Does something that is not worth a run, such as plotting it: a failure is one line and no error.
 
     Args:
-      plot: plots it.
+      do: what the action does, such as "draw a plot".
+      action: does it.
       say: shows the line.
     """
     try:
-        plot()
+        action()
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        say(f"a plot could not be drawn: {reason}")
+        say(f"could not {do}: {reason}")
 
 
 def _figure(title: str, height: float) -> Figure:

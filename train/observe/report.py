@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from train.moe import EXPERTS, LoadLog
 from train.observe.display import Display, Stretch, duration
 from train.observe.goodput import Clock
 from train.observe.metrics import MetricsLog, flops_per_token, mfu, read_log
-from train.observe.plots import plot_folder, try_to_plot
+from train.observe.plots import plot_folder, try_to
 from train.observe.trackers import Log, Logs, TensorBoardLog, WandbLog
 from train.plan.topology import peak_flops
 from train.resume import describe
@@ -157,19 +157,23 @@ class Report:
         if self.display:
             self.display.close()
         self._metrics.write(self.clock.record(step))
-        try_to_plot(lambda: plot_folder(self._output), self._say)
-        for line in self._summary(step, stopped_by, saved):
-            self._say(line)
+        try_to("draw the plots", lambda: plot_folder(self._output), self._say)
+        try_to("finish the summary", lambda: self._say_all(self._summary(step, stopped_by, saved)), self._say)
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _say_all(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self._say(line)
 
     def _say_beginning(self) -> None:
         config, step = self._config, self._first
         device, count, processes = jax.devices()[0], jax.device_count(), jax.process_count()
         used = max(mesh.size for mesh in self._meshes)
+        total = config.model.num_params()["total"]
         self._say(
-            f"{config.model.num_params()['total'] / 1e6:,.1f}M parameters on {used} x {device.device_kind}"
+            f"{f'{total / 1e6:,.1f}M' if total >= 1e6 else f'{total:,}'} parameters on {used} x {device.device_kind}"
             + (f"; the mesh leaves {count - used} more unused" if used < count else "")
             + (f" in {processes} processes" if processes > 1 else "")
         )
@@ -200,6 +204,7 @@ class Report:
         config, total, output = self._config, self._config.ends[-1], Path(self._config.output)
         seconds = self.clock.seconds
         wall = sum(seconds.values())
+        # How it ended.
         if step < total:
             name = "Ctrl-C" if stopped_by == signal.SIGINT else "SIGTERM"
             where = "saved: the same command resumes from there"
@@ -210,6 +215,7 @@ class Report:
             yield f"stopped by {name} after step {step:,} of {total:,}; {where}"
         else:
             yield f"finished: {step:,} steps in {duration(wall)}"
+        # Losses.
         records = read_log(self._output / "metrics.jsonl")
         losses = [r["loss"] for r in records if "loss" in r]
         if losses and step == total:
@@ -223,6 +229,7 @@ class Report:
                 if label != "all" or len(config.held_out) > 1:
                     first_value = next(r[name] for r in held_out if name in r)
                     yield f"  held-out     {label} {first_value:.3f} -> {held_out[-1][name]:.3f}"
+        # Speed, and where the time went.
         speeds = [(r["seconds"], r["tokens_per_second"], r.get("mfu")) for r in records if "seconds" in r]
         if speeds:
             stepping = sum(s for s, _, _ in speeds)
@@ -232,16 +239,17 @@ class Report:
             yield f"  speed        {rate:,.0f} tokens/s in steps{share}"
         parts = [f"{kind} {value / wall:.1%}" for kind, value in seconds.items() if value / wall >= 0.0005]
         yield f"  wall time    {', '.join(parts)}"
+        # What to look at next.
         yield f"  curves       {output / 'loss.png'}; tensorboard --logdir {output / 'tensorboard'}"
         loads = [r for r in records if "load_entropy" in r]
         if loads:
             now = loads[-1]
             yield (
-                f"  experts      loads have {now['load_entropy']:.1%} of the largest entropy, the busiest "
-                f"{now['load_max']:.2f}x the mean, {now['dropped']:.2%} dropped; {output / 'experts.png'}"
+                f"  experts      load entropy {now['load_entropy']:.1%} of the maximum, busiest expert "
+                f"{now['load_max']:.2f}x the mean load, {now['dropped']:.2%} dropped; {output / 'experts.png'}"
             )
         if saved is not None:
-            yield f"  checkpoint   {output / 'checkpoints' / str(saved)}; qwen-jax generate --model takes it as it is"
+            yield f"  checkpoint   {output / 'checkpoints' / str(saved)}; to use with qwen-jax generate --model"
 
     def _record_launch(self) -> None:
         """Appends a record of this launch to `launches.jsonl`: time, command, versions, devices, configuration."""

@@ -210,7 +210,7 @@ def plan_stage(
     stage, objective, step = config.stages[index], config.next_token(index), config.step_config(index)
     axes = axes or config.mesh_axes(index) or _all_fsdp(where)
     mesh = mesh_of(where, axes)
-    shards = Sharding.for_model(config.model, mesh, split_rows=True).batch_shards
+    shards = Sharding.for_training(config.model, mesh).batch_shards
     check_divides(stage.batch_size, step.accumulation, shards, where=f"Stage {index + 1}: ")
     tokens = NamedSharding(mesh, Sharding.tokens)  # As a `Batch` is placed; the step splits rows further.
     shape = stage.batch_size, stage.length
@@ -302,7 +302,7 @@ def _meshes(config: RunConfig, index: int, where: Target) -> list[dict[str, int]
         if rest or fsdp < 1 or stage.length % (2 * context) or stage.batch_size % rows:
             continue
         try:
-            Sharding.for_model(model, mesh_of(where, axes), split_rows=True)
+            Sharding.for_training(model, mesh_of(where, axes))
         except InputError:  # A dimension of the model does not divide over these axes.
             continue
         meshes.append(axes)

@@ -1,17 +1,17 @@
 """Attention of a few query rows over a long cache on TPUs: contiguous and paged.
 
-The work is bound by reading the cache, so the query rows of a group (tokens x heads that share keys) make one small
-tile, and keys and values are the stationary side of both products. A contiguous cache comes through the grid's own
-pipeline in tiles of some megabytes; a paged one by copies of single pages, a tile's pages at a time, with the
-next tile's on the way. Only tiles that some row sees are read. Where rows and heads are too few to keep both cores of
-a chip busy the live tiles are split between two programs and merged.
+The kernels are bound by reading the cache. The query rows of a group (tokens x heads that share keys) form one small
+tile, and keys and values are the stationary side of both products. The pipeline of the grid copies a contiguous cache
+in tiles of about a megabyte. A paged cache is copied page by page, one tile of pages at a time, while the previous tile
+is processed. Only tiles that some row sees are read. Where there are too few rows and heads to keep both cores of a
+chip busy, the used tiles are split between two programs and merged.
 
 Source: Flash-Decoding (Dao et al. 2023) for the split keys.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,31 +22,38 @@ from jax.experimental.pallas import tpu as pltpu
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.padding import pad_to_multiple
 from qwen_jax.kernels.softmax import LOG2E, LOW, LOWEST
-from qwen_jax.kernels.tpu.device import LANES, cache_tile_bytes, cores
+from qwen_jax.kernels.tpu.device import LANES, PACKED_ROWS, cache_tile_bytes, cores
 from qwen_jax.kernels.tpu.tiles import product
+from qwen_jax.kernels.types import Ref
 
 _TABLE_BYTES = 768 << 10
-"""Of a page table: scalar memory is a megabyte, and not all of it is ours."""
+"""The maximal size of a page table: scalar memory is a megabyte, not all of which is free."""
 ROWS = 128
-"""The most query rows (tokens x heads of a group) that share a key/value head."""
+"""The maximal number of query rows (tokens x heads of a group) that share a key/value head."""
 
 
 def supports(
-    dtype: Any, tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, page: int = 16, entries: int = 0
+    dtype: jax.typing.DTypeLike,
+    tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page: int = 16,
+    entries: int = 0,
 ) -> bool:
-    """Whether the kernels can do this, as one device sees it.
+    """Whether the kernels support these arguments.
 
     Args:
-      dtype: of all.
-      tokens: of a row.
-      num_heads, num_kv_heads, head_dim: of queries and cache.
-      page: slots of a page, of a paged cache. One of all heads is fetched at once.
-      entries: of its page table, which must fit in scalar memory.
+      dtype: of queries and cache.
+      tokens: new tokens of a row.
+      num_heads, num_kv_heads, head_dim: of queries and cache, on one device.
+      page: slots of a page of a paged cache. A page of all heads is copied at once.
+      entries: of the page table, which must fit in scalar memory.
     """
-    held = 2 * num_kv_heads * page * max(head_dim, LANES) * jnp.dtype(dtype).itemsize
+    page_bytes = 2 * num_kv_heads * page * max(head_dim, LANES) * jnp.dtype(dtype).itemsize
     return (
         page % 16 == 0
-        and held <= cache_tile_bytes()
+        and page_bytes <= cache_tile_bytes()
         and 4 * entries <= _TABLE_BYTES
         and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)
         and head_dim in (64, 128)
@@ -58,7 +65,7 @@ def supports(
 def attention(
     q_BTHd: jax.Array, k_BKSd: jax.Array, v_BKSd: jax.Array, start_BT: jax.Array, end_BT: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over a cache, where query row i sees slots start[i] <= j < end[i]. Runs on local arrays.
+    """Attention over a cache, where query row i sees the slots start[i] <= j < end[i]. Runs on local arrays.
 
     Args:
       q_BTHd: queries, bfloat16 or float32.
@@ -67,23 +74,22 @@ def attention(
       scale: multiplies the logits.
 
     Returns:
-      [B, T, H, d] in the dtype of q, zero where a row sees nothing; and the natural logarithm of the softmax's
-      denominator, float32 [B, H, T], minus infinity there.
+      [B, T, H, d] in the dtype of q, zero where a row sees nothing, and the log-sum-exp of the logits, float32
+      [B, H, T], minus infinity there.
 
     Raises:
-      InputError: what `supports` denies.
+      InputError: arguments that `supports` rejects.
     """
     (B, *_, d), (K, S) = q_BTHd.shape, k_BKSd.shape[1:3]
     keys = _tile(S, max(d, LANES) * k_BKSd.dtype.itemsize)
-    # Most caches are whole tiles; the rest is copied, once a call.
+    # Most caches are whole tiles. Others are copied once per call.
     k, v = (pad_to_multiple(x, 2, keys) for x in (k_BKSd, v_BKSd))
     rows, ends, live = _rows(q_BTHd, K, start_BT, end_BT, S, keys)
     splits, R = _splits(B * K), rows.shape[2]
     cache = pl.BlockSpec((None, None, keys, d), functools.partial(_at_tile, splits=splits))
-    block = functools.partial(_contiguous, factor=scale * LOG2E, splits=splits)
     grid = (splits, B, K, -(-k.shape[2] // keys // splits))
     out, lse = pl.pallas_call(
-        block,
+        lambda *refs: _contiguous(_Refs(*refs), factor=scale * LOG2E, splits=splits),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=grid,
@@ -117,12 +123,12 @@ def paged_attention(
     end_BT: jax.Array,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """The same over a paged cache: slot j of row b is slot j % P of page pages[b, j // P].
+    """`attention` over a paged cache: slot j of row b is slot j % P of page pages[b, j // P].
 
     Args:
       q_BTHd: queries, bfloat16 or float32.
       k_NKPd, v_NKPd: pages. P is a multiple of 16; all slots of visited tiles must be finite.
-      pages_BM: int32 page table. Entries for slots that no row sees may be anything; they are clipped.
+      pages_BM: int32 page table. Entries for slots that no row sees may have any value; they are clipped.
       start_BT, end_BT: int32 intervals over the M P slots.
       scale: multiplies the logits.
 
@@ -130,7 +136,7 @@ def paged_attention(
       As `attention`.
 
     Raises:
-      InputError: what `supports` denies, or pages that are not whole tiles of memory.
+      InputError: arguments that `supports` rejects.
     """
     (B, *_, d), (K, P), M = q_BTHd.shape, k_NKPd.shape[1:3], pages_BM.shape[1]
     if not supports(q_BTHd.dtype, 1, K, K, d, P, pages_BM.size):
@@ -143,12 +149,12 @@ def paged_attention(
     keys = count * P
     rows, ends, live = _rows(q_BTHd, K, start_BT, end_BT, M * P, keys)
     splits, R = _splits(B), rows.shape[2]
-    # Whole tiles of pages are copied, of which nobody may see the last ones; a tile that reaches past the table reads
-    # its last page again.
+    # Whole tiles of pages are copied, even if no row sees the last pages. A tile beyond the end of the table reads the
+    # last page again.
     pages = jnp.clip(pages_BM, 0, k_NKPd.shape[0] - 1)
-    held = pltpu.VMEM((2, count, K, P, d), k_NKPd.dtype)
+    buffers = pltpu.VMEM((2, count, K, P, d), k_NKPd.dtype)
     out, lse = pl.pallas_call(
-        functools.partial(_paged, factor=scale * LOG2E, splits=splits),
+        lambda *refs: _paged(_PagedRefs(*refs), factor=scale * LOG2E, splits=splits),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(splits, B),
@@ -159,7 +165,7 @@ def paged_attention(
                 pl.BlockSpec((None, R, LANES), lambda s, b, *_: (b, 0, 0)),
             ],
             out_specs=[pl.BlockSpec((None, None, K, R, n), lambda s, b, *_: (s, b, 0, 0, 0)) for n in (d, LANES)],
-            scratch_shapes=[held, held, pltpu.SemaphoreType.DMA((2, 2))]
+            scratch_shapes=[buffers, buffers, pltpu.SemaphoreType.DMA((2, 2))]
             + [pltpu.VMEM((K, R, n), jnp.float32) for n in (d, LANES, LANES)],
         ),
         out_shape=[jax.ShapeDtypeStruct((splits, B, K, R, n), jnp.float32) for n in (d, LANES)],
@@ -172,26 +178,32 @@ def paged_attention(
 
 
 def _tile(S: int, row_bytes: int) -> int:
-    """Slots of a tile: about `cache_tile_bytes` of keys and values, whole lanes, and where possible a divisor of S."""
+    """Slots of a tile: about `cache_tile_bytes`, a multiple of the lanes, and if possible a divisor of S.
+
+    Args:
+      S: length of the cache.
+      row_bytes: of one key or value.
+    """
     most = min(max(cache_tile_bytes() // (2 * row_bytes), LANES), -(-S // LANES) * LANES)
     return next((n for n in range(most, most // 2, -LANES) if S % n == 0), most)
 
 
 def _splits(programs: int) -> int:
+    """How many programs share the tiles of a row: two where otherwise one of two cores had less to do."""
     return 2 if programs % 2 and cores() == 2 else 1
 
 
 def _rows(
     q_BTHd: jax.Array, K: int, start_BT: jax.Array, end_BT: jax.Array, S: int, keys: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Query rows [B, K, R, d], their intervals in two lanes of [B, R, 128], and the live tiles [B, 2].
+    """Query rows [B, K, R, d], their intervals in two lanes of [B, R, 128], and the range of used tiles [B, 2].
 
-    Row t G + g of a group is token t of its head g; more rows fill up the registers.
+    Row t G + g of a group is token t of its head g; padding rows fill the registers.
     """
     B, T, H, d = q_BTHd.shape
     if not supports(q_BTHd.dtype, T, H, K, d):
         raise InputError(
-            f"The decode kernels for TPUs take bfloat16 or float32, head_dim 64 or 128 and at most {ROWS} query rows "
+            f"The decode kernels for TPUs need bfloat16 or float32, head_dim 64 or 128 and at most {ROWS} query rows "
             f"to a key/value head; got {q_BTHd.dtype} {q_BTHd.shape} with {K} key/value heads. Use "
             "implementation='reference'."
         )
@@ -202,11 +214,15 @@ def _rows(
     high = -(-jnp.where(sees, end, 0).max(axis=1) // keys)
     live = jnp.stack([jnp.minimum(low, high), high], axis=1).astype(jnp.int32)
     ends = jnp.repeat(jnp.stack([start, end], axis=2), H // K, axis=1)
-    return pad_to_multiple(rows, 2, 16), pad_to_multiple(pad_to_multiple(ends, 1, 16), 2, LANES), live
+    return (
+        pad_to_multiple(rows, 2, PACKED_ROWS),
+        pad_to_multiple(pad_to_multiple(ends, 1, PACKED_ROWS), 2, LANES),
+        live,
+    )
 
 
-def _share(live_ref: Any, row: Any, split: Any, splits: int) -> tuple[Any, Any]:
-    """First and end of the live tiles that a split takes."""
+def _share(live_ref: Ref, row: jax.Array | int, split: jax.Array | int, splits: int) -> tuple[jax.Array, jax.Array]:
+    """First and end of the used tiles that a split takes."""
     first, last = live_ref[row, 0], live_ref[row, 1]
     middle = first + lax.div(last - first + 1, 2)
     if splits == 1:
@@ -214,30 +230,45 @@ def _share(live_ref: Any, row: Any, split: Any, splits: int) -> tuple[Any, Any]:
     return jnp.where(split == 0, first, middle), jnp.where(split == 0, middle, last)
 
 
-def _at_tile(s: Any, b: Any, h: Any, i: Any, live_ref: Any, *, splits: int) -> Any:
-    """Which tile of the cache a step gets. Past its share it keeps the last one, which is not fetched again."""
+def _at_tile(
+    s: jax.Array, b: jax.Array, h: jax.Array, i: jax.Array, live_ref: Ref, *, splits: int
+) -> tuple[jax.Array | int, ...]:
+    """The index of the cache tile of a step. After its share it stays at the last tile, which is not copied again."""
     first, last = _share(live_ref, b, s, splits)
     return b, h, jnp.clip(first + i, 0, jnp.maximum(last - 1, 0)), 0
 
 
-def _begin(acc: Any, top: Any, total: Any) -> None:
+class _Softmax(NamedTuple):
+    """A running softmax in VMEM: accumulator, maximum and sum."""
+
+    acc: Ref
+    top: Ref
+    total: Ref
+
+
+def _begin(softmax: _Softmax) -> None:
+    acc, top, total = softmax
     acc[...], total[...] = jnp.zeros_like(acc), jnp.zeros_like(total)
     top[...] = jnp.full_like(top, LOW)
 
 
 def _add(
-    tiles: Sequence[tuple[Any, Any, Any]], ends: Any, first: Any, state: Sequence[tuple[Any, Any, Any]], factor: float
+    tiles: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
+    ends: jax.Array,
+    first: jax.Array,
+    state: Sequence[_Softmax],
+    factor: float,
 ) -> None:
-    """Takes a tile of keys from `first` on into the running softmax of each head.
+    """Adds a tile of keys to the running softmax of each head.
 
     Args:
       tiles: queries [R, d], keys and values [keys, d] of each head.
       ends: intervals of the rows, in the first two lanes.
       first: slot of the first key.
-      state: accumulator, maximum and sum of each head.
+      state: running softmax of each head.
       factor: scale of the logits in base 2.
     """
-    # All heads' logits before any product that waits for a softmax: the matrix unit takes products in order.
+    # The logits of all heads come before any product that waits for a softmax: the matrix unit works in order.
     logits = [product(q, k, transposed=True) * factor for q, k, _ in tiles]
     j = lax.broadcasted_iota(jnp.int32, logits[0].shape, 1) + first
     visible = (j >= ends[:, :1]) & (j < ends[:, 1:2])
@@ -254,65 +285,108 @@ def _add(
         acc[...] = acc[...] * alpha[:, : acc.shape[1]] + product(p.astype(v.dtype), v)
 
 
-def _end(acc: Any, top: Any, total: Any, out_ref: Any, lse_ref: Any) -> None:
-    """The output, and its log-sum-exp in base 2 in every lane."""
+def _end(softmax: _Softmax, out_ref: Ref, lse_ref: Ref) -> None:
+    """Writes the output, and the log-sum-exp in base 2 in every lane."""
+    acc, top, total = softmax
     sees = total[...] > 0
     out_ref[...] = acc[...] * jnp.where(sees, 1 / total[...], 0.0)[..., : acc.shape[-1]]
     lse_ref[...] = jnp.where(sees, top[...] + jnp.log2(total[...]), -jnp.inf)
 
 
-def _contiguous(
-    live_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, ends_ref: Any, out_ref: Any, lse_ref: Any, acc: Any, top: Any,
-    total: Any, *, factor: float, splits: int,
-) -> None:  # fmt: skip
+class _Refs(NamedTuple):
+    """References of a program over a contiguous cache: scalars, operands, results, and the running softmax."""
+
+    live: Ref
+    q: Ref
+    k: Ref
+    v: Ref
+    ends: Ref
+    out: Ref
+    lse: Ref
+    acc: Ref
+    top: Ref
+    total: Ref
+
+
+def _contiguous(refs: _Refs, *, factor: float, splits: int) -> None:
+    """One tile of a contiguous cache, for one head of one row."""
+    k_ref, softmax = refs.k, _Softmax(refs.acc, refs.top, refs.total)
     i, keys = pl.program_id(3), k_ref.shape[0]
-    first, last = _share(live_ref, pl.program_id(1), pl.program_id(0), splits)
-    pl.when(i == 0)(lambda: _begin(acc, top, total))
+    first, last = _share(refs.live, pl.program_id(1), pl.program_id(0), splits)
+    pl.when(i == 0)(lambda: _begin(softmax))
 
     @pl.when(first + i < last)
-    def _() -> None:
-        tile = q_ref[...], k_ref[...], v_ref[...]
-        _add([tile], ends_ref[...], (first + i) * keys, [(acc, top, total)], factor)
+    def add() -> None:
+        tile = refs.q[...], k_ref[...], refs.v[...]
+        _add([tile], refs.ends[...], (first + i) * keys, [softmax], factor)
 
-    pl.when(i == pl.num_programs(3) - 1)(lambda: _end(acc, top, total, out_ref, lse_ref))
+    pl.when(i == pl.num_programs(3) - 1)(lambda: _end(softmax, refs.out, refs.lse))
 
 
-def _paged(
-    live_ref: Any, pages_ref: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, ends_ref: Any, out_ref: Any, lse_ref: Any,
-    k_held: Any, v_held: Any, arrived: Any, acc: Any, top: Any, total: Any, *, factor: float, splits: int,
-) -> None:  # fmt: skip
-    row, (_, count, K, P, d) = pl.program_id(1), k_held.shape
-    first, last = _share(live_ref, row, pl.program_id(0), splits)
-    _begin(acc, top, total)
+class _PagedRefs(NamedTuple):
+    """References of a program over a paged cache: scalars, operands (pages in HBM), results and scratch.
 
-    def copies(i: Any, wait: bool) -> None:
+    Attributes:
+      k_buffers, v_buffers: two tiles of pages each.
+      arrived: semaphores of the copies, for keys and values and each of the two tiles.
+      acc, top, total: the running softmax of all heads.
+    """
+
+    live: Ref
+    pages: Ref
+    q: Ref
+    k: Ref
+    v: Ref
+    ends: Ref
+    out: Ref
+    lse: Ref
+    k_buffers: Ref
+    v_buffers: Ref
+    arrived: Ref
+    acc: Ref
+    top: Ref
+    total: Ref
+
+
+def _paged(refs: _PagedRefs, *, factor: float, splits: int) -> None:
+    """All used pages of one row, for all heads. While a tile of pages is processed, the next one is copied."""
+    k_buffers, softmax = refs.k_buffers, _Softmax(refs.acc, refs.top, refs.total)
+    row, (_, count, K, P, d) = pl.program_id(1), k_buffers.shape
+    first, last = _share(refs.live, row, pl.program_id(0), splits)
+    _begin(softmax)
+
+    def copies(i: jax.Array, wait: bool) -> None:
+        """Starts the copies of a tile of pages, or waits for them."""
         slot = lax.rem(i, 2)
 
-        def one(n: Any, _: None) -> None:
-            page = pages_ref[row, jnp.minimum(i * count + n, pages_ref.shape[1] - 1)]
-            for side, (hbm, held) in enumerate(((k_hbm, k_held), (v_hbm, v_held))):
-                copy = pltpu.make_async_copy(hbm.at[page], held.at[slot, n], arrived.at[side, slot])
+        def one(n: jax.Array, _: None) -> None:
+            page = refs.pages[row, jnp.minimum(i * count + n, refs.pages.shape[1] - 1)]
+            for side, (hbm, buffers) in enumerate(((refs.k, k_buffers), (refs.v, refs.v_buffers))):
+                copy = pltpu.make_async_copy(hbm.at[page], buffers.at[slot, n], refs.arrived.at[side, slot])
                 copy.wait() if wait else copy.start()
 
         lax.fori_loop(0, count, one, None)
 
     pl.when(first < last)(lambda: copies(first, False))
 
-    def step(i: Any, _: None) -> None:
+    def step(i: jax.Array, _: None) -> None:
         pl.when(i + 1 < last)(lambda: copies(i + 1, False))
         copies(i, True)
         slot = lax.rem(i, 2)
-        cut = lambda x, h: x[slot, :, h].reshape(count * P, d)  # noqa: E731
-        tiles = [(q_ref[h], cut(k_held, h), cut(v_held, h)) for h in range(K)]
-        state = [(acc.at[h], top.at[h], total.at[h]) for h in range(K)]
-        _add(tiles, ends_ref[...], i * count * P, state, factor)
+
+        def of_head(buffers: Ref, h: int) -> jax.Array:
+            return buffers[slot, :, h].reshape(count * P, d)
+
+        tiles = [(refs.q[h], of_head(k_buffers, h), of_head(refs.v_buffers, h)) for h in range(K)]
+        state = [_Softmax(*(x.at[h] for x in softmax)) for h in range(K)]
+        _add(tiles, refs.ends[...], i * count * P, state, factor)
 
     lax.fori_loop(first, last, step, None)
-    _end(acc, top, total, out_ref, lse_ref)
+    _end(softmax, refs.out, refs.lse)
 
 
 def _merged(out: jax.Array, lse: jax.Array, q_BTHd: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Output [B, T, H, d] and log-sum-exp [B, H, T] of what the splits return, [splits, B, K, R, d or 128]."""
+    """Output [B, T, H, d] and log-sum-exp [B, H, T], merged from those of the splits, [splits, B, K, R, d or 128]."""
     (B, T, H, _), K = q_BTHd.shape, out.shape[2]
     log2 = lse[..., 0]
     top = jnp.maximum(log2.max(axis=0), LOW)

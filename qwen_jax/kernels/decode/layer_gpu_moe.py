@@ -1,14 +1,15 @@
-"""One token through a layer with experts on Hopper GPUs: everything between two attentions in one kernel.
+"""One token through an MoE layer on Hopper GPUs: everything between two attention steps, in one kernel.
 
-`layer_gpu` tells how: blocks that share products and meet between them, and in each a warpgroup that fetches weights
-ahead. Here the router is a product more, and the meeting after it is one at which nobody waits. A block says that its
-part of the router's logits is written and goes on with the shared expert, whose weights are on their way already; the
-fetching warpgroup waits for everybody's, chooses the experts, and lets their weights follow without a gap.
+It works as `layer_gpu`: thread blocks share products, with grid barriers between them, and in each block one warpgroup
+copies weights ahead. The router is one more product, and at the barrier after it no block waits: a block signals that
+its part of the router logits is written and goes on with the shared expert, whose weights are already being copied. The
+copying warpgroup waits for the logits of all blocks, selects the experts, and goes on with their weights without a gap.
 """
 
 import functools
 import itertools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -22,50 +23,53 @@ from qwen_jax.kernels.decode import layer_gpu
 from qwen_jax.kernels.decode.layer_gpu_products import (
     CHUNK,
     MAX_TILE,
+    Memory,
     Product,
+    add_and_norm,
+    arrive,
     check,
-    come,
+    divide_product,
     fetch,
+    grid_barrier,
     launch,
-    meet,
     multiply,
-    normed,
-    note_round,
-    place_of_round,
-    plan,
+    record_round,
     result_of,
+    round_memory,
     share,
     strided,
     total,
-    wait_for_all,
+    wait_for_all_blocks,
 )
+from qwen_jax.kernels.gpu.device import MULTIPROCESSORS
 from qwen_jax.kernels.gpu.hopper import allow_next_kernel, load, wait_for_previous_kernel
+from qwen_jax.kernels.gpu.tiles import PER_COLUMN
+from qwen_jax.kernels.types import Ref
 
 _LATE = 4.0
-"""Microseconds that a block waits for the choice of experts if it has nothing of the shared one to do."""
+"""Microseconds that a block without a share of the shared expert waits for the selection of experts."""
 _ROUTED = 3, 5
-"""Of the seven products those of the chosen experts: gate and up, and down."""
-_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
-"""Registers of a warpgroup of which every warp holds the whole vector: sums over it need no shared memory."""
+"""Which of the seven products are those of the selected experts: gate and up, and down."""
 
 
 @functools.cache
-def plan_two(
+def divide_two_products(
     shared: tuple[int, int], experts: tuple[int, int], gates: int, chosen: int, blocks: int
 ) -> tuple[Product, Product]:
-    """Divides a product of the shared expert and that of the chosen ones, dealt out together, the shared one first.
+    """Divides a product of the shared expert and one of the selected experts, distributed together, the shared first.
 
     Args:
       shared, experts: rows and columns of a matrix of each.
-      gates: 2, or 1, whose results may be partial.
-      chosen: experts of a token.
-      blocks: that share it.
+      gates: 2; or 1, where partial results are allowed.
+      chosen: number of experts of a token.
+      blocks: thread blocks that share the products.
 
     Raises:
-      InputError: sizes that cannot be run.
+      InputError: sizes that are not supported.
     """
     for outputs, inputs in (shared, experts):
-        plan(outputs, inputs, gates, False, blocks)  # says whether the sizes can be run
+        divide_product(outputs, inputs, gates, False, blocks)  # raises for sizes that are not supported
+    # Of all pairs of tilings, the one whose slowest block finishes first.
     block, best = np.arange(blocks), None
     ways = [
         [
@@ -93,14 +97,14 @@ def plan_two(
 
 
 def supports(hidden: int, moe: MoE, heads: int, qkv: int, vocab: int) -> bool:
-    """Whether the kernel can do a model of these sizes; see `layer_gpu.supports`."""
+    """Whether the kernel supports the sizes of a model; see `layer_gpu.supports`."""
     widths = moe.intermediate_size, moe.shared_intermediate_size
-    # Every thread holds a quarter of the router's logits.
+    # Every thread holds a quarter of the router logits.
     return moe.num_experts < 256 and all(layer_gpu.supports(hidden, F, heads, qkv, vocab) for F in widths)
 
 
 def router_and_gate(router_ED: jax.Array, gate_1D: jax.Array) -> jax.Array:
-    """The router's weight and that of the shared expert's gate, as `layer_tail` wants them: [R, D], R in eights."""
+    """The weights of the router and of the shared expert's gate as one matrix [R, D], R a multiple of 8."""
     E = router_ED.shape[0]
     return jnp.pad(jnp.concatenate([router_ED, gate_1D]), ((0, -(E + 1) % 8), (0, 0)))
 
@@ -122,23 +126,24 @@ def layer_tail(
     *,
     moe: MoE,
     eps: float,
-    out_dtype: Any = jnp.bfloat16,
-    blocks: int = 132,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    blocks: int = MULTIPROCESSORS,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`layer_gpu.layer_tail` of a layer with experts.
+    """`layer_gpu.layer_tail` for an MoE layer.
 
     Args:
-      heads_I, stream_D, w_o_DI, mid_norm_D, next_norm_D, w_next_ND, counter_1, eps, out_dtype, blocks: see there.
+      heads_I, stream_D, w_o_DI, mid_norm_D, next_norm_D, w_next_ND, counter_1, eps, out_dtype, blocks: as in
+        `layer_gpu.layer_tail`.
       w_router_RD: from `router_and_gate`.
-      w_shared_gate_up_2SD, w_shared_down_DS: the shared expert's.
-      w_gate_up_E2FD, w_down_EDF: the routed ones'.
+      w_shared_gate_up_2SD, w_shared_down_DS: weights of the shared expert.
+      w_gate_up_E2FD, w_down_EDF: weights of the routed experts.
       moe: the architecture.
 
     Returns:
-      The stream after the layer; w_next times its norm [N]; the counter.
+      The residual stream after the layer [D], w_next times its norm [N], and the counter.
 
     Raises:
-      InputError: shapes or dtypes that it cannot do.
+      InputError: shapes or dtypes that are not supported.
     """
     (D,), (S,) = stream_D.shape, w_shared_down_DS.shape[1:]
     E, F, chosen = moe.num_experts, moe.intermediate_size, moe.num_experts_per_tok
@@ -150,35 +155,31 @@ def layer_tail(
     fits = [w.shape for w in weights] == expected and [x.shape for x in vectors] == [(D,), (heads_I.size,), (D,), (D,)]
     check(fits, (*vectors, *weights))
     products = (
-        plan(D, heads_I.size, 1, True, blocks),
-        plan(R, D, 1, True, blocks),
-        *plan_two((S, D), (F, D), 2, chosen, blocks),
-        *plan_two((D, S), (D, F), 1, chosen, blocks),
-        plan(w_next_ND.shape[0], D, 1, False, blocks),
+        divide_product(D, heads_I.size, 1, True, blocks),
+        divide_product(R, D, 1, True, blocks),
+        *divide_two_products((S, D), (F, D), 2, chosen, blocks),
+        *divide_two_products((D, S), (D, F), 1, chosen, blocks),
+        divide_product(w_next_ND.shape[0], D, 1, False, blocks),
     )
     notes = -(-(chosen + 1) // 8) * 8
 
-    def body(stream_ref: Any, counter_ref: Any, heads_ref: Any, *refs: Any, x_smem: Any, **scratch: Any) -> None:
+    def body(stream_ref: Ref, counter_ref: Ref, heads_ref: Ref, *refs: Ref, **scratch: Ref) -> None:
         w_refs, norm_refs, (out_ref, stream_out_ref, *between_refs) = refs[:7], refs[7:9], refs[9:]
-        end = x_smem.shape[0]
-        of_both = dict(
-            products=products, counter_ref=counter_ref, round_smem=place_of_round(x_smem),
-            notes_smem=x_smem.at[pl.ds(end - 8 - notes, notes)], blocks=blocks,
-        )  # fmt: skip
-        stream_smem = scratch.pop("stream_smem")
+        memory = Memory(**scratch)
+        end = memory.x_smem.shape[0]
+        notes_smem = memory.x_smem.at[pl.ds(end - 8 - notes, notes)]
+        context = _Context(products, memory, counter_ref, round_memory(memory.x_smem), notes_smem, blocks)
         role = lax.axis_index("role")
 
         @pl.when(role == 1)
-        def _() -> None:
-            choose = functools.partial(_choose, between_refs[1], products[1].splits, moe)
-            _fetch(w_refs, choose, **of_both, **scratch)
+        def copy_weights() -> None:
+            select = functools.partial(_select_experts, between_refs[1], products[1].splits, moe)
+            _fetch(context, w_refs, select)
 
         @pl.when(role == 0)
-        def _() -> None:
-            _multiply(
-                stream_ref, heads_ref, norm_refs, [*between_refs, out_ref], stream_out_ref, eps=eps, x_smem=x_smem,
-                stream_smem=stream_smem, **of_both, **scratch,
-            )  # fmt: skip
+        def multiply_weights() -> None:
+            outs = [*between_refs, out_ref]
+            _multiply(context, stream_ref, heads_ref, norm_refs, outs, stream_out_ref, eps=eps)
 
     outs = jax.ShapeDtypeStruct((w_next_ND.shape[0],), out_dtype), jax.ShapeDtypeStruct((D,), jnp.bfloat16)
     kernel = launch(
@@ -190,11 +191,34 @@ def layer_tail(
     return stream_D, out, jax.freeze(counter)
 
 
-def _choose(logits_ref: Any, parts: int, moe: MoE) -> tuple[list[jax.Array], list[jax.Array]]:
-    """What `qwen_jax.moe.router.route` does: the experts, and in bfloat16 their weights and that of the shared one."""
+class _Context(NamedTuple):
+    """What both warpgroups of a thread block work with.
+
+    Attributes:
+      products: the seven products of the layer.
+      memory: shared memory and barriers.
+      counter, round_smem: of the grid barriers.
+      notes: shared memory for the weights of the selected experts and the gate of the shared one.
+      blocks: number of thread blocks.
+    """
+
+    products: Sequence[Product]
+    memory: Memory
+    counter: Ref
+    round_smem: Ref
+    notes: Ref
+    blocks: int
+
+
+def _select_experts(logits_ref: Ref, parts: int, moe: MoE) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Routing as in `qwen_jax.moe.router`, from partial sums of the router logits.
+
+    Returns:
+      The ids of the selected experts; and in bfloat16 their weights, followed by the gate of the shared expert.
+    """
     E = moe.num_experts
-    logits = total(logits_ref, parts, _COLUMNS).astype(jnp.float32)
-    index = plgpu.broadcasted_iota(jnp.int32, logits.shape, 0, layout=_COLUMNS)
+    logits = total(logits_ref, parts, PER_COLUMN).astype(jnp.float32)
+    index = plgpu.broadcasted_iota(jnp.int32, logits.shape, 0, layout=PER_COLUMN)
     gate = jnp.sum(jnp.where(index == E, logits, 0.0))
     logits = jnp.where(index < E, logits, -jnp.inf)
     p = jnp.exp(logits - jnp.max(logits))
@@ -202,7 +226,7 @@ def _choose(logits_ref: Any, parts: int, moe: MoE) -> tuple[list[jax.Array], lis
     ids, top = [], []
     for _ in range(moe.num_experts_per_tok):
         top.append(jnp.max(p))
-        # Of equal ones, the first.
+        # Of equal ones, the first is selected.
         ids.append(jnp.min(jnp.where(p == top[-1], index, E - 1)))
         p = jnp.where(index == ids[-1], -1.0, p)
     if moe.norm_topk_prob:
@@ -212,14 +236,16 @@ def _choose(logits_ref: Any, parts: int, moe: MoE) -> tuple[list[jax.Array], lis
 
 
 def _fetch(
-    w_refs: Any, choose: Any, products: Any, counter_ref: Any, round_smem: Any, notes_smem: Any, blocks: int,
-    asked: Any, answered: Any, **slots: Any,
-) -> None:  # fmt: skip
-    """The stream of weights, and in its midst the choice of experts."""
-    n = jnp.int32(0)
+    context: _Context, w_refs: Sequence[Ref], select: Callable[[], tuple[list[jax.Array], list[jax.Array]]]
+) -> None:
+    """The program of the copying warpgroup: the stream of weights, and the selection of experts in between."""
+    products, memory, n = context.products, context.memory, jnp.int32(0)
+    asked, answered = memory.asked, memory.answered
+    assert asked is not None
+    assert answered is not None
     ids: list[jax.Array] = []
 
-    def of_expert(product: Product, part: jax.Array) -> jax.Array:
+    def first_row_of(product: Product, part: jax.Array) -> jax.Array:
         expert, id = lax.div(part, jnp.int32(product.splits)), ids[0]
         for i in range(1, product.experts):
             id = jnp.where(expert == i, ids[i], id)
@@ -227,71 +253,83 @@ def _fetch(
 
     for index, (product, w_ref) in enumerate(zip(products, w_refs, strict=True)):
         if index == _ROUTED[0]:
+            # The first product that needs the experts: this block has arrived, wait for the logits of all blocks.
             plgpu.barrier_wait(asked)
-            wait_for_all(counter_ref, round_smem)
-            ids, weights = choose()
+            wait_for_all_blocks(context.counter, context.round_smem)
+            ids, weights = select()
             for i, weight in enumerate(weights):
-                notes_smem[i] = weight
+                context.notes[i] = weight
             plgpu.barrier_arrive(answered)
 
-        first_row = functools.partial(of_expert, product) if index in _ROUTED else None
-        n = fetch(product, share(product, blocks), w_ref, n, **slots, first_row=first_row)
+        first_row = functools.partial(first_row_of, product) if index in _ROUTED else None
+        n = fetch(product, share(product, context.blocks), w_ref, n, memory, first_row)
 
 
 def _multiply(
-    stream_ref: Any, heads_ref: Any, norm_refs: Any, out_refs: Any, stream_out_ref: Any, *, eps: float, x_smem: Any,
-    stream_smem: Any, products: Any, counter_ref: Any, round_smem: Any, notes_smem: Any, blocks: int, asked: Any,
-    answered: Any, **slots: Any,
+    context: _Context, stream_ref: Ref, heads_ref: Ref, norm_refs: Sequence[Ref], out_refs: Sequence[Ref],
+    stream_out_ref: Ref, *, eps: float,
 ) -> None:  # fmt: skip
-    """The products, in order. Before each: its input, made by every block for itself."""
+    """The program of the multiplying warpgroup: all products in order. Every block computes their inputs for itself."""
+    products, memory, counter_ref, round_smem, notes_smem, blocks = context
+    x_smem, stream_smem, asked, answered = memory.x_smem, memory.stream_smem, memory.asked, memory.answered
+    assert asked is not None
+    assert answered is not None
     chosen, f32, row_layout = products[_ROUTED[0]].experts, jnp.float32, strided(stream_ref.shape[0])
-    # The weights are on their way by now.
+    # The weights are already being copied.
     wait_for_previous_kernel()
     allow_next_kernel()
-    note_round(counter_ref, round_smem)
+    record_round(counter_ref, round_smem)
     n = jnp.int32(0)
 
-    def run(index: int, n: jax.Array, source_ref: Any = None, scale: Any = None) -> jax.Array:
-        """One product, of what is in `x_smem`, or else of what each item takes from elsewhere."""
+    def run(
+        index: int, n: jax.Array, source_ref: Ref | None = None, scale: Callable[[jax.Array], jax.Array] | None = None
+    ) -> jax.Array:
+        """One product of the input in `x_smem`, or of the input that each item loads from `source_ref`."""
         product = products[index]
         size = product.longest
 
-        def bring(part: jax.Array, start: jax.Array) -> jax.Array:
+        def load_input(part: jax.Array, start: jax.Array) -> jax.Array:
             begin = lax.min(start, jnp.int32(product.inputs - size))
             expert = lax.div(part, jnp.int32(product.splits))
             at = pl.multiple_of(expert * product.inputs + begin, CHUNK)
+            assert source_ref is not None
             x_smem[pl.ds(0, size)] = load(source_ref.at[pl.ds(at, size)], strided(size))
             return begin
 
-        shift = jnp.int32(0) if source_ref is None else bring
+        shift = jnp.int32(0) if source_ref is None else load_input
         own = share(product, blocks)
-        return multiply(product, own, out_refs[index], n, x_smem=x_smem, shift=shift, scale=scale, **slots)
+        return multiply(product, own, out_refs[index], n, memory, shift, scale)
 
+    # Attention's output projection, residual and norm. What does not depend on other blocks is read before a barrier.
     n = run(0, n, heads_ref)
-    # What was there before a meeting is read before it.
     norm, stream = load(norm_refs[0], row_layout), load(stream_ref, row_layout)
-    meet(counter_ref, round_smem)
+    grid_barrier(counter_ref, round_smem)
     added = total(out_refs[0], products[0].splits, row_layout)
-    stream_smem[...] = normed(stream, norm, eps, x_smem, added)
+    stream_smem[...] = add_and_norm(stream, norm, eps, x_smem, added)
+    # The router: arrive at the barrier, ask the copying warpgroup for the experts, and do not wait.
     n = run(1, n)
-    come(counter_ref, round_smem)
+    arrive(counter_ref, round_smem)
     plgpu.barrier_arrive(asked)
+    # Gate and up: of the shared expert, then of the selected experts, times their weights.
     n = run(2, n)
     plgpu.barrier_wait(answered)
     n = run(3, n, scale=lambda part: notes_smem[part].astype(f32))
-    meet(counter_ref, round_smem)
+    grid_barrier(counter_ref, round_smem)
+    # Down: of the shared expert, then of the selected experts.
     n = run(4, n, out_refs[2])
     n = run(5, n, out_refs[3])
     norm, stream = load(norm_refs[1], row_layout), load(stream_smem, row_layout)
-    meet(counter_ref, round_smem)
+    grid_barrier(counter_ref, round_smem)
+    # The sum of all experts, residual and norm.
     shared = total(out_refs[4], products[4].splits, row_layout)
     routed = total(out_refs[5], products[5].splits * chosen, row_layout)
     gated = (notes_smem[chosen].astype(f32) * shared.astype(f32)).astype(jnp.bfloat16)
     added = (routed.astype(f32) + gated.astype(f32)).astype(jnp.bfloat16)
-    stream = normed(stream, norm, eps, x_smem, added)
+    stream = add_and_norm(stream, norm, eps, x_smem, added)
 
     @pl.when(lax.axis_index("block") == 0)
-    def _() -> None:
+    def write_stream() -> None:
         stream_out_ref[...] = stream
 
+    # q, k and v of the next layer, or the output head.
     run(6, n)

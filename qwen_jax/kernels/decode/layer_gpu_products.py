@@ -1,9 +1,9 @@
-"""What the kernels for one token are made of: products that blocks share, their stream of weights, their meetings."""
+"""Parts of the layer kernels for one token: matrix-vector products, their stream of weights, and grid barriers."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -12,28 +12,31 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.errors import InputError
+from qwen_jax.kernels.gpu.device import SHARED_BYTES
 from qwen_jax.kernels.gpu.hopper import load, run_on_one_thread, tiled
+from qwen_jax.kernels.gpu.tiles import PER_COLUMN, WGMMA
+from qwen_jax.kernels.types import Layout, Ref
 
 CHUNK = 128
-"""Columns of a weight matrix to one step; hidden size, width and heads x head_dim must be multiples of it."""
+"""Columns of a weight matrix in one step. Hidden and feed-forward size and heads x head_dim must be multiples of it."""
 MAX_TILE = 80
-_SMEM_BYTES = 227 * 1024 - 3328
-"""What a block may have, less barriers, one kilobyte of alignment and two in which sums are exchanged."""
-_WGMMA = plgpu.Layout.WGMMA
+"""The maximal number of rows of a weight matrix in one accumulator."""
+_SMEM_BYTES = SHARED_BYTES - 3328
+"""Shared memory without barriers, one kilobyte of alignment, and two kilobytes that reductions use."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """One matrix-vector product and how the blocks share it.
+    """One matrix-vector product, and how the thread blocks share it.
 
     Attributes:
       outputs: rows of each matrix.
       inputs: columns.
       gates: 1, or 2 for SwiGLU.
-      tile: rows of each matrix to one accumulator.
+      tile: rows of each matrix in one accumulator.
       splits: parts of the columns, each with its own partial result.
-      experts: how many matrices of a stack are multiplied, each with an input and a result of its own.
-      after: items of a product that is dealt out together with this one, before it.
+      experts: how many matrices of a stack are multiplied, each with its own input and result.
+      after: items of another product that are distributed together with these, before them.
     """
 
     outputs: int
@@ -46,7 +49,7 @@ class Product:
 
     @property
     def items(self) -> int:
-        """Tiles times splits of all experts: what is dealt out to the blocks."""
+        """Tiles times splits of all experts: what is distributed over the blocks."""
         return -(-self.outputs // self.tile) * self.splits * self.experts
 
     @property
@@ -56,26 +59,29 @@ class Product:
 
     @property
     def microseconds(self) -> float:
-        """What an item takes, about: of each step the bytes at 34 GB/s a block, or a fixed cost."""
+        """Estimated time of an item: the bytes of each step at 34 GB/s per block, or a fixed cost."""
         step = max(self.gates * self.tile * CHUNK * 2 / 34e3, 0.15)
         return self.longest // CHUNK * step + 0.3
 
 
 @functools.cache
-def plan(outputs: int, inputs: int, gates: int, may_split: bool, blocks: int) -> Product:
-    """Divides a product so that the block with the most to do has the least.
+def divide_product(outputs: int, inputs: int, gates: int, may_split: bool, blocks: int) -> Product:
+    """Divides a product among thread blocks so that the slowest one finishes as early as possible.
 
     Args:
-      outputs, inputs: of the matrix.
+      outputs, inputs: size of the matrix.
       gates: 1 or 2.
       may_split: whether partial results are allowed.
-      blocks: that share it.
+      blocks: thread blocks that share the product.
 
     Raises:
-      InputError: sizes that cannot be run.
+      InputError: sizes that are not supported.
     """
     if outputs % 8 or inputs % CHUNK or outputs < 8:
-        raise InputError(f"A layer kernel needs outputs in eights and inputs in {CHUNK}s; got {outputs} x {inputs}.")
+        raise InputError(
+            f"A layer kernel needs outputs that are a multiple of 8 and inputs that are a multiple of {CHUNK}; got "
+            f"{outputs} x {inputs}."
+        )
     best: tuple[float, Product] | None = None
     steps = inputs // CHUNK
     for splits in (1, 2, 4, 8) if may_split else (1,):
@@ -84,7 +90,7 @@ def plan(outputs: int, inputs: int, gates: int, may_split: bool, blocks: int) ->
             waves = -(-product.items // blocks)
             if splits > steps or (splits > 1 and waves > 1):
                 continue
-            # Partial results are read by every block.
+            # Every block reads the partial results.
             cost = waves * product.microseconds + (splits - 1) * outputs * 4 / 60e3
             if best is None or cost < best[0]:
                 best = cost, product
@@ -92,16 +98,16 @@ def plan(outputs: int, inputs: int, gates: int, may_split: bool, blocks: int) ->
     return best[1]
 
 
-def strided(length: int) -> Any:
-    """A vector dealt out to 128 threads, in pieces as long as they may be."""
+def strided(length: int) -> Layout:
+    """The layout of a vector over 128 threads, in the longest pieces that divide it."""
     vec = next(v for v in (8, 4, 2, 1) if length % (128 * v) == 0)
     return plgpu.Layout.WG_STRIDED((length,), vec_size=vec)
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-def note_round(_: Any, counter_ref: Any, round_smem: Any) -> None:
-    """Notes the round that the counter is in, for `meet`. It can't end before this block has come to a meeting."""
-    _meeting(
+def record_round(_: Any, counter_ref: Any, round_smem: Any) -> None:
+    """Records the current round of the counter for `grid_barrier`. It cannot end before this block has arrived."""
+    _run_on_counter(
         "ld.relaxed.gpu.global.u32 seen, [$0]; and.b32 seen, seen, 0xfffffc00; st.shared.u32 [$1], seen;",
         counter_ref,
         round_smem,
@@ -109,28 +115,28 @@ def note_round(_: Any, counter_ref: Any, round_smem: Any) -> None:
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-def meet(_: Any, counter_ref: Any, round_smem: Any) -> None:
-    """Waits until every block has come here; what each wrote before is seen by all after.
+def grid_barrier(_: Any, counter_ref: Any, round_smem: Any) -> None:
+    """A barrier of all thread blocks. What a block wrote before it is visible to all blocks after it.
 
-    A round of the counter is 1,024: block 0 adds what the others leave over. It never needs resetting, and 2^32 is a
-    whole number of rounds.
+    A round of the counter is 1,024: each block adds 1, and block 0 the rest. The counter never needs to be reset, and
+    2^32 is a whole number of rounds.
     """
-    _meeting(_COME + _WAIT, counter_ref, round_smem)
+    _run_on_counter(_ARRIVE + _WAIT, counter_ref, round_smem)
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-def come(_: Any, counter_ref: Any, round_smem: Any) -> None:
-    """The first half of `meet`: says that this block has come."""
-    _meeting(_COME, counter_ref, round_smem)
+def arrive(_: Any, counter_ref: Any, round_smem: Any) -> None:
+    """The first half of `grid_barrier`: signals that this block has arrived."""
+    _run_on_counter(_ARRIVE, counter_ref, round_smem)
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-def wait_for_all(_: Any, counter_ref: Any, round_smem: Any) -> None:
-    """The second half of `meet`, for any warpgroup of a block that has come."""
-    _meeting("ld.shared.u32 target, [$1];" + _WAIT, counter_ref, round_smem)
+def wait_for_all_blocks(_: Any, counter_ref: Any, round_smem: Any) -> None:
+    """The second half of `grid_barrier`, for any warpgroup of a block that has arrived."""
+    _run_on_counter("ld.shared.u32 target, [$1];" + _WAIT, counter_ref, round_smem)
 
 
-_COME = """
+_ARRIVE = """
         red.release.gpu.global.add.u32 [$0], $2;
         ld.shared.u32 target, [$1];
         add.u32 target, target, 1024;
@@ -144,8 +150,8 @@ _WAIT = """
         """
 
 
-def _meeting(code: str, counter_ref: Any, round_smem: Any) -> None:
-    """One thread runs PTX: $0 and $1 are the counter and the noted round, $2 what this block adds to a round."""
+def _run_on_counter(code: str, counter_ref: Any, round_smem: Any) -> None:
+    """Runs PTX on one thread: $0 is the counter, $1 the recorded round, $2 what this block adds to a round."""
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, gpu
     from jax.experimental.mosaic.gpu import utils
@@ -157,15 +163,15 @@ def _meeting(code: str, counter_ref: Any, round_smem: Any) -> None:
     run_on_one_thread(".reg .pred behind; .reg .u32 seen, target; " + code, counter_ref, round_smem, own)
 
 
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _WGMMA))
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA))
 def _store_first_row(_: Any, ref: Any, rows: Any) -> None:
-    """Writes one row of equal ones: the four threads that hold it store two columns of every eight."""
+    """Writes the first of 64 equal rows: the four threads that hold it store two columns of every eight each."""
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, vector
     from jax.experimental.mosaic.gpu import utils
 
     i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
-    # Rows 0 to 7 and 8 to 15 of eight columns take turns.
+    # The registers alternate between rows 0 to 7 and rows 8 to 15 of eight columns.
     pairs = rows.registers.flatten()[::2]
     thread = utils.thread_idx()
     with utils.when(arith.cmpi(arith.CmpIPredicate.ult, thread, utils.c(4, i32))):
@@ -178,29 +184,56 @@ def _store_first_row(_: Any, ref: Any, rows: Any) -> None:
 
 
 def result_of(product: Product) -> jax.ShapeDtypeStruct:
-    """Where blocks leave it for one another: the feed-forward layer's inner vector, or partial results."""
+    """The array in which blocks exchange a result: the inner vector of the feed-forward layer, or partial results."""
     shape = (product.splits * product.experts * product.outputs,)
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16 if product.gates == 2 else jnp.float32)
 
 
+class Memory(NamedTuple):
+    """Shared memory and barriers of a thread block of a layer kernel.
+
+    Attributes:
+      w_smem: ring of weight tiles.
+      x_smem: input of the current product, and behind it small notes (see `launch`).
+      stream_smem: the residual stream.
+      full, empty: a slot of the ring has been filled, or read.
+      asked, answered: in MoE layers, the barriers between the two warpgroups about the selected experts.
+    """
+
+    w_smem: Ref
+    x_smem: Ref
+    stream_smem: Ref
+    full: Ref
+    empty: Ref
+    asked: Ref | None = None
+    answered: Ref | None = None
+
+
 def launch(
-    body: Any, products: Sequence[Product], D: int, out_type: Any, blocks: int, name: str, notes: int = 0, **more: Any
-) -> Any:
-    """A kernel of one block on every multiprocessor, each of a multiplying and a fetching warpgroup.
+    body: Callable[..., None],
+    products: Sequence[Product],
+    D: int,
+    out_type: tuple[jax.ShapeDtypeStruct, ...],
+    blocks: int,
+    name: str,
+    notes: int = 0,
+    **more: object,
+) -> Callable[..., Any]:
+    """A kernel with one thread block per multiprocessor, each with a multiplying and a copying warpgroup.
 
     Args:
-      body: is given the references to arguments and results, and by name those to shared memory: `w_smem`, `x_smem`,
-        `stream_smem`, and the barriers `full` and `empty`.
-      products: that it goes through.
+      body: the program of a thread block. It gets the references to operands and results, and the fields of `Memory`
+        by name.
+      products: the products of the kernel.
       D: hidden size.
       out_type: of the results.
       blocks: multiprocessors of the device.
       name: of the kernel.
       notes: numbers to keep at the end of `x_smem`.
-      more: shared memory besides.
+      more: further shared memory and barriers.
 
     Raises:
-      InputError: it does not fit.
+      InputError: the vectors do not fit in shared memory.
     """
     tile = max(p.tile for p in products)
     x_size = max(D, *(p.longest for p in products))
@@ -211,7 +244,7 @@ def launch(
         lambda *refs: pl.run_scoped(
             functools.partial(body, *refs),
             w_smem=tiled((stages, tile, CHUNK), jnp.bfloat16),
-            # At its end, the 4 bytes of `note_round`: a buffer of their own would take a kilobyte.
+            # At its end are the 4 bytes of `record_round`: a separate buffer would take a kilobyte.
             x_smem=plgpu.SMEM((x_size + notes + 8,), jnp.bfloat16),
             stream_smem=plgpu.SMEM((D,), jnp.bfloat16),
             full=plgpu.Barrier(num_barriers=stages),
@@ -226,13 +259,14 @@ def launch(
     )
 
 
-def place_of_round(x_smem: Any) -> Any:
-    """Where `note_round` notes it: at the end of `launch`'s `x_smem`."""
-    return x_smem.at[pl.ds(x_smem.shape[0] - 8, 8)]
+def round_memory(x_smem: Ref) -> Ref:
+    """The part of `launch`'s `x_smem` where `record_round` keeps the round."""
+    place: Ref = x_smem.at[pl.ds(x_smem.shape[0] - 8, 8)]
+    return place
 
 
 def check(fits: bool, arrays: Sequence[jax.Array]) -> None:
-    """Refuses what a layer kernel cannot do.
+    """Raises `InputError` for arguments that a layer kernel does not support.
 
     Args:
       fits: whether the shapes are right.
@@ -240,48 +274,73 @@ def check(fits: bool, arrays: Sequence[jax.Array]) -> None:
     """
     if not fits or any(x.dtype != jnp.bfloat16 for x in arrays):
         got = ", ".join(f"{x.dtype} {x.shape}" for x in arrays)
-        raise InputError(f"A layer kernel takes bfloat16 vectors and matrices of one model's sizes; got {got}.")
+        raise InputError(f"A layer kernel needs bfloat16 vectors and matrices of one model's sizes; got {got}.")
 
 
-def share(product: Product, blocks: int) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, ...]]]:
-    """How many items this block has, and what the i-th is: (first row, part, first step, steps)."""
+class Item(NamedTuple):
+    """A part of a product: one tile of rows and one split of the columns.
+
+    Attributes:
+      row: first row in the matrix.
+      part: index of the expert and the split.
+      start, steps: first step of the columns and number of steps.
+    """
+
+    row: jax.Array
+    part: jax.Array
+    start: jax.Array
+    steps: jax.Array
+
+
+Share = tuple[jax.Array, Callable[[jax.Array], Item]]
+"""How many items of a product a block has, and a function that gives the i-th of them."""
+
+
+def share(product: Product, blocks: int) -> Share:
+    """The items of this thread block."""
     block = lax.axis_index("block")
     if product.after % blocks:
         block = lax.rem(block + (blocks - product.after % blocks), jnp.int32(blocks))
     base, extra = divmod(product.inputs // CHUNK, product.splits)
     of_each = product.items // product.experts
 
-    def item(i: jax.Array) -> tuple[jax.Array, ...]:
+    def item(i: jax.Array) -> Item:
         which, expert = block + i * blocks, None
         if product.experts > 1:
             expert, which = lax.div(which, jnp.int32(of_each)), lax.rem(which, jnp.int32(of_each))
         row, split = lax.div(which, jnp.int32(product.splits)) * product.tile, lax.rem(which, jnp.int32(product.splits))
-        # The last tile begins early enough to end with the matrix: some rows may be done twice, with the same result.
+        # The last tile ends with the matrix, so it may overlap the one before: some rows are computed twice, with the
+        # same result.
         row = pl.multiple_of(lax.min(row, jnp.int32(product.outputs - product.tile)), 8)
         steps = base + (split < extra).astype(jnp.int32)
         part = split if expert is None else expert * product.splits + split
-        return row, part, split * base + lax.min(split, jnp.int32(extra)), steps
+        return Item(row, part, split * base + lax.min(split, jnp.int32(extra)), steps)
 
     return lax.div(jnp.int32(product.items + blocks - 1) - block, jnp.int32(blocks)), item
 
 
 def fetch(
-    product: Product, own: Any, w_ref: Any, n: jax.Array, w_smem: Any, full: Any, empty: Any,
+    product: Product,
+    own: Share,
+    w_ref: Ref,
+    n: jax.Array,
+    memory: Memory,
     first_row: Callable[[jax.Array], jax.Array] | None = None,
-) -> jax.Array:  # fmt: skip
-    """The stream of weights of one product: every step of every item, as slots become free.
+) -> jax.Array:
+    """Copies the weights of one product: every step of every item, as slots become free.
 
     Args:
-      product: what to fetch.
-      own: its `share` of it.
-      w_ref: the matrix, or all of a stack below one another.
+      product: what to copy.
+      own: the share of this block.
+      w_ref: the matrix, or all matrices of a stack below one another.
       n: slots filled so far.
-      w_smem, full, empty: the slots.
-      first_row: from an item's part, where its matrices begin.
+      memory: the ring of slots.
+      first_row: from the part of an item, the first row of its matrix.
 
     Returns:
-      Slots filled since then.
+      Slots filled after that.
     """
+    w_smem, full, empty = memory.w_smem, memory.full, memory.empty
     stages, (count, item) = w_smem.shape[0], own
 
     def one_item(i: jax.Array, n: jax.Array) -> jax.Array:
@@ -305,30 +364,35 @@ def fetch(
 
 
 def multiply(
-    product: Product, own: Any, out_ref: Any, n: jax.Array, w_smem: Any, x_smem: Any, full: Any, empty: Any,
+    product: Product,
+    own: Share,
+    out_ref: Ref,
+    n: jax.Array,
+    memory: Memory,
     shift: jax.Array | Callable[[jax.Array, jax.Array], jax.Array],
     scale: Callable[[jax.Array], jax.Array] | None = None,
-) -> jax.Array:  # fmt: skip
-    """One product of what `fetch` brings.
+) -> jax.Array:
+    """Multiplies by the weights that `fetch` copies.
 
     Args:
-      product, own, n, w_smem, full, empty: see `fetch`.
-      out_ref: where the results go; parts one after another.
-      x_smem: the input.
-      shift: which column of the matrix `x_smem` begins with; or what brings the input of an item there and says so,
-        given part and first column.
-      scale: from an item's part, what its result is multiplied by.
+      product, own, n, memory: as in `fetch`; the input is in `x_smem`.
+      out_ref: for the results; partial ones one after another.
+      shift: the column of the matrix at which `x_smem` begins. Or a function that, given the part and the first column
+        of an item, loads its input into `x_smem` and returns that column.
+      scale: from the part of an item, what its result is multiplied by.
 
     Returns:
-      Slots filled since then.
+      Slots filled after that.
     """
+    w_smem, x_smem, full, empty = memory.w_smem, memory.x_smem, memory.full, memory.empty
     stages, f32, (count, item) = w_smem.shape[0], jnp.float32, own
 
     def one_item(i: jax.Array, n: jax.Array) -> jax.Array:
         row, part, start, steps = item(i)
         begin = shift(part, start * CHUNK) if callable(shift) else shift
 
-        def accumulate(*accs: Any) -> tuple[jax.Array, ...]:
+        # One accumulator for each gate. A slot is free one step after its product was started.
+        def accumulate(*accs: Ref) -> tuple[jax.Array, ...]:
             def slots(j: jax.Array) -> list[jax.Array]:
                 return [lax.rem(n + j * product.gates + g, jnp.int32(stages)) for g in range(product.gates)]
 
@@ -338,12 +402,12 @@ def multiply(
 
             def one_step(j: jax.Array, _: None) -> None:
                 at = pl.multiple_of((start + j) * CHUNK - begin, CHUNK)
-                x = load(x_smem.at[pl.ds(at, CHUNK)], _WGMMA.reduce(0))
+                x = load(x_smem.at[pl.ds(at, CHUNK)], PER_COLUMN)
                 x = lax.broadcast_in_dim(x, (64, CHUNK), [1])
                 for acc, slot in zip(accs, slots(j), strict=True):
                     plgpu.barrier_wait(full.at[slot])
                     plgpu.wgmma(acc, x, w_smem.at[slot, pl.ds(0, product.tile)].T)
-                # All but this step's are done.
+                # All products but those of this step are done.
                 plgpu.wgmma_wait(product.gates)
                 pl.when(j > 0)(lambda: release(j - 1))
 
@@ -356,7 +420,7 @@ def multiply(
         y = accs[0] if product.gates == 1 else accs[0] / (1 + jnp.exp(-accs[0])) * accs[1]
         if scale is not None:
             y = y * scale(part)
-        # The rows are all the same: one of them goes out.
+        # All rows are equal; one of them is written.
         at = pl.multiple_of(part * product.outputs + row, 8)
         _store_first_row(out_ref.at[pl.ds(at, product.tile)], y)
         return n + steps * product.gates
@@ -364,15 +428,17 @@ def multiply(
     return lax.fori_loop(0, count, one_item, n)
 
 
-def total(parts_ref: Any, parts: int, layout: Any) -> jax.Array:
+def total(parts_ref: Ref, parts: int, layout: Layout) -> jax.Array:
     """The sum of partial results, rounded to bfloat16."""
     size = parts_ref.shape[0] // parts
     added = [load(parts_ref.at[pl.ds(s * size, size)], layout) for s in range(parts)]
     return functools.reduce(jnp.add, added).astype(jnp.bfloat16)
 
 
-def normed(stream: jax.Array, norm: jax.Array, eps: float, x_smem: Any, added: jax.Array | None = None) -> jax.Array:
-    """The stream and what is added to it; its norm goes to `x_smem`."""
+def add_and_norm(
+    stream: jax.Array, norm: jax.Array, eps: float, x_smem: Ref, added: jax.Array | None = None
+) -> jax.Array:
+    """Adds to the residual stream, writes its RMSNorm to `x_smem`, and returns it."""
     D, f32 = stream.shape[0], jnp.float32
     if added is not None:
         stream = (stream.astype(f32) + added.astype(f32)).astype(jnp.bfloat16)

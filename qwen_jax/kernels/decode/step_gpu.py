@@ -1,18 +1,17 @@
-"""One decode step of attention on Hopper GPUs, from the raw projection to the heads' output, in one kernel.
+"""One attention step of decoding on Hopper GPUs, from the raw projection to the output of the heads, in one kernel.
 
-Bias, RoPE, the cache update and the attention itself are fused: at batch 1 each of these alone costs as much as the
-smallest kernel that a GPU can start. A thread block takes one key/value head of one row and a share of the live cache
-slots. Shares of a cluster meet in the shared memory of its first block; where a cache is long and the batch small,
-several clusters work on one head and XLA merges what they return.
+Bias, RoPE, the cache update and the attention itself are fused: at batch 1 each of them alone costs as much as the
+smallest kernel that a GPU can start. A thread block takes one key/value head of one row and a share of the used cache
+slots. The shares of a cluster are merged in the shared memory of its first block. Where a cache is long and the batch
+small, several clusters work on one head, and XLA merges what they return.
 
-The query heads of a group fill 8 of the 64 rows of a tensor core tile. The other rows hold rubbish that no real row
-ever sees: the work is bound by memory, so they cost little.
+The query heads of a group fill 8 of the 64 rows of a tensor core tile. The other rows are unused, and no real row
+depends on them: the kernel is bound by memory bandwidth, so they cost little.
 """
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.errors import InputError
+from qwen_jax.kernels.gpu.device import MULTIPROCESSORS
 from qwen_jax.kernels.gpu.hopper import (
     EIGHT_ROWS,
     allow_next_kernel,
@@ -29,36 +29,40 @@ from qwen_jax.kernels.gpu.hopper import (
     tiled,
     wait_for_previous_kernel,
 )
+from qwen_jax.kernels.gpu.tiles import PER_COLUMN, PER_ROW, WGMMA, across
+from qwen_jax.kernels.types import Layout, Ref
 
 TILE = 64
 """Cache slots that are loaded at once; the length of a cache must be a multiple of it."""
 _GROUP = 8
-"""The most query heads that can share a key/value head."""
-_BLOCKS, _CLUSTERED = 132, 112
-"""Thread blocks that an H100 or H200 surely runs at once: one a multiprocessor, and as many in clusters of 4 or 8,
-which do not reach every multiprocessor. On another part the results are the same and the shares less even."""
+"""The maximal number of query heads that share a key/value head."""
+_CLUSTERED = 112
+"""Thread blocks in clusters of 4 or 8 that an H100 or H200 always runs at once. They do not reach every multiprocessor;
+without clusters it is one block per multiprocessor."""
 _LOWEST = -1e30
-"""Stands for minus infinity where a difference of two must not be NaN."""
-_WGMMA = plgpu.Layout.WGMMA
+"""Stands for minus infinity, so that a difference of two is not NaN."""
 
 
 def supports(num_heads: int, num_kv_heads: int, head_dim: int, slots: int) -> bool:
-    """Whether the kernel can do these shapes, as one device sees them."""
+    """Whether the kernel supports these sizes; heads are those of one device."""
     return num_heads <= _GROUP * num_kv_heads and head_dim in (64, 128) and slots % TILE == 0
 
 
 def shares(rows: int, slots: int) -> tuple[int, int]:
-    """How many ways the live slots of one key/value head are split: (clusters, blocks of a cluster).
+    """Into how many shares the used slots of one key/value head are split.
 
     Args:
-      rows: key/value heads in the whole batch.
+      rows: key/value heads of the whole batch.
       slots: length of the cache.
+
+    Returns:
+      The number of clusters, and of thread blocks in a cluster.
     """
     tiles = slots // TILE
-    sizes = ((8, _CLUSTERED), (4, _CLUSTERED), (2, _BLOCKS))
+    sizes = ((8, _CLUSTERED), (4, _CLUSTERED), (2, MULTIPROCESSORS))
     blocks = next((n for n, most in sizes if n <= tiles and n * rows <= most), 1)
-    # Another cluster pays for the merge only when it takes many tiles off the others.
-    clusters = min(_BLOCKS // (rows * blocks), tiles // (4 * blocks)) if blocks == 8 else 1
+    # Another cluster pays for the merge only if it takes many tiles off the others.
+    clusters = min(MULTIPROCESSORS // (rows * blocks), tiles // (4 * blocks)) if blocks == 8 else 1
     return max(clusters, 1), blocks
 
 
@@ -75,22 +79,22 @@ def decode_step(
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Adds the bias, rotates, writes the new token to the cache, and attends to slots start to slot.
+    """Adds the bias, applies RoPE, writes the new token to the cache, and attends to the slots start to slot.
 
     Args:
       qkv_BRd: bfloat16 projections of the new token: R = H + 2K heads, those of q, then k, then v.
       bias_Rd: bfloat16.
       cos_Bh, sin_Bh: bfloat16 [B, d / 2], as from `rope_tables`.
-      cache_k_BKSd, cache_v_BKSd: bfloat16; updated in place where XLA may.
-      start_B: int32, the first slot each row sees, at most `slot`.
-      slot: int32 scalar, where the new token goes.
+      cache_k_BKSd, cache_v_BKSd: bfloat16; updated in place where XLA allows it.
+      start_B: int32, the first slot that each row sees, at most `slot`.
+      slot: int32 scalar, the slot of the new token.
       scale: multiplies the logits.
 
     Returns:
-      bfloat16 [B, H, d], and the caches with that slot of each row changed.
+      bfloat16 [B, H, d], and the caches with that slot of each row updated.
 
     Raises:
-      InputError: shapes or dtypes it cannot do; see `supports`.
+      InputError: shapes or dtypes that are not supported; see `supports`.
 
     Source: Flash-Decoding (Dao et al. 2023) for the split keys, FlashAttention-3 (arXiv:2407.08608) for the tile loop.
     """
@@ -104,7 +108,7 @@ def decode_step(
             f"{cache_k_BKSd.dtype} {cache_k_BKSd.shape}. Use implementation='reference'."
         )
     if H // K + 2 * K < _GROUP:
-        # A block reads 8 rows from its first query head on; the last one must not read past the end.
+        # A block reads 8 rows from its first query head on, and the last block must not read past the end.
         qkv_BRd, bias_Rd = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, _GROUP), (0, 0)]) for x in (qkv_BRd, bias_Rd))
     clusters, blocks = shares(B * K, S)
     if clusters == 1:
@@ -112,7 +116,7 @@ def decode_step(
     else:
         out_type = [jax.ShapeDtypeStruct((clusters, B * K, _GROUP, d), jnp.float32)] * 2
     kernel = pl.kernel(
-        functools.partial(_block, H=H, K=K, d=d, clusters=clusters, blocks=blocks, scale=scale),
+        functools.partial(_block, num_heads=H, clusters=clusters, blocks=blocks, scale=scale),
         out_type=tuple(out_type),
         mesh=plgpu.Mesh(
             grid=(B, K, clusters), grid_names=("row", "head", "cluster"), cluster=(blocks,), cluster_names=("block",)
@@ -131,13 +135,56 @@ def decode_step(
     return out.reshape(B, H, d), jax.freeze(keys), jax.freeze(values)
 
 
-def _block(*refs: Any, H: int, K: int, d: int, clusters: int, blocks: int, scale: float) -> None:
-    """Gives a thread block its shared memory."""
-    # Two blocks that share a multiprocessor must fit in 227 KiB.
+_RawAndBias = tuple[jax.Array, jax.Array]
+
+
+class _Inputs(NamedTuple):
+    """References to the operands; the caches are updated."""
+
+    qkv: Ref
+    bias: Ref
+    cos: Ref
+    sin: Ref
+    start: Ref
+    slot: Ref
+    keys: Ref
+    values: Ref
+
+
+class _Memory(NamedTuple):
+    """Shared memory and barriers of a thread block.
+
+    Attributes:
+      plain: one group of rows without swizzling, for copies of single rows.
+      qk: the queries of the group, and below them the new key.
+      k_tiles, v_tiles: rings of cache tiles.
+      k_ready, v_ready: a tile has arrived.
+      wide, lse: output and log-sum-exp of this share; for merging, like the next two.
+      parts, parts_ready: the shares of the cluster, in its first block.
+      wide_out: the merged output of a cluster, where there are several.
+    """
+
+    plain: Ref
+    qk: Ref
+    k_tiles: Ref
+    v_tiles: Ref
+    k_ready: Ref
+    v_ready: Ref
+    wide: Ref | None = None
+    lse: Ref | None = None
+    parts: Ref | None = None
+    parts_ready: Ref | None = None
+    wide_out: Ref | None = None
+
+
+def _block(*refs: Ref, num_heads: int, clusters: int, blocks: int, scale: float) -> None:
+    """Allocates the shared memory of a thread block and runs its program."""
+    d = refs[0].shape[1]
+    # Two blocks that share a multiprocessor must fit in its shared memory.
     k_stages, v_stages = (3, 2) if d == 128 else (5, 4)
-    scratch: dict[str, Any] = dict(
+    scratch: dict[str, object] = dict(
         plain=plgpu.SMEM((8, d), jnp.bfloat16),
-        # Both operands of a product must be swizzled alike, and the halves of a head must be tiles of their own.
+        # Both operands of a product must be swizzled alike, and the halves of a head must be separate tiles.
         qk=tiled((64, d), jnp.bfloat16, d // 2),
         k_tiles=tiled((k_stages, TILE, d), jnp.bfloat16, d // 2),
         v_tiles=tiled((v_stages, TILE, d), jnp.bfloat16, 64),
@@ -153,82 +200,94 @@ def _block(*refs: Any, H: int, K: int, d: int, clusters: int, blocks: int, scale
         )
     if clusters > 1:
         scratch |= dict(wide_out=plgpu.SMEM((8, d), jnp.float32))
-    body = functools.partial(_attend, *refs, H=H, K=K, clusters=clusters, blocks=blocks, scale=scale)
+
+    def body(**memory: Ref) -> None:
+        _attend(
+            _Inputs(*refs[:8]), refs[8:], _Memory(**memory), num_heads=num_heads, clusters=clusters, blocks=blocks,
+            scale=scale,
+        )  # fmt: skip
+
     pl.run_scoped(body, **scratch)
 
 
 def _attend(
-    qkv_ref: Any, bias_ref: Any, cos_ref: Any, sin_ref: Any, start_ref: Any, slot_ref: Any, keys_ref: Any,
-    values_ref: Any, *out_refs: Any, plain: Any, qk: Any, k_tiles: Any, v_tiles: Any, k_ready: Any, v_ready: Any,
-    wide: Any = None, lse: Any = None, parts: Any = None, parts_ready: Any = None, wide_out: Any = None,
-    H: int, K: int, clusters: int, blocks: int, scale: float,
+    inputs: _Inputs, out_refs: tuple[Ref, ...], memory: _Memory, *, num_heads: int, clusters: int, blocks: int,
+    scale: float,
 ) -> None:  # fmt: skip
-    """What one thread block does. `wide` to `wide_out` are there for blocks that merge."""
+    """The program of a thread block."""
+    plain, qk, k_tiles, v_tiles = memory.plain, memory.qk, memory.k_tiles, memory.v_tiles
+    H, K = num_heads, inputs.keys.shape[1]
     keep_unswizzled(plain)
     wait_for_previous_kernel()
     allow_next_kernel()
     row, head, block = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("block")
-    (R, d), G, f32 = bias_ref.shape, H // K, jnp.float32
+    (R, d), G, f32 = inputs.bias.shape, H // K, jnp.float32
     halves = pl.ds(0, d // 2), pl.ds(d // 2, d // 2)
     share, last_share = lax.axis_index("cluster") * blocks + block, clusters * blocks - 1
 
-    # All that the new token needs is asked for at once; its first use waits for the slots below.
-    def with_bias(at: Any, columns: Any, layout: Any) -> tuple[jax.Array, jax.Array]:
-        here = pl.ds(row * R + at.start, at.size) if isinstance(at, pl.Slice) else row * R + at
-        return load(qkv_ref.at[here, columns], layout), load(bias_ref.at[at, columns], layout)
+    # Load everything of the new token. It is used only after the copies of the cache below have been started.
+    def with_bias(first: jax.Array, rows: int, columns: slice | pl.Slice, layout: Layout) -> _RawAndBias:
+        """Some heads of the projection and their bias. With `rows` 0 it is one head, without a dimension for heads."""
+        if rows:
+            here, at = pl.ds(row * R + first, rows), pl.ds(first, rows)
+            return load(inputs.qkv.at[here, columns], layout), load(inputs.bias.at[at, columns], layout)
+        return load(inputs.qkv.at[row * R + first, columns], layout), load(inputs.bias.at[first, columns], layout)
 
-    q_raw = [with_bias(pl.ds(head * G, 8), half, EIGHT_ROWS) for half in halves]
-    k_raw = [with_bias(H + head, half, EIGHT_ROWS.reduce(0)) for half in halves]
-    cos, sin = (load(x.at[row], EIGHT_ROWS.reduce(0)) for x in (cos_ref, sin_ref))
-    v_raw = with_bias(H + K + head, pl.ds(0, d), _WGMMA.reduce(0))
+    q_raw = [with_bias(head * G, 8, half, EIGHT_ROWS) for half in halves]
+    k_raw = [with_bias(H + head, 0, half, EIGHT_ROWS.reduce(0)) for half in halves]
+    cos, sin = (load(x.at[row], EIGHT_ROWS.reduce(0)) for x in (inputs.cos, inputs.sin))
+    v_raw = with_bias(H + K + head, 0, pl.ds(0, d), PER_COLUMN)
 
-    start, slot = start_ref[row], slot_ref[0]
+    # The tiles of this share.
+    start, slot = inputs.start[row], inputs.slot[0]
     first = lax.div(start, TILE)
     tiles = jnp.maximum(lax.div(slot + TILE - 1, TILE) - first, 0)
     begin = first + lax.div(tiles * share, last_share + 1)
     count = first + lax.div(tiles * (share + 1), last_share + 1) - begin
 
-    def fetch(source: Any, stages: Any, ready: Any, i: Any) -> None:
+    # Start copying tiles of the cache, as many as the rings hold.
+    def fetch(source: Ref, stages: Ref, ready: Ref, i: jax.Array) -> None:
         stage = lax.rem(i, jnp.int32(stages.shape[0]))
         at = (row, head, pl.ds((begin + i) * TILE, TILE))
         plgpu.copy_gmem_to_smem(source.at[at], stages.at[stage], ready.at[stage])
 
-    fetch_k = functools.partial(fetch, keys_ref, k_tiles, k_ready)
-    fetch_v = functools.partial(fetch, values_ref, v_tiles, v_ready)
+    fetch_k = functools.partial(fetch, inputs.keys, k_tiles, memory.k_ready)
+    fetch_v = functools.partial(fetch, inputs.values, v_tiles, memory.v_ready)
     k_stages, v_stages = k_tiles.shape[0], v_tiles.shape[0]
     for i in range(k_stages):
         pl.when(i < count)(functools.partial(fetch_k, jnp.int32(i)))
         if i < v_stages:
             pl.when(i < count)(functools.partial(fetch_v, jnp.int32(i)))
 
-    # Bias and rotation of the group's queries and of the new key, which makes a small tile below them.
-    def biased(raw: tuple[jax.Array, jax.Array]) -> jax.Array:
+    # Add the bias to the queries of the group and to the new key, and rotate them. The key is a small tile below.
+    def biased(raw: _RawAndBias) -> jax.Array:
         return (raw[0].astype(f32) + raw[1].astype(f32)).astype(jnp.bfloat16)
 
-    def rotated(raw: list[tuple[jax.Array, jax.Array]], cos: jax.Array, sin: jax.Array) -> list[jax.Array]:
+    def rotated(raw: list[_RawAndBias], cos: jax.Array, sin: jax.Array) -> list[jax.Array]:
         left, right = (biased(x).astype(f32) for x in raw)
         return [x.astype(jnp.bfloat16) for x in (left * cos - right * sin, right * cos + left * sin)]
 
-    def spread(x: jax.Array) -> jax.Array:
+    def to_eight_rows(x: jax.Array) -> jax.Array:
         return plgpu.layout_cast(lax.broadcast_in_dim(x, (8, d // 2), [1]), EIGHT_ROWS)
 
     cos, sin = cos.astype(f32), sin.astype(f32)
-    q_new, k_new = rotated(q_raw, spread(cos), spread(sin)), rotated(k_raw, cos, sin)
+    q_new, k_new = rotated(q_raw, to_eight_rows(cos), to_eight_rows(sin)), rotated(k_raw, cos, sin)
     v_new = biased(v_raw)
     for half, q, k in zip(halves, q_new, k_new, strict=True):
         qk[pl.ds(0, 8), half] = q
-        qk[pl.ds(8, 8), half] = spread(k)
+        qk[pl.ds(8, 8), half] = to_eight_rows(k)
     plgpu.commit_smem()
 
+    # The last share writes the new token to the cache.
     @pl.when(share == last_share)
-    def _() -> None:
+    def update_cache() -> None:
         for half, k in zip(halves, k_new, strict=True):
-            keys_ref[row, head, slot, half] = k
-        values_ref[row, head, slot] = v_new
+            inputs.keys[row, head, slot, half] = k
+        inputs.values[row, head, slot] = v_new
 
-    # The new token is not read from the cache: it is where the last share's running softmax starts.
-    def logits(k_ref: Any) -> jax.Array:
-        def product(acc: Any) -> jax.Array:
+    # The new token is not read from the cache: the running softmax of the last share starts with it.
+    def logits(k_ref: Ref) -> jax.Array:
+        def product(acc: Ref) -> jax.Array:
             plgpu.wgmma(acc, qk, k_ref.T)
             return acc[...]
 
@@ -238,33 +297,31 @@ def _attend(
     factor = scale * math.log2(math.e)
     own = (share == last_share).astype(f32)
     top = (logits(qk.at[pl.ds(8, 8)]) * factor).max(axis=1) + (own - 1) * -_LOWEST
-    total = plgpu.layout_cast(jnp.full((64,), own, f32), _WGMMA.reduce(1))
+    total = plgpu.layout_cast(jnp.full((64,), own, f32), PER_ROW)
     acc = lax.broadcast_in_dim(v_new.astype(f32) * own, (64, d), [1])
 
-    def across(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return lax.broadcast_in_dim(x, shape, [0])
-
+    # The running softmax over the tiles of the share.
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         acc, top, total = carry
         k, v = lax.rem(i, jnp.int32(k_stages)), lax.rem(i, jnp.int32(v_stages))
         low, high = start - (begin + i) * TILE, slot - (begin + i) * TILE
-        plgpu.barrier_wait(k_ready.at[k])
+        plgpu.barrier_wait(memory.k_ready.at[k])
         s = logits(k_tiles.at[k])
         pl.when(i + k_stages < count)(lambda: fetch_k(i + k_stages))
-        j = plgpu.broadcasted_iota(jnp.int32, (64, TILE), 1, layout=_WGMMA)
+        j = plgpu.broadcasted_iota(jnp.int32, (64, TILE), 1, layout=WGMMA)
         s = jnp.where((j >= low) & (j < high), s, _LOWEST)
         new_top = jnp.maximum(top, s.max(axis=1) * factor)
         alpha = jnp.exp2(top - new_top)
         p = jnp.exp2(s * factor - across(new_top, s.shape))
         total = total * alpha + p.sum(axis=1)
         acc = acc * across(alpha, acc.shape)
-        plgpu.barrier_wait(v_ready.at[v])
+        plgpu.barrier_wait(memory.v_ready.at[v])
 
-        # Zero times what lies in a slot that is not ours must be zero, whatever lies there.
+        # A slot outside the interval may hold NaN, and zero times NaN is not zero: clear such values.
         @pl.when((low > 0) | (high < TILE))
-        def _() -> None:
-            j = plgpu.broadcasted_iota(jnp.int32, (TILE, d), 0, layout=_WGMMA)
-            tile = load(v_tiles.at[v], _WGMMA, optimized=True)
+        def clear() -> None:
+            j = plgpu.broadcasted_iota(jnp.int32, (TILE, d), 0, layout=WGMMA)
+            tile = load(v_tiles.at[v], WGMMA, optimized=True)
             v_tiles[v] = jnp.where((j >= low) & (j < high), tile, jnp.zeros_like(tile))
             plgpu.commit_smem()
 
@@ -275,7 +332,7 @@ def _attend(
 
     acc, top, total = lax.fori_loop(0, count, step, (acc, top, total))
 
-    # A share may have had nothing to do; then its weight in the merge is zero.
+    # A share without tiles gets a weight of zero in the merge.
     total = jnp.maximum(total, 1e-30)
     out = acc * across(1 / total, acc.shape)
 
@@ -285,21 +342,32 @@ def _attend(
         plgpu.copy_smem_to_gmem(plain.at[pl.ds(0, G)], out_refs[0].at[pl.ds(row * H + head * G, G)])
 
     if blocks == 1:
-        # The tile of queries has done its work and takes the output to its real rows.
+        # Without a merge: the output goes through the tile of the queries, which is no longer needed.
         qk[...] = out.astype(jnp.bfloat16)
         finish(load(qk.at[pl.ds(0, 8)], EIGHT_ROWS))
     else:
+        # Send output and log-sum-exp to the first block of the cluster, which merges them.
+        wide, lse, parts, parts_ready = memory.wide, memory.lse, memory.parts, memory.parts_ready
+        assert wide is not None
+        assert lse is not None
+        assert parts is not None
+        assert parts_ready is not None
         wide[...] = out
         lse[...] = top + jnp.log2(total)
         out, weight = load(wide.at[pl.ds(0, 8)], EIGHT_ROWS), load(lse.at[pl.ds(0, 8)], EIGHT_ROWS.reduce(1))
         weight = plgpu.layout_cast(across(weight, (8, d)), EIGHT_ROWS)
         for i, x in enumerate((out, weight)):
             plgpu.async_store_smem(
-                x, parts.at[block, i], parts_ready, cluster_idx=jnp.int32(0), cluster_dim="block", optimized=False
+                x,
+                parts.at[block, i],
+                parts_ready,
+                cluster_idx=jnp.int32(0),
+                cluster_dim="block",
+                optimized=False,
             )
 
         @pl.when(block == 0)
-        def _() -> None:
+        def merge() -> None:
             plgpu.barrier_wait(parts_ready)
             out, lse = _merged(
                 [load(parts.at[b, 0], EIGHT_ROWS) for b in range(blocks)],
@@ -308,6 +376,8 @@ def _attend(
             if clusters == 1:
                 finish(out.astype(jnp.bfloat16))
                 return
+            wide_out = memory.wide_out
+            assert wide_out is not None
             keep_unswizzled(wide_out)
             for x, ref in zip((out, lse), out_refs, strict=True):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -319,9 +389,9 @@ def _attend(
 
 
 def _merged(outs: list[jax.Array], tops: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """One softmax-weighted mean and log2-sum of several."""
-    sum_of: Callable[[Any], Any] = functools.partial(functools.reduce, jnp.add)
+    """Merges outputs and base-2 log-sum-exps of disjoint shares of the keys."""
+    add = functools.partial(functools.reduce, jnp.add)
     top = functools.reduce(jnp.maximum, tops)
     weights = [jnp.exp2(t - top) for t in tops]
-    total = sum_of(weights)
-    return sum_of(o * w for o, w in zip(outs, weights, strict=True)) / total, top + jnp.log2(total)
+    total = add(weights)
+    return add(o * w for o, w in zip(outs, weights, strict=True)) / total, top + jnp.log2(total)

@@ -1,17 +1,18 @@
-"""Products of a few rows with a large matrix on Hopper GPUs: y = x W^T at the speed at which W can be read.
+"""Products of a few rows with a large matrix on Hopper GPUs, y = x W^T, bound by the bandwidth at which W is read.
 
-Decoding multiplies 1 to 128 rows by every weight matrix once a token, so the only cost that matters is streaming W from
-memory. experiments/kernels/skinny_matmul.md says what these products reach, and where XLA's are as good.
+Decoding multiplies 1 to 128 rows by every weight matrix once per token, so the only cost that matters is reading W.
+experiments/kernels/skinny_matmul.md has what these products reach, and where XLA's are as fast.
 
-How: the rows of x, padded to 64, are the M side of wgmma and a tile of rows of W the N side, which may be any multiple
-of 8. The tile can therefore be sized so that every SM gets the same number of equal tiles. One warpgroup per SM keeps
-all of its shared memory in flight as a ring of TMA copies which runs on across tiles. Rows of x that do not exist are
-whatever lies in shared memory: a row of the result depends on its own row of x alone, and theirs are never written.
+The rows of x, padded to 64, are the M side of wgmma, and a tile of rows of W is the N side, which may be any multiple
+of 8. The tile size can therefore be chosen so that every multiprocessor gets the same number of equal tiles. One
+warpgroup per multiprocessor keeps all of its shared memory in flight, as a ring of TMA copies that continues across
+tiles. Padding rows of x are whatever is in shared memory: a row of the result depends only on its own row of x, and
+their results are not written.
 """
 
 import dataclasses
 import functools
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,26 +21,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen_jax.errors import InputError
+from qwen_jax.kernels.gpu.device import MULTIPROCESSORS, TILE_SHARED_BYTES
 from qwen_jax.kernels.gpu.hopper import tiled
 from qwen_jax.kernels.types import Ref
 
 MAX_ROWS = 128
-_SMS = 132  # of an H100 or H200 SXM; on another part the results are the same and the tiles less even.
-_SMEM_BYTES = 227 * 1024 - 2048  # what a block may have, less barriers and alignment.
 _MAX_BARRIERS = 32
-_MAX_ACCUMULATORS = 64 * 192  # 96 registers a thread.
-_SPLIT_BYTES = 200_000  # what another partial result costs beyond its own bytes.
+_MAX_ACCUMULATORS = 64 * 192  # 96 registers of a thread.
+_SPLIT_BYTES = 200_000  # The cost of another partial result beyond its own bytes.
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Tiling:
     """How a product is divided; a static function of its shape.
 
     Attributes:
-      tile: rows of W (of each gate, if there are two) to one accumulator, a multiple of 8.
+      tile: rows of W (of each gate, if there are two) in one accumulator, a multiple of 8.
       splits: parts of K, each with its own partial result.
-      blocks: thread blocks, each with tiles of its own.
-      chunk: columns of W to one step of the pipeline.
+      blocks: thread blocks, each with its own tiles.
+      chunk: columns of W in one step of the pipeline.
       stages: steps in flight.
     """
 
@@ -51,37 +51,39 @@ class Plan:
 
 
 def _up(n: int, multiple: int) -> int:
+    """Rounds up to a multiple."""
     return -(-n // multiple) * multiple
 
 
 @functools.cache
-def plan(rows: int, n: int, k: int, gates: int = 1) -> Plan:
+def choose_tiling(rows: int, n: int, k: int, gates: int = 1) -> Tiling:
     """Divides a product of `rows` rows with `gates` matrices [n, k].
 
-    The estimated cost, in bytes read from memory, is that of W with some SMs idle, or that of everything which passes
-    from L2 to the SMs at about 2.5 times the speed, plus what partial results cost to write and read again.
+    The estimated cost, in bytes read from memory, is the larger of two: W, including the time of idle multiprocessors,
+    and everything that goes from L2 to the multiprocessors at about 2.5 times the speed. Writing and reading partial
+    results is added.
 
     Raises:
-      InputError: a shape that cannot be run.
+      InputError: a shape that is not supported.
     """
     if not 1 <= rows <= MAX_ROWS or n % 8 or k % 64 or n < 8 or k < 128:
         raise InputError(
-            f"A skinny product takes 1 to {MAX_ROWS} rows and a matrix [N, K] with N a multiple of 8, and K of 64 "
-            f"and at least 128; got {rows} rows and [{n}, {k}]. Use einsum."
+            f"The kernel for few rows needs 1 to {MAX_ROWS} rows and a matrix [N, K] with N a multiple of 8, and K a "
+            f"multiple of 64 and at least 128; got {rows} rows and [{n}, {k}]. Use einsum."
         )
     m, x_rows = _up(rows, 64), _up(rows, 8)
     weights = gates * n * k * 2
-    best: tuple[float, Plan] | None = None
+    best: tuple[float, Tiling] | None = None
     for splits in (1, 2, 4, 8) if gates == 1 else (1,):
         for waves in range(1, 33) if splits == 1 else (1,):
-            tile = _up(-(-n * splits // (_SMS * waves)), 8)
+            tile = _up(-(-n * splits // (MULTIPROCESSORS * waves)), 8)
             if m * tile * gates > _MAX_ACCUMULATORS:
                 continue
             tiles = -(-n // tile)
-            blocks = min(tiles * splits, _SMS)
+            blocks = min(tiles * splits, MULTIPROCESSORS)
             for chunk in (128, 64):
                 out_bytes = m * tile * (4 if gates == 1 else 2)
-                room = _SMEM_BYTES - out_bytes - (m - x_rows) * chunk * 2
+                room = TILE_SHARED_BYTES - out_bytes - (m - x_rows) * chunk * 2
                 steps = -(-k // chunk) // splits
                 stages = min(_MAX_BARRIERS, steps, room // ((gates * tile + x_rows) * chunk * 2))
                 if stages >= min(4, steps) and stages >= 2:
@@ -89,39 +91,44 @@ def plan(rows: int, n: int, k: int, gates: int = 1) -> Plan:
             else:
                 continue
             x_bytes = tiles * x_rows * k * 2
-            # An SM has two tiles where its neighbour has one: the longest queue sets the pace.
-            longest = weights / n * tile * -(-tiles * splits // blocks) / splits * _SMS
+            # The multiprocessor with the most tiles determines the time.
+            longest = weights / n * tile * -(-tiles * splits // blocks) / splits * MULTIPROCESSORS
             cost = max(longest, 0.4 * (weights + x_bytes)) + _SPLIT_BYTES * (splits - 1)
             cost += 0 if gates == 2 else splits * rows * n * 4
             if best is None or cost < best[0]:
-                best = cost, Plan(tile, splits, blocks, chunk, stages)
+                best = cost, Tiling(tile, splits, blocks, chunk, stages)
     if best is None:
-        raise InputError(f"No plan for {rows} rows and {gates} matrices [{n}, {k}]: too large. Use einsum.")
+        raise InputError(
+            f"The kernel for few rows has no tiling for {rows} rows and {gates} matrices [{n}, {k}]: its shared memory "
+            "and registers do not suffice. Use einsum."
+        )
     return best[1]
 
 
+class _Memory(NamedTuple):
+    """Shared memory and barriers of a thread block: rings of x and W, the result, and "a step has arrived"."""
+
+    x_smem: Ref
+    w_smem: Ref
+    out_smem: Ref
+    full: Ref
+
+
 def _product(x_BK: jax.Array, w_GNK: jax.Array) -> jax.Array:
+    """Runs the kernel: partial products [splits, B, N], or with two gates the SwiGLU [1, B, N]."""
     (B, K), (gates, N, _) = x_BK.shape, w_GNK.shape
-    p = plan(B, N, K, gates)
+    p = choose_tiling(B, N, K, gates)
     m, x_rows = _up(B, 64), _up(B, 8)
     tiles, steps = -(-N // p.tile), -(-K // p.chunk)
     base, extra = divmod(steps, p.splits)
     out_dtype = jnp.dtype(jnp.float32 if gates == 1 else jnp.bfloat16)
-    if B > 8:  # Fewer are filled up by TMA, with zeros; a longer axis it wants in whole eights.
+    if B > 8:  # TMA pads fewer rows with zeros by itself, but needs a longer axis to be a multiple of 8.
         x_BK = jnp.pad(x_BK, ((0, x_rows - B), (0, 0)))
 
-    def skinny_product(
-        x_ref: Ref,
-        w_ref: Ref,
-        out_ref: Ref,
-        *,
-        x_smem: Ref,
-        w_smem: Ref,
-        out_smem: Ref,
-        full: Ref,
-    ) -> None:
+    def skinny_product(x_ref: Ref, w_ref: Ref, out_ref: Ref, **scratch: Ref) -> None:
+        x_smem, w_smem, out_smem, full = _Memory(**scratch)
         block = lax.axis_index("block")
-        # With splits there is one tile to a block; without, a block takes every `blocks`-th tile.
+        # With splits a block has one tile; without, it takes every `blocks`-th tile.
         split = block % p.splits
         first = block // p.splits
         zero = block * 0
@@ -139,18 +146,19 @@ def _product(x_BK: jax.Array, w_GNK: jax.Array) -> jax.Array:
                 rows = pl.ds(g * N + tile * p.tile, p.tile)
                 plgpu.copy_gmem_to_smem(w_ref.at[rows, columns], w_smem.at[slot, g], full.at[slot])
 
+        # Fill the ring.
         for i in range(p.stages):
             load(jnp.int32(i), i)
 
         def one_tile(t: jax.Array, _: None) -> None:
-            def accumulate(*accs: Any) -> tuple[jax.Array, ...]:
+            def accumulate(*accs: Ref) -> tuple[jax.Array, ...]:
                 def step(i: jax.Array, _: None) -> None:
                     slot = i % p.stages
                     plgpu.barrier_wait(full.at[slot])
                     x_tile = x_smem.at[pl.ds(pl.multiple_of(slot * x_rows, 8), m)]
                     for g in range(gates):
                         plgpu.wgmma(accs[g], x_tile, w_smem.at[slot, g].T)
-                    # All but this step's are done, so the slot of the step before is free.
+                    # All products but those of this step are done, so the slot of the previous step is free.
                     plgpu.wgmma_wait(gates)
                     ahead = i - 1 + p.stages
                     pl.when((i > 0) & (ahead < total))(lambda: load(ahead, ahead % p.stages))
@@ -161,6 +169,7 @@ def _product(x_BK: jax.Array, w_GNK: jax.Array) -> jax.Array:
 
             accs = pl.run_scoped(accumulate, *[plgpu.ACC((m, p.tile), jnp.float32)] * gates)
             out = accs[0] if gates == 1 else accs[0] / (1 + jnp.exp(-accs[0])) * accs[1]
+            # Write the tile, once the previous one has left its buffer.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_smem[...] = out.astype(out_dtype)
             plgpu.commit_smem()
@@ -170,7 +179,7 @@ def _product(x_BK: jax.Array, w_GNK: jax.Array) -> jax.Array:
         lax.fori_loop(0, own_tiles, one_tile, None)
         plgpu.wait_smem_to_gmem(0)
 
-    # Slots of x overlap: each holds x_rows rows, and wgmma reads on into the next to fill its 64.
+    # The slots of x overlap: each holds x_rows rows, and wgmma reads into the next slot to fill its 64.
     x_smem = tiled(((p.stages - 1) * x_rows + m, p.chunk), jnp.bfloat16)
     kernel = plgpu.kernel(
         skinny_product,
@@ -193,7 +202,7 @@ def _check(x_BK: jax.Array, w: jax.Array, gates: tuple[int, ...]) -> None:
     fits = x_BK.ndim == 2 and w.ndim == 2 + len(gates) and w.shape[:-2] == gates and x_BK.shape[1] == w.shape[-1]
     if not fits or x_BK.dtype != jnp.bfloat16 or w.dtype != jnp.bfloat16:
         raise InputError(
-            f"A skinny product takes bfloat16 x [B, K] and w [{'2, ' if gates else ''}N, K]; "
+            f"The kernel for few rows needs bfloat16 x [B, K] and w [{'2, ' if gates else ''}N, K]; "
             f"got {x_BK.dtype} {x_BK.shape} and {w.dtype} {w.shape}."
         )
 
@@ -208,11 +217,11 @@ def skinny_matmul(x_BK: jax.Array, w_NK: jax.Array) -> jax.Array:
       w_NK: bfloat16; N a multiple of 8, K of 64.
 
     Returns:
-      float32 [splits, B, N], partial sums over parts of K: the product is the sum over the first axis, which XLA fuses
-      into whatever follows. `plan(B, N, K).splits` says how many.
+      float32 [splits, B, N], partial sums over parts of K. The product is the sum over the first axis, which XLA fuses
+      into what follows. `choose_tiling(B, N, K)` has the number of splits.
 
     Raises:
-      InputError: shapes or dtypes that cannot be run.
+      InputError: shapes or dtypes that are not supported.
     """
     _check(x_BK, w_NK, ())
     return _product(x_BK, w_NK[None])
@@ -230,7 +239,7 @@ def skinny_swiglu(x_BK: jax.Array, w_2FK: jax.Array) -> jax.Array:
       bfloat16 [B, F].
 
     Raises:
-      InputError: shapes or dtypes that cannot be run.
+      InputError: shapes or dtypes that are not supported.
     """
     _check(x_BK, w_2FK, (2,))
     return _product(x_BK, w_2FK)[0]

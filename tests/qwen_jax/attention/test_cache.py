@@ -52,7 +52,7 @@ def test_pages_hold_what_one_buffer_holds(axes: dict[str, int]) -> None:
     print("seed", seed)
     rng = np.random.default_rng(seed)
     mesh = make_mesh(axes) if axes else make_mesh({}, jax.devices()[:1])
-    sharding = Sharding.for_model(CONFIG, mesh)
+    sharding = Sharding.for_inference(CONFIG, mesh)
     B, T, steps, page = 4, 13, 5, 4
     lengths = rng.integers(1, T + 1, B).astype(np.int32)
     tokens = rng.integers(0, CONFIG.vocab_size, (B, T + steps), np.int32)
@@ -91,7 +91,7 @@ def test_pages_hold_what_one_buffer_holds(axes: dict[str, int]) -> None:
 def test_a_chunk_at_an_offset_sees_the_tokens_before_it_and_padding_is_not_written(mesh: Mesh) -> None:
     """A prompt in chunks, rows with unequal numbers of new tokens: logits of one pass over each row."""
     rng = np.random.default_rng(7)
-    sharding = Sharding.for_model(CONFIG, mesh)
+    sharding = Sharding.for_inference(CONFIG, mesh)
     B, page, pages, num_pages = 2, 4, 5, 16
     tokens = rng.integers(0, CONFIG.vocab_size, (B, 16), np.int32)
     # New tokens of each row in each chunk; the rest of a chunk is padding.

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.matmul import few_rows_gpu as matmul_gpu
-from qwen_jax.kernels.matmul.few_rows_gpu import MAX_ROWS, plan, skinny_matmul, skinny_swiglu
+from qwen_jax.kernels.matmul import few_rows_gpu
+from qwen_jax.kernels.matmul.few_rows_gpu import MAX_ROWS, choose_tiling, skinny_matmul, skinny_swiglu
 
 # (N, K, gates) of every product of Qwen2.5 from 0.5B to 72B, before sharding.
 _MODELS = [
@@ -37,7 +37,7 @@ SHARDS = [
 def test_plan_covers_the_product_and_fits_a_block(rows: int) -> None:
     """Every row tile and part of K has one place to be computed in, and a block's memory holds its pipeline."""
     for n, k, gates in SHAPES + [s for s in SHARDS if s[0] % 8 == 0 and s[1] % 64 == 0]:
-        p = plan(rows, n, k, gates)
+        p = choose_tiling(rows, n, k, gates)
         tiles, steps = -(-n // p.tile), -(-k // p.chunk)
         assert p.tile % 8 == 0
         assert p.tile * gates <= 256
@@ -54,7 +54,7 @@ def test_no_block_of_a_large_product_waits_for_another() -> None:
     """In each product of 7B the longest queue is at most 10% above an even share."""
     for n, k, gates in [s for s in SHAPES if 3584 in s[:2]]:
         for rows in (1, 64):
-            p = plan(rows, n, k, gates)
+            p = choose_tiling(rows, n, k, gates)
             tiles = -(-n // p.tile) * p.splits
             queue = -(-tiles // p.blocks) * p.tile / p.splits
             assert queue * 132 <= 1.1 * n, (n, k, rows, p)
@@ -80,7 +80,7 @@ def test_lowers_to_one_call_that_reads_w_where_it_lies(rows: int, shape: tuple[i
     ("x", "w", "why"),
     [
         ((129, 256), (64, 256), "1 to 128 rows"),
-        ((1, 96), (64, 96), "K of 64"),
+        ((1, 96), (64, 96), "K a multiple of 64"),
         ((1, 256), (60, 256), "multiple of 8"),
         ((1, 256), (64, 128), "x \\[B, K\\]"),
         ((1, 256), (3, 64, 256), "2, N"),
@@ -141,12 +141,12 @@ if _CAN_INTERPRET:
         sms: int, rows: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Equal to float64 with memory that starts as NaN, on a machine of a few SMs."""
-        monkeypatch.setattr(matmul_gpu, "_SMS", sms)
-        monkeypatch.setattr(matmul_gpu, "_SPLIT_BYTES", 0)  # so that even small matrices are split
-        plan.cache_clear()
+        monkeypatch.setattr(few_rows_gpu, "MULTIPROCESSORS", sms)
+        monkeypatch.setattr(few_rows_gpu, "_SPLIT_BYTES", 0)  # so that even small matrices are split
+        choose_tiling.cache_clear()
         how = interpret_params.InterpretGPUParams(out_of_bounds_reads="uninitialized")
         with contextlib.ExitStack() as stack:
-            stack.callback(plan.cache_clear)
+            stack.callback(choose_tiling.cache_clear)
             stack.enter_context(interpret_params.force_gpu_interpret_mode(how))
             assert relative_error(rows, shape) < limit(shape)
 

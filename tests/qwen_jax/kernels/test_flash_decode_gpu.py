@@ -30,14 +30,14 @@ def test_shares_cover_every_live_tile_once(first: int, tiles: int, splits: int) 
 @settings(deadline=None, max_examples=100)
 @given(st.integers(1, 600), st.integers(1, 300_000), st.sampled_from([64, 128]), st.booleans())
 def test_splits_never_outnumber_the_tiles(rows: int, slots: int, d: int, uneven: bool) -> None:
-    shape = flash_decode_gpu.SHAPES[d]
+    shape = flash_decode_gpu.TILINGS[d]
     splits = flash_decode_gpu.splits_for(rows, slots, shape, uneven)
     assert 1 <= splits <= max(1, -(-slots // shape.keys))
 
 
 def test_splits_fill_the_chip_when_heads_alone_do_not() -> None:
     for model, d in ((4, 128), (2, 64)):
-        shape = flash_decode_gpu.SHAPES[d]
+        shape = flash_decode_gpu.TILINGS[d]
         for batch in (1, 2, 3, 8):
             blocks = batch * model * flash_decode_gpu.splits_for(batch * model, 131072, shape)
             assert blocks >= 0.85 * 132
@@ -129,7 +129,7 @@ def test_lowers_to_one_kernel_and_a_merge_only_where_keys_are_split(case: Case) 
     """Without a card: the kernels pass Mosaic GPU's layout inference, and nothing as long as the cache is made."""
     f, args = shapes_of(case)
     text = jax.jit(lambda *x: f(*x, 0.1)).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    splits = flash_decode_gpu.splits_for(case.B * case.K, case.S, flash_decode_gpu.SHAPES[case.d], case.page > 0)
+    splits = flash_decode_gpu.splits_for(case.B * case.K, case.S, flash_decode_gpu.TILINGS[case.d], case.page > 0)
     assert text.count("@mosaic_gpu_v2") == 1 + (splits > 1)
 
 
@@ -244,7 +244,7 @@ def run(case: Case, seed: int | None = None) -> tuple[float, float]:
         np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
     if case.page:
         # With equal shares, where the slots lie changes no bit.
-        shape = flash_decode_gpu.SHAPES[case.d]
+        shape = flash_decode_gpu.TILINGS[case.d]
         splits = flash_decode_gpu.splits_for(case.B * case.K, case.S, shape, uneven=True)
         whole = [jnp.asarray(x) for x in (q, k, v, start, end)]
         other = jax.device_get(flash_decode_gpu._run(*whole, None, scale=scale, splits=splits))

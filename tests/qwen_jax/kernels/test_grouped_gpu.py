@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.matmul import grouped, grouped_gpu, grouped_gpu_schedule
+from qwen_jax.kernels.matmul import grouped, grouped_gpu, grouped_gpu_blocks, grouped_gpu_schedule, grouped_gpu_tiles
 from qwen_jax.kernels.matmul.grouped_gpu import product, row_tiles, supports, weights_gradient
 
 _ON_HOPPER = jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability.startswith("9.")
@@ -59,7 +59,7 @@ def test_tiles_of_a_group_are_about_equally_long():
 
 @jax.jit
 def _places(rows, columns):
-    return jax.vmap(lambda n: grouped_gpu._place(n, rows, columns))(jnp.arange(70 * 25))
+    return jax.vmap(lambda n: grouped_gpu_tiles.place(n, rows, columns))(jnp.arange(70 * 25))
 
 
 @settings(deadline=None, max_examples=60)
@@ -67,7 +67,7 @@ def _places(rows, columns):
 def test_every_tile_has_one_place_and_neighbours_share_a_column(rows, columns):
     row, column = (np.asarray(x)[: rows * columns] for x in _places(np.int32(rows), np.int32(columns)))
     assert sorted(zip(row, column, strict=True)) == [(i, j) for i in range(rows) for j in range(columns)]
-    assert (np.diff(column) != 0).sum() <= -(-rows // grouped_gpu._PANEL) * columns
+    assert (np.diff(column) != 0).sum() <= -(-rows // grouped_gpu_tiles.PANEL) * columns
 
 
 @pytest.mark.parametrize(("N", "K"), [(5120, 3584), (64, 64), (1408, 2048), (192, 320)])
@@ -208,9 +208,9 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
 
             pl.when(own[r] != 0)(store)
 
-    def take_by_turns(turn, counter_ref, taken_smem) -> jax.Array:
-        """A `_take` that deals tiles out beforehand, for the interpreter, which knows no atomic operation."""
-        n = jax.lax.axis_index("block") + turn * grouped_gpu.BLOCKS
+    def claim_in_order(turn, counter_ref, taken_smem) -> jax.Array:
+        """A `_claim` with a static schedule, for the interpreter, which has no atomic operations."""
+        n = jax.lax.axis_index("block") + turn * jax.lax.axis_size("block")
         taken_smem[turn % 2] = n
         return n
 
@@ -228,9 +228,9 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
     )
     def test_numbers_and_races_in_the_interpreter(blocks, sizes, rows, N, K, monkeypatch: pytest.MonkeyPatch) -> None:
         """Equal to float64 with memory that starts as NaN, and no unordered accesses, on a machine of a few SMs."""
-        monkeypatch.setattr(grouped_gpu, "BLOCKS", blocks)
-        monkeypatch.setattr(grouped_gpu, "store_rows", store_one_by_one)
-        monkeypatch.setattr(grouped_gpu_schedule, "_take", take_by_turns)
+        monkeypatch.setattr(grouped_gpu, "MULTIPROCESSORS", blocks)
+        monkeypatch.setattr(grouped_gpu_blocks, "store_rows", store_one_by_one)
+        monkeypatch.setattr(grouped_gpu_schedule, "_claim", claim_in_order)
         how = interpret_params.InterpretGPUParams(
             out_of_bounds_reads="uninitialized", inline_mgpu="ignore", detect_races=True
         )

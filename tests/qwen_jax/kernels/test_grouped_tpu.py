@@ -19,8 +19,8 @@ from tests.helpers.tpu_compiler import TOPOLOGIES, compile_for, needs_libtpu
 M, N, K = 300, 384, 256
 # Several tiles of rows, of columns and of the gradient; the last ones are not full.
 SMALL = {
-    "product_tiles": lambda inner, columns, *_: grouped_tpu.Tiles(64, 32, 256, inner, 1, 0),
-    "gradient_tiles": lambda outputs, inputs, *_: grouped_tpu.Tiles(64, 32, 256, 128, 1, 0),
+    "product_tiling": lambda inner, columns, *_: grouped_tpu.Tiling(64, 32, 256, inner, 1, 0),
+    "gradient_tiling": lambda outputs, inputs, *_: grouped_tpu.Tiling(64, 32, 256, 128, 1, 0),
 }
 
 
@@ -135,9 +135,9 @@ def test_own_tiles() -> None:
 def test_two_cores_share_the_columns(monkeypatch) -> None:
     """Each core begins with its own part; here one runs after the other."""
     monkeypatch.setattr(
-        grouped_tpu, "product_tiles", lambda inner, columns, *_: grouped_tpu.Tiles(64, 32, 128, inner, 2, 0)
+        grouped_tpu, "product_tiling", lambda inner, columns, *_: grouped_tpu.Tiling(64, 32, 128, inner, 2, 0)
     )
-    monkeypatch.setattr(grouped_tpu, "gradient_tiles", lambda *_: grouped_tpu.Tiles(64, 32, 128, 256, 2, 0))
+    monkeypatch.setattr(grouped_tpu, "gradient_tiling", lambda *_: grouped_tpu.Tiling(64, 32, 128, 256, 2, 0))
     check(drawn([90, 0, 110], 256, 512, 512))
 
 
@@ -161,11 +161,11 @@ LANES = st.integers(1, 64).map(lambda n: 128 * n)
 def test_tiles_fit_and_cover(outputs, inputs, core) -> None:
     vmem, width, cores = core
     kind = (vmem << 20, width), cores
-    found = grouped_tpu.gradient_tiles(outputs, inputs, *kind)
+    found = grouped_tpu.gradient_tiling(outputs, inputs, *kind)
     assert found.vmem_bytes <= vmem * 3 << 18
     assert -(-outputs // found.columns) * -(-inputs // found.inner) % found.cores == 0
     try:
-        found = grouped_tpu.product_tiles(inputs, outputs, *kind)
+        found = grouped_tpu.product_tiling(inputs, outputs, *kind)
     except InputError:
         assert vmem == 16
         assert inputs > 4096
@@ -214,5 +214,5 @@ def test_refuses_what_it_cannot_do() -> None:
         grouped_tpu.weights_gradient(x[:32], x, sizes)
     with pytest.raises(InputError, match="float32 or bfloat16"):
         grouped_tpu.weights_gradient(x, x, sizes, dtype=jnp.float16)
-    with pytest.raises(InputError, match="split that dimension"):
-        grouped_tpu.product_tiles(16384, 128, (16 << 20, 128))
+    with pytest.raises(InputError, match="shard that dimension"):
+        grouped_tpu.product_tiling(16384, 128, (16 << 20, 128))

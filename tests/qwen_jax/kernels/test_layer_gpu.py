@@ -14,7 +14,8 @@ from qwen_jax.errors import InputError
 from qwen_jax.inference import one_row
 from qwen_jax.kernels.decode import layer_gpu
 from qwen_jax.kernels.decode.layer_gpu import layer_tail, norm_product
-from qwen_jax.kernels.decode.layer_gpu_products import CHUNK, MAX_TILE, plan
+from qwen_jax.kernels.decode.layer_gpu_products import CHUNK, MAX_TILE, divide_product
+from qwen_jax.kernels.gpu.device import multiprocessors
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.published import published
@@ -58,7 +59,7 @@ def test_plan_covers_every_row_and_deals_evenly(name: str, blocks: int) -> None:
         (R, D, 1, False),
         (V, D, 1, False),
     ):
-        p = plan(n, k, gates, may_split, blocks)
+        p = divide_product(n, k, gates, may_split, blocks)
         assert p.tile % 8 == 0
         assert 8 <= p.tile <= min(n, MAX_TILE)
         assert p.items // p.splits * p.tile >= n
@@ -97,7 +98,7 @@ def test_what_the_kernel_cannot_do_is_refused() -> None:
     for index, bad in ((0, zeros(128)), (2, good[2].astype(jnp.float32)), (4, zeros(2, 4864, 768)), (6, zeros(1, 896))):
         with pytest.raises(InputError, match="one model's sizes"):
             layer_tail(*good[:index], bad, *good[index + 1 :], eps=EPS)
-    with pytest.raises(InputError, match="in 128s"):
+    with pytest.raises(InputError, match="multiple of 128"):
         norm_product(zeros(320), zeros(320), zeros(64, 320), eps=EPS)
     assert not layer_gpu.supports(896, 4864, 896, 1152, 151_937)
     assert not layer_gpu.supports(896, 4800, 896, 1152, 151_936)
@@ -142,7 +143,7 @@ if ON_HOPPER:
         ]
         args[3], args[6] = 1 + args[3], 1 + args[6]
         dtype = jnp.float32 if head else jnp.bfloat16
-        run = functools.partial(layer_tail, *args, eps=EPS, out_dtype=dtype, blocks=layer_gpu.blocks())
+        run = functools.partial(layer_tail, *args, eps=EPS, out_dtype=dtype, blocks=multiprocessors())
         stream, out, counter = run(jnp.zeros((1,), jnp.int32))
         truth = jax.jit(functools.partial(plain_tail, out_dtype=dtype))(*args, counter)
         assert int(counter[0]) == 3 * 1024
@@ -153,14 +154,14 @@ if ON_HOPPER:
             again, out_again, counter = run(counter)
             np.testing.assert_array_equal(np.asarray(again), np.asarray(stream))
             np.testing.assert_array_equal(np.asarray(out_again), np.asarray(out))
-        first = norm_product(args[1], args[6], args[7], eps=EPS, out_dtype=dtype, blocks=layer_gpu.blocks())
+        first = norm_product(args[1], args[6], args[7], eps=EPS, out_dtype=dtype, blocks=multiprocessors())
         assert error(first, plain_product(args[1], args[6], args[7], out_dtype=dtype)) < 4e-3
 
     def test_counter_wraps_around() -> None:
         """2^32 is a whole number of rounds: at the end of its range the counter goes on from zero."""
         shapes = _shapes("qwen2.5-0.5b", head=False)
         args = [jnp.ones(s.shape, jnp.bfloat16) * 0.01 for s in shapes[:-1]]
-        run = functools.partial(layer_tail, *args, eps=EPS, blocks=layer_gpu.blocks())
+        run = functools.partial(layer_tail, *args, eps=EPS, blocks=multiprocessors())
         *expected, _ = run(jnp.zeros((1,), jnp.int32))
         *got, counter = run(jnp.full((1,), -2048, jnp.int32))
         assert int(counter[0]) == 1024

@@ -20,9 +20,10 @@ from experiments.kernels.layer import shapes as shapes_and_bytes
 from qwen_jax.config import ModelConfig, MoE
 from qwen_jax.errors import InputError
 from qwen_jax.inference import one_row
-from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe, layer_gpu_products
-from qwen_jax.kernels.decode.layer_gpu_moe import layer_tail, plan_two, router_and_gate
-from qwen_jax.kernels.decode.layer_gpu_products import CHUNK, MAX_TILE, plan, share
+from qwen_jax.kernels.decode import layer_gpu_moe, layer_gpu_products
+from qwen_jax.kernels.decode.layer_gpu_moe import divide_two_products, layer_tail, router_and_gate
+from qwen_jax.kernels.decode.layer_gpu_products import CHUNK, MAX_TILE, divide_product, share
+from qwen_jax.kernels.gpu.device import multiprocessors
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.published import published
@@ -90,7 +91,7 @@ def test_two_products_are_dealt_out_together(name: str, blocks: int, monkeypatch
     assert moe is not None
     F, S, k = moe.intermediate_size, moe.shared_intermediate_size, moe.num_experts_per_tok
     for shared, experts, gates in (((S, D), (F, D), 2), ((D, S), (D, F), 1)):
-        products = plan_two(shared, experts, gates, k, blocks)
+        products = divide_two_products(shared, experts, gates, k, blocks)
         load = np.zeros(blocks)
         for product, n in zip(products, (1, k), strict=True):
             assert product.experts == n
@@ -149,8 +150,8 @@ def test_what_the_kernel_cannot_do_is_refused() -> None:
             layer_tail(*good[:index], jnp.zeros(shape, jnp.bfloat16), *good[index + 1 :], moe=moe, eps=EPS)
     with pytest.raises(InputError, match="one model's sizes"):
         layer_tail(*good[:6], good[6].astype(jnp.float32), *good[7:], moe=moe, eps=EPS)
-    with pytest.raises(InputError, match="in 128s"):
-        plan_two((192, 192), (128, 192), 2, 4, 132)
+    with pytest.raises(InputError, match="multiple of 128"):
+        divide_two_products((192, 192), (128, 192), 2, 4, 132)
     sizes = 384, 640, 264
     assert layer_gpu_moe.supports(256, moe, *sizes)
     for wrong in ({"intermediate_size": 192}, {"shared_intermediate_size": 64}, {"num_experts": 256}):
@@ -232,23 +233,24 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
         staging: list[Any] = []
 
         def launch_cluster(body: Any, *args: Any, **more: Any) -> Any:
-            def with_stand_ins(*refs: Any, staged: Any, meetings: Any, **scratch: Any) -> None:
+            def with_stand_ins(*refs: Any, staged: Any, barriers: Any, **scratch: Any) -> None:
                 staging[:] = [staged]
                 nth = iter(range(4))
 
-                def come(*_: Any) -> Any:
-                    here = meetings.at[next(nth)]
+                def arrive(*_: Any) -> Any:
+                    here = barriers.at[next(nth)]
                     plgpu.barrier_arrive(here)
                     return here
 
-                monkeypatch.setattr(layer_gpu_moe, "come", come)
-                monkeypatch.setattr(layer_gpu_moe, "wait_for_all", lambda *_: plgpu.barrier_wait(meetings.at[1]))
-                monkeypatch.setattr(layer_gpu_moe, "meet", lambda *_: plgpu.barrier_wait(come()))
+                monkeypatch.setattr(layer_gpu_moe, "arrive", arrive)
+                wait = lambda *_: plgpu.barrier_wait(barriers.at[1])  # noqa: E731
+                monkeypatch.setattr(layer_gpu_moe, "wait_for_all_blocks", wait)
+                monkeypatch.setattr(layer_gpu_moe, "grid_barrier", lambda *_: plgpu.barrier_wait(arrive()))
                 body(*refs, **scratch)
 
-            barriers = plgpu.ClusterBarrier(collective_axes=("block",), num_barriers=4)
+            cluster_barriers = plgpu.ClusterBarrier(collective_axes=("block",), num_barriers=4)
             staged = plgpu.SMEM((64, CHUNK), jnp.bfloat16)
-            return launch(with_stand_ins, *args, staged=staged, meetings=barriers, **more)
+            return launch(with_stand_ins, *args, staged=staged, barriers=cluster_barriers, **more)
 
         def wgmma_from_memory(acc: Any, x: jax.Array, w: Any) -> None:
             staging[0][...] = x
@@ -296,7 +298,7 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
         )
         config = _small(moe)
         with contextlib.ExitStack() as stack:
-            for clear in (layer_tail.clear_cache, plan.cache_clear, plan_two.cache_clear):
+            for clear in (layer_tail.clear_cache, divide_product.cache_clear, divide_two_products.cache_clear):
                 clear()
                 stack.callback(clear)
             stack.enter_context(interpret_params.force_gpu_interpret_mode(how))
@@ -312,7 +314,7 @@ if ON_HOPPER:
         """100 runs on one counter are equal bit for bit; of experts that are equally likely, the first is taken."""
         config = next((published(name) for name in _MODELS if published(name).moe == moe), _small(moe))
         args = _drawn(config, ties=ties)
-        blocks = layer_gpu.blocks()
+        blocks = multiprocessors()
         _check(config, args, blocks)
         run = functools.partial(layer_tail, *args, moe=moe, eps=EPS, blocks=blocks)
         *expected, counter = run(jnp.zeros((1,), jnp.int32))

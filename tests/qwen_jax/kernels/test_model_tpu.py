@@ -9,7 +9,7 @@ import pytest
 
 from qwen_jax import kernels
 from qwen_jax.attention.cache import ContiguousCache
-from qwen_jax.attention.sequence import spread
+from qwen_jax.attention.sequence import zigzag_shard
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import bind, init_params
@@ -28,7 +28,7 @@ def interpreted():
 def gradients(axes: dict[str, int], attention: str, ring: bool = False):
     """Loss and gradients of two packed rows on a mesh."""
     mesh = make_mesh(axes, jax.devices()[: int(np.prod(list(axes.values())))])
-    sharding = Sharding.for_model(CONFIG, mesh, split_rows="context" in axes)
+    sharding = (Sharding.for_training if "context" in axes else Sharding.for_inference)(CONFIG, mesh)
     numbers = np.random.default_rng(0)
     tokens = numbers.integers(0, CONFIG.vocab_size, (2, 96), dtype=np.int32)
     segments = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], 24, axis=1).astype(np.int32)
@@ -38,7 +38,7 @@ def gradients(axes: dict[str, int], attention: str, ring: bool = False):
     def run(params, *batch):
         mask = kernels.packed_mask(batch[1])
         tokens, positions, start, end = (
-            spread(x, sharding) for x in (batch[0], batch[2], mask.k_start_BT, mask.k_end_BT)
+            zigzag_shard(x, sharding) for x in (batch[0], batch[2], mask.k_start_BT, mask.k_end_BT)
         )
 
         def loss(params):
@@ -73,7 +73,7 @@ def test_gradients_on_a_mesh_are_those_of_the_reference(axes, ring) -> None:
 def test_chunked_prefill_and_decoding_are_the_whole_pass() -> None:
     """Chunks at an offset of a cache, then single tokens, each row from its own first slot."""
     mesh = make_mesh({}, jax.devices()[:1])
-    sharding = Sharding.for_model(CONFIG, mesh)
+    sharding = Sharding.for_inference(CONFIG, mesh)
     options = Options(dtype="float32", attention="tpu", stacked=False)
     T, slots = 14, 32
     tokens = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (2, T), dtype=np.int32)

@@ -104,7 +104,10 @@ def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def _generate(axes: dict[str, int], implementation: kernels.Implementation) -> np.ndarray:
     """Log-probabilities [2, 6] of the greedy continuation of two prompts of unequal length."""
     mesh, sampling = make_mesh(axes), SamplingParams(logprobs=True)
-    sharding, options = Sharding.for_model(_TINY, mesh), Options(stacked=False, fused=True, attention=implementation)
+    sharding, options = (
+        Sharding.for_inference(_TINY, mesh),
+        Options(stacked=False, fused=True, attention=implementation),
+    )
     shapes, specs = (f(_TINY, sharding, options) for f in (abstract_params, param_specs))
     rng = np.random.default_rng(0)
 

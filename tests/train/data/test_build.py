@@ -334,7 +334,7 @@ def test_a_shard_that_goes_away_during_training_is_named(rng, folder, inputs, tm
     run(inputs, folder, tmp_path / "out")
     mixture = Mixture([MixtureStage(3, 2, 37, {"d": 1})], {"d": PackedRows(tmp_path / "out")}, 0)
     (tmp_path / "out" / "shard-00000.starts").write_bytes(b"")
-    with pytest.raises(InputError, match=r"Cannot read .*shard-00000, which was whole"):
+    with pytest.raises(InputError, match=r"Cannot read .*shard-00000, which was intact"):
         next(iter(mixture.loader(threads=threads)))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from qwen_jax.errors import InputError
 from train.moe import LoadLog, read_loads
-from train.observe.plots import plot_experts, plot_folder, plot_pretraining, try_to_plot
+from train.observe.plots import plot_experts, plot_folder, plot_pretraining, try_to
 
 
 def test_the_picture_of_a_run(watched, tmp_path):
@@ -63,12 +63,13 @@ def test_loads_that_are_not_finite_are_null_and_are_plotted(tmp_path):
     assert (tmp_path / "experts.png").is_file()
 
 
-def test_a_plot_that_fails_is_one_line():
+def test_what_fails_is_one_line():
     said: list[str] = []
 
     def plot() -> None:
         raise MemoryError("no room for the figure\nand more")
 
-    try_to_plot(plot, said.append)
-    try_to_plot(lambda: 1, said.append)
-    assert said == ["a plot could not be drawn: no room for the figure"]
+    try_to("draw it", plot, said.append)
+    try_to("do nothing", lambda: 1, said.append)
+    try_to("divide", lambda: {}[()], said.append)
+    assert said == ["could not draw it: no room for the figure", "could not divide: ()"]

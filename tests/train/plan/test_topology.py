@@ -78,7 +78,7 @@ def test_what_joins_slices_and_nodes_is_outermost(
 ) -> None:
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     devices = _fakes(groups, math.prod(shape) // len(groups), platform)
-    mesh = sharding._arranged(shape, devices)
+    mesh = sharding._arrange(shape, devices)
     key = "process_index" if groups[0] is None else "slice_index"
     assert mesh.shape == shape
     assert [{getattr(d, key) for d in row.flat} for row in mesh] == between
@@ -94,7 +94,7 @@ def test_what_joins_slices_and_nodes_is_outermost(
         ((0, 1), "cpu", {"fsdp": 8}, "data axis must be a multiple of the 2 slices"),
         ((0, 1, 2), "cpu", {"data": 2, "fsdp": 3}, "data axis must be a multiple of the 3 slices"),
         ((0, 1), "gpu", {"tensor": 8}, "data x fsdp, must be a multiple of the 2 nodes"),
-        ((0, 1, 1), "cpu", {"data": 3}, "unequal parts of the 2 slices"),
+        ((0, 1, 1), "cpu", {"data": 3}, "use the same number of devices of each"),
     ],
 )
 def test_meshes_that_slices_cannot_make_are_refused(
@@ -102,7 +102,7 @@ def test_meshes_that_slices_cannot_make_are_refused(
 ) -> None:
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     with pytest.raises(InputError, match=message):
-        sharding._arranged(shape, _fakes(groups, math.prod(shape) // len(groups), platform))
+        sharding._arrange(shape, _fakes(groups, math.prod(shape) // len(groups), platform))
 
 
 @dataclasses.dataclass(frozen=True)

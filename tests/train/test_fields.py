@@ -1,0 +1,147 @@
+"""Fields of a run by their paths: nested ones, old flat names, null, allowed values, and ranges."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_jax.errors import InputError
+from tests.helpers.runs import configuration
+from train.config import MOVED, RunConfig, Stage, as_json, set_fields, with_new_names
+from train.fields import differences
+from train.loop import CheckpointConfig, LoopConfig
+from train.optimizer import AdamW, Schedule
+from train.pretrain import PretrainConfig
+from train.resume import changed_since_last_launch, describe
+from train.step import StepConfig
+
+CONFIG = configuration("material", "run")
+
+
+def at(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def test_nested_fields_are_set_by_their_path() -> None:
+    config = set_fields(CONFIG, "optimizer.beta2=0.99", "step.remat=full", "checkpoints.every=100")
+    assert (config.optimizer.beta2, config.step.remat, config.checkpoints.every) == (0.99, "full", 100)
+    assert set_fields(CONFIG, "objective.moe.balance_loss=0.5").objective.moe.balance_loss == 0.5
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_flat_name_of_the_past_is_an_error_that_gives_the_new_path(name: str) -> None:
+    with pytest.raises(InputError, match=rf"{name}.* is now '{MOVED[name]}'"):
+        set_fields(CONFIG, f"{name}=1")
+    with pytest.raises(InputError, match=rf"{name!r}.*{MOVED[name]}"):
+        dataclasses.replace(CONFIG, **{name: 1})
+    assert at(CONFIG, MOVED[name]) is not ...  # The new path exists.
+
+
+def test_a_flat_name_with_something_below_it_too() -> None:
+    with pytest.raises(InputError, match=r"objective\.moe\.balance_loss=0\.1"):
+        set_fields(CONFIG, "moe.balance_loss=0.1")
+
+
+def test_no_field_is_in_two_places() -> None:
+    """Stages may override a setting of the run by a field of the same name; they have no default of their own."""
+    parts = (RunConfig, StepConfig, LoopConfig, CheckpointConfig, AdamW, PretrainConfig)
+    names = [field.name for part in parts for field in dataclasses.fields(part)]
+    assert sorted(set(names)) == sorted(names)
+    for field in dataclasses.fields(Stage):
+        assert field.name not in names or field.default is None
+
+
+@pytest.mark.parametrize("path", ["export", "initial", "wandb_project", "profile", "stages.0.rope_theta"])
+def test_null_is_none(path: str) -> None:
+    assert at(set_fields(CONFIG, "export=x", "export=null"), "export") is None
+    config = set_fields(CONFIG, f"{path}=null")
+    value = config.stages[0].rope_theta if path.startswith("stages") else at(config, path)
+    assert value is None
+
+
+def test_what_is_not_null_stays_text() -> None:
+    assert set_fields(CONFIG, "output=null").output == "null"  # Null is no folder's name, and no other text.
+    assert set_fields(CONFIG, "export=7").export == "7"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("step.dtype=fp32", "expected one of 'bfloat16', 'float32', 'float16', got 'fp32'"),
+        ("stages.0.schedule.schedule=cos", "expected one of 'cosine', 'linear', 'wsd', got 'cos'"),
+        ("stages.0.remat=all", "expected one of 'none', 'full', 'dots' or null, got 'all'"),
+        ("verify_data=yes", "expected true or false, got 'yes'"),
+        ("optimizer.beta2=high", "expected a number, got 'high'"),
+        ("mesh=4", "expected a JSON object"),
+        ("output=", "output is empty"),
+        ("tokenizer=", "tokenizer is empty"),
+        ("export=", "export is empty"),
+        ("initial=", "initial is empty"),
+        ("mesh.fsdp=0", "must be at least 1, got 0"),
+        ("stages.0.rope_theta=-1", "rope_theta must be positive"),
+        ("max_raw_megabytes=-1", "max_raw_megabytes must be at least 0"),
+    ],
+)
+def test_a_value_that_cannot_be_says_what_can(change: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        set_fields(CONFIG, change)
+
+
+def integers(value: Any, path: str = "") -> list[str]:
+    """The paths of all integers in a configuration, but those of the model."""
+    if isinstance(value, tuple):
+        return [found for index, inner in enumerate(value) for found in integers(inner, f"{path}{index}.")]
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value) if field.name not in ("model", "seed")]
+        return [found for name in names for found in integers(getattr(value, name), f"{path}{name}.")]
+    return [path[:-1]] if isinstance(value, int) and not isinstance(value, bool) else []
+
+
+@pytest.mark.parametrize("path", [*integers(CONFIG), "stages.0.accumulation"])
+def test_no_integer_may_be_negative(path: str) -> None:
+    with pytest.raises(InputError, match=rf"{path.rpartition('.')[2]}.* must be at least \d, got -3"):
+        set_fields(CONFIG, f"{path}=-3")
+
+
+def test_a_record_of_an_old_launch_is_read_with_new_names() -> None:
+    record = as_json(CONFIG)
+    old = {name: value for name, value in record.items() if name not in ("step", "objective", "optimizer", "loop")}
+    old |= {**record["step"], **record["objective"], **record["optimizer"], **record["loop"]}
+    old |= {"checkpoint_every": 3, "keep_last": 3, "keep_every": 0}
+    del old["checkpoints"], old["accumulation"]
+    new = with_new_names(old)
+    assert new == record
+
+
+def test_changes_since_the_last_launch_skip_records_that_are_cut(tmp_path: Path) -> None:
+    import json
+
+    before = set_fields(CONFIG, f"output={tmp_path}")
+    assert changed_since_last_launch(before) == {}
+    records = json.dumps({"config": as_json(before)}) + "\n" + '{"config": {"see\n' + "\0" * 9
+    (tmp_path / "launches.jsonl").write_text(records)
+    assert changed_since_last_launch(before) == {}
+    # What is stated is what was the default.
+    stated = "stages.0.accumulation=1", "stages.0.remat=none", "stages.0.rope_theta=10000"
+    assert changed_since_last_launch(set_fields(before, *stated)) == {}
+    now = set_fields(before, "optimizer.beta2=0.99", "stages.0.schedule.learning_rate=0.5", "export=x", "mesh.data=1")
+    changes = changed_since_last_launch(now)
+    assert describe(changes) == [
+        "stages.0.schedule.learning_rate 0.01 -> 0.5",
+        "optimizer.beta2 0.95 -> 0.99",
+        "mesh.data none -> 1",
+    ]
+
+
+def test_differences_are_those_of_leaves() -> None:
+    a, b = {"x": {"y": 1, "z": [1, 2]}, "w": 0}, {"x": {"y": 2, "z": [1]}, "v": {"u": 3}, "w": 0}
+    assert differences(a, b) == {"x.y": (1, 2), "x.z.1": (2, None), "v.u": (None, 3)}
+    assert differences(a, a) == {}
+
+
+def test_a_schedule_needs_steps() -> None:
+    with pytest.raises(InputError, match="steps must be at least 1"):
+        Schedule(-5)
