@@ -153,6 +153,8 @@ def write_side_files(
         if "pad_token_id" in old:
             hf["pad_token_id"] = old["pad_token_id"]
         (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for name in SIDE_FILES:
-        if origin and (origin / name).is_file():
-            shutil.copyfile(origin / name, folder / name)
+    for path in [file for pattern in SIDE_FILES for file in origin.glob(pattern)] if origin else []:
+        assert origin is not None
+        target = folder / path.relative_to(origin)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)

@@ -26,6 +26,7 @@ TOKENIZER = (
     "merges.txt",
     "chat_template.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "tokenizer.model",
     "qwen.tiktoken",
 )
@@ -49,9 +50,9 @@ def resolve(name: str | os.PathLike[str], patterns: Sequence[str] = CHECKPOINT) 
     Args:
       name: a folder; the folder of a training run, of which the newest complete checkpoint is taken; or a Hub id such
         as "Qwen/Qwen2.5-0.5B-Instruct", if there is no folder of that name.
-      patterns: names of the files to download for a Hub id; with an index of weights, the files that it names too.
-        Those already in the Hub's cache are not downloaded again, and without a network the cached files are used. A
-        local folder is not searched for them.
+      patterns: names or glob patterns of the files to download for a Hub id; with an index of weights, the files that
+        it names too. Those already in the Hub's cache are not downloaded again, and without a network the cached files
+        are used. A local folder is not searched for them.
 
     Returns:
       An existing folder. It lacks the files that the Hub's repository does not have.

@@ -119,13 +119,18 @@ def test_a_round_trip_through_orbax_is_byte_identical(
 ) -> None:
     make_hf_checkpoint(tmp_path / "a", tie=tie, dtype=dtype, max_shard_size=max_shard_size, dialect="4")
     (tmp_path / "a/tokenizer.json").write_text('{"some": "tokenizer"}')
+    (tmp_path / "a/additional_chat_templates").mkdir()
+    (tmp_path / "a/additional_chat_templates/tool_use.jinja").write_text("T")
     (tmp_path / "a/modeling_qwen.py").write_text("raise SystemExit")
     convert.convert(tmp_path / "a", tmp_path / "b")
     assert convert.detect(tmp_path / "b") == "orbax"
     convert.convert(tmp_path / "b", tmp_path / "c")
     assert convert.detect(tmp_path / "c") == "hf"
     assert tensors(tmp_path / "c") == tensors(tmp_path / "a")
-    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+    for name in (
+        *("config.json", "generation_config.json", "tokenizer.json"),
+        "additional_chat_templates/tool_use.jinja",
+    ):
         assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
     assert not (tmp_path / "c/modeling_qwen.py").exists()
     assert not list(tmp_path.glob(".*"))

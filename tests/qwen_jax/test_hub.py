@@ -36,6 +36,7 @@ FILES = (
     "LICENSE",
     "checkpoint-5/model.safetensors",
 )
+TEMPLATE = "additional_chat_templates/tool_use.jinja"
 
 
 SHARDS = FILES[6:8]
@@ -49,10 +50,11 @@ class FakeHub:
 
     def __call__(self, name: str, *, allow_patterns: Sequence[str]) -> str:
         assert name == NAME
-        chosen = {file for file in FILES if any(fnmatch.fnmatch(file, x) for x in allow_patterns)}
+        chosen = {file for file in (*FILES, TEMPLATE) if any(fnmatch.fnmatch(file, x) for x in allow_patterns)}
         self.fetched.append(chosen)
         for file in chosen:
             weight_map = {"a": SHARDS[1], "b": SHARDS[0]} if file == hub.INDEX else {}
+            (self.folder / file).parent.mkdir(exist_ok=True)
             (self.folder / file).write_text(json.dumps({"weight_map": weight_map}))
         return str(self.folder)
 
@@ -61,8 +63,8 @@ class FakeHub:
     ("patterns", "expected"),
     [
         (hub.CONFIG, {"config.json", "generation_config.json"}),
-        (hub.TOKENIZER, {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"}),
-        (hub.CHECKPOINT, {*FILES[:6], hub.INDEX, "LICENSE"}),
+        (hub.TOKENIZER, {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", TEMPLATE}),
+        (hub.CHECKPOINT, {*FILES[:6], hub.INDEX, "LICENSE", TEMPLATE}),
     ],
 )
 def test_only_what_is_asked_for_is_downloaded(

@@ -91,7 +91,7 @@ def generate(capsys: Capture, model: Path, *argv: Any) -> list[dict[str, Any]]:
 
 def test_generate_json(capsys: Capture, model: Path, tokenizer: Tokenizer) -> None:
     (one,) = generate(capsys, model, "--prompt", "hello", "--logprobs", "--seed", 3)
-    assert set(one) == {"prompt_token_ids", "token_ids", "text", "finish_reason", "logprobs"}
+    assert set(one) == {"prompt_token_ids", "token_ids", "text", "finish_reason", "logprobs", "error"}
     assert one["prompt_token_ids"] == tokenizer.encode("hello")
     assert len(one["token_ids"]) == len(one["logprobs"]) == 5, "max_new_tokens of generation_config.json"
     assert one["text"] == tokenizer.decode(one["token_ids"], skip_special_tokens=True)
