@@ -9,11 +9,12 @@ CONSTRAINT := -c constraints.txt
 endif
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help quickstart test lint types check clean
+.PHONY: help quickstart test lint types check check-quick clean
 
 help:
 	@echo 'make quickstart   train a small Qwen2.5 model on real text and let it speak (about 5 minutes on 2 cores)'
 	@echo 'make test         lint, type-check and run the tests'
+	@echo 'make check-quick  the laws that break first, in under five minutes: for daily work'
 	@echo 'make lint types check clean'
 
 $(RUN_VENV)/.installed: pyproject.toml setup.cfg constraints.txt
@@ -43,6 +44,15 @@ types: $(DEV_VENV)/.installed
 
 check: $(DEV_VENV)/.installed $(DEV_VENV)/transformers4/.installed
 	$(DEV_VENV)/bin/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+
+# One part of each room of the house: model, cache, kernels, tokenizer, inference, objective, step, conversion, imports.
+QUICK := tests/test_imports.py tests/qwen_jax/test_config.py tests/qwen_jax/test_hub.py tests/qwen_jax/attention \
+	tests/qwen_jax/kernels/test_select.py tests/qwen_jax/inference/test_sampling.py tests/qwen_jax/tokenizer/test_chat_template.py \
+	tests/qwen_jax/test_moe_dispatch.py tests/train/test_optimizer.py tests/train/test_objective.py tests/train/test_fields.py \
+	tests/train/test_files.py tests/train/test_lock.py tests/train/observe tests/convert/test_verify.py
+
+check-quick: $(DEV_VENV)/.installed
+	$(DEV_VENV)/bin/python -m pytest -n auto --maxprocesses 4 $(QUICK) $(ARGS)
 
 test: lint types check
 
