@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.attention.cache import ContiguousCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.inference import one_row
-from qwen_jax.inference.sampling import SamplingMode, SamplingValues, sample_token
+from qwen_jax.inference.sampling import Sampled, SamplingMode, SamplingValues, sample_token
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params, bind
@@ -24,7 +24,7 @@ class DecodeState:
 
     Attributes:
       cache: keys and values of the tokens so far.
-      token_B: int32 [B], the newest token, not in the cache yet.
+      token_B: int32 [B], the newest token, not in the cache yet. Always an id.
       keys_B: one PRNG key a row.
       step: int32 scalar, tokens sampled so far.
       seen_BV: bool [B, V], tokens in the prompt or the text; None unless the mode has a penalty.
@@ -72,7 +72,7 @@ def prefill(
       static: settings that are compiled in.
 
     Returns:
-      The state; int32 [B, 1] tokens; float32 [B, 1] log-probabilities, or None if the mode has none.
+      The state; int32 [B, 1] tokens, or `NOT_FINITE`; float32 [B, 1] log-probabilities, or None if the mode has none.
     """
     spec, config = static.sharding, static.config
     B, T = tokens_BT.shape
@@ -98,8 +98,8 @@ def prefill(
     start = jax.shard_map(start, in_specs=(P(*rows, None), rows, rows), out_specs=(rows, seen_spec))
     keys_B, seen_BV = start(jax.reshard(tokens_BT, P(*rows, None)), lengths_B, seeds_B)
     logits_BV = model.logits(x_BD[:, None])[:, 0]
-    token_B, logprob_B, seen_BV = _sample(logits_BV, seen_BV, keys_B, jnp.int32(0), values, static)
-    state = DecodeState(cache, token_B, keys_B, jnp.int32(1), seen_BV)
+    (token_B, logprob_B, next_B), seen_BV = _sample(logits_BV, seen_BV, keys_B, jnp.int32(0), values, static)
+    state = DecodeState(cache, next_B, keys_B, jnp.int32(1), seen_BV)
     return state, token_B[:, None], None if logprob_B is None else logprob_B[:, None]
 
 
@@ -119,7 +119,8 @@ def _decode(
       steps: how many.
 
     Returns:
-      The new state; int32 [B, steps] tokens; float32 [B, steps] log-probabilities, or None if the mode has none.
+      The new state; int32 [B, steps] tokens, or `NOT_FINITE`; float32 [B, steps] log-probabilities, or None if the mode
+      has none.
     """
     spec = static.sharding
     B = state.token_B.shape[0]
@@ -142,9 +143,9 @@ def _decode(
         # Steps that nobody asked for stay inside the cache.
         cache = dataclasses.replace(state.cache, slot=jnp.minimum(state.cache.slot, static.slots - 1))
         logits_BV, cache, counter = logits(state.token_B, cache, counter)
-        token_B, logprob_B, seen_BV = _sample(logits_BV, state.seen_BV, state.keys_B, state.step, values, static)
-        new = DecodeState(cache.advanced(1), token_B, state.keys_B, state.step + 1, seen_BV)
-        return (new, counter), (token_B, logprob_B)
+        sampled, seen_BV = _sample(logits_BV, state.seen_BV, state.keys_B, state.step, values, static)
+        new = DecodeState(cache.advanced(1), sampled.next_B, state.keys_B, state.step + 1, seen_BV)
+        return (new, counter), (sampled.token_B, sampled.logprob_B)
 
     begin = state, jnp.zeros((1,), jnp.int32)
     (state, _), (tokens_NB, logprobs_NB) = jax.lax.scan(step, begin, length=steps)
@@ -175,25 +176,23 @@ def _sample(
     step: jax.Array,
     values: SamplingValues,
     static: StaticArgs,
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Samples on each shard's own rows, and notes what was chosen."""
+) -> tuple[Sampled, jax.Array | None]:
+    """Samples on each shard's own rows; returns the tokens and `seen_BV` with them."""
     rows = static.sharding.rows
     mode = static.mode
 
     def local(logits_BV: jax.Array, seen_BV: Any, keys_B: jax.Array, step: jax.Array, values: SamplingValues) -> Any:
-        token_B, logprob_B = sample_token(logits_BV, seen_BV, keys_B, step, values, mode, static.vocab_limit)
+        sampled = sample_token(logits_BV, seen_BV, keys_B, step, values, mode, static.vocab_limit)
         if seen_BV is not None:
-            seen_BV = seen_BV.at[jnp.arange(seen_BV.shape[0]), token_B].set(True)
-        return token_B, logprob_B, seen_BV
+            seen_BV = seen_BV.at[jnp.arange(seen_BV.shape[0]), sampled.next_B].set(True)
+        return sampled, seen_BV
 
     wide = P(*rows, None)
     seen = wide if mode.penalty else None
     run = jax.shard_map(
         local,
         in_specs=(wide, seen, rows, P(), jax.tree.map(lambda _: P(), values)),
-        out_specs=(rows, rows if mode.logprobs else None, seen),
+        out_specs=(Sampled(rows, rows if mode.logprobs else None, rows), seen),  # type: ignore[arg-type]
     )
-    result: tuple[jax.Array, jax.Array | None, jax.Array | None] = run(
-        jax.reshard(logits_BV, wide), seen_BV, keys_B, step, values
-    )
+    result: tuple[Sampled, jax.Array | None] = run(jax.reshard(logits_BV, wide), seen_BV, keys_B, step, values)
     return result

@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +126,22 @@ class SamplingValues:
         )
 
 
+class Sampled(NamedTuple):
+    """One token for each row.
+
+    Attributes:
+      token_B: int32, or `NOT_FINITE` in rows with a NaN or an infinite maximum among the logits, or with a
+        log-probability that is not finite.
+      logprob_B: float32 log-probabilities, if the mode asks for them.
+      next_B: int32 ids to continue with: `token_B`, but an id in every row. The next step needs only this, so the check
+        for finite numbers does not delay it.
+    """
+
+    token_B: jax.Array
+    logprob_B: jax.Array | None
+    next_B: jax.Array
+
+
 def sample_token(
     logits_BV: jax.Array,
     seen_BV: jax.Array | None,
@@ -134,7 +150,7 @@ def sample_token(
     values: SamplingValues,
     mode: SamplingMode,
     vocab_limit: int,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> Sampled:
     """Samples one token for each row.
 
     Args:
@@ -144,10 +160,6 @@ def sample_token(
       step: int32, how many tokens were sampled before; with the row's key it determines the random numbers.
       values, mode: the sampling parameters.
       vocab_limit: ids from here on are padding of the embedding and are never sampled.
-
-    Returns:
-      int32 [B] tokens, and float32 [B] log-probabilities if the mode asks for them. The token is `NOT_FINITE` in rows
-      with a NaN or an infinite maximum among the logits, or a log-probability that is not finite.
     """
     with jax.named_scope("sample"):
         raw_BV = logits_BV
@@ -171,9 +183,9 @@ def sample_token(
         # The logit of the sampled token tells about its whole row, so nothing else of the vocabulary is read.
         logit_B = jnp.take_along_axis(raw_BV, token_B[:, None], axis=1)[:, 0]
         if not mode.logprobs:
-            return jnp.where(jnp.isfinite(logit_B), token_B, NOT_FINITE), None
+            return Sampled(jnp.where(jnp.isfinite(logit_B), token_B, NOT_FINITE), None, token_B)
         logprob_B = logit_B - jax.nn.logsumexp(raw_BV, axis=1)
-        return jnp.where(jnp.isfinite(logprob_B), token_B, NOT_FINITE), logprob_B
+        return Sampled(jnp.where(jnp.isfinite(logprob_B), token_B, NOT_FINITE), logprob_B, token_B)
 
 
 def top_k(x_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

@@ -89,7 +89,7 @@ def test_greedy_takes_the_largest_and_the_first_of_equals() -> None:
     logits[:, 17] = logits[:, 2500] = 100.0
     params = SamplingParams()
     keys = jax.vmap(jax.random.key)(jnp.arange(4))
-    token, _ = sample_token(jnp.asarray(logits), None, keys, jnp.int32(0), SamplingValues.of(params), params.mode, V)
+    token, *_ = sample_token(jnp.asarray(logits), None, keys, jnp.int32(0), SamplingValues.of(params), params.mode, V)
     assert token.tolist() == [17] * 4
 
 
@@ -142,11 +142,11 @@ def test_logits_of_minus_infinity_are_tokens_of_probability_zero() -> None:
     keys = jax.vmap(jax.random.key)(jnp.arange(4))
     for params in (SamplingParams(), *CASES[:4]):
         seen = jnp.zeros(logits.shape, bool)
-        token, _ = sample_token(
+        token, *_ = sample_token(
             jnp.asarray(logits), seen, keys, jnp.int32(0), SamplingValues.of(params), params.mode, V
         )
         assert token.tolist() == [0] * 4
-        token, _ = sample_token(
+        token, *_ = sample_token(
             jnp.full_like(logits, -jnp.inf), seen, keys, jnp.int32(0), SamplingValues.of(params), params.mode, V
         )
         assert token.tolist() == [NOT_FINITE] * 4
@@ -159,7 +159,7 @@ def test_a_log_probability_that_is_not_finite_marks_the_row() -> None:
     keys = jax.vmap(jax.random.key)(jnp.arange(4))
     for logprobs, marked in ((False, False), (True, True)):
         params = SamplingParams(logprobs=logprobs)
-        token, _ = sample_token(
+        token, *_ = sample_token(
             jnp.asarray(logits), None, keys, jnp.int32(0), SamplingValues.of(params), params.mode, 300
         )
         assert (np.asarray(token) == NOT_FINITE).tolist() == [False, False, marked, False]
@@ -181,7 +181,7 @@ def test_logprob_is_that_of_the_model_whatever_the_filters() -> None:
     logits = random_logits(5)
     params = SamplingParams(temperature=0.3, top_k=3, logprobs=True)
     keys = jax.vmap(jax.random.key)(jnp.arange(4))
-    token, logprob = sample_token(
+    token, logprob, _ = sample_token(
         jnp.asarray(logits), None, keys, jnp.int32(0), SamplingValues.of(params), params.mode, V
     )
     expected = torch.log_softmax(torch.tensor(logits), -1).numpy()[np.arange(4), np.asarray(token)]
