@@ -71,7 +71,13 @@ class SamplingParams:
             method = "greedy"
         elif 0 < self.top_k <= TOP_K_CAP:
             method = "top_k"
-        return SamplingMode(method, penalty=self.repetition_penalty != 1.0, logprobs=self.logprobs)
+        return SamplingMode(
+            method,
+            penalty=self.repetition_penalty != 1.0,
+            logprobs=self.logprobs,
+            top_k=method == "full" and 0 < self.top_k < _KEEP_ALL,
+            top_p=method == "full" and self.top_p < 1,
+        )
 
 
 def as_int(value: object, name: str) -> int:
@@ -96,11 +102,20 @@ def as_number(value: object, name: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingMode:
-    """The static part of sampling: parameters with the same mode share one compiled program."""
+    """The static part of sampling: parameters with the same mode share one compiled program.
+
+    Attributes:
+      method: "greedy", "top_k" (a top_k up to `TOP_K_CAP`) or "full" (the whole vocabulary).
+      penalty: whether there is a repetition penalty.
+      logprobs: whether log-probabilities are returned.
+      top_k, top_p: whether these filters are on, for "full": each takes seconds to compile.
+    """
 
     method: Literal["greedy", "top_k", "full"]
     penalty: bool
     logprobs: bool
+    top_k: bool
+    top_p: bool
 
 
 @jax.tree_util.register_dataclass
@@ -178,8 +193,11 @@ def sample_token(
             token_B = jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
         else:
             draw_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-            sample = _sample_top_k if mode.method == "top_k" else _sample_all
-            token_B = sample(logits_BV / values.temperature, draw_keys_B, values)
+            logits_BV = logits_BV / values.temperature
+            if mode.method == "top_k":
+                token_B = _sample_top_k(logits_BV, draw_keys_B, values)
+            else:
+                token_B = _sample_all(logits_BV, draw_keys_B, values, mode)
         # The logit of the sampled token tells about its whole row, so nothing else of the vocabulary is read.
         logit_B = jnp.take_along_axis(raw_BV, token_B[:, None], axis=1)[:, 0]
         if not mode.logprobs:
@@ -219,14 +237,16 @@ def _sample_top_k(logits_BV: jax.Array, keys_B: jax.Array, values: SamplingValue
     return _draw(jnp.where(keep, logits_Bk, _LOWEST), keys_B, ids_Bk)
 
 
-def _sample_all(logits_BV: jax.Array, keys_B: jax.Array, values: SamplingValues) -> jax.Array:
+def _sample_all(logits_BV: jax.Array, keys_B: jax.Array, values: SamplingValues, mode: SamplingMode) -> jax.Array:
     """Samples over the whole vocabulary. Filters are thresholds on the logit, found by bisection on its bits."""
     order = _ordered_bits(logits_BV)
-    in_top_k = order >= _threshold(order, jnp.ones_like(logits_BV), jnp.minimum(values.top_k, logits_BV.shape[1]))
-    logits_BV = jnp.where(in_top_k, logits_BV, _LOWEST)
+    if mode.top_k:
+        count = jnp.minimum(values.top_k, logits_BV.shape[1])
+        logits_BV = jnp.where(order >= _threshold(order, jnp.ones_like(logits_BV), count), logits_BV, _LOWEST)
     probs = jax.nn.softmax(logits_BV, axis=1)
-    in_nucleus = order >= _threshold(order, probs, values.top_p)
-    keep = in_nucleus & (probs >= values.min_p * probs.max(axis=1, keepdims=True))
+    keep = probs >= values.min_p * probs.max(axis=1, keepdims=True)
+    if mode.top_p:
+        keep &= order >= _threshold(order, probs, values.top_p)
     # The likeliest token always stays, whatever the rounding of the sums; and so does an infinite logit, which makes
     # every probability NaN.
     keep |= ~(probs < probs.max(axis=1, keepdims=True))
