@@ -48,7 +48,7 @@ def check_vocab(vocab: Vocab, source: Path) -> None:
 
 
 def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> tuple[Vocab, Merges]:
-    """Read vocab.json (token to id) and merges.txt (one pair a line, best first; a `#version` line may come first).
+    """Read vocab.json (token to id) and merges.txt (one pair on each line, best first; a `#version` line may come first).
 
     Raises InputError where a file is damaged or the two do not belong together.
     """
@@ -70,7 +70,7 @@ def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> tuple[Vocab, M
 
 
 def read_tiktoken(path: Path) -> tuple[Vocab, Merges]:
-    """Read a tiktoken ranks file (base64 token and rank a line) and derive the merges from the ranks.
+    """Read a tiktoken ranks file (a base64 token and its rank on each line) and derive the merges from the ranks.
 
     Raises InputError where the file is damaged.
     """
@@ -125,5 +125,5 @@ def vocab_json(vocab: Vocab) -> str:
 
 
 def merges_txt(merges: Merges) -> str:
-    """Return merges.txt as Qwen2.5 publishes it: one pair a line, no version line."""
+    """Return merges.txt as Qwen2.5 publishes it: one pair on each line, no version line."""
     return "".join([f"{left} {right}\n" for left, right in merges])
