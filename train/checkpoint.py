@@ -31,6 +31,7 @@ from qwen_jax.parallel.multihost import gather_from_processes, in_step
 from qwen_jax.tokenizer.base import Tokenizer
 from train.checksums import checksums
 from train.files import to_json, write_file
+from train.interrupt import EndNow
 from train.loop import CheckpointConfig
 from train.state import TrainState
 
@@ -413,8 +414,8 @@ class Checkpoints:
             return
         if self._problem or (jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)):
             return  # A save in progress would wait for other processes, which may be gone.
-        if isinstance(error, KeyboardInterrupt):
-            return  # Whoever interrupts does not want to wait.
+        if isinstance(error, EndNow):
+            return
         try:
             self.close()
         except Exception as second:  # The first error is the one to report.

@@ -59,7 +59,7 @@ def set_fields(config: T, *changes: str, moved: Mapping[str, str] | None = None)
 
 
 def _checked(value: T) -> T:
-    """A copy in which all dataclasses are constructed anew, the inner ones first, so that each checks its fields."""
+    """A copy in which all dataclasses are constructed again, inner ones first, so that each checks its fields."""
     if isinstance(value, tuple):
         return tuple(map(_checked, value))  # type: ignore[return-value]
     if not dataclasses.is_dataclass(value) or isinstance(value, type):

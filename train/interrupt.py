@@ -48,7 +48,7 @@ class Interruption:
             os.write(2, _SAVING)  # Not by a console, which may be in the middle of writing.
         self._noted = number
         if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)  # JAX's own handler tells all processes.
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX's handler of it stops all processes.
 
     def stop(self, step: int) -> bool:
         """Whether to end after a step. With several processes, all of them ask after each step.

@@ -205,7 +205,7 @@ def launch(job: Job[B]) -> Outcome:
 
 
 class _Programs:
-    """Jitted steps, made once for phases that are alike: each would be compiled anew."""
+    """Jitted steps, shared by phases with the same objective, configuration and mesh, so that each compiles once."""
 
     def __init__(self, optimizer: OptimizerConfig):
         self._optimizer = optimizer

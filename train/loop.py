@@ -282,7 +282,7 @@ def fit(
             report()
             monitor.profile.begin()
             clock.lap("profile")
-        # Input. While the device computes the step before, nobody waits for data.
+        # Input. Time counts as waiting for data only if the device has finished the step before.
         clock.lap("step")
         batch = _placed(data.batch(index, state), mesh)
         clock.lap("step" if reader.busy() else "input")

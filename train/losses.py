@@ -152,7 +152,7 @@ def _local(
         sums = jax.tree.map(jnp.add, sums, part)
         if not differentiate:
             return (sums, None), None
-        # The gradients, while the logits are at hand.
+        # The gradients, from the same logits.
         dlog_total_c = 1.0 + 2.0 * context.z_loss * log_total_c
         probability_cv = jnp.exp(logits_cv - log_total_c[:, None])
         dlogits_cv = ((probability_cv * dlog_total_c[:, None] - is_target) * weights_c[:, None]).astype(dtype)

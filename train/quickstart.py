@@ -334,7 +334,7 @@ def _job(
     identity: Mapping[str, Any],
     console: Console,
 ) -> Job[Batch]:
-    """What to train, in a folder that nobody else knows."""
+    """The job of a quickstart, in its temporary folder."""
     mesh = make_mesh({}, jax.devices()[:1])
     # bfloat16 is slower than float32 on most CPUs, and recomputing activations is cheaper than moving them.
     dtype: Literal["float32", "bfloat16"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"

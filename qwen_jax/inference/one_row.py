@@ -6,6 +6,7 @@ exceptions: the inner vector of a feed-forward layer is rounded once, after the 
 and the sum over routed experts is rounded once instead of for each expert.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -98,16 +99,18 @@ def step(
     run = jax.shard_map(
         functools.partial(_step, config),
         in_specs=tuple(map(specs, args)),
-        out_specs=(P(), specs(cache), P()),
+        # Keys and values alone: whatever else leaves the shard_map would be copied in every step.
+        out_specs=(P(), specs((cache.keys, cache.values)), P()),
         check_vma=False,
     )
-    result: tuple[jax.Array, ContiguousCache, jax.Array] = run(*args)
-    return result
+    logits, (keys, values), counter = run(*args)
+    return logits, dataclasses.replace(cache, keys=keys, values=values), counter
 
 
 def _step(
     config: ModelConfig, params: Params, token: jax.Array, cache: ContiguousCache, counter: jax.Array
-) -> tuple[jax.Array, ContiguousCache, jax.Array]:
+) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]], jax.Array]:
+    """`step` on one device; of the cache, the new keys and values."""
     from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe
     from qwen_jax.kernels.gpu.device import multiprocessors
 
@@ -161,4 +164,5 @@ def _step(
                 out_dtype=jnp.float32 if i + 1 == len(layers) else dtype,
                 blocks=blocks,
             )
-    return qkv[None], cache.with_layers(written), counter
+    new = cache.with_layers(written)
+    return qkv[None], (new.keys, new.values), counter

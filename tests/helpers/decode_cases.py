@@ -1,4 +1,4 @@
-"""The decode step written down in float32 and float64, and the grid of shapes it is checked on."""
+"""The attention step of decoding in float32 and float64, and the shapes that it is checked with."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from qwen_jax.kernels import reference
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Sizes, the slot of the new token, and each row's first slot (drawn at random where None)."""
+    """Sizes, the slot of the new token, and the first slot of each row (random where None)."""
 
     B: int
     H: int
@@ -50,7 +50,7 @@ CASES = (
 
 
 def inputs(case: Case, seed: int = 0) -> tuple[jax.Array, ...]:
-    """Arguments of `decode_step`. Slots that no row may look at, the new token's own included, are NaN."""
+    """Arguments of `decode_step`. Slots that no row may read, including that of the new token, are NaN."""
     c, rng = case, np.random.default_rng(seed)
 
     def normal(*shape: int) -> jax.Array:
@@ -95,7 +95,7 @@ def plain(
     qkv: jax.Array, bias: jax.Array, cos: jax.Array, sin: jax.Array, keys: jax.Array, values: jax.Array,
     start: jax.Array, slot: jax.Array, *, scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """What `decode_step` promises, from the parts that the model uses without it."""
+    """`decode_step` from the functions that the model uses without it."""
     K = keys.shape[1]
     H = qkv.shape[1] - 2 * K
     q, k, v = jnp.split((qkv + bias)[:, None], [H, H + K], axis=2)
@@ -106,7 +106,7 @@ def plain(
         for cache, new in ((keys, k), (values, v))
     )
     end = jnp.full_like(start, slot + 1)
-    # A product with weight zero must be zero even where the cache holds NaN.
+    # A product with a weight of zero must be zero even where the cache holds NaN.
     j = jnp.arange(keys.shape[2])
     seen = ((j >= start[:, None]) & (j < end[:, None]))[:, None, :, None]
     clean = (jnp.where(seen, cache, 0) for cache in (keys, values))

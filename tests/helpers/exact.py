@@ -1,4 +1,4 @@
-"""Attention and its gradients in float64: what every kernel's numbers are held against."""
+"""Attention and its gradients in float64, with which every kernel is compared."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Exact(NamedTuple):
-    """Of inputs taken to float64: output [B, T, H, d], log-sum-exp [B, H, T], and gradients where asked for."""
+    """Results in float64: output [B, T, H, d], log-sum-exp [B, H, T], and gradients if requested."""
 
     out: np.ndarray
     lse: np.ndarray
@@ -15,15 +15,15 @@ class Exact(NamedTuple):
     dv: Any = None
 
 
-def attention(q: Any, k: Any, v: Any, start: Any, end: Any, scale: float, by: Any = None, by_lse: Any = None) -> Exact:
-    """Interval attention written out.
+def attention(q: Any, k: Any, v: Any, start: Any, end: Any, scale: float, dout: Any = None, dlse: Any = None) -> Exact:
+    """Attention over interval masks.
 
     Args:
       q: [B, T, H, d].
       k, v: [B, S, K, d].
       start, end: [B, T].
       scale: of the logits.
-      by, by_lse: gradients by the output and by the log-sum-exp (of rows that see something).
+      dout, dlse: gradients with respect to the output, and to the log-sum-exp of rows that see something.
     """
     q, k, v = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (q, k, v))
     start, end = np.asarray(start), np.asarray(end)
@@ -39,24 +39,24 @@ def attention(q: Any, k: Any, v: Any, start: Any, end: Any, scale: float, by: An
         lse = (top + np.log(total))[..., 0]
     p = weights / np.where(total == 0, 1, total)
     out = (p @ wide_v).swapaxes(1, 2)
-    if by is None:
+    if dout is None:
         return Exact(out, lse)
-    by = np.asarray(by, np.float64).swapaxes(1, 2)
-    by_p = by @ wide_v.swapaxes(2, 3)
-    taken = (p * by_p).sum(-1, keepdims=True)
-    if by_lse is not None:
-        taken = taken - np.asarray(by_lse, np.float64)[..., None]
-    slopes = p * (by_p - taken) * scale
+    dout = np.asarray(dout, np.float64).swapaxes(1, 2)
+    dp = dout @ wide_v.swapaxes(2, 3)
+    taken = (p * dp).sum(-1, keepdims=True)
+    if dlse is not None:
+        taken = taken - np.asarray(dlse, np.float64)[..., None]
+    slopes = p * (dp - taken) * scale
 
     def grouped(x: np.ndarray) -> np.ndarray:
         return x.reshape(B, K, H // K, S, d).sum(2).swapaxes(1, 2)
 
-    dk, dv = slopes.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ by
+    dk, dv = slopes.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ dout
     return Exact(out, lse, (slopes @ wide_k).swapaxes(1, 2), grouped(dk), grouped(dv))
 
 
 def relative(got: Any, want: Any) -> float:
-    """Size of the difference over the size of what is wanted; infinite where something is not finite."""
+    """Norm of the difference over the norm of the expected value; infinite if something is not finite."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     if not np.isfinite(got).all():
         return float("inf")

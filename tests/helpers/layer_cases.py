@@ -1,4 +1,4 @@
-"""What the layer kernels stand for, in plain functions, and a short text by the decode loop."""
+"""The layer kernels as plain functions, and short runs of the decode loop."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def times(w: jax.Array, x_I: jax.Array) -> jax.Array:
 def plain_product(
     stream_D: jax.Array, norm_D: jax.Array, w_ND: jax.Array, *, out_dtype: Any = jnp.bfloat16, **_: Any
 ) -> Any:
-    """What `norm_product` stands for."""
+    """`norm_product` in plain functions."""
     return times(w_ND, norm(stream_D, norm_D)).astype(out_dtype)
 
 
@@ -44,7 +44,7 @@ def plain_tail(
     heads: jax.Array, stream: jax.Array, w_o: jax.Array, mid_norm: jax.Array, w_gate_up: jax.Array, w_down: jax.Array,
     next_norm: jax.Array, w_next: jax.Array, counter: jax.Array, *, out_dtype: Any = jnp.bfloat16, **_: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """What `layer_tail` stands for."""
+    """`layer_tail` in plain functions."""
     stream = stream + times(w_o, heads).astype(stream.dtype)
     gate, up = times(w_gate_up, norm(stream, mid_norm))
     stream = stream + times(w_down, (jax.nn.silu(gate) * up).astype(stream.dtype)).astype(stream.dtype)
@@ -56,7 +56,7 @@ def plain_experts_tail(
     w_shared_gate_up: jax.Array, w_gate_up: jax.Array, w_shared_down: jax.Array, w_down: jax.Array,
     next_norm: jax.Array, w_next: jax.Array, counter: jax.Array, *, moe: MoE, out_dtype: Any = jnp.bfloat16, **_: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """What `layer_gpu_moe.layer_tail` stands for."""
+    """`layer_gpu_moe.layer_tail` in plain functions."""
     dtype = stream.dtype
     stream = stream + times(w_o, heads).astype(dtype)
     x = norm(stream, mid_norm)
@@ -78,7 +78,7 @@ def plain_experts_tail(
 
 
 def error(x: jax.Array, truth: jax.Array) -> float:
-    """Of the whole, relative."""
+    """Relative error of an array."""
     a, b = (np.asarray(v, np.float64) for v in (x, truth))
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
@@ -127,11 +127,11 @@ def generate(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def logits_of_both(config: ModelConfig, count: int = 12) -> tuple[np.ndarray, np.ndarray]:
-    """Float32 logits [count, V] after the same tokens and caches, by a decode step's kernels and by the model.
+    """Float32 logits [count, V] after the same tokens and caches, from the kernels of a decode step and from the model.
 
     Args:
       config: the architecture; weights and caches are random, the same every time.
-      count: tokens, each tried by itself.
+      count: tokens, each decoded by itself.
     """
     mesh, slots, rng = make_mesh({}, jax.devices()[:1]), 128, np.random.default_rng(0)
     options, sharding, params = drawn(config, mesh, rng)
@@ -176,20 +176,20 @@ def logits_of_both(config: ModelConfig, count: int = 12) -> tuple[np.ndarray, np
 
 
 def plain_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Puts plain functions in place of a decode step's kernels; their calls are noted in the list."""
+    """Replaces the kernels of a decode step by plain functions; the list records their calls."""
     calls: list[str] = []
 
-    def noted(what: str, f: Any) -> Any:
+    def recorded(what: str, f: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
             calls.append(what)
             return f(*args, **kwargs)
 
         return run
 
-    jax.clear_caches()  # or the loop of before would come back
+    jax.clear_caches()  # otherwise the loop compiled before would be used
     monkeypatch.setattr(one_row, "supports", lambda *_: True)
-    monkeypatch.setattr(kernels, "decode_step", noted("attention", decode_cases.plain))
-    monkeypatch.setattr(layer_gpu, "layer_tail", noted("tail", plain_tail))
-    monkeypatch.setattr(layer_gpu_moe, "layer_tail", noted("experts", plain_experts_tail))
-    monkeypatch.setattr(layer_gpu, "norm_product", noted("first", plain_product))
+    monkeypatch.setattr(kernels, "decode_step", recorded("attention", decode_cases.plain))
+    monkeypatch.setattr(layer_gpu, "layer_tail", recorded("tail", plain_tail))
+    monkeypatch.setattr(layer_gpu_moe, "layer_tail", recorded("experts", plain_experts_tail))
+    monkeypatch.setattr(layer_gpu, "norm_product", recorded("first", plain_product))
     return calls

@@ -28,7 +28,7 @@ def window(numbers: np.random.Generator, B: int, T: int, S: int) -> tuple[np.nda
 
 
 def anything(numbers: np.random.Generator, B: int, T: int, S: int) -> tuple[np.ndarray, np.ndarray]:
-    """Intervals without any order; some are empty, some have one key."""
+    """Random intervals; some are empty, some have one key."""
     start = numbers.integers(0, S, (B, T))
     length = numbers.integers(0, S, (B, T)) * numbers.integers(0, 2, (B, T)) + numbers.integers(0, 2, (B, T))
     return start.astype(np.int32), np.minimum(start + length, S).astype(np.int32)

@@ -1,4 +1,4 @@
-"""The TPU compiler, for tests that compile kernels for chips that are not here."""
+"""The TPU compiler, for tests that compile kernels without a TPU."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6
 
 
 def compile_for(chip: str, f: Callable[..., Any], *args: jax.ShapeDtypeStruct) -> Any:
-    """`f` compiled for one device of a chip of `TOPOLOGIES`."""
+    """Compiles `f` for one device of a chip of `TOPOLOGIES`."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies

@@ -58,7 +58,7 @@ def on_context(mesh, sharding, q, k, v, mask, ring=False):
 )
 def test_attention_is_that_of_whole_rows(monkeypatch, n, logits, ring):
     """Values and gradients, over documents of unequal length; gathered, in several blocks of queries, and as a ring."""
-    monkeypatch.setattr(context, "_LOGITS", logits)
+    monkeypatch.setattr(context, "_MAX_LOGITS", logits)
     rng = np.random.default_rng(n)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 64, h, 8)), jnp.float32) for h in (4, 2, 2))
     segments = np.sort(rng.integers(1, 6, (2, 64)), axis=1).astype(np.int32)
@@ -132,7 +132,7 @@ def test_gradients_of_many_blocks_of_queries_add_up_in_float32(monkeypatch):
         return np.asarray(jax.jit(jax.grad(loss))(v.astype(dtype)), np.float64)
 
     exact, at_once = gradient(jnp.float32), gradient(jnp.bfloat16)
-    monkeypatch.setattr(context, "_LOGITS", 4 * 64)
+    monkeypatch.setattr(context, "_MAX_LOGITS", 4 * 64)
     in_blocks = gradient(jnp.bfloat16)
     assert np.abs(in_blocks - exact).max() < 1.5 * np.abs(at_once - exact).max() + 1e-3
 
@@ -161,7 +161,7 @@ def test_memory_grows_with_the_length_and_not_with_its_square(monkeypatch):
     from train.data.batch import place
     from train.data.packing import pack
 
-    monkeypatch.setattr(context, "_LOGITS", 2**16)
+    monkeypatch.setattr(context, "_MAX_LOGITS", 2**16)
     model = dataclasses.replace(TINY, num_layers=1)
     objective, optimizer = NextToken(model, PretrainConfig(loss_chunk=64)), OptimizerConfig(Schedule(9))
     config = StepConfig("float32", "full")

@@ -1,4 +1,4 @@
-"""Checkpoints: an interrupted run is the uninterrupted one, and a wrong model, tokenizer or data is refused."""
+"""Checkpoints: an interrupted run equals an uninterrupted one, and another model, tokenizer or data is refused."""
 
 import asyncio
 import contextlib
@@ -60,7 +60,7 @@ def step():
 
 
 def train(folder, mesh, tokenizer, rows, step, fresh, steps, resume=False):
-    """Runs up to `steps` as a process does that starts now; returns the final state on the host."""
+    """Trains up to `steps` as a new process would; returns the final state on the host."""
     run, schedule = {"data": fingerprint(rows), "seed": 5}, CheckpointConfig(every=10)
     with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", MODEL, tokenizer, run, schedule) as checkpoints:
         # Another seed: nothing of the fresh state may survive a restore.
@@ -141,14 +141,14 @@ def test_resuming_with_something_else_is_refused_and_touches_nothing(tmp_path, t
 
 
 def peak_of_saves(folder):
-    """Bytes of a state, and by how many the process grew at most while it was saved three times."""
+    """Bytes of a state, and the largest growth of the process while the state was saved three times."""
     model = dataclasses.replace(published("qwen2.5-0.5b"), vocab_size=8192, num_layers=2)
     mesh = make_mesh({})
     tokenizer, process = train_bpe(TEXTS, 300), psutil.Process()
     with jax.set_mesh(mesh), Checkpoints(folder, model, tokenizer) as checkpoints:
         state = init_state(model, OPTIMIZER, 0, mesh)
         state = dataclasses.replace(state, opt_state=jax.tree.map(noise, state.opt_state))
-        checkpoints.save(state, 0)  # What is imported and compiled for the first save is no part of it.
+        checkpoints.save(state, 0)  # Imports and compilation of the first save do not count.
         checkpoints.finish()
         before, peak, done = process.memory_info().rss, 0, threading.Event()
 
@@ -169,7 +169,7 @@ def peak_of_saves(folder):
 
 @pytest.mark.slow
 def test_saving_takes_no_more_memory_of_the_host_than_the_state(tmp_path):
-    """On the CPU the state itself is in the host's memory already; what grows is the copy that is written.
+    """On the CPU the state itself is in the host's memory already; the growth is the copy that is written.
 
     Orbax's store has a cache of up to 100 MB besides, whatever the size of the state.
     """
@@ -205,7 +205,7 @@ def test_weights_restore_without_the_optimiser(mesh, tmp_path, tokenizer, fresh)
 
 
 def damage(folder, how):
-    """Spoils the largest file of arrays below a folder, as a full disk or a dying one does."""
+    """Damages the largest file of arrays below a folder, as a full or failing disk does."""
     largest = max((path for path in folder.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
     if how == "missing":
         largest.unlink()
@@ -227,7 +227,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(mesh, tmp_path,
     folder = tmp_path / "run"
     with jax.set_mesh(mesh):
         state = fresh(0)
-        # Zero moments would take no room.
+        # Moments of zero would be stored in no space.
         state = dataclasses.replace(state, opt_state=jax.tree.map(noise, state.opt_state))
         with Checkpoints(folder, MODEL, tokenizer) as checkpoints:
             for number in (1, 2):
@@ -238,7 +238,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(mesh, tmp_path,
             assert "step 2" in caplog.text
             assert "is damaged" in caplog.text
             assert checkpoints.latest_step == 1
-            # Its number is free again.
+            # The step can be saved again.
             checkpoints.save(dataclasses.replace(state, step=state.step + 2), 2)
         assert (folder / "damaged-2").is_dir()
         with Checkpoints(folder, MODEL, tokenizer) as checkpoints:
@@ -254,7 +254,7 @@ def test_when_all_are_damaged_nothing_is_lost_and_it_says_so(mesh, tmp_path, tok
         damage(tmp_path / "run" / "1" / "params", "cut")
         with pytest.raises(InputError, match=r"checkpoint of step 1 .* is damaged"):
             checkpoints.restore(fresh(1), 1)
-        # As often as it is asked: a job that is started again and again must not begin from nothing.
+        # Each time: a job that is restarted must not begin from random weights.
         for _ in range(2):
             assert checkpoints.latest_step == 1
             with pytest.raises(InputError, match=r"No checkpoint .* could be read: those of steps \[1\] are damaged"):
@@ -294,7 +294,7 @@ def test_a_checkpoint_restores_onto_another_mesh_bit_for_bit(mesh, tmp_path, tok
 
 
 def test_lack_of_room_is_not_told_once_more_for_each_array(tmp_path, tokenizer, caplog):
-    """What Orbax raises is the first error; asyncio logs those of other arrays, and must go on to log other kinds."""
+    """Orbax raises the first error, and asyncio logs those of the other arrays; other errors must still be logged."""
 
     async def write(text: str) -> None:
         raise ValueError(text)

@@ -1,4 +1,4 @@
-"""Runs of a mixture of experts: exact resume, other meshes from stage to stage, and a beginning from a dense model."""
+"""Runs of an MoE model: exact resume, another mesh in each stage, and a start from a dense model."""
 
 import dataclasses
 from pathlib import Path
@@ -18,8 +18,8 @@ from train.moe import read_loads
 from train.observe.metrics import read_log
 
 pytestmark = pytest.mark.usefixtures("cache")
-MIXTURE = MoE(4, 2, 64, 128, norm_topk_prob=True, mlp_only_layers=(0,))
-SPARSE = dataclasses.replace(MODEL, num_layers=2, moe=MIXTURE)
+EXPERTS = MoE(4, 2, 64, 128, norm_topk_prob=True, mlp_only_layers=(0,))
+SPARSE = dataclasses.replace(MODEL, num_layers=2, moe=EXPERTS)
 
 
 def sparse(material: Path, output: Path, **changes: Any) -> RunConfig:
@@ -39,7 +39,7 @@ def stopped(config: RunConfig, at: int, monkeypatch: pytest.MonkeyPatch) -> None
         assert run.pretrain(config)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+def test_a_stopped_run_resumes_as_if_it_had_not_been_stopped(
     material: Path, tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, config = tmp_path / "run", sparse(material, tmp_path / "run")
@@ -61,10 +61,10 @@ def test_a_run_leaves_loads_a_picture_and_a_model(straight: Path, tmp_path: Path
     assert all({"balance_loss", "load_max", "router_entropy", "dropped"} <= r.keys() for r in records)
     assert not any("expert_load" in r for r in records)
     convert(straight / "checkpoints", tmp_path / "hf", to="hf")
-    assert load_config(tmp_path / "hf").moe == MIXTURE
+    assert load_config(tmp_path / "hf").moe == EXPERTS
 
 
-def test_it_goes_on_with_experts_split_and_joined_again(
+def test_it_resumes_with_experts_on_several_devices_and_on_one_again(
     material: Path, tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, config = tmp_path / "run", sparse(material, tmp_path / "run")
@@ -75,16 +75,16 @@ def test_it_goes_on_with_experts_split_and_joined_again(
         np.testing.assert_allclose([x or 0 for x in a], [x or 0 for x in b], rtol=1e-3)
 
 
-def test_a_mixture_begins_with_an_upcycled_model_and_not_with_a_dense_one(material: Path, tmp_path: Path) -> None:
+def test_a_run_begins_with_an_upcycled_model_and_not_with_a_dense_one(material: Path, tmp_path: Path) -> None:
     dense = configuration(material, tmp_path / "dense", model=dataclasses.replace(SPARSE, moe=None))
     run.pretrain(dense)
     trained = tmp_path / "dense" / "checkpoints" / "10"
-    with pytest.raises(InputError, match=r"moe is None there.*`qwen-jax upcycle` makes a mixture"):
+    with pytest.raises(InputError, match=r"moe is None there.*`qwen-jax upcycle` makes an MoE model"):
         run.pretrain(sparse(material, tmp_path / "run", initial=str(trained)))
     assert not (tmp_path / "run").exists()
-    made = upcycle(trained, tmp_path / "start", Recipe(MIXTURE, reinit=0.0), to="orbax")
+    made = upcycle(trained, tmp_path / "start", Recipe(EXPERTS, reinit=0.0), to="orbax")
     assert made.preserves
-    # With its base: the dense run ended in a stage of another one.
+    # With the RoPE base that the dense run ended with.
     stages = tuple(dataclasses.replace(stage, rope_theta=1e6) for stage in dense.stages)
     run.pretrain(sparse(material, tmp_path / "run", initial=str(tmp_path / "start"), stages=stages))
     held_out = [r["held_out_loss"] for r in read_log(tmp_path / "run" / "metrics.jsonl") if "held_out_loss" in r]

@@ -1,4 +1,4 @@
-"""Training a mixture of experts: layouts agree, the balance is that of the whole batch, what goes wrong is named."""
+"""Training of MoE models: layouts agree, the balance is that of the whole batch, and failures are named."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ MODEL = dataclasses.replace(
     moe=MoE(8, 2, 16, 32, mlp_only_layers=(0,)),
 )
 BALANCE = MoETraining(balance_loss=0.05, router_z_loss=1e-3)
-# Of float32 sums in another order. A token between two experts may then take the other one: curves part a little.
+# float32 sums in another order may send a token that is between two experts to the other one.
 TOLERANCE = 5e-3
 
 
@@ -146,14 +146,14 @@ def test_layouts_agree(axes: dict[str, int], changes: dict[str, Any]) -> None:
 def test_rows_that_find_no_room_come_in_further_rounds(
     monkeypatch: pytest.MonkeyPatch, axes: dict[str, int], changes: dict[str, Any], room: float
 ) -> None:
-    """However few a device has room for at one time, nothing is lost, and the curve is one device's."""
+    """However few rows a device has room for at one time, no token is dropped, and the curve is that of one device."""
     monkeypatch.setattr(moe, "ROOM", room)
     agree(curve(axes, weights(), **changes))
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_what_is_beyond_the_rows_that_come_is_never_read(monkeypatch: pytest.MonkeyPatch, remat: str) -> None:
-    """There is room for the worst case; with what is no number in all of the rest, no bit of a curve changes."""
+    """Buffers have room for the worst case; with NaN in all unused rows, a curve stays bit-identical."""
     axes = {"data": 2, "expert": 4}
     monkeypatch.setattr(moe, "ROOM", 0.8)  # A second round is not full.
     want = curve(axes, weights(), remat=remat)
@@ -180,7 +180,7 @@ def test_what_is_beyond_the_rows_that_come_is_never_read(monkeypatch: pytest.Mon
 
 
 def test_pieces_for_the_collective_are_what_is_exchanged_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By JAX's words for `ragged_all_to_all`, rows come where the way without it brings them, and so back."""
+    """An emulation of `ragged_all_to_all` by its documentation moves rows as our fallback does, there and back."""
     n, e, M, size = 4, 3, 40, 100
     numbers = np.random.default_rng()
     sizes = np.stack([numbers.multinomial(numbers.integers(M + 1), [1 / 12] * 12) for _ in range(n)]).astype(np.int32)
@@ -224,7 +224,7 @@ def test_pieces_for_the_collective_are_what_is_exchanged_without_it(monkeypatch:
     np.testing.assert_array_equal(number, there[:, 0])
     by_device = np.asarray(rows).reshape(n, M, 2)
     for device in range(n):
-        # By expert, and by origin within: as if all devices' rows were sorted by expert together.
+        # By expert, then by origin: as if the rows of all devices were sorted by expert together.
         pieces = [
             by_device[origin, sizes[origin, :expert].sum() :][: sizes[origin, expert]]
             for expert in range(device * e, device * e + e)
@@ -263,7 +263,7 @@ def gradient(batch: Batch, **changes: Any) -> tuple[Any, Any, Any]:
 
 
 def test_balance_is_the_plain_formula_and_that_of_any_split() -> None:
-    """Loss and gradient of a batch of unlike parts: as one, as four counted ahead. Counted so far, they differ."""
+    """Loss and gradient of a batch of unlike micro-batches: equal if counted ahead, different if counted so far."""
     batch = batches(rows(), 16, seed=1)[0]
     order = np.argsort(batch.tokens.mean(1))  # Parts take every fourth row: make these unlike each other.
     order = order.reshape(4, 4).T.reshape(-1)
@@ -294,7 +294,7 @@ def test_balance_is_the_plain_formula_and_that_of_any_split() -> None:
 
 @functools.cache
 def router_gradient(balance: float, z: float, remat: str = "none", scan_layers: bool = True) -> np.ndarray:
-    """With targets of weight nought: all that is left is that of the two losses."""
+    """All targets have weight 0, so that only the two router losses contribute."""
     batch = batches(rows(), 8, seed=2)[0]
     silent = dataclasses.replace(batch, loss_weights=np.zeros_like(batch.loss_weights))
     moe = MoETraining(balance_loss=balance, router_z_loss=z)
@@ -321,7 +321,7 @@ def test_they_reach_it_whatever_is_recomputed(remat: str, scan_layers: bool) -> 
 
 
 def test_their_gradients_are_those_of_transformers(tmp_path: Path) -> None:
-    """Of one layer, for which transformers' pooled loss is ours; padding left out. 1e-4 of the largest of a tensor."""
+    """With one layer, for which transformers' pooled loss equals ours, without padding; to 1e-4 of the largest."""
     model = make_hf_checkpoint(tmp_path, moe=True, num_hidden_layers=1)
     ids = np.random.default_rng(8).integers(0, 160, (2, 24)).astype(np.int32)
     segments = np.ones_like(ids)
@@ -402,7 +402,7 @@ def test_loads_are_logged_and_drawn(tmp_path: Path) -> None:
     np.testing.assert_allclose(loads.mean(2), 1.0, atol=1e-3)
     plot_experts(steps, loads, layers, tmp_path / "experts.png", "a run")
     assert (tmp_path / "experts.png").read_bytes().startswith(b"\x89PNG")
-    # Whoever goes on from step 3 writes 4 to 6 again; half a line is no line.
+    # A run that resumes from step 3 writes 4 to 6 again; a line that was cut is dropped.
     with (tmp_path / "experts.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')
     LoadLog(tmp_path / "experts.jsonl", MODEL.sparse_layers, steps=6, resume_step=3)
@@ -410,7 +410,7 @@ def test_loads_are_logged_and_drawn(tmp_path: Path) -> None:
 
 
 def test_flops_count_the_experts_that_a_token_takes() -> None:
-    """6 for each active weight of a product, beside attention."""
+    """6 FLOPs for each active weight of a matrix product, without attention."""
     for name in ("qwen2-57b-a14b", "qwen1.5-moe-a2.7b"):
         model = published(name)
         small = model.num_layers * (2 + 2 * model.num_kv_heads + model.num_heads) * 10_000  # norms and biases, about

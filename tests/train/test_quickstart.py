@@ -1,4 +1,4 @@
-"""The quickstart from text to picture, with the smallest model; conversion and generation are stand-ins."""
+"""The quickstart from text to picture with the smallest model; conversion and generation are replaced by stubs."""
 
 import io
 import json
@@ -18,7 +18,7 @@ SENTENCES = ["def add(a, b):\n    return a + b\n", "class Point:\n    x = 1\n", 
 
 
 class StandIns:
-    """Writes the weights plainly, compares them, and completes with a fixed text."""
+    """Writes the weights as they are, compares them, and completes with a fixed text."""
 
     def export(self, params, config, tokenizer, folder):
         folder.mkdir()
@@ -86,7 +86,7 @@ def test_everything_is_made_and_a_second_run_takes_its_place(text, tmp_path):
     assert "1 files skipped" in err
     assert "step 12/12" in err
     assert str(folder / "model") in out
-    # Nothing is left beside it, and the same again replaces it.
+    # Nothing else is left beside it, and a second run replaces it.
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "text"]
     (folder / "mark").write_text("old")
     again, _, _ = quickstart(options(text, tmp_path, prompts=("x",)))

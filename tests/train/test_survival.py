@@ -1,4 +1,4 @@
-"""A run survives: killed at any time, on other hosts, without room on the disk, with damage that one host sees."""
+"""Runs that are killed, change hosts, find no room on the disk, or have a checkpoint that one host finds damaged."""
 
 import dataclasses
 import hashlib
@@ -52,7 +52,7 @@ def straight(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wait_for(job: Job, what: Any, seconds: float = 200.0) -> bool:
-    """Waits until something is so; says whether it came before a process ended."""
+    """Waits for a condition; returns whether it held before a process ended."""
     deadline = time.monotonic() + seconds
     while all(process.poll() is None for process in job.started):
         if what():
@@ -109,7 +109,7 @@ def test_killed_ten_times_a_run_ends_as_if_it_had_not_been(material: Path, tmp_p
     begins = [launch["step"] for launch in launches(output)]
     print(f"killed ten times, {during_saves} of them during a save; begun at the steps {begins}")
     assert during_saves >= 1
-    # Each one went on from what the one before had saved.
+    # Each resumed from what the one before had saved.
     assert len(set(begins)) == 11
     assert len(losses(output)) == 320
     assert numbers(output) == numbers(expected)
@@ -121,7 +121,7 @@ def test_killed_ten_times_a_run_ends_as_if_it_had_not_been(material: Path, tmp_p
 
 
 def recorded(config: RunConfig, until: int | None = None) -> tuple[list[str], list[float]]:
-    """Runs, and says which global batches were on the devices, as hashes, and what the log has for losses.
+    """Trains; returns hashes of the global batches that were on the devices, and the losses in the log.
 
     Args:
       config: of the run.
@@ -152,7 +152,7 @@ def on_four_devices(material: str, output: str) -> RunConfig:
 
 
 def on_hosts(material: str, alone: str, shared: str, until: int) -> list[tuple[list[str], list[float]]]:
-    """In each of several processes: a run of their own, and a part of one that others go on with."""
+    """In each of several processes: a run of their own, and a part of a run that others continue."""
     return [recorded(on_four_devices(material, alone)), recorded(on_four_devices(material, shared), until)]
 
 
@@ -188,7 +188,7 @@ def test_another_mixture_from_a_step_on_changes_nothing_before_it(material: Path
     assert (other_hashes[:6], other[:6]) == (hashes[:6], expected[:6])
     assert other_hashes[6:] != hashes[6:]
     assert other[6:] != expected[6:]
-    # And in the middle of the run: it was begun with one, stopped where they part, and ends with the other.
+    # The same for a run that is stopped where the two differ, and resumed with the other.
     begun = dataclasses.replace(config, output=str(tmp_path / "middle"))
     first, _ = recorded(begun, until=6)
     second, got = recorded(dataclasses.replace(changed, output=begun.output))
@@ -214,7 +214,7 @@ def test_sigterm_to_any_process_saves_one_step_in_all(material: Path, tmp_path: 
         job.started[index].send_signal(signal.SIGTERM)
         assert job.wait(120) == [143, 143], job
     (step,) = saved_steps(output)
-    # The log ends with the step that is saved, and what is saved can be gone on with, here by one process.
+    # The log ends with the saved step, and the checkpoint can be resumed, here by one process.
     assert len(losses(output)) == step
     config = configuration(material, output, loop=LoopConfig())
     config = set_fields(config, *LONG[1:], f"stages.0.schedule.steps={step + 2}", "stages.0.schedule.warmup_steps=2")
@@ -226,7 +226,7 @@ def test_sigterm_to_any_process_saves_one_step_in_all(material: Path, tmp_path: 
 def test_a_lost_process_ends_the_others_with_a_message(
     material: Path, tmp_path: Path, cache: str, how: str, index: int
 ) -> None:
-    """One that is killed closes its connections; one that hangs (stopped, as a machine that is gone) just is silent."""
+    """A killed process closes its connections; a stopped one, like a lost machine, is only silent."""
     file, output = config_file(tmp_path / "config.py", material, tmp_path / "run"), tmp_path / "run"
     options = ("--heartbeat-timeout", "10")
     with train(file, *LONG, "checkpoints.every=10", processes=2, options=options, env=cache_environment(cache)) as job:
@@ -288,7 +288,7 @@ def see_damage(material: str, output: str, what: str) -> tuple[int, str, list[in
 def test_damage_that_one_process_sees_is_damage_for_all(material: Path, tmp_path: Path, what: str) -> None:
     first, second = run(see_damage, str(material), str(tmp_path / "checkpoints"), what, processes=2)
     if what == "no memory":
-        # That says nothing about the checkpoint: both end, and it stays.
+        # That says nothing about the checkpoint: both processes end, and it is kept.
         assert "Process 1 could not load the checkpoint of step 2" in first[1]
         assert second[1] == "MemoryError: no memory"
         assert first[2] == [1, 2]
@@ -317,7 +317,7 @@ LIMIT = (
 def test_no_room_for_a_checkpoint_is_an_error_that_costs_nothing(
     material: Path, tmp_path: Path, straight: Path, cache: str, processes: int
 ) -> None:
-    """The last process may write no file as large as a checkpoint's: the system refuses as it does on a full disk."""
+    """The last process may not write files as large as a checkpoint's: the system refuses, as on a full disk."""
     file, output = config_file(tmp_path / "config.py", material, tmp_path / "run"), tmp_path / "run"
     changes = ("mesh.data=2", "stages.1.accumulation=1") if processes == 2 else ()
     config = configuration(material, output)
@@ -327,7 +327,7 @@ def test_no_room_for_a_checkpoint_is_an_error_that_costs_nothing(
         assert run_module.pretrain(config)
     assert saved_steps(output) == [3, 4]
     launcher = (sys.executable, "-c", LIMIT, "100000")
-    # Without the compilation cache, which could not be written either.
+    # Without the compilation cache, whose files are too large as well.
     with train(file, *changes, processes=processes, launcher=launcher) as job:
         statuses = job.wait(300)
         assert 0 not in statuses, job

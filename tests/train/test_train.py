@@ -1,4 +1,4 @@
-"""The pre-training loss and loop: documents apart, chunks and splits without effect, one compilation, falling loss."""
+"""The pre-training loss and loop: documents are independent, chunks and splits have no effect, one compilation."""
 
 import dataclasses
 import functools
@@ -91,7 +91,7 @@ def fresh_state(training):
 
 @functools.cache
 def random_params(model):
-    """Initial weights with noise on top, so that biases and norms take part."""
+    """Initial weights with noise, so that biases and norms matter."""
     rng = np.random.default_rng(0)
 
     def noisy(x):
@@ -146,7 +146,7 @@ def test_a_change_in_one_document_leaves_the_others_loss_and_gradients_bitwise_u
     assert sums.weight == 15
     assert sums.loss == other_sums.loss
     jax.tree.map(np.testing.assert_array_equal, gradients, other_gradients)
-    # And it is what the document alone gives, up to float32 sums in another order (positions start again).
+    # It also equals the loss of the document alone, up to float32 sums in another order.
     np.testing.assert_allclose(sums.loss, alone.loss, rtol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), gradients, alone_gradients)
 
@@ -183,7 +183,7 @@ def test_chunked_loss_equals_the_loss_of_full_logits(mesh, name, chunk):
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3, 1e30])
 def test_statistics_of_logits_of_any_size(scale):
-    """Against float64. A logit that is no number leaves a loss that is none, so that the step is skipped."""
+    """Compared with float64. A logit of NaN or infinity gives a loss of NaN, so that the step is skipped."""
     logits = (np.random.default_rng().normal(size=(7, 1003)) * scale).astype(np.float32)
     target = np.arange(1003) == np.arange(7)[:, None]
     top, total, picked = jax.jit(_statistics)(logits, target)
@@ -197,7 +197,7 @@ def test_statistics_of_logits_of_any_size(scale):
 
 
 def test_z_loss_is_the_squared_logarithm_of_the_denominator(mesh):
-    """And it changes what is minimised, not the cross-entropy that is reported."""
+    """It changes what is minimised, not the reported cross-entropy."""
     sharding = Sharding.for_inference(TINY, mesh)
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(2, 9, 64)).astype(np.float32)
@@ -296,7 +296,7 @@ def test_a_bad_gradient_moves_nothing_but_the_count_of_steps(mesh, cause):
         assert (after.step, after.guard.skipped) == (before.step + 1, 1)
         jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (before.params, before.opt_state))
         assert (after.guard.mean_norm, after.guard.accepted) == (before.guard.mean_norm, before.guard.accepted)
-        # The same gradient is taken where it is usual.
+        # The same gradient is accepted where it is usual.
         state = dataclasses.replace(state, guard=jax.device_put(usual, state.guard.skipped.sharding))
         state, metrics = step(state, place(rows, mesh))
         assert float(metrics["skipped"]) == 0
@@ -420,7 +420,7 @@ def test_bits_per_byte_is_the_entropy_of_a_uniform_guess():
 
 
 def test_scored_bytes_counts_predicted_tokens_only():
-    rows = pack([[1, 2, 3], [2, 2]], 4)  # Rows 1 2 3 | 2 and 2, which begins a row.
+    rows = pack([[1, 2, 3], [2, 2]], 4)  # Rows 1 2 3 | 2 and 2; the last begins a row.
     assert scored_bytes(rows, np.array([0, 10, 200, 3000])) == 200 + 3000
     silent = dataclasses.replace(rows, loss_weights=np.zeros_like(rows.loss_weights))
     assert scored_bytes(silent, np.array([0, 10, 200, 3000])) == 0

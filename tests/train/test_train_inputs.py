@@ -1,4 +1,4 @@
-"""What a run is given, from the command line: raw documents, an export at the end, and everything that can be wrong."""
+"""Inputs of a run, from the command line: raw documents, an export at the end, and bad input of all kinds."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ def command(material: Path, tmp_path: Path, capsys: Capture):
 
 
 def test_a_run_ends_with_a_hugging_face_folder_that_is_its_last_checkpoint(command, tmp_path: Path) -> None:
-    """And any checkpoint gives one by `qwen-jax convert`, at any time."""
+    """`qwen-jax convert` makes such a folder of any checkpoint, at any time."""
     output, export = tmp_path / "run", tmp_path / "export"
     status, told = command(f"export={export}")
     assert status == 0, told
@@ -68,14 +68,14 @@ def test_a_run_ends_with_a_hugging_face_folder_that_is_its_last_checkpoint(comma
     assert load_tokenizer(export).fingerprint() == load_tokenizer(output / "checkpoints" / "10").fingerprint()
     _, saved = convert.load(output / "checkpoints" / "10", make_mesh({}, jax.devices()[:1]))
     jax.tree.map(np.testing.assert_array_equal, params, saved)
-    # Nothing more happens when the run is called again; what was lost is written again.
+    # The same command again changes nothing; an export that was removed is written again.
     before = contents(export)
     assert command(f"export={export}")[0] == 0
     assert contents(export) == before
     shutil.rmtree(export)
     assert command(f"export={export}")[0] == 0
     assert contents(export) == before
-    # A run that goes on does not write over what is there, and says so before it takes a step.
+    # A run with steps left does not overwrite an export, and says so before its first step.
     status, told = command(f"export={export}", "stages.1.schedule.steps=6")
     assert status == 1
     assert "exists already" in told
@@ -103,7 +103,7 @@ def raw(material: Path, output: Path, documents: Path | str):
 def test_raw_documents_are_the_rows_that_a_build_of_them_has(
     material: Path, tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So a run may begin with them and go on with a built data set; and it resumes like any other."""
+    """A run may begin with raw documents and resume with the built data set; it resumes like any other."""
     built = tmp_path / "built"
     build(BuildConfig((str(documents),), material / "tokenizer", 16, built))
     run.pretrain(raw(material, tmp_path / "built-run", built))
@@ -201,11 +201,11 @@ def spoil(folder: Path, how: str) -> None:
         (folder / "manifest.json").unlink()
     elif how == "manifest":
         (folder / "manifest.json").write_text('{"format": ')
-    elif how == "flipped":  # The lowest bit of a token: another token of the vocabulary.
+    elif how == "flipped":  # The lowest bit of a token, which makes it another valid token.
         content = bytearray(tokens.read_bytes())
         content[0] ^= 1
         tokens.write_bytes(content)
-    else:  # A token that no vocabulary has, in every row.
+    else:  # A token outside any vocabulary, in every row.
         content = bytearray(tokens.read_bytes())
         content[3::4] = b"\x7f" * (len(content) // 4)
         tokens.write_bytes(content)
@@ -297,7 +297,7 @@ def test_a_checkpoint_of_another_model_is_refused(command, tmp_path: Path) -> No
 def test_a_loss_that_is_no_number_ends_the_run_and_the_checkpoints_stay(command, tmp_path: Path) -> None:
     few = ["stages.0.schedule.steps=3", "stages.1.schedule.steps=1", "checkpoints.every=1"]
     assert command(*few)[0] == 0
-    # A learning rate under which the weights leave the numbers.
+    # With this learning rate, the first step ruins the weights.
     status, told = command(
         *few[:1],
         "stages.1.schedule.steps=60",

@@ -1,4 +1,4 @@
-"""Runs from a configuration: stages in one log, resume that leaves no trace, and what must not change on the way."""
+"""Runs from a configuration: stages in one log, exact resume, and what must not change on resume."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_stages_are_one_run_with_one_log(straight, material):
 
 
 def test_a_stage_changes_the_rotary_base_and_nothing_else(material, tmp_path, straight):
-    """The first loss of stage 2 with another base is another, from the same weights."""
+    """With another base, stage 2 has other losses from its first step on, from the same weights."""
     config = set_fields(configuration(material, tmp_path / "run"), "stages.1.rope_theta=1e4")
     run.pretrain(config)
     assert numbers(tmp_path / "run")[:8] == numbers(straight)[:8]
@@ -79,7 +79,7 @@ def test_a_run_on_another_mesh_goes_on_within_noise(material, tmp_path, straight
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
         run.pretrain(config)
-    # Stages on meshes of their own: the state moves from one to the other.
+    # Each stage has its own mesh: the state moves from one to the other.
     config = set_fields(config, "mesh.fsdp=2", "stages.1.accumulation=1", "stages.1.mesh.tensor=2")
     run.pretrain(config)
     got, expected = numbers(output), numbers(straight)
@@ -137,7 +137,7 @@ def test_fields_are_set_by_their_path_and_misspelt_ones_are_named(material):
     assert set_fields(config, "stages.1.schedule.learning_rate=2").stages[1].schedule.learning_rate == 2.0
     assert set_fields(config, "mesh.fsdp=4").mesh == {"fsdp": 4}
     assert set_fields(config, "stages.0.mesh.fsdp=4").stages[0].mesh == {"fsdp": 4}
-    # Each alone would not fit the other.
+    # Neither is valid without the other.
     both = "stages.0.schedule.steps=2", "stages.0.schedule.warmup_steps=1"
     for order in (both, both[::-1]):
         schedule = set_fields(config, *order).stages[0].schedule

@@ -1,4 +1,4 @@
-"""The table of `qwen_jax.kernels`, held to the truth: what it claims runs and is right, what it does not is refused."""
+"""The table of `qwen_jax.kernels` is true: what it claims runs and is correct, and everything else is refused."""
 
 import functools
 import itertools
@@ -20,11 +20,11 @@ from tests.helpers.platforms import as_if_on as on
 
 DTYPES, HEAD_DIMS, T = ("float32", "bfloat16", "float16"), (20, 32, 64, 128, 256, 264), 40
 KERNEL = {"cudnn": "__cudnn", "gpu": "mosaic_gpu", "tpu": "tpu_custom_call"}
-"""What a lowered program calls."""
+"""What a lowered program contains."""
 
 
 def intervals() -> Mask:
-    """Some row sees nothing, some one key."""
+    """A mask in which one row sees nothing and others one key."""
     i = np.arange(T)
     start = np.where(i < 7, 0, np.where(i == 20, 25, i - 5))
     return Mask(*(jnp.asarray(x[None], jnp.int32) for x in (start, np.where(i == 20, 25, i + 1))))
@@ -36,37 +36,43 @@ def inputs(dtype: str, d: int, heads: int = 4, kv_heads: int = 2):
     return q, k, v
 
 
-def test_the_table_says_what_the_code_says() -> None:
+def test_the_table_agrees_with_the_code() -> None:
     lines = [line for line in kernels.__doc__.splitlines() if line.startswith("|")]
     header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     assert header == ["implementation", "where", "masks", "dtypes", "head_dim", "lse", "gradient", "caches"]
     said = {row[0]: row[1:] for row in rows}
     assert list(said) == list(COVERAGE)
-    for name, of in COVERAGE.items():
-        dims = of.head_dims
+    for name, coverage in COVERAGE.items():
+        dims = coverage.head_dims
         dims = "any" if dims is None else f"{dims[0]}, {dims[1]}" + (f", ... {dims[-1]}" if len(dims) > 2 else "")
         yes = {True: "yes", False: "no"}
-        masks = "causal" if of.causal_only else "intervals"
+        masks = "causal" if coverage.causal_only else "intervals"
         assert said[name] == [
-            of.where, masks, ", ".join(of.dtypes), dims, yes[of.log_sum_exp], "yes", yes[of.caches]
-        ]  # fmt: skip
+            coverage.where,
+            masks,
+            ", ".join(coverage.dtypes),
+            dims,
+            yes[coverage.log_sum_exp],
+            "yes",
+            yes[coverage.caches],
+        ]
 
 
 @pytest.mark.parametrize("name", COVERAGE)
-def test_exactly_the_claimed_combinations_are_taken(name) -> None:
-    of = COVERAGE[name]
+def test_exactly_the_claimed_combinations_are_supported(name) -> None:
+    coverage = COVERAGE[name]
     for dtype, d, causal, lse, cache in itertools.product(
         DTYPES, HEAD_DIMS, (True, False), (True, False), (True, False)
     ):
         q, mask = jnp.zeros((1, T, 4, d), dtype), causal_mask(1, T) if causal else intervals()
         claimed = (
-            dtype in of.dtypes
-            and (of.head_dims is None or d in of.head_dims)
-            and (causal or not of.causal_only)
-            and (of.log_sum_exp or not lse)
-            and (of.caches or not cache)
+            dtype in coverage.dtypes
+            and (coverage.head_dims is None or d in coverage.head_dims)
+            and (causal or not coverage.causal_only)
+            and (coverage.log_sum_exp or not lse)
+            and (coverage.caches or not cache)
         )
-        with on(of.where):
+        with on(coverage.where):
             if claimed:
                 assert kernels.select_attention(name, q, mask, return_lse=lse, cache=cache) == name
             else:
@@ -74,8 +80,8 @@ def test_exactly_the_claimed_combinations_are_taken(name) -> None:
                     kernels.select_attention(name, q, mask, return_lse=lse, cache=cache)
 
 
-@pytest.mark.parametrize("name", [n for n, of in COVERAGE.items() if of.where != "anywhere"])
-def test_a_platform_without_the_kernel_is_named(name) -> None:
+@pytest.mark.parametrize("name", [n for n, coverage in COVERAGE.items() if coverage.where != "anywhere"])
+def test_an_error_names_the_platform_without_the_kernel(name) -> None:
     message = rf"a {COVERAGE[name].where}.*on cpu. Use implementation='reference'"
     with on("CPU"), pytest.raises(InputError, match=message):
         kernels.select_attention(name, inputs(COVERAGE[name].dtypes[0], 64)[0], causal_mask(1, T))
@@ -83,22 +89,22 @@ def test_a_platform_without_the_kernel_is_named(name) -> None:
 
 @pytest.mark.parametrize("name", ["reference", "xla", "tpu"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_what_runs_here_is_right(name, causal) -> None:
-    """Output, log-sum-exp and gradient of each claimed dtype, against float64."""
-    of = COVERAGE[name]
-    for dtype, d in itertools.product(of.dtypes, of.head_dims or (20, 64)):
+def test_what_runs_here_is_correct(name, causal) -> None:
+    """Output, log-sum-exp and gradient of each claimed dtype agree with float64."""
+    coverage = COVERAGE[name]
+    for dtype, d in itertools.product(coverage.dtypes, coverage.head_dims or (20, 64)):
         q, k, v = inputs(dtype, d)
-        mask, by = causal_mask(1, T) if causal else intervals(), jnp.ones_like(q)
+        mask, dout = causal_mask(1, T) if causal else intervals(), jnp.ones_like(q)
         scale, sees = d**-0.5, np.asarray(mask.k_start_BT < mask.k_end_BT)[:, None]
-        want = exact.attention(q, k, v, mask.k_start_BT, mask.k_end_BT, scale, by)
+        want = exact.attention(q, k, v, mask.k_start_BT, mask.k_end_BT, scale, dout)
 
-        def run(q, k, v, mask=mask, scale=scale, of=of):
-            return kernels.attention(q, k, v, mask, scale=scale, implementation=name, return_lse=of.log_sum_exp)
+        def run(q, k, v, mask=mask, scale=scale, coverage=coverage):
+            return kernels.attention(q, k, v, mask, scale=scale, implementation=name, return_lse=coverage.log_sum_exp)
 
-        with on(of.where):
+        with on(coverage.where):
             got, pull = jax.vjp(run, q, k, v)
-            out, lse = got if of.log_sum_exp else (got, None)
-            grads = pull((by, jnp.zeros_like(lse)) if of.log_sum_exp else by)
+            out, lse = got if coverage.log_sum_exp else (got, None)
+            grads = pull((dout, jnp.zeros_like(lse)) if coverage.log_sum_exp else dout)
         tolerance = 1e-5 if dtype == "float32" else 1.2e-2
         assert exact.relative(out, want.out) < tolerance
         assert not np.asarray(out, np.float32)[~sees[:, 0]].any()
@@ -111,11 +117,11 @@ def test_what_runs_here_is_right(name, causal) -> None:
 
 
 @pytest.mark.parametrize("name", ["cudnn", "gpu", "tpu"])
-def test_what_does_not_run_here_lowers_to_its_kernel(name) -> None:
-    of = COVERAGE[name]
-    for dtype, d in itertools.product(of.dtypes, (64, 128)):
+def test_what_cannot_run_here_lowers_to_its_kernel(name) -> None:
+    coverage = COVERAGE[name]
+    for dtype, d in itertools.product(coverage.dtypes, (64, 128)):
         q, k, v = inputs(dtype, d)
-        mask = causal_mask(1, T) if of.causal_only else intervals()
+        mask = causal_mask(1, T) if coverage.causal_only else intervals()
 
         def loss(q, k, v, mask=mask, d=d):
             out = kernels.attention(q, k, v, mask, scale=d**-0.5, implementation=name)
@@ -136,8 +142,8 @@ def test_what_does_not_run_here_lowers_to_its_kernel(name) -> None:
 
 @pytest.mark.parametrize("name", ["reference", "tpu"])
 @pytest.mark.parametrize("tokens", [1, 3, T])
-def test_caches_of_both_kinds(name, tokens) -> None:
-    """Decoding, a few tokens, a chunk: contiguous and paged caches give what attention over the same keys gives."""
+def test_contiguous_and_paged_caches(name, tokens) -> None:
+    """For one token, a few, and a chunk, both caches give the result of attention over the same keys."""
     q, k, v = inputs("bfloat16", 64, heads=8)
     q, whole = q[:, :tokens], intervals()
     mask = Mask(whole.k_start_BT[:, -tokens:], whole.k_end_BT[:, -tokens:])
@@ -173,7 +179,7 @@ def test_caches_of_both_kinds(name, tokens) -> None:
         ("TPU", "bfloat16", 32, False, "reference"),
     ],
 )
-def test_auto_says_once_what_it_took_and_warns_where_that_is_slow(caplog, where, dtype, d, causal, expected) -> None:
+def test_auto_logs_its_choice_once_and_warns_if_it_is_slow(caplog, where, dtype, d, causal, expected) -> None:
     log_once.cache_clear()
     mask = causal_mask(1, T) if causal else intervals()
     with on(where), caplog.at_level(logging.INFO, "qwen_jax.kernels"):
@@ -207,27 +213,27 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_named_in_the_callers_words(what) -> None:
+def test_errors_name_the_bad_argument(what) -> None:
     change, words = BAD[what]
     q, k, v, mask, scale = change(*inputs("float32", 64), causal_mask(1, T))
     with pytest.raises(InputError, match=words):
         kernels.attention(q, k, v, mask, scale=scale)
 
 
-def test_the_command_line_offers_what_there_is() -> None:
+def test_the_command_line_offers_all_implementations() -> None:
     assert get_args(Attention) == get_args(kernels.Implementation) == ("auto", *COVERAGE)
 
 
 @pytest.mark.parametrize("where", ["TPU", "Hopper GPU"])
-def test_decoding_by_a_kernel_has_no_gradient_and_says_so(where) -> None:
+def test_a_gradient_of_a_decode_kernel_is_refused(where) -> None:
     q, k, v = inputs("bfloat16", 64)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     with on(where), pytest.raises(InputError, match="has no gradient"):
         jax.grad(lambda q: kernels.decode_attention(q, k, v, causal_mask(1, 1), scale=1.0)[0].sum())(q[:, :1])
 
 
-def test_parts_of_the_keys_are_merged() -> None:
-    """Halves of the keys, of which a row may see none, give what all keys give; a gradient too."""
+def test_merging_parts_of_the_keys_is_attention_over_all_keys() -> None:
+    """Output, log-sum-exp and gradient, where a row may see nothing of a part."""
     q, k, v = inputs("float32", 64)
     mask, half = intervals(), T // 2
     ends = mask.k_start_BT, mask.k_end_BT
@@ -247,18 +253,21 @@ def test_parts_of_the_keys_are_merged() -> None:
 
 
 @pytest.mark.parametrize("name", ["reference", "tpu"])
-def test_parts_of_the_keys_have_their_share_of_the_gradient(name) -> None:
-    """Of output and log-sum-exp over all keys; rows and keys that are no multiple of a tile."""
+def test_gradients_over_parts_of_the_keys_sum_to_the_gradient(name) -> None:
+    """Given output and log-sum-exp over all keys. Numbers of rows and keys are not multiples of a tile."""
     q, k, v = inputs("float32", 64)
     mask, half = intervals(), 24
-    ends, by = (mask.k_start_BT, mask.k_end_BT), jnp.asarray(np.random.default_rng(5).standard_normal(q.shape), q.dtype)
-    want = exact.attention(q, k, v, *ends, 0.125, by)
+    ends, dout = (
+        (mask.k_start_BT, mask.k_end_BT),
+        jnp.asarray(np.random.default_rng(5).standard_normal(q.shape), q.dtype),
+    )
+    want = exact.attention(q, k, v, *ends, 0.125, dout)
     out, lse = kernels.attention(q, k, v, mask, scale=0.125, implementation="reference", return_lse=True)
     with on(COVERAGE[name].where):
         parts = [
             kernels.attention_gradient(
                 q, k[:, at], v[:, at], Mask(*(jnp.clip(x - at.start, 0, at.stop - at.start) for x in ends)),
-                out, lse, by, scale=0.125, implementation=name,
+                out, lse, dout, scale=0.125, implementation=name,
             )
             for at in (slice(0, half), slice(half, T))
         ]  # fmt: skip
@@ -267,10 +276,10 @@ def test_parts_of_the_keys_have_their_share_of_the_gradient(name) -> None:
     for a, b in zip(got, want[2:], strict=True):
         assert exact.relative(a, b) < 1e-5
     with pytest.raises(InputError, match=r"a log-sum-exp \(1, 4, 40\); got"):
-        kernels.attention_gradient(q, k, v, mask, out, lse[:, :1], by, scale=0.125)
+        kernels.attention_gradient(q, k, v, mask, out, lse[:, :1], dout, scale=0.125)
 
 
-def test_bad_caches_are_named() -> None:
+def test_bad_caches_are_refused() -> None:
     q, k, v = inputs("float32", 64)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     with pytest.raises(InputError, match="end of 40"):
@@ -286,7 +295,7 @@ def test_bad_caches_are_named() -> None:
 
 
 def test_masks_of_windows_and_chunks() -> None:
-    """A window is the last keys of what is seen; chunks of a cache at an offset are rows of the whole mask."""
+    """A window keeps the last keys that a row sees. Chunks of a cache at an offset are rows of the whole mask."""
     whole = causal_mask(2, 12, window=5)
     start = jnp.array([0, 3], jnp.int32)
     parts = [kernels.cache_mask(start, jnp.int32(at), 4, window=5) for at in (0, 4, 8)]

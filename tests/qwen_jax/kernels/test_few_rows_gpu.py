@@ -1,4 +1,4 @@
-"""The skinny products for Hopper: what they promise without a card, and their numbers where something can run them."""
+"""Products of few rows on Hopper: tiling and lowering anywhere, numerics where an interpreter or a GPU can run them."""
 
 import contextlib
 import re
@@ -34,8 +34,8 @@ SHARDS = [
 
 
 @pytest.mark.parametrize("rows", [1, 8, 33, 64, 128])
-def test_plan_covers_the_product_and_fits_a_block(rows: int) -> None:
-    """Every row tile and part of K has one place to be computed in, and a block's memory holds its pipeline."""
+def test_tiling_covers_the_product_and_fits_in_shared_memory(rows: int) -> None:
+    """Every row tile and part of K is computed in one place, and the shared memory of a block holds its pipeline."""
     for n, k, gates in SHAPES + [s for s in SHARDS if s[0] % 8 == 0 and s[1] % 64 == 0]:
         p = choose_tiling(rows, n, k, gates)
         tiles, steps = -(-n // p.tile), -(-k // p.chunk)
@@ -43,15 +43,15 @@ def test_plan_covers_the_product_and_fits_a_block(rows: int) -> None:
         assert p.tile * gates <= 256
         assert p.blocks == min(tiles * p.splits, 132)
         assert p.splits == 1 or p.blocks == tiles * p.splits
-        assert 2 <= p.stages <= min(32, steps // p.splits)  # a barrier for each; never more loads than steps
+        assert 2 <= p.stages <= min(32, steps // p.splits)  # one barrier for each stage; never more loads than steps
         x_rows, m = -(-rows // 8) * 8, -(-rows // 64) * 64
         stage = (gates * p.tile + x_rows) * p.chunk * 2
         out = m * p.tile * (4 if gates == 1 else 2)
         assert p.stages * stage + (m - x_rows) * p.chunk * 2 + out + 2048 <= 227 * 1024, (n, k, p)
 
 
-def test_no_block_of_a_large_product_waits_for_another() -> None:
-    """In each product of 7B the longest queue is at most 10% above an even share."""
+def test_large_products_are_balanced_over_the_blocks() -> None:
+    """In each product of 7B the longest queue is at most 10% longer than an equal share."""
     for n, k, gates in [s for s in SHAPES if 3584 in s[:2]]:
         for rows in (1, 64):
             p = choose_tiling(rows, n, k, gates)
@@ -64,8 +64,8 @@ def test_no_block_of_a_large_product_waits_for_another() -> None:
     ("rows", "shape"),
     [(1, (4608, 3584)), (5, (3584, 3584)), (64, (2, 18944, 3584)), (64, (896, 4864)), (33, (1152, 448))],
 )
-def test_lowers_to_one_call_that_reads_w_where_it_lies(rows: int, shape: tuple[int, ...]) -> None:
-    """The program for CUDA is one kernel over x and w themselves: nothing of w's size is made on the way."""
+def test_lowers_to_one_kernel_without_copies_of_the_weight(rows: int, shape: tuple[int, ...]) -> None:
+    """The program for CUDA is one kernel over x and w themselves; nothing of the size of w is created."""
     f = skinny_matmul if len(shape) == 2 else skinny_swiglu
     x, w = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, shape[-1]), shape))
     text = jax.jit(f).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
@@ -86,19 +86,19 @@ def test_lowers_to_one_call_that_reads_w_where_it_lies(rows: int, shape: tuple[i
         ((1, 256), (3, 64, 256), "2, N"),
     ],
 )
-def test_refuses_what_it_cannot_run(x: tuple[int, ...], w: tuple[int, ...], why: str) -> None:
+def test_unsupported_shapes_are_refused(x: tuple[int, ...], w: tuple[int, ...], why: str) -> None:
     f = skinny_matmul if len(w) == 2 else skinny_swiglu
     with pytest.raises(InputError, match=why):
         f(jnp.ones(x, jnp.bfloat16), jnp.ones(w, jnp.bfloat16))
 
 
-def test_refuses_other_dtypes() -> None:
+def test_other_dtypes_are_refused() -> None:
     with pytest.raises(InputError, match="bfloat16"):
         skinny_matmul(jnp.ones((1, 256)), jnp.ones((64, 256), jnp.bfloat16))
 
 
 def relative_error(rows: int, shape: tuple[int, ...]) -> float:
-    """Of the kernel against float64, on fresh inputs."""
+    """Relative error of the kernel against float64, on fresh inputs."""
     numbers = np.random.default_rng()
     x = jnp.asarray(numbers.standard_normal((rows, shape[-1])), jnp.bfloat16)
     w = jnp.asarray(numbers.standard_normal(shape) * shape[-1] ** -0.5, jnp.bfloat16)
@@ -113,7 +113,7 @@ def relative_error(rows: int, shape: tuple[int, ...]) -> float:
 
 
 def limit(shape: tuple[int, ...]) -> float:
-    """float32 sums of exact products; SwiGLU's result is rounded to bfloat16 (2^-9 at most, 1.6e-3 in the mean)."""
+    """Tolerance: float32 sums of exact products; SwiGLU rounds its result to bfloat16 (1.6e-3 on average)."""
     return 2e-5 if len(shape) == 2 else 3e-3
 
 
@@ -123,7 +123,7 @@ _CAN_INTERPRET = jax.__version_info__ >= (0, 11) and jax.default_backend() == "c
 if _CAN_INTERPRET:
     from jax._src.pallas.mosaic_gpu.interpret import params as interpret_params
 
-    # (SMs, rows, shape): several tiles to a block, parts of K of unequal length, odd ends in N and K, one row.
+    # (multiprocessors, rows, shape): several tiles per block, uneven parts of K, odd ends in N and K, one row.
     @pytest.mark.parametrize(
         ("sms", "rows", "shape"),
         [
@@ -137,10 +137,10 @@ if _CAN_INTERPRET:
             (1, 64, (2, 200, 320)),
         ],
     )
-    def test_numbers_in_the_interpreter(
+    def test_numerics_in_the_interpreter(
         sms: int, rows: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Equal to float64 with memory that starts as NaN, on a machine of a few SMs."""
+        """Equal to float64 with memory that starts as NaN, on a device with few multiprocessors."""
         monkeypatch.setattr(few_rows_gpu, "MULTIPROCESSORS", sms)
         monkeypatch.setattr(few_rows_gpu, "_SPLIT_BYTES", 0)  # so that even small matrices are split
         choose_tiling.cache_clear()
@@ -157,5 +157,5 @@ if jax.default_backend() == "gpu":
     @pytest.mark.parametrize(
         "shape", [(1152, 896), (896, 4864), (2, 4864, 896), (896, 448), (1000, 192), (2, 200, 320)]
     )
-    def test_numbers_on_the_card(rows: int, shape: tuple[int, ...]) -> None:
+    def test_numerics_on_the_gpu(rows: int, shape: tuple[int, ...]) -> None:
         assert relative_error(rows, shape) < limit(shape)

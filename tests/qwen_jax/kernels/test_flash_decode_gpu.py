@@ -1,4 +1,4 @@
-"""Split-key attention on Hopper GPUs: how tiles are shared, that it lowers, and its numbers where there is a card."""
+"""Split-key decode attention on Hopper GPUs: shares and lowering anywhere, numerics where there is a GPU."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from tests.helpers import masks
 
 @settings(deadline=None, max_examples=100)
 @given(st.integers(0, 2000), st.integers(0, 2000), st.integers(1, 130))
-def test_shares_cover_every_live_tile_once(first: int, tiles: int, splits: int) -> None:
-    """Side by side from the first tile to the last, none longer than another by more than one."""
+def test_shares_cover_every_used_tile_once(first: int, tiles: int, splits: int) -> None:
+    """They are contiguous from the first tile to the last, and their lengths differ by at most one."""
     begin, count = flash_decode_gpu.share(jnp.int32(first), jnp.int32(tiles), jnp.arange(splits), splits)
     begin, count = np.asarray(begin), np.asarray(count)
     np.testing.assert_array_equal(np.concatenate([np.arange(b, b + n) for b, n in zip(begin, count, strict=True)]),
@@ -29,7 +29,7 @@ def test_shares_cover_every_live_tile_once(first: int, tiles: int, splits: int) 
 
 @settings(deadline=None, max_examples=100)
 @given(st.integers(1, 600), st.integers(1, 300_000), st.sampled_from([64, 128]), st.booleans())
-def test_splits_never_outnumber_the_tiles(rows: int, slots: int, d: int, uneven: bool) -> None:
+def test_there_are_at_most_as_many_splits_as_tiles(rows: int, slots: int, d: int, uneven: bool) -> None:
     shape = flash_decode_gpu.TILINGS[d]
     splits = flash_decode_gpu.splits_for(rows, slots, shape, uneven)
     assert 1 <= splits <= max(1, -(-slots // shape.keys))
@@ -64,7 +64,7 @@ class Case:
 
 
 def padded(numbers: np.random.Generator, B: int, T: int, S: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of unequal length with padding on the left; the last queries of each; one sequence sees nothing."""
+    """The last queries of sequences of different length with left padding; one sequence sees nothing."""
     length = numbers.integers(T, S + 1, (B, 1))
     end = np.minimum(numbers.integers(0, S, (B, 1)) + length, S)
     start = np.maximum(end - length, 0)
@@ -79,7 +79,7 @@ def one_key(numbers: np.random.Generator, B: int, T: int, S: int) -> tuple[np.nd
 
 
 def outside(numbers: np.random.Generator, B: int, T: int, S: int) -> tuple[np.ndarray, np.ndarray]:
-    """Intervals that reach beyond the cache on either side."""
+    """Intervals that extend beyond the cache on either side."""
     return np.full((B, T), -5, np.int32), np.full((B, T), S + 1000, np.int32)
 
 
@@ -114,7 +114,7 @@ CASES = (
 
 
 def shapes_of(case: Case) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
-    """The function of a case and its arguments but the scale."""
+    """The function of a case, and its arguments except the scale."""
     c = case
     q, i = jax.ShapeDtypeStruct((c.B, c.T, c.H, c.d), c.dtype), jax.ShapeDtypeStruct((c.B, c.T), jnp.int32)
     if not c.page:
@@ -125,8 +125,8 @@ def shapes_of(case: Case) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_lowers_to_one_kernel_and_a_merge_only_where_keys_are_split(case: Case) -> None:
-    """Without a card: the kernels pass Mosaic GPU's layout inference, and nothing as long as the cache is made."""
+def test_lowers_to_one_kernel_and_a_merge_if_keys_are_split(case: Case) -> None:
+    """The kernels pass the layout inference of Mosaic GPU, and nothing of the length of the cache is created."""
     f, args = shapes_of(case)
     text = jax.jit(lambda *x: f(*x, 0.1)).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     splits = flash_decode_gpu.splits_for(case.B * case.K, case.S, flash_decode_gpu.TILINGS[case.d], case.page > 0)
@@ -156,14 +156,14 @@ def test_layers_of_one_shape_share_their_kernels() -> None:
     ],
     ids=lambda x: str(x).replace(" ", "-"),
 )
-def test_refuses_what_it_cannot_do_and_says_what_it_can(case: Case, says: str) -> None:
+def test_errors_say_what_is_supported(case: Case, says: str) -> None:
     f, args = shapes_of(case)
     with pytest.raises(InputError, match=says):
         jax.eval_shape(lambda *x: f(*x, 1.0), *args)
     assert not flash_decode_gpu.supports(case.dtype, case.T, case.H, case.K, case.d, case.S, case.page)
 
 
-def test_refuses_shapes_that_do_not_fit() -> None:
+def test_shapes_that_do_not_match_are_refused() -> None:
     f, args = shapes_of(Case(2, 1, 4, 2, 64, 64))
     two_rows = jax.ShapeDtypeStruct((2, 2), jnp.int32)
     other_dtype = jax.ShapeDtypeStruct(args[2].shape, jnp.float16)
@@ -190,7 +190,7 @@ def drawn(case: Case, numbers: np.random.Generator) -> tuple[np.ndarray, ...]:
 
 
 def in_pages(case: Case, numbers: np.random.Generator, k: np.ndarray, v: np.ndarray, start: Any, end: Any) -> list[Any]:
-    """The same cache in shuffled pages, and the table, whose entries that nobody needs are out of range."""
+    """The same cache in shuffled pages, and the page table, whose unused entries are out of range."""
     c, M = case, case.S // case.page
     table = numbers.permutation(c.B * M + 3)[: c.B * M].reshape(c.B, M).astype(np.int32)
     held = []
@@ -223,7 +223,7 @@ def expected(q: Any, k: Any, v: Any, start: Any, end: Any, scale: float) -> tupl
 
 
 def errors(case: Case, got: Any, want: Any) -> tuple[float, float]:
-    """Relative error of the output and absolute one of the log-sum-exp; infinite where what must be exact is not."""
+    """Relative error of the output and absolute error of the log-sum-exp; infinite if an exact value is wrong."""
     (out, lse), (true_out, true_lse) = (tuple(np.asarray(x, np.float64) for x in y) for y in (got, want))
     empty = np.isneginf(true_lse)
     if (np.isneginf(lse) != empty).any() or out.swapaxes(1, 2)[empty].any():
@@ -243,7 +243,7 @@ def run(case: Case, seed: int | None = None) -> tuple[float, float]:
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
     if case.page:
-        # With equal shares, where the slots lie changes no bit.
+        # With equal shares, the location of the slots changes no bit.
         shape = flash_decode_gpu.TILINGS[case.d]
         splits = flash_decode_gpu.splits_for(case.B * case.K, case.S, shape, uneven=True)
         whole = [jnp.asarray(x) for x in (q, k, v, start, end)]
@@ -256,8 +256,8 @@ def run(case: Case, seed: int | None = None) -> tuple[float, float]:
 if jax.default_backend() == "gpu":
 
     @pytest.mark.parametrize("case", CASES, ids=str)
-    def test_numbers_on_the_card(case: Case) -> None:
-        """Against float64, NaN and infinity in unseen slots; the same bits again, and from pages."""
+    def test_numerics_on_the_gpu(case: Case) -> None:
+        """Against float64, with NaN and infinity in unseen slots; a second run and pages give the same bits."""
         out, lse = run(case)
         # Probabilities and the output are rounded to 8 bits, or 11.
         assert out < (4e-3 if case.dtype == jnp.bfloat16 else 1e-3)

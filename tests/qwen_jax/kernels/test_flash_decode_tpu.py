@@ -1,4 +1,4 @@
-"""Decode attention on TPUs: numbers and races in TPU interpret mode, and the real compiler for every generation."""
+"""Decode attention on TPUs: numerics and races in TPU interpret mode, and the TPU compiler for every generation."""
 
 import functools
 
@@ -22,7 +22,7 @@ def drawn(numbers, mask, B, T, S, H, K, d, dtype):
 
 
 def paged(numbers, k, v, P):
-    """The same caches in pages that lie in random order among others; and their table, with rubbish behind it."""
+    """The same caches in pages in random order among others, and their table, followed by undefined entries."""
     B, K, S, d = k.shape
     M = -(-S // P)
     places = numbers.permutation(B * M + 3)[: B * M].reshape(B, M)
@@ -51,9 +51,9 @@ def check(got, args, scale) -> None:
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize(("T", "H", "K", "d", "dtype"), [(1, 4, 2, 64, "float32"), (5, 14, 2, 128, "bfloat16")])
 @pytest.mark.parametrize("mask", MASKS, ids=lambda m: m.__name__)
-def test_numbers_of_both_kinds_of_cache(monkeypatch, mask, T, H, K, d, dtype, splits) -> None:
-    """Parity with float64, tiles of a few pages, live ranges that begin and end anywhere, either number of splits."""
-    monkeypatch.setattr(flash_decode_tpu, "tile_bytes", lambda: 1 << 18)
+def test_numerics_of_contiguous_and_paged_caches(monkeypatch, mask, T, H, K, d, dtype, splits) -> None:
+    """Parity with float64: tiles of a few pages, used ranges that begin and end anywhere, one split and two."""
+    monkeypatch.setattr(flash_decode_tpu, "cache_tile_bytes", lambda: 1 << 18)
     monkeypatch.setattr(flash_decode_tpu, "_splits", lambda _: splits)
     numbers, scale = np.random.default_rng(), d**-0.5
     args = drawn(numbers, mask, 2, T, 1000, H, K, d, dtype)
@@ -69,8 +69,8 @@ def test_numbers_of_both_kinds_of_cache(monkeypatch, mask, T, H, K, d, dtype, sp
 
 @pytest.mark.parametrize("when", ["eager", "on_wait"])
 def test_copies_of_pages_are_waited_for(monkeypatch, when) -> None:
-    """Whether a copy is done at once or as late as its wait, numbers are right; nothing reads what is being written."""
-    monkeypatch.setattr(flash_decode_tpu, "tile_bytes", lambda: 1 << 18)
+    """Results are correct whether a copy happens at once or only at its wait; nothing is read while it is written."""
+    monkeypatch.setattr(flash_decode_tpu, "cache_tile_bytes", lambda: 1 << 18)
     numbers = np.random.default_rng()
     args = drawn(numbers, window, 1, 2, 700, 2, 1, 64, jnp.float32)
     params = pltpu.InterpretParams(detect_races=True, dma_execution_mode=when, uninitialized_memory="nan")
@@ -84,7 +84,7 @@ def test_copies_of_pages_are_waited_for(monkeypatch, when) -> None:
     assert not interpret_pallas_call.races.races_found
 
 
-def test_splits_share_the_live_tiles() -> None:
+def test_splits_share_the_used_tiles() -> None:
     for first in range(4):
         for last in range(first, 9):
             live = np.array([[first, last]])
@@ -108,7 +108,7 @@ def test_compiles(chip, B, T, H, K, d) -> None:
     assert "paged_decode_attention" in run.as_text()
 
 
-def test_refuses_what_it_cannot_do() -> None:
+def test_unsupported_arguments_are_refused() -> None:
     i = jnp.ones((1, 20), jnp.int32)
     q, k = jnp.ones((1, 20, 14, 64), jnp.bfloat16), jnp.ones((1, 2, 64, 64), jnp.bfloat16)
     with pytest.raises(InputError, match="at most 128 query rows"):

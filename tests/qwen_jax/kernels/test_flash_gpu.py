@@ -1,4 +1,4 @@
-"""Attention on Hopper GPUs: which tiles it visits, that it lowers, and its numbers where there is a card."""
+"""Attention on Hopper GPUs: visited tiles and lowering anywhere, numerics where there is a GPU."""
 
 import functools
 
@@ -18,8 +18,8 @@ from tests.helpers.masks import MASKS, anything, causal, packed, window
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**32), st.sampled_from(MASKS), st.integers(1, 400), st.integers(1, 400))
-def test_visits_cover_what_is_seen_and_spare_the_mask_only_where_all_is_seen(seed, mask, T, S):
-    """For either direction: each visible pair is in a visited tile, and a tile without a mask has no invisible pair."""
+def test_visited_tiles_cover_all_visible_pairs_and_unmasked_ones_have_no_invisible_pair(seed, mask, T, S):
+    """In both directions, for key tiles of query tiles and the reverse."""
     start, end = mask(np.random.default_rng(seed), 2, T, S)
     padded = [np.asarray(pad_to_multiple(jnp.asarray(x), -1, 128)) for x in (start, end)]
     keys, rows, tiles = 128, 64, -(-S // 128)
@@ -40,7 +40,7 @@ def test_visits_cover_what_is_seen_and_spare_the_mask_only_where_all_is_seen(see
         assert (found[..., 1] <= some_.shape[2]).all()
 
 
-def test_a_causal_mask_visits_half_and_masks_the_diagonal_alone():
+def test_a_causal_mask_visits_half_of_the_tiles_and_masks_only_the_diagonal():
     start, end = causal(np.random.default_rng(0), 1, 4096, 4096)
     there = np.asarray(tile_ranges.key_tiles(jnp.asarray(start), jnp.asarray(end), 64, 128))
     assert (there[0, :, 1] - there[0, :, 0]).sum() == sum(i // 2 + 1 for i in range(64))
@@ -51,7 +51,7 @@ def test_a_causal_mask_visits_half_and_masks_the_diagonal_alone():
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**32), st.sampled_from(MASKS), st.integers(1, 400), st.integers(1, 400))
-def test_ranks_give_all_that_visit_a_tile_of_queries_turns_in_one_order(seed, mask, T, S):
+def test_visit_order_numbers_the_key_tiles_of_each_query_tile(seed, mask, T, S):
     start, end = mask(np.random.default_rng(seed), 2, T, S)
     start, end = (pad_to_multiple(jnp.asarray(x), -1, 128) for x in (start, end))
     there = tile_ranges.query_tiles(start, end, 128, 128, -(-S // 128))
@@ -65,8 +65,8 @@ def test_ranks_give_all_that_visit_a_tile_of_queries_turns_in_one_order(seed, ma
 
 
 @pytest.mark.parametrize(("H", "K", "d", "kernels"), [(28, 4, 128, 3), (14, 2, 64, 2)])
-def test_lowers_to_few_kernels_and_no_square_array(H: int, K: int, d: int, kernels: int) -> None:
-    """Forward, and one or two for the gradient, over q, k and v where they lie."""
+def test_lowers_to_few_kernels_without_a_square_array(H: int, K: int, d: int, kernels: int) -> None:
+    """One kernel for the forward pass, and one or two for the gradient."""
     q, k = (jax.ShapeDtypeStruct((2, 1000, n, d), jnp.bfloat16) for n in (H, K))
     i = jax.ShapeDtypeStruct((2, 1000), jnp.int32)
 
@@ -81,7 +81,7 @@ def test_lowers_to_few_kernels_and_no_square_array(H: int, K: int, d: int, kerne
 
 
 @pytest.mark.parametrize(("d", "kernels"), [(128, 2), (64, 1)])
-def test_the_gradient_of_a_part_is_the_kernels_of_the_gradient(d: int, kernels: int) -> None:
+def test_the_gradient_over_a_part_uses_the_kernels_of_the_gradient(d: int, kernels: int) -> None:
     q, k = (jax.ShapeDtypeStruct((1, n, 2, d), jnp.bfloat16) for n in (200, 136))
     i, lse = jax.ShapeDtypeStruct((1, 200), jnp.int32), jax.ShapeDtypeStruct((1, 2, 200), jnp.float32)
     run = jax.jit(functools.partial(flash_gpu.gradient, scale=0.1))
@@ -90,7 +90,7 @@ def test_the_gradient_of_a_part_is_the_kernels_of_the_gradient(d: int, kernels: 
     assert [x.shape for x in jax.eval_shape(run, q, k, k, i, i, q, lse, q)] == [q.shape, k.shape, k.shape]
 
 
-def test_a_cache_is_read_as_it_lies_and_has_no_gradient() -> None:
+def test_a_head_major_cache_is_not_transposed_and_has_no_gradient() -> None:
     """A chunk of queries over a longer cache [B, K, S, d]: one kernel and no transpose; a gradient is refused."""
     q, cache = (
         jax.ShapeDtypeStruct((2, 256, 14, 64), jnp.bfloat16),
@@ -117,7 +117,7 @@ def test_layers_of_one_shape_share_a_kernel() -> None:
     assert text.count("mosaic_gpu_v2") == 1
 
 
-def test_refuses_what_it_cannot_do() -> None:
+def test_unsupported_arguments_are_refused() -> None:
     q, i = jnp.ones((1, 64, 2, 32), jnp.bfloat16), jnp.ones((1, 64), jnp.int32)
     with pytest.raises(InputError, match="head_dim 64 or 128"):
         flash_gpu.attention(q, q, q, i, i, 1.0)
@@ -144,25 +144,25 @@ CASES = (
 def drawn(case):
     mask, B, T, S, H, K, d = case
     numbers = np.random.default_rng()
-    q, k, v, by = (
+    q, k, v, dout = (
         jnp.asarray(numbers.standard_normal(shape), jnp.bfloat16)
         for shape in ((B, T, H, d), (B, S, K, d), (B, S, K, d), (B, T, H, d))
     )
     start, end = mask(numbers, B, T, S)
-    # What comes back through a row without keys may be no number (a guard's zero over zero); it must go no further.
-    by_lse = jnp.asarray(np.where((start < end)[:, None], numbers.standard_normal((B, H, T)), np.nan), jnp.float32)
-    return q, k, v, jnp.asarray(start), jnp.asarray(end), by, by_lse
+    # The gradient of a row without keys may be NaN (a guard that divides zero by zero). It must not spread.
+    dlse = jnp.asarray(np.where((start < end)[:, None], numbers.standard_normal((B, H, T)), np.nan), jnp.float32)
+    return q, k, v, jnp.asarray(start), jnp.asarray(end), dout, dlse
 
 
 @functools.partial(jax.jit, static_argnames="scale")
-def run(q, k, v, start, end, by, by_lse, scale):
+def run(q, k, v, start, end, dout, dlse, scale):
     """Output, log-sum-exp and gradients."""
     (out, lse), pull = jax.vjp(lambda q, k, v: flash_gpu.attention(q, k, v, start, end, scale), q, k, v)
-    return out, lse, *pull((by, by_lse))
+    return out, lse, *pull((dout, dlse))
 
 
 def errors(got, want) -> dict[str, float]:
-    """Relative ones of output and gradients, absolute of the log-sum-exp."""
+    """Relative errors of output and gradients, absolute error of the log-sum-exp."""
     names = ("out", "lse", "dq", "dk", "dv")
     found = {n: exact.relative(g, w) for n, g, w in zip(names, got, want, strict=True) if n != "lse"}
     unseen = np.isneginf(want.lse)
@@ -171,7 +171,7 @@ def errors(got, want) -> dict[str, float]:
 
 
 def check(case) -> dict[str, float]:
-    """Errors against float64; and nothing where a row sees nothing."""
+    """Errors against float64. Also checks that rows that see nothing are zero."""
     args = drawn(case)
     scale = args[0].shape[-1] ** -0.5
     got = jax.device_get(run(*args, scale=scale))
@@ -182,25 +182,25 @@ def check(case) -> dict[str, float]:
 if jax.default_backend() == "gpu":
 
     @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(getattr(x, "__name__", x)) for x in c))
-    def test_numbers_on_the_card(case) -> None:
-        """bfloat16 products of float32 sums: rounding of the result, of probabilities and of their gradients."""
+    def test_numerics_on_the_gpu(case) -> None:
+        """Errors come from rounding the result, the probabilities and their gradients to bfloat16."""
         found = check(case)
         assert found.pop("lse") < 1e-3
         assert max(found.values()) < 1e-2, found
 
     @settings(deadline=None, max_examples=40)
     @given(st.sampled_from(MASKS), st.sampled_from([(300, 500), (257, 129), (640, 640)]), st.sampled_from([64, 128]))
-    def test_any_intervals_on_the_card(mask, lengths, d) -> None:
+    def test_any_intervals_on_the_gpu(mask, lengths, d) -> None:
         found = check((mask, 1, *lengths, 4, 2, d))
         assert found.pop("lse") < 1e-3
         assert max(found.values()) < 1e-2, found
 
     @pytest.mark.parametrize(("T", "H", "K", "d"), [(2048, 4, 2, 128), (2048, 4, 1, 64), (1000, 7, 1, 128)])
-    def test_errors_are_no_larger_than_those_of_cudnn(T, H, K, d) -> None:
-        """Against float64, of the same inputs, causal; within the scatter of one rounding more or less."""
+    def test_errors_are_at_most_those_of_cudnn(T, H, K, d) -> None:
+        """Against float64 with the same inputs, causal, up to the scatter of single roundings."""
         args = drawn((causal, 1, T, T, H, K, d))
         scale = d**-0.5
-        by = args[5]
+        dout = args[5]
 
         @jax.jit
         def theirs(q, k, v):
@@ -208,10 +208,10 @@ if jax.default_backend() == "gpu":
                 return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
 
             out, pull = jax.vjp(f, q, k, v)
-            return out, *pull(by)
+            return out, *pull(dout)
 
         none = jnp.zeros_like(args[6])
-        want = exact.attention(*args[:5], scale, by, none)
+        want = exact.attention(*args[:5], scale, dout, none)
         ours = errors(jax.device_get(run(*args[:6], none, scale=scale)), want)
         out, *grads = jax.device_get(theirs(*args[:3]))
         cudnn = {"out": exact.relative(out, want.out)}
@@ -219,8 +219,8 @@ if jax.default_backend() == "gpu":
         assert all(ours[n] <= 1.02 * cudnn[n] for n in cudnn), (ours, cudnn)
 
     @pytest.mark.parametrize("d", [64, 128])
-    def test_other_documents_are_not_there_to_the_last_bit(d) -> None:
-        """Changing one document changes no bit of its neighbours' outputs and gradients; runs repeat exactly."""
+    def test_other_documents_change_no_bit(d) -> None:
+        """Changing one document changes no bit of outputs and gradients of the others; a second run is identical."""
         T, cut = 512, 200
         numbers = np.random.default_rng()
         q, k, v = (jnp.asarray(numbers.standard_normal((1, T, n, d)), jnp.bfloat16) for n in (4, 2, 2))
@@ -240,22 +240,22 @@ if jax.default_backend() == "gpu":
             assert (np.asarray(a[:, :cut], np.float32) != np.asarray(b[:, :cut], np.float32)).any()
 
     @pytest.mark.parametrize("d", [64, 128])
-    def test_parts_of_the_keys_have_their_share_of_the_gradient(d) -> None:
-        """Of output and log-sum-exp over all keys."""
-        q, k, v, start, end, by, _ = drawn((window, 1, 500, 400, 4, 2, d))
-        want = exact.attention(q, k, v, start, end, 0.1, by)
+    def test_gradients_over_parts_of_the_keys_sum_to_the_gradient(d) -> None:
+        """Given output and log-sum-exp over all keys."""
+        q, k, v, start, end, dout, _ = drawn((window, 1, 500, 400, 4, 2, d))
+        want = exact.attention(q, k, v, start, end, 0.1, dout)
         out, lse = flash_gpu.attention(q, k, v, start, end, 0.1)
         parts = []
         for at in (slice(0, 136), slice(136, 400)):
             ends = (jnp.clip(x - at.start, 0, at.stop - at.start) for x in (start, end))
-            parts.append(flash_gpu.gradient(q, k[:, at], v[:, at], *ends, out, lse, by, 0.1))
+            parts.append(flash_gpu.gradient(q, k[:, at], v[:, at], *ends, out, lse, dout, 0.1))
         (dq, dk, dv), (dq_more, dk_more, dv_more) = jax.device_get(parts)
         got = dq.astype(np.float32) + dq_more, np.concatenate([dk, dk_more], 1), np.concatenate([dv, dv_more], 1)
         assert max(exact.relative(g, w) for g, w in zip(got, want[2:], strict=True)) < 1e-2
 
     @pytest.mark.parametrize("d", [64, 128])
-    def test_a_cache_laid_out_head_by_head_gives_the_same_bits(d) -> None:
-        """A chunk at an offset; what lies in slots that no row sees does not matter while it is finite."""
+    def test_a_head_major_cache_gives_the_same_bits(d) -> None:
+        """A chunk at an offset. Slots that no row sees have no effect while they are finite."""
         numbers = np.random.default_rng()
         written, S = 700, 1024
         q, k, v = (

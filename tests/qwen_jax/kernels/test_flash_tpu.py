@@ -1,4 +1,4 @@
-"""Attention on TPUs: numbers in TPU interpret mode, and the real compiler for every generation."""
+"""Attention on TPUs: numerics in TPU interpret mode, and the TPU compiler for every generation."""
 
 import dataclasses
 import functools
@@ -22,38 +22,38 @@ WIDE = dataclasses.replace(SMALL, queries=1024, lanes=256, segment=512, backward
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "tiles"))
-def run(q, k, v, start, end, by, by_lse, scale, tiles):
+def run(q, k, v, start, end, dout, dlse, scale, tiles):
     """Output, log-sum-exp and gradients of rows that see something."""
 
     def f(q, k, v):
         return flash_tpu.attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), start, end, scale, tiles)
 
     (out, lse), pull = jax.vjp(f, q, k, v)
-    return out, lse, *pull((by, by_lse))
+    return out, lse, *pull((dout, dlse))
 
 
 def interpreted(*args, **kwargs):
-    """In the interpreter whose memory holds NaN until it is written, and where reads out of bounds raise."""
+    """Runs in the interpreter, where memory holds NaN until it is written and reads out of bounds raise."""
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
         return jax.device_get(run(*args, **kwargs))
 
 
 def drawn(numbers, mask, B, T, S, H, K, d, dtype):
-    q, k, v, by = (
+    q, k, v, dout = (
         jnp.asarray(numbers.standard_normal(shape), dtype)
         for shape in ((B, T, H, d), (B, S, K, d), (B, S, K, d), (B, T, H, d))
     )
     start, end = mask(numbers, B, T, S)
-    # What comes back through a row without keys may be no number (a guard's zero over zero); it must go no further.
-    by_lse = jnp.asarray(np.where((start < end)[:, None], numbers.standard_normal((B, H, T)), np.nan), jnp.float32)
-    return q, k, v, jnp.asarray(start), jnp.asarray(end), by, by_lse
+    # The gradient of a row without keys may be NaN (a guard that divides zero by zero). It must not spread.
+    dlse = jnp.asarray(np.where((start < end)[:, None], numbers.standard_normal((B, H, T)), np.nan), jnp.float32)
+    return q, k, v, jnp.asarray(start), jnp.asarray(end), dout, dlse
 
 
 def check(args, tiles) -> dict[str, float]:
-    q, k, v, start, end, by, by_lse = args
+    q, k, v, start, end, dout, dlse = args
     scale = q.shape[-1] ** -0.5
     got = interpreted(*args, scale=scale, tiles=tiles)
-    want = exact.attention(q, k, v, start, end, scale, by, jnp.nan_to_num(by_lse))
+    want = exact.attention(q, k, v, start, end, scale, dout, jnp.nan_to_num(dlse))
     empty = ~np.asarray(start < end)
     assert not np.asarray(got[0], np.float32)[empty].any()
     unseen = np.broadcast_to(empty[:, None], got[1].shape)
@@ -66,7 +66,7 @@ def check(args, tiles) -> dict[str, float]:
 @settings(deadline=None, max_examples=8)
 @given(st.integers(0, 2**32), st.sampled_from(MASKS))
 def test_any_intervals(seed, mask):
-    """Parity with float64 in float32, over several segments: output, log-sum-exp and all three gradients."""
+    """Float32 parity with float64 over several segments: output, log-sum-exp and all three gradients."""
     errors = check(drawn(np.random.default_rng(seed), mask, 1, 300, 400, 2, 1, 64, jnp.float32), SMALL)
     assert max(errors.values()) < 5e-6, errors
 
@@ -83,31 +83,31 @@ CASES = (
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(getattr(x, "__name__", x)) for x in c[:-1]))
 def test_bfloat16(case) -> None:
-    """Rounding of the result, of probabilities and of their gradients, and no more."""
+    """Errors come only from rounding the result, the probabilities and their gradients."""
     mask, *shape, tiles = case
     errors = check(drawn(np.random.default_rng(), mask, *shape, jnp.bfloat16), tiles)
     assert errors.pop("lse") < 1e-4
     assert max(errors.values()) < 6e-3, errors
 
 
-def test_other_documents_are_not_there_to_the_last_bit() -> None:
-    """Changing one document changes no bit of its neighbours' outputs and gradients."""
+def test_other_documents_change_no_bit() -> None:
+    """Changing one document changes no bit of outputs and gradients of the others."""
     T, cut = 512, 200
     numbers = np.random.default_rng()
-    q, k, v, _, _, by, _ = drawn(numbers, causal, 1, T, T, 2, 1, 64, jnp.bfloat16)
+    q, k, v, _, _, dout, _ = drawn(numbers, causal, 1, T, T, 2, 1, 64, jnp.bfloat16)
     place = np.arange(T)
     start, end = (jnp.asarray(x[None], jnp.int32) for x in (np.where(place < cut, 0, cut), place + 1))
     none = jnp.zeros((1, 2, T))
-    first = interpreted(q, k, v, start, end, by, none, scale=0.1, tiles=SMALL)
+    first = interpreted(q, k, v, start, end, dout, none, scale=0.1, tiles=SMALL)
     changed = [x.at[:, :cut].multiply(-3) for x in (q, k, v)]
-    second = interpreted(*changed, start, end, by, none, scale=0.1, tiles=SMALL)
+    second = interpreted(*changed, start, end, dout, none, scale=0.1, tiles=SMALL)
     for a, b, axis in zip(first, second, (1, 2, 1, 1, 1), strict=True):
         a, b = (np.moveaxis(np.asarray(x, np.float32), axis, 0) for x in (a, b))
         np.testing.assert_array_equal(a[cut:], b[cut:])
         assert (a[:cut] != b[:cut]).any()
 
 
-def test_tiles_do_not_change_the_result_beyond_rounding() -> None:
+def test_tile_sizes_change_the_result_only_by_rounding() -> None:
     args = drawn(np.random.default_rng(), packed, 1, 700, 700, 2, 1, 64, jnp.float32)
     one, other = (interpreted(*args, scale=0.125, tiles=tiles) for tiles in (SMALL, WIDE))
     for a, b in zip(one, other, strict=True):
@@ -120,7 +120,7 @@ def test_tiles_do_not_change_the_result_beyond_rounding() -> None:
     st.sampled_from([(16, 128), (64, 128), (64, 256), (128, 128), (128, 256)]),
     st.sampled_from([(64, "bfloat16"), (128, "bfloat16"), (128, "float32")]),
 )
-def test_blocks_fit_and_fill_up_little(T, core, kind) -> None:
+def test_tilings_fit_and_need_little_padding(T, core, kind) -> None:
     (vmem, lanes), (d, dtype) = core, kind
     found = flash_tpu_tiles.choose_tiling(T, T, d, dtype, (vmem << 20, lanes))
     assert found.queries % (2 * lanes) == 0
@@ -138,7 +138,7 @@ def test_blocks_fit_and_fill_up_little(T, core, kind) -> None:
     ("d", "dtype", "T"), [(128, "bfloat16", 32768), (64, "bfloat16", 4096), (128, "float32", 32768)]
 )
 def test_compiles_within_its_vmem(chip, d, dtype, T, record_property) -> None:
-    """Forward and backward by the real compiler, which refuses what takes more VMEM than our count of it."""
+    """Forward and backward compile; the compiler refuses a kernel that needs more VMEM than we count."""
     used = {}
 
     def f(q, k, v, start, end):
@@ -163,7 +163,7 @@ def test_compiles_within_its_vmem(chip, d, dtype, T, record_property) -> None:
         record_property(f"VMEM bytes, {chip}, {name}", size)
 
 
-def test_refuses_what_it_cannot_do() -> None:
+def test_unsupported_arguments_are_refused() -> None:
     q, k, i = (
         jnp.ones((1, 64, 2, 32), jnp.bfloat16),
         jnp.ones((1, 2, 64, 32), jnp.bfloat16),

@@ -1,4 +1,4 @@
-"""Grouped products: what they promise whichever implementation runs, and which one that is."""
+"""Grouped products: what every implementation guarantees, and which one is selected."""
 
 import logging
 from typing import Any
@@ -25,29 +25,29 @@ SIZES = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_values_and_gradients_are_those_of_a_loop_over_groups(name: str) -> None:
-    """Of float64, within float32 rounding. Rows of no group are NaN, and leave no trace; their results are zeros."""
+def test_values_and_gradients_equal_a_loop_over_groups(name: str) -> None:
+    """In float64, up to float32 rounding. Rows of no group hold NaN and have no effect; their results are zero."""
     M, sizes = SIZES[name]
     rng = np.random.default_rng()
     N, K, used = 24, 40, sum(sizes)
-    x, by = rng.normal(size=(M, K)), rng.normal(size=(M, N))
+    x, dout = rng.normal(size=(M, K)), rng.normal(size=(M, N))
     w = rng.normal(size=(len(sizes), N, K))
-    x[used:] = by[used:] = np.nan
+    x[used:] = dout[used:] = np.nan
     want, dx, dw, first = np.zeros((M, N)), np.zeros((M, K)), np.zeros_like(w), 0
     for g, size in enumerate(sizes):
         rows = slice(first, first + size)
-        want[rows], dx[rows], dw[g] = x[rows] @ w[g].T, by[rows] @ w[g], by[rows].T @ x[rows]
+        want[rows], dx[rows], dw[g] = x[rows] @ w[g].T, dout[rows] @ w[g], dout[rows].T @ x[rows]
         first += size
 
     f32 = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
     run = lambda x, w: grouped_matmul(x, w, jnp.array(sizes, jnp.int32), implementation="tiles")  # noqa: E731
     got, pull = jax.vjp(jax.jit(run), f32(x), f32(w))
-    for mine, wanted in zip((got, *pull(f32(by))), (want, dx, dw), strict=True):
+    for mine, wanted in zip((got, *pull(f32(dout))), (want, dx, dw), strict=True):
         np.testing.assert_allclose(mine, wanted, atol=1e-5 * max(np.abs(wanted).max(), 1))
 
 
-def test_a_gradient_by_matrices_is_summed_in_float32() -> None:
-    """Of very many equal bfloat16 rows the sum would stop growing in bfloat16."""
+def test_the_gradient_of_the_matrices_is_summed_in_float32() -> None:
+    """In bfloat16 the sum of very many equal rows would stop growing."""
     x, w = jnp.ones((2048, 8), jnp.bfloat16), jnp.ones((1, 8, 8), jnp.bfloat16)
     _, pull = jax.vjp(lambda w: grouped_matmul(x, w, jnp.array([2048], jnp.int32)), w)
     assert (pull(jnp.ones((2048, 8), jnp.bfloat16))[0] == 2048).all()
@@ -86,7 +86,7 @@ def test_dtypes_that_do_not_match_are_refused() -> None:
         ("TPU", "bfloat16", (256, 64), "tiles"),
     ],
 )
-def test_auto_takes_what_can_and_warns_of_what_is_slow(
+def test_auto_selects_what_can_run_and_warns_if_it_is_slow(
     where: str, dtype: str, sizes: tuple[int, int], chosen: str, caplog: Any
 ) -> None:
     log_once.cache_clear()
@@ -99,7 +99,7 @@ def test_auto_takes_what_can_and_warns_of_what_is_slow(
     assert ("slow here" in record.message) == slow
 
 
-def test_what_cannot_is_refused_by_name() -> None:
+def test_what_cannot_run_is_refused_with_its_needs() -> None:
     with pytest.raises(
         InputError, match=r"by gpu needs a Hopper GPU; got matrices .* on cpu\. Use implementation='tiles'"
     ):

@@ -1,4 +1,4 @@
-"""Grouped products on Hopper: how tiles are dealt out, that they lower, and numbers where something can run them."""
+"""Grouped products on Hopper: tiles and lowering anywhere, numerics where an interpreter or a GPU can run them."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ _ON_HOPPER = jax.default_backend() == "gpu" and jax.local_devices()[0].compute_c
 
 @st.composite
 def routings(draw):
-    """Sizes of groups, and how many rows there may be."""
+    """Sizes of groups, and the length of the array of rows."""
     sizes = draw(st.lists(st.one_of(st.just(0), st.just(1), st.integers(0, 9), st.integers(0, 700)), min_size=1))
     rows = max(1, sum(sizes) + draw(st.sampled_from([0, 0, 1, 7, 300])))
     return np.array(sizes, np.int32), rows
@@ -28,8 +28,8 @@ def routings(draw):
 
 @settings(deadline=None, max_examples=40)
 @given(routings(), st.sampled_from([1, 2, 3]))
-def test_row_tiles_hold_every_row_of_every_group_once(routing, warpgroups):
-    """And no tile mixes groups, is empty, begins off an eight, is longer than its warpgroups, or is one too many."""
+def test_row_tiles_contain_every_row_of_every_group_once(routing, warpgroups):
+    """No tile mixes groups, is empty, begins off a multiple of 8, is longer than its warpgroups, or is unnecessary."""
     sizes, rows = routing
     table, counts = map(np.asarray, jax.jit(row_tiles, static_argnums=(1, 2))(sizes, rows, warpgroups))
     count, total = counts
@@ -43,7 +43,7 @@ def test_row_tiles_hold_every_row_of_every_group_once(routing, warpgroups):
         assert (held[first:end] == -1).all()
         held[first:end] = group
     np.testing.assert_array_equal(held, np.concatenate([np.repeat(np.arange(len(sizes)), sizes), [-1] * rows])[:rows])
-    # Not more than a group by itself would need.
+    # There are no more tiles than the groups need one by one.
     ends = np.cumsum(sizes)
     starts = (ends - sizes) // 8 * 8
     assert count == sum(-(-(e - s) // (64 * warpgroups)) for s, e, n in zip(starts, ends, sizes, strict=True) if n)
@@ -71,7 +71,7 @@ def test_every_tile_has_one_place_and_neighbours_share_a_column(rows, columns):
 
 
 @pytest.mark.parametrize(("N", "K"), [(5120, 3584), (64, 64), (1408, 2048), (192, 320)])
-def test_lowers_to_one_kernel_each_over_matrices_where_they_lie(N: int, K: int) -> None:
+def test_lowers_to_one_kernel_each_without_copies_of_the_matrices(N: int, K: int) -> None:
     G, M = 60, 1000
     x, dy, w = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((M, K), (M, N), (G, N, K)))
     sizes = jax.ShapeDtypeStruct((G,), jnp.int32)
@@ -90,21 +90,21 @@ def test_lowers_to_one_kernel_each_over_matrices_where_they_lie(N: int, K: int) 
         assert N < 128 or "stablehlo.pad" not in text
 
 
-@pytest.mark.parametrize("again", [True, False])
-def test_lowers_in_a_scan_that_is_differentiated(again: bool) -> None:
-    """As in training: a loop over layers, recomputed or not."""
+@pytest.mark.parametrize("rematerialise", [True, False])
+def test_lowers_in_a_scan_that_is_differentiated(rematerialise: bool) -> None:
+    """As in training: a loop over layers, with recomputation or without."""
 
     def loss(w_LGNN: jax.Array, x: jax.Array, sizes: jax.Array) -> jax.Array:
         def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
             return jnp.tanh(grouped._grouped("gpu", 64, True, x, w, sizes)), None
 
-        return jax.lax.scan(jax.checkpoint(layer) if again else layer, x, w_LGNN)[0].astype(jnp.float32).sum()
+        return jax.lax.scan(jax.checkpoint(layer) if rematerialise else layer, x, w_LGNN)[0].astype(jnp.float32).sum()
 
     x, w = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((64, 128), (3, 4, 128, 128)))
     sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
     text = jax.jit(jax.grad(loss)).trace(w, x, sizes).lower(lowering_platforms=("cuda",)).as_text()
-    # The product, once more if recomputed, and its gradients by x and by w.
-    assert text.count("mosaic_gpu_v2") == 3 + again
+    # The product, once more if recomputed, and its gradients with respect to x and w.
+    assert text.count("mosaic_gpu_v2") == 3 + rematerialise
 
 
 def test_supports_multiples_of_64_in_bfloat16() -> None:
@@ -123,12 +123,12 @@ def test_supports_multiples_of_64_in_bfloat16() -> None:
         ((8, 96), (2, 64, 96), (2,), False, "multiples of 64.*\\[64, 96\\]"),
     ],
 )
-def test_refuses_shapes_that_it_cannot_do(x, w, sizes, transposed, why) -> None:
+def test_unsupported_shapes_are_refused(x, w, sizes, transposed, why) -> None:
     with pytest.raises(InputError, match=why):
         product(jnp.ones(x, jnp.bfloat16), jnp.ones(w, jnp.bfloat16), jnp.ones(sizes, jnp.int32), transposed=transposed)
 
 
-def test_refuses_dtypes_that_it_cannot_do() -> None:
+def test_unsupported_dtypes_are_refused() -> None:
     rows, sizes = jnp.ones((8, 64), jnp.bfloat16), jnp.ones((1,), jnp.int32)
     with pytest.raises(InputError, match="bfloat16 and float32"):
         product(rows, jnp.ones((1, 64, 64)), sizes)
@@ -140,7 +140,7 @@ def test_refuses_dtypes_that_it_cannot_do() -> None:
         weights_gradient(rows, rows[:4], sizes, dtype=jnp.float32)
 
 
-# Numbers, in the interpreter or on a card.
+# Numerics, in the interpreter or on a GPU.
 
 
 def zipf(numbers: np.random.Generator, G: int, rows: int) -> np.ndarray:
@@ -149,9 +149,9 @@ def zipf(numbers: np.random.Generator, G: int, rows: int) -> np.ndarray:
 
 
 def errors(sizes: np.ndarray, rows: int, N: int, K: int) -> dict[str, float]:
-    """Of each result against float64, in units of what rounding to bfloat16 costs; of a float32 one as it is.
+    """Errors against float64: relative for float32 results, otherwise in units of the error of rounding to bfloat16.
 
-    Rows beyond the groups hold NaN. Results must be equal in two runs, and zero where there is no group.
+    Rows beyond the groups hold NaN. Repeated runs must give the same bits, and rows without a group must be zero.
     """
     numbers, total, G = np.random.default_rng(), int(np.sum(sizes)), len(sizes)
 
@@ -190,7 +190,7 @@ def errors(sizes: np.ndarray, rows: int, N: int, K: int) -> dict[str, float]:
 
 
 def check(sizes, rows: int, N: int, K: int) -> None:
-    """Sums in float32, which on tensor cores round down: 2e-5. A bfloat16 result is that rounded once."""
+    """Float32 sums on tensor cores round down: 2e-5. A bfloat16 result is rounded once."""
     for name, error in errors(np.asarray(sizes), rows, N, K).items():
         assert error < (2e-5 if name == "gradient" else 1.02), (name, error)
 
@@ -200,7 +200,7 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
     from jax._src.pallas.mosaic_gpu.interpret import params as interpret_params
 
     def store_one_by_one(ref, rows, own) -> None:
-        """What `store_rows` does, for the interpreter, which can't run it."""
+        """`store_rows` for the interpreter, which cannot run it."""
         for r in range(rows.shape[0]):
 
             def store(r: int = r) -> None:
@@ -214,7 +214,7 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
         taken_smem[turn % 2] = n
         return n
 
-    # (blocks, sizes, rows, N, K): empty groups, single rows, ends anywhere, odd parts of a tile, small matrices.
+    # (blocks, sizes, rows, N, K): empty groups, single rows, ends anywhere, parts of a tile, small matrices.
     @pytest.mark.slow
     @pytest.mark.parametrize(
         ("blocks", "sizes", "rows", "N", "K"),
@@ -226,8 +226,8 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
             (4, [300], 300, 320, 128),
         ],
     )
-    def test_numbers_and_races_in_the_interpreter(blocks, sizes, rows, N, K, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Equal to float64 with memory that starts as NaN, and no unordered accesses, on a machine of a few SMs."""
+    def test_numerics_and_races_in_the_interpreter(blocks, sizes, rows, N, K, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Equal to float64 with memory that starts as NaN, without races, on a device with few multiprocessors."""
         monkeypatch.setattr(grouped_gpu, "MULTIPROCESSORS", blocks)
         monkeypatch.setattr(grouped_gpu_blocks, "store_rows", store_one_by_one)
         monkeypatch.setattr(grouped_gpu_schedule, "_claim", claim_in_order)
@@ -260,12 +260,12 @@ if _ON_HOPPER:
 
     @pytest.mark.parametrize("routing", _ROUTINGS)
     @pytest.mark.parametrize(("N", "K"), [(512, 768), (192, 320), (64, 64), (1408, 2048)])
-    def test_numbers_on_the_card(routing: str, N: int, K: int) -> None:
+    def test_numerics_on_the_gpu(routing: str, N: int, K: int) -> None:
         check(*_ROUTINGS[routing], N, K)
 
     @pytest.mark.parametrize("known", [False, True])
     def test_kernels_that_share_a_counter_leave_it_at_zero(known: bool) -> None:
-        """Products of one program with the same sizes, which XLA may give one operand; known when compiling, or not."""
+        """Products of one program with the same sizes, for which XLA may use one operand; constant and traced sizes."""
         sizes = jnp.asarray(zipf(_RNG, 16, 3000), jnp.int32)
         x, w = (
             jnp.asarray(_RNG.standard_normal(s, np.float32) / 16, jnp.bfloat16) for s in ((3000, 256), (16, 256, 256))
@@ -284,5 +284,5 @@ if _ON_HOPPER:
 
     @settings(deadline=None, max_examples=10)
     @given(routings(), st.integers(1, 6), st.integers(1, 6))
-    def test_any_routing_on_the_card(routing, n, k) -> None:
+    def test_any_routing_on_the_gpu(routing, n, k) -> None:
         check(*routing, 64 * n, 64 * k)

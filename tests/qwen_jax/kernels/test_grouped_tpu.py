@@ -1,4 +1,4 @@
-"""Grouped products on TPUs: numbers in TPU interpret mode, and the real compiler for every generation."""
+"""Grouped products on TPUs: numerics in TPU interpret mode, and the TPU compiler for every generation."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ from qwen_jax.kernels.matmul import grouped_tpu
 from tests.helpers.tpu_compiler import TOPOLOGIES, compile_for, needs_libtpu
 
 M, N, K = 300, 384, 256
-# Several tiles of rows, of columns and of the gradient; the last ones are not full.
+# Several row tiles, column tiles and tiles of the gradient; the last ones are not full.
 SMALL = {
     "product_tiling": lambda inner, columns, *_: grouped_tpu.Tiling(64, 32, 256, inner, 1, 0),
     "gradient_tiling": lambda outputs, inputs, *_: grouped_tpu.Tiling(64, 32, 256, 128, 1, 0),
@@ -26,7 +26,7 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def forget():
-    """Tiles are read when a function is traced."""
+    """Small tiles. They are chosen when a function is traced, so the caches are cleared."""
     jax.clear_caches()
 
 
@@ -38,7 +38,7 @@ def small(monkeypatch):
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def run(x, dy, w, sizes, dtype=jnp.bfloat16):
-    """Product, gradient of its input, and of the weights."""
+    """The product, and its gradients with respect to the rows and the weights."""
     return (
         grouped_tpu.product(x, w, sizes),
         grouped_tpu.product(dy, w, sizes, transposed=True),
@@ -47,13 +47,13 @@ def run(x, dy, w, sizes, dtype=jnp.bfloat16):
 
 
 def interpreted(*args, **kwargs):
-    """In the interpreter whose memory holds NaN until it is written, and where reads out of bounds raise."""
+    """Runs in the interpreter, where memory holds NaN until it is written and reads out of bounds raise."""
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
         return [np.asarray(a, np.float32) for a in jax.device_get(run(*args, **kwargs))]
 
 
 def drawn(sizes, rows=M, outputs=N, inputs=K):
-    """Rows, their gradients, weights and sizes; rows of no group are not numbers."""
+    """Rows, gradients of the product, weights and sizes; rows of no group are NaN."""
     numbers, used = np.random.default_rng(), sum(sizes)
     x, dy, w = (
         jnp.asarray(numbers.standard_normal(shape), jnp.bfloat16)
@@ -63,7 +63,7 @@ def drawn(sizes, rows=M, outputs=N, inputs=K):
 
 
 def wanted(x, dy, w, sizes):
-    """The same, group by group in float32."""
+    """The same results, computed group by group in float32."""
     x, dy, w = (np.asarray(a, np.float32) for a in (x, dy, w))
     y, dx, dw = np.zeros_like(dy), np.zeros_like(x), np.zeros_like(w)
     begin = 0
@@ -75,7 +75,7 @@ def wanted(x, dy, w, sizes):
 
 
 def check(args, dtype=jnp.bfloat16) -> None:
-    """Rounding to bfloat16 is 2^-9 of a number; sums in float32 differ by some 1e-6 of their terms."""
+    """Rounding to bfloat16 is 2^-9 of a number; float32 sums differ by about 1e-6 of their terms."""
     for got, want, exact in zip(
         interpreted(*args, dtype=dtype), wanted(*args), (0, 0, dtype == jnp.float32), strict=True
     ):
@@ -96,7 +96,7 @@ SIZES = {
 
 
 def test_routings(small) -> None:
-    """Parity with float32, whatever the groups; rows of no group are zero, and so are gradients of empty groups."""
+    """Parity with float32 for all groups; rows of no group are zero, and so are gradients of empty groups."""
     for sizes in SIZES.values():
         check(drawn(sizes))
     numbers = np.random.default_rng()
@@ -104,8 +104,8 @@ def test_routings(small) -> None:
         check(drawn(list(numbers.multinomial(numbers.integers(M + 1), numbers.dirichlet([0.5] * 5)))))
 
 
-def test_without_filling_the_rest_is_left_as_it_is(small) -> None:
-    """Rows of groups are the same to the last bit; the tiles behind the last one's are never written."""
+def test_without_fill_the_rows_after_the_last_group_are_not_written(small) -> None:
+    """Rows of groups are bit-identical; the tiles after those of the last group are never written."""
 
     @jax.jit
     def unfilled(x, dy, w, sizes):
@@ -126,14 +126,14 @@ def test_float32_gradient(small) -> None:
     check(drawn(SIZES["rows of no group"]), jnp.float32)
 
 
-def test_own_tiles() -> None:
-    """With the tiles of a real core, over more than two of rows; and one row alone."""
+def test_the_tiling_of_a_real_core() -> None:
+    """More than two row tiles, and a single row."""
     check(drawn([700, 3, 500], 1300, 256, 128))
     check(drawn([0, 1], 1, 128, 128))
 
 
 def test_two_cores_share_the_columns(monkeypatch) -> None:
-    """Each core begins with its own part; here one runs after the other."""
+    """Each core begins with its own part; in the interpreter one runs after the other."""
     monkeypatch.setattr(
         grouped_tpu, "product_tiling", lambda inner, columns, *_: grouped_tpu.Tiling(64, 32, 128, inner, 2, 0)
     )
@@ -141,8 +141,8 @@ def test_two_cores_share_the_columns(monkeypatch) -> None:
     check(drawn([90, 0, 110], 256, 512, 512))
 
 
-def test_other_groups_are_not_there_to_the_last_bit(small) -> None:
-    """What is no number in one group changes no bit of the others."""
+def test_other_groups_change_no_bit(small) -> None:
+    """NaN in one group changes no bit of the others."""
     x, dy, w, sizes = drawn([70, 50, 81, 0, 9])
     own = slice(70, 120)
     first = interpreted(x, dy, w, sizes)
@@ -181,7 +181,7 @@ def test_tiles_fit_and_cover(outputs, inputs, core) -> None:
 @needs_libtpu
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 def test_compiles_without_copies(chip) -> None:
-    """By the real compiler, which refuses what takes more VMEM than our count; nothing else touches an array."""
+    """The compiler refuses a kernel that needs more VMEM than we count. No other operation touches an array."""
     # Neither rows nor dimensions are multiples of a tile.
     G, M, N, K = 60, 8191, 1408, 896
     x, dy, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((M, K), (M, N), (G, N, K)))
@@ -189,18 +189,18 @@ def test_compiles_without_copies(chip) -> None:
     text = compiled.as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 3
     assert not re.search(rf"= bf16\[{G},\d+,\d+\]\S* (copy|transpose|copy-start|fusion)\(", text)
-    # A table of visits is all there is beside them.
+    # Beside the kernels there is only the table of visits.
     assert compiled.memory_analysis().temp_size_in_bytes <= 1 << 20
 
 
 @needs_libtpu
 def test_compiles_at_the_edge_of_vmem() -> None:
-    """v4 has least of it."""
+    """v4 has the least VMEM."""
     x, w = jax.ShapeDtypeStruct((4096, 3584), jnp.bfloat16), jax.ShapeDtypeStruct((4, 5120, 3584), jnp.bfloat16)
     compile_for("v4", grouped_tpu.product, x, w, jax.ShapeDtypeStruct((4,), jnp.int32))
 
 
-def test_refuses_what_it_cannot_do() -> None:
+def test_unsupported_arguments_are_refused() -> None:
     x, w, sizes = jnp.ones((64, 256), jnp.bfloat16), jnp.ones((2, 128, 256), jnp.bfloat16), jnp.ones(2, jnp.int32)
     with pytest.raises(InputError, match="multiples of 128"):
         grouped_tpu.product(x[:, :200], w[:, :, :200], sizes)

@@ -1,4 +1,4 @@
-"""The layer kernel: what it promises without a card, its wiring into decoding, and its numbers where it can run."""
+"""The layer kernel: lowering and use in decoding anywhere, numerics where there is a GPU."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ _MODELS = [f"qwen2.5-{size}" for size in ("0.5b", "1.5b", "3b", "7b", "14b", "32
 
 
 def _sizes(name: str) -> tuple[int, int, int, int, int]:
-    """Hidden size, width, numbers in all heads, numbers in q, k and v, vocabulary."""
+    """Hidden size, feed-forward size, query heads x head_dim, all of q, k and v, and vocabulary size."""
     c = published(name)
     heads = c.num_heads * c.head_dim
     return c.hidden_size, c.intermediate_size, heads, heads + 2 * c.num_kv_heads * c.head_dim, c.vocab_size
@@ -48,8 +48,8 @@ def _shapes(name: str, head: bool) -> list[jax.ShapeDtypeStruct]:
 
 @pytest.mark.parametrize("name", _MODELS)
 @pytest.mark.parametrize("blocks", [132, 114, 78])
-def test_plan_covers_every_row_and_deals_evenly(name: str, blocks: int) -> None:
-    """Tiles reach the end of the matrix, and on a whole chip no block has 30% more bytes than an even share."""
+def test_a_divided_product_covers_every_row_and_is_balanced(name: str, blocks: int) -> None:
+    """Tiles cover the matrix, and on a whole chip no block has 30% more bytes than an equal share."""
     D, F, I, R, V = _sizes(name)
     assert layer_gpu.supports(D, F, I, R, V)
     for n, k, gates, may_split in (
@@ -71,8 +71,8 @@ def test_plan_covers_every_row_and_deals_evenly(name: str, blocks: int) -> None:
 
 @pytest.mark.parametrize("name", _MODELS)
 @pytest.mark.parametrize("head", [False, True])
-def test_lowers_for_hopper_to_one_kernel_that_reads_weights_where_they_lie(name: str, head: bool) -> None:
-    """Without a card: it fits a multiprocessor, the counter is updated in place, nothing of a weight's size is made."""
+def test_lowers_for_hopper_to_one_kernel_without_copies_of_weights(name: str, head: bool) -> None:
+    """It fits on a multiprocessor, the counter is updated in place, and nothing of the size of a weight is created."""
     step = jax.jit(functools.partial(layer_tail, eps=EPS, out_dtype=jnp.float32 if head else jnp.bfloat16))
     text = step.trace(*_shapes(name, head)).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu_v2") == 1
@@ -83,14 +83,14 @@ def test_lowers_for_hopper_to_one_kernel_that_reads_weights_where_they_lie(name:
 
 @pytest.mark.parametrize("name", _MODELS)
 @pytest.mark.parametrize("head", [False, True])
-def test_first_product_fits_too(name: str, head: bool) -> None:
-    """Of every published model, with tiles of any size: buffers, their alignment and barriers."""
+def test_the_first_product_fits_in_shared_memory(name: str, head: bool) -> None:
+    """For every published model, with tiles of any size: buffers, their alignment and barriers."""
     _, stream, *_, norm, w, _ = _shapes(name, head)
     step = jax.jit(functools.partial(norm_product, eps=EPS, out_dtype=jnp.float32 if head else jnp.bfloat16))
     assert step.trace(stream, norm, w).lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 1
 
 
-def test_what_the_kernel_cannot_do_is_refused() -> None:
+def test_unsupported_arguments_are_refused() -> None:
     def zeros(*shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
         return jnp.zeros(shape, dtype)
 
@@ -104,11 +104,11 @@ def test_what_the_kernel_cannot_do_is_refused() -> None:
     assert not layer_gpu.supports(896, 4800, 896, 1152, 151_936)
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="bfloat16 sums of other orders part at ties there")
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="bfloat16 sums in another order differ at ties there")
 @pytest.mark.parametrize("name", ["qwen2.5-0.5b", "tiny"], ids=["tied", "untied"])
-def test_step_by_kernels_is_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The right weights, norms, positions and slots reach the kernels: with plain functions in their place, the
-    decode loop gives what the model gives."""
+def test_a_step_with_the_kernels_equals_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels get the right weights, norms, positions and slots: with plain functions in their place, the decode
+    loop gives the result of the model."""
     config = dataclasses.replace(published(name), num_layers=2, vocab_size=512)
     expected, logprobs = generate(config)
     calls = plain_kernels(monkeypatch)
@@ -118,7 +118,7 @@ def test_step_by_kernels_is_the_model(name: str, monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(got_logprobs[:8], logprobs[:8], atol=0.05)
 
 
-def test_only_one_row_on_one_device_is_taken() -> None:
+def test_only_one_row_on_one_device_is_supported() -> None:
     config, options = published("qwen2.5-0.5b"), Options(stacked=False, fused=True, dtype="bfloat16")
     cache = one_layer_cache(config)
     with jax.set_mesh(make_mesh({}, jax.devices()[:1])) as _:
@@ -133,8 +133,8 @@ if ON_HOPPER:
 
     @pytest.mark.parametrize("name", _MODELS[:5])
     @pytest.mark.parametrize("head", [False, True])
-    def test_kernel_meets_the_truth_every_time(name: str, head: bool) -> None:
-        """Against float32 products with the same roundings; 100 runs on one counter are equal bit for bit."""
+    def test_the_kernel_is_correct_every_time(name: str, head: bool) -> None:
+        """Against float32 products with the same roundings; 100 runs with one counter are bit-identical."""
         keys = iter(jax.random.split(jax.random.key(0), 16))
         scales = 1.0, 1.0, 0.02, 0.1, 0.02, 0.02, 0.1, 0.02
         args = [
@@ -147,7 +147,7 @@ if ON_HOPPER:
         stream, out, counter = run(jnp.zeros((1,), jnp.int32))
         truth = jax.jit(functools.partial(plain_tail, out_dtype=dtype))(*args, counter)
         assert int(counter[0]) == 3 * 1024
-        # A bfloat16 rounding is worth 1.7e-3 and there are several; one that falls the other way moves what follows.
+        # A bfloat16 rounding is an error of 1.7e-3 and there are several; a different rounding changes what follows.
         assert error(stream, truth[0]) < 8e-3
         assert error(out, truth[1]) < 8e-3
         for _ in range(100):
@@ -158,7 +158,7 @@ if ON_HOPPER:
         assert error(first, plain_product(args[1], args[6], args[7], out_dtype=dtype)) < 4e-3
 
     def test_counter_wraps_around() -> None:
-        """2^32 is a whole number of rounds: at the end of its range the counter goes on from zero."""
+        """2^32 is a whole number of rounds: at the end of its range the counter continues from zero."""
         shapes = _shapes("qwen2.5-0.5b", head=False)
         args = [jnp.ones(s.shape, jnp.bfloat16) * 0.01 for s in shapes[:-1]]
         run = functools.partial(layer_tail, *args, eps=EPS, blocks=multiprocessors())
@@ -168,8 +168,8 @@ if ON_HOPPER:
         for a, b in zip(got, expected, strict=True):
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
-    def test_decoding_by_the_kernels_is_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-        """The whole loop, with overlapping launches, against the path of larger batches."""
+    def test_decoding_with_the_kernels_equals_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+        """The whole loop, with overlapping launches, compared with the code for larger batches."""
         config = dataclasses.replace(published("qwen2.5-0.5b"), num_layers=3, vocab_size=4096)
         got, got_logprobs = generate(config)
         _, again_logprobs = generate(config)

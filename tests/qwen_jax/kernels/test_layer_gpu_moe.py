@@ -1,4 +1,4 @@
-"""The layer kernel with experts: dealing, lowering, refusals, its wiring, and numbers where something can run it."""
+"""The layer kernel for MoE: shares, lowering, refusals and use anywhere, numerics where something can run it."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ from tests.helpers.layer_cases import (
 )
 
 _MODELS = ["qwen1.5-moe-a2.7b", "qwen2-57b-a14b"]
-# With as few experts as a token takes, with none to choose, with a last tile of the head that overlaps.
+# As many experts as a token selects, and a last tile of the head that overlaps, among others.
 _SMALL = [MoE(8, 2, 128, 256), MoE(60, 4, 128, 384, norm_topk_prob=True), MoE(7, 7, 256, 128), MoE(3, 1, 256, 128)]
 
 
@@ -59,7 +59,7 @@ def _shapes(config: ModelConfig, head: bool) -> list[jax.ShapeDtypeStruct]:
 
 
 def _drawn(config: ModelConfig, head: bool = False, ties: bool = False) -> list[jax.Array]:
-    """Arguments of `layer_tail`; with ties, every second expert has the router's row of the one before it."""
+    """Arguments of `layer_tail`; with ties, every second expert has the router weights of the previous one."""
     keys = iter(jax.random.split(jax.random.key(0), 16))
     scales = 1.0, 1.0, 0.02, 0.1, 0.05, 0.02, 0.02, 0.02, 0.02, 0.1, 0.02
     args = [
@@ -83,9 +83,9 @@ def _small(moe: MoE, vocab: int = 264) -> ModelConfig:
 
 @pytest.mark.parametrize("name", _MODELS)
 @pytest.mark.parametrize("blocks", [132, 114, 78, 3])
-def test_two_products_are_dealt_out_together(name: str, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every row of every expert and split is somebody's, and on a whole chip nobody has 10% more than an even share."""
-    monkeypatch.setattr(pl, "multiple_of", lambda x, _: x)  # it can't be mapped
+def test_two_products_are_distributed_together(name: str, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row of every expert and split belongs to a block; on a whole chip none has 10% more than an equal share."""
+    monkeypatch.setattr(pl, "multiple_of", lambda x, _: x)  # vmap does not support it
     config = published(name)
     D, moe = config.hidden_size, config.moe
     assert moe is not None
@@ -112,8 +112,8 @@ def test_two_products_are_dealt_out_together(name: str, blocks: int, monkeypatch
 
 @pytest.mark.parametrize("name", _MODELS)
 @pytest.mark.parametrize("head", [False, True])
-def test_lowers_for_hopper_to_one_kernel_that_reads_weights_where_they_lie(name: str, head: bool) -> None:
-    """Without a card: it fits a multiprocessor, the counter is updated in place, nothing of a weight's size is made."""
+def test_lowers_for_hopper_to_one_kernel_without_copies_of_weights(name: str, head: bool) -> None:
+    """It fits on a multiprocessor, the counter is updated in place, and nothing of the size of a weight is created."""
     config = published(name)
     step = functools.partial(layer_tail, moe=config.moe, eps=EPS, out_dtype=jnp.float32 if head else jnp.bfloat16)
     text = jax.jit(step).trace(*_shapes(config, head)).lower(lowering_platforms=("cuda",)).as_text()
@@ -124,7 +124,7 @@ def test_lowers_for_hopper_to_one_kernel_that_reads_weights_where_they_lie(name:
 
 
 @pytest.mark.parametrize("name", layer.MODELS)
-def test_what_the_benchmark_counts_is_what_a_decode_step_reads(name: str) -> None:
+def test_the_benchmark_counts_the_bytes_of_a_decode_step(name: str) -> None:
     config = published(name)
     matrices = shapes_and_bytes(config)[1] * config.num_layers + 2 * config.vocab_size * config.hidden_size
     assert step_bytes(config, 1, 0) == pytest.approx(matrices, rel=2e-4)  # biases and norms
@@ -141,7 +141,7 @@ def test_the_benchmarks_loop_lowers_to_one_kernel(name: str) -> None:
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 1
 
 
-def test_what_the_kernel_cannot_do_is_refused() -> None:
+def test_unsupported_arguments_are_refused() -> None:
     moe = _SMALL[0]
     good = [jnp.zeros(s.shape, s.dtype) for s in _shapes(_small(moe), head=False)]
     bad = {0: (128,), 1: (128,), 4: (8, 256), 5: (2, 256, 128), 6: (8, 2, 256, 256), 8: (7, 256, 128), 10: (8, 128)}
@@ -158,7 +158,7 @@ def test_what_the_kernel_cannot_do_is_refused() -> None:
         assert not layer_gpu_moe.supports(256, dataclasses.replace(moe, **wrong), *sizes)
 
 
-def test_one_row_of_a_mixture_is_taken_where_the_kernel_can_do_it() -> None:
+def test_one_row_of_an_moe_model_is_supported_where_the_kernel_is() -> None:
     options = Options(stacked=False, fused=True, dtype="bfloat16")
 
     def takes(config: ModelConfig, options: Options = options) -> bool:
@@ -175,18 +175,18 @@ def test_one_row_of_a_mixture_is_taken_where_the_kernel_can_do_it() -> None:
         assert not takes(dataclasses.replace(a27b, moe=dataclasses.replace(a27b.moe, **change)))
 
 
-def test_router_and_gate_are_one_matrix_in_eights() -> None:
+def test_router_and_gate_are_one_matrix_padded_to_eight_rows() -> None:
     for E in (3, 7, 8, 60):
         both = router_and_gate(jnp.ones((E, 16)), jnp.full((1, 16), 2.0))
         assert both.shape == (-(-(E + 1) // 8) * 8, 16)
         np.testing.assert_array_equal(both[:, 0], [1.0] * E + [2.0] + [0.0] * (both.shape[0] - E - 1))
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="bfloat16 sums of other orders part at ties there")
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="bfloat16 sums in another order differ at ties there")
 @pytest.mark.parametrize("dense", [(), (1,)], ids=["all sparse", "mixed"])
-def test_step_by_kernels_is_the_model(dense: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The right weights reach the right kernels: with plain functions in their place, the decode loop gives what the
-    model gives."""
+def test_a_step_with_the_kernels_equals_the_model(dense: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels get the right weights: with plain functions in their place, the decode loop gives the result of the
+    model."""
     moe = MoE(8, 2, 32, 64, norm_topk_prob=bool(dense), mlp_only_layers=dense)
     config = dataclasses.replace(published("tiny-untied"), num_layers=3, vocab_size=512, moe=moe)
     expected, logprobs = generate(config)
@@ -206,8 +206,8 @@ def _check_steps(config: ModelConfig) -> None:
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="the kernels themselves are tested there")
 @pytest.mark.parametrize("norm_topk_prob", [False, True])
-def test_logits_of_a_step_are_those_of_the_model(norm_topk_prob: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a card below, with plain functions in place of the kernels."""
+def test_logits_of_a_step_equal_those_of_the_model(norm_topk_prob: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU below, with plain functions in place of the kernels."""
     plain_kernels(monkeypatch)
     moe = MoE(8, 2, 256, 512, norm_topk_prob=norm_topk_prob, mlp_only_layers=(1,))
     _check_steps(dataclasses.replace(_small(moe, 512), num_layers=3))
@@ -217,7 +217,7 @@ def _check(config: ModelConfig, args: list[jax.Array], blocks: int) -> None:
     """Against float32 products with the same roundings."""
     truth = jax.jit(functools.partial(plain_experts_tail, moe=config.moe))(*args, jnp.zeros((1,), jnp.int32))
     got = layer_tail(*args, jnp.zeros((1,), jnp.int32), moe=config.moe, eps=EPS, blocks=blocks)
-    # A bfloat16 rounding is worth 1.7e-3 and there are several; one that falls the other way moves what follows.
+    # A bfloat16 rounding is an error of 1.7e-3 and there are several; a different rounding changes what follows.
     assert error(got[0], truth[0]) < 8e-3
     assert error(got[1], truth[1]) < 8e-3
 
@@ -227,8 +227,8 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
     from jax._src.pallas.mosaic_gpu.interpret import params as interpret_params
 
     def _imitate(monkeypatch: pytest.MonkeyPatch) -> None:
-        """Gives the interpreter what it can run: blocks are a cluster, whose barriers stand for the counter; the
-        input of a product goes through shared memory; slots that come free at the end need not be waited for."""
+        """Replaces what the interpreter cannot run: blocks are a cluster, whose barriers stand for the counter; the
+        input of a product goes through shared memory; the last free slots need not be waited for."""
         mesh, wgmma, launch = plgpu.Mesh, plgpu.wgmma, layer_gpu_products.launch
         staging: list[Any] = []
 
@@ -285,11 +285,11 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
             (_SMALL[3], 2, True),
         ],
     )
-    def test_numbers_and_races_in_the_interpreter(
+    def test_numerics_and_races_in_the_interpreter(
         moe: MoE, blocks: int, ties: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """With memory that starts as NaN. Tiles are of eight rows, so that none overlap: rows that two blocks write,
-        with the same result, would count as a race."""
+        """With memory that starts as NaN. Tiles have eight rows, so that none overlap: rows that two blocks write with
+        the same result would count as a race."""
         _imitate(monkeypatch)
         for module in (layer_gpu_products, layer_gpu_moe):
             monkeypatch.setattr(module, "MAX_TILE", 8)
@@ -310,8 +310,8 @@ if ON_HOPPER:
 
     @pytest.mark.parametrize("moe", [*_SMALL, *(published(name).moe for name in _MODELS)])
     @pytest.mark.parametrize("ties", [False, True])
-    def test_kernel_meets_the_truth_every_time(moe: MoE, ties: bool) -> None:
-        """100 runs on one counter are equal bit for bit; of experts that are equally likely, the first is taken."""
+    def test_the_kernel_is_correct_every_time(moe: MoE, ties: bool) -> None:
+        """100 runs with one counter are bit-identical; of experts that are equally likely, the first is selected."""
         config = next((published(name) for name in _MODELS if published(name).moe == moe), _small(moe))
         args = _drawn(config, ties=ties)
         blocks = multiprocessors()
@@ -326,7 +326,7 @@ if ON_HOPPER:
 
     @pytest.mark.parametrize("dense", [(), (1,)], ids=["all sparse", "mixed"])
     @pytest.mark.parametrize("norm_topk_prob", [False, True])
-    def test_decoding_by_the_kernels_is_the_model(
+    def test_decoding_with_the_kernels_equals_the_model(
         dense: tuple[int, ...], norm_topk_prob: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A step against the path of larger batches. A rounding may give a token another expert, so most tokens count.

@@ -1,4 +1,4 @@
-"""The model with the kernels for TPUs, in TPU interpret mode: on meshes, with a cache, and compiled for real chips."""
+"""The model with the kernels for TPUs, in TPU interpret mode: on meshes and with a cache."""
 
 import dataclasses
 
@@ -62,7 +62,7 @@ def gradients(axes: dict[str, int], attention: str, ring: bool = False):
     [({"data": 1}, False), ({"data": 2, "tensor": 2}, False), ({"context": 2}, False), ({"context": 2}, True)],
     ids=str,
 )
-def test_gradients_on_a_mesh_are_those_of_the_reference(axes, ring) -> None:
+def test_gradients_on_a_mesh_equal_the_reference(axes, ring) -> None:
     """Heads over tensor, rows over data, tokens over context, where keys are gathered or go round: the same kernel
     within shard_map, the same numbers."""
     got, want = gradients(axes, "tpu", ring), gradients({"data": 1}, "reference")
@@ -70,7 +70,7 @@ def test_gradients_on_a_mesh_are_those_of_the_reference(axes, ring) -> None:
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)
 
 
-def test_chunked_prefill_and_decoding_are_the_whole_pass() -> None:
+def test_chunked_prefill_and_decoding_equal_one_pass() -> None:
     """Chunks at an offset of a cache, then single tokens, each row from its own first slot."""
     mesh = make_mesh({}, jax.devices()[:1])
     sharding = Sharding.for_inference(CONFIG, mesh)

@@ -1,4 +1,4 @@
-"""The decode kernel: what it promises without a card, its wiring into the model, and its numbers where it can run."""
+"""The attention step of decoding: lowering and use in the model anywhere, numerics where there is a GPU."""
 
 import dataclasses
 import math
@@ -43,14 +43,14 @@ def _check(step: Any, case: Case, within: float, new_within: float) -> None:
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.B * c.S <= 1300], ids=str)
-def test_model_without_the_kernel_meets_the_same_truth(case: Case) -> None:
-    """The float64 truth of this file is what the reference path computes: a kernel that meets it equals that path."""
-    # Each bfloat16 rounding is worth 1.1e-3 to 1.7e-3 in the root mean square. Here RoPE rounds its products too.
+def test_the_reference_path_equals_the_float64_result(case: Case) -> None:
+    """So a kernel that equals the float64 result equals the reference path."""
+    # Each bfloat16 rounding is a root mean square error of 1.1e-3 to 1.7e-3. Here RoPE rounds its products too.
     _check(jax.jit(decode_cases.plain, static_argnames="scale"), case, within=8e-3, new_within=4e-3)
 
 
-def test_shares_fill_the_chip_and_every_share_can_have_a_tile() -> None:
-    """Never more blocks than run at once unless heads alone are more; whole clusters; splits only of what is long."""
+def test_shares_fill_the_chip_and_each_can_have_a_tile() -> None:
+    """At most as many blocks as run at once, unless heads are more; whole clusters; only long caches are split."""
     for rows in range(1, 513):
         for slots in (64, 128, 640, 4096, 32768, 131072):
             clusters, blocks = step_gpu.shares(rows, slots)
@@ -63,7 +63,7 @@ def test_shares_fill_the_chip_and_every_share_can_have_a_tile() -> None:
 
 @pytest.mark.parametrize("case", [CASES[i] for i in (0, 5, 6, 7, 9, 15, 18)], ids=str)
 def test_lowers_for_hopper_to_one_kernel_that_updates_the_cache_in_place(case: Case) -> None:
-    """Without a card: the kernel passes Mosaic GPU's layout inference, and both caches are aliased to its outputs."""
+    """The kernel passes the layout inference of Mosaic GPU, and both caches are aliased to its outputs."""
     shapes = jax.eval_shape(lambda: decode_cases.inputs(Case(1, 1, 1, 64, 64, 1, 0)))
     c, R = case, case.H + 2 * case.K
     sizes = (c.B, R, c.d), (R, c.d), (c.B, c.d // 2), (c.B, c.d // 2), *((c.B, c.K, c.S, c.d),) * 2, (c.B,), ()
@@ -76,7 +76,7 @@ def test_lowers_for_hopper_to_one_kernel_that_updates_the_cache_in_place(case: C
     assert sorted(aliases) == [(str(outputs), "6"), (str(outputs + 1), "7")]
 
 
-def test_what_the_kernel_cannot_do_is_refused() -> None:
+def test_unsupported_arguments_are_refused() -> None:
     args = list(decode_cases.inputs(Case(1, 4, 2, 64, 96, 5)))  # a cache of one tile and a half
     with pytest.raises(InputError, match="multiple of 64"):
         step_gpu.decode_step(*args, scale=1.0)
@@ -89,7 +89,7 @@ def test_what_the_kernel_cannot_do_is_refused() -> None:
 
 @pytest.fixture
 def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sends cached decoding down the kernel's path, with the plain step in the kernel's place; counts its calls."""
+    """Lets cached decoding use the kernel, with the plain step in place of the kernel, and counts its calls."""
     calls: list[int] = []
 
     def step(*args: jax.Array, scale: float) -> Any:
@@ -102,7 +102,7 @@ def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def _generate(axes: dict[str, int], implementation: kernels.Implementation) -> np.ndarray:
-    """Log-probabilities [2, 6] of the greedy continuation of two prompts of unequal length."""
+    """Log-probabilities [2, 6] of the greedy continuation of two prompts of different length."""
     mesh, sampling = make_mesh(axes), SamplingParams(logprobs=True)
     sharding, options = (
         Sharding.for_inference(_TINY, mesh),
@@ -126,8 +126,8 @@ def _generate(axes: dict[str, int], implementation: kernels.Implementation) -> n
 
 
 @pytest.mark.parametrize("axes", [{}, {"tensor": 2}, {"data": 2, "tensor": 2}], ids=str)
-def test_model_gives_the_kernel_what_it_asks_for(as_if_on_hopper: list[int], axes: dict[str, int]) -> None:
-    """The raw projection, bias, tables, slots and first slots arrive in order, on every shard: nothing changes."""
+def test_the_model_passes_the_right_arguments_to_the_kernel(as_if_on_hopper: list[int], axes: dict[str, int]) -> None:
+    """Projection, bias, tables, slots and first slots are in order on every shard: the result does not change."""
     if jax.device_count() < math.prod(axes.values()):
         pytest.skip(f"Needs {math.prod(axes.values())} devices.")
     expected = _generate(axes, "reference")
@@ -137,7 +137,7 @@ def test_model_gives_the_kernel_what_it_asks_for(as_if_on_hopper: list[int], axe
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_kernel_is_taken_only_where_it_can_run() -> None:
+def test_the_kernel_is_used_only_where_it_can_run() -> None:
     cache = jax.ShapeDtypeStruct((1, 2, 64, 64), jnp.bfloat16)
     assert kernels.supports_decode_step("auto", jnp.bfloat16, 1, 14, 2, cache) == _ON_HOPPER
     assert not kernels.supports_decode_step("reference", jnp.bfloat16, 1, 14, 2, cache)
@@ -149,14 +149,14 @@ def test_kernel_is_taken_only_where_it_can_run() -> None:
 if _ON_HOPPER:
 
     @pytest.mark.parametrize("case", CASES, ids=str)
-    def test_kernel_meets_the_truth_and_touches_one_slot(case: Case) -> None:
-        """Over every published shape; NaN in the slots that no row may see would show."""
-        # The output is rounded, and each weight; the new token only where float32 and float64 part at a tie.
+    def test_the_kernel_is_correct_and_writes_one_slot(case: Case) -> None:
+        """For every published shape; NaN in the slots that no row may see would spread."""
+        # The output and each weight are rounded; the new token differs only where float32 and float64 differ at a tie.
         _check(step_gpu.decode_step, case, within=4e-3, new_within=1e-4)
 
     @pytest.mark.parametrize("case", [CASES[6], CASES[7], CASES[18]], ids=str)
-    def test_many_steps_in_a_device_loop_equal_the_plain_path(case: Case) -> None:
-        """32 tokens across a tile's edge, each step reading what the ones before have written."""
+    def test_many_steps_in_a_device_loop_equal_the_reference_path(case: Case) -> None:
+        """32 tokens across the end of a tile, each step reading what the previous ones wrote."""
         args, steps = decode_cases.inputs(dataclasses.replace(case, slot=case.slot - 40)), 32
 
         def run(step: Any) -> np.ndarray:
