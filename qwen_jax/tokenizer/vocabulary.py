@@ -48,7 +48,7 @@ def check_vocab(vocab: Vocab, source: Path) -> None:
 
 
 def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> tuple[Vocab, Merges]:
-    """Read vocab.json (token to id) and merges.txt (one pair on each line, best first; a `#version` line may come first).
+    """Read vocab.json (token to id) and merges.txt (one pair on each line, best first, after an optional `#version`).
 
     Raises InputError where a file is damaged or the two do not belong together.
     """

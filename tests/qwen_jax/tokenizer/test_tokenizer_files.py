@@ -52,7 +52,7 @@ def loaded_from_dialect_5(folder: Path) -> Tokenizer:
 
 
 @pytest.mark.parametrize("major", ["4", "5"])
-def test_saved_folder_loads_in_transformers_and_back(major: str, saved: Path, tmp_path: Path) -> None:
+def test_saved_folder_loads_in_transformers_and_back(major: str, tmp_path: Path) -> None:
     """Both versions read what we save with our ids, and we read what they save as the tokenizer it was."""
     folders: dict[Path, Tokenizer] = {
         tmp_path / "real": real(),
