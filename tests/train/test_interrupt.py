@@ -42,7 +42,7 @@ def test_a_signal_saves_the_step_in_progress(
     (step,) = saved_steps(output)
     assert len(losses(output)) == step
     assert f"stopped by {name} after step {step:,} of" in told
-    assert "saved: the same command goes on from there" in told
+    assert "saved: the same command resumes from there" in told
     assert "Traceback" not in told
     assert not (output / "lock.json").exists()
 

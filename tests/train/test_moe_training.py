@@ -212,7 +212,7 @@ def test_pieces_for_the_collective_are_what_is_exchanged_without_it(monkeypatch:
     rows = jnp.asarray(numbers.integers(1, 1000, (n * M, 2)), jnp.float32)
     results = []
     for platform in ("cpu", "tpu"):
-        monkeypatch.setattr(exchange, "platform", lambda platform=platform: platform)
+        monkeypatch.setattr(exchange.platform, "platform", lambda platform=platform: platform)
         monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged)
         run = jax.shard_map(there_and_back, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False)
         results.append(jax.device_get(jax.jit(run)(rows, sizes)))
