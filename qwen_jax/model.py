@@ -141,7 +141,8 @@ class Block(nnx.Module):
             else:
                 q, k, v = run(
                     lambda norm, attention, h, *rope: attention.queries_keys_values(norm(h), rope),
-                    *((norm, self.attention), h_BTD),
+                    (norm, self.attention),
+                    h_BTD,
                     constants=rope,
                 )
                 out, _ = self.attention.attend(q, k, v, mask, recompute=dots)
@@ -201,7 +202,8 @@ class Qwen2(nnx.Module):
           cache: for generation; needs unstacked layers.
           remat: what the backward pass recomputes: "none"; "full", everything but the inputs of blocks; or "dots",
             everything but the results of matrix products and of attention.
-          valid_BT: bool, which tokens are not padding: experts skip the others, and routing statistics are counted.
+          valid_BT: bool, True where a token is not padding. If given, experts skip padding, and routing statistics
+            are returned.
         """
         # Inputs in the sharding of the model.
         spec, dtype = self.sharding, jnp.dtype(self.options.dtype)

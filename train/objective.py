@@ -1,8 +1,9 @@
 """What a training step minimises: the interface between an objective and the step, which serves any objective.
 
 An objective says what a batch costs. `train.step` owns everything else: gradient accumulation, global denominators, the
-guard against bad gradients and the optimiser. A new objective is a frozen dataclass that derives from `Objective`; no
-other file changes. `train.pretrain` is the example to read.
+guard against bad gradients and the optimiser. A new objective is a frozen dataclass that derives from `Objective`;
+step, loop and launcher need no change. Run it with `train.launch`; `qwen-jax train pretrain` runs only `NextToken`.
+`train.pretrain` is the example to read.
 
 A batch is any registered dataclass whose leaves are all [batch, length] arrays: `train.data.batch.Batch`, or one that
 holds a `Batch` and further arrays, such as advantages or the log-probabilities of a frozen reference model, which the
@@ -76,7 +77,7 @@ class BoundModel:
     """The model with the current weights, run as the training step runs it.
 
     Attributes:
-      module: for its output head.
+      module: the bound `Qwen2`, for its output head; `hidden` runs it.
       remat: what the backward pass recomputes.
     """
 

@@ -35,7 +35,7 @@ C = TypeVar("C")
 TrainStep = Callable[[TrainState, B], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Params, B], Sums]
 
-# A gradient norm is compared with the running mean over about this many steps before it, once there were as many.
+# Spikes are judged only after this many accepted steps; the running mean then covers about as many.
 _GUARD_STEPS = 50
 
 

@@ -1,7 +1,8 @@
 """Key/value caches. A cache owns its layout: the model writes to it and attends to it, and never looks inside.
 
 The model asks for two things, on each shard's own arrays: `write(k, v)` stores new tokens, and `attend(q, k, v, mask)`
-attends to what the queries may see. Both caches number the tokens of a row by *slots*; masks count slots.
+attends to what the queries may see. Where `supports_step` says that one kernel does both, it calls `step` instead. Both
+caches number the tokens of a row by *slots*; masks count slots.
 
 - `ContiguousCache`: one buffer a layer. All rows of a batch end at the same slot, so that a decode step writes one
   slice; shorter prompts begin at a later slot.
@@ -65,7 +66,7 @@ class LayerCache(Protocol):
         """Whether one kernel adds the bias, rotates, writes and attends for one new token a row.
 
         Args:
-          implementation: that is asked for.
+          implementation: the attention implementation that is requested.
           x: activations [B, T, ...] of the new tokens.
           heads, kv_heads: on one device.
         """
@@ -245,7 +246,7 @@ class ContiguousCache:
         return kernels.cache_mask(self.start_B, self.slot, length)
 
     def advanced(self, count: int | jax.Array) -> "ContiguousCache":
-        """The cache after so many tokens of the longest row were written."""
+        """The cache after `count` more slots were written: for prompts, the length of the longest."""
         return dataclasses.replace(self, slot=self.slot + count, fresh=False)
 
 
