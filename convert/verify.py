@@ -22,7 +22,7 @@ from convert.source import Source
 from qwen_jax import kernels
 from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import InputError
-from qwen_jax.files import strict_json
+from qwen_jax.files import to_json
 from qwen_jax.hub import CONFIG, resolve
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
@@ -89,7 +89,7 @@ class Report:
 
     def to_json(self) -> str:
         """The report as a JSON object. A figure that is not finite is null, and such a report has not passed."""
-        return strict_json(dataclasses.asdict(self))
+        return to_json(dataclasses.asdict(self))
 
     def __str__(self) -> str:
         t = self.tolerance

@@ -1,8 +1,9 @@
-"""Small files of a checkpoint folder: reading JSON, and saying why a file cannot be used."""
+"""Small files: reading JSON, saying why a file cannot be used, and writing strict JSON."""
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +60,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def strict_json(value: Mapping[str, object], indent: int | None = None) -> str:
-    """JSON text of an object, in which a float that is not finite is null: JSON has no NaN and no Infinity."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+def to_json(value: object, indent: int | None = None, default: Callable[[Any], object] | None = None) -> str:
+    """Strict JSON: NaN and infinities, which JSON does not have, become null.
+
+    Args:
+      value: what to write.
+      indent: spaces of each level; by default everything is on one line.
+      default: converts objects that `json` does not support; by default they raise TypeError.
+    """
+    try:
+        return json.dumps(value, indent=indent, default=default, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, default=default, allow_nan=False)
 
 
 def _finite(value: object) -> object:
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(x) for key, x in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(x) for x in value]
-    return value
+    """The same value with None for numbers that are not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

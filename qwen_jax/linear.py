@@ -8,10 +8,20 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.einsum import einsum_f32
 from qwen_jax.kernels.matmul import few_rows
 from qwen_jax.parallel.collectives import all_gather_weight, look_up
 from qwen_jax.parallel.sharding import Sharding, gathered
+
+
+def initializers(config: ModelConfig) -> tuple[nnx.Initializer, nnx.Initializer]:
+    """Initialisers of matrices, and of the matrices that write to the residual stream.
+
+    The latter start smaller, so that the stream's variance does not grow with depth (GPT-2, section 2.3).
+    """
+    std = config.initializer_range
+    return nnx.initializers.normal(std), nnx.initializers.normal(std / (2 * config.num_layers) ** 0.5)
 
 
 class Weight(nnx.Module):

@@ -17,7 +17,7 @@ from qwen_jax.attention.cache import Cache, LayerCache
 from qwen_jax.attention.rope import rope_tables
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.matmul import few_rows
-from qwen_jax.linear import Embedding, Linear, RMSNorm
+from qwen_jax.linear import Embedding, Linear, RMSNorm, initializers
 from qwen_jax.moe.block import MoE
 from qwen_jax.moe.router import RouterStats
 from qwen_jax.options import Options
@@ -52,8 +52,7 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, options: Options, width: int):
         s, D, n = sharding, config.hidden_size, sharding.tensor
         self.sharding, self.fused = sharding, options.fused
-        normal = nnx.initializers.normal(config.initializer_range)
-        residual = nnx.initializers.normal(config.initializer_range / (2 * config.num_layers) ** 0.5)
+        normal, residual = initializers(config)
         if self.fused:
             weight, out = jnp.zeros((n, 2, width // n, D)), P(*s.feed_forward, None, None)
             self.gate_up = Linear("BTD,nxfD->BTnxf", weight, x=s.hidden, w=s.fused_gate_up, out=out)
@@ -168,7 +167,7 @@ class Qwen2(nnx.Module):
 
     def __init__(self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, options: Options):
         self.config, self.sharding, self.options = config, sharding, options
-        normal = nnx.initializers.normal(config.initializer_range)
+        normal, _ = initializers(config)
         table = config.vocab_size, config.hidden_size
         self.embed = Embedding(normal(rngs.params(), table), sharding)
         keys_L, kinds = jax.random.split(rngs.params(), config.num_layers), layer_kinds(config)

@@ -26,11 +26,11 @@ import orbax.checkpoint as ocp
 
 from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import NO_ROOM, InputError
-from qwen_jax.files import read_json
+from qwen_jax.files import read_json, to_json
 from qwen_jax.parallel.multihost import gather_from_processes, in_step
 from qwen_jax.tokenizer.base import Tokenizer
 from train.checksums import checksums
-from train.files import to_json, write_file
+from train.files import write_file
 from train.interrupt import EndNow
 from train.loop import CheckpointConfig
 from train.state import TrainState

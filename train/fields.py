@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 from qwen_jax.errors import InputError
-from train.files import to_json
+from qwen_jax.files import to_json
 
 T = TypeVar("T")
 

@@ -6,11 +6,12 @@ cut or padded with zero bytes; readers skip such lines.
 
 import json
 import logging
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from qwen_jax.files import to_json
 
 _log = logging.getLogger(__name__)
 
@@ -39,29 +40,6 @@ def write_file(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def to_json(value: object, indent: int | None = None, default: Callable[[Any], object] | None = None) -> str:
-    """Strict JSON: NaN and infinities, which JSON does not have, become null.
-
-    Args:
-      value: what to write.
-      indent: spaces of each level; by default everything is on one line.
-      default: converts objects that `json` does not support; by default they raise TypeError.
-    """
-    try:
-        return json.dumps(value, indent=indent, default=default, allow_nan=False)
-    except ValueError:
-        return json.dumps(_finite(value), indent=indent, default=default, allow_nan=False)
-
-
-def _finite(value: object) -> object:
-    """The same value with None for numbers that are not finite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:

@@ -15,11 +15,12 @@ import numpy as np
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.files import to_json
 from qwen_jax.kernels.matmul.grouped import Implementation
 from qwen_jax.moe.router import RouterStats
 from qwen_jax.parallel.sharding import Sharding
 from train.data.batch import Batch
-from train.files import read_records, to_json, write_file
+from train.files import read_records, write_file
 from train.objective import BoundModel
 
 EXPERTS = "experts.jsonl"

@@ -9,6 +9,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from train.config import RunConfig, as_json, with_new_names
 from train.fields import differences
+from train.files import read_records
 
 # What a stage has where it says nothing.
 _STAGE_DEFAULTS = {"accumulation": "step.accumulation", "remat": "step.remat", "rope_theta": "model.rope_theta"}
@@ -50,16 +51,8 @@ def _at(record: Mapping[str, Any], path: str) -> Any:
 
 def _last_launch(path: Path) -> Mapping[str, Any] | None:
     """The configuration of the last launch whose record can be read."""
-    if not path.is_file():
-        return None
-    for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
-        try:
-            config = json.loads(line)["config"]
-        except (ValueError, KeyError, TypeError):
-            continue  # A record that a killed process or a full disk has cut.
-        if isinstance(config, dict):
-            return config
-    return None
+    records = read_records(path, "config", warn=False) if path.is_file() else []
+    return next((r["config"] for r in reversed(records) if isinstance(r["config"], dict)), None)
 
 
 def check_stages_taken(

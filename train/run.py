@@ -12,6 +12,7 @@ from rich.console import Console
 
 from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import InputError
+from qwen_jax.files import to_json
 from qwen_jax.parallel.multihost import in_step
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import Params
@@ -24,7 +25,6 @@ from train.data.mixture import Mixture
 from train.data.rows import PackedRows
 from train.data.shards import digest
 from train.distributed import HEARTBEAT_SECONDS, check_same, join
-from train.files import to_json
 from train.inputs import HeldOutBatches, open_data
 from train.launch import Export, Job, Phase, launch
 from train.lock import lock

@@ -21,11 +21,12 @@ from typing import Any
 
 from experiments.pretrain.qwen2_5 import turbo
 from qwen_jax.config import ModelConfig
+from qwen_jax.files import to_json
 from qwen_jax.moe.dispatch import ROOM
 from qwen_jax.published import published
 from qwen_jax.remat import Remat
 from train.config import RunConfig, Stage
-from train.files import to_json, write_file
+from train.files import write_file
 from train.optimizer import Schedule
 from train.step import StepConfig
 

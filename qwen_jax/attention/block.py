@@ -12,7 +12,7 @@ from qwen_jax.attention import sequence
 from qwen_jax.attention.cache import LayerCache
 from qwen_jax.attention.rope import rotate
 from qwen_jax.config import ModelConfig
-from qwen_jax.linear import Linear
+from qwen_jax.linear import Linear, initializers
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 
@@ -27,9 +27,7 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, options: Options):
         self.config, self.sharding, self.options = config, sharding, options
         H, K, d, D = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
-        s, normal = sharding, nnx.initializers.normal(config.initializer_range)
-        # Residual branches start smaller, so that the stream's variance does not grow with depth (GPT-2, section 2.3).
-        residual = nnx.initializers.normal(config.initializer_range / (2 * config.num_layers) ** 0.5)
+        s, (normal, residual) = sharding, initializers(config)
         if options.fused:
             shape = s.tensor, (H + 2 * s.kv_heads) // s.tensor, d
             weight, bias, out = jnp.zeros((*shape, D)), jnp.zeros(shape), P(*s.heads, None)
@@ -107,7 +105,8 @@ class Attention(nnx.Module):
                 ring, n = options.ring, spec.context
                 return sequence.attention(q, k, v, mask, n, ring=ring, recompute=recompute, **how), None
             cache = cache.write(k, v)
-            return cache.attend(q, k, v, mask, **how), cache
+            # A prompt in an empty cache attends to its own keys.
+            return kernels.attention(q, k, v, mask, **how) if cache.fresh else cache.attend(q, mask, **how), cache
 
         with jax.named_scope("attend"):
             return local(q, k, v, mask, cache)

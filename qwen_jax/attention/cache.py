@@ -1,6 +1,6 @@
 """Key/value caches. A cache owns its layout: the model writes to it and attends to it, and never looks inside.
 
-The model asks for two things, on each shard's own arrays: `write(k, v)` stores new tokens, and `attend(q, k, v, mask)`
+The model asks for two things, on each shard's own arrays: `write(k, v)` stores new tokens, and `attend(q, mask)`
 attends to what the queries may see. Where `supports_step` says that one kernel does both, it calls `step` instead. Both
 caches number the tokens of a row by *slots*; masks count slots.
 
@@ -45,19 +45,16 @@ class LayerCache(Protocol):
     def attend(
         self,
         q_BTHd: jax.Array,
-        k_BTKd: jax.Array,
-        v_BTKd: jax.Array,
         mask: kernels.Mask,
         *,
         scale: float,
         implementation: kernels.Implementation,
     ) -> jax.Array:
-        """Attention of the new tokens [B, T, H, d], after `write`. Runs on local arrays.
+        """Attention of the new tokens [B, T, H, d] over the cache, after `write`. Runs on local arrays.
 
         Args:
           q_BTHd: queries.
-          k_BTKd, v_BTKd: the new keys and values, for a fresh cache.
-          mask: intervals over the new tokens of a fresh cache, over slots of any other.
+          mask: intervals over slots.
           scale, implementation: as for `kernels.attention`.
         """
         ...
@@ -144,15 +141,11 @@ class ContiguousLayer:
     def attend(
         self,
         q_BTHd: jax.Array,
-        k_BTKd: jax.Array,
-        v_BTKd: jax.Array,
         mask: kernels.Mask,
         *,
         scale: float,
         implementation: kernels.Implementation,
     ) -> jax.Array:
-        if self.fresh:
-            return kernels.attention(q_BTHd, k_BTKd, v_BTKd, mask, scale=scale, implementation=implementation)
         keys_values = self.k_BKSd, self.v_BKSd
         return kernels.decode_attention(q_BTHd, *keys_values, mask, scale=scale, implementation=implementation)[0]
 
@@ -292,15 +285,11 @@ class PagedLayer:
     def attend(
         self,
         q_BTHd: jax.Array,
-        k_BTKd: jax.Array,
-        v_BTKd: jax.Array,
         mask: kernels.Mask,
         *,
         scale: float,
         implementation: kernels.Implementation,
     ) -> jax.Array:
-        if self.fresh:
-            return kernels.attention(q_BTHd, k_BTKd, v_BTKd, mask, scale=scale, implementation=implementation)
         pages = self.k_NKPd, self.v_NKPd, self.pages_BM
         return kernels.paged_attention(q_BTHd, *pages, mask, scale=scale, implementation=implementation)[0]
 

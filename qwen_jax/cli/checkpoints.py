@@ -29,7 +29,7 @@ class Info:
     json: bool = False
 
     def run(self) -> int:
-        from qwen_jax.files import strict_json
+        from qwen_jax.files import to_json
 
         config = _config(self.model)
         params = config.num_params()
@@ -43,7 +43,7 @@ class Info:
             "config": config.to_hf(),
         }
         if self.json:
-            print(strict_json(report))
+            print(to_json(report))
             return 0
         print(self.model)
         for name, value in _rows(config):
@@ -201,7 +201,7 @@ class Verify:
     json: bool = False
 
     def run(self) -> int:
-        from qwen_jax.files import strict_json
+        from qwen_jax.files import to_json
 
         verify = sibling("convert.verify")
         try:
@@ -210,7 +210,7 @@ class Verify:
             # Whatever it was, nothing was compared; status 1 would say that the weights differ.
             problem = explain(error) or str(error)
             if self.json:
-                print(strict_json({"passed": None, "error": problem}))
+                print(to_json({"passed": None, "error": problem}))
             complain(problem)
             return 2
         print(report.to_json() if self.json else report)

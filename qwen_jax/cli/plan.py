@@ -62,7 +62,8 @@ class Plan:
                 found = [planner.plan_stage(config, index, where, axes)]
             plans += found
             fits &= any(plan.fits for plan in found)
-        to_json = sibling("train.files").to_json
+        from qwen_jax.files import to_json
+
         for plan in plans:
             print(to_json(dataclasses.asdict(plan)) if self.json else planner.describe(plan))
         return 0 if fits else 1

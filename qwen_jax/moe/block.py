@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.linear import Weight
+from qwen_jax.linear import Weight, initializers
 from qwen_jax.moe.capacity import dispatch_with_capacity
 from qwen_jax.moe.dispatch import DispatchInfo, DroplessInfo, dispatch_dropless
 from qwen_jax.moe.experts import Experts, MoEWeights, sum_partial_results, weighted_swiglu
@@ -45,8 +45,7 @@ class MoE(nnx.Module):
         assert config.moe is not None
         self.config, self.sharding, self.options = config, sharding, options
         E, F, D = config.moe.num_experts, config.moe.intermediate_size, config.hidden_size
-        normal = nnx.initializers.normal(config.initializer_range)
-        residual = nnx.initializers.normal(config.initializer_range / (2 * config.num_layers) ** 0.5)
+        normal, residual = initializers(config)
         self.router = Weight(normal(rngs.params(), (E, D)), sharding.router)
         self.experts = Experts(normal(rngs.params(), (E, 2, F, D)), residual(rngs.params(), (E, D, F)), sharding)
         self.shared = shared

@@ -14,7 +14,7 @@ import pytest
 from qwen_jax import hub
 from qwen_jax.cli import main
 from qwen_jax.errors import InputError
-from qwen_jax.files import strict_json
+from qwen_jax.files import to_json
 from qwen_jax.published import published
 from qwen_jax.tokenizer import train_bpe
 from qwen_jax.units import binary_size, count
@@ -256,4 +256,4 @@ def test_kernel_choices_are_shown_if_asked_for(capsys: pytest.CaptureFixture[str
 def test_printed_json_is_strict() -> None:
     """JSON has neither NaN nor Infinity, and readers other than Python's refuse them."""
     value = {"a": float("nan"), "b": [1.5, float("inf")], "c": {"d": (-float("inf"), "NaN")}}
-    assert json.loads(strict_json(value)) == {"a": None, "b": [1.5, None], "c": {"d": [None, "NaN"]}}
+    assert json.loads(to_json(value)) == {"a": None, "b": [1.5, None], "c": {"d": [None, "NaN"]}}

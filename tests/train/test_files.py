@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from train.files import append_record, read_records, temporary_name, to_json, write_file
+from qwen_jax.files import to_json
+from train.files import append_record, read_records, temporary_name, write_file
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from qwen_jax.errors import NO_ROOM, InputError
+from qwen_jax.files import to_json
 from train import files
 
 MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
@@ -337,7 +338,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Writes a JSON file of a data set; see `write_file`."""
-    write_file(path, (files.to_json(value, indent=1) + "\n").encode())
+    write_file(path, (to_json(value, indent=1) + "\n").encode())
 
 
 @contextlib.contextmanager

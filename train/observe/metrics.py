@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.files import to_json
 from train.data.batch import Batch
-from train.files import read_records, to_json, write_file
+from train.files import read_records, write_file
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:

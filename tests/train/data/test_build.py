@@ -18,7 +18,7 @@ from rich.console import Console
 
 from qwen_jax.cli import main
 from qwen_jax.errors import InputError
-from qwen_jax.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from qwen_jax.tokenizer import load_tokenizer
 from tests.helpers.data_sets import contents, documents_on_disk, expected_documents, random_texts, write
 from train.data.build import BuildConfig, build
 from train.data.mixture import Mixture, MixtureStage
@@ -35,18 +35,6 @@ def rng() -> np.random.Generator:
     seed = int(np.random.SeedSequence().entropy % 2**32)  # type: ignore[operator]
     print("seed", seed)
     return np.random.default_rng(seed)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_bpe(random_texts(np.random.default_rng(0), 50), 320)
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save(path)
-    return path
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import zstandard
 from rich.console import Console
 
 from qwen_jax.errors import InputError
-from qwen_jax.tokenizer import Tokenizer, train_bpe
 from tests.helpers.data_sets import contents, documents_on_disk, expected_documents, jsonl, random_texts, write
 from train.data.build import BuildConfig, build
 
@@ -27,18 +26,6 @@ def rng() -> np.random.Generator:
     seed = np.random.SeedSequence().generate_state(1)[0]
     print("seed", seed)
     return np.random.default_rng(seed)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_bpe(random_texts(np.random.default_rng(0), 50), 320)
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save(path)
-    return path
 
 
 @pytest.fixture
