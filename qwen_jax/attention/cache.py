@@ -49,13 +49,16 @@ class LayerCache(Protocol):
         *,
         scale: float,
         implementation: kernels.Implementation,
-    ) -> jax.Array:
-        """Attention of the new tokens [B, T, H, d] over the cache, after `write`. Runs on local arrays.
+    ) -> tuple[jax.Array, jax.Array]:
+        """Attention of the new tokens over the cache, after `write`. Runs on local arrays.
 
         Args:
           q_BTHd: queries.
           mask: intervals over slots.
           scale, implementation: as for `kernels.attention`.
+
+        Returns:
+          The output [B, T, H, d] and the log-sum-exp, float32 [B, H, T].
         """
         ...
 
@@ -99,6 +102,11 @@ class Cache(Protocol[Layer]):
     @property
     def layers(self) -> Sequence[Layer]:
         """One for each layer."""
+        ...
+
+    @property
+    def slots(self) -> int:
+        """The most tokens that a row can have."""
         ...
 
     def with_layers(self, layers: Sequence[Layer]) -> Self:
@@ -145,9 +153,9 @@ class ContiguousLayer:
         *,
         scale: float,
         implementation: kernels.Implementation,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, jax.Array]:
         keys_values = self.k_BKSd, self.v_BKSd
-        return kernels.decode_attention(q_BTHd, *keys_values, mask, scale=scale, implementation=implementation)[0]
+        return kernels.decode_attention(q_BTHd, *keys_values, mask, scale=scale, implementation=implementation)
 
     def supports_step(self, implementation: kernels.Implementation, x: jax.Array, heads: int, kv_heads: int) -> bool:
         return not self.fresh and kernels.supports_decode_step(
@@ -289,9 +297,9 @@ class PagedLayer:
         *,
         scale: float,
         implementation: kernels.Implementation,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, jax.Array]:
         pages = self.k_NKPd, self.v_NKPd, self.pages_BM
-        return kernels.paged_attention(q_BTHd, *pages, mask, scale=scale, implementation=implementation)[0]
+        return kernels.paged_attention(q_BTHd, *pages, mask, scale=scale, implementation=implementation)
 
     def supports_step(self, implementation: kernels.Implementation, x: jax.Array, heads: int, kv_heads: int) -> bool:
         return False
@@ -365,6 +373,11 @@ class PagedCache:
             return tuple(jnp.zeros(shape, dtype, out_sharding=sharding.cache) for _ in range(config.num_layers))
 
         return cls(pages(), pages(), pages_BM, jnp.zeros_like(new_B), new_B, fresh=True)
+
+    @property
+    def slots(self) -> int:
+        """The most tokens that a row can have."""
+        return self.pages_BM.shape[1] * self.keys[0].shape[2]
 
     @property
     def layers(self) -> list[PagedLayer]:
