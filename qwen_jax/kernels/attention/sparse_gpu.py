@@ -188,7 +188,7 @@ def _walk(
         def of_list(i: jax.Array, here: tuple[jax.Array, ...]) -> tuple[list[Index], tuple[jax.Array, ...]]:
             # The next starts are read while this tile waits for its slot.
             after = starts(number, first + i + 1)
-            return [(head, pl.ds(x, KEYS // per)) for x in here], after
+            return [(head, pl.ds(pl.multiple_of(x, _STEP), KEYS // per)) for x in here], after
 
         def of_columns(i: jax.Array, _: None) -> tuple[list[Index], None]:
             return [(head, pl.ds((first + i) * KEYS, KEYS))], None
