@@ -1,7 +1,6 @@
 """Attention of new tokens over a cache, contiguous or paged, and one whole attention step of decoding."""
 
 from collections.abc import Callable
-from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from qwen_jax.kernels import reference
 from qwen_jax.kernels.attention.coverage import Implementation, check_arguments, select_attention
 from qwen_jax.kernels.mask import Mask
 from qwen_jax.kernels.select import Candidate, select, unmet
+from qwen_jax.kernels.without_gradient import without_gradient
 
 
 def decode_attention(
@@ -50,14 +50,14 @@ def decode_attention(
         from qwen_jax.kernels.decode import flash_decode_gpu
 
         if _splits_keys(flash_decode_gpu.supports(q_BTHd.dtype, T, H, K, d, S), T, f"{H}/{K} heads, {S} slots"):
-            return _without_gradient(flash_decode_gpu.attention, args, scale)
+            return _run(flash_decode_gpu.attention, args, scale)
         return flash_gpu.attention(*args, scale, head_major=True)
     if chosen == "tpu":
         from qwen_jax.kernels.attention import flash_tpu
         from qwen_jax.kernels.decode import flash_decode_tpu
 
         if _splits_keys(flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d), T, f"{H}/{K} heads, {S} slots"):
-            return _without_gradient(flash_decode_tpu.attention, args, scale)
+            return _run(flash_decode_tpu.attention, args, scale)
         return flash_tpu.attention(*args, scale)
     return reference.attention(*args, scale=scale)
 
@@ -120,12 +120,12 @@ def paged_attention(
         from qwen_jax.kernels.decode import flash_decode_gpu
 
         if _reads_pages(flash_decode_gpu.supports(q_BTHd.dtype, T, H, K, d, M * P, P), T, sizes):
-            return _without_gradient(flash_decode_gpu.paged_attention, args, scale)
+            return _run(flash_decode_gpu.paged_attention, args, scale)
     if chosen == "tpu":
         from qwen_jax.kernels.decode import flash_decode_tpu
 
         if _reads_pages(flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d, P, pages_BM.size), T, sizes):
-            return _without_gradient(flash_decode_tpu.paged_attention, args, scale)
+            return _run(flash_decode_tpu.paged_attention, args, scale)
 
     def gathered(x_NKPd: jax.Array) -> jax.Array:
         x_BMKPd = x_NKPd[jnp.clip(pages_BM, 0, N - 1)]
@@ -191,15 +191,9 @@ def decode_step(*args: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, j
     return result
 
 
-def _without_gradient(
-    run: Callable[..., tuple[jax.Array, jax.Array]], arrays: tuple[jax.Array, ...], scale: float
+def _run(
+    kernel: Callable[..., tuple[jax.Array, jax.Array]], arrays: tuple[jax.Array, ...], scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs a kernel that has no gradient, and raises if someone differentiates it."""
-
-    def refuse(*_: object) -> NoReturn:
-        raise InputError("Decode attention by a kernel has no gradient. Use implementation='reference', or attention.")
-
-    kernel = jax.custom_vjp(lambda *arrays: run(*arrays, scale))
-    kernel.defvjp(refuse, refuse)
-    result: tuple[jax.Array, jax.Array] = kernel(*arrays)
-    return result
+    """Runs a kernel that has no gradient."""
+    message = "Decode attention by a kernel has no gradient. Use implementation='reference', or attention."
+    return without_gradient(lambda *arrays: kernel(*arrays, scale), arrays, message)
