@@ -87,7 +87,7 @@ class Search:
         of the answer.
     """
 
-    depths: Depths = (0, 25, 50, 75, 100)
+    depths: Depths = (0.0, 25.0, 50.0, 75.0, 100.0)
     samples: int = 10
     seed: int = 0
     form: Literal["completion", "chat"] = "completion"
@@ -272,7 +272,7 @@ class _Loading:
 
     def __init__(self, model: Model):
         self._model = model
-        self._engine: "Engine | None" = None
+        self._engine: Engine | None = None
 
     def generate(self, *prompts: Any, **options: Any) -> list[Any]:
         """See `Engine.generate`."""

@@ -98,8 +98,8 @@ def position_losses(
     check_context(engine.config, length)
     if batch_size < 1 or chunk < 1:
         raise InputError(f"--batch-size must be at least 1, got {batch_size}.")
-    size = min(batch_size * engine.sharding.batch_shards, -(-count // engine.sharding.batch_shards))
-    size = -(-size // engine.sharding.batch_shards) * engine.sharding.batch_shards
+    shards = engine.sharding.batch_shards
+    size = min(batch_size, -(-count // shards)) * shards
     losses = np.zeros((count, length - 1), np.float32)
     static = _Static(engine.config, engine.sharding, engine.options, chunk)
     with jax.set_mesh(engine.mesh):

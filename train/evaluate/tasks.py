@@ -7,6 +7,7 @@ comparable between models that were measured here, and only roughly with publish
 """
 
 import dataclasses
+import itertools
 import string
 import uuid
 from collections.abc import Callable, Sequence
@@ -181,7 +182,7 @@ class Needles:
         return list(values)
 
     def _others(self, source: Source, room: int, keys: set[str], values: set[str], rng: np.random.Generator) -> Filler:
-        """Keys and values that are not asked for; less than one sentence of noise before them makes the length exact."""
+        """Keys and values that are not asked for, after less than a sentence of noise that makes the length exact."""
         lines: list[Ids] = []
         size = 0
         while True:
@@ -312,12 +313,18 @@ def frequent_words(source: Source, length: int, depth: float, rng: np.random.Gen
     def counts(total: int) -> np.ndarray:
         return np.floor(total * share).astype(int)
 
+    def clear(total: int) -> bool:
+        """Whether the three can be told apart: each occurs more often than the next."""
+        occurs = counts(total)
+        return bool(occurs[3] and (np.diff(occurs[1:5]) < 0).all())
+
     total = _largest(2 * room, lambda total: int(counts(total) @ sizes) <= room)
+    while total and not clear(total):
+        total -= 1
+    if not total:
+        enough = next(total for total in itertools.count(1) if clear(total))
+        _room("fwe", length, new_tokens, frame, int(counts(enough) @ sizes))
     occurs = counts(total)
-    # The three must be told apart: each occurs more often than the next.
-    if occurs[3] == 0 or not (np.diff(occurs[1:5]) < 0).all():
-        enough = next(n for n in range(1, 10_000) if counts(n)[3] and (np.diff(counts(n)[1:5]) < 0).all())
-        _room("fwe", length, new_tokens, frame, max(int(counts(enough) @ sizes), room + 1))
     order = rng.permutation(np.repeat(np.arange(len(parts)), occurs)).tolist()
     context = _joined(source, rng, [parts[i] for i in order], room - int(occurs @ sizes)).ids
     return _sample(frame, context, tuple(vocabulary[:3]), new_tokens, "contained")
