@@ -183,7 +183,7 @@ def chunked_token_losses(model: Qwen2, hidden_BTD: jax.Array, targets_BT: jax.Ar
         w_vD = jax.lax.all_gather(head_vD.astype(hidden_BTD.dtype), "fsdp", axis=1, tiled=True)
         chunks = _Chunks.of(targets_BT.size, chunk)
 
-        def body(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        def body(carry: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
             x_cD, targets_c = inputs
             _, _, log_total_c, picked_c = _log_totals(x_cD, w_vD, targets_c)
             return None, log_total_c - picked_c

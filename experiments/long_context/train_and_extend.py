@@ -354,7 +354,7 @@ def main() -> None:
     if args.table:
         print(table(read_records(args.folder / RESULTS, "seed")))
         return
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Setup)}
+    values: dict[str, Any] = {field.name: getattr(args, field.name) for field in dataclasses.fields(Setup)}
     setup = Setup(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
     try:
         run(setup, args.seeds, args.schemes, args.attention, args.folder, args.text_folders)

@@ -182,7 +182,7 @@ class RulerSynthetic:
     def run(self) -> int:
         model, source, settings = _open_text(self.common, self.search, None)
         tasks = sibling("train.evaluate.tasks")
-        names = {name: name in tasks.WITH_DEPTH for name in dict.fromkeys(self.tasks)}
+        names: dict[str, bool] = {name: name in tasks.WITH_DEPTH for name in dict.fromkeys(self.tasks)}
         make = _text_maker({name: tasks.RULER[name] for name in names}, source, self.search.seed)
         return _answer("ruler-synthetic", self.common, self.search, model, names, make, settings)
 

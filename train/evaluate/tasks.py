@@ -242,21 +242,20 @@ def variable_tracking(source: Source, length: int, depth: float, rng: np.random.
 def common_words(source: Source, length: int, depth: float, rng: np.random.Generator) -> Sample:
     """A numbered list of words; the ten most common are asked for. The depth has no effect.
 
-    The arguments and errors are those of `passkey`. From 4,096 tokens on common words occur 30 times and the others 3
-    times, below that 6 times and once.
+    The arguments and errors are those of `passkey`. Common words occur 30 times and the others 3 times; 6 times and
+    once below 4,096 tokens, or where the tokenizer makes the former too long.
 
     Source: RULER (arXiv:2404.06654), section 3.3, `cwe`: one example before the question.
     """
     encoder, top, new_tokens = source.encoder, 10, 120
-    often, seldom = (30, 3) if length >= 4096 else (6, 1)
     before = (
         "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
         "appear most often.\n"
     )
     question = "\nQuestion: What are the 10 most common words in the above list?"
     answer = " Answer: The top 10 words that appear most often in the list are:"
-    # Words of the example, of the answer, and others; three tokens an entry is less than any has.
-    pool = words(rng, 2 * top + 20 + max(length // (3 * seldom), 1))
+    # Words of the example, of the answer, and others: more than fit, as an entry has at least three tokens.
+    pool = words(rng, 2 * top + 20 + length // (9 if length >= 4096 else 3))
     example, common, others = pool[: top + 20], pool[top + 20 : 2 * top + 20], pool[2 * top + 20 :]
     shown = [word for i, word in enumerate(example) for _ in range(3 if i < top else 1)]
     listed = " ".join(f"{i}. {word}" for i, word in enumerate(rng.permutation(shown).tolist(), 1))
@@ -265,26 +264,25 @@ def common_words(source: Source, length: int, depth: float, rng: np.random.Gener
     # Nothing that is asked for may be a part of another word.
     others = [word for word in others if not any(key in word for key in common)]
     sizes = np.array([len(encoder.ids(f" {word}")) for word in [*common, *others]])
-    room = _room("cwe", length, new_tokens, frame, 0)
-    # Tokens of the first numbers, up to more entries than fit.
-    ends, shortest = [0], int(sizes.min())
-    while ends[-1] + shortest * len(ends) <= room or len(ends) <= top * (often + seldom):
-        ends.append(ends[-1] + len(encoder.ids(f" {len(ends)}.")))
-    numbers = np.array(ends)
+    # numbers[n] is the tokens of the first n numbers; there are as many as could fit.
+    numbers, shortest, room = [0], int(sizes.min()), length - new_tokens - sum(map(len, frame))
+    while numbers[-1] + shortest * len(numbers) <= room or len(numbers) <= 33 * top:
+        numbers.append(numbers[-1] + len(encoder.ids(f" {len(numbers)}.")))
 
-    def size(count: int) -> int:
+    def size(often: int, seldom: int, count: int) -> int:
         """Tokens of a list with some of the other words."""
         entries = top * often + count * seldom
         return int(numbers[entries] + often * sizes[:top].sum() + seldom * sizes[top : top + count].sum())
 
+    # At least as many other words as common ones.
+    often, seldom = (30, 3) if length >= 4096 and size(30, 3, top) <= room else (6, 1)
+    _room("cwe", length, new_tokens, frame, size(often, seldom, top))
     most = min(len(others), (len(numbers) - 1 - top * often) // seldom)
-    count = _largest(most, lambda count: size(count) <= room)
-    if count < top:
-        _room("cwe", length, new_tokens, frame, size(top))
+    count = _largest(most, lambda count: size(often, seldom, count) <= room)
     # The list, in random order.
     entries = rng.permutation([*common * often, *others[:count] * seldom]).tolist()
     parts = [encoder.ids(part) for i, word in enumerate(entries, 1) for part in (f" {i}.", f" {word}")]
-    context = _joined(source, rng, parts, room - size(count)).ids
+    context = _joined(source, rng, parts, room - size(often, seldom, count)).ids
     return _sample(frame, context, tuple(common), new_tokens, "contained")
 
 
@@ -303,7 +301,6 @@ def frequent_words(source: Source, length: int, depth: float, rng: np.random.Gen
         "appeared words in the above coded text?",
         " Answer: According to the coded text above, the three most frequently appeared words are:",
     )
-    room = _room("fwe", length, new_tokens, frame, 0)
     vocabulary = _distinct(max(length // 50, 8), lambda: "".join(rng.choice(list(string.ascii_lowercase), 6)))
     parts = [encoder.ids(f" {word}") for word in ["...", *vocabulary]]
     sizes = np.array(list(map(len, parts)))
@@ -318,12 +315,11 @@ def frequent_words(source: Source, length: int, depth: float, rng: np.random.Gen
         occurs = counts(total)
         return bool(occurs[3] and (np.diff(occurs[1:5]) < 0).all())
 
+    fewest = next(total for total in itertools.count(1) if clear(total))
+    room = _room("fwe", length, new_tokens, frame, int(counts(fewest) @ sizes)) + int(counts(fewest) @ sizes)
     total = _largest(2 * room, lambda total: int(counts(total) @ sizes) <= room)
-    while total and not clear(total):
+    while not clear(total):
         total -= 1
-    if not total:
-        enough = next(total for total in itertools.count(1) if clear(total))
-        _room("fwe", length, new_tokens, frame, int(counts(enough) @ sizes))
     occurs = counts(total)
     order = rng.permutation(np.repeat(np.arange(len(parts)), occurs)).tolist()
     context = _joined(source, rng, [parts[i] for i in order], room - int(occurs @ sizes)).ids

@@ -37,7 +37,8 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, form: Form = "completion"):
         self.tokenizer, self.form = tokenizer, form
         self._known: dict[str, np.ndarray] = {}
-        self._begin, self._end = self._chat() if form == "chat" else (self._first_ids(), np.zeros(0, np.int32))
+        nothing: np.ndarray = np.zeros(0, np.int32)
+        self._begin, self._end = self._chat() if form == "chat" else (self._first_ids(), nothing)
 
     def ids(self, text: str) -> np.ndarray:
         """The int32 ids of a text; control tokens in it are plain text."""

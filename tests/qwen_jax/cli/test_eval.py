@@ -134,7 +134,7 @@ def test_perplexity(capsys: Capture, model: Path, tmp_path: Path) -> None:
         (["needle", "BARE", "--token-ids", "--first-id", "500"], "at least 32 ids"),
         (["needle", "BARE", "--token-ids", "--needles", "90", "--lengths", "100"], "do not fit"),
         (["needle", "BARE", "--token-ids", "--haystack", "EMPTY"], "Leave one of them out"),
-        (["ruler-synthetic", "MODEL", "--lengths", "300"], "The task niah_single_1 needs at least"),
+        (["ruler-synthetic", "MODEL", "--lengths", "150"], "The task niah_single_1 needs at least"),
         (["perplexity", "MODEL"], "--text FILE"),
         (["perplexity", "MODEL", "--text", "EMPTY"], "empty"),
         (["perplexity", "MODEL", "--text", "SHORT", "--lengths", "500"], "Give more text"),
