@@ -62,6 +62,10 @@ class LayerCache(Protocol):
         """
         ...
 
+    def keys_values(self) -> tuple[jax.Array, jax.Array]:
+        """All keys and values as head-major arrays [B, K, S, d], for sparse attention. Runs on local arrays."""
+        ...
+
     def supports_step(self, implementation: kernels.Implementation, x: jax.Array, heads: int, kv_heads: int) -> bool:
         """Whether one kernel adds the bias, rotates, writes and attends for one new token a row.
 
@@ -156,6 +160,9 @@ class ContiguousLayer:
     ) -> tuple[jax.Array, jax.Array]:
         keys_values = self.k_BKSd, self.v_BKSd
         return kernels.decode_attention(q_BTHd, *keys_values, mask, scale=scale, implementation=implementation)
+
+    def keys_values(self) -> tuple[jax.Array, jax.Array]:
+        return self.k_BKSd, self.v_BKSd
 
     def supports_step(self, implementation: kernels.Implementation, x: jax.Array, heads: int, kv_heads: int) -> bool:
         return not self.fresh and kernels.supports_decode_step(
@@ -300,6 +307,9 @@ class PagedLayer:
     ) -> tuple[jax.Array, jax.Array]:
         pages = self.k_NKPd, self.v_NKPd, self.pages_BM
         return kernels.paged_attention(q_BTHd, *pages, mask, scale=scale, implementation=implementation)
+
+    def keys_values(self) -> tuple[jax.Array, jax.Array]:
+        raise ValueError("Sparse attention needs a contiguous cache.")
 
     def supports_step(self, implementation: kernels.Implementation, x: jax.Array, heads: int, kv_heads: int) -> bool:
         return False
