@@ -309,7 +309,7 @@ def _attend(
             plgpu.copy_gmem_to_smem(queries, plain.at[pl.ds(t * G, G)], memory.q_ready)
 
         # The tiles of this share. Every slot that any row sees is in low to high; all rows that see something see
-        # inner_low to inner_high.
+        # inner_low to inner_high, which is empty where the intervals are disjoint.
         bounds = [interval(t) for t in range(T)]
         low, high, inner_low, inner_high = jnp.int32(2**30), jnp.int32(0), jnp.int32(0), jnp.int32(2**30)
         for a, b in bounds:
@@ -386,14 +386,20 @@ def _attend(
             acc = acc * across(alpha, acc.shape)
             plgpu.barrier_wait(memory.v_ready.at[stage])
 
-            # A slot that no row sees may hold NaN, and zero times NaN is not zero: clear such values.
+            # A slot that no row sees may hold NaN, and zero times NaN is not zero: clear such values. There are none
+            # where all rows see the whole tile, nor where one of them does.
             @pl.when((offset < inner_low) | (offset + keys > inner_high))
             def clear() -> None:
-                j = plgpu.broadcasted_iota(jnp.int32, (keys, d), 0, layout=WGMMA) + offset
-                tile = load(v_tile, WGMMA, optimized=True)
-                seen = functools.reduce(jnp.logical_or, [(j >= a) & (j < b) for a, b in map(interval, range(T))])
-                v_tile[...] = jnp.where(seen, tile, jnp.zeros_like(tile))
-                plgpu.commit_smem()
+                ends = [interval(t) for t in range(T)]
+                whole = [(a <= offset) & (b >= offset + keys) for a, b in ends]
+
+                @pl.when(jnp.logical_not(functools.reduce(jnp.logical_or, whole)))
+                def clear_unseen() -> None:
+                    j = plgpu.broadcasted_iota(jnp.int32, (keys, d), 0, layout=WGMMA) + offset
+                    tile = load(v_tile, WGMMA, optimized=True)
+                    seen = functools.reduce(jnp.logical_or, [(j >= a) & (j < b) for a, b in ends])
+                    v_tile[...] = jnp.where(seen, tile, jnp.zeros_like(tile))
+                    plgpu.commit_smem()
 
             p = p.astype(dtype)
             acc = pl.run_state(lambda acc: plgpu.wgmma(acc, p, v_tile))(plgpu.ACC.init(acc))

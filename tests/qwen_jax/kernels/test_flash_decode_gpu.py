@@ -78,6 +78,13 @@ def one_key(numbers: np.random.Generator, B: int, T: int, S: int) -> tuple[np.nd
     return start, start + 1
 
 
+def disjoint(numbers: np.random.Generator, B: int, T: int, S: int) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbouring intervals, the last row's first, as of dual-chunk attention; some with gaps that no row sees."""
+    ends = np.sort(numbers.integers(0, S + 1, (B, T + 1)), axis=1)[:, ::-1]
+    start, end = ends[:, 1:].astype(np.int32), ends[:, :-1].astype(np.int32)
+    return np.minimum(start + numbers.integers(0, 2, (B, 1)) * 5, end).astype(np.int32), end
+
+
 def outside(numbers: np.random.Generator, B: int, T: int, S: int) -> tuple[np.ndarray, np.ndarray]:
     """Intervals that extend beyond the cache on either side."""
     return np.full((B, T), -5, np.int32), np.full((B, T), S + 1000, np.int32)
@@ -98,6 +105,10 @@ CASES = (
     Case(6, 5, 12, 2, 128, 776, one_key),
     Case(2, 64, 2, 2, 64, 4096, masks.causal),
     Case(70, 2, 8, 2, 64, 520, masks.anything),
+    Case(1, 3, 28, 4, 128, 32768, disjoint),
+    Case(3, 3, 14, 2, 64, 3000, disjoint),
+    Case(2, 9, 14, 2, 64, 1000, disjoint),
+    Case(2, 3, 28, 4, 128, 4096, disjoint, page=64),
     Case(1, 1, 4, 4, 128, 8, outside),
     Case(2, 1, 64, 1, 128, 3000, padded),
     Case(2, 2, 28, 4, 128, 4096, padded, dtype=jnp.float16),
