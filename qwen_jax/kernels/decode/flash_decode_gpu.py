@@ -40,12 +40,14 @@ from qwen_jax.kernels.types import Ref
 
 PAGE = 16
 """The number of slots of a page must be a multiple of it."""
-_MAX_SPLITS = 128
+_MAX_SPLITS = 2 * MULTIPROCESSORS
+"""As many as blocks run at once: one key/value head alone keeps the whole chip busy."""
 _STEP_US, _START_US, _MERGE_US = 2.0, 1.5, 2.5
 """Costs that the number of splits is chosen by: a tile for every block while the whole chip reads memory, the start of
 a round of blocks, and a merge."""
 _COLUMNS = 32
 """Columns of the output that a block of the merge takes."""
+_PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +58,13 @@ class Tiling:
       keys: keys of a tile.
       stages: tiles of keys, and as many of values, that are in flight.
       blocks: thread blocks that share a multiprocessor.
+      needed: blocks of each multiprocessor with which the chip reaches its memory bandwidth.
     """
 
     keys: int
     stages: int
     blocks: int
+    needed: int = 1
 
 
 TILINGS = {64: Tiling(128, 3, 2), 128: Tiling(64, 3, 2)}
@@ -108,8 +112,8 @@ def splits_for(rows: int, slots: int, tiling: Tiling, uneven: bool = False) -> i
 
     def cost(splits: int) -> float:
         rounds, left = divmod(rows * splits, at_once)
-        # A few blocks alone do not reach the memory bandwidth.
-        last = max(left / at_once, 0.45) if left else 0.0
+        # Blocks on some of the multiprocessors do not reach the memory bandwidth.
+        last = -(-left // (MULTIPROCESSORS * tiling.needed)) * tiling.needed / tiling.blocks
         merge = _MERGE_US if splits > 1 else 0.0
         return -(-tiles // splits) * _STEP_US * (rounds + last) + _START_US * (rounds + (left > 0)) + merge
 
@@ -236,32 +240,46 @@ def _run(
             jax.ShapeDtypeStruct((B, K, used, eights, d), jnp.float32),
             jax.ShapeDtypeStruct((B, K, eights, ROWS), jnp.float32),
         ]
-    params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
     attend = pl.kernel(
         functools.partial(_attend, slots=slots, splits=splits, scale=scale, tiling=tiling),
         out_type=tuple(out_type),
         mesh=plgpu.Mesh(grid=(B, K, splits), grid_names=("row", "head", "split")),
-        compiler_params=params,
+        compiler_params=_PARAMS,
         name="flash_decode",
     )
     outs = attend(q, k, v, start, end, *([] if pages is None else [pages]))
+    out, lse = outs
     if splits > 1:
-        merge = pl.kernel(
-            functools.partial(_merge, splits=splits, group=G),
-            out_type=(
-                jax.ShapeDtypeStruct(q.shape, q.dtype),
-                jax.ShapeDtypeStruct((B, K, T * G, _COLUMNS), jnp.float32),
-            ),
-            mesh=plgpu.Mesh(grid=(B, K, T * G, d // _COLUMNS), grid_names=("row", "head", "query", "columns")),
-            compiler_params=params,
-            name="flash_decode_merge",
-        )
-        out, lse = merge(*outs)
-        lse = lse[..., 0]
-    else:
-        out, lse = outs
-        lse = lse[:, :, : T * G]
-    return out, lse.reshape(B, K, T, G).swapaxes(2, 3).reshape(B, H, T)
+        return merge_shares(out, lse, q, splits)
+    return out, lse[:, :, : T * G].reshape(B, K, T, G).swapaxes(2, 3).reshape(B, H, T)
+
+
+def merge_shares(parts: jax.Array, lse: jax.Array, q_BTHd: jax.Array, splits: int) -> tuple[jax.Array, jax.Array]:
+    """Merges the shares of the keys by a kernel.
+
+    Args:
+      parts: outputs, float32 [B, K, T H / K or more, splits or more, d]; rows of a token are neighbours.
+      lse: log-sum-exps in base 2, float32 [B, K, splits or more, T H / K or more].
+      q_BTHd: queries, for shape and dtype of the result.
+      splits: shares.
+
+    Returns:
+      [B, T, H, d] and the log-sum-exp, float32 [B, H, T], as `attention`.
+    """
+    (B, T, H, d), K = q_BTHd.shape, parts.shape[1]
+    G = H // K
+    merge = pl.kernel(
+        functools.partial(_merge, splits=splits, group=G),
+        out_type=(
+            jax.ShapeDtypeStruct(q_BTHd.shape, q_BTHd.dtype),
+            jax.ShapeDtypeStruct((B, K, T * G, _COLUMNS), jnp.float32),
+        ),
+        mesh=plgpu.Mesh(grid=(B, K, T * G, d // _COLUMNS), grid_names=("row", "head", "query", "columns")),
+        compiler_params=_PARAMS,
+        name="flash_decode_merge",
+    )
+    out, merged = merge(parts, lse)
+    return out, merged[..., 0].reshape(B, K, T, G).swapaxes(2, 3).reshape(B, H, T)
 
 
 _Softmax = tuple[jax.Array, jax.Array, jax.Array]

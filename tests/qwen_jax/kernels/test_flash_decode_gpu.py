@@ -44,6 +44,21 @@ def test_splits_fill_the_chip_when_heads_alone_do_not() -> None:
         assert flash_decode_gpu.splits_for(264, 4096, shape) == 1
 
 
+def evenness(tiling: flash_decode_gpu.Tiling, rows: int, slots: int) -> float:
+    """The mean number of tiles of a multiprocessor over the largest one."""
+    splits, tiles = flash_decode_gpu.splits_for(rows, slots, tiling), -(-slots // tiling.keys)
+    # Blocks go to the multiprocessors in turn, and after as many as run at once in rounds.
+    at_once = 132 if rows * splits <= 132 else 132 * tiling.blocks
+    return rows * tiles / (-(-rows * splits // at_once) * at_once * -(-tiles // splits))
+
+
+@pytest.mark.parametrize("slots", [131072, 1_000_064])
+def test_long_caches_are_split_evenly(slots: int) -> None:
+    """For the key/value heads of one long row, on one or several devices."""
+    for tiling in flash_decode_gpu.TILINGS.values():
+        assert min(evenness(tiling, rows, slots) for rows in (1, 2, 4, 8)) >= 0.95
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """Sizes, the mask, slots of a page (0: one array) and the dtype."""
