@@ -2,6 +2,7 @@
 
     python -m experiments.kernels.decode_long                       # the table
     python -m experiments.kernels.decode_long --splits 33 66 132    # and these numbers of splits
+    python -m experiments.kernels.decode_long --tiling 128 2 2      # 8 bits with these keys, stages and blocks
 
 7B on one device: 28 query heads, 4 key/value heads of 128. "3 parts" are the three rows of a token in dual-chunk
 attention, whose intervals are disjoint. The error is that of the output against float32 over the same cache.
@@ -118,14 +119,14 @@ def fused_step(caches: Any) -> tuple[float, Any]:
     return (max(e for _, e in spans) - min(b for b, _ in spans)) / len(spans), held[0]
 
 
-def attend(q: jax.Array, cache: Any, *, splits: int, parts: int) -> jax.Array:
-    """The kernels with a given number of splits."""
+def attend(q: jax.Array, cache: Any, *, splits: int, parts: int, tiling: flash_decode_gpu.Tiling | None) -> jax.Array:
+    """The kernels with a given number of splits, and for 8 bits a tiling."""
     k, v = cache
     how: Any = {"scale": D**-0.5, "splits": splits}
     ends = intervals(k.shape[2], parts)
     if isinstance(k, Int8Rows):
         arrays = k.values_BKSd, k.scales_BKS, v.values_BKSd, v.scales_BKS
-        return flash_decode_int8_gpu._run(q, *arrays, *ends, **how)[0]
+        return flash_decode_int8_gpu._run(q, *arrays, *ends, tiling=tiling, **how)[0]
     return flash_decode_gpu._run(q, k, v, *ends, None, **how)[0]
 
 
@@ -134,7 +135,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--splits", type=int, nargs="*", default=[], help="numbers of splits to measure besides")
     parser.add_argument("--slots", type=int, nargs="*", default=SLOTS, help="lengths of the cache, multiples of 64")
+    parser.add_argument("--tiling", type=int, nargs=3, help="for 8 bits: keys, stages and blocks on a multiprocessor")
     args = parser.parse_args()
+    tiling = flash_decode_gpu.Tiling(*args.tiling) if args.tiling else None
     copy, read = copy_rate(), read_rate()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {time.strftime('%Y-%m-%d')}")
     print(f"copy {copy / 1e12:.2f} TB/s read and written, row maxima {read / 1e12:.2f} TB/s read")
@@ -158,11 +161,11 @@ def main() -> None:
         narrow: Any = [tuple(to_8_bits(x) for x in pair) for pair in wide]
         for held, caches, tilings, size in (
             ("bfloat16", wide, flash_decode_gpu.TILINGS, bytes_),
-            ("int8", narrow, flash_decode_int8_gpu.TILINGS, bytes_ // 2 + 2 * 4 * K * slots),
+            ("int8", narrow, {D: tiling or flash_decode_int8_gpu.TILINGS[D]}, bytes_ // 2 + 2 * 4 * K * slots),
         ):
             for parts in (1, 3):
                 for splits in [flash_decode_gpu.splits_for(K, slots, tilings[D]), *args.splits]:
-                    call = functools.partial(attend, splits=splits, parts=parts)
+                    call = functools.partial(attend, splits=splits, parts=parts, tiling=tiling)
                     q, kind = normal(-5, (1, parts, H, D)), "3 parts" if parts == 3 else ""
                     us = measure(call, q, caches)
                     line(slots, held, kind, splits, us, size, f"{error(call, q, caches[0], parts):.1e}")

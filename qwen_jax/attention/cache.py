@@ -5,7 +5,7 @@ attends to what the queries may see. Where `supports_step` says that one kernel 
 caches number the tokens of a row by *slots*; masks count slots.
 
 - `ContiguousCache`: one buffer a layer. All rows of a batch end at the same slot, so that a decode step writes one
-  slice; shorter prompts begin at a later slot.
+  slice; shorter prompts begin at a later slot. The buffer may be in 8 bits (`quantized_cache`).
 - `PagedCache`: pages of a fixed number of slots, shared by all rows through a page table. Each row has its own length.
 
 A cache without tokens is `fresh`: its first write is a prompt, and queries attend to the new keys alone.
@@ -25,6 +25,7 @@ from qwen_jax import kernels
 from qwen_jax.attention import quantized_cache
 from qwen_jax.attention.quantized_cache import Buffer
 from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
 from qwen_jax.parallel.sharding import Sharding
 
 
@@ -380,7 +381,12 @@ class PagedCache:
           num_pages: pages of all shards together.
           page_size: slots in a page.
           dtype: of keys and values.
+
+        Raises:
+          InputError: a dtype that is not floating.
         """
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise InputError(f"Expected a floating dtype for pages; got {dtype}. Only ContiguousCache holds 8 bits.")
         shape = num_pages, sharding.kv_heads, page_size, config.head_dim
 
         def pages() -> tuple[jax.Array, ...]:

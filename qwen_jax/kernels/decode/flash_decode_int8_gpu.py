@@ -33,7 +33,7 @@ from qwen_jax.kernels.gpu.tiles import PER_COLUMN, PER_ROW, ROWS, WGMMA, across,
 from qwen_jax.kernels.softmax import LOG2E, LOW, LOWEST
 from qwen_jax.kernels.types import Ref
 
-TILINGS = {64: Tiling(64, 6, 2, needed=2), 128: Tiling(64, 4, 2, needed=2)}
+TILINGS = {64: Tiling(64, 6, 2, needed=2), 128: Tiling(64, 3, 2, needed=2)}
 """By head_dim. While one block of a multiprocessor converts or waits for a maximum, the other one works."""
 _BYTES = plgpu.Layout.WGMMA_UPCAST_2X
 """Registers of an int8 tile: each thread holds four neighbouring components of a row."""
@@ -145,13 +145,13 @@ def _store_transposed(_: Any, ref: Any, x: Any) -> None:
 
 
 # Jitted so that a model of many layers lowers it once.
-@functools.partial(jax.jit, static_argnames=("scale", "splits"))
+@functools.partial(jax.jit, static_argnames=("scale", "splits", "tiling"))
 def _run(
     q: jax.Array, k: jax.Array, k_scales: jax.Array, v: jax.Array, v_scales: jax.Array, start: jax.Array,
-    end: jax.Array, *, scale: float, splits: int | None = None,
+    end: jax.Array, *, scale: float, splits: int | None = None, tiling: Tiling | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Runs the kernel and the merge."""
-    (B, T, H, d), (K, S), tiling = q.shape, k.shape[1:3], TILINGS[q.shape[3]]
+    (B, T, H, d), (K, S), tiling = q.shape, k.shape[1:3], tiling or TILINGS[q.shape[3]]
     rows = T * (H // K)
     splits = splits or splits_for(B * K, S, tiling)
     eights, columns = -(-splits // 8) * 8, next(n for n in (16, 32, 64) if n >= rows)

@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
 from qwen_jax.attention import quantized_cache
-from qwen_jax.attention.cache import ContiguousCache, ContiguousLayer
+from qwen_jax.attention.cache import ContiguousCache, ContiguousLayer, PagedCache
 from qwen_jax.attention.rope import rotate
+from qwen_jax.errors import InputError
 from qwen_jax.kernels import Int8Rows
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from tests.helpers import exact
@@ -75,6 +76,9 @@ def test_sizes_are_those_of_the_buffers(mesh: Mesh) -> None:
             held = sum(x.nbytes for x in jax.tree.leaves((cache.keys, cache.values)))
             assert held == 3 * 8 * quantized_cache.kv_bytes_per_token(CONFIG, dtype)
         assert cache.slots == 8
+        numbers = jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32)
+        with pytest.raises(InputError, match="Only ContiguousCache holds 8 bits"):
+            PagedCache.empty(CONFIG, sharding, *numbers, num_pages=1, page_size=8, dtype=INT8)
 
 
 # --- writing ---
