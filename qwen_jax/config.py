@@ -48,14 +48,27 @@ class Yarn:
 
 @dataclasses.dataclass(frozen=True)
 class DualChunk:
-    """Dual-chunk attention settings of the 1M-context checkpoints (An et al. 2024, arXiv:2402.17463).
+    """Dual-chunk attention, as the 1M-token checkpoints use it; see `qwen_jax.attention.dual_chunk`.
 
     Up to `chunk_len` tokens dual-chunk attention is exactly plain RoPE attention.
+
+    Attributes:
+      chunk_size: the largest relative position.
+      local_size: relative positions up to this are exact, if it is at most half of `chunk_size`.
+      original_max_position_embeddings: length of training in tokens; longer texts get a factor on the logits.
     """
 
     chunk_size: int
     local_size: int
     original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.local_size < self.chunk_size or self.original_max_position_embeddings < 1:
+            raise InputError(
+                "Dual-chunk attention needs 0 < local_size < chunk_size and a positive "
+                f"original_max_position_embeddings; got local_size {self.local_size}, chunk_size {self.chunk_size}, "
+                f"original_max_position_embeddings {self.original_max_position_embeddings}."
+            )
 
     @property
     def chunk_len(self) -> int:
@@ -195,6 +208,12 @@ class ModelConfig:
                 )
             if self.use_sliding_window:
                 raise InputError("use_sliding_window=true is not supported with experts; no published model has it.")
+        if self.yarn is not None and self.dual_chunk is not None:
+            raise InputError(
+                "YaRN frequencies and dual-chunk attention together are not defined: dual-chunk attention keeps RoPE's "
+                "frequencies and takes only the temperature from YaRN, by itself. Remove rope_scaling or "
+                "dual_chunk_attention_config."
+            )
         first_layer = self.num_layers if self.max_window_layers is None else self.max_window_layers
         if self.use_sliding_window and self.sliding_window is not None and first_layer < self.num_layers:
             raise InputError(
@@ -213,10 +232,58 @@ class ModelConfig:
 
     @property
     def context_length(self) -> int:
-        """The longest sequence, in tokens, that this implementation runs exactly."""
+        """The longest sequence in tokens: max_position_embeddings, or more where YaRN extends it."""
         extended = int(self.yarn.original_max_position_embeddings * self.yarn.factor) if self.yarn else 0
-        length = max(self.max_position_embeddings, extended)
-        return min(length, self.dual_chunk.chunk_len) if self.dual_chunk else length
+        return max(self.max_position_embeddings, extended)
+
+    def with_rope_scaling(self, setting: str, trained_length: int | None = None) -> "ModelConfig":
+        """The config with RoPE scaling, for texts longer than those of training.
+
+        Args:
+          setting: "yarn:FACTOR", such as "yarn:4" for YaRN up to four times the length of training.
+          trained_length: length of training in tokens, by default `max_position_embeddings`.
+
+        Raises:
+          InputError: another setting, or the context of this model is extended already.
+        """
+        kind, _, text = setting.partition(":")
+        try:
+            factor = float(text)
+        except ValueError:
+            factor = math.nan
+        if kind != "yarn" or not math.isfinite(factor):
+            raise InputError(f"Expected a RoPE scaling such as yarn:4, got {setting!r}.")
+        trained = self._trained_length(f"RoPE scaling {setting}", trained_length)
+        return dataclasses.replace(self, yarn=Yarn(factor, trained), max_position_embeddings=int(factor * trained))
+
+    def with_dual_chunk(self, factor: int = 4, trained_length: int | None = None) -> "ModelConfig":
+        """The config with dual-chunk attention, for texts up to `factor` times as long as those of training.
+
+        The length of a chunk is that of training, of which 1/32 is local, as in the 1M-token checkpoints.
+
+        Args:
+          factor: of the length.
+          trained_length: length of training in tokens, by default `max_position_embeddings`.
+
+        Raises:
+          InputError: the context of this model is extended already.
+        """
+        trained = self._trained_length("Dual-chunk attention", trained_length)
+        chunks = DualChunk(trained, max(trained // 32, 1), trained)
+        return dataclasses.replace(self, dual_chunk=chunks, max_position_embeddings=factor * trained)
+
+    def _trained_length(self, extension: str, given: int | None) -> int:
+        has = "YaRN" if self.yarn else "dual-chunk attention" if self.dual_chunk else None
+        if has:
+            raise InputError(
+                f"{extension} cannot be added: this model has {has} already, up to {self.context_length} tokens."
+            )
+        if given is not None and not 1 <= given <= self.max_position_embeddings:
+            raise InputError(
+                f"The length of training must be from 1 to max_position_embeddings, {self.max_position_embeddings}; "
+                f"got {given}."
+            )
+        return self.max_position_embeddings if given is None else given
 
     def num_params(self) -> dict[str, int]:
         """Exact parameter counts.

@@ -179,6 +179,8 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
     eos = hf.get("eos_token_id")
     dual_chunk = hf.get("dual_chunk_attention_config")
     if dual_chunk is not None:
+        # Settings of sparse attention, which other tools keep here, change no result of dense attention.
+        dual_chunk = {key: value for key, value in dual_chunk.items() if not key.startswith("sparse_attention_")}
         if set(dual_chunk) != _DUAL_CHUNK_KEYS:
             raise InputError(
                 f"dual_chunk_attention_config of config.json needs {', '.join(sorted(_DUAL_CHUNK_KEYS))}; it has "

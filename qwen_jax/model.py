@@ -12,9 +12,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
+from qwen_jax.attention import dual_chunk
 from qwen_jax.attention.block import Attention
 from qwen_jax.attention.cache import Cache, LayerCache
-from qwen_jax.attention.rope import rope_tables
+from qwen_jax.attention.rope import Rope, rope_table
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.matmul import few_rows
 from qwen_jax.linear import Embedding, Linear, RMSNorm, initializers
@@ -110,8 +111,8 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
-        mask: kernels.Mask,
+        rope: Rope,
+        masks: tuple[kernels.Mask, ...],
         cache: LayerCache | None = None,
         *,
         remat: Remat = "none",
@@ -121,8 +122,8 @@ class Block(nnx.Module):
 
         Args:
           x_BTD: the residual stream.
-          rope: of `rope_tables`.
-          mask, cache, valid_BT: as for `Qwen2.__call__`; the cache is that of this layer.
+          rope, masks: the rotations, and the masks of the parts of the keys; see `Qwen2.rope_and_masks`.
+          cache, valid_BT: as for `Qwen2.__call__`; the cache is that of this layer.
           remat: "dots" runs the layer in pieces, each one product with the elementwise work around it.
         """
         dots = remat == "dots"
@@ -136,15 +137,15 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             norm, h_BTD = prenorm(self.input_norm, x_BTD)
             if cache is not None:
-                out, cache = self.attention.attend_cached(h_BTD, rope, mask, cache)
+                out, cache = self.attention.attend_cached(h_BTD, rope, masks, cache)
             else:
-                q, k, v = run(
-                    lambda norm, attention, h, *rope: attention.queries_keys_values(norm(h), rope),
+                queries, k, v = run(
+                    lambda norm, attention, h, rope: attention.queries_keys_values(norm(h), rope),
                     (norm, self.attention),
                     h_BTD,
-                    constants=rope,
+                    constants=(rope,),
                 )
-                out, _ = self.attention.attend(q, k, v, mask, recompute=dots)
+                out, _ = self.attention.attend(queries, k, v, masks, recompute=dots)
             x_BTD = run(lambda attention, x, out: x + attention.output(out), (self.attention,), x_BTD, out)
 
         # Feed-forward part: one MLP, or experts beside a shared MLP.
@@ -191,6 +192,7 @@ class Qwen2(nnx.Module):
         cache: Cache[Any] | None = None,
         remat: Remat = "none",
         valid_BT: jax.Array | None = None,
+        length_B: jax.Array | None = None,
     ) -> Output:
         """Runs the model up to the last norm.
 
@@ -203,6 +205,8 @@ class Qwen2(nnx.Module):
             everything but the results of matrix products and of attention.
           valid_BT: bool, True where a token is not padding. If given, experts skip padding, and routing statistics
             are returned.
+          length_B: int32, the length of each row's text when it is complete, for the length factor of dual-chunk
+            attention. By default the text ends with these tokens; a row of several documents counts as its longest.
         """
         # Inputs in the sharding of the model.
         spec, dtype = self.sharding, jnp.dtype(self.options.dtype)
@@ -212,16 +216,16 @@ class Qwen2(nnx.Module):
         # Embedding and rotary tables.
         with jax.named_scope("embed"):
             x_BTD = self.embed(tokens_BT, dtype)
-        rope = rope_tables(self.config, positions_BT, dtype)
+        rope, masks = self.rope_and_masks(positions_BT, mask, cache, length_B)
 
         # Layers.
         routing: RouterStats | None = None
         if cache is not None:
-            x_BTD, cache = self._run_cached(x_BTD, rope, mask, cache)
+            x_BTD, cache = self._run_cached(x_BTD, rope, masks, cache)
         else:
 
             def layer(block: Block, x_BTD: jax.Array) -> tuple[jax.Array, RouterStats | None]:
-                return block(x_BTD, rope, mask, remat=remat, valid_BT=valid_BT)[::2]
+                return block(x_BTD, rope, masks, remat=remat, valid_BT=valid_BT)[::2]
 
             x_BTD, routing = run_layers(self.layers, layer, x_BTD, self._block, self.config, remat)
 
@@ -229,15 +233,35 @@ class Qwen2(nnx.Module):
         with jax.named_scope("norm"):
             return Output(self.norm(x_BTD), cache, routing)
 
+    def rope_and_masks(
+        self,
+        positions_BT: jax.Array,
+        mask: kernels.Mask,
+        cache: Cache[Any] | None = None,
+        length_B: jax.Array | None = None,
+    ) -> tuple[Rope, tuple[kernels.Mask, ...]]:
+        """The rotations of queries and keys, and the masks of the parts of the keys; arguments as for `__call__`.
+
+        There is one part, unless dual-chunk attention is configured and a text may be longer than one chunk.
+        """
+        config, dtype = self.config, jnp.dtype(self.options.dtype)
+        longest = positions_BT.shape[1] if cache is None else cache.slots
+        if config.dual_chunk is None or not dual_chunk.is_needed(config, longest):
+            table = rope_table(config, positions_BT, dtype)
+            return Rope(table, (table,)), (mask,)
+        length_B = positions_BT.max(axis=1) + 1 if length_B is None else length_B
+        masks = dual_chunk.split_mask(config.dual_chunk, mask, positions_BT)
+        return dual_chunk.rope(config, positions_BT, length_B, dtype), masks
+
     def _run_cached(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], mask: kernels.Mask, cache: Cache[Any]
+        self, x_BTD: jax.Array, rope: Rope, masks: tuple[kernels.Mask, ...], cache: Cache[Any]
     ) -> tuple[jax.Array, Cache[Any]]:
         if not isinstance(self.layers, nnx.List):
             raise ValueError("A cache needs unstacked layers: bind with Options(stacked=False).")
         written = []
         for i, (block, layer) in enumerate(zip(self.layers, cache.layers, strict=True)):
             with jax.named_scope(f"layer{i}"):
-                x_BTD, layer, _ = block(x_BTD, rope, mask, layer)
+                x_BTD, layer, _ = block(x_BTD, rope, masks, layer)
             written.append(layer)
         return x_BTD, cache.with_layers(written)
 

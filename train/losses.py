@@ -124,27 +124,13 @@ def _local(
     """One device's tokens against its part of the vocabulary."""
     dtype, v, D = hidden_BTD.dtype, head_vD.shape[0], hidden_BTD.shape[-1]
     w_vD = jax.lax.all_gather(head_vD.astype(dtype), "fsdp", axis=1, tiled=True)
-    first = jax.lax.axis_index("tensor") * v
-    # n chunks of c tokens, the last one padded with tokens of weight 0.
-    count = targets_BT.size
-    n = -(-count // context.chunk)
-    c = -(-count // n)
-
-    def chunks(x: jax.Array, *rest: int) -> jax.Array:
-        x = x.reshape(count, *rest)
-        return jnp.pad(x, ((0, n * c - count), *((0, 0),) * len(rest))).reshape(n, c, *rest)
+    chunks = _Chunks.of(targets_BT.size, context.chunk)
 
     def body(
         carry: tuple[Sums, jax.Array | None], inputs: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[tuple[Sums, jax.Array | None], jax.Array | None]:
         (sums, dhead), (x_cD, targets_c, weights_c) = carry, inputs
-        # Log of the softmax denominator, over all tensor shards.
-        logits_cv = einsum_f32("cD,vD->cv", x_cD, w_vD)
-        is_target = jnp.arange(v) == (targets_c - first)[:, None]
-        top_c, total_c, picked_c = _statistics(logits_cv, is_target)
-        highest_c = jax.lax.pmax(top_c, "tensor")
-        total_c, picked_c = jax.lax.psum((total_c * jnp.exp(top_c - highest_c), picked_c), "tensor")
-        log_total_c = highest_c + jnp.log(total_c)
+        logits_cv, is_target, log_total_c, picked_c = _log_totals(x_cD, w_vD, targets_c)
         # The sums.
         cross_entropy = ((log_total_c - picked_c) * weights_c).sum()
         loss = cross_entropy + context.z_loss * (log_total_c**2 * weights_c).sum()
@@ -161,7 +147,7 @@ def _local(
         return (sums, dhead + einsum_f32("cv,cD->vD", dlogits_cv, x_cD)), dx_cD
 
     dhead_zero = jnp.zeros((v, D), jnp.float32) if differentiate else None
-    inputs = chunks(hidden_BTD, D), chunks(targets_BT), chunks(weights_BT)
+    inputs = chunks.split(hidden_BTD, D), chunks.split(targets_BT), chunks.split(weights_BT)
     (sums, dhead), dx_ncD = jax.lax.scan(body, (zero_sums(), dhead_zero), inputs)
     # Over the devices that have other tokens.
     rows = context.sharding.row_axes
@@ -170,9 +156,84 @@ def _local(
         return sums, None
     assert dhead is not None
     assert dx_ncD is not None
-    dhidden_BTD = dx_ncD.reshape(n * c, D)[:count].reshape(hidden_BTD.shape)
+    dhidden_BTD = chunks.join(dx_ncD, D).reshape(hidden_BTD.shape)
     dhead = jax.lax.psum(dhead, tuple(axis for axis in rows if axis != "fsdp"))
     return sums, (dhidden_BTD, reduce_scatter(dhead, 1))
+
+
+def chunked_token_losses(model: Qwen2, hidden_BTD: jax.Array, targets_BT: jax.Array, chunk: int) -> jax.Array:
+    """Cross-entropy of each token, for evaluation. Logits exist for one chunk of a device's tokens at a time.
+
+    It is not meant to be differentiated: that would keep the logits of every chunk.
+
+    Args:
+      model: for its output head.
+      hidden_BTD: normalised hidden states, sharded as `Sharding.hidden`.
+      targets_BT: int32 ids, sharded as `Sharding.tokens`.
+      chunk: tokens of one device whose logits exist at one time.
+
+    Returns:
+      Float32 [B, T], in nats, sharded as `Sharding.tokens`.
+    """
+    head, s = model.embed if model.config.tie_word_embeddings else model.lm_head, model.sharding
+
+    @jax.shard_map(in_specs=(s.hidden, s.vocab, s.tokens), out_specs=s.tokens, check_vma=False)
+    def local(hidden_BTD: jax.Array, head_vD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        D = hidden_BTD.shape[-1]
+        w_vD = jax.lax.all_gather(head_vD.astype(hidden_BTD.dtype), "fsdp", axis=1, tiled=True)
+        chunks = _Chunks.of(targets_BT.size, chunk)
+
+        def body(carry: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+            x_cD, targets_c = inputs
+            _, _, log_total_c, picked_c = _log_totals(x_cD, w_vD, targets_c)
+            return None, log_total_c - picked_c
+
+        _, losses_nc = jax.lax.scan(body, None, (chunks.split(hidden_BTD, D), chunks.split(targets_BT)))
+        return chunks.join(losses_nc).reshape(targets_BT.shape)
+
+    with jax.named_scope("token_losses"):
+        losses_BT: jax.Array = local(hidden_BTD, head.weight[...], targets_BT)
+        return losses_BT
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunks:
+    """n chunks of c tokens, the last one padded: with weight 0 where there are weights."""
+
+    count: int
+    n: int
+    c: int
+
+    @classmethod
+    def of(cls, count: int, chunk: int) -> "_Chunks":
+        """Chunks of at most `chunk` of `count` tokens."""
+        n = -(-count // chunk)
+        return cls(count, n, -(-count // n))
+
+    def split(self, x: jax.Array, *rest: int) -> jax.Array:
+        """[n, c, ...] from arrays of one number, or of `rest`, for each token."""
+        x = x.reshape(self.count, *rest)
+        padding = (0, self.n * self.c - self.count), *((0, 0),) * len(rest)
+        return jnp.pad(x, padding).reshape(self.n, self.c, *rest)
+
+    def join(self, x: jax.Array, *rest: int) -> jax.Array:
+        """[count, ...] from [n, c, ...], without the padding."""
+        return x.reshape(self.n * self.c, *rest)[: self.count]
+
+
+def _log_totals(
+    x_cD: jax.Array, w_vD: jax.Array, targets_c: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The logits [c, v] of one tensor shard, where they are the targets' [c, v], and over all tensor shards the log of
+    the softmax denominator and the target's logit, each [c]."""
+    v = w_vD.shape[0]
+    first = jax.lax.axis_index("tensor") * v
+    logits_cv = einsum_f32("cD,vD->cv", x_cD, w_vD)
+    is_target = jnp.arange(v) == (targets_c - first)[:, None]
+    top_c, total_c, picked_c = _statistics(logits_cv, is_target)
+    highest_c = jax.lax.pmax(top_c, "tensor")
+    total_c, picked_c = jax.lax.psum((total_c * jnp.exp(top_c - highest_c), picked_c), "tensor")
+    return logits_cv, is_target, highest_c + jnp.log(total_c), picked_c
 
 
 def _statistics(logits_cv: jax.Array, is_target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

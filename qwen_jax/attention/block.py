@@ -1,5 +1,6 @@
 """The attention block: projections, RoPE, and one call to a kernel, with or without a cache."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax import kernels
 from qwen_jax.attention import sequence
 from qwen_jax.attention.cache import LayerCache
-from qwen_jax.attention.rope import rotate
+from qwen_jax.attention.dual_chunk import over_parts
+from qwen_jax.attention.rope import Rope, Table, rotate, rotate_queries
 from qwen_jax.config import ModelConfig
 from qwen_jax.linear import Linear, initializers
 from qwen_jax.options import Options
@@ -47,13 +49,16 @@ class Attention(nnx.Module):
             self.v = projection(K, s.kv, s.kv_bias, kv_out)
         self.o = Linear("BTHd,DHd->BTD", residual(rngs.params(), (D, H, d)), x=s.heads, w=s.o, out=s.hidden)
 
-    def queries_keys_values(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Projections of the normalised input, q and k rotated: [B, T, H, d], and [B, T, K, d] twice."""
+    def queries_keys_values(self, x_BTD: jax.Array, rope: Rope) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
+        """Projections of the normalised input, q and k rotated.
+
+        Returns:
+          The queries [B, T, H, d] for each part of the keys (one, or the three of `dual_chunk`); keys and values
+          [B, T, K, d].
+        """
         with jax.named_scope("qkv"):
             q, k, v = self._split(self.qkv(x_BTD)) if self.options.fused else self._project(x_BTD)
-            return rotate(q, rope), rotate(k, rope), v
+            return rotate_queries(q, rope), rotate(k, rope.keys), v
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
@@ -73,25 +78,27 @@ class Attention(nnx.Module):
 
     def attend(
         self,
-        q: jax.Array,
+        queries: tuple[jax.Array, ...],
         k: jax.Array,
         v: jax.Array,
-        mask: kernels.Mask,
+        masks: tuple[kernels.Mask, ...],
         cache: LayerCache | None = None,
         recompute: bool = False,
     ) -> tuple[jax.Array, LayerCache | None]:
         """The heads' outputs [B, T, H, d], and the cache with the new tokens in it.
 
         Args:
-          q, k, v: of `queries_keys_values`.
-          mask: intervals over the new keys, or over the slots of a cache that is not fresh.
+          queries, k, v: of `queries_keys_values`.
+          masks: for each part of the keys: intervals over the new keys, or over the slots of a cache that is not fresh.
           cache: of this layer.
           recompute: as for `kernels.attention`.
         """
         spec, options = self.sharding, self.options
         how: dict[str, Any] = {"scale": self.config.head_dim**-0.5, "implementation": options.attention}
-        cached = cache is not None and not cache.fresh
-        chosen = kernels.select_attention(options.attention, q, mask, return_lse=cached, cache=cached)
+        cached, parts = cache is not None and not cache.fresh, len(masks)
+        chosen = kernels.select_attention(
+            options.attention, queries[0], masks[0], return_lse=cached or parts > 1, cache=cached
+        )
 
         @jax.shard_map(
             in_specs=(spec.heads, spec.heads, spec.heads, spec.tokens, None if cache is None else cache.specs(spec)),
@@ -99,26 +106,45 @@ class Attention(nnx.Module):
             check_vma=not (kernels.is_pallas(chosen) or options.ring),
         )
         def local(
-            q: jax.Array, k: jax.Array, v: jax.Array, mask: kernels.Mask, cache: LayerCache | None
+            queries: tuple[jax.Array, ...],
+            k: jax.Array,
+            v: jax.Array,
+            masks: tuple[kernels.Mask, ...],
+            cache: LayerCache | None,
         ) -> tuple[jax.Array, LayerCache | None]:
+            # What attends to one part of the keys. Only parts that are merged need a log-sum-exp.
+            several: Any = {"return_lse": parts > 1, **how}
             if cache is None:
-                ring, n = options.ring, spec.context
-                return sequence.attention(q, k, v, mask, n, ring=ring, recompute=recompute, **how), None
+
+                def attend(q: jax.Array, mask: kernels.Mask) -> tuple[jax.Array, jax.Array | None]:
+                    context: Any = {"ring": options.ring, "recompute": recompute, **several}
+                    result = sequence.attention(q, k, v, mask, spec.context, **context)
+                    return result if parts > 1 else (result, None)
+
+                return over_parts(attend, queries, masks), None
             cache = cache.write(k, v)
-            # A prompt in an empty cache attends to its own keys.
-            return kernels.attention(q, k, v, mask, **how) if cache.fresh else cache.attend(q, mask, **how), cache
+            if not cache.fresh:
+                return over_parts(functools.partial(cache.attend, **how), queries, masks), cache
+
+            def attend_prompt(q: jax.Array, mask: kernels.Mask) -> tuple[jax.Array, jax.Array | None]:
+                # A prompt in an empty cache attends to its own keys.
+                result: Any = kernels.attention(q, k, v, mask, **several)
+                return result if parts > 1 else (result, None)
+
+            return over_parts(attend_prompt, queries, masks), cache
 
         with jax.named_scope("attend"):
-            return local(q, k, v, mask, cache)
+            return local(queries, k, v, masks, cache)
 
     def attend_cached(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], mask: kernels.Mask, cache: LayerCache
+        self, x_BTD: jax.Array, rope: Rope, masks: tuple[kernels.Mask, ...], cache: LayerCache
     ) -> tuple[jax.Array, LayerCache | None]:
         """Projections and attention of new tokens, with a cache. One kernel may do all that follows the projection."""
         s, n = self.sharding, self.sharding.tensor
         heads = self.config.num_heads // n, s.kv_heads // n
-        if not self.options.fused or not cache.supports_step(self.options.attention, x_BTD, *heads):
-            return self.attend(*self.queries_keys_values(x_BTD, rope), mask, cache)
+        one_part = self.options.fused and len(masks) == 1
+        if not one_part or not cache.supports_step(self.options.attention, x_BTD, *heads):
+            return self.attend(*self.queries_keys_values(x_BTD, rope), masks, cache)
         with jax.named_scope("qkv"):
             qkv_BTnRd, bias_nRd = self.qkv.product(x_BTD), self.qkv.bias[...].astype(x_BTD.dtype)
 
@@ -128,7 +154,7 @@ class Attention(nnx.Module):
             check_vma=False,
         )
         def local(
-            qkv: jax.Array, bias: jax.Array, rope: tuple[jax.Array, jax.Array], start: jax.Array, cache: LayerCache
+            qkv: jax.Array, bias: jax.Array, rope: Table, start: jax.Array, cache: LayerCache
         ) -> tuple[jax.Array, LayerCache]:
             cos, sin = (table[:, 0, 0] for table in rope)
             scale = self.config.head_dim**-0.5
@@ -136,7 +162,7 @@ class Attention(nnx.Module):
             return out[:, None], cache
 
         with jax.named_scope("attend"):
-            return local(qkv_BTnRd, bias_nRd, rope, mask.k_start_BT, cache)
+            return local(qkv_BTnRd, bias_nRd, rope.keys, masks[0].k_start_BT, cache)
 
     def output(self, heads_BTHd: jax.Array) -> jax.Array:
         """The output projection, [B, T, D]."""

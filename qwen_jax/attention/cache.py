@@ -107,6 +107,11 @@ class Cache(Protocol[Layer]):
         """One for each layer."""
         ...
 
+    @property
+    def slots(self) -> int:
+        """The most tokens that a row can have."""
+        ...
+
     def with_layers(self, layers: Sequence[Layer]) -> Self:
         """The cache with the keys and values that layers have written."""
         ...
@@ -393,6 +398,11 @@ class PagedCache:
             return tuple(jnp.zeros(shape, dtype, out_sharding=sharding.cache) for _ in range(config.num_layers))
 
         return cls(pages(), pages(), pages_BM, jnp.zeros_like(new_B), new_B, fresh=True)
+
+    @property
+    def slots(self) -> int:
+        """The most tokens that a row can have."""
+        return self.pages_BM.shape[1] * self.keys[0].shape[2]
 
     @property
     def layers(self) -> list[PagedLayer]:

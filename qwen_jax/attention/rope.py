@@ -1,5 +1,6 @@
 """Rotary position embedding (RoPE): frequencies, plain or YaRN, cos and sin tables, and the rotation."""
 
+import dataclasses
 import math
 
 import jax
@@ -44,16 +45,33 @@ def _yarn_kept_share(yarn: Yarn, d: int, theta: float) -> np.ndarray:
     return (1 - ramp).astype(np.float32)
 
 
-def rope_tables(config: ModelConfig, positions_BT: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+Table = tuple[jax.Array, jax.Array]
+"""Cosines and sines, each [B, T, 1, head_dim / 2]."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """The rotations of one forward pass.
+
+    Attributes:
+      keys: rotates the keys.
+      queries: rotates the queries: one table, or the three of `dual_chunk`, for the three parts of the keys.
+      query_scale_B: float32 [B], multiplies the rotated queries; None where nothing does.
+    """
+
+    keys: Table
+    queries: tuple[Table, ...]
+    query_scale_B: jax.Array | None = None
+
+
+def rope_table(config: ModelConfig, positions_BT: jax.Array, dtype: jnp.dtype) -> Table:
     """Cosines and sines for `rotate`, computed in float32 and cast once, as Hugging Face does.
 
     Args:
       config: gives the frequencies and YaRN's scale.
       positions_BT: int32, position of each token in its document.
       dtype: of the queries and keys.
-
-    Returns:
-      (cos, sin), each `dtype` [B, T, 1, head_dim / 2].
     """
     # An elementwise product, not an einsum: TPUs run einsums in bfloat16 by default, which ruins large positions.
     angles = positions_BT.astype(jnp.float32)[:, :, None, None] * jnp.asarray(inverse_frequencies(config))
@@ -61,8 +79,17 @@ def rope_tables(config: ModelConfig, positions_BT: jax.Array, dtype: jnp.dtype) 
     return (jnp.cos(angles) * scale).astype(dtype), (jnp.sin(angles) * scale).astype(dtype)
 
 
-def rotate(x_BTHd: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x_BTHd: jax.Array, table: Table) -> jax.Array:
     """Rotates pair (i, i + head_dim / 2) of each head by its token's angle (the "NeoX" pairing)."""
-    cos, sin = tables
+    cos, sin = table
     first, second = jnp.split(x_BTHd, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def rotate_queries(q_BTHd: jax.Array, rope: Rope) -> tuple[jax.Array, ...]:
+    """The queries for each part of the keys."""
+    rotated = tuple(rotate(q_BTHd, table) for table in rope.queries)
+    if rope.query_scale_B is None:
+        return rotated
+    scale = rope.query_scale_B[:, None, None, None]
+    return tuple((q.astype(jnp.float32) * scale).astype(q.dtype) for q in rotated)

@@ -147,7 +147,8 @@ def attention(
     implementation: kernels.Implementation,
     recompute: bool = False,
     ring: bool = False,
-) -> jax.Array:
+    return_lse: bool = False,
+) -> Any:
     """Attention of a device's own queries over the keys of whole rows. Runs on local arrays, inside `jax.shard_map`.
 
     Where no kernel is used and the logits would be large, queries are processed in blocks, and the backward pass
@@ -161,25 +162,30 @@ def attention(
       scale, implementation, recompute: as for `kernels.attention`.
       ring: ring attention instead of gathering. Needs an implementation that returns the log-sum-exp, and a
         `shard_map` with check_vma=False.
+      return_lse: also return the log-sum-exp [B, H, t]; not by ring attention.
 
     Returns:
-      [B, t, H, d] in the dtype of q.
+      [B, t, H, d] in the dtype of q; with `return_lse` a pair.
+
+    Raises:
+      InputError: the log-sum-exp of ring attention.
     """
     # A mask over a shard of a row is not plain causal.
     mask = mask if n == 1 else kernels.Mask(mask.k_start_BT, mask.k_end_BT)
+    if ring and n > 1 and return_lse:
+        raise InputError("Ring attention gives no log-sum-exp, which dual-chunk attention needs. Use ring=False.")
     if ring and n > 1:
         chosen: Any = kernels.select_attention(implementation, q_BtHd, mask, return_lse=True)
         return _ring(q_BtHd, k_BtKd, v_BtKd, mask.k_start_BT, mask.k_end_BT, n, scale, chosen)
     B, t, H, d = q_BtHd.shape
     k_BTKd, v_BTKd = (x if n == 1 else _zigzag_gather(x, n) for x in (k_BtKd, v_BtKd))
+    how: Any = {"scale": scale, "implementation": implementation, "return_lse": return_lse}
     blocks = 1
-    if kernels.select_attention(implementation, q_BtHd, mask) == "reference":
+    if kernels.select_attention(implementation, q_BtHd, mask, return_lse=return_lse) == "reference":
         while t % (2 * blocks) == 0 and B * H * (t // blocks) * k_BTKd.shape[1] > _MAX_LOGITS:
             blocks *= 2
     if blocks == 1:
-        return kernels.attention(
-            q_BtHd, k_BTKd, v_BTKd, mask, scale=scale, implementation=implementation, recompute=recompute or n > 1
-        )
+        return kernels.attention(q_BtHd, k_BTKd, v_BTKd, mask, recompute=recompute or n > 1, **how)
     # Every block adds to the gradients of keys and values, which must be accumulated in float32.
     wide_k, wide_v = k_BTKd.astype(jnp.float32), v_BTKd.astype(jnp.float32)
 
@@ -187,10 +193,12 @@ def attention(
         return jnp.moveaxis(x.reshape(B, blocks, t // blocks, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def one_block(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    def one_block(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
         q, start, end = inputs
         k, v = wide_k.astype(k_BTKd.dtype), wide_v.astype(v_BTKd.dtype)
-        return kernels.attention(q, k, v, kernels.Mask(start, end), scale=scale, implementation=implementation)
+        return kernels.attention(q, k, v, kernels.Mask(start, end), **how)
 
-    out = lax.map(one_block, (cut(q_BtHd), cut(mask.k_start_BT), cut(mask.k_end_BT)))
-    return jnp.moveaxis(out, 0, 1).reshape(B, t, H, d)
+    result = lax.map(one_block, (cut(q_BtHd), cut(mask.k_start_BT), cut(mask.k_end_BT)))
+    out = result[0] if return_lse else result
+    out = jnp.moveaxis(out, 0, 1).reshape(B, t, H, d)
+    return (out, jnp.moveaxis(result[1], 0, 2).reshape(B, H, t)) if return_lse else out

@@ -7,7 +7,7 @@ import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -17,12 +17,17 @@ from qwen_jax.cli.lines import read_lines, read_text
 from qwen_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from qwen_jax.inference import Completion, Engine, SamplingParams
+    from rich.progress import Progress
+
+    from qwen_jax.config import ModelConfig
+    from qwen_jax.inference import Completion, Document, Engine, SamplingParams
     from qwen_jax.tokenizer import Tokenizer
 
 
 # The values of `qwen_jax.kernels.Implementation`, which takes seconds to import.
 Attention = Literal["auto", "gpu", "cudnn", "tpu", "xla", "reference"]
+# Tokens of a conversation about a document.
+_CONVERSATION = 16_384
 IdLists = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="1,2,3")]
 Message = dict[str, str]
 
@@ -46,6 +51,10 @@ class Sampling:
         dtype: To compute in; by default the checkpoint's own on a GPU or TPU, float32 on a CPU.
         mesh: Devices to spread over, such as tensor=2.
         attention: Kernel that computes it; auto takes the best one here.
+        rope_scaling: Longer texts than those of training by YaRN, such as yarn:4 for four times the length.
+        dual_chunk: Four times the length of training by dual-chunk attention; short texts are as before.
+        trained_length: Length of training in tokens, for these two; by default the model's max_position_embeddings.
+        prefill_chunk: Longer prompts are read this many tokens at a time.
     """
 
     max_new_tokens: Count = None
@@ -61,6 +70,16 @@ class Sampling:
     dtype: DType | None = None
     mesh: Annotated[str, tyro.conf.arg(metavar="AXIS=N,...")] = ""
     attention: Attention = "auto"
+    rope_scaling: Annotated[str | None, tyro.conf.arg(metavar="yarn:FACTOR")] = None
+    dual_chunk: bool = False
+    trained_length: Count = None
+    prefill_chunk: Annotated[int, tyro.conf.arg(metavar="N")] = 32768
+
+    def extended(self, config: "ModelConfig") -> "ModelConfig":
+        """The model's config with the context extension asked for. Raises InputError where it is not defined."""
+        if self.rope_scaling is not None:
+            config = config.with_rope_scaling(self.rope_scaling, self.trained_length)
+        return config.with_dual_chunk(trained_length=self.trained_length) if self.dual_chunk else config
 
     def resolve(self, defaults: "SamplingParams") -> "SamplingParams":
         """Returns the defaults, replaced where the command line has a value. Raises InputError for a wrong value."""
@@ -77,6 +96,12 @@ class Sampling:
             raise InputError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
         if "" in self.stop:
             raise InputError("A stop string must not be empty.")
+        if self.prefill_chunk < 1:
+            raise InputError(f"--prefill-chunk must be at least 1, got {self.prefill_chunk}.")
+        if self.rope_scaling is not None and self.dual_chunk:
+            raise InputError("--rope-scaling and --dual-chunk together are not defined. Give one of them.")
+        if self.trained_length is not None and self.rope_scaling is None and not self.dual_chunk:
+            raise InputError("--trained-length needs --rope-scaling or --dual-chunk.")
         self.stop_ids()
 
     def stop_ids(self) -> list[int]:
@@ -102,26 +127,26 @@ class Model:
         options.check()
         from qwen_jax.config import load_config
         from qwen_jax.hub import SMALL, is_hub_id, resolve
-        from qwen_jax.inference import engine as engines
         from qwen_jax.inference import load_generation_defaults
+        from qwen_jax.inference import prompts as checks
         from qwen_jax.parallel.sharding import Sharding, make_mesh, parse_mesh
 
         self.options, self.mesh = options, make_mesh(parse_mesh(options.mesh))
         # The small files.
         self.folder = resolve(name, SMALL)
         self.checkpoint: str | Path = name if is_hub_id(name) else self.folder
-        self.config = load_config(self.folder)
+        self.config = options.extended(load_config(self.folder))
         self.defaults = load_generation_defaults(self.folder, self.config)
         self.tokenizer = self._tokenizer(need_tokenizer)
         # Options that must fit this checkpoint.
         self.sampling = options.resolve(self.defaults.sampling)
         Sharding.for_inference(self.config, self.mesh)
-        self.vocab_limit = engines.vocab_limit(self.config, self.tokenizer)
-        self.stop = engines.check_stop(options.stop, self.tokenizer)
-        ends = list(engines.check_ids(options.stop_ids(), "--stop-token-ids", self.config.vocab_size))
+        self.vocab_limit = checks.vocab_limit(self.config, self.tokenizer)
+        self.stop = checks.check_stop(options.stop, self.tokenizer)
+        ends = list(checks.check_ids(options.stop_ids(), "--stop-token-ids", self.config.vocab_size))
         if not options.ignore_eos:
             config = dataclasses.replace(self.config, eos_token_ids=self.defaults.eos_token_ids)
-            ends += engines.default_eos(config, self.tokenizer)
+            ends += checks.default_eos(config, self.tokenizer)
             if self.tokenizer is not None:
                 ends += [i for i in map(self.tokenizer.token_to_id, also_ends) if i is not None]
         self.eos_token_ids = tuple(dict.fromkeys(ends))
@@ -140,7 +165,7 @@ class Model:
         Raises:
           InputError: prompt and new tokens do not fit the context.
         """
-        from qwen_jax.inference.engine import check_lengths
+        from qwen_jax.inference.prompts import check_lengths
 
         wanted = self.options.max_new_tokens
         if wanted is None:
@@ -158,15 +183,40 @@ class Model:
         default = "float32" if jax.default_backend() == "cpu" else self.config.dtype
         dtype = self.options.dtype or default
         config, params = sibling("convert").load(self.checkpoint, self.mesh, dtype)
-        return Engine(
-            config,
+        engine = Engine(
+            self.options.extended(config),
             params,
             self.mesh,
             tokenizer=self.tokenizer,
             dtype=dtype,
+            prefill_chunk=self.options.prefill_chunk,
             attention=self.options.attention,
             eos_token_ids=self.eos_token_ids,
         )
+        engine.on_chunk = PromptProgress()
+        return engine
+
+
+class PromptProgress:
+    """A progress bar on standard error for prompts that are read in chunks: tokens, tokens/s and time left."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+
+    def __call__(self, read: int, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        if self._bar is None:
+            speed = TextColumn("{task.speed:,.0f} tokens/s")
+            columns = TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn()
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.add_task("", total=total)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=read)
+        if read >= total:
+            self._bar.stop()
+            self._bar = None
 
 
 def _enable_compilation_cache() -> None:
@@ -197,6 +247,7 @@ class Generate:
         logprobs: Also give each token's log-probability.
         json: Print JSON, one object a line.
         batch_size: Prompts to run at a time. Does not change the results.
+        document: A text file that is read once; each prompt continues it.
     """
 
     folder: ModelPosition = None
@@ -209,6 +260,7 @@ class Generate:
     logprobs: bool = False
     json: bool = False
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 32
+    document: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
 
     def run(self) -> int:
         # Everything that can be wrong is checked before the weights are loaded.
@@ -217,16 +269,22 @@ class Generate:
             raise InputError(f"--batch-size must be at least 1, got {self.batch_size}.")
         prompts = self._prompts()
         model = Model(name, self.sampling, need_tokenizer=not self.prompt_ids)
-        from qwen_jax.inference.engine import encode
+        from qwen_jax.inference.prompts import encode
 
         ids = [encode(prompt, i, model.tokenizer, model.vocab_limit) for i, prompt in enumerate(prompts)]
-        new_tokens = model.new_tokens(max(map(len, ids)))
+        longest, document_ids = max(map(len, ids)), []
+        if self.document is not None:
+            text = _text_of_file(self.document, "document")
+            document_ids = encode(text, 0, model.tokenizer, model.vocab_limit)
+        new_tokens = model.new_tokens(len(document_ids) + longest)
         sampling = dataclasses.replace(model.sampling, logprobs=self.logprobs)
         engine = model.engine()
+        document = engine.read(document_ids, room=longest + new_tokens) if document_ids else None
+        how: dict[str, Any] = {"max_new_tokens": new_tokens, "stop": model.stop, "document": document}
         errors: list[str] = []
         # A single prompt, as a stream.
         if len(ids) == 1 and not self.json and not self.logprobs and model.tokenizer is not None:
-            for piece in engine.stream(ids[0], sampling, max_new_tokens=new_tokens, stop=model.stop):
+            for piece in engine.stream(ids[0], sampling, **how):
                 print(piece.text, end="", flush=True)
                 if piece.completion is not None and piece.completion.error is not None:
                     errors.append(piece.completion.error)
@@ -235,7 +293,7 @@ class Generate:
             for start in range(0, len(ids), self.batch_size):
                 part = ids[start : start + self.batch_size]
                 seeded = dataclasses.replace(sampling, seed=(sampling.seed + start) % 2**32)
-                completions = engine.generate(part, seeded, max_new_tokens=new_tokens, stop=model.stop)
+                completions = engine.generate(part, seeded, **how)
                 for i, completion in enumerate(completions, start):
                     self._show(i, len(ids), completion)
                     if completion.error is not None:
@@ -265,14 +323,24 @@ class Generate:
             print("logprobs: " + " ".join(f"{x:.4f}" for x in completion.logprobs), flush=True)
 
 
-def _prompts_of_file(name: str, per: Literal["line", "file"]) -> list[str]:
+def _bytes_of_file(name: str, what: str) -> bytes:
     if name == "-":
-        data = sys.stdin.buffer.read()
-    else:
-        path = Path(name)
-        if not path.is_file():
-            raise InputError(f"The prompt file {path} does not exist.")
-        data = path.read_bytes()
+        return sys.stdin.buffer.read()
+    path = Path(name)
+    if not path.is_file():
+        raise InputError(f"The {what} file {path} does not exist.")
+    return path.read_bytes()
+
+
+def _text_of_file(name: str, what: str) -> str:
+    text = read_text(_bytes_of_file(name, what), name)
+    if not text:
+        raise InputError(f"The {what} file {name} is empty.")
+    return text
+
+
+def _prompts_of_file(name: str, per: Literal["line", "file"]) -> list[str]:
+    data = _bytes_of_file(name, "prompt")
     if per == "file":
         prompts = [read_text(data, name)]
     else:
@@ -302,22 +370,34 @@ class Chat:
         folder: Checkpoint folder (Hugging Face or Orbax) or Hub id.
         model: The same, as an option.
         system: System message; by default the chat template's own.
+        document: A text file to talk about. It is read once, as a part of the system message.
     """
 
     folder: ModelPosition = None
     model: ModelOption = None
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = dataclasses.field(default_factory=Sampling)
     system: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    document: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
 
     def run(self) -> int:
         name = model_name(self.folder, self.model)
         # The end-of-text id of a base checkpoint does not end a turn.
         model = Model(name, self.sampling, need_tokenizer=True, also_ends=["<|im_end|>"])
         assert model.tokenizer is not None
-        start = [{"role": "system", "content": self.system}] if self.system is not None else []
+        parts = [] if self.system is None else [self.system]
+        parts += [] if self.document is None else [_text_of_file(self.document, "document")]
+        start = [{"role": "system", "content": "\n\n".join(parts)}] if parts else []
         # A template that fails, or refuses a system message, does so before the weights are loaded.
         model.tokenizer.encode_chat([*start, {"role": "user", "content": "Hello"}])
         engine = model.engine()
+        document = None
+        if self.document is not None:
+            # What all conversations begin with is read once.
+            shared = _common_prefix(
+                *(model.tokenizer.encode_chat([*start, {"role": "user", "content": word}]) for word in ("Hello", "7"))
+            )
+            room = model.config.context_length - len(shared)
+            document = engine.read(shared, room=min(room, _CONVERSATION))
         messages: list[Message] = list(start)
         failed = False
         for line in _lines():
@@ -329,7 +409,7 @@ class Chat:
             if not line.strip():
                 continue
             messages.append({"role": "user", "content": line})
-            reply = self._reply(model, engine, messages)
+            reply = self._reply(model, engine, messages, document)
             if reply is None:
                 messages.pop()
                 failed = True
@@ -338,7 +418,9 @@ class Chat:
         # A user at a terminal has seen the error and gone on; a script sees only the status.
         return int(failed and not sys.stdin.isatty())
 
-    def _reply(self, model: Model, engine: "Engine", messages: list[Message]) -> str | None:
+    def _reply(
+        self, model: Model, engine: "Engine", messages: list[Message], document: "Document | None"
+    ) -> str | None:
         """Streams one reply and returns it; None if it failed, for example because the context is full."""
         assert model.tokenizer is not None
         turn = sum(message["role"] == "assistant" for message in messages)
@@ -347,7 +429,13 @@ class Chat:
         pieces: list[str] = []
         try:
             ids = model.tokenizer.encode_chat(messages)
-            for piece in engine.stream(ids, sampling, max_new_tokens=model.new_tokens(len(ids)), stop=model.stop):
+            new_tokens = model.new_tokens(len(ids))
+            if document is not None:
+                if ids[: len(document.tokens)] != document.tokens:
+                    raise InputError("The chat template changes the beginning of a conversation. Use no --document.")
+                ids = ids[len(document.tokens) :]
+            how: dict[str, Any] = {"max_new_tokens": new_tokens, "stop": model.stop, "document": document}
+            for piece in engine.stream(ids, sampling, **how):
                 pieces.append(piece.text)
                 print(piece.text, end="", flush=True)
                 if piece.completion is not None and piece.completion.error is not None:
@@ -365,6 +453,14 @@ class Chat:
             pass
         print()
         return "".join(pieces)
+
+
+def _common_prefix(first: list[int], second: list[int]) -> list[int]:
+    """The ids with which both begin."""
+    length = next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+    return first[:length]
 
 
 def _lines() -> Iterator[str]:

@@ -1,8 +1,9 @@
 """The inference engine: prompts to text, with buckets, warm-up, batching, streaming and stop strings."""
 
+import contextlib
+import dataclasses
 import time
-from collections.abc import Iterator, Sequence
-from typing import SupportsIndex, cast
+from collections.abc import Generator, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,23 @@ from jax.sharding import Mesh, NamedSharding
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.inference import chunked_prefill
+from qwen_jax.inference.chunked_prefill import PrefillState, Progress
 from qwen_jax.inference.completion import Completion, Ending, Piece, Row
+from qwen_jax.inference.document import Document
 from qwen_jax.inference.programs import DecodeState, StaticArgs, decoder, prefill
-from qwen_jax.inference.sampling import SamplingParams, SamplingValues, as_int
+from qwen_jax.inference.prompts import (
+    Ids,
+    Prompt,
+    as_prompts,
+    check_ids,
+    check_lengths,
+    check_stop,
+    default_eos,
+    encode,
+    vocab_limit,
+)
+from qwen_jax.inference.sampling import SamplingMode, SamplingParams, SamplingValues, as_int
 from qwen_jax.inference.weights import fuse
 from qwen_jax.kernels import Implementation
 from qwen_jax.options import Options
@@ -21,13 +36,8 @@ from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params
 from qwen_jax.tokenizer import Tokenizer
 
-# Rows of the published embeddings; ids from 151,665 on were never trained.
-_PUBLISHED_VOCABS, _PUBLISHED_TOKENS = (151936, 152064), 151665
-
-Prompt = str | bytes | Sequence[SupportsIndex] | np.ndarray | jax.Array
-"""Text, or token ids."""
-Ids = Sequence[SupportsIndex] | np.ndarray | SupportsIndex
-"""Token ids, or a single one."""
+Chunks = Generator[tuple[np.ndarray, np.ndarray | None], None, None]
+"""New tokens int32 [batch, n] as they are generated, and their log-probabilities, if asked for."""
 
 
 class Engine:
@@ -35,7 +45,10 @@ class Engine:
 
     Attributes:
       eos_token_ids: ids that end a text, unless a call gives others.
+      on_chunk: called after each chunk of a prompt that is read in chunks, with the tokens read and all its tokens.
     """
+
+    on_chunk: Progress | None = None
 
     def __init__(
         self,
@@ -46,6 +59,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         dtype: str = "bfloat16",
         chunk: int = 16,
+        prefill_chunk: int = 32_768,
         attention: Implementation = "auto",
         eos_token_ids: Ids | None = None,
     ):
@@ -58,6 +72,7 @@ class Engine:
           tokenizer: for text and stop strings, and to know which ids are padding.
           dtype: compute and cache dtype: bfloat16, float32 or float16.
           chunk: decode steps that run on the device before the host reads the tokens.
+          prefill_chunk: longer prompts are read this many tokens at a time, which bounds the memory of activations.
           attention: which kernel; see `kernels.attention`.
           eos_token_ids: ids that end a text. By default those of the config, to which `convert.load` adds those of
             generation_config.json, and the tokenizer's end-of-text token.
@@ -67,10 +82,12 @@ class Engine:
             model.
         """
         self.config, self.mesh, self.tokenizer, self.chunk = config, mesh, tokenizer, as_int(chunk, "chunk")
+        self.prefill_chunk = as_int(prefill_chunk, "prefill_chunk")
         self.sharding = Sharding.for_inference(config, mesh)
         self.options = Options(stacked=False, fused=True, dtype=dtype, attention=attention)
-        if self.chunk < 1:
-            raise InputError(f"chunk must be at least 1, got {chunk}.")
+        for name in ("chunk", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
         self.vocab_limit = vocab_limit(config, tokenizer)
         if eos_token_ids is None:
             self.eos_token_ids = default_eos(config, tokenizer)
@@ -89,6 +106,7 @@ class Engine:
         max_new_tokens: int = 256,
         eos_token_ids: Ids | None = None,
         stop: str | Sequence[str] = (),
+        document: Document | None = None,
     ) -> list[Completion]:
         """Completes a batch of prompts of any lengths.
 
@@ -99,6 +117,7 @@ class Engine:
           max_new_tokens: at most this many for each prompt.
           eos_token_ids: ids that end a text; by default the engine's. An empty list: nothing but length and `stop`.
           stop: strings that end a text and are cut off. One that contains a special token is found too.
+          document: from `read`; each prompt continues it, one after the other, and it is not read again.
 
         Returns:
           A completion for each prompt, in order. A row whose logits are not finite has `finish_reason` "error".
@@ -108,11 +127,21 @@ class Engine:
             stop strings without a tokenizer.
         """
         rows = self._rows(as_prompts(prompts), sampling, max_new_tokens, eos_token_ids, stop)
-        for tokens, logprobs in self.token_chunks([row.prompt for row in rows], sampling, max_new_tokens):
-            for i, row in enumerate(rows):
-                row.add(tokens[i], None if logprobs is None else logprobs[i])
-            if all(row.finish_reason for row in rows):
-                break
+        # Prompts that continue a document share its cache, one after the other; others are one batch.
+        batches = [rows] if document is None else [[row] for row in rows]
+        for first, batch in enumerate(batches):
+            ids = [row.prompt for row in batch]
+            if document is None:
+                chunks = self.token_chunks(ids, sampling, max_new_tokens)
+            else:
+                seeded = dataclasses.replace(sampling, seed=(sampling.seed + first) % 2**32)
+                chunks = self._continue(document, ids[0], seeded, max_new_tokens)
+            with contextlib.closing(chunks):
+                for tokens, logprobs in chunks:
+                    for i, row in enumerate(batch):
+                        row.add(tokens[i], None if logprobs is None else logprobs[i])
+                    if all(row.finish_reason for row in batch):
+                        break
         return [row.completion() for row in rows]
 
     def stream(
@@ -123,6 +152,7 @@ class Engine:
         max_new_tokens: int = 256,
         eos_token_ids: Ids | None = None,
         stop: str | Sequence[str] = (),
+        document: Document | None = None,
     ) -> Iterator[Piece]:
         """Completes one prompt and yields its text in pieces: after the first token, then after each chunk.
 
@@ -132,18 +162,66 @@ class Engine:
         if self.tokenizer is None:
             raise InputError("Streaming text needs a tokenizer.")
         (row,) = self._rows([prompt], sampling, max_new_tokens, eos_token_ids, stop, incremental=True)
+        if document is not None:
+            return self._pieces(row, self._continue(document, row.prompt, sampling, max_new_tokens))
         return self._pieces(row, self.token_chunks([row.prompt], sampling, max_new_tokens))
 
-    def _pieces(self, row: Row, chunks: Iterator[tuple[np.ndarray, np.ndarray | None]]) -> Iterator[Piece]:
+    def read(self, prompt: Prompt, *, room: int = 4096) -> Document:
+        """Reads a document once, for several calls of `generate` or `stream` that continue it.
+
+        Args:
+          prompt: text or token ids.
+          room: tokens that a continuation and its completion may have together.
+
+        Raises:
+          InputError: as `generate`.
+        """
+        ids = encode(prompt, 0, self.tokenizer, self.vocab_limit)
+        check_lengths(self.config, len(ids), as_int(room, "room"))
+        slots = self._slots_for_chunks(len(ids), room)
+        self._check_memory(1, slots)
+        static = self._static(SamplingParams(temperature=0).mode, slots)
+        state = chunked_prefill.read(
+            self.params,
+            self._empty([len(ids)], static),
+            *([ids], np.asarray([len(ids)], np.int32), self.prefill_chunk, self.mesh, static, self.on_chunk),
+        )
+        return Document(ids, slots, room, state.cache)
+
+    def _continue(self, document: Document, ids: list[int], sampling: SamplingParams, max_new_tokens: int) -> Chunks:
+        """`token_chunks` of a prompt that continues a document."""
+        length, max_new_tokens = len(document.tokens) + len(ids), as_int(max_new_tokens, "max_new_tokens")
+        check_lengths(self.config, length, max_new_tokens)
+        if len(ids) + max_new_tokens > document.room:
+            raise InputError(
+                f"A prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the room of "
+                f"{document.room} tokens after the document. Call read with more room."
+            )
+        document.check_free()
+        return self._after_document(document, ids, length, sampling, max_new_tokens)
+
+    def _after_document(
+        self, document: Document, ids: list[int], length: int, sampling: SamplingParams, max_new_tokens: int
+    ) -> Chunks:
+        static, values = self._static(sampling.mode, document.slots), SamplingValues.of(sampling)
+        chunk = min(_bucket(len(ids), smallest=64), self.prefill_chunk)
+        with jax.set_mesh(self.mesh):
+            state = chunked_prefill.resume(document.take(), document.tokens, static=static)
+        lengths_B = np.asarray([length], np.int32)
+        state = chunked_prefill.read(self.params, state, [ids], lengths_B, chunk, self.mesh, static)
+        yield from self._run(static, self._begin(static, state, sampling), values, max_new_tokens, document)
+
+    def _pieces(self, row: Row, chunks: Chunks) -> Iterator[Piece]:
         given = 0
-        for tokens, logprobs in chunks:
-            row.add(tokens[0], None if logprobs is None else logprobs[0])
-            if row.finish_reason:
-                break
-            ready = row.ready_text()
-            if len(ready) > given:
-                yield Piece(ready[given:])
-                given = len(ready)
+        with contextlib.closing(chunks):
+            for tokens, logprobs in chunks:
+                row.add(tokens[0], None if logprobs is None else logprobs[0])
+                if row.finish_reason:
+                    break
+                ready = row.ready_text()
+                if len(ready) > given:
+                    yield Piece(ready[given:])
+                    given = len(ready)
         completion = row.completion()
         yield Piece((completion.text or "")[given:], completion)
 
@@ -173,9 +251,7 @@ class Engine:
 
     # --- the device side ---
 
-    def token_chunks(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, max_new_tokens: int
-    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    def token_chunks(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, max_new_tokens: int) -> Chunks:
         """Yields new tokens as they are generated: the first of each row, then chunk after chunk.
 
         Rows are not cut where a text ends; stop iterating when all of them have ended.
@@ -194,51 +270,90 @@ class Engine:
         """
         longest, max_new_tokens = max(map(len, prompts)), as_int(max_new_tokens, "max_new_tokens")
         check_lengths(self.config, longest, max_new_tokens)
-        slots = self.cache_slots(longest, max_new_tokens)
+        in_chunks = longest > self.prefill_chunk
+        room = self._slots_for_chunks(longest, max_new_tokens) if in_chunks else 0
+        slots = room or self.cache_slots(longest, max_new_tokens)
         batch = self._batch_bucket(len(prompts))
         self._check_memory(batch, slots)
-        static = StaticArgs(self.config, self.sharding, self.options, sampling.mode, slots, self.vocab_limit)
+        static = self._static(sampling.mode, slots)
+        padded = [*prompts, *([[0]] * (batch - len(prompts)))]
+        lengths_B = np.asarray(list(map(len, padded)), np.int32)
+        values = SamplingValues.of(sampling)
+        if in_chunks:
+            state = chunked_prefill.read(
+                self.params,
+                self._empty(lengths_B, static),
+                *(padded, lengths_B, self.prefill_chunk, self.mesh, static, self.on_chunk),
+            )
+            return self._run(static, self._begin(static, state, sampling), values, max_new_tokens)
         tokens_BT = np.zeros((batch, min(_bucket(longest, smallest=64), slots)), np.int32)
-        lengths_B = np.ones(batch, np.int32)
-        for i, prompt in enumerate(prompts):
-            tokens_BT[i, : len(prompt)] = prompt
-            lengths_B[i] = len(prompt)
-        seeds_B = ((np.arange(batch, dtype=np.uint64) + sampling.seed) % 2**32).astype(np.uint32)
-        return self._run(static, tokens_BT, lengths_B, seeds_B, SamplingValues.of(sampling), max_new_tokens)
+        for row, prompt in zip(tokens_BT, padded, strict=True):
+            row[: len(prompt)] = prompt
+        with jax.set_mesh(self.mesh):
+            tokens = jax.device_put(tokens_BT, NamedSharding(self.mesh, self.sharding.tokens))
+            lengths, seeds = jax.device_put(
+                (lengths_B, _seeds(sampling, batch)), NamedSharding(self.mesh, self.sharding.rows)
+            )
+            begun = prefill(self.params, tokens, lengths, seeds, values, static=static)
+        return self._run(static, begun, values, max_new_tokens)
+
+    def _static(self, mode: SamplingMode, slots: int) -> StaticArgs:
+        return StaticArgs(self.config, self.sharding, self.options, mode, slots, self.vocab_limit)
+
+    def _empty(self, lengths_B: Sequence[int] | np.ndarray, static: StaticArgs) -> PrefillState:
+        """A state for prompts of these lengths that end at one slot."""
+        starts = np.max(lengths_B) - np.asarray(lengths_B, np.int32)
+        with jax.set_mesh(self.mesh):
+            rows = jax.device_put(starts, NamedSharding(self.mesh, self.sharding.rows))
+            return chunked_prefill.empty_state(rows, static=static)
+
+    def _begin(
+        self, static: StaticArgs, state: PrefillState, sampling: SamplingParams
+    ) -> tuple[DecodeState, jax.Array, jax.Array | None]:
+        with jax.set_mesh(self.mesh):
+            seeds = jax.device_put(_seeds(sampling, len(state.hidden_BD)), NamedSharding(self.mesh, self.sharding.rows))
+            values = SamplingValues.of(sampling)
+            parts = state.cache, state.hidden_BD, state.seen_BV
+            return chunked_prefill.begin_text(self.params, *parts, seeds, values, static=static)
 
     def _run(
         self,
         static: StaticArgs,
-        tokens_BT: np.ndarray,
-        lengths_B: np.ndarray,
-        seeds_B: np.ndarray,
+        begun: tuple[DecodeState, jax.Array, jax.Array | None],
         values: SamplingValues,
         max_new_tokens: int,
-    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        rows = NamedSharding(self.mesh, self.sharding.rows)
-        with jax.set_mesh(self.mesh):
-            tokens = jax.device_put(tokens_BT, NamedSharding(self.mesh, self.sharding.tokens))
-            lengths, seeds = jax.device_put((lengths_B, seeds_B), rows)
-            state: DecodeState
-            state, *newest = prefill(self.params, tokens, lengths, seeds, values, static=static)
+        document: Document | None = None,
+    ) -> Chunks:
+        state: DecodeState
+        state, *newest = begun
         started = 1
-        while newest:
-            upcoming: list[jax.Array | None] = []
-            if started < max_new_tokens:
-                # The next chunk starts before the host reads this one, so that the device never waits for the host.
-                with jax.set_mesh(self.mesh):
-                    state, *upcoming = decoder(static, state)(
-                        self.params, state, values, static=static, steps=self.chunk
-                    )
-                started += self.chunk
-            tokens_BN, logprobs_BN = newest
-            yield np.asarray(tokens_BN), None if logprobs_BN is None else np.asarray(logprobs_BN)
-            newest = upcoming
+        try:
+            while newest:
+                upcoming: list[jax.Array | None] = []
+                if started < max_new_tokens:
+                    # The next chunk starts before the host reads this one: the device never waits for the host.
+                    with jax.set_mesh(self.mesh):
+                        state, *upcoming = decoder(static, state)(
+                            self.params, state, values, static=static, steps=self.chunk
+                        )
+                    started += self.chunk
+                tokens_BN, logprobs_BN = newest
+                yield np.asarray(tokens_BN), None if logprobs_BN is None else np.asarray(logprobs_BN)
+                newest = upcoming
+        finally:
+            if document is not None:
+                document.give_back(state.cache)
 
     def _batch_bucket(self, size: int) -> int:
         """The next power of two, rounded up to a multiple of the batch shards: few programs serve all batch sizes."""
         shards = self.sharding.batch_shards
         return -(-(1 << (size - 1).bit_length()) // shards) * shards
+
+    def _slots_for_chunks(self, longest: int, room: int) -> int:
+        """Length of the cache for prompts that are read in chunks and `room` tokens after them."""
+        whole = -(-longest // self.prefill_chunk) * self.prefill_chunk
+        # What follows a document is read in chunks, too.
+        return _bucket(max(whole, longest + _bucket(room, smallest=64)), smallest=256)
 
     def _check_memory(self, batch: int, slots: int) -> None:
         """Raises InputError if the cache does not fit into memory, where the device reports its memory."""
@@ -251,9 +366,11 @@ class Engine:
         needed = a_token * batch * slots // shards
         free = stats["bytes_limit"] - stats["bytes_in_use"]
         if needed > free:
+            fits = free * shards // (a_token * batch)
             raise InputError(
                 f"The cache for {batch} rows of {slots} tokens needs {needed / 2**30:.1f} GiB on each device, "
-                f"{free / 2**30:.1f} GiB are free. Use fewer prompts, fewer max_new_tokens, or a larger tensor axis."
+                f"{free / 2**30:.1f} GiB are free: room for {fits} tokens a row. Use shorter or fewer prompts, fewer "
+                "max_new_tokens, or a larger tensor axis."
             )
 
     # --- the host side ---
@@ -286,116 +403,6 @@ class Engine:
         ]
 
 
-def as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """Returns a list of prompts; a single text or a single list of ids becomes a list of one."""
-    if isinstance(prompts, (str, bytes)) or getattr(prompts, "ndim", 2) == 1:
-        return [cast(Prompt, prompts)]
-    if not hasattr(prompts, "__iter__"):
-        raise InputError(f"Expected prompts as texts or lists of token ids, got {prompts!r}.")
-    items = list(cast(Sequence[Prompt], prompts))
-    if items and all(hasattr(item, "__index__") and not getattr(item, "ndim", 0) for item in items):
-        return [cast(Sequence[SupportsIndex], items)]
-    return items
-
-
-def default_eos(config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """Ids that end a text: those of the config, and the tokenizer's end-of-text token."""
-    own = () if tokenizer is None else (tokenizer.eos_id,)
-    return tuple(dict.fromkeys([*config.eos_token_ids, *own]))
-
-
-def check_ids(ids: Ids, name: str, limit: int) -> tuple[int, ...]:
-    """Returns ids as integers; a single id becomes a tuple of one.
-
-    Args:
-      ids: of Python, NumPy or JAX.
-      name: of the argument, for errors.
-      limit: ids must be below it.
-
-    Raises:
-      InputError: something else than integers in [0, limit).
-    """
-    single = not hasattr(ids, "__iter__") or getattr(ids, "ndim", 1) == 0
-    values = tuple(as_int(i, name) for i in ([ids] if single else cast(Sequence[SupportsIndex], ids)))
-    wrong = [i for i in values if not 0 <= i < limit]
-    if wrong:
-        raise InputError(f"{name} has {wrong[0]}; ids must be in [0, {limit}).")
-    return values
-
-
-def vocab_limit(config: ModelConfig, tokenizer: Tokenizer | None) -> int:
-    """The number of ids that are tokens. Ids from there to the end of the embedding are padding.
-
-    Raises:
-      InputError: a tokenizer with more tokens than the model.
-    """
-    if tokenizer is None:
-        return _PUBLISHED_TOKENS if config.vocab_size in _PUBLISHED_VOCABS else config.vocab_size
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens, the model an embedding of {config.vocab_size}: "
-            "they do not belong together."
-        )
-    return tokenizer.vocab_size
-
-
-def encode(prompt: Prompt, i: int, tokenizer: Tokenizer | None, limit: int) -> list[int]:
-    """Returns the token ids of prompt number i.
-
-    Args:
-      prompt: text, to which the tokenizer adds its own BOS token if it has one; or ids.
-      i: its number, for errors.
-      tokenizer: for text.
-      limit: ids must be below it.
-
-    Raises:
-      InputError: empty, text without a tokenizer, or ids that are not integers below the limit.
-    """
-    if isinstance(prompt, (str, bytes)):
-        if tokenizer is None:
-            raise InputError(f"Prompt {i} is text, but there is no tokenizer. Give token ids.")
-        ids = tokenizer.encode(prompt)
-    elif hasattr(prompt, "__iter__"):
-        ids = [as_int(token, f"A token id of prompt {i}") for token in prompt]
-    else:
-        raise InputError(f"Prompt {i} must be text or a list of token ids, got {prompt!r}.")
-    if not ids:
-        raise InputError(f"Prompt {i} is empty. Give at least one token.")
-    wrong = [token for token in ids if not 0 <= token < limit]
-    if wrong:
-        raise InputError(f"Prompt {i} has token id {wrong[0]}; ids must be in [0, {limit}).")
-    return ids
-
-
-def check_lengths(config: ModelConfig, longest_prompt: int, max_new_tokens: int) -> None:
-    """Raises InputError if prompt and new tokens do not fit the model's context."""
-    max_new_tokens = as_int(max_new_tokens, "max_new_tokens")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    if longest_prompt + max_new_tokens > config.context_length:
-        raise InputError(
-            f"A prompt of {longest_prompt} tokens and max_new_tokens={max_new_tokens} exceed the model's context of "
-            f"{config.context_length} tokens. Shorten the prompt or lower max_new_tokens."
-        )
-
-
-def check_stop(stop: str | Sequence[str], tokenizer: Tokenizer | None) -> tuple[str, ...]:
-    """Returns the stop strings; a single one becomes a tuple of one.
-
-    Raises:
-      InputError: no tokenizer, an empty stop string, or something else than strings.
-    """
-    texts = (stop,) if isinstance(stop, str) else tuple(stop)
-    if texts and tokenizer is None:
-        raise InputError("Stop strings need a tokenizer.")
-    for text in texts:
-        if not isinstance(text, str):
-            raise InputError(f"A stop string must be a string, got {text!r}. Ids belong to eos_token_ids.")
-        if not text:
-            raise InputError("A stop string must not be empty.")
-    return texts
-
-
 def _bucket(size: int, smallest: int) -> int:
     """The next length that programs are compiled for: powers of two, and above 512 quarter steps between them."""
     power = max(smallest, 1 << (size - 1).bit_length())
@@ -403,3 +410,8 @@ def _bucket(size: int, smallest: int) -> int:
         return power
     step = power // 8
     return -(-size // step) * step
+
+
+def _seeds(sampling: SamplingParams, batch: int) -> np.ndarray:
+    """uint32 [batch], the seed of each row."""
+    return ((np.arange(batch, dtype=np.uint64) + sampling.seed) % 2**32).astype(np.uint32)

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
+from qwen_jax.attention import dual_chunk
 from qwen_jax.attention.cache import ContiguousCache
-from qwen_jax.attention.rope import rope_tables
+from qwen_jax.attention.rope import rope_table
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.decode import layer as layer_kernels
 from qwen_jax.options import Options
@@ -29,7 +30,7 @@ overlap: each begins to read its weights while the kernel before it still runs."
 
 
 def supports(config: ModelConfig, sharding: Sharding, options: Options, rows: int, cache: ContiguousCache) -> bool:
-    """Whether `step` can be used: one row, one Hopper GPU, bfloat16, the inference layout.
+    """Whether `step` can be used: one row, one Hopper GPU, bfloat16, the inference layout, plain attention.
 
     Args:
       config: the architecture.
@@ -40,7 +41,7 @@ def supports(config: ModelConfig, sharding: Sharding, options: Options, rows: in
     """
     mesh = jax.sharding.get_abstract_mesh()
     plain = not options.capacity_factor and options.fused and options.dtype == "bfloat16"
-    if rows != 1 or mesh.size != 1 or not plain:
+    if rows != 1 or mesh.size != 1 or not plain or dual_chunk.is_needed(config, cache.slots):
         return False
     heads = config.num_heads, config.num_kv_heads
     dtype = jnp.dtype(options.dtype)
@@ -128,7 +129,7 @@ def _step(
     table = params["embed"]["weight"]
     with jax.named_scope("embed"):
         x_D = table[token[0]]
-    cos, sin = (t[:, 0, 0] for t in rope_tables(config, cache.positions(1), jnp.dtype(dtype)))
+    cos, sin = (t[:, 0, 0] for t in rope_table(config, cache.positions(1), jnp.dtype(dtype)))
     layers, cache_layers, written = params["layers"], cache.layers, []
     head = table if config.tie_word_embeddings else params["lm_head"]["weight"]
     # The norm and the matrix before each attention, and those after the last layer.

@@ -12,6 +12,7 @@ from qwen_jax.attention.cache import ContiguousCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.inference import one_row
 from qwen_jax.inference.sampling import Sampled, SamplingMode, SamplingValues, sample_token
+from qwen_jax.model import Qwen2
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params, bind
@@ -79,24 +80,52 @@ def prefill(
     model = bind(config, params, spec, static.options)
     # The prompts, into a fresh cache.
     cache = ContiguousCache.for_prompts(config, spec, lengths_B, static.slots, jnp.dtype(static.options.dtype))
-    output = model(tokens_BT, cache.positions(T), cache.mask(T), cache=cache)
+    output = model(tokens_BT, cache.positions(T), cache.mask(T), cache=cache, length_B=lengths_B)
     cache = output.cache.advanced(lengths_B.max())
     x_BTD = output.hidden
     x_BD = x_BTD.at[jnp.arange(B), lengths_B - 1].get(out_sharding=P(*spec.rows, None))
+    seen_BV = None
+    if static.mode.penalty:
+        wide = P(*spec.rows, None)
+        seen_BV = jnp.zeros((B, config.vocab_size), bool, out_sharding=wide)
+        real_BT = jax.reshard(jnp.arange(T) < lengths_B[:, None], spec.tokens)
+        seen_BV = mark_seen(seen_BV, tokens_BT, real_BT, static)
+    return sample_first(model, cache, x_BD, seen_BV, seeds_B, values, static)
 
-    def start(tokens_BT: jax.Array, lengths_B: jax.Array, seeds_B: jax.Array) -> Any:
-        keys_B = jax.vmap(jax.random.key)(seeds_B)
-        if not static.mode.penalty:
-            return keys_B, None
-        # The last column takes the padding and is cut off.
-        ids_BT = jnp.where(jnp.arange(T) < lengths_B[:, None], tokens_BT, config.vocab_size)
-        rows = jnp.arange(ids_BT.shape[0])[:, None]
-        return keys_B, jnp.zeros((ids_BT.shape[0], config.vocab_size + 1), bool).at[rows, ids_BT].set(True)[:, :-1]
 
-    rows = spec.rows
-    seen_spec = P(*rows, None) if static.mode.penalty else None
-    start = jax.shard_map(start, in_specs=(P(*rows, None), rows, rows), out_specs=(rows, seen_spec))
-    keys_B, seen_BV = start(jax.reshard(tokens_BT, P(*rows, None)), lengths_B, seeds_B)
+def mark_seen(seen_BV: jax.Array, tokens_BT: jax.Array, real_BT: jax.Array, static: StaticArgs) -> jax.Array:
+    """Marks the tokens of prompts in `seen_BV`.
+
+    Args:
+      seen_BV: bool, tokens seen before.
+      tokens_BT: int32.
+      real_BT: bool, which of them are not padding.
+      static: settings that are compiled in.
+    """
+    wide = P(*static.sharding.rows, None)
+
+    def local(seen_BV: jax.Array, tokens_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
+        # Padding goes to a column that does not exist, where the write is dropped.
+        ids_BT = jnp.where(real_BT, tokens_BT, seen_BV.shape[1])
+        return seen_BV.at[jnp.arange(seen_BV.shape[0])[:, None], ids_BT].set(True, mode="drop")
+
+    mark = jax.shard_map(local, in_specs=(wide, wide, wide), out_specs=wide)
+    result: jax.Array = mark(seen_BV, jax.reshard(tokens_BT, wide), jax.reshard(real_BT, wide))
+    return result
+
+
+def sample_first(
+    model: Qwen2,
+    cache: ContiguousCache,
+    x_BD: jax.Array,
+    seen_BV: jax.Array | None,
+    seeds_B: jax.Array,
+    values: SamplingValues,
+    static: StaticArgs,
+) -> tuple[DecodeState, jax.Array, jax.Array | None]:
+    """Samples the first token of each row from the hidden states x_BD of the last tokens of the prompts."""
+    rows = static.sharding.rows
+    keys_B = jax.shard_map(jax.vmap(jax.random.key), in_specs=(rows,), out_specs=rows)(seeds_B)
     logits_BV = model.logits(x_BD[:, None])[:, 0]
     (token_B, logprob_B, next_B), seen_BV = _sample(logits_BV, seen_BV, keys_B, jnp.int32(0), values, static)
     state = DecodeState(cache, next_B, keys_B, jnp.int32(1), seen_BV)

@@ -12,6 +12,9 @@ The table is for attention. Masks: "causal" is a plain causal mask that is known
 `Mask`. lse: whether the log-sum-exp is available. caches: `decode_attention`, `paged_attention` and `int8_attention`,
 which have a gradient only in the reference. Any number of query heads may share a key/value head.
 
+`sparse_attention` and `column_attention` visit a part of the keys of a cache. They have the implementations gpu, tpu
+and reference, with the dtypes and head_dims of the table, and a gradient only in the reference.
+
 `implementation="auto"` selects the first of gpu, cudnn, tpu and reference that supports the call. xla
 (`jax.nn.dot_product_attention`, compiled by XLA) is used only by name. `select.select` makes every such choice: it logs
 the outcome once, warns if "auto" selects the reference on an accelerator, and raises `InputError` if the implementation
@@ -25,6 +28,8 @@ Kernels run on local arrays. On a mesh, call them inside `jax.shard_map`.
 
 from qwen_jax.kernels.attention import attention, attention_gradient
 from qwen_jax.kernels.attention.coverage import COVERAGE, Coverage, Implementation, is_pallas, select_attention
+from qwen_jax.kernels.attention.lists import KeyLists
+from qwen_jax.kernels.attention.sparse import column_attention, sparse_attention
 from qwen_jax.kernels.decode import (
     decode_attention,
     decode_step,
@@ -42,11 +47,13 @@ __all__ = [
     "Coverage",
     "Implementation",
     "Int8Rows",
+    "KeyLists",
     "Mask",
     "attention",
     "attention_gradient",
     "cache_mask",
     "causal_mask",
+    "column_attention",
     "decode_attention",
     "decode_step",
     "int8_attention",
@@ -56,5 +63,6 @@ __all__ = [
     "packed_mask",
     "paged_attention",
     "select_attention",
+    "sparse_attention",
     "supports_decode_step",
 ]

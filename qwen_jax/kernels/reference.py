@@ -31,12 +31,21 @@ def attention(
       [B, T, H, d] in the dtype of q, and the log-sum-exp of the logits, float32 [B, H, T], minus infinity where a row
       sees nothing. Logits, softmax and sums are float32.
     """
+    seen_BTS = dense_mask(k_start_BT, k_end_BT, k_BKSd.shape[2])
+    return masked_attention(q_BTHd, k_BKSd, v_BKSd, seen_BTS[:, None], scale=scale)
+
+
+def masked_attention(
+    q_BTHd: jax.Array, k_BKSd: jax.Array, v_BKSd: jax.Array, seen: jax.Array, *, scale: float, bias: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """`attention` with any mask: bool [B, H, T, S], or [B, 1, T, S] for all heads. The bias is added to the logits."""
     B, T, H, d = q_BTHd.shape
     K, S = k_BKSd.shape[1:3]
     q_BTKGd = q_BTHd.reshape(B, T, K, H // K, d)
+    seen = seen[:, :, None] if seen.shape[1] == 1 else seen.reshape(B, K, H // K, T, S)
     # Logits and softmax.
     logits = einsum_f32("BTKGd,BKSd->BKGTS", q_BTKGd, k_BKSd) * scale
-    seen = _dense(k_start_BT, k_end_BT, S)[:, None, None]
+    logits = logits + bias if bias else logits
     logits = jnp.where(seen, logits, _MASKED)
     top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     weights = jnp.exp(logits - top)
@@ -64,7 +73,7 @@ def gradient(
     log2, delta = (x.reshape(B, K, H // K, T, 1) for x in terms)
     # Recompute the softmax from its log-sum-exp.
     logits = einsum_f32("BTKGd,BKSd->BKGTS", q, k_BKSd) * scale
-    seen = _dense(k_start_BT, k_end_BT, S)[:, None, None]
+    seen = dense_mask(k_start_BT, k_end_BT, S)[:, None, None]
     weights = jnp.where(seen, jnp.exp2(logits * LOG2E - log2), 0.0)
     # The gradient with respect to the logits, and from it those with respect to queries, keys and values.
     dlogits = (weights * (einsum_f32("BTKGd,BKSd->BKGTS", dout, v_BKSd) - delta) * scale).astype(q.dtype)
@@ -78,7 +87,7 @@ def attention_by_xla(
     q_BTHd: jax.Array, k_BSKd: jax.Array, v_BSKd: jax.Array, k_start_BT: jax.Array, k_end_BT: jax.Array, *, scale: float
 ) -> jax.Array:
     """The output of `attention` from `jax.nn.dot_product_attention`, which XLA compiles. Keys are [B, S, K, d]."""
-    seen_BTS = _dense(k_start_BT, k_end_BT, k_BSKd.shape[1])
+    seen_BTS = dense_mask(k_start_BT, k_end_BT, k_BSKd.shape[1])
     out = jax.nn.dot_product_attention(
         q_BTHd, k_BSKd, v_BSKd, mask=seen_BTS[:, None], scale=scale, implementation="xla"
     )
@@ -86,7 +95,7 @@ def attention_by_xla(
     return jnp.where((k_start_BT < k_end_BT)[:, :, None, None], out, 0)
 
 
-def _dense(k_start_BT: jax.Array, k_end_BT: jax.Array, S: int) -> jax.Array:
-    """The mask as a bool array [B, T, S]."""
+def dense_mask(k_start_BT: jax.Array, k_end_BT: jax.Array, S: int) -> jax.Array:
+    """The interval mask as a bool array [B, T, S]."""
     j = jnp.arange(S, dtype=jnp.int32)
     return (k_start_BT[:, :, None] <= j) & (j < k_end_BT[:, :, None])

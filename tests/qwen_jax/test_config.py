@@ -53,7 +53,7 @@ def test_base_and_instruct_differ_where_the_published_files_do() -> None:
     assert published("qwen2.5-math-7b").rope_theta == 10_000
     long = published("qwen2.5-7b-instruct-1m")
     assert (long.rope_theta, long.rms_norm_eps, long.max_position_embeddings) == (1e7, 1e-5, 1_010_000)
-    assert long.context_length == 262144 - 8192, "plain attention is exact up to one chunk only"
+    assert long.context_length == 1_010_000
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))

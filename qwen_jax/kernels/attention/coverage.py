@@ -107,7 +107,22 @@ def check_arguments(
     Raises:
       InputError: shapes, dtypes, the mask or the scale are wrong.
     """
-    heads, slots = layout.split(", ").index("K"), layout.split(", ").index("S")
+    scale = check_arrays(q, k, v, mask, scale, layout)
+    mask.check(k.shape[layout.split(", ").index("S")])
+    return scale
+
+
+def check_arrays(
+    q: jax.Array,
+    k: jax.Array | jax.ShapeDtypeStruct,
+    v: jax.Array | jax.ShapeDtypeStruct,
+    mask: Mask,
+    scale: float,
+    layout: str,
+) -> float:
+    """`check_arguments` without the values of the mask. The layout has K, or J for columns, where the heads are."""
+    letter = "J" if "J" in layout else "K"
+    heads = layout.split(", ").index(letter)
     fits = (
         q.ndim == k.ndim == v.ndim == 4
         and k.shape == v.shape
@@ -118,8 +133,8 @@ def check_arguments(
     )
     if not fits:
         raise InputError(
-            f"Attention needs q [B, T, H, d], k and v {layout} with H a multiple of K, and no dimension of size 0; "
-            f"got q {q.shape}, k {k.shape}, v {v.shape}."
+            f"Attention needs q [B, T, H, d], k and v {layout} with H a multiple of {letter}, and no dimension of size "
+            f"0; got q {q.shape}, k {k.shape}, v {v.shape}."
         )
     if not q.dtype == k.dtype == v.dtype:
         raise InputError(f"Attention needs q, k and v of one dtype; got {q.dtype}, {k.dtype} and {v.dtype}.")
@@ -133,5 +148,4 @@ def check_arguments(
             f"Attention needs a positive, finite number as its scale, known while tracing; got {scale}. "
             "The usual scale is head_dim ** -0.5."
         )
-    mask.check(k.shape[slots])
     return float(scale)

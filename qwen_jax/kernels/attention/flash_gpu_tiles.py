@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.experimental.pallas as pl
@@ -16,6 +16,7 @@ from qwen_jax.kernels.types import Ref
 
 T = TypeVar("T")
 Carry = TypeVar("Carry")
+Index = tuple[Any, ...]
 
 
 class BackwardInputs(NamedTuple, Generic[T]):
@@ -52,6 +53,18 @@ class KeyTiles(NamedTuple):
     full_last: jax.Array
 
 
+class Visit(NamedTuple):
+    """What a thread block reads about one of its query tiles.
+
+    Attributes:
+      tiles: the key tiles to visit.
+      number: of the query tile, where its place cannot be computed from the turn.
+    """
+
+    tiles: KeyTiles
+    number: jax.Array | None = None
+
+
 class TilePlace(NamedTuple):
     """Where a tile of queries is: row of the batch, query head, and index of the tile in the row."""
 
@@ -68,15 +81,40 @@ def over_key_tiles(tiles: KeyTiles, body: Callable[..., Carry], carry: Carry) ->
     return carry
 
 
-def mask_logits(s: jax.Array, low: jax.Array, high: jax.Array, axis: int) -> jax.Array:
+class KeyWalk(NamedTuple):
+    """How a thread block walks over keys: what differs between kernels that share the body of the forward pass.
+
+    Attributes:
+      turns: how many query tiles the thread block has.
+      place: (turn, number) to the place of the query tile; the number is that of the visit, or None before the first
+        visit is read.
+      visit: (turn) to the visit. Its first key tile is always masked, so it does not count as unmasked. Beyond the last
+        turn it is any visit.
+      at: (visit, i) to what `mask` needs to know about key tile i. It is called early, because it may read memory.
+      mask: (logits, at, low, high) to logits, where those that a row does not see are the lowest one.
+      feed: (turn, tiles copied before) copies the key tiles of a turn and returns the new number of copied tiles.
+      complete: whether each row visits all keys of its interval.
+    """
+
+    turns: jax.Array
+    place: Callable[[jax.Array, jax.Array | None], TilePlace]
+    visit: Callable[[jax.Array], Visit]
+    at: Callable[[Visit, jax.Array], Any]
+    mask: Callable[[jax.Array, Any, jax.Array, jax.Array], jax.Array]
+    feed: Callable[[jax.Array, jax.Array], jax.Array]
+    complete: bool
+
+
+def mask_logits(s: jax.Array, low: jax.Array, high: jax.Array, axis: int, places: jax.Array | None = None) -> jax.Array:
     """Replaces the logits outside low <= j < high by the lowest one.
 
     Args:
       s: [rows, columns].
       low, high: int32, one for each query.
       axis: along which the keys j are counted; the queries are the other one.
+      places: int32, the j of each logit if they are not counted from 0.
     """
-    j = plgpu.broadcasted_iota(jnp.int32, s.shape, axis, layout=WGMMA)
+    j = plgpu.broadcasted_iota(jnp.int32, s.shape, axis, layout=WGMMA) if places is None else places
     low, high = (across(x, s.shape, 1 - axis) for x in (low, high))
     return jnp.where((j >= low) & (j < high), s, LOWEST)
 
@@ -92,17 +130,33 @@ def schedule_tiles(B: int, H: int, tiles: int) -> tuple[jax.Array, Callable[[jax
       How many turns this thread block has, and the place of its tile in each turn. Where no tile is left, the tile is
       negative.
     """
-    block, blocks = lax.axis_index("block"), lax.axis_size("block")
-    rounds = -(-B * H * tiles // blocks)
+    rounds, dealt = deal(B * H * tiles)
 
     def place(turn: jax.Array) -> TilePlace:
-        # The last tiles see most keys under a causal mask. They come first, and the direction alternates, so that
-        # every block gets about the same amount of work.
-        n = turn * blocks + jnp.where(rem(turn, 2) == 0, block, blocks - 1 - block)
+        # The last tiles see most keys under a causal mask. They come first.
+        n = dealt(turn)
         rest = rem(n, B * H)
         return TilePlace(lax.div(rest, jnp.int32(H)), rem(rest, H), tiles - 1 - lax.div(n, jnp.int32(B * H)))
 
     return jnp.where(place(jnp.int32(rounds - 1)).tile < 0, rounds - 1, rounds), place
+
+
+def deal(total: int) -> tuple[int, Callable[[jax.Array], jax.Array]]:
+    """Deals tiles out to the thread blocks, in the order of decreasing work.
+
+    Args:
+      total: number of tiles.
+
+    Returns:
+      The number of rounds, and the tile of this thread block in each turn: `total` or more where no tile is left.
+    """
+    block, blocks = lax.axis_index("block"), lax.axis_size("block")
+
+    def dealt(turn: jax.Array) -> jax.Array:
+        # The direction alternates, so that every block gets about the same amount of work.
+        return turn * blocks + jnp.where(rem(turn, 2) == 0, block, blocks - 1 - block)
+
+    return -(-total // blocks), dealt
 
 
 def block_key_tiles(tiles_ref: Ref, row: jax.Array, tile: jax.Array, warpgroup: jax.Array, warpgroups: int) -> KeyTiles:
@@ -151,19 +205,45 @@ def feed_keys(
       ring: where they go.
       head_major: the layout is [B, K, S, d].
     """
-    stages, keys, _ = ring.k_smem.shape
+    keys = ring.k_smem.shape[1]
     row, head = where
     count = tiles.last - tiles.first
 
-    def fetch(i: jax.Array, _: None) -> None:
-        slot = rem(before + i, stages)
+    def pieces(i: jax.Array, _: None) -> tuple[list[Index], None]:
         here = pl.ds((tiles.first + i) * keys, keys)
-        at = (row, head, here) if head_major else (row, here, head)
+        return [(row, head, here) if head_major else (row, here, head)], None
+
+    feed_pieces(k_ref, v_ref, pieces, None, count, before, ring)
+
+
+def feed_pieces(
+    k_ref: Ref, v_ref: Ref, pieces: Callable[[jax.Array, Carry], tuple[list[Index], Carry]], carry: Carry,
+    count: jax.Array, before: jax.Array, ring: KeyRing,
+) -> None:  # fmt: skip
+    """Copies key and value tiles, each from one or more places, into the ring as its slots become free.
+
+    Args:
+      k_ref, v_ref: keys and values in global memory.
+      pieces: (i, carry) to the indices of the equal pieces of tile i, and the carry for tile i + 1.
+      carry: for the first tile.
+      count: the number of tiles.
+      before: tiles copied so far by this thread block.
+      ring: where they go. Its barriers expect one arrival for each piece.
+    """
+    stages, keys, _ = ring.k_smem.shape
+
+    def fetch(i: jax.Array, carry: Carry) -> Carry:
+        slot = rem(before + i, stages)
+        indices, carry = pieces(i, carry)
+        size = keys // len(indices)
         for ref, smem, ready, free in (
             (k_ref, ring.k_smem, ring.k_ready, ring.k_free),
             (v_ref, ring.v_smem, ring.v_ready, ring.v_free),
         ):
             pl.when(before + i >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-            plgpu.copy_gmem_to_smem(ref.at[at], smem.at[slot], ready.at[slot])
+            for n, index in enumerate(indices):
+                to = smem.at[slot] if size == keys else smem.at[slot, pl.ds(n * size, size)]
+                plgpu.copy_gmem_to_smem(ref.at[index], to, ready.at[slot])
+        return carry
 
-    lax.fori_loop(0, count, fetch, None)
+    lax.fori_loop(0, count, fetch, carry)

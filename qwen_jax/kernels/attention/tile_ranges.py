@@ -4,6 +4,22 @@ import jax
 import jax.numpy as jnp
 
 
+def bounds(start_BT: jax.Array, end_BT: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The keys that some row of each query tile sees lie in low <= j < high; those that all rows see are inner ones.
+
+    Args:
+      start_BT, end_BT: mask intervals; T is a multiple of `rows`.
+      rows: length of a query tile.
+
+    Returns:
+      low, high, inner_low, inner_high, each int32 [B, query tiles]. A tile that sees nothing has 2**30 and 0.
+    """
+    start, end = (x.reshape(x.shape[0], -1, rows) for x in (start_BT, end_BT))
+    sees = start < end
+    low, high = jnp.where(sees, start, 2**30).min(axis=2), jnp.where(sees, end, 0).max(axis=2)
+    return low, high, start.max(axis=2), end.min(axis=2)
+
+
 def key_tiles(start_BT: jax.Array, end_BT: jax.Array, rows: int, keys: int) -> jax.Array:
     """The range of key tiles that each query tile visits, and the range in which no pair is masked.
 
@@ -14,13 +30,11 @@ def key_tiles(start_BT: jax.Array, end_BT: jax.Array, rows: int, keys: int) -> j
     Returns:
       int32 [B, query tiles, 4]: first and end of the visited key tiles, first and end of the unmasked ones.
     """
-    start, end = (x.reshape(x.shape[0], -1, rows) for x in (start_BT, end_BT))
-    sees = start < end
-    first = jnp.where(sees, start, 2**30).min(axis=2) // keys
-    last = -(-jnp.where(sees, end, 0).max(axis=2) // keys)
+    low, high, inner_low, inner_high = bounds(start_BT, end_BT, rows)
+    first, last = low // keys, -(-high // keys)
     first = jnp.minimum(first, last)
-    full_first = jnp.clip(-(-start.max(axis=2) // keys), first, last)
-    full_last = jnp.clip(end.min(axis=2) // keys, full_first, last)
+    full_first = jnp.clip(-(-inner_low // keys), first, last)
+    full_last = jnp.clip(inner_high // keys, full_first, last)
     return jnp.stack([first, last, full_first, full_last], axis=2)
 
 

@@ -1,7 +1,6 @@
 """Attention of new tokens over a cache, contiguous or paged, and one whole attention step of decoding."""
 
 from collections.abc import Callable
-from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from qwen_jax.kernels.attention.coverage import Implementation, check_arguments,
 from qwen_jax.kernels.decode.int8 import Int8Rows
 from qwen_jax.kernels.mask import Mask
 from qwen_jax.kernels.select import Candidate, select, unmet
+from qwen_jax.kernels.without_gradient import without_gradient
 
 
 def decode_attention(
@@ -51,14 +51,14 @@ def decode_attention(
         from qwen_jax.kernels.decode import flash_decode_gpu
 
         if _splits_keys(flash_decode_gpu.supports(q_BTHd.dtype, T, H, K, d, S), T, f"{H}/{K} heads, {S} slots"):
-            return _without_gradient(flash_decode_gpu.attention, args, scale)
+            return _run(flash_decode_gpu.attention, args, scale)
         return flash_gpu.attention(*args, scale, head_major=True)
     if chosen == "tpu":
         from qwen_jax.kernels.attention import flash_tpu
         from qwen_jax.kernels.decode import flash_decode_tpu
 
         if _splits_keys(flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d), T, f"{H}/{K} heads, {S} slots"):
-            return _without_gradient(flash_decode_tpu.attention, args, scale)
+            return _run(flash_decode_tpu.attention, args, scale)
         return flash_tpu.attention(*args, scale)
     return reference.attention(*args, scale=scale)
 
@@ -122,12 +122,12 @@ def int8_attention(
         from qwen_jax.kernels.decode import flash_decode_int8_gpu
 
         if _reads_8_bits(flash_decode_int8_gpu.supports(q_BTHd.dtype, T, H, K, d, S), T, sizes):
-            return _without_gradient(flash_decode_int8_gpu.attention, args, scale)
+            return _run(flash_decode_int8_gpu.attention, args, scale)
     if chosen == "tpu":
         from qwen_jax.kernels.decode import flash_decode_tpu
 
         if _reads_8_bits(flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d), T, sizes):
-            return _without_gradient(flash_decode_tpu.int8_attention, args, scale)
+            return _run(flash_decode_tpu.int8_attention, args, scale)
     wide = keys.dequantized(q_BTHd.dtype), values.dequantized(q_BTHd.dtype)
     return decode_attention(q_BTHd, *wide, mask, scale=scale, implementation=_named(chosen))
 
@@ -193,12 +193,12 @@ def paged_attention(
         from qwen_jax.kernels.decode import flash_decode_gpu
 
         if _reads_pages(flash_decode_gpu.supports(q_BTHd.dtype, T, H, K, d, M * P, P), T, sizes):
-            return _without_gradient(flash_decode_gpu.paged_attention, args, scale)
+            return _run(flash_decode_gpu.paged_attention, args, scale)
     if chosen == "tpu":
         from qwen_jax.kernels.decode import flash_decode_tpu
 
         if _reads_pages(flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d, P, pages_BM.size), T, sizes):
-            return _without_gradient(flash_decode_tpu.paged_attention, args, scale)
+            return _run(flash_decode_tpu.paged_attention, args, scale)
 
     def gathered(x_NKPd: jax.Array) -> jax.Array:
         x_BMKPd = x_NKPd[jnp.clip(pages_BM, 0, N - 1)]
@@ -264,15 +264,9 @@ def decode_step(*args: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, j
     return result
 
 
-def _without_gradient(
-    run: Callable[..., tuple[jax.Array, jax.Array]], arrays: tuple[jax.Array, ...], scale: float
+def _run(
+    kernel: Callable[..., tuple[jax.Array, jax.Array]], arrays: tuple[jax.Array, ...], scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs a kernel that has no gradient, and raises if someone differentiates it."""
-
-    def refuse(*_: object) -> NoReturn:
-        raise InputError("Decode attention by a kernel has no gradient. Use implementation='reference', or attention.")
-
-    kernel = jax.custom_vjp(lambda *arrays: run(*arrays, scale))
-    kernel.defvjp(refuse, refuse)
-    result: tuple[jax.Array, jax.Array] = kernel(*arrays)
-    return result
+    """Runs a kernel that has no gradient."""
+    message = "Decode attention by a kernel has no gradient. Use implementation='reference', or attention."
+    return without_gradient(lambda *arrays: kernel(*arrays, scale), arrays, message)

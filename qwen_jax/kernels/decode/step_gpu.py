@@ -86,7 +86,7 @@ def decode_step(
     Args:
       qkv_BRd: bfloat16 projections of the new token: R = H + 2K heads, those of q, then k, then v.
       bias_Rd: bfloat16.
-      cos_Bh, sin_Bh: bfloat16 [B, d / 2], as from `rope_tables`.
+      cos_Bh, sin_Bh: bfloat16 [B, d / 2], as from `rope_table`.
       cache_k_BKSd, cache_v_BKSd: bfloat16; updated in place where XLA allows it.
       start_B: int32, the first slot that each row sees, at most `slot`.
       slot: int32 scalar, the slot of the new token.

@@ -1,0 +1,281 @@
+"""Sparse prefill: attention of a chunk of queries over the keys of a cache that matter most.
+
+Two patterns say which keys these are: `VerticalSlash` and `PooledBlocks`. All of it runs on the device, with static
+shapes: one compiled program serves every offset and, for `VerticalSlash`, all budgets. The interval masks stay the
+truth; a pattern only leaves out keys that a mask permits. `Diagnostics` says how many, and what they were worth.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax import kernels
+from qwen_jax.attention import pooled_blocks, sparse_parts, vertical_slash
+from qwen_jax.attention.pooled_blocks import BLOCK, block_means
+from qwen_jax.attention.sparse_parts import AUDIT_ROWS, PROBE_ROWS, Bounds, Part, probe_rows
+from qwen_jax.attention.sparse_patterns import FILE_NAME, PooledBlocks, VerticalSlash, refine
+from qwen_jax.attention.vertical_slash import Tiling
+from qwen_jax.errors import InputError
+
+__all__ = [
+    "AUDIT_ROWS",
+    "FILE_NAME",
+    "PROBE_ROWS",
+    "Diagnostics",
+    "Part",
+    "PooledBlocks",
+    "Tiling",
+    "VerticalSlash",
+    "attend",
+    "block_means",
+    "probe_rows",
+    "refine",
+]
+
+# Pieces of a list, unless the caller says otherwise: 64-key pieces for a quarter of half a million keys.
+_MAX_PIECES = 2048
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("density_BH", "probe_recall_BH", "audit_recall_BH", "pieces_cut_BH", "columns_cut_BH"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True)
+class Diagnostics:
+    """What sparse attention of a chunk left out, for each row and query head.
+
+    Attributes:
+      density_BH: float32, visited pairs of queries and keys over pairs that the masks permit. A mean that stands for
+        a block counts as one key. Blocks of `PooledBlocks` that were cut count as visited where no mean replaces them.
+      probe_recall_BH: float32, the share of the softmax that was visited, exp(lse_sparse - lse_full), averaged over
+        the last rows of the chunk. They have chosen the keys of vertical-slash attention. None if it was not measured.
+      audit_recall_BH: float32, the same over rows at pseudo-random places of the chunk.
+      pieces_cut_BH, columns_cut_BH: int32, pieces (of the list of a head, or of pooled blocks over all tiles) and
+        columns that the pattern asks for and that were left out because the capacity is too small.
+
+    Source: recall is eq. 2 to 4 of the Qwen2.5-1M report (arXiv:2501.15383).
+    """
+
+    density_BH: jax.Array
+    probe_recall_BH: jax.Array | None
+    audit_recall_BH: jax.Array | None
+    pieces_cut_BH: jax.Array
+    columns_cut_BH: jax.Array
+
+
+def attend(
+    parts: Sequence[Part],
+    k_BKSd: jax.Array,
+    v_BKSd: jax.Array,
+    pattern: VerticalSlash | PooledBlocks,
+    *,
+    slot: jax.Array | int,
+    scale: float,
+    budgets_H2: jax.Array | None = None,
+    length: jax.Array | int | None = None,
+    means: tuple[jax.Array, jax.Array] | None = None,
+    implementation: kernels.Implementation = "auto",
+    tiling: Tiling | None = None,
+    max_pieces: int | None = None,
+    max_columns: int | None = None,
+    measure: bool = True,
+) -> tuple[jax.Array, jax.Array, Diagnostics]:
+    """Sparse attention of a chunk of queries over a head-major cache that already holds the keys of the chunk.
+
+    Runs on local arrays, jitted with `pattern`, the capacities and the options static. There is no gradient.
+
+    Args:
+      parts: the queries for each part of the keys, and the masks. The rows of a chunk are consecutive.
+      k_BKSd, v_BKSd: the cache. All its slots must be finite.
+      pattern: which keys to visit.
+      slot: int32 scalar, the cache slot of the first query.
+      scale: multiplies the logits; positive.
+      budgets_H2: int32, columns and slashes of each query head, for `VerticalSlash`; see `VerticalSlash.budgets`.
+      length: int32 scalar, queries that are not padding at the end of the chunk; by default all.
+      means: `block_means` of the keys and values, for `PooledBlocks`; by default they are computed.
+      implementation: of `kernels.sparse_attention` and `kernels.column_attention`.
+      tiling: sizes of tiles and pieces, for `VerticalSlash`; by default those of the implementation.
+      max_pieces: capacity of the list of a tile; by default all keys, at most 2048 pieces.
+      max_columns: capacity for the columns of a head; by default the greatest budget of the pattern.
+      measure: whether recall is measured, which costs attention of 128 rows over all their keys.
+
+    Returns:
+      Output [B, T, H, d] in the dtype of the queries, its log-sum-exp float32 [B, H, T], and diagnostics.
+
+    Raises:
+      InputError: sizes that the pattern does not support, or missing budgets.
+    """
+    if not parts:
+        raise InputError("Sparse attention needs at least one part of the keys; got none.")
+    if tiling is None or isinstance(pattern, PooledBlocks):
+        tiling = _tiling(pattern, implementation, parts[0])
+    _check(parts, k_BKSd, tiling, slot)
+    T, S = parts[0].q_BTHd.shape[1], k_BKSd.shape[2]
+    how: dict[str, Any] = {"scale": scale, "implementation": implementation}
+    slot = jnp.asarray(slot, jnp.int32)
+    length = jnp.asarray(T if length is None else length, jnp.int32)
+    bounds = sparse_parts.bounds([part.mask for part in parts], tiling.rows)
+    capacity = max_pieces or min(-(-(S + tiling.rows) // tiling.size), _MAX_PIECES)
+    # Rows over all their keys: the last ones for the choice and for its recall, others for the recall.
+    rows_R = sparse_parts.probe_rows(length)
+    if measure:
+        rows_R = jnp.concatenate([rows_R, sparse_parts.audit_rows(slot, length)])
+    with jax.named_scope("sparse_probe"):
+        queries = [sparse_parts.take_rows(part.q_BTHd, rows_R) for part in parts]
+        masks = [sparse_parts.mask_rows(part.mask, rows_R) for part in parts]
+        full_BHR = sparse_parts.rows_lse(queries, masks, k_BKSd, v_BKSd, **how)
+    # What to visit.
+    if isinstance(pattern, PooledBlocks):
+        with jax.named_scope("sparse_lists"):
+            visits = _visit_blocks(parts, k_BKSd, v_BKSd, pattern, bounds, means, scale, min(capacity, S // BLOCK))
+    else:
+        with jax.named_scope("sparse_lines"):
+            scores = _line_scores(parts, queries, masks, full_BHR, k_BKSd, v_BKSd, how)
+        with jax.named_scope("sparse_lists"):
+            columns = min(max_columns or pattern.most_columns, S)
+            where = slot, length
+            visits = _visit_lines(scores, k_BKSd, v_BKSd, budgets_H2, bounds, where, tiling, capacity, columns)
+    # Attention over the pieces and the gathered keys of each part.
+    merged = []
+    for p, part in enumerate(parts):
+        with jax.named_scope("sparse_attend"):
+            lists = visits.lists
+            if len(parts) > 1:
+                lists = _between(lists, bounds.start_PBN[p], bounds.end_PBN[p])
+            merged.append(kernels.sparse_attention(part.q_BTHd, k_BKSd, v_BKSd, part.mask, lists, **how))
+            if visits.gathered is not None:
+                k, v, places = visits.gathered
+                merged.append(
+                    kernels.column_attention(
+                        part.q_BTHd, k, v, part.mask, places, bias=visits.bias, rows=tiling.rows, **how
+                    )
+                )
+    out_BTHd, lse_BHT = kernels.merge(merged)
+    density_BH = visits.visited_BH / jnp.maximum(_visible(parts), 1.0)[:, None]
+    recall = _recall(lse_BHT, full_BHR, rows_R) if measure else (None, None)
+    return out_BTHd, lse_BHT, Diagnostics(density_BH, *recall, visits.pieces_cut_BH, visits.columns_cut_BH)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Visits:
+    """Pieces, and gathered keys, values and their places, that a chunk attends to; counts as in `Diagnostics`."""
+
+    lists: kernels.KeyLists
+    gathered: tuple[jax.Array, jax.Array, jax.Array] | None
+    bias: float
+    visited_BH: jax.Array
+    pieces_cut_BH: jax.Array
+    columns_cut_BH: jax.Array
+
+
+def _visit_blocks(
+    parts: Sequence[Part], k_BKSd: jax.Array, v_BKSd: jax.Array, pattern: PooledBlocks, bounds: Bounds,
+    means: tuple[jax.Array, jax.Array] | None, scale: float, max_blocks: int,
+) -> _Visits:  # fmt: skip
+    """Blocks, and means of those that are not visited."""
+    k, v = (block_means(k_BKSd), block_means(v_BKSd)) if means is None else means
+    queries = [part.q_BTHd for part in parts]
+    blocks = pooled_blocks.choose(queries, k, bounds, pattern, scale=scale, max_blocks=max_blocks)
+    # A block that is not visited costs each query of the tile 128 keys less, or one in place of 128.
+    saved = BLOCK * (BLOCK - 1 if pattern.correct_means else BLOCK)
+    visited_BH = _visible(parts)[:, None] - saved * blocks.skipped_BH
+    gathered = (k, v, blocks.places_BHNJ) if pattern.correct_means else None
+    cut = blocks.blocks_cut_BH
+    return _Visits(blocks.lists, gathered, math.log(BLOCK), visited_BH, cut, jnp.zeros_like(cut))
+
+
+def _visit_lines(
+    scores: tuple[jax.Array, jax.Array], k_BKSd: jax.Array, v_BKSd: jax.Array, budgets_H2: jax.Array | None,
+    bounds: Bounds, where: tuple[jax.Array, jax.Array], tiling: Tiling, max_pieces: int, max_columns: int,
+) -> _Visits:  # fmt: skip
+    """Pieces of slashes, and columns."""
+    H = scores[0].shape[1]
+    if budgets_H2 is None or budgets_H2.shape != (H, 2):
+        raise InputError(
+            f"Vertical-slash attention needs budgets [{H}, 2], columns and slashes of each query head; got "
+            f"{None if budgets_H2 is None else budgets_H2.shape}. Use VerticalSlash.budgets(layer)."
+        )
+    lines = vertical_slash.choose(
+        *scores, jnp.asarray(budgets_H2), bounds, *where, tiling=tiling, max_pieces=max_pieces, max_columns=max_columns
+    )
+    k, v = (vertical_slash.gather_columns(x, lines.columns_BHC) for x in (k_BKSd, v_BKSd))
+    gathered = k, v, lines.places_BHNC
+    return _Visits(lines.lists, gathered, 0.0, lines.visited_BH, lines.pieces_cut_BH, lines.columns_cut_BH)
+
+
+def _visible(parts: Sequence[Part]) -> jax.Array:
+    """Pairs of queries and keys that the masks permit, float32 [B]."""
+    lengths = [jnp.maximum(part.mask.k_end_BT - part.mask.k_start_BT, 0) for part in parts]
+    return jnp.stack(lengths).sum(axis=(0, 2), dtype=jnp.float32)
+
+
+def _line_scores(
+    parts: Sequence[Part], probes: Sequence[jax.Array], masks: Sequence[kernels.Mask], full_BHR: jax.Array,
+    k_BKSd: jax.Array, v_BKSd: jax.Array, how: dict[str, Any],
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """`vertical_slash.line_scores` of the probe rows, rotated for choosing keys."""
+    masks = [kernels.Mask(mask.k_start_BT[:, :PROBE_ROWS], mask.k_end_BT[:, :PROBE_ROWS]) for mask in masks]
+    queries = [
+        probe[:, :PROBE_ROWS] if part.critical_BRHd is None else part.critical_BRHd
+        for part, probe in zip(parts, probes, strict=True)
+    ]
+    lse_BHR = full_BHR[:, :, :PROBE_ROWS]
+    if any(part.critical_BRHd is not None for part in parts):
+        lse_BHR = sparse_parts.rows_lse(queries, masks, k_BKSd, v_BKSd, **how)
+    return vertical_slash.line_scores(queries, masks, lse_BHR, k_BKSd, scale=how["scale"])
+
+
+def _between(lists: kernels.KeyLists, low_BN: jax.Array, high_BN: jax.Array) -> kernels.KeyLists:
+    """The pieces of each list that contain a key low <= j < high."""
+    starts, L = lists.starts_BHNL, lists.starts_BHNL.shape[3]
+    low, high = low_BN[:, None, :, None], high_BN[:, None, :, None]
+    listed = jnp.arange(L) < lists.counts_BHN[..., None]
+    before = jnp.sum(listed & (starts + lists.size <= low), axis=3, dtype=jnp.int32)
+    until = jnp.sum(listed & (starts < high), axis=3, dtype=jnp.int32)
+    flat = jnp.pad(starts, ((0, 0), (0, 0), (0, 0), (0, L))).reshape(-1, 2 * L)
+    slices = jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, L))
+    counts = jnp.where(low_BN < high_BN, 1, 0)[:, None] * jnp.maximum(until - before, 0)
+    return kernels.KeyLists(slices(flat, before.reshape(-1)).reshape(starts.shape), counts, lists.rows, lists.size)
+
+
+def _recall(lse_BHT: jax.Array, full_BHR: jax.Array, rows_R: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean recall of the probe rows and of the audit rows, float32 [B, H] each; 1 where no row sees a key."""
+    sparse_BHR = jnp.take(lse_BHT, jnp.clip(rows_R, 0, lse_BHT.shape[2] - 1), axis=2)
+    sees = jnp.isfinite(full_BHR) & (rows_R >= 0)
+    # Rounding may put the sum over a part of the keys above the sum over all of them.
+    share = jnp.where(sees, jnp.exp(jnp.minimum(sparse_BHR - jnp.where(sees, full_BHR, 0.0), 0.0)), 0.0)
+    halves = [(share[:, :, part], sees[:, :, part]) for part in (slice(PROBE_ROWS), slice(PROBE_ROWS, None))]
+    probe, audit = (jnp.where(n.any(axis=2), x.sum(axis=2) / n.sum(axis=2).clip(1), 1.0) for x, n in halves)
+    return probe, audit
+
+
+def _tiling(pattern: VerticalSlash | PooledBlocks, implementation: kernels.Implementation, part: Part) -> Tiling:
+    """Pieces that begin at multiples of 8 keys where the kernel can read them, otherwise aligned pieces of 128 keys."""
+    chosen = kernels.select_attention(implementation, part.q_BTHd, part.mask, return_lse=True, cache=True)
+    return Tiling(128, 64, 8) if chosen == "gpu" and isinstance(pattern, VerticalSlash) else Tiling()
+
+
+def _check(parts: Sequence[Part], k_BKSd: jax.Array, tiling: Tiling, slot: jax.Array | int) -> None:
+    (B, T, H, d), S = parts[0].q_BTHd.shape, k_BKSd.shape[2]
+    if T % tiling.rows or tiling.rows % tiling.step or tiling.size % tiling.step:
+        raise InputError(
+            f"Sparse attention needs chunks of whole tiles; got {T} queries, {tiling}. Pad the chunk to a multiple of "
+            f"{tiling.rows}, and choose a step that divides the rows and the size."
+        )
+    if S % BLOCK:
+        raise InputError(f"Sparse attention needs a cache of a multiple of {BLOCK} slots; got {S}.")
+    if isinstance(slot, int) and not 0 <= slot <= S - T:
+        raise InputError(f"Expected a chunk within the {S} slots of the cache; got {T} queries from slot {slot} on.")
+    for part in parts:
+        critical = part.critical_BRHd
+        if part.q_BTHd.shape != (B, T, H, d) or (critical is not None and critical.shape != (B, PROBE_ROWS, H, d)):
+            raise InputError(
+                f"Expected the same queries {(B, T, H, d)} in every part, and {(B, PROBE_ROWS, H, d)} to choose keys; "
+                f"got {part.q_BTHd.shape} and {None if critical is None else critical.shape}."
+            )

@@ -1,0 +1,125 @@
+"""Exact top-k and compaction of long rows on the device, without a sort or a scatter.
+
+All functions have static shapes and work on several rows at once: R rows of S elements. They read [R, S] arrays a few
+times and otherwise work on arrays that are 32 or 128 times shorter, because S is up to a million for every head, layer
+and chunk of a prompt.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_BLOCK = 128
+
+
+def order_keys(scores_RS: jax.Array, allowed_RS: jax.Array) -> jax.Array:
+    """Integers that order scores: the bits of a float that is not negative grow with it.
+
+    Args:
+      scores_RS: float32, at least 0; infinity is allowed.
+      allowed_RS: bool, the elements that may be chosen.
+
+    Returns:
+      uint32 [R, S], 0 where an element may not be chosen and at least 1 elsewhere.
+    """
+    return jnp.where(allowed_RS, lax.bitcast_convert_type(scores_RS, jnp.uint32) + 1, jnp.uint32(0))
+
+
+def top_mask(keys_RS: jax.Array, count_R: jax.Array) -> jax.Array:
+    """The elements of each row with the greatest keys. Of equal keys, those at the lower places are chosen.
+
+    Args:
+      keys_RS: of `order_keys`.
+      count_R: int32, how many to choose: at most the elements of the row that may be chosen.
+
+    Returns:
+      bool [R, S] with exactly count_R true elements in a row.
+    """
+
+    # The threshold is found from its highest four bits to its lowest. All fifteen counts of a step come from one
+    # reading of the keys.
+    def digit(i: jax.Array, threshold_R: jax.Array) -> jax.Array:
+        shift = (28 - 4 * i).astype(jnp.uint32)
+        candidates = [threshold_R + (jnp.uint32(k) << shift) for k in range(1, 16)]
+        reached = [_count(keys_RS >= c[:, None]) >= count_R for c in candidates]
+        return threshold_R + (sum(r.astype(jnp.uint32) for r in reached) << shift)
+
+    threshold_R = lax.fori_loop(0, 8, digit, jnp.zeros(len(keys_RS), jnp.uint32))[:, None]
+    above_RS, equal_RS = keys_RS > threshold_R, keys_RS == threshold_R
+    last_R = _nth_place(equal_RS, count_R - _count(above_RS))
+    return above_RS | (equal_RS & (jnp.arange(keys_RS.shape[1], dtype=jnp.int32) <= last_R[:, None]))
+
+
+def places(mask_RS: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """The places of the true elements of each row, ascending.
+
+    Args:
+      mask_RS: bool.
+      capacity: C, how many places are returned; further ones are left out.
+
+    Returns:
+      int32 [R, C], S from the count of the row on; and int32 [R], the true elements, also where they exceed C.
+    """
+    S = mask_RS.shape[1]
+    words_RW = pack_bits(mask_RS)
+    ends_RW = jnp.cumsum(lax.population_count(words_RW).astype(jnp.int32), axis=1)
+    rank_C = jnp.arange(1, capacity + 1, dtype=jnp.int32)
+    # The word that holds the n-th true element, and the place of the element in the word.
+    word_RC = jnp.minimum(count_below(ends_RW, rank_C[None]), ends_RW.shape[1] - 1)
+    word_bits_RC = jnp.take_along_axis(words_RW, word_RC, axis=1)
+    before_RC = jnp.take_along_axis(ends_RW, word_RC, axis=1) - lax.population_count(word_bits_RC).astype(jnp.int32)
+    place_RC = word_RC * 32 + _nth_bit(word_bits_RC, rank_C - before_RC)
+    return jnp.where(rank_C <= ends_RW[:, -1:], place_RC, S), ends_RW[:, -1]
+
+
+def count_below(sorted_RL: jax.Array, values_RC: jax.Array) -> jax.Array:
+    """How many elements of each ascending row are below each value, int32 [R, C]. One row of values serves all."""
+    values_RC = jnp.broadcast_to(values_RC, (len(sorted_RL), values_RC.shape[1]))
+    find = jax.vmap(lambda row, values: jnp.searchsorted(row, values, side="left", method="scan_unrolled"))
+    return find(sorted_RL, values_RC).astype(jnp.int32)
+
+
+def pack_bits(mask_RS: jax.Array) -> jax.Array:
+    """Element j of a row as bit j % 32 of its word j // 32, uint32 [R, ceil(S / 32)]."""
+    R, S = mask_RS.shape
+    padded = jnp.pad(mask_RS, ((0, 0), (0, -S % 32))).reshape(R, -1, 32)
+    return jnp.sum(padded.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32), axis=2, dtype=jnp.uint32)
+
+
+def window_any(mask_RS: jax.Array, length: int) -> jax.Array:
+    """Whether an element or any of the `length` - 1 before it is true, bool [R, S]."""
+    return window_max(mask_RS.astype(jnp.int32), length) > 0
+
+
+def window_max(x_RS: jax.Array, length: int) -> jax.Array:
+    """The greatest of an element and the `length` - 1 before it; 0 where there are none."""
+    pads = ((0, 0), (length - 1, 0))
+    return lax.reduce_window(x_RS, jnp.zeros((), x_RS.dtype), lax.max, (1, length), (1, 1), pads)
+
+
+def _count(mask_RS: jax.Array) -> jax.Array:
+    return jnp.sum(mask_RS, axis=1, dtype=jnp.int32)
+
+
+def _nth_place(mask_RS: jax.Array, n_R: jax.Array) -> jax.Array:
+    """The place of the n-th true element of each row, counted from 1; -1 where n is 0."""
+    R, S = mask_RS.shape
+    blocks = jnp.pad(mask_RS, ((0, 0), (0, -S % _BLOCK))).reshape(R, -1, _BLOCK)
+    ends = jnp.cumsum(jnp.sum(blocks, axis=2, dtype=jnp.int32), axis=1)
+    block_R = jnp.minimum(_count(ends < n_R[:, None]), ends.shape[1] - 1)
+    inside = jnp.take_along_axis(blocks, block_R[:, None, None], axis=1)[:, 0]
+    # The true elements up to the end of the block, less those of the block itself, come before it.
+    before = jnp.take_along_axis(ends, block_R[:, None], axis=1) - _count(inside)[:, None]
+    place_R = block_R * _BLOCK + _count(jnp.cumsum(inside, axis=1, dtype=jnp.int32) + before < n_R[:, None])
+    return jnp.where(n_R > 0, place_R, -1)
+
+
+def _nth_bit(words: jax.Array, n: jax.Array) -> jax.Array:
+    """The place of the n-th set bit of each word, counted from 1 and from the lowest."""
+    place = jnp.zeros_like(n)
+    for half in (16, 8, 4, 2, 1):
+        low = lax.population_count(words & jnp.uint32((1 << half) - 1)).astype(jnp.int32)
+        high = n > low
+        place, n = jnp.where(high, place + half, place), jnp.where(high, n - low, n)
+        words = jnp.where(high, words >> half, words)
+    return place

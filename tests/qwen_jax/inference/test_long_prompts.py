@@ -1,0 +1,158 @@
+"""Prompts that are read in chunks, and documents that are read once, give what one prefill gives."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+
+from qwen_jax.config import DualChunk, ModelConfig
+from qwen_jax.errors import InputError
+from qwen_jax.inference import Engine, SamplingParams, chunked_prefill
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import Sharding, make_mesh
+from qwen_jax.params import Params, abstract_params, param_specs
+from qwen_jax.published import published
+
+SMALL = dataclasses.replace(published("tiny"), vocab_size=96, num_layers=2, eos_token_ids=())
+CONFIGS = {
+    "dense": SMALL,
+    "dual chunk": dataclasses.replace(SMALL, dual_chunk=DualChunk(24, 8, 24)),
+    "moe": dataclasses.replace(published("tiny-moe"), vocab_size=96, num_layers=2, eos_token_ids=()),
+}
+GREEDY = SamplingParams(temperature=0, logprobs=True)
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int(np.random.SeedSequence().entropy % 2**32)  # type: ignore[operator]
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def make_engine(rng: np.random.Generator) -> MakeEngine:
+    """Engines with the same random weights, large enough for attention to matter."""
+    seed = int(rng.integers(2**31))
+
+    def make(config: ModelConfig, mesh: Mesh | None = None, **how: Any) -> Engine:
+        mesh = mesh or make_mesh({}, jax.devices()[:1])
+        draws, sharding = np.random.default_rng(seed), Sharding.for_inference(config, mesh)
+        options = Options(stacked=False)
+
+        def draw(shape: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array:
+            return jax.device_put(draws.normal(0, 0.2, shape.shape).astype(np.float32), NamedSharding(mesh, spec))
+
+        shapes = abstract_params(config, sharding, options, "float32")
+        params: Params = jax.tree.map(draw, shapes, param_specs(config, sharding, options))
+        return Engine(config, params, mesh, dtype="float32", chunk=4, **how)
+
+    return make
+
+
+def prompts_of(rng: np.random.Generator, *lengths: int) -> list[list[int]]:
+    return [rng.integers(0, 96, n).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chunk_sizes_do_not_matter(name: str, make_engine: MakeEngine, rng: np.random.Generator) -> None:
+    """Rows of unequal lengths, some of one token, with and without a repetition penalty."""
+    prompts = prompts_of(rng, 50, 1, 33)
+    whole = make_engine(CONFIGS[name])
+    for sampling in (GREEDY, dataclasses.replace(GREEDY, repetition_penalty=1.3)):
+        want = whole.generate(prompts, sampling, max_new_tokens=6)
+        for chunk in (7, 49):
+            got = make_engine(CONFIGS[name], prefill_chunk=chunk).generate(prompts, sampling, max_new_tokens=6)
+            for ours, theirs in zip(got, want, strict=True):
+                np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-4)
+                assert ours.token_ids == theirs.token_ids
+
+
+def test_chunks_on_a_mesh(make_engine: MakeEngine, rng: np.random.Generator) -> None:
+    """The same texts on data and tensor axes, with dual-chunk attention."""
+    config, prompts = CONFIGS["dual chunk"], prompts_of(rng, 45, 20)
+    want = make_engine(config).generate(prompts, GREEDY, max_new_tokens=4)
+    got = make_engine(config, make_mesh({"data": 2, "tensor": 2}), prefill_chunk=16).generate(
+        prompts, GREEDY, max_new_tokens=4
+    )
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-4)
+        assert ours.token_ids == theirs.token_ids
+
+
+def test_one_program_reads_all_lengths_and_offsets(make_engine: MakeEngine, rng: np.random.Generator) -> None:
+    """After the first long prompt nothing is compiled; every chunk is reported, and the last one is all of it."""
+    engine = make_engine(CONFIGS["dual chunk"], prefill_chunk=16)
+    engine.generate(prompts_of(rng, 40), GREEDY, max_new_tokens=2)
+    compiled, seen = chunked_prefill.prefill_chunk._cache_size(), []
+    engine.on_chunk = lambda read, total: seen.append((read, total))
+    for length in (17, 33, 100):
+        engine.generate(prompts_of(rng, length), GREEDY, max_new_tokens=2)
+    assert chunked_prefill.prefill_chunk._cache_size() == compiled
+    assert seen == [
+        (16, 17),
+        (17, 17),
+        (16, 33),
+        (32, 33),
+        (33, 33),
+        *((n, 100) for n in (16, 32, 48, 64, 80, 96, 100)),
+    ]
+
+
+def test_the_cache_is_not_copied(make_engine: MakeEngine) -> None:
+    """The compiled program writes into the buffers that it is given."""
+    engine = make_engine(CONFIGS["dual chunk"], prefill_chunk=16)
+    static = engine._static(GREEDY.mode, 256)
+    state = engine._empty([40], static)
+    with jax.set_mesh(engine.mesh):
+        tokens = jax.device_put(np.zeros((1, 16), np.int32), NamedSharding(engine.mesh, engine.sharding.tokens))
+        lengths = jax.device_put(np.full(1, 40, np.int32), NamedSharding(engine.mesh, engine.sharding.rows))
+        lowered = chunked_prefill.prefill_chunk.lower(
+            engine.params, state, tokens, jnp.int32(16), lengths, static=static
+        )
+    memory = lowered.compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves((state.cache.keys, state.cache.values)))
+
+
+def test_a_document_is_read_once(make_engine: MakeEngine, rng: np.random.Generator) -> None:
+    """Questions in any order, one of them left in the middle, each as if document and question were one prompt."""
+    config = dataclasses.replace(CONFIGS["dual chunk"], dual_chunk=DualChunk(24, 8, 10**9))
+    engine = make_engine(config, prefill_chunk=16)
+    ((text,), questions) = prompts_of(rng, 61), prompts_of(rng, 5, 30, 1)
+    sampling = dataclasses.replace(GREEDY, repetition_penalty=1.2)
+    want = [engine.generate([text + q], sampling, max_new_tokens=5)[0] for q in questions]
+    document = engine.read(text, room=64)
+    reads: list[int] = []
+    engine.on_chunk = lambda read, total: reads.append(total)
+    for i in (0, 1, 2, 1, 0):
+        (got,) = engine.generate([questions[i]], sampling, max_new_tokens=5, document=document)
+        np.testing.assert_allclose(got.logprobs, want[i].logprobs, rtol=0, atol=1e-4)
+        assert got.token_ids == want[i].token_ids
+        assert got.prompt_token_ids == questions[i]
+    both = engine.generate(questions[:2], sampling, max_new_tokens=5, document=document)
+    assert [c.token_ids for c in both] == [c.token_ids for c in want[:2]]
+    assert not reads, "the document was read again"
+
+
+def test_what_does_not_fit_is_said_before_anything_runs(make_engine: MakeEngine, rng: np.random.Generator) -> None:
+    """Room after a document, two continuations at a time, chunk sizes, and prompts over the context."""
+    engine = make_engine(CONFIGS["dual chunk"], prefill_chunk=16)
+    ((text,), (question,)) = prompts_of(rng, 40), prompts_of(rng, 10)
+    document = engine.read(text, room=16)
+    with pytest.raises(InputError, match="room of 16 tokens"):
+        engine.generate([question], GREEDY, max_new_tokens=7, document=document)
+    chunks = engine._continue(document, question, GREEDY, 4)
+    next(chunks)
+    with pytest.raises(InputError, match="still running"):
+        engine.generate([question], GREEDY, max_new_tokens=4, document=document)
+    chunks.close()
+    engine.generate([question], GREEDY, max_new_tokens=4, document=document)
+    with pytest.raises(InputError, match="prefill_chunk must be at least 1"):
+        make_engine(SMALL, prefill_chunk=0)
+    with pytest.raises(InputError, match="exceed the model's context"):
+        engine.generate([[1] * engine.config.context_length], GREEDY, max_new_tokens=1)
