@@ -5,7 +5,7 @@ attends to what the queries may see. Where `supports_step` says that one kernel 
 caches number the tokens of a row by *slots*; masks count slots.
 
 - `ContiguousCache`: one buffer a layer. All rows of a batch end at the same slot, so that a decode step writes one
-  slice; shorter prompts begin at a later slot.
+  slice; shorter prompts begin at a later slot. The buffer may be in 8 bits (`quantized_cache`).
 - `PagedCache`: pages of a fixed number of slots, shared by all rows through a page table. Each row has its own length.
 
 A cache without tokens is `fresh`: its first write is a prompt, and queries attend to the new keys alone.
@@ -22,7 +22,10 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
+from qwen_jax.attention import quantized_cache
+from qwen_jax.attention.quantized_cache import Buffer
 from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
 from qwen_jax.parallel.sharding import Sharding
 
 
@@ -128,27 +131,30 @@ class Cache(Protocol[Layer]):
 class ContiguousLayer:
     """One layer of a `ContiguousCache`; `shift_B` is None where rows need not be shifted."""
 
-    k_BKSd: jax.Array
-    v_BKSd: jax.Array
+    k_BKSd: Buffer
+    v_BKSd: Buffer
     slot: jax.Array
     shift_B: jax.Array | None
     fresh: bool
 
     def specs(self, sharding: Sharding) -> Any:
         shift = None if self.shift_B is None else sharding.rows
-        arrays: dict[str, Any] = {"k_BKSd": sharding.cache, "v_BKSd": sharding.cache, "slot": P(), "shift_B": shift}
+        k, v = (quantized_cache.specs(buffer, sharding) for buffer in (self.k_BKSd, self.v_BKSd))
+        arrays: dict[str, Any] = {"k_BKSd": k, "v_BKSd": v, "slot": P(), "shift_B": shift}
         return dataclasses.replace(self, **arrays)
 
     def write(self, k_BTKd: jax.Array, v_BTKd: jax.Array) -> "ContiguousLayer":
         k_BKSd, v_BKSd = self._store(self.k_BKSd, k_BTKd), self._store(self.v_BKSd, v_BTKd)
         return dataclasses.replace(self, k_BKSd=k_BKSd, v_BKSd=v_BKSd)
 
-    def _store(self, buffer_BKSd: jax.Array, new_BTKd: jax.Array) -> jax.Array:
+    def _store(self, buffer_BKSd: Buffer, new_BTKd: jax.Array) -> Buffer:
         if self.shift_B is not None:
             # Right-padded prompts of unequal length all end at the same slot.
             new_BTKd = jax.vmap(functools.partial(jnp.roll, axis=0))(new_BTKd, self.shift_B)
-        new_BKTd = new_BTKd.swapaxes(1, 2).astype(buffer_BKSd.dtype)
-        return lax.dynamic_update_slice_in_dim(buffer_BKSd, new_BKTd, self.slot, axis=2)
+        new_BKTd = new_BTKd.swapaxes(1, 2)
+        if isinstance(buffer_BKSd, kernels.Int8Rows):
+            return quantized_cache.stored(buffer_BKSd, new_BKTd, self.slot)
+        return lax.dynamic_update_slice_in_dim(buffer_BKSd, new_BKTd.astype(buffer_BKSd.dtype), self.slot, axis=2)
 
     def attend(
         self,
@@ -158,8 +164,16 @@ class ContiguousLayer:
         scale: float,
         implementation: kernels.Implementation,
     ) -> tuple[jax.Array, jax.Array]:
+        attention: Any = kernels.int8_attention if self._in_8_bits else kernels.decode_attention
         keys_values = self.k_BKSd, self.v_BKSd
-        return kernels.decode_attention(q_BTHd, *keys_values, mask, scale=scale, implementation=implementation)
+        result: tuple[jax.Array, jax.Array] = attention(
+            q_BTHd, *keys_values, mask, scale=scale, implementation=implementation
+        )
+        return result
+
+    @property
+    def _in_8_bits(self) -> bool:
+        return isinstance(self.k_BKSd, kernels.Int8Rows)
 
     def keys_values(self) -> tuple[jax.Array, jax.Array]:
         return self.k_BKSd, self.v_BKSd
@@ -178,9 +192,9 @@ class ContiguousLayer:
         *,
         scale: float,
     ) -> tuple[jax.Array, "ContiguousLayer"]:
-        out, k, v = kernels.decode_step(
-            qkv_BRd, bias_Rd, *rope, self.k_BKSd, self.v_BKSd, start_B, self.slot, scale=scale
-        )
+        # `supports_step` refuses a cache in 8 bits.
+        keys_values: Any = self.k_BKSd, self.v_BKSd
+        out, k, v = kernels.decode_step(qkv_BRd, bias_Rd, *rope, *keys_values, start_B, self.slot, scale=scale)
         return out, dataclasses.replace(self, k_BKSd=k, v_BKSd=v)
 
 
@@ -192,22 +206,28 @@ class ContiguousCache:
     """One buffer for the keys and one for the values of each layer.
 
     Attributes:
-      keys, values: [B, K, S, d] for each layer. Separate buffers, not one stacked array: a loop on the device updates
-        them in place.
+      keys, values: [B, K, S, d] for each layer, arrays or `Int8Rows`. Separate buffers, not one stacked array: a loop
+        on the device updates them in place.
       slot: int32 scalar, where the next tokens are written, the same slot for every row.
       start_B: int32, the first slot of each row. A token's position is its slot minus this.
       fresh: nothing was written yet.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
     slot: jax.Array
     start_B: jax.Array
     fresh: bool = False
 
     @classmethod
     def for_prompts(
-        cls, config: ModelConfig, sharding: Sharding, lengths_B: jax.Array, slots: int, dtype: jnp.dtype
+        cls,
+        config: ModelConfig,
+        sharding: Sharding,
+        lengths_B: jax.Array,
+        slots: int,
+        dtype: jnp.dtype,
+        key_channels: Sequence[jax.Array] | None = None,
     ) -> "ContiguousCache":
         """An empty cache for prompts of these lengths, which will all end at the same slot.
 
@@ -216,14 +236,14 @@ class ContiguousCache:
           sharding: of the current mesh.
           lengths_B: int32, tokens of each prompt.
           slots: length of the buffers in tokens.
-          dtype: of keys and values.
+          dtype: of keys and values; int8 is a cache in 8 bits, of half the memory of bfloat16.
+          key_channels: for int8, factors [K, d] for each layer; see `quantized_cache.key_channels`.
         """
         shape = len(lengths_B), sharding.kv_heads, slots, config.head_dim
-
-        def empty() -> tuple[jax.Array, ...]:
-            return tuple(jnp.zeros(shape, dtype, out_sharding=sharding.cache) for _ in range(config.num_layers))
-
-        return cls(empty(), empty(), jnp.int32(0), lengths_B.max() - lengths_B, fresh=True)
+        make = functools.partial(quantized_cache.empty, shape, sharding, dtype)
+        keys = tuple(make(key_channels[i] if key_channels else None) for i in range(config.num_layers))
+        values = tuple(make() for _ in range(config.num_layers))
+        return cls(keys, values, jnp.int32(0), lengths_B.max() - lengths_B, fresh=True)
 
     @property
     def slots(self) -> int:
@@ -376,7 +396,12 @@ class PagedCache:
           num_pages: pages of all shards together.
           page_size: slots in a page.
           dtype: of keys and values.
+
+        Raises:
+          InputError: a dtype that is not floating.
         """
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise InputError(f"Expected a floating dtype for pages; got {dtype}. Only ContiguousCache holds 8 bits.")
         shape = num_pages, sharding.kv_heads, page_size, config.head_dim
 
         def pages() -> tuple[jax.Array, ...]:

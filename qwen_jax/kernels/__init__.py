@@ -9,8 +9,8 @@
 | reference      | anywhere   | intervals | float32, bfloat16, float16 | any            | yes | yes      | yes    |
 
 The table is for attention. Masks: "causal" is a plain causal mask that is known while tracing; "intervals" is any
-`Mask`. lse: whether the log-sum-exp is available. caches: `decode_attention` and `paged_attention`, which have a
-gradient only in the reference. Any number of query heads may share a key/value head.
+`Mask`. lse: whether the log-sum-exp is available. caches: `decode_attention`, `paged_attention` and `int8_attention`,
+which have a gradient only in the reference. Any number of query heads may share a key/value head.
 
 `sparse_attention` and `column_attention` visit a part of the keys of a cache. They have the implementations gpu, tpu
 and reference, with the dtypes and head_dims of the table, and a gradient only in the reference.
@@ -30,7 +30,14 @@ from qwen_jax.kernels.attention import attention, attention_gradient
 from qwen_jax.kernels.attention.coverage import COVERAGE, Coverage, Implementation, is_pallas, select_attention
 from qwen_jax.kernels.attention.lists import KeyLists
 from qwen_jax.kernels.attention.sparse import column_attention, sparse_attention
-from qwen_jax.kernels.decode import decode_attention, decode_step, paged_attention, supports_decode_step
+from qwen_jax.kernels.decode import (
+    decode_attention,
+    decode_step,
+    int8_attention,
+    paged_attention,
+    supports_decode_step,
+)
+from qwen_jax.kernels.decode.int8 import Int8Rows
 from qwen_jax.kernels.mask import Mask, cache_mask, causal_mask, packed_mask
 from qwen_jax.kernels.select import log_once
 from qwen_jax.kernels.softmax import merge
@@ -39,6 +46,7 @@ __all__ = [
     "COVERAGE",
     "Coverage",
     "Implementation",
+    "Int8Rows",
     "KeyLists",
     "Mask",
     "attention",
@@ -48,6 +56,7 @@ __all__ = [
     "column_attention",
     "decode_attention",
     "decode_step",
+    "int8_attention",
     "is_pallas",
     "log_once",
     "merge",

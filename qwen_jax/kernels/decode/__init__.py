@@ -9,6 +9,7 @@ from qwen_jax import platform
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import reference
 from qwen_jax.kernels.attention.coverage import Implementation, check_arguments, select_attention
+from qwen_jax.kernels.decode.int8 import Int8Rows
 from qwen_jax.kernels.mask import Mask
 from qwen_jax.kernels.select import Candidate, select, unmet
 from qwen_jax.kernels.without_gradient import without_gradient
@@ -73,6 +74,78 @@ def _splits_keys(supported: bool, tokens: int, sizes: str) -> bool:
     few = Candidate("flash_decode", () if supported else ("few query rows and a cache of whole tiles",))
     many = Candidate("flash", slow=tokens == 1)
     return select([few, many], "auto", "attention kernel for a cache", f"{tokens} new tokens, {sizes}") == few.name
+
+
+def int8_attention(
+    q_BTHd: jax.Array,
+    keys: Int8Rows,
+    values: Int8Rows,
+    mask: Mask,
+    *,
+    scale: float,
+    implementation: Implementation = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """`decode_attention` over a head-major cache in 8 bits.
+
+    A kernel reads the 8 bits for few query rows. For many, such as a chunk of a prompt, keys and values of this layer
+    are converted to the dtype of q first: 2 GiB for one layer of a 7B model with a million tokens, while the chunk's
+    attention takes much longer than that copy.
+
+    Args:
+      q_BTHd: queries.
+      keys, values: [B, K, S, d], and a scale for each slot and head. All scales must be finite.
+      mask: intervals over the S cache slots.
+      scale: multiplies the logits; positive.
+      implementation: see the table in `qwen_jax.kernels`.
+
+    Returns:
+      As `decode_attention`.
+
+    Raises:
+      InputError: as `attention`.
+    """
+    scales = keys.scales_BKS.shape, values.scales_BKS.shape
+    if scales != (keys.shape[:-1], values.shape[:-1]) or values.channels_Kd is not None:
+        raise InputError(
+            "An 8-bit cache needs a scale for each key and value, and factors of channels for keys only; got "
+            f"{keys.shape} and {values.shape} with scales {scales[0]} and {scales[1]}"
+            f"{'' if values.channels_Kd is None else ', and factors for values'}."
+        )
+    k, v = (jax.ShapeDtypeStruct(x.shape, q_BTHd.dtype) for x in (keys, values))
+    scale = check_arguments(q_BTHd, k, v, mask, scale, "[B, K, S, d]")
+    (_, T, H, d), (K, S) = q_BTHd.shape, keys.shape[1:3]
+    chosen = select_attention(implementation, q_BTHd, mask, return_lse=True, cache=True)
+    cache = keys.values_BKSd, keys.scales_BKS, values.values_BKSd, values.scales_BKS
+    args = _times_channels(q_BTHd, keys.channels_Kd), *cache, mask.k_start_BT, mask.k_end_BT
+    sizes = f"{H}/{K} heads, {S} slots"
+    if chosen == "gpu":
+        from qwen_jax.kernels.decode import flash_decode_int8_gpu
+
+        if _reads_8_bits(flash_decode_int8_gpu.supports(q_BTHd.dtype, T, H, K, d, S), T, sizes):
+            return _run(flash_decode_int8_gpu.attention, args, scale)
+    if chosen == "tpu":
+        from qwen_jax.kernels.decode import flash_decode_tpu
+
+        if _reads_8_bits(flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d), T, sizes):
+            return _run(flash_decode_tpu.int8_attention, args, scale)
+    wide = keys.dequantized(q_BTHd.dtype), values.dequantized(q_BTHd.dtype)
+    return decode_attention(q_BTHd, *wide, mask, scale=scale, implementation=_named(chosen))
+
+
+def _reads_8_bits(supported: bool, tokens: int, sizes: str) -> bool:
+    """Whether a kernel reads the 8 bits, and not a converted copy of the cache."""
+    direct = Candidate("8 bits", () if supported else ("few query rows and a cache of whole tiles",))
+    copied = Candidate("converted copy", slow=tokens == 1)
+    what = "attention over an 8-bit cache"
+    return select([direct, copied], "auto", what, f"{tokens} new tokens, {sizes}") == direct.name
+
+
+def _times_channels(q_BTHd: jax.Array, channels_Kd: jax.Array | None) -> jax.Array:
+    """Queries times the factors of the keys' channels. The factors are powers of two, so that nothing is rounded."""
+    if channels_Kd is None:
+        return q_BTHd
+    channels_Hd = jnp.repeat(channels_Kd, q_BTHd.shape[2] // channels_Kd.shape[0], axis=0)
+    return (q_BTHd * channels_Hd).astype(q_BTHd.dtype)
 
 
 def paged_attention(
@@ -154,7 +227,7 @@ def supports_decode_step(
     length: int,
     num_heads: int,
     num_kv_heads: int,
-    cache: jax.Array,
+    cache: jax.Array | Int8Rows,
 ) -> bool:
     """Whether `decode_step` is used for the next tokens. Logs the outcome once.
 

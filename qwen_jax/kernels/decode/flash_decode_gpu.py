@@ -40,12 +40,14 @@ from qwen_jax.kernels.types import Ref
 
 PAGE = 16
 """The number of slots of a page must be a multiple of it."""
-_MAX_SPLITS = 128
+_MAX_SPLITS = 2 * MULTIPROCESSORS
+"""As many as blocks run at once: one key/value head alone keeps the whole chip busy."""
 _STEP_US, _START_US, _MERGE_US = 2.0, 1.5, 2.5
 """Costs that the number of splits is chosen by: a tile for every block while the whole chip reads memory, the start of
 a round of blocks, and a merge."""
 _COLUMNS = 32
 """Columns of the output that a block of the merge takes."""
+_PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +58,13 @@ class Tiling:
       keys: keys of a tile.
       stages: tiles of keys, and as many of values, that are in flight.
       blocks: thread blocks that share a multiprocessor.
+      needed: blocks of each multiprocessor with which the chip reaches its memory bandwidth.
     """
 
     keys: int
     stages: int
     blocks: int
+    needed: int = 1
 
 
 TILINGS = {64: Tiling(128, 3, 2), 128: Tiling(64, 3, 2)}
@@ -108,8 +112,8 @@ def splits_for(rows: int, slots: int, tiling: Tiling, uneven: bool = False) -> i
 
     def cost(splits: int) -> float:
         rounds, left = divmod(rows * splits, at_once)
-        # A few blocks alone do not reach the memory bandwidth.
-        last = max(left / at_once, 0.45) if left else 0.0
+        # Blocks on some of the multiprocessors do not reach the memory bandwidth.
+        last = -(-left // (MULTIPROCESSORS * tiling.needed)) * tiling.needed / tiling.blocks
         merge = _MERGE_US if splits > 1 else 0.0
         return -(-tiles // splits) * _STEP_US * (rounds + last) + _START_US * (rounds + (left > 0)) + merge
 
@@ -236,32 +240,46 @@ def _run(
             jax.ShapeDtypeStruct((B, K, used, eights, d), jnp.float32),
             jax.ShapeDtypeStruct((B, K, eights, ROWS), jnp.float32),
         ]
-    params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
     attend = pl.kernel(
         functools.partial(_attend, slots=slots, splits=splits, scale=scale, tiling=tiling),
         out_type=tuple(out_type),
         mesh=plgpu.Mesh(grid=(B, K, splits), grid_names=("row", "head", "split")),
-        compiler_params=params,
+        compiler_params=_PARAMS,
         name="flash_decode",
     )
     outs = attend(q, k, v, start, end, *([] if pages is None else [pages]))
+    out, lse = outs
     if splits > 1:
-        merge = pl.kernel(
-            functools.partial(_merge, splits=splits, group=G),
-            out_type=(
-                jax.ShapeDtypeStruct(q.shape, q.dtype),
-                jax.ShapeDtypeStruct((B, K, T * G, _COLUMNS), jnp.float32),
-            ),
-            mesh=plgpu.Mesh(grid=(B, K, T * G, d // _COLUMNS), grid_names=("row", "head", "query", "columns")),
-            compiler_params=params,
-            name="flash_decode_merge",
-        )
-        out, lse = merge(*outs)
-        lse = lse[..., 0]
-    else:
-        out, lse = outs
-        lse = lse[:, :, : T * G]
-    return out, lse.reshape(B, K, T, G).swapaxes(2, 3).reshape(B, H, T)
+        return merge_shares(out, lse, q, splits)
+    return out, lse[:, :, : T * G].reshape(B, K, T, G).swapaxes(2, 3).reshape(B, H, T)
+
+
+def merge_shares(parts: jax.Array, lse: jax.Array, q_BTHd: jax.Array, splits: int) -> tuple[jax.Array, jax.Array]:
+    """Merges the shares of the keys by a kernel.
+
+    Args:
+      parts: outputs, float32 [B, K, T H / K or more, splits or more, d]; rows of a token are neighbours.
+      lse: log-sum-exps in base 2, float32 [B, K, splits or more, T H / K or more].
+      q_BTHd: queries, for shape and dtype of the result.
+      splits: shares.
+
+    Returns:
+      [B, T, H, d] and the log-sum-exp, float32 [B, H, T], as `attention`.
+    """
+    (B, T, H, d), K = q_BTHd.shape, parts.shape[1]
+    G = H // K
+    merge = pl.kernel(
+        functools.partial(_merge, splits=splits, group=G),
+        out_type=(
+            jax.ShapeDtypeStruct(q_BTHd.shape, q_BTHd.dtype),
+            jax.ShapeDtypeStruct((B, K, T * G, _COLUMNS), jnp.float32),
+        ),
+        mesh=plgpu.Mesh(grid=(B, K, T * G, d // _COLUMNS), grid_names=("row", "head", "query", "columns")),
+        compiler_params=_PARAMS,
+        name="flash_decode_merge",
+    )
+    out, merged = merge(parts, lse)
+    return out, merged[..., 0].reshape(B, K, T, G).swapaxes(2, 3).reshape(B, H, T)
 
 
 _Softmax = tuple[jax.Array, jax.Array, jax.Array]
@@ -309,7 +327,7 @@ def _attend(
             plgpu.copy_gmem_to_smem(queries, plain.at[pl.ds(t * G, G)], memory.q_ready)
 
         # The tiles of this share. Every slot that any row sees is in low to high; all rows that see something see
-        # inner_low to inner_high.
+        # inner_low to inner_high, which is empty where the intervals are disjoint.
         bounds = [interval(t) for t in range(T)]
         low, high, inner_low, inner_high = jnp.int32(2**30), jnp.int32(0), jnp.int32(0), jnp.int32(2**30)
         for a, b in bounds:
@@ -386,14 +404,20 @@ def _attend(
             acc = acc * across(alpha, acc.shape)
             plgpu.barrier_wait(memory.v_ready.at[stage])
 
-            # A slot that no row sees may hold NaN, and zero times NaN is not zero: clear such values.
+            # A slot that no row sees may hold NaN, and zero times NaN is not zero: clear such values. There are none
+            # where all rows see the whole tile, nor where one of them does.
             @pl.when((offset < inner_low) | (offset + keys > inner_high))
             def clear() -> None:
-                j = plgpu.broadcasted_iota(jnp.int32, (keys, d), 0, layout=WGMMA) + offset
-                tile = load(v_tile, WGMMA, optimized=True)
-                seen = functools.reduce(jnp.logical_or, [(j >= a) & (j < b) for a, b in map(interval, range(T))])
-                v_tile[...] = jnp.where(seen, tile, jnp.zeros_like(tile))
-                plgpu.commit_smem()
+                ends = [interval(t) for t in range(T)]
+                whole = [(a <= offset) & (b >= offset + keys) for a, b in ends]
+
+                @pl.when(jnp.logical_not(functools.reduce(jnp.logical_or, whole)))
+                def clear_unseen() -> None:
+                    j = plgpu.broadcasted_iota(jnp.int32, (keys, d), 0, layout=WGMMA) + offset
+                    tile = load(v_tile, WGMMA, optimized=True)
+                    seen = functools.reduce(jnp.logical_or, [(j >= a) & (j < b) for a, b in ends])
+                    v_tile[...] = jnp.where(seen, tile, jnp.zeros_like(tile))
+                    plgpu.commit_smem()
 
             p = p.astype(dtype)
             acc = pl.run_state(lambda acc: plgpu.wgmma(acc, p, v_tile))(plgpu.ACC.init(acc))

@@ -1,10 +1,10 @@
 """Attention of a few query rows over a long cache on TPUs: contiguous and paged.
 
-The kernels are bound by reading the cache. The query rows of a group (tokens x heads that share keys) form one small
-tile, and keys and values are the stationary side of both products. The pipeline of the grid copies a contiguous cache
-in tiles of about a megabyte. A paged cache is copied page by page, one tile of pages at a time, while the previous tile
-is processed. Only tiles that some row sees are read. Where there are too few rows and heads to keep both cores of a
-chip busy, the used tiles are split between two programs and merged.
+The kernels are bound by reading the cache, which may be in 8 bits if it is contiguous. The query rows of a group
+(tokens x heads that share keys) form one small tile, and keys and values are the stationary side of both products. The
+pipeline of the grid copies a contiguous cache in tiles of about a megabyte. A paged cache is copied page by page, one
+tile of pages at a time, while the previous tile is processed. Only tiles that some row sees are read. Where there are
+too few rows and heads to keep both cores of a chip busy, the used tiles are split between two programs and merged.
 
 Source: Flash-Decoding (Dao et al. 2023) for the split keys.
 """
@@ -80,16 +80,56 @@ def attention(
     Raises:
       InputError: arguments that `supports` rejects.
     """
+    return _attention(q_BTHd, k_BKSd, v_BKSd, None, start_BT, end_BT, scale)
+
+
+def int8_attention(
+    q_BTHd: jax.Array,
+    k_BKSd: jax.Array,
+    k_scales_BKS: jax.Array,
+    v_BKSd: jax.Array,
+    v_scales_BKS: jax.Array,
+    start_BT: jax.Array,
+    end_BT: jax.Array,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """`attention` over a cache in 8 bits. Tiles are copied as int8 and converted to the dtype of q, which is exact.
+
+    Args:
+      q_BTHd: queries, bfloat16 or float32.
+      k_BKSd, v_BKSd: int8 cache.
+      k_scales_BKS, v_scales_BKS: float32, one scale for each key and each value; finite. Those of the keys multiply the
+        logits, those of the values the probabilities.
+      start_BT, end_BT: int32 intervals over the slots.
+      scale: multiplies the logits.
+
+    Returns:
+      As `attention`.
+
+    Raises:
+      InputError: arguments that `supports` rejects.
+    """
+    return _attention(q_BTHd, k_BKSd, v_BKSd, (k_scales_BKS, v_scales_BKS), start_BT, end_BT, scale)
+
+
+def _attention(
+    q_BTHd: jax.Array, k_BKSd: jax.Array, v_BKSd: jax.Array, scales: tuple[jax.Array, jax.Array] | None,
+    start_BT: jax.Array, end_BT: jax.Array, scale: float,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     (B, *_, d), (K, S) = q_BTHd.shape, k_BKSd.shape[1:3]
-    keys = _tile(S, max(d, LANES) * k_BKSd.dtype.itemsize)
+    # As many keys for 8 bits as for 16, to which they are converted.
+    keys = _tile(S, max(d, LANES) * max(k_BKSd.dtype.itemsize, 2))
     # Most caches are whole tiles. Others are copied once per call.
     k, v = (pad_to_multiple(x, 2, keys) for x in (k_BKSd, v_BKSd))
+    # The scales of a tile, as one row of registers.
+    in_rows = [pad_to_multiple(x, 2, keys)[:, :, None] for x in scales or ()]
     rows, ends, live = _rows(q_BTHd, K, start_BT, end_BT, S, keys)
     splits, R = _splits(B * K), rows.shape[2]
     cache = pl.BlockSpec((None, None, keys, d), functools.partial(_at_tile, splits=splits))
+    row = pl.BlockSpec((None, None, 1, keys), functools.partial(_at_tile, splits=splits, in_a_row=True))
     grid = (splits, B, K, -(-k.shape[2] // keys // splits))
     out, lse = pl.pallas_call(
-        lambda *refs: _contiguous(_Refs(*refs), factor=scale * LOG2E, splits=splits),
+        lambda *refs: _contiguous(_refs(*refs), factor=scale * LOG2E, splits=splits),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=grid,
@@ -98,6 +138,7 @@ def attention(
                 cache,
                 cache,
                 pl.BlockSpec((None, R, LANES), lambda s, b, h, i, _: (b, 0, 0)),
+                *[row] * len(in_rows),
             ],
             out_specs=[
                 pl.BlockSpec((None, None, None, R, n), lambda s, b, h, i, _: (s, b, h, 0, 0)) for n in (d, LANES)
@@ -109,8 +150,8 @@ def attention(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=4 * cache_tile_bytes() + (8 << 20),
         ),
-        name="decode_attention",
-    )(live, rows, k, v, ends)
+        name="decode_attention_int8" if scales else "decode_attention",
+    )(live, rows, k, v, ends, *in_rows)
     return _merged(out, lse, q_BTHd)
 
 
@@ -231,11 +272,12 @@ def _share(live_ref: Ref, row: jax.Array | int, split: jax.Array | int, splits: 
 
 
 def _at_tile(
-    s: jax.Array, b: jax.Array, h: jax.Array, i: jax.Array, live_ref: Ref, *, splits: int
+    s: jax.Array, b: jax.Array, h: jax.Array, i: jax.Array, live_ref: Ref, *, splits: int, in_a_row: bool = False
 ) -> tuple[jax.Array | int, ...]:
     """The index of the cache tile of a step. After its share it stays at the last tile, which is not copied again."""
     first, last = _share(live_ref, b, s, splits)
-    return b, h, jnp.clip(first + i, 0, jnp.maximum(last - 1, 0)), 0
+    tile = jnp.clip(first + i, 0, jnp.maximum(last - 1, 0))
+    return (b, h, 0, tile) if in_a_row else (b, h, tile, 0)
 
 
 class _Softmax(NamedTuple):
@@ -252,8 +294,18 @@ def _begin(softmax: _Softmax) -> None:
     top[...] = jnp.full_like(top, LOW)
 
 
+class _Tile(NamedTuple):
+    """Queries [R, d], and keys and values [keys, d] of their dtype; scales [1, keys] of those that were int8."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    k_scales: jax.Array | None = None
+    v_scales: jax.Array | None = None
+
+
 def _add(
-    tiles: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
+    tiles: Sequence[_Tile],
     ends: jax.Array,
     first: jax.Array,
     state: Sequence[_Softmax],
@@ -262,14 +314,16 @@ def _add(
     """Adds a tile of keys to the running softmax of each head.
 
     Args:
-      tiles: queries [R, d], keys and values [keys, d] of each head.
+      tiles: of each head.
       ends: intervals of the rows, in the first two lanes.
       first: slot of the first key.
       state: running softmax of each head.
       factor: scale of the logits in base 2.
     """
     # The logits of all heads come before any product that waits for a softmax: the matrix unit works in order.
-    logits = [product(q, k, transposed=True) * factor for q, k, _ in tiles]
+    logits = [
+        product(x.q, x.k, transposed=True) * (factor if x.k_scales is None else factor * x.k_scales) for x in tiles
+    ]
     j = lax.broadcasted_iota(jnp.int32, logits[0].shape, 1) + first
     visible = (j >= ends[:, :1]) & (j < ends[:, 1:2])
     weights = []
@@ -281,8 +335,9 @@ def _add(
         total[...] = total[...] * alpha + p.sum(axis=1, keepdims=True)
         top[...] = new_top
         weights.append((p, alpha))
-    for (p, alpha), (_, _, v), (acc, _, _) in zip(weights, tiles, state, strict=True):
-        acc[...] = acc[...] * alpha[:, : acc.shape[1]] + product(p.astype(v.dtype), v)
+    for (p, alpha), x, (acc, _, _) in zip(weights, tiles, state, strict=True):
+        p = p if x.v_scales is None else p * x.v_scales
+        acc[...] = acc[...] * alpha[:, : acc.shape[1]] + product(p.astype(x.v.dtype), x.v)
 
 
 def _end(softmax: _Softmax, out_ref: Ref, lse_ref: Ref) -> None:
@@ -301,11 +356,18 @@ class _Refs(NamedTuple):
     k: Ref
     v: Ref
     ends: Ref
+    scales: tuple[Ref, ...]
     out: Ref
     lse: Ref
     acc: Ref
     top: Ref
     total: Ref
+
+
+def _refs(*refs: Ref) -> _Refs:
+    """The references in the order of the call; the scales of keys and values are there for int8 only."""
+    live, q, k, v, ends, *scales, out, lse, acc, top, total = refs
+    return _Refs(live, q, k, v, ends, tuple(scales), out, lse, acc, top, total)
 
 
 def _contiguous(refs: _Refs, *, factor: float, splits: int) -> None:
@@ -317,8 +379,10 @@ def _contiguous(refs: _Refs, *, factor: float, splits: int) -> None:
 
     @pl.when(first + i < last)
     def add() -> None:
-        tile = refs.q[...], k_ref[...], refs.v[...]
-        _add([tile], refs.ends[...], (first + i) * keys, [softmax], factor)
+        q, k, v, scales = refs.q[...], k_ref[...], refs.v[...], [x[...] for x in refs.scales]
+        if scales:
+            k, v = k.astype(q.dtype), v.astype(q.dtype)
+        _add([_Tile(q, k, v, *scales)], refs.ends[...], (first + i) * keys, [softmax], factor)
 
     pl.when(i == pl.num_programs(3) - 1)(lambda: _end(softmax, refs.out, refs.lse))
 
@@ -377,7 +441,7 @@ def _paged(refs: _PagedRefs, *, factor: float, splits: int) -> None:
         def of_head(buffers: Ref, h: int) -> jax.Array:
             return buffers[slot, :, h].reshape(count * P, d)
 
-        tiles = [(refs.q[h], of_head(k_buffers, h), of_head(refs.v_buffers, h)) for h in range(K)]
+        tiles = [_Tile(refs.q[h], of_head(k_buffers, h), of_head(refs.v_buffers, h)) for h in range(K)]
         state = [_Softmax(*(x.at[h] for x in softmax)) for h in range(K)]
         _add(tiles, refs.ends[...], i * count * P, state, factor)
 

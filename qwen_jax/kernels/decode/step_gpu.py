@@ -61,9 +61,11 @@ def shares(rows: int, slots: int) -> tuple[int, int]:
     tiles = slots // TILE
     sizes = ((8, _CLUSTERED), (4, _CLUSTERED), (2, MULTIPROCESSORS))
     blocks = next((n for n, most in sizes if n <= tiles and n * rows <= most), 1)
-    # Another cluster pays for the merge only if it takes many tiles off the others.
-    clusters = min(MULTIPROCESSORS // (rows * blocks), tiles // (4 * blocks)) if blocks == 8 else 1
-    return max(clusters, 1), blocks
+    # Another cluster pays for the merge only if it takes many tiles off the others. Several clusters are pairs, which
+    # reach every multiprocessor: of clusters of 8 that fill the chip, some would start when the others have ended.
+    if blocks == 8 and min(MULTIPROCESSORS // (rows * blocks), tiles // (4 * blocks)) > 1:
+        return min(MULTIPROCESSORS // (2 * rows), tiles // 8), 2
+    return 1, blocks
 
 
 @functools.partial(jax.jit, static_argnames=("scale",))

@@ -44,6 +44,21 @@ def test_splits_fill_the_chip_when_heads_alone_do_not() -> None:
         assert flash_decode_gpu.splits_for(264, 4096, shape) == 1
 
 
+def evenness(tiling: flash_decode_gpu.Tiling, rows: int, slots: int) -> float:
+    """The mean number of tiles of a multiprocessor over the largest one."""
+    splits, tiles = flash_decode_gpu.splits_for(rows, slots, tiling), -(-slots // tiling.keys)
+    # Blocks go to the multiprocessors in turn, and after as many as run at once in rounds.
+    at_once = 132 if rows * splits <= 132 else 132 * tiling.blocks
+    return rows * tiles / (-(-rows * splits // at_once) * at_once * -(-tiles // splits))
+
+
+@pytest.mark.parametrize("slots", [131072, 1_000_064])
+def test_long_caches_are_split_evenly(slots: int) -> None:
+    """For the key/value heads of one long row, on one or several devices."""
+    for tiling in flash_decode_gpu.TILINGS.values():
+        assert min(evenness(tiling, rows, slots) for rows in (1, 2, 4, 8)) >= 0.95
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """Sizes, the mask, slots of a page (0: one array) and the dtype."""
@@ -78,6 +93,13 @@ def one_key(numbers: np.random.Generator, B: int, T: int, S: int) -> tuple[np.nd
     return start, start + 1
 
 
+def disjoint(numbers: np.random.Generator, B: int, T: int, S: int) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbouring intervals, the last row's first, as of dual-chunk attention; some with gaps that no row sees."""
+    ends = np.sort(numbers.integers(0, S + 1, (B, T + 1)), axis=1)[:, ::-1]
+    start, end = ends[:, 1:].astype(np.int32), ends[:, :-1].astype(np.int32)
+    return np.minimum(start + numbers.integers(0, 2, (B, 1)) * 5, end).astype(np.int32), end
+
+
 def outside(numbers: np.random.Generator, B: int, T: int, S: int) -> tuple[np.ndarray, np.ndarray]:
     """Intervals that extend beyond the cache on either side."""
     return np.full((B, T), -5, np.int32), np.full((B, T), S + 1000, np.int32)
@@ -98,6 +120,10 @@ CASES = (
     Case(6, 5, 12, 2, 128, 776, one_key),
     Case(2, 64, 2, 2, 64, 4096, masks.causal),
     Case(70, 2, 8, 2, 64, 520, masks.anything),
+    Case(1, 3, 28, 4, 128, 32768, disjoint),
+    Case(3, 3, 14, 2, 64, 3000, disjoint),
+    Case(2, 9, 14, 2, 64, 1000, disjoint),
+    Case(2, 3, 28, 4, 128, 4096, disjoint, page=64),
     Case(1, 1, 4, 4, 128, 8, outside),
     Case(2, 1, 64, 1, 128, 3000, padded),
     Case(2, 2, 28, 4, 128, 4096, padded, dtype=jnp.float16),

@@ -10,8 +10,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.decode import flash_decode_tpu
+from qwen_jax.kernels.decode.int8 import Int8Rows
 from tests.helpers import exact
-from tests.helpers.masks import MASKS, window
+from tests.helpers.masks import MASKS, anything, window
 from tests.helpers.tpu_compiler import TOPOLOGIES, compile_for, needs_libtpu
 
 
@@ -67,6 +68,26 @@ def test_numerics_of_contiguous_and_paged_caches(monkeypatch, mask, T, H, K, d, 
     check(parts, args, scale)
 
 
+@pytest.mark.parametrize(
+    ("T", "H", "K", "d", "dtype", "splits"), [(1, 4, 2, 64, "float32", 1), (3, 14, 2, 128, "bfloat16", 2)]
+)
+def test_numerics_of_a_cache_in_8_bits(monkeypatch, T, H, K, d, dtype, splits) -> None:
+    """Parity with float64 over the dequantised cache; intervals that begin and end anywhere."""
+    monkeypatch.setattr(flash_decode_tpu, "cache_tile_bytes", lambda: 1 << 18)
+    monkeypatch.setattr(flash_decode_tpu, "_splits", lambda _: splits)
+    numbers, scale = np.random.default_rng(), d**-0.5
+    q, k, v, start, end = drawn(numbers, anything, 2, T, 1000, H, K, d, dtype)
+    held, wide = [], []
+    for x in (k, v):
+        rows = Int8Rows(jnp.zeros(x.shape, jnp.int8), jnp.zeros(x.shape[:-1])).quantized(x)
+        held += [rows.values_BKSd, rows.scales_BKS]
+        wide.append(rows.dequantized(jnp.float32))
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
+        run = jax.jit(functools.partial(flash_decode_tpu.int8_attention, scale=scale))
+        got = jax.block_until_ready(run(q, *held, start, end))
+    check(got, (q, *wide, start, end), scale)
+
+
 @pytest.mark.parametrize("when", ["eager", "on_wait"])
 def test_copies_of_pages_are_waited_for(monkeypatch, when) -> None:
     """Results are correct whether a copy happens at once or only at its wait; nothing is read while it is written."""
@@ -102,6 +123,10 @@ def test_compiles(chip, B, T, H, K, d) -> None:
     q, i = jax.ShapeDtypeStruct((B, T, H, d), jnp.bfloat16), jax.ShapeDtypeStruct((B, T), jnp.int32)
     cache, pages = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((B, K, 32768, d), (512, K, 64, d)))
     table = jax.ShapeDtypeStruct((B, 300), jnp.int32)
+    narrow, scales = jax.ShapeDtypeStruct(cache.shape, jnp.int8), jax.ShapeDtypeStruct(cache.shape[:-1], jnp.float32)
+    args = q, narrow, scales, narrow, scales, i, i
+    run = compile_for(chip, lambda *x: flash_decode_tpu.int8_attention(*x, 0.1), *args)
+    assert "decode_attention_int8" in run.as_text()
     run = compile_for(chip, lambda *x: flash_decode_tpu.attention(*x, 0.1), q, cache, cache, i, i)
     assert "decode_attention" in run.as_text()
     run = compile_for(chip, lambda *x: flash_decode_tpu.paged_attention(*x, 0.1), q, pages, pages, table, i, i)
