@@ -65,8 +65,12 @@ class LayerCache(Protocol):
         """
         ...
 
-    def keys_values(self) -> tuple[jax.Array, jax.Array]:
-        """All keys and values as head-major arrays [B, K, S, d], for sparse attention. Runs on local arrays."""
+    def keys_values(self, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+        """All keys and values as head-major arrays [B, K, S, d], for sparse attention. Runs on local arrays.
+
+        Args:
+          dtype: of the queries. A cache in 8 bits is dequantised to it.
+        """
         ...
 
     def supports_step(self, implementation: kernels.Implementation, x: jax.Array, heads: int, kv_heads: int) -> bool:
@@ -175,8 +179,9 @@ class ContiguousLayer:
     def _in_8_bits(self) -> bool:
         return isinstance(self.k_BKSd, kernels.Int8Rows)
 
-    def keys_values(self) -> tuple[jax.Array, jax.Array]:
-        return self.k_BKSd, self.v_BKSd
+    def keys_values(self, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+        k, v = (x.dequantized(dtype) if isinstance(x, kernels.Int8Rows) else x for x in (self.k_BKSd, self.v_BKSd))
+        return k, v
 
     def supports_step(self, implementation: kernels.Implementation, x: jax.Array, heads: int, kv_heads: int) -> bool:
         return not self.fresh and kernels.supports_decode_step(
@@ -328,7 +333,7 @@ class PagedLayer:
         pages = self.k_NKPd, self.v_NKPd, self.pages_BM
         return kernels.paged_attention(q_BTHd, *pages, mask, scale=scale, implementation=implementation)
 
-    def keys_values(self) -> tuple[jax.Array, jax.Array]:
+    def keys_values(self, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
         raise ValueError("Sparse attention needs a contiguous cache.")
 
     def supports_step(self, implementation: kernels.Implementation, x: jax.Array, heads: int, kv_heads: int) -> bool:

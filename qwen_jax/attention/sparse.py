@@ -200,8 +200,9 @@ def attend(
                 )
     out_BTHd, lse_BHT = kernels.merge(merged)
     density_BH = visits.visited_BH / jnp.maximum(_visible(parts), 1.0)[:, None]
-    recall = _recall(lse_BHT, full_BHR, rows_R) if measure else (None, None)
-    return out_BTHd, lse_BHT, Diagnostics(density_BH, *recall, visits.pieces_cut_BH, visits.columns_cut_BH)
+    probe, audit = _recall(lse_BHT, full_BHR, rows_R) if measure else (None, None)
+    skipped = Diagnostics(density_BH, probe, audit, visits.pieces_cut_BH, visits.columns_cut_BH)
+    return out_BTHd, lse_BHT, skipped
 
 
 @dataclasses.dataclass(frozen=True)

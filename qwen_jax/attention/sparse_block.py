@@ -90,7 +90,7 @@ def attend_sparsely(
         parts = [Part(*part) for part in zip(queries, masks, critical, strict=True)]
         out, _, found = attend(
             parts,
-            *cache.keys_values(),
+            *cache.keys_values(queries[0].dtype),
             sparsity.pattern,
             slot=slot,
             length=count,

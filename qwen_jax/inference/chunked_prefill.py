@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.attention.cache import ContiguousCache
 from qwen_jax.attention.sparse import Diagnostics, SparsePrefill
 from qwen_jax.attention.sparse_block import SparseChunk
-from qwen_jax.inference.programs import DecodeState, StaticArgs, mark_seen, sample_first
+from qwen_jax.inference.programs import DecodeState, StaticArgs, empty_cache, mark_seen, sample_first
 from qwen_jax.inference.sampling import SamplingMode, SamplingValues
 from qwen_jax.params import Params, bind
 
@@ -44,17 +44,17 @@ class PrefillState:
 
 
 @functools.partial(jax.jit, static_argnames=("static",))
-def empty_state(start_B: jax.Array, *, static: StaticArgs) -> PrefillState:
+def empty_state(params: Params, start_B: jax.Array, *, static: StaticArgs) -> PrefillState:
     """A state without tokens.
 
     Args:
+      params: in the layout of `static.options`.
       start_B: int32, the first slot of each row.
       static: settings that are compiled in.
     """
     config, spec, dtype = static.config, static.sharding, jnp.dtype(static.options.dtype)
-    # The lengths of prompts that start there; `fresh` is for prompts that are read in one piece.
-    cache = ContiguousCache.for_prompts(config, spec, start_B, static.slots, dtype)
-    cache = dataclasses.replace(cache, start_B=start_B, fresh=False)
+    # `fresh` is for prompts that are read in one piece.
+    cache = dataclasses.replace(empty_cache(params, start_B, static), start_B=start_B, fresh=False)
     wide, rows = P(*spec.rows, None), len(start_B)
     hidden_BD = jnp.zeros((rows, config.hidden_size), dtype, out_sharding=wide)
     seen_BV = jnp.zeros((rows, config.vocab_size), bool, out_sharding=wide) if static.mode.penalty else None
