@@ -215,7 +215,7 @@ class Perplexity:
         # What is wrong for any model.
         if not self.text:
             raise InputError("Give a text: --text FILE.")
-        if min(self.last, self.loss_chunk, self.bucket or 1) < 1:
+        if min(self.last, self.loss_chunk, 1 if self.bucket is None else self.bucket) < 1:
             raise InputError("--last, --bucket and --loss-chunk must be at least 1.")
         text = "\n".join(map(_read, self.text))
         model = self.common.open_model(need_tokenizer=True)
