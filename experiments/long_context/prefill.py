@@ -3,10 +3,9 @@
     python -m experiments.long_context.prefill --lengths 131072 1000000 --patterns dense pooled vertical-slash
 
 Qwen2.5 at true shapes with random weights, whose attention has structure all the same: the biases of queries and keys
-give every head a band of near keys, and weaker bands far away, of different strength. (Logits of noise have no keys that
-matter.) The prompt is random ids. Times are of the second prompt of its length, host
-to first token; the first one compiles. `--part K` reads the last K chunks only, over a cache of the whole length, and
-scales nothing. Each line is a JSON object.
+give every head a band of near keys, and weaker bands far away, of different strength. Logits of noise have no keys that
+matter. The prompt is random ids. Times are of the second prompt of its length, from the host to the first token; the
+first one compiles. Each line is a JSON object.
 """
 
 import argparse
