@@ -30,7 +30,8 @@ TOKENIZER = (
     "tokenizer.model",
     "qwen.tiktoken",
 )
-SMALL = (*CONFIG, *TOKENIZER)
+SPARSITY = "sparse_attention_config.json"
+SMALL = (*CONFIG, *TOKENIZER, SPARSITY)
 INDEX = "model.safetensors.index.json"
 CHECKPOINT = (*SMALL, "LICENSE", "model.safetensors", INDEX)  # And the files that the index names.
 

@@ -30,6 +30,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "eval needle": ("eval", "Needle", "find the values of keys in a long context, by length and depth"),
     "eval ruler-synthetic": ("eval", "RulerSynthetic", "RULER's six tasks that need no text, by length"),
     "eval perplexity": ("eval", "Perplexity", "loss by position over a long text"),
+    "sparsity tune": ("sparsity", "Tune", "find budgets of sparse attention that keep the recall of each head"),
     "data build": ("data", "build", "turn documents into packed rows of tokens"),
     "train pretrain": ("train", "pretrain", "pre-train a model in stages, or resume such a run"),
     "plan": ("plan", "Plan", "compile a run for given chips without them: does it fit, how fast could it be"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -247,18 +248,21 @@ class PromptProgress:
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
+        self._start = 0.0
 
     def __call__(self, read: int, total: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         if self._bar is None:
-            speed = TextColumn("{task.speed:,.0f} tokens/s")
-            columns = TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn()
+            title, speed = TextColumn("reading the prompt"), TextColumn("{task.description}")
+            columns = title, BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn()
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._bar.add_task("", total=total)
+            self._start = time.perf_counter()
             self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=read)
+        rate = f"{read / (time.perf_counter() - self._start):,.0f} tokens/s" if read else ""
+        self._bar.update(self._bar.task_ids[0], completed=read, description=rate)
         if read >= total:
             self._bar.stop()
             self._bar = None

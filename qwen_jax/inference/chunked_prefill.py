@@ -24,7 +24,7 @@ from qwen_jax.inference.sampling import SamplingMode, SamplingValues
 from qwen_jax.params import Params, bind
 
 Progress = Callable[[int, int], None]
-"""Called with the tokens of the prompt that were read so far, and with all its tokens."""
+"""Called with the tokens of the prompt that were read so far, first none, and with all its tokens."""
 
 
 @jax.tree_util.register_dataclass
@@ -162,7 +162,7 @@ def read(
       chunk: tokens that are read at a time.
       mesh: of the parameters.
       static: settings that are compiled in.
-      on_chunk: called after each chunk.
+      on_chunk: called at the beginning and after each chunk.
       sparsity: for sparse attention; None for attention to all keys.
 
     Returns:
@@ -178,6 +178,8 @@ def read(
     reading = dataclasses.replace(static, mode=mode)
     with jax.set_mesh(mesh):
         lengths = jax.device_put(length_B, NamedSharding(mesh, spec.rows))
+        if on_chunk is not None:
+            on_chunk(0, longest)
         waiting: jax.Array | None = None
         skipped: list[Diagnostics] = []
         if sparsity is not None:
