@@ -38,18 +38,18 @@ from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from qwen_jax.inference import Engine
 from qwen_jax.parallel.sharding import make_mesh
-from train.data.batch import Batch
+from train.data.batch import Batch, place
 from train.data.text import split_documents
 from train.evaluate import perplexity, runner, synthetic_ids
 from train.evaluate.tasks import Sample
 from train.files import append_record, read_records
-from train.loop import ByStep, Monitor, fit
+from train.loop import ByStep, LoopConfig, Monitor, fit
 from train.observe.display import Display
 from train.observe.metrics import MetricsLog
 from train.optimizer import OptimizerConfig, Schedule
 from train.pretrain import NextToken, PretrainConfig
-from train.state import init_state
-from train.step import StepConfig, make_train_step
+from train.state import TrainState, init_state
+from train.step import StepConfig, make_eval_step, make_train_step
 
 BYTES, VOCAB_SIZE = 256, 512
 LAYOUT = synthetic_ids.IdLayout(BYTES, VOCAB_SIZE)
@@ -140,31 +140,45 @@ class Mixture:
         self._setup, self._text, self._seed = setup, text, seed
 
     def __getitem__(self, step: int) -> Batch:
-        rng, T, B = np.random.default_rng([self._seed, step]), self._setup.length, self._setup.batch
-        copies, needles = B // 8, 3 * B // 8
-        # Copies of any size, so that no distance between the two is the rule.
+        rng, B = np.random.default_rng([self._seed, step]), self._setup.batch
+        parts = self.copies(rng, B // 8), self.needles(rng, 3 * B // 8), self.text(rng, B - B // 8 - 3 * B // 8)
+        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+    def copies(self, rng: np.random.Generator, rows: int) -> Batch:
+        """Rows of copies of one size; sizes differ between steps, so that no distance between the two is the rule."""
+        T = self._setup.length
         size = int(rng.integers(T // 8, (T - 1) // 2 + 1))
-        copied, copy_weights = synthetic_ids.copy_rows(rng, copies, T, LAYOUT, size)
-        # Needles in text and in random ids, many of them asked for.
+        return self._answers(*synthetic_ids.copy_rows(rng, rows, T, LAYOUT, size))
+
+    def needles(self, rng: np.random.Generator, rows: int) -> Batch:
+        """Rows of needles, half of them in text and half in random ids; at least half of the keys are asked for."""
+        T = self._setup.length
         most = min(T // 15, 32)
         asked = max(most // 2, 1)
-        noise = rng.choice(LAYOUT.noise, (needles, T)).astype(np.int32)
+        noise = rng.choice(LAYOUT.noise, (rows, T)).astype(np.int32)
         noise[::2] = self._rows(rng, len(noise[::2]))
-        hidden, answers = synthetic_ids.needle_rows(
-            rng, needles, T, LAYOUT, int(rng.integers(asked, most + 1)), asked, noise=noise
-        )
-        # Real text.
-        rows = self._rows(rng, B - copies - needles)
-        tokens = np.concatenate([copied, hidden, rows])
-        weights = [w * (T / 2 / np.maximum(w.sum(1, keepdims=True), 1)) for w in (copy_weights, answers)]
-        loss_weights = np.concatenate([*weights, np.ones(rows.shape)]).astype(np.float32)
-        positions = np.broadcast_to(np.arange(T, dtype=np.int32), tokens.shape)
-        return Batch(tokens, positions, np.ones(tokens.shape, np.int32), loss_weights)
+        count = int(rng.integers(asked, most + 1))
+        return self._answers(*synthetic_ids.needle_rows(rng, rows, T, LAYOUT, count, asked, noise=noise))
+
+    def text(self, rng: np.random.Generator, rows: int) -> Batch:
+        """Rows of text."""
+        tokens = self._rows(rng, rows)
+        return _batch(tokens, np.ones(tokens.shape, np.float32))
+
+    def _answers(self, tokens: np.ndarray, weights: np.ndarray) -> Batch:
+        """Rows whose weighted tokens together weigh half a row."""
+        return _batch(tokens, weights * (self._setup.length / 2 / weights.sum(axis=1, keepdims=True)))
 
     def _rows(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """Stretches of the text, int32 [count, length]."""
         begins = rng.integers(0, len(self._text) - self._setup.length, count)
         return self._text[begins[:, None] + np.arange(self._setup.length)].astype(np.int32)
+
+
+def _batch(tokens: np.ndarray, weights: np.ndarray) -> Batch:
+    """Rows of one document each."""
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    return Batch(tokens, positions, np.ones(tokens.shape, np.int32), weights.astype(np.float32))
 
 
 def read_text(setup: Setup, folders: list[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -209,15 +223,26 @@ def train(setup: Setup, text: np.ndarray, seed: int, folder: Path) -> None:
     optimizer = OptimizerConfig(Schedule(setup.steps, setup.learning_rate, warmup_steps=setup.steps // 20))
     objective = NextToken(setup.model(), PretrainConfig(loss_chunk=16_384))
     step = StepConfig(dtype=_dtype(), remat="none" if jax.default_backend() == "cpu" else "dots")
-    log = MetricsLog(folder / f"train-{seed}.jsonl")
+    log, mixture = MetricsLog(folder / f"train-{seed}.jsonl"), Mixture(setup, text, seed)
+    # The loss of each kind of rows, to see what has been learned. Batches of these random numbers are in no step.
+    rng, evaluate = np.random.default_rng([seed, 2**32]), make_eval_step(objective, step, mesh)
+    kinds = {"copy": mixture.copies, "needle": mixture.needles, "text": mixture.text}
+    shown = {name: place(kind(rng, setup.batch), mesh) for name, kind in kinds.items()}
+
+    def losses(state: TrainState) -> dict[str, float]:
+        sums = {name: evaluate(state.params, batch) for name, batch in shown.items()}
+        return {f"{name}_loss": float(of.loss / of.weight) for name, of in sums.items()}
+
     try:
         with jax.set_mesh(mesh), Display(Console(stderr=True), setup.steps) as display:
             state = fit(
                 setup.steps,
                 init_state(setup.model(), optimizer, seed, mesh),
                 make_train_step(objective, optimizer, step, mesh),
-                ByStep(Mixture(setup, text, seed)),
+                ByStep(mixture),
                 mesh=mesh,
+                config=LoopConfig(evaluate_every=max(setup.steps // 10, 1)),
+                evaluate=losses,
                 monitor=Monitor(log=log, display=display),
             )
     finally:
@@ -358,8 +383,11 @@ def main() -> None:
     if args.table:
         print(table(read_records(args.folder / RESULTS, "seed")))
         return
-    values: dict[str, Any] = {field.name: getattr(args, field.name) for field in dataclasses.fields(Setup)}
-    setup = Setup(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(Setup):
+        value = getattr(args, field.name)
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    setup = Setup(**values)
     try:
         run(setup, args.seeds, args.schemes, args.attention, args.folder, args.text_folders)
     except InputError as error:
