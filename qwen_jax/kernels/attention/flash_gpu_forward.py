@@ -126,9 +126,10 @@ def launch_forward(
 
     def block(*refs: Ref, **scratch: Ref) -> None:
         inputs, memory = Operands(*refs[: len(operands)]), _Memory(**scratch)
+        out_ref, lse_ref = refs[count:]
         tiles = B, H, padded // (warpgroups * ROWS)
         make = functools.partial(walk, inputs, refs[len(operands) : count], memory.ring, tiles)
-        _block(inputs, memory, *refs[count:], make, scale=scale, feeder_registers=feeder_registers)
+        _block(inputs, memory, out_ref, lse_ref, make, scale=scale, feeder_registers=feeder_registers)
 
     launch = kernel(
         name,
