@@ -84,7 +84,7 @@ class Operands(NamedTuple, Generic[T]):
     end: T
 
 
-MakeWalk = Callable[[Operands[Ref], tuple[Ref, ...], KeyRing, tuple[int, int, int]], KeyWalk]
+MakeWalk = Callable[[Operands[Ref], tuple[Ref, ...], KeyRing, tuple[int, int, int], jax.Array], KeyWalk]
 
 
 # This is jitted, like the backward pass, so that a model of many layers lowers it once.
@@ -102,7 +102,7 @@ def run_forward(
 
 def launch_forward(
     name: str, operands: Operands[jax.Array], more: tuple[jax.Array, ...], walk: MakeWalk, *, scale: float,
-    pieces: int = 1, feeder_registers: int = FEEDER_REGISTERS,
+    pieces: int = 1,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Launches a kernel with the body of the forward pass.
 
@@ -110,10 +110,10 @@ def launch_forward(
       name: of the kernel.
       operands: with intervals that are padded to whole query tiles.
       more: operands of the walk.
-      walk: makes the walk from references to all operands, the ring, and the tiles of queries [B, H, N].
+      walk: makes the walk from references to all operands, the ring, the tiles of queries [B, H, N], and the index of
+        the warpgroup.
       scale: multiplies the logits.
       pieces: copies that fill a key tile.
-      feeder_registers: of a thread that copies.
 
     Returns:
       Output [B, T, H, d] and log-sum-exp [B, H, padded T].
@@ -126,9 +126,10 @@ def launch_forward(
 
     def block(*refs: Ref, **scratch: Ref) -> None:
         inputs, memory = Operands(*refs[: len(operands)]), _Memory(**scratch)
+        out_ref, lse_ref = refs[count:]
         tiles = B, H, padded // (warpgroups * ROWS)
         make = functools.partial(walk, inputs, refs[len(operands) : count], memory.ring, tiles)
-        _block(inputs, memory, *refs[count:], make, scale=scale, feeder_registers=feeder_registers)
+        _block(inputs, memory, out_ref, lse_ref, make, scale=scale)
 
     launch = kernel(
         name,
@@ -152,12 +153,11 @@ def launch_forward(
 
 
 def _all_keys(
-    inputs: Operands[Ref], more: tuple[Ref, ...], ring: KeyRing, tiles: tuple[int, int, int], *, group: int,
-    head_major: bool,
+    inputs: Operands[Ref], more: tuple[Ref, ...], ring: KeyRing, tiles: tuple[int, int, int], warpgroup: jax.Array, *,
+    group: int, head_major: bool,
 ) -> KeyWalk:  # fmt: skip
     """The walk over all keys of the intervals."""
     [tiles_ref] = more
-    warpgroup = lax.axis_index("warpgroup")
     turns, place = schedule_tiles(*tiles)
 
     def visited(turn: jax.Array) -> KeyTiles:
@@ -186,14 +186,14 @@ def _all_keys(
 
 
 def _block(
-    inputs: Operands[Ref], memory: _Memory, out_ref: Ref, lse_ref: Ref, make_walk: Callable[[], KeyWalk], *,
-    scale: float, feeder_registers: int,
+    inputs: Operands[Ref], memory: _Memory, out_ref: Ref, lse_ref: Ref, make_walk: Callable[[jax.Array], KeyWalk], *,
+    scale: float,
 ) -> None:  # fmt: skip
     """The program of a thread block: two warpgroups compute, 64 query rows each, and one copies keys and values."""
     warpgroup = lax.axis_index("warpgroup")
     q_smem, k_smem, v_smem = memory.q_smem, memory.k_smem, memory.v_smem
     (stages, keys, d), warpgroups, f32 = k_smem.shape, q_smem.shape[0], jnp.float32
-    walk = make_walk()
+    walk = make_walk(warpgroup)
 
     def compute_tile(turn: jax.Array, carry: tuple[jax.Array, Visit]) -> tuple[jax.Array, Visit]:
         before, visit = carry
@@ -284,13 +284,12 @@ def _block(
 
     @pl.when(warpgroup < warpgroups)
     def compute() -> None:
-        registers = compute_registers(warpgroups, 1, feeder_registers)
-        plgpu.set_max_registers(registers, action="increase")
+        plgpu.set_max_registers(compute_registers(warpgroups), action="increase")
         fetch_queries(jnp.int32(0), None)
         lax.fori_loop(0, walk.turns, compute_tile, (jnp.int32(0), walk.visit(jnp.int32(0))))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == warpgroups)
     def copy() -> None:
-        plgpu.set_max_registers(feeder_registers, action="decrease")
+        plgpu.set_max_registers(FEEDER_REGISTERS, action="decrease")
         lax.fori_loop(0, walk.turns, walk.feed, jnp.int32(0))

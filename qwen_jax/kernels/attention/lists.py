@@ -52,7 +52,9 @@ class KeyLists:
         if not _known(starts, counts):
             return
         # NumPy, because concrete lists may be checked while a program is being traced.
-        starts, counts = np.asarray(starts), np.asarray(counts)
+        self._check_values(np.asarray(starts), np.asarray(counts))
+
+    def _check_values(self, starts: np.ndarray, counts: np.ndarray) -> None:
         if counts.min() < 0 or counts.max() > starts.shape[3]:
             raise InputError(
                 f"Expected lists of 0 to {starts.shape[3]} pieces; got counts from {counts.min()} to {counts.max()}."

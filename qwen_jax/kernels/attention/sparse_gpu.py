@@ -33,8 +33,6 @@ from qwen_jax.kernels.gpu.tiles import PER_COLUMN, ROWS, WGMMA, across
 from qwen_jax.kernels.padding import pad_to_multiple
 from qwen_jax.kernels.types import Ref
 
-_FEEDER_REGISTERS = 40
-"""Of a thread that copies. It reads lists, for which the registers of the dense kernel are few."""
 _STEP = 8
 """Pieces start at multiples of this, which the copy engine needs for tiled shared memory."""
 
@@ -120,14 +118,14 @@ def _run(
         functools.partial(_walk, size=size),
         scale=scale,
         pieces=KEYS // size if size else 1,
-        feeder_registers=_FEEDER_REGISTERS,
     )
     return out[:, :T], lse[:, :, :T]
 
 
 def _walk(
-    inputs: Operands[Ref], more: tuple[Ref, ...], ring: KeyRing, tiles: tuple[int, int, int], *, size: int | None
-) -> KeyWalk:
+    inputs: Operands[Ref], more: tuple[Ref, ...], ring: KeyRing, tiles: tuple[int, int, int], warpgroup: jax.Array, *,
+    size: int | None,
+) -> KeyWalk:  # fmt: skip
     """The walk over listed pieces of the keys, or over columns.
 
     Args:
@@ -135,10 +133,10 @@ def _walk(
       more: the table of the query tiles, and the starts of pieces or the places of columns.
       ring: where keys go.
       tiles: tiles of queries, [B, H, N].
+      warpgroup: index of this warpgroup.
       size: keys of a piece; none for columns.
     """
     table_ref, where_ref = more
-    warpgroup = lax.axis_index("warpgroup")
     B, H, N = tiles
     total = B * H * N
     rounds, dealt = deal(total)

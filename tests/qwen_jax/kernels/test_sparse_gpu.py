@@ -1,5 +1,7 @@
-"""The sparse attention kernels for Hopper GPUs. Runs only where there is one; what runs anywhere is in
-test_sparse_attention.py."""
+"""The sparse attention kernels for Hopper GPUs: on a GPU, and small ones in the interpreter where jax can run it.
+
+What needs neither is in test_sparse_attention.py.
+"""
 
 import functools
 import math
@@ -11,8 +13,9 @@ import pytest
 
 from qwen_jax import platform
 from qwen_jax.kernels import KeyLists, Mask, column_attention, merge, sparse_attention
-from qwen_jax.kernels.attention import flash_gpu
+from qwen_jax.kernels.attention import flash_gpu, sparse_gpu
 from tests.helpers import exact
+from tests.helpers.gpu_interpreter import CAN_INTERPRET, interpreted
 from tests.helpers.lists import (
     exact_attention,
     full_lists,
@@ -23,7 +26,8 @@ from tests.helpers.lists import (
 )
 from tests.helpers.masks import MASKS, anything, causal, window
 
-pytestmark = pytest.mark.skipif(not platform.on_hopper(), reason="needs a Hopper GPU")
+on_hopper = pytest.mark.skipif(not platform.on_hopper(), reason="needs a Hopper GPU")
+interpreter = pytest.mark.skipif(not CAN_INTERPRET, reason="needs jax 0.11, and a CPU")
 
 run = jax.jit(functools.partial(sparse_attention, implementation="gpu"), static_argnames="scale")
 run_columns = jax.jit(
@@ -69,6 +73,7 @@ def same_bits(a, b) -> None:
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
+@on_hopper
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_list_of_all_keys_gives_the_bits_of_dense_attention(case, mask, numbers) -> None:
@@ -79,6 +84,7 @@ def test_a_list_of_all_keys_gives_the_bits_of_dense_attention(case, mask, number
     same_bits(run(q, k, v, Mask(start, end), full_lists(2, H, T, S), scale=d**-0.5), want)
 
 
+@on_hopper
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("mask", [causal, window, anything])
@@ -93,6 +99,7 @@ def test_random_lists(size, case, mask, numbers) -> None:
     same_bits(got, run(q, k, v, rows, lists, scale=d**-0.5))
 
 
+@on_hopper
 @pytest.mark.parametrize("size", [64, 128])
 def test_lists_of_many_query_tiles_of_very_different_lengths(size, numbers) -> None:
     """Each thread block has several turns. Keys of zero count the visible pairs; values of one give one."""
@@ -107,6 +114,7 @@ def test_lists_of_many_query_tiles_of_very_different_lengths(size, numbers) -> N
     )
 
 
+@on_hopper
 @pytest.mark.parametrize(
     ("case", "shared", "C", "bias"),
     [
@@ -129,6 +137,7 @@ def test_columns(case, shared, C, bias, numbers) -> None:
     same_bits(got, run_columns(*args, scale=d**-0.5, bias=bias))
 
 
+@on_hopper
 def test_pieces_and_columns_merge_into_attention_over_their_keys(numbers) -> None:
     """Columns are every eighth key outside the pieces."""
     case = T, S, H, *_ = 300, 1024, 4, 2, 128, "bfloat16"
@@ -147,6 +156,7 @@ def test_pieces_and_columns_merge_into_attention_over_their_keys(numbers) -> Non
     check(merge(parts), exact_attention(q, k, v, both & seen_interval(start, end, S), 0.1))
 
 
+@on_hopper
 def test_what_a_list_does_not_count_has_no_effect(numbers) -> None:
     """Neither entries beyond the count, nor keys outside the pieces, change a bit."""
     case = T, S, H, *_ = 300, 1024, 4, 1, 128, "bfloat16"
@@ -166,3 +176,45 @@ def test_what_a_list_does_not_count_has_no_effect(numbers) -> None:
     k, v = (jnp.where(used[:, None, :, None], x, x * 1e30) for x in (k, v))
     changed = run(q, k, v, rows, lists, scale=0.1)
     same_bits((first[0][:, :128], first[1][:, :, :128]), (changed[0][:, :128], changed[1][:, :, :128]))
+
+
+SMALL = (200, 520, 2, 1, 64, "bfloat16")
+
+
+def small(numbers: np.random.Generator, **sizes: int):
+    """Inputs of one row, with four query tiles for three multiprocessors."""
+    mask = MASKS[numbers.integers(len(MASKS))]
+    return [x[:1] for x in inputs(numbers, SMALL, **sizes)], mask(numbers, 1, *SMALL[:2])
+
+
+@interpreter
+def test_a_list_of_all_keys_in_the_interpreter(numbers) -> None:
+    """The bits of dense attention, and float64."""
+    (q, k, v), (start, end) = small(numbers)
+    args = q, k, v, jnp.asarray(start), jnp.asarray(end)
+    with interpreted(3):
+        want = flash_gpu.attention(*args, 0.125, True)
+        got = sparse_gpu.attention(*args, full_lists(1, 2, *SMALL[:2]), 0.125)
+    same_bits(got, want)
+    check(got, exact_attention(q, k, v, seen_interval(start, end, SMALL[1]), 0.125))
+
+
+@interpreter
+@pytest.mark.parametrize("size", [64, 128])
+def test_random_lists_in_the_interpreter(size, numbers) -> None:
+    """Every barrier is waited for as often as it is arrived at: otherwise the interpreter would not end."""
+    (q, k, v), (start, end) = small(numbers)
+    lists, covered = random_lists(numbers, 1, 2, *SMALL[:2], size=size)
+    with interpreted(3):
+        got = sparse_gpu.attention(q, k, v, jnp.asarray(start), jnp.asarray(end), lists, 0.125)
+    check(got, exact_attention(q, k, v, covered & seen_interval(start, end, SMALL[1]), 0.125))
+
+
+@interpreter
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_columns_in_the_interpreter(kv_heads, numbers) -> None:
+    (q, k, v), (start, end) = small(numbers, keys=300, kv_heads=kv_heads)
+    places = random_places(numbers, 1, 2, SMALL[0], 300, SMALL[1])
+    with interpreted(3):
+        got = sparse_gpu.columns(q, k, v, jnp.asarray(start), jnp.asarray(end), jnp.asarray(places), 0.125, 1.5, 128)
+    check(got, exact_attention(q, k, v, seen_columns(places, start, end), 0.125, 1.5))

@@ -1,0 +1,65 @@
+"""Runs the forward pass of attention for Hopper GPUs in the interpreter of Mosaic GPU, which needs jax 0.11."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import pytest
+
+from qwen_jax.kernels.attention import flash_gpu_forward, sparse_gpu
+
+CAN_INTERPRET = jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu"
+
+
+@contextlib.contextmanager
+def interpreted(multiprocessors: int) -> Iterator[None]:
+    """Interprets kernels on a device of few multiprocessors, where copies from beyond an array give zeros.
+
+    Replaces what the interpreter cannot run: products whose left operand is in registers are computed when their
+    accumulator is read, and the last free slots need not be waited for.
+    """
+    from jax._src.pallas.mosaic_gpu import core
+    from jax._src.pallas.mosaic_gpu.interpret import params, shared_memory
+
+    accumulator, wgmma = core.WGMMAAbstractAccumulatorRef, plgpu.wgmma
+    read = accumulator._getitem
+    # Stored accumulators, each with the operands of the product that is added to it.
+    stored: dict[int, list[Any]] = {}
+
+    def setitem(_: Any, ref: Any, index: Any, value: jax.Array) -> None:
+        stored[id(ref)] = [value]
+
+    def getitem(self: Any, ref: Any, index: Any) -> jax.Array:
+        if id(ref) not in stored:
+            return read(self, ref, index)
+        so_far, p, v = stored.pop(id(ref))
+        return so_far + jnp.matmul(p, v[...], preferred_element_type=jnp.float32)
+
+    def multiply(acc: Any, a: Any, b: Any) -> None:
+        if id(acc) in stored:
+            stored[id(acc)] += [a, b]
+        else:
+            wgmma(acc, a, b)
+
+    def deallocate(barrier: Any) -> None:
+        with barrier.cv:
+            barrier.ref_count -= 1
+
+    how = params.InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(params.force_gpu_interpret_mode(how))
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        # What is traced here must not be used elsewhere, nor the reverse.
+        for traced in (flash_gpu_forward.run_forward, sparse_gpu.attention, sparse_gpu.columns):
+            traced.clear_cache()
+            stack.callback(traced.clear_cache)
+        patch.setattr(accumulator, "_setitem", setitem)
+        patch.setattr(accumulator, "_getitem", getitem)
+        patch.setattr(plgpu, "wgmma", multiply)
+        patch.setattr(shared_memory.Barrier, "deallocate", deallocate)
+        patch.setattr(flash_gpu_forward, "read_accumulator", lambda acc, pending=0: acc[...])
+        patch.setattr(flash_gpu_forward, "MULTIPROCESSORS", multiprocessors)
+        yield
