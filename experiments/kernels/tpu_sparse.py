@@ -63,11 +63,15 @@ def columns(d: int, tiles: dict[str, Any]) -> tuple[Callable[..., Any], list[Any
 
 def step_cycles(kernel: Kernel) -> tuple[Region, int, int, int]:
     """The body without masks, the cycles of a step around it, those of a masked step, and those outside the loop."""
-    full, masked = (kernel[name] for name in kernel.products[:2])
-    loop = kernel[full.parent]
+    inside = {r.name: [x for x in kernel.regions if x.parent == r.name] for r in kernel.regions if r.kind == "loop"}
+    loop, full, masked = next(
+        (kernel[name], *bodies)
+        for name, regions in inside.items()
+        if len(bodies := [x for x in regions if x.share("MXU")]) == 2
+    )
     around = loop.bundles + sum(r.bundles for r in kernel.regions if r.parent == loop.name and r not in (full, masked))
-    inside = [r for r in kernel.regions if r.name == loop.name or r.name.startswith(f"{loop.name}.")]
-    outside = sum(r.bundles for r in kernel.regions if r not in inside and r.name.startswith("step"))
+    within = [r for r in kernel.regions if r.name == loop.name or r.name.startswith(f"{loop.name}.")]
+    outside = sum(r.bundles for r in kernel.regions if r not in within and r.name.startswith("step"))
     return full, full.bundles + around, masked.bundles + around, outside
 
 
@@ -78,7 +82,13 @@ def row(chip: str, d: int, tiles: Tiling, what: str = "lists") -> dict[str, Any]
     [kernel] = compile_kernels(f"{_MODULE}:{what}", TOPOLOGIES[chip], kwargs)
     full, step, masked, outside = step_cycles(kernel)
     area = tiles.rows * tiles.keys / 2**20
-    found: dict[str, Any] = {"chip": chip, "kernel": what, "d": d, "rows x pieces": f"{tiles.rows} x {tiles.per}"}
+    found: dict[str, Any] = {
+        "chip": chip,
+        "kernel": what,
+        "d": d,
+        "rows x pieces": f"{tiles.rows} x {tiles.per}",
+        "parts": tiles.parts,
+    }
     found |= {"body": f"keys {'down' if tiles.transposed else 'across'}, {tiles.lanes}"}
     found |= {"default": "yes" if tiles == _default(chip, d, tiles.rows) else ""}
     found |= {"vmem_MiB": round(kernel.vmem / MiB, 1), "cycles of a step": step}
