@@ -9,7 +9,8 @@ Cycles are bundles of `tpu_schedule`: compiled, not run. Those of a step include
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from experiments.kernels.tpu_attention import print_rows
@@ -36,7 +37,7 @@ def lists(d: int, tiles: dict[str, Any]) -> tuple[Callable[..., Any], list[Any]]
 
     def attention(q: Any, k: Any, v: Any, start: Any, end: Any, starts: Any, counts: Any) -> Any:
         pieces = KeyLists(starts, counts, sizes.rows, PIECE)
-        return sparse_tpu.attention(q, k, v, start, end, pieces, d**-0.5, sizes)
+        return sparse_tpu.attention(q, k, v, start, end, pieces, d**-0.5, tiles=sizes)
 
     q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, T, H, d), (1, H, S, d)))
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
@@ -54,7 +55,7 @@ def columns(d: int, tiles: dict[str, Any]) -> tuple[Callable[..., Any], list[Any
     T, C, H, sizes = 2048, 4096, 2, Tiling(**tiles)
 
     def attention(q: Any, k: Any, v: Any, start: Any, end: Any, places: Any) -> Any:
-        return sparse_tpu.columns(q, k, v, start, end, places, d**-0.5, 0.0, sizes.rows, sizes)
+        return sparse_tpu.columns(q, k, v, start, end, places, d**-0.5, 0.0, sizes.rows, tiles=sizes)
 
     q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, T, H, d), (1, H, C, d)))
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
@@ -108,14 +109,15 @@ def _default(chip: str, d: int, rows: int | None = None) -> Tiling:
     return tiling(d, "bfloat16", rows, Core(CORES[chip].vmem, CORES[chip].mxu_width))
 
 
-def _candidates(chip: str, d: int, rows: list[int], per: list[int]) -> list[Tiling]:
-    """Both bodies where both are possible."""
+def _candidates(chip: str, d: int, rows: Sequence[int], per: Sequence[int]) -> list[Tiling]:
+    """Both bodies where both are possible, with parts of 4 pieces."""
     width, found = CORES[chip].mxu_width, []
-    for r in rows:
-        bodies = [(128, False)]
-        if r >= 256:
-            bodies += [(lanes, True) for lanes in (128, 256) if lanes <= width and 2 * lanes <= r]
-        found += [Tiling(r, p, *body) for p in per for body in bodies]
+    for r, p in itertools.product(rows, per):
+        found.append(Tiling(r, p, p // 4, 128, False))
+        # The transposed body needs an even number of units, and is slower where head_dim is the width of the unit.
+        lanes = [n for n in (256, 128) if n <= min(r, width) and p // 4 * r // n % 2 == 0]
+        if d < width and lanes:
+            found.append(Tiling(r, p, p // 4, lanes[0], True))
     return found
 
 
@@ -125,8 +127,8 @@ def main() -> None:
     parser.add_argument("--chips", nargs="+", default=["v5p", "v6e", "7x"], choices=list(CORES))
     parser.add_argument("--kernel", default="lists", choices=("lists", "columns"))
     parser.add_argument("--head-dims", nargs="+", type=int, default=[128])
-    parser.add_argument("--rows", nargs="+", type=int, default=[256, 512])
-    parser.add_argument("--per", nargs="+", type=int, default=[4, 8])
+    parser.add_argument("--rows", nargs="+", type=int, default=[128, 256, 512])
+    parser.add_argument("--per", nargs="+", type=int, default=[4, 8, 16])
     parser.add_argument("--defaults", action="store_true", help="only the default body and pieces for each of --rows")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each row")
     args = parser.parse_args()

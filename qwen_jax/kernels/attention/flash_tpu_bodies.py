@@ -75,7 +75,7 @@ class KeysDown:
 
     @staticmethod
     def scratch(
-        queries: int, keys: int, lanes: int, d: int, dtype: jax.typing.DTypeLike, parts: int = 1
+        queries: int, keys: int, lanes: int, d: int, dtype: jnp.dtype, parts: int = 1
     ) -> dict[str, "pl.MemoryRef"]:
         """The scratch of a program, by the names of `Memory`."""
         f32, units, size = jnp.float32, parts * queries // lanes, keys // parts

@@ -121,6 +121,7 @@ def attention(
     end_BT: jax.Array,
     lists: KeyLists,
     scale: float,
+    *,
     tiles: Tiling | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention where query row i sees the keys start[i] <= j < end[i] in the listed pieces. Runs on local arrays.
@@ -165,6 +166,7 @@ def columns(
     scale: float,
     bias: float,
     rows: int,
+    *,
     tiles: Tiling | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over gathered keys, where query row i sees column c if start[i] <= place of c < end[i].
