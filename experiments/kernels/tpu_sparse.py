@@ -9,7 +9,8 @@ Cycles are bundles of `tpu_schedule`: compiled, not run. Those of a step include
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from experiments.kernels.tpu_attention import print_rows
@@ -36,7 +37,7 @@ def lists(d: int, tiles: dict[str, Any]) -> tuple[Callable[..., Any], list[Any]]
 
     def attention(q: Any, k: Any, v: Any, start: Any, end: Any, starts: Any, counts: Any) -> Any:
         pieces = KeyLists(starts, counts, sizes.rows, PIECE)
-        return sparse_tpu.attention(q, k, v, start, end, pieces, d**-0.5, sizes)
+        return sparse_tpu.attention(q, k, v, start, end, pieces, d**-0.5, tiles=sizes)
 
     q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, T, H, d), (1, H, S, d)))
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
@@ -54,7 +55,7 @@ def columns(d: int, tiles: dict[str, Any]) -> tuple[Callable[..., Any], list[Any
     T, C, H, sizes = 2048, 4096, 2, Tiling(**tiles)
 
     def attention(q: Any, k: Any, v: Any, start: Any, end: Any, places: Any) -> Any:
-        return sparse_tpu.columns(q, k, v, start, end, places, d**-0.5, 0.0, sizes.rows, sizes)
+        return sparse_tpu.columns(q, k, v, start, end, places, d**-0.5, 0.0, sizes.rows, tiles=sizes)
 
     q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, T, H, d), (1, H, C, d)))
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
@@ -63,11 +64,15 @@ def columns(d: int, tiles: dict[str, Any]) -> tuple[Callable[..., Any], list[Any
 
 def step_cycles(kernel: Kernel) -> tuple[Region, int, int, int]:
     """The body without masks, the cycles of a step around it, those of a masked step, and those outside the loop."""
-    full, masked = (kernel[name] for name in kernel.products[:2])
-    loop = kernel[full.parent]
+    inside = {r.name: [x for x in kernel.regions if x.parent == r.name] for r in kernel.regions if r.kind == "loop"}
+    loop, full, masked = next(
+        (kernel[name], *bodies)
+        for name, regions in inside.items()
+        if len(bodies := [x for x in regions if x.share("MXU")]) == 2
+    )
     around = loop.bundles + sum(r.bundles for r in kernel.regions if r.parent == loop.name and r not in (full, masked))
-    inside = [r for r in kernel.regions if r.name == loop.name or r.name.startswith(f"{loop.name}.")]
-    outside = sum(r.bundles for r in kernel.regions if r not in inside and r.name.startswith("step"))
+    within = [r for r in kernel.regions if r.name == loop.name or r.name.startswith(f"{loop.name}.")]
+    outside = sum(r.bundles for r in kernel.regions if r not in within and r.name.startswith("step"))
     return full, full.bundles + around, masked.bundles + around, outside
 
 
@@ -78,7 +83,13 @@ def row(chip: str, d: int, tiles: Tiling, what: str = "lists") -> dict[str, Any]
     [kernel] = compile_kernels(f"{_MODULE}:{what}", TOPOLOGIES[chip], kwargs)
     full, step, masked, outside = step_cycles(kernel)
     area = tiles.rows * tiles.keys / 2**20
-    found: dict[str, Any] = {"chip": chip, "kernel": what, "d": d, "rows x pieces": f"{tiles.rows} x {tiles.per}"}
+    found: dict[str, Any] = {
+        "chip": chip,
+        "kernel": what,
+        "d": d,
+        "rows x pieces": f"{tiles.rows} x {tiles.per}",
+        "parts": tiles.parts,
+    }
     found |= {"body": f"keys {'down' if tiles.transposed else 'across'}, {tiles.lanes}"}
     found |= {"default": "yes" if tiles == _default(chip, d, tiles.rows) else ""}
     found |= {"vmem_MiB": round(kernel.vmem / MiB, 1), "cycles of a step": step}
@@ -98,14 +109,15 @@ def _default(chip: str, d: int, rows: int | None = None) -> Tiling:
     return tiling(d, "bfloat16", rows, Core(CORES[chip].vmem, CORES[chip].mxu_width))
 
 
-def _candidates(chip: str, d: int, rows: list[int], per: list[int]) -> list[Tiling]:
-    """Both bodies where both are possible."""
+def _candidates(chip: str, d: int, rows: Sequence[int], per: Sequence[int]) -> list[Tiling]:
+    """Both bodies where both are possible, with parts of 4 pieces."""
     width, found = CORES[chip].mxu_width, []
-    for r in rows:
-        bodies = [(128, False)]
-        if r >= 256:
-            bodies += [(lanes, True) for lanes in (128, 256) if lanes <= width and 2 * lanes <= r]
-        found += [Tiling(r, p, *body) for p in per for body in bodies]
+    for r, p in itertools.product(rows, per):
+        found.append(Tiling(r, p, p // 4, 128, False))
+        # The transposed body needs an even number of units, and is slower where head_dim is the width of the unit.
+        lanes = [n for n in (256, 128) if n <= min(r, width) and p // 4 * r // n % 2 == 0]
+        if d < width and lanes:
+            found.append(Tiling(r, p, p // 4, lanes[0], True))
     return found
 
 
@@ -115,8 +127,8 @@ def main() -> None:
     parser.add_argument("--chips", nargs="+", default=["v5p", "v6e", "7x"], choices=list(CORES))
     parser.add_argument("--kernel", default="lists", choices=("lists", "columns"))
     parser.add_argument("--head-dims", nargs="+", type=int, default=[128])
-    parser.add_argument("--rows", nargs="+", type=int, default=[256, 512])
-    parser.add_argument("--per", nargs="+", type=int, default=[4, 8])
+    parser.add_argument("--rows", nargs="+", type=int, default=[128, 256, 512])
+    parser.add_argument("--per", nargs="+", type=int, default=[4, 8, 16])
     parser.add_argument("--defaults", action="store_true", help="only the default body and pieces for each of --rows")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each row")
     args = parser.parse_args()

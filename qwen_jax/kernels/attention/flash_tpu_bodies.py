@@ -47,19 +47,19 @@ class QueryTile(NamedTuple):
 class KeysDown:
     """A running softmax with transposed logits: keys are rows and queries are columns.
 
-    The queries form n columns of `lanes`; n is at least 2. The tile of a column goes through three stages: logits,
-    softmax, and the product with the values. To keep both the matrix unit and the vector unit busy, a step runs the
-    first stage of one column beside the second stage of the one `lag` columns back and the third stage of the one
-    before that. At the first columns this reaches back into the previous step, and the last columns are finished after
-    the last step.
+    A tile forms units: its keys form parts, and for each part the queries form columns of `lanes`. The number of units
+    is even. A unit goes through three stages: logits, softmax, and the product with the values. To keep both the matrix
+    unit and the vector unit busy, a step runs the first stage of one unit beside the second stage of the one `lag`
+    units back and the third stage of the one before that. At the first units this reaches back into the previous step,
+    and the last units are finished after the last step.
     """
 
     class Memory(NamedTuple):
-        """Scratch in VMEM: the running softmax, and what goes from stage to stage for each column of queries.
+        """Scratch in VMEM: the running softmax, and what goes from stage to stage for each unit.
 
         Attributes:
           acc, top, total: accumulator, maximum and sum of all columns.
-          logits, tops: logits of the last tile and their maxima, one for each column.
+          logits, tops: logits of the last tile and their maxima, one for each unit.
           probs, shrink: probabilities, and the factor that rescales the accumulator; two buffers.
           values: transposed values of a tile; two buffers.
         """
@@ -74,16 +74,18 @@ class KeysDown:
         values: Ref
 
     @staticmethod
-    def scratch(queries: int, keys: int, lanes: int, d: int, dtype: jax.typing.DTypeLike) -> dict[str, "pl.MemoryRef"]:
+    def scratch(
+        queries: int, keys: int, lanes: int, d: int, dtype: jnp.dtype, parts: int = 1
+    ) -> dict[str, "pl.MemoryRef"]:
         """The scratch of a program, by the names of `Memory`."""
-        f32, n = jnp.float32, queries // lanes
+        f32, units, size = jnp.float32, parts * queries // lanes, keys // parts
         return dict(
             acc=pltpu.VMEM((d, queries), f32),
             top=pltpu.VMEM((SUBLANES, queries), f32),
             total=pltpu.VMEM((SUBLANES, queries), f32),
-            logits=pltpu.VMEM((n, keys, lanes), f32),
-            tops=pltpu.VMEM((n, SUBLANES, lanes), f32),
-            probs=pltpu.VMEM((2, keys, lanes), dtype),
+            logits=pltpu.VMEM((units, size, lanes), f32),
+            tops=pltpu.VMEM((units, SUBLANES, lanes), f32),
+            probs=pltpu.VMEM((2, size, lanes), dtype),
             shrink=pltpu.VMEM((2, SUBLANES, lanes), f32),
             values=pltpu.VMEM((2, d, keys), dtype),
         )
@@ -100,9 +102,12 @@ class KeysDown:
 
     def __init__(self, tile: QueryTile, scratch: dict[str, Ref], factor: float) -> None:
         self.tile, self.memory, self.factor = tile, self.Memory(**scratch), factor
-        self.n, _, lanes = self.memory.logits.shape
-        self.lag = max(self.n // 2, 1)
-        self.columns = [slice(r * lanes, (r + 1) * lanes) for r in range(self.n)]
+        units, size, lanes = self.memory.logits.shape
+        self.lag = units // 2
+        # The queries and the keys of each unit.
+        columns = [slice(r, r + lanes) for r in range(0, tile.q.shape[0], lanes)]
+        parts = [slice(c, c + size) for c in range(0, self.memory.values.shape[2], size)]
+        self.units = [(column, part) for part in parts for column in columns]
 
     def begin(self) -> None:
         """Before the first step."""
@@ -120,57 +125,57 @@ class KeysDown:
           k, v: [keys, d].
           hide: the mask, or None if every pair is visible.
         """
-        n, lag = self.n, self.lag
+        units, lag = len(self.units), self.lag
         self.memory.values[lax.rem(i, 2)] = v[...].T
-        for r in range(n):
-            self._compute_logits(r, k, hide)
-            self._update_softmax((r - lag) % n)
-            self._accumulate((r - lag - 1) % n, i if r > lag else i + 1)
+        for u in range(units):
+            self._compute_logits(u, k, hide)
+            self._update_softmax((u - lag) % units)
+            self._accumulate((u - lag - 1) % units, i if u > lag else i + 1)
 
     def finish(self, last: jax.Array) -> None:
         """After step `last` - 1, the last one: the stages that lag behind it, and the results."""
         acc, top, total = self.memory[:3]
-        for r in range(self.n - self.lag, self.n):
-            self._update_softmax(r)
-            self._accumulate(r - 1, last + 1)
-        self._accumulate(self.n - 1, last + 1)
+        units = len(self.units)
+        for u in range(units - self.lag, units):
+            self._update_softmax(u)
+            self._accumulate(u - 1, last + 1)
+        self._accumulate(units - 1, last + 1)
         sums = total[...].sum(axis=0, keepdims=True)
         sees = sums > 0
         self.tile.out[...] = (acc[...] * jnp.where(sees, 1 / sums, 0.0)).T.astype(self.tile.out.dtype)
         self.tile.lse[...] = jnp.where(sees, top[:1] * _LN2 + jnp.log(sums), -jnp.inf)
 
-    def _compute_logits(self, r: int, k: Ref, hide: Hide | None) -> None:
-        (q, start, end, *_), here = self.tile, self.columns[r]
-        s = product(k[...], q[here, :], transposed=True) * self.factor
+    def _compute_logits(self, u: int, k: Ref, hide: Hide | None) -> None:
+        (q, start, end, *_), (here, part) = self.tile, self.units[u]
+        s = product(k[part, :], q[here, :], transposed=True) * self.factor
         if hide is not None:
-            s = hide(s, start[:, here], end[:, here], 0, 0)
-        self.memory.logits[r] = s
-        self.memory.tops[r] = s.reshape(-1, SUBLANES, s.shape[1]).max(axis=0)
+            s = hide(s, start[:, here], end[:, here], part.start, 0)
+        self.memory.logits[u] = s
+        self.memory.tops[u] = s.reshape(-1, SUBLANES, s.shape[1]).max(axis=0)
 
-    def _update_softmax(self, r: int) -> None:
+    def _update_softmax(self, u: int) -> None:
         _, top, total, logits, tops, probs, shrink, _ = self.memory
-        here, (_, keys, lanes) = self.columns[r], logits.shape
+        (here, _), (_, size, lanes) = self.units[u], logits.shape
         packed = PACKED_ROWS * 2 // probs.dtype.itemsize
-        new_top = jnp.maximum(top[:, here], tops[r].max(axis=0, keepdims=True))
+        new_top = jnp.maximum(top[:, here], tops[u].max(axis=0, keepdims=True))
         alpha = jnp.exp2(top[:, here] - new_top)
         sums = total[:, here] * alpha
-        for at in range(0, keys, packed):
-            p = jnp.exp2(logits[r, at : at + packed] - new_top[:1])
+        for at in range(0, size, packed):
+            p = jnp.exp2(logits[u, at : at + packed] - new_top[:1])
             sums += p.reshape(-1, SUBLANES, lanes).sum(axis=0)
-            probs[r % 2, at : at + packed] = p.astype(probs.dtype)
-        top[:, here], total[:, here], shrink[r % 2] = new_top, sums, alpha
+            probs[u % 2, at : at + packed] = p.astype(probs.dtype)
+        top[:, here], total[:, here], shrink[u % 2] = new_top, sums, alpha
 
-    def _accumulate(self, r: int, i: jax.Array) -> None:
-        acc, *_, probs, shrink, values = self.memory
-        old = acc[:, self.columns[r]] * shrink[r % 2, :1]
-        acc[:, self.columns[r]] = old + product(values[lax.rem(i, 2)], probs[r % 2])
+    def _accumulate(self, u: int, i: jax.Array) -> None:
+        (acc, *_, probs, shrink, values), (here, part) = self.memory, self.units[u]
+        acc[:, here] = acc[:, here] * shrink[u % 2, :1] + product(values[lax.rem(i, 2), :, part], probs[u % 2])
 
 
 class KeysAcross:
     """A running softmax with logits [queries, keys], for a head_dim that fills the matrix unit.
 
-    There the kernel is bound by the matrix unit, and it is enough to compute the logits of the next rows beside the
-    softmax of these rows. Each lane keeps its own sum until the end. The interface is that of `KeysDown`.
+    There the kernel is bound by the matrix unit, and it is enough to compute the logits of the next unit beside the
+    softmax of this one. Each lane keeps its own sum until the end. The interface is that of `KeysDown`.
     """
 
     class Memory(NamedTuple):
@@ -199,9 +204,9 @@ class KeysAcross:
     def ends_spec(queries: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, queries, LANES), lambda b, h, i, *_: (b, i, 0))
 
-    def __init__(self, tile: QueryTile, scratch: dict[str, Ref], factor: float, height: int) -> None:
-        """`height`: queries of one product."""
-        self.tile, self.memory, self.factor = tile, self.Memory(**scratch), factor
+    def __init__(self, tile: QueryTile, scratch: dict[str, Ref], factor: float, height: int, parts: int = 1) -> None:
+        """`height`: queries of one product; `parts`: into which the keys of a tile are divided."""
+        self.tile, self.memory, self.factor, self.parts = tile, self.Memory(**scratch), factor, parts
         self.rows = [slice(r, r + height) for r in range(0, tile.q.shape[0], height)]
 
     def begin(self) -> None:
@@ -210,25 +215,28 @@ class KeysAcross:
         acc[...], total[...] = jnp.zeros_like(acc), jnp.zeros_like(total)
 
     def step(self, i: jax.Array, k: Ref, v: Ref, hide: Hide | None) -> None:
-        (q, start, end, *_), (acc, top, total), rows = self.tile, self.memory, self.rows
-        keys, d = k.shape
+        (q, start, end, *_), (acc, top, total) = self.tile, self.memory
+        (keys, d), size = k.shape, k.shape[0] // self.parts
+        units = [(here, slice(at, at + size)) for at in range(0, keys, size) for here in self.rows]
 
-        def logits(r: int) -> jax.Array:
-            return product(q[rows[r], :], k[...], transposed=True) * self.factor
+        def logits(u: int) -> jax.Array:
+            here, part = units[u]
+            return product(q[here, :], k[part, :], transposed=True) * self.factor
 
         s = logits(0)
-        for r, here in enumerate(rows):
-            following = logits(r + 1) if r + 1 < len(rows) else s
-            parts = [s[:, at : at + LANES] for at in range(0, keys, LANES)]
+        for u, (here, part) in enumerate(units):
+            following = logits(u + 1) if u + 1 < len(units) else s
+            strips = [s[:, at : at + LANES] for at in range(0, size, LANES)]
             if hide is not None:
-                parts = [hide(part, start[here, :], end[here, :], c * LANES, 1) for c, part in enumerate(parts)]
-            highest = functools.reduce(jnp.maximum, parts).max(axis=1, keepdims=True)
+                first = part.start
+                strips = [hide(x, start[here, :], end[here, :], first + c * LANES, 1) for c, x in enumerate(strips)]
+            highest = functools.reduce(jnp.maximum, strips).max(axis=1, keepdims=True)
             new_top = jnp.maximum(top[here, :], highest)
             alpha = jnp.exp2(top[here, :] - new_top)
-            p = [jnp.exp2(part - new_top) for part in parts]
+            p = [jnp.exp2(x - new_top) for x in strips]
             total[here, :] = total[here, :] * alpha + functools.reduce(jnp.add, p)
             top[here, :] = new_top
-            values = product(jnp.concatenate(p, axis=1).astype(v.dtype), v[...])
+            values = product(jnp.concatenate(p, axis=1).astype(v.dtype), v[part, :])
             acc[here, :] = acc[here, :] * alpha[:, :d] + values
             s = following
 

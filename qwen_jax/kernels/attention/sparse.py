@@ -1,5 +1,6 @@
 """Attention over parts of the keys that differ by query head: listed pieces of a cache, and gathered columns."""
 
+import functools
 import importlib.util
 
 import jax
@@ -63,7 +64,7 @@ def sparse_attention(
         from qwen_jax.kernels.attention import sparse_tpu
 
         lists.check_multiple(lists.size)
-        return without_gradient(lambda *args: sparse_tpu.attention(*args, scale), args, _NO_GRADIENT)
+        return without_gradient(functools.partial(sparse_tpu.attention, scale=scale), args, _NO_GRADIENT)
     return reference_sparse.sparse_attention(*args, scale=scale)
 
 
@@ -124,7 +125,9 @@ def column_attention(
     if chosen == "tpu":
         from qwen_jax.kernels.attention import sparse_tpu
 
-        return without_gradient(lambda *args: sparse_tpu.columns(*args, scale, bias, rows), args, _NO_GRADIENT)
+        return without_gradient(
+            functools.partial(sparse_tpu.columns, scale=scale, bias=bias, rows=rows), args, _NO_GRADIENT
+        )
     return reference_sparse.column_attention(*args, scale=scale, bias=bias, rows=rows)
 
 

@@ -32,8 +32,10 @@ from qwen_jax.kernels.types import Ref
 
 PIECE = LANES
 """Keys of a piece."""
-_AHEAD = 3
-"""Tiles that are being copied while one is in work."""
+_WHOLE, _NONE = 1, 2
+"""Marks of an entry of a list, whose start is a multiple of 128: no pair of its tile is masked; it is no piece."""
+_BUFFERS = 4
+"""Tiles that are in VMEM: one in work, and the next ones, which are being copied. A power of two."""
 _CAPACITY = 16384
 """The maximal length of a list. Two rows of scalars, of 4 bytes each, are in scalar memory."""
 
@@ -45,12 +47,14 @@ class Tiling:
     Attributes:
       rows: queries of a program.
       per: pieces of a tile of keys.
+      parts: into which the pieces of a tile are divided; the running softmax takes one part after the other.
       lanes: queries of one matrix product.
       transposed: whether keys are the rows of the logits; see `flash_tpu_bodies`.
     """
 
     rows: int
     per: int
+    parts: int
     lanes: int
     transposed: bool
 
@@ -58,6 +62,11 @@ class Tiling:
     def keys(self) -> int:
         """Keys of a tile."""
         return self.per * PIECE
+
+    @property
+    def step(self) -> int:
+        """Pieces of a part. A program begins at a multiple, so the parts do not depend on what its rows see."""
+        return self.per // self.parts
 
 
 def tiling(head_dim: int, dtype: jax.typing.DTypeLike, rows: int | None = None, core: Core | None = None) -> Tiling:
@@ -69,10 +78,11 @@ def tiling(head_dim: int, dtype: jax.typing.DTypeLike, rows: int | None = None, 
       rows: queries of a tile, where the lists determine them.
       core: by default the one that is compiled for.
     """
-    rows, width = rows or 512, (core or this_core()).mxu_width
-    transposed = head_dim < width and rows >= 2 * LANES
-    lanes = min(width, rows // 2) if transposed else LANES
-    return Tiling(rows, 4 if jnp.dtype(dtype).itemsize == 2 else 2, lanes, transposed)
+    rows, width = rows or 256, (core or this_core()).mxu_width
+    transposed = head_dim < width
+    # A part has as many keys as a tile of `flash_tpu`.
+    step = 4 if jnp.dtype(dtype).itemsize == 2 else 2
+    return Tiling(rows, 4 * step, 4, min(width, rows) if transposed else LANES, transposed)
 
 
 def supports(
@@ -111,6 +121,7 @@ def attention(
     end_BT: jax.Array,
     lists: KeyLists,
     scale: float,
+    *,
     tiles: Tiling | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention where query row i sees the keys start[i] <= j < end[i] in the listed pieces. Runs on local arrays.
@@ -138,11 +149,11 @@ def attention(
     # A place of a list without a piece gets a piece that no row sees.
     counted = jnp.arange(lists.starts_BHNL.shape[3], dtype=jnp.int32) < lists.counts_BHN[..., None]
     valid = counted & (lists.starts_BHNL >= 0) & (lists.starts_BHNL < S)
-    starts = _padded(jnp.where(valid, lists.starts_BHNL, NOWHERE), tiles.per)
+    starts = _whole_parts(jnp.where(valid, lists.starts_BHNL, NOWHERE), tiles)
     some = (starts + PIECE > seen_by.low) & (starts < seen_by.high)
     every = (starts >= seen_by.inner_low) & (starts + PIECE <= seen_by.inner_high)
     k, v = (pad_to_multiple(x, 2, PIECE) for x in (k_BKSd, v_BKSd))
-    return _run(q_BTHd, k, v, start, end, _visits(starts, some, every, tiles.per), None, scale * LOG2E, tiles)
+    return _run(q_BTHd, k, v, start, end, _visits(starts, some, every, tiles), None, scale * LOG2E, tiles)
 
 
 def columns(
@@ -155,6 +166,7 @@ def columns(
     scale: float,
     bias: float,
     rows: int,
+    *,
     tiles: Tiling | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over gathered keys, where query row i sees column c if start[i] <= place of c < end[i].
@@ -180,15 +192,15 @@ def columns(
     tiles = tiles or tiling(q_BTHd.shape[3], q_BTHd.dtype, rows)
     start, end = _whole_rows(start_BT, end_BT, NOWHERE, rows)
     # Pieces of columns: [B, H, N, pieces, 128].
-    places = _padded(places_BHNC, tiles.keys)
-    places = places.reshape(*places.shape[:3], -1, PIECE)
+    places = jnp.pad(places_BHNC, [(0, 0)] * 3 + [(0, -C % PIECE)], constant_values=NOWHERE)
+    places = _whole_parts(places.reshape(*places.shape[:3], -1, PIECE), tiles)
     low, high, inner_low, inner_high = (x[..., None] for x in _bounds(start, end, rows))
     some = ((places >= low) & (places < high)).any(axis=4)
     every = ((places >= inner_low) & (places < inner_high)).all(axis=4)
     here = jnp.arange(some.shape[3], dtype=jnp.int32) * PIECE
     starts = jnp.broadcast_to(jnp.where(here < C, here, NOWHERE), some.shape)
     k, v = (pad_to_multiple(x, 2, PIECE) for x in (k_BJCd, v_BJCd))
-    out, lse = _run(q_BTHd, k, v, start, end, _visits(starts, some, every, tiles.per), places, scale * LOG2E, tiles)
+    out, lse = _run(q_BTHd, k, v, start, end, _visits(starts, some, every, tiles), places, scale * LOG2E, tiles)
     # One number that is added to all logits cancels in the softmax.
     return out, lse + bias
 
@@ -207,9 +219,10 @@ def _whole_rows(start: jax.Array, end: jax.Array, slots: int, rows: int) -> tupl
     return pad_to_multiple(jnp.maximum(start, 0), 1, rows), pad_to_multiple(jnp.minimum(end, slots), 1, rows)
 
 
-def _padded(x: jax.Array, multiple: int) -> jax.Array:
-    """Pads the last of four axes to a multiple, with places that no row sees."""
-    return jnp.pad(x, [(0, 0)] * 3 + [(0, -x.shape[3] % multiple)], constant_values=NOWHERE)
+def _whole_parts(x: jax.Array, tiles: Tiling) -> jax.Array:
+    """Pads the pieces, axis 3, to whole parts, and so that a tile may begin at any part. No row sees the padding."""
+    more = -x.shape[3] % tiles.step + tiles.per - tiles.step
+    return jnp.pad(x, [(0, more if axis == 3 else 0) for axis in range(x.ndim)], constant_values=NOWHERE)
 
 
 class _Bounds(NamedTuple):
@@ -229,26 +242,32 @@ def _bounds(start_BT: jax.Array, end_BT: jax.Array, rows: int) -> _Bounds:
     return _Bounds(*(x[..., None] for x in ends))
 
 
-def _visits(starts_BHNL: jax.Array, some_BHNL: jax.Array, every_BHNL: jax.Array, per: int) -> jax.Array:
+def _visits(starts_BHNL: jax.Array, some_BHNL: jax.Array, every_BHNL: jax.Array, tiles: Tiling) -> jax.Array:
     """The scalars of each query tile, int32 [B, H, N, 1, 128 + L or more].
 
-    The first two are the first and the end of the visited list tiles. From the 128th on there are the starts of the
-    pieces, plus one in a tile in which no pair is masked.
+    The first is the place of the first piece that is visited, the second the number of list tiles. From the 128th on
+    there are the starts of the pieces, plus `_WHOLE` where a tile that begins there has no masked pair, and `_NONE`
+    where there is no piece.
 
     Args:
-      starts_BHNL: first key of each piece, or `NOWHERE`.
+      starts_BHNL: first key of each piece, or `NOWHERE`; in whole parts.
       some_BHNL, every_BHNL: whether some row sees a key of a piece, and whether every row sees all of them.
-      per: pieces of a list tile.
+      tiles: sizes.
     """
-    *lists, L = starts_BHNL.shape
-    tiles = *lists, L // per, per
-    visited = some_BHNL.reshape(tiles).any(axis=4)
+    parts = *starts_BHNL.shape[:3], -1, tiles.step
+    visited = some_BHNL.reshape(parts).any(axis=4)
     first = jnp.argmax(visited, axis=3)
-    last = jnp.where(visited.any(axis=3), L // per - jnp.argmax(visited[..., ::-1], axis=3), first)
-    head = jnp.stack([first, last], axis=3).astype(jnp.int32)
-    whole = every_BHNL.reshape(tiles).all(axis=4, keepdims=True)
-    entries = (starts_BHNL.reshape(tiles) + whole).reshape(starts_BHNL.shape)
-    return jnp.concatenate([_padded(head, LANES), _padded(entries, LANES)], axis=3)[:, :, :, None]
+    last = jnp.where(visited.any(axis=3), visited.shape[3] - jnp.argmax(visited[..., ::-1], axis=3), first)
+    head = jnp.stack([LANES + first * tiles.step, -((first - last) // tiles.parts)], axis=3).astype(jnp.int32)
+    # Whether all parts of a tile are whole, for a tile that begins at each part.
+    whole = every_BHNL.reshape(parts).all(axis=4, keepdims=True)
+    ahead = jnp.pad(whole, [(0, 0)] * 3 + [(0, tiles.parts - 1), (0, 0)])
+    whole = functools.reduce(jnp.logical_and, [ahead[:, :, :, n : n + whole.shape[3]] for n in range(tiles.parts)])
+    entries = jnp.where(starts_BHNL == NOWHERE, _NONE, starts_BHNL).reshape(parts) + whole * _WHOLE
+    entries = entries.reshape(starts_BHNL.shape)
+    ends = [(0, 0)] * 3
+    head, entries = jnp.pad(head, [*ends, (0, LANES - 2)]), jnp.pad(entries, [*ends, (0, -entries.shape[3] % LANES)])
+    return jnp.concatenate([head, entries], axis=3)[:, :, :, None]
 
 
 @functools.partial(jax.jit, static_argnames=("factor", "tiles"))
@@ -267,11 +286,11 @@ def _run(
       factor: scale of the logits in base 2.
       tiles: sizes.
     """
-    (B, T, H, d), group = q_BTHd.shape, q_BTHd.shape[2] // k.shape[1]
+    (B, T, H, d), (heads, slots) = q_BTHd.shape, k.shape[1:3]
     q, rows, keys = pad_to_multiple(q_BTHd.swapaxes(1, 2), 2, tiles.rows), tiles.rows, tiles.keys
     body: type[KeysDown | KeysAcross] = KeysDown if tiles.transposed else KeysAcross
     if tiles.transposed:
-        scratch = KeysDown.scratch(rows, keys, tiles.lanes, d, v.dtype)
+        scratch = KeysDown.scratch(rows, keys, tiles.lanes, d, v.dtype, tiles.parts)
     else:
         scratch = KeysAcross.scratch(rows, d)
     # Operands and their blocks.
@@ -279,14 +298,14 @@ def _run(
     scalars = pl.BlockSpec(
         (None, None, None, 1, visits.shape[4]), lambda b, h, i: (b, h, i, 0, 0), memory_space=pltpu.SMEM
     )
-    operands = [visits, q, k, v, *body.ends(start, end)]
+    operands = [visits, q, *(x.reshape(-1, d) for x in (k, v)), *body.ends(start, end)]
     specs = [scalars, queries, *[pl.BlockSpec(memory_space=pl.ANY)] * 2, *[body.ends_spec(rows)] * 2]
     if places is not None:
         operands.append(places)
         specs.append(pl.BlockSpec((None, None, None, *places.shape[3:]), lambda b, h, i: (b, h, i, 0, 0)))
     memory = [
-        *[pltpu.VMEM((_AHEAD + 1, keys, d), v.dtype)] * 2,
-        pltpu.SemaphoreType.DMA((2, _AHEAD + 1)),
+        *[pltpu.VMEM((_BUFFERS, keys, d), v.dtype)] * 2,
+        pltpu.SemaphoreType.DMA((2, _BUFFERS)),
         *scratch.values(),
     ]
     inputs = len(operands)
@@ -296,10 +315,11 @@ def _run(
         out, lse, k_tiles, v_tiles, arrived, *rest = refs[inputs:]
         tile, state = QueryTile(q, start, end, out, lse), dict(zip(scratch, rest, strict=True))
         program = _Program(visits, k, v, k_tiles, v_tiles, arrived, more[0] if more else None)
+        base = (pl.program_id(0) * heads + lax.div(pl.program_id(1), H // heads)) * slots
         if tiles.transposed:
-            _walk(program, KeysDown(tile, state, factor), group, tiles.per)
+            _walk(program, KeysDown(tile, state, factor), base, tiles.per)
         else:
-            _walk(program, KeysAcross(tile, state, factor, tiles.lanes), group, tiles.per)
+            _walk(program, KeysAcross(tile, state, factor, tiles.lanes, tiles.parts), base, tiles.per)
 
     out, lse = pl.pallas_call(
         kernel,
@@ -310,6 +330,7 @@ def _run(
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, H, 1, q.shape[2]), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel"),
+            disable_bounds_checks=True,
             vmem_limit_bytes=list_bytes(tiles, d, q.dtype.itemsize, 0 if places is None else places.shape[3]),
         ),
         name="list_attention" if places is None else "column_attention",
@@ -328,7 +349,7 @@ def list_bytes(tiles: Tiling, d: int, itemsize: int, places: int = 0) -> int:
     """
     wide, rows, keys = max(d, LANES), tiles.rows, tiles.keys
     copied = 2 * (2 * itemsize * wide * rows + 3 * 4 * 8 * rows + 4 * LANES * places)
-    buffers = 2 * (_AHEAD + 1) * itemsize * wide * keys
+    buffers = 2 * (_BUFFERS) * itemsize * wide * keys
     if tiles.transposed:
         scratch = 4 * (d + keys) * rows + 2 * itemsize * keys * (tiles.lanes + d)
     else:
@@ -342,7 +363,7 @@ class _Program(NamedTuple):
 
     Attributes:
       visits: scalars, from `_visits`.
-      k, v: all keys and values, in HBM.
+      k, v: keys and values of all rows and heads, [B K S, d], in HBM.
       k_tiles, v_tiles: tiles in work and being copied.
       arrived: semaphores of the copies, for keys and values and each of the tiles.
       places: of columns.
@@ -356,58 +377,73 @@ class _Program(NamedTuple):
     arrived: Ref
     places: Ref | None
 
-    def start(self, i: jax.Array, n: int, per: int) -> jax.Array:
-        """The first key of piece n of list tile i, or `NOWHERE`."""
-        return self.visits[0, LANES + i * per + n] & -PIECE
+    def copy(self, slot: jax.Array | int, place: jax.Array, base: jax.Array) -> None:
+        """Starts the copies of a list tile.
 
-    def copy(self, i: jax.Array, group: int, per: int, wait: bool) -> None:
-        """Starts the copies of list tile i, or waits for them."""
-        row, head, slot = pl.program_id(0), lax.div(pl.program_id(1), group), lax.rem(i, _AHEAD + 1)
-        for n in range(per):
-            # Where there is no piece, the last keys are copied; the mask hides them.
-            first = jnp.minimum(self.start(i, n, per), self.k.shape[2] - PIECE)
-            at, to = pl.ds(pl.multiple_of(first, PIECE), PIECE), pl.ds(n * PIECE, PIECE)
+        Args:
+          slot: index of the tile in VMEM.
+          place: of the first piece of the tile in `visits`.
+          base: the first row of the head in all keys.
+        """
+        for at in range(0, self.k_tiles.shape[1], PIECE):
+            # Where there is no piece, the first keys are copied; the mask hides them.
+            first = base + (self.visits[0, place + at // PIECE] & -PIECE)
+            source, target = pl.ds(pl.multiple_of(first, PIECE), PIECE), pl.ds(at, PIECE)
             for side, (hbm, tiles) in enumerate(((self.k, self.k_tiles), (self.v, self.v_tiles))):
-                copy = pltpu.make_async_copy(
-                    hbm.at[row, head, at, :], tiles.at[slot, to, :], self.arrived.at[side, slot]
-                )
-                copy.wait() if wait else copy.start()
+                pltpu.make_async_copy(hbm.at[source], tiles.at[slot, target], self.arrived.at[side, slot]).start()
+
+    def wait(self, slot: jax.Array) -> None:
+        """Waits for the copies of a list tile: for as many bytes as a tile has."""
+        for side, tiles in enumerate((self.k_tiles, self.v_tiles)):
+            pltpu.make_async_copy(tiles.at[slot], tiles.at[slot], self.arrived.at[side, slot]).wait()
+
+    def hide(self, s: jax.Array, low: jax.Array, high: jax.Array, at: int, axis: int, place: jax.Array) -> jax.Array:
+        """The mask, piece by piece; see `flash_tpu_bodies.Hide`."""
+        strips = []
+        for n in range(0, s.shape[axis], PIECE):
+            strip = lax.slice_in_dim(s, n, n + PIECE, axis=axis)
+            piece = place + (at + n) // PIECE
+            if self.places is None:
+                entry = self.visits[0, piece]
+                first = jnp.where(entry & _NONE == 0, entry & -PIECE, NOWHERE)
+                visible = seen(low, high, first, strip.shape, axis)
+            else:
+                places = _places(self.places, piece - LANES, strip.shape, axis)
+                visible = (places >= low) & (places < high)
+            strips.append(jnp.where(visible, strip, LOWEST))
+        return jnp.concatenate(strips, axis=axis)
 
 
-def _walk(program: _Program, body: KeysDown | KeysAcross, group: int, per: int) -> None:
-    """All visited tiles of the list of one query tile."""
-    first, last = program.visits[0, 0], program.visits[0, 1]
+def _walk(program: _Program, body: KeysDown | KeysAcross, base: jax.Array, per: int) -> None:
+    """All visited tiles of the list of one query tile.
+
+    Args:
+      program: references.
+      body: what is done with a tile.
+      base: the first row of the head in all keys.
+      per: pieces of a tile.
+    """
+    origin, count = program.visits[0, 0], program.visits[0, 1]
     body.begin()
-    for n in range(_AHEAD):
-        pl.when(first + n < last)(functools.partial(program.copy, first + n, group, per, wait=False))
+    for n in range(_BUFFERS - 1):
+        pl.when(n < count)(functools.partial(program.copy, n, origin + n * per, base))
 
     def step(i: jax.Array, _: None) -> None:
-        # This tile goes to the place of the last one.
-        ahead = i + _AHEAD
-        pl.when(ahead < last)(lambda: program.copy(ahead, group, per, wait=False))
-        program.copy(i, group, per, wait=True)
-        slot = lax.rem(i, _AHEAD + 1)
+        ahead, place, slot = i + _BUFFERS - 1, origin + i * per, i & (_BUFFERS - 1)
 
-        def hide(s: jax.Array, low: jax.Array, high: jax.Array, at: int, axis: int) -> jax.Array:
-            """The mask, piece by piece."""
-            parts = []
-            for n in range(at // PIECE, (at + s.shape[axis]) // PIECE):
-                part = lax.slice_in_dim(s, n * PIECE - at, (n + 1) * PIECE - at, axis=axis)
-                if program.places is None:
-                    visible = seen(low, high, program.start(i, n, per), part.shape, axis)
-                else:
-                    place = _places(program.places, i * per + n, part.shape, axis)
-                    visible = (place >= low) & (place < high)
-                parts.append(jnp.where(visible, part, LOWEST))
-            return jnp.concatenate(parts, axis=axis)
+        # The copy ahead takes the place of the last tile.
+        @pl.when(ahead < count)
+        def copy() -> None:
+            program.copy(ahead & (_BUFFERS - 1), origin + ahead * per, base)
 
+        program.wait(slot)
         k, v = program.k_tiles.at[slot], program.v_tiles.at[slot]
-        full = (program.visits[0, LANES + i * per] & 1) == 1
+        full = program.visits[0, place] & _WHOLE != 0
         pl.when(full)(lambda: body.step(i, k, v, None))
-        pl.when(~full)(lambda: body.step(i, k, v, hide))
+        pl.when(~full)(lambda: body.step(i, k, v, functools.partial(program.hide, place=place)))
 
-    lax.fori_loop(first, last, step, None)
-    body.finish(last)
+    lax.fori_loop(0, count, step, None)
+    body.finish(count)
 
 
 def _places(places_ref: Ref, piece: jax.Array, shape: Sequence[int], axis: int) -> jax.Array:
