@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
-from qwen_jax.attention import dual_chunk
 from qwen_jax.attention.block import Attention
 from qwen_jax.attention.cache import Cache, LayerCache
-from qwen_jax.attention.rope import Rope, rope_table
+from qwen_jax.attention.dual_chunk import rope_and_masks
+from qwen_jax.attention.rope import Rope
+from qwen_jax.attention.sparse import Diagnostics
+from qwen_jax.attention.sparse_block import SparseChunk, attend_sparsely
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.matmul import few_rows
 from qwen_jax.linear import Embedding, Linear, RMSNorm, initializers
@@ -37,11 +39,22 @@ class Output:
       hidden: normalised hidden state [B, T, D] in the compute dtype; `Qwen2.logits` takes it.
       cache: the cache with the new tokens in it, if there was one.
       routing: statistics of every layer with experts, with a leading axis over these layers, if they were asked for.
+      skipped: what sparse attention left out, with a leading axis over layers.
     """
 
     hidden: jax.Array
     cache: Any = None
     routing: RouterStats | None = None
+    skipped: Diagnostics | None = None
+
+
+class LayerOutput(NamedTuple):
+    """The residual stream after a layer, the layer's cache, statistics of its router, and what attention left out."""
+
+    x_BTD: jax.Array
+    cache: LayerCache | None = None
+    routing: RouterStats | None = None
+    skipped: Diagnostics | None = None
 
 
 class MLP(nnx.Module):
@@ -117,14 +130,16 @@ class Block(nnx.Module):
         *,
         remat: Remat = "none",
         valid_BT: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerCache | None, RouterStats | None]:
-        """The residual stream after the layer, the layer's cache, and statistics of the router.
+        sparse: SparseChunk | None = None,
+    ) -> LayerOutput:
+        """Runs the layer.
 
         Args:
           x_BTD: the residual stream.
-          rope, masks: the rotations, and the masks of the parts of the keys; see `Qwen2.rope_and_masks`.
+          rope, masks: the rotations, and the masks of the parts of the keys; see `rope_and_masks`.
           cache, valid_BT: as for `Qwen2.__call__`; the cache is that of this layer.
           remat: "dots" runs the layer in pieces, each one product with the elementwise work around it.
+          sparse: as for `Qwen2.__call__`, with the budgets of this layer.
         """
         dots = remat == "dots"
         run = recompute_piece if dots else run_piece
@@ -136,7 +151,12 @@ class Block(nnx.Module):
         # Attention.
         with jax.named_scope("attention"):
             norm, h_BTD = prenorm(self.input_norm, x_BTD)
-            if cache is not None:
+            skipped: Diagnostics | None = None
+            if cache is not None and sparse is not None:
+                projected = self.attention.queries_keys_values(h_BTD, rope)
+                attention = self.attention.config, self.attention.sharding, self.attention.options.attention
+                out, cache, skipped = attend_sparsely(*attention, *projected, masks, cache, sparse)
+            elif cache is not None:
                 out, cache = self.attention.attend_cached(h_BTD, rope, masks, cache)
             else:
                 queries, k, v = run(
@@ -149,18 +169,19 @@ class Block(nnx.Module):
             x_BTD = run(lambda attention, x, out: x + attention.output(out), (self.attention,), x_BTD, out)
 
         # Feed-forward part: one MLP, or experts beside a shared MLP.
-        sparse = hasattr(self, "moe")
-        with jax.named_scope("moe" if sparse else "mlp"):
-            mlp = self.moe.shared if sparse else self.mlp
+        experts = hasattr(self, "moe")
+        with jax.named_scope("moe" if experts else "mlp"):
+            mlp = self.moe.shared if experts else self.mlp
             norm, h_BTD = prenorm(self.post_attention_norm, x_BTD)
             gate_up = run(lambda norm, mlp, h: mlp.gate_and_up(norm(h)), (norm, mlp), h_BTD)
-            if not sparse:
-                return run(lambda mlp, x, *h: x + mlp.down_swiglu(*h), (mlp,), x_BTD, *gate_up), cache, None
+            if not experts:
+                x_BTD = run(lambda mlp, x, *h: x + mlp.down_swiglu(*h), (mlp,), x_BTD, *gate_up)
+                return LayerOutput(x_BTD, cache, skipped=skipped)
             shared = run(lambda mlp, *h: mlp.down_swiglu(*h), (mlp,), *gate_up)
             shared = run(lambda norm, moe, h, y: moe.apply_shared_gate(norm(h), y), (norm, self.moe), h_BTD, shared)
             norm_D = self.post_attention_norm.weight[...]
             out, routing = self.moe.routed(x_BTD, norm_D, valid_BT, shared, keep_dots=dots)
-            return x_BTD + out, cache, routing
+            return LayerOutput(x_BTD + out, cache, routing, skipped)
 
 
 class Qwen2(nnx.Module):
@@ -193,6 +214,7 @@ class Qwen2(nnx.Module):
         remat: Remat = "none",
         valid_BT: jax.Array | None = None,
         length_B: jax.Array | None = None,
+        sparse: SparseChunk | None = None,
     ) -> Output:
         """Runs the model up to the last norm.
 
@@ -207,6 +229,7 @@ class Qwen2(nnx.Module):
             are returned.
           length_B: int32, the length of each row's text when it is complete, for the length factor of dual-chunk
             attention. By default the text ends with these tokens; a row of several documents counts as its longest.
+          sparse: the tokens are a chunk that is read by sparse attention; needs a contiguous cache.
         """
         # Inputs in the sharding of the model.
         spec, dtype = self.sharding, jnp.dtype(self.options.dtype)
@@ -216,54 +239,45 @@ class Qwen2(nnx.Module):
         # Embedding and rotary tables.
         with jax.named_scope("embed"):
             x_BTD = self.embed(tokens_BT, dtype)
-        rope, masks = self.rope_and_masks(positions_BT, mask, cache, length_B)
+        longest = positions_BT.shape[1] if cache is None else cache.slots
+        rope, masks = rope_and_masks(self.config, positions_BT, mask, longest, length_B, dtype)
 
         # Layers.
         routing: RouterStats | None = None
+        skipped: Diagnostics | None = None
         if cache is not None:
-            x_BTD, cache = self._run_cached(x_BTD, rope, masks, cache)
+            x_BTD, cache, skipped = self._run_cached(x_BTD, rope, masks, cache, sparse)
         else:
 
             def layer(block: Block, x_BTD: jax.Array) -> tuple[jax.Array, RouterStats | None]:
-                return block(x_BTD, rope, masks, remat=remat, valid_BT=valid_BT)[::2]
+                output = block(x_BTD, rope, masks, remat=remat, valid_BT=valid_BT)
+                return output.x_BTD, output.routing
 
             x_BTD, routing = run_layers(self.layers, layer, x_BTD, self._block, self.config, remat)
 
         # Norm.
         with jax.named_scope("norm"):
-            return Output(self.norm(x_BTD), cache, routing)
-
-    def rope_and_masks(
-        self,
-        positions_BT: jax.Array,
-        mask: kernels.Mask,
-        cache: Cache[Any] | None = None,
-        length_B: jax.Array | None = None,
-    ) -> tuple[Rope, tuple[kernels.Mask, ...]]:
-        """The rotations of queries and keys, and the masks of the parts of the keys; arguments as for `__call__`.
-
-        There is one part, unless dual-chunk attention is configured and a text may be longer than one chunk.
-        """
-        config, dtype = self.config, jnp.dtype(self.options.dtype)
-        longest = positions_BT.shape[1] if cache is None else cache.slots
-        if config.dual_chunk is None or not dual_chunk.is_needed(config, longest):
-            table = rope_table(config, positions_BT, dtype)
-            return Rope(table, (table,)), (mask,)
-        length_B = positions_BT.max(axis=1) + 1 if length_B is None else length_B
-        masks = dual_chunk.split_mask(config.dual_chunk, mask, positions_BT)
-        return dual_chunk.rope(config, positions_BT, length_B, dtype), masks
+            return Output(self.norm(x_BTD), cache, routing, skipped)
 
     def _run_cached(
-        self, x_BTD: jax.Array, rope: Rope, masks: tuple[kernels.Mask, ...], cache: Cache[Any]
-    ) -> tuple[jax.Array, Cache[Any]]:
+        self,
+        x_BTD: jax.Array,
+        rope: Rope,
+        masks: tuple[kernels.Mask, ...],
+        cache: Cache[Any],
+        sparse: SparseChunk | None,
+    ) -> tuple[jax.Array, Cache[Any], Diagnostics | None]:
         if not isinstance(self.layers, nnx.List):
             raise ValueError("A cache needs unstacked layers: bind with Options(stacked=False).")
-        written = []
+        outputs: list[LayerOutput] = []
         for i, (block, layer) in enumerate(zip(self.layers, cache.layers, strict=True)):
             with jax.named_scope(f"layer{i}"):
-                x_BTD, layer, _ = block(x_BTD, rope, masks, layer)
-            written.append(layer)
-        return x_BTD, cache.with_layers(written)
+                chunk = None if sparse is None else sparse.layer(i)
+                outputs.append(block(x_BTD, rope, masks, layer, sparse=chunk))
+                x_BTD = outputs[-1].x_BTD
+        found = [output.skipped for output in outputs if output.skipped is not None]
+        skipped = jax.tree.map(lambda *x: jnp.stack(x), *found) if found else None
+        return x_BTD, cache.with_layers([output.cache for output in outputs]), skipped
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of hidden states. V counts the padding rows of the embedding."""

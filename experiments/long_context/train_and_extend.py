@@ -3,7 +3,7 @@
     python -m experiments.long_context.train_and_extend --folder extend-run --seeds 0 1 2
     python -m experiments.long_context.train_and_extend --folder extend-run --table     # of what has been run
 
-It learns the next byte of real text (half of each batch), copying and finding needles (a quarter each), at one length.
+It learns the next byte of real text (half of each batch), copying (an eighth) and finding needles (the rest).
 Then, without further training, it is read by each scheme:
 
 - `rope`: plain positions, beyond those that it has seen.
@@ -35,6 +35,7 @@ from convert.huggingface import export
 from experiments.learning.data import find_text
 from qwen_jax.config import DualChunk, ModelConfig, Yarn
 from qwen_jax.errors import InputError
+from qwen_jax.files import to_json
 from qwen_jax.inference import Engine
 from qwen_jax.parallel.sharding import make_mesh
 from train.data.batch import Batch
@@ -125,7 +126,7 @@ def extended(model: ModelConfig, scheme: str, trained: int, length: int) -> Mode
 
 
 class Mixture:
-    """Batches by step: half of the rows are real text, a quarter copies, a quarter needles.
+    """Batches by step: half of the rows are real text, an eighth copies, the rest needles.
 
     The answers of a row of needles, and a row's copy, weigh half as much as a row of text.
 
@@ -140,13 +141,13 @@ class Mixture:
 
     def __getitem__(self, step: int) -> Batch:
         rng, T, B = np.random.default_rng([self._seed, step]), self._setup.length, self._setup.batch
-        copies = needles = B // 4
+        copies, needles = B // 8, 3 * B // 8
         # Copies of any size, so that no distance between the two is the rule.
         size = int(rng.integers(T // 8, (T - 1) // 2 + 1))
         copied, copy_weights = synthetic_ids.copy_rows(rng, copies, T, LAYOUT, size)
         # Needles in text and in random ids, many of them asked for.
         most = min(T // 15, 32)
-        asked = max(most // 4, 1)
+        asked = max(most // 2, 1)
         noise = rng.choice(LAYOUT.noise, (needles, T)).astype(np.int32)
         noise[::2] = self._rows(rng, len(noise[::2]))
         hidden, answers = synthetic_ids.needle_rows(
@@ -307,8 +308,11 @@ def run(
             wanted = seed, scheme, attention, ratio
             if any(tuple(r[key] for key in keys) == wanted and "refused" not in r for r in done):
                 continue
-            append_record(path, read(setup, seed, scheme, ratio, attention, held_out, folder))
-            print(table(read_records(path, "seed")), flush=True)
+            record = read(setup, seed, scheme, ratio, attention, held_out, folder)
+            append_record(path, record)
+            shown = {name: value for name, value in record.items() if name not in ("cells", "buckets")}
+            print(to_json(shown), flush=True)
+    print(table(read_records(path, "seed")))
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:

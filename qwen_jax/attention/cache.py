@@ -65,6 +65,14 @@ class LayerCache(Protocol):
         """
         ...
 
+    def keys_values(self, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+        """All keys and values as head-major arrays [B, K, S, d], for sparse attention. Runs on local arrays.
+
+        Args:
+          dtype: of the queries. A cache in 8 bits is dequantised to it.
+        """
+        ...
+
     def supports_step(self, implementation: kernels.Implementation, x: jax.Array, heads: int, kv_heads: int) -> bool:
         """Whether one kernel adds the bias, rotates, writes and attends for one new token a row.
 
@@ -170,6 +178,10 @@ class ContiguousLayer:
     @property
     def _in_8_bits(self) -> bool:
         return isinstance(self.k_BKSd, kernels.Int8Rows)
+
+    def keys_values(self, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+        k, v = (x.dequantized(dtype) if isinstance(x, kernels.Int8Rows) else x for x in (self.k_BKSd, self.v_BKSd))
+        return k, v
 
     def supports_step(self, implementation: kernels.Implementation, x: jax.Array, heads: int, kv_heads: int) -> bool:
         return not self.fresh and kernels.supports_decode_step(
@@ -320,6 +332,9 @@ class PagedLayer:
     ) -> tuple[jax.Array, jax.Array]:
         pages = self.k_NKPd, self.v_NKPd, self.pages_BM
         return kernels.paged_attention(q_BTHd, *pages, mask, scale=scale, implementation=implementation)
+
+    def keys_values(self, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+        raise ValueError("Sparse attention needs a contiguous cache.")
 
     def supports_step(self, implementation: kernels.Implementation, x: jax.Array, heads: int, kv_heads: int) -> bool:
         return False

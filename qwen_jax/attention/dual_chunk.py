@@ -84,6 +84,42 @@ def split_mask(dual_chunk: DualChunk, mask: kernels.Mask, positions_BT: jax.Arra
     return kernels.Mask(intra, end), kernels.Mask(successive, intra), kernels.Mask(start, successive)
 
 
+def rope_and_masks(
+    config: ModelConfig,
+    positions_BT: jax.Array,
+    mask: kernels.Mask,
+    longest: int,
+    length_B: jax.Array | None,
+    dtype: jnp.dtype,
+) -> tuple[Rope, tuple[kernels.Mask, ...]]:
+    """The rotations of queries and keys, and the masks of the parts of the keys.
+
+    There is one part, unless dual-chunk attention is configured and a text may be longer than one chunk.
+
+    Args:
+      config: the architecture.
+      positions_BT: int32, position of each token in its document.
+      mask: the keys that each row sees.
+      longest: tokens that a text may have.
+      length_B: int32, tokens of each text; by default up to the last of these positions.
+      dtype: of queries and keys.
+    """
+    if config.dual_chunk is None or not is_needed(config, longest):
+        table = rope_table(config, positions_BT, dtype)
+        return Rope(table, (table,)), (mask,)
+    length_B = positions_BT.max(axis=1) + 1 if length_B is None else length_B
+    return rope(config, positions_BT, length_B, dtype), split_mask(config.dual_chunk, mask, positions_BT)
+
+
+def continuous_positions(dual_chunk: DualChunk) -> tuple[int, ...]:
+    """What is added to a query's position in its chunk, for each part, to choose keys of sparse attention by.
+
+    These positions are not clipped, so that they grow with the distance of a key. Source: Qwen2.5-1M report, section
+    5.2.
+    """
+    return 0, dual_chunk.chunk_len, dual_chunk.chunk_size
+
+
 def over_parts(attend: Attend, queries: tuple[jax.Array, ...], masks: tuple[kernels.Mask, ...]) -> jax.Array:
     """Attention over all parts of the keys, [B, T, H, d]. Runs on local arrays.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qwen_jax import kernels
 from qwen_jax.attention import pooled_blocks, sparse_parts, vertical_slash
@@ -29,6 +30,7 @@ __all__ = [
     "Diagnostics",
     "Part",
     "PooledBlocks",
+    "SparsePrefill",
     "Tiling",
     "VerticalSlash",
     "attend",
@@ -67,6 +69,46 @@ class Diagnostics:
     audit_recall_BH: jax.Array | None
     pieces_cut_BH: jax.Array
     columns_cut_BH: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("budgets_LH2",), meta_fields=("pattern", "max_columns", "measure")
+)
+@dataclasses.dataclass(frozen=True)
+class SparsePrefill:
+    """Sparse attention for a model's prefill: the pattern, and the budgets of all layers as an argument of programs.
+
+    Attributes:
+      budgets_LH2: int32, columns and slashes of each layer and query head; None without budgets.
+      pattern: what is compiled in. Budgets are not.
+      max_columns: capacity for the columns of a head.
+      measure: whether recall is measured.
+    """
+
+    budgets_LH2: jax.Array | None
+    pattern: VerticalSlash | PooledBlocks
+    max_columns: int
+    measure: bool = True
+
+    @classmethod
+    def of(cls, pattern: VerticalSlash | PooledBlocks, max_columns: int | None = None) -> "SparsePrefill":
+        """For a pattern.
+
+        Args:
+          pattern: with its budgets.
+          max_columns: capacity for columns, so that one program serves larger budgets, too; by default what the
+            pattern needs.
+        """
+        if isinstance(pattern, PooledBlocks):
+            return cls(None, pattern, 0)
+        most = max(pattern.most_columns, max_columns or 0)
+        budgets = np.stack([pattern.budgets(layer) for layer in range(len(pattern.columns))])
+        return cls(jnp.asarray(budgets), VerticalSlash((), ()), -(-most // BLOCK) * BLOCK)
+
+    def layer(self, i: int) -> "SparsePrefill":
+        """With the budgets [H, 2] of one layer."""
+        budgets = self.budgets_LH2
+        return self if budgets is None else dataclasses.replace(self, budgets_LH2=budgets[i])
 
 
 def attend(
@@ -158,8 +200,9 @@ def attend(
                 )
     out_BTHd, lse_BHT = kernels.merge(merged)
     density_BH = visits.visited_BH / jnp.maximum(_visible(parts), 1.0)[:, None]
-    recall = _recall(lse_BHT, full_BHR, rows_R) if measure else (None, None)
-    return out_BTHd, lse_BHT, Diagnostics(density_BH, *recall, visits.pieces_cut_BH, visits.columns_cut_BH)
+    probe, audit = _recall(lse_BHT, full_BHR, rows_R) if measure else (None, None)
+    skipped = Diagnostics(density_BH, probe, audit, visits.pieces_cut_BH, visits.columns_cut_BH)
+    return out_BTHd, lse_BHT, skipped
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from qwen_jax.cli.common import Count, DType, ModelOption, ModelPosition, model_name, sibling
+from qwen_jax.cli.common import Count, ModelOption, ModelPosition, model_name, sibling
 from qwen_jax.cli.failures import complain
-from qwen_jax.cli.generate import Attention, Model, Sampling
 from qwen_jax.cli.lines import read_text
+from qwen_jax.cli.model import Model, Running, Sampling
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json, why_unusable
 
@@ -38,9 +38,6 @@ class Common:
       lengths: In tokens; by default 1,024 to 32,768, as far as the model's context holds them.
       output: Folder for results; by default eval- and the name of the task.
       batch_size: Prompts that are read at once; by default as many as have 65,536 tokens, at most 32.
-      dtype: To compute in; by default the checkpoint's own on a GPU or TPU, float32 on a CPU.
-      mesh: Devices to spread over, such as tensor=2.
-      attention: Kernel that computes it; auto takes the best one here.
       json: Print the summary as JSON, instead of a table.
     """
 
@@ -49,9 +46,7 @@ class Common:
     lengths: Lengths = ()
     output: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     batch_size: Count = None
-    dtype: DType | None = None
-    mesh: Annotated[str, tyro.conf.arg(metavar="AXIS=N,...")] = ""
-    attention: Attention = "auto"
+    running: tyro.conf.OmitArgPrefixes[Running] = dataclasses.field(default_factory=Running)
     json: bool = False
 
     def open_model(self, need_tokenizer: bool) -> Model:
@@ -59,8 +54,8 @@ class Common:
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"--batch-size must be at least 1, got {self.batch_size}.")
         # Answers on token ids end by their length alone.
-        sampling = Sampling(dtype=self.dtype, mesh=self.mesh, attention=self.attention, ignore_eos=not need_tokenizer)
-        return Model(model_name(self.folder, self.model), sampling, need_tokenizer=need_tokenizer)
+        sampling = Sampling(ignore_eos=not need_tokenizer)
+        return Model(model_name(self.folder, self.model), sampling, self.running, need_tokenizer=need_tokenizer)
 
     def chosen_lengths(self, config: "ModelConfig") -> tuple[int, ...]:
         """The lengths, in tokens. Raises InputError if one exceeds the model's context."""
@@ -215,7 +210,7 @@ class Perplexity:
         # What is wrong for any model.
         if not self.text:
             raise InputError("Give a text: --text FILE.")
-        if min(self.last, self.loss_chunk, self.bucket or 1) < 1:
+        if min(self.last, self.loss_chunk, 1 if self.bucket is None else self.bucket) < 1:
             raise InputError("--last, --bucket and --loss-chunk must be at least 1.")
         text = "\n".join(map(_read, self.text))
         model = self.common.open_model(need_tokenizer=True)
@@ -414,8 +409,7 @@ def _settings(common: Common, model: Model, **more: Any) -> dict[str, Any]:
         "model": str(model.checkpoint),
         "config": sibling("train.fields").as_json(model.config),
         "tokenizer": None if model.tokenizer is None else model.tokenizer.fingerprint(),
-        "dtype": common.dtype,
-        "attention": common.attention,
+        "running": dataclasses.asdict(common.running),
         "version": importlib.metadata.version("qwen-jax"),
         **more,
     }

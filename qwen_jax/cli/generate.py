@@ -2,231 +2,27 @@
 
 import dataclasses
 import json
-import os
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from qwen_jax.cli.common import Count, DType, ModelOption, ModelPosition, Number, Texts, model_name, sibling
+from qwen_jax.cli.common import ModelOption, ModelPosition, Texts, model_name
 from qwen_jax.cli.failures import complain, explain
 from qwen_jax.cli.lines import read_lines, read_text
+from qwen_jax.cli.model import IdLists, Model, Running, Sampling, parse_ids
 from qwen_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
-    from qwen_jax.config import ModelConfig
-    from qwen_jax.inference import Completion, Document, Engine, SamplingParams
-    from qwen_jax.tokenizer import Tokenizer
+    from qwen_jax.inference import Completion, Document, Engine
 
 
-# The values of `qwen_jax.kernels.Implementation`, which takes seconds to import.
-Attention = Literal["auto", "gpu", "cudnn", "tpu", "xla", "reference"]
 # Tokens of a conversation about a document.
 _CONVERSATION = 16_384
-IdLists = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="1,2,3")]
 Message = dict[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How tokens are sampled. Values that are not given come from the checkpoint's generation_config.json.
-
-    Args:
-        max_new_tokens: At most this many new tokens.
-        temperature: Divides the logits; 0 is greedy.
-        top_k: Keep the K most likely tokens; 0 keeps all.
-        top_p: Keep the most likely tokens up to this probability; 1 keeps all.
-        min_p: Keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
-        repetition_penalty: Makes tokens that have occurred less likely; 1 is none.
-        seed: Of the random numbers. generate uses SEED + i for prompt i, by default 0 + i; chat uses SEED + i for
-            turn i, by default a new seed each turn.
-        stop: Strings that end a text; they are cut off.
-        stop_token_ids: Further token ids that end a text; may be given several times.
-        ignore_eos: Let only --stop, --stop-token-ids and the length end a text.
-        dtype: To compute in; by default the checkpoint's own on a GPU or TPU, float32 on a CPU.
-        mesh: Devices to spread over, such as tensor=2.
-        attention: Kernel that computes it; auto takes the best one here.
-        rope_scaling: Longer texts than those of training by YaRN, such as yarn:4 for four times the length.
-        dual_chunk: Four times the length of training by dual-chunk attention; short texts are as before.
-        trained_length: Length of training in tokens, for these two; by default the model's max_position_embeddings.
-        prefill_chunk: Longer prompts are read this many tokens at a time.
-    """
-
-    max_new_tokens: Count = None
-    temperature: Number = None
-    top_k: Count = None
-    top_p: Number = None
-    min_p: Number = None
-    repetition_penalty: Number = None
-    seed: Count = None
-    stop: Texts = ()
-    stop_token_ids: IdLists = ()
-    ignore_eos: bool = False
-    dtype: DType | None = None
-    mesh: Annotated[str, tyro.conf.arg(metavar="AXIS=N,...")] = ""
-    attention: Attention = "auto"
-    rope_scaling: Annotated[str | None, tyro.conf.arg(metavar="yarn:FACTOR")] = None
-    dual_chunk: bool = False
-    trained_length: Count = None
-    prefill_chunk: Annotated[int, tyro.conf.arg(metavar="N")] = 32768
-
-    def extended(self, config: "ModelConfig") -> "ModelConfig":
-        """The model's config with the context extension asked for. Raises InputError where it is not defined."""
-        if self.rope_scaling is not None:
-            config = config.with_rope_scaling(self.rope_scaling, self.trained_length)
-        return config.with_dual_chunk(trained_length=self.trained_length) if self.dual_chunk else config
-
-    def resolve(self, defaults: "SamplingParams") -> "SamplingParams":
-        """Returns the defaults, replaced where the command line has a value. Raises InputError for a wrong value."""
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return dataclasses.replace(defaults, **given)
-
-    def check(self) -> None:
-        """Raises InputError for values that are wrong for any checkpoint."""
-        from qwen_jax.inference import SamplingParams
-
-        self.resolve(SamplingParams())
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if "" in self.stop:
-            raise InputError("A stop string must not be empty.")
-        if self.prefill_chunk < 1:
-            raise InputError(f"--prefill-chunk must be at least 1, got {self.prefill_chunk}.")
-        if self.rope_scaling is not None and self.dual_chunk:
-            raise InputError("--rope-scaling and --dual-chunk together are not defined. Give one of them.")
-        if self.trained_length is not None and self.rope_scaling is None and not self.dual_chunk:
-            raise InputError("--trained-length needs --rope-scaling or --dual-chunk.")
-        self.stop_ids()
-
-    def stop_ids(self) -> list[int]:
-        """The ids of --stop-token-ids. Raises InputError for something else than ids."""
-        return [i for text in self.stop_token_ids for i in _parse_ids(text)]
-
-
-class Model:
-    """A checkpoint's small files, read and checked before its weights are downloaded or loaded.
-
-    Args:
-      name: a folder or a Hub id.
-      options: from the command line.
-      need_tokenizer: whether a checkpoint without a tokenizer is an error.
-      also_ends: names of tokens that end a text, too, where the vocabulary has them.
-
-    Raises:
-      InputError: a wrong option, an unsupported model, damaged files, or options that do not fit the model.
-    """
-
-    def __init__(self, name: str, options: Sampling, need_tokenizer: bool, also_ends: Sequence[str] = ()):
-        # Options that are wrong for any checkpoint.
-        options.check()
-        from qwen_jax.config import load_config
-        from qwen_jax.hub import SMALL, is_hub_id, resolve
-        from qwen_jax.inference import load_generation_defaults
-        from qwen_jax.inference import prompts as checks
-        from qwen_jax.parallel.sharding import Sharding, make_mesh, parse_mesh
-
-        self.options, self.mesh = options, make_mesh(parse_mesh(options.mesh))
-        # The small files.
-        self.folder = resolve(name, SMALL)
-        self.checkpoint: str | Path = name if is_hub_id(name) else self.folder
-        self.config = options.extended(load_config(self.folder))
-        self.defaults = load_generation_defaults(self.folder, self.config)
-        self.tokenizer = self._tokenizer(need_tokenizer)
-        # Options that must fit this checkpoint.
-        self.sampling = options.resolve(self.defaults.sampling)
-        Sharding.for_inference(self.config, self.mesh)
-        self.vocab_limit = checks.vocab_limit(self.config, self.tokenizer)
-        self.stop = checks.check_stop(options.stop, self.tokenizer)
-        ends = list(checks.check_ids(options.stop_ids(), "--stop-token-ids", self.config.vocab_size))
-        if not options.ignore_eos:
-            config = dataclasses.replace(self.config, eos_token_ids=self.defaults.eos_token_ids)
-            ends += checks.default_eos(config, self.tokenizer)
-            if self.tokenizer is not None:
-                ends += [i for i in map(self.tokenizer.token_to_id, also_ends) if i is not None]
-        self.eos_token_ids = tuple(dict.fromkeys(ends))
-
-    def _tokenizer(self, needed: bool) -> "Tokenizer | None":
-        from qwen_jax.tokenizer import load_tokenizer
-
-        files = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "qwen.tiktoken")
-        if not needed and not any((self.folder / name).is_file() for name in files):
-            return None
-        return load_tokenizer(self.folder)
-
-    def new_tokens(self, longest_prompt: int) -> int:
-        """How many new tokens: as given; otherwise the checkpoint's default, at most what the context leaves.
-
-        Raises:
-          InputError: prompt and new tokens do not fit the context.
-        """
-        from qwen_jax.inference.prompts import check_lengths
-
-        wanted = self.options.max_new_tokens
-        if wanted is None:
-            wanted = self.defaults.new_tokens(longest_prompt, self.config.context_length)
-        check_lengths(self.config, longest_prompt, wanted)
-        return wanted
-
-    def engine(self) -> "Engine":
-        """Loads the weights; downloads them first if the model is a Hub id."""
-        import jax
-
-        from qwen_jax.inference import Engine
-
-        _enable_compilation_cache()
-        default = "float32" if jax.default_backend() == "cpu" else self.config.dtype
-        dtype = self.options.dtype or default
-        config, params = sibling("convert").load(self.checkpoint, self.mesh, dtype)
-        engine = Engine(
-            self.options.extended(config),
-            params,
-            self.mesh,
-            tokenizer=self.tokenizer,
-            dtype=dtype,
-            prefill_chunk=self.options.prefill_chunk,
-            attention=self.options.attention,
-            eos_token_ids=self.eos_token_ids,
-        )
-        engine.on_chunk = PromptProgress()
-        return engine
-
-
-class PromptProgress:
-    """A progress bar on standard error for prompts that are read in chunks: tokens, tokens/s and time left."""
-
-    def __init__(self) -> None:
-        self._bar: Progress | None = None
-
-    def __call__(self, read: int, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        if self._bar is None:
-            speed = TextColumn("{task.speed:,.0f} tokens/s")
-            columns = TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn()
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._bar.add_task("", total=total)
-            self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=read)
-        if read >= total:
-            self._bar.stop()
-            self._bar = None
-
-
-def _enable_compilation_cache() -> None:
-    """Keeps the compiled programs of accelerators on disk, unless the user has chosen a folder already."""
-    import jax
-
-    if jax.default_backend() == "cpu" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    jax.config.update("jax_compilation_cache_dir", str(cache / "qwen_jax" / "compiled"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +49,7 @@ class Generate:
     folder: ModelPosition = None
     model: ModelOption = None
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = dataclasses.field(default_factory=Sampling)
+    running: tyro.conf.OmitArgPrefixes[Running] = dataclasses.field(default_factory=Running)
     prompt: Texts = ()
     prompt_file: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE")] = ()
     prompt_per: Literal["line", "file"] = "line"
@@ -268,7 +65,7 @@ class Generate:
         if self.batch_size < 1:
             raise InputError(f"--batch-size must be at least 1, got {self.batch_size}.")
         prompts = self._prompts()
-        model = Model(name, self.sampling, need_tokenizer=not self.prompt_ids)
+        model = Model(name, self.sampling, self.running, need_tokenizer=not self.prompt_ids)
         from qwen_jax.inference.prompts import encode
 
         ids = [encode(prompt, i, model.tokenizer, model.vocab_limit) for i, prompt in enumerate(prompts)]
@@ -309,7 +106,7 @@ class Generate:
         if self.prompt:
             return list(self.prompt)
         if self.prompt_ids:
-            return [_parse_ids(text) for text in self.prompt_ids]
+            return [parse_ids(text) for text in self.prompt_ids]
         return [prompt for name in self.prompt_file for prompt in _prompts_of_file(name, self.prompt_per)]
 
     def _show(self, i: int, total: int, completion: "Completion") -> None:
@@ -355,13 +152,6 @@ def _prompts_of_file(name: str, per: Literal["line", "file"]) -> list[str]:
     return prompts
 
 
-def _parse_ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"Expected token ids such as 1,2,3; got {text!r}.") from None
-
-
 @dataclasses.dataclass(frozen=True)
 class Chat:
     """Talk to a model. /reset starts anew, /exit or Ctrl-D ends, Ctrl-C stops a reply.
@@ -376,13 +166,14 @@ class Chat:
     folder: ModelPosition = None
     model: ModelOption = None
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = dataclasses.field(default_factory=Sampling)
+    running: tyro.conf.OmitArgPrefixes[Running] = dataclasses.field(default_factory=Running)
     system: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
     document: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
 
     def run(self) -> int:
         name = model_name(self.folder, self.model)
         # The end-of-text id of a base checkpoint does not end a turn.
-        model = Model(name, self.sampling, need_tokenizer=True, also_ends=["<|im_end|>"])
+        model = Model(name, self.sampling, self.running, need_tokenizer=True, also_ends=["<|im_end|>"])
         assert model.tokenizer is not None
         parts = [] if self.system is None else [self.system]
         parts += [] if self.document is None else [_text_of_file(self.document, "document")]

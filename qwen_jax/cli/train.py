@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_jax.cli.common import parse, sibling
-from qwen_jax.cli.generate import Model, Sampling
+from qwen_jax.cli.model import Model, Running, Sampling
 
 if TYPE_CHECKING:
     from qwen_jax.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ def quickstart(argv: Sequence[str]) -> int:
     def complete(folder: Path, prompts: Sequence[str], max_new_tokens: int) -> Iterable[Iterable[str]]:
         # With greedy sampling, such a small model would soon repeat itself.
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.7, top_p=0.9, seed=options.seed)
-        model = Model(str(folder), sampling, need_tokenizer=True)
+        model = Model(str(folder), sampling, Running(), need_tokenizer=True)
         engine = model.engine()
         for prompt in prompts:
             stream = engine.stream(prompt, model.sampling, max_new_tokens=max_new_tokens)

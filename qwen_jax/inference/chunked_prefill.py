@@ -17,7 +17,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.attention.cache import ContiguousCache
-from qwen_jax.inference.programs import DecodeState, StaticArgs, mark_seen, sample_first
+from qwen_jax.attention.sparse import Diagnostics, SparsePrefill
+from qwen_jax.attention.sparse_block import SparseChunk
+from qwen_jax.inference.programs import DecodeState, StaticArgs, empty_cache, mark_seen, sample_first
 from qwen_jax.inference.sampling import SamplingMode, SamplingValues
 from qwen_jax.params import Params, bind
 
@@ -42,17 +44,17 @@ class PrefillState:
 
 
 @functools.partial(jax.jit, static_argnames=("static",))
-def empty_state(start_B: jax.Array, *, static: StaticArgs) -> PrefillState:
+def empty_state(params: Params, start_B: jax.Array, *, static: StaticArgs) -> PrefillState:
     """A state without tokens.
 
     Args:
+      params: in the layout of `static.options`.
       start_B: int32, the first slot of each row.
       static: settings that are compiled in.
     """
     config, spec, dtype = static.config, static.sharding, jnp.dtype(static.options.dtype)
-    # The lengths of prompts that start there; `fresh` is for prompts that are read in one piece.
-    cache = ContiguousCache.for_prompts(config, spec, start_B, static.slots, dtype)
-    cache = dataclasses.replace(cache, start_B=start_B, fresh=False)
+    # `fresh` is for prompts that are read in one piece.
+    cache = dataclasses.replace(empty_cache(params, start_B, static), start_B=start_B, fresh=False)
     wide, rows = P(*spec.rows, None), len(start_B)
     hidden_BD = jnp.zeros((rows, config.hidden_size), dtype, out_sharding=wide)
     seen_BV = jnp.zeros((rows, config.vocab_size), bool, out_sharding=wide) if static.mode.penalty else None
@@ -79,9 +81,10 @@ def prefill_chunk(
     tokens_BC: jax.Array,
     count: jax.Array,
     length_B: jax.Array,
+    sparsity: SparsePrefill | None = None,
     *,
     static: StaticArgs,
-) -> PrefillState:
+) -> tuple[PrefillState, Diagnostics | None]:
     """Reads the next tokens of the prompts.
 
     Args:
@@ -90,20 +93,25 @@ def prefill_chunk(
       tokens_BC: int32; what is before a row's first slot, or beyond `count`, may be any ids.
       count: int32 scalar, how many of the C slots belong to the prompts.
       length_B: int32, tokens of each prompt when all of it has been read.
+      sparsity: for sparse attention; None for attention to all keys.
       static: settings that are compiled in.
+
+    Returns:
+      The state, and what sparse attention left out, for each layer.
     """
     model, cache = bind(static.config, params, static.sharding, static.options), state.cache
     C = tokens_BC.shape[1]
     positions_BC = cache.positions(C)
+    sparse = None if sparsity is None else SparseChunk(sparsity, cache.slot, count)
     output = model(
-        tokens_BC, jnp.maximum(positions_BC, 0), cache.mask(C), cache=cache, length_B=jnp.maximum(length_B, 1)
+        tokens_BC, jnp.maximum(positions_BC, 0), cache.mask(C), cache=cache, length_B=length_B, sparse=sparse
     )
     hidden_BD = jax.lax.dynamic_index_in_dim(output.hidden, count - 1, axis=1, keepdims=False)
     seen_BV = state.seen_BV
     if seen_BV is not None:
         real_BC = (positions_BC >= 0) & (jnp.arange(C) < count)
         seen_BV = mark_seen(seen_BV, tokens_BC, real_BC, static)
-    return PrefillState(output.cache.advanced(count), hidden_BD, seen_BV)
+    return PrefillState(output.cache.advanced(count), hidden_BD, seen_BV), output.skipped
 
 
 @functools.partial(jax.jit, static_argnames=("static",), donate_argnames=("cache", "seen_BV"))
@@ -142,7 +150,8 @@ def read(
     mesh: Mesh,
     static: StaticArgs,
     on_chunk: Progress | None = None,
-) -> PrefillState:
+    sparsity: SparsePrefill | None = None,
+) -> tuple[PrefillState, list[Diagnostics]]:
     """Reads prompts that all end at the same slot.
 
     Args:
@@ -154,6 +163,10 @@ def read(
       mesh: of the parameters.
       static: settings that are compiled in.
       on_chunk: called after each chunk.
+      sparsity: for sparse attention; None for attention to all keys.
+
+    Returns:
+      The state, and what sparse attention left out of each chunk.
     """
     longest = max(map(len, prompts))
     tokens_BT = np.zeros((len(prompts), -(-longest // chunk) * chunk), np.int32)
@@ -166,10 +179,14 @@ def read(
     with jax.set_mesh(mesh):
         lengths = jax.device_put(length_B, NamedSharding(mesh, spec.rows))
         waiting: jax.Array | None = None
+        skipped: list[Diagnostics] = []
+        if sparsity is not None:
+            sparsity = jax.device_put(sparsity, NamedSharding(mesh, P()))
         for start in range(0, longest, chunk):
             tokens = jax.device_put(tokens_BT[:, start : start + chunk], NamedSharding(mesh, spec.tokens))
             count = jnp.int32(min(chunk, longest - start))
-            state = prefill_chunk(params, state, tokens, count, lengths, static=reading)
+            state, found = prefill_chunk(params, state, tokens, count, lengths, sparsity, static=reading)
+            skipped += [found] if found is not None else []
             if on_chunk is not None:
                 # This chunk is running, and the one before it is what we wait for: the device never waits for us.
                 if waiting is not None:
@@ -179,4 +196,4 @@ def read(
         if on_chunk is not None and waiting is not None:
             waiting.block_until_ready()
             on_chunk(longest, longest)
-    return state
+    return state, skipped

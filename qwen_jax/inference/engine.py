@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Generator, Iterator, Sequence
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from qwen_jax.attention.quantized_cache import kv_bytes_per_token
+from qwen_jax.attention.sparse import Diagnostics, PooledBlocks, SparsePrefill, VerticalSlash
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference import chunked_prefill
@@ -39,12 +41,16 @@ from qwen_jax.tokenizer import Tokenizer
 Chunks = Generator[tuple[np.ndarray, np.ndarray | None], None, None]
 """New tokens int32 [batch, n] as they are generated, and their log-probabilities, if asked for."""
 
+# Chunks of sparse prefill are a multiple of this: tiles of at most so many queries.
+_SPARSE_TILE = 128
+
 
 class Engine:
     """A model on a mesh, ready to generate. Not safe for calls from several threads at a time.
 
     Attributes:
       eos_token_ids: ids that end a text, unless a call gives others.
+      skipped: what sparse attention left out of the last prompt that it read, chunk by chunk; see `sparse.Diagnostics`.
       on_chunk: called after each chunk of a prompt that is read in chunks, with the tokens read and all its tokens.
     """
 
@@ -61,6 +67,9 @@ class Engine:
         chunk: int = 16,
         prefill_chunk: int = 32_768,
         attention: Implementation = "auto",
+        cache_dtype: Literal["auto", "int8"] = "auto",
+        sparse: VerticalSlash | PooledBlocks | None = None,
+        sparse_from: int = 65_536,
         eos_token_ids: Ids | None = None,
     ):
         """Brings the parameters into the inference layout; they are consumed.
@@ -70,10 +79,13 @@ class Engine:
           params: unstacked, from `convert.load`; consumed.
           mesh: the mesh that the parameters are on.
           tokenizer: for text and stop strings, and to know which ids are padding.
-          dtype: compute and cache dtype: bfloat16, float32 or float16.
+          dtype: compute dtype, and that of the cache: bfloat16, float32 or float16.
           chunk: decode steps that run on the device before the host reads the tokens.
           prefill_chunk: longer prompts are read this many tokens at a time, which bounds the memory of activations.
           attention: which kernel; see `kernels.attention`.
+          cache_dtype: "int8" holds keys and values in 8 bits, half the memory of bfloat16; "auto" in `dtype`.
+          sparse: which keys long prompts attend to; None for all. Decoding attends to all keys.
+          sparse_from: the length of prompts, in tokens, from which `sparse` is used.
           eos_token_ids: ids that end a text. By default those of the config, to which `convert.load` adds those of
             generation_config.json, and the tokenizer's end-of-text token.
 
@@ -88,6 +100,14 @@ class Engine:
         for name in ("chunk", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if cache_dtype not in ("auto", "int8"):
+            raise InputError(f"Expected cache_dtype auto or int8, got {cache_dtype!r}.")
+        self.cache_dtype = "" if cache_dtype == "auto" else cache_dtype
+        self.sparse_from = as_int(sparse_from, "sparse_from")
+        self.sparsity: SparsePrefill | None = None
+        self.skipped: list[Diagnostics] = []
+        if sparse is not None:
+            self.use_sparse(sparse)
         self.vocab_limit = vocab_limit(config, tokenizer)
         if eos_token_ids is None:
             self.eos_token_ids = default_eos(config, tokenizer)
@@ -95,6 +115,25 @@ class Engine:
             self.eos_token_ids = check_ids(eos_token_ids, "eos_token_ids", config.vocab_size)
         with jax.set_mesh(mesh):
             self.params = fuse(params, config, self.sharding)
+
+    def use_sparse(self, pattern: VerticalSlash | PooledBlocks, max_columns: int | None = None) -> None:
+        """Reads long prompts by another pattern from now on. Other budgets of vertical-slash compile nothing.
+
+        Args:
+          pattern: which keys to visit.
+          max_columns: room for larger budgets of columns, with which this is called later.
+
+        Raises:
+          InputError: budgets for another model, or chunks that are not whole tiles.
+        """
+        if isinstance(pattern, VerticalSlash):
+            pattern.check(self.config)
+        if self.prefill_chunk % _SPARSE_TILE:
+            raise InputError(
+                f"Sparse attention needs a prefill_chunk that is a multiple of {_SPARSE_TILE}, got "
+                f"{self.prefill_chunk}."
+            )
+        self.sparsity = SparsePrefill.of(pattern, max_columns)
 
     # --- generating ---
 
@@ -181,11 +220,7 @@ class Engine:
         slots = self._slots_for_chunks(len(ids), room)
         self._check_memory(1, slots)
         static = self._static(SamplingParams(temperature=0).mode, slots)
-        state = chunked_prefill.read(
-            self.params,
-            self._empty([len(ids)], static),
-            *([ids], np.asarray([len(ids)], np.int32), self.prefill_chunk, self.mesh, static, self.on_chunk),
-        )
+        state = self._read_chunks([ids], np.asarray([len(ids)], np.int32), static)
         return Document(ids, slots, room, state.cache)
 
     def _continue(self, document: Document, ids: list[int], sampling: SamplingParams, max_new_tokens: int) -> Chunks:
@@ -208,7 +243,7 @@ class Engine:
         with jax.set_mesh(self.mesh):
             state = chunked_prefill.resume(document.take(), document.tokens, static=static)
         lengths_B = np.asarray([length], np.int32)
-        state = chunked_prefill.read(self.params, state, [ids], lengths_B, chunk, self.mesh, static)
+        state, _ = chunked_prefill.read(self.params, state, [ids], lengths_B, chunk, self.mesh, static)
         yield from self._run(static, self._begin(static, state, sampling), values, max_new_tokens, document)
 
     def _pieces(self, row: Row, chunks: Chunks) -> Iterator[Piece]:
@@ -270,7 +305,7 @@ class Engine:
         """
         longest, max_new_tokens = max(map(len, prompts)), as_int(max_new_tokens, "max_new_tokens")
         check_lengths(self.config, longest, max_new_tokens)
-        in_chunks = longest > self.prefill_chunk
+        in_chunks = longest > self.prefill_chunk or self._is_sparse(longest)
         room = self._slots_for_chunks(longest, max_new_tokens) if in_chunks else 0
         slots = room or self.cache_slots(longest, max_new_tokens)
         batch = self._batch_bucket(len(prompts))
@@ -280,11 +315,7 @@ class Engine:
         lengths_B = np.asarray(list(map(len, padded)), np.int32)
         values = SamplingValues.of(sampling)
         if in_chunks:
-            state = chunked_prefill.read(
-                self.params,
-                self._empty(lengths_B, static),
-                *(padded, lengths_B, self.prefill_chunk, self.mesh, static, self.on_chunk),
-            )
+            state = self._read_chunks(padded, lengths_B, static)
             return self._run(static, self._begin(static, state, sampling), values, max_new_tokens)
         tokens_BT = np.zeros((batch, min(_bucket(longest, smallest=64), slots)), np.int32)
         for row, prompt in zip(tokens_BT, padded, strict=True):
@@ -298,14 +329,27 @@ class Engine:
         return self._run(static, begun, values, max_new_tokens)
 
     def _static(self, mode: SamplingMode, slots: int) -> StaticArgs:
-        return StaticArgs(self.config, self.sharding, self.options, mode, slots, self.vocab_limit)
+        return StaticArgs(self.config, self.sharding, self.options, mode, slots, self.vocab_limit, self.cache_dtype)
+
+    def _is_sparse(self, longest: int) -> bool:
+        return self.sparsity is not None and longest >= self.sparse_from
+
+    def _read_chunks(self, prompts: Sequence[Sequence[int]], lengths_B: np.ndarray, static: StaticArgs) -> PrefillState:
+        """Reads whole prompts in chunks."""
+        sparsity = self.sparsity if self._is_sparse(int(lengths_B.max())) else None
+        state, self.skipped = chunked_prefill.read(
+            self.params,
+            self._empty(lengths_B, static),
+            *(prompts, lengths_B, self.prefill_chunk, self.mesh, static, self.on_chunk, sparsity),
+        )
+        return state
 
     def _empty(self, lengths_B: Sequence[int] | np.ndarray, static: StaticArgs) -> PrefillState:
         """A state for prompts of these lengths that end at one slot."""
         starts = np.max(lengths_B) - np.asarray(lengths_B, np.int32)
         with jax.set_mesh(self.mesh):
             rows = jax.device_put(starts, NamedSharding(self.mesh, self.sharding.rows))
-            return chunked_prefill.empty_state(rows, static=static)
+            return chunked_prefill.empty_state(self.params, rows, static=static)
 
     def _begin(
         self, static: StaticArgs, state: PrefillState, sampling: SamplingParams
@@ -362,7 +406,7 @@ class Engine:
             return
         shards = self.sharding.batch_shards * self.sharding.tensor
         copies = self.sharding.kv_heads // self.config.num_kv_heads
-        a_token = self.config.kv_bytes_per_token(jnp.dtype(self.options.dtype).itemsize) * copies
+        a_token = kv_bytes_per_token(self.config, self.cache_dtype or self.options.dtype) * copies
         needed = a_token * batch * slots // shards
         free = stats["bytes_limit"] - stats["bytes_in_use"]
         if needed > free:
@@ -370,7 +414,7 @@ class Engine:
             raise InputError(
                 f"The cache for {batch} rows of {slots} tokens needs {needed / 2**30:.1f} GiB on each device, "
                 f"{free / 2**30:.1f} GiB are free: room for {fits} tokens a row. Use shorter or fewer prompts, fewer "
-                "max_new_tokens, or a larger tensor axis."
+                "max_new_tokens, cache_dtype int8, or a larger tensor axis."
             )
 
     # --- the host side ---

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from qwen_jax.attention import quantized_cache
 from qwen_jax.attention.cache import ContiguousCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.inference import one_row
@@ -50,6 +51,17 @@ class StaticArgs:
     """Length of the cache."""
     vocab_limit: int
     """Ids from here on are padding and never sampled."""
+    cache_dtype: str = ""
+    """Of keys and values: "int8", or empty for the compute dtype."""
+
+
+def empty_cache(params: Params, lengths_B: jax.Array, static: StaticArgs) -> ContiguousCache:
+    """A cache without tokens, for prompts of these lengths, which end at the same slot."""
+    config, spec = static.config, static.sharding
+    dtype, channels = jnp.dtype(static.cache_dtype or static.options.dtype), None
+    if dtype == jnp.int8:
+        channels = [quantized_cache.key_channels(b) for b in quantized_cache.key_biases(params, config, spec)]
+    return ContiguousCache.for_prompts(config, spec, lengths_B, static.slots, dtype, channels)
 
 
 @functools.partial(jax.jit, static_argnames=("static",))
@@ -79,7 +91,7 @@ def prefill(
     B, T = tokens_BT.shape
     model = bind(config, params, spec, static.options)
     # The prompts, into a fresh cache.
-    cache = ContiguousCache.for_prompts(config, spec, lengths_B, static.slots, jnp.dtype(static.options.dtype))
+    cache = empty_cache(params, lengths_B, static)
     output = model(tokens_BT, cache.positions(T), cache.mask(T), cache=cache, length_B=lengths_B)
     cache = output.cache.advanced(lengths_B.max())
     x_BTD = output.hidden

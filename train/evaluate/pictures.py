@@ -34,7 +34,7 @@ def plot_scores(summary: Mapping[str, Any], path: Path, title: str) -> None:
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK, weight="bold")
     for axes, (name, lengths, grid) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids, strict=True):
         values = np.array(list(grid.values()), float)
-        image = axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
         axes.set_title(name, loc="left", fontsize=10, color=_INK)
         axes.set_xticks(range(len(lengths)), [_short(length) for length in lengths])
         axes.set_yticks(range(len(grid)), list(grid))
@@ -43,7 +43,8 @@ def plot_scores(summary: Mapping[str, Any], path: Path, title: str) -> None:
         axes.spines[:].set_visible(False)
         for (y, x), value in np.ndenumerate(values):
             text = "-" if math.isnan(value) else f"{value:.2f}"
-            axes.text(x, y, text, ha="center", va="center", fontsize=7.5, color=_INK)
+            # Low scores are dark.
+            axes.text(x, y, text, ha="center", va="center", fontsize=7.5, color="white" if value < 0.6 else _INK)
     bar = figure.colorbar(image, ax=figure.axes, shrink=0.9, aspect=30)
     bar.ax.tick_params(colors=_GREY, labelsize=8)
     _write(figure, path)

@@ -187,7 +187,7 @@ class Needles:
         size = 0
         while True:
             # Keys must differ from each other, too: they are drawn together, about as many as fit.
-            count = (room - size) // (len(lines[-1]) if lines else 16) + 8
+            count = (room - size) // (len(lines[-1]) if lines else 24) + 8
             new = [key for key in self._keys(rng, min(count + len(keys), 200_000)) if key not in keys]
             for key, value in zip(new, self._values(rng, len(new), source.noise), strict=True):
                 if value in values:

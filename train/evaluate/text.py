@@ -19,6 +19,8 @@ Form = Literal["completion", "chat"]
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 """The noise of the passkey task (Mohtashami & Jaggi 2023, arXiv:2305.16300) and of RULER (arXiv:2404.06654)."""
 
+# How many words an encoder remembers.
+_MOST_KNOWN = 500_000
 # Stands for the message where the chat template is rendered.
 _MESSAGE = "QWENJAXMESSAGE"
 
@@ -46,7 +48,8 @@ class Encoder:
             return known
         encoded = self.tokenizer.encode(text, parse_special=False, add_special_tokens=False)
         ids = np.asarray(encoded, np.int32)
-        if len(text) < 100:
+        # Words and numbers come again and again, also in other samples.
+        if len(text) < 24 and len(self._known) < _MOST_KNOWN:
             self._known[text] = ids
         return ids
 

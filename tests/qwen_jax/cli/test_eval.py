@@ -137,6 +137,7 @@ def test_perplexity(capsys: Capture, model: Path, tmp_path: Path) -> None:
         (["ruler-synthetic", "MODEL", "--lengths", "150"], "The task niah_single_1 needs at least"),
         (["perplexity", "MODEL"], "--text FILE"),
         (["perplexity", "MODEL", "--text", "EMPTY"], "empty"),
+        (["perplexity", "MODEL", "--text", "SHORT", "--bucket", "0"], "must be at least 1"),
         (["perplexity", "MODEL", "--text", "SHORT", "--lengths", "500"], "Give more text"),
         (["perplexity", "MODEL", "--text", "SHORT", "--lengths", "1"], "at least 2"),
         (["perplexity", "MODEL", "--text", "SHORT", "--lengths", "9999"], "exceeds the model's context"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
+from qwen_jax.attention.sparse import PooledBlocks, VerticalSlash
 from qwen_jax.config import DualChunk, ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference import Engine, SamplingParams, chunked_prefill
@@ -156,3 +157,60 @@ def test_what_does_not_fit_is_said_before_anything_runs(make_engine: MakeEngine,
         make_engine(SMALL, prefill_chunk=0)
     with pytest.raises(InputError, match="exceed the model's context"):
         engine.generate([[1] * engine.config.context_length], GREEDY, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [("dual chunk", VerticalSlash), ("dual chunk", PooledBlocks), ("dense", VerticalSlash), ("moe", PooledBlocks)],
+)
+def test_sparse_prefill_of_all_keys_is_dense_prefill(
+    name: str, pattern: Any, make_engine: MakeEngine, rng: np.random.Generator
+) -> None:
+    """With budgets for all keys, or a threshold of zero, on rows of unequal lengths, in several chunks."""
+    config = dataclasses.replace(CONFIGS[name], max_position_embeddings=512, num_layers=1)
+    if config.dual_chunk is not None:
+        config = dataclasses.replace(config, dual_chunk=DualChunk(130, 30, 130))
+    prompts = prompts_of(rng, 300, 211)
+    want = make_engine(config, prefill_chunk=128).generate(prompts, GREEDY, max_new_tokens=3)
+    all_keys = ((512,) * config.num_heads,) * config.num_layers
+    sparse = VerticalSlash(all_keys, all_keys) if pattern is VerticalSlash else PooledBlocks(threshold=0.0)
+    engine = make_engine(config, prefill_chunk=128, sparse=sparse, sparse_from=200)
+    got = engine.generate(prompts, GREEDY, max_new_tokens=3)
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-4)
+        assert ours.token_ids == theirs.token_ids
+    assert len(engine.skipped) == 3
+    for chunk in engine.skipped:
+        assert chunk.density_BH.shape == (config.num_layers, 2, config.num_heads)
+        np.testing.assert_allclose(np.asarray(chunk.density_BH), 1.0, atol=1e-5)
+        np.testing.assert_allclose(np.asarray(chunk.audit_recall_BH), 1.0, atol=1e-4)
+    # Short prompts are read densely.
+    engine.generate([prompts[0][:150]], GREEDY, max_new_tokens=1)
+    assert not engine.skipped
+
+
+def test_sparse_prefill_on_a_mesh_and_with_other_budgets(make_engine: MakeEngine, rng: np.random.Generator) -> None:
+    """Heads on a tensor axis: the same texts and recall. Other budgets compile nothing, and larger ones see more."""
+    config = dataclasses.replace(CONFIGS["dual chunk"], max_position_embeddings=512, dual_chunk=DualChunk(130, 30, 130))
+    config = dataclasses.replace(config, num_layers=1)
+    (prompt,) = prompts_of(rng, 300)
+    shape = config.num_layers, config.num_heads
+    budgets = [
+        VerticalSlash(*(tuple(map(tuple, rng.integers(*r, shape).tolist())) for _ in "cs")) for r in ((8, 20), (60, 90))
+    ]
+    found = []
+    for mesh in (None, make_mesh({"tensor": 2})):
+        engine = make_engine(config, mesh, prefill_chunk=128, sparse_from=1)
+        for pattern in budgets:
+            engine.use_sparse(pattern, max_columns=128)
+            compiled = chunked_prefill.prefill_chunk._cache_size()
+            (got,) = engine.generate([prompt], GREEDY, max_new_tokens=3)
+            last = engine.skipped[-1]
+            found.append((got, np.asarray(last.audit_recall_BH), np.asarray(last.density_BH)))
+        assert chunked_prefill.prefill_chunk._cache_size() == compiled
+    for ours, theirs in ((found[0], found[2]), (found[1], found[3])):
+        np.testing.assert_allclose(ours[0].logprobs, theirs[0].logprobs, rtol=0, atol=1e-3)
+        for x, y in zip(ours[1:], theirs[1:], strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-3)
+    assert (found[1][2] >= found[0][2]).all()
+    assert (found[0][1] < 1).any()

@@ -1,0 +1,136 @@
+"""Time to read long prompts, dense and sparse, on one GPU. Results are in README.md.
+
+    python -m experiments.long_context.prefill --lengths 131072 1000000 --patterns dense pooled vertical-slash
+
+Qwen2.5 at true shapes with random weights, whose attention has structure all the same: the biases of queries and keys
+give every head a band of near keys, and weaker bands far away, of different strength. Logits of noise have no keys that
+matter. The prompt is random ids. Times are of the second prompt of its length, from the host to the first token; the
+first one compiles. Each line is a JSON object.
+"""
+
+import argparse
+import json
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.decode.benchmark import random_params
+from qwen_jax.attention.sparse import Diagnostics, PooledBlocks, VerticalSlash
+from qwen_jax.config import ModelConfig
+from qwen_jax.inference import Engine, SamplingParams
+from qwen_jax.parallel.sharding import make_mesh
+from qwen_jax.params import Params
+from qwen_jax.published import published
+
+
+def with_structure(params: Params, config: ModelConfig, strength: float) -> Params:
+    """Biases of queries and keys that make logits fall with the distance; heads differ by a factor of two."""
+    H, K, d = config.num_heads, config.num_kv_heads, config.head_dim
+    # A logit is a sum over pairs of |q||k| cos(frequency x distance) / sqrt(d): at most `strength` at distance 0.
+    size = (strength * d**0.5 / (d / 2)) ** 0.5
+    heads = jnp.geomspace(0.7, 1.4, H // K)[None, :, None] ** 2
+    q = jnp.broadcast_to(size * heads, (K, H // K, d)).reshape(H, d)
+    k = jnp.full((K, d), size)
+    half = jnp.where(jnp.arange(d) < d // 2, 1.0, 0.0)
+    for layer in params["layers"]:
+        attention = layer["attention"]
+        attention["q"]["bias"] = (q * half).astype(jnp.bfloat16)
+        attention["k"]["bias"] = (k * half).astype(jnp.bfloat16)
+    return params
+
+
+def pattern_of(name: str, config: ModelConfig, columns: int, slashes: int) -> VerticalSlash | PooledBlocks | None:
+    if name == "vertical-slash":
+        shape = config.num_layers, config.num_heads
+        budgets = (((n,) * shape[1],) * shape[0] for n in (columns, slashes))
+        return VerticalSlash(*budgets)
+    return PooledBlocks() if name == "pooled" else None
+
+
+def floor(config: ModelConfig, length: int) -> dict[str, float]:
+    """PFLOP of attention and of all matrix products of a causal prefill."""
+    pairs = length * (length + 1) / 2
+    attention = 4 * config.head_dim * config.num_heads * config.num_layers * pairs
+    linear = 2 * config.num_params()["layers"] * length
+    return {"attention_pflop": attention / 1e15, "linear_pflop": linear / 1e15}
+
+
+def means(skipped: list[Diagnostics]) -> dict[str, float]:
+    """Density over all pairs, and recall, of a prompt."""
+    if not skipped:
+        return {}
+    weights = np.arange(1, 2 * len(skipped), 2, dtype=float)
+    densities = np.asarray([np.mean(np.asarray(x.density_BH)) for x in skipped])
+    recalls = np.asarray([np.asarray(x.audit_recall_BH) for x in skipped])
+    cut = sum(int(np.sum(np.asarray(x.pieces_cut_BH)) + np.sum(np.asarray(x.columns_cut_BH))) for x in skipped)
+    return {
+        "density": float((densities * weights).sum() / weights.sum()),
+        "recall_mean": float(recalls.mean()),
+        "recall_lowest_head": float(recalls.mean(axis=(0, 2)).min()),
+        "cut": cut,
+    }
+
+
+def say(**record: Any) -> None:
+    print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in record.items()}), flush=True)
+
+
+def main() -> None:
+    """Prints a line for each length and pattern."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="qwen2.5-7b-instruct-1m")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[131_072])
+    parser.add_argument("--patterns", nargs="+", default=["dense", "pooled", "vertical-slash"])
+    parser.add_argument("--chunk", type=int, default=32_768)
+    parser.add_argument("--cache-dtype", default="auto", choices=["auto", "int8"])
+    parser.add_argument("--columns", type=int, default=3920, help="budget of each head (the mean of the 7B-1M file)")
+    parser.add_argument("--slashes", type=int, default=7650)
+    parser.add_argument("--strength", type=float, default=12.0, help="logit of a key at distance 0")
+    parser.add_argument("--once", action="store_true", help="time the first prompt, after compiling on a short one")
+    parser.add_argument("--decode", type=int, default=17, help="tokens to decode after the prompt")
+    args = parser.parse_args()
+    config, mesh = published(args.model), make_mesh({}, jax.devices()[:1])
+    params = with_structure(random_params(config, mesh), config, args.strength)
+    engine = Engine(
+        config, params, mesh, prefill_chunk=args.chunk, cache_dtype=args.cache_dtype, sparse_from=args.chunk
+    )
+    device, rng = jax.devices()[0], np.random.default_rng(0)
+    say(jax=jax.__version__, device=device.device_kind, date=time.strftime("%Y-%m-%d"), **vars(args))
+    for length in args.lengths:
+        for name in args.patterns:
+            pattern = pattern_of(name, config, args.columns, args.slashes)
+            engine.sparsity = None
+            if pattern is not None:
+                engine.use_sparse(pattern)
+            prompt = rng.integers(0, engine.vocab_limit, length).tolist()
+            result: dict[str, Any] = {}
+            for attempt in ("compile_and_first", "seconds")[: 1 if args.once else 2]:
+                start = time.perf_counter()
+                marks = [start]
+                engine.on_chunk = lambda read, total, marks=marks: marks.append(time.perf_counter())
+                chunks = engine.token_chunks([prompt], SamplingParams(temperature=0), args.decode)
+                next(chunks)
+                result[attempt] = time.perf_counter() - start
+                # Decoding: the chunk after the first one compiles the loop.
+                for _ in chunks:
+                    pass
+                chunks.close()
+            per_chunk = np.diff(marks)
+            stats = device.memory_stats() or {}
+            say(
+                length=length,
+                pattern=name,
+                **result,
+                first_chunks=[round(float(x), 3) for x in per_chunk[:3]],
+                last_chunks=[round(float(x), 3) for x in per_chunk[-3:]],
+                **floor(config, length),
+                **means(engine.skipped),
+                peak_gib=stats.get("peak_bytes_in_use", 0) / 2**30,
+            )
+
+
+if __name__ == "__main__":
+    main()
