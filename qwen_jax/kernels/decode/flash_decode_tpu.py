@@ -119,17 +119,15 @@ def _attention(
     (B, *_, d), (K, S) = q_BTHd.shape, k_BKSd.shape[1:3]
     # As many keys for 8 bits as for 16, to which they are converted.
     keys = _tile(S, max(d, LANES) * max(k_BKSd.dtype.itemsize, 2))
-    # Most caches are whole tiles. Others are copied once per call.
-    k, v = (pad_to_multiple(x, 2, keys) for x in (k_BKSd, v_BKSd))
     # The scales of a tile, as one row of registers.
-    in_rows = [pad_to_multiple(x, 2, keys)[:, :, None] for x in scales or ()]
+    in_rows = [x[:, :, None] for x in scales or ()]
     rows, ends, live = _rows(q_BTHd, K, start_BT, end_BT, S, keys)
     splits, R = _splits(B * K), rows.shape[2]
     cache = pl.BlockSpec((None, None, keys, d), functools.partial(_at_tile, splits=splits))
     row = pl.BlockSpec((None, None, 1, keys), functools.partial(_at_tile, splits=splits, in_a_row=True))
-    grid = (splits, B, K, -(-k.shape[2] // keys // splits))
+    grid = (splits, B, K, -(-S // (keys * splits)))
     out, lse = pl.pallas_call(
-        lambda *refs: _contiguous(_refs(*refs), factor=scale * LOG2E, splits=splits),
+        lambda *refs: _contiguous(_refs(*refs), factor=scale * LOG2E, splits=splits, slots=S),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=grid,
@@ -151,7 +149,7 @@ def _attention(
             vmem_limit_bytes=4 * cache_tile_bytes() + (8 << 20),
         ),
         name="decode_attention_int8" if scales else "decode_attention",
-    )(live, rows, k, v, ends, *in_rows)
+    )(live, rows, k_BKSd, v_BKSd, ends, *in_rows)
     return _merged(out, lse, q_BTHd)
 
 
@@ -370,19 +368,31 @@ def _refs(*refs: Ref) -> _Refs:
     return _Refs(live, q, k, v, ends, tuple(scales), out, lse, acc, top, total)
 
 
-def _contiguous(refs: _Refs, *, factor: float, splits: int) -> None:
+def _contiguous(refs: _Refs, *, factor: float, splits: int, slots: int) -> None:
     """One tile of a contiguous cache, for one head of one row."""
     k_ref, softmax = refs.k, _Softmax(refs.acc, refs.top, refs.total)
     i, keys = pl.program_id(3), k_ref.shape[0]
     first, last = _share(refs.live, pl.program_id(1), pl.program_id(0), splits)
     pl.when(i == 0)(lambda: _begin(softmax))
 
-    @pl.when(first + i < last)
-    def add() -> None:
+    def add(ends: bool) -> None:
         q, k, v, scales = refs.q[...], k_ref[...], refs.v[...], [x[...] for x in refs.scales]
+        if ends:
+            # What lies beyond the cache is undefined, and zero times NaN is not zero. int8 numbers are never NaN.
+            left = slots - (first + i) * keys
+            if scales:
+                scales = [jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 1) < left, x, 0.0) for x in scales]
+            else:
+                v = jnp.where(lax.broadcasted_iota(jnp.int32, v.shape, 0) < left, v, jnp.zeros_like(v))
         if scales:
             k, v = k.astype(q.dtype), v.astype(q.dtype)
         _add([_Tile(q, k, v, *scales)], refs.ends[...], (first + i) * keys, [softmax], factor)
+
+    # The last tile may extend beyond the cache.
+    extends = ((first + i + 1) * keys > slots) if slots % keys else False
+    pl.when((first + i < last) & jnp.logical_not(extends))(lambda: add(False))
+    if slots % keys:
+        pl.when((first + i < last) & extends)(lambda: add(True))
 
     pl.when(i == pl.num_programs(3) - 1)(lambda: _end(softmax, refs.out, refs.lse))
 

@@ -133,6 +133,21 @@ def test_compiles(chip, B, T, H, K, d) -> None:
     assert "paged_decode_attention" in run.as_text()
 
 
+@needs_libtpu
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_cache_that_is_not_whole_tiles_is_not_copied(bits) -> None:
+    """A million slots: the compiled program has no array of the cache's size beside the cache."""
+    B, H, K, S, d = 1, 28, 4, 1_000_064, 128
+    q, i = jax.ShapeDtypeStruct((B, 3, H, d), jnp.bfloat16), jax.ShapeDtypeStruct((B, 3), jnp.int32)
+    held = [jax.ShapeDtypeStruct((B, K, S, d), jnp.bfloat16)]
+    run = flash_decode_tpu.attention
+    if bits == 8:
+        held = [jax.ShapeDtypeStruct((B, K, S, d), jnp.int8), jax.ShapeDtypeStruct((B, K, S), jnp.float32)]
+        run = flash_decode_tpu.int8_attention
+    memory = compile_for("v5p", lambda *x: run(*x, 0.1), q, *held, *held, i, i).memory_analysis()
+    assert memory.temp_size_in_bytes < 0.05 * memory.argument_size_in_bytes
+
+
 def test_unsupported_arguments_are_refused() -> None:
     i = jnp.ones((1, 20), jnp.int32)
     q, k = jnp.ones((1, 20, 14, 64), jnp.bfloat16), jnp.ones((1, 2, 64, 64), jnp.bfloat16)
