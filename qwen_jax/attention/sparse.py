@@ -116,6 +116,8 @@ def attend(
     if tiling is None or isinstance(pattern, PooledBlocks):
         tiling = _tiling(pattern, implementation, parts[0])
     _check(parts, k_BKSd, tiling, slot)
+    if isinstance(pattern, VerticalSlash):
+        budgets_H2 = _checked_budgets(budgets_H2, parts[0].q_BTHd.shape[2])
     T, S = parts[0].q_BTHd.shape[1], k_BKSd.shape[2]
     how: dict[str, Any] = {"scale": scale, "implementation": implementation}
     slot = jnp.asarray(slot, jnp.int32)
@@ -140,6 +142,7 @@ def attend(
         with jax.named_scope("sparse_lists"):
             columns = min(max_columns or pattern.most_columns, S)
             where = slot, length
+            assert budgets_H2 is not None
             visits = _visit_lines(scores, k_BKSd, v_BKSd, budgets_H2, bounds, where, tiling, capacity, columns)
     # Attention over the pieces and the gathered keys of each part.
     merged = []
@@ -158,8 +161,8 @@ def attend(
                 )
     out_BTHd, lse_BHT = kernels.merge(merged)
     density_BH = visits.visited_BH / jnp.maximum(_visible(parts), 1.0)[:, None]
-    recall = _recall(lse_BHT, full_BHR, rows_R) if measure else (None, None)
-    return out_BTHd, lse_BHT, Diagnostics(density_BH, *recall, visits.pieces_cut_BH, visits.columns_cut_BH)
+    probe, audit = _recall(lse_BHT, full_BHR, rows_R) if measure else (None, None)
+    return out_BTHd, lse_BHT, Diagnostics(density_BH, probe, audit, visits.pieces_cut_BH, visits.columns_cut_BH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,18 +194,12 @@ def _visit_blocks(
 
 
 def _visit_lines(
-    scores: tuple[jax.Array, jax.Array], k_BKSd: jax.Array, v_BKSd: jax.Array, budgets_H2: jax.Array | None,
+    scores: tuple[jax.Array, jax.Array], k_BKSd: jax.Array, v_BKSd: jax.Array, budgets_H2: jax.Array,
     bounds: Bounds, where: tuple[jax.Array, jax.Array], tiling: Tiling, max_pieces: int, max_columns: int,
 ) -> _Visits:  # fmt: skip
     """Pieces of slashes, and columns."""
-    H = scores[0].shape[1]
-    if budgets_H2 is None or budgets_H2.shape != (H, 2):
-        raise InputError(
-            f"Vertical-slash attention needs budgets [{H}, 2], columns and slashes of each query head; got "
-            f"{None if budgets_H2 is None else budgets_H2.shape}. Use VerticalSlash.budgets(layer)."
-        )
     lines = vertical_slash.choose(
-        *scores, jnp.asarray(budgets_H2), bounds, *where, tiling=tiling, max_pieces=max_pieces, max_columns=max_columns
+        *scores, budgets_H2, bounds, *where, tiling=tiling, max_pieces=max_pieces, max_columns=max_columns
     )
     k, v = (vertical_slash.gather_columns(x, lines.columns_BHC) for x in (k_BKSd, v_BKSd))
     gathered = k, v, lines.places_BHNC
@@ -279,3 +276,12 @@ def _check(parts: Sequence[Part], k_BKSd: jax.Array, tiling: Tiling, slot: jax.A
                 f"Expected the same queries {(B, T, H, d)} in every part, and {(B, PROBE_ROWS, H, d)} to choose keys; "
                 f"got {part.q_BTHd.shape} and {None if critical is None else critical.shape}."
             )
+
+
+def _checked_budgets(budgets_H2: jax.Array | None, num_heads: int) -> jax.Array:
+    if budgets_H2 is None or budgets_H2.shape != (num_heads, 2):
+        raise InputError(
+            f"Vertical-slash attention needs budgets [{num_heads}, 2], columns and slashes of each query head; got "
+            f"{None if budgets_H2 is None else budgets_H2.shape}. Use VerticalSlash.budgets(layer)."
+        )
+    return jnp.asarray(budgets_H2, jnp.int32)

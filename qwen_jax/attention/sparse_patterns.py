@@ -106,7 +106,9 @@ class VerticalSlash:
         if not isinstance(layers, list) or not layers or not all(isinstance(layer, dict) for layer in layers):
             raise InputError(f"{path} must hold a JSON list with an object for each layer, from head to budgets.")
         rows = [[_entry(path, i, layer, h) for h in range(len(layer))] for i, layer in enumerate(layers)]
-        columns, slashes, scores = (tuple(tuple(entry[k] for entry in row) for row in rows) for k in range(3))
+        columns = tuple(tuple(entry[0] for entry in row) for row in rows)
+        slashes = tuple(tuple(entry[1] for entry in row) for row in rows)
+        scores = tuple(tuple(entry[2] for entry in row) for row in rows)
         pattern = cls(columns, slashes, scores)
         pattern.check(config, str(path))
         return pattern
