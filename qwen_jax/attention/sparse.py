@@ -123,7 +123,7 @@ def attend(
     slot = jnp.asarray(slot, jnp.int32)
     length = jnp.asarray(T if length is None else length, jnp.int32)
     bounds = sparse_parts.bounds([part.mask for part in parts], tiling.rows)
-    capacity = max_pieces or min(-(-(S + tiling.rows) // tiling.size), _MAX_PIECES)
+    capacity = max_pieces or min(-(-(S + tiling.rows) // 128) * (128 // tiling.size), _MAX_PIECES)
     # Rows over all their keys: the last ones for the choice and for its recall, others for the recall.
     rows_R = sparse_parts.probe_rows(length)
     if measure:

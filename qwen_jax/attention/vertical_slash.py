@@ -184,7 +184,8 @@ def choose(
         chosen_RS |= (j < size - step) & (low_R <= j) & (j < end) & (pieces_R > 0)[:, None]
     lists = _lists(back_RL, jnp.minimum(until_RN, reach_RN), last_N, (B, H, N), tiling)
     # Columns of each tile.
-    columns_RC, found_R = selection.places(chosen_RS, max_columns + size - step)
+    # Whole tiles of 128 columns, so that kernels need not pad.
+    columns_RC, found_R = selection.places(chosen_RS, -(-(max_columns + size - step) // 128) * 128)
     inside_RG = selection.window_any(begins_RG, size // step)
     places_RNC = _column_places(columns_RC, found_R, inside_RG, first_key_RN, slot + shift + rows - 1, tiling)
     # Pairs in pieces, and pairs in columns. The last row of a tile sees all columns, each row before it one key less.

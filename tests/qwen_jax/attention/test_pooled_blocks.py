@@ -1,5 +1,6 @@
 """Pooled-block selection and its mean correction agree with a model in float64."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -16,6 +17,7 @@ from qwen_jax.kernels.attention.lists import NOWHERE
 B, H, K, T, S, D, SLOT, SCALE = 1, 4, 2, 384, 1792, 16, 1280, 0.3
 BLOCK = pooled_blocks.BLOCK
 PATTERN = PooledBlocks(threshold=0.3, sink=100, window=200)
+STRIDED = dataclasses.replace(PATTERN, stride=4)
 
 
 def draw() -> np.random.Generator:
@@ -78,7 +80,7 @@ def logits_by_part(parts: list[Part], k: np.ndarray, begin: np.ndarray, width: i
     return total, seen
 
 
-def model_scores(parts: list[Part], k: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+def model_scores(parts: list[Part], k: jax.Array, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Scores [H, N, J] in float64, and the blocks [N, J] that all rows of a tile see in one part."""
     begin = np.arange(0, S, BLOCK)
     means = np.asarray(k, np.float64).reshape(B, K, -1, BLOCK, D).mean(3)
@@ -88,24 +90,26 @@ def model_scores(parts: list[Part], k: jax.Array) -> tuple[np.ndarray, np.ndarra
         start, end = (np.asarray(x)[0, :, None] for x in (part.mask.k_start_BT, part.mask.k_end_BT))
         whole |= ((start <= begin) & (begin + BLOCK <= end)).reshape(-1, BLOCK, len(begin)).all(1)
     logits = np.where(np.repeat(whole, BLOCK, axis=0), logits, -np.inf)
-    scores = np.exp(logits - logits.max(2, keepdims=True)).reshape(H, -1, BLOCK, len(begin)).sum(2)
+    powers = np.exp(logits - logits.max(2, keepdims=True))[:, ::stride]
+    scores = powers.reshape(H, -1, BLOCK // stride, len(begin)).sum(2)
     return scores, whole
 
 
-@pytest.mark.parametrize("sections", [1024, 3])
+@pytest.mark.parametrize(("sections", "pattern"), [(1024, PATTERN), (3, PATTERN), (3, STRIDED)])
 @pytest.mark.parametrize("parts", [1, 3])
-def test_scores_and_choice(monkeypatch: pytest.MonkeyPatch, parts: int, sections: int) -> None:
+def test_scores_and_choice(monkeypatch: pytest.MonkeyPatch, parts: int, sections: int, pattern: PooledBlocks) -> None:
     """Scores agree with float64. A block is visited if its score is enough, if it is in the sink or the window, or if
     not all rows of the tile see all of it in one part. All other visible blocks are replaced by means."""
     monkeypatch.setattr(pooled_blocks, "_SECTION", sections)
     monkeypatch.setattr(pooled_blocks, "_BYTES", 1 if sections == 3 else 2**28)
     own, k, _ = inputs(draw(), parts)
-    scores, whole = model_scores(own, k)
+    scores, whole = model_scores(own, k, pattern.stride)
     bounds = sparse_parts.bounds([part.mask for part in own], BLOCK)
     first, end = -(-bounds.whole_start_PBN // BLOCK), bounds.whole_end_PBN // BLOCK
-    got = pooled_blocks.block_scores([p.q_BTHd for p in own], pooled_blocks.block_means(k), first, end, scale=SCALE)
+    queries = [p.q_BTHd[:, :: pattern.stride] for p in own]
+    got = pooled_blocks.block_scores(queries, pooled_blocks.block_means(k), first, end, scale=SCALE)
     np.testing.assert_allclose(np.asarray(got)[0], scores, rtol=2e-5, atol=1e-6)
-    visited, replaced = visits(own, k, PATTERN, S // BLOCK)
+    visited, replaced = visits(own, k, pattern, S // BLOCK)
     begin, last = np.arange(0, S, BLOCK), SLOT + BLOCK * np.arange(1, T // BLOCK + 1)[:, None]
     visible = (begin < last) & (begin + BLOCK > 40)
     always = (begin < 40 + PATTERN.sink) | (begin + BLOCK > last - BLOCK + 1 - PATTERN.window) | ~whole

@@ -87,6 +87,8 @@ def test_default_and_settings() -> None:
         PooledBlocks(threshold=1.5)
     with pytest.raises(InputError, match="window"):
         PooledBlocks(window=0)
+    with pytest.raises(InputError, match="stride"):
+        PooledBlocks(stride=3)
     with pytest.raises(InputError, match="slashes"):
         VerticalSlash(((1, 2),), ((1,),))
 
