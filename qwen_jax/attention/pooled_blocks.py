@@ -104,6 +104,7 @@ def block_scores(
             return lax.dynamic_update_slice_in_dim(logits, jnp.where(scored, new, now), begin, axis=4)
 
         logits = jnp.full((B, K, H // K, tiles * rows, J), LOWEST, jnp.float32)
+        logits = selection.varying(logits, q, k_mean_BKJd, first, end)
         logits = lax.fori_loop(0, count[0], product, logits)
         powers = jnp.where(logits > LOW, jnp.exp2(logits - logits.max(axis=4, keepdims=True)), 0.0)
         return powers.reshape(B, H, tiles, rows, J).sum(axis=3)

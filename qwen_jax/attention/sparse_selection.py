@@ -44,7 +44,8 @@ def top_mask(keys_RS: jax.Array, count_R: jax.Array) -> jax.Array:
         reached = [_count(keys_RS >= c[:, None]) >= count_R for c in candidates]
         return threshold_R + (sum(r.astype(jnp.uint32) for r in reached) << shift)
 
-    threshold_R = lax.fori_loop(0, 8, digit, jnp.zeros(len(keys_RS), jnp.uint32))[:, None]
+    zeros_R = varying(jnp.zeros(len(keys_RS), jnp.uint32), keys_RS, count_R)
+    threshold_R = lax.fori_loop(0, 8, digit, zeros_R)[:, None]
     above_RS, equal_RS = keys_RS > threshold_R, keys_RS == threshold_R
     last_R = _nth_place(equal_RS, count_R - _count(above_RS))
     return above_RS | (equal_RS & (jnp.arange(keys_RS.shape[1], dtype=jnp.int32) <= last_R[:, None]))
@@ -95,6 +96,18 @@ def window_max(x_RS: jax.Array, length: int) -> jax.Array:
     """The greatest of an element and the `length` - 1 before it; 0 where there are none."""
     pads = ((0, 0), (length - 1, 0))
     return lax.reduce_window(x_RS, jnp.zeros((), x_RS.dtype), lax.max, (1, length), (1, 1), pads)
+
+
+def varying(x: jax.Array, *like: jax.Array) -> jax.Array:
+    """The same value, typed as one that differs between devices if one of the others does.
+
+    Inside `jax.shard_map` what a loop starts with must have the type of what it computes.
+    """
+    # A zero that depends on the others, so that it has their type; the compiler removes it.
+    for y in like:
+        first = y[(0,) * y.ndim]
+        x = x + jnp.where(first == first, 0, 0).astype(x.dtype)
+    return x
 
 
 def _count(mask_RS: jax.Array) -> jax.Array:

@@ -117,7 +117,8 @@ def line_scores(
         return _added(sums[0], weights.sum(axis=2), first), _added(sums[1], skewed.sum(axis=2), first)
 
     zeros = jnp.zeros((B, H, S), jnp.float32), jnp.zeros((B, H, S + R - 1), jnp.float32)
-    return lax.fori_loop(0, count[0], add, zeros)
+    like = q_PBRKGd, k_BKSd, lse_BHR, start_PBR, end_PBR
+    return lax.fori_loop(0, count[0], add, tuple(selection.varying(x, *like) for x in zeros))
 
 
 def choose(
