@@ -20,8 +20,8 @@ LINES = VerticalSlash(((90,) * H,), ((90,) * H,))
 
 @pytest.mark.parametrize("pattern", [LINES, PooledBlocks(0.0, 0, 1)], ids=["lines", "blocks"])
 def test_heads_on_two_devices(pattern: Any) -> None:
-    """Outputs and diagnostics are the same up to rounding, also where capacities are too small. Types of arrays in loops and
-    branches agree, which `shard_map` checks."""
+    """Outputs and diagnostics are the same up to rounding, also where capacities are too small. Types of arrays in
+    loops and branches agree, which `shard_map` checks."""
     seed = int(np.random.SeedSequence().entropy % 2**32)  # type: ignore[operator]
     print("seed", seed)
     rng = np.random.default_rng(seed)
