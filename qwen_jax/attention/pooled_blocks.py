@@ -25,7 +25,7 @@ BLOCK = 128
 """Keys of a block, and queries of a tile."""
 
 # Float32 logits that exist at once, in bytes, and blocks of one product.
-_BYTES, _SECTION = 2**28, 1024
+_BYTES, _SECTION = 2**29, 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def block_scores(
     """Scores of blocks for tiles: the sum over the queries of exp(logit - the largest logit of the query).
 
     Args:
-      queries: [B, T, H, d] for each part of the keys.
+      queries: [B, N r, H, d] for each part of the keys: r queries of each of N tiles.
       k_mean_BKJd: means of the keys of each block.
       first_PBN, end_PBN: int32, the blocks first <= J < end are scored by the queries of that part. The ranges of the
         parts are disjoint.
@@ -76,15 +76,16 @@ def block_scores(
       float32 [B, H, N, J], 0 for blocks in no range.
     """
     (B, T, H, d), (K, J) = queries[0].shape, k_mean_BKJd.shape[1:3]
-    N, P, W = T // BLOCK, len(queries), min(J, _SECTION)
+    N, P, W = first_PBN.shape[2], len(queries), min(J, _SECTION)
+    rows = T // N
     # A few tiles at a time, because the logits of all queries with all blocks would be as large as the cache.
-    most = max(_BYTES // (4 * B * H * BLOCK * J), 1)
+    most = max(_BYTES // (4 * B * H * rows * J), 1)
     tiles = max(n for n in range(1, min(most, N) + 1) if N % n == 0)
     sections = -(-J // W)
     q_PBTKGd = jnp.stack([q.reshape(B, T, K, H // K, d) for q in queries])
 
     def group(first_tile: jax.Array) -> jax.Array:
-        q = lax.dynamic_slice_in_dim(q_PBTKGd, first_tile * BLOCK, tiles * BLOCK, axis=2)
+        q = lax.dynamic_slice_in_dim(q_PBTKGd, first_tile * rows, tiles * rows, axis=2)
         first, end = (lax.dynamic_slice_in_dim(x, first_tile, tiles, axis=2) for x in (first_PBN, end_PBN))
         # Only the sections that some tile sees wholly in a part are multiplied, with the queries of this part.
         low = jnp.where(first < end, first, J).min(axis=(1, 2))[:, None]
@@ -98,14 +99,15 @@ def block_scores(
             new = einsum_f32("BTKGd,BKWd->BKGTW", q[p], k_BKWd) * (scale * LOG2E)
             block = begin + jnp.arange(W, dtype=jnp.int32)
             scored = (first[p][..., None] <= block) & (block < end[p][..., None])
-            scored = jnp.repeat(scored, BLOCK, axis=1)[:, None, None]
+            scored = jnp.repeat(scored, rows, axis=1)[:, None, None]
             now = lax.dynamic_slice_in_dim(logits, begin, W, axis=4)
             return lax.dynamic_update_slice_in_dim(logits, jnp.where(scored, new, now), begin, axis=4)
 
-        logits = jnp.full((B, K, H // K, tiles * BLOCK, J), LOWEST, jnp.float32)
+        logits = jnp.full((B, K, H // K, tiles * rows, J), LOWEST, jnp.float32)
+        logits = selection.varying(logits, q, k_mean_BKJd, first, end)
         logits = lax.fori_loop(0, count[0], product, logits)
         powers = jnp.where(logits > LOW, jnp.exp2(logits - logits.max(axis=4, keepdims=True)), 0.0)
-        return powers.reshape(B, H, tiles, BLOCK, J).sum(axis=3)
+        return powers.reshape(B, H, tiles, rows, J).sum(axis=3)
 
     scores = lax.map(group, jnp.arange(0, N, tiles, dtype=jnp.int32))
     return jnp.moveaxis(scores, 0, 2).reshape(B, H, N, J)
@@ -136,7 +138,8 @@ def choose(
     B, _, H, _ = queries[0].shape
     N, J = bounds.start_PBN.shape[2], k_mean_BKJd.shape[2]
     first_PBN, end_PBN = -(-bounds.whole_start_PBN // BLOCK), bounds.whole_end_PBN // BLOCK
-    scores_BHNJ = block_scores(queries, k_mean_BKJd, first_PBN, end_PBN, scale=scale)
+    scoring = [q[:, :: pattern.stride] for q in queries]
+    scores_BHNJ = block_scores(scoring, k_mean_BKJd, first_PBN, end_PBN, scale=scale)
     begin = jnp.arange(J, dtype=jnp.int32) * BLOCK
     low_BN1, high_BN1 = (x[..., None] for x in bounds.union())
     whole_BNJ = ((first_PBN[..., None] * BLOCK <= begin) & (begin < end_PBN[..., None] * BLOCK)).any(axis=0)

@@ -158,12 +158,14 @@ def attend(
     if tiling is None or isinstance(pattern, PooledBlocks):
         tiling = _tiling(pattern, implementation, parts[0])
     _check(parts, k_BKSd, tiling, slot)
+    if isinstance(pattern, VerticalSlash):
+        budgets_H2 = _checked_budgets(budgets_H2, parts[0].q_BTHd.shape[2])
     T, S = parts[0].q_BTHd.shape[1], k_BKSd.shape[2]
     how: dict[str, Any] = {"scale": scale, "implementation": implementation}
     slot = jnp.asarray(slot, jnp.int32)
     length = jnp.asarray(T if length is None else length, jnp.int32)
     bounds = sparse_parts.bounds([part.mask for part in parts], tiling.rows)
-    capacity = max_pieces or min(-(-(S + tiling.rows) // tiling.size), _MAX_PIECES)
+    capacity = max_pieces or min(-(-(S + tiling.rows) // 128) * (128 // tiling.size), _MAX_PIECES)
     # Rows over all their keys: the last ones for the choice and for its recall, others for the recall.
     rows_R = sparse_parts.probe_rows(length)
     if measure:
@@ -182,6 +184,7 @@ def attend(
         with jax.named_scope("sparse_lists"):
             columns = min(max_columns or pattern.most_columns, S)
             where = slot, length
+            assert budgets_H2 is not None
             visits = _visit_lines(scores, k_BKSd, v_BKSd, budgets_H2, bounds, where, tiling, capacity, columns)
     # Attention over the pieces and the gathered keys of each part.
     merged = []
@@ -234,18 +237,12 @@ def _visit_blocks(
 
 
 def _visit_lines(
-    scores: tuple[jax.Array, jax.Array], k_BKSd: jax.Array, v_BKSd: jax.Array, budgets_H2: jax.Array | None,
+    scores: tuple[jax.Array, jax.Array], k_BKSd: jax.Array, v_BKSd: jax.Array, budgets_H2: jax.Array,
     bounds: Bounds, where: tuple[jax.Array, jax.Array], tiling: Tiling, max_pieces: int, max_columns: int,
 ) -> _Visits:  # fmt: skip
     """Pieces of slashes, and columns."""
-    H = scores[0].shape[1]
-    if budgets_H2 is None or budgets_H2.shape != (H, 2):
-        raise InputError(
-            f"Vertical-slash attention needs budgets [{H}, 2], columns and slashes of each query head; got "
-            f"{None if budgets_H2 is None else budgets_H2.shape}. Use VerticalSlash.budgets(layer)."
-        )
     lines = vertical_slash.choose(
-        *scores, jnp.asarray(budgets_H2), bounds, *where, tiling=tiling, max_pieces=max_pieces, max_columns=max_columns
+        *scores, budgets_H2, bounds, *where, tiling=tiling, max_pieces=max_pieces, max_columns=max_columns
     )
     k, v = (vertical_slash.gather_columns(x, lines.columns_BHC) for x in (k_BKSd, v_BKSd))
     gathered = k, v, lines.places_BHNC
@@ -322,3 +319,12 @@ def _check(parts: Sequence[Part], k_BKSd: jax.Array, tiling: Tiling, slot: jax.A
                 f"Expected the same queries {(B, T, H, d)} in every part, and {(B, PROBE_ROWS, H, d)} to choose keys; "
                 f"got {part.q_BTHd.shape} and {None if critical is None else critical.shape}."
             )
+
+
+def _checked_budgets(budgets_H2: jax.Array | None, num_heads: int) -> jax.Array:
+    if budgets_H2 is None or budgets_H2.shape != (num_heads, 2):
+        raise InputError(
+            f"Vertical-slash attention needs budgets [{num_heads}, 2], columns and slashes of each query head; got "
+            f"{None if budgets_H2 is None else budgets_H2.shape}. Use VerticalSlash.budgets(layer)."
+        )
+    return jnp.asarray(budgets_H2, jnp.int32)

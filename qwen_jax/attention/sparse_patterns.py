@@ -106,7 +106,9 @@ class VerticalSlash:
         if not isinstance(layers, list) or not layers or not all(isinstance(layer, dict) for layer in layers):
             raise InputError(f"{path} must hold a JSON list with an object for each layer, from head to budgets.")
         rows = [[_entry(path, i, layer, h) for h in range(len(layer))] for i, layer in enumerate(layers)]
-        columns, slashes, scores = (tuple(tuple(entry[k] for entry in row) for row in rows) for k in range(3))
+        columns = tuple(tuple(entry[0] for entry in row) for row in rows)
+        slashes = tuple(tuple(entry[1] for entry in row) for row in rows)
+        scores = tuple(tuple(entry[2] for entry in row) for row in rows)
         pattern = cls(columns, slashes, scores)
         pattern.check(config, str(path))
         return pattern
@@ -135,6 +137,8 @@ class PooledBlocks:
       sink: tokens at the beginning of a row that every query sees.
       window: latest tokens that every query sees.
       correct_means: whether a block that is not visited counts as 128 keys that equal its mean.
+      stride: only every stride-th query of a tile scores blocks, which saves time and memory; divides 128. The
+        published method uses all queries.
 
     Source: FlashPrefill V2 (arXiv:2608.19758).
     """
@@ -143,6 +147,7 @@ class PooledBlocks:
     sink: int = 256
     window: int = 512
     correct_means: bool = True
+    stride: int = 8
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold <= 1.0:
@@ -151,6 +156,8 @@ class PooledBlocks:
             raise InputError(
                 f"Expected a sink of at least 0 tokens and a window of at least 1; got {self.sink} and {self.window}."
             )
+        if self.stride < 1 or 128 % self.stride:
+            raise InputError(f"Expected a stride that divides the 128 queries of a tile; got {self.stride}.")
 
 
 def refine(

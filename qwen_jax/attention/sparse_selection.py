@@ -1,4 +1,4 @@
-"""Exact top-k and compaction of long rows on the device, without a sort or a scatter.
+"""Exact top-k and compaction of long rows on the device, without a sort.
 
 All functions have static shapes and work on several rows at once: R rows of S elements. They read [R, S] arrays a few
 times and otherwise work on arrays that are 32 or 128 times shorter, because S is up to a million for every head, layer
@@ -44,7 +44,8 @@ def top_mask(keys_RS: jax.Array, count_R: jax.Array) -> jax.Array:
         reached = [_count(keys_RS >= c[:, None]) >= count_R for c in candidates]
         return threshold_R + (sum(r.astype(jnp.uint32) for r in reached) << shift)
 
-    threshold_R = lax.fori_loop(0, 8, digit, jnp.zeros(len(keys_RS), jnp.uint32))[:, None]
+    zeros_R = varying(jnp.zeros(len(keys_RS), jnp.uint32), keys_RS, count_R)
+    threshold_R = lax.fori_loop(0, 8, digit, zeros_R)[:, None]
     above_RS, equal_RS = keys_RS > threshold_R, keys_RS == threshold_R
     last_R = _nth_place(equal_RS, count_R - _count(above_RS))
     return above_RS | (equal_RS & (jnp.arange(keys_RS.shape[1], dtype=jnp.int32) <= last_R[:, None]))
@@ -60,16 +61,21 @@ def places(mask_RS: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
     Returns:
       int32 [R, C], S from the count of the row on; and int32 [R], the true elements, also where they exceed C.
     """
-    S = mask_RS.shape[1]
+    R, S = mask_RS.shape
     words_RW = pack_bits(mask_RS)
-    ends_RW = jnp.cumsum(lax.population_count(words_RW).astype(jnp.int32), axis=1)
-    rank_C = jnp.arange(1, capacity + 1, dtype=jnp.int32)
-    # The word that holds the n-th true element, and the place of the element in the word.
-    word_RC = jnp.minimum(count_below(ends_RW, rank_C[None]), ends_RW.shape[1] - 1)
-    word_bits_RC = jnp.take_along_axis(words_RW, word_RC, axis=1)
-    before_RC = jnp.take_along_axis(ends_RW, word_RC, axis=1) - lax.population_count(word_bits_RC).astype(jnp.int32)
-    place_RC = word_RC * 32 + _nth_bit(word_bits_RC, rank_C - before_RC)
-    return jnp.where(rank_C <= ends_RW[:, -1:], place_RC, S), ends_RW[:, -1]
+    counts_RW = lax.population_count(words_RW).astype(jnp.int32)
+    ends_RW = jnp.cumsum(counts_RW, axis=1)
+    # How many true elements come before each element: in the words before its own, and in its own.
+    lower = (jnp.uint32(1) << jnp.arange(32, dtype=jnp.uint32)) - 1
+    inside_RW32 = lax.population_count(words_RW[:, :, None] & lower).astype(jnp.int32)
+    rank_RS = ((ends_RW - counts_RW)[:, :, None] + inside_RW32).reshape(R, -1)[:, :S]
+    # Every true element has a target of its own; all others are dropped.
+    row_R1 = jnp.arange(R, dtype=jnp.int32)[:, None]
+    target_RS = jnp.where(mask_RS & (rank_RS < capacity), row_R1 * capacity + rank_RS, R * capacity)
+    place_RS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (R, S))
+    found = varying(jnp.full(R * capacity, S, jnp.int32), mask_RS)
+    found = found.at[target_RS.reshape(-1)].set(place_RS.reshape(-1), mode="drop")
+    return found.reshape(R, capacity), ends_RW[:, -1]
 
 
 def count_below(sorted_RL: jax.Array, values_RC: jax.Array) -> jax.Array:
@@ -97,6 +103,18 @@ def window_max(x_RS: jax.Array, length: int) -> jax.Array:
     return lax.reduce_window(x_RS, jnp.zeros((), x_RS.dtype), lax.max, (1, length), (1, 1), pads)
 
 
+def varying(x: jax.Array, *like: jax.Array) -> jax.Array:
+    """The same value, typed as one that differs between devices if one of the others does.
+
+    Inside `jax.shard_map` what a loop starts with must have the type of what it computes.
+    """
+    # A zero that depends on the others, so that it has their type; the compiler removes it.
+    for y in like:
+        first = y[(0,) * y.ndim]
+        x = x + jnp.where(first == first, 0, 0).astype(x.dtype)
+    return x
+
+
 def _count(mask_RS: jax.Array) -> jax.Array:
     return jnp.sum(mask_RS, axis=1, dtype=jnp.int32)
 
@@ -112,14 +130,3 @@ def _nth_place(mask_RS: jax.Array, n_R: jax.Array) -> jax.Array:
     before = jnp.take_along_axis(ends, block_R[:, None], axis=1) - _count(inside)[:, None]
     place_R = block_R * _BLOCK + _count(jnp.cumsum(inside, axis=1, dtype=jnp.int32) + before < n_R[:, None])
     return jnp.where(n_R > 0, place_R, -1)
-
-
-def _nth_bit(words: jax.Array, n: jax.Array) -> jax.Array:
-    """The place of the n-th set bit of each word, counted from 1 and from the lowest."""
-    place = jnp.zeros_like(n)
-    for half in (16, 8, 4, 2, 1):
-        low = lax.population_count(words & jnp.uint32((1 << half) - 1)).astype(jnp.int32)
-        high = n > low
-        place, n = jnp.where(high, place + half, place), jnp.where(high, n - low, n)
-        words = jnp.where(high, words >> half, words)
-    return place

@@ -117,7 +117,8 @@ def line_scores(
         return _added(sums[0], weights.sum(axis=2), first), _added(sums[1], skewed.sum(axis=2), first)
 
     zeros = jnp.zeros((B, H, S), jnp.float32), jnp.zeros((B, H, S + R - 1), jnp.float32)
-    return lax.fori_loop(0, count[0], add, zeros)
+    like = q_PBRKGd, k_BKSd, lse_BHR, start_PBR, end_PBR
+    return lax.fori_loop(0, count[0], add, tuple(selection.varying(x, *like) for x in zeros))
 
 
 def choose(
@@ -157,11 +158,15 @@ def choose(
     keys_RS = selection.order_keys(score_RS, (low_R <= j) & (j < end))
     columns_R = jnp.where(budgets_R2[:, 0] == 30, 130, budgets_R2[:, 0])
     columns_R = jnp.minimum(columns_R, visible_R)
-    chosen_RS = selection.top_mask(keys_RS, jnp.minimum(columns_R, max_columns))
+    kept_R = jnp.minimum(columns_R, max_columns)
     # Slashes. Pieces start at multiples of `step` in every tile, if distances are counted from a multiple of it.
     shift = -slot % step
     keys_RU = _slash_keys(slash_BHS.reshape(R, -1), low_R, end, shift, S, step)
-    slashes_RU = selection.top_mask(keys_RU, jnp.minimum(budgets_R2[:, 1], visible_R))
+    slashes_R = jnp.minimum(budgets_R2[:, 1], visible_R)
+    # Both at once, with half as many steps.
+    keys = jnp.concatenate([jnp.pad(keys_RS, ((0, 0), (0, keys_RU.shape[1] - S))), keys_RU])
+    chosen = selection.top_mask(keys, jnp.concatenate([kept_R, slashes_R]))
+    chosen_RS, slashes_RU = chosen[:R, :S], chosen[R:]
     begins_RG = _piece_groups(slashes_RU, tiling)
     begins_RG, pieces_cut_R = _cut(begins_RG, jnp.where(slashes_RU, keys_RU, 0), tiling, max_pieces)
     # The distance from the end of a tile to the end of each piece of the head, ascending.
@@ -171,26 +176,32 @@ def choose(
     # in it are columns instead.
     last_N = slot + shift + rows * (1 + jnp.arange(N, dtype=jnp.int32))
     low_BN, high_BN = bounds.union()
-    until_RN = selection.count_below(back_RL, (last_N - size + 1)[None])
+    begin_N, reach_RN = last_N - size + 1, last_N - jnp.repeat(low_BN, H, axis=0)
+    below = selection.count_below(back_RL, jnp.concatenate([jnp.broadcast_to(begin_N, (R, N)), reach_RN], axis=1))
+    until_RN, reach_RN = below[:, :N], below[:, N:]
     negative_RN = last_N - jnp.take_along_axis(back_RL, jnp.minimum(until_RN, max_pieces - 1), axis=1)
     first_key_RN = jnp.where(until_RN < pieces_R[:, None], jnp.maximum(negative_RN, 0), 0)
     if size > step:
         chosen_RS |= (j < size - step) & (low_R <= j) & (j < end) & (pieces_R > 0)[:, None]
-    lists = _lists(back_RL, until_RN, last_N, (B, H, N), jnp.repeat(low_BN, H, axis=0), tiling)
+    lists = _lists(back_RL, jnp.minimum(until_RN, reach_RN), last_N, (B, H, N), tiling)
     # Columns of each tile.
-    columns_RC, found_R = selection.places(chosen_RS, max_columns + size - step)
+    # Whole tiles of 128 columns, so that kernels need not pad.
+    columns_RC, found_R = selection.places(chosen_RS, -(-(max_columns + size - step) // 128) * 128)
     inside_RG = selection.window_any(begins_RG, size // step)
     places_RNC = _column_places(columns_RC, found_R, inside_RG, first_key_RN, slot + shift + rows - 1, tiling)
     # Pairs in pieces, and pairs in columns. The last row of a tile sees all columns, each row before it one key less.
     start_RNr, end_RNr = (jnp.repeat(x.reshape(B, N, rows), H, axis=0) for x in (bounds.start_BT, bounds.end_BT))
     last, first = last_N[None, :, None], jnp.maximum(start_RNr, first_key_RN[:, :, None])
-    pairs = _covered(back_RL, last - first, size) - _covered(back_RL, last - jnp.maximum(end_RNr, first), size)
+    ends = jnp.stack([last - first, last - jnp.maximum(end_RNr, first)], axis=1).reshape(R, -1)
+    inside = _covered(back_RL, ends, size).reshape(R, 2, -1)
     low, high, seeing = (
         jnp.repeat(x, H, axis=0)[:, :, None]
         for x in (low_BN, high_BN, (bounds.start_BT < bounds.end_BT).reshape(B, N, rows).sum(axis=2))
     )
     rows_RNC = jnp.where(low <= places_RNC, jnp.clip(high - places_RNC, 0, seeing), 0)
-    visited_R = pairs.sum(axis=1, dtype=jnp.float32) + rows_RNC.sum(axis=(1, 2), dtype=jnp.float32)
+    visited_R = (inside[:, 0] - inside[:, 1]).sum(axis=1, dtype=jnp.float32) + rows_RNC.sum(
+        axis=(1, 2), dtype=jnp.float32
+    )
     by_head = (B, H)
     return Selection(
         lists, places_RNC.reshape(B, H, N, -1), columns_RC.reshape(B, H, -1), visited_R.reshape(by_head),
@@ -272,17 +283,14 @@ def _cut(begins_RG: jax.Array, keys_RU: jax.Array, tiling: Tiling, capacity: int
 
 
 def _lists(
-    back_RL: jax.Array, until_RN: jax.Array, last_N: jax.Array, shape: tuple[int, int, int], low_RN: jax.Array,
-    tiling: Tiling,
-) -> kernels.KeyLists:  # fmt: skip
-    """The pieces of each tile, ascending: those that do not begin before key 0 and reach beyond the first key seen."""
+    back_RL: jax.Array, count_RN: jax.Array, last_N: jax.Array, shape: tuple[int, int, int], tiling: Tiling
+) -> kernels.KeyLists:
+    """The lists of tiles that visit the pieces 0 to count - 1 of their head, from the last to the first."""
     L, size = back_RL.shape[1], tiling.size
-    # The pieces 0 to m - 1 of a head count for a tile, from the last to the first.
-    m_RN = jnp.minimum(until_RN, selection.count_below(back_RL, last_N - low_RN))
     reverse_RL = jnp.pad(back_RL[:, ::-1], ((0, 0), (0, L)))
     slices = jax.vmap(jax.vmap(lambda row, first: lax.dynamic_slice_in_dim(row, first, L), (None, 0)))
-    starts_RNL = last_N[:, None] - size - slices(reverse_RL, L - m_RN)
-    return kernels.KeyLists(starts_RNL.reshape(*shape, L), m_RN.reshape(shape), tiling.rows, size)
+    starts_RNL = last_N[:, None] - size - slices(reverse_RL, L - count_RN)
+    return kernels.KeyLists(starts_RNL.reshape(*shape, L), count_RN.reshape(shape), tiling.rows, size)
 
 
 def _column_places(
@@ -326,9 +334,8 @@ def _column_places(
     return jnp.where(off | (jnp.arange(C) >= found_R[:, None, None]), NOWHERE, place)
 
 
-def _covered(back_RL: jax.Array, distance_RNr: jax.Array, size: int) -> jax.Array:
-    """How many of the distances below each given one are inside a piece, int32 [R, N r]."""
-    flat = distance_RNr.reshape(len(back_RL), -1)
-    below = selection.count_below(back_RL, flat)
+def _covered(back_RL: jax.Array, distance_RX: jax.Array, size: int) -> jax.Array:
+    """How many of the distances below each given one are inside a piece, int32 [R, X]."""
+    below = selection.count_below(back_RL, distance_RX)
     last = jnp.take_along_axis(back_RL, jnp.maximum(below - 1, 0), axis=1)
-    return jnp.where(below > 0, (below - 1) * size + jnp.minimum(flat - last, size), 0)
+    return jnp.where(below > 0, (below - 1) * size + jnp.minimum(distance_RX - last, size), 0)
