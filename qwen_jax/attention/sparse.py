@@ -296,9 +296,18 @@ def _recall(lse_BHT: jax.Array, full_BHR: jax.Array, rows_R: jax.Array) -> tuple
 
 
 def _tiling(pattern: VerticalSlash | PooledBlocks, implementation: kernels.Implementation, part: Part) -> Tiling:
-    """Pieces that begin at multiples of 8 keys where the kernel can read them, otherwise aligned pieces of 128 keys."""
-    chosen = kernels.select_attention(implementation, part.q_BTHd, part.mask, return_lse=True, cache=True)
-    return Tiling(128, 64, 8) if chosen == "gpu" and isinstance(pattern, VerticalSlash) else Tiling()
+    """Sizes that the kernel is fastest with."""
+    q = part.q_BTHd
+    chosen = kernels.select_attention(implementation, q, part.mask, return_lse=True, cache=True)
+    if chosen == "gpu" and isinstance(pattern, VerticalSlash):
+        # Pieces may begin at multiples of 8 keys.
+        return Tiling(128, 64, 8)
+    if chosen == "tpu" and isinstance(pattern, VerticalSlash):
+        from qwen_jax.kernels.attention import sparse_tpu
+
+        rows = sparse_tpu.tiling(q.shape[3], q.dtype).rows
+        return Tiling(rows if q.shape[1] % rows == 0 else 128)
+    return Tiling()
 
 
 def _check(parts: Sequence[Part], k_BKSd: jax.Array, tiling: Tiling, slot: jax.Array | int) -> None:
