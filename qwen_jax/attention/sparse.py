@@ -37,6 +37,7 @@ __all__ = [
     "block_means",
     "probe_rows",
     "refine",
+    "summarise",
 ]
 
 # Pieces of a list, unless the caller says otherwise: 64-key pieces for a quarter of half a million keys.
@@ -69,6 +70,24 @@ class Diagnostics:
     audit_recall_BH: jax.Array | None
     pieces_cut_BH: jax.Array
     columns_cut_BH: jax.Array
+
+
+def summarise(skipped: Sequence[Diagnostics]) -> tuple[np.ndarray, float, int]:
+    """Recall, density and what was cut, of a prompt that was read in chunks. Waits for the device.
+
+    Args:
+      skipped: of each chunk, with a leading axis over layers.
+
+    Returns:
+      Recall float [L, H] over audit rows; density, averaged over heads and weighted by the keys that a chunk sees; and
+      the number of pieces and columns that were cut.
+    """
+    recall_LH = np.mean([np.asarray(chunk.audit_recall_BH).mean(axis=1) for chunk in skipped], axis=0)
+    # Chunk i sees about 2 i + 1 halves of a chunk.
+    weights = np.arange(1, 2 * len(skipped), 2, dtype=np.float64)
+    density = np.average([float(np.mean(np.asarray(chunk.density_BH))) for chunk in skipped], weights=weights)
+    cut = sum(int(np.sum(np.asarray(n))) for chunk in skipped for n in (chunk.pieces_cut_BH, chunk.columns_cut_BH))
+    return recall_LH, float(density), cut
 
 
 @functools.partial(
