@@ -196,7 +196,7 @@ def attend(
     # What to visit.
     if isinstance(pattern, PooledBlocks):
         with jax.named_scope("sparse_lists"):
-            visits = _visit_blocks(parts, k_BKSd, v_BKSd, pattern, bounds, means, scale, min(capacity, S // BLOCK))
+            visits = _visit_blocks(parts, k_BKSd, v_BKSd, pattern, bounds, means, how, min(capacity, S // BLOCK))
     else:
         with jax.named_scope("sparse_lines"):
             scores = _line_scores(parts, queries, masks, full_BHR, k_BKSd, v_BKSd, how)
@@ -241,12 +241,16 @@ class _Visits:
 
 def _visit_blocks(
     parts: Sequence[Part], k_BKSd: jax.Array, v_BKSd: jax.Array, pattern: PooledBlocks, bounds: Bounds,
-    means: tuple[jax.Array, jax.Array] | None, scale: float, max_blocks: int,
+    means: tuple[jax.Array, jax.Array] | None, how: dict[str, Any], max_blocks: int,
 ) -> _Visits:  # fmt: skip
     """Blocks, and means of those that are not visited."""
     k, v = (block_means(k_BKSd), block_means(v_BKSd)) if means is None else means
     queries = [part.q_BTHd for part in parts]
-    blocks = pooled_blocks.choose(queries, k, bounds, pattern, scale=scale, max_blocks=max_blocks)
+    # On anything but a GPU, scores have no implementation of their own.
+    scoring = "auto" if how["implementation"] in ("auto", "gpu") else "xla"
+    blocks = pooled_blocks.choose(
+        queries, k, bounds, pattern, scale=how["scale"], max_blocks=max_blocks, implementation=scoring
+    )
     # A block that is not visited costs each query of the tile 128 keys less, or one in place of 128.
     saved = BLOCK * (BLOCK - 1 if pattern.correct_means else BLOCK)
     visited_BH = _visible(parts)[:, None] - saved * blocks.skipped_BH

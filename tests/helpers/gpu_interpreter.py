@@ -1,4 +1,4 @@
-"""Runs the forward pass of attention for Hopper GPUs in the interpreter of Mosaic GPU, which needs jax 0.11."""
+"""Runs attention and block scores for Hopper GPUs in the interpreter of Mosaic GPU, which needs jax 0.11."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import pytest
 
-from qwen_jax.kernels.attention import flash_gpu_forward, sparse_gpu
+from qwen_jax.kernels.attention import block_scores_gpu, flash_gpu_forward, sparse_gpu
 
 CAN_INTERPRET = jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu"
 
@@ -53,13 +53,19 @@ def interpreted(multiprocessors: int) -> Iterator[None]:
         stack.enter_context(params.force_gpu_interpret_mode(how))
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         # What is traced here must not be used elsewhere, nor the reverse.
-        for traced in (flash_gpu_forward.run_forward, sparse_gpu.attention, sparse_gpu.columns):
+        for traced in (
+            flash_gpu_forward.run_forward,
+            sparse_gpu.attention,
+            sparse_gpu.columns,
+            block_scores_gpu.scores,
+        ):
             traced.clear_cache()
             stack.callback(traced.clear_cache)
         patch.setattr(accumulator, "_setitem", setitem)
         patch.setattr(accumulator, "_getitem", getitem)
         patch.setattr(plgpu, "wgmma", multiply)
         patch.setattr(shared_memory.Barrier, "deallocate", deallocate)
-        patch.setattr(flash_gpu_forward, "read_accumulator", lambda acc, pending=0: acc[...])
-        patch.setattr(flash_gpu_forward, "MULTIPROCESSORS", multiprocessors)
+        for module in (flash_gpu_forward, block_scores_gpu):
+            patch.setattr(module, "read_accumulator", lambda acc, pending=0: acc[...])
+            patch.setattr(module, "MULTIPROCESSORS", multiprocessors)
         yield
