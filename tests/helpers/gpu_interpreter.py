@@ -1,4 +1,4 @@
-"""Runs the forward pass of attention for Hopper GPUs in the interpreter of Mosaic GPU, which needs jax 0.11."""
+"""Runs the forward pass of attention and the sums of probe rows for Hopper GPUs in the interpreter of Mosaic GPU, which needs jax 0.11."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import pytest
 
-from qwen_jax.kernels.attention import flash_gpu_forward, sparse_gpu
+from qwen_jax.kernels.attention import flash_gpu_forward, probe_gpu, sparse_gpu
 
 CAN_INTERPRET = jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu"
 
@@ -53,7 +53,7 @@ def interpreted(multiprocessors: int) -> Iterator[None]:
         stack.enter_context(params.force_gpu_interpret_mode(how))
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         # What is traced here must not be used elsewhere, nor the reverse.
-        for traced in (flash_gpu_forward.run_forward, sparse_gpu.attention, sparse_gpu.columns):
+        for traced in (flash_gpu_forward.run_forward, sparse_gpu.attention, sparse_gpu.columns, probe_gpu.line_sums):
             traced.clear_cache()
             stack.callback(traced.clear_cache)
         patch.setattr(accumulator, "_setitem", setitem)
@@ -61,5 +61,7 @@ def interpreted(multiprocessors: int) -> Iterator[None]:
         patch.setattr(plgpu, "wgmma", multiply)
         patch.setattr(shared_memory.Barrier, "deallocate", deallocate)
         patch.setattr(flash_gpu_forward, "read_accumulator", lambda acc, pending=0: acc[...])
-        patch.setattr(flash_gpu_forward, "MULTIPROCESSORS", multiprocessors)
+        patch.setattr(probe_gpu, "keep_unswizzled", lambda ref: None)
+        for module in (flash_gpu_forward, probe_gpu):
+            patch.setattr(module, "MULTIPROCESSORS", multiprocessors)
         yield
