@@ -1,10 +1,14 @@
-"""Runs the forward pass of attention and the sums of probe rows for Hopper GPUs in the interpreter of Mosaic GPU, which needs jax 0.11."""
+"""Runs the forward pass of attention for Hopper GPUs, and the sums of probe rows, in the interpreter of Mosaic GPU.
+
+It needs jax 0.11.
+"""
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import pytest
@@ -44,6 +48,10 @@ def interpreted(multiprocessors: int) -> Iterator[None]:
         else:
             wgmma(acc, a, b)
 
+    def store_at(ref: Any, places: Any, arrays: Any, _: Any) -> None:
+        for first, x in zip(places, arrays, strict=True):
+            ref.at[pl.ds(first, len(x))][...] = x
+
     def deallocate(barrier: Any) -> None:
         with barrier.cv:
             barrier.ref_count -= 1
@@ -62,6 +70,7 @@ def interpreted(multiprocessors: int) -> Iterator[None]:
         patch.setattr(shared_memory.Barrier, "deallocate", deallocate)
         patch.setattr(flash_gpu_forward, "read_accumulator", lambda acc, pending=0: acc[...])
         patch.setattr(probe_gpu, "keep_unswizzled", lambda ref: None)
+        patch.setattr(probe_gpu, "store_at", store_at)
         for module in (flash_gpu_forward, probe_gpu):
             patch.setattr(module, "MULTIPROCESSORS", multiprocessors)
         yield

@@ -20,7 +20,7 @@ from jax import lax
 
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.gpu.device import MULTIPROCESSORS, TILE_SHARED_BYTES
-from qwen_jax.kernels.gpu.hopper import keep_unswizzled, load, tiled
+from qwen_jax.kernels.gpu.hopper import keep_unswizzled, load, store_at, tiled
 from qwen_jax.kernels.gpu.tiles import PER_COLUMN, PER_ROW, ROWS, WGMMA, across, kernel, rem, zeros
 from qwen_jax.kernels.softmax import LOG2E
 from qwen_jax.kernels.types import Ref
@@ -87,7 +87,8 @@ def line_sums(
     if q_BRHd.dtype != k_BKSd.dtype or not supports(q_BRHd.dtype, R, H, K, d, S):
         raise InputError(
             f"The kernel for probe rows needs {ROWS} rows of bfloat16 or float16, head_dim 64 or 128, H a multiple of "
-            f"K and a cache of a multiple of 8 slots; got {q_BRHd.dtype} {q_BRHd.shape} over {k_BKSd.dtype} {k_BKSd.shape}."
+            f"K and a cache of a multiple of 8 slots; got {q_BRHd.dtype} {q_BRHd.shape} over {k_BKSd.dtype} "
+            f"{k_BKSd.shape}. Use implementation='reference'."
         )
     tiles = -(-S // KEYS)
     start, end = jnp.maximum(start_BR, 0), jnp.minimum(end_BR, S)
@@ -99,7 +100,7 @@ def line_sums(
     columns, parts = kernel(
         "probe_lines",
         functools.partial(_sum_share, scale=scale, heads=heads),
-        (jax.ShapeDtypeStruct((B, H, tiles * KEYS), jnp.float32), jax.ShapeDtypeStruct((B, H, tiles, 128), jnp.float32)),
+        tuple(jax.ShapeDtypeStruct((B, H, tiles, n), jnp.float32) for n in (KEYS, 2 * KEYS)),
         {"row": B, "head": H // heads, "share": shares},
         _WARPGROUPS,
         k_smem=tiled((_WARPGROUPS * _STAGES, KEYS, d), k_BKSd.dtype),
@@ -114,7 +115,7 @@ def line_sums(
     # Tiles that no row sees are not written.
     tile = jnp.arange(tiles, dtype=jnp.int32)
     written_B1N1 = ((first_B[:, None] <= tile) & (tile < last_B[:, None]))[:, None, :, None]
-    columns = jnp.where(written_B1N1, columns.reshape(B, H, tiles, KEYS), 0.0).reshape(B, H, -1)[:, :, :S]
+    columns = jnp.where(written_B1N1, columns, 0.0).reshape(B, H, -1)[:, :, :S]
     halves = jnp.where(written_B1N1, parts, 0.0).reshape(B, H, tiles, 2, KEYS)
     low, high = (
         jnp.pad(halves[:, :, :, n].reshape(B, H, -1), ((0, 0), (0, 0), (KEYS * n, KEYS - KEYS * n))) for n in (0, 1)
@@ -184,31 +185,34 @@ def _sum_share(
             s = pl.run_scoped(logits, plgpu.ACC((KEYS, ROWS), jnp.float32))
             p = jnp.exp2(s * (scale * LOG2E) - across(lse, s.shape, 1))
             if masked:
-                low, high = (across(load(x.at[row], PER_COLUMN) - tile * KEYS, s.shape, 1) for x in (start_ref, end_ref))
+                low, high = (
+                    across(load(x.at[row], PER_COLUMN) - tile * KEYS, s.shape, 1) for x in (start_ref, end_ref)
+                )
                 j = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=WGMMA)
                 p = jnp.where((j >= low) & (j < high), p, 0.0)
-            columns_ref[row, head, pl.ds(pl.multiple_of(tile * KEYS, KEYS), KEYS)] = p.sum(axis=1)
-            # Diagonals: strips of eight rows, each read 8 keys further on than the one before.
+            store_at(columns_ref.at[row, head, tile], (0,), (p.sum(axis=1),), PER_ROW)
+            # Diagonals: strips of eight rows, each read eight keys further on than the one before.
             halves = p.astype(jnp.float16)
-            for c in range(_STRIPS):
-                strips.at[pl.ds(_GAP + _STEP * c, KEYS)][...] = halves[:, c * _WIDTH : (c + 1) * _WIDTH]
+            at = [_GAP + _STEP * c for c in range(_STRIPS)]
+            store_at(strips, at, [halves[:, c * _WIDTH : (c + 1) * _WIDTH] for c in range(_STRIPS)], WGMMA)
             plgpu.commit_smem()
+            sums = []
             for n in range(2):
                 # The last strip has nothing in the second half.
                 at = [2 * KEYS * c + KEYS * n for c in range(_STRIPS - n)]
-                total = sum(
-                    (load(strips.at[pl.ds(a, KEYS)], WGMMA).astype(jnp.float32) for a in at),
-                    zeros((KEYS, _WIDTH), WGMMA),
-                )
-                fold.at[pl.ds(8 + KEYS * n, KEYS)][...] = total
+                parts = [load(strips.at[pl.ds(a, KEYS)], WGMMA).astype(jnp.float32) for a in at]
+                sums.append(sum(parts[1:], parts[0]))
+            store_at(fold, (8, 8 + KEYS), sums, WGMMA)
             plgpu.commit_smem()
             # The eight columns that remain, each read one key further on. A load takes all columns of its rows.
             column = plgpu.broadcasted_iota(jnp.int32, (KEYS, _WIDTH), 1, layout=WGMMA)
+            sums = []
             for n in range(2):
                 total = load(fold.at[pl.ds(KEYS * n + 1, KEYS)], WGMMA)
                 for e in range(1, _WIDTH):
                     total = jnp.where(column == e, load(fold.at[pl.ds(KEYS * n + 1 + e, KEYS)], WGMMA), total)
-                diagonals_ref[row, head, tile, pl.ds(KEYS * n, KEYS)] = total.sum(axis=1)
+                sums.append(total.sum(axis=1))
+            store_at(diagonals_ref.at[row, head, tile], (0, KEYS), sums, PER_ROW)
 
         lax.fori_loop(0, heads, one_head, None)
         pl.when(tile + _STAGES < end)(lambda: fetch(tile + _STAGES))

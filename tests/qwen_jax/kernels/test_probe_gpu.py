@@ -1,6 +1,7 @@
 """The sums of probe rows for Hopper GPUs: on a GPU, and small ones in the interpreter where jax can run it."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def intervals(numbers: np.random.Generator, B: int, S: int, parts: int) -> list[
     edges = [low, *inner, row_end]
     none = numbers.integers(0, R, 3)
     both = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         stop = stop.copy()
         stop[:, none] = 0
         both.append((start.astype(np.int32), stop.astype(np.int32)))
