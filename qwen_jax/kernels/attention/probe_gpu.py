@@ -11,6 +11,7 @@ Source: the estimate of vertical-slash patterns, Jiang et al. 2024 (MInference, 
 """
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.experimental.pallas as pl
@@ -92,10 +93,9 @@ def line_sums(
         )
     tiles = -(-S // KEYS)
     start, end = jnp.maximum(start_BR, 0), jnp.minimum(end_BR, S)
-    first_B, last_B, full_first_B, full_last_B = _tile_ranges(start, end)
+    ranges_B4 = tile_ranges(start, end)
     heads = heads_of_block(H // K, d)
-    blocks = B * H // heads
-    shares = min(max(MULTIPROCESSORS // blocks, 1), -(-tiles // _WARPGROUPS))
+    shares = min(max(MULTIPROCESSORS // (B * H // heads), 1), -(-tiles // _WARPGROUPS))
     own = {"q_smem": tiled((heads, ROWS, d), q_BRHd.dtype), "q_ready": plgpu.Barrier(num_arrivals=heads)}
     columns, parts = kernel(
         "probe_lines",
@@ -109,12 +109,11 @@ def line_sums(
         fold=plgpu.SMEM((_WARPGROUPS, _FOLD_ROWS, _WIDTH), jnp.float32),
         **own,
     )(
-        q_BRHd.swapaxes(1, 2), k_BKSd, start, end, jnp.where(jnp.isfinite(lse_BHR), lse_BHR * LOG2E, 0.0),
-        jnp.stack([first_B, last_B, full_first_B, full_last_B], axis=1),
+        q_BRHd.swapaxes(1, 2), k_BKSd, start, end, jnp.where(jnp.isfinite(lse_BHR), lse_BHR * LOG2E, 0.0), ranges_B4
     )  # fmt: skip
     # Tiles that no row sees are not written.
     tile = jnp.arange(tiles, dtype=jnp.int32)
-    written_B1N1 = ((first_B[:, None] <= tile) & (tile < last_B[:, None]))[:, None, :, None]
+    written_B1N1 = ((ranges_B4[:, :1] <= tile) & (tile < ranges_B4[:, 1:2]))[:, None, :, None]
     columns = jnp.where(written_B1N1, columns, 0.0).reshape(B, H, -1)[:, :, :S]
     halves = jnp.where(written_B1N1, parts, 0.0).reshape(B, H, tiles, 2, KEYS)
     low, high = (
@@ -123,14 +122,62 @@ def line_sums(
     return columns, (low + high)[:, :, : S + ROWS - 1]
 
 
-def _tile_ranges(start_BR: jax.Array, end_BR: jax.Array) -> tuple[jax.Array, ...]:
-    """The tiles that some row sees, first and end, and those that all rows see in full, int32 [B] each."""
-    sees = start_BR < end_BR
-    low, high = jnp.where(sees, start_BR, jnp.iinfo(jnp.int32).max).min(axis=1), jnp.where(sees, end_BR, 0).max(axis=1)
+def tile_ranges(start: jax.Array, end: jax.Array) -> jax.Array:
+    """The tiles that some row sees, first and end, and those that all rows see in full: int32 [..., 4].
+
+    Args:
+      start, end: int32 intervals [..., R].
+    """
+    sees = start < end
+    low, high = jnp.where(sees, start, jnp.iinfo(jnp.int32).max).min(axis=-1), jnp.where(sees, end, 0).max(axis=-1)
     first = jnp.minimum(low, high) // KEYS
     last = jnp.maximum(-(-high // KEYS), first)
-    full_first = jnp.clip((start_BR.max(axis=1) + (KEYS - 1)) // KEYS, first, last)
-    return first, last, full_first, jnp.clip(jnp.maximum(end_BR.min(axis=1), 0) // KEYS, full_first, last)
+    full_first = jnp.clip((start.max(axis=-1) + (KEYS - 1)) // KEYS, first, last)
+    full_last = jnp.clip(jnp.maximum(end.min(axis=-1), 0) // KEYS, full_first, last)
+    return jnp.stack([first, last, full_first, full_last], axis=-1)
+
+
+def walk_share(
+    body: Callable[[jax.Array, jax.Array, bool], None], k_ref: Ref, where: tuple[jax.Array, jax.Array],
+    tiles: Sequence[jax.Array], warpgroups: int, k_smem: Ref, k_ready: Ref, q_ready: Ref,
+) -> None:  # fmt: skip
+    """Walks over this warpgroup's share of the key tiles. The numbers of all shares differ by at most one.
+
+    Args:
+      body: (tile, its slot of shared memory, whether it needs a mask).
+      k_ref: the cache.
+      where: row of the batch and key/value head.
+      tiles: of `tile_ranges`.
+      warpgroups: of a thread block, each with slots of its own.
+      k_smem, k_ready: slots for keys, and their barriers.
+      q_ready: is waited for before the first tile.
+    """
+    first, last, full_first, full_last = tiles
+    warpgroup, stages = lax.axis_index("warpgroup"), k_smem.shape[0] // warpgroups
+    number, shares = lax.axis_index("share") * warpgroups + warpgroup, lax.axis_size("share") * warpgroups
+    begin, end = (first + lax.div((last - first) * n, jnp.int32(shares)) for n in (number, number + 1))
+
+    def slot_of(tile: jax.Array) -> jax.Array:
+        return warpgroup * stages + rem(tile - begin, stages)
+
+    def fetch(tile: jax.Array) -> None:
+        slot, keys = slot_of(tile), pl.ds(pl.multiple_of(tile * KEYS, KEYS), KEYS)
+        plgpu.copy_gmem_to_smem(k_ref.at[(*where, keys)], k_smem.at[slot], k_ready.at[slot])
+
+    def step(tile: jax.Array, _: None, masked: bool) -> None:
+        slot = slot_of(tile)
+        plgpu.barrier_wait(k_ready.at[slot])
+        body(tile, slot, masked)
+        pl.when(tile + stages < end)(lambda: fetch(tile + stages))
+
+    for n in range(stages):
+        pl.when(begin + n < end)(functools.partial(fetch, begin + n))
+    plgpu.barrier_wait(q_ready)
+    # Tiles in which all rows see all keys need no mask.
+    inner_first = jnp.clip(full_first, begin, end)
+    inner_last = jnp.clip(full_last, inner_first, end)
+    for low, high, masked in ((begin, inner_first, True), (inner_first, inner_last, False), (inner_last, end, True)):
+        lax.fori_loop(low, high, functools.partial(step, masked=masked), None)
 
 
 def _sum_share(
@@ -139,9 +186,8 @@ def _sum_share(
     heads: int,
 ) -> None:  # fmt: skip
     """The program of a thread block: some heads of a group over two shares of the key tiles, one for each warpgroup."""
-    row, part, share, warpgroup = (lax.axis_index(name) for name in ("row", "head", "share", "warpgroup"))
+    row, part, warpgroup = (lax.axis_index(name) for name in ("row", "head", "warpgroup"))
     kv_head = lax.div(part * heads, jnp.int32(q_ref.shape[1] // k_ref.shape[1]))
-    shares = lax.axis_size("share") * _WARPGROUPS
     keep_unswizzled(strips)
     keep_unswizzled(fold)
     strips, fold = strips.at[warpgroup], fold.at[warpgroup]
@@ -151,29 +197,13 @@ def _sum_share(
         for g in range(heads):
             plgpu.copy_gmem_to_smem(q_ref.at[row, part * heads + g], q_smem.at[g], q_ready)
 
-    # The tiles of this share. The numbers of all shares differ by at most one.
-    first, last, full_first, full_last = (tiles_ref[row, n] for n in range(4))
-    number = share * _WARPGROUPS + warpgroup
-    begin, end = (first + lax.div((last - first) * n, jnp.int32(shares)) for n in (number, number + 1))
-
-    def fetch(tile: jax.Array) -> None:
-        slot = warpgroup * _STAGES + rem(tile - begin, _STAGES)
-        keys = pl.ds(pl.multiple_of(tile * KEYS, KEYS), KEYS)
-        plgpu.copy_gmem_to_smem(k_ref.at[row, kv_head, keys], k_smem.at[slot], k_ready.at[slot])
-
-    for n in range(_STAGES):
-        pl.when(begin + n < end)(functools.partial(fetch, begin + n))
     # Zeros around the strips, and above the first sum.
     for n in range(_STRIP_ROWS // ROWS):
         strips.at[pl.ds(n * ROWS, ROWS)][...] = zeros((ROWS, _WIDTH), WGMMA).astype(jnp.float16)
     fold.at[pl.ds(0, ROWS)][...] = zeros((ROWS, _WIDTH), WGMMA)
     plgpu.commit_smem()
-    plgpu.barrier_wait(q_ready)
 
-    def over_heads(tile: jax.Array, _: None, masked: bool) -> None:
-        slot = warpgroup * _STAGES + rem(tile - begin, _STAGES)
-        plgpu.barrier_wait(k_ready.at[slot])
-
+    def over_heads(tile: jax.Array, slot: jax.Array, masked: bool) -> None:
         def one_head(g: jax.Array, _: None) -> None:
             head = part * heads + g
             lse = load(lse_ref.at[row, head], PER_COLUMN)
@@ -215,10 +245,6 @@ def _sum_share(
             store_at(diagonals_ref.at[row, head, tile], (0, KEYS), sums, PER_ROW)
 
         lax.fori_loop(0, heads, one_head, None)
-        pl.when(tile + _STAGES < end)(lambda: fetch(tile + _STAGES))
 
-    # Tiles in which all rows see all keys need no mask.
-    inner_first = jnp.clip(full_first, begin, end)
-    inner_last = jnp.clip(full_last, inner_first, end)
-    for low, high, masked in ((begin, inner_first, True), (inner_first, inner_last, False), (inner_last, end, True)):
-        lax.fori_loop(low, high, functools.partial(over_heads, masked=masked), None)
+    tiles = [tiles_ref[row, n] for n in range(4)]
+    walk_share(over_heads, k_ref, (row, kv_head), tiles, _WARPGROUPS, k_smem, k_ready, q_ready)

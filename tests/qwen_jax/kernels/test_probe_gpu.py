@@ -1,4 +1,4 @@
-"""The sums of probe rows for Hopper GPUs: on a GPU, and small ones in the interpreter where jax can run it."""
+"""Sums and log-sum-exps of probe rows on Hopper GPUs, and small ones in the interpreter where jax can run it."""
 
 import functools
 import itertools
@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from qwen_jax import platform
-from qwen_jax.attention import vertical_slash
+from qwen_jax.attention import sparse_parts, vertical_slash
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import Mask
-from qwen_jax.kernels.attention import probe_gpu
+from qwen_jax.kernels.attention import probe_gpu, probe_lse_gpu
 from tests.helpers.gpu_interpreter import CAN_INTERPRET, interpreted
 
 on_hopper = pytest.mark.skipif(not platform.on_hopper(), reason="needs a Hopper GPU")
@@ -88,6 +88,28 @@ def check(got, want) -> None:
     assert (diagonals[want[1] == 0] == 0).all()
 
 
+def check_lse(got, want) -> None:
+    got = np.asarray(got)
+    assert (np.isneginf(got) == np.isneginf(want)).all()
+    np.testing.assert_allclose(got[np.isfinite(want)], want[np.isfinite(want)], atol=1e-4)
+
+
+@on_hopper
+@pytest.mark.parametrize("rows", [64, 128, 40])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_log_sum_exp(case, parts, rows, numbers) -> None:
+    """Against float64, for one block of 64 rows, two, and a part of one; the second run gives the same bits."""
+    queries, k, bounds = inputs(numbers, case, parts)
+    lse, *_ = exact_sums(queries, k, bounds, 0.1)
+    queries = [jnp.tile(q, (1, 2, 1, 1))[:, :rows] for q in queries]
+    masks = [Mask(*(jnp.asarray(np.tile(x, (1, 2))[:, :rows]) for x in both)) for both in bounds]
+    run = jax.jit(functools.partial(sparse_parts.rows_lse, scale=0.1, implementation="gpu"))
+    got = run(queries, masks, k, k)
+    check_lse(got, np.tile(lse, 2)[:, :, :rows])
+    np.testing.assert_array_equal(got, run(queries, masks, k, k))
+
+
 @on_hopper
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("parts", [1, 3])
@@ -137,7 +159,11 @@ def test_sums_in_the_interpreter(case, parts, numbers) -> None:
             probe_gpu.line_sums(q, k, start, end, jnp.asarray(lse, jnp.float32), 0.125)
             for q, (start, end) in zip(queries, bounds, strict=True)
         ]
+        lses = [
+            probe_lse_gpu.rows_lse(q, k, start, end, 0.125) for q, (start, end) in zip(queries, bounds, strict=True)
+        ]
     check([sum(np.asarray(x) for x in both) for both in zip(*sums, strict=True)], want)
+    check_lse(jax.nn.logsumexp(jnp.stack([jnp.asarray(x) for x in lses]), axis=0), lse)
 
 
 def test_all_heads_of_published_models_fit() -> None:
@@ -155,3 +181,5 @@ def test_what_the_kernel_cannot_do_is_an_error(rows, S, d, dtype) -> None:
     where = jnp.zeros((1, rows), jnp.int32)
     with pytest.raises(InputError, match="probe rows needs"):
         probe_gpu.line_sums(q, k, where, where, jnp.zeros((1, 4, rows)), 1.0)
+    with pytest.raises(InputError, match="log-sum-exp kernel needs"):
+        probe_lse_gpu.rows_lse(q, k, where, where, 1.0)
