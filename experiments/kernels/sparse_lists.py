@@ -92,6 +92,10 @@ def main() -> None:
         jax.jit(functools.partial(vertical_slash.line_scores, scale=scale)), probes, seen, lse, k
     )  # fmt: skip
     show("sums over columns and diagonals", ms)
+    by_xla = functools.partial(vertical_slash.line_scores, scale=scale, implementation="reference")
+    ms, expected = milliseconds(jax.jit(by_xla), probes, seen, lse, k)
+    errors = [float(jnp.abs(x - y).max()) for x, y in zip(scores, expected, strict=True)]
+    show("sums over columns and diagonals by XLA", ms, greatest_difference=errors)
 
     @jax.jit
     def choose(vertical: jax.Array, slash: jax.Array, budgets: jax.Array, slot: jax.Array) -> tuple[jax.Array, ...]:

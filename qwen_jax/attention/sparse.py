@@ -291,7 +291,8 @@ def _line_scores(
     lse_BHR = full_BHR[:, :, :PROBE_ROWS]
     if any(part.critical_BRHd is not None for part in parts):
         lse_BHR = sparse_parts.rows_lse(queries, masks, k_BKSd, v_BKSd, **how)
-    return vertical_slash.line_scores(queries, masks, lse_BHR, k_BKSd, scale=how["scale"])
+    asked: kernels.Implementation = how["implementation"] if how["implementation"] in ("auto", "gpu") else "reference"
+    return vertical_slash.line_scores(queries, masks, lse_BHR, k_BKSd, scale=how["scale"], implementation=asked)
 
 
 def _between(lists: kernels.KeyLists, low_BN: jax.Array, high_BN: jax.Array) -> kernels.KeyLists:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax import kernels
+from qwen_jax.kernels.padding import pad_to_multiple
 
 PROBE_ROWS = 64
 """Rows of a chunk from which a vertical-slash pattern is chosen: its last ones."""
@@ -129,8 +130,8 @@ def rows_lse(
 ) -> jax.Array:
     """The log-sum-exp of a few rows over all the keys that they see, in one or more parts: float32 [B, H, R].
 
-    The kernel for many queries gives each tile of rows to one core, so that a few rows would leave most of a chip
-    idle. Each row is therefore repeated, and each copy sees another range of the keys.
+    Hopper GPUs have a kernel for it. Elsewhere the kernel for many queries gives each tile of rows to one core, so that
+    a few rows would leave most of a chip idle: each row is repeated, and each copy sees another range of the keys.
 
     Args:
       queries: [B, R, H, d] for each part.
@@ -139,8 +140,12 @@ def rows_lse(
       scale, implementation: as for `kernels.decode_attention`.
     """
     n = min(max(k_BKSd.shape[2] // _RANGE, 1), _MOST_RANGES)
+    chosen = kernels.select_attention(implementation, queries[0], masks[0], return_lse=True, cache=True)
     lses = []
     for q_BRHd, mask in zip(queries, masks, strict=True):
+        if chosen == "gpu":
+            lses.append(_lse_on_gpu(q_BRHd, mask, k_BKSd, scale))
+            continue
         B, R, H, _ = q_BRHd.shape
         start, end = mask.k_start_BT, mask.k_end_BT
         if n > 1:
@@ -154,6 +159,15 @@ def rows_lse(
         lse = kernels.decode_attention(q_BRHd, k_BKSd, v_BKSd, mask, scale=scale, implementation=implementation)[1]
         lses += list(jnp.moveaxis(lse.reshape(B, H, n, R), 2, 0))
     return jax.nn.logsumexp(jnp.stack(lses), axis=0)
+
+
+def _lse_on_gpu(q_BRHd: jax.Array, mask: kernels.Mask, k_BKSd: jax.Array, scale: float) -> jax.Array:
+    """The log-sum-exp by the kernel for Hopper GPUs, float32 [B, H, R]. Rows are padded to what it needs."""
+    from qwen_jax.kernels.attention import probe_lse_gpu
+
+    R = q_BRHd.shape[1]
+    q, start, end = (pad_to_multiple(x, 1, 64) for x in (q_BRHd, mask.k_start_BT, mask.k_end_BT))
+    return probe_lse_gpu.rows_lse(q, k_BKSd, start, end, scale)[:, :, :R]
 
 
 def _stacked(masks: Sequence[kernels.Mask]) -> tuple[jax.Array, jax.Array]:

@@ -17,17 +17,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_jax import kernels
+from qwen_jax import kernels, platform
 from qwen_jax.attention import sparse_selection as selection
 from qwen_jax.attention.sparse_parts import Bounds
 from qwen_jax.kernels.attention.lists import NOWHERE
 from qwen_jax.kernels.einsum import einsum_f32
+from qwen_jax.kernels.select import Candidate, select, unmet
+from qwen_jax.kernels.without_gradient import without_gradient
 
 FIRST_COLUMNS, NEAR_SLASHES = 30, 100
 """The first columns and the nearest slashes, which are chosen before all others."""
 
-# Float32 probabilities that exist at once, in bytes.
-_BYTES = 2**28
+# Float32 logits that exist at once, in bytes: they stay in the second-level cache of a GPU.
+_BYTES = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,7 @@ def line_scores(
     k_BKSd: jax.Array,
     *,
     scale: float,
+    implementation: kernels.Implementation = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Sums of the probe rows' probabilities along columns and diagonals.
 
@@ -81,12 +84,29 @@ def line_scores(
       lse_BHR: log-sum-exp of these queries over all parts.
       k_BKSd: the cache.
       scale: multiplies the logits.
+      implementation: "auto", "gpu" or "reference". The kernel has no gradient.
 
     Returns:
       float32 [B, H, S], sums over columns; and float32 [B, H, S + R - 1], where element j sums the diagonal on which
       the last probe row sees key j.
+
+    Raises:
+      InputError: the implementation does not support the call.
     """
     (B, R, H, d), (K, S) = queries[0].shape, k_BKSd.shape[1:3]
+    if _select_lines(implementation, queries[0], k_BKSd) == "gpu":
+        from qwen_jax.kernels.attention import probe_gpu
+
+        parts = [
+            without_gradient(
+                lambda *args: probe_gpu.line_sums(*args, scale),
+                (q, k_BKSd, mask.k_start_BT, mask.k_end_BT, lse_BHR),
+                "Sums of probe rows by a kernel have no gradient. Use implementation='reference'.",
+            )
+            for q, mask in zip(queries, masks, strict=True)
+        ]
+        columns, diagonals = (sum(sums[1:], sums[0]) for sums in zip(*parts, strict=True))
+        return columns, diagonals
     # Blocks of keys, so that the probabilities of all rows and heads never exist at once. Only blocks that a part sees
     # are computed, once for each such part.
     W = min(S, max(_BYTES // (4 * B * H * R) // 1024 * 1024, 1024))
@@ -110,11 +130,10 @@ def line_scores(
         j = first + jnp.arange(W, dtype=jnp.int32)
         seen = (start_PBR[p][:, :, None] <= j) & (j < end_PBR[p][:, :, None]) & (j >= block * W)
         weights = jnp.where(seen[:, None], jnp.exp(logits - lse_BHR[..., None]), 0.0)
-        # Row r is shifted by R - 1 - r, which makes columns of diagonals: each row is one element longer than the
-        # rows into which the same elements are cut again.
-        longer = jnp.pad(weights[:, :, ::-1], ((0, 0), (0, 0), (0, 0), (0, R))).reshape(B, H, -1)
-        skewed = longer[:, :, : R * (W + R - 1)].reshape(B, H, R, W + R - 1)
-        return _added(sums[0], weights.sum(axis=2), first), _added(sums[1], skewed.sum(axis=2), first)
+        # Row r is shifted by R - 1 - r, which makes columns of diagonals. Slices add up without an array between.
+        padded = jnp.pad(weights, ((0, 0), (0, 0), (0, 0), (R - 1, R - 1)))
+        diagonals = sum((padded[:, :, r, r : r + W + R - 1] for r in range(1, R)), padded[:, :, 0, : W + R - 1])
+        return _added(sums[0], weights.sum(axis=2), first), _added(sums[1], diagonals, first)
 
     zeros = jnp.zeros((B, H, S), jnp.float32), jnp.zeros((B, H, S + R - 1), jnp.float32)
     like = q_PBRKGd, k_BKSd, lse_BHR, start_PBR, end_PBR
@@ -219,6 +238,20 @@ def gather_columns(x_BKSd: jax.Array, columns_BHC: jax.Array) -> jax.Array:
 def take_last(x_BT: jax.Array, length: jax.Array) -> jax.Array:
     """The value of the last of `length` rows, [B]."""
     return lax.dynamic_index_in_dim(x_BT, length - 1, axis=1, keepdims=False)
+
+
+def _select_lines(asked: str, q_BRHd: jax.Array, k_BKSd: jax.Array) -> str:
+    """The implementation of `line_scores` that runs."""
+    (_, R, H, d), (K, S), dtype = q_BRHd.shape, k_BKSd.shape[1:3], q_BRHd.dtype.name
+    needs = {
+        "a Hopper GPU": platform.on_hopper(),
+        "bfloat16 or float16": dtype in ("bfloat16", "float16") and q_BRHd.dtype == k_BKSd.dtype,
+        "64 probe rows": R == 64,
+        "head_dim 64 or 128": d in (64, 128),
+        "a cache of a multiple of 8 slots": S % 8 == 0,
+    }
+    candidates = [Candidate("gpu", unmet(needs)), Candidate("reference")]
+    return select(candidates, asked, "scores of columns and slashes", f"{dtype}, {R} rows of {H}/{K} heads of {d}")
 
 
 def _added(total: jax.Array, part: jax.Array, first: jax.Array) -> jax.Array:

@@ -1,15 +1,16 @@
-"""Runs attention and block scores for Hopper GPUs in the interpreter of Mosaic GPU, which needs jax 0.11."""
+"""Runs attention and the choice of its keys for Hopper GPUs in the interpreter of Mosaic GPU, which needs jax 0.11."""
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import pytest
 
-from qwen_jax.kernels.attention import block_scores_gpu, flash_gpu_forward, sparse_gpu
+from qwen_jax.kernels.attention import block_scores_gpu, flash_gpu_forward, probe_gpu, probe_lse_gpu, sparse_gpu
 
 CAN_INTERPRET = jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu"
 
@@ -44,6 +45,10 @@ def interpreted(multiprocessors: int) -> Iterator[None]:
         else:
             wgmma(acc, a, b)
 
+    def store_at(ref: Any, places: Any, arrays: Any, _: Any) -> None:
+        for first, x in zip(places, arrays, strict=True):
+            ref.at[pl.ds(first, len(x))][...] = x
+
     def deallocate(barrier: Any) -> None:
         with barrier.cv:
             barrier.ref_count -= 1
@@ -53,12 +58,8 @@ def interpreted(multiprocessors: int) -> Iterator[None]:
         stack.enter_context(params.force_gpu_interpret_mode(how))
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         # What is traced here must not be used elsewhere, nor the reverse.
-        for traced in (
-            flash_gpu_forward.run_forward,
-            sparse_gpu.attention,
-            sparse_gpu.columns,
-            block_scores_gpu.scores,
-        ):
+        attention = flash_gpu_forward.run_forward, sparse_gpu.attention, sparse_gpu.columns
+        for traced in (*attention, block_scores_gpu.scores, probe_gpu.line_sums, probe_lse_gpu.rows_lse):
             traced.clear_cache()
             stack.callback(traced.clear_cache)
         patch.setattr(accumulator, "_setitem", setitem)
@@ -67,5 +68,9 @@ def interpreted(multiprocessors: int) -> Iterator[None]:
         patch.setattr(shared_memory.Barrier, "deallocate", deallocate)
         for module in (flash_gpu_forward, block_scores_gpu):
             patch.setattr(module, "read_accumulator", lambda acc, pending=0: acc[...])
+        for module in (probe_gpu, probe_lse_gpu):
+            patch.setattr(module, "keep_unswizzled", lambda ref: None)
+            patch.setattr(module, "store_at", store_at)
+        for module in (flash_gpu_forward, block_scores_gpu, probe_gpu, probe_lse_gpu):
             patch.setattr(module, "MULTIPROCESSORS", multiprocessors)
         yield

@@ -1,6 +1,7 @@
 """Instructions and layouts of Hopper GPUs that Pallas does not offer, or offers differently from version to version."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -106,6 +107,29 @@ def run_on_one_thread(code: str, *operands: Any) -> None:
         none = ir.Type.parse("!llvm.void")
         llvm.inline_asm(none, values, "{ " + code + " }", ",".join(kinds), has_side_effects=True)
     utils.warpgroup_barrier()
+
+
+def store_at(ref: Ref, places: Sequence[int], arrays: Sequence[jax.Array], layout: Layout) -> None:
+    """Writes arrays to memory without the barriers that Pallas puts around every single write.
+
+    Use `plgpu.commit_smem` before other threads read what was written to shared memory.
+
+    Args:
+      ref: shared memory without swizzling, or global memory.
+      places: the index in the first dimension at which each array begins.
+      arrays: in registers.
+      layout: of the arrays.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(layout,) * len(arrays)))
+    def store(_: Any, ref: Any, *arrays: Any) -> None:
+        from jax.experimental.mosaic.gpu import utils
+
+        for first, x in zip(places, arrays, strict=True):
+            part = utils.memref_slice(ref, (slice(first, first + x.shape[0]),))
+            x.store_untiled(part, optimized=utils.is_smem_ref(ref))
+
+    store(ref, *arrays)
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)))
