@@ -15,12 +15,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 import convert
+from convert import numpy_model
 from convert.huggingface import export
 from convert.names import leaves
 from convert.placement import place
 from convert.source import Source
 from qwen_jax import kernels
-from qwen_jax.config import ModelConfig, load_config
+from qwen_jax.config import DualChunk, ModelConfig, load_config
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from qwen_jax.hub import CONFIG, resolve
@@ -128,7 +129,7 @@ def verify(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str] | None = None,
     *,
-    against: Literal["transformers"] | None = None,
+    against: Literal["transformers", "numpy"] | None = None,
     tokens_BT: np.ndarray | None = None,
     seed: int = 0,
 ) -> Report:
@@ -137,7 +138,9 @@ def verify(
     Args:
       a: a Hugging Face folder, an Orbax folder, or a Hub id; the reference.
       b: the other checkpoint; None if `against` is given.
-      against: "transformers" runs `a` there, on the CPU in float32 with eager attention, as the reference.
+      against: "transformers" runs `a` there, on the CPU in float32 with eager attention, as the reference. "numpy" runs
+        it in float64 NumPy (`convert.numpy_model`; dense models only). Where the model has dual-chunk attention, which
+        no other framework runs, both then use chunks of 16 tokens, so that the text has several.
       tokens_BT: token ids to run; by default two rows of 64 pseudo-random ones.
       seed: of the pseudo-random tokens.
 
@@ -145,8 +148,8 @@ def verify(
       CouldNotCompareError: the vocabularies differ, or transformers is not installed.
       InputError: a checkpoint that cannot be read.
     """
-    if (b is None) == (against is None) or against not in (None, "transformers"):
-        raise InputError("Give a second checkpoint, or against='transformers'; one of the two.")
+    if (b is None) == (against is None) or against not in (None, "transformers", "numpy"):
+        raise InputError("Give a second checkpoint, or against='transformers' or 'numpy'; one of the two.")
     if against == "transformers":
         _need_transformers()
     # The configs first: of a Hub model they are small.
@@ -156,6 +159,9 @@ def verify(
             f"{a} has a vocabulary of {configs[0].vocab_size}, {b} of {configs[1].vocab_size}: "
             "their logits do not mean the same tokens."
         )
+    if against == "numpy" and (configs[0].moe is not None or configs[0].yarn is not None):
+        what = "experts" if configs[0].moe is not None else "YaRN"
+        raise CouldNotCompareError(f"{a} has {what}, which the NumPy model has not. Compare with transformers.")
     source = convert.open_source(a)
     other = source if b is None else convert.open_source(b)
     if tokens_BT is None:
@@ -163,6 +169,8 @@ def verify(
         tokens_BT = np.random.default_rng(seed).integers(0, source.config.vocab_size, (2, length))
     if against == "transformers":
         return compare(_run_transformers(source, tokens_BT), _run(source, tokens_BT), (_dtype(source),) * 2)
+    if against == "numpy":
+        return compare(*_run_numpy(source, tokens_BT), (_dtype(source),) * 2)
     return compare(_run(source, tokens_BT), _run(other, tokens_BT), (_dtype(source), _dtype(other)))
 
 
@@ -179,11 +187,11 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
     return result
 
 
-def _run(source: Source, tokens_BT: np.ndarray) -> np.ndarray:
-    """Float32 logits [B, T, V] of this implementation, on one device."""
+def _run(source: Source, tokens_BT: np.ndarray, config: ModelConfig | None = None) -> np.ndarray:
+    """Float32 logits [B, T, V] of this implementation, on one device; with another config, if one is given."""
     mesh = make_mesh({}, jax.devices()[:1])
     # Fields that the forward pass does not read are left out: checkpoints of one architecture share a compilation.
-    config = dataclasses.replace(source.config, dtype="float32", bos_token_id=None, eos_token_ids=())
+    config = dataclasses.replace(config or source.config, dtype="float32", bos_token_id=None, eos_token_ids=())
     sharding = Sharding.for_inference(config, mesh)
     params = place(source, mesh, "float32", Options())
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
@@ -199,6 +207,17 @@ def _logits(params: Params, tokens_BT: jax.Array, config: ModelConfig, sharding:
         lambda x: jax.reshard(x, sharding.tokens), (positions, kernels.causal_mask(*tokens_BT.shape))
     )
     return model.logits(model(tokens_BT, positions, mask).hidden)
+
+
+def _run_numpy(source: Source, tokens_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Float32 logits [B, T, V] of the NumPy model and of this implementation, with short chunks if it has any."""
+    config = source.config
+    if config.dual_chunk is not None:
+        config = dataclasses.replace(config, dual_chunk=DualChunk(24, 8, 24))
+    ours = _run(source, tokens_BT, config)
+    params = place(source, make_mesh({}, jax.devices()[:1]), "float32", Options(stacked=False))
+    theirs = np.stack([numpy_model.logits(config, params, row) for row in tokens_BT])
+    return theirs.astype(np.float32), ours
 
 
 def _need_transformers() -> None:

@@ -114,6 +114,22 @@ def main() -> None:
     ms, means = milliseconds(jax.jit(lambda k, v: (sparse.block_means(k), sparse.block_means(v))), k, v)
     show("means of all blocks", ms)
 
+    def score_blocks(q: jax.Array, k_mean: jax.Array, implementation: str) -> jax.Array:
+        bounds = sparse_parts.bounds([part.mask for part in parts], pooled_blocks.BLOCK)
+        first, end = -(-bounds.whole_start_PBN // pooled_blocks.BLOCK), bounds.whole_end_PBN // pooled_blocks.BLOCK
+        return pooled_blocks.block_scores(
+            [q[:, :: blocks.stride]] * len(parts), k_mean, first, end, scale=scale, implementation=implementation
+        )
+
+    expected = None
+    for implementation in ("xla", "auto"):
+        step = jax.jit(functools.partial(score_blocks, implementation=implementation))
+        ms, scores_of_blocks = milliseconds(step, q, means[0])
+        expected = scores_of_blocks if expected is None else expected
+        error = float(jnp.abs(scores_of_blocks - expected).max())
+        show(f"scores of blocks, {implementation}", ms, most=float(expected.max()), error=error)
+    del expected, scores_of_blocks
+
     @jax.jit
     def choose_blocks(q: jax.Array, k_mean: jax.Array) -> tuple[jax.Array, ...]:
         bounds = sparse_parts.bounds([part.mask for part in parts], pooled_blocks.BLOCK)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.decode.benchmark import random_params
-from qwen_jax.attention.sparse import Diagnostics, PooledBlocks, VerticalSlash
+from qwen_jax.attention.sparse import PooledBlocks, VerticalSlash, summarise
 from qwen_jax.config import ModelConfig
 from qwen_jax.inference import Engine, SamplingParams
 from qwen_jax.parallel.sharding import make_mesh
@@ -58,18 +58,15 @@ def floor(config: ModelConfig, length: int) -> dict[str, float]:
     return {"attention_pflop": attention / 1e15, "linear_pflop": linear / 1e15}
 
 
-def means(skipped: list[Diagnostics]) -> dict[str, float]:
-    """Density over all pairs, and recall, of a prompt."""
-    if not skipped:
+def left_out(engine: Engine) -> dict[str, float]:
+    """Density over all pairs, and recall, of the last prompt."""
+    if not engine.skipped:
         return {}
-    weights = np.arange(1, 2 * len(skipped), 2, dtype=float)
-    densities = np.asarray([np.mean(np.asarray(x.density_BH)) for x in skipped])
-    recalls = np.asarray([np.asarray(x.audit_recall_BH) for x in skipped])
-    cut = sum(int(np.sum(np.asarray(x.pieces_cut_BH)) + np.sum(np.asarray(x.columns_cut_BH))) for x in skipped)
+    recall_LH, density, cut = summarise(engine.skipped)
     return {
-        "density": float((densities * weights).sum() / weights.sum()),
-        "recall_mean": float(recalls.mean()),
-        "recall_lowest_head": float(recalls.mean(axis=(0, 2)).min()),
+        "density": density,
+        "recall": float(recall_LH.mean()),
+        "recall_lowest_head": float(recall_LH.min()),
         "cut": cut,
     }
 
@@ -127,7 +124,7 @@ def main() -> None:
                 first_chunks=[round(float(x), 3) for x in per_chunk[:3]],
                 last_chunks=[round(float(x), 3) for x in per_chunk[-3:]],
                 **floor(config, length),
-                **means(engine.skipped),
+                **left_out(engine),
                 peak_gib=stats.get("peak_bytes_in_use", 0) / 2**30,
             )
 

@@ -2,8 +2,11 @@
 
     qwen-jax train pretrain --config experiments/pretrain/qwen2_5.py:standard --set data.web=DIR data.code=DIR ...
     qwen-jax train pretrain --config experiments/pretrain/qwen2_5.py:turbo    --set ...
+    qwen-jax train pretrain --config experiments/pretrain/qwen2_5.py:million  --set ...
 
-The report gives lengths, RoPE bases and the share of rows at the maximal length. It gives neither steps, nor batch
+`million` is that of the open 1M-token models (arXiv:2501.15383, section 3.2).
+
+The reports give lengths, RoPE bases and the share of rows at the maximal length. They give neither steps, nor batch
 sizes, nor learning rates, nor mixture weights: those here are placeholders of a
 usual size, to be set for the data at hand.
 Each data set is built with the length of the stage that uses it, `web-4k` by `qwen-jax data build --length 4096`.
@@ -71,6 +74,27 @@ def turbo() -> RunConfig:
         data={f"{kind}-{n}": f"data/{kind}-{n}" for n in meshes for kind in ("long", "short")},
         stages=tuple(
             _stage(1000, n, 1e7, {f"long-{n}": 0.4, f"short-{n}": 0.6}, mesh=mesh) for n, mesh in meshes.items()
+        ),
+        step=StepConfig(remat="full"),
+    )
+
+
+def million() -> RunConfig:
+    """Qwen2.5-7B-1M: 65,536, 131,072 and 262,144 tokens with bases 1e6, 5e6 and 1e7; 75% at the maximal length.
+
+    Up to a million tokens the model is extended by dual-chunk attention, without training: export it with
+    `config.with_dual_chunk()`.
+    """
+    bases = {65_536: 1e6, 131_072: 5e6, 262_144: 1e7}
+    meshes = {65_536: {"fsdp": 64}, 131_072: {"fsdp": 32, "context": 2}, 262_144: {"fsdp": 16, "context": 4}}
+    return RunConfig(
+        output="runs/qwen2.5-7b-1m",
+        model=published("qwen2.5-7b"),
+        tokenizer="tokenizers/qwen2.5",
+        initial="runs/qwen2.5-7b/checkpoints/200000",
+        data={f"{kind}-{n}": f"data/{kind}-{n}" for n in bases for kind in ("long", "short")},
+        stages=tuple(
+            _stage(1000, n, base, {f"long-{n}": 0.75, f"short-{n}": 0.25}, mesh=meshes[n]) for n, base in bases.items()
         ),
         step=StepConfig(remat="full"),
     )

@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_jax import kernels
+from qwen_jax import kernels, platform
 from qwen_jax.attention import sparse_selection as selection
 from qwen_jax.attention.sparse_parts import Bounds
 from qwen_jax.attention.sparse_patterns import PooledBlocks
 from qwen_jax.kernels.attention.lists import NOWHERE
 from qwen_jax.kernels.einsum import einsum_f32
+from qwen_jax.kernels.select import Candidate, select, unmet
 from qwen_jax.kernels.softmax import LOG2E, LOW, LOWEST
+from qwen_jax.kernels.without_gradient import without_gradient
 
 BLOCK = 128
 """Keys of a block, and queries of a tile."""
@@ -62,6 +64,7 @@ def block_scores(
     end_PBN: jax.Array,
     *,
     scale: float,
+    implementation: str = "auto",
 ) -> jax.Array:
     """Scores of blocks for tiles: the sum over the queries of exp(logit - the largest logit of the query).
 
@@ -70,11 +73,44 @@ def block_scores(
       k_mean_BKJd: means of the keys of each block.
       first_PBN, end_PBN: int32, the blocks first <= J < end are scored by the queries of that part. The ranges of the
         parts are disjoint.
-      scale: multiplies the logits.
+      scale: multiplies the logits; positive.
+      implementation: "auto", "gpu" or "xla". The kernel for GPUs has no gradient.
 
     Returns:
       float32 [B, H, N, J], 0 for blocks in no range.
+
+    Raises:
+      InputError: the implementation does not support the call.
     """
+    rows, d, dtype = queries[0].shape[1] // first_PBN.shape[2], queries[0].shape[3], queries[0].dtype
+    candidates = [
+        Candidate(
+            "gpu",
+            unmet({
+                "a Hopper GPU": platform.on_hopper(),
+                "bfloat16 or float16": dtype.name in ("bfloat16", "float16"),
+                "means of the dtype of the queries": k_mean_BKJd.dtype == dtype,
+                "head_dim 64 or 128": d in (64, 128),
+                "8, 16, 32, 64 or 128 queries of a tile": rows in (8, 16, 32, 64, 128),
+            }),
+        ),
+        Candidate("xla"),
+    ]  # fmt: skip
+    arguments = f"{dtype}, head_dim {d}, {rows} queries of a tile"
+    if select(candidates, implementation, "block scores", arguments) == "xla":
+        return _scores_by_xla(queries, k_mean_BKJd, first_PBN, end_PBN, scale=scale)
+    # Pallas is imported where it is used, because that takes seconds.
+    from qwen_jax.kernels.attention import block_scores_gpu
+
+    args = tuple(queries), k_mean_BKJd, first_PBN, end_PBN
+    message = "Block scores by a kernel have no gradient. Use implementation='xla'."
+    return without_gradient(lambda *args: block_scores_gpu.scores(*args, scale), args, message)
+
+
+def _scores_by_xla(
+    queries: Sequence[jax.Array], k_mean_BKJd: jax.Array, first_PBN: jax.Array, end_PBN: jax.Array, *, scale: float
+) -> jax.Array:
+    """`block_scores` by operations of XLA."""
     (B, T, H, d), (K, J) = queries[0].shape, k_mean_BKJd.shape[1:3]
     N, P, W = first_PBN.shape[2], len(queries), min(J, _SECTION)
     rows = T // N
@@ -121,6 +157,7 @@ def choose(
     *,
     scale: float,
     max_blocks: int,
+    implementation: str = "auto",
 ) -> Selection:
     """The blocks that each tile visits.
 
@@ -134,12 +171,13 @@ def choose(
       pattern: threshold, sink and window.
       scale: multiplies the logits.
       max_blocks: capacity of a list. Where more blocks are to be visited, those with the greatest scores are kept.
+      implementation: of `block_scores`.
     """
     B, _, H, _ = queries[0].shape
     N, J = bounds.start_PBN.shape[2], k_mean_BKJd.shape[2]
     first_PBN, end_PBN = -(-bounds.whole_start_PBN // BLOCK), bounds.whole_end_PBN // BLOCK
     scoring = [q[:, :: pattern.stride] for q in queries]
-    scores_BHNJ = block_scores(scoring, k_mean_BKJd, first_PBN, end_PBN, scale=scale)
+    scores_BHNJ = block_scores(scoring, k_mean_BKJd, first_PBN, end_PBN, scale=scale, implementation=implementation)
     begin = jnp.arange(J, dtype=jnp.int32) * BLOCK
     low_BN1, high_BN1 = (x[..., None] for x in bounds.union())
     whole_BNJ = ((first_PBN[..., None] * BLOCK <= begin) & (begin < end_PBN[..., None] * BLOCK)).any(axis=0)

@@ -37,6 +37,7 @@ __all__ = [
     "block_means",
     "probe_rows",
     "refine",
+    "summarise",
 ]
 
 # Pieces of a list, unless the caller says otherwise: 64-key pieces for a quarter of half a million keys.
@@ -69,6 +70,24 @@ class Diagnostics:
     audit_recall_BH: jax.Array | None
     pieces_cut_BH: jax.Array
     columns_cut_BH: jax.Array
+
+
+def summarise(skipped: Sequence[Diagnostics]) -> tuple[np.ndarray, float, int]:
+    """Recall, density and what was cut, of a prompt that was read in chunks. Waits for the device.
+
+    Args:
+      skipped: of each chunk, with a leading axis over layers.
+
+    Returns:
+      Recall float [L, H] over audit rows; density, averaged over heads and weighted by the keys that a chunk sees; and
+      the number of pieces and columns that were cut.
+    """
+    recall_LH = np.mean([np.asarray(chunk.audit_recall_BH).mean(axis=1) for chunk in skipped], axis=0)
+    # Chunk i sees about 2 i + 1 halves of a chunk.
+    weights = np.arange(1, 2 * len(skipped), 2, dtype=np.float64)
+    density = np.average([float(np.mean(np.asarray(chunk.density_BH))) for chunk in skipped], weights=weights)
+    cut = sum(int(np.sum(np.asarray(n))) for chunk in skipped for n in (chunk.pieces_cut_BH, chunk.columns_cut_BH))
+    return recall_LH, float(density), cut
 
 
 @functools.partial(
@@ -177,7 +196,7 @@ def attend(
     # What to visit.
     if isinstance(pattern, PooledBlocks):
         with jax.named_scope("sparse_lists"):
-            visits = _visit_blocks(parts, k_BKSd, v_BKSd, pattern, bounds, means, scale, min(capacity, S // BLOCK))
+            visits = _visit_blocks(parts, k_BKSd, v_BKSd, pattern, bounds, means, how, min(capacity, S // BLOCK))
     else:
         with jax.named_scope("sparse_lines"):
             scores = _line_scores(parts, queries, masks, full_BHR, k_BKSd, v_BKSd, how)
@@ -222,12 +241,16 @@ class _Visits:
 
 def _visit_blocks(
     parts: Sequence[Part], k_BKSd: jax.Array, v_BKSd: jax.Array, pattern: PooledBlocks, bounds: Bounds,
-    means: tuple[jax.Array, jax.Array] | None, scale: float, max_blocks: int,
+    means: tuple[jax.Array, jax.Array] | None, how: dict[str, Any], max_blocks: int,
 ) -> _Visits:  # fmt: skip
     """Blocks, and means of those that are not visited."""
     k, v = (block_means(k_BKSd), block_means(v_BKSd)) if means is None else means
     queries = [part.q_BTHd for part in parts]
-    blocks = pooled_blocks.choose(queries, k, bounds, pattern, scale=scale, max_blocks=max_blocks)
+    # On anything but a GPU, scores have no implementation of their own.
+    scoring = "auto" if how["implementation"] in ("auto", "gpu") else "xla"
+    blocks = pooled_blocks.choose(
+        queries, k, bounds, pattern, scale=how["scale"], max_blocks=max_blocks, implementation=scoring
+    )
     # A block that is not visited costs each query of the tile 128 keys less, or one in place of 128.
     saved = BLOCK * (BLOCK - 1 if pattern.correct_means else BLOCK)
     visited_BH = _visible(parts)[:, None] - saved * blocks.skipped_BH
@@ -297,9 +320,18 @@ def _recall(lse_BHT: jax.Array, full_BHR: jax.Array, rows_R: jax.Array) -> tuple
 
 
 def _tiling(pattern: VerticalSlash | PooledBlocks, implementation: kernels.Implementation, part: Part) -> Tiling:
-    """Pieces that begin at multiples of 8 keys where the kernel can read them, otherwise aligned pieces of 128 keys."""
-    chosen = kernels.select_attention(implementation, part.q_BTHd, part.mask, return_lse=True, cache=True)
-    return Tiling(128, 64, 8) if chosen == "gpu" and isinstance(pattern, VerticalSlash) else Tiling()
+    """Sizes that the kernel is fastest with."""
+    q = part.q_BTHd
+    chosen = kernels.select_attention(implementation, q, part.mask, return_lse=True, cache=True)
+    if chosen == "gpu" and isinstance(pattern, VerticalSlash):
+        # Pieces may begin at multiples of 8 keys.
+        return Tiling(128, 64, 8)
+    if chosen == "tpu" and isinstance(pattern, VerticalSlash):
+        from qwen_jax.kernels.attention import sparse_tpu
+
+        rows = sparse_tpu.tiling(q.shape[3], q.dtype).rows
+        return Tiling(rows if q.shape[1] % rows == 0 else 128)
+    return Tiling()
 
 
 def _check(parts: Sequence[Part], k_BKSd: jax.Array, tiling: Tiling, slot: jax.Array | int) -> None:

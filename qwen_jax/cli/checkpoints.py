@@ -191,13 +191,13 @@ class Verify:
     Args:
         a: Checkpoint folder or Hub id; the reference.
         b: The other checkpoint.
-        against: Instead of B, run A in transformers as the reference.
+        against: Instead of B, run A in transformers as the reference; or in NumPy, which also has dual-chunk attention.
         json: Print one JSON object.
     """
 
     a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
     b: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="B")] = None
-    against: Literal["transformers"] | None = None
+    against: Literal["transformers", "numpy"] | None = None
     json: bool = False
 
     def run(self) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Literal
@@ -11,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from qwen_jax.attention.quantized_cache import kv_bytes_per_token
-from qwen_jax.attention.sparse import Diagnostics, PooledBlocks, SparsePrefill, VerticalSlash
+from qwen_jax.attention.sparse import Diagnostics, PooledBlocks, SparsePrefill, VerticalSlash, summarise
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference import chunked_prefill
@@ -41,6 +42,7 @@ from qwen_jax.tokenizer import Tokenizer
 Chunks = Generator[tuple[np.ndarray, np.ndarray | None], None, None]
 """New tokens int32 [batch, n] as they are generated, and their log-probabilities, if asked for."""
 
+_log = logging.getLogger(__name__)
 # Chunks of sparse prefill are a multiple of this: tiles of at most so many queries.
 _SPARSE_TILE = 128
 
@@ -342,6 +344,13 @@ class Engine:
             self._empty(lengths_B, static),
             *(prompts, lengths_B, self.prefill_chunk, self.mesh, static, self.on_chunk, sparsity),
         )
+        if self.skipped:
+            recall_LH, density, cut = summarise(self.skipped)
+            _log.log(
+                logging.WARNING if cut else logging.INFO,
+                "sparse prefill of %d tokens: density %.2f%%, recall %.4f, lowest head %.4f; %d pieces or columns cut",
+                *(int(lengths_B.max()), 100 * density, recall_LH.mean(), recall_LH.min(), cut),
+            )
         return state
 
     def _empty(self, lengths_B: Sequence[int] | np.ndarray, static: StaticArgs) -> PrefillState:

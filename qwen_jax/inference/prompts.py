@@ -109,7 +109,8 @@ def check_lengths(config: ModelConfig, longest_prompt: int, max_new_tokens: int)
     if longest_prompt + max_new_tokens > config.context_length:
         raise InputError(
             f"A prompt of {longest_prompt} tokens and max_new_tokens={max_new_tokens} exceed the model's context of "
-            f"{config.context_length} tokens. Shorten the prompt or lower max_new_tokens."
+            f"{config.context_length} tokens. Shorten the prompt, lower max_new_tokens"
+            + ("." if config.yarn or config.dual_chunk else ", or extend the context (dual chunks or YaRN).")
         )
 
 

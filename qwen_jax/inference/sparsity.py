@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from qwen_jax.attention.sparse import Diagnostics, VerticalSlash, refine
+from qwen_jax.attention.sparse import VerticalSlash, refine, summarise
 from qwen_jax.errors import InputError
 from qwen_jax.inference.engine import Engine
 from qwen_jax.inference.sampling import SamplingParams
@@ -26,20 +26,6 @@ class Round:
     recall_LH: np.ndarray
     density: float
     cut: int
-
-
-def measure(skipped: Sequence[Diagnostics]) -> tuple[np.ndarray, float, int]:
-    """Recall [L, H], density and what was cut, of a prompt that was read by sparse attention; see `Round`.
-
-    Args:
-      skipped: `Engine.skipped`.
-    """
-    recall = np.mean([np.asarray(chunk.audit_recall_BH).mean(axis=1) for chunk in skipped], axis=0)
-    # Later chunks see more keys.
-    weights = np.arange(1, 2 * len(skipped), 2, dtype=np.float64)
-    density = np.average([float(np.mean(np.asarray(chunk.density_BH))) for chunk in skipped], weights=weights)
-    cut = sum(int(np.sum(np.asarray(n))) for chunk in skipped for n in (chunk.pieces_cut_BH, chunk.columns_cut_BH))
-    return recall, float(density), cut
 
 
 def tune(
@@ -84,7 +70,7 @@ def tune(
             engine.use_sparse(pattern, max_columns=most)
             for _ in engine.token_chunks([tokens], SamplingParams(temperature=0), 1):
                 pass
-            recall_LH, density, cut = measure(engine.skipped)
+            recall_LH, density, cut = summarise(engine.skipped)
             scored = dataclasses.replace(pattern, scores=tuple(map(tuple, recall_LH.astype(float).tolist())))
             result = Round(scored, recall_LH, density, cut)
             if report is not None:

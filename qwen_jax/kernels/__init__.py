@@ -14,6 +14,7 @@ which have a gradient only in the reference. Any number of query heads may share
 
 `sparse_attention` and `column_attention` visit a part of the keys of a cache. They have the implementations gpu, tpu
 and reference, with the dtypes and head_dims of the table, and a gradient only in the reference.
+`qwen_jax.attention.pooled_blocks.block_scores` has the implementations gpu and xla.
 
 `implementation="auto"` selects the first of gpu, cudnn, tpu and reference that supports the call. xla
 (`jax.nn.dot_product_attention`, compiled by XLA) is used only by name. `select.select` makes every such choice: it logs

@@ -1,16 +1,16 @@
 """Kernels that have no gradient."""
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 
 from qwen_jax.errors import InputError
 
+Result = TypeVar("Result")
 
-def without_gradient(
-    run: Callable[..., tuple[jax.Array, jax.Array]], arguments: tuple[Any, ...], message: str
-) -> tuple[jax.Array, jax.Array]:
+
+def without_gradient(run: Callable[..., Result], arguments: tuple[Any, ...], message: str) -> Result:
     """Runs a kernel that has no gradient, and raises `InputError` with this message if someone differentiates it.
 
     Args:
@@ -24,5 +24,5 @@ def without_gradient(
 
     kernel = jax.custom_vjp(run)
     kernel.defvjp(refuse, refuse)
-    result: tuple[jax.Array, jax.Array] = kernel(*arguments)
+    result: Result = kernel(*arguments)
     return result

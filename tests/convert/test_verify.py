@@ -132,3 +132,35 @@ def test_without_transformers_the_message_says_what_to_install(
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(CouldNotCompareError, match="pip install transformers"):
         verify(checkpoints / "hf", against="transformers")
+
+
+def test_the_numpy_model_agrees_with_and_without_dual_chunk_attention(checkpoints: Path, tmp_path: Path) -> None:
+    """Plain attention, and several chunks of dual-chunk attention; a wrong model of it would be seen."""
+    report = verify(checkpoints / "hf", against="numpy")
+    assert report.passed
+    assert report.max_relative < 1e-5
+    folder = tmp_path / "long"
+    shutil.copytree(checkpoints / "hf", folder)
+    file = folder / "config.json"
+    chunks = {"chunk_size": 512, "local_size": 16, "original_max_position_embeddings": 512}
+    # What other tools keep beside these keys concerns sparse attention alone.
+    config = json.loads(file.read_text()) | {
+        "dual_chunk_attention_config": {**chunks, "sparse_attention_enabled": True}
+    }
+    file.write_text(json.dumps(config))
+    report = verify(folder, against="numpy")
+    assert report.passed
+    assert report.max_relative < 1e-5
+    # Short chunks change the logits: the two runs above compared different attention.
+    source = convert.open_source(folder)
+    tokens = np.random.default_rng(0).integers(0, source.config.vocab_size, (1, 64))
+    dual, _ = module._run_numpy(source, tokens)
+    plain, _ = module._run_numpy(convert.open_source(checkpoints / "hf"), tokens)
+    assert np.abs(dual - plain).max() > 1e-3 * np.abs(plain).max()
+
+
+def test_the_numpy_model_says_what_it_has_not(tmp_path: Path) -> None:
+    """Experts and YaRN are not compared, which is no failed comparison."""
+    make_hf_checkpoint(tmp_path / "moe", moe=True)
+    with pytest.raises(CouldNotCompareError, match="has experts"):
+        verify(tmp_path / "moe", against="numpy")

@@ -1,4 +1,4 @@
-"""Runs the forward pass of attention for Hopper GPUs, and the sums of probe rows, in the interpreter of Mosaic GPU.
+"""Runs attention, block scores and sums of probe rows for Hopper GPUs in the interpreter of Mosaic GPU.
 
 It needs jax 0.11.
 """
@@ -13,7 +13,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import pytest
 
-from qwen_jax.kernels.attention import flash_gpu_forward, probe_gpu, probe_lse_gpu, sparse_gpu
+from qwen_jax.kernels.attention import block_scores_gpu, flash_gpu_forward, probe_gpu, probe_lse_gpu, sparse_gpu
 
 CAN_INTERPRET = jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu"
 
@@ -61,18 +61,25 @@ def interpreted(multiprocessors: int) -> Iterator[None]:
         stack.enter_context(params.force_gpu_interpret_mode(how))
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         # What is traced here must not be used elsewhere, nor the reverse.
-        lines, lse = probe_gpu.line_sums, probe_lse_gpu.rows_lse
-        for traced in (flash_gpu_forward.run_forward, sparse_gpu.attention, sparse_gpu.columns, lines, lse):
+        for traced in (
+            flash_gpu_forward.run_forward,
+            sparse_gpu.attention,
+            sparse_gpu.columns,
+            block_scores_gpu.scores,
+            probe_gpu.line_sums,
+            probe_lse_gpu.rows_lse,
+        ):
             traced.clear_cache()
             stack.callback(traced.clear_cache)
         patch.setattr(accumulator, "_setitem", setitem)
         patch.setattr(accumulator, "_getitem", getitem)
         patch.setattr(plgpu, "wgmma", multiply)
         patch.setattr(shared_memory.Barrier, "deallocate", deallocate)
-        patch.setattr(flash_gpu_forward, "read_accumulator", lambda acc, pending=0: acc[...])
+        for module in (flash_gpu_forward, block_scores_gpu):
+            patch.setattr(module, "read_accumulator", lambda acc, pending=0: acc[...])
         for module in (probe_gpu, probe_lse_gpu):
             patch.setattr(module, "keep_unswizzled", lambda ref: None)
             patch.setattr(module, "store_at", store_at)
-        for module in (flash_gpu_forward, probe_gpu, probe_lse_gpu):
+        for module in (flash_gpu_forward, block_scores_gpu, probe_gpu, probe_lse_gpu):
             patch.setattr(module, "MULTIPROCESSORS", multiprocessors)
         yield

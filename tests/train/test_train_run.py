@@ -175,7 +175,7 @@ def test_a_configuration_is_a_function_in_a_file(material, tmp_path, capsys):
         load(str(file))
 
 
-@pytest.mark.parametrize("name", ["standard", "turbo"])
+@pytest.mark.parametrize("name", ["standard", "turbo", "million"])
 def test_the_reports_recipes(name, capsys):
     file = Path(__file__).parents[2] / "experiments" / "pretrain" / "qwen2_5.py"
     assert run.main(["--config", f"{file}:{name}", "--print-config"]) == 0
@@ -183,6 +183,9 @@ def test_the_reports_recipes(name, capsys):
     lengths = [(stage["length"], stage["rope_theta"]) for stage in stages]
     if name == "standard":
         assert lengths == [(4096, 1e4), (32768, 1e6)]
+    elif name == "million":
+        assert lengths == [(65536, 1e6), (131072, 5e6), (262144, 1e7)]
+        assert all(sorted(stage["mixture"].values()) == [0.25, 0.75] for stage in stages)
     else:
         assert lengths == [(n, 1e7) for n in (32768, 65536, 131072, 262144)]
         assert all(sorted(stage["mixture"].values()) == [0.4, 0.6] for stage in stages)

@@ -1,8 +1,9 @@
 """Attention over lists of keys on TPUs: listed pieces of a cache, and gathered columns. Forward only.
 
 A step with few keys costs as much as one with many, because a product and a softmax take a fixed time from end to end.
-So a program copies several listed pieces of 128 keys from HBM into one tile, a few tiles ahead of the one in work. What
-it does with a tile is what `flash_tpu` does, so lists of all pieces give the same bits in tiles of the same sizes.
+So a program copies 16 listed pieces of 128 keys from HBM into one tile, a few tiles ahead of the one in work. The tile
+has parts as large as the tiles of `flash_tpu`, and what is done with a part is what `flash_tpu` does with a tile. So
+lists of all pieces give its results, bit for bit where the compiler fuses the same operations.
 
 XLA prepares what depends on data: a row of scalars for each query tile has the range of list tiles in which a query
 sees something, and the start of each piece with a mark on tiles in which every query sees every key. Those run code
@@ -70,12 +71,12 @@ class Tiling:
 
 
 def tiling(head_dim: int, dtype: jax.typing.DTypeLike, rows: int | None = None, core: Core | None = None) -> Tiling:
-    """The sizes with which the kernel is fastest; experiments/kernels/tpu_attention.md has the estimates.
+    """The sizes that the kernel uses; experiments/kernels/tpu_attention.md has the estimates behind them.
 
     Args:
       head_dim: of queries and keys.
       dtype: of queries and keys.
-      rows: queries of a tile, where the lists determine them.
+      rows: queries of a tile, those of the lists. By default those that lists should have.
       core: by default the one that is compiled for.
     """
     rows, width = rows or 256, (core or this_core()).mxu_width
@@ -125,6 +126,9 @@ def attention(
     tiles: Tiling | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention where query row i sees the keys start[i] <= j < end[i] in the listed pieces. Runs on local arrays.
+
+    The parts at both ends of a list in which no row sees a key are not visited. So the same lists under disjoint masks
+    cost little more than one call.
 
     Args:
       q_BTHd: queries, bfloat16 or float32.

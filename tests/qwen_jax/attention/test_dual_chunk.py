@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
+from convert import numpy_model
 from qwen_jax import kernels
 from qwen_jax.attention import dual_chunk
 from qwen_jax.attention.cache import ContiguousCache, PagedCache
@@ -21,7 +22,6 @@ from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import Params, abstract_params, bind, param_specs
 from qwen_jax.published import published
-from tests.helpers import numpy_model
 from tests.helpers.forward import logits as forward_logits
 
 CONFIG = dataclasses.replace(published("tiny"), vocab_size=96, num_layers=2, dual_chunk=DualChunk(12, 4, 12))

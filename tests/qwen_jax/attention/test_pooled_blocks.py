@@ -172,7 +172,7 @@ def test_overflow_is_counted() -> None:
     """Lists that are too short keep what is always visited and the greatest scores, and the rest becomes means."""
     own, k, v = inputs(draw(), 1)
     pattern = PooledBlocks(0.0, 100, 200)
-    scores, _ = model_scores(own, k)
+    scores, _ = model_scores(own, k, pattern.stride)
     visited, replaced = visits(own, k, pattern, 6)
     visible = (np.arange(0, S, BLOCK) < SLOT + BLOCK * np.arange(1, T // BLOCK + 1)[:, None]).sum(1)
     assert (visited.sum(2) == 6).all()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import kernels, platform
-from qwen_jax.cli.generate import Attention
+from qwen_jax.cli.model import Kernel
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import COVERAGE, Mask, causal_mask
 from qwen_jax.kernels.select import log_once
@@ -221,7 +221,7 @@ def test_errors_name_the_bad_argument(what) -> None:
 
 
 def test_the_command_line_offers_all_implementations() -> None:
-    assert get_args(Attention) == get_args(kernels.Implementation) == ("auto", *COVERAGE)
+    assert get_args(Kernel) == get_args(kernels.Implementation) == ("auto", *COVERAGE)
 
 
 @pytest.mark.parametrize("where", ["TPU", "Hopper GPU"])

@@ -17,7 +17,7 @@ from qwen_jax.kernels.attention import flash_tpu, flash_tpu_tiles, sparse_tpu
 from qwen_jax.kernels.attention.lists import NOWHERE, KeyLists
 from qwen_jax.kernels.tpu.device import Core
 from tests.helpers import exact
-from tests.helpers.masks import MASKS, causal, packed, window
+from tests.helpers.masks import MASKS, causal, window
 from tests.helpers.platforms import as_if_on
 from tests.helpers.tpu_compiler import compile_for, needs_libtpu
 
@@ -94,7 +94,7 @@ def small(rows, d) -> sparse_tpu.Tiling:
 SIZES = [(128, 64), (256, 128)]
 
 
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=4)
 @given(st.integers(0, 2**32), st.sampled_from(MASKS), st.sampled_from(SIZES))
 def test_random_lists(seed, mask, sizes):
     """Float32 parity with float64: pieces of a list that a row may see, and no others, count once."""
@@ -123,20 +123,6 @@ def test_every_visible_pair_counts_once(seed, sizes) -> None:
     np.testing.assert_allclose(out, np.broadcast_to((count > 0).swapaxes(1, 2)[..., None], out.shape), rtol=1e-5)
 
 
-@settings(deadline=None, max_examples=3)
-@given(st.integers(0, 2**32))
-def test_bfloat16(seed) -> None:
-    """Errors come only from rounding the result and the probabilities."""
-    numbers, rows, d, T, S = np.random.default_rng(seed), 512, 128, 700, 1500
-    q, k, v = drawn(numbers, T, S, 2, 2, d, jnp.bfloat16)
-    start, end = intervals(numbers, causal, T, S)
-    lists = drawn_lists(numbers, T, S, 2, rows)
-    got = interpreted(sparse, q, k, v, start, end, lists, scale=d**-0.5, tiles=small(rows, d))
-    errors = check(got, q, k, v, listed(lists, T, S) & within(start, end, np.arange(S)), d**-0.5)
-    assert errors["lse"] < 1e-4, errors
-    assert errors["out"] < 6e-3, errors
-
-
 @pytest.mark.parametrize("d", [64, 128])
 def test_full_lists_give_the_bits_of_dense_attention(d) -> None:
     """Lists of all pieces take the same keys in the same parts and order as `flash_tpu` takes tiles.
@@ -144,14 +130,14 @@ def test_full_lists_give_the_bits_of_dense_attention(d) -> None:
     With one part to a tile the bodies are also the same code. With more parts the compiler for CPUs fuses some products
     and sums in other places, and a few log-sum-exps differ in their last bit.
     """
-    numbers, T, S, rows = np.random.default_rng(), 300, 1200, 256
+    numbers, T, S, rows = np.random.default_rng(), 260, 900, 256
     tiles = sparse_tpu.Tiling(rows, 4, 1, 128, transposed=d == 64)
     same = flash_tpu_tiles.Tiling(rows, 512, 128, 512, 512, 64 << 20)
     q, k, v = drawn(numbers, T, S, 1, 1, d, jnp.bfloat16)
     N, L = -(-T // rows), -(-S // PIECE)
     starts = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32) * PIECE, (1, 1, N, L))
     lists = KeyLists(starts, jnp.full((1, 1, N), L, jnp.int32), rows, PIECE)
-    for mask in (causal, packed, window):
+    for mask in (causal, window):
         start, end = intervals(numbers, mask, T, S)
         got = interpreted(sparse, q, k, v, start, end, lists, scale=d**-0.5, tiles=tiles)
         want = interpreted(dense, q, k, v, start, end, scale=d**-0.5, tiles=same)
@@ -169,7 +155,7 @@ def test_parts_are_tiles_of_dense_attention(d, dtype) -> None:
 
 
 @settings(deadline=None, max_examples=3)
-@given(st.integers(0, 2**32), st.sampled_from(SIZES))
+@given(st.integers(0, 2**32), st.sampled_from([(128, 64), (512, 128)]))
 def test_columns(seed, sizes) -> None:
     """Float32 parity with float64: a column counts where its place is visible; some are off, some queries see none."""
     numbers, (rows, d), T, C, S = np.random.default_rng(seed), sizes, 300, 700, 1000
@@ -201,6 +187,7 @@ def test_lists_and_columns_add_up_to_dense_attention(monkeypatch) -> None:
     others = np.flatnonzero(np.arange(S) // PIECE % 2)
     places = jnp.broadcast_to(jnp.asarray(others, jnp.int32), (1, H, N, len(others)))
 
+    @functools.partial(jax.jit, static_argnums=0)
     def both(implementation):
         options = {"scale": d**-0.5, "implementation": implementation}
         return (

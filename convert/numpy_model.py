@@ -1,4 +1,7 @@
-"""Qwen2.5 in float64 NumPy, with dual-chunk attention, written from the definitions. One text, no cache."""
+"""Dense Qwen2.5 in float64 NumPy, with dual-chunk attention, written from the definitions. One text, no cache.
+
+No other framework runs dual-chunk attention: `verify` compares with this.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -55,7 +58,8 @@ def logits(config: ModelConfig, params: Mapping[str, Any], tokens_T: Array) -> A
     for layer in params["layers"]:
         attention, mlp = layer["attention"], layer["mlp"]
         h = norm(layer["input_norm"], x)
-        out = dual_chunk_attention(*(project(attention[name], h) for name in "qkv"), config)
+        q, k, v = (project(attention[name], h) for name in "qkv")
+        out = dual_chunk_attention(q, k, v, config)
         x = x + np.einsum("THd,DHd->TD", out, weight(attention["o"]))
         h = norm(layer["post_attention_norm"], x)
         gate, up = (h @ weight(mlp[name]).T for name in ("gate", "up"))
