@@ -180,11 +180,55 @@ def attend(
     if isinstance(pattern, VerticalSlash):
         budgets_H2 = _checked_budgets(budgets_H2, parts[0].q_BTHd.shape[2])
     T, S = parts[0].q_BTHd.shape[1], k_BKSd.shape[2]
+    columns = 0 if isinstance(pattern, PooledBlocks) else min(max_columns or pattern.most_columns, S)
+    return _attend(
+        tuple(parts),
+        k_BKSd,
+        v_BKSd,
+        jnp.asarray(slot, jnp.int32),
+        jnp.asarray(T if length is None else length, jnp.int32),
+        budgets_H2,
+        means,
+        # Budgets are arguments; the pattern says only which one it is.
+        pattern=pattern if isinstance(pattern, PooledBlocks) else None,
+        scale=scale,
+        implementation=implementation,
+        tiling=tiling,
+        capacity=max_pieces or min(-(-(S + tiling.rows) // 128) * (128 // tiling.size), _MAX_PIECES),
+        columns=columns,
+        measure=measure,
+    )
+
+
+# Jitted, so that a model of many layers traces it once.
+@functools.partial(
+    jax.jit,
+    static_argnames=("pattern", "scale", "implementation", "tiling", "capacity", "columns", "measure"),
+)
+def _attend(
+    parts: tuple[Part, ...],
+    k_BKSd: jax.Array,
+    v_BKSd: jax.Array,
+    slot: jax.Array,
+    length: jax.Array,
+    budgets_H2: jax.Array | None,
+    means: tuple[jax.Array, jax.Array] | None,
+    *,
+    pattern: PooledBlocks | None,
+    scale: float,
+    implementation: kernels.Implementation,
+    tiling: Tiling,
+    capacity: int,
+    columns: int,
+    measure: bool,
+) -> tuple[jax.Array, jax.Array, Diagnostics]:
+    """`attend`, with all sizes chosen. A pattern of None is vertical-slash.
+
+    `capacity` is that of a list in pieces, `columns` that of the columns of a head.
+    """
     how: dict[str, Any] = {"scale": scale, "implementation": implementation}
-    slot = jnp.asarray(slot, jnp.int32)
-    length = jnp.asarray(T if length is None else length, jnp.int32)
+    S = k_BKSd.shape[2]
     bounds = sparse_parts.bounds([part.mask for part in parts], tiling.rows)
-    capacity = max_pieces or min(-(-(S + tiling.rows) // 128) * (128 // tiling.size), _MAX_PIECES)
     # Rows over all their keys: the last ones for the choice and for its recall, others for the recall.
     rows_R = sparse_parts.probe_rows(length)
     if measure:
@@ -194,14 +238,13 @@ def attend(
         masks = [sparse_parts.mask_rows(part.mask, rows_R) for part in parts]
         full_BHR = sparse_parts.rows_lse(queries, masks, k_BKSd, v_BKSd, **how)
     # What to visit.
-    if isinstance(pattern, PooledBlocks):
+    if pattern is not None:
         with jax.named_scope("sparse_lists"):
             visits = _visit_blocks(parts, k_BKSd, v_BKSd, pattern, bounds, means, how, min(capacity, S // BLOCK))
     else:
         with jax.named_scope("sparse_lines"):
             scores = _line_scores(parts, queries, masks, full_BHR, k_BKSd, v_BKSd, how)
         with jax.named_scope("sparse_lists"):
-            columns = min(max_columns or pattern.most_columns, S)
             where = slot, length
             assert budgets_H2 is not None
             visits = _visit_lines(scores, k_BKSd, v_BKSd, budgets_H2, bounds, where, tiling, capacity, columns)

@@ -69,12 +69,14 @@ def places(mask_RS: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
     lower = (jnp.uint32(1) << jnp.arange(32, dtype=jnp.uint32)) - 1
     inside_RW32 = lax.population_count(words_RW[:, :, None] & lower).astype(jnp.int32)
     rank_RS = ((ends_RW - counts_RW)[:, :, None] + inside_RW32).reshape(R, -1)[:, :S]
-    # Every true element has a target of its own; all others are dropped.
-    row_R1 = jnp.arange(R, dtype=jnp.int32)[:, None]
-    target_RS = jnp.where(mask_RS & (rank_RS < capacity), row_R1 * capacity + rank_RS, R * capacity)
-    place_RS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (R, S))
+    # Every true element has a target of its own. The others have targets behind the end, where they are dropped; these
+    # differ, too, because a scatter with equal targets is much more expensive: XLA sorts them first.
+    row_R1, place_S = jnp.arange(R, dtype=jnp.int32)[:, None], jnp.arange(S, dtype=jnp.int32)
+    kept_RS = mask_RS & (rank_RS < capacity)
+    target_RS = jnp.where(kept_RS, row_R1 * capacity + rank_RS, R * capacity + row_R1 * S + place_S)
+    place_RS = jnp.broadcast_to(place_S, (R, S))
     found = varying(jnp.full(R * capacity, S, jnp.int32), mask_RS)
-    found = found.at[target_RS.reshape(-1)].set(place_RS.reshape(-1), mode="drop")
+    found = found.at[target_RS.reshape(-1)].set(place_RS.reshape(-1), mode="drop", unique_indices=True)
     return found.reshape(R, capacity), ends_RW[:, -1]
 
 
