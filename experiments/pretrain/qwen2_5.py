@@ -53,30 +53,36 @@ def standard() -> RunConfig:
     )
 
 
-def turbo() -> RunConfig:
-    """Qwen2.5-Turbo: 32,768, 65,536, 131,072 and 262,144 tokens with base 1e7; 40% at the maximal length, 60% shorter.
+def _long(output: str, bases: dict[int, float], share: float) -> RunConfig:
+    """Stages of growing length after `standard`.
 
     `long-N` holds documents of at least N tokens, so that each fills its rows; `short-N` shorter ones, packed. Where a
     step has fewer rows than there are devices, the context axis splits them: each of the 64 has 65,536 tokens in every
     stage.
+
+    Args:
+      output: folder of the run.
+      bases: the RoPE base of each length.
+      share: of rows at the maximal length.
     """
-    meshes = {
-        32_768: {"fsdp": 64},
-        65_536: {"fsdp": 64},
-        131_072: {"fsdp": 32, "context": 2},
-        262_144: {"fsdp": 16, "context": 4},
-    }
+    meshes = {131_072: {"fsdp": 32, "context": 2}, 262_144: {"fsdp": 16, "context": 4}}
     return RunConfig(
-        output="runs/qwen2.5-turbo",
+        output=output,
         model=published("qwen2.5-7b"),
         tokenizer="tokenizers/qwen2.5",
         initial="runs/qwen2.5-7b/checkpoints/200000",
-        data={f"{kind}-{n}": f"data/{kind}-{n}" for n in meshes for kind in ("long", "short")},
+        data={f"{kind}-{n}": f"data/{kind}-{n}" for n in bases for kind in ("long", "short")},
         stages=tuple(
-            _stage(1000, n, 1e7, {f"long-{n}": 0.4, f"short-{n}": 0.6}, mesh=mesh) for n, mesh in meshes.items()
+            _stage(1000, n, base, {f"long-{n}": share, f"short-{n}": 1 - share}, mesh=meshes.get(n, {"fsdp": 64}))
+            for n, base in bases.items()
         ),
         step=StepConfig(remat="full"),
     )
+
+
+def turbo() -> RunConfig:
+    """Qwen2.5-Turbo: 32,768 to 262,144 tokens with base 1e7; 40% of the rows at the maximal length, 60% shorter."""
+    return _long("runs/qwen2.5-turbo", {n: 1e7 for n in (32_768, 65_536, 131_072, 262_144)}, 0.4)
 
 
 def million() -> RunConfig:
@@ -85,16 +91,4 @@ def million() -> RunConfig:
     Up to a million tokens the model is extended by dual-chunk attention, without training: export it with
     `config.with_dual_chunk()`.
     """
-    bases = {65_536: 1e6, 131_072: 5e6, 262_144: 1e7}
-    meshes = {65_536: {"fsdp": 64}, 131_072: {"fsdp": 32, "context": 2}, 262_144: {"fsdp": 16, "context": 4}}
-    return RunConfig(
-        output="runs/qwen2.5-7b-1m",
-        model=published("qwen2.5-7b"),
-        tokenizer="tokenizers/qwen2.5",
-        initial="runs/qwen2.5-7b/checkpoints/200000",
-        data={f"{kind}-{n}": f"data/{kind}-{n}" for n in bases for kind in ("long", "short")},
-        stages=tuple(
-            _stage(1000, n, base, {f"long-{n}": 0.75, f"short-{n}": 0.25}, mesh=meshes[n]) for n, base in bases.items()
-        ),
-        step=StepConfig(remat="full"),
-    )
+    return _long("runs/qwen2.5-7b-1m", {65_536: 1e6, 131_072: 5e6, 262_144: 1e7}, 0.75)

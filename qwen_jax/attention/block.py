@@ -112,7 +112,7 @@ class Attention(nnx.Module):
             masks: tuple[kernels.Mask, ...],
             cache: LayerCache | None,
         ) -> tuple[jax.Array, LayerCache | None]:
-            # What attends to one part of the keys. Only parts that are merged need a log-sum-exp.
+            # The functions below attend to one part of the keys. A log-sum-exp is needed only to merge several.
             several: Any = {"return_lse": parts > 1, **how}
             if cache is None:
 

@@ -91,7 +91,7 @@ def summarise(skipped: Sequence[Diagnostics]) -> tuple[np.ndarray, float, int]:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("budgets_LH2",), meta_fields=("pattern", "max_columns", "measure")
+    jax.tree_util.register_dataclass, data_fields=("budgets_LH2",), meta_fields=("pattern", "max_columns")
 )
 @dataclasses.dataclass(frozen=True)
 class SparsePrefill:
@@ -101,13 +101,11 @@ class SparsePrefill:
       budgets_LH2: int32, columns and slashes of each layer and query head; None without budgets.
       pattern: what is compiled in. Budgets are not.
       max_columns: capacity for the columns of a head.
-      measure: whether recall is measured.
     """
 
     budgets_LH2: jax.Array | None
     pattern: VerticalSlash | PooledBlocks
     max_columns: int
-    measure: bool = True
 
     @classmethod
     def of(cls, pattern: VerticalSlash | PooledBlocks, max_columns: int | None = None) -> "SparsePrefill":

@@ -96,7 +96,6 @@ def attend_sparsely(
             length=count,
             budgets_H2=budgets_H2,
             max_columns=sparsity.max_columns,
-            measure=sparsity.measure,
             scale=config.head_dim**-0.5,
             implementation=implementation,
         )

@@ -11,7 +11,7 @@ from qwen_jax import kernels
 from qwen_jax.config import ModelConfig
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
-from qwen_jax.params import Params, bind
+from qwen_jax.params import Params, abstract_params, bind, param_specs
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))
@@ -48,3 +48,15 @@ def loss_gradients(config: ModelConfig, params: Params, mesh: Mesh, tokens_BT: n
         tokens = jax.device_put(np.asarray(tokens_BT, np.int32), NamedSharding(mesh, sharding.tokens))
         result: Params = jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(params, tokens))
         return result
+
+
+def random_unstacked(config: ModelConfig, mesh: Mesh, rng: np.random.Generator, scale: float = 0.2) -> Params:
+    """Random float32 weights in the unstacked layout, large enough for attention to matter."""
+    sharding, options = Sharding.for_inference(config, mesh), Options(stacked=False)
+
+    def draw(shape: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array:
+        return jax.device_put(rng.normal(0, scale, shape.shape).astype(np.float32), NamedSharding(mesh, spec))
+
+    shapes = abstract_params(config, sharding, options, "float32")
+    params: Params = jax.tree.map(draw, shapes, param_specs(config, sharding, options))
+    return params

@@ -4,9 +4,9 @@ A thread block works on 256 query rows of one head and reads the block means twi
 logit of each row, with rows of the accumulator for queries. The second pass computes the logits with rows for means, so
 that a sum over the queries of a tile is a sum over columns, which threads of one warp hold.
 
-Each part of the keys has its own queries. Both passes visit, part by part, the tiles of means that some tile of queries
-scores. The ranges of the parts are disjoint for one tile of queries but may overlap for several of them: then a later
-part reads what an earlier one wrote and replaces its own scores.
+Each part of the keys has its own queries. Both passes visit one part after the other, and of each part the tiles of
+means that some tile of queries scores. The ranges of the parts are disjoint for one tile of queries but may overlap for
+several of them: then a later part reads what an earlier one wrote and replaces its own scores.
 """
 
 import functools

@@ -13,21 +13,12 @@ from jax.sharding import Mesh, NamedSharding
 from qwen_jax.attention.cache import ContiguousCache, PagedCache, PagedLayer
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
-from qwen_jax.params import Params, abstract_params, bind, param_specs
+from qwen_jax.params import Params, bind
 from qwen_jax.published import published
+from tests.helpers.forward import random_unstacked
 
 CONFIG = dataclasses.replace(published("tiny"), vocab_size=96, num_layers=2)
 OPTIONS = Options(stacked=False)
-
-
-def random_params(mesh: Mesh, sharding: Sharding, rng: np.random.Generator) -> Params:
-    """Random weights in the unstacked layout."""
-
-    def draw(shape: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array:
-        return jax.device_put(rng.normal(0, 0.2, shape.shape).astype(np.float32), NamedSharding(mesh, spec))
-
-    shapes = abstract_params(CONFIG, sharding, OPTIONS, "float32")
-    return jax.tree.map(draw, shapes, param_specs(CONFIG, sharding, OPTIONS))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -61,7 +52,7 @@ def test_pages_hold_what_one_buffer_holds(axes: dict[str, int]) -> None:
     table = page_table(rng, B, pages, shards, num_pages)
     rows, wide = NamedSharding(mesh, sharding.rows), NamedSharding(mesh, sharding.tokens)
     with jax.set_mesh(mesh):
-        params = random_params(mesh, sharding, rng)
+        params = random_unstacked(CONFIG, mesh, rng)
         on_rows = functools.partial(jax.device_put, device=rows)
         contiguous = ContiguousCache.for_prompts(CONFIG, sharding, on_rows(lengths), 32, jnp.dtype("float32"))
         paged = PagedCache.empty(
@@ -99,7 +90,7 @@ def test_a_chunk_at_an_offset_sees_the_tokens_before_it_and_padding_is_not_writt
     wide = functools.partial(jax.device_put, device=NamedSharding(mesh, sharding.tokens))
     on_rows = functools.partial(jax.device_put, device=NamedSharding(mesh, sharding.rows))
     with jax.set_mesh(mesh):
-        params = random_params(mesh, sharding, rng)
+        params = random_unstacked(CONFIG, mesh, rng)
         table = wide(page_table(rng, B, pages, 1, num_pages))
         paged = PagedCache.empty(
             *(CONFIG, sharding, table, on_rows(chunks[0])),

@@ -20,9 +20,10 @@ from qwen_jax.config import DualChunk, ModelConfig, Yarn
 from qwen_jax.errors import InputError
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
-from qwen_jax.params import Params, abstract_params, bind, param_specs
+from qwen_jax.params import Params, bind, param_specs
 from qwen_jax.published import published
 from tests.helpers.forward import logits as forward_logits
+from tests.helpers.forward import random_unstacked
 
 CONFIG = dataclasses.replace(published("tiny"), vocab_size=96, num_layers=2, dual_chunk=DualChunk(12, 4, 12))
 """Chunks of 8 tokens."""
@@ -34,17 +35,6 @@ def rng() -> np.random.Generator:
     seed = int(np.random.SeedSequence().entropy % 2**32)  # type: ignore[operator]
     print("seed", seed)
     return np.random.default_rng(seed)
-
-
-def random_params(config: ModelConfig, mesh: Mesh, rng: np.random.Generator, options: Options = OPTIONS) -> Params:
-    """Random weights, large enough for attention to matter."""
-    sharding = Sharding.for_inference(config, mesh)
-
-    def draw(shape: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array:
-        return jax.device_put(rng.normal(0, 0.2, shape.shape).astype(np.float32), NamedSharding(mesh, spec))
-
-    shapes = abstract_params(config, sharding, options, "float32")
-    return jax.tree.map(draw, shapes, param_specs(config, sharding, options))
 
 
 def on_rows(x: np.ndarray, mesh: Mesh, sharding: Sharding) -> jax.Array:
@@ -71,7 +61,7 @@ def step(
 def test_the_forward_pass_is_the_definition(length: int, rng: np.random.Generator) -> None:
     """Against float64 NumPy, from one chunk to five, with the length factor beyond 12 tokens."""
     mesh, tokens = one_device(), rng.integers(0, CONFIG.vocab_size, (1, length))
-    params = random_params(CONFIG, mesh, rng)
+    params = random_unstacked(CONFIG, mesh, rng)
     got = forward_logits(CONFIG, params, mesh, tokens, OPTIONS)[0]
     want = numpy_model.logits(CONFIG, params, tokens[0])
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-4 * np.abs(want).max())
@@ -87,7 +77,7 @@ def test_one_chunk_is_plain_attention_bit_for_bit(dtype: str, rng: np.random.Gen
     """Without a cache, in a prompt, and step by step in a long cache that could hold more chunks."""
     mesh, tokens = one_device(), rng.integers(0, CONFIG.vocab_size, (2, 8)).astype(np.int32)
     plain, options = dataclasses.replace(CONFIG, dual_chunk=None), dataclasses.replace(OPTIONS, dtype=dtype)
-    params, sharding = random_params(CONFIG, mesh, rng), Sharding.for_inference(CONFIG, mesh)
+    params, sharding = random_unstacked(CONFIG, mesh, rng), Sharding.for_inference(CONFIG, mesh)
     want = forward_logits(plain, params, mesh, tokens, options)
     np.testing.assert_array_equal(forward_logits(CONFIG, params, mesh, tokens, options), want)
     with jax.set_mesh(mesh):
@@ -111,7 +101,7 @@ def test_prompts_chunks_and_steps_give_the_row_of_the_forward_pass(kind: str, rn
     """Rows of unequal lengths; a prompt, a chunk at an offset, then single tokens, all at one final length."""
     mesh, B, T = one_device(), 3, 41
     config = dataclasses.replace(CONFIG, dual_chunk=DualChunk(12, 4, 10**9))  # One length factor for all calls.
-    params, sharding = random_params(config, mesh, rng), Sharding.for_inference(config, mesh)
+    params, sharding = random_unstacked(config, mesh, rng), Sharding.for_inference(config, mesh)
     first = rng.integers(1, 20, B).astype(np.int32)
     tokens = rng.integers(0, config.vocab_size, (B, T)).astype(np.int32)
     want = [numpy_model.logits(config, params, row) for row in tokens]
@@ -150,7 +140,7 @@ def test_sharding_does_not_matter(axes: dict[str, int], rng: np.random.Generator
 
     mesh, tokens = make_mesh(axes), rng.integers(0, CONFIG.vocab_size, (2, 40)).astype(np.int32)
     seed = int(rng.integers(2**31))
-    params = random_params(CONFIG, one_device(), np.random.default_rng(seed))
+    params = random_unstacked(CONFIG, one_device(), np.random.default_rng(seed))
     want = forward_logits(CONFIG, params, one_device(), tokens, OPTIONS)
     sharding = Sharding.for_training(CONFIG, mesh)
     specs = param_specs(CONFIG, sharding, OPTIONS)

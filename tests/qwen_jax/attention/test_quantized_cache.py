@@ -21,7 +21,8 @@ from qwen_jax.errors import InputError
 from qwen_jax.kernels import Int8Rows
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from tests.helpers import exact
-from tests.qwen_jax.attention.test_cache import CONFIG, random_params, step
+from tests.helpers.forward import random_unstacked
+from tests.qwen_jax.attention.test_cache import CONFIG, step
 
 INT8 = jnp.dtype("int8")
 
@@ -260,7 +261,7 @@ def test_logits_are_close_to_those_of_a_float32_cache(axes: dict[str, int]) -> N
     tokens = rng.integers(0, CONFIG.vocab_size, (B, T + steps), np.int32)
     wide = NamedSharding(mesh, sharding.tokens)
     with jax.set_mesh(mesh):
-        params = random_params(mesh, sharding, rng)
+        params = random_unstacked(CONFIG, mesh, rng)
         on_rows = jax.device_put(lengths, NamedSharding(mesh, sharding.rows))
         channels = [quantized_cache.key_channels(x) for x in quantized_cache.key_biases(params, CONFIG, sharding)]
         make = functools.partial(ContiguousCache.for_prompts, CONFIG, sharding, on_rows, 32)

@@ -14,10 +14,9 @@ from qwen_jax.attention.sparse import PooledBlocks, VerticalSlash
 from qwen_jax.config import DualChunk, ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference import Engine, SamplingParams, chunked_prefill
-from qwen_jax.options import Options
-from qwen_jax.parallel.sharding import Sharding, make_mesh
-from qwen_jax.params import Params, abstract_params, param_specs
+from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.published import published
+from tests.helpers.forward import random_unstacked
 
 SMALL = dataclasses.replace(published("tiny"), vocab_size=96, num_layers=2, eos_token_ids=())
 CONFIGS = {
@@ -43,14 +42,7 @@ def make_engine(rng: np.random.Generator) -> MakeEngine:
 
     def make(config: ModelConfig, mesh: Mesh | None = None, **how: Any) -> Engine:
         mesh = mesh or make_mesh({}, jax.devices()[:1])
-        draws, sharding = np.random.default_rng(seed), Sharding.for_inference(config, mesh)
-        options = Options(stacked=False)
-
-        def draw(shape: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array:
-            return jax.device_put(draws.normal(0, 0.2, shape.shape).astype(np.float32), NamedSharding(mesh, spec))
-
-        shapes = abstract_params(config, sharding, options, "float32")
-        params: Params = jax.tree.map(draw, shapes, param_specs(config, sharding, options))
+        params = random_unstacked(config, mesh, np.random.default_rng(seed))
         return Engine(config, params, mesh, dtype="float32", chunk=4, **how)
 
     return make

@@ -8,18 +8,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 
 from qwen_jax.attention.sparse import VerticalSlash
 from qwen_jax.cli import main
 from qwen_jax.errors import InputError
 from qwen_jax.inference import Engine
 from qwen_jax.inference.sparsity import Round, tune
-from qwen_jax.options import Options
-from qwen_jax.parallel.sharding import Sharding, make_mesh
-from qwen_jax.params import Params, abstract_params, param_specs
+from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.published import published
 from qwen_jax.tokenizer import train_bpe
+from tests.helpers.forward import random_unstacked
 from tests.helpers.hf import make_hf_checkpoint
 
 CONFIG = dataclasses.replace(
@@ -31,14 +29,8 @@ CONFIG = dataclasses.replace(
 def engine() -> Engine:
     seed = int(np.random.SeedSequence().entropy % 2**32)  # type: ignore[operator]
     print("seed", seed)
-    draws, mesh, options = np.random.default_rng(seed), make_mesh({}, jax.devices()[:1]), Options(stacked=False)
-    sharding = Sharding.for_inference(CONFIG, mesh)
-
-    def draw(shape: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array:
-        return jax.device_put(draws.normal(0, 0.3, shape.shape).astype(np.float32), NamedSharding(mesh, spec))
-
-    shapes = abstract_params(CONFIG, sharding, options, "float32")
-    params: Params = jax.tree.map(draw, shapes, param_specs(CONFIG, sharding, options))
+    mesh = make_mesh({}, jax.devices()[:1])
+    params = random_unstacked(CONFIG, mesh, np.random.default_rng(seed), 0.3)
     return Engine(CONFIG, params, mesh, dtype="float32", prefill_chunk=128)
 
 
