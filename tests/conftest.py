@@ -1,12 +1,19 @@
-"""What every test shares: eight fake CPU devices, and a mesh of one of them."""
+"""What every test shares: eight fake CPU devices, a mesh of one of them, and compiled programs."""
 
+import atexit
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # No test reaches for the network; a Hub id must fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# One compilation cache for the session, its workers and the processes that tests start: many compile the same programs.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="qwen_jax-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest
@@ -30,12 +37,3 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
     return make_material(tmp_path_factory.mktemp("material"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The folder of `program_cache`, for modules of many runs."""
-    from tests.helpers.runs import program_cache
-
-    with program_cache(tmp_path_factory.mktemp("cache")) as folder:
-        yield folder

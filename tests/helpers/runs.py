@@ -1,10 +1,8 @@
 """A small run with two stages, its data, and what it leaves behind: for tests that interrupt it or do it otherwise."""
 
-import contextlib
 import dataclasses
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from qwen_jax.published import published
 from qwen_jax.tokenizer import train_bpe
@@ -102,25 +99,6 @@ def assert_same_weights(a: Path | str, b: Path | str, step: int = 10) -> None:
 def launches(output: Path | str) -> list[dict[str, Any]]:
     """What the run was started with, each time."""
     return [json.loads(line) for line in (Path(output) / "launches.jsonl").read_text().splitlines()]
-
-
-@contextlib.contextmanager
-def program_cache(folder: Path) -> Iterator[str]:
-    """A persistent compilation cache, which saves the many runs of a test module minutes of compiling."""
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(folder), 0.3), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield str(folder)
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-def cache_environment(folder: str) -> dict[str, str]:
-    """The same for other processes, as environment variables."""
-    return {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
 
 
 def print_seed() -> np.random.Generator:

@@ -11,7 +11,7 @@ import pytest
 
 from qwen_jax.cli import failures
 from tests.helpers.processes import Job, train
-from tests.helpers.runs import cache_environment, config_file, losses, saved_steps
+from tests.helpers.runs import config_file, losses, saved_steps
 from train.interrupt import EndNow, Interruption
 
 LONG = ("stages.0.schedule.steps=1000000", "loop.evaluate_every=0", "checkpoints.every=0")
@@ -31,10 +31,10 @@ def running(job: Job, output: Path) -> None:
     ("number", "name", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
 )
 def test_a_signal_saves_the_step_in_progress(
-    material: Path, tmp_path: Path, cache: str, number: int, name: str, status: int
+    material: Path, tmp_path: Path, number: int, name: str, status: int
 ) -> None:
     file, output = config_file(tmp_path / "config.py", material, tmp_path / "run"), tmp_path / "run"
-    with train(file, *LONG, env=cache_environment(cache)) as job:
+    with train(file, *LONG) as job:
         running(job, output)
         job.started[0].send_signal(number)
         assert job.wait(120) == [status], job
@@ -48,10 +48,10 @@ def test_a_signal_saves_the_step_in_progress(
 
 
 @pytest.mark.slow
-def test_ctrl_c_to_one_of_two_processes_saves_one_step_in_both(material: Path, tmp_path: Path, cache: str) -> None:
+def test_ctrl_c_to_one_of_two_processes_saves_one_step_in_both(material: Path, tmp_path: Path) -> None:
     file, output = config_file(tmp_path / "config.py", material, tmp_path / "run"), tmp_path / "run"
     changes = (*LONG, "mesh.data=2", "stages.1.accumulation=1")
-    with train(file, *changes, processes=2, env=cache_environment(cache)) as job:
+    with train(file, *changes, processes=2) as job:
         running(job, output)
         job.started[1].send_signal(signal.SIGINT)
         assert job.wait(120) == [143, 130], job

@@ -17,7 +17,6 @@ from train.config import RunConfig, set_fields
 from train.moe import read_loads
 from train.observe.metrics import read_log
 
-pytestmark = pytest.mark.usefixtures("cache")
 EXPERTS = MoE(4, 2, 64, 128, norm_topk_prob=True, mlp_only_layers=(0,))
 SPARSE = dataclasses.replace(MODEL, num_layers=2, moe=EXPERTS)
 

@@ -17,8 +17,6 @@ from train.config import Stage, set_fields
 from train.observe.goodput import compilation
 from train.optimizer import Schedule
 
-pytestmark = pytest.mark.usefixtures("cache")
-
 
 @pytest.fixture(scope="module")
 def stopped(material: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:

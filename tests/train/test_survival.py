@@ -19,7 +19,6 @@ from qwen_jax.tokenizer import load_tokenizer
 from tests.helpers.processes import Job, run, train
 from tests.helpers.runs import (
     assert_same_weights,
-    cache_environment,
     config_file,
     configuration,
     final_weights,
@@ -40,7 +39,7 @@ from train.loop import CheckpointConfig, LoopConfig
 from train.optimizer import OptimizerConfig, Schedule
 from train.state import abstract_state, init_state
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +73,7 @@ def unfinished(output: Path) -> list[Path]:
 # Killed
 
 
-def test_killed_ten_times_a_run_ends_as_if_it_had_not_been(material: Path, tmp_path: Path, cache: str) -> None:
+def test_killed_ten_times_a_run_ends_as_if_it_had_not_been(material: Path, tmp_path: Path) -> None:
     """By SIGKILL at random moments, every other time in the middle of a save."""
     rng = print_seed()
     changes = (
@@ -100,11 +99,11 @@ def test_killed_ten_times_a_run_ends_as_if_it_had_not_been(material: Path, tmp_p
         job.started[0].send_signal(signal.SIGKILL)
 
     for i in range(10):
-        with train(file, *changes, "checkpoints.every=2", env=cache_environment(cache)) as job:
+        with train(file, *changes, "checkpoints.every=2") as job:
             kill(job, save=i % 2 == 0)
             assert job.wait() == [-signal.SIGKILL], job
         during_saves += bool(unfinished(output))
-    with train(file, *changes, "checkpoints.every=2", env=cache_environment(cache)) as job:
+    with train(file, *changes, "checkpoints.every=2") as job:
         assert job.wait() == [0], job
     begins = [launch["step"] for launch in launches(output)]
     print(f"killed ten times, {during_saves} of them during a save; begun at the steps {begins}")
@@ -207,9 +206,9 @@ LONG = ("stages.0.schedule.steps=1000000", "stages.1.accumulation=1", "mesh.data
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_sigterm_to_any_process_saves_one_step_in_all(material: Path, tmp_path: Path, cache: str, index: int) -> None:
+def test_sigterm_to_any_process_saves_one_step_in_all(material: Path, tmp_path: Path, index: int) -> None:
     file, output = config_file(tmp_path / "config.py", material, tmp_path / "run"), tmp_path / "run"
-    with train(file, *LONG, "checkpoints.every=0", processes=2, env=cache_environment(cache)) as job:
+    with train(file, *LONG, "checkpoints.every=0", processes=2) as job:
         running(job, output)
         job.started[index].send_signal(signal.SIGTERM)
         assert job.wait(120) == [143, 143], job
@@ -223,13 +222,11 @@ def test_sigterm_to_any_process_saves_one_step_in_all(material: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(("how", "index"), [("SIGKILL", 1), ("SIGKILL", 0), ("SIGSTOP", 1)])
-def test_a_lost_process_ends_the_others_with_a_message(
-    material: Path, tmp_path: Path, cache: str, how: str, index: int
-) -> None:
+def test_a_lost_process_ends_the_others_with_a_message(material: Path, tmp_path: Path, how: str, index: int) -> None:
     """A killed process closes its connections; a stopped one, like a lost machine, is only silent."""
     file, output = config_file(tmp_path / "config.py", material, tmp_path / "run"), tmp_path / "run"
     options = ("--heartbeat-timeout", "10")
-    with train(file, *LONG, "checkpoints.every=10", processes=2, options=options, env=cache_environment(cache)) as job:
+    with train(file, *LONG, "checkpoints.every=10", processes=2, options=options) as job:
         running(job, output)
         wait_for(job, lambda: saved_steps(output))
         job.started[index].send_signal(getattr(signal, how))
@@ -315,7 +312,7 @@ LIMIT = (
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_no_room_for_a_checkpoint_is_an_error_that_costs_nothing(
-    material: Path, tmp_path: Path, straight: Path, cache: str, processes: int
+    material: Path, tmp_path: Path, straight: Path, processes: int
 ) -> None:
     """The last process may not write files as large as a checkpoint's: the system refuses, as on a full disk."""
     file, output = config_file(tmp_path / "config.py", material, tmp_path / "run"), tmp_path / "run"

@@ -35,8 +35,6 @@ from train.optimizer import Schedule
 
 Capture = pytest.CaptureFixture[str]
 
-pytestmark = pytest.mark.usefixtures("cache")
-
 
 @pytest.fixture
 def command(material: Path, tmp_path: Path, capsys: Capture):

@@ -20,8 +20,6 @@ from train.data.mixture import Mixture
 from train.data.rows import PackedRows
 from train.observe.metrics import read_log
 
-pytestmark = pytest.mark.usefixtures("cache")
-
 
 @pytest.fixture(scope="module")
 def straight(material, tmp_path_factory):
