@@ -99,8 +99,8 @@ def attend_sparsely(
             scale=config.head_dim**-0.5,
             implementation=implementation,
         )
-        # At once, not at the end of the program, to which a scheduler may move what no layer waits for: the keys of every
-        # layer, which are a copy where the cache has 8 bits, would exist until then.
+        # The diagnostics are computed in this layer. A scheduler may move what no layer waits for to the end of the
+        # program; the keys of every layer, which are a copy where the cache has 8 bits, would exist until then.
         out, found = jax.lax.optimization_barrier((out, found))
         return out, cache, found
 
