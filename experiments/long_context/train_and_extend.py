@@ -11,18 +11,28 @@ Then, without further training, it is read by each scheme:
 - `dca`: dual-chunk attention (chunk: the trained length, local: 1/32 of it).
 - `dca+scale`: the same, logits scaled by the length.
 
+Each scheme reads prompts twice: with `dense` attention, and with `pooled`, the sparse prefill of `PooledBlocks`.
+
+Then training continues at 4,096 tokens with RoPE base 1e6 (`--continue-steps`, 0 leaves it out): 40% of the tokens in
+rows of one document, 60% in rows that pack documents of 1,024 tokens. This model is read at 1, 4, 8 and 16 times the
+first length, where the trained length of the schemes is 4,096. `--passkey TOKENS` also asks it for a passkey in a
+prompt of that length, at each depth, by `dca+scale` and `pooled`.
+
 At each length: `passkey` is one needle in real text, `needle` one of four in random ids, both answered by the engine
-with all ids right; the losses are of long held-out documents, by position. Each seed has its own weights, data order
-and tests; the schemes have the same tests. One GPU, some minutes a seed. Leaves in the folder: `model-SEED/` (a Hugging
-Face folder), a log of the training, a folder of answers for each reading, and `results.jsonl` with a line for each
-reading. What has been done is not done again.
+with all ids right; the losses are of long held-out documents, by position. The losses are of dense attention only: they
+come from a forward pass without a cache, and sparse attention needs one. `pooled` has density and recall instead.
+Each seed has its own weights, data order and tests; the schemes have the same tests. One GPU, some minutes a seed.
+Leaves in the folder: `model-SEED/` and `model-SEED-continued/` (Hugging Face folders), a log of each training, a folder
+of answers for each reading, and `results.jsonl` with a line for each reading. What has been done is not done again.
 """
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,30 +43,63 @@ from rich.console import Console
 import convert
 from convert.huggingface import export
 from experiments.learning.data import find_text
+from experiments.long_context.prefill import left_out
+from qwen_jax.attention.sparse import PooledBlocks
 from qwen_jax.config import DualChunk, ModelConfig, Yarn
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
-from qwen_jax.inference import Engine
+from qwen_jax.inference import Engine, SamplingParams
+from qwen_jax.inference.engine import Chunks
 from qwen_jax.parallel.sharding import make_mesh
 from train.data.batch import Batch, place
 from train.data.text import split_documents
 from train.evaluate import perplexity, runner, synthetic_ids
 from train.evaluate.tasks import Sample
 from train.files import append_record, read_records
-from train.loop import ByStep, LoopConfig, Monitor, fit
+from train.loop import ByStep, Indexed, LoopConfig, Monitor, fit
 from train.observe.display import Display
 from train.observe.metrics import MetricsLog
 from train.optimizer import OptimizerConfig, Schedule
 from train.pretrain import NextToken, PretrainConfig
-from train.state import TrainState, init_state
+from train.state import TrainState, fresh_state, init_state
 from train.step import StepConfig, make_eval_step, make_train_step
 
 BYTES, VOCAB_SIZE = 256, 512
 LAYOUT = synthetic_ids.IdLayout(BYTES, VOCAB_SIZE)
 SCHEMES = ("rope", "yarn", "dca", "dca+scale")
+ATTENTIONS = ("dense", "pooled")
 # No length is beyond it: dual-chunk attention does not scale its logits.
 _NEVER = 2**30
 RESULTS = "results.jsonl"
+# The kind of each of eight rows: 0 a copy, 1 needles, 2 text.
+_KINDS = np.array([0, 1, 1, 1, 2, 2, 2, 2])
+# Prompts that are answered together, at most.
+_MOST_ROWS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage of training, after which the model is exported and read.
+
+    Attributes:
+      name: "trained" or "continued".
+      length: tokens of a row.
+      steps: how many.
+      learning_rate: the peak.
+      rope_theta: RoPE base.
+      ratios: test lengths, over the length of the first stage.
+    """
+
+    name: str
+    length: int
+    steps: int
+    learning_rate: float
+    rope_theta: float
+    ratios: tuple[int, ...]
+
+    def model_folder(self, folder: Path, seed: int) -> Path:
+        """Where the model of a seed is exported to."""
+        return folder / (f"model-{seed}" if self.name == "trained" else f"model-{seed}-{self.name}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +111,16 @@ class Setup:
       layers, hidden: of the model; heads have 64 dimensions.
       steps, batch: of the training.
       learning_rate: the peak.
+      continue_steps: of the continuation at four times the length; 0 leaves it out.
       megabytes: of text to train on, at most.
-      ratios: test lengths, over the trained length.
+      ratios: test lengths of the trained model, over `length`.
+      continued_ratios: the same of the continued model.
       samples: of each task, length and depth.
       depths: of the needles, in percent.
       windows: of held-out text.
+
+    Raises:
+      InputError: a batch that does not divide into rows of four times the length.
     """
 
     length: int = 1024
@@ -81,14 +129,31 @@ class Setup:
     steps: int = 2000
     batch: int = 64
     learning_rate: float = 1e-3
+    continue_steps: int = 400
     megabytes: float = 60.0
     ratios: tuple[int, ...] = (1, 4, 8)
+    continued_ratios: tuple[int, ...] = (1, 4, 8, 16)
     samples: int = 20
     depths: tuple[float, ...] = (0, 25, 50, 75, 100)
     windows: int = 32
 
-    def model(self) -> ModelConfig:
-        """The architecture as it is trained."""
+    def __post_init__(self) -> None:
+        if self.continue_steps and self.batch % 4:
+            raise InputError(f"The continuation needs a --batch that is a multiple of 4, got {self.batch}.")
+
+    def stages(self) -> list[Stage]:
+        """The stages of training, in order."""
+        first = Stage("trained", self.length, self.steps, self.learning_rate, 1e4, self.ratios)
+        rate = self.learning_rate / 3
+        second = Stage("continued", 4 * self.length, self.continue_steps, rate, 1e6, self.continued_ratios)
+        return [first, second] if self.continue_steps else [first]
+
+    def longest(self) -> int:
+        """The longest test length, in tokens."""
+        return self.length * max(ratio for stage in self.stages() for ratio in stage.ratios)
+
+    def model(self, stage: Stage) -> ModelConfig:
+        """The architecture as a stage trains it."""
         heads = self.hidden // 64
         return ModelConfig(
             vocab_size=VOCAB_SIZE,
@@ -99,8 +164,8 @@ class Setup:
             num_kv_heads=max(heads // 4, 1),
             head_dim=64,
             tie_word_embeddings=True,
-            rope_theta=1e4,
-            max_position_embeddings=self.length,
+            rope_theta=stage.rope_theta,
+            max_position_embeddings=stage.length,
             bos_token_id=None,
             eos_token_ids=(),
             dtype="float32",
@@ -131,28 +196,32 @@ class Mixture:
     The answers of a row of needles, and a row's copy, weigh half as much as a row of text.
 
     Args:
-      setup: lengths and sizes.
+      length: tokens of a row.
+      batch: rows of a step.
       text: bytes of all training documents.
       seed: of the data.
     """
 
-    def __init__(self, setup: Setup, text: np.ndarray, seed: int):
-        self._setup, self._text, self._seed = setup, text, seed
+    def __init__(self, length: int, batch: int, text: np.ndarray, seed: int):
+        self._length, self._batch, self._text, self._seed = length, batch, text, seed
 
     def __getitem__(self, step: int) -> Batch:
-        rng, B = np.random.default_rng([self._seed, step]), self._setup.batch
-        parts = self.copies(rng, B // 8), self.needles(rng, 3 * B // 8), self.text(rng, B - B // 8 - 3 * B // 8)
-        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+        return self.rows(np.random.default_rng([self._seed, step]), step * self._batch, self._batch)
+
+    def rows(self, rng: np.random.Generator, first: int, count: int) -> Batch:
+        """Rows `first` to `first + count - 1` of a run. Any eight neighbours have the shares of the mixture."""
+        copies, needles, text = np.bincount(_KINDS[np.arange(first, first + count) % 8], minlength=3).tolist()
+        return _joined(self.copies(rng, copies), self.needles(rng, needles), self.text(rng, text))
 
     def copies(self, rng: np.random.Generator, rows: int) -> Batch:
         """Rows of copies of one size; sizes differ between steps, so that no distance between the two is the rule."""
-        T = self._setup.length
+        T = self._length
         size = int(rng.integers(T // 8, (T - 1) // 2 + 1))
         return self._answers(*synthetic_ids.copy_rows(rng, rows, T, LAYOUT, size))
 
     def needles(self, rng: np.random.Generator, rows: int) -> Batch:
         """Rows of needles, half of them in text and half in random ids; at least half of the keys are asked for."""
-        T = self._setup.length
+        T = self._length
         most = min(T // 15, 32)
         asked = max(most // 2, 1)
         noise = rng.choice(LAYOUT.noise, (rows, T)).astype(np.int32)
@@ -167,12 +236,48 @@ class Mixture:
 
     def _answers(self, tokens: np.ndarray, weights: np.ndarray) -> Batch:
         """Rows whose weighted tokens together weigh half a row."""
-        return _batch(tokens, weights * (self._setup.length / 2 / weights.sum(axis=1, keepdims=True)))
+        return _batch(tokens, weights * (self._length / 2 / weights.sum(axis=1, keepdims=True)))
 
     def _rows(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """Stretches of the text, int32 [count, length]."""
-        begins = rng.integers(0, len(self._text) - self._setup.length, count)
-        return self._text[begins[:, None] + np.arange(self._setup.length)].astype(np.int32)
+        begins = rng.integers(0, len(self._text) - self._length, count)
+        return self._text[begins[:, None] + np.arange(self._length)].astype(np.int32)
+
+
+class Continuation:
+    """Batches by step of rows of four times the length: 40% of them hold one document, 60% hold four.
+
+    Each kind of rows has the shares of `Mixture`. The shares of lengths are those of the Qwen2.5 report
+    (arXiv:2412.15115, section 3.3).
+
+    Args:
+      setup: lengths and sizes.
+      text: bytes of all training documents.
+      seed: of the data.
+    """
+
+    def __init__(self, setup: Setup, text: np.ndarray, seed: int):
+        self._num_rows, self._seed = setup.batch // 4, seed
+        self._short, self._long = (Mixture(n * setup.length, setup.batch, text, seed) for n in (1, 4))
+
+    def __getitem__(self, step: int) -> Batch:
+        rng, rows = np.random.default_rng([self._seed, step, 1]), self._num_rows
+        # Long rows before this step and after it. Rounded so, their share is exact over any five steps.
+        first, end = (2 * rows * n // 5 for n in (step, step + 1))
+        count = end - first
+        short = self._short.rows(rng, 4 * (rows * step - first), 4 * (rows - count))
+        return _joined(self._long.rows(rng, first, count), _packed(short))
+
+
+def _joined(*parts: Batch) -> Batch:
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def _packed(rows: Batch) -> Batch:
+    """Four rows in each, as segments 1 to 4 whose positions begin at 0."""
+    segment = np.arange(len(rows.tokens), dtype=np.int32)[:, None] % 4
+    numbered = dataclasses.replace(rows, segment_ids=rows.segment_ids + segment)
+    return jax.tree.map(lambda x: x.reshape(len(x) // 4, 4 * x.shape[1]), numbered)
 
 
 def _batch(tokens: np.ndarray, weights: np.ndarray) -> Batch:
@@ -196,11 +301,11 @@ def read_text(setup: Setup, folders: list[str] | None = None) -> tuple[np.ndarra
     """
     documents = find_text(int(setup.megabytes * 1e6), 0, folders)
     training, held_out = split_documents(documents, 0.1, 0)
-    longest = setup.length * max(setup.ratios)
+    longest, longest_row = setup.longest(), max(stage.length for stage in setup.stages())
     found = [np.frombuffer(text.encode(), np.uint8)[:longest] for text in held_out]
     windows = [text for text in found if len(text) == longest][: setup.windows]
     text = np.frombuffer("\n".join(training).encode(), np.uint8)
-    if not windows or len(text) <= setup.length:
+    if not windows or len(text) <= longest_row:
         raise InputError(
             f"The text has {len(text):,} bytes to train on and {len(windows)} held-out documents of {longest:,} bytes. "
             "Give more (--megabytes), or test smaller lengths."
@@ -208,92 +313,216 @@ def read_text(setup: Setup, folders: list[str] | None = None) -> tuple[np.ndarra
     return text, np.stack(windows)
 
 
-def train(setup: Setup, text: np.ndarray, seed: int, folder: Path) -> None:
-    """Trains the model of a seed and exports it to `model-SEED`, unless it is there.
+def train(setup: Setup, stage: Stage, text: np.ndarray, seed: int, folder: Path) -> None:
+    """Trains the model of a seed in one stage and exports it, unless it is there.
+
+    The first stage begins with random weights, the second with those that the first has exported.
 
     Args:
       setup: sizes.
+      stage: of `setup.stages()`.
       text: bytes to train on.
       seed: of weights and data.
       folder: of the experiment.
     """
-    if (folder / f"model-{seed}").exists():
+    destination, first = stage.model_folder(folder, seed), setup.stages()[0]
+    if destination.exists():
         return
-    mesh = make_mesh({}, jax.devices()[:1])
-    optimizer = OptimizerConfig(Schedule(setup.steps, setup.learning_rate, warmup_steps=setup.steps // 20))
-    objective = NextToken(setup.model(), PretrainConfig(loss_chunk=16_384))
+    mesh, model = make_mesh({}, jax.devices()[:1]), setup.model(stage)
+    optimizer = OptimizerConfig(Schedule(stage.steps, stage.learning_rate, warmup_steps=stage.steps // 20))
+    objective = NextToken(model, PretrainConfig(loss_chunk=16_384))
     step = StepConfig(dtype=_dtype(), remat="none" if jax.default_backend() == "cpu" else "dots")
-    log, mixture = MetricsLog(folder / f"train-{seed}.jsonl"), Mixture(setup, text, seed)
+    log = MetricsLog(folder / f"{destination.name.replace('model', 'train')}.jsonl")
+    # Rows of one document each, as many tokens in a step for any length.
+    rows = setup.batch * setup.length // stage.length
+    mixture = Mixture(stage.length, rows, text, seed)
+    data: Indexed[Batch] = mixture if stage == first else Continuation(setup, text, seed)
     # The loss of each kind of rows, to see what has been learned. Batches of these random numbers are in no step.
     rng, evaluate = np.random.default_rng([seed, 2**32]), make_eval_step(objective, step, mesh)
     kinds = {"copy": mixture.copies, "needle": mixture.needles, "text": mixture.text}
-    shown = {name: place(kind(rng, setup.batch), mesh) for name, kind in kinds.items()}
+    shown = {name: place(kind(rng, rows), mesh) for name, kind in kinds.items()}
 
     def losses(state: TrainState) -> dict[str, float]:
         sums = {name: evaluate(state.params, batch) for name, batch in shown.items()}
         return {f"{name}_loss": float(of.loss / of.weight) for name, of in sums.items()}
 
     try:
-        with jax.set_mesh(mesh), Display(Console(stderr=True), setup.steps) as display:
+        with jax.set_mesh(mesh), Display(Console(stderr=True), stage.steps) as display:
+            if stage == first:
+                state = init_state(model, optimizer, seed, mesh)
+            else:
+                params = convert.load_params(first.model_folder(folder, seed), model, mesh)
+                state = fresh_state(optimizer, params, mesh)
             state = fit(
-                setup.steps,
-                init_state(setup.model(), optimizer, seed, mesh),
+                stage.steps,
+                state,
                 make_train_step(objective, optimizer, step, mesh),
-                ByStep(mixture),
+                ByStep(data),
                 mesh=mesh,
-                config=LoopConfig(evaluate_every=max(setup.steps // 10, 1)),
+                config=LoopConfig(evaluate_every=max(stage.steps // 10, 1)),
                 evaluate=losses,
                 monitor=Monitor(log=log, display=display),
             )
     finally:
         log.close()
-    export(state.params, setup.model(), folder / f"model-{seed}")
+    export(state.params, model, destination)
 
 
-def read(
-    setup: Setup, seed: int, scheme: str, ratio: int, attention: str, held_out: np.ndarray, folder: Path
-) -> dict[str, Any]:
-    """Reads one length by one scheme.
+class FixedSizeEngine(Engine):
+    """An engine whose batches and caches have one size, so that prompts of all lengths share compiled programs.
+
+    Attributes:
+      rows: prompts that are read at a time, a power of two.
+    """
+
+    rows: int = 1
+
+    def token_chunks(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, max_new_tokens: int) -> Chunks:
+        """As `Engine.token_chunks`, with empty rows filled and room up to the longest context."""
+        padded = [*prompts, *[prompts[-1]] * (self.rows - len(prompts))]
+        room = self.config.max_position_embeddings - max(map(len, prompts))
+        return super().token_chunks(padded, sampling, max(room, max_new_tokens))
+
+
+def load(
+    model: Path,
+    scheme: str,
+    attention: str,
+    *,
+    trained: int,
+    length: int,
+    longest: int,
+    chunk: int,
+    rows: int = 1,
+    cache_dtype: Literal["auto", "int8"] = "auto",
+) -> FixedSizeEngine:
+    """Loads a model as a scheme reads a length.
+
+    Args:
+      model: folder of the model.
+      scheme: of `SCHEMES`.
+      attention: of `ATTENTIONS`; "pooled" reads every prompt by sparse attention.
+      trained: tokens of a row in training.
+      length: of prompts with their answers, in tokens.
+      longest: the largest length that is to share compiled programs with this one.
+      chunk: tokens that are read at a time, rounded up to whole tiles of sparse attention.
+      rows: prompts that are read at a time, a power of two.
+      cache_dtype: of keys and values.
+    """
+    mesh = make_mesh({}, jax.devices()[:1])
+    config, params = convert.load(model, mesh, _dtype())
+    engine = FixedSizeEngine(
+        dataclasses.replace(extended(config, scheme, trained, length), max_position_embeddings=longest),
+        params,
+        mesh,
+        dtype=_dtype(),
+        chunk=synthetic_ids.VALUES - 1,
+        prefill_chunk=-(-chunk // 128) * 128,
+        cache_dtype=cache_dtype,
+        sparse=PooledBlocks() if attention == "pooled" else None,
+        sparse_from=1,
+        eos_token_ids=[],
+    )
+    engine.rows = rows
+    return engine
+
+
+def read(setup: Setup, stage: Stage, wanted: Mapping[str, Any], held_out: np.ndarray, folder: Path) -> dict[str, Any]:
+    """Reads one length by one scheme and attention.
 
     Args:
       setup: sizes.
-      seed: of the model and of the tests.
-      scheme: of `SCHEMES`.
-      ratio: test length over trained length.
-      attention: "dense".
+      stage: after which the model is read.
+      wanted: what the record begins with: seed, model, scheme, attention, ratio and length.
       held_out: uint8 [windows, longest].
       folder: of the experiment.
 
     Returns:
-      The record: accuracies, losses, and losses by position; or why the model refuses.
+      Accuracies; of pooled attention, density and recall of the last batch of each task; of dense attention, losses,
+      and losses by position.
+
+    Raises:
+      InputError: the model refuses the length.
     """
-    length = setup.length * ratio
-    record = {"seed": seed, "scheme": scheme, "attention": attention, "ratio": ratio, "length": length}
-    mesh = make_mesh({}, jax.devices()[:1])
-    try:
-        config, params = convert.load(folder / f"model-{seed}", mesh, _dtype())
-        config = extended(config, scheme, setup.length, length)
-        engine = Engine(config, params, mesh, dtype=_dtype(), eos_token_ids=[])
+    seed, scheme, attention, length = (wanted[key] for key in ("seed", "scheme", "attention", "length"))
+    engine = load(
+        stage.model_folder(folder, seed),
+        scheme,
+        attention,
+        trained=stage.length,
+        length=length,
+        longest=setup.length * max(stage.ratios),
+        chunk=setup.length // 2,
+        rows=min(_MOST_ROWS, 1 << (setup.samples * len(setup.depths) - 1).bit_length()),
+    )
 
-        def make(case: runner.Case) -> Sample:
-            rng, depth = case.rng(seed), case.depth or 0.0
-            if case.task == "needle":
-                return synthetic_ids.needle_sample(rng, length, depth, LAYOUT, 4)
-            text = held_out[case.sample % len(held_out), :length].astype(np.int32)
-            return synthetic_ids.needle_sample(rng, length, depth, LAYOUT, 1, text)
+    def make(case: runner.Case) -> Sample:
+        rng, depth = case.rng(seed), case.depth or 0.0
+        if case.task == "needle":
+            return synthetic_ids.needle_sample(rng, length, depth, LAYOUT, 4)
+        text = held_out[case.sample % len(held_out), :length].astype(np.int32)
+        return synthetic_ids.needle_sample(rng, length, depth, LAYOUT, 1, text)
 
-        cases = runner.cases({"passkey": True, "needle": True}, [length], setup.depths, setup.samples)
-        answers = folder / f"answers-{seed}" / f"{scheme}-{attention}-x{ratio}"
-        settings = {**record, "setup": json.loads(json.dumps(dataclasses.asdict(setup)))}
-        scores = runner.run(engine, make, cases, answers, settings)
-        # The same last tokens for all lengths.
-        windows = held_out[:, -length:].astype(np.int32)
-        losses = perplexity.position_losses(engine, windows, max(1, 32_768 // length))
-    except InputError as error:
-        return {**record, "refused": str(error)}
+    answers = folder / f"answers-{seed}" / f"{stage.name}-{scheme}-{attention}-x{wanted['ratio']}"
+    settings = {**wanted, "setup": json.loads(json.dumps(dataclasses.asdict(setup)))}
+    found: dict[str, Any] = {"cells": []}
+    for task in ("passkey", "needle"):
+        engine.skipped = []
+        cases = runner.cases({task: True}, [length], setup.depths, setup.samples)
+        scores = runner.run(engine, make, cases, answers / task, settings, engine.rows)
+        found[task] = scores["tasks"][task]
+        found["cells"] += scores["cells"]
+        if attention == "pooled":
+            found.setdefault("sparse", {})[task] = left_out(engine)
+    if attention == "pooled":
+        return found
+    # The same last tokens for all lengths.
+    windows = held_out[:, -length:].astype(np.int32)
+    losses = perplexity.position_losses(engine, windows, max(1, 32_768 // length))
     (summary,) = perplexity.summarise([losses], setup.length // 4)
-    found = {"loss": summary["loss"], "last_loss": summary["last"]["loss"], "buckets": summary["buckets"]}
-    return {**record, **scores["tasks"], "cells": scores["cells"], **found}
+    return {**found, "loss": summary["loss"], "last_loss": summary["last"]["loss"], "buckets": summary["buckets"]}
+
+
+def read_passkey(
+    setup: Setup, stage: Stage, wanted: Mapping[str, Any], held_out: np.ndarray, folder: Path
+) -> dict[str, Any]:
+    """Asks for a passkey in one long prompt for each depth, in held-out text that is repeated.
+
+    Args:
+      setup: sizes.
+      stage: after which the model is read.
+      wanted: what the record begins with: task, seed, model, scheme, attention, cache_dtype and length.
+      held_out: uint8 [windows, longest].
+      folder: of the experiment.
+
+    Returns:
+      How many were found, of how many; and of each prompt, in the order of `setup.depths`: whether it was found, the
+      seconds from the prompt to the answer (the first one compiles), density and recall.
+
+    Raises:
+      InputError: the model refuses the length.
+    """
+    seed, length = wanted["seed"], wanted["length"]
+    engine = load(
+        stage.model_folder(folder, seed),
+        wanted["scheme"],
+        wanted["attention"],
+        trained=stage.length,
+        length=length,
+        longest=length,
+        chunk=min(length, 32_768),
+        cache_dtype=wanted["cache_dtype"],
+    )
+    prompts: list[dict[str, Any]] = []
+    for depth in setup.depths:
+        rng, noise = runner.Case("passkey", length, depth, 0).rng(seed), np.resize(held_out, length)
+        sample = synthetic_ids.needle_sample(rng, length, depth, LAYOUT, 1, noise)
+        begin = time.perf_counter()
+        (answer,) = engine.generate([sample.prompt], SamplingParams(temperature=0), max_new_tokens=sample.new_tokens)
+        seconds = time.perf_counter() - begin
+        found = " ".join(map(str, answer.token_ids)) == sample.references[0]
+        prompts.append({"depth": depth, "found": found, "seconds": seconds, **left_out(engine)})
+    return {"found": sum(prompt["found"] for prompt in prompts), "of": len(prompts), "prompts": prompts}
 
 
 def _dtype() -> Literal["float32", "bfloat16"]:
@@ -305,19 +534,23 @@ def run(
     setup: Setup,
     seeds: Sequence[int],
     schemes: Sequence[str],
-    attention: str,
+    attentions: Sequence[str],
     folder: Path,
     text_folders: list[str] | None,
+    passkey: int | None = None,
+    cache_dtype: str = "auto",
 ) -> None:
-    """Trains all seeds, and reads them by all schemes at all ratios; leaves out what is done.
+    """Trains all seeds in all stages, and reads them by all schemes at all ratios; leaves out what is done.
 
     Args:
       setup: sizes. A folder has one.
       seeds: of weights, data and tests.
       schemes: of `SCHEMES`.
-      attention: "dense".
+      attentions: of `ATTENTIONS`.
       folder: of the experiment.
       text_folders: see `read_text`.
+      passkey: length of the long passkey prompts in tokens; None for none.
+      cache_dtype: of keys and values of the long passkey prompts.
 
     Raises:
       InputError: another setup in the folder, or too little text.
@@ -325,43 +558,72 @@ def run(
     runner.open_folder(folder, json.loads(json.dumps(dataclasses.asdict(setup))))
     text, held_out = read_text(setup, text_folders)
     path = folder / RESULTS
-    keys = ("seed", "scheme", "attention", "ratio")
     for seed in seeds:
-        train(setup, text, seed, folder)
-        for scheme, ratio in itertools.product(schemes, setup.ratios):
-            done = read_records(path, "seed") if path.exists() else []
-            wanted = seed, scheme, attention, ratio
-            if any(tuple(r[key] for key in keys) == wanted and "refused" not in r for r in done):
-                continue
-            record = read(setup, seed, scheme, ratio, attention, held_out, folder)
-            append_record(path, record)
-            shown = {name: value for name, value in record.items() if name not in ("cells", "buckets")}
-            print(to_json(shown), flush=True)
+        for stage in setup.stages():
+            train(setup, stage, text, seed, folder)
+            for scheme, attention, ratio in itertools.product(schemes, attentions, stage.ratios):
+                wanted = {"seed": seed, "model": stage.name, "scheme": scheme, "attention": attention}
+                wanted |= {"ratio": ratio, "length": setup.length * ratio}
+                add_record(path, wanted, functools.partial(read, setup, stage, wanted, held_out, folder))
+        if passkey is not None:
+            stage = setup.stages()[-1]
+            wanted = {"task": "passkey", "seed": seed, "model": stage.name, "scheme": "dca+scale"}
+            wanted |= {"attention": "pooled", "cache_dtype": cache_dtype, "length": passkey}
+            add_record(path, wanted, functools.partial(read_passkey, setup, stage, wanted, held_out, folder))
     print(table(read_records(path, "seed")))
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Means over the seeds, and their standard deviations, as Markdown.
+def add_record(path: Path, wanted: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
+    """Measures, and appends and prints the record, unless it is in the file.
 
     Args:
-      records: of `read`. Of several for one reading the last counts.
+      path: of the file of records.
+      wanted: what the record begins with, by which it is found again.
+      measure: gives the rest. An `InputError` is recorded as "refused", and measured again the next time.
     """
-    last = {(r["scheme"], r["attention"], r["ratio"], r["seed"]): r for r in records}
+    done = read_records(path, "seed") if path.exists() else []
+    if any("refused" not in r and all(r.get(key) == value for key, value in wanted.items()) for r in done):
+        return
+    try:
+        found = measure()
+    except InputError as error:
+        found = {"refused": str(error)}
+    append_record(path, {**wanted, **found})
+    print(to_json({**wanted, **{k: v for k, v in found.items() if k not in ("cells", "buckets")}}), flush=True)
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Means over the seeds, and their standard deviations, as Markdown; then a line for each long passkey.
+
+    Args:
+      records: of `run`. Of several for one reading the last counts.
+    """
+    long = {(r["length"], r["model"], r["seed"], r["cache_dtype"]): r for r in records if "task" in r}
+    records = [r for r in records if "task" not in r]
+    last = {((r["model"], r["scheme"], r["attention"]), r["ratio"], r["seed"]): r for r in records}
     ratios = sorted({r["ratio"] for r in records})
     names = {"passkey": ".2f", "needle": ".2f", "loss": ".3f", "last_loss": ".3f"}
     lines = ["| | " + " | ".join(f"{name}, {ratio}x" for name in names for ratio in ratios) + " |"]
     lines.append("|---" * (1 + len(names) * len(ratios)) + "|")
-    for scheme, attention in dict.fromkeys((s, a) for s, a, _, _ in last):
+    for reading in dict.fromkeys(found for found, _, _ in last):
         cells = []
         for name, ratio in itertools.product(names, ratios):
-            of = [r for (s, a, n, _), r in last.items() if (s, a, n) == (scheme, attention, ratio)]
+            of = [r for (found, n, _), r in last.items() if (found, n) == (reading, ratio)]
             values = [r[name] for r in of if r.get(name) is not None]
             if not values:
                 cells.append("refused" if any("refused" in r for r in of) else "-")
                 continue
             spread = f" ± {np.std(values, ddof=1):{names[name]}}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):{names[name]}}{spread}")
-        lines.append(f"| {scheme}, {attention} | " + " | ".join(cells) + " |")
+        lines.append(f"| {', '.join(reading)} | " + " | ".join(cells) + " |")
+    if long:
+        lines += ["", "| passkey, tokens | model | seed | cache | found | seconds | density |", "|---" * 7 + "|"]
+    for (length, model, seed, cache_dtype), r in long.items():
+        cells = ["refused", "-", "-"]
+        if "refused" not in r:
+            seconds, density = (np.median([prompt[name] for prompt in r["prompts"]]) for name in ("seconds", "density"))
+            cells = [f"{r['found']} of {r['of']}", f"{seconds:.1f}", f"{density:.1%}"]
+        lines.append("| " + " | ".join([f"{length:,}", model, str(seed), cache_dtype, *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -370,7 +632,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("extend-run"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES)
-    parser.add_argument("--attention", choices=["dense"], default="dense")
+    parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=ATTENTIONS)
+    parser.add_argument(
+        "--passkey", type=int, metavar="TOKENS", help="also ask for a passkey in prompts of this length"
+    )
+    parser.add_argument("--cache-dtype", choices=["auto", "int8"], default="auto", help="of --passkey")
     parser.add_argument("--text-folders", nargs="+", help="where text is looked for")
     parser.add_argument("--table", action="store_true", help="run nothing; print what there is")
     for field in dataclasses.fields(Setup):
@@ -387,9 +653,9 @@ def main() -> None:
     for field in dataclasses.fields(Setup):
         value = getattr(args, field.name)
         values[field.name] = tuple(value) if isinstance(value, list) else value
-    setup = Setup(**values)
     try:
-        run(setup, args.seeds, args.schemes, args.attention, args.folder, args.text_folders)
+        how = args.seeds, args.schemes, args.attention, args.folder, args.text_folders
+        run(Setup(**values), *how, args.passkey, args.cache_dtype)
     except InputError as error:
         parser.error(str(error))
 

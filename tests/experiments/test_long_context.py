@@ -1,13 +1,17 @@
-"""The whole path of `train_and_extend` at toy size: training, readings, resume, table."""
+"""The whole path of `train_and_extend` at toy size: two stages of training, readings, resume, table."""
 
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from experiments.long_context import train_and_extend as experiment
+from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
+from qwen_jax.inference.chunked_prefill import prefill_chunk
 from tests.helpers.runs import print_seed
 
 TOY = experiment.Setup(
@@ -16,10 +20,12 @@ TOY = experiment.Setup(
     hidden=64,
     steps=3,
     batch=8,
+    continue_steps=2,
     megabytes=1.0,
     ratios=(1, 2),
+    continued_ratios=(4,),
     samples=1,
-    depths=(0, 100),
+    depths=(0, 50, 100),
     windows=2,
 )
 
@@ -34,26 +40,63 @@ def texts(tmp_path):
     return [str(folder)]
 
 
+@pytest.fixture
+def quick_compilation():
+    """Programs run once here: compiling them takes most of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_whole_path(tmp_path, texts, capsys):
     folder = tmp_path / "run"
-    experiment.run(TOY, [0], ["rope", "yarn"], "dense", folder, texts)
-    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    assert [(r["scheme"], r["length"]) for r in records] == [("rope", 64), ("rope", 128), ("yarn", 64), ("yarn", 128)]
-    for record in records:
+
+    def run(setup, schemes, attentions, passkey=None):
+        experiment.run(setup, [0], schemes, attentions, folder, texts, passkey, "int8")
+        return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+    compiled = prefill_chunk._cache_size()
+    run(TOY, ["rope", "yarn"], ["dense"])
+    *records, long = run(TOY, ["rope"], ["dense", "pooled"], passkey=300)
+    # Each model is read by each scheme and attention at each length, once.
+    of = {(r["model"], r["scheme"], r["attention"], r["length"]): r for r in records}
+    lengths = {"trained": (64, 128), "continued": (256,)}
+    ways = ("rope", "dense"), ("yarn", "dense"), ("rope", "pooled")
+    assert len(records) == len(of)
+    assert set(of) == {(model, *way, n) for model in lengths for way in ways for n in lengths[model]}
+    for (_, _, attention, length), record in of.items():
         assert 0 <= record["passkey"] <= 1
-        assert sum(bucket["tokens"] for bucket in record["buckets"]) == 2 * (record["length"] - 1)
-    # At the trained length YaRN is nothing else; beyond it, it is.
-    same = [{k: v for k, v in r.items() if k != "scheme"} for r in records]
-    assert same[0] == same[2]
-    assert same[1]["loss"] != same[3]["loss"]
+        if attention == "dense":
+            assert sum(bucket["tokens"] for bucket in record["buckets"]) == 2 * (length - 1)
+            continue
+        # Sink and window are longer than these prompts: nothing is left out.
+        assert "loss" not in record
+        for task in ("passkey", "needle"):
+            assert record["sparse"][task]["density"] == 1
+            assert record["sparse"][task]["recall_lowest_head"] == pytest.approx(1, abs=1e-5)
+    # Up to the length of the last stage YaRN is nothing else; beyond it, it is.
+    for model, length, same in (("trained", 64, True), ("trained", 128, False), ("continued", 256, True)):
+        rope, yarn = (of[model, scheme, "dense", length]["loss"] for scheme in ("rope", "yarn"))
+        assert (rope == yarn) == same
+    assert (long["task"], long["model"], long["length"], long["of"]) == ("passkey", "continued", 300, 3)
+    # Programs of the chunks: pooled, one for both lengths of a model; 256 tokens, dense; the long passkey.
+    assert prefill_chunk._cache_size() - compiled == 4
+    # Training continues from the weights of the first stage: two steps of AdamW move a weight by twice the rate or so.
+    first, second = (load_file(folder / name / "model.safetensors") for name in ("model-0", "model-0-continued"))
+    moved = max(np.abs(first[name] - second[name]).max() for name in first)
+    assert 1e-4 < moved < 2 * TOY.learning_rate
+    assert load_config(folder / "model-0-continued").rope_theta == 1e6
     # The same command has nothing to do.
     before = (folder / "results.jsonl").read_bytes()
-    experiment.run(TOY, [0], ["rope", "yarn"], "dense", folder, texts)
+    run(TOY, ["rope"], ["pooled", "dense"], passkey=300)
     assert (folder / "results.jsonl").read_bytes() == before
-    assert "| rope, dense | " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "| trained, rope, dense | " in shown
+    assert "| 300 | continued | 0 | int8 | " in shown
     with pytest.raises(InputError, match="steps was 3, is 4"):
-        experiment.run(dataclasses.replace(TOY, steps=4), [0], ["rope"], "dense", folder, texts)
+        run(dataclasses.replace(TOY, steps=4), ["rope"], ["dense"])
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
@@ -61,18 +104,55 @@ def test_a_batch_is_a_function_of_seed_and_step():
     rng = print_seed()
     text = rng.integers(0, 256, 5000).astype(np.uint8)
     seed = int(rng.integers(2**31))
-    a, b = (experiment.Mixture(TOY, text, seed)[5] for _ in range(2))
+    a, b = (experiment.Mixture(64, 8, text, seed)[5] for _ in range(2))
     assert all(np.array_equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
-    assert not np.array_equal(a.tokens, experiment.Mixture(TOY, text, seed)[6].tokens)
+    assert not np.array_equal(a.tokens, experiment.Mixture(64, 8, text, seed)[6].tokens)
     assert a.tokens.shape == (8, 64)
     np.testing.assert_allclose(a.loss_weights.sum(axis=1), [32] * 4 + [64] * 4, rtol=1e-6)
     assert (a.tokens[4:] < 256).all()
 
 
+def test_rows_of_the_continuation():
+    """40% of the tokens are in rows of one document, 60% in rows of four that do not see each other."""
+    rng = print_seed()
+    text = rng.integers(0, 256, 5000).astype(np.uint8)
+    setup = dataclasses.replace(TOY, batch=int(rng.choice([8, 12, 16, 64])))
+    data, begin = experiment.Continuation(setup, text, int(rng.integers(2**31))), int(rng.integers(100))
+    batches = [data[step] for step in range(begin, begin + 5)]
+    assert {batch.shape for batch in batches} == {(setup.batch // 4, 256)}
+    rows = jax.tree.map(lambda *x: np.concatenate(x), *batches)
+    packed = rows.segment_ids[:, -1] == 4
+    assert packed.mean() == pytest.approx(0.6)
+    assert (rows.segment_ids[~packed] == 1).all()
+    assert (rows.segment_ids[packed] == np.repeat([1, 2, 3, 4], 64)).all()
+    assert (rows.positions[~packed] == np.arange(256)).all()
+    assert (rows.positions[packed] == np.tile(np.arange(64), 4)).all()
+    assert rows.segment_ids.dtype == rows.positions.dtype == np.int32
+
+
+def test_shares_of_the_mixture_over_eight_rows():
+    """An eighth copies, three eighths have needles, half are text: also where a step has fewer rows than eight."""
+    rng = print_seed()
+    mixture = experiment.Mixture(64, 8, rng.integers(0, 256, 5000).astype(np.uint8), 0)
+    first, cut = int(rng.integers(100)), int(rng.integers(9))
+    parts = [mixture.rows(rng, first, cut), mixture.rows(rng, first + cut, 8 - cut)]
+    tokens = np.concatenate([part.tokens for part in parts])
+    copies, needles = (
+        (tokens == marker).any(axis=1).sum() for marker in (experiment.LAYOUT.copy, experiment.LAYOUT.needle)
+    )
+    assert (copies, needles, len(tokens)) == (1, 3, 8)
+
+
+def test_a_batch_that_cannot_be_continued():
+    with pytest.raises(InputError, match="multiple of 4, got 6"):
+        experiment.Setup(batch=6)
+    assert len(experiment.Setup(batch=6, continue_steps=0).stages()) == 1
+
+
 @pytest.mark.parametrize("length", [1024, 8192])
 def test_schemes(length):
     setup = experiment.Setup()
-    model = setup.model()
+    model = setup.model(setup.stages()[0])
     assert 10e6 < model.num_params()["total"] < 60e6
     rope, yarn, dca, scaled = (experiment.extended(model, name, 1024, length) for name in experiment.SCHEMES)
     assert rope.context_length == yarn.context_length == length
@@ -84,11 +164,15 @@ def test_schemes(length):
 
 
 def test_the_table_has_means_over_seeds():
-    base = {"scheme": "dca", "attention": "dense", "ratio": 4}
+    base = {"model": "trained", "scheme": "dca", "attention": "dense", "ratio": 4}
     records = [
         {**base, "seed": s, "passkey": p, "needle": 1.0, "loss": 2.0, "last_loss": 1.5} for s, p in ((0, 0.5), (1, 1))
     ]
     refused = {**base, "seed": 0, "scheme": "rope", "refused": "too long"}
-    shown = experiment.table([*records, refused]).splitlines()
-    assert shown[2].startswith("| dca, dense | 0.75 ± 0.35 | 1.00 ± 0.00 | 2.000 ± 0.000 |")
-    assert shown[3].startswith("| rope, dense | refused |")
+    long = {"task": "passkey", "length": 1_000_000, "model": "continued", "seed": 0, "cache_dtype": "int8"}
+    prompts = [{"seconds": s, "density": d} for s, d in ((90.0, 0.02), (2.0, 0.02), (2.5, 0.03))]
+    again = {**long, "found": 2, "of": 3, "prompts": prompts}
+    shown = experiment.table([*records, refused, {**long, "refused": "no memory"}, again]).splitlines()
+    assert shown[2].startswith("| trained, dca, dense | 0.75 ± 0.35 | 1.00 ± 0.00 | 2.000 ± 0.000 |")
+    assert shown[3].startswith("| trained, rope, dense | refused |")
+    assert shown[-1] == "| 1,000,000 | continued | 0 | int8 | 2 of 3 | 2.5 | 2.0% |"
