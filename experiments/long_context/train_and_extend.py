@@ -163,7 +163,8 @@ class Setup:
             num_heads=heads,
             num_kv_heads=max(heads // 4, 1),
             head_dim=64,
-            tie_word_embeddings=True,
+            # Keys and noise are no targets: in a tied embedding, all that is learned of them is to be unlikely.
+            tie_word_embeddings=False,
             rope_theta=stage.rope_theta,
             max_position_embeddings=stage.length,
             bos_token_id=None,
@@ -214,9 +215,13 @@ class Mixture:
         return _joined(self.copies(rng, copies), self.needles(rng, needles), self.text(rng, text))
 
     def copies(self, rng: np.random.Generator, rows: int) -> Batch:
-        """Rows of copies of one size; sizes differ between steps, so that no distance between the two is the rule."""
+        """Rows of copies of one size; sizes differ between steps, so that no distance between the two is the rule.
+
+        Short copies are as likely as long ones (the size is log-uniform): they are learned first.
+        """
         T = self._length
-        size = int(rng.integers(T // 8, (T - 1) // 2 + 1))
+        shortest, longest = min(8, T // 4), (T - 1) // 2
+        size = round(float(np.exp(rng.uniform(np.log(shortest), np.log(longest)))))
         return self._answers(*synthetic_ids.copy_rows(rng, rows, T, LAYOUT, size))
 
     def needles(self, rng: np.random.Generator, rows: int) -> Batch:
