@@ -30,7 +30,7 @@ from train.launch import Export, Job, Phase, launch
 from train.lock import lock
 from train.loop import ByStep, held_out_loss
 from train.observe.goodput import Clock
-from train.observe.report import Report
+from train.observe.report import Report, ReportedStage
 from train.observe.trackers import check_wandb
 from train.resume import changed_since_last_launch, check_stages_taken
 from train.state import TrainState
@@ -219,7 +219,8 @@ def _job(
         check_stages_taken(config, step, checkpoints.model(step), changes)
 
     def report(step: int) -> Report:
-        return Report(config, meshes, step, console, clock, mixture.describe_epochs(), changes if step else {})
+        shown = mixture.describe_epochs()
+        return Report(config, reported_stages(config, meshes), step, console, clock, shown, changes if step else {})
 
     def initial(like: Params) -> Params:
         with in_step(f"Reading the weights of {config.initial}"):
@@ -247,6 +248,19 @@ def _job(
         export=None if config.export is None else Export(Path(config.export), write_export),
         nothing_left=f"{config.output} has ended: all {config.ends[-1]:,} steps are taken",
     )
+
+
+def reported_stages(config: RunConfig, meshes: Sequence[Mesh]) -> list[ReportedStage]:
+    """The stages for a report.
+
+    Args:
+      config: of the run.
+      meshes: of each stage.
+    """
+    return [
+        ReportedStage(end, s.batch_size, s.length, s.schedule.learning_rate, config.next_token(i).model, mesh)
+        for i, (s, end, mesh) in enumerate(zip(config.stages, config.ends, meshes, strict=True))
+    ]
 
 
 def _initial_weights(folder: Path, like: Params) -> Params:

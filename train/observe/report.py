@@ -1,6 +1,7 @@
-"""The report of a pre-training run: its launches, metrics and progress, and a summary at the end."""
+"""The report of a training run: its launches, metrics and progress, and a summary at the end."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import os
@@ -11,16 +12,17 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from train.config import RunConfig, as_json
+from qwen_jax.config import ModelConfig
+from train.fields import as_json
 from train.files import append_record
-from train.loop import Monitor, Profile
+from train.loop import LoopConfig, Monitor, Profile
 from train.moe import EXPERTS, LoadLog
 from train.observe.display import Display, Stretch, duration
 from train.observe.goodput import Clock
@@ -35,6 +37,42 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 _WINDOW = 20
 
 
+@dataclasses.dataclass(frozen=True)
+class ReportedStage:
+    """What a report says of a part of a run.
+
+    Attributes:
+      end: number of its last step, counted from 1.
+      batch_size: rows in the global batch of a step.
+      length: tokens in a row.
+      learning_rate: the peak.
+      model: the architecture.
+      mesh: from `make_mesh`.
+    """
+
+    end: int
+    batch_size: int
+    length: int
+    learning_rate: float
+    model: ModelConfig
+    mesh: Mesh
+
+
+class ReportedRun(Protocol):
+    """The fields of a run's configuration, a dataclass, that a report reads; see `train.config.RunConfig`."""
+
+    @property
+    def output(self) -> str: ...
+    @property
+    def held_out(self) -> Mapping[str, str]: ...
+    @property
+    def loop(self) -> LoopConfig: ...
+    @property
+    def profile(self) -> tuple[int, int] | None: ...
+    @property
+    def wandb_project(self) -> str | None: ...
+
+
 class Report:
     """Everything that a launch writes and shows, as a context manager. Only process 0 writes or shows anything.
 
@@ -47,8 +85,8 @@ class Report:
 
     def __init__(
         self,
-        config: RunConfig,
-        meshes: Sequence[Mesh],
+        config: ReportedRun,
+        stages: Sequence[ReportedStage],
         step: int,
         console: Console,
         clock: Clock,
@@ -59,7 +97,7 @@ class Report:
 
         Args:
           config: of the run.
-          meshes: mesh of each stage.
+          stages: in order.
           step: the step that the launch resumes from.
           console: where progress is shown.
           clock: clock that was started when the launch began.
@@ -69,7 +107,7 @@ class Report:
         Raises:
           InputError: Weights & Biases refuses the run.
         """
-        self._config, self._meshes, self._first, self._console, self.clock = config, meshes, step, console, clock
+        self._config, self._stages, self._first, self._console, self.clock = config, stages, step, console, clock
         self._output, self._data, self._changes = Path(config.output).absolute(), data, changes or {}
         self._peak = peak_flops(jax.devices())
         if self._peak is not None:
@@ -88,8 +126,9 @@ class Report:
         if config.wandb_project:
             logs.append(WandbLog(config.wandb_project, self._output, as_json(config)))
         self.log = Logs(*logs)
-        if config.model.moe is not None:
-            self.arrays = LoadLog(self._output / EXPERTS, config.model.sparse_layers, config.ends[-1], step).write
+        model, last = stages[-1].model, stages[-1].end
+        if model.moe is not None:
+            self.arrays = LoadLog(self._output / EXPERTS, model.sparse_layers, last, step).write
         self._record_launch()
         # The time of earlier launches stays in the log, even if this launch fails.
         clock.lap("initialisation")
@@ -97,12 +136,12 @@ class Report:
         self._say_beginning()
         # Progress.
         stretches = []
-        for index, (end, stage) in enumerate(zip(config.ends, config.stages, strict=True)):
+        for stage in stages:
             tokens = stage.batch_size * stage.length
-            flops = tokens * flops_per_token(config.next_token(index).model, stage.length)
-            stretches.append(Stretch(end, tokens, flops / meshes[index].size))
+            flops = tokens * flops_per_token(stage.model, stage.length)
+            stretches.append(Stretch(stage.end, tokens, flops / stage.mesh.size))
         self.display = Display(
-            *(console, config.ends[-1], step),
+            *(console, last, step),
             stretches=stretches,
             peak_flops=self._peak,
             evaluate_every=config.loop.evaluate_every if config.held_out else 0,
@@ -140,8 +179,9 @@ class Report:
         """
         if self._peak is None:
             return None
-        model, length = self._config.next_token(index).model, self._config.stages[index].length
-        return functools.partial(mfu, config=model, length=length, peak_flops=self._peak * self._meshes[index].size)
+        stage = self._stages[index]
+        peak = self._peak * stage.mesh.size
+        return functools.partial(mfu, config=stage.model, length=stage.length, peak_flops=peak)
 
     def end(self, step: int, stopped_by: int = 0, saved: int | None = None) -> None:
         """Closes the bar, logs where the time went, plots `loss.png`, and prints a summary.
@@ -170,19 +210,18 @@ class Report:
     def _say_beginning(self) -> None:
         config, step = self._config, self._first
         device, count, processes = jax.devices()[0], jax.device_count(), jax.process_count()
-        used = max(mesh.size for mesh in self._meshes)
-        total = config.model.num_params()["total"]
+        used = max(stage.mesh.size for stage in self._stages)
+        total = self._stages[-1].model.num_params()["total"]
         self._say(
             f"{f'{total / 1e6:,.1f}M' if total >= 1e6 else f'{total:,}'} parameters on {used} x {device.device_kind}"
             + (f"; the mesh leaves {count - used} more unused" if used < count else "")
             + (f" in {processes} processes" if processes > 1 else "")
         )
         self._say(f"run folder: {config.output}")
-        for number, (stage, end) in enumerate(zip(config.stages, config.ends, strict=True), 1):
-            theta = config.next_token(number - 1).model.rope_theta
+        for number, stage in enumerate(self._stages, 1):
             self._say(
-                f"stage {number}: to step {end:,}, {stage.batch_size} rows of {stage.length:,} tokens, "
-                f"rope_theta {theta:,.0f}, learning rate {stage.schedule.learning_rate:g}"
+                f"stage {number}: to step {stage.end:,}, {stage.batch_size} rows of {stage.length:,} tokens, "
+                f"rope_theta {stage.model.rope_theta:,.0f}, learning rate {stage.learning_rate:g}"
             )
         if self._data:
             self._say(self._data)
@@ -201,7 +240,7 @@ class Report:
 
     def _summary(self, step: int, stopped_by: int, saved: int | None) -> Iterator[str]:
         """The lines of the summary."""
-        config, total, output = self._config, self._config.ends[-1], Path(self._config.output)
+        config, total, output = self._config, self._stages[-1].end, Path(self._config.output)
         seconds = self.clock.seconds
         wall = sum(seconds.values())
         # How it ended.

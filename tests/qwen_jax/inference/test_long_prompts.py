@@ -1,6 +1,8 @@
 """Prompts that are read in chunks, and documents that are read once, give what one prefill gives."""
 
+import contextlib
 import dataclasses
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +106,29 @@ def test_the_cache_is_not_copied(make_engine: MakeEngine) -> None:
         )
     memory = lowered.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves((state.cache.keys, state.cache.values)))
+
+
+def test_an_interrupted_prefill_frees_its_memory(make_engine: MakeEngine, rng: np.random.Generator) -> None:
+    """Ctrl-C between two chunks leaves no cache behind, and the next prompt is read as ever."""
+    engine = make_engine(SMALL, prefill_chunk=16)
+    prompts = prompts_of(rng, 60)
+    want = engine.generate(prompts, GREEDY, max_new_tokens=3)
+
+    def held() -> int:
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    def interrupt(read: int, total: int) -> None:
+        if read:
+            raise KeyboardInterrupt
+
+    before, engine.on_chunk = held(), interrupt
+    with contextlib.suppress(KeyboardInterrupt):
+        engine.generate(prompts, GREEDY, max_new_tokens=3)
+        raise AssertionError("not interrupted")
+    assert held() == before
+    engine.on_chunk = None
+    assert engine.generate(prompts, GREEDY, max_new_tokens=3)[0].token_ids == want[0].token_ids
 
 
 def test_a_document_is_read_once(make_engine: MakeEngine, rng: np.random.Generator) -> None:

@@ -78,7 +78,7 @@ def test_mfu_is_of_the_devices_that_a_mesh_has(material, tmp_path, monkeypatch):
     config = set_fields(configuration(material, tmp_path, mesh={"data": 2}), "stages.1.mesh.data=1")
     out = io.StringIO()
     meshes = [run.make_mesh(config.mesh_axes(index)) for index in range(2)]
-    with Report(config, meshes, 0, Console(file=out, width=200), Clock()) as report:
+    with Report(config, run.reported_stages(config, meshes), 0, Console(file=out, width=200), Clock()) as report:
         for index, (size, length) in enumerate(((2, 16), (1, 32))):
             of_stage = report.mfu(index)
             assert of_stage is not None
@@ -100,7 +100,7 @@ def test_the_end_of_a_run_does_not_fail_for_its_plots(watched, material, tmp_pat
     config = configuration(material, output)
     out = io.StringIO()
     meshes = [run.make_mesh(config.mesh_axes(index)) for index in range(2)]
-    with Report(config, meshes, 13, Console(file=out, width=300), Clock()) as report:
+    with Report(config, run.reported_stages(config, meshes), 13, Console(file=out, width=300), Clock()) as report:
         if fault == "damaged launches":
             (output / "launches.jsonl").write_bytes(bytes(1000))
         elif fault != "a plot that raises":
