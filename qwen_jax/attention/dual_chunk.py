@@ -135,7 +135,8 @@ def over_parts(attend: Attend, queries: tuple[jax.Array, ...], masks: tuple[kern
     else:
         # One new token: the parts are rows of one call, which reads the cache once.
         start = jnp.concatenate([mask.k_start_BT for mask in masks], axis=1)
-        rows = kernels.Mask(start, jnp.concatenate([mask.k_end_BT for mask in masks], axis=1))
+        end = jnp.concatenate([mask.k_end_BT for mask in masks], axis=1)
+        rows = kernels.Mask(start, end, is_disjoint=True)
         out, lse = attend(jnp.concatenate(queries, axis=1), rows)
         assert lse is not None
         parts = [(out[:, i : i + 1], lse[:, :, i : i + 1]) for i in range(len(masks))]

@@ -10,7 +10,11 @@ import numpy as np
 from qwen_jax.errors import InputError
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("k_start_BT", "k_end_BT"), meta_fields=("is_causal",))
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("k_start_BT", "k_end_BT"),
+    meta_fields=("is_causal", "is_disjoint"),
+)
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """The keys that each query row sees: row i sees the keys k_start[i] <= j < k_end[i].
@@ -18,11 +22,14 @@ class Mask:
     Attributes:
       k_start_BT, k_end_BT: int32 [B, T].
       is_causal: known while tracing: every row i sees exactly the keys 0 to i. Permits kernels without interval masks.
+      is_disjoint: known while tracing: no two rows of a sequence see the same key. Permits kernels to compute each row
+        by itself. It affects only the speed: rows that do see the same keys then read them once for each.
     """
 
     k_start_BT: jax.Array
     k_end_BT: jax.Array
     is_causal: bool = False
+    is_disjoint: bool = False
 
     def check(self, slots: int) -> None:
         """Raises `InputError` if these are not intervals over `slots` keys. Traced values are not checked.

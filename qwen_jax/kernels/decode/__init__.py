@@ -1,5 +1,6 @@
 """Attention of new tokens over a cache, contiguous or paged, and one whole attention step of decoding."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -122,7 +123,8 @@ def int8_attention(
         from qwen_jax.kernels.decode import flash_decode_int8_gpu
 
         if _reads_8_bits(flash_decode_int8_gpu.supports(q_BTHd.dtype, T, H, K, d, S), T, sizes):
-            return _run(flash_decode_int8_gpu.attention, args, scale)
+            kernel = functools.partial(flash_decode_int8_gpu.attention, disjoint=mask.is_disjoint)
+            return _run(kernel, args, scale)
     if chosen == "tpu":
         from qwen_jax.kernels.decode import flash_decode_tpu
 

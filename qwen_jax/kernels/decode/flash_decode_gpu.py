@@ -258,8 +258,10 @@ def merge_shares(parts: jax.Array, lse: jax.Array, q_BTHd: jax.Array, splits: in
     """Merges the shares of the keys by a kernel.
 
     Args:
-      parts: outputs, float32 [B, K, T H / K or more, splits or more, d]; rows of a token are neighbours.
-      lse: log-sum-exps in base 2, float32 [B, K, splits or more, T H / K or more].
+      parts: outputs, float32 [B, K, T H / K or more, splits or more, d]; rows of a token are neighbours. The output of
+        a share that sees nothing may be undefined.
+      lse: log-sum-exps in base 2, float32 [B, K, splits or more, T H / K or more], the lowest one where a share sees
+        nothing.
       q_BTHd: queries, for shape and dtype of the result.
       splits: shares.
 
@@ -475,13 +477,13 @@ def _merge(parts_ref: Ref, lse_ref: Ref, out_ref: Ref, out_lse_ref: Ref, *, spli
     at = pl.ds(columns * _COLUMNS, _COLUMNS)
     parts = load(parts_ref.at[row, head, query, :, at], EIGHT_ROWS)
     lse = load(lse_ref.at[row, head, :, query], EIGHT_ROWS.reduce(1))
-    # Lines that no share has written are undefined.
+    # The outputs of shares that see nothing may be undefined. So is everything in the lines beyond the last share.
     n = plgpu.broadcasted_iota(jnp.int32, parts.shape, 0, layout=EIGHT_ROWS)
     lse = jnp.where(n < splits, across(lse, parts.shape), LOWEST)
     top = lse.max(axis=0)
     weights = jnp.exp2(lse - lax.broadcast_in_dim(top, parts.shape, [1]))
     total = weights.sum(axis=0)
-    out = jnp.where(n < splits, parts * weights, 0.0).sum(axis=0) / total
+    out = jnp.where(lse > 0.5 * LOWEST, parts * weights, 0.0).sum(axis=0) / total
     t, g = lax.div(query, jnp.int32(group)), rem(query, group)
     out_ref[row, t, head * group + g, at] = out.astype(out_ref.dtype)
 

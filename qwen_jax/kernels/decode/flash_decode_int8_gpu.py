@@ -6,6 +6,11 @@ time for a tile. Therefore the tensor cores work on transposed tiles: the keys a
 query rows its columns, of which there are 16, 32 or 64. The softmax then handles as many numbers as there are logits,
 and not 64 query rows of which most are unused.
 
+Rows that see different keys, such as the three parts of dual-chunk attention, need not be columns of one product: each
+tile would be computed for the columns of all rows, though one row sees it. The tiles of such rows form one list, row
+after row, of which each thread block takes a share. It computes a tile for the columns of its row only, and writes one
+result for each row.
+
 int8 to bfloat16 is exact. Keys are converted in registers, from where the tensor cores take them; values go back to
 shared memory, because their product needs them transposed. A thread holds four neighbouring components of a key, where
 the tensor cores expect two pairs that are eight apart. The order of the components does not matter for a product, so
@@ -17,6 +22,7 @@ running softmax.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +43,9 @@ TILINGS = {64: Tiling(64, 6, 2, needed=2), 128: Tiling(64, 3, 2, needed=2)}
 """By head_dim. While one block of a multiprocessor converts or waits for a maximum, the other one works."""
 _BYTES = plgpu.Layout.WGMMA_UPCAST_2X
 """Registers of an int8 tile: each thread holds four neighbouring components of a row."""
+_MAX_PARTS = 8
+"""The most rows that are computed one after the other: all their queries are in shared memory, and the ranges of their
+tiles in registers."""
 
 
 def supports(
@@ -69,6 +78,8 @@ def attention(
     start_BT: jax.Array,
     end_BT: jax.Array,
     scale: float,
+    *,
+    disjoint: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Grouped-query attention of a few rows, where row i sees slots start[i] <= j < end[i]. Runs on local arrays.
 
@@ -78,6 +89,8 @@ def attention(
       k_scales_BKS, v_scales_BKS: float32, one scale for each key and each value; finite.
       start_BT, end_BT: int32 intervals; rows that see nothing have start >= end.
       scale: multiplies the logits; positive.
+      disjoint: the intervals of a sequence's rows have no key in common. It affects only the speed: where they do have
+        common keys, these are read once for each row and not once for all.
 
     Returns:
       bfloat16 [B, T, H, d], zero where a row sees nothing, and the log-sum-exp of the logits, float32 [B, H, T], minus
@@ -103,7 +116,7 @@ def attention(
             f"{ROWS}, int8 keys and values [B, K, S, d] with S a multiple of 8, float32 scales [B, K, S] and int32 "
             f"intervals [B, T]; got {got}. Use implementation='reference'."
         )
-    return _run(q_BTHd, k_BKSd, k_scales_BKS, v_BKSd, v_scales_BKS, start_BT, end_BT, scale=scale)
+    return _run(q_BTHd, k_BKSd, k_scales_BKS, v_BKSd, v_scales_BKS, start_BT, end_BT, scale=scale, disjoint=disjoint)
 
 
 def permuted(x: jax.Array) -> jax.Array:
@@ -144,25 +157,33 @@ def _store_transposed(_: Any, ref: Any, x: Any) -> None:
     x.foreach(lambda number, at: memref.store(number, ref, [at[1], at[0]]))
 
 
+def _columns(rows: int) -> int:
+    """Columns of a product for this many query rows."""
+    return next(n for n in (16, 32, 64) if n >= rows)
+
+
 # Jitted so that a model of many layers lowers it once.
-@functools.partial(jax.jit, static_argnames=("scale", "splits", "tiling"))
+@functools.partial(jax.jit, static_argnames=("scale", "disjoint", "splits", "tiling"))
 def _run(
     q: jax.Array, k: jax.Array, k_scales: jax.Array, v: jax.Array, v_scales: jax.Array, start: jax.Array,
-    end: jax.Array, *, scale: float, splits: int | None = None, tiling: Tiling | None = None,
+    end: jax.Array, *, scale: float, disjoint: bool = False, splits: int | None = None, tiling: Tiling | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Runs the kernel and the merge."""
     (B, T, H, d), (K, S), tiling = q.shape, k.shape[1:3], tiling or TILINGS[q.shape[3]]
-    rows = T * (H // K)
+    G = H // K
     splits = splits or splits_for(B * K, S, tiling)
-    eights, columns = -(-splits // 8) * 8, next(n for n in (16, 32, 64) if n >= rows)
-    # The rows of a group, as the columns of a product: [B, K, columns, d].
-    grouped = q.reshape(B, T, K, H // K, d).swapaxes(1, 2).reshape(B, K, rows, d)
-    grouped = jnp.pad(permuted(grouped), [(0, 0), (0, 0), (0, columns - rows), (0, 0)])
+    # All rows are one part, or each row is one, if that makes the products narrower.
+    parts = T if disjoint and T <= _MAX_PARTS and _columns(G) < _columns(T * G) else 1
+    rows = T // parts
+    eights, columns = -(-splits // 8) * 8, _columns(rows * G)
+    # The rows of a part and a group, as the columns of a product: [B, parts K, columns, d].
+    grouped = q.reshape(B, parts, rows, K, G, d).swapaxes(2, 3).reshape(B, parts * K, rows * G, d)
+    grouped = jnp.pad(permuted(grouped), [(0, 0), (0, 0), (0, columns - rows * G), (0, 0)])
     attend = pl.kernel(
-        functools.partial(_attend, group=H // K, splits=splits, scale=scale, tiling=tiling),
+        functools.partial(_attend, group=G, splits=splits, scale=scale, tiling=tiling),
         out_type=(
-            jax.ShapeDtypeStruct((B, K, columns, eights, d), jnp.float32),
-            jax.ShapeDtypeStruct((B, K, eights, columns), jnp.float32),
+            jax.ShapeDtypeStruct((B, parts * K, columns, eights, d), jnp.float32),
+            jax.ShapeDtypeStruct((B, parts * K, eights, columns), jnp.float32),
         ),
         mesh=plgpu.Mesh(grid=(B, K, splits), grid_names=("row", "head", "split")),
         # The maximum of a column goes over all warps: room for one exchange of all columns.
@@ -173,15 +194,17 @@ def _run(
         ),
         name="flash_decode_int8",
     )
-    parts, lse = attend(grouped, k, k_scales, v, v_scales, start, end)
-    return merge_shares(parts, lse, q, splits)
+    outs, lse = attend(grouped, k, k_scales, v, v_scales, start, end)
+    # To the merge, the parts are further heads. Parts or rows are 1, so that reshaping moves nothing.
+    out, lse = merge_shares(outs, lse, q.reshape(B, rows, parts * H, d), splits)
+    return out.reshape(q.shape), lse.reshape(B, parts, H, rows).swapaxes(1, 2).reshape(B, H, T)
 
 
 class _Memory(NamedTuple):
     """Shared memory and barriers of a thread block.
 
     Attributes:
-      queries: [columns, d].
+      queries: of each part, [parts, columns, d].
       k_tiles, v_tiles: rings of int8 tiles.
       k_scales, v_scales: rings of their scales.
       values: a tile of values as bfloat16.
@@ -204,28 +227,53 @@ def _attend(
     q_ref: Ref, k_ref: Ref, k_scales_ref: Ref, v_ref: Ref, v_scales_ref: Ref, start_ref: Ref, end_ref: Ref,
     out_ref: Ref, lse_ref: Ref, *, group: int, splits: int, scale: float, tiling: Tiling,
 ) -> None:  # fmt: skip
-    """The program of a thread block: its share of the tiles of one key/value head of one sequence."""
-    (columns, d), slots, T = q_ref.shape[2:], k_ref.shape[2], start_ref.shape[1]
+    """The program of a thread block: its share of the tiles of one key/value head of one sequence.
+
+    A part is one row of the sequence, or all its rows. The block attends to one part after the other, and the ring of
+    copies runs on from part to part.
+    """
+    (columns, d), (K, slots), T = q_ref.shape[2:], k_ref.shape[1:3], start_ref.shape[1]
     keys, stages, f32 = tiling.keys, tiling.stages, jnp.float32
+    parts = q_ref.shape[1] // K
+    rows = T // parts
     row, head, split = (lax.axis_index(name) for name in ("row", "head", "split"))
     wait_for_previous_kernel()
     allow_next_kernel()
 
-    def loop(**scratch: Ref) -> tuple[jax.Array, jax.Array, jax.Array]:
-        memory = _Memory(**scratch)
-        plgpu.copy_gmem_to_smem(q_ref.at[row, head], memory.queries, memory.q_ready)
-
-        # The tiles of this share. Every slot that any row sees is in low to high.
-        bounds = [(jnp.maximum(start_ref[row, t], 0), jnp.minimum(end_ref[row, t], slots)) for t in range(T)]
+    def tiles_of(part: int | jax.Array) -> tuple[list[tuple[jax.Array, jax.Array]], jax.Array, jax.Array]:
+        """The intervals of the rows of a part, and the first and the number of the tiles that hold them."""
+        numbers = [part * rows + n for n in range(rows)]
+        bounds = [(jnp.maximum(start_ref[row, t], 0), jnp.minimum(end_ref[row, t], slots)) for t in numbers]
+        # Every slot that any row sees is in low to high.
         low, high = jnp.int32(2**30), jnp.int32(0)
         for a, b in bounds:
             low, high = jnp.where(a < b, jnp.minimum(low, a), low), jnp.where(a < b, jnp.maximum(high, b), high)
         first = lax.div(jnp.minimum(low, high), jnp.int32(keys))
-        begin, count = share(first, lax.div(high + (keys - 1), jnp.int32(keys)) - first, split, splits)
+        return bounds, first, lax.div(high + (keys - 1), jnp.int32(keys)) - first
+
+    def loop(**scratch: Ref) -> None:
+        memory = _Memory(**scratch)
+        for part in range(parts):
+            plgpu.copy_gmem_to_smem(q_ref.at[row, part * K + head], memory.queries.at[part], memory.q_ready)
+
+        # The list of the tiles of all parts, of which this block has a share. A part's tiles are neighbours: a place in
+        # the list plus the part's shift is a tile of the cache.
+        places: list[jax.Array] = []
+        shifts: list[jax.Array] = []
+        total = jnp.int32(0)
+        for part in range(parts):
+            _, first, tiles = tiles_of(part)
+            places.append(total)
+            shifts.append(first - total)
+            total = total + tiles
+        begin, count = share(jnp.int32(0), total, split, splits)
 
         def fetch(i: jax.Array) -> None:
             """Copies a tile of keys, one of values, and their scales. Beyond the end of the cache it fills in zeros."""
-            stage, at = rem(i, stages), (row, head, pl.ds((begin + i) * keys, keys))
+            shift = shifts[0]
+            for place, later in zip(places[1:], shifts[1:], strict=True):
+                shift = jnp.where(begin + i >= place, later, shift)
+            stage, at = rem(i, stages), (row, head, pl.ds(pl.multiple_of((begin + i + shift) * keys, keys), keys))
             for gmem, smem in (
                 (k_ref, memory.k_tiles),
                 (k_scales_ref, memory.k_scales),
@@ -237,52 +285,48 @@ def _attend(
         # Start as many copies as the rings hold.
         for i in range(stages):
             pl.when(i < count)(functools.partial(fetch, jnp.int32(i)))
-
-        # The interval of each column. Columns beyond the queries see nothing.
-        n = plgpu.broadcasted_iota(jnp.int32, (columns,), 0, layout=PER_COLUMN)
-        column_low, column_high = (plgpu.layout_cast(jnp.zeros((columns,), jnp.int32), PER_COLUMN) for _ in range(2))
-        for t, (a, b) in enumerate(bounds):
-            own = (n >= t * group) & (n < (t + 1) * group)
-            column_low, column_high = jnp.where(own, a, column_low), jnp.where(own, b, column_high)
         plgpu.barrier_wait(memory.q_ready)
 
-        # The running softmax over the tiles of the share. Each thread sums the probabilities that it holds.
-        def step(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-            acc, top, total = carry
-            stage, offset = rem(i, stages), (begin + i) * keys
-            plgpu.barrier_wait(memory.ready.at[stage])
-            k_tile = _as_operand(load(memory.k_tiles.at[stage], _BYTES, optimized=True))
-            k_scale = load(memory.k_scales.at[stage], PER_ROW) * (scale * LOG2E)
+        def attend_part(part: jax.Array, place: jax.Array) -> jax.Array:
+            """Attends to the tiles of a part that are in the share. The part begins at a place in the list."""
+            bounds, first, tiles = tiles_of(part)
+            low, high = (jnp.clip(n - begin, 0, count) for n in (place, place + tiles))
+            part_head, shift = part * K + head, begin + first - place
 
-            def logits(s_acc: Ref) -> jax.Array:
-                plgpu.wgmma(s_acc, k_tile, memory.queries.T)
-                return s_acc[...]
+            @pl.when(low < high)
+            def attend_tiles() -> None:
+                # The interval of each column. Columns beyond the queries see nothing.
+                n = plgpu.broadcasted_iota(jnp.int32, (columns,), 0, layout=PER_COLUMN)
+                starts, ends = (plgpu.layout_cast(jnp.zeros((columns,), jnp.int32), PER_COLUMN) for _ in range(2))
+                for t, (a, b) in enumerate(bounds):
+                    own = (n >= t * group) & (n < (t + 1) * group)
+                    starts, ends = jnp.where(own, a, starts), jnp.where(own, b, ends)
 
-            s = pl.run_scoped(logits, plgpu.ACC((keys, columns), f32)) * across(k_scale, (keys, columns))
-            s = mask_logits(s, column_low - offset, column_high - offset, axis=0)
-            new_top = jnp.maximum(top, s.max(axis=0))
-            alpha = jnp.exp2(top - new_top)
-            p = jnp.exp2(s - across(new_top, s.shape, 1))
-            total = total * across(alpha, s.shape, 1) + p
-            acc = acc * across(alpha, acc.shape, 1)
-            # All warps are done with the last tile's values and weights: the maximum above waited for them.
-            memory.values[...] = load(memory.v_tiles.at[stage], _BYTES, optimized=True).astype(jnp.bfloat16)
-            v_scale = load(memory.v_scales.at[stage], PER_ROW)
-            memory.weights[...] = (p * across(v_scale, s.shape)).astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            pl.when(i + stages < count)(lambda: fetch(i + stages))
-            acc = pl.run_state(lambda acc: plgpu.wgmma(acc, memory.values.T, memory.weights))(plgpu.ACC.init(acc))
-            return acc, new_top, total
+                def masked(s: jax.Array, i: jax.Array) -> jax.Array:
+                    offset = (i + shift) * keys
+                    return mask_logits(s, starts - offset, ends - offset, axis=0)
 
-        top = plgpu.layout_cast(jnp.full((columns,), LOW, f32), PER_COLUMN)
-        acc, top, total = lax.fori_loop(
-            0, count, step, (zeros((d, columns), WGMMA), top, zeros((keys, columns), WGMMA))
-        )
-        return acc, top, total.sum(axis=0)
+                def refill(i: jax.Array) -> None:
+                    pl.when(i + stages < count)(lambda: fetch(i + stages))
 
-    acc, top, total = pl.run_scoped(
+                acc, top, sums = _running_softmax(memory, part, (low, high), masked, refill, scale)
+                # Normalise and write, a line for each query row.
+                sees = sums > 0
+                acc = acc * across(jnp.where(sees, 1 / sums, 0.0), acc.shape, 1)
+                _store_transposed(out_ref.at[row, part_head, :, split], acc)
+                lse_ref[row, part_head, split] = jnp.where(sees, top + jnp.log2(sums), LOWEST)
+
+            @pl.when(low >= high)
+            def write_nothing() -> None:
+                lse_ref[row, part_head, split] = plgpu.layout_cast(jnp.full((columns,), LOWEST, f32), PER_COLUMN)
+
+            return place + tiles
+
+        lax.fori_loop(0, parts, attend_part, jnp.int32(0))
+
+    pl.run_scoped(
         loop,
-        queries=tiled((columns, d), jnp.bfloat16),
+        queries=tiled((parts, columns, d), jnp.bfloat16),
         k_tiles=tiled((stages, keys, d), jnp.int8, d),
         v_tiles=tiled((stages, keys, d), jnp.int8, d),
         k_scales=plgpu.SMEM((stages, keys), f32),
@@ -290,10 +334,58 @@ def _attend(
         # Both operands of a product must be swizzled alike.
         values=tiled((keys, d), jnp.bfloat16, columns),
         weights=tiled((keys, columns), jnp.bfloat16, columns),
-        q_ready=plgpu.Barrier(),
+        q_ready=plgpu.Barrier(num_arrivals=parts),
         ready=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
     )
-    # Normalise and write, a line for each query row.
-    sees = total > 0
-    _store_transposed(out_ref.at[row, head, :, split], acc * across(jnp.where(sees, 1 / total, 0.0), acc.shape, 1))
-    lse_ref[row, head, split] = jnp.where(sees, top + jnp.log2(total), LOWEST)
+
+
+def _running_softmax(
+    memory: _Memory, part: jax.Array, tiles: tuple[jax.Array, jax.Array],
+    masked: Callable[[jax.Array, jax.Array], jax.Array], refill: Callable[[jax.Array], None], scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """The running softmax over tiles in the rings, for the columns of one part.
+
+    Args:
+      memory: of the thread block.
+      part: index of its queries.
+      tiles: the first one and the end, counted from the first tile of the share.
+      masked: (logits, i) to the logits of tile i, where those that a column does not see are the lowest one.
+      refill: (i) starts the copy that takes the place of tile i.
+      scale: multiplies the logits.
+
+    Returns:
+      Sum of weighted values [d, columns], maximum of the logits in base 2 and sum of the probabilities [columns].
+    """
+    (stages, keys, d), columns, f32 = memory.k_tiles.shape, memory.weights.shape[1], jnp.float32
+
+    # Each thread sums the probabilities that it holds.
+    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        acc, top, total = carry
+        stage = rem(i, stages)
+        plgpu.barrier_wait(memory.ready.at[stage])
+        k_tile = _as_operand(load(memory.k_tiles.at[stage], _BYTES, optimized=True))
+        k_scale = load(memory.k_scales.at[stage], PER_ROW) * (scale * LOG2E)
+
+        def logits(s_acc: Ref) -> jax.Array:
+            plgpu.wgmma(s_acc, k_tile, memory.queries.at[part].T)
+            return s_acc[...]
+
+        s = pl.run_scoped(logits, plgpu.ACC((keys, columns), f32)) * across(k_scale, (keys, columns))
+        s = masked(s, i)
+        new_top = jnp.maximum(top, s.max(axis=0))
+        alpha = jnp.exp2(top - new_top)
+        p = jnp.exp2(s - across(new_top, s.shape, 1))
+        total = total * across(alpha, s.shape, 1) + p
+        acc = acc * across(alpha, acc.shape, 1)
+        # All warps are done with the last tile's values and weights: the maximum above waited for them.
+        memory.values[...] = load(memory.v_tiles.at[stage], _BYTES, optimized=True).astype(jnp.bfloat16)
+        v_scale = load(memory.v_scales.at[stage], PER_ROW)
+        memory.weights[...] = (p * across(v_scale, s.shape)).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        refill(i)
+        acc = pl.run_state(lambda acc: plgpu.wgmma(acc, memory.values.T, memory.weights))(plgpu.ACC.init(acc))
+        return acc, new_top, total
+
+    top = plgpu.layout_cast(jnp.full((columns,), LOW, f32), PER_COLUMN)
+    acc, top, total = lax.fori_loop(*tiles, step, (zeros((d, columns), WGMMA), top, zeros((keys, columns), WGMMA)))
+    return acc, top, total.sum(axis=0)
