@@ -5,6 +5,7 @@ that ends the turn. The mask comes from spans of the rendered text, never from t
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -63,23 +64,25 @@ def render_example(
 ) -> TrainedIds:
     """Turn a conversation into token ids and the mask of those that are trained.
 
-    Trained is the content of an assistant's turn with its tool calls, and the control token that ends it (`<|im_end|>`).
+    Trained is the content of an assistant's turn with its tool calls, and the control token that ends the turn, such as
+    `<|im_end|>`.
 
     The trained stretches and those between them are encoded each by itself, so that the trained tokens spell exactly
-    the trained text. The prompt of a trained turn therefore ends at a token boundary, as it does when the model answers:
-    its ids are those of `Tokenizer.encode_chat`. Where a content begins with line ends, encoding the whole text at once
-    would instead merge them with the line end of `<|im_start|>assistant`. Everywhere else both give the same ids.
+    the trained text, and the prompt of a trained turn ends at a token boundary, as it does when the model answers. The
+    ids before the first trained turn are those of `Tokenizer.encode_chat`. Where a content begins with line ends,
+    encoding the whole text at once would merge them with the line end of `<|im_start|>assistant`; elsewhere both give
+    the same ids.
 
     Where the template marks assistant text by `{% generation %}`, that is trained. With any other template, the turn
     begins where the prompt made of the messages before it ends, and ends with the last control token of its message.
 
     Args:
         tokenizer: with a chat template.
-        messages, tools: as for `ChatTemplate.render`, save that arguments of tool calls in JSON text are read as objects.
+        messages, tools: as for `ChatTemplate.render`, but tool calls' arguments in JSON text are read as objects.
         trained: all turns of the assistant, or the last one.
         newline: also train a line end that follows the control token.
         first: turns before the message of this index are not trained.
-        parse_special: read control tokens that are typed into messages or tools as such. By default they are plain text.
+        parse_special: read control tokens that are typed into messages or tools as such; by default they are text.
 
     Raises:
         InputError: malformed messages or tools, no assistant's turn to train, a `<tool_call>` in an assistant's content
@@ -138,7 +141,7 @@ def chat_parts(
             "as plain text. Remove them from the messages, or read them as control tokens (parse_special)."
         )
     edges = [0, *(edge for span in spans for edge in span), len(text)]
-    pieces = [(text[a:b], n % 2 == 1) for n, (a, b) in enumerate(zip(edges, edges[1:], strict=False))]
+    pieces = [(text[a:b], n % 2 == 1) for n, (a, b) in enumerate(itertools.pairwise(edges))]
     return [Part(hidden.show(piece), is_trained, hidden.places(piece)) for piece, is_trained in pieces if piece]
 
 
