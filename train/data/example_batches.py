@@ -236,13 +236,8 @@ class PackedExamples(abc.ABC, Generic[B]):
                 different.append("epochs")
                 break
         if different:
-            names = {"store": "the files, the tokenizer, the chat template or their options", "order": "qwen-jax"}
-            shown = [
-                f"{names[name]} changed"
-                if name in names
-                else f"{name} was {saved.get(name)!r} and is now {now[name]!r}"
-                for name in different
-            ]
+            names = {"store": "the fingerprint of files, tokenizer, chat template and options"}
+            shown = [f"{names.get(name, name)} was {saved.get(name)!r} and is now {now[name]!r}" for name in different]
             raise InputError(
                 f"The run has taken {step} steps with other data: {'; '.join(shown)}. Resume with the same data, or "
                 "begin a new run."
@@ -293,10 +288,11 @@ class PackedPairs(PackedExamples[PairBatch]):
         self.references = references
 
     def _assemble(self, rows: list[np.ndarray]) -> PairBatch:
+        pairs = [[self._pair(item) for item in row.tolist()] for row in rows]
         units = [self.selection.units[row] for row in rows]
-        pairs = [
-            [Pair(*self._read(item), margin=float(self.store.margins[unit])) for item, unit in zip(*at, strict=True)]
-            for at in zip([row.tolist() for row in rows], [unit.tolist() for unit in units], strict=True)
-        ]
         references = None if self.references is None else [self.references[unit].tolist() for unit in units]
         return pack_pairs(pairs, self.config.length, references)
+
+    def _pair(self, item: int) -> Pair:
+        chosen, rejected = self._read(item)
+        return Pair(chosen, rejected, float(self.store.margins[self.selection.units[item]]))

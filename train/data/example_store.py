@@ -28,7 +28,7 @@ from rich.console import Console
 from qwen_jax.errors import NO_ROOM, InputError
 from qwen_jax.tokenizer import Tokenizer
 from qwen_jax.tokenizer.trained import encode_parts
-from train.data.examples import Example, ExampleOptions, Kind, Pair, RawExample, read_examples
+from train.data.examples import DEFAULTS, Example, ExampleOptions, Kind, Pair, RawExample, read_examples
 from train.data.progress import BuildProgress
 from train.data.shards import digest
 from train.data.tables import find_tables, where
@@ -146,7 +146,10 @@ class ExampleStore:
         if not 0 <= index < len(self):
             raise IndexError(index)
         answers = self.answers(index)
-        return answers[0] if len(answers) == 1 else Pair(*answers, margin=float(self.margins[index]))
+        if len(answers) == 1:
+            return answers[0]
+        chosen, rejected = answers
+        return Pair(chosen, rejected, float(self.margins[index]))
 
     def where(self, index: int) -> str:
         """The file and the record of an example, for messages."""
@@ -160,7 +163,7 @@ def open_store(
     folder: Path,
     *,
     kind: Kind | None = None,
-    options: ExampleOptions = ExampleOptions(),
+    options: ExampleOptions = DEFAULTS,
     progress: Console | None = None,
 ) -> ExampleStore:
     """Opens the store of data files in a folder of stores; tokenizes them first unless that was done before.

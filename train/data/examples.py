@@ -77,6 +77,9 @@ class ExampleOptions:
     parse_special: bool = False
 
 
+DEFAULTS = ExampleOptions()
+
+
 @dataclasses.dataclass(frozen=True)
 class Conversation:
     """Messages that are rendered with the chat template.
@@ -214,6 +217,7 @@ def _example(row: Row, name: str) -> RawExample:
     unread = frozenset(values) - columns - frozenset(_EXTRA[kind])
     if name == "messages":
         return RawExample(row, (_checked(Conversation(_messages(values, "messages"), tools)),), 0.0, unread)
+    answers: tuple[Conversation | PlainText, ...]
     texts = {column: isinstance(values[column], str) for column in columns}
     if kind == "pairs" and texts.get("prompt") and not texts["chosen"] and not texts["rejected"]:
         # As in UltraFeedback: the prompt is given again as text, beside whole conversations.

@@ -76,7 +76,8 @@ def pack_segments(rows: Sequence[Sequence[Example]], length: int) -> Batch:
       tokens, and 0 on the first token of a segment, which nothing predicts, and on padding.
     """
     shape = len(rows), length
-    batch = Batch(*(np.zeros(shape, np.int32) for _ in range(3)), np.zeros(shape, np.float32))
+    tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
+    batch = Batch(tokens, positions, segment_ids, np.zeros(shape, np.float32))
     for b, row in enumerate(rows):
         start = 0
         for number, example in enumerate(row, 1):

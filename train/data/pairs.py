@@ -23,8 +23,8 @@ class PairBatch:
 
     Attributes:
       batch: the rows; loss weights are 1 on the tokens of answers.
-      reference_BT: float32, at the last token of each segment the log-probability of its answer, summed over its trained
-        tokens, under the reference model; 0 elsewhere.
+      reference_BT: float32, at the last token of each segment the log-probability of its answer under the reference
+        model, summed over its trained tokens; 0 elsewhere.
       margin_BT: float32, at the last token of each chosen segment the margin of the pair; 0 elsewhere.
     """
 
