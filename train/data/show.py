@@ -5,7 +5,7 @@ import html
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.text import Text
@@ -13,6 +13,20 @@ from rich.text import Text
 from qwen_jax.tokenizer import Tokenizer, TrainedIds
 from qwen_jax.tokenizer.trained import encode_parts
 from train.data.examples import ExampleOptions, Kind, read_examples
+
+
+class Run(NamedTuple):
+    """The text of consecutive tokens of one sort.
+
+    Attributes:
+      text: their text.
+      trained: whether they are trained.
+      control: whether they are control tokens; typed ones are not.
+    """
+
+    text: str
+    trained: bool
+    control: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +43,7 @@ class Answer:
     name: str
     tokens: int
     trained: int
-    runs: tuple[tuple[str, bool], ...]
+    runs: tuple[Run, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +64,8 @@ class Shown:
 
     def to_json(self) -> dict[str, Any]:
         """The example as a JSON value."""
-        answers = [
-            {**dataclasses.asdict(answer), "runs": [{"text": text, "trained": on} for text, on in answer.runs]}
-            for answer in self.answers
-        ]
-        return {**dataclasses.asdict(self), "answers": answers}
+        answers = [{**vars(answer), "runs": [run._asdict() for run in answer.runs]} for answer in self.answers]
+        return {**vars(self), "answers": answers}
 
     def titles(self) -> Iterator[tuple[str, Answer]]:
         """A line above each answer, and the answer."""
@@ -87,15 +98,17 @@ def show_examples(
 
 
 def _answer(name: str, tokenizer: Tokenizer, encoded: TrainedIds) -> Answer:
-    step = tokenizer.byte_decoder()
+    step, control = tokenizer.byte_decoder(), frozenset(tokenizer.control_ids.values())
+    tokens = [(step(i), trained, i in control) for i, trained in zip(*encoded, strict=True)]
     runs = []
-    for trained, tokens in itertools.groupby(zip(encoded.trained, map(step, encoded.ids), strict=True), lambda x: x[0]):
-        runs.append((b"".join(content for _, content in tokens).decode("utf-8", errors="replace"), trained))
+    for (trained, is_control), run in itertools.groupby(tokens, lambda token: token[1:]):
+        text = b"".join(content for content, *_ in run).decode("utf-8", errors="replace")
+        runs.append(Run(text, trained, is_control))
     return Answer(name, len(encoded.ids), sum(encoded.trained[1:]), tuple(runs))
 
 
 def print_example(example: Shown, console: Console) -> None:
-    """Prints an example; trained text is green and underlined.
+    """Prints an example; trained text is green and underlined, control tokens are bold.
 
     Args:
       example: from `show_examples`.
@@ -104,8 +117,8 @@ def print_example(example: Shown, console: Console) -> None:
     for title, answer in example.titles():
         console.print(Text(title, style="bold"), soft_wrap=True)
         text = Text()
-        for run, trained in answer.runs:
-            text.append(run, style="green underline" if trained else "")
+        for run in answer.runs:
+            text.append(run.text, style=f"{'green underline' if run.trained else ''}{' bold' * run.control}".strip())
         console.print(text, soft_wrap=True)
         console.print()
 
@@ -119,10 +132,11 @@ _PAGE = """<!DOCTYPE html>
 body {{ font-family: sans-serif; margin: 2em auto; max-width: 60em; color: #222; }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: 1em; }}
 mark {{ background: #bfe8c3; color: inherit; }}
+b {{ color: #777; }}
 </style>
 </head>
 <body>
-<p>Marked text is trained.</p>
+<p>Marked text is trained. Control tokens are <b>bold</b>; those typed into a message are plain text.</p>
 {body}
 </body>
 </html>
@@ -138,6 +152,10 @@ def to_html(examples: Sequence[Shown]) -> str:
     blocks = []
     for example in examples:
         for title, answer in example.titles():
-            runs = (f"<mark>{html.escape(run)}</mark>" if on else html.escape(run) for run, on in answer.runs)
-            blocks.append(f"<h3>{html.escape(title)}</h3>\n<pre>\n{''.join(runs)}</pre>")
+            blocks.append(f"<h3>{html.escape(title)}</h3>\n<pre>\n{''.join(map(_html, answer.runs))}</pre>")
     return _PAGE.format(body="\n".join(blocks))
+
+
+def _html(run: Run) -> str:
+    text = f"<b>{html.escape(run.text)}</b>" if run.control else html.escape(run.text)
+    return f"<mark>{text}</mark>" if run.trained else text
