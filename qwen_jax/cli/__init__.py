@@ -32,6 +32,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "eval perplexity": ("eval", "Perplexity", "loss by position over a long text"),
     "sparsity tune": ("sparsity", "Tune", "find budgets of sparse attention that keep the recall of each head"),
     "data build": ("data", "build", "turn documents into packed rows of tokens"),
+    "data show": ("data", "Show", "print examples for fine-tuning, with what of them is trained in colour"),
     "train pretrain": ("train", "pretrain", "pre-train a model in stages, or resume such a run"),
     "plan": ("plan", "Plan", "compile a run for given chips without them: does it fit, how fast could it be"),
     "quickstart": ("train", "quickstart", "train a small model on real text, export it, generate text"),
