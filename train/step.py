@@ -31,6 +31,7 @@ from train.state import Guard, TrainState
 B = TypeVar("B")
 S = TypeVar("S")
 C = TypeVar("C")
+T = TypeVar("T")
 
 TrainStep = Callable[[TrainState, B], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Params, B], Sums]
@@ -272,9 +273,15 @@ def eval_step(objective: Objective[B, S, C], config: StepConfig, sharding: Shard
       batch: on the mesh.
     """
     objective = objective.for_evaluation()
+    return objective.sums(_bind_for_evaluation(objective, config, sharding, params), batch, None)[0]
+
+
+def _bind_for_evaluation(
+    objective: Objective[B, S, C], config: StepConfig, sharding: Sharding, params: Params
+) -> BoundModel:
     if not isinstance(params["layers"], list):
         params = _layers_for_compute(objective, config, params)
-    return objective.sums(_bind(objective, config, sharding, params), batch, None)[0]
+    return _bind(objective, config, sharding, params)
 
 
 def make_train_step(
@@ -310,6 +317,31 @@ def make_eval_step(objective: Objective[B, S, C], config: StepConfig, mesh: Mesh
     """
     sharding = Sharding.for_training(objective.model, mesh)
     return jax.jit(functools.partial(eval_step, objective, config, sharding))
+
+
+def make_forward(
+    objective: Objective[B, S, C], function: Callable[[BoundModel, B], T], config: StepConfig, mesh: Mesh
+) -> Callable[[Params, B], T]:
+    """Jits a function of the model, run as the objective runs it in evaluation, and a batch.
+
+    Args:
+      objective: says how the model is run.
+      function: of the bound model and a batch; it is not differentiated.
+      config: of the step; `accumulation` has no effect.
+      mesh: from `make_mesh`.
+
+    Returns:
+      A function of parameters, as for `eval_step`, and a batch on the mesh.
+
+    Raises:
+      InputError: a dimension of the model that the mesh does not divide.
+    """
+    sharding, evaluated = Sharding.for_training(objective.model, mesh), objective.for_evaluation()
+
+    def run(params: Params, batch: B) -> T:
+        return function(_bind_for_evaluation(evaluated, config, sharding, params), batch)
+
+    return jax.jit(run)
 
 
 def make_loss_check(objective: Objective[B, S, C], config: StepConfig, mesh: Mesh) -> Callable[[Params, B], jax.Array]:
