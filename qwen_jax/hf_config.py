@@ -291,8 +291,8 @@ def _read_score(hf: Mapping[str, Any], kind: str) -> str | None:
     score = found.pop()
     if score is not None and set(labels) - {1}:
         raise InputError(
-            f"config.json has {names[0]} with {max(labels)} labels (num_labels, id2label). Expected one label: a reward "
-            "model gives one score. Classifiers and process reward models cannot be loaded."
+            f"config.json has {names[0]} with {max(labels)} labels (num_labels, id2label). Expected one label: a "
+            "reward model gives one score. Classifiers and process reward models cannot be loaded."
         )
     return score
 

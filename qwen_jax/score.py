@@ -74,4 +74,6 @@ def make_score_head(kind: Score, hidden_size: int, sharding: Sharding, key: jax.
     first, last = jax.random.split(key)
     normal = nnx.initializers.normal((D + 1) ** -0.5)
     weight_1D = normal(last, (1, D))
-    return LinearScore(weight_1D, sharding) if kind == "linear" else MLPScore(normal(first, (D, D)), weight_1D, sharding)
+    return (
+        LinearScore(weight_1D, sharding) if kind == "linear" else MLPScore(normal(first, (D, D)), weight_1D, sharding)
+    )

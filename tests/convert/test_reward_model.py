@@ -146,7 +146,9 @@ def test_other_heads_are_refused(tmp_path: Path, mesh: Mesh) -> None:
     with pytest.raises(InputError, match="score head of 2 labels; expected one"):
         convert.open_source(tmp_path / "two")
     edit_config(tmp_path / "two", architectures=["Qwen2ForProcessRewardModel"])
-    with pytest.raises(InputError, match=r"Qwen2ForRewardModel of a reward model, got \['Qwen2ForProcessRewardModel'\]"):
+    with pytest.raises(
+        InputError, match=r"Qwen2ForRewardModel of a reward model, got \['Qwen2ForProcessRewardModel'\]"
+    ):
         load_config(tmp_path / "two")
     # A language model that says it is a reward model.
     make_hf_checkpoint(tmp_path / "language")
@@ -187,5 +189,7 @@ def test_a_name_of_an_unknown_tensor_is_refused(tmp_path: Path) -> None:
 
 def test_unstacked_and_stacked_layouts_hold_the_same_head(tmp_path: Path, mesh: Mesh) -> None:
     make_reward_checkpoint(tmp_path / "a", "mlp")
-    heads = [convert.load(tmp_path / "a", mesh, options=Options(stacked=stacked))[1]["score"] for stacked in (True, False)]
+    heads = [
+        convert.load(tmp_path / "a", mesh, options=Options(stacked=stacked))[1]["score"] for stacked in (True, False)
+    ]
     jax.tree.map(np.testing.assert_array_equal, *heads)
