@@ -3,6 +3,7 @@
 Weights keep PyTorch's orientation, [out, in], with heads as a separate axis: a conversion never transposes.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,10 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qwen_jax.config import ModelConfig
+from qwen_jax.config import ModelConfig, Score
 from qwen_jax.model import Qwen2
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.score import make_score_head
 
 Params = dict[str, Any]
 
@@ -66,7 +68,8 @@ def abstract_params(
       dtype: of the leaves; by default the dtype of `config`.
 
     Returns:
-      {"embed": {"weight"}, "layers": {...} or [{...}, ...], "norm": {"weight"}, "lm_head": {"weight"} unless tied}.
+      {"embed": {"weight"}, "layers": {...} or [{...}, ...], "norm": {"weight"}, "lm_head": {"weight"} unless tied}. A
+      reward model has "score" and no "lm_head": {"weight"}, or {"hidden": {"weight", "bias"}, "output": {...}}.
     """
     sharding = sharding or Sharding(kv_heads=config.num_kv_heads)
     _, state = _skeleton(config, sharding, options)
@@ -122,3 +125,34 @@ def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh, dtype: Any = jn
 
     result: Params = jax.jit(init, out_shardings=out)(key)
     return result
+
+
+def with_fresh_score_head(
+    params: Params, config: ModelConfig, key: jax.Array, kind: Score = "linear"
+) -> tuple[ModelConfig, Params]:
+    """Makes a reward model of a language model: a new score head in place of the output head.
+
+    Matrices of the head are normal with standard deviation 1 / sqrt(D + 1), biases zero.
+
+    Args:
+      params: of the language model, on a mesh, stacked or not. The arrays are shared, not copied.
+      config: its architecture; the score head of a reward model is replaced.
+      key: a PRNG key; the same key gives the same head on every mesh.
+      kind: "linear" or "mlp"; see `qwen_jax.score`.
+
+    Returns:
+      The architecture of the reward model, and its parameters; the head has the dtype of the last norm.
+    """
+    config = dataclasses.replace(config, score=kind)
+    norm = params["norm"]["weight"]
+    mesh = norm.sharding.mesh
+    sharding = Sharding.for_training(config, mesh)
+    out = jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(config, sharding)["score"], is_leaf=_is_spec)
+
+    def init(key: jax.Array) -> Params:
+        head = make_score_head(kind, config.hidden_size, sharding, key)
+        return jax.tree.map(lambda x: x.astype(norm.dtype), nnx.to_pure_dict(nnx.split(head)[1]))
+
+    with jax.set_mesh(mesh):
+        score = jax.jit(init, out_shardings=out)(key)
+    return config, {**{name: value for name, value in params.items() if name != "lm_head"}, "score": score}

@@ -178,6 +178,7 @@ class Model:
         self.folder = resolve(name, SMALL)
         self.checkpoint: str | Path = name if is_hub_id(name) else self.folder
         self.config = running.extended(load_config(self.folder))
+        checks.check_generates(self.config)
         self.defaults = load_generation_defaults(self.folder, self.config)
         self.tokenizer = self._tokenizer(need_tokenizer)
         # Options that must fit this checkpoint.
