@@ -34,6 +34,9 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "data build": ("data", "build", "turn documents into packed rows of tokens"),
     "data show": ("data", "Show", "print examples for fine-tuning, with what of them is trained in colour"),
     "train pretrain": ("train", "pretrain", "pre-train a model in stages, or resume such a run"),
+    "train sft": ("train", "sft", "fine-tune a model on conversations"),
+    "train reward": ("train", "reward", "train a reward model on pairs of answers"),
+    "train dpo": ("train", "dpo", "train a model to prefer the better answers of pairs"),
     "plan": ("plan", "Plan", "compile a run for given chips without them: does it fit, how fast could it be"),
     "quickstart": ("train", "quickstart", "train a small model on real text, export it, generate text"),
 }
