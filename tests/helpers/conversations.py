@@ -1,4 +1,4 @@
-"""Conversations with everything that is hard, and an oracle that writes them out in Qwen2.5's format without a template."""
+"""Conversations with what is hard, and an oracle that writes them out in Qwen2.5's format without a template."""
 
 import json
 from typing import Any, NamedTuple

@@ -92,7 +92,8 @@ def _suffix(path: Path) -> str:
 def read_rows(path: Path, advance: Callable[[int], None] = lambda count: None) -> Iterator[Row]:
     """Reads the records of a file, in order. Empty lines are left out.
 
-    Columns of Parquet and Arrow hold nulls where a record lacks a key that another one has; they are left out.
+    Objects in Parquet and Arrow have the keys of the column, in its order, with nulls where a record lacks one; nulls
+    are left out.
 
     Args:
       path: from `find_tables`.

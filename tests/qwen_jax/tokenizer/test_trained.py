@@ -40,7 +40,8 @@ from tests.helpers.conversations import (
 SEED = int(np.random.SeedSequence().generate_state(1)[0])
 # The format of Qwen2.5 with the tag that Hugging Face defines for assistant text.
 MARKED = """{%- for message in messages %}
-{%- if message.role == 'assistant' %}{{- '<|im_start|>assistant\n' }}{% generation %}{{- message.content + '<|im_end|>' }}
+{%- if message.role == 'assistant' %}
+{{- '<|im_start|>assistant\n' }}{% generation %}{{- message.content + '<|im_end|>' }}
 {%- endgeneration %}{{- '\n' }}
 {%- else %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endif %}
 {%- endfor %}
@@ -250,6 +251,7 @@ def test_sentencepiece_adds_no_space_inside_a_turn(adds_space: bool) -> None:
         vocab_size=300,
         model_type="bpe",
         byte_fallback=True,
+        normalization_rule_name="identity",
         add_dummy_prefix=adds_space,
         remove_extra_whitespaces=False,
         minloglevel=2,
