@@ -410,9 +410,9 @@ class _Run:
         """The generation defaults of the checkpoint, with the ends of turns and of texts as end ids."""
         path = self.origin / "generation_config.json"
         defaults = json.loads(path.read_bytes()) if path.is_file() else {}
-        ends = [self.tokenizer.control_ids[TURN_END]] if TURN_END in self.tokenizer.control_ids else []
-        ends += [i for i in (self.tokenizer.eos_id, *self.model.eos_token_ids) if i is not None and i not in ends]
-        return (to_json({**defaults, "eos_token_id": ends}, indent=2) + "\n").encode()
+        turn_end = self.tokenizer.control_ids.get(TURN_END)
+        ends = dict.fromkeys(i for i in (turn_end, self.tokenizer.eos_id, *self.model.eos_token_ids) if i is not None)
+        return (to_json({**defaults, "eos_token_id": list(ends)}, indent=2) + "\n").encode()
 
 
 class _From:
