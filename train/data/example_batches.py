@@ -15,7 +15,6 @@ from train.data.example_store import ExampleStore, Selection, TooLong, random_ke
 from train.data.examples import Example, Kind, Pair
 from train.data.packing import best_fit, pack_segments
 from train.data.pairs import PairBatch, pack_pairs
-from train.data.shards import digest
 
 B = TypeVar("B")
 # Changes when the same seed gives other batches.
@@ -47,6 +46,8 @@ class RowConfig:
     max_segments: int | None = None
 
     def __post_init__(self) -> None:
+        if self.too_long not in ("drop", "truncate", "error"):
+            raise InputError(f"too_long must be drop, truncate or error, got {self.too_long!r}.")
         least = {"length": 2, "batch_size": 1, "seed": 0, "epochs": 1, "max_segments": 1}
         for name, value in least.items():
             given = getattr(self, name)
@@ -213,7 +214,7 @@ class PackedExamples(abc.ABC, Generic[B]):
         return {
             **{name: config[name] for name in ("seed", "length", "batch_size", "epochs", "too_long", "max_segments")},
             "store": self.store.fingerprint,
-            "selection": digest([self.selection.units.tolist(), self.selection.lengths.tolist()]),
+            "selection": self.selection.fingerprint(),
             "order": _ORDER,
         }
 
