@@ -69,9 +69,9 @@ def render_example(
 
     The trained stretches and those between them are encoded each by itself, so that the trained tokens spell exactly
     the trained text, and the prompt of a trained turn ends at a token boundary, as it does when the model answers. The
-    ids before the first trained turn are those of `Tokenizer.encode_chat`. Where a content begins with line ends,
-    encoding the whole text at once would merge them with the line end of `<|im_start|>assistant`; elsewhere both give
-    the same ids.
+    ids before the first trained turn are those of `Tokenizer.encode_chat`, unless control tokens are typed there. Where
+    a content begins with line ends, encoding the whole text at once would merge them with the line end of
+    `<|im_start|>assistant`; elsewhere both give the same ids.
 
     Where the template marks assistant text by `{% generation %}`, that is trained. With any other template, the turn
     begins where the prompt made of the messages before it ends, and ends with the last control token of its message.

@@ -15,6 +15,7 @@ from train.data.example_store import ExampleStore, Selection, TooLong, random_ke
 from train.data.examples import Example, Kind, Pair
 from train.data.packing import best_fit, pack_segments
 from train.data.pairs import PairBatch, pack_pairs
+from train.data.shards import digest
 
 B = TypeVar("B")
 # Changes when the same seed gives other batches.
@@ -217,6 +218,10 @@ class PackedExamples(abc.ABC, Generic[B]):
             "selection": self.selection.fingerprint(),
             "order": _ORDER,
         }
+
+    def fingerprint(self) -> str:
+        """A sha256 (hex) of everything that decides the batches; the same on every host."""
+        return digest(self.record())
 
     def check_resume(self, saved: Mapping[str, Any], step: int) -> None:
         """Checks that a run has seen the same batches before a step. The number of epochs may grow.

@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ from train.data.examples import DEFAULTS, Example, ExampleOptions, Kind, Pair, R
 from train.data.progress import BuildProgress
 from train.data.shards import digest
 from train.data.tables import find_tables, where
-from train.files import temporary_name, write_file
+from train.files import write_file
 
 TooLong = Literal["drop", "truncate", "error"]
 _VERSION = 1
@@ -195,9 +196,9 @@ def open_store(
     fingerprint = _fingerprint(files, tokenizer, kind, options)
     final = folder / fingerprint[:32]
     if not (final / "store.json").exists():
-        temporary = temporary_name(final)
+        # Hosts that share the folder may have processes of the same number.
+        temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             _write(temporary, fingerprint, files, tokenizer, kind, options, progress)
             try:
