@@ -69,9 +69,9 @@ def render_example(
 
     The trained stretches and those between them are encoded each by itself, so that the trained tokens spell exactly
     the trained text, and the prompt of a trained turn ends at a token boundary, as it does when the model answers. The
-    ids before the first trained turn are those of `Tokenizer.encode_chat`. Where a content begins with line ends,
-    encoding the whole text at once would merge them with the line end of `<|im_start|>assistant`; elsewhere both give
-    the same ids.
+    ids before the first trained turn are those of `Tokenizer.encode_chat`, unless control tokens are typed there. Where
+    a content begins with line ends, encoding the whole text at once would merge them with the line end of
+    `<|im_start|>assistant`; elsewhere both give the same ids.
 
     Where the template marks assistant text by `{% generation %}`, that is trained. With any other template, the turn
     begins where the prompt made of the messages before it ends, and ends with the last control token of its message.
@@ -105,6 +105,8 @@ def chat_parts(
     parse_special: bool = False,
 ) -> list[Part]:
     """Return the text of `render_example` in parts, before they are encoded. Arguments and errors are the same."""
+    if trained not in ("all", "last"):
+        raise InputError(f"trained must be 'all' or 'last', got {trained!r}.")
     messages = parse_tool_arguments(messages)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first]
     if not turns:
@@ -116,11 +118,15 @@ def chat_parts(
         _check_tool_calls_closed(messages[i].get("content") or "", i)
     # Hide control tokens that are typed into messages and tools: replace their first characters.
     template, source = tokenizer.chat_template, tokenizer.chat_template.source(tools)
-    hidden = _Hidden(tokenizer, [] if parse_special else [messages, tools], [messages, tools, source])
+    marked = _GENERATION_TAG.search(source) is not None
+    hidden = _Hidden(
+        tokenizer, [] if parse_special else [messages, tools], [messages, tools, source], count=2 if marked else 0
+    )
     conversation = _Conversation(template, hidden.hide(messages), hidden.hide(tools))
     # Find what is trained.
-    if _GENERATION_TAG.search(source):
-        text, spans = conversation.generated(hidden.marks)
+    if marked:
+        opening, closing = hidden.marks
+        text, spans = conversation.generated((opening, closing))
         if first or trained == "last":
             spans = _of_turns(spans, messages, turns, trained)
     else:
@@ -220,13 +226,15 @@ class _Hidden:
         tokenizer: its control tokens are replaced.
         values: JSON values in which they are looked for.
         others: JSON values in which the new characters must not occur.
+        count: number of further characters that occur nowhere else, in `marks`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, values: Sequence[Any], others: Sequence[Any]) -> None:
+    def __init__(self, tokenizer: Tokenizer, values: Sequence[Any], others: Sequence[Any], count: int) -> None:
         self._pattern = _control_pattern(tokenizer)
-        first = sorted({m.group(1) for text in _texts(values) for m in self._pattern.finditer(text)})
-        opening, closing, *fresh = unused_characters(2 + len(first), "".join(_texts(others)))
-        self.marks = opening, closing
+        first = sorted({m.group() for text in _texts(values) for m in self._pattern.finditer(text)})
+        needed = count + len(first)
+        characters = unused_characters(needed, "".join(_texts(others))) if needed else []
+        self.marks, fresh = characters[:count], characters[count:]
         self.table = dict(zip(first, fresh, strict=True))
         self._back = str.maketrans({new: old for old, new in self.table.items()})
         self._fresh = frozenset(fresh)
@@ -236,7 +244,7 @@ class _Hidden:
         if not self.table or key == "role":
             return value
         if isinstance(value, str):
-            return self._pattern.sub(lambda match: self.table[match.group(1)], value)
+            return self._pattern.sub(lambda match: self.table[match.group()], value)
         if isinstance(value, Mapping):
             return {self.hide(name): self.hide(item, name) for name, item in value.items()}
         return [self.hide(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -269,8 +277,12 @@ def _control_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
 
     Tokens of white space are left out: some vocabularies have them as added tokens, and they control nothing.
     """
-    texts = "|".join(re.escape(text) for text in sorted(tokenizer.control_ids) if text.strip())
-    return re.compile(rf"(?=(?:{texts or '(?!)'}))(.)", re.DOTALL)
+    rests: dict[str, list[str]] = {}
+    for text in sorted(tokenizer.control_ids):
+        if text.strip():
+            rests.setdefault(text[0], []).append(re.escape(text[1:]))
+    branches = [f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()]
+    return re.compile("|".join(branches) or "(?!)")
 
 
 @functools.lru_cache(maxsize=16)

@@ -47,6 +47,8 @@ class RowConfig:
     max_segments: int | None = None
 
     def __post_init__(self) -> None:
+        if self.too_long not in ("drop", "truncate", "error"):
+            raise InputError(f"too_long must be drop, truncate or error, got {self.too_long!r}.")
         least = {"length": 2, "batch_size": 1, "seed": 0, "epochs": 1, "max_segments": 1}
         for name, value in least.items():
             given = getattr(self, name)
@@ -213,9 +215,13 @@ class PackedExamples(abc.ABC, Generic[B]):
         return {
             **{name: config[name] for name in ("seed", "length", "batch_size", "epochs", "too_long", "max_segments")},
             "store": self.store.fingerprint,
-            "selection": digest([self.selection.units.tolist(), self.selection.lengths.tolist()]),
+            "selection": self.selection.fingerprint(),
             "order": _ORDER,
         }
+
+    def fingerprint(self) -> str:
+        """A sha256 (hex) of everything that decides the batches; the same on every host."""
+        return digest(self.record())
 
     def check_resume(self, saved: Mapping[str, Any], step: int) -> None:
         """Checks that a run has seen the same batches before a step. The number of epochs may grow.

@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ from train.data.examples import DEFAULTS, Example, ExampleOptions, Kind, Pair, R
 from train.data.progress import BuildProgress
 from train.data.shards import digest
 from train.data.tables import find_tables, where
-from train.files import temporary_name, write_file
+from train.files import write_file
 
 TooLong = Literal["drop", "truncate", "error"]
 _VERSION = 1
@@ -91,8 +92,12 @@ class ExampleStore:
       margins: float32 [examples].
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None):
         """Opens a finished store.
+
+        Args:
+          folder: its folder.
+          files: where the data files are now, for messages; by default, where they were.
 
         Raises:
           InputError: its files are missing, damaged or cut.
@@ -101,7 +106,8 @@ class ExampleStore:
         try:
             saved = json.loads((folder / "store.json").read_bytes())
             self.fingerprint = str(saved.pop("fingerprint"))
-            self.info = StoreInfo(**{**saved, "files": tuple(saved["files"]), "unread": tuple(saved["unread"])})
+            names = saved["files"] if files is None else map(str, files)
+            self.info = StoreInfo(**{**saved, "files": tuple(names), "unread": tuple(saved["unread"])})
             self.lengths, self.trained, self.margins, self._origins = (
                 np.load(folder / f"{name}.npy", allow_pickle=False)
                 for name in ("lengths", "trained", "margins", "origins")
@@ -126,6 +132,11 @@ class ExampleStore:
     def __len__(self) -> int:
         """Number of examples or pairs."""
         return len(self.lengths)
+
+    @property
+    def sources(self) -> np.ndarray:
+        """int64 [examples], index in `info.files` of the file of each example."""
+        return self._origins[:, 0]
 
     def answers(self, index: int) -> tuple[Example, ...]:
         """One example; of a pair, the chosen and the rejected one.
@@ -185,9 +196,9 @@ def open_store(
     fingerprint = _fingerprint(files, tokenizer, kind, options)
     final = folder / fingerprint[:32]
     if not (final / "store.json").exists():
-        temporary = temporary_name(final)
+        # Hosts that share the folder may have processes of the same number.
+        temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             _write(temporary, fingerprint, files, tokenizer, kind, options, progress)
             try:
@@ -200,7 +211,7 @@ def open_store(
             raise InputError(f"Cannot write examples to {folder}: {error.strerror}. {advice}.") from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return ExampleStore(final)
+    return ExampleStore(final, files)
 
 
 def _fingerprint(files: Sequence[Path], tokenizer: Tokenizer, kind: Kind | None, options: ExampleOptions) -> str:
@@ -295,6 +306,10 @@ class Selection:
     untrained: tuple[int, ...]
     dropped: tuple[int, ...]
     truncated: tuple[int, ...]
+
+    def fingerprint(self) -> str:
+        """A sha256 (hex) of which tokens of the store are used."""
+        return hashlib.sha256(self.units.astype("<i8").tobytes() + self.lengths.astype("<i8").tobytes()).hexdigest()
 
     def describe(self, store: ExampleStore) -> str:
         """A line on the examples that are left out or cut; "" where there are none."""

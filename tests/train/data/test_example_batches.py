@@ -255,6 +255,7 @@ def test_resume_is_refused_where_batches_would_differ(stores: dict[str, ExampleS
     batches = packed(stores["sft"], epochs=1)
     saved = json.loads(json.dumps(batches.record()))
     batches.check_resume(saved, 3)
+    assert batches.fingerprint() == packed(stores["sft"], epochs=1).fingerprint() != packed(stores["sft"]).fingerprint()
     packed(stores["sft"], epochs=2).check_resume(saved, 3)
     packed(stores["sft"], epochs=2).check_resume({**saved, "epochs": 2}, len(batches) + 1)
     for change, name in (

@@ -55,6 +55,7 @@ def test_a_store_holds_what_the_renderer_gives(tokenizer: Tokenizer, tmp_path: P
         assert example.trained.tolist() == expected.trained
         assert store.lengths[n].tolist() == [len(expected.ids)]
         assert store.trained[n].tolist() == [sum(expected.trained[1:])]
+    assert store.sources.tolist() == [0] * 280 + [1] * 20
     assert store.where(281) == f"{files[1]}, line 2"
     assert (store.info.tokens, store.info.trained) == (store.lengths.sum(), store.trained.sum())
     assert "300 examples" in store.info.describe()
@@ -101,6 +102,7 @@ def test_a_store_is_reused_until_anything_changes(
     monkeypatch.setattr(module, "encode_parts", fail)
     again = open_store([moved], tokenizer, tmp_path / "stores")
     assert again.fingerprint == store.fingerprint
+    assert again.where(4) == f"{moved}, line 5"
     assert np.array_equal(again.answers(4)[0].ids, store.answers(4)[0].ids)
 
 
