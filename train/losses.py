@@ -328,20 +328,20 @@ def _over_chunks(
     # The indices of the tokens that count, in order; then others, each out of bounds: reading there gives 0, and
     # writing does nothing.
     counts = counts_BT.reshape(count)
-    beyond = count + jnp.arange(n * c)
     place = jnp.where(counts, jnp.cumsum(counts) - 1, n * c + jnp.arange(count))
+    beyond = count + jnp.arange(n * c)
     index = beyond.at[place].set(jnp.arange(count), mode="drop", unique_indices=True)
+    distinct: Any = {"unique_indices": True, "indices_are_sorted": True}
 
     def gather(i: jax.Array | int) -> tuple[jax.Array, Any]:
         index_c = jax.lax.dynamic_slice_in_dim(index, i * c, c)
-        return index_c, jax.tree.map(lambda x: x.at[index_c].get(mode="fill", fill_value=0), inputs)
+        return index_c, jax.tree.map(lambda x: x.at[index_c].get(mode="fill", fill_value=0, **distinct), inputs)
 
     def one_chunk(i: jax.Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
         carry, out = state
         index_c, parts = gather(i)
         carry, found = body(carry, parts)
-        write = lambda into, x: into.at[index_c].set(x, mode="drop", unique_indices=True)  # noqa: E731
-        return carry, jax.tree.map(write, out, found)
+        return carry, jax.tree.map(lambda into, x: into.at[index_c].set(x, mode="drop", **distinct), out, found)
 
     shapes = jax.eval_shape(lambda carry: body(carry, gather(0)[1])[1], carry)
     out = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), shapes)

@@ -171,6 +171,28 @@ def test_segment_sums(axes: dict[str, int]) -> None:
     np.testing.assert_array_equal(gradient, np.take_along_axis(padded, ids, 1))
 
 
+@pytest.mark.parametrize("axes", [{}, {"fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("which", ["dense", "compact", "log-probabilities"])
+def test_a_frozen_head_costs_no_product(axes: dict[str, int], which: str) -> None:
+    """Without a gradient with respect to the head, as with adapters, the compiled program has one product less."""
+    mesh = make_mesh(axes)
+    s, arrays = sharding_on(mesh), inputs(generator())
+
+    def loss(hidden: Any, head: Any, *rest: Any) -> Any:
+        if which == "log-probabilities":
+            return chunked_log_probs(model_of(head, s), hidden, *rest, 5).sum()
+        return chunked_cross_entropy(model_of(head, s), hidden, *rest, 5, compact=which == "compact").loss
+
+    def products(differentiated: tuple[int, ...]) -> int:
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(jax.grad(loss, argnums=differentiated)).lower(*placed(arrays, mesh))
+            return lowered.compile({"xla_backend_optimization_level": "0"}).as_text().count(" dot(")
+
+    both = products((0, 1))
+    assert both == (4 if which == "log-probabilities" else 3)
+    assert products((0,)) == both - 1
+
+
 @pytest.mark.parametrize("which", ["cross-entropy", "log-probabilities"])
 def test_no_array_as_large_as_all_logits_exists(mesh: Mesh, which: str) -> None:
     """32,768 tokens of a vocabulary of 152,064, from the compiled program of loss and gradients."""
