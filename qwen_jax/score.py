@@ -33,8 +33,10 @@ class MLPScore(nnx.Module):
     def __init__(self, weight_DD: jax.Array, weight_1D: jax.Array, sharding: Sharding):
         s, D = sharding, weight_1D.shape[1]
         self.sharding = s
-        bias = {"bias": jnp.zeros((D,)), "bias_spec": P("tensor")}
-        self.hidden = Linear("BTD,FD->BTF", weight_DD, x=s.hidden, w=s.gate_up, out=s.feed_forward, **bias)
+        self.hidden = Linear(
+            "BTD,FD->BTF", weight_DD, x=s.hidden, w=s.gate_up, out=s.feed_forward,
+            bias=jnp.zeros((D,)), bias_spec=P("tensor"),
+        )  # fmt: skip
         self.output = Weight(weight_1D, P(None, "tensor"), jnp.zeros((1,)), P(None))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:

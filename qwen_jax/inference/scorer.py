@@ -20,6 +20,15 @@ from qwen_jax.params import Params, bind
 _SHORTEST = 128
 
 
+def check_scores(config: ModelConfig) -> None:
+    """Raises InputError for a language model, which has no score head."""
+    if config.score is None:
+        raise InputError(
+            "This is a language model, which has no score head. Give a reward model (config.json names "
+            "Qwen2ForSequenceClassification or Qwen2ForRewardModel); `qwen-jax train reward` makes one."
+        )
+
+
 class Scorer:
     """A reward model on a mesh, ready to score.
 
@@ -49,11 +58,7 @@ class Scorer:
         Raises:
           InputError: a language model, or a mesh that does not fit the model.
         """
-        if config.score is None:
-            raise InputError(
-                "This is a language model, which has no score head. Give a reward model (config.json names "
-                "Qwen2ForSequenceClassification or Qwen2ForRewardModel); `qwen-jax train reward` makes one."
-            )
+        check_scores(config)
         if tokens_per_batch < 1:
             raise InputError(f"tokens_per_batch must be at least 1, got {tokens_per_batch}.")
         self.config, self.params, self.mesh, self.tokens_per_batch = config, params, mesh, tokens_per_batch

@@ -200,7 +200,7 @@ def test_experts_are_balanced_over_the_whole_batch() -> None:
         mesh, objective = make_mesh(axes), Reward(model, CONFIG)
         config = OptimizerConfig(Schedule(4))
         with jax.set_mesh(mesh):
-            step = make_train_step(objective, config, dataclasses.replace(STEP, accumulation=accumulation), mesh)
+            step = make_train_step(objective, config, StepConfig("float32", "none", accumulation), mesh)
             _, metrics = step(init_state(model, config, 0, mesh), place(pack_pairs(pairs, 8), mesh))
         found.append([float(metrics[name]) for name in ("loss", "grad_norm", "balance_loss", "accuracy", "margin")])
         assert float(metrics["balance_loss"]) > 0
