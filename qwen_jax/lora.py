@@ -48,7 +48,9 @@ class LoRA:
             unknown = [name for name in names if name not in known]
             if unknown or len(set(names)) < len(names):
                 experts = " Routed experts cannot be adapted." if any("expert" in str(name) for name in unknown) else ""
-                raise InputError(f"{field} of LoRA must be different names of {', '.join(known)}; got {names}.{experts}")
+                raise InputError(
+                    f"{field} of LoRA must be different names of {', '.join(known)}; got {names}.{experts}"
+                )
         if not self.targets:
             raise InputError(f"LoRA needs at least one target of {', '.join(TARGETS)}, got none.")
 

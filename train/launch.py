@@ -99,6 +99,7 @@ class Job(Generic[B]):
       loop: when to evaluate, and when to give up.
       checkpoints: when to save.
       initial: reads the weights to begin with, given their shapes and shardings; by default they are random.
+      base: for online merging, reads the weights that tau is counted from, as `initial` does.
       frozen: the parameters that are not trained, on a mesh; see `train.step.train_step`. They are read again for a
         phase on another mesh, and not saved. With LoRA they are all but its own and `LoRA.whole`.
       check_resume: raises if the job does not fit the steps taken: it is given the checkpoints and the step.
@@ -120,6 +121,7 @@ class Job(Generic[B]):
     loop: LoopConfig = LoopConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     initial: Callable[[Params], Params] | None = None
+    base: Callable[[Params], Params] | None = None
     frozen: Callable[[Mesh], Params] | None = None
     check_resume: Callable[[Checkpoints, int], None] | None = None
     export: Export | None = None
@@ -298,9 +300,7 @@ def _identity(job: Job[B]) -> Mapping[str, Any]:
 
 def _abstract_state(job: Job[B], phase: Phase[B], frozen: _Frozen) -> TrainState:
     """The state as shapes on the mesh of a phase."""
-    return abstract_state(
-        phase.objective.model, job.optimizer, phase.mesh, phase.step.lora, frozen.on(phase.mesh)
-    )
+    return abstract_state(phase.objective.model, job.optimizer, phase.mesh, phase.step.lora, frozen.on(phase.mesh))
 
 
 def _begin(job: Job[B], checkpoints: Checkpoints, frozen: _Frozen) -> tuple[TrainState, int]:
@@ -323,4 +323,5 @@ def _begin(job: Job[B], checkpoints: Checkpoints, frozen: _Frozen) -> tuple[Trai
             some = phase.step.lora, frozen.on(phase.mesh)
             return init_state(phase.objective.model, job.optimizer, job.seed, phase.mesh, *some), 0
         like = _abstract_state(job, phase, frozen).params
-        return fresh_state(job.optimizer, job.initial(like), phase.mesh), 0
+        base = None if job.base is None else job.base(like)
+        return fresh_state(job.optimizer, job.initial(like), phase.mesh, base), 0

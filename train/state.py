@@ -72,20 +72,30 @@ def init_state(
     return fresh_state(optimizer, params, mesh)
 
 
-def fresh_state(optimizer: OptimizerConfig, params: Params, mesh: Mesh) -> TrainState:
+def fresh_state(optimizer: OptimizerConfig, params: Params, mesh: Mesh, base: Params | None = None) -> TrainState:
     """The state before the first step, from given weights.
 
     Args:
       optimizer: of the run.
       params: float32, on the mesh.
       mesh: the current mesh, from `make_mesh`.
+      base: for online merging, the weights that tau is counted from, float32, as `params`.
+
+    Raises:
+      ValueError: online merging without `base`, or `base` without it.
     """
+    if (optimizer.merging is None) != (base is None):
+        raise ValueError("Online merging needs the base weights, and nothing else does.")
 
     def scalar(dtype: DTypeLike) -> jax.Array:
         # Each needs a buffer of its own, because the state is donated.
         return jax.device_put(jnp.zeros((), dtype), NamedSharding(mesh, P()))
 
-    opt_state = jax.jit(make_optimizer(optimizer).init)(params)
+    def init(params: Params, base: Params | None) -> optax.OptState:
+        tau = None if base is None else jax.tree.map(jnp.subtract, params, base)
+        return make_optimizer(optimizer, tau).init(params)
+
+    opt_state = jax.jit(init)(params, base)
     guard = Guard(scalar(jnp.float32), scalar(jnp.int32), scalar(jnp.int32))
     return TrainState(scalar(jnp.int32), params, opt_state, guard)
 

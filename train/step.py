@@ -349,7 +349,7 @@ def make_eval_step(objective: Objective[B, S, C], config: StepConfig, mesh: Mesh
 def make_loss_check(
     objective: Objective[B, S, C], config: StepConfig, mesh: Mesh
 ) -> Callable[[Params, B, Params | None], jax.Array]:
-    """Jits a check whether the loss is finite: of parameters, the first micro-batch of a global batch, frozen parameters.
+    """Jits a check whether the loss of the first micro-batch is finite: of parameters, a global batch, and frozen ones.
 
     Args:
       objective: as in training.

@@ -23,11 +23,11 @@ from qwen_jax.stack import unstack
 from qwen_jax.tokenizer import Tokenizer, train_bpe
 from tests.helpers.forward import logits
 from tests.helpers.runs import assert_same_weights, stop_after
-from tests.train.test_objective import Log, Silent
+from tests.train.test_objective import Silent
 from train.data.batch import Batch, place
 from train.data.packing import pack
 from train.launch import Job, Phase, launch
-from train.loop import CheckpointConfig, fit
+from train.loop import CheckpointConfig
 from train.objective import Metrics
 from train.optimizer import AdamW, OptimizerConfig, Schedule
 from train.pretrain import NextToken
@@ -35,9 +35,9 @@ from train.state import TrainState, abstract_state, init_state
 from train.step import EvalStep, StepConfig, batch_gradient, make_eval_step, make_train_step
 
 DENSE = dataclasses.replace(
-    published("tiny"), vocab_size=64, hidden_size=32, intermediate_size=64, head_dim=8, num_layers=3
+    published("tiny"), vocab_size=64, hidden_size=32, intermediate_size=64, head_dim=8, num_layers=2
 )
-EXPERTS = dataclasses.replace(DENSE, moe=MoE(4, 2, 16, 32, mlp_only_layers=(1,)))
+EXPERTS = dataclasses.replace(DENSE, moe=MoE(4, 2, 16, 32, mlp_only_layers=(0,)))
 MODELS = {"dense": DENSE, "experts": EXPERTS}
 WIDE = LoRA(rank=5, alpha=20.0, rank_stabilised=True)
 OPTIMIZER = OptimizerConfig(Schedule(12, 1e-2, warmup_steps=2), AdamW(weight_decay=0.0))
@@ -62,9 +62,7 @@ def draw(model: ModelConfig, mesh: Mesh, lora: LoRA | None) -> Params:
 
     def leaf(path: Any, shape: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array:
         one = 1.0 if any("norm" in str(key) for key in path) else 0.0
-        return jax.device_put(
-            np.asarray(one + rng.normal(0, 0.1, shape.shape), np.float32), NamedSharding(mesh, spec)
-        )
+        return jax.device_put(np.asarray(one + rng.normal(0, 0.1, shape.shape), np.float32), NamedSharding(mesh, spec))
 
     shapes = abstract_params(model, sharding, options, jnp.float32)
     return jax.tree_util.tree_map_with_path(leaf, shapes, param_specs(model, sharding, options))
@@ -117,12 +115,14 @@ def test_new_lora_changes_nothing_and_a_has_pefts_range() -> None:
     with jax.set_mesh(mesh):
         state = init_state(EXPERTS, OPTIMIZER, SEED % 2**31, mesh, WIDE, draw(EXPERTS, mesh, None))
     names = lora_names(state.params)
-    # Attention has 4 targets, the MLP of layer 1 and the shared experts have 3 each: an A and a B.
+    # Attention has 4 targets, the MLP of layer 0 and the shared expert of layer 1 have 3 each: an A and a B.
     assert len(names) == len(jax.tree.leaves(state.params)) == 2 * (4 + 3 + 3)
     attention = state.params["layers"]["attention"]
-    assert attention["q"]["lora_a"].shape == (3, 5, 32)
-    assert attention["o"]["lora_a"].shape == (3, 5, EXPERTS.num_heads, 8)
-    assert not any(np.any(np.asarray(x)) for path, x in jax.tree.leaves_with_path(state.params) if "lora_b" in str(path))
+    assert attention["q"]["lora_a"].shape == (2, 5, 32)
+    assert attention["o"]["lora_a"].shape == (2, 5, EXPERTS.num_heads, 8)
+    assert not any(
+        np.any(np.asarray(x)) for path, x in jax.tree.leaves_with_path(state.params) if "lora_b" in str(path)
+    )
     for part in ("q", "o"):
         a = np.asarray(attention[part]["lora_a"]).ravel()
         bound = (32 if part == "q" else EXPERTS.num_heads * 8) ** -0.5
@@ -158,7 +158,7 @@ def trained(
     axes: tuple[tuple[str, int], ...], name: str = "dense", **changes: Any
 ) -> tuple[list[float], list[float], Params]:
     """Loss and gradient norm of four steps, and the trained parameters after them."""
-    model, mesh, log = MODELS[name], make_mesh(dict(axes)), Log()
+    model, mesh = MODELS[name], make_mesh(dict(axes))
     config = dataclasses.replace(STEP, lora=WIDE, **changes)
     with jax.set_mesh(mesh):
         everything = draw(model, mesh, WIDE)
@@ -173,7 +173,6 @@ def trained(
         jax.tree.map(np.testing.assert_array_equal, frozen, before)  # Neither changed nor donated.
         held_out = make_eval_step(NextToken(model), config, mesh)(state.params, place(rows(0), mesh), frozen)
     assert float(held_out.loss / held_out.weight) < float(seen[0]["loss"])
-    del log
     return (
         [float(m["loss"]) for m in seen],
         [float(m["grad_norm"]) for m in seen],
@@ -187,7 +186,7 @@ def trained(
         ({"data": 2, "fsdp": 2, "tensor": 2}, "dense", {"accumulation": 2}),
         ({"context": 2, "tensor": 4}, "dense", {"remat": "full"}),
         ({}, "dense", {"scan_layers": False, "remat": "none"}),
-        ({"expert": 2, "fsdp": 2}, "experts", {"scan_layers": False}),
+        ({"expert": 2, "fsdp": 2}, "experts", {}),
     ],
     ids=str,
 )
@@ -204,21 +203,21 @@ def test_training_depends_neither_on_the_mesh_nor_on_how_it_is_run(
 @pytest.mark.parametrize("scan", [True, False], ids=["scan", "unrolled"])
 def test_frozen_weights_cost_no_gradient_and_are_arguments(scan: bool) -> None:
     """The compiled step: fewer operations and less memory than full training, and no weights inside the program."""
-    model = dataclasses.replace(DENSE, hidden_size=128, intermediate_size=512, num_layers=4, vocab_size=512)
+    model = dataclasses.replace(DENSE, hidden_size=128, intermediate_size=512, num_layers=2, vocab_size=4096)
     mesh, lora = make_mesh({}), LoRA(rank=2)
     sharding = Sharding.for_training(model, mesh)
     place_at = NamedSharding(mesh, Sharding.tokens)
-    ints, floats = (jax.ShapeDtypeStruct((8, 64), dtype, sharding=place_at) for dtype in (jnp.int32, jnp.float32))
+    ints, floats = (jax.ShapeDtypeStruct((1, 16), dtype, sharding=place_at) for dtype in (jnp.int32, jnp.float32))
     batch = Batch(ints, ints, ints, floats)
 
     def compiled(lora: LoRA | None) -> tuple[float, int, int]:
-        config = StepConfig(dtype="bfloat16", lora=lora, scan_layers=scan)
+        config = StepConfig(dtype="float32", lora=lora, scan_layers=scan)
         frozen = None
         if lora is not None:
             options = Options(stacked=scan)
             frozen = jax.tree.map(
                 lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
-                abstract_params(model, sharding, options, jnp.bfloat16),
+                abstract_params(model, sharding, options, jnp.float32),
                 param_specs(model, sharding, options),
             )
         state = abstract_state(model, OPTIMIZER, mesh, lora, frozen)
@@ -232,8 +231,8 @@ def test_frozen_weights_cost_no_gradient_and_are_arguments(scan: bool) -> None:
     weights = sum(x.size for x in jax.tree.leaves(abstract_params(model, sharding)))
     # Of three products with each weight, forward and two backward, one is not needed.
     assert some[0] < 0.8 * full[0]
-    # The gradient of the weights, in float32 or the compute dtype, is not held.
-    assert some[1] < full[1] - 2 * weights
+    # The float32 gradient of the weights, the head's among them, is not held.
+    assert some[1] < full[1] - 3 * weights
     # Only the state is donated: parameters of LoRA and two moments.
     assert some[2] < 0.2 * 12 * weights
 
@@ -275,7 +274,9 @@ def test_a_job_resumes_exactly_and_saves_only_what_is_trained(
         stop_after(patch, 4)
         launch(job(tmp_path / "run" / "checkpoints", tokenizer, first))
     assert launch(job(tmp_path / "run" / "checkpoints", tokenizer, second)).steps_taken == 2
-    numbers = [[r["loss"] for s in group for r in s.log.records if "loss" in r] for group in ([straight], [first, second])]
+    numbers = [
+        [r["loss"] for s in group for r in s.log.records if "loss" in r] for group in ([straight], [first, second])
+    ]
     assert numbers[0] == numbers[1]
     assert_same_weights(tmp_path / "run", tmp_path / "straight", step=6)
     saved = sum(file.stat().st_size for file in (tmp_path / "run" / "checkpoints" / "6" / "params").rglob("*"))
@@ -286,7 +287,14 @@ def test_a_job_resumes_exactly_and_saves_only_what_is_trained(
 
 @pytest.mark.parametrize(
     "settings",
-    [{"rank": 0}, {"alpha": 0.0}, {"targets": ()}, {"targets": ("q", "q")}, {"targets": ("experts",)}, {"whole": ("x",)}],
+    [
+        {"rank": 0},
+        {"alpha": 0.0},
+        {"targets": ()},
+        {"targets": ("q", "q")},
+        {"targets": ("experts",)},
+        {"whole": ("x",)},
+    ],
     ids=str,
 )
 def test_bad_settings(settings: dict[str, Any]) -> None:
