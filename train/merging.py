@@ -117,13 +117,13 @@ class MergingState(NamedTuple):
 
     Attributes:
       inner: of the inner optimiser.
-      count: int32 scalar, accepted steps; masks depend on it.
+      steps: int32 scalar, accepted steps; masks depend on it.
       tau: in the tree and the shardings of the weights; F(tau) if its mask is fixed.
       since_merge: summed updates since the last merge, as the weights; None if every step merges.
     """
 
     inner: optax.OptState
-    count: jax.Array
+    steps: jax.Array
     tau: optax.Params
     since_merge: optax.Params | None
 
@@ -175,21 +175,21 @@ def online_merging(
         updates: optax.Updates, state: MergingState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, MergingState]:
         delta, inner_state = optimizer.update(updates, state.inner, params, **extra)
-        count, since = state.count + 1, state.since_merge
+        steps, since = state.steps + 1, state.since_merge
         if _is_identity(config):
-            return delta, MergingState(inner_state, count, state.tau, since)
+            return delta, MergingState(inner_state, steps, state.tau, since)
         if since is None:
-            merged = _merge(config, delta, state.tau, state.count)
-            return merged, MergingState(inner_state, count, state.tau, None)
+            merged = _merge(config, delta, state.tau, state.steps)
+            return merged, MergingState(inner_state, steps, state.tau, None)
 
         # The weights have the updates since the last merge already: a merge replaces them by the merged sum.
         def replace(delta: optax.Updates, total: optax.Updates) -> tuple[optax.Updates, optax.Updates]:
-            merged = _merge(config, total, state.tau, state.count)
+            merged = _merge(config, total, state.tau, state.steps)
             return jax.tree.map(lambda d, m, t: d + (m - t), delta, merged, total), jax.tree.map(jnp.zeros_like, total)
 
-        due = count % config.merge_every == 0
+        due = steps % config.merge_every == 0
         delta, since = lax.cond(due, replace, lambda *kept: kept, delta, jax.tree.map(jnp.add, since, delta))
-        return delta, MergingState(inner_state, count, state.tau, since)
+        return delta, MergingState(inner_state, steps, state.tau, since)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -62,7 +62,7 @@ def write_pefts(folder: Path, model: torch.nn.Module, **changes: Any) -> dict[st
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and adapted(name):
             out, inputs = module.weight.shape
-            draw = lambda *shape: torch.randn(*shape, generator=generator) * 0.3  # noqa: E731
+            draw = lambda *shape: torch.randn(*shape, generator=generator) * 0.15  # noqa: E731
             tensors[f"base_model.model.{name}.lora_A.weight"] = draw(RANK, inputs)
             tensors[f"base_model.model.{name}.lora_B.weight"] = draw(out, RANK)
     folder.mkdir()
@@ -74,11 +74,12 @@ def write_pefts(folder: Path, model: torch.nn.Module, **changes: Any) -> dict[st
 def torch_logits(
     model: torch.nn.Module, tensors: dict[str, torch.Tensor], scale: float, tokens: np.ndarray
 ) -> np.ndarray:
-    """Logits of the base model with `scale B(A(x))` added to each adapted module's output."""
+    """Float64 logits of the base model with `scale B(A(x))` added to each adapted module's output."""
+    model.double()
     hooks = []
     for name, module in model.named_modules():
-        a, b = (tensors.get(f"base_model.model.{name}.lora_{part}.weight") for part in "AB")
-        if a is not None and b is not None:
+        if f"base_model.model.{name}.lora_A.weight" in tensors:
+            a, b = (tensors[f"base_model.model.{name}.lora_{part}.weight"].double() for part in "AB")
             add = lambda module, x, y, a=a, b=b: y + scale * (x[0] @ a.T) @ b.T  # noqa: E731
             hooks.append(module.register_forward_hook(add))
     with torch.no_grad():
@@ -152,7 +153,7 @@ def test_whole_modules_and_bfloat16(tmp_path: Path, mesh: Mesh) -> None:
     a, b = (tensors[f"base_model.model.{name.removesuffix('.weight')}.lora_{part}.weight"].double() for part in "AB")
     exact = before[name].double() + ALPHA / RANK * b @ a
     # Half a unit in the last place of bfloat16, and float32's rounding before it.
-    assert ((after[name].double() - exact).abs() <= exact.abs() * 2**-8 * 0.502).all()
+    assert ((after[name].double() - exact).abs() <= exact.abs() * 2**-8 * 1.001 + 1e-6).all()
     norm = "model.layers.0.input_layernorm.weight"
     assert torch.equal(after[norm], before[norm])
     _, params = convert.load(tmp_path / "base", mesh, "float32", adapter=tmp_path / "adapter")
@@ -160,6 +161,7 @@ def test_whole_modules_and_bfloat16(tmp_path: Path, mesh: Mesh) -> None:
     np.testing.assert_allclose(got, exact.numpy(), rtol=1e-5, atol=1e-5)
 
 
+EXPERT = "base_model.model.model.layers.0.mlp.experts.1.up_proj"
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -183,7 +185,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "ranks by module": (settings(rank_pattern={"q_proj": 8}), "rank_pattern"),
     "PiSSA": (settings(init_lora_weights="pissa_niter_4"), "changed the base weights"),
     "no rank": (settings(r=0), "r=0"),
-    "another rank": (settings(r=4), r"lora_A of model.layers.0.*shape \[3, 64\].*\[4, 64\]"),
+    "another rank": (settings(r=4), r"lora_A of model.layers.0.*shape \[3, .*\[4, "),
     "another shape": (
         weights(lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(128, 3)})),
         r"someone/base.*shape \[128, 3\].*need \[64, 3\].*another base model",
@@ -197,7 +199,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "embed_tokens.lora_embedding_A",
     ),
     "a routed expert": (
-        weights(lambda t: t.update({Q.replace("self_attn.q", "mlp.experts.1.up") + ".lora_A.weight": torch.zeros(3, 64)})),
+        weights(lambda t: t.update({f"{EXPERT}.lora_A.weight": torch.zeros(3, 64)})),
         "Routed experts cannot have LoRA",
     ),
     "B is missing": (weights(lambda t: t.pop(f"{Q}.lora_B.weight")), "lacks lora_B of model.layers.0"),

@@ -276,7 +276,7 @@ def test_the_training_step_carries_tau_and_resumes_exactly(tmp_path: Path, monke
     straight = launch(job("straight"))
     state = straight.state.opt_state
     assert isinstance(state, MergingState)
-    assert int(state.count) == 6
+    assert int(state.steps) == 6
     kept = np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(state.tau["layers"]["mlp"])])
     assert 0.4 < (kept != 0).mean() < 0.6
     with monkeypatch.context() as patch:
