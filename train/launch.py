@@ -295,6 +295,10 @@ def _identity(job: Job[B]) -> Mapping[str, Any]:
     if len(lora) > 1:
         raise ValueError(f"All phases of a job must train the same parameters; their LoRA is {lora}.")
     only = next(iter(lora))
+    if only is not None and job.frozen is None:
+        raise InputError(
+            "LoRA trains beside frozen weights, and this run has none. Give Job.frozen, or train without it."
+        )
     return job.identity if only is None else {**job.identity, "lora": dataclasses.asdict(only)}
 
 
