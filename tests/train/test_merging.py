@@ -16,19 +16,19 @@ from jax.sharding import NamedSharding
 from qwen_jax.config import MoE
 from qwen_jax.errors import InputError
 from qwen_jax.parallel.sharding import Sharding, make_mesh
-from qwen_jax.params import Params, init_params, param_specs
+from qwen_jax.params import Params, init_params, param_specs, without
 from qwen_jax.tokenizer import train_bpe
 from tests.helpers.runs import assert_same_weights, stop_after
 from tests.train.test_lora import DENSE, rows
 from tests.train.test_objective import Silent
-from train.data.batch import Batch, place
+from train.data.batch import Batch
 from train.launch import Job, Phase, launch
 from train.loop import CheckpointConfig
 from train.merging import Merging, MergingState, online_merging
-from train.optimizer import AdamW, OptimizerConfig, Schedule
+from train.optimizer import AdamW, OptimizerConfig, Schedule, make_optimizer
 from train.pretrain import NextToken
 from train.state import TrainState, fresh_state
-from train.step import StepConfig, make_train_step
+from train.step import StepConfig
 
 # Computed by the code in github.com/QwenLM/online_merging_optimizers (9d411b82), in PyTorch: three steps from REF.
 BASE, REF = [0.1, -0.2, 0.3, 0.4, -0.5], [0.12, -0.23, 0.3, 0.39, -0.45]
@@ -295,21 +295,24 @@ def test_the_training_step_carries_tau_and_resumes_exactly(
 
 
 def test_the_optimiser_of_a_run_with_p_1_and_alpha_0_is_adamw() -> None:
-    mesh, plain = make_mesh({}), OptimizerConfig(Schedule(4, 1e-3))
-    found = []
-    with jax.set_mesh(mesh):
-        for merging in (None, Merging(p=1.0, alpha=0.0, merge_every=2)):
-            optimizer = dataclasses.replace(plain, merging=merging)
-            params = init_params(DENSE, jax.random.key(SEED), mesh)
-            base = None if merging is None else jax.tree.map(jnp.zeros_like, params)
-            state = fresh_state(optimizer, params, mesh, base)
-            step = make_train_step(NextToken(DENSE), optimizer, StepConfig("float32"), mesh)
-            for i in range(3):
-                state, _ = step(state, place(rows(i), mesh))
-            found.append(jax.tree.map(np.asarray, state.params))
-    jax.tree.map(np.testing.assert_array_equal, *found)
+    plain, rng = OptimizerConfig(Schedule(4, 1e-3)), np.random.default_rng(SEED)
+    merged = dataclasses.replace(plain, merging=Merging(p=1.0, alpha=0.0, merge_every=2))
+    params, tau = tree(rng, 0.02), tree(rng, 1e-3)
+    optimizers = make_optimizer(plain), make_optimizer(merged, tau)
+    states, weights = [optimizer.init(params) for optimizer in optimizers], [params, params]
+    for step in range(3):
+        gradient = tree(rng, 1.0)
+        for i, optimizer in enumerate(optimizers):
+            how = {"step": jnp.int32(step), "norm": optax.tree.norm(gradient)}
+            updates, states[i] = optimizer.update(gradient, states[i], weights[i], **how)
+            weights[i] = optax.apply_updates(weights[i], updates)
+    jax.tree.map(np.testing.assert_array_equal, *weights)
+
+
+def test_a_run_needs_the_base_weights() -> None:
+    optimizer = OptimizerConfig(Schedule(4, 1e-3), merging=Merging())
     with pytest.raises(ValueError, match="base weights"):
-        fresh_state(dataclasses.replace(plain, merging=Merging()), params, mesh)
+        fresh_state(optimizer, tree(np.random.default_rng(SEED), 0.02), make_mesh({}))
 
 
 @pytest.mark.parametrize(
