@@ -394,7 +394,6 @@ def adapter_problem(folder: Path) -> str | None:
     return (
         f"{folder} holds a {kind} adapter (adapter_config.json), not a model"
         + (f"; its base model is {base}" if base else "")
-        + ". Merge it into the base model first, with PEFT: "
-        "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...); then give the merged "
-        "folder."
+        + f". Give the base model and --adapter {folder}; or merge the two first, with qwen-jax convert "
+        f"--merge-adapter {folder} MODEL OUT, or PEFT's merge_and_unload()."
     )

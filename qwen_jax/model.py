@@ -20,7 +20,7 @@ from qwen_jax.attention.sparse import Diagnostics
 from qwen_jax.attention.sparse_block import SparseChunk, attend_sparsely
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.matmul import few_rows
-from qwen_jax.linear import Embedding, Linear, RMSNorm, initializers
+from qwen_jax.linear import Embedding, Linear, RMSNorm, add_lora, initializers
 from qwen_jax.moe.block import MoE
 from qwen_jax.moe.router import RouterStats
 from qwen_jax.options import Options
@@ -77,6 +77,7 @@ class MLP(nnx.Module):
                 for _ in range(2)
             )
         self.down = Linear("BTF,DF->BTD", residual(rngs.params(), (D, width)), x=s.feed_forward, w=s.down, out=s.hidden)
+        add_lora(self, options.lora, rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         return self.down_swiglu(*self.gate_and_up(x_BTD))

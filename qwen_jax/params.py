@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.config import ModelConfig, Score
+from qwen_jax.lora import LoRA
 from qwen_jax.model import Qwen2
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
@@ -51,6 +52,56 @@ def bind(config: ModelConfig, params: Params, sharding: Sharding, options: Optio
 def _with_list_as_dict(params: Params) -> Params:
     layers = params["layers"]
     return {**params, "layers": dict(enumerate(layers)) if isinstance(layers, (list, tuple)) else layers}
+
+
+def union(params: Params, frozen: Params | None) -> Params:
+    """The whole tree of parameters, from those that are trained and those that are not.
+
+    Args:
+      params: some of the parameters, such as those of LoRA.
+      frozen: the others, in the same layout of layers; None for none.
+
+    Raises:
+      ValueError: an array is in both trees, or their layers have different layouts.
+    """
+    if frozen is None:
+        return params
+    both: Params = dict(params)
+    for name, value in frozen.items():
+        if name not in both:
+            both[name] = value
+        elif isinstance(both[name], dict) and isinstance(value, dict):
+            both[name] = union(both[name], value)
+        elif isinstance(both[name], list) and isinstance(value, list):
+            both[name] = [union(*layers) for layers in zip(both[name], value, strict=True)]
+        else:
+            raise ValueError(f"{name} is among the trained and among the frozen parameters, or in another layout.")
+    return both
+
+
+def without(params: Params, frozen: Params | None) -> Params:
+    """The part of a stacked tree of parameters that a tree of frozen ones lacks; `union` is the inverse.
+
+    Args:
+      params: all parameters, with stacked layers.
+      frozen: some of them, with stacked layers or a list of layers; None for none.
+    """
+    rest: Params = {}
+    for name, value in params.items():
+        other = None if frozen is None else frozen.get(name)
+        if isinstance(other, list):
+            other = functools.reduce(_all_keys, other)
+        if other is None:
+            rest[name] = value
+        elif isinstance(other, dict) and (some := without(value, other)):
+            rest[name] = some
+    return rest
+
+
+def _all_keys(a: Params, b: Params) -> Params:
+    """A tree with the keys of both."""
+    shared = {key: _all_keys(a[key], b[key]) for key in a.keys() & b.keys() if isinstance(a[key], dict)}
+    return {**a, **b, **shared}
 
 
 def abstract_params(
@@ -99,28 +150,37 @@ def _is_spec(x: object) -> bool:
     return isinstance(x, P)
 
 
-def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
+def init_params(
+    config: ModelConfig,
+    key: jax.Array,
+    mesh: Mesh,
+    dtype: Any = jnp.float32,
+    lora: LoRA | None = None,
+    frozen: Params | None = None,
+) -> Params:
     """Initialises parameters for pre-training, stacked, directly in their shardings.
 
     Matrices are normal with standard deviation `config.initializer_range`, divided by sqrt(2 num_layers) for those that
-    write to the residual stream; biases are zero and norms one.
+    write to the residual stream; biases are zero and norms one. For LoRA see `qwen_jax.linear.Linear.add_lora`.
 
     Args:
       config: the architecture.
       key: a PRNG key; the same key gives the same weights on every mesh.
       mesh: from `make_mesh`.
       dtype: of the parameters; float32 for training.
+      lora: with it, the parameters of LoRA are made too.
+      frozen: parameters that exist already and are left out.
 
     Returns:
-      The tree of `abstract_params`.
+      The tree of `abstract_params`, without `frozen`.
     """
-    sharding = Sharding.for_training(config, mesh)
-    specs = param_specs(config, sharding)
+    sharding, options = Sharding.for_training(config, mesh), Options(lora=lora)
+    specs = without(param_specs(config, sharding, options), frozen)
     out = jax.tree.map(lambda p: NamedSharding(mesh, p), specs, is_leaf=_is_spec)
 
     def init(key: jax.Array) -> Params:
-        model = Qwen2(config, sharding, nnx.Rngs(params=key), Options())
-        params = nnx.to_pure_dict(nnx.split(model)[1])
+        model = Qwen2(config, sharding, nnx.Rngs(params=key), options)
+        params = without(nnx.to_pure_dict(nnx.split(model)[1]), frozen)
         return jax.tree.map(lambda x: x.astype(dtype), params)
 
     result: Params = jax.jit(init, out_shardings=out)(key)

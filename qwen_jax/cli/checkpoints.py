@@ -103,15 +103,18 @@ class Convert:
         dst: The new folder.
         to: Format to write; by default the one that SRC does not have.
         dtype: Dtype of the written weights; by default as stored, every tensor byte for byte.
+        merge_adapter: LoRA folder of PEFT to merge into the weights, summed in float32 and then rounded. The format is
+            then that of SRC.
     """
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     to: Literal["hf", "orbax"] | None = None
     dtype: DType | None = None
+    merge_adapter: Annotated[Path | None, tyro.conf.arg(metavar="ADAPTER")] = None
 
     def run(self) -> int:
-        sibling("convert").convert(self.src, self.dst, self.to, self.dtype, progress=True)
+        sibling("convert").convert(self.src, self.dst, self.to, self.dtype, progress=True, adapter=self.merge_adapter)
         print(self.dst)
         return 0
 

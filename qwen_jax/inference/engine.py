@@ -79,7 +79,7 @@ class Engine:
 
         Args:
           config: the architecture.
-          params: unstacked, from `convert.load`; consumed.
+          params: unstacked, from `convert.load`, which also merges a LoRA adapter into them; consumed.
           mesh: the mesh that the parameters are on.
           tokenizer: for text and stop strings, and to know which ids are padding.
           dtype: compute dtype, and that of the cache: bfloat16, float32 or float16.
