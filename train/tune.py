@@ -18,9 +18,10 @@ from rich.console import Console
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
+from qwen_jax.lora import LoRA
 from qwen_jax.parallel.multihost import in_step
 from qwen_jax.parallel.sharding import Sharding, make_mesh
-from qwen_jax.params import Params, with_fresh_score_head
+from qwen_jax.params import Params, init_params, with_fresh_score_head
 from qwen_jax.tokenizer import Tokenizer
 from qwen_jax.tokenizer.control import TURN_END
 from train.checkpoint import Checkpoints
@@ -95,6 +96,9 @@ def main(method: Method, argv: Sequence[str], formats: "Formats") -> int:
     )
     parser.add_argument("--output", metavar="DIR", help="folder of the run")
     parser.add_argument("--held-out", nargs="+", metavar="FILE", help="examples to evaluate on")
+    parser.add_argument(
+        "--lora", action="store_true", help="train an adapter, which is written in PEFT's format; see step.lora"
+    )
     parser.add_argument("--config", metavar="FILE.py[:FUNCTION]", help="a function that returns a TuneConfig, instead")
     add_run_arguments(parser, _SET.format(_FIELD[method]))
     options = parser.parse_args(list(argv))
@@ -111,7 +115,7 @@ def main(method: Method, argv: Sequence[str], formats: "Formats") -> int:
 
 def _configuration(method: Method, options: argparse.Namespace) -> TuneConfig:
     """The configuration of a file, or of plain arguments."""
-    given = [n for n in ("model", "data", "output", "held_out") if getattr(options, n) is not None]
+    given = [name for name in ("model", "data", "output", "held_out", "lora") if getattr(options, name)]
     if options.config is not None:
         if given:
             raise InputError(
@@ -133,6 +137,10 @@ def _configuration(method: Method, options: argparse.Namespace) -> TuneConfig:
             stages=(TuneStage(learning_rate=_RATES[method], epochs=2.0 if method == "sft" else 1.0),),
             loop=LoopConfig(evaluate_every=100 if options.held_out else 0),
         )
+        if options.lora:
+            lora = LoRA(whole=("score",)) if method == "reward" else LoRA()
+            rate = dataclasses.replace(config.stages[0], learning_rate=10 * _RATES[method])
+            config = dataclasses.replace(config, step=dataclasses.replace(config.step, lora=lora), stages=(rate,))
         config = set_fields(config, *options.set)
     if config.method != method:
         raise InputError(f"The configuration is one of `qwen-jax train {config.method}`. Use that command.")
@@ -146,8 +154,8 @@ class Formats(Protocol):
         """The architecture of a checkpoint, its tokenizer, and its local folder."""
         ...
 
-    def load(self, path: str, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
-        """The weights of a checkpoint, with stacked layers, on a mesh."""
+    def load(self, path: str, config: ModelConfig, mesh: Mesh, dtype: str, stacked: bool = True) -> Params:
+        """The weights of a checkpoint on a mesh."""
         ...
 
     def fingerprint(self, path: str) -> str:
@@ -156,6 +164,10 @@ class Formats(Protocol):
 
     def write(self, params: Params, config: ModelConfig, origin: Path, folder: Path) -> None:
         """Writes a Hugging Face folder, with the tokenizer and the generation defaults of `origin`."""
+        ...
+
+    def write_adapter(self, params: Params, config: ModelConfig, lora: LoRA, base: str, folder: Path) -> None:
+        """Writes a PEFT folder of trained parameters."""
         ...
 
 
@@ -231,9 +243,10 @@ class _Run:
         self.config, self.formats, self.tokenizer, self.origin = config, formats, tokenizer, origin
         self.meshes, self.console, self.clock = meshes, console, clock
         self.output = Path(config.output).absolute()
+        self._frozen_on: tuple[Mesh, Params] | None = None
         # A reward model begins with a new head, unless the checkpoint has one.
         self.new_head = config.method == "reward" and model.score is None
-        if config.method == "reward" and self.new_head:
+        if self.new_head:
             model = dataclasses.replace(model, score=config.objective.head)  # type: ignore[union-attr]
         if config.method != "reward" and model.score is not None:
             raise InputError(f"{config.model} is a reward model, which has no output head. Give a language model.")
@@ -288,7 +301,7 @@ class _Run:
             folder=output / "checkpoints",
             model=self.model,
             tokenizer=self.tokenizer,
-            optimizer=OptimizerConfig(rates, config.optimizer),
+            optimizer=OptimizerConfig(rates, config.optimizer, config.merging),
             phases=tuple(self._phase(index) for index in range(len(config.stages))),
             report=self._report,
             seed=config.seed,
@@ -297,6 +310,8 @@ class _Run:
             loop=config.loop,
             checkpoints=config.checkpoints,
             initial=self._initial,
+            base=None if config.base is None else lambda like: self._whole(str(config.base), like),
+            frozen=None if config.step.lora is None else self._frozen,
             check_resume=self._check_resume,
             export=None if folder is None else Export(folder, self._export),
             nothing_left=f"{config.output} has ended: all {self.ends[-1]:,} steps are taken",
@@ -324,9 +339,10 @@ class _Run:
         )
 
         def evaluate(state: TrainState, _: EvalStep[Any]) -> dict[str, float]:
+            frozen = None if self.config.step.lora is None else self._frozen(mesh)
             losses, weights, metrics = 0.0, 0.0, {}
             for name, packed in self.held_out.items():
-                found = [sums(state.params, batch) for batch in _placed(packed, mesh)]
+                found = [sums(state.params, batch, frozen) for batch in _placed(packed, mesh)]
                 total, statistics = jax.tree.map(lambda *x: sum(x), *found)
                 weight = jnp.maximum(total.weight, 1e-8)
                 losses, weights = losses + float(total.loss), weights + float(total.weight)
@@ -366,14 +382,43 @@ class _Run:
 
     def _initial(self, like: Params) -> Params:
         """The weights to begin with."""
+        lora, mesh = self.config.step.lora, jax.tree.leaves(like)[0].sharding.mesh
+        if lora is None:
+            return self._whole(self.config.model, like)
+        # The adapter begins at random, and parts that are trained whole as they are in the checkpoint.
+        key = jax.random.key(self.config.seed)
+        params = init_params(self.model, key, mesh, lora=lora, frozen=self._frozen(mesh))
+        names = [name for name in lora.whole if name in params and not (name == "score" and self.new_head)]
+        if names:
+            stored = self._load(self.config.model, mesh, "float32")
+            params = {**params, **{name: stored[name] for name in names}}
+        return params
+
+    def _whole(self, path: str, like: Params) -> Params:
+        """All weights of a checkpoint in float32; a reward model that begins has a new head."""
         mesh = jax.tree.leaves(like)[0].sharding.mesh
-        with in_step(f"Reading the weights of {self.config.model}"):
-            if not self.new_head:
-                return self.formats.load(self.config.model, self.model, mesh, "float32")
-            language, _, _ = self.formats.describe(self.config.model)
-            params = self.formats.load(self.config.model, language, mesh, "float32")
-            assert self.model.score is not None
-            return with_fresh_score_head(params, language, jax.random.key(self.config.seed), self.model.score)[1]
+        params, config = self._load(path, mesh, "float32"), self.config
+        if not self.new_head:
+            return params
+        assert self.model.score is not None
+        return with_fresh_score_head(params, self.model, jax.random.key(config.seed), self.model.score)[1]
+
+    def _load(self, path: str, mesh: Mesh, dtype: str, stacked: bool = True) -> Params:
+        with in_step(f"Reading the weights of {path}"):
+            model = dataclasses.replace(self.model, score=None) if self.new_head else self.model
+            return self.formats.load(path, model, mesh, dtype, stacked)
+
+    def _frozen(self, mesh: Mesh) -> Params:
+        """With LoRA: the weights that are not trained, in the compute dtype and layout."""
+        if self._frozen_on is None or self._frozen_on[0] != mesh:
+            self._frozen_on = None
+            step, lora = self.config.step, self.config.step.lora
+            assert lora is not None
+            params = self._load(self.config.model, mesh, step.dtype, stacked=step.scan_layers)
+            unused = {"lm_head"} if self.model.score is not None else set()
+            kept = {name: value for name, value in params.items() if name not in {*lora.whole, *unused}}
+            self._frozen_on = mesh, kept
+        return self._frozen_on[1]
 
     def _check_resume(self, checkpoints: Checkpoints, step: int) -> None:
         saved = (checkpoints.data(step) or {}).get("stages", [])
@@ -395,8 +440,11 @@ class _Run:
 
     def _export(self, params: Params) -> None:
         """Writes the tuned model, which ends texts where its turns end."""
-        folder = self.config.export_folder
+        folder, lora, model = self.config.export_folder, self.config.step.lora, self.objectives[-1].model
         assert folder is not None
+        if lora is not None:
+            self.formats.write_adapter(params, model, lora, self.config.model, folder)
+            return
         origin = self.output / "export"
         with in_step(f"Writing {origin}"):
             if jax.process_index() == 0:
@@ -404,7 +452,7 @@ class _Run:
                 self.tokenizer.save(origin)
                 if self.config.method != "reward":
                     write_file(origin / "generation_config.json", self._generation_config())
-        self.formats.write(params, self.objectives[-1].model, origin, folder)
+        self.formats.write(params, model, origin, folder)
 
     def _generation_config(self) -> bytes:
         """The generation defaults of the checkpoint, with the ends of turns and of texts as end ids."""

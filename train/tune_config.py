@@ -14,6 +14,7 @@ from train.data.examples import ExampleOptions, Kind
 from train.dpo import Dpo, DpoConfig
 from train.fields import at_least, call, near, set_fields
 from train.loop import CheckpointConfig, LoopConfig
+from train.merging import Merging
 from train.objective import Objective
 from train.optimizer import AdamW, Schedule
 from train.pretrain import NextToken, PretrainConfig
@@ -90,7 +91,9 @@ class TuneConfig:
       seed: of the data order, and of a new score head.
       mesh: sizes of the axes that are not 1.
       optimizer: AdamW; its learning rate is in the stages.
-      step: how a step is computed.
+      merging: merge each update with that of the model's own tuning, counted from `base`; see `train.merging`.
+      base: with `merging`: the checkpoint that `model` was tuned from.
+      step: how a step is computed; with `step.lora`, only an adapter is trained.
       loop: evaluation, and when to give up.
       checkpoints: how often to save, and what to keep.
       export: Hugging Face folder to write after the last step; by default `model` in the output. "" writes none.
@@ -113,6 +116,8 @@ class TuneConfig:
     seed: int = 0
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     optimizer: AdamW = AdamW()
+    merging: Merging | None = None
+    base: str | None = None
     step: StepConfig = StepConfig()
     loop: LoopConfig = LoopConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
@@ -139,6 +144,13 @@ class TuneConfig:
                     raise InputError(f"The mesh axis {axis!r} must be at least 1, got {size}.")
         if self.reference is not None and not isinstance(self.objective, DpoConfig):
             raise InputError("A reference belongs to DPO. Leave reference out.")
+        if (self.merging is None) != (self.base is None):
+            raise InputError(
+                "Online merging needs both: its settings (merging), and the checkpoint that the model was tuned from "
+                f"(base). Got merging={self.merging} and base={self.base!r}."
+            )
+        if self.merging is not None and self.step.lora is not None:
+            raise InputError("Online merging is of whole weights, and LoRA trains none of them. Leave one of them out.")
 
     @property
     def method(self) -> Method:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from qwen_jax.config import ModelConfig
+    from qwen_jax.lora import LoRA
     from qwen_jax.tokenizer import Tokenizer
 
 
@@ -92,8 +93,10 @@ class _Formats:
         folder = resolve(path)
         return add_end_ids(config, folder), load_tokenizer(path), folder
 
-    def load(self, path: str, config: "ModelConfig", mesh: "Mesh", dtype: str) -> Any:
-        return sibling("convert").load_params(path, config, mesh, dtype)
+    def load(self, path: str, config: "ModelConfig", mesh: "Mesh", dtype: str, stacked: bool = True) -> Any:
+        from qwen_jax.options import Options
+
+        return sibling("convert").load_params(path, config, mesh, dtype, Options(stacked=stacked))
 
     def fingerprint(self, path: str) -> str:
         import hashlib
@@ -108,6 +111,9 @@ class _Formats:
 
     def write(self, params: Any, config: "ModelConfig", origin: Path, folder: Path) -> None:
         sibling("convert.huggingface").export(params, config, folder, extra_files_from=origin)
+
+    def write_adapter(self, params: Any, config: "ModelConfig", lora: "LoRA", base: str, folder: Path) -> None:
+        sibling("convert.adapter").write_adapter(folder, params, config, lora, base)
 
 
 def _until_interrupted(run: Callable[[], int]) -> int:

@@ -1,5 +1,6 @@
 """Tuning runs from the command line to a model that answers: SFT, reward model and DPO, exact resume, and mistakes."""
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -21,6 +22,7 @@ from qwen_jax.published import published
 from qwen_jax.tokenizer import train_bpe
 from tests.helpers.runs import assert_same_weights, print_seed, stop_after
 from train import tune
+from train.merging import Merging
 from train.observe.metrics import read_log
 from train.tune_config import TuneConfig
 
@@ -35,9 +37,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_bpe(["red blue green grey which colour system user assistant\n" * 9], 320)
     config = dataclasses.replace(published("tiny"), vocab_size=384, num_layers=1, eos_token_ids=(tokenizer.eos_id,))
     mesh = make_mesh({}, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        export(init_params(config, jax.random.key(int(rng.integers(2**31))), mesh), config, folder / "model")
-    tokenizer.save(folder / "model")
+    for name in ("model", "base"):
+        with jax.set_mesh(mesh):
+            export(init_params(config, jax.random.key(int(rng.integers(2**31))), mesh), config, folder / name)
+        tokenizer.save(folder / name)
 
     def chosen_and_rejected() -> dict[str, Any]:
         right, wrong = rng.permutation(words)[:2].tolist()
@@ -62,9 +65,9 @@ def arguments(files: Path, method: str, output: Path) -> list[str]:
 
 def configuration(files: Path, method: Any, output: Path) -> TuneConfig:
     options = arguments(files, method, output)
-    parsed = dict(model=options[1], output=options[3], data=[options[5]], held_out=[options[7]], config=None)
-    import argparse
-
+    parsed = dict(
+        model=options[1], output=options[3], data=[options[5]], held_out=[options[7]], config=None, lora=False
+    )
     return tune._configuration(method, argparse.Namespace(**parsed, set=options[9:]))
 
 
@@ -106,6 +109,34 @@ def test_a_stopped_run_resumes_bit_for_bit(
         assert (tmp_path / run / "checkpoints" / str(last)).is_dir()
     folders = [tmp_path / run / "checkpoints" for run in ("straight", "stopped")]
     assert_same_weights(folders[0].parent, folders[1].parent, last)
+
+
+@pytest.mark.parametrize("method", ["sft", "reward"])
+def test_an_adapter_is_tuned_and_used(method: str, files: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert main(["train", method, "--lora", *arguments(files, method, output)]) == 0
+    losses = [r["loss"] for r in read_log(output / "metrics.jsonl") if "loss" in r]
+    assert losses[-1] < losses[0]
+    settings = read_json(output / "model" / "adapter_config.json")
+    assert settings["base_model_name_or_path"] == str(files / "model")
+    assert settings["modules_to_save"] == (["score"] if method == "reward" else None)
+    if method == "sft":
+        command = ["generate", str(files / "model"), "--adapter", str(output / "model"), "--prompt", "red"]
+        assert main([*command, "--max-new-tokens", "2"]) == 0
+
+
+def test_merging_nothing_is_the_plain_optimiser(files: Path, tmp_path: Path) -> None:
+    """Online merging in a run: with alpha 0 and p 1 the same weights bit for bit, otherwise others."""
+    plain = dataclasses.replace(configuration(files, "dpo", tmp_path / "plain"), held_out={}, export="")
+    tune.tune(plain, _Formats())
+    for name, merging in (("none", Merging(alpha=0.0, p=1.0)), ("some", Merging(alpha=1e-2, p=0.5))):
+        output, base = str(tmp_path / name), str(files / "base")
+        changed = dataclasses.replace(plain, output=output, merging=merging, base=base)
+        tune.tune(changed, _Formats())
+    steps = int(read_log(tmp_path / "plain" / "metrics.jsonl")[-1]["step"])
+    assert_same_weights(tmp_path / "plain", tmp_path / "none", steps)
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "plain", tmp_path / "some", steps)
 
 
 def test_a_mesh_tunes_as_one_device_does(files: Path, tmp_path: Path) -> None:

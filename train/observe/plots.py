@@ -162,9 +162,7 @@ def plot_folder(folder: Path) -> Path:
     """
     launches, metrics = folder / "launches.jsonl", folder / "metrics.jsonl"
     if not launches.is_file() or not metrics.is_file():
-        raise InputError(
-            f"{folder} holds no run of `qwen-jax train`: it has no launches.jsonl, metrics.jsonl."
-        )
+        raise InputError(f"{folder} holds no run of `qwen-jax train`: it has no launches.jsonl, metrics.jsonl.")
     # The stages are those of the last launch whose record is complete.
     records = read_records(launches, "config")
     if not records:
