@@ -55,11 +55,53 @@ def chat_tokenizer() -> Tokenizer:
     return train_bpe([" ".join(words) * 3, "assistant\n\n\nuser\n\nsystem\n" * 9], 400)
 
 
-def random_conversation(rng: np.random.Generator, tools: bool) -> list[dict[str, Any]]:
+# What may begin, end or split a control token, a line, a character or an expression of a template.
+FRAGMENTS = (
+    *(
+        "<",
+        "|",
+        "im_end",
+        "|>",
+        "<|im_",
+        "<|im_end|>",
+        "<<|im_end|>",
+        "tool_call>",
+        "<|endoftext|>",
+        "assistant\n",
+        "{{",
+    ),
+    *(
+        "%}",
+        "\n",
+        "\r",
+        " ",
+        "\t",
+        "\u00a0",
+        "\u2028",
+        "\x00",
+        "\u0301",
+        "e",
+        "\u212b",
+        "\ue000",
+        "\uf8ff",
+        "\\u003c",
+        '"',
+    ),
+)
+
+
+def random_contents(rng: np.random.Generator) -> tuple[str, ...]:
+    """Contents of random fragments."""
+    return tuple("".join(rng.choice(np.array(FRAGMENTS, object), rng.integers(0, 9)).tolist()) for _ in range(12))
+
+
+def random_conversation(
+    rng: np.random.Generator, tools: bool, contents: tuple[str, ...] = CONTENTS
+) -> list[dict[str, Any]]:
     """A conversation of random turns that has at least one of the assistant, which may be anywhere but first."""
 
     def content() -> str:
-        return str(rng.choice(np.array(CONTENTS, object)))
+        return str(rng.choice(np.array(contents, object)))
 
     def call() -> dict[str, Any]:
         arguments = {content(): content(), "n": [1, None, {"deep": content()}]}

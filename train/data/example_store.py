@@ -193,6 +193,7 @@ def open_store(
       InputError: a file cannot be read, an example is malformed, or the store cannot be written.
     """
     files = find_tables(data)
+    kind = kind or next(read_examples(files)).kind
     fingerprint = _fingerprint(files, tokenizer, kind, options)
     final = folder / fingerprint[:32]
     if not (final / "store.json").exists():
@@ -214,7 +215,7 @@ def open_store(
     return ExampleStore(final, files)
 
 
-def _fingerprint(files: Sequence[Path], tokenizer: Tokenizer, kind: Kind | None, options: ExampleOptions) -> str:
+def _fingerprint(files: Sequence[Path], tokenizer: Tokenizer, kind: Kind, options: ExampleOptions) -> str:
     contents = []
     for path in files:
         try:
@@ -237,14 +238,13 @@ def _write(
     fingerprint: str,
     files: Sequence[Path],
     tokenizer: Tokenizer,
-    kind: Kind | None,
+    kind: Kind,
     options: ExampleOptions,
     progress: Console | None,
 ) -> None:
     lengths, trained, margins, origins = [], [], [], []
     unread: set[str] = set()
     literal = 0
-    first: Kind | None = None
     numbers = {path: i for i, path in enumerate(files)}
     total = sum(path.stat().st_size for path in files)
     quiet = progress or Console(quiet=True)
@@ -254,7 +254,6 @@ def _write(
             parts = [example.parts(tokenizer, options) for example in group]
             encoded = iter(encode_parts(tokenizer, [answer for answers in parts for answer in answers]))
             for example, answers in zip(group, parts, strict=True):
-                first = first or example.kind
                 ids, masks = zip(*itertools.islice(encoded, len(answers)), strict=True)
                 if not all(ids):
                     raise InputError(f"{example.row.where}: the example has no tokens. Leave it out.")
@@ -270,8 +269,6 @@ def _write(
                 literal += any(part.trained and part.literal for answer in answers for part in answer)
         out.flush()
         os.fsync(out.fileno())
-    if first is None:
-        raise InputError("Found no examples. Give files with records.")
     for name, values, dtype in (
         ("lengths", lengths, "<i8"),
         ("trained", trained, "<i8"),
@@ -280,7 +277,7 @@ def _write(
     ):
         np.save(folder / f"{name}.npy", np.array(values, dtype))
     counts = len(lengths), int(np.sum(lengths)), int(np.sum(trained))
-    info = StoreInfo(first, tuple(map(str, files)), *counts, tuple(sorted(unread)), literal)
+    info = StoreInfo(kind, tuple(map(str, files)), *counts, tuple(sorted(unread)), literal)
     write_file(folder / "store.json", json.dumps({"fingerprint": fingerprint, **dataclasses.asdict(info)}).encode())
 
 

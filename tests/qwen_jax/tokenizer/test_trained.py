@@ -33,6 +33,7 @@ from tests.helpers.conversations import (
     TOOL,
     Piece,
     chat_tokenizer,
+    random_contents,
     random_conversation,
     written_out,
 )
@@ -73,7 +74,7 @@ def conversations(count: int, tools: bool = True) -> list[tuple[list[dict[str, A
     print(f"seed {SEED}")
     rng = np.random.default_rng(SEED)
     single = [[{"role": "user", "content": c}, {"role": "assistant", "content": c}] for c in CONTENTS]
-    random = [random_conversation(rng, tools) for _ in range(count)]
+    random = [random_conversation(rng, tools, random_contents(rng) if n % 2 else CONTENTS) for n in range(count)]
     return [(messages, [TOOL] if tools and n % 2 else None) for n, messages in enumerate(single + random)]
 
 
@@ -107,7 +108,7 @@ def test_trained_characters_equal_the_oracle(tokenizers: dict[str, Tokenizer], n
     format has control tokens, wherever they are typed."""
     tokenizer = tokenizers[name]
     control = tokenizer.control_ids
-    for messages, tools in conversations(40):
+    for messages, tools in conversations(80):
         oracle = written_out(messages, tools, SYSTEM_TEXTS[name])
         text = tokenizer.chat_template.render(parse_tool_arguments(messages), tools, add_generation_prompt=False)
         assert "".join(p.text for p in oracle) == text

@@ -100,7 +100,7 @@ def test_a_store_is_reused_until_anything_changes(
         raise AssertionError("tokenized again")
 
     monkeypatch.setattr(module, "encode_parts", fail)
-    again = open_store([moved], tokenizer, tmp_path / "stores")
+    again = open_store([moved], tokenizer, tmp_path / "stores", kind="sft")
     assert again.fingerprint == store.fingerprint
     assert again.where(4) == f"{moved}, line 5"
     assert np.array_equal(again.answers(4)[0].ids, store.answers(4)[0].ids)
