@@ -126,7 +126,8 @@ def _encode(line: str, tokenizer: "Tokenizer") -> list[int]:
         )
     values = [record[key] for key in found[0]]
     texts = [isinstance(value, str) for value in values]
-    if len(set(texts)) > 1 or texts[0] == (found[0] == ("messages",)):
+    wrong = {("messages",): texts[0], ("text",): not texts[0]}.get(found[0], False)
+    if wrong or len(set(texts)) > 1:
         raise InputError(f"expected {' and '.join(found[0])} as {_EXPECTED[found[0]]}.")
     if texts[0]:
         if record.get("tools"):

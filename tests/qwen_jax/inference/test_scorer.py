@@ -156,8 +156,8 @@ def test_the_command_scores_each_form_of_a_record(
     lines = [json.dumps(record) for record, _ in records]
     file = tmp_path / "in.jsonl"
     file.write_text("\n".join([lines[0], "", *lines[1:]]) + "\n")
-    status, found, _ = run(capsys, "--model", folder, "--input", file)
-    assert status == 0
+    status, found, err = run(capsys, "--model", folder, "--input", file)
+    assert status == 0, err
     assert [(r["line"], r["tokens"]) for r in found] == [
         (n, len(ids)) for n, (_, ids) in zip((1, 3, 4, 5), records, strict=True)
     ]
