@@ -181,8 +181,7 @@ def trained(
 @pytest.mark.parametrize(
     ("axes", "name", "changes"),
     [
-        ({"data": 2, "fsdp": 2, "tensor": 2}, "dense", {"accumulation": 2}),
-        ({"context": 2, "tensor": 4}, "dense", {"remat": "full"}),
+        ({"fsdp": 2, "tensor": 2, "context": 2}, "dense", {"accumulation": 2, "remat": "full"}),
         ({}, "dense", {"scan_layers": False, "remat": "none"}),
     ],
     ids=str,
