@@ -65,10 +65,8 @@ def arguments(files: Path, method: str, output: Path) -> list[str]:
 
 def configuration(files: Path, method: Any, output: Path) -> TuneConfig:
     options = arguments(files, method, output)
-    parsed = dict(
-        model=options[1], output=options[3], data=[options[5]], held_out=[options[7]], config=None, lora=False
-    )
-    return tune._configuration(method, argparse.Namespace(**parsed, set=options[9:]))
+    paths = {"model": options[1], "output": options[3], "data": [options[5]], "held_out": [options[7]]}
+    return tune._configuration(method, argparse.Namespace(**paths, config=None, lora=False, set=options[9:]))
 
 
 @pytest.mark.parametrize("method", ["sft", "reward", "dpo"])
