@@ -65,7 +65,7 @@ FRAGMENTS = (
         "<|im_",
         "<|im_end|>",
         "<<|im_end|>",
-        "tool_call>",
+        "im_start|>",
         "<|endoftext|>",
         "assistant\n",
         "{{",
