@@ -80,7 +80,9 @@ def our_losses(objective: Objective[Any, Any, Any], folder: Path, data: list[Any
     mesh, losses = make_mesh({}), []
     with jax.set_mesh(mesh):
         state = fresh_state(OPTIMIZER, load_params(folder, objective.model, mesh), mesh)
-        step = make_train_step(objective, OPTIMIZER, STEP, mesh)
+        # Compiling takes most of the time; LLVM's optimisations do not matter here.
+        lowered = make_train_step(objective, OPTIMIZER, STEP, mesh).lower(state, place(data[0], mesh))  # type: ignore[attr-defined]
+        step = lowered.compile({"xla_backend_optimization_level": "0"})
         for i in range(STEPS):
             state, metrics = step(state, place(data[i % len(data)], mesh))
             losses.append(float(metrics["loss"]))
