@@ -1,6 +1,6 @@
 """Fine-tuning beside a plain PyTorch loop around transformers, of unpacked examples: 20 steps, the same losses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,15 @@ from train.step import StepConfig, make_train_step
 STEPS, LENGTH, BETA = 20, 64, 0.3
 OPTIMIZER = OptimizerConfig(Schedule(STEPS, 2e-3, warmup_steps=3), AdamW(eps=1e-6))
 STEP = StepConfig("float32", "none")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of PyTorch cost more than they save at these sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -80,7 +89,9 @@ def our_losses(objective: Objective[Any, Any, Any], folder: Path, data: list[Any
     mesh, losses = make_mesh({}), []
     with jax.set_mesh(mesh):
         state = fresh_state(OPTIMIZER, load_params(folder, objective.model, mesh), mesh)
-        step = make_train_step(objective, OPTIMIZER, STEP, mesh)
+        # Compiling takes most of the time; LLVM's optimisations do not matter here.
+        lowered = make_train_step(objective, OPTIMIZER, STEP, mesh).lower(state, place(data[0], mesh))  # type: ignore[attr-defined]
+        step = lowered.compile({"xla_backend_optimization_level": "0"})
         for i in range(STEPS):
             state, metrics = step(state, place(data[i % len(data)], mesh))
             losses.append(float(metrics["loss"]))
