@@ -155,7 +155,7 @@ def launch(job: Job[B]) -> Outcome:
     Raises:
       InputError: a folder, weights or data that do not fit; no room for a checkpoint; too many skipped steps.
     """
-    total, frozen = job.phases[-1].end, _Frozen(job.frozen)
+    total, frozen = job.phases[-1].end, _Frozen(job)
     programs = _Programs(job.optimizer, frozen)
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption()) if job.save_on_signals else None
@@ -214,8 +214,9 @@ def launch(job: Job[B]) -> Outcome:
 class _Frozen:
     """The frozen parameters on the mesh that was asked for last; those on another mesh are let go first."""
 
-    def __init__(self, read: Callable[[Mesh], Params] | None):
-        self._read, self._mesh, self._params = read, cast("Mesh | None", None), cast("Params | None", None)
+    def __init__(self, job: Job[Any]):
+        self._read, self._lora = job.frozen, job.phases[0].step.lora
+        self._mesh, self._params = cast("Mesh | None", None), cast("Params | None", None)
 
     def on(self, mesh: Mesh) -> Params | None:
         """The parameters; None if all are trained."""
@@ -223,6 +224,9 @@ class _Frozen:
             self._params = None
             with jax.set_mesh(mesh):
                 self._mesh, self._params = mesh, self._read(mesh)
+            both = self._params.keys() & set(self._lora.whole if self._lora else ())
+            if both:
+                raise ValueError(f"LoRA trains {', '.join(sorted(both))} whole, so Job.frozen must not have it.")
         return self._params
 
 

@@ -279,6 +279,8 @@ def test_a_job_resumes_exactly_and_saves_only_what_is_trained(
     assert saved < 4 * sum(x.size for x in jax.tree.leaves(abstract_params(DENSE)))
     with pytest.raises(InputError, match="'rank': 5"):
         launch(job(tmp_path / "run" / "checkpoints", tokenizer, Silent(), LoRA(rank=4)))
+    with pytest.raises(ValueError, match="norm whole"):
+        launch(job(tmp_path / "whole", tokenizer, Silent(), LoRA(whole=("norm",))))
     alone = dataclasses.replace(job(tmp_path / "new", tokenizer, Silent()), frozen=None)
     with pytest.raises(InputError, match="has none"):
         launch(alone)
