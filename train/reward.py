@@ -6,27 +6,17 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from qwen_jax.config import ModelConfig, Score
 from qwen_jax.errors import InputError
 from qwen_jax.moe.router import RouterStats
-from qwen_jax.options import Options
-from qwen_jax.parallel.sharding import Sharding
 from train.data.batch import Batch
 from train.data.pairs import PairBatch
 from train.fields import at_least
-from train.moe import (
-    MoETraining,
-    WholeBatch,
-    auxiliary,
-    count_whole_batch,
-    exchange_options,
-    explain_router,
-    routing_metrics,
-    zero_routing,
-)
-from train.objective import BatchContext, BoundModel, Metrics, Objective, Sums
+from train.losses import segment_sums
+from train.moe import MoETraining, RoutedObjective, WholeBatch, routing_metrics
+from train.objective import BatchContext, BoundModel, Metrics, Sums
+from train.preference import bradley_terry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +70,7 @@ class RewardStats:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reward(Objective[PairBatch, RewardStats, WholeBatch | None]):
+class Reward(RoutedObjective[PairBatch, RewardStats]):
     """Bradley-Terry loss of a reward model, the mean over pairs; with experts, their balance and router z-loss too.
 
     The score of an answer is that at the last token of its segment, which `segment_ids` tell: token ids play no part.
@@ -104,24 +94,25 @@ class Reward(Objective[PairBatch, RewardStats, WholeBatch | None]):
                 "or start from a language model with qwen_jax.params.with_fresh_score_head."
             )
 
+    @property
+    def moe(self) -> MoETraining:
+        """How experts are trained."""
+        return self.config.moe
+
+    def rows(self, batch: PairBatch) -> Batch:
+        """The packed rows."""
+        return batch.batch
+
     def denominator(self, batch: PairBatch) -> jax.Array:
         """The number of pairs."""
         return _ends_pair(batch.batch).sum(dtype=jnp.float32)
-
-    def prepare(self, model: BoundModel, batch: PairBatch, micro_batches: PairBatch | None) -> WholeBatch | None:
-        """What the balance loss needs of the whole batch; None for a dense model."""
-        if self.model.moe is None:
-            return None
-        parts = None if micro_batches is None else micro_batches.batch
-        return count_whole_batch(self.config.moe, model, batch.batch, parts)
 
     def sums(
         self, model: BoundModel, batch: PairBatch, context: BatchContext[RewardStats, WholeBatch | None] | None
     ) -> tuple[Sums, RewardStats]:
         """Summed loss, and the statistics of the pairs."""
         # Scores at every token, in the order of the model.
-        whole = context.prepared if context else None
-        hidden_BTD, routing = model.hidden(batch.batch, count_routing=whole is not None)
+        hidden_BTD, routing = self.hidden(model, batch, context)
         scores_BT = model.module.scores(hidden_BTD)
 
         # One number for each segment, from its last token: chosen and rejected alternate.
@@ -130,7 +121,7 @@ class Reward(Objective[PairBatch, RewardStats, WholeBatch | None]):
         )
 
         def of_pairs(x_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-            sums_BS = _segment_sums(x_BT, segments_BT, self.config.max_segments, model.module.sharding)
+            sums_BS = segment_sums(x_BT, segments_BT, self.config.max_segments, model.module.sharding)
             return sums_BS[:, 0::2], sums_BS[:, 1::2]
 
         chosen, rejected = of_pairs(jnp.where(last_BT > 0, scores_BT, 0.0))
@@ -139,13 +130,10 @@ class Reward(Objective[PairBatch, RewardStats, WholeBatch | None]):
 
         # The loss. Pairs beyond max_segments would be left out in silence; a loss of NaN stops the run instead.
         count, pairs = is_pair.sum(), _ends_pair(batch.batch).sum(dtype=jnp.float32)
-        centred = jnp.square(chosen + rejected)
         reported = (bradley_terry(chosen, rejected, margin) * is_pair).sum()
-        loss = reported + self.config.centering * (centred * is_pair).sum()
+        loss = (bradley_terry(chosen, rejected, margin, self.config.centering) * is_pair).sum()
         loss = jnp.where(count < pairs, jnp.nan, loss)
-        added = None
-        if context is not None and whole is not None and routing is not None:
-            added = auxiliary(self.config.moe, self.model, routing, whole, context.so_far.routing)
+        added = self.regulariser(routing, context, context.so_far.routing if context else None)
         chosen, rejected = map(jax.lax.stop_gradient, (chosen, rejected))
         statistics = RewardStats(
             accuracy=((chosen > rejected) * is_pair).sum(),
@@ -159,7 +147,7 @@ class Reward(Objective[PairBatch, RewardStats, WholeBatch | None]):
     def zero_statistics(self) -> RewardStats:
         """Statistics of no pair."""
         zero = jnp.zeros((), jnp.float32)
-        return RewardStats(zero, zero, zero, zero, None if self.model.moe is None else zero_routing(self.model))
+        return RewardStats(zero, zero, zero, zero, self.zero_routing())
 
     def metrics(self, statistics: RewardStats, denominator: jax.Array) -> Metrics:
         """`accuracy`, `margin` and `mean_reward`, as TRL names them; `beyond`; with experts, `routing_metrics`."""
@@ -170,17 +158,7 @@ class Reward(Objective[PairBatch, RewardStats, WholeBatch | None]):
 
     def for_evaluation(self) -> "Reward":
         """Without centring, and dropless."""
-        moe = dataclasses.replace(self.config.moe, capacity_factor=0.0)
-        return Reward(self.model, dataclasses.replace(self.config, centering=0.0, moe=moe))
-
-    def options(self, options: Options) -> Options:
-        """With the experts' kernel and capacity."""
-        moe = self.config.moe
-        return dataclasses.replace(options, grouped=moe.grouped, capacity_factor=moe.capacity_factor)
-
-    def compiler_options(self, sharding: Sharding, platform: str) -> dict[str, bool]:
-        """Asynchronous exchange of tokens between the devices of an expert axis, on TPUs."""
-        return exchange_options(self.config.moe, sharding, platform)
+        return Reward(self.model, dataclasses.replace(self.config, centering=0.0, moe=self.moe.dropless()))
 
     def explain(self, numbers: Mapping[str, float]) -> str:
         """Says that rows have too many segments, or names the router that gave logits that are not finite."""
@@ -190,20 +168,7 @@ class Reward(Objective[PairBatch, RewardStats, WholeBatch | None]):
                 f"{beyond} pairs of the batch are in rows with more than max_segments={self.config.max_segments} "
                 "segments, and would not be scored. Set max_segments to that of the packed rows."
             )
-        return explain_router(numbers)
-
-
-def bradley_terry(chosen: jax.Array, rejected: jax.Array, margin: jax.Array | float = 0.0) -> jax.Array:
-    """Negative log-likelihood that the chosen answer is preferred (Bradley & Terry 1952), by a margin.
-
-    Args:
-      chosen, rejected: scores, float32 of one shape.
-      margin: by which the chosen score should be higher (Touvron et al. 2023, arXiv:2307.09288, equation 2).
-
-    Returns:
-      -log sigmoid(chosen - rejected - margin), of the same shape.
-    """
-    return jax.nn.softplus(margin - (chosen - rejected))
+        return super().explain(numbers)
 
 
 def _is_last(batch: Batch) -> jax.Array:
@@ -215,27 +180,3 @@ def _is_last(batch: Batch) -> jax.Array:
 def _ends_pair(batch: Batch) -> jax.Array:
     """Where the last token of a rejected answer is, bool [B, T]."""
     return _is_last(batch) & (batch.segment_ids % 2 == 0)
-
-
-def _segment_sums(x_BT: jax.Array, segment_ids_BT: jax.Array, max_segments: int, sharding: Sharding) -> jax.Array:
-    """Sums over the segments of packed rows; differentiable with respect to x.
-
-    Args:
-      x_BT: float32, sharded as `Sharding.tokens`, in any order of tokens.
-      segment_ids_BT: int32, in the same order; segments are counted from 1 in each row, 0 is padding.
-      max_segments: segments after that many are left out.
-      sharding: of the current mesh.
-
-    Returns:
-      Float32 [B, max_segments], sharded over rows: element s is the sum over segment s + 1 of the row, 0 where there is
-      none.
-    """
-
-    @jax.shard_map(in_specs=(sharding.tokens, sharding.tokens), out_specs=P(sharding.tokens[0], None))
-    def local(x_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-        # The comparison is fused into the sum: no array [B, T, max_segments] exists.
-        here_BTS = segment_ids_BT[:, :, None] == jnp.arange(1, max_segments + 1)
-        return jax.lax.psum(jnp.where(here_BTS, x_BT[:, :, None], 0.0).sum(1), "context")
-
-    result: jax.Array = local(x_BT, segment_ids_BT)
-    return result

@@ -28,7 +28,7 @@ from train.checkpoint import Checkpoints
 from train.command import add_run_arguments, join_if_asked, steps_to_trace
 from train.data.batch import place_part, row_part
 from train.data.example_batches import PackedExamples, PackedPairs, PackedSequences, RowConfig
-from train.data.example_store import open_store
+from train.data.example_store import ExampleStore, open_store
 from train.data.feed import Feed
 from train.data.shards import digest
 from train.distributed import check_same
@@ -275,8 +275,9 @@ class _Run:
     def _open(self, sources: Mapping[str, str], index: int, epochs: int | None, what: str) -> PackedExamples[Any]:
         """Tokenizes examples, unless that was done before, and packs them into the rows of a stage."""
         config, stage = self.config, self.config.stages[index]
-        with in_step(f"Opening {what} {', '.join(sources)}"):
-            store = open_store(
+
+        def opened() -> ExampleStore:
+            return open_store(
                 list(sources.values()),
                 self.tokenizer,
                 self.output / "examples",
@@ -284,6 +285,13 @@ class _Run:
                 options=config.examples,
                 progress=self.console,
             )
+
+        # Process 0 tokenizes, and the others find its work.
+        with in_step(f"Tokenizing {what} {', '.join(sources)}"):
+            if jax.process_index() == 0:
+                opened()
+        with in_step(f"Opening {what} {', '.join(sources)}"):
+            store = opened()
             most = _MAX_SEGMENTS if config.kind == "pairs" else None
             rows = RowConfig(stage.length, stage.batch_size, config.seed, epochs, config.too_long, most)
             return (PackedPairs if config.kind == "pairs" else PackedSequences)(store, rows)

@@ -5,10 +5,10 @@
     qwen-jax train reward --config experiments/post/qwen2_5.py:reward --set model=DIR data.pairs=FILE ...
     qwen-jax train dpo --config experiments/post/qwen2_5.py:dpo --set model=DIR base=DIR data.pairs=FILE ...
 
-The report gives, for supervised fine-tuning, 2 epochs at 32,768 tokens, a learning rate from 7e-6 to 7e-7, weight decay
-0.1 and clipping at 1.0; for long contexts a first stage of short examples and a second one of short and long examples up
-to 262,144 tokens; for DPO one epoch over 150,000 pairs at 7e-7 with the online merging optimiser. It gives no batch sizes,
-no beta and no settings of the merging: those here are placeholders of a usual size.
+The report gives, for supervised fine-tuning, 2 epochs at 32,768 tokens, a learning rate from 7e-6 to 7e-7, weight
+decay 0.1 and clipping at 1.0; for long contexts a first stage of short examples and a second one of short and long
+examples up to 262,144 tokens; for DPO one epoch over 150,000 pairs at 7e-7 with the online merging optimiser. It gives
+no batch sizes, no beta and no settings of the merging: those here are placeholders of a usual size.
 """
 
 from train.dpo import DpoConfig

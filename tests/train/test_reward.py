@@ -27,7 +27,8 @@ from tests.helpers.reward import make_reward_checkpoint
 from train.data.batch import Batch, place
 from train.data.pairs import PairBatch
 from train.optimizer import AdamW, OptimizerConfig, Schedule, make_schedule
-from train.reward import Reward, RewardConfig, bradley_terry
+from train.preference import bradley_terry
+from train.reward import Reward, RewardConfig
 from train.state import fresh_state, init_state
 from train.step import StepConfig, batch_gradient, make_eval_step, make_train_step
 
