@@ -5,7 +5,12 @@ A projection with a weight W becomes `x W^T + scale (x A^T) B^T`. Only A [rank, 
 """
 
 import dataclasses
+import functools
 import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from qwen_jax.errors import InputError
 
@@ -58,3 +63,31 @@ class LoRA:
     def scale(self) -> float:
         """The factor on the update."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+
+def merged(params: dict[str, Any], lora: LoRA) -> dict[str, Any]:
+    """Parameters in which the updates are added to the weights, without those of LoRA. Sums are in float32.
+
+    Args:
+      params: with or without stacked layers.
+      lora: the settings that they were trained with.
+    """
+
+    def walk(tree: Any) -> Any:
+        if isinstance(tree, list):
+            return [walk(part) for part in tree]
+        if not isinstance(tree, dict):
+            return tree
+        if "lora_a" not in tree:
+            return {name: walk(part) for name, part in tree.items()}
+        rest = {name: part for name, part in tree.items() if name not in ("lora_a", "lora_b")}
+        weight, a, b = (tree[name].astype(jnp.float32) for name in ("weight", "lora_a", "lora_b"))
+        product = functools.partial(jnp.tensordot, axes=1, precision="highest")
+        # Stacked layers have a leading axis: both factors together have two axes more than the weight, without it.
+        stacked = a.ndim + b.ndim - weight.ndim == 3
+        update = (jax.vmap(product) if stacked else product)(b, a)
+        sharding = jax.typeof(weight).sharding
+        return {**rest, "weight": (weight + lora.scale * jax.reshard(update, sharding)).astype(tree["weight"].dtype)}
+
+    result: dict[str, Any] = walk(params)
+    return result

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ from qwen_jax.files import to_json
 from qwen_jax.lora import LoRA
 from qwen_jax.parallel.multihost import in_step
 from qwen_jax.parallel.sharding import Sharding, make_mesh
-from qwen_jax.params import Params, init_params, with_fresh_score_head
+from qwen_jax.params import Params, init_params, union, with_fresh_score_head
+from qwen_jax.stack import unstack
 from qwen_jax.tokenizer import Tokenizer
 from qwen_jax.tokenizer.control import TURN_END
 from train.checkpoint import Checkpoints
@@ -44,7 +46,9 @@ from train.observe.trackers import check_wandb
 from train.optimizer import OptimizerConfig
 from train.pretrain import PretrainConfig
 from train.reference import reference_log_probs
+from train.resume import changed_tuning, check_rope
 from train.reward import RewardConfig
+from train.samples import Prompt, write_samples
 from train.state import TrainState
 from train.step import EvalStep, check_divides, make_forward
 from train.tune_config import Method, ObjectiveConfig, TuneConfig, TuneStage, load
@@ -244,6 +248,8 @@ class _Run:
         self.meshes, self.console, self.clock = meshes, console, clock
         self.output = Path(config.output).absolute()
         self._frozen_on: tuple[Mesh, Params] | None = None
+        with in_step("Preparing the run"):
+            self.changes = changed_tuning(config)
         # A reward model begins with a new head, unless the checkpoint has one.
         self.new_head = config.method == "reward" and model.score is None
         if self.new_head:
@@ -346,6 +352,8 @@ class _Run:
             objective, lambda model, batch: objective.sums(model, batch, None), self.config.step_config(index), mesh
         )
 
+        prompts = self._prompts(index)
+
         def evaluate(state: TrainState, _: EvalStep[Any]) -> dict[str, float]:
             frozen = None if self.config.step.lora is None else self._frozen(mesh)
             losses, weights, metrics = 0.0, 0.0, {}
@@ -358,9 +366,35 @@ class _Run:
                 for key, value in objective.metrics(statistics, weight).items():
                     if jnp.ndim(value) == 0:
                         metrics[f"{name}_{key}"] = float(value)
+            if prompts:
+                self._sample(index, state, frozen, prompts)
             return {"loss": losses / max(weights, 1e-8), **metrics}
 
         return evaluate
+
+    def _prompts(self, index: int) -> list[Prompt]:
+        """Held-out prompts to complete in a stage: of every file in turn; none where they cannot be completed."""
+        mesh, config = self.meshes[index], self.config
+        # The engine has no context axis, and reads its texts in one process.
+        if config.method == "reward" or mesh.shape["context"] > 1 or jax.process_count() > 1:
+            return []
+        stores = [(packed.store, packed.selection.units.tolist()) for packed in self.held_out.values()]
+        turns = itertools.zip_longest(*([(store, unit) for unit in units] for store, units in stores))
+        found = [Prompt.of(one[0].answers(one[1])[0]) for turn in turns for one in turn if one is not None]
+        return found[: config.samples]
+
+    def _sample(self, index: int, state: TrainState, frozen: Params | None, prompts: Sequence[Prompt]) -> None:
+        step, lora = self.config.step_config(index), self.config.step.lora
+        params = state.params
+        if frozen is not None:
+            if not step.scan_layers:
+                params = {**params, "layers": unstack(params["layers"], "float32", self.model.sparse_layers)}
+            params = union(params, frozen)
+        texts = write_samples(
+            *(self.output, int(state.step), self.objectives[index].model, params, lora, self.meshes[index]),
+            *(step.dtype, self.tokenizer, prompts, self._end_ids(), self.config.sample_tokens),
+        )
+        self.console.print(f"sample: {texts[0]!r:.200}", highlight=False, markup=False, soft_wrap=True)
 
     def _fill_references(self) -> None:
         """Computes the reference's log-probabilities of each pair, or reads those of an earlier launch."""
@@ -429,6 +463,8 @@ class _Run:
         return self._frozen_on[1]
 
     def _check_resume(self, checkpoints: Checkpoints, step: int) -> None:
+        """Checks that the steps taken had the same examples and RoPE base."""
+        check_rope(self.ends, [objective.model for objective in self.objectives], step, checkpoints.model(step))
         saved = (checkpoints.data(step) or {}).get("stages", [])
         for index, (packed, end) in enumerate(zip(self.packed, self.ends, strict=True)):
             taken = min(max(step - (end - self.steps[index]), 0), self.steps[index])
@@ -444,7 +480,8 @@ class _Run:
         ]
         shown = [f"stage {i}: {packed.describe()}" for i, packed in enumerate(self.packed, 1)]
         shown += [f"held out, {name}: {packed.describe()}" for name, packed in self.held_out.items()]
-        return Report(self.config, stages, step, self.console, self.clock, "\n".join(shown))
+        changes = self.changes if step else {}
+        return Report(self.config, stages, step, self.console, self.clock, "\n".join(shown), changes)
 
     def _export(self, params: Params) -> None:
         """Writes the tuned model, which ends texts where its turns end."""
@@ -466,9 +503,12 @@ class _Run:
         """The generation defaults of the checkpoint, with the ends of turns and of texts as end ids."""
         path = self.origin / "generation_config.json"
         defaults = json.loads(path.read_bytes()) if path.is_file() else {}
-        turn_end = self.tokenizer.control_ids.get(TURN_END)
-        ends = dict.fromkeys(i for i in (turn_end, self.tokenizer.eos_id, *self.model.eos_token_ids) if i is not None)
-        return (to_json({**defaults, "eos_token_id": list(ends)}, indent=2) + "\n").encode()
+        return (to_json({**defaults, "eos_token_id": self._end_ids()}, indent=2) + "\n").encode()
+
+    def _end_ids(self) -> list[int]:
+        """The ids that end a turn or a text."""
+        ids = self.tokenizer.control_ids.get(TURN_END), self.tokenizer.eos_id, *self.model.eos_token_ids
+        return list(dict.fromkeys(i for i in ids if i is not None))
 
 
 class _From:

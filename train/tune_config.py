@@ -96,6 +96,8 @@ class TuneConfig:
       step: how a step is computed; with `step.lora`, only an adapter is trained.
       loop: evaluation, and when to give up.
       checkpoints: how often to save, and what to keep.
+      samples: held-out prompts that are completed at each evaluation, into `samples.jsonl`; not by reward models.
+      sample_tokens: of such a text, at most.
       export: Hugging Face folder to write after the last step; by default `model` in the output. "" writes none.
       profile: first and last step to trace for xprof; by default nothing is traced.
       wandb_project: project of Weights & Biases to log to, besides TensorBoard; by default none.
@@ -121,11 +123,14 @@ class TuneConfig:
     step: StepConfig = StepConfig()
     loop: LoopConfig = LoopConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
+    samples: int = 4
+    sample_tokens: int = 128
     export: str | None = None
     profile: tuple[int, int] | None = None
     wandb_project: str | None = None
 
     def __post_init__(self) -> None:
+        at_least(self, samples=0, sample_tokens=1)
         for name in ("output", "model"):
             if not getattr(self, name):
                 raise InputError(f"{name} is empty. Give the path of a folder.")

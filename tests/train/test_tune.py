@@ -20,8 +20,9 @@ from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.params import init_params
 from qwen_jax.published import published
 from qwen_jax.tokenizer import train_bpe
-from tests.helpers.runs import assert_same_weights, print_seed, stop_after
+from tests.helpers.runs import assert_same_weights, launches, print_seed, stop_after
 from train import tune
+from train.loop import LoopConfig
 from train.merging import Merging
 from train.observe.metrics import read_log
 from train.tune_config import TuneConfig
@@ -59,7 +60,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(files: Path, method: str, output: Path) -> list[str]:
     end = "-sft.jsonl" if method == "sft" else ".jsonl"
     data = ["--data", str(files / f"pairs{end}"), "--held-out", str(files / f"held{end}")]
-    more = ["loop.evaluate_every=4", "stages.0.epochs=3"]
+    more = ["loop.evaluate_every=4", "stages.0.epochs=3", "samples=2", "sample_tokens=4"]
     return ["--model", str(files / "model"), "--output", str(output), *data, "--set", *SMALL, *more]
 
 
@@ -82,6 +83,12 @@ def test_the_command_tunes_a_model_and_exports_it(method: str, files: Path, tmp_
         # At the reference.
         np.testing.assert_allclose([losses[0], held_out[0]["held_out_loss"]], np.log(2), rtol=1e-5)
         assert held_out[-1]["held_out_held_rewards/accuracies"] >= held_out[0]["held_out_held_rewards/accuracies"]
+    if method != "reward":
+        # Greedy texts of held-out prompts at every evaluation, which end where the data's answers do.
+        samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+        assert [s["step"] for s in samples] == [r["step"] for r in held_out for _ in range(2)]
+        assert all(s["prompt"].endswith("<|im_start|>assistant\n") for s in samples)
+        assert all(s["answer"].endswith("<|im_end|>") for s in samples)
     config = load_config(output / "model")
     assert config.score == ("linear" if method == "reward" else None)
     if method != "reward":
@@ -101,7 +108,15 @@ def test_a_stopped_run_resumes_bit_for_bit(
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         assert tune.tune(stopped, _Formats())
-    assert not tune.tune(stopped, _Formats())
+    # What may change is told and recorded; what must not, is refused.
+    faster = dataclasses.replace(stopped, stages=(dataclasses.replace(stopped.stages[0], rope_theta=1e4),))
+    with pytest.raises(InputError, match="had rope_theta"):
+        tune.tune(faster, _Formats())
+    longer = dataclasses.replace(stopped, examples=dataclasses.replace(stopped.examples, newline=True))
+    with pytest.raises(InputError, match="with other data"):
+        tune.tune(longer, _Formats())
+    assert not tune.tune(dataclasses.replace(stopped, loop=LoopConfig(evaluate_every=5)), _Formats())
+    assert launches(tmp_path / "stopped")[-1]["changed"] == {"loop.evaluate_every": [4, 5]}
     last = max(int(p.name) for p in (tmp_path / "straight" / "checkpoints").iterdir() if p.name.isdecimal())
     for run in ("straight", "stopped"):
         assert (tmp_path / run / "checkpoints" / str(last)).is_dir()
@@ -119,6 +134,10 @@ def test_an_adapter_is_tuned_and_used(method: str, files: Path, tmp_path: Path) 
     assert settings["base_model_name_or_path"] == str(files / "model")
     assert settings["modules_to_save"] == (["score"] if method == "reward" else None)
     if method == "sft":
+        # The last sample is what the exported adapter says of the same prompt.
+        last = json.loads((output / "samples.jsonl").read_text().splitlines()[-1])
+        prompt = tmp_path / "prompt.txt"
+        prompt.write_text(last["prompt"])
         command = ["generate", str(files / "model"), "--adapter", str(output / "model"), "--prompt", "red"]
         assert main([*command, "--max-new-tokens", "2"]) == 0
 
