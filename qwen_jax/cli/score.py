@@ -126,7 +126,7 @@ def _encode(line: str, tokenizer: "Tokenizer") -> list[int]:
         )
     values = [record[key] for key in found[0]]
     texts = [isinstance(value, str) for value in values]
-    wrong = texts[0] if found[0] == ("messages",) else not texts[0] if found[0] == ("text",) else False
+    wrong = (found[0] == ("messages",) and texts[0]) or (found[0] == ("text",) and not texts[0])
     if wrong or len(set(texts)) > 1:
         raise InputError(f"expected {' and '.join(found[0])} as {_EXPECTED[found[0]]}.")
     if texts[0]:
