@@ -111,7 +111,7 @@ def _read(name: str, tokenizer: "Tokenizer", longest: int) -> Iterator[tuple[int
 
 def _encode(line: str, tokenizer: "Tokenizer") -> list[int]:
     """The token ids of a record; the last one is where it is scored."""
-    from qwen_jax.tokenizer import parse_tool_arguments
+    from qwen_jax.tokenizer import parse_tool_arguments, render_example
 
     try:
         record: Any = json.loads(line)
@@ -137,9 +137,11 @@ def _encode(line: str, tokenizer: "Tokenizer") -> list[int]:
         prompt, completion = values
         return [*tokenizer.encode(prompt), *tokenizer.encode(completion, add_special_tokens=False), tokenizer.eos_id]
     messages = [message for part in values for message in (part if isinstance(part, list) else [part])]
-    return tokenizer.encode_chat(
-        parse_tool_arguments(messages), record.get("tools") or None, add_generation_prompt=False
-    )
+    tools = record.get("tools") or None
+    if any(isinstance(message, dict) and message.get("role") == "assistant" for message in messages):
+        # As the answers of pairs are encoded in training.
+        return render_example(tokenizer, messages, tools).ids
+    return tokenizer.encode_chat(parse_tool_arguments(messages), tools, add_generation_prompt=False)
 
 
 _EXPECTED = {

@@ -261,7 +261,7 @@ def job(folder: Path, tokenizer: Tokenizer, report: Silent, lora: LoRA = WIDE) -
 
 
 def test_a_job_resumes_exactly_and_saves_only_what_is_trained(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, cache: str
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight, first, second = Silent(), Silent(), Silent()
     outcome = launch(job(tmp_path / "straight" / "checkpoints", tokenizer, straight))

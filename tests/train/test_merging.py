@@ -257,9 +257,7 @@ def test_masks_do_not_depend_on_the_mesh(mode: Any) -> None:
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, one), strict=True))
 
 
-def test_the_training_step_carries_tau_and_resumes_exactly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
-) -> None:
+def test_the_training_step_carries_tau_and_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = train_bpe(["some text of no importance " * 9], 300)
     optimizer = OptimizerConfig(
         Schedule(6, 1e-3), AdamW(), Merging(p=0.5, alpha=0.1, merge_every=2, tau_mask="fixed", seed=SEED)

@@ -32,7 +32,7 @@ SMALL = ["step.dtype=float32", "stages.0.length=256", "stages.0.batch_size=4", "
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with a chat tokenizer, and conversations and pairs: the answer is the last word of the question."""
+    """A tiny model with a chat tokenizer, and conversations and pairs: some words are good answers, the others bad."""
     folder, rng = tmp_path_factory.mktemp("tune"), print_seed()
     words = ["red", "blue", "green", "grey"]
     tokenizer = train_bpe(["red blue green grey which colour system user assistant\n" * 9], 320)
@@ -44,7 +44,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer.save(folder / name)
 
     def chosen_and_rejected() -> dict[str, Any]:
-        right, wrong = rng.permutation(words)[:2].tolist()
+        right, wrong = words[rng.integers(2)], words[2 + rng.integers(2)]
         said = [{"role": "user", "content": f"which colour {right}"}]
         answers = ([{"role": "assistant", "content": word}] for word in (right, wrong))
         return {"prompt": said, **dict(zip(("chosen", "rejected"), answers, strict=True))}
@@ -82,7 +82,7 @@ def test_the_command_tunes_a_model_and_exports_it(method: str, files: Path, tmp_
     if method == "dpo":
         # At the reference.
         np.testing.assert_allclose([losses[0], held_out[0]["held_out_loss"]], np.log(2), rtol=1e-5)
-        assert held_out[-1]["held_out_held_rewards/accuracies"] >= held_out[0]["held_out_held_rewards/accuracies"]
+        assert held_out[-1]["held_out_held_rewards/accuracies"] > held_out[0]["held_out_held_rewards/accuracies"] == 0
     if method != "reward":
         # Greedy texts of held-out prompts at every evaluation, which end where the data's answers do.
         samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
