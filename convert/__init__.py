@@ -21,7 +21,7 @@ from qwen_jax.hub import CONFIG, is_hub_id, resolve
 from qwen_jax.options import Options
 from qwen_jax.params import Params
 
-__all__ = ["convert", "detect", "load", "load_params", "open_source", "write_folder"]
+__all__ = ["convert", "detect", "load", "load_params", "merge_adapter", "open_source", "write_folder"]
 
 
 def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None) -> Source:
@@ -46,8 +46,29 @@ def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None)
     return OrbaxSource(folder, config)
 
 
+def merge_adapter(source: Source, adapter: str | os.PathLike[str] | None) -> Source:
+    """A checkpoint with an adapter merged into its weights, summed in float32.
+
+    Args:
+      source: the base model.
+      adapter: a LoRA folder of PEFT; None returns the source.
+
+    Raises:
+      InputError: an adapter that does not fit the model, or of another kind.
+    """
+    if adapter is None:
+        return source
+    from convert.adapter import MergedSource, read_adapter
+
+    return MergedSource(source, read_adapter(adapter, source.config))
+
+
 def load(
-    path: str | os.PathLike[str], mesh: Mesh, dtype: DTypeLike | None = None, options: Options = Options(stacked=False)
+    path: str | os.PathLike[str],
+    mesh: Mesh,
+    dtype: DTypeLike | None = None,
+    options: Options = Options(stacked=False),
+    adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[ModelConfig, Params]:
     """Loads a checkpoint of any format onto a mesh, tensor by tensor; each process reads what its devices hold.
 
@@ -56,17 +77,19 @@ def load(
       mesh: from `make_mesh`.
       dtype: of the parameters; by default as stored.
       options: `stacked` decides the layout; by default that of inference.
+      adapter: a LoRA folder of PEFT, which is merged into the weights.
 
     Returns:
       The config, with the end ids of generation_config.json after its own, and the tree of
       `abstract_params(config, sharding, options)`.
 
     Raises:
-      InputError: no such checkpoint, a damaged one, an unsupported model, or too small a mesh or memory.
+      InputError: no such checkpoint, a damaged one, an unsupported model, or too small a mesh or memory; or an
+        adapter that does not fit.
     """
     from qwen_jax.inference.settings import add_end_ids
 
-    source = open_source(path)
+    source = merge_adapter(open_source(path), adapter)
     assert source.folder is not None
     return add_end_ids(source.config, source.folder), _place(source, mesh, dtype, options)
 
@@ -106,23 +129,27 @@ def convert(
     to: Format | None = None,
     dtype: DTypeLike | None = None,
     progress: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> None:
     """Converts a checkpoint, block by block, into a new folder. After a failure nothing is left of it.
 
     Args:
       src: a Hugging Face folder, an Orbax folder, or a Hub id.
       dst: the new folder; must not exist or be empty.
-      to: "hf" or "orbax"; by default the format that `src` does not have.
+      to: "hf" or "orbax"; by default the format that `src` does not have, or with an adapter the one that it has.
       dtype: of the written weights; by default as stored, and then every tensor keeps its bytes.
       progress: show a bar on standard error if that is a terminal.
+      adapter: a LoRA folder of PEFT, which is merged into the weights.
 
     Raises:
       InputError: a damaged or unsupported checkpoint, an existing destination, or too small a disk.
     """
     check_options(dst, to, dtype)
-    source = open_source(src)
+    source = merge_adapter(open_source(src), adapter)
     assert source.folder is not None
-    write_folder(source, dst, to or ("orbax" if detect(source.folder) == "hf" else "hf"), dtype, progress)
+    stored = detect(source.folder)
+    other: Format = "orbax" if stored == "hf" else "hf"
+    write_folder(source, dst, to or (other if adapter is None else stored), dtype, progress)
 
 
 def write_folder(

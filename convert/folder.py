@@ -152,6 +152,10 @@ def write_side_files(
         hf = {**config.to_hf(), "torch_dtype": dtype or config.dtype}
         if "pad_token_id" in old:
             hf["pad_token_id"] = old["pad_token_id"]
+        generation = origin / "generation_config.json" if origin else None
+        if config.score is not None and hf.get("pad_token_id") is None and generation and generation.is_file():
+            # transformers scores several rows at a time only if config.json names the padding.
+            hf["pad_token_id"] = read_json(generation).get("pad_token_id")
         (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for path in [file for pattern in SIDE_FILES for file in origin.glob(pattern)] if origin else []:
         assert origin is not None

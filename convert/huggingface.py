@@ -1,6 +1,7 @@
 """Reading and writing Hugging Face checkpoint folders: safetensors and config.json."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import threading
@@ -11,7 +12,18 @@ from pathlib import Path
 import numpy as np
 from jax.typing import DTypeLike
 
-from convert.names import EMBED, LM_HEAD, Leaf, check_names, in_fused, is_ignored, leaves, standard_names
+from convert.names import (
+    EMBED,
+    HEADS,
+    LM_HEAD,
+    Leaf,
+    check_names,
+    in_fused,
+    is_ignored,
+    leaves,
+    score_head,
+    standard_names,
+)
 from convert.safetensors import DTYPES, Entry, Writer, read_folder, read_rows, row_offset
 from convert.source import Source, Span, blocks
 from convert.write import write_checkpoint
@@ -40,8 +52,11 @@ class SafetensorsSource:
         """
         self.folder: Path | None = Path(folder)
         self.config = config or load_config(folder)
-        self._leaves = leaves(self.config)
         self._entries = self._find(Path(folder))
+        self._check_head(Path(folder), given=config is not None)
+        self._leaves = leaves(self.config)
+        if self.config.moe is not None:
+            self._split_fused_experts(self._entries)
         self._check(Path(folder))
         self._files = _Files()
         if self.config.tie_word_embeddings and LM_HEAD in self._entries:
@@ -54,7 +69,7 @@ class SafetensorsSource:
 
         def optional(name: str) -> bool:
             # A tied model may be saved with the embedding, with the head, or with both.
-            full = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+            full = name if name.startswith(("model.", *HEADS)) else f"model.{name}"
             return full in tied or is_ignored(full)
 
         found = read_folder(folder, optional)
@@ -62,9 +77,40 @@ class SafetensorsSource:
         entries = {standard[name]: entry for name, entry in found.items()}
         if tied and EMBED not in entries and LM_HEAD in entries:
             entries[EMBED] = entries.pop(LM_HEAD)
-        if self.config.moe is not None:
-            self._split_fused_experts(entries)
         return entries
+
+    def _check_head(self, folder: Path, given: bool) -> None:
+        """Tells the head of a reward model by its tensors, and leaves out an output head that it does not use.
+
+        Args:
+          folder: for messages.
+          given: whether the caller gave the config, which then must be that of the weights.
+
+        Raises:
+          InputError: a reward model without its head, a head for several labels, or a head of another kind.
+        """
+        found, expected = score_head(self._entries), self.config.score
+        if found is None and expected is not None:
+            raise InputError(
+                f"{folder} has no score head (score.weight, or score.0.weight to score.2.bias), which a reward model "
+                "needs. Give a reward model; `qwen-jax train reward` makes one of a language model."
+            )
+        if found != expected and given:
+            raise InputError(
+                f"{folder} has {'a' if found == 'linear' else 'an'} {found} score head (ModelConfig.score), expected "
+                f"{expected or 'a language model'}. Give another checkpoint, or the config of this one."
+            )
+        self.config = dataclasses.replace(self.config, score=found)
+        if found is None:
+            return
+        last = self._entries.get("score.weight" if found == "linear" else "score.2.weight")
+        if last is not None and last.shape[:1] != (1,):
+            raise InputError(
+                f"{folder} has a score head of {last.shape[0] if last.shape else 0} labels; expected one: a reward "
+                "model gives one score. Classifiers and process reward models cannot be loaded."
+            )
+        if self._entries.pop(LM_HEAD, None) is not None:
+            _log.warning("%s has an %s, which a reward model does not use; it is left out.", folder, LM_HEAD)
 
     def _split_fused_experts(self, entries: dict[str, Entry]) -> None:
         """Replaces tensors that hold all experts of a layer by the tensors of the single experts."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from qwen_jax.config import ModelConfig
+from qwen_jax.config import ModelConfig, Score
 from qwen_jax.errors import InputError
 
 # Hugging Face name -> (path in the parameter tree, axes). Axes in parentheses are one axis in Hugging Face's tensor and
@@ -20,6 +20,16 @@ _OUTSIDE = {
     "model.embed_tokens.weight": ("embed.weight", "V D"),
     "model.norm.weight": ("norm.weight", "D"),
     "lm_head.weight": ("lm_head.weight", "V D"),
+}
+# The heads of reward models, by `ModelConfig.score`.
+_SCORE = {
+    "linear": {"score.weight": ("score.weight", "1 D")},
+    "mlp": {
+        "score.0.weight": ("score.hidden.weight", "D D"),
+        "score.0.bias": ("score.hidden.bias", "D"),
+        "score.2.weight": ("score.output.weight", "1 D"),
+        "score.2.bias": ("score.output.bias", "1"),
+    },
 }
 _LAYER = {
     "input_layernorm.weight": ("input_norm.weight", "D"),
@@ -48,6 +58,8 @@ _SPARSE = {
     "mlp.shared_expert_gate.weight": ("moe.shared_gate.weight", "1 D"),
 }
 EMBED, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# How the names of tensors begin that are no part of transformers' `Qwen2Model`.
+HEADS = ("lm_head.", "score.")
 
 # Buffers that old versions of transformers saved; the model computes them.
 _IGNORED = re.compile(
@@ -164,8 +176,9 @@ def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
                 stack = (*stack, len(values))
         return Leaf(tuple(path.split(".")), names, stack, layers, shape, hf_shape)
 
-    outside = {name: leaf(name, *where, ()) for name, where in _OUTSIDE.items()}
-    if config.tie_word_embeddings:
+    tables = _OUTSIDE if config.score is None else {**_OUTSIDE, **_SCORE[config.score]}
+    outside = {name: leaf(name, *where, ()) for name, where in tables.items()}
+    if not config.has_lm_head:
         del outside[LM_HEAD]
     embed, *rest = outside.values()
     every = tuple(range(config.num_layers))
@@ -200,6 +213,12 @@ def in_fused(name: str) -> tuple[str, tuple[int, int, int]] | None:
     return f"{match[1]}gate_up_proj", (int(match[2]), int(match[3] == "up"), 2)
 
 
+def score_head(names: Collection[str]) -> Score | None:
+    """Tells which head of a reward model a checkpoint has, by its tensor names; None if it has none."""
+    kinds: tuple[Score, ...] = ("linear", "mlp")
+    return next((kind for kind in kinds if _SCORE[kind].keys() & set(names)), None)
+
+
 def is_ignored(name: str) -> bool:
     """Whether a tensor of a checkpoint may be skipped: a buffer that the model computes by itself."""
     return _IGNORED.fullmatch(name) is not None
@@ -230,7 +249,7 @@ def standard_names(where: Path, names: Collection[str]) -> dict[str, str]:
     found = next((name for name in sorted(names) if ("." + name).endswith("." + known)), f"model.{known}")
     prefix = found.removesuffix(known)
     if prefix == "":
-        return {name: name if name == LM_HEAD else f"model.{name}" for name in names}
+        return {name: name if name.startswith(HEADS) else f"model.{name}" for name in names}
     if prefix != "model.":
         extra = prefix[: -len("model.")] if prefix.endswith(".model.") else prefix
         tool = next((f", which {tool} adds" for part, tool in _WRAPPERS.items() if part in prefix), "")

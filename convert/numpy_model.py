@@ -43,7 +43,7 @@ def dual_chunk_attention(q_THd: Array, k_TKd: Array, v_TKd: Array, config: Model
 
 
 def logits(config: ModelConfig, params: Mapping[str, Any], tokens_T: Array) -> Array:
-    """Float64 logits [T, V] of a dense model; `params` in the unstacked training layout."""
+    """Float64 logits [T, V] of a dense model, or scores [T, 1]; `params` in the unstacked training layout."""
 
     def weight(module: Mapping[str, Any], name: str = "weight") -> Array:
         return np.asarray(module[name], np.float64)
@@ -65,4 +65,10 @@ def logits(config: ModelConfig, params: Mapping[str, Any], tokens_T: Array) -> A
         gate, up = (h @ weight(mlp[name]).T for name in ("gate", "up"))
         x = x + (gate / (1 + np.exp(-gate)) * up) @ weight(mlp["down"]).T
     x = norm(params["norm"], x)
+    if config.score == "linear":
+        return x @ weight(params["score"]).T
+    if config.score == "mlp":
+        hidden, output = params["score"]["hidden"], params["score"]["output"]
+        h = np.maximum(x @ weight(hidden).T + weight(hidden, "bias"), 0)
+        return h @ weight(output).T + weight(output, "bias")
     return x @ weight(params["embed" if config.tie_word_embeddings else "lm_head"]).T

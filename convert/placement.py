@@ -45,7 +45,9 @@ def place(source: Source, mesh: Mesh, dtype: DTypeLike | None = None, options: O
     config = source.config
     target = None if dtype is None else parse_dtype(dtype)
     check_storable(source, target)
-    specs = param_specs(config, Sharding.for_inference(config, mesh), Options(stacked=True))
+    # Stacked is the layout of training, which may use a context axis.
+    of_run = Sharding.for_training if options.stacked else Sharding.for_inference
+    specs = param_specs(config, of_run(config, mesh), Options(stacked=True))
     shardings = {leaf: NamedSharding(mesh, _at(specs, leaf.path)) for leaf in leaves(config)}
     _check_memory(source, shardings, target)
     params: Params = {"layers": {} if options.stacked else [{} for _ in range(config.num_layers)]}

@@ -45,7 +45,10 @@ class Source(Protocol):
         """The dtype in which a leaf is stored; all of its tensors have it."""
 
     def read(self, leaf: Leaf, tensors: slice, rows: slice) -> np.ndarray:
-        """Reads a range of rows (first axis) of each of a range of tensors of a leaf: [tensors, rows, ...]."""
+        """Reads a range of rows (first axis) of each of a range of tensors of a leaf: [tensors, rows, ...].
+
+        The dtype is that of `dtype`, or float32 where the values are computed; `cast` rounds them.
+        """
 
     def spans(self, leaf: Leaf, tensors: slice, rows: slice) -> list["Span"] | None:
         """Where the same bytes are in files, one span per tensor; None if they are not stored like that."""
@@ -300,7 +303,7 @@ class TreeSource:
             x, index = self._array(leaf, where[0] if where else 0), where[1:] if self._listed else where
             if index:
                 x = _take(x, index) if isinstance(x, jax.Array) else x[index]
-            self._last = key, _to_host(x)
+            self._last = key, to_host(x)
         return self._last[1]
 
 
@@ -333,7 +336,8 @@ def _take(x: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
     return result
 
 
-def _to_host(x: jax.Array | np.ndarray) -> np.ndarray:
+def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
+    """The whole of an array. Where other processes hold some of it, all of them must call this."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         assert isinstance(x.sharding, NamedSharding)
         return np.asarray(jax.device_put(x, NamedSharding(x.sharding.mesh, P())).addressable_data(0))

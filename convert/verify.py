@@ -1,4 +1,4 @@
-"""Compares two checkpoints of any format, or one with transformers, by their logits."""
+"""Compares two checkpoints of any format, or one with transformers, by their logits; reward models by their scores."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +164,8 @@ def verify(
         raise CouldNotCompareError(f"{a} has {what}, which the NumPy model has not. Compare with transformers.")
     source = convert.open_source(a)
     other = source if b is None else convert.open_source(b)
+    if (source.config.score is None) != (other.config.score is None):
+        raise CouldNotCompareError(f"One of {a} and {b} is a reward model, the other one a language model.")
     if tokens_BT is None:
         length = min(64, source.config.context_length, other.config.context_length)
         tokens_BT = np.random.default_rng(seed).integers(0, source.config.vocab_size, (2, length))
@@ -206,7 +208,8 @@ def _logits(params: Params, tokens_BT: jax.Array, config: ModelConfig, sharding:
     positions, mask = jax.tree.map(
         lambda x: jax.reshard(x, sharding.tokens), (positions, kernels.causal_mask(*tokens_BT.shape))
     )
-    return model.logits(model(tokens_BT, positions, mask).hidden)
+    hidden_BTD = model(tokens_BT, positions, mask).hidden
+    return model.logits(hidden_BTD) if config.score is None else model.scores(hidden_BTD)[..., None]
 
 
 def _run_numpy(source: Source, tokens_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -230,20 +233,53 @@ def _need_transformers() -> None:
 
 
 def _run_transformers(source: Source, tokens_BT: np.ndarray) -> np.ndarray:
-    """Float32 logits [B, T, V] of transformers; a checkpoint in another format is exported for it first."""
+    """Float32 logits [B, T, V] of transformers; a checkpoint in another format is exported for it first.
+
+    Of a reward model: the scores [B, T, 1] at every position, by a torch module on transformers' hidden states.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if source.config.score is not None:
+        logging.set_verbosity_error()  # It would list the tensors of the score head as unexpected.
+    tokens = torch.as_tensor(tokens_BT, dtype=torch.long)
+    how: Any = {"dtype": torch.float32, "attn_implementation": "eager"}
 
     def logits(folder: Path) -> np.ndarray:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         with torch.no_grad():
-            out: np.ndarray = model.eval()(input_ids=torch.as_tensor(tokens_BT, dtype=torch.long)).logits.numpy()
-        return out
+            if source.config.score is None:
+                out = AutoModelForCausalLM.from_pretrained(folder, **how).eval()(input_ids=tokens).logits
+            else:
+                hidden = AutoModel.from_pretrained(folder, **how).eval()(input_ids=tokens).last_hidden_state
+                out = _torch_score_head(source)(hidden)
+        result: np.ndarray = out.numpy()
+        return result
 
     return _in_hf_format(source, logits)
+
+
+def _torch_score_head(source: Source) -> Any:
+    """The score head of a reward model as a float32 torch module."""
+    import torch
+
+    D = source.config.hidden_size
+    heads = {
+        "linear": lambda: torch.nn.Linear(D, 1, bias=False),
+        "mlp": lambda: torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.ReLU(), torch.nn.Linear(D, 1)),
+    }
+    assert source.config.score is not None
+    head = heads[source.config.score]()
+    weights = {
+        leaf.names[0].removeprefix("score."): torch.from_numpy(
+            source.read(leaf, slice(0, 1), slice(0, leaf.shape[0]))[0].astype(np.float32)
+        )
+        for leaf in leaves(source.config)
+        if leaf.path[0] == "score"
+    }
+    head.load_state_dict(weights)
+    return head
 
 
 def _in_hf_format(source: Source, use: Callable[[Path], np.ndarray]) -> np.ndarray:

@@ -5,13 +5,15 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qwen_jax import hf_config
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json, why_unusable
 
 DTYPES = ("bfloat16", "float32", "float16")
+Score = Literal["linear", "mlp"]
+"""The head of a reward model; see `qwen_jax.score`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +142,7 @@ class ModelConfig:
       yarn: context extension, or None.
       dual_chunk: dual-chunk attention, or None.
       moe: experts, or None for a dense model.
+      score: the head of a reward model, in place of the output head; None for a language model.
       bos_token_id: recorded for other tools; nothing is prepended to a prompt.
       eos_token_ids: ids that end a text, such as (tokenizer.eos_id,) for a model with a tokenizer of its own.
       initializer_range: standard deviation of the initial weights.
@@ -162,6 +165,7 @@ class ModelConfig:
     yarn: Yarn | None = None
     dual_chunk: DualChunk | None = None
     moe: MoE | None = None
+    score: Score | None = None
     bos_token_id: int | None = 151643
     eos_token_ids: tuple[int, ...] = (151643,)
     initializer_range: float = 0.02
@@ -197,6 +201,8 @@ class ModelConfig:
             )
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.")
+        if self.score not in (None, "linear", "mlp"):
+            raise InputError(f"score must be linear, mlp or null, got {self.score!r}.")
         if self.moe is not None:
             beyond = [i for i in self.moe.mlp_only_layers if not 0 <= i < self.num_layers]
             if beyond:
@@ -221,6 +227,11 @@ class ModelConfig:
                 f"{first_layer} to {self.num_layers - 1}, which is not supported. Every published Qwen2.5 "
                 "checkpoint has use_sliding_window=false; set that in config.json if full attention is what you want."
             )
+
+    @property
+    def has_lm_head(self) -> bool:
+        """Whether there is an output head with a weight of its own."""
+        return not self.tie_word_embeddings and self.score is None
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
@@ -289,9 +300,9 @@ class ModelConfig:
         """Exact parameter counts.
 
         Returns:
-          `embedding`, `layers`, `norm`, `lm_head` (0 when tied), `total`, `non_embedding` (without embedding and
-          head), and `active`: parameters that one token is multiplied with, the head among them; without the embedding
-          and the experts that the token is not routed to.
+          `embedding`, `layers`, `norm`, `lm_head` (0 when tied), `score` (0 for a language model), `total`,
+          `non_embedding` (without embedding and head), and `active`: parameters that one token is multiplied with, the
+          head among them; without the embedding and the experts that the token is not routed to.
         """
         d = self.hidden_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -306,16 +317,18 @@ class ModelConfig:
             layers += sparse * (self.moe.num_experts * expert + shared + router_and_gate)
             idle = sparse * (self.moe.num_experts - self.moe.num_experts_per_tok) * expert
         embedding = self.vocab_size * d
-        lm_head = 0 if self.tie_word_embeddings else embedding
-        total = embedding + layers + d + lm_head
+        lm_head = embedding if self.has_lm_head else 0
+        score = {None: 0, "linear": d, "mlp": d * d + d + d + 1}[self.score]
+        total = embedding + layers + d + lm_head + score
         return {
             "embedding": embedding,
             "layers": layers,
             "norm": d,
             "lm_head": lm_head,
+            "score": score,
             "total": total,
-            "non_embedding": total - embedding - lm_head,
-            "active": layers - idle + d + embedding,
+            "non_embedding": total - embedding - lm_head - score,
+            "active": layers - idle + d + (score or embedding),
         }
 
     def kv_bytes_per_token(self, itemsize: int = 2) -> int:
@@ -381,7 +394,6 @@ def adapter_problem(folder: Path) -> str | None:
     return (
         f"{folder} holds a {kind} adapter (adapter_config.json), not a model"
         + (f"; its base model is {base}" if base else "")
-        + ". Merge it into the base model first, with PEFT: "
-        "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...); then give the merged "
-        "folder."
+        + f". Give the base model and --adapter {folder}; or merge the two first, with qwen-jax convert "
+        f"--merge-adapter {folder} MODEL OUT, or PEFT's merge_and_unload()."
     )

@@ -30,6 +30,13 @@ _ARCHITECTURES = {
     "qwen2_moe": ("Qwen2MoeForCausalLM", "Qwen2MoeModel"),
 }
 
+# The same with the head of a reward model, by `ModelConfig.score`: transformers' own class, and that of Qwen's reward
+# models (https://huggingface.co/Qwen/Qwen2.5-Math-RM-72B, modeling_qwen2_rm.py).
+_REWARD_ARCHITECTURES = {
+    "qwen2": {"linear": "Qwen2ForSequenceClassification", "mlp": "Qwen2ForRewardModel"},
+    "qwen2_moe": {"linear": "Qwen2MoeForSequenceClassification", "mlp": "Qwen2MoeForRewardModel"},
+}
+
 # Keys that change the computation, with the values that are supported; the first one is the default.
 _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -128,9 +135,7 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
             f"Expected a config.json with model_type 'qwen2' (or 'qwen2_moe'), got {kind!r}. Only the Qwen2 and "
             "Qwen2.5 architecture can be loaded, dense or with experts."
         )
-    architectures = hf.get("architectures") or [_ARCHITECTURES[kind][0]]
-    if not isinstance(architectures, list) or not set(map(str, architectures)) <= set(_ARCHITECTURES[kind]):
-        raise InputError(f"Expected architecture {_ARCHITECTURES[kind][0]}, got {architectures}.")
+    score = _read_score(hf, kind)
     moe = _read_moe(hf) if kind == "qwen2_moe" else None
     if moe is not None:
         hf = {key: value for key, value in hf.items() if key not in _MOE_KEYS}
@@ -202,6 +207,7 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
         yarn=yarn,
         dual_chunk=dual_chunk,
         moe=moe,
+        score=score,
         bos_token_id=hf.get("bos_token_id"),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         initializer_range=float(hf.get("initializer_range", 0.02)),
@@ -249,6 +255,13 @@ def write(fields: Mapping[str, Any]) -> dict[str, Any]:
     if fields["moe"] is not None:
         hf |= {key: fields["moe"][field] for key, field in _MOE_KEYS.items()}
         hf["mlp_only_layers"] = list(fields["moe"]["mlp_only_layers"])
+    if fields["score"] is not None:
+        # transformers counts the labels here, and takes two for none.
+        hf |= {
+            "architectures": [_REWARD_ARCHITECTURES[kind][fields["score"]]],
+            "id2label": {"0": "LABEL_0"},
+            "label2id": {"LABEL_0": 0},
+        }
     if fields["max_window_layers"] is not None:
         hf["max_window_layers"] = fields["max_window_layers"]
     if fields["head_dim"] * fields["num_heads"] != fields["hidden_size"]:
@@ -260,6 +273,28 @@ def write(fields: Mapping[str, Any]) -> dict[str, Any]:
     if fields["dual_chunk"]:
         hf["dual_chunk_attention_config"] = fields["dual_chunk"]
     return hf
+
+
+def _read_score(hf: Mapping[str, Any], kind: str) -> str | None:
+    """The head of a reward model, by its architecture; None for a language model."""
+    rewards = {name: score for score, name in _REWARD_ARCHITECTURES[kind].items()}
+    architectures = hf.get("architectures") or [_ARCHITECTURES[kind][0]]
+    names = list(map(str, architectures)) if isinstance(architectures, list) else []
+    found = {rewards.get(name) for name in names}
+    if len(found) != 1 or not set(names) <= {*_ARCHITECTURES[kind], *rewards}:
+        raise InputError(
+            f"Expected architecture {_ARCHITECTURES[kind][0]}, or {' or '.join(rewards)} of a reward model, got "
+            f"{architectures}."
+        )
+    labels = [hf["num_labels"]] if "num_labels" in hf else []
+    labels += [len(hf["id2label"])] if isinstance(hf.get("id2label"), Mapping) else []
+    score = found.pop()
+    if score is not None and set(labels) - {1}:
+        raise InputError(
+            f"config.json has {names[0]} with {max(labels)} labels (num_labels, id2label). Expected one label: a "
+            "reward model gives one score. Classifiers and process reward models cannot be loaded."
+        )
+    return score
 
 
 def _read_moe(hf: Mapping[str, Any]) -> dict[str, Any]:

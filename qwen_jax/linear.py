@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.einsum import einsum_f32
 from qwen_jax.kernels.matmul import few_rows
+from qwen_jax.lora import LoRA
 from qwen_jax.parallel.collectives import all_gather_weight, look_up
 from qwen_jax.parallel.sharding import Sharding, gathered
 
@@ -39,6 +40,9 @@ class Linear(Weight):
     The weight keeps PyTorch's orientation: dimensions of the output come before those of the input. It is stored
     sharded over `fsdp`, perhaps also over `tensor`, and gathered over `fsdp` where it is used; its gradient is
     reduce-scattered. Where `tensor` shards an input dimension, the results of its shards are summed.
+
+    With LoRA (`add_lora`), `scale (x A^T) B^T` is added. A has the weight's input dimensions and their sharding, B its
+    output dimensions.
     """
 
     def __init__(
@@ -62,6 +66,25 @@ class Linear(Weight):
         """
         super().__init__(weight, w, bias, bias_spec)
         self.einsum, self.x, self.w, self.out = einsum, x, w, out
+        self.lora_scale = 0.0
+
+    def add_lora(self, lora: LoRA, key: jax.Array) -> None:
+        """Creates A, uniform in +-1/sqrt(inputs) as PEFT initialises it (Kaiming's with a = sqrt(5)), and B = 0.
+
+        Args:
+          lora: its settings.
+          key: a PRNG key, for A.
+        """
+        letters, shape, out = self.einsum.split("->")[0].split(",")[1], self.weight.shape, self.einsum.split("->")[1]
+        dims = list(zip(letters, shape, self.w, strict=True))
+        inputs = [(size, axis) for letter, size, axis in dims if letter not in out]
+        outputs = [(size, axis) for letter, size, axis in dims if letter in out]
+        bound = math.prod(size for size, _ in inputs) ** -0.5
+        a_shape, b_shape = (lora.rank, *(n for n, _ in inputs)), (*(n for n, _ in outputs), lora.rank)
+        a = jax.random.uniform(key, a_shape, minval=-bound, maxval=bound)
+        self.lora_a = nnx.Param(a, spec=P(None, *(axis for _, axis in inputs)))
+        self.lora_b = nnx.Param(jnp.zeros(b_shape), spec=P(*(axis for _, axis in outputs), None))
+        self.lora_scale = lora.scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The product, plus the bias if there is one."""
@@ -83,15 +106,45 @@ class Linear(Weight):
         outputs = math.prod(size for letter, size in sizes.items() if letter in out)
         contracted = math.prod(size for letter, size in sizes.items() if letter not in out)
         by_kernel = few_rows.supports(rows, x.shape[1], x.dtype, outputs, contracted)
+        # A and B of LoRA: their weights, PartitionSpecs and letters.
+        lora: tuple[jax.Array, ...] = ()
+        lora_specs: tuple[P, ...] = ()
+        if self.lora_scale:
+            entries = dict(zip(letters, w_spec, strict=True))
+            a, b = "".join(c for c in letters if c not in out), "".join(c for c in letters if c in out)
+            lora = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
+            lora_specs = P(None, *(entries[c] for c in a)), P(*(entries[c] for c in b), None)
+            x_letters = inputs.split(",")[0]
+            hidden = "".join(c for c in x_letters if c not in a) + "r"
+            products = f"{x_letters},r{a}->{hidden}", f"{hidden},{b}r->{out}"
 
-        @jax.shard_map(in_specs=(x_spec, w_spec), out_specs=self.out, check_vma=not by_kernel)
-        def local(x: jax.Array, w: jax.Array) -> jax.Array:
+        @jax.shard_map(in_specs=(x_spec, w_spec, lora_specs), out_specs=self.out, check_vma=not by_kernel)
+        def local(x: jax.Array, w: jax.Array, lora: tuple[jax.Array, ...]) -> jax.Array:
             w = all_gather_weight(w, w_spec.index("fsdp"))
             y = few_rows.einsum(einsum, x, w) if by_kernel else jnp.einsum(einsum, x, w)
+            h = x
+            for product, spec, matrix in zip(products, lora_specs, lora, strict=True) if lora else ():
+                h = jnp.einsum(product, h, all_gather_weight(matrix, spec.index("fsdp")) if "fsdp" in spec else matrix)
+            y = y + self.lora_scale * h if lora else y
             return (lax.psum(y, "tensor") if sums else y).astype(x.dtype)
 
-        y: jax.Array = local(x, self.weight[...].astype(x.dtype))
+        y: jax.Array = local(x, self.weight[...].astype(x.dtype), lora)
         return y
+
+
+def add_lora(module: nnx.Module, lora: LoRA | None, rngs: nnx.Rngs) -> None:
+    """Adds LoRA to the projections of a module that are targets; does nothing without LoRA.
+
+    Args:
+      module: holds `Linear`s under the names of `qwen_jax.lora.TARGETS`.
+      lora: its settings.
+      rngs: for A.
+    """
+    for name in lora.targets if lora else ():
+        linear = getattr(module, name, None)
+        if isinstance(linear, Linear):
+            assert lora is not None
+            linear.add_lora(lora, rngs.params())
 
 
 class Embedding(Weight):

@@ -1,4 +1,4 @@
-"""The Qwen2.5 decoder: embedding, blocks, norm, logits.
+"""The Qwen2.5 decoder: embedding, blocks, norm, and logits, or the scores of a reward model.
 
 `qwen_jax.params.bind` makes a model of existing parameters, for one forward pass.
 """
@@ -20,13 +20,14 @@ from qwen_jax.attention.sparse import Diagnostics
 from qwen_jax.attention.sparse_block import SparseChunk, attend_sparsely
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.matmul import few_rows
-from qwen_jax.linear import Embedding, Linear, RMSNorm, initializers
+from qwen_jax.linear import Embedding, Linear, RMSNorm, add_lora, initializers
 from qwen_jax.moe.block import MoE
 from qwen_jax.moe.router import RouterStats
 from qwen_jax.options import Options
 from qwen_jax.parallel.collectives import all_gather_weight
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.remat import Remat, recompute_piece, run_piece
+from qwen_jax.score import make_score_head
 from qwen_jax.stack import layer_kinds, run_layers, stacked_layers
 
 
@@ -36,7 +37,7 @@ class Output:
     """The result of a forward pass.
 
     Attributes:
-      hidden: normalised hidden state [B, T, D] in the compute dtype; `Qwen2.logits` takes it.
+      hidden: normalised hidden state [B, T, D] in the compute dtype; `Qwen2.logits` or `Qwen2.scores` takes it.
       cache: the cache with the new tokens in it, if there was one.
       routing: statistics of every layer with experts, with a leading axis over these layers, if they were asked for.
       skipped: what sparse attention left out, with a leading axis over layers.
@@ -76,6 +77,7 @@ class MLP(nnx.Module):
                 for _ in range(2)
             )
         self.down = Linear("BTF,DF->BTD", residual(rngs.params(), (D, width)), x=s.feed_forward, w=s.down, out=s.hidden)
+        add_lora(self, options.lora, rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         return self.down_swiglu(*self.gate_and_up(x_BTD))
@@ -198,8 +200,10 @@ class Qwen2(nnx.Module):
         else:
             self.layers = nnx.List([self._block(key, (kind,)) for key, kind in zip(keys_L, kinds, strict=True)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, sharding.norm)
-        if not config.tie_word_embeddings:
+        if config.has_lm_head:
             self.lm_head = Embedding(normal(rngs.params(), table), sharding)
+        if config.score is not None:
+            self.score = make_score_head(config.score, config.hidden_size, sharding, rngs.params())
 
     def _block(self, key: jax.Array, kinds: tuple[str, ...]) -> Block:
         return Block(self.config, self.sharding, nnx.Rngs(params=key), self.options, kinds)
@@ -283,3 +287,8 @@ class Qwen2(nnx.Module):
         """Float32 logits [B, T, V] of hidden states. V counts the padding rows of the embedding."""
         with jax.named_scope("logits"):
             return (self.embed if self.config.tie_word_embeddings else self.lm_head).logits(x_BTD)
+
+    def scores(self, x_BTD: jax.Array) -> jax.Array:
+        """Float32 scores [B, T] of a reward model, at every position of hidden states."""
+        with jax.named_scope("score"):
+            return self.score(x_BTD)

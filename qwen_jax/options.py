@@ -4,6 +4,7 @@ import dataclasses
 
 from qwen_jax import kernels
 from qwen_jax.kernels.matmul.grouped import Implementation as Grouped
+from qwen_jax.lora import LoRA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Options:
       grouped: kernel for the matrix products of experts; see `qwen_jax.kernels.matmul.grouped`.
       capacity_factor: 0 is dropless. Otherwise each expert has room for this many times the rows that a device would
         send it under even routing; overflowing tokens are dropped, and counted.
+      lora: the projections have low-rank updates beside their weights; None for none. Not in the fused layout.
     """
 
     stacked: bool = True
@@ -30,3 +32,8 @@ class Options:
     ring: bool = False
     grouped: Grouped = "auto"
     capacity_factor: float = 0.0
+    lora: LoRA | None = None
+
+    def __post_init__(self) -> None:
+        if self.fused and self.lora is not None:
+            raise ValueError("The fused layout has no LoRA. Merge the adapter into the weights first.")

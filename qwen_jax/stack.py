@@ -69,7 +69,7 @@ def unstack(stacked: Mapping[str, Any], dtype: jnp.dtype | str, sparse_layers: S
     """The parameters of each layer, from stacked ones.
 
     Args:
-      stacked: parameters of all layers with a leading axis.
+      stacked: parameters of all layers with a leading axis, or some of them, such as those of LoRA.
       dtype: of the result, such as the compute dtype.
       sparse_layers: numbers of the layers that have experts.
     """
@@ -82,7 +82,9 @@ def unstack(stacked: Mapping[str, Any], dtype: jnp.dtype | str, sparse_layers: S
             if at[name] is not None
         }
 
-    return list(map(layer, range(stacked["input_norm"]["weight"].shape[0])))
+    lengths = {name: jax.tree.leaves(part)[0].shape[0] for name, part in stacked.items()}
+    common = [length for name, length in lengths.items() if name not in _KINDS]
+    return list(map(layer, range(common[0] if common else sum(lengths.values()))))
 
 
 def restack(layers: Sequence[Mapping[str, Any]], dtype: jnp.dtype | str) -> dict[str, Any]:

@@ -1,12 +1,9 @@
 """A pre-training run as a configuration: nested frozen dataclasses that a Python function returns."""
 
 import dataclasses
-import inspect
 import itertools
 import math
-import runpy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from qwen_jax.config import ModelConfig
@@ -15,7 +12,7 @@ from qwen_jax.parallel.sharding import AXES
 from qwen_jax.remat import Remat
 from train.data.mixture import MixtureStage, Weight
 from train.fields import as_json as as_json
-from train.fields import at_least, near
+from train.fields import at_least, call, near
 from train.fields import set_fields as _set_fields
 from train.loop import CheckpointConfig, LoopConfig
 from train.optimizer import AdamW, OptimizerConfig, Schedule
@@ -224,25 +221,9 @@ def load(path: str, changes: Sequence[str] = ()) -> RunConfig:
     Raises:
       InputError: no such file, function or field, or a value that is not of the field's type.
     """
-    name, _, function_name = path.partition(":") if not Path(path).is_file() else (path, "", "")
-    file = Path(name)
-    if file.suffix != ".py" or not file.is_file():
-        raise InputError(f"No Python file {name!r}. Give FILE.py or FILE.py:function.")
-    names = runpy.run_path(str(file), run_name="config")
-    functions = {
-        key: value
-        for key, value in names.items()
-        if inspect.isfunction(value) and value.__module__ == "config" and not key.startswith("_")
-    }
-    if not function_name:
-        function_name = next(iter(functions)) if len(functions) == 1 else "config"
-    if function_name not in functions:
-        raise InputError(f"{file} has no function {function_name!r}; {near(function_name, functions)}")
-    config = functions[function_name]()
+    config = call(path)
     if not isinstance(config, RunConfig):
-        raise InputError(
-            f"{function_name} of {file} must return a train.config.RunConfig, got {type(config).__name__}."
-        )
+        raise InputError(f"{path} must return a train.config.RunConfig, got {type(config).__name__}.")
     return set_fields(config, *changes)
 
 

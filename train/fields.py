@@ -6,10 +6,13 @@ It works on any nested frozen dataclass. `--set optimizer.beta2=0.99` is `set_fi
 import copy
 import dataclasses
 import difflib
+import inspect
 import json
+import runpy
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from qwen_jax.errors import InputError
@@ -202,3 +205,30 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     else:
         return {path: value}
     return {k: v for name, inner in items for k, v in _flat(inner, f"{path}.{name}" if path else str(name)).items()}
+
+
+def call(path: str) -> object:
+    """Calls the function of a configuration file.
+
+    Args:
+      path: "FILE.py" or "FILE.py:function"; by default the function is `config`, or the only public one of the file.
+
+    Raises:
+      InputError: no such file or function.
+    """
+    name, _, function_name = path.partition(":") if not Path(path).is_file() else (path, "", "")
+    file = Path(name)
+    if file.suffix != ".py" or not file.is_file():
+        raise InputError(f"No Python file {name!r}. Give FILE.py or FILE.py:function.")
+    names = runpy.run_path(str(file), run_name="config")
+    functions = {
+        key: value
+        for key, value in names.items()
+        if inspect.isfunction(value) and value.__module__ == "config" and not key.startswith("_")
+    }
+    if not function_name:
+        function_name = next(iter(functions)) if len(functions) == 1 else "config"
+    if function_name not in functions:
+        raise InputError(f"{file} has no function {function_name!r}; {near(function_name, functions)}")
+    result: object = functions[function_name]()
+    return result

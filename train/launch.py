@@ -6,10 +6,11 @@ answers signals, and exports. It serves any objective.
 
 import contextlib
 import dataclasses
+import functools
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import jax
 from jax.sharding import Mesh
@@ -98,6 +99,9 @@ class Job(Generic[B]):
       loop: when to evaluate, and when to give up.
       checkpoints: when to save.
       initial: reads the weights to begin with, given their shapes and shardings; by default they are random.
+      base: for online merging, reads the weights that tau is counted from, as `initial` does.
+      frozen: the parameters that are not trained, on a mesh; see `train.step.train_step`. They are read again for a
+        phase on another mesh, and not saved. With LoRA they are all but its own and `LoRA.whole`.
       check_resume: raises if the job does not fit the steps taken: it is given the checkpoints and the step.
       export: after the last step.
       nothing_left: what to say if all steps are taken already.
@@ -117,6 +121,8 @@ class Job(Generic[B]):
     loop: LoopConfig = LoopConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     initial: Callable[[Params], Params] | None = None
+    base: Callable[[Params], Params] | None = None
+    frozen: Callable[[Mesh], Params] | None = None
     check_resume: Callable[[Checkpoints, int], None] | None = None
     export: Export | None = None
     nothing_left: str = "All steps are taken."
@@ -149,12 +155,13 @@ def launch(job: Job[B]) -> Outcome:
     Raises:
       InputError: a folder, weights or data that do not fit; no room for a checkpoint; too many skipped steps.
     """
-    total, programs = job.phases[-1].end, _Programs(job.optimizer)
+    total, frozen = job.phases[-1].end, _Frozen(job)
+    programs = _Programs(job.optimizer, frozen)
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption()) if job.save_on_signals else None
-        with Checkpoints(job.folder, job.model, job.tokenizer, job.identity, job.checkpoints) as checkpoints:
+        with Checkpoints(job.folder, job.model, job.tokenizer, _identity(job), job.checkpoints) as checkpoints:
             # Where to begin.
-            state, first = _begin(job, checkpoints)
+            state, first = _begin(job, checkpoints, frozen)
             exported = job.export is not None and is_taken(job.export.folder)
             if job.export is not None and exported and first < total:
                 raise InputError(
@@ -175,7 +182,7 @@ def launch(job: Job[B]) -> Outcome:
                     if step >= phase.end:
                         continue
                     with jax.set_mesh(phase.mesh):
-                        like = abstract_state(phase.objective.model, job.optimizer, phase.mesh)
+                        like = _abstract_state(job, phase, frozen)
                         state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, like))
                         state = fit(
                             phase.end,
@@ -204,11 +211,30 @@ def launch(job: Job[B]) -> Outcome:
     return Outcome(state, step, stopped_by, step - first)
 
 
+class _Frozen:
+    """The frozen parameters on the mesh that was asked for last; those on another mesh are let go first."""
+
+    def __init__(self, job: Job[Any]):
+        self._read, self._lora = job.frozen, job.phases[0].step.lora
+        self._mesh, self._params = cast("Mesh | None", None), cast("Params | None", None)
+
+    def on(self, mesh: Mesh) -> Params | None:
+        """The parameters; None if all are trained."""
+        if self._read is not None and self._mesh != mesh:
+            self._params = None
+            with jax.set_mesh(mesh):
+                self._mesh, self._params = mesh, self._read(mesh)
+            both = self._params.keys() & set(self._lora.whole if self._lora else ())
+            if both:
+                raise ValueError(f"LoRA trains {', '.join(sorted(both))} whole, so Job.frozen must not have it.")
+        return self._params
+
+
 class _Programs:
     """Jitted steps, shared by phases with the same objective, configuration and mesh, so that each compiles once."""
 
-    def __init__(self, optimizer: OptimizerConfig):
-        self._optimizer = optimizer
+    def __init__(self, optimizer: OptimizerConfig, frozen: "_Frozen"):
+        self._optimizer, self._frozen = optimizer, frozen
         self._made: dict[tuple[object, ...], Any] = {}
 
     def _once(self, kind: str, phase: Phase[B], make: Callable[[], Any]) -> Any:
@@ -217,24 +243,26 @@ class _Programs:
             self._made[key] = make()
         return self._made[key]
 
+    def _with_frozen(self, step: Callable[..., Any], phase: Phase[B]) -> Callable[..., Any]:
+        frozen = self._frozen.on(phase.mesh)
+        return step if frozen is None else functools.partial(step, frozen=frozen)
+
     def train_step(self, phase: Phase[B]) -> TrainStep[B]:
         """The training step of a phase."""
         make = lambda: make_train_step(phase.objective, self._optimizer, phase.step, phase.mesh)  # noqa: E731
-        step: TrainStep[B] = self._once("train", phase, make)
-        return step
+        return self._with_frozen(self._once("train", phase, make), phase)
 
     def eval_step(self, phase: Phase[B]) -> EvalStep[B]:
         """The evaluation step of a phase."""
         make = lambda: make_eval_step(phase.objective, phase.step, phase.mesh)  # noqa: E731
-        step: EvalStep[B] = self._once("eval", phase, make)
-        return step
+        return self._with_frozen(self._once("eval", phase, make), phase)
 
     def diagnosis(self, phase: Phase[B]) -> Diagnosis[B]:
         """How to find out why steps of a phase are skipped."""
 
         def finite_loss(state: TrainState, batch: B) -> bool:
             make = lambda: make_loss_check(phase.objective, phase.step, phase.mesh)  # noqa: E731
-            return bool(self._once("check", phase, make)(state.params, batch))
+            return bool(self._once("check", phase, make)(state.params, batch, self._frozen.on(phase.mesh)))
 
         return Diagnosis(phase.objective.explain, finite_loss)
 
@@ -265,7 +293,25 @@ class _PhaseCheckpoints:
         return self.checkpoints.reject(step)
 
 
-def _begin(job: Job[B], checkpoints: Checkpoints) -> tuple[TrainState, int]:
+def _identity(job: Job[B]) -> Mapping[str, Any]:
+    """What must not change on resume: what the job says, and LoRA, which decides the tree of the weights."""
+    lora = {phase.step.lora for phase in job.phases}
+    if len(lora) > 1:
+        raise ValueError(f"All phases of a job must train the same parameters; their LoRA is {lora}.")
+    only = next(iter(lora))
+    if only is not None and job.frozen is None:
+        raise InputError(
+            "LoRA trains beside frozen weights, and this run has none. Give Job.frozen, or train without it."
+        )
+    return job.identity if only is None else {**job.identity, "lora": dataclasses.asdict(only)}
+
+
+def _abstract_state(job: Job[B], phase: Phase[B], frozen: _Frozen) -> TrainState:
+    """The state as shapes on the mesh of a phase."""
+    return abstract_state(phase.objective.model, job.optimizer, phase.mesh, phase.step.lora, frozen.on(phase.mesh))
+
+
+def _begin(job: Job[B], checkpoints: Checkpoints, frozen: _Frozen) -> tuple[TrainState, int]:
     """The state to begin with, on the mesh of its phase, and its step."""
     newest = checkpoints.latest_step
     if newest is not None:
@@ -273,7 +319,7 @@ def _begin(job: Job[B], checkpoints: Checkpoints) -> tuple[TrainState, int]:
         ends = [phase.end for phase in job.phases]
         phase = job.phases[min(bisect_left(ends, newest + 1), len(ends) - 1)]
         with jax.set_mesh(phase.mesh):
-            state = checkpoints.restore(abstract_state(phase.objective.model, job.optimizer, phase.mesh))
+            state = checkpoints.restore(_abstract_state(job, phase, frozen))
         step = int(state.step)
         if job.check_resume is not None:
             with in_step("Resuming"):
@@ -282,6 +328,8 @@ def _begin(job: Job[B], checkpoints: Checkpoints) -> tuple[TrainState, int]:
     phase = job.phases[0]
     with jax.set_mesh(phase.mesh):
         if job.initial is None:
-            return init_state(phase.objective.model, job.optimizer, job.seed, phase.mesh), 0
-        like = abstract_state(phase.objective.model, job.optimizer, phase.mesh).params
-        return fresh_state(job.optimizer, job.initial(like), phase.mesh), 0
+            some = phase.step.lora, frozen.on(phase.mesh)
+            return init_state(phase.objective.model, job.optimizer, job.seed, phase.mesh, *some), 0
+        like = _abstract_state(job, phase, frozen).params
+        base = None if job.base is None else job.base(like)
+        return fresh_state(job.optimizer, job.initial(like), phase.mesh, base), 0

@@ -1,7 +1,9 @@
-"""Next-token cross-entropy over a large vocabulary: chunked, vocabulary-sharded, its gradient computed on the way."""
+"""Losses and log-probabilities of tokens over a large vocabulary: chunked and vocabulary-sharded."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +41,7 @@ def chunked_cross_entropy(
     weights_BT: jax.Array,
     chunk: int,
     z_loss: float = 0.0,
+    compact: bool = False,
 ) -> Sums:
     """Weighted cross-entropy. Logits exist for one chunk of a device's tokens at a time, and are computed once.
 
@@ -54,27 +57,35 @@ def chunked_cross_entropy(
       chunk: tokens of one device whose logits exist at one time.
       z_loss: coefficient of the squared log of the softmax denominator (Chowdhery et al. 2022, arXiv:2204.02311,
         section 5), which keeps the logits from drifting.
+      compact: compute logits only of tokens whose weight is not 0. The result is the same up to rounding; it saves time
+        where many weights are 0.
 
     Returns:
       Sums over the batch, whose `reported` is the cross-entropy without z-loss.
     """
-    head = model.embed if model.config.tie_word_embeddings else model.lm_head
     with jax.named_scope("cross_entropy"):
-        context = LossContext(model.sharding, chunk, z_loss)
-        sums: Sums = _cross_entropy(context, hidden_BTD, head.weight[...], targets_BT, weights_BT)
+        context = LossContext(model.sharding, chunk, z_loss, compact)
+        sums: Sums = _cross_entropy(context, hidden_BTD, _head(model), targets_BT, weights_BT)
         return sums
 
 
 @dataclasses.dataclass(frozen=True)
 class LossContext:
-    """What is static about a cross-entropy; see the arguments of `chunked_cross_entropy`."""
+    """What is static about a loss; see the arguments of `chunked_cross_entropy`."""
 
     sharding: Sharding
     chunk: int
-    z_loss: float
+    z_loss: float = 0.0
+    compact: bool = False
 
 
-# Gradients with respect to the hidden states, in their dtype, and the head, in float32; None if not asked for.
+def _head(model: Qwen2) -> jax.Array:
+    """The output head [V, D]."""
+    head: jax.Array = (model.embed if model.config.tie_word_embeddings else model.lm_head).weight[...]
+    return head
+
+
+# Gradients with respect to the hidden states and the head, in their dtypes; None if not asked for.
 _Gradients = tuple[jax.Array, jax.Array] | None
 
 
@@ -92,8 +103,8 @@ def _forward(context: LossContext, *args: jax.Array) -> tuple[Sums, _Gradients]:
 def _backward(
     context: LossContext, gradients: tuple[jax.Array, jax.Array], dsums: Sums
 ) -> tuple[jax.Array, jax.Array, None, None]:
-    hidden, head = gradients
-    return (hidden * dsums.loss).astype(hidden.dtype), head * dsums.loss, None, None
+    hidden, head = ((x * dsums.loss).astype(x.dtype) for x in gradients)
+    return hidden, head, None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)
@@ -122,9 +133,8 @@ def _local(
     weights_BT: jax.Array,
 ) -> tuple[Sums, _Gradients]:
     """One device's tokens against its part of the vocabulary."""
-    dtype, v, D = hidden_BTD.dtype, head_vD.shape[0], hidden_BTD.shape[-1]
-    w_vD = jax.lax.all_gather(head_vD.astype(dtype), "fsdp", axis=1, tiled=True)
-    chunks = _Chunks.of(targets_BT.size, context.chunk)
+    dtype = hidden_BTD.dtype
+    w_vD = _gathered_head(head_vD, dtype)
 
     def body(
         carry: tuple[Sums, jax.Array | None], inputs: tuple[jax.Array, jax.Array, jax.Array]
@@ -146,79 +156,210 @@ def _local(
         assert dhead is not None
         return (sums, dhead + einsum_f32("cv,cD->vD", dlogits_cv, x_cD)), dx_cD
 
-    dhead_zero = jnp.zeros((v, D), jnp.float32) if differentiate else None
-    inputs = chunks.split(hidden_BTD, D), chunks.split(targets_BT), chunks.split(weights_BT)
-    (sums, dhead), dx_ncD = jax.lax.scan(body, (zero_sums(), dhead_zero), inputs)
+    dhead_zero = jnp.zeros(head_vD.shape[:1] + hidden_BTD.shape[-1:], jnp.float32) if differentiate else None
+    inputs = hidden_BTD, targets_BT, weights_BT
+    counts = weights_BT != 0 if context.compact else None
+    (sums, dhead), dhidden_BTD = _over_chunks(body, (zero_sums(), dhead_zero), inputs, context.chunk, counts)
     # Over the devices that have other tokens.
-    rows = context.sharding.row_axes
-    sums = jax.lax.psum(sums, rows)
+    sums = jax.lax.psum(sums, context.sharding.row_axes)
     if not differentiate:
         return sums, None
     assert dhead is not None
-    assert dx_ncD is not None
-    dhidden_BTD = chunks.join(dx_ncD, D).reshape(hidden_BTD.shape)
-    dhead = jax.lax.psum(dhead, tuple(axis for axis in rows if axis != "fsdp"))
-    return sums, (dhidden_BTD, reduce_scatter(dhead, 1))
+    return sums, (dhidden_BTD, _reduced_head_gradient(dhead, context.sharding).astype(head_vD.dtype))
 
 
-def chunked_token_losses(model: Qwen2, hidden_BTD: jax.Array, targets_BT: jax.Array, chunk: int) -> jax.Array:
-    """Cross-entropy of each token, for evaluation. Logits exist for one chunk of a device's tokens at a time.
+def chunked_log_probs(
+    model: Qwen2, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array | None, chunk: int
+) -> jax.Array:
+    """Log-probability of each target. Logits exist for one chunk of a device's tokens at a time.
 
-    It is not meant to be differentiated: that would keep the logits of every chunk.
+    The backward pass computes the logits of each chunk again, from the softmax denominators that the forward pass kept.
+    Tokens whose weight is 0 never reach the output head.
 
     Args:
       model: for its output head.
       hidden_BTD: normalised hidden states, sharded as `Sharding.hidden`.
       targets_BT: int32 ids, sharded as `Sharding.tokens`.
+      weights_BT: float32, sharded alike: which tokens are computed. They get no gradient. None for all tokens.
       chunk: tokens of one device whose logits exist at one time.
 
     Returns:
-      Float32 [B, T], in nats, sharded as `Sharding.tokens`.
+      Float32 [B, T], in nats, sharded as `Sharding.tokens`; 0 where the weight is 0.
     """
-    head, s = model.embed if model.config.tie_word_embeddings else model.lm_head, model.sharding
+    with jax.named_scope("log_probs"):
+        counts_BT = None if weights_BT is None else weights_BT != 0
+        context = LossContext(model.sharding, chunk, compact=weights_BT is not None)
+        log_probs_BT: jax.Array = _log_probs(context, hidden_BTD, _head(model), targets_BT, counts_BT)
+        return log_probs_BT
 
-    @jax.shard_map(in_specs=(s.hidden, s.vocab, s.tokens), out_specs=s.tokens, check_vma=False)
-    def local(hidden_BTD: jax.Array, head_vD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        D = hidden_BTD.shape[-1]
-        w_vD = jax.lax.all_gather(head_vD.astype(hidden_BTD.dtype), "fsdp", axis=1, tiled=True)
-        chunks = _Chunks.of(targets_BT.size, chunk)
 
-        def body(carry: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+# Hidden states, head, targets, which tokens count, and the logs of the softmax denominators.
+_Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_probs(
+    context: LossContext, hidden: jax.Array, head: jax.Array, targets: jax.Array, counts: jax.Array | None
+) -> jax.Array:
+    return _log_probs_forward(context, hidden, head, targets, counts)[0]
+
+
+def _log_probs_forward(
+    context: LossContext, hidden: jax.Array, head: jax.Array, targets: jax.Array, counts: jax.Array | None
+) -> tuple[jax.Array, _Residuals]:
+    s = context.sharding
+
+    @jax.shard_map(in_specs=(s.hidden, s.vocab, s.tokens, s.tokens), out_specs=(s.tokens, s.tokens), check_vma=False)
+    def local(
+        hidden_BTD: jax.Array, head_vD: jax.Array, targets_BT: jax.Array, counts_BT: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        w_vD = _gathered_head(head_vD, hidden_BTD.dtype)
+
+        def body(carry: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
             x_cD, targets_c = inputs
             _, _, log_total_c, picked_c = _log_totals(x_cD, w_vD, targets_c)
-            return None, log_total_c - picked_c
+            return None, (picked_c - log_total_c, log_total_c)
 
-        _, losses_nc = jax.lax.scan(body, None, (chunks.split(hidden_BTD, D), chunks.split(targets_BT)))
-        return chunks.join(losses_nc).reshape(targets_BT.shape)
+        _, found = _over_chunks(body, None, (hidden_BTD, targets_BT), context.chunk, counts_BT)
+        result: tuple[jax.Array, jax.Array] = found
+        return result
 
-    with jax.named_scope("token_losses"):
-        losses_BT: jax.Array = local(hidden_BTD, head.weight[...], targets_BT)
-        return losses_BT
+    log_probs, log_totals = local(hidden, head, targets, counts)
+    return log_probs, (hidden, head, targets, counts, log_totals)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Chunks:
-    """n chunks of c tokens, the last one padded: with weight 0 where there are weights."""
+def _log_probs_backward(
+    context: LossContext, kept: _Residuals, dlog_probs: jax.Array
+) -> tuple[jax.Array, jax.Array, None, None]:
+    s = context.sharding
 
-    count: int
-    n: int
-    c: int
+    @jax.shard_map(
+        in_specs=(s.hidden, s.vocab, s.tokens, s.tokens, s.tokens, s.tokens),
+        out_specs=(s.hidden, s.vocab),
+        check_vma=False,
+    )
+    def local(
+        hidden_BTD: jax.Array,
+        head_vD: jax.Array,
+        targets_BT: jax.Array,
+        counts_BT: jax.Array | None,
+        log_totals_BT: jax.Array,
+        dlog_probs_BT: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        dtype = hidden_BTD.dtype
+        w_vD = _gathered_head(head_vD, dtype)
 
-    @classmethod
-    def of(cls, count: int, chunk: int) -> "_Chunks":
-        """Chunks of at most `chunk` of `count` tokens."""
-        n = -(-count // chunk)
-        return cls(count, n, -(-count // n))
+        def body(dhead: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+            x_cD, targets_c, log_total_c, dlog_probs_c = inputs
+            logits_cv, is_target = _logits(x_cD, w_vD, targets_c)
+            probability_cv = jnp.exp(logits_cv - log_total_c[:, None])
+            dlogits_cv = ((is_target - probability_cv) * dlog_probs_c[:, None]).astype(dtype)
+            dx_cD = jax.lax.psum(einsum_f32("cv,vD->cD", dlogits_cv, w_vD), "tensor").astype(dtype)
+            return dhead + einsum_f32("cv,cD->vD", dlogits_cv, x_cD), dx_cD
 
-    def split(self, x: jax.Array, *rest: int) -> jax.Array:
-        """[n, c, ...] from arrays of one number, or of `rest`, for each token."""
-        x = x.reshape(self.count, *rest)
-        padding = (0, self.n * self.c - self.count), *((0, 0),) * len(rest)
-        return jnp.pad(x, padding).reshape(self.n, self.c, *rest)
+        dhead = jnp.zeros(head_vD.shape[:1] + hidden_BTD.shape[-1:], jnp.float32)
+        inputs = hidden_BTD, targets_BT, log_totals_BT, dlog_probs_BT
+        dhead, dhidden_BTD = _over_chunks(body, dhead, inputs, context.chunk, counts_BT)
+        return dhidden_BTD, _reduced_head_gradient(dhead, s).astype(head_vD.dtype)
 
-    def join(self, x: jax.Array, *rest: int) -> jax.Array:
-        """[count, ...] from [n, c, ...], without the padding."""
-        return x.reshape(self.n * self.c, *rest)[: self.count]
+    dhidden, dhead = local(*kept, dlog_probs)
+    return dhidden, dhead, None, None
+
+
+_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
+
+
+def segment_sums(x_BT: jax.Array, segment_ids_BT: jax.Array, max_segments: int, sharding: Sharding) -> jax.Array:
+    """Sums over the segments of packed rows; differentiable with respect to x.
+
+    Args:
+      x_BT: float32, sharded as `Sharding.tokens`, in any order of tokens.
+      segment_ids_BT: int32, in the same order; segments are counted from 1 in each row, 0 is padding.
+      max_segments: segments after that many are left out.
+      sharding: of the current mesh.
+
+    Returns:
+      Float32 [B, max_segments], sharded over rows: element s is the sum over segment s + 1 of the row, 0 where there is
+      none.
+    """
+
+    @jax.shard_map(in_specs=(sharding.tokens, sharding.tokens), out_specs=P(sharding.tokens[0], None))
+    def local(x_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        # The comparison is fused into the sum: no array [B, T, max_segments] exists.
+        here_BTs = segment_ids_BT[:, :, None] == jnp.arange(1, max_segments + 1)
+        return jax.lax.psum(jnp.where(here_BTs, x_BT[:, :, None], 0.0).sum(1), "context")
+
+    with jax.named_scope("segment_sums"):
+        sums_Bs: jax.Array = local(x_BT, segment_ids_BT)
+        return sums_Bs
+
+
+def _over_chunks(
+    body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any, chunk: int, counts_BT: jax.Array | None
+) -> tuple[Any, Any]:
+    """Calls a function on one chunk of a device's tokens after the other. Not differentiable.
+
+    Args:
+      body: of a carry and a chunk of the inputs; returns the next carry, and arrays [c, ...] or None.
+      carry: the first one.
+      inputs: arrays [B, T, ...]. Behind the last token they are padded with 0.
+      chunk: tokens in a chunk, at most.
+      counts_BT: which tokens are computed; None for all. The number of chunks then depends on how many count. A
+        collective in `body` is for devices that have the same tokens: others may do another number of chunks.
+
+    Returns:
+      The last carry, and what the body returned as arrays [B, T, ...], 0 for tokens that do not count.
+    """
+    B, T = jax.tree.leaves(inputs)[0].shape[:2]
+    count = B * T
+    n = -(-count // chunk)
+    c = -(-count // n)
+    inputs = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), inputs)
+
+    if counts_BT is None:
+
+        def split(x: jax.Array) -> jax.Array:
+            x = jnp.pad(x, ((0, n * c - count), *((0, 0),) * (x.ndim - 1)))
+            return x.reshape(n, c, *x.shape[1:])
+
+        carry, out = jax.lax.scan(body, carry, jax.tree.map(split, inputs))
+        return carry, jax.tree.map(lambda x: x.reshape(n * c, *x.shape[2:])[:count].reshape(B, T, *x.shape[2:]), out)
+
+    # The indices of the tokens that count, in order; then others, each out of bounds: reading there gives 0, and
+    # writing does nothing.
+    counts = counts_BT.reshape(count)
+    place = jnp.where(counts, jnp.cumsum(counts) - 1, n * c + jnp.arange(count))
+    beyond = count + jnp.arange(n * c)
+    index = beyond.at[place].set(jnp.arange(count), mode="drop", unique_indices=True)
+    distinct: Any = {"unique_indices": True, "indices_are_sorted": True}
+
+    def gather(i: jax.Array | int) -> tuple[jax.Array, Any]:
+        index_c = jax.lax.dynamic_slice_in_dim(index, i * c, c)
+        return index_c, jax.tree.map(lambda x: x.at[index_c].get(mode="fill", fill_value=0, **distinct), inputs)
+
+    def one_chunk(i: jax.Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        carry, out = state
+        index_c, parts = gather(i)
+        carry, found = body(carry, parts)
+        return carry, jax.tree.map(lambda into, x: into.at[index_c].set(x, mode="drop", **distinct), out, found)
+
+    shapes = jax.eval_shape(lambda carry: body(carry, gather(0)[1])[1], carry)
+    out = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), shapes)
+    trips = (counts.sum() + c - 1) // c
+    carry, out = jax.lax.fori_loop(0, trips, one_chunk, (carry, out))
+    return carry, jax.tree.map(lambda x: x.reshape(B, T, *x.shape[1:]), out)
+
+
+def _gathered_head(head_vD: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """A tensor shard's part of the head, in the compute dtype."""
+    w_vD: jax.Array = jax.lax.all_gather(head_vD.astype(dtype), "fsdp", axis=1, tiled=True)
+    return w_vD
+
+
+def _reduced_head_gradient(dhead_vD: jax.Array, sharding: Sharding) -> jax.Array:
+    """The gradient of the head over all devices that have other tokens, as the head is sharded."""
+    dhead_vD = jax.lax.psum(dhead_vD, tuple(axis for axis in sharding.row_axes if axis != "fsdp"))
+    return reduce_scatter(dhead_vD, 1)
 
 
 def _log_totals(
@@ -226,14 +367,18 @@ def _log_totals(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The logits [c, v] of one tensor shard, where they are the targets' [c, v], and over all tensor shards the log of
     the softmax denominator and the target's logit, each [c]."""
-    v = w_vD.shape[0]
-    first = jax.lax.axis_index("tensor") * v
-    logits_cv = einsum_f32("cD,vD->cv", x_cD, w_vD)
-    is_target = jnp.arange(v) == (targets_c - first)[:, None]
+    logits_cv, is_target = _logits(x_cD, w_vD, targets_c)
     top_c, total_c, picked_c = _statistics(logits_cv, is_target)
     highest_c = jax.lax.pmax(top_c, "tensor")
     total_c, picked_c = jax.lax.psum((total_c * jnp.exp(top_c - highest_c), picked_c), "tensor")
     return logits_cv, is_target, highest_c + jnp.log(total_c), picked_c
+
+
+def _logits(x_cD: jax.Array, w_vD: jax.Array, targets_c: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The logits of one tensor shard, and where they are the targets', each [c, v]."""
+    v = w_vD.shape[0]
+    first = jax.lax.axis_index("tensor") * v
+    return einsum_f32("cD,vD->cv", x_cD, w_vD), jnp.arange(v) == (targets_c - first)[:, None]
 
 
 def _statistics(logits_cv: jax.Array, is_target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -4,10 +4,12 @@ The balance loss counts over the whole global batch, on all devices and in all m
 experts may differ in their load, which is what makes them specialise (Qiu et al. 2025, arXiv:2501.11873).
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +20,16 @@ from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from qwen_jax.kernels.matmul.grouped import Implementation
 from qwen_jax.moe.router import RouterStats
+from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from train.data.batch import Batch
 from train.files import read_records, write_file
-from train.objective import BoundModel
+from train.objective import BatchContext, BoundModel, Objective
 
 EXPERTS = "experts.jsonl"
+
+B = TypeVar("B")
+S = TypeVar("S")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +66,10 @@ class MoETraining:
         """The coefficient of the balance loss of an MoE model."""
         assert model.moe is not None
         return model.moe.router_aux_loss_coef if self.balance_loss is None else self.balance_loss
+
+    def dropless(self) -> "MoETraining":
+        """The same without a limit of the experts' capacity, for evaluation."""
+        return dataclasses.replace(self, capacity_factor=0.0)
 
 
 @jax.tree_util.register_dataclass
@@ -213,6 +223,70 @@ def exchange_options(config: MoETraining, sharding: Sharding, platform: str) -> 
         return {}
     kind = "all_to_all" if config.capacity_factor else "ragged_all_to_all"
     return {f"xla_tpu_enable_async_{kind}": True}
+
+
+class RoutedObjective(Objective[B, S, WholeBatch | None]):
+    """What objectives on hidden states share: with experts, a balance loss and a router z-loss are added to each."""
+
+    @property
+    @abc.abstractmethod
+    def moe(self) -> MoETraining:
+        """How experts are trained."""
+
+    @abc.abstractmethod
+    def rows(self, batch: B) -> Batch:
+        """The packed rows of a batch."""
+
+    def hidden(
+        self, model: BoundModel, batch: B, context: BatchContext[S, WholeBatch | None] | None
+    ) -> tuple[jax.Array, RouterStats | None]:
+        """Final hidden states [B, T, D] of a micro-batch, and the routing of an MoE model in training.
+
+        Args:
+          model, batch, context: as `sums` gets them.
+        """
+        counted = context is not None and context.prepared is not None
+        return model.hidden(self.rows(batch), count_routing=counted)
+
+    def regulariser(
+        self,
+        routing: RouterStats | None,
+        context: BatchContext[S, WholeBatch | None] | None,
+        so_far: RouterStats | None,
+    ) -> jax.Array | None:
+        """`Sums.regulariser`: the losses of the routers, or None without experts and in evaluation.
+
+        Args:
+          routing: of the micro-batch.
+          context: as `sums` gets it.
+          so_far: the routing in `context.so_far`.
+        """
+        if context is None or context.prepared is None or routing is None:
+            return None
+        return auxiliary(self.moe, self.model, routing, context.prepared, so_far)
+
+    def prepare(self, model: BoundModel, batch: B, micro_batches: B | None) -> WholeBatch | None:
+        """What the balance loss needs of the whole batch; None for a dense model."""
+        if self.model.moe is None:
+            return None
+        parts = None if micro_batches is None else self.rows(micro_batches)
+        return count_whole_batch(self.moe, model, self.rows(batch), parts)
+
+    def zero_routing(self) -> RouterStats | None:
+        """The routing of no token; None for a dense model."""
+        return None if self.model.moe is None else zero_routing(self.model)
+
+    def options(self, options: Options) -> Options:
+        """With the experts' kernel and capacity."""
+        return dataclasses.replace(options, grouped=self.moe.grouped, capacity_factor=self.moe.capacity_factor)
+
+    def compiler_options(self, sharding: Sharding, platform: str) -> dict[str, bool]:
+        """Asynchronous exchange of tokens between the devices of an expert axis, on TPUs."""
+        return exchange_options(self.moe, sharding, platform)
+
+    def explain(self, numbers: Mapping[str, float]) -> str:
+        """Names the router that gave logits that are not finite, if one did."""
+        return explain_router(numbers)
 
 
 class LoadLog:

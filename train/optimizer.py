@@ -11,6 +11,7 @@ import optax
 
 from qwen_jax.errors import InputError
 from train.fields import at_least
+from train.merging import Merging, online_merging
 
 Rate = Callable[[jax.Array | int], jax.Array]
 
@@ -96,6 +97,7 @@ class OptimizerConfig:
     Attributes:
       schedule: the learning rate; several schedules follow one another, and the final rate of the last one stays.
       adamw: all else.
+      merging: merge each update with that of the SFT model; see `train.merging`. None for plain AdamW.
 
     Raises:
       InputError: no schedule.
@@ -103,6 +105,7 @@ class OptimizerConfig:
 
     schedule: Schedule | tuple[Schedule, ...]
     adamw: AdamW = AdamW()
+    merging: Merging | None = None
 
     def __post_init__(self) -> None:
         if not self.schedules:
@@ -152,14 +155,17 @@ def decay_mask(params: optax.Params) -> optax.Params:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: OptimizerConfig, tau: optax.Params | None = None) -> optax.GradientTransformationExtraArgs:
     """AdamW by optax: clipping, moments in the dtype of the weights, decoupled weight decay, and the learning rate.
 
     `update` needs `norm=`, the global norm of the gradient, which the caller has computed already, and `step=`, an
     int32 scalar: the learning rate follows the steps of the run, skipped ones included.
 
+    With `config.merging`, all of that is the inner optimiser of `train.merging.online_merging`.
+
     Args:
       config: of the run.
+      tau: for `init` with online merging: what is kept of it is a part of the state, where `update` finds it.
     """
     rate, adamw = make_schedule(config), config.adamw
 
@@ -174,9 +180,12 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
     ) -> tuple[optax.Updates, optax.OptState]:
         return jax.tree.map(lambda update: -rate(step) * update, updates), state
 
-    return optax.chain(
+    chain = optax.chain(
         optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), clip),
         optax.scale_by_adam(b1=adamw.beta1, b2=adamw.beta2, eps=adamw.eps),
         optax.add_decayed_weights(adamw.weight_decay, decay_mask),
         optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), scale_by_rate),
     )
+    if config.merging is None:
+        return chain
+    return online_merging(chain, tau, **dataclasses.asdict(config.merging))

@@ -1,7 +1,7 @@
 """What may change when a run is resumed, and what has changed."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from qwen_jax.errors import InputError
 from train.config import RunConfig, as_json, with_new_names
 from train.fields import differences
 from train.files import read_records
+from train.tune_config import TuneConfig
 
 # What a stage has where it says nothing.
 _STAGE_DEFAULTS = {"accumulation": "step.accumulation", "remat": "step.remat", "rope_theta": "model.rope_theta"}
@@ -30,7 +31,7 @@ def changed_since_last_launch(config: RunConfig) -> dict[str, tuple[Any, Any]]:
     if before is None:
         return {}
     before, now = with_new_names(before), as_json(config)
-    found = differences(before, now)
+    found = _differences(before, now)
     # A stage that states what it would have by default is no change.
     for index, stages in enumerate(zip(before["stages"], now["stages"], strict=False)):
         for name, default in _STAGE_DEFAULTS.items():
@@ -40,6 +41,18 @@ def changed_since_last_launch(config: RunConfig) -> dict[str, tuple[Any, Any]]:
             )
             if a == b:
                 found.pop(f"stages.{index}.{name}", None)
+    return found
+
+
+def changed_tuning(config: TuneConfig) -> dict[str, tuple[Any, Any]]:
+    """The same for a tuning run."""
+    before = _last_launch(Path(config.output) / "launches.jsonl")
+    return {} if before is None else _differences(before, as_json(config))
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ and that change what is learned."""
+    found = differences(before, now)
     return {path: values for path, values in found.items() if path.partition(".")[0] not in _NO_CHANGE}
 
 
@@ -70,16 +83,34 @@ def check_stages_taken(
       InputError: a stage that has begun has another RoPE base than it had.
     """
     # The checkpoint tells for the stage of its own step.
-    current = next(index for index, end in enumerate(config.ends) if step <= end or index == len(config.ends) - 1)
-    theta = config.next_token(current).model.rope_theta
-    if theta != saved.rope_theta:
-        raise InputError(_rope(current, step, saved.rope_theta, theta))
+    current = check_rope(config.ends, [config.next_token(i).model for i in range(len(config.ends))], step, saved)
     # The last launch tells for those before it.
     for index in range(current):
         values = changes.get(f"stages.{index}.rope_theta", (None, None))
         before, now = (config.model.rope_theta if value is None else value for value in values)
         if before != now:
             raise InputError(_rope(index, step, before, now))
+
+
+def check_rope(ends: Sequence[int], models: Sequence[ModelConfig], step: int, saved: ModelConfig) -> int:
+    """Checks that the stage of a checkpoint still has its RoPE base.
+
+    Args:
+      ends: the last step of each stage.
+      models: the architecture of each stage.
+      step: of the checkpoint.
+      saved: the model as the checkpoint has it.
+
+    Returns:
+      The index of the stage.
+
+    Raises:
+      InputError: it has another base than it had.
+    """
+    current = next(index for index, end in enumerate(ends) if step <= end or index == len(ends) - 1)
+    if models[current].rope_theta != saved.rope_theta:
+        raise InputError(_rope(current, step, saved.rope_theta, models[current].rope_theta))
+    return current
 
 
 def _rope(index: int, step: int, before: float, now: float) -> str:

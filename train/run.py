@@ -18,13 +18,14 @@ from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import Params
 from qwen_jax.tokenizer import Tokenizer, load_tokenizer
 from train.checkpoint import Checkpoints, read_arrays
+from train.command import add_run_arguments, join_if_asked, steps_to_trace
 from train.config import RunConfig, as_json, load
 from train.data.batch import Batch
 from train.data.feed import Feed
 from train.data.mixture import Mixture
 from train.data.rows import PackedRows
 from train.data.shards import digest
-from train.distributed import HEARTBEAT_SECONDS, check_same, join
+from train.distributed import check_same
 from train.inputs import HeldOutBatches, open_data
 from train.launch import Export, Job, Phase, launch
 from train.lock import lock
@@ -88,53 +89,20 @@ def main(argv: Sequence[str], export: WriteExport | None = None) -> int:
         help="Python function that returns a train.config.RunConfig;\n"
         "by default `config`, or the only function of the file",
     )
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PATH=VALUE",
-        help="change fields of it, such as stages.0.schedule.steps=100\nmesh.fsdp=8 data.web=/data/web step.remat=full",
-    )
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the resulting configuration as JSON, and stop"
-    )
-    parser.add_argument(
-        "--profile",
-        metavar="FIRST:LAST",
-        help="trace these steps for xprof, into OUTPUT/profile; 10:13 are four steps",
-    )
-    parser.add_argument(
-        "--distributed", action="store_true", help="first join the other processes of a SLURM, GKE, MPI or TPU job"
-    )
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, if no scheduler says it")
-    parser.add_argument("--num-processes", type=int, metavar="N", help="how many, if no scheduler says it")
-    parser.add_argument("--process-id", type=int, metavar="I", help="of this process, if no scheduler says it")
-    parser.add_argument(
-        "--heartbeat-timeout",
-        type=int,
-        default=HEARTBEAT_SECONDS,
-        metavar="SECONDS",
-        help="a process that was silent for this long counts as dead, and all others end (%(default)s)",
+    add_run_arguments(
+        parser,
+        "change fields of it, such as stages.0.schedule.steps=100\nmesh.fsdp=8 data.web=/data/web step.remat=full",
     )
     options = parser.parse_args(list(argv))
     config = load(options.config, options.set)
     if options.profile:
-        config = dataclasses.replace(config, profile=_steps(options.profile))
+        config = dataclasses.replace(config, profile=steps_to_trace(options.profile))
     if options.print_config:
         print(to_json(as_json(config), indent=2))
         return 0
-    if options.distributed or options.coordinator:
-        join(options.coordinator, options.num_processes, options.process_id, options.heartbeat_timeout)
+    join_if_asked(options)
     stopped_by = pretrain(config, export=export)
     return 128 + stopped_by if stopped_by else 0
-
-
-def _steps(text: str) -> tuple[int, int]:
-    first, colon, last = text.partition(":")
-    if not colon or not first.isdecimal() or not last.isdecimal():
-        raise InputError(f"--profile expects the first and the last step to trace, such as 10:13; got {text!r}.")
-    return int(first), int(last)
 
 
 def pretrain(config: RunConfig, console: Console | None = None, export: WriteExport | None = None) -> int:

@@ -10,8 +10,10 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.lora import LoRA
+from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
-from qwen_jax.params import Params, abstract_params, init_params, param_specs
+from qwen_jax.params import Params, abstract_params, init_params, param_specs, without
 from train.optimizer import OptimizerConfig, make_optimizer
 
 
@@ -38,7 +40,7 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, steps taken, skipped ones included; also the number of the next batch.
-      params: float32 master weights, the tree of `qwen_jax.params.init_params`.
+      params: float32 master weights of what is trained: the tree of `qwen_jax.params.init_params`, without frozen ones.
       opt_state: of `train.optimizer.make_optimizer`.
       guard: against bad gradients.
     """
@@ -49,7 +51,14 @@ class TrainState:
     guard: Guard
 
 
-def init_state(model: ModelConfig, optimizer: OptimizerConfig, seed: int, mesh: Mesh) -> TrainState:
+def init_state(
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    seed: int,
+    mesh: Mesh,
+    lora: LoRA | None = None,
+    frozen: Params | None = None,
+) -> TrainState:
     """Random weights and zero moments, created on their shards.
 
     Args:
@@ -57,44 +66,64 @@ def init_state(model: ModelConfig, optimizer: OptimizerConfig, seed: int, mesh: 
       optimizer: of the run.
       seed: of the weights.
       mesh: the current mesh, from `make_mesh`.
+      lora, frozen: as for `init_params`.
     """
-    return fresh_state(optimizer, init_params(model, jax.random.key(seed), mesh), mesh)
+    params = init_params(model, jax.random.key(seed), mesh, lora=lora, frozen=frozen)
+    return fresh_state(optimizer, params, mesh)
 
 
-def fresh_state(optimizer: OptimizerConfig, params: Params, mesh: Mesh) -> TrainState:
+def fresh_state(optimizer: OptimizerConfig, params: Params, mesh: Mesh, base: Params | None = None) -> TrainState:
     """The state before the first step, from given weights.
 
     Args:
       optimizer: of the run.
       params: float32, on the mesh.
       mesh: the current mesh, from `make_mesh`.
+      base: for online merging, the weights that tau is counted from, float32, as `params`.
+
+    Raises:
+      ValueError: online merging without `base`, or `base` without it.
     """
+    if (optimizer.merging is None) != (base is None):
+        raise ValueError("Online merging needs the base weights, and nothing else does.")
 
     def scalar(dtype: DTypeLike) -> jax.Array:
         # Each needs a buffer of its own, because the state is donated.
         return jax.device_put(jnp.zeros((), dtype), NamedSharding(mesh, P()))
 
-    opt_state = jax.jit(make_optimizer(optimizer).init)(params)
+    def init(params: Params, base: Params | None) -> optax.OptState:
+        tau = None if base is None else jax.tree.map(jnp.subtract, params, base)
+        return make_optimizer(optimizer, tau).init(params)
+
+    opt_state = jax.jit(init)(params, base)
     guard = Guard(scalar(jnp.float32), scalar(jnp.int32), scalar(jnp.int32))
     return TrainState(scalar(jnp.int32), params, opt_state, guard)
 
 
-def abstract_state(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
+def abstract_state(
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    mesh: Mesh,
+    lora: LoRA | None = None,
+    frozen: Params | None = None,
+) -> TrainState:
     """The state as `jax.ShapeDtypeStruct`s with shardings: the target that a checkpoint is restored to.
 
     Args:
       model: the architecture.
       optimizer: of the run.
       mesh: from `make_mesh`.
+      lora, frozen: as for `init_params`.
     """
-    sharding = Sharding.for_training(model, mesh)
+    sharding, options = Sharding.for_training(model, mesh), Options(lora=lora)
 
     def struct(leaf: jax.Array | jax.ShapeDtypeStruct, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     # Weights, and moments in the same shardings.
-    specs = param_specs(model, sharding)
-    params = jax.tree.map(struct, abstract_params(model, sharding, dtype=jnp.float32), specs)
+    specs = without(param_specs(model, sharding, options), frozen)
+    shapes = without(abstract_params(model, sharding, options, jnp.float32), frozen)
+    params = jax.tree.map(struct, shapes, specs)
     transformation = make_optimizer(optimizer)
     opt_state = optax.tree.map_params(
         transformation,

@@ -18,9 +18,10 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.config import DTYPES
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import COVERAGE, Implementation
+from qwen_jax.lora import LoRA
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
-from qwen_jax.params import Params, bind
+from qwen_jax.params import Params, bind, union
 from qwen_jax.remat import Remat
 from qwen_jax.stack import restack, unstack
 from train.fields import at_least
@@ -31,9 +32,12 @@ from train.state import Guard, TrainState
 B = TypeVar("B")
 S = TypeVar("S")
 C = TypeVar("C")
+T = TypeVar("T")
 
 TrainStep = Callable[[TrainState, B], tuple[TrainState, Metrics]]
+"""A jitted `train_step`; it also takes frozen parameters as a third argument or `frozen=`."""
 EvalStep = Callable[[Params, B], Sums]
+"""A jitted `eval_step`; it also takes frozen parameters as a third argument or `frozen=`."""
 
 # Spikes are judged only after this many accepted steps; the running mean then covers about as many.
 _GUARD_STEPS = 50
@@ -53,6 +57,7 @@ class StepConfig:
         `qwen_jax.attention.sequence`.
       spike_factor: skip a step whose gradient norm is more than this many times the running mean; 0 skips only those
         whose loss or gradient is not finite.
+      lora: the model has LoRA, whose parameters are trained beside frozen ones; see `qwen_jax.lora`.
 
     Raises:
       InputError: an unknown dtype, a value out of range, or a kernel that cannot be used with `ring`.
@@ -65,6 +70,7 @@ class StepConfig:
     attention: Implementation = "auto"
     ring: bool = False
     spike_factor: float = 0.0
+    lora: LoRA | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -99,7 +105,12 @@ class BatchGradient(Generic[S]):
 
 
 def batch_gradient(
-    objective: Objective[B, S, C], config: StepConfig, sharding: Sharding, params: Params, batch: B
+    objective: Objective[B, S, C],
+    config: StepConfig,
+    sharding: Sharding,
+    params: Params,
+    batch: B,
+    frozen: Params | None = None,
 ) -> BatchGradient[S]:
     """Differentiates the mean loss of a batch, which does not depend on the number of micro-batches.
 
@@ -107,8 +118,9 @@ def batch_gradient(
       objective: what to minimise.
       config: of the step.
       sharding: of the current mesh.
-      params: of `init_params`.
+      params: of `init_params`; what the loss is differentiated with respect to.
       batch: the whole global batch.
+      frozen: the other parameters; as for `train_step`.
 
     Raises:
       InputError: the batch does not divide into the micro-batches and the shards of the mesh.
@@ -116,6 +128,10 @@ def batch_gradient(
     n, shards = config.accumulation, sharding.batch_shards
     check_divides(_rows(batch), n, shards)
     params = _layers_for_compute(objective, config, params)
+    frozen = None if frozen is None else _layers_for_compute(objective, config, frozen)
+
+    def bound(params: Params) -> BoundModel:
+        return _bind(objective, config, sharding, union(params, frozen))
 
     # The denominator is that of the whole batch, over all devices and micro-batches.
     whole = objective.denominator(batch)
@@ -123,13 +139,13 @@ def batch_gradient(
     denominator = jnp.maximum(whole, 1e-8)
 
     def share_of_mean(params: Params, micro_batch: B, context: BatchContext[S, C]) -> tuple[jax.Array, tuple[Sums, S]]:
-        sums, statistics = objective.sums(_bind(objective, config, sharding, params), micro_batch, context)
+        sums, statistics = objective.sums(bound(params), micro_batch, context)
         share = mean(sums, denominator)
         return share.loss, (share, statistics)
 
     differentiate = jax.value_and_grad(share_of_mean, has_aux=True)
     micro_batches = _split(batch, n, sharding) if n > 1 else None
-    prepared = objective.prepare(_bind(objective, config, sharding, params), batch, micro_batches)
+    prepared = objective.prepare(bound(params), batch, micro_batches)
     zero_statistics = objective.zero_statistics()
     if micro_batches is None:
         (_, (means, statistics)), gradient = differentiate(params, batch, BatchContext(prepared, zero_statistics))
@@ -184,7 +200,13 @@ def _split(batch: B, n: int, sharding: Sharding) -> B:
 
 
 def _bind(objective: Objective[B, S, C], config: StepConfig, sharding: Sharding, params: Params) -> BoundModel:
-    options = Options(stacked=config.scan_layers, dtype=config.dtype, attention=config.attention, ring=config.ring)
+    options = Options(
+        stacked=config.scan_layers,
+        dtype=config.dtype,
+        attention=config.attention,
+        ring=config.ring,
+        lora=config.lora,
+    )
     return BoundModel(bind(objective.model, params, sharding, objective.options(options)), config.remat)
 
 
@@ -192,9 +214,9 @@ def _layers_for_compute(objective: Objective[B, S, C], config: StepConfig, param
     """The parameters with a list of layers in the compute dtype, unless the layers are scanned.
 
     The gradient with respect to such weights is rounded to that dtype, as gradients of matrix products always are, and
-    takes half the memory until the optimiser reads it.
+    takes half the memory until the optimiser reads it. A list of layers is returned as it is.
     """
-    if config.scan_layers:
+    if config.scan_layers or not isinstance(params.get("layers"), dict):
         return params
     return {**params, "layers": unstack(params["layers"], config.dtype, objective.model.sparse_layers)}
 
@@ -206,6 +228,7 @@ def train_step(
     sharding: Sharding,
     state: TrainState,
     batch: B,
+    frozen: Params | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One optimiser step. Pure.
 
@@ -218,18 +241,21 @@ def train_step(
       sharding: of the current mesh.
       state: before the step.
       batch: the whole global batch.
+      frozen: the parameters that are not trained, on the mesh, in any dtype; together with `state.params` they are all
+        of the model's. They get no gradient. Where layers are not scanned, `layers` is better a list of layers in the
+        compute dtype: stacked layers are then copied in each step. None if all parameters are trained.
 
     Returns:
       The state after the step, and metrics. Float32 scalars: `loss` (mean of `Sums.reported`, before the step),
       `grad_norm` (before clipping), `learning_rate`, `weight` (the denominator), `skipped` (1 if this step was); and
       the objective's own, which may be arrays.
     """
-    found = batch_gradient(objective, config, sharding, state.params, batch)
+    found = batch_gradient(objective, config, sharding, state.params, batch, frozen)
     with jax.named_scope("optimizer"):
         # Before the layers are stacked: XLA is slow to sum what it stacks on the way.
         norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), found.gradient))
         gradient = found.gradient
-        if not config.scan_layers:
+        if isinstance(gradient.get("layers"), list):
             gradient = {**gradient, "layers": restack(gradient["layers"], jnp.float32)}
         good, guard = _judge(config, state.guard, found.means.loss, norm)
         transformation = make_optimizer(optimizer)
@@ -261,7 +287,14 @@ def _judge(config: StepConfig, guard: Guard, loss: jax.Array, norm: jax.Array) -
     return good, Guard(jnp.where(good, mean_norm, guard.mean_norm), *counts)
 
 
-def eval_step(objective: Objective[B, S, C], config: StepConfig, sharding: Sharding, params: Params, batch: B) -> Sums:
+def eval_step(
+    objective: Objective[B, S, C],
+    config: StepConfig,
+    sharding: Sharding,
+    params: Params,
+    batch: B,
+    frozen: Params | None = None,
+) -> Sums:
     """Sums of an objective over a batch, in one piece, without gradient and without what only helps training. Pure.
 
     Args:
@@ -270,17 +303,25 @@ def eval_step(objective: Objective[B, S, C], config: StepConfig, sharding: Shard
       sharding: of the current mesh.
       params: of `init_params`, or with a list of layers in the compute dtype where they are not scanned.
       batch: on the mesh.
+      frozen: as for `train_step`.
     """
     objective = objective.for_evaluation()
-    if not isinstance(params["layers"], list):
-        params = _layers_for_compute(objective, config, params)
-    return objective.sums(_bind(objective, config, sharding, params), batch, None)[0]
+    return objective.sums(_bind_for_evaluation(objective, config, sharding, params, frozen), batch, None)[0]
+
+
+def _bind_for_evaluation(
+    objective: Objective[B, S, C], config: StepConfig, sharding: Sharding, params: Params, frozen: Params | None
+) -> BoundModel:
+    params = _layers_for_compute(objective, config, params)
+    if frozen is not None:
+        params = union(params, _layers_for_compute(objective, config, frozen))
+    return _bind(objective, config, sharding, params)
 
 
 def make_train_step(
     objective: Objective[B, S, C], optimizer: OptimizerConfig, config: StepConfig, mesh: Mesh
 ) -> TrainStep[B]:
-    """Jits `train_step`; the state given to it is donated and must not be used again.
+    """Jits `train_step`; the state given to it is donated and must not be used again; frozen parameters are not.
 
     Args:
       objective: what to minimise.
@@ -312,8 +353,35 @@ def make_eval_step(objective: Objective[B, S, C], config: StepConfig, mesh: Mesh
     return jax.jit(functools.partial(eval_step, objective, config, sharding))
 
 
-def make_loss_check(objective: Objective[B, S, C], config: StepConfig, mesh: Mesh) -> Callable[[Params, B], jax.Array]:
-    """Jits a check whether the loss is finite: of parameters, on the first micro-batch of a global batch.
+def make_forward(
+    objective: Objective[B, S, C], function: Callable[[BoundModel, B], T], config: StepConfig, mesh: Mesh
+) -> Callable[..., T]:
+    """Jits a function of the model, run as the objective runs it in evaluation, and a batch.
+
+    Args:
+      objective: says how the model is run.
+      function: of the bound model and a batch; it is not differentiated.
+      config: of the step; `accumulation` has no effect.
+      mesh: from `make_mesh`.
+
+    Returns:
+      A function of parameters, a batch on the mesh, and frozen parameters or None, as for `eval_step`.
+
+    Raises:
+      InputError: a dimension of the model that the mesh does not divide.
+    """
+    sharding, evaluated = Sharding.for_training(objective.model, mesh), objective.for_evaluation()
+
+    def run(params: Params, batch: B, frozen: Params | None = None) -> T:
+        return function(_bind_for_evaluation(evaluated, config, sharding, params, frozen), batch)
+
+    return jax.jit(run)
+
+
+def make_loss_check(
+    objective: Objective[B, S, C], config: StepConfig, mesh: Mesh
+) -> Callable[[Params, B, Params | None], jax.Array]:
+    """Jits a check whether the loss of the first micro-batch is finite: of parameters, a global batch, and frozen ones.
 
     Args:
       objective: as in training.
@@ -322,9 +390,9 @@ def make_loss_check(objective: Objective[B, S, C], config: StepConfig, mesh: Mes
     """
     sharding = Sharding.for_training(objective.model, mesh)
 
-    def check(params: Params, batch: B) -> jax.Array:
+    def check(params: Params, batch: B, frozen: Params | None) -> jax.Array:
         if config.accumulation > 1:
             batch = jax.tree.map(lambda x: x[0], _split(batch, config.accumulation, sharding))
-        return jnp.isfinite(eval_step(objective, config, sharding, params, batch).loss)
+        return jnp.isfinite(eval_step(objective, config, sharding, params, batch, frozen).loss)
 
     return jax.jit(check)

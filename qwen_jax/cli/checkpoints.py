@@ -73,11 +73,13 @@ def _rows(config: "ModelConfig") -> list[tuple[str, str]]:
             ("experts", f"{moe.num_experts} in {sparse} layers, {moe.intermediate_size:,} wide"),
             ("  per token", f"{moe.num_experts_per_tok}, and a shared one of {moe.shared_intermediate_size:,}"),
         ]
+    shared = config.score is None and config.tie_word_embeddings
+    head = f"{params['lm_head']:,}" if config.score is None else f"{params['score']:,}, a {config.score} score head"
     return [
         ("parameters", f"{params['total']:,} ({params['non_embedding']:,} without embedding and head)"),
-        ("  embedding", f"{params['embedding']:,}" + (" (is the head too)" if not params["lm_head"] else "")),
+        ("  embedding", f"{params['embedding']:,}" + (" (is the head too)" if shared else "")),
         ("  layers", f"{params['layers']:,} in {config.num_layers}"),
-        ("  head", f"{params['lm_head']:,}" if params["lm_head"] else "tied to the embedding"),
+        ("  head", "tied to the embedding" if shared else head),
         ("hidden / feed-forward", f"{config.hidden_size:,} / {config.intermediate_size:,}"),
         *experts,
         ("heads", f"{config.num_heads} query, {config.num_kv_heads} key/value, {config.head_dim} wide"),
@@ -101,15 +103,18 @@ class Convert:
         dst: The new folder.
         to: Format to write; by default the one that SRC does not have.
         dtype: Dtype of the written weights; by default as stored, every tensor byte for byte.
+        merge_adapter: LoRA folder of PEFT to merge into the weights, summed in float32 and then rounded. The format is
+            then that of SRC.
     """
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     to: Literal["hf", "orbax"] | None = None
     dtype: DType | None = None
+    merge_adapter: Annotated[Path | None, tyro.conf.arg(metavar="ADAPTER")] = None
 
     def run(self) -> int:
-        sibling("convert").convert(self.src, self.dst, self.to, self.dtype, progress=True)
+        sibling("convert").convert(self.src, self.dst, self.to, self.dtype, progress=True, adapter=self.merge_adapter)
         print(self.dst)
         return 0
 

@@ -1,10 +1,15 @@
-"""`qwen-jax data build`: documents to packed rows of tokens."""
+"""`qwen-jax data build`: documents to packed rows of tokens; `qwen-jax data show`: examples, and what is trained."""
 
 import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
 
-from qwen_jax.cli.common import parse, sibling
+import tyro
+
+from qwen_jax.cli.common import ModelOption, model_name, parse, sibling
+from qwen_jax.errors import InputError
 
 
 def build(argv: Sequence[str]) -> int:
@@ -34,3 +39,65 @@ def build(argv: Sequence[str]) -> int:
         + (f"; {left_out}" if left_out else "")
     )
     return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Show:
+    """Show examples for fine-tuning as a model is trained on them, with the trained text in colour.
+
+    Files are JSON lines, JSON, Parquet, Arrow or a folder that `datasets` saved, with the columns messages; prompt and
+    completion; prompt, chosen and rejected; or chosen and rejected. Messages are rendered with the chat template.
+
+    Args:
+        files: Files, folders or patterns.
+        model: Folder of the model, or Hub id.
+        tokenizer: Folder of the tokenizer, instead of a model.
+        kind: Which columns to read, where the files have those of both.
+        limit: Number of examples.
+        trained: Turns of the assistant that are trained.
+        newline: Also train the line end after <|im_end|>.
+        parse_special: Read control tokens that are typed into messages as such, not as plain text.
+        html: Write a page to this file instead of printing.
+        json: Print each example as a JSON object on a line.
+    """
+
+    files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    model: ModelOption = None
+    tokenizer: ModelOption = None
+    kind: Literal["sft", "pairs"] | None = None
+    limit: int = 5
+    trained: Literal["all", "last"] = "all"
+    newline: bool = False
+    parse_special: bool = False
+    html: Path | None = None
+    json: bool = False
+
+    def run(self) -> int:
+        if not self.files:
+            raise InputError("No examples. Give files, folders or patterns.")
+        if self.limit < 1:
+            raise InputError(f"limit must be at least 1, got {self.limit}.")
+        from rich.console import Console
+
+        from qwen_jax.tokenizer import load_tokenizer
+
+        examples, show = sibling("train.data.examples"), sibling("train.data.show")
+        tokenizer = load_tokenizer(model_name(self.tokenizer, self.model))
+        files = sibling("train.data.tables").find_tables(self.files)
+        options = examples.ExampleOptions(self.trained, self.newline, self.parse_special)
+        shown = show.show_examples(files, tokenizer, options, kind=self.kind, limit=self.limit)
+        if self.html:
+            page = show.to_html(list(shown))
+            try:
+                sibling("train.files").write_file(self.html, page.encode())
+            except OSError as error:
+                raise InputError(f"Cannot write {self.html}: {error.strerror}. Give another file.") from None
+            print(f"wrote {self.html}")
+            return 0
+        console = Console(highlight=False)
+        for example in shown:
+            if self.json:
+                print(json.dumps(example.to_json()))
+            else:
+                show.print_example(example, console)
+        return 0

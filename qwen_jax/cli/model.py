@@ -85,6 +85,7 @@ class Running:
     Args:
         dtype: To compute in; by default the checkpoint's own on a GPU or TPU, float32 on a CPU.
         mesh: Devices to spread over, such as tensor=2.
+        adapter: LoRA folder of PEFT. It is merged into the weights as they are loaded: summed in float32, then rounded.
         attention: Keys that long prompts attend to: all (dense), columns and diagonals (vertical-slash), or blocks with
             large means (pooled). New tokens always attend to all keys.
         sparse_from: Length of prompts in tokens from which --attention is not dense.
@@ -100,6 +101,7 @@ class Running:
 
     dtype: DType | None = None
     mesh: Annotated[str, tyro.conf.arg(metavar="AXIS=N,...")] = ""
+    adapter: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     attention: Pattern = "dense"
     sparse_from: Annotated[int, tyro.conf.arg(metavar="N")] = 65_536
     sparsity_file: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
@@ -178,6 +180,7 @@ class Model:
         self.folder = resolve(name, SMALL)
         self.checkpoint: str | Path = name if is_hub_id(name) else self.folder
         self.config = running.extended(load_config(self.folder))
+        checks.check_generates(self.config)
         self.defaults = load_generation_defaults(self.folder, self.config)
         self.tokenizer = self._tokenizer(need_tokenizer)
         # Options that must fit this checkpoint.
@@ -225,7 +228,7 @@ class Model:
         _enable_compilation_cache()
         default = "float32" if jax.default_backend() == "cpu" else self.config.dtype
         dtype = self.running.dtype or default
-        config, params = sibling("convert").load(self.checkpoint, self.mesh, dtype)
+        config, params = sibling("convert").load(self.checkpoint, self.mesh, dtype, adapter=self.running.adapter)
         engine = Engine(
             self.running.extended(config),
             params,

@@ -4,6 +4,7 @@ from qwen_jax.inference.completion import Completion, Piece
 from qwen_jax.inference.document import Document
 from qwen_jax.inference.engine import Engine
 from qwen_jax.inference.sampling import SamplingParams
+from qwen_jax.inference.scorer import Scorer
 from qwen_jax.inference.settings import GenerationDefaults, load_generation_defaults
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "GenerationDefaults",
     "Piece",
     "SamplingParams",
+    "Scorer",
     "load_generation_defaults",
 ]

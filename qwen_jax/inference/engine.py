@@ -24,6 +24,7 @@ from qwen_jax.inference.prompts import (
     Ids,
     Prompt,
     as_prompts,
+    check_generates,
     check_ids,
     check_lengths,
     check_stop,
@@ -78,7 +79,7 @@ class Engine:
 
         Args:
           config: the architecture.
-          params: unstacked, from `convert.load`; consumed.
+          params: unstacked, from `convert.load`, which also merges a LoRA adapter into them; consumed.
           mesh: the mesh that the parameters are on.
           tokenizer: for text and stop strings, and to know which ids are padding.
           dtype: compute dtype, and that of the cache: bfloat16, float32 or float16.
@@ -92,9 +93,10 @@ class Engine:
             generation_config.json, and the tokenizer's end-of-text token.
 
         Raises:
-          InputError: a tokenizer with more tokens than the model, ids out of range, or a mesh that does not fit the
-            model.
+          InputError: a reward model, a tokenizer with more tokens than the model, ids out of range, or a mesh that does
+            not fit the model.
         """
+        check_generates(config)
         self.config, self.mesh, self.tokenizer, self.chunk = config, mesh, tokenizer, as_int(chunk, "chunk")
         self.prefill_chunk = as_int(prefill_chunk, "prefill_chunk")
         self.sharding = Sharding.for_inference(config, mesh)

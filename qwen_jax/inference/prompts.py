@@ -57,6 +57,15 @@ def check_ids(ids: Ids, name: str, limit: int) -> tuple[int, ...]:
     return values
 
 
+def check_generates(config: ModelConfig) -> None:
+    """Raises InputError for a reward model, which has no output head to generate with."""
+    if config.score is not None:
+        raise InputError(
+            "This is a reward model (its config.json names a score head): it gives scores and generates no text. "
+            "Score conversations with `qwen-jax score`, or give a language model."
+        )
+
+
 def vocab_limit(config: ModelConfig, tokenizer: Tokenizer | None) -> int:
     """The number of ids that are tokens. Ids from there to the end of the embedding are padding.
 

@@ -193,12 +193,14 @@ class Sharding:
                 ("moe_intermediate_size", moe.intermediate_size, "tensor", tensor),
                 ("shared_expert_intermediate_size", moe.shared_intermediate_size, "tensor", tensor),
             )
+        head = (("hidden_size", config.hidden_size, "tensor", tensor),) if config.score == "mlp" else ()
         for name, size, axis, parts in (
             ("num_heads", config.num_heads, "tensor", tensor),
             ("intermediate_size", config.intermediate_size, "tensor", tensor),
             ("vocab_size", config.vocab_size, "tensor", tensor),
             ("hidden_size", config.hidden_size, "fsdp", fsdp),
             *experts,
+            *head,
         ):
             if size % parts:
                 raise InputError(

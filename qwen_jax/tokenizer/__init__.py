@@ -15,6 +15,7 @@ from qwen_jax.tokenizer.control import CONTROL_TOKENS, ControlToken
 from qwen_jax.tokenizer.files import default_chat_template
 from qwen_jax.tokenizer.load import load_tokenizer
 from qwen_jax.tokenizer.spm import SentencePieceTokenizer, train_sentencepiece
+from qwen_jax.tokenizer.trained import TrainedIds, render_example
 
 __all__ = [
     "CONTROL_TOKENS",
@@ -25,6 +26,7 @@ __all__ = [
     "SentencePieceTokenizer",
     "StreamDecoder",
     "Tokenizer",
+    "TrainedIds",
     "check_messages",
     "check_tools",
     "default_chat_template",
@@ -32,6 +34,7 @@ __all__ = [
     "parse_tool_arguments",
     "parse_tool_calls",
     "render_chat",
+    "render_example",
     "train_bpe",
     "train_sentencepiece",
 ]

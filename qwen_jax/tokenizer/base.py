@@ -3,7 +3,7 @@
 import codecs
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -12,7 +12,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.tokenizer.chat import ChatTemplate
 from qwen_jax.tokenizer.control import END_OF_TEXT, TURN_START
 from qwen_jax.tokenizer.files import TEMPLATE_FILE, Settings, default_chat_template
-from qwen_jax.tokenizer.text import valid_text
+from qwen_jax.tokenizer.text import unused_characters, valid_text
 
 
 class Tokenizer(ABC):
@@ -51,6 +51,16 @@ class Tokenizer(ABC):
     def special_ids(self) -> frozenset[int]:
         """Ids that `skip_special_tokens` removes: special control tokens, and a model's own (such as `<s>`)."""
         return self._special_ids
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """Ids that `encode` puts before a text, such as a BOS token; none for Qwen2.5."""
+        return self._prefix
+
+    @property
+    def adds_space(self) -> bool:
+        """Whether a leading space is added to a text, and removed in decoding; some SentencePiece models do so."""
+        return False
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -104,10 +114,26 @@ class Tokenizer(ABC):
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer into a folder that `load_tokenizer` reads; each file appears whole or not at all."""
 
+    @property
+    @abstractmethod
+    def control_ids(self) -> Mapping[str, int]:
+        """Text to id of every control token that `encode` recognises in a text, `<tool_call>` included."""
+
     @abstractmethod
     def _encode_text(self, text: str, parse_special: bool) -> list[int]: ...
 
-    def encode(self, text: str | bytes, *, parse_special: bool = True, add_special_tokens: bool = True) -> list[int]:
+    @abstractmethod
+    def _find_control(self, text: str) -> Iterable[tuple[int, int, int]]:
+        """Yield (start, end, id) of each control token that `encode` recognises in a text, in order."""
+
+    def encode(
+        self,
+        text: str | bytes,
+        *,
+        parse_special: bool = True,
+        add_special_tokens: bool = True,
+        literal: Collection[int] = (),
+    ) -> list[int]:
         """Turn text into token ids.
 
         Args:
@@ -116,12 +142,29 @@ class Tokenizer(ABC):
                 plain text, which is right for text from others.
             add_special_tokens: add the tokens that this tokenizer puts before and after each text, such as a BOS token.
                 Qwen2.5's puts none. A rendered chat already has them.
+            literal: indices of characters that are plain text: no control token that has one of them is recognised.
 
         Raises:
             InputError: the bytes are not UTF-8, or the string holds a lone surrogate.
         """
-        ids = self._encode_text(valid_text(text), parse_special)
+        text = valid_text(text)
+        ids = (
+            self._encode_around(text, literal) if literal and parse_special else self._encode_text(text, parse_special)
+        )
         return self._surround(ids) if add_special_tokens else ids
+
+    def _encode_around(self, text: str, literal: Collection[int]) -> list[int]:
+        """Encode text in which some characters belong to no control token."""
+        (filler,) = unused_characters(1, text + "".join(self.control_ids))
+        characters = list(text)
+        for i in literal:
+            characters[i] = filler
+        ids: list[int] = []
+        end_before = 0
+        for start, end, token_id in self._find_control("".join(characters)):
+            ids += [*self._encode_text(text[end_before:start], False), token_id]
+            end_before = end
+        return ids + self._encode_text(text[end_before:], False)
 
     def encode_batch(
         self, texts: Sequence[str | bytes], *, parse_special: bool = True, add_special_tokens: bool = True

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -109,9 +109,20 @@ class ByteLevelBPE(Tokenizer):
         """Return a look-up in the table of each id's bytes, which do not depend on the neighbouring tokens."""
         return (self._bytes_without_special if skip_special_tokens else self._bytes).__getitem__
 
+    @cached_property
+    def control_ids(self) -> Mapping[str, int]:
+        """Text to id of every control token that `encode` recognises in a text."""
+        return {token.content: i for i, token in self._added.items()}
+
     def _encode_text(self, text: str, parse_special: bool) -> list[int]:
         engine = self._engine if parse_special else self._plain_engine
         return engine.encode(text, add_special_tokens=False).ids
+
+    def _find_control(self, text: str) -> Iterable[tuple[int, int, int]]:
+        encoding = self._engine.encode(text, add_special_tokens=False)
+        for i, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if i in self._added:
+                yield start, end, i
 
     def encode_batch(
         self, texts: Sequence[str | bytes], *, parse_special: bool = True, add_special_tokens: bool = True

@@ -4,13 +4,14 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+import jinja2.runtime
 import jinja2.sandbox
 
 from qwen_jax.errors import InputError
@@ -18,6 +19,8 @@ from qwen_jax.tokenizer.files import TEMPLATE_FILE, default_chat_template
 from qwen_jax.tokenizer.text import valid_text
 
 ROLES = ("system", "user", "assistant", "tool")
+# The variable of the marks of generation blocks. A template cannot read it: no name in Jinja has a space.
+_MARKS = "generation marks"
 # Exceptions that sandboxed template code can raise. Templates are input, so each becomes an InputError.
 _TEMPLATE_FAULTS = (
     jinja2.TemplateError,
@@ -84,6 +87,26 @@ class ChatTemplate:
         Raises:
             InputError: a message or tool is malformed (the error names its index), or the template fails or refuses.
         """
+        return self.render_marked(messages, tools, ("", ""), add_generation_prompt=add_generation_prompt, **variables)
+
+    def render_marked(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        marks: tuple[str, str],
+        *,
+        add_generation_prompt: bool,
+        **variables: Any,
+    ) -> str:
+        """Render a conversation, with marks around what the template declares as an assistant's text.
+
+        Args:
+            messages, tools, add_generation_prompt, variables: as for `render`.
+            marks: put before and after the body of each `{% generation %}` block.
+
+        Raises:
+            InputError: as `render` does.
+        """
         check_messages(messages)
         check_tools(tools or [])
         values = {name: _plain(value, f"variable {name}") for name, value in variables.items()}
@@ -96,7 +119,7 @@ class ChatTemplate:
         plain_tools = None if tools is None else [_plain(tool, f"tool {i}") for i, tool in enumerate(tools)]
         try:
             return _compiled(self.source(tools)).render(
-                {**self.special_tokens, **values},
+                {**self.special_tokens, **values, _MARKS: marks},
                 messages=plain_messages,
                 tools=plain_tools,
                 documents=None,
@@ -138,14 +161,20 @@ def render_chat(
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """Hugging Face's `{% generation %}`, which marks assistant text and renders as its body."""
+    """Hugging Face's `{% generation %}`, which marks assistant text and renders as its body, between marks if asked."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
+        call = self.call_method("mark", [jinja2.nodes.ContextReference()])
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def mark(self, context: jinja2.runtime.Context, caller: Callable[[], str]) -> str:
+        """Render a block."""
+        before, after = context[_MARKS]
+        return f"{before}{caller()}{after}"
 
 
 @functools.cache

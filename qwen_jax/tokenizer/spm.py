@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -150,6 +150,19 @@ class SentencePieceTokenizer(Tokenizer):
             return piece
 
         return step
+
+    @property
+    def adds_space(self) -> bool:
+        """Whether the model adds a leading space to a text."""
+        return self._strips_one
+
+    @property
+    def control_ids(self) -> Mapping[str, int]:
+        """Text to id of every control token that `encode` recognises in a text."""
+        return self._id_of
+
+    def _find_control(self, text: str) -> Iterable[tuple[int, int, int]]:
+        return ((m.start(), m.end(), self._id_of[m.group()]) for m in self._control_pattern.finditer(text))
 
     def _encode_text(self, text: str, parse_special: bool) -> list[int]:
         if not parse_special:

@@ -1,5 +1,6 @@
 """Checks of input text: it must have a UTF-8 form."""
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,6 +32,19 @@ def valid_text(text: str | bytes) -> str:
                 "cannot express. Decode the source with errors='replace', or remove the character."
             ) from None
     return text
+
+
+def unused_characters(count: int, text: str) -> list[str]:
+    """Return private-use characters that do not occur in a text.
+
+    Raises:
+        InputError: the text has nearly all of them.
+    """
+    used = set(text)
+    found = list(itertools.islice((c for c in map(chr, range(0xE000, 0xF900)) if c not in used), count))
+    if len(found) < count:
+        raise InputError("text holds nearly all 6,400 private-use characters (U+E000 to U+F8FF). Remove some of them.")
+    return found
 
 
 def documents(texts: Iterable[str | bytes | Path]) -> Iterable[str]:

@@ -109,7 +109,7 @@ def test_rope_theta_inside_rope_parameters_is_not_ignored() -> None:
     ("change", "message"),
     [
         ({"model_type": "llama"}, "llama"),
-        ({"architectures": ["Qwen2ForRewardModel"]}, "Qwen2ForRewardModel"),
+        ({"architectures": ["Qwen2ForProcessRewardModel"]}, "Qwen2ForProcessRewardModel"),
         ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}, "sliding window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"layer_types": ["full_attention"]}, "layer_types"),

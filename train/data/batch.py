@@ -79,11 +79,11 @@ def row_part(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     return first * count // batch_size, count
 
 
-def place_part(part: Batch, batch_size: int, mesh: Mesh) -> Batch:
+def place_part(part: B, batch_size: int, mesh: Mesh) -> B:
     """Puts this process's part of a global batch on its devices.
 
     Args:
-      part: NumPy arrays [batch_size / count, length], the part that `row_part` returned.
+      part: NumPy arrays [batch_size / count, length], the part that `row_part` returned; a `Batch` or another tree.
       batch_size: rows in the global batch.
       mesh: from `qwen_jax.parallel.sharding.make_mesh`.
     """
@@ -98,4 +98,5 @@ def place_part(part: Batch, batch_size: int, mesh: Mesh) -> Batch:
 
         return jax.make_array_from_callback((batch_size, x.shape[1]), sharding, rows)
 
-    return jax.tree.map(put, part)
+    placed: B = jax.tree.map(put, part)
+    return placed

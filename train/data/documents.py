@@ -114,7 +114,7 @@ def find_sources(files: Iterable[Path], kind: Kind | Literal["auto"], field: str
         if this == "parquet" and compression:
             raise InputError(f"{path}: Parquet compresses inside the file. Decompress it, and give the .parquet file.")
         if compression == ".zst":
-            _library("zstandard", ".zst files")
+            optional_library("zstandard", ".zst files")
         try:
             stat = path.stat()
             path.open("rb").close()
@@ -191,7 +191,7 @@ def read_records(
 
     read = {"jsonl": _read_lines, "parquet": _read_parquet, "text": _read_text}[piece.source.kind]
     number = 0
-    errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, *_library_errors())
+    errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, *library_errors())
     try:
         for record in read(piece, field, max_bytes, count):
             number += 1
@@ -226,7 +226,7 @@ class _Zstandard(io.RawIOBase):
     def __init__(self, file: BinaryIO):
         self._file = file
         # Corpora are often compressed with windows of up to 2 GiB (zstd --long=31).
-        self._library = _library("zstandard", ".zst files").ZstdDecompressor(max_window_size=2**31)
+        self._library = optional_library("zstandard", ".zst files").ZstdDecompressor(max_window_size=2**31)
         self._frame: Any = None
         self._ready = memoryview(b"")
 
@@ -256,7 +256,7 @@ class _Zstandard(io.RawIOBase):
         super().close()
 
 
-def _open(source: Source, count: Callable[[int], None]) -> BinaryIO:
+def open_source(source: Source, count: Callable[[int], None]) -> BinaryIO:
     file = io.BufferedReader(_File(source.path, count), _READ_AHEAD)
     if source.compression == ".gz":
         return io.BufferedReader(gzip.GzipFile(fileobj=file))
@@ -266,7 +266,7 @@ def _open(source: Source, count: Callable[[int], None]) -> BinaryIO:
 
 
 def _read_lines(piece: Piece, field: str, max_bytes: int, count: Callable[[int], None]) -> Iterator[Record]:
-    with _open(piece.source, count) as file:
+    with open_source(piece.source, count) as file:
 
         def skip_line() -> int:
             size = 0
@@ -319,7 +319,7 @@ def _checked(number: int, value: object, field: str) -> Record:
 
 
 def _read_text(piece: Piece, field: str, max_bytes: int, count: Callable[[int], None]) -> Iterator[Record]:
-    with _open(piece.source, count) as file:
+    with open_source(piece.source, count) as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         yield Record(1, "", _too_long("file", max_bytes))
@@ -335,8 +335,8 @@ def _too_long(what: str, max_bytes: int) -> str:
 
 
 def _row_groups(path: Path, field: str) -> tuple[int, ...]:
-    pyarrow = _library("pyarrow", "Parquet files")
-    parquet = _library("pyarrow.parquet", "Parquet files")
+    pyarrow = optional_library("pyarrow", "Parquet files")
+    parquet = optional_library("pyarrow.parquet", "Parquet files")
     try:
         with parquet.ParquetFile(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
@@ -360,8 +360,8 @@ def _row_groups(path: Path, field: str) -> tuple[int, ...]:
 
 
 def _read_parquet(piece: Piece, field: str, max_bytes: int, count: Callable[[int], None]) -> Iterator[Record]:
-    pyarrow = _library("pyarrow", "Parquet files")
-    parquet = _library("pyarrow.parquet", "Parquet files")
+    pyarrow = optional_library("pyarrow", "Parquet files")
+    parquet = optional_library("pyarrow.parquet", "Parquet files")
     # With a buffer, one page at a time is in memory rather than a whole row group.
     with parquet.ParquetFile(piece.source.path, buffer_size=1 << 20, pre_buffer=False) as file:
         groups = range(piece.start, piece.end)
@@ -383,7 +383,7 @@ def _read_parquet(piece: Piece, field: str, max_bytes: int, count: Callable[[int
             count(int(column.nbytes))
 
 
-def _library(name: str, what: str) -> ModuleType:
+def optional_library(name: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -391,7 +391,7 @@ def _library(name: str, what: str) -> ModuleType:
         raise InputError(f"{what} need {package}, which is not installed: pip install 'qwen-jax[data]'") from None
 
 
-def _library_errors() -> tuple[type[Exception], ...]:
+def library_errors() -> tuple[type[Exception], ...]:
     """The exceptions of the optional libraries that are imported."""
     found = ((sys.modules.get("zstandard"), "ZstdError"), (sys.modules.get("pyarrow"), "ArrowException"))
     return tuple(getattr(module, name) for module, name in found if module)

@@ -209,6 +209,10 @@ class Mixture:
             tokens[mine], starts[mine], num_tokens[mine] = self.datasets[self.names[d]].read(chosen[mine, 1])
         return rows_to_batch(tokens, starts, num_tokens)
 
+    def batch_size(self, step: int) -> int:
+        """Rows in the global batch of a step."""
+        return self.stages[self.stage(step)].batch_size
+
     def __getitem__(self, step: int) -> Batch:
         """The global batch of a step, counted from 0."""
         return self.batch(step)

@@ -1,11 +1,13 @@
-"""Packs documents of tokens into rows of one length."""
+"""Packs documents of tokens, or whole examples, into rows of one length."""
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 import numpy as np
 
 from qwen_jax.errors import InputError
 from train.data.batch import Batch
+from train.data.examples import Example
 
 
 def pack(documents: Sequence[Sequence[int] | np.ndarray], length: int) -> Batch:
@@ -60,3 +62,69 @@ def rows_to_batch(tokens: np.ndarray, starts: np.ndarray, num_tokens: np.ndarray
         segment_ids *= real
         positions *= real
     return Batch(tokens, positions.astype(np.int32, copy=False), segment_ids, real.astype(np.float32))
+
+
+def pack_segments(rows: Sequence[Sequence[Example]], length: int) -> Batch:
+    """Writes whole examples into rows, each as a segment of its own.
+
+    Args:
+      rows: the examples of each row, which must fit into it.
+      length: tokens in a row.
+
+    Returns:
+      NumPy arrays [rows, length]. Segments are counted from 1, positions from 0 in each; loss weights are 1 on trained
+      tokens, and 0 on the first token of a segment, which nothing predicts, and on padding.
+    """
+    shape = len(rows), length
+    tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
+    batch = Batch(tokens, positions, segment_ids, np.zeros(shape, np.float32))
+    for b, row in enumerate(rows):
+        start = 0
+        for number, example in enumerate(row, 1):
+            end = start + len(example.ids)
+            assert end <= length, "an example is longer than the rest of its row"
+            batch.tokens[b, start:end] = example.ids
+            batch.positions[b, start:end] = np.arange(end - start)
+            batch.segment_ids[b, start:end] = number
+            batch.loss_weights[b, start + 1 : end] = example.trained[1:]
+            start = end
+    return batch
+
+
+def best_fit(lengths: Sequence[int] | np.ndarray, length: int, max_items: int | None = None) -> list[list[int]]:
+    """Packs items into rows by best-fit decreasing: the longest first, each into the fullest row that has room.
+
+    The sizes of the rows depend only on the multiset of lengths. It needs at most 11/9 of the fewest rows, and one
+    (Johnson et al. 1974, "Worst-case performance bounds for simple one-dimensional packing algorithms").
+
+    Args:
+      lengths: length of each item, from 1 to `length`.
+      length: room in a row.
+      max_items: most items in a row; None is any number.
+
+    Returns:
+      Indices of the items of each row; each item is in one row. Items of the same length come in order.
+    """
+    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist()
+    rows: list[list[int]] = []
+    rooms: list[int] = []  # Distinct rooms of open rows, ascending.
+    with_room: dict[int, list[int]] = {}
+    for item in order:
+        size = int(lengths[item])
+        at = bisect_left(rooms, size)
+        if at == len(rooms):
+            row, room = len(rows), length
+            rows.append([])
+        else:
+            room = rooms[at]
+            row = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[room], rooms[at]
+        rows[row].append(item)
+        if max_items is None or len(rows[row]) < max_items:
+            left = room - size
+            if left not in with_room:
+                with_room[left] = []
+                insort(rooms, left)
+            with_room[left].append(row)
+    return rows

@@ -23,7 +23,7 @@ from qwen_jax.inference import Engine
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params, bind
-from train.losses import chunked_token_losses
+from train.losses import chunked_log_probs
 
 LOSS_CHUNK = 2048
 """Tokens of one device whose logits exist at one time."""
@@ -147,7 +147,7 @@ def _losses(params: Params, tokens_BT: jax.Array, *, static: _Static) -> jax.Arr
     positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     hidden_BTD = model(tokens_BT, positions_BT, kernels.causal_mask(B, T)).hidden
     targets_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
-    return chunked_token_losses(model, hidden_BTD, targets_BT, static.chunk)
+    return -chunked_log_probs(model, hidden_BTD, targets_BT, None, static.chunk)
 
 
 def edges(length: int, width: int | None = None) -> list[int]:

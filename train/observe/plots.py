@@ -162,16 +162,15 @@ def plot_folder(folder: Path) -> Path:
     """
     launches, metrics = folder / "launches.jsonl", folder / "metrics.jsonl"
     if not launches.is_file() or not metrics.is_file():
-        raise InputError(
-            f"{folder} holds no run of `qwen-jax train pretrain`: it has no launches.jsonl, metrics.jsonl."
-        )
+        raise InputError(f"{folder} holds no run of `qwen-jax train`: it has no launches.jsonl, metrics.jsonl.")
     # The stages are those of the last launch whose record is complete.
     records = read_records(launches, "config")
     if not records:
         raise InputError(f"{launches} has no complete record, which would say what the stages of the run are.")
     launch = records[-1]
     stages: list[dict[str, Any]] = launch["config"]["stages"]
-    ends = itertools.accumulate(stage["schedule"]["steps"] for stage in stages)
+    # A record without `ends` is of a version that only pre-trained, whose stages state their steps.
+    ends = launch.get("ends") or itertools.accumulate(stage["schedule"]["steps"] for stage in stages)
     names = {
         end: f"stage {number}: {stage['length']:,} tokens"
         for number, (end, stage) in enumerate(zip(ends, stages, strict=True), 1)
@@ -254,7 +253,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        "python -m train.observe.plots", description="Plots a pre-training run into its loss.png."
+        "python -m train.observe.plots", description="Plots a training run into its loss.png."
     )
     parser.add_argument("folder", type=Path, help="folder of the run")
     try:

@@ -302,6 +302,7 @@ class Report:
             "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
             "processes": jax.process_count(),
             "config": as_json(self._config),
+            "ends": [stage.end for stage in self._stages],
             "changed": self._changes,
         }
         append_record(self._output / "launches.jsonl", launch)

@@ -1,0 +1,220 @@
+"""Losses of chosen tokens: those of weight 0 never reach the head, and nothing as large as all logits exists."""
+
+import functools
+import math
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+
+from qwen_jax.parallel.sharding import Sharding, make_mesh
+from qwen_jax.published import published
+from train.losses import chunked_cross_entropy, chunked_log_probs, segment_sums
+
+B, T, D, V = 4, 12, 16, 32
+MESHES = [{}, {"fsdp": 2, "tensor": 2}, {"data": 2, "context": 2}]
+
+
+def generator() -> np.random.Generator:
+    """Fresh inputs; the seed is printed with a failure."""
+    seed = int(np.random.SeedSequence().entropy) % 2**32  # type: ignore[arg-type]
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)
+
+
+def sharding_on(mesh: Mesh) -> Sharding:
+    return Sharding.for_training(published("tiny"), mesh)
+
+
+def model_of(head: Any, sharding: Sharding) -> Any:
+    """What losses need of a model."""
+    return SimpleNamespace(
+        config=SimpleNamespace(tie_word_embeddings=False), lm_head=SimpleNamespace(weight=head), sharding=sharding
+    )
+
+
+def inputs(rng: np.random.Generator) -> tuple[Any, ...]:
+    """Hidden states, head, targets, and weights: all 0 in the first row, and all but one in the last."""
+    weights = np.where(rng.random((B, T)) < 0.4, rng.random((B, T)) + 0.1, 0.0).astype(np.float32)
+    weights[0] = 0
+    weights[-1] = np.arange(T) == 3
+    hidden, head = (rng.normal(size=size).astype(np.float32) for size in ((B, T, D), (V, D)))
+    return hidden, head, rng.integers(0, V, (B, T)).astype(np.int32), weights
+
+
+def placed(arrays: tuple[Any, ...], mesh: Mesh) -> list[jax.Array]:
+    s = sharding_on(mesh)
+    specs = (s.hidden, s.vocab, *(s.tokens,) * (len(arrays) - 2))
+    return [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
+
+
+def log_probs_of(hidden: Any, head: Any, targets: Any) -> Any:
+    """The plain formula."""
+    return jnp.take_along_axis(jax.nn.log_softmax(hidden @ head.T), jnp.asarray(targets)[..., None], -1)[..., 0]
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+@pytest.mark.parametrize("chunk", [5, 100])
+def test_compact_cross_entropy_is_the_dense_one(axes: dict[str, int], chunk: int) -> None:
+    """Also where hidden states of weight 0 are NaN: they are not read."""
+    mesh = make_mesh(axes)
+    s, (hidden, head, targets, weights) = sharding_on(mesh), inputs(generator())
+
+    def loss(hidden: Any, head: Any, targets: Any, weights: Any, compact: bool) -> Any:
+        sums = chunked_cross_entropy(model_of(head, s), hidden, targets, weights, chunk, 0.1, compact)
+        return 3.0 * sums.loss, sums
+
+    with jax.set_mesh(mesh):
+        compute = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=4)
+        expected = jax.device_get(compute(*placed((hidden, head, targets, weights), mesh), False))
+        spoiled = np.where(weights[..., None] == 0, np.nan, hidden)
+        got = jax.device_get(compute(*placed((spoiled, head, targets, weights), mesh), True))
+        # Nothing counts.
+        nothing = jax.device_get(compute(*placed((hidden, head, targets, np.zeros_like(weights)), mesh), True))
+    # float32 sums in another order.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, expected)
+    assert not got[1][0][weights == 0].any()
+    assert not any(leaf.any() for leaf in jax.tree.leaves(nothing))
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_log_probs_and_their_gradients_are_those_of_the_plain_formula(axes: dict[str, int]) -> None:
+    mesh, rng = make_mesh(axes), generator()
+    s, (hidden, head, targets, weights) = sharding_on(mesh), inputs(rng)
+    coefficients = rng.normal(size=(B, T)).astype(np.float32)
+
+    def plain(hidden: Any, head: Any) -> Any:
+        found = jnp.where(weights != 0, log_probs_of(hidden, head, targets), 0.0)
+        return (found * coefficients).sum(), found
+
+    def chunked(hidden: Any, head: Any, targets: Any, weights: Any, coefficients: Any) -> Any:
+        found = chunked_log_probs(model_of(head, s), hidden, targets, weights, 5)
+        return (found * coefficients).sum(), found
+
+    expected = jax.device_get(jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(hidden, head))
+    with jax.set_mesh(mesh):
+        compute = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True))
+        spoiled = np.where(weights[..., None] == 0, np.nan, hidden)
+        got = jax.device_get(compute(*placed((spoiled, head, targets, weights, coefficients), mesh)))
+    # float32 sums in another order.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, expected)
+
+
+def test_gradients_of_log_probs_are_finite_differences_in_float64(mesh: Mesh) -> None:
+    rng, s = generator(), sharding_on(mesh)
+    hidden, head, targets, weights = inputs(rng)
+    coefficients = rng.normal(size=(B, T))
+
+    def exact(hidden: np.ndarray, head: np.ndarray) -> float:
+        logits = hidden @ head.T
+        log_totals = np.log(np.exp(logits).sum(-1))
+        picked = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        return float((np.where(weights != 0, picked - log_totals, 0.0) * coefficients).sum())
+
+    def chunked(hidden: Any, head: Any, *rest: Any) -> Any:
+        return (chunked_log_probs(model_of(head, s), hidden, *rest, 7) * coefficients.astype(np.float32)).sum()
+
+    with jax.set_mesh(mesh):
+        arrays = placed((hidden, head, targets, weights), mesh)
+        gradients = jax.device_get(jax.jit(jax.grad(chunked, argnums=(0, 1)))(*arrays))
+    for _ in range(5):
+        directions = rng.normal(size=hidden.shape), rng.normal(size=head.shape)
+        step = 1e-5
+        above, below = (exact(*(x + sign * step * d for x, d in zip((hidden, head), directions, strict=True)))
+                        for sign in (1, -1))  # fmt: skip
+        along = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True))
+        np.testing.assert_allclose(along, (above - below) / (2 * step), rtol=1e-4, atol=1e-3)
+
+
+def test_gradients_have_the_dtypes_of_what_is_differentiated(mesh: Mesh) -> None:
+    """A head in bfloat16, as frozen weights may be, beside hidden states in bfloat16."""
+    s, (hidden, head, targets, weights) = sharding_on(mesh), inputs(generator())
+    low = hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
+
+    def losses(hidden: Any, head: Any, *rest: Any) -> Any:
+        model = model_of(head, s)
+        return chunked_cross_entropy(model, hidden, *rest, 5).loss - chunked_log_probs(model, hidden, *rest, 5).sum()
+
+    with jax.set_mesh(mesh):
+        compute = jax.jit(jax.grad(losses, argnums=(0, 1)))
+        exact = compute(*placed((hidden, head, targets, weights), mesh))
+        rounded = compute(*placed((*low, targets, weights), mesh))
+    assert {x.dtype for x in rounded} == {jnp.dtype(jnp.bfloat16)}
+    for got, want in zip(rounded, exact, strict=True):
+        error = np.linalg.norm(np.asarray(got, np.float32) - want) / np.linalg.norm(want)
+        assert error < 0.02  # bfloat16 has 8 bits.
+
+
+@pytest.mark.parametrize("axes", [{}, {"fsdp": 2, "context": 2}, {"tensor": 2, "context": 4}], ids=str)
+def test_segment_sums(axes: dict[str, int]) -> None:
+    """In any order of tokens; the gradient of a sum is 1 at the tokens of its segment, and 0 at padding."""
+    mesh, rng = make_mesh(axes), generator()
+    s, x = sharding_on(mesh), rng.normal(size=(B, 16)).astype(np.float32)
+    ids = rng.integers(0, 7, (B, 16)).astype(np.int32)
+    coefficients = rng.normal(size=(B, 6)).astype(np.float32)
+    expected = np.stack([(x * (ids == s + 1)).sum(1) for s in range(6)], 1)
+
+    def total(x: Any, ids: Any) -> Any:
+        sums = segment_sums(x, ids, 6, s)
+        return (sums * coefficients).sum(), sums
+
+    with jax.set_mesh(mesh):
+        arrays = [jax.device_put(a, NamedSharding(mesh, s.tokens)) for a in (x, ids)]
+        (_, sums), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(*arrays)
+    np.testing.assert_allclose(sums, expected, rtol=1e-5, atol=1e-5)
+    padded = np.pad(coefficients, ((0, 0), (1, 0)))
+    np.testing.assert_array_equal(gradient, np.take_along_axis(padded, ids, 1))
+
+
+@pytest.mark.parametrize("axes", [{}, {"fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("which", ["dense", "compact", "log-probabilities"])
+def test_a_frozen_head_costs_no_product(axes: dict[str, int], which: str) -> None:
+    """Without a gradient with respect to the head, as with adapters, the compiled program has one product less."""
+    mesh = make_mesh(axes)
+    s, arrays = sharding_on(mesh), inputs(generator())
+
+    def loss(hidden: Any, head: Any, *rest: Any) -> Any:
+        if which == "log-probabilities":
+            return chunked_log_probs(model_of(head, s), hidden, *rest, 5).sum()
+        return chunked_cross_entropy(model_of(head, s), hidden, *rest, 5, compact=which == "compact").loss
+
+    def products(differentiated: tuple[int, ...]) -> int:
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(jax.grad(loss, argnums=differentiated)).lower(*placed(arrays, mesh))
+            return lowered.compile({"xla_backend_optimization_level": "0"}).as_text().count(" dot(")
+
+    both = products((0, 1))
+    assert both == (4 if which == "log-probabilities" else 3)
+    assert products((0,)) == both - 1
+
+
+@pytest.mark.parametrize("which", ["cross-entropy", "log-probabilities"])
+def test_no_array_as_large_as_all_logits_exists(mesh: Mesh, which: str) -> None:
+    """32,768 tokens of a vocabulary of 152,064, from the compiled program of loss and gradients."""
+    tokens, vocab, width, chunk, s = 32_768, 152_064, 64, 2048, sharding_on(mesh)
+
+    def loss(hidden: Any, head: Any, *rest: Any) -> Any:
+        if which == "cross-entropy":
+            return chunked_cross_entropy(model_of(head, s), hidden, *rest, chunk, compact=True).loss
+        return chunked_log_probs(model_of(head, s), hidden, *rest, chunk).sum()
+
+    def abstract(shape: tuple[int, ...], dtype: Any, spec: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        compute = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        lowered = compute.lower(
+            abstract((1, tokens, width), jnp.bfloat16, s.hidden),
+            abstract((vocab, width), jnp.float32, s.vocab),
+            abstract((1, tokens), jnp.int32, s.tokens),
+            abstract((1, tokens), jnp.float32, s.tokens),
+        )
+        text = lowered.compile({"xla_backend_optimization_level": "0"}).as_text()
+    sizes = {math.prod(map(int, shape.split(","))) for shape in re.findall(r"\b[a-z]\w*\[([\d,]+)\]", text)}
+    assert chunk * vocab in sizes  # The logits of a chunk are there,
+    assert max(sizes) == chunk * vocab  # and nothing is larger.

@@ -1,0 +1,179 @@
+"""Tuning runs from the command line to a model that answers: SFT, reward model and DPO, exact resume, and mistakes."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from convert.huggingface import export
+from qwen_jax.cli import main
+from qwen_jax.cli.train import _Formats
+from qwen_jax.config import load_config
+from qwen_jax.errors import InputError
+from qwen_jax.files import read_json
+from qwen_jax.parallel.sharding import make_mesh
+from qwen_jax.params import init_params
+from qwen_jax.published import published
+from qwen_jax.tokenizer import train_bpe
+from tests.helpers.runs import assert_same_weights, launches, print_seed, stop_after
+from train import tune
+from train.loop import LoopConfig
+from train.merging import Merging
+from train.observe.metrics import read_log
+from train.tune_config import TuneConfig
+
+SMALL = ["step.dtype=float32", "stages.0.length=256", "stages.0.batch_size=4", "stages.0.learning_rate=3e-3"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a chat tokenizer, and conversations and pairs: some words are good answers, the others bad."""
+    folder, rng = tmp_path_factory.mktemp("tune"), print_seed()
+    words = ["red", "blue", "green", "grey"]
+    tokenizer = train_bpe(["red blue green grey which colour system user assistant\n" * 9], 320)
+    config = dataclasses.replace(published("tiny"), vocab_size=384, num_layers=1, eos_token_ids=(tokenizer.eos_id,))
+    mesh = make_mesh({}, jax.devices()[:1])
+    for name in ("model", "base"):
+        with jax.set_mesh(mesh):
+            export(init_params(config, jax.random.key(int(rng.integers(2**31))), mesh), config, folder / name)
+        tokenizer.save(folder / name)
+
+    def chosen_and_rejected() -> dict[str, Any]:
+        right, wrong = words[rng.integers(2)], words[2 + rng.integers(2)]
+        said = [{"role": "user", "content": f"which colour {right}"}]
+        answers = ([{"role": "assistant", "content": word}] for word in (right, wrong))
+        return {"prompt": said, **dict(zip(("chosen", "rejected"), answers, strict=True))}
+
+    for name, count in (("pairs", 48), ("held", 8)):
+        records = [chosen_and_rejected() for _ in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        talks = [{"messages": r["prompt"] + r["chosen"]} for r in records]
+        (folder / f"{name}-sft.jsonl").write_text("".join(json.dumps(r) + "\n" for r in talks))
+    return folder
+
+
+def arguments(files: Path, method: str, output: Path) -> list[str]:
+    end = "-sft.jsonl" if method == "sft" else ".jsonl"
+    data = ["--data", str(files / f"pairs{end}"), "--held-out", str(files / f"held{end}")]
+    more = ["loop.evaluate_every=4", "stages.0.epochs=3", "samples=2", "sample_tokens=4"]
+    return ["--model", str(files / "model"), "--output", str(output), *data, "--set", *SMALL, *more]
+
+
+def configuration(files: Path, method: Any, output: Path) -> TuneConfig:
+    options = arguments(files, method, output)
+    paths = {"model": options[1], "output": options[3], "data": [options[5]], "held_out": [options[7]]}
+    return tune._configuration(method, argparse.Namespace(**paths, config=None, lora=False, set=options[9:]))
+
+
+@pytest.mark.parametrize("method", ["sft", "reward", "dpo"])
+def test_the_command_tunes_a_model_and_exports_it(method: str, files: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert main(["train", method, *arguments(files, method, output)]) == 0
+    records = read_log(output / "metrics.jsonl")
+    losses = [r["loss"] for r in records if "loss" in r]
+    held_out = [r for r in records if "held_out_loss" in r]
+    assert losses[-1] < losses[0]
+    assert held_out[-1]["held_out_loss"] < held_out[0]["held_out_loss"]
+    if method == "dpo":
+        # At the reference.
+        np.testing.assert_allclose([losses[0], held_out[0]["held_out_loss"]], np.log(2), rtol=1e-5)
+        assert held_out[-1]["held_out_held_rewards/accuracies"] > held_out[0]["held_out_held_rewards/accuracies"] == 0
+    if method != "reward":
+        # Greedy texts of held-out prompts at every evaluation, which end where the data's answers do.
+        samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+        assert [s["step"] for s in samples] == [r["step"] for r in held_out for _ in range(2)]
+        assert all(s["prompt"].endswith("<|im_start|>assistant\n") for s in samples)
+        assert all(s["answer"].endswith("<|im_end|>") for s in samples)
+    config = load_config(output / "model")
+    assert config.score == ("linear" if method == "reward" else None)
+    if method != "reward":
+        tokenizer_ids = read_json(output / "model" / "generation_config.json")["eos_token_id"]
+        assert len(tokenizer_ids) == 2
+        assert main(["generate", str(output / "model"), "--prompt", "red", "--max-new-tokens", "2"]) == 0
+    # Nothing is left to do.
+    assert main(["train", method, *arguments(files, method, output)]) == 0
+
+
+@pytest.mark.parametrize("method", ["sft", "reward", "dpo"])
+def test_a_stopped_run_resumes_bit_for_bit(
+    method: Any, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, stopped = (configuration(files, method, tmp_path / name) for name in ("straight", "stopped"))
+    tune.tune(straight, _Formats())
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert tune.tune(stopped, _Formats())
+    # What may change is told and recorded; what must not, is refused.
+    faster = dataclasses.replace(stopped, stages=(dataclasses.replace(stopped.stages[0], rope_theta=1e4),))
+    with pytest.raises(InputError, match="had rope_theta"):
+        tune.tune(faster, _Formats())
+    longer = dataclasses.replace(stopped, examples=dataclasses.replace(stopped.examples, newline=True))
+    with pytest.raises(InputError, match="with other data"):
+        tune.tune(longer, _Formats())
+    assert not tune.tune(dataclasses.replace(stopped, loop=LoopConfig(evaluate_every=5)), _Formats())
+    assert launches(tmp_path / "stopped")[-1]["changed"] == {"loop.evaluate_every": [4, 5]}
+    last = max(int(p.name) for p in (tmp_path / "straight" / "checkpoints").iterdir() if p.name.isdecimal())
+    for run in ("straight", "stopped"):
+        assert (tmp_path / run / "checkpoints" / str(last)).is_dir()
+    folders = [tmp_path / run / "checkpoints" for run in ("straight", "stopped")]
+    assert_same_weights(folders[0].parent, folders[1].parent, last)
+
+
+@pytest.mark.parametrize("method", ["sft", "reward"])
+def test_an_adapter_is_tuned_and_used(method: str, files: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert main(["train", method, "--lora", *arguments(files, method, output)]) == 0
+    losses = [r["loss"] for r in read_log(output / "metrics.jsonl") if "loss" in r]
+    assert losses[-1] < losses[0]
+    settings = read_json(output / "model" / "adapter_config.json")
+    assert settings["base_model_name_or_path"] == str(files / "model")
+    assert settings["modules_to_save"] == (["score"] if method == "reward" else None)
+    if method == "sft":
+        # The last sample is what the exported adapter says of the same prompt.
+        last = json.loads((output / "samples.jsonl").read_text().splitlines()[-1])
+        prompt = tmp_path / "prompt.txt"
+        prompt.write_text(last["prompt"])
+        command = ["generate", str(files / "model"), "--adapter", str(output / "model"), "--prompt", "red"]
+        assert main([*command, "--max-new-tokens", "2"]) == 0
+
+
+def test_merging_nothing_is_the_plain_optimiser(files: Path, tmp_path: Path) -> None:
+    """Online merging in a run: with alpha 0 and p 1 the same weights bit for bit, otherwise others."""
+    plain = dataclasses.replace(configuration(files, "dpo", tmp_path / "plain"), held_out={}, export="")
+    tune.tune(plain, _Formats())
+    for name, merging in (("none", Merging(alpha=0.0, p=1.0)), ("some", Merging(alpha=1e-2, p=0.5))):
+        output, base = str(tmp_path / name), str(files / "base")
+        changed = dataclasses.replace(plain, output=output, merging=merging, base=base)
+        tune.tune(changed, _Formats())
+    steps = int(read_log(tmp_path / "plain" / "metrics.jsonl")[-1]["step"])
+    assert_same_weights(tmp_path / "plain", tmp_path / "none", steps)
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "plain", tmp_path / "some", steps)
+
+
+def test_a_mesh_tunes_as_one_device_does(files: Path, tmp_path: Path) -> None:
+    alone = configuration(files, "dpo", tmp_path / "alone")
+    for name, mesh in (("alone", {}), ("mesh", {"fsdp": 2, "context": 2})):
+        tune.tune(dataclasses.replace(alone, output=str(tmp_path / name), mesh=mesh, export=""), _Formats())
+    a, b = ([r["loss"] for r in read_log(tmp_path / n / "metrics.jsonl") if "loss" in r] for n in ("alone", "mesh"))
+    np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+def test_mistakes_are_told_before_anything_is_made(files: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    for options, message in (
+        (["--model", str(files / "model")], "--data and --output is missing"),
+        ([*arguments(files, "sft", output), "stages.0.batch_size=3", "mesh.data=2"], "does not divide"),
+        ([*arguments(files, "sft", output), 'stages.0.data=["x"]'], "names 'x'"),
+        ([*arguments(files, "sft", output), "mesh.rows=2"], "no axis 'rows'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tune.main("sft", options, _Formats())
+    assert not output.exists()
+    with pytest.raises(InputError, match="expected one of: messages"):
+        tune.main("sft", arguments(files, "dpo", output), _Formats())

@@ -1,0 +1,538 @@
+"""Tuning runs: from a configuration to a job, which `train.launch` takes to its end; the command lines of them."""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
+from qwen_jax.files import to_json
+from qwen_jax.lora import LoRA
+from qwen_jax.parallel.multihost import in_step
+from qwen_jax.parallel.sharding import Sharding, make_mesh
+from qwen_jax.params import Params, init_params, union, with_fresh_score_head
+from qwen_jax.stack import unstack
+from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.tokenizer.control import TURN_END
+from train.checkpoint import Checkpoints
+from train.command import add_run_arguments, join_if_asked, steps_to_trace
+from train.data.batch import place_part, row_part
+from train.data.example_batches import PackedExamples, PackedPairs, PackedSequences, RowConfig
+from train.data.example_store import ExampleStore, open_store
+from train.data.feed import Feed
+from train.data.shards import digest
+from train.distributed import check_same
+from train.dpo import Dpo, DpoConfig
+from train.fields import as_json, set_fields
+from train.files import write_file
+from train.launch import Export, Job, Phase, launch
+from train.lock import lock
+from train.loop import ByStep, LoopConfig
+from train.observe.goodput import Clock
+from train.observe.report import Report, ReportedStage
+from train.observe.trackers import check_wandb
+from train.optimizer import OptimizerConfig
+from train.pretrain import PretrainConfig
+from train.reference import reference_log_probs
+from train.resume import changed_tuning, check_rope
+from train.reward import RewardConfig
+from train.samples import Prompt, write_samples
+from train.state import TrainState
+from train.step import EvalStep, check_divides, make_forward
+from train.tune_config import Method, ObjectiveConfig, TuneConfig, TuneStage, load
+
+# Segments of a row of pairs, at most; two for each pair.
+_MAX_SEGMENTS = 128
+
+
+_OBJECTIVES: dict[Method, ObjectiveConfig] = {"sft": PretrainConfig(), "reward": RewardConfig(), "dpo": DpoConfig()}
+_ABOUT = {
+    "sft": "Fine-tune a model on conversations: the loss is on what the assistant says.",
+    "reward": "Train a reward model on pairs of a chosen and a rejected answer.",
+    "dpo": "Train a model to prefer chosen over rejected answers, bound to a reference model.",
+}
+_COLUMNS = {"sft": "messages, or prompt and completion", "pairs": "prompt, chosen and rejected"}
+_RATES = {"sft": 7e-6, "reward": 1e-5, "dpo": 7e-7}
+_SET = """\
+fields to change, such as stages.0.length=32768 stages.0.learning_rate=1e-5 mesh.fsdp=8 step.remat=full
+loop.evaluate_every=50 objective.{} examples.trained=last; --print-config shows all"""
+_FIELD = {"sft": "z_loss=1e-4", "reward": "centering=0.01", "dpo": "beta=0.3"}
+_AFTER = """\
+The same command resumes from the newest checkpoint, or does nothing if the run has ended. The tuned model is
+written to OUTPUT/model. `qwen-jax data show FILE --model DIR` shows what is trained. See docs/post_training.md."""
+
+
+def main(method: Method, argv: Sequence[str], formats: "Formats") -> int:
+    """`qwen-jax train sft`, `reward` and `dpo`.
+
+    Args:
+      method: which of them.
+      argv: arguments after the command's name.
+      formats: reads and writes models.
+
+    Returns:
+      The exit status: 0, or 128 and the number of the signal that stopped the run after a checkpoint.
+
+    Raises:
+      InputError: a configuration, data or a folder that does not fit.
+    """
+    kind = "sft" if method == "sft" else "pairs"
+    parser = argparse.ArgumentParser(
+        f"qwen-jax train {method}",
+        description=f"{_ABOUT[method]}\n{_AFTER}",
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--model", metavar="DIR", help="checkpoint to begin with, or a Hub id; with its tokenizer")
+    parser.add_argument(
+        "--data", nargs="+", metavar="FILE", help=f"JSONL, Parquet or a datasets folder: {_COLUMNS[kind]}"
+    )
+    parser.add_argument("--output", metavar="DIR", help="folder of the run")
+    parser.add_argument("--held-out", nargs="+", metavar="FILE", help="examples to evaluate on")
+    parser.add_argument(
+        "--lora", action="store_true", help="train an adapter, which is written in PEFT's format; see step.lora"
+    )
+    parser.add_argument("--config", metavar="FILE.py[:FUNCTION]", help="a function that returns a TuneConfig, instead")
+    add_run_arguments(parser, _SET.format(_FIELD[method]))
+    options = parser.parse_args(list(argv))
+    config = _configuration(method, options)
+    if options.profile:
+        config = dataclasses.replace(config, profile=steps_to_trace(options.profile))
+    if options.print_config:
+        print(to_json(as_json(config), indent=2))
+        return 0
+    join_if_asked(options)
+    stopped_by = tune(config, formats)
+    return 128 + stopped_by if stopped_by else 0
+
+
+def _configuration(method: Method, options: argparse.Namespace) -> TuneConfig:
+    """The configuration of a file, or of plain arguments."""
+    given = [name for name in ("model", "data", "output", "held_out", "lora") if getattr(options, name)]
+    if options.config is not None:
+        if given:
+            raise InputError(
+                f"--config has the whole run. Leave out {', '.join('--' + n for n in given)}, or use --set."
+            )
+        config = load(options.config, options.set)
+    else:
+        missing = [f"--{name}" for name in ("model", "data", "output") if name not in given]
+        if missing:
+            raise InputError(f"{' and '.join(missing)} is missing. Give --model, --data and --output, or --config.")
+        # Several files are sources of their own.
+        named = lambda files: {Path(file).name.partition(".")[0] or file: file for file in files}  # noqa: E731
+        config = TuneConfig(
+            output=options.output,
+            model=options.model,
+            data=named(options.data),
+            held_out=named(options.held_out or []),
+            objective=_OBJECTIVES[method],
+            stages=(TuneStage(learning_rate=_RATES[method], epochs=2.0 if method == "sft" else 1.0),),
+            loop=LoopConfig(evaluate_every=100 if options.held_out else 0),
+        )
+        if options.lora:
+            lora = LoRA(whole=("score",)) if method == "reward" else LoRA()
+            rate = dataclasses.replace(config.stages[0], learning_rate=10 * _RATES[method])
+            config = dataclasses.replace(config, step=dataclasses.replace(config.step, lora=lora), stages=(rate,))
+        config = set_fields(config, *options.set)
+    if config.method != method:
+        raise InputError(f"The configuration is one of `qwen-jax train {config.method}`. Use that command.")
+    return config
+
+
+class Formats(Protocol):
+    """How checkpoints are read and written; the command line gives those of `convert`."""
+
+    def describe(self, path: str) -> tuple[ModelConfig, Tokenizer, Path]:
+        """The architecture of a checkpoint, its tokenizer, and its local folder."""
+        ...
+
+    def load(self, path: str, config: ModelConfig, mesh: Mesh, dtype: str, stacked: bool = True) -> Params:
+        """The weights of a checkpoint on a mesh."""
+        ...
+
+    def fingerprint(self, path: str) -> str:
+        """A hash of the content of the weights' files."""
+        ...
+
+    def write(self, params: Params, config: ModelConfig, origin: Path, folder: Path) -> None:
+        """Writes a Hugging Face folder, with the tokenizer and the generation defaults of `origin`."""
+        ...
+
+    def write_adapter(self, params: Params, config: ModelConfig, lora: LoRA, base: str, folder: Path) -> None:
+        """Writes a PEFT folder of trained parameters."""
+        ...
+
+
+def tune(config: TuneConfig, formats: Formats, console: Console | None = None) -> int:
+    """Tunes a model from the newest checkpoint of the run's folder, or from the beginning, to the end of the run.
+
+    Args:
+      config: of the run.
+      formats: reads and writes models.
+      console: for progress; standard error by default. Only process 0 shows any.
+
+    Returns:
+      The number of the signal that stopped the run early, with everything saved; 0 if it has ended.
+
+    Raises:
+      InputError: data, model and folder that do not fit each other or the run in the folder; a folder in use.
+    """
+    clock = Clock()
+    first_process = jax.process_index() == 0
+    console = console or Console(stderr=True, quiet=not first_process)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    # What needs no folder.
+    check_same("configuration", digest(as_json(config)))
+    with in_step("Preparing the run"):
+        if config.wandb_project and first_process:
+            check_wandb()
+        model, tokenizer, origin = formats.describe(config.model)
+        meshes = [make_mesh(config.mesh_axes(index)) for index in range(len(config.stages))]
+        for index, (stage, mesh) in enumerate(zip(config.stages, meshes, strict=True)):
+            shards = Sharding.for_training(model, mesh).batch_shards
+            check_divides(
+                stage.batch_size, config.step_config(index).accumulation, shards, where=f"Stage {index + 1}: "
+            )
+        if config.reference is not None:
+            _check_reference(config, tokenizer, formats)
+    # What may write into it: from here on, no other run may.
+    output = Path(config.output).absolute()
+    with contextlib.ExitStack() as stack:
+        with in_step(f"Locking {output}"):
+            if first_process:
+                stack.enter_context(lock(output, say))
+        run = _Run(config, formats, model, tokenizer, origin, meshes, console, clock)
+        return launch(dataclasses.replace(run.job(), say=say)).signal
+
+
+def _check_reference(config: TuneConfig, tokenizer: Tokenizer, formats: Formats) -> None:
+    assert config.reference is not None
+    _, theirs, _ = formats.describe(config.reference)
+    if theirs.fingerprint() != tokenizer.fingerprint():
+        raise InputError(
+            f"The reference {config.reference} has another tokenizer than the model {config.model}, so that its "
+            "log-probabilities are of other tokens. Give a reference with the same tokenizer."
+        )
+
+
+class _Run:
+    """A run whose data is open."""
+
+    def __init__(
+        self,
+        config: TuneConfig,
+        formats: Formats,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        origin: Path,
+        meshes: Sequence[Mesh],
+        console: Console,
+        clock: Clock,
+    ):
+        self.config, self.formats, self.tokenizer, self.origin = config, formats, tokenizer, origin
+        self.meshes, self.console, self.clock = meshes, console, clock
+        self.output = Path(config.output).absolute()
+        self._frozen_on: tuple[Mesh, Params] | None = None
+        with in_step("Preparing the run"):
+            self.changes = changed_tuning(config)
+        # A reward model begins with a new head, unless the checkpoint has one.
+        self.new_head = config.method == "reward" and model.score is None
+        if self.new_head:
+            model = dataclasses.replace(model, score=config.objective.head)  # type: ignore[union-attr]
+        if config.method != "reward" and model.score is not None:
+            raise InputError(f"{config.model} is a reward model, which has no output head. Give a language model.")
+        self.model = model
+        # Examples of the stages, one after the other, and the steps that they make.
+        self.packed = [self._pack(index) for index in range(len(config.stages))]
+        self.steps = [
+            max(1, round(stage.epochs * packed.rows_per_epoch / stage.batch_size))
+            for stage, packed in zip(config.stages, self.packed, strict=True)
+        ]
+        self.ends = np.cumsum(self.steps).tolist()
+        check_same("data", digest([packed.record() for packed in self.packed]))
+        # Those to evaluate on, in rows like the first stage's.
+        self.held_out = {
+            name: self._open({name: path}, 0, epochs=1, what="held_out") for name, path in config.held_out.items()
+        }
+        pairs = [p.max_segments for p in (*self.packed, *self.held_out.values())]
+        self.max_segments = max(pairs) if config.kind == "pairs" else 2
+        self.objectives = [
+            config.objective_of(i, self.model, self.max_segments) for i in range(len(config.stages))
+        ]  # fmt: skip
+
+    def _pack(self, index: int) -> PackedExamples[Any]:
+        return self._open(self.config.data_of(index), index, epochs=None, what="data")
+
+    def _open(self, sources: Mapping[str, str], index: int, epochs: int | None, what: str) -> PackedExamples[Any]:
+        """Tokenizes examples, unless that was done before, and packs them into the rows of a stage."""
+        config, stage = self.config, self.config.stages[index]
+
+        def opened() -> ExampleStore:
+            return open_store(
+                list(sources.values()),
+                self.tokenizer,
+                self.output / "examples",
+                kind=config.kind,
+                options=config.examples,
+                progress=self.console,
+            )
+
+        # Process 0 tokenizes, and the others find its work.
+        with in_step(f"Tokenizing {what} {', '.join(sources)}"):
+            if jax.process_index() == 0:
+                opened()
+        with in_step(f"Opening {what} {', '.join(sources)}"):
+            store = opened()
+            most = _MAX_SEGMENTS if config.kind == "pairs" else None
+            rows = RowConfig(stage.length, stage.batch_size, config.seed, epochs, config.too_long, most)
+            return (PackedPairs if config.kind == "pairs" else PackedSequences)(store, rows)
+
+    def job(self) -> Job[Any]:
+        """What `launch` takes to its end."""
+        config, output = self.config, self.output
+        # Log-probabilities of the reference, of all pairs, before the weights of the policy are read.
+        if config.method == "dpo":
+            self._fill_references()
+        rates = tuple(stage.schedule_of(n) for stage, n in zip(config.stages, self.steps, strict=True))
+        records = [packed.record() for packed in self.packed]
+        folder = config.export_folder
+        return Job(
+            folder=output / "checkpoints",
+            model=self.model,
+            tokenizer=self.tokenizer,
+            optimizer=OptimizerConfig(rates, config.optimizer, config.merging),
+            phases=tuple(self._phase(index) for index in range(len(config.stages))),
+            report=self._report,
+            seed=config.seed,
+            identity={"seed": config.seed, "method": config.method, "model": config.model},
+            data_record={"stages": records},
+            loop=config.loop,
+            checkpoints=config.checkpoints,
+            initial=self._initial,
+            base=None if config.base is None else lambda like: self._whole(str(config.base), like),
+            frozen=None if config.step.lora is None else self._frozen,
+            check_resume=self._check_resume,
+            export=None if folder is None else Export(folder, self._export),
+            nothing_left=f"{config.output} has ended: all {self.ends[-1]:,} steps are taken",
+        )
+
+    def _phase(self, index: int) -> Phase[Any]:
+        config, mesh, packed = self.config, self.meshes[index], self.packed[index]
+        first = self.ends[index] - self.steps[index]
+        return Phase(
+            end=self.ends[index],
+            objective=self.objectives[index],
+            step=config.step_config(index),
+            mesh=mesh,
+            data=lambda step: ByStep(Feed(_From(packed, first), step, mesh)),
+            evaluate=self._evaluation(index),
+        )
+
+    def _evaluation(self, index: int) -> Callable[[TrainState, EvalStep[Any]], Mapping[str, float]] | None:
+        """The objective's metrics on each held-out data set, and the mean loss of all; None without data."""
+        if not self.held_out:
+            return None
+        objective, mesh = self.objectives[index].for_evaluation(), self.meshes[index]
+        sums = make_forward(
+            objective, lambda model, batch: objective.sums(model, batch, None), self.config.step_config(index), mesh
+        )
+
+        prompts = self._prompts(index)
+
+        def evaluate(state: TrainState, _: EvalStep[Any]) -> dict[str, float]:
+            frozen = None if self.config.step.lora is None else self._frozen(mesh)
+            losses, weights, metrics = 0.0, 0.0, {}
+            for name, packed in self.held_out.items():
+                found = [sums(state.params, batch, frozen) for batch in _placed(packed, mesh)]
+                total, statistics = jax.tree.map(lambda *x: sum(x), *found)
+                weight = jnp.maximum(total.weight, 1e-8)
+                losses, weights = losses + float(total.loss), weights + float(total.weight)
+                metrics[f"{name}_loss"] = float(total.loss / weight)
+                for key, value in objective.metrics(statistics, weight).items():
+                    if jnp.ndim(value) == 0:
+                        metrics[f"{name}_{key}"] = float(value)
+            if prompts:
+                self._sample(index, state, frozen, prompts)
+            return {"loss": losses / max(weights, 1e-8), **metrics}
+
+        return evaluate
+
+    def _prompts(self, index: int) -> list[Prompt]:
+        """Held-out prompts to complete in a stage: of every file in turn; none where they cannot be completed."""
+        mesh, config = self.meshes[index], self.config
+        # The engine has no context axis, and reads its texts in one process.
+        if config.method == "reward" or mesh.shape["context"] > 1 or jax.process_count() > 1:
+            return []
+        stores = [(packed.store, packed.selection.units.tolist()) for packed in self.held_out.values()]
+        turns = itertools.zip_longest(*([(store, unit) for unit in units] for store, units in stores))
+        found = [Prompt.of(one[0].answers(one[1])[0]) for turn in turns for one in turn if one is not None]
+        return found[: config.samples]
+
+    def _sample(self, index: int, state: TrainState, frozen: Params | None, prompts: Sequence[Prompt]) -> None:
+        step, lora = self.config.step_config(index), self.config.step.lora
+        params = state.params
+        if frozen is not None:
+            if not step.scan_layers:
+                params = {**params, "layers": unstack(params["layers"], "float32", self.model.sparse_layers)}
+            params = union(params, frozen)
+        texts = write_samples(
+            *(self.output, int(state.step), self.objectives[index].model, params, lora, self.meshes[index]),
+            *(step.dtype, self.tokenizer, prompts, self._end_ids(), self.config.sample_tokens),
+        )
+        self.console.print(f"sample: {texts[0]!r:.200}", highlight=False, markup=False, soft_wrap=True)
+
+    def _fill_references(self) -> None:
+        """Computes the reference's log-probabilities of each pair, or reads those of an earlier launch."""
+        config = self.config
+        path = config.reference or config.model
+        model, _, _ = self.formats.describe(path)
+        source = self.formats.fingerprint(path)
+        everything = [(p, i) for i, p in enumerate(self.packed)] + [(p, 0) for p in self.held_out.values()]
+        for packed, index in everything:
+            assert isinstance(packed, PackedPairs)
+            mesh, step = self.meshes[index], config.step_config(index)
+            record = {k: v for k, v in packed.record().items() if k not in ("seed", "batch_size", "epochs")}
+            key = digest([source, dataclasses.asdict(model), record, step.dtype])
+            file = self.output / "reference" / f"{key[:32]}.npy"
+            if not file.exists():
+                objective = config.objective_of(index, model, packed.max_segments)
+                assert isinstance(objective, Dpo)
+                with jax.set_mesh(mesh):
+                    params = self.formats.load(path, model, mesh, step.dtype)
+                    values = reference_log_probs(objective, step, mesh, params, packed, self.console)
+                with in_step(f"Writing {file}"):
+                    if jax.process_index() == 0:
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        write_file(file, _npy(values))
+            with in_step(f"Reading {file}"):
+                packed.references = np.load(file, allow_pickle=False)
+
+    def _initial(self, like: Params) -> Params:
+        """The weights to begin with."""
+        lora, mesh = self.config.step.lora, jax.tree.leaves(like)[0].sharding.mesh
+        if lora is None:
+            return self._whole(self.config.model, like)
+        # The adapter begins at random, and parts that are trained whole as they are in the checkpoint.
+        key = jax.random.key(self.config.seed)
+        params = init_params(self.model, key, mesh, lora=lora, frozen=self._frozen(mesh))
+        names = [name for name in lora.whole if name in params and not (name == "score" and self.new_head)]
+        if names:
+            stored = self._load(self.config.model, mesh, "float32")
+            params = {**params, **{name: stored[name] for name in names}}
+        return params
+
+    def _whole(self, path: str, like: Params) -> Params:
+        """All weights of a checkpoint in float32; a reward model that begins has a new head."""
+        mesh = jax.tree.leaves(like)[0].sharding.mesh
+        params, config = self._load(path, mesh, "float32"), self.config
+        if not self.new_head:
+            return params
+        assert self.model.score is not None
+        return with_fresh_score_head(params, self.model, jax.random.key(config.seed), self.model.score)[1]
+
+    def _load(self, path: str, mesh: Mesh, dtype: str, stacked: bool = True) -> Params:
+        with in_step(f"Reading the weights of {path}"):
+            model = dataclasses.replace(self.model, score=None) if self.new_head else self.model
+            return self.formats.load(path, model, mesh, dtype, stacked)
+
+    def _frozen(self, mesh: Mesh) -> Params:
+        """With LoRA: the weights that are not trained, in the compute dtype and layout."""
+        if self._frozen_on is None or self._frozen_on[0] != mesh:
+            self._frozen_on = None
+            step, lora = self.config.step, self.config.step.lora
+            assert lora is not None
+            params = self._load(self.config.model, mesh, step.dtype, stacked=step.scan_layers)
+            unused = {"lm_head"} if self.model.score is not None else set()
+            kept = {name: value for name, value in params.items() if name not in {*lora.whole, *unused}}
+            self._frozen_on = mesh, kept
+        return self._frozen_on[1]
+
+    def _check_resume(self, checkpoints: Checkpoints, step: int) -> None:
+        """Checks that the steps taken had the same examples and RoPE base."""
+        check_rope(self.ends, [objective.model for objective in self.objectives], step, checkpoints.model(step))
+        saved = (checkpoints.data(step) or {}).get("stages", [])
+        for index, (packed, end) in enumerate(zip(self.packed, self.ends, strict=True)):
+            taken = min(max(step - (end - self.steps[index]), 0), self.steps[index])
+            if taken:
+                packed.check_resume(saved[index] if index < len(saved) else {}, taken)
+
+    def _report(self, step: int) -> Report:
+        stages = [
+            ReportedStage(end, stage.batch_size, stage.length, stage.learning_rate, objective.model, mesh)
+            for end, stage, objective, mesh in zip(
+                self.ends, self.config.stages, self.objectives, self.meshes, strict=True
+            )
+        ]
+        shown = [f"stage {i}: {packed.describe()}" for i, packed in enumerate(self.packed, 1)]
+        shown += [f"held out, {name}: {packed.describe()}" for name, packed in self.held_out.items()]
+        changes = self.changes if step else {}
+        return Report(self.config, stages, step, self.console, self.clock, "\n".join(shown), changes)
+
+    def _export(self, params: Params) -> None:
+        """Writes the tuned model, which ends texts where its turns end."""
+        folder, lora, model = self.config.export_folder, self.config.step.lora, self.objectives[-1].model
+        assert folder is not None
+        if lora is not None:
+            self.formats.write_adapter(params, model, lora, self.config.model, folder)
+            return
+        origin = self.output / "export"
+        with in_step(f"Writing {origin}"):
+            if jax.process_index() == 0:
+                origin.mkdir(parents=True, exist_ok=True)
+                self.tokenizer.save(origin)
+                if self.config.method != "reward":
+                    write_file(origin / "generation_config.json", self._generation_config())
+        self.formats.write(params, model, origin, folder)
+
+    def _generation_config(self) -> bytes:
+        """The generation defaults of the checkpoint, with the ends of turns and of texts as end ids."""
+        path = self.origin / "generation_config.json"
+        defaults = json.loads(path.read_bytes()) if path.is_file() else {}
+        return (to_json({**defaults, "eos_token_id": self._end_ids()}, indent=2) + "\n").encode()
+
+    def _end_ids(self) -> list[int]:
+        """The ids that end a turn or a text."""
+        ids = self.tokenizer.control_ids.get(TURN_END), self.tokenizer.eos_id, *self.model.eos_token_ids
+        return list(dict.fromkeys(i for i in ids if i is not None))
+
+
+class _From:
+    """Examples whose first batch is that of a later step of the run."""
+
+    def __init__(self, packed: PackedExamples[Any], first: int):
+        self._packed, self._first = packed, first
+
+    def batch_size(self, step: int) -> int:
+        return self._packed.batch_size(step - self._first)
+
+    def loader(self, start: int, process_index: int, process_count: int) -> Iterable[Any]:
+        return self._packed.loader(start - self._first, process_index, process_count)
+
+
+def _placed(packed: PackedExamples[Any], mesh: Mesh) -> Iterable[Any]:
+    """All batches of an epoch, on the devices."""
+    size = packed.config.batch_size
+    part = row_part(mesh, size)
+    for step in range(len(packed)):
+        yield place_part(packed.batch(step, *part), size, mesh)
+
+
+def _npy(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    return buffer.getvalue()
