@@ -20,7 +20,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from qwen_jax.lora import LoRA
-from qwen_jax.parallel.multihost import in_step
+from qwen_jax.parallel.multihost import gather_from_processes, in_step
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import Params, init_params, union, with_fresh_score_head
 from qwen_jax.stack import unstack
@@ -409,7 +409,8 @@ class _Run:
             record = {k: v for k, v in packed.record().items() if k not in ("seed", "batch_size", "epochs")}
             key = digest([source, dataclasses.asdict(model), record, step.dtype])
             file = self.output / "reference" / f"{key[:32]}.npy"
-            if not file.exists():
+            # Every process takes part, if one of them does not see the file.
+            if not gather_from_processes(int(file.exists())).all():
                 objective = config.objective_of(index, model, packed.max_segments)
                 assert isinstance(objective, Dpo)
                 with jax.set_mesh(mesh):
@@ -481,7 +482,8 @@ class _Run:
         shown = [f"stage {i}: {packed.describe()}" for i, packed in enumerate(self.packed, 1)]
         shown += [f"held out, {name}: {packed.describe()}" for name, packed in self.held_out.items()]
         changes = self.changes if step else {}
-        return Report(self.config, stages, step, self.console, self.clock, "\n".join(shown), changes)
+        of_launch = self.config, stages, step, self.console, self.clock, "\n".join(shown), changes
+        return Report(*of_launch, exported=self.config.export_folder, adapter=self.config.step.lora is not None)
 
     def _export(self, params: Params) -> None:
         """Writes the tuned model, which ends texts where its turns end."""

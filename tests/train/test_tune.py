@@ -20,7 +20,8 @@ from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.params import init_params
 from qwen_jax.published import published
 from qwen_jax.tokenizer import train_bpe
-from tests.helpers.runs import assert_same_weights, launches, print_seed, stop_after
+from tests.helpers.processes import run as run_processes
+from tests.helpers.runs import assert_same_weights, launches, losses, print_seed, stop_after
 from train import tune
 from train.loop import LoopConfig
 from train.merging import Merging
@@ -75,13 +76,13 @@ def test_the_command_tunes_a_model_and_exports_it(method: str, files: Path, tmp_
     output = tmp_path / "run"
     assert main(["train", method, *arguments(files, method, output)]) == 0
     records = read_log(output / "metrics.jsonl")
-    losses = [r["loss"] for r in records if "loss" in r]
+    found = losses(output)
     held_out = [r for r in records if "held_out_loss" in r]
-    assert losses[-1] < losses[0]
+    assert found[-1] < found[0]
     assert held_out[-1]["held_out_loss"] < held_out[0]["held_out_loss"]
     if method == "dpo":
         # At the reference.
-        np.testing.assert_allclose([losses[0], held_out[0]["held_out_loss"]], np.log(2), rtol=1e-5)
+        np.testing.assert_allclose([found[0], held_out[0]["held_out_loss"]], np.log(2), rtol=1e-5)
         assert held_out[-1]["held_out_held_rewards/accuracies"] > held_out[0]["held_out_held_rewards/accuracies"] == 0
     if method != "reward":
         # Greedy texts of held-out prompts at every evaluation, which end where the data's answers do.
@@ -128,8 +129,8 @@ def test_a_stopped_run_resumes_bit_for_bit(
 def test_an_adapter_is_tuned_and_used(method: str, files: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     assert main(["train", method, "--lora", *arguments(files, method, output)]) == 0
-    losses = [r["loss"] for r in read_log(output / "metrics.jsonl") if "loss" in r]
-    assert losses[-1] < losses[0]
+    found = losses(output)
+    assert found[-1] < found[0]
     settings = read_json(output / "model" / "adapter_config.json")
     assert settings["base_model_name_or_path"] == str(files / "model")
     assert settings["modules_to_save"] == (["score"] if method == "reward" else None)
@@ -160,8 +161,22 @@ def test_a_mesh_tunes_as_one_device_does(files: Path, tmp_path: Path) -> None:
     alone = configuration(files, "dpo", tmp_path / "alone")
     for name, mesh in (("alone", {}), ("mesh", {"fsdp": 2, "context": 2})):
         tune.tune(dataclasses.replace(alone, output=str(tmp_path / name), mesh=mesh, export=""), _Formats())
-    a, b = ([r["loss"] for r in read_log(tmp_path / n / "metrics.jsonl") if "loss" in r] for n in ("alone", "mesh"))
-    np.testing.assert_allclose(a, b, rtol=1e-4)
+    np.testing.assert_allclose(losses(tmp_path / "alone"), losses(tmp_path / "mesh"), rtol=1e-4)
+
+
+def tuned(files: str, output: str) -> list[float]:
+    """DPO in one of two processes; the losses."""
+    config = configuration(Path(files), "dpo", Path(output))
+    assert not tune.tune(dataclasses.replace(config, mesh={"fsdp": 2}), _Formats())
+    return losses(output)
+
+
+def test_two_processes_tune_as_one_does(files: Path, tmp_path: Path) -> None:
+    """One tokenizes and writes the reference's numbers for both; they export one model."""
+    first, second = run_processes(tuned, str(files), str(tmp_path / "two"))
+    assert first == second
+    np.testing.assert_allclose(first, tuned(str(files), str(tmp_path / "one")), rtol=1e-4)
+    assert load_config(tmp_path / "two" / "model") == load_config(tmp_path / "one" / "model")
 
 
 def test_mistakes_are_told_before_anything_is_made(files: Path, tmp_path: Path) -> None:

@@ -92,6 +92,8 @@ class Report:
         clock: Clock,
         data: str = "",
         changes: Mapping[str, tuple[Any, Any]] | None = None,
+        exported: Path | None = None,
+        adapter: bool = False,
     ):
         """Opens the logs, records the launch, and shows what begins.
 
@@ -103,10 +105,13 @@ class Report:
           clock: clock that was started when the launch began.
           data: what to show of the data, such as `Mixture.describe_epochs()`.
           changes: fields of the configuration that differ from those of the last launch; see `train.resume`.
+          exported: folder that is written after the last step, if there is one.
+          adapter: it is an adapter, and checkpoints are no whole models.
 
         Raises:
           InputError: Weights & Biases refuses the run.
         """
+        self._exported, self._adapter = exported, adapter
         self._config, self._stages, self._first, self._console, self.clock = config, stages, step, console, clock
         self._output, self._data, self._changes = Path(config.output).absolute(), data, changes or {}
         self._peak = peak_flops(jax.devices())
@@ -288,7 +293,11 @@ class Report:
                 f"{now['load_max']:.2f}x the mean load, {now['dropped']:.2%} dropped; {output / 'experts.png'}"
             )
         if saved is not None:
-            yield f"  checkpoint   {output / 'checkpoints' / str(saved)}; to use with qwen-jax generate --model"
+            use = "" if self._adapter else "; to use with qwen-jax generate --model"
+            yield f"  checkpoint   {output / 'checkpoints' / str(saved)}{use}"
+        if self._exported is not None and step == total:
+            option = "--adapter" if self._adapter else "--model"
+            yield f"  result       {self._exported}; to use with qwen-jax generate {option}"
 
     def _record_launch(self) -> None:
         """Appends a record of this launch to `launches.jsonl`: time, command, versions, devices, configuration."""
