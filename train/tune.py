@@ -483,7 +483,9 @@ class _Run:
         shown += [f"held out, {name}: {packed.describe()}" for name, packed in self.held_out.items()]
         changes = self.changes if step else {}
         of_launch = self.config, stages, step, self.console, self.clock, "\n".join(shown), changes
-        return Report(*of_launch, exported=self.config.export_folder, adapter=self.config.step.lora is not None)
+        unit = "nats a token" if self.config.kind == "sft" else "a pair"
+        adapter = self.config.step.lora is not None
+        return Report(*of_launch, exported=self.config.export_folder, adapter=adapter, unit=unit)
 
     def _export(self, params: Params) -> None:
         """Writes the tuned model, which ends texts where its turns end."""

@@ -68,7 +68,9 @@ def find_tables(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
             if not files:
                 raise InputError(f"{folder / 'state.json'} lists no files. Save the data set again.")
         else:
-            files = find_files([given])
+            files = find_files(
+                [given], "files of examples (JSONL, Parquet), folders or patterns such as 'chats/*.jsonl'"
+            )
         found.update(dict.fromkeys(files))
     for path in found:
         problem = why_unusable(path)

@@ -26,11 +26,14 @@ class Documents:
     skipped: tuple[Path, ...]
 
 
-def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
+def find_files(
+    paths: Sequence[str | os.PathLike[str]], expected: str = "text files, folders or patterns such as 'docs/*.md'"
+) -> list[Path]:
     """Expands files, folders and glob patterns.
 
     Args:
       paths: a folder stands for all files below it, without hidden ones.
+      expected: what a message asks for where nothing is found.
 
     Returns:
       The files in the order of `paths`, those of a folder or pattern sorted by name; each once.
@@ -47,9 +50,7 @@ def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
         except (OSError, RuntimeError) as error:  # A name that is too long, a home folder that does not exist.
             raise InputError(f"Cannot look for {name}: {error}. Give another path.") from None
         if not matches:
-            raise InputError(
-                f"No such file or folder: {name}. Give text files, folders or patterns such as 'docs/*.md'."
-            )
+            raise InputError(f"No such file or folder: {name}. Give {expected}.")
         for match in matches:
             found.update(dict.fromkeys(_walk(match) if match.is_dir() else [match]))
     return list(found)

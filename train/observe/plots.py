@@ -59,7 +59,9 @@ def plot_run(records: Sequence[dict[str, float]], path: Path, title: str) -> Non
     _write(figure, path)
 
 
-def plot_pretraining(records: Sequence[dict[str, float]], stages: Mapping[int, str], path: Path, title: str) -> None:
+def plot_stages(
+    records: Sequence[dict[str, float]], stages: Mapping[int, str], path: Path, title: str, unit: str = "nats a token"
+) -> None:
     """Plots a run of several stages: losses, learning rate and speed.
 
     Args:
@@ -67,6 +69,7 @@ def plot_pretraining(records: Sequence[dict[str, float]], stages: Mapping[int, s
       stages: name of each stage, by the number of its last step.
       path: of the PNG file.
       title: above the panels.
+      unit: of the losses.
 
     Raises:
       InputError: the log has no step with a finite loss.
@@ -78,7 +81,7 @@ def plot_pretraining(records: Sequence[dict[str, float]], stages: Mapping[int, s
     grid = figure.add_gridspec(2, 2, height_ratios=(1.7, 1))
     loss, rate, speed = (figure.add_subplot(cell) for cell in (grid[0, :], grid[1, 0], grid[1, 1]))
     # Losses, over the whole width.
-    _style(loss, "loss (nats per token)")
+    _style(loss, f"loss ({unit})")
     _curve(loss, *_series(records, "loss"), "training")
     names = sorted({name for r in records for name in r if name.startswith("held_out_") and name.endswith("_loss")})
     # With one data set, the mean over all data sets is the same curve.
@@ -176,7 +179,7 @@ def plot_folder(folder: Path) -> Path:
         for number, (end, stage) in enumerate(zip(ends, stages, strict=True), 1)
     }
     title = f"{folder.name} on {launch['devices']['kind']}"
-    plot_pretraining(read_log(metrics), names, folder / "loss.png", title)
+    plot_stages(read_log(metrics), names, folder / "loss.png", title, launch.get("unit", "nats a token"))
     if (folder / EXPERTS).is_file():
         steps, loads, layers = read_loads(folder / EXPERTS)
         if len(steps):

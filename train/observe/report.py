@@ -94,6 +94,7 @@ class Report:
         changes: Mapping[str, tuple[Any, Any]] | None = None,
         exported: Path | None = None,
         adapter: bool = False,
+        unit: str = "nats a token",
     ):
         """Opens the logs, records the launch, and shows what begins.
 
@@ -107,11 +108,12 @@ class Report:
           changes: fields of the configuration that differ from those of the last launch; see `train.resume`.
           exported: folder that is written after the last step, if there is one.
           adapter: it is an adapter, and checkpoints are no whole models.
+          unit: of the loss.
 
         Raises:
           InputError: Weights & Biases refuses the run.
         """
-        self._exported, self._adapter = exported, adapter
+        self._exported, self._adapter, self._unit = exported, adapter, unit
         self._config, self._stages, self._first, self._console, self.clock = config, stages, step, console, clock
         self._output, self._data, self._changes = Path(config.output).absolute(), data, changes or {}
         self._peak = peak_flops(jax.devices())
@@ -265,7 +267,7 @@ class Report:
         if losses and step == total:
             window = min(_WINDOW, -(-len(losses) // 4))
             first, last = losses[:window], losses[-window:]
-            yield f"  loss         {sum(first) / len(first):.3f} -> {sum(last) / len(last):.3f} nats a token"
+            yield f"  loss         {sum(first) / len(first):.3f} -> {sum(last) / len(last):.3f} {self._unit}"
         held_out = [r for r in records if "held_out_loss" in r]
         if held_out and step == total:
             for name in (name for name in held_out[-1] if name.startswith("held_out_")):
@@ -312,6 +314,7 @@ class Report:
             "processes": jax.process_count(),
             "config": as_json(self._config),
             "ends": [stage.end for stage in self._stages],
+            "unit": self._unit,
             "changed": self._changes,
         }
         append_record(self._output / "launches.jsonl", launch)

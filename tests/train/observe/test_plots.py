@@ -9,7 +9,7 @@ import pytest
 
 from qwen_jax.errors import InputError
 from train.moe import LoadLog, read_loads
-from train.observe.plots import plot_experts, plot_folder, plot_pretraining, try_to
+from train.observe.plots import plot_experts, plot_folder, plot_stages, try_to
 
 
 def test_the_picture_of_a_run(watched, tmp_path):
@@ -19,7 +19,7 @@ def test_the_picture_of_a_run(watched, tmp_path):
     with pytest.raises(InputError, match="holds no run"):
         plot_folder(tmp_path)
     with pytest.raises(InputError, match="no step with a finite loss yet"):
-        plot_pretraining([{"step": 0, "held_out_loss": 1.0}], {}, tmp_path / "x.png", "x")
+        plot_stages([{"step": 0, "held_out_loss": 1.0}], {}, tmp_path / "x.png", "x")
     # Long runs, and numbers that are none.
     rng = np.random.default_rng(0)
     records = [
@@ -32,7 +32,7 @@ def test_the_picture_of_a_run(watched, tmp_path):
         for i in range(1, 50_000)
     ]
     begin = time.perf_counter()
-    plot_pretraining(records, {50_000: "only"}, tmp_path / "long.png", "x")
+    plot_stages(records, {50_000: "only"}, tmp_path / "long.png", "x")
     assert time.perf_counter() - begin < 30
     assert (tmp_path / "long.png").is_file()
 
