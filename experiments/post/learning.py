@@ -2,7 +2,7 @@
 
     python -m experiments.post.learning --folder post-run --seeds 0 1 2
     python -m experiments.post.learning --folder post-run --table       # of what has been read
-    python -m experiments.post.learning --folder post-toy --toy         # the whole path on a CPU, about a minute
+    python -m experiments.post.learning --folder post-toy --toy --seeds 0   # the whole path on a CPU, about a minute
 
 For each seed:
 
@@ -18,8 +18,8 @@ Read of the language models: held-out accuracy of each task (exact match of gree
 answers to the question that are terse. Of DPO: held-out margin and accuracy of the implicit rewards. Of the reward
 model: held-out pairs that `Scorer` ranks correctly. A seed has its own weights, data, orders and tests.
 
-Leaves in the folder: `text/` and, for each seed, `SEED/` with the examples and a folder of each run; `results.jsonl` has
-a line for each reading. What has been done is not done again; a run that is stopped by a signal goes on from there.
+Leaves in the folder: `text/` and, for each seed, `SEED/` with the examples and a folder of each run; `results.jsonl`
+has a line for each reading. What has been done is not done again; a run that a signal stops goes on from there.
 """
 
 import argparse
@@ -135,7 +135,7 @@ class Setup:
 
 
 TOY = Setup(
-    layers=2, hidden=64, dtype="float32", length=256, megabytes=1.0, copies=2000, pretrain_steps=40, pretrain_batch=8,
+    layers=2, hidden=64, dtype="float32", megabytes=1.0, copies=2000, pretrain_steps=40, pretrain_batch=8,
     pretrain_rate=3e-3, short=60, examples=60, sft_batch=8, sft_epochs=1.0, sft_rate=3e-3, pairs=60, pair_batch=4,
     dpo_rate=1e-3, reward_rate=1e-3, samples=8,
 )  # fmt: skip
@@ -263,7 +263,8 @@ def write_examples(setup: Setup, seed: int, folder: Path) -> None:
 
     def drawn(name: str, count: int, short: bool = False, without: Iterable[str] = ()) -> list[Item]:
         make = TASKS.get(name, _style)
-        forbidden, items = held_out | set(without), []
+        forbidden = held_out | set(without)
+        items: list[Item] = []
         while len(items) < count:
             item = make(rng, short)
             if item.prompt not in forbidden:
@@ -285,7 +286,8 @@ def write_examples(setup: Setup, seed: int, folder: Path) -> None:
     for kind in KINDS:
         names = (STYLE,) if kind == "terse" else PAIRED
         tests = [item for name in names for item in drawn(name, -(-setup.samples // len(names)))]
-        training = [x for name in names for x in drawn(name, setup.pairs // len(names), False, (t.prompt for t in tests))]
+        seen = {item.prompt for item in tests}
+        training = [item for name in names for item in drawn(name, setup.pairs // len(names), without=seen)]
         _write_lines(folder / f"{kind}-held-out.jsonl", [pair(item, kind) for item in tests])
         _write_lines(folder / f"{kind}.jsonl", [pair(item, kind) for item in training])
 
@@ -389,9 +391,7 @@ def tune_config(setup: Setup, folder: Path, seed: int, run: str) -> TuneConfig:
             (short, stage(setup.sft_rate, setup.sft_batch, setup.sft_epochs, "tasks")),
         )
     if run == "reward":
-        return config(
-            RewardConfig(centering=0.01), (stage(setup.reward_rate, setup.pair_batch, setup.pair_epochs),)
-        )
+        return config(RewardConfig(centering=0.01), (stage(setup.reward_rate, setup.pair_batch, setup.pair_epochs),))
     merging, times = VARIANTS[run.removeprefix("dpo-")]
     return config(
         DpoConfig(beta=setup.beta),
@@ -486,18 +486,13 @@ def read_ranking(setup: Setup, folder: Path, examples: Path) -> dict[str, float]
     for kind in KINDS:
         pairs = [json.loads(line) for line in (examples / f"{kind}-held-out.jsonl").read_text().splitlines()]
         chosen, rejected = (
-            scorer.score([_scored(tokenizer, pair["prompt"] + pair[side]) for pair in pairs])
+            # Whole conversations, as in training.
+            scorer.score([render_example(tokenizer, pair["prompt"] + pair[side]).ids for pair in pairs])
             for side in ("chosen", "rejected")
         )
         readings[f"ranking/{kind}"] = float((chosen > rejected).mean())
         readings[f"ranking/{kind}/difference"] = float((chosen - rejected).mean())
     return readings
-
-
-def _scored(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """A conversation up to the end of its last turn."""
-    found = render_example(tokenizer, messages)
-    return list(found.ids[: int(np.flatnonzero(found.trained)[-1]) + 1])
 
 
 def run(setup: Setup, seeds: Sequence[int], variants: Sequence[str], folder: Path, texts: list[str] | None) -> None:
@@ -577,7 +572,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("post-run"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="optimizers of DPO")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, help="optimizers of DPO; by default all, of the toy two"
+    )
     parser.add_argument("--text", nargs="+", help="folders to take the text from instead")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, for a CPU")
     parser.add_argument("--limit", type=float, help="seconds after which the run in progress saves and ends")
@@ -595,7 +592,11 @@ def main() -> None:
             timer = threading.Timer(args.limit, os.kill, (os.getpid(), signal.SIGTERM))
             timer.daemon = True
             timer.start()
-        run(setup, args.seeds, args.variants, args.folder, args.text)
+        if args.toy:
+            # Compilation takes most of the time.
+            jax.config.update("jax_disable_most_optimizations", True)
+        variants = args.variants or (["adamw", "released"] if args.toy else list(VARIANTS))
+        run(setup, args.seeds, variants, args.folder, args.text)
     print(table(Results(args.folder / RESULTS).records))
 
 
