@@ -95,7 +95,7 @@ class Setup:
     length: int = 512
     megabytes: float = 60.0
     copies: int = 100_000
-    pretrain_steps: int = 1500
+    pretrain_steps: int = 1000
     pretrain_batch: int = 128
     pretrain_rate: float = 1e-3
     short: int = 5_000
@@ -397,7 +397,7 @@ def tune_config(setup: Setup, folder: Path, seed: int, run: str) -> TuneConfig:
         DpoConfig(beta=setup.beta),
         (stage(setup.dpo_rate * times, setup.pair_batch, setup.pair_epochs),),
         optimizer=AdamW(weight_decay=0.0),
-        merging=None if merging is None else dataclasses.replace(merging, seed=seed),
+        merging=merging,
         base=None if merging is None else str(place / "pretrained" / "model"),
     )
 
@@ -571,7 +571,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("post-run"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: only the text is made")
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, help="optimizers of DPO; by default all, of the toy two"
     )

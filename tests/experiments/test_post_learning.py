@@ -31,6 +31,7 @@ def test_the_whole_path(tmp_path, monkeypatch):
     texts.mkdir()
     for i in range(40):
         (texts / f"{i}.txt").write_text(f"Document {i} says that {i} is a number. " * 20)
+    monkeypatch.setattr(experiment, "_MAX_NEW_TOKENS", 8)
     experiment.run(SMALL, [0], ["released"], folder, [str(texts)])
     lines = (folder / "results.jsonl").read_bytes()
     records = [json.loads(line) for line in lines.splitlines()]
