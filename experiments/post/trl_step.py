@@ -1,9 +1,9 @@
 """The yardstick of post-training: TRL's `SFTTrainer` and `DPOTrainer` on rows of random tokens.
 
 Weights, gradients and moments are float32, products bfloat16 by autocast, AdamW is PyTorch's fused one: model and
-optimiser come from `experiments.train.torch_step`. `SFTTrainer` packs rows and computes its loss in chunks; the loss
-reads the trained tokens alone. `DPOTrainer` computes the log-probabilities of the reference before training. Checked
-against the sources of TRL 1.13 and 1.16.
+optimiser come from `experiments.train.torch_step`. `SFTTrainer` packs rows and computes its loss in chunks, on trained
+tokens alone. `DPOTrainer` computes the log-probabilities of the reference before training. Written for TRL 1.13; the
+names of arguments are the same in 1.16.
 """
 
 import argparse
