@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -37,10 +37,10 @@ from experiments.train.benchmark import (
 from qwen_jax.config import ModelConfig
 from qwen_jax.lora import LoRA
 from qwen_jax.parallel.sharding import Sharding, make_mesh
-from train.data.batch import Batch, place
+from train.data.batch import place
 from train.data.examples import Example, Pair
 from train.data.packing import pack_segments
-from train.data.pairs import PairBatch, pack_pairs
+from train.data.pairs import pack_pairs
 from train.dpo import Dpo, DpoConfig, make_reference_pass
 from train.objective import Objective
 from train.observe.metrics import flops_per_token
@@ -99,10 +99,10 @@ def run_ours(args: argparse.Namespace, kind: str) -> None:
         remat=args.remat, accumulation=args.accumulation, scan_layers=kind != "lora" and args.scan_layers, lora=lora
     )
     rows = examples(args, model, args.batch)
-    objective: Objective[Any, Any, Any]
+    objective: NextToken | Dpo
     if kind == "dpo":
         objective = Dpo(model, DpoConfig(max_segments=args.documents, loss_chunk=args.loss_chunk))
-        batch: Batch | PairBatch = pack_pairs(pairs(rows), args.length)
+        batch: Any = pack_pairs(pairs(rows), args.length)
     else:
         objective = NextToken(model, PretrainConfig(loss_chunk=args.loss_chunk, compact_loss=kind != "pretrain"))
         if kind == "pretrain":
@@ -122,7 +122,7 @@ def run_ours(args: argparse.Namespace, kind: str) -> None:
             placed = make_reference_pass(objective, config, mesh)(state.params, placed)
         if frozen is not None:
             more["frozen_gb"] = sum(x.nbytes for x in jax.tree.leaves(frozen)) / 1e9
-        step = make_train_step(objective, optimizer, config, mesh)
+        step = make_train_step(cast(Objective[Any, Any, Any], objective), optimizer, config, mesh)
         measure(args, kind, state, step, placed, frozen, model_flops=model_flops(args, model, kind), **more)
 
 

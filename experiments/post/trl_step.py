@@ -29,7 +29,7 @@ from train.data.examples import Example, Pair
 _END = "<|end|>"
 
 
-class _Ends(transformers.TrainerCallback):  # type: ignore[misc]
+class _Ends(transformers.TrainerCallback):
     """The times at which steps end on the device."""
 
     def __init__(self) -> None:
