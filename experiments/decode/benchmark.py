@@ -60,10 +60,10 @@ def median_seconds(run: Callable[[], Any]) -> float:
     return float(np.median(times))
 
 
-def random_params(config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
-    """Unstacked bfloat16 weights on the device, normal with deviation 0.02."""
+def random_params(config: ModelConfig, mesh: jax.sharding.Mesh, sharding: Sharding | None = None) -> Params:
+    """Unstacked bfloat16 weights on the device, normal with deviation 0.02; sharded for inference by default."""
     options = Options(stacked=False)
-    sharding = Sharding.for_inference(config, mesh)
+    sharding = sharding or Sharding.for_inference(config, mesh)
     shapes, specs = abstract_params(config, sharding, options, jnp.bfloat16), param_specs(config, sharding, options)
 
     @functools.partial(jax.jit, static_argnames=("shape", "spec"))

@@ -74,7 +74,14 @@ def random_tokens(config: ModelConfig, batch: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, config.vocab_size, (batch, length), dtype=np.int32)
 
 
-def report(args: argparse.Namespace, what: str, seconds: float, matmul: float | None, **more: Any) -> None:
+def report(
+    args: argparse.Namespace,
+    what: str,
+    seconds: float,
+    matmul: float | None,
+    model_flops: float | None = None,
+    **more: Any,
+) -> None:
     """The line of a measurement.
 
     Args:
@@ -82,11 +89,14 @@ def report(args: argparse.Namespace, what: str, seconds: float, matmul: float | 
       what: was measured.
       seconds: of a step.
       matmul: bfloat16 FLOP/s of a large product in the same process, or None.
+      model_flops: of one token; None for those of next-token training of all weights.
       **more: further entries.
     """
     rate = args.batch * args.length / seconds
-    # Attention sees no further than a document.
-    flops = rate * flops_per_token(architecture(args), args.length // getattr(args, "documents", 1))
+    if model_flops is None:
+        # Attention sees no further than a document.
+        model_flops = flops_per_token(architecture(args), args.length // getattr(args, "documents", 1))
+    flops = rate * model_flops
     say(
         what=what,
         model=args.model + (f", {args.layers} layers" if args.layers else "") + (", dense" if args.dense else ""),
@@ -102,33 +112,33 @@ def report(args: argparse.Namespace, what: str, seconds: float, matmul: float | 
     )
 
 
-def measure(args: argparse.Namespace, what: str, state: Any, step: Any, batch: Any, **more: Any) -> None:
+def measure(args: argparse.Namespace, what: str, state: Any, step: Any, *inputs: Any, **more: Any) -> None:
     """Compiles a step that donates its state, times it, and reports.
 
     Args:
       args: of the command line.
       what: is measured.
       state: the first argument of the step.
-      step: a jitted function (state, batch) -> (state, metrics).
-      batch: on the device.
-      **more: further entries of the report.
+      step: a jitted function (state, *inputs) -> (state, metrics).
+      *inputs: on the device, such as a batch.
+      **more: for `report`.
     """
     device = jax.devices()[0]
     start = time.perf_counter()
-    lowered = step.lower(state, batch)
+    lowered = step.lower(state, *inputs)
     traced = time.perf_counter()
     compiled = lowered.compile()
     ready = time.perf_counter()
     memory = compiled.memory_analysis()
     old, size = jax.tree.leaves(state), sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     for _ in range(args.warmup):
-        state, metrics = compiled(state, batch)
+        state, metrics = compiled(state, *inputs)
     jax.block_until_ready((state, metrics))
     # The buffers that went in are gone, and the program writes its result into them.
     donated = all(leaf.is_deleted() for leaf in old) and memory.alias_size_in_bytes >= size
     ends, waiting = [], None
     for _ in range(args.steps + 1):
-        state, metrics = compiled(state, batch)
+        state, metrics = compiled(state, *inputs)
         if waiting is not None:
             ends.append(_end(waiting))
         waiting = metrics
@@ -136,8 +146,8 @@ def measure(args: argparse.Namespace, what: str, state: Any, step: Any, batch: A
     loss = float(metrics["loss"])
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
     if args.profile:
-        _profile(args, compiled, state, batch)
-    del state, batch, old, metrics, waiting
+        _profile(args, compiled, state, *inputs)
+    del state, inputs, old, metrics, waiting
     report(
         args,
         what,
@@ -160,12 +170,12 @@ def _end(metrics: Any) -> float:
     return time.perf_counter()
 
 
-def _profile(args: argparse.Namespace, compiled: Any, state: Any, batch: Any) -> None:
+def _profile(args: argparse.Namespace, compiled: Any, state: Any, *inputs: Any) -> None:
     """Leaves a trace of a few steps, and the program, whose names say what the kernels belong to."""
     folder = Path(args.profile)
     with jax.profiler.trace(str(folder)):
         for _ in range(PROFILED):
-            state, metrics = compiled(state, batch)
+            state, metrics = compiled(state, *inputs)
         jax.block_until_ready((state, metrics))
     (folder / "step.hlo.txt").write_text(compiled.as_text())
     (folder / "steps.json").write_text(json.dumps({"steps": PROFILED, "command": sys.argv[1:]}) + "\n")
@@ -270,7 +280,8 @@ def _print_table(records: list[dict[str, Any]]) -> None:
         print(f"{record['try']}: {record['error'].splitlines()[-1]}")
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    """Whether JAX or PyTorch failed for want of memory."""
     text = f"{type(error).__name__}: {error}"
     return any(sign in text for sign in ("RESOURCE_EXHAUSTED", "OutOfMemory", "out of memory", "Out of memory"))
 
@@ -342,7 +353,7 @@ def main() -> None:
             say(jax=jax.__version__, device=jax.devices()[0].device_kind, date=time.strftime("%Y-%m-%d"))
         runs[args.command](args)
     except Exception as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         say(what=args.command, model=args.model, batch=args.batch, remat=args.remat, error="out of memory")
         print(str(error)[:2000], file=sys.stderr)
