@@ -77,7 +77,7 @@ ROWS = {
     "72b-v5p-4x4x8": Row(_run("qwen2.5-72b", 1024, {"data": 2, "fsdp": 64}, accumulation=2), "v5p:4x4x8"),
     "57b-a14b-v5p-4x4x8": Row(_run("qwen2-57b-a14b", 256, {"fsdp": 16, "expert": 8}), "v5p:4x4x8"),
     "57b-a14b-262144-v5p-4x4x8": Row(
-        _run("qwen2-57b-a14b", 16, {"fsdp": 2, "expert": 8, "context": 8}, length=262_144, rope_theta=1e7), "v5p:4x4x8"
+        _run("qwen2-57b-a14b", 16, {"fsdp": 16, "context": 8}, length=262_144, rope_theta=1e7), "v5p:4x4x8"
     ),
     "91b-a5b-256-experts-v5p-4x4x8": Row(_run("fine-91b-a4.9b", 256, {"fsdp": 16, "expert": 8}), "v5p:4x4x8"),
     "72b-v5p-8x8x8": Row(_run("qwen2.5-72b", 1024, {"data": 8, "fsdp": 64}), "v5p:8x8x8"),

@@ -90,4 +90,6 @@ class Plan:
         try:
             return config, load_config(resolve(config.model, CONFIG))
         except InputError as error:
-            raise InputError(f"{error} Or give --model SIZE, such as Qwen2.5-7B, to plan without a checkpoint.") from None
+            raise InputError(
+                f"{error} Or give --model SIZE, such as Qwen2.5-7B, to plan without a checkpoint."
+            ) from None

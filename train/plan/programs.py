@@ -18,8 +18,8 @@ from train.loops import most_times
 def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     """FLOPs of all matrix products of a jaxpr, on all devices together; a multiply and an add are 2.
 
-    The body of a loop counts as often as it runs, or as it may run at most (`train.loops`). Of a condition, the most expensive branch counts. Kernels declare
-    their cost. Further rounds of experts do not count.
+    The body of a loop counts as often as it runs, or as it may run at most (`train.loops`). Of a condition, the most
+    expensive branch counts. Kernels declare their cost. Further rounds of experts do not count.
 
     Args:
       jaxpr: as from `jax.jit(f).trace(...).jaxpr`.

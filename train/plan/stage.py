@@ -278,8 +278,8 @@ def search(
                 break
     if not plans:
         raise InputError(
-            f"Nothing to try for stage {stage.number}: {stage.batch_size} rows of {stage.length} tokens and this model do "
-            f"not divide over {len(where.devices)} devices {'in any mesh' if axes is None else f'as {dict(axes)}'}. "
+            f"Nothing to try for stage {stage.number}: {stage.batch_size} rows of {stage.length} tokens and this model "
+            f"do not divide over {len(where.devices)} devices {'in any mesh' if axes is None else f'as {dict(axes)}'}. "
             "Change batch_size, or the number of devices."
         )
     return sorted(plans, key=lambda plan: (not plan.fits, plan.estimated_step_seconds, plan.hbm_bytes))

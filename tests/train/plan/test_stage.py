@@ -18,7 +18,7 @@ from qwen_jax.published import published
 from tests.helpers.tpu_compiler import needs_libtpu
 from train.config import RunConfig, Stage, set_fields
 from train.optimizer import Schedule
-from train.plan.of_run import load, stages_of
+from train.plan.of_run import stages_of
 from train.plan.stage import plan_stage, search
 from train.plan.topology import CHIPS, Target
 from train.step import check_divides
