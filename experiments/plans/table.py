@@ -154,14 +154,29 @@ def line(result: Mapping[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def _not_run(row: Row) -> str:
+    """Formats a row of the table that has no result yet."""
+    stage, mesh = row.config.stages[row.stage], row.config.mesh_axes(row.stage)
+    cells = (
+        f"{row.config.model.num_params()['total'] / 1e9:.1f}B", row.topology,
+        ", ".join(f"{axis}={size}" for axis, size in mesh.items()), f"{stage.batch_size} x {stage.length:,}",
+        row.config.step_config(row.stage).remat, "not run yet", *[""] * 5,
+    )  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def _row_of(name: str) -> str:
+    file = result_file(name)
+    return line(json.loads(file.read_text())) if file.exists() else _not_run(ROWS[name])
+
+
 def _write_table() -> None:
-    """Writes the table of all results into README.md, between its two marks."""
-    results = [json.loads(result_file(name).read_text()) for name in ROWS if result_file(name).exists()]
+    """Writes the table of all rows into README.md, between its two marks."""
     heads = (
         "parameters", "compiled for", "mesh", "rows x tokens", "remat", "GiB a device", "GB sent by a device in a step",
         "largest all-gather, GB", "seconds a step, at least", "MFU, at most", "seconds to compile",
     )  # fmt: skip
-    rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *map(line, results)]
+    rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *map(_row_of, ROWS)]
     readme = _HERE / "README.md"
     before, _, rest = readme.read_text().partition("<!-- table -->\n")
     after = rest.partition("<!-- end -->")[2]

@@ -13,7 +13,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params, abstract_params, param_specs
-from train.config import RunConfig
+from train.config import RunConfig, Stage
 from train.config import set_fields as set_run_fields
 from train.data.batch import Batch
 from train.data.pairs import PairBatch
@@ -21,7 +21,7 @@ from train.fields import call, set_fields
 from train.objective import Objective
 from train.optimizer import OptimizerConfig
 from train.step import StepConfig
-from train.tune_config import MAX_SEGMENTS, TuneConfig
+from train.tune_config import MAX_SEGMENTS, TuneConfig, TuneStage
 
 # Steps of a stage of tuning, which follow from data that a plan does not read. They change only the learning rate.
 _STEPS = 1000
@@ -101,7 +101,8 @@ def stages_of(config: RunConfig | TuneConfig, model: ModelConfig | None = None) 
       InputError: a reward model as the checkpoint of another kind of run.
       ValueError: tuning without an architecture.
     """
-    indices = range(len(config.stages))
+    stages: Sequence[Stage | TuneStage] = config.stages
+    indices = range(len(stages))
     if isinstance(config, RunConfig):
         objectives: list[Objective[Any, Any, Any]] = [config.next_token(index) for index in indices]
         optimizer, pairs, whole = config.optimizer_config(), False, ()
@@ -119,5 +120,5 @@ def stages_of(config: RunConfig | TuneConfig, model: ModelConfig | None = None) 
             *(index + 1, stage.batch_size, stage.length, pairs, objectives[index]),
             *(config.step_config(index), optimizer, config.mesh_axes(index), whole),
         )
-        for index, stage in enumerate(config.stages)
+        for index, stage in enumerate(stages)
     )

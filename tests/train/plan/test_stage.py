@@ -136,7 +136,7 @@ def test_what_a_candidate_is_wrong_about_besides_its_mesh_is_not_hidden() -> Non
 
 def test_what_cannot_fit_by_its_arrays_alone_is_not_compiled_in_a_search() -> None:
     small = dataclasses.replace(CHIPS["v5e"], hbm_bytes=100_000)
-    plans = search(_run(64, 8), 0, Target("eight", tuple(jax.devices()), small, 1), {"fsdp": 8})
+    plans = search(stages_of(_run(64, 8))[0], Target("eight", tuple(jax.devices()), small, 1), {"fsdp": 8})
     # Each policy, with 1 part only: 8 rows on 8 devices.
     assert [(p.fits, p.options["accumulation"]) for p in plans] == [(False, 1)] * 3
     for p in plans:
