@@ -14,6 +14,7 @@ from qwen_jax.model import Qwen2
 from qwen_jax.parallel.collectives import reduce_scatter
 from qwen_jax.parallel.sharding import Sharding
 from train.data.batch import Batch
+from train.loops import at_most
 from train.objective import Sums, zero_sums
 
 
@@ -346,7 +347,8 @@ def _over_chunks(
     shapes = jax.eval_shape(lambda carry: body(carry, gather(0)[1])[1], carry)
     out = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), shapes)
     trips = (counts.sum() + c - 1) // c
-    carry, out = jax.lax.fori_loop(0, trips, one_chunk, (carry, out))
+    with jax.named_scope(at_most(n)):
+        carry, out = jax.lax.fori_loop(0, trips, one_chunk, (carry, out))
     return carry, jax.tree.map(lambda x: x.reshape(B, T, *x.shape[1:]), out)
 
 

@@ -43,7 +43,6 @@ from train.loop import ByStep, LoopConfig
 from train.observe.goodput import Clock
 from train.observe.report import Report, ReportedStage
 from train.observe.trackers import check_wandb
-from train.optimizer import OptimizerConfig
 from train.pretrain import PretrainConfig
 from train.reference import reference_log_probs
 from train.resume import changed_tuning, check_rope
@@ -51,11 +50,7 @@ from train.reward import RewardConfig
 from train.samples import Prompt, write_samples
 from train.state import TrainState
 from train.step import EvalStep, check_divides, make_forward
-from train.tune_config import Method, ObjectiveConfig, TuneConfig, TuneStage, load
-
-# Segments of a row of pairs, at most; two for each pair.
-_MAX_SEGMENTS = 128
-
+from train.tune_config import MAX_SEGMENTS, Method, ObjectiveConfig, TuneConfig, TuneStage, load
 
 _OBJECTIVES: dict[Method, ObjectiveConfig] = {"sft": PretrainConfig(), "reward": RewardConfig(), "dpo": DpoConfig()}
 _ABOUT = {
@@ -252,11 +247,7 @@ class _Run:
             self.changes = changed_tuning(config)
         # A reward model begins with a new head, unless the checkpoint has one.
         self.new_head = config.method == "reward" and model.score is None
-        if self.new_head:
-            model = dataclasses.replace(model, score=config.objective.head)  # type: ignore[union-attr]
-        if config.method != "reward" and model.score is not None:
-            raise InputError(f"{config.model} is a reward model, which has no output head. Give a language model.")
-        self.model = model
+        self.model = config.trained_model(model)
         # Examples of the stages, one after the other, and the steps that they make.
         self.packed = [self._pack(index) for index in range(len(config.stages))]
         self.steps = [
@@ -298,7 +289,7 @@ class _Run:
                 opened()
         with in_step(f"Opening {what} {', '.join(sources)}"):
             store = opened()
-            most = _MAX_SEGMENTS if config.kind == "pairs" else None
+            most = MAX_SEGMENTS if config.kind == "pairs" else None
             rows = RowConfig(stage.length, stage.batch_size, config.seed, epochs, config.too_long, most)
             return (PackedPairs if config.kind == "pairs" else PackedSequences)(store, rows)
 
@@ -308,14 +299,13 @@ class _Run:
         # Log-probabilities of the reference, of all pairs, before the weights of the policy are read.
         if config.method == "dpo":
             self._fill_references()
-        rates = tuple(stage.schedule_of(n) for stage, n in zip(config.stages, self.steps, strict=True))
         records = [packed.record() for packed in self.packed]
         folder = config.export_folder
         return Job(
             folder=output / "checkpoints",
             model=self.model,
             tokenizer=self.tokenizer,
-            optimizer=OptimizerConfig(rates, config.optimizer, config.merging),
+            optimizer=config.optimizer_config(self.steps),
             phases=tuple(self._phase(index) for index in range(len(config.stages))),
             report=self._report,
             seed=config.seed,

@@ -16,7 +16,7 @@ from train.fields import at_least, call, near, set_fields
 from train.loop import CheckpointConfig, LoopConfig
 from train.merging import Merging
 from train.objective import Objective
-from train.optimizer import AdamW, Schedule
+from train.optimizer import AdamW, OptimizerConfig, Schedule
 from train.pretrain import NextToken, PretrainConfig
 from train.reward import Reward, RewardConfig
 from train.step import StepConfig
@@ -24,6 +24,9 @@ from train.step import StepConfig
 Method = Literal["sft", "reward", "dpo"]
 
 ObjectiveConfig = PretrainConfig | RewardConfig | DpoConfig
+
+MAX_SEGMENTS = 128
+"""Segments of a row of pairs, at most; two for each pair."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +203,27 @@ class TuneConfig:
         if isinstance(config, DpoConfig):
             return Dpo(model, dataclasses.replace(config, max_segments=max_segments))
         return Reward(model, dataclasses.replace(config, max_segments=max_segments))
+
+    def trained_model(self, model: ModelConfig) -> ModelConfig:
+        """The architecture that is trained: that of the checkpoint, with a score head if it is a reward model.
+
+        Raises:
+          InputError: a reward model as the checkpoint of another kind of run.
+        """
+        if isinstance(self.objective, RewardConfig) and model.score is None:
+            return dataclasses.replace(model, score=self.objective.head)
+        if self.method != "reward" and model.score is not None:
+            raise InputError(f"{self.model} is a reward model, which has no output head. Give a language model.")
+        return model
+
+    def optimizer_config(self, steps: Sequence[int]) -> OptimizerConfig:
+        """The optimiser with the schedules of all stages.
+
+        Args:
+          steps: of each stage.
+        """
+        rates = tuple(stage.schedule_of(n) for stage, n in zip(self.stages, steps, strict=True))
+        return OptimizerConfig(rates, self.optimizer, self.merging)
 
     def step_config(self, index: int) -> StepConfig:
         """How the steps of a stage are computed."""

@@ -52,9 +52,17 @@ class Row:
     num_slices: int = 1
 
 
-def _run(model: str, rows: int, mesh: Mapping[str, int], remat: Remat = "full", accumulation: int = 1) -> RunConfig:
-    """A run of one stage with rows of 4,096 tokens."""
-    stage = Stage(Schedule(1000), 4096, rows, {"web": 1}, accumulation=accumulation)
+def _run(
+    model: str,
+    rows: int,
+    mesh: Mapping[str, int],
+    remat: Remat = "full",
+    accumulation: int = 1,
+    length: int = 4096,
+    rope_theta: float | None = None,
+) -> RunConfig:
+    """A run of one stage."""
+    stage = Stage(Schedule(1000), length, rows, {"web": 1}, rope_theta, accumulation)
     step = StepConfig(remat=remat)
     return RunConfig("run", published(model), "tokenizer", {"web": "data"}, (stage,), mesh=mesh, step=step)
 
@@ -68,6 +76,9 @@ ROWS = {
     "32b-v5p-8x8x8": Row(_run("qwen2.5-32b", 1024, {"data": 4, "fsdp": 128}), "v5p:8x8x8"),
     "72b-v5p-4x4x8": Row(_run("qwen2.5-72b", 1024, {"data": 2, "fsdp": 64}, accumulation=2), "v5p:4x4x8"),
     "57b-a14b-v5p-4x4x8": Row(_run("qwen2-57b-a14b", 256, {"fsdp": 16, "expert": 8}), "v5p:4x4x8"),
+    "57b-a14b-262144-v5p-4x4x8": Row(
+        _run("qwen2-57b-a14b", 16, {"fsdp": 16, "context": 8}, length=262_144, rope_theta=1e7), "v5p:4x4x8"
+    ),
     "91b-a5b-256-experts-v5p-4x4x8": Row(_run("fine-91b-a4.9b", 256, {"fsdp": 16, "expert": 8}), "v5p:4x4x8"),
     "72b-v5p-8x8x8": Row(_run("qwen2.5-72b", 1024, {"data": 8, "fsdp": 64}), "v5p:8x8x8"),
 }
@@ -106,11 +117,12 @@ def unexpected_gathers(plan: Mapping[str, Any], model: ModelConfig) -> list[str]
 
 def _compile(name: str) -> dict[str, Any]:
     # Imported late, after `main` has set the environment of JAX.
+    from train.plan.of_run import stages_of
     from train.plan.stage import plan_stage
     from train.plan.topology import target
 
     row = ROWS[name]
-    plan = dataclasses.asdict(plan_stage(row.config, row.stage, target(row.topology, row.num_slices)))
+    plan = dataclasses.asdict(plan_stage(stages_of(row.config)[row.stage], target(row.topology, row.num_slices)))
     return {
         "row": name,
         "parameters": row.config.model.num_params()["total"],
@@ -142,14 +154,29 @@ def line(result: Mapping[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def _not_run(row: Row) -> str:
+    """Formats a row of the table that has no result yet."""
+    stage, mesh = row.config.stages[row.stage], row.config.mesh_axes(row.stage)
+    cells = (
+        f"{row.config.model.num_params()['total'] / 1e9:.1f}B", row.topology,
+        ", ".join(f"{axis}={size}" for axis, size in mesh.items()), f"{stage.batch_size} x {stage.length:,}",
+        row.config.step_config(row.stage).remat, "not run yet", *[""] * 5,
+    )  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def _row_of(name: str) -> str:
+    file = result_file(name)
+    return line(json.loads(file.read_text())) if file.exists() else _not_run(ROWS[name])
+
+
 def _write_table() -> None:
-    """Writes the table of all results into README.md, between its two marks."""
-    results = [json.loads(result_file(name).read_text()) for name in ROWS if result_file(name).exists()]
+    """Writes the table of all rows into README.md, between its two marks."""
     heads = (
         "parameters", "compiled for", "mesh", "rows x tokens", "remat", "GiB a device", "GB sent by a device in a step",
         "largest all-gather, GB", "seconds a step, at least", "MFU, at most", "seconds to compile",
     )  # fmt: skip
-    rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *map(line, results)]
+    rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *map(_row_of, ROWS)]
     readme = _HERE / "README.md"
     before, _, rest = readme.read_text().partition("<!-- table -->\n")
     after = rest.partition("<!-- end -->")[2]

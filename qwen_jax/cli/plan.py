@@ -3,11 +3,16 @@
 import dataclasses
 import os
 import sys
-from typing import Annotated
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from qwen_jax.cli.common import sibling
+from qwen_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from qwen_jax.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +25,13 @@ class Plan:
     """
 
     config: Annotated[str, tyro.conf.arg(metavar="FILE.py[:function]")]
-    """Python file with a function that returns the RunConfig, by default `config` or the only one."""
+    """Python file with a function that returns the RunConfig or the TuneConfig, by default `config` or the only one."""
     topology: Annotated[str, tyro.conf.arg(metavar="CHIP:SHAPE")]
     """A chip and the number of chips along each axis: v5p:4x4x4, v5e:4x4, v6e:8x8, 7x:2x2x1; or gpu for the GPUs of
     this machine."""
+    model: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
+    """Of a TuneConfig: a published model such as Qwen2.5-7B, whose architecture to plan for; by default that in
+    config.json of the checkpoint that the run begins with."""
     num_slices: int = 1
     """Number of such slices, connected by the data-centre network."""
     mesh: str | None = None
@@ -41,25 +49,23 @@ class Plan:
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
         from qwen_jax.parallel.sharding import parse_mesh
 
-        planner, where = (
-            sibling("train.plan.stage"),
-            sibling("train.plan.topology").target(self.topology, self.num_slices),
-        )
-        config = sibling("train.config").load(self.config, self.set)
+        planner, runs = sibling("train.plan.stage"), sibling("train.plan.of_run")
+        where = sibling("train.plan.topology").target(self.topology, self.num_slices)
+        stages = runs.stages_of(*self._config(runs))
         axes = parse_mesh(self.mesh) if self.mesh else None
         # One plan for each kind of stage; stages that differ only in data or schedule have the same.
         seen: set[tuple[object, ...]] = set()
         plans, fits = [], True
-        for index, stage in enumerate(config.stages):
-            kind = stage.length, stage.batch_size, stage.remat, stage.accumulation, str(stage.mesh)
+        for stage in stages:
+            kind = stage.length, stage.batch_size, stage.step, str(stage.axes)
             if kind in seen:
                 continue
             seen.add(kind)
             if self.search:
                 progress = lambda made: print(planner.describe(made), file=sys.stderr)  # noqa: E731
-                found = planner.search(config, index, where, axes, progress)
+                found = planner.search(stage, where, axes, progress)
             else:
-                found = [planner.plan_stage(config, index, where, axes)]
+                found = [planner.plan_stage(stage, where, axes)]
             plans += found
             fits &= any(plan.fits for plan in found)
         from qwen_jax.files import to_json
@@ -67,3 +73,23 @@ class Plan:
         for plan in plans:
             print(to_json(dataclasses.asdict(plan)) if self.json else planner.describe(plan))
         return 0 if fits else 1
+
+    def _config(self, runs: ModuleType) -> tuple[Any, "ModelConfig | None"]:
+        """The configuration, and for tuning the architecture of the checkpoint, of which only config.json is read."""
+        config = runs.load(self.config, self.set)
+        if not isinstance(config, runs.TuneConfig):
+            if self.model is not None:
+                raise InputError("--model is for tuning runs. A run of pre-training has its model in the config.")
+            return config, None
+        from qwen_jax.config import load_config
+        from qwen_jax.hub import CONFIG, resolve
+        from qwen_jax.published import published
+
+        if self.model is not None:
+            return config, published(self.model)
+        try:
+            return config, load_config(resolve(config.model, CONFIG))
+        except InputError as error:
+            raise InputError(
+                f"{error} Or give --model SIZE, such as Qwen2.5-7B, to plan without a checkpoint."
+            ) from None

@@ -12,13 +12,14 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from qwen_jax.moe.further_rounds import FURTHER_ROUNDS
+from train.loops import most_times
 
 
 def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     """FLOPs of all matrix products of a jaxpr, on all devices together; a multiply and an add are 2.
 
-    The body of a loop counts as often as it runs. Of a condition, the most expensive branch counts. Kernels declare
-    their cost. Further rounds of experts do not count.
+    The body of a loop counts as often as it runs, or as it may run at most (`train.loops`). Of a condition, the most
+    expensive branch counts. Kernels declare their cost. Further rounds of experts do not count.
 
     Args:
       jaxpr: as from `jax.jit(f).trace(...).jaxpr`.
@@ -38,6 +39,8 @@ def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
             total += max(count_flops(branch) for branch in params["branches"])
         else:
             times = params["length"] if name == "scan" else 1
+            if name == "while":
+                times = most_times(str(eqn.source_info.name_stack)) or 1
             if name == "shard_map":
                 # Shapes inside a shard_map are those of one device.
                 axes = params["manual_axes"] if "manual_axes" in params else params["mesh"].axis_names
@@ -226,6 +229,8 @@ def _trip_count(line: str, condition: str, caller: Sequence[str], bodies: Mappin
     known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', line)
     if known:
         return int(known[1])
+    if most := most_times(line):
+        return most
     # The first number in the state of a scan's loop counts up to a constant in its condition. It begins at 0, or at 1
     # if the compiler has peeled the first iteration.
     limits = [int(n) for text in bodies.get(condition, ()) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", text)]

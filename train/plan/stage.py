@@ -15,14 +15,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from qwen_jax.errors import InputError
 from qwen_jax.parallel.sharding import Sharding
-from train.config import RunConfig
-from train.data.batch import Batch
+from qwen_jax.params import Params
 from train.observe.metrics import flops_per_token
+from train.plan.of_run import RunStage
 from train.plan.programs import collectives, count_flops, kept_for_backward
 from train.plan.topology import Target, mesh_of
 from train.state import TrainState, abstract_state
@@ -41,7 +40,8 @@ class Plan:
       hbm_bytes: memory on one device, as the compiler reports it; if the step does not fit, what it would need.
       hbm_limit_bytes: memory of one device.
       weights_bytes: part of `hbm_bytes`: float32 weights.
-      moments_bytes: part of `hbm_bytes`: moments of Adam.
+      moments_bytes: part of `hbm_bytes`: state of the optimiser: moments of Adam and, with online merging, tau.
+      frozen_bytes: part of `hbm_bytes`: with LoRA, the weights that are not trained, in the compute dtype.
       activations_bytes: part of `hbm_bytes`: what scans keep for the backward pass.
       temporary_bytes: part of `hbm_bytes`: everything else that exists within the step.
       flops_per_step: FLOPs on all devices, with recomputation.
@@ -67,6 +67,7 @@ class Plan:
     hbm_limit_bytes: int
     weights_bytes: int = 0
     moments_bytes: int = 0
+    frozen_bytes: int = 0
     activations_bytes: int = 0
     temporary_bytes: int = 0
     flops_per_step: float = 0.0
@@ -87,12 +88,13 @@ class Plan:
 def plan_step(
     where: Target,
     mesh: Mesh,
-    step: TrainStep[Batch],
+    step: TrainStep[Any],
     state: TrainState,
-    batch: Batch,
+    batch: Any,
     model_flops: float,
     options: Mapping[str, str | int] | None = None,
     *,
+    frozen: Params | None = None,
     always_compile: bool = True,
 ) -> Plan:
     """Compiles a training step for a topology, and determines what it needs.
@@ -105,24 +107,27 @@ def plan_step(
       batch: its batch, with such leaves too.
       model_flops: model FLOPs of one step, by formula.
       options: `options` of the plan.
+      frozen: with LoRA, the weights that are not trained, with such leaves too.
       always_compile: also compile a step that cannot fit by the sizes of its arrays alone.
     """
     sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
     chip, devices = where.chip, mesh.size
-    weights, moments = (sum(map(_struct_bytes, jax.tree.leaves(x))) for x in (state.params, state.opt_state))
+    weights, moments, fixed = (
+        sum(map(_struct_bytes, jax.tree.leaves(x))) for x in (state.params, state.opt_state, frozen)
+    )
     # Trace: FLOPs, and what is kept for the backward pass.
     start = time.perf_counter()
     platform = "tpu" if where.topology != "gpu" else "cuda"
     with jax.set_mesh(mesh):
-        traced = step.trace(state, batch)  # type: ignore[attr-defined]
+        traced = step.trace(state, batch, frozen)  # type: ignore[attr-defined]
         lowered = traced.lower(lowering_platforms=(platform,))
     flops, kept = count_flops(traced.jaxpr), kept_for_backward(traced.jaxpr, devices)
     known: dict[str, Any] = dict(
         topology=where.topology, num_slices=where.num_slices, devices=devices, mesh=sizes, options=dict(options or {}),
-        hbm_limit_bytes=chip.hbm_bytes, weights_bytes=weights, moments_bytes=moments, activations_bytes=kept,
-        flops_per_step=flops, model_flops_per_step=model_flops,
+        hbm_limit_bytes=chip.hbm_bytes, weights_bytes=weights, moments_bytes=moments, frozen_bytes=fixed,
+        activations_bytes=kept, flops_per_step=flops, model_flops_per_step=model_flops,
     )  # fmt: skip
-    least = weights + moments + kept
+    least = weights + moments + fixed + kept
     if least > chip.hbm_bytes and not always_compile:
         why = "Weights, moments and what is kept for the backward pass alone are larger; not compiled."
         return Plan(fits=False, hbm_bytes=least, compile_seconds=time.perf_counter() - start, why_not=why, **known)
@@ -193,13 +198,12 @@ def _asked_for(message: str) -> int | None:
 
 
 def plan_stage(
-    config: RunConfig, index: int, where: Target, axes: Mapping[str, int] | None = None, *, always_compile: bool = True
+    stage: RunStage, where: Target, axes: Mapping[str, int] | None = None, *, always_compile: bool = True
 ) -> Plan:
     """Plans one stage of a run.
 
     Args:
-      config: configuration of the run.
-      index: index of the stage, from 0.
+      stage: of `train.plan.of_run.stages_of`.
       where: the topology, from `target`.
       axes: sizes of the mesh axes; by default those of the configuration or, if it has none, FSDP over each slice.
       always_compile: see `plan_step`.
@@ -207,16 +211,13 @@ def plan_stage(
     Raises:
       InputError: the mesh does not have all devices, or the model or the batch does not divide over it.
     """
-    stage, objective, step = config.stages[index], config.next_token(index), config.step_config(index)
-    axes = axes or config.mesh_axes(index) or _all_fsdp(where)
-    mesh = mesh_of(where, axes)
-    shards = Sharding.for_training(config.model, mesh).batch_shards
-    check_divides(stage.batch_size, step.accumulation, shards, where=f"Stage {index + 1}: ")
-    tokens = NamedSharding(mesh, Sharding.tokens)  # As a `Batch` is placed; the step splits rows further.
-    shape = stage.batch_size, stage.length
-    ints, floats = (jax.ShapeDtypeStruct(shape, dtype, sharding=tokens) for dtype in (jnp.int32, jnp.float32))
+    model, step = stage.objective.model, stage.step
+    mesh = mesh_of(where, axes or stage.axes or _all_fsdp(where))
+    shards = Sharding.for_training(model, mesh).batch_shards
+    check_divides(stage.batch_size, step.accumulation, shards, where=f"Stage {stage.number}: ")
+    frozen = stage.frozen(mesh)
     options = {
-        "stage": index + 1,
+        "stage": stage.number,
         "batch_size": stage.batch_size,
         "length": stage.length,
         "accumulation": step.accumulation,
@@ -225,11 +226,12 @@ def plan_stage(
     return plan_step(
         where,
         mesh,
-        make_train_step(objective, config.optimizer_config(), step, mesh),
-        abstract_state(objective.model, config.optimizer_config(), mesh),
-        Batch(ints, ints, ints, floats),
-        flops_per_token(objective.model, stage.length) * math.prod(shape),
+        make_train_step(stage.objective, stage.optimizer, step, mesh),
+        abstract_state(model, stage.optimizer, mesh, step.lora, frozen),
+        stage.batch(mesh),
+        flops_per_token(model, stage.length) * stage.batch_size * stage.length,
         options,
+        frozen=frozen,
         always_compile=always_compile,
     )
 
@@ -239,8 +241,7 @@ def _all_fsdp(where: Target) -> dict[str, int]:
 
 
 def search(
-    config: RunConfig,
-    index: int,
+    stage: RunStage,
     where: Target,
     axes: Mapping[str, int] | None = None,
     say: Callable[[Plan], None] = lambda _: None,
@@ -251,8 +252,7 @@ def search(
     cannot fit by the sizes of their arrays alone are not compiled.
 
     Args:
-      config: configuration of the run.
-      index: index of the stage, from 0.
+      stage: of `train.plan.of_run.stages_of`.
       where: the topology, from `target`.
       axes: sizes of the mesh axes; by default all meshes are tried.
       say: is called with each plan when it is made.
@@ -263,24 +263,23 @@ def search(
     Raises:
       InputError: nothing can be tried, because no mesh divides the model and the batch, or `axes` does not.
     """
-    stage, plans = config.stages[index], []
-    meshes = _meshes(config, index, where) if axes is None else [dict(axes)]
+    plans = []
+    meshes = _meshes(stage, where) if axes is None else [dict(axes)]
     for mesh, remat in itertools.product(meshes, ("none", "dots", "full")):
         shards = math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp", "expert"))
         for accumulation in (1, 2, 4, 8):
             if stage.batch_size % (accumulation * shards):
                 break
-            changed = dataclasses.replace(stage, remat=remat, accumulation=accumulation)  # type: ignore[arg-type]
-            stages = (*config.stages[:index], changed, *config.stages[index + 1 :])
-            plan = plan_stage(dataclasses.replace(config, stages=stages), index, where, mesh, always_compile=False)
+            step = dataclasses.replace(stage.step, remat=remat, accumulation=accumulation)  # type: ignore[arg-type]
+            plan = plan_stage(dataclasses.replace(stage, step=step), where, mesh, always_compile=False)
             say(plan)
             plans.append(plan)
             if plan.fits:
                 break
     if not plans:
         raise InputError(
-            f"Nothing to try for stage {index + 1}: {stage.batch_size} rows of {stage.length} tokens and this model do "
-            f"not divide over {len(where.devices)} devices {'in any mesh' if axes is None else f'as {dict(axes)}'}. "
+            f"Nothing to try for stage {stage.number}: {stage.batch_size} rows of {stage.length} tokens and this model "
+            f"do not divide over {len(where.devices)} devices {'in any mesh' if axes is None else f'as {dict(axes)}'}. "
             "Change batch_size, or the number of devices."
         )
     return sorted(plans, key=lambda plan: (not plan.fits, plan.estimated_step_seconds, plan.hbm_bytes))
@@ -290,9 +289,9 @@ def search(
 _LONG = 16_384
 
 
-def _meshes(config: RunConfig, index: int, where: Target) -> list[dict[str, int]]:
+def _meshes(stage: RunStage, where: Target) -> list[dict[str, int]]:
     """The meshes of all devices over which the model, the rows and the batch of a stage divide."""
-    stage, model, meshes = config.stages[index], config.next_token(index).model, []
+    model, meshes = stage.objective.model, []
     contexts = (1, 2, 4, 8, 16) if stage.length >= _LONG else (1,)
     experts = (1, 2, 4, 8, 16) if model.moe is not None else (1,)
     for expert, context, tensor in itertools.product(experts, contexts, (1, 2, 4, 8)):
@@ -327,6 +326,7 @@ def describe(plan: Plan) -> str:
     parts = {
         "weights": plan.weights_bytes,
         "moments": plan.moments_bytes,
+        **({"frozen weights": plan.frozen_bytes} if plan.frozen_bytes else {}),
         "kept for the backward pass": plan.activations_bytes,
         "temporary": plan.temporary_bytes,
     }

@@ -18,6 +18,7 @@ from qwen_jax.published import published
 from tests.helpers.tpu_compiler import needs_libtpu
 from train.config import RunConfig, Stage, set_fields
 from train.optimizer import Schedule
+from train.plan.of_run import stages_of
 from train.plan.stage import plan_stage, search
 from train.plan.topology import CHIPS, Target
 from train.step import check_divides
@@ -79,7 +80,7 @@ def test_each_micro_batch_must_divide_too() -> None:
             f"Stage 1: a batch of {rows} rows does not divide into {accumulation} micro-batches over {shards} shards"
         )
         with pytest.raises(InputError, match=message):
-            plan_stage(config, 0, where, axes)
+            plan_stage(stages_of(config)[0], where, axes)
 
 
 @needs_libtpu
@@ -107,7 +108,7 @@ def test_search_tries_the_meshes_that_divide_and_splits_only_long_rows() -> None
     where = Target("eight", tuple(jax.devices()), CHIPS["v5e"], 1)
 
     def tried(config: RunConfig) -> list[tuple[int, int, int]]:
-        return [(m["fsdp"], m["context"], m["tensor"]) for m in stage_module._meshes(config, 0, where)]
+        return [(m["fsdp"], m["context"], m["tensor"]) for m in stage_module._meshes(stages_of(config)[0], where)]
 
     # Four heads: a tensor axis of eight does not divide them.
     assert tried(_run(64, 8)) == [(8, 1, 1), (4, 1, 2), (2, 1, 4)]
@@ -128,14 +129,14 @@ def test_what_a_candidate_is_wrong_about_besides_its_mesh_is_not_hidden() -> Non
     """A search passes over meshes that do not divide, and over nothing else."""
     where = Target("eight", tuple(jax.devices()), CHIPS["v5e"], 1)
     with pytest.raises(InputError, match="Rows of 66 tokens do not divide into 4 chunks"):
-        search(_run(66, 4), 0, where, {"fsdp": 4, "context": 2})
+        search(stages_of(_run(66, 4))[0], where, {"fsdp": 4, "context": 2})
     with pytest.raises(InputError, match=r"num_heads \(4\) is not divisible"):
-        search(_run(64, 8), 0, where, {"tensor": 8})
+        search(stages_of(_run(64, 8))[0], where, {"tensor": 8})
 
 
 def test_what_cannot_fit_by_its_arrays_alone_is_not_compiled_in_a_search() -> None:
     small = dataclasses.replace(CHIPS["v5e"], hbm_bytes=100_000)
-    plans = search(_run(64, 8), 0, Target("eight", tuple(jax.devices()), small, 1), {"fsdp": 8})
+    plans = search(stages_of(_run(64, 8))[0], Target("eight", tuple(jax.devices()), small, 1), {"fsdp": 8})
     # Each policy, with 1 part only: 8 rows on 8 devices.
     assert [(p.fits, p.options["accumulation"]) for p in plans] == [(False, 1)] * 3
     for p in plans:
