@@ -72,7 +72,8 @@ def test_the_needle_is_at_its_depth(tokenizer: Tokenizer, task: str, text: str |
     source, seed = Source.of(Encoder(tokenizer), text), int(rng.integers(2**31))
     depth = float(rng.uniform(0, 100))
     first, here, last = (make(source, task, LENGTH, d, seed) for d in (0, depth, 100))
-    sentence = 130
+    sentences = re.split(r"(?<=[.\n])", tokenizer.decode(here.prompt.tolist()))
+    sentence = max(len(tokenizer.encode(sentence)) for sentence in sentences)
     assert abs(here.place - (first.place + depth / 100 * (last.place - first.place))) <= sentence
     # At 0% nothing but the instruction, and less than a needle of noise, is before it; at 100% nothing is after it.
     assert first.place <= 300
