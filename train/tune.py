@@ -1,6 +1,5 @@
-"""Tuning runs: from a configuration to a job, which `train.launch` takes to its end; the command lines of them."""
+"""Tuning runs: from a configuration to a job, which `train.launch` takes to its end."""
 
-import argparse
 import contextlib
 import dataclasses
 import io
@@ -27,123 +26,27 @@ from qwen_jax.stack import unstack
 from qwen_jax.tokenizer import Tokenizer
 from qwen_jax.tokenizer.control import TURN_END
 from train.checkpoint import Checkpoints
-from train.command import add_run_arguments, join_if_asked, steps_to_trace
 from train.data.batch import place_part, row_part
 from train.data.example_batches import PackedExamples, PackedPairs, PackedSequences, RowConfig
 from train.data.example_store import ExampleStore, open_store
 from train.data.feed import Feed
 from train.data.shards import digest
 from train.distributed import check_same
-from train.dpo import Dpo, DpoConfig
-from train.fields import as_json, set_fields
+from train.dpo import Dpo
+from train.fields import as_json
 from train.files import write_file
 from train.launch import Export, Job, Phase, launch
 from train.lock import lock
-from train.loop import ByStep, LoopConfig
+from train.loop import ByStep
 from train.observe.goodput import Clock
 from train.observe.report import Report, ReportedStage
 from train.observe.trackers import check_wandb
-from train.pretrain import PretrainConfig
 from train.reference import reference_log_probs
 from train.resume import changed_tuning, check_rope
-from train.reward import RewardConfig
 from train.samples import Prompt, write_samples
 from train.state import TrainState
 from train.step import EvalStep, check_divides, make_forward
-from train.tune_config import MAX_SEGMENTS, Method, ObjectiveConfig, TuneConfig, TuneStage, load
-
-_OBJECTIVES: dict[Method, ObjectiveConfig] = {"sft": PretrainConfig(), "reward": RewardConfig(), "dpo": DpoConfig()}
-_ABOUT = {
-    "sft": "Fine-tune a model on conversations: the loss is on what the assistant says.",
-    "reward": "Train a reward model on pairs of a chosen and a rejected answer.",
-    "dpo": "Train a model to prefer chosen over rejected answers, bound to a reference model.",
-}
-_COLUMNS = {"sft": "messages, or prompt and completion", "pairs": "prompt, chosen and rejected"}
-_RATES = {"sft": 7e-6, "reward": 1e-5, "dpo": 7e-7}
-_SET = """\
-fields to change, such as stages.0.length=32768 stages.0.learning_rate=1e-5 mesh.fsdp=8 step.remat=full
-loop.evaluate_every=50 objective.{} examples.trained=last; --print-config shows all"""
-_FIELD = {"sft": "z_loss=1e-4", "reward": "centering=0.01", "dpo": "beta=0.3"}
-_AFTER = """\
-The same command resumes from the newest checkpoint, or does nothing if the run has ended. The tuned model is
-written to OUTPUT/model. `qwen-jax data show FILE --model DIR` shows what is trained. See docs/post_training.md."""
-
-
-def main(method: Method, argv: Sequence[str], formats: "Formats") -> int:
-    """`qwen-jax train sft`, `reward` and `dpo`.
-
-    Args:
-      method: which of them.
-      argv: arguments after the command's name.
-      formats: reads and writes models.
-
-    Returns:
-      The exit status: 0, or 128 and the number of the signal that stopped the run after a checkpoint.
-
-    Raises:
-      InputError: a configuration, data or a folder that does not fit.
-    """
-    kind = "sft" if method == "sft" else "pairs"
-    parser = argparse.ArgumentParser(
-        f"qwen-jax train {method}",
-        description=f"{_ABOUT[method]}\n{_AFTER}",
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument("--model", metavar="DIR", help="checkpoint to begin with, or a Hub id; with its tokenizer")
-    parser.add_argument(
-        "--data", nargs="+", metavar="FILE", help=f"JSONL, Parquet or a datasets folder: {_COLUMNS[kind]}"
-    )
-    parser.add_argument("--output", metavar="DIR", help="folder of the run")
-    parser.add_argument("--held-out", nargs="+", metavar="FILE", help="examples to evaluate on")
-    parser.add_argument(
-        "--lora", action="store_true", help="train an adapter, which is written in PEFT's format; see step.lora"
-    )
-    parser.add_argument("--config", metavar="FILE.py[:FUNCTION]", help="a function that returns a TuneConfig, instead")
-    add_run_arguments(parser, _SET.format(_FIELD[method]))
-    options = parser.parse_args(list(argv))
-    config = _configuration(method, options)
-    if options.profile:
-        config = dataclasses.replace(config, profile=steps_to_trace(options.profile))
-    if options.print_config:
-        print(to_json(as_json(config), indent=2))
-        return 0
-    join_if_asked(options)
-    stopped_by = tune(config, formats)
-    return 128 + stopped_by if stopped_by else 0
-
-
-def _configuration(method: Method, options: argparse.Namespace) -> TuneConfig:
-    """The configuration of a file, or of plain arguments."""
-    given = [name for name in ("model", "data", "output", "held_out", "lora") if getattr(options, name)]
-    if options.config is not None:
-        if given:
-            raise InputError(
-                f"--config has the whole run. Leave out {', '.join('--' + n for n in given)}, or use --set."
-            )
-        config = load(options.config, options.set)
-    else:
-        missing = [f"--{name}" for name in ("model", "data", "output") if name not in given]
-        if missing:
-            raise InputError(f"{' and '.join(missing)} is missing. Give --model, --data and --output, or --config.")
-        # Several files are sources of their own.
-        named = lambda files: {Path(file).name.partition(".")[0] or file: file for file in files}  # noqa: E731
-        config = TuneConfig(
-            output=options.output,
-            model=options.model,
-            data=named(options.data),
-            held_out=named(options.held_out or []),
-            objective=_OBJECTIVES[method],
-            stages=(TuneStage(learning_rate=_RATES[method], epochs=2.0 if method == "sft" else 1.0),),
-            loop=LoopConfig(evaluate_every=100 if options.held_out else 0),
-        )
-        if options.lora:
-            lora = LoRA(whole=("score",)) if method == "reward" else LoRA()
-            rate = dataclasses.replace(config.stages[0], learning_rate=10 * _RATES[method])
-            config = dataclasses.replace(config, step=dataclasses.replace(config.step, lora=lora), stages=(rate,))
-        config = set_fields(config, *options.set)
-    if config.method != method:
-        raise InputError(f"The configuration is one of `qwen-jax train {config.method}`. Use that command.")
-    return config
+from train.tune_config import MAX_SEGMENTS, TuneConfig
 
 
 class Formats(Protocol):

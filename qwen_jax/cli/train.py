@@ -77,7 +77,7 @@ def dpo(argv: Sequence[str]) -> int:
 
 
 def _tune(method: str, argv: Sequence[str]) -> int:
-    return _until_interrupted(lambda: sibling("train.tune").main(method, argv, _Formats()))
+    return _until_interrupted(lambda: sibling("train.tune_command").main(method, argv, _Formats()))
 
 
 class _Formats:

@@ -22,7 +22,7 @@ from qwen_jax.published import published
 from qwen_jax.tokenizer import train_bpe
 from tests.helpers.processes import run as run_processes
 from tests.helpers.runs import assert_same_weights, launches, losses, print_seed, stop_after
-from train import tune
+from train import tune, tune_command
 from train.loop import LoopConfig
 from train.merging import Merging
 from train.observe.metrics import read_log
@@ -68,7 +68,7 @@ def arguments(files: Path, method: str, output: Path) -> list[str]:
 def configuration(files: Path, method: Any, output: Path) -> TuneConfig:
     options = arguments(files, method, output)
     paths = {"model": options[1], "output": options[3], "data": [options[5]], "held_out": [options[7]]}
-    return tune._configuration(method, argparse.Namespace(**paths, config=None, lora=False, set=options[9:]))
+    return tune_command.configuration(method, argparse.Namespace(**paths, config=None, lora=False, set=options[9:]))
 
 
 @pytest.mark.parametrize("method", ["sft", "reward", "dpo"])
@@ -188,7 +188,7 @@ def test_mistakes_are_told_before_anything_is_made(files: Path, tmp_path: Path) 
         ([*arguments(files, "sft", output), "mesh.rows=2"], "no axis 'rows'"),
     ):
         with pytest.raises(InputError, match=message):
-            tune.main("sft", options, _Formats())
+            tune_command.main("sft", options, _Formats())
     assert not output.exists()
     with pytest.raises(InputError, match="expected one of: messages"):
-        tune.main("sft", arguments(files, "dpo", output), _Formats())
+        tune_command.main("sft", arguments(files, "dpo", output), _Formats())
