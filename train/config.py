@@ -8,11 +8,10 @@ from typing import Any
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.parallel.sharding import AXES
 from qwen_jax.remat import Remat
 from train.data.mixture import MixtureStage, Weight
 from train.fields import as_json as as_json
-from train.fields import at_least, call, near
+from train.fields import at_least, call, check_axes
 from train.fields import set_fields as _set_fields
 from train.loop import CheckpointConfig, LoopConfig
 from train.optimizer import AdamW, OptimizerConfig, Schedule
@@ -144,11 +143,7 @@ class RunConfig:
         for index in range(len(self.stages)):
             self.next_token(index)
             self.step_config(index)
-            for axis, size in self.mesh_axes(index).items():
-                if axis not in AXES:
-                    raise InputError(f"A mesh has no axis {axis!r}; {near(axis, AXES)}")
-                if size < 1:
-                    raise InputError(f"The mesh axis {axis!r} must be at least 1, got {size}.")
+            check_axes(self.mesh_axes(index))
         self.mixture_stages()
         # The trace, which must be within the run.
         if self.profile is not None and (

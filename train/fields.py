@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
+from qwen_jax.parallel.sharding import AXES
 
 T = TypeVar("T")
 
@@ -35,6 +36,19 @@ def at_least(config: object, **bounds: int) -> None:
         value = getattr(config, name)
         if value is not None and not value >= least:
             raise InputError(f"{name} must be at least {least}, got {value}.")
+
+
+def check_axes(axes: Mapping[str, int]) -> None:
+    """Checks the sizes of mesh axes.
+
+    Raises:
+      InputError: no such axis, or a size below 1.
+    """
+    for axis, size in axes.items():
+        if axis not in AXES:
+            raise InputError(f"A mesh has no axis {axis!r}; {near(axis, AXES)}")
+        if size < 1:
+            raise InputError(f"The mesh axis {axis!r} must be at least 1, got {size}.")
 
 
 def set_fields(config: T, *changes: str, moved: Mapping[str, str] | None = None) -> T:

@@ -1,7 +1,6 @@
 """Pre-training runs: from a configuration to a job, which `train.launch` takes to its end; the command line of it."""
 
 import argparse
-import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from qwen_jax.parallel.multihost import in_step
-from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import Params
 from qwen_jax.tokenizer import Tokenizer, load_tokenizer
 from train.checkpoint import Checkpoints, read_arrays
@@ -24,18 +22,16 @@ from train.data.batch import Batch
 from train.data.feed import Feed
 from train.data.mixture import Mixture
 from train.data.rows import PackedRows
-from train.data.shards import digest
 from train.distributed import check_same
 from train.inputs import HeldOutBatches, open_data
-from train.launch import Export, Job, Phase, launch
-from train.lock import lock
+from train.launch import Export, Job, Phase
 from train.loop import ByStep, held_out_loss
 from train.observe.goodput import Clock
 from train.observe.report import Report, ReportedStage
-from train.observe.trackers import check_wandb
 from train.resume import changed_since_last_launch, check_stages_taken
+from train.start import begin, stage_meshes
 from train.state import TrainState
-from train.step import EvalStep, check_divides
+from train.step import EvalStep
 
 # Writes a Hugging Face folder: weights, their architecture, the folder of a checkpoint with its tokenizer, where to.
 WriteExport = Callable[[Params, ModelConfig, Path, Path], None]
@@ -120,34 +116,13 @@ def pretrain(config: RunConfig, console: Console | None = None, export: WriteExp
       InputError: data, tokenizer, model and folder that do not fit each other or the run in the folder; a folder that
         another run is using.
     """
-    clock = Clock()
-    first_process = jax.process_index() == 0
-    console = console or Console(stderr=True, quiet=not first_process)
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    # What needs no folder.
-    check_same("configuration", digest(as_json(config)))
+    begun = begin(config, console)
     with in_step("Preparing the run"):
-        if config.wandb_project and first_process:
-            check_wandb()
         tokenizer = load_tokenizer(config.tokenizer)
-        meshes = [make_mesh(config.mesh_axes(index)) for index in range(len(config.stages))]
-        for index, (stage, mesh) in enumerate(zip(config.stages, meshes, strict=True)):
-            shards = Sharding.for_training(config.model, mesh).batch_shards
-            accumulation = config.step_config(index).accumulation
-            check_divides(stage.batch_size, accumulation, shards, where=f"Stage {index + 1}: ")
+        meshes = stage_meshes(config, config.model)
         if config.export is not None and export is None:
             raise InputError("Writing config.export needs the function `export`; the command line gives it.")
-    # What may write into it: from here on, no other run may.
-    output = Path(config.output).absolute()
-    with contextlib.ExitStack() as stack:
-        with in_step(f"Locking {output}"):
-            if first_process:
-                stack.enter_context(lock(output, say))
-        job = _job(config, tokenizer, meshes, console, clock, export)
-        return launch(dataclasses.replace(job, say=say)).signal
+    return begun.launch(config.output, lambda: _job(config, tokenizer, meshes, begun.console, begun.clock, export))
 
 
 def _job(

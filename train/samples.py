@@ -1,6 +1,7 @@
 """Texts that a model writes while it is trained: what a loss does not show."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,17 +79,8 @@ def write_samples(
       The texts.
     """
 
-    def run(params: Params) -> Params:
-        if lora is not None:
-            params = merged(params, lora)
-        layers = params["layers"]
-        if isinstance(layers, dict):
-            layers = unstack(layers, dtype, model.sparse_layers)
-        # Copies, because the engine takes over what it is given.
-        return {**jax.tree.map(lambda x: x.astype(dtype), params | {"layers": None}), "layers": layers}
-
     with jax.set_mesh(mesh):
-        copied = jax.tree.map(jnp.copy, jax.jit(run)(params))
+        copied = _copied(params, lora, dtype, model.sparse_layers)
     engine = Engine(model, copied, mesh, tokenizer=tokenizer, dtype=dtype, eos_token_ids=list(end_ids))
     found = engine.generate([p.ids for p in prompts], SamplingParams(temperature=0), max_new_tokens=max_new_tokens)
     texts = [completion.text or "" for completion in found]
@@ -102,3 +94,16 @@ def write_samples(
         }
         append_record(folder / SAMPLES, record)
     return texts
+
+
+# Jitted once for all evaluations.
+@functools.partial(jax.jit, static_argnames=("lora", "dtype", "sparse_layers"))
+def _copied(params: Params, lora: LoRA | None, dtype: str, sparse_layers: tuple[int, ...]) -> Params:
+    """A copy of all weights in the layout that an engine takes over."""
+    if lora is not None:
+        params = merged(params, lora)
+    layers = params["layers"]
+    if isinstance(layers, dict):
+        layers = unstack(layers, dtype, sparse_layers)
+    # An output that is an input would be the same buffer.
+    return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), {**params, "layers": layers})

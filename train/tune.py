@@ -1,6 +1,5 @@
 """Tuning runs: from a configuration to a job, which `train.launch` takes to its end."""
 
-import contextlib
 import dataclasses
 import io
 import itertools
@@ -20,7 +19,6 @@ from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from qwen_jax.lora import LoRA
 from qwen_jax.parallel.multihost import gather_from_processes, in_step
-from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import Params, init_params, union, with_fresh_score_head
 from qwen_jax.stack import unstack
 from qwen_jax.tokenizer import Tokenizer
@@ -29,23 +27,21 @@ from train.checkpoint import Checkpoints
 from train.data.batch import place_part, row_part
 from train.data.example_batches import PackedExamples, PackedPairs, PackedSequences, RowConfig
 from train.data.example_store import ExampleStore, open_store
-from train.data.feed import Feed
+from train.data.feed import Batches, Feed
 from train.data.shards import digest
 from train.distributed import check_same
 from train.dpo import Dpo
-from train.fields import as_json
 from train.files import write_file
-from train.launch import Export, Job, Phase, launch
-from train.lock import lock
+from train.launch import Export, Job, Phase
 from train.loop import ByStep
 from train.observe.goodput import Clock
 from train.observe.report import Report, ReportedStage
-from train.observe.trackers import check_wandb
 from train.reference import reference_log_probs
 from train.resume import changed_tuning, check_rope
 from train.samples import Prompt, write_samples
+from train.start import begin, stage_meshes
 from train.state import TrainState
-from train.step import EvalStep, check_divides, make_forward
+from train.step import EvalStep, make_forward
 from train.tune_config import MAX_SEGMENTS, TuneConfig
 
 
@@ -87,35 +83,14 @@ def tune(config: TuneConfig, formats: Formats, console: Console | None = None) -
     Raises:
       InputError: data, model and folder that do not fit each other or the run in the folder; a folder in use.
     """
-    clock = Clock()
-    first_process = jax.process_index() == 0
-    console = console or Console(stderr=True, quiet=not first_process)
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    # What needs no folder.
-    check_same("configuration", digest(as_json(config)))
+    begun = begin(config, console)
     with in_step("Preparing the run"):
-        if config.wandb_project and first_process:
-            check_wandb()
         model, tokenizer, origin = formats.describe(config.model)
-        meshes = [make_mesh(config.mesh_axes(index)) for index in range(len(config.stages))]
-        for index, (stage, mesh) in enumerate(zip(config.stages, meshes, strict=True)):
-            shards = Sharding.for_training(model, mesh).batch_shards
-            check_divides(
-                stage.batch_size, config.step_config(index).accumulation, shards, where=f"Stage {index + 1}: "
-            )
+        meshes = stage_meshes(config, model)
         if config.reference is not None:
             _check_reference(config, tokenizer, formats)
-    # What may write into it: from here on, no other run may.
-    output = Path(config.output).absolute()
-    with contextlib.ExitStack() as stack:
-        with in_step(f"Locking {output}"):
-            if first_process:
-                stack.enter_context(lock(output, say))
-        run = _Run(config, formats, model, tokenizer, origin, meshes, console, clock)
-        return launch(dataclasses.replace(run.job(), say=say)).signal
+    opened = model, tokenizer, origin, meshes, begun.console, begun.clock
+    return begun.launch(config.output, lambda: _Run(config, formats, *opened).job())
 
 
 def _check_reference(config: TuneConfig, tokenizer: Tokenizer, formats: Formats) -> None:
@@ -165,9 +140,8 @@ class _Run:
         }
         pairs = [p.max_segments for p in (*self.packed, *self.held_out.values())]
         self.max_segments = max(pairs) if config.kind == "pairs" else 2
-        self.objectives = [
-            config.objective_of(i, self.model, self.max_segments) for i in range(len(config.stages))
-        ]  # fmt: skip
+        count = range(len(config.stages))
+        self.objectives = [config.objective_of(index, self.model, self.max_segments) for index in count]
 
     def _pack(self, index: int) -> PackedExamples[Any]:
         return self._open(self.config.data_of(index), index, epochs=None, what="data")
@@ -187,11 +161,13 @@ class _Run:
             )
 
         # Process 0 tokenizes, and the others find its work.
+        store: ExampleStore | None = None
         with in_step(f"Tokenizing {what} {', '.join(sources)}"):
             if jax.process_index() == 0:
-                opened()
+                store = opened()
         with in_step(f"Opening {what} {', '.join(sources)}"):
-            store = opened()
+            if store is None:
+                store = opened()
             most = MAX_SEGMENTS if config.kind == "pairs" else None
             rows = RowConfig(stage.length, stage.batch_size, config.seed, epochs, config.too_long, most)
             return (PackedPairs if config.kind == "pairs" else PackedSequences)(store, rows)
@@ -299,7 +275,9 @@ class _Run:
         path = config.reference or config.model
         model, _, _ = self.formats.describe(path)
         source = self.formats.fingerprint(path)
-        everything = [(p, i) for i, p in enumerate(self.packed)] + [(p, 0) for p in self.held_out.values()]
+        # Weights that were read serve all examples on their mesh.
+        loaded: tuple[Mesh, Params] | None = None
+        everything = [(p, 0) for p in self.held_out.values()] + [(p, i) for i, p in enumerate(self.packed)]
         for packed, index in everything:
             assert isinstance(packed, PackedPairs)
             mesh, step = self.meshes[index], config.step_config(index)
@@ -311,8 +289,10 @@ class _Run:
                 objective = config.objective_of(index, model, packed.max_segments)
                 assert isinstance(objective, Dpo)
                 with jax.set_mesh(mesh):
-                    params = self.formats.load(path, model, mesh, step.dtype)
-                    values = reference_log_probs(objective, step, mesh, params, packed, self.console)
+                    if loaded is None or loaded[0] != mesh:
+                        loaded = None
+                        loaded = mesh, self.formats.load(path, model, mesh, step.dtype)
+                    values = reference_log_probs(objective, step, mesh, loaded[1], packed, self.console)
                 with in_step(f"Writing {file}"):
                     if jax.process_index() == 0:
                         file.parent.mkdir(parents=True, exist_ok=True)
@@ -325,7 +305,7 @@ class _Run:
         lora, mesh = self.config.step.lora, jax.tree.leaves(like)[0].sharding.mesh
         if lora is None:
             return self._whole(self.config.model, like)
-        # The adapter begins at random, and parts that are trained whole as they are in the checkpoint.
+        # LoRA's matrices are initialised; parts that are trained whole begin with the weights of the checkpoint.
         key = jax.random.key(self.config.seed)
         params = init_params(self.model, key, mesh, lora=lora, frozen=self._frozen(mesh))
         names = [name for name in lora.whole if name in params and not (name == "score" and self.new_head)]
@@ -412,17 +392,24 @@ class _Run:
         return list(dict.fromkeys(i for i in ids if i is not None))
 
 
-class _From:
+class _From(Batches[Any]):
     """Examples whose first batch is that of a later step of the run."""
 
     def __init__(self, packed: PackedExamples[Any], first: int):
         self._packed, self._first = packed, first
 
+    @property
+    def end(self) -> int:
+        return self._first + self._packed.end
+
     def batch_size(self, step: int) -> int:
         return self._packed.batch_size(step - self._first)
 
-    def loader(self, start: int, process_index: int, process_count: int) -> Iterable[Any]:
-        return self._packed.loader(start - self._first, process_index, process_count)
+    def part_size(self, step: int, process_count: int) -> int:
+        return self._packed.part_size(step - self._first, process_count)
+
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Any:
+        return self._packed.batch(step - self._first, process_index, process_count)
 
 
 def _placed(packed: PackedExamples[Any], mesh: Mesh) -> Iterable[Any]:

@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.parallel.sharding import AXES
 from train.data.example_store import TooLong
 from train.data.examples import ExampleOptions, Kind
 from train.dpo import Dpo, DpoConfig
-from train.fields import at_least, call, near, set_fields
+from train.fields import at_least, call, check_axes, near, set_fields
 from train.loop import CheckpointConfig, LoopConfig
 from train.merging import Merging
 from train.objective import Objective
@@ -145,11 +144,7 @@ class TuneConfig:
             for name in stage.data:
                 if name not in self.data:
                     raise InputError(f"stages.{index}.data names {name!r}; {near(name, self.data)}")
-            for axis, size in self.mesh_axes(index).items():
-                if axis not in AXES:
-                    raise InputError(f"A mesh has no axis {axis!r}; {near(axis, AXES)}")
-                if size < 1:
-                    raise InputError(f"The mesh axis {axis!r} must be at least 1, got {size}.")
+            check_axes(self.mesh_axes(index))
         if self.reference is not None and not isinstance(self.objective, DpoConfig):
             raise InputError("A reference belongs to DPO. Leave reference out.")
         if (self.merging is None) != (self.base is None):

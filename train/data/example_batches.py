@@ -4,15 +4,15 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-import grain
 import numpy as np
 
 from qwen_jax.errors import InputError
 from train.data.batch import Batch
 from train.data.example_store import ExampleStore, Selection, TooLong, random_keys, select
 from train.data.examples import Example, Kind, Pair
+from train.data.feed import Batches
 from train.data.packing import best_fit, pack_segments
 from train.data.pairs import PairBatch, pack_pairs
 from train.data.shards import digest
@@ -56,7 +56,7 @@ class RowConfig:
                 raise InputError(f"{name} must be at least {value}, got {given}.")
 
 
-class PackedExamples(abc.ABC, Generic[B]):
+class PackedExamples(Batches[B]):
     """The batches of a run, by step.
 
     In each epoch every example comes once, whole, in one row. Which examples share a row changes between epochs among
@@ -141,32 +141,28 @@ class PackedExamples(abc.ABC, Generic[B]):
             raise InputError("The examples are read without end. Give a number of epochs.")
         return -(-self.config.epochs * self.rows_per_epoch // self.config.batch_size)
 
+    @property
+    def end(self) -> int:
+        """The number of steps; a very large one if the examples are read without end."""
+        return len(self) if self.config.epochs is not None else 2**62
+
     def batch_size(self, step: int) -> int:
         """Rows in the global batch of a step."""
         return self.config.batch_size
 
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> B:
-        """Reads the batch of a step, or the part of one process.
-
-        The concatenated parts of all processes are the global batch, for any number of processes.
-
-        Args:
-          step: counted from 0.
-          process_index: index of this process.
-          process_count: number of processes.
-
-        Returns:
-          NumPy arrays [batch_size / process_count, length].
-
-        Raises:
-          InputError: the batch does not divide by the number of processes.
-        """
+    def part_size(self, step: int, process_count: int) -> int:
+        """Rows of a step that one of several processes reads; see `Batches.part_size`."""
         size, rest = divmod(self.config.batch_size, process_count)
         if rest:
             raise InputError(
                 f"A batch of {self.config.batch_size} rows does not divide by {process_count} processes. Change "
                 "batch_size."
             )
+        return size
+
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> B:
+        """Reads the batch of a step, or the part of one process; see `Batches.batch`."""
+        size = self.part_size(step, process_count)
         first = step * self.config.batch_size + process_index * size
         return self._assemble([self._row(first + i) for i in range(size)])
 
@@ -179,27 +175,6 @@ class PackedExamples(abc.ABC, Generic[B]):
         lengths = self.selection.lengths[item].tolist()
         answers = self.store.answers(int(self.selection.units[item]))
         return tuple(Example(a.ids[:n], a.trained[:n]) for a, n in zip(answers, lengths, strict=True))
-
-    def __getitem__(self, step: int) -> B:
-        """The global batch of a step, counted from 0."""
-        return self.batch(step)
-
-    def loader(
-        self, start: int = 0, process_index: int = 0, process_count: int = 1, *, threads: int = 2, ahead: int = 4
-    ) -> "grain.IterDataset[B]":
-        """Iterates over batches from a step on; threads read ahead.
-
-        Args:
-          start: the first step, counted from 0.
-          process_index: index of this process.
-          process_count: number of processes.
-          threads: number of reading threads; 0 does not read ahead.
-          ahead: number of batches to keep in memory.
-        """
-        end = len(self) if self.config.epochs is not None else 2**62
-        steps = grain.MapDataset.range(start, end)
-        batches = steps.map(lambda step: self.batch(step, process_index, process_count))
-        return batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
 
     def describe(self) -> str:
         """Lines on the data, for people: what it holds, what is left out, and how full the rows are."""

@@ -95,7 +95,7 @@ class Conversation:
     first: int = 0
 
     def parts(self, tokenizer: Tokenizer, options: ExampleOptions) -> list[Part]:
-        """The text in parts that are trained or not; see `qwen_jax.tokenizer.trained.chat_parts`."""
+        """The stretches of the text, each trained or not as a whole; see `qwen_jax.tokenizer.trained.chat_parts`."""
         return chat_parts(tokenizer, self.messages, self.tools, first=self.first, **dataclasses.asdict(options))
 
 
@@ -112,7 +112,7 @@ class PlainText:
     completion: str
 
     def parts(self, tokenizer: Tokenizer, options: ExampleOptions) -> list[Part]:
-        """The text in parts that are trained or not; see `qwen_jax.tokenizer.trained.text_parts`."""
+        """The stretches of the text, each trained or not as a whole; see `qwen_jax.tokenizer.trained.text_parts`."""
         return text_parts(tokenizer, self.prompt, self.completion, parse_special=options.parse_special)
 
 

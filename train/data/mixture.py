@@ -16,6 +16,7 @@ import numpy as np
 
 from qwen_jax.errors import InputError
 from train.data.batch import Batch
+from train.data.feed import Batches
 from train.data.packing import rows_to_batch
 from train.data.rows import PackedRows
 from train.data.shards import digest
@@ -89,7 +90,7 @@ def _exact(name: str, weight: Weight) -> Fraction:
     return exact
 
 
-class Mixture:
+class Mixture(Batches[Batch]):
     """The batches of a run, by step.
 
     Shares are exact rather than sampled: after any number of rows of a stage, the number of rows of each data set is
@@ -151,6 +152,11 @@ class Mixture:
         """Number of steps in all stages."""
         return self._ends[-1]
 
+    @property
+    def end(self) -> int:
+        """The number of steps in all stages."""
+        return len(self)
+
     def stage(self, step: int) -> int:
         """The index of the stage of a step, both counted from 0."""
         if not 0 <= step < len(self):
@@ -171,14 +177,8 @@ class Mixture:
         Raises:
           InputError: the batch does not divide by the number of processes.
         """
-        index = self.stage(step)
+        size, index = self.part_size(step, process_count), self.stage(step)
         stage, pattern = self.stages[index], self._patterns[index]
-        if stage.batch_size % process_count:
-            raise InputError(
-                f"Stage {index + 1} has {stage.batch_size} rows in a batch, which does not divide by {process_count} "
-                "processes. Choose a multiple as batch_size."
-            )
-        size = stage.batch_size // process_count
         first = (step - self._ends[index] + stage.steps) * stage.batch_size + process_index * size
         which, draws = pattern.draws(np.arange(first, first + size))
         draws += self._drawn[index][which]
@@ -186,21 +186,7 @@ class Mixture:
         return np.stack([which, np.array(rows, np.int64)], axis=1)
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """Reads the batch of a step, or the part of one process.
-
-        The concatenated parts of all processes are the global batch, for any number of processes.
-
-        Args:
-          step: counted from 0.
-          process_index: index of this process.
-          process_count: number of processes.
-
-        Returns:
-          NumPy arrays [batch_size / process_count, length].
-
-        Raises:
-          InputError: the batch does not divide by the number of processes.
-        """
+        """Reads the batch of a step, or the part of one process; see `Batches.batch`."""
         chosen = self.rows(step, process_index, process_count)
         shape = len(chosen), self.stages[self.stage(step)].length
         tokens, starts, num_tokens = np.empty(shape, np.int32), np.empty(shape, bool), np.empty(len(chosen), np.int64)
@@ -213,26 +199,15 @@ class Mixture:
         """Rows in the global batch of a step."""
         return self.stages[self.stage(step)].batch_size
 
-    def __getitem__(self, step: int) -> Batch:
-        """The global batch of a step, counted from 0."""
-        return self.batch(step)
-
-    def loader(
-        self, start: int = 0, process_index: int = 0, process_count: int = 1, *, threads: int = 2, ahead: int = 4
-    ) -> "grain.IterDataset[Batch]":
-        """Iterates over batches from a step to the end of the schedule; threads read ahead.
-
-        Args:
-          start: the first step, counted from 0.
-          process_index: index of this process.
-          process_count: number of processes.
-          threads: number of reading threads; 0 does not read ahead.
-          ahead: number of batches to keep in memory, 16 bytes a token.
-        """
-        self.rows(start, process_index, process_count)  # Raises here what would be raised in a thread.
-        steps = grain.MapDataset.range(start, len(self))
-        batches = steps.map(lambda step: self.batch(step, process_index, process_count))
-        return batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
+    def part_size(self, step: int, process_count: int) -> int:
+        """Rows of a step that one of several processes reads; see `Batches.part_size`."""
+        size, rest = divmod(self.batch_size(step), process_count)
+        if rest:
+            raise InputError(
+                f"Stage {self.stage(step) + 1} has {self.batch_size(step)} rows in a batch, which does not divide by "
+                f"{process_count} processes. Choose a multiple as batch_size."
+            )
+        return size
 
     def draws(self, step: int | None = None) -> dict[str, int]:
         """Number of rows that come from each data set before a step.
