@@ -7,6 +7,13 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A test runs its small programs a few times, so on a CPU most of its time is that of LLVM: let it optimise little.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    quick = (
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    )
+    os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}"
 # No test reaches for the network; a Hub id must fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # One compilation cache for the session, its workers and the processes that tests start: many compile the same programs.

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from qwen_jax.params import init_params
 from qwen_jax.published import published
 from qwen_jax.tokenizer import train_bpe
 from tests.helpers.processes import run as run_processes
-from tests.helpers.runs import assert_same_weights, launches, losses, print_seed, stop_after
+from tests.helpers.runs import assert_same_weights, final_weights, launches, losses, print_seed, stop_after
 from train import tune, tune_command
 from train.loop import LoopConfig
 from train.merging import Merging
@@ -144,7 +145,10 @@ def test_an_adapter_is_tuned_and_used(method: str, files: Path, tmp_path: Path) 
 
 
 def test_merging_nothing_is_the_plain_optimiser(files: Path, tmp_path: Path) -> None:
-    """Online merging in a run: with alpha 0 and p 1 the same weights bit for bit, otherwise others."""
+    """Online merging in a run: with alpha 0 and p 1 the same weights, otherwise others.
+
+    The two programs differ, so their sums may differ in order; the update itself is compared bit for bit in test_merging.
+    """
     plain = dataclasses.replace(configuration(files, "dpo", tmp_path / "plain"), held_out={}, export="")
     tune.tune(plain, _Formats())
     for name, merging in (("none", Merging(alpha=0.0, p=1.0)), ("some", Merging(alpha=1e-2, p=0.5))):
@@ -152,9 +156,11 @@ def test_merging_nothing_is_the_plain_optimiser(files: Path, tmp_path: Path) -> 
         changed = dataclasses.replace(plain, output=output, merging=merging, base=base)
         tune.tune(changed, _Formats())
     steps = int(read_log(tmp_path / "plain" / "metrics.jsonl")[-1]["step"])
-    assert_same_weights(tmp_path / "plain", tmp_path / "none", steps)
+    plain_weights, none, some = (final_weights(tmp_path / name, steps) for name in ("plain", "none", "some"))
+    same = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(same, none, plain_weights)
     with pytest.raises(AssertionError):
-        assert_same_weights(tmp_path / "plain", tmp_path / "some", steps)
+        jax.tree.map(same, some, plain_weights)
 
 
 def test_a_mesh_tunes_as_one_device_does(files: Path, tmp_path: Path) -> None:

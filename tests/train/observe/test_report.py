@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from qwen_jax.errors import InputError
+from qwen_jax.parallel.sharding import make_mesh
 from tests.helpers.processes import run as run_processes
 from tests.helpers.watched import MODEL, configuration
 from train import launch as launching
@@ -77,7 +78,7 @@ def test_mfu_is_of_the_devices_that_a_mesh_has(material, tmp_path, monkeypatch):
     monkeypatch.setattr("train.observe.report.peak_flops", lambda devices: 1e9 * len(devices))
     config = set_fields(configuration(material, tmp_path, mesh={"data": 2}), "stages.1.mesh.data=1")
     out = io.StringIO()
-    meshes = [run.make_mesh(config.mesh_axes(index)) for index in range(2)]
+    meshes = [make_mesh(config.mesh_axes(index)) for index in range(2)]
     with Report(config, run.reported_stages(config, meshes), 0, Console(file=out, width=200), Clock()) as report:
         for index, (size, length) in enumerate(((2, 16), (1, 32))):
             of_stage = report.mfu(index)
@@ -99,7 +100,7 @@ def test_the_end_of_a_run_does_not_fail_for_its_plots(watched, material, tmp_pat
     shutil.copytree(watched.output, output, ignore=shutil.ignore_patterns("loss.png", "checkpoints"))
     config = configuration(material, output)
     out = io.StringIO()
-    meshes = [run.make_mesh(config.mesh_axes(index)) for index in range(2)]
+    meshes = [make_mesh(config.mesh_axes(index)) for index in range(2)]
     with Report(config, run.reported_stages(config, meshes), 13, Console(file=out, width=300), Clock()) as report:
         if fault == "damaged launches":
             (output / "launches.jsonl").write_bytes(bytes(1000))
