@@ -147,7 +147,7 @@ def test_an_adapter_is_tuned_and_used(method: str, files: Path, tmp_path: Path) 
 def test_merging_nothing_is_the_plain_optimiser(files: Path, tmp_path: Path) -> None:
     """Online merging in a run: with alpha 0 and p 1 the same weights, otherwise others.
 
-    The two programs differ, so their sums may differ in order; the update itself is compared bit for bit in test_merging.
+    The two programs may sum in another order; the update itself is compared bit for bit in test_merging.
     """
     plain = dataclasses.replace(configuration(files, "dpo", tmp_path / "plain"), held_out={}, export="")
     tune.tune(plain, _Formats())
