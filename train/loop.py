@@ -4,9 +4,9 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.params import Params
 from train.data.batch import place
 from train.fields import at_least
-from train.objective import Metrics
+from train.objective import Metrics, Sums
 from train.observe.display import Display
 from train.observe.goodput import Clock, compilation
 from train.observe.trackers import Log
@@ -457,8 +457,8 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def held_out_loss(params: Params, eval_step: EvalStep[B], batches: Sequence[B], mesh: Mesh) -> tuple[float, float]:
-    """Runs an evaluation over all batches.
+def held_out_sums(params: Params, eval_step: EvalStep[B], batches: Iterable[B], mesh: Mesh) -> tuple[Sums, Any]:
+    """Runs an evaluation over all batches, of which there is at least one.
 
     Args:
       params: of the model.
@@ -467,11 +467,11 @@ def held_out_loss(params: Params, eval_step: EvalStep[B], batches: Sequence[B], 
       mesh: where they are placed.
 
     Returns:
-      Summed loss in nats, and summed weight.
+      The objective's sums and its statistics, summed over batches, in float64 on the host.
     """
-    sums = []
+    found = []
     for batch in batches:
-        sums.append(eval_step(params, _placed(batch, mesh)))
-        jax.block_until_ready(sums[-4:-3])  # Only a few batches wait on the devices.
-    totals = jax.device_get(sums)
-    return float(sum(s.loss for s in totals)), float(sum(s.weight for s in totals))
+        found.append(eval_step(params, _placed(batch, mesh)))
+        jax.block_until_ready(found[-4:-3])  # Only a few batches wait on the devices.
+    result: tuple[Sums, Any] = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *jax.device_get(found))
+    return result

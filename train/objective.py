@@ -57,6 +57,10 @@ class Sums:
     reported: jax.Array
     regulariser: jax.Array | None = None
 
+    def mean_loss(self) -> float:
+        """The loss of an evaluation, on the host."""
+        return float(self.loss) / max(float(self.weight), 1e-8)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

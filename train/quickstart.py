@@ -31,7 +31,7 @@ from train.data.packing import pack
 from train.data.text import Documents, find_files, read_documents, split_documents, standard_library
 from train.fields import at_least
 from train.launch import Job, Phase, launch
-from train.loop import ByStep, CheckpointConfig, Indexed, LoopConfig, Monitor, held_out_loss
+from train.loop import ByStep, CheckpointConfig, Indexed, LoopConfig, Monitor, held_out_sums
 from train.observe.display import Display
 from train.observe.metrics import MetricsLog, bits_per_byte, read_log, scored_bytes
 from train.observe.plots import plot_run, try_to
@@ -247,8 +247,8 @@ class _Evaluation:
             raise InputError("The held-out text is too short to measure anything. Give more text.")
 
     def __call__(self, state: TrainState, eval_step: EvalStep[Batch], mesh: jax.sharding.Mesh) -> dict[str, float]:
-        nats, weight = held_out_loss(state.params, eval_step, self._batches, mesh)
-        return {"loss": nats / weight, "bits_per_byte": bits_per_byte(nats, self._bytes)}
+        sums, _ = held_out_sums(state.params, eval_step, self._batches, mesh)
+        return {"loss": sums.mean_loss(), "bits_per_byte": bits_per_byte(float(sums.loss), self._bytes)}
 
 
 def _check_output(output: Path) -> None:

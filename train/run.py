@@ -25,7 +25,7 @@ from train.data.rows import PackedRows
 from train.distributed import check_same
 from train.inputs import HeldOutBatches, open_data
 from train.launch import Export, Job, Phase
-from train.loop import ByStep, held_out_loss
+from train.loop import ByStep, held_out_sums
 from train.observe.goodput import Clock
 from train.observe.report import Report, ReportedStage
 from train.resume import changed_since_last_launch, check_stages_taken
@@ -265,10 +265,10 @@ class _HeldOut:
         batches = {name: HeldOutBatches(rows, size, mesh) for name, rows in self._rows.items()}
 
         def evaluate(state: TrainState, eval_step: EvalStep[Batch]) -> dict[str, float]:
-            sums = {name: held_out_loss(state.params, eval_step, parts, mesh) for name, parts in batches.items()}
+            sums = {name: held_out_sums(state.params, eval_step, parts, mesh) for name, parts in batches.items()}
             # Over all data sets together, every token counts the same.
-            total, weights = (sum(numbers) for numbers in zip(*sums.values(), strict=True))
-            means = {f"{name}_loss": nats / max(weight, 1e-8) for name, (nats, weight) in sums.items()}
-            return {"loss": total / max(weights, 1e-8), **means}
+            total = jax.tree.map(lambda *x: sum(x), *(of_set for of_set, _ in sums.values()))
+            means = {f"{name}_loss": of_set.mean_loss() for name, (of_set, _) in sums.items()}
+            return {"loss": total.mean_loss(), **means}
 
         return evaluate

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 TrainStep = Callable[[TrainState, B], tuple[TrainState, Metrics]]
 """A jitted `train_step`; it also takes frozen parameters as a third argument or `frozen=`."""
-EvalStep = Callable[[Params, B], Sums]
+EvalStep = Callable[[Params, B], tuple[Sums, Any]]
 """A jitted `eval_step`; it also takes frozen parameters as a third argument or `frozen=`."""
 
 # Spikes are judged only after this many accepted steps; the running mean then covers about as many.
@@ -294,8 +294,8 @@ def eval_step(
     params: Params,
     batch: B,
     frozen: Params | None = None,
-) -> Sums:
-    """Sums of an objective over a batch, in one piece, without gradient and without what only helps training. Pure.
+) -> tuple[Sums, S]:
+    """Sums and statistics of an objective over a batch, in one piece, without what only helps training. Pure.
 
     Args:
       objective: as in training; its `for_evaluation` is evaluated.
@@ -306,7 +306,7 @@ def eval_step(
       frozen: as for `train_step`.
     """
     objective = objective.for_evaluation()
-    return objective.sums(_bind_for_evaluation(objective, config, sharding, params, frozen), batch, None)[0]
+    return objective.sums(_bind_for_evaluation(objective, config, sharding, params, frozen), batch, None)
 
 
 def _bind_for_evaluation(
@@ -393,6 +393,6 @@ def make_loss_check(
     def check(params: Params, batch: B, frozen: Params | None) -> jax.Array:
         if config.accumulation > 1:
             batch = jax.tree.map(lambda x: x[0], _split(batch, config.accumulation, sharding))
-        return jnp.isfinite(eval_step(objective, config, sharding, params, batch, frozen).loss)
+        return jnp.isfinite(eval_step(objective, config, sharding, params, batch, frozen)[0].loss)
 
     return jax.jit(check)

@@ -33,7 +33,7 @@ from train.distributed import check_same
 from train.dpo import Dpo
 from train.files import write_file
 from train.launch import Export, Job, Phase
-from train.loop import ByStep
+from train.loop import ByStep, held_out_sums
 from train.observe.goodput import Clock
 from train.observe.report import Report, ReportedStage
 from train.reference import reference_log_probs
@@ -41,7 +41,7 @@ from train.resume import changed_tuning, check_rope
 from train.samples import Prompt, write_samples
 from train.start import begin, stage_meshes
 from train.state import TrainState
-from train.step import EvalStep, make_forward
+from train.step import EvalStep
 from train.tune_config import MAX_SEGMENTS, TuneConfig
 
 
@@ -217,27 +217,20 @@ class _Run:
         if not self.held_out:
             return None
         objective, mesh = self.objectives[index].for_evaluation(), self.meshes[index]
-        sums = make_forward(
-            objective, lambda model, batch: objective.sums(model, batch, None), self.config.step_config(index), mesh
-        )
-
         prompts = self._prompts(index)
 
-        def evaluate(state: TrainState, _: EvalStep[Any]) -> dict[str, float]:
-            frozen = None if self.config.step.lora is None else self._frozen(mesh)
-            losses, weights, metrics = 0.0, 0.0, {}
+        def evaluate(state: TrainState, eval_step: EvalStep[Any]) -> dict[str, float]:
+            totals, metrics = [], {}
             for name, packed in self.held_out.items():
-                found = [sums(state.params, batch, frozen) for batch in _placed(packed, mesh)]
-                total, statistics = jax.tree.map(lambda *x: sum(x), *found)
-                weight = jnp.maximum(total.weight, 1e-8)
-                losses, weights = losses + float(total.loss), weights + float(total.weight)
-                metrics[f"{name}_loss"] = float(total.loss / weight)
-                for key, value in objective.metrics(statistics, weight).items():
+                total, statistics = held_out_sums(state.params, eval_step, _placed(packed, mesh), mesh)
+                totals.append(total)
+                metrics[f"{name}_loss"] = total.mean_loss()
+                for key, value in objective.metrics(statistics, jnp.maximum(total.weight, 1e-8)).items():
                     if jnp.ndim(value) == 0:
                         metrics[f"{name}_{key}"] = float(value)
             if prompts:
-                self._sample(index, state, frozen, prompts)
-            return {"loss": losses / max(weights, 1e-8), **metrics}
+                self._sample(index, state, prompts)
+            return {"loss": jax.tree.map(lambda *x: sum(x), *totals).mean_loss(), **metrics}
 
         return evaluate
 
@@ -256,10 +249,11 @@ class _Run:
         found = [Prompt.of(one[0].answers(one[1])[0]) for turn in turns for one in turn if one is not None]
         return found[: config.samples]
 
-    def _sample(self, index: int, state: TrainState, frozen: Params | None, prompts: Sequence[Prompt]) -> None:
+    def _sample(self, index: int, state: TrainState, prompts: Sequence[Prompt]) -> None:
         step, lora = self.config.step_config(index), self.config.step.lora
         params = state.params
-        if frozen is not None:
+        if lora is not None:
+            frozen = self._frozen(self.meshes[index])
             if not step.scan_layers:
                 params = {**params, "layers": unstack(params["layers"], "float32", self.model.sparse_layers)}
             params = union(params, frozen)

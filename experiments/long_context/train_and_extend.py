@@ -348,8 +348,7 @@ def train(setup: Setup, stage: Stage, text: np.ndarray, seed: int, folder: Path)
     shown = {name: place(kind(rng, rows), mesh) for name, kind in kinds.items()}
 
     def losses(state: TrainState) -> dict[str, float]:
-        sums = {name: evaluate(state.params, batch) for name, batch in shown.items()}
-        return {f"{name}_loss": float(of.loss / of.weight) for name, of in sums.items()}
+        return {f"{name}_loss": evaluate(state.params, batch)[0].mean_loss() for name, batch in shown.items()}
 
     try:
         with jax.set_mesh(mesh), Display(Console(stderr=True), stage.steps) as display:

@@ -170,7 +170,7 @@ def trained(
             state, metrics = step(state, place(rows(i % 2), mesh))
             seen.append(metrics)
         jax.tree.map(np.testing.assert_array_equal, frozen, before)  # Neither changed nor donated.
-        held_out = make_eval_step(NextToken(model), config, mesh)(state.params, place(rows(0), mesh), frozen)
+        held_out, _ = make_eval_step(NextToken(model), config, mesh)(state.params, place(rows(0), mesh), frozen)
     assert float(held_out.loss / held_out.weight) < float(seen[0]["loss"])
     return (
         [float(m["loss"]) for m in seen],
@@ -247,7 +247,7 @@ def job(folder: Path, tokenizer: Tokenizer, report: Silent, lora: LoRA = WIDE) -
             return rows(step)
 
     def evaluate(state: TrainState, eval_step: EvalStep[Batch]) -> dict[str, float]:
-        sums = eval_step(state.params, place(rows(99), state.step.sharding.mesh))  # type: ignore[attr-defined]
+        sums, _ = eval_step(state.params, place(rows(99), state.step.sharding.mesh))  # type: ignore[attr-defined]
         return {"loss": float(sums.loss) / float(sums.weight)}
 
     step = dataclasses.replace(STEP, lora=lora)

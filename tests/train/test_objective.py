@@ -125,7 +125,7 @@ def test_the_first_loss_is_the_formula() -> None:
     mesh = make_mesh({})
     with jax.set_mesh(mesh):
         state = init_state(MODEL, OPTIMIZER, 0, mesh)
-        sums = make_eval_step(Regression(MODEL), STEP, mesh)(state.params, place(batch(0), mesh))
+        sums, _ = make_eval_step(Regression(MODEL), STEP, mesh)(state.params, place(batch(0), mesh))
     tokens = (batch(0).rows.segment_ids > 0).sum()
     assert float(sums.weight) == tokens
     np.testing.assert_allclose(one_device()[0][0], float(sums.loss) / tokens, rtol=1e-5)
@@ -170,7 +170,7 @@ def job(folder: Path, tokenizer: Tokenizer, report: Silent) -> Job[ScoredRows]:
     """Two phases, the second with another objective and on another mesh."""
 
     def evaluate(state: TrainState, eval_step: EvalStep[ScoredRows]) -> dict[str, float]:
-        sums = eval_step(state.params, place(batch(99), state.step.sharding.mesh))  # type: ignore[attr-defined]
+        sums, _ = eval_step(state.params, place(batch(99), state.step.sharding.mesh))  # type: ignore[attr-defined]
         return {"loss": float(sums.loss) / float(sums.weight)}
 
     meshes = make_mesh({}, jax.devices()[:1]), make_mesh({"fsdp": 2})

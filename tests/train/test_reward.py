@@ -194,7 +194,7 @@ def test_the_loss_is_the_formula_and_counts_each_pair_once() -> None:
     # An evaluation reports the likelihood alone.
     with jax.set_mesh(mesh):
         evaluate = make_eval_step(Reward(model, CONFIG), STEP, mesh)
-        sums = evaluate(on(mesh, model, params), place(pack_pairs(pairs, 8), mesh))
+        sums, _ = evaluate(on(mesh, model, params), place(pack_pairs(pairs, 8), mesh))
     assert float(sums.weight) == len(pairs)
     np.testing.assert_allclose(float(sums.loss), terms.sum(), rtol=1e-5)
 

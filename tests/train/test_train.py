@@ -18,7 +18,7 @@ from qwen_jax.published import published
 from train.data.batch import place
 from train.data.loader import batches, whole_batches
 from train.data.packing import pack
-from train.loop import ByStep, LoopConfig, Monitor, fit, held_out_loss
+from train.loop import ByStep, LoopConfig, Monitor, fit, held_out_sums
 from train.losses import _statistics, chunked_cross_entropy, next_token_targets
 from train.observe.display import Display
 from train.observe.metrics import MetricsLog, bits_per_byte, flops_per_token, mfu, read_log, scored_bytes
@@ -54,7 +54,7 @@ def train_step_of(training, mesh):
 
 
 def loss_sums(training, sharding, params, batch):
-    return eval_step(training.objective, training.step, sharding, params, batch)
+    return eval_step(training.objective, training.step, sharding, params, batch)[0]
 
 
 def random_rows(seed, lengths, length=32, vocab=128):
@@ -128,7 +128,7 @@ def test_a_target_equal_to_the_padding_id_counts(mesh):
     # Packing pads with id 0; a trained token 0 must keep its weight.
     rows = pack([[3, 0, 0, 4, 0]], 8)
     with jax.set_mesh(mesh):
-        sums = make_eval_step(pretrain().objective, pretrain().step, mesh)(random_params(TINY), place(rows, mesh))
+        sums, _ = make_eval_step(pretrain().objective, pretrain().step, mesh)(random_params(TINY), place(rows, mesh))
     assert float(sums.weight) == 4
 
 
@@ -357,8 +357,7 @@ def test_training_compiles_once_and_learns_a_repeated_text(mesh, tmp_path):
         held_out = whole_batches(rows, 16)
 
         def evaluate(state):
-            nats, weight = held_out_loss(state.params, evaluation, held_out, mesh)
-            return {"loss": nats / weight}
+            return {"loss": held_out_sums(state.params, evaluation, held_out, mesh)[0].mean_loss()}
 
         state = fit(
             60,
