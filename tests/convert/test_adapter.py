@@ -239,9 +239,13 @@ def test_bad_adapters_are_refused_before_anything_is_written(
 def test_generate_takes_an_adapter(dense: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_pefts(tmp_path / "adapter", dense[1])
     convert.convert(dense[0], tmp_path / "merged", adapter=tmp_path / "adapter")
-    arguments = ["--prompt-ids", "5,6,7,8", "--max-new-tokens", "6", "--json", "--temperature", "0"]
+    arguments = ["--prompt-ids", "5,6,7,8", "--max-new-tokens", "6", "--json", "--temperature", "0", "--logprobs"]
     texts = []
     for model in ([str(dense[0]), "--adapter", str(tmp_path / "adapter")], [str(tmp_path / "merged")], [str(dense[0])]):
         assert main(["generate", *model, *arguments]) == 0
-        texts.append(json.loads(capsys.readouterr().out)["token_ids"])
-    assert texts[0] == texts[1] != texts[2]
+        texts.append(json.loads(capsys.readouterr().out))
+    adapted, merged, without = (np.asarray(text["logprobs"]) for text in texts)
+    assert texts[0]["token_ids"] == texts[1]["token_ids"]
+    np.testing.assert_allclose(adapted, merged, atol=1e-5)
+    # Tokens may be the same by chance; their probabilities are not.
+    assert np.abs(adapted - without).max() > 1e-3
