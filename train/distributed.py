@@ -56,3 +56,14 @@ def check_same(what: str, digest: str) -> None:
             f"The {what} of {'process' if len(different) == 1 else 'processes'} {', '.join(map(str, different))} "
             "is not that of process 0. Start all processes with the same command, on the same files."
         )
+
+
+def from_process_0(digest: str) -> str:
+    """The hash (SHA-256, in hex) that process 0 has computed. Every process must call it.
+
+    Args:
+      digest: in process 0; the others' are not used, so that only one of them reads large files.
+    """
+    parts = [int((digest or "0" * 64)[i : i + 7], 16) for i in range(0, 64, 7)]
+    first = gather_from_processes(parts).reshape(-1, len(parts))[0]
+    return "".join(f"{int(part):07x}" for part in first[:-1]) + f"{int(first[-1]):x}"

@@ -29,7 +29,7 @@ from train.data.example_batches import PackedExamples, PackedPairs, PackedSequen
 from train.data.example_store import ExampleStore, open_store
 from train.data.feed import Batches, Feed
 from train.data.shards import digest
-from train.distributed import check_same
+from train.distributed import check_same, from_process_0
 from train.dpo import Dpo
 from train.files import write_file
 from train.launch import Export, Job, Phase
@@ -268,7 +268,9 @@ class _Run:
         config = self.config
         path = config.reference or config.model
         model, _, _ = self.formats.describe(path)
-        source = self.formats.fingerprint(path)
+        with in_step(f"Hashing the weights of {path}"):
+            digest_here = self.formats.fingerprint(path) if jax.process_index() == 0 else ""
+        source = from_process_0(digest_here)
         # Weights that were read serve all examples on their mesh.
         loaded: tuple[Mesh, Params] | None = None
         everything = [(p, 0) for p in self.held_out.values()] + [(p, i) for i, p in enumerate(self.packed)]

@@ -1,7 +1,9 @@
 """The scripts that launch a run on several machines: what they start, with short scripts in the schedulers' place."""
 
+import hashlib
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.runs import config_file, launches, losses, make_material, print_seed
+from train.distributed import from_process_0
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments" / "launch"
@@ -188,3 +191,9 @@ def test_xpk_gets_the_command(machines: Machines) -> None:
     assert {"--num-slices=2", "--tpu-type=v5p-128", "--workload=w", "--docker-image=i"} <= set(asked)
     assert started == ["qwen-jax", *"train pretrain --distributed --config".split(), "my run.py", "--set", "seed=1"]
     assert machines.run(str(FOLDER / "xpk.sh"), "w", "x.py").returncode != 0
+
+
+def test_a_hash_of_process_0_comes_whole() -> None:
+    """Whatever its leading zeros; that other processes get it is a part of tuning in two processes."""
+    for digest in (hashlib.sha256(secrets.token_bytes(8)).hexdigest(), "0" * 63 + "1", "f" * 64):
+        assert from_process_0(digest) == digest
