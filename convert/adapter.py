@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from convert.source import Source, Span, to_host
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json, to_json
-from qwen_jax.lora import TARGETS, LoRA
+from qwen_jax.lora import TARGETS, AdapterFactors, LoRA
 from qwen_jax.params import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -260,6 +260,54 @@ def adapter_params(adapter: Adapter, config: ModelConfig) -> Params:
                 np.stack([pair[part].reshape(_shapes(leaf, adapter.lora.rank)[part]) for pair in pairs]),
             )
     return params
+
+
+def load_factors(folder: str | os.PathLike[str], config: ModelConfig) -> AdapterFactors:
+    """Reads the matrices of an adapter for an engine in which each request chooses its adapter.
+
+    Args:
+      folder: with adapter_config.json and adapter_model.safetensors.
+      config: of the base model.
+
+    Raises:
+      InputError: as `read_adapter`, or an adapter with modules that are trained whole.
+    """
+    adapter = read_adapter(folder, config)
+    if adapter.whole:
+        raise InputError(
+            f"{folder} replaces {next(iter(adapter.whole))} as a whole (modules_to_save), which single requests "
+            f"cannot. Merge it instead: qwen-jax convert --merge-adapter {folder} MODEL OUT."
+        )
+    layers: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    adapted = _adapted(config)
+    for name, matrices in adapter.matrices.items():
+        leaf, (a, b) = adapted[name], map(_read, matrices)
+        shape_a, shape_b = _shapes(leaf, adapter.lora.rank)
+        scaled = np.float32(adapter.lora.scale) * b
+        layer = layers.setdefault(leaf.layers[leaf.names.index(name)], {})
+        layer[leaf.path[-2]] = a.reshape(shape_a), scaled.reshape(shape_b)
+    return AdapterFactors(adapter.lora.rank, layers)
+
+
+def load_adapters(pairs: Sequence[str], config: ModelConfig) -> dict[str, AdapterFactors]:
+    """Reads the adapters that a command line names, for `ContinuousEngine`.
+
+    Args:
+      pairs: NAME=DIR of each, such as "french=runs/french/model".
+      config: of the base model.
+
+    Raises:
+      InputError: not of that form, a name that is given twice, or as `load_factors`.
+    """
+    adapters: dict[str, AdapterFactors] = {}
+    for pair in pairs:
+        name, _, folder = pair.partition("=")
+        if not name or not folder:
+            raise InputError(f"Expected an adapter as NAME=DIR, such as french=runs/french/model; got {pair!r}.")
+        if name in adapters:
+            raise InputError(f"Two adapters have the name {name!r}. Give each a name of its own.")
+        adapters[name] = load_factors(folder, config)
+    return adapters
 
 
 def _put(tree: Params, path: tuple[str, ...], value: np.ndarray) -> None:

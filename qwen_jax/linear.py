@@ -1,6 +1,7 @@
 """Linear maps with sharded weights, the embedding, and RMSNorm: the parts that hold the dense model's parameters."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,8 @@ class Linear(Weight):
     reduce-scattered. Where `tensor` shards an input dimension, the results of its shards are summed.
 
     With LoRA (`add_lora`), `scale (x A^T) B^T` is added. A has the weight's input dimensions and their sharding, B its
-    output dimensions.
+    output dimensions. With several adapters (`add_adapters`), A and B are those of all of them, and a mask keeps the
+    elements of x A^T that belong to a row's own adapter.
     """
 
     def __init__(
@@ -75,16 +77,31 @@ class Linear(Weight):
           lora: its settings.
           key: a PRNG key, for A.
         """
+
+        def uniform(shape: tuple[int, ...]) -> jax.Array:
+            bound = math.prod(shape[1:]) ** -0.5
+            return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+        self._add_factors(lora.rank, uniform, lora.scale)
+
+    def add_adapters(self, ranks: int) -> None:
+        """Creates A and B of several adapters, zero, and the mask, bool [B, T or 1, ranks].
+
+        Args:
+          ranks: the sum of the adapters' ranks.
+        """
+        self._add_factors(ranks, jnp.zeros, 1.0)
+        self.lora_mask = nnx.Param(jnp.zeros((1, 1, ranks), bool), spec=P(self.x[0], None, None))
+
+    def _add_factors(self, rank: int, make_a: Callable[[tuple[int, ...]], jax.Array], scale: float) -> None:
         letters, shape, out = self.einsum.split("->")[0].split(",")[1], self.weight.shape, self.einsum.split("->")[1]
         dims = list(zip(letters, shape, self.w, strict=True))
         inputs = [(size, axis) for letter, size, axis in dims if letter not in out]
         outputs = [(size, axis) for letter, size, axis in dims if letter in out]
-        bound = math.prod(size for size, _ in inputs) ** -0.5
-        a_shape, b_shape = (lora.rank, *(n for n, _ in inputs)), (*(n for n, _ in outputs), lora.rank)
-        a = jax.random.uniform(key, a_shape, minval=-bound, maxval=bound)
-        self.lora_a = nnx.Param(a, spec=P(None, *(axis for _, axis in inputs)))
+        a_shape, b_shape = (rank, *(n for n, _ in inputs)), (*(n for n, _ in outputs), rank)
+        self.lora_a = nnx.Param(make_a(a_shape), spec=P(None, *(axis for _, axis in inputs)))
         self.lora_b = nnx.Param(jnp.zeros(b_shape), spec=P(*(axis for _, axis in outputs), None))
-        self.lora_scale = lora.scale
+        self.lora_scale = scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The product, plus the bias if there is one."""
@@ -106,9 +123,11 @@ class Linear(Weight):
         outputs = math.prod(size for letter, size in sizes.items() if letter in out)
         contracted = math.prod(size for letter, size in sizes.items() if letter not in out)
         by_kernel = few_rows.supports(rows, x.shape[1], x.dtype, outputs, contracted)
-        # A and B of LoRA: their weights, PartitionSpecs and letters.
+        # A and B of LoRA: their weights, PartitionSpecs and letters. The mask chooses each row's adapter.
         lora: tuple[jax.Array, ...] = ()
         lora_specs: tuple[P, ...] = ()
+        mask: jax.Array | None = self.lora_mask[...] if hasattr(self, "lora_mask") else None
+        mask_spec = None if mask is None else P(x_spec[0], None, None)
         if self.lora_scale:
             entries = dict(zip(letters, w_spec, strict=True))
             a, b = "".join(c for c in letters if c not in out), "".join(c for c in letters if c in out)
@@ -118,17 +137,21 @@ class Linear(Weight):
             hidden = "".join(c for c in x_letters if c not in a) + "r"
             products = f"{x_letters},r{a}->{hidden}", f"{hidden},{b}r->{out}"
 
-        @jax.shard_map(in_specs=(x_spec, w_spec, lora_specs), out_specs=self.out, check_vma=not by_kernel)
-        def local(x: jax.Array, w: jax.Array, lora: tuple[jax.Array, ...]) -> jax.Array:
+        @jax.shard_map(in_specs=(x_spec, w_spec, lora_specs, mask_spec), out_specs=self.out, check_vma=not by_kernel)
+        def local(x: jax.Array, w: jax.Array, lora: tuple[jax.Array, ...], mask: jax.Array | None) -> jax.Array:
             w = all_gather_weight(w, w_spec.index("fsdp"))
             y = few_rows.einsum(einsum, x, w) if by_kernel else jnp.einsum(einsum, x, w)
-            h = x
-            for product, spec, matrix in zip(products, lora_specs, lora, strict=True) if lora else ():
-                h = jnp.einsum(product, h, all_gather_weight(matrix, spec.index("fsdp")) if "fsdp" in spec else matrix)
-            y = y + self.lora_scale * h if lora else y
+            if lora:
+                a, b = (
+                    all_gather_weight(matrix, spec.index("fsdp")) if "fsdp" in spec else matrix
+                    for spec, matrix in zip(lora_specs, lora, strict=True)
+                )
+                h = jnp.einsum(products[0], x, a)
+                h = h if mask is None else jnp.where(mask, h, 0)
+                y = y + self.lora_scale * jnp.einsum(products[1], h, b)
             return (lax.psum(y, "tensor") if sums else y).astype(x.dtype)
 
-        y: jax.Array = local(x, self.weight[...].astype(x.dtype), lora)
+        y: jax.Array = local(x, self.weight[...].astype(x.dtype), lora, mask)
         return y
 
 
@@ -145,6 +168,14 @@ def add_lora(module: nnx.Module, lora: LoRA | None, rngs: nnx.Rngs) -> None:
         if isinstance(linear, Linear):
             assert lora is not None
             linear.add_lora(lora, rngs.params())
+
+
+def add_adapters(module: nnx.Module, adapter_ranks: tuple[tuple[str, int], ...]) -> None:
+    """Adds the factors of several adapters to the projections of a module that are named; see `Options`."""
+    for name, ranks in adapter_ranks:
+        linear = getattr(module, name, None)
+        if isinstance(linear, Linear):
+            linear.add_adapters(ranks)
 
 
 class Embedding(Weight):

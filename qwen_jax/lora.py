@@ -1,4 +1,4 @@
-"""Low-rank adaptation of the projections (LoRA, Hu et al. 2021, arXiv:2106.09685): its settings.
+"""Low-rank adaptation of the projections (LoRA, Hu et al. 2021, arXiv:2106.09685): settings and factors.
 
 A projection with a weight W becomes `x W^T + scale (x A^T) B^T`. Only A [rank, in] and B [out, rank] are trained;
 `qwen_jax.linear.Linear` holds and multiplies them.
@@ -7,10 +7,12 @@ A projection with a weight W becomes `x W^T + scale (x A^T) B^T`. Only A [rank, 
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qwen_jax.errors import InputError
 
@@ -63,6 +65,20 @@ class LoRA:
     def scale(self) -> float:
         """The factor on the update."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFactors:
+    """The low-rank factors of one adapter, on the host.
+
+    Attributes:
+      rank: of every update.
+      layers: by number of the layer and name of `TARGETS`, A [rank, inputs...] and B [outputs..., rank]. B is
+        multiplied by the scale already. Heads are an axis of their own, as in the weights.
+    """
+
+    rank: int
+    layers: Mapping[int, Mapping[str, tuple[np.ndarray, np.ndarray]]]
 
 
 def merged(params: dict[str, Any], lora: LoRA) -> dict[str, Any]:

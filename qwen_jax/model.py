@@ -20,7 +20,7 @@ from qwen_jax.attention.sparse import Diagnostics
 from qwen_jax.attention.sparse_block import SparseChunk, attend_sparsely
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.matmul import few_rows
-from qwen_jax.linear import Embedding, Linear, RMSNorm, add_lora, initializers
+from qwen_jax.linear import Embedding, Linear, RMSNorm, add_adapters, add_lora, initializers
 from qwen_jax.moe.block import MoE
 from qwen_jax.moe.router import RouterStats
 from qwen_jax.options import Options
@@ -78,6 +78,7 @@ class MLP(nnx.Module):
             )
         self.down = Linear("BTF,DF->BTD", residual(rngs.params(), (D, width)), x=s.feed_forward, w=s.down, out=s.hidden)
         add_lora(self, options.lora, rngs)
+        add_adapters(self, options.adapter_ranks)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         return self.down_swiglu(*self.gate_and_up(x_BTD))
@@ -87,7 +88,8 @@ class MLP(nnx.Module):
         if not self.fused:
             return self.gate(x_BTD), self.up(x_BTD)
         s, (_, _, f, D) = self.sharding, self.gate_up.weight.shape
-        if few_rows.supports(x_BTD.shape[0] // s.batch_shards, x_BTD.shape[1], x_BTD.dtype, 2 * f, D):
+        rows, adapted = x_BTD.shape[0] // s.batch_shards, bool(self.gate_up.lora_scale)
+        if not adapted and few_rows.supports(rows, x_BTD.shape[1], x_BTD.dtype, 2 * f, D):
 
             @jax.shard_map(in_specs=(s.hidden, s.fused_gate_up), out_specs=s.feed_forward, check_vma=False)
             def swiglu(x: jax.Array, w: jax.Array) -> jax.Array:

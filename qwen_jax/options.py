@@ -23,6 +23,9 @@ class Options:
       capacity_factor: 0 is dropless. Otherwise each expert has room for this many times the rows that a device would
         send it under even routing; overflowing tokens are dropped, and counted.
       lora: the projections have low-rank updates beside their weights; None for none. Not in the fused layout.
+      adapter_ranks: projections of the fused layout that have the low-rank updates of several adapters, and the sum of
+        the ranks, such as (("qkv", 24), ("o", 8)). Each row uses those of one adapter; see
+        `qwen_jax.inference.adapters`.
     """
 
     stacked: bool = True
@@ -33,7 +36,10 @@ class Options:
     grouped: Grouped = "auto"
     capacity_factor: float = 0.0
     lora: LoRA | None = None
+    adapter_ranks: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.fused and self.lora is not None:
             raise ValueError("The fused layout has no LoRA. Merge the adapter into the weights first.")
+        if self.adapter_ranks and not self.fused:
+            raise ValueError("Only the fused layout has adapters for each row.")

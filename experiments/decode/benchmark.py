@@ -147,11 +147,11 @@ def run_decode(args: argparse.Namespace) -> None:
         lengths, seeds = jax.device_put((np.full(B, prompt, np.int32), np.arange(B, dtype=np.uint32)), rows)
         for name, sampling in (("greedy", SamplingParams()), ("sampled", RECOMMENDED)):
             static = StaticArgs(config, engine.sharding, engine.options, sampling.mode, slots, engine.vocab_limit)
-            loop = _Loop(engine, static, SamplingValues.of(sampling), (tokens_BT, lengths, seeds), prompt, steps)
+            loop = Loop(engine, static, SamplingValues.of(sampling), (tokens_BT, lengths, seeds), prompt, steps)
             report(f"qwen_jax {name}", median_seconds(loop) / steps, **loop.compile_seconds)
 
 
-class _Loop:
+class Loop:
     """Prefill once, then the compiled decode loop from the end of the prompt as often as it is called."""
 
     def __init__(

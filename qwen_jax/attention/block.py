@@ -14,7 +14,7 @@ from qwen_jax.attention.cache import LayerCache
 from qwen_jax.attention.dual_chunk import over_parts
 from qwen_jax.attention.rope import Rope, Table, rotate, rotate_queries
 from qwen_jax.config import ModelConfig
-from qwen_jax.linear import Linear, add_lora, initializers
+from qwen_jax.linear import Linear, add_adapters, add_lora, initializers
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 
@@ -49,6 +49,7 @@ class Attention(nnx.Module):
             self.v = projection(K, s.kv, s.kv_bias, kv_out)
         self.o = Linear("BTHd,DHd->BTD", residual(rngs.params(), (D, H, d)), x=s.heads, w=s.o, out=s.hidden)
         add_lora(self, options.lora, rngs)
+        add_adapters(self, options.adapter_ranks)
 
     def queries_keys_values(self, x_BTD: jax.Array, rope: Rope) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
         """Projections of the normalised input, q and k rotated.

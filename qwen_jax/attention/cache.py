@@ -309,16 +309,20 @@ class PagedLayer:
         return dataclasses.replace(self, **arrays)
 
     def write(self, k_BTKd: jax.Array, v_BTKd: jax.Array) -> "PagedLayer":
-        (N, _, size, _), T, M = self.k_NKPd.shape, k_BTKd.shape[1], self.pages_BM.shape[1]
+        (N, K, size, d), T, M = self.k_NKPd.shape, k_BTKd.shape[1], self.pages_BM.shape[1]
         # The slot of each new token, and the page and the place in it that the table gives for the slot.
         t = jnp.arange(T, dtype=jnp.int32)
         slot_BT = self.lengths_B[:, None] + t
         page_BT = jnp.take_along_axis(self.pages_BM, jnp.minimum(slot_BT // size, M - 1), axis=1)
         # Padding, and what is beyond the table, goes to page N, which does not exist: the write is dropped.
         page_BT = jnp.where((t < self.new_B[:, None]) & (slot_BT < M * size), page_BT, N)
+        # Pages are seen as rows of d numbers. A scatter into two separate axes would be compiled with a copy of all
+        # pages in another layout.
+        row_BTK = (page_BT[..., None] * K + jnp.arange(K, dtype=jnp.int32)) * size + (slot_BT % size)[..., None]
 
         def store(pages_NKPd: jax.Array, new_BTKd: jax.Array) -> jax.Array:
-            return pages_NKPd.at[page_BT, :, slot_BT % size].set(new_BTKd.astype(pages_NKPd.dtype), mode="drop")
+            rows, new = pages_NKPd.reshape(-1, d), new_BTKd.astype(pages_NKPd.dtype)
+            return rows.at[row_BTK].set(new, mode="drop", unique_indices=True).reshape(pages_NKPd.shape)
 
         return dataclasses.replace(self, k_NKPd=store(self.k_NKPd, k_BTKd), v_NKPd=store(self.v_NKPd, v_BTKd))
 

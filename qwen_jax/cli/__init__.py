@@ -25,6 +25,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "verify": ("checkpoints", "Verify", "compare two checkpoints, or one with transformers, by logits"),
     "generate": ("generate", "Generate", "complete prompts"),
     "chat": ("generate", "Chat", "talk to a model"),
+    "serve": ("serve", "Serve", "serve a model over HTTP: OpenAI's API, metrics and a chat page"),
     "score": ("score", "Score", "score conversations with a reward model"),
     "tokenize": ("tokenize", "Tokenize", "turn text into token ids, and back"),
     "eval passkey": ("eval", "Passkey", "find a number in a long context, by length and depth"),

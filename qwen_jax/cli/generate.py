@@ -1,9 +1,11 @@
 """`qwen-jax generate` and `chat`: run a checkpoint."""
 
 import dataclasses
+import importlib.util
 import json
 import secrets
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,7 +19,8 @@ from qwen_jax.cli.model import IdLists, Model, Running, Sampling, parse_ids
 from qwen_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from qwen_jax.inference import Completion, Document, Engine
+    from qwen_jax.inference import Completion, ContinuousEngine, Document, Engine
+    from qwen_jax.serving.direct import Direct
 
 
 # Tokens of a conversation about a document.
@@ -27,7 +30,7 @@ Message = dict[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Complete prompts. Give --prompt, --prompt-file or --prompt-ids.
+    """Complete prompts. Give --prompt, --prompt-file or --prompt-ids; or --input and --output for a file of requests.
 
     A single prompt is completed as a stream. With --json, one object is printed for each prompt: prompt_token_ids,
     token_ids, text, finish_reason ("stop", "length" or "error"), logprobs, error. If a prompt ends with an error, the
@@ -44,6 +47,10 @@ class Generate:
         json: Print JSON, one object a line.
         batch_size: Prompts to run at a time. Does not change the results.
         document: A text file that is read once; each prompt continues it.
+        input: A file of JSON lines: requests in OpenAI's batch format, or {"prompt": ...}, {"messages": ...} or
+            {"prompt_token_ids": ...}. Many run at once; a run that was interrupted goes on where it stopped.
+        output: Where their results are appended, a JSON object a line.
+        in_flight: Requests of a file that run at the same time.
     """
 
     folder: ModelPosition = None
@@ -58,12 +65,17 @@ class Generate:
     json: bool = False
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 32
     document: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    input: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
+    output: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
+    in_flight: Annotated[int, tyro.conf.arg(metavar="N")] = 256
 
     def run(self) -> int:
         # Everything that can be wrong is checked before the weights are loaded.
         name = model_name(self.folder, self.model)
         if self.batch_size < 1:
             raise InputError(f"--batch-size must be at least 1, got {self.batch_size}.")
+        if self.input is not None or self.output is not None:
+            return self._run_file(name)
         prompts = self._prompts()
         model = Model(name, self.sampling, self.running, need_tokenizer=not self.prompt_ids)
         from qwen_jax.inference.prompts import encode
@@ -100,6 +112,39 @@ class Generate:
             complain(errors[0] + more)
         return int(bool(errors))
 
+    def _run_file(self, name: str) -> int:
+        """Answers the requests of a file."""
+        from qwen_jax.cli import batch
+
+        if self.input is None or self.output is None:
+            raise InputError("Give both --input and --output.")
+        others: dict[str, object] = {"--prompt": self.prompt, "--prompt-file": self.prompt_file}
+        others |= {"--prompt-ids": self.prompt_ids, "--document": self.document}
+        if given := [option for option, value in others.items() if value]:
+            raise InputError(f"--input has prompts of its own; {given[0]} cannot be given with it.")
+        if self.in_flight < 1:
+            raise InputError(f"--in-flight must be at least 1, got {self.in_flight}.")
+        if self.running.attention != "dense" or self.running.cache_dtype != "auto":
+            raise InputError("--input runs with dense attention and a cache in the compute dtype.")
+        if not self.input.is_file():
+            raise InputError(f"The input file {self.input} does not exist.")
+        model = Model(name, self.sampling, self.running, need_tokenizer=False)
+        with model.continuous_engine(self.in_flight) as engine:
+            complete = batch.PlainPrompts(
+                engine,
+                model.sampling,
+                frozenset(model.eos_token_ids),
+                model.stop,
+                model.new_tokens,
+                model.vocab_limit,
+                logprobs=self.logprobs,
+            )
+            answer = _OpenAI(engine, model, name)
+            try:
+                return batch.run(self.input, self.output, answer, complete, in_flight=self.in_flight)
+            finally:
+                answer.close()
+
     def _prompts(self) -> list[str | list[int]]:
         if sum(map(bool, (self.prompt, self.prompt_file, self.prompt_ids))) != 1:
             raise InputError("Give exactly one of --prompt, --prompt-file and --prompt-ids.")
@@ -118,6 +163,41 @@ class Generate:
         print(completion.text if completion.text is not None else ",".join(map(str, completion.token_ids)), flush=True)
         if completion.logprobs is not None:
             print("logprobs: " + " ".join(f"{x:.4f}" for x in completion.logprobs), flush=True)
+
+
+class _OpenAI:
+    """Answers requests in OpenAI's format. The packages of the server are imported with the first one."""
+
+    def __init__(self, engine: "ContinuousEngine", model: Model, name: str) -> None:
+        self._engine, self._model, self._name = engine, model, name
+        self._lock = threading.Lock()
+        self._direct: Direct | None = None
+
+    def __call__(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
+        """See `batch.Answer`."""
+        with self._lock:
+            if self._direct is None:
+                self._direct = self._make()
+        # A file may name any model: it was written for this run.
+        return self._direct(url, {key: value for key, value in body.items() if key != "model"})
+
+    def _make(self) -> "Direct":
+        if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("prometheus_client") is None:
+            raise InputError("Requests in OpenAI's format need the server's packages: pip install 'qwen-jax[serve]'.")
+        from qwen_jax.serving.direct import Direct
+        from qwen_jax.serving.settings import ServerSettings, Service
+
+        # Options of the command line are the defaults of the requests.
+        model = self._model
+        new_tokens = model.options.max_new_tokens or model.defaults.max_new_tokens
+        defaults = dataclasses.replace(model.defaults, sampling=model.sampling, max_new_tokens=new_tokens)
+        settings = ServerSettings(served_names=(self._name,), max_waiting=1 << 30)
+        return Direct(Service(engine=self._engine, defaults=defaults), settings)
+
+    def close(self) -> None:
+        """Ends what was started."""
+        if self._direct is not None:
+            self._direct.close()
 
 
 def _bytes_of_file(name: str, what: str) -> bytes:

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from qwen_jax.attention.sparse import PooledBlocks, VerticalSlash
     from qwen_jax.config import ModelConfig
-    from qwen_jax.inference import Engine, SamplingParams
+    from qwen_jax.inference import ContinuousEngine, Engine, SamplingParams
     from qwen_jax.tokenizer import Tokenizer
 
 
@@ -219,18 +219,43 @@ class Model:
         check_lengths(self.config, longest_prompt, wanted)
         return wanted
 
-    def engine(self) -> "Engine":
-        """Loads the weights; downloads them first if the model is a Hub id."""
+    def _loaded(self) -> tuple["ModelConfig", Any, str]:
+        """The config, the weights and the dtype; downloads them first if the model is a Hub id."""
         import jax
 
-        from qwen_jax.inference import Engine
-
-        _enable_compilation_cache()
+        enable_compilation_cache()
         default = "float32" if jax.default_backend() == "cpu" else self.config.dtype
         dtype = self.running.dtype or default
         config, params = sibling("convert").load(self.checkpoint, self.mesh, dtype, adapter=self.running.adapter)
+        return self.running.extended(config), params, dtype
+
+    def continuous_engine(self, max_seqs: int) -> "ContinuousEngine":
+        """Loads the weights into an engine of many requests.
+
+        Args:
+          max_seqs: requests that run at the same time.
+        """
+        from qwen_jax.inference import ContinuousEngine
+
+        config, params, dtype = self._loaded()
+        return ContinuousEngine(
+            config,
+            params,
+            self.mesh,
+            tokenizer=self.tokenizer,
+            dtype=dtype,
+            max_seqs=max_seqs,
+            attention=self.running.attention_kernel,
+            eos_token_ids=self.eos_token_ids,
+        )
+
+    def engine(self) -> "Engine":
+        """Loads the weights into an engine of one batch at a time."""
+        from qwen_jax.inference import Engine
+
+        config, params, dtype = self._loaded()
         engine = Engine(
-            self.running.extended(config),
+            config,
             params,
             self.mesh,
             tokenizer=self.tokenizer,
@@ -271,7 +296,7 @@ class PromptProgress:
             self._bar = None
 
 
-def _enable_compilation_cache() -> None:
+def enable_compilation_cache() -> None:
     """Keeps the compiled programs of accelerators on disk, unless the user has chosen a folder already."""
     import jax
 

@@ -81,6 +81,7 @@ class Row:
         self.tokens: list[int] = []
         self.logprobs: list[float] | None = [] if logprobs else None
         self.finish_reason = ""
+        self.stopped_by: str | int | None = None
         self.error: str | None = None
         self._text: _GrowingText | None = None
         if tokenizer is not None and (incremental or ending.stop):
@@ -89,20 +90,30 @@ class Row:
     def add(self, tokens: np.ndarray, logprobs: np.ndarray | None) -> None:
         """Appends new tokens, up to the one that ends the completion."""
         for n, token in enumerate(tokens.tolist()):
-            if self.finish_reason:
-                return
-            if token == NOT_FINITE:
-                self.finish_reason, self.error = "error", self._not_finite()
-                return
-            self.tokens.append(token)
-            if self.logprobs is not None and logprobs is not None:
-                self.logprobs.append(float(logprobs[n]))
-            ended = token in self._ending.eos_token_ids
-            stopped = self._text is not None and self._text.push(token, hidden=ended)
-            if ended or stopped:
-                self.finish_reason = "stop"
-            elif len(self.tokens) == self._ending.max_new_tokens:
-                self.finish_reason = "length"
+            self.push(token, None if logprobs is None else float(logprobs[n]))
+
+    def push(self, token: int, logprob: float | None = None) -> None:
+        """Appends a new token, unless the completion has ended.
+
+        Args:
+          token: its id, or `NOT_FINITE`.
+          logprob: its log-probability, if the completion keeps them.
+        """
+        if self.finish_reason:
+            return
+        if token == NOT_FINITE:
+            self.finish_reason, self.error = "error", self._not_finite()
+            return
+        self.tokens.append(token)
+        if self.logprobs is not None and logprob is not None:
+            self.logprobs.append(logprob)
+        ended = token in self._ending.eos_token_ids
+        stopped = self._text is not None and self._text.push(token, hidden=ended)
+        if ended or stopped:
+            self.finish_reason = "stop"
+            self.stopped_by = token if ended or self._text is None else self._text.stopped_by
+        elif len(self.tokens) == self._ending.max_new_tokens:
+            self.finish_reason = "length"
 
     def _not_finite(self) -> str:
         if self._dtype == "float16":
@@ -138,6 +149,7 @@ class _GrowingText:
         self._decoder = StreamDecoder(tokenizer, skip_special_tokens=True)
         self._text = ""
         self._cut = False
+        self.stopped_by = ""
         self._stop = [text for text in stop if text not in with_special]
         # The text with special tokens, and the lengths of both texts before each token.
         self._raw_decoder = StreamDecoder(tokenizer) if with_special else None
@@ -161,9 +173,10 @@ class _GrowingText:
             self._raw_lengths.append(raw_before)
             self._lengths.append(before)
             self._raw += self._raw_decoder.push([token])
-            cuts += [self._visible(at) for at in _find(self._raw, self._raw_stop, raw_before)]
+            cuts += [(self._visible(at), text) for at, text in _find(self._raw, self._raw_stop, raw_before)]
         if cuts:
-            self._text, self._cut = self._text[: min(cuts)], True
+            at, self.stopped_by = min(cuts)
+            self._text, self._cut = self._text[:at], True
         return self._cut
 
     def _visible(self, at: int) -> int:
@@ -184,10 +197,10 @@ class _GrowingText:
         return self._text if self._cut else self._text + self._decoder.flush()
 
 
-def _find(text: str, stop: Sequence[str], before: int) -> list[int]:
+def _find(text: str, stop: Sequence[str], before: int) -> list[tuple[int, str]]:
     """Positions of the stop strings that end after the first `before` characters."""
-    found = [text.find(one, max(0, before - len(one) + 1)) for one in stop]
-    return [at for at in found if at >= 0]
+    found = [(text.find(one, max(0, before - len(one) + 1)), one) for one in stop]
+    return [(at, one) for at, one in found if at >= 0]
 
 
 def _beginning(text: str, stop: Sequence[str]) -> int:

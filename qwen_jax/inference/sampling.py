@@ -121,7 +121,10 @@ class SamplingMode:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingValues:
-    """The numbers of `SamplingParams` as scalar arrays: changing them compiles nothing."""
+    """The numbers of `SamplingParams` as arrays: changing them compiles nothing.
+
+    Scalars, or [B, 1] where each row has its own.
+    """
 
     temperature: jax.Array
     top_k: jax.Array
@@ -131,14 +134,17 @@ class SamplingValues:
 
     @classmethod
     def of(cls, params: SamplingParams) -> "SamplingValues":
-        return cls(
-            temperature=jnp.float32(params.temperature or 1.0),
-            top_k=jnp.int32(min(params.top_k, _KEEP_ALL) if params.top_k > 0 else _KEEP_ALL),
-            # Above any sum of probabilities, so that rounding never drops a token when everything is to be kept.
-            top_p=jnp.float32(params.top_p if params.top_p < 1 else 2.0),
-            min_p=jnp.float32(params.min_p),
-            repetition_penalty=jnp.float32(params.repetition_penalty),
-        )
+        top_k, numbers = numbers_of(params)
+        temperature, top_p, min_p, penalty = map(jnp.float32, numbers)
+        return cls(temperature, jnp.int32(top_k), top_p, min_p, penalty)
+
+
+def numbers_of(params: SamplingParams) -> tuple[int, tuple[float, float, float, float]]:
+    """The values of `SamplingValues`: top_k; temperature, top_p, min_p and repetition penalty."""
+    top_k = min(params.top_k, _KEEP_ALL) if params.top_k > 0 else _KEEP_ALL
+    # Above any sum of probabilities, so that rounding never drops a token when everything is to be kept.
+    top_p = params.top_p if params.top_p < 1 else 2.0
+    return top_k, (params.temperature or 1.0, top_p, params.min_p, params.repetition_penalty)
 
 
 class Sampled(NamedTuple):
@@ -178,32 +184,43 @@ def sample_token(
     """
     with jax.named_scope("sample"):
         raw_BV = logits_BV
-        V = logits_BV.shape[1]
-        # A NaN compares as neither larger nor smaller. As infinity it is sampled in every mode, and then seen below.
-        logits_BV = jnp.where(jnp.isnan(logits_BV), jnp.inf, logits_BV)
-        if vocab_limit < V:
-            logits_BV = jnp.where(jnp.arange(V) < vocab_limit, logits_BV, _LOWEST)
+        logits_BV = comparable(logits_BV, vocab_limit)
         if mode.penalty:
             if seen_BV is None:
                 raise ValueError("A repetition penalty needs seen_BV.")
-            p = values.repetition_penalty
-            penalised = jnp.where(logits_BV > 0, logits_BV / p, logits_BV * p)
-            logits_BV = jnp.where(seen_BV, penalised, logits_BV)
+            logits_BV = penalised(logits_BV, seen_BV, values.repetition_penalty)
         if mode.method == "greedy":
             token_B = jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
         else:
             draw_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
             logits_BV = logits_BV / values.temperature
             if mode.method == "top_k":
-                token_B = _sample_top_k(logits_BV, draw_keys_B, values)
+                token_B = sample_top_k(logits_BV, draw_keys_B, values)
             else:
-                token_B = _sample_all(logits_BV, draw_keys_B, values, mode)
+                token_B = sample_all(logits_BV, draw_keys_B, values, use_top_k=mode.top_k, use_top_p=mode.top_p)
         # The logit of the sampled token tells about its whole row, so nothing else of the vocabulary is read.
         logit_B = jnp.take_along_axis(raw_BV, token_B[:, None], axis=1)[:, 0]
         if not mode.logprobs:
             return Sampled(jnp.where(jnp.isfinite(logit_B), token_B, NOT_FINITE), None, token_B)
         logprob_B = logit_B - jax.nn.logsumexp(raw_BV, axis=1)
         return Sampled(jnp.where(jnp.isfinite(logprob_B), token_B, NOT_FINITE), logprob_B, token_B)
+
+
+def comparable(logits_BV: jax.Array, vocab_limit: int) -> jax.Array:
+    """Logits with infinity for NaN, and minus infinity for ids from `vocab_limit` on.
+
+    A NaN compares as neither larger nor smaller. As infinity it is sampled by every method, and the log-probability
+    of the sampled token shows it.
+    """
+    V = logits_BV.shape[1]
+    logits_BV = jnp.where(jnp.isnan(logits_BV), jnp.inf, logits_BV)
+    return jnp.where(jnp.arange(V) < vocab_limit, logits_BV, _LOWEST) if vocab_limit < V else logits_BV
+
+
+def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Logits with the repetition penalty, a scalar or [B, 1], on the tokens of `seen_BV`."""
+    lower_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return jnp.where(seen_BV, lower_BV, logits_BV)
 
 
 def top_k(x_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -223,11 +240,17 @@ def top_k(x_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return values_Bk, group_Bk * _GROUP + at_Bk % _GROUP
 
 
-def _sample_top_k(logits_BV: jax.Array, keys_B: jax.Array, values: SamplingValues) -> jax.Array:
-    """Samples where top_k is small: all filters work on the list of candidates, largest first."""
+def sample_top_k(logits_BV: jax.Array, keys_B: jax.Array, values: SamplingValues) -> jax.Array:
+    """Samples where top_k is small: all filters work on the list of candidates, largest first.
+
+    Args:
+      logits_BV: float32, divided by the temperature.
+      keys_B: one PRNG key for each row and step.
+      values: with a top_k up to `TOP_K_CAP`.
+    """
     logits_Bk, ids_Bk = top_k(logits_BV, TOP_K_CAP)
     k = jnp.minimum(values.top_k, logits_Bk.shape[1])
-    kth = jnp.take_along_axis(logits_Bk, jnp.full((logits_Bk.shape[0], 1), k - 1), axis=1)
+    kth = jnp.take_along_axis(logits_Bk, jnp.broadcast_to(k - 1, (logits_Bk.shape[0], 1)), axis=1)
     logits_Bk = jnp.where(logits_Bk >= kth, logits_Bk, _LOWEST)
     probs = jax.nn.softmax(logits_Bk, axis=1)
     # The probability before each candidate. A masked sum is one small kernel, a cumulative sum is several.
@@ -237,15 +260,24 @@ def _sample_top_k(logits_BV: jax.Array, keys_B: jax.Array, values: SamplingValue
     return _draw(jnp.where(keep, logits_Bk, _LOWEST), keys_B, ids_Bk)
 
 
-def _sample_all(logits_BV: jax.Array, keys_B: jax.Array, values: SamplingValues, mode: SamplingMode) -> jax.Array:
-    """Samples over the whole vocabulary. Filters are thresholds on the logit, found by bisection on its bits."""
+def sample_all(
+    logits_BV: jax.Array, keys_B: jax.Array, values: SamplingValues, *, use_top_k: bool = True, use_top_p: bool = True
+) -> jax.Array:
+    """Samples over the whole vocabulary. Filters are thresholds on the logit, found by bisection on its bits.
+
+    Args:
+      logits_BV: float32, divided by the temperature.
+      keys_B: one PRNG key for each row and step.
+      values: the filters; with the values of `SamplingValues.of` for "off", a filter keeps all tokens exactly.
+      use_top_k, use_top_p: without these filters the program compiles faster.
+    """
     order = _ordered_bits(logits_BV)
-    if mode.top_k:
+    if use_top_k:
         count = jnp.minimum(values.top_k, logits_BV.shape[1])
         logits_BV = jnp.where(order >= _threshold(order, jnp.ones_like(logits_BV), count), logits_BV, _LOWEST)
     probs = jax.nn.softmax(logits_BV, axis=1)
     keep = probs >= values.min_p * probs.max(axis=1, keepdims=True)
-    if mode.top_p:
+    if use_top_p:
         keep &= order >= _threshold(order, probs, values.top_p)
     # The likeliest token always stays, whatever the rounding of the sums; and so does an infinite logit, which makes
     # every probability NaN.
@@ -262,9 +294,11 @@ def _ordered_bits(x: jax.Array) -> jax.Array:
 def _threshold(order_BV: jax.Array, mass_BV: jax.Array, wanted: jax.Array) -> jax.Array:
     """Returns the largest threshold t, [B, 1], such that the entries with order >= t have at least the wanted mass.
 
-    Each of eight passes finds four bits of t. If the total mass is less than wanted, t is 0.
+    The wanted mass is a scalar or [B, 1]. Each of eight passes finds four bits of t. If the total mass is less than
+    wanted, t is 0.
     """
     nibbles = jnp.arange(16, dtype=jnp.uint32)
+    wanted = jnp.reshape(wanted, -1)
 
     def find(i: jax.Array, t_B1: jax.Array) -> jax.Array:
         shift = jnp.uint32(28) - 4 * i.astype(jnp.uint32)

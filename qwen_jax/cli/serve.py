@@ -1,0 +1,283 @@
+"""`qwen-jax serve`: a server of OpenAI's API."""
+
+import dataclasses
+import gc
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from qwen_jax.cli.common import Count, DType, ModelOption, ModelPosition, model_name, sibling
+from qwen_jax.cli.model import Model, Running, Sampling, enable_compilation_cache
+from qwen_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from qwen_jax.inference.continuous import ContinuousEngine
+    from qwen_jax.inference.proposers import Proposer
+    from qwen_jax.serving.settings import ServerSettings, Service
+
+# Of the extra `serve`, by the names that are imported.
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+_KEY_VARIABLE = "QWEN_JAX_API_KEY"
+# Proposals are made while at most so many requests run: a small batch leaves the device time to check them.
+_SPECULATED_ROWS = 8
+_ADAPTER = re.compile(r"([A-Za-z0-9][A-Za-z0-9._/-]*)=(.+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Serve:
+    """Serve a model over HTTP: OpenAI's API, metrics for Prometheus, and a chat page at /.
+
+    A reward model answers /v1/score. SIGTERM and Ctrl-C let running requests end first.
+
+    Args:
+        folder: Checkpoint folder (Hugging Face or Orbax) or Hub id.
+        model: The same, as an option.
+        host: Address to listen at; 0.0.0.0 is reached from other machines.
+        port: Port to listen at; 0 takes a free one.
+        api_key: Clients must send one of these keys; may be given several times. Other users of the machine can see
+            the command line: the variable QWEN_JAX_API_KEY (keys with commas between) is not seen.
+        served_model_name: Name of the model in requests; may be given several times. By default the Hub id, or the
+            folder's name.
+        allowed_origin: Let pages of this origin call the server (CORS), such as https://a.example; may be given several
+            times.
+        max_model_len: Tokens that prompt and completion may have together; by default the model's context.
+        max_num_seqs: Requests in the batch at a time.
+        max_num_batched_tokens: Tokens of prompts that are read between two steps of the running requests.
+        gpu_memory_utilization: Part of the device's memory to use.
+        no_prefix_caching: Do not share keys and values of equal beginnings of prompts.
+        mesh: Devices to spread over, such as tensor=2.
+        dtype: To compute in; by default the checkpoint's own on a GPU or TPU, float32 on a CPU.
+        adapter: A LoRA adapter of PEFT, which requests choose as their model by its name; may be given several times.
+        speculative: Guess tokens ahead: ngram takes them from the text itself, a folder is a smaller model with the
+            same tokenizer. The text does not change.
+        lazy_compile: Compile each program when it is first needed: a quick start, and slow first answers.
+        num_speculative_tokens: How many tokens to guess.
+        rope_scaling: Longer texts than those of training by YaRN, such as yarn:4 for four times the length.
+        dual_chunk: Four times the length of training by dual-chunk attention.
+        trained_length: Length of training in tokens, for these two; by default the model's max_position_embeddings.
+        pooling: Of /v1/embeddings, where a request does not say.
+        max_logprobs: The most likely tokens at each place that a request may ask for.
+        max_choices: n and best_of.
+        max_queue: Requests that may wait; beyond it clients are told to come again.
+        max_body_bytes: Of a request.
+        request_timeout: Seconds that a request may take; 0 is no limit.
+        shutdown_timeout: Seconds that running requests get after SIGTERM.
+    """
+
+    folder: ModelPosition = None
+    model: ModelOption = None
+    host: Annotated[str, tyro.conf.arg(metavar="ADDRESS")] = "127.0.0.1"
+    port: Annotated[int, tyro.conf.arg(metavar="N")] = 8000
+    api_key: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY")] = ()
+    served_model_name: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
+    allowed_origin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="URL")] = ()
+    max_model_len: Count = None
+    max_num_seqs: Annotated[int, tyro.conf.arg(metavar="N")] = 256
+    max_num_batched_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 2048
+    gpu_memory_utilization: Annotated[float, tyro.conf.arg(metavar="X")] = 0.9
+    no_prefix_caching: bool = False
+    mesh: Annotated[str, tyro.conf.arg(metavar="AXIS=N,...")] = ""
+    dtype: DType | None = None
+    adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=DIR")] = ()
+    speculative: Annotated[str | None, tyro.conf.arg(metavar="ngram|DIR")] = None
+    lazy_compile: bool = False
+    num_speculative_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 4
+    rope_scaling: Annotated[str | None, tyro.conf.arg(metavar="yarn:FACTOR")] = None
+    dual_chunk: bool = False
+    trained_length: Count = None
+    pooling: Literal["mean", "last"] = "mean"
+    max_logprobs: Annotated[int, tyro.conf.arg(metavar="N")] = 20
+    max_choices: Annotated[int, tyro.conf.arg(metavar="N")] = 64
+    max_queue: Annotated[int, tyro.conf.arg(metavar="N")] = 1024
+    max_body_bytes: Annotated[int, tyro.conf.arg(metavar="N")] = 16 * 2**20
+    request_timeout: Annotated[float, tyro.conf.arg(metavar="X")] = 0.0
+    shutdown_timeout: Annotated[float, tyro.conf.arg(metavar="X")] = 30.0
+
+    def run(self) -> int:
+        # Everything that can be wrong is checked before the weights are loaded.
+        name = model_name(self.folder, self.model)
+        adapters = self._adapters()
+        self._check_numbers()
+        if missing := [package for package in _PACKAGES if importlib.util.find_spec(package) is None]:
+            raise InputError(f"The server needs {', '.join(missing)}: run pip install 'qwen-jax[serve]'.")
+        from qwen_jax.serving.app import create_app
+        from qwen_jax.serving.server import listen, run
+
+        settings = self._settings(name)
+        # A port that is taken is found before the weights are loaded.
+        listen(self.host, self.port).close()
+        enable_compilation_cache()
+        service = self._service(name, adapters)
+        app = create_app(service, settings)
+        interrupted = run(app, self.host, self.port, self._announce)
+        return 130 if interrupted else 0
+
+    def _announce(self, url: str) -> None:
+        print(f"Serving at {url} (OpenAI's API at {url}/v1, chat page at {url}/).", file=sys.stderr, flush=True)
+
+    def _adapters(self) -> dict[str, Path]:
+        """The adapters' folders by name. Raises InputError for another form, a name given twice, or no folder."""
+        found: dict[str, Path] = {}
+        for text in self.adapter:
+            match = _ADAPTER.fullmatch(text)
+            if match is None:
+                raise InputError(f"--adapter must be NAME=DIR, got {text!r}.")
+            name, folder = match[1], Path(match[2])
+            if name in found:
+                raise InputError(f"--adapter gives the name {name!r} twice.")
+            if not folder.is_dir():
+                raise InputError(f"The adapter folder {folder} does not exist.")
+            found[name] = folder
+        return found
+
+    def _check_numbers(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_speculative_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise InputError(f"--gpu-memory-utilization must be in (0, 1], got {self.gpu_memory_utilization}.")
+
+    def _settings(self, name: str) -> "ServerSettings":
+        """The server's limits. Raises InputError for values out of range."""
+        from qwen_jax.hub import is_hub_id
+        from qwen_jax.serving.settings import ServerSettings
+
+        keys = [key.strip() for key in os.environ.get(_KEY_VARIABLE, "").split(",")]
+        return ServerSettings(
+            served_names=self.served_model_name or (name if is_hub_id(name) else Path(name).resolve().name,),
+            api_keys=(*self.api_key, *filter(None, keys)),
+            allowed_origins=self.allowed_origin,
+            pooling=self.pooling,
+            max_body_bytes=self.max_body_bytes,
+            max_choices=self.max_choices,
+            max_logprobs=self.max_logprobs,
+            max_waiting=self.max_queue,
+            request_timeout=self.request_timeout,
+            drain_timeout=self.shutdown_timeout,
+        )
+
+    def _service(self, name: str, adapters: dict[str, Path]) -> "Service":
+        """Loads the model: a language model with its engine, or a reward model."""
+        from qwen_jax.config import load_config
+        from qwen_jax.hub import SMALL, resolve
+
+        if load_config(resolve(name, SMALL)).score is not None:
+            if adapters or self.speculative:
+                raise InputError("A reward model takes neither --adapter nor --speculative.")
+            return self._reward_model(name)
+        return self._language_model(name, adapters)
+
+    def _reward_model(self, name: str) -> "Service":
+        import jax
+
+        from qwen_jax.config import load_config
+        from qwen_jax.hub import SMALL, is_hub_id, resolve
+        from qwen_jax.inference.scorer import Scorer
+        from qwen_jax.parallel.sharding import Sharding, make_mesh, parse_mesh
+        from qwen_jax.serving.settings import Service
+        from qwen_jax.tokenizer import load_tokenizer
+
+        small = resolve(name, SMALL)
+        config, tokenizer, mesh = load_config(small), load_tokenizer(small), make_mesh(parse_mesh(self.mesh))
+        Sharding.for_inference(config, mesh)
+        dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else config.dtype)
+        config, params = sibling("convert").load(name if is_hub_id(name) else small, mesh, dtype)
+        return Service(scorer=Scorer(config, params, mesh, dtype=dtype), scorer_tokenizer=tokenizer)
+
+    def _language_model(self, name: str, adapters: dict[str, Path]) -> "Service":
+        import jax
+
+        from qwen_jax.hub import SMALL, resolve
+        from qwen_jax.inference.continuous import ContinuousEngine
+        from qwen_jax.serving.settings import Service
+
+        if self.speculative not in (None, "ngram"):
+            resolve(self.speculative, SMALL)
+        running = Running(
+            dtype=self.dtype,
+            mesh=self.mesh,
+            rope_scaling=self.rope_scaling,
+            dual_chunk=self.dual_chunk,
+            trained_length=self.trained_length,
+        )
+        model = Model(name, Sampling(), running, need_tokenizer=True)
+        if self.max_model_len is not None and self.max_model_len > model.config.context_length:
+            raise InputError(
+                f"--max-model-len is {self.max_model_len}, and the model's context has {model.config.context_length} "
+                "tokens. Give at most that, or extend it (--rope-scaling, --dual-chunk)."
+            )
+        dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else model.config.dtype)
+        factors = sibling("convert.adapter").load_adapters(self.adapter, model.config) if adapters else None
+        config, params = sibling("convert").load(model.checkpoint, model.mesh, dtype)
+        options: dict[str, Any] = {
+            "tokenizer": model.tokenizer,
+            "dtype": dtype,
+            "max_seqs": self.max_num_seqs,
+            "max_length": self.max_model_len,
+            "max_batched_tokens": self.max_num_batched_tokens,
+            "memory_fraction": self.gpu_memory_utilization,
+            "prefix_cache": not self.no_prefix_caching,
+            "eos_token_ids": model.eos_token_ids,
+        }
+        if factors:
+            options["adapters"] = factors
+        config = running.extended(config)
+        most = min(self.max_model_len or config.context_length, config.context_length)
+        # The draft model's cache takes its memory before the engine takes the rest.
+        proposer = self._proposer(model, dtype, most)
+        engine = ContinuousEngine(config, params, model.mesh, proposer=proposer, **options)
+        if not self.lazy_compile:
+            self._compile(engine)
+        return Service(engine=engine, defaults=model.defaults)
+
+    def _proposer(self, target: Model, dtype: str, max_length: int) -> "Proposer | None":
+        """What proposes tokens: the text itself, or a draft model, which is loaded."""
+        from qwen_jax.inference.proposers import DraftModel, Ngrams
+
+        if self.speculative is None:
+            return None
+        if self.speculative == "ngram":
+            return Ngrams(self.num_speculative_tokens, _SPECULATED_ROWS)
+        import jax
+
+        from qwen_jax.inference.weights import fuse
+        from qwen_jax.parallel.sharding import Sharding
+
+        config, params = sibling("convert").load(self.speculative, target.mesh, dtype)
+        with jax.set_mesh(target.mesh):
+            fused = fuse(params, config, Sharding.for_inference(config, target.mesh))
+        return DraftModel(
+            config,
+            fused,
+            target.mesh,
+            dtype=dtype,
+            vocab_limit=target.vocab_limit,
+            max_length=max_length,
+            count=self.num_speculative_tokens,
+            rows=_SPECULATED_ROWS,
+            max_batched_tokens=self.max_num_batched_tokens,
+        )
+
+    def _compile(self, engine: "ContinuousEngine") -> None:
+        """Compiles all programs, with a line that tells how far it is."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        shown = TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        with Progress(*shown, TextColumn("{task.description}"), console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=None)
+
+            def report(name: str, seconds: float, done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total, description=f"{name}, {seconds:.1f} s")
+
+            seconds = engine.start(report)
+        # What was made until now stays: the collector need not look at it again and again while texts are streamed.
+        gc.collect()
+        gc.freeze()
+        print(f"All programs are ready after {seconds:.1f} s.", file=sys.stderr, flush=True)

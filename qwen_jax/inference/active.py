@@ -1,0 +1,150 @@
+"""A request that waits or runs: what it has so far, and what its reader has of it."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from qwen_jax.errors import InputError
+from qwen_jax.inference.completion import Row
+from qwen_jax.inference.outputs import Finished, Step, TokenInfo
+from qwen_jax.inference.request import Request
+from qwen_jax.inference.sampling import NOT_FINITE
+from qwen_jax.inference.scheduler import Sequence
+from qwen_jax.inference.stream import Stream
+from qwen_jax.inference.structured import Matcher
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """When things happened to a request that has ended, in seconds of `time.monotonic`, and its sizes.
+
+    Attributes:
+      submitted, first_token, finished: `first_token` is None if there was none.
+      prompt_tokens, output_tokens: counts.
+      reason: why it ended; see `Finished`.
+    """
+
+    submitted: float
+    first_token: float | None
+    finished: float
+    prompt_tokens: int
+    output_tokens: int
+    reason: str
+
+
+@dataclasses.dataclass
+class Active:
+    """A request and its state.
+
+    Attributes:
+      scheduled: its place in the scheduler.
+      row: its text.
+      stream: where its steps go; `incremental` tells whether it wants those before the last.
+      adapter: number of its adapter in the runner; 0 is none.
+      submitted, first_token: seconds of `time.monotonic`.
+      tokens: log-probabilities of the text's tokens; `prompt_logprobs` of the prompt's, if asked for.
+      matcher: what its grammar allows next.
+      cached_tokens: of the prompt, that were found in the prefix cache; None until it begins.
+      given, given_tokens: characters and tokens that the reader has.
+    """
+
+    scheduled: Sequence
+    row: Row
+    stream: Stream
+    incremental: bool
+    adapter: int = 0
+    submitted: float = dataclasses.field(default_factory=time.monotonic)
+    first_token: float | None = None
+    tokens: list[TokenInfo] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[TokenInfo | None] | None = None
+    matcher: Matcher | None = None
+    cached_tokens: int | None = None
+    given: int = 0
+    given_tokens: int = 0
+
+    @property
+    def request(self) -> Request:
+        """What was asked for."""
+        return self.scheduled.request
+
+    @property
+    def slot(self) -> int:
+        """Its place in the device's arrays, while it runs."""
+        if self.scheduled.slot is None:
+            raise ValueError(f"sequence {self.scheduled.id} is planned, but has no slot")
+        return self.scheduled.slot
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether its logits depend on the tokens so far, or on biases."""
+        return self.request.has_penalties or bool(self.request.logit_bias)
+
+    def take(self, ids: list[int], logprobs: list[float], top_NK: tuple[np.ndarray, np.ndarray] | None) -> list[int]:
+        """Appends new tokens up to the one that ends the text, and returns those that were appended.
+
+        Args:
+          ids: the tokens, or `NOT_FINITE`.
+          logprobs: their log-probabilities.
+          top_NK: the most likely tokens at each place and their log-probabilities, at least as many as asked for; None
+            if none were asked for.
+        """
+        row, top = self.row, self.request.top_logprobs
+        self.first_token = self.first_token or time.monotonic()
+        taken = []
+        for n, token in enumerate(ids):
+            row.push(token)
+            if token == NOT_FINITE:
+                break
+            taken.append(token)
+            best = () if top_NK is None else zip(*(x[n, :top].tolist() for x in top_NK), strict=True)
+            self.tokens.append(TokenInfo(token, logprobs[n], tuple(best)))
+            if row.finish_reason:
+                break
+            if self.matcher is not None:
+                with self.failing():
+                    self.matcher.accept(token)
+                self.end_with_grammar()
+                if row.finish_reason:
+                    break
+        return taken
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """A grammar that goes beyond its limits in the middle of a text ends this request alone."""
+        try:
+            yield
+        except InputError as error:
+            self.row.finish_reason, self.row.error = "error", str(error)
+
+    def end_with_grammar(self) -> None:
+        """Ends the text if its grammar lets nothing follow: the end id is not waited for."""
+        if self.matcher is not None and not self.row.finish_reason and self.matcher.ended:
+            self.row.finish_reason = "stop"
+
+    def give(self) -> None:
+        """Gives the reader what is new, if it wants steps as they come."""
+        if self.incremental:
+            text, tokens = self.row.ready_text(), tuple(self.tokens[self.given_tokens :])
+            self.stream.put(Step(text[self.given :], tokens))
+            self.given, self.given_tokens = len(text), len(self.tokens)
+
+    def end(self) -> Times:
+        """Gives the reader the last step of a text that has ended."""
+        row = self.row
+        text = row.completion().text
+        finished = Finished(
+            token_ids=row.tokens,
+            text=text,
+            finish_reason=row.finish_reason,
+            stop=row.stopped_by,
+            error=row.error,
+            tokens=self.tokens,
+            prompt_logprobs=self.prompt_logprobs,
+            cached_tokens=self.cached_tokens or 0,
+        )
+        self.stream.put(Step((text or "")[self.given :], tuple(self.tokens[self.given_tokens :]), finished))
+        sizes = len(row.prompt), len(row.tokens)
+        return Times(self.submitted, self.first_token, time.monotonic(), *sizes, row.finish_reason)

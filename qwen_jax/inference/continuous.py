@@ -1,0 +1,460 @@
+"""The engine of many requests at once: a thread that plans, runs and reads the steps of a model over a paged cache."""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
+from qwen_jax.inference.active import Active, Times
+from qwen_jax.inference.adapters import adapter_ranks, check_adapters, place_factors
+from qwen_jax.inference.completion import Row
+from qwen_jax.inference.outputs import Finished, Stats, TokenInfo
+from qwen_jax.inference.page_memory import pages_that_fit
+from qwen_jax.inference.pages import PagePool
+from qwen_jax.inference.prompts import Ids, check_generates, check_ids, check_lengths, default_eos, vocab_limit
+from qwen_jax.inference.proposers import Proposer
+from qwen_jax.inference.request import Request
+from qwen_jax.inference.runner import Runner, RunnerConfig
+from qwen_jax.inference.sampling import as_int
+from qwen_jax.inference.scheduler import Scheduler
+from qwen_jax.inference.scheduler import Sequence as Scheduled
+from qwen_jax.inference.steps import Steps
+from qwen_jax.inference.stream import Stream
+from qwen_jax.inference.structured import Grammars
+from qwen_jax.inference.weights import fuse
+from qwen_jax.kernels import Implementation
+from qwen_jax.lora import AdapterFactors
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.params import Params, union
+from qwen_jax.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class ContinuousEngine:
+    """A model on a mesh that serves many requests at once. All methods may be called from any thread.
+
+    Requests share the device: a step reads a chunk of prompts, or makes one token for each running request. The keys
+    and values of a prompt that begins as an earlier one did are found again (prefix cache). A request's text depends
+    on nothing but the request.
+
+    Attributes:
+      config, tokenizer, eos_token_ids, vocab_limit: of the model.
+      max_length: tokens that a prompt and its text may have together.
+      grammars: makes grammars for structured output; None without a tokenizer.
+      on_finished: called with each request's times when it ends, for metrics; see `Times`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        mesh: Mesh,
+        *,
+        tokenizer: Tokenizer | None = None,
+        dtype: str = "bfloat16",
+        max_seqs: int = 256,
+        max_length: int | None = None,
+        max_batched_tokens: int = 2048,
+        page_size: int = 32,
+        num_pages: int | None = None,
+        memory_fraction: float = 0.9,
+        prefix_cache: bool = True,
+        proposer: Proposer | None = None,
+        adapters: Mapping[str, AdapterFactors] | None = None,
+        attention: Implementation = "auto",
+        eos_token_ids: Ids | None = None,
+    ):
+        """Brings the parameters into the inference layout; they are consumed. `start` compiles the programs.
+
+        Args:
+          config: the architecture.
+          params: unstacked, from `convert.load`; consumed.
+          mesh: the mesh that the parameters are on; its data and fsdp axes must be 1.
+          tokenizer: for text, stop strings and grammars, and to know which ids are padding.
+          dtype: compute dtype, and that of the cache.
+          max_seqs: requests that run at the same time.
+          max_length: tokens of a prompt and its text together; by default the model's context.
+          max_batched_tokens: prompt tokens that one step reads: running texts wait for at most one such step.
+          page_size: tokens in a page of the cache, a multiple of 16.
+          num_pages: pages of the cache; by default what `memory_fraction` leaves, and where the device does not report
+            its memory, room for four texts of `max_length`.
+          memory_fraction: of the device's memory that weights, cache and activations may take.
+          prefix_cache: whether pages of earlier prompts are found again; never with dual-chunk attention.
+          proposer: for speculative decoding, such as `proposers.Ngrams(4, rows=8)`. Texts do not depend on it.
+          adapters: LoRA adapters that requests may name, such as from `convert.adapter.load_adapters`. Rows of one step
+            may have different ones.
+          attention: which kernel; see `kernels.attention`.
+          eos_token_ids: ids that end a text, by default those of the config and the tokenizer.
+
+        Raises:
+          InputError: a reward model, a tokenizer with more tokens than the model, sizes out of range, too little
+            memory, a mesh that does not fit the model, or an adapter that does not.
+        """
+        check_generates(config)
+        sizes = {"max_seqs": max_seqs, "max_batched_tokens": max_batched_tokens, "page_size": page_size}
+        sizes |= {k: v for k, v in {"max_length": max_length, "num_pages": num_pages}.items() if v is not None}
+        for name, value in sizes.items():
+            if as_int(value, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {value}.")
+        if page_size % 16:
+            raise InputError(f"page_size must be a multiple of 16, got {page_size}.")
+        if not 0 < memory_fraction <= 1:
+            raise InputError(f"memory_fraction must be in (0, 1], got {memory_fraction}.")
+        self.config, self.mesh, self.tokenizer = config, mesh, tokenizer
+        self.max_length = min(max_length or config.context_length, config.context_length)
+        self.vocab_limit = vocab_limit(config, tokenizer)
+        if eos_token_ids is None:
+            self.eos_token_ids = default_eos(config, tokenizer)
+        else:
+            self.eos_token_ids = check_ids(eos_token_ids, "eos_token_ids", config.vocab_size)
+        self.grammars = None
+        if tokenizer is not None:
+            self.grammars = Grammars(tokenizer, config.vocab_size, self.eos_token_ids)
+        self.on_finished: Callable[[Times], None] | None = None
+
+        # The device's side: weights, factors of adapters, cache and programs.
+        sharding, adapters = Sharding.for_inference(config, mesh), adapters or {}
+        check_adapters(adapters, config)
+        self._adapters = {name: number for number, name in enumerate(adapters, 1)}
+        factors = list(adapters.values())
+        options = Options(
+            stacked=False, fused=True, dtype=dtype, attention=attention, adapter_ranks=adapter_ranks(factors)
+        )
+        self._factors = place_factors(factors, config, mesh, options) if adapters else None
+        fused = self._fuse(params)
+        settings = RunnerConfig(
+            max_seqs=max_seqs,
+            max_length=self.max_length,
+            page_size=page_size,
+            num_pages=1,  # Until it is known how many fit.
+            max_batched_tokens=max_batched_tokens,
+            speculate=proposer.count if proposer else 0,
+        )
+        pages = num_pages or pages_that_fit(config, settings, sharding, mesh.devices.flat[0], dtype, memory_fraction)
+        self._runner = Runner(
+            config, fused, mesh, options, self.vocab_limit, dataclasses.replace(settings, num_pages=pages)
+        )
+
+        # The host's side: pages, plans, and the thread that carries them out.
+        self._pool = PagePool(pages, page_size)
+        self._scheduler = Scheduler(
+            self._pool,
+            max_seqs=max_seqs,
+            max_batched_tokens=max_batched_tokens,
+            max_length=self.max_length,
+            prefill_rows=self._runner.prefill_rows,
+            # Keys of a text beyond the trained length depend on its whole length there: others cannot use them.
+            prefix_cache=prefix_cache and config.dual_chunk is None,
+        )
+        self._steps = Steps(
+            self._runner,
+            self._scheduler,
+            self._pool,
+            proposer=proposer,
+            on_finished=self._report_finished,
+        )
+        self._dtype, self._ids, self._proposer = dtype, itertools.count(), proposer
+        self._commands: collections.deque[Callable[[], None]] = collections.deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # --- what callers use ---
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that requests may use."""
+        return tuple(self._adapters)
+
+    def start(self, report: Callable[[str, float, int, int], None] | None = None) -> float:
+        """Compiles all programs; none is compiled later.
+
+        Args:
+          report: called after each program with its name, its seconds, how many are ready, and how many there are.
+
+        Returns:
+          Seconds taken.
+        """
+        begin = time.perf_counter()
+        if self.grammars is not None:
+            with contextlib.suppress(InputError):  # Without llguidance, requests with a grammar are refused.
+                self.grammars.prepare()
+        self.call(lambda: self._runner.compile(report))
+        if self._proposer is not None:
+            self._proposer.compile(report)
+        return time.perf_counter() - begin
+
+    def submit(self, request: Request, *, incremental: bool = True) -> Stream:
+        """Queues a request.
+
+        Args:
+          request: what is asked for.
+          incremental: whether steps come as tokens come; otherwise there is one step, the last.
+
+        Raises:
+          InputError: a request that can never run: ids out of range, too long for the model or the cache, stop strings
+            or a grammar without a tokenizer, or an adapter that is not there.
+        """
+        self._check(request)
+        number = next(self._ids)
+        scheduled = Scheduled(request, number)
+        stream = Stream(lambda: self._cancel(number))
+        row = Row(
+            list(request.prompt),
+            request.ending,
+            self.tokenizer,
+            logprobs=False,
+            incremental=incremental,
+            dtype=self._dtype,
+        )
+        active = Active(scheduled, row, stream, incremental, self._number(request.adapter))
+        self._post(lambda: self._steps.add(active))
+        return stream
+
+    def generate(self, requests: Sequence[Request]) -> list[Finished]:
+        """Runs requests to their ends, and returns what came of them, in order. Raises as `submit`, before any runs."""
+        for request in requests:
+            self._check(request)
+        streams = [self.submit(request, incremental=False) for request in requests]
+        try:
+            return [stream.result() for stream in streams]
+        finally:
+            for stream in streams:
+                stream.cancel()
+
+    def prompt_logprobs(
+        self, prompt: Sequence[int], top: int = 0, adapter: str | None = None
+    ) -> list[TokenInfo | None]:
+        """Log-probabilities of a text's own tokens, each after those before it; None for the first.
+
+        Args:
+          prompt: token ids.
+          top: how many of the most likely tokens to return at each place.
+          adapter: name of an adapter; None for the model itself.
+        """
+        number = self._number(adapter)
+        ids = list(check_ids(prompt, "prompt", self.vocab_limit))
+        check_lengths(self.config, len(ids), 1)
+        return self.call(lambda: self._steps.prompt_logprobs(ids, top, number))
+
+    def score(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], adapter: str | None = None
+    ) -> list[list[float]]:
+        """Log-probabilities of given completions' tokens after their prompts.
+
+        Args:
+          prompts: token ids of each, at least one.
+          completions: token ids of each.
+          adapter: name of an adapter; None for the model itself.
+
+        Raises:
+          InputError: other numbers of prompts and completions, empty prompts, ids out of range, or texts that are too
+            long.
+        """
+        if len(prompts) != len(completions):
+            raise InputError(f"Expected a completion for each prompt; got {len(prompts)} and {len(completions)}.")
+        scores = []
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            if not len(prompt):
+                raise InputError(f"Prompt {i} is empty. Give at least one token.")
+            infos = self.prompt_logprobs([*prompt, *completion], adapter=adapter)[len(prompt) :]
+            scores.append([info.logprob for info in infos if info is not None])
+        return scores
+
+    def embed(
+        self, prompts: Sequence[Sequence[int]], pooling: Literal["mean", "last"] = "mean", adapter: str | None = None
+    ) -> np.ndarray:
+        """Pooled hidden states of texts, float32 [texts, hidden_size].
+
+        Args:
+          prompts: token ids of each.
+          pooling: "mean" over a text's tokens, or "last".
+          adapter: name of an adapter; None for the model itself.
+        """
+        number = self._number(adapter)
+        if pooling not in ("mean", "last"):
+            raise InputError(f"pooling must be mean or last, got {pooling!r}.")
+        ids = [list(check_ids(prompt, f"prompt {i}", self.vocab_limit)) for i, prompt in enumerate(prompts)]
+        for i, prompt in enumerate(ids):
+            if not 0 < len(prompt) <= self.config.context_length:
+                most = self.config.context_length
+                raise InputError(f"Text {i} has {len(prompt)} tokens; expected 1 to {most}, the model's context.")
+        result: np.ndarray = self.call(lambda: self._runner.embed(ids, pooling, [number] * len(ids)))
+        return result
+
+    def update_weights(self, params: Params) -> None:
+        """Goes on with other weights and the same adapters.
+
+        Keys and values of running texts are computed anew, and no old ones are found.
+
+        Args:
+          params: as for the constructor; consumed.
+
+        Raises:
+          InputError: other names, shapes, dtypes or shardings than those of the weights before.
+        """
+        fused = self._fuse(params)
+
+        def update() -> None:
+            self._steps.read_all()
+            self._scheduler.preempt_all()
+            self._runner.update_weights(fused)
+            self._pool.clear()
+
+        self.call(update)
+
+    def stats(self) -> Stats:
+        """Counts at this moment. Raises RuntimeError if the engine has stopped."""
+        if self._failure is not None:
+            raise RuntimeError(f"The engine has stopped: {self._failure}") from self._failure
+        scheduler, pool, steps = self._scheduler, self._pool, self._steps
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(self._commands),
+            pages_used=pool.num_pages - pool.num_free,
+            pages=pool.num_pages,
+            prompt_tokens=steps.prompt_tokens,
+            output_tokens=steps.output_tokens,
+            prefix_hits=pool.hits,
+            prefix_queries=pool.queries,
+            preemptions=scheduler.preemptions,
+            steps=steps.count,
+        )
+
+    def close(self, drain: float = 0.0) -> None:
+        """Ends the engine.
+
+        Args:
+          drain: seconds that requests have to end; those that do not are cancelled.
+        """
+        end = time.monotonic() + drain
+        while time.monotonic() < end and self._failure is None and not (self._steps.idle and not self._commands):
+            time.sleep(0.01)
+        with self._wake:
+            self._closing = True
+            self._wake.notify_all()
+        self._thread.join()
+
+    def __enter__(self) -> "ContinuousEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def call(self, function: Callable[[], _T]) -> _T:
+        """Runs a function between two steps, in the engine's thread, and returns its result."""
+        future: concurrent.futures.Future[_T] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._post(run)
+        while True:
+            try:
+                return future.result(timeout=1.0)
+            except concurrent.futures.TimeoutError:
+                if not self._thread.is_alive() and not future.done():
+                    raise RuntimeError("The engine has stopped.") from self._failure
+
+    def _check(self, request: Request) -> None:
+        """Raises InputError for a request that this model cannot run."""
+        wrong = [i for i in (*request.prompt, *request.logit_bias) if not 0 <= i < self.vocab_limit]
+        if wrong:
+            raise InputError(f"Token id {wrong[0]} is out of range; ids must be in [0, {self.vocab_limit}).")
+        length, new = len(request.prompt), request.ending.max_new_tokens
+        check_lengths(self.config, length, new)
+        if length + new > self.max_length:
+            raise InputError(
+                f"A prompt of {length} tokens and {new} new ones exceed the {self.max_length} tokens that a text may "
+                "have here. Shorten the prompt or ask for fewer tokens."
+            )
+        pages = -(-(length + new) // self._pool.page_size)
+        if pages > self._pool.num_pages:
+            raise InputError(
+                f"A prompt of {length} tokens and {new} new ones need {pages} pages of the cache, which has "
+                f"{self._pool.num_pages}. Shorten the prompt or ask for fewer tokens, or give the cache more memory."
+            )
+        if self.tokenizer is None and (request.ending.stop or request.grammar is not None):
+            raise InputError("Stop strings and grammars need a tokenizer.")
+        self._number(request.adapter)
+
+    def _number(self, adapter: str | None) -> int:
+        """The number of an adapter in the runner; 0 for none."""
+        if adapter is None:
+            return 0
+        if adapter not in self._adapters:
+            known = f"expected one of {', '.join(self._adapters)}" if self._adapters else "this engine has none"
+            raise InputError(f"There is no adapter {adapter!r}; {known}.")
+        return self._adapters[adapter]
+
+    def _fuse(self, params: Params) -> Params:
+        """Parameters in the inference layout, with the factors of adapters. The argument is consumed."""
+        with jax.set_mesh(self.mesh):
+            return union(fuse(params, self.config, Sharding.for_inference(self.config, self.mesh)), self._factors)
+
+    def _cancel(self, number: int) -> None:
+        with contextlib.suppress(RuntimeError):  # A stopped engine has ended the request.
+            self._post(lambda: self._steps.abort(number))
+
+    def _report_finished(self, times: Times) -> None:
+        if self.on_finished is not None:
+            self.on_finished(times)
+
+    def _post(self, command: Callable[[], None]) -> None:
+        """Has the engine's thread run something before its next step."""
+        with self._wake:
+            if self._failure is not None or self._closing:
+                raise RuntimeError("The engine has stopped.") from self._failure
+            self._commands.append(command)
+            self._wake.notify_all()
+
+    # --- the engine's thread ---
+
+    def _run(self) -> None:
+        """Carries out commands and steps until the engine is closed. A failure of the device ends all requests."""
+        try:
+            with jax.set_mesh(self.mesh):
+                while self._wait():
+                    while self._commands:
+                        self._commands.popleft()()
+                    self._steps.run()
+        except BaseException as error:
+            _log.exception("The engine has stopped.")
+            self._failure = error
+        with self._wake:
+            self._closing = True
+        failure = self._failure or RuntimeError("it was closed")
+        while self._commands:
+            self._commands.popleft()()
+        for number, active in list(self._steps.active.items()):
+            if self._failure is None:
+                self._steps.abort(number)
+            else:
+                active.stream.fail(failure)
+
+    def _wait(self) -> bool:
+        """Waits until there is something to do; returns False if the engine is closed."""
+        with self._wake:
+            while self._steps.idle and not self._commands and not self._closing:
+                self._wake.wait()
+            return not self._closing

@@ -1,0 +1,98 @@
+"""Bit masks of the tokens that a text may have next: by its grammar, and without end ids while it is too short."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qwen_jax.errors import InputError
+from qwen_jax.inference.active import Active
+from qwen_jax.inference.structured import Matcher
+
+
+def is_masked(active: Active) -> bool:
+    """Whether some tokens are not allowed."""
+    return active.matcher is not None or len(active.row.tokens) < active.request.min_tokens
+
+
+def next_masks(rows: Sequence[Active | None], steps: Sequence[int], words: int) -> np.ndarray | None:
+    """Masks for the next token of each row, int32 [rows, words], or None if all may have any token.
+
+    Args:
+      rows: requests; the mask of a missing one allows everything.
+      steps: how many tokens each text has before it.
+      words: of a mask; bit i of word j is the token 32 j + i.
+    """
+    masked = [i for i, active in enumerate(rows) if active is not None and is_masked(active)]
+    if not masked:
+        return None
+    masks = np.full((len(rows), words), -1, np.int32)
+    for i in masked:
+        active = rows[i]
+        if active is not None and not active.row.finish_reason:
+            with active.failing():
+                _fill(masks[i], active, active.matcher, steps[i])
+            # Some grammars know only now that nothing may follow.
+            active.end_with_grammar()
+            if active.row.finish_reason:
+                masks[i] = -1
+    return masks
+
+
+def speculated_masks(rows: Sequence[Active], proposals: np.ndarray, words: int) -> np.ndarray | None:
+    """Masks at each of several places, int32 [rows, places, words]: after none, one, two ... proposed tokens.
+
+    Args:
+      rows: requests.
+      proposals: int32 [rows, places - 1].
+      words: as for `next_masks`.
+    """
+    if not any(map(is_masked, rows)):
+        return None
+    places = proposals.shape[1] + 1
+    masks = np.full((len(rows), places, words), -1, np.int32)
+    for i, active in enumerate(rows):
+        matcher = None if active.matcher is None else active.matcher.copy()
+        for place in range(places):
+            if place == 0:
+                with active.failing():
+                    _fill(masks[i, place], active, matcher, len(active.row.tokens))
+                active.end_with_grammar()
+            elif not _fill_after(masks[i, place], active, matcher, place):
+                masks[i, place] = -1
+                break
+            proposal = int(proposals[i, place]) if place < places - 1 else -1
+            if active.row.finish_reason or proposal < 0:
+                break
+            if not masks[i, place, proposal // 32] >> (proposal % 32) & 1:
+                break  # It cannot be sampled, so no place after it counts.
+            if matcher is not None and not _accepts(matcher, proposal):
+                break
+    return masks
+
+
+def _fill_after(mask_W: np.ndarray, active: Active, matcher: Matcher | None, place: int) -> bool:
+    """Writes the mask of a later place; returns False where there is none, so that no place from here on counts."""
+    try:
+        _fill(mask_W, active, matcher, len(active.row.tokens) + place)
+    except InputError:
+        return False
+    return matcher is None or not matcher.ended
+
+
+def _accepts(matcher: Matcher, token: int) -> bool:
+    """Goes on after a proposal; returns False if nothing may follow it, or a limit is reached."""
+    try:
+        matcher.accept(token)
+    except InputError:
+        return False
+    return not matcher.ended
+
+
+def _fill(mask_W: np.ndarray, active: Active, matcher: Matcher | None, step: int) -> None:
+    if matcher is not None:
+        matcher.fill(mask_W)
+    # A text that its grammar has completed ends, whatever its length.
+    if step < active.request.min_tokens and not (matcher is not None and matcher.ended):
+        words = mask_W.view(np.uint32)
+        for token in active.request.ending.eos_token_ids:
+            words[token // 32] &= np.uint32(~(1 << (token % 32)) & 0xFFFFFFFF)

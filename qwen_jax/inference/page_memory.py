@@ -1,0 +1,59 @@
+"""How many pages of the cache there is memory for."""
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.attention.quantized_cache import kv_bytes_per_token
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
+from qwen_jax.inference.buckets import RunnerConfig
+from qwen_jax.parallel.sharding import Sharding
+
+
+def pages_that_fit(
+    config: ModelConfig, settings: RunnerConfig, sharding: Sharding, device: jax.Device, dtype: str, fraction: float
+) -> int:
+    """How many pages fit beside the weights, which are on the device already, and what a runner needs besides.
+
+    Where the device does not report its memory, as the CPU, there is room for four texts of the full length.
+
+    Args:
+      config: the architecture.
+      settings: sizes; its `num_pages` is not used.
+      sharding: of the mesh.
+      device: one of the mesh.
+      dtype: of keys and values.
+      fraction: of the device's memory that may be used.
+
+    Raises:
+      InputError: not even one text of the full length fits.
+    """
+    per_text = -(-settings.max_length // settings.page_size)
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return 4 * per_text
+    copies = sharding.kv_heads // config.num_kv_heads
+    a_page = kv_bytes_per_token(config, dtype) * copies * settings.page_size // sharding.tensor
+    free = stats["bytes_limit"] * fraction - stats["bytes_in_use"] - _other_bytes(config, settings, sharding, dtype)
+    pages = int(free // a_page)
+    if pages < per_text:
+        raise InputError(
+            f"The cache of one text of {settings.max_length} tokens needs {per_text * a_page / 2**30:.1f} GiB on each "
+            f"device; {max(free, 0) / 2**30:.1f} GiB are free of {fraction:.0%} of its memory. Lower max_length "
+            "(--max-model-len) or max_batched_tokens, raise memory_fraction (--gpu-memory-utilization), or use a "
+            "larger tensor axis."
+        )
+    return min(pages, per_text * settings.max_seqs)
+
+
+def _other_bytes(config: ModelConfig, settings: RunnerConfig, sharding: Sharding, dtype: str) -> int:
+    """An estimate of what each device needs besides weights and pages: state of sequences, logits, activations."""
+    V, t, size = config.vocab_size, sharding.tensor, jnp.dtype(dtype).itemsize
+    # Penalties and biases of each sequence; float32 logits of the largest step, and two arrays like them in sampling.
+    state = (settings.max_seqs + 1) * V * 7
+    logits = 3 * settings.max_seqs * (1 + settings.speculate) * V * 4
+    # Activations of the longest chunk, and one layer's keys and values of the longest text, gathered from pages.
+    tokens = max(settings.max_batched_tokens, settings.max_seqs)
+    activations = tokens * (8 * config.hidden_size + 4 * config.intermediate_size // t) * size
+    gathered = 4 * settings.max_length * sharding.kv_heads // t * config.head_dim * size
+    return state + logits + activations + gathered

@@ -1,0 +1,332 @@
+"""Sampling where every row has parameters of its own, with penalties, biases and masks of allowed tokens.
+
+The rules change the logits in this order: repetition penalty (prompt and text), presence and frequency penalty (text
+alone), bias, mask. Then each row samples by its own method, with the functions and the random numbers of `sampling`:
+the seed and the number of tokens sampled before determine a row's token, whatever runs beside it.
+
+There are three programs for each number of rows, which compute no more than their rows need. A row gives the same token
+in each that can serve it.
+
+| variant | methods          | rules          | mask | top log-probabilities |
+|---------|------------------|----------------|------|-----------------------|
+| plain   | greedy           | no             | no   | no                    |
+| usual   | greedy, top-k    | yes            | no   | no                    |
+| all     | all              | yes            | yes  | yes                   |
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax.inference.sampling import (
+    NOT_FINITE,
+    SamplingParams,
+    SamplingValues,
+    comparable,
+    numbers_of,
+    penalised,
+    sample_all,
+    sample_top_k,
+    top_k,
+)
+
+Variant = Literal["plain", "usual", "all"]
+VARIANTS: tuple[Variant, ...] = ("plain", "usual", "all")
+_METHODS = ("greedy", "top_k", "full")
+_INTS, _FLOATS = 6, 6
+FIELDS = _INTS + _FLOATS
+"""Numbers of a row that are sent to the device for each step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleRow:
+    """How the next token of one row is sampled.
+
+    Attributes:
+      slot: of the sequence in the device's state.
+      sampling: the parameters; `logprobs` has no effect, since log-probabilities are always returned.
+      step: tokens of the text that were sampled before.
+      presence, frequency: the penalties of `Request`.
+      rules: whether `Runner.set_rules` was called for this sequence. Penalties and biases need it.
+      top: whether the most likely tokens are returned, too.
+    """
+
+    slot: int
+    sampling: SamplingParams
+    step: int
+    presence: float = 0.0
+    frequency: float = 0.0
+    rules: bool = False
+    top: bool = False
+
+    @property
+    def variant(self) -> Variant:
+        """The smallest program that can serve the row, if it has no mask."""
+        method = self.sampling.mode.method
+        if method == "full" or self.top:
+            return "all"
+        return "plain" if method == "greedy" and not self.rules else "usual"
+
+    def check(self) -> None:
+        """Raises ValueError for penalties without rules."""
+        if not self.rules and (self.presence or self.frequency or self.sampling.repetition_penalty != 1):
+            raise ValueError("A row with penalties needs rules=True, after a call of set_rules.")
+
+
+def variant_of(rows: Sequence[SampleRow | None], masked: bool) -> Variant:
+    """The smallest program that can serve all these rows.
+
+    Args:
+      rows: None for a row that is not sampled.
+      masked: whether a mask of allowed tokens is given.
+    """
+    needed = [VARIANTS.index(row.variant) for row in rows if row is not None]
+    return "all" if masked else VARIANTS[max(needed, default=0)]
+
+
+def pack(rows: Sequence[SampleRow | None], padded: int, dummy: int) -> np.ndarray:
+    """The rows' parameters as int32 [padded, FIELDS], for `unpack`. Floats keep their bits.
+
+    Args:
+      rows: None for a row that is not sampled.
+      padded: number of rows of the program.
+      dummy: the slot of padding rows.
+    """
+    ints, floats = np.zeros((padded, _INTS), np.int64), np.zeros((padded, _FLOATS), np.float32)
+    ints[:, 0], ints[:, 3] = dummy, 1
+    floats[:, [0, 1, 3]] = 1.0
+    for i, row in enumerate(rows):
+        if row is None:
+            continue
+        row.check()
+        top_k, numbers = numbers_of(row.sampling)
+        method = _METHODS.index(row.sampling.mode.method)
+        ints[i] = row.slot, row.sampling.seed, row.step, top_k, method, row.rules
+        floats[i] = *numbers, row.presence, row.frequency
+    # A seed takes all 32 bits.
+    return np.concatenate([ints.astype(np.uint32).view(np.int32), floats.view(np.int32)], axis=1)
+
+
+class RowValues(NamedTuple):
+    """The parameters of each row on the device; those that meet logits are [B, 1].
+
+    Attributes:
+      slot_B: int32, place of the row's sequence in the device's state.
+      seed_B: uint32.
+      step_B: int32, tokens of the text that were sampled before.
+      method_B: int32, index into greedy, top-k and full.
+      rules_B1: bool, whether the row's bias counts.
+      values: temperature, top_k, top_p, min_p and repetition penalty.
+      presence_B1, frequency_B1: float32.
+    """
+
+    slot_B: jax.Array
+    seed_B: jax.Array
+    step_B: jax.Array
+    method_B: jax.Array
+    rules_B1: jax.Array
+    values: SamplingValues
+    presence_B1: jax.Array
+    frequency_B1: jax.Array
+
+
+def unpack(packed_BF: jax.Array) -> RowValues:
+    """The inverse of `pack`, on the device."""
+    slot, seed, step, top_k, method, rules = jnp.split(packed_BF[:, :_INTS], _INTS, axis=1)
+    floats_BF = jax.lax.bitcast_convert_type(packed_BF[:, _INTS:], jnp.float32)
+    temperature, top_p, min_p, penalty, presence, frequency = jnp.split(floats_BF, _FLOATS, axis=1)
+    values = SamplingValues(temperature, top_k, top_p, min_p, penalty)
+    seed_B = jax.lax.bitcast_convert_type(seed[:, 0], jnp.uint32)
+    return RowValues(slot[:, 0], seed_B, step[:, 0], method[:, 0], rules > 0, values, presence, frequency)
+
+
+class Rules(NamedTuple):
+    """What the rules of each row depend on; on the device, for every slot.
+
+    Attributes:
+      counts_BV: uint16, how often the text has each token.
+      prompt_BV: bool, whether the prompt has it.
+      bias_BV: float32, added to the logits.
+    """
+
+    counts_BV: jax.Array
+    prompt_BV: jax.Array
+    bias_BV: jax.Array
+
+
+class SampledRows(NamedTuple):
+    """One token for each row.
+
+    Attributes:
+      token_B: int32, or `NOT_FINITE` in rows with a logit or log-probability that is not finite, or with a mask that
+        allows nothing.
+      next_B: int32, an id in every row, to continue with.
+      logprob_B: float32, log-probability of the token under the model: temperature 1, no rules.
+      top_ids_BN, top_logprobs_BN: the most likely tokens under the model; None unless the variant is "all".
+    """
+
+    token_B: jax.Array
+    next_B: jax.Array
+    logprob_B: jax.Array
+    top_ids_BN: jax.Array | None
+    top_logprobs_BN: jax.Array | None
+
+
+def apply_rules(logits_BV: jax.Array, rows: RowValues, rules: Rules | None, allowed_BW: jax.Array | None) -> jax.Array:
+    """Logits with penalties, bias and mask.
+
+    Args:
+      logits_BV: float32.
+      rows: parameters; penalties are neutral in rows without rules.
+      rules: None for none.
+      allowed_BW: int32 bit masks of the tokens that are allowed: bit i of word j is token 32 j + i. None for all.
+    """
+    if rules is not None:
+        seen_BV = rules.prompt_BV | (rules.counts_BV > 0)
+        logits_BV = penalised(logits_BV, seen_BV, rows.values.repetition_penalty)
+        logits_BV = logits_BV - rows.presence_B1 * (rules.counts_BV > 0)
+        logits_BV = logits_BV - rows.frequency_B1 * rules.counts_BV.astype(jnp.float32)
+        logits_BV = logits_BV + jnp.where(rows.rules_B1, rules.bias_BV, 0.0)
+    if allowed_BW is not None:
+        bits_BWb = (allowed_BW[:, :, None] >> jnp.arange(32, dtype=jnp.int32)) & 1
+        allowed_BV = bits_BWb.reshape(len(allowed_BW), -1)[:, : logits_BV.shape[1]] > 0
+        logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
+    return logits_BV
+
+
+def sample_rows(
+    logits_BV: jax.Array,
+    rows: RowValues,
+    rules: Rules | None,
+    allowed_BW: jax.Array | None,
+    *,
+    variant: Variant,
+    vocab_limit: int,
+    top: int,
+) -> SampledRows:
+    """Samples one token for each row.
+
+    Args:
+      logits_BV: float32.
+      rows: parameters.
+      rules: for penalties and biases; not used by the variant "plain".
+      allowed_BW: as for `apply_rules`; used by the variant "all".
+      variant: see the table in the module's docstring.
+      vocab_limit: ids from here on are padding of the embedding and are never sampled.
+      top: how many of the most likely tokens are returned.
+    """
+    raw_BV, V = logits_BV, logits_BV.shape[1]
+    limited_BV = logits_BV = comparable(raw_BV, vocab_limit)
+    if variant != "plain":
+        logits_BV = apply_rules(logits_BV, rows, rules, allowed_BW if variant == "all" else None)
+    # Each method samples every row, and a row takes the token of its own.
+    token_B = jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
+    if variant != "plain":
+        keys_B = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(rows.seed_B), rows.step_B)
+        scaled_BV = logits_BV / rows.values.temperature
+        token_B = jnp.where(rows.method_B == 1, sample_top_k(scaled_BV, keys_B, rows.values), token_B)
+        if variant == "all":
+            token_B = jnp.where(rows.method_B == 2, sample_all(scaled_BV, keys_B, rows.values), token_B)
+    # Log-probabilities, and with them the check that the whole row is finite.
+    of_token = functools.partial(jnp.take_along_axis, indices=token_B[:, None], axis=1)
+    total_B = jax.nn.logsumexp(raw_BV, axis=1)
+    logprob_B = of_token(raw_BV)[:, 0] - total_B
+    finite_B = jnp.isfinite(logprob_B) & jnp.isfinite(of_token(logits_BV)[:, 0])
+    marked_B = jnp.where(finite_B, token_B, NOT_FINITE)
+    if variant != "all":
+        return SampledRows(marked_B, token_B, logprob_B, None, None)
+    largest_BN, ids_BN = top_k(limited_BV, min(top, V))
+    return SampledRows(marked_B, token_B, logprob_B, ids_BN.astype(jnp.int32), largest_BN - total_B[:, None])
+
+
+# --- several positions of each row, for speculation ---
+
+
+class SampledPositions(NamedTuple):
+    """The tokens of a step in which the model has read proposals.
+
+    Attributes:
+      sampled: [T, ...] for each position.
+      count_B: int32, how many of the T positions count: the accepted proposals, and the model's own token after them.
+      last_B: int32 ids, the token at the last position that counts.
+    """
+
+    sampled: SampledRows
+    count_B: jax.Array
+    last_B: jax.Array
+
+
+def sample_positions(
+    logits_BTV: jax.Array,
+    proposals_Bk: jax.Array,
+    rows: RowValues,
+    rules: Rules | None,
+    allowed_BTW: jax.Array | None,
+    *,
+    variant: Variant,
+    vocab_limit: int,
+    top: int,
+) -> SampledPositions:
+    """Samples the model's own token at each position, and accepts proposals as long as they are these tokens.
+
+    The random numbers at a position are those that the token would be sampled with anyway, so that a text does not
+    depend on what is proposed.
+
+    Args:
+      logits_BTV: float32, after the newest token and each of T - 1 proposals.
+      proposals_Bk: int32 ids; -1 is never accepted.
+      rows: parameters; `step_B` counts for the first position.
+      rules, variant, vocab_limit, top: as for `sample_rows`.
+      allowed_BTW: as for `sample_rows`, at each position.
+    """
+    T = logits_BTV.shape[1]
+
+    def sample(
+        rules: Rules | None, inputs: tuple[jax.Array, jax.Array, jax.Array | None]
+    ) -> tuple[Rules | None, SampledRows]:
+        i, logits_BV, allowed_BW = inputs
+        here = rows._replace(step_B=rows.step_B + i)
+        sampled = sample_rows(logits_BV, here, rules, allowed_BW, variant=variant, vocab_limit=vocab_limit, top=top)
+        if rules is not None:
+            # A later position counts only if this token was proposed, so the text then has it.
+            every_B = jnp.arange(len(logits_BV))
+            rules = rules._replace(counts_BV=count_tokens(rules.counts_BV, every_B, sampled.next_B))
+        return rules, sampled
+
+    if T == 1:
+        allowed_BW = None if allowed_BTW is None else allowed_BTW[:, 0]
+        _, sampled = sample(rules, (jnp.int32(0), logits_BTV[:, 0], allowed_BW))
+        sampled = jax.tree.map(lambda x: x[None], sampled)
+        return SampledPositions(sampled, jnp.ones_like(rows.slot_B), sampled.next_B[0])
+    positions: tuple[jax.Array, jax.Array, jax.Array | None] = (
+        jnp.arange(T, dtype=jnp.int32),
+        logits_BTV.swapaxes(0, 1),
+        None if allowed_BTW is None else allowed_BTW.swapaxes(0, 1),
+    )
+    _, sampled = jax.lax.scan(sample, rules, positions)
+    # A token that is marked as not finite equals no proposal.
+    accepted_kB = jnp.cumprod(sampled.token_B[:-1] == proposals_Bk.T, axis=0)
+    count_B = 1 + accepted_kB.sum(axis=0, dtype=jnp.int32)
+    last_B = jnp.take_along_axis(sampled.next_B, count_B[None] - 1, axis=0)[0]
+    return SampledPositions(sampled, count_B, last_B)
+
+
+def count_tokens(
+    counts_SV: jax.Array, row_B: jax.Array, token_B: jax.Array, where_B: jax.Array | bool = True
+) -> jax.Array:
+    """Counts one more token for each row, up to the largest number of the dtype.
+
+    Args:
+      counts_SV: uint16.
+      row_B: int32, which row of the counts. No two with `where_B` are equal.
+      token_B: int32 ids.
+      where_B: bool, where a token is counted.
+    """
+    old_B = counts_SV[row_B, token_B]
+    more_B = (old_B < jnp.iinfo(counts_SV.dtype).max) & where_B
+    return counts_SV.at[row_B, token_B].set(old_B + more_B.astype(counts_SV.dtype))

@@ -1,0 +1,465 @@
+"""The runner: the parameters and the state of all sequences on the device, and the programs that run on them.
+
+It does what it is told, step by step: which pages a sequence has, and when it runs, is the scheduler's business. Every
+call returns before the device is done; only `Sampled.read` waits.
+"""
+
+import concurrent.futures
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
+from qwen_jax.inference.buckets import Buckets, RunnerConfig, smallest
+from qwen_jax.inference.prompts import check_generates
+from qwen_jax.inference.row_sampling import FIELDS, SampleRow, pack, variant_of
+from qwen_jax.inference.runner_lowering import Program, abstract_state, all_programs, lower
+from qwen_jax.inference.runner_programs import CLEARED, MAX_SEGMENTS, Pages, State, StaticArgs
+from qwen_jax.inference.runner_types import PrefillInput, PromptLogprobs, RowInput, Sampled, SampledMany
+from qwen_jax.inference.text_rows import TextRow, pack_texts
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.params import Params
+
+__all__ = [
+    "PrefillInput",
+    "PromptLogprobs",
+    "RowInput",
+    "Runner",
+    "RunnerConfig",
+    "SampleRow",
+    "Sampled",
+    "SampledMany",
+]
+
+Report = Callable[[str, float, int, int], None]
+"""Called after each program that was compiled, with its name, the seconds it took, its number and that of all."""
+
+_WITHOUT_RULES = "This runner has no rules: make it with RunnerConfig(rules=True)."
+_log = logging.getLogger(__name__)
+
+
+class Runner:
+    """A model on a mesh with a paged cache. Call it from one thread.
+
+    Attributes:
+      buckets: the sizes of its programs.
+      static: the settings that are compiled in.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        mesh: Mesh,
+        options: Options,
+        vocab_limit: int,
+        settings: RunnerConfig,
+    ):
+        """Makes the state on the device. Programs are compiled by `compile`, or when they are first used.
+
+        Args:
+          config: the architecture.
+          params: in the inference layout; see `qwen_jax.inference.weights.fuse`. With `options.adapter_ranks`, together
+            with the factors of `qwen_jax.inference.adapters.place_factors`.
+          mesh: of the parameters; only its tensor and expert axes may be larger than 1.
+          options: layout of the parameters and compute dtype, which pages have too.
+          vocab_limit: ids from here on are padding and never sampled.
+          settings: sizes.
+
+        Raises:
+          InputError: a reward model, or a mesh that does not fit.
+        """
+        check_generates(config)
+        split = [axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1]
+        if split:
+            raise InputError(
+                f"The runner shards models over the tensor and expert axes alone; the {split[0]} axis is "
+                f"{mesh.shape[split[0]]}, make it 1. Start one process for each replica instead."
+            )
+        if options.stacked or not options.fused or options.capacity_factor:
+            raise ValueError("The runner needs Options(stacked=False, fused=True) without a capacity factor.")
+        self.config, self.params, self.mesh, self.settings = config, params, mesh, settings
+        fewest_rows = 4 if mesh.devices.flat[0].platform == "tpu" else 1
+        self.buckets = settings.buckets or Buckets.of(settings, fewest_rows)
+        self.static = StaticArgs(config, Sharding.for_inference(config, mesh), options, vocab_limit, settings)
+        self._compiled: dict[Program, jax.stages.Compiled] = {}
+        self._everywhere = NamedSharding(mesh, P())
+        self._masks: dict[tuple[int, ...], jax.Array] = {}
+        self._pages, self._state = self._make_state()
+
+    def _make_state(self) -> tuple[Pages, State]:
+        shapes = abstract_state(self.static, self.mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, shapes)
+
+        def zeros() -> tuple[Pages, State]:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        with jax.set_mesh(self.mesh):
+            return jax.jit(zeros, out_shardings=shardings)()
+
+    # --- programs ---
+
+    def programs(self) -> list[str]:
+        """The names of all programs."""
+        return [program.name for program in all_programs(self.settings, self.buckets)]
+
+    def compile(self, report: Report | None = None) -> None:
+        """Compiles all programs; nothing is compiled afterwards.
+
+        Args:
+          report: called in this thread after each program.
+        """
+        missing = [p for p in all_programs(self.settings, self.buckets) if p not in self._compiled]
+
+        def finish(program: Program, lowered: jax.stages.Lowered, seconds: float) -> tuple[Any, float]:
+            begun = time.perf_counter()
+            return lowered.compile(), seconds + time.perf_counter() - begun
+
+        waiting: dict[concurrent.futures.Future[tuple[Any, float]], Program] = {}
+        finished: list[Program] = []
+
+        def collect(done: Iterable[concurrent.futures.Future[tuple[Any, float]]]) -> None:
+            for future in done:
+                program, (compiled, seconds) = waiting.pop(future), future.result()
+                self._compiled[program] = compiled
+                finished.append(program)
+                _log.info("compiled %s, %d of %d, %.1f s", program.name, len(finished), len(missing), seconds)
+                if report is not None:
+                    report(program.name, seconds, len(finished), len(missing))
+
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            for program in missing:
+                # Tracing is Python, so it is done in this thread; compiling is not.
+                begun = time.perf_counter()
+                lowered = lower(program, self.static, self.mesh, self.params)
+                waiting[pool.submit(finish, program, lowered, time.perf_counter() - begun)] = program
+                collect([future for future in waiting if future.done()])
+            collect(concurrent.futures.as_completed(list(waiting)))
+        for program in self._compiled:
+            if program.kind.startswith("sample") and program.variant == "all":
+                self._all_allowed(program)
+
+    def _run(self, program: Program, *args: Any) -> Any:
+        compiled = self._compiled.get(program)
+        if compiled is None:
+            compiled = self._compiled[program] = lower(program, self.static, self.mesh, self.params).compile()
+        return compiled(*args)
+
+    def _place(self, x: np.ndarray) -> jax.Array:
+        return jax.device_put(x, self._everywhere)
+
+    def _place_packed(self, packed: np.ndarray, adapters: Sequence[int], axis: int) -> jax.Array:
+        """Places what a program takes for each row or token along the first or second axis, with their adapters."""
+        if self.static.options.adapter_ranks:
+            numbers = np.zeros(packed.shape[axis], np.int32)
+            numbers[: len(adapters)] = adapters
+            packed = np.concatenate([packed, np.expand_dims(numbers, 1 - axis)], 1 - axis)
+        elif any(adapters):
+            raise ValueError("This runner has no adapters: make it with Options(adapter_ranks=...).")
+        return self._place(packed)
+
+    def update_weights(self, params: Params) -> None:
+        """Runs with other parameters from the next call on. Nothing is copied or compiled.
+
+        What was written to pages is of the old parameters.
+
+        Args:
+          params: of the same structure, shapes, dtypes and shardings.
+
+        Raises:
+          ValueError: they differ.
+        """
+        old, new = jax.tree.leaves_with_path(self.params), jax.tree.leaves_with_path(params)
+        if [path for path, _ in old] != [path for path, _ in new]:
+            raise ValueError("The new parameters have another structure than the old ones.")
+        for (path, was), (_, now) in zip(old, new, strict=True):
+            same = was.shape == now.shape and was.dtype == now.dtype
+            if not same or not was.sharding.is_equivalent_to(now.sharding, was.ndim):
+                raise ValueError(
+                    f"Expected {jax.tree_util.keystr(path)} as {was.dtype} {was.shape} with {was.sharding}; got "
+                    f"{now.dtype} {now.shape} with {now.sharding}."
+                )
+        self.params = params
+
+    # --- steps ---
+
+    def prefill_rows(self, count: int) -> int:
+        """How many chunks of up to `count` tokens `prefill` takes."""
+        return self.buckets.prefill_rows(count)
+
+    def prefill(self, rows: Sequence[PrefillInput]) -> jax.Array:
+        """Reads the next chunk of each prompt.
+
+        Args:
+          rows: of different sequences.
+
+        Returns:
+          Float32 logits [R, V] after each chunk; R is at least the number of rows.
+
+        Raises:
+          ValueError: more than a program takes, or a sequence without room in its pages.
+        """
+        R, C = self.buckets.prefill_size(len(rows), max(len(row.tokens) for row in rows))
+        needed, slots = max(row.start + len(row.tokens) for row in rows), 0
+        longest, dual_chunk = max(needed, *(row.length for row in rows)), self.config.dual_chunk
+        if dual_chunk is not None and longest > dual_chunk.original_max_position_embeddings:
+            # A program whose table covers the prompt knows that its queries have a factor.
+            slots = self._slots(longest, C)
+        elif any(row.start for row in rows):
+            slots = self._slots(needed, C)
+        M = -(-(slots or C) // self.settings.page_size)
+        packed = np.zeros((R, 3 + C + M), np.int32)
+        for line, row in zip(packed, rows, strict=False):
+            count = len(row.tokens)
+            line[:3] = row.start, count, row.length or row.start + count
+            line[3 : 3 + count] = row.tokens
+            self._set_table(line[3 + C :], row.pages, row.start + count)
+        args = self.params, self._pages, self._place_packed(packed, [row.adapter for row in rows], axis=0)
+        logits, self._pages = self._run(Program("prefill", R, C, slots), *args)
+        return logits
+
+    def _slots(self, needed: int, tokens: int = 0) -> int:
+        """Slots of the page tables of a program; for a prefill, of one that there is for rows of these tokens."""
+        largest = self.buckets.slots[-1]
+        sizes = [s for s in self.buckets.slots if s > tokens or s == largest]
+        return smallest(sizes, needed, "slots")
+
+    def _set_table(self, table: np.ndarray, pages: Sequence[int], needed: int) -> None:
+        """Writes a row's pages into its row of the table, and checks that they hold the tokens needed."""
+        if len(pages) * self.settings.page_size < needed:
+            raise ValueError(f"{len(pages)} pages of {self.settings.page_size} slots do not hold {needed} tokens.")
+        used = min(len(pages), len(table))
+        table[:used] = pages[:used]
+        # What is behind the row's own slots is masked, not skipped: it must be finite, as its own pages are.
+        table[used:] = table[used - 1]
+
+    def decode(self, rows: Sequence[RowInput]) -> jax.Array:
+        """Reads the newest token of each sequence.
+
+        Args:
+          rows: different sequences.
+
+        Returns:
+          Float32 logits [B, V]; B is at least the number of rows.
+
+        Raises:
+          ValueError: more rows than a program takes, or a sequence without room in its pages.
+        """
+        return self._decode("decode", rows, np.zeros((len(rows), 0), np.int32))
+
+    def verify(self, rows: Sequence[RowInput], proposals: np.ndarray) -> jax.Array:
+        """Reads the newest token of each sequence and the tokens that are proposed to follow it.
+
+        Args:
+          rows: different sequences, whose pages have room for the proposals.
+          proposals: int [B, k] ids, k of the settings; -1 for none, which is never accepted.
+
+        Returns:
+          Float32 logits [B, 1 + k, V] after each token; B is at least the number of rows.
+
+        Raises:
+          ValueError: more rows than a program takes, or a sequence without room in its pages.
+        """
+        if proposals.shape != (len(rows), self.settings.speculate):
+            raise ValueError(f"Expected proposals {(len(rows), self.settings.speculate)}, got {proposals.shape}.")
+        return self._decode("verify", rows, proposals)
+
+    def _decode(self, kind: str, rows: Sequence[RowInput], proposals: np.ndarray) -> jax.Array:
+        B, new = smallest(self.buckets.rows, len(rows), "rows"), 1 + proposals.shape[1]
+        slots = self._slots(max(row.length for row in rows) + new)
+        M = -(-slots // self.settings.page_size)
+        packed = np.zeros((B, 2 + new + M), np.int32)
+        packed[:, 0] = self.settings.max_seqs
+        packed[: len(rows), 3 : 2 + new] = proposals
+        for line, row in zip(packed, rows, strict=False):
+            line[:3] = row.slot, row.length, new
+            self._set_table(line[2 + new :], row.pages, row.length + new)
+        placed = self._place_packed(packed, [row.adapter for row in rows], axis=0)
+        args = self.params, self._pages, self._state.tokens_S, placed
+        logits, self._pages = self._run(Program(kind, B, slots=slots), *args)
+        return logits
+
+    # --- sampling ---
+
+    def sample(self, logits: jax.Array, rows: Sequence[SampleRow | None], allowed: np.ndarray | None = None) -> Sampled:
+        """Samples a token for each row, which becomes the newest of its sequence.
+
+        Args:
+          logits: of `prefill` or `decode`.
+          rows: in the order of that call; None for a chunk that does not end its prompt.
+          allowed: int32 [len(rows), ceil(V / 32)], bit i of word j is set if token 32 j + i is allowed. None for all.
+
+        Raises:
+          ValueError: penalties without rules.
+        """
+        return Sampled(self._sample("sample", logits, rows, np.zeros((len(rows), 0), np.int32), allowed), len(rows))
+
+    def sample_verified(
+        self,
+        logits: jax.Array,
+        rows: Sequence[SampleRow],
+        proposals: np.ndarray,
+        allowed: np.ndarray | None = None,
+    ) -> SampledMany:
+        """Samples the model's own token at each position, accepts proposals while they are these tokens.
+
+        The last token that was emitted becomes the newest of its sequence. The keys and values of the emitted tokens
+        before it are in the cache.
+
+        Args:
+          logits: of `verify`.
+          rows: in the order of that call.
+          proposals: of that call.
+          allowed: int32 [len(rows), 1 + k, ceil(V / 32)], for each position, as for `sample`.
+
+        Raises:
+          ValueError: penalties without rules.
+        """
+        packed = self._sample("sample verified", logits, rows, proposals, allowed)
+        return SampledMany(packed, len(rows))
+
+    def _sample(
+        self,
+        kind: str,
+        logits: jax.Array,
+        rows: Sequence[SampleRow | None],
+        proposals: np.ndarray,
+        allowed: np.ndarray | None,
+    ) -> jax.Array:
+        B, n = len(logits), len(rows)
+        if not self.settings.rules and any(row is not None and row.rules for row in rows):
+            raise ValueError(_WITHOUT_RULES)
+        program = Program(kind, B, variant=variant_of(rows, allowed is not None))
+        packed = np.zeros((B, FIELDS + proposals.shape[1]), np.int32)
+        packed[:, :FIELDS] = pack(rows, B, self.settings.max_seqs)
+        packed[:n, FIELDS:] = proposals
+        masks: jax.Array | None = None
+        if program.variant == "all":
+            masks = self._all_allowed(program)
+            if allowed is not None:
+                # A copy, because the caller's array may change before it is transferred.
+                padded = np.full(masks.shape, -1, np.int32)
+                padded[:n] = allowed
+                masks = self._place(padded)
+        found, self._state = self._run(program, logits, self._state, self._place(packed), masks)
+        found.copy_to_host_async()
+        result: jax.Array = found
+        return result
+
+    def _all_allowed(self, program: Program) -> jax.Array:
+        """Masks that allow everything."""
+        positions = (1 + self.settings.speculate,) if program.kind == "sample verified" else ()
+        shape = program.rows, *positions, self.static.words
+        if shape not in self._masks:
+            self._masks[shape] = self._place(np.full(shape, -1, np.int32))
+        return self._masks[shape]
+
+    def set_token(self, slot: int, token: int) -> None:
+        """Makes a token the newest of a sequence, which `decode` reads next."""
+        args = self._state.tokens_S, self._place(np.asarray([slot, token], np.int32))
+        self._state = self._state._replace(tokens_S=self._run(Program("set token"), *args))
+
+    def set_rules(
+        self, slot: int, prompt_ids: Sequence[int], output_ids: Sequence[int], bias: Mapping[int, float]
+    ) -> None:
+        """Sets what penalties and biases of a sequence depend on. Sampling counts further tokens itself.
+
+        Args:
+          slot: of the sequence.
+          prompt_ids: its prompt.
+          output_ids: its text so far.
+          bias: added to the logits of single tokens.
+        """
+        if self._state.rules is None:
+            raise ValueError(_WITHOUT_RULES)
+        V, most = self.config.vocab_size, np.iinfo(np.uint16).max
+        counts = np.minimum(np.bincount(np.asarray(output_ids, np.int64), minlength=V), most).astype(np.uint16)
+        prompt, biases = np.zeros(V, bool), np.zeros(V, np.float32)
+        prompt[np.asarray(prompt_ids, np.int64)] = True
+        for token, value in bias.items():
+            biases[token] = value
+        arrays = [self._place(x) for x in (np.asarray([slot], np.int32), counts, prompt, biases)]
+        self._state = self._state._replace(rules=self._run(Program("set rules"), self._state.rules, *arrays))
+
+    def clear_pages(self, pages: Sequence[int]) -> None:
+        """Fills pages with zeros: those of a sequence whose logits were not finite, before others get them.
+
+        Attention multiplies what a row does not see by zero, which only makes zero of finite numbers.
+        """
+        for first in range(0, len(pages), CLEARED):
+            ids = np.full(CLEARED, self.settings.num_pages, np.int32)
+            part = pages[first : first + CLEARED]
+            ids[: len(part)] = part
+            self._pages = self._run(Program("clear"), self._pages, self._place(ids))
+
+    # --- whole texts ---
+
+    def prompt_logprobs(self, tokens: Sequence[int], adapter: int = 0) -> PromptLogprobs:
+        """Log-probabilities of a text's own tokens, without the cache. See `texts_logprobs`."""
+        return self.texts_logprobs([tokens], [adapter])[0]
+
+    def texts_logprobs(self, texts: Sequence[Sequence[int]], adapters: Sequence[int] = ()) -> list[PromptLogprobs]:
+        """Log-probabilities of the tokens of texts. Short texts share a row. Waits for the device.
+
+        Args:
+          texts: ids, at least one in each.
+          adapters: number of each text's adapter, 0 for none; by default no text has one.
+        """
+        results: dict[int, PromptLogprobs] = {}
+        for row, packed, hidden, _ in self._read_texts(texts, adapters):
+            program = Program("score texts", tokens=packed.shape[1])
+            scored = np.asarray(self._run(program, self.params, hidden, packed))
+            own, ids, top = np.split(scored, [1, 1 + self.static.tops], axis=1)
+            logprobs, top_logprobs = (np.ascontiguousarray(x).view(np.float32) for x in (own[:, 0], top))
+            for i, last in zip(row.texts, row.last, strict=False):
+                at = slice(last + 1 - len(texts[i]), last)
+                results[i] = PromptLogprobs(logprobs[at], ids[at], top_logprobs[at])
+        return [results[i] for i in range(len(texts))]
+
+    def embed(
+        self, texts: Sequence[Sequence[int]], pooling: Literal["mean", "last"], adapters: Sequence[int] = ()
+    ) -> np.ndarray:
+        """The mean, or the last, of the normalised hidden states of each text: float32 [texts, D].
+
+        Waits for the device.
+
+        Args:
+          texts: ids, at least one in each.
+          pooling: which.
+          adapters: as for `texts_logprobs`.
+
+        Raises:
+          InputError: another kind of pooling.
+        """
+        if pooling not in ("mean", "last"):
+            raise InputError(f"Expected pooling mean or last, got {pooling!r}.")
+        result = np.zeros((len(texts), self.config.hidden_size), np.float32)
+        for row, *_, pooled in self._read_texts(texts, adapters):
+            result[row.texts] = np.asarray(pooled)[("mean", "last").index(pooling), : len(row.texts)]
+        return result
+
+    def _read_texts(
+        self, texts: Sequence[Sequence[int]], adapters: Sequence[int]
+    ) -> Iterator[tuple[TextRow, jax.Array, jax.Array, jax.Array]]:
+        """Rows of texts: their packed arrays, their hidden states, and those pooled by text."""
+        if not self.buckets.texts:
+            raise ValueError("This runner reads no whole texts: make it with RunnerConfig(texts=True).")
+        # Dual-chunk attention scales the queries of a row by its longest text: there a row has one text.
+        most = 1 if self.config.dual_chunk is not None else MAX_SEGMENTS
+        for row in pack_texts(texts, self.buckets.texts, self.settings.max_batched_tokens, most):
+            # Each token has the adapter of its text; padding, whose text is 0, has none.
+            of_text = np.asarray([0, *(adapters[i] if adapters else 0 for i in row.texts)])
+            packed = self._place_packed(row.packed, of_text[row.packed[2]].tolist(), axis=1)
+            last = self._place(row.last)
+            program = Program("read texts", tokens=row.packed.shape[1])
+            yield row, packed, *self._run(program, self.params, packed, last)

@@ -1,0 +1,152 @@
+"""Which programs a runner has, and how each is lowered, for devices that are here or only described."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax.inference import runner_programs as functions
+from qwen_jax.inference.buckets import Buckets, RunnerConfig
+from qwen_jax.inference.row_sampling import FIELDS, VARIANTS, Rules, Variant
+from qwen_jax.inference.runner_programs import CLEARED, MAX_SEGMENTS, Pages, State, StaticArgs
+from qwen_jax.params import Params
+
+_RULES_DTYPES = "uint16", "bool", "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program and its sizes.
+
+    Attributes:
+      kind: decode, verify, prefill, sample, sample verified, read texts, score texts, set token, set rules, clear.
+      rows: number of rows.
+      tokens: of a row of a chunk or of whole texts.
+      slots: that the page table covers; 0 for a fresh prefill, whose table covers the chunk.
+      variant: of sampling.
+    """
+
+    kind: str
+    rows: int = 0
+    tokens: int = 0
+    slots: int = 0
+    variant: Variant = "plain"
+
+    @property
+    def name(self) -> str:
+        """For people, such as "prefill 4 x 512 tokens, 1024 slots"."""
+        sizes = {
+            "prefill": f" {self.rows} x {self.tokens} tokens, " + (f"{self.slots} slots" if self.slots else "fresh"),
+            "read texts": f" of {self.tokens} tokens",
+            "score texts": f" of {self.tokens} tokens",
+        }
+        if self.kind in ("decode", "verify"):
+            return f"{self.kind} {self.rows} rows, {self.slots} slots"
+        if self.kind in ("sample", "sample verified"):
+            return f"{self.kind} {self.rows} rows, {self.variant}"
+        return self.kind + sizes.get(self.kind, "")
+
+
+def all_programs(settings: RunnerConfig, buckets: Buckets) -> list[Program]:
+    """Every program of a runner.
+
+    Args:
+      settings: the sizes of its state.
+      buckets: the sizes of its programs.
+    """
+    programs = [Program("prefill", r, t) for r, t in buckets.prefill]
+    # A chunk that continues a prompt needs more slots than it has tokens.
+    largest = buckets.slots[-1]
+    programs += [
+        Program("prefill", r, t, s) for r, t in buckets.prefill for s in buckets.slots if s > t or s == largest
+    ]
+    programs += [Program("decode", r, slots=s) for r in buckets.rows for s in buckets.slots]
+    sampled = dict.fromkeys([*buckets.rows, *(r for r, _ in buckets.prefill)])
+    programs += [Program("sample", r, variant=v) for r in sampled for v in VARIANTS]
+    if settings.speculate:
+        programs += [Program("verify", r, slots=s) for r in buckets.rows for s in buckets.slots]
+        programs += [Program("sample verified", r, variant=v) for r in buckets.rows for v in VARIANTS]
+    programs += [Program(kind, tokens=t) for t in buckets.texts for kind in ("read texts", "score texts")]
+    return [*programs, Program("set token"), *([Program("set rules")] if settings.rules else []), Program("clear")]
+
+
+def abstract_state(static: StaticArgs, mesh: Mesh) -> tuple[Pages, State]:
+    """Shapes, dtypes and shardings of the device's state.
+
+    Args:
+      static: settings that are compiled in.
+      mesh: of the parameters.
+    """
+    config, settings, sharding = static.config, static.settings, static.sharding
+
+    def array(shape: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))
+
+    page = settings.num_pages, sharding.kv_heads, settings.page_size, config.head_dim
+    layers: Any = (array(page, static.options.dtype, sharding.cache),) * config.num_layers
+    S, V = settings.max_seqs + 1, config.vocab_size
+    tokens_S: Any = array((S,), "int32", P(None))
+    rules_SV: list[Any] = [array((S, V), dtype, P(None, None)) for dtype in _RULES_DTYPES]
+    return Pages(layers, layers), State(tokens_S, Rules(*rules_SV) if settings.rules else None)
+
+
+def lower(program: Program, static: StaticArgs, mesh: Mesh, params: Params) -> jax.stages.Lowered:
+    """Traces and lowers a program. Compiled, it is called with arrays in the order of its function's arguments.
+
+    Args:
+      program: which one.
+      static: settings that are compiled in.
+      mesh: of the parameters; its devices may be descriptions of devices.
+      params: arrays, or their shapes and shardings.
+    """
+    function, donated, args = _function_and_arguments(program, static, mesh, params)
+    with jax.set_mesh(mesh):
+        return jax.jit(function, donate_argnums=donated).lower(*args)
+
+
+def _function_and_arguments(
+    program: Program, static: StaticArgs, mesh: Mesh, params: Params
+) -> tuple[Any, tuple[int, ...], tuple[Any, ...]]:
+    """The function of a program, which of its arguments are donated, and the shapes of all of them."""
+    pages, state = abstract_state(static, mesh)
+    settings, V, B, T = static.settings, static.config.vocab_size, program.rows, program.tokens
+    k = settings.speculate if program.kind in ("verify", "sample verified") else 0
+    partial = functools.partial
+
+    def array(*shape: int, dtype: Any = "int32") -> jax.ShapeDtypeStruct:
+        everywhere = NamedSharding(mesh, P(*(None,) * len(shape)))
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=everywhere)
+
+    table, adapter = -(-(program.slots or T) // settings.page_size), int(bool(static.options.adapter_ranks))
+    match program.kind:
+        case "decode" | "verify":
+            packed = array(B, 3 + k + table + adapter)
+            return partial(functions.decode, static, proposed=k), (1,), (params, pages, state.tokens_S, packed)
+        case "prefill":
+            read = partial(functions.prefill, static, tokens=T, fresh=not program.slots)
+            return read, (1,), (params, pages, array(B, 3 + T + table + adapter))
+        case "sample" | "sample verified":
+            each = (B, 1 + k) if k else (B,)
+            allowed = array(*each, static.words) if program.variant == "all" else None
+            choose = partial(functions.sample, static, variant=program.variant, proposed=k)
+            return choose, (1,), (array(*each, V, dtype="float32"), state, array(B, FIELDS + k), allowed)
+        case "read texts":
+            return partial(functions.read_texts, static), (), (params, array(3 + adapter, T), array(MAX_SEGMENTS))
+        case "score texts":
+            hidden = jax.ShapeDtypeStruct(
+                (1, T, static.config.hidden_size),
+                jnp.dtype(static.options.dtype),
+                sharding=NamedSharding(mesh, static.sharding.hidden),
+            )
+            return partial(functions.score_texts, static), (), (params, hidden, array(3 + adapter, T))
+        case "set token":
+            return functions.set_token, (0,), (state.tokens_S, array(2))
+        case "set rules":
+            return functions.set_rules, (0,), (state.rules, array(1), *(array(V, dtype=x) for x in _RULES_DTYPES))
+        case "clear":
+            return partial(functions.clear_pages, static), (0,), (pages, array(CLEARED))
+    raise ValueError(f"Unknown program {program.kind!r}.")

@@ -1,0 +1,352 @@
+"""The programs of the runner, as pure functions of arrays. `runner_lowering` makes executables of them.
+
+Forward programs read tokens into pages and give logits; sampling programs choose tokens. They are separate, so that the
+next forward pass can start before the host knows a token, and so that the host can make masks during a forward pass.
+Small integers of all rows travel in one packed array for each step. Padding rows use the slot `max_seqs` of the state,
+and write to no page. Where rows choose from adapters (`Options.adapter_ranks`), the packed arrays of programs that run
+the model end with the number of each row's adapter, or of each token's in whole texts; 0 is none.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax import kernels
+from qwen_jax.attention.cache import PagedCache
+from qwen_jax.config import ModelConfig
+from qwen_jax.inference import row_sampling
+from qwen_jax.inference.adapters import with_masks
+from qwen_jax.inference.buckets import RunnerConfig
+from qwen_jax.inference.row_sampling import FIELDS, Rules, Variant
+from qwen_jax.inference.sampling import top_k
+from qwen_jax.model import Qwen2
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.params import Params, bind
+
+CLEARED = 64
+"""Pages that one call of `clear_pages` takes."""
+MAX_SEGMENTS = 64
+"""Texts that share a row of `read_texts`."""
+# Logits that exist at one time when whole texts are scored, at most: 128 MiB in float32.
+_MAX_LOGITS = 2**25
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticArgs:
+    """Everything static that the programs depend on, besides shapes."""
+
+    config: ModelConfig
+    sharding: Sharding
+    options: Options
+    vocab_limit: int
+    """Ids from here on are padding and never sampled."""
+    settings: RunnerConfig
+
+    @property
+    def words(self) -> int:
+        """Length of a bit mask over the vocabulary."""
+        return -(-self.config.vocab_size // 32)
+
+    @property
+    def tops(self) -> int:
+        """How many of the most likely tokens are returned."""
+        return min(self.settings.max_top_logprobs, self.config.vocab_size)
+
+
+class Pages(NamedTuple):
+    """Keys and values of all sequences, [N, K, P, d] for each layer."""
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+
+
+class State(NamedTuple):
+    """What the device knows of each sequence, by slot; the last slot is for padding rows.
+
+    Attributes:
+      tokens_S: int32, newest token, not in the cache yet. Always an id.
+      rules: None for a runner without rules.
+    """
+
+    tokens_S: jax.Array
+    rules: Rules | None
+
+
+# --- forward ---
+
+
+def decode(
+    static: StaticArgs, params: Params, pages: Pages, tokens_S: jax.Array, packed_BN: jax.Array, *, proposed: int
+) -> tuple[jax.Array, Pages]:
+    """Reads the newest token of each row, and proposed tokens after it.
+
+    Args:
+      static: settings that are compiled in.
+      params: in the layout of `static.options`.
+      pages: updated in place.
+      tokens_S: newest token of each slot.
+      packed_BN: int32: slot, tokens in the cache, new tokens, `proposed` ids, page table.
+      proposed: how many tokens are proposed for each row.
+
+    Returns:
+      Float32 logits [B, 1 + proposed, V] after each token, on every device; [B, V] if none is proposed. The pages.
+    """
+    params, packed_BN = _choose_adapters(static, params, packed_BN, axis=1)
+    slot_B, length_B, new_B = packed_BN[:, 0], packed_BN[:, 1], packed_BN[:, 2]
+    proposals_Bk, table_BM = packed_BN[:, 3 : 3 + proposed], packed_BN[:, 3 + proposed :]
+    newest_B1 = tokens_S.at[slot_B].get(out_sharding=P(None))[:, None]
+    tokens_BT = jnp.concatenate([newest_B1, jnp.maximum(proposals_Bk, 0)], axis=1)
+    model, hidden_BTD, pages = _read(static, params, pages, tokens_BT, length_B, new_B, table_BM)
+    logits_BTV = _on_every_device(model.logits(hidden_BTD))
+    return logits_BTV if proposed else logits_BTV[:, 0], pages
+
+
+def prefill(
+    static: StaticArgs, params: Params, pages: Pages, packed_RN: jax.Array, *, tokens: int, fresh: bool
+) -> tuple[jax.Array, Pages]:
+    """Reads the next chunk of each prompt.
+
+    Args:
+      static: settings that are compiled in.
+      params: in the layout of `static.options`.
+      pages: updated in place.
+      packed_RN: int32: tokens in the cache, new tokens, tokens of the whole prompt, ids padded on the right, page
+        table.
+      tokens: length of the rows of ids.
+      fresh: no row has tokens in the cache, so that attention reads no pages.
+
+    Returns:
+      Float32 logits [R, V] after the last token of each chunk, on every device; the pages.
+    """
+    params, packed_RN = _choose_adapters(static, params, packed_RN, axis=1)
+    start_R, count_R, length_R = packed_RN[:, 0], packed_RN[:, 1], packed_RN[:, 2]
+    tokens_RC, table_RM = packed_RN[:, 3 : 3 + tokens], packed_RN[:, 3 + tokens :]
+    model, hidden_RCD, pages = _read(
+        static, params, pages, tokens_RC, start_R, count_R, table_RM, text_length_B=length_R, fresh=fresh
+    )
+    last_R = jax.reshard(jnp.maximum(count_R - 1, 0), static.sharding.rows)
+    rows_R = jax.reshard(jnp.arange(len(last_R)), static.sharding.rows)
+    hidden_RD = hidden_RCD.at[rows_R, last_R].get(out_sharding=P(*static.sharding.rows, None))
+    return _on_every_device(model.logits(hidden_RD[:, None]))[:, 0], pages
+
+
+def _read(
+    static: StaticArgs,
+    params: Params,
+    pages: Pages,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
+    new_B: jax.Array,
+    table_BM: jax.Array,
+    *,
+    text_length_B: jax.Array | None = None,
+    fresh: bool = False,
+) -> tuple[Qwen2, jax.Array, Pages]:
+    """The model, its hidden states [B, T, D] of new tokens, and the pages with them."""
+    s = static.sharding
+    model = bind(static.config, params, s, static.options)
+    tokens_BT, table_BM = (jax.reshard(x, s.tokens) for x in (tokens_BT, table_BM))
+    length_B, new_B, text_length_B = jax.tree.map(lambda x: jax.reshard(x, s.rows), (length_B, new_B, text_length_B))
+    cache = PagedCache(pages.keys, pages.values, table_BM, length_B, new_B, fresh)
+    T = tokens_BT.shape[1]
+    output = model(tokens_BT, cache.positions(T), cache.mask(T), cache=cache, length_B=text_length_B)
+    return model, output.hidden, Pages(output.cache.keys, output.cache.values)
+
+
+def _choose_adapters(static: StaticArgs, params: Params, packed: jax.Array, axis: int) -> tuple[Params, jax.Array]:
+    """The parameters with the masks of the adapters at the end of `packed` along an axis, and the rest of `packed`."""
+    if not static.options.adapter_ranks:
+        return params, packed
+    rest, adapter_BT = jnp.split(packed, [packed.shape[axis] - 1], axis)
+    return with_masks(params, jax.reshard(adapter_BT, static.sharding.tokens)), rest
+
+
+def _on_every_device(x: jax.Array) -> jax.Array:
+    return jax.reshard(x, P(*(None,) * x.ndim))
+
+
+# --- sampling ---
+
+
+def sample(
+    static: StaticArgs,
+    logits: jax.Array,
+    state: State,
+    packed_BN: jax.Array,
+    allowed: jax.Array | None,
+    *,
+    variant: Variant,
+    proposed: int,
+) -> tuple[jax.Array, State]:
+    """Samples a token for each row, or accepts proposed ones, and makes it the newest of its slot.
+
+    Args:
+      static: settings that are compiled in.
+      logits: float32 [B, V], or [B, 1 + proposed, V], on every device.
+      state: updated in place.
+      packed_BN: int32: the fields of `row_sampling.pack`, then `proposed` ids.
+      allowed: int32 [B, W] or [B, 1 + proposed, W] bit masks, for the variant "all".
+      variant: see `row_sampling`.
+      proposed: how many tokens are proposed for each row.
+
+    Returns:
+      int32 [1 + proposed, B, 3 or 3 + 2 N] for each position: token or `NOT_FINITE`, number of positions that count,
+      log-probability; and for the variant "all" ids and log-probabilities of the N most likely tokens. Floats keep
+      their bits. The state.
+    """
+    dummy = static.settings.max_seqs
+
+    def local(
+        logits: jax.Array, state: State, packed_BN: jax.Array, allowed: jax.Array | None
+    ) -> tuple[jax.Array, State]:
+        if not proposed:
+            logits, allowed = logits[:, None], None if allowed is None else allowed[:, None]
+        rows, proposals_Bk = row_sampling.unpack(packed_BN[:, :FIELDS]), packed_BN[:, FIELDS:]
+        all_rules = state.rules if variant != "plain" else None
+        rules = None if all_rules is None else Rules(*(x_SV[rows.slot_B] for x_SV in all_rules))
+        found = row_sampling.sample_positions(
+            *(logits, proposals_Bk, rows, rules, allowed),
+            variant=variant,
+            vocab_limit=static.vocab_limit,
+            top=static.tops,
+        )
+        # What was emitted enters the state.
+        state = state._replace(tokens_S=state.tokens_S.at[rows.slot_B].set(found.last_B))
+        if all_rules is not None:
+            counts_SV = all_rules.counts_BV
+            for i in range(1 + proposed):
+                counted_B = (i < found.count_B) & (rows.slot_B < dummy)
+                counts_SV = row_sampling.count_tokens(counts_SV, rows.slot_B, found.sampled.next_B[i], counted_B)
+            state = state._replace(rules=all_rules._replace(counts_BV=counts_SV))
+        return _pack_sampled(found), state
+
+    # Every device samples every row.
+    result: tuple[jax.Array, State] = _run_on_every_device(local, logits, state, packed_BN, allowed)
+    return result
+
+
+def _pack_sampled(found: row_sampling.SampledPositions) -> jax.Array:
+    def bits(x: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+    sampled = found.sampled
+    counts_TB = jnp.broadcast_to(found.count_B, sampled.token_B.shape)
+    fields = [jnp.stack([sampled.token_B, counts_TB, bits(sampled.logprob_B)], axis=2)]
+    if sampled.top_ids_BN is not None and sampled.top_logprobs_BN is not None:
+        fields += [sampled.top_ids_BN, bits(sampled.top_logprobs_BN)]
+    return jnp.concatenate(fields, axis=2)
+
+
+def _run_on_every_device(local: Any, *args: Any) -> Any:
+    everywhere = jax.tree.map(lambda _: P(), args)
+    return jax.shard_map(local, in_specs=everywhere, out_specs=P())(*args)
+
+
+def set_token(tokens_S: jax.Array, packed_2: jax.Array) -> jax.Array:
+    """Makes the token packed[1] the newest of the slot packed[0]."""
+    result: jax.Array = _run_on_every_device(lambda t, p: t.at[p[0]].set(p[1]), tokens_S, packed_2)
+    return result
+
+
+def set_rules(rules: Rules, slot_1: jax.Array, counts_V: jax.Array, prompt_V: jax.Array, bias_V: jax.Array) -> Rules:
+    """Replaces what the rules of one slot depend on, in place."""
+
+    def local(rules: Rules, slot_1: jax.Array, *new: jax.Array) -> Rules:
+        return Rules(*(x_SV.at[slot_1[0]].set(x_V) for x_SV, x_V in zip(rules, new, strict=True)))
+
+    result: Rules = _run_on_every_device(local, rules, slot_1, counts_V, prompt_V, bias_V)
+    return result
+
+
+def clear_pages(static: StaticArgs, pages: Pages, ids_n: jax.Array) -> Pages:
+    """Fills pages with zeros, in place. An id that is no page has no effect."""
+    spec = static.sharding.cache
+
+    def local(pages: Pages, ids_n: jax.Array) -> Pages:
+        return jax.tree.map(lambda x: x.at[ids_n].set(0, mode="drop"), pages)
+
+    specs = jax.tree.map(lambda _: spec, pages)
+    result: Pages = jax.shard_map(local, in_specs=(specs, P()), out_specs=specs)(pages, ids_n)
+    return result
+
+
+# --- whole texts, without a cache ---
+
+
+def read_texts(
+    static: StaticArgs, params: Params, packed_3T: jax.Array, last_E: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Reads a row of texts that do not see one another.
+
+    Args:
+      static: settings that are compiled in.
+      params: in the layout of `static.options`.
+      packed_3T: int32: ids, positions, number of each token's text from 1 on; 0 is padding.
+      last_E: int32, where the last token of each text is; E is `MAX_SEGMENTS`.
+
+    Returns:
+      Normalised hidden states [1, T, D] in the compute dtype; float32 [2, E, D], the mean of each text's hidden states
+      and the last of them.
+    """
+    s = static.sharding
+    params, packed_3T = _choose_adapters(static, params, packed_3T, axis=0)
+    tokens_1T, positions_1T, segments_1T = (jax.reshard(x[None], s.tokens) for x in packed_3T)
+    model = bind(static.config, params, s, static.options)
+    mask = kernels.packed_mask(segments_1T)
+    hidden_1TD = model(tokens_1T, positions_1T, mask, valid_BT=segments_1T > 0).hidden
+
+    def local(hidden_1TD: jax.Array, segments_1T: jax.Array, last_E: jax.Array) -> jax.Array:
+        wide_TD = hidden_1TD[0].astype(jnp.float32)
+        of_text_ET = segments_1T == jnp.arange(1, len(last_E) + 1)[:, None]
+        sums_ED = jnp.einsum("ET,TD->ED", of_text_ET.astype(jnp.float32), wide_TD, precision="highest")
+        means_ED = sums_ED / jnp.maximum(of_text_ET.sum(axis=1, keepdims=True), 1)
+        return jnp.stack([means_ED, wide_TD[last_E]])
+
+    pooled: jax.Array = jax.shard_map(local, in_specs=(s.hidden, s.tokens, P()), out_specs=P(), check_vma=False)(
+        hidden_1TD, segments_1T, last_E
+    )
+    return hidden_1TD, pooled
+
+
+def score_texts(static: StaticArgs, params: Params, hidden_1TD: jax.Array, packed_3T: jax.Array) -> jax.Array:
+    """Log-probabilities of the tokens of a row of texts. Logits exist for a part of the tokens at a time.
+
+    Args:
+      static: settings that are compiled in.
+      params: in the layout of `static.options`.
+      hidden_1TD, packed_3T: of `read_texts`.
+
+    Returns:
+      int32 [T, 1 + 2 N]: the log-probability of the next token, ids and log-probabilities of the N most likely tokens.
+      Floats keep their bits. Meaningless where a text ends.
+    """
+    s = static.sharding
+    params, packed_3T = _choose_adapters(static, params, packed_3T, axis=0)
+    model = bind(static.config, params, s, static.options)
+    T, V = hidden_1TD.shape[1], static.config.vocab_size
+    chunk = min(T, 1 << (_MAX_LOGITS // V).bit_length() - 1)
+    chunks = -(-T // chunk)
+    next_T = jnp.pad(packed_3T[0, 1:], (0, chunks * chunk - T + 1))
+    x_1TD = jnp.pad(hidden_1TD, ((0, 0), (0, chunks * chunk - T), (0, 0)))
+
+    def bits(x: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+    def local(logits_cV: jax.Array, next_c: jax.Array) -> jax.Array:
+        total_c1 = jax.nn.logsumexp(logits_cV, axis=1, keepdims=True)
+        of_next_c1 = jnp.take_along_axis(logits_cV, next_c[:, None], axis=1) - total_c1
+        largest_cN, ids_cN = top_k(row_sampling.comparable(logits_cV, static.vocab_limit), static.tops)
+        return jnp.concatenate([bits(of_next_c1), ids_cN.astype(jnp.int32), bits(largest_cN - total_c1)], axis=1)
+
+    def score(i: jax.Array) -> jax.Array:
+        x_1cD = jax.lax.dynamic_slice_in_dim(x_1TD, i * chunk, chunk, axis=1)
+        next_c = jax.lax.dynamic_slice_in_dim(next_T, i * chunk, chunk)
+        scored: jax.Array = _run_on_every_device(local, _on_every_device(model.logits(x_1cD))[0], next_c)
+        return scored
+
+    parts = jax.lax.map(score, jnp.arange(chunks, dtype=jnp.int32))
+    return parts.reshape(chunks * chunk, -1)[:T]

@@ -1,0 +1,249 @@
+"""The engine's steps: what the scheduler plans is started on the device, and what came of it is read one step later."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from qwen_jax.errors import InputError
+from qwen_jax.inference.active import Active, Times
+from qwen_jax.inference.masks import next_masks, speculated_masks
+from qwen_jax.inference.outputs import TokenInfo
+from qwen_jax.inference.pages import PagePool
+from qwen_jax.inference.proposers import Proposer
+from qwen_jax.inference.runner import PrefillInput, RowInput, Runner, SampleRow
+from qwen_jax.inference.scheduler import Decode, Prefill, Scheduler
+
+
+@dataclasses.dataclass(frozen=True)
+class _InFlight:
+    """A step whose tokens the host has not read. `proposed`: whether it has several places for each row."""
+
+    rows: tuple[Active, ...]
+    at: tuple[int, ...]
+    """Where each of them is in the results."""
+    sampled: Any
+    proposed: bool
+
+
+class Steps:
+    """Runs requests, a step at a time. Not safe for several threads.
+
+    A step is started before the one before it is read, so that the device never waits for the host: the newest tokens
+    stay on the device. A request that turns out to have ended has run for one step too many, which is thrown away. Two
+    kinds of steps need to know the tokens before them: those with a grammar read them while the model runs, before
+    sampling; those with proposals read them first.
+
+    Attributes:
+      active: requests that wait or run, by number.
+      prompt_tokens, output_tokens, count: tokens read and generated, and steps, since the start.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        pool: PagePool,
+        *,
+        proposer: Proposer | None = None,
+        on_finished: Callable[[Times], None] = lambda _: None,
+    ) -> None:
+        """
+        Args:
+          runner: the device's side.
+          scheduler: the host's, and `pool` its pages.
+          proposer: for speculative decoding; None for none.
+          on_finished: called when a request ends.
+        """
+        self._runner, self._scheduler, self._on_finished = runner, scheduler, on_finished
+        self._pool, self._words = pool, runner.static.words
+        self._max_length = runner.settings.max_length
+        self._proposer = proposer
+        self._in_flight: collections.deque[_InFlight] = collections.deque()
+        self.active: dict[int, Active] = {}
+        self.prompt_tokens = self.output_tokens = self.count = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.active and not self._in_flight
+
+    def add(self, active: Active) -> None:
+        """Queues a request. Its stream gets an InputError if it cannot run."""
+        request = active.request
+        try:
+            if request.prompt_logprobs:
+                active.prompt_logprobs = self.prompt_logprobs(
+                    list(request.prompt), request.top_logprobs, active.adapter
+                )
+            if request.grammar is not None:
+                active.matcher = request.grammar.matcher()
+            self._scheduler.add(active.scheduled)
+        except InputError as error:
+            active.stream.fail(error)
+            return
+        self.active[active.scheduled.id] = active
+
+    def abort(self, number: int) -> None:
+        """Ends a request, unless it has ended."""
+        active = self.active.get(number)
+        if active is not None:
+            active.row.finish_reason = "abort"
+            self._end(active)
+
+    def run(self) -> None:
+        """Starts the next step and reads the one before it."""
+        extra = self._proposals()
+        if extra:
+            self.read_all()
+        plan = self._scheduler.plan(extra=extra)
+        if isinstance(plan, Prefill):
+            self._prefill(plan)
+        elif isinstance(plan, Decode):
+            self._decode(plan)
+        # One step stays ahead of what was read; without a plan, there is nothing to stay ahead of.
+        while len(self._in_flight) > (1 if plan is not None else 0):
+            self._read()
+
+    def _proposals(self) -> int:
+        """How many tokens to propose for each row in the next step."""
+        running, proposer = self._scheduler.running, self._proposer
+        if proposer is None or not 0 < len(running) <= proposer.rows:
+            return 0
+        # All places of a step need slots, also those whose tokens turn out to be wrong.
+        fits = all(len(s.tokens) + 1 + proposer.count <= self._max_length for s in running)
+        return proposer.count if fits else 0
+
+    def read_all(self) -> None:
+        """Waits for all steps that were started."""
+        while self._in_flight:
+            self._read()
+
+    def prompt_logprobs(self, ids: list[int], top: int, adapter: int) -> list[TokenInfo | None]:
+        """Log-probabilities of a prompt's tokens, and `top` of the most likely ones; None for the first token."""
+        logprobs, top_ids, top_logprobs = self._runner.prompt_logprobs(ids, adapter)
+        infos: list[TokenInfo | None] = [None]
+        for n, token in enumerate(ids[1:]):
+            best = zip(top_ids[n, :top].tolist(), top_logprobs[n, :top].tolist(), strict=True)
+            infos.append(TokenInfo(token, float(logprobs[n]), tuple(best)))
+        return infos
+
+    # --- starting ---
+
+    def _prefill(self, plan: Prefill) -> None:
+        """Reads chunks of prompts, and samples the next token of each prompt that is complete."""
+        rows = [self.active[row.sequence.id] for row in plan.rows]
+        inputs = []
+        for row, active in zip(plan.rows, rows, strict=True):
+            if active.cached_tokens is None:
+                active.cached_tokens = row.start
+            if row.last and active.has_rules:
+                # What the penalties count: after a preemption, the text so far, too.
+                output = active.scheduled.tokens[active.scheduled.prompt_length :]
+                self._runner.set_rules(active.slot, active.request.prompt, output, active.request.logit_bias)
+            tokens = active.scheduled.tokens[row.start : row.start + row.count]
+            scheduled = active.scheduled
+            whole = len(scheduled.tokens)
+            inputs.append(PrefillInput(active.slot, tokens, row.start, scheduled.pages, whole, active.adapter))
+            self.prompt_tokens += row.count
+        logits = self._runner.prefill(inputs)
+        self.count += 1
+        if any(row.last for row in plan.rows):
+            self._sample(logits, [a if row.last else None for a, row in zip(rows, plan.rows, strict=True)])
+
+    def _decode(self, plan: Decode) -> None:
+        """Makes the next token of each running text; with proposals, as many of them as are right and one more."""
+        rows, extra = [self.active[scheduled.id] for scheduled in plan.rows], plan.extra
+        # `written` counts the slots that this step writes.
+        inputs = [RowInput(a.slot, a.scheduled.written - 1 - extra, a.scheduled.pages, a.adapter) for a in rows]
+        self.count += 1
+        if not extra or self._proposer is None:
+            self._sample(self._runner.decode(inputs), rows)
+            return
+        proposals = self._proposer.propose(rows)
+        logits = self._runner.verify(inputs, proposals)
+        masks = speculated_masks(rows, proposals, self._words)
+        wanted = [self._sample_row(active, len(active.row.tokens)) for active in rows]
+        sampled = self._runner.sample_verified(logits, wanted, proposals, masks)
+        self._end_those_that_ended(rows)
+        self._in_flight.append(_InFlight(tuple(rows), tuple(range(len(rows))), sampled, proposed=True))
+        self.read_all()
+
+    def _sample(self, logits: jax.Array, rows: Sequence[Active | None]) -> None:
+        """Samples one token for each row that is there."""
+        if any(active is not None and active.matcher is not None for active in rows):
+            # A mask depends on the token before it. The model runs while the host reads it and makes the mask.
+            self.read_all()
+            rows = _going_on(rows)
+        steps = [0 if active is None else len(active.row.tokens) + active.scheduled.pending - 1 for active in rows]
+        masks = next_masks(rows, steps, self._words)
+        self._end_those_that_ended(rows)
+        rows = _going_on(rows)
+        wanted = [None if a is None else self._sample_row(a, step) for a, step in zip(rows, steps, strict=True)]
+        sampled = self._runner.sample(logits, wanted, masks)
+        at = tuple(i for i, active in enumerate(rows) if active is not None)
+        self._in_flight.append(_InFlight(tuple(a for a in rows if a is not None), at, sampled, proposed=False))
+
+    def _sample_row(self, active: Active, step: int) -> SampleRow:
+        """How to sample the next token of a text that has `step` tokens."""
+        request = active.request
+        return SampleRow(
+            slot=active.slot,
+            sampling=request.sampling,
+            step=step,
+            presence=request.presence_penalty,
+            frequency=request.frequency_penalty,
+            rules=active.has_rules,
+            top=request.top_logprobs > 0,
+        )
+
+    # --- reading ---
+
+    def _read(self) -> None:
+        """Waits for the oldest step, and gives its tokens to their requests."""
+        record = self._in_flight.popleft()
+        found = record.sampled.read()
+        ids, logprobs = found.token_ids.tolist(), found.logprobs.tolist()
+        for i, active in zip(record.at, record.rows, strict=True):
+            # A request that ended while this step ran has no use for it.
+            if active.row.finish_reason:
+                continue
+            top: tuple[np.ndarray, np.ndarray] | None = None
+            if active.request.top_logprobs:
+                top = found.top_ids[i], found.top_logprobs[i]
+            if record.proposed:
+                count = int(found.counts[i])
+                taken = active.take(ids[i][:count], logprobs[i][:count], top)
+            else:
+                taken = active.take([ids[i]], [logprobs[i]], None if top is None else (top[0][None], top[1][None]))
+            self.output_tokens += len(taken)
+            if active.row.finish_reason:
+                self._end(active)
+                continue
+            (self._scheduler.accept if record.proposed else self._scheduler.read)(active.scheduled, taken)
+            active.give()
+
+    def _end_those_that_ended(self, rows: Sequence[Active | None]) -> None:
+        """Ends requests whose grammar has said so while their masks were made."""
+        for active in rows:
+            if active is not None and active.row.finish_reason:
+                self._end(active)
+
+    def _end(self, active: Active) -> None:
+        """Frees what a request has, and gives its reader the last step."""
+        if active.row.finish_reason == "error":
+            # What is not finite must not stay in pages that others get.
+            self._runner.clear_pages(self._pool.forget(active.scheduled.pages))
+        self._scheduler.finish(active.scheduled)
+        if self._proposer is not None:
+            self._proposer.forget(active)
+        self.active.pop(active.scheduled.id, None)
+        self._on_finished(active.end())
+
+
+def _going_on(rows: Sequence[Active | None]) -> list[Active | None]:
+    """The rows without those whose text has ended."""
+    return [None if active is None or active.row.finish_reason else active for active in rows]

@@ -1,0 +1,376 @@
+"""Structured output: masks that let a text only become valid JSON, match a regular expression, follow a grammar, be one
+of several texts, or be calls of tools. Built on llguidance.
+
+A token is allowed if some valid text goes on with it, however that text is split into tokens. Control tokens, such as
+`<|im_start|>`, are never text: they are not allowed inside a JSON string, say.
+"""
+
+import collections
+import json
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from qwen_jax.errors import InputError
+from qwen_jax.inference.grammar_check import Checker
+from qwen_jax.tokenizer import Tokenizer
+
+MAX_TEXT = 256 * 1024
+"""The longest schema, expression or grammar, in characters."""
+MAX_CHOICES = 10_000
+CALL_START, CALL_END = "<tool_call>", "</tool_call>"
+_TAGS = ("call_start", "call_end")
+
+# Bounds of llguidance. The fuel is of work on patterns: about 50,000 a millisecond to compile, 14,000 in a mask.
+_LIMITS = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000}
+_LIMITS |= {"max_items_in_row": 8_000, "max_lexer_states": 250_000, "max_grammar_size": 500_000}
+# llguidance would else allow only the usual tokens of a text that is certain.
+_OPTIONS = '%llguidance {"no_forcing": true}'
+# Compiled grammars that are kept.
+_KEPT, _KEPT_TEXT = 256, 2 << 20
+
+
+class Grammars:
+    """Makes grammars, and keeps the ones used last. Threads may share it.
+
+    llguidance (extra `serve`) is imported with the first grammar, and the vocabulary read, which takes a second for
+    150,000 tokens: see `prepare`.
+
+    Args:
+      tokenizer: of the model.
+      vocab_size: of the model's logits. Ids beyond the tokenizer's are never allowed.
+      end_ids: ids that end a text. They are allowed where the text is complete, and nowhere else.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Sequence[int]) -> None:
+        if vocab_size < tokenizer.vocab_size:
+            raise InputError(f"vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, got {vocab_size}.")
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._end_ids = tuple(dict.fromkeys(i for i in end_ids if 0 <= i < vocab_size))
+        self._lock = threading.Lock()
+        self._vocabulary: _Vocabulary | None = None
+        self._checker = Checker()
+        # What was compiled, or why it could not be; the one used last is at the end.
+        self._cache: collections.OrderedDict[tuple[str, str, tuple[str, ...]], Grammar | str] = (
+            collections.OrderedDict()
+        )
+
+    def prepare(self) -> None:
+        """Reads the vocabulary now. Raises InputError if llguidance is not installed."""
+        self._get_vocabulary()
+
+    def json_schema(self, schema: Mapping[str, Any] | str) -> "Grammar":
+        """A JSON text that a schema accepts. Properties come in the schema's order, between any white space.
+
+        Args:
+          schema: of draft 2020-12, an object or its JSON text. Keywords that cannot be enforced are an error.
+        """
+        return self._make("The JSON schema", "lark", f"start: %json {_schema_text(schema, 'The JSON schema')}")
+
+    def json_object(self) -> "Grammar":
+        """Any JSON object."""
+        return self.json_schema({"type": "object"})
+
+    def regex(self, pattern: str) -> "Grammar":
+        """A text that matches a regular expression from its beginning to its end, in the syntax of Rust's `regex`."""
+        what = "The regular expression"
+        library = _llguidance()
+        quoted = library.LLMatcher.grammar_from_regex(_check_text(pattern, what))
+        return self._make(what, "lark", json.loads(quoted)["grammars"][0]["lark_grammar"])
+
+    def ebnf(self, text: str) -> "Grammar":
+        """A text that follows a grammar: in Lark's syntax as llguidance extends it, or GBNF (`root ::= ...`)."""
+        if isinstance(text, str) and text.lstrip().startswith("{"):
+            raise InputError("The grammar must be in the notation of Lark or GBNF, got JSON.")
+        kind = "gbnf" if "::=" in _check_text(text, "The grammar") else "lark"
+        if kind == "lark" and (found := _REFERENCE.search(_LITERAL.sub(" ", text))):
+            raise InputError(
+                f"The grammar names the control token {found[0]}, which a text may not have. Put it in quotes if it is "
+                "plain text. The end of the text needs no token."
+            )
+        return self._make("The grammar", kind, text)
+
+    def choice(self, choices: Sequence[str]) -> "Grammar":
+        """One of several texts."""
+        what = "The list of choices"
+        if isinstance(choices, str) or not isinstance(choices, Sequence) or not choices:
+            raise InputError(f"{what} must be a list of texts, at least one; got {choices!r:.80}.")
+        if len(choices) > MAX_CHOICES:
+            raise InputError(f"{what} has {len(choices)} texts; at most {MAX_CHOICES} are allowed.")
+        texts = [_check_text(text, f"Choice {i}") for i, text in enumerate(choices)]
+        pattern = "|".join(map(_quoted, dict.fromkeys(texts)))
+        return self._make(what, "lark", f"start: CHOICE\nCHOICE: /({pattern})/")
+
+    def tool_calls(
+        self, tools: Sequence[tuple[str, Mapping[str, Any]]], named: str | None, parallel: bool
+    ) -> "Grammar":
+        """One or more calls in Hermes format, as the chat template of Qwen2.5 writes them.
+
+        Args:
+          tools: name and JSON schema of the arguments of each.
+          named: the tool that must be called, or None for any of them.
+          parallel: whether there may be several calls.
+        """
+        names = [name for name, _ in tools]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise InputError(f"There are two tools named {repeated[0]!r}. Give each a name of its own.")
+        if named is not None and named not in names:
+            raise InputError(f"There is no tool named {named!r}; the tools are {', '.join(names) or 'none'}.")
+        chosen = [(name, schema) for name, schema in tools if named in (None, name)]
+        if not chosen:
+            raise InputError("A call of a tool needs at least one tool.")
+        rules = []
+        for i, (name, schema) in enumerate(chosen):
+            what = f"The parameters of tool {name!r}"
+            if isinstance(schema, Mapping) and schema.get("type", "object") != "object":
+                raise InputError(f"{what} must be a JSON schema of type object, got type {schema['type']!r}.")
+            text = _schema_text({"type": "object", **schema} if isinstance(schema, Mapping) else schema, what)
+            head = f'{{"name": {json.dumps(_check_text(name, "The name of a tool"), ensure_ascii=False)}, "arguments": '
+            rules.append(f"t{i}: {_terminal(head)} %json {text} {_terminal('}')}")
+        body = " | ".join(f"t{i}" for i in range(len(rules)))
+        rules.append(f"start: call{' (NEWLINE call)*' if parallel else ''}")
+        rules.append(f"call: call_start NEWLINE ({body}) NEWLINE call_end\nNEWLINE: /\\n/\n")
+        return self._make("The tools", "lark", "\n".join(rules), tags=(CALL_START, CALL_END))
+
+    def _get_vocabulary(self) -> "_Vocabulary":
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = _Vocabulary(self._tokenizer, self._vocab_size, self._end_ids)
+            return self._vocabulary
+
+    def _make(self, what: str, kind: str, text: str, tags: tuple[str, ...] = ()) -> "Grammar":
+        """Compiles a grammar, or finds it.
+
+        Args:
+          what: the beginning of errors.
+          kind, text: as for `Checker.check`.
+          tags: what the names call_start and call_end in it stand for.
+        """
+        if len(text) > 2 * MAX_TEXT:
+            raise InputError(f"{what} is too large: {len(text)} characters. At most {MAX_TEXT} are allowed.")
+        vocabulary = self._get_vocabulary()
+        key = kind, text, tags
+        with self._lock:
+            found = self._cache.get(key)
+            if found is not None:
+                self._cache.move_to_end(key)
+        if found is None:
+            found = self._compile(vocabulary, kind, text, tags)
+            with self._lock:
+                self._cache[key] = found
+                self._forget()
+        if isinstance(found, str):
+            raise InputError(f"{what} cannot be used: {found}.")
+        return found
+
+    def _compile(self, vocabulary: "_Vocabulary", kind: str, text: str, tags: Sequence[str]) -> "Grammar | str":
+        """The grammar, or why there is none."""
+        # The checker knows no control tokens: there, tags are plain text.
+        named = list(zip(_TAGS, tags, strict=False))
+        plain = "".join(f"\n{name}: {_terminal(tag)}" for name, tag in named)
+        checked, problem = self._checker.check(kind, text + plain, _LIMITS)
+        if problem is not None:
+            return _readable(problem)
+        lark = checked if kind == "gbnf" else text
+        for name, tag in named:
+            token = vocabulary.control.get(tag)
+            lark += f"\n{name}: {_terminal(tag) if token is None else f'<[{token}]>'}"
+        # The options are at the end, so that line numbers in errors are the user's.
+        matcher = vocabulary.matcher(f"{lark}\n{_OPTIONS}\n")
+        allowed_W = vocabulary.allowed(tags)
+        try:
+            # Finds that nothing matches, and makes the states that every copy begins with.
+            Matcher(matcher, allowed_W).fill(np.zeros_like(allowed_W))
+        except InputError:
+            return _readable(matcher.get_error() or "no text matches it")
+        return Grammar(matcher, allowed_W)
+
+    def _forget(self) -> None:
+        """Drops what was used longest ago, beyond the numbers to keep."""
+        size = sum(len(text) for _, text, _ in self._cache)
+        while len(self._cache) > 1 and (len(self._cache) > _KEPT or size > _KEPT_TEXT):
+            (_, text, _), _ = self._cache.popitem(last=False)
+            size -= len(text)
+
+
+class Grammar:
+    """What a text must match. Requests share it; each has a matcher of its own."""
+
+    def __init__(self, matcher: Any = None, allowed_W: np.ndarray | None = None) -> None:
+        self._matcher, self._allowed_W = matcher, allowed_W
+
+    def matcher(self) -> "Matcher":
+        """A matcher at the beginning of a text."""
+        assert self._allowed_W is not None
+        return Matcher(self._matcher.deep_copy(), self._allowed_W)
+
+
+class Matcher:
+    """Where a text is in its grammar. One thread at a time may use it."""
+
+    def __init__(self, matcher: Any, allowed_W: np.ndarray) -> None:
+        self._matcher, self._allowed_W = matcher, allowed_W
+
+    def fill(self, mask_W: np.ndarray) -> None:
+        """Writes which ids may come next.
+
+        After the text is complete these are the end ids; if the engine has none, nothing is allowed.
+
+        Args:
+          mask_W: int32 [words], contiguous: bit i of word j is the id 32 j + i.
+
+        Raises:
+          InputError: the grammar became too complex to go on, or no token goes on.
+        """
+        if mask_W.shape != self._allowed_W.shape or mask_W.dtype != np.int32 or not mask_W.flags.c_contiguous:
+            raise ValueError(
+                f"Expected a contiguous int32 mask of {self._allowed_W.shape}, got {mask_W.dtype} {mask_W.shape}."
+            )
+        if not mask_W.flags.writeable:
+            raise ValueError("The mask is read-only.")
+        if not self._matcher.is_error():
+            self._matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
+        self._check()
+        np.bitwise_and(mask_W, self._allowed_W, out=mask_W)
+        if not (self.ended or mask_W.any()):
+            raise InputError("The grammar allows no token here: what it asks for cannot be written.")
+
+    def accept(self, token: int) -> None:
+        """Appends a token. Raises InputError if it is not allowed; the matcher cannot be used then."""
+        if not self._matcher.consume_token(token):
+            self._check()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the text is complete and nothing but an end id may follow, or one has followed.
+
+        In rare grammars this is known only after `fill`.
+        """
+        return bool(self._matcher.is_stopped() and not self._matcher.is_error())
+
+    @property
+    def complete(self) -> bool:
+        """Whether the text may end here."""
+        return bool(self._matcher.is_accepting())
+
+    def copy(self) -> "Matcher":
+        """A matcher at the same place, which goes on by itself."""
+        return Matcher(self._matcher.deep_copy(), self._allowed_W)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise InputError(f"The text cannot go on in its grammar: {_readable(self._matcher.get_error())}.")
+
+
+class _Vocabulary:
+    """The tokens as llguidance knows them: their bytes, and which of them are no text.
+
+    It has the attributes that `llguidance.LLTokenizer` asks for.
+    """
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: tuple[int, ...]) -> None:
+        self._library = _llguidance()
+        # White space among the added tokens of some vocabularies is text.
+        self.control = {text: i for text, i in tokenizer.control_ids.items() if text.strip()}
+        special = {*self.control.values(), *tokenizer.special_ids, tokenizer.eos_id, *end_ids}
+        self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+        self.tokens += [b""] * (vocab_size - tokenizer.vocab_size)
+        self.special_token_ids = sorted(special)
+        self.eos_token_id = end_ids[0] if end_ids else tokenizer.eos_id
+        words = -(-vocab_size // 32)
+        bits = np.zeros(words * 32, bool)
+        bits[: tokenizer.vocab_size] = [bool(token) for token in self.tokens[: tokenizer.vocab_size]]
+        bits[self.special_token_ids] = False
+        bits[list(end_ids)] = True
+        self._allowed = bits
+        self._tokenizer = self._library.LLTokenizer(self, eos_token=list(end_ids) or [tokenizer.eos_id])
+        self._limits = self._library.LLParserLimits(**_LIMITS, verbose_errors=False)
+
+    def __call__(self, text: str) -> list[int]:
+        # Only asked for where tokens are forced.
+        raise NotImplementedError
+
+    def matcher(self, text: str) -> Any:
+        return self._library.LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
+
+    def allowed(self, tags: Sequence[str]) -> np.ndarray:
+        """Bit mask of the ids that may be allowed: text, end ids, and the control tokens of tags."""
+        bits = self._allowed.copy()
+        bits[[self.control[tag] for tag in tags if tag in self.control]] = True
+        return np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)
+
+
+def _llguidance() -> ModuleType:
+    try:
+        import llguidance
+    except ImportError:
+        raise InputError(
+            "Structured output needs llguidance, which is not installed: pip install 'qwen-jax[serve]'"
+        ) from None
+    return llguidance
+
+
+# What Lark takes literally: texts, regular expressions, comments. A name of a control token in them is plain text.
+_LITERAL = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?!/)(?:[^/\\\n]|\\.)+/|(?://|#)[^\n]*')
+_PLACE = re.compile(r"(?:at \d+\(\d+\): )?")
+_REFERENCE = re.compile(r"<[^<>\s]+>")
+
+
+def _check_text(text: str, what: str) -> str:
+    if not isinstance(text, str):
+        raise InputError(f"{what} must be a text, got {type(text).__name__}.")
+    if len(text) > MAX_TEXT:
+        raise InputError(f"{what} is too large: {len(text)} characters. At most {MAX_TEXT} are allowed.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{what} has a lone surrogate, which is no character.") from None
+    return text
+
+
+def _schema_text(schema: Mapping[str, Any] | str, what: str) -> str:
+    """A schema on one line, without options of llguidance."""
+    try:
+        value = json.loads(_check_text(schema, what)) if isinstance(schema, str) else schema
+        if not isinstance(value, Mapping):
+            raise InputError(f"{what} must be a JSON object, got {type(value).__name__}.")
+        value = {key: item for key, item in value.items() if key != "x-guidance"}
+        return _check_text(json.dumps(value, allow_nan=False), what)
+    except RecursionError:
+        raise InputError(f"{what} is nested too deeply.") from None
+    except InputError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{what} is not JSON: {error}.") from None
+
+
+def _quoted(text: str) -> str:
+    """A regular expression for a text, within slashes of Lark."""
+    return "".join(c if c.isalnum() and c.isascii() else f"\\u{{{ord(c):x}}}" for c in text)
+
+
+def _terminal(text: str) -> str:
+    return f"/{_quoted(text)}/"
+
+
+def _readable(problem: str) -> str:
+    """An error of llguidance on one line, without its inner state."""
+    lines = [line.strip() for line in problem.replace("<non-verbose/>", "").splitlines() if line.strip()]
+    first = lines[0] if lines else "unknown reason"
+    if first.startswith("NoExtension"):
+        return "no text matches it"
+    if first.startswith("panic"):
+        return "it is too large"
+    # Regular expressions: the reason is below a picture of the place.
+    for reason in (line.removeprefix("error: ") for line in lines if line.startswith("error: ")):
+        first = f"{_PLACE.match(first)[0]}invalid regular expression: {reason}"  # type: ignore[index]
+    # One line of the user's was put behind "start:".
+    first = re.sub(r"^at 1\(8\): |failed to compile JSON schema: ", "", first)
+    return first[:300].rstrip(".")

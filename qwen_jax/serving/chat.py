@@ -1,0 +1,311 @@
+"""/v1/chat/completions: answers conversations, with tools."""
+
+import dataclasses
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from qwen_jax.inference.outputs import Finished, Step
+from qwen_jax.inference.request import Request
+from qwen_jax.serving.context import Context, in_thread, usage, without_none
+from qwen_jax.serving.errors import ApiError
+from qwen_jax.serving.logprobs import of_chat
+from qwen_jax.serving.protocol import ChatRequest, Message, NamedTool, Tool
+from qwen_jax.serving.running import Run
+from qwen_jax.serving.sampling import (
+    build_request,
+    check_common,
+    check_logprobs,
+    grammar_maker,
+    need_grammars,
+    new_tokens,
+    seeds,
+)
+from qwen_jax.serving.tools import Call, ToolParser
+from qwen_jax.tokenizer import Tokenizer, parse_tool_arguments
+from qwen_jax.tokenizer.control import TURN_END
+
+_ANY_OBJECT: dict[str, Any] = {"type": "object"}
+
+
+def encode_conversation(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Tool] | None,
+    *,
+    add_generation_prompt: bool = True,
+    where: str = "messages",
+) -> list[int]:
+    """The token ids of a conversation; blocks.
+
+    Args:
+      tokenizer: with the chat template.
+      messages, tools: of a request.
+      add_generation_prompt: end with the opening of an answer.
+      where: the field of the messages, for errors.
+
+    Raises:
+      ApiError: a part of a message that is not text.
+      InputError: messages that the template refuses.
+    """
+    plain = []
+    for i, message in enumerate(messages):
+        role = "system" if message.role == "developer" else message.role
+        calls = [{"type": "function", "function": call.function.model_dump()} for call in message.tool_calls or ()]
+        content = _text(message, f"{where}[{i}].content")
+        if content is None and role == "assistant" and not calls:
+            raise ApiError(f"{where}[{i}] has neither content nor tool_calls.", param=f"{where}[{i}].content")
+        fields = {"role": role, "content": content, "tool_calls": calls or None}
+        plain.append(without_none({**fields, "name": message.name, "tool_call_id": message.tool_call_id}))
+    described = [
+        without_none(tool.model_dump(exclude={"function"})) | {"function": _function(tool)} for tool in tools or ()
+    ]
+    return tokenizer.encode_chat(
+        parse_tool_arguments(plain), described or None, add_generation_prompt=add_generation_prompt
+    )
+
+
+def _function(tool: Tool) -> dict[str, Any]:
+    """What the model reads of a tool: the fields that the client gave."""
+    return without_none(tool.function.model_dump(exclude={"strict"}))
+
+
+def _text(message: Message, where: str) -> str | None:
+    """The content of a message as one text. Raises ApiError for images, audio and files."""
+    if not isinstance(message.content, list):
+        return message.content
+    texts = []
+    for i, part in enumerate(message.content):
+        kind = part.get("type")
+        if kind not in ("text", "refusal"):
+            raise ApiError(
+                f"{where}[{i}] is of type {kind!r:.40}. This model reads text only: send parts of type 'text'.",
+                param=f"{where}[{i}]",
+                code="unsupported_content",
+            )
+        if not isinstance(part.get(kind), str) or set(part) != {"type", kind}:
+            raise ApiError(f"{where}[{i}]: expected the keys 'type' and '{kind}', a text.", param=f"{where}[{i}]")
+        texts.append(part[kind])
+    return "".join(texts)
+
+
+@dataclasses.dataclass
+class _Delta:
+    """What a step adds to an answer."""
+
+    content: str = ""
+    calls: list[Call] = dataclasses.field(default_factory=list)
+    reason: str | None = None
+
+
+class _Choice:
+    """A growing answer. Streams and whole answers are made from the same deltas.
+
+    Args:
+      with_tools: tool calls are read from the text.
+      single: at most one call.
+    """
+
+    def __init__(self, with_tools: bool, single: bool) -> None:
+        self._parser = ToolParser() if with_tools else None
+        self._single = single
+        self.content, self.calls = "", list[Call]()
+        self.tokens: list[Any] = []
+        self.reason: str | None = None
+        self.finished: Finished | None = None
+
+    def add(self, step: Step) -> _Delta:
+        """Takes a step in. `reason` is set when the answer has ended, which may be before the text does."""
+        self.tokens += step.tokens
+        self.finished = step.finished
+        delta = _Delta()
+        if self._parser is None:
+            delta.content = step.text
+        else:
+            parts = self._parser.push(step.text)
+            if step.finished is not None:
+                parts += self._parser.finish(truncated=step.finished.finish_reason == "length")
+            for part in parts:
+                if isinstance(part, str):
+                    delta.content += part
+                    continue
+                delta.calls.append(part)
+                if self._single:
+                    break
+        self.content += delta.content
+        self.calls += delta.calls
+        if self._single and delta.calls and delta.calls[0].complete:
+            delta.reason = "tool_calls"
+        elif step.finished is not None:
+            cut = step.finished.finish_reason == "length"
+            delta.reason = "tool_calls" if self.calls and not cut else step.finished.finish_reason
+        self.reason = delta.reason
+        return delta
+
+
+class Chat:
+    """One request of /v1/chat/completions.
+
+    Args:
+      context: the server.
+      body: the request.
+    """
+
+    def __init__(self, context: Context, body: ChatRequest) -> None:
+        self._context, self._body = context, body
+        self._id, self._created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
+        choice = body.tool_choice
+        # Without a choice, tools may be called where there are any.
+        self._mode = "named" if isinstance(choice, NamedTool) else choice or ("auto" if body.tools else "none")
+        self._with_tools = bool(body.tools) and self._mode != "none"
+        self._top = body.top_logprobs or 0
+        self._prompt: list[int] = []
+
+    async def start(self) -> Run:
+        """Checks the request and starts it on the engine. Raises ApiError."""
+        requests = await self._prepare()
+        self._context.metrics.choices.observe(len(requests))
+        return Run(self._context, requests, "messages")
+
+    async def _prepare(self) -> list[Request]:
+        context, body = self._context, self._body
+        context.admit(1)
+        adapter = context.adapter(body.model)
+        check_common(context, body)
+        check_logprobs(context, self._top, "top_logprobs")
+        if body.top_logprobs and not body.logprobs:
+            raise ApiError("top_logprobs needs logprobs=true.", param="top_logprobs")
+        if body.max_tokens == 0:
+            raise ApiError("max_tokens must be at least 1.", param="max_tokens")
+        if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+            raise ApiError("max_tokens and max_completion_tokens differ. Give one of them.", param="max_tokens")
+        tokenizer = context.tokenizer
+        self._check_tools()
+        making = grammar_maker(context, body)
+        if making is not None and self._with_tools:
+            raise ApiError(
+                f"{making[1]} constrains the whole answer, so that no tool could be called. Leave it out, or set "
+                "tool_choice to 'none'.",
+                param=making[1],
+            )
+        tools = body.tools if self._with_tools else None
+        if self._mode in ("required", "named"):
+            making = self._calls_grammar(), "tools"
+        grammar = None if making is None else await in_thread(*making, context.grammar_threads)
+        self._prompt = await in_thread(lambda: encode_conversation(tokenizer, body.messages, tools), "messages")
+        asked = body.max_completion_tokens or body.max_tokens
+        count = new_tokens(context, asked, None, len(self._prompt), "messages")
+        turn_end = tokenizer.token_to_id(TURN_END)
+        return [
+            build_request(
+                context,
+                body,
+                self._prompt,
+                count,
+                seed=seed,
+                adapter=adapter,
+                grammar=grammar,
+                end_ids=() if turn_end is None else (turn_end,),
+                top_logprobs=self._top,
+            )
+            for seed in seeds(body, body.n or 1)
+        ]
+
+    def _check_tools(self) -> None:
+        names = [tool.function.name for tool in self._body.tools or ()]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ApiError(f"tools: {twice!r} is there twice.", param="tools")
+        choice = self._body.tool_choice
+        if not names and choice not in (None, "none", "auto"):
+            raise ApiError("tool_choice needs tools.", param="tool_choice")
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            raise ApiError(
+                f"tool_choice names {choice.function.name!r:.80}, which is not among tools: {', '.join(names)}.",
+                param="tool_choice",
+            )
+        for i, tool in enumerate(self._body.tools or ()):
+            if (tool.function.parameters or _ANY_OBJECT).get("type", "object") != "object":
+                where = f"tools[{i}].function.parameters"
+                raise ApiError(f"{where}: expected a JSON schema of type object.", param=where)
+
+    def _calls_grammar(self) -> Any:
+        choice = self._body.tool_choice
+        grammars = need_grammars(self._context, "tool_choice")
+        named = choice.function.name if isinstance(choice, NamedTool) else None
+        tools = [(tool.function.name, tool.function.parameters or _ANY_OBJECT) for tool in self._body.tools or ()]
+        return lambda: grammars.tool_calls(tools, named, self._body.parallel_tool_calls is not False and named is None)
+
+    def _choices(self, count: int) -> list[_Choice]:
+        single = self._body.parallel_tool_calls is False
+        return [_Choice(self._with_tools, single) for _ in range(count)]
+
+    async def answer(self, run: Run) -> dict[str, Any]:
+        """The answer as one object."""
+        choices = self._choices(self._body.n or 1)
+        try:
+            async for i, step in run:
+                choice = choices[i]
+                if choice.reason is None and choice.add(step).reason is not None:
+                    run.stop(i)
+        finally:
+            run.close()
+        found = []
+        for i, choice in enumerate(choices):
+            message: dict[str, Any] = {"role": "assistant", "content": choice.content or None, "refusal": None}
+            if choice.calls:
+                message["tool_calls"] = [_call(call) for call in choice.calls]
+            else:
+                message["content"] = choice.content
+            logprobs = of_chat(self._context.tokenizer, choice.tokens, self._top) if self._body.logprobs else None
+            found.append({"index": i, "message": message, "logprobs": logprobs, "finish_reason": choice.reason})
+        return {**self._head("chat.completion"), "choices": found, "usage": self._usage(choices)}
+
+    async def chunks(self, run: Run) -> AsyncGenerator[dict[str, Any], None]:
+        """The answer as a stream of objects."""
+        body = self._body
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        head = {**self._head("chat.completion.chunk"), **({"usage": None} if with_usage else {})}
+        choices = self._choices(body.n or 1)
+
+        def chunk(i: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
+            return {**head, "choices": [{"index": i, "delta": delta, "logprobs": logprobs, "finish_reason": reason}]}
+
+        for i in range(len(choices)):
+            yield chunk(i, {"role": "assistant", "content": ""})
+        async for i, step in run:
+            choice = choices[i]
+            if choice.reason is not None:
+                continue
+            calls_before = len(choice.calls)
+            new = choice.add(step)
+            delta: dict[str, Any] = {"content": new.content} if new.content else {}
+            if new.calls:
+                delta["tool_calls"] = [
+                    {"index": number, **_call(call)} for number, call in enumerate(new.calls, calls_before)
+                ]
+            logprobs = None
+            if body.logprobs and step.tokens:
+                logprobs = of_chat(self._context.tokenizer, step.tokens, self._top)
+            if delta or logprobs:
+                yield chunk(i, delta, logprobs)
+            if new.reason is not None:
+                run.stop(i)
+                yield chunk(i, {}, None, new.reason)
+        if with_usage:
+            yield {**head, "choices": [], "usage": self._usage(choices)}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        model = self._context.name(self._body.model)
+        return {"id": self._id, "object": kind, "created": self._created, "model": model}
+
+    def _usage(self, choices: Sequence[_Choice]) -> dict[str, Any]:
+        cached = [choice.finished.cached_tokens for choice in choices if choice.finished is not None]
+        new = sum(len(choice.tokens) for choice in choices)
+        return usage(len(self._prompt), new, min(cached, default=0))
+
+
+def _call(call: Call) -> dict[str, Any]:
+    """A tool call in an answer."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}

@@ -1,0 +1,68 @@
+"""`qwen-jax generate --input --output` with a model: the texts of `generate`, and the answers of the server."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qwen_jax.cli import main
+from qwen_jax.tokenizer import train_bpe
+from tests.helpers.hf import make_hf_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_bpe(["hello world, hello there user assistant system\n"] * 8, 330)
+    make_hf_checkpoint(folder, vocab_size=384, eos_token_id=tokenizer.eos_id, num_key_value_heads=2)
+    tokenizer.save(folder)
+    return folder
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_file_of_requests(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = ["hello", "hello there, world", "assistant", "user"]
+    chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 6, "model": "any"}
+    wrong = {"messages": [{"role": "user", "content": "hello"}], "n": -1}
+    url = {"method": "POST", "url": "/v1/chat/completions"}
+    records = [{"prompt": prompt} for prompt in prompts]
+    records += [{"custom_id": "chat", **url, "body": chat}, {"custom_id": "wrong", **url, "body": wrong}]  # type: ignore[dict-item]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = ["--temperature", "0", "--max-new-tokens", "12"]
+    command = ["generate", str(model), "--input", str(source), "--output", str(target), "--in-flight", "3", *options]
+    assert main(command) == 1
+    assert "n" in capsys.readouterr().err
+    found = lines(target)
+    assert len(found) == 6
+    # Plain prompts: what `generate` gives.
+    assert main(["generate", str(model), *(x for p in prompts for x in ("--prompt", p)), "--json", *options]) == 0
+    want = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(str(record["text"]) for record in found if "text" in record) == sorted(want)
+    # Requests: the server's answers, and its errors.
+    answers = {record["custom_id"]: record for record in found if record.get("custom_id")}
+    response = answers["chat"]["response"]
+    assert isinstance(response, dict)
+    assert response["status_code"] == 200
+    assert response["body"]["usage"]["completion_tokens"] <= 6
+    failed = answers["wrong"]["response"]
+    assert isinstance(failed, dict)
+    assert failed["status_code"] == 400
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--input", "x.jsonl"], "both --input and --output"),
+        (["--input", "x.jsonl", "--output", "y.jsonl"], "does not exist"),
+        (["--input", "x.jsonl", "--output", "y.jsonl", "--prompt", "a"], "--prompt cannot be given"),
+        (["--input", "x.jsonl", "--output", "y.jsonl", "--in-flight", "0"], "--in-flight"),
+        (["--input", "x.jsonl", "--output", "y.jsonl", "--cache-dtype", "int8"], "compute dtype"),
+    ],
+)
+def test_wrong_options(model: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str) -> None:
+    assert main(["generate", str(model), *options]) == 1
+    assert words in capsys.readouterr().err

@@ -1,0 +1,146 @@
+"""The server over the real engine: HTTP gives what the engine gives, and the command serves until it is told to end."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jax
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+import convert
+from qwen_jax.inference import ContinuousEngine, Engine, load_generation_defaults
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import make_mesh
+from qwen_jax.serving.app import create_app
+from qwen_jax.serving.settings import ServerSettings, Service
+from qwen_jax.tokenizer import load_tokenizer, train_bpe
+from tests.helpers.hf import make_hf_checkpoint
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_bpe(["hello world, hello there user assistant system\n"] * 8, 330)
+    make_hf_checkpoint(folder, vocab_size=384, eos_token_id=tokenizer.eos_id, num_key_value_heads=2)
+    tokenizer.save(folder)
+    return folder
+
+
+def loaded(folder: Path) -> Any:
+    mesh = make_mesh({}, jax.devices()[:1])
+    return *convert.load(folder, mesh, "float32", Options(stacked=False)), mesh
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path) -> Iterator[TestClient]:
+    sizes: dict[str, Any] = {
+        "max_seqs": 4,
+        "max_length": 256,
+        "page_size": 16,
+        "num_pages": 64,
+        "max_batched_tokens": 64,
+    }
+    engine = ContinuousEngine(*loaded(folder), tokenizer=load_tokenizer(folder), dtype="float32", **sizes)
+    config = engine.config
+    app = create_app(Service(engine, load_generation_defaults(folder, config)), ServerSettings(served_names=("m",)))
+    with TestClient(app) as client:
+        yield client
+
+
+def post(client: TestClient, path: str, **body: Any) -> dict[str, Any]:
+    response = client.post(path, json={"model": "m", **body})
+    assert response.status_code == 200, response.text
+    result: dict[str, Any] = response.json()
+    return result
+
+
+def test_completions_are_those_of_the_fixed_batch(client: TestClient, folder: Path) -> None:
+    engine = Engine(*loaded(folder), tokenizer=load_tokenizer(folder), dtype="float32")
+    prompts = ["hello", "hello there, world", "assistant"]
+    want = [completion.text for completion in engine.generate(prompts, max_new_tokens=20)]
+    answer = post(client, "/v1/completions", prompt=prompts, max_tokens=20, temperature=0)
+    assert [choice["text"] for choice in answer["choices"]] == want
+    # As a stream, and several choices of one prompt with seeds of their own.
+    with client.stream(
+        "POST",
+        "/v1/completions",
+        json={"model": "m", "prompt": prompts[1], "max_tokens": 20, "temperature": 0, "stream": True},
+    ) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert (
+        "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1] if json.loads(line)["choices"]) == want[1]
+    )
+    several = post(client, "/v1/completions", prompt="hello", n=3, seed=5, max_tokens=12, temperature=1.0)
+    third = post(client, "/v1/completions", prompt="hello", seed=7, max_tokens=12, temperature=1.0)
+    assert several["choices"][2]["text"] == third["choices"][0]["text"]
+
+
+def test_echoed_prompts_have_log_probabilities(client: TestClient) -> None:
+    """As lm-eval asks for them: token ids, no new tokens."""
+    answer = post(client, "/v1/completions", prompt=[[1, 2, 3, 4]], echo=True, logprobs=1, max_tokens=0, temperature=0)
+    found = answer["choices"][0]["logprobs"]
+    assert found["token_logprobs"][0] is None
+    assert len(found["token_logprobs"]) == 4
+    assert all(value < 0 for value in found["token_logprobs"][1:])
+
+
+def test_structured_answers_parse(client: TestClient, folder: Path) -> None:
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 22]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    tokenizer = load_tokenizer(folder)
+    spaces = {str(i): -100 for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).isspace()}
+    answer = post(
+        client,
+        "/v1/chat/completions",
+        messages=[{"role": "user", "content": "hello"}],
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+        max_tokens=60,
+        logit_bias=spaces,
+    )
+    assert json.loads(answer["choices"][0]["message"]["content"])["a"] in (1, 22)
+
+
+def test_embeddings_are_means_of_hidden_states(client: TestClient) -> None:
+    answer = post(client, "/v1/embeddings", input=["hello", "hello there"])
+    first, second = (np.asarray(one["embedding"]) for one in answer["data"])
+    assert first.shape == second.shape == (64,)
+    assert np.abs(first - second).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_told_to_end(folder: Path) -> None:
+    arguments = ["serve", str(folder), "--port", "0", "--lazy-compile", "--max-model-len", "128", "--max-num-seqs", "2"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "qwen_jax", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if line.startswith("Serving at "))
+        url = line.split()[2]
+        body = {"model": folder.name, "prompt": "hello", "max_tokens": 5}
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+        assert answer.json()["usage"]["completion_tokens"] <= 5
+        assert httpx.get(f"{url}/health").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_the_packages_of_the_server_are_installed() -> None:
+    """In the development environment; elsewhere `serve` names what is missing."""
+    assert all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "prometheus_client"))
