@@ -23,7 +23,15 @@ from qwen_jax.inference.completion import Row
 from qwen_jax.inference.outputs import Finished, Stats, TokenInfo
 from qwen_jax.inference.page_memory import pages_that_fit
 from qwen_jax.inference.pages import PagePool
-from qwen_jax.inference.prompts import Ids, check_generates, check_ids, check_lengths, default_eos, vocab_limit
+from qwen_jax.inference.prompts import (
+    Ids,
+    check_generates,
+    check_ids,
+    check_lengths,
+    check_stop,
+    default_eos,
+    vocab_limit,
+)
 from qwen_jax.inference.proposers import Proposer
 from qwen_jax.inference.request import Request
 from qwen_jax.inference.runner import Runner, RunnerConfig
@@ -32,7 +40,7 @@ from qwen_jax.inference.scheduler import Scheduler
 from qwen_jax.inference.scheduler import Sequence as Scheduled
 from qwen_jax.inference.steps import Steps
 from qwen_jax.inference.stream import Stream
-from qwen_jax.inference.structured import Grammars
+from qwen_jax.inference.structured import Grammar, Grammars
 from qwen_jax.inference.weights import fuse
 from qwen_jax.kernels import Implementation
 from qwen_jax.lora import AdapterFactors
@@ -169,7 +177,10 @@ class ContinuousEngine:
             on_finished=self._report_finished,
         )
         self._dtype, self._ids, self._proposer = dtype, itertools.count(), proposer
+        # What the engine's thread does between two steps: all commands, and one piece of work, which may take long.
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
+        self._work: collections.deque[Callable[[], None]] = collections.deque()
+        self._submitted: dict[int, Active] = {}
         self._wake = threading.Condition()
         self._closing = False
         self._failure: BaseException | None = None
@@ -225,7 +236,13 @@ class ContinuousEngine:
             dtype=self._dtype,
         )
         active = Active(scheduled, row, stream, incremental, self._number(request.adapter))
-        self._post(lambda: self._steps.add(active))
+        self._submitted[number] = active
+        try:
+            # A prompt whose log-probabilities are wanted is read whole before it is queued.
+            self._post(lambda: self._queue(number), self._work if request.prompt_logprobs else self._commands)
+        except RuntimeError:
+            self._submitted.pop(number, None)
+            raise
         return stream
 
     def generate(self, requests: Sequence[Request]) -> list[Finished]:
@@ -296,8 +313,20 @@ class ContinuousEngine:
             if not 0 < len(prompt) <= self.config.context_length:
                 most = self.config.context_length
                 raise InputError(f"Text {i} has {len(prompt)} tokens; expected 1 to {most}, the model's context.")
-        result: np.ndarray = self.call(lambda: self._runner.embed(ids, pooling, [number] * len(ids)))
-        return result
+        # Few texts at a time, so that running texts go on between them.
+        groups: list[list[list[int]]] = []
+        room = 0
+        for prompt in ids:
+            if len(prompt) > room:
+                groups.append([])
+                room = self._runner.settings.max_batched_tokens
+            groups[-1].append(prompt)
+            room -= len(prompt)
+        found = [
+            self.call(lambda group=group: self._runner.embed(group, pooling, [number] * len(group)))  # type: ignore[misc]
+            for group in groups
+        ]
+        return np.concatenate(found) if found else np.zeros((0, self.config.hidden_size), np.float32)
 
     def update_weights(self, params: Params) -> None:
         """Goes on with other weights and the same adapters.
@@ -308,7 +337,7 @@ class ContinuousEngine:
           params: as for the constructor; consumed.
 
         Raises:
-          InputError: other names, shapes, dtypes or shardings than those of the weights before.
+          ValueError: other names, shapes, dtypes or shardings than those of the weights before.
         """
         fused = self._fuse(params)
 
@@ -317,6 +346,7 @@ class ContinuousEngine:
             self._scheduler.preempt_all()
             self._runner.update_weights(fused)
             self._pool.clear()
+            self._steps.last_read = None
 
         self.call(update)
 
@@ -327,7 +357,7 @@ class ContinuousEngine:
         scheduler, pool, steps = self._scheduler, self._pool, self._steps
         return Stats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting) + len(self._commands),
+            waiting=len(scheduler.waiting) + len(self._submitted),
             pages_used=pool.num_pages - pool.num_free,
             pages=pool.num_pages,
             prompt_tokens=steps.prompt_tokens,
@@ -345,7 +375,9 @@ class ContinuousEngine:
           drain: seconds that requests have to end; those that do not are cancelled.
         """
         end = time.monotonic() + drain
-        while time.monotonic() < end and self._failure is None and not (self._steps.idle and not self._commands):
+        while time.monotonic() < end and self._failure is None:
+            if self._steps.idle and not (self._commands or self._work or self._submitted):
+                break
             time.sleep(0.01)
         with self._wake:
             self._closing = True
@@ -368,7 +400,7 @@ class ContinuousEngine:
             except BaseException as error:
                 future.set_exception(error)
 
-        self._post(run)
+        self._post(run, self._work)
         while True:
             try:
                 return future.result(timeout=1.0)
@@ -396,6 +428,12 @@ class ContinuousEngine:
             )
         if self.tokenizer is None and (request.ending.stop or request.grammar is not None):
             raise InputError("Stop strings and grammars need a tokenizer.")
+        if isinstance(request.ending.stop, str):
+            raise InputError(f"Ending.stop must be a tuple of strings, got {request.ending.stop!r}.")
+        check_stop(request.ending.stop, self.tokenizer)
+        check_ids(tuple(request.ending.eos_token_ids), "eos_token_ids", self.config.vocab_size)
+        if request.grammar is not None and not isinstance(request.grammar, Grammar):
+            raise InputError(f"A grammar comes from engine.grammars; got {type(request.grammar).__name__}.")
         self._number(request.adapter)
 
     def _number(self, adapter: str | None) -> int:
@@ -414,18 +452,35 @@ class ContinuousEngine:
 
     def _cancel(self, number: int) -> None:
         with contextlib.suppress(RuntimeError):  # A stopped engine has ended the request.
-            self._post(lambda: self._steps.abort(number))
+            self._post(lambda: self._abort(number), self._commands)
+
+    def _queue(self, number: int) -> None:
+        active = self._submitted.pop(number, None)
+        if active is not None:
+            self._steps.add(active)
+
+    def _abort(self, number: int) -> None:
+        """Ends a request, whether it was queued already or not."""
+        active = self._submitted.pop(number, None)
+        if active is None:
+            self._steps.abort(number)
+        else:
+            active.row.finish_reason = "abort"
+            self._report_finished(active.end())
 
     def _report_finished(self, times: Times) -> None:
         if self.on_finished is not None:
-            self.on_finished(times)
+            try:
+                self.on_finished(times)
+            except Exception:
+                _log.exception("on_finished failed; the engine goes on.")
 
-    def _post(self, command: Callable[[], None]) -> None:
-        """Has the engine's thread run something before its next step."""
+    def _post(self, command: Callable[[], None], queue: "collections.deque[Callable[[], None]]") -> None:
+        """Has the engine's thread run something between two steps."""
         with self._wake:
             if self._failure is not None or self._closing:
                 raise RuntimeError("The engine has stopped.") from self._failure
-            self._commands.append(command)
+            queue.append(command)
             self._wake.notify_all()
 
     # --- the engine's thread ---
@@ -437,24 +492,25 @@ class ContinuousEngine:
                 while self._wait():
                     while self._commands:
                         self._commands.popleft()()
+                    # At most one piece of other work between two steps: texts that run do not wait for more.
+                    if self._work:
+                        self._work.popleft()()
                     self._steps.run()
         except BaseException as error:
             _log.exception("The engine has stopped.")
             self._failure = error
         with self._wake:
             self._closing = True
-        failure = self._failure or RuntimeError("it was closed")
-        while self._commands:
-            self._commands.popleft()()
-        for number, active in list(self._steps.active.items()):
+        # Every reader hears of the end; callers of `call` see that the thread has ended.
+        for active in [*self._submitted.values(), *self._steps.active.values()]:
             if self._failure is None:
-                self._steps.abort(number)
+                self._abort(active.scheduled.id)
             else:
-                active.stream.fail(failure)
+                active.stream.fail(self._failure)
 
     def _wait(self) -> bool:
         """Waits until there is something to do; returns False if the engine is closed."""
         with self._wake:
-            while self._steps.idle and not self._commands and not self._closing:
+            while self._steps.idle and not self._commands and not self._work and not self._closing:
                 self._wake.wait()
             return not self._closing

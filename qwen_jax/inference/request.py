@@ -53,6 +53,7 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise InputError("The prompt is empty. Give at least one token.")
+        object.__setattr__(self, "prompt", tuple(as_int(token, "A token id of the prompt") for token in self.prompt))
         for name in ("presence_penalty", "frequency_penalty"):
             value = as_number(getattr(self, name), name)
             object.__setattr__(self, name, value)

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from qwen_jax.errors import InputError
 from qwen_jax.inference.active import Active, Times
 from qwen_jax.inference.masks import next_masks, speculated_masks
 from qwen_jax.inference.outputs import TokenInfo
@@ -39,7 +38,7 @@ class Steps:
 
     Attributes:
       active: requests that wait or run, by number.
-      prompt_tokens, output_tokens, count: tokens read and generated, and steps, since the start.
+      prompt_tokens, output_tokens, count: tokens of the prompts that were begun, tokens generated, and steps.
     """
 
     def __init__(
@@ -65,6 +64,8 @@ class Steps:
         self._in_flight: collections.deque[_InFlight] = collections.deque()
         self.active: dict[int, Active] = {}
         self.prompt_tokens = self.output_tokens = self.count = 0
+        # The last prompt that was read whole, and its log-probabilities: several choices of a request ask for them.
+        self.last_read: tuple[tuple[list[int], int], Any] | None = None
 
     @property
     def idle(self) -> bool:
@@ -72,7 +73,7 @@ class Steps:
         return not self.active and not self._in_flight
 
     def add(self, active: Active) -> None:
-        """Queues a request. Its stream gets an InputError if it cannot run."""
+        """Queues a request. If it cannot run, its stream alone gets the error."""
         request = active.request
         try:
             if request.prompt_logprobs:
@@ -82,7 +83,7 @@ class Steps:
             if request.grammar is not None:
                 active.matcher = request.grammar.matcher()
             self._scheduler.add(active.scheduled)
-        except InputError as error:
+        except Exception as error:
             active.stream.fail(error)
             return
         self.active[active.scheduled.id] = active
@@ -124,7 +125,9 @@ class Steps:
 
     def prompt_logprobs(self, ids: list[int], top: int, adapter: int) -> list[TokenInfo | None]:
         """Log-probabilities of a prompt's tokens, and `top` of the most likely ones; None for the first token."""
-        logprobs, top_ids, top_logprobs = self._runner.prompt_logprobs(ids, adapter)
+        if self.last_read is None or self.last_read[0] != (ids, adapter):
+            self.last_read = (ids, adapter), self._runner.prompt_logprobs(ids, adapter)
+        logprobs, top_ids, top_logprobs = self.last_read[1]
         infos: list[TokenInfo | None] = [None]
         for n, token in enumerate(ids[1:]):
             best = zip(top_ids[n, :top].tolist(), top_logprobs[n, :top].tolist(), strict=True)
@@ -140,6 +143,7 @@ class Steps:
         for row, active in zip(plan.rows, rows, strict=True):
             if active.cached_tokens is None:
                 active.cached_tokens = row.start
+                self.prompt_tokens += len(active.request.prompt)
             if row.last and active.has_rules:
                 # What the penalties count: after a preemption, the text so far, too.
                 output = active.scheduled.tokens[active.scheduled.prompt_length :]
@@ -148,7 +152,6 @@ class Steps:
             scheduled = active.scheduled
             whole = len(scheduled.tokens)
             inputs.append(PrefillInput(active.slot, tokens, row.start, scheduled.pages, whole, active.adapter))
-            self.prompt_tokens += row.count
         logits = self._runner.prefill(inputs)
         self.count += 1
         if any(row.last for row in plan.rows):
@@ -234,8 +237,8 @@ class Steps:
 
     def _end(self, active: Active) -> None:
         """Frees what a request has, and gives its reader the last step."""
-        if active.row.finish_reason == "error":
-            # What is not finite must not stay in pages that others get.
+        if active.row.finish_reason == "error" or (active.row.finish_reason == "abort" and active.first_token is None):
+            # What is not finite, or not known to be, must not stay in pages that others get.
             self._runner.clear_pages(self._pool.forget(active.scheduled.pages))
         self._scheduler.finish(active.scheduled)
         if self._proposer is not None:

@@ -49,9 +49,16 @@ class Stream:
                 if (step := self._take()) is not None:
                     return step
                 self._check_open(StopAsyncIteration)
+                if self._waiter is not None:
+                    raise RuntimeError("Another task waits for this stream already; a stream has one reader.")
                 event.clear()
                 self._waiter = loop, event
-            await event.wait()
+            try:
+                await event.wait()
+            finally:
+                with self._ready:
+                    if self._waiter == (loop, event):
+                        self._waiter = None
 
     def result(self) -> Finished:
         """Waits for the end of the text. Raises what the engine failed with, if it did."""

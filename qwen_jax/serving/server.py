@@ -108,6 +108,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family[0], socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(family[4])
+        listener.listen(2048)
     except (OSError, UnicodeError) as error:
         raise InputError(f"Cannot listen at {host}:{port}: {error}. Give another --host or --port.") from None
     return listener

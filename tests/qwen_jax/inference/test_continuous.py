@@ -254,7 +254,7 @@ def test_new_weights_change_texts_that_run_and_nothing_old_is_found(
         def until_there_is_a_command(*args: Any) -> Any:
             nonlocal calls
             calls += 1
-            while calls == 27 and not engine._commands:
+            while calls == 27 and not engine._work:
                 time.sleep(0.001)
             return decode(*args)
 
@@ -286,6 +286,67 @@ def test_a_failure_of_the_device_ends_all_requests_with_it(checkpoint: Path, mon
     with pytest.raises(RuntimeError, match="stopped"):
         engine.submit(Request((1, 2, 3), NO_END))
     engine.close()
+
+
+def test_a_failure_before_a_request_is_queued_ends_it_alone(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is told of finished requests may fail, too."""
+    with make_engine(checkpoint) as engine:
+
+        def broken(*_: Any) -> None:
+            raise MemoryError("out of memory")
+
+        monkeypatch.setattr(engine._runner, "prompt_logprobs", broken)
+        engine.on_finished = broken
+        stream = engine.submit(Request((1, 2, 3), NO_END, prompt_logprobs=True))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            stream.result()
+        assert engine.generate([Request((1, 2, 3), NO_END)])[0].finish_reason == "length"
+
+
+def test_a_request_is_cancelled_before_it_is_queued(checkpoint: Path) -> None:
+    with make_engine(checkpoint) as engine:
+        release = threading.Event()
+        blocker = threading.Thread(target=lambda: engine.call(lambda: release.wait(10)))
+        blocker.start()
+        streams = [engine.submit(Request((1, 2, 3), NO_END, prompt_logprobs=reads)) for reads in (False, True)]
+        for stream in streams:
+            stream.cancel()
+        release.set()
+        assert {stream.result().finish_reason for stream in streams} <= {"abort"}
+        blocker.join()
+        assert engine.stats().waiting == 0
+
+
+def test_a_stream_has_one_reader(checkpoint: Path) -> None:
+    async def both(stream: Any) -> list[Any]:
+        async def read() -> list[Step]:
+            return [step async for step in stream]
+
+        return list(await asyncio.gather(read(), read(), return_exceptions=True))
+
+    with make_engine(checkpoint) as engine:
+        found = asyncio.run(both(engine.submit(Request((1, 2, 3), dataclasses.replace(NO_END, max_new_tokens=60)))))
+    failures = [one for one in found if isinstance(one, RuntimeError)]
+    assert len(failures) == 1
+    assert "one reader" in str(failures[0])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: Request((1.5, 2), NO_END),  # type: ignore[arg-type]
+        lambda: Request((1,), dataclasses.replace(NO_END, eos_token_ids=frozenset([10**6]))),
+        lambda: Request((1,), dataclasses.replace(NO_END, eos_token_ids=frozenset([-1]))),
+        lambda: Request((1,), dataclasses.replace(NO_END, stop=("",))),
+        lambda: Request((1,), dataclasses.replace(NO_END, stop="ab")),  # type: ignore[arg-type]
+        lambda: Request((1,), NO_END, grammar=object()),  # type: ignore[arg-type]
+    ],
+)
+def test_wrong_types_are_refused_and_hurt_nobody(checkpoint: Path, tokenizer: Tokenizer, wrong: Any) -> None:
+    with make_engine(checkpoint, tokenizer=tokenizer) as engine:
+        with pytest.raises(InputError):
+            engine.submit(wrong())
+        assert engine.generate([Request((1, 2), NO_END)])[0].finish_reason == "length"
 
 
 def test_closing_drains_or_cancels(checkpoint: Path) -> None:
