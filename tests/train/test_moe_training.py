@@ -361,7 +361,7 @@ def test_evaluation_loses_no_token_and_adds_no_loss() -> None:
     with jax.set_mesh(mesh):
         params = on_mesh(weights(), mesh)
         for moe in (MoETraining(), MoETraining(balance_loss=9.0, capacity_factor=0.25)):
-            sums = eval_step(*config(moe=moe), sharding, params, place(batch, mesh))
+            sums, _ = eval_step(*config(moe=moe), sharding, params, place(batch, mesh))
             found.append((float(sums.loss), float(sums.reported)))
     assert found[0] == found[1]
     assert found[0][0] == found[0][1]
