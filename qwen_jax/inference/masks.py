@@ -43,7 +43,8 @@ def speculated_masks(rows: Sequence[Active], proposals: np.ndarray, words: int) 
 
     Args:
       rows: requests.
-      proposals: int32 [rows, places - 1].
+      proposals: int32 [rows, places - 1]. Those after which there is no mask become -1, which is never accepted: no
+        place after them is sampled.
       words: as for `next_masks`.
     """
     if not any(map(is_masked, rows)):
@@ -59,6 +60,7 @@ def speculated_masks(rows: Sequence[Active], proposals: np.ndarray, words: int) 
                 active.end_with_grammar()
             elif not _fill_after(masks[i, place], active, matcher, place):
                 masks[i, place] = -1
+                proposals[i, place - 1 :] = -1
                 break
             proposal = int(proposals[i, place]) if place < places - 1 else -1
             if active.row.finish_reason or proposal < 0:
@@ -66,6 +68,7 @@ def speculated_masks(rows: Sequence[Active], proposals: np.ndarray, words: int) 
             if not masks[i, place, proposal // 32] >> (proposal % 32) & 1:
                 break  # It cannot be sampled, so no place after it counts.
             if matcher is not None and not _accepts(matcher, proposal):
+                proposals[i, place:] = -1
                 break
     return masks
 
