@@ -219,7 +219,7 @@ class Model:
         check_lengths(self.config, longest_prompt, wanted)
         return wanted
 
-    def _loaded(self) -> tuple["ModelConfig", Any, str]:
+    def loaded(self) -> tuple["ModelConfig", Any, str]:
         """The config, the weights and the dtype; downloads them first if the model is a Hub id."""
         import jax
 
@@ -237,7 +237,7 @@ class Model:
         """
         from qwen_jax.inference import ContinuousEngine
 
-        config, params, dtype = self._loaded()
+        config, params, dtype = self.loaded()
         return ContinuousEngine(
             config,
             params,
@@ -253,7 +253,7 @@ class Model:
         """Loads the weights into an engine of one batch at a time."""
         from qwen_jax.inference import Engine
 
-        config, params, dtype = self._loaded()
+        config, params, dtype = self.loaded()
         engine = Engine(
             config,
             params,

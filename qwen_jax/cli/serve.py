@@ -111,7 +111,6 @@ class Serve:
         settings = self._settings(name)
         # A port that is taken is found before the weights are loaded.
         listen(self.host, self.port).close()
-        enable_compilation_cache()
         service = self._service(name, adapters)
         app = create_app(service, settings)
         interrupted = run(app, self.host, self.port, self._announce)
@@ -183,6 +182,7 @@ class Serve:
         from qwen_jax.serving.settings import Service
         from qwen_jax.tokenizer import load_tokenizer
 
+        enable_compilation_cache()
         small = resolve(name, SMALL)
         config, tokenizer, mesh = load_config(small), load_tokenizer(small), make_mesh(parse_mesh(self.mesh))
         Sharding.for_inference(config, mesh)
@@ -191,8 +191,6 @@ class Serve:
         return Service(scorer=Scorer(config, params, mesh, dtype=dtype), scorer_tokenizer=tokenizer)
 
     def _language_model(self, name: str, adapters: dict[str, Path]) -> "Service":
-        import jax
-
         from qwen_jax.hub import SMALL, resolve
         from qwen_jax.inference.continuous import ContinuousEngine
         from qwen_jax.serving.settings import Service
@@ -212,9 +210,8 @@ class Serve:
                 f"--max-model-len is {self.max_model_len}, and the model's context has {model.config.context_length} "
                 "tokens. Give at most that, or extend it (--rope-scaling, --dual-chunk)."
             )
-        dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else model.config.dtype)
         factors = sibling("convert.adapter").load_adapters(self.adapter, model.config) if adapters else None
-        config, params = sibling("convert").load(model.checkpoint, model.mesh, dtype)
+        config, params, dtype = model.loaded()
         options: dict[str, Any] = {
             "tokenizer": model.tokenizer,
             "dtype": dtype,
@@ -227,7 +224,6 @@ class Serve:
         }
         if factors:
             options["adapters"] = factors
-        config = running.extended(config)
         most = min(self.max_model_len or config.context_length, config.context_length)
         # The draft model's cache takes its memory before the engine takes the rest.
         proposer = self._proposer(model, dtype, most)

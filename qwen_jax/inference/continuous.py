@@ -246,7 +246,7 @@ class ContinuousEngine:
         return stream
 
     def generate(self, requests: Sequence[Request]) -> list[Finished]:
-        """Runs requests to their ends, and returns what came of them, in order. Raises as `submit`, before any runs."""
+        """Runs requests to their ends, and returns their texts, in order. Raises as `submit`, before any runs."""
         for request in requests:
             self._check(request)
         streams = [self.submit(request, incremental=False) for request in requests]

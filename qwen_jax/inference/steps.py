@@ -1,4 +1,4 @@
-"""The engine's steps: what the scheduler plans is started on the device, and what came of it is read one step later."""
+"""The engine's steps: what the scheduler plans is started on the device, and its results are read one step later."""
 
 import collections
 import dataclasses
