@@ -71,13 +71,18 @@ class IdLayout:
         """Ids of noise: the other half."""
         return np.arange(int(self.keys[-1]) + 1, self.end)
 
+    @property
+    def copied(self) -> np.ndarray:
+        """Ids of sequences that are copied: all but the markers. A model that copies keys can look them up."""
+        return np.arange(self.first + _MARKERS, self.end)
+
 
 Rows = tuple[np.ndarray, np.ndarray]
 """Tokens, int32 [rows, length], and loss weights, float32 [rows, length]."""
 
 
 def copy_rows(rng: np.random.Generator, rows: int, length: int, layout: IdLayout, size: int | None = None) -> Rows:
-    """Rows that end in a copy: noise, a sequence of random ids, the marker, the same ids.
+    """Rows that end in a copy: noise, a sequence of ids of all kinds but markers, the marker, the same ids.
 
     Args:
       rng: random numbers.
@@ -95,7 +100,7 @@ def copy_rows(rng: np.random.Generator, rows: int, length: int, layout: IdLayout
     n = (length - 1) // 2 if size is None else size
     if not 1 <= n <= (length - 1) // 2:
         raise InputError(f"A row of {length} tokens cannot hold {n} ids twice, with a marker between them.")
-    sequence = rng.choice(layout.noise, (rows, n))
+    sequence = rng.choice(layout.copied, (rows, n))
     marker = np.full((rows, 1), layout.copy)
     pad = rng.choice(layout.noise, (rows, length - 2 * n - 1))
     tokens = np.concatenate([pad, sequence, marker, sequence], axis=1).astype(np.int32)
