@@ -1,4 +1,4 @@
-"""Copy and needle tasks on bare token ids: batches to train small models on, and tests for them.
+"""Repetition and needle tasks on bare token ids: batches to train small models on, and tests for them.
 
 No tokenizer is needed. A needle is the marker, a key and values; a question is another marker and a key, whose values
 follow. What lies around them is noise: random ids, or any tokens that the caller gives, such as the bytes of a text.
@@ -14,7 +14,7 @@ from train.evaluate.tasks import Sample
 VALUES = 3
 """Values of a key."""
 _RECORD = 2 + VALUES
-_MARKERS = 4
+_MARKERS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +50,6 @@ class IdLayout:
         return self.first + 1
 
     @property
-    def copy(self) -> int:
-        """The marker between a sequence and its copy."""
-        return self.first + 2
-
-    @property
     def values(self) -> np.ndarray:
         """Ids of values: a quarter of all, at most 64."""
         begin = self.first + _MARKERS
@@ -72,8 +67,8 @@ class IdLayout:
         return np.arange(int(self.keys[-1]) + 1, self.end)
 
     @property
-    def copied(self) -> np.ndarray:
-        """Ids of sequences that are copied: all but the markers. A model that copies keys can look them up."""
+    def content(self) -> np.ndarray:
+        """All ids but the markers."""
         return np.arange(self.first + _MARKERS, self.end)
 
 
@@ -81,32 +76,38 @@ Rows = tuple[np.ndarray, np.ndarray]
 """Tokens, int32 [rows, length], and loss weights, float32 [rows, length]."""
 
 
-def copy_rows(rng: np.random.Generator, rows: int, length: int, layout: IdLayout, size: int | None = None) -> Rows:
-    """Rows that end in a copy: noise, a sequence of ids of all kinds but markers, the marker, the same ids.
+def repeated_rows(
+    rng: np.random.Generator, rows: int, length: int, layout: IdLayout, shortest: int = 8, longest: int | None = None
+) -> Rows:
+    """Rows that repeat a sequence of random ids from their beginning to their end.
+
+    The sequences have ids of all kinds but markers: a model that learns to repeat them also learns to look up keys.
+    Their lengths are log-uniform, so that short ones, which are learned first, are as likely as long ones.
 
     Args:
       rng: random numbers.
       rows: how many.
       length: tokens of a row.
       layout: the ids.
-      size: ids of the sequence; by default as many as fit twice.
+      shortest, longest: lengths of sequences; the longest is by default half a row.
 
     Returns:
-      Tokens, and weights that are 1 on the repetition, otherwise 0.
+      Tokens, and weights that are 1 on the repetitions, otherwise 0.
 
     Raises:
-      InputError: too short a length.
+      InputError: sequences that do not fit twice.
     """
-    n = (length - 1) // 2 if size is None else size
-    if not 1 <= n <= (length - 1) // 2:
-        raise InputError(f"A row of {length} tokens cannot hold {n} ids twice, with a marker between them.")
-    sequence = rng.choice(layout.copied, (rows, n))
-    marker = np.full((rows, 1), layout.copy)
-    pad = rng.choice(layout.noise, (rows, length - 2 * n - 1))
-    tokens = np.concatenate([pad, sequence, marker, sequence], axis=1).astype(np.int32)
-    weights = np.zeros((rows, length), np.float32)
-    weights[:, -n:] = 1
-    return tokens, weights
+    longest = length // 2 if longest is None else longest
+    if not 1 <= shortest <= longest <= length // 2:
+        raise InputError(
+            f"Sequences of {shortest} to {longest} ids cannot be repeated in rows of {length} tokens. Expected lengths "
+            f"in order, from 1 to {length // 2}."
+        )
+    periods = np.exp(rng.uniform(np.log(shortest), np.log(longest), rows)).round().astype(int)
+    sequences = rng.choice(layout.content, (rows, longest))
+    columns = np.arange(length)
+    tokens = sequences[np.arange(rows)[:, None], columns % periods[:, None]].astype(np.int32)
+    return tokens, (columns >= periods[:, None]).astype(np.float32)
 
 
 def needle_rows(

@@ -241,18 +241,22 @@ def test_rows_of_needles_answer_their_questions() -> None:
         synthetic_ids.needle_rows(rng, 1, 30, layout, needles=6)
 
 
-def test_rows_of_copies_repeat() -> None:
-    rng, layout = print_seed(), synthetic_ids.IdLayout(0, 64)
-    for length, size in ((4, None), (101, None), (100, 7)):
-        n = size or (length - 1) // 2
-        tokens, weights = synthetic_ids.copy_rows(rng, 3, length, layout, size)
-        assert tokens.shape == (3, length)
-        assert np.array_equal(tokens[:, -n:], tokens[:, -2 * n - 1 : -n - 1])
-        assert (tokens[:, -n - 1] == layout.copy).all()
-        assert np.array_equal(weights.sum(axis=1), [n] * 3)
-        assert (weights[:, -n:] == 1).all()
-    with pytest.raises(InputError, match="cannot hold"):
-        synthetic_ids.copy_rows(rng, 1, 10, layout, 5)
+def test_rows_repeat_their_sequences() -> None:
+    """What counts equals what stood a period before; periods have the lengths asked for, and short ones are common."""
+    rng, layout = print_seed(), synthetic_ids.IdLayout(5, 64)
+    for length, shortest, longest in ((16, 8, None), (101, 3, 20), (4000, 8, None)):
+        tokens, weights = synthetic_ids.repeated_rows(rng, 40, length, layout, shortest, longest)
+        assert tokens.shape == weights.shape == (40, length)
+        assert set(np.unique(tokens)) <= set(layout.content)
+        periods = (weights == 0).sum(axis=1)
+        assert periods.min() >= shortest
+        assert periods.max() <= (longest or length // 2)
+        for row, weight, period in zip(tokens, weights, periods, strict=True):
+            assert np.array_equal(row[period:], row[:-period])
+            assert (weight[period:] == 1).all()
+    assert (periods < 200).sum() > 10
+    with pytest.raises(InputError, match="cannot be repeated"):
+        synthetic_ids.repeated_rows(rng, 1, 10, layout, 6)
 
 
 def test_a_sample_on_ids_has_its_needle_at_its_depth() -> None:
