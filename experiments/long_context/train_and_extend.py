@@ -3,7 +3,7 @@
     python -m experiments.long_context.train_and_extend --folder extend-run --seeds 0 1 2
     python -m experiments.long_context.train_and_extend --folder extend-run --table     # of what has been run
 
-It learns the next byte of real text (half of each batch), to repeat sequences (an eighth), and to find needles.
+It learns the next byte of real text, to repeat sequences of ids, and to find needles.
 Then, without further training, it is read by each scheme:
 
 - `rope`: plain positions, beyond those that it has seen.
@@ -72,7 +72,7 @@ ATTENTIONS = ("dense", "pooled")
 _NEVER = 2**30
 RESULTS = "results.jsonl"
 # The kind of each of eight rows: 0 repetitions, 1 needles, 2 text.
-_KINDS = np.array([0, 1, 1, 1, 2, 2, 2, 2])
+_KINDS = np.array([0, 0, 1, 1, 1, 2, 2, 2])
 # Prompts that are answered together, at most.
 _MOST_ROWS = 32
 
@@ -192,9 +192,9 @@ def extended(model: ModelConfig, scheme: str, trained: int, length: int) -> Mode
 
 
 class Mixture:
-    """Batches by step: half of the rows are real text, an eighth repeats sequences, the rest has needles.
+    """Batches by step: a quarter of the rows repeats sequences, three eighths have needles, three eighths are text.
 
-    The answers of a row of needles, and a row's repetitions, weigh half as much as a row of text.
+    The answers of a row of needles, and a row's repetitions, weigh as much as a row of text.
 
     Args:
       length: tokens of a row.
@@ -235,8 +235,8 @@ class Mixture:
         return _batch(tokens, np.ones(tokens.shape, np.float32))
 
     def _answers(self, tokens: np.ndarray, weights: np.ndarray) -> Batch:
-        """Rows whose weighted tokens together weigh half a row."""
-        return _batch(tokens, weights * (self._length / 2 / weights.sum(axis=1, keepdims=True)))
+        """Rows whose weighted tokens together weigh as much as a row of text."""
+        return _batch(tokens, weights * (self._length / weights.sum(axis=1, keepdims=True)))
 
     def _rows(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """Stretches of the text, int32 [count, length]."""

@@ -100,7 +100,7 @@ def test_the_whole_path(tmp_path, texts, capsys):
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
-    """Half text; repetitions and needles weigh half as much a row."""
+    """Repetitions and needles weigh as much as text."""
     rng = print_seed()
     text = rng.integers(0, 256, 5000).astype(np.uint8)
     seed = int(rng.integers(2**31))
@@ -108,8 +108,8 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert all(np.array_equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
     assert not np.array_equal(a.tokens, experiment.Mixture(64, 8, text, seed)[6].tokens)
     assert a.tokens.shape == (8, 64)
-    np.testing.assert_allclose(a.loss_weights.sum(axis=1), [32] * 4 + [64] * 4, rtol=1e-6)
-    assert (a.tokens[4:] < 256).all()
+    np.testing.assert_allclose(a.loss_weights.sum(axis=1), 64, rtol=1e-6)
+    assert (a.tokens[5:] < 256).all()
 
 
 def test_rows_of_the_continuation():
@@ -131,7 +131,7 @@ def test_rows_of_the_continuation():
 
 
 def test_shares_of_the_mixture_over_eight_rows():
-    """An eighth repeats, three eighths have needles, half are text: also where a step has fewer rows than eight."""
+    """A quarter repeats, three eighths have needles, also where a step has fewer rows than eight."""
     rng = print_seed()
     mixture = experiment.Mixture(64, 8, rng.integers(0, 256, 5000).astype(np.uint8), 0)
     first, cut = int(rng.integers(100)), int(rng.integers(9))
@@ -140,7 +140,7 @@ def test_shares_of_the_mixture_over_eight_rows():
     needles = (tokens == experiment.LAYOUT.needle).any(axis=1)
     # A row that repeats has no bytes and no markers.
     repetitions = np.isin(tokens, experiment.LAYOUT.content).all(axis=1)
-    assert (repetitions.sum(), needles.sum(), len(tokens)) == (1, 3, 8)
+    assert (repetitions.sum(), needles.sum(), len(tokens)) == (2, 3, 8)
 
 
 def test_a_batch_that_cannot_be_continued():
