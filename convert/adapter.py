@@ -28,6 +28,7 @@ from qwen_jax.params import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_PAIR = re.compile(r"([A-Za-z0-9][A-Za-z0-9._/-]*)=(.+)")
 _MATRIX = re.compile(r"(.+)\.lora_([AB])(\.default)?\.weight")
 # Settings of PEFT that change what an adapter computes, with the only values that are supported.
 _FIXED: dict[str, tuple[object, ...]] = {
@@ -289,25 +290,43 @@ def load_factors(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
     return AdapterFactors(adapter.lora.rank, layers)
 
 
-def load_adapters(pairs: Sequence[str], config: ModelConfig) -> dict[str, AdapterFactors]:
-    """Reads the adapters that a command line names, for `ContinuousEngine`.
+def adapter_folders(pairs: Sequence[str]) -> dict[str, Path]:
+    """The folders of adapters by name, from the texts of a command line.
 
     Args:
       pairs: NAME=DIR of each, such as "french=runs/french/model".
+
+    Raises:
+      InputError: not of that form, a name that is given twice, or no such folder.
+    """
+    folders: dict[str, Path] = {}
+    for pair in pairs:
+        match = _PAIR.fullmatch(pair)
+        if match is None:
+            raise InputError(
+                "Expected an adapter as NAME=DIR, such as french=runs/french/model, with a name of letters, digits and "
+                f"any of . _ / -; got {pair!r}."
+            )
+        name, folder = match[1], Path(match[2])
+        if name in folders:
+            raise InputError(f"Two adapters have the name {name!r}. Give each a name of its own.")
+        if not folder.is_dir():
+            raise InputError(f"The adapter folder {folder} does not exist.")
+        folders[name] = folder
+    return folders
+
+
+def load_adapters(folders: Mapping[str, Path], config: ModelConfig) -> dict[str, AdapterFactors]:
+    """Reads adapters, for `ContinuousEngine`.
+
+    Args:
+      folders: by the name that requests give, such as from `adapter_folders`.
       config: of the base model.
 
     Raises:
-      InputError: not of that form, a name that is given twice, or as `load_factors`.
+      InputError: as `load_factors`.
     """
-    adapters: dict[str, AdapterFactors] = {}
-    for pair in pairs:
-        name, _, folder = pair.partition("=")
-        if not name or not folder:
-            raise InputError(f"Expected an adapter as NAME=DIR, such as french=runs/french/model; got {pair!r}.")
-        if name in adapters:
-            raise InputError(f"Two adapters have the name {name!r}. Give each a name of its own.")
-        adapters[name] = load_factors(folder, config)
-    return adapters
+    return {name: load_factors(folder, config) for name, folder in folders.items()}
 
 
 def _put(tree: Params, path: tuple[str, ...], value: np.ndarray) -> None:

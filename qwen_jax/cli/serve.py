@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import importlib.util
 import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,7 +24,8 @@ _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 _KEY_VARIABLE = "QWEN_JAX_API_KEY"
 # Proposals are made while at most so many requests run: a small batch leaves the device time to check them.
 _SPECULATED_ROWS = 8
-_ADAPTER = re.compile(r"([A-Za-z0-9][A-Za-z0-9._/-]*)=(.+)")
+# Settings of the server whose option has another name.
+_OPTIONS = {"max_waiting": "max_queue", "drain_timeout": "shutdown_timeout"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Serve:
         pooling: Of /v1/embeddings, where a request does not say.
         max_logprobs: The most likely tokens at each place that a request may ask for.
         max_choices: n and best_of.
-        max_queue: Requests that may wait; beyond it clients are told to come again.
+        max_queue: Requests that may wait, beside those that start at once; beyond it clients are told to come again.
         max_body_bytes: Of a request.
         request_timeout: Seconds that a request may take; 0 is no limit.
         shutdown_timeout: Seconds that running requests get after SIGTERM.
@@ -101,7 +101,7 @@ class Serve:
     def run(self) -> int:
         # Everything that can be wrong is checked before the weights are loaded.
         name = model_name(self.folder, self.model)
-        adapters = self._adapters()
+        adapters = sibling("convert.adapter").adapter_folders(self.adapter) if self.adapter else {}
         self._check_numbers()
         if missing := [package for package in _PACKAGES if importlib.util.find_spec(package) is None]:
             raise InputError(f"The server needs {', '.join(missing)}: run pip install 'qwen-jax[serve]'.")
@@ -119,21 +119,6 @@ class Serve:
     def _announce(self, url: str) -> None:
         print(f"Serving at {url} (OpenAI's API at {url}/v1, chat page at {url}/).", file=sys.stderr, flush=True)
 
-    def _adapters(self) -> dict[str, Path]:
-        """The adapters' folders by name. Raises InputError for another form, a name given twice, or no folder."""
-        found: dict[str, Path] = {}
-        for text in self.adapter:
-            match = _ADAPTER.fullmatch(text)
-            if match is None:
-                raise InputError(f"--adapter must be NAME=DIR, got {text!r}.")
-            name, folder = match[1], Path(match[2])
-            if name in found:
-                raise InputError(f"--adapter gives the name {name!r} twice.")
-            if not folder.is_dir():
-                raise InputError(f"The adapter folder {folder} does not exist.")
-            found[name] = folder
-        return found
-
     def _check_numbers(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_speculative_tokens"):
             value = getattr(self, name)
@@ -148,18 +133,26 @@ class Serve:
         from qwen_jax.serving.settings import ServerSettings
 
         keys = [key.strip() for key in os.environ.get(_KEY_VARIABLE, "").split(",")]
-        return ServerSettings(
-            served_names=self.served_model_name or (name if is_hub_id(name) else Path(name).resolve().name,),
-            api_keys=(*self.api_key, *filter(None, keys)),
-            allowed_origins=self.allowed_origin,
-            pooling=self.pooling,
-            max_body_bytes=self.max_body_bytes,
-            max_choices=self.max_choices,
-            max_logprobs=self.max_logprobs,
-            max_waiting=self.max_queue,
-            request_timeout=self.request_timeout,
-            drain_timeout=self.shutdown_timeout,
-        )
+        try:
+            return ServerSettings(
+                served_names=self.served_model_name or (name if is_hub_id(name) else Path(name).resolve().name,),
+                api_keys=(*self.api_key, *filter(None, keys)),
+                allowed_origins=self.allowed_origin,
+                pooling=self.pooling,
+                max_body_bytes=self.max_body_bytes,
+                max_choices=self.max_choices,
+                max_logprobs=self.max_logprobs,
+                max_waiting=self.max_queue,
+                request_timeout=self.request_timeout,
+                drain_timeout=self.shutdown_timeout,
+            )
+        except InputError as error:
+            # The message begins with the name of a field, or is about names and keys.
+            field, _, rest = str(error).partition(" ")
+            option = _OPTIONS.get(field, field)
+            if not hasattr(self, option):
+                raise
+            raise InputError(f"--{option.replace('_', '-')} {rest}") from None
 
     def _service(self, name: str, adapters: dict[str, Path]) -> "Service":
         """Loads the model: a language model with its engine, or a reward model."""
@@ -191,12 +184,10 @@ class Serve:
         return Service(scorer=Scorer(config, params, mesh, dtype=dtype), scorer_tokenizer=tokenizer)
 
     def _language_model(self, name: str, adapters: dict[str, Path]) -> "Service":
-        from qwen_jax.hub import SMALL, resolve
         from qwen_jax.inference.continuous import ContinuousEngine
         from qwen_jax.serving.settings import Service
 
-        if self.speculative not in (None, "ngram"):
-            resolve(self.speculative, SMALL)
+        self._check_draft()
         running = Running(
             dtype=self.dtype,
             mesh=self.mesh,
@@ -210,7 +201,7 @@ class Serve:
                 f"--max-model-len is {self.max_model_len}, and the model's context has {model.config.context_length} "
                 "tokens. Give at most that, or extend it (--rope-scaling, --dual-chunk)."
             )
-        factors = sibling("convert.adapter").load_adapters(self.adapter, model.config) if adapters else None
+        factors = sibling("convert.adapter").load_adapters(adapters, model.config) if adapters else None
         config, params, dtype = model.loaded()
         options: dict[str, Any] = {
             "tokenizer": model.tokenizer,
@@ -231,6 +222,19 @@ class Serve:
         if not self.lazy_compile:
             self._compile(engine)
         return Service(engine=engine, defaults=model.defaults)
+
+    def _check_draft(self) -> None:
+        """Raises InputError if the model that guesses tokens cannot be found."""
+        from qwen_jax.hub import SMALL, is_hub_id, resolve
+
+        if self.speculative in (None, "ngram"):
+            return
+        if not Path(self.speculative).is_dir() and not is_hub_id(self.speculative):
+            raise InputError(
+                "--speculative must be ngram, or the folder or Hub id of a smaller model with the same tokenizer; got "
+                f"{self.speculative!r}, which is none of them."
+            )
+        resolve(self.speculative, SMALL)
 
     def _proposer(self, target: Model, dtype: str, max_length: int) -> "Proposer | None":
         """What proposes tokens: the text itself, or a draft model, which is loaded."""

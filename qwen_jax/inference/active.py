@@ -22,12 +22,14 @@ class Times:
     """When things happened to a request that has ended, in seconds of `time.monotonic`, and its sizes.
 
     Attributes:
-      submitted, first_token, finished: `first_token` is None if there was none.
+      submitted, started, first_token, finished: `started` is when its prompt was first read; None if it was not.
+        `first_token` is None if there was none.
       prompt_tokens, output_tokens: counts.
       reason: why it ended; see `Finished`.
     """
 
     submitted: float
+    started: float | None
     first_token: float | None
     finished: float
     prompt_tokens: int
@@ -44,7 +46,7 @@ class Active:
       row: its text.
       stream: where its steps go; `incremental` tells whether it wants those before the last.
       adapter: number of its adapter in the runner; 0 is none.
-      submitted, first_token: seconds of `time.monotonic`.
+      submitted, started, first_token: seconds of `time.monotonic`, as in `Times`.
       tokens: log-probabilities of the text's tokens; `prompt_logprobs` of the prompt's, if asked for.
       matcher: what its grammar allows next.
       cached_tokens: of the prompt, that were found in the prefix cache; None until it begins.
@@ -57,6 +59,7 @@ class Active:
     incremental: bool
     adapter: int = 0
     submitted: float = dataclasses.field(default_factory=time.monotonic)
+    started: float | None = None
     first_token: float | None = None
     tokens: list[TokenInfo] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[TokenInfo | None] | None = None
@@ -147,4 +150,4 @@ class Active:
         )
         self.stream.put(Step((text or "")[self.given :], tuple(self.tokens[self.given_tokens :]), finished))
         sizes = len(row.prompt), len(row.tokens)
-        return Times(self.submitted, self.first_token, time.monotonic(), *sizes, row.finish_reason)
+        return Times(self.submitted, self.started, self.first_token, time.monotonic(), *sizes, row.finish_reason)

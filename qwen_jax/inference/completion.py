@@ -65,6 +65,7 @@ class Row:
       logprobs: whether log-probabilities are kept.
       incremental: decode the text token by token, to stream it. Stop strings need that too.
       dtype: compute dtype, for error messages.
+      min_tokens: stop strings in the text of the first so many tokens do not end it, as in vLLM.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class Row:
         logprobs: bool,
         incremental: bool,
         dtype: str,
+        min_tokens: int = 0,
     ):
         self.prompt, self.tokenizer, self._ending, self._dtype = prompt, tokenizer, ending, dtype
+        self._min_tokens = min_tokens
         self.tokens: list[int] = []
         self.logprobs: list[float] | None = [] if logprobs else None
         self.finish_reason = ""
@@ -108,7 +111,8 @@ class Row:
         if self.logprobs is not None and logprob is not None:
             self.logprobs.append(logprob)
         ended = token in self._ending.eos_token_ids
-        stopped = self._text is not None and self._text.push(token, hidden=ended)
+        early = len(self.tokens) <= self._min_tokens
+        stopped = self._text is not None and self._text.push(token, hidden=ended, early=early)
         if ended or stopped:
             self.finish_reason = "stop"
             self.stopped_by = token if ended or self._text is None else self._text.stopped_by
@@ -158,21 +162,23 @@ class _GrowingText:
         self._raw_lengths: list[int] = []
         self._lengths: list[int] = []
 
-    def push(self, token: int, hidden: bool) -> bool:
+    def push(self, token: int, hidden: bool, early: bool = False) -> bool:
         """Appends a token; returns whether the text now ends with a stop string, which is cut off.
 
         Args:
           token: its id.
           hidden: it is an end-of-text token, which the text leaves out.
+          early: no stop string is looked for.
         """
         before, raw_before = len(self._text), len(self._raw)
         if not hidden:
             self._text += self._decoder.push([token])
-        cuts = _find(self._text, self._stop, before)
+        cuts = [] if early else _find(self._text, self._stop, before)
         if self._raw_decoder is not None:
             self._raw_lengths.append(raw_before)
             self._lengths.append(before)
             self._raw += self._raw_decoder.push([token])
+        if self._raw_decoder is not None and not early:
             cuts += [(self._visible(at), text) for at, text in _find(self._raw, self._raw_stop, raw_before)]
         if cuts:
             at, self.stopped_by = min(cuts)

@@ -25,22 +25,25 @@ from qwen_jax.inference.page_memory import pages_that_fit
 from qwen_jax.inference.pages import PagePool
 from qwen_jax.inference.prompts import (
     Ids,
+    Limits,
     check_generates,
     check_ids,
     check_lengths,
-    check_stop,
+    check_request,
+    check_sizes,
     default_eos,
     vocab_limit,
 )
 from qwen_jax.inference.proposers import Proposer
-from qwen_jax.inference.request import Request
+from qwen_jax.inference.request import MAX_TOP_LOGPROBS, Request
 from qwen_jax.inference.runner import Runner, RunnerConfig
 from qwen_jax.inference.sampling import as_int
 from qwen_jax.inference.scheduler import Scheduler
 from qwen_jax.inference.scheduler import Sequence as Scheduled
 from qwen_jax.inference.steps import Steps
 from qwen_jax.inference.stream import Stream
-from qwen_jax.inference.structured import Grammar, Grammars
+from qwen_jax.inference.structured import Grammars
+from qwen_jax.inference.text_rows import in_groups
 from qwen_jax.inference.weights import fuse
 from qwen_jax.kernels import Implementation
 from qwen_jax.lora import AdapterFactors
@@ -115,14 +118,7 @@ class ContinuousEngine:
         """
         check_generates(config)
         sizes = {"max_seqs": max_seqs, "max_batched_tokens": max_batched_tokens, "page_size": page_size}
-        sizes |= {k: v for k, v in {"max_length": max_length, "num_pages": num_pages}.items() if v is not None}
-        for name, value in sizes.items():
-            if as_int(value, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {value}.")
-        if page_size % 16:
-            raise InputError(f"page_size must be a multiple of 16, got {page_size}.")
-        if not 0 < memory_fraction <= 1:
-            raise InputError(f"memory_fraction must be in (0, 1], got {memory_fraction}.")
+        check_sizes({**sizes, "max_length": max_length, "num_pages": num_pages}, memory_fraction)
         self.config, self.mesh, self.tokenizer = config, mesh, tokenizer
         self.max_length = min(max_length or config.context_length, config.context_length)
         self.vocab_limit = vocab_limit(config, tokenizer)
@@ -130,9 +126,7 @@ class ContinuousEngine:
             self.eos_token_ids = default_eos(config, tokenizer)
         else:
             self.eos_token_ids = check_ids(eos_token_ids, "eos_token_ids", config.vocab_size)
-        self.grammars = None
-        if tokenizer is not None:
-            self.grammars = Grammars(tokenizer, config.vocab_size, self.eos_token_ids)
+        self.grammars = None if tokenizer is None else Grammars(tokenizer, config.vocab_size, self.eos_token_ids)
         self.on_finished: Callable[[Times], None] | None = None
 
         # The device's side: weights, factors of adapters, cache and programs.
@@ -234,6 +228,7 @@ class ContinuousEngine:
             logprobs=False,
             incremental=incremental,
             dtype=self._dtype,
+            min_tokens=request.min_tokens,
         )
         active = Active(scheduled, row, stream, incremental, self._number(request.adapter))
         self._submitted[number] = active
@@ -263,9 +258,14 @@ class ContinuousEngine:
 
         Args:
           prompt: token ids.
-          top: how many of the most likely tokens to return at each place.
+          top: how many of the most likely tokens to return at each place, at most `MAX_TOP_LOGPROBS`.
           adapter: name of an adapter; None for the model itself.
+
+        Raises:
+          InputError: ids out of range, a text that is too long, or `top` out of range.
         """
+        if not 0 <= as_int(top, "top") <= MAX_TOP_LOGPROBS:
+            raise InputError(f"top must be in [0, {MAX_TOP_LOGPROBS}], got {top}.")
         number = self._number(adapter)
         ids = list(check_ids(prompt, "prompt", self.vocab_limit))
         check_lengths(self.config, len(ids), 1)
@@ -296,7 +296,12 @@ class ContinuousEngine:
         return scores
 
     def embed(
-        self, prompts: Sequence[Sequence[int]], pooling: Literal["mean", "last"] = "mean", adapter: str | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        pooling: Literal["mean", "last"] = "mean",
+        adapter: str | None = None,
+        *,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> np.ndarray:
         """Pooled hidden states of texts, float32 [texts, hidden_size].
 
@@ -304,6 +309,11 @@ class ContinuousEngine:
           prompts: token ids of each.
           pooling: "mean" over a text's tokens, or "last".
           adapter: name of an adapter; None for the model itself.
+          stopped: asked before each group of texts; once it is true, the rest is not read.
+
+        Raises:
+          InputError: another pooling, ids out of range, or a text that is empty or too long.
+          concurrent.futures.CancelledError: `stopped` became true.
         """
         number = self._number(adapter)
         if pooling not in ("mean", "last"):
@@ -313,19 +323,14 @@ class ContinuousEngine:
             if not 0 < len(prompt) <= self.config.context_length:
                 most = self.config.context_length
                 raise InputError(f"Text {i} has {len(prompt)} tokens; expected 1 to {most}, the model's context.")
+        found = []
         # Few texts at a time, so that running texts go on between them.
-        groups: list[list[list[int]]] = []
-        room = 0
-        for prompt in ids:
-            if len(prompt) > room:
-                groups.append([])
-                room = self._runner.settings.max_batched_tokens
-            groups[-1].append(prompt)
-            room -= len(prompt)
-        found = [
-            self.call(lambda group=group: self._runner.embed(group, pooling, [number] * len(group)))  # type: ignore[misc]
-            for group in groups
-        ]
+        for group in in_groups(ids, self._runner.settings.max_batched_tokens):
+            if stopped():
+                raise concurrent.futures.CancelledError
+            found.append(
+                self.call(lambda group=group: self._runner.embed(group, pooling, [number] * len(group)))  # type: ignore[misc]
+            )
         return np.concatenate(found) if found else np.zeros((0, self.config.hidden_size), np.float32)
 
     def update_weights(self, params: Params) -> None:
@@ -358,6 +363,7 @@ class ContinuousEngine:
         return Stats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(self._submitted),
+            free=0 if scheduler.blocked else self._runner.settings.max_seqs - len(scheduler.running),
             pages_used=pool.num_pages - pool.num_free,
             pages=pool.num_pages,
             prompt_tokens=steps.prompt_tokens,
@@ -409,31 +415,9 @@ class ContinuousEngine:
                     raise RuntimeError("The engine has stopped.") from self._failure
 
     def _check(self, request: Request) -> None:
-        """Raises InputError for a request that this model cannot run."""
-        wrong = [i for i in (*request.prompt, *request.logit_bias) if not 0 <= i < self.vocab_limit]
-        if wrong:
-            raise InputError(f"Token id {wrong[0]} is out of range; ids must be in [0, {self.vocab_limit}).")
-        length, new = len(request.prompt), request.ending.max_new_tokens
-        check_lengths(self.config, length, new)
-        if length + new > self.max_length:
-            raise InputError(
-                f"A prompt of {length} tokens and {new} new ones exceed the {self.max_length} tokens that a text may "
-                "have here. Shorten the prompt or ask for fewer tokens."
-            )
-        pages = -(-(length + new) // self._pool.page_size)
-        if pages > self._pool.num_pages:
-            raise InputError(
-                f"A prompt of {length} tokens and {new} new ones need {pages} pages of the cache, which has "
-                f"{self._pool.num_pages}. Shorten the prompt or ask for fewer tokens, or give the cache more memory."
-            )
-        if self.tokenizer is None and (request.ending.stop or request.grammar is not None):
-            raise InputError("Stop strings and grammars need a tokenizer.")
-        if isinstance(request.ending.stop, str):
-            raise InputError(f"Ending.stop must be a tuple of strings, got {request.ending.stop!r}.")
-        check_stop(request.ending.stop, self.tokenizer)
-        check_ids(tuple(request.ending.eos_token_ids), "eos_token_ids", self.config.vocab_size)
-        if request.grammar is not None and not isinstance(request.grammar, Grammar):
-            raise InputError(f"A grammar comes from engine.grammars; got {type(request.grammar).__name__}.")
+        """Raises InputError for a request that this engine cannot run."""
+        pages = self._pool.num_pages, self._pool.page_size
+        check_request(request, Limits(self.config, self.tokenizer, self.vocab_limit, self.max_length, *pages))
         self._number(request.adapter)
 
     def _number(self, adapter: str | None) -> int:

@@ -1,12 +1,18 @@
 """Bit masks of the tokens that a text may have next: by its grammar, and without end ids while it is too short."""
 
+import functools
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from qwen_jax.errors import InputError
 from qwen_jax.inference.active import Active
 from qwen_jax.inference.structured import Matcher
+
+# Masks that took longer in the step before are made in threads; for less, waking a thread costs as much.
+_WORTH_THREADS = 0.001
 
 
 def is_masked(active: Active) -> bool:
@@ -26,16 +32,40 @@ def next_masks(rows: Sequence[Active | None], steps: Sequence[int], words: int) 
     if not masked:
         return None
     masks = np.full((len(rows), words), -1, np.int32)
-    for i in masked:
-        active = rows[i]
-        if active is not None and not active.row.finish_reason:
-            with active.failing():
-                _fill(masks[i], active, active.matcher, steps[i])
-            # Some grammars know only now that nothing may follow.
-            active.end_with_grammar()
-            if active.row.finish_reason:
-                masks[i] = -1
+
+    def fill(places: Sequence[int]) -> None:
+        for i in places:
+            active = rows[i]
+            if active is not None and not active.row.finish_reason:
+                with active.failing():
+                    _fill(masks[i], active, active.matcher, steps[i])
+                # Some grammars know only now that nothing may follow.
+                active.end_with_grammar()
+                if active.row.finish_reason:
+                    masks[i] = -1
+
+    seconds = {i: _last_seconds(rows[i]) for i in masked}
+    if len(masked) > 1 and sum(seconds.values()) > _WORTH_THREADS:
+        # The largest first, so that each thread gets about as much. llguidance works without Python's lock.
+        order, threads = sorted(masked, key=seconds.__getitem__, reverse=True), _threads()
+        list(threads.map(fill, [order[k :: _count()] for k in range(_count())]))
+    else:
+        fill(masked)
     return masks
+
+
+def _last_seconds(active: Active | None) -> float:
+    return 0.0 if active is None or active.matcher is None else active.matcher.last_seconds
+
+
+@functools.cache
+def _count() -> int:
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_count(), "qwen_jax-masks")
 
 
 def speculated_masks(rows: Sequence[Active], proposals: np.ndarray, words: int) -> np.ndarray | None:
@@ -96,6 +126,9 @@ def _fill(mask_W: np.ndarray, active: Active, matcher: Matcher | None, step: int
         matcher.fill(mask_W)
     # A text that its grammar has completed ends, whatever its length.
     if step < active.request.min_tokens and not (matcher is not None and matcher.ended):
-        words = mask_W.view(np.uint32)
-        for token in active.request.ending.eos_token_ids:
+        words, ends = mask_W.view(np.uint32), active.request.ending.eos_token_ids
+        before = words.copy()
+        for token in ends if matcher is None else ends.union(matcher.end_ids):
             words[token // 32] &= np.uint32(~(1 << (token % 32)) & 0xFFFFFFFF)
+        if matcher is not None and not words.any():
+            words[:] = before

@@ -58,6 +58,7 @@ class Stats:
 
     Attributes:
       running, waiting: requests.
+      free: further requests that would start at once: places in the batch, or 0 while requests wait for pages.
       pages_used, pages: of the cache.
       prompt_tokens, output_tokens: read and generated.
       prefix_hits, prefix_queries: prompt tokens that were found in the prefix cache, and that were looked up.
@@ -67,6 +68,7 @@ class Stats:
 
     running: int
     waiting: int
+    free: int
     pages_used: int
     pages: int
     prompt_tokens: int

@@ -1,6 +1,7 @@
-"""The host's checks of prompts, ids and lengths, before anything runs."""
+"""The host's checks of prompts, ids, lengths and requests, before anything runs."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import SupportsIndex, cast
 
 import jax
@@ -8,7 +9,9 @@ import numpy as np
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.inference.request import Request
 from qwen_jax.inference.sampling import as_int
+from qwen_jax.inference.structured import Grammar
 from qwen_jax.tokenizer import Tokenizer
 
 # Rows of the published embeddings; ids from 151,665 on were never trained.
@@ -138,3 +141,71 @@ def check_stop(stop: str | Sequence[str], tokenizer: Tokenizer | None) -> tuple[
         if not text:
             raise InputError("A stop string must not be empty.")
     return texts
+
+
+def check_sizes(sizes: Mapping[str, int | None], memory_fraction: float) -> None:
+    """Checks the sizes of an engine.
+
+    Args:
+      sizes: numbers of at least 1 by the names of arguments, or None for a default; with `page_size`.
+      memory_fraction: of the device's memory.
+
+    Raises:
+      InputError: one is out of range.
+    """
+    for name, value in sizes.items():
+        if value is not None and as_int(value, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {value}.")
+    if (sizes["page_size"] or 0) % 16:
+        raise InputError(f"page_size must be a multiple of 16, got {sizes['page_size']}.")
+    if not 0 < memory_fraction <= 1:
+        raise InputError(f"memory_fraction must be in (0, 1], got {memory_fraction}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What an engine's requests must fit.
+
+    Attributes:
+      config, tokenizer: of the model.
+      vocab_limit: ids of prompts must be below it.
+      max_length: tokens that a prompt and its text may have together.
+      num_pages, page_size: of the cache.
+    """
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    vocab_limit: int
+    max_length: int
+    num_pages: int
+    page_size: int
+
+
+def check_request(request: Request, limits: Limits) -> None:
+    """Raises InputError for a request that can never run."""
+    config, tokenizer = limits.config, limits.tokenizer
+    for ids in (request.prompt, tuple(request.logit_bias)):
+        if ids and not (min(ids) >= 0 and max(ids) < limits.vocab_limit):
+            wrong = next(i for i in ids if not 0 <= i < limits.vocab_limit)
+            raise InputError(f"Token id {wrong} is out of range; ids must be in [0, {limits.vocab_limit}).")
+    length, new = len(request.prompt), request.ending.max_new_tokens
+    check_lengths(config, length, new)
+    if length + new > limits.max_length:
+        raise InputError(
+            f"A prompt of {length} tokens and {new} new ones exceed the {limits.max_length} tokens that a text may "
+            "have here. Shorten the prompt or ask for fewer tokens."
+        )
+    pages = -(-(length + new) // limits.page_size)
+    if pages > limits.num_pages:
+        raise InputError(
+            f"A prompt of {length} tokens and {new} new ones need {pages} pages of the cache, which has "
+            f"{limits.num_pages}. Shorten the prompt or ask for fewer tokens, or give the cache more memory."
+        )
+    if tokenizer is None and (request.ending.stop or request.grammar is not None):
+        raise InputError("Stop strings and grammars need a tokenizer.")
+    if isinstance(request.ending.stop, str):
+        raise InputError(f"Ending.stop must be a tuple of strings, got {request.ending.stop!r}.")
+    check_stop(request.ending.stop, tokenizer)
+    check_ids(tuple(request.ending.eos_token_ids), "eos_token_ids", config.vocab_size)
+    if request.grammar is not None and not isinstance(request.grammar, Grammar):
+        raise InputError(f"A grammar comes from engine.grammars; got {type(request.grammar).__name__}.")

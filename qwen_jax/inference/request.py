@@ -27,7 +27,8 @@ class Request:
       presence_penalty: subtracted from the logits of tokens that the text has, in [-2, 2]. The prompt does not count.
       frequency_penalty: the same, times how often the text has the token.
       logit_bias: added to the logits of single tokens, in [-100, 100].
-      min_tokens: end ids are not sampled before the text has this many tokens.
+      min_tokens: end ids, also those of a grammar, are not sampled before the text has this many tokens, and a
+        stop string in the text of these does not end it. A text that its grammar has completed ends all the same.
       top_logprobs: how many of the most likely tokens are returned for each sampled token, and for each token of the
         prompt with `prompt_logprobs`.
       prompt_logprobs: whether log-probabilities of the prompt's tokens are returned. Such a prompt is read whole.
@@ -53,7 +54,11 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise InputError("The prompt is empty. Give at least one token.")
-        object.__setattr__(self, "prompt", tuple(as_int(token, "A token id of the prompt") for token in self.prompt))
+        prompt = tuple(self.prompt)
+        # A prompt may have a million ids, and usually all of them are integers.
+        if {*map(type, prompt)} != {int}:
+            prompt = tuple(as_int(token, "A token id of the prompt") for token in prompt)
+        object.__setattr__(self, "prompt", prompt)
         for name in ("presence_penalty", "frequency_penalty"):
             value = as_number(getattr(self, name), name)
             object.__setattr__(self, name, value)

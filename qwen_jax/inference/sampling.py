@@ -11,6 +11,8 @@ from qwen_jax.errors import InputError
 
 # Up to this top_k, sampling works on a list of candidates; beyond it, on the whole vocabulary.
 TOP_K_CAP = 32
+PENALTIES = 0.01, 100.0
+"""Repetition penalties that leave float32 logits finite. The usual ones are in [1, 2]."""
 NOT_FINITE = -1
 """The token of a row whose logits or log-probability are not finite."""
 _GROUP = 32
@@ -29,7 +31,7 @@ class SamplingParams:
         likeliest.
       min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
       repetition_penalty: divides positive and multiplies negative logits of tokens that have occurred (Keskar et al.
-        2019, arXiv:1909.05858, section 4.1); 1 is none.
+        2019, arXiv:1909.05858, section 4.1); 1 is none. In `PENALTIES`.
       seed: of the random numbers. Row i of a batch uses seed + i, whatever else is in the batch.
       logprobs: also return each sampled token's log-probability under the model (temperature 1, no filters).
 
@@ -60,7 +62,8 @@ class SamplingParams:
         need(self.top_k >= -1, "top_k", "0 or -1 (off) or a positive integer")
         need(0 <= self.top_p <= 1, "top_p", "in [0, 1]")
         need(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
-        need(0 < self.repetition_penalty < float("inf"), "repetition_penalty", "positive (1 is none)")
+        least, most = PENALTIES
+        need(least <= self.repetition_penalty <= most, "repetition_penalty", f"in [{least:g}, {most:g}] (1 is none)")
         need(0 <= self.seed < 2**32, "seed", "in [0, 2**32)")
 
     @property

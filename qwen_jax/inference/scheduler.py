@@ -167,6 +167,12 @@ class Scheduler:
         """Sequences with a slot, the oldest first."""
         return tuple(self._running)
 
+    @property
+    def blocked(self) -> bool:
+        """Whether the first sequence in the queue waits for pages. May be read by any thread."""
+        blocked = self._blocked
+        return blocked is not None and blocked[0].slot is None and not blocked[0].finished
+
     # --- what the engine reports ---
 
     def add(self, sequence: Sequence) -> None:

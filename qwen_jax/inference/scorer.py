@@ -1,7 +1,8 @@
 """Scores texts with a reward model, in packed rows."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 
 import jax
 import numpy as np
@@ -66,11 +67,12 @@ class Scorer:
         stacked = not isinstance(params["layers"], (list, tuple))
         self._options = Options(stacked=stacked, dtype=dtype, attention=attention)
 
-    def score(self, texts: Sequence[Ids]) -> np.ndarray:
+    def score(self, texts: Sequence[Ids], *, stopped: Callable[[], bool] = lambda: False) -> np.ndarray:
         """Scores texts.
 
         Args:
           texts: token ids of each, such as a whole conversation with its last `<|im_end|>`.
+          stopped: asked before each batch; once it is true, the rest is not read.
 
         Returns:
           Float32 [texts], in order. A score does not depend on the other texts, up to rounding.
@@ -78,6 +80,7 @@ class Scorer:
         Raises:
           InputError: a text without tokens, longer than the model's context, or with an id out of range; or a score
             that is not finite.
+          concurrent.futures.CancelledError: `stopped` became true.
         """
         ids = [np.asarray(check_ids(x, f"text {i}", self.config.vocab_size), np.int32) for i, x in enumerate(texts)]
         for i, x in enumerate(ids):
@@ -89,6 +92,8 @@ class Scorer:
         # Longest first: the rows of a batch are as long as its first text needs.
         waiting = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         while waiting:
+            if stopped():
+                raise CancelledError
             rows, length, waiting = self._next_batch(ids, waiting)
             for i, score in self._run(ids, rows, length):
                 if not np.isfinite(score):

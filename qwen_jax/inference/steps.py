@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -142,7 +143,7 @@ class Steps:
         inputs = []
         for row, active in zip(plan.rows, rows, strict=True):
             if active.cached_tokens is None:
-                active.cached_tokens = row.start
+                active.cached_tokens, active.started = row.start, time.monotonic()
                 self.prompt_tokens += len(active.request.prompt)
             if row.last and active.has_rules:
                 # What the penalties count: after a preemption, the text so far, too.

@@ -6,10 +6,12 @@ A token is allowed if some valid text goes on with it, however that text is spli
 """
 
 import collections
+import contextlib
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -26,8 +28,14 @@ CALL_START, CALL_END = "<tool_call>", "</tool_call>"
 _TAGS = ("call_start", "call_end")
 
 # Bounds of llguidance. The fuel is of work on patterns: about 50,000 a millisecond to compile, 14,000 in a mask.
-_LIMITS = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000}
-_LIMITS |= {"max_items_in_row": 8_000, "max_lexer_states": 250_000, "max_grammar_size": 500_000}
+# A schema with 1,200 optional properties needs 5,000 items in a row and 20,000 in a step. With ambiguous rules the time
+# grows with the square of the items, which the budget below bounds.
+_LIMITS = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 20_000}
+_LIMITS |= {"max_items_in_row": 5_000, "max_lexer_states": 250_000, "max_grammar_size": 500_000}
+BURST_SECONDS, TOKEN_SECONDS = 1.0, 0.01
+"""Processor time that the grammar of one text may take: a number at once, and one more for each of its tokens.
+
+Usual schemas take 0.1 ms a token."""
 # llguidance would else allow only the usual tokens of a text that is certain.
 _OPTIONS = '%llguidance {"no_forcing": true}'
 # Compiled grammars that are kept.
@@ -184,10 +192,10 @@ class Grammars:
         allowed_W = vocabulary.allowed(tags)
         try:
             # Finds that nothing matches, and makes the states that every copy begins with.
-            Matcher(matcher, allowed_W).fill(np.zeros_like(allowed_W))
+            Matcher(matcher, allowed_W, work=_Work(limited=False)).fill(np.zeros_like(allowed_W))
         except InputError:
             return _readable(matcher.get_error() or "no text matches it")
-        return Grammar(matcher, allowed_W)
+        return Grammar(matcher, allowed_W, self._end_ids)
 
     def _forget(self) -> None:
         """Drops what was used longest ago, beyond the numbers to keep."""
@@ -200,20 +208,55 @@ class Grammars:
 class Grammar:
     """What a text must match. Requests share it; each has a matcher of its own."""
 
-    def __init__(self, matcher: Any = None, allowed_W: np.ndarray | None = None) -> None:
-        self._matcher, self._allowed_W = matcher, allowed_W
+    def __init__(self, matcher: Any = None, allowed_W: np.ndarray | None = None, end_ids: tuple[int, ...] = ()) -> None:
+        self._matcher, self._allowed_W, self._end_ids = matcher, allowed_W, end_ids
 
     def matcher(self) -> "Matcher":
         """A matcher at the beginning of a text."""
         assert self._allowed_W is not None
-        return Matcher(self._matcher.deep_copy(), self._allowed_W)
+        return Matcher(self._matcher.deep_copy(), self._allowed_W, self._end_ids)
+
+
+class _Work:
+    """The processor time that the grammar of one text has taken. Copies of a matcher share it.
+
+    Args:
+      limited: whether there is a budget.
+    """
+
+    def __init__(self, limited: bool = True) -> None:
+        self.seconds, self.tokens, self._limited = 0.0, 0, limited
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts what the thread does. Raises InputError at the end of work that exceeds the budget."""
+        # Time of the processor: other threads, and a machine that is busy, cost a text nothing.
+        start = time.thread_time()
+        try:
+            yield
+        finally:
+            self.seconds += time.thread_time() - start
+        budget = BURST_SECONDS + TOKEN_SECONDS * self.tokens
+        if self._limited and self.seconds > budget:
+            raise InputError(
+                f"The grammar is too much work: {self.seconds:.1f} s after {self.tokens} tokens, and at most "
+                f"{budget:.1f} s are allowed. Make it less ambiguous, so that a text is read in one way only."
+            )
 
 
 class Matcher:
-    """Where a text is in its grammar. One thread at a time may use it."""
+    """Where a text is in its grammar. One thread at a time may use it.
 
-    def __init__(self, matcher: Any, allowed_W: np.ndarray) -> None:
-        self._matcher, self._allowed_W = matcher, allowed_W
+    Attributes:
+      end_ids: allowed where the text may end.
+      last_seconds: processor time of the last mask.
+    """
+
+    def __init__(
+        self, matcher: Any, allowed_W: np.ndarray, end_ids: tuple[int, ...] = (), work: _Work | None = None
+    ) -> None:
+        self._matcher, self._allowed_W, self._work = matcher, allowed_W, work or _Work()
+        self.end_ids, self.last_seconds = end_ids, 0.0
 
     def fill(self, mask_W: np.ndarray) -> None:
         """Writes which ids may come next.
@@ -224,7 +267,7 @@ class Matcher:
           mask_W: int32 [words], contiguous: bit i of word j is the id 32 j + i.
 
         Raises:
-          InputError: the grammar became too complex to go on, or no token goes on.
+          InputError: the grammar became too complex to go on, took too much time, or no token goes on.
         """
         if mask_W.shape != self._allowed_W.shape or mask_W.dtype != np.int32 or not mask_W.flags.c_contiguous:
             raise ValueError(
@@ -232,16 +275,26 @@ class Matcher:
             )
         if not mask_W.flags.writeable:
             raise ValueError("The mask is read-only.")
-        if not self._matcher.is_error():
-            self._matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
+        before = self._work.seconds
+        with self._work.counted():
+            if not self._matcher.is_error():
+                self._matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
+        self.last_seconds = self._work.seconds - before
         self._check()
         np.bitwise_and(mask_W, self._allowed_W, out=mask_W)
         if not (self.ended or mask_W.any()):
             raise InputError("The grammar allows no token here: what it asks for cannot be written.")
 
     def accept(self, token: int) -> None:
-        """Appends a token. Raises InputError if it is not allowed; the matcher cannot be used then."""
-        if not self._matcher.consume_token(token):
+        """Appends a token.
+
+        Raises:
+          InputError: it is not allowed, and the matcher cannot be used any more; or the grammar took too much time.
+        """
+        self._work.tokens += 1
+        with self._work.counted():
+            accepted = self._matcher.consume_token(token)
+        if not accepted:
             self._check()
 
     @property
@@ -259,7 +312,7 @@ class Matcher:
 
     def copy(self) -> "Matcher":
         """A matcher at the same place, which goes on by itself."""
-        return Matcher(self._matcher.deep_copy(), self._allowed_W)
+        return Matcher(self._matcher.deep_copy(), self._allowed_W, self.end_ids, self._work)
 
     def _check(self) -> None:
         if self._matcher.is_error():

@@ -60,3 +60,16 @@ def _packed(texts: Sequence[Sequence[int]], row: list[int], length: int) -> Text
         at += n
         last[number] = at - 1
     return TextRow(row, packed, last)
+
+
+def in_groups(texts: Sequence[list[int]], most: int) -> list[list[list[int]]]:
+    """Texts in groups of at most so many tokens, in order; a longer text is a group of its own."""
+    groups: list[list[list[int]]] = []
+    room = 0
+    for text in texts:
+        if len(text) > room:
+            groups.append([])
+            room = most
+        groups[-1].append(text)
+        room -= len(text)
+    return groups

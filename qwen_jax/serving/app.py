@@ -23,10 +23,10 @@ from starlette.responses import JSONResponse, Response
 from qwen_jax.serving import protocol, texts
 from qwen_jax.serving.chat import Chat
 from qwen_jax.serving.completions import Completions
-from qwen_jax.serving.context import B, Context, read_body
+from qwen_jax.serving.context import B, Context, in_pieces, in_thread, read_body
 from qwen_jax.serving.errors import ApiError
 from qwen_jax.serving.guard import Guard
-from qwen_jax.serving.running import EventStream, while_connected
+from qwen_jax.serving.running import EventStream, time_limit, while_connected
 from qwen_jax.serving.settings import ServerSettings, Service
 
 _PAGE = Path(__file__).parent / "page.html"
@@ -100,6 +100,11 @@ def create_app(service: Service, settings: ServerSettings) -> FastAPI:
     return app
 
 
+async def whole(answer: dict[str, Any]) -> Response:
+    """An answer as one object, which may be large."""
+    return Response(await in_thread(lambda: in_pieces(answer).encode()), media_type="application/json")
+
+
 def _takes(body: type[protocol.Body]) -> dict[str, Any]:
     """Declares the body of a route, which `read_body` reads."""
     schema = {"$ref": f"#/components/schemas/{body.__name__}"}
@@ -110,10 +115,16 @@ def _generation(context: Context) -> APIRouter:
     router = APIRouter(responses=_RESPONSES)
 
     async def answer(request: Request, job: Completions | Chat, stream: bool | None) -> Response:
-        run = await while_connected(request, job.start())
+        try:
+            async with time_limit(context, job.arrival):
+                run = await while_connected(request, job.start())
+        except BaseException:
+            if job.run is not None:
+                job.run.close()
+            raise
         if stream:
             return EventStream(run, job.chunks(run), context.settings.send_timeout)
-        return JSONResponse(await while_connected(request, job.answer(run)))
+        return await whole(await while_connected(request, job.answer(run)))
 
     @router.post("/v1/completions", openapi_extra=_takes(protocol.CompletionRequest))
     async def completions(request: Request) -> Response:
@@ -138,7 +149,7 @@ def _text_endpoints(context: Context) -> APIRouter:
             async def work() -> dict[str, Any]:
                 return await answer(context, checked)
 
-            return JSONResponse(await while_connected(request, work()))
+            return await whole(await while_connected(request, work()))
 
         endpoint.__name__ = answer.__name__
         router.post(path, openapi_extra=_takes(body))(endpoint)
@@ -182,6 +193,7 @@ def _about(context: Context) -> APIRouter:
         return next(card for card in cards() if card["id"] == name)
 
     @router.get("/health")
+    @router.get("/ping")
     async def health() -> Response:
         status, code = "ok", 200
         if context.draining:

@@ -22,7 +22,7 @@ from qwen_jax.serving.sampling import (
     new_tokens,
     seeds,
 )
-from qwen_jax.serving.tools import Call, ToolParser
+from qwen_jax.serving.tools import CallArguments, CallStart, Part, ToolParser
 from qwen_jax.tokenizer import Tokenizer, parse_tool_arguments
 from qwen_jax.tokenizer.control import TURN_END
 
@@ -91,12 +91,18 @@ def _text(message: Message, where: str) -> str | None:
 
 
 @dataclasses.dataclass
-class _Delta:
-    """What a step adds to an answer."""
+class _Call:
+    """A tool call of a growing answer."""
 
-    content: str = ""
-    calls: list[Call] = dataclasses.field(default_factory=list)
-    reason: str | None = None
+    name: str
+    id: str = dataclasses.field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
+    arguments: list[str] = dataclasses.field(default_factory=list)
+    complete: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in a whole answer; in a stream, before its arguments come."""
+        function = {"name": self.name, "arguments": "".join(self.arguments)}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 class _Choice:
@@ -105,43 +111,55 @@ class _Choice:
     Args:
       with_tools: tool calls are read from the text.
       single: at most one call.
+
+    Attributes:
+      content, calls, tokens: so far.
+      reason: why the answer has ended, which may be before the text does; None if it has not.
+      finished: the end of the text.
     """
 
     def __init__(self, with_tools: bool, single: bool) -> None:
         self._parser = ToolParser() if with_tools else None
         self._single = single
-        self.content, self.calls = "", list[Call]()
+        self.content, self.calls = "", list[_Call]()
         self.tokens: list[Any] = []
         self.reason: str | None = None
         self.finished: Finished | None = None
 
-    def add(self, step: Step) -> _Delta:
-        """Takes a step in. `reason` is set when the answer has ended, which may be before the text does."""
+    def add(self, step: Step) -> list[dict[str, Any]]:
+        """Takes a step in, and returns what it adds to the message, as OpenAI's deltas."""
         self.tokens += step.tokens
         self.finished = step.finished
-        delta = _Delta()
-        if self._parser is None:
-            delta.content = step.text
-        else:
+        parts: list[Part] = [step.text] if step.text else []
+        if self._parser is not None:
             parts = self._parser.push(step.text)
             if step.finished is not None:
-                parts += self._parser.finish(truncated=step.finished.finish_reason == "length")
-            for part in parts:
-                if isinstance(part, str):
-                    delta.content += part
-                    continue
-                delta.calls.append(part)
-                if self._single:
-                    break
-        self.content += delta.content
-        self.calls += delta.calls
-        if self._single and delta.calls and delta.calls[0].complete:
-            delta.reason = "tool_calls"
-        elif step.finished is not None:
+                parts += self._parser.finish()
+        deltas = []
+        for part in parts:
+            deltas += self._take(part)
+            if self._single and self.calls and self.calls[0].complete:
+                self.reason = "tool_calls"
+                return deltas
+        if step.finished is not None:
             cut = step.finished.finish_reason == "length"
-            delta.reason = "tool_calls" if self.calls and not cut else step.finished.finish_reason
-        self.reason = delta.reason
-        return delta
+            self.reason = "tool_calls" if self.calls and not cut else step.finished.finish_reason
+        return deltas
+
+    def _take(self, part: Part) -> list[dict[str, Any]]:
+        if isinstance(part, str):
+            self.content += part
+            return [{"content": part}]
+        if isinstance(part, CallStart):
+            self.calls.append(_Call(part.name))
+            piece = self.calls[-1].to_json()
+        elif isinstance(part, CallArguments):
+            self.calls[-1].arguments.append(part.text)
+            piece = {"function": {"arguments": part.text}}
+        else:
+            self.calls[-1].complete = part.complete
+            return []
+        return [{"tool_calls": [{"index": len(self.calls) - 1, **piece}]}]
 
 
 class Chat:
@@ -150,10 +168,16 @@ class Chat:
     Args:
       context: the server.
       body: the request.
+
+    Attributes:
+      arrival: seconds of `time.monotonic`.
+      run: its choices on the engine, from `start` on.
     """
 
     def __init__(self, context: Context, body: ChatRequest) -> None:
         self._context, self._body = context, body
+        self.arrival = time.monotonic()
+        self.run: Run | None = None
         self._id, self._created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
         choice = body.tool_choice
         # Without a choice, tools may be called where there are any.
@@ -166,7 +190,8 @@ class Chat:
         """Checks the request and starts it on the engine. Raises ApiError."""
         requests = await self._prepare()
         self._context.metrics.choices.observe(len(requests))
-        return Run(self._context, requests, "messages")
+        self.run = Run(self._context, requests, "messages", self.arrival)
+        return self.run
 
     async def _prepare(self) -> list[Request]:
         context, body = self._context, self._body
@@ -246,19 +271,24 @@ class Chat:
         try:
             async for i, step in run:
                 choice = choices[i]
-                if choice.reason is None and choice.add(step).reason is not None:
-                    run.stop(i)
+                if choice.reason is None:
+                    choice.add(step)
+                    if choice.reason is not None:
+                        run.stop(i)
         finally:
             run.close()
-        found = []
-        for i, choice in enumerate(choices):
+
+        def one(i: int, choice: _Choice) -> dict[str, Any]:
             message: dict[str, Any] = {"role": "assistant", "content": choice.content or None, "refusal": None}
             if choice.calls:
-                message["tool_calls"] = [_call(call) for call in choice.calls]
+                message["tool_calls"] = [call.to_json() for call in choice.calls]
             else:
                 message["content"] = choice.content
             logprobs = of_chat(self._context.tokenizer, choice.tokens, self._top) if self._body.logprobs else None
-            found.append({"index": i, "message": message, "logprobs": logprobs, "finish_reason": choice.reason})
+            return {"index": i, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
+
+        # Log-probabilities of many tokens take a while to write down.
+        found = await in_thread(lambda: [one(i, choice) for i, choice in enumerate(choices)])
         return {**self._head("chat.completion"), "choices": found, "usage": self._usage(choices)}
 
     async def chunks(self, run: Run) -> AsyncGenerator[dict[str, Any], None]:
@@ -277,21 +307,17 @@ class Chat:
             choice = choices[i]
             if choice.reason is not None:
                 continue
-            calls_before = len(choice.calls)
-            new = choice.add(step)
-            delta: dict[str, Any] = {"content": new.content} if new.content else {}
-            if new.calls:
-                delta["tool_calls"] = [
-                    {"index": number, **_call(call)} for number, call in enumerate(new.calls, calls_before)
-                ]
+            deltas = choice.add(step)
             logprobs = None
             if body.logprobs and step.tokens:
                 logprobs = of_chat(self._context.tokenizer, step.tokens, self._top)
-            if delta or logprobs:
+                deltas = deltas or [{}]
+            for delta in deltas:
                 yield chunk(i, delta, logprobs)
-            if new.reason is not None:
+                logprobs = None
+            if choice.reason is not None:
                 run.stop(i)
-                yield chunk(i, {}, None, new.reason)
+                yield chunk(i, {}, None, choice.reason)
         if with_usage:
             yield {**head, "choices": [], "usage": self._usage(choices)}
 
@@ -303,9 +329,3 @@ class Chat:
         cached = [choice.finished.cached_tokens for choice in choices if choice.finished is not None]
         new = sum(len(choice.tokens) for choice in choices)
         return usage(len(self._prompt), new, min(cached, default=0))
-
-
-def _call(call: Call) -> dict[str, Any]:
-    """A tool call in an answer."""
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}

@@ -73,10 +73,16 @@ class Completions:
     Args:
       context: the server.
       body: the request.
+
+    Attributes:
+      arrival: seconds of `time.monotonic`.
+      run: its choices on the engine, from `start` on.
     """
 
     def __init__(self, context: Context, body: CompletionRequest) -> None:
         self._context, self._body = context, body
+        self.arrival = time.monotonic()
+        self.run: Run | None = None
         self._id, self._created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
         self._echo = bool(body.echo)
 
@@ -84,7 +90,8 @@ class Completions:
         """Checks the request and starts it on the engine. Raises ApiError."""
         self._plan = await self._prepare()
         self._context.metrics.choices.observe(self._plan.n)
-        return Run(self._context, self._plan.requests, "prompt")
+        self.run = Run(self._context, self._plan.requests, "prompt", self.arrival)
+        return self.run
 
     async def _prepare(self) -> _Plan:
         context, body = self._context, self._body
@@ -121,27 +128,32 @@ class Completions:
                 f"{context.settings.max_prompts} texts, this server's limit.",
                 param="n",
             )
-        requests = []
-        for p, (_, ids) in enumerate(prompts):
-            # One token is generated where none is asked for, and left out.
-            asked = 1 if body.max_tokens == 0 else body.max_tokens
-            count = new_tokens(context, asked, _DEFAULT_NEW_TOKENS, len(ids), "prompt")
-            of_prompt = seeds(body, len(prompts) * best_of)[p * best_of : (p + 1) * best_of]
-            requests += [
-                build_request(
-                    context,
-                    body,
-                    ids,
-                    count,
-                    seed=seed,
-                    adapter=adapter,
-                    grammar=grammar,
-                    top_logprobs=body.logprobs or 0,
-                    prompt_logprobs=self._echo and body.logprobs is not None,
-                )
-                for seed in of_prompt
-            ]
-        return _Plan(prompts, requests, n, best_of)
+
+        def build() -> list[Request]:
+            requests = []
+            for p, (_, ids) in enumerate(prompts):
+                # One token is generated where none is asked for, and left out.
+                asked = 1 if body.max_tokens == 0 else body.max_tokens
+                count = new_tokens(context, asked, _DEFAULT_NEW_TOKENS, len(ids), "prompt")
+                requests += [
+                    build_request(
+                        context,
+                        body,
+                        ids,
+                        count,
+                        seed=seed,
+                        adapter=adapter,
+                        grammar=grammar,
+                        top_logprobs=body.logprobs or 0,
+                        prompt_logprobs=self._echo and body.logprobs is not None,
+                    )
+                    for seed in of_choices[p * best_of : (p + 1) * best_of]
+                ]
+            return requests
+
+        # A seed that is drawn, too, goes on from prompt to prompt.
+        of_choices = seeds(body, len(prompts) * best_of)
+        return _Plan(prompts, await in_thread(build), n, best_of)
 
     async def answer(self, run: Run) -> dict[str, Any]:
         """The answer as one object."""

@@ -1,11 +1,12 @@
 """What the server needs of an engine, of its grammars, and of a reward model."""
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.inference.active import Times
 from qwen_jax.inference.outputs import Stats, Step
 from qwen_jax.inference.request import Request
 from qwen_jax.inference.structured import Grammar
@@ -57,7 +58,10 @@ class EngineLike(Protocol):
       eos_token_ids: ids that end a text.
       grammars: for structured output, or None where llguidance or the tokenizer is missing.
       adapters: names of the LoRA adapters.
+      on_finished: called with each request's times when it ends, perhaps from another thread.
     """
+
+    on_finished: Callable[[Times], None] | None
 
     @property
     def tokenizer(self) -> Tokenizer | None: ...
@@ -87,11 +91,15 @@ class EngineLike(Protocol):
           InputError: the request can never run.
         """
 
-    def embed(self, prompts: list[list[int]], pooling: Pooling) -> np.ndarray:
-        """Float32 [prompts, width]; blocks, so the server calls it in a thread."""
+    def embed(self, prompts: list[list[int]], pooling: Pooling, *, stopped: Callable[[], bool]) -> np.ndarray:
+        """Float32 [prompts, width]; blocks, so the server calls it in a thread.
+
+        Raises:
+          CancelledError: of `concurrent.futures`, soon after `stopped` became true.
+        """
 
     def stats(self) -> Stats:
-        """Counts of now. Raises an exception if the engine has died."""
+        """Counts of now. Raises RuntimeError if the engine has failed."""
 
     def close(self, drain: float = 0) -> None: ...
 
@@ -102,5 +110,5 @@ class ScorerLike(Protocol):
     @property
     def config(self) -> ModelConfig: ...
 
-    def score(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
-        """Float32 [texts]; blocks, so the server calls it in a thread."""
+    def score(self, texts: Sequence[Sequence[int]], *, stopped: Callable[[], bool]) -> np.ndarray:
+        """Float32 [texts]; as `EngineLike.embed`."""

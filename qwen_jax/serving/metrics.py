@@ -8,6 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from qwen_jax.inference.active import Times
 from qwen_jax.serving.engine_protocol import EngineLike
 
 # vLLM's, in seconds.
@@ -144,11 +145,20 @@ class Metrics(Collector):
         self.per_output_token = Histogram(_PER_TOKEN)
         self.end_to_end = Histogram(_WHOLE)
         self.prompt_tokens, self.generated_tokens = Histogram(_TOKENS), Histogram(_TOKENS)
+        self.queue, self.prefill, self.decode = Histogram(_WHOLE), Histogram(_WHOLE), Histogram(_WHOLE)
         self.choices, self.max_tokens = Histogram(_CHOICES), Histogram(_TOKENS)
         self.finished: Counter[str] = Counter({reason: 0 for reason in ("stop", "length", "abort", "error")})
         self.http: Counter[tuple[str, str, str]] = Counter()
         self._registry = CollectorRegistry()
         self._registry.register(self)
+
+    def observe_times(self, times: Times) -> None:
+        """Counts where the time of a request went. Called by the engine's thread, and by no other."""
+        if times.started is not None:
+            self.queue.observe(times.started - times.submitted)
+        if times.started is not None and times.first_token is not None:
+            self.prefill.observe(times.first_token - times.started)
+            self.decode.observe(times.finished - times.first_token)
 
     def page(self) -> tuple[bytes, str]:
         """The text of /metrics and its content type."""
@@ -165,6 +175,9 @@ class Metrics(Collector):
             "time_per_output_token_seconds": ("The same, by its older name.", self.inter_token),
             "request_time_per_output_token_seconds": ("Mean of each request.", self.per_output_token),
             "e2e_request_latency_seconds": ("From the arrival of a request to its last token.", self.end_to_end),
+            "request_queue_time_seconds": ("Of choices, before their prompt is read.", self.queue),
+            "request_prefill_time_seconds": ("Of choices, from there to the first token.", self.prefill),
+            "request_decode_time_seconds": ("Of choices, from there to the last token.", self.decode),
             "request_prompt_tokens": ("Tokens of prompts.", self.prompt_tokens),
             "request_generation_tokens": ("New tokens of requests.", self.generated_tokens),
             "request_params_n": ("Choices that requests ask for.", self.choices),
@@ -189,7 +202,10 @@ class Metrics(Collector):
     def _of_engine(self) -> Iterator[Metric]:
         if self._engine is None:
             return
-        stats = self._engine.stats()
+        try:
+            stats = self._engine.stats()
+        except RuntimeError:
+            return  # It has failed, as /health says. What was counted over HTTP stays.
         used = stats.pages_used / max(stats.pages, 1)
         gauges = {
             "num_requests_running": ("Requests in the batch.", stats.running),

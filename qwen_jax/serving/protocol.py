@@ -6,7 +6,12 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, WrapValidator
 from pydantic_core import PydanticCustomError
 
+from qwen_jax.inference.sampling import PENALTIES
+
 MOST_TOKENS = 2**31 - 1
+# Lists of objects are read in one go, in which nothing else runs: 0.3 s for these. A server's own limits are lower.
+_MOST_ITEMS = 65_536
+_MOST_MESSAGES = 16_384
 TokenId = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
 Ids = Annotated[list[TokenId], Field(fail_fast=True)]
 
@@ -24,14 +29,20 @@ def _expect(what: str) -> WrapValidator:
 
 
 Texts = Annotated[
-    str | Annotated[list[str], Field(min_length=1, fail_fast=True)] | Ids | Annotated[list[Ids], Field(fail_fast=True)],
+    str
+    | Annotated[list[str], Field(min_length=1, max_length=_MOST_ITEMS, fail_fast=True)]
+    | Ids
+    | Annotated[list[Ids], Field(max_length=_MOST_ITEMS, fail_fast=True)],
     Field(union_mode="left_to_right"),
-    _expect(f"a text, a list of texts, a list of token ids in [0, {MOST_TOKENS}], or a list of such lists"),
+    _expect(
+        f"a text, a list of texts, a list of token ids in [0, {MOST_TOKENS}], or a list of such lists; of at most "
+        f"{_MOST_ITEMS} items"
+    ),
 ]
 TextOrTexts = Annotated[
-    str | Annotated[list[str], Field(min_length=1, fail_fast=True)],
+    str | Annotated[list[str], Field(min_length=1, max_length=_MOST_ITEMS, fail_fast=True)],
     Field(union_mode="left_to_right"),
-    _expect("a text or a list of texts"),
+    _expect(f"a text or a list of at most {_MOST_ITEMS} texts"),
 ]
 
 # Clients send an empty list for none.
@@ -99,7 +110,7 @@ class Sampled(Body):
     # vLLM's.
     top_k: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=PENALTIES[0], le=PENALTIES[1])] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
@@ -135,9 +146,12 @@ class Message(Body):
     """A message. Parts of the content that are not text are refused later, by their type."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | list[dict[str, Any]] | None, _expect("a text or a list of parts")] = None
+    content: Annotated[
+        str | Annotated[list[dict[str, Any]], Field(max_length=_MOST_MESSAGES, fail_fast=True)] | None,
+        _expect(f"a text or a list of at most {_MOST_MESSAGES} parts"),
+    ] = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=_MOST_MESSAGES, fail_fast=True)] | None = None
     tool_call_id: str | None = None
     # What a client sends back of an answer, and lm-eval's mark of a text.
     refusal: str | None = None
@@ -147,9 +161,9 @@ class Message(Body):
     type: Literal["text"] | None = None
 
 
-Messages = Annotated[list[Message], Field(min_length=1)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True)]
 Conversations = Annotated[
-    Messages | Annotated[list[Messages], Field(min_length=1)],
+    Messages | Annotated[list[Messages], Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True)],
     Field(union_mode="left_to_right"),
     _expect("a conversation (a list of messages) or a list of conversations"),
 ]

@@ -1,7 +1,7 @@
 """Runs the choices of one HTTP request on the engine, and answers as a stream of server-sent events."""
 
 import asyncio
-import json
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
@@ -14,14 +14,20 @@ from starlette.types import Receive, Scope, Send
 from qwen_jax.errors import InputError
 from qwen_jax.inference.outputs import Finished, Step
 from qwen_jax.inference.request import Request
-from qwen_jax.serving.context import Context, client_has_gone, disconnected, sentence
+from qwen_jax.serving.context import (
+    Context,
+    client_has_gone,
+    disconnected,
+    ended_by_server,
+    sentence,
+    to_json,
+    too_long,
+)
 from qwen_jax.serving.engine_protocol import Stream
-from qwen_jax.serving.errors import ApiError, overloaded
+from qwen_jax.serving.errors import ApiError
 
 T = TypeVar("T")
 _DONE = b"data: [DONE]\n\n"
-# Made once: `json.dumps` with options would make one for each chunk.
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 class Run:
@@ -32,16 +38,17 @@ class Run:
     Args:
       context: the server.
       requests: one for each choice.
-      params: fields of the HTTP request that the prompts came from, for errors.
+      param: the field of the HTTP request that the prompts came from, for errors.
+      arrival: when the HTTP request came, in seconds of `time.monotonic`.
 
     Raises:
       ApiError: the engine refuses a request, or the server takes none now.
     """
 
-    def __init__(self, context: Context, requests: Sequence[Request], param: str) -> None:
+    def __init__(self, context: Context, requests: Sequence[Request], param: str, arrival: float) -> None:
         context.admit(len(requests))
         self._context, self._requests = context, requests
-        self._start = time.monotonic()
+        self._start = arrival
         self._streams: list[Stream] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._unfinished = set(range(len(requests)))
@@ -75,26 +82,18 @@ class Run:
             self._streams[choice].cancel()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Step]]:
-        limit = self._context.settings.request_timeout
-        deadline = self._start + limit
         source = self._one() if len(self._streams) == 1 else self._several()
         try:
-            if not limit:
+            if not self._context.settings.request_timeout:
                 async for item in source:
                     yield item
                 return
             while True:
-                async with asyncio.timeout(max(deadline - time.monotonic(), 0)):
+                async with time_limit(self._context, self._start):
                     timed = await anext(source, None)
                 if timed is None:
                     return
                 yield timed
-        except TimeoutError:
-            raise ApiError(
-                f"The request took longer than {limit:g} s, which is this server's limit. Ask for fewer tokens.",
-                504,
-                code="timeout",
-            ) from None
         finally:
             await source.aclose()
 
@@ -145,7 +144,7 @@ class Run:
                 _check(step.finished)
             yield step
         if choice in self._unfinished:
-            raise _aborted()
+            raise ended_by_server()
 
     def _end(self, choice: int, finished: Finished, now: float) -> None:
         if choice not in self._unfinished:
@@ -176,11 +175,21 @@ def _check(finished: Finished) -> None:
     if finished.finish_reason == "error":
         raise ApiError(finished.error or "The model failed.", 500, code="model_error")
     if finished.finish_reason == "abort":
-        raise _aborted()
+        raise ended_by_server()
 
 
-def _aborted() -> ApiError:
-    return overloaded("The request was ended by the server, which is shutting down. Try again elsewhere, or later.")
+@contextlib.asynccontextmanager
+async def time_limit(context: Context, arrival: float) -> AsyncIterator[None]:
+    """Cuts what takes longer than a request may. Raises ApiError then."""
+    limit = context.settings.request_timeout
+    if not limit:
+        yield
+        return
+    try:
+        async with asyncio.timeout(max(arrival + limit - time.monotonic(), 0)):
+            yield
+    except TimeoutError:
+        raise too_long(limit) from None
 
 
 async def while_connected(request: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
@@ -266,4 +275,4 @@ class EventStream(Response):
 
 def event(value: dict[str, Any]) -> bytes:
     """A server-sent event."""
-    return f"data: {_ENCODER.encode(value)}\n\n".encode()
+    return f"data: {to_json(value)}\n\n".encode()

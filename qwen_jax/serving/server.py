@@ -15,29 +15,33 @@ from fastapi import FastAPI
 from qwen_jax.errors import InputError
 from qwen_jax.serving.context import Context
 
-# After the drain limit, requests are ended by the server; they get this long to say so to their clients.
-_GRACE = 3
+# After the drain limit, requests are ended by the server; they get this long to say so to their clients, and less after
+# a second signal.
+_GRACE, _SHORT_GRACE = 3, 1
 
 
 class Server(uvicorn.Server):
     """uvicorn, with a drain that has a limit.
 
     On SIGTERM or Ctrl-C, no new connections are taken and requests that run go on. Those that still run after
-    `drain_timeout` seconds get an error. A second signal ends everything at once.
+    `drain_timeout` seconds get an error. A second signal ends all of them now, with the same error.
     """
 
     def __init__(self, config: uvicorn.Config, context: Context) -> None:
         super().__init__(config)
         self._context = context
         self.interrupted = False
+        self._signals = 0
+        self._draining: asyncio.AbstractEventLoop | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handles a signal; called by Python between two instructions of the event loop."""
         self.interrupted |= sig == signal.SIGINT
-        if self.should_exit:
-            self.force_exit = True
+        self._signals += 1
         self.should_exit = True
         self._context.draining = True
+        if self._signals > 1 and self._draining is not None:
+            self._draining.call_soon_threadsafe(self._hurry)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -53,18 +57,32 @@ class Server(uvicorn.Server):
             for sig, handler in before.items():
                 signal.signal(sig, handler)
 
+    def _hurry(self) -> None:
+        """Ends requests now, and the server when their clients have been told so."""
+        self._context.abort()
+        asyncio.get_running_loop().call_later(_SHORT_GRACE, self._force)
+
+    def _force(self) -> None:
+        self.force_exit = True
+        # Tasks that are cut off now would each show a traceback.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drains; called by uvicorn when the main loop has ended."""
         self._context.draining = True
-        running = len(self._context.active)
+        running = len(self._context.active) + len(self._context.jobs)
         if running:
             limit = self._context.settings.drain_timeout
             logging.getLogger("qwen_jax").warning(f"Shutting down: {running} requests may run for {limit:g} s more.")
-        timer = asyncio.get_running_loop().call_later(self._context.settings.drain_timeout, self._context.abort)
+        self._draining = asyncio.get_running_loop()
+        timer = self._draining.call_later(self._context.settings.drain_timeout, self._context.abort)
+        if self._signals > 1:
+            self._hurry()
         try:
             await super().shutdown(sockets)
         finally:
             timer.cancel()
+            self._draining = None
 
 
 def run(app: FastAPI, host: str, port: int, announce: Callable[[str], None]) -> bool:

@@ -62,7 +62,8 @@ class ServerSettings:
       max_choices: `n` and `best_of`.
       max_logprobs: the most likely tokens at each place.
       max_stops: stop strings.
-      max_waiting: requests in the engine's queue; beyond it the answer is 503 with Retry-After.
+      max_waiting: requests in the engine's queue, beside those that start at once; and of requests for embeddings or
+        scores, those that wait. Beyond it the answer is 503 with Retry-After.
       request_timeout: seconds that a request may take; 0 is no limit.
       body_timeout: seconds that a client may take to send a request.
       send_timeout: seconds that a client may take to read a piece of a stream.
@@ -91,9 +92,10 @@ class ServerSettings:
             raise InputError("An API key is empty. Give a key of some length, or none at all.")
         if not 0 <= self.max_logprobs <= MAX_TOP_LOGPROBS:
             raise InputError(f"max_logprobs must be in [0, {MAX_TOP_LOGPROBS}], got {self.max_logprobs}.")
-        for name in ("max_body_bytes", "max_prompts", "max_choices", "max_waiting", "body_timeout", "send_timeout"):
-            if getattr(self, name) <= 0:
+        # Comparisons with NaN are false.
+        for name in ("max_body_bytes", "max_prompts", "max_choices", "body_timeout", "send_timeout"):
+            if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("max_stops", "request_timeout", "drain_timeout"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("max_stops", "max_waiting", "request_timeout", "drain_timeout"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"{name} must be a number that is not negative, got {getattr(self, name)}.")

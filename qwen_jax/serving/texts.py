@@ -22,26 +22,24 @@ async def embeddings(context: Context, body: EmbeddingRequest) -> dict[str, Any]
         raise ApiError("Embeddings are those of the model itself, not of an adapter.", param="model")
     if body.dimensions not in (None, engine.config.hidden_size):
         raise not_supported(f"dimensions: this model's vectors have {engine.config.hidden_size} numbers.", "dimensions")
-    context.admit(0)
+    context.check_open()
     texts = await in_thread(lambda: encode_texts(context, body.input, special=True, param="input"))
     prompts = [ids for _, ids in texts]
     _check_lengths(prompts, engine.max_length, "input")
     pooling = body.pooling or settings.pooling
-    vectors = await in_thread(lambda: engine.embed(prompts, pooling), "input", context.device_thread)
+    vectors = await context.on_device(lambda stopped: engine.embed(prompts, pooling, stopped=stopped), "input")
     vectors = np.asarray(vectors, np.float32)
     if body.normalize is not False:
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     if not np.isfinite(vectors).all():
         raise ApiError("The model's vectors are not finite: check the checkpoint (qwen-jax verify).", 500)
     as_text = body.encoding_format == "base64"
-    data = [
-        {
-            "object": "embedding",
-            "index": i,
-            "embedding": base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_text else vector.tolist(),
-        }
-        for i, vector in enumerate(vectors)
-    ]
+
+    def one(i: int, vector: np.ndarray) -> dict[str, Any]:
+        numbers = base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_text else vector.tolist()
+        return {"object": "embedding", "index": i, "embedding": numbers}
+
+    data = await in_thread(lambda: [one(i, vector) for i, vector in enumerate(vectors)])
     return {
         "object": "list",
         "data": data,
@@ -53,6 +51,7 @@ async def embeddings(context: Context, body: EmbeddingRequest) -> dict[str, Any]
 async def score(context: Context, body: ScoreRequest) -> dict[str, Any]:
     """/v1/score: a reward model's number for each text, in vLLM's form."""
     scorer = context.scorer
+    context.check_open()
     context.adapter(body.model)
     given = [name for name in ("messages", "input", "text_1") if getattr(body, name) is not None]
     if len(given) != 1 or (body.text_2 is None) != (body.text_1 is None):
@@ -61,7 +60,7 @@ async def score(context: Context, body: ScoreRequest) -> dict[str, Any]:
         raise ApiError("tools needs messages.", param="tools")
     texts = await in_thread(lambda: _scored_ids(context, body), given[0])
     _check_lengths(texts, scorer.config.context_length, given[0])
-    scores = await in_thread(lambda: scorer.score(texts), given[0], context.device_thread)
+    scores = await context.on_device(lambda stopped: scorer.score(texts, stopped=stopped), given[0])
     return {
         "id": f"score-{secrets.token_hex(12)}",
         "object": "list",

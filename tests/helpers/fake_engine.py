@@ -4,13 +4,16 @@ import asyncio
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from concurrent.futures import CancelledError
 from typing import Any
 
 import numpy as np
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.inference.active import Times
 from qwen_jax.inference.completion import Row
 from qwen_jax.inference.outputs import Finished, Stats, Step, TokenInfo
 from qwen_jax.inference.request import Request
@@ -79,7 +82,13 @@ class FakeStream:
         self._engine, self.request = engine, request
         self.cancelled = asyncio.Event()
         self._row = Row(
-            list(request.prompt), request.ending, engine.tokenizer, logprobs=False, incremental=True, dtype="float32"
+            list(request.prompt),
+            request.ending,
+            engine.tokenizer,
+            logprobs=False,
+            incremental=True,
+            dtype="float32",
+            min_tokens=request.min_tokens,
         )
 
     def cancel(self) -> None:
@@ -176,7 +185,9 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.streams: list[FakeStream] = []
         self.running: set[FakeStream] = set()
-        self.waiting = 0
+        self.waiting = self.free = 0
+        self.on_finished: Callable[[Times], None] | None = None
+        self.work = 0
         self.output_tokens = 0
         self.dead = self.closed = False
 
@@ -198,8 +209,15 @@ class FakeEngine:
         self.running.add(self.streams[-1])
         return self.streams[-1]
 
-    def embed(self, prompts: list[list[int]], pooling: Pooling) -> np.ndarray:
-        """The mean or the last id, in vectors that are not of unit length."""
+    def embed(
+        self, prompts: list[list[int]], pooling: Pooling, *, stopped: Callable[[], bool] = lambda: False
+    ) -> np.ndarray:
+        """The mean or the last id, in vectors that are not of unit length; `delay` seconds for each."""
+        for _ in prompts:
+            if stopped():
+                raise CancelledError
+            self.work += 1
+            time.sleep(self.delay)
         values = [np.mean(ids) if pooling == "mean" else ids[-1] for ids in prompts]
         return np.asarray([[value + 1, *[1.0] * 7] for value in values], np.float32)
 
@@ -207,7 +225,7 @@ class FakeEngine:
         if self.dead:
             raise RuntimeError("the engine is dead")
         prompt_tokens = sum(len(request.prompt) for request in self.requests)
-        return Stats(len(self.running), self.waiting, 3, 10, prompt_tokens, self.output_tokens, 7, 9, 1, 11)
+        return Stats(len(self.running), self.waiting, self.free, 3, 10, prompt_tokens, self.output_tokens, 7, 9, 1, 11)
 
     def close(self, drain: float = 0) -> None:
         self.closed = True
@@ -221,10 +239,15 @@ def defaults(**sampling: Any) -> GenerationDefaults:
 
 
 class FakeScorer:
-    """Scores a text by its length. Implements `ScorerLike`."""
+    """Scores a text by its length, in `delay` seconds. Implements `ScorerLike`."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
+    def __init__(self, config: ModelConfig, delay: float = 0.0) -> None:
+        self.config, self.delay, self.work = config, delay, 0
 
-    def score(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
+    def score(self, texts: Sequence[Sequence[int]], *, stopped: Callable[[], bool] = lambda: False) -> np.ndarray:
+        for _ in texts:
+            if stopped():
+                raise CancelledError
+            self.work += 1
+            time.sleep(self.delay)
         return np.asarray([math.sqrt(len(ids)) for ids in texts], np.float32)

@@ -1,4 +1,4 @@
-"""A checkpoint whose next token is a function of the last one, for tests of what ends a text."""
+"""Small checkpoints with a tokenizer; in one of them the next token is a function of the last one."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen_jax.tokenizer import train_bpe
+from tests.helpers.hf import make_hf_checkpoint
 
 # Ids of the tokenizer in such a folder: bytes, then control tokens.
 A, B, C = 64, 65, 66
@@ -51,6 +52,14 @@ def make_scripted(folder: Path, script: dict[int, int], **config: Any) -> Path:
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     train_bpe(["abc"], 278).save(folder)
+    return folder
+
+
+def make_words(folder: Path) -> Path:
+    """Writes a checkpoint with random weights and a tokenizer of some words, whose end id both know."""
+    tokenizer = train_bpe(["hello world, hello there user assistant system\n"] * 8, 330)
+    make_hf_checkpoint(folder, vocab_size=384, eos_token_id=tokenizer.eos_id, num_key_value_heads=2)
+    tokenizer.save(folder)
     return folder
 
 

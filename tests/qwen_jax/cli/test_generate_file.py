@@ -6,17 +6,12 @@ from pathlib import Path
 import pytest
 
 from qwen_jax.cli import main
-from qwen_jax.tokenizer import train_bpe
-from tests.helpers.hf import make_hf_checkpoint
+from tests.helpers.scripted import make_words
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = train_bpe(["hello world, hello there user assistant system\n"] * 8, 330)
-    make_hf_checkpoint(folder, vocab_size=384, eos_token_id=tokenizer.eos_id, num_key_value_heads=2)
-    tokenizer.save(folder)
-    return folder
+    return make_words(tmp_path_factory.mktemp("model"))
 
 
 def lines(path: Path) -> list[dict[str, object]]:

@@ -73,7 +73,7 @@ def test_options_reach_the_engine_and_the_server(
     served: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QWEN_JAX_API_KEY", "b, c")
-    monkeypatch.setattr("convert.adapter.load_adapters", lambda pairs, config: dict(p.split("=") for p in pairs))
+    monkeypatch.setattr("convert.adapter.load_adapters", lambda folders, config: folders)
     options = (
         f"--port 0 --max-model-len 64 --max-num-seqs 8 --max-num-batched-tokens 128 --gpu-memory-utilization 0.5 "
         f"--no-prefix-caching --dtype float32 --adapter poet={tmp_path} --speculative ngram --num-speculative-tokens 3 "
@@ -89,7 +89,7 @@ def test_options_reach_the_engine_and_the_server(
     assert served["started"]
     assert served["options"] == {
         "dtype": "float32", "max_seqs": 8, "max_length": 64, "max_batched_tokens": 128, "memory_fraction": 0.5,
-        "prefix_cache": False, "adapters": {"poet": str(tmp_path)},
+        "prefix_cache": False, "adapters": {"poet": tmp_path},
     }  # fmt: skip
     context = served["app"].state.context
     settings = context.settings
@@ -121,10 +121,13 @@ def test_the_model_is_called_by_its_folder(served: dict[str, Any], model: Path) 
         ("--gpu-memory-utilization 1.5", "--gpu-memory-utilization"),
         ("--adapter /tmp", "NAME=DIR"),
         ("--adapter a=/no/such/folder", "does not exist"),
-        ("--adapter a=/tmp --adapter a=/tmp", "twice"),
-        ("--max-logprobs 21", "max_logprobs"),
-        ("--max-body-bytes 0", "max_body_bytes"),
-        ("--shutdown-timeout -1", "drain_timeout"),
+        ("--adapter a=/tmp --adapter a=/tmp", "Two adapters"),
+        ("--max-logprobs 21", "--max-logprobs must be in [0, 20]"),
+        ("--max-body-bytes 0", "--max-body-bytes must be positive"),
+        ("--max-queue -1", "--max-queue must be"),
+        ("--request-timeout nan", "--request-timeout must be"),
+        ("--shutdown-timeout -1", "--shutdown-timeout must be"),
+        ("--speculative ngrams", "must be ngram, or the folder or Hub id"),
         ("--speculative /no/such/draft", "/no/such/draft"),
         ("--rope-scaling yarn:4 --dual-chunk", "together"),
     ],

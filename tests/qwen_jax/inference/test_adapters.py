@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from safetensors.torch import load_file, save_file
 
 import convert
-from convert.adapter import load_adapters, load_factors
+from convert.adapter import adapter_folders, load_adapters, load_factors
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference import Engine, SamplingParams
@@ -55,7 +55,7 @@ class Case:
 
     def engine(self, axes: dict[str, int] | None = None, **options: Any) -> ContinuousEngine:
         config, params, mesh = self.load(axes)
-        adapters = load_adapters([f"{name}={self.folder / name}" for name in ADAPTERS], config)
+        adapters = load_adapters(adapter_folders([f"{name}={self.folder / name}" for name in ADAPTERS]), config)
         sizes = {"max_seqs": 4, "max_length": 96, "page_size": 16, "num_pages": 32, "max_batched_tokens": 32}
         return ContinuousEngine(
             config, params, mesh, dtype="float32", **{**sizes, "eos_token_ids": (), "adapters": adapters, **options}
@@ -213,7 +213,9 @@ def test_what_does_not_fit_is_refused(case: Case, tmp_path: Path) -> None:
     for pairs, message in (
         (["x"], "NAME=DIR"),
         (["=x"], "NAME=DIR"),
+        (["a b=x"], "NAME=DIR"),
+        (["a=/no/such/folder"], "does not exist"),
         ([f"x={case.folder / 'some'}"] * 2, "Two adapters"),
     ):
         with pytest.raises(InputError, match=message):
-            load_adapters(pairs, config)
+            adapter_folders(pairs)

@@ -14,6 +14,7 @@ import pytest
 import convert
 from qwen_jax.errors import InputError
 from qwen_jax.inference import Engine, SamplingParams
+from qwen_jax.inference.active import Times
 from qwen_jax.inference.completion import Ending
 from qwen_jax.inference.continuous import ContinuousEngine
 from qwen_jax.inference.outputs import Finished, Step
@@ -25,6 +26,7 @@ from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.tokenizer import Tokenizer, train_bpe
 from tests.helpers.hf import make_hf_checkpoint
 from tests.helpers.runs import print_seed
+from tests.helpers.serving import until
 
 VOCAB = 288
 NO_END = Ending(frozenset(), (), 24)
@@ -347,6 +349,39 @@ def test_wrong_types_are_refused_and_hurt_nobody(checkpoint: Path, tokenizer: To
         with pytest.raises(InputError):
             engine.submit(wrong())
         assert engine.generate([Request((1, 2), NO_END)])[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("top", [21, -1, 1.5, True])
+def test_more_log_probabilities_than_there_are_are_refused(checkpoint: Path, top: Any) -> None:
+    with make_engine(checkpoint) as engine, pytest.raises(InputError, match="top must be"):
+        engine.prompt_logprobs([1, 2, 3], top)
+
+
+def test_what_would_start_at_once_is_told(checkpoint: Path) -> None:
+    """The places of the batch that are free, and none while the first in the queue waits for pages."""
+    with make_engine(checkpoint, max_seqs=4, num_pages=8) as engine:
+        assert engine.stats().free == 4
+        ending = dataclasses.replace(NO_END, max_new_tokens=100)
+        streams = [engine.submit(Request((1, 2, 3), ending))]
+        next(iter(streams[0]))
+        assert (engine.stats().running, engine.stats().free) == (1, 3)
+        # Prompts that fill the pages.
+        streams += [engine.submit(Request(tuple(range(90)), dataclasses.replace(NO_END, max_new_tokens=30)))]
+        streams += [engine.submit(Request(tuple(range(5, 95)), dataclasses.replace(NO_END, max_new_tokens=30)))]
+        for _ in streams[0]:
+            if engine._scheduler.blocked:
+                break
+        assert engine.stats().waiting
+        assert engine.stats().free == 0
+        times: list[Times] = []
+        engine.on_finished = times.append
+        for stream in streams:
+            stream.cancel()
+        until(lambda: engine.stats().free == 4)
+        begun = [x for x in times if x.started is not None]
+        assert begun
+        assert len(times) == 3
+        assert all(x.submitted <= x.started <= x.finished for x in begun if x.started is not None)
 
 
 def test_closing_drains_or_cancels(checkpoint: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.errors import InputError
-from qwen_jax.inference import SamplingParams
+from qwen_jax.inference import SamplingParams, masks, structured
 from qwen_jax.inference.completion import Ending
 from qwen_jax.inference.continuous import ContinuousEngine
 from qwen_jax.inference.proposers import Ngrams
@@ -127,6 +127,62 @@ def test_an_end_id_waits_for_the_least_length(checkpoint: Path, tokenizer: Token
             assert len(text.token_ids) >= max(least, 1)
             assert text.finish_reason == "stop"
             assert text.stop == text.token_ids[-1]
+
+
+def test_least_lengths_hold_back_a_grammars_end_and_stop_strings(checkpoint: Path, tokenizer: Tokenizer) -> None:
+    """Also the end id that `Ending` does not name, and a stop string that the first tokens write; as in vLLM."""
+    pytest.importorskip("llguidance")
+    rng = print_seed()
+    least, prompt = 9, prompts(rng, 1)[0]
+    with make_engine(checkpoint, tokenizer) as engine:
+        assert engine.grammars is not None
+        a, end = tokenizer.encode("a")[0], tokenizer.eos_id
+        # The end id is the likeliest where it is allowed, and "a" otherwise.
+        bias = {end: 100.0, a: 60.0}
+        request = Request(prompt, Ending(frozenset(), ("aa",), 40), logit_bias=bias, min_tokens=least)
+        (without,) = engine.generate([dataclasses.replace(request, ending=Ending(frozenset([end]), (), 40))])
+        assert without.token_ids == [a] * least + [end]
+        grammar = engine.grammars.regex("a+")
+        for stop in ((), ("aa",)):
+            asked = dataclasses.replace(request, ending=Ending(frozenset(), stop, 40), grammar=grammar)
+            (found,) = engine.generate([asked])
+            assert (found.token_ids, found.text, found.finish_reason) == ([a] * least + [end], "a" * least, "stop")
+        # Without an end, the stop string ends the text with the first token after the least length.
+        (found,) = engine.generate([dataclasses.replace(request, logit_bias={a: 100.0})])
+        assert (len(found.token_ids), found.text, found.stop) == (least + 1, "a" * (least - 1), "aa")
+        # What a grammar completes ends, whatever the least length.
+        (found,) = engine.generate([dataclasses.replace(request, grammar=engine.grammars.regex("a{3}"))])
+        assert (found.text, found.finish_reason) == ("aaa", "stop")
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_an_ambiguous_grammar_ends_its_request_alone(
+    checkpoint: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, speculative: bool
+) -> None:
+    """A text's masks have a budget of processor time; the others in the batch are as without it."""
+    pytest.importorskip("llguidance")
+    rng = print_seed()
+    monkeypatch.setattr(structured, "BURST_SECONDS", 0.05)
+    monkeypatch.setattr(structured, "TOKEN_SECONDS", 1e-3)
+    ending = dataclasses.replace(NO_END, max_new_tokens=120)
+    proposer = Ngrams(3, rows=8) if speculative else None
+    with make_engine(checkpoint, tokenizer, proposer=proposer) as engine:
+        assert engine.grammars is not None
+        free = [Request(prompt, ending) for prompt in prompts(rng, 2)]
+        grammars = [engine.grammars.regex("[a-z ]*"), engine.grammars.json_object()]
+        ruled = [Request(prompts(rng, 1)[0], ending, grammar=grammar) for grammar in grammars]
+        want = [finished.token_ids for finished in engine.generate([*free, *ruled])]
+        ambiguous = engine.grammars.ebnf('start: e\ne: e e e | e e | "a" | "b"')
+        # Also masks that take no time are made in threads here.
+        monkeypatch.setattr(masks, "_WORTH_THREADS", -1.0)
+        bad = [Request(prompt, ending, grammar=ambiguous, min_tokens=120) for prompt in prompts(rng, 2)]
+        found = engine.generate([*bad, *free, *ruled])
+        for one in found[:2]:
+            assert one.finish_reason == "error"
+            assert one.error is not None
+            assert "too much work" in one.error or "Too many items" in one.error
+            assert len(one.token_ids) < 120
+        assert [finished.token_ids for finished in found[2:]] == want
 
 
 def test_penalties_and_biases_change_texts_as_their_formulas_say(checkpoint: Path, tokenizer: Tokenizer) -> None:

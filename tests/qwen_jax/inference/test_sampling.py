@@ -241,6 +241,8 @@ def test_numbers_do_not_recompile() -> None:
         {"top_p": 1.5},
         {"min_p": -0.1},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-40},
+        {"repetition_penalty": 1e38},
         {"seed": -1},
     ],
 )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.errors import InputError
+from qwen_jax.inference import structured
 from qwen_jax.inference.structured import Grammars
 from qwen_jax.tokenizer import Tokenizer, load_tokenizer, parse_tool_calls
 from tests.helpers.grammars import VOCAB, allowed, check_accepts, ends, grammars, pieces, sample, small
@@ -296,6 +297,24 @@ def test_a_token_that_is_not_allowed_spoils_the_matcher_only() -> None:
             allowed(spoiled)
         assert not spoiled.ended
     check_accepts(grammar, small().encode("ab"))
+
+
+def test_the_time_of_copies_counts_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proposals are tried on copies: their work is that of the text, and what a grammar may take grows with it."""
+    monkeypatch.setattr(structured, "BURST_SECONDS", 0.05)
+    monkeypatch.setattr(structured, "TOKEN_SECONDS", 0.0)
+    matcher = grammars().ebnf('start: e\ne: e e e | e e | "a"').matcher()
+    token = small().encode("a")[0]
+
+    def go_on() -> None:
+        for _ in range(200):
+            matcher.copy().fill(np.zeros(-(-VOCAB // 32), np.int32))
+            matcher.accept(token)
+
+    with pytest.raises(InputError, match=r"too much work: 0\.\d s after \d+ tokens"):
+        go_on()
+    # Another text has a budget of its own.
+    allowed(grammars().ebnf('start: e\ne: e e e | e e | "a"').matcher())
 
 
 # --- the published vocabulary ---

@@ -1,6 +1,7 @@
 """Every wrong request gets its own error, in OpenAI's form and with the right status, and disturbs no other."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -32,6 +33,8 @@ SHARED: list[tuple[dict[str, Any], str | None]] = [
     ({"top_k": 1.5}, "top_k"),
     ({"min_p": 2}, "min_p"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"repetition_penalty": 1e-40}, "repetition_penalty"),
+    ({"repetition_penalty": 1e30}, "repetition_penalty"),
     ({"presence_penalty": 3}, "presence_penalty"),
     ({"frequency_penalty": -3}, "frequency_penalty"),
     ({"logit_bias": {"64": 101}}, "logit_bias.64"),
@@ -215,6 +218,33 @@ def test_a_body_that_is_not_an_object(http: TestClient, data: bytes, status: int
     check(http.post(TEXT, content=data, headers={"Content-Type": "application/json"}), status)
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "item"),
+    [
+        (TEXT, "prompt", "[1]"),
+        (TEXT, "prompt", '"a"'),
+        (CHAT, "messages", '{"role": "user", "content": "a"}'),
+        (CHAT, "messages", '{"role": "bad", "content": "a"}'),
+        ("/v1/embeddings", "input", "[1]"),
+        ("/tokenize", "messages", '{"role": "user", "content": "a"}'),
+    ],
+)
+def test_a_million_small_items_are_refused_soon(path: str, field: str, item: str) -> None:
+    """The loop that answers all clients reads bodies, so that one body must not keep it."""
+    http = client(FakeEngine(), max_body_bytes=10**8)
+    data = f'{{"{field}": [{", ".join([item] * 500_000)}]}}'.encode()
+    start = time.process_time()
+    error = check(http.post(path, content=data, headers={"Content-Type": "application/json"}))
+    assert time.process_time() - start < 1.5
+    if "[" in item or "{" in item:
+        assert "objects and lists" in error["message"]
+    else:
+        assert error["param"] == field
+    # Brackets in a text are none of them.
+    text = json.dumps({"prompt": '\\"[{' * 110_000}).encode()
+    assert "context" in check(http.post(TEXT, content=text, headers={"Content-Type": "application/json"}))["message"]
+
+
 def test_the_body_must_be_declared_as_json(http: TestClient) -> None:
     """Without that, any web page could send requests to a server on the reader's own machine."""
     data = json.dumps({"prompt": "a"}).encode()
@@ -285,7 +315,11 @@ def test_without_grammars_structured_output_is_refused() -> None:
 def test_a_full_queue_and_a_server_that_ends_ask_to_come_again() -> None:
     engine = FakeEngine()
     http = client(engine, max_waiting=3)
-    engine.waiting = 2
+    # What would start at once takes no place in the queue.
+    engine.free = 4
+    assert http.post(TEXT, json={"prompt": "abc", "n": 7}).status_code == 200
+    assert "7 at a time" in check(http.post(TEXT, json={"prompt": "abc", "n": 8}))["message"]
+    engine.free, engine.waiting = 0, 2
     assert http.post(TEXT, json={"prompt": "abc"}).status_code == 200
     answer = http.post(TEXT, json={"prompt": "abc", "n": 2})
     assert check(answer, 503)["code"] == "overloaded"

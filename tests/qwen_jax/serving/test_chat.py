@@ -29,8 +29,14 @@ def joined(chunks: list[dict[str, Any]], index: int = 0) -> dict[str, Any]:
     for choice in mine[1:]:
         message["content"] += choice["delta"].get("content", "")
         for call in choice["delta"].get("tool_calls", []):
-            assert call["index"] == len(message.setdefault("tool_calls", []))
-            message["tool_calls"].append({key: value for key, value in call.items() if key != "index"})
+            calls = message.setdefault("tool_calls", [])
+            if "id" in call:
+                # The first delta has the name and no arguments, the others have pieces of these.
+                assert (call["index"], call["function"]["arguments"]) == (len(calls), "")
+                calls.append({key: value for key, value in call.items() if key != "index"})
+            else:
+                assert (call["index"], [*call["function"]]) == (len(calls) - 1, ["arguments"])
+                calls[-1]["function"]["arguments"] += call["function"]["arguments"]
         tokens += (choice["logprobs"] or {}).get("content", [])
     if "tool_calls" in message:
         message["content"] = message["content"] or None

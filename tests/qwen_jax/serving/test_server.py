@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from qwen_jax.errors import InputError
+from qwen_jax.inference.active import Times
 from qwen_jax.inference.structured import Grammar
+from qwen_jax.serving.context import in_pieces, to_json
 from qwen_jax.serving.server import listen
-from tests.helpers.fake_engine import FakeEngine, FakeGrammars
+from qwen_jax.serving.settings import Service
+from tests.helpers.fake_engine import FakeEngine, FakeGrammars, FakeScorer, defaults
 from tests.helpers.serving import Running, client, events, serve, until
 
 ROOT = Path(__file__).parents[3]
@@ -195,10 +199,137 @@ def test_what_still_runs_at_the_limit_is_told_so() -> None:
     assert engine.closed
 
 
-def _started(engine: FakeEngine, **settings: Any) -> Running:
-    from qwen_jax.serving.settings import Service
-    from tests.helpers.fake_engine import defaults
+def models(delay: float) -> list[tuple[Any, Service, str]]:
+    """An engine and a reward model whose work takes long, and their paths."""
+    engine = FakeEngine(delay=delay)
+    scorer = FakeScorer(engine.config, delay)
+    scores = Service(scorer=scorer, scorer_tokenizer=engine.tokenizer)
+    return [(engine, Service(engine, defaults()), "/v1/embeddings"), (scorer, scores, "/v1/score")]
 
+
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("how", ["timeout", "end", "gone"])
+def test_embeddings_and_scores_are_cut(kind: int, how: str) -> None:
+    """By the limit of time, by the end of the server, and by clients that go: what runs, and what waits for it."""
+    model, service, path = models(0.05)[kind]
+    running = Running(service, request_timeout=0.5 if how == "timeout" else 0.0, drain_timeout=0.5)
+    body = {"input": ["abc"] * 1000}
+    if how == "gone":
+        connections = [raw(running, path, body) for _ in range(3)]
+        until(lambda: len(running.context.jobs) == 3 and model.work > 0)
+        for connection in connections:
+            connection.close()
+    else:
+        answers: list[httpx.Response] = []
+
+        def ask() -> None:
+            answers.append(httpx.post(running.url + path, json=body, timeout=20))
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(running.context.jobs) == 3)
+        if how == "end":
+            running.stop()
+        for thread in threads:
+            thread.join(10)
+        want = (504, "timeout") if how == "timeout" else (503, "overloaded")
+        assert [(answer.status_code, answer.json()["error"]["code"]) for answer in answers] == [want] * 3
+    until(lambda: not running.context.jobs)
+    # The thread is free at once, and nothing of what waited was begun.
+    assert running.context.device_thread.submit(lambda: 7).result(2) == 7 if how != "end" else True
+    assert model.work < 30
+    running.stop()
+    running.join()
+
+
+def test_a_request_whose_grammar_waits_is_cut() -> None:
+    engine, done = FakeEngine(), threading.Event()
+
+    class Slow(FakeGrammars):
+        def regex(self, pattern: str) -> Grammar:
+            done.wait(10)
+            return super().regex(pattern)
+
+    engine.grammars = Slow()
+    with serve(engine, request_timeout=0.3) as running:
+        for stream in (False, True):
+            body = {"prompt": "abc", "guided_regex": "a", "stream": stream}
+            answer = httpx.post(running.url + TEXT, json=body, timeout=20)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+        done.set()
+        assert not engine.requests
+
+
+def test_what_waits_for_the_device_has_a_limit() -> None:
+    with serve(FakeEngine(delay=0.2), max_waiting=2) as running:
+        connections = [raw(running, "/v1/embeddings", {"input": ["abc"] * 100}) for _ in range(3)]
+        until(lambda: len(running.context.jobs) == 3)
+        assert httpx.post(running.url + "/v1/embeddings", json={"input": "a"}).status_code == 503
+        assert httpx.post(running.url + TEXT, json={"prompt": "abc"}).status_code == 200
+        for connection in connections:
+            connection.close()
+
+
+def test_an_engine_that_failed_has_metrics_of_http_only() -> None:
+    engine = FakeEngine()
+    http_client = client(engine)
+    assert http_client.post(TEXT, json={"prompt": "abc"}).status_code == 200
+    assert "vllm:num_requests_running" in http_client.get("/metrics").text
+    engine.dead = True
+    answer = http_client.get("/metrics")
+    assert answer.status_code == 200
+    assert 'http_requests_total{handler="/v1/completions",method="POST",status="200"} 1.0' in answer.text
+    assert "vllm:num_requests_running" not in answer.text
+    assert http_client.get("/health").status_code == http_client.get("/ping").status_code == 503
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/embeddings"])
+def test_a_large_answer_stops_nobody(path: str) -> None:
+    """While half a million numbers are written down, other requests are answered."""
+    engine = FakeEngine("a" * 400, tokens_per_step=400)
+    engine.embed = lambda prompts, pooling, *, stopped: np.random.default_rng(0).random((len(prompts), 2000))  # type: ignore[method-assign]
+    chat = {"messages": [{"role": "user", "content": "a"}], "n": 40, "logprobs": True, "top_logprobs": 20}
+    body = chat if path == CHAT else {"input": ["abc"] * 1000}
+    with serve(engine) as running, httpx.Client(base_url=running.url, timeout=60) as http:
+        sizes: list[int] = []
+        start = time.monotonic()
+        thread = threading.Thread(target=lambda: sizes.append(len(httpx.post(running.url + path, json=body).content)))
+        thread.start()
+        longest = 0.0
+        while thread.is_alive():
+            began = time.monotonic()
+            http.get("/version")
+            longest = max(longest, time.monotonic() - began)
+        assert sizes[0] > 10**7
+        assert longest < 0.5 * (time.monotonic() - start)
+
+
+def test_json_in_pieces_is_the_same_json() -> None:
+    nested: dict[str, Any] = {
+        "a": [{"b": [{"c": [[1, 2], [3.5]], "ä": None}], "d": {}}, []],
+        "e": [],
+        "f": [1, "x", None],
+    }
+    for depth in range(7):
+        assert in_pieces(nested, depth) == to_json(nested)
+
+
+def test_the_times_of_a_request_are_counted() -> None:
+    """Queue, prefill and decode add up to what the engine took. A request that never began waited for nothing."""
+    engine = FakeEngine()
+    http_client = client(engine)
+    assert engine.on_finished is not None
+    engine.on_finished(Times(1.0, 1.5, 3.5, 7.5, 10, 20, "stop"))
+    engine.on_finished(Times(1.0, None, None, 7.5, 10, 0, "abort"))
+    text = http_client.get("/metrics").text
+    for name, seconds in (("queue", 0.5), ("prefill", 2.0), ("decode", 4.0)):
+        label = '{engine="0",model_name="model"}'
+        assert f"vllm:request_{name}_time_seconds_count{label} 1.0" in text
+        assert f"vllm:request_{name}_time_seconds_sum{label} {seconds}" in text
+
+
+def _started(engine: FakeEngine, **settings: Any) -> Running:
     return Running(Service(engine, defaults()), **settings)
 
 
@@ -245,6 +376,52 @@ def test_a_signal_drains(number: int, last: str) -> None:
     assert text == "a" * 30
     assert process.wait(20) == 0
     assert process.stdout.read().strip() == last
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_a_second_signal_ends_requests_now(stuck: bool) -> None:
+    """Their clients are told so; one that does not read is cut off. No traceback is printed."""
+    slow, fast = '"a" * 4000, delay=0.05', '"a" * 150_000, tokens_per_step=50, max_length=10**6'
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.replace('"a" * 40, delay=0.05', fast if stuck else slow)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": "."},
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    url = process.stdout.readline().strip()
+    answers: dict[bool, httpx.Response] = {}
+
+    def ask(stream: bool) -> None:
+        body = {"prompt": "abc", "max_tokens": 3000, "stream": stream}
+        answers[stream] = httpx.post(url + TEXT, json=body, timeout=20)
+
+    threads = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True) if not stuck]
+    for thread in threads:
+        thread.start()
+    host, _, port = url.removeprefix("http://").partition(":")
+    body = json.dumps({"prompt": "abc", "max_tokens": 150_000, "stream": True, "logprobs": 20})
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    sleeper = socket.create_connection((host, int(port)))
+    if stuck:
+        sleeper.sendall((head + body).encode())
+    time.sleep(1.5)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+    for thread in threads:
+        thread.join(10)
+    sleeper.close()
+    errors = process.stderr.read()
+    assert "Traceback" not in errors
+    assert process.stdout.read().strip() == "ended"
+    if not stuck:
+        assert answers[False].status_code == 503
+        assert events(answers[True].text)[-1]["error"]["code"] == "overloaded"
 
 
 def test_an_address_that_is_taken_is_an_error() -> None:

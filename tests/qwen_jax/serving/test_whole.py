@@ -1,12 +1,15 @@
 """The server over the real engine: HTTP gives what the engine gives, and the command serves until it is told to end."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +20,22 @@ import pytest
 from starlette.testclient import TestClient
 
 import convert
+from qwen_jax.errors import InputError
 from qwen_jax.inference import ContinuousEngine, Engine, load_generation_defaults
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.serving.app import create_app
 from qwen_jax.serving.settings import ServerSettings, Service
-from qwen_jax.tokenizer import load_tokenizer, train_bpe
-from tests.helpers.hf import make_hf_checkpoint
+from qwen_jax.tokenizer import load_tokenizer
+from tests.helpers.scripted import make_words
+from tests.helpers.serving import until
 
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = train_bpe(["hello world, hello there user assistant system\n"] * 8, 330)
-    make_hf_checkpoint(folder, vocab_size=384, eos_token_id=tokenizer.eos_id, num_key_value_heads=2)
-    tokenizer.save(folder)
-    return folder
+    return make_words(tmp_path_factory.mktemp("model"))
 
 
 def loaded(folder: Path) -> Any:
@@ -63,6 +64,55 @@ def post(client: TestClient, path: str, **body: Any) -> dict[str, Any]:
     assert response.status_code == 200, response.text
     result: dict[str, Any] = response.json()
     return result
+
+
+def test_prompts_that_are_read_for_log_probabilities_are_cut(
+    client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the limit of time, those that wait are told so and are never read."""
+    context = client.app.state.context  # type: ignore[attr-defined]
+    engine, read = context.engine, []
+
+    def slow(ids: list[int], adapter: int) -> Any:
+        read.append(ids)
+        time.sleep(0.5)
+        raise InputError("it is read too late")
+
+    monkeypatch.setattr(engine._runner, "prompt_logprobs", slow)
+    monkeypatch.setattr(context, "settings", dataclasses.replace(context.settings, request_timeout=0.4))
+    with ThreadPoolExecutor(6) as threads:
+        body = {"model": "m", "echo": True, "logprobs": 1, "max_tokens": 1}
+        ask = [
+            threads.submit(client.post, "/v1/completions", json={**body, "prompt": f"hello {i}", "stream": False})
+            for i in range(6)
+        ]
+        answers = [asked.result() for asked in ask]
+    assert [answer.status_code for answer in answers] == [504] * 6
+    until(lambda: engine.stats().waiting == engine.stats().running == 0)
+    assert len(read) <= 2
+
+
+EXTREMES = [1e-40, 5e-324, -0.0, 1e-10, 1e-5, 0.01, 1.0, 2.0, 100.0, 1e5, 3.4e38, 1e300, -1e-40, -2.0, -1e300, 10**30]
+EXTREMES += [0, 1, 2**31 - 1, 2**63, -(2**63), 10**400]
+FIELDS = "temperature top_p min_p repetition_penalty presence_penalty frequency_penalty top_k seed logit_bias".split()
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_extreme_numbers_give_a_text_or_an_error_of_the_field(client: TestClient, field: str) -> None:
+    """Whatever is taken leaves the logits finite; whatever is refused is refused in OpenAI's form."""
+    codes = set()
+    for number in EXTREMES:
+        value = {"5": number, "70": number} if field == "logit_bias" else number
+        sampled = {} if field == "temperature" else {"temperature": 1.0}
+        body = {"model": "m", "prompt": "hello", "max_tokens": 4, "logprobs": 2, **sampled, field: value}
+        answer = client.post("/v1/completions", json=body)
+        codes.add(answer.status_code)
+        if answer.status_code == 400:
+            assert answer.json()["error"]["param"].startswith(field)
+        else:
+            assert answer.status_code == 200, (number, answer.text)
+    assert 200 in codes
+    assert 400 in codes or field == "seed"
 
 
 def test_completions_are_those_of_the_fixed_batch(client: TestClient, folder: Path) -> None:
