@@ -219,7 +219,7 @@ class Qwen2(nnx.Module):
         cache: Cache[Any] | None = None,
         remat: Remat = "none",
         valid_BT: jax.Array | None = None,
-        length_B: jax.Array | None = None,
+        length_BT: jax.Array | None = None,
         sparse: SparseChunk | None = None,
     ) -> Output:
         """Runs the model up to the last norm.
@@ -233,8 +233,9 @@ class Qwen2(nnx.Module):
             everything but the results of matrix products and of attention.
           valid_BT: bool, True where a token is not padding. If given, experts skip padding, and routing statistics
             are returned.
-          length_B: int32, the length of each row's text when it is complete, for the length factor of dual-chunk
-            attention. By default the text ends with these tokens; a row of several documents counts as its longest.
+          length_BT: int32 [B, T] or [B, 1], the length of each token's text when it is complete, for the length factor
+            of dual-chunk attention. By default the text ends with these tokens; a row of several documents counts as
+            its longest.
           sparse: the tokens are a chunk that is read by sparse attention; needs a contiguous cache.
         """
         # Inputs in the sharding of the model.
@@ -246,7 +247,7 @@ class Qwen2(nnx.Module):
         with jax.named_scope("embed"):
             x_BTD = self.embed(tokens_BT, dtype)
         longest = positions_BT.shape[1] if cache is None else cache.slots
-        rope, masks = rope_and_masks(self.config, positions_BT, mask, longest, length_B, dtype)
+        rope, masks = rope_and_masks(self.config, positions_BT, mask, longest, length_BT, dtype)
 
         # Layers.
         routing: RouterStats | None = None

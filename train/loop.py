@@ -16,7 +16,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.params import Params
 from train.data.batch import place
 from train.fields import at_least
-from train.objective import Metrics, Sums
+from train.objective import Metrics, Sums, join_statistics
 from train.observe.display import Display
 from train.observe.goodput import Clock, compilation
 from train.observe.trackers import Log
@@ -467,11 +467,11 @@ def held_out_sums(params: Params, eval_step: EvalStep[B], batches: Iterable[B], 
       mesh: where they are placed.
 
     Returns:
-      The objective's sums and its statistics, summed over batches, in float64 on the host.
+      The objective's sums and its statistics over all batches, in float64 on the host.
     """
     found = []
     for batch in batches:
         found.append(eval_step(params, _placed(batch, mesh)))
         jax.block_until_ready(found[-4:-3])  # Only a few batches wait on the devices.
-    result: tuple[Sums, Any] = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *jax.device_get(found))
-    return result
+    in_float64: list[tuple[Sums, Any]] = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(found))
+    return join_statistics(*in_float64)

@@ -12,13 +12,14 @@ holds a `Batch` and further arrays, such as advantages or the log-probabilities 
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.attention.sequence import zigzag_shard
+from qwen_jax.attention.sequence import zigzag_shard, zigzag_unshard
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels import packed_mask
 from qwen_jax.model import Qwen2
@@ -33,7 +34,7 @@ Metrics = dict[str, jax.Array]
 B = TypeVar("B")
 """A batch."""
 S = TypeVar("S")
-"""Statistics: a tree of float32 arrays that are added up over micro-batches."""
+"""Statistics: a tree of float32 arrays that are added up over micro-batches, or `Maximum` to keep the largest."""
 C = TypeVar("C")
 """What an objective computes of a whole batch before the first of its micro-batches."""
 
@@ -115,6 +116,14 @@ class BoundModel:
           x_BT: in the order of the rows.
         """
         return zigzag_shard(x_BT, self.module.sharding)
+
+    def in_row_order(self, x_BT: jax.Array) -> jax.Array:
+        """The inverse of `in_model_order`.
+
+        Args:
+          x_BT: one number a token, where the token's hidden state is.
+        """
+        return zigzag_unshard(x_BT, self.module.sharding)
 
 
 class Objective(abc.ABC, Generic[B, S, C]):
@@ -225,6 +234,35 @@ def mean(sums: Sums, denominator: jax.Array) -> Sums:
     """
     loss, weight, reported = (x / denominator for x in (sums.loss, sums.weight, sums.reported))
     return Sums(loss if sums.regulariser is None else loss + sums.regulariser, weight, reported)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Maximum:
+    """A number among statistics of which the parts of a batch keep the largest; that of no part is -inf.
+
+    Attributes:
+      value: float32.
+    """
+
+    value: jax.Array
+
+
+def join_statistics(*parts: S) -> S:
+    """Statistics of a whole from those of its parts: sums, and the largest of each `Maximum`.
+
+    Args:
+      *parts: at least one, in JAX or NumPy.
+    """
+
+    def join(a: Any, b: Any) -> Any:
+        return Maximum(jnp.maximum(a.value, b.value)) if isinstance(a, Maximum) else a + b
+
+    def join_two(a: S, b: S) -> S:
+        joined: S = jax.tree.map(join, a, b, is_leaf=lambda x: isinstance(x, Maximum))
+        return joined
+
+    return functools.reduce(join_two, parts)
 
 
 def zero_sums() -> Sums:

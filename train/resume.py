@@ -10,6 +10,7 @@ from qwen_jax.errors import InputError
 from train.config import RunConfig, as_json, with_new_names
 from train.fields import differences
 from train.files import read_records
+from train.grpo_config import GrpoRunConfig
 from train.tune_config import TuneConfig
 
 # What a stage has where it says nothing.
@@ -44,7 +45,7 @@ def changed_since_last_launch(config: RunConfig) -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def changed_tuning(config: TuneConfig) -> dict[str, tuple[Any, Any]]:
+def changed_tuning(config: TuneConfig | GrpoRunConfig) -> dict[str, tuple[Any, Any]]:
     """The same for a tuning run."""
     before = _last_launch(Path(config.output) / "launches.jsonl")
     return {} if before is None else _differences(before, as_json(config))

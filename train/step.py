@@ -25,7 +25,7 @@ from qwen_jax.params import Params, bind, union
 from qwen_jax.remat import Remat
 from qwen_jax.stack import restack, unstack
 from train.fields import at_least
-from train.objective import BatchContext, BoundModel, Metrics, Objective, Sums, mean, zero_sums
+from train.objective import BatchContext, BoundModel, Metrics, Objective, Sums, join_statistics, mean, zero_sums
 from train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from train.state import Guard, TrainState
 
@@ -144,7 +144,7 @@ def batch_gradient(
         return share.loss, (share, statistics)
 
     differentiate = jax.value_and_grad(share_of_mean, has_aux=True)
-    micro_batches = _split(batch, n, sharding) if n > 1 else None
+    micro_batches = split_rows(batch, n, sharding) if n > 1 else None
     prepared = objective.prepare(bound(params), batch, micro_batches)
     zero_statistics = objective.zero_statistics()
     if micro_batches is None:
@@ -153,8 +153,9 @@ def batch_gradient(
 
     # Gradients, shares of the mean and statistics of the micro-batches add up in float32.
     def accumulate(total: tuple[Params, tuple[Sums, S]], micro_batch: B) -> tuple[tuple[Params, tuple[Sums, S]], None]:
-        (_, found), gradient = differentiate(params, micro_batch, BatchContext(prepared, total[1][1]))
-        return jax.tree.map(jnp.add, total, (gradient, found)), None
+        (_, (share, statistics)), gradient = differentiate(params, micro_batch, BatchContext(prepared, total[1][1]))
+        summed, shares = jax.tree.map(jnp.add, (total[0], total[1][0]), (gradient, share))
+        return (summed, (shares, join_statistics(total[1][1], statistics))), None
 
     start = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params), (zero_sums(), zero_statistics)
     with jax.named_scope("accumulation"):
@@ -187,8 +188,17 @@ def _rows(batch: object) -> int:
     return rows
 
 
-def _split(batch: B, n: int, sharding: Sharding) -> B:
-    """The micro-batches of a batch: each array [n, rows / n, length]."""
+def split_rows(batch: B, n: int, sharding: Sharding) -> B:
+    """The micro-batches of a batch.
+
+    Args:
+      batch: of arrays [rows, length].
+      n: number of micro-batches.
+      sharding: of the current mesh.
+
+    Returns:
+      Each array [n, rows / n, length].
+    """
 
     def split(x_BT: jax.Array) -> jax.Array:
         # Micro-batch j has the rows j, n + j, ...: every shard of rows keeps its own part of each micro-batch.
@@ -392,7 +402,7 @@ def make_loss_check(
 
     def check(params: Params, batch: B, frozen: Params | None) -> jax.Array:
         if config.accumulation > 1:
-            batch = jax.tree.map(lambda x: x[0], _split(batch, config.accumulation, sharding))
+            batch = jax.tree.map(lambda x: x[0], split_rows(batch, config.accumulation, sharding))
         return jnp.isfinite(eval_step(objective, config, sharding, params, batch, frozen)[0].loss)
 
     return jax.jit(check)

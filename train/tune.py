@@ -3,10 +3,9 @@
 import dataclasses
 import io
 import itertools
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +15,10 @@ from rich.console import Console
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.files import to_json
-from qwen_jax.lora import LoRA
 from qwen_jax.parallel.multihost import gather_from_processes, in_step
-from qwen_jax.params import Params, init_params, union, with_fresh_score_head
+from qwen_jax.params import Params, union
 from qwen_jax.stack import unstack
 from qwen_jax.tokenizer import Tokenizer
-from qwen_jax.tokenizer.control import TURN_END
 from train.checkpoint import Checkpoints
 from train.data.batch import place_part, row_part
 from train.data.example_batches import PackedExamples, PackedPairs, PackedSequences, RowConfig
@@ -43,30 +39,7 @@ from train.start import begin, stage_meshes
 from train.state import TrainState
 from train.step import EvalStep
 from train.tune_config import MAX_SEGMENTS, TuneConfig
-
-
-class Formats(Protocol):
-    """How checkpoints are read and written; the command line gives those of `convert`."""
-
-    def describe(self, path: str) -> tuple[ModelConfig, Tokenizer, Path]:
-        """The architecture of a checkpoint, its tokenizer, and its local folder."""
-        ...
-
-    def load(self, path: str, config: ModelConfig, mesh: Mesh, dtype: str, stacked: bool = True) -> Params:
-        """The weights of a checkpoint on a mesh."""
-        ...
-
-    def fingerprint(self, path: str) -> str:
-        """A hash of the content of the weights' files."""
-        ...
-
-    def write(self, params: Params, config: ModelConfig, origin: Path, folder: Path) -> None:
-        """Writes a Hugging Face folder, with the tokenizer and the generation defaults of `origin`."""
-        ...
-
-    def write_adapter(self, params: Params, config: ModelConfig, lora: LoRA, base: str, folder: Path) -> None:
-        """Writes a PEFT folder of trained parameters."""
-        ...
+from train.tuned import Formats, TunedModel
 
 
 def tune(config: TuneConfig, formats: Formats, console: Console | None = None) -> int:
@@ -117,15 +90,15 @@ class _Run:
         console: Console,
         clock: Clock,
     ):
-        self.config, self.formats, self.tokenizer, self.origin = config, formats, tokenizer, origin
+        self.config, self.formats, self.tokenizer = config, formats, tokenizer
         self.meshes, self.console, self.clock = meshes, console, clock
         self.output = Path(config.output).absolute()
-        self._frozen_on: tuple[Mesh, Params] | None = None
         with in_step("Preparing the run"):
             self.changes = changed_tuning(config)
         # A reward model begins with a new head, unless the checkpoint has one.
-        self.new_head = config.method == "reward" and model.score is None
+        new_head = config.method == "reward" and model.score is None
         self.model = config.trained_model(model)
+        self.tuned = TunedModel(config, formats, self.model, tokenizer, origin, new_head)
         # Examples of the stages, one after the other, and the steps that they make.
         self.packed = [self._pack(index) for index in range(len(config.stages))]
         self.steps = [
@@ -192,11 +165,13 @@ class _Run:
             data_record={"stages": records},
             loop=config.loop,
             checkpoints=config.checkpoints,
-            initial=self._initial,
-            base=None if config.base is None else lambda like: self._whole(str(config.base), like),
-            frozen=None if config.step.lora is None else self._frozen,
+            initial=self.tuned.initial,
+            base=None if config.base is None else lambda like: self.tuned.whole(str(config.base), like),
+            frozen=None if config.step.lora is None else self.tuned.frozen,
             check_resume=self._check_resume,
-            export=None if folder is None else Export(folder, self._export),
+            export=None
+            if folder is None
+            else Export(folder, lambda params: self.tuned.export(params, self.objectives[-1].model)),
             nothing_left=f"{config.output} has ended: all {self.ends[-1]:,} steps are taken",
         )
 
@@ -253,13 +228,13 @@ class _Run:
         step, lora = self.config.step_config(index), self.config.step.lora
         params = state.params
         if lora is not None:
-            frozen = self._frozen(self.meshes[index])
+            frozen = self.tuned.frozen(self.meshes[index])
             if not step.scan_layers:
                 params = {**params, "layers": unstack(params["layers"], "float32", self.model.sparse_layers)}
             params = union(params, frozen)
         texts = write_samples(
             *(self.output, int(state.step), self.objectives[index].model, params, lora, self.meshes[index]),
-            *(step.dtype, self.tokenizer, prompts, self._end_ids(), self.config.sample_tokens),
+            *(step.dtype, self.tokenizer, prompts, self.tuned.end_ids(), self.config.sample_tokens),
         )
         self.console.print(f"sample: {texts[0]!r:.200}", highlight=False, markup=False, soft_wrap=True)
 
@@ -296,46 +271,6 @@ class _Run:
             with in_step(f"Reading {file}"):
                 packed.references = np.load(file, allow_pickle=False)
 
-    def _initial(self, like: Params) -> Params:
-        """The weights to begin with."""
-        lora, mesh = self.config.step.lora, jax.tree.leaves(like)[0].sharding.mesh
-        if lora is None:
-            return self._whole(self.config.model, like)
-        # LoRA's matrices are initialised; parts that are trained whole begin with the weights of the checkpoint.
-        key = jax.random.key(self.config.seed)
-        params = init_params(self.model, key, mesh, lora=lora, frozen=self._frozen(mesh))
-        names = [name for name in lora.whole if name in params and not (name == "score" and self.new_head)]
-        if names:
-            stored = self._load(self.config.model, mesh, "float32")
-            params = {**params, **{name: stored[name] for name in names}}
-        return params
-
-    def _whole(self, path: str, like: Params) -> Params:
-        """All weights of a checkpoint in float32; a reward model that begins has a new head."""
-        mesh = jax.tree.leaves(like)[0].sharding.mesh
-        params, config = self._load(path, mesh, "float32"), self.config
-        if not self.new_head:
-            return params
-        assert self.model.score is not None
-        return with_fresh_score_head(params, self.model, jax.random.key(config.seed), self.model.score)[1]
-
-    def _load(self, path: str, mesh: Mesh, dtype: str, stacked: bool = True) -> Params:
-        with in_step(f"Reading the weights of {path}"):
-            model = dataclasses.replace(self.model, score=None) if self.new_head else self.model
-            return self.formats.load(path, model, mesh, dtype, stacked)
-
-    def _frozen(self, mesh: Mesh) -> Params:
-        """With LoRA: the weights that are not trained, in the compute dtype and layout."""
-        if self._frozen_on is None or self._frozen_on[0] != mesh:
-            self._frozen_on = None
-            step, lora = self.config.step, self.config.step.lora
-            assert lora is not None
-            params = self._load(self.config.model, mesh, step.dtype, stacked=step.scan_layers)
-            unused = {"lm_head"} if self.model.score is not None else set()
-            kept = {name: value for name, value in params.items() if name not in {*lora.whole, *unused}}
-            self._frozen_on = mesh, kept
-        return self._frozen_on[1]
-
     def _check_resume(self, checkpoints: Checkpoints, step: int) -> None:
         """Checks that the steps taken had the same examples and RoPE base."""
         check_rope(self.ends, [objective.model for objective in self.objectives], step, checkpoints.model(step))
@@ -359,33 +294,6 @@ class _Run:
         unit = "nats a token" if self.config.kind == "sft" else "a pair"
         adapter = self.config.step.lora is not None
         return Report(*of_launch, exported=self.config.export_folder, adapter=adapter, unit=unit)
-
-    def _export(self, params: Params) -> None:
-        """Writes the tuned model, which ends texts where its turns end."""
-        folder, lora, model = self.config.export_folder, self.config.step.lora, self.objectives[-1].model
-        assert folder is not None
-        if lora is not None:
-            self.formats.write_adapter(params, model, lora, self.config.model, folder)
-            return
-        origin = self.output / "export"
-        with in_step(f"Writing {origin}"):
-            if jax.process_index() == 0:
-                origin.mkdir(parents=True, exist_ok=True)
-                self.tokenizer.save(origin)
-                if self.config.method != "reward":
-                    write_file(origin / "generation_config.json", self._generation_config())
-        self.formats.write(params, model, origin, folder)
-
-    def _generation_config(self) -> bytes:
-        """The generation defaults of the checkpoint, with the ends of turns and of texts as end ids."""
-        path = self.origin / "generation_config.json"
-        defaults = json.loads(path.read_bytes()) if path.is_file() else {}
-        return (to_json({**defaults, "eos_token_id": self._end_ids()}, indent=2) + "\n").encode()
-
-    def _end_ids(self) -> list[int]:
-        """The ids that end a turn or a text."""
-        ids = self.tokenizer.control_ids.get(TURN_END), self.tokenizer.eos_id, *self.model.eos_token_ids
-        return list(dict.fromkeys(i for i in ids if i is not None))
 
 
 class _From(Batches[Any]):

@@ -14,8 +14,9 @@ from train.fields import as_json, set_fields
 from train.loop import LoopConfig
 from train.pretrain import PretrainConfig
 from train.reward import RewardConfig
-from train.tune import Formats, tune
+from train.tune import tune
 from train.tune_config import Method, ObjectiveConfig, TuneConfig, TuneStage, load
+from train.tuned import Formats
 
 _OBJECTIVES: dict[Method, ObjectiveConfig] = {"sft": PretrainConfig(), "reward": RewardConfig(), "dpo": DpoConfig()}
 _ABOUT = {

@@ -281,18 +281,19 @@ def write_examples(setup: Setup, seed: int, folder: Path) -> None:
         if file == "tasks":
             both = drawn(STYLE, count)
             talks += [(x, padded(x.answer) if rng.integers(2) else x.answer) for x in both]
-        _write_lines(folder / f"{file}.jsonl", [{"messages": prompt_of(item) + said(text)} for item, text in talks])
+        write_lines(folder / f"{file}.jsonl", [{"messages": prompt_of(item) + said(text)} for item, text in talks])
     # Pairs: first the held-out ones, whose prompts no other pair has.
     for kind in KINDS:
         names = (STYLE,) if kind == "terse" else PAIRED
         tests = [item for name in names for item in drawn(name, -(-setup.samples // len(names)))]
         seen = {item.prompt for item in tests}
         training = [item for name in names for item in drawn(name, setup.pairs // len(names), without=seen)]
-        _write_lines(folder / f"{kind}-held-out.jsonl", [pair(item, kind) for item in tests])
-        _write_lines(folder / f"{kind}.jsonl", [pair(item, kind) for item in training])
+        write_lines(folder / f"{kind}-held-out.jsonl", [pair(item, kind) for item in tests])
+        write_lines(folder / f"{kind}.jsonl", [pair(item, kind) for item in training])
 
 
-def _write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Writes records as JSON lines, with their folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, "".join(json.dumps(record) + "\n" for record in records).encode())
 
@@ -313,7 +314,7 @@ def make_text(setup: Setup, folder: Path, texts: list[str] | None) -> None:
     for name, found in (("text", training), ("held-out", held_out), ("copies", copies)):
         source = folder / f"{name}.jsonl"
         if not (folder / name / "manifest.json").exists():
-            _write_lines(source, [{"text": text} for text in found])
+            write_lines(source, [{"text": text} for text in found])
             build(BuildConfig((str(source),), folder / "tokenizer", setup.length, folder / name, unit_megabytes=8))
     write_file(folder / "done", b"")
 

@@ -104,9 +104,9 @@ class HostTimes:
             wrap(steps, "_end", "end")
             wrap(scheduler, "plan", "plan")
             wrap(runner, "prefill", "prefill", self._counted_prefill)
-            for name in ("decode", "verify"):
+            for name in ("decode_slots", "verify"):
                 wrap(runner, name, "decode", self._counted_decode)
-            for name in ("sample", "sample_verified"):
+            for name in ("sample_slots", "sample_verified"):
                 wrap(runner, name, "sample")
             for kind in (Sampled, SampledMany):
                 wrap(kind, "read", "wait")

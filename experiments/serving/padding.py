@@ -3,8 +3,8 @@
     JAX_PLATFORMS=cpu python -m experiments.serving.padding --max-batched-tokens 2048
 
 The real scheduler plans the 512 requests of the file of lengths, all there from the beginning, and the real runner
-chooses the programs; they compute nothing (`host_cost.replace_programs`). The line says how many rows and tokens the
-programs have for each row and token of a request.
+chooses the programs; they compute nothing (`host_cost.replace_programs`). The line says how many tokens the prefill
+programs read for each token of a prompt, and how many rows the decode programs have for each row of a request.
 """
 
 import argparse
@@ -35,20 +35,20 @@ def count(max_batched_tokens: int, max_seqs: int, requests: int = 512) -> dict[s
     with make_engine(config, dtype="float32", num_pages=64 * max_seqs, **settings) as engine:
         replace_programs(engine)
         runner = engine._runner
-        run, decode = runner._run, runner.decode
+        run, decode = runner._run, runner.decode_slots
 
         def counted(program: Program, *args: Any) -> Any:
             if program.kind in padded:
-                padded[program.kind] += program.rows * max(program.tokens, 1)
+                padded[program.kind] += program.tokens or program.rows
                 steps[program.kind] += 1
             return run(program, *args)
 
-        def counted_decode(inputs: Any) -> Any:
-            rows[0] += len(inputs)
-            return decode(inputs)
+        def counted_decode(slots: Any, *args: Any) -> Any:
+            rows[0] += len(slots)
+            return decode(slots, *args)
 
         def install() -> None:
-            runner._run, runner.decode = counted, counted_decode  # type: ignore[method-assign, assignment]
+            runner._run, runner.decode_slots = counted, counted_decode  # type: ignore[method-assign, assignment]
 
         engine.call(install)
         prompts = random_prompts(engine, both.input[:requests])

@@ -1,12 +1,13 @@
 """Key/value caches. A cache owns its layout: the model writes to it and attends to it, and never looks inside.
 
 The model asks for two things, on each shard's own arrays: `write(k, v)` stores new tokens, and `attend(q, mask)`
-attends to what the queries may see. Where `supports_step` says that one kernel does both, it calls `step` instead. Both
+attends to what the queries may see. Where `supports_step` says that one kernel does both, it calls `step` instead. All
 caches number the tokens of a row by *slots*; masks count slots.
 
 - `ContiguousCache`: one buffer a layer. All rows of a batch end at the same slot, so that a decode step writes one
   slice; shorter prompts begin at a later slot. The buffer may be in 8 bits (`quantized_cache`).
 - `PagedCache`: pages of a fixed number of slots, shared by all rows through a page table. Each row has its own length.
+- `packed_cache.PackedCache`: the same pages, for chunks of several texts that share one row.
 
 A cache without tokens is `fresh`: its first write is a prompt, and queries attend to the new keys alone.
 """
@@ -286,6 +287,23 @@ class ContiguousCache:
 # --- pages ---
 
 
+def write_pages(pages_NKPd: jax.Array, new_BTKd: jax.Array, page_BT: jax.Array, place_BT: jax.Array) -> jax.Array:
+    """Pages with new keys or values in them. Runs on local arrays.
+
+    Args:
+      pages_NKPd: pages of P slots.
+      new_BTKd: of the new tokens.
+      page_BT: int32, the page of each token. What would go to page N, which does not exist, is dropped.
+      place_BT: int32, the slot in that page; no two tokens have the same.
+    """
+    K, size, d = pages_NKPd.shape[1:]
+    # Pages are seen as rows of d numbers. A scatter into two separate axes would be compiled with a copy of all pages
+    # in another layout.
+    row_BTK = (page_BT[..., None] * K + jnp.arange(K, dtype=jnp.int32)) * size + place_BT[..., None]
+    rows, new = pages_NKPd.reshape(-1, d), new_BTKd.astype(pages_NKPd.dtype)
+    return rows.at[row_BTK].set(new, mode="drop", unique_indices=True).reshape(pages_NKPd.shape)
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("k_NKPd", "v_NKPd", "pages_BM", "lengths_B", "new_B"),
@@ -309,22 +327,18 @@ class PagedLayer:
         return dataclasses.replace(self, **arrays)
 
     def write(self, k_BTKd: jax.Array, v_BTKd: jax.Array) -> "PagedLayer":
-        (N, K, size, d), T, M = self.k_NKPd.shape, k_BTKd.shape[1], self.pages_BM.shape[1]
+        (N, _, size, _), T, M = self.k_NKPd.shape, k_BTKd.shape[1], self.pages_BM.shape[1]
         # The slot of each new token, and the page and the place in it that the table gives for the slot.
         t = jnp.arange(T, dtype=jnp.int32)
         slot_BT = self.lengths_B[:, None] + t
         page_BT = jnp.take_along_axis(self.pages_BM, jnp.minimum(slot_BT // size, M - 1), axis=1)
         # Padding, and what is beyond the table, goes to page N, which does not exist: the write is dropped.
         page_BT = jnp.where((t < self.new_B[:, None]) & (slot_BT < M * size), page_BT, N)
-        # Pages are seen as rows of d numbers. A scatter into two separate axes would be compiled with a copy of all
-        # pages in another layout.
-        row_BTK = (page_BT[..., None] * K + jnp.arange(K, dtype=jnp.int32)) * size + (slot_BT % size)[..., None]
-
-        def store(pages_NKPd: jax.Array, new_BTKd: jax.Array) -> jax.Array:
-            rows, new = pages_NKPd.reshape(-1, d), new_BTKd.astype(pages_NKPd.dtype)
-            return rows.at[row_BTK].set(new, mode="drop", unique_indices=True).reshape(pages_NKPd.shape)
-
-        return dataclasses.replace(self, k_NKPd=store(self.k_NKPd, k_BTKd), v_NKPd=store(self.v_NKPd, v_BTKd))
+        k, v = (
+            write_pages(pages, new, page_BT, slot_BT % size)
+            for pages, new in ((self.k_NKPd, k_BTKd), (self.v_NKPd, v_BTKd))
+        )
+        return dataclasses.replace(self, k_NKPd=k, v_NKPd=v)
 
     def attend(
         self,

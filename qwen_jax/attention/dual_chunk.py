@@ -38,25 +38,25 @@ def is_needed(config: ModelConfig, length: int) -> bool:
     return config.dual_chunk is not None and length > config.dual_chunk.chunk_len
 
 
-def length_factor(dual_chunk: DualChunk, length_B: jax.Array) -> jax.Array:
-    """The factor f of the module's docstring: float32 [B], exactly 1 up to the length of training.
+def length_factor(dual_chunk: DualChunk, length: jax.Array) -> jax.Array:
+    """The factor f of the module's docstring in float32, exactly 1 up to the length of training.
 
     Args:
       dual_chunk: gives the length of training.
-      length_B: int32, tokens of each text.
+      length: int32 array of any shape, tokens of texts.
     """
     trained = dual_chunk.original_max_position_embeddings
-    ratio = length_B.astype(jnp.float32) / trained
-    return jnp.where(length_B > trained, 0.1 * jnp.log(ratio) + 1.0, 1.0)
+    ratio = length.astype(jnp.float32) / trained
+    return jnp.where(length > trained, 0.1 * jnp.log(ratio) + 1.0, 1.0)
 
 
-def rope(config: ModelConfig, positions_BT: jax.Array, length_B: jax.Array, dtype: jnp.dtype) -> Rope:
+def rope(config: ModelConfig, positions_BT: jax.Array, length_BT: jax.Array, dtype: jnp.dtype) -> Rope:
     """The rotation of keys, and those of queries for the three parts: intra, successive, inter.
 
     Args:
       config: with `dual_chunk`.
       positions_BT: int32, position of each token in its document.
-      length_B: int32, tokens of each text, which the length factor is for.
+      length_BT: int32 [B, T] or [B, 1], tokens of each token's text, which the length factor is for.
       dtype: of queries and keys.
     """
     assert config.dual_chunk is not None
@@ -65,8 +65,8 @@ def rope(config: ModelConfig, positions_BT: jax.Array, length_B: jax.Array, dtyp
     own = rope_table(config, place_BT, dtype)
     successive = rope_table(config, jnp.minimum(place_BT + c, size), dtype)
     inter = rope_table(config, jnp.full_like(place_BT, min(2 * c - 1, size)), dtype)
-    factor_B = length_factor(config.dual_chunk, length_B)
-    return Rope(own, (own, successive, inter), factor_B * factor_B)
+    factor_BT = length_factor(config.dual_chunk, length_BT)
+    return Rope(own, (own, successive, inter), factor_BT * factor_BT)
 
 
 def split_mask(dual_chunk: DualChunk, mask: kernels.Mask, positions_BT: jax.Array) -> tuple[kernels.Mask, ...]:
@@ -89,7 +89,7 @@ def rope_and_masks(
     positions_BT: jax.Array,
     mask: kernels.Mask,
     longest: int,
-    length_B: jax.Array | None,
+    length_BT: jax.Array | None,
     dtype: jnp.dtype,
 ) -> tuple[Rope, tuple[kernels.Mask, ...]]:
     """The rotations of queries and keys, and the masks of the parts of the keys.
@@ -101,14 +101,14 @@ def rope_and_masks(
       positions_BT: int32, position of each token in its document.
       mask: the keys that each row sees.
       longest: tokens that a text may have.
-      length_B: int32, tokens of each text; by default up to the last of these positions.
+      length_BT: int32 [B, T] or [B, 1], tokens of each token's text; by default up to the row's last position.
       dtype: of queries and keys.
     """
     if config.dual_chunk is None or not is_needed(config, longest):
         table = rope_table(config, positions_BT, dtype)
         return Rope(table, (table,)), (mask,)
-    length_B = positions_BT.max(axis=1) + 1 if length_B is None else length_B
-    return rope(config, positions_BT, length_B, dtype), split_mask(config.dual_chunk, mask, positions_BT)
+    length_BT = positions_BT.max(axis=1, keepdims=True) + 1 if length_BT is None else length_BT
+    return rope(config, positions_BT, length_BT, dtype), split_mask(config.dual_chunk, mask, positions_BT)
 
 
 def continuous_positions(dual_chunk: DualChunk) -> tuple[int, ...]:

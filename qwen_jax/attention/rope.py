@@ -57,12 +57,12 @@ class Rope:
     Attributes:
       keys: rotates the keys.
       queries: rotates the queries: one table, or the three of `dual_chunk`, for the three parts of the keys.
-      query_scale_B: float32 [B], multiplies the rotated queries; None where nothing does.
+      query_scale_BT: float32 [B, T] or [B, 1], multiplies the rotated queries; None where nothing does.
     """
 
     keys: Table
     queries: tuple[Table, ...]
-    query_scale_B: jax.Array | None = None
+    query_scale_BT: jax.Array | None = None
 
 
 def rope_table(config: ModelConfig, positions_BT: jax.Array, dtype: jnp.dtype) -> Table:
@@ -89,7 +89,7 @@ def rotate(x_BTHd: jax.Array, table: Table) -> jax.Array:
 def rotate_queries(q_BTHd: jax.Array, rope: Rope) -> tuple[jax.Array, ...]:
     """The queries for each part of the keys."""
     rotated = tuple(rotate(q_BTHd, table) for table in rope.queries)
-    if rope.query_scale_B is None:
+    if rope.query_scale_BT is None:
         return rotated
-    scale = rope.query_scale_B[:, None, None, None]
+    scale = rope.query_scale_BT[:, :, None, None]
     return tuple((q.astype(jnp.float32) * scale).astype(q.dtype) for q in rotated)

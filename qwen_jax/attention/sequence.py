@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
 from qwen_jax.errors import InputError
@@ -50,6 +51,25 @@ def zigzag_shard(x_BT: jax.Array, sharding: Sharding) -> jax.Array:
         late_BnC = jnp.flip(x_BT[:, T // 2 :].reshape(B, n, -1), axis=1)
         x_BT = jnp.stack([early_BnC, late_BnC], axis=2).reshape(B, T)
     return jax.reshard(x_BT, sharding.tokens)
+
+
+def zigzag_unshard(x_BT: jax.Array, sharding: Sharding) -> jax.Array:
+    """Puts rows in zigzag order back into their own order: the inverse of `zigzag_shard`.
+
+    Args:
+      x_BT: in `Sharding.tokens`.
+      sharding: of the current mesh.
+
+    Returns:
+      [B, T], not sharded over the context axis.
+    """
+    n, B = sharding.context, x_BT.shape[0]
+    x_BT = jax.reshard(x_BT, P(sharding.rows[0], None))
+    if n > 1:
+        x_Bn2C = x_BT.reshape(B, n, 2, -1)
+        early_BT, late_BT = x_Bn2C[:, :, 0].reshape(B, -1), jnp.flip(x_Bn2C[:, :, 1], axis=1).reshape(B, -1)
+        x_BT = jnp.concatenate([early_BT, late_BT], axis=1)
+    return x_BT
 
 
 def _zigzag_gather(x_BtKd: jax.Array, n: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""`qwen-jax data build`: documents to packed rows of tokens; `qwen-jax data show`: examples, and what is trained."""
+"""`qwen-jax data`: documents to packed rows (build), what is trained of examples (show), samples of GRPO (rollouts)."""
 
 import dataclasses
 import json
@@ -100,4 +100,44 @@ class Show:
                 print(json.dumps(example.to_json()))
             else:
                 show.print_example(example, console)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """Show what a run of `qwen-jax train grpo` has sampled: rewards of its episodes, or a page to browse the responses.
+
+    Args:
+        run_folder: Output folder of the run.
+        episodes: How many of the newest episodes.
+        html: Write a page with all responses to this file.
+        json: Print the numbers of each episode as a JSON object on a line.
+    """
+
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    episodes: int = 20
+    html: Path | None = None
+    json: bool = False
+
+    def run(self) -> int:
+        if self.episodes < 1:
+            raise InputError(f"episodes must be at least 1, got {self.episodes}.")
+        page = sibling("train.rollout_page")
+        found = page.read_episodes(self.run_folder, self.episodes)
+        if self.html:
+            try:
+                sibling("train.files").write_file(self.html, page.to_html(found).encode())
+            except OSError as error:
+                raise InputError(f"Cannot write {self.html}: {error.strerror}. Give another file.") from None
+            print(f"wrote {self.html}")
+            return 0
+        for episode in found:
+            metrics = episode.metrics()
+            if self.json:
+                print(json.dumps({"episode": episode.number + 1, "version": episode.version, **metrics}))
+            else:
+                print(
+                    f"episode {episode.number + 1}: reward {metrics['reward/mean']:.3f} ± {metrics['reward/std']:.3f}, "
+                    f"{metrics['response/tokens']:.0f} tokens a response, {metrics['response/unfinished']:.0%} cut"
+                )
         return 0

@@ -76,12 +76,17 @@ def dpo(argv: Sequence[str]) -> int:
     return _tune("dpo", argv)
 
 
+def grpo(argv: Sequence[str]) -> int:
+    """Runs `train.grpo_run` for reinforcement learning."""
+    return _until_interrupted(lambda: sibling("train.grpo_command").main(argv, _Formats()))
+
+
 def _tune(method: str, argv: Sequence[str]) -> int:
     return _until_interrupted(lambda: sibling("train.tune_command").main(method, argv, _Formats()))
 
 
 class _Formats:
-    """`train.tune.Formats` by `convert`, which `train` does not import."""
+    """`train.tuned.Formats` by `convert`, which `train` does not import."""
 
     def describe(self, path: str) -> tuple["ModelConfig", "Tokenizer", Path]:
         from qwen_jax.config import load_config

@@ -9,7 +9,7 @@ import numpy as np
 
 from qwen_jax.errors import InputError
 from qwen_jax.inference.completion import Row
-from qwen_jax.inference.outputs import Finished, Step, TokenInfo
+from qwen_jax.inference.outputs import Finished, Step, TokenInfo, TokenInfos
 from qwen_jax.inference.request import Request
 from qwen_jax.inference.sampling import NOT_FINITE
 from qwen_jax.inference.scheduler import Sequence
@@ -47,10 +47,11 @@ class Active:
       stream: where its steps go; `incremental` tells whether it wants those before the last.
       adapter: number of its adapter in the runner; 0 is none.
       submitted, started, first_token: seconds of `time.monotonic`, as in `Times`.
-      tokens: log-probabilities of the text's tokens; `prompt_logprobs` of the prompt's, if asked for.
+      logprobs: of the text's tokens; `prompt_logprobs` of the prompt's, if asked for.
+      tops: the most likely tokens at each place of the text and their log-probabilities, if asked for.
       matcher: what its grammar allows next.
       cached_tokens: of the prompt, that were found in the prefix cache; None until it begins.
-      given, given_tokens: characters and tokens that the reader has.
+      given: tokens that the reader has.
     """
 
     scheduled: Sequence
@@ -61,12 +62,15 @@ class Active:
     submitted: float = dataclasses.field(default_factory=time.monotonic)
     started: float | None = None
     first_token: float | None = None
-    tokens: list[TokenInfo] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    tops: list[tuple[tuple[int, float], ...]] | None = dataclasses.field(init=False)
     prompt_logprobs: list[TokenInfo | None] | None = None
     matcher: Matcher | None = None
     cached_tokens: int | None = None
     given: int = 0
-    given_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.tops = [] if self.request.top_logprobs else None
 
     @property
     def request(self) -> Request:
@@ -85,34 +89,35 @@ class Active:
         """Whether its logits depend on the tokens so far, or on biases."""
         return self.request.has_penalties or bool(self.request.logit_bias)
 
-    def take(self, ids: list[int], logprobs: list[float], top_NK: tuple[np.ndarray, np.ndarray] | None) -> list[int]:
-        """Appends new tokens up to the one that ends the text, and returns those that were appended.
+    @property
+    def is_constrained(self) -> bool:
+        """Whether it may have masks."""
+        return self.matcher is not None or self.request.min_tokens > 0
+
+    def take(self, token: int, logprob: float, top_K: tuple[np.ndarray, np.ndarray] | None = None) -> bool:
+        """Appends a new token, which may end the text; returns False for `NOT_FINITE`, which is not appended.
 
         Args:
-          ids: the tokens, or `NOT_FINITE`.
-          logprobs: their log-probabilities.
-          top_NK: the most likely tokens at each place and their log-probabilities, at least as many as asked for; None
-            if none were asked for.
+          token: its id, or `NOT_FINITE`.
+          logprob: its log-probability.
+          top_K: the most likely tokens and their log-probabilities, at least as many as asked for; None if none were
+            asked for.
         """
-        row, top = self.row, self.request.top_logprobs
-        self.first_token = self.first_token or time.monotonic()
-        taken = []
-        for n, token in enumerate(ids):
-            row.push(token)
-            if token == NOT_FINITE:
-                break
-            taken.append(token)
-            best = () if top_NK is None else zip(*(x[n, :top].tolist() for x in top_NK), strict=True)
-            self.tokens.append(TokenInfo(token, logprobs[n], tuple(best)))
-            if row.finish_reason:
-                break
-            if self.matcher is not None:
-                with self.failing():
-                    self.matcher.accept(token)
-                self.end_with_grammar()
-                if row.finish_reason:
-                    break
-        return taken
+        if self.first_token is None:
+            self.first_token = time.monotonic()
+        row = self.row
+        row.push(token)
+        if token == NOT_FINITE:
+            return False
+        self.logprobs.append(logprob)
+        if self.tops is not None:
+            top = self.request.top_logprobs
+            self.tops.append(() if top_K is None else tuple(zip(*(x[:top].tolist() for x in top_K), strict=True)))
+        if self.matcher is not None and not row.finish_reason:
+            with self.failing():
+                self.matcher.accept(token)
+            self.end_with_grammar()
+        return True
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:
@@ -130,24 +135,26 @@ class Active:
     def give(self) -> None:
         """Gives the reader what is new, if it wants steps as they come."""
         if self.incremental:
-            text, tokens = self.row.ready_text(), tuple(self.tokens[self.given_tokens :])
-            self.stream.put(Step(text[self.given :], tokens))
-            self.given, self.given_tokens = len(text), len(self.tokens)
+            self.stream.put(Step(self.row.new_text(), self._new_tokens()))
+
+    def _new_tokens(self) -> TokenInfos:
+        """The tokens that the reader does not have; it has them now."""
+        first, self.given = self.given, len(self.logprobs)
+        return TokenInfos(self.row.tokens, self.logprobs, self.tops, first, self.given)
 
     def end(self) -> Times:
         """Gives the reader the last step of a text that has ended."""
-        row = self.row
-        text = row.completion().text
+        row, completion = self.row, self.row.completion()
         finished = Finished(
             token_ids=row.tokens,
-            text=text,
+            text=completion.text,
             finish_reason=row.finish_reason,
             stop=row.stopped_by,
             error=row.error,
-            tokens=self.tokens,
+            tokens=TokenInfos(row.tokens, self.logprobs, self.tops, 0, len(self.logprobs)),
             prompt_logprobs=self.prompt_logprobs,
             cached_tokens=self.cached_tokens or 0,
         )
-        self.stream.put(Step((text or "")[self.given :], tuple(self.tokens[self.given_tokens :]), finished))
+        self.stream.put(Step(row.rest(completion.text), self._new_tokens(), finished))
         sizes = len(row.prompt), len(row.tokens)
         return Times(self.submitted, self.started, self.first_token, time.monotonic(), *sizes, row.finish_reason)

@@ -1,11 +1,18 @@
 """The sizes that programs are compiled for: few, and every step is padded to the next one."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from qwen_jax.errors import InputError
 
 _FIRST_SLOTS, _FIRST_TOKENS, _STEP = 1024, 128, 4
+# Below so many prompt tokens a step takes as long as reading the weights.
+_FIRST_CHUNKS = 256
+# A prefill program takes a chunk for each 16 of its tokens, up to 64 chunks.
+_TOKENS_OF_A_CHUNK, _MOST_CHUNKS = 16, 64
+# The pages of a prefill step hold at least 8 times its new tokens, so that several long texts can go on together.
+_SLOTS_OF_A_TOKEN = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +24,7 @@ class RunnerConfig:
       max_length: tokens that a sequence may have, prompt and text together.
       page_size: slots in a page.
       num_pages: pages in all.
-      max_batched_tokens: tokens that one prefill program reads, padding included.
+      max_batched_tokens: tokens of prompts that one prefill program reads, padding included.
       max_top_logprobs: how many of the most likely tokens are returned.
       speculate: proposed tokens that a decode step checks; 0 for none.
       rules: whether penalties and biases are supported. Their state takes 7 bytes for each sequence and token of the
@@ -55,19 +62,21 @@ class Buckets:
 
     Attributes:
       rows: of decode steps and of sampling.
-      slots: that the page tables of the rows of a step cover.
-      prefill: rows and tokens of chunks of prompts.
+      slots: that the page tables of the rows of a decode step cover.
+      prefill: the most chunks of prompts, and the tokens of all of them together. Neither falls from one to the next.
+      prefill_slots: that the pages of all chunks of a prefill step cover together.
       texts: tokens of a row that holds whole texts.
     """
 
     rows: tuple[int, ...]
     slots: tuple[int, ...]
     prefill: tuple[tuple[int, int], ...]
+    prefill_slots: tuple[int, ...]
     texts: tuple[int, ...]
 
     @classmethod
     def of(cls, settings: RunnerConfig, fewest_rows: int = 1) -> "Buckets":
-        """Sizes four times one another: a step is padded to at most four times its size.
+        """Sizes are four times one another at most; rows of decode steps from 16 on, and prefill steps, are closer.
 
         Args:
           settings: the largest sizes.
@@ -75,41 +84,44 @@ class Buckets:
             not those of matrices, is three times that of a step with four rows.
         """
         page = settings.page_size
-        rows = _powers(fewest_rows, max(settings.max_seqs, fewest_rows))
+        rows = _row_sizes(fewest_rows, max(settings.max_seqs, fewest_rows))
         # A step may write proposals beyond the end of the longest sequence.
         slots = [-(-n // page) * page for n in _powers(_FIRST_SLOTS, settings.max_length + settings.speculate)]
-        tokens = _powers(_FIRST_TOKENS, min(settings.max_batched_tokens, settings.max_length))
-        chunks = _powers(1, settings.max_seqs)
-        prefill = [(r, t) for t in tokens for r in chunks if r == 1 or r * t <= settings.max_batched_tokens]
+        # Logits are sampled by programs of decode steps where possible.
+        prefill = [
+            (smallest(rows, min(max(t // _TOKENS_OF_A_CHUNK, 1), _MOST_CHUNKS, rows[-1]), "chunks"), t)
+            for t in _finer(_powers(_FIRST_CHUNKS, settings.max_batched_tokens, 2))
+        ]
+        first = max(_FIRST_SLOTS, settings.max_batched_tokens // 2)
+        prefill_slots = [-(-n // page) * page for n in _powers(first, prefill_capacity(settings))]
         texts = _powers(_FIRST_TOKENS, settings.max_length) if settings.texts else []
-        return cls(tuple(rows), tuple(dict.fromkeys(slots)), tuple(prefill), tuple(texts))
+        # Rounding to whole pages may make two sizes equal.
+        tables = tuple(dict.fromkeys(slots)), tuple(dict.fromkeys(prefill_slots))
+        return cls(tuple(rows), tables[0], tuple(prefill), tables[1], tuple(texts))
 
-    def prefill_rows(self, count: int) -> int:
-        """How many rows one prefill program takes for chunks of up to this many tokens.
-
-        Args:
-          count: tokens of the longest chunk.
-
-        Raises:
-          ValueError: longer than the longest chunk of a program.
-        """
-        tokens = smallest(sorted({t for _, t in self.prefill}), count, "tokens of a chunk")
-        return max(r for r, t in self.prefill if t == tokens)
-
-    def prefill_size(self, rows: int, count: int) -> tuple[int, int]:
-        """The smallest prefill program, as its rows and tokens of a row.
+    def prefill_size(self, chunks: int, tokens: int) -> tuple[int, int]:
+        """The smallest prefill program, as its most chunks and tokens.
 
         Args:
-          rows: number of chunks.
-          count: tokens of the longest one.
+          chunks: number of chunks.
+          tokens: of all of them.
 
         Raises:
           ValueError: there is none.
         """
-        enough = [(r, t) for r, t in self.prefill if r >= rows and t >= count]
-        if not enough:
-            raise ValueError(f"No prefill program takes {rows} chunks of {count} tokens; there are {self.prefill}.")
-        return min(enough, key=lambda size: (size[0] * size[1], size))
+        for size in self.prefill:
+            if size[0] >= chunks and size[1] >= tokens:
+                return size
+        raise ValueError(f"No prefill program takes {chunks} chunks of {tokens} tokens; there are {self.prefill}.")
+
+    def prefill_slots_of(self, tokens: int) -> tuple[int, ...]:
+        """The slots of the prefill programs that take so many tokens. Small tables are of no use to many tokens."""
+        return tuple(s for s in self.prefill_slots if s >= 2 * tokens or s == self.prefill_slots[-1])
+
+
+def prefill_capacity(settings: RunnerConfig) -> int:
+    """The most slots of pages that a prefill step reads: those of the longest text, or of several."""
+    return max(settings.max_length + settings.speculate, _SLOTS_OF_A_TOKEN * settings.max_batched_tokens)
 
 
 def smallest(sizes: Sequence[int], needed: int, what: str) -> int:
@@ -129,10 +141,26 @@ def smallest(sizes: Sequence[int], needed: int, what: str) -> int:
     raise ValueError(f"No program takes {needed} {what}; the largest takes {sizes[-1] if sizes else 0}.")
 
 
-def _powers(first: int, last: int) -> list[int]:
-    """first, 4 first, 16 first, ... below last, and last."""
+def _powers(first: int, last: int, step: int = _STEP) -> list[int]:
+    """first, step first, step^2 first, ... below last, and last."""
     sizes = []
     while first < last:
         sizes.append(first)
-        first *= _STEP
+        first *= step
     return [*sizes, last]
+
+
+def _row_sizes(first: int, last: int) -> list[int]:
+    """Numbers of rows: up to 16 four times one another, then 32, 64, 96, 128, 192, 256, 384, ... below last, and last.
+
+    A step with few rows takes as long as reading the weights, and padding costs little there.
+    """
+    sizes = _powers(first, last)
+    for power in (1 << i for i in range(5, last.bit_length())):
+        sizes += [power, power * 3 // 2] if power > 32 else [power]
+    return sorted({size for size in sizes if size <= last})
+
+
+def _finer(sizes: Sequence[int]) -> list[int]:
+    """Ascending sizes with the mean of each pair of neighbours between them."""
+    return sorted({*sizes, *((a + b) // 2 for a, b in itertools.pairwise(sizes))})

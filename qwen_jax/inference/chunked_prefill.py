@@ -104,7 +104,7 @@ def prefill_chunk(
     positions_BC = cache.positions(C)
     sparse = None if sparsity is None else SparseChunk(sparsity, cache.slot, count)
     output = model(
-        tokens_BC, jnp.maximum(positions_BC, 0), cache.mask(C), cache=cache, length_B=length_B, sparse=sparse
+        tokens_BC, jnp.maximum(positions_BC, 0), cache.mask(C), cache=cache, length_BT=length_B[:, None], sparse=sparse
     )
     hidden_BD = jax.lax.dynamic_index_in_dim(output.hidden, count - 1, axis=1, keepdims=False)
     seen_BV = state.seen_BV

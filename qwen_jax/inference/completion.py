@@ -79,16 +79,19 @@ class Row:
         dtype: str,
         min_tokens: int = 0,
     ):
-        self.prompt, self.tokenizer, self._ending, self._dtype = prompt, tokenizer, ending, dtype
-        self._min_tokens = min_tokens
+        self.prompt, self.tokenizer, self._dtype, self._min_tokens = prompt, tokenizer, dtype, min_tokens
+        self._eos_token_ids, self._max_new_tokens = ending.eos_token_ids, ending.max_new_tokens
         self.tokens: list[int] = []
         self.logprobs: list[float] | None = [] if logprobs else None
         self.finish_reason = ""
         self.stopped_by: str | int | None = None
         self.error: str | None = None
-        self._text: _GrowingText | None = None
-        if tokenizer is not None and (incremental or ending.stop):
+        self._text: _GrowingText | _UnstoppedText | None = None
+        if tokenizer is not None and ending.stop:
             self._text = _GrowingText(tokenizer, ending.stop)
+        elif tokenizer is not None and incremental:
+            self._text = _UnstoppedText(tokenizer)
+        self._given = 0
 
     def add(self, tokens: np.ndarray, logprobs: np.ndarray | None) -> None:
         """Appends new tokens, up to the one that ends the completion."""
@@ -110,13 +113,13 @@ class Row:
         self.tokens.append(token)
         if self.logprobs is not None and logprob is not None:
             self.logprobs.append(logprob)
-        ended = token in self._ending.eos_token_ids
+        ended = token in self._eos_token_ids
         early = len(self.tokens) <= self._min_tokens
         stopped = self._text is not None and self._text.push(token, hidden=ended, early=early)
         if ended or stopped:
             self.finish_reason = "stop"
             self.stopped_by = token if ended or self._text is None else self._text.stopped_by
-        elif len(self.tokens) == self._ending.max_new_tokens:
+        elif len(self.tokens) == self._max_new_tokens:
             self.finish_reason = "length"
 
     def _not_finite(self) -> str:
@@ -126,9 +129,17 @@ class Row:
             advice = "The weights hold NaN, infinity or values that overflow: check the checkpoint (qwen-jax verify)."
         return f"The model's logits after {len(self.tokens)} new tokens are not finite. {advice}"
 
-    def ready_text(self) -> str:
-        """Text that no later token can change."""
-        return "" if self._text is None else self._text.ready()
+    def new_text(self) -> str:
+        """Text that no later token can change, and that was not returned before."""
+        if self._text is None:
+            return ""
+        text = self._text.new()
+        self._given += len(text)
+        return text
+
+    def rest(self, text: str | None) -> str:
+        """What `new_text` has not returned of the finished completion's text."""
+        return (text or "")[self._given :]
 
     def completion(self) -> Completion:
         """Returns the finished completion."""
@@ -136,9 +147,35 @@ class Row:
         if self._text is not None:
             text = self._text.finish()
         elif self.tokenizer is not None:
-            ended = self.tokens[-1:] and self.tokens[-1] in self._ending.eos_token_ids
+            ended = self.tokens[-1:] and self.tokens[-1] in self._eos_token_ids
             text = self.tokenizer.decode(self.tokens[:-1] if ended else self.tokens, skip_special_tokens=True)
         return Completion(self.prompt, self.tokens, text, self.finish_reason, self.logprobs, self.error)
+
+
+class _UnstoppedText:
+    """The text of a growing sequence of tokens without special tokens, where there are no stop strings."""
+
+    stopped_by = ""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._decoder = StreamDecoder(tokenizer, skip_special_tokens=True)
+        self._pieces: list[str] = []
+        self._given = 0
+
+    def push(self, token: int, hidden: bool, early: bool = False) -> bool:
+        """As `_GrowingText.push`."""
+        if not hidden:
+            self._pieces.append(self._decoder.push((token,)))
+        return False
+
+    def new(self) -> str:
+        """As `_GrowingText.new`."""
+        first, self._given = self._given, len(self._pieces)
+        return "".join(self._pieces[first:])
+
+    def finish(self) -> str:
+        """As `_GrowingText.finish`."""
+        return "".join(self._pieces) + self._decoder.flush()
 
 
 class _GrowingText:
@@ -152,6 +189,7 @@ class _GrowingText:
         with_special = [text for text in stop if any(token in text for token in special)]
         self._decoder = StreamDecoder(tokenizer, skip_special_tokens=True)
         self._text = ""
+        self._given = 0
         self._cut = False
         self.stopped_by = ""
         self._stop = [text for text in stop if text not in with_special]
@@ -191,12 +229,13 @@ class _GrowingText:
         after = self._lengths[i + 1] if i + 1 < len(self._lengths) else len(self._text)
         return min(self._lengths[i] + at - self._raw_lengths[i], after)
 
-    def ready(self) -> str:
-        """The text without an end that may become a stop string."""
+    def new(self) -> str:
+        """The text since the last call, without an end that may become a stop string."""
         ready = _beginning(self._text, self._stop)
         if self._raw_stop and self._raw:
             ready = min(ready, self._visible(_beginning(self._raw, self._raw_stop)))
-        return self._text[:ready]
+        first, self._given = self._given, max(ready, self._given)
+        return self._text[first : self._given]
 
     def finish(self) -> str:
         """The whole text, with U+FFFD for an unfinished last character."""

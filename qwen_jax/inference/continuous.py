@@ -44,7 +44,7 @@ from qwen_jax.inference.steps import Steps
 from qwen_jax.inference.stream import Stream
 from qwen_jax.inference.structured import Grammars
 from qwen_jax.inference.text_rows import in_groups
-from qwen_jax.inference.weights import fuse
+from qwen_jax.inference.weights import fuse, is_fused
 from qwen_jax.kernels import Implementation
 from qwen_jax.lora import AdapterFactors
 from qwen_jax.options import Options
@@ -66,6 +66,7 @@ class ContinuousEngine:
     Attributes:
       config, tokenizer, eos_token_ids, vocab_limit: of the model.
       max_length: tokens that a prompt and its text may have together.
+      dtype: compute dtype.
       grammars: makes grammars for structured output; None without a tokenizer.
       on_finished: called with each request's times when it ends, for metrics; see `Times`.
     """
@@ -94,7 +95,8 @@ class ContinuousEngine:
 
         Args:
           config: the architecture.
-          params: unstacked, from `convert.load`; consumed.
+          params: unstacked, from `convert.load`, or in the inference layout already (`Options(fused=True)`) with the
+            shardings of `Sharding.for_inference` and the compute dtype; consumed.
           mesh: the mesh that the parameters are on; its data and fsdp axes must be 1.
           tokenizer: for text, stop strings and grammars, and to know which ids are padding.
           dtype: compute dtype, and that of the cache.
@@ -119,7 +121,7 @@ class ContinuousEngine:
         check_generates(config)
         sizes = {"max_seqs": max_seqs, "max_batched_tokens": max_batched_tokens, "page_size": page_size}
         check_sizes({**sizes, "max_length": max_length, "num_pages": num_pages}, memory_fraction)
-        self.config, self.mesh, self.tokenizer = config, mesh, tokenizer
+        self.config, self.mesh, self.tokenizer, self.dtype = config, mesh, tokenizer, dtype
         self.max_length = min(max_length or config.context_length, config.context_length)
         self.vocab_limit = vocab_limit(config, tokenizer)
         if eos_token_ids is None:
@@ -138,7 +140,7 @@ class ContinuousEngine:
             stacked=False, fused=True, dtype=dtype, attention=attention, adapter_ranks=adapter_ranks(factors)
         )
         self._factors = place_factors(factors, config, mesh, options) if adapters else None
-        fused = self._fuse(params)
+        fused = self._in_layout(params)
         settings = RunnerConfig(
             max_seqs=max_seqs,
             max_length=self.max_length,
@@ -159,7 +161,8 @@ class ContinuousEngine:
             max_seqs=max_seqs,
             max_batched_tokens=max_batched_tokens,
             max_length=self.max_length,
-            prefill_rows=self._runner.prefill_rows,
+            max_chunks=self._runner.buckets.prefill[-1][0],
+            max_slots=self._runner.buckets.prefill_slots[-1],
             # Keys of a text beyond the trained length depend on its whole length there: others cannot use them.
             prefix_cache=prefix_cache and config.dual_chunk is None,
         )
@@ -170,7 +173,7 @@ class ContinuousEngine:
             proposer=proposer,
             on_finished=self._report_finished,
         )
-        self._dtype, self._ids, self._proposer = dtype, itertools.count(), proposer
+        self._ids, self._proposer = itertools.count(), proposer
         # What the engine's thread does between two steps: all commands, and one piece of work, which may take long.
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
         self._work: collections.deque[Callable[[], None]] = collections.deque()
@@ -217,17 +220,17 @@ class ContinuousEngine:
           InputError: a request that can never run: ids out of range, too long for the model or the cache, stop strings
             or a grammar without a tokenizer, or an adapter that is not there.
         """
-        self._check(request)
+        self.check(request)
         number = next(self._ids)
         scheduled = Scheduled(request, number)
-        stream = Stream(lambda: self._cancel(number))
+        stream = Stream(lambda: self._cancel(number), self._steps.readers)
         row = Row(
             list(request.prompt),
             request.ending,
             self.tokenizer,
             logprobs=False,
             incremental=incremental,
-            dtype=self._dtype,
+            dtype=self.dtype,
             min_tokens=request.min_tokens,
         )
         active = Active(scheduled, row, stream, incremental, self._number(request.adapter))
@@ -240,10 +243,16 @@ class ContinuousEngine:
             raise
         return stream
 
+    def check(self, request: Request) -> None:
+        """Raises InputError for a request that can never run here; `submit` says which those are."""
+        pages = self._pool.num_pages, self._pool.page_size
+        check_request(request, Limits(self.config, self.tokenizer, self.vocab_limit, self.max_length, *pages))
+        self._number(request.adapter)
+
     def generate(self, requests: Sequence[Request]) -> list[Finished]:
         """Runs requests to their ends, and returns their texts, in order. Raises as `submit`, before any runs."""
         for request in requests:
-            self._check(request)
+            self.check(request)
         streams = [self.submit(request, incremental=False) for request in requests]
         try:
             return [stream.result() for stream in streams]
@@ -333,25 +342,36 @@ class ContinuousEngine:
             )
         return np.concatenate(found) if found else np.zeros((0, self.config.hidden_size), np.float32)
 
-    def update_weights(self, params: Params) -> None:
+    def update_weights(self, params: Params | Callable[[], Params]) -> None:
         """Goes on with other weights and the same adapters.
 
         Keys and values of running texts are computed anew, and no old ones are found.
 
         Args:
-          params: as for the constructor; consumed.
+          params: as for the constructor; consumed. Those in the inference layout are taken as they are. Or a function
+            that returns such parameters: the old weights are freed before it is called, in the engine's thread, so that
+            the device never holds both. If it fails, the engine has no weights and needs another update before it can
+            run requests.
 
         Raises:
           ValueError: other names, shapes, dtypes or shardings than those of the weights before.
         """
-        fused = self._fuse(params)
+        found = None if callable(params) else self._in_layout(params)
 
         def update() -> None:
             self._steps.read_all()
             self._scheduler.preempt_all()
-            self._runner.update_weights(fused)
             self._pool.clear()
             self._steps.last_read = None
+            new = found
+            if callable(params):
+                kept = {id(factor) for factor in jax.tree.leaves(self._factors)}
+                for leaf in jax.tree.leaves(self._runner.params):
+                    if id(leaf) not in kept:
+                        leaf.delete()
+                new = self._in_layout(params())
+            assert new is not None
+            self._runner.update_weights(new)
 
         self.call(update)
 
@@ -414,12 +434,6 @@ class ContinuousEngine:
                 if not self._thread.is_alive() and not future.done():
                     raise RuntimeError("The engine has stopped.") from self._failure
 
-    def _check(self, request: Request) -> None:
-        """Raises InputError for a request that this engine cannot run."""
-        pages = self._pool.num_pages, self._pool.page_size
-        check_request(request, Limits(self.config, self.tokenizer, self.vocab_limit, self.max_length, *pages))
-        self._number(request.adapter)
-
     def _number(self, adapter: str | None) -> int:
         """The number of an adapter in the runner; 0 for none."""
         if adapter is None:
@@ -429,8 +443,10 @@ class ContinuousEngine:
             raise InputError(f"There is no adapter {adapter!r}; {known}.")
         return self._adapters[adapter]
 
-    def _fuse(self, params: Params) -> Params:
+    def _in_layout(self, params: Params) -> Params:
         """Parameters in the inference layout, with the factors of adapters. The argument is consumed."""
+        if is_fused(params):
+            return union(params, self._factors)
         with jax.set_mesh(self.mesh):
             return union(fuse(params, self.config, Sharding.for_inference(self.config, self.mesh)), self._factors)
 
@@ -476,6 +492,7 @@ class ContinuousEngine:
                 while self._wait():
                     while self._commands:
                         self._commands.popleft()()
+                    self._steps.readers.wake()
                     # At most one piece of other work between two steps: texts that run do not wait for more.
                     if self._work:
                         self._work.popleft()()
@@ -491,6 +508,7 @@ class ContinuousEngine:
                 self._abort(active.scheduled.id)
             else:
                 active.stream.fail(self._failure)
+        self._steps.readers.wake()
 
     def _wait(self) -> bool:
         """Waits until there is something to do; returns False if the engine is closed."""

@@ -251,18 +251,15 @@ class Engine:
         yield from self._run(static, self._begin(static, state, sampling), values, max_new_tokens, document)
 
     def _pieces(self, row: Row, chunks: Chunks) -> Iterator[Piece]:
-        given = 0
         with contextlib.closing(chunks):
             for tokens, logprobs in chunks:
                 row.add(tokens[0], None if logprobs is None else logprobs[0])
                 if row.finish_reason:
                     break
-                ready = row.ready_text()
-                if len(ready) > given:
-                    yield Piece(ready[given:])
-                    given = len(ready)
+                if text := row.new_text():
+                    yield Piece(text)
         completion = row.completion()
-        yield Piece((completion.text or "")[given:], completion)
+        yield Piece(row.rest(completion.text), completion)
 
     def warm_up(
         self,

@@ -1,7 +1,8 @@
 """What the scheduler's engine gives back: tokens as they come, finished texts, and its counts."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, overload
 
 
 class TokenInfo(NamedTuple):
@@ -9,13 +10,65 @@ class TokenInfo(NamedTuple):
 
     Attributes:
       id: its id.
-      logprob: its log-probability under the model (temperature 1, no filters).
+      logprob: its log-probability under the model, without filters, at `Request.logprob_temperature`: by default 1.
       top: the most likely tokens and their log-probabilities, as many as the request asked for.
     """
 
     id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+class TokenInfos(Sequence[TokenInfo]):
+    """Some tokens of a text that may still grow. A `TokenInfo` is made when it is looked at: few readers want any.
+
+    Args:
+      ids: of all tokens of the text.
+      logprobs: log-probabilities of all of them.
+      tops: the most likely tokens at each place; None if nobody asked for them.
+      start, stop: which of them are meant.
+    """
+
+    __slots__ = ("_ids", "_logprobs", "_start", "_stop", "_tops")
+
+    def __init__(
+        self,
+        ids: list[int],
+        logprobs: list[float],
+        tops: list[tuple[tuple[int, float], ...]] | None,
+        start: int,
+        stop: int,
+    ) -> None:
+        self._ids, self._logprobs, self._tops, self._start, self._stop = ids, logprobs, tops, start, stop
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    @overload
+    def __getitem__(self, index: int) -> TokenInfo: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[TokenInfo, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> TokenInfo | tuple[TokenInfo, ...]:
+        at = range(self._start, self._stop)[index]
+        return tuple(map(self._info, at)) if isinstance(at, range) else self._info(at)
+
+    def _info(self, i: int) -> TokenInfo:
+        return TokenInfo(self._ids[i], self._logprobs[i], () if self._tops is None else self._tops[i])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+    def until(self, later: "TokenInfos") -> "TokenInfos":
+        """These tokens and those after them of the same text, up to the end of some later ones."""
+        return TokenInfos(self._ids, self._logprobs, self._tops, self._start, later._stop)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +91,16 @@ class Finished:
     finish_reason: str
     stop: str | int | None
     error: str | None
-    tokens: list[TokenInfo]
+    tokens: Sequence[TokenInfo]
     prompt_logprobs: list[TokenInfo | None] | None
     cached_tokens: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What has come of a text since the step before. `text` has whole characters and joins to that of `finished`."""
 
     text: str
-    tokens: tuple[TokenInfo, ...]
+    tokens: Sequence[TokenInfo]
     finished: Finished | None = None
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from qwen_jax.attention.quantized_cache import kv_bytes_per_token
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.inference.buckets import RunnerConfig
+from qwen_jax.inference.buckets import RunnerConfig, prefill_capacity
 from qwen_jax.parallel.sharding import Sharding
 
 
@@ -52,8 +52,8 @@ def _other_bytes(config: ModelConfig, settings: RunnerConfig, sharding: Sharding
     # Penalties and biases of each sequence; float32 logits of the largest step, and two arrays like them in sampling.
     state = (settings.max_seqs + 1) * V * 7
     logits = 3 * settings.max_seqs * (1 + settings.speculate) * V * 4
-    # Activations of the longest chunk, and one layer's keys and values of the longest text, gathered from pages.
+    # Activations of a prefill step, and one layer's keys and values of its texts, gathered from pages.
     tokens = max(settings.max_batched_tokens, settings.max_seqs)
     activations = tokens * (8 * config.hidden_size + 4 * config.intermediate_size // t) * size
-    gathered = 4 * settings.max_length * sharding.kv_heads // t * config.head_dim * size
+    gathered = 4 * prefill_capacity(settings) * sharding.kv_heads // t * config.head_dim * size
     return state + logits + activations + gathered

@@ -92,7 +92,7 @@ def prefill(
     model = bind(config, params, spec, static.options)
     # The prompts, into a fresh cache.
     cache = empty_cache(params, lengths_B, static)
-    output = model(tokens_BT, cache.positions(T), cache.mask(T), cache=cache, length_B=lengths_B)
+    output = model(tokens_BT, cache.positions(T), cache.mask(T), cache=cache, length_BT=lengths_B[:, None])
     cache = output.cache.advanced(lengths_B.max())
     x_BTD = output.hidden
     x_BD = x_BTD.at[jnp.arange(B), lengths_B - 1].get(out_sharding=P(*spec.rows, None))

@@ -147,8 +147,14 @@ class DraftModel:
             texts=False,
         )
         sizes = Buckets.of(settings)
-        prefill = dict.fromkeys([(1, _CATCH_UP), (rows, _CATCH_UP), *((r, t) for r, t in sizes.prefill if r == 1)])
-        settings = dataclasses.replace(settings, buckets=dataclasses.replace(sizes, prefill=tuple(prefill)))
+        # The last few tokens of all texts are read together, whatever the texts have.
+        few, slots = (rows, rows * _CATCH_UP), rows * self._per_text * page_size
+        sizes = dataclasses.replace(
+            sizes,
+            prefill=(few, *(size for size in sizes.prefill if size[1] > few[1])),
+            prefill_slots=(*(s for s in sizes.prefill_slots if s < slots), slots),
+        )
+        settings = dataclasses.replace(settings, buckets=sizes)
         options = Options(stacked=False, fused=True, dtype=dtype)
         self._runner = Runner(config, params, mesh, options, vocab_limit, settings)
         self._free = list(range(rows))

@@ -24,6 +24,9 @@ class Request:
       ending: what ends the text.
       sampling: how tokens are sampled; its `seed` alone determines the random numbers, whatever runs beside it.
         Log-probabilities of sampled tokens are always returned.
+      logprob_temperature: log-probabilities are those of the softmax of the logits divided by it: 1 is the model's own.
+        With the temperature of `sampling` they are those of the distribution that a token was drawn from, if nothing
+        else changes it.
       presence_penalty: subtracted from the logits of tokens that the text has, in [-2, 2]. The prompt does not count.
       frequency_penalty: the same, times how often the text has the token.
       logit_bias: added to the logits of single tokens, in [-100, 100].
@@ -42,6 +45,7 @@ class Request:
     prompt: tuple[int, ...]
     ending: Ending
     sampling: SamplingParams = SamplingParams()
+    logprob_temperature: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
@@ -64,6 +68,10 @@ class Request:
             object.__setattr__(self, name, value)
             if not -2 <= value <= 2:
                 raise InputError(f"{name} must be in [-2, 2], got {value}.")
+        temperature = as_number(self.logprob_temperature, "logprob_temperature")
+        object.__setattr__(self, "logprob_temperature", temperature)
+        if not 1e-5 <= temperature <= 1e5:
+            raise InputError(f"logprob_temperature must be in [1e-5, 1e5], got {temperature}.")
         bias = {as_int(k, "A token id of logit_bias"): as_number(v, "logit_bias") for k, v in self.logit_bias.items()}
         object.__setattr__(self, "logit_bias", bias)
         if wrong := [(k, v) for k, v in bias.items() if k < 0 or not -100 <= v <= 100]:

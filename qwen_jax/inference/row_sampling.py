@@ -4,13 +4,15 @@ The rules change the logits in this order: repetition penalty (prompt and text),
 alone), bias, mask. Then each row samples by its own method, with the functions and the random numbers of `sampling`:
 the seed and the number of tokens sampled before determine a row's token, whatever runs beside it.
 
-There are three programs for each number of rows, which compute no more than their rows need. A row gives the same token
-in each that can serve it.
+There are five programs for each number of rows, each of which computes more than the one before. A step takes the first
+that can serve all its rows. A row gives the same token in each that can serve it.
 
 | variant | methods          | rules          | mask | top log-probabilities |
 |---------|------------------|----------------|------|-----------------------|
 | plain   | greedy           | no             | no   | no                    |
-| usual   | greedy, top-k    | yes            | no   | no                    |
+| listed  | greedy, top-k    | no             | no   | no                    |
+| ruled   | greedy, top-k    | yes            | no   | no                    |
+| masked  | greedy, top-k    | yes            | yes  | yes                   |
 | all     | all              | yes            | yes  | yes                   |
 """
 
@@ -35,12 +37,17 @@ from qwen_jax.inference.sampling import (
     top_k,
 )
 
-Variant = Literal["plain", "usual", "all"]
-VARIANTS: tuple[Variant, ...] = ("plain", "usual", "all")
+Variant = Literal["plain", "listed", "ruled", "masked", "all"]
+VARIANTS: tuple[Variant, ...] = ("plain", "listed", "ruled", "masked", "all")
+WITH_RULES: tuple[Variant, ...] = ("ruled", "masked", "all")
+WITH_MASKS: tuple[Variant, ...] = ("masked", "all")
+"""Those that take masks and return the most likely tokens."""
 _METHODS = ("greedy", "top_k", "full")
-_INTS, _FLOATS = 6, 6
+_INTS, _FLOATS = 6, 7
 FIELDS = _INTS + _FLOATS
 """Numbers of a row that are sent to the device for each step."""
+STEP, RULES = 2, 5
+"""Which of them are the number of tokens that were sampled before, and whether there are rules."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +58,7 @@ class SampleRow:
       slot: of the sequence in the device's state.
       sampling: the parameters; `logprobs` has no effect, since log-probabilities are always returned.
       step: tokens of the text that were sampled before.
+      logprob_temperature: see `Request`.
       presence, frequency: the penalties of `Request`.
       rules: whether `Runner.set_rules` was called for this sequence. Penalties and biases need it.
       top: whether the most likely tokens are returned, too.
@@ -59,6 +67,7 @@ class SampleRow:
     slot: int
     sampling: SamplingParams
     step: int
+    logprob_temperature: float = 1.0
     presence: float = 0.0
     frequency: float = 0.0
     rules: bool = False
@@ -68,9 +77,13 @@ class SampleRow:
     def variant(self) -> Variant:
         """The smallest program that can serve the row, if it has no mask."""
         method = self.sampling.mode.method
-        if method == "full" or self.top:
+        if method == "full":
             return "all"
-        return "plain" if method == "greedy" and not self.rules else "usual"
+        if self.top:
+            return "masked"
+        if self.rules:
+            return "ruled"
+        return "plain" if method == "greedy" else "listed"
 
     def check(self) -> None:
         """Raises ValueError for penalties without rules."""
@@ -78,15 +91,14 @@ class SampleRow:
             raise ValueError("A row with penalties needs rules=True, after a call of set_rules.")
 
 
-def variant_of(rows: Sequence[SampleRow | None], masked: bool) -> Variant:
-    """The smallest program that can serve all these rows.
+def variant_of(rows: Sequence[SampleRow | None]) -> Variant:
+    """The first variant that can serve all these rows, if none has a mask; None is a row that is not sampled."""
+    return VARIANTS[max((VARIANTS.index(row.variant) for row in rows if row is not None), default=0)]
 
-    Args:
-      rows: None for a row that is not sampled.
-      masked: whether a mask of allowed tokens is given.
-    """
-    needed = [VARIANTS.index(row.variant) for row in rows if row is not None]
-    return "all" if masked else VARIANTS[max(needed, default=0)]
+
+def with_mask(variant: Variant) -> Variant:
+    """The first variant that can serve what a variant can, and masks of allowed tokens."""
+    return variant if variant in WITH_MASKS else WITH_MASKS[0]
 
 
 def pack(rows: Sequence[SampleRow | None], padded: int, dummy: int) -> np.ndarray:
@@ -99,7 +111,7 @@ def pack(rows: Sequence[SampleRow | None], padded: int, dummy: int) -> np.ndarra
     """
     ints, floats = np.zeros((padded, _INTS), np.int64), np.zeros((padded, _FLOATS), np.float32)
     ints[:, 0], ints[:, 3] = dummy, 1
-    floats[:, [0, 1, 3]] = 1.0
+    floats[:, [0, 1, 3, 6]] = 1.0
     for i, row in enumerate(rows):
         if row is None:
             continue
@@ -107,7 +119,7 @@ def pack(rows: Sequence[SampleRow | None], padded: int, dummy: int) -> np.ndarra
         top_k, numbers = numbers_of(row.sampling)
         method = _METHODS.index(row.sampling.mode.method)
         ints[i] = row.slot, row.sampling.seed, row.step, top_k, method, row.rules
-        floats[i] = *numbers, row.presence, row.frequency
+        floats[i] = *numbers, row.presence, row.frequency, row.logprob_temperature
     # A seed takes all 32 bits.
     return np.concatenate([ints.astype(np.uint32).view(np.int32), floats.view(np.int32)], axis=1)
 
@@ -122,7 +134,7 @@ class RowValues(NamedTuple):
       method_B: int32, index into greedy, top-k and full.
       rules_B1: bool, whether the row's bias counts.
       values: temperature, top_k, top_p, min_p and repetition penalty.
-      presence_B1, frequency_B1: float32.
+      presence_B1, frequency_B1, logprob_temperature_B1: float32.
     """
 
     slot_B: jax.Array
@@ -133,16 +145,17 @@ class RowValues(NamedTuple):
     values: SamplingValues
     presence_B1: jax.Array
     frequency_B1: jax.Array
+    logprob_temperature_B1: jax.Array
 
 
 def unpack(packed_BF: jax.Array) -> RowValues:
     """The inverse of `pack`, on the device."""
     slot, seed, step, top_k, method, rules = jnp.split(packed_BF[:, :_INTS], _INTS, axis=1)
     floats_BF = jax.lax.bitcast_convert_type(packed_BF[:, _INTS:], jnp.float32)
-    temperature, top_p, min_p, penalty, presence, frequency = jnp.split(floats_BF, _FLOATS, axis=1)
+    temperature, top_p, min_p, penalty, presence, frequency, of_logprobs = jnp.split(floats_BF, _FLOATS, axis=1)
     values = SamplingValues(temperature, top_k, top_p, min_p, penalty)
     seed_B = jax.lax.bitcast_convert_type(seed[:, 0], jnp.uint32)
-    return RowValues(slot[:, 0], seed_B, step[:, 0], method[:, 0], rules > 0, values, presence, frequency)
+    return RowValues(slot[:, 0], seed_B, step[:, 0], method[:, 0], rules > 0, values, presence, frequency, of_logprobs)
 
 
 class Rules(NamedTuple):
@@ -166,8 +179,9 @@ class SampledRows(NamedTuple):
       token_B: int32, or `NOT_FINITE` in rows with a logit or log-probability that is not finite, or with a mask that
         allows nothing.
       next_B: int32, an id in every row, to continue with.
-      logprob_B: float32, log-probability of the token under the model: temperature 1, no rules.
-      top_ids_BN, top_logprobs_BN: the most likely tokens under the model; None unless the variant is "all".
+      logprob_B: float32, log-probability of the token under the model at the row's `logprob_temperature`, without
+        filters and rules.
+      top_ids_BN, top_logprobs_BN: the most likely tokens under the model; None for variants without masks.
     """
 
     token_B: jax.Array
@@ -214,16 +228,16 @@ def sample_rows(
     Args:
       logits_BV: float32.
       rows: parameters.
-      rules: for penalties and biases; not used by the variant "plain".
-      allowed_BW: as for `apply_rules`; used by the variant "all".
+      rules: for penalties and biases; used by variants with rules.
+      allowed_BW: as for `apply_rules`; used by variants with masks.
       variant: see the table in the module's docstring.
       vocab_limit: ids from here on are padding of the embedding and are never sampled.
       top: how many of the most likely tokens are returned.
     """
     raw_BV, V = logits_BV, logits_BV.shape[1]
     limited_BV = logits_BV = comparable(raw_BV, vocab_limit)
-    if variant != "plain":
-        logits_BV = apply_rules(logits_BV, rows, rules, allowed_BW if variant == "all" else None)
+    if variant in WITH_RULES:
+        logits_BV = apply_rules(logits_BV, rows, rules, allowed_BW if variant in WITH_MASKS else None)
     # Each method samples every row, and a row takes the token of its own.
     token_B = jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
     if variant != "plain":
@@ -234,14 +248,16 @@ def sample_rows(
             token_B = jnp.where(rows.method_B == 2, sample_all(scaled_BV, keys_B, rows.values), token_B)
     # Log-probabilities, and with them the check that the whole row is finite.
     of_token = functools.partial(jnp.take_along_axis, indices=token_B[:, None], axis=1)
-    total_B = jax.nn.logsumexp(raw_BV, axis=1)
-    logprob_B = of_token(raw_BV)[:, 0] - total_B
+    model_BV = raw_BV / rows.logprob_temperature_B1
+    total_B = jax.nn.logsumexp(model_BV, axis=1)
+    logprob_B = of_token(model_BV)[:, 0] - total_B
     finite_B = jnp.isfinite(logprob_B) & jnp.isfinite(of_token(logits_BV)[:, 0])
     marked_B = jnp.where(finite_B, token_B, NOT_FINITE)
-    if variant != "all":
+    if variant not in WITH_MASKS:
         return SampledRows(marked_B, token_B, logprob_B, None, None)
     largest_BN, ids_BN = top_k(limited_BV, min(top, V))
-    return SampledRows(marked_B, token_B, logprob_B, ids_BN.astype(jnp.int32), largest_BN - total_B[:, None])
+    top_BN = largest_BN / rows.logprob_temperature_B1 - total_B[:, None]
+    return SampledRows(marked_B, token_B, logprob_B, ids_BN.astype(jnp.int32), top_BN)
 
 
 # --- several positions of each row, for speculation ---

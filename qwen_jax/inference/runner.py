@@ -21,10 +21,11 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference.buckets import Buckets, RunnerConfig, smallest
 from qwen_jax.inference.prompts import check_generates
-from qwen_jax.inference.row_sampling import FIELDS, SampleRow, pack, variant_of
+from qwen_jax.inference.row_sampling import FIELDS, RULES, WITH_MASKS, SampleRow, Variant, pack, variant_of, with_mask
 from qwen_jax.inference.runner_lowering import Program, abstract_state, all_programs, lower
 from qwen_jax.inference.runner_programs import CLEARED, MAX_SEGMENTS, Pages, State, StaticArgs
 from qwen_jax.inference.runner_types import PrefillInput, PromptLogprobs, RowInput, Sampled, SampledMany
+from qwen_jax.inference.slots import Slots, no_room, set_table
 from qwen_jax.inference.text_rows import TextRow, pack_texts
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
@@ -53,6 +54,7 @@ class Runner:
 
     Attributes:
       buckets: the sizes of its programs.
+      slots: what `decode_slots` and `sample_slots` need of each sequence.
       static: the settings that are compiled in.
     """
 
@@ -91,6 +93,7 @@ class Runner:
         self.config, self.params, self.mesh, self.settings = config, params, mesh, settings
         fewest_rows = 4 if mesh.devices.flat[0].platform == "tpu" else 1
         self.buckets = settings.buckets or Buckets.of(settings, fewest_rows)
+        self.slots = Slots(settings.max_seqs, -(-self.buckets.slots[-1] // settings.page_size), settings.page_size)
         self.static = StaticArgs(config, Sharding.for_inference(config, mesh), options, vocab_limit, settings)
         self._compiled: dict[Program, jax.stages.Compiled] = {}
         self._everywhere = NamedSharding(mesh, P())
@@ -146,7 +149,7 @@ class Runner:
                 collect([future for future in waiting if future.done()])
             collect(concurrent.futures.as_completed(list(waiting)))
         for program in self._compiled:
-            if program.kind.startswith("sample") and program.variant == "all":
+            if program.kind.startswith("sample") and program.variant in WITH_MASKS:
                 self._all_allowed(program)
 
     def _run(self, program: Program, *args: Any) -> Any:
@@ -158,13 +161,13 @@ class Runner:
     def _place(self, x: np.ndarray) -> jax.Array:
         return jax.device_put(x, self._everywhere)
 
-    def _place_packed(self, packed: np.ndarray, adapters: Sequence[int], axis: int) -> jax.Array:
+    def _place_packed(self, packed: np.ndarray, adapters: Sequence[int] | np.ndarray, axis: int) -> jax.Array:
         """Places what a program takes for each row or token along the first or second axis, with their adapters."""
         if self.static.options.adapter_ranks:
             numbers = np.zeros(packed.shape[axis], np.int32)
             numbers[: len(adapters)] = adapters
             packed = np.concatenate([packed, np.expand_dims(numbers, 1 - axis)], 1 - axis)
-        elif any(adapters):
+        elif np.any(adapters):
             raise ValueError("This runner has no adapters: make it with Options(adapter_ranks=...).")
         return self._place(packed)
 
@@ -193,10 +196,6 @@ class Runner:
 
     # --- steps ---
 
-    def prefill_rows(self, count: int) -> int:
-        """How many chunks of up to `count` tokens `prefill` takes."""
-        return self.buckets.prefill_rows(count)
-
     def prefill(self, rows: Sequence[PrefillInput]) -> jax.Array:
         """Reads the next chunk of each prompt.
 
@@ -204,44 +203,47 @@ class Runner:
           rows: of different sequences.
 
         Returns:
-          Float32 logits [R, V] after each chunk; R is at least the number of rows.
+          Float32 logits [E, V] after each chunk; E is at least the number of rows.
 
         Raises:
           ValueError: more than a program takes, or a sequence without room in its pages.
         """
-        R, C = self.buckets.prefill_size(len(rows), max(len(row.tokens) for row in rows))
-        needed, slots = max(row.start + len(row.tokens) for row in rows), 0
-        longest, dual_chunk = max(needed, *(row.length for row in rows)), self.config.dual_chunk
-        if dual_chunk is not None and longest > dual_chunk.original_max_position_embeddings:
+        # The program: its table holds the pages that each chunk and what is before it fill.
+        size, dual_chunk = self.settings.page_size, self.config.dual_chunk
+        ends = [row.start + len(row.tokens) for row in rows]
+        pages = [-(-end // size) for end in ends]
+        lengths = [max(row.length, end) for row, end in zip(rows, ends, strict=True)]
+        needed = sum(pages) * size
+        if dual_chunk is not None and max(lengths) > dual_chunk.original_max_position_embeddings:
             # A program whose table covers the prompt knows that its queries have a factor.
-            slots = self._slots(longest, C)
-        elif any(row.start for row in rows):
-            slots = self._slots(needed, C)
-        M = -(-(slots or C) // self.settings.page_size)
-        packed = np.zeros((R, 3 + C + M), np.int32)
-        for line, row in zip(packed, rows, strict=False):
-            count = len(row.tokens)
-            line[:3] = row.start, count, row.length or row.start + count
-            line[3 : 3 + count] = row.tokens
-            self._set_table(line[3 + C :], row.pages, row.start + count)
-        args = self.params, self._pages, self._place_packed(packed, [row.adapter for row in rows], axis=0)
-        logits, self._pages = self._run(Program("prefill", R, C, slots), *args)
+            needed = max(needed, *lengths)
+        E, T = self.buckets.prefill_size(len(rows), sum(len(row.tokens) for row in rows))
+        slots = smallest(self.buckets.prefill_slots_of(T), needed, "slots")
+        # What each token and each chunk needs. Padding has the slot -1.
+        packed, adapters = np.zeros((4, T), np.int32), np.zeros(T, np.int32)
+        packed[1] = -1
+        last, table = np.zeros(E, np.int32), np.zeros(-(-slots // size), np.int32)
+        at = page = 0
+        for i, (row, end, used) in enumerate(zip(rows, ends, pages, strict=True)):
+            first, tokens = page * size, slice(at, at + len(row.tokens))
+            packed[0, tokens] = row.tokens
+            packed[1, tokens] = np.arange(first + row.start, first + end)
+            packed[2:, tokens] = [[first], [lengths[i]]]
+            adapters[tokens] = row.adapter
+            self._set_table(table[page : page + used], row.pages, end)
+            at, page = tokens.stop, page + used
+            last[i] = at - 1
+        # What is behind the last slot is masked, not skipped: it must be finite.
+        table[page:] = table[page - 1]
+        placed = self._place_packed(packed, adapters.tolist(), axis=1), self._place(np.concatenate([last, table]))
+        logits, self._pages = self._run(Program("prefill", E, T, slots), self.params, self._pages, *placed)
         return logits
-
-    def _slots(self, needed: int, tokens: int = 0) -> int:
-        """Slots of the page tables of a program; for a prefill, of one that there is for rows of these tokens."""
-        largest = self.buckets.slots[-1]
-        sizes = [s for s in self.buckets.slots if s > tokens or s == largest]
-        return smallest(sizes, needed, "slots")
 
     def _set_table(self, table: np.ndarray, pages: Sequence[int], needed: int) -> None:
         """Writes a row's pages into its row of the table, and checks that they hold the tokens needed."""
         if len(pages) * self.settings.page_size < needed:
-            raise ValueError(f"{len(pages)} pages of {self.settings.page_size} slots do not hold {needed} tokens.")
-        used = min(len(pages), len(table))
-        table[:used] = pages[:used]
-        # What is behind the row's own slots is masked, not skipped: it must be finite, as its own pages are.
-        table[used:] = table[used - 1]
+            raise no_room(len(pages), self.settings.page_size, needed)
+        set_table(table, pages)
 
     def decode(self, rows: Sequence[RowInput]) -> jax.Array:
         """Reads the newest token of each sequence.
@@ -274,20 +276,39 @@ class Runner:
             raise ValueError(f"Expected proposals {(len(rows), self.settings.speculate)}, got {proposals.shape}.")
         return self._decode("verify", rows, proposals)
 
+    def decode_slots(self, slots: Sequence[int], lengths: Sequence[int], pages: Sequence[Sequence[int]]) -> jax.Array:
+        """As `decode`, for sequences that are in `slots`: with many rows it takes a fraction of the time.
+
+        Args:
+          slots: of different sequences.
+          lengths: tokens of each that are in the cache.
+          pages: of each, with room for a new token: those that it was placed with, and perhaps more.
+        """
+        program, packed = self._rows("decode", len(slots), max(lengths), 1)
+        adapters = self.slots.pack_rows(packed[: len(slots)], slots, lengths, pages)
+        return self._forward(program, packed, adapters)
+
     def _decode(self, kind: str, rows: Sequence[RowInput], proposals: np.ndarray) -> jax.Array:
-        B, new = smallest(self.buckets.rows, len(rows), "rows"), 1 + proposals.shape[1]
-        slots = self._slots(max(row.length for row in rows) + new)
-        M = -(-slots // self.settings.page_size)
-        packed = np.zeros((B, 2 + new + M), np.int32)
-        packed[:, 0] = self.settings.max_seqs
+        new = 1 + proposals.shape[1]
+        program, packed = self._rows(kind, len(rows), max(row.length for row in rows), new)
         packed[: len(rows), 3 : 2 + new] = proposals
         for line, row in zip(packed, rows, strict=False):
             line[:3] = row.slot, row.length, new
             self._set_table(line[2 + new :], row.pages, row.length + new)
-        placed = self._place_packed(packed, [row.adapter for row in rows], axis=0)
-        args = self.params, self._pages, self._state.tokens_S, placed
-        logits, self._pages = self._run(Program(kind, B, slots=slots), *args)
-        return logits
+        return self._forward(program, packed, [row.adapter for row in rows])
+
+    def _rows(self, kind: str, count: int, longest: int, new: int) -> tuple[Program, np.ndarray]:
+        """The program for rows of sequences of at most some length, and its packed array, of padding alone."""
+        B, slots = smallest(self.buckets.rows, count, "rows"), smallest(self.buckets.slots, longest + new, "slots")
+        packed = np.zeros((B, 2 + new + -(-slots // self.settings.page_size)), np.int32)
+        packed[:, 0] = self.settings.max_seqs
+        return Program(kind, B, slots=slots), packed
+
+    def _forward(self, program: Program, packed: np.ndarray, adapters: Sequence[int] | np.ndarray) -> jax.Array:
+        args = self.params, self._pages, self._state.tokens_S, self._place_packed(packed, adapters, axis=0)
+        logits, self._pages = self._run(program, *args)
+        result: jax.Array = logits
+        return result
 
     # --- sampling ---
 
@@ -302,7 +323,27 @@ class Runner:
         Raises:
           ValueError: penalties without rules.
         """
-        return Sampled(self._sample("sample", logits, rows, np.zeros((len(rows), 0), np.int32), allowed), len(rows))
+        return Sampled(
+            self._sample_rows("sample", logits, rows, np.zeros((len(rows), 0), np.int32), allowed), len(rows)
+        )
+
+    def sample_slots(
+        self,
+        logits: jax.Array,
+        slots: Sequence[int | None],
+        steps: Sequence[int],
+        allowed: np.ndarray | None = None,
+    ) -> Sampled:
+        """As `sample`, for sequences that are in `slots`: with many rows it takes a fraction of the time.
+
+        Args:
+          logits: of `prefill`, `decode` or `decode_slots`.
+          slots: in the order of that call; None for a row that is not sampled.
+          steps: tokens of each text that were sampled before.
+          allowed: as for `sample`.
+        """
+        packed, variant = self.slots.pack_sampling(slots, steps, len(logits))
+        return Sampled(self._sample("sample", logits, packed, variant, len(slots), allowed), len(slots))
 
     def sample_verified(
         self,
@@ -325,10 +366,9 @@ class Runner:
         Raises:
           ValueError: penalties without rules.
         """
-        packed = self._sample("sample verified", logits, rows, proposals, allowed)
-        return SampledMany(packed, len(rows))
+        return SampledMany(self._sample_rows("sample verified", logits, rows, proposals, allowed), len(rows))
 
-    def _sample(
+    def _sample_rows(
         self,
         kind: str,
         logits: jax.Array,
@@ -336,20 +376,31 @@ class Runner:
         proposals: np.ndarray,
         allowed: np.ndarray | None,
     ) -> jax.Array:
-        B, n = len(logits), len(rows)
-        if not self.settings.rules and any(row is not None and row.rules for row in rows):
+        packed = np.zeros((len(logits), FIELDS + proposals.shape[1]), np.int32)
+        packed[:, :FIELDS] = pack(rows, len(logits), self.settings.max_seqs)
+        packed[: len(rows), FIELDS:] = proposals
+        return self._sample(kind, logits, packed, variant_of(rows), len(rows), allowed)
+
+    def _sample(
+        self,
+        kind: str,
+        logits: jax.Array,
+        packed: np.ndarray,
+        variant: Variant,
+        count: int,
+        allowed: np.ndarray | None,
+    ) -> jax.Array:
+        """Starts sampling of `count` rows, whose parameters are packed and need at least this variant."""
+        if not self.settings.rules and packed[:, RULES].any():
             raise ValueError(_WITHOUT_RULES)
-        program = Program(kind, B, variant=variant_of(rows, allowed is not None))
-        packed = np.zeros((B, FIELDS + proposals.shape[1]), np.int32)
-        packed[:, :FIELDS] = pack(rows, B, self.settings.max_seqs)
-        packed[:n, FIELDS:] = proposals
+        program = Program(kind, len(logits), variant=with_mask(variant) if allowed is not None else variant)
         masks: jax.Array | None = None
-        if program.variant == "all":
+        if program.variant in WITH_MASKS:
             masks = self._all_allowed(program)
             if allowed is not None:
                 # A copy, because the caller's array may change before it is transferred.
-                padded = np.full(masks.shape, -1, np.int32)
-                padded[:n] = allowed
+                padded = np.empty(masks.shape, np.int32)
+                padded[:count], padded[count:] = allowed, -1
                 masks = self._place(padded)
         found, self._state = self._run(program, logits, self._state, self._place(packed), masks)
         found.copy_to_host_async()
@@ -363,11 +414,6 @@ class Runner:
         if shape not in self._masks:
             self._masks[shape] = self._place(np.full(shape, -1, np.int32))
         return self._masks[shape]
-
-    def set_token(self, slot: int, token: int) -> None:
-        """Makes a token the newest of a sequence, which `decode` reads next."""
-        args = self._state.tokens_S, self._place(np.asarray([slot, token], np.int32))
-        self._state = self._state._replace(tokens_S=self._run(Program("set token"), *args))
 
     def set_rules(
         self, slot: int, prompt_ids: Sequence[int], output_ids: Sequence[int], bias: Mapping[int, float]

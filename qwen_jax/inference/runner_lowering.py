@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax.inference import runner_programs as functions
 from qwen_jax.inference.buckets import Buckets, RunnerConfig
-from qwen_jax.inference.row_sampling import FIELDS, VARIANTS, Rules, Variant
+from qwen_jax.inference.row_sampling import FIELDS, VARIANTS, WITH_MASKS, Rules, Variant
 from qwen_jax.inference.runner_programs import CLEARED, MAX_SEGMENTS, Pages, State, StaticArgs
 from qwen_jax.params import Params
 
@@ -23,10 +23,10 @@ class Program:
     """A program and its sizes.
 
     Attributes:
-      kind: decode, verify, prefill, sample, sample verified, read texts, score texts, set token, set rules, clear.
-      rows: number of rows.
-      tokens: of a row of a chunk or of whole texts.
-      slots: that the page table covers; 0 for a fresh prefill, whose table covers the chunk.
+      kind: decode, verify, prefill, sample, sample verified, read texts, score texts, set rules, clear.
+      rows: number of rows; of a prefill, the most chunks in its row.
+      tokens: of a row of chunks or of whole texts.
+      slots: that the page table covers.
       variant: of sampling.
     """
 
@@ -38,9 +38,9 @@ class Program:
 
     @property
     def name(self) -> str:
-        """For people, such as "prefill 4 x 512 tokens, 1024 slots"."""
+        """For people, such as "prefill 512 tokens of 16 chunks, 1024 slots"."""
         sizes = {
-            "prefill": f" {self.rows} x {self.tokens} tokens, " + (f"{self.slots} slots" if self.slots else "fresh"),
+            "prefill": f" {self.tokens} tokens of {self.rows} chunks, {self.slots} slots",
             "read texts": f" of {self.tokens} tokens",
             "score texts": f" of {self.tokens} tokens",
         }
@@ -58,12 +58,7 @@ def all_programs(settings: RunnerConfig, buckets: Buckets) -> list[Program]:
       settings: the sizes of its state.
       buckets: the sizes of its programs.
     """
-    programs = [Program("prefill", r, t) for r, t in buckets.prefill]
-    # A chunk that continues a prompt needs more slots than it has tokens.
-    largest = buckets.slots[-1]
-    programs += [
-        Program("prefill", r, t, s) for r, t in buckets.prefill for s in buckets.slots if s > t or s == largest
-    ]
+    programs = [Program("prefill", r, t, s) for r, t in buckets.prefill for s in buckets.prefill_slots_of(t)]
     programs += [Program("decode", r, slots=s) for r in buckets.rows for s in buckets.slots]
     sampled = dict.fromkeys([*buckets.rows, *(r for r, _ in buckets.prefill)])
     programs += [Program("sample", r, variant=v) for r in sampled for v in VARIANTS]
@@ -71,7 +66,7 @@ def all_programs(settings: RunnerConfig, buckets: Buckets) -> list[Program]:
         programs += [Program("verify", r, slots=s) for r in buckets.rows for s in buckets.slots]
         programs += [Program("sample verified", r, variant=v) for r in buckets.rows for v in VARIANTS]
     programs += [Program(kind, tokens=t) for t in buckets.texts for kind in ("read texts", "score texts")]
-    return [*programs, Program("set token"), *([Program("set rules")] if settings.rules else []), Program("clear")]
+    return [*programs, *([Program("set rules")] if settings.rules else []), Program("clear")]
 
 
 def abstract_state(static: StaticArgs, mesh: Mesh) -> tuple[Pages, State]:
@@ -121,17 +116,17 @@ def _function_and_arguments(
         everywhere = NamedSharding(mesh, P(*(None,) * len(shape)))
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=everywhere)
 
-    table, adapter = -(-(program.slots or T) // settings.page_size), int(bool(static.options.adapter_ranks))
+    table, adapter = -(-program.slots // settings.page_size), int(bool(static.options.adapter_ranks))
     match program.kind:
         case "decode" | "verify":
             packed = array(B, 3 + k + table + adapter)
             return partial(functions.decode, static, proposed=k), (1,), (params, pages, state.tokens_S, packed)
         case "prefill":
-            read = partial(functions.prefill, static, tokens=T, fresh=not program.slots)
-            return read, (1,), (params, pages, array(B, 3 + T + table + adapter))
+            read = partial(functions.prefill, static, chunks=B)
+            return read, (1,), (params, pages, array(4 + adapter, T), array(B + table))
         case "sample" | "sample verified":
             each = (B, 1 + k) if k else (B,)
-            allowed = array(*each, static.words) if program.variant == "all" else None
+            allowed = array(*each, static.words) if program.variant in WITH_MASKS else None
             choose = partial(functions.sample, static, variant=program.variant, proposed=k)
             return choose, (1,), (array(*each, V, dtype="float32"), state, array(B, FIELDS + k), allowed)
         case "read texts":
@@ -143,8 +138,6 @@ def _function_and_arguments(
                 sharding=NamedSharding(mesh, static.sharding.hidden),
             )
             return partial(functions.score_texts, static), (), (params, hidden, array(3 + adapter, T))
-        case "set token":
-            return functions.set_token, (0,), (state.tokens_S, array(2))
         case "set rules":
             return functions.set_rules, (0,), (state.rules, array(1), *(array(V, dtype=x) for x in _RULES_DTYPES))
         case "clear":

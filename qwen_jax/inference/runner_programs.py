@@ -4,7 +4,7 @@ Forward programs read tokens into pages and give logits; sampling programs choos
 next forward pass can start before the host knows a token, and so that the host can make masks during a forward pass.
 Small integers of all rows travel in one packed array for each step. Padding rows use the slot `max_seqs` of the state,
 and write to no page. Where rows choose from adapters (`Options.adapter_ranks`), the packed arrays of programs that run
-the model end with the number of each row's adapter, or of each token's in whole texts; 0 is none.
+the model end with the number of each row's adapter, or of each token's where a row has several texts; 0 is none.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
 from qwen_jax.attention.cache import PagedCache
+from qwen_jax.attention.packed_cache import PackedCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.inference import row_sampling
 from qwen_jax.inference.adapters import with_masks
 from qwen_jax.inference.buckets import RunnerConfig
 from qwen_jax.inference.row_sampling import FIELDS, Rules, Variant
 from qwen_jax.inference.sampling import top_k
-from qwen_jax.model import Qwen2
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params, bind
@@ -100,61 +100,43 @@ def decode(
     proposals_Bk, table_BM = packed_BN[:, 3 : 3 + proposed], packed_BN[:, 3 + proposed :]
     newest_B1 = tokens_S.at[slot_B].get(out_sharding=P(None))[:, None]
     tokens_BT = jnp.concatenate([newest_B1, jnp.maximum(proposals_Bk, 0)], axis=1)
-    model, hidden_BTD, pages = _read(static, params, pages, tokens_BT, length_B, new_B, table_BM)
-    logits_BTV = _on_every_device(model.logits(hidden_BTD))
-    return logits_BTV if proposed else logits_BTV[:, 0], pages
+    s, T = static.sharding, 1 + proposed
+    model = bind(static.config, params, s, static.options)
+    tokens_BT, table_BM = (jax.reshard(x, s.tokens) for x in (tokens_BT, table_BM))
+    length_B, new_B = (jax.reshard(x, s.rows) for x in (length_B, new_B))
+    cache = PagedCache(pages.keys, pages.values, table_BM, length_B, new_B)
+    output = model(tokens_BT, cache.positions(T), cache.mask(T), cache=cache)
+    logits_BTV = _on_every_device(model.logits(output.hidden))
+    return logits_BTV if proposed else logits_BTV[:, 0], Pages(output.cache.keys, output.cache.values)
 
 
 def prefill(
-    static: StaticArgs, params: Params, pages: Pages, packed_RN: jax.Array, *, tokens: int, fresh: bool
+    static: StaticArgs, params: Params, pages: Pages, packed_4T: jax.Array, packed_N: jax.Array, *, chunks: int
 ) -> tuple[jax.Array, Pages]:
-    """Reads the next chunk of each prompt.
+    """Reads the next chunks of prompts, which share a row and do not see one another.
 
     Args:
       static: settings that are compiled in.
       params: in the layout of `static.options`.
       pages: updated in place.
-      packed_RN: int32: tokens in the cache, new tokens, tokens of the whole prompt, ids padded on the right, page
-        table.
-      tokens: length of the rows of ids.
-      fresh: no row has tokens in the cache, so that attention reads no pages.
+      packed_4T: int32, for each token: id, slot and first slot of its text, as in `PackedCache`, and tokens of its
+        whole prompt.
+      packed_N: int32: where the last token of each chunk is, page table.
+      chunks: the most chunks, E.
 
     Returns:
-      Float32 logits [R, V] after the last token of each chunk, on every device; the pages.
+      Float32 logits [E, V] after the last token of each chunk, on every device; the pages.
     """
-    params, packed_RN = _choose_adapters(static, params, packed_RN, axis=1)
-    start_R, count_R, length_R = packed_RN[:, 0], packed_RN[:, 1], packed_RN[:, 2]
-    tokens_RC, table_RM = packed_RN[:, 3 : 3 + tokens], packed_RN[:, 3 + tokens :]
-    model, hidden_RCD, pages = _read(
-        static, params, pages, tokens_RC, start_R, count_R, table_RM, text_length_B=length_R, fresh=fresh
-    )
-    last_R = jax.reshard(jnp.maximum(count_R - 1, 0), static.sharding.rows)
-    rows_R = jax.reshard(jnp.arange(len(last_R)), static.sharding.rows)
-    hidden_RD = hidden_RCD.at[rows_R, last_R].get(out_sharding=P(*static.sharding.rows, None))
-    return _on_every_device(model.logits(hidden_RD[:, None]))[:, 0], pages
-
-
-def _read(
-    static: StaticArgs,
-    params: Params,
-    pages: Pages,
-    tokens_BT: jax.Array,
-    length_B: jax.Array,
-    new_B: jax.Array,
-    table_BM: jax.Array,
-    *,
-    text_length_B: jax.Array | None = None,
-    fresh: bool = False,
-) -> tuple[Qwen2, jax.Array, Pages]:
-    """The model, its hidden states [B, T, D] of new tokens, and the pages with them."""
     s = static.sharding
+    params, packed_4T = _choose_adapters(static, params, packed_4T, axis=0)
+    tokens_1T, slot_1T, start_1T, length_1T = (jax.reshard(x[None], s.tokens) for x in packed_4T)
+    last_E, pages_1M = packed_N[:chunks], jax.reshard(packed_N[None, chunks:], s.tokens)
     model = bind(static.config, params, s, static.options)
-    tokens_BT, table_BM = (jax.reshard(x, s.tokens) for x in (tokens_BT, table_BM))
-    length_B, new_B, text_length_B = jax.tree.map(lambda x: jax.reshard(x, s.rows), (length_B, new_B, text_length_B))
-    cache = PagedCache(pages.keys, pages.values, table_BM, length_B, new_B, fresh)
-    T = tokens_BT.shape[1]
-    output = model(tokens_BT, cache.positions(T), cache.mask(T), cache=cache, length_B=text_length_B)
-    return model, output.hidden, Pages(output.cache.keys, output.cache.values)
+    cache = PackedCache(pages.keys, pages.values, pages_1M, slot_1T, start_1T)
+    output = model(tokens_1T, cache.positions_1T, cache.mask, cache=cache, length_BT=length_1T)
+    hidden_ED = output.hidden[0].at[last_E].get(out_sharding=P(None, None))
+    logits_EV = _on_every_device(model.logits(hidden_ED[:, None]))[:, 0]
+    return logits_EV, Pages(output.cache.keys, output.cache.values)
 
 
 def _choose_adapters(static: StaticArgs, params: Params, packed: jax.Array, axis: int) -> tuple[Params, jax.Array]:
@@ -189,13 +171,13 @@ def sample(
       logits: float32 [B, V], or [B, 1 + proposed, V], on every device.
       state: updated in place.
       packed_BN: int32: the fields of `row_sampling.pack`, then `proposed` ids.
-      allowed: int32 [B, W] or [B, 1 + proposed, W] bit masks, for the variant "all".
+      allowed: int32 [B, W] or [B, 1 + proposed, W] bit masks, for variants with masks.
       variant: see `row_sampling`.
       proposed: how many tokens are proposed for each row.
 
     Returns:
       int32 [1 + proposed, B, 3 or 3 + 2 N] for each position: token or `NOT_FINITE`, number of positions that count,
-      log-probability; and for the variant "all" ids and log-probabilities of the N most likely tokens. Floats keep
+      log-probability; and for variants with masks ids and log-probabilities of the N most likely tokens. Floats keep
       their bits. The state.
     """
     dummy = static.settings.max_seqs
@@ -206,7 +188,7 @@ def sample(
         if not proposed:
             logits, allowed = logits[:, None], None if allowed is None else allowed[:, None]
         rows, proposals_Bk = row_sampling.unpack(packed_BN[:, :FIELDS]), packed_BN[:, FIELDS:]
-        all_rules = state.rules if variant != "plain" else None
+        all_rules = state.rules if variant in row_sampling.WITH_RULES else None
         rules = None if all_rules is None else Rules(*(x_SV[rows.slot_B] for x_SV in all_rules))
         found = row_sampling.sample_positions(
             *(logits, proposals_Bk, rows, rules, allowed),
@@ -244,12 +226,6 @@ def _pack_sampled(found: row_sampling.SampledPositions) -> jax.Array:
 def _run_on_every_device(local: Any, *args: Any) -> Any:
     everywhere = jax.tree.map(lambda _: P(), args)
     return jax.shard_map(local, in_specs=everywhere, out_specs=P())(*args)
-
-
-def set_token(tokens_S: jax.Array, packed_2: jax.Array) -> jax.Array:
-    """Makes the token packed[1] the newest of the slot packed[0]."""
-    result: jax.Array = _run_on_every_device(lambda t, p: t.at[p[0]].set(p[1]), tokens_S, packed_2)
-    return result
 
 
 def set_rules(rules: Rules, slot_1: jax.Array, counts_V: jax.Array, prompt_V: jax.Array, bias_V: jax.Array) -> Rules:

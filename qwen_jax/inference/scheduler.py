@@ -119,8 +119,8 @@ class Scheduler:
       max_seqs: the most sequences that run at a time.
       max_batched_tokens: the most tokens that a prefill step reads.
       max_length: the most tokens of a sequence, with its prompt.
-      prefill_rows: the most rows of a prefill step whose longest row has a given count of tokens. It must not rise
-        with the count, and must be at least 1 for a count of 1.
+      max_chunks: the most rows of a prefill step.
+      max_slots: the most slots of pages that the rows of a prefill step use together, at least `max_length`.
       prefix_cache: whether prompts use pages of earlier sequences with the same beginning.
       headroom: a waiting sequence starts when there are pages for its tokens and for this many new ones of each running
         sequence, so that it is not preempted soon after it was read.
@@ -137,17 +137,18 @@ class Scheduler:
         max_seqs: int,
         max_batched_tokens: int,
         max_length: int,
-        prefill_rows: abc.Callable[[int], int],
+        max_chunks: int,
+        max_slots: int,
         prefix_cache: bool = True,
         headroom: int = 32,
     ) -> None:
-        if min(max_seqs, max_batched_tokens, prefill_rows(1)) < 1:
-            raise ValueError("Expected max_seqs, max_batched_tokens and at least one row of a prefill step.")
+        if min(max_seqs, max_batched_tokens, max_chunks) < 1 or max_slots < max_length:
+            raise ValueError("Expected max_seqs, max_batched_tokens and max_chunks of 1, and max_slots of max_length.")
         self.preemptions = 0
         self.wants_read = False
         self._pool, self._prefix_cache = pool, prefix_cache
         self._max_seqs, self._max_batched_tokens, self._max_length = max_seqs, max_batched_tokens, max_length
-        self._prefill_rows, self._headroom = prefill_rows, headroom
+        self._max_chunks, self._max_pages, self._headroom = max_chunks, -(-max_slots // pool.page_size), headroom
         # Both are in the order of arrival.
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -217,6 +218,16 @@ class Scheduler:
             )
         sequence.tokens.extend(tokens)
         sequence.pending -= len(tokens)
+        self._register(sequence)
+
+    def read_token(self, sequence: Sequence, token: int) -> None:
+        """As `read`, for one token."""
+        if sequence.finished:
+            return
+        if sequence.speculated or not sequence.pending:
+            self.read(sequence, (token,))  # Which raises the error.
+        sequence.tokens.append(token)
+        sequence.pending -= 1
         self._register(sequence)
 
     def accept(self, sequence: Sequence, token_ids: abc.Iterable[int]) -> None:
@@ -315,7 +326,7 @@ class Scheduler:
         # Pages that this step fills. They are registered, but other rows of the same step must not read them.
         fresh: set[int] = set()
         for sequence in [s for s in self._running if not s.decoding]:
-            if not self._chunk(rows, 1):
+            if not self._room(rows, sequence.written):
                 break
             self._add_row(rows, sequence, fresh)
         if self._waiting and self._slots:
@@ -332,8 +343,7 @@ class Scheduler:
         # Pages that must stay free.
         kept = sum(max(0, self._soon(s) - len(s.pages)) for s in self._running)
         postponed: list[Sequence] = []
-        most = self._prefill_rows(1)
-        while self._waiting and len(postponed) < min(len(self._slots), most) and self._chunk(rows, 1):
+        while self._waiting and len(postponed) < min(len(self._slots), self._max_chunks) and self._room(rows, 0):
             sequence = self._waiting[0]
             if self._blocked is not None and self._blocked[0] is sequence and self._blocked[1] + kept > pool.num_free:
                 break
@@ -343,6 +353,8 @@ class Scheduler:
                 kept += self._soon(sequence) - len(cached)
                 postponed.append(self._waiting.popleft())
                 continue
+            if not self._room(rows, len(cached) * size):
+                break
             soon = self._soon(sequence)
             needed = soon - sum(pool.users(page) > 0 for page in cached)
             if needed + kept > pool.num_free:
@@ -394,22 +406,18 @@ class Scheduler:
             sequence.cached_tokens = sequence.written
             self._pool.count(sequence.written, len(sequence.tokens))
 
-    def _chunk(self, rows: list[PrefillRow], count: int) -> int:
-        """The tokens that one more row may have beside these, at most `count`; 0 if there is no room for a row."""
-        count = min(count, self._max_batched_tokens - sum(row.count for row in rows))
-        longest = max((row.count for row in rows), default=0)
-
-        def fits(count: int) -> bool:
-            return self._prefill_rows(max(longest, count)) > len(rows)
-
-        if count < 1 or fits(count):
-            return max(count, 0)
-        # A long prompt beside short ones starts with a chunk that keeps room for them.
-        return bisect.bisect_left(range(1, count + 1), True, key=lambda c: not fits(c))
+    def _room(self, rows: list[PrefillRow], start: int) -> int:
+        """The tokens that one more row may have beside these, after `start` tokens of its text; 0 if it has no room."""
+        if len(rows) == self._max_chunks:
+            return 0
+        size = self._pool.page_size
+        pages = self._max_pages - sum(-(-(row.start + row.count) // size) for row in rows)
+        tokens = self._max_batched_tokens - sum(row.count for row in rows)
+        return max(0, min(tokens, pages * size - start))
 
     def _add_row(self, rows: list[PrefillRow], sequence: Sequence, fresh: set[int]) -> None:
         start, registered = sequence.written, len(sequence.keys)
-        count = self._chunk(rows, len(sequence.tokens) - start)
+        count = min(self._room(rows, start), len(sequence.tokens) - start)
         sequence.written += count
         sequence.decoding = sequence.written == len(sequence.tokens)
         sequence.pending += sequence.decoding

@@ -16,15 +16,16 @@ from qwen_jax.inference.pages import PagePool
 from qwen_jax.inference.proposers import Proposer
 from qwen_jax.inference.runner import PrefillInput, RowInput, Runner, SampleRow
 from qwen_jax.inference.scheduler import Decode, Prefill, Scheduler
+from qwen_jax.inference.scheduler import Sequence as Scheduled
+from qwen_jax.inference.stream import Readers
 
 
 @dataclasses.dataclass(frozen=True)
 class _InFlight:
     """A step whose tokens the host has not read. `proposed`: whether it has several places for each row."""
 
-    rows: tuple[Active, ...]
-    at: tuple[int, ...]
-    """Where each of them is in the results."""
+    rows: Sequence[Active | None]
+    """In the order of the results; None for those that were not sampled."""
     sampled: Any
     proposed: bool
 
@@ -39,6 +40,7 @@ class Steps:
 
     Attributes:
       active: requests that wait or run, by number.
+      readers: those that have got something; they are woken together when a step was read.
       prompt_tokens, output_tokens, count: tokens of the prompts that were begun, tokens generated, and steps.
     """
 
@@ -64,6 +66,9 @@ class Steps:
         self._proposer = proposer
         self._in_flight: collections.deque[_InFlight] = collections.deque()
         self.active: dict[int, Active] = {}
+        self.readers = Readers()
+        # The numbers of requests that may have masks.
+        self._constrained: set[int] = set()
         self.prompt_tokens = self.output_tokens = self.count = 0
         # The last prompt that was read whole, and its log-probabilities: several choices of a request ask for them.
         self.last_read: tuple[tuple[list[int], int], Any] | None = None
@@ -88,6 +93,8 @@ class Steps:
             active.stream.fail(error)
             return
         self.active[active.scheduled.id] = active
+        if active.is_constrained:
+            self._constrained.add(active.scheduled.id)
 
     def abort(self, number: int) -> None:
         """Ends a request, unless it has ended."""
@@ -109,6 +116,7 @@ class Steps:
         # One step stays ahead of what was read; without a plan, there is nothing to stay ahead of.
         while len(self._in_flight) > (1 if plan is not None else 0):
             self._read()
+        self.readers.wake()
 
     def _proposals(self) -> int:
         """How many tokens to propose for each row in the next step."""
@@ -140,7 +148,7 @@ class Steps:
     def _prefill(self, plan: Prefill) -> None:
         """Reads chunks of prompts, and samples the next token of each prompt that is complete."""
         rows = [self.active[row.sequence.id] for row in plan.rows]
-        inputs = []
+        inputs, steps = [], []
         for row, active in zip(plan.rows, rows, strict=True):
             if active.cached_tokens is None:
                 active.cached_tokens, active.started = row.start, time.monotonic()
@@ -149,6 +157,9 @@ class Steps:
                 # What the penalties count: after a preemption, the text so far, too.
                 output = active.scheduled.tokens[active.scheduled.prompt_length :]
                 self._runner.set_rules(active.slot, active.request.prompt, output, active.request.logit_bias)
+            if row.last:
+                self._runner.slots.place(self._sample_row(active, 0), active.scheduled.pages, active.adapter)
+            steps.append(_sampled_before(active.scheduled) if row.last else 0)
             tokens = active.scheduled.tokens[row.start : row.start + row.count]
             scheduled = active.scheduled
             whole = len(scheduled.tokens)
@@ -156,40 +167,46 @@ class Steps:
         logits = self._runner.prefill(inputs)
         self.count += 1
         if any(row.last for row in plan.rows):
-            self._sample(logits, [a if row.last else None for a, row in zip(rows, plan.rows, strict=True)])
+            self._sample(logits, [a if row.last else None for a, row in zip(rows, plan.rows, strict=True)], steps)
 
     def _decode(self, plan: Decode) -> None:
         """Makes the next token of each running text; with proposals, as many of them as are right and one more."""
         rows, extra = [self.active[scheduled.id] for scheduled in plan.rows], plan.extra
-        # `written` counts the slots that this step writes.
-        inputs = [RowInput(a.slot, a.scheduled.written - 1 - extra, a.scheduled.pages, a.adapter) for a in rows]
         self.count += 1
-        if not extra or self._proposer is None:
-            self._sample(self._runner.decode(inputs), rows)
+        if extra and self._proposer is not None:
+            self._verify(rows, extra, self._proposer)
             return
-        proposals = self._proposer.propose(rows)
+        # `written` counts the slots that this step writes.
+        slots, lengths = [a.slot for a in rows], [scheduled.written - 1 for scheduled in plan.rows]
+        logits = self._runner.decode_slots(slots, lengths, [scheduled.pages for scheduled in plan.rows])
+        self._sample(logits, rows, [_sampled_before(scheduled) for scheduled in plan.rows])
+
+    def _verify(self, rows: Sequence[Active], extra: int, proposer: Proposer) -> None:
+        """Checks proposed tokens. There are few rows."""
+        inputs = [RowInput(a.slot, a.scheduled.written - 1 - extra, a.scheduled.pages, a.adapter) for a in rows]
+        proposals = proposer.propose(rows)
         logits = self._runner.verify(inputs, proposals)
         masks = speculated_masks(rows, proposals, self._words)
         wanted = [self._sample_row(active, len(active.row.tokens)) for active in rows]
         sampled = self._runner.sample_verified(logits, wanted, proposals, masks)
         self._end_those_that_ended(rows)
-        self._in_flight.append(_InFlight(tuple(rows), tuple(range(len(rows))), sampled, proposed=True))
+        self._in_flight.append(_InFlight(rows, sampled, proposed=True))
         self.read_all()
 
-    def _sample(self, logits: jax.Array, rows: Sequence[Active | None]) -> None:
-        """Samples one token for each row that is there."""
-        if any(active is not None and active.matcher is not None for active in rows):
-            # A mask depends on the token before it. The model runs while the host reads it and makes the mask.
-            self.read_all()
+    def _sample(self, logits: jax.Array, rows: Sequence[Active | None], steps: Sequence[int]) -> None:
+        """Samples one token for each row that is there. `steps`: tokens that were sampled before, by row."""
+        masks: np.ndarray | None = None
+        if self._constrained:
+            if any(active is not None and active.matcher is not None for active in rows):
+                # A mask depends on the token before it. The model runs while the host reads it and makes the mask.
+                self.read_all()
+                rows = _going_on(rows)
+            masks = next_masks(rows, steps, self._words)
+            self._end_those_that_ended(rows)
             rows = _going_on(rows)
-        steps = [0 if active is None else len(active.row.tokens) + active.scheduled.pending - 1 for active in rows]
-        masks = next_masks(rows, steps, self._words)
-        self._end_those_that_ended(rows)
-        rows = _going_on(rows)
-        wanted = [None if a is None else self._sample_row(a, step) for a, step in zip(rows, steps, strict=True)]
-        sampled = self._runner.sample(logits, wanted, masks)
-        at = tuple(i for i, active in enumerate(rows) if active is not None)
-        self._in_flight.append(_InFlight(tuple(a for a in rows if a is not None), at, sampled, proposed=False))
+        slots = [None if active is None else active.slot for active in rows]
+        sampled = self._runner.sample_slots(logits, slots, steps, masks)
+        self._in_flight.append(_InFlight(rows, sampled, proposed=False))
 
     def _sample_row(self, active: Active, step: int) -> SampleRow:
         """How to sample the next token of a text that has `step` tokens."""
@@ -198,6 +215,7 @@ class Steps:
             slot=active.slot,
             sampling=request.sampling,
             step=step,
+            logprob_temperature=request.logprob_temperature,
             presence=request.presence_penalty,
             frequency=request.frequency_penalty,
             rules=active.has_rules,
@@ -211,24 +229,40 @@ class Steps:
         record = self._in_flight.popleft()
         found = record.sampled.read()
         ids, logprobs = found.token_ids.tolist(), found.logprobs.tolist()
-        for i, active in zip(record.at, record.rows, strict=True):
+        for i, active in enumerate(record.rows):
             # A request that ended while this step ran has no use for it.
-            if active.row.finish_reason:
+            if active is None or active.row.finish_reason:
                 continue
-            top: tuple[np.ndarray, np.ndarray] | None = None
-            if active.request.top_logprobs:
-                top = found.top_ids[i], found.top_logprobs[i]
             if record.proposed:
-                count = int(found.counts[i])
-                taken = active.take(ids[i][:count], logprobs[i][:count], top)
-            else:
-                taken = active.take([ids[i]], [logprobs[i]], None if top is None else (top[0][None], top[1][None]))
-            self.output_tokens += len(taken)
+                self._take_several(active, ids[i][: int(found.counts[i])], logprobs[i], self._top(active, found, i))
+            elif active.take(ids[i], logprobs[i], self._top(active, found, i)):
+                self.output_tokens += 1
+                if not active.row.finish_reason:
+                    self._scheduler.read_token(active.scheduled, ids[i])
             if active.row.finish_reason:
                 self._end(active)
-                continue
-            (self._scheduler.accept if record.proposed else self._scheduler.read)(active.scheduled, taken)
-            active.give()
+            else:
+                active.give()
+        self.readers.wake()
+
+    def _take_several(
+        self, active: Active, ids: list[int], logprobs: list[float], top_TK: tuple[np.ndarray, np.ndarray] | None
+    ) -> None:
+        """Gives a request the tokens of a step with proposals, up to the one that ends its text."""
+        taken = []
+        for n, token in enumerate(ids):
+            if active.take(token, logprobs[n], None if top_TK is None else (top_TK[0][n], top_TK[1][n])):
+                taken.append(token)
+            if active.row.finish_reason:
+                break
+        self.output_tokens += len(taken)
+        if not active.row.finish_reason:
+            self._scheduler.accept(active.scheduled, taken)
+
+    @staticmethod
+    def _top(active: Active, found: Any, i: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """The most likely tokens at the places of a row, and their log-probabilities, if it asked for them."""
+        return None if active.tops is None else (found.top_ids[i], found.top_logprobs[i])
 
     def _end_those_that_ended(self, rows: Sequence[Active | None]) -> None:
         """Ends requests whose grammar has said so while their masks were made."""
@@ -245,9 +279,15 @@ class Steps:
         if self._proposer is not None:
             self._proposer.forget(active)
         self.active.pop(active.scheduled.id, None)
+        self._constrained.discard(active.scheduled.id)
         self._on_finished(active.end())
 
 
 def _going_on(rows: Sequence[Active | None]) -> list[Active | None]:
     """The rows without those whose text has ended."""
     return [None if active is None or active.row.finish_reason else active for active in rows]
+
+
+def _sampled_before(scheduled: Scheduled) -> int:
+    """Tokens of the text before the one that a planned step without proposals samples."""
+    return scheduled.written - scheduled.prompt_length

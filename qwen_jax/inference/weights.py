@@ -29,27 +29,58 @@ def fuse(params: Params, config: ModelConfig, sharding: Sharding) -> Params:
         raise ValueError("fuse needs unstacked layers, as from Options(stacked=False).")
     fused = []
     while layers:
-        layer = layers.pop(0)
-        attention, moe = dict(layer["attention"]), layer.get("moe")
-        mlp = dict(layer["mlp"] if moe is None else moe["shared"])
-        joined = {name: attention.pop(name) for name in "qkv"} | {name: mlp.pop(name) for name in ("gate", "up")}
-        qkv, gate_up = _join(joined, config=config, sharding=sharding)
-        mlp["gate_up"] = gate_up
-        rest = {"mlp": mlp} if moe is None else {"moe": {**moe, "shared": mlp}}
-        fused.append({**layer, "attention": {**attention, "qkv": qkv}, **rest})
-        for leaf in jax.tree.leaves(joined):
+        parts, rest = _taken_apart(layers.pop(0))
+        fused.append(_with_joined(rest, *_join_jitted(parts, config=config, sharding=sharding)))
+        for leaf in jax.tree.leaves(parts):
             leaf.delete()
     return {**params, "layers": fused}
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sharding"))
+def fused_layer(layer: Params, config: ModelConfig, sharding: Sharding) -> Params:
+    """One layer in the inference layout, for programs that are jitted as a whole.
+
+    Args:
+      layer: with separate projections.
+      config: the architecture.
+      sharding: of the mesh that the layout is for. The current mesh may be another one if its axes are automatic.
+    """
+    parts, rest = _taken_apart(layer)
+    return _with_joined(rest, *_join(parts, config=config, sharding=sharding))
+
+
+def is_fused(params: Params) -> bool:
+    """Whether parameters are in the inference layout already."""
+    layers = params["layers"]
+    return isinstance(layers, list) and bool(layers) and "qkv" in layers[0]["attention"]
+
+
+def _taken_apart(layer: Params) -> tuple[Params, Params]:
+    """The projections of a layer that are joined, and the layer without them."""
+    attention, moe = dict(layer["attention"]), layer.get("moe")
+    mlp = dict(layer["mlp"] if moe is None else moe["shared"])
+    parts = {name: attention.pop(name) for name in "qkv"} | {name: mlp.pop(name) for name in ("gate", "up")}
+    rest = {"mlp": mlp} if moe is None else {"moe": {**moe, "shared": mlp}}
+    return parts, {**layer, "attention": attention, **rest}
+
+
+def _with_joined(layer: Params, qkv: Params, gate_up: Params) -> Params:
+    """The layer with the joined projections."""
+    moe = layer.get("moe")
+    mlp = {**(layer["mlp"] if moe is None else moe["shared"]), "gate_up": gate_up}
+    rest = {"mlp": mlp} if moe is None else {"moe": {**moe, "shared": mlp}}
+    return {**layer, "attention": {**layer["attention"], "qkv": qkv}, **rest}
+
+
 def _join(parts: Params, *, config: ModelConfig, sharding: Sharding) -> tuple[Params, Params]:
     """q, k, v, gate, up -> qkv, gate_up."""
     n, repeat = sharding.tensor, sharding.kv_heads // config.num_kv_heads
+    explicit = jax.sharding.get_abstract_mesh().are_all_axes_explicit
 
     def split(x: jax.Array, times: int = 1) -> jax.Array:
         """[heads or width, ...] -> [shards, heads or width of one shard, ...]."""
         x = jnp.repeat(x, times, axis=0) if times > 1 else x
+        if not explicit:
+            return x.reshape(n, -1, *x.shape[1:])
         rest = jax.typeof(x).sharding.spec[1:]
         x = jax.reshard(x, jax.P("tensor", *rest))
         return x.reshape(n, -1, *x.shape[1:], out_sharding=jax.P("tensor", None, *rest))
@@ -60,3 +91,6 @@ def _join(parts: Params, *, config: ModelConfig, sharding: Sharding) -> tuple[Pa
 
     gate_up = jnp.stack([split(parts["gate"]["weight"]), split(parts["up"]["weight"])], axis=1)
     return {"weight": qkv("weight"), "bias": qkv("bias")}, {"weight": gate_up}
+
+
+_join_jitted = functools.partial(jax.jit, static_argnames=("config", "sharding"))(_join)

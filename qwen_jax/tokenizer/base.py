@@ -262,17 +262,25 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+        self._skip, self._size = skip_special_tokens, tokenizer.vocab_size
         self._start()
 
     def _start(self) -> None:
         self._step = self._tokenizer.byte_decoder(skip_special_tokens=self._skip)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        # Whether the bytes so far end within a character.
+        self._partial = False
 
     def push(self, ids: Iterable[SupportsIndex]) -> str:
         """Decode the next ids and return the text that no later id can change. Raises InputError as `decode` does."""
-        checked = [self._tokenizer.check_id(i) for i in ids]
-        return self._utf8.decode(b"".join([self._step(i) for i in checked]))
+        checked = [i if type(i) is int and 0 <= i < self._size else self._tokenizer.check_id(i) for i in ids]
+        data = b"".join([self._step(i) for i in checked])
+        # Most tokens are ASCII, which needs no state.
+        if not self._partial and data.isascii():
+            return data.decode("ascii")
+        text = self._utf8.decode(data)
+        self._partial = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """End the text: return U+FFFD for an unfinished character, else an empty string. A new text may follow."""

@@ -123,7 +123,7 @@ def test_the_host_is_measured_and_the_engine_is_as_before(engine):
         rtol=1e-2,
     )
     assert "plan" not in vars(engine._scheduler)
-    assert "decode" not in vars(engine._runner)
+    assert "decode_slots" not in vars(engine._runner)
     for (kind, name), method in zip(
         ((Sampled, "read"), (Active, "take"), (Active, "give")), methods.values(), strict=True
     ):

@@ -96,7 +96,7 @@ class FakeStream:
         self._engine.running.discard(self)
 
     async def __aiter__(self) -> AsyncIterator[Step]:
-        engine, row, shown = self._engine, self._row, 0
+        engine, row = self._engine, self._row
         script = engine.script(self.request)
         for start in range(0, len(script), engine.tokens_per_step):
             if engine.delay:
@@ -114,11 +114,9 @@ class FakeStream:
             engine.output_tokens += len(tokens)
             if row.finish_reason:
                 finished = self._finished(row.finish_reason)
-                yield Step((finished.text or "")[shown:], tokens, finished)
+                yield Step(row.rest(finished.text), tokens, finished)
                 return
-            text = row.ready_text()
-            yield Step(text[shown:], tokens)
-            shown = len(text)
+            yield Step(row.new_text(), tokens)
         raise RuntimeError("The script ends without an end id.")
 
     def _info(self, token: int) -> TokenInfo:

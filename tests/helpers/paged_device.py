@@ -3,7 +3,7 @@
 import random
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from qwen_jax.inference.completion import Ending
@@ -20,23 +20,11 @@ def make(prompt: Iterable[int], new: int = 8, id: int = 0, **options: Any) -> Se
     return Sequence(Request(tuple(prompt), Ending(frozenset([END]), (), new), **options), id)
 
 
-def buckets(max_batched_tokens: int, smallest: int = 2) -> Callable[[int], int]:
-    """Programs of rows x tokens <= max_batched_tokens, with lengths that are powers of 2."""
-
-    def rows(count: int) -> int:
-        length = smallest
-        while length < count:
-            length *= 2
-        return max_batched_tokens // length
-
-    return rows
-
-
 def make_scheduler(
     pages: int = 64, size: int = 4, *, seqs: int = 4, batched: int = 16, length: int = 1000, **options: Any
 ) -> Scheduler:
     pool = PagePool(pages, size)
-    options = {"prefill_rows": buckets(batched)} | options
+    options = {"max_chunks": 8, "max_slots": 4 * length} | options
     return Scheduler(pool, max_seqs=seqs, max_batched_tokens=batched, max_length=length, **options)
 
 

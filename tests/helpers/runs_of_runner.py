@@ -64,13 +64,15 @@ def generate(runner: Runner, texts: list[Text], tokens: int, rng: np.random.Gene
         if not reading and not writing:
             break
         if reading and (not writing or rng.random() < 0.5):
-            most = int(rng.integers(1, max(c for _, c in runner.buckets.prefill) + 1))
-            rows, inputs = some(reading, runner.prefill_rows(most)), []
+            chunks, left = runner.buckets.prefill[-1]
+            rows, inputs = some(reading, chunks), []
             for text in rows:
                 if text.shares is not None and not text.written:
                     text.pages = text.shares.pages[: text.shared // settings.page_size]
                     text.written = text.shared
+                most = left - (len(rows) - len(inputs) - 1)
                 chunk = text.prompt[text.written : text.written + int(rng.integers(1, most + 1))]
+                left -= len(chunk)
                 pages = with_room(text, text.written + len(chunk))
                 inputs.append(PrefillInput(text.row.slot, chunk, text.written, list(pages), len(text.prompt)))
                 text.written += len(chunk)

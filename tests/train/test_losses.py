@@ -14,7 +14,14 @@ from jax.sharding import Mesh, NamedSharding
 
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.published import published
-from train.losses import chunked_cross_entropy, chunked_log_probs, segment_sums
+from train.losses import (
+    at_segments,
+    chunked_cross_entropy,
+    chunked_log_probs,
+    chunked_log_probs_and_entropy,
+    segment_sums,
+)
+from train.token_loss import chunked_token_loss
 
 B, T, D, V = 4, 12, 16, 32
 MESHES = [{}, {"fsdp": 2, "tensor": 2}, {"data": 2, "context": 2}]
@@ -172,7 +179,7 @@ def test_segment_sums(axes: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("axes", [{}, {"fsdp": 2, "tensor": 2}], ids=str)
-@pytest.mark.parametrize("which", ["dense", "compact", "log-probabilities"])
+@pytest.mark.parametrize("which", ["dense", "compact", "log-probabilities", "token loss"])
 def test_a_frozen_head_costs_no_product(axes: dict[str, int], which: str) -> None:
     """Without a gradient with respect to the head, as with adapters, the compiled program has one product less."""
     mesh = make_mesh(axes)
@@ -181,6 +188,8 @@ def test_a_frozen_head_costs_no_product(axes: dict[str, int], which: str) -> Non
     def loss(hidden: Any, head: Any, *rest: Any) -> Any:
         if which == "log-probabilities":
             return chunked_log_probs(model_of(head, s), hidden, *rest, 5).sum()
+        if which == "token loss":
+            return chunked_token_loss(model_of(head, s), hidden, *rest, lambda x, _: x**2, {}, 5)[0]
         return chunked_cross_entropy(model_of(head, s), hidden, *rest, 5, compact=which == "compact").loss
 
     def products(differentiated: tuple[int, ...]) -> int:
@@ -193,7 +202,7 @@ def test_a_frozen_head_costs_no_product(axes: dict[str, int], which: str) -> Non
     assert products((0,)) == both - 1
 
 
-@pytest.mark.parametrize("which", ["cross-entropy", "log-probabilities"])
+@pytest.mark.parametrize("which", ["cross-entropy", "log-probabilities", "token loss"])
 def test_no_array_as_large_as_all_logits_exists(mesh: Mesh, which: str) -> None:
     """32,768 tokens of a vocabulary of 152,064, from the compiled program of loss and gradients."""
     tokens, vocab, width, chunk, s = 32_768, 152_064, 64, 2048, sharding_on(mesh)
@@ -201,6 +210,8 @@ def test_no_array_as_large_as_all_logits_exists(mesh: Mesh, which: str) -> None:
     def loss(hidden: Any, head: Any, *rest: Any) -> Any:
         if which == "cross-entropy":
             return chunked_cross_entropy(model_of(head, s), hidden, *rest, chunk, compact=True).loss
+        if which == "token loss":
+            return chunked_token_loss(model_of(head, s), hidden, *rest, lambda x, _: x**2, {}, chunk)[0]
         return chunked_log_probs(model_of(head, s), hidden, *rest, chunk).sum()
 
     def abstract(shape: tuple[int, ...], dtype: Any, spec: Any) -> jax.ShapeDtypeStruct:
@@ -218,3 +229,85 @@ def test_no_array_as_large_as_all_logits_exists(mesh: Mesh, which: str) -> None:
     sizes = {math.prod(map(int, shape.split(","))) for shape in re.findall(r"\b[a-z]\w*\[([\d,]+)\]", text)}
     assert chunk * vocab in sizes  # The logits of a chunk are there,
     assert max(sizes) == chunk * vocab  # and nothing is larger.
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_temperature_and_entropy_are_those_of_the_plain_formula(axes: dict[str, int]) -> None:
+    """Temperature divides logits; entropies come from the same pass, also of logits that are far apart."""
+    mesh, rng = make_mesh(axes), generator()
+    s, (hidden, head, targets, weights) = sharding_on(mesh), inputs(rng)
+    hidden[1] *= 10
+    coefficients, temperature = rng.normal(size=(B, T)).astype(np.float32), 0.6
+
+    def plain(hidden: Any, head: Any) -> Any:
+        every = jax.nn.log_softmax(hidden @ head.T / temperature)
+        picked = jnp.take_along_axis(every, jnp.asarray(targets)[..., None], -1)[..., 0]
+        found, entropy = (jnp.where(weights != 0, x, 0.0) for x in (picked, -(jnp.exp(every) * every).sum(-1)))
+        return (found * coefficients).sum() + 3.0 * jax.lax.stop_gradient(entropy.sum()), (found, entropy)
+
+    def chunked(hidden: Any, head: Any, targets: Any, weights: Any, coefficients: Any) -> Any:
+        arguments = model_of(head, s), hidden, targets, weights, 5, temperature
+        found, entropy = chunked_log_probs_and_entropy(*arguments)
+        # The entropy carries no gradient.
+        return (found * coefficients).sum() + 3.0 * entropy.sum(), ((found, entropy), chunked_log_probs(*arguments))
+
+    expected = jax.device_get(jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(hidden, head))
+    with jax.set_mesh(mesh):
+        compute = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True))
+        (value, (found, alone)), gradients = jax.device_get(
+            compute(*placed((hidden, head, targets, weights, coefficients), mesh))
+        )
+    # float32 sums in another order.
+    got = (value, found), gradients
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-4), got, expected)
+    np.testing.assert_array_equal(alone, found[0])
+    # Far apart, entropies are small and not negative beyond rounding.
+    assert (found[1] > -1e-5).all()
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_a_token_loss_is_the_function_of_log_probs(axes: dict[str, int]) -> None:
+    """One pass gives the loss and the gradients that log-probabilities and a function of them give in two."""
+    mesh, rng = make_mesh(axes), generator()
+    s, arrays = sharding_on(mesh), inputs(rng)
+    old, scale = rng.normal(size=(2, B, T)).astype(np.float32)
+
+    def function(log_probs: Any, given: Any) -> Any:
+        # Neither 0 nor without a slope for the zeros that a chunk is padded with.
+        return given["scale"] * jnp.exp(0.3 * log_probs - given["old"]) + jnp.square(log_probs + 1.0)
+
+    def in_two(hidden: Any, head: Any, targets: Any, weights: Any, old: Any, scale: Any) -> Any:
+        found = chunked_log_probs_and_entropy(model_of(head, s), hidden, targets, weights, 5, 0.8)
+        losses = jnp.where(weights != 0, function(found[0], {"old": old, "scale": scale}), 0.0)
+        return 3.0 * losses.sum(), found
+
+    def in_one(hidden: Any, head: Any, targets: Any, weights: Any, old: Any, scale: Any) -> Any:
+        given = {"old": old, "scale": scale}
+        loss, *found = chunked_token_loss(model_of(head, s), hidden, targets, weights, function, given, 5, 0.8)
+        return 3.0 * loss, tuple(found)
+
+    with jax.set_mesh(mesh):
+        two, one = (
+            jax.device_get(jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(
+                *placed((*arrays, old, scale), mesh)
+            ))
+            for f in (in_two, in_one)
+        )  # fmt: skip
+        evaluated = jax.device_get(jax.jit(in_one)(*placed((*arrays, old, scale), mesh)))
+    # float32 sums in another order.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), one, two)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), evaluated, one[0])
+
+
+@pytest.mark.parametrize("axes", MESHES[::2], ids=str)
+def test_each_token_gets_the_sum_of_its_segment(axes: dict[str, int]) -> None:
+    mesh, rng = make_mesh(axes), generator()
+    s, x = sharding_on(mesh), rng.normal(size=(B, T)).astype(np.float32)
+    ids = rng.integers(0, 5, (B, T)).astype(np.int32)
+    sums = np.array([[x_T[ids_T == i].sum() for i in range(5)] for x_T, ids_T in zip(x, ids, strict=True)])
+    with jax.set_mesh(mesh):
+        arrays = [jax.device_put(a, NamedSharding(mesh, s.tokens)) for a in (x, ids)]
+        got = jax.jit(lambda x, ids: at_segments(segment_sums(x, ids, 3, s), ids, s))(*arrays)
+    # Neither padding nor segments beyond the most have one.
+    want = np.where((ids > 0) & (ids < 4), np.take_along_axis(sums, ids, 1), 0.0)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

@@ -19,7 +19,7 @@ from train.data.batch import Batch, place
 from train.data.packing import pack
 from train.launch import Job, Phase, launch
 from train.loop import CheckpointConfig, LoopConfig, Monitor, fit
-from train.objective import BatchContext, BoundModel, Objective, Sums
+from train.objective import BatchContext, BoundModel, Maximum, Objective, Sums, join_statistics
 from train.optimizer import OptimizerConfig, Schedule
 from train.state import TrainState, init_state
 from train.step import EvalStep, StepConfig, make_eval_step, make_train_step
@@ -206,3 +206,12 @@ def test_the_launcher_takes_it_to_its_end_and_resumes_it(
     assert numbers(first, second) == numbers(straight)
     assert [r["step"] for r in straight.log.records if "held_out_loss" in r] == [0, 4, 8]
     assert_same_weights(tmp_path / "run", tmp_path / "straight", step=8)
+
+
+def test_statistics_of_parts_add_up_and_the_largest_is_kept() -> None:
+    parts = [{"sum": np.float64(x), "largest": Maximum(np.float64(x))} for x in (2.0, 5.0, 3.0)]
+    joined = join_statistics(*parts)
+    assert (joined["sum"], float(joined["largest"].value)) == (10.0, 5.0)
+    assert np.isnan(
+        join_statistics(*parts, {"sum": np.float64(0), "largest": Maximum(np.float64("nan"))})["largest"].value
+    )

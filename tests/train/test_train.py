@@ -19,10 +19,11 @@ from train.data.batch import place
 from train.data.loader import batches, whole_batches
 from train.data.packing import pack
 from train.loop import ByStep, LoopConfig, Monitor, fit, held_out_sums
-from train.losses import _statistics, chunked_cross_entropy, next_token_targets
+from train.losses import chunked_cross_entropy, next_token_targets
 from train.observe.display import Display
 from train.observe.metrics import MetricsLog, bits_per_byte, flops_per_token, mfu, read_log, scored_bytes
 from train.optimizer import OptimizerConfig, Schedule, make_schedule
+from train.output_head import statistics_of
 from train.pretrain import NextToken, PretrainConfig
 from train.state import Guard, TrainState, init_state
 from train.step import StepConfig, eval_step, make_eval_step, make_train_step
@@ -186,14 +187,14 @@ def test_statistics_of_logits_of_any_size(scale):
     """Compared with float64. A logit of NaN or infinity gives a loss of NaN, so that the step is skipped."""
     logits = (np.random.default_rng().normal(size=(7, 1003)) * scale).astype(np.float32)
     target = np.arange(1003) == np.arange(7)[:, None]
-    top, total, picked = jax.jit(_statistics)(logits, target)
+    top, total, picked = jax.jit(statistics_of)(logits, target)
     exact = logits.astype(np.float64)
     np.testing.assert_array_equal(top, logits.max(axis=-1))
     np.testing.assert_array_equal(picked, np.diag(logits))
     np.testing.assert_allclose(total, np.exp(exact - exact.max(axis=-1, keepdims=True)).sum(axis=-1), rtol=1e-5)
     for bad in (np.nan, np.inf):
         logits[:, 500] = bad
-        assert np.isnan(jax.jit(_statistics)(logits, target)[1]).all()
+        assert np.isnan(jax.jit(statistics_of)(logits, target)[1]).all()
 
 
 def test_z_loss_is_the_squared_logarithm_of_the_denominator(mesh):

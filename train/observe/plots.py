@@ -60,9 +60,14 @@ def plot_run(records: Sequence[dict[str, float]], path: Path, title: str) -> Non
 
 
 def plot_stages(
-    records: Sequence[dict[str, float]], stages: Mapping[int, str], path: Path, title: str, unit: str = "nats a token"
+    records: Sequence[dict[str, float]],
+    stages: Mapping[int, str],
+    path: Path,
+    title: str,
+    unit: str = "nats a token",
+    curve: str = "loss",
 ) -> None:
-    """Plots a run of several stages: losses, learning rate and speed.
+    """Plots a run of several stages: losses or rewards, learning rate and speed.
 
     Args:
       records: of the log.
@@ -70,6 +75,7 @@ def plot_stages(
       path: of the PNG file.
       title: above the panels.
       unit: of the losses.
+      curve: the metric on top, "loss" or "reward/mean".
 
     Raises:
       InputError: the log has no step with a finite loss.
@@ -81,14 +87,14 @@ def plot_stages(
     grid = figure.add_gridspec(2, 2, height_ratios=(1.7, 1))
     loss, rate, speed = (figure.add_subplot(cell) for cell in (grid[0, :], grid[1, 0], grid[1, 1]))
     # Losses, over the whole width.
-    _style(loss, f"loss ({unit})")
-    _curve(loss, *_series(records, "loss"), "training")
-    names = sorted({name for r in records for name in r if name.startswith("held_out_") and name.endswith("_loss")})
+    _style(loss, f"{curve} ({unit})" if curve == "loss" else curve.replace("/", ", "))
+    _curve(loss, *_series(records, curve), "training")
+    names = sorted({name for r in records for name in r if name.startswith("held_out_") and name.endswith(f"_{curve}")})
     # With one data set, the mean over all data sets is the same curve.
-    names = [name for name in names if name != "held_out_loss"] or ["held_out_loss"]
+    names = [name for name in names if name != f"held_out_{curve}"] or [f"held_out_{curve}"]
     for name, colour in zip(names, itertools.cycle(_COLOURS), strict=False):
         where, values = _series(records, name)
-        label = name.removeprefix("held_out_").removesuffix("_loss").removesuffix("loss")
+        label = name.removeprefix("held_out_").removesuffix(curve).removesuffix("_")
         if len(where):
             loss.plot(where, values, color=colour, linewidth=1.5, marker="o", markersize=3.5, label=f"held-out {label}")
     loss.legend(frameon=False, fontsize=9, labelcolor=_INK)
@@ -171,7 +177,9 @@ def plot_folder(folder: Path) -> Path:
     if not records:
         raise InputError(f"{launches} has no complete record, which would say what the stages of the run are.")
     launch = records[-1]
-    stages: list[dict[str, Any]] = launch["config"]["stages"]
+    # A run of reinforcement learning has no stages.
+    learns = "rewards" in launch["config"]
+    stages: list[dict[str, Any]] = [{"length": 0}] if learns else launch["config"]["stages"]
     # A record without `ends` is of a version that only pre-trained, whose stages state their steps.
     ends = launch.get("ends") or itertools.accumulate(stage["schedule"]["steps"] for stage in stages)
     names = {
@@ -179,7 +187,8 @@ def plot_folder(folder: Path) -> Path:
         for number, (end, stage) in enumerate(zip(ends, stages, strict=True), 1)
     }
     title = f"{folder.name} on {launch['devices']['kind']}"
-    plot_stages(read_log(metrics), names, folder / "loss.png", title, launch.get("unit", "nats a token"))
+    curve, unit = "reward/mean" if learns else "loss", launch.get("unit", "nats a token")
+    plot_stages(read_log(metrics), names, folder / "loss.png", title, unit, curve)
     if (folder / EXPERTS).is_file():
         steps, loads, layers = read_loads(folder / EXPERTS)
         if len(steps):

@@ -53,7 +53,7 @@ def step(
 ) -> tuple[jax.Array, Any]:  # fmt: skip
     """Logits of the next tokens, and the cache with them in it, which has not advanced yet."""
     model, T = bind(config, params, sharding, options), tokens_BT.shape[1]
-    output = model(tokens_BT, cache.positions(T), cache.mask(T), cache=cache, length_B=length_B)
+    output = model(tokens_BT, cache.positions(T), cache.mask(T), cache=cache, length_BT=length_B[:, None])
     return model.logits(output.hidden), output.cache
 
 

@@ -251,7 +251,7 @@ def test_new_weights_change_texts_that_run_and_nothing_old_is_found(
         before = engine.generate([request])[0].token_ids
         assert before != want
         # The new weights come after a third of the text.
-        decode, calls = engine._runner.decode, 0
+        decode, calls = engine._runner.decode_slots, 0
 
         def until_there_is_a_command(*args: Any) -> Any:
             nonlocal calls
@@ -260,7 +260,7 @@ def test_new_weights_change_texts_that_run_and_nothing_old_is_found(
                 time.sleep(0.001)
             return decode(*args)
 
-        monkeypatch.setattr(engine._runner, "decode", until_there_is_a_command)
+        monkeypatch.setattr(engine._runner, "decode_slots", until_there_is_a_command)
         new, stream = loaded(tmp_path)[1], engine.submit(request)
         while calls < 27:
             time.sleep(0.001)
@@ -280,7 +280,7 @@ def test_a_failure_of_the_device_ends_all_requests_with_it(checkpoint: Path, mon
     def broken(*_: Any) -> None:
         raise MemoryError("out of memory")
 
-    monkeypatch.setattr(engine._runner, "decode", broken)
+    monkeypatch.setattr(engine._runner, "decode_slots", broken)
     streams = [engine.submit(Request((1, 2, 3), NO_END)) for _ in range(2)]
     for stream in streams:
         with pytest.raises(RuntimeError, match="out of memory"):

@@ -111,15 +111,18 @@ def test_variants_agree(rng: np.random.Generator) -> None:
         rows = random_rows(rng, [GREEDY[0], GREEDY[1], *GREEDY[:2]])
         logits, rules = rng.normal(0, 3, (4, V)).astype(np.float32), random_rules(rng, 4)
         tokens = [sample(logits, rows, rules, variant).token_B.tolist() for variant in row_sampling.VARIANTS]
-        assert tokens[0] == tokens[1] == tokens[2] == logits.argmax(1).tolist(), step
+        assert all(other == logits.argmax(1).tolist() for other in tokens), step
         rows = random_rows(rng, [*LISTS, GREEDY[2]])
         rows = [dataclasses.replace(row, rules=i > 1) for i, row in enumerate(rows)]
         everything = np.full((4, -(-V // 32)), -1, np.int32)
-        tokens = [
-            sample(logits, rows, rules, variant, mask).token_B.tolist()
-            for variant, mask in (("usual", None), ("all", None), ("all", everything))
-        ]
-        assert tokens[0] == tokens[1] == tokens[2]
+        cases: list[tuple[Variant, np.ndarray | None]] = [(v, None) for v in row_sampling.WITH_RULES]
+        cases += [(variant, everything) for variant in row_sampling.WITH_MASKS]
+        tokens = [sample(logits, rows, rules, variant, mask).token_B.tolist() for variant, mask in cases]
+        assert all(other == tokens[0] for other in tokens)
+        # Without rules.
+        rows = random_rows(rng, [*LISTS[:2], *GREEDY[:2]])
+        tokens = [sample(logits, rows, rules, variant).token_B.tolist() for variant in row_sampling.VARIANTS[1:]]
+        assert all(other == tokens[0] for other in tokens)
 
 
 def test_the_smallest_variant_is_chosen() -> None:
@@ -127,13 +130,13 @@ def test_the_smallest_variant_is_chosen() -> None:
     for rows, want in (
         ([greedy, None], "plain"),
         ([None], "plain"),
-        ([greedy, listed], "usual"),
-        ([dataclasses.replace(greedy, rules=True)], "usual"),
+        ([greedy, listed], "listed"),
+        ([dataclasses.replace(greedy, rules=True)], "ruled"),
         ([listed, full], "all"),
-        ([dataclasses.replace(greedy, top=True)], "all"),
+        ([dataclasses.replace(greedy, top=True), listed], "masked"),
     ):
-        assert row_sampling.variant_of(rows, masked=False) == want
-        assert row_sampling.variant_of(rows, masked=True) == "all"
+        assert row_sampling.variant_of(rows) == want
+        assert row_sampling.with_mask(row_sampling.variant_of(rows)) == ("all" if want == "all" else "masked")
 
 
 @pytest.mark.parametrize("method", ["list", "full"])
@@ -194,7 +197,7 @@ def test_rows_with_nan_or_infinity_are_marked_and_the_others_are_not(rng: np.ran
             logits[1, 5 * 32 + 3] = bad
             marked = [want[0], NOT_FINITE, *want[2:]]
             assert sample(logits, rows, None, variant).token_B.tolist() == marked
-            if variant == "all":
+            if variant in row_sampling.WITH_MASKS:
                 masked = sample(clean, rows, None, variant, mask).token_B.tolist()
                 masked[1] = NOT_FINITE
                 assert sample(logits, rows, None, variant, mask).token_B.tolist() == masked

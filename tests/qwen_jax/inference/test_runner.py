@@ -16,6 +16,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.inference.buckets import Buckets
 from qwen_jax.inference.engine import Engine
 from qwen_jax.inference.runner import PrefillInput, RowInput, Runner, RunnerConfig, SampleRow
+from qwen_jax.inference.runner_lowering import Program
 from qwen_jax.inference.sampling import NOT_FINITE, SamplingParams
 from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.params import Params, bind
@@ -27,7 +28,7 @@ from tests.helpers.runs_of_runner import Text, generate
 V, PAGE, NEW = 96, 4, 10
 DENSE = dataclasses.replace(published("tiny"), vocab_size=V, eos_token_ids=())
 MOE = dataclasses.replace(published("tiny-moe"), vocab_size=V, eos_token_ids=())
-BUCKETS = Buckets(rows=(1, 4), slots=(64,), prefill=((1, 16), (3, 16)), texts=(16, 64))
+BUCKETS = Buckets(rows=(1, 4), slots=(64,), prefill=((1, 16), (3, 48)), prefill_slots=(64, 192), texts=(16, 64))
 SETTINGS = RunnerConfig(
     max_seqs=6, max_length=64, page_size=PAGE, num_pages=90, max_batched_tokens=48, max_top_logprobs=5, buckets=BUCKETS
 )
@@ -192,6 +193,48 @@ def test_speculation_changes_no_text(dense: tuple[Engine, Runner], rng: np.rando
     assert [text[:16] for text in got] == want
 
 
+def test_steps_by_slot_are_those_by_row(dense: tuple[Engine, Runner], rng: np.random.Generator) -> None:
+    """The same arrays go to the device, for random rows and orders, while the sequences get more pages."""
+    _, runner = dense
+    sent: list[tuple[str, list[np.ndarray]]] = []
+    run = runner._run
+
+    def recorded(program: Program, *args: Any) -> Any:
+        # All but the newest token of each slot, which differs.
+        arrays = [np.asarray(x) for x in args if isinstance(x, jax.Array) and x.dtype == jnp.int32 and x.ndim > 1]
+        sent.append((program.name, arrays))
+        return run(program, *args)
+
+    rows = [dataclasses.replace(row, slot=int(i)) for row, i in zip(SPECULATED, rng.permutation(6), strict=False)]
+    pages = [rng.permutation(runner.settings.num_pages)[:2].tolist() for _ in rows]
+    for row, some in zip(rows, pages, strict=True):
+        runner.set_rules(row.slot, [1, 2], [3], {4: 1.0})
+        runner.slots.place(row, some)
+    runner._run = recorded  # type: ignore[method-assign]
+    try:
+        for step in range(1, 12):
+            order = rng.permutation(len(rows))[: int(rng.integers(1, len(rows) + 1))].tolist()
+            for some in pages:
+                some += rng.integers(0, runner.settings.num_pages, int(rng.integers(0, 2))).tolist()
+            lengths = [int(rng.integers(1, PAGE * len(pages[i]))) for i in order]
+            sampled = [None if rng.random() < 0.3 else dataclasses.replace(rows[i], step=step) for i in order]
+            masks = np.full((len(order), V // 32), -1, np.int32) if rng.random() < 0.5 else None
+            inputs = [RowInput(rows[i].slot, n, pages[i]) for i, n in zip(order, lengths, strict=True)]
+            runner.sample(runner.decode(inputs), sampled, masks)
+            logits = runner.decode_slots([rows[i].slot for i in order], lengths, [pages[i] for i in order])
+            slots = [None if row is None else row.slot for row in sampled]
+            runner.sample_slots(logits, slots, [step] * len(order), masks)
+            for by_row, by_slot in zip(sent[-4:-2], sent[-2:], strict=True):
+                assert by_row[0] == by_slot[0]
+                assert len(by_row[1]) == len(by_slot[1]) >= 1
+                for a, b in zip(by_row[1], by_slot[1], strict=True):
+                    np.testing.assert_array_equal(a, b)
+    finally:
+        runner._run = run  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="pages of 4 slots do not hold"):
+        runner.decode_slots([rows[0].slot], [PAGE * len(pages[0])], [pages[0]])
+
+
 def test_a_preempted_text_goes_on_as_if_nothing_had_happened(
     dense: tuple[Engine, Runner], rng: np.random.Generator
 ) -> None:
@@ -222,10 +265,9 @@ def test_a_mask_at_each_place_binds_that_place(dense: tuple[Engine, Runner], rng
     for place, token in np.ndenumerate(only):
         masks[(*place, token // 32)] = np.uint32(1 << int(token % 32)).view(np.int32)
     pages = [range(6), range(6, 12)]
-    runner.prefill([PrefillInput(i, [1, 2, 3], 0, pages[i]) for i in range(2)])
-    runner.set_token(0, 5)
-    runner.set_token(1, 6)
     rows = [SampleRow(0, GREEDY, 1), SampleRow(1, FULL, 1)]
+    logits = runner.prefill([PrefillInput(i, [1, 2, 3], 0, pages[i]) for i in range(2)])
+    runner.sample(logits, [dataclasses.replace(row, step=0) for row in rows])
     proposals = only[:, :3].copy()
     proposals[1, 1] = (proposals[1, 1] + 1) % V
     logits = runner.verify([RowInput(i, 3, pages[i]) for i in range(2)], proposals)
@@ -271,7 +313,7 @@ compiled: list[str] = []
 
 def test_nothing_compiles_after_compile(rng: np.random.Generator) -> None:
     """Everything that a runner can do, counted by what JAX reports of compilations; and every program is reported."""
-    slim = Buckets(rows=(2,), slots=(64,), prefill=((2, 16),), texts=(64,))
+    slim = Buckets(rows=(2,), slots=(64,), prefill=((2, 32),), prefill_slots=(128,), texts=(64,))
     _, runner = make(DENSE, buckets=slim, speculate=1)
     reports: list[tuple[str, float, int, int]] = []
     runner.compile(lambda *report: reports.append(report))
@@ -291,7 +333,9 @@ def test_nothing_compiles_after_compile(rng: np.random.Generator) -> None:
         runner.sample_verified(runner.verify(inputs[: len(some)], proposals[: len(some)]), some, proposals[: len(some)])
     runner.sample_verified(runner.verify(inputs, proposals), rows, proposals, masks).read()
     runner.sample(runner.decode(inputs), rows, masks[:, 0]).read()
-    runner.set_token(0, 3)
+    for row in rows:
+        runner.slots.place(row, range(1))
+    runner.sample_slots(runner.decode_slots([0, 1], [1, 1], [range(1), range(2)]), [0, None], [2, 0]).read()
     runner.clear_pages(range(70))
     runner.texts_logprobs([[1, 2], [3]])
     runner.embed([[1, 2], [3]], "mean")
@@ -327,7 +371,7 @@ def fill_with_nan(runner: Runner, pages: list[int]) -> None:
 
 
 def test_pages_of_a_row_that_was_not_finite_are_cleared(dense: tuple[Engine, Runner], rng: np.random.Generator) -> None:
-    """NaN behind a row's own slots makes its logits NaN; after `clear_pages` nothing is left of it."""
+    """NaN in a page behind the slots of a text makes its logits NaN; after `clear_pages` nothing is left of it."""
     engine, runner = dense
     pages = rng.permutation(runner.settings.num_pages)[:6].tolist()
     fill_with_nan(runner, pages)
@@ -340,7 +384,28 @@ def test_pages_of_a_row_that_was_not_finite_are_cleared(dense: tuple[Engine, Run
         first = runner.sample(runner.prefill([PrefillInput(0, prompt, 0, pages)]), [SampleRow(0, GREEDY, 0)])
         second = runner.sample(runner.decode([RowInput(0, 5, pages)]), [SampleRow(0, GREEDY, 1)])
         got.append([int(sampled.read().token_ids[0]) for sampled in (first, second)])
-    assert got == [[want[0], NOT_FINITE], want]
+    assert got == [[NOT_FINITE] * 2, want]
+
+
+def test_a_prompt_that_is_not_finite_spoils_no_other_of_its_step(rng: np.random.Generator) -> None:
+    """Prompts share a row, and attention multiplies the values of others by zero: no NaN may be among them."""
+    engine, runner = make(dataclasses.replace(DENSE, tie_word_embeddings=False))
+    prompts = [rng.integers(1, V, n).tolist() for n in (7, 12, 5)]
+    want = [expected(engine, Text(prompt, SampleRow(0, GREEDY, 0)), 2) for prompt in prompts]
+    # The embedding of token 0 is not finite.
+    table = np.array(runner.params["embed"]["weight"])
+    table[0] = np.nan
+    broken = {"weight": jax.device_put(table, runner.params["embed"]["weight"].sharding)}
+    runner.update_weights({**runner.params, "embed": broken})
+    prompts[1][int(rng.integers(12))] = 0
+    pages = rng.permutation(runner.settings.num_pages)[:18].reshape(3, 6).tolist()
+    rows = [SampleRow(i, GREEDY, 0) for i in range(3)]
+    logits = runner.prefill([PrefillInput(i, p, 0, pages[i]) for i, p in enumerate(prompts)])
+    first = runner.sample(logits, rows).read().token_ids
+    logits = runner.decode([RowInput(i, len(p), pages[i]) for i, p in enumerate(prompts)])
+    second = runner.sample(logits, [dataclasses.replace(row, step=1) for row in rows]).read().token_ids
+    got = np.stack([first, second], axis=1).tolist()
+    assert got == [want[0], [NOT_FINITE] * 2, want[2]]
 
 
 def test_other_rows_do_not_see_a_row_that_is_not_finite(dense: tuple[Engine, Runner], rng: np.random.Generator) -> None:
@@ -367,7 +432,7 @@ def test_what_cannot_be_done_is_refused(dense: tuple[Engine, Runner]) -> None:
         Runner(DENSE, engine.params, mesh, engine.options, V, SETTINGS)
     with pytest.raises(ValueError, match="1 pages of 4 slots do not hold 5 tokens"):
         runner.decode([RowInput(0, 4, [0])])
-    with pytest.raises(ValueError, match="No prefill program takes 4 chunks"):
+    with pytest.raises(ValueError, match="No prefill program takes 4 chunks of 4 tokens"):
         runner.prefill([PrefillInput(i, [1], 0, [i]) for i in range(4)])
     logits = runner.decode([RowInput(0, 3, [0])])
     with pytest.raises(ValueError, match="needs rules=True"):
@@ -379,23 +444,26 @@ def test_what_cannot_be_done_is_refused(dense: tuple[Engine, Runner]) -> None:
 
 
 def test_sizes_of_programs() -> None:
-    """Few sizes, each four times the one before; a chunk of any size has a program."""
+    """Few sizes; chunks of any number and sizes have a program, as far as a step takes them."""
     settings = RunnerConfig(256, 32_768, 64, 10_000, 2048)
     buckets = Buckets.of(settings)
-    assert buckets.rows == (1, 4, 16, 64, 256)
+    assert buckets.rows == (1, 4, 16, 32, 64, 96, 128, 192, 256)
     assert buckets.slots == (1024, 4096, 16_384, 32_768)
-    assert buckets.prefill == ((1, 128), (4, 128), (16, 128), (1, 512), (4, 512), (1, 2048))
-    assert [buckets.prefill_rows(n) for n in (1, 128, 129, 512, 513, 2048)] == [16, 16, 4, 4, 1, 1]
-    for count in (1, 128, 129, 600, 2048):
-        for rows in range(1, buckets.prefill_rows(count) + 1):
-            r, t = buckets.prefill_size(rows, count)
-            assert r >= rows
-            assert t >= count
-            assert r * t <= 2048
-    with pytest.raises(ValueError, match="No program takes 2049 tokens"):
-        buckets.prefill_rows(2049)
-    assert Buckets.of(settings, fewest_rows=4).rows == (4, 16, 64, 256)
+    assert buckets.prefill == ((16, 256), (32, 384), (32, 512), (64, 768), (64, 1024), (64, 1536), (64, 2048))
+    assert buckets.prefill_slots == (1024, 4096, 16_384, 32_768)
+    assert [len(buckets.prefill_slots_of(t)) for _, t in buckets.prefill] == [4, 4, 4, 3, 3, 3, 3]
+    for tokens in (1, 256, 257, 600, 2048):
+        for chunks in range(1, min(tokens, 64) + 1):
+            r, t = buckets.prefill_size(chunks, tokens)
+            assert r >= chunks
+            assert tokens <= t <= max(1.5 * tokens, 256 if chunks <= 16 else 384 if chunks <= 32 else 768)
+    for wrong in ((1, 2049), (65, 2048)):
+        with pytest.raises(ValueError, match="No prefill program takes"):
+            buckets.prefill_size(*wrong)
+    assert Buckets.of(settings, fewest_rows=4).rows == (4, 16, 32, 64, 96, 128, 192, 256)
     assert Buckets.of(settings, fewest_rows=4).prefill == buckets.prefill
     odd = Buckets.of(dataclasses.replace(settings, max_length=1000, page_size=48, speculate=3, max_seqs=5))
     assert odd.rows == (1, 4, 5)
     assert odd.slots == (1008,)
+    assert odd.prefill[-1] == (5, 2048)
+    assert odd.prefill_slots == (1056, 4128, 16_416)

@@ -47,7 +47,7 @@ def compile_for(chip: str, program: Program, axes: dict[str, int]) -> Any:
         ("v5e", Program("decode", 16, slots=4096), {"tensor": 1}),
         ("v6e", Program("verify", 16, slots=4096), {"tensor": 1}),
         ("v5p", Program("decode", 16, slots=4096), {"tensor": 4}),
-        ("v5e", Program("prefill", 4, 512, 4096), {"tensor": 1}),
+        ("v5e", Program("prefill", 64, 512, 4096), {"tensor": 1}),
     ],
     ids=str,
 )

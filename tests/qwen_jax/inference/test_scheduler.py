@@ -8,7 +8,7 @@ import pytest
 
 from qwen_jax.errors import InputError
 from qwen_jax.inference.scheduler import Decode, Prefill, Scheduler, Sequence
-from tests.helpers.paged_device import END, Device, buckets, make, make_device, make_scheduler, text_alone
+from tests.helpers.paged_device import END, Device, make, make_device, make_scheduler, text_alone
 
 # --- random workloads ---
 
@@ -31,6 +31,7 @@ def test_random_workloads(run: int) -> None:
     rng = random.Random(seed)
     size, pages, seqs = rng.randint(1, 5), rng.randint(2, 24), rng.randint(1, 6)
     batched, length = rng.choice([2, 4, 16, 64]), rng.randint(2, 60)
+    chunks, slots = rng.randint(1, 5), length + rng.randint(0, 40)
     cache, extra, updates = rng.random() < 0.7, rng.choice([0, 0, 1, 3]), rng.random() < 0.5
     scheduler, device = make_device(
         seqs,
@@ -39,10 +40,12 @@ def test_random_workloads(run: int) -> None:
         size=size,
         batched=batched,
         length=length,
+        max_chunks=chunks,
+        max_slots=slots,
         prefix_cache=cache,
         headroom=rng.choice([0, 1, 4, 32]),
     )
-    rows, pool, added, cancelled = buckets(batched), device.pool, list[Sequence](), set[Sequence]()
+    pool, added, cancelled = device.pool, list[Sequence](), set[Sequence]()
     for _ in range(1000):
         what = rng.random()
         if what < 0.2:
@@ -64,7 +67,8 @@ def test_random_workloads(run: int) -> None:
             counts = [row.count for row in plan.rows]
             assert min(counts) > 0
             assert sum(counts) <= batched
-            assert len(counts) <= rows(max(counts))
+            assert len(counts) <= chunks
+            assert sum(-(-(row.start + row.count) // size) for row in plan.rows) <= -(-slots // size)
         if not cache and scheduler.running and scheduler.waiting:
             assert scheduler.running[-1].order < scheduler.waiting[0].order, "a sequence was passed"
     device.drain(extra=extra)
@@ -117,14 +121,26 @@ def sizes(plan: Prefill | Decode | None) -> list[tuple[int, int, int]]:
     return [(row.sequence.id, row.start, row.count) for row in plan.rows]
 
 
-def test_short_prompts_share_a_step_as_far_as_its_program_has_rows() -> None:
-    scheduler = make_scheduler(seqs=8, batched=16)
+def test_short_prompts_share_a_step_as_far_as_its_program_has_chunks() -> None:
+    scheduler = make_scheduler(seqs=8, batched=16, max_chunks=4)
     for i, prompt in enumerate((3, 4, 2, 4, 4, 1)):
         scheduler.add(make([i + 1] * prompt, id=i))
-    # Rows of 4 tokens: four fit in 16.
     assert sizes(scheduler.plan()) == [(0, 0, 3), (1, 0, 4), (2, 0, 2), (3, 0, 4)]
     assert isinstance(scheduler.plan(), Decode)
     assert sizes(scheduler.plan()) == [(4, 0, 4), (5, 0, 1)]
+
+
+def test_a_step_reads_no_more_pages_than_its_program_holds() -> None:
+    """Tokens that are in the cache count too: of a step's second text, only what the pages leave room for is read."""
+    scheduler, device = make_device(size=4, seqs=4, batched=16, length=24, max_slots=32)
+    run_alone(scheduler, device, make([1] * 16, 1))
+    for i, prompt in enumerate(([1] * 16 + [2] * 2, [1] * 12 + [2] * 10, [2])):
+        scheduler.add(make(prompt, 1, i))
+    # Five of eight pages, and three: with 12 tokens in the cache, the second text has no room.
+    assert sizes(scheduler.plan()) == [(0, 16, 2)]
+    assert sizes(scheduler.plan()) == [(1, 12, 10), (2, 0, 1)]
+    for sequence in scheduler.running:
+        scheduler.read(sequence, [END] * sequence.pending)
 
 
 def test_decoding_waits_for_one_chunk_of_a_long_prompt_at_a_time() -> None:
@@ -142,13 +158,12 @@ def test_decoding_waits_for_one_chunk_of_a_long_prompt_at_a_time() -> None:
 
 
 def test_a_long_prompt_beside_short_ones_starts_with_what_fits() -> None:
-    """It does not wait for the short ones behind it, nor they for all of it."""
+    """Its last chunk leaves room for the short ones behind it."""
     scheduler = make_scheduler(batched=16)
     for i, prompt in enumerate((3, 40, 3)):
         scheduler.add(make([i + 1] * prompt, id=i))
-    assert sizes(scheduler.plan()) == [(0, 0, 3), (1, 0, 8)]
-    scheduler.plan()
-    assert sizes(scheduler.plan()) == [(1, 8, 16)]
+    plans = [scheduler.plan() for _ in range(5)]
+    assert [sizes(p) for p in plans[::2]] == [[(0, 0, 3), (1, 0, 13)], [(1, 13, 16)], [(1, 29, 11), (2, 0, 3)]]
 
 
 def test_first_come_first_served_with_as_many_as_there_are_slots() -> None:
@@ -196,9 +211,10 @@ def test_a_sequence_gets_no_more_tokens_than_it_asked_for() -> None:
     scheduler.check()
 
 
-def test_a_program_has_a_row() -> None:
-    with pytest.raises(ValueError, match="at least one row"):
-        make_scheduler(prefill_rows=lambda count: 0)
+@pytest.mark.parametrize("options", [{"max_chunks": 0}, {"max_slots": 999}], ids=str)
+def test_a_program_takes_a_chunk_of_any_text(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="max_chunks of 1, and max_slots of max_length"):
+        make_scheduler(**options)
 
 
 def test_nothing_to_do_needs_no_read() -> None:

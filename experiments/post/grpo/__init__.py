@@ -1,0 +1,1 @@
+"""GRPO: whether it learns, and how fast it is."""

@@ -1,0 +1,117 @@
+"""Code is taken from the last block of a finished response, and a sandbox that fails is no signal."""
+
+import dataclasses
+import enum
+import sys
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from qwen_jax.errors import InputError
+from train.rewards import load_reward
+
+
+class Outcome(enum.Enum):
+    PASS, FAIL, ERROR = "pass", "fail", "error"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    outcome: Outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class Test:
+    __test__ = False
+    stdin: str = ""
+    expected_stdout: str | None = None
+    code: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    seconds: float = 1.0
+
+
+class Sandbox:
+    """Passes a test whose expected output is the source; "machine" in a test is an error of the machine."""
+
+    def __init__(self, limits: Limits = Limits(), workers: int = 8, isolation: str = "bubblewrap"):
+        self.limits, self.workers, self.isolation, self.closed = limits, workers, isolation, False
+        self.seen: list[tuple[str, str]] = []
+
+    def run_tests(self, language: str, source: str, tests: Sequence[Test]) -> list[Run]:
+        self.seen.append((language, source))
+        wanted = [test.expected_stdout or test.code for test in tests]
+        return [
+            Run(Outcome.ERROR if x == "machine" else Outcome.PASS if x == source.strip() else Outcome.FAIL)
+            for x in wanted
+        ]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = types.ModuleType("train.sandbox")
+    module.Sandbox, module.Test, module.Limits, module.Outcome = Sandbox, Test, Limits, Outcome
+    monkeypatch.setitem(sys.modules, "train.sandbox", module)
+
+
+def prints(*outputs: str) -> list[dict[str, Any]]:
+    return [{"stdin": "", "expected_stdout": x, "code": None} for x in outputs]
+
+
+CASES = [
+    # Response, finished, tests, reward of all, share.
+    ("```python\na\n```", True, prints("a", "a"), 1.0, 1.0),
+    ("```python\na\n```", True, prints("a", "b"), 0.0, 0.5),
+    ("```python\na\n```", False, prints("a"), 0.0, 0.0),
+    ("a", True, prints("a"), 0.0, 0.0),
+    ("```python\na\n```\n```python\nb\n```", True, prints("a"), 0.0, 0.0),
+    ("```python\na\n```\n```python\nb", True, prints("a"), 0.0, 0.0),
+    ("```\n\n```", True, prints(""), 0.0, 0.0),
+    ("```python\na\n```", True, [{"code": "a"}], 1.0, 1.0),
+    ("```python\na\n```", True, '[{"expected_stdout": "a"}]', 1.0, 1.0),
+    # The machine failed: not a zero, unless another test says so.
+    ("```python\na\n```", True, prints("a", "machine"), None, None),
+    ("```python\na\n```", True, prints("b", "machine"), 0.0, None),
+    ("```python\na\n```", True, [], None, None),
+    ("```python\na\n```", True, None, None, None),
+]
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_rewards_of_code(partial: bool) -> None:
+    completions, finished, tests, whole, share = map(list, zip(*CASES, strict=True))
+    box = Sandbox()
+    reward = load_reward("code", sandbox=box, partial=partial)
+    assert reward(completions, finished, tests=tests) == (share if partial else whole)
+    reward.close()  # type: ignore[attr-defined]
+    assert not box.closed
+
+
+def test_the_sandbox_that_is_made() -> None:
+    reward: Any = load_reward("code", language_column="language", workers=3, isolation="none", seconds=2.0)
+    box = reward._sandbox
+    assert (box.limits.seconds, box.workers, box.isolation) == (2.0, 3, "none")
+    assert reward(["```\nx\n```"] * 2, [True] * 2, tests=[prints("x")] * 2, language=["c", "go"]) == [1.0, 1.0]
+    assert sorted(box.seen) == [("c", "x\n"), ("go", "x\n")]
+    reward.close()
+    assert box.closed
+
+
+def test_bad_input() -> None:
+    with pytest.raises(InputError, match="no limit megabytes"):
+        load_reward("code", megabytes=3)
+    with pytest.raises(InputError, match="setting workers is of a sandbox that is made"):
+        load_reward("code", sandbox=Sandbox(), workers=3)
+    reward = load_reward("code", sandbox=Sandbox())
+    for tests in ("{", [{"stdin": "a"}], [{"code": 3}], 5, [{"code": "a", "stdin": "b"}]):
+        with pytest.raises(InputError, match="completion 0: expected"):
+            reward(["```\na\n```"], [True], tests=[tests])
+    with pytest.raises(InputError, match="column tests"):
+        reward([""], [True])

@@ -1,0 +1,1 @@
+x <- as.numeric(readLines(file("stdin"))); cat(sum(x), "\n"); message("x")

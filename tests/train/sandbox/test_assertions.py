@@ -1,0 +1,405 @@
+"""Tests with assertions: what right programs may do, and that wrong ones cannot make their tests pass."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.helpers.sandboxes import LIMITS, box_of, needs_bwrap
+from train.sandbox import Job, Limits, Outcome, Run, Sandbox, Test
+from train.sandbox.assertions import judge
+
+NONCE = "0123456789abcdef" * 4
+
+
+@pytest.fixture(scope="module", params=["this user", "another user"])
+def box(request: pytest.FixtureRequest) -> Iterator[Any]:
+    yield from box_of(request.param)
+
+
+@pytest.fixture(scope="module")
+def one(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    with Sandbox(LIMITS, workers=2) as box:
+        yield box
+
+
+# --- right programs
+
+_PROGRAM = """
+import math
+from collections import Counter, deque, namedtuple
+from fractions import Fraction
+
+def add(a, b=1): return a + b
+def sort(xs): xs.sort()
+def fill(d): d["x"] = [1, {2}]
+def apply(f, xs): return [f(x) for x in xs]
+def mutate_through(f):
+    xs = [1]
+    f(xs)
+    return xs
+def fail(kind="value"):
+    raise {"value": ValueError("bad", 3), "own": Own("mine"), "index": IndexError(1)}[kind]
+def numbers(n):
+    for i in range(n): yield i
+def values():
+    return [None, True, -2**70, 1.5, float("inf"), 2j, "\\ud800é", b"x\\x00", (1, (2,)), {1: {2}}, frozenset([3])]
+def count(s): return Counter(s)
+def half(): return Fraction(1, 2)
+class Own(KeyError): pass
+class Stack:
+    def __init__(self): self.items = []
+    def push(self, x): self.items.append(x); return self
+    def pop(self): return self.items.pop()
+    def __len__(self): return len(self.items)
+    def __getitem__(self, i): return self.items[i]
+    def __eq__(self, other): return isinstance(other, Stack) and self.items == other.items
+    def __add__(self, other): new = Stack(); new.items = self.items + other.items; return new
+Point = namedtuple("Point", "x y")
+def point(): return Point(1, 2)
+print("noise", flush=True)
+if __name__ == "__main__": raise RuntimeError("run as the main program")
+"""
+_TESTS = """
+assert add(1, 2) == 3 and add(1, b=5) == 6 and add("a", "b") == "ab" and add(add(1)) == 3
+assert math.isclose(add(0.1, 0.2), 0.3)
+xs = [3, 1, 2]; assert sort(xs) is None and xs == [1, 2, 3]
+d = {"y": 0}; fill(d); assert d == {"y": 0, "x": [1, {2}]}
+total = []
+assert apply(lambda x: x * 2, [1, 2]) == [2, 4] and apply(total.append, [1]) == [None] and total == [1]
+assert apply(abs, range(-2, 1)) == [2, 1, 0] and apply(str, [1]) == ["1"] and apply(math.sqrt, [4]) == [2]
+assert mutate_through(lambda xs: xs.append(2)) == [1, 2]
+for kind, error in (("value", ValueError), ("own", Own), ("own", KeyError), ("index", LookupError)):
+    try: fail(kind)
+    except error as e: assert e.args == {"value": ("bad", 3), "own": ("mine",), "index": (1,)}[kind]
+    else: assert False
+assert list(numbers(4)) == [0, 1, 2, 3] and 2 in numbers(4) and 9 not in numbers(4)
+got = values()
+expected = [None, True, -2**70, 1.5, float("inf"), 2j, "\\ud800é", b"x\\x00", (1, (2,)), {1: {2}}, frozenset([3])]
+assert got == expected and [type(v) for v in got] == [type(v) for v in expected]
+assert count("aab") == {"a": 2, "b": 1} and half() * 2 == 1
+s = Stack().push(1).push(2)
+assert len(s) == 2 and s[0] == 1 and s.pop() == 2 and s.items == [1] and isinstance(s, Stack) and s
+assert s == Stack().push(1) and s != Stack() and (s + s).items == [1, 1] and not Stack()
+x, y = point(); assert (x, y) == (1, 2) == point()
+from solution import add as plus
+import solution
+assert plus(1, 1) == 2 and solution.add(1) == 2
+"""
+
+
+@needs_bwrap
+def test_what_right_programs_do_passes(box: Any) -> None:
+    """By value, by reference, by call-back; with changed arguments, exceptions, iterators, classes and operators."""
+    run = box.run_tests("python", _PROGRAM, [Test(code=_TESTS)])[0]
+    assert run.outcome is Outcome.PASS, run
+    assert run.stderr == b"noise\n"
+
+
+@needs_bwrap
+def test_each_assertion_counts(one: Sandbox) -> None:
+    lines = [line for line in _TESTS.splitlines() if line.startswith("assert add") or line.startswith("assert apply")]
+    tests = [Test(code=f"total = []\nimport math\n{line}\nassert add(1) == 3") for line in lines]
+    runs = one.run_tests("python", _PROGRAM, tests)
+    assert [(run.outcome, run.reason) for run in runs] == [(Outcome.FAIL, "an assertion failed")] * len(tests)
+
+
+@needs_bwrap
+def test_functions_and_cases_that_are_only_defined_are_called(one: Sandbox) -> None:
+    function = "def test_add():\n    assert add(1, 2) == {}"
+    case = "import unittest\nclass TestAdd(unittest.TestCase):\n    def test(self): self.assertEqual(add(1, 2), {})"
+    tests = [Test(code=code.format(value)) for code in (function, case) for value in (3, 4)]
+    outcomes = [run.outcome for run in one.run_tests("python", _PROGRAM, tests)]
+    assert outcomes == [Outcome.PASS, Outcome.FAIL] * 2
+
+
+@needs_bwrap
+def test_a_bad_test_says_nothing_of_the_program(one: Sandbox) -> None:
+    """A test that does not compile, or that passes what cannot be sent, is an error, so no zero."""
+    codes = ["assert add(1, ==", "class A: pass\nadd(A(), 1)", "add(open('test.py'))"]
+    # Functions by which a program could run code in the test's sandbox.
+    codes += [f"apply({name}, ['1'])" for name in ("eval", "exec", "open", "getattr", "__import__", "type", "vars")]
+    runs = one.run_tests("python", _PROGRAM, [Test(code=code) for code in codes])
+    assert [run.outcome for run in runs] == [Outcome.ERROR] * len(codes), runs
+    assert one.run_tests("python", _PROGRAM, [Test(code="missing(1)")])[0].outcome is Outcome.FAIL
+
+
+# --- wrong programs
+
+_EVIL = """
+class Evil:
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+    def __lt__(self, other): return True
+    __le__ = __gt__ = __ge__ = __lt__
+    def __sub__(self, other): return 0
+    __rsub__ = __add__ = __radd__ = __mul__ = __sub__
+    def __abs__(self): return 0
+    def __hash__(self): return hash(3)
+    def __contains__(self, item): return True
+    def __bool__(self): return True
+    def __len__(self): return 0
+    def __instancecheck__(self, other): return True
+    def __iter__(self): return iter(())
+"""
+_ATTACKS = {
+    "an object that equals everything": _EVIL + "def add(a, b): return Evil()",
+    "a number that equals everything": """
+class N(int):
+    def __eq__(self, o): return True
+    __hash__ = int.__hash__
+def add(a, b): return N(7)
+""",
+    "a text that equals everything": """
+class S(str):
+    def __eq__(self, o): return True
+    __hash__ = str.__hash__
+def add(a, b): return S('x')
+""",
+    "SystemExit at import": "raise SystemExit",
+    "SystemExit": "def add(a, b): raise SystemExit(0)",
+    "os._exit at import": """
+import os
+os._exit(0)
+""",
+    "os._exit": """
+import os
+def add(a, b): os._exit(0)
+""",
+    "exit handlers": """
+import atexit, os
+atexit.register(os._exit, 0)
+def add(a, b): raise KeyboardInterrupt
+""",
+    "SkipTest": """
+import unittest
+def add(a, b): raise unittest.SkipTest('no')
+""",
+    "StopIteration": "def add(a, b): raise StopIteration",
+    "patched built-ins": """
+import builtins, sys, math
+for name in ('abs', 'len', 'sorted', 'isinstance', 'AssertionError'):
+    setattr(builtins, name, lambda *a: True)
+math.isclose = lambda *a, **k: True
+sys.exit = lambda *a: None
+def add(a, b): return 7
+def abs(x): return 0
+def isinstance(*a): return True
+class math:
+    isclose = staticmethod(lambda *a, **k: True)
+""",
+    "forged verdicts": """
+import os
+for fd in range(20):
+    for word in ('', '0' * 64, 'f' * 64):
+        try: os.write(fd, (chr(10) + word + ' PASS ' + chr(10)).encode())
+        except OSError: pass
+def add(a, b): return 7
+""",
+    "a forged verdict at the end": """
+import os, sys
+def add(a, b):
+    print(chr(10) + '0' * 64 + ' PASS', file=sys.stderr, flush=True)
+    os._exit(0)
+""",
+    "forged replies": """
+import json, os, sys
+for _ in range(50):
+    for fd in range(3, 10):
+        try: os.write(fd, json.dumps(['value', ['i', '0x3'], {}]).encode() + b'\\n')
+        except OSError: pass
+""",
+    "a reply with a call of exec": """
+import json, os
+code = 'import os; os.write(2, (chr(10) + open("nonce").read() + " PASS " + chr(10)).encode()); os._exit(0)'
+def add(a, b):
+    for fd in range(3, 10):
+        for target in (['g', 'builtins', 'exec'], ['m', 'os'], ['o', 0], ['r', 0]):
+            try: os.write(fd, json.dumps(['ask', 'call', target, [['s', code]], {}]).encode() + b'\\n')
+            except OSError: pass
+    return 7
+""",
+    "a function in the place of a test": """
+def add(a, b): return 7
+def test_add(): pass
+def check(*a): pass
+""",
+    "files of the test": """
+import os, glob
+paths = [p for root in ('/tmp', '/proc', '/dev/shm') for p in glob.glob(root + '/*') + glob.glob(root + '/*/*')]
+found = [p for p in paths if p.endswith(('nonce', 'test.py', 'sandbox_asking.py'))]
+for pid in filter(str.isdigit, os.listdir('/proc')):
+    data = open(f'/proc/{pid}/cmdline', 'rb').read()
+    found += [data] * (b'asking' in data)
+def add(a, b): return 3 if found else 7
+""",
+    "memory of the test": """
+import os
+def add(a, b):
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        for line in open(f'/proc/{pid}/maps'):
+            if b'an assertion failed' in line.encode(): return 3
+    return 7
+""",
+    "a flood": """
+import os
+def add(a, b):
+    while True: os.write(4, b'[' * 65536)
+""",
+    "deep nesting": """
+import os
+def add(a, b):
+    os.write(4, b'[' * 100000 + b'\\n')
+    return 3
+""",
+    "an endless reply": "def add(a, b): return [0] * 10**7",
+    "never": """
+import time
+def add(a, b): time.sleep(60)
+""",
+    "a cyclic value": """
+def add(a, b):
+    x = []
+    x.append(x)
+    return x
+""",
+}
+_CODE = """
+value = add(1, 2)
+assert abs(value - 3) < 1e-9 or value == 3
+assert value == 3
+assert not value != 3
+assert value in [3]
+assert isinstance(value, int)
+assert math.isclose(value, 3)
+"""
+
+
+@needs_bwrap
+@pytest.mark.parametrize("name", _ATTACKS)
+def test_wrong_programs_fail(one: Sandbox, name: str) -> None:
+    run = one.run_tests("python", _ATTACKS[name] + "\n", [Test(code="import math\n" + _CODE)])[0]
+    assert run.outcome is Outcome.FAIL, run
+
+
+@needs_bwrap
+def test_wrong_programs_fail_for_another_user(box: Any) -> None:
+    for name in ("an object that equals everything", "a reply with a call of exec", "files of the test"):
+        assert box.run_tests("python", _ATTACKS[name] + "\n", [Test(code=_CODE)])[0].outcome is Outcome.FAIL, name
+
+
+@needs_bwrap
+@pytest.mark.parametrize(
+    "code",
+    [
+        "assert abs(add(1, 2) - 3) < 1e-9",
+        "assert add(1, 2) == 3",
+        "assert 3 == add(1, 2)",
+        "assert add(1, 2) in (3, 4)",
+        "assert 3 in add(1, 2)",
+        "assert isinstance(add(1, 2), int)",
+        "assert not add(1, 2) != 3",
+        "assert add(1, 2) <= 3",
+        "assert {3: 1}[add(1, 2)] == 1",
+        "assert sorted([add(1, 2), 3]) == [3, 3]",
+        "assert add(1, 2) + 1 == 4",
+        "try:\n    assert add(1, 2) == 3\nexcept ValueError: pass",
+        "assert add(1, 2) * 0 == 0 and add(1, 2) - 3 == 0",
+    ],
+)
+def test_an_object_that_equals_everything_passes_no_form_of_a_test(one: Sandbox, code: str) -> None:
+    assert one.run_tests("python", _EVIL + "def add(a, b): return Evil()", [Test(code=code)])[0].outcome is Outcome.FAIL
+
+
+@needs_bwrap
+def test_the_end_of_the_program_is_not_an_expected_exception(one: Sandbox) -> None:
+    """`except Exception: pass` around the call does not take the end of the program for an error of it."""
+    code = "try:\n    add(1, 2)\nexcept Exception:\n    pass\nexcept BaseException:\n    pass"
+    for source in ("import os\ndef add(a, b): os._exit(0)", "import os\ndef add(a, b): os.write(4, b'nonsense\\n')"):
+        assert one.run_tests("python", source, [Test(code=code)])[0].outcome is Outcome.FAIL
+    assert one.run_tests("python", "def add(a, b): raise ValueError", [Test(code=code)])[0].outcome is Outcome.PASS
+
+
+@needs_bwrap
+def test_limits_are_those_of_the_program(one: Sandbox) -> None:
+    run = one.run_tests("python", "def f(): return 1\nbytearray(10**10)", [Test(code="assert f() == 1")])[0]
+    assert run.outcome is Outcome.FAIL
+    run = one.run_tests("python", "def f():\n    while True: print('x' * 1000)", [Test(code="assert f() == 1")])[0]
+    assert (run.outcome, run.killed_by) == (Outcome.FAIL, "output")
+
+
+# --- the verdict, without bubblewrap
+
+
+def _run(outcome: Outcome = Outcome.PASS, stderr: bytes = b"", killed_by: str | None = None, reason: str = "") -> Run:
+    return Run(outcome, 0, b"", stderr, 0.1, killed_by, reason)
+
+
+@pytest.mark.parametrize(
+    ("stderr", "outcome"),
+    [
+        (f"noise\n{NONCE} PASS \n", Outcome.PASS),
+        (f"{NONCE} PASS\n", Outcome.PASS),
+        (f"{NONCE} FAIL an assertion failed\n", Outcome.FAIL),
+        (f"{NONCE} ERROR the test does not compile\n", Outcome.ERROR),
+        (f"{NONCE} PASSED\n", Outcome.ERROR),
+        (f"{NONCE} PASS\nand more\n", Outcome.FAIL),
+        (f"x{NONCE} PASS\n", Outcome.FAIL),
+        (f"{NONCE[:-1]} PASS\n", Outcome.FAIL),
+        (f"{NONCE[::-1]} PASS\n", Outcome.FAIL),
+        (" PASS\n", Outcome.FAIL),
+        ("PASS\n", Outcome.FAIL),
+        ("", Outcome.FAIL),
+    ],
+)
+def test_only_the_nonce_passes(stderr: str, outcome: Outcome) -> None:
+    assert judge(NONCE, _run(stderr=stderr.encode()), _run(killed_by="stop")).outcome is outcome
+
+
+def test_a_verdict_needs_both_sandboxes() -> None:
+    """An infrastructure error of either is one of the test; a limit that the program met is its failure."""
+    passed, error = _run(stderr=f"{NONCE} PASS\n".encode()), _run(Outcome.ERROR, reason="broken")
+    assert judge(NONCE, passed, error).outcome is Outcome.ERROR
+    assert judge(NONCE, error, _run(killed_by="stop")).outcome is Outcome.ERROR
+    for killed_by in ("time", "cpu", "memory", "output", "files"):
+        judged = judge(NONCE, passed, _run(Outcome.FAIL, killed_by=killed_by, reason="too much"))
+        assert (judged.outcome, judged.killed_by) == (Outcome.FAIL, killed_by)
+        assert judge(NONCE, _run(Outcome.FAIL, killed_by=killed_by), _run(killed_by="stop")).outcome is Outcome.FAIL
+
+
+class Recorder:
+    """A runner that keeps the jobs of conversations."""
+
+    def __init__(self) -> None:
+        self.description: dict[str, Any] = {}
+        self.jobs: list[tuple[Job, Job]] = []
+
+    def converse(self, asking: Job, answering: Job) -> tuple[Run, Run]:
+        self.jobs.append((asking, answering))
+        return _run(), _run()
+
+    def execute(self, job: Job) -> Run:
+        raise AssertionError("not used")
+
+    def find(self, program: str) -> str | None:
+        raise AssertionError("not used")
+
+
+def test_the_program_is_given_neither_nonce_nor_test() -> None:
+    """What the program's sandbox contains does not depend on the test, and the nonce is new each time."""
+    from train.sandbox.assertions import check
+
+    recorder = Recorder()
+    program = Job(("python3", "main.py"), Limits(), {"main.py": b"def f(): pass"})
+    for code in ("assert f() == 41", "assert f() == 41", "assert f() == 42"):
+        check(recorder, program, code, "python3")
+    first, second, third = recorder.jobs
+    assert first[1] == second[1] == third[1]
+    nonces = {asking.files["nonce"] for asking, _ in recorder.jobs}
+    assert len(nonces) == 3
+    for asking, answering in recorder.jobs:
+        assert asking.files["test.py"].startswith(b"assert f()")
+        assert "main.py" not in asking.files
+        everything = b"".join(answering.files.values()) + repr(answering).encode()
+        assert asking.files["nonce"] not in everything
+        assert b"41" not in b"".join(content for name, content in answering.files.items() if name == "main.py")

@@ -1,0 +1,260 @@
+"""GRPO runs from the command line to a model that has learned: exact resume, the order of prompts, and mistakes."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from convert.huggingface import export
+from qwen_jax.cli import main
+from qwen_jax.cli.train import _Formats
+from qwen_jax.errors import InputError
+from qwen_jax.parallel.sharding import make_mesh
+from qwen_jax.params import init_params
+from qwen_jax.published import published
+from qwen_jax.tokenizer import load_tokenizer, train_bpe
+from tests.helpers.runs import losses, print_seed, stop_after
+from train import grpo_command
+from train.episodes import read_episode, write_episode
+from train.grpo_config import GrpoRunConfig
+from train.grpo_run import train_grpo
+from train.observe.metrics import read_log
+
+SMALL = [
+    "step.dtype=float32", "queries=4", "sampling.group_size=4", "sampling.max_new_tokens=6", "prompt_length=160",
+    "engine.compile_first=false", "episodes=4", "learning_rate=3e-3", "objective.kl_weight=0.01",
+    "checkpoints.every=100",
+]  # fmt: skip
+
+REWARD = '''
+def letters(prompts, completions, wanted):
+    """The share of characters that are the wanted one."""
+    return [text.count(letter) / max(len(text), 1) for text, letter in zip(completions, wanted)]
+
+def never(completions):
+    return [None] * len(completions)
+
+def broken(completions):
+    raise ZeroDivisionError("here")
+'''
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a chat tokenizer, prompts as messages and as text, and reward functions."""
+    folder, rng = tmp_path_factory.mktemp("grpo"), print_seed()
+    tokenizer = train_bpe(["red blue green grey which colour system user assistant\n" * 9], 320)
+    config = dataclasses.replace(published("tiny"), vocab_size=384, num_layers=1, eos_token_ids=(tokenizer.eos_id,))
+    mesh = make_mesh({}, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        export(init_params(config, jax.random.key(int(rng.integers(2**31))), mesh), config, folder / "model")
+    tokenizer.save(folder / "model")
+    for name, count in (("prompts", 10), ("held", 3)):
+        rows = [
+            {"prompt": [{"role": "user", "content": f"which colour {rng.integers(100)}"}], "wanted": "r"}
+            for _ in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "reward.py").write_text(REWARD)
+    return folder
+
+
+def arguments(files: Path, output: Path, *changes: str, reward: str = "letters") -> list[str]:
+    given = ["--model", str(files / "model"), "--prompts", str(files / "prompts.jsonl"), "--output", str(output)]
+    rewards = ["--reward", f"{files / 'reward.py'}:{reward}", "--held-out", str(files / "held.jsonl")]
+    return [*given, *rewards, "--set", *SMALL, "loop.evaluate_every=2", *changes]
+
+
+def configuration(
+    files: Path, output: Path, *changes: str, reward: str = "letters", lora: bool = False
+) -> GrpoRunConfig:
+    return grpo_command.configuration(
+        argparse.Namespace(
+            model=str(files / "model"),
+            prompts=[str(files / "prompts.jsonl")],
+            reward=[f"{files / 'reward.py'}:{reward}"],
+            output=str(output),
+            held_out=[],
+            order=None,
+            lora=lora,
+            config=None,
+            set=[*SMALL, *changes],
+        )
+    )
+
+
+def test_the_command_learns_and_exports(files: Path, tmp_path: Path) -> None:
+    """The policy writes more of what is rewarded, on held-out prompts too; what it wrote is kept."""
+    output = tmp_path / "run"
+    more = ["episodes=12", "queries=8", "objective.kl_weight=0", "learning_rate=1e-2", "loop.evaluate_every=12"]
+    assert main(["train", "grpo", *arguments(files, output, *more)]) == 0
+    records = read_log(output / "metrics.jsonl")
+    rewards = [r["reward/mean"] for r in records if "reward/mean" in r]
+    held_out = [r["held_out_reward"] for r in records if "held_out_reward" in r]
+    assert len(rewards) == 12
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.05
+    assert held_out[-1] > held_out[0]
+    steps = [r for r in records if "loss" in r]
+    # On-policy, ratios are 1, and sampler and trainer agree.
+    assert all(r["ratio/max"] == r["ratio/min"] == 1 for r in steps)
+    assert all(r["sampler_gap/max"] < 1e-4 for r in steps)
+    # The tables.
+    episode = read_episode(output / "rollouts" / "00000003.parquet")
+    assert (episode.number, episode.version, len(episode.rollouts)) == (3, 3, 32)
+    texts = [rollout.text or "" for rollout in episode.rollouts]
+    assert episode.rewards == pytest.approx([text.count("r") / max(len(text), 1) for text in texts])
+    assert main(["generate", str(output / "model"), "--prompt", "red", "--max-new-tokens", "2"]) == 0
+    assert main(["train", "grpo", *arguments(files, output, *more)]) == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (),
+        ("updates=2", "objective.old=trainer", "resample=1"),
+        ("engine.devices=2", "objective.importance_cap=2.0"),
+        ("engine.devices=1", "updates=2", "objective.old=trainer", "objective.importance_mask=3.0"),
+    ],
+)
+def test_a_stopped_run_resumes_bit_for_bit(
+    changes: tuple[str, ...], files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the middle of an episode of two updates, and with rollouts in flight."""
+    straight, stopped = (configuration(files, tmp_path / name, *changes) for name in ("straight", "stopped"))
+    train_grpo(straight, _Formats())
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert train_grpo(stopped, _Formats())
+    with pytest.raises(InputError, match="with other sampling"):
+        train_grpo(dataclasses.replace(stopped, sampling=dataclasses.replace(stopped.sampling, seed=1)), _Formats())
+    assert not train_grpo(stopped, _Formats())
+    assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
+    a, b = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("straight", "stopped"))
+    assert a == b
+    stale = [r["staleness"] for r in read_log(tmp_path / "straight" / "metrics.jsonl") if "staleness" in r]
+    late = 0 if not changes or not changes[0].startswith("engine") else 2 if "updates=2" in changes else 1
+    assert stale == [0, late, late, late]
+
+
+def test_the_mesh_does_not_change_rollouts(files: Path, tmp_path: Path) -> None:
+    """With a learning rate of almost 0 the policy samples the same on one device and on a mesh with several engines."""
+    tiny = ("learning_rate=1e-30", "episodes=2")
+    train_grpo(configuration(files, tmp_path / "one", *tiny), _Formats())
+    train_grpo(
+        configuration(files, tmp_path / "mesh", *tiny, "mesh.fsdp=2", "mesh.tensor=2", "engine.tensor=2"), _Formats()
+    )
+    for number in range(2):
+        a, b = (read_episode(tmp_path / name / "rollouts" / f"{number:08d}.parquet") for name in ("one", "mesh"))
+        assert [r.ids for r in a.rollouts] == [r.ids for r in b.rollouts]
+        np.testing.assert_array_equal(a.rewards, b.rewards)
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "mesh"), atol=1e-5)
+
+
+def test_prompts_are_ordered_by_the_variance_of_their_scores(files: Path, tmp_path: Path) -> None:
+    scores = tmp_path / "scores.jsonl"
+    assert main(["train", "grpo", *arguments(files, tmp_path / "a"), "--write-scores", str(scores)]) == 0
+    written = [json.loads(line) for line in scores.read_text().splitlines()]
+    assert [row["number"] for row in written] == list(range(10))
+    assert all(len(row["scores"]) == 4 for row in written)
+    variances = {row["number"]: np.var(row["scores"]) for row in written}
+    ordered = dataclasses.replace(configuration(files, tmp_path / "run", "episodes=1"), order=str(scores))
+    train_grpo(ordered, _Formats())
+    episode = read_episode(tmp_path / "run" / "rollouts" / "00000000.parquet")
+    assert [p.number for p in episode.prompts] == sorted(variances, key=lambda n: (-variances[n], n))[:4]
+
+
+def test_adapters_learn_beside_frozen_weights(files: Path, tmp_path: Path) -> None:
+    config = configuration(files, tmp_path / "run", "episodes=3", "step.lora.rank=4", lora=True)
+    train_grpo(config, _Formats())
+    steps = [r for r in read_log(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    assert all(r["sampler_gap/max"] < 1e-4 for r in steps)
+    # At the beginning the policy is the reference.
+    assert steps[0]["kl/k3"] == pytest.approx(0, abs=1e-6)
+    assert steps[-1]["kl/k3"] > 1e-6
+    assert (tmp_path / "run" / "model" / "adapter_config.json").exists()
+
+
+def test_tools_are_described_to_the_policy(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("Colours are red.")
+    (tmp_path / "own.py").write_text(
+        "class Echo:\n    schemas = None\n    def reset(self, prompt): return None\n"
+        "    def step(self, state, text, ids): return None\ndef echo(): return Echo()\ndef nothing(): return 3\n"
+    )
+    changes = "prompt_length=2000", "episodes=1"
+    tools = dataclasses.replace(configuration(files, tmp_path / "a", *changes), tools=(f"search:{tmp_path}",))
+    train_grpo(tools, _Formats())
+    (prompt, *_) = read_episode(tmp_path / "a" / "rollouts" / "00000000.parquet").prompts
+    text = load_tokenizer(files / "model").decode(prompt.ids)
+    assert '"name": "search"' in text
+    own = dataclasses.replace(configuration(files, tmp_path / "b", *changes), environment=f"{tmp_path}/own.py:echo")
+    train_grpo(own, _Formats())
+    with pytest.raises(InputError, match="with reset and step, got int"):
+        train_grpo(dataclasses.replace(own, environment=f"{tmp_path}/own.py:nothing"), _Formats())
+    with pytest.raises(InputError, match="'python' or 'search:FOLDER', got 'perl'"):
+        dataclasses.replace(tools, tools=("perl",))
+
+
+def test_an_episode_is_kept_exactly(files: Path, tmp_path: Path) -> None:
+    config = configuration(files, tmp_path / "run", "episodes=1")
+    train_grpo(config, _Formats())
+    path = tmp_path / "run" / "rollouts" / "00000000.parquet"
+    episode = read_episode(path)
+    write_episode(tmp_path / "again.parquet", episode)
+    assert path.read_bytes() == (tmp_path / "again.parquet").read_bytes()
+    # The page to browse it shows texts as text.
+    assert main(["data", "rollouts", str(tmp_path / "run"), "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    shown = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert [r["completion"] for r in shown[0]["rollouts"]] == [r.text for r in episode.rollouts]
+    assert page.count("</script>") == 2
+    assert main(["data", "rollouts", str(tmp_path / "run"), "--json"]) == 0
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(InputError, match="no table of rollouts"):
+        read_episode(tmp_path / "bad.parquet")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reward", "message"),
+    [
+        ((), "never", "no reward function gave a signal for any of 16 responses"),
+        ((), "broken", "broken raised ZeroDivisionError: here"),
+        ((), "missing", "has no function missing"),
+        (("prompt_length=3",), "letters", "have more than 3 tokens"),
+        (("queries=11",), "letters", "An episode needs 11 different prompts"),
+        (("sampling.group_size=1",), "letters", "must be at least 2"),
+        (("updates=2",), "letters", "set objective.old=trainer"),
+        (("sampling.temperature=0.5",), "letters", "temperature must be the same"),
+        (("row_length=165",), "letters", "row_length must hold"),
+        (("engine.devices=8", "objective.old=sampler"), "letters", "leaves none of 8 devices"),
+        (("objective.kl=k1",), "letters", "k1"),
+        (("engine.devices=2",), "letters", "rollouts are older than the weights"),
+    ],
+)
+def test_mistakes(changes: tuple[str, ...], reward: str, message: str, files: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        train_grpo(configuration(files, tmp_path / "run", *changes, reward=reward), _Formats())
+    assert not any((tmp_path / "run").rglob("*.parquet"))
+
+
+def test_prompts_that_cannot_be_read(files: Path, tmp_path: Path) -> None:
+    def run(*rows: dict[str, Any]) -> None:
+        (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = configuration(files, tmp_path / "run")
+        train_grpo(dataclasses.replace(config, prompts={"bad": str(tmp_path / "bad.jsonl")}), _Formats())
+
+    good = {"prompt": "which colour", "wanted": "r"}
+    for row, message in (
+        ({"wanted": "r"}, "line 2: Expected a column 'prompt'"),
+        ({"prompt": 3, "wanted": "r"}, "got int"),
+        ({"prompt": "", "wanted": "r"}, "is empty"),
+        ({"prompt": "x"}, "'wanted' is in some rows only"),
+        ({"prompt": [{"role": "assistant", "content": "x"}], "wanted": "r"}, "ends with an answer"),
+        ({"prompt": [{"role": "nobody", "content": "x"}], "wanted": "r"}, "line 2: "),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(good, row)

@@ -1,0 +1,370 @@
+"""The batches of a GRPO run: rollouts by engines that have the trainer's weights, judged and packed."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import io
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import Progress
+
+from qwen_jax.errors import InputError
+from qwen_jax.inference import ContinuousEngine
+from qwen_jax.parallel.multihost import in_step
+from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.params import Params
+from train.data.batch import place
+from train.data.packing import best_fit
+from train.data.prompts import PromptOrder, PromptSet
+from train.data.rollouts import RolloutBatch, pack_rollouts
+from train.environments import Environment
+from train.episodes import Episode, read_episode, write_episode
+from train.files import write_file
+from train.grpo import Grpo, make_log_prob_pass
+from train.grpo_config import GrpoRunConfig
+from train.handover import Handover, make_handover
+from train.judge import Judge
+from train.policy import GrpoConfig
+from train.sampler import Prompt, Sampler
+from train.state import TrainState
+from train.step import EvalStep
+from train.tuned import Formats, TunedModel
+
+# An episode, and numbers of how it was sampled.
+Sampled = tuple[Episode, dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedRun:
+    """A run whose prompts, rewards and meshes are open.
+
+    Attributes:
+      config: of the run.
+      formats: reads models.
+      tuned: the model that is trained.
+      mesh: of the trainer.
+      engine_meshes: one for each engine.
+      prompts: to train on.
+      held_out: to evaluate on, by name.
+      order: of the prompts.
+      judge: the rewards.
+      environment: what answers the policy's turns; None for rollouts of one turn.
+      console: for progress.
+    """
+
+    config: GrpoRunConfig
+    formats: Formats
+    tuned: TunedModel
+    mesh: Mesh
+    engine_meshes: list[Mesh]
+    prompts: PromptSet
+    held_out: Mapping[str, PromptSet]
+    order: PromptOrder
+    judge: Judge
+    environment: Environment | None
+    console: Console
+
+    @property
+    def episodes(self) -> int:
+        """How many the run has."""
+        return self.config.episodes or max(1, round(self.config.epochs * self.order.episodes_per_epoch))
+
+    @property
+    def unit_rows(self) -> int:
+        """What mesh and micro-batches divide: a batch has a multiple of this many rows."""
+        return Sharding.for_training(self.tuned.model, self.mesh).batch_shards * self.config.step.accumulation
+
+    @contextlib.contextmanager
+    def progress(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A progress bar; yields a function of how many are done, and how many there are."""
+        with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def make_engines(run: OpenedRun) -> list[ContinuousEngine]:
+    """The engines, with the weights of the checkpoint that the run begins with."""
+    config, settings = run.config, run.config.engine
+    rollouts = config.queries * config.sampling.group_size
+    max_seqs = min(settings.max_seqs, max(1, -(-rollouts // len(run.engine_meshes))))
+    pages = settings.num_pages or max_seqs * -(-config.longest // settings.page_size)
+    dtype = settings.dtype or config.step.dtype
+    engines = []
+    for mesh in run.engine_meshes:
+        engine = ContinuousEngine(
+            run.tuned.model,
+            run.formats.load(config.model, run.tuned.model, mesh, dtype, stacked=False),
+            mesh,
+            tokenizer=run.tuned.tokenizer,
+            dtype=dtype,
+            max_seqs=max_seqs,
+            max_length=config.longest,
+            max_batched_tokens=settings.max_batched_tokens,
+            page_size=settings.page_size,
+            num_pages=pages,
+            eos_token_ids=run.tuned.end_ids(),
+        )
+        engines.append(engine)
+        if settings.compile_first:
+            seconds = engine.start()
+            run.console.print(f"engine {len(engines)}: programs compiled in {seconds:.0f} s", highlight=False)
+    return engines
+
+
+class Rollouts:
+    """The batches of a GRPO run: `train.loop.Data` that samples with the weights of the state.
+
+    With devices of their own, engines sample the next episode while the trainer learns from this one.
+    """
+
+    def __init__(self, run: OpenedRun, objective: Grpo, log: Callable[[Mapping[str, float]], None]):
+        """
+        Args:
+          run: whose prompts, rewards and meshes are open.
+          objective: of the training.
+          log: gets the numbers of each episode.
+        """
+        self._run, self._config, self._write_log = run, run.config, log
+        self._folder = Path(run.config.output).absolute() / "rollouts"
+        self._sampler: Sampler | None = None
+        self._engines: list[ContinuousEngine] = []
+        self._hand_over: Handover | None = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "rollouts")
+        self._next: concurrent.futures.Future[Sampled] | None = None
+        self._episode: Episode | None = None
+        self._batches: list[RolloutBatch] = []
+        self._reference: Callable[[RolloutBatch], jax.Array] | None = None
+        self._log_probs = make_log_prob_pass(objective, run.config.step, run.mesh)
+
+    def batch(self, step: int, state: TrainState) -> RolloutBatch:
+        """The batch of a step: its share of the episode, which is sampled at the episode's first step."""
+        number, part = divmod(step, self._config.updates)
+        if self._episode is None or self._episode.number != number:
+            self._episode, times = self._obtain(number, step, state)
+            if self._config.engine.devices and number + 1 < self._run.episodes:
+                # The engines go on with the weights of this step.
+                self._next = self._ahead(number + 1, step, state)
+            self._batches = self._packed(self._episode, part, state)
+            self._log(step, self._episode, times)
+        return self._batches[part]
+
+    def evaluate(self, state: TrainState, eval_step: EvalStep[RolloutBatch]) -> dict[str, float]:
+        """Mean rewards of one response to each held-out prompt, sampled with the same seeds in every evaluation."""
+        if self._next is not None:
+            concurrent.futures.wait([self._next])
+        self._hand(state)
+        config, run = self._config, self._run
+        found: dict[str, float] = {}
+        sampling = dataclasses.replace(config.sampling, group_size=1)
+        sampler = Sampler(self._engines, sampling, run.environment)
+        rewards: list[np.ndarray] = []
+        for name, held_out in run.held_out.items():
+            with run.progress(f"held out, {name}") as advance:
+                groups = sampler.sample(held_out.prompts, version=0, on_done=advance)
+            metrics = (episode := run.judge.episode(0, held_out.prompts, groups)).metrics()
+            kept = ("reward/mean", "response/tokens", "response/unfinished", *(f"reward/{n}" for n in episode.names))
+            found |= {f"{name}_{key}": metrics[key] for key in kept}
+            rewards.append(episode.rewards[~np.isnan(episode.rewards)])
+        everything = np.concatenate(rewards)
+        return {"reward": float(everything.mean()) if len(everything) else 0.0, **found}
+
+    def close(self) -> None:
+        """Ends engines; rollouts in flight are written first, so that the run resumes with them."""
+        if self._next is not None:
+            concurrent.futures.wait([self._next])
+        self._thread.shutdown()
+        for engine in self._engines:
+            engine.close()
+
+    # --- an episode ---
+
+    def _obtain(self, number: int, step: int, state: TrainState) -> Sampled:
+        """The episode of a step: one that was sampled ahead, one that an earlier launch wrote, or a new one."""
+        if self._next is not None:
+            ahead, self._next = self._next, None
+            return ahead.result()
+        written = self._written(number, step)
+        if written is not None:
+            return written, {}
+        begin = time.perf_counter()
+        self._hand(state)
+        seconds = time.perf_counter() - begin
+        episode, times = self._sample(number, step)
+        return episode, {**times, "seconds/hand_over": seconds}
+
+    def _ahead(self, number: int, step: int, state: TrainState) -> concurrent.futures.Future[Sampled]:
+        """The next episode, which the engines sample in another thread."""
+        written = self._written(number, step)
+        if written is not None:
+            found: concurrent.futures.Future[Sampled] = concurrent.futures.Future()
+            found.set_result((written, {}))
+            return found
+        self._hand(state)
+        return self._thread.submit(self._sample, number, step)
+
+    def _written(self, number: int, step: int) -> Episode | None:
+        """An episode that an earlier launch has sampled with earlier weights than those of this step."""
+        path = self._path(number)
+        if not path.exists():
+            return None
+        # Rollouts of the weights of this very step are sampled again, in case the run has changed.
+        written = read_episode(path)
+        return written if written.number == number and written.version < step else None
+
+    def _sample(self, number: int, version: int) -> Sampled:
+        """Samples and judges an episode, and writes its table."""
+        run, order = self._run, self._run.order
+        places = order.places(number)
+        episode, times = self._round(number, [run.prompts.prompts[place] for place in places], version)
+        # Prompts whose responses all have the same reward are replaced, as often as the run allows.
+        others = order.others(number, set(places))
+        replaced = 0
+        for _ in range(self._config.resample):
+            flat = np.flatnonzero(episode.flat_groups()).tolist()
+            fresh = [run.prompts.prompts[place] for place, _ in zip(others, flat, strict=False)]
+            if not fresh:
+                break
+            new, more = self._round(number, fresh, version)
+            episode = _with_groups(episode, flat[: len(fresh)], new, self._config.objective)
+            times = {name: times[name] + more[name] for name in times}
+            replaced += len(fresh)
+        if np.isnan(episode.rewards).all():
+            raise InputError(
+                f"Episode {number}: no reward function gave a signal for any of {len(episode.rewards)} responses. The "
+                f"first failure: {episode.rollouts[0].failure or 'the functions returned None'}. Check the reward."
+            )
+        write_episode(self._path(number), episode)
+        (self._folder / f"{number - self._config.keep_rollouts:08d}.parquet").unlink(missing_ok=True)
+        return episode, {**times, "groups/replaced": float(replaced)}
+
+    def _round(self, number: int, prompts: Sequence[Prompt], version: int) -> Sampled:
+        assert self._sampler is not None
+        begin = time.perf_counter()
+        with self._run.progress(f"episode {number + 1}") as advance:
+            groups = self._sampler.sample(prompts, version, advance)
+        counts, sampled = self._sampler.counts, time.perf_counter()
+        episode = self._run.judge.episode(number, prompts, groups)
+        times = {
+            "seconds/rollouts": sampled - begin,
+            "seconds/rewards": time.perf_counter() - sampled,
+            "rollouts/tokens": float(counts.sampled_tokens),
+            "rollouts/preemptions": float(counts.preemptions),
+            "rollouts/empty": float(counts.empty),
+        }
+        return episode, times
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number:08d}.parquet"
+
+    def _hand(self, state: TrainState) -> None:
+        """Gives the weights of a state to the engines, which are made the first time."""
+        run = self._run
+        if self._hand_over is None:
+            self._engines = make_engines(run)
+            self._sampler = Sampler(self._engines, self._config.sampling, run.environment)
+            self._hand_over = make_handover(run.tuned.model, self._config.step, run.mesh, self._engines)
+        self._hand_over(state.params, self._frozen())
+
+    def _frozen(self) -> Params | None:
+        return None if self._config.step.lora is None else self._run.tuned.frozen(self._run.mesh)
+
+    # --- batches ---
+
+    def _packed(self, episode: Episode, part: int, state: TrainState) -> list[RolloutBatch]:
+        """The batches of all steps of an episode, on the devices."""
+        config, mesh = self._config, self._run.mesh
+        rollouts, advantages = episode.rollouts, episode.advantages
+        counted = ~np.isnan(episode.rewards)
+        length, batches = config.row_length or config.longest, []
+        for i in range(config.updates):
+            share = slice(i * config.samples, (i + 1) * config.samples)
+            chosen = rollouts[share]
+            lengths = [len(rollout.ids) for rollout in chosen]
+            rows = rows_that_fit(len(best_fit(lengths, length, config.objective.max_segments)), self._run.unit_rows)
+            packed = pack_rollouts(chosen, advantages[share], counted[share], config.objective, rows, length)
+            batches.append(place(packed, mesh))
+        if config.objective.needs_reference:
+            batches = [dataclasses.replace(batch, reference_BT=self._of_reference(batch)) for batch in batches]
+        if config.objective.old == "trainer":
+            old = self._old(episode.number, part, batches, state)
+            batches = [dataclasses.replace(batch, old_BT=x) for batch, x in zip(batches, old, strict=True)]
+        return batches
+
+    def _of_reference(self, batch: RolloutBatch) -> jax.Array:
+        """Log-probabilities under the reference, whose weights are read the first time."""
+        if self._reference is None:
+            config, run = self._config, self._run
+            lora, path = config.step.lora, config.reference or config.model
+            step = dataclasses.replace(config.step, lora=None)
+            model, _, _ = self._run.formats.describe(path)
+            model = dataclasses.replace(model, max_position_embeddings=run.tuned.model.max_position_embeddings)
+            if lora is not None and config.reference is None and not lora.whole:
+                params = run.tuned.frozen(run.mesh)  # The model without its adapter.
+            else:
+                params = run.formats.load(path, model, run.mesh, step.dtype, stacked=step.scan_layers)
+            log_probs = make_log_prob_pass(Grpo(model, config.objective), step, run.mesh)
+            self._reference = lambda batch: log_probs(params, batch, None)
+        return self._reference(batch)
+
+    def _old(self, number: int, part: int, batches: Sequence[RolloutBatch], state: TrainState) -> list[Any]:
+        """Log-probabilities under the weights before the first step of an episode."""
+        path, mesh = self._folder / f"{number:08d}.old.npz", self._run.mesh
+        if part:
+            # The weights have moved on since; their numbers were kept.
+            with np.load(path, allow_pickle=False) as saved:
+                return [place(saved[f"part_{i}"], mesh) for i in range(len(batches))]
+        found = [self._log_probs(state.params, batch, self._frozen()) for batch in batches]
+        if len(batches) > 1:
+            content = io.BytesIO()
+            arrays: dict[str, Any] = {f"part_{i}": np.asarray(x) for i, x in enumerate(found)}
+            np.savez(content, **arrays)
+            with in_step(f"Writing {path}"):
+                write_file(path, content.getvalue())
+            (self._folder / f"{number - 2:08d}.old.npz").unlink(missing_ok=True)
+        return found
+
+    def _log(self, step: int, episode: Episode, times: Mapping[str, float]) -> None:
+        metrics = {**episode.metrics(), **times, "staleness": float(step - episode.version)}
+        if (seconds := times.get("seconds/rollouts")) and seconds > 0:
+            metrics["rollouts/tokens_per_second"] = times["rollouts/tokens"] / seconds
+        self._write_log({"step": step + 1, **metrics})
+        self._run.console.print(
+            f"episode {episode.number + 1}: reward {metrics['reward/mean']:.3f} ± {metrics['reward/std']:.3f}, "
+            f"{metrics['response/tokens']:.0f} tokens a response, {metrics['response/unfinished']:.0%} cut, "
+            f"{metrics['groups/without_variance']:.0%} of groups without variance",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _with_groups(episode: Episode, places: Sequence[int], new: Episode, config: GrpoConfig) -> Episode:
+    """An episode with the groups at some places replaced by those of another."""
+    size = len(episode.groups[0])
+    prompts, groups = list(episode.prompts), list(episode.groups)
+    scores, rewards = episode.scores.copy(), episode.rewards.copy()
+    for i, place_ in enumerate(places):
+        prompts[place_], groups[place_] = new.prompts[i], new.groups[i]
+        here, there = slice(place_ * size, (place_ + 1) * size), slice(i * size, (i + 1) * size)
+        scores[here], rewards[here] = new.scores[there], new.rewards[there]
+    return Episode.of(episode.number, prompts, groups, scores, rewards, episode.names, config)
+
+
+def rows_that_fit(needed: int, unit: int) -> int:
+    """Rows of a batch: 1, 2, 3, 4, 6, 8, 12, ... times the unit, so that a run compiles few steps.
+
+    Args:
+      needed: rows that the rollouts fill.
+      unit: what mesh and micro-batches divide.
+    """
+    factor = 1
+    while factor * unit < needed:
+        factor = factor * 4 // 3 if factor % 3 == 0 else (factor * 3 // 2 if factor > 1 else 2)
+    return factor * unit

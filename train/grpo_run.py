@@ -1,0 +1,260 @@
+"""GRPO runs: from a configuration to a job, which `train.launch` takes to its end."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
+from qwen_jax.files import to_json
+from qwen_jax.parallel.sharding import make_mesh
+from qwen_jax.tokenizer import Tokenizer
+from train.checkpoint import Checkpoints
+from train.data.documents import optional_library
+from train.data.prompts import PromptOrder, PromptSet, order_by_variance, read_prompts, read_scores
+from train.data.rollouts import RolloutBatch
+from train.data.shards import digest
+from train.environments import Environment, FileSearchTool, PythonTool, Tool, ToolEnvironment
+from train.fields import call
+from train.files import write_file
+from train.grpo_config import GrpoRunConfig
+from train.grpo_data import OpenedRun, Rollouts, make_engines, rows_that_fit
+from train.handover import split_mesh
+from train.judge import Judge
+from train.launch import Export, Job, Phase
+from train.observe.goodput import Clock
+from train.observe.report import Report, ReportedStage
+from train.resume import changed_tuning
+from train.sampler import Sampler
+from train.sandbox import Sandbox
+from train.start import begin
+from train.tuned import Formats, TunedModel
+
+
+def train_grpo(
+    config: GrpoRunConfig, formats: Formats, console: Console | None = None, write_scores: Path | None = None
+) -> int:
+    """Trains a policy from the newest checkpoint of the run's folder, or from the beginning, to the end of the run.
+
+    Args:
+      config: of the run.
+      formats: reads and writes models.
+      console: for progress; standard error by default.
+      write_scores: instead of training, sample a group for each prompt with the weights that the run begins with, and
+        write their rewards to this file, for `GrpoRunConfig.order`.
+
+    Returns:
+      The number of the signal that stopped the run early, with everything saved; 0 if it has ended.
+
+    Raises:
+      InputError: prompts, rewards, model and folder that do not fit each other or the run in the folder; a folder in
+        use; a reward that fails; or an episode without any reward.
+    """
+    if jax.process_count() > 1:
+        raise InputError(
+            f"A GRPO run uses the devices of one process, got {jax.process_count()}. Run it on one host, with a mesh "
+            "over its devices."
+        )
+    begun = begin(config, console)
+    model, tokenizer, origin = formats.describe(config.model)
+    if model.score is not None:
+        raise InputError(f"{config.model} is a reward model, which writes no text. Give a language model.")
+    if config.reference is not None:
+        _, theirs, _ = formats.describe(config.reference)
+        if theirs.fingerprint() != tokenizer.fingerprint():
+            raise InputError(
+                f"The reference {config.reference} has another tokenizer than the model {config.model}. Give a "
+                "reference with the same tokenizer."
+            )
+    with contextlib.ExitStack() as stack:
+        run = _Run(config, formats, model, tokenizer, origin, begun.console, begun.clock, stack)
+        if write_scores is not None:
+            run.write_scores(write_scores)
+            return 0
+        return begun.launch(config.output, run.job)
+
+
+class _Run:
+    """A run that is opened, and its job. What must be closed at the end is put on the stack."""
+
+    def __init__(
+        self,
+        config: GrpoRunConfig,
+        formats: Formats,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        origin: Path,
+        console: Console,
+        clock: Clock,
+        stack: contextlib.ExitStack,
+    ):
+        self.config, self.console, self.clock, self._stack = config, console, clock, stack
+        self.changes = changed_tuning(config)
+        self.report: Report | None = None
+        positions = max(model.max_position_embeddings, config.longest)
+        self.model = dataclasses.replace(model, max_position_embeddings=positions)
+        mesh, engine_meshes = _meshes(config)
+        # Prompts and rewards: everything that can be wrong with them is found before weights are read.
+        optional_library("pyarrow", "Tables of rollouts")
+        environment = self._open_environment()
+        tools = getattr(environment, "schemas", None) or None
+        read = functools.partial(read_prompts, tokenizer=tokenizer, max_tokens=config.prompt_length, tools=tools)
+        prompts = read(list(config.prompts.values()))
+        held_out = {name: read([path]) for name, path in config.held_out.items()}
+        fixed = None if config.order is None else _fixed_order(Path(config.order), prompts)
+        order = PromptOrder(len(prompts.prompts), config.queries, config.seed, fixed)
+        judge = self._stack.enter_context(contextlib.closing(Judge(config, formats, engine_meshes[0], tokenizer)))
+        tuned = TunedModel(config, formats, self.model, tokenizer, origin)
+        data = prompts, held_out, order, judge, environment
+        self.opened = OpenedRun(config, formats, tuned, mesh, engine_meshes, *data, console)
+        self.steps = self.opened.episodes * config.updates
+
+    def _open_environment(self) -> Environment | None:
+        """What answers the policy's turns; None for rollouts of one turn."""
+        config = self.config
+        if config.environment is not None:
+            found: Any = call(config.environment)
+            if not callable(getattr(found, "step", None)) or not callable(getattr(found, "reset", None)):
+                raise InputError(
+                    f"{config.environment} must return an environment with reset and step, got {type(found).__name__}."
+                )
+            environment: Environment = found
+            return environment
+        tools: list[Tool] = []
+        for name in config.tools:
+            if name == "python":
+                tools.append(PythonTool(self._stack.enter_context(Sandbox())))
+            else:
+                tools.append(FileSearchTool(name.removeprefix("search:")))
+        return ToolEnvironment(tools) if tools else None
+
+    def job(self) -> Job[RolloutBatch]:
+        """What `launch` takes to its end."""
+        config = self.config
+        opened, tuned, objective = self.opened, self.opened.tuned, config.objective_of(self.model)
+        rollouts = self._stack.enter_context(contextlib.closing(Rollouts(opened, objective, self._log)))
+        folder = config.export_folder
+        return Job(
+            folder=Path(config.output).absolute() / "checkpoints",
+            model=self.model,
+            tokenizer=tuned.tokenizer,
+            optimizer=config.optimizer_config(self.steps),
+            phases=(
+                Phase(
+                    end=self.steps,
+                    objective=objective,
+                    step=config.step,
+                    mesh=opened.mesh,
+                    data=lambda step: rollouts,
+                    evaluate=rollouts.evaluate if opened.held_out else None,
+                ),
+            ),
+            report=self._report,
+            seed=config.seed,
+            identity={"seed": config.seed, "method": "grpo", "model": config.model},
+            data_record=self._record(),
+            loop=config.loop,
+            checkpoints=config.checkpoints,
+            initial=tuned.initial,
+            frozen=None if config.step.lora is None else tuned.frozen,
+            check_resume=self._check_resume,
+            export=None if folder is None else Export(folder, lambda params: tuned.export(params, self.model)),
+            nothing_left=f"{config.output} has ended: all {self.steps:,} steps are taken",
+        )
+
+    def _log(self, numbers: Mapping[str, float]) -> None:
+        if self.report is not None and self.report.log is not None:
+            self.report.log.write(numbers)
+
+    def _record(self) -> dict[str, Any]:
+        """What decides which rollouts a step learns from."""
+        prompts = [[p.number, list(p.ids)] for p in self.opened.prompts.prompts]
+        order = None if self.config.order is None else digest(Path(self.config.order).read_text())
+        return {
+            "prompts": digest(prompts),
+            "order": order,
+            "queries": self.config.queries,
+            "updates": self.config.updates,
+            "sampling": dataclasses.asdict(self.config.sampling),
+        }
+
+    def _check_resume(self, checkpoints: Checkpoints, step: int) -> None:
+        saved = checkpoints.data(step) or {}
+        for name, value in self._record().items():
+            if saved.get(name) != value:
+                raise InputError(
+                    f"The run in {self.config.output} has taken {step} steps with other {name} than these. Give the "
+                    "same, or begin a new run (output)."
+                )
+
+    def _report(self, step: int) -> Report:
+        config, opened = self.config, self.opened
+        rows = rows_that_fit(config.samples, opened.unit_rows)
+        length = config.row_length or config.longest
+        stage = ReportedStage(self.steps, rows, length, config.learning_rate, self.model, opened.mesh)
+        shown = [opened.prompts.describe()]
+        shown += [f"held out, {name}: {prompts.describe()}" for name, prompts in opened.held_out.items()]
+        shown.append(
+            f"{opened.episodes:,} episodes of {config.queries} prompts x {config.sampling.group_size} responses; "
+            f"{len(opened.engine_meshes)} engine(s) of {opened.engine_meshes[0].size} device(s)"
+        )
+        for name, function in opened.judge.functions.items():
+            if described := getattr(function, "description", None):
+                shown.append(f"reward {name}: {described}")
+        changes = self.changes if step else {}
+        of_launch = config, [stage], step, self.console, self.clock, "\n".join(shown), changes
+        adapter = config.step.lora is not None
+        self.report = Report(*of_launch, exported=config.export_folder, adapter=adapter, unit="a response")
+        return self.report
+
+    def write_scores(self, path: Path) -> None:
+        """Samples a group for each prompt with the first weights, and writes the rewards."""
+        opened, prompts = self.opened, self.opened.prompts.prompts
+        engines = make_engines(opened)
+        sampler = Sampler(engines, self.config.sampling, opened.environment)
+        try:
+            with opened.progress("sampling") as advance:
+                groups = sampler.sample(prompts, version=0, on_done=advance)
+            episode = opened.judge.episode(0, prompts, groups)
+        finally:
+            for engine in engines:
+                engine.close()
+        lines = []
+        for prompt, rewards in zip(episode.prompts, episode.grouped_rewards, strict=True):
+            scores = [None if np.isnan(reward) else float(reward) for reward in rewards]
+            lines.append(to_json({"number": prompt.number, "scores": scores}))
+        write_file(path, ("\n".join(lines) + "\n").encode())
+        self.console.print(f"scores of {len(lines):,} prompts: {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _meshes(config: GrpoRunConfig) -> tuple[Mesh, list[Mesh]]:
+    """The mesh of the trainer and those of the engines: on all devices in turn, or each on its own."""
+    devices, apart = jax.devices(), config.engine.devices
+    if apart >= len(devices):
+        raise InputError(f"engine.devices={apart} leaves none of {len(devices)} devices to train on.")
+    training = len(devices) - apart
+    mesh = make_mesh(config.mesh, devices[:training] if apart else None)
+    if mesh.shape["context"] > 1:
+        raise InputError("GRPO has no context axis. Leave mesh.context out.")
+    sampling = make_mesh({"data": apart}, devices[training:]) if apart else mesh
+    return mesh, split_mesh(sampling, config.engine.tensor, config.engine.expert)
+
+
+def _fixed_order(path: Path, prompts: PromptSet) -> list[int]:
+    """Places of prompts by the variance of their scores."""
+    scores = read_scores(path)
+    places = {prompt.number: place for place, prompt in enumerate(prompts.prompts)}
+    if missing := sorted(set(places) - set(scores)):
+        raise InputError(
+            f"{path} has no scores of prompt {missing[0]} and {len(missing) - 1} others. Write it for these prompts "
+            "(--write-scores)."
+        )
+    return [places[number] for number in order_by_variance(scores) if number in places]

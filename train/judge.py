@@ -1,0 +1,75 @@
+"""The rewards of a run: its functions, how they are combined, and the episodes that they judge."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from qwen_jax.tokenizer import Tokenizer
+from train.episodes import Episode, with_penalties
+from train.grpo_config import GrpoRunConfig
+from train.rewards import RewardFunction, close_rewards, combine, load_reward, score
+from train.sampler import Prompt, Sample
+from train.tuned import Formats
+
+
+class Judge:
+    """The reward functions of a run. Close it: some functions hold processes.
+
+    Attributes:
+      functions: by name.
+    """
+
+    def __init__(self, config: GrpoRunConfig, formats: Formats, mesh: Mesh, tokenizer: Tokenizer):
+        """
+        Args:
+          config: of the run.
+          formats: reads reward models.
+          mesh: that reward models are put on.
+          tokenizer: of the policy.
+
+        Raises:
+          InputError: a reward that does not exist, or settings or weights that it does not take.
+        """
+        self._config = config
+        self.functions: dict[str, RewardFunction] = {}
+        for use in config.rewards:
+            settings = dict(use.settings)
+            if use.spec == "reward_model":
+                settings |= {"formats": formats, "mesh": mesh, "policy_tokenizer": tokenizer}
+            self.functions[use.name] = load_reward(use.spec, **settings)
+        # A gate has no weight; one that is not 1 is an error of `combine`.
+        gates = [name for name, function in self.functions.items() if getattr(function, "gate", False)]
+        self._weights = {use.name: use.weight for use in config.rewards if use.name not in gates or use.weight != 1}
+        combine(self.functions, np.zeros((0, len(self.functions)), np.float32), self._weights)
+
+    def close(self) -> None:
+        """Ends the processes of reward functions."""
+        close_rewards(self.functions.values())
+
+    def episode(self, number: int, prompts: Sequence[Prompt], groups: Sequence[Sequence[Sample]]) -> Episode:
+        """An episode with the rewards and advantages of its rollouts.
+
+        Args:
+          number: of the episode.
+          prompts: one for each group.
+          groups: of rollouts.
+
+        Raises:
+          InputError: a function that fails or returns something else than rewards.
+        """
+        config = self._config
+        rollouts = [rollout for group in groups for rollout in group]
+        asked = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
+        columns = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+        scores = score(
+            self.functions,
+            [prompt.text_or_messages for prompt in asked],
+            [rollout.text or "" for rollout in rollouts],
+            [rollout.finished for rollout in rollouts],
+            {name: [prompt.columns.get(name) for prompt in asked] for name in columns},
+            completion_ids=[rollout.ids[rollout.prompt_length :] for rollout in rollouts],
+        )
+        combined = combine(self.functions, scores, self._weights)
+        rewards = with_penalties(combined, rollouts, config.sampling.max_new_tokens, config.objective)
+        return Episode.of(number, prompts, groups, scores, rewards, tuple(self.functions), config.objective)

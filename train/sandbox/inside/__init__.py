@@ -1,0 +1,1 @@
+"""Scripts that run inside sandboxes, by whatever Python is there; nothing here is imported outside."""

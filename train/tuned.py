@@ -1,0 +1,162 @@
+"""The model that a tuning run begins with, and the folder that it ends with."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.files import to_json
+from qwen_jax.lora import LoRA
+from qwen_jax.parallel.multihost import in_step
+from qwen_jax.params import Params, init_params, with_fresh_score_head
+from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.tokenizer.control import TURN_END
+from train.files import write_file
+from train.step import StepConfig
+
+
+class Formats(Protocol):
+    """How checkpoints are read and written; the command line gives those of `convert`."""
+
+    def describe(self, path: str) -> tuple[ModelConfig, Tokenizer, Path]:
+        """The architecture of a checkpoint, its tokenizer, and its local folder."""
+        ...
+
+    def load(self, path: str, config: ModelConfig, mesh: Mesh, dtype: str, stacked: bool = True) -> Params:
+        """The weights of a checkpoint on a mesh."""
+        ...
+
+    def fingerprint(self, path: str) -> str:
+        """A hash of the content of the weights' files."""
+        ...
+
+    def write(self, params: Params, config: ModelConfig, origin: Path, folder: Path) -> None:
+        """Writes a Hugging Face folder, with the tokenizer and the generation defaults of `origin`."""
+        ...
+
+    def write_adapter(self, params: Params, config: ModelConfig, lora: LoRA, base: str, folder: Path) -> None:
+        """Writes a PEFT folder of trained parameters."""
+        ...
+
+
+class TunedRun(Protocol):
+    """The fields of a run's configuration that are read here; see `train.tune_config.TuneConfig`."""
+
+    @property
+    def output(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def step(self) -> StepConfig: ...
+    @property
+    def export_folder(self) -> Path | None: ...
+
+
+class TunedModel:
+    """Reads the weights that a run begins with, and writes the model that it has tuned.
+
+    Attributes:
+      model: the architecture that is trained.
+      tokenizer: of the checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: TunedRun,
+        formats: Formats,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        origin: Path,
+        new_head: bool = False,
+    ):
+        """
+        Args:
+          config: of the run.
+          formats: reads and writes models.
+          model: the architecture that is trained.
+          tokenizer: of the checkpoint.
+          origin: its local folder.
+          new_head: whether the score head of `model` is a new one, which the checkpoint does not have.
+        """
+        self._config, self._formats, self._origin, self._new_head = config, formats, origin, new_head
+        self.model, self.tokenizer = model, tokenizer
+        self._frozen_on: tuple[Mesh, Params] | None = None
+
+    def initial(self, like: Params) -> Params:
+        """The weights to begin with, on the mesh of `like`."""
+        lora, mesh = self._config.step.lora, jax.tree.leaves(like)[0].sharding.mesh
+        if lora is None:
+            return self.whole(self._config.model, like)
+        # LoRA's matrices are initialised; parts that are trained whole begin with the weights of the checkpoint.
+        key = jax.random.key(self._config.seed)
+        params = init_params(self.model, key, mesh, lora=lora, frozen=self.frozen(mesh))
+        names = [name for name in lora.whole if name in params and not (name == "score" and self._new_head)]
+        if names:
+            stored = self.load(self._config.model, mesh, "float32")
+            params = {**params, **{name: stored[name] for name in names}}
+        return params
+
+    def whole(self, path: str, like: Params) -> Params:
+        """All weights of a checkpoint in float32, on the mesh of `like`; with a new score head if there is one."""
+        mesh = jax.tree.leaves(like)[0].sharding.mesh
+        params = self.load(path, mesh, "float32")
+        if not self._new_head:
+            return params
+        assert self.model.score is not None
+        return with_fresh_score_head(params, self.model, jax.random.key(self._config.seed), self.model.score)[1]
+
+    def load(self, path: str, mesh: Mesh, dtype: str, stacked: bool = True) -> Params:
+        """The weights of a checkpoint on a mesh, without a new score head."""
+        with in_step(f"Reading the weights of {path}"):
+            model = dataclasses.replace(self.model, score=None) if self._new_head else self.model
+            return self._formats.load(path, model, mesh, dtype, stacked)
+
+    def frozen(self, mesh: Mesh) -> Params:
+        """With LoRA: the weights that are not trained, in the compute dtype and layout."""
+        if self._frozen_on is None or self._frozen_on[0] != mesh:
+            self._frozen_on = None
+            step, lora = self._config.step, self._config.step.lora
+            assert lora is not None
+            params = self.load(self._config.model, mesh, step.dtype, stacked=step.scan_layers)
+            unused = {"lm_head"} if self.model.score is not None else set()
+            kept = {name: value for name, value in params.items() if name not in {*lora.whole, *unused}}
+            self._frozen_on = mesh, kept
+        return self._frozen_on[1]
+
+    def export(self, params: Params, model: ModelConfig) -> None:
+        """Writes the tuned model, which ends texts where its turns end.
+
+        Args:
+          params: that were trained.
+          model: the architecture of the last stage.
+        """
+        folder, lora = self._config.export_folder, self._config.step.lora
+        assert folder is not None
+        if lora is not None:
+            self._formats.write_adapter(params, model, lora, self._config.model, folder)
+            return
+        origin = Path(self._config.output).absolute() / "export"
+        with in_step(f"Writing {origin}"):
+            if jax.process_index() == 0:
+                origin.mkdir(parents=True, exist_ok=True)
+                self.tokenizer.save(origin)
+                if model.score is None:
+                    write_file(origin / "generation_config.json", self._generation_config())
+        self._formats.write(params, model, origin, folder)
+
+    def _generation_config(self) -> bytes:
+        """The generation defaults of the checkpoint, with the ends of turns and of texts as end ids."""
+        path = self._origin / "generation_config.json"
+        defaults = json.loads(path.read_bytes()) if path.is_file() else {}
+        return (to_json({**defaults, "eos_token_id": self.end_ids()}, indent=2) + "\n").encode()
+
+    def end_ids(self) -> list[int]:
+        """The ids that end a turn or a text."""
+        ids = self.tokenizer.control_ids.get(TURN_END), self.tokenizer.eos_id, *self.model.eos_token_ids
+        return list(dict.fromkeys(i for i in ids if i is not None))
