@@ -14,7 +14,7 @@ from qwen_jax.kernels import packed_mask
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import bind, init_params, param_specs, without
 from qwen_jax.published import published
-from tests.helpers.rollouts import random_rollouts
+from tests.helpers.random_rollouts import random_rollouts
 from tests.train.test_lora import WIDE, base_of, draw, merged
 from train.data.batch import place
 from train.data.rollouts import Rollout, RolloutBatch, pack_rollouts

@@ -16,7 +16,7 @@ import pytest
 import train.grpo
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.published import published
-from tests.helpers.rollouts import random_rollouts
+from tests.helpers.random_rollouts import random_rollouts
 from tests.helpers.runs import print_seed
 from train.data.batch import place
 from train.data.rollouts import Rollout, RolloutBatch, pack_rollouts

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.errors import InputError
-from tests.helpers.rollouts import random_rollouts
+from tests.helpers.random_rollouts import random_rollouts
 from tests.helpers.runs import print_seed
 from train.data.rollouts import Rollout, RolloutBatch, pack_rollouts
 from train.policy import GrpoConfig
