@@ -115,13 +115,14 @@ def test_texts_are_those_of_merged_models(case: Case, axes: dict[str, int] | Non
     with case.engine(axes) as engine:
         assert engine.adapters == tuple(ADAPTERS)
         mixed: set[int] = set()
-        decode = engine._runner.decode
+        pack_rows = engine._runner.slots.pack_rows
 
-        def watch(rows: Any) -> Any:
-            mixed.add(len({row.adapter for row in rows}))
-            return decode(rows)
+        def watch(*args: Any) -> Any:
+            adapters = pack_rows(*args)
+            mixed.add(len(set(adapters.tolist())))
+            return adapters
 
-        engine._runner.decode = watch  # type: ignore[method-assign]
+        engine._runner.slots.pack_rows = watch  # type: ignore[method-assign]
         streams = []
         for _ in range(9):
             request = random_request(rng, shared)
