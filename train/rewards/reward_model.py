@@ -13,7 +13,7 @@ from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.tokenizer import Tokenizer, render_example
 
 if TYPE_CHECKING:
-    from train.tune import Formats
+    from train.tuned import Formats
 
 
 class RewardModelReward:

@@ -122,7 +122,7 @@ def test_texts_are_those_of_merged_models(case: Case, axes: dict[str, int] | Non
             mixed.add(len(set(adapters.tolist())))
             return adapters
 
-        engine._runner.slots.pack_rows = watch  # type: ignore[method-assign]
+        engine._runner.slots.pack_rows = watch
         streams = []
         for _ in range(9):
             request = random_request(rng, shared)
