@@ -1,6 +1,8 @@
 """What the command lines of all runs share."""
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 from qwen_jax.errors import InputError
 from train.distributed import HEARTBEAT_SECONDS, join
@@ -67,3 +69,12 @@ def steps_to_trace(text: str) -> tuple[int, int]:
     if not colon or not first.isdecimal() or not last.isdecimal():
         raise InputError(f"--profile expects the first and the last step to trace, such as 10:13; got {text!r}.")
     return int(first), int(last)
+
+
+def named(files: Sequence[str] | None) -> dict[str, str]:
+    """Files by the beginnings of their names: several files on a command line are sources of their own.
+
+    Args:
+      files: paths or patterns; None for none.
+    """
+    return {Path(file).name.partition(".")[0] or file: file for file in files or ()}

@@ -246,3 +246,20 @@ def call(path: str) -> object:
         raise InputError(f"{file} has no function {function_name!r}; {near(function_name, functions)}")
     result: object = functions[function_name]()
     return result
+
+
+def call_for(kind: type[T], path: str, changes: Sequence[str] = ()) -> T:
+    """Calls the function of a configuration file, and applies changes.
+
+    Args:
+      kind: what the function must return.
+      path: as for `call`.
+      changes: as for `set_fields`.
+
+    Raises:
+      InputError: no such file, function or field, another return value, or a value that is not of the field's type.
+    """
+    config = call(path)
+    if not isinstance(config, kind):
+        raise InputError(f"{path} must return a {kind.__module__}.{kind.__qualname__}, got {type(config).__name__}.")
+    return set_fields(config, *changes)

@@ -8,7 +8,7 @@ from pathlib import Path
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from qwen_jax.lora import LoRA
-from train.command import add_run_arguments, join_if_asked, steps_to_trace
+from train.command import add_run_arguments, join_if_asked, named, steps_to_trace
 from train.fields import as_json, set_fields
 from train.grpo_config import GrpoRunConfig, RewardUse, load
 from train.grpo_run import train_grpo
@@ -101,14 +101,12 @@ def configuration(options: argparse.Namespace) -> GrpoRunConfig:
         raise InputError(
             f"{' and '.join(missing)} is missing. Give --model, --prompts, --reward and --output, or --config."
         )
-    # Several files are sources of their own.
-    named = lambda files: {Path(file).name.partition(".")[0] or file: file for file in files}  # noqa: E731
     config = GrpoRunConfig(
         output=options.output,
         model=options.model,
         prompts=named(options.prompts),
         rewards=tuple(RewardUse(spec) for spec in options.reward),
-        held_out=named(options.held_out or []),
+        held_out=named(options.held_out),
         order=options.order,
         loop=LoopConfig(evaluate_every=20 if options.held_out else 0),
     )

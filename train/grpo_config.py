@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from train.fields import at_least, call, check_axes, set_fields
+from train.fields import at_least, call_for, check_axes
 from train.grpo import Grpo
 from train.loop import CheckpointConfig, LoopConfig
 from train.optimizer import AdamW, OptimizerConfig, Schedule
@@ -253,7 +253,4 @@ def load(path: str, changes: Sequence[str] = ()) -> GrpoRunConfig:
     Raises:
       InputError: no such file, function or field, or a value that is not of the field's type.
     """
-    config = call(path)
-    if not isinstance(config, GrpoRunConfig):
-        raise InputError(f"{path} must return a train.grpo_config.GrpoRunConfig, got {type(config).__name__}.")
-    return set_fields(config, *changes)
+    return call_for(GrpoRunConfig, path, changes)

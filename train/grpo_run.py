@@ -36,7 +36,7 @@ from train.resume import changed_tuning
 from train.sampler import Sampler
 from train.sandbox import Sandbox
 from train.start import begin
-from train.tuned import Formats, TunedModel
+from train.tuned import Formats, TunedModel, check_reference
 
 
 def train_grpo(
@@ -68,12 +68,7 @@ def train_grpo(
     if model.score is not None:
         raise InputError(f"{config.model} is a reward model, which writes no text. Give a language model.")
     if config.reference is not None:
-        _, theirs, _ = formats.describe(config.reference)
-        if theirs.fingerprint() != tokenizer.fingerprint():
-            raise InputError(
-                f"The reference {config.reference} has another tokenizer than the model {config.model}. Give a "
-                "reference with the same tokenizer."
-            )
+        check_reference(config.reference, config.model, tokenizer, formats)
     with contextlib.ExitStack() as stack:
         run = _Run(config, formats, model, tokenizer, origin, begun.console, begun.clock, stack)
         if write_scores is not None:

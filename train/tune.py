@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.errors import InputError
 from qwen_jax.parallel.multihost import gather_from_processes, in_step
 from qwen_jax.params import Params, union
 from qwen_jax.stack import unstack
@@ -39,7 +38,7 @@ from train.start import begin, stage_meshes
 from train.state import TrainState
 from train.step import EvalStep
 from train.tune_config import MAX_SEGMENTS, TuneConfig
-from train.tuned import Formats, TunedModel
+from train.tuned import Formats, TunedModel, check_reference
 
 
 def tune(config: TuneConfig, formats: Formats, console: Console | None = None) -> int:
@@ -61,19 +60,9 @@ def tune(config: TuneConfig, formats: Formats, console: Console | None = None) -
         model, tokenizer, origin = formats.describe(config.model)
         meshes = stage_meshes(config, model)
         if config.reference is not None:
-            _check_reference(config, tokenizer, formats)
+            check_reference(config.reference, config.model, tokenizer, formats)
     opened = model, tokenizer, origin, meshes, begun.console, begun.clock
     return begun.launch(config.output, lambda: _Run(config, formats, *opened).job())
-
-
-def _check_reference(config: TuneConfig, tokenizer: Tokenizer, formats: Formats) -> None:
-    assert config.reference is not None
-    _, theirs, _ = formats.describe(config.reference)
-    if theirs.fingerprint() != tokenizer.fingerprint():
-        raise InputError(
-            f"The reference {config.reference} has another tokenizer than the model {config.model}, so that its "
-            "log-probabilities are of other tokens. Give a reference with the same tokenizer."
-        )
 
 
 class _Run:

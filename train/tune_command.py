@@ -3,12 +3,11 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from qwen_jax.lora import LoRA
-from train.command import add_run_arguments, join_if_asked, steps_to_trace
+from train.command import add_run_arguments, join_if_asked, named, steps_to_trace
 from train.dpo import DpoConfig
 from train.fields import as_json, set_fields
 from train.loop import LoopConfig
@@ -99,13 +98,11 @@ def configuration(method: Method, options: argparse.Namespace) -> TuneConfig:
         missing = [f"--{name}" for name in ("model", "data", "output") if name not in given]
         if missing:
             raise InputError(f"{' and '.join(missing)} is missing. Give --model, --data and --output, or --config.")
-        # Several files are sources of their own.
-        named = lambda files: {Path(file).name.partition(".")[0] or file: file for file in files}  # noqa: E731
         config = TuneConfig(
             output=options.output,
             model=options.model,
             data=named(options.data),
-            held_out=named(options.held_out or []),
+            held_out=named(options.held_out),
             objective=_OBJECTIVES[method],
             stages=(TuneStage(learning_rate=_RATES[method], epochs=2.0 if method == "sft" else 1.0),),
             loop=LoopConfig(evaluate_every=100 if options.held_out else 0),

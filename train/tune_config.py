@@ -11,7 +11,7 @@ from qwen_jax.errors import InputError
 from train.data.example_store import TooLong
 from train.data.examples import ExampleOptions, Kind
 from train.dpo import Dpo, DpoConfig
-from train.fields import at_least, call, check_axes, near, set_fields
+from train.fields import at_least, call_for, check_axes, near
 from train.loop import CheckpointConfig, LoopConfig
 from train.merging import Merging
 from train.objective import Objective
@@ -241,7 +241,4 @@ def load(path: str, changes: Sequence[str] = ()) -> TuneConfig:
     Raises:
       InputError: no such file, function or field, or a value that is not of the field's type.
     """
-    config = call(path)
-    if not isinstance(config, TuneConfig):
-        raise InputError(f"{path} must return a train.tune_config.TuneConfig, got {type(config).__name__}.")
-    return set_fields(config, *changes)
+    return call_for(TuneConfig, path, changes)

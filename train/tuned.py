@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from qwen_jax.lora import LoRA
 from qwen_jax.parallel.multihost import in_step
@@ -41,6 +42,25 @@ class Formats(Protocol):
     def write_adapter(self, params: Params, config: ModelConfig, lora: LoRA, base: str, folder: Path) -> None:
         """Writes a PEFT folder of trained parameters."""
         ...
+
+
+def check_reference(reference: str, model: str, tokenizer: Tokenizer, formats: Formats) -> None:
+    """Checks that a reference has the tokenizer of the model that is bound to it.
+
+    Args:
+      reference, model: checkpoints.
+      tokenizer: of the model.
+      formats: reads the reference's.
+
+    Raises:
+      InputError: it has another one.
+    """
+    _, theirs, _ = formats.describe(reference)
+    if theirs.fingerprint() != tokenizer.fingerprint():
+        raise InputError(
+            f"The reference {reference} has another tokenizer than the model {model}, so that its "
+            "log-probabilities are of other tokens. Give a reference with the same tokenizer."
+        )
 
 
 class TunedRun(Protocol):

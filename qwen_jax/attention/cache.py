@@ -12,6 +12,7 @@ caches number the tokens of a row by *slots*; masks count slots.
 A cache without tokens is `fresh`: its first write is a prompt, and queries attend to the new keys alone.
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -304,13 +305,57 @@ def write_pages(pages_NKPd: jax.Array, new_BTKd: jax.Array, page_BT: jax.Array, 
     return rows.at[row_BTK].set(new, mode="drop", unique_indices=True).reshape(pages_NKPd.shape)
 
 
+class PagesLayer(abc.ABC):
+    """What layers whose keys and values lie in pages have in common.
+
+    Attributes:
+      k_NKPd, v_NKPd: the pages.
+    """
+
+    k_NKPd: jax.Array
+    v_NKPd: jax.Array
+
+    @property
+    @abc.abstractmethod
+    def table(self) -> jax.Array:
+        """The page table int32 [rows, pages]."""
+
+    def attend(
+        self,
+        q_BTHd: jax.Array,
+        mask: kernels.Mask,
+        *,
+        scale: float,
+        implementation: kernels.Implementation,
+    ) -> tuple[jax.Array, jax.Array]:
+        pages = self.k_NKPd, self.v_NKPd, self.table
+        return kernels.paged_attention(q_BTHd, *pages, mask, scale=scale, implementation=implementation)
+
+    def keys_values(self, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+        raise ValueError("Sparse attention needs a contiguous cache.")
+
+    def supports_step(self, implementation: kernels.Implementation, x: jax.Array, heads: int, kv_heads: int) -> bool:
+        return False
+
+    def step(
+        self,
+        qkv_BRd: jax.Array,
+        bias_Rd: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        start_B: jax.Array,
+        *,
+        scale: float,
+    ) -> tuple[jax.Array, Any]:
+        raise ValueError("There is no fused decode step for pages: see supports_step.")
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("k_NKPd", "v_NKPd", "pages_BM", "lengths_B", "new_B"),
     meta_fields=("fresh",),
 )
 @dataclasses.dataclass(frozen=True)
-class PagedLayer:
+class PagedLayer(PagesLayer):
     """One layer of a `PagedCache`."""
 
     k_NKPd: jax.Array
@@ -340,33 +385,9 @@ class PagedLayer:
         )
         return dataclasses.replace(self, k_NKPd=k, v_NKPd=v)
 
-    def attend(
-        self,
-        q_BTHd: jax.Array,
-        mask: kernels.Mask,
-        *,
-        scale: float,
-        implementation: kernels.Implementation,
-    ) -> tuple[jax.Array, jax.Array]:
-        pages = self.k_NKPd, self.v_NKPd, self.pages_BM
-        return kernels.paged_attention(q_BTHd, *pages, mask, scale=scale, implementation=implementation)
-
-    def keys_values(self, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
-        raise ValueError("Sparse attention needs a contiguous cache.")
-
-    def supports_step(self, implementation: kernels.Implementation, x: jax.Array, heads: int, kv_heads: int) -> bool:
-        return False
-
-    def step(
-        self,
-        qkv_BRd: jax.Array,
-        bias_Rd: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
-        start_B: jax.Array,
-        *,
-        scale: float,
-    ) -> tuple[jax.Array, "PagedLayer"]:
-        raise ValueError("There is no fused decode step for pages: see supports_step.")
+    @property
+    def table(self) -> jax.Array:
+        return self.pages_BM
 
 
 @functools.partial(

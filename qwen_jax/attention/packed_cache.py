@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
-from qwen_jax.attention.cache import write_pages
+from qwen_jax.attention.cache import PagesLayer, write_pages
 from qwen_jax.parallel.sharding import Sharding
 
 
@@ -22,7 +22,7 @@ from qwen_jax.parallel.sharding import Sharding
     jax.tree_util.register_dataclass, data_fields=("k_NKPd", "v_NKPd", "pages_1M", "slot_1T"), meta_fields=()
 )
 @dataclasses.dataclass(frozen=True)
-class PackedLayer:
+class PackedLayer(PagesLayer):
     """One layer of a `PackedCache`."""
 
     k_NKPd: jax.Array
@@ -55,33 +55,9 @@ class PackedLayer:
         )
         return dataclasses.replace(self, k_NKPd=k, v_NKPd=v)
 
-    def attend(
-        self,
-        q_BTHd: jax.Array,
-        mask: kernels.Mask,
-        *,
-        scale: float,
-        implementation: kernels.Implementation,
-    ) -> tuple[jax.Array, jax.Array]:
-        pages = self.k_NKPd, self.v_NKPd, self.pages_1M
-        return kernels.paged_attention(q_BTHd, *pages, mask, scale=scale, implementation=implementation)
-
-    def keys_values(self, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
-        raise ValueError("Sparse attention needs a contiguous cache.")
-
-    def supports_step(self, implementation: kernels.Implementation, x: jax.Array, heads: int, kv_heads: int) -> bool:
-        return False
-
-    def step(
-        self,
-        qkv_BRd: jax.Array,
-        bias_Rd: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
-        start_B: jax.Array,
-        *,
-        scale: float,
-    ) -> tuple[jax.Array, "PackedLayer"]:
-        raise ValueError("There is no fused decode step for packed texts: see supports_step.")
+    @property
+    def table(self) -> jax.Array:
+        return self.pages_1M
 
 
 @functools.partial(
