@@ -43,9 +43,9 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def engine(params: Params, mesh: Mesh, tokenizer: Tokenizer) -> Iterator[ContinuousEngine]:
-    """Whose texts end soon: each of 8 ids ends one."""
+    """Whose texts end soon: each of 8 ids ends one. No page of its cache is needed twice in a test."""
     ends = [tokenizer.control_ids["<|im_end|>"], *range(7)]
-    with engine_of(params, MODEL, mesh, mesh, tokenizer=tokenizer, eos_token_ids=ends) as engine:
+    with engine_of(params, MODEL, mesh, mesh, tokenizer=tokenizer, eos_token_ids=ends, num_pages=256) as engine:
         yield engine
 
 

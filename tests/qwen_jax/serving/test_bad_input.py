@@ -240,7 +240,20 @@ def test_a_million_small_items_are_refused_soon(path: str, field: str, item: str
         assert "objects and lists" in error["message"]
     else:
         assert error["param"] == field
-    # Brackets in a text are none of them.
+
+
+def test_strings_without_an_end_do_not_keep_the_loop() -> None:
+    """Each of a million quotes could begin a string to the end of the body."""
+    http = client(FakeEngine(), max_body_bytes=10**8)
+    data = b'{"prompt": ' + b"[" * 200_001 + b'"\\' * 1_000_000
+    start = time.process_time()
+    error = check(http.post(TEXT, content=data, headers={"Content-Type": "application/json"}))
+    assert time.process_time() - start < 1.5
+    assert "objects and lists" in error["message"]
+
+
+def test_brackets_in_strings_are_text() -> None:
+    http = client(FakeEngine(), max_body_bytes=10**8)
     text = json.dumps({"prompt": '\\"[{' * 110_000}).encode()
     assert "context" in check(http.post(TEXT, content=text, headers={"Content-Type": "application/json"}))["message"]
 

@@ -212,7 +212,7 @@ def test_scores(metric: score.Metric, answer: str, references: list[str], expect
 
 def test_roles_of_ids_are_disjoint() -> None:
     layout = synthetic_ids.IdLayout(256, 512)
-    roles = [[layout.needle, layout.question, layout.copy], layout.values, layout.keys, layout.noise]
+    roles = [[layout.needle, layout.question], layout.values, layout.keys, layout.noise]
     every = np.concatenate(roles)
     assert len({*every.tolist()}) == len(every)
     assert every.min() == 256

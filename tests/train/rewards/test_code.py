@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import train
 from qwen_jax.errors import InputError
 from train.rewards import load_reward
 
@@ -59,6 +60,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = types.ModuleType("train.sandbox")
     module.Sandbox, module.Test, module.Limits, module.Outcome = Sandbox, Test, Limits, Outcome
     monkeypatch.setitem(sys.modules, "train.sandbox", module)
+    monkeypatch.setattr(train, "sandbox", module, raising=False)
 
 
 def prints(*outputs: str) -> list[dict[str, Any]]:
