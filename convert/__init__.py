@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from convert.folder import Format, check_destination, detect
 from convert.source import Source, nbytes, parse_dtype
-from qwen_jax.config import ModelConfig, load_config
+from qwen_jax.config import DTYPES, ModelConfig, load_config
 from qwen_jax.errors import InputError
 from qwen_jax.hub import CONFIG, is_hub_id, resolve
 from qwen_jax.options import Options
@@ -38,9 +38,9 @@ def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None)
         load_config(resolve(path, CONFIG))  # Refuse an unsupported model before its weights are downloaded.
     folder = resolve(path)
     if detect(folder) == "hf":
-        from convert.huggingface import SafetensorsSource
+        from convert.quantized.source import QuantizedSource
 
-        return SafetensorsSource(folder, config)
+        return QuantizedSource(folder, config)
     from convert.orbax import OrbaxSource
 
     return OrbaxSource(folder, config)
@@ -166,6 +166,8 @@ def write_folder(
       InputError: as `convert`.
     """
     target = check_options(dst, to, dtype)
+    if source.config.quantization is not None:
+        source = _dequantized(source, target)
     with _bar(nbytes(source, target), progress and sys.stderr.isatty()) as advance:
         if to == "hf":
             from convert.huggingface import export
@@ -175,6 +177,18 @@ def write_folder(
             from convert.orbax import save
 
             save(source, source.config, dst, target, progress=advance)
+
+
+def _dequantized(source: Source, dtype: np.dtype | None) -> Source:
+    """A quantised checkpoint in full precision."""
+    from convert.dequantize import DequantizedSource
+
+    if dtype is None:
+        raise InputError(
+            f"The weights of {source.folder or 'this model'} are quantised. Give the dtype to dequantise them to, one "
+            f"of {', '.join(DTYPES)} (--dtype bfloat16)."
+        )
+    return DequantizedSource(source)
 
 
 def check_options(dst: str | os.PathLike[str], to: str | None, dtype: DTypeLike | None) -> np.dtype | None:

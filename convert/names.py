@@ -206,6 +206,16 @@ _PROJECTIONS = {
 }
 
 
+def projections(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of every projection that may be quantised, by the name of its Hugging Face module."""
+    return {
+        name.removesuffix(".weight"): (leaf.hf_shape[0], leaf.hf_shape[1])
+        for leaf in leaves(dataclasses.replace(config, quantization=None))
+        if ".".join(leaf.path[1:]).removesuffix(".weight") in _PROJECTIONS
+        for name in leaf.names
+    }
+
+
 def _quantized(leaf: Leaf, config: ModelConfig) -> list[Leaf]:
     """The leaves of the arrays that take the place of a leaf: one set for the layers of each scheme.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -57,17 +58,26 @@ def place(source: Source, mesh: Mesh, dtype: DTypeLike | None = None, options: O
     _check_memory(placed, target, options.stacked)
     params: Params = {"layers": {} if options.stacked else [{} for _ in range(config.num_layers)]}
     with jax.set_mesh(mesh):
-        for part, leaf, one in placed:
-            leaf_dtype = dtype_of(leaf, target, part.dtype(leaf))
-            if not leaf.layers:
-                _put(params, leaf.path, _load(part, leaf, slice(0, 1), one, leaf_dtype, squeeze=True))
-            elif options.stacked:
-                _put(params, leaf.path, _load_stacked(part, leaf, one, leaf_dtype))
-            else:
-                for i, layer in enumerate(leaf.layers):
-                    array = _load(part, leaf, slice(i, i + 1), one, leaf_dtype, squeeze=True)
-                    _put(params["layers"][layer], leaf.path[1:], array)
+        for (layers, _), group in itertools.groupby(placed, key=lambda entry: _matrix(entry.leaf)):
+            together = [(*entry, dtype_of(entry.leaf, target, entry.source.dtype(entry.leaf))) for entry in group]
+            if layers and not options.stacked:
+                # The arrays of one quantised matrix follow each other, because its source unpacks them together.
+                for i, layer in enumerate(layers):
+                    for part, leaf, one, leaf_dtype in together:
+                        array = _load(part, leaf, slice(i, i + 1), one, leaf_dtype, squeeze=True)
+                        _put(params["layers"][layer], leaf.path[1:], array)
+                continue
+            for part, leaf, one, leaf_dtype in together:
+                if layers:
+                    _put(params, leaf.path, _load_stacked(part, leaf, one, leaf_dtype))
+                else:
+                    _put(params, leaf.path, _load(part, leaf, slice(0, 1), one, leaf_dtype, squeeze=True))
     return params
+
+
+def _matrix(leaf: Leaf) -> tuple[tuple[int, ...], str]:
+    """What the arrays of one quantised matrix have in common: their layers, and the name of its first tensor."""
+    return leaf.layers, leaf.names[0].rpartition(".")[0] if leaf.stored is not None else leaf.names[0]
 
 
 class _Placed(NamedTuple):
