@@ -60,6 +60,12 @@ def merge_adapter(source: Source, adapter: str | os.PathLike[str] | None) -> Sou
         return source
     from convert.adapter import MergedSource, read_adapter
 
+    if source.config.quantization is not None:
+        raise InputError(
+            f"The weights of {source.folder or 'this model'} are quantised, so that {adapter} cannot be merged into "
+            f"them. Serve the adapter beside them (qwen-jax serve --adapter NAME={adapter}), or merge it into the "
+            f"dequantised weights: qwen-jax convert --to hf --dtype bfloat16 --merge-adapter {adapter}."
+        )
     return MergedSource(source, read_adapter(adapter, source.config))
 
 
@@ -145,7 +151,10 @@ def convert(
       InputError: a damaged or unsupported checkpoint, an existing destination, or too small a disk.
     """
     check_options(dst, to, dtype)
-    source = merge_adapter(open_source(src), adapter)
+    source = open_source(src)
+    if source.config.quantization is not None:
+        source = _dequantized(source, check_options(dst, to, dtype))
+    source = merge_adapter(source, adapter)
     assert source.folder is not None
     stored = detect(source.folder)
     other: Format = "orbax" if stored == "hf" else "hf"
