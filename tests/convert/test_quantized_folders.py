@@ -19,6 +19,7 @@ from convert.quantized.fp8 import Fp8
 from convert.quantized.gptq import Gptq
 from convert.quantized.info import FormatInfo
 from convert.source import TreeSource
+from qwen_jax.cli import main
 from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import InputError
 from qwen_jax.inference.weights import fuse
@@ -129,6 +130,29 @@ def test_some_projections_may_be_left_out(tmp_path: Path) -> None:
     again = place(source, make_mesh({}, jax.devices()[:1]), options=Options(stacked=False))
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, np.asarray(b))
+
+
+def test_verify_compares_codes_with_their_values(tmp_path: Path) -> None:
+    """With transformers and NumPy, and with the same weights in full precision; other codes do not pass."""
+    rng = print_seed()
+    write(tmp_path / "quantised", *FORMATS["awq"], False, rng)
+    convert(tmp_path / "quantised", tmp_path / "plain", "hf", "float32")
+    assert main(["verify", str(tmp_path / "quantised"), "--against", "transformers"]) == 0
+    assert main(["verify", str(tmp_path / "quantised"), "--against", "numpy"]) == 0
+    assert main(["verify", str(tmp_path / "quantised"), str(tmp_path / "plain")]) == 0
+    write(tmp_path / "other", *FORMATS["awq"], False, rng)
+    assert main(["verify", str(tmp_path / "other"), str(tmp_path / "plain")]) == 1
+
+
+def test_info_tells_how_weights_are_quantised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "quantised", *FORMATS["gptq-4"], False, print_seed())
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "quantised"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    size = (tmp_path / "quantised" / "model.safetensors").stat().st_size
+    assert report["quantization"] == {"method": "gptq", "bits": 4, "group_size": 32, "weights_bytes": size}
+    assert main(["info", str(tmp_path / "quantised")]) == 0
+    assert "gptq, 4 bits, groups of 32" in capsys.readouterr().out
 
 
 def test_dtype_is_needed_to_convert(tmp_path: Path) -> None:
