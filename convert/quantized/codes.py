@@ -62,13 +62,12 @@ class Codes:
 
     def dequantize(self) -> np.ndarray:
         """The values, float32 [O, I], with the inputs in their own order."""
-        outputs, inputs = self.codes.shape
         if self.codes.dtype == FLOAT8:
             # A look-up is several times faster than the conversion of ml_dtypes.
             values = np.arange(256, dtype=np.uint8).view(FLOAT8).astype(np.float32)[self.codes.view(np.uint8)]
         else:
             values = integers(self.codes).astype(np.float32)
-        grouped = values.reshape(outputs, -1, self.group)
+        grouped = values.reshape(len(values), -1, self.group)
         if self.zeros is not None:
             grouped -= integers(self.zeros).astype(np.float32)[..., None]
         grouped *= self.scales.astype(np.float32)[..., None]

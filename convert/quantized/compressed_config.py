@@ -11,7 +11,6 @@ from convert.quantized.info import (
     FormatInfo,
     boolean,
     can_be_quantized,
-    expression,
     group_size,
     integer,
     is_listed,

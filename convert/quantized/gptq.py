@@ -32,6 +32,7 @@ from convert.quantized.info import (
     boolean,
     can_be_quantized,
     check_finite,
+    check_form,
     check_shape,
     check_tensors,
     expression,
@@ -334,19 +335,9 @@ def pack(codes: Codes, info: Gptq, module: str = "") -> dict[str, np.ndarray]:
       InputError: the format cannot hold these codes.
     """
     info = of_module(info, module)
-    outputs, inputs = codes.codes.shape
+    check_form(codes, info, module)
+    inputs = codes.codes.shape[1]
     group = info.file_group(inputs)
-    if (
-        str(codes.codes.dtype) != info.codes
-        or codes.mins is not None
-        or (codes.zeros is not None) != (info.offset == "zero")
-    ):
-        raise InputError(
-            f"{place(module)} has codes {codes.codes.dtype}, zero points: {codes.zeros is not None}, minima: "
-            f"{codes.mins is not None}; this GPTQ config holds {info.codes}, offset {info.offset!r}."
-        )
-    if codes.order is not None and not info.ordered:
-        raise InputError(f"{place(module)} has an order of inputs, which needs desc_act without static_groups.")
     # Zero points. Where there are none, they are in the middle.
     scales = joined(codes.scales, inputs, group, "scales")
     if codes.zeros is None:
