@@ -87,9 +87,11 @@ class Codes:
         if group < 1 or self.group % group:
             raise InputError(f"Groups of {self.group} inputs can be cut into groups of a divisor, got {group}.")
         times = self.group // group
-        parts = {name: getattr(self, name) for name in ("scales", "zeros", "mins")}
         return dataclasses.replace(
-            self, **{name: part if part is None else np.repeat(part, times, 1) for name, part in parts.items()}
+            self,
+            scales=np.repeat(self.scales, times, 1),
+            zeros=None if self.zeros is None else np.repeat(self.zeros, times, 1),
+            mins=None if self.mins is None else np.repeat(self.mins, times, 1),
         )
 
     def in_own_order(self) -> np.ndarray:
