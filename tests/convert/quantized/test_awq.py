@@ -67,7 +67,8 @@ def test_files_are_read_and_written_by_the_published_formula(
     assert set(expected) == {f"{Q_PROJ}.{name}" for name in tensors}
     for name, array in tensors.items():
         stored = expected[f"{Q_PROJ}.{name}"]
-        assert array.dtype in stored.dtypes and array.shape in stored.shapes
+        assert array.dtype in stored.dtypes
+        assert array.shape in stored.shapes
     assert awq.read_config(WHERE, awq.write_config(info)) == info
 
 
@@ -163,14 +164,12 @@ def test_contradictions_are_refused() -> None:
     info = Awq(codes="int4", group=8, offset="zero")
     tensors, _ = make_file(rng, info, 16, 24)
     symmetric = dataclasses.replace(info, offset="none")
-    with pytest.raises(InputError, match="zero_point=false.*zero_point=true"):
+    with pytest.raises(InputError, match=r"zero_point=false.*zero_point=true"):
         awq.unpack(tensors, symmetric)
     codes = awq.unpack(tensors, info)
     assert codes.zeros is not None
     order = rng.permutation(24).astype(np.int32)
-    narrow = dataclasses.replace(
-        codes, **{name: getattr(codes, name)[:12] for name in ("codes", "scales", "zeros")}
-    )
+    narrow = dataclasses.replace(codes, **{name: getattr(codes, name)[:12] for name in ("codes", "scales", "zeros")})
     for wrong, form, message in (
         (codes, symmetric, "it has zero points"),
         (dataclasses.replace(codes, order=order), info, "sorted by group"),

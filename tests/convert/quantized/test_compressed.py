@@ -105,7 +105,7 @@ def configurations(draw: st.DrawFn) -> Compressed:
 def test_files_are_read_and_written_by_the_formula(
     info: Compressed, outputs: int, inputs: int, scales: str, seed: int
 ) -> None:
-    """Values, bytes after writing, the names that are asked for, and the configuration, over all forms and odd sizes."""
+    """Values, bytes after writing, names that are asked for, and the configuration, over all forms and odd sizes."""
     shape = (outputs, inputs)
     tensors, values = make_file(np.random.default_rng(seed), info, *shape, scales)
     codes = compressed.unpack(tensors, info, shape=shape)
@@ -117,7 +117,8 @@ def test_files_are_read_and_written_by_the_formula(
     expected = compressed.tensor_names(Q_PROJ, shape, info)
     for name, array in tensors.items():
         stored = expected.pop(f"{Q_PROJ}.{name}")
-        assert array.dtype in stored.dtypes and array.shape in stored.shapes
+        assert array.dtype in stored.dtypes
+        assert array.shape in stored.shapes
     assert all(stored.optional for stored in expected.values())
     assert compressed.read_config(WHERE, compressed.write_config(info)) == info
 
@@ -179,10 +180,9 @@ TOKEN = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "sy
 def test_configurations_of_llm_compressor_are_read(caplog: pytest.LogCaptureFixture) -> None:
     """W4A16, W8A8 and FP8 as LLM Compressor writes them."""
     found = compressed.read_config(WHERE, W4A16)
-    assert found == Compressed(
-        codes="int4", group=128, format="pack-quantized", strategy="group", ignore=("lm_head",)
-    )
-    assert found.of("lm_head") is None and found.of("model.layers.0.mlp.gate") is None
+    assert found == Compressed(codes="int4", group=128, format="pack-quantized", strategy="group", ignore=("lm_head",))
+    assert found.of("lm_head") is None
+    assert found.of("model.layers.0.mlp.gate") is None
     assert found.of(Q_PROJ) == dataclasses.replace(found, ignore=())
     int8 = group({"num_bits": 8, "strategy": "channel", "group_size": None}, input_activations=TOKEN)
     found = compressed.read_config(WHERE, {**int8, "format": "int-quantized"})
@@ -192,9 +192,7 @@ def test_configurations_of_llm_compressor_are_read(caplog: pytest.LogCaptureFixt
     float8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "group_size": None}
     static = {**TOKEN, "type": "float", "strategy": "tensor", "dynamic": False}
     with caplog.at_level(logging.WARNING):
-        found = compressed.read_config(
-            WHERE, {**group(float8, input_activations=static), "format": "float-quantized"}
-        )
+        found = compressed.read_config(WHERE, {**group(float8, input_activations=static), "format": "float-quantized"})
     assert "static scales of activations" in caplog.text
     assert (found.codes, found.activations, found.strategy) == ("float8_e4m3fn", "float8_e4m3fn", "tensor")
     # Activations that the weights' codes do not go with are kept, and this is said.
@@ -281,9 +279,7 @@ def test_float8_with_zero_points_is_refused() -> None:
         compressed.read_config(WHERE, {**config, "format": "float-quantized"})
 
 
-PACKED = Compressed(
-    codes="int4", group=8, offset="zero", format="pack-quantized", strategy="group", act_order=True
-)
+PACKED = Compressed(codes="int4", group=8, offset="zero", format="pack-quantized", strategy="group", act_order=True)
 
 
 @pytest.mark.parametrize(
@@ -303,9 +299,7 @@ PACKED = Compressed(
         (lambda t: t["weight_g_idx"].fill(0), "m.weight_g_idx: expected groups of 8 inputs"),
     ],
 )
-def test_packed_tensors_that_do_not_fit_are_refused(
-    edit: Callable[[dict[str, np.ndarray]], Any], message: str
-) -> None:
+def test_packed_tensors_that_do_not_fit_are_refused(edit: Callable[[dict[str, np.ndarray]], Any], message: str) -> None:
     tensors, _ = make_file(print_seed(), PACKED, 16, 24, "float32")
     edit(tensors)
     with pytest.raises(InputError, match=message):

@@ -98,7 +98,8 @@ def test_files_are_read_and_written_by_the_published_formula(
     assert set(expected) == {f"{Q_PROJ}.{name}" for name in tensors}
     for name, array in tensors.items():
         stored = expected[f"{Q_PROJ}.{name}"]
-        assert array.dtype in stored.dtypes and array.shape in stored.shapes
+        assert array.dtype in stored.dtypes
+        assert array.shape in stored.shapes
 
 
 @pytest.mark.parametrize(
@@ -110,9 +111,7 @@ def test_files_are_read_and_written_by_the_published_formula(
         ("int8", "gptq_v2", 0x80808080),
     ],
 )
-def test_zero_points_of_symmetric_files_are_the_words_that_qwen_publishes(
-    codes: Any, version: Any, word: int
-) -> None:
+def test_zero_points_of_symmetric_files_are_the_words_that_qwen_publishes(codes: Any, version: Any, word: int) -> None:
     """Reading and writing agree with the constant words of Qwen's files."""
     info = Gptq(codes=codes, group=8, version=version)
     tensors, values = make_file(print_seed(), info, 16, 24)
@@ -219,9 +218,7 @@ def test_configurations_of_autogptq_and_gptqmodel_are_read() -> None:
         "model_name_or_path": None,
         "model_file_base_name": "model",
     }
-    assert gptq.read_config(WHERE, autogptq) == Gptq(
-        codes="int8", offset="zero", desc_act=True, static_groups=True
-    )
+    assert gptq.read_config(WHERE, autogptq) == Gptq(codes="int8", offset="zero", desc_act=True, static_groups=True)
     gptqmodel = {
         "bits": 4,
         "group_size": 32,
@@ -237,7 +234,8 @@ def test_configurations_of_autogptq_and_gptqmodel_are_read() -> None:
     }
     found = gptq.read_config(WHERE, gptqmodel)
     assert found == Gptq(codes="int4", group=32, offset="zero", desc_act=True, quantizer=("gptqmodel:7.7.0",))
-    assert found.in_words and found.ordered
+    assert found.in_words
+    assert found.ordered
 
 
 BASE = {"bits": 4, "group_size": 128}
