@@ -1,5 +1,6 @@
 """The format of a checkpoint is told by its configuration, which must agree with its tensors."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -51,6 +52,8 @@ def test_old_gptq_folders_have_a_file_of_their_own(tmp_path: Path) -> None:
     assert quantized.read_format(tmp_path, same) == expected
     with pytest.raises(InputError, match="contradict each other: group_size is 128 and 32"):
         quantized.read_format(tmp_path, {**same, "group_size": 128})
+    beside.write_text(json.dumps({**same, "checkpoint_format": "gptq_v2", "desc_act": None}))
+    assert quantized.read_format(tmp_path, same) == dataclasses.replace(expected, version="gptq_v2")
     beside.write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
         quantized.read_format(tmp_path, None)
