@@ -1,5 +1,7 @@
 """The format of a checkpoint is told by its configuration, which must agree with its tensors."""
 
+import contextlib
+import copy
 import dataclasses
 import json
 import time
@@ -8,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from convert import quantized
 from convert.quantized import awq, compressed, fp8, gptq
@@ -75,6 +79,40 @@ def test_configurations_without_a_method_are_refused(tmp_path: Path) -> None:
         quantized.read_format(tmp_path, {"load_in_4bit": True})
     with pytest.raises(InputError, match=r"no quant_method. Supported are gptq"):
         quantized.read_format(tmp_path, {"bits": 4})
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 200) | st.sampled_from(["gptq", "int", "group", "128x128", "("]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["bits", "a", "weights"]), inner),
+    max_leaves=4,
+)
+CONFIGS: list[dict[str, Any]] = [
+    {**GPTQ, "meta": {"quantizer": ["gptqmodel:1"]}, "dynamic": {"a": {"bits": 8}}, "static_groups": True},
+    {"quant_method": "awq", "bits": 4, "group_size": 128, "modules_to_not_convert": ["lm_head"], "zero_point": True},
+    test_compressed.group({"actorder": "group"}, input_activations=test_compressed.TOKEN),
+    {"quant_method": "fp8", "weight_block_size": [128, 128], "ignored_layers": ["lm_head"], "fmt": "e4m3"},
+]
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.sampled_from(CONFIGS), st.data())
+def test_configurations_with_wrong_values_are_read_or_refused_with_a_message(
+    config: dict[str, Any], data: st.DataObject
+) -> None:
+    """Any value at any depth may be replaced by any other: there is no other failure than `InputError`."""
+    config = copy.deepcopy(config)
+    inside: Any = config
+    while True:
+        key = data.draw(st.sampled_from(sorted(inside)))
+        if not isinstance(inside[key], dict) or not inside[key] or data.draw(st.booleans()):
+            break
+        inside = inside[key]
+    inside[key] = data.draw(JSON)
+    with contextlib.suppress(InputError):
+        info = quantized.read_format(Path("/nonexistent"), config)
+        assert info is not None
+        info.of(UP)
+        assert quantized.read_format(Path("/nonexistent"), quantized.write_config(info)) == info
 
 
 def test_configuration_and_tensors_must_agree(tmp_path: Path) -> None:

@@ -340,6 +340,8 @@ def test_contradictions_of_a_file_and_its_configuration_are_refused() -> None:
 
 
 def test_a_file_without_g_idx_has_consecutive_groups() -> None:
+    """Unless its inputs are ordered; one group of all inputs needs no order."""
+    assert not Gptq(codes="int4", group=0, desc_act=True).ordered
     info = Gptq(codes="int4", group=8)
     tensors, values = make_file(print_seed(), info, 16, 24)
     del tensors["g_idx"]
