@@ -266,13 +266,13 @@ def unpack(
     group = info.file_group(inputs)
     check_finite(full_name(module, "scales"), scales)
     # Codes, zero points and the order of the inputs.
-    codes = words.unpack(words.transposed(qweight), info.bits, inputs)
     order = _order(g_idx, inputs, group, info, module)
+    codes = words.unpack_columns(qweight, info.bits, inputs, order)
     zeros = words.transposed(_zeros(tensors[full_name(module, "qzeros")], outputs, info))
     if info.offset == "none":
         _check_symmetric(zeros, info, module)
     return Codes(
-        codes if order is None else np.take(codes, order, axis=1),
+        codes,
         cut(words.transposed(scales), inputs, group),
         None if info.offset == "none" else cut(zeros, inputs, group),
         order=order,
@@ -350,7 +350,7 @@ def pack(codes: Codes, info: Gptq, module: str = "") -> dict[str, np.ndarray]:
     if info.version == "gptq" and info.in_words:
         qzeros = (qzeros.view(np.uint32) - np.uint32(_ONES[info.bits])).view(np.int32)
     tensors = {
-        "qweight": words.transposed(words.pack(codes.in_own_order())),
+        "qweight": words.pack_columns(codes.codes, codes.order),
         "qzeros": qzeros,
         "scales": words.transposed(scales),
         "g_idx": groups_of(codes.order, inputs, group),

@@ -107,6 +107,24 @@ def test_transposes_are_exact_over_the_edges_of_blocks() -> None:
         np.testing.assert_array_equal(found, matrix.T)
 
 
+@pytest.mark.parametrize("dtype", ["int4", "int8"])
+def test_matrices_are_worked_on_in_parts_without_a_trace(dtype: str) -> None:
+    """Packing, unpacking and values of many outputs are those of few outputs beside each other."""
+    codes = random_codes(print_seed(), dtype, 517, 3, 7, "float16", zeros=True, mins=True, order=True)
+    packed = words.pack_columns(codes.codes, codes.order)
+    bits = 4 if dtype == "int4" else 8
+    found = words.unpack_columns(packed, bits, 21, codes.order)
+    np.testing.assert_array_equal(words.integers(found), words.integers(codes.codes))
+    np.testing.assert_array_equal(packed, words.pack(codes.in_own_order()).T)
+    names = ("codes", "scales", "zeros", "mins")
+    rows = [
+        dataclasses.replace(codes, **{name: getattr(codes, name)[start : start + 11] for name in names})
+        for start in range(0, 517, 11)
+    ]
+    np.testing.assert_array_equal(codes.dequantize(), np.concatenate([part.dequantize() for part in rows]))
+    np.testing.assert_array_equal(words.unpack_columns(packed[:, 500:], bits, 21, codes.order), found[500:])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
