@@ -23,6 +23,7 @@ from convert.quantized.info import (
     boolean,
     can_be_quantized,
     check_finite,
+    check_form,
     check_shape,
     check_tensors,
     full_name,
@@ -171,17 +172,10 @@ def pack(codes: Codes, info: Awq, module: str = "") -> dict[str, np.ndarray]:
       InputError: the format cannot hold these codes.
     """
     info = of_module(info, module)
+    check_form(codes, info, module)
     outputs, inputs = codes.codes.shape
     group = info.file_group(inputs)
     _check_outputs(outputs, module)
-    has_zeros = codes.zeros is not None
-    if codes.codes.dtype != words.INT4 or codes.mins is not None or has_zeros != (info.offset == "zero"):
-        raise InputError(
-            f"{place(module)} has codes {codes.codes.dtype}, zero points: {has_zeros}, minima: "
-            f"{codes.mins is not None}; this AWQ config holds int4, offset {info.offset!r}."
-        )
-    if codes.order is not None:
-        raise InputError(f"{place(module)} has an order of inputs, which AWQ files cannot hold; write GPTQ.")
     scales = joined(codes.scales, inputs, group, "scales")
     if codes.zeros is None:
         zeros = np.zeros(scales.shape, words.INT4)

@@ -28,6 +28,7 @@ from convert.quantized.info import (
     Stored,
     check_codes,
     check_finite,
+    check_form,
     check_shape,
     check_tensors,
     full_name,
@@ -152,7 +153,7 @@ def _packed_shape(
     outputs, inputs = (int(size) for size in given)
     if (outputs, words.count(inputs, info.bits)) != packed or inputs < 1:
         raise InputError(
-            f"{name} says {[outputs, inputs]}, but weight_packed has shape {list(packed)} with {info.bits} bits. {_HINT}"
+            f"{name} says {[outputs, inputs]}, but weight_packed is {list(packed)} with {info.bits} bits. {_HINT}"
         )
     return outputs, inputs
 
@@ -179,16 +180,9 @@ def pack(codes: Codes, info: Compressed, module: str = "") -> dict[str, np.ndarr
       InputError: the format cannot hold these codes.
     """
     info = of_module(info, module)
+    check_form(codes, info, module)
     outputs, inputs = codes.codes.shape
     group = info.file_group(inputs)
-    has_zeros = codes.zeros is not None
-    if str(codes.codes.dtype) != info.codes or codes.mins is not None or has_zeros != (info.offset == "zero"):
-        raise InputError(
-            f"{place(module)} has codes {codes.codes.dtype}, zero points: {has_zeros}, minima: "
-            f"{codes.mins is not None}; this compressed-tensors config holds {info.codes}, offset {info.offset!r}."
-        )
-    if codes.order is not None and not info.act_order:
-        raise InputError(f"{place(module)} has an order of inputs, which needs actorder 'group'.")
     # The codes.
     own = codes.in_own_order()
     tensors: dict[str, np.ndarray] = {}

@@ -1,9 +1,9 @@
 """Files with float8 weights: the method "fp8" of vLLM, AutoFP8 and transformers, and "fbgemm_fp8".
 
 A matrix of O outputs and I inputs is stored as weight float8_e4m3fn [O, I] and a scale, and stands for
-W[o, i] = weight[o, i] * scale. The scale is one number (weight_scale, or weight_scale_inv in transformers), one for each
-output (weight_scale [O, 1]), or one for each block of outputs and inputs (weight_scale_inv [O / rows, I / columns],
-rounded up). In spite of its name weight_scale_inv is multiplied with.
+W[o, i] = weight[o, i] * scale. The scale is one number (weight_scale, or weight_scale_inv in transformers), one for
+each output (weight_scale [O, 1]), or one for each block of outputs and inputs (weight_scale_inv
+[ceil(O / rows), ceil(I / columns)]). In spite of its name weight_scale_inv is a factor, not a divisor.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from convert.quantized.info import (
     can_be_quantized,
     check_codes,
     check_finite,
+    check_form,
     check_shape,
     check_tensors,
     full_name,
@@ -98,6 +99,7 @@ def read_config(where: Path, config: Mapping[str, Any]) -> Fp8:
         if not sizes or len(block) != 2:
             raise InputError(f"{where}: expected weight_block_size of two positive sizes, got {block!r}.")
         block = (block[0], block[1])
+    # vLLM and transformers have different names for the list.
     skipped = strings(where, config, "ignored_layers") + strings(where, config, "modules_to_not_convert")
     rows = config.get("quant_method") == "fbgemm_fp8"
     return Fp8(
@@ -106,7 +108,7 @@ def read_config(where: Path, config: Mapping[str, Any]) -> Fp8:
         strategy="block" if block else "channel" if rows else "tensor",
         block=block,
         scale_name="weight_scale_inv" if block else "weight_scale",
-        skipped=skipped,
+        skipped=tuple(dict.fromkeys(skipped)),
     )
 
 
@@ -122,6 +124,7 @@ def write_config(info: Fp8) -> dict[str, Any]:
         "quant_method": "fp8",
         "activation_scheme": "dynamic",
         "weight_block_size": list(info.block) if info.block else None,
+        "ignored_layers": list(info.skipped),
         "modules_to_not_convert": list(info.skipped) or None,
     }
 
@@ -138,11 +141,9 @@ def tensor_names(module: str, shape: tuple[int, int], info: Fp8) -> dict[str, St
     shapes = scale_shapes(info.strategy, shape, info.file_group(shape[1]), info.block)
     if info.strategy != "block":
         shapes = scale_shapes("tensor", shape, 0, None) + scale_shapes("channel", shape, 0, None)
-    tensors = {"weight": Stored((words.FLOAT8,), (shape,))}
-    for name in _NAMES:
-        tensors[name] = Stored(FLOATS, shapes, optional=True)
-    for name in _STATIC:
-        tensors[name] = Stored(FLOATS, ((), (1,)), optional=True)
+    tensors: dict[str, Stored] = {"weight": Stored((words.FLOAT8,), (shape,))}
+    tensors |= {name: Stored(FLOATS, shapes, optional=True) for name in _NAMES}
+    tensors |= {name: Stored(FLOATS, ((), (1,)), optional=True) for name in _STATIC}
     return {full_name(module, name): stored for name, stored in tensors.items()}
 
 
@@ -191,11 +192,8 @@ def pack(codes: Codes, info: Fp8, module: str = "") -> dict[str, np.ndarray]:
       InputError: the format cannot hold these codes.
     """
     info = of_module(info, module)
+    check_form(codes, info, module)
     inputs = codes.codes.shape[1]
-    if codes.codes.dtype != words.FLOAT8 or codes.mins is not None or codes.order is not None:
-        raise InputError(
-            f"{place(module)} has codes {codes.codes.dtype}; fp8 files hold float8_e4m3fn with scales only."
-        )
     scales = folded(codes.scales, inputs, info.file_group(inputs), info.strategy, info.block, "scales")
     tensors = {"weight": codes.codes, info.scale_name: scales}
     return {full_name(module, name): tensor for name, tensor in tensors.items()}

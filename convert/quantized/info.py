@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import ml_dtypes
 import numpy as np
 
+from convert.quantized.codes import Codes
 from qwen_jax.errors import InputError
 
 CodeType = Literal["int4", "int8", "float8_e4m3fn"]
@@ -122,12 +123,14 @@ def check_tensors(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Stor
 
 
 def matrix(tensors: Mapping[str, np.ndarray], module: str, name: str, hint: str) -> np.ndarray:
-    """A tensor that gives the sizes of a matrix; InputError if it is missing or has not two axes."""
+    """A tensor that gives the sizes of a matrix; InputError if it is missing, empty, or has not two axes."""
     full = full_name(module, name)
     if full not in tensors:
         raise InputError(f"{place(module)} has no {full}. {hint}")
     if tensors[full].ndim != 2:
         raise InputError(f"{full}: expected two axes, got {tensors[full].dtype} {list(tensors[full].shape)}. {hint}")
+    if tensors[full].size == 0:
+        raise InputError(f"{full} has no elements, its shape is {list(tensors[full].shape)}. {hint}")
     return tensors[full]
 
 
@@ -143,9 +146,29 @@ def check_finite(name: str, array: np.ndarray) -> None:
 
 def check_codes(name: str, weight: np.ndarray) -> None:
     """Raises InputError if float8 codes are not a number."""
-    count = int(np.count_nonzero(weight.view(np.uint8) & 127 == 127))
+    # A part at a time: whole matrices of intermediate results cost more than the comparison.
+    data = weight.view(np.uint8)
+    count = sum(int(np.count_nonzero(data[start : start + 64] & 127 == 127)) for start in range(0, len(data), 64))
     if count:
         raise InputError(f"{name} holds {count} values that are not a number. The file is damaged; fetch it again.")
+
+
+def check_form(codes: Codes, info: FormatInfo, module: str) -> None:
+    """Raises InputError if a file of this configuration cannot hold a matrix."""
+    problems = []
+    if str(codes.codes.dtype) != info.codes:
+        problems.append(f"its codes are {codes.codes.dtype}, not {info.codes}")
+    if (codes.zeros is not None) != (info.offset == "zero"):
+        problems.append("it has no zero points" if codes.zeros is None else "it has zero points")
+    if codes.mins is not None:
+        problems.append("it has minima")
+    if codes.order is not None and not info.ordered:
+        problems.append("its inputs are sorted by group")
+    if problems:
+        raise InputError(
+            f"{place(module)} does not fit the {info.method} configuration: {', '.join(problems)}. "
+            "Quantise it for this format, or write another one."
+        )
 
 
 def check_shape(module: str, found: tuple[int, int], expected: tuple[int, int] | None) -> None:
