@@ -22,7 +22,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.inference.buckets import Buckets, RunnerConfig, smallest
 from qwen_jax.inference.prompts import check_generates
 from qwen_jax.inference.row_sampling import FIELDS, RULES, WITH_MASKS, SampleRow, Variant, pack, variant_of, with_mask
-from qwen_jax.inference.runner_lowering import Program, abstract_state, all_programs, lower
+from qwen_jax.inference.runner_lowering import Program, abstract_state, all_programs, caller, prepare
 from qwen_jax.inference.runner_programs import CLEARED, MAX_SEGMENTS, Pages, State, StaticArgs
 from qwen_jax.inference.runner_types import PrefillInput, PromptLogprobs, RowInput, Sampled, SampledMany
 from qwen_jax.inference.slots import Slots, no_room, set_table
@@ -95,7 +95,7 @@ class Runner:
         self.buckets = settings.buckets or Buckets.of(settings, fewest_rows)
         self.slots = Slots(settings.max_seqs, -(-self.buckets.slots[-1] // settings.page_size), settings.page_size)
         self.static = StaticArgs(config, Sharding.for_inference(config, mesh), options, vocab_limit, settings)
-        self._compiled: dict[Program, jax.stages.Compiled] = {}
+        self._compiled: dict[Program, Callable[..., Any]] = {}
         self._everywhere = NamedSharding(mesh, P())
         self._masks: dict[tuple[int, ...], jax.Array] = {}
         self._pages, self._state = self._make_state()
@@ -124,9 +124,12 @@ class Runner:
         """
         missing = [p for p in all_programs(self.settings, self.buckets) if p not in self._compiled]
 
-        def finish(program: Program, lowered: jax.stages.Lowered, seconds: float) -> tuple[Any, float]:
+        def finish(
+            program: Program, jitted: Callable[..., Any], lowered: jax.stages.Lowered, seconds: float
+        ) -> tuple[Any, float]:
             begun = time.perf_counter()
-            return lowered.compile(), seconds + time.perf_counter() - begun
+            compiled = caller(jitted, lowered.compile(), self.mesh, self.params)
+            return compiled, seconds + time.perf_counter() - begun
 
         waiting: dict[concurrent.futures.Future[tuple[Any, float]], Program] = {}
         finished: list[Program] = []
@@ -144,8 +147,8 @@ class Runner:
             for program in missing:
                 # Tracing is Python, so it is done in this thread; compiling is not.
                 begun = time.perf_counter()
-                lowered = lower(program, self.static, self.mesh, self.params)
-                waiting[pool.submit(finish, program, lowered, time.perf_counter() - begun)] = program
+                parts = prepare(program, self.static, self.mesh, self.params)
+                waiting[pool.submit(finish, program, *parts, time.perf_counter() - begun)] = program
                 collect([future for future in waiting if future.done()])
             collect(concurrent.futures.as_completed(list(waiting)))
         for program in self._compiled:
@@ -155,7 +158,8 @@ class Runner:
     def _run(self, program: Program, *args: Any) -> Any:
         compiled = self._compiled.get(program)
         if compiled is None:
-            compiled = self._compiled[program] = lower(program, self.static, self.mesh, self.params).compile()
+            jitted, lowered = prepare(program, self.static, self.mesh, self.params)
+            compiled = self._compiled[program] = caller(jitted, lowered.compile(), self.mesh, self.params)
         return compiled(*args)
 
     def _place(self, x: np.ndarray) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -98,9 +99,41 @@ def lower(program: Program, static: StaticArgs, mesh: Mesh, params: Params) -> j
       mesh: of the parameters; its devices may be descriptions of devices.
       params: arrays, or their shapes and shardings.
     """
+    return prepare(program, static, mesh, params)[1]
+
+
+def prepare(
+    program: Program, static: StaticArgs, mesh: Mesh, params: Params
+) -> tuple[Callable[..., Any], jax.stages.Lowered]:
+    """The jitted function of a program, and what `lower` returns; compiling the latter compiles the former."""
     function, donated, args = _function_and_arguments(program, static, mesh, params)
+    jitted = jax.jit(function, donate_argnums=donated)
     with jax.set_mesh(mesh):
-        return jax.jit(function, donate_argnums=donated).lower(*args)
+        return jitted, jitted.lower(*args)
+
+
+def caller(
+    jitted: Callable[..., Any], compiled: jax.stages.Compiled, mesh: Mesh, params: Params
+) -> Callable[..., Any]:
+    """How a compiled program is called.
+
+    A compiled program refuses arrays of int4 that are on a mesh: they state another layout than the one that it was
+    compiled for, although it is the same (jax 0.10.2). The jitted function takes them, and compiles nothing again.
+
+    Args:
+      jitted, compiled: of the program; see `prepare`.
+      mesh: of the parameters.
+      params: arrays, or their shapes.
+    """
+    if all(x.dtype != jnp.int4 for x in jax.tree.leaves(params)):
+        return compiled
+
+    def call(*args: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return jitted(*args)
+
+    call.compiled = compiled  # type: ignore[attr-defined]  # It lives as long as the jitted function needs it.
+    return call
 
 
 def _function_and_arguments(
