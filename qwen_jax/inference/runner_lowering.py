@@ -112,9 +112,7 @@ def prepare(
         return jitted, jitted.lower(*args)
 
 
-def caller(
-    jitted: Callable[..., Any], compiled: jax.stages.Compiled, mesh: Mesh, params: Params
-) -> Callable[..., Any]:
+def caller(jitted: Callable[..., Any], compiled: jax.stages.Compiled, mesh: Mesh, params: Params) -> Callable[..., Any]:
     """How a compiled program is called.
 
     A compiled program refuses arrays of int4 that are on a mesh: they state another layout than the one that it was

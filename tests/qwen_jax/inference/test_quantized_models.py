@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -66,8 +67,9 @@ def test_both_engines(folder: Path, axes: dict[str, int]) -> None:
     mesh = make_mesh(axes, jax.devices()[: 2 if axes else 1])
     config, params = convert.load(folder / "model", mesh, "float32")
     adapters = load_adapters(adapter_folders([f"tuned={folder / 'adapter'}"]), config)
-    sizes = {"max_seqs": 4, "max_length": 64, "page_size": 16, "num_pages": 32, "max_batched_tokens": 32}
-    with ContinuousEngine(config, params, mesh, dtype="float32", **sizes, eos_token_ids=(), adapters=adapters) as engine:
+    sizes: dict[str, Any] = {"max_seqs": 4, "max_length": 64, "page_size": 16, "num_pages": 32}
+    sizes |= {"max_batched_tokens": 32, "eos_token_ids": (), "adapters": adapters}
+    with ContinuousEngine(config, params, mesh, dtype="float32", **sizes) as engine:
         requests = [
             Request(tuple(ids), Ending(frozenset(), (), 8), SamplingParams(), adapter=adapter)
             for adapter in (None, "tuned")
@@ -87,5 +89,5 @@ def test_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["generate", str(folder / name), *options]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
-    with pytest.raises(InputError, match="quantised, so that .* cannot be merged"):
+    with pytest.raises(InputError, match=r"quantised, so that .* cannot be merged"):
         convert.load(folder / "model", make_mesh({}, jax.devices()[:1]), adapter=folder / "adapter")
