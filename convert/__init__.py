@@ -136,6 +136,7 @@ def convert(
     dtype: DTypeLike | None = None,
     progress: bool = False,
     adapter: str | os.PathLike[str] | None = None,
+    quantization: str | None = None,
 ) -> None:
     """Converts a checkpoint, block by block, into a new folder. After a failure nothing is left of it.
 
@@ -146,12 +147,17 @@ def convert(
       dtype: of the written weights; by default as stored, and then every tensor keeps its bytes.
       progress: show a bar on standard error if that is a terminal.
       adapter: a LoRA folder of PEFT, which is merged into the weights.
+      quantization: "gptq", "awq", "compressed-tensors" or "fp8", to write the codes of a quantised model in that
+        format.
 
     Raises:
       InputError: a damaged or unsupported checkpoint, an existing destination, or too small a disk.
     """
     check_options(dst, to, dtype)
     source = open_source(src)
+    if quantization is not None:
+        _repack(source, quantization, dst, to, dtype, progress, adapter)
+        return
     if source.config.quantization is not None:
         source = _dequantized(source, check_options(dst, to, dtype))
     source = merge_adapter(source, adapter)
@@ -159,6 +165,29 @@ def convert(
     stored = detect(source.folder)
     other: Format = "orbax" if stored == "hf" else "hf"
     write_folder(source, dst, to or (other if adapter is None else stored), dtype, progress)
+
+
+def _repack(
+    source: Source,
+    quantization: str,
+    dst: str | os.PathLike[str],
+    to: Format | None,
+    dtype: DTypeLike | None,
+    progress: bool,
+    adapter: str | os.PathLike[str] | None,
+) -> None:
+    """Writes a quantised model in another quantised format."""
+    from convert.quantized.between import METHODS, format_of
+    from convert.quantized.export import export
+
+    if quantization not in METHODS:
+        raise InputError(f"Expected the quantisation {', '.join(METHODS)}, got {quantization!r}.")
+    if to == "orbax" or adapter is not None:
+        raise InputError("Codes are written as Hugging Face folders, and without an adapter. Leave these options out.")
+    target = check_options(dst, to, dtype)
+    info = format_of(quantization, source.config)  # type: ignore[arg-type]
+    with _bar(nbytes(source, target), progress and sys.stderr.isatty()) as advance:
+        export(source, info, dst, target, progress=advance)
 
 
 def write_folder(

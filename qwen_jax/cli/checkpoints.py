@@ -121,7 +121,8 @@ class Convert:
     """Convert a checkpoint between Hugging Face safetensors and Orbax, tensor by tensor.
 
     The new folder appears when it is complete; after a failure nothing is left. Tokenizer, generation config and
-    config.json are copied too.
+    config.json are copied too. Quantised weights are dequantised (--dtype), or go to another quantised format
+    (--quantization) with the same codes.
 
     Args:
         src: Checkpoint folder, or a Hub id such as Qwen/Qwen2.5-0.5B.
@@ -130,6 +131,7 @@ class Convert:
         dtype: Dtype of the written weights; by default as stored, every tensor byte for byte.
         merge_adapter: LoRA folder of PEFT to merge into the weights, summed in float32 and then rounded. The format is
             then that of SRC.
+        quantization: Format of quantised weights to write; SRC must be quantised already.
     """
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
@@ -137,9 +139,18 @@ class Convert:
     to: Literal["hf", "orbax"] | None = None
     dtype: DType | None = None
     merge_adapter: Annotated[Path | None, tyro.conf.arg(metavar="ADAPTER")] = None
+    quantization: Literal["gptq", "awq", "compressed-tensors", "fp8"] | None = None
 
     def run(self) -> int:
-        sibling("convert").convert(self.src, self.dst, self.to, self.dtype, progress=True, adapter=self.merge_adapter)
+        sibling("convert").convert(
+            self.src,
+            self.dst,
+            self.to,
+            self.dtype,
+            progress=True,
+            adapter=self.merge_adapter,
+            quantization=self.quantization,
+        )
         print(self.dst)
         return 0
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from convert import convert, load, open_source
+from convert.dequantize import DequantizedSource
 from convert.names import leaves
 from convert.placement import place
 from convert.quantized.awq import Awq
@@ -153,6 +154,33 @@ def test_info_tells_how_weights_are_quantised(tmp_path: Path, capsys: pytest.Cap
     assert report["quantization"] == {"method": "gptq", "bits": 4, "group_size": 32, "weights_bytes": size}
     assert main(["info", str(tmp_path / "quantised")]) == 0
     assert "gptq, 4 bits, groups of 32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("awq", "gptq"), ("awq", "compressed-tensors"), ("gptq-4", "awq"), ("gptq-8-asym-order", "compressed-tensors"),
+     ("fp8", "compressed-tensors"), ("compressed-int8", "gptq"), ("compressed-int4", "gptq")],
+)  # fmt: skip
+def test_codes_go_from_one_format_to_another(tmp_path: Path, first: str, second: str) -> None:
+    """The values stay the same bit for bit, also of a model with a projection that is not quantised."""
+    write(tmp_path / "first", *FORMATS[first], False, print_seed())
+    assert main(["convert", str(tmp_path / "first"), str(tmp_path / "second"), "--quantization", second]) == 0
+    mesh = make_mesh({}, jax.devices()[:1])
+    found = []
+    for name in ("first", "second"):
+        source = DequantizedSource(open_source(tmp_path / name))
+        found.append(place(source, mesh, "float32", Options(stacked=False)))
+    for a, b in zip(jax.tree.leaves(found[0]), jax.tree.leaves(found[1]), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_codes_that_a_format_does_not_have_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "first", *FORMATS["gptq-8-asym-order"], False, print_seed())
+    with pytest.raises(InputError, match=r"awq files do not hold .*int8 in groups of 32, ordered.*Give gptq or"):
+        convert(tmp_path / "first", tmp_path / "second", quantization="awq")
+    with pytest.raises(InputError, match=r"not quantised. Quantise it first"):
+        convert(tmp_path / "original", tmp_path / "second", quantization="gptq")
+    assert not (tmp_path / "second").exists()
 
 
 def test_dtype_is_needed_to_convert(tmp_path: Path) -> None:
