@@ -18,7 +18,7 @@ from qwen_jax.attention import quantized_cache
 from qwen_jax.attention.cache import ContiguousCache, ContiguousLayer, PagedCache
 from qwen_jax.attention.rope import rotate
 from qwen_jax.errors import InputError
-from qwen_jax.kernels import Int8Rows
+from qwen_jax.kernels import QuantizedRows
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from tests.helpers import exact
 from tests.helpers.forward import random_unstacked
@@ -33,11 +33,13 @@ def fresh_rng() -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def empty_rows(shape: tuple[int, ...], channels_Kd: Any = None) -> Int8Rows:
-    return Int8Rows(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1]), channels_Kd)
+def empty_rows(shape: tuple[int, ...], channels_Kd: Any = None) -> QuantizedRows:
+    return QuantizedRows(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1]), channels_Kd)
 
 
-def layer_of(keys: Int8Rows, values: Int8Rows, slot: int = 0, shift_B: Any = None, fresh: bool = False) -> Any:
+def layer_of(
+    keys: QuantizedRows, values: QuantizedRows, slot: int = 0, shift_B: Any = None, fresh: bool = False
+) -> Any:
     return ContiguousLayer(keys, values, jnp.int32(slot), shift_B, fresh)
 
 
@@ -172,7 +174,7 @@ def test_attention_is_that_over_the_dequantised_cache(T: int, H: int, K: int) ->
     start, end = ends[:, 1:].copy(), ends[:, :-1].copy()
     end[0, 0] = start[0, 0]
     mask = kernels.Mask(jnp.asarray(start), jnp.asarray(end))
-    out, lse = jax.jit(functools.partial(kernels.int8_attention, scale=0.3))(q, keys, values, mask)
+    out, lse = jax.jit(functools.partial(kernels.quantized_attention, scale=0.3))(q, keys, values, mask)
     wide = [np.asarray(x.dequantized(jnp.float32)).swapaxes(1, 2) for x in (keys, values)]
     want = exact.attention(q, *wide, start, end, 0.3)
     assert exact.relative(out, want.out) < 2e-6
