@@ -10,7 +10,8 @@
 
 The table is for attention. Masks: "causal" is a plain causal mask that is known while tracing; "intervals" is any
 `Mask`. lse: whether the log-sum-exp is available. caches: `decode_attention`, `paged_attention` and
-`quantized_attention`, which have a gradient only in the reference. Any number of query heads may share a key/value head.
+`quantized_attention`, which have a gradient only in the reference. Any number of query heads may share a key/value
+head.
 
 `sparse_attention` and `column_attention` visit a part of the keys of a cache. They have the implementations gpu, tpu
 and reference, with the dtypes and head_dims of the table, and a gradient only in the reference.
