@@ -200,7 +200,8 @@ def paged_attention(
     k, v = (jax.ShapeDtypeStruct((B, K, M * P, k_NKPd.shape[3]), dtype) for dtype in held)
     scale = check_arguments(q_BTHd, k, v, mask, scale, "[B, K, S, d]")
     chosen = select_attention(implementation, q_BTHd, mask, return_lse=True, cache=True)
-    args = q_BTHd, k_NKPd, v_NKPd, pages_BM, mask.k_start_BT, mask.k_end_BT
+    # The kernels get arrays only.
+    args: Any = q_BTHd, k_NKPd, v_NKPd, pages_BM, mask.k_start_BT, mask.k_end_BT
     sizes = f"{k_NKPd.dtype}, {H}/{K} heads, {M} pages of {P} slots"
     if chosen == "gpu":
         from qwen_jax.kernels.decode import flash_decode_gpu
@@ -213,9 +214,10 @@ def paged_attention(
         if _reads_pages(flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d, P, pages_BM.size), quantized, T, sizes):
             return _run(flash_decode_tpu.paged_attention, args, scale)
     how: Any = {"scale": scale, "implementation": _named(chosen)}
-    if not isinstance(k_NKPd, QuantizedRows) or not isinstance(v_NKPd, QuantizedRows):
-        return decode_attention(q_BTHd, _gathered(k_NKPd, pages_BM), _gathered(v_NKPd, pages_BM), mask, **how)
-    keys, values = k_NKPd, v_NKPd
+    keys: Any = k_NKPd
+    values: Any = v_NKPd
+    if not quantized:
+        return decode_attention(q_BTHd, _gathered(keys, pages_BM), _gathered(values, pages_BM), mask, **how)
 
     def attend(q_bTHd: jax.Array, pages_bM: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
         return quantized_attention(
