@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from experiments.kernels.decode import kernels_of, read_rate
 from qwen_jax.kernels.decode import flash_decode_gpu, flash_decode_int8_gpu
-from qwen_jax.kernels.decode.int8 import Int8Rows
+from qwen_jax.kernels.decode.quantized import QuantizedRows
 from qwen_jax.kernels.decode.step_gpu import decode_step, shares
 from qwen_jax.kernels.reference import attention as reference
 
@@ -55,8 +55,8 @@ def normal(i: int, shape: tuple[int, ...]) -> jax.Array:
 
 
 @jax.jit
-def to_8_bits(x: jax.Array) -> Int8Rows:
-    empty = Int8Rows(jnp.zeros(x.shape, jnp.int8), jnp.zeros(x.shape[:-1]))
+def to_8_bits(x: jax.Array) -> QuantizedRows:
+    empty = QuantizedRows(jnp.zeros(x.shape, jnp.int8), jnp.zeros(x.shape[:-1]))
     return empty.quantized(x)
 
 
@@ -81,7 +81,7 @@ def measure(call: Call, q: jax.Array, caches: Any) -> float:
 
 def error(call: Call, q: jax.Array, cache: Any, parts: int) -> float:
     """Relative error of the output against float32 attention over the same cache."""
-    k, v = (x.dequantized(jnp.float32) if isinstance(x, Int8Rows) else x.astype(jnp.float32) for x in cache)
+    k, v = (x.dequantized(jnp.float32) if isinstance(x, QuantizedRows) else x.astype(jnp.float32) for x in cache)
     start, end = intervals(k.shape[2], parts)
     with jax.default_matmul_precision("highest"):
         want = jax.jit(functools.partial(reference, scale=D**-0.5))(q.astype(jnp.float32), k, v, start, end)[0]
@@ -125,7 +125,7 @@ def attend(q: jax.Array, cache: Any, *, splits: int, parts: int, tiling: flash_d
     k, v = cache
     how: Any = {"scale": D**-0.5, "splits": splits}
     ends = intervals(k.shape[2], parts)
-    if isinstance(k, Int8Rows):
+    if isinstance(k, QuantizedRows):
         arrays = k.values_BKSd, k.scales_BKS, v.values_BKSd, v.scales_BKS
         return flash_decode_int8_gpu._run(q, *arrays, *ends, tiling=tiling, disjoint=parts > 1, **how)[0]
     return flash_decode_gpu._run(q, k, v, *ends, None, **how)[0]

@@ -91,9 +91,7 @@ def main() -> None:
     args = parser.parse_args()
     config, mesh = published(args.model), make_mesh({}, jax.devices()[:1])
     params = with_structure(random_params(config, mesh), config, args.strength)
-    engine = Engine(
-        config, params, mesh, prefill_chunk=args.chunk, cache_dtype=args.cache_dtype, sparse_from=args.chunk
-    )
+    engine = Engine(config, params, mesh, prefill_chunk=args.chunk, kv_dtype=args.cache_dtype, sparse_from=args.chunk)
     device, rng = jax.devices()[0], np.random.default_rng(0)
     say(jax=jax.__version__, device=device.device_kind, date=time.strftime("%Y-%m-%d"), **vars(args))
     for length in args.lengths:

@@ -417,7 +417,7 @@ def load(
         dtype=_dtype(),
         chunk=synthetic_ids.VALUES - 1,
         prefill_chunk=-(-chunk // 128) * 128,
-        cache_dtype=cache_dtype,
+        kv_dtype=cache_dtype,
         sparse=PooledBlocks() if attention == "pooled" else None,
         sparse_from=1,
         eos_token_ids=[],

@@ -130,9 +130,11 @@ class Attention(nnx.Module):
             if not cache.fresh:
                 return over_parts(functools.partial(cache.attend, **how), queries, masks), cache
 
+            # A prompt in an empty cache attends to its own keys, as the cache holds them.
+            own = cache.as_read(k, v)
+
             def attend_prompt(q: jax.Array, mask: kernels.Mask) -> tuple[jax.Array, jax.Array | None]:
-                # A prompt in an empty cache attends to its own keys.
-                result: Any = kernels.attention(q, k, v, mask, **several)
+                result: Any = kernels.attention(q, *own, mask, **several)
                 return result if parts > 1 else (result, None)
 
             return over_parts(attend_prompt, queries, masks), cache

@@ -5,9 +5,11 @@ attends to what the queries may see. Where `supports_step` says that one kernel 
 caches number the tokens of a row by *slots*; masks count slots.
 
 - `ContiguousCache`: one buffer a layer. All rows of a batch end at the same slot, so that a decode step writes one
-  slice; shorter prompts begin at a later slot. The buffer may be in 8 bits (`quantized_cache`).
+  slice; shorter prompts begin at a later slot.
 - `PagedCache`: pages of a fixed number of slots, shared by all rows through a page table. Each row has its own length.
 - `packed_cache.PackedCache`: the same pages, for chunks of several texts that share one row.
+
+Buffers and pages may be in 8 bits (`quantized_cache`).
 
 A cache without tokens is `fresh`: its first write is a prompt, and queries attend to the new keys alone.
 """
@@ -27,7 +29,6 @@ from qwen_jax import kernels
 from qwen_jax.attention import quantized_cache
 from qwen_jax.attention.quantized_cache import Buffer
 from qwen_jax.config import ModelConfig
-from qwen_jax.errors import InputError
 from qwen_jax.parallel.sharding import Sharding
 
 
@@ -45,6 +46,10 @@ class LayerCache(Protocol):
 
     def write(self, k_BTKd: jax.Array, v_BTKd: jax.Array) -> Self:
         """The cache with new keys (rotated) and values in it. Runs on local arrays."""
+        ...
+
+    def as_read(self, k_BTKd: jax.Array, v_BTKd: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """New keys and values as later queries will read them: rounded as the cache does. Runs on local arrays."""
         ...
 
     def attend(
@@ -153,12 +158,15 @@ class ContiguousLayer:
         k_BKSd, v_BKSd = self._store(self.k_BKSd, k_BTKd), self._store(self.v_BKSd, v_BTKd)
         return dataclasses.replace(self, k_BKSd=k_BKSd, v_BKSd=v_BKSd)
 
+    def as_read(self, k_BTKd: jax.Array, v_BTKd: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return quantized_cache.as_read(self.k_BKSd, k_BTKd), quantized_cache.as_read(self.v_BKSd, v_BTKd)
+
     def _store(self, buffer_BKSd: Buffer, new_BTKd: jax.Array) -> Buffer:
         if self.shift_B is not None:
             # Right-padded prompts of unequal length all end at the same slot.
             new_BTKd = jax.vmap(functools.partial(jnp.roll, axis=0))(new_BTKd, self.shift_B)
         new_BKTd = new_BTKd.swapaxes(1, 2)
-        if isinstance(buffer_BKSd, kernels.Int8Rows):
+        if isinstance(buffer_BKSd, kernels.QuantizedRows):
             return quantized_cache.stored(buffer_BKSd, new_BKTd, self.slot)
         return lax.dynamic_update_slice_in_dim(buffer_BKSd, new_BKTd.astype(buffer_BKSd.dtype), self.slot, axis=2)
 
@@ -170,7 +178,7 @@ class ContiguousLayer:
         scale: float,
         implementation: kernels.Implementation,
     ) -> tuple[jax.Array, jax.Array]:
-        attention: Any = kernels.int8_attention if self._in_8_bits else kernels.decode_attention
+        attention: Any = kernels.quantized_attention if self._in_8_bits else kernels.decode_attention
         keys_values = self.k_BKSd, self.v_BKSd
         result: tuple[jax.Array, jax.Array] = attention(
             q_BTHd, *keys_values, mask, scale=scale, implementation=implementation
@@ -179,10 +187,10 @@ class ContiguousLayer:
 
     @property
     def _in_8_bits(self) -> bool:
-        return isinstance(self.k_BKSd, kernels.Int8Rows)
+        return isinstance(self.k_BKSd, kernels.QuantizedRows)
 
     def keys_values(self, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
-        k, v = (x.dequantized(dtype) if isinstance(x, kernels.Int8Rows) else x for x in (self.k_BKSd, self.v_BKSd))
+        k, v = (x.dequantized(dtype) if isinstance(x, kernels.QuantizedRows) else x for x in (self.k_BKSd, self.v_BKSd))
         return k, v
 
     def supports_step(self, implementation: kernels.Implementation, x: jax.Array, heads: int, kv_heads: int) -> bool:
@@ -213,8 +221,8 @@ class ContiguousCache:
     """One buffer for the keys and one for the values of each layer.
 
     Attributes:
-      keys, values: [B, K, S, d] for each layer, arrays or `Int8Rows`. Separate buffers, not one stacked array: a loop
-        on the device updates them in place.
+      keys, values: [B, K, S, d] for each layer, arrays or `QuantizedRows`. Separate buffers, not one stacked array: a
+        loop on the device updates them in place.
       slot: int32 scalar, where the next tokens are written, the same slot for every row.
       start_B: int32, the first slot of each row. A token's position is its slot minus this.
       fresh: nothing was written yet.
@@ -243,8 +251,8 @@ class ContiguousCache:
           sharding: of the current mesh.
           lengths_B: int32, tokens of each prompt.
           slots: length of the buffers in tokens.
-          dtype: of keys and values; int8 is a cache in 8 bits, of half the memory of bfloat16.
-          key_channels: for int8, factors [K, d] for each layer; see `quantized_cache.key_channels`.
+          dtype: of keys and values; int8 and float8_e4m3fn take half the memory of bfloat16.
+          key_channels: for 8 bits, factors [K, d] for each layer; see `quantized_cache.key_channels`.
         """
         shape = len(lengths_B), sharding.kv_heads, slots, config.head_dim
         make = functools.partial(quantized_cache.empty, shape, sharding, dtype)
@@ -288,11 +296,11 @@ class ContiguousCache:
 # --- pages ---
 
 
-def write_pages(pages_NKPd: jax.Array, new_BTKd: jax.Array, page_BT: jax.Array, place_BT: jax.Array) -> jax.Array:
+def write_pages(pages_NKPd: Buffer, new_BTKd: jax.Array, page_BT: jax.Array, place_BT: jax.Array) -> Any:
     """Pages with new keys or values in them. Runs on local arrays.
 
     Args:
-      pages_NKPd: pages of P slots.
+      pages_NKPd: pages of P slots, an array or `QuantizedRows`.
       new_BTKd: of the new tokens.
       page_BT: int32, the page of each token. What would go to page N, which does not exist, is dropped.
       place_BT: int32, the slot in that page; no two tokens have the same.
@@ -301,24 +309,39 @@ def write_pages(pages_NKPd: jax.Array, new_BTKd: jax.Array, page_BT: jax.Array, 
     # Pages are seen as rows of d numbers. A scatter into two separate axes would be compiled with a copy of all pages
     # in another layout.
     row_BTK = (page_BT[..., None] * K + jnp.arange(K, dtype=jnp.int32)) * size + place_BT[..., None]
-    rows, new = pages_NKPd.reshape(-1, d), new_BTKd.astype(pages_NKPd.dtype)
-    return rows.at[row_BTK].set(new, mode="drop", unique_indices=True).reshape(pages_NKPd.shape)
+
+    def written(rows: jax.Array, new: jax.Array) -> jax.Array:
+        return rows.at[row_BTK].set(new, mode="drop", unique_indices=True)
+
+    if not isinstance(pages_NKPd, kernels.QuantizedRows):
+        rows = written(pages_NKPd.reshape(-1, d), new_BTKd.astype(pages_NKPd.dtype))
+        return rows.reshape(pages_NKPd.shape)
+    new = pages_NKPd.quantized(new_BTKd.swapaxes(1, 2))
+    values, scales = pages_NKPd.values_BKSd, pages_NKPd.scales_BKS
+    return dataclasses.replace(
+        pages_NKPd,
+        values_BKSd=written(values.reshape(-1, d), new.values_BKSd.swapaxes(1, 2)).reshape(values.shape),
+        scales_BKS=written(scales.reshape(-1), new.scales_BKS.swapaxes(1, 2)).reshape(scales.shape),
+    )
 
 
 class PagesLayer(abc.ABC):
     """What layers whose keys and values lie in pages have in common.
 
     Attributes:
-      k_NKPd, v_NKPd: the pages.
+      k_NKPd, v_NKPd: the pages, arrays or `QuantizedRows`.
     """
 
-    k_NKPd: jax.Array
-    v_NKPd: jax.Array
+    k_NKPd: Any
+    v_NKPd: Any
 
     @property
     @abc.abstractmethod
     def table(self) -> jax.Array:
         """The page table int32 [rows, pages]."""
+
+    def as_read(self, k_BTKd: jax.Array, v_BTKd: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return quantized_cache.as_read(self.k_NKPd, k_BTKd), quantized_cache.as_read(self.v_NKPd, v_BTKd)
 
     def attend(
         self,
@@ -358,8 +381,8 @@ class PagesLayer(abc.ABC):
 class PagedLayer(PagesLayer):
     """One layer of a `PagedCache`."""
 
-    k_NKPd: jax.Array
-    v_NKPd: jax.Array
+    k_NKPd: Any
+    v_NKPd: Any
     pages_BM: jax.Array
     lengths_B: jax.Array
     new_B: jax.Array
@@ -367,8 +390,8 @@ class PagedLayer(PagesLayer):
 
     def specs(self, sharding: Sharding) -> Any:
         s, table = sharding, P(*sharding.rows, None)
-        arrays: dict[str, Any] = {"k_NKPd": s.cache, "v_NKPd": s.cache, "pages_BM": table}
-        arrays |= {"lengths_B": s.rows, "new_B": s.rows}
+        k, v = (quantized_cache.specs(pages, s) for pages in (self.k_NKPd, self.v_NKPd))
+        arrays: dict[str, Any] = {"k_NKPd": k, "v_NKPd": v, "pages_BM": table, "lengths_B": s.rows, "new_B": s.rows}
         return dataclasses.replace(self, **arrays)
 
     def write(self, k_BTKd: jax.Array, v_BTKd: jax.Array) -> "PagedLayer":
@@ -404,15 +427,15 @@ class PagedCache:
     count the pages of the row's own shard.
 
     Attributes:
-      keys, values: [N, K, P, d] for each layer.
+      keys, values: [N, K, P, d] for each layer, arrays or `QuantizedRows`.
       pages_BM: int32 page table. Entries for slots that are not in use may have any value.
       lengths_B: int32, tokens that each row has in the cache.
       new_B: int32, how many of the next tokens of each row are real; the rest is padding on the right.
       fresh: no row has a token yet.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
     pages_BM: jax.Array
     lengths_B: jax.Array
     new_B: jax.Array
@@ -429,6 +452,7 @@ class PagedCache:
         num_pages: int,
         page_size: int,
         dtype: jnp.dtype,
+        key_channels: Sequence[jax.Array] | None = None,
     ) -> "PagedCache":
         """A cache without tokens.
 
@@ -439,19 +463,13 @@ class PagedCache:
           new_B: int32, tokens of each prompt.
           num_pages: pages of all shards together.
           page_size: slots in a page.
-          dtype: of keys and values.
-
-        Raises:
-          InputError: a dtype that is not floating.
+          dtype, key_channels: as for `ContiguousCache.for_prompts`.
         """
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise InputError(f"Expected a floating dtype for pages; got {dtype}. Only ContiguousCache holds 8 bits.")
         shape = num_pages, sharding.kv_heads, page_size, config.head_dim
-
-        def pages() -> tuple[jax.Array, ...]:
-            return tuple(jnp.zeros(shape, dtype, out_sharding=sharding.cache) for _ in range(config.num_layers))
-
-        return cls(pages(), pages(), pages_BM, jnp.zeros_like(new_B), new_B, fresh=True)
+        make = functools.partial(quantized_cache.empty, shape, sharding, dtype)
+        keys = tuple(make(key_channels[i] if key_channels else None) for i in range(config.num_layers))
+        values = tuple(make() for _ in range(config.num_layers))
+        return cls(keys, values, pages_BM, jnp.zeros_like(new_B), new_B, fresh=True)
 
     @property
     def slots(self) -> int:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
+from qwen_jax.attention import quantized_cache
 from qwen_jax.attention.cache import PagesLayer, write_pages
 from qwen_jax.parallel.sharding import Sharding
 
@@ -25,8 +26,8 @@ from qwen_jax.parallel.sharding import Sharding
 class PackedLayer(PagesLayer):
     """One layer of a `PackedCache`."""
 
-    k_NKPd: jax.Array
-    v_NKPd: jax.Array
+    k_NKPd: Any
+    v_NKPd: Any
     pages_1M: jax.Array
     slot_1T: jax.Array
 
@@ -36,7 +37,8 @@ class PackedLayer(PagesLayer):
         return False
 
     def specs(self, sharding: Sharding) -> Any:
-        arrays: dict[str, Any] = {"k_NKPd": sharding.cache, "v_NKPd": sharding.cache}
+        k, v = (quantized_cache.specs(pages, sharding) for pages in (self.k_NKPd, self.v_NKPd))
+        arrays: dict[str, Any] = {"k_NKPd": k, "v_NKPd": v}
         arrays |= {"pages_1M": P(*sharding.rows, None), "slot_1T": sharding.tokens}
         return dataclasses.replace(self, **arrays)
 
@@ -48,7 +50,7 @@ class PackedLayer(PagesLayer):
         # Padding goes to page N, which does not exist: the write is dropped.
         size, slot_1T = self.k_NKPd.shape[2], jnp.maximum(self.slot_1T, 0)
         page_1T = jnp.take_along_axis(self.pages_1M, slot_1T // size, axis=1)
-        page_1T = jnp.where(self.slot_1T < 0, len(self.k_NKPd), page_1T)
+        page_1T = jnp.where(self.slot_1T < 0, self.k_NKPd.shape[0], page_1T)
         k, v = (
             write_pages(pages, new, page_1T, slot_1T % size)
             for pages, new in ((self.k_NKPd, k_1TKd), (self.v_NKPd, v_1TKd))
@@ -72,14 +74,14 @@ class PackedCache:
     Slot j of the row is slot j % P of page pages[j // P]. No two texts write to the same page.
 
     Attributes:
-      keys, values: [N, K, P, d] for each layer.
+      keys, values: [N, K, P, d] for each layer, arrays or `QuantizedRows`.
       pages_1M: int32, the pages of each text in order, one text after the other. Further entries may have any value.
       slot_1T: int32, the slot of each new token; -1 for padding, which is not written and sees nothing.
       start_1T: int32, the first slot of each token's text; 0 for padding.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
     pages_1M: jax.Array
     slot_1T: jax.Array
     start_1T: jax.Array

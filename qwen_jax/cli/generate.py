@@ -124,8 +124,8 @@ class Generate:
             raise InputError(f"--input has prompts of its own; {given[0]} cannot be given with it.")
         if self.in_flight < 1:
             raise InputError(f"--in-flight must be at least 1, got {self.in_flight}.")
-        if self.running.attention != "dense" or self.running.cache_dtype != "auto":
-            raise InputError("--input runs with dense attention and a cache in the compute dtype.")
+        if self.running.attention != "dense":
+            raise InputError("--input runs with dense attention.")
         if not self.input.is_file():
             raise InputError(f"The input file {self.input} does not exist.")
         model = Model(name, self.sampling, self.running, need_tokenizer=False)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # The values of `qwen_jax.kernels.Implementation`, which takes seconds to import.
 Kernel = Literal["auto", "gpu", "cudnn", "tpu", "xla", "reference"]
+# The values of `qwen_jax.attention.quantized_cache.KVDtype`, likewise.
+KVDtype = Literal["auto", "int8", "fp8"]
 Pattern = Literal["dense", "vertical-slash", "pooled"]
 IdLists = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="1,2,3")]
 
@@ -92,7 +94,7 @@ class Running:
         sparsity_file: Budgets of vertical-slash for each head; by default the file sparse_attention_config.json of the
             checkpoint.
         attention_kernel: Kernel that computes attention; auto takes the best one here.
-        cache_dtype: int8 holds keys and values in 8 bits, half the memory.
+        kv_dtype: int8 and fp8 hold keys and values in 8 bits, half the memory; auto in the dtype to compute in.
         rope_scaling: Longer texts than those of training by YaRN, such as yarn:4 for four times the length.
         dual_chunk: Four times the length of training by dual-chunk attention; short texts are as before.
         trained_length: Length of training in tokens, for these two; by default the model's max_position_embeddings.
@@ -106,7 +108,7 @@ class Running:
     sparse_from: Annotated[int, tyro.conf.arg(metavar="N")] = 65_536
     sparsity_file: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     attention_kernel: Kernel = "auto"
-    cache_dtype: Literal["auto", "int8"] = "auto"
+    kv_dtype: KVDtype = "auto"
     rope_scaling: Annotated[str | None, tyro.conf.arg(metavar="yarn:FACTOR")] = None
     dual_chunk: bool = False
     trained_length: Count = None
@@ -246,6 +248,7 @@ class Model:
             dtype=dtype,
             max_seqs=max_seqs,
             attention=self.running.attention_kernel,
+            kv_dtype=self.running.kv_dtype,
             eos_token_ids=self.eos_token_ids,
         )
 
@@ -262,7 +265,7 @@ class Model:
             dtype=dtype,
             prefill_chunk=self.running.prefill_chunk,
             attention=self.running.attention_kernel,
-            cache_dtype=self.running.cache_dtype,
+            kv_dtype=self.running.kv_dtype,
             sparse=self.pattern,
             sparse_from=self.running.sparse_from,
             eos_token_ids=self.eos_token_ids,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from qwen_jax.cli.common import Count, DType, ModelOption, ModelPosition, model_name, sibling
-from qwen_jax.cli.model import Model, Running, Sampling, enable_compilation_cache
+from qwen_jax.cli.model import KVDtype, Model, Running, Sampling, enable_compilation_cache
 from qwen_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class Serve:
         max_num_seqs: Requests in the batch at a time.
         max_num_batched_tokens: Tokens of prompts that are read between two steps of the running requests.
         gpu_memory_utilization: Part of the device's memory to use.
+        kv_dtype: int8 and fp8 hold keys and values in 8 bits: twice the tokens in the same memory, and slower steps;
+            auto holds them in the dtype to compute in.
         no_prefix_caching: Do not share keys and values of equal beginnings of prompts.
         mesh: Devices to spread over, such as tensor=2.
         dtype: To compute in; by default the checkpoint's own on a GPU or TPU, float32 on a CPU.
@@ -80,6 +82,7 @@ class Serve:
     max_num_seqs: Annotated[int, tyro.conf.arg(metavar="N")] = 256
     max_num_batched_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 2048
     gpu_memory_utilization: Annotated[float, tyro.conf.arg(metavar="X")] = 0.9
+    kv_dtype: KVDtype = "auto"
     no_prefix_caching: bool = False
     mesh: Annotated[str, tyro.conf.arg(metavar="AXIS=N,...")] = ""
     dtype: DType | None = None
@@ -210,6 +213,7 @@ class Serve:
             "max_length": self.max_model_len,
             "max_batched_tokens": self.max_num_batched_tokens,
             "memory_fraction": self.gpu_memory_utilization,
+            "kv_dtype": self.kv_dtype,
             "prefix_cache": not self.no_prefix_caching,
             "eos_token_ids": model.eos_token_ids,
         }

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+from qwen_jax.attention.quantized_cache import KVDtype, check_kv_dtype
 from qwen_jax.errors import InputError
 
 _FIRST_SLOTS, _FIRST_TOKENS, _STEP = 1024, 128, 4
@@ -31,9 +32,10 @@ class RunnerConfig:
         vocabulary.
       texts: whether whole texts are read, for log-probabilities of prompts and for embeddings.
       buckets: the sizes of programs; None for `Buckets.of`.
+      kv_dtype: of the pages.
 
     Raises:
-      InputError: a size that is not positive, or more proposals than a step can check.
+      InputError: a size that is not positive, more proposals than a step can check, or an unknown dtype of pages.
     """
 
     max_seqs: int
@@ -46,12 +48,14 @@ class RunnerConfig:
     rules: bool = True
     texts: bool = True
     buckets: "Buckets | None" = None
+    kv_dtype: KVDtype = "auto"
 
     def __post_init__(self) -> None:
         names = "max_seqs", "max_length", "page_size", "num_pages", "max_batched_tokens", "max_top_logprobs"
         for name in names:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_kv_dtype(self.kv_dtype)
         if not 0 <= self.speculate < self.max_length:
             raise InputError(f"speculate must be in [0, {self.max_length}), got {self.speculate}.")
 

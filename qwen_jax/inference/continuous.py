@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from qwen_jax.attention.quantized_cache import KVDtype, cache_dtype, check_kv_dtype
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference.active import Active, Times
@@ -67,6 +68,7 @@ class ContinuousEngine:
       config, tokenizer, eos_token_ids, vocab_limit: of the model.
       max_length: tokens that a prompt and its text may have together.
       dtype: compute dtype.
+      kv_dtype: of keys and values.
       grammars: makes grammars for structured output; None without a tokenizer.
       on_finished: called with each request's times when it ends, for metrics; see `Times`.
     """
@@ -89,6 +91,7 @@ class ContinuousEngine:
         proposer: Proposer | None = None,
         adapters: Mapping[str, AdapterFactors] | None = None,
         attention: Implementation = "auto",
+        kv_dtype: KVDtype = "auto",
         eos_token_ids: Ids | None = None,
     ):
         """Brings the parameters into the inference layout; they are consumed. `start` compiles the programs.
@@ -99,7 +102,7 @@ class ContinuousEngine:
             shardings of `Sharding.for_inference` and the compute dtype; consumed.
           mesh: the mesh that the parameters are on; its data and fsdp axes must be 1.
           tokenizer: for text, stop strings and grammars, and to know which ids are padding.
-          dtype: compute dtype, and that of the cache.
+          dtype: compute dtype.
           max_seqs: requests that run at the same time.
           max_length: tokens of a prompt and its text together; by default the model's context.
           max_batched_tokens: prompt tokens that one step reads: running texts wait for at most one such step.
@@ -112,16 +115,19 @@ class ContinuousEngine:
           adapters: LoRA adapters that requests may name, such as from `convert.adapter.load_adapters`. Rows of one step
             may have different ones.
           attention: which kernel; see `kernels.attention`.
+          kv_dtype: of keys and values: "auto" is the compute dtype; "int8" and "fp8" take half the memory of bfloat16,
+            so that twice the pages fit.
           eos_token_ids: ids that end a text, by default those of the config and the tokenizer.
 
         Raises:
           InputError: a reward model, a tokenizer with more tokens than the model, sizes out of range, too little
-            memory, a mesh that does not fit the model, or an adapter that does not.
+            memory, an unknown kv_dtype, a mesh that does not fit the model, or an adapter that does not.
         """
         check_generates(config)
         sizes = {"max_seqs": max_seqs, "max_batched_tokens": max_batched_tokens, "page_size": page_size}
         check_sizes({**sizes, "max_length": max_length, "num_pages": num_pages}, memory_fraction)
-        self.config, self.mesh, self.tokenizer, self.dtype = config, mesh, tokenizer, dtype
+        check_kv_dtype(kv_dtype)
+        self.config, self.mesh, self.tokenizer, self.dtype, self.kv_dtype = config, mesh, tokenizer, dtype, kv_dtype
         self.max_length = min(max_length or config.context_length, config.context_length)
         self.vocab_limit = vocab_limit(config, tokenizer)
         if eos_token_ids is None:
@@ -148,6 +154,7 @@ class ContinuousEngine:
             num_pages=1,  # Until it is known how many fit.
             max_batched_tokens=max_batched_tokens,
             speculate=proposer.count if proposer else 0,
+            kv_dtype=kv_dtype,
         )
         pages = num_pages or pages_that_fit(config, settings, sharding, mesh.devices.flat[0], dtype, memory_fraction)
         self._runner = Runner(
@@ -392,6 +399,8 @@ class ContinuousEngine:
             prefix_queries=pool.queries,
             preemptions=scheduler.preemptions,
             steps=steps.count,
+            page_size=pool.page_size,
+            kv_dtype=cache_dtype(self.kv_dtype, self.dtype).name,
         )
 
     def close(self, drain: float = 0.0) -> None:

@@ -5,13 +5,12 @@ import dataclasses
 import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
-from typing import Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from qwen_jax.attention.quantized_cache import kv_bytes_per_token
+from qwen_jax.attention.quantized_cache import KVDtype, cache_dtype, check_kv_dtype, kv_bytes_per_token
 from qwen_jax.attention.sparse import Diagnostics, PooledBlocks, SparsePrefill, VerticalSlash, summarise
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
@@ -70,7 +69,7 @@ class Engine:
         chunk: int = 16,
         prefill_chunk: int = 32_768,
         attention: Implementation = "auto",
-        cache_dtype: Literal["auto", "int8"] = "auto",
+        kv_dtype: KVDtype = "auto",
         sparse: VerticalSlash | PooledBlocks | None = None,
         sparse_from: int = 65_536,
         eos_token_ids: Ids | None = None,
@@ -86,7 +85,7 @@ class Engine:
           chunk: decode steps that run on the device before the host reads the tokens.
           prefill_chunk: longer prompts are read this many tokens at a time, which bounds the memory of activations.
           attention: which kernel; see `kernels.attention`.
-          cache_dtype: "int8" holds keys and values in 8 bits, half the memory of bfloat16; "auto" in `dtype`.
+          kv_dtype: "int8" and "fp8" hold keys and values in 8 bits, half the memory of bfloat16; "auto" in `dtype`.
           sparse: which keys long prompts attend to; None for all. Decoding attends to all keys.
           sparse_from: the length of prompts, in tokens, from which `sparse` is used.
           eos_token_ids: ids that end a text. By default those of the config, to which `convert.load` adds those of
@@ -104,9 +103,8 @@ class Engine:
         for name in ("chunk", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if cache_dtype not in ("auto", "int8"):
-            raise InputError(f"Expected cache_dtype auto or int8, got {cache_dtype!r}.")
-        self.cache_dtype = "" if cache_dtype == "auto" else cache_dtype
+        check_kv_dtype(kv_dtype)
+        self.kv_dtype = kv_dtype
         self.sparse_from = as_int(sparse_from, "sparse_from")
         self.sparsity: SparsePrefill | None = None
         self.skipped: list[Diagnostics] = []
@@ -330,7 +328,7 @@ class Engine:
         return self._run(static, begun, values, max_new_tokens)
 
     def _static(self, mode: SamplingMode, slots: int) -> StaticArgs:
-        return StaticArgs(self.config, self.sharding, self.options, mode, slots, self.vocab_limit, self.cache_dtype)
+        return StaticArgs(self.config, self.sharding, self.options, mode, slots, self.vocab_limit, self.kv_dtype)
 
     def _is_sparse(self, longest: int) -> bool:
         return self.sparsity is not None and longest >= self.sparse_from
@@ -414,7 +412,7 @@ class Engine:
             return
         shards = self.sharding.batch_shards * self.sharding.tensor
         copies = self.sharding.kv_heads // self.config.num_kv_heads
-        a_token = kv_bytes_per_token(self.config, self.cache_dtype or self.options.dtype) * copies
+        a_token = kv_bytes_per_token(self.config, cache_dtype(self.kv_dtype, self.options.dtype)) * copies
         needed = a_token * batch * slots // shards
         free = stats["bytes_limit"] - stats["bytes_in_use"]
         if needed > free:
@@ -422,7 +420,7 @@ class Engine:
             raise InputError(
                 f"The cache for {batch} rows of {slots} tokens needs {needed / 2**30:.1f} GiB on each device, "
                 f"{free / 2**30:.1f} GiB are free: room for {fits} tokens a row. Use shorter or fewer prompts, fewer "
-                "max_new_tokens, cache_dtype int8, or a larger tensor axis."
+                "max_new_tokens, an 8-bit cache (kv_dtype), or a larger tensor axis."
             )
 
     # --- the host side ---

@@ -116,6 +116,8 @@ class Stats:
       prefix_hits, prefix_queries: prompt tokens that were found in the prefix cache, and that were looked up.
       preemptions: requests that gave up their pages and were read again.
       steps: programs of the model that ran.
+      page_size: tokens in a page of the cache.
+      kv_dtype: of keys and values, such as bfloat16 or int8.
     """
 
     running: int
@@ -129,3 +131,5 @@ class Stats:
     prefix_queries: int
     preemptions: int
     steps: int
+    page_size: int
+    kv_dtype: str

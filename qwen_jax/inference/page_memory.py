@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.attention.quantized_cache import kv_bytes_per_token
+from qwen_jax.attention.quantized_cache import cache_dtype, in_8_bits, kv_bytes_per_token
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference.buckets import RunnerConfig, prefill_capacity
+from qwen_jax.kernels.decode import GATHERED_SLOTS
 from qwen_jax.parallel.sharding import Sharding
 
 
@@ -19,10 +20,10 @@ def pages_that_fit(
 
     Args:
       config: the architecture.
-      settings: sizes; its `num_pages` is not used.
+      settings: sizes and the dtype of pages; its `num_pages` is not used.
       sharding: of the mesh.
       device: one of the mesh.
-      dtype: of keys and values.
+      dtype: compute dtype.
       fraction: of the device's memory that may be used.
 
     Raises:
@@ -33,15 +34,20 @@ def pages_that_fit(
     if "bytes_limit" not in stats:
         return 4 * per_text
     copies = sharding.kv_heads // config.num_kv_heads
-    a_page = kv_bytes_per_token(config, dtype) * copies * settings.page_size // sharding.tensor
+    a_page = (
+        kv_bytes_per_token(config, cache_dtype(settings.kv_dtype, dtype))
+        * copies
+        * settings.page_size
+        // sharding.tensor
+    )
     free = stats["bytes_limit"] * fraction - stats["bytes_in_use"] - _other_bytes(config, settings, sharding, dtype)
     pages = int(free // a_page)
     if pages < per_text:
         raise InputError(
             f"The cache of one text of {settings.max_length} tokens needs {per_text * a_page / 2**30:.1f} GiB on each "
             f"device; {max(free, 0) / 2**30:.1f} GiB are free of {fraction:.0%} of its memory. Lower max_length "
-            "(--max-model-len) or max_batched_tokens, raise memory_fraction (--gpu-memory-utilization), or use a "
-            "larger tensor axis."
+            "(--max-model-len) or max_batched_tokens, raise memory_fraction (--gpu-memory-utilization), "
+            "take a cache in 8 bits (--kv-dtype), or use a larger tensor axis."
         )
     return min(pages, per_text * settings.max_seqs)
 
@@ -55,5 +61,9 @@ def _other_bytes(config: ModelConfig, settings: RunnerConfig, sharding: Sharding
     # Activations of a prefill step, and one layer's keys and values of its texts, gathered from pages.
     tokens = max(settings.max_batched_tokens, settings.max_seqs)
     activations = tokens * (8 * config.hidden_size + 4 * config.intermediate_size // t) * size
-    gathered = 4 * prefill_capacity(settings) * sharding.kv_heads // t * config.head_dim * size
+    slots = prefill_capacity(settings)
+    if in_8_bits(cache_dtype(settings.kv_dtype, dtype)):
+        # Decode steps gather pages in 8 bits, too, and convert them.
+        slots, size = max(slots, GATHERED_SLOTS), size + 1
+    gathered = 4 * slots * sharding.kv_heads // t * config.head_dim * size
     return state + logits + activations + gathered

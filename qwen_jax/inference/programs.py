@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax.attention import quantized_cache
 from qwen_jax.attention.cache import ContiguousCache
+from qwen_jax.attention.quantized_cache import KVDtype
 from qwen_jax.config import ModelConfig
 from qwen_jax.inference import one_row
 from qwen_jax.inference.sampling import Sampled, SamplingMode, SamplingValues, sample_token
@@ -51,16 +52,17 @@ class StaticArgs:
     """Length of the cache."""
     vocab_limit: int
     """Ids from here on are padding and never sampled."""
-    cache_dtype: str = ""
-    """Of keys and values: "int8", or empty for the compute dtype."""
+    kv_dtype: KVDtype = "auto"
+    """Of keys and values."""
 
 
 def empty_cache(params: Params, lengths_B: jax.Array, static: StaticArgs) -> ContiguousCache:
     """A cache without tokens, for prompts of these lengths, which end at the same slot."""
     config, spec = static.config, static.sharding
-    dtype, channels = jnp.dtype(static.cache_dtype or static.options.dtype), None
-    if dtype == jnp.int8:
-        channels = [quantized_cache.key_channels(b) for b in quantized_cache.key_biases(params, config, spec)]
+    dtype = quantized_cache.cache_dtype(static.kv_dtype, static.options.dtype)
+    channels = None
+    if quantized_cache.in_8_bits(dtype):
+        channels = quantized_cache.channels_of_keys(params, config, spec)
     return ContiguousCache.for_prompts(config, spec, lengths_B, static.slots, dtype, channels)
 
 

@@ -5,6 +5,7 @@ call returns before the device is done; only `Sampled.read` waits.
 """
 
 import concurrent.futures
+import dataclasses
 import logging
 import os
 import time
@@ -17,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from qwen_jax.attention.quantized_cache import channels_of_keys
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference.buckets import Buckets, RunnerConfig, smallest
@@ -27,6 +29,7 @@ from qwen_jax.inference.runner_programs import CLEARED, MAX_SEGMENTS, Pages, Sta
 from qwen_jax.inference.runner_types import PrefillInput, PromptLogprobs, RowInput, Sampled, SampledMany
 from qwen_jax.inference.slots import Slots, no_room, set_table
 from qwen_jax.inference.text_rows import TextRow, pack_texts
+from qwen_jax.kernels import QuantizedRows
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params
@@ -74,9 +77,9 @@ class Runner:
           params: in the inference layout; see `qwen_jax.inference.weights.fuse`. With `options.adapter_ranks`, together
             with the factors of `qwen_jax.inference.adapters.place_factors`.
           mesh: of the parameters; only its tensor and expert axes may be larger than 1.
-          options: layout of the parameters and compute dtype, which pages have too.
+          options: layout of the parameters and compute dtype.
           vocab_limit: ids from here on are padding and never sampled.
-          settings: sizes.
+          settings: sizes, and the dtype of pages.
 
         Raises:
           InputError: a reward model, or a mesh that does not fit.
@@ -104,11 +107,17 @@ class Runner:
         shapes = abstract_state(self.static, self.mesh)
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
 
-        def zeros() -> tuple[Pages, State]:
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        def empty(params: Params) -> tuple[Pages, State]:
+            pages, state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            if not isinstance(pages.keys[0], QuantizedRows):
+                return pages, state
+            # These factors stay when the weights change: they only say how finely keys are rounded.
+            channels = channels_of_keys(params, self.config, self.static.sharding)
+            keys = [dataclasses.replace(x, channels_Kd=y) for x, y in zip(pages.keys, channels, strict=True)]
+            return pages._replace(keys=tuple(keys)), state
 
         with jax.set_mesh(self.mesh):
-            return jax.jit(zeros, out_shardings=shardings)()
+            return jax.jit(empty, out_shardings=shardings)(self.params)
 
     # --- programs ---
 

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from qwen_jax.attention.quantized_cache import cache_dtype, in_8_bits
 from qwen_jax.inference import runner_programs as functions
 from qwen_jax.inference.buckets import Buckets, RunnerConfig
 from qwen_jax.inference.row_sampling import FIELDS, VARIANTS, WITH_MASKS, Rules, Variant
 from qwen_jax.inference.runner_programs import CLEARED, MAX_SEGMENTS, Pages, State, StaticArgs
+from qwen_jax.kernels import QuantizedRows
 from qwen_jax.params import Params
 
 _RULES_DTYPES = "uint16", "bool", "float32"
@@ -83,11 +85,18 @@ def abstract_state(static: StaticArgs, mesh: Mesh) -> tuple[Pages, State]:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))
 
     page = settings.num_pages, sharding.kv_heads, settings.page_size, config.head_dim
-    layers: Any = (array(page, static.options.dtype, sharding.cache),) * config.num_layers
+    dtype = cache_dtype(settings.kv_dtype, static.options.dtype)
+    keys: Any = array(page, dtype, sharding.cache)
+    values = keys
+    if in_8_bits(dtype):
+        values = QuantizedRows(keys, array(page[:3], "float32", P(*sharding.cache[:3])))  # type: ignore[arg-type]
+        channels: Any = array((page[1], page[3]), "float32", P(sharding.cache[1], None))
+        keys = dataclasses.replace(values, channels_Kd=channels)
     S, V = settings.max_seqs + 1, config.vocab_size
     tokens_S: Any = array((S,), "int32", P(None))
     rules_SV: list[Any] = [array((S, V), dtype, P(None, None)) for dtype in _RULES_DTYPES]
-    return Pages(layers, layers), State(tokens_S, Rules(*rules_SV) if settings.rules else None)
+    pages = Pages((keys,) * config.num_layers, (values,) * config.num_layers)
+    return pages, State(tokens_S, Rules(*rules_SV) if settings.rules else None)
 
 
 def lower(program: Program, static: StaticArgs, mesh: Mesh, params: Params) -> jax.stages.Lowered:

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
+from qwen_jax.attention import quantized_cache
 from qwen_jax.attention.cache import PagedCache
 from qwen_jax.attention.packed_cache import PackedCache
+from qwen_jax.attention.quantized_cache import Buffer
 from qwen_jax.config import ModelConfig
 from qwen_jax.inference import row_sampling
 from qwen_jax.inference.adapters import with_masks
@@ -58,10 +60,10 @@ class StaticArgs:
 
 
 class Pages(NamedTuple):
-    """Keys and values of all sequences, [N, K, P, d] for each layer."""
+    """Keys and values of all sequences, [N, K, P, d] for each layer, arrays or `QuantizedRows`."""
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
 
 
 class State(NamedTuple):
@@ -240,12 +242,23 @@ def set_rules(rules: Rules, slot_1: jax.Array, counts_V: jax.Array, prompt_V: ja
 
 def clear_pages(static: StaticArgs, pages: Pages, ids_n: jax.Array) -> Pages:
     """Fills pages with zeros, in place. An id that is no page has no effect."""
-    spec = static.sharding.cache
+
+    def is_buffer(x: Any) -> bool:
+        return isinstance(x, kernels.QuantizedRows)
 
     def local(pages: Pages, ids_n: jax.Array) -> Pages:
-        return jax.tree.map(lambda x: x.at[ids_n].set(0, mode="drop"), pages)
+        def cleared(x: jax.Array) -> jax.Array:
+            return x.at[ids_n].set(0, mode="drop")
 
-    specs = jax.tree.map(lambda _: spec, pages)
+        def cleared_buffer(x: Buffer) -> Buffer:
+            if not isinstance(x, kernels.QuantizedRows):
+                return cleared(x)
+            # The factors of channels are not of pages.
+            return kernels.QuantizedRows(cleared(x.values_BKSd), cleared(x.scales_BKS), x.channels_Kd)
+
+        return jax.tree.map(cleared_buffer, pages, is_leaf=is_buffer)
+
+    specs = jax.tree.map(lambda x: quantized_cache.specs(x, static.sharding), pages, is_leaf=is_buffer)
     result: Pages = jax.shard_map(local, in_specs=(specs, P()), out_specs=specs)(pages, ids_n)
     return result
 

@@ -9,8 +9,9 @@
 | reference      | anywhere   | intervals | float32, bfloat16, float16 | any            | yes | yes      | yes    |
 
 The table is for attention. Masks: "causal" is a plain causal mask that is known while tracing; "intervals" is any
-`Mask`. lse: whether the log-sum-exp is available. caches: `decode_attention`, `paged_attention` and `int8_attention`,
-which have a gradient only in the reference. Any number of query heads may share a key/value head.
+`Mask`. lse: whether the log-sum-exp is available. caches: `decode_attention`, `paged_attention` and
+`quantized_attention`, which have a gradient only in the reference. Any number of query heads may share a key/value
+head.
 
 `sparse_attention` and `column_attention` visit a part of the keys of a cache. They have the implementations gpu, tpu
 and reference, with the dtypes and head_dims of the table, and a gradient only in the reference.
@@ -34,11 +35,11 @@ from qwen_jax.kernels.attention.sparse import column_attention, sparse_attention
 from qwen_jax.kernels.decode import (
     decode_attention,
     decode_step,
-    int8_attention,
     paged_attention,
+    quantized_attention,
     supports_decode_step,
 )
-from qwen_jax.kernels.decode.int8 import Int8Rows
+from qwen_jax.kernels.decode.quantized import QuantizedRows
 from qwen_jax.kernels.mask import Mask, cache_mask, causal_mask, packed_mask
 from qwen_jax.kernels.select import log_once
 from qwen_jax.kernels.softmax import merge
@@ -47,9 +48,9 @@ __all__ = [
     "COVERAGE",
     "Coverage",
     "Implementation",
-    "Int8Rows",
     "KeyLists",
     "Mask",
+    "QuantizedRows",
     "attention",
     "attention_gradient",
     "cache_mask",
@@ -57,12 +58,12 @@ __all__ = [
     "column_attention",
     "decode_attention",
     "decode_step",
-    "int8_attention",
     "is_pallas",
     "log_once",
     "merge",
     "packed_mask",
     "paged_attention",
+    "quantized_attention",
     "select_attention",
     "sparse_attention",
     "supports_decode_step",

@@ -195,15 +195,15 @@ def _about(context: Context) -> APIRouter:
     @router.get("/health")
     @router.get("/ping")
     async def health() -> Response:
-        status, code = "ok", 200
+        status, code, cache = "ok", 200, dict[str, str]()
         if context.draining:
             status, code = "shutting down", 503
         elif context.service.engine is not None:
             try:
-                context.service.engine.stats()
+                cache = {"kv_dtype": context.service.engine.stats().kv_dtype}
             except Exception:
                 status, code = "the engine has failed", 503
-        return JSONResponse({"status": status}, code)
+        return JSONResponse({"status": status, **cache}, code)
 
     @router.get("/version")
     async def version() -> dict[str, str]:

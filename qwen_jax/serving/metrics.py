@@ -215,6 +215,12 @@ class Metrics(Collector):
         }
         for name, (text, number) in gauges.items():
             yield self._add(GaugeMetricFamily(f"vllm:{name}", text, labels=list(self._labels)), number)
+        # A metric whose labels are what it tells, as vLLM has it.
+        cache = {"cache_dtype": stats.kv_dtype, "block_size": str(stats.page_size), "num_gpu_blocks": str(stats.pages)}
+        labels = {**self._labels, **cache}
+        info = GaugeMetricFamily("vllm:cache_config_info", "The pages of keys and values.", labels=list(labels))
+        info.add_metric(list(labels.values()), 1)
+        yield info
         counters = {
             "prompt_tokens": ("Tokens of prompts that were read.", stats.prompt_tokens),
             "generation_tokens": ("New tokens.", stats.output_tokens),

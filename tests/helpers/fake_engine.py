@@ -223,7 +223,21 @@ class FakeEngine:
         if self.dead:
             raise RuntimeError("the engine is dead")
         prompt_tokens = sum(len(request.prompt) for request in self.requests)
-        return Stats(len(self.running), self.waiting, self.free, 3, 10, prompt_tokens, self.output_tokens, 7, 9, 1, 11)
+        return Stats(
+            len(self.running),
+            self.waiting,
+            self.free,
+            3,
+            10,
+            prompt_tokens,
+            self.output_tokens,
+            7,
+            9,
+            1,
+            11,
+            16,
+            "int8",
+        )
 
     def close(self, drain: float = 0) -> None:
         self.closed = True

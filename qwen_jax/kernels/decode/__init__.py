@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,14 @@ from qwen_jax import platform
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import reference
 from qwen_jax.kernels.attention.coverage import Implementation, check_arguments, select_attention
-from qwen_jax.kernels.decode.int8 import Int8Rows
+from qwen_jax.kernels.decode.quantized import QuantizedRows
 from qwen_jax.kernels.mask import Mask
 from qwen_jax.kernels.select import Candidate, select, unmet
 from qwen_jax.kernels.without_gradient import without_gradient
+
+GATHERED_SLOTS = 2**18
+"""Slots of pages in 8 bits that are gathered at a time, unless one row has more: 256 MiB of keys and as much of values
+for a 7B model, converted to bfloat16."""
 
 
 def decode_attention(
@@ -77,10 +82,10 @@ def _splits_keys(supported: bool, tokens: int, sizes: str) -> bool:
     return select([few, many], "auto", "attention kernel for a cache", f"{tokens} new tokens, {sizes}") == few.name
 
 
-def int8_attention(
+def quantized_attention(
     q_BTHd: jax.Array,
-    keys: Int8Rows,
-    values: Int8Rows,
+    keys: QuantizedRows,
+    values: QuantizedRows,
     mask: Mask,
     *,
     scale: float,
@@ -88,13 +93,13 @@ def int8_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """`decode_attention` over a head-major cache in 8 bits.
 
-    A kernel reads the 8 bits for few query rows. For many, such as a chunk of a prompt, keys and values of this layer
-    are converted to the dtype of q first: 2 GiB for one layer of a 7B model with a million tokens, while the chunk's
-    attention takes much longer than that copy.
+    A kernel reads int8 for few query rows. For many, such as a chunk of a prompt, and for float8_e4m3fn, keys and
+    values of this layer are converted to the dtype of q first: 2 GiB for one layer of a 7B model with a million tokens,
+    while the chunk's attention takes much longer than that copy.
 
     Args:
       q_BTHd: queries.
-      keys, values: [B, K, S, d], and a scale for each slot and head. All scales must be finite.
+      keys, values: [B, K, S, d] of the same dtype, and a scale for each slot and head. All scales must be finite.
       mask: intervals over the S cache slots.
       scale: multiplies the logits; positive.
       implementation: see the table in `qwen_jax.kernels`.
@@ -106,40 +111,41 @@ def int8_attention(
       InputError: as `attention`.
     """
     scales = keys.scales_BKS.shape, values.scales_BKS.shape
-    if scales != (keys.shape[:-1], values.shape[:-1]) or values.channels_Kd is not None:
+    fits = scales == (keys.shape[:-1], values.shape[:-1]) and keys.dtype == values.dtype
+    if not fits or values.channels_Kd is not None:
         raise InputError(
-            "An 8-bit cache needs a scale for each key and value, and factors of channels for keys only; got "
-            f"{keys.shape} and {values.shape} with scales {scales[0]} and {scales[1]}"
+            "An 8-bit cache needs one dtype, a scale for each vector, and factors of channels for keys only; got "
+            f"{keys.dtype} {keys.shape} and {values.dtype} {values.shape} with scales {scales[0]} and {scales[1]}"
             f"{'' if values.channels_Kd is None else ', and factors for values'}."
         )
     k, v = (jax.ShapeDtypeStruct(x.shape, q_BTHd.dtype) for x in (keys, values))
     scale = check_arguments(q_BTHd, k, v, mask, scale, "[B, K, S, d]")
     (_, T, H, d), (K, S) = q_BTHd.shape, keys.shape[1:3]
     chosen = select_attention(implementation, q_BTHd, mask, return_lse=True, cache=True)
-    cache = keys.values_BKSd, keys.scales_BKS, values.values_BKSd, values.scales_BKS
+    cache, dtype = (keys.values_BKSd, keys.scales_BKS, values.values_BKSd, values.scales_BKS), keys.dtype
     args = _times_channels(q_BTHd, keys.channels_Kd), *cache, mask.k_start_BT, mask.k_end_BT
     sizes = f"{H}/{K} heads, {S} slots"
     if chosen == "gpu":
         from qwen_jax.kernels.decode import flash_decode_int8_gpu
 
-        if _reads_8_bits(flash_decode_int8_gpu.supports(q_BTHd.dtype, T, H, K, d, S), T, sizes):
+        if _reads_8_bits(flash_decode_int8_gpu.supports(q_BTHd.dtype, T, H, K, d, S), dtype, T, sizes):
             kernel = functools.partial(flash_decode_int8_gpu.attention, disjoint=mask.is_disjoint)
             return _run(kernel, args, scale)
     if chosen == "tpu":
         from qwen_jax.kernels.decode import flash_decode_tpu
 
-        if _reads_8_bits(flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d), T, sizes):
+        if _reads_8_bits(flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d), dtype, T, sizes):
             return _run(flash_decode_tpu.int8_attention, args, scale)
     wide = keys.dequantized(q_BTHd.dtype), values.dequantized(q_BTHd.dtype)
     return decode_attention(q_BTHd, *wide, mask, scale=scale, implementation=_named(chosen))
 
 
-def _reads_8_bits(supported: bool, tokens: int, sizes: str) -> bool:
+def _reads_8_bits(supported: bool, dtype: jnp.dtype, tokens: int, sizes: str) -> bool:
     """Whether a kernel reads the 8 bits, and not a converted copy of the cache."""
-    direct = Candidate("8 bits", () if supported else ("few query rows and a cache of whole tiles",))
-    copied = Candidate("converted copy", slow=tokens == 1)
+    needs = {"int8": dtype == jnp.int8, "few query rows and a cache of whole tiles": supported}
+    direct, copied = Candidate("8 bits", unmet(needs)), Candidate("converted copy", slow=tokens == 1)
     what = "attention over an 8-bit cache"
-    return select([direct, copied], "auto", what, f"{tokens} new tokens, {sizes}") == direct.name
+    return select([direct, copied], "auto", what, f"{dtype}, {tokens} new tokens, {sizes}") == direct.name
 
 
 def _times_channels(q_BTHd: jax.Array, channels_Kd: jax.Array | None) -> jax.Array:
@@ -152,8 +158,8 @@ def _times_channels(q_BTHd: jax.Array, channels_Kd: jax.Array | None) -> jax.Arr
 
 def paged_attention(
     q_BTHd: jax.Array,
-    k_NKPd: jax.Array,
-    v_NKPd: jax.Array,
+    k_NKPd: jax.Array | QuantizedRows,
+    v_NKPd: jax.Array | QuantizedRows,
     pages_BM: jax.Array,
     mask: Mask,
     *,
@@ -162,8 +168,9 @@ def paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """`decode_attention` over a paged cache: slot j of row b is slot j % P of page pages[b, j // P].
 
-    The kernels read pages of a multiple of 16 slots for few query rows. Otherwise the pages are gathered into a
-    contiguous cache first, which costs a copy of all pages in the table.
+    The kernels read pages of a multiple of 16 slots for few query rows, in the compute dtype. Otherwise the pages are
+    gathered into a contiguous cache first, which costs a copy of all pages in the table; pages in 8 bits are copied as
+    they are, for some rows at a time.
 
     Args:
       q_BTHd: queries.
@@ -179,42 +186,72 @@ def paged_attention(
     Raises:
       InputError: as `attention`.
     """
-    fits = q_BTHd.ndim == k_NKPd.ndim == 4 and pages_BM.ndim == 2 and k_NKPd.shape == v_NKPd.shape
+    fits = q_BTHd.ndim == len(k_NKPd.shape) == 4 and pages_BM.ndim == 2 and k_NKPd.shape == v_NKPd.shape
     if not fits or pages_BM.shape[0] != q_BTHd.shape[0] or not jnp.issubdtype(pages_BM.dtype, jnp.integer):
         raise InputError(
             f"Paged attention needs q [B, T, H, d], keys and values [N, K, P, d] and an integer page table [B, M]; got "
             f"q {q_BTHd.shape}, {k_NKPd.shape}, {v_NKPd.shape} and {pages_BM.dtype} {pages_BM.shape}."
         )
-    (B, T, H, d), (N, K, P), M = q_BTHd.shape, k_NKPd.shape[:3], pages_BM.shape[1]
-    whole = jax.ShapeDtypeStruct((B, K, M * P, k_NKPd.shape[3]), k_NKPd.dtype)
-    scale = check_arguments(q_BTHd, whole, whole.update(dtype=v_NKPd.dtype), mask, scale, "[B, K, S, d]")
+    (B, T, H, d), (K, P), M = q_BTHd.shape, k_NKPd.shape[1:3], pages_BM.shape[1]
+    quantized = isinstance(k_NKPd, QuantizedRows)
+    if quantized != isinstance(v_NKPd, QuantizedRows):
+        raise InputError("Paged attention needs keys and values that are both in 8 bits, or both not.")
+    held = (q_BTHd.dtype, q_BTHd.dtype) if quantized else (k_NKPd.dtype, v_NKPd.dtype)
+    k, v = (jax.ShapeDtypeStruct((B, K, M * P, k_NKPd.shape[3]), dtype) for dtype in held)
+    scale = check_arguments(q_BTHd, k, v, mask, scale, "[B, K, S, d]")
     chosen = select_attention(implementation, q_BTHd, mask, return_lse=True, cache=True)
-    args = q_BTHd, k_NKPd, v_NKPd, pages_BM, mask.k_start_BT, mask.k_end_BT
-    sizes = f"{H}/{K} heads, {M} pages of {P} slots"
+    # The kernels get arrays only.
+    args: Any = q_BTHd, k_NKPd, v_NKPd, pages_BM, mask.k_start_BT, mask.k_end_BT
+    sizes = f"{k_NKPd.dtype}, {H}/{K} heads, {M} pages of {P} slots"
     if chosen == "gpu":
         from qwen_jax.kernels.decode import flash_decode_gpu
 
-        if _reads_pages(flash_decode_gpu.supports(q_BTHd.dtype, T, H, K, d, M * P, P), T, sizes):
+        if _reads_pages(flash_decode_gpu.supports(q_BTHd.dtype, T, H, K, d, M * P, P), quantized, T, sizes):
             return _run(flash_decode_gpu.paged_attention, args, scale)
     if chosen == "tpu":
         from qwen_jax.kernels.decode import flash_decode_tpu
 
-        if _reads_pages(flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d, P, pages_BM.size), T, sizes):
+        if _reads_pages(flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d, P, pages_BM.size), quantized, T, sizes):
             return _run(flash_decode_tpu.paged_attention, args, scale)
+    how: Any = {"scale": scale, "implementation": _named(chosen)}
+    keys: Any = k_NKPd
+    values: Any = v_NKPd
+    if not quantized:
+        return decode_attention(q_BTHd, _gathered(keys, pages_BM), _gathered(values, pages_BM), mask, **how)
 
-    def gathered(x_NKPd: jax.Array) -> jax.Array:
-        x_BMKPd = x_NKPd[jnp.clip(pages_BM, 0, N - 1)]
-        return x_BMKPd.swapaxes(1, 2).reshape(B, K, M * P, d)
+    def attend(q_bTHd: jax.Array, pages_bM: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
+        return quantized_attention(
+            q_bTHd, _gathered_rows(keys, pages_bM), _gathered_rows(values, pages_bM), mask, **how
+        )
 
-    return decode_attention(
-        q_BTHd, gathered(k_NKPd), gathered(v_NKPd), mask, scale=scale, implementation=_named(chosen)
-    )
+    rows = max(i for i in range(1, B + 1) if B % i == 0 and (i == 1 or i * M * P <= GATHERED_SLOTS))
+    if rows == B:
+        return attend(q_BTHd, pages_BM, mask)
+    parts = jax.tree.map(lambda x: x.reshape(B // rows, rows, *x.shape[1:]), (q_BTHd, pages_BM, mask))
+    found = jax.lax.map(lambda part: attend(*part), parts)
+    out, lse = (x.reshape(B, *x.shape[2:]) for x in found)
+    return out, lse
 
 
-def _reads_pages(supported: bool, tokens: int, sizes: str) -> bool:
+def _gathered(x_NKPd: jax.Array, pages_BM: jax.Array) -> jax.Array:
+    """Pages, or their scales [N, K, P], as rows of one contiguous array each: [B, K, M P, d]."""
+    (N, K, P), (B, M) = x_NKPd.shape[:3], pages_BM.shape
+    x_BMKPd = x_NKPd[jnp.clip(pages_BM, 0, N - 1)]
+    return x_BMKPd.swapaxes(1, 2).reshape(B, K, M * P, *x_NKPd.shape[3:])
+
+
+def _gathered_rows(pages: QuantizedRows, pages_BM: jax.Array) -> QuantizedRows:
+    values, scales = (_gathered(x, pages_BM) for x in (pages.values_BKSd, pages.scales_BKS))
+    return QuantizedRows(values, scales, pages.channels_Kd)
+
+
+def _reads_pages(supported: bool, quantized: bool, tokens: int, sizes: str) -> bool:
     """Whether a kernel reads the pages where they are, and not a gathered copy of them."""
-    direct = Candidate("pages", () if supported else ("few query rows and pages of a multiple of 16 slots",))
-    copied = Candidate("gathered copy", slow=tokens == 1)
+    needs = {
+        "pages in the compute dtype": not quantized,
+        "few query rows and pages of a multiple of 16 slots": supported,
+    }
+    direct, copied = Candidate("pages", unmet(needs)), Candidate("gathered copy", slow=tokens == 1)
     return select([direct, copied], "auto", "paged attention", f"{tokens} new tokens, {sizes}") == direct.name
 
 
@@ -229,7 +266,7 @@ def supports_decode_step(
     length: int,
     num_heads: int,
     num_kv_heads: int,
-    cache: jax.Array | Int8Rows,
+    cache: jax.Array | QuantizedRows,
 ) -> bool:
     """Whether `decode_step` is used for the next tokens. Logs the outcome once.
 

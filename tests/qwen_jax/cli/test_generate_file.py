@@ -55,7 +55,7 @@ def test_a_file_of_requests(model: Path, tmp_path: Path, capsys: pytest.CaptureF
         (["--input", "x.jsonl", "--output", "y.jsonl"], "does not exist"),
         (["--input", "x.jsonl", "--output", "y.jsonl", "--prompt", "a"], "--prompt cannot be given"),
         (["--input", "x.jsonl", "--output", "y.jsonl", "--in-flight", "0"], "--in-flight"),
-        (["--input", "x.jsonl", "--output", "y.jsonl", "--cache-dtype", "int8"], "compute dtype"),
+        (["--input", "x.jsonl", "--output", "y.jsonl", "--attention", "pooled"], "dense attention"),
     ],
 )
 def test_wrong_options(model: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str) -> None:

@@ -12,7 +12,7 @@ from qwen_jax import kernels
 from qwen_jax.attention.dual_chunk import over_parts
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.decode import flash_decode_int8_gpu
-from qwen_jax.kernels.decode.int8 import Int8Rows
+from qwen_jax.kernels.decode.quantized import QuantizedRows
 from tests.helpers import masks
 from tests.helpers.gpu_interpreter import CAN_INTERPRET, interpreted
 from tests.helpers.platforms import as_if_on
@@ -156,8 +156,8 @@ def test_arrays_that_do_not_match_are_refused() -> None:
 
 
 def entry(q: jax.Array, k: Any, k_scales: Any, v: Any, v_scales: Any, start: Any, end: Any) -> Any:
-    cache = Int8Rows(k, k_scales, jnp.full((k.shape[1], k.shape[3]), 4.0)), Int8Rows(v, v_scales)
-    return kernels.int8_attention(q, *cache, kernels.Mask(start, end), scale=0.1)
+    cache = QuantizedRows(k, k_scales, jnp.full((k.shape[1], k.shape[3]), 4.0)), QuantizedRows(v, v_scales)
+    return kernels.quantized_attention(q, *cache, kernels.Mask(start, end), scale=0.1)
 
 
 def test_few_rows_read_8_bits_and_many_rows_a_converted_copy() -> None:
@@ -179,7 +179,7 @@ def test_the_parts_of_dual_chunk_attention_are_computed_one_after_the_other() ->
 
     def attend(q: jax.Array, cache: Any, mask: kernels.Mask) -> tuple[jax.Array, jax.Array]:
         k, k_scales, v, v_scales = cache
-        return kernels.int8_attention(q, Int8Rows(k, k_scales), Int8Rows(v, v_scales), mask, scale=0.1)
+        return kernels.quantized_attention(q, QuantizedRows(k, k_scales), QuantizedRows(v, v_scales), mask, scale=0.1)
 
     q, *one_token = shapes_of(Case(1, 1, 28, 4, 128, 4096))
     with as_if_on("Hopper GPU"):
@@ -191,10 +191,10 @@ def test_the_parts_of_dual_chunk_attention_are_computed_one_after_the_other() ->
 
 
 def test_a_cache_that_the_kernels_do_not_know_is_refused() -> None:
-    rows = Int8Rows(jnp.zeros((1, 1, 8, 16), jnp.int8), jnp.zeros((1, 1, 8)), jnp.ones((1, 16)))
+    rows = QuantizedRows(jnp.zeros((1, 1, 8, 16), jnp.int8), jnp.zeros((1, 1, 8)), jnp.ones((1, 16)))
     one = jnp.ones((1, 1), jnp.int32)
     with pytest.raises(InputError, match="factors of channels for keys only"):
-        kernels.int8_attention(jnp.ones((1, 1, 1, 16)), rows, rows, kernels.Mask(one, one), scale=1.0)
+        kernels.quantized_attention(jnp.ones((1, 1, 1, 16)), rows, rows, kernels.Mask(one, one), scale=1.0)
 
 
 def drawn(case: Case, numbers: np.random.Generator) -> tuple[list[jax.Array], tuple[np.ndarray, np.ndarray]]:

@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.decode import flash_decode_tpu
-from qwen_jax.kernels.decode.int8 import Int8Rows
+from qwen_jax.kernels.decode.quantized import QuantizedRows
 from tests.helpers import exact
 from tests.helpers.masks import MASKS, anything, window
 from tests.helpers.tpu_compiler import TOPOLOGIES, compile_for, needs_libtpu
@@ -79,7 +79,7 @@ def test_numerics_of_a_cache_in_8_bits(monkeypatch, T, H, K, d, dtype, splits) -
     q, k, v, start, end = drawn(numbers, anything, 2, T, 1000, H, K, d, dtype)
     held, wide = [], []
     for x in (k, v):
-        rows = Int8Rows(jnp.zeros(x.shape, jnp.int8), jnp.zeros(x.shape[:-1])).quantized(x)
+        rows = QuantizedRows(jnp.zeros(x.shape, jnp.int8), jnp.zeros(x.shape[:-1])).quantized(x)
         held += [rows.values_BKSd, rows.scales_BKS]
         wide.append(rows.dequantized(jnp.float32))
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):

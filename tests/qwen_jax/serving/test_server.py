@@ -450,6 +450,10 @@ def test_metrics_have_vllms_names() -> None:
         "vllm:request_prompt_tokens", "vllm:request_generation_tokens", "vllm:request_params_n",
         "vllm:request_time_per_output_token_seconds", "vllm:request_params_max_tokens", "http_requests",
     }  # fmt: skip
+    (cache,) = families["vllm:cache_config_info"].samples
+    told = {"cache_dtype": "int8", "block_size": "16", "num_gpu_blocks": "10"}
+    assert told.items() <= cache.labels.items()
+    assert http_client.get("/health").json() == {"status": "ok", "kv_dtype": "int8"}
     values = {
         (sample.name, sample.labels.get("finished_reason") or sample.labels.get("status")): sample.value
         for family in families.values()

@@ -6,8 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-LARGEST = 127
-"""The magnitude that the largest component of a vector is rounded to. -128 is not used."""
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+"""For each dtype of 8 bits, the magnitude that the largest component of a vector has after division by the scale. That
+of float8_e4m3fn is its largest number; int8's -128 is not used."""
 _SMALLEST_SCALE = 1e-30
 """The scale of a vector of zeros: that of everything that was written is positive."""
 
@@ -16,15 +17,17 @@ _SMALLEST_SCALE = 1e-30
     jax.tree_util.register_dataclass, data_fields=("values_BKSd", "scales_BKS", "channels_Kd"), meta_fields=()
 )
 @dataclasses.dataclass(frozen=True)
-class Int8Rows:
-    """Vectors of a head-major cache: int8 numbers times a scale for each slot and head.
+class QuantizedRows:
+    """Vectors of a head-major cache: numbers of 8 bits times a scale for each slot and head.
 
     A scale for each vector needs nothing of its neighbours: a token is quantised once, when it is written, and its bits
     do not depend on how a text was cut into chunks. A scale for a page of tokens would have to grow as the page fills,
     and every growth would round the tokens before once more. The price is 4 bytes beside 128.
 
+    The same holds pages of a paged cache: B is then the number of the page, and S the place in it.
+
     Attributes:
-      values_BKSd: int8.
+      values_BKSd: int8 or float8_e4m3fn.
       scales_BKS: float32. A vector that was never written has scale 0.
       channels_Kd: float32 powers of two that the components of all vectors of a head are multiplied by, or None for 1;
         see `qwen_jax.attention.quantized_cache.key_channels`.
@@ -41,21 +44,29 @@ class Int8Rows:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """That of the numbers, int8."""
+        """That of the numbers, int8 or float8_e4m3fn."""
         return self.values_BKSd.dtype
 
-    def quantized(self, x_BKTd: jax.Array) -> "Int8Rows":
-        """New vectors in this form: each component is rounded by at most half its vector's scale times its channel.
+    def quantized(self, x_BKTd: jax.Array) -> "QuantizedRows":
+        """New vectors in this form. With s a vector's scale, a component x is rounded by at most
+
+        - int8: s / 2,
+        - float8_e4m3fn, with 3 bits after the leading one and steps of 2^-9 near zero: max(|x| / 16, s / 1024),
+
+        both times the channel's factor for the part that is in units of s. A vector that is not finite is read back as
+        NaN in all components.
 
         Args:
-          x_BKTd: of any floating dtype; all finite.
+          x_BKTd: of any floating dtype.
         """
-        x = x_BKTd.astype(jnp.float32)
+        x, largest = x_BKTd.astype(jnp.float32), LARGEST[self.dtype.name]
         if self.channels_Kd is not None:
             x = x / self.channels_Kd[:, None]
-        scales = jnp.maximum(jnp.abs(x).max(axis=-1) / LARGEST, _SMALLEST_SCALE)
-        rounded = jnp.clip(jnp.round(x / scales[..., None]), -LARGEST, LARGEST)
-        return Int8Rows(rounded.astype(jnp.int8), scales, self.channels_Kd)
+        scales = jnp.maximum(jnp.abs(x).max(axis=-1) / largest, _SMALLEST_SCALE)
+        x = x / scales[..., None]
+        # Both casts are of numbers within the range; that to float8 rounds to the nearest, ties to even.
+        rounded = jnp.clip(jnp.round(x) if self.dtype == jnp.int8 else x, -largest, largest)
+        return QuantizedRows(rounded.astype(self.dtype), scales, self.channels_Kd)
 
     def dequantized(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The vectors in another dtype, [B, K, S, d]. The products are computed in float32."""
