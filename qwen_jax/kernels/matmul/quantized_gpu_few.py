@@ -1,0 +1,390 @@
+"""Products of a few rows with a quantised matrix on Hopper GPUs, bound by the bandwidth at which the codes are read.
+
+As `few_rows_gpu`, but W is the M side of wgmma and x the N side: a tile of codes goes from shared memory to registers,
+becomes bfloat16 there, and is the left operand (`quantized_gpu_tiles`). With 1 to 8 rows of x nothing is wasted.
+
+The sum over a group of inputs is exact products added in float32. It is scaled in float32 and added to the sum of all
+groups. This is more exact than "plain", which rounds every dequantised weight to bfloat16. Zero points are subtracted
+from the codes, which is exact; minima multiply the sum of x over the group.
+
+Four warpgroups multiply and one copies. Of the four, some have different outputs and some different inputs, whose sums
+are added through shared memory. The steps of all tiles of outputs form one list, of which each thread block takes an
+equal share, wherever that begins and ends. A tile that several blocks share has several partial results; XLA fuses
+their sum into what follows.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from qwen_jax.errors import InputError
+from qwen_jax.kernels.gpu.device import MULTIPROCESSORS, TILE_SHARED_BYTES
+from qwen_jax.kernels.gpu.hopper import load, tiled
+from qwen_jax.kernels.gpu.tiles import (
+    FEEDER_REGISTERS,
+    PER_COLUMN,
+    PER_ROW,
+    ROWS,
+    WGMMA,
+    across,
+    compute_registers,
+    kernel,
+    rem,
+    zeros,
+)
+from qwen_jax.kernels.matmul.quantized_gpu_tiles import bits, load_codes, operand, permuted
+from qwen_jax.kernels.types import Ref
+
+MAX_ROWS = 64
+WARPGROUPS = 4
+CHUNK = 128
+"""Inputs of a step for one warpgroup."""
+_MAX_STAGES = 16
+_PARTS_BYTES = 200_000  # The cost of partial results beyond their own bytes.
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How a product is divided; a static function of its shape.
+
+    Attributes:
+      high: warpgroups with different outputs.
+      wide: warpgroups with the same outputs and different inputs.
+      share: steps of a thread block.
+      blocks: thread blocks.
+      parts: partial results, the most blocks that share a tile.
+      stages: steps in flight.
+    """
+
+    high: int
+    wide: int
+    share: int
+    blocks: int
+    parts: int
+    stages: int
+
+
+def width(rows: int) -> int:
+    """Columns of the product for this many rows."""
+    return -(-rows // 8) * 8
+
+
+def _parts(tiles: int, steps: int, share: int) -> int:
+    """The most blocks that share a tile."""
+    return max((t * steps + steps - 1) // share - t * steps // share + 1 for t in range(min(tiles, share)))
+
+
+@functools.cache
+def choose_tiling(rows: int, n: int, k: int, code_bits: int) -> Tiling:
+    """Divides a product of `rows` rows with a matrix [n, k].
+
+    The estimated cost, in bytes read from memory, is the larger of two: W, including the time of idle multiprocessors,
+    and everything that goes from L2 to the multiprocessors at about 2.5 times the speed. Writing and reading partial
+    results is added.
+
+    Args:
+      rows: 1 to `MAX_ROWS`.
+      n, k: outputs, a multiple of 64, and inputs, a multiple of 32.
+      code_bits: of a code, 4 or 8.
+    """
+    columns, weights = width(rows), n * k * code_bits // 8
+    best: tuple[float, Tiling] | None = None
+    for high in (1, 2, 4):
+        wide = WARPGROUPS // high
+        tiles, steps = -(-n // (ROWS * high)), -(-k // (CHUNK * wide))
+        stage = ROWS * high * CHUNK * wide * code_bits // 8 + columns * CHUNK * wide * 2
+        room = TILE_SHARED_BYTES - (wide - 1) * high * ROWS * columns * 4
+        total = tiles * steps
+        least = -(-total // MULTIPROCESSORS)
+        # More than the least share makes fewer partial results, and leaves multiprocessors idle.
+        for share in range(least, min(total, max(2 * least, steps)) + 1):
+            parts = _parts(tiles, steps, share)
+            longest = weights / total * share * MULTIPROCESSORS
+            x_bytes = tiles * rows * k * 2
+            cost = max(longest, 0.4 * (weights + x_bytes)) + parts * rows * n * 4 + _PARTS_BYTES * (parts > 1)
+            if best is None or cost < best[0]:
+                stages = min(_MAX_STAGES, room // stage)
+                best = cost, Tiling(high, wide, share, -(-total // share), parts, stages)
+    assert best is not None
+    return best[1]
+
+
+class _Memory(NamedTuple):
+    """Shared memory and barriers of a thread block.
+
+    Attributes:
+      w_smem, x_smem: rings of codes and of x.
+      sums_smem: the sums of all warpgroups but the first with the same outputs, [wide - 1, high, 64, columns].
+      full, free: a place of the rings has been filled, or read.
+      given, taken: the sums have been written, or read.
+    """
+
+    w_smem: Ref
+    x_smem: Ref
+    full: Ref
+    free: Ref
+    sums_smem: Ref | None = None
+    given: Ref | None = None
+    taken: Ref | None = None
+
+
+class Operands(NamedTuple):
+    """The operands of a kernel in global memory.
+
+    Attributes:
+      x: bfloat16 [M, K], permuted.
+      codes: [N, K].
+      scales: [N, G].
+      zeros: [N, G].
+      mins: float32 [N, G].
+      x_sums: with `mins`, float32 [G, columns]: the sums of x over each group.
+    """
+
+    x: Any
+    codes: Any
+    scales: Any
+    zeros: Any = None
+    mins: Any = None
+    x_sums: Any = None
+
+
+def product(operands: Operands, rows: int) -> jax.Array:
+    """Runs the kernel: partial products, float32 [parts, rows, N]."""
+    (N, K), G, columns = operands.codes.shape, operands.scales.shape[1], width(rows)
+    p = choose_tiling(rows, N, K, bits(operands.codes.dtype))
+    given = {name: x for name, x in operands._asdict().items() if x is not None}
+    names = tuple(given)
+    group = inputs_at_once(K, G)
+
+    def block(*refs: Ref, **scratch: Ref) -> None:
+        *inputs, out_ref = refs
+        _block(_Memory(**scratch), Operands(**dict(zip(names, inputs, strict=True))), out_ref, p)
+
+    sums = {}
+    if p.wide > 1:
+        sums = {
+            "sums_smem": plgpu.SMEM((p.wide - 1, p.high, ROWS, columns), jnp.float32),
+            "given": plgpu.Barrier(num_arrivals=p.high * (p.wide - 1)),
+            "taken": plgpu.Barrier(num_arrivals=p.high),
+        }
+    launch = kernel(
+        "quantized_few_rows",
+        block,
+        (jax.ShapeDtypeStruct((p.parts, rows, N), jnp.float32),),
+        {"block": p.blocks},
+        WARPGROUPS + 1,
+        w_smem=tiled((p.stages, ROWS * p.high, CHUNK * p.wide), operands.codes.dtype, CHUNK),
+        x_smem=tiled((p.stages, columns, CHUNK * p.wide), jnp.bfloat16, min(group, 64)),
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=p.stages),
+        free=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=p.stages),
+        **sums,
+    )
+    out: jax.Array = launch(*given.values())[0]
+    return out
+
+
+def inputs_at_once(k: int, groups: int) -> int:
+    """The most inputs, 128, 64 or 32, that always share a scale. 0 if 32 do not.
+
+    Args:
+      k: inputs.
+      groups: of the inputs of an output.
+    """
+    if groups == 1:
+        return CHUNK
+    return next((n for n in (CHUNK, 64, 32) if k // groups % n == 0), 0)
+
+
+class _Step(NamedTuple):
+    """Per-row numbers of a step, read one step ahead: for each group, scales, zero points and minima as they are."""
+
+    scales: tuple[jax.Array, ...]
+    zeros: tuple[jax.Array, ...] = ()
+    mins: tuple[jax.Array, ...] = ()
+
+
+def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None:
+    """The program of a thread block: its share of the list of steps."""
+    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+    (N, K), G = operands.codes.shape, operands.scales.shape[1]
+    columns, stages, group = memory.x_smem.shape[1], memory.full.shape[0], K // G
+    at_once = inputs_at_once(K, G)
+    tiles, steps = -(-N // (ROWS * p.high)), -(-K // (CHUNK * p.wide))
+    begin = block * p.share
+    count = jnp.minimum(p.share, tiles * steps - begin)
+    first_tile = lax.div(begin, jnp.int32(steps))
+    first_step = begin - first_tile * steps
+
+    def following(tile: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        last = step == steps - 1
+        return jnp.where(last, tile + 1, tile), jnp.where(last, 0, step + 1)
+
+    def feed() -> None:
+        """The program of the warpgroup that copies."""
+
+        def fetch(i: jax.Array, place: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            tile, step = place
+            slot = rem(i, stages)
+            pl.when(i >= stages)(lambda: plgpu.barrier_wait(memory.free.at[slot]))
+            inputs = pl.ds(pl.multiple_of(step * (CHUNK * p.wide), CHUNK), CHUNK * p.wide)
+            outputs = pl.ds(pl.multiple_of(tile * (ROWS * p.high), ROWS), ROWS * p.high)
+            plgpu.copy_gmem_to_smem(operands.codes.at[outputs, inputs], memory.w_smem.at[slot], memory.full.at[slot])
+            x = operands.x.at[pl.ds(block * 0, columns), inputs]
+            plgpu.copy_gmem_to_smem(x, memory.x_smem.at[slot], memory.full.at[slot])
+            return following(tile, step)
+
+        lax.fori_loop(0, count, fetch, (first_tile, first_step))
+        # No barrier may be left that was not waited for.
+        last = jnp.maximum(count - stages, 0)
+        lax.fori_loop(last, count, lambda n, _: plgpu.barrier_wait(memory.free.at[rem(n, stages)]), None)
+
+    def multiply() -> None:
+        """The program of a warpgroup that multiplies."""
+        level = lax.div(warpgroup, jnp.int32(p.wide))
+        side = warpgroup - level * p.wide
+        own_rows = pl.ds(pl.multiple_of(level * ROWS, ROWS), ROWS)
+        own_inputs = pl.ds(pl.multiple_of(side * CHUNK, CHUNK), CHUNK)
+
+        def row_of(tile: jax.Array) -> jax.Array:
+            # The last tile may have fewer rows: then some warpgroups have none, and write nothing.
+            return pl.multiple_of(jnp.minimum((tile * p.high + level) * ROWS, N - ROWS), ROWS)
+
+        def group_of(step: jax.Array, j: int) -> jax.Array:
+            return jnp.minimum(lax.div((step * p.wide + side) * CHUNK + j * at_once, jnp.int32(group)), G - 1)
+
+        def per_row(place: tuple[jax.Array, jax.Array]) -> _Step:
+            """Scales, zero points and minima of a step."""
+            tile, step = place
+            here = pl.ds(row_of(jnp.minimum(tile, tiles - 1)), ROWS)
+
+            def of(ref: Ref | None) -> tuple[jax.Array, ...]:
+                if ref is None:
+                    return ()
+                return tuple(load(ref.at[here, group_of(step, j)], PER_ROW) for j in range(CHUNK // at_once))
+
+            return _Step(of(operands.scales), of(operands.zeros), of(operands.mins))
+
+        def one(i: jax.Array, carry: tuple[jax.Array, Any, _Step]) -> tuple[jax.Array, Any, _Step]:
+            acc, (tile, step), numbers = carry
+            slot = rem(i, stages)
+            after = following(tile, step)
+            plgpu.barrier_wait(memory.full.at[slot])
+            codes = load_codes(memory.w_smem.at[slot, own_rows, own_inputs])
+            # Read one step ahead; the numbers arrive while this step is computed.
+            ahead = per_row(after)
+
+            def sums(*accs: Ref) -> tuple[jax.Array, ...]:
+                for j, acc in enumerate(accs):
+                    z = numbers.zeros[j].astype(jnp.float32) if numbers.zeros else None
+                    w = operand(codes, j * at_once, at_once, z)
+                    inputs = pl.ds(pl.multiple_of(side * CHUNK + j * at_once, at_once), at_once)
+                    plgpu.wgmma(acc, w, memory.x_smem.at[slot, :, inputs].T)
+                plgpu.wgmma_wait(0)
+                return tuple(acc[...] for acc in accs)
+
+            shape = (ROWS, columns)
+            of_groups = pl.run_scoped(sums, *[plgpu.ACC(shape, jnp.float32)] * (CHUNK // at_once))
+            plgpu.barrier_arrive(memory.free.at[slot])
+            # A tile begins with zeros.
+            acc = lax.cond(step == 0, lambda _: zeros(shape, WGMMA), lambda acc: acc, acc)
+            for j, y in enumerate(of_groups):
+                acc = acc + y * across(numbers.scales[j].astype(jnp.float32), shape)
+                if operands.x_sums is not None:
+                    # Inputs beyond the end belong to no group.
+                    there = ((step * p.wide + side) * CHUNK + j * at_once < K).astype(jnp.float32)
+                    x_sum = load(operands.x_sums.at[group_of(step, j)], PER_COLUMN) * there
+                    acc = acc - across(numbers.mins[j], shape) * across(x_sum, shape, 1)
+            pl.when((step == steps - 1) | (i == count - 1))(lambda: write(acc, tile, step))
+            return acc, after, ahead
+
+        def write(acc: jax.Array, tile: jax.Array, step: jax.Array) -> None:
+            """Adds the sums of the warpgroups with the same outputs, and writes the part of this block."""
+            if p.wide == 1:
+                store(acc, tile, step)
+                return
+            assert memory.sums_smem is not None and memory.given is not None and memory.taken is not None
+            sums_smem, given, taken = memory.sums_smem, memory.given, memory.taken
+
+            @pl.when(side > 0)
+            def give() -> None:
+                sums_smem[side - 1, level] = acc
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(given)
+                plgpu.barrier_wait(taken)
+
+            @pl.when(side == 0)
+            def add() -> None:
+                plgpu.barrier_wait(given)
+                total = acc
+                for other in range(p.wide - 1):
+                    total = total + load(sums_smem.at[other, level], WGMMA)
+                plgpu.barrier_arrive(taken)
+                store(total, tile, step)
+
+        def store(total: jax.Array, tile: jax.Array, step: jax.Array) -> None:
+            part = block - lax.div(tile * steps, jnp.int32(p.share))
+            row = row_of(tile)
+
+            @pl.when((tile * p.high + level) * ROWS < N)
+            def store_rows() -> None:
+                _store_transposed(out_ref.at[part, :, pl.ds(row, ROWS)], total)
+                # The block with the end of the tile also writes zeros for parts that do not exist.
+                if p.parts > 1:
+                    nothing = zeros(total.shape, WGMMA)
+
+                    def clear(other: jax.Array, _: None) -> None:
+                        _store_transposed(out_ref.at[other, :, pl.ds(row, ROWS)], nothing)
+
+                    lax.fori_loop(part + 1, jnp.where(step == steps - 1, p.parts, part + 1), clear, None)
+
+        place = first_tile, first_step
+        lax.fori_loop(0, count, one, (zeros((ROWS, columns), WGMMA), place, per_row(place)))
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def run_multiply() -> None:
+        plgpu.set_max_registers(compute_registers(WARPGROUPS), action="increase")
+        multiply()
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def run_feed() -> None:
+        plgpu.set_max_registers(FEEDER_REGISTERS, action="decrease")
+        feed()
+
+
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA))
+def _store_transposed(_: Any, ref: Any, x: Any) -> None:
+    """Writes those columns of a tile [64, columns] that exist to global memory [columns, 64].
+
+    Each thread writes its own numbers; eight threads write 32 bytes that follow each other.
+    """
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, memref, vector
+    from jax.experimental.mosaic.gpu import utils
+
+    i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+    count = ir.MemRefType(ref.type).shape[0]
+    thread = arith.remui(utils.thread_idx(), utils.c(128, i32))
+    warp, lane = arith.divui(thread, utils.c(32, i32)), arith.remui(thread, utils.c(32, i32))
+    row = arith.addi(arith.muli(warp, utils.c(16, i32)), arith.divui(lane, utils.c(4, i32)))
+    column = arith.muli(arith.remui(lane, utils.c(4, i32)), utils.c(2, i32))
+    # The registers alternate between rows 0 to 7 and rows 8 to 15 of eight columns; each has two columns.
+    for at, two in enumerate(x.registers.flatten()):
+        first = at // 2 * 8
+        at_row = arith.index_cast(index, arith.addi(row, utils.c(at % 2 * 8, i32)))
+        for n in range(2):
+            at_column = arith.addi(column, utils.c(first + n, i32))
+
+            def put(two: Any = two, n: int = n, at_row: Any = at_row, at_column: Any = at_column) -> None:
+                memref.store(vector.extract(two, [], [n]), ref, [arith.index_cast(index, at_column), at_row])
+
+            if first + 8 <= count:
+                put()
+            elif first < count:
+                with utils.when(arith.cmpi(arith.CmpIPredicate.ult, at_column, utils.c(count, i32))):
+                    put()

@@ -1,0 +1,141 @@
+"""Tiles of quantised weights as operands of Hopper's tensor cores.
+
+The left operand of wgmma may come from registers, so a tile of codes is the left operand: 64 outputs, converted to
+bfloat16 on the way from shared memory to the tensor cores. Every code is exact in bfloat16, and so is the difference of
+an integer code and a zero point.
+
+A thread holds neighbouring codes of an output, 32 bits of them, where the tensor cores expect pairs that are eight
+inputs apart. The order of the inputs does not matter for a product, so that x comes in that order (`permuted`) and no
+thread exchanges anything.
+"""
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from qwen_jax.kernels.gpu.hopper import load
+from qwen_jax.kernels.gpu.tiles import PER_ROW, WGMMA
+from qwen_jax.kernels.types import Ref
+
+CODES = tuple(map(jnp.dtype, (jnp.int4, jnp.int8, jnp.float8_e4m3fn)))
+"""Dtypes of codes that the kernels read."""
+_HELD = {4: plgpu.Layout.WGMMA_UPCAST_4X, 8: plgpu.Layout.WGMMA_UPCAST_2X}
+"""Registers of a tile of codes, by the bits of a code: each thread holds 8 or 4 neighbours of a row."""
+
+
+def bits(dtype: jax.typing.DTypeLike) -> int:
+    """Bits of a code in memory."""
+    return 4 if jnp.dtype(dtype) == jnp.int4 else 8
+
+
+def permuted(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Vectors [..., K] with their components in the order in which `operand` has the inputs.
+
+    Args:
+      x: the vectors; K is a multiple of 32.
+      dtype: of the codes.
+    """
+    *outer, K = x.shape
+    if bits(dtype) == 4:
+        # Of 32 inputs, lane t of four holds 8 t to 8 t + 7: the pairs at 2 t of four units of 8.
+        return x.reshape(*outer, K // 32, 4, 4, 2).swapaxes(-3, -2).reshape(x.shape)
+    # Of 16 inputs, lane t holds b to b + 3 with b = 8 (t % 2) + 4 (t // 2): the pairs at 2 t of two units of 8.
+    return x.reshape(*outer, K // 16, 2, 2, 2, 2).swapaxes(-4, -2).reshape(x.shape)
+
+
+def load_codes(ref: Ref) -> jax.Array:
+    """Reads a tile of codes [64, K] from shared memory into registers."""
+    return load(ref, _HELD[bits(ref.dtype)], optimized=True)
+
+
+def operand(codes: jax.Array, start: int, width: int, zeros: jax.Array | None = None) -> jax.Array:
+    """Some inputs of a tile, as the left operand of a product in bfloat16, in the order of `permuted`.
+
+    Args:
+      codes: from `load_codes`.
+      start, width: the inputs, multiples of 32.
+      zeros: float32 zero points of the rows, to be subtracted from integer codes.
+
+    Returns:
+      bfloat16 [64, width].
+    """
+    dtype, rows, four = codes.dtype, codes.shape[0], bits(codes.dtype) == 4
+    result = plgpu.ShapeDtypeStruct((rows, width), jnp.bfloat16, layout=WGMMA)
+    held = _HELD[bits(dtype)]
+
+    def convert(x: Any, subtracted: Any = None) -> Any:
+        import numpy as np
+        from jax._src.lib.mlir import ir
+        from jax._src.lib.mlir.dialects import arith, llvm, vector
+        from jax.experimental.mosaic.gpu import fragmented_array, utils
+
+        i32, wanted = ir.IntegerType.get_signless(32), fragmented_array.WGMMA_LAYOUT
+        pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        registers = np.empty(wanted.registers_shape((rows, width)), dtype=object)
+        # The rows of a thread are eight apart. An integer below 256 as float32 has its bfloat16 in its upper half.
+        per_row = []
+        for row in [] if subtracted is None else subtracted.registers.flatten():
+            row = vector.extract(row, [], [0]) if isinstance(row.type, ir.VectorType) else row
+            doubled = llvm.inline_asm(i32, [utils.bitcast(row, i32)], "prmt.b32 $0, $1, $1, 0x3232;", "=r,r")
+            per_row.append(doubled)
+        for at, word in np.ndenumerate(x.registers):
+            column = at[1] * (32 if four else 16) - start
+            if not 0 <= column < width:
+                continue
+            word = utils.bitcast(word, i32)
+            for p in range(4 if four else 2):
+                operands = [word, arith.shrui(word, utils.c(4, i32))] if four else [word]
+                operands += [per_row[at[4]]] if per_row else []
+                code = _to_bfloat16(dtype, p, bool(per_row))
+                two = llvm.inline_asm(i32, operands, f"{{ {code} }}", "=r" + ",r" * len(operands))
+                registers[(at[0], column // 8 + p, *at[2 : registers.ndim])] = utils.bitcast(two, pair)
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=wanted, _is_signed=None)
+
+    if zeros is None:
+        run = plgpu.inline_mgpu(arg_types=(held,), return_type=result)(lambda _, x: convert(x))
+        return run(codes)
+    run = plgpu.inline_mgpu(arg_types=(held, PER_ROW), return_type=result)(lambda _, x, z: convert(x, z))
+    # The conversion of int4 has 136 added to each code.
+    return run(codes, zeros + 136.0 if four else zeros)
+
+
+def _to_bfloat16(dtype: jax.typing.DTypeLike, pair: int, subtract: bool) -> str:
+    """PTX that converts a pair of the codes in a register to two bfloat16.
+
+    Args:
+      dtype: of the codes.
+      pair: which of the register.
+      subtract: the last operand is subtracted.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype == jnp.int4:
+        # The operands are the word and the word shifted by 4: one byte of each. A code whose sign is flipped is the
+        # code plus 8, and in the last bits of 128 it counts as an integer.
+        return f"""
+            .reg .b32 n, s;
+            prmt.b32 n, $1, $2, 0xF{pair + 4}F{pair};
+            lop3.b32 n, n, 0x000F000F, 0x43084308, 0x6a;
+            mov.b32 s, {"$3" if subtract else "0x43084308"};
+            sub.bf16x2 $0, n, s;"""
+    low, high = 2 * pair, 2 * pair + 1
+    if dtype == jnp.int8:
+        # In the last bits of 128, with the sign in the exponent: 128 plus the lower 7 bits, minus 128 or 256.
+        return f"""
+            .reg .b32 n, s;
+            prmt.b32 n, $1, 0x43, 0x4{high}4{low};
+            and.b32 s, n, 0xff80ff80;
+            and.b32 n, n, 0xff7fff7f;
+            sub.bf16x2 {"n, n, s; sub.bf16x2 $0, n, $2" if subtract else "$0, n, s"};"""
+    # Sign, exponent and mantissa at the places of a bfloat16, whose exponent is 120 too small: 0x7b80 is 2^120. The
+    # product is exact, for subnormal numbers too.
+    return f"""
+        .reg .b32 n, s, f;
+        prmt.b32 n, $1, 0, 0x{high}4{low}4;
+        and.b32 s, n, 0x80008000;
+        shr.u32 n, n, 4;
+        and.b32 n, n, 0x07f007f0;
+        or.b32 n, n, s;
+        mov.b32 f, 0x7b807b80;
+        mul.bf16x2 $0, n, f;"""
