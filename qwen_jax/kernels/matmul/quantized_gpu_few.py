@@ -29,7 +29,6 @@ from qwen_jax.kernels.gpu.hopper import load, tiled
 from qwen_jax.kernels.gpu.tiles import (
     FEEDER_REGISTERS,
     PER_COLUMN,
-    PER_ROW,
     ROWS,
     WGMMA,
     across,
@@ -38,7 +37,7 @@ from qwen_jax.kernels.gpu.tiles import (
     rem,
     zeros,
 )
-from qwen_jax.kernels.matmul.quantized_gpu_tiles import bits, load_codes, operand, permuted
+from qwen_jax.kernels.matmul.quantized_gpu_tiles import as_float32, bits, load_codes, load_column, operand
 from qwen_jax.kernels.types import Ref
 
 MAX_ROWS = 64
@@ -261,12 +260,12 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None
         def per_row(place: tuple[jax.Array, jax.Array]) -> _Step:
             """Scales, zero points and minima of a step."""
             tile, step = place
-            here = pl.ds(row_of(jnp.minimum(tile, tiles - 1)), ROWS)
+            row = row_of(jnp.minimum(tile, tiles - 1))
 
             def of(ref: Ref | None) -> tuple[jax.Array, ...]:
                 if ref is None:
                     return ()
-                return tuple(load(ref.at[here, group_of(step, j)], PER_ROW) for j in range(CHUNK // at_once))
+                return tuple(load_column(ref, row, group_of(step, j)) for j in range(CHUNK // at_once))
 
             return _Step(of(operands.scales), of(operands.zeros), of(operands.mins))
 
@@ -279,9 +278,12 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None
             # Read one step ahead; the numbers arrive while this step is computed.
             ahead = per_row(after)
 
+            def now(columns: tuple[jax.Array, ...], ref: Ref, j: int) -> jax.Array:
+                return as_float32(columns[j], ref, row_of(tile), group_of(step, j))
+
             def sums(*accs: Ref) -> tuple[jax.Array, ...]:
                 for j, acc in enumerate(accs):
-                    z = numbers.zeros[j].astype(jnp.float32) if numbers.zeros else None
+                    z = now(numbers.zeros, operands.zeros, j) if numbers.zeros else None
                     w = operand(codes, j * at_once, at_once, z)
                     inputs = pl.ds(pl.multiple_of(side * CHUNK + j * at_once, at_once), at_once)
                     plgpu.wgmma(acc, w, memory.x_smem.at[slot, :, inputs].T)
@@ -294,7 +296,7 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None
             # A tile begins with zeros.
             acc = lax.cond(step == 0, lambda _: zeros(shape, WGMMA), lambda acc: acc, acc)
             for j, y in enumerate(of_groups):
-                acc = acc + y * across(numbers.scales[j].astype(jnp.float32), shape)
+                acc = acc + y * across(now(numbers.scales, operands.scales, j), shape)
                 if operands.x_sums is not None:
                     # Inputs beyond the end belong to no group.
                     there = ((step * p.wide + side) * CHUNK + j * at_once < K).astype(jnp.float32)

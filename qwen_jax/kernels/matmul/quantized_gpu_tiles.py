@@ -12,11 +12,13 @@ thread exchanges anything.
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 
 from qwen_jax.kernels.gpu.hopper import load
-from qwen_jax.kernels.gpu.tiles import PER_ROW, WGMMA
+from qwen_jax.kernels.gpu.tiles import PER_ROW, ROWS, WGMMA
 from qwen_jax.kernels.types import Ref
 
 CODES = tuple(map(jnp.dtype, (jnp.int4, jnp.int8, jnp.float8_e4m3fn)))
@@ -99,6 +101,58 @@ def operand(codes: jax.Array, start: int, width: int, zeros: jax.Array | None = 
     run = plgpu.inline_mgpu(arg_types=(held, PER_ROW), return_type=result)(lambda _, x, z: convert(x, z))
     # The conversion of int4 has 136 added to each code.
     return run(codes, zeros + 136.0 if four else zeros)
+
+
+def load_column(ref: Ref, row: jax.Array, group: jax.Array) -> jax.Array:
+    """Reads one number of each of 64 rows of a matrix in global memory, for `as_float32`.
+
+    Args:
+      ref: scales, zero points or minima, [N, G].
+      row: the first of the rows.
+      group: the column.
+
+    Returns:
+      [64] in the dtype of the matrix; of int4 the bytes that hold the numbers, as int32.
+    """
+    if jnp.dtype(ref.dtype) != jnp.int4:
+        return load(ref.at[pl.ds(row, ROWS), group], PER_ROW)
+
+    # No load of Pallas reads single numbers of 4 bits.
+    bytes_type = plgpu.ShapeDtypeStruct((ROWS,), jnp.int32, layout=PER_ROW)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), PER_ROW), return_type=bytes_type)
+    def load_bytes(_: Any, ref: Any, places: Any) -> Any:
+        import numpy as np
+        from jax._src.lib.mlir import ir
+        from jax._src.lib.mlir.dialects import llvm, vector
+        from jax.experimental.mosaic.gpu import fragmented_array, utils
+
+        i32, begin = ir.IntegerType.get_signless(32), utils.memref_ptr(ref)
+        code = "{ .reg .u64 at; cvt.u64.u32 at, $2; add.u64 at, at, $1; ld.global.u8 $0, [at]; }"
+        registers = np.empty_like(places.registers)
+        for at, place in np.ndenumerate(places.registers):
+            in_vector = isinstance(place.type, ir.VectorType)
+            place = vector.extract(place, [], [0]) if in_vector else place
+            byte = llvm.inline_asm(i32, [begin, place], code, "=r,l,r")
+            registers[at] = vector.broadcast(ir.VectorType.get((1,), i32), byte) if in_vector else byte
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=places.layout, _is_signed=True)
+
+    out: jax.Array = load_bytes(ref, lax.shift_right_logical(_places(ref, row, group), jnp.int32(1)))
+    return out
+
+
+def as_float32(column: jax.Array, ref: Ref, row: jax.Array, group: jax.Array) -> jax.Array:
+    """What `load_column` has read, as float32. The arguments are those of `load_column`, which may be a step ago."""
+    if jnp.dtype(ref.dtype) != jnp.int4:
+        return column.astype(jnp.float32)
+    # Even places are in the lower half of a byte.
+    shift = 28 - (_places(ref, row, group) & 1) * 4
+    return lax.shift_right_arithmetic(lax.shift_left(column, shift), jnp.full_like(column, 28)).astype(jnp.float32)
+
+
+def _places(ref: Ref, row: jax.Array, group: jax.Array) -> jax.Array:
+    """The places of the numbers of `load_column` in memory."""
+    return (plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW) + row) * ref.shape[1] + group
 
 
 def _to_bfloat16(dtype: jax.typing.DTypeLike, pair: int, subtract: bool) -> str:
