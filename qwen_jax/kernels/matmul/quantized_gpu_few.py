@@ -15,6 +15,7 @@ their sum into what follows.
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -42,10 +43,12 @@ from qwen_jax.kernels.types import Ref
 
 MAX_ROWS = 64
 WARPGROUPS = 4
-CHUNK = 128
-"""Inputs of a step for one warpgroup."""
+TILE = 128
+"""Inputs of a tile of codes in shared memory, and of one product at most."""
 _MAX_STAGES = 16
 _PARTS_BYTES = 200_000  # The cost of partial results beyond their own bytes.
+_SHORT_STEPS = 1.05  # The time of steps of 128 inputs, relative to 256: there is more to do besides converting codes.
+_SUM_COLUMNS = 64  # Columns of sums that are not scaled yet, together.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Tiling:
     Attributes:
       high: warpgroups with different outputs.
       wide: warpgroups with the same outputs and different inputs.
+      chunk: inputs of a step for one warpgroup.
       share: steps of a thread block.
       blocks: thread blocks.
       parts: partial results, the most blocks that share a tile.
@@ -63,6 +67,7 @@ class Tiling:
 
     high: int
     wide: int
+    chunk: int
     share: int
     blocks: int
     parts: int
@@ -80,7 +85,7 @@ def _parts(tiles: int, steps: int, share: int) -> int:
 
 
 @functools.cache
-def choose_tiling(rows: int, n: int, k: int, code_bits: int) -> Tiling:
+def choose_tiling(rows: int, n: int, k: int, code_bits: int, at_once: int = TILE) -> Tiling:
     """Divides a product of `rows` rows with a matrix [n, k].
 
     The estimated cost, in bytes read from memory, is the larger of two: W, including the time of idle multiprocessors,
@@ -91,25 +96,28 @@ def choose_tiling(rows: int, n: int, k: int, code_bits: int) -> Tiling:
       rows: 1 to `MAX_ROWS`.
       n, k: outputs, a multiple of 64, and inputs, a multiple of 32.
       code_bits: of a code, 4 or 8.
+      at_once: inputs that share a scale; see `inputs_at_once`.
     """
     columns, weights = width(rows), n * k * code_bits // 8
     best: tuple[float, Tiling] | None = None
-    for high in (1, 2, 4):
+    for high, chunk in itertools.product((1, 2, 4), (128, 256)):
         wide = WARPGROUPS // high
-        tiles, steps = -(-n // (ROWS * high)), -(-k // (CHUNK * wide))
-        stage = ROWS * high * CHUNK * wide * code_bits // 8 + columns * CHUNK * wide * 2
-        room = TILE_SHARED_BYTES - (wide - 1) * high * ROWS * columns * 4
+        tiles, steps = -(-n // (ROWS * high)), -(-k // (chunk * wide))
+        stage = ROWS * high * chunk * wide * code_bits // 8 + columns * chunk * wide * 2
+        stages = min(_MAX_STAGES, (TILE_SHARED_BYTES - (wide - 1) * high * ROWS * columns * 4) // stage)
+        # Longer steps need more registers.
+        if stages < 2 or (chunk == 256 and (columns > 16 or at_once < TILE)):
+            continue
         total = tiles * steps
         least = -(-total // MULTIPROCESSORS)
         # More than the least share makes fewer partial results, and leaves multiprocessors idle.
         for share in range(least, min(total, max(2 * least, steps)) + 1):
             parts = _parts(tiles, steps, share)
-            longest = weights / total * share * MULTIPROCESSORS
+            longest = weights / total * share * MULTIPROCESSORS * (_SHORT_STEPS if chunk == 128 else 1)
             x_bytes = tiles * rows * k * 2
             cost = max(longest, 0.4 * (weights + x_bytes)) + parts * rows * n * 4 + _PARTS_BYTES * (parts > 1)
             if best is None or cost < best[0]:
-                stages = min(_MAX_STAGES, room // stage)
-                best = cost, Tiling(high, wide, share, -(-total // share), parts, stages)
+                best = cost, Tiling(high, wide, chunk, share, -(-total // share), parts, stages)
     assert best is not None
     return best[1]
 
@@ -156,10 +164,9 @@ class Operands(NamedTuple):
 def product(operands: Operands, rows: int) -> jax.Array:
     """Runs the kernel: partial products, float32 [parts, rows, N]."""
     (N, K), G, columns = operands.codes.shape, operands.scales.shape[1], width(rows)
-    p = choose_tiling(rows, N, K, bits(operands.codes.dtype))
+    p = choose_tiling(rows, N, K, bits(operands.codes.dtype), inputs_at_once(K, G))
     given = {name: x for name, x in operands._asdict().items() if x is not None}
     names = tuple(given)
-    group = inputs_at_once(K, G)
 
     def block(*refs: Ref, **scratch: Ref) -> None:
         *inputs, out_ref = refs
@@ -178,8 +185,8 @@ def product(operands: Operands, rows: int) -> jax.Array:
         (jax.ShapeDtypeStruct((p.parts, rows, N), jnp.float32),),
         {"block": p.blocks},
         WARPGROUPS + 1,
-        w_smem=tiled((p.stages, ROWS * p.high, CHUNK * p.wide), operands.codes.dtype, CHUNK),
-        x_smem=tiled((p.stages, columns, CHUNK * p.wide), jnp.bfloat16, min(group, 64)),
+        w_smem=tiled((p.stages, ROWS * p.high, p.chunk * p.wide), operands.codes.dtype, TILE),
+        x_smem=tiled((p.stages, columns, p.chunk * p.wide), jnp.bfloat16, min(inputs_at_once(K, G), 64)),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=p.stages),
         free=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=p.stages),
         **sums,
@@ -196,8 +203,8 @@ def inputs_at_once(k: int, groups: int) -> int:
       groups: of the inputs of an output.
     """
     if groups == 1:
-        return CHUNK
-    return next((n for n in (CHUNK, 64, 32) if k // groups % n == 0), 0)
+        return TILE
+    return next((n for n in (TILE, 64, 32) if k // groups % n == 0), 0)
 
 
 class _Step(NamedTuple):
@@ -214,7 +221,9 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None
     (N, K), G = operands.codes.shape, operands.scales.shape[1]
     columns, stages, group = memory.x_smem.shape[1], memory.full.shape[0], K // G
     at_once = inputs_at_once(K, G)
-    tiles, steps = -(-N // (ROWS * p.high)), -(-K // (CHUNK * p.wide))
+    # Products that run at the same time, as many as there are registers for their sums.
+    together = max(1, _SUM_COLUMNS // columns)
+    tiles, steps = -(-N // (ROWS * p.high)), -(-K // (p.chunk * p.wide))
     begin = block * p.share
     count = jnp.minimum(p.share, tiles * steps - begin)
     first_tile = lax.div(begin, jnp.int32(steps))
@@ -231,7 +240,7 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None
             tile, step = place
             slot = rem(i, stages)
             pl.when(i >= stages)(lambda: plgpu.barrier_wait(memory.free.at[slot]))
-            inputs = pl.ds(pl.multiple_of(step * (CHUNK * p.wide), CHUNK), CHUNK * p.wide)
+            inputs = pl.ds(pl.multiple_of(step * (p.chunk * p.wide), TILE), p.chunk * p.wide)
             outputs = pl.ds(pl.multiple_of(tile * (ROWS * p.high), ROWS), ROWS * p.high)
             plgpu.copy_gmem_to_smem(operands.codes.at[outputs, inputs], memory.w_smem.at[slot], memory.full.at[slot])
             x = operands.x.at[pl.ds(block * 0, columns), inputs]
@@ -248,14 +257,14 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None
         level = lax.div(warpgroup, jnp.int32(p.wide))
         side = warpgroup - level * p.wide
         own_rows = pl.ds(pl.multiple_of(level * ROWS, ROWS), ROWS)
-        own_inputs = pl.ds(pl.multiple_of(side * CHUNK, CHUNK), CHUNK)
+        own_inputs = pl.ds(pl.multiple_of(side * p.chunk, TILE), p.chunk)
 
         def row_of(tile: jax.Array) -> jax.Array:
             # The last tile may have fewer rows: then some warpgroups have none, and write nothing.
             return pl.multiple_of(jnp.minimum((tile * p.high + level) * ROWS, N - ROWS), ROWS)
 
         def group_of(step: jax.Array, j: int) -> jax.Array:
-            return jnp.minimum(lax.div((step * p.wide + side) * CHUNK + j * at_once, jnp.int32(group)), G - 1)
+            return jnp.minimum(lax.div((step * p.wide + side) * p.chunk + j * at_once, jnp.int32(group)), G - 1)
 
         def per_row(place: tuple[jax.Array, jax.Array]) -> _Step:
             """Scales, zero points and minima of a step."""
@@ -265,7 +274,7 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None
             def of(ref: Ref | None) -> tuple[jax.Array, ...]:
                 if ref is None:
                     return ()
-                return tuple(load_column(ref, row, group_of(step, j)) for j in range(CHUNK // at_once))
+                return tuple(load_column(ref, row, group_of(step, j)) for j in range(p.chunk // at_once))
 
             return _Step(of(operands.scales), of(operands.zeros), of(operands.mins))
 
@@ -281,27 +290,28 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None
             def now(columns: tuple[jax.Array, ...], ref: Ref, j: int) -> jax.Array:
                 return as_float32(columns[j], ref, row_of(tile), group_of(step, j))
 
-            def sums(*accs: Ref) -> tuple[jax.Array, ...]:
-                for j, acc in enumerate(accs):
+            def sums(first: int, *accs: Ref) -> tuple[jax.Array, ...]:
+                for j, acc in enumerate(accs, first):
                     z = now(numbers.zeros, operands.zeros, j) if numbers.zeros else None
                     w = operand(codes, j * at_once, at_once, z)
-                    inputs = pl.ds(pl.multiple_of(side * CHUNK + j * at_once, at_once), at_once)
+                    inputs = pl.ds(pl.multiple_of(side * p.chunk + j * at_once, at_once), at_once)
                     plgpu.wgmma(acc, w, memory.x_smem.at[slot, :, inputs].T)
                 plgpu.wgmma_wait(0)
                 return tuple(acc[...] for acc in accs)
 
             shape = (ROWS, columns)
-            of_groups = pl.run_scoped(sums, *[plgpu.ACC(shape, jnp.float32)] * (CHUNK // at_once))
-            plgpu.barrier_arrive(memory.free.at[slot])
             # A tile begins with zeros.
             acc = lax.cond(step == 0, lambda _: zeros(shape, WGMMA), lambda acc: acc, acc)
-            for j, y in enumerate(of_groups):
-                acc = acc + y * across(now(numbers.scales, operands.scales, j), shape)
-                if operands.x_sums is not None:
-                    # Inputs beyond the end belong to no group.
-                    there = ((step * p.wide + side) * CHUNK + j * at_once < K).astype(jnp.float32)
-                    x_sum = load(operands.x_sums.at[group_of(step, j)], PER_COLUMN) * there
-                    acc = acc - across(numbers.mins[j], shape) * across(x_sum, shape, 1)
+            for first in range(0, p.chunk // at_once, together):
+                accs = [plgpu.ACC(shape, jnp.float32)] * min(together, p.chunk // at_once)
+                for j, y in enumerate(pl.run_scoped(functools.partial(sums, first), *accs), first):
+                    acc = acc + y * across(now(numbers.scales, operands.scales, j), shape)
+                    if operands.x_sums is not None:
+                        # Inputs beyond the end belong to no group.
+                        there = ((step * p.wide + side) * p.chunk + j * at_once < K).astype(jnp.float32)
+                        x_sum = load(operands.x_sums.at[group_of(step, j)], PER_COLUMN) * there
+                        acc = acc - across(numbers.mins[j], shape) * across(x_sum, shape, 1)
+            plgpu.barrier_arrive(memory.free.at[slot])
             pl.when((step == steps - 1) | (i == count - 1))(lambda: write(acc, tile, step))
             return acc, after, ahead
 

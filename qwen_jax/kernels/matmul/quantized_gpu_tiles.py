@@ -41,8 +41,8 @@ def permuted(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """
     *outer, K = x.shape
     if bits(dtype) == 4:
-        # Of 32 inputs, lane t of four holds 8 t to 8 t + 7: the pairs at 2 t of four units of 8.
-        return x.reshape(*outer, K // 32, 4, 4, 2).swapaxes(-3, -2).reshape(x.shape)
+        # Of 32 inputs, lane t of four holds 8 t to 8 t + 7. Those at p and p + 4 are its pair in unit p of 8.
+        return jnp.moveaxis(x.reshape(*outer, K // 32, 4, 2, 4), -1, -3).reshape(x.shape)
     # Of 16 inputs, lane t holds b to b + 3 with b = 8 (t % 2) + 4 (t // 2): the pairs at 2 t of two units of 8.
     return x.reshape(*outer, K // 16, 2, 2, 2, 2).swapaxes(-4, -2).reshape(x.shape)
 
@@ -88,7 +88,7 @@ def operand(codes: jax.Array, start: int, width: int, zeros: jax.Array | None = 
                 continue
             word = utils.bitcast(word, i32)
             for p in range(4 if four else 2):
-                operands = [word, arith.shrui(word, utils.c(4, i32))] if four else [word]
+                operands = [arith.shrui(word, utils.c(4 * p, i32)) if four and p else word]
                 operands += [per_row[at[4]]] if per_row else []
                 code = _to_bfloat16(dtype, p, bool(per_row))
                 two = llvm.inline_asm(i32, operands, f"{{ {code} }}", "=r" + ",r" * len(operands))
@@ -160,18 +160,17 @@ def _to_bfloat16(dtype: jax.typing.DTypeLike, pair: int, subtract: bool) -> str:
 
     Args:
       dtype: of the codes.
-      pair: which of the register.
+      pair: which of the register; a register of int4 is shifted by it.
       subtract: the last operand is subtracted.
     """
     dtype = jnp.dtype(dtype)
     if dtype == jnp.int4:
-        # The operands are the word and the word shifted by 4: one byte of each. A code whose sign is flipped is the
-        # code plus 8, and in the last bits of 128 it counts as an integer.
+        # The word is shifted so that the pair is last in both halves. A code whose sign is flipped is the code plus 8,
+        # and in the last bits of 128 it counts as an integer.
         return f"""
             .reg .b32 n, s;
-            prmt.b32 n, $1, $2, 0xF{pair + 4}F{pair};
-            lop3.b32 n, n, 0x000F000F, 0x43084308, 0x6a;
-            mov.b32 s, {"$3" if subtract else "0x43084308"};
+            lop3.b32 n, $1, 0x000F000F, 0x43084308, 0x6a;
+            mov.b32 s, {"$2" if subtract else "0x43084308"};
             sub.bf16x2 $0, n, s;"""
     low, high = 2 * pair, 2 * pair + 1
     if dtype == jnp.int8:
