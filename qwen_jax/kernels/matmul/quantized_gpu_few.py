@@ -16,7 +16,7 @@ their sum into what follows.
 import dataclasses
 import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -38,13 +38,21 @@ from qwen_jax.kernels.gpu.tiles import (
     rem,
     zeros,
 )
-from qwen_jax.kernels.matmul.quantized_gpu_tiles import as_float32, bits, load_codes, load_column, operand
+from qwen_jax.kernels.matmul.quantized_gpu_tiles import (
+    TILE,
+    Operands,
+    as_float32,
+    bits,
+    inputs_at_once,
+    load_codes,
+    load_column,
+    operand,
+    store_transposed,
+)
 from qwen_jax.kernels.types import Ref
 
 MAX_ROWS = 64
 WARPGROUPS = 4
-TILE = 128
-"""Inputs of a tile of codes in shared memory, and of one product at most."""
 _MAX_STAGES = 16
 _PARTS_BYTES = 200_000  # The cost of partial results beyond their own bytes.
 _SHORT_STEPS = 1.05  # The time of steps of 128 inputs, relative to 256: there is more to do besides converting codes.
@@ -141,26 +149,6 @@ class _Memory(NamedTuple):
     taken: Ref | None = None
 
 
-class Operands(NamedTuple):
-    """The operands of a kernel in global memory.
-
-    Attributes:
-      x: bfloat16 [M, K], permuted.
-      codes: [N, K].
-      scales: [N, G].
-      zeros: [N, G].
-      mins: float32 [N, G].
-      x_sums: with `mins`, float32 [G, columns]: the sums of x over each group.
-    """
-
-    x: Any
-    codes: Any
-    scales: Any
-    zeros: Any = None
-    mins: Any = None
-    x_sums: Any = None
-
-
 def product(operands: Operands, rows: int) -> jax.Array:
     """Runs the kernel: partial products, float32 [parts, rows, N]."""
     (N, K), G, columns = operands.codes.shape, operands.scales.shape[1], width(rows)
@@ -195,16 +183,7 @@ def product(operands: Operands, rows: int) -> jax.Array:
     return out
 
 
-def inputs_at_once(k: int, groups: int) -> int:
-    """The most inputs, 128, 64 or 32, that always share a scale. 0 if 32 do not.
-
-    Args:
-      k: inputs.
-      groups: of the inputs of an output.
-    """
-    if groups == 1:
-        return TILE
-    return next((n for n in (TILE, 64, 32) if k // groups % n == 0), 0)
+_Place = tuple[jax.Array, jax.Array]
 
 
 class _Step(NamedTuple):
@@ -213,6 +192,9 @@ class _Step(NamedTuple):
     scales: tuple[jax.Array, ...]
     zeros: tuple[jax.Array, ...] = ()
     mins: tuple[jax.Array, ...] = ()
+
+
+_Carry = tuple[jax.Array, _Place, _Step]
 
 
 def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None:
@@ -229,14 +211,14 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None
     first_tile = lax.div(begin, jnp.int32(steps))
     first_step = begin - first_tile * steps
 
-    def following(tile: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def following(tile: jax.Array, step: jax.Array) -> _Place:
         last = step == steps - 1
         return jnp.where(last, tile + 1, tile), jnp.where(last, 0, step + 1)
 
     def feed() -> None:
         """The program of the warpgroup that copies."""
 
-        def fetch(i: jax.Array, place: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def fetch(i: jax.Array, place: _Place) -> _Place:
             tile, step = place
             slot = rem(i, stages)
             pl.when(i >= stages)(lambda: plgpu.barrier_wait(memory.free.at[slot]))
@@ -266,7 +248,7 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None
         def group_of(step: jax.Array, j: int) -> jax.Array:
             return jnp.minimum(lax.div((step * p.wide + side) * p.chunk + j * at_once, jnp.int32(group)), G - 1)
 
-        def per_row(place: tuple[jax.Array, jax.Array]) -> _Step:
+        def per_row(place: _Place) -> _Step:
             """Scales, zero points and minima of a step."""
             tile, step = place
             row = row_of(jnp.minimum(tile, tiles - 1))
@@ -278,7 +260,7 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None
 
             return _Step(of(operands.scales), of(operands.zeros), of(operands.mins))
 
-        def one(i: jax.Array, carry: tuple[jax.Array, Any, _Step]) -> tuple[jax.Array, Any, _Step]:
+        def one(i: jax.Array, carry: _Carry) -> _Carry:
             acc, (tile, step), numbers = carry
             slot = rem(i, stages)
             after = following(tile, step)
@@ -345,13 +327,13 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None
 
             @pl.when((tile * p.high + level) * ROWS < N)
             def store_rows() -> None:
-                _store_transposed(out_ref.at[part, :, pl.ds(row, ROWS)], total)
+                store_transposed(out_ref.at[part, :, pl.ds(row, ROWS)], total)
                 # The block with the end of the tile also writes zeros for parts that do not exist.
                 if p.parts > 1:
                     nothing = zeros(total.shape, WGMMA)
 
                     def clear(other: jax.Array, _: None) -> None:
-                        _store_transposed(out_ref.at[other, :, pl.ds(row, ROWS)], nothing)
+                        store_transposed(out_ref.at[other, :, pl.ds(row, ROWS)], nothing)
 
                     lax.fori_loop(part + 1, jnp.where(step == steps - 1, p.parts, part + 1), clear, None)
 
@@ -367,36 +349,3 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None
     def run_feed() -> None:
         plgpu.set_max_registers(FEEDER_REGISTERS, action="decrease")
         feed()
-
-
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA))
-def _store_transposed(_: Any, ref: Any, x: Any) -> None:
-    """Writes those columns of a tile [64, columns] that exist to global memory [columns, 64].
-
-    Each thread writes its own numbers; eight threads write 32 bytes that follow each other.
-    """
-    from jax._src.lib.mlir import ir
-    from jax._src.lib.mlir.dialects import arith, memref, vector
-    from jax.experimental.mosaic.gpu import utils
-
-    i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
-    count = ir.MemRefType(ref.type).shape[0]
-    thread = arith.remui(utils.thread_idx(), utils.c(128, i32))
-    warp, lane = arith.divui(thread, utils.c(32, i32)), arith.remui(thread, utils.c(32, i32))
-    row = arith.addi(arith.muli(warp, utils.c(16, i32)), arith.divui(lane, utils.c(4, i32)))
-    column = arith.muli(arith.remui(lane, utils.c(4, i32)), utils.c(2, i32))
-    # The registers alternate between rows 0 to 7 and rows 8 to 15 of eight columns; each has two columns.
-    for at, two in enumerate(x.registers.flatten()):
-        first = at // 2 * 8
-        at_row = arith.index_cast(index, arith.addi(row, utils.c(at % 2 * 8, i32)))
-        for n in range(2):
-            at_column = arith.addi(column, utils.c(first + n, i32))
-
-            def put(two: Any = two, n: int = n, at_row: Any = at_row, at_column: Any = at_column) -> None:
-                memref.store(vector.extract(two, [], [n]), ref, [arith.index_cast(index, at_column), at_row])
-
-            if first + 8 <= count:
-                put()
-            elif first < count:
-                with utils.when(arith.cmpi(arith.CmpIPredicate.ult, at_column, utils.c(count, i32))):
-                    put()

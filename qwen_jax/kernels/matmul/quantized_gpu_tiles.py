@@ -9,7 +9,7 @@ inputs apart. The order of the inputs does not matter for a product, so that x c
 thread exchanges anything.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -23,8 +23,30 @@ from qwen_jax.kernels.types import Ref
 
 CODES = tuple(map(jnp.dtype, (jnp.int4, jnp.int8, jnp.float8_e4m3fn)))
 """Dtypes of codes that the kernels read."""
+TILE = 128
+"""Inputs of a tile of codes in shared memory, and of one product at most."""
 _HELD = {4: plgpu.Layout.WGMMA_UPCAST_4X, 8: plgpu.Layout.WGMMA_UPCAST_2X}
 """Registers of a tile of codes, by the bits of a code: each thread holds 8 or 4 neighbours of a row."""
+
+
+class Operands(NamedTuple):
+    """The operands of a kernel in global memory.
+
+    Attributes:
+      x: bfloat16 [M, K], permuted.
+      codes: [N, K].
+      scales: [N, G].
+      zeros: [N, G].
+      mins: float32 [N, G].
+      x_sums: with `mins`, float32 [G, columns]: the sums of x over each group.
+    """
+
+    x: Any
+    codes: Any
+    scales: Any
+    zeros: Any = None
+    mins: Any = None
+    x_sums: Any = None
 
 
 def bits(dtype: jax.typing.DTypeLike) -> int:
@@ -45,6 +67,18 @@ def permuted(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         return jnp.moveaxis(x.reshape(*outer, K // 32, 4, 2, 4), -1, -3).reshape(x.shape)
     # Of 16 inputs, lane t holds b to b + 3 with b = 8 (t % 2) + 4 (t // 2): the pairs at 2 t of two units of 8.
     return x.reshape(*outer, K // 16, 2, 2, 2, 2).swapaxes(-4, -2).reshape(x.shape)
+
+
+def inputs_at_once(k: int, groups: int) -> int:
+    """The most inputs, 128, 64 or 32, that always share a scale. 0 if 32 do not.
+
+    Args:
+      k: inputs.
+      groups: of the inputs of an output.
+    """
+    if groups == 1:
+        return TILE
+    return next((n for n in (TILE, 64, 32) if k // groups % n == 0), 0)
 
 
 def load_codes(ref: Ref) -> jax.Array:
@@ -192,3 +226,36 @@ def _to_bfloat16(dtype: jax.typing.DTypeLike, pair: int, subtract: bool) -> str:
         or.b32 n, n, s;
         mov.b32 f, 0x7b807b80;
         mul.bf16x2 $0, n, f;"""
+
+
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA))
+def store_transposed(_: Any, ref: Any, x: Any) -> None:
+    """Writes those columns of a tile [64, columns] that exist to global memory [columns, 64].
+
+    Each thread writes its own numbers; eight threads write 32 bytes that follow each other.
+    """
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, memref, vector
+    from jax.experimental.mosaic.gpu import utils
+
+    i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+    count = ir.MemRefType(ref.type).shape[0]
+    thread = arith.remui(utils.thread_idx(), utils.c(128, i32))
+    warp, lane = arith.divui(thread, utils.c(32, i32)), arith.remui(thread, utils.c(32, i32))
+    row = arith.addi(arith.muli(warp, utils.c(16, i32)), arith.divui(lane, utils.c(4, i32)))
+    column = arith.muli(arith.remui(lane, utils.c(4, i32)), utils.c(2, i32))
+    # The registers alternate between rows 0 to 7 and rows 8 to 15 of eight columns; each has two columns.
+    for at, two in enumerate(x.registers.flatten()):
+        first = at // 2 * 8
+        at_row = arith.index_cast(index, arith.addi(row, utils.c(at % 2 * 8, i32)))
+        for n in range(2):
+            at_column = arith.addi(column, utils.c(first + n, i32))
+
+            def put(two: Any = two, n: int = n, at_row: Any = at_row, at_column: Any = at_column) -> None:
+                memref.store(vector.extract(two, [], [n]), ref, [arith.index_cast(index, at_column), at_row])
+
+            if first + 8 <= count:
+                put()
+            elif first < count:
+                with utils.when(arith.cmpi(arith.CmpIPredicate.ult, at_column, utils.c(count, i32))):
+                    put()
