@@ -13,13 +13,19 @@ from qwen_jax.kernels.matmul import quantized_gpu
 from qwen_jax.kernels.matmul.quantized_gpu_few import MAX_ROWS, WARPGROUPS, choose_tiling, width
 from qwen_jax.kernels.matmul.quantized_gpu_tiles import CODES, _to_bfloat16, bits, inputs_at_once, permuted
 from tests.helpers.gpu_quantized import CAN_INTERPRET, interpreted, run_ptx
-from tests.helpers.runs import print_seed
 from tests.qwen_jax.kernels.test_few_rows_gpu import SHAPES, SHARDS
 from tests.qwen_jax.kernels.test_flash_decode_int8_gpu import held
 
 INT4, INT8, FLOAT8 = CODES
 # Rows, outputs, inputs, inputs of a group, dtype of codes, dtype of scales, offset.
 Case = tuple[int, int, int, int, Any, Any, str]
+
+
+def print_seed() -> np.random.Generator:
+    """A generator with a fresh seed, which pytest shows if the test fails."""
+    seed = np.random.SeedSequence().entropy
+    print("seed", seed)
+    return np.random.default_rng(seed)
 
 
 def words(codes: np.ndarray) -> np.ndarray:
