@@ -41,8 +41,8 @@ import numpy as np
 from qwen_jax.kernels.matmul import quantized_gpu
 from qwen_jax.kernels.matmul.few_rows_gpu import skinny_matmul
 
-# Outputs and inputs of the products of a layer: queries, keys and values; output; gate and up; down. Of A2.7B also those
-# of one expert; its gate and up of 5632 are the shared expert's.
+# Outputs and inputs of the products of a layer: queries, keys and values; output; gate and up; down. Of A2.7B these are
+# the shared expert's, and there are those of one expert.
 MODELS = {
     "7B": {"qkv": (4608, 3584), "o": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)},
     "0.5B": {"qkv": (1152, 896), "o": (896, 896), "gate_up": (9728, 896), "down": (896, 4864)},

@@ -63,15 +63,15 @@ def matmul(
       InputError: arguments that `needs` rejects, or shapes that do not match.
     """
     (M, K), (N, inputs), G = x_MK.shape, weight_NK.shape, scales_NG.shape[1]
-    fits = M > 0 and K == inputs and all(a is None or a.shape == (N, G) for a in (scales_NG, zeros_NG, mins_NG))
+    fits = M > 0 and inputs == K and all(a is None or a.shape == (N, G) for a in (scales_NG, zeros_NG, mins_NG))
     fits = fits and (zeros_NG is None or (zeros_NG.dtype == weight_NK.dtype and weight_NK.dtype in CODES[:2]))
     fits = fits and (mins_NG is None or mins_NG.dtype == jnp.float32)
     if not fits or not all(needs(x_MK, weight_NK, scales_NG).values()):
         arrays = (x_MK, weight_NK, scales_NG, zeros_NG, mins_NG)
         got = ", ".join("none" if a is None else f"{a.dtype} {a.shape}" for a in arrays)
         raise InputError(
-            "The kernels for quantised weights need bfloat16 x [M, K], codes [N, K] of int4, int8 or float8_e4m3fn with "
-            "N and K multiples of 64, and scales, integer zeros in the dtype of the codes and float32 mins [N, G] of "
+            "The kernels for quantised weights need bfloat16 x [M, K], codes [N, K] of int4, int8 or float8_e4m3fn, N and "
+            "K multiples of 64, and scales, integer zeros in the dtype of the codes and float32 mins [N, G] of "
             f"groups of a multiple of 32 inputs, or one group; got {got}. Use implementation='plain'."
         )
     x = permuted(x_MK, weight_NK.dtype)

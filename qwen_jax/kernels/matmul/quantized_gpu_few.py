@@ -24,7 +24,6 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_jax.errors import InputError
 from qwen_jax.kernels.gpu.device import MULTIPROCESSORS, TILE_SHARED_BYTES
 from qwen_jax.kernels.gpu.hopper import load, tiled
 from qwen_jax.kernels.gpu.tiles import (
@@ -302,7 +301,9 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None
             if p.wide == 1:
                 store(acc, tile, step)
                 return
-            assert memory.sums_smem is not None and memory.given is not None and memory.taken is not None
+            assert memory.sums_smem is not None
+            assert memory.given is not None
+            assert memory.taken is not None
             sums_smem, given, taken = memory.sums_smem, memory.given, memory.taken
 
             @pl.when(side > 0)

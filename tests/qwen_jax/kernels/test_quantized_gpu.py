@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.matmul import quantized_gpu
+from qwen_jax.kernels.matmul import quantized, quantized_gpu
 from qwen_jax.kernels.matmul.quantized_gpu_few import MAX_ROWS, WARPGROUPS, choose_tiling, width
-from qwen_jax.kernels.matmul.quantized_gpu_tiles import CODES, _to_bfloat16, bits, inputs_at_once, permuted
+from qwen_jax.kernels.matmul.quantized_gpu_tiles import CODES, _to_bfloat16, bits, permuted
 from tests.helpers.gpu_quantized import CAN_INTERPRET, interpreted, run_ptx
+from tests.helpers.platforms import as_if_on
 from tests.qwen_jax.kernels.test_few_rows_gpu import SHAPES, SHARDS
 from tests.qwen_jax.kernels.test_flash_decode_int8_gpu import held
 
@@ -218,6 +219,24 @@ if jax.default_backend() == "gpu":
     )
     def test_numerics_on_the_gpu(rows: int, matrix: tuple[Any, ...]) -> None:
         check((rows, *matrix))
+
+
+def test_few_rows_on_hopper_run_in_the_kernel_and_others_do_not() -> None:
+    """ "auto" takes the kernel where it supports the call, and for as many rows as it is thought to be faster."""
+
+    def chosen(case: Case) -> str:
+        x, w, scales, zeros, mins = shapes_of(case)
+        return quantized.select_quantized("auto", x, w, scales, zeros is not None or mins is not None)
+
+    with as_if_on("Hopper GPU"):
+        assert chosen((1, 4608, 3584, 128, INT4, jnp.float16, "zero")) == "gpu"
+        assert chosen((1024, 4608, 3584, 128, INT8, jnp.float16, "none")) == "gpu"
+        assert chosen((8192, 4608, 3584, 128, INT4, jnp.float16, "none")) == "plain"
+        assert chosen((1, 4608, 3584, 16, INT4, jnp.float16, "none")) == "plain"
+        assert chosen((1, 4608, 3600, 3600, INT8, jnp.float16, "none")) == "plain"
+        text = jax.jit(quantized.quantized_matmul).trace(*shapes_of(LOWERED[0])).lower(lowering_platforms=("cuda",))
+        assert text.as_text().count("@mosaic_gpu_v2") == 1
+    assert chosen((1, 4608, 3584, 128, INT4, jnp.float16, "zero")) == "plain"
 
 
 @pytest.mark.parametrize(
