@@ -29,6 +29,7 @@ import concurrent.futures
 import glob
 import gzip
 import json
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -205,8 +206,8 @@ def measure(model: str, which: str, rows: list[int], formats: list[str]) -> None
         print(json.dumps(line), flush=True)
 
 
-def main() -> None:
-    """Measures every product that is asked for."""
+def main() -> int:
+    """Measures every product that is asked for; returns 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64, 8192])
@@ -214,10 +215,17 @@ def main() -> None:
     args = parser.parse_args()
     device = jax.devices()[0]
     print(json.dumps({"jax": jax.__version__, "device": device.device_kind}), flush=True)
+    failed = 0
     for model in args.models:
         for which in MODELS[model]:
-            measure(model, which, args.rows, args.formats)
+            try:
+                measure(model, which, args.rows, args.formats)
+            except Exception as error:  # One product must not cost the others their time on the card.
+                failed += 1
+                message = f"{type(error).__name__}: {error}"[:2000]
+                print(json.dumps({"model": model, "product": which, "failed": message}), flush=True)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

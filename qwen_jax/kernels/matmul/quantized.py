@@ -18,8 +18,8 @@ from qwen_jax.kernels.without_gradient import without_gradient
 
 Abstract = jax.Array | jax.ShapeDtypeStruct
 
-# An estimate that no GPU has confirmed yet: with more rows, writing and reading the dequantised matrix takes a small part
-# of the time of the product, for which XLA's kernels are the best.
+# An estimate that no GPU has confirmed yet: with more rows, writing and reading the dequantised matrix takes a small
+# part of the time of the product, for which XLA's kernels are the best.
 _MAX_GPU_ROWS = 1024
 
 

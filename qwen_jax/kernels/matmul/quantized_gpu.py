@@ -70,8 +70,8 @@ def matmul(
         arrays = (x_MK, weight_NK, scales_NG, zeros_NG, mins_NG)
         got = ", ".join("none" if a is None else f"{a.dtype} {a.shape}" for a in arrays)
         raise InputError(
-            "The kernels for quantised weights need bfloat16 x [M, K], codes [N, K] of int4, int8 or float8_e4m3fn, N and "
-            "K multiples of 64, and scales, integer zeros in the dtype of the codes and float32 mins [N, G] of "
+            "The kernels for quantised weights need bfloat16 x [M, K], codes [N, K] of int4, int8 or float8_e4m3fn, N "
+            "and K multiples of 64, and scales, integer zeros in the dtype of the codes and float32 mins [N, G] of "
             f"groups of a multiple of 32 inputs, or one group; got {got}. Use implementation='plain'."
         )
     x = permuted(x_MK, weight_NK.dtype)
