@@ -112,8 +112,8 @@ def choose_tiling(rows: int, n: int, k: int, code_bits: int, at_once: int = TILE
         tiles, steps = -(-n // (ROWS * high)), -(-k // (chunk * wide))
         stage = ROWS * high * chunk * wide * code_bits // 8 + columns * chunk * wide * 2
         stages = min(_MAX_STAGES, (TILE_SHARED_BYTES - (wide - 1) * high * ROWS * columns * 4) // stage)
-        # Longer steps need more registers.
-        if stages < 2 or (chunk == 256 and (columns > 16 or at_once < TILE)):
+        # Longer steps, and sums of more warpgroups, need more registers.
+        if stages < 2 or (chunk == 256 and (columns > 16 or at_once < TILE)) or (wide == 4 and columns > 32):
             continue
         total = tiles * steps
         least = -(-total // MULTIPROCESSORS)
