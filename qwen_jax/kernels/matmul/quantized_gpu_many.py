@@ -6,7 +6,7 @@ dequantises, the tensor cores work for the other one.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -172,7 +172,7 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref) -> None:
             for at in range(0, COLUMNS, size):
                 here = pl.ds(pl.multiple_of(column + at, size), size), pl.ds(row, ROWS)
 
-                def store(here: tuple[pl.Slice, pl.Slice] = here, at: int = at) -> None:
+                def store(here: tuple[Any, ...] = here, at: int = at) -> None:
                     store_transposed(out_ref.at[here], y[:, at : at + size])
 
                 pl.when((first < N) & (column + at < M))(store)

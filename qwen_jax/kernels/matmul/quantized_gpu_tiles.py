@@ -125,7 +125,7 @@ def operand(codes: jax.Array, start: int, width: int, zeros: jax.Array | None = 
                 operands = [arith.shrui(word, utils.c(4 * p, i32)) if four and p else word]
                 operands += [per_row[at[4]]] if per_row else []
                 code = _to_bfloat16(dtype, p, bool(per_row))
-                two = llvm.inline_asm(i32, operands, f"{{ {code} }}", "=r" + ",r" * len(operands))
+                two: Any = llvm.inline_asm(i32, operands, f"{{ {code} }}", "=r" + ",r" * len(operands))
                 registers[(at[0], column // 8 + p, *at[2 : registers.ndim])] = utils.bitcast(two, pair)
         return fragmented_array.FragmentedArray(_registers=registers, _layout=wanted, _is_signed=None)
 
@@ -167,7 +167,7 @@ def load_column(ref: Ref, row: jax.Array, group: jax.Array) -> jax.Array:
         for at, place in np.ndenumerate(places.registers):
             in_vector = isinstance(place.type, ir.VectorType)
             place = vector.extract(place, [], [0]) if in_vector else place
-            byte = llvm.inline_asm(i32, [begin, place], code, "=r,l,r")
+            byte: Any = llvm.inline_asm(i32, [begin, place], code, "=r,l,r")
             registers[at] = vector.broadcast(ir.VectorType.get((1,), i32), byte) if in_vector else byte
         return fragmented_array.FragmentedArray(_registers=registers, _layout=places.layout, _is_signed=True)
 
