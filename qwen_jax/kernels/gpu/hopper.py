@@ -24,7 +24,8 @@ def tiled(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, columns: int = 64
       dtype: of its elements.
       columns: of a tile; they must take 128 or 64 bytes.
     """
-    swizzle = columns * jnp.dtype(dtype).itemsize
+    info = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
+    swizzle = columns * info(dtype).bits // 8
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)))
 
 

@@ -1,8 +1,9 @@
 """Products with quantised weights; see `qwen_jax.quantization.Scheme` for what the arrays stand for.
 
-| implementation | where    | what                                                                         |
-|----------------|----------|------------------------------------------------------------------------------|
-| plain          | anywhere | dequantises in float32 and rounds once to the dtype of x, before the product |
+| implementation | where      | what                                                                         |
+|----------------|------------|------------------------------------------------------------------------------|
+| gpu            | Hopper GPU | bfloat16 rows; outputs and inputs are multiples of 64, groups of 32          |
+| plain          | anywhere   | dequantises in float32 and rounds once to the dtype of x, before the product |
 
 "auto" selects the first that supports the call; see `qwen_jax.kernels.select`.
 """
@@ -11,9 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_jax.kernels.select import Candidate, select
+from qwen_jax import platform
+from qwen_jax.kernels.select import Candidate, select, unmet
+from qwen_jax.kernels.without_gradient import without_gradient
 
 Abstract = jax.Array | jax.ShapeDtypeStruct
+
+# An estimate that no GPU has confirmed yet: with more rows, writing and reading the dequantised matrix takes a small
+# part of the time of the product, for which XLA's kernels are the best.
+_MAX_GPU_ROWS = 1024
 
 
 def dequantize(
@@ -55,7 +62,13 @@ def select_quantized(implementation: str, x: Abstract, weight: Abstract, scales:
     Raises:
       InputError: the implementation asked for does not support the call.
     """
-    candidates = [Candidate("plain")]
+    needs = {"a Hopper GPU": platform.on_hopper()}
+    if platform.on_hopper():
+        from qwen_jax.kernels.matmul import quantized_gpu
+
+        needs |= quantized_gpu.needs(x, weight, scales)
+    gpu = Candidate("gpu", unmet(needs), automatic=x.shape[0] <= _MAX_GPU_ROWS)
+    candidates = [gpu, Candidate("plain")]
     what = f"{x.shape[0]} rows, matrix {list(weight.shape)} of {weight.dtype}, {scales.shape[1]} groups"
     what += " with offsets" if offset else ""
     return select(candidates, implementation, "quantised product", what)
@@ -79,9 +92,15 @@ def quantized_matmul(
       implementation: see the table above. Only "plain" has a gradient, with respect to x.
 
     Returns:
-      float32 [M, N]. "plain" rounds the weight to the dtype of x.
+      float32 [M, N]. "plain" rounds the weight to the dtype of x, as "gpu" does for more than 64 rows; for fewer, "gpu"
+      does not round it.
     """
-    select_quantized(implementation, x_MK, weight_NK, scales_NG, zeros_NG is not None or mins_NG is not None)
+    offset = zeros_NG is not None or mins_NG is not None
+    if select_quantized(implementation, x_MK, weight_NK, scales_NG, offset) == "gpu":
+        from qwen_jax.kernels.matmul import quantized_gpu
+
+        message = "Quantised products by gpu have no gradient. Use implementation='plain'."
+        return without_gradient(quantized_gpu.matmul, (x_MK, weight_NK, scales_NG, zeros_NG, mins_NG), message)
     return _plain(x_MK, weight_NK, scales_NG, zeros_NG, mins_NG)
 
 

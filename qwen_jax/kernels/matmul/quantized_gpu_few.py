@@ -1,0 +1,352 @@
+"""Products of a few rows with a quantised matrix on Hopper GPUs, bound by the bandwidth at which the codes are read.
+
+As `few_rows_gpu`, but W is the M side of wgmma and x the N side: a tile of codes goes from shared memory to registers,
+becomes bfloat16 there, and is the left operand (`quantized_gpu_tiles`). With 1 to 8 rows of x nothing is wasted.
+
+The sum over a group of inputs is exact products added in float32. It is scaled in float32 and added to the sum of all
+groups. This is more exact than "plain", which rounds every dequantised weight to bfloat16. Zero points are subtracted
+from the codes, which is exact; minima multiply the sum of x over the group.
+
+Four warpgroups multiply and one copies. Of the four, some have different outputs and some different inputs, whose sums
+are added through shared memory. The steps of all tiles of outputs form one list, of which each thread block takes an
+equal share, wherever that begins and ends. A tile that several blocks share has several partial results; XLA fuses
+their sum into what follows.
+"""
+
+import dataclasses
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from qwen_jax.kernels.gpu.device import MULTIPROCESSORS, TILE_SHARED_BYTES
+from qwen_jax.kernels.gpu.hopper import load, tiled
+from qwen_jax.kernels.gpu.tiles import (
+    FEEDER_REGISTERS,
+    PER_COLUMN,
+    ROWS,
+    WGMMA,
+    across,
+    compute_registers,
+    kernel,
+    rem,
+    zeros,
+)
+from qwen_jax.kernels.matmul.quantized_gpu_tiles import (
+    TILE,
+    Operands,
+    as_float32,
+    bits,
+    inputs_at_once,
+    load_codes,
+    load_column,
+    operand,
+    store_transposed,
+)
+from qwen_jax.kernels.types import Ref
+
+MAX_ROWS = 64
+WARPGROUPS = 4
+_MAX_STAGES = 16
+_PARTS_BYTES = 200_000  # The cost of partial results beyond their own bytes.
+_SHORT_STEPS = 1.05  # The time of steps of 128 inputs, relative to 256: there is more to do besides converting codes.
+_SUM_COLUMNS = 64  # Columns of sums that are not scaled yet, together.
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How a product is divided; a static function of its shape.
+
+    Attributes:
+      high: warpgroups with different outputs.
+      wide: warpgroups with the same outputs and different inputs.
+      chunk: inputs of a step for one warpgroup.
+      share: steps of a thread block.
+      blocks: thread blocks.
+      parts: partial results, the most blocks that share a tile.
+      stages: steps in flight.
+    """
+
+    high: int
+    wide: int
+    chunk: int
+    share: int
+    blocks: int
+    parts: int
+    stages: int
+
+
+def width(rows: int) -> int:
+    """Columns of the product for this many rows."""
+    return -(-rows // 8) * 8
+
+
+def _parts(tiles: int, steps: int, share: int) -> int:
+    """The most blocks that share a tile."""
+    return max((t * steps + steps - 1) // share - t * steps // share + 1 for t in range(min(tiles, share)))
+
+
+@functools.cache
+def choose_tiling(rows: int, n: int, k: int, code_bits: int, at_once: int = TILE) -> Tiling:
+    """Divides a product of `rows` rows with a matrix [n, k].
+
+    The estimated cost, in bytes read from memory, is the larger of two: W, including the time of idle multiprocessors,
+    and everything that goes from L2 to the multiprocessors at about 2.5 times the speed. Writing and reading partial
+    results is added.
+
+    Args:
+      rows: 1 to `MAX_ROWS`.
+      n, k: outputs, a multiple of 64, and inputs, a multiple of 32.
+      code_bits: of a code, 4 or 8.
+      at_once: inputs that share a scale; see `inputs_at_once`.
+    """
+    columns, weights = width(rows), n * k * code_bits // 8
+    best: tuple[float, Tiling] | None = None
+    for high, chunk in itertools.product((1, 2, 4), (128, 256)):
+        wide = WARPGROUPS // high
+        tiles, steps = -(-n // (ROWS * high)), -(-k // (chunk * wide))
+        stage = ROWS * high * chunk * wide * code_bits // 8 + columns * chunk * wide * 2
+        stages = min(_MAX_STAGES, (TILE_SHARED_BYTES - (wide - 1) * high * ROWS * columns * 4) // stage)
+        # Longer steps, and sums of more warpgroups, need more registers.
+        if stages < 2 or (chunk == 256 and (columns > 16 or at_once < TILE)) or (wide == 4 and columns > 32):
+            continue
+        total = tiles * steps
+        least = -(-total // MULTIPROCESSORS)
+        # More than the least share makes fewer partial results, and leaves multiprocessors idle.
+        for share in range(least, min(total, max(2 * least, steps)) + 1):
+            parts = _parts(tiles, steps, share)
+            longest = weights / total * share * MULTIPROCESSORS * (_SHORT_STEPS if chunk == 128 else 1)
+            x_bytes = tiles * rows * k * 2
+            cost = max(longest, 0.4 * (weights + x_bytes)) + parts * rows * n * 4 + _PARTS_BYTES * (parts > 1)
+            if best is None or cost < best[0]:
+                best = cost, Tiling(high, wide, chunk, share, -(-total // share), parts, stages)
+    assert best is not None
+    return best[1]
+
+
+class _Memory(NamedTuple):
+    """Shared memory and barriers of a thread block.
+
+    Attributes:
+      w_smem, x_smem: rings of codes and of x.
+      sums_smem: the sums of all warpgroups but the first with the same outputs, [wide - 1, high, 64, columns].
+      full, free: a place of the rings has been filled, or read.
+      given, taken: the sums have been written, or read.
+    """
+
+    w_smem: Ref
+    x_smem: Ref
+    full: Ref
+    free: Ref
+    sums_smem: Ref | None = None
+    given: Ref | None = None
+    taken: Ref | None = None
+
+
+def product(operands: Operands, rows: int) -> jax.Array:
+    """Runs the kernel: partial products, float32 [parts, rows, N]."""
+    (N, K), G, columns = operands.codes.shape, operands.scales.shape[1], width(rows)
+    p = choose_tiling(rows, N, K, bits(operands.codes.dtype), inputs_at_once(K, G))
+    given = {name: x for name, x in operands._asdict().items() if x is not None}
+    names = tuple(given)
+
+    def block(*refs: Ref, **scratch: Ref) -> None:
+        *inputs, out_ref = refs
+        _block(_Memory(**scratch), Operands(**dict(zip(names, inputs, strict=True))), out_ref, p)
+
+    sums = {}
+    if p.wide > 1:
+        sums = {
+            "sums_smem": plgpu.SMEM((p.wide - 1, p.high, ROWS, columns), jnp.float32),
+            "given": plgpu.Barrier(num_arrivals=p.high * (p.wide - 1)),
+            "taken": plgpu.Barrier(num_arrivals=p.high),
+        }
+    launch = kernel(
+        "quantized_few_rows",
+        block,
+        (jax.ShapeDtypeStruct((p.parts, rows, N), jnp.float32),),
+        {"block": p.blocks},
+        WARPGROUPS + 1,
+        w_smem=tiled((p.stages, ROWS * p.high, p.chunk * p.wide), operands.codes.dtype, TILE),
+        x_smem=tiled((p.stages, columns, p.chunk * p.wide), jnp.bfloat16, min(inputs_at_once(K, G), 64)),
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=p.stages),
+        free=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=p.stages),
+        **sums,
+    )
+    out: jax.Array = launch(*given.values())[0]
+    return out
+
+
+_Place = tuple[jax.Array, jax.Array]
+
+
+class _Step(NamedTuple):
+    """Per-row numbers of a step, read one step ahead: for each group, scales, zero points and minima as they are."""
+
+    scales: tuple[jax.Array, ...]
+    zeros: tuple[jax.Array, ...] = ()
+    mins: tuple[jax.Array, ...] = ()
+
+
+_Carry = tuple[jax.Array, _Place, _Step]
+
+
+def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None:
+    """The program of a thread block: its share of the list of steps."""
+    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+    (N, K), G = operands.codes.shape, operands.scales.shape[1]
+    columns, stages, group = memory.x_smem.shape[1], memory.full.shape[0], K // G
+    at_once = inputs_at_once(K, G)
+    # Products that run at the same time, as many as there are registers for their sums.
+    together = max(1, _SUM_COLUMNS // columns)
+    tiles, steps = -(-N // (ROWS * p.high)), -(-K // (p.chunk * p.wide))
+    begin = block * p.share
+    count = jnp.minimum(p.share, tiles * steps - begin)
+    first_tile = lax.div(begin, jnp.int32(steps))
+    first_step = begin - first_tile * steps
+
+    def following(tile: jax.Array, step: jax.Array) -> _Place:
+        last = step == steps - 1
+        return jnp.where(last, tile + 1, tile), jnp.where(last, 0, step + 1)
+
+    def feed() -> None:
+        """The program of the warpgroup that copies."""
+
+        def fetch(i: jax.Array, place: _Place) -> _Place:
+            tile, step = place
+            slot = rem(i, stages)
+            pl.when(i >= stages)(lambda: plgpu.barrier_wait(memory.free.at[slot]))
+            inputs = pl.ds(pl.multiple_of(step * (p.chunk * p.wide), TILE), p.chunk * p.wide)
+            outputs = pl.ds(pl.multiple_of(tile * (ROWS * p.high), ROWS), ROWS * p.high)
+            plgpu.copy_gmem_to_smem(operands.codes.at[outputs, inputs], memory.w_smem.at[slot], memory.full.at[slot])
+            x = operands.x.at[pl.ds(block * 0, columns), inputs]
+            plgpu.copy_gmem_to_smem(x, memory.x_smem.at[slot], memory.full.at[slot])
+            return following(tile, step)
+
+        lax.fori_loop(0, count, fetch, (first_tile, first_step))
+        # No barrier may be left that was not waited for.
+        last = jnp.maximum(count - stages, 0)
+        lax.fori_loop(last, count, lambda n, _: plgpu.barrier_wait(memory.free.at[rem(n, stages)]), None)
+
+    def multiply() -> None:
+        """The program of a warpgroup that multiplies."""
+        level = lax.div(warpgroup, jnp.int32(p.wide))
+        side = warpgroup - level * p.wide
+        own_rows = pl.ds(pl.multiple_of(level * ROWS, ROWS), ROWS)
+        own_inputs = pl.ds(pl.multiple_of(side * p.chunk, TILE), p.chunk)
+
+        def row_of(tile: jax.Array) -> jax.Array:
+            # The last tile may have fewer rows: then some warpgroups have none, and write nothing.
+            return pl.multiple_of(jnp.minimum((tile * p.high + level) * ROWS, N - ROWS), ROWS)
+
+        def group_of(step: jax.Array, j: int) -> jax.Array:
+            return jnp.minimum(lax.div((step * p.wide + side) * p.chunk + j * at_once, jnp.int32(group)), G - 1)
+
+        def per_row(place: _Place) -> _Step:
+            """Scales, zero points and minima of a step."""
+            tile, step = place
+            row = row_of(jnp.minimum(tile, tiles - 1))
+
+            def of(ref: Ref | None) -> tuple[jax.Array, ...]:
+                if ref is None:
+                    return ()
+                return tuple(load_column(ref, row, group_of(step, j)) for j in range(p.chunk // at_once))
+
+            return _Step(of(operands.scales), of(operands.zeros), of(operands.mins))
+
+        def one(i: jax.Array, carry: _Carry) -> _Carry:
+            acc, (tile, step), numbers = carry
+            slot = rem(i, stages)
+            after = following(tile, step)
+            plgpu.barrier_wait(memory.full.at[slot])
+            codes = load_codes(memory.w_smem.at[slot, own_rows, own_inputs])
+            # Read one step ahead; the numbers arrive while this step is computed.
+            ahead = per_row(after)
+
+            def now(columns: tuple[jax.Array, ...], ref: Ref, j: int) -> jax.Array:
+                return as_float32(columns[j], ref, row_of(tile), group_of(step, j))
+
+            def sums(first: int, *accs: Ref) -> tuple[jax.Array, ...]:
+                for j, acc in enumerate(accs, first):
+                    z = now(numbers.zeros, operands.zeros, j) if numbers.zeros else None
+                    w = operand(codes, j * at_once, at_once, z)
+                    inputs = pl.ds(pl.multiple_of(side * p.chunk + j * at_once, at_once), at_once)
+                    plgpu.wgmma(acc, w, memory.x_smem.at[slot, :, inputs].T)
+                plgpu.wgmma_wait(0)
+                return tuple(acc[...] for acc in accs)
+
+            shape = (ROWS, columns)
+            # A tile begins with zeros.
+            acc = lax.cond(step == 0, lambda _: zeros(shape, WGMMA), lambda acc: acc, acc)
+            for first in range(0, p.chunk // at_once, together):
+                accs = [plgpu.ACC(shape, jnp.float32)] * min(together, p.chunk // at_once)
+                for j, y in enumerate(pl.run_scoped(functools.partial(sums, first), *accs), first):
+                    acc = acc + y * across(now(numbers.scales, operands.scales, j), shape)
+                    if operands.x_sums is not None:
+                        # Inputs beyond the end belong to no group.
+                        there = ((step * p.wide + side) * p.chunk + j * at_once < K).astype(jnp.float32)
+                        x_sum = load(operands.x_sums.at[group_of(step, j)], PER_COLUMN) * there
+                        acc = acc - across(numbers.mins[j], shape) * across(x_sum, shape, 1)
+            plgpu.barrier_arrive(memory.free.at[slot])
+            pl.when((step == steps - 1) | (i == count - 1))(lambda: write(acc, tile, step))
+            return acc, after, ahead
+
+        def write(acc: jax.Array, tile: jax.Array, step: jax.Array) -> None:
+            """Adds the sums of the warpgroups with the same outputs, and writes the part of this block."""
+            if p.wide == 1:
+                store(acc, tile, step)
+                return
+            assert memory.sums_smem is not None
+            assert memory.given is not None
+            assert memory.taken is not None
+            sums_smem, given, taken = memory.sums_smem, memory.given, memory.taken
+
+            @pl.when(side > 0)
+            def give() -> None:
+                sums_smem[side - 1, level] = acc
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(given)
+                plgpu.barrier_wait(taken)
+
+            @pl.when(side == 0)
+            def add() -> None:
+                plgpu.barrier_wait(given)
+                total = acc
+                for other in range(p.wide - 1):
+                    total = total + load(sums_smem.at[other, level], WGMMA)
+                plgpu.barrier_arrive(taken)
+                store(total, tile, step)
+
+        def store(total: jax.Array, tile: jax.Array, step: jax.Array) -> None:
+            part = block - lax.div(tile * steps, jnp.int32(p.share))
+            row = row_of(tile)
+
+            @pl.when((tile * p.high + level) * ROWS < N)
+            def store_rows() -> None:
+                store_transposed(out_ref.at[part, :, pl.ds(row, ROWS)], total)
+                # The block with the end of the tile also writes zeros for parts that do not exist.
+                if p.parts > 1:
+                    nothing = zeros(total.shape, WGMMA)
+
+                    def clear(other: jax.Array, _: None) -> None:
+                        store_transposed(out_ref.at[other, :, pl.ds(row, ROWS)], nothing)
+
+                    lax.fori_loop(part + 1, jnp.where(step == steps - 1, p.parts, part + 1), clear, None)
+
+        place = first_tile, first_step
+        lax.fori_loop(0, count, one, (zeros((ROWS, columns), WGMMA), place, per_row(place)))
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def run_multiply() -> None:
+        plgpu.set_max_registers(compute_registers(WARPGROUPS), action="increase")
+        multiply()
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def run_feed() -> None:
+        plgpu.set_max_registers(FEEDER_REGISTERS, action="decrease")
+        feed()
