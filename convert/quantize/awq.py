@@ -1,8 +1,8 @@
-"""AWQ: inputs that are large get finer steps, by scales that the previous layer takes back; and a search of clipping.
+"""AWQ: large inputs get finer steps, by scales that the previous layer takes back; and a search of clipping.
 
-Source: Lin et al. 2023 (arXiv:2306.00978). The inputs of a matrix W are divided by s = a^alpha, a the mean absolute value
-of each input, and the weights multiplied by s, which changes nothing before rounding. alpha is searched; 0 is rounding
-to nearest. Then the range of each group is shrunk by the factor that gives the least error.
+Source: Lin et al. 2023 (arXiv:2306.00978). The inputs of a matrix W are divided by s = a^alpha, a the mean absolute
+value of each input, and the weights multiplied by s, which changes nothing before rounding. alpha is searched; 0 is
+rounding to nearest. Then the range of each group is shrunk by the factor that gives the least error.
 
 Errors are those of the outputs on the calibration inputs, d H d^T for a change d of a row of weights with the Hessian
 H = 2 X X^T: no activations need to be kept.
@@ -92,14 +92,3 @@ def awq(weight_OI: jax.Array, hessian_II: jax.Array, grid: Grid, clip: bool = Tr
     clipped = round_to(weight_OI, grid, shrink_OG)
     before, after = (squared_error(weight_OI, rounded.values_OI, hessian_II) for rounded in (plain, clipped))
     return round_to(weight_OI, grid, jnp.where((after <= before)[:, None], shrink_OG, 1.0))
-
-
-def fold_into_norm(norm_D: jax.Array, scales_D: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
-    """Divides the weight of a norm by scales, and rounds it to the dtype in which it is stored.
-
-    Returns:
-      The new weight, float32, and the scales that make up for it exactly: those that the rounded weight stands for.
-    """
-    folded = (norm_D / scales_D).astype(dtype).astype(jnp.float32)
-    usable = (folded != 0) & jnp.isfinite(folded)
-    return jnp.where(usable, folded, norm_D), jnp.where(usable, norm_D / jnp.where(usable, folded, 1), 1.0)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from convert.quantize.grid import Grid, Rounded, as_rounded, encode, decode, fit
+from convert.quantize.grid import Grid, Rounded, as_rounded, decode, encode, fit
 
 BLOCK = 128  # Inputs whose errors are applied to all later inputs together.
 _STRONGER = 10.0  # Factor of the damping after a factorisation that failed.
@@ -92,20 +92,24 @@ def _round_in_turn(weight_OI: jax.Array, upper_II: jax.Array, grid: Grid) -> Rou
                 lambda: scale_and_zero,
             )
         # Inputs of the block, a group at a time.
-        state = part, jnp.zeros_like(part), jnp.zeros_like(part)
-        found = []
         step = min(group, block)
-        for first in range(0, block, step):
+
+        def one_group(i: jax.Array, state: tuple) -> tuple:
+            part, errors, codes, found = state
+            own = scale_and_zero
             if group <= block and not whole:
-                scale_and_zero = fit(state[0][:, first : first + step], grid)
-            one = functools.partial(_one_input, factor, *scale_and_zero, grid)
-            state = lax.fori_loop(first, first + step, one, state)
-            found.append(scale_and_zero)
-        _, errors, codes = state
+                own = fit(lax.dynamic_slice_in_dim(part, i * step, step, 1), grid)
+            one = functools.partial(_one_input, factor, *own, grid)
+            part, errors, codes = lax.fori_loop(i * step, (i + 1) * step, one, (part, errors, codes))
+            kept = [lax.dynamic_update_index_in_dim(all_of, new, i, 1) for all_of, new in zip(found, own, strict=True)]
+            return part, errors, codes, tuple(kept)
+
+        nothing, none_found = jnp.zeros_like(part), jnp.zeros((outputs, block // step))
+        state = part, nothing, nothing, (none_found, none_found)
+        _, errors, codes, (scales, zeros) = lax.fori_loop(0, block // step, one_group, state)
         # Later inputs make up for the errors of the block.
         later = jnp.where(columns >= start + block, rows, 0)
         weight -= jnp.matmul(errors, later, precision="highest")
-        scales, zeros = (jnp.stack(part, 1) for part in zip(*found, strict=True))
         return (weight, scale_and_zero), (codes, scales, zeros)
 
     starts = jnp.arange(0, inputs + padding, block)
