@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_FEWEST = 256  # Rows that are multiplied together, at least.
+
 
 class Statistics(NamedTuple):
     """Sums over rows x of I inputs, float32.
@@ -52,7 +54,7 @@ def _plus(squares_II: jax.Array, absolute_I: jax.Array, x_NI: jax.Array) -> tupl
 
 
 def chosen_rows(chosen_N: np.ndarray) -> tuple[np.ndarray, int]:
-    """Numbers of the rows that are chosen, filled up with row 0 to a power of two, so that few sizes are compiled.
+    """Numbers of the rows that are chosen, filled up with row 0 to a power of two: few sizes are compiled.
 
     Args:
       chosen_N: bool.
@@ -61,5 +63,5 @@ def chosen_rows(chosen_N: np.ndarray) -> tuple[np.ndarray, int]:
       int32 numbers, and how many of them count.
     """
     rows = np.flatnonzero(chosen_N).astype(np.int32)
-    size = 1 << max(len(rows) - 1, 0).bit_length()
+    size = max(1 << max(len(rows) - 1, 0).bit_length(), _FEWEST)
     return np.pad(rows, (0, size - len(rows))), len(rows)
