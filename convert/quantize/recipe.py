@@ -151,10 +151,10 @@ class Recipe:
         uneven = [matrix for matrix in found.values() if matrix.shape[1] % group]
         if uneven:
             sizes = [size for size in _SIZES if all(matrix.shape[1] % size == 0 for matrix in found.values())]
-            work = ", ".join(f"--group {size}" for size in sizes)
+            work = "".join(f"--group {size}, " for size in sizes)
             raise InputError(
                 f"Groups of {group} inputs do not divide the {uneven[0].shape[1]} inputs of {uneven[0].module}. "
-                f"{work + ' or ' if work else ''}--group 0 (all inputs of an output) works for this model."
+                f"For this model works: {work}--group 0 (all inputs of an output)."
             )
         info = self.info()
         for matrix in found.values():
