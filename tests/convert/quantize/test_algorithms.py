@@ -148,15 +148,15 @@ def test_awq_is_no_worse_than_rounding_to_nearest_and_clipping_no_worse_than_non
     rng = print_seed()
     weight, hessian = (jnp.asarray(x) for x in problem(rng))
     activity = jnp.sqrt(jnp.diagonal(hessian))
-    for grid in (Grid("int4", 32, symmetric=False), Grid("int4", 0)):
-        scales, alpha = search_scales([weight], [hessian], activity, grid)
-        assert 0 <= alpha < 1
-        inner = hessian / scales / scales[:, None]
-        plain, clipped = (awq(weight * scales, inner, grid, clip) for clip in (False, True))
-        by_output = [squared_error(weight * scales, rounded.values_OI, inner) for rounded in (plain, clipped)]
-        assert (by_output[1] <= by_output[0] * 1.0001).all()
-        assert by_output[1].sum() < by_output[0].sum()
-        assert by_output[0].sum() <= squared_error(weight, rtn(weight, grid).values_OI, hessian).sum() * 1.0001
+    grid = Grid("int4", 32, symmetric=False)
+    scales, alpha = search_scales([weight], [hessian], activity, grid)
+    assert 0 <= alpha < 1
+    inner = hessian / scales / scales[:, None]
+    plain, clipped = (awq(weight * scales, inner, grid, clip) for clip in (False, True))
+    by_output = [squared_error(weight * scales, rounded.values_OI, inner) for rounded in (plain, clipped)]
+    assert (by_output[1] <= by_output[0] * 1.0001).all()
+    assert by_output[1].sum() < by_output[0].sum()
+    assert by_output[0].sum() <= squared_error(weight, rtn(weight, grid).values_OI, hessian).sum() * 1.0001
 
 
 def test_scales_of_groups_are_those_that_a_file_holds() -> None:
