@@ -10,6 +10,7 @@ from convert.quantized.words import FLOAT8, INT4, INT8, integers
 from qwen_jax.errors import InputError
 
 SCALES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
+_BLOCK = 64  # Outputs that are dequantised together: they fit a cache.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,18 +63,29 @@ class Codes:
 
     def dequantize(self) -> np.ndarray:
         """The values, float32 [O, I], with the inputs in their own order."""
-        if self.codes.dtype == FLOAT8:
+        out = np.empty(self.codes.shape, np.float32)
+        places = None if self.order is None else np.argsort(self.order)
+        # A part at a time: intermediate results of whole matrices cost more than the work.
+        for start in range(0, len(out), _BLOCK):
+            values = self._values(slice(start, start + _BLOCK))
+            out[start : start + _BLOCK] = values if places is None else np.take(values, places, axis=1)
+        return out
+
+    def _values(self, rows: slice) -> np.ndarray:
+        """The values of some outputs, with the inputs in the places that they have in codes."""
+        codes = self.codes[rows]
+        if codes.dtype == FLOAT8:
             # A look-up is several times faster than the conversion of ml_dtypes.
-            values = np.arange(256, dtype=np.uint8).view(FLOAT8).astype(np.float32)[self.codes.view(np.uint8)]
+            values = np.arange(256, dtype=np.uint8).view(FLOAT8).astype(np.float32)[codes.view(np.uint8)]
         else:
-            values = integers(self.codes).astype(np.float32)
-        grouped = values.reshape(len(values), -1, self.group)
+            values = integers(codes).astype(np.float32)
+        grouped = values.reshape(*self.scales[rows].shape, self.group)
         if self.zeros is not None:
-            grouped -= integers(self.zeros).astype(np.float32)[..., None]
-        grouped *= self.scales.astype(np.float32)[..., None]
+            grouped -= integers(self.zeros[rows]).astype(np.float32)[..., None]
+        grouped *= self.scales[rows].astype(np.float32)[..., None]
         if self.mins is not None:
-            grouped -= self.mins[..., None]
-        return values if self.order is None else _scattered(values, self.order)
+            grouped -= self.mins[rows][..., None]
+        return values
 
     def regrouped(self, group: int) -> "Codes":
         """The same values with smaller groups, which repeat the scale of the group that they were cut from.
@@ -87,14 +99,16 @@ class Codes:
         if group < 1 or self.group % group:
             raise InputError(f"Groups of {self.group} inputs can be cut into groups of a divisor, got {group}.")
         times = self.group // group
-        parts = {name: getattr(self, name) for name in ("scales", "zeros", "mins")}
         return dataclasses.replace(
-            self, **{name: part if part is None else np.repeat(part, times, 1) for name, part in parts.items()}
+            self,
+            scales=np.repeat(self.scales, times, 1),
+            zeros=None if self.zeros is None else np.repeat(self.zeros, times, 1),
+            mins=None if self.mins is None else np.repeat(self.mins, times, 1),
         )
 
     def in_own_order(self) -> np.ndarray:
         """The codes [O, I] with the inputs in their own order."""
-        return self.codes if self.order is None else _scattered(self.codes, self.order)
+        return self.codes if self.order is None else np.take(self.codes, np.argsort(self.order), axis=1)
 
 
 def cut(grouped: np.ndarray, inputs: int, group: int) -> np.ndarray:
@@ -149,13 +163,6 @@ def comparable(array: np.ndarray) -> np.ndarray:
     if array.dtype == INT4:
         return integers(array)
     return np.ascontiguousarray(array).view(np.uint8)
-
-
-def _scattered(values: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Moves place j of the inputs to input order[j]."""
-    inverse = np.empty_like(order)
-    inverse[order] = np.arange(len(order), dtype=order.dtype)
-    return np.take(values, inverse, axis=1)
 
 
 def _expected(what: str, found: np.ndarray) -> InputError:

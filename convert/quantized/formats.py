@@ -75,11 +75,12 @@ def read_format(
     if config["quant_method"] == "gptq" and beside.is_file():
         old = read_json(beside)
         for key in _COMMON:
-            if key in old and key in config and old[key] != config[key]:
+            if old.get(key) is not None and config.get(key) not in (None, old[key]):
                 raise InputError(
                     f"{where} and {beside} contradict each other: {key} is {config[key]!r} and {old[key]!r}. Remove "
                     "the wrong file or correct it."
                 )
+        config = {**old, **{key: value for key, value in config.items() if value is not None}}
     return _METHODS[config["quant_method"]].read_config(where, config)
 
 

@@ -141,11 +141,9 @@ def tensor_names(module: str, shape: tuple[int, int], info: Fp8) -> dict[str, St
     shapes = scale_shapes(info.strategy, shape, info.file_group(shape[1]), info.block)
     if info.strategy != "block":
         shapes = scale_shapes("tensor", shape, 0, None) + scale_shapes("channel", shape, 0, None)
-    tensors = {"weight": Stored((words.FLOAT8,), (shape,))}
-    for name in _NAMES:
-        tensors[name] = Stored(FLOATS, shapes, optional=True)
-    for name in _STATIC:
-        tensors[name] = Stored(FLOATS, ((), (1,)), optional=True)
+    tensors: dict[str, Stored] = {"weight": Stored((words.FLOAT8,), (shape,))}
+    tensors |= {name: Stored(FLOATS, shapes, optional=True) for name in _NAMES}
+    tensors |= {name: Stored(FLOATS, ((), (1,)), optional=True) for name in _STATIC}
     return {full_name(module, name): stored for name, stored in tensors.items()}
 
 

@@ -42,6 +42,7 @@ from convert.quantized.info import (
     matrix,
     of_module,
     place,
+    strings,
 )
 from convert.quantized.order import groups_of, sorted_by_group
 from qwen_jax.errors import InputError
@@ -49,8 +50,6 @@ from qwen_jax.errors import InputError
 _HINT = "Check bits, group_size and sym of the quantisation config, and that the download is complete."
 # The 1 that v1 files subtract from every zero point of a word.
 _ONES = {4: 0x11111111, 8: 0x01010101}
-# What a rule of `dynamic` may change; the rest of its keys belongs to the making of the file.
-_RULE_KEYS = ("bits", "group_size", "desc_act", "sym", "static_groups")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,11 +138,12 @@ def read_config(where: Path, config: Mapping[str, Any]) -> Gptq:
     if not isinstance(meta, dict):
         raise InputError(f"{where}: expected an object as meta of the quantisation, got {meta!r}.")
     quantizer = meta.get("quantizer") or []
+    quantizer = strings(where, {"quantizer": [quantizer] if isinstance(quantizer, str) else quantizer}, "quantizer")
     settings = _settings(where, config)
     return Gptq(
         **_fields({"desc_act": False, "sym": True, **settings}),
         version="gptq" if version == "gptq" else "gptq_v2",
-        quantizer=tuple(str(item).lower() for item in ([quantizer] if isinstance(quantizer, str) else quantizer)),
+        quantizer=tuple(item.lower() for item in quantizer),
         static_groups=boolean(where, {**meta, **config}, "static_groups", False),
         lm_head=boolean(where, config, "lm_head", False),
         dynamic=_dynamic(where, config.get("dynamic") or {}),
@@ -155,7 +155,7 @@ _LAYOUTS = "Supported are gptq and gptq_v2 in int32 words with 4 or 8 bits; take
 
 
 def _settings(where: Path, config: Mapping[str, Any], rule: bool = False) -> dict[str, Any]:
-    """The checked keys that rules may change; a rule may lack all of them."""
+    """The checked keys that rules may change; a rule may lack all of them, and has others that made the file."""
     found: dict[str, Any] = {}
     if not rule or "bits" in config:
         found["bits"] = integer(where, config, "bits")
@@ -266,13 +266,13 @@ def unpack(
     group = info.file_group(inputs)
     check_finite(full_name(module, "scales"), scales)
     # Codes, zero points and the order of the inputs.
-    codes = words.unpack(words.transposed(qweight), info.bits, inputs)
     order = _order(g_idx, inputs, group, info, module)
+    codes = words.unpack_columns(qweight, info.bits, inputs, order)
     zeros = words.transposed(_zeros(tensors[full_name(module, "qzeros")], outputs, info))
     if info.offset == "none":
         _check_symmetric(zeros, info, module)
     return Codes(
-        codes if order is None else np.take(codes, order, axis=1),
+        codes,
         cut(words.transposed(scales), inputs, group),
         None if info.offset == "none" else cut(zeros, inputs, group),
         order=order,
@@ -350,7 +350,7 @@ def pack(codes: Codes, info: Gptq, module: str = "") -> dict[str, np.ndarray]:
     if info.version == "gptq" and info.in_words:
         qzeros = (qzeros.view(np.uint32) - np.uint32(_ONES[info.bits])).view(np.int32)
     tensors = {
-        "qweight": words.transposed(words.pack(codes.in_own_order())),
+        "qweight": words.pack_columns(codes.codes, codes.order),
         "qzeros": qzeros,
         "scales": words.transposed(scales),
         "g_idx": groups_of(codes.order, inputs, group),

@@ -123,12 +123,14 @@ def check_tensors(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Stor
 
 
 def matrix(tensors: Mapping[str, np.ndarray], module: str, name: str, hint: str) -> np.ndarray:
-    """A tensor that gives the sizes of a matrix; InputError if it is missing or has not two axes."""
+    """A tensor that gives the sizes of a matrix; InputError if it is missing, empty, or has not two axes."""
     full = full_name(module, name)
     if full not in tensors:
         raise InputError(f"{place(module)} has no {full}. {hint}")
     if tensors[full].ndim != 2:
         raise InputError(f"{full}: expected two axes, got {tensors[full].dtype} {list(tensors[full].shape)}. {hint}")
+    if tensors[full].size == 0:
+        raise InputError(f"{full} has no elements, its shape is {list(tensors[full].shape)}. {hint}")
     return tensors[full]
 
 

@@ -28,7 +28,7 @@ def without_padding(weight: np.ndarray, axis: int, width: int) -> np.ndarray:
         return weight
     if not 0 < padding <= width:
         raise InputError(
-            f"Expected at least {width} and at most {2 * width} rows with padding, got {weight.shape[axis]}."
+            f"Expected {width} to {2 * width} rows with padding, got {weight.shape[axis]}. Check the intermediate size."
         )
     dropped = np.arange(1, 2 * padding, 2)
     count = int(np.count_nonzero(np.take(weight, dropped, axis).any(1 - axis)))

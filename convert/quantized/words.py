@@ -66,6 +66,36 @@ def pack(codes: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values).view(np.int32)
 
 
+def unpack_columns(packed: np.ndarray, bits: int, length: int, order: np.ndarray | None = None) -> np.ndarray:
+    """Takes words apart that are packed along the first axis, and transposes them.
+
+    Args:
+      packed: int32 [words, O].
+      bits: 4 or 8.
+      length: of the packed axis.
+      order: which of the codes each place of the result holds; None if they keep their places.
+
+    Returns:
+      int4 or int8 [O, length].
+    """
+    out = np.empty((packed.shape[1], length), INT4 if bits == 4 else INT8)
+    # A part at a time: intermediate results of whole matrices cost more than the work.
+    for start in range(0, len(out), _BLOCK):
+        part = unpack(np.ascontiguousarray(packed[:, start : start + _BLOCK].T), bits, length)
+        out[start : start + _BLOCK] = part if order is None else np.take(part, order, axis=1)
+    return out
+
+
+def pack_columns(codes: np.ndarray, order: np.ndarray | None = None) -> np.ndarray:
+    """The inverse of `unpack_columns`: int4 or int8 [O, length] to int32 [words, O]."""
+    out = np.empty((count(codes.shape[1], 4 if codes.dtype == INT4 else 8), len(codes)), np.int32)
+    places = None if order is None else np.argsort(order)
+    for start in range(0, len(codes), _BLOCK):
+        part = codes[start : start + _BLOCK]
+        out[:, start : start + _BLOCK] = pack(part if places is None else np.take(part, places, axis=1)).T
+    return out
+
+
 def unsigned(codes: np.ndarray) -> np.ndarray:
     """int4 or int8 codes as a file stores them: uint8, with 8 or 128 added."""
     if codes.dtype == INT4:
