@@ -67,26 +67,21 @@ class CalibrationText:
         Raises:
           InputError: the text is too short, not UTF-8, or has tokens that the model does not have.
         """
-        needed, found = self.rows * self.length, []
-        count = 0
-        for ids in self._documents(tokenizer):
-            found.append(np.asarray(ids, np.int32))
-            count += len(ids)
+        needed, count, parts = self.rows * self.length, 0, []
+        for part in self._documents(tokenizer):
+            parts.append(np.asarray(part, np.int32))
+            count += len(part)
             if count >= needed:
                 break
         if count < needed:
-            fits = count // self.length
+            rows, length = count // self.length, count // self.rows
+            advice = f", or --calibration-rows {rows}" if rows else ""
+            advice += f", or --calibration-length {length}" if length > 1 else ""
             raise InputError(
                 f"The calibration text {self.file} has {count:,} tokens; {self.rows} rows of {self.length} need "
-                f"{needed:,}. Give a longer text"
-                + (f", or --calibration-rows {fits}" if fits else "")
-                + (
-                    f", or a shorter --calibration-length (at most {count // self.rows})."
-                    if count // self.rows > 1
-                    else "."
-                )
+                f"{needed:,}. Give a longer text{advice}."
             )
-        ids = np.concatenate(found)[:needed]
+        ids = np.concatenate(parts)[:needed]
         if ids.max() >= config.vocab_size:
             raise InputError(
                 f"The tokenizer gives ids up to {ids.max()}, the model has {config.vocab_size}: they do not belong "

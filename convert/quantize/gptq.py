@@ -96,12 +96,15 @@ def _round_in_turn(weight_OI: jax.Array, upper_II: jax.Array, grid: Grid) -> Rou
 
         def one_group(i: jax.Array, state: tuple) -> tuple:
             part, errors, codes, found = state
-            own = scale_and_zero
+            scale, zero = scale_and_zero
             if group <= block and not whole:
-                own = fit(lax.dynamic_slice_in_dim(part, i * step, step, 1), grid)
-            one = functools.partial(_one_input, factor, *own, grid)
+                scale, zero = fit(lax.dynamic_slice_in_dim(part, i * step, step, 1), grid)
+            one = functools.partial(_one_input, factor, scale, zero, grid)
             part, errors, codes = lax.fori_loop(i * step, (i + 1) * step, one, (part, errors, codes))
-            kept = [lax.dynamic_update_index_in_dim(all_of, new, i, 1) for all_of, new in zip(found, own, strict=True)]
+            kept = [
+                lax.dynamic_update_index_in_dim(all_of, new, i, 1)
+                for all_of, new in zip(found, (scale, zero), strict=True)
+            ]
             return part, errors, codes, tuple(kept)
 
         nothing, none_found = jnp.zeros_like(part), jnp.zeros((outputs, block // step))

@@ -35,7 +35,8 @@ class Statistics(NamedTuple):
           x_NI: float32.
           rows: how many of them count; the others are zero. By default all.
         """
-        return Statistics(*_plus(self.squares_II, self.absolute_I, x_NI), self.rows + (rows or len(x_NI)))
+        squares_II, absolute_I = _plus(self.squares_II, self.absolute_I, x_NI)
+        return Statistics(squares_II, absolute_I, self.rows + (rows or len(x_NI)))
 
     @property
     def hessian_II(self) -> jax.Array:
