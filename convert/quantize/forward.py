@@ -179,7 +179,8 @@ def _output(block: Block, x_BTD: jax.Array) -> jax.Array:
     h_BTD = block.post_attention_norm(x_BTD)
     if not hasattr(block, "moe"):
         return x_BTD + block.mlp(h_BTD)
-    shared = block.moe.apply_shared_gate(h_BTD, block.moe.shared(h_BTD))
+    mlp = block.moe.shared
+    shared = block.moe.apply_shared_gate(h_BTD, mlp.down_swiglu(*mlp.gate_and_up(h_BTD)))
     return x_BTD + block.moe.routed(x_BTD, block.post_attention_norm.weight[...], None, shared)[0]
 
 

@@ -122,7 +122,8 @@ class Quantizer:
         """Rounds a matrix by GPTQ or to nearest."""
         nearest = rtn(weight_OI, self._grid)
         if statistics is None:
-            error = float(np.linalg.norm(nearest.values_OI - weight_OI) / max(np.linalg.norm(weight_OI), 1e-30))
+            norm = float(np.linalg.norm(weight_OI))
+            error = float(np.linalg.norm(nearest.values_OI - weight_OI)) / max(norm, 1e-30)
             return nearest, Outcome(matrix.module, *matrix.shape, error, error)
         hessian = statistics.hessian_II
         before = float(relative_error(weight_OI, nearest.values_OI, hessian))

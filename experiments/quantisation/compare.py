@@ -116,8 +116,7 @@ def _losses(params: Params, tokens_BT: jax.Array, config: ModelConfig, sharding:
     )
     log_p = jax.nn.log_softmax(model.logits(model(tokens_BT, positions, mask).hidden)[:, :-1])
     # A sum with a one-hot matrix, because the vocabulary is a sharded axis.
-    chosen = jax.nn.one_hot(tokens_BT[:, 1:], config.vocab_size, out_sharding=sharding.logits)
-    return -(log_p * chosen).sum(-1)
+    return -(log_p * jax.nn.one_hot(tokens_BT[:, 1:], config.vocab_size)).sum(-1)
 
 
 def held_out_loss(folder: Path, config: ModelConfig, tokens_RT: np.ndarray, mesh: Mesh, batch: int = 32) -> np.ndarray:
