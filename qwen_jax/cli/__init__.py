@@ -22,6 +22,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "info": ("checkpoints", "Info", "show a model's shape, parameters, memory and cache size"),
     "convert": ("checkpoints", "Convert", "convert between Hugging Face safetensors and Orbax"),
     "upcycle": ("checkpoints", "Upcycle", "turn a dense checkpoint into a mixture of experts"),
+    "quantize": ("quantize", "Quantize", "round weights to 4 or 8 bits: GPTQ, AWQ, fp8, int8"),
     "verify": ("checkpoints", "Verify", "compare two checkpoints, or one with transformers, by logits"),
     "generate": ("generate", "Generate", "complete prompts"),
     "chat": ("generate", "Chat", "talk to a model"),
