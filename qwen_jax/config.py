@@ -10,6 +10,7 @@ from typing import Any, Literal
 from qwen_jax import hf_config
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json, why_unusable
+from qwen_jax.gguf.header import is_gguf, read_header
 
 DTYPES = ("bfloat16", "float32", "float16")
 Score = Literal["linear", "mlp"]
@@ -364,12 +365,16 @@ class ModelConfig:
 
 
 def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
-    """Reads `config.json` of a checkpoint folder.
+    """Reads `config.json` of a checkpoint folder, or the metadata of a GGUF file.
 
     Raises:
       InputError: no such folder or file, an adapter without its base model, or an unsupported model.
     """
     path = Path(folder)
+    if is_gguf(path) and not path.is_dir():
+        from qwen_jax.gguf.metadata import read_config
+
+        return read_config(read_header(path))
     if not path.is_dir():
         raise InputError(f"{path} is not a folder. Expected a checkpoint folder with config.json in it.")
     file = path / "config.json"

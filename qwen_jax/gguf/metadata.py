@@ -1,0 +1,258 @@
+"""The architecture of a model in the metadata of a GGUF file, read and written."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from qwen_jax.config import ModelConfig, MoE, Yarn
+from qwen_jax.errors import InputError
+from qwen_jax.gguf.header import Header
+from qwen_jax.tokenizer.control import END_OF_TEXT, TURN_END
+
+ARCHITECTURES = ("qwen2", "qwen2moe")
+EMBED, HEAD, NORM = "token_embd.weight", "output.weight", "output_norm.weight"
+# Ids that end a text: of a text, of a turn, of a message.
+END_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+BOS_KEY = "tokenizer.ggml.bos_token_id"
+_READ = frozenset(
+    """
+    block_count context_length embedding_length feed_forward_length attention.head_count attention.head_count_kv
+    attention.key_length attention.value_length attention.layer_norm_rms_epsilon attention.causal rope.freq_base
+    rope.dimension_count rope.scaling.type rope.scaling.factor rope.scaling.original_context_length
+    rope.scaling.attn_factor rope.scaling.yarn_attn_factor rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow
+    expert_count expert_used_count expert_feed_forward_length expert_shared_feed_forward_length expert_weights_norm
+    vocab_size
+    """.split()
+)
+# Notes that change no result. llama.cpp gives these models no window, whatever the file says.
+_INERT = frozenset("rope.scaling.finetuned tensor_data_layout attention.sliding_window".split())
+# The dtype in which a file's matrices keep their values exactly.
+_DTYPES = {"F16": "float16", "BF16": "bfloat16"}
+
+
+class _Values:
+    """The metadata of one architecture, by the rest of their keys."""
+
+    def __init__(self, header: Header, architecture: str) -> None:
+        self._header, self._prefix = header, f"{architecture}."
+        self.keys = {key.removeprefix(self._prefix) for key in header.metadata if key.startswith(self._prefix)}
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """A value of a kind: int (positive), float (positive and finite), bool or str; `default` if it is absent.
+
+        Raises:
+          InputError: it is absent and there is no default, or it is of another kind.
+        """
+        value = self._header.metadata.get(self._prefix + key, default)
+        if value is None:
+            raise InputError(
+                f"{self._header.path} lacks {self._prefix}{key} in its metadata. Convert the model again with a current "
+                "llama.cpp, or with `qwen-jax convert`."
+            )
+        right = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or value is not True)
+        if not right or (kind in (int, float) and (not math.isfinite(value) or value <= 0)):
+            names = {int: "a positive integer", float: "a positive number", bool: "true or false", str: "a text"}
+            raise InputError(
+                f"{self._header.path} has {self._prefix}{key}={value!r:.80} in its metadata; expected {names[kind]}."
+            )
+        # A float32 stands for the shortest decimal number that rounds to it: 1e-06, not 9.999999974752427e-07.
+        return float(str(np.float32(value))) if kind is float and isinstance(value, float) else value
+
+
+def read_config(header: Header) -> ModelConfig:
+    """Reads the architecture of a model from a GGUF file.
+
+    Args:
+      header: of the file.
+
+    Returns:
+      The config. Its dtype is that of the matrices, and float32 if they are quantised.
+
+    Raises:
+      InputError: another architecture, metadata that are missing or wrong, or a key that is not known: guessing would
+        give wrong logits.
+    """
+    path, architecture = header.path, header.metadata.get("general.architecture")
+    kind = header.metadata.get("general.type", "model")
+    if architecture not in ARCHITECTURES or kind != "model":
+        raise InputError(
+            f"{path} holds {'a model' if kind == 'model' else kind!r} of architecture {architecture!r:.80}; expected a "
+            f"model of architecture {' or '.join(ARCHITECTURES)} (Qwen1.5 to Qwen2.5, dense or with experts)."
+        )
+    values = _Values(header, architecture)
+    unknown = sorted(values.keys - _READ - _INERT)
+    if unknown:
+        raise InputError(
+            f"{path} has metadata of {architecture} that are not known here: {', '.join(unknown)}. They may change what "
+            "the model computes."
+        )
+    if not values.get("attention.causal", bool, True):
+        raise InputError(f"{path} has attention that is not causal, as models of embeddings have; it is not supported.")
+    missing = [name for name in (EMBED, NORM) if name not in header.tensors]
+    if missing:
+        raise InputError(f"{path} lacks the tensors {', '.join(missing)}. The file is incomplete; fetch it again.")
+    embed = header.tensors[EMBED]
+
+    # Sizes.
+    hidden, num_heads = values.get("embedding_length", int), values.get("attention.head_count", int)
+    default = hidden // num_heads if hidden % num_heads == 0 else None
+    head_dim = values.get("attention.key_length", int, default)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if values.get(key, int, head_dim) != head_dim:
+            raise InputError(
+                f"{path} has heads of {head_dim}, and {architecture}.{key} is {values.get(key, int)}; only equal ones "
+                "are supported, as in Qwen2.5."
+            )
+    vocab_size = values.get("vocab_size", int, embed.shape[0])
+    moe = None
+    if architecture == "qwen2moe":
+        moe = MoE(
+            num_experts=values.get("expert_count", int),
+            num_experts_per_tok=values.get("expert_used_count", int),
+            intermediate_size=values.get("expert_feed_forward_length", int),
+            shared_intermediate_size=values.get("expert_shared_feed_forward_length", int),
+            norm_topk_prob=values.get("expert_weights_norm", bool, False),
+        )
+    matrices = {tensor.type.name for tensor in header.tensors.values() if len(tensor.shape) > 1}
+    matrices -= {"F32"} if matrices & _DTYPES.keys() else set()
+    bos = header.metadata.get(BOS_KEY)
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=values.get("feed_forward_length", int),
+        num_layers=values.get("block_count", int),
+        num_heads=num_heads,
+        num_kv_heads=values.get("attention.head_count_kv", int, num_heads),
+        head_dim=head_dim,
+        tie_word_embeddings=HEAD not in header.tensors,
+        rms_norm_eps=values.get("attention.layer_norm_rms_epsilon", float),
+        rope_theta=values.get("rope.freq_base", float),
+        max_position_embeddings=values.get("context_length", int),
+        yarn=_read_yarn(header, values),
+        moe=moe,
+        bos_token_id=bos if isinstance(bos, int) else None,
+        eos_token_ids=_read_ends(header, vocab_size),
+        dtype=_DTYPES.get(next(iter(matrices)), "float32") if len(matrices) == 1 else "float32",
+    )
+
+
+def _read_yarn(header: Header, values: _Values) -> Yarn | None:
+    kind = values.get("rope.scaling.type", str, "none")
+    if kind == "none" or (kind == "linear" and values.get("rope.scaling.factor", float, 1.0) == 1):
+        return None
+    if kind != "yarn":
+        raise InputError(f"{header.path} has RoPE scaling of type {kind!r}; Qwen2.5 uses none or 'yarn'.")
+    factor = values.get("rope.scaling.factor", float)
+    # llama.cpp multiplies the paper's temperature by this.
+    attention = values.get("rope.scaling.yarn_attn_factor", float, values.get("rope.scaling.attn_factor", float, 1.0))
+    return Yarn(
+        factor,
+        values.get("rope.scaling.original_context_length", int, values.get("context_length", int)),
+        None if attention == 1 else attention * (0.1 * math.log(factor) + 1.0),
+        values.get("rope.scaling.yarn_beta_fast", float, 32.0),
+        values.get("rope.scaling.yarn_beta_slow", float, 1.0),
+    )
+
+
+def _read_ends(header: Header, vocab_size: int) -> tuple[int, ...]:
+    """The ids that end a text."""
+    found = {key: header.metadata[key] for key in END_KEYS if key in header.metadata}
+    for key, value in found.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
+            raise InputError(
+                f"{header.path} has {key}={value!r:.80} in its metadata; expected an id below {vocab_size}, the rows of "
+                "its embedding."
+            )
+    ids = list(found.values())
+    # llama.cpp ends a text at both tokens, as generation_config.json of the instruct models asks for; files that it
+    # made name only one of them.
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    if list(found) == [END_KEYS[0]] and isinstance(tokens, list) and tokens[ids[0] : ids[0] + 1] == [TURN_END]:
+        ids += [tokens.index(END_OF_TEXT)] if END_OF_TEXT in tokens else []
+    return tuple(dict.fromkeys(ids))
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """Writes the metadata of an architecture, which `read_config` reads.
+
+    Args:
+      config: of a language model; its `eos_token_ids` are all ids that end a text.
+
+    Returns:
+      Metadata by key: integers, floats, booleans and strings.
+
+    Raises:
+      InputError: a setting that llama.cpp does not have, so that it would compute something else.
+    """
+    _check_writable(config)
+    moe, head_dims = config.moe, config.head_dim * config.num_heads
+    arch = "qwen2" if moe is None else "qwen2moe"
+    values: dict[str, Any] = {
+        "block_count": config.num_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "rope.freq_base": config.rope_theta,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "vocab_size": config.vocab_size,
+    }
+    if head_dims != config.hidden_size:
+        values |= {f"{key}": config.head_dim for key in ("attention.key_length", "attention.value_length")}
+        values["rope.dimension_count"] = config.head_dim
+    if config.yarn is not None:
+        yarn = config.yarn
+        values |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(yarn.factor),
+            "rope.scaling.original_context_length": yarn.original_max_position_embeddings,
+        }
+        if yarn.attention_factor is not None:
+            values["rope.scaling.attn_factor"] = yarn.attention_factor / (0.1 * math.log(yarn.factor) + 1.0)
+        if (yarn.beta_fast, yarn.beta_slow) != (32.0, 1.0):
+            values |= {
+                "rope.scaling.yarn_beta_fast": float(yarn.beta_fast),
+                "rope.scaling.yarn_beta_slow": float(yarn.beta_slow),
+            }
+    if moe is not None:
+        values |= {
+            "expert_count": moe.num_experts,
+            "expert_used_count": moe.num_experts_per_tok,
+            "expert_feed_forward_length": moe.intermediate_size,
+            "expert_shared_feed_forward_length": moe.shared_intermediate_size,
+        }
+    metadata = {f"{arch}.{key}": value for key, value in values.items()}
+    # One end is written twice, so that a reader does not take another one for granted.
+    ends = config.eos_token_ids * 2 if len(config.eos_token_ids) == 1 else config.eos_token_ids
+    metadata |= dict(zip(END_KEYS, ends, strict=False))
+    if config.bos_token_id is not None:
+        metadata[BOS_KEY] = config.bos_token_id
+    return metadata
+
+
+def _check_writable(config: ModelConfig) -> None:
+    """Raises InputError for what llama.cpp computes in another way."""
+    moe, problem = config.moe, None
+    if config.score is not None:
+        problem = "This is a reward model, and GGUF files have no score head. Convert a language model"
+    elif config.dual_chunk is not None:
+        problem = (
+            "This model has dual-chunk attention, which llama.cpp has not. Remove dual_chunk_attention_config from "
+            "config.json for a model that is right up to the length of a chunk"
+        )
+    elif moe is not None and moe.norm_topk_prob:
+        problem = (
+            "This model has norm_topk_prob=true, and llama.cpp does not normalise the weights of a token's experts in "
+            "qwen2moe models. Keep the model in another format"
+        )
+    elif moe is not None and len(config.sparse_layers) != config.num_layers:
+        problem = (
+            f"Only {len(config.sparse_layers)} of the {config.num_layers} layers of this model have experts, and "
+            "llama.cpp expects them in all layers of a qwen2moe model. Keep the model in another format"
+        )
+    elif len(config.eos_token_ids) > len(END_KEYS):
+        problem = f"GGUF files name at most {len(END_KEYS)} ids that end a text; this model has {config.eos_token_ids}"
+    if problem is not None:
+        raise InputError(f"{problem}.")
