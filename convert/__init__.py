@@ -154,15 +154,13 @@ def convert(
     Raises:
       InputError: a damaged or unsupported checkpoint, an existing destination, or too small a disk.
     """
-    to = to or ("gguf" if is_gguf(dst) else None)
+    to = to or ("gguf" if is_gguf(dst) and not Path(dst).is_dir() else None)
     check_options(dst, to, dtype, recipe)
     source = merge_adapter(open_source(src), adapter)
     assert source.folder is not None
     stored = detect(source.folder)
     other: Format = "orbax" if stored == "hf" else "hf"
-    write_folder(
-        source, dst, to or (other if adapter is None or stored == "gguf" else stored), dtype, progress, recipe
-    )
+    write_folder(source, dst, to or (other if adapter is None or stored == "gguf" else stored), dtype, progress, recipe)
 
 
 def write_folder(
@@ -206,8 +204,8 @@ def check_options(
     if to not in (None, "hf", "orbax", "gguf"):
         raise InputError(f"Expected the format 'hf', 'orbax' or 'gguf', got {to!r}.")
     if to != "gguf":
-        if recipe is not None or is_gguf(dst):
-            raise InputError(f"{dst}: a GGUF file has a name that ends with .gguf, a type, and the format 'gguf'.")
+        if recipe is not None:
+            raise InputError(f"A type ({recipe}) is for a GGUF file, whose name ends with .gguf; got {dst}.")
         check_destination(Path(dst))
         return None if dtype is None else parse_dtype(dtype)
     from convert.gguf import RECIPES

@@ -287,8 +287,8 @@ def pack(
         problem = "scales that float16 does not hold"
     if kind is None or problem is not None:
         raise InputError(
-            f"GGUF has no type for {problem}. Symmetric int4 and int8 codes with groups of 32 (or a multiple of it) and "
-            "float16 scales are written as they are; give --type to quantise anew."
+            f"GGUF has no type for {problem}. Symmetric int4 and int8 codes with groups of 32 (or a multiple of it) "
+            "and float16 scales are written as they are; give --type to quantise anew."
         )
     d = np.repeat(halves, group // kind.block, axis=1).reshape(-1, 1).view(np.uint8)
     q = codes.astype(np.int8).reshape(-1, kind.block)

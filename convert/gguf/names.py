@@ -75,11 +75,17 @@ class Tensor:
     parts: tuple[tuple[Leaf, int], ...]
 
 
-def tensors(config: ModelConfig) -> list[Tensor]:
+def has_head(config: ModelConfig) -> bool:
+    """Whether a file that is written has an output head. llama.cpp needs one beside experts, even if it is tied."""
+    return config.has_lm_head or config.moe is not None
+
+
+def tensors(config: ModelConfig, with_head: bool = False) -> list[Tensor]:
     """Lists the tensors of a model's GGUF file, in the order of the model.
 
     Args:
       config: the architecture.
+      with_head: whether the embedding of a tied model is written as the output head, too.
     """
     parts: dict[str, dict[int | None, tuple[Leaf, int]]] = {}
     for leaf in leaves(config):
@@ -93,5 +99,7 @@ def tensors(config: ModelConfig) -> list[Tensor]:
         layer = int(name.split(".")[1]) if name.startswith("blk.") else None
         ordered = tuple(by_expert[e] for e in sorted(by_expert, key=lambda e: e or 0))
         found.append(Tensor(name, (len(by_expert), *shape) if experts else shape, layer, ordered))
+    if with_head and not config.has_lm_head:
+        found.append(dataclasses.replace(found[0], name="output.weight"))
     last = config.num_layers
     return sorted(found, key=lambda x: (-1 if x.name.startswith("token") else last) if x.layer is None else x.layer)

@@ -191,8 +191,8 @@ def scheme(kind: TensorType) -> dict[str, str | int] | None:
 
 def _not_finite(info: TensorInfo) -> InputError:
     return InputError(
-        f"{info.file}: tensor {info.name} of type {info.type.name} has a scale that is not a finite number. The file is "
-        "damaged, or the model was quantised from weights with NaN."
+        f"{info.file}: tensor {info.name} of type {info.type.name} has a scale that is not a finite number. The "
+        "file is damaged, or the model was quantised from weights with NaN."
     )
 
 

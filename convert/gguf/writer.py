@@ -14,7 +14,7 @@ from convert.folder import new_file
 from convert.gguf import kquants
 from convert.gguf.blocks import FLOATS
 from convert.gguf.library import gguf_library
-from convert.gguf.names import Tensor, tensors
+from convert.gguf.names import Tensor, has_head, tensors
 from convert.gguf.reader import GGUFSource
 from convert.gguf.recipes import RECIPES, Recipe, type_of
 from convert.source import Source, check_storable, run_all
@@ -61,7 +61,7 @@ def export(
     stored = source if isinstance(source, GGUFSource) else None
     types, file_type = _types(source, recipe)
     metadata = _metadata(source, stored, file_type)
-    listed = tensors(source.config)
+    listed = tensors(source.config, has_head(source.config))
     sizes = {tensor.name: _nbytes(tensor, types[tensor.name]) for tensor in listed}
     with new_file(Path(file), sum(sizes.values())) as temporary:
         _write_header(temporary, metadata, listed, types, sizes)
@@ -80,15 +80,21 @@ def export(
 
 def _types(source: Source, recipe: str | None) -> tuple[dict[str, TensorType], int]:
     """The type of each tensor, and the number of the mix."""
-    config, listed = source.config, tensors(source.config)
+    config = source.config
+    listed = tensors(config, has_head(config))
     if recipe is None and isinstance(source, GGUFSource):
-        kinds = {tensor.name: source.header.tensors[tensor.name].type for tensor in listed}
+        kinds = {tensor.name: _stored_type(source, tensor) for tensor in listed}
         file_type = source.header.metadata.get("general.file_type")
         return kinds, file_type if isinstance(file_type, int) else RECIPES["f32"].file_type
     embed = next(tensor for tensor in listed if tensor.name == EMBED).parts[0][0]
     chosen: Recipe = RECIPES[recipe or _FLOAT_RECIPES[source.dtype(embed).name]]
-    tied = config.tie_word_embeddings
-    return {x.name: type_of(chosen, x, config.num_layers, tied) for x in listed}, chosen.file_type
+    return {tensor.name: type_of(chosen, tensor, config) for tensor in listed}, chosen.file_type
+
+
+def _stored_type(source: GGUFSource, tensor: Tensor) -> TensorType:
+    """The type in which a GGUF file stores a tensor's values."""
+    leaf, i = tensor.parts[0]
+    return source.info(leaf.names[i]).type
 
 
 # --- The header --------------------------------------------------------------------------------------------------
@@ -207,7 +213,7 @@ def _write_block(
     """
     tensor, i, rows, offset = block
     leaf, index = tensor.parts[i]
-    if stored is not None and stored.header.tensors[tensor.name].type == kind:
+    if stored is not None and _stored_type(stored, tensor) == kind:
         per_row = leaf.hf_shape[0] // leaf.shape[0]
         hf_rows = slice(rows.start * per_row, rows.stop * per_row)
         data = stored.read_rows(leaf.names[index], hf_rows, leaf.hf_shape[0])
@@ -246,8 +252,8 @@ def encode(rows: np.ndarray, kind: TensorType, name: str) -> np.ndarray:
         )
     if dtype is not None:
         return values.astype(dtype).view(np.uint8)
-    if kind.name in ("Q4_K", "Q6_K"):
-        return (kquants.quantize_q4_k if kind.name == "Q4_K" else kquants.quantize_q6_k)(values)
+    if kind.name in kquants.QUANTIZE:
+        return kquants.QUANTIZE[kind.name](values)
     library = gguf_library()
     try:
         result: np.ndarray = library.quants.quantize(values, library.GGMLQuantizationType(kind.number))

@@ -14,6 +14,9 @@ from qwen_jax.units import binary_size, count
 if TYPE_CHECKING:
     from qwen_jax.config import ModelConfig
 
+# The keys of `convert.gguf.RECIPES`.
+GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Info:
@@ -115,7 +118,7 @@ class Convert:
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     to: Literal["hf", "orbax"] | None = None
     dtype: DType | None = None
-    type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q6_k", "q4_k_m"] | None = None
+    type: GGUFType | None = None
     merge_adapter: Annotated[Path | None, tyro.conf.arg(metavar="ADAPTER")] = None
 
     def run(self) -> int:

@@ -175,7 +175,9 @@ def _read_all(files: tuple[Path, ...], _: tuple[tuple[int, int], ...]) -> Header
     tensors: dict[str, TensorInfo] = {}
     for i, header in enumerate(headers):
         if len(files) > 1 and header.metadata.get("split.no") != i:
-            raise InputError(f"{header.path} says that it is part {header.metadata.get('split.no')}, expected part {i}.")
+            raise InputError(
+                f"{header.path} says that it is part {header.metadata.get('split.no')}, expected part {i}."
+            )
         twice = tensors.keys() & header.tensors.keys()
         if twice:
             raise InputError(f"{header.path} has tensor {min(twice)}, which another file of the model has, too.")
@@ -338,7 +340,9 @@ class _Cursor:
             self.position = position
             self._take(self._size - position + 1)
         except UnicodeDecodeError:
-            raise InputError(f"{self._path}: the text at byte {position:,} is not UTF-8. The file is damaged.") from None
+            raise InputError(
+                f"{self._path}: the text at byte {position:,} is not UTF-8. The file is damaged."
+            ) from None
         self.position = position
         return found
 

@@ -107,11 +107,14 @@ def read_config(header: Header) -> ModelConfig:
     vocab_size = values.get("vocab_size", int, embed.shape[0])
     moe = None
     if architecture == "qwen2moe":
+        # Older files leave their widths to the tensors.
+        widths = {name: header.tensors.get(f"blk.0.ffn_down_{name}.weight") for name in ("exps", "shexp")}
+        width, shared = (tensor and tensor.shape[-1] for tensor in widths.values())
         moe = MoE(
             num_experts=values.get("expert_count", int),
             num_experts_per_tok=values.get("expert_used_count", int),
-            intermediate_size=values.get("expert_feed_forward_length", int),
-            shared_intermediate_size=values.get("expert_shared_feed_forward_length", int),
+            intermediate_size=values.get("expert_feed_forward_length", int, width),
+            shared_intermediate_size=values.get("expert_shared_feed_forward_length", int, shared),
             norm_topk_prob=values.get("expert_weights_norm", bool, False),
         )
     matrices = {tensor.type.name for tensor in header.tensors.values() if len(tensor.shape) > 1}
