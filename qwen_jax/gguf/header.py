@@ -174,10 +174,9 @@ def _read_all(files: tuple[Path, ...], _: tuple[tuple[int, int], ...]) -> Header
         )
     tensors: dict[str, TensorInfo] = {}
     for i, header in enumerate(headers):
-        if len(files) > 1 and header.metadata.get("split.no") != i:
-            raise InputError(
-                f"{header.path} says that it is part {header.metadata.get('split.no')}, expected part {i}."
-            )
+        part = header.metadata.get("split.no")
+        if len(files) > 1 and part != i:
+            raise InputError(f"{header.path} says that it is part {part!r:.40}, counted from 0; expected {i}.")
         twice = tensors.keys() & header.tensors.keys()
         if twice:
             raise InputError(f"{header.path} has tensor {min(twice)}, which another file of the model has, too.")
@@ -227,8 +226,8 @@ def _parse(path: Path, data: mmap.mmap) -> Header:
         )
     if version not in _VERSIONS:
         raise InputError(
-            f"{path} has version {version} of GGUF, expected {' or '.join(map(str, _VERSIONS))}. Convert the model again "
-            "with a current llama.cpp."
+            f"{path} has version {version} of GGUF, expected {' or '.join(map(str, _VERSIONS))}. Convert the model "
+            "again with a current llama.cpp."
         )
     num_tensors, num_values = at.number("<Q"), at.number("<Q")
 
@@ -301,7 +300,10 @@ class _Cursor:
         try:
             return self._data[start : start + count].decode("utf-8")
         except UnicodeDecodeError:
-            raise InputError(f"{self._path}: the text at byte {start:,} is not UTF-8. The file is damaged.") from None
+            raise self._not_utf8(start) from None
+
+    def _not_utf8(self, position: int) -> InputError:
+        return InputError(f"{self._path}: the text at byte {position:,} is not UTF-8. The file is damaged.")
 
     def value(self, key: str) -> Any:
         kind = self.number("<I")
@@ -340,9 +342,7 @@ class _Cursor:
             self.position = position
             self._take(self._size - position + 1)
         except UnicodeDecodeError:
-            raise InputError(
-                f"{self._path}: the text at byte {position:,} is not UTF-8. The file is damaged."
-            ) from None
+            raise self._not_utf8(position) from None
         self.position = position
         return found
 

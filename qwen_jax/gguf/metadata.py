@@ -47,8 +47,8 @@ class _Values:
         value = self._header.metadata.get(self._prefix + key, default)
         if value is None:
             raise InputError(
-                f"{self._header.path} lacks {self._prefix}{key} in its metadata. Convert the model again with a current "
-                "llama.cpp, or with `qwen-jax convert`."
+                f"{self._header.path} lacks {self._prefix}{key} in its metadata. Convert the model again with a "
+                "current llama.cpp, or with `qwen-jax convert`."
             )
         right = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or value is not True)
         if not right or (kind in (int, float) and (not math.isfinite(value) or value <= 0)):
@@ -84,8 +84,8 @@ def read_config(header: Header) -> ModelConfig:
     unknown = sorted(values.keys - _READ - _INERT)
     if unknown:
         raise InputError(
-            f"{path} has metadata of {architecture} that are not known here: {', '.join(unknown)}. They may change what "
-            "the model computes."
+            f"{path} has metadata of {architecture} that are not known here: {', '.join(unknown)}. They may change "
+            "what the model computes."
         )
     if not values.get("attention.causal", bool, True):
         raise InputError(f"{path} has attention that is not causal, as models of embeddings have; it is not supported.")
@@ -164,8 +164,8 @@ def _read_ends(header: Header, vocab_size: int) -> tuple[int, ...]:
     for key, value in found.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
             raise InputError(
-                f"{header.path} has {key}={value!r:.80} in its metadata; expected an id below {vocab_size}, the rows of "
-                "its embedding."
+                f"{header.path} has {key}={value!r:.80} in its metadata; expected an id below {vocab_size}, the rows "
+                "of its embedding."
             )
     ids = list(found.values())
     # llama.cpp ends a text at both tokens, as generation_config.json of the instruct models asks for; files that it

@@ -125,8 +125,8 @@ def to_gguf(tokenizer: ByteLevelBPE, vocab_size: int) -> dict[str, Any]:
     vocab, merges, added, settings = tokenizer.tables()
     if tokenizer.vocab_size > vocab_size:
         raise InputError(
-            f"The tokenizer has {tokenizer.vocab_size} ids, and the embedding {vocab_size} rows. Give the model its own "
-            "tokenizer."
+            f"The tokenizer has {tokenizer.vocab_size} ids, and the embedding {vocab_size} rows. Give the model its "
+            "own tokenizer."
         )
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     kinds = [_UNUSED] * vocab_size
