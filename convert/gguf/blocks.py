@@ -206,9 +206,9 @@ def dequantize(data: np.ndarray, kind: TensorType) -> np.ndarray:
         return data.view(FLOATS[kind.name]).astype(np.float32).reshape(shape)
     take_apart = _TAKE_APART.get(kind.name)
     if take_apart is not None:
-        q, scales, mins = take_apart(data.reshape(-1, kind.nbytes))
-        values = q.astype(np.float32)
         with np.errstate(invalid="ignore", over="ignore"):  # The caller checks for what is not finite.
+            q, scales, mins = take_apart(data.reshape(-1, kind.nbytes))
+            values = q.astype(np.float32)
             values *= scales.astype(np.float32)[..., None]
             if mins is not None:
                 values -= mins[..., None]
@@ -239,11 +239,12 @@ def unpack(data: np.ndarray, kind: TensorType) -> Codes:
     take_apart, codes = _TAKE_APART.get(kind.name), code_type(kind)
     if take_apart is None or codes is None:
         raise InputError(f"Type {kind.name} has no scales of groups; expected one of {', '.join(_TAKE_APART)}.")
-    q, scales, mins = take_apart(data.reshape(-1, kind.nbytes))
-    if kind.name in _SHIFTED:
-        assert mins is not None
-        q = q - np.int8(8)
-        mins = mins - np.float32(8) * scales.astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):  # As above.
+        q, scales, mins = take_apart(data.reshape(-1, kind.nbytes))
+        if kind.name in _SHIFTED:
+            assert mins is not None
+            q = q - np.int8(8)
+            mins = mins - np.float32(8) * scales.astype(np.float32)
     if codes == "int4":
         q = q.astype(ml_dtypes.int4)
     outputs = len(data)

@@ -95,7 +95,7 @@ def _ratio(x: np.ndarray, unit: np.ndarray) -> np.ndarray:
 
 def _codes(x: np.ndarray, unit: np.ndarray, low: int, high: int) -> np.ndarray:
     """The nearest codes to x in units of each group: float32 [blocks, groups, values]."""
-    q = x * _ratio(np.float32(1), unit)[..., None]
+    q = x * _ratio(np.ones_like(unit), unit)[..., None]
     return np.clip(np.rint(q, out=q), low, high, out=q)
 
 

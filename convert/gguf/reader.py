@@ -55,7 +55,7 @@ class GGUFSource:
         weakref.finalize(self, _close_all, self._descriptors)
         kinds = {info.type for info in self.header.tensors.values()}
         if {kind.name for kind in kinds} - FLOATS.keys():
-            _log.info("%s: weights are read in full precision; as codes: %s.", path, describe(kinds))
+            _log.warning("%s is read in full precision. Its codes: %s.", path, describe(kinds))
 
     def _check(self) -> dict[str, TensorInfo]:
         """Compares names, shapes and types with what the config describes; returns the tensors by name."""
@@ -137,7 +137,7 @@ class GGUFSource:
         out = np.empty(span.nbytes, np.uint8)
         done = 0
         while done < span.nbytes:
-            count = os.preadv(self._descriptors[span.file], [out[done:]], span.offset + done)
+            count = os.preadv(self._descriptors[span.file], [out.data[done:]], span.offset + done)
             if count == 0:
                 raise InputError(f"{span.file} ends too early; it changed while it was read.")
             done += count

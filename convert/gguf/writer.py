@@ -220,7 +220,7 @@ def _write_block(
     else:
         values = source.read(leaf, slice(index, index + 1), rows)
         data = encode(values.reshape(-1, tensor.shape[-1] if len(tensor.shape) > 1 else values.size), kind, tensor.name)
-    written, content = 0, memoryview(data.reshape(-1).view(np.uint8))
+    written, content = 0, data.reshape(-1).view(np.uint8).data
     while written < len(content):
         written += os.pwrite(descriptor, content[written:], start + offset + written)
     if progress is not None:

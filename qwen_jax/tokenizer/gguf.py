@@ -47,7 +47,9 @@ def from_gguf(header: Header) -> ByteLevelBPE:
             f"{path} has a tokenizer of kind {values.get(_MODEL)!r:.80} that splits texts as {values.get(_PRE)!r:.80}; "
             "expected 'gpt2' (byte-level BPE) and 'qwen2'. Give the tokenizer of the original model."
         )
-    tokens, kinds, merges = (values.get(key) for key in (_TOKENS, _TYPES, _MERGES))
+    tokens: Any = values.get(_TOKENS)
+    kinds: Any = values.get(_TYPES)
+    merges: Any = values.get(_MERGES)
     lists = isinstance(tokens, list) and isinstance(merges, list) and isinstance(kinds, np.ndarray)
     if not lists or len(tokens) != len(kinds):
         raise InputError(f"{path}: expected {_TOKENS} with a {_TYPES} for each, and {_MERGES}. The file is damaged.")
