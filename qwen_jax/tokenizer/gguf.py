@@ -49,7 +49,7 @@ def from_gguf(header: Header) -> ByteLevelBPE:
         )
     tokens: Any = values.get(_TOKENS)
     kinds: Any = values.get(_TYPES)
-    merges: Any = values.get(_MERGES)
+    merges: Any = values.get(_MERGES, [])  # The library writes no empty list.
     lists = isinstance(tokens, list) and isinstance(merges, list) and isinstance(kinds, np.ndarray)
     if not lists or len(tokens) != len(kinds):
         raise InputError(f"{path}: expected {_TOKENS} with a {_TYPES} for each, and {_MERGES}. The file is damaged.")
@@ -142,7 +142,7 @@ def to_gguf(tokenizer: ByteLevelBPE, vocab_size: int) -> dict[str, Any]:
         _PRE: _SPLITTERS[0],
         _TOKENS: tokens,
         _TYPES: kinds,
-        _MERGES: [f"{left} {right}" for left, right in merges],
+        **({_MERGES: [f"{left} {right}" for left, right in merges]} if merges else {}),
         "tokenizer.ggml.padding_token_id": tokenizer.pad_id,
         "tokenizer.ggml.add_bos_token": False,
     }
