@@ -15,7 +15,6 @@ from convert.source import Span, parse_dtype
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.gguf.header import Header, TensorInfo, TensorType, read_header
-from qwen_jax.gguf.metadata import read_config
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ class GGUFSource:
         """
         self.folder: Path | None = Path(path)
         self.header: Header = read_header(path)
-        self.config = config or read_config(self.header)
+        self.config = config or ModelConfig.from_gguf(self.header)
         self._quantized = parse_dtype(dtype)
         self._infos = self._check()
         self._dtypes = {leaf: self._common_dtype(leaf) for leaf in leaves(self.config)}

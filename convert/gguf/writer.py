@@ -14,6 +14,7 @@ from convert.folder import new_file
 from convert.gguf import kquants
 from convert.gguf.blocks import FLOATS
 from convert.gguf.library import gguf_library
+from convert.gguf.metadata import write_config
 from convert.gguf.names import Tensor, has_head, tensors
 from convert.gguf.reader import GGUFSource
 from convert.gguf.recipes import RECIPES, Recipe, type_of
@@ -21,7 +22,7 @@ from convert.source import Source, check_storable, run_all
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.gguf.header import ALIGNMENT, TensorType
-from qwen_jax.gguf.metadata import EMBED, write_config
+from qwen_jax.gguf.metadata import EMBED
 from qwen_jax.inference.settings import add_end_ids
 from qwen_jax.tokenizer.bpe import ByteLevelBPE
 from qwen_jax.tokenizer.gguf import to_gguf

@@ -1,11 +1,10 @@
-"""The architecture of a model in the metadata of a GGUF file, read and written."""
+"""Reading the architecture of a model from the metadata of a GGUF file: the inverse of `convert.gguf.metadata`."""
 
 import math
 from typing import Any
 
 import numpy as np
 
-from qwen_jax.config import ModelConfig, MoE, Yarn
 from qwen_jax.errors import InputError
 from qwen_jax.gguf.header import Header
 from qwen_jax.tokenizer.control import END_OF_TEXT, TURN_END
@@ -60,14 +59,15 @@ class _Values:
         return float(str(np.float32(value))) if kind is float and isinstance(value, float) else value
 
 
-def read_config(header: Header) -> ModelConfig:
+def read(header: Header) -> dict[str, Any]:
     """Reads the architecture of a model from a GGUF file.
 
     Args:
       header: of the file.
 
     Returns:
-      The config. Its dtype is that of the matrices, and float32 if they are quantised.
+      The fields of a `ModelConfig`; `yarn` and `moe` as dictionaries of their fields. The dtype is that of the
+      matrices, and float32 if they are quantised.
 
     Raises:
       InputError: another architecture, metadata that are missing or wrong, or a key that is not known: guessing would
@@ -110,7 +110,7 @@ def read_config(header: Header) -> ModelConfig:
         # Older files leave their widths to the tensors.
         widths = {name: header.tensors.get(f"blk.0.ffn_down_{name}.weight") for name in ("exps", "shexp")}
         width, shared = (tensor and tensor.shape[-1] for tensor in widths.values())
-        moe = MoE(
+        moe = dict(
             num_experts=values.get("expert_count", int),
             num_experts_per_tok=values.get("expert_used_count", int),
             intermediate_size=values.get("expert_feed_forward_length", int, width),
@@ -120,7 +120,7 @@ def read_config(header: Header) -> ModelConfig:
     matrices = {tensor.type.name for tensor in header.tensors.values() if len(tensor.shape) > 1}
     matrices -= {"F32"} if matrices & _DTYPES.keys() else set()
     bos = header.metadata.get(BOS_KEY)
-    return ModelConfig(
+    return dict(
         vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=values.get("feed_forward_length", int),
@@ -140,7 +140,7 @@ def read_config(header: Header) -> ModelConfig:
     )
 
 
-def _read_yarn(header: Header, values: _Values) -> Yarn | None:
+def _read_yarn(header: Header, values: _Values) -> dict[str, Any] | None:
     kind = values.get("rope.scaling.type", str, "none")
     if kind == "none" or (kind == "linear" and values.get("rope.scaling.factor", float, 1.0) == 1):
         return None
@@ -149,12 +149,14 @@ def _read_yarn(header: Header, values: _Values) -> Yarn | None:
     factor = values.get("rope.scaling.factor", float)
     # llama.cpp multiplies the paper's temperature by this.
     attention = values.get("rope.scaling.yarn_attn_factor", float, values.get("rope.scaling.attn_factor", float, 1.0))
-    return Yarn(
-        factor,
-        values.get("rope.scaling.original_context_length", int, values.get("context_length", int)),
-        None if attention == 1 else attention * (0.1 * math.log(factor) + 1.0),
-        values.get("rope.scaling.yarn_beta_fast", float, 32.0),
-        values.get("rope.scaling.yarn_beta_slow", float, 1.0),
+    return dict(
+        factor=factor,
+        original_max_position_embeddings=values.get(
+            "rope.scaling.original_context_length", int, values.get("context_length", int)
+        ),
+        attention_factor=None if attention == 1 else attention * (0.1 * math.log(factor) + 1.0),
+        beta_fast=values.get("rope.scaling.yarn_beta_fast", float, 32.0),
+        beta_slow=values.get("rope.scaling.yarn_beta_slow", float, 1.0),
     )
 
 
@@ -174,88 +176,3 @@ def _read_ends(header: Header, vocab_size: int) -> tuple[int, ...]:
     if list(found) == [END_KEYS[0]] and isinstance(tokens, list) and tokens[ids[0] : ids[0] + 1] == [TURN_END]:
         ids += [tokens.index(END_OF_TEXT)] if END_OF_TEXT in tokens else []
     return tuple(dict.fromkeys(ids))
-
-
-def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Writes the metadata of an architecture, which `read_config` reads.
-
-    Args:
-      config: of a language model; its `eos_token_ids` are all ids that end a text.
-
-    Returns:
-      Metadata by key: integers, floats, booleans and strings.
-
-    Raises:
-      InputError: a setting that llama.cpp does not have, so that it would compute something else.
-    """
-    _check_writable(config)
-    moe, head_dims = config.moe, config.head_dim * config.num_heads
-    arch = "qwen2" if moe is None else "qwen2moe"
-    values: dict[str, Any] = {
-        "block_count": config.num_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_heads,
-        "attention.head_count_kv": config.num_kv_heads,
-        "rope.freq_base": config.rope_theta,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "vocab_size": config.vocab_size,
-    }
-    if head_dims != config.hidden_size:
-        values |= {f"{key}": config.head_dim for key in ("attention.key_length", "attention.value_length")}
-        values["rope.dimension_count"] = config.head_dim
-    if config.yarn is not None:
-        yarn = config.yarn
-        values |= {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": float(yarn.factor),
-            "rope.scaling.original_context_length": yarn.original_max_position_embeddings,
-        }
-        if yarn.attention_factor is not None:
-            values["rope.scaling.attn_factor"] = yarn.attention_factor / (0.1 * math.log(yarn.factor) + 1.0)
-        if (yarn.beta_fast, yarn.beta_slow) != (32.0, 1.0):
-            values |= {
-                "rope.scaling.yarn_beta_fast": float(yarn.beta_fast),
-                "rope.scaling.yarn_beta_slow": float(yarn.beta_slow),
-            }
-    if moe is not None:
-        values |= {
-            "expert_count": moe.num_experts,
-            "expert_used_count": moe.num_experts_per_tok,
-            "expert_feed_forward_length": moe.intermediate_size,
-            "expert_shared_feed_forward_length": moe.shared_intermediate_size,
-        }
-    metadata = {f"{arch}.{key}": value for key, value in values.items()}
-    # One end is written twice, so that a reader does not take another one for granted.
-    ends = config.eos_token_ids * 2 if len(config.eos_token_ids) == 1 else config.eos_token_ids
-    metadata |= dict(zip(END_KEYS, ends, strict=False))
-    if config.bos_token_id is not None:
-        metadata[BOS_KEY] = config.bos_token_id
-    return metadata
-
-
-def _check_writable(config: ModelConfig) -> None:
-    """Raises InputError for what llama.cpp computes in another way."""
-    moe, problem = config.moe, None
-    if config.score is not None:
-        problem = "This is a reward model, and GGUF files have no score head. Convert a language model"
-    elif config.dual_chunk is not None:
-        problem = (
-            "This model has dual-chunk attention, which llama.cpp has not. Remove dual_chunk_attention_config from "
-            "config.json for a model that is right up to the length of a chunk"
-        )
-    elif moe is not None and moe.norm_topk_prob:
-        problem = (
-            "This model has norm_topk_prob=true, and llama.cpp does not normalise the weights of a token's experts in "
-            "qwen2moe models. Keep the model in another format"
-        )
-    elif moe is not None and len(config.sparse_layers) != config.num_layers:
-        problem = (
-            f"Only {len(config.sparse_layers)} of the {config.num_layers} layers of this model have experts, and "
-            "llama.cpp expects them in all layers of a qwen2moe model. Keep the model in another format"
-        )
-    elif len(config.eos_token_ids) > len(END_KEYS):
-        problem = f"GGUF files name at most {len(END_KEYS)} ids that end a text; this model has {config.eos_token_ids}"
-    if problem is not None:
-        raise InputError(f"{problem}.")

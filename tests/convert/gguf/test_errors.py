@@ -13,13 +13,13 @@ import pytest
 
 import convert
 from convert.gguf import GGUFSource
+from convert.gguf.metadata import write_config
 from convert.gguf.writer import encode
 from convert.names import leaves
 from qwen_jax.cli import main
 from qwen_jax.config import DualChunk, ModelConfig, MoE, load_config
 from qwen_jax.errors import InputError
 from qwen_jax.gguf.header import TYPES, read_header
-from qwen_jax.gguf.metadata import write_config
 from qwen_jax.published import published
 from qwen_jax.tokenizer import load_tokenizer
 from tests.convert.gguf.files import edited, make_gguf
