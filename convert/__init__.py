@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from convert.folder import Format, check_destination, check_new_file, detect
 from convert.source import Source, nbytes, parse_dtype
-from qwen_jax.config import ModelConfig, load_config
+from qwen_jax.config import DTYPES, ModelConfig, load_config
 from qwen_jax.errors import InputError
 from qwen_jax.gguf.header import is_gguf
 from qwen_jax.hub import CONFIG, is_hub_id, resolve
@@ -40,13 +40,13 @@ def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None)
     folder = resolve(path)
     stored = detect(folder)
     if stored == "gguf":
-        from convert.gguf import GGUFSource
+        from convert.gguf import QuantizedGGUF
 
-        return GGUFSource(folder, config)
+        return QuantizedGGUF(folder, config)
     if stored == "hf":
-        from convert.huggingface import SafetensorsSource
+        from convert.quantized.source import QuantizedSource
 
-        return SafetensorsSource(folder, config)
+        return QuantizedSource(folder, config)
     from convert.orbax import OrbaxSource
 
     return OrbaxSource(folder, config)
@@ -66,6 +66,12 @@ def merge_adapter(source: Source, adapter: str | os.PathLike[str] | None) -> Sou
         return source
     from convert.adapter import MergedSource, read_adapter
 
+    if source.config.quantization is not None:
+        raise InputError(
+            f"The weights of {source.folder or 'this model'} are quantised, so that {adapter} cannot be merged into "
+            f"them. Serve the adapter beside them (qwen-jax serve --adapter NAME={adapter}), or merge it into the "
+            f"dequantised weights: qwen-jax convert --to hf --dtype bfloat16 --merge-adapter {adapter}."
+        )
     return MergedSource(source, read_adapter(adapter, source.config))
 
 
@@ -145,18 +151,23 @@ def convert(
       dst: the new folder, which must not exist or be empty; or the new file, for "gguf".
       to: "hf", "orbax" or "gguf". By default "gguf" if `dst` ends with .gguf; otherwise "hf" or "orbax", the one that
         `src` does not have, or with an adapter the one that it has.
-      dtype: of the written weights; by default as stored, and then every tensor keeps its bytes. Quantised weights of a
-        GGUF file are then written in float32, which holds their values.
+      dtype: of the written weights; by default as stored, and then every tensor keeps its bytes. Quantised weights need
+        one.
       progress: show a bar on standard error if that is a terminal.
       adapter: a LoRA folder of PEFT, which is merged into the weights.
-      recipe: for "gguf", a key of `convert.gguf.RECIPES`, such as "q4_k_m"; by default as stored.
+      recipe: for "gguf", a key of `convert.gguf.RECIPES`, such as "q4_k_m"; by default as stored, and then quantised
+        weights keep their codes.
 
     Raises:
       InputError: a damaged or unsupported checkpoint, an existing destination, or too small a disk.
     """
     to = to or ("gguf" if is_gguf(dst) and not Path(dst).is_dir() else None)
-    check_options(dst, to, dtype, recipe)
-    source = merge_adapter(open_source(src), adapter)
+    target = check_options(dst, to, dtype, recipe)
+    source = open_source(src)
+    # GGUF files take codes as they are, unless an adapter is added to them.
+    if source.config.quantization is not None and (to != "gguf" or adapter is not None):
+        source = _dequantized(source, np.dtype(np.float32) if to == "gguf" else target)
+    source = merge_adapter(source, adapter)
     assert source.folder is not None
     stored = detect(source.folder)
     other: Format = "orbax" if stored == "hf" else "hf"
@@ -182,6 +193,8 @@ def write_folder(
       InputError: as `convert`.
     """
     target = check_options(dst, to, dtype, recipe)
+    if source.config.quantization is not None and to != "gguf":
+        source = _dequantized(source, target)
     with _bar(nbytes(source, target), progress and sys.stderr.isatty()) as advance:
         if to == "gguf":
             from convert.gguf import export as export_gguf
@@ -195,6 +208,19 @@ def write_folder(
             from convert.orbax import save
 
             save(source, source.config, dst, target, progress=advance)
+
+
+def _dequantized(source: Source, dtype: np.dtype | None) -> Source:
+    """A quantised checkpoint in full precision."""
+    from convert.dequantize import DequantizedSource
+    from convert.gguf import QuantizedGGUF
+
+    if dtype is None:
+        raise InputError(
+            f"The weights of {source.folder or 'this model'} are quantised. Give the dtype to dequantise them to, one "
+            f"of {', '.join(DTYPES)} (--dtype bfloat16)."
+        )
+    return source.full_precision() if isinstance(source, QuantizedGGUF) else DequantizedSource(source)
 
 
 def check_options(

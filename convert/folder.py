@@ -200,6 +200,7 @@ def write_side_files(
     old: dict[str, Any] = read_json(original) if original and original.is_file() else {}
     keep = bool(old) and dtype in (None, old.get("dtype") or old.get("torch_dtype"))
     keep = keep and (old.get("architectures") or config.to_hf()["architectures"]) == config.to_hf()["architectures"]
+    keep = keep and not old.keys() & {"quantization_config", "compression_config"}
     if both_dialects:
         keep = keep and "rope_theta" in old
     if original and keep and dataclasses.replace(load_config(original.parent), dtype=config.dtype) == config:

@@ -54,7 +54,7 @@ class SafetensorsSource:
         self.config = config or load_config(folder)
         self._entries = self._find(Path(folder))
         self._check_head(Path(folder), given=config is not None)
-        self._leaves = leaves(self.config)
+        self._leaves = self._stored_leaves()
         if self.config.moe is not None:
             self._split_fused_experts(self._entries)
         self._check(Path(folder))
@@ -78,6 +78,10 @@ class SafetensorsSource:
         if tied and EMBED not in entries and LM_HEAD in entries:
             entries[EMBED] = entries.pop(LM_HEAD)
         return entries
+
+    def _stored_leaves(self) -> tuple[Leaf, ...]:
+        """The leaves whose tensors are in the files as they are."""
+        return leaves(self.config)
 
     def _check_head(self, folder: Path, given: bool) -> None:
         """Tells the head of a reward model by its tensors, and leaves out an output head that it does not use.
@@ -240,8 +244,8 @@ def _check_dtype(name: str, entry: Entry) -> None:
     """Refuses a weight in a dtype that weights are not read from."""
     if entry.code not in DTYPES:
         raise InputError(
-            f"{entry.file}: tensor {name} has dtype {entry.code!r}; expected one of {', '.join(DTYPES)}. Quantised "
-            "checkpoints cannot be read; use the original one."
+            f"{entry.file}: tensor {name} has dtype {entry.code!r}; expected one of {', '.join(DTYPES)}. If the "
+            "weights are quantised, config.json lacks their quantization_config; fetch it from where they came from."
         )
 
 
@@ -323,7 +327,7 @@ def export(
         named = ((name, leaf) for leaf in leaves(config) for name in leaf.names)
         tensors = {
             name: (target or source.dtype(leaf), leaf.hf_shape)
-            for name, leaf in sorted(named, key=lambda x: _order(x[0]))
+            for name, leaf in sorted(named, key=lambda x: name_order(x[0]))
         }
         with Writer(temporary, tensors, max_shard_bytes) as writer:
             yield _Sink(writer)
@@ -331,7 +335,7 @@ def export(
     write_checkpoint(params, config, folder, dtype, extra_files_from, progress, open_sink, both_dialects=True)
 
 
-def _order(name: str) -> tuple[int, int]:
+def name_order(name: str) -> tuple[int, int]:
     """Sorts tensors as the model runs: embedding, layers, norm, head."""
     parts = name.split(".")
     if parts[1] == "layers":

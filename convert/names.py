@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qwen_jax.config import ModelConfig, Score
 from qwen_jax.errors import InputError
+from qwen_jax.quantization import Scheme
 
 # Hugging Face name -> (path in the parameter tree, axes). Axes in parentheses are one axis in Hugging Face's tensor and
 # two in the parameter. Letters: V vocabulary, D hidden, H query heads, K key/value heads, d head_dim, F feed-forward,
@@ -87,6 +88,7 @@ class Leaf:
       layers: numbers of the layers that have this parameter; empty without a layer axis.
       shape: of one tensor, as a parameter.
       hf_shape: of one tensor, as Hugging Face stores it.
+      stored: the dtype that it always has, as codes and scales of quantised weights; None if any can be asked for.
     """
 
     path: tuple[str, ...]
@@ -95,6 +97,7 @@ class Leaf:
     layers: tuple[int, ...]
     shape: tuple[int, ...]
     hf_shape: tuple[int, ...]
+    stored: str | None = None
 
     def __hash__(self) -> int:
         return hash(self.path)  # Hashing the names, which may be thousands, would be slow.
@@ -189,7 +192,68 @@ def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
         for name, (path, axes) in table.items()
         if where
     ]
+    if config.quantization is not None:
+        layers = [part for leaf in layers for part in _quantized(leaf, config)]
     return (embed, *layers, *rest)
+
+
+# Parameters that may be quantised: their paths within a layer, without "weight" at the end.
+_PROJECTIONS = {
+    path.removesuffix(".weight"): axes
+    for table in (_LAYER, _DENSE, _SPARSE)
+    for path, axes in table.values()
+    if not path.endswith((".bias", "norm.weight", "router.weight", "shared_gate.weight"))
+}
+
+
+def projections(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of every projection that may be quantised, by the name of its Hugging Face module."""
+    return {
+        name.removesuffix(".weight"): (leaf.hf_shape[0], leaf.hf_shape[1])
+        for leaf in leaves(dataclasses.replace(config, quantization=None))
+        if ".".join(leaf.path[1:]).removesuffix(".weight") in _PROJECTIONS
+        for name in leaf.names
+    }
+
+
+def _quantized(leaf: Leaf, config: ModelConfig) -> list[Leaf]:
+    """The leaves of the arrays that take the place of a leaf: one set for the layers of each scheme.
+
+    Their names are those of the weight's tensors, with "scales", "zeros", "mins" and "order" in the place of "weight".
+    """
+    module = ".".join(leaf.path[1:]).removesuffix(".weight")
+    if module not in _PROJECTIONS:
+        return [leaf]
+    assert config.quantization is not None
+    by_scheme: dict[Scheme | None, list[int]] = {}
+    for place, layer in enumerate(leaf.layers):
+        by_scheme.setdefault(config.quantization.of(f"layers.{layer}.{module}"), []).append(place)
+    outputs = len(re.findall(r"\w", re.findall(r"\(.*?\)|\w", _PROJECTIONS[module])[0]))
+    inputs = math.prod(leaf.shape[outputs:])
+    found = []
+    for scheme, places in by_scheme.items():
+        names = [name for place in places for name in leaf.names[place * leaf.per_layer : (place + 1) * leaf.per_layer]]
+        some = dataclasses.replace(
+            leaf,
+            names=tuple(names),
+            stack=(len(places), *leaf.stack[1:]),
+            layers=tuple(leaf.layers[place] for place in places),
+        )
+        if scheme is None:
+            found.append(some)
+            continue
+        for array, dtype in scheme.arrays().items():
+            shape, hf_shape = leaf.shape, leaf.hf_shape
+            if array == "order":
+                shape = hf_shape = (inputs,)
+            elif array != "weight":
+                groups = scheme.groups(inputs)
+                shape, hf_shape = (*leaf.shape[:outputs], groups), (leaf.hf_shape[0], groups)
+            *before, last = leaf.path
+            path = (*before, array) if last == "weight" else (*before, last if array == "weight" else f"{last}_{array}")
+            own = tuple(name.removesuffix("weight") + array for name in names)
+            found.append(dataclasses.replace(some, path=path, names=own, shape=shape, hf_shape=hf_shape, stored=dtype))
+    return found
 
 
 _EXPERT = re.compile(r"(.*mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight")

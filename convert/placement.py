@@ -1,11 +1,13 @@
 """Loading parameters directly onto their shards: a process holds at most about one tensor on the host."""
 
+import dataclasses
 import functools
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +17,11 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from convert.names import Leaf, leaves
-from convert.source import BLOCK_BYTES, Source, cast, check_storable, parse_dtype, rows_at_a_time, run_all
+from convert.source import BLOCK_BYTES, Source, cast, check_storable, dtype_of, parse_dtype, rows_at_a_time, run_all
 from qwen_jax.errors import InputError
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
-from qwen_jax.params import Params, param_specs
+from qwen_jax.params import Params, abstract_params, param_specs
 from qwen_jax.units import binary_size
 
 Range = tuple[int, int]
@@ -47,23 +49,68 @@ def place(source: Source, mesh: Mesh, dtype: DTypeLike | None = None, options: O
     check_storable(source, target)
     # Stacked is the layout of training, which may use a context axis.
     of_run = Sharding.for_training if options.stacked else Sharding.for_inference
-    specs = param_specs(config, of_run(config, mesh), Options(stacked=True))
-    shardings = {leaf: NamedSharding(mesh, _at(specs, leaf.path)) for leaf in leaves(config)}
-    _check_memory(source, shardings, target)
+    sharding, layout = of_run(config, mesh), Options(stacked=options.stacked)
+    shapes, specs = abstract_params(config, sharding, layout), param_specs(config, sharding, layout)
+    placed = [
+        _Placed(*_with_shape(source, leaf, _of(shapes, leaf)), NamedSharding(mesh, _of(specs, leaf)))
+        for leaf in leaves(config)
+    ]
+    _check_memory(placed, target, options.stacked)
     params: Params = {"layers": {} if options.stacked else [{} for _ in range(config.num_layers)]}
     with jax.set_mesh(mesh):
-        for leaf, sharding in shardings.items():
-            leaf_dtype = target or source.dtype(leaf)
-            if not leaf.layers:
-                _put(params, leaf.path, _load(source, leaf, slice(0, 1), sharding, leaf_dtype, squeeze=True))
-            elif options.stacked:
-                _put(params, leaf.path, _load_stacked(source, leaf, sharding, leaf_dtype))
-            else:
-                one = NamedSharding(mesh, P(*sharding.spec[1:]))
-                for i, layer in enumerate(leaf.layers):
-                    array = _load(source, leaf, slice(i, i + 1), one, leaf_dtype, squeeze=True)
-                    _put(params["layers"][layer], leaf.path[1:], array)
+        for (layers, _), group in itertools.groupby(placed, key=lambda entry: _matrix(entry.leaf)):
+            together = [(*entry, dtype_of(entry.leaf, target, entry.source.dtype(entry.leaf))) for entry in group]
+            if layers and not options.stacked:
+                # The arrays of one quantised matrix follow each other, because its source unpacks them together.
+                for i, layer in enumerate(layers):
+                    for part, leaf, one, leaf_dtype in together:
+                        array = _load(part, leaf, slice(i, i + 1), one, leaf_dtype, squeeze=True)
+                        _put(params["layers"][layer], leaf.path[1:], array)
+                continue
+            for part, leaf, one, leaf_dtype in together:
+                if layers:
+                    _put(params, leaf.path, _load_stacked(part, leaf, one, leaf_dtype))
+                else:
+                    _put(params, leaf.path, _load(part, leaf, slice(0, 1), one, leaf_dtype, squeeze=True))
     return params
+
+
+def _matrix(leaf: Leaf) -> tuple[tuple[int, ...], str]:
+    """What the arrays of one quantised matrix have in common: their layers, and the name of its first tensor."""
+    return leaf.layers, leaf.names[0].rpartition(".")[0] if leaf.stored is not None else leaf.names[0]
+
+
+class _Placed(NamedTuple):
+    """A leaf, where it is read from, and its sharding: of the stack of its layers, or of each layer."""
+
+    source: Source
+    leaf: Leaf
+    sharding: NamedSharding
+
+
+class _Recut:
+    """Scales of quantised weights as a `Source`, whose groups are cut into parts that repeat them."""
+
+    def __init__(self, source: Source, leaf: Leaf, parts: int) -> None:
+        self.config, self.workers, self.folder = source.config, source.workers, source.folder
+        self._source, self._leaf, self._parts = source, leaf, parts
+
+    def dtype(self, leaf: Leaf) -> np.dtype:
+        return self._source.dtype(self._leaf)
+
+    def spans(self, leaf: Leaf, tensors: slice, rows: slice) -> None:
+        return None
+
+    def read(self, leaf: Leaf, tensors: slice, rows: slice) -> np.ndarray:
+        return np.repeat(self._source.read(self._leaf, tensors, rows), self._parts, axis=-1)
+
+
+def _with_shape(source: Source, leaf: Leaf, target: jax.ShapeDtypeStruct) -> tuple[Source, Leaf]:
+    """A source of a leaf whose last axis is that of the parameter, and that leaf."""
+    size, wanted = leaf.shape[-1], target.shape[-1]
+    if size == wanted:
+        return source, leaf
+    return _Recut(source, leaf, wanted // size), dataclasses.replace(leaf, shape=(*leaf.shape[:-1], wanted))
 
 
 def _load_stacked(source: Source, leaf: Leaf, sharding: NamedSharding, dtype: np.dtype) -> jax.Array:
@@ -172,9 +219,12 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _at(tree: Params, path: tuple[str, ...]) -> Any:
+def _of(tree: Params, leaf: Leaf) -> Any:
+    """What a tree has for a leaf; with a list of layers, what it has for one of them."""
     value: Any = tree
-    for key in path:
+    for key in leaf.path:
+        if isinstance(value, list):
+            value = value[leaf.layers[0]]
         value = value[key]
     return value
 
@@ -185,12 +235,17 @@ def _put(tree: Params, path: tuple[str, ...], value: jax.Array) -> None:
     tree[path[-1]] = value
 
 
-def _check_memory(source: Source, shardings: dict[Leaf, NamedSharding], dtype: np.dtype | None) -> None:
+def _check_memory(placed: list[_Placed], dtype: np.dtype | None, stacked: bool) -> None:
     """Raises InputError if the parameters alone do not fit into the memory of the devices."""
     needed = 0
-    for leaf, sharding in shardings.items():
-        needed += math.prod(sharding.shard_shape(leaf.full_shape)) * (dtype or source.dtype(leaf)).itemsize
-    local = [device for device in next(iter(shardings.values())).mesh.devices.flat if device in jax.local_devices()]
+    for source, leaf, sharding in placed:
+        stored, each = dtype_of(leaf, dtype, source.dtype(leaf)), 1 if stacked else max(len(leaf.layers), 1)
+        shape = leaf.full_shape if stacked else leaf.layer_shape if leaf.layers else leaf.shape
+        size = math.prod(sharding.shard_shape(shape)) * each
+        # Accelerators keep two codes of 4 bits in a byte.
+        packed = stored == jnp.int4 and not _on_host(sharding)
+        needed += size // 2 if packed else size * stored.itemsize
+    local = [device for device in placed[0].sharding.mesh.devices.flat if device in jax.local_devices()]
     for device in local:
         stats = device.memory_stats()
         if stats and "bytes_limit" in stats:

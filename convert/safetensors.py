@@ -29,7 +29,16 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F64": np.dtype(np.float64),
 }
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+# Those of quantised weights, and the others that NumPy has.
+_STORED = {
+    **DTYPES,
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+    "BOOL": np.dtype(bool),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+_CODES = {dtype: code for code, dtype in _STORED.items()}
 # Bits of an element of every dtype of the format, for tensors that are not read.
 _BITS = {
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
@@ -59,8 +68,8 @@ class Entry:
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype, if it is one of `DTYPES`."""
-        return DTYPES[self.code]
+        """The dtype, if NumPy has it."""
+        return _STORED[self.code]
 
     def part(self, first: int, rows: int) -> "Entry":
         """Some rows, counted over all axes but the last, as a tensor [rows, columns] of its own."""

@@ -119,6 +119,17 @@ def parse_dtype(dtype: DTypeLike) -> np.dtype:
     return result
 
 
+def dtype_of(leaf: Leaf, asked: np.dtype | None, stored: np.dtype) -> np.dtype:
+    """The dtype that a leaf is moved in.
+
+    Args:
+      leaf: which parameter.
+      asked: for all parameters that do not keep theirs; None: as stored.
+      stored: of the source.
+    """
+    return stored if leaf.stored is not None or asked is None else asked
+
+
 def check_storable(source: Source, dtype: np.dtype | None) -> None:
     """Refuses to keep the stored dtype of a source if it is float64, which is neither written nor computed in.
 
@@ -129,7 +140,8 @@ def check_storable(source: Source, dtype: np.dtype | None) -> None:
     Raises:
       InputError: `dtype` is None and a parameter is stored in float64.
     """
-    wide = [leaf for leaf in leaves(source.config) if dtype is None and source.dtype(leaf).name not in DTYPES]
+    free = [leaf for leaf in leaves(source.config) if leaf.stored is None]
+    wide = [leaf for leaf in free if dtype is None and source.dtype(leaf).name not in DTYPES]
     if wide:
         raise InputError(
             f"{source.folder or 'The checkpoint'} stores {', '.join(wide[0].names[:2])} in "
@@ -206,26 +218,27 @@ def copy(
 
     def move(leaf: Leaf, block: Block) -> None:
         stored = source.dtype(leaf)
-        spans = source.spans(leaf, *block) if dtype in (None, stored) else None
+        target = dtype_of(leaf, dtype, stored)
+        spans = source.spans(leaf, *block) if target == stored else None
         if spans is None:
-            data = cast(source.read(leaf, *block), dtype or stored, leaf)
+            data = cast(source.read(leaf, *block), target, leaf)
             if sink is not None:
                 sink.write(leaf, *block, data)
         elif sink is not None:
             sink.receive(leaf, *block, spans)
         if progress is not None:
             tensors, rows = block
-            row_bytes = math.prod(leaf.shape[1:]) * (dtype or stored).itemsize
+            row_bytes = math.prod(leaf.shape[1:]) * target.itemsize
             progress((tensors.stop - tensors.start) * (rows.stop - rows.start) * row_bytes)
 
-    itemsize = {leaf: (dtype or source.dtype(leaf)).itemsize for leaf in leaves(source.config)}
+    itemsize = {leaf: dtype_of(leaf, dtype, source.dtype(leaf)).itemsize for leaf in leaves(source.config)}
     tasks = [functools.partial(move, leaf, block) for leaf, size in itemsize.items() for block in blocks(leaf, size)]
     run_all(source.workers, tasks)
 
 
 def nbytes(source: Source, dtype: np.dtype | None) -> int:
     """Bytes of all parameters when written in `dtype`, or as stored if that is None."""
-    return sum(leaf.size * (dtype or source.dtype(leaf)).itemsize for leaf in leaves(source.config))
+    return sum(leaf.size * dtype_of(leaf, dtype, source.dtype(leaf)).itemsize for leaf in leaves(source.config))
 
 
 class TreeSource:
@@ -259,7 +272,10 @@ class TreeSource:
         for leaf in known:
             shape = leaf.layer_shape if self._listed else leaf.full_shape
             for i in self._holders(leaf):
-                if self._array(leaf, i).shape != shape:
+                # The groups of quantised weights may have been cut into equal parts.
+                found = self._array(leaf, i).shape
+                recut = leaf.stored is not None and found[:-1] == shape[:-1] and found[-1] % shape[-1] == 0
+                if found != shape and not recut:
                     raise InputError(
                         f"Parameter {'.'.join(leaf.path)} must have shape {shape}, it has {self._array(leaf, i).shape}."
                     )
@@ -287,7 +303,8 @@ class TreeSource:
         return value
 
     def dtype(self, leaf: Leaf) -> np.dtype:
-        return parse_dtype(self._array(leaf, 0).dtype)
+        dtype = self._array(leaf, 0).dtype
+        return np.dtype(dtype) if leaf.stored is not None else parse_dtype(dtype)
 
     def spans(self, leaf: Leaf, tensors: slice, rows: slice) -> None:
         return None
@@ -303,7 +320,8 @@ class TreeSource:
             x, index = self._array(leaf, where[0] if where else 0), where[1:] if self._listed else where
             if index:
                 x = _take(x, index) if isinstance(x, jax.Array) else x[index]
-            self._last = key, to_host(x)
+            host = to_host(x)
+            self._last = key, host[..., :: host.shape[-1] // leaf.shape[-1]] if leaf.stored is not None else host
         return self._last[1]
 
 

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 
 import convert
 from convert import numpy_model
+from convert.dequantize import DequantizedSource
 from convert.huggingface import export
 from convert.names import leaves
 from convert.placement import place
@@ -136,7 +137,8 @@ def verify(
     """Compares two checkpoints, or one with the same checkpoint in transformers. One model is in memory at a time.
 
     Args:
-      a: a Hugging Face folder, an Orbax folder, or a Hub id; the reference.
+      a: a Hugging Face folder, an Orbax folder, or a Hub id; the reference. Quantised weights run as they are, with
+        activations that are not rounded; the other side of `against` gets the values of their codes.
       b: the other checkpoint; None if `against` is given.
       against: "transformers" runs `a` there, on the CPU in float32 with eager attention, as the reference. "numpy" runs
         it in float64 NumPy (`convert.numpy_model`; dense models only). Where the model has dual-chunk attention, which
@@ -170,7 +172,8 @@ def verify(
         length = min(64, source.config.context_length, other.config.context_length)
         tokens_BT = np.random.default_rng(seed).integers(0, source.config.vocab_size, (2, length))
     if against == "transformers":
-        return compare(_run_transformers(source, tokens_BT), _run(source, tokens_BT), (_dtype(source),) * 2)
+        theirs = _run_transformers(_full_precision(source), tokens_BT)
+        return compare(theirs, _run(source, tokens_BT), (_dtype(source),) * 2)
     if against == "numpy":
         return compare(*_run_numpy(source, tokens_BT), (_dtype(source),) * 2)
     return compare(_run(source, tokens_BT), _run(other, tokens_BT), (_dtype(source), _dtype(other)))
@@ -178,8 +181,13 @@ def verify(
 
 def _dtype(source: Source) -> str:
     """The coarsest dtype of a checkpoint's weights."""
-    found = {source.dtype(leaf).name for leaf in leaves(source.config)}
+    found = {source.dtype(leaf).name for leaf in leaves(source.config) if leaf.stored is None}
     return next((name for name in ("bfloat16", "float16") if name in found), "float32")
+
+
+def _full_precision(source: Source) -> Source:
+    """The source with the values of quantised weights."""
+    return source if source.config.quantization is None else DequantizedSource(source)
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:
@@ -194,8 +202,10 @@ def _run(source: Source, tokens_BT: np.ndarray, config: ModelConfig | None = Non
     mesh = make_mesh({}, jax.devices()[:1])
     # Fields that the forward pass does not read are left out: checkpoints of one architecture share a compilation.
     config = dataclasses.replace(config or source.config, dtype="float32", bos_token_id=None, eos_token_ids=())
+    if config.quantization is not None:
+        config = dataclasses.replace(config, quantization=dataclasses.replace(config.quantization, activations="none"))
     sharding = Sharding.for_inference(config, mesh)
-    params = place(source, mesh, "float32", Options())
+    params = place(source, mesh, "float32", Options(stacked=config.quantization is None))
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         tokens = jax.device_put(tokens_BT.astype(np.int32), NamedSharding(mesh, sharding.tokens))
         return np.asarray(_logits(params, tokens, config, sharding))
@@ -203,7 +213,7 @@ def _run(source: Source, tokens_BT: np.ndarray, config: ModelConfig | None = Non
 
 @functools.partial(jax.jit, static_argnames=("config", "sharding"))
 def _logits(params: Params, tokens_BT: jax.Array, config: ModelConfig, sharding: Sharding) -> jax.Array:
-    model = bind(config, params, sharding, Options())
+    model = bind(config, params, sharding, Options(stacked=config.quantization is None))
     positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     positions, mask = jax.tree.map(
         lambda x: jax.reshard(x, sharding.tokens), (positions, kernels.causal_mask(*tokens_BT.shape))
@@ -218,7 +228,7 @@ def _run_numpy(source: Source, tokens_BT: np.ndarray) -> tuple[np.ndarray, np.nd
     if config.dual_chunk is not None:
         config = dataclasses.replace(config, dual_chunk=DualChunk(24, 8, 24))
     ours = _run(source, tokens_BT, config)
-    params = place(source, make_mesh({}, jax.devices()[:1]), "float32", Options(stacked=False))
+    params = place(_full_precision(source), make_mesh({}, jax.devices()[:1]), "float32", Options(stacked=False))
     theirs = np.stack([numpy_model.logits(config, params, row) for row in tokens_BT])
     return theirs.astype(np.float32), ours
 
@@ -283,10 +293,10 @@ def _torch_score_head(source: Source) -> Any:
 
 
 def _in_hf_format(source: Source, use: Callable[[Path], np.ndarray]) -> np.ndarray:
-    """Calls a function with a Hugging Face folder of a checkpoint, which is temporary if the checkpoint is in Orbax."""
+    """Calls a function with a Hugging Face folder of a checkpoint, temporary if it is in Orbax or was quantised."""
     assert source.folder is not None
-    if convert.detect(source.folder) == "hf":
+    if convert.detect(source.folder) == "hf" and not isinstance(source, DequantizedSource):
         return use(source.folder)
     with tempfile.TemporaryDirectory(prefix="qwen-jax-verify-") as temporary:
-        export(source, source.config, Path(temporary) / "hf")
+        export(source, source.config, Path(temporary) / "hf", "float32")
         return use(Path(temporary) / "hf")

@@ -11,6 +11,7 @@ from qwen_jax import hf_config
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json, why_unusable
 from qwen_jax.gguf.header import Header, is_gguf, read_header
+from qwen_jax.quantization import Quantization
 
 DTYPES = ("bfloat16", "float32", "float16")
 Score = Literal["linear", "mlp"]
@@ -144,6 +145,7 @@ class ModelConfig:
       dual_chunk: dual-chunk attention, or None.
       moe: experts, or None for a dense model.
       score: the head of a reward model, in place of the output head; None for a language model.
+      quantization: how the checkpoint quantises its projections; None if it does not.
       bos_token_id: recorded for other tools; nothing is prepended to a prompt.
       eos_token_ids: ids that end a text, such as (tokenizer.eos_id,) for a model with a tokenizer of its own.
       initializer_range: standard deviation of the initial weights.
@@ -167,6 +169,7 @@ class ModelConfig:
     dual_chunk: DualChunk | None = None
     moe: MoE | None = None
     score: Score | None = None
+    quantization: Quantization | None = None
     bos_token_id: int | None = 151643
     eos_token_ids: tuple[int, ...] = (151643,)
     initializer_range: float = 0.02

@@ -41,8 +41,6 @@ _REWARD_ARCHITECTURES = {
 _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "use_mrope": (False,),
-    "quantization_config": (None,),
-    "compression_config": (None,),
     "add_cross_attention": (False,),
     "is_encoder_decoder": (False,),
     "qkv_bias": (True,),
@@ -63,6 +61,7 @@ _READ_KEYS = {*_SHAPE_KEYS, *_REQUIRED_VALUES} | set(
 )
 # Keys that neither Qwen2's forward pass nor `generate` of transformers reads: kernels and memory, what else is
 # returned, encoders and classifiers, the tokenizer's affairs, settings of pipelines, the origin of the file.
+# `convert.quantized` reads how weights are quantised, together with the weights.
 _INERT_KEYS = set(
     """
     use_cache transformers_version _name_or_path name_or_path _commit_hash auto_map torchscript use_bfloat16
@@ -75,6 +74,7 @@ _INERT_KEYS = set(
     tokenizer_class sep_token_id prefix task_specific_params
     model_max_length tokenizer_model_max_length max_sequence_length seq_length
     unsloth_version unsloth_fixed
+    quantization_config compression_config
     """.split()
 )
 # Dropout is off at inference, whatever it is called.

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,22 @@ class Weight(nnx.Module):
         self.weight = nnx.Param(weight, spec=spec)
         if bias is not None:
             self.bias = nnx.Param(bias, spec=bias_spec)
+
+
+class LocalProduct(NamedTuple):
+    """How one device multiplies its shards.
+
+    Attributes:
+      operands: the arrays that belong to the weight, of all devices.
+      specs: their PartitionSpecs.
+      multiply: of one device's activations and operands; its result may be a partial sum, in float32 or rounded.
+      by_kernel: whether a kernel computes it, whose variance over mesh axes is not known.
+    """
+
+    operands: Any
+    specs: Any
+    multiply: Callable[[jax.Array, Any], jax.Array]
+    by_kernel: bool
 
 
 class Linear(Weight):
@@ -109,20 +126,12 @@ class Linear(Weight):
         return y + self.bias[...].astype(y.dtype) if hasattr(self, "bias") else y
 
     def product(self, x: jax.Array) -> jax.Array:
-        """The product without the bias. Few rows are multiplied by a kernel of their own where that is faster."""
+        """The product without the bias."""
         einsum, x_spec, w_spec = self.einsum, self.x, self.w
         inputs, out = einsum.split("->")
-        letters, mesh = inputs.split(",")[1], jax.sharding.get_abstract_mesh()
-        tensor_axis = letters[w_spec.index("tensor")] if "tensor" in w_spec else ""
-        sums = bool(tensor_axis) and tensor_axis not in out
-        # Rows, outputs and inputs on one device decide about the kernel.
-        sizes = {letter: size for letter, size in zip(letters, self.weight.shape, strict=True)}
-        if tensor_axis:
-            sizes[tensor_axis] //= mesh.shape["tensor"]
-        rows = x.shape[0] // math.prod(mesh.shape[axis] for axis in x_spec[0])
-        outputs = math.prod(size for letter, size in sizes.items() if letter in out)
-        contracted = math.prod(size for letter, size in sizes.items() if letter not in out)
-        by_kernel = few_rows.supports(rows, x.shape[1], x.dtype, outputs, contracted)
+        letters = inputs.split(",")[1]
+        sums = "tensor" in w_spec and letters[w_spec.index("tensor")] not in out
+        operands, operand_specs, multiply, by_kernel = self._local_product(x)
         # A and B of LoRA: their weights, PartitionSpecs and letters. The mask chooses each row's adapter.
         lora: tuple[jax.Array, ...] = ()
         lora_specs: tuple[P, ...] = ()
@@ -137,10 +146,11 @@ class Linear(Weight):
             hidden = "".join(c for c in x_letters if c not in a) + "r"
             products = f"{x_letters},r{a}->{hidden}", f"{hidden},{b}r->{out}"
 
-        @jax.shard_map(in_specs=(x_spec, w_spec, lora_specs, mask_spec), out_specs=self.out, check_vma=not by_kernel)
-        def local(x: jax.Array, w: jax.Array, lora: tuple[jax.Array, ...], mask: jax.Array | None) -> jax.Array:
-            w = all_gather_weight(w, w_spec.index("fsdp"))
-            y = few_rows.einsum(einsum, x, w) if by_kernel else jnp.einsum(einsum, x, w)
+        @jax.shard_map(
+            in_specs=(x_spec, operand_specs, lora_specs, mask_spec), out_specs=self.out, check_vma=not by_kernel
+        )
+        def local(x: jax.Array, operands: Any, lora: tuple[jax.Array, ...], mask: jax.Array | None) -> jax.Array:
+            y = multiply(x, operands)
             if lora:
                 a, b = (
                     all_gather_weight(matrix, spec.index("fsdp")) if "fsdp" in spec else matrix
@@ -151,8 +161,38 @@ class Linear(Weight):
                 y = y + self.lora_scale * jnp.einsum(products[1], h, b)
             return (lax.psum(y, "tensor") if sums else y).astype(x.dtype)
 
-        y: jax.Array = local(x, self.weight[...].astype(x.dtype), lora, mask)
+        y: jax.Array = local(x, operands, lora, mask)
         return y
+
+    def _local_product(self, x: jax.Array) -> LocalProduct:
+        """The product of one device's shards. Few rows are multiplied by a kernel of their own where that is faster.
+
+        Args:
+          x: the activations, of all devices.
+        """
+        einsum, spec = self.einsum, self.w
+        by_kernel = few_rows.supports(*self._rows(x), x.dtype, *self._local_sizes())
+
+        def multiply(x: jax.Array, w: jax.Array) -> jax.Array:
+            w = all_gather_weight(w, spec.index("fsdp"))
+            return few_rows.einsum(einsum, x, w) if by_kernel else jnp.einsum(einsum, x, w)
+
+        return LocalProduct(self.weight[...].astype(x.dtype), spec, multiply, by_kernel)
+
+    def _rows(self, x: jax.Array) -> tuple[int, int]:
+        """Rows of activations on one device, and tokens of each."""
+        mesh = jax.sharding.get_abstract_mesh()
+        return x.shape[0] // math.prod(mesh.shape[axis] for axis in self.x[0]), x.shape[1]
+
+    def _local_sizes(self) -> tuple[int, int]:
+        """Outputs and inputs of one device's shard of the weight, when it is gathered over `fsdp`."""
+        inputs, out = self.einsum.split("->")
+        tensor = jax.sharding.get_abstract_mesh().shape["tensor"]
+        outputs = contracted = 1
+        for letter, size, axis in zip(inputs.split(",")[1], self.weight.shape, self.w, strict=True):
+            size //= tensor if axis == "tensor" else 1
+            outputs, contracted = (outputs * size, contracted) if letter in out else (outputs, contracted * size)
+        return outputs, contracted
 
 
 def add_lora(module: nnx.Module, lora: LoRA | None, rngs: nnx.Rngs) -> None:

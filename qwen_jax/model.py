@@ -26,6 +26,7 @@ from qwen_jax.moe.router import RouterStats
 from qwen_jax.options import Options
 from qwen_jax.parallel.collectives import all_gather_weight
 from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.quantized import quantize_projections
 from qwen_jax.remat import Remat, recompute_piece, run_piece
 from qwen_jax.score import make_score_head
 from qwen_jax.stack import layer_kinds, run_layers, stacked_layers
@@ -64,7 +65,9 @@ class MLP(nnx.Module):
     In the inference layout (`Options.fused`) gate and up are one matrix for each tensor shard.
     """
 
-    def __init__(self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, options: Options, width: int):
+    def __init__(
+        self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs, options: Options, width: int, path: str = "mlp"
+    ):
         s, D, n = sharding, config.hidden_size, sharding.tensor
         self.sharding, self.fused = sharding, options.fused
         normal, residual = initializers(config)
@@ -77,6 +80,7 @@ class MLP(nnx.Module):
                 for _ in range(2)
             )
         self.down = Linear("BTF,DF->BTD", residual(rngs.params(), (D, width)), x=s.feed_forward, w=s.down, out=s.hidden)
+        quantize_projections(self, path, config.quantization, s, trained=options.lora is not None)
         add_lora(self, options.lora, rngs)
         add_adapters(self, options.adapter_ranks)
 
@@ -88,8 +92,8 @@ class MLP(nnx.Module):
         if not self.fused:
             return self.gate(x_BTD), self.up(x_BTD)
         s, (_, _, f, D) = self.sharding, self.gate_up.weight.shape
-        rows, adapted = x_BTD.shape[0] // s.batch_shards, bool(self.gate_up.lora_scale)
-        if not adapted and few_rows.supports(rows, x_BTD.shape[1], x_BTD.dtype, 2 * f, D):
+        rows, plain = x_BTD.shape[0] // s.batch_shards, type(self.gate_up) is Linear and not self.gate_up.lora_scale
+        if plain and few_rows.supports(rows, x_BTD.shape[1], x_BTD.dtype, 2 * f, D):
 
             @jax.shard_map(in_specs=(s.hidden, s.fused_gate_up), out_specs=s.feed_forward, check_vma=False)
             def swiglu(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -122,7 +126,7 @@ class Block(nnx.Module):
         if "mlp" in kinds:
             self.mlp = MLP(config, sharding, rngs, options, config.intermediate_size)
         if "moe" in kinds and config.moe is not None:
-            shared = MLP(config, sharding, rngs, options, config.moe.shared_intermediate_size)
+            shared = MLP(config, sharding, rngs, options, config.moe.shared_intermediate_size, "moe.shared")
             self.moe = MoE(config, sharding, rngs, options, shared)
 
     def __call__(
@@ -200,15 +204,21 @@ class Qwen2(nnx.Module):
         if options.stacked:
             self.layers = stacked_layers(self._block, keys_L, kinds)
         else:
-            self.layers = nnx.List([self._block(key, (kind,)) for key, kind in zip(keys_L, kinds, strict=True)])
+            keys_and_kinds = zip(keys_L, kinds, strict=True)
+            self.layers = nnx.List([self._block(key, (kind,), i) for i, (key, kind) in enumerate(keys_and_kinds)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, sharding.norm)
         if config.has_lm_head:
             self.lm_head = Embedding(normal(rngs.params(), table), sharding)
         if config.score is not None:
             self.score = make_score_head(config.score, config.hidden_size, sharding, rngs.params())
 
-    def _block(self, key: jax.Array, kinds: tuple[str, ...]) -> Block:
-        return Block(self.config, self.sharding, nnx.Rngs(params=key), self.options, kinds)
+    def _block(self, key: jax.Array, kinds: tuple[str, ...], layer: int | None = None) -> Block:
+        """A layer, by its number; without one, a layer of a stack."""
+        config = self.config
+        if config.quantization is not None:
+            quantization = config.quantization.of_layer(layer, config.num_layers)
+            config = dataclasses.replace(config, quantization=quantization)
+        return Block(config, self.sharding, nnx.Rngs(params=key), self.options, kinds)
 
     def __call__(
         self,

@@ -116,7 +116,7 @@ def abstract_params(
       config: the architecture.
       sharding: by default that of one device.
       options: layout.
-      dtype: of the leaves; by default the dtype of `config`.
+      dtype: of the leaves; by default the dtype of `config`. The arrays of quantised weights have dtypes of their own.
 
     Returns:
       {"embed": {"weight"}, "layers": {...} or [{...}, ...], "norm": {"weight"}, "lm_head": {"weight"} unless tied}. A
@@ -124,9 +124,13 @@ def abstract_params(
     """
     sharding = sharding or Sharding(kv_heads=config.num_kv_heads)
     _, state = _skeleton(config, sharding, options)
-    pure = nnx.to_pure_dict(state)
     leaf_dtype = jnp.dtype(dtype or config.dtype)
-    pure = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf_dtype), pure)
+
+    def abstract(variable: Any) -> jax.ShapeDtypeStruct:
+        value = variable.get_value()
+        return jax.ShapeDtypeStruct(value.shape, value.dtype if _keeps_dtype(variable) else leaf_dtype)
+
+    pure = nnx.to_pure_dict(state, extract_fn=abstract)
     if not options.stacked:
         pure["layers"] = [pure["layers"][i] for i in range(config.num_layers)]
     return pure
@@ -144,6 +148,11 @@ def param_specs(config: ModelConfig, sharding: Sharding, options: Options = Opti
     else:
         specs["layers"] = [specs["layers"][i] for i in range(config.num_layers)]
     return specs
+
+
+def _keeps_dtype(variable: Any) -> bool:
+    """Whether a parameter has a dtype of its own, as codes and scales of quantised weights have."""
+    return bool(variable.get_metadata().get("stored", False))
 
 
 def _is_spec(x: object) -> bool:
@@ -178,10 +187,14 @@ def init_params(
     specs = without(param_specs(config, sharding, options), frozen)
     out = jax.tree.map(lambda p: NamedSharding(mesh, p), specs, is_leaf=_is_spec)
 
+    def in_dtype(variable: Any) -> jax.Array:
+        x: jax.Array = variable.get_value()
+        return x if _keeps_dtype(variable) else x.astype(dtype)
+
     def init(key: jax.Array) -> Params:
         model = Qwen2(config, sharding, nnx.Rngs(params=key), options)
-        params = without(nnx.to_pure_dict(nnx.split(model)[1]), frozen)
-        return jax.tree.map(lambda x: x.astype(dtype), params)
+        state = nnx.split(model)[1]
+        return without(nnx.to_pure_dict(state, extract_fn=in_dtype), frozen)
 
     result: Params = jax.jit(init, out_shardings=out)(key)
     return result

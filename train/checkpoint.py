@@ -76,8 +76,10 @@ class Checkpoints:
         with in_step(f"Opening {self.folder}"):
             new = not (self.folder / "run.json").exists()
             if not new:
+                # How frozen weights are quantised is not saved with those that are trained.
+                trained = dataclasses.replace(config, quantization=None)
                 saved = dataclasses.asdict(load_config(self.folder))
-                _check_same("model", saved, dataclasses.asdict(config), self.folder)
+                _check_same("model", saved, dataclasses.asdict(trained), self.folder)
                 _check_same("run", read_json(self.folder / "run.json"), json.loads(json.dumps(run)), self.folder)
             elif is_taken(self.folder):
                 raise InputError(f"{self.folder} is not empty and holds no run. Give a new or empty folder.")

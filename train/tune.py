@@ -240,7 +240,8 @@ class _Run:
         everything = [(p, 0) for p in self.held_out.values()] + [(p, i) for i, p in enumerate(self.packed)]
         for packed, index in everything:
             assert isinstance(packed, PackedPairs)
-            mesh, step = self.meshes[index], config.step_config(index)
+            # The reference has no adapter.
+            mesh, step = self.meshes[index], dataclasses.replace(config.step_config(index), lora=None)
             record = {k: v for k, v in packed.record().items() if k not in ("seed", "batch_size", "epochs")}
             key = digest([source, dataclasses.asdict(model), record, step.dtype])
             file = self.output / "reference" / f"{key[:32]}.npy"

@@ -104,6 +104,11 @@ class TunedModel:
           origin: its local folder.
           new_head: whether the score head of `model` is a new one, which the checkpoint does not have.
         """
+        if model.quantization is not None and config.step.lora is None:
+            raise InputError(
+                f"{config.model} has quantised weights, which are not trained. Train an adapter beside them (--lora), "
+                "or convert the model first: qwen-jax convert --to hf --dtype bfloat16."
+            )
         self._config, self._formats, self._origin, self._new_head = config, formats, origin, new_head
         self.model, self.tokenizer = model, tokenizer
         self._frozen_on: tuple[Mesh, Params] | None = None

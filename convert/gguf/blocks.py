@@ -6,35 +6,18 @@ blocks at once. The other types look values up in tables; the `gguf` package com
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from convert.gguf.library import gguf_library
+from convert.quantized.codes import Codes
 from qwen_jax.errors import InputError
 from qwen_jax.gguf.header import TYPES, TensorType
 
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 """The types that store values as they are."""
-
-
-class Codes(NamedTuple):
-    """A quantised matrix: (codes - zeros) * scales - mins, computed in float32.
-
-    Attributes:
-      codes: [outputs, inputs], int4 or int8.
-      scales: [outputs, groups], float16 or float32; a group is `inputs / groups` neighbours.
-      zeros: [outputs, groups], of the dtype of the codes, or None.
-      mins: [outputs, groups] float32, or None.
-      order: always None: the inputs are in their own order.
-    """
-
-    codes: np.ndarray
-    scales: np.ndarray
-    zeros: np.ndarray | None = None
-    mins: np.ndarray | None = None
-    order: np.ndarray | None = None
 
 
 class _Parts(NamedTuple):
@@ -163,15 +146,17 @@ _TAKE_APART: dict[str, Callable[[np.ndarray], _Parts]] = {
     "Q6_K": _q6_k,
 }
 # Their codes in memory. Types with 5 bits, or with 2, take more room there than in the file.
-_CODES = {"Q4_0": "int4", "Q4_1": "int4", "Q2_K": "int4", "Q3_K": "int4", "Q4_K": "int4"}
+_INT4 = ("Q4_0", "Q4_1", "Q2_K", "Q3_K", "Q4_K")
 _KEPT = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")
 _SHIFTED = ("Q4_1", "Q4_K")
 """Types with codes 0 to 15, which int4 holds less 8."""
 
 
-def code_type(kind: TensorType) -> str | None:
+def code_type(kind: TensorType) -> Literal["int4", "int8"] | None:
     """The dtype of a type's codes in memory, "int4" or "int8"; None if it can only be dequantised."""
-    return _CODES.get(kind.name, "int8") if kind.name in _TAKE_APART else None
+    if kind.name not in _TAKE_APART:
+        return None
+    return "int4" if kind.name in _INT4 else "int8"
 
 
 def describe(kinds: Iterable[TensorType]) -> str:
@@ -253,20 +238,11 @@ def unpack(data: np.ndarray, kind: TensorType) -> Codes:
     )
 
 
-def pack(
-    codes: np.ndarray,
-    scales: np.ndarray,
-    zeros: np.ndarray | None = None,
-    mins: np.ndarray | None = None,
-    order: np.ndarray | None = None,
-) -> tuple[TensorType, np.ndarray]:
+def pack(codes: Codes) -> tuple[TensorType, np.ndarray]:
     """Writes the codes of a matrix as Q4_0 or Q8_0 without quantising anew: `unpack` gives the same values.
 
     Args:
-      codes: int4 or int8 [outputs, inputs].
-      scales: [outputs, groups], numbers that float16 holds.
-      zeros: None or all 0.
-      mins, order: None.
+      codes: int4 or int8, without zero points, minima or an order; scales that float16 holds.
 
     Returns:
       The type and the rows, uint8 [outputs, bytes of a row].
@@ -274,28 +250,31 @@ def pack(
     Raises:
       InputError: codes of another kind.
     """
-    kind = {np.dtype(ml_dtypes.int4): TYPES["Q4_0"], np.dtype(np.int8): TYPES["Q8_0"]}.get(codes.dtype)
-    outputs, inputs = codes.shape
-    group, halves = inputs // scales.shape[1], scales.astype(np.float16)
+    kind = {np.dtype(ml_dtypes.int4): TYPES["Q4_0"], np.dtype(np.int8): TYPES["Q8_0"]}.get(codes.codes.dtype)
+    halves = codes.scales.astype(np.float16)
     problem = None
     if kind is None:
-        problem = f"codes of {codes.dtype}"
-    elif (zeros is not None and zeros.astype(np.int8).any()) or mins is not None or order is not None:
+        problem = f"codes of {codes.codes.dtype}"
+    elif codes.mins is not None or codes.order is not None or _any(codes.zeros):
         problem = "zero points, minima or an order of inputs"
-    elif group % kind.block:
-        problem = f"groups of {group} inputs"
-    elif not (halves.astype(np.float32) == scales.astype(np.float32)).all():
+    elif codes.group % kind.block:
+        problem = f"groups of {codes.group} inputs"
+    elif not (halves.astype(np.float32) == codes.scales.astype(np.float32)).all():
         problem = "scales that float16 does not hold"
     if kind is None or problem is not None:
         raise InputError(
             f"GGUF has no type for {problem}. Symmetric int4 and int8 codes with groups of 32 (or a multiple of it) "
             "and float16 scales are written as they are; give --type to quantise anew."
         )
-    d = np.repeat(halves, group // kind.block, axis=1).reshape(-1, 1).view(np.uint8)
-    q = codes.astype(np.int8).reshape(-1, kind.block)
+    d = np.repeat(halves, codes.group // kind.block, axis=1).reshape(-1, 1).view(np.uint8)
+    q = codes.codes.astype(np.int8).reshape(-1, kind.block)
     if kind.name == "Q4_0":
         low, high = np.split((q + 8).view(np.uint8), 2, axis=1)
         packed = low | high << 4
     else:
         packed = q.view(np.uint8)
-    return kind, np.concatenate([d, packed], axis=1).reshape(outputs, -1)
+    return kind, np.concatenate([d, packed], axis=1).reshape(len(codes.codes), -1)
+
+
+def _any(zeros: np.ndarray | None) -> bool:
+    return zeros is not None and bool(zeros.astype(np.int8).any())

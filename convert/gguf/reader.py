@@ -1,6 +1,5 @@
 """Reading the weights of a GGUF file."""
 
-import logging
 import os
 import weakref
 from pathlib import Path
@@ -8,15 +7,14 @@ from pathlib import Path
 import numpy as np
 from jax.typing import DTypeLike
 
-from convert.gguf.blocks import FLOATS, Codes, code_type, dequantize, describe, unpack
+from convert.gguf.blocks import FLOATS, code_type, dequantize, unpack
 from convert.gguf.names import place, tensors
 from convert.names import Leaf, check_names, leaves
+from convert.quantized.codes import Codes
 from convert.source import Span, parse_dtype
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.gguf.header import Header, TensorInfo, TensorType, read_header
-
-_log = logging.getLogger(__name__)
+from qwen_jax.gguf.header import Header, TensorInfo, read_header
 
 # Types that are no weights, or that are only for activations.
 _NOT_WEIGHTS = frozenset(("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"))
@@ -52,9 +50,6 @@ class GGUFSource:
         self._dtypes = {leaf: self._common_dtype(leaf) for leaf in leaves(self.config)}
         self._descriptors: dict[Path, int] = {}
         weakref.finalize(self, _close_all, self._descriptors)
-        kinds = {info.type for info in self.header.tensors.values()}
-        if {kind.name for kind in kinds} - FLOATS.keys():
-            _log.warning("%s is read in full precision. Its codes: %s.", path, describe(kinds))
 
     def _check(self) -> dict[str, TensorInfo]:
         """Compares names, shapes and types with what the config describes; returns the tensors by name."""
@@ -89,6 +84,8 @@ class GGUFSource:
         return self._infos[place(name).name]
 
     def dtype(self, leaf: Leaf) -> np.dtype:
+        if leaf not in self._dtypes:  # Some of the layers, where the others are quantised.
+            self._dtypes[leaf] = self._common_dtype(leaf)
         return self._dtypes[leaf]
 
     def read(self, leaf: Leaf, tensors: slice, rows: slice) -> np.ndarray:
@@ -172,20 +169,6 @@ class GGUFSource:
             if scales is not None and not np.isfinite(scales).all():
                 raise _not_finite(info)
         return found
-
-
-def scheme(kind: TensorType) -> dict[str, str | int] | None:
-    """The fields of the `Scheme` of a type's `codes`, or None: codes, group, scales and offset."""
-    codes = code_type(kind)
-    if codes is None:
-        return None
-    found = unpack(np.zeros((1, kind.nbytes), np.uint8), kind)
-    return {
-        "codes": codes,
-        "group": kind.block // found.scales.shape[1],
-        "scales": found.scales.dtype.name,
-        "offset": "none" if found.mins is None else "min",
-    }
 
 
 def _not_finite(info: TensorInfo) -> InputError:

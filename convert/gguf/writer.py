@@ -4,18 +4,22 @@ import functools
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from convert.dequantize import DequantizedSource
 from convert.folder import new_file
 from convert.gguf import kquants
 from convert.gguf.blocks import FLOATS
+from convert.gguf.exact import ExactCodes
 from convert.gguf.library import gguf_library
 from convert.gguf.metadata import write_config
 from convert.gguf.names import Tensor, has_head, tensors
+from convert.gguf.quantized import QuantizedGGUF
 from convert.gguf.reader import GGUFSource
 from convert.gguf.recipes import RECIPES, Recipe, type_of
 from convert.source import Source, check_storable, run_all
@@ -43,12 +47,14 @@ def export(
 ) -> None:
     """Writes a GGUF file that llama.cpp and transformers load. After a failure nothing is left.
 
-    Tensors of another GGUF file that keep their type keep their bytes.
+    Tensors of another GGUF file that keep their type keep their bytes. Without a recipe, symmetric codes of other
+    formats become Q4_0 or Q8_0 and keep their values.
 
     Args:
       source: the parameters; tokenizer and further end ids are read from its folder.
       file: the new file.
-      recipe: a key of `RECIPES`; by default the dtype of the parameters, and for a GGUF file the types that it has.
+      recipe: a key of `RECIPES`; by default the dtype or the codes of the parameters, and for a GGUF file the types
+        that it has.
       progress: called with the number of bytes of each block in the dtype of `source`, when it is written.
 
     Raises:
@@ -58,9 +64,15 @@ def export(
     if recipe is not None and recipe not in RECIPES:
         raise InputError(f"Expected a type of {', '.join(RECIPES)}; got {recipe!r}.")
     gguf_library()
+    exact = None
+    if isinstance(source, QuantizedGGUF):
+        source = source.full_precision()
+    elif source.config.quantization is not None:
+        exact = ExactCodes(source) if recipe is None else None
+        source = DequantizedSource(source)
     check_storable(source, None)
     stored = source if isinstance(source, GGUFSource) else None
-    types, file_type = _types(source, recipe)
+    types, file_type = _types(source, recipe, exact)
     metadata = _metadata(source, stored, file_type)
     listed = tensors(source.config, has_head(source.config))
     sizes = {tensor.name: _nbytes(tensor, types[tensor.name]) for tensor in listed}
@@ -73,13 +85,14 @@ def export(
             for tensor in listed:
                 kind = types[tensor.name]
                 for block in _blocks(tensor, kind):
-                    write = functools.partial(_write_block, source, stored, out.fileno(), start, kind, block, progress)
+                    read = functools.partial(_read_block, source, stored, exact, kind, block)
+                    write = functools.partial(_write_block, read, out.fileno(), start, source, block, progress)
                     tasks.append(write)
                 start += _aligned(sizes[tensor.name])
             run_all(source.workers, tasks)
 
 
-def _types(source: Source, recipe: str | None) -> tuple[dict[str, TensorType], int]:
+def _types(source: Source, recipe: str | None, exact: ExactCodes | None) -> tuple[dict[str, TensorType], int]:
     """The type of each tensor, and the number of the mix."""
     config = source.config
     listed = tensors(config, has_head(config))
@@ -89,7 +102,13 @@ def _types(source: Source, recipe: str | None) -> tuple[dict[str, TensorType], i
         return kinds, file_type if isinstance(file_type, int) else RECIPES["f32"].file_type
     embed = next(tensor for tensor in listed if tensor.name == EMBED).parts[0][0]
     chosen: Recipe = RECIPES[recipe or _FLOAT_RECIPES[source.dtype(embed).name]]
-    return {tensor.name: type_of(chosen, tensor, config) for tensor in listed}, chosen.file_type
+    kinds = {tensor.name: type_of(chosen, tensor, config) for tensor in listed}
+    if exact is None:
+        return kinds, chosen.file_type
+    codes = {tensor.name: exact.type_of(tensor) for tensor in listed}
+    kinds |= {name: kind for name, kind in codes.items() if kind is not None}
+    counted = Counter(kind.name.lower() for kind in codes.values() if kind is not None)
+    return kinds, RECIPES[counted.most_common(1)[0][0]].file_type
 
 
 def _stored_type(source: GGUFSource, tensor: Tensor) -> TensorType:
@@ -193,38 +212,45 @@ def _blocks(tensor: Tensor, kind: TensorType) -> Iterator[_Block]:
             yield tensor, i, slice(start, min(start + step, rows)), i * each + start * each // rows
 
 
+def _read_block(
+    source: Source, stored: GGUFSource | None, exact: ExactCodes | None, kind: TensorType, block: _Block
+) -> np.ndarray:
+    """The bytes of a block.
+
+    Args:
+      source: the parameters in full precision.
+      stored: the same, if they are in a GGUF file.
+      exact: their codes, if they are in another format.
+      kind: how the values are stored.
+      block: which values.
+    """
+    tensor, i, rows, _ = block
+    leaf, index = tensor.parts[i]
+    name = leaf.names[index]
+    if stored is not None and _stored_type(stored, tensor) == kind:
+        per_row = leaf.hf_shape[0] // leaf.shape[0]
+        return stored.read_rows(name, slice(rows.start * per_row, rows.stop * per_row), leaf.hf_shape[0])
+    if exact is not None and exact.type_of(tensor) is not None:
+        return exact.rows(name, rows)
+    values = source.read(leaf, slice(index, index + 1), rows)
+    return encode(values.reshape(-1, tensor.shape[-1] if len(tensor.shape) > 1 else values.size), kind, tensor.name)
+
+
 def _write_block(
-    source: Source,
-    stored: GGUFSource | None,
+    read: Callable[[], np.ndarray],
     descriptor: int,
     start: int,
-    kind: TensorType,
+    source: Source,
     block: _Block,
     progress: Callable[[int], None] | None,
 ) -> None:
-    """Reads a block, converts it, and writes it to its place.
-
-    Args:
-      source, stored: the parameters; `stored` if they are in a GGUF file.
-      descriptor: of the new file.
-      start: of the tensor's data in it.
-      kind: how the values are stored.
-      block: which values.
-      progress: as for `export`.
-    """
+    """Writes a block to its place in a file, where the tensor's data begin at `start`."""
     tensor, i, rows, offset = block
-    leaf, index = tensor.parts[i]
-    if stored is not None and _stored_type(stored, tensor) == kind:
-        per_row = leaf.hf_shape[0] // leaf.shape[0]
-        hf_rows = slice(rows.start * per_row, rows.stop * per_row)
-        data = stored.read_rows(leaf.names[index], hf_rows, leaf.hf_shape[0])
-    else:
-        values = source.read(leaf, slice(index, index + 1), rows)
-        data = encode(values.reshape(-1, tensor.shape[-1] if len(tensor.shape) > 1 else values.size), kind, tensor.name)
-    written, content = 0, data.reshape(-1).view(np.uint8).data
+    written, content = 0, read().reshape(-1).view(np.uint8).data
     while written < len(content):
         written += os.pwrite(descriptor, content[written:], start + offset + written)
     if progress is not None:
+        leaf, _ = tensor.parts[i]
         progress((rows.stop - rows.start) * math.prod(leaf.shape[1:]) * source.dtype(leaf).itemsize)
 
 

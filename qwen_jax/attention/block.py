@@ -17,6 +17,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.linear import Linear, add_adapters, add_lora, initializers
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.quantized import quantize_projections
 
 
 class Attention(nnx.Module):
@@ -48,6 +49,7 @@ class Attention(nnx.Module):
             self.k = projection(K, s.kv, s.kv_bias, kv_out)
             self.v = projection(K, s.kv, s.kv_bias, kv_out)
         self.o = Linear("BTHd,DHd->BTD", residual(rngs.params(), (D, H, d)), x=s.heads, w=s.o, out=s.hidden)
+        quantize_projections(self, "attention", config.quantization, s, trained=options.lora is not None)
         add_lora(self, options.lora, rngs)
         add_adapters(self, options.adapter_ranks)
 

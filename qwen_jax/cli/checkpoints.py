@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -45,11 +45,20 @@ class Info:
             "context_length": config.context_length,
             "config": config.to_hf(),
         }
+        quantization = _quantization(self.model)
+        if quantization is not None:
+            report["quantization"] = quantization
         if self.json:
             print(to_json(report))
             return 0
         print(self.model)
-        for name, value in _rows(config):
+        rows = _rows(config)
+        if quantization is not None:
+            group, size = quantization["group_size"], quantization["weights_bytes"]
+            text = f"{quantization['method']}, {quantization['bits']} bits"
+            text += f", groups of {group}" if group else ", one scale for each output or matrix"
+            rows.append(("quantised", text + (f", {binary_size(size)} of files" if size else "")))
+        for name, value in rows:
             print(f"  {name:24s} {value}")
         return 0
 
@@ -65,6 +74,22 @@ def _config(model: str) -> "ModelConfig":
     if os.path.isdir(model) or is_gguf(model) or (not known and (is_hub_id(model) or "/" in model)):
         return load_config(resolve(model, CONFIG))
     return published(model)
+
+
+def _quantization(model: str) -> dict[str, Any] | None:
+    """How the weights of a folder or Hub model are quantised, by its configuration; None if they are not."""
+    from qwen_jax.hub import CONFIG, is_hub_id, resolve
+    from qwen_jax.published import PUBLISHED
+
+    if not os.path.isdir(model) and (model.lower().removeprefix("qwen/") in PUBLISHED or not is_hub_id(model)):
+        return None
+    folder = resolve(model, CONFIG)
+    given = sibling("convert.quantized.source").quantization_config(folder)
+    info = sibling("convert.quantized.formats").read_format(folder, given)
+    if info is None:
+        return None
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return {"method": info.method, "bits": info.bits, "group_size": info.group, "weights_bytes": size or None}
 
 
 def _rows(config: "ModelConfig") -> list[tuple[str, str]]:

@@ -67,7 +67,7 @@ def read(header: Header) -> dict[str, Any]:
 
     Returns:
       The fields of a `ModelConfig`; `yarn` and `moe` as dictionaries of their fields. The dtype is that of the
-      matrices, and float32 if they are quantised.
+      matrices, and bfloat16 if they are quantised.
 
     Raises:
       InputError: another architecture, metadata that are missing or wrong, or a key that is not known: guessing would
@@ -117,8 +117,9 @@ def read(header: Header) -> dict[str, Any]:
             shared_intermediate_size=values.get("expert_shared_feed_forward_length", int, shared),
             norm_topk_prob=values.get("expert_weights_norm", bool, False),
         )
-    matrices = {tensor.type.name for tensor in header.tensors.values() if len(tensor.shape) > 1}
-    matrices -= {"F32"} if matrices & _DTYPES.keys() else set()
+    # Vectors and routers are float32 in any file; quantised models compute in bfloat16.
+    matrices = {tensor.type.name for tensor in header.tensors.values() if len(tensor.shape) > 1} - {"F32"}
+    dtype = _DTYPES.get(next(iter(matrices)), "bfloat16") if len(matrices) == 1 else "bfloat16"
     bos = header.metadata.get(BOS_KEY)
     return dict(
         vocab_size=vocab_size,
@@ -136,7 +137,7 @@ def read(header: Header) -> dict[str, Any]:
         moe=moe,
         bos_token_id=bos if isinstance(bos, int) else None,
         eos_token_ids=_read_ends(header, vocab_size),
-        dtype=_DTYPES.get(next(iter(matrices)), "float32") if len(matrices) == 1 else "float32",
+        dtype=dtype if matrices else "float32",
     )
 
 

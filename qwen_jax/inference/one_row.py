@@ -30,7 +30,7 @@ overlap: each begins to read its weights while the kernel before it still runs."
 
 
 def supports(config: ModelConfig, sharding: Sharding, options: Options, rows: int, cache: ContiguousCache) -> bool:
-    """Whether `step` can be used: one row, one Hopper GPU, bfloat16, the inference layout, plain attention.
+    """Whether `step` can be used: one row, one Hopper GPU, bfloat16 weights, the inference layout, plain attention.
 
     Args:
       config: the architecture.
@@ -40,7 +40,7 @@ def supports(config: ModelConfig, sharding: Sharding, options: Options, rows: in
       cache: of the batch.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    plain = not options.capacity_factor and options.fused and options.dtype == "bfloat16"
+    plain = not options.capacity_factor and options.fused and options.dtype == "bfloat16" and not config.quantization
     if rows != 1 or mesh.size != 1 or not plain or dual_chunk.is_needed(config, cache.slots):
         return False
     heads = config.num_heads, config.num_kv_heads

@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params
+from qwen_jax.quantization import Quantization, unified
+from qwen_jax.quantized import in_scheme
 
 
 def fuse(params: Params, config: ModelConfig, sharding: Sharding) -> Params:
@@ -27,10 +30,16 @@ def fuse(params: Params, config: ModelConfig, sharding: Sharding) -> Params:
     layers = params["layers"]
     if not isinstance(layers, list):
         raise ValueError("fuse needs unstacked layers, as from Options(stacked=False).")
-    fused = []
+    fused: list[Params] = []
     while layers:
         parts, rest = _taken_apart(layers.pop(0))
-        fused.append(_with_joined(rest, *_join_jitted(parts, config=config, sharding=sharding)))
+        quantization = _of_layer(config, len(fused))
+        _check_orders(parts, len(fused))
+        feed_forward = "moe.shared" if "moe" in rest else "mlp"
+        joined = _join_jitted(
+            parts, config=config, sharding=sharding, quantization=quantization, feed_forward=feed_forward
+        )
+        fused.append(_with_joined(rest, *joined))
         for leaf in jax.tree.leaves(parts):
             leaf.delete()
     return {**params, "layers": fused}
@@ -44,6 +53,8 @@ def fused_layer(layer: Params, config: ModelConfig, sharding: Sharding) -> Param
       config: the architecture.
       sharding: of the mesh that the layout is for. The current mesh may be another one if its axes are automatic.
     """
+    if config.quantization is not None:
+        raise ValueError("Quantised layers are joined by fuse.")
     parts, rest = _taken_apart(layer)
     return _with_joined(rest, *_join(parts, config=config, sharding=sharding))
 
@@ -71,10 +82,41 @@ def _with_joined(layer: Params, qkv: Params, gate_up: Params) -> Params:
     return {**layer, "attention": {**layer["attention"], "qkv": qkv}, **rest}
 
 
-def _join(parts: Params, *, config: ModelConfig, sharding: Sharding) -> tuple[Params, Params]:
-    """q, k, v, gate, up -> qkv, gate_up."""
+def _of_layer(config: ModelConfig, layer: int) -> Quantization | None:
+    return config.quantization and config.quantization.of_layer(layer, config.num_layers)
+
+
+def _check_orders(parts: Params, layer: int) -> None:
+    """Refuses projections that are joined and have different orders of their inputs."""
+    for names in ("q", "k", "v"), ("gate", "up"):
+        first, *others = (parts[name].get("order") for name in names)
+        for name, other in zip(names[1:], others, strict=True):
+            if first is not None and other is not None and not bool(jnp.array_equal(first, other)):
+                raise InputError(
+                    f"Layer {layer}: {names[0]} and {name} have different orders of their inputs (g_idx), so that they "
+                    "cannot be one matrix. Convert the checkpoint to bfloat16, or quantise it without desc_act."
+                )
+
+
+def _join(
+    parts: Params,
+    *,
+    config: ModelConfig,
+    sharding: Sharding,
+    quantization: Quantization | None = None,
+    feed_forward: str = "mlp",
+) -> tuple[Params, Params]:
+    """q, k, v, gate, up -> qkv, gate_up.
+
+    Args:
+      parts: the projections.
+      config, sharding: as for `fuse`.
+      quantization: of the layer.
+      feed_forward: path of the module that has gate and up.
+    """
     n, repeat = sharding.tensor, sharding.kv_heads // config.num_kv_heads
     explicit = jax.sharding.get_abstract_mesh().are_all_axes_explicit
+    parts = _alike(parts, quantization, feed_forward)
 
     def split(x: jax.Array, times: int = 1) -> jax.Array:
         """[heads or width, ...] -> [shards, heads or width of one shard, ...]."""
@@ -86,11 +128,30 @@ def _join(parts: Params, *, config: ModelConfig, sharding: Sharding) -> tuple[Pa
         return x.reshape(n, -1, *x.shape[1:], out_sharding=jax.P("tensor", None, *rest))
 
     def qkv(name: str) -> jax.Array:
+        if name == "order":
+            return parts["q"][name]
         heads = [split(parts[x][name], times) for x, times in (("q", 1), ("k", repeat), ("v", repeat))]
         return jnp.concatenate(heads, axis=1)
 
-    gate_up = jnp.stack([split(parts["gate"]["weight"]), split(parts["up"]["weight"])], axis=1)
-    return {"weight": qkv("weight"), "bias": qkv("bias")}, {"weight": gate_up}
+    def gate_up(name: str) -> jax.Array:
+        if name == "order":
+            return parts["gate"][name]
+        return jnp.stack([split(parts["gate"][name]), split(parts["up"][name])], axis=1)
+
+    return {name: qkv(name) for name in parts["q"]}, {name: gate_up(name) for name in parts["gate"]}
 
 
-_join_jitted = functools.partial(jax.jit, static_argnames=("config", "sharding"))(_join)
+def _alike(parts: Params, quantization: Quantization | None, feed_forward: str) -> Params:
+    """The projections of a layer in the schemes of the joined ones."""
+    if quantization is None:
+        return parts
+    result: Params = {}
+    for module, names in ("attention", ("q", "k", "v")), (feed_forward, ("gate", "up")):
+        schemes = [quantization.of(f"{module}.{name}") for name in names]
+        target = functools.reduce(unified, schemes)
+        for name, scheme in zip(names, schemes, strict=True):
+            result[name] = in_scheme(parts[name], scheme, target)
+    return result
+
+
+_join_jitted = functools.partial(jax.jit, static_argnames=("config", "sharding", "quantization", "feed_forward"))(_join)

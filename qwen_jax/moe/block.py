@@ -47,7 +47,8 @@ class MoE(nnx.Module):
         E, F, D = config.moe.num_experts, config.moe.intermediate_size, config.hidden_size
         normal, residual = initializers(config)
         self.router = Weight(normal(rngs.params(), (E, D)), sharding.router)
-        self.experts = Experts(normal(rngs.params(), (E, 2, F, D)), residual(rngs.params(), (E, D, F)), sharding)
+        gate_up, down = normal(rngs.params(), (E, 2, F, D)), residual(rngs.params(), (E, D, F))
+        self.experts = Experts(gate_up, down, sharding, config.quantization)
         self.shared = shared
         self.shared_gate = Weight(normal(rngs.params(), (1, D)), sharding.router)
 
@@ -90,9 +91,11 @@ class MoE(nnx.Module):
         assert moe is not None
         context = MoEContext(moe, spec, self.config.rms_norm_eps, options.capacity_factor, options.grouped, keep_dots)
         dtype = x_BTD.dtype
-        stored = self.router.weight[...], self.experts.gate_up[...], self.experts.down[...]
-        weights = MoEWeights(norm_D, *(w.astype(dtype) for w in stored))
-        specs: tuple[Any, ...] = spec.norm, spec.router, spec.experts_gate_up, spec.experts_down
+        (gate_up, gate_up_specs), (down, down_specs) = (
+            self.experts.arrays(name, dtype) for name in ("gate_up", "down")
+        )
+        weights = MoEWeights(norm_D, self.router.weight[...].astype(dtype), gate_up, down)
+        specs: tuple[Any, ...] = spec.norm, spec.router, gate_up_specs, down_specs
         run = jax.shard_map(
             functools.partial(_routed_on_device, context),
             in_specs=(spec.hidden, MoEWeights(*specs), None if valid_BT is None else spec.tokens, spec.hidden),

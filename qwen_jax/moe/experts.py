@@ -6,18 +6,74 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
+from qwen_jax.errors import InputError
+from qwen_jax.kernels.matmul import quantized
 from qwen_jax.moe.exchange import AXIS
 from qwen_jax.parallel.collectives import all_gather_weight
 from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.quantization import Quantization
 
 
 class Experts(nnx.Module):
-    """The SwiGLU weights of all routed experts of a layer, in two arrays."""
+    """The SwiGLU weights of all routed experts of a layer.
 
-    def __init__(self, gate_up_E2FD: jax.Array, down_EDF: jax.Array, sharding: Sharding):
-        self.gate_up = nnx.Param(gate_up_E2FD, spec=sharding.experts_gate_up)
-        self.down = nnx.Param(down_EDF, spec=sharding.experts_down)
+    There are two arrays, `gate_up` and `down`. Of quantised experts these hold the codes; scales and what else belongs
+    to them have names such as `gate_up_scales`, with one entry for each expert; see `qwen_jax.quantization.Scheme`.
+    """
+
+    def __init__(
+        self,
+        gate_up_E2FD: jax.Array,
+        down_EDF: jax.Array,
+        sharding: Sharding,
+        quantization: Quantization | None = None,
+    ):
+        """
+        Args:
+          gate_up_E2FD, down_EDF: initial weights; of quantised experts only the shapes are used.
+          sharding: of the current mesh.
+          quantization: of the layer.
+        """
+        weights = ("gate_up", gate_up_E2FD, sharding.experts_gate_up), ("down", down_EDF, sharding.experts_down)
+        self.names: dict[str, tuple[str, ...]] = {}
+        for name, weight, spec in weights:
+            scheme = None if quantization is None else quantization.of(f"moe.experts.{name}")
+            if scheme is None:
+                self.names[name] = ("weight",)
+                setattr(self, name, nnx.Param(weight, spec=spec))
+                continue
+            self.names[name] = tuple(scheme.arrays())
+            *outputs, inputs = weight.shape
+            shards = sharding.tensor if spec[-1] == "tensor" else 1
+            if scheme.ordered and shards > 1:
+                raise InputError(
+                    f"moe.experts.{name} has an order of its inputs (desc_act), which a tensor axis of {shards} would "
+                    "split. Use an expert axis in its place, or a checkpoint without desc_act."
+                )
+            group_spec = P(*(None if axis == "fsdp" else axis for axis in spec))
+            for array, dtype in scheme.arrays().items():
+                shape, array_spec = (*outputs, scheme.groups(inputs, shards)), group_spec
+                if array == "weight":
+                    shape, array_spec = weight.shape, spec
+                if array == "order":
+                    shape, array_spec = (*outputs[:-1], inputs), P(spec[0], *(None for _ in outputs[1:]))
+                param = nnx.Param(jnp.zeros(shape, dtype), spec=array_spec, stored=True)
+                setattr(self, array_name(name, array), param)
+
+    def arrays(self, name: str, dtype: jnp.dtype) -> tuple[dict[str, jax.Array], dict[str, P]]:
+        """The arrays of `gate_up` or `down` and their PartitionSpecs; weights that are not quantised in a dtype."""
+        params = {array: getattr(self, array_name(name, array)) for array in self.names[name]}
+        values = {array: param[...] for array, param in params.items()}
+        if len(values) == 1:
+            values = {"weight": values["weight"].astype(dtype)}
+        return values, {array: param.get_metadata("spec") for array, param in params.items()}
+
+
+def array_name(name: str, array: str) -> str:
+    """The name of a parameter of `Experts`: of the array of a `Scheme` that belongs to `gate_up` or `down`."""
+    return name if array == "weight" else f"{name}_{array}"
 
 
 @jax.tree_util.register_dataclass
@@ -28,14 +84,15 @@ class MoEWeights:
     Attributes:
       norm_D: weight of the norm before the router, replicated.
       router_Ed: weight of the router, sharded over `fsdp`.
-      gate_up_e2fd: gate and up matrices of this device's experts, sharded over `tensor` and `fsdp`.
-      down_edf: down matrices of this device's experts, sharded over `fsdp` and `tensor`.
+      gate_up: {"weight": gate and up matrices [e, 2, f, d] of this device's experts, sharded over `tensor` and `fsdp`},
+        and if they are quantised the further arrays of their scheme.
+      down: the same for the down matrices [e, d, f], sharded over `fsdp` and `tensor`.
     """
 
     norm_D: jax.Array
     router_Ed: jax.Array
-    gate_up_e2fd: jax.Array
-    down_edf: jax.Array
+    gate_up: dict[str, jax.Array]
+    down: dict[str, jax.Array]
 
     def gathered_router(self) -> jax.Array:
         """The router's weight [E, D], gathered over `fsdp`."""
@@ -43,12 +100,25 @@ class MoEWeights:
 
     def gathered_gate_up(self) -> jax.Array:
         """Gate and up of each expert as one matrix [e, 2 f, D], gathered over `fsdp`."""
-        w = all_gather_weight(self.gate_up_e2fd, 3)
+        w = self._gathered(self.gate_up, 3)
         return w.reshape(w.shape[0], -1, w.shape[-1])
 
     def gathered_down(self) -> jax.Array:
         """The down matrices [e, D, f], gathered over `fsdp`."""
-        return all_gather_weight(self.down_edf, 1)
+        return self._gathered(self.down, 1)
+
+    def _gathered(self, arrays: dict[str, jax.Array], axis: int) -> jax.Array:
+        """The values of a weight, gathered along an axis over `fsdp`."""
+        if len(arrays) == 1:
+            return all_gather_weight(arrays["weight"], axis)
+        order = arrays.get("order")
+        gathered = {name: array for name, array in arrays.items() if name != "order"}
+        gathered["weight"] = lax.all_gather(gathered["weight"], "fsdp", axis=axis, tiled=True)
+        w = quantized.dequantize(**gathered)
+        if order is not None:
+            places = jnp.argsort(order, axis=-1)
+            w = jnp.take_along_axis(w, places if order.ndim == w.ndim else places[..., None, :], axis=-1)
+        return w.astype(self.router_Ed.dtype)
 
 
 def weighted_swiglu(gate_up: jax.Array, weights: jax.Array) -> jax.Array:

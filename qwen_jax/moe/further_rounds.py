@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from qwen_jax.moe.dispatch import DroplessInfo, exchange_room, gather_rows, permute, sum_assignments
@@ -101,8 +102,17 @@ def _further_rounds_backward(
         return result
 
     with jax.named_scope(FURTHER_ROUNDS):
-        gradients: _Inputs = lax.cond(rounds > 1, run, lambda: jax.tree.map(jnp.zeros_like, inputs))
-    return dout, gradients, None
+        # Codes of quantised weights are integers, which have no gradient.
+        leaves, treedef = jax.tree.flatten(inputs)
+        real = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        some: list[jax.Array] = lax.cond(
+            rounds > 1,
+            lambda: [jax.tree.leaves(run())[i] for i in real],
+            lambda: [jnp.zeros_like(leaves[i]) for i in real],
+        )
+        found = dict(zip(real, some, strict=True))
+    gradients = [found.get(i, np.zeros(leaf.shape, jax.dtypes.float0)) for i, leaf in enumerate(leaves)]
+    return dout, jax.tree.unflatten(treedef, gradients), None
 
 
 _further_rounds.defvjp(_further_rounds_forward, _further_rounds_backward)

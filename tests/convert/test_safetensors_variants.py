@@ -271,11 +271,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a weight of integers": (
         change(lambda w: w.update({NORM: w[NORM].to(torch.int8)})),
-        "layers.1.input_layernorm.weight has dtype 'I8'.*Quantised",
+        "layers.1.input_layernorm.weight has dtype 'I8'.*quantised",
     ),
     "a weight in float8": (
         change(lambda w: w.update({NORM: w[NORM].to(torch.float8_e4m3fn)})),
-        "dtype 'F8_E4M3'.*Quantised",
+        "dtype 'F8_E4M3'.*quantised",
     ),
     "an index of other files beside a single file": (
         lambda f: (write_index(f), (f / INDEX).write_text((f / INDEX).read_text().replace(FILE, "other.safetensors"))),

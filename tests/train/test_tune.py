@@ -12,16 +12,22 @@ import numpy as np
 import pytest
 
 from convert.huggingface import export
+from convert.quantized.export import export as quantised_export
+from convert.quantized.gptq import Gptq
+from convert.source import TreeSource
 from qwen_jax.cli import main
 from qwen_jax.cli.train import _Formats
 from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json
+from qwen_jax.lora import LoRA
 from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.params import init_params
 from qwen_jax.published import published
+from qwen_jax.quantization import Quantization, Scheme
 from qwen_jax.tokenizer import train_bpe
 from tests.helpers.processes import run as run_processes
+from tests.helpers.quantized import random_quantized
 from tests.helpers.runs import assert_same_weights, final_weights, launches, losses, print_seed, stop_after
 from train import tune, tune_command
 from train.loop import LoopConfig
@@ -126,7 +132,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
     assert_same_weights(folders[0].parent, folders[1].parent, last)
 
 
-@pytest.mark.parametrize("method", ["sft", "reward"])
+@pytest.mark.parametrize("method", ["sft", "reward", "dpo"])
 def test_an_adapter_is_tuned_and_used(method: str, files: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     assert main(["train", method, "--lora", *arguments(files, method, output)]) == 0
@@ -135,6 +141,9 @@ def test_an_adapter_is_tuned_and_used(method: str, files: Path, tmp_path: Path) 
     settings = read_json(output / "model" / "adapter_config.json")
     assert settings["base_model_name_or_path"] == str(files / "model")
     assert settings["modules_to_save"] == (["score"] if method == "reward" else None)
+    if method == "dpo":
+        # The adapter does nothing at first: the policy is the reference.
+        np.testing.assert_allclose(found[0], np.log(2), rtol=1e-5)
     if method == "sft":
         # The last sample is what the exported adapter says of the same prompt.
         last = json.loads((output / "samples.jsonl").read_text().splitlines()[-1])
@@ -142,6 +151,33 @@ def test_an_adapter_is_tuned_and_used(method: str, files: Path, tmp_path: Path) 
         prompt.write_text(last["prompt"])
         command = ["generate", str(files / "model"), "--adapter", str(output / "model"), "--prompt", "red"]
         assert main([*command, "--max-new-tokens", "2"]) == 0
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_an_adapter_is_tuned_beside_quantised_weights(
+    method: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QLoRA: the base stays as it is, byte for byte; a stopped run resumes; all weights cannot be trained."""
+    info, scheme, quantised = Gptq(codes="int4", group=32), Scheme("int4", 32), tmp_path / "quantised"
+    config = dataclasses.replace(load_config(files / "model"), quantization=Quantization(scheme))
+    params = random_quantized(config, print_seed())
+    quantised_export(TreeSource(params, config), info, quantised, extra_files_from=files / "model")
+    before = {file.name: file.read_bytes() for file in quantised.iterdir()}
+    straight, stopped = (configuration(files, method, tmp_path / name) for name in ("straight", "stopped"))
+    lora = dataclasses.replace(straight.step, lora=LoRA(rank=4))
+    with pytest.raises(InputError, match="Train an adapter beside them"):
+        tune.tune(dataclasses.replace(straight, model=str(quantised)), _Formats())
+    straight, stopped = (dataclasses.replace(c, model=str(quantised), step=lora) for c in (straight, stopped))
+    tune.tune(straight, _Formats())
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert tune.tune(stopped, _Formats())
+    assert not tune.tune(stopped, _Formats())
+    last = max(int(p.name) for p in (tmp_path / "straight" / "checkpoints").iterdir() if p.name.isdecimal())
+    assert_same_weights(tmp_path / "straight", tmp_path / "stopped", last)
+    found = losses(tmp_path / "straight")
+    assert found[-1] < found[0]
+    assert before == {file.name: file.read_bytes() for file in quantised.iterdir()}
 
 
 def test_merging_nothing_is_the_plain_optimiser(files: Path, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from convert.gguf import blocks, kquants
-from convert.gguf.reader import scheme
+from convert.gguf.quantized import scheme
+from convert.quantized.codes import Codes
 from qwen_jax.errors import InputError
 from qwen_jax.gguf.header import TYPES
 from tests.helpers.runs import print_seed
@@ -44,15 +45,6 @@ def reference(data: np.ndarray, name: str) -> np.ndarray:
         return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[name])
 
 
-def value(codes: blocks.Codes) -> np.ndarray:
-    """The definition: (codes - zeros) * scales - mins in float32."""
-    outputs, groups = codes.scales.shape
-    grouped = codes.codes.astype(np.float32).reshape(outputs, groups, -1) * codes.scales.astype(np.float32)[..., None]
-    if codes.mins is not None:
-        grouped = grouped - codes.mins[..., None]
-    return grouped.reshape(outputs, -1)
-
-
 def test_types_have_the_sizes_of_the_library() -> None:
     known = {(kind.name, int(kind)): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
     ours = {(kind.name, kind.number): (kind.block, kind.nbytes) for kind in TYPES.values()}
@@ -78,16 +70,15 @@ def test_codes_have_the_values_of_the_file(name: str) -> None:
     codes, expected = blocks.unpack(data, TYPES[name]), reference(data, name)
     fields = scheme(TYPES[name])
     assert fields is not None
-    assert codes.codes.dtype == np.dtype({"int4": ml_dtypes.int4, "int8": np.int8}[str(fields["codes"])])
-    assert codes.scales.dtype.name == fields["scales"]
-    assert (codes.mins is not None) == (fields["offset"] == "min")
+    assert codes.codes.dtype == np.dtype({"int4": ml_dtypes.int4, "int8": np.int8}[fields.codes])
+    assert (codes.scales.dtype.name, codes.group) == (fields.scales, fields.group)
+    assert (codes.mins is not None) == (fields.offset == "min")
     assert codes.codes.shape == expected.shape
-    assert codes.codes.shape[1] // codes.scales.shape[1] == fields["group"]
-    got = value(codes)
+    got = codes.dequantize()
     if name in ("Q4_1", "Q4_K"):
         assert codes.mins is not None
         terms = 8 * np.abs(codes.scales.astype(np.float32)) + np.abs(codes.mins)
-        assert (np.abs(got - expected) <= np.repeat(np.spacing(terms), int(fields["group"]), axis=1)).all()
+        assert (np.abs(got - expected) <= np.repeat(np.spacing(terms), fields.group, axis=1)).all()
     else:
         assert got.tobytes() == expected.tobytes()
 
@@ -97,29 +88,29 @@ def test_codes_are_written_without_rounding(name: str) -> None:
     """Taking apart and packing give the same bytes; wider groups repeat their scale."""
     rng = print_seed()
     data = random_rows(name, rng)
-    kind, packed = blocks.pack(*blocks.unpack(data, TYPES[name]))
+    kind, packed = blocks.pack(blocks.unpack(data, TYPES[name]))
     assert kind.name == name
     assert packed.tobytes() == data.tobytes()
 
     codes = rng.integers(-8, 8, (6, 256)).astype(ml_dtypes.int4 if name == "Q4_0" else np.int8)
     scales = rng.random((6, 2)).astype(np.float16)
-    kind, packed = blocks.pack(codes, scales, zeros=np.zeros((6, 2), codes.dtype))
-    assert np.array_equal(blocks.dequantize(packed, kind), value(blocks.Codes(codes, scales)))
+    kind, packed = blocks.pack(Codes(codes, scales, zeros=np.zeros((6, 2), codes.dtype)))
+    assert np.array_equal(blocks.dequantize(packed, kind), Codes(codes, scales).dequantize())
 
 
 def test_codes_without_a_type_are_refused() -> None:
     codes, scales = np.ones((2, 64), np.int8), np.ones((2, 2), np.float32)
     for changed, words in (
-        ({"codes": codes.astype(np.float32)}, "codes of float32"),
+        ({"codes": codes.astype(ml_dtypes.float8_e4m3fn)}, "codes of float8_e4m3fn"),
         ({"zeros": np.ones((2, 2), np.int8)}, "zero points"),
         ({"mins": np.ones((2, 2), np.float32)}, "minima"),
-        ({"order": np.arange(64)}, "order"),
+        ({"order": np.arange(64, dtype=np.int32)}, "order"),
         ({"scales": np.ones((2, 4), np.float32)}, "groups of 16 inputs"),
         ({"scales": np.full((2, 2), 1 + 2**-20, np.float32)}, "float16 does not hold"),
         ({"scales": np.full((2, 2), np.nan, np.float32)}, "float16 does not hold"),
     ):
         with pytest.raises(InputError, match=words):
-            blocks.pack(**{"codes": codes, "scales": scales, **changed})
+            blocks.pack(Codes(**{"codes": codes, "scales": scales, **changed}))
     with pytest.raises(InputError, match="IQ4_NL has no scales of groups"):
         blocks.unpack(np.zeros((1, 18), np.uint8), TYPES["IQ4_NL"])
 

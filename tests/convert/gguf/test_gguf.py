@@ -13,18 +13,22 @@ import numpy as np
 import pytest
 import torch
 import transformers.modeling_utils
+from jax.sharding import Mesh
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convert
-from convert.gguf import RECIPES, GGUFSource
+from convert.gguf import RECIPES, GGUFSource, QuantizedGGUF, export
 from convert.gguf.names import has_head, place, tensors
+from convert.gguf.quantized import scheme
 from convert.gguf.recipes import type_of
 from convert.names import leaves
 from convert.source import Source
+from convert.verify import _run as verify_run
 from qwen_jax.cli import main
 from qwen_jax.cli.checkpoints import GGUFType
 from qwen_jax.config import MoE, Yarn, load_config
-from qwen_jax.gguf.header import read_header
+from qwen_jax.errors import InputError
+from qwen_jax.gguf.header import TYPES, read_header
 from qwen_jax.options import Options
 from qwen_jax.published import published
 from qwen_jax.tokenizer import load_tokenizer
@@ -189,10 +193,51 @@ def test_values_and_codes_are_those_of_the_library(recipe: str, models: Path, tm
         assert x.tobytes() == expected.tobytes(), name
         codes = source.codes(name)
         if codes is not None:
-            grouped = codes.codes.astype(np.float32).reshape(*codes.scales.shape, -1)
-            again = grouped * codes.scales.astype(np.float32)[..., None]
-            again = again if codes.mins is None else again - codes.mins[..., None]
-            assert np.allclose(again.ravel(), x.ravel(), rtol=0, atol=1e-7)
+            assert np.allclose(codes.dequantize().ravel(), x.ravel(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_the_model_runs_with_the_codes(kind: str, models: Path, tmp_path: Path, mesh: Mesh) -> None:
+    """Logits of the codes are those of their values; layers may have different types, and one that has no codes."""
+    file = tmp_path / "model.gguf"
+    convert.convert(models / kind, file, recipe="q4_k_m")
+    data = print_seed().integers(0, 256, (256, 136), np.uint8)
+    data[:, :2] = np.full((256, 1), 0.0005, np.float16).view(np.uint8)
+    changed = {"blk.0.attn_q.weight": (data, gguf.GGMLQuantizationType.IQ4_XS)}
+    source = convert.open_source(edited(file, tmp_path / "mixed.gguf", {}, changed))
+    assert isinstance(source, QuantizedGGUF)
+    quantization = source.config.quantization
+    assert quantization is not None
+    assert quantization.of("layers.0.attention.q") is None
+    assert quantization.of("layers.1.attention.q") == scheme(TYPES["Q4_K"])
+    assert source.read_rows("model.layers.1.self_attn.v_proj.weight", slice(0, 1), 128).shape == (1, 144)
+    tokens = random_tokens(source.config, 1, 16)
+    ours = verify_run(source, tokens)
+    assert relative(ours, verify_run(source.full_precision(), tokens)) < 1e-5
+
+
+class _OtherFormat:
+    """A quantised `Source` that is not in a GGUF file."""
+
+    def __init__(self, source: QuantizedGGUF) -> None:
+        self.config, self.workers, self.folder = source.config, source.workers, None
+        self.dtype, self.spans, self.read = source.dtype, source.spans, source.read
+
+
+@pytest.mark.parametrize("recipe", ["q8_0", "q4_0"])
+def test_codes_of_other_formats_are_kept(recipe: str, models: Path, tmp_path: Path) -> None:
+    """Symmetric int4 and int8 codes are written as they are; others are refused without a type."""
+    file, again = tmp_path / "model.gguf", tmp_path / "again.gguf"
+    convert.convert(models / "moe", file, recipe=recipe)
+    source = QuantizedGGUF(file)
+    export(_OtherFormat(source), again)  # type: ignore[arg-type]
+    assert_same(GGUFSource(again), source.full_precision())
+    kinds = collections.Counter(x.type.name for name, x in read_header(again).tensors.items() if "blk" in name)
+    assert kinds == collections.Counter(x.type.name for name, x in source.header.tensors.items() if "blk" in name)
+    export(_OtherFormat(source), tmp_path / "other.gguf", "f16")  # type: ignore[arg-type]
+    convert.convert(models / "moe", tmp_path / "min.gguf", recipe="q4_1")
+    with pytest.raises(InputError, match="no type for zero points, minima"):
+        export(_OtherFormat(QuantizedGGUF(tmp_path / "min.gguf")), tmp_path / "b.gguf")  # type: ignore[arg-type]
 
 
 def test_blocks_of_rows_are_parts_of_the_whole(models: Path, tmp_path: Path) -> None:
@@ -254,7 +299,7 @@ def test_files_of_other_tools_are_read(tmp_path: Path) -> None:
         },
     )
     source, original = GGUFSource(other), GGUFSource(file)
-    assert source.config == original.config
+    assert source.config == dataclasses.replace(original.config, dtype="bfloat16")
     got, expected = values(source), values(original)
     name = "model.layers.0.self_attn.q_proj.weight"
     q = gguf.quants.dequantize(data, gguf.GGMLQuantizationType.IQ4_XS)

@@ -1,0 +1,140 @@
+"""Products with quantised weights; see `qwen_jax.quantization.Scheme` for what the arrays stand for.
+
+| implementation | where    | what                                                                         |
+|----------------|----------|------------------------------------------------------------------------------|
+| plain          | anywhere | dequantises in float32 and rounds once to the dtype of x, before the product |
+
+"auto" selects the first that supports the call; see `qwen_jax.kernels.select`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qwen_jax.kernels.select import Candidate, select
+
+Abstract = jax.Array | jax.ShapeDtypeStruct
+
+
+def dequantize(
+    weight: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None = None,
+    mins: jax.Array | None = None,
+) -> jax.Array:
+    """The values of quantised weights.
+
+    Args:
+      weight: codes [..., K].
+      scales: [..., G] of the groups of K / G codes.
+      zeros: zero points [..., G].
+      mins: float32 [..., G], subtracted after scaling.
+
+    Returns:
+      float32 [..., K].
+    """
+    grouped = weight.astype(jnp.float32).reshape(*scales.shape, -1)
+    if zeros is not None:
+        grouped -= zeros.astype(jnp.float32)[..., None]
+    values = grouped * scales.astype(jnp.float32)[..., None]
+    if mins is not None:
+        values -= mins[..., None]
+    return values.reshape(weight.shape)
+
+
+def select_quantized(implementation: str, x: Abstract, weight: Abstract, scales: Abstract, offset: bool) -> str:
+    """Returns the name of the implementation that runs; see `select`.
+
+    Args:
+      implementation: "auto" or a name.
+      x: activations [M, K]; of this and the others, only shape and dtype are used.
+      weight: codes [N, K].
+      scales: [N, G].
+      offset: whether there are zero points or minima.
+
+    Raises:
+      InputError: the implementation asked for does not support the call.
+    """
+    candidates = [Candidate("plain")]
+    what = f"{x.shape[0]} rows, matrix {list(weight.shape)} of {weight.dtype}, {scales.shape[1]} groups"
+    what += " with offsets" if offset else ""
+    return select(candidates, implementation, "quantised product", what)
+
+
+def quantized_matmul(
+    x_MK: jax.Array,
+    weight_NK: jax.Array,
+    scales_NG: jax.Array,
+    zeros_NG: jax.Array | None = None,
+    mins_NG: jax.Array | None = None,
+    *,
+    implementation: str = "auto",
+) -> jax.Array:
+    """The product of rows with a quantised matrix, x W^T. Runs on local arrays.
+
+    Args:
+      x_MK: rows, in the order of the inputs of the matrix.
+      weight_NK: codes.
+      scales_NG, zeros_NG, mins_NG: as for `dequantize`.
+      implementation: see the table above. Only "plain" has a gradient, with respect to x.
+
+    Returns:
+      float32 [M, N]. "plain" rounds the weight to the dtype of x.
+    """
+    select_quantized(implementation, x_MK, weight_NK, scales_NG, zeros_NG is not None or mins_NG is not None)
+    return _plain(x_MK, weight_NK, scales_NG, zeros_NG, mins_NG)
+
+
+@jax.checkpoint
+def _plain(
+    x_MK: jax.Array,
+    weight_NK: jax.Array,
+    scales_NG: jax.Array,
+    zeros_NG: jax.Array | None,
+    mins_NG: jax.Array | None,
+) -> jax.Array:
+    # The backward pass dequantises again, so that the values of all layers never exist together.
+    w_NK = dequantize(weight_NK, scales_NG, zeros_NG, mins_NG).astype(x_MK.dtype)
+    return jnp.einsum("MK,NK->MN", x_MK, w_NK, preferred_element_type=jnp.float32)
+
+
+def quantize_rows(x_MK: jax.Array, dtype: jax.typing.DTypeLike, axis: str | None = None) -> tuple[jax.Array, jax.Array]:
+    """Rounds rows to a narrow dtype, with one scale for each row: its largest magnitude becomes the largest code.
+
+    Args:
+      x_MK: rows.
+      dtype: int8 or float8_e4m3fn.
+      axis: of the mesh, over which K is sharded; None if it is not.
+
+    Returns:
+      Codes [M, K] and float32 scales [M, 1]; a row of zeros has the scale 1.
+    """
+    x = x_MK.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+    if axis is not None:
+        largest = lax.pmax(largest, axis)
+    integer = jnp.issubdtype(dtype, jnp.integer)
+    top = float(jnp.iinfo(dtype).max if integer else jnp.finfo(dtype).max)
+    scales = jnp.where(largest > 0, largest / top, 1.0)
+    codes = jnp.round(x / scales) if integer else jnp.clip(x / scales, -top, top)
+    return codes.astype(dtype), scales
+
+
+def row_scaled_matmul(
+    x_MK: jax.Array, weight_NK: jax.Array, scales_N1: jax.Array, axis: str | None = None
+) -> jax.Array:
+    """The product of rows and a matrix that are both in int8, or both in float8: the rows are rounded here.
+
+    Args:
+      x_MK: rows, bfloat16 or float32.
+      weight_NK: int8 or float8_e4m3fn.
+      scales_N1: of the outputs.
+      axis: as for `quantize_rows`.
+
+    Returns:
+      float32 [M, N].
+    """
+    codes, x_scales_M1 = quantize_rows(x_MK, weight_NK.dtype, axis)
+    wide = jnp.int32 if jnp.issubdtype(weight_NK.dtype, jnp.integer) else jnp.float32
+    y = jnp.einsum("MK,NK->MN", codes, weight_NK, preferred_element_type=wide).astype(jnp.float32)
+    return y * x_scales_M1 * scales_N1[:, 0].astype(jnp.float32)

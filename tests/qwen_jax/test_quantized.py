@@ -1,0 +1,195 @@
+"""A quantised model computes what its dequantised weights compute: in every layout, on every mesh."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+
+from convert.placement import place
+from convert.source import TreeSource
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
+from qwen_jax.inference.weights import fuse
+from qwen_jax.kernels.matmul.quantized import quantize_rows
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import Sharding, make_mesh
+from qwen_jax.params import Params
+from qwen_jax.published import published
+from qwen_jax.quantization import Quantization, Scheme, unified
+from tests.helpers.forward import logits
+from tests.helpers.quantized import dequantized, random_quantized, with_quantization
+from tests.helpers.runs import print_seed
+
+SCHEMES = {
+    "int4": Scheme("int4", 16),
+    "int4-zeros-order": Scheme("int4", 16, offset="zero", ordered=True),
+    "int8-mins": Scheme("int8", 32, "float32", "min"),
+    "int8-rows": Scheme("int8", 0, "bfloat16"),
+    "fp8": Scheme("float8_e4m3fn", 0, "float32"),
+}
+DENSE, MOE = published("tiny-untied"), published("tiny-moe")
+
+
+def tokens(rng: np.random.Generator, config: ModelConfig, rows: int = 2, length: int = 12) -> np.ndarray:
+    return rng.integers(0, config.vocab_size, (rows, length))
+
+
+def in_layout(params: Params, config: ModelConfig, mesh: Mesh, layout: str) -> tuple[Params, Options]:
+    options = Options(stacked=layout == "stacked")
+    placed = place(TreeSource(params, config), mesh, "float32", options)
+    if layout == "fused":
+        with jax.set_mesh(mesh):
+            placed = fuse(placed, config, Sharding.for_inference(config, mesh))
+    return placed, dataclasses.replace(options, fused=layout == "fused")
+
+
+@pytest.mark.parametrize("layout", ["stacked", "listed", "fused"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_logits_are_those_of_the_dequantised_weights(mesh: Mesh, scheme: str, layout: str) -> None:
+    rng = print_seed()
+    config = with_quantization(DENSE, Quantization(SCHEMES[scheme]))
+    params = random_quantized(config, rng)
+    plain, weights = dequantized(params, config, mesh)
+    text = tokens(rng, config)
+    want = logits(plain, weights, mesh, text, Options(stacked=False))
+    placed, options = in_layout(params, config, mesh, layout)
+    got = logits(config, placed, mesh, text, options)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("axes", [{"tensor": 4}, {"fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 2}])
+@pytest.mark.parametrize("layout", ["listed", "fused"])
+def test_shards_never_split_a_group(axes: dict[str, int], layout: str) -> None:
+    """Also where the axis does not divide the number of groups, and with inputs that are in another order."""
+    rng = print_seed()
+    mesh = make_mesh(axes, jax.devices()[: int(np.prod(list(axes.values())))])
+    one = make_mesh({}, jax.devices()[:1])
+    scheme = Scheme("int4", 64, offset="zero", ordered=bool(rng.integers(2)))
+    config = with_quantization(DENSE, Quantization(scheme))
+    params = random_quantized(config, rng)
+    plain, weights = dequantized(params, config, one)
+    text = tokens(rng, config, rows=4)
+    want = logits(plain, weights, one, text, Options(stacked=False))
+    placed, options = in_layout(params, config, mesh, layout)
+    got = logits(config, placed, mesh, text, options)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("layout", ["stacked", "fused"])
+@pytest.mark.parametrize("axes", [{}, {"expert": 2, "tensor": 2}, {"fsdp": 2}])
+def test_experts(axes: dict[str, int], layout: str) -> None:
+    rng = print_seed()
+    mesh = make_mesh(axes, jax.devices()[: int(np.prod(list(axes.values())))])
+    one = make_mesh({}, jax.devices()[:1])
+    scheme = Scheme("int4", 16, offset="zero", ordered="tensor" not in axes)
+    config = with_quantization(MOE, Quantization(scheme))
+    params = random_quantized(config, rng)
+    plain, weights = dequantized(params, config, one)
+    text = tokens(rng, config)
+    want = logits(plain, weights, one, text, Options(stacked=False))
+    placed, options = in_layout(params, config, mesh, layout)
+    got = logits(config, placed, mesh, text, options)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+def test_layers_and_projections_may_differ(mesh: Mesh) -> None:
+    """As in GGUF files, whose value projections have more bits; joined projections keep all values."""
+    rng = print_seed()
+    wide, fine = Scheme("int8", 16, "float32"), Scheme("int4", 32, "float32", "min")
+    exceptions = (("layers.0.attention.v", wide), ("layers.1.mlp.up", fine), ("layers.1.attention.q", None))
+    config = with_quantization(DENSE, Quantization(Scheme("int4", 64, offset="zero"), exceptions))
+    params = random_quantized(config, rng)
+    plain, weights = dequantized(params, config, mesh)
+    text = tokens(rng, config)
+    want = logits(plain, weights, mesh, text, Options(stacked=False))
+    for layout in ("listed", "fused"):
+        placed, options = in_layout(params, config, mesh, layout)
+        got = logits(config, placed, mesh, text, options)
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
+    with pytest.raises(InputError, match="cannot be stacked"):
+        in_layout(params, config, mesh, "stacked")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_rounded_activations(dtype: Any, mesh: Mesh) -> None:
+    """Rows are rounded to the nearest code, with the same scale on every mesh."""
+    rng = print_seed()
+    x = jnp.asarray(rng.normal(size=(5, 64)) * rng.lognormal(size=(5, 1)), jnp.float32)
+    codes, scales = quantize_rows(x.at[2].set(0), dtype)
+    top = float(jnp.iinfo(dtype).max if dtype == "int8" else jnp.finfo(dtype).max)
+    # Half a unit in the last place of a code: 1/2 of an integer, 1/16 of the value of a float with 3 bits.
+    step = np.where(dtype == "int8", 0.5 * scales, np.maximum(np.abs(x) / 16, scales * 2.0**-10))
+    assert (np.abs(codes.astype(jnp.float32) * scales - x.at[2].set(0)) <= step * 1.0001).all()
+    assert np.abs(codes.astype(jnp.float32)).max() == top
+    config = with_quantization(DENSE, Quantization(Scheme(dtype, 0, "float32"), activations=dtype))
+    params, text = random_quantized(config, rng), tokens(rng, config)
+    found = []
+    for axes in ({}, {"tensor": 2}):
+        on = make_mesh(axes, jax.devices()[: int(np.prod(list(axes.values())))])
+        placed, options = in_layout(params, config, on, "fused")
+        found.append(logits(config, placed, on, text, options))
+    # Sums in another order may move an activation to the next code.
+    relative = np.linalg.norm(found[0] - found[1]) / np.linalg.norm(found[0])
+    assert relative < 0.02
+    plain, weights = dequantized(params, config, mesh)
+    exact = logits(plain, weights, mesh, text, Options(stacked=False))
+    assert 0 < np.linalg.norm(found[0] - exact) / np.linalg.norm(exact) < 0.2
+
+
+def test_reading_back_gives_the_arrays(mesh: Mesh) -> None:
+    """Also from shards whose groups were cut."""
+    rng = print_seed()
+    config = with_quantization(DENSE, Quantization(Scheme("int4", 64, offset="zero", ordered=True)))
+    params = random_quantized(config, rng)
+    for on in (mesh, make_mesh({"tensor": 4}, jax.devices()[:4])):
+        placed, _ = in_layout(params, config, on, "listed")
+        again = place(TreeSource(placed, config), mesh, "float32", Options(stacked=False))
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, np.asarray(b))
+
+
+def test_unified_schemes() -> None:
+    four, zeros = Scheme("int4", 128), Scheme("int4", 32, offset="zero")
+    assert unified(four, four) == four
+    assert unified(four, zeros) == Scheme("int4", 32, offset="zero")
+    assert unified(zeros, Scheme("int8", 0, "float32", "min")) == Scheme("int8", 32, "float32", "min")
+    assert unified(four, None) is None
+    assert unified(four, Scheme("float8_e4m3fn")) is None
+
+
+def test_projections_that_are_joined_must_agree_on_the_order(mesh: Mesh) -> None:
+    config = with_quantization(DENSE, Quantization(Scheme("int4", 16, ordered=True)))
+    params = random_quantized(config, print_seed())
+    order = params["layers"][1]["mlp"]["up"]["order"]
+    params["layers"][1]["mlp"]["up"]["order"] = np.roll(order, 1)
+    with pytest.raises(InputError, match="Layer 1: gate and up have different orders"):
+        in_layout(params, config, mesh, "fused")
+
+
+def test_bad_schemes() -> None:
+    with pytest.raises(InputError, match="must be positive"):
+        Scheme("int4", -1)
+    with pytest.raises(InputError, match="float8 weights have neither"):
+        Scheme("float8_e4m3fn", ordered=True)
+    with pytest.raises(InputError, match="one scale for each output"):
+        Quantization(Scheme("int8", 128), activations="int8")
+    mesh = make_mesh({"tensor": 2}, jax.devices()[:2])
+    config = with_quantization(MOE, Quantization(Scheme("int4", 16, ordered=True)))
+    with pytest.raises(InputError, match="Use an expert axis"):
+        place(TreeSource(random_quantized(config, print_seed()), config), mesh, "float32", Options(stacked=False))
+
+
+def test_codes_take_the_bytes_that_they_need() -> None:
+    """No array of a quantised model is wider than its scheme says."""
+    config = with_quantization(DENSE, Quantization(Scheme("int4", 32)))
+    params = random_quantized(config, print_seed())
+    mesh = make_mesh({}, jax.devices()[:1])
+    placed, _ = in_layout(params, config, mesh, "fused")
+    dtypes = {str(x.dtype) for layer in placed["layers"] for x in jax.tree.leaves(layer["mlp"])}
+    assert dtypes == {"int4", "float16"}
+    assert all(isinstance(x.sharding, NamedSharding) for x in jax.tree.leaves(placed))
