@@ -45,6 +45,9 @@ class Info:
             "context_length": config.context_length,
             "config": config.to_hf(),
         }
+        types = _gguf_types(self.model)
+        if types is not None:
+            report["tensor_types"] = types
         quantization = _quantization(self.model)
         if quantization is not None:
             report["quantization"] = quantization
@@ -53,6 +56,10 @@ class Info:
             return 0
         print(self.model)
         rows = _rows(config)
+        if types is not None:
+            size = types.pop("bytes")
+            counts = ", ".join(f"{number} {name}" for name, number in types.items())
+            rows.append(("tensors", f"{counts}; {binary_size(size)}"))
         if quantization is not None:
             group, size = quantization["group_size"], quantization["weights_bytes"]
             text = f"{quantization['method']}, {quantization['bits']} bits"
@@ -74,6 +81,18 @@ def _config(model: str) -> "ModelConfig":
     if os.path.isdir(model) or is_gguf(model) or (not known and (is_hub_id(model) or "/" in model)):
         return load_config(resolve(model, CONFIG))
     return published(model)
+
+
+def _gguf_types(model: str) -> dict[str, int] | None:
+    """How many tensors of each type a GGUF file has, and their bytes; None for another kind of model."""
+    from collections import Counter
+
+    from qwen_jax.gguf.header import is_gguf, read_header
+
+    if not is_gguf(model) or os.path.isdir(model):
+        return None
+    tensors = read_header(model).tensors.values()
+    return {**Counter(tensor.type.name for tensor in tensors), "bytes": sum(tensor.nbytes for tensor in tensors)}
 
 
 def _quantization(model: str) -> dict[str, Any] | None:

@@ -67,7 +67,7 @@ def assert_same(a: Source, b: Source) -> None:
     ],
     ids=["tied, Q4_K and Q6_K", "experts, Q8_0"],
 )
-def test_logits_are_those_of_transformers(recipe: str, case: dict[str, Any], tmp_path: Path, mesh: Any) -> None:
+def test_logits_are_those_of_transformers(recipe: str, case: dict[str, Any], tmp_path: Path, mesh: Mesh) -> None:
     """transformers reads the file with its own names, and dequantises with the package gguf."""
     model = make_model(tmp_path / "model", num_hidden_layers=1, **case)
     file = tmp_path / "model.gguf"
@@ -197,7 +197,7 @@ def test_values_and_codes_are_those_of_the_library(recipe: str, models: Path, tm
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_the_model_runs_with_the_codes(kind: str, models: Path, tmp_path: Path, mesh: Mesh) -> None:
+def test_the_model_runs_with_the_codes(kind: str, models: Path, tmp_path: Path) -> None:
     """Logits of the codes are those of their values; layers may have different types, and one that has no codes."""
     file = tmp_path / "model.gguf"
     convert.convert(models / kind, file, recipe="q4_k_m")
@@ -210,7 +210,6 @@ def test_the_model_runs_with_the_codes(kind: str, models: Path, tmp_path: Path, 
     assert quantization is not None
     assert quantization.of("layers.0.attention.q") is None
     assert quantization.of("layers.1.attention.q") == scheme(TYPES["Q4_K"])
-    assert source.read_rows("model.layers.1.self_attn.v_proj.weight", slice(0, 1), 128).shape == (1, 144)
     tokens = random_tokens(source.config, 1, 16)
     ours = verify_run(source, tokens)
     assert relative(ours, verify_run(source.full_precision(), tokens)) < 1e-5
@@ -325,7 +324,10 @@ def test_a_file_alone_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[st
         return capsys.readouterr().out
 
     run("convert", folder, file, "--type", "f32")
-    assert run("info", file).splitlines()[1:] == run("info", folder).splitlines()[1:]
+    *shape, types = run("info", file).splitlines()[1:]
+    assert shape == run("info", folder).splitlines()[1:]
+    assert types.startswith("  tensors ")
+    assert "15 F32" in types
     assert "PASS" in run("verify", file, folder)
     shutil.rmtree(folder)
     assert run("generate", file, "--prompt", "a", "--max-new-tokens", "5") == "bc\n"
