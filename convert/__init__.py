@@ -1,4 +1,4 @@
-"""Moving checkpoints: Hugging Face safetensors to and from Orbax, and either of them onto a mesh.
+"""Moving checkpoints: Hugging Face safetensors, Orbax and GGUF to and from each other, and any of them onto a mesh.
 
 This module is the public interface; the module of a format is imported when it is needed.
 """
@@ -13,10 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from convert.folder import Format, check_destination, detect
+from convert.folder import Format, check_destination, check_new_file, detect
 from convert.source import Source, nbytes, parse_dtype
 from qwen_jax.config import DTYPES, ModelConfig, load_config
 from qwen_jax.errors import InputError
+from qwen_jax.gguf.header import is_gguf
 from qwen_jax.hub import CONFIG, is_hub_id, resolve
 from qwen_jax.options import Options
 from qwen_jax.params import Params
@@ -28,7 +29,7 @@ def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None)
     """Opens a checkpoint of any format and checks it, without reading the weights.
 
     Args:
-      path: a Hugging Face folder, an Orbax folder, or a Hub id.
+      path: a Hugging Face folder, an Orbax folder, a GGUF file, or a Hub id.
       config: the architecture that the checkpoint must have; by default that of its config.json.
 
     Raises:
@@ -37,7 +38,12 @@ def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None)
     if is_hub_id(path):
         load_config(resolve(path, CONFIG))  # Refuse an unsupported model before its weights are downloaded.
     folder = resolve(path)
-    if detect(folder) == "hf":
+    stored = detect(folder)
+    if stored == "gguf":
+        from convert.gguf import QuantizedGGUF
+
+        return QuantizedGGUF(folder, config)
+    if stored == "hf":
         from convert.quantized.source import QuantizedSource
 
         return QuantizedSource(folder, config)
@@ -79,7 +85,7 @@ def load(
     """Loads a checkpoint of any format onto a mesh, tensor by tensor; each process reads what its devices hold.
 
     Args:
-      path: a Hugging Face folder, an Orbax folder, or a Hub id.
+      path: a Hugging Face folder, an Orbax folder, a GGUF file, or a Hub id.
       mesh: from `make_mesh`.
       dtype: of the parameters; by default as stored.
       options: `stacked` decides the layout; by default that of inference.
@@ -137,34 +143,41 @@ def convert(
     progress: bool = False,
     adapter: str | os.PathLike[str] | None = None,
     quantization: str | None = None,
+    recipe: str | None = None,
 ) -> None:
-    """Converts a checkpoint, block by block, into a new folder. After a failure nothing is left of it.
+    """Converts a checkpoint, block by block, into a new folder or GGUF file. After a failure nothing is left of it.
 
     Args:
-      src: a Hugging Face folder, an Orbax folder, or a Hub id.
-      dst: the new folder; must not exist or be empty.
-      to: "hf" or "orbax"; by default the format that `src` does not have, or with an adapter the one that it has.
-      dtype: of the written weights; by default as stored, and then every tensor keeps its bytes.
+      src: a Hugging Face folder, an Orbax folder, a GGUF file, or a Hub id.
+      dst: the new folder, which must not exist or be empty; or the new file, for "gguf".
+      to: "hf", "orbax" or "gguf". By default "gguf" if `dst` ends with .gguf; otherwise "hf" or "orbax", the one that
+        `src` does not have, or with an adapter the one that it has.
+      dtype: of the written weights; by default as stored, and then every tensor keeps its bytes. Quantised weights need
+        one.
       progress: show a bar on standard error if that is a terminal.
       adapter: a LoRA folder of PEFT, which is merged into the weights.
       quantization: "gptq", "awq", "compressed-tensors" or "fp8", to write the codes of a quantised model in that
         format.
+      recipe: for "gguf", a key of `convert.gguf.RECIPES`, such as "q4_k_m"; by default as stored, and then quantised
+        weights keep their codes.
 
     Raises:
       InputError: a damaged or unsupported checkpoint, an existing destination, or too small a disk.
     """
-    check_options(dst, to, dtype)
+    to = to or ("gguf" if is_gguf(dst) and not Path(dst).is_dir() else None)
+    target = check_options(dst, to, dtype, recipe)
     source = open_source(src)
     if quantization is not None:
         _repack(source, quantization, dst, to, dtype, progress, adapter)
         return
-    if source.config.quantization is not None:
-        source = _dequantized(source, check_options(dst, to, dtype))
+    # GGUF files take codes as they are, unless an adapter is added to them.
+    if source.config.quantization is not None and (to != "gguf" or adapter is not None):
+        source = _dequantized(source, np.dtype(np.float32) if to == "gguf" else target)
     source = merge_adapter(source, adapter)
     assert source.folder is not None
     stored = detect(source.folder)
     other: Format = "orbax" if stored == "hf" else "hf"
-    write_folder(source, dst, to or (other if adapter is None else stored), dtype, progress)
+    write_folder(source, dst, to or (other if adapter is None or stored == "gguf" else stored), dtype, progress, recipe)
 
 
 def _repack(
@@ -182,8 +195,11 @@ def _repack(
 
     if quantization not in METHODS:
         raise InputError(f"Expected the quantisation {', '.join(METHODS)}, got {quantization!r}.")
-    if to == "orbax" or adapter is not None:
-        raise InputError("Codes are written as Hugging Face folders, and without an adapter. Leave these options out.")
+    if to in ("orbax", "gguf") or adapter is not None:
+        raise InputError(
+            f"Codes of {quantization} are written into a Hugging Face folder, without an adapter. Leave the other "
+            "options out."
+        )
     target = check_options(dst, to, dtype)
     info = format_of(quantization, source.config)  # type: ignore[arg-type]
     with _bar(nbytes(source, target), progress and sys.stderr.isatty()) as advance:
@@ -191,23 +207,32 @@ def _repack(
 
 
 def write_folder(
-    source: Source, dst: str | os.PathLike[str], to: Format, dtype: DTypeLike | None = None, progress: bool = False
+    source: Source,
+    dst: str | os.PathLike[str],
+    to: Format,
+    dtype: DTypeLike | None = None,
+    progress: bool = False,
+    recipe: str | None = None,
 ) -> None:
-    """Writes a checkpoint folder from a `Source`.
+    """Writes a checkpoint folder or a GGUF file from a `Source`.
 
     Args:
       source: the parameters.
-      dst, dtype, progress: as for `convert`.
-      to: "hf" or "orbax".
+      dst, dtype, progress, recipe: as for `convert`.
+      to: "hf", "orbax" or "gguf".
 
     Raises:
       InputError: as `convert`.
     """
-    target = check_options(dst, to, dtype)
-    if source.config.quantization is not None:
+    target = check_options(dst, to, dtype, recipe)
+    if source.config.quantization is not None and to != "gguf":
         source = _dequantized(source, target)
     with _bar(nbytes(source, target), progress and sys.stderr.isatty()) as advance:
-        if to == "hf":
+        if to == "gguf":
+            from convert.gguf import export as export_gguf
+
+            export_gguf(source, dst, recipe, progress=advance)
+        elif to == "hf":
             from convert.huggingface import export
 
             export(source, source.config, dst, target, progress=advance)
@@ -220,21 +245,39 @@ def write_folder(
 def _dequantized(source: Source, dtype: np.dtype | None) -> Source:
     """A quantised checkpoint in full precision."""
     from convert.dequantize import DequantizedSource
+    from convert.gguf import QuantizedGGUF
 
     if dtype is None:
         raise InputError(
             f"The weights of {source.folder or 'this model'} are quantised. Give the dtype to dequantise them to, one "
             f"of {', '.join(DTYPES)} (--dtype bfloat16)."
         )
-    return DequantizedSource(source)
+    return source.full_precision() if isinstance(source, QuantizedGGUF) else DequantizedSource(source)
 
 
-def check_options(dst: str | os.PathLike[str], to: str | None, dtype: DTypeLike | None) -> np.dtype | None:
+def check_options(
+    dst: str | os.PathLike[str], to: str | None, dtype: DTypeLike | None, recipe: str | None = None
+) -> np.dtype | None:
     """Checks what does not depend on the source, before it is downloaded or opened; returns the parsed dtype."""
-    if to not in (None, "hf", "orbax"):
-        raise InputError(f"Expected the format 'hf' or 'orbax', got {to!r}.")
-    check_destination(Path(dst))
-    return None if dtype is None else parse_dtype(dtype)
+    if to not in (None, "hf", "orbax", "gguf"):
+        raise InputError(f"Expected the format 'hf', 'orbax' or 'gguf', got {to!r}.")
+    if to != "gguf":
+        if recipe is not None:
+            raise InputError(f"A type ({recipe}) is for a GGUF file, whose name ends with .gguf; got {dst}.")
+        check_destination(Path(dst))
+        return None if dtype is None else parse_dtype(dtype)
+    from convert.gguf import RECIPES
+    from convert.gguf.library import gguf_library
+
+    if not is_gguf(dst):
+        raise InputError(f"{dst}: the name of a GGUF file ends with .gguf.")
+    if dtype is not None:
+        raise InputError(f"GGUF files have a type in place of a dtype. Give a type of {', '.join(RECIPES)} (--type).")
+    if recipe not in (None, *RECIPES):
+        raise InputError(f"Expected a type of {', '.join(RECIPES)}; got {recipe!r}.")
+    gguf_library()
+    check_new_file(Path(dst))
+    return None
 
 
 @contextmanager

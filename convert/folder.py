@@ -13,10 +13,11 @@ from typing import Any, Literal
 from qwen_jax.config import ModelConfig, adapter_problem, load_config
 from qwen_jax.errors import NO_ROOM, InputError
 from qwen_jax.files import read_json, why_unusable
+from qwen_jax.gguf.header import is_gguf, read_header
 from qwen_jax.hub import TOKENIZER
 from qwen_jax.units import binary_size
 
-Format = Literal["hf", "orbax"]
+Format = Literal["hf", "orbax", "gguf"]
 PICKLES = (".bin", ".pt", ".pth")
 
 # Copied along with config.json. All of them are data; code in a checkpoint folder is never copied.
@@ -24,15 +25,18 @@ SIDE_FILES = ("generation_config.json", *TOKENIZER, "LICENSE")
 
 
 def detect(path: str | os.PathLike[str]) -> Format:
-    """Tells which format a checkpoint folder has.
+    """Tells which format a checkpoint has.
 
     Returns:
-      "hf" for safetensors in Hugging Face's layout, "orbax" for `config.json` beside an Orbax checkpoint `params/`.
+      "hf" for a folder with safetensors in Hugging Face's layout, "orbax" for one with `config.json` beside an Orbax
+      checkpoint `params/`, "gguf" for a GGUF file.
 
     Raises:
-      InputError: neither, an adapter, or no folder.
+      InputError: none of these, an adapter, or no folder.
     """
     path = Path(path)
+    if is_gguf(path) and path.is_file():
+        return "gguf"
     if not path.is_dir():
         raise InputError(f"{path} is not a folder. Expected a checkpoint folder.")
     if (path / "params").is_dir():
@@ -40,6 +44,9 @@ def detect(path: str | os.PathLike[str]) -> Format:
     # A folder with pickles counts as "hf": reading it explains why they are refused.
     if any(any(path.glob(f"*{ending}")) for ending in (".safetensors", ".safetensors.index.json", *PICKLES)):
         return "hf"
+    files = sorted(file.name for file in path.iterdir() if is_gguf(file))
+    if files:
+        raise InputError(f"{path} holds GGUF files, which are given by their own path, such as {path / files[0]}.")
     found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
     from_hub = " From the Hub only safetensors are downloaded, not pickles." if "snapshots" in path.parts else ""
     raise InputError(
@@ -78,17 +85,9 @@ def new_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
     """
     folder = Path(os.path.abspath(folder))
     check_destination(folder)
-    existing = next(parent for parent in folder.parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed_bytes > free:
-        raise InputError(
-            f"Writing {folder} needs {binary_size(needed_bytes)}, {existing} has {binary_size(free)} free. "
-            "Make room or choose another disk."
-        )
+    _check_room(folder, needed_bytes)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # A name has at most 255 bytes: of a long one, the temporary name has only the beginning.
-    start = os.fsdecode(os.fsencode(folder.name)[:200])
-    temporary = folder.parent / f".{start}.{os.getpid()}.tmp"
+    temporary = _temporary(folder)
     temporary.mkdir()
     try:
         yield temporary
@@ -104,6 +103,60 @@ def new_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(folder.parent)
+
+
+@contextlib.contextmanager
+def new_file(file: Path, needed_bytes: int) -> Iterator[Path]:
+    """A temporary file that is renamed to `file` if the block succeeds, and removed if it fails.
+
+    Args:
+      file: must not exist.
+      needed_bytes: how much will be written; checked against the free space.
+
+    Raises:
+      InputError: the destination exists or cannot be made, or the disk is too small.
+    """
+    check_new_file(file)
+    file = Path(os.path.abspath(file))
+    _check_room(file, needed_bytes)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(file)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.rename(temporary, file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in NO_ROOM:
+            raise InputError(f"The disk of {file} is full. Nothing was left behind; make room and repeat.") from None
+        raise
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(file.parent)
+
+
+def check_new_file(file: Path) -> None:
+    """Raises InputError unless `file` can be made anew."""
+    if file.exists() or file.is_symlink():
+        raise InputError(f"{file} exists already. Give a new file, or remove it first; nothing is overwritten.")
+    check_destination(file)
+
+
+def _check_room(destination: Path, needed_bytes: int) -> None:
+    existing = next(parent for parent in destination.parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed_bytes > free:
+        raise InputError(
+            f"Writing {destination} needs {binary_size(needed_bytes)}, {existing} has {binary_size(free)} free. "
+            "Make room or choose another disk."
+        )
+
+
+def _temporary(destination: Path) -> Path:
+    # A name has at most 255 bytes: of a long one, the temporary name has only the beginning.
+    start = os.fsdecode(os.fsencode(destination.name)[:200])
+    return destination.parent / f".{start}.{os.getpid()}.tmp"
 
 
 def _sync(path: Path) -> None:
@@ -136,10 +189,13 @@ def write_side_files(
     Args:
       config: the architecture.
       dtype: of the written weights; None if it is that of the original config.json.
-      origin: folder of the original files, or None.
+      origin: folder of the original files; a GGUF file, which has the tokenizer in it; or None.
       folder: the folder to write into.
       both_dialects: whether transformers 4 must understand the result.
     """
+    if origin and is_gguf(origin):
+        _write_tokenizer(origin, folder)
+        origin = None
     original = origin / "config.json" if origin else None
     old: dict[str, Any] = read_json(original) if original and original.is_file() else {}
     keep = bool(old) and dtype in (None, old.get("dtype") or old.get("torch_dtype"))
@@ -163,3 +219,12 @@ def write_side_files(
         target = folder / path.relative_to(origin)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
+
+
+def _write_tokenizer(file: Path, folder: Path) -> None:
+    """Writes the files of the tokenizer of a GGUF file, if it has one."""
+    from qwen_jax.tokenizer.gguf import from_gguf, has_tokenizer
+
+    header = read_header(file)
+    if has_tokenizer(header):
+        from_gguf(header).save(folder)

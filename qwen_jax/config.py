@@ -10,6 +10,7 @@ from typing import Any, Literal
 from qwen_jax import hf_config
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json, why_unusable
+from qwen_jax.gguf.header import Header, is_gguf, read_header
 from qwen_jax.quantization import Quantization
 
 DTYPES = ("bfloat16", "float32", "float16")
@@ -355,9 +356,26 @@ class ModelConfig:
           InputError: another architecture, a setting that changes the computation and is not supported, or a key that
             is not known: guessing would give wrong logits.
         """
-        fields = hf_config.read(hf)
+        return cls._of(hf_config.read(hf))
+
+    @classmethod
+    def from_gguf(cls, header: Header) -> "ModelConfig":
+        """Reads the metadata of a GGUF file.
+
+        Args:
+          header: of the file.
+
+        Raises:
+          InputError: as `from_hf`.
+        """
+        from qwen_jax.gguf import metadata
+
+        return cls._of(metadata.read(header))
+
+    @classmethod
+    def _of(cls, fields: dict[str, Any]) -> "ModelConfig":
         for name, kind in (("yarn", Yarn), ("dual_chunk", DualChunk), ("moe", MoE)):
-            if fields[name] is not None:
+            if fields.get(name) is not None:
                 fields[name] = kind(**fields[name])
         return cls(**fields)
 
@@ -367,12 +385,14 @@ class ModelConfig:
 
 
 def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
-    """Reads `config.json` of a checkpoint folder.
+    """Reads `config.json` of a checkpoint folder, or the metadata of a GGUF file.
 
     Raises:
       InputError: no such folder or file, an adapter without its base model, or an unsupported model.
     """
     path = Path(folder)
+    if is_gguf(path) and not path.is_dir():
+        return ModelConfig.from_gguf(read_header(path))
     if not path.is_dir():
         raise InputError(f"{path} is not a folder. Expected a checkpoint folder with config.json in it.")
     file = path / "config.json"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json
+from qwen_jax.gguf.header import is_gguf
 
 # Sets of files for `resolve`. Everything in them is data: neither code nor pickles are ever downloaded.
 CONFIG = ("config.json", "generation_config.json", "adapter_config.json")
@@ -42,21 +43,21 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 def is_hub_id(name: str | os.PathLike[str]) -> bool:
     """Whether a name has the form of a Hub id, `owner/model`, and is no local path."""
-    return not os.path.exists(name) and _HUB_ID.fullmatch(str(name)) is not None
+    return not os.path.exists(name) and not is_gguf(name) and _HUB_ID.fullmatch(str(name)) is not None
 
 
 def resolve(name: str | os.PathLike[str], patterns: Sequence[str] = CHECKPOINT) -> Path:
     """Finds the local folder of a checkpoint; downloads what is asked for if the name is a Hub id.
 
     Args:
-      name: a folder; the folder of a training run, of which the newest complete checkpoint is taken; or a Hub id such
-        as "Qwen/Qwen2.5-0.5B-Instruct", if there is no folder of that name.
+      name: a folder; the folder of a training run, of which the newest complete checkpoint is taken; a GGUF file, which
+        has everything in it; or a Hub id such as "Qwen/Qwen2.5-0.5B-Instruct", if there is no folder of that name.
       patterns: names or glob patterns of the files to download for a Hub id; with an index of weights, the files that
         it names too. Those already in the Hub's cache are not downloaded again, and without a network the cached files
         are used. A local folder is not searched for them.
 
     Returns:
-      An existing folder. It lacks the files that the Hub's repository does not have.
+      An existing folder, or the GGUF file. A folder lacks the files that the Hub's repository does not have.
 
     Raises:
       InputError: no such folder, or the download failed.
@@ -68,11 +69,13 @@ def resolve(name: str | os.PathLike[str], patterns: Sequence[str] = CHECKPOINT) 
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
     if is_folder:
         return _newest_step(path)
+    if is_gguf(path) and path.exists():
+        return path
     if path.exists():
         raise InputError(f"{path} is a file; expected a checkpoint folder.")
     if path.is_symlink():
         raise InputError(f"{path} is a symbolic link to {os.readlink(path)}, which does not exist.")
-    if not _HUB_ID.fullmatch(str(name)):
+    if not is_hub_id(name):
         raise InputError(f"{path} does not exist. Expected a checkpoint folder or a Hub id such as Qwen/Qwen2.5-0.5B.")
     return _download(str(name), patterns)
 

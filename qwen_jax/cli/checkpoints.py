@@ -14,14 +14,17 @@ from qwen_jax.units import binary_size, count
 if TYPE_CHECKING:
     from qwen_jax.config import ModelConfig
 
+# The keys of `convert.gguf.RECIPES`.
+GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Info:
     """Print a model's shape, exact parameter counts, memory by dtype, and cache size. No weights are read.
 
     Args:
-        model: A published name (Qwen2.5-7B-Instruct), a checkpoint folder, or a Hub id, of which config.json is
-            downloaded.
+        model: A published name (Qwen2.5-7B-Instruct), a checkpoint folder, a GGUF file, or a Hub id, of which
+            config.json is downloaded.
         json: Print one JSON object.
     """
 
@@ -42,6 +45,9 @@ class Info:
             "context_length": config.context_length,
             "config": config.to_hf(),
         }
+        types = _gguf_types(self.model)
+        if types is not None:
+            report["tensor_types"] = types
         quantization = _quantization(self.model)
         if quantization is not None:
             report["quantization"] = quantization
@@ -50,6 +56,10 @@ class Info:
             return 0
         print(self.model)
         rows = _rows(config)
+        if types is not None:
+            size = types.pop("bytes")
+            counts = ", ".join(f"{number} {name}" for name, number in types.items())
+            rows.append(("tensors", f"{counts}; {binary_size(size)}"))
         if quantization is not None:
             group, size = quantization["group_size"], quantization["weights_bytes"]
             text = f"{quantization['method']}, {quantization['bits']} bits"
@@ -63,13 +73,26 @@ class Info:
 def _config(model: str) -> "ModelConfig":
     """The config of a folder, of a published name, or of a Hub model."""
     from qwen_jax.config import load_config
+    from qwen_jax.gguf.header import is_gguf
     from qwen_jax.hub import CONFIG, is_hub_id, resolve
     from qwen_jax.published import PUBLISHED, published
 
     known = model.lower().removeprefix("qwen/") in PUBLISHED
-    if os.path.isdir(model) or (not known and (is_hub_id(model) or "/" in model)):
+    if os.path.isdir(model) or is_gguf(model) or (not known and (is_hub_id(model) or "/" in model)):
         return load_config(resolve(model, CONFIG))
     return published(model)
+
+
+def _gguf_types(model: str) -> dict[str, int] | None:
+    """How many tensors of each type a GGUF file has, and their bytes; None for another kind of model."""
+    from collections import Counter
+
+    from qwen_jax.gguf.header import is_gguf, read_header
+
+    if not is_gguf(model) or os.path.isdir(model):
+        return None
+    tensors = read_header(model).tensors.values()
+    return {**Counter(tensor.type.name for tensor in tensors), "bytes": sum(tensor.nbytes for tensor in tensors)}
 
 
 def _quantization(model: str) -> dict[str, Any] | None:
@@ -118,17 +141,20 @@ def _rows(config: "ModelConfig") -> list[tuple[str, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Convert a checkpoint between Hugging Face safetensors and Orbax, tensor by tensor.
+    """Convert a checkpoint between Hugging Face safetensors, Orbax and GGUF, tensor by tensor.
 
-    The new folder appears when it is complete; after a failure nothing is left. Tokenizer, generation config and
-    config.json are copied too. Quantised weights are dequantised (--dtype), or go to another quantised format
+    The new folder or file appears when it is complete; after a failure nothing is left. Tokenizer, generation config
+    and config.json are copied too. Quantised weights are dequantised (--dtype), or go to another quantised format
     (--quantization) with the same codes.
 
     Args:
-        src: Checkpoint folder, or a Hub id such as Qwen/Qwen2.5-0.5B.
-        dst: The new folder.
-        to: Format to write; by default the one that SRC does not have.
-        dtype: Dtype of the written weights; by default as stored, every tensor byte for byte.
+        src: Checkpoint folder, GGUF file, or a Hub id such as Qwen/Qwen2.5-0.5B.
+        dst: The new folder; or the new file, NAME.gguf.
+        to: Format of a new folder; by default the one that SRC does not have.
+        dtype: Dtype of the written weights; by default as stored, every tensor byte for byte. Quantised weights of a
+            GGUF file are then written in float32.
+        type: Type of the matrices in a GGUF file; by default as stored. Other than the float types, output head and
+            some layers get finer ones, by the rules of llama.cpp.
         merge_adapter: LoRA folder of PEFT to merge into the weights, summed in float32 and then rounded. The format is
             then that of SRC.
         quantization: Format of quantised weights to write; SRC must be quantised already.
@@ -138,6 +164,7 @@ class Convert:
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     to: Literal["hf", "orbax"] | None = None
     dtype: DType | None = None
+    type: GGUFType | None = None
     merge_adapter: Annotated[Path | None, tyro.conf.arg(metavar="ADAPTER")] = None
     quantization: Literal["gptq", "awq", "compressed-tensors", "fp8"] | None = None
 
@@ -149,6 +176,7 @@ class Convert:
             self.dtype,
             progress=True,
             adapter=self.merge_adapter,
+            recipe=self.type,
             quantization=self.quantization,
         )
         print(self.dst)
@@ -230,7 +258,7 @@ class Verify:
     """Compare two checkpoints of any format by their logits; exit 0 pass, 1 fail, 2 could not compare.
 
     Args:
-        a: Checkpoint folder or Hub id; the reference.
+        a: Checkpoint folder, GGUF file or Hub id; the reference.
         b: The other checkpoint.
         against: Instead of B, run A in transformers as the reference; or in NumPy, which also has dual-chunk attention.
         json: Print one JSON object.

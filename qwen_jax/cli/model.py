@@ -200,10 +200,13 @@ class Model:
         self.eos_token_ids = tuple(dict.fromkeys(ends))
 
     def _tokenizer(self, needed: bool) -> "Tokenizer | None":
+        from qwen_jax.gguf.header import is_gguf, read_header
         from qwen_jax.tokenizer import load_tokenizer
+        from qwen_jax.tokenizer.gguf import has_tokenizer
 
         files = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "qwen.tiktoken")
-        if not needed and not any((self.folder / name).is_file() for name in files):
+        in_file = is_gguf(self.folder) and has_tokenizer(read_header(self.folder))
+        if not needed and not in_file and not any((self.folder / name).is_file() for name in files):
             return None
         return load_tokenizer(self.folder)
 

@@ -137,6 +137,21 @@ class ByteLevelBPE(Tokenizer):
         """Return the pipeline in the form of tokenizer.json."""
         return json.loads(self._engine.to_str())
 
+    def tables(self) -> tuple[Vocab, Merges, dict[int, AddedToken], Settings]:
+        """Return the learned vocabulary, its merges (best first), the added tokens by id, and the settings."""
+        model = self._document()["model"]
+        return model["vocab"], [tuple(pair) for pair in model["merges"]], dict(self._added), self._settings
+
+    @property
+    def suffix(self) -> tuple[int, ...]:
+        """Ids that `encode` puts after a text; none for Qwen2.5."""
+        return self._suffix
+
+    @cached_property
+    def splits_as_qwen2(self) -> bool:
+        """Whether texts are normalised and split by the rules of Qwen2's tokenizer."""
+        return _splitting_rules(self._document()) == _splitting_rules(json.loads(_pipeline(models.BPE()).to_str()))
+
     def fingerprint(self) -> str:
         """Return a sha256 (hex) of vocabulary, merges, control tokens and splitting rules."""
         return self._fingerprint
@@ -164,12 +179,11 @@ class ByteLevelBPE(Tokenizer):
         """
         path = make_folder(folder)
         document = self._document()
-        # Qwen2Tokenizer builds its own pipeline, so only a tokenizer with the same one may name that class.
-        is_qwen2 = _splitting_rules(document) == _splitting_rules(json.loads(_pipeline(models.BPE()).to_str()))
         write_atomic(path / "vocab.json", vocab_json(document["model"]["vocab"]))
         write_atomic(path / "merges.txt", merges_txt(document["model"]["merges"]))
         write_atomic(path / "tokenizer.json", self._engine.to_str(pretty=True))
-        fixed = {"tokenizer_class": "Qwen2Tokenizer" if is_qwen2 else "PreTrainedTokenizerFast"}
+        # Qwen2Tokenizer builds its own pipeline, so only a tokenizer with the same one may name that class.
+        fixed = {"tokenizer_class": "Qwen2Tokenizer" if self.splits_as_qwen2 else "PreTrainedTokenizerFast"}
         save_settings(path, self._settings, self._added, fixed)
 
 

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 from qwen_jax.errors import InputError
+from qwen_jax.gguf.header import is_gguf, read_header
 from qwen_jax.hub import TOKENIZER, is_hub_id, resolve
 from qwen_jax.tokenizer import bpe, spm
 from qwen_jax.tokenizer.base import Tokenizer
 from qwen_jax.tokenizer.files import read_settings
+from qwen_jax.tokenizer.gguf import from_gguf
 from qwen_jax.tokenizer.vocabulary import read_tiktoken, read_vocab_and_merges
 
 FORMS = "tokenizer.model (SentencePiece), tokenizer.json, vocab.json with merges.txt, or qwen.tiktoken"
@@ -20,7 +22,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     and chat template; without them those of Qwen2.5 are used (eos and pad `<|endoftext|>`).
 
     Args:
-        path: a folder, one of these files, or a Hub id, of which only the tokenizer's files are downloaded.
+        path: a folder, one of these files, a GGUF file, or a Hub id, of which only the tokenizer's files are
+            downloaded.
 
     Raises:
         InputError: there is nothing to load, the download failed, or a file is damaged or contradicts another.
@@ -28,6 +31,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     given = Path(path)
     if given.is_dir() or is_hub_id(path):
         given = resolve(path, TOKENIZER)
+    if is_gguf(given):
+        return from_gguf(read_header(given))
     if not given.exists():
         raise InputError(f"no tokenizer at {given}: expected a folder with {FORMS}. Check the path.")
     folder, only = (given, None) if given.is_dir() else (given.parent, given.name)
