@@ -57,11 +57,11 @@ _HAS: dict[Variant, int] = {
     "all": _OPEN | _LIST | _RULES | _TOP | _FILTERS,
 }
 _METHODS = ("greedy", "top_k", "full")
-_INTS, _FLOATS = 6, 7
+_INTS, _FLOATS = 7, 7
 FIELDS = _INTS + _FLOATS
 """Numbers of a row that are sent to the device for each step."""
-STEP, RULES = 2, 5
-"""Which of them are the number of tokens that were sampled before, and whether there are rules."""
+SLOT, STEP, RULES, MASKED = 0, 2, 5, 6
+"""Which of them are the slot, the number of tokens that were sampled before, and whether there are rules and a mask."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ def with_mask(variant: Variant) -> Variant:
 
 
 def pack(rows: Sequence[SampleRow | None], padded: int, dummy: int) -> np.ndarray:
-    """The rows' parameters as int32 [padded, FIELDS], for `unpack`. Floats keep their bits.
+    """The rows' parameters as int32 [padded, FIELDS], for `unpack`. Floats keep their bits; no row has a mask.
 
     Args:
       rows: None for a row that is not sampled.
@@ -134,7 +134,7 @@ def pack(rows: Sequence[SampleRow | None], padded: int, dummy: int) -> np.ndarra
         row.check()
         top_k, numbers = numbers_of(row.sampling)
         method = _METHODS.index(row.sampling.mode.method)
-        ints[i] = row.slot, row.sampling.seed, row.step, top_k, method, row.rules
+        ints[i, :MASKED] = row.slot, row.sampling.seed, row.step, top_k, method, row.rules
         floats[i] = *numbers, row.presence, row.frequency, row.logprob_temperature
     # A seed takes all 32 bits.
     return np.concatenate([ints.astype(np.uint32).view(np.int32), floats.view(np.int32)], axis=1)
@@ -149,6 +149,7 @@ class RowValues(NamedTuple):
       step_B: int32, tokens of the text that were sampled before.
       method_B: int32, index into greedy, top-k and full.
       rules_B1: bool, whether the row's bias counts.
+      masked_B: bool, whether the mask of the row's slot counts.
       values: temperature, top_k, top_p, min_p and repetition penalty.
       presence_B1, frequency_B1, logprob_temperature_B1: float32.
     """
@@ -158,6 +159,7 @@ class RowValues(NamedTuple):
     step_B: jax.Array
     method_B: jax.Array
     rules_B1: jax.Array
+    masked_B: jax.Array
     values: SamplingValues
     presence_B1: jax.Array
     frequency_B1: jax.Array
@@ -166,12 +168,13 @@ class RowValues(NamedTuple):
 
 def unpack(packed_BF: jax.Array) -> RowValues:
     """The inverse of `pack`, on the device."""
-    slot, seed, step, top_k, method, rules = jnp.split(packed_BF[:, :_INTS], _INTS, axis=1)
+    slot, seed, step, top_k, method, rules, masked = jnp.split(packed_BF[:, :_INTS], _INTS, axis=1)
     floats_BF = jax.lax.bitcast_convert_type(packed_BF[:, _INTS:], jnp.float32)
     temperature, top_p, min_p, penalty, presence, frequency, of_logprobs = jnp.split(floats_BF, _FLOATS, axis=1)
     values = SamplingValues(temperature, top_k, top_p, min_p, penalty)
     seed_B = jax.lax.bitcast_convert_type(seed[:, 0], jnp.uint32)
-    return RowValues(slot[:, 0], seed_B, step[:, 0], method[:, 0], rules > 0, values, presence, frequency, of_logprobs)
+    ints = slot[:, 0], seed_B, step[:, 0], method[:, 0], rules > 0, masked[:, 0] > 0
+    return RowValues(*ints, values, presence, frequency, of_logprobs)
 
 
 class Rules(NamedTuple):
