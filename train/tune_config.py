@@ -16,8 +16,9 @@ from train.loop import CheckpointConfig, LoopConfig
 from train.merging import Merging
 from train.objective import Objective
 from train.optimizer import AdamW, OptimizerConfig, Schedule
-from train.pretrain import NextToken, PretrainConfig
+from train.pretrain import PretrainConfig
 from train.reward import Reward, RewardConfig
+from train.sft import Sft
 from train.step import StepConfig
 
 Method = Literal["sft", "reward", "dpo"]
@@ -194,7 +195,7 @@ class TuneConfig:
             max_position_embeddings=max(model.max_position_embeddings, stage.length),
         )
         if isinstance(config, PretrainConfig):
-            return NextToken(model, dataclasses.replace(config, compact_loss=True))
+            return Sft(model, dataclasses.replace(config, compact_loss=True))
         if isinstance(config, DpoConfig):
             return Dpo(model, dataclasses.replace(config, max_segments=max_segments))
         return Reward(model, dataclasses.replace(config, max_segments=max_segments))
