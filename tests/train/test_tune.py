@@ -110,7 +110,12 @@ def test_the_command_tunes_a_model_and_exports_it(method: str, files: Path, tmp_
 def test_a_stopped_run_resumes_bit_for_bit(
     method: Any, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The pairs of DPO are a mixture of two data sets."""
     straight, stopped = (configuration(files, method, tmp_path / name) for name in ("straight", "stopped"))
+    if method == "dpo":
+        stage = dataclasses.replace(straight.stages[0], mixture={"pairs": 2, "more": "1/2"})
+        data = {**straight.data, "more": str(files / "held.jsonl")}
+        straight, stopped = (dataclasses.replace(run, data=data, stages=(stage,)) for run in (straight, stopped))
     tune.tune(straight, _Formats())
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
