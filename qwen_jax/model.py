@@ -77,7 +77,7 @@ class MLP(nnx.Module):
                 for _ in range(2)
             )
         self.down = Linear("BTF,DF->BTD", residual(rngs.params(), (D, width)), x=s.feed_forward, w=s.down, out=s.hidden)
-        add_lora(self, options.lora, rngs)
+        add_lora(self, options.lora, rngs, options.lora_dropout)
         add_adapters(self, options.adapter_ranks)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:

@@ -48,7 +48,7 @@ class Attention(nnx.Module):
             self.k = projection(K, s.kv, s.kv_bias, kv_out)
             self.v = projection(K, s.kv, s.kv_bias, kv_out)
         self.o = Linear("BTHd,DHd->BTD", residual(rngs.params(), (D, H, d)), x=s.heads, w=s.o, out=s.hidden)
-        add_lora(self, options.lora, rngs)
+        add_lora(self, options.lora, rngs, options.lora_dropout)
         add_adapters(self, options.adapter_ranks)
 
     def queries_keys_values(self, x_BTD: jax.Array, rope: Rope) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:

@@ -17,6 +17,7 @@ from qwen_jax.cli.train import _Formats
 from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json
+from qwen_jax.lora import LoRA
 from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.params import init_params
 from qwen_jax.published import published
@@ -110,8 +111,11 @@ def test_the_command_tunes_a_model_and_exports_it(method: str, files: Path, tmp_
 def test_a_stopped_run_resumes_bit_for_bit(
     method: Any, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pairs of DPO are a mixture of two data sets."""
+    """The reward model is an adapter with dropout; the pairs of DPO are a mixture of two data sets."""
     straight, stopped = (configuration(files, method, tmp_path / name) for name in ("straight", "stopped"))
+    if method == "reward":
+        step = dataclasses.replace(straight.step, lora=LoRA(4, whole=("score",), dropout=0.2, dropout_seed=3))
+        straight, stopped = (dataclasses.replace(run, step=step) for run in (straight, stopped))
     if method == "dpo":
         stage = dataclasses.replace(straight.stages[0], mixture={"pairs": 2, "more": "1/2"})
         data = {**straight.data, "more": str(files / "held.jsonl")}
@@ -134,6 +138,8 @@ def test_a_stopped_run_resumes_bit_for_bit(
         assert (tmp_path / run / "checkpoints" / str(last)).is_dir()
     folders = [tmp_path / run / "checkpoints" for run in ("straight", "stopped")]
     assert_same_weights(folders[0].parent, folders[1].parent, last)
+    if method == "reward":
+        assert read_json(tmp_path / "stopped" / "model" / "adapter_config.json")["lora_dropout"] == 0.2
 
 
 @pytest.mark.parametrize("method", ["sft", "reward"])
