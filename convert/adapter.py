@@ -391,7 +391,7 @@ def write_adapter(
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "target_modules": sorted(set(modules)),
         "modules_to_save": [saved.get(name, name) for name in lora.whole] or None,
         "use_rslora": lora.rank_stabilised,

@@ -59,9 +59,9 @@ class Linear(Weight):
     sharded over `fsdp`, perhaps also over `tensor`, and gathered over `fsdp` where it is used; its gradient is
     reduce-scattered. Where `tensor` shards an input dimension, the results of its shards are summed.
 
-    With LoRA (`add_lora`), `scale (x A^T) B^T` is added. A has the weight's input dimensions and their sharding, B its
-    output dimensions. With several adapters (`add_adapters`), A and B are those of all of them, and a mask keeps the
-    elements of x A^T that belong to a row's own adapter.
+    With LoRA (`add_lora`), `scale (x A^T) B^T` is added, perhaps with dropout on this x. A has the weight's input
+    dimensions and their sharding, B its output dimensions. With several adapters (`add_adapters`), A and B are those of
+    all of them, and a mask keeps the elements of x A^T that belong to a row's own adapter.
     """
 
     def __init__(
@@ -85,14 +85,15 @@ class Linear(Weight):
         """
         super().__init__(weight, w, bias, bias_spec)
         self.einsum, self.x, self.w, self.out = einsum, x, w, out
-        self.lora_scale = 0.0
+        self.lora_scale = self.lora_dropout = 0.0
 
-    def add_lora(self, lora: LoRA, key: jax.Array) -> None:
+    def add_lora(self, lora: LoRA, key: jax.Array, dropout: bool = False) -> None:
         """Creates A, uniform in +-1/sqrt(inputs) as PEFT initialises it (Kaiming's with a = sqrt(5)), and B = 0.
 
         Args:
           lora: its settings.
           key: a PRNG key, for A.
+          dropout: whether its dropout is on; then there is a seed, uint32.
         """
 
         def uniform(shape: tuple[int, ...]) -> jax.Array:
@@ -100,6 +101,9 @@ class Linear(Weight):
             return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
         self._add_factors(lora.rank, uniform, lora.scale)
+        if dropout and lora.dropout:
+            self.lora_dropout = lora.dropout
+            self.lora_seed = nnx.Param(jnp.zeros((), jnp.uint32), spec=P())
 
     def add_adapters(self, ranks: int) -> None:
         """Creates A and B of several adapters, zero, and the mask, bool [B, T or 1, ranks].
@@ -146,22 +150,29 @@ class Linear(Weight):
             hidden = "".join(c for c in x_letters if c not in a) + "r"
             products = f"{x_letters},r{a}->{hidden}", f"{hidden},{b}r->{out}"
 
-        @jax.shard_map(
-            in_specs=(x_spec, operand_specs, lora_specs, mask_spec), out_specs=self.out, check_vma=not by_kernel
-        )
-        def local(x: jax.Array, operands: Any, lora: tuple[jax.Array, ...], mask: jax.Array | None) -> jax.Array:
+        dropped = self._dropped(x) if self.lora_dropout else None
+        specs = x_spec, operand_specs, lora_specs, mask_spec, None if dropped is None else x_spec
+
+        @jax.shard_map(in_specs=specs, out_specs=self.out, check_vma=not by_kernel)
+        def local(
+            x: jax.Array,
+            operands: Any,
+            lora: tuple[jax.Array, ...],
+            mask: jax.Array | None,
+            dropped: jax.Array | None,
+        ) -> jax.Array:
             y = multiply(x, operands)
             if lora:
                 a, b = (
                     all_gather_weight(matrix, spec.index("fsdp")) if "fsdp" in spec else matrix
                     for spec, matrix in zip(lora_specs, lora, strict=True)
                 )
-                h = jnp.einsum(products[0], x, a)
+                h = jnp.einsum(products[0], x if dropped is None else dropped, a)
                 h = h if mask is None else jnp.where(mask, h, 0)
                 y = y + self.lora_scale * jnp.einsum(products[1], h, b)
             return (lax.psum(y, "tensor") if sums else y).astype(x.dtype)
 
-        y: jax.Array = local(x, operands, lora, mask)
+        y: jax.Array = local(x, operands, lora, mask, dropped)
         return y
 
     def _local_product(self, x: jax.Array) -> LocalProduct:
@@ -194,20 +205,27 @@ class Linear(Weight):
             outputs, contracted = (outputs * size, contracted) if letter in out else (outputs, contracted * size)
         return outputs, contracted
 
+    def _dropped(self, x: jax.Array) -> jax.Array:
+        """The input of A in training. It is a function of the seed and of places in x, on any mesh."""
+        bits = jax.random.bits(jax.random.key(self.lora_seed[...]), x.shape, jnp.uint32, out_sharding=self.x)
+        kept = bits >= jnp.uint32(round(self.lora_dropout * 2**32))
+        return jnp.where(kept, x / (1 - self.lora_dropout), 0)
 
-def add_lora(module: nnx.Module, lora: LoRA | None, rngs: nnx.Rngs) -> None:
+
+def add_lora(module: nnx.Module, lora: LoRA | None, rngs: nnx.Rngs, dropout: bool) -> None:
     """Adds LoRA to the projections of a module that are targets; does nothing without LoRA.
 
     Args:
       module: holds `Linear`s under the names of `qwen_jax.lora.TARGETS`.
       lora: its settings.
       rngs: for A.
+      dropout: whether its dropout is on.
     """
     for name in lora.targets if lora else ():
         linear = getattr(module, name, None)
         if isinstance(linear, Linear):
             assert lora is not None
-            linear.add_lora(lora, rngs.params())
+            linear.add_lora(lora, rngs.params(), dropout)
 
 
 def add_adapters(module: nnx.Module, adapter_ranks: tuple[tuple[str, int], ...]) -> None:

@@ -1,12 +1,14 @@
 """Low-rank adaptation of the projections (LoRA, Hu et al. 2021, arXiv:2106.09685): settings and factors.
 
-A projection with a weight W becomes `x W^T + scale (x A^T) B^T`. Only A [rank, in] and B [out, rank] are trained;
-`qwen_jax.linear.Linear` holds and multiplies them.
+A projection with a weight W becomes `x W^T + scale (x A^T) B^T`. In training, dropout may act on the x before A. Only
+A [rank, in] and B [out, rank] are trained; `qwen_jax.linear.Linear` holds and multiplies them.
 """
 
 import dataclasses
 import functools
 import math
+import zlib
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +36,9 @@ class LoRA:
       rank_stabilised: multiply by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732).
       whole: parts of `WHOLE` whose own weights are trained too (PEFT's `modules_to_save`), such as the head of a reward
         model.
+      dropout: in training, the part of the inputs of A that is 0; the others are divided by 1 - dropout, as in PEFT.
+        Each projection draws its own.
+      dropout_seed: of dropout. With it, the step and the micro-batch determine what is dropped.
 
     Raises:
       InputError: a value out of range, or an unknown name.
@@ -44,12 +49,18 @@ class LoRA:
     targets: tuple[str, ...] = TARGETS
     rank_stabilised: bool = False
     whole: tuple[str, ...] = ()
+    dropout: float = 0.0
+    dropout_seed: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise InputError(f"The rank of LoRA must be a positive integer, got {self.rank!r}.")
         if not (self.alpha > 0 and math.isfinite(self.alpha)):
             raise InputError(f"alpha of LoRA must be positive, got {self.alpha}.")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout of LoRA must be at least 0 and below 1, got {self.dropout}.")
+        if not 0 <= self.dropout_seed < 2**31:
+            raise InputError(f"dropout_seed of LoRA must be at least 0 and below 2^31, got {self.dropout_seed}.")
         for field, known in (("targets", TARGETS), ("whole", WHOLE)):
             names = getattr(self, field)
             unknown = [name for name in names if name not in known]
@@ -65,6 +76,41 @@ class LoRA:
     def scale(self) -> float:
         """The factor on the update."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+
+def with_dropout(params: dict[str, Any], lora: LoRA, step: jax.Array, part: jax.Array | int = 0) -> dict[str, Any]:
+    """Parameters with a seed of dropout, "lora_seed", beside the factors of each projection: uint32 for each layer.
+
+    The same projection of the same layer gets the same seed, whether layers are stacked or listed.
+
+    Args:
+      params: all of the model's, as `bind` takes them.
+      lora: the settings, with dropout.
+      step: int32, number of the step.
+      part: number of the micro-batch in the step.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(lora.dropout_seed), step), part)
+
+    def seeds(name: str, layers: jax.Array) -> jax.Array:
+        of_name = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        return jax.vmap(lambda layer: jax.random.bits(jax.random.fold_in(of_name, layer)))(layers)
+
+    def walk(tree: dict[str, Any], path: str, counts: Counter[str] | None) -> dict[str, Any]:
+        if "lora_a" not in tree:
+            some = {
+                n: walk(part, f"{path}.{n}", counts) if isinstance(part, dict) else part for n, part in tree.items()
+            }
+            return some
+        if counts is None:
+            return {**tree, "lora_seed": seeds(path, jnp.arange(len(tree["lora_a"])))}
+        # Layers of a list are counted by the parts that they have, as stacks of them are.
+        counts[path] += 1
+        return {**tree, "lora_seed": seeds(path, jnp.arange(counts[path] - 1, counts[path]))[0]}
+
+    layers, counts = params["layers"], Counter[str]()
+    if isinstance(layers, dict):
+        return {**params, "layers": walk(layers, "", None)}
+    return {**params, "layers": [walk(layer, "", counts) for layer in layers]}
 
 
 @dataclasses.dataclass(frozen=True)

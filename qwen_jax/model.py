@@ -81,7 +81,7 @@ class MLP(nnx.Module):
             )
         self.down = Linear("BTF,DF->BTD", residual(rngs.params(), (D, width)), x=s.feed_forward, w=s.down, out=s.hidden)
         quantize_projections(self, path, config.quantization, s, trained=options.lora is not None)
-        add_lora(self, options.lora, rngs)
+        add_lora(self, options.lora, rngs, options.lora_dropout)
         add_adapters(self, options.adapter_ranks)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:

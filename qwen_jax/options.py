@@ -23,6 +23,7 @@ class Options:
       capacity_factor: 0 is dropless. Otherwise each expert has room for this many times the rows that a device would
         send it under even routing; overflowing tokens are dropped, and counted.
       lora: the projections have low-rank updates beside their weights; None for none. Not in the fused layout.
+      lora_dropout: dropout of LoRA is on; parameters have the seeds of `qwen_jax.lora.with_dropout`.
       adapter_ranks: projections of the fused layout that have the low-rank updates of several adapters, and the sum of
         the ranks, such as (("qkv", 24), ("o", 8)). Each row uses those of one adapter; see
         `qwen_jax.inference.adapters`.
@@ -36,6 +37,7 @@ class Options:
     grouped: Grouped = "auto"
     capacity_factor: float = 0.0
     lora: LoRA | None = None
+    lora_dropout: bool = False
     adapter_ranks: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:

@@ -156,6 +156,11 @@ class GrpoRunConfig:
                 raise InputError(f"{name} is empty. Give the path of a folder.")
         if not self.prompts:
             raise InputError("A GRPO run needs prompts, got none. Give files (--prompts).")
+        if self.step.lora is not None and self.step.lora.dropout:
+            raise InputError(
+                f"LoRA has a dropout of {self.step.lora.dropout}, and rollouts are sampled without it: the sampler's "
+                "log-probabilities would not be the trainer's. Make step.lora.dropout 0."
+            )
         if not self.rewards:
             raise InputError("A GRPO run needs a reward, got none. Give a name or FILE.py:function (--reward).")
         names = [reward.name for reward in self.rewards]

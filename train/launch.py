@@ -303,7 +303,11 @@ def _identity(job: Job[B]) -> Mapping[str, Any]:
         raise InputError(
             "LoRA trains beside frozen weights, and this run has none. Give Job.frozen, or train without it."
         )
-    return job.identity if only is None else {**job.identity, "lora": dataclasses.asdict(only)}
+    if only is None:
+        return job.identity
+    # Dropout that is off is left out, as in runs that began before there was any.
+    off = () if only.dropout else ("dropout", "dropout_seed")
+    return {**job.identity, "lora": {k: v for k, v in dataclasses.asdict(only).items() if k not in off}}
 
 
 def _abstract_state(job: Job[B], phase: Phase[B], frozen: _Frozen) -> TrainState:

@@ -1,6 +1,7 @@
 """Losses and log-probabilities of tokens over a large vocabulary: chunked and vocabulary-sharded."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,10 +77,46 @@ def chunked_cross_entropy(
     """
     with jax.named_scope("cross_entropy"):
         context = HeadContext(model.sharding, chunk, z_loss, compact)
-        sums: Sums = _cross_entropy(context, hidden_BTD, head_of(model), targets_BT, weights_BT)
-        return sums
+        found: _Found = _cross_entropy(context, hidden_BTD, head_of(model), targets_BT, weights_BT)
+        return found[0]
 
 
+class Predictions(NamedTuple):
+    """How good predictions of tokens are, as weighted sums over the tokens. They carry no gradient.
+
+    Attributes:
+      correct: float32 scalar, of tokens whose logit is the highest; where several are equally high, each is.
+      entropy: float32 scalar, of the entropies of the distributions, in nats.
+    """
+
+    correct: jax.Array
+    entropy: jax.Array
+
+
+def chunked_cross_entropy_and_predictions(
+    model: Qwen2,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    chunk: int,
+    z_loss: float = 0.0,
+    compact: bool = False,
+) -> tuple[Sums, Predictions]:
+    """`chunked_cross_entropy`, and from the same pass over the logits how good the predictions are.
+
+    Args:
+      model, hidden_BTD, targets_BT, weights_BT, chunk, z_loss, compact: as for `chunked_cross_entropy`.
+    """
+    with jax.named_scope("cross_entropy"):
+        context = HeadContext(model.sharding, chunk, z_loss, compact, entropy=True)
+        found: _Found = _cross_entropy(context, hidden_BTD, head_of(model), targets_BT, weights_BT)
+        sums, predictions = found
+        assert predictions is not None
+        return sums, jax.lax.stop_gradient(predictions)
+
+
+# Sums, and with `HeadContext.entropy` those of predictions.
+_Found = tuple[Sums, Predictions | None]
 # Gradients with respect to the hidden states and the head, in their dtypes; None if not asked for.
 _Gradients = tuple[jax.Array, jax.Array] | None
 
@@ -87,36 +124,41 @@ _Gradients = tuple[jax.Array, jax.Array] | None
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(
     context: HeadContext, hidden: jax.Array, head_VD: jax.Array, targets: jax.Array, weights: jax.Array
-) -> Sums:
+) -> _Found:
     return _on_mesh(context, False, hidden, head_VD, targets, weights)[0]
 
 
-def _forward(context: HeadContext, *args: jax.Array) -> tuple[Sums, _Gradients]:
+def _forward(context: HeadContext, *args: jax.Array) -> tuple[_Found, _Gradients]:
     return _on_mesh(context, True, *args)
 
 
 def _backward(
-    context: HeadContext, gradients: tuple[jax.Array, jax.Array], dsums: Sums
+    context: HeadContext, gradients: tuple[jax.Array, jax.Array], cotangents: _Found
 ) -> tuple[jax.Array, jax.Array, None, None]:
-    hidden, head = ((x * dsums.loss).astype(x.dtype) for x in gradients)
+    hidden, head = ((x * cotangents[0].loss).astype(x.dtype) for x in gradients)
     return hidden, head, None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _on_mesh(context: HeadContext, differentiate: bool, *args: jax.Array) -> tuple[Sums, _Gradients]:
+def _on_mesh(context: HeadContext, differentiate: bool, *args: jax.Array) -> tuple[_Found, _Gradients]:
     """The sums, and if asked for the gradients of `loss`."""
-    s, replicated = context.sharding, P()
-    sums_specs = Sums(replicated, replicated, replicated)  # type: ignore[arg-type]
+    s = context.sharding
+    sums_specs = jax.tree.map(lambda _: P(), _zero(context))
     run = jax.shard_map(
         functools.partial(_local, context, differentiate),
         in_specs=(s.hidden, s.vocab, s.tokens, s.tokens),
         out_specs=(sums_specs, (s.hidden, s.vocab) if differentiate else None),
         check_vma=False,
     )
-    result: tuple[Sums, _Gradients] = run(*args)
+    result: tuple[_Found, _Gradients] = run(*args)
     return result
+
+
+def _zero(context: HeadContext) -> _Found:
+    zero = jnp.zeros((), jnp.float32)
+    return zero_sums(), Predictions(zero, zero) if context.entropy else None
 
 
 def _local(
@@ -126,21 +168,26 @@ def _local(
     head_vD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
-) -> tuple[Sums, _Gradients]:
+) -> tuple[_Found, _Gradients]:
     """One device's tokens against its part of the vocabulary."""
     dtype = hidden_BTD.dtype
     w_vD = gathered_head(head_vD, dtype)
 
     def body(
-        carry: tuple[Sums, jax.Array | None], inputs: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[tuple[Sums, jax.Array | None], jax.Array | None]:
+        carry: tuple[_Found, jax.Array | None], inputs: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[tuple[_Found, jax.Array | None], jax.Array | None]:
         (sums, dhead), (x_cD, targets_c, weights_c) = carry, inputs
-        logits_cv, is_target, log_total_c, picked_c, _ = log_totals_of(context, x_cD, w_vD, targets_c)
+        logits_cv, is_target, log_total_c, picked_c, entropy_c, highest_c = log_totals_of(
+            context, x_cD, w_vD, targets_c
+        )
         # The sums.
         cross_entropy = ((log_total_c - picked_c) * weights_c).sum()
         loss = cross_entropy + context.z_loss * (log_total_c**2 * weights_c).sum()
-        part = Sums(loss, weights_c.sum(), cross_entropy)
-        sums = jax.tree.map(jnp.add, sums, part)
+        predictions: Predictions | None = None
+        if entropy_c is not None:
+            correct_c = picked_c >= highest_c
+            predictions = Predictions((correct_c * weights_c).sum(), (entropy_c * weights_c).sum())
+        sums = jax.tree.map(jnp.add, sums, (Sums(loss, weights_c.sum(), cross_entropy), predictions))
         if not differentiate:
             return (sums, None), None
         # The gradients, from the same logits.
@@ -154,7 +201,7 @@ def _local(
     dhead_zero = jnp.zeros(head_vD.shape[:1] + hidden_BTD.shape[-1:], jnp.float32) if differentiate else None
     inputs = hidden_BTD, targets_BT, weights_BT
     counts = weights_BT != 0 if context.compact else None
-    (sums, dhead), dhidden_BTD = over_chunks(body, (zero_sums(), dhead_zero), inputs, context.chunk, counts)
+    (sums, dhead), dhidden_BTD = over_chunks(body, (_zero(context), dhead_zero), inputs, context.chunk, counts)
     # Over the devices that have other tokens.
     sums = jax.lax.psum(sums, context.sharding.row_axes)
     if not differentiate:
@@ -249,7 +296,7 @@ def _log_probs_forward(
             carry: None, inputs: tuple[jax.Array, jax.Array]
         ) -> tuple[None, tuple[jax.Array, jax.Array, jax.Array | None]]:
             x_cD, targets_c = inputs
-            _, _, log_total_c, picked_c, entropy_c = log_totals_of(context, x_cD, w_vD, targets_c)
+            _, _, log_total_c, picked_c, entropy_c, _ = log_totals_of(context, x_cD, w_vD, targets_c)
             return None, (picked_c - log_total_c, log_total_c, entropy_c)
 
         _, found = over_chunks(body, None, (hidden_BTD, targets_BT), context.chunk, counts_BT)

@@ -106,9 +106,10 @@ def reduced_head_gradient(dhead_vD: jax.Array, sharding: Sharding) -> jax.Array:
 
 def log_totals_of(
     context: HeadContext, x_cD: jax.Array, w_vD: jax.Array, targets_c: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """The logits [c, v] of one tensor shard, where they are the targets' [c, v], and over all tensor shards the log of
-    the softmax denominator, the target's logit and, if the context asks for it, the entropy, each [c]."""
+    the softmax denominator, the target's logit, if the context asks for it the entropy, and the highest logit, each
+    [c]."""
     logits_cv, is_target = logits_of(context, x_cD, w_vD, targets_c)
     top_c, total_c, picked_c, *rest = statistics_of(logits_cv, is_target, context.entropy)
     highest_c = jax.lax.pmax(top_c, "tensor")
@@ -117,7 +118,7 @@ def log_totals_of(
     rest = [(weighted_c + total_c * below_c) * jnp.exp(below_c) for weighted_c in rest]
     total_c, picked_c, rest = jax.lax.psum((total_c * jnp.exp(below_c), picked_c, rest), "tensor")
     entropy_c = jnp.log(total_c) - rest[0] / total_c if rest else None
-    return logits_cv, is_target, highest_c + jnp.log(total_c), picked_c, entropy_c
+    return logits_cv, is_target, highest_c + jnp.log(total_c), picked_c, entropy_c, highest_c
 
 
 def logits_of(

@@ -259,13 +259,14 @@ class Sampler:
             except InputError as error:
                 raise InputError(f"Prompt {prompt.number}: {error}") from None
 
-    def _request(self, ids: Sequence[int], new: int, seed: int) -> Request:
+    def _request(self, ids: Sequence[int], new: int, seed: int, continues: bool = False) -> Request:
         temperature = self.config.temperature
         return Request(
             tuple(ids),
             Ending(frozenset(self._engines[0].eos_token_ids), (), new),
             SamplingParams(temperature=temperature, seed=seed),
             logprob_temperature=temperature,
+            continues=continues,
         )
 
     def _run(
@@ -301,7 +302,8 @@ class Sampler:
         query, member = conversation.place
         used = len(conversation.ids) - len(conversation.prompt.ids)
         seed = turn_seed(self.config.seed, conversation.prompt.number, version, member, conversation.turns)
-        request = self._request(conversation.ids, self.config.max_new_tokens - used, seed)
+        # A later turn starts before prompts that wait, while what it continues is still in the prefix cache.
+        request = self._request(conversation.ids, self.config.max_new_tokens - used, seed, conversation.turns > 0)
         conversation.stream = self._engines[query % len(self._engines)].submit(request, incremental=False)
         conversation.stream.when_ended(lambda: events.put((conversation, None)))
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.config import DTYPES
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import COVERAGE, Implementation
-from qwen_jax.lora import LoRA
+from qwen_jax.lora import LoRA, with_dropout
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params, bind, union
@@ -111,6 +111,7 @@ def batch_gradient(
     params: Params,
     batch: B,
     frozen: Params | None = None,
+    step: jax.Array | None = None,
 ) -> BatchGradient[S]:
     """Differentiates the mean loss of a batch, which does not depend on the number of micro-batches.
 
@@ -121,8 +122,10 @@ def batch_gradient(
       params: of `init_params`; what the loss is differentiated with respect to.
       batch: the whole global batch.
       frozen: the other parameters; as for `train_step`.
+      step: int32, number of the step, for dropout.
 
     Raises:
+      ValueError: dropout without `step`.
       InputError: the batch does not divide into the micro-batches and the shards of the mesh.
     """
     n, shards = config.accumulation, sharding.batch_shards
@@ -130,16 +133,27 @@ def batch_gradient(
     params = _layers_for_compute(objective, config, params)
     frozen = None if frozen is None else _layers_for_compute(objective, config, frozen)
 
-    def bound(params: Params) -> BoundModel:
-        return _bind(objective, config, sharding, union(params, frozen))
+    lora = config.lora if config.lora is not None and config.lora.dropout else None
+    if lora is not None and step is None:
+        raise ValueError("Dropout needs the number of the step.")
+
+    def bound(params: Params, part: jax.Array | None = None) -> BoundModel:
+        """The model; with dropout, if there is any, in a micro-batch."""
+        params = union(params, frozen)
+        if lora is None or part is None:
+            return _bind(objective, config, sharding, params)
+        assert step is not None
+        return _bind(objective, config, sharding, with_dropout(params, lora, step, part), dropout=True)
 
     # The denominator is that of the whole batch, over all devices and micro-batches.
     whole = objective.denominator(batch)
     # A batch without any target has loss 0, not NaN.
     denominator = jnp.maximum(whole, 1e-8)
 
-    def share_of_mean(params: Params, micro_batch: B, context: BatchContext[S, C]) -> tuple[jax.Array, tuple[Sums, S]]:
-        sums, statistics = objective.sums(bound(params), micro_batch, context)
+    def share_of_mean(
+        params: Params, micro_batch: B, context: BatchContext[S, C], part: jax.Array
+    ) -> tuple[jax.Array, tuple[Sums, S]]:
+        sums, statistics = objective.sums(bound(params, part), micro_batch, context)
         share = mean(sums, denominator)
         return share.loss, (share, statistics)
 
@@ -148,18 +162,23 @@ def batch_gradient(
     prepared = objective.prepare(bound(params), batch, micro_batches)
     zero_statistics = objective.zero_statistics()
     if micro_batches is None:
-        (_, (means, statistics)), gradient = differentiate(params, batch, BatchContext(prepared, zero_statistics))
+        whole_context = BatchContext(prepared, zero_statistics)
+        (_, (means, statistics)), gradient = differentiate(params, batch, whole_context, jnp.int32(0))
         return BatchGradient(gradient, means, whole, statistics)
 
     # Gradients, shares of the mean and statistics of the micro-batches add up in float32.
-    def accumulate(total: tuple[Params, tuple[Sums, S]], micro_batch: B) -> tuple[tuple[Params, tuple[Sums, S]], None]:
-        (_, (share, statistics)), gradient = differentiate(params, micro_batch, BatchContext(prepared, total[1][1]))
+    def accumulate(
+        total: tuple[Params, tuple[Sums, S]], one: tuple[B, jax.Array]
+    ) -> tuple[tuple[Params, tuple[Sums, S]], None]:
+        micro_batch, part = one
+        context = BatchContext(prepared, total[1][1])
+        (_, (share, statistics)), gradient = differentiate(params, micro_batch, context, part)
         summed, shares = jax.tree.map(jnp.add, (total[0], total[1][0]), (gradient, share))
         return (summed, (shares, join_statistics(total[1][1], statistics))), None
 
     start = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params), (zero_sums(), zero_statistics)
     with jax.named_scope("accumulation"):
-        (gradient, (means, statistics)), _ = jax.lax.scan(accumulate, start, micro_batches)
+        (gradient, (means, statistics)), _ = jax.lax.scan(accumulate, start, (micro_batches, jnp.arange(n)))
     return BatchGradient(gradient, means, whole, statistics)
 
 
@@ -209,13 +228,16 @@ def split_rows(batch: B, n: int, sharding: Sharding) -> B:
     return micro_batches
 
 
-def _bind(objective: Objective[B, S, C], config: StepConfig, sharding: Sharding, params: Params) -> BoundModel:
+def _bind(
+    objective: Objective[B, S, C], config: StepConfig, sharding: Sharding, params: Params, dropout: bool = False
+) -> BoundModel:
     options = Options(
         stacked=config.scan_layers,
         dtype=config.dtype,
         attention=config.attention,
         ring=config.ring,
         lora=config.lora,
+        lora_dropout=dropout,
     )
     return BoundModel(bind(objective.model, params, sharding, objective.options(options)), config.remat)
 
@@ -260,7 +282,7 @@ def train_step(
       `grad_norm` (before clipping), `learning_rate`, `weight` (the denominator), `skipped` (1 if this step was); and
       the objective's own, which may be arrays.
     """
-    found = batch_gradient(objective, config, sharding, state.params, batch, frozen)
+    found = batch_gradient(objective, config, sharding, state.params, batch, frozen, state.step)
     with jax.named_scope("optimizer"):
         # Before the layers are stacked: XLA is slow to sum what it stacks on the way.
         norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), found.gradient))

@@ -108,7 +108,7 @@ def _local(
 
     def body(carry: tuple[jax.Array, jax.Array | None], inputs: Any) -> tuple[Any, Any]:
         (total, dhead), (x_cD, targets_c, given_c, counts_c) = carry, inputs
-        logits_cv, is_target, log_total_c, picked_c, entropy_c = log_totals_of(context, x_cD, w_vD, targets_c)
+        logits_cv, is_target, log_total_c, picked_c, entropy_c, _ = log_totals_of(context, x_cD, w_vD, targets_c)
         # The losses. A chunk may end with tokens that do not count.
         log_probs_c = picked_c - log_total_c
         losses_c, pull_back = jax.vjp(lambda x_c: jnp.where(counts_c, function(x_c, given_c), 0.0), log_probs_c)

@@ -21,6 +21,7 @@ from qwen_jax.tokenizer import Tokenizer
 from train.checkpoint import Checkpoints
 from train.data.batch import place_part, row_part
 from train.data.example_batches import PackedExamples, PackedPairs, PackedSequences, RowConfig
+from train.data.example_mixture import MixedExamples
 from train.data.example_store import ExampleStore, open_store
 from train.data.feed import Batches, Feed
 from train.data.shards import digest
@@ -105,8 +106,12 @@ class _Run:
         count = range(len(config.stages))
         self.objectives = [config.objective_of(index, self.model, self.max_segments) for index in count]
 
-    def _pack(self, index: int) -> PackedExamples[Any]:
-        return self._open(self.config.data_of(index), index, epochs=None, what="data")
+    def _pack(self, index: int) -> PackedExamples[Any] | MixedExamples[Any]:
+        sources, mixture = self.config.data_of(index), self.config.stages[index].mixture
+        if not mixture:
+            return self._open(sources, index, epochs=None, what="data")
+        opened = {name: self._open({name: path}, index, None, "data") for name, path in sources.items()}
+        return MixedExamples(opened, {name: mixture[name] for name in opened})
 
     def _open(self, sources: Mapping[str, str], index: int, epochs: int | None, what: str) -> PackedExamples[Any]:
         """Tokenizes examples, unless that was done before, and packs them into the rows of a stage."""
@@ -237,7 +242,10 @@ class _Run:
         source = from_process_0(digest_here)
         # Weights that were read serve all examples on their mesh.
         loaded: tuple[Mesh, Params] | None = None
-        everything = [(p, 0) for p in self.held_out.values()] + [(p, i) for i, p in enumerate(self.packed)]
+        everything = [(p, 0) for p in self.held_out.values()]
+        for i, whole in enumerate(self.packed):
+            parts = whole.sources.values() if isinstance(whole, MixedExamples) else [whole]
+            everything += [(part, i) for part in parts]
         for packed, index in everything:
             assert isinstance(packed, PackedPairs)
             # The reference has no adapter.
@@ -289,7 +297,7 @@ class _Run:
 class _From(Batches[Any]):
     """Examples whose first batch is that of a later step of the run."""
 
-    def __init__(self, packed: PackedExamples[Any], first: int):
+    def __init__(self, packed: PackedExamples[Any] | MixedExamples[Any], first: int):
         self._packed, self._first = packed, first
 
     @property

@@ -10,14 +10,16 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from train.data.example_store import TooLong
 from train.data.examples import ExampleOptions, Kind
+from train.data.mixture import Weight, exact_shares
 from train.dpo import Dpo, DpoConfig
 from train.fields import at_least, call_for, check_axes, near
 from train.loop import CheckpointConfig, LoopConfig
 from train.merging import Merging
 from train.objective import Objective
 from train.optimizer import AdamW, OptimizerConfig, Schedule
-from train.pretrain import NextToken, PretrainConfig
+from train.pretrain import PretrainConfig
 from train.reward import Reward, RewardConfig
+from train.sft import Sft
 from train.step import StepConfig
 
 Method = Literal["sft", "reward", "dpo"]
@@ -36,7 +38,9 @@ class TuneStage:
       length: tokens in a row.
       batch_size: rows in the global batch of a step.
       epochs: how often the examples are read; it need not be whole.
-      data: names in `TuneConfig.data`; by default all.
+      data: names in `TuneConfig.data`; by default all. Their examples share rows, and each comes once in an epoch.
+      mixture: instead of `data`, weights of names in `TuneConfig.data`: the share of the rows is the weight over
+        the sum of all, and an epoch has as many rows as all of them fill; see `train.data.example_mixture`.
       learning_rate: the peak.
       schedule: after the warm-up, see `train.optimizer.Schedule`.
       final_fraction: final learning rate as a fraction of the peak.
@@ -53,6 +57,7 @@ class TuneStage:
     batch_size: int = 8
     epochs: float = 2.0
     data: tuple[str, ...] = ()
+    mixture: Mapping[str, Weight] = dataclasses.field(default_factory=dict)
     learning_rate: float = 7e-6
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
     final_fraction: float = 0.1
@@ -68,6 +73,10 @@ class TuneStage:
                 "epochs must be positive, and warmup_fraction at least 0 and below 1; got "
                 f"{self.epochs} and {self.warmup_fraction}."
             )
+        if self.mixture:
+            exact_shares(self.mixture)
+            if self.data:
+                raise InputError(f"A stage has data or a mixture; got data={self.data} and mixture={self.mixture}.")
         self.schedule_of(1)
 
     def schedule_of(self, steps: int) -> Schedule:
@@ -141,9 +150,10 @@ class TuneConfig:
         if not self.stages:
             raise InputError("A tuning run needs at least one stage, got none.")
         for index, stage in enumerate(self.stages):
-            for name in stage.data:
-                if name not in self.data:
-                    raise InputError(f"stages.{index}.data names {name!r}; {near(name, self.data)}")
+            for field, names in (("data", stage.data), ("mixture", tuple(stage.mixture))):
+                for name in names:
+                    if name not in self.data:
+                        raise InputError(f"stages.{index}.{field} names {name!r}; {near(name, self.data)}")
             check_axes(self.mesh_axes(index))
         if self.reference is not None and not isinstance(self.objective, DpoConfig):
             raise InputError("A reference belongs to DPO. Leave reference out.")
@@ -176,7 +186,8 @@ class TuneConfig:
 
     def data_of(self, index: int) -> dict[str, str]:
         """The data of a stage by name."""
-        names = self.stages[index].data or tuple(self.data)
+        stage = self.stages[index]
+        names = exact_shares(stage.mixture) if stage.mixture else stage.data or tuple(self.data)
         return {name: self.data[name] for name in names}
 
     def objective_of(self, index: int, model: ModelConfig, max_segments: int) -> Objective[Any, Any, Any]:
@@ -194,7 +205,7 @@ class TuneConfig:
             max_position_embeddings=max(model.max_position_embeddings, stage.length),
         )
         if isinstance(config, PretrainConfig):
-            return NextToken(model, dataclasses.replace(config, compact_loss=True))
+            return Sft(model, dataclasses.replace(config, compact_loss=True))
         if isinstance(config, DpoConfig):
             return Dpo(model, dataclasses.replace(config, max_segments=max_segments))
         return Reward(model, dataclasses.replace(config, max_segments=max_segments))

@@ -50,7 +50,7 @@ class Attention(nnx.Module):
             self.v = projection(K, s.kv, s.kv_bias, kv_out)
         self.o = Linear("BTHd,DHd->BTD", residual(rngs.params(), (D, H, d)), x=s.heads, w=s.o, out=s.hidden)
         quantize_projections(self, "attention", config.quantization, s, trained=options.lora is not None)
-        add_lora(self, options.lora, rngs)
+        add_lora(self, options.lora, rngs, options.lora_dropout)
         add_adapters(self, options.adapter_ranks)
 
     def queries_keys_values(self, x_BTD: jax.Array, rope: Rope) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:

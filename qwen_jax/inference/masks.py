@@ -9,6 +9,7 @@ import numpy as np
 
 from qwen_jax.errors import InputError
 from qwen_jax.inference.active import Active
+from qwen_jax.inference.runner_types import Masks
 from qwen_jax.inference.structured import Matcher
 
 # Masks that took longer in the step before are made in threads; for less, waking a thread costs as much.
@@ -20,29 +21,29 @@ def is_masked(active: Active) -> bool:
     return active.matcher is not None or len(active.row.tokens) < active.request.min_tokens
 
 
-def next_masks(rows: Sequence[Active | None], steps: Sequence[int], words: int) -> np.ndarray | None:
-    """Masks for the next token of each row, int32 [rows, words], or None if all may have any token.
+def next_masks(rows: Sequence[Active | None], steps: Sequence[int], words: int) -> Masks | None:
+    """Masks for the next token of the rows that have one, or None if all may have any token.
 
     Args:
-      rows: requests; the mask of a missing one allows everything.
+      rows: requests; a missing one has no mask.
       steps: how many tokens each text has before it.
       words: of a mask; bit i of word j is the token 32 j + i.
     """
     masked = [i for i, active in enumerate(rows) if active is not None and is_masked(active)]
     if not masked:
         return None
-    masks = np.full((len(rows), words), -1, np.int32)
+    masks, place = np.full((len(masked), words), -1, np.int32), {row: i for i, row in enumerate(masked)}
 
-    def fill(places: Sequence[int]) -> None:
-        for i in places:
-            active = rows[i]
+    def fill(some: Sequence[int]) -> None:
+        for i in some:
+            active, mask_W = rows[i], masks[place[i]]
             if active is not None and not active.row.finish_reason:
                 with active.failing():
-                    _fill(masks[i], active, active.matcher, steps[i])
+                    _fill(mask_W, active, active.matcher, steps[i])
                 # Some grammars know only now that nothing may follow.
                 active.end_with_grammar()
                 if active.row.finish_reason:
-                    masks[i] = -1
+                    mask_W[:] = -1
 
     seconds = {i: _last_seconds(rows[i]) for i in masked}
     if len(masked) > 1 and sum(seconds.values()) > _WORTH_THREADS:
@@ -51,7 +52,7 @@ def next_masks(rows: Sequence[Active | None], steps: Sequence[int], words: int) 
         list(threads.map(fill, [order[k :: _count()] for k in range(_count())]))
     else:
         fill(masked)
-    return masks
+    return Masks(masked, masks)
 
 
 def _last_seconds(active: Active | None) -> float:
@@ -68,8 +69,8 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_count(), "qwen_jax-masks")
 
 
-def speculated_masks(rows: Sequence[Active], proposals: np.ndarray, words: int) -> np.ndarray | None:
-    """Masks at each of several places, int32 [rows, places, words]: after none, one, two ... proposed tokens.
+def speculated_masks(rows: Sequence[Active], proposals: np.ndarray, words: int) -> Masks | None:
+    """Masks at each of several places, after none, one, two ... proposed tokens, of the rows that have one.
 
     Args:
       rows: requests.
@@ -77,30 +78,32 @@ def speculated_masks(rows: Sequence[Active], proposals: np.ndarray, words: int) 
         place after them is sampled.
       words: as for `next_masks`.
     """
-    if not any(map(is_masked, rows)):
+    masked = [i for i, active in enumerate(rows) if is_masked(active)]
+    if not masked:
         return None
     places = proposals.shape[1] + 1
-    masks = np.full((len(rows), places, words), -1, np.int32)
-    for i, active in enumerate(rows):
+    masks = np.full((len(masked), places, words), -1, np.int32)
+    for i, mask_TW in zip(masked, masks, strict=True):
+        active = rows[i]
         matcher = None if active.matcher is None else active.matcher.copy()
         for place in range(places):
             if place == 0:
                 with active.failing():
-                    _fill(masks[i, place], active, matcher, len(active.row.tokens))
+                    _fill(mask_TW[place], active, matcher, len(active.row.tokens))
                 active.end_with_grammar()
-            elif not _fill_after(masks[i, place], active, matcher, place):
-                masks[i, place] = -1
+            elif not _fill_after(mask_TW[place], active, matcher, place):
+                mask_TW[place] = -1
                 proposals[i, place - 1 :] = -1
                 break
             proposal = int(proposals[i, place]) if place < places - 1 else -1
             if active.row.finish_reason or proposal < 0:
                 break
-            if not masks[i, place, proposal // 32] >> (proposal % 32) & 1:
+            if not mask_TW[place, proposal // 32] >> (proposal % 32) & 1:
                 break  # It cannot be sampled, so no place after it counts.
             if matcher is not None and not _accepts(matcher, proposal):
                 proposals[i, place:] = -1
                 break
-    return masks
+    return Masks(masked, masks)
 
 
 def _fill_after(mask_W: np.ndarray, active: Active, matcher: Matcher | None, place: int) -> bool:

@@ -37,6 +37,8 @@ class Request:
       prompt_logprobs: whether log-probabilities of the prompt's tokens are returned. Such a prompt is read whole.
       grammar: what the text must match, or None.
       adapter: name of a LoRA adapter, or None for the model itself.
+      continues: whether it goes on with a text that has just ended here, such as the next turn of a conversation. It
+        starts before waiting requests that do not, so that its beginning is still in the prefix cache.
 
     Raises:
       InputError: a value of another type, or out of range.
@@ -54,6 +56,7 @@ class Request:
     prompt_logprobs: bool = False
     grammar: "Grammar | None" = None
     adapter: str | None = None
+    continues: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt:

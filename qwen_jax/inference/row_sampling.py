@@ -4,12 +4,14 @@ The rules change the logits in this order: repetition penalty (prompt and text),
 alone), bias, mask. Then each row samples by its own method, with the functions and the random numbers of `sampling`:
 the seed and the number of tokens sampled before determine a row's token, whatever runs beside it.
 
-There are five programs for each number of rows, each of which computes more than the one before. A step takes the first
-that can serve all its rows. A row gives the same token in each that can serve it.
+There are six programs for each number of rows, from the cheapest on. A step takes the first that can serve all its
+rows. A row gives the same token in each that can serve it. "Open" is the whole vocabulary without top-k, top-p and
+min-p, as reinforcement learning samples: it searches for no thresholds.
 
 | variant | methods          | rules          | mask | top log-probabilities |
 |---------|------------------|----------------|------|-----------------------|
 | plain   | greedy           | no             | no   | no                    |
+| open    | greedy, open     | no             | no   | no                    |
 | listed  | greedy, top-k    | no             | no   | no                    |
 | ruled   | greedy, top-k    | yes            | no   | no                    |
 | masked  | greedy, top-k    | yes            | yes  | yes                   |
@@ -18,6 +20,7 @@ that can serve all its rows. A row gives the same token in each that can serve i
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -34,20 +37,31 @@ from qwen_jax.inference.sampling import (
     penalised,
     sample_all,
     sample_top_k,
+    sample_unfiltered,
     top_k,
 )
 
-Variant = Literal["plain", "listed", "ruled", "masked", "all"]
-VARIANTS: tuple[Variant, ...] = ("plain", "listed", "ruled", "masked", "all")
+Variant = Literal["plain", "open", "listed", "ruled", "masked", "all"]
+VARIANTS: tuple[Variant, ...] = ("plain", "open", "listed", "ruled", "masked", "all")
 WITH_RULES: tuple[Variant, ...] = ("ruled", "masked", "all")
 WITH_MASKS: tuple[Variant, ...] = ("masked", "all")
 """Those that take masks and return the most likely tokens."""
+# What a row may need, as bits, and what each variant has.
+_OPEN, _LIST, _RULES, _TOP, _FILTERS = (1 << i for i in range(5))
+_HAS: dict[Variant, int] = {
+    "plain": 0,
+    "open": _OPEN,
+    "listed": _LIST,
+    "ruled": _LIST | _RULES,
+    "masked": _LIST | _RULES | _TOP,
+    "all": _OPEN | _LIST | _RULES | _TOP | _FILTERS,
+}
 _METHODS = ("greedy", "top_k", "full")
-_INTS, _FLOATS = 6, 7
+_INTS, _FLOATS = 7, 7
 FIELDS = _INTS + _FLOATS
 """Numbers of a row that are sent to the device for each step."""
-STEP, RULES = 2, 5
-"""Which of them are the number of tokens that were sampled before, and whether there are rules."""
+SLOT, STEP, RULES, MASKED = 0, 2, 5, 6
+"""Which of them are the slot, the number of tokens that were sampled before, and whether there are rules and a mask."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,16 +88,13 @@ class SampleRow:
     top: bool = False
 
     @property
-    def variant(self) -> Variant:
-        """The smallest program that can serve the row, if it has no mask."""
-        method = self.sampling.mode.method
-        if method == "full":
-            return "all"
-        if self.top:
-            return "masked"
-        if self.rules:
-            return "ruled"
-        return "plain" if method == "greedy" else "listed"
+    def needs(self) -> int:
+        """What the row needs of a program, as bits for `variant_with`, if it has no mask."""
+        params, method = self.sampling, self.sampling.mode.method
+        needs = {"greedy": 0, "top_k": _LIST, "full": _OPEN}[method]
+        if method == "full" and (params.mode.top_k or params.mode.top_p or params.min_p):
+            needs |= _FILTERS
+        return needs | (_RULES if self.rules else 0) | (_TOP if self.top else 0)
 
     def check(self) -> None:
         """Raises ValueError for penalties without rules."""
@@ -91,18 +102,23 @@ class SampleRow:
             raise ValueError("A row with penalties needs rules=True, after a call of set_rules.")
 
 
+def variant_with(needs: int) -> Variant:
+    """The first variant that has all these bits of `SampleRow.needs`."""
+    return next(variant for variant in VARIANTS if needs & ~_HAS[variant] == 0)
+
+
 def variant_of(rows: Sequence[SampleRow | None]) -> Variant:
     """The first variant that can serve all these rows, if none has a mask; None is a row that is not sampled."""
-    return VARIANTS[max((VARIANTS.index(row.variant) for row in rows if row is not None), default=0)]
+    return variant_with(functools.reduce(operator.or_, (row.needs for row in rows if row is not None), 0))
 
 
 def with_mask(variant: Variant) -> Variant:
     """The first variant that can serve what a variant can, and masks of allowed tokens."""
-    return variant if variant in WITH_MASKS else WITH_MASKS[0]
+    return variant_with(_HAS[variant] | _TOP)
 
 
 def pack(rows: Sequence[SampleRow | None], padded: int, dummy: int) -> np.ndarray:
-    """The rows' parameters as int32 [padded, FIELDS], for `unpack`. Floats keep their bits.
+    """The rows' parameters as int32 [padded, FIELDS], for `unpack`. Floats keep their bits; no row has a mask.
 
     Args:
       rows: None for a row that is not sampled.
@@ -118,7 +134,7 @@ def pack(rows: Sequence[SampleRow | None], padded: int, dummy: int) -> np.ndarra
         row.check()
         top_k, numbers = numbers_of(row.sampling)
         method = _METHODS.index(row.sampling.mode.method)
-        ints[i] = row.slot, row.sampling.seed, row.step, top_k, method, row.rules
+        ints[i, :MASKED] = row.slot, row.sampling.seed, row.step, top_k, method, row.rules
         floats[i] = *numbers, row.presence, row.frequency, row.logprob_temperature
     # A seed takes all 32 bits.
     return np.concatenate([ints.astype(np.uint32).view(np.int32), floats.view(np.int32)], axis=1)
@@ -133,6 +149,7 @@ class RowValues(NamedTuple):
       step_B: int32, tokens of the text that were sampled before.
       method_B: int32, index into greedy, top-k and full.
       rules_B1: bool, whether the row's bias counts.
+      masked_B: bool, whether the mask of the row's slot counts.
       values: temperature, top_k, top_p, min_p and repetition penalty.
       presence_B1, frequency_B1, logprob_temperature_B1: float32.
     """
@@ -142,6 +159,7 @@ class RowValues(NamedTuple):
     step_B: jax.Array
     method_B: jax.Array
     rules_B1: jax.Array
+    masked_B: jax.Array
     values: SamplingValues
     presence_B1: jax.Array
     frequency_B1: jax.Array
@@ -150,12 +168,13 @@ class RowValues(NamedTuple):
 
 def unpack(packed_BF: jax.Array) -> RowValues:
     """The inverse of `pack`, on the device."""
-    slot, seed, step, top_k, method, rules = jnp.split(packed_BF[:, :_INTS], _INTS, axis=1)
+    slot, seed, step, top_k, method, rules, masked = jnp.split(packed_BF[:, :_INTS], _INTS, axis=1)
     floats_BF = jax.lax.bitcast_convert_type(packed_BF[:, _INTS:], jnp.float32)
     temperature, top_p, min_p, penalty, presence, frequency, of_logprobs = jnp.split(floats_BF, _FLOATS, axis=1)
     values = SamplingValues(temperature, top_k, top_p, min_p, penalty)
     seed_B = jax.lax.bitcast_convert_type(seed[:, 0], jnp.uint32)
-    return RowValues(slot[:, 0], seed_B, step[:, 0], method[:, 0], rules > 0, values, presence, frequency, of_logprobs)
+    ints = slot[:, 0], seed_B, step[:, 0], method[:, 0], rules > 0, masked[:, 0] > 0
+    return RowValues(*ints, values, presence, frequency, of_logprobs)
 
 
 class Rules(NamedTuple):
@@ -243,7 +262,10 @@ def sample_rows(
     if variant != "plain":
         keys_B = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(rows.seed_B), rows.step_B)
         scaled_BV = logits_BV / rows.values.temperature
-        token_B = jnp.where(rows.method_B == 1, sample_top_k(scaled_BV, keys_B, rows.values), token_B)
+        if variant == "open":
+            token_B = jnp.where(rows.method_B == 2, sample_unfiltered(scaled_BV, keys_B), token_B)
+        else:
+            token_B = jnp.where(rows.method_B == 1, sample_top_k(scaled_BV, keys_B, rows.values), token_B)
         if variant == "all":
             token_B = jnp.where(rows.method_B == 2, sample_all(scaled_BV, keys_B, rows.values), token_B)
     # Log-probabilities, and with them the check that the whole row is finite.

@@ -23,10 +23,10 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference.buckets import Buckets, RunnerConfig, smallest
 from qwen_jax.inference.prompts import check_generates
-from qwen_jax.inference.row_sampling import FIELDS, RULES, WITH_MASKS, SampleRow, Variant, pack, variant_of, with_mask
+from qwen_jax.inference.row_sampling import FIELDS, MASKED, RULES, SLOT, SampleRow, Variant, pack, variant_of, with_mask
 from qwen_jax.inference.runner_lowering import Program, abstract_state, all_programs, caller, prepare
 from qwen_jax.inference.runner_programs import CLEARED, MAX_SEGMENTS, Pages, State, StaticArgs
-from qwen_jax.inference.runner_types import PrefillInput, PromptLogprobs, RowInput, Sampled, SampledMany
+from qwen_jax.inference.runner_types import Masks, PrefillInput, PromptLogprobs, RowInput, Sampled, SampledMany
 from qwen_jax.inference.slots import Slots, no_room, set_table
 from qwen_jax.inference.text_rows import TextRow, pack_texts
 from qwen_jax.kernels import QuantizedRows
@@ -35,6 +35,7 @@ from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params
 
 __all__ = [
+    "Masks",
     "PrefillInput",
     "PromptLogprobs",
     "RowInput",
@@ -100,7 +101,6 @@ class Runner:
         self.static = StaticArgs(config, Sharding.for_inference(config, mesh), options, vocab_limit, settings)
         self._compiled: dict[Program, Callable[..., Any]] = {}
         self._everywhere = NamedSharding(mesh, P())
-        self._masks: dict[tuple[int, ...], jax.Array] = {}
         self._pages, self._state = self._make_state()
 
     def _make_state(self) -> tuple[Pages, State]:
@@ -160,9 +160,6 @@ class Runner:
                 waiting[pool.submit(finish, program, *parts, time.perf_counter() - begun)] = program
                 collect([future for future in waiting if future.done()])
             collect(concurrent.futures.as_completed(list(waiting)))
-        for program in self._compiled:
-            if program.kind.startswith("sample") and program.variant in WITH_MASKS:
-                self._all_allowed(program)
 
     def _run(self, program: Program, *args: Any) -> Any:
         compiled = self._compiled.get(program)
@@ -325,27 +322,25 @@ class Runner:
 
     # --- sampling ---
 
-    def sample(self, logits: jax.Array, rows: Sequence[SampleRow | None], allowed: np.ndarray | None = None) -> Sampled:
+    def sample(self, logits: jax.Array, rows: Sequence[SampleRow | None], masks: Masks | None = None) -> Sampled:
         """Samples a token for each row, which becomes the newest of its sequence.
 
         Args:
           logits: of `prefill` or `decode`.
           rows: in the order of that call; None for a chunk that does not end its prompt.
-          allowed: int32 [len(rows), ceil(V / 32)], bit i of word j is set if token 32 j + i is allowed. None for all.
+          masks: of rows that may not have any token.
 
         Raises:
           ValueError: penalties without rules.
         """
-        return Sampled(
-            self._sample_rows("sample", logits, rows, np.zeros((len(rows), 0), np.int32), allowed), len(rows)
-        )
+        return Sampled(self._sample_rows("sample", logits, rows, np.zeros((len(rows), 0), np.int32), masks), len(rows))
 
     def sample_slots(
         self,
         logits: jax.Array,
         slots: Sequence[int | None],
         steps: Sequence[int],
-        allowed: np.ndarray | None = None,
+        masks: Masks | None = None,
     ) -> Sampled:
         """As `sample`, for sequences that are in `slots`: with many rows it takes a fraction of the time.
 
@@ -353,17 +348,17 @@ class Runner:
           logits: of `prefill`, `decode` or `decode_slots`.
           slots: in the order of that call; None for a row that is not sampled.
           steps: tokens of each text that were sampled before.
-          allowed: as for `sample`.
+          masks: as for `sample`.
         """
         packed, variant = self.slots.pack_sampling(slots, steps, len(logits))
-        return Sampled(self._sample("sample", logits, packed, variant, len(slots), allowed), len(slots))
+        return Sampled(self._sample("sample", logits, packed, variant, masks), len(slots))
 
     def sample_verified(
         self,
         logits: jax.Array,
         rows: Sequence[SampleRow],
         proposals: np.ndarray,
-        allowed: np.ndarray | None = None,
+        masks: Masks | None = None,
     ) -> SampledMany:
         """Samples the model's own token at each position, accepts proposals while they are these tokens.
 
@@ -374,12 +369,12 @@ class Runner:
           logits: of `verify`.
           rows: in the order of that call.
           proposals: of that call.
-          allowed: int32 [len(rows), 1 + k, ceil(V / 32)], for each position, as for `sample`.
+          masks: for each position, as for `sample`.
 
         Raises:
           ValueError: penalties without rules.
         """
-        return SampledMany(self._sample_rows("sample verified", logits, rows, proposals, allowed), len(rows))
+        return SampledMany(self._sample_rows("sample verified", logits, rows, proposals, masks), len(rows))
 
     def _sample_rows(
         self,
@@ -387,46 +382,38 @@ class Runner:
         logits: jax.Array,
         rows: Sequence[SampleRow | None],
         proposals: np.ndarray,
-        allowed: np.ndarray | None,
+        masks: Masks | None,
     ) -> jax.Array:
         packed = np.zeros((len(logits), FIELDS + proposals.shape[1]), np.int32)
         packed[:, :FIELDS] = pack(rows, len(logits), self.settings.max_seqs)
         packed[: len(rows), FIELDS:] = proposals
-        return self._sample(kind, logits, packed, variant_of(rows), len(rows), allowed)
+        return self._sample(kind, logits, packed, variant_of(rows), masks)
 
     def _sample(
-        self,
-        kind: str,
-        logits: jax.Array,
-        packed: np.ndarray,
-        variant: Variant,
-        count: int,
-        allowed: np.ndarray | None,
+        self, kind: str, logits: jax.Array, packed: np.ndarray, variant: Variant, masks: Masks | None
     ) -> jax.Array:
-        """Starts sampling of `count` rows, whose parameters are packed and need at least this variant."""
+        """Starts sampling of rows whose parameters are packed and need at least this variant."""
         if not self.settings.rules and packed[:, RULES].any():
             raise ValueError(_WITHOUT_RULES)
-        program = Program(kind, len(logits), variant=with_mask(variant) if allowed is not None else variant)
-        masks: jax.Array | None = None
-        if program.variant in WITH_MASKS:
-            masks = self._all_allowed(program)
-            if allowed is not None:
-                # A copy, because the caller's array may change before it is transferred.
-                padded = np.empty(masks.shape, np.int32)
-                padded[:count], padded[count:] = allowed, -1
-                masks = self._place(padded)
-        found, self._state = self._run(program, logits, self._state, self._place(packed), masks)
+        if masks is not None:
+            variant = with_mask(variant)
+            packed[masks.rows, MASKED] = 1
+            self._set_masks("set masks" + kind.removeprefix("sample"), packed[masks.rows, SLOT], masks.allowed)
+        program = Program(kind, len(logits), variant=variant)
+        found, self._state = self._run(program, logits, self._state, self._place(packed))
         found.copy_to_host_async()
         result: jax.Array = found
         return result
 
-    def _all_allowed(self, program: Program) -> jax.Array:
-        """Masks that allow everything."""
-        positions = (1 + self.settings.speculate,) if program.kind == "sample verified" else ()
-        shape = program.rows, *positions, self.static.words
-        if shape not in self._masks:
-            self._masks[shape] = self._place(np.full(shape, -1, np.int32))
-        return self._masks[shape]
+    def _set_masks(self, kind: str, slots: np.ndarray, allowed: np.ndarray) -> None:
+        """Sends the masks of some slots. Those of other rows stay on the device, and have no effect."""
+        program = Program(kind, smallest(self.buckets.rows, len(slots), "masks"))
+        # Copies, because the caller's array may change before it is transferred. Padding is the slot of no sequence.
+        slot_M = np.full(program.rows, self.settings.max_seqs, np.int32)
+        padded = np.full((program.rows, *allowed.shape[1:]), -1, np.int32)
+        slot_M[: len(slots)], padded[: len(slots)] = slots, allowed
+        masks_STW = self._run(program, self._state.masks_STW, self._place(slot_M), self._place(padded))
+        self._state = self._state._replace(masks_STW=masks_STW)
 
     def set_rules(
         self, slot: int, prompt_ids: Sequence[int], output_ids: Sequence[int], bias: Mapping[int, float]

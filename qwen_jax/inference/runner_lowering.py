@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.attention.quantized_cache import cache_dtype, in_8_bits
 from qwen_jax.inference import runner_programs as functions
 from qwen_jax.inference.buckets import Buckets, RunnerConfig
-from qwen_jax.inference.row_sampling import FIELDS, VARIANTS, WITH_MASKS, Rules, Variant
+from qwen_jax.inference.row_sampling import FIELDS, VARIANTS, Rules, Variant
 from qwen_jax.inference.runner_programs import CLEARED, MAX_SEGMENTS, Pages, State, StaticArgs
 from qwen_jax.kernels import QuantizedRows
 from qwen_jax.params import Params
@@ -26,8 +26,9 @@ class Program:
     """A program and its sizes.
 
     Attributes:
-      kind: decode, verify, prefill, sample, sample verified, read texts, score texts, set rules, clear.
-      rows: number of rows; of a prefill, the most chunks in its row.
+      kind: decode, verify, prefill, sample, sample verified, set masks, set masks verified, read texts, score texts,
+        set rules, clear.
+      rows: number of rows; of a prefill, the most chunks in its row; of setting masks, how many.
       tokens: of a row of chunks or of whole texts.
       slots: that the page table covers.
       variant: of sampling.
@@ -51,6 +52,8 @@ class Program:
             return f"{self.kind} {self.rows} rows, {self.slots} slots"
         if self.kind in ("sample", "sample verified"):
             return f"{self.kind} {self.rows} rows, {self.variant}"
+        if self.kind in ("set masks", "set masks verified"):
+            return f"{self.kind} of {self.rows} rows"
         return self.kind + sizes.get(self.kind, "")
 
 
@@ -65,7 +68,9 @@ def all_programs(settings: RunnerConfig, buckets: Buckets) -> list[Program]:
     programs += [Program("decode", r, slots=s) for r in buckets.rows for s in buckets.slots]
     sampled = dict.fromkeys([*buckets.rows, *(r for r, _ in buckets.prefill)])
     programs += [Program("sample", r, variant=v) for r in sampled for v in VARIANTS]
+    programs += [Program("set masks", r) for r in buckets.rows]
     if settings.speculate:
+        programs += [Program("set masks verified", r) for r in buckets.rows]
         programs += [Program("verify", r, slots=s) for r in buckets.rows for s in buckets.slots]
         programs += [Program("sample verified", r, variant=v) for r in buckets.rows for v in VARIANTS]
     programs += [Program(kind, tokens=t) for t in buckets.texts for kind in ("read texts", "score texts")]
@@ -95,8 +100,9 @@ def abstract_state(static: StaticArgs, mesh: Mesh) -> tuple[Pages, State]:
     S, V = settings.max_seqs + 1, config.vocab_size
     tokens_S: Any = array((S,), "int32", P(None))
     rules_SV: list[Any] = [array((S, V), dtype, P(None, None)) for dtype in _RULES_DTYPES]
+    masks_STW: Any = array((S, 1 + settings.speculate, static.words), "int32", P(None, None, None))
     pages = Pages((keys,) * config.num_layers, (values,) * config.num_layers)
-    return pages, State(tokens_S, Rules(*rules_SV) if settings.rules else None)
+    return pages, State(tokens_S, masks_STW, Rules(*rules_SV) if settings.rules else None)
 
 
 def lower(program: Program, static: StaticArgs, mesh: Mesh, params: Params) -> jax.stages.Lowered:
@@ -149,7 +155,7 @@ def _function_and_arguments(
     """The function of a program, which of its arguments are donated, and the shapes of all of them."""
     pages, state = abstract_state(static, mesh)
     settings, V, B, T = static.settings, static.config.vocab_size, program.rows, program.tokens
-    k = settings.speculate if program.kind in ("verify", "sample verified") else 0
+    k = settings.speculate if program.kind in ("verify", "sample verified", "set masks verified") else 0
     partial = functools.partial
 
     def array(*shape: int, dtype: Any = "int32") -> jax.ShapeDtypeStruct:
@@ -166,9 +172,11 @@ def _function_and_arguments(
             return read, (1,), (params, pages, array(4 + adapter, T), array(B + table))
         case "sample" | "sample verified":
             each = (B, 1 + k) if k else (B,)
-            allowed = array(*each, static.words) if program.variant in WITH_MASKS else None
             choose = partial(functions.sample, static, variant=program.variant, proposed=k)
-            return choose, (1,), (array(*each, V, dtype="float32"), state, array(B, FIELDS + k), allowed)
+            return choose, (1,), (array(*each, V, dtype="float32"), state, array(B, FIELDS + k))
+        case "set masks" | "set masks verified":
+            each = (B, 1 + k) if k else (B,)
+            return functions.set_masks, (0,), (state.masks_STW, array(B), array(*each, static.words))
         case "read texts":
             return partial(functions.read_texts, static), (), (params, array(3 + adapter, T), array(MAX_SEGMENTS))
         case "score texts":

@@ -71,10 +71,12 @@ class State(NamedTuple):
 
     Attributes:
       tokens_S: int32, newest token, not in the cache yet. Always an id.
+      masks_STW: int32, bit masks of allowed tokens at each position, for the rows that have one.
       rules: None for a runner without rules.
     """
 
     tokens_S: jax.Array
+    masks_STW: jax.Array
     rules: Rules | None
 
 
@@ -161,7 +163,6 @@ def sample(
     logits: jax.Array,
     state: State,
     packed_BN: jax.Array,
-    allowed: jax.Array | None,
     *,
     variant: Variant,
     proposed: int,
@@ -173,7 +174,6 @@ def sample(
       logits: float32 [B, V], or [B, 1 + proposed, V], on every device.
       state: updated in place.
       packed_BN: int32: the fields of `row_sampling.pack`, then `proposed` ids.
-      allowed: int32 [B, W] or [B, 1 + proposed, W] bit masks, for variants with masks.
       variant: see `row_sampling`.
       proposed: how many tokens are proposed for each row.
 
@@ -184,16 +184,18 @@ def sample(
     """
     dummy = static.settings.max_seqs
 
-    def local(
-        logits: jax.Array, state: State, packed_BN: jax.Array, allowed: jax.Array | None
-    ) -> tuple[jax.Array, State]:
+    def local(logits: jax.Array, state: State, packed_BN: jax.Array) -> tuple[jax.Array, State]:
         if not proposed:
-            logits, allowed = logits[:, None], None if allowed is None else allowed[:, None]
+            logits = logits[:, None]
         rows, proposals_Bk = row_sampling.unpack(packed_BN[:, :FIELDS]), packed_BN[:, FIELDS:]
         all_rules = state.rules if variant in row_sampling.WITH_RULES else None
         rules = None if all_rules is None else Rules(*(x_SV[rows.slot_B] for x_SV in all_rules))
+        allowed_BTW: jax.Array | None = None
+        if variant in row_sampling.WITH_MASKS:
+            of_slot_BTW = state.masks_STW[rows.slot_B, : 1 + proposed]
+            allowed_BTW = jnp.where(rows.masked_B[:, None, None], of_slot_BTW, -1)
         found = row_sampling.sample_positions(
-            *(logits, proposals_Bk, rows, rules, allowed),
+            *(logits, proposals_Bk, rows, rules, allowed_BTW),
             variant=variant,
             vocab_limit=static.vocab_limit,
             top=static.tops,
@@ -209,7 +211,7 @@ def sample(
         return _pack_sampled(found), state
 
     # Every device samples every row.
-    result: tuple[jax.Array, State] = _run_on_every_device(local, logits, state, packed_BN, allowed)
+    result: tuple[jax.Array, State] = _run_on_every_device(local, logits, state, packed_BN)
     return result
 
 
@@ -228,6 +230,16 @@ def _pack_sampled(found: row_sampling.SampledPositions) -> jax.Array:
 def _run_on_every_device(local: Any, *args: Any) -> Any:
     everywhere = jax.tree.map(lambda _: P(), args)
     return jax.shard_map(local, in_specs=everywhere, out_specs=P())(*args)
+
+
+def set_masks(masks_STW: jax.Array, slot_M: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Replaces the masks of some slots, in place, at the first position (`allowed` [M, W]) or at all ([M, T, W])."""
+
+    def local(masks_STW: jax.Array, slot_M: jax.Array, allowed: jax.Array) -> jax.Array:
+        return (masks_STW.at[slot_M, 0] if allowed.ndim == 2 else masks_STW.at[slot_M]).set(allowed)
+
+    result: jax.Array = _run_on_every_device(local, masks_STW, slot_M, allowed)
+    return result
 
 
 def set_rules(rules: Rules, slot_1: jax.Array, counts_V: jax.Array, prompt_V: jax.Array, bias_V: jax.Array) -> Rules:

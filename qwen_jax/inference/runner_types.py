@@ -46,6 +46,19 @@ class RowInput:
     adapter: int = 0
 
 
+class Masks(NamedTuple):
+    """Which tokens some rows of a step may have next. All others may have any.
+
+    Attributes:
+      rows: places of the masked rows among those of the step, ascending.
+      allowed: int32 [masked rows, ceil(V / 32)], or [masked rows, 1 + k, ceil(V / 32)] for each of 1 + k positions. Bit
+        i of word j is set if token 32 j + i is allowed.
+    """
+
+    rows: Sequence[int]
+    allowed: np.ndarray
+
+
 class SampledTokens(NamedTuple):
     """What `Sampled.read` returns; B counts the rows that were given.
 

@@ -288,6 +288,16 @@ def sample_all(
     return _draw(jnp.where(keep, logits_BV, _LOWEST), keys_B, None)
 
 
+def sample_unfiltered(logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
+    """The tokens of `sample_all` where all filters are off, without its search for thresholds.
+
+    Args:
+      logits_BV: float32, divided by the temperature.
+      keys_B: one PRNG key for each row and step.
+    """
+    return _draw(logits_BV, keys_B, None)
+
+
 def _ordered_bits(x: jax.Array) -> jax.Array:
     """Maps float32 to uint32 of the same order."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)

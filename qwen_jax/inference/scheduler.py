@@ -108,7 +108,9 @@ class Decode:
 
 
 class Scheduler:
-    """Plans steps: first come, first served. Not thread-safe.
+    """Plans steps: first come, first served, but requests that continue a text start first. Not thread-safe.
+
+    What continues a text finds it in the prefix cache only before others take its pages; see `Request.continues`.
 
     Prefill and decode steps alternate while both have work, so decoding waits for at most one chunk of
     `max_batched_tokens` tokens. When pages run out, the newest sequences give up theirs (they are preempted) and are
@@ -149,7 +151,7 @@ class Scheduler:
         self._pool, self._prefix_cache = pool, prefix_cache
         self._max_seqs, self._max_batched_tokens, self._max_length = max_seqs, max_batched_tokens, max_length
         self._max_chunks, self._max_pages, self._headroom = max_chunks, -(-max_slots // pool.page_size), headroom
-        # Both are in the order of arrival.
+        # In the order in which they start, and in the order of arrival.
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._slots = list(range(max_seqs - 1, -1, -1))
@@ -177,7 +179,7 @@ class Scheduler:
     # --- what the engine reports ---
 
     def add(self, sequence: Sequence) -> None:
-        """Appends a sequence to the queue.
+        """Puts a sequence into the queue.
 
         Raises:
           InputError: it can never fit.
@@ -200,7 +202,7 @@ class Scheduler:
             )
         sequence.order = self._added
         self._added += 1
-        self._waiting.append(sequence)
+        self._enqueue(sequence)
 
     def read(self, sequence: Sequence, token_ids: abc.Iterable[int]) -> None:
         """Appends tokens that a dispatched step has sampled. Tokens of a finished sequence are ignored.
@@ -445,9 +447,15 @@ class Scheduler:
         self._stop(sequence)
         sequence.preemptions += 1
         self.preemptions += 1
-        # Only sequences that are even older, and were preempted too, stay in front of it.
-        older = sum(1 for _ in itertools.takewhile(lambda s: s.order < sequence.order, self._waiting))
-        self._waiting.insert(older, sequence)
+        self._enqueue(sequence)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        """Puts a sequence into the queue before those that start after it."""
+        if not self._waiting or _place(self._waiting[-1]) < _place(sequence):
+            self._waiting.append(sequence)
+        else:
+            earlier = sum(1 for _ in itertools.takewhile(lambda s: _place(s) < _place(sequence), self._waiting))
+            self._waiting.insert(earlier, sequence)
 
     def preempt_all(self) -> None:
         """Takes the pages of all running sequences, which are read again. No step may be in flight."""
@@ -471,8 +479,8 @@ class Scheduler:
         """Raises AssertionError unless all invariants hold; for tests."""
         pool, size = self._pool, self._pool.page_size
         pool.check()
-        for group in (self._waiting, self._running):
-            assert [s.order for s in group] == sorted({s.order for s in group}), "not in the order of arrival"
+        for group, key in ((self._waiting, _place), (self._running, _by_arrival)):
+            assert [key(s) for s in group] == sorted({key(s) for s in group}), "not in order"
             assert not any(s.finished for s in group), "a finished sequence was kept"
         for s in self._waiting:
             assert s.slot is None, f"a waiting sequence has a slot: {s}"
@@ -508,5 +516,11 @@ class Scheduler:
                     assert pool.find(key) == s.pages[i], f"page {i} is registered under another key: {s}"
 
 
-def _by_arrival(sequence: Sequence) -> int:
-    return sequence.order
+def _by_arrival(sequence: Sequence) -> tuple[int, ...]:
+    return (sequence.order,)
+
+
+def _place(sequence: Sequence) -> tuple[int, ...]:
+    """Sorts the queue: first what was preempted, then what continues a text, then all others; each by arrival."""
+    group = 0 if sequence.preemptions else 1 if sequence.request.continues else 2
+    return group, sequence.order

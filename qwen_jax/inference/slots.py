@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qwen_jax.inference.row_sampling import STEP, VARIANTS, SampleRow, Variant, pack
+from qwen_jax.inference.row_sampling import STEP, SampleRow, Variant, pack, variant_with
 
 
 class Slots:
@@ -22,7 +22,7 @@ class Slots:
         """
         self._dummy, self._page_size = max_seqs, page_size
         self._fields_SF = np.repeat(pack([None], 1, max_seqs), max_seqs + 1, axis=0)
-        self._variant_S = np.zeros(max_seqs + 1, np.int8)
+        self._needs_S = np.zeros(max_seqs + 1, np.int32)
         self._adapter_S = np.zeros(max_seqs + 1, np.int32)
         self._table_SM = np.zeros((max_seqs + 1, pages), np.int32)
         self._pages_S = np.zeros(max_seqs + 1, np.int32)
@@ -39,7 +39,7 @@ class Slots:
           ValueError: penalties without rules.
         """
         self._fields_SF[row.slot] = pack([row], 1, self._dummy)[0]
-        self._variant_S[row.slot] = VARIANTS.index(row.variant)
+        self._needs_S[row.slot] = row.needs
         self._adapter_S[row.slot] = adapter
         self._pages_S[row.slot] = 0
         self._extend(row.slot, pages)
@@ -90,7 +90,7 @@ class Slots:
         fields_BF = self._fields_SF[slot_B]
         fields_BF[: len(slots), STEP] = steps
         fields_BF[slot_B == self._dummy, STEP] = 0
-        return fields_BF, VARIANTS[self._variant_S[slot_B].max()]
+        return fields_BF, variant_with(int(np.bitwise_or.reduce(self._needs_S[slot_B])))
 
 
 def set_table(table_M: np.ndarray, pages: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ from qwen_jax.inference.masks import next_masks, speculated_masks
 from qwen_jax.inference.outputs import TokenInfo
 from qwen_jax.inference.pages import PagePool
 from qwen_jax.inference.proposers import Proposer
-from qwen_jax.inference.runner import PrefillInput, RowInput, Runner, SampleRow
+from qwen_jax.inference.runner import Masks, PrefillInput, RowInput, Runner, SampleRow
 from qwen_jax.inference.scheduler import Decode, Prefill, Scheduler
 from qwen_jax.inference.scheduler import Sequence as Scheduled
 from qwen_jax.inference.stream import Readers
@@ -195,7 +195,7 @@ class Steps:
 
     def _sample(self, logits: jax.Array, rows: Sequence[Active | None], steps: Sequence[int]) -> None:
         """Samples one token for each row that is there. `steps`: tokens that were sampled before, by row."""
-        masks: np.ndarray | None = None
+        masks: Masks | None = None
         if self._constrained:
             if any(active is not None and active.matcher is not None for active in rows):
                 # A mask depends on the token before it. The model runs while the host reads it and makes the mask.

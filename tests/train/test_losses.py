@@ -17,6 +17,7 @@ from qwen_jax.published import published
 from train.losses import (
     at_segments,
     chunked_cross_entropy,
+    chunked_cross_entropy_and_predictions,
     chunked_log_probs,
     chunked_log_probs_and_entropy,
     segment_sums,
@@ -87,6 +88,38 @@ def test_compact_cross_entropy_is_the_dense_one(axes: dict[str, int], chunk: int
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, expected)
     assert not got[1][0][weights == 0].any()
     assert not any(leaf.any() for leaf in jax.tree.leaves(nothing))
+
+
+@pytest.mark.parametrize(("axes", "compact"), list(zip(MESHES, (True, True, False), strict=True)), ids=str)
+def test_accuracy_and_entropy_of_predictions_are_those_of_the_plain_formulas(
+    axes: dict[str, int], compact: bool
+) -> None:
+    """Half of the targets are the likeliest tokens. The loss and its gradients are those without the statistics."""
+    mesh, rng = make_mesh(axes), generator()
+    s, (hidden, head, targets, weights) = sharding_on(mesh), inputs(rng)
+    likeliest = (hidden @ head.T).argmax(-1).astype(np.int32)
+    targets = np.where(rng.random((B, T)) < 0.5, likeliest, targets)
+    log_probs = jax.nn.log_softmax(hidden @ head.T)
+    entropy = -(jnp.exp(log_probs) * log_probs).sum(-1)
+
+    def both(hidden: Any, head: Any, *rest: Any) -> Any:
+        sums, predictions = chunked_cross_entropy_and_predictions(model_of(head, s), hidden, *rest, 5, 0.1, compact)
+        return sums.loss + predictions.entropy, (sums, predictions)
+
+    def alone(hidden: Any, head: Any, *rest: Any) -> Any:
+        sums = chunked_cross_entropy(model_of(head, s), hidden, *rest, 5, 0.1, compact)
+        return sums.loss, sums
+
+    with jax.set_mesh(mesh):
+        arrays = placed((hidden, head, targets, weights), mesh)
+        (_, (sums, predictions)), gradients = jax.jit(jax.value_and_grad(both, (0, 1), has_aux=True))(*arrays)
+        (_, want), without = jax.jit(jax.value_and_grad(alone, (0, 1), has_aux=True))(*arrays)
+    np.testing.assert_allclose(predictions.correct, ((targets == likeliest) * weights).sum(), rtol=1e-5)
+    np.testing.assert_allclose(predictions.entropy, (entropy * weights).sum(), rtol=1e-4)
+    # The entropy carries no gradient. The fused passes may round differently.
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), (sums, gradients), (want, without)
+    )
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
@@ -202,7 +235,7 @@ def test_a_frozen_head_costs_no_product(axes: dict[str, int], which: str) -> Non
     assert products((0,)) == both - 1
 
 
-@pytest.mark.parametrize("which", ["cross-entropy", "log-probabilities", "token loss"])
+@pytest.mark.parametrize("which", ["cross-entropy", "predictions", "log-probabilities", "token loss"])
 def test_no_array_as_large_as_all_logits_exists(mesh: Mesh, which: str) -> None:
     """32,768 tokens of a vocabulary of 152,064, from the compiled program of loss and gradients."""
     tokens, vocab, width, chunk, s = 32_768, 152_064, 64, 2048, sharding_on(mesh)
@@ -210,6 +243,9 @@ def test_no_array_as_large_as_all_logits_exists(mesh: Mesh, which: str) -> None:
     def loss(hidden: Any, head: Any, *rest: Any) -> Any:
         if which == "cross-entropy":
             return chunked_cross_entropy(model_of(head, s), hidden, *rest, chunk, compact=True).loss
+        if which == "predictions":
+            sums, found = chunked_cross_entropy_and_predictions(model_of(head, s), hidden, *rest, chunk, compact=True)
+            return sums.loss + found.entropy + found.correct
         if which == "token loss":
             return chunked_token_loss(model_of(head, s), hidden, *rest, lambda x, _: x**2, {}, chunk)[0]
         return chunked_log_probs(model_of(head, s), hidden, *rest, chunk).sum()

@@ -260,6 +260,30 @@ def test_turns_are_tokens_in_and_tokens_out(
         same(a, b)
 
 
+def test_later_turns_find_the_earlier_ones_with_few_pages(
+    engine: ContinuousEngine, params: Params, mesh: Mesh, tokenizer: Tokenizer
+) -> None:
+    """Many more conversations than pages: a turn starts before new prompts, which would take the pages of the turns
+    before it. The rollouts are those of an engine with room for all."""
+    rng = print_seed()
+    config = SamplingConfig(group_size=1, max_new_tokens=70, seed=int(rng.integers(1 << 31)))
+    prompts = [Prompt(i, rng.integers(8, 256, 20).tolist()) for i in range(32)]
+    want = flat(Sampler(engine, config, Talking(3)).sample(prompts, 1))
+    eos = list(engine.eos_token_ids)
+    with engine_of(params, MODEL, mesh, mesh, tokenizer=tokenizer, eos_token_ids=eos, num_pages=24) as small:
+        sampler = Sampler(small, config, Talking(3))
+        samples = flat(sampler.sample(prompts, 1))
+    # What the full pages of each turn's earlier ones hold. The last token of a turn is not in the cache.
+    most = 0
+    for a, b in zip(want, samples, strict=True):
+        same(a, b)
+        ends = np.flatnonzero(b.trained[:-1] & ~b.trained[1:])
+        most += sum(int(end) // 16 * 16 for end in ends)
+    print("cached", sampler.counts.cached_tokens, "of", most)
+    assert most > 100
+    assert sampler.counts.cached_tokens > 0.7 * most
+
+
 def test_a_failure_of_the_environment_is_counted_and_not_an_end(engine: ContinuousEngine) -> None:
     sampler = Sampler(engine, SamplingConfig(group_size=16, max_new_tokens=64), Talking(2, fails=True))
     samples = flat(sampler.sample([Prompt(0, [1, 2])], 0))

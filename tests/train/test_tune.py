@@ -87,6 +87,11 @@ def test_the_command_tunes_a_model_and_exports_it(method: str, files: Path, tmp_
     held_out = [r for r in records if "held_out_loss" in r]
     assert found[-1] < found[0]
     assert held_out[-1]["held_out_loss"] < held_out[0]["held_out_loss"]
+    if method == "sft":
+        held = [r["held_out_held_token_accuracy"] for r in held_out]
+        assert 0 <= held[0] < held[-1] <= 1
+        assert held_out[0]["held_out_held_entropy"] > held_out[-1]["held_out_held_entropy"] > 0
+        assert all({"token_accuracy", "entropy"} <= r.keys() for r in records if "loss" in r)
     if method == "dpo":
         # At the reference.
         np.testing.assert_allclose([found[0], held_out[0]["held_out_loss"]], np.log(2), rtol=1e-5)
@@ -111,7 +116,15 @@ def test_the_command_tunes_a_model_and_exports_it(method: str, files: Path, tmp_
 def test_a_stopped_run_resumes_bit_for_bit(
     method: Any, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The reward model is an adapter with dropout; the pairs of DPO are a mixture of two data sets."""
     straight, stopped = (configuration(files, method, tmp_path / name) for name in ("straight", "stopped"))
+    if method == "reward":
+        step = dataclasses.replace(straight.step, lora=LoRA(4, whole=("score",), dropout=0.2, dropout_seed=3))
+        straight, stopped = (dataclasses.replace(run, step=step) for run in (straight, stopped))
+    if method == "dpo":
+        stage = dataclasses.replace(straight.stages[0], mixture={"pairs": 2, "more": "1/2"})
+        data = {**straight.data, "more": str(files / "held.jsonl")}
+        straight, stopped = (dataclasses.replace(run, data=data, stages=(stage,)) for run in (straight, stopped))
     tune.tune(straight, _Formats())
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
@@ -130,6 +143,8 @@ def test_a_stopped_run_resumes_bit_for_bit(
         assert (tmp_path / run / "checkpoints" / str(last)).is_dir()
     folders = [tmp_path / run / "checkpoints" for run in ("straight", "stopped")]
     assert_same_weights(folders[0].parent, folders[1].parent, last)
+    if method == "reward":
+        assert read_json(tmp_path / "stopped" / "model" / "adapter_config.json")["lora_dropout"] == 0.2
 
 
 @pytest.mark.parametrize("method", ["sft", "reward", "dpo"])

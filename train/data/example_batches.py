@@ -109,8 +109,12 @@ class PackedExamples(Batches[B]):
         items = np.lexsort((keys[: len(self._sizes)], -self._sizes))
         return items, np.argsort(keys[len(self._sizes) :], kind="stable")
 
-    def _row(self, number: int) -> np.ndarray:
-        """Items of a row of the run; none where the epochs are over."""
+    def row(self, number: int) -> np.ndarray:
+        """Items of a row of the run; none where the epochs are over.
+
+        Args:
+          number: of the row, counted from 0 over all epochs.
+        """
         epoch, row = divmod(number, self.rows_per_epoch)
         if self.config.epochs is not None and epoch >= self.config.epochs:
             return np.zeros(0, np.int64)
@@ -124,7 +128,7 @@ class PackedExamples(Batches[B]):
           epoch: counted from 0.
         """
         first = epoch * self.rows_per_epoch
-        return [self.selection.units[self._row(first + i)].tolist() for i in range(self.rows_per_epoch)]
+        return [self.selection.units[self.row(first + i)].tolist() for i in range(self.rows_per_epoch)]
 
     @property
     def fill(self) -> float:
@@ -164,11 +168,11 @@ class PackedExamples(Batches[B]):
         """Reads the batch of a step, or the part of one process; see `Batches.batch`."""
         size = self.part_size(step, process_count)
         first = step * self.config.batch_size + process_index * size
-        return self._assemble([self._row(first + i) for i in range(size)])
+        return self.assemble([self.row(first + i) for i in range(size)])
 
     @abc.abstractmethod
-    def _assemble(self, rows: list[np.ndarray]) -> B:
-        """Reads the items of each row and writes them into a batch."""
+    def assemble(self, rows: list[np.ndarray]) -> B:
+        """Reads the items of each row, as from `row`, and writes them into a batch."""
 
     def _read(self, item: int) -> tuple[Example, ...]:
         """The answers of an item, cut as `selection` says."""
@@ -231,7 +235,7 @@ class PackedSequences(PackedExamples[Batch]):
     kind = "sft"
     _answers = 1
 
-    def _assemble(self, rows: list[np.ndarray]) -> Batch:
+    def assemble(self, rows: list[np.ndarray]) -> Batch:
         segments = [[answer for item in row.tolist() for answer in self._read(item)] for row in rows]
         return pack_segments(segments, self.config.length)
 
@@ -268,7 +272,7 @@ class PackedPairs(PackedExamples[PairBatch]):
         super().__init__(store, config, units)
         self.references = references
 
-    def _assemble(self, rows: list[np.ndarray]) -> PairBatch:
+    def assemble(self, rows: list[np.ndarray]) -> PairBatch:
         pairs = [[self._pair(item) for item in row.tolist()] for row in rows]
         units = [self.selection.units[row] for row in rows]
         references = None if self.references is None else [self.references[unit].tolist() for unit in units]

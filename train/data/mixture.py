@@ -58,20 +58,27 @@ class MixtureStage:
         Raises:
           InputError: a weight is negative or not a number, all weights are 0, or their pattern is too long.
         """
-        weights = {name: _exact(name, weight) for name, weight in sorted(self.weights.items())}
-        total = sum(weights.values(), Fraction(0))
-        if not total:
-            raise InputError(
-                f"The mixture weights {dict(self.weights)} add up to nothing. Give at least one a weight above 0."
-            )
-        shares = {name: weight / total for name, weight in weights.items() if weight}
-        period = math.lcm(*(share.denominator for share in shares.values()))
-        if period > _MAX_PERIOD:
-            raise InputError(
-                f"The mixture weights {dict(self.weights)} repeat only after {period} rows, more than {_MAX_PERIOD}. "
-                "Round them to a few digits, or give small integers or fractions such as '1/3'."
-            )
-        return shares
+        return exact_shares(self.weights)
+
+
+def exact_shares(weights: Mapping[str, Weight]) -> dict[str, Fraction]:
+    """The exact share of each data set, by name, without data sets of weight 0; see `MixtureStage.weights`.
+
+    Raises:
+      InputError: a weight is negative or not a number, all weights are 0, or their pattern is too long.
+    """
+    exact = {name: _exact(name, weight) for name, weight in sorted(weights.items())}
+    total = sum(exact.values(), Fraction(0))
+    if not total:
+        raise InputError(f"The mixture weights {dict(weights)} add up to nothing. Give at least one a weight above 0.")
+    shares = {name: weight / total for name, weight in exact.items() if weight}
+    period = math.lcm(*(share.denominator for share in shares.values()))
+    if period > _MAX_PERIOD:
+        raise InputError(
+            f"The mixture weights {dict(weights)} repeat only after {period} rows, more than {_MAX_PERIOD}. "
+            "Round them to a few digits, or give small integers or fractions such as '1/3'."
+        )
+    return shares
 
 
 def _exact(name: str, weight: Weight) -> Fraction:
@@ -140,7 +147,7 @@ class Mixture(Batches[Batch]):
         self.tokenizer: str = next(iter(tokenizers.values()))
         # Rows of each data set before each stage, and their orders.
         self._ends = list(accumulate(stage.steps for stage in self.stages))
-        self._patterns = [_Pattern(stage.shares(), self.names) for stage in self.stages]
+        self._patterns = [Pattern(stage.shares(), self.names) for stage in self.stages]
         counts = [p.counts(s.steps * s.batch_size) for p, s in zip(self._patterns, self.stages, strict=True)]
         self._drawn = np.cumsum([np.zeros(len(self.names), np.int64), *counts], axis=0)
         self._orders = [_order(len(self.datasets[name]), f"{seed}/{name}") for name in self.names]
@@ -328,10 +335,15 @@ def _difference(name: str, was: Any, now: Any) -> str:
     return f"{name} was {was!r} and is now {now!r}"
 
 
-class _Pattern:
+class Pattern:
     """The sequence of data sets in a stage, which repeats with a period."""
 
     def __init__(self, shares: Mapping[str, Fraction], names: Sequence[str]):
+        """
+        Args:
+          shares: of data sets, by name; they add up to 1.
+          names: of all data sets, to which the results refer by index.
+        """
         period = math.lcm(*(share.denominator for share in shares.values()))
         self._each = np.zeros(len(names), np.int64)  # Rows of each data set in a period.
         for name, share in shares.items():

@@ -10,6 +10,7 @@ import pytest
 from qwen_jax.inference import row_sampling
 from qwen_jax.inference.row_sampling import RowValues, Rules, SampledRows, SampleRow, Variant
 from qwen_jax.inference.sampling import NOT_FINITE, SamplingParams, SamplingValues, sample_token
+from qwen_jax.inference.slots import Slots
 
 V = 1500
 GREEDY = [SamplingParams(), SamplingParams(temperature=0.5, top_p=0.0), SamplingParams(repetition_penalty=1.4)]
@@ -121,22 +122,56 @@ def test_variants_agree(rng: np.random.Generator) -> None:
         assert all(other == tokens[0] for other in tokens)
         # Without rules.
         rows = random_rows(rng, [*LISTS[:2], *GREEDY[:2]])
-        tokens = [sample(logits, rows, rules, variant).token_B.tolist() for variant in row_sampling.VARIANTS[1:]]
+        tokens = [
+            sample(logits, rows, rules, variant).token_B.tolist() for variant in ("listed", *row_sampling.WITH_RULES)
+        ]
         assert all(other == tokens[0] for other in tokens)
 
 
+def test_rows_without_filters_get_the_tokens_of_the_search_for_thresholds(rng: np.random.Generator) -> None:
+    """The program without filters draws the tokens of the one with all of them, padding and bad logits included.
+
+    The programs are those that the runner compiles, and the law is about single draws, not about their distribution.
+    """
+    drawn = zip(10 ** rng.uniform(-2, 1, 60), rng.integers(2**32, size=60), strict=True)
+    rows = random_rows(rng, [SamplingParams(temperature=float(t), seed=int(seed)) for t, seed in drawn])
+    rows += random_rows(rng, GREEDY[:2])
+    logits = rng.normal(0, 5, (len(rows), V)).astype(np.float32)
+    logits[1, 3], logits[2, 4], logits[3, 5:] = np.nan, np.inf, -np.inf
+    open_, all_ = (sample(logits, rows, None, variant, vocab_limit=1400) for variant in ("open", "all"))
+    assert open_.token_B.tolist() == all_.token_B.tolist()
+    assert open_.next_B.tolist() == all_.next_B.tolist()
+    np.testing.assert_array_equal(open_.logprob_B, all_.logprob_B)
+    assert [int(open_.token_B[i]) for i in (1, 2)] == [NOT_FINITE] * 2
+    assert open_.top_ids_BN is None
+
+
 def test_the_smallest_variant_is_chosen() -> None:
-    greedy, listed, full = (SampleRow(0, s[0], 0) for s in (GREEDY, LISTS, FULL))
+    greedy, listed, full, filtered = (SampleRow(0, s, 0) for s in (GREEDY[0], LISTS[0], FULL[0], FULL[1]))
+    smallest_p = SampleRow(0, SamplingParams(temperature=1.0, min_p=0.1), 0)
     for rows, want in (
         ([greedy, None], "plain"),
         ([None], "plain"),
         ([greedy, listed], "listed"),
         ([dataclasses.replace(greedy, rules=True)], "ruled"),
+        ([full, None, greedy], "open"),
         ([listed, full], "all"),
+        ([full, filtered], "all"),
+        ([full, smallest_p], "all"),
+        ([dataclasses.replace(full, top=True)], "all"),
+        ([dataclasses.replace(full, rules=True)], "all"),
         ([dataclasses.replace(greedy, top=True), listed], "masked"),
     ):
         assert row_sampling.variant_of(rows) == want
-        assert row_sampling.with_mask(row_sampling.variant_of(rows)) == ("all" if want == "all" else "masked")
+        with_mask = row_sampling.with_mask(row_sampling.variant_of(rows))
+        assert with_mask == ("all" if want in ("open", "all") else "masked")
+        # By slot, as the steps of many rows are packed.
+        slots = Slots(4, 1, 16)
+        for i, row in enumerate(rows):
+            if row is not None:
+                slots.place(dataclasses.replace(row, slot=i), [])
+        packed = slots.pack_sampling([None if row is None else i for i, row in enumerate(rows)], [0] * len(rows), 8)
+        assert packed[1] == want
 
 
 @pytest.mark.parametrize("method", ["list", "full"])

@@ -15,7 +15,7 @@ from qwen_jax.config import DualChunk, ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference.buckets import Buckets
 from qwen_jax.inference.engine import Engine
-from qwen_jax.inference.runner import PrefillInput, RowInput, Runner, RunnerConfig, SampleRow
+from qwen_jax.inference.runner import Masks, PrefillInput, RowInput, Runner, RunnerConfig, SampleRow
 from qwen_jax.inference.runner_lowering import Program
 from qwen_jax.inference.sampling import NOT_FINITE, SamplingParams
 from qwen_jax.parallel.sharding import make_mesh
@@ -200,8 +200,8 @@ def test_steps_by_slot_are_those_by_row(dense: tuple[Engine, Runner], rng: np.ra
     run = runner._run
 
     def recorded(program: Program, *args: Any) -> Any:
-        # All but the newest token of each slot, which differs.
-        arrays = [np.asarray(x) for x in args if isinstance(x, jax.Array) and x.dtype == jnp.int32 and x.ndim > 1]
+        # All but the newest token and the mask of each slot, which differ.
+        arrays = [np.asarray(x) for x in args if isinstance(x, jax.Array) and x.dtype == jnp.int32 and x.ndim == 2]
         sent.append((program.name, arrays))
         return run(program, *args)
 
@@ -218,13 +218,17 @@ def test_steps_by_slot_are_those_by_row(dense: tuple[Engine, Runner], rng: np.ra
                 some += rng.integers(0, runner.settings.num_pages, int(rng.integers(0, 2))).tolist()
             lengths = [int(rng.integers(1, PAGE * len(pages[i]))) for i in order]
             sampled = [None if rng.random() < 0.3 else dataclasses.replace(rows[i], step=step) for i in order]
-            masks = np.full((len(order), V // 32), -1, np.int32) if rng.random() < 0.5 else None
+            masked = np.flatnonzero(rng.random(len(order)) < 0.5).tolist()
+            masks = Masks(masked, np.full((len(masked), V // 32), -1, np.int32)) if masked else None
+            sent.clear()
             inputs = [RowInput(rows[i].slot, n, pages[i]) for i, n in zip(order, lengths, strict=True)]
             runner.sample(runner.decode(inputs), sampled, masks)
             logits = runner.decode_slots([rows[i].slot for i in order], lengths, [pages[i] for i in order])
             slots = [None if row is None else row.slot for row in sampled]
             runner.sample_slots(logits, slots, [step] * len(order), masks)
-            for by_row, by_slot in zip(sent[-4:-2], sent[-2:], strict=True):
+            half = len(sent) // 2
+            assert half == (3 if masked else 2)
+            for by_row, by_slot in zip(sent[:half], sent[half:], strict=True):
                 assert by_row[0] == by_slot[0]
                 assert len(by_row[1]) == len(by_slot[1]) >= 1
                 for a, b in zip(by_row[1], by_slot[1], strict=True):
@@ -271,14 +275,47 @@ def test_a_mask_at_each_place_binds_that_place(dense: tuple[Engine, Runner], rng
     proposals = only[:, :3].copy()
     proposals[1, 1] = (proposals[1, 1] + 1) % V
     logits = runner.verify([RowInput(i, 3, pages[i]) for i in range(2)], proposals)
-    found = runner.sample_verified(logits, rows, proposals, masks).read()
+    found = runner.sample_verified(logits, rows, proposals, Masks(range(2), masks)).read()
     assert found.counts.tolist() == [4, 2]
     assert found.token_ids[0].tolist() == only[0].tolist()
     assert found.token_ids[1, :2].tolist() == only[1, :2].tolist()
     # A mask that allows nothing.
     masks[1, 0] = 0
     logits = runner.decode([RowInput(i, 3, pages[i]) for i in range(2)])
-    assert runner.sample(logits, rows, masks[:, 0]).read().token_ids.tolist() == [only[0, 0], NOT_FINITE]
+    sampled = runner.sample(logits, rows, Masks(range(2), masks[:, 0])).read()
+    assert sampled.token_ids.tolist() == [only[0, 0], NOT_FINITE]
+    # The masks of these slots bind no later step that has none, or has some for other rows.
+    free = runner.sample(logits, rows).read().token_ids.tolist()
+    assert runner.sample(logits, rows, Masks([1], masks[:1, 0])).read().token_ids.tolist() == [free[0], only[0, 0]]
+
+
+def test_only_masks_of_masked_rows_are_sent(dense: tuple[Engine, Runner], rng: np.random.Generator) -> None:
+    """Bytes that go to the device for a step grow with its masked rows: programs take 1 and 4 of them here."""
+    _, runner = dense
+    rows, mask_bytes = [SampleRow(i, FULL, 3) for i in range(4)], V // 32 * 4
+    logits = runner.decode([RowInput(i, 1, [i]) for i in range(4)])
+    sent: list[int] = []
+    place = runner._place
+    runner._place = lambda x: sent.append(x.nbytes) or place(x)  # type: ignore[func-returns-value,method-assign]
+
+    def sampled(masked: list[int], allowed: np.ndarray) -> tuple[list[int], int]:
+        sent.clear()
+        tokens = runner.sample(logits, rows, Masks(masked, allowed) if masked else None).read().token_ids.tolist()
+        return tokens, sum(sent)
+
+    try:
+        free, without = sampled([], np.zeros((0, V // 32), np.int32))
+        for count, sent_masks in ((1, 1), (2, 4), (4, 4)):
+            masked = sorted(rng.permutation(4)[:count].tolist())
+            only, allowed = rng.integers(0, V, count), np.zeros((count, V // 32), np.int32)
+            for mask_W, token in zip(allowed, only.tolist(), strict=True):
+                mask_W[token // 32] = np.uint32(1 << token % 32).view(np.int32)
+            tokens, with_masks = sampled(masked, allowed)
+            assert with_masks - without == sent_masks * (mask_bytes + 4)
+            want = dict(zip(masked, only.tolist(), strict=True))
+            assert tokens == [want.get(i, free[i]) for i in range(4)]
+    finally:
+        runner._place = place  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -331,8 +368,8 @@ def test_nothing_compiles_after_compile(rng: np.random.Generator) -> None:
     proposals = np.full((2, 1), 7)
     for some in (rows[:1], rows):
         runner.sample_verified(runner.verify(inputs[: len(some)], proposals[: len(some)]), some, proposals[: len(some)])
-    runner.sample_verified(runner.verify(inputs, proposals), rows, proposals, masks).read()
-    runner.sample(runner.decode(inputs), rows, masks[:, 0]).read()
+    runner.sample_verified(runner.verify(inputs, proposals), rows, proposals, Masks(range(2), masks)).read()
+    runner.sample(runner.decode(inputs), rows, Masks([1], masks[:1, 0])).read()
     for row in rows:
         runner.slots.place(row, range(1))
     runner.sample_slots(runner.decode_slots([0, 1], [1, 1], [range(1), range(2)]), [0, None], [2, 0]).read()

@@ -13,14 +13,15 @@ from tests.helpers.paged_device import END, Device, make, make_device, make_sche
 # --- random workloads ---
 
 
-def random_sequence(rng: random.Random, id: int, length: int, slots: int) -> Sequence:
-    """A sequence that fits; many prompts begin alike."""
+def random_sequence(rng: random.Random, id: int, length: int, slots: int, continuing: float) -> Sequence:
+    """A sequence that fits; many prompts begin alike, and a part of them is said to continue a text."""
     limit = rng.randint(2, min(length, slots))
     prompt = rng.randint(1, limit - 1)
     same = rng.choice([0, prompt // 2, prompt])
     tokens = [1] * same + [rng.randint(1, 2) for _ in range(prompt - same)]
     adapter = rng.choice([None, None, "a"])
-    return make(tokens, limit - prompt, id, adapter=adapter, prompt_logprobs=rng.random() < 0.1)
+    continues = rng.random() < continuing
+    return make(tokens, limit - prompt, id, adapter=adapter, prompt_logprobs=rng.random() < 0.1, continues=continues)
 
 
 @pytest.mark.parametrize("run", range(10))
@@ -33,6 +34,7 @@ def test_random_workloads(run: int) -> None:
     batched, length = rng.choice([2, 4, 16, 64]), rng.randint(2, 60)
     chunks, slots = rng.randint(1, 5), length + rng.randint(0, 40)
     cache, extra, updates = rng.random() < 0.7, rng.choice([0, 0, 1, 3]), rng.random() < 0.5
+    continuing = rng.choice([0.0, 0.0, 0.3])
     scheduler, device = make_device(
         seqs,
         seed,
@@ -49,7 +51,7 @@ def test_random_workloads(run: int) -> None:
     for _ in range(1000):
         what = rng.random()
         if what < 0.2:
-            added.append(random_sequence(rng, len(added), length, pages * size))
+            added.append(random_sequence(rng, len(added), length, pages * size, continuing))
             scheduler.add(added[-1])
         elif what < 0.25 and added:
             sequence = rng.choice(added[-10:])
@@ -69,7 +71,7 @@ def test_random_workloads(run: int) -> None:
             assert sum(counts) <= batched
             assert len(counts) <= chunks
             assert sum(-(-(row.start + row.count) // size) for row in plan.rows) <= -(-slots // size)
-        if not cache and scheduler.running and scheduler.waiting:
+        if not cache and not continuing and scheduler.running and scheduler.waiting:
             assert scheduler.running[-1].order < scheduler.waiting[0].order, "a sequence was passed"
     device.drain(extra=extra)
     for sequence in added:
@@ -181,6 +183,24 @@ def test_first_come_first_served_with_as_many_as_there_are_slots() -> None:
             first.setdefault(row.sequence.id, n)
     assert list(first) == [0, 1, 2, 3, 4]
     assert max(len(plan.rows) for plan in device.steps) == 2
+
+
+def test_what_continues_a_text_starts_before_what_does_not() -> None:
+    """In the order of arrival among themselves, and after what was preempted."""
+    scheduler, device = make_device(seqs=1)
+    sequences = [make([i + 1], 4, i, continues=i in (3, 5)) for i in range(6)]
+    for sequence in sequences[:5]:
+        scheduler.add(sequence)
+        scheduler.check()
+    assert [s.id for s in scheduler.waiting] == [3, 0, 1, 2, 4]
+    device.step()
+    device.read()
+    scheduler.preempt_all()
+    scheduler.add(sequences[5])
+    assert [s.id for s in scheduler.waiting] == [3, 5, 0, 1, 2, 4]
+    scheduler.check()
+    device.drain()
+    assert [s.tokens for s in sequences] == [text_alone(s) for s in sequences]
 
 
 def test_a_long_sequence_is_not_passed_by_short_ones_that_would_fit() -> None:

@@ -21,8 +21,9 @@ from train.plan import of_run
 from train.plan.of_run import stages_of
 from train.plan.stage import Plan, describe, plan_stage
 from train.plan.topology import mesh_of, target
-from train.pretrain import NextToken, PretrainConfig
+from train.pretrain import PretrainConfig
 from train.reward import Reward, RewardConfig
+from train.sft import Sft
 from train.step import StepConfig
 from train.tune_config import ObjectiveConfig, TuneConfig, TuneStage
 
@@ -90,7 +91,7 @@ def test_a_loss_that_skips_tokens_is_counted_as_if_all_were_trained(plans: dict[
 @needs_libtpu
 @pytest.mark.parametrize(
     ("config", "objective", "batch"),
-    [(PretrainConfig(), NextToken, Batch), (DpoConfig(), Dpo, PairBatch), (RewardConfig(), Reward, PairBatch)],
+    [(PretrainConfig(), Sft, Batch), (DpoConfig(), Dpo, PairBatch), (RewardConfig(), Reward, PairBatch)],
 )
 def test_a_stage_has_the_objective_and_the_batch_of_the_run(
     config: ObjectiveConfig, objective: type, batch: type
@@ -99,7 +100,7 @@ def test_a_stage_has_the_objective_and_the_batch_of_the_run(
     (stage,) = stages_of(dataclasses.replace(_SFT, objective=config), _MODEL)
     assert isinstance(stage.objective, objective)
     assert isinstance(stage.batch(mesh), batch)
-    if objective is NextToken:
+    if objective is Sft:
         assert stage.objective.config.compact_loss  # type: ignore[attr-defined]
     else:
         assert stage.objective.config.max_segments == 128  # type: ignore[attr-defined]
