@@ -201,7 +201,7 @@ def _repack(
             "options out."
         )
     target = check_options(dst, to, dtype)
-    info = format_of(quantization, source.config)  # type: ignore[arg-type]
+    info = format_of(quantization, source.config)
     with _bar(nbytes(source, target), progress and sys.stderr.isatty()) as advance:
         export(source, info, dst, target, progress=advance)
 
