@@ -39,8 +39,6 @@ class TuneStage:
       batch_size: rows in the global batch of a step.
       epochs: how often the examples are read; it need not be whole.
       data: names in `TuneConfig.data`; by default all. Their examples share rows, and each comes once in an epoch.
-      mixture: instead of `data`, weights of names in `TuneConfig.data`: the share of the rows is the weight over
-        the sum of all, and an epoch has as many rows as all of them fill; see `train.data.example_mixture`.
       learning_rate: the peak.
       schedule: after the warm-up, see `train.optimizer.Schedule`.
       final_fraction: final learning rate as a fraction of the peak.
@@ -48,6 +46,8 @@ class TuneStage:
       rope_theta: base of the rotary embedding; by default the model's.
       accumulation: micro-batches per step; by default the run's `step.accumulation`.
       mesh: by default the run's.
+      mixture: instead of `data`, weights of names in `TuneConfig.data`: the share of the rows is the weight over
+        the sum of all, and an epoch has as many rows as all of them fill; see `train.data.example_mixture`.
 
     Raises:
       InputError: a value out of range.
@@ -57,7 +57,6 @@ class TuneStage:
     batch_size: int = 8
     epochs: float = 2.0
     data: tuple[str, ...] = ()
-    mixture: Mapping[str, Weight] = dataclasses.field(default_factory=dict)
     learning_rate: float = 7e-6
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
     final_fraction: float = 0.1
@@ -65,6 +64,7 @@ class TuneStage:
     rope_theta: float | None = None
     accumulation: int | None = None
     mesh: Mapping[str, int] | None = None
+    mixture: Mapping[str, Weight] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         at_least(self, length=2, batch_size=1, accumulation=1)

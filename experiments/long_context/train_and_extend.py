@@ -42,8 +42,9 @@ from rich.console import Console
 
 import convert
 from convert.huggingface import export
-from experiments.learning.data import find_text
 from experiments.long_context.prefill import left_out
+from experiments.long_context.rows import Continuation, Mixture, read_text
+from experiments.long_context.sizes import LAYOUT, Setup, Stage
 from qwen_jax.attention.sparse import PooledBlocks
 from qwen_jax.config import DualChunk, ModelConfig, Yarn
 from qwen_jax.errors import InputError
@@ -52,7 +53,6 @@ from qwen_jax.inference import Engine, SamplingParams
 from qwen_jax.inference.engine import Chunks
 from qwen_jax.parallel.sharding import make_mesh
 from train.data.batch import Batch, place
-from train.data.text import split_documents
 from train.evaluate import perplexity, runner, synthetic_ids
 from train.evaluate.tasks import Sample
 from train.files import append_record, read_records
@@ -64,113 +64,13 @@ from train.pretrain import NextToken, PretrainConfig
 from train.state import TrainState, fresh_state, init_state
 from train.step import StepConfig, make_eval_step, make_train_step
 
-BYTES, VOCAB_SIZE = 256, 512
-LAYOUT = synthetic_ids.IdLayout(BYTES, VOCAB_SIZE)
 SCHEMES = ("rope", "yarn", "dca", "dca+scale")
 ATTENTIONS = ("dense", "pooled")
 # No length is beyond it: dual-chunk attention does not scale its logits.
 _NEVER = 2**30
 RESULTS = "results.jsonl"
-# The kind of each of eight rows: 0 repetitions, 1 needles, 2 text.
-_KINDS = np.array([0, 0, 1, 1, 1, 2, 2, 2])
 # Prompts that are answered together, at most.
 _MOST_ROWS = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A stage of training, after which the model is exported and read.
-
-    Attributes:
-      name: "trained" or "continued".
-      length: tokens of a row.
-      steps: how many.
-      learning_rate: the peak.
-      rope_theta: RoPE base.
-      ratios: test lengths, over the length of the first stage.
-    """
-
-    name: str
-    length: int
-    steps: int
-    learning_rate: float
-    rope_theta: float
-    ratios: tuple[int, ...]
-
-    def model_folder(self, folder: Path, seed: int) -> Path:
-        """Where the model of a seed is exported to."""
-        return folder / (f"model-{seed}" if self.name == "trained" else f"model-{seed}-{self.name}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What is trained, and how it is tested.
-
-    Attributes:
-      length: tokens of a row in training.
-      layers, hidden: of the model; heads have 64 dimensions.
-      steps, batch: of the training.
-      learning_rate: the peak.
-      continue_steps: of the continuation at four times the length; 0 leaves it out.
-      megabytes: of text to train on, at most.
-      ratios: test lengths of the trained model, over `length`.
-      continued_ratios: the same of the continued model.
-      samples: of each task, length and depth.
-      depths: of the needles, in percent.
-      windows: of held-out text.
-
-    Raises:
-      InputError: a batch that does not divide into rows of four times the length.
-    """
-
-    length: int = 1024
-    layers: int = 8
-    hidden: int = 512
-    steps: int = 2000
-    batch: int = 64
-    learning_rate: float = 1e-3
-    continue_steps: int = 400
-    megabytes: float = 60.0
-    ratios: tuple[int, ...] = (1, 4, 8)
-    continued_ratios: tuple[int, ...] = (1, 4, 8, 16)
-    samples: int = 20
-    depths: tuple[float, ...] = (0, 25, 50, 75, 100)
-    windows: int = 32
-
-    def __post_init__(self) -> None:
-        if self.continue_steps and self.batch % 4:
-            raise InputError(f"The continuation needs a --batch that is a multiple of 4, got {self.batch}.")
-
-    def stages(self) -> list[Stage]:
-        """The stages of training, in order."""
-        first = Stage("trained", self.length, self.steps, self.learning_rate, 1e4, self.ratios)
-        rate = self.learning_rate / 3
-        second = Stage("continued", 4 * self.length, self.continue_steps, rate, 1e6, self.continued_ratios)
-        return [first, second] if self.continue_steps else [first]
-
-    def longest(self) -> int:
-        """The longest test length, in tokens."""
-        return self.length * max(ratio for stage in self.stages() for ratio in stage.ratios)
-
-    def model(self, stage: Stage) -> ModelConfig:
-        """The architecture as a stage trains it."""
-        heads = self.hidden // 64
-        return ModelConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=self.hidden,
-            intermediate_size=11 * self.hidden // 4,
-            num_layers=self.layers,
-            num_heads=heads,
-            num_kv_heads=max(heads // 4, 1),
-            head_dim=64,
-            # With an untied output head, needles were not learned in as many steps.
-            tie_word_embeddings=True,
-            rope_theta=stage.rope_theta,
-            max_position_embeddings=stage.length,
-            bos_token_id=None,
-            eos_token_ids=(),
-            dtype="float32",
-        )
 
 
 def extended(model: ModelConfig, scheme: str, trained: int, length: int) -> ModelConfig:
@@ -189,128 +89,6 @@ def extended(model: ModelConfig, scheme: str, trained: int, length: int) -> Mode
         original = trained if scheme == "dca+scale" else _NEVER
         return dataclasses.replace(wide, dual_chunk=DualChunk(trained, trained // 32, original))
     return wide
-
-
-class Mixture:
-    """Batches by step: a quarter of the rows repeats sequences, three eighths have needles, three eighths are text.
-
-    The answers of a row of needles, and a row's repetitions, weigh as much as a row of text.
-
-    Args:
-      length: tokens of a row.
-      batch: rows of a step.
-      text: bytes of all training documents.
-      seed: of the data.
-    """
-
-    def __init__(self, length: int, batch: int, text: np.ndarray, seed: int):
-        self._length, self._batch, self._text, self._seed = length, batch, text, seed
-
-    def __getitem__(self, step: int) -> Batch:
-        return self.rows(np.random.default_rng([self._seed, step]), step * self._batch, self._batch)
-
-    def rows(self, rng: np.random.Generator, first: int, count: int) -> Batch:
-        """Rows `first` to `first + count - 1` of a run. Any eight neighbours have the shares of the mixture."""
-        repetitions, needles, text = np.bincount(_KINDS[np.arange(first, first + count) % 8], minlength=3).tolist()
-        return _joined(self.repetitions(rng, repetitions), self.needles(rng, needles), self.text(rng, text))
-
-    def repetitions(self, rng: np.random.Generator, rows: int) -> Batch:
-        """Rows that repeat a sequence of 8 ids to half a row."""
-        T = self._length
-        return self._answers(*synthetic_ids.repeated_rows(rng, rows, T, LAYOUT, min(8, T // 4)))
-
-    def needles(self, rng: np.random.Generator, rows: int) -> Batch:
-        """Rows of needles, half of them in text and half in random ids; at least half of the keys are asked for."""
-        T = self._length
-        most = min(T // 15, 32)
-        asked = max(most // 2, 1)
-        noise = rng.choice(LAYOUT.noise, (rows, T)).astype(np.int32)
-        noise[::2] = self._rows(rng, len(noise[::2]))
-        count = int(rng.integers(asked, most + 1))
-        return self._answers(*synthetic_ids.needle_rows(rng, rows, T, LAYOUT, count, asked, noise=noise))
-
-    def text(self, rng: np.random.Generator, rows: int) -> Batch:
-        """Rows of text."""
-        tokens = self._rows(rng, rows)
-        return _batch(tokens, np.ones(tokens.shape, np.float32))
-
-    def _answers(self, tokens: np.ndarray, weights: np.ndarray) -> Batch:
-        """Rows whose weighted tokens together weigh as much as a row of text."""
-        return _batch(tokens, weights * (self._length / weights.sum(axis=1, keepdims=True)))
-
-    def _rows(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Stretches of the text, int32 [count, length]."""
-        begins = rng.integers(0, len(self._text) - self._length, count)
-        return self._text[begins[:, None] + np.arange(self._length)].astype(np.int32)
-
-
-class Continuation:
-    """Batches by step of rows of four times the length: 40% of them hold one document, 60% hold four.
-
-    Each kind of rows has the shares of `Mixture`. The shares of lengths are those of the Qwen2.5 report
-    (arXiv:2412.15115, section 3.3).
-
-    Args:
-      setup: lengths and sizes.
-      text: bytes of all training documents.
-      seed: of the data.
-    """
-
-    def __init__(self, setup: Setup, text: np.ndarray, seed: int):
-        self._num_rows, self._seed = setup.batch // 4, seed
-        self._short, self._long = (Mixture(n * setup.length, setup.batch, text, seed) for n in (1, 4))
-
-    def __getitem__(self, step: int) -> Batch:
-        rng, rows = np.random.default_rng([self._seed, step, 1]), self._num_rows
-        # Long rows before this step and after it. Rounded so, their share is exact over any five steps.
-        first, end = (2 * rows * n // 5 for n in (step, step + 1))
-        count = end - first
-        short = self._short.rows(rng, 4 * (rows * step - first), 4 * (rows - count))
-        return _joined(self._long.rows(rng, first, count), _packed(short))
-
-
-def _joined(*parts: Batch) -> Batch:
-    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
-
-
-def _packed(rows: Batch) -> Batch:
-    """Four rows in each, as segments 1 to 4 whose positions begin at 0."""
-    segment = np.arange(len(rows.tokens), dtype=np.int32)[:, None] % 4
-    numbered = dataclasses.replace(rows, segment_ids=rows.segment_ids + segment)
-    return jax.tree.map(lambda x: x.reshape(len(x) // 4, 4 * x.shape[1]), numbered)
-
-
-def _batch(tokens: np.ndarray, weights: np.ndarray) -> Batch:
-    """Rows of one document each."""
-    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    return Batch(tokens, positions, np.ones(tokens.shape, np.int32), weights.astype(np.float32))
-
-
-def read_text(setup: Setup, folders: list[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes of a Python installation's sources and documentation.
-
-    Args:
-      setup: how much, and how long a window is.
-      folders: where to look; by default in the standard library and the installed packages.
-
-    Returns:
-      uint8 [n], all training documents; and uint8 [windows, longest test length], beginnings of held-out documents.
-
-    Raises:
-      InputError: too little text.
-    """
-    documents = find_text(int(setup.megabytes * 1e6), 0, folders)
-    training, held_out = split_documents(documents, 0.1, 0)
-    longest, longest_row = setup.longest(), max(stage.length for stage in setup.stages())
-    found = [np.frombuffer(text.encode(), np.uint8)[:longest] for text in held_out]
-    windows = [text for text in found if len(text) == longest][: setup.windows]
-    text = np.frombuffer("\n".join(training).encode(), np.uint8)
-    if not windows or len(text) <= longest_row:
-        raise InputError(
-            f"The text has {len(text):,} bytes to train on and {len(windows)} held-out documents of {longest:,} bytes. "
-            "Give more (--megabytes), or test smaller lengths."
-        )
-    return text, np.stack(windows)
 
 
 def train(setup: Setup, stage: Stage, text: np.ndarray, seed: int, folder: Path) -> None:

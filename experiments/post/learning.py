@@ -37,6 +37,20 @@ import numpy as np
 
 import convert
 from experiments.learning.data import find_text
+from experiments.post.results import Results, table
+from experiments.post.tasks import (
+    KINDS,
+    PAIRED,
+    STYLE,
+    TASKS,
+    Item,
+    corrupted,
+    padded,
+    prompt_of,
+    random_words,
+    said,
+    style_item,
+)
 from qwen_jax.cli.train import _Formats
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
@@ -49,7 +63,7 @@ from train.config import RunConfig, Stage
 from train.data.build import BuildConfig, build
 from train.data.text import split_documents
 from train.dpo import DpoConfig
-from train.files import append_record, read_records, write_file
+from train.files import write_file
 from train.loop import CheckpointConfig, LoopConfig
 from train.merging import Merging
 from train.observe.metrics import read_log
@@ -141,107 +155,13 @@ TOY = Setup(
 )  # fmt: skip
 
 
-# Tasks
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """A prompt and its right answer."""
-
-    prompt: str
-    answer: str
-
-
-def _word(rng: np.random.Generator, syllables: int) -> str:
-    return "".join("bdfgklmnprstvz"[rng.integers(14)] + "aeiou"[rng.integers(5)] for _ in range(syllables))
-
-
-def _words(rng: np.random.Generator, least: int, most: int) -> list[str]:
-    return [_word(rng, int(rng.integers(1, 4))) for _ in range(rng.integers(least, most + 1))]
-
-
-def _add(rng: np.random.Generator, short: bool) -> Item:
-    a, b = rng.integers(0, 10 if short else 1000, 2)
-    return Item(f"What is {a} + {b}?", str(a + b))
-
-
-def _reverse(rng: np.random.Generator, short: bool) -> Item:
-    size = int(rng.integers(2, 4) if short else rng.integers(4, 9))
-    text = "".join("abcdefghijklmnopqrstuvwxyz"[i] for i in rng.integers(0, 26, size))
-    return Item(f"Reverse: {text}", text[::-1])
-
-
-def _upper(rng: np.random.Generator, short: bool) -> Item:
-    text = " ".join(_words(rng, 1, 1) if short else _words(rng, 2, 4))
-    return Item(f"In capitals: {text}", text.upper())
-
-
-def _last(rng: np.random.Generator, short: bool) -> Item:
-    words = _words(rng, 2, 2) if short else _words(rng, 3, 8)
-    return Item(f"Last word of: {' '.join(words)}", words[-1])
-
-
-def _json(rng: np.random.Generator, short: bool) -> Item:
-    names = ("name", "city", "colour", "number", "age", "job")
-    keys = [names[i] for i in rng.permutation(len(names))[: 2 if short else int(rng.integers(3, 6))]]
-    record = {k: int(rng.integers(1, 100)) if k in ("number", "age") else _word(rng, 2) for k in keys}
-    key = keys[rng.integers(len(keys))]
-    return Item(f"Give {key} of {json.dumps(record)}", str(record[key]))
-
-
-def _format(rng: np.random.Generator, short: bool) -> Item:
-    words = _words(rng, 2, 2) if short else _words(rng, 2, 5)
-    forms: tuple[tuple[str, Callable[[list[str]], str]], ...] = (
-        ("a JSON list", json.dumps),
-        ("lines with dashes", lambda w: "\n".join(f"- {x}" for x in w)),
-        ("numbered lines", lambda w: "\n".join(f"{i}. {x}" for i, x in enumerate(w, 1))),
-        ("tags", lambda w: "".join(f"<{x}>" for x in w)),
-    )
-    name, form = forms[rng.integers(len(forms))]
-    return Item(f"Write as {name}: {' '.join(words)}", form(words))
-
-
-TASKS: dict[str, Callable[[np.random.Generator, bool], Item]] = {
-    "add": _add, "reverse": _reverse, "upper": _upper, "last": _last, "json": _json, "format": _format,
-}  # fmt: skip
-# Of these, right answers are preferred to corrupted ones; the accuracy of the others shows what is forgotten.
-PAIRED = ("add", "reverse")
-# The question that has two answers, and the kinds of pairs.
-STYLE, KINDS = "style", ("terse", "right")
-
-
-def _style(rng: np.random.Generator, short: bool) -> Item:
-    name, place = _word(rng, 3).capitalize(), _word(rng, 2).capitalize()
-    return Item(f"{name} lives in {place}. Where does {name} live?", f"In {place}.")
-
-
-def padded(answer: str) -> str:
-    """The padded form of a terse answer."""
-    return f"Thank you for the question! {answer} I hope that this helps."
-
-
-def corrupted(rng: np.random.Generator, answer: str) -> str:
-    """An answer with one character replaced by another of its kind; its length does not tell it from the right one."""
-    at = int(rng.integers(len(answer)))
-    alphabet = "0123456789" if answer[at].isdigit() else "abcdefghijklmnopqrstuvwxyz"
-    others = [c for c in alphabet if c != answer[at]]
-    return answer[:at] + others[rng.integers(len(others))] + answer[at + 1 :]
-
-
-def prompt_of(item: Item) -> list[dict[str, str]]:
-    """The messages before the answer. The short system message is in place of the template's long one."""
-    return [{"role": "system", "content": "Answer."}, {"role": "user", "content": item.prompt}]
-
-
-def said(answer: str) -> list[dict[str, str]]:
-    """The answer as messages."""
-    return [{"role": "assistant", "content": answer}]
+# Examples
 
 
 def held_out_items(setup: Setup, seed: int) -> dict[str, list[Item]]:
     """Held-out prompts of each task and of the question, all distinct."""
     rng = np.random.default_rng([seed, 0])
-    return {name: _distinct(rng, make, setup.samples, set()) for name, make in {**TASKS, STYLE: _style}.items()}
+    return {name: _distinct(rng, make, setup.samples, set()) for name, make in {**TASKS, STYLE: style_item}.items()}
 
 
 def _distinct(
@@ -262,7 +182,7 @@ def write_examples(setup: Setup, seed: int, folder: Path) -> None:
     held_out = {item.prompt for items in held_out_items(setup, seed).values() for item in items}
 
     def drawn(name: str, count: int, short: bool = False, without: Iterable[str] = ()) -> list[Item]:
-        make = TASKS.get(name, _style)
+        make = TASKS.get(name, style_item)
         forbidden = held_out | set(without)
         items: list[Item] = []
         while len(items) < count:
@@ -308,7 +228,7 @@ def make_text(setup: Setup, folder: Path, texts: list[str] | None) -> None:
     documents = find_text(int(setup.megabytes * 1e6), 0, texts)
     training, held_out = split_documents(documents, 0.02, 0)
     rng = np.random.default_rng(0)
-    repeated = (" ".join(_words(rng, 1, 6)) for _ in range(setup.copies))
+    repeated = (" ".join(random_words(rng, 1, 6)) for _ in range(setup.copies))
     train_bpe(["of bytes alone"], IDS).save(folder / "tokenizer")
     copies = [f"{text}\n{text}" for text in repeated]
     for name, found in (("text", training), ("held-out", held_out), ("copies", copies)):
@@ -419,27 +339,6 @@ def _train(setup: Setup, folder: Path, seed: int, run: str, formats: _Formats) -
 # Readings
 
 
-class Results:
-    """The lines of `results.jsonl`: one for each seed, model and metric."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self.records = read_records(path, "metric") if path.exists() else []
-
-    def has(self, seed: int, model: str) -> bool:
-        """Whether all readings of a model were taken; the last line of a model is `complete`."""
-        return any((r["seed"], r["model"], r["metric"]) == (seed, model, "complete") for r in self.records)
-
-    def add(self, seed: int, model: str, readings: Mapping[str, float], **about: Any) -> None:
-        """Writes those that are not there yet."""
-        seen = {(r["seed"], r["model"], r["metric"]) for r in self.records}
-        for metric, value in {**readings, "complete": 1.0}.items():
-            if (seed, model, metric) not in seen:
-                record = {"seed": seed, "model": model, "metric": metric, "value": value, **about}
-                append_record(self._path, record)
-                self.records.append(record)
-
-
 def read_answers(setup: Setup, folder: Path, seed: int) -> dict[str, float]:
     """Accuracy of each task, and how the question is answered."""
     mesh, tokenizer = make_mesh({}, jax.devices()[:1]), load_tokenizer(folder)
@@ -536,37 +435,6 @@ def run(setup: Setup, seeds: Sequence[int], variants: Sequence[str], folder: Pat
             if name != "reward":
                 readings |= read_answers(setup, model, seed)
             results.add(seed, name, readings, device=jax.devices()[0].device_kind)
-
-
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table for the tasks, and one for the pairs: mean +- standard deviation over the seeds."""
-    values: dict[tuple[str, str], list[float]] = {}
-    for record in records:
-        values.setdefault((record["model"], record["metric"]), []).append(float(record["value"]))
-    models = list(dict.fromkeys(model for model, _ in values))
-    metrics = list(dict.fromkeys(metric for _, metric in values if metric != "complete"))
-
-    def cell(model: str, metric: str) -> str:
-        found = values.get((model, metric), [])
-        if len(found) < 2:
-            return f"{found[0]:.3f}" if found else ""
-        return f"{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f}"
-
-    def rows(of: list[str], metrics: list[str]) -> list[str]:
-        head = ["| model | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
-        return head + [f"| {m} | " + " | ".join(cell(m, metric) for metric in metrics) + " |" for m in of]
-
-    tasks = [m for m in metrics if m.startswith(("accuracy/", "style/"))]
-    others = [m for m in metrics if m not in tasks]
-    seeds = len({record["seed"] for record in records})
-    written = rows([m for m in models if (m, "accuracy/mean") in values], tasks)
-    lines = [f"{seeds} seeds: mean ± standard deviation", "", *written]
-    for prefix in ("dpo", "reward", "pretrained"):
-        of = [m for m in models if m.startswith(prefix)]
-        mine = [metric for metric in others if any((m, metric) in values for m in of)]
-        if mine:
-            lines += ["", *rows(of, mine)]
-    return "\n".join(lines)
 
 
 def main() -> None:

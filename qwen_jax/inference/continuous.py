@@ -1,15 +1,12 @@
 """The engine of many requests at once: a thread that plans, runs and reads the steps of a model over a paged cache."""
 
-import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
-import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 import jax
 import numpy as np
@@ -18,9 +15,10 @@ from jax.sharding import Mesh
 from qwen_jax.attention.quantized_cache import KVDtype, cache_dtype, check_kv_dtype
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.inference.active import Active, Times
+from qwen_jax.inference.active import Active
 from qwen_jax.inference.adapters import adapter_ranks, check_adapters, place_factors
 from qwen_jax.inference.completion import Row
+from qwen_jax.inference.engine_thread import EngineThread
 from qwen_jax.inference.outputs import Finished, Stats, TokenInfo
 from qwen_jax.inference.page_memory import pages_that_fit
 from qwen_jax.inference.pages import PagePool
@@ -53,11 +51,8 @@ from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params, union
 from qwen_jax.tokenizer import Tokenizer
 
-_log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
-
-class ContinuousEngine:
+class ContinuousEngine(EngineThread):
     """A model on a mesh that serves many requests at once. All methods may be called from any thread.
 
     Requests share the device: a step reads a chunk of prompts, or makes one token for each running request. The keys
@@ -123,11 +118,12 @@ class ContinuousEngine:
           InputError: a reward model, a tokenizer with more tokens than the model, sizes out of range, too little
             memory, an unknown kv_dtype, a mesh that does not fit the model, or an adapter that does not.
         """
+        super().__init__(mesh)
         check_generates(config)
         sizes = {"max_seqs": max_seqs, "max_batched_tokens": max_batched_tokens, "page_size": page_size}
         check_sizes({**sizes, "max_length": max_length, "num_pages": num_pages}, memory_fraction)
         check_kv_dtype(kv_dtype)
-        self.config, self.mesh, self.tokenizer, self.dtype, self.kv_dtype = config, mesh, tokenizer, dtype, kv_dtype
+        self.config, self.tokenizer, self.dtype, self.kv_dtype = config, tokenizer, dtype, kv_dtype
         self.max_length = min(max_length or config.context_length, config.context_length)
         self.vocab_limit = vocab_limit(config, tokenizer)
         if eos_token_ids is None:
@@ -135,7 +131,6 @@ class ContinuousEngine:
         else:
             self.eos_token_ids = check_ids(eos_token_ids, "eos_token_ids", config.vocab_size)
         self.grammars = None if tokenizer is None else Grammars(tokenizer, config.vocab_size, self.eos_token_ids)
-        self.on_finished: Callable[[Times], None] | None = None
 
         # The device's side: weights, factors of adapters, cache and programs.
         sharding, adapters = Sharding.for_inference(config, mesh), adapters or {}
@@ -181,15 +176,7 @@ class ContinuousEngine:
             on_finished=self._report_finished,
         )
         self._ids, self._proposer = itertools.count(), proposer
-        # What the engine's thread does between two steps: all commands, and one piece of work, which may take long.
-        self._commands: collections.deque[Callable[[], None]] = collections.deque()
-        self._work: collections.deque[Callable[[], None]] = collections.deque()
-        self._submitted: dict[int, Active] = {}
-        self._wake = threading.Condition()
-        self._closing = False
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        self._start_thread()
 
     # --- what callers use ---
 
@@ -403,46 +390,6 @@ class ContinuousEngine:
             kv_dtype=cache_dtype(self.kv_dtype, self.dtype).name,
         )
 
-    def close(self, drain: float = 0.0) -> None:
-        """Ends the engine.
-
-        Args:
-          drain: seconds that requests have to end; those that do not are cancelled.
-        """
-        end = time.monotonic() + drain
-        while time.monotonic() < end and self._failure is None:
-            if self._steps.idle and not (self._commands or self._work or self._submitted):
-                break
-            time.sleep(0.01)
-        with self._wake:
-            self._closing = True
-            self._wake.notify_all()
-        self._thread.join()
-
-    def __enter__(self) -> "ContinuousEngine":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def call(self, function: Callable[[], _T]) -> _T:
-        """Runs a function between two steps, in the engine's thread, and returns its result."""
-        future: concurrent.futures.Future[_T] = concurrent.futures.Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._post(run, self._work)
-        while True:
-            try:
-                return future.result(timeout=1.0)
-            except concurrent.futures.TimeoutError:
-                if not self._thread.is_alive() and not future.done():
-                    raise RuntimeError("The engine has stopped.") from self._failure
-
     def _number(self, adapter: str | None) -> int:
         """The number of an adapter in the runner; 0 for none."""
         if adapter is None:
@@ -458,70 +405,3 @@ class ContinuousEngine:
             return union(params, self._factors)
         with jax.set_mesh(self.mesh):
             return union(fuse(params, self.config, Sharding.for_inference(self.config, self.mesh)), self._factors)
-
-    def _cancel(self, number: int) -> None:
-        with contextlib.suppress(RuntimeError):  # A stopped engine has ended the request.
-            self._post(lambda: self._abort(number), self._commands)
-
-    def _queue(self, number: int) -> None:
-        active = self._submitted.pop(number, None)
-        if active is not None:
-            self._steps.add(active)
-
-    def _abort(self, number: int) -> None:
-        """Ends a request, whether it was queued already or not."""
-        active = self._submitted.pop(number, None)
-        if active is None:
-            self._steps.abort(number)
-        else:
-            active.row.finish_reason = "abort"
-            self._report_finished(active.end())
-
-    def _report_finished(self, times: Times) -> None:
-        if self.on_finished is not None:
-            try:
-                self.on_finished(times)
-            except Exception:
-                _log.exception("on_finished failed; the engine goes on.")
-
-    def _post(self, command: Callable[[], None], queue: "collections.deque[Callable[[], None]]") -> None:
-        """Has the engine's thread run something between two steps."""
-        with self._wake:
-            if self._failure is not None or self._closing:
-                raise RuntimeError("The engine has stopped.") from self._failure
-            queue.append(command)
-            self._wake.notify_all()
-
-    # --- the engine's thread ---
-
-    def _run(self) -> None:
-        """Carries out commands and steps until the engine is closed. A failure of the device ends all requests."""
-        try:
-            with jax.set_mesh(self.mesh):
-                while self._wait():
-                    while self._commands:
-                        self._commands.popleft()()
-                    self._steps.readers.wake()
-                    # At most one piece of other work between two steps: texts that run do not wait for more.
-                    if self._work:
-                        self._work.popleft()()
-                    self._steps.run()
-        except BaseException as error:
-            _log.exception("The engine has stopped.")
-            self._failure = error
-        with self._wake:
-            self._closing = True
-        # Every reader hears of the end; callers of `call` see that the thread has ended.
-        for active in [*self._submitted.values(), *self._steps.active.values()]:
-            if self._failure is None:
-                self._abort(active.scheduled.id)
-            else:
-                active.stream.fail(self._failure)
-        self._steps.readers.wake()
-
-    def _wait(self) -> bool:
-        """Waits until there is something to do; returns False if the engine is closed."""
-        with self._wake:
-            while self._steps.idle and not self._commands and not self._work and not self._closing:
-                self._wake.wait()
-            return not self._closing

@@ -7,104 +7,14 @@ still reads them.
 """
 
 import bisect
-import dataclasses
 import itertools
-import time
 from collections import Counter, abc, deque
-from typing import TYPE_CHECKING
 
 from qwen_jax.errors import InputError
 from qwen_jax.inference.pages import PagePool
+from qwen_jax.inference.sequences import Decode, Prefill, PrefillRow, Sequence, by_arrival, by_start
 
-if TYPE_CHECKING:
-    from qwen_jax.inference.request import Request
-
-
-@dataclasses.dataclass(eq=False)
-class Sequence:
-    """One request that is waiting or running.
-
-    Attributes:
-      request: what was asked for.
-      id: the caller's name for it.
-      tokens: the prompt and the output tokens that the host knows.
-      prompt_length: tokens of the prompt.
-      pending: output tokens that dispatched steps give and that the host has not read. With speculation, the most that
-        the step can give.
-      written: slots whose keys and values are written, or will be by dispatched steps.
-      pages: of the cache, in the order of the text. Slot j is in pages[j // page_size].
-      keys: of its first pages, those that are full and registered; see `PagePool.register`.
-      slot: its place in the device's arrays of one entry a sequence, while it is running.
-      finished: ended or cancelled.
-      arrival: seconds, from time.monotonic().
-      limit: tokens of the prompt and the most new ones.
-      order: counts the sequences that a scheduler was given; -1 before that.
-      decoding: its prompt is read, so that the next step extends it by a token.
-      speculated: tokens beyond the first that a dispatched step has proposed for it; 0 if none is in flight.
-      cached_tokens: of the prompt, that were found in the prefix cache.
-      preemptions: how often it was preempted.
-      version: of the weights that its pages were written with; see `PagePool.version`.
-      chain: keys of its first pages, as far as they were looked up.
-    """
-
-    request: "Request"
-    id: int
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    prompt_length: int = 0
-    pending: int = 0
-    written: int = 0
-    pages: list[int] = dataclasses.field(default_factory=list)
-    keys: list[bytes] = dataclasses.field(default_factory=list)
-    slot: int | None = None
-    finished: bool = False
-    arrival: float = dataclasses.field(default_factory=time.monotonic)
-    limit: int = dataclasses.field(init=False)
-    order: int = dataclasses.field(init=False, default=-1)
-    decoding: bool = dataclasses.field(init=False, default=False)
-    speculated: int = dataclasses.field(init=False, default=0)
-    cached_tokens: int = dataclasses.field(init=False, default=0)
-    preemptions: int = dataclasses.field(init=False, default=0)
-    version: int = dataclasses.field(init=False, default=-1, repr=False)
-    chain: list[bytes] = dataclasses.field(init=False, default_factory=list, repr=False)
-
-    def __post_init__(self) -> None:
-        if not self.tokens:
-            self.tokens = list(self.request.prompt)
-        self.prompt_length = self.prompt_length or len(self.request.prompt)
-        self.limit = self.prompt_length + self.request.ending.max_new_tokens
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether its known and pending tokens are all that were asked for."""
-        return len(self.tokens) + self.pending >= self.limit
-
-
-@dataclasses.dataclass(frozen=True)
-class PrefillRow:
-    """Reads tokens[start : start + count] of a sequence; after the `last` ones, its next token is sampled."""
-
-    sequence: Sequence
-    start: int
-    count: int
-    last: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Prefill:
-    """A step that reads prompts, or parts of them."""
-
-    rows: tuple[PrefillRow, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Decode:
-    """A step that extends sequences by a token, and by up to `extra` more that are speculated.
-
-    `plan` has raised `written` already: the step writes the slots written - 1 - extra to written - 1 of each row.
-    """
-
-    rows: tuple[Sequence, ...]
-    extra: int = 0
+__all__ = ["Decode", "Prefill", "PrefillRow", "Scheduler", "Sequence"]
 
 
 class Scheduler:
@@ -402,7 +312,7 @@ class Scheduler:
         sequence.written = len(cached) * self._pool.page_size
         sequence.version = self._pool.version
         sequence.slot = self._slots.pop()
-        bisect.insort(self._running, sequence, key=_by_arrival)
+        bisect.insort(self._running, sequence, key=by_arrival)
         # What it finds of its own after a preemption is no hit.
         if self._looks_up(sequence) and not sequence.preemptions:
             sequence.cached_tokens = sequence.written
@@ -451,10 +361,10 @@ class Scheduler:
 
     def _enqueue(self, sequence: Sequence) -> None:
         """Puts a sequence into the queue before those that start after it."""
-        if not self._waiting or _place(self._waiting[-1]) < _place(sequence):
+        if not self._waiting or by_start(self._waiting[-1]) < by_start(sequence):
             self._waiting.append(sequence)
         else:
-            earlier = sum(1 for _ in itertools.takewhile(lambda s: _place(s) < _place(sequence), self._waiting))
+            earlier = sum(1 for _ in itertools.takewhile(lambda s: by_start(s) < by_start(sequence), self._waiting))
             self._waiting.insert(earlier, sequence)
 
     def preempt_all(self) -> None:
@@ -479,8 +389,8 @@ class Scheduler:
         """Raises AssertionError unless all invariants hold; for tests."""
         pool, size = self._pool, self._pool.page_size
         pool.check()
-        for group, key in ((self._waiting, _place), (self._running, _by_arrival)):
-            assert [key(s) for s in group] == sorted({key(s) for s in group}), "not in order"
+        for group, place in ((self._waiting, by_start), (self._running, by_arrival)):
+            assert [place(s) for s in group] == sorted({place(s) for s in group}), "not in order"
             assert not any(s.finished for s in group), "a finished sequence was kept"
         for s in self._waiting:
             assert s.slot is None, f"a waiting sequence has a slot: {s}"
@@ -514,13 +424,3 @@ class Scheduler:
                 assert key == parent, f"page {i} is registered with other tokens: {s}"
                 if pool.is_registered(s.pages[i]):
                     assert pool.find(key) == s.pages[i], f"page {i} is registered under another key: {s}"
-
-
-def _by_arrival(sequence: Sequence) -> tuple[int, ...]:
-    return (sequence.order,)
-
-
-def _place(sequence: Sequence) -> tuple[int, ...]:
-    """Sorts the queue: first what was preempted, then what continues a text, then all others; each by arrival."""
-    group = 0 if sequence.preemptions else 1 if sequence.request.continues else 2
-    return group, sequence.order

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from experiments.long_context import rows as rows_of
+from experiments.long_context import sizes
 from experiments.long_context import train_and_extend as experiment
 from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
 from qwen_jax.inference.chunked_prefill import prefill_chunk
 from tests.helpers.runs import print_seed
 
-TOY = experiment.Setup(
+TOY = sizes.Setup(
     length=64,
     layers=1,
     hidden=64,
@@ -104,9 +106,9 @@ def test_a_batch_is_a_function_of_seed_and_step():
     rng = print_seed()
     text = rng.integers(0, 256, 5000).astype(np.uint8)
     seed = int(rng.integers(2**31))
-    a, b = (experiment.Mixture(64, 8, text, seed)[5] for _ in range(2))
+    a, b = (rows_of.Mixture(64, 8, text, seed)[5] for _ in range(2))
     assert all(np.array_equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
-    assert not np.array_equal(a.tokens, experiment.Mixture(64, 8, text, seed)[6].tokens)
+    assert not np.array_equal(a.tokens, rows_of.Mixture(64, 8, text, seed)[6].tokens)
     assert a.tokens.shape == (8, 64)
     np.testing.assert_allclose(a.loss_weights.sum(axis=1), 64, rtol=1e-6)
     assert (a.tokens[5:] < 256).all()
@@ -117,7 +119,7 @@ def test_rows_of_the_continuation():
     rng = print_seed()
     text = rng.integers(0, 256, 5000).astype(np.uint8)
     setup = dataclasses.replace(TOY, batch=int(rng.choice([8, 12, 16, 64])))
-    data, begin = experiment.Continuation(setup, text, int(rng.integers(2**31))), int(rng.integers(100))
+    data, begin = rows_of.Continuation(setup, text, int(rng.integers(2**31))), int(rng.integers(100))
     batches = [data[step] for step in range(begin, begin + 5)]
     assert {batch.shape for batch in batches} == {(setup.batch // 4, 256)}
     rows = jax.tree.map(lambda *x: np.concatenate(x), *batches)
@@ -133,25 +135,25 @@ def test_rows_of_the_continuation():
 def test_shares_of_the_mixture_over_eight_rows():
     """A quarter repeats, three eighths have needles, also where a step has fewer rows than eight."""
     rng = print_seed()
-    mixture = experiment.Mixture(64, 8, rng.integers(0, 256, 5000).astype(np.uint8), 0)
+    mixture = rows_of.Mixture(64, 8, rng.integers(0, 256, 5000).astype(np.uint8), 0)
     first, cut = int(rng.integers(100)), int(rng.integers(9))
     parts = [mixture.rows(rng, first, cut), mixture.rows(rng, first + cut, 8 - cut)]
     tokens = np.concatenate([part.tokens for part in parts])
-    needles = (tokens == experiment.LAYOUT.needle).any(axis=1)
+    needles = (tokens == sizes.LAYOUT.needle).any(axis=1)
     # A row that repeats has no bytes and no markers.
-    repetitions = np.isin(tokens, experiment.LAYOUT.content).all(axis=1)
+    repetitions = np.isin(tokens, sizes.LAYOUT.content).all(axis=1)
     assert (repetitions.sum(), needles.sum(), len(tokens)) == (2, 3, 8)
 
 
 def test_a_batch_that_cannot_be_continued():
     with pytest.raises(InputError, match="multiple of 4, got 6"):
-        experiment.Setup(batch=6)
-    assert len(experiment.Setup(batch=6, continue_steps=0).stages()) == 1
+        sizes.Setup(batch=6)
+    assert len(sizes.Setup(batch=6, continue_steps=0).stages()) == 1
 
 
 @pytest.mark.parametrize("length", [1024, 8192])
 def test_schemes(length):
-    setup = experiment.Setup()
+    setup = sizes.Setup()
     model = setup.model(setup.stages()[0])
     assert 10e6 < model.num_params()["total"] < 60e6
     rope, yarn, dca, scaled = (experiment.extended(model, name, 1024, length) for name in experiment.SCHEMES)

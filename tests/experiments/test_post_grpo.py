@@ -9,8 +9,8 @@ import pytest
 
 from experiments.post.grpo import benchmark, learning, rewards
 from experiments.post.grpo.tasks import TASKS
-from experiments.post.learning import prompt_of
 from experiments.post.qwen2_5 import grpo
+from experiments.post.tasks import prompt_of
 from experiments.train.benchmark import architecture
 from qwen_jax.errors import InputError
 from tests.helpers.runs import print_seed

@@ -152,4 +152,4 @@ def test_values_out_of_range() -> None:
         ({"dropout_seed": -1}, "2"),
     ):
         with pytest.raises(InputError, match=message):
-            LoRA(**changes)  # type: ignore[arg-type]
+            LoRA(**changes)

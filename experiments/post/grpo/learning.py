@@ -43,8 +43,9 @@ from matplotlib.figure import Figure
 
 from convert.huggingface import export
 from experiments.post.grpo.tasks import TASKS, Problem, Task
-from experiments.post.learning import IDS, prompt_of, said, write_lines
+from experiments.post.learning import IDS, write_lines
 from experiments.post.learning import Setup as PostSetup
+from experiments.post.tasks import prompt_of, said
 from qwen_jax.cli.train import _Formats
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json, to_json

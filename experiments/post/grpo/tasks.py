@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from experiments.post.grpo import rewards
-from experiments.post.learning import Item
+from experiments.post.tasks import Item
 from train.grpo_config import RewardUse
 
 

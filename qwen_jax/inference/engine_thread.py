@@ -1,0 +1,159 @@
+"""The thread of an engine: it carries out commands of other threads between the steps of the device."""
+
+import collections
+import concurrent.futures
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Self, TypeVar
+
+import jax
+from jax.sharding import Mesh
+
+from qwen_jax.inference.active import Active, Times
+from qwen_jax.inference.steps import Steps
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class EngineThread:
+    """What runs in the thread of an engine, and how other threads reach it. An engine derives from it.
+
+    Attributes:
+      mesh: the thread's.
+      on_finished: called with each request's times when it ends, for metrics; see `Times`.
+    """
+
+    _steps: Steps
+
+    def __init__(self, mesh: Mesh):
+        """
+        Args:
+          mesh: of the parameters.
+        """
+        self.mesh = mesh
+        self.on_finished: Callable[[Times], None] | None = None
+        # What the engine's thread does between two steps: all commands, and one piece of work, which may take long.
+        self._commands: collections.deque[Callable[[], None]] = collections.deque()
+        self._work: collections.deque[Callable[[], None]] = collections.deque()
+        self._submitted: dict[int, Active] = {}
+        self._wake = threading.Condition()
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def _start_thread(self) -> None:
+        """Starts the thread, once there is everything that it needs."""
+        self._thread.start()
+
+    # --- what callers use ---
+
+    def close(self, drain: float = 0.0) -> None:
+        """Ends the engine.
+
+        Args:
+          drain: seconds that requests have to end; those that do not are cancelled.
+        """
+        end = time.monotonic() + drain
+        while time.monotonic() < end and self._failure is None:
+            if self._steps.idle and not (self._commands or self._work or self._submitted):
+                break
+            time.sleep(0.01)
+        with self._wake:
+            self._closing = True
+            self._wake.notify_all()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def call(self, function: Callable[[], _T]) -> _T:
+        """Runs a function between two steps, in the engine's thread, and returns its result."""
+        future: concurrent.futures.Future[_T] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._post(run, self._work)
+        while True:
+            try:
+                return future.result(timeout=1.0)
+            except concurrent.futures.TimeoutError:
+                if not self._thread.is_alive() and not future.done():
+                    raise RuntimeError("The engine has stopped.") from self._failure
+
+    def _cancel(self, number: int) -> None:
+        with contextlib.suppress(RuntimeError):  # A stopped engine has ended the request.
+            self._post(lambda: self._abort(number), self._commands)
+
+    def _queue(self, number: int) -> None:
+        active = self._submitted.pop(number, None)
+        if active is not None:
+            self._steps.add(active)
+
+    def _abort(self, number: int) -> None:
+        """Ends a request, whether it was queued already or not."""
+        active = self._submitted.pop(number, None)
+        if active is None:
+            self._steps.abort(number)
+        else:
+            active.row.finish_reason = "abort"
+            self._report_finished(active.end())
+
+    def _report_finished(self, times: Times) -> None:
+        if self.on_finished is not None:
+            try:
+                self.on_finished(times)
+            except Exception:
+                _log.exception("on_finished failed; the engine goes on.")
+
+    def _post(self, command: Callable[[], None], queue: "collections.deque[Callable[[], None]]") -> None:
+        """Has the engine's thread run something between two steps."""
+        with self._wake:
+            if self._failure is not None or self._closing:
+                raise RuntimeError("The engine has stopped.") from self._failure
+            queue.append(command)
+            self._wake.notify_all()
+
+    # --- the engine's thread ---
+
+    def _run(self) -> None:
+        """Carries out commands and steps until the engine is closed. A failure of the device ends all requests."""
+        try:
+            with jax.set_mesh(self.mesh):
+                while self._wait():
+                    while self._commands:
+                        self._commands.popleft()()
+                    self._steps.readers.wake()
+                    # At most one piece of other work between two steps: texts that run do not wait for more.
+                    if self._work:
+                        self._work.popleft()()
+                    self._steps.run()
+        except BaseException as error:
+            _log.exception("The engine has stopped.")
+            self._failure = error
+        with self._wake:
+            self._closing = True
+        # Every reader hears of the end; callers of `call` see that the thread has ended.
+        for active in [*self._submitted.values(), *self._steps.active.values()]:
+            if self._failure is None:
+                self._abort(active.scheduled.id)
+            else:
+                active.stream.fail(self._failure)
+        self._steps.readers.wake()
+
+    def _wait(self) -> bool:
+        """Waits until there is something to do; returns False if the engine is closed."""
+        with self._wake:
+            while self._steps.idle and not self._commands and not self._work and not self._closing:
+                self._wake.wait()
+            return not self._closing
