@@ -16,6 +16,7 @@ their sum into what follows.
 import dataclasses
 import functools
 import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -172,7 +173,7 @@ def product(operands: Operands, rows: int) -> jax.Array:
         (jax.ShapeDtypeStruct((p.parts, rows, N), jnp.float32),),
         {"block": p.blocks},
         WARPGROUPS + 1,
-        w_smem=tiled((p.stages, ROWS * p.high, p.chunk * p.wide), operands.codes.dtype, TILE),
+        w_smem=tiled((p.stages, ROWS * p.high, p.chunk * p.wide), operands.codes.dtype, math.gcd(K, TILE)),
         x_smem=tiled((p.stages, columns, p.chunk * p.wide), jnp.bfloat16, min(inputs_at_once(K, G), 64)),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=p.stages),
         free=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=p.stages),

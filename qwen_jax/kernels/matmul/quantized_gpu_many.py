@@ -64,7 +64,7 @@ def product(operands: Operands) -> jax.Array:
         (jax.ShapeDtypeStruct((M, N), jnp.float32),),
         {"block": min(tiles, MULTIPROCESSORS)},
         WARPGROUPS + 1,
-        w_smem=tiled((stages, _OUTPUTS, chunk), dtype, chunk),
+        w_smem=tiled((stages, _OUTPUTS, chunk), dtype, math.gcd(K, chunk)),
         x_smem=tiled((stages, COLUMNS, chunk), jnp.bfloat16, min(64, inputs_at_once(K, operands.scales.shape[1]))),
         ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),

@@ -24,7 +24,7 @@ from qwen_jax.kernels.types import Ref
 CODES = tuple(map(jnp.dtype, (jnp.int4, jnp.int8, jnp.float8_e4m3fn)))
 """Dtypes of codes that the kernels read."""
 TILE = 128
-"""Inputs of a tile of codes in shared memory, and of one product at most."""
+"""Inputs of a tile of codes in shared memory, and of one product, at most."""
 _HELD = {4: plgpu.Layout.WGMMA_UPCAST_4X, 8: plgpu.Layout.WGMMA_UPCAST_2X}
 """Registers of a tile of codes, by the bits of a code: each thread holds 8 or 4 neighbours of a row."""
 

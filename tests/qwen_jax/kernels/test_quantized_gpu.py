@@ -108,7 +108,7 @@ LOWERED: list[Case] = [
     (1, 4608, 3584, 128, INT4, jnp.float16, "none"),
     (33, 896, 4864, 128, INT4, jnp.float16, "zero"),
     (8, 896, 4864, 32, INT4, jnp.float32, "min"),
-    (64, 1152, 896, 896, FLOAT8, jnp.float32, "none"),
+    (64, 448, 2368, 2368, FLOAT8, jnp.float32, "none"),
     (1000, 896, 4864, 128, INT8, jnp.bfloat16, "zero"),
 ]
 
