@@ -88,9 +88,9 @@ def test_the_command_tunes_a_model_and_exports_it(method: str, files: Path, tmp_
     assert found[-1] < found[0]
     assert held_out[-1]["held_out_loss"] < held_out[0]["held_out_loss"]
     if method == "sft":
-        held = [r["held_out_held_token_accuracy"] for r in held_out]
+        held = [r["held_out_held-sft_token_accuracy"] for r in held_out]
         assert 0 <= held[0] < held[-1] <= 1
-        assert held_out[0]["held_out_held_entropy"] > held_out[-1]["held_out_held_entropy"] > 0
+        assert held_out[0]["held_out_held-sft_entropy"] > held_out[-1]["held_out_held-sft_entropy"] > 0
         assert all({"token_accuracy", "entropy"} <= r.keys() for r in records if "loss" in r)
     if method == "dpo":
         # At the reference.
