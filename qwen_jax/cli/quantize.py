@@ -19,8 +19,8 @@ class Quantize:
     large inputs finer steps. rtn rounds each weight to the nearest code, at once and without a text. fp8 and int8 halve
     a bfloat16 model with hardly any loss; products then run in float8 or int8 where the hardware has them.
 
-    Which group? So many inputs share a scale. Smaller groups lose less and take more bytes: 128 adds 0.13 bits to each
-    weight, 32 adds 0.5 (asymmetric: 0.16 and 0.6). A group must divide the inputs of every projection.
+    Which group? So many inputs share a scale. Smaller groups lose less and take more bytes: 128 adds 0.16 bits to each
+    weight of 4 bits, 32 adds 0.6. A group must divide the inputs of every projection.
 
     Which files? gptq and rtn write GPTQ files, awq writes AWQ files (both load in transformers, vLLM and SGLang), int8
     and fp8 write compressed-tensors (vLLM, SGLang); --format changes it. Embedding, head, norms, biases and routers
