@@ -34,7 +34,7 @@ class Info:
     def run(self) -> int:
         from qwen_jax.files import to_json
 
-        config = _config(self.model)
+        config, folder = _config(self.model)
         params = config.num_params()
         sizes = {"float32": 4, "bfloat16": 2, "float16": 2}
         report = {
@@ -48,7 +48,7 @@ class Info:
         types = _gguf_types(self.model)
         if types is not None:
             report["tensor_types"] = types
-        quantization = _quantization(self.model)
+        quantization = None if folder is None else _quantization(folder)
         if quantization is not None:
             report["quantization"] = quantization
         if self.json:
@@ -70,8 +70,8 @@ class Info:
         return 0
 
 
-def _config(model: str) -> "ModelConfig":
-    """The config of a folder, of a published name, or of a Hub model."""
+def _config(model: str) -> tuple["ModelConfig", Path | None]:
+    """The config of a folder, of a GGUF file, of a published name, or of a Hub model; and the folder if there is one."""
     from qwen_jax.config import load_config
     from qwen_jax.gguf.header import is_gguf
     from qwen_jax.hub import CONFIG, is_hub_id, resolve
@@ -79,8 +79,9 @@ def _config(model: str) -> "ModelConfig":
 
     known = model.lower().removeprefix("qwen/") in PUBLISHED
     if os.path.isdir(model) or is_gguf(model) or (not known and (is_hub_id(model) or "/" in model)):
-        return load_config(resolve(model, CONFIG))
-    return published(model)
+        found = resolve(model, CONFIG)
+        return load_config(found), found if found.is_dir() else None
+    return published(model), None
 
 
 def _gguf_types(model: str) -> dict[str, int] | None:
@@ -95,14 +96,8 @@ def _gguf_types(model: str) -> dict[str, int] | None:
     return {**Counter(tensor.type.name for tensor in tensors), "bytes": sum(tensor.nbytes for tensor in tensors)}
 
 
-def _quantization(model: str) -> dict[str, Any] | None:
-    """How the weights of a folder or Hub model are quantised, by its configuration; None if they are not."""
-    from qwen_jax.hub import CONFIG, is_hub_id, resolve
-    from qwen_jax.published import PUBLISHED
-
-    if not os.path.isdir(model) and (model.lower().removeprefix("qwen/") in PUBLISHED or not is_hub_id(model)):
-        return None
-    folder = resolve(model, CONFIG)
+def _quantization(folder: Path) -> dict[str, Any] | None:
+    """How the weights of a folder are quantised, by its configuration; None if they are not."""
     given = sibling("convert.quantized.source").quantization_config(folder)
     info = sibling("convert.quantized.formats").read_format(folder, given)
     if info is None:
