@@ -71,7 +71,7 @@ class Info:
 
 
 def _config(model: str) -> tuple["ModelConfig", Path | None]:
-    """The config of a folder, of a GGUF file, of a published name, or of a Hub model; and the folder if there is one."""
+    """The config of a folder, a GGUF file, a published name or a Hub model; and the folder if there is one."""
     from qwen_jax.config import load_config
     from qwen_jax.gguf.header import is_gguf
     from qwen_jax.hub import CONFIG, is_hub_id, resolve
