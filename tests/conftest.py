@@ -1,7 +1,9 @@
 """What every test shares: eight fake CPU devices, a mesh of one of them, and compiled programs."""
 
 import atexit
+import collections
 import os
+import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,6 +24,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+# Which cases of a test are drawn; the same in all workers.
+os.environ.setdefault("QWEN_JAX_DRAW", str(random.SystemRandom().randrange(2**32)))
+
 import jax
 import pytest
 from jax.sharding import Mesh
@@ -29,6 +34,34 @@ from jax.sharding import Mesh
 from qwen_jax.parallel.sharding import make_mesh
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-cases", action="store_true", help="run all cases of tests that otherwise draw some")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    if config.getoption("--all-cases"):
+        return "all cases of every test"
+    return f"cases drawn with QWEN_JAX_DRAW={os.environ['QWEN_JAX_DRAW']}; --all-cases runs all"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test that is marked with `draw(n)`, n cases run, other ones each time."""
+    if config.getoption("--all-cases"):
+        return
+    cases: dict[str, list[pytest.Item]] = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("draw") is not None:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    left: set[pytest.Item] = set()
+    for name, found in cases.items():
+        marker = found[0].get_closest_marker("draw")
+        assert marker is not None
+        rng = random.Random(f"{os.environ['QWEN_JAX_DRAW']} {name}")
+        left.update(rng.sample(found, max(len(found) - marker.args[0], 0)))
+    config.hook.pytest_deselected(items=list(left))
+    items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture

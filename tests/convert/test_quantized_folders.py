@@ -65,6 +65,7 @@ def write(folder: Path, info: FormatInfo, scheme: Scheme, moe: bool, rng: np.ran
     return config
 
 
+@pytest.mark.draw(6)
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_logits_are_those_of_transformers(tmp_path: Path, name: str, moe: bool) -> None:

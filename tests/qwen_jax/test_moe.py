@@ -302,6 +302,7 @@ def skewed(params: Params, expert: int | None) -> Params:
     return {**params, "embed": {"weight": embed}, "layers": {**params["layers"], "moe": moe}}
 
 
+@pytest.mark.draw(6)
 @pytest.mark.parametrize("expert", [None, 0, 7])
 @pytest.mark.parametrize(
     "axes", [{"expert": 2}, {"expert": 8}, {"expert": 2, "tensor": 2}, {"data": 2, "expert": 4}], ids=str

@@ -47,6 +47,7 @@ def in_layout(params: Params, config: ModelConfig, mesh: Mesh, layout: str) -> t
     return placed, dataclasses.replace(options, fused=layout == "fused")
 
 
+@pytest.mark.draw(8)
 @pytest.mark.parametrize("layout", ["stacked", "listed", "fused"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_logits_are_those_of_the_dequantised_weights(mesh: Mesh, scheme: str, layout: str) -> None:

@@ -26,6 +26,7 @@ def running(job: Job, output: Path) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.draw(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "name", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]

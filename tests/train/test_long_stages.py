@@ -49,6 +49,7 @@ def shrunk(name: str, material: Path, folder: Path) -> RunConfig:
     )
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_recipe_runs_to_its_end(name: str, material: Path, tmp_path: Path) -> None:
     """That a mesh gives the losses of one device is tested with other layouts; here, that stages follow one another."""

@@ -130,6 +130,7 @@ def test_new_lora_changes_nothing_and_a_has_pefts_range() -> None:
         assert abs(np.abs(a).mean() - bound / 2) < 0.1 * bound
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize(("name", "scan"), [("dense", False), ("experts", True)], ids=str)
 def test_gradients_are_those_of_the_whole_model(name: str, scan: bool) -> None:
     """What is frozen has no gradient; the rest has the gradient that it has where everything is trained."""

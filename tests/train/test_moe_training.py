@@ -112,6 +112,7 @@ def test_the_curve_that_all_are_compared_with_learns() -> None:
     np.testing.assert_allclose(want["expert_load"].sum(2), 8.0, rtol=1e-5)
 
 
+@pytest.mark.draw(4)
 @pytest.mark.parametrize(
     ("axes", "changes"),
     [
@@ -133,6 +134,7 @@ def test_layouts_agree(axes: dict[str, int], changes: dict[str, Any]) -> None:
     agree(curve(axes, weights(), **changes))
 
 
+@pytest.mark.draw(2)
 @pytest.mark.parametrize(
     ("axes", "changes"),
     [
@@ -151,6 +153,7 @@ def test_rows_that_find_no_room_come_in_further_rounds(
     agree(curve(axes, weights(), **changes))
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_what_is_beyond_the_rows_that_come_is_never_read(monkeypatch: pytest.MonkeyPatch, remat: str) -> None:
     """Buffers have room for the worst case; with NaN in all unused rows, a curve stays bit-identical."""

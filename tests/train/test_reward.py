@@ -151,6 +151,7 @@ def assert_same(got: tuple[float, Params, dict[str, float]], head: str) -> None:
         np.testing.assert_allclose(got[2][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.draw(4)
 @pytest.mark.parametrize(
     ("head", "axes", "accumulation", "layout"),
     [
@@ -202,6 +203,7 @@ def test_the_loss_is_the_formula_and_counts_each_pair_once() -> None:
 # --- parity and learning -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_twenty_steps_are_those_of_a_pytorch_loop(head: Any, tmp_path: Path) -> None:
     """transformers' class, or a torch module, one answer at a time, and torch's AdamW."""

@@ -209,6 +209,7 @@ def spoil(folder: Path, how: str) -> None:
         tokens.write_bytes(content)
 
 
+@pytest.mark.draw(4)
 @pytest.mark.parametrize(
     ("how", "message"),
     [

@@ -85,6 +85,7 @@ def test_the_curve_that_all_are_compared_with_learns() -> None:
     assert loss[-5:].mean() < 1.5
 
 
+@pytest.mark.draw(6)
 @pytest.mark.parametrize(
     ("axes", "accumulation", "remat"),
     [
@@ -134,6 +135,7 @@ def round_eight(params: Any) -> np.ndarray:
     return curve({"context": 8}, 1, "none", params, ring=True)
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize("job", [on_eight, round_eight])
 def test_two_processes_of_four_devices_are_one(job: Any) -> None:
     first, second = run(job, weights(), processes=2, devices=4)

@@ -112,6 +112,7 @@ def test_the_command_tunes_a_model_and_exports_it(method: str, files: Path, tmp_
     assert main(["train", method, *arguments(files, method, output)]) == 0
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize("method", ["sft", "reward", "dpo"])
 def test_a_stopped_run_resumes_bit_for_bit(
     method: Any, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -147,6 +148,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
         assert read_json(tmp_path / "stopped" / "model" / "adapter_config.json")["lora_dropout"] == 0.2
 
 
+@pytest.mark.draw(2)
 @pytest.mark.parametrize("method", ["sft", "reward", "dpo"])
 def test_an_adapter_is_tuned_and_used(method: str, files: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
@@ -168,6 +170,7 @@ def test_an_adapter_is_tuned_and_used(method: str, files: Path, tmp_path: Path) 
         assert main([*command, "--max-new-tokens", "2"]) == 0
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_an_adapter_is_tuned_beside_quantised_weights(
     method: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

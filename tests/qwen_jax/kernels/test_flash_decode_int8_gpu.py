@@ -78,6 +78,7 @@ def shapes_of(case: Case) -> list[jax.ShapeDtypeStruct]:
     return [q, cache, scales, cache, scales, i, i]
 
 
+@pytest.mark.draw(12)
 @pytest.mark.parametrize(("case", "separately"), BOTH, ids=str)
 def test_lowers_to_one_kernel_and_a_merge(case: Case, separately: bool) -> None:
     """The kernels pass the layout inference of Mosaic GPU, and no array of the cache's size but the cache exists."""

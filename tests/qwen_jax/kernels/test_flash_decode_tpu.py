@@ -49,6 +49,7 @@ def check(got, args, scale) -> None:
     assert np.abs(np.where(unseen, 0, lse - np.where(unseen, 0, want.lse))).max() < (1e-5 if small else 1e-4)
 
 
+@pytest.mark.draw(8)
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize(("T", "H", "K", "d", "dtype"), [(1, 4, 2, 64, "float32"), (5, 14, 2, 128, "bfloat16")])
 @pytest.mark.parametrize("mask", MASKS, ids=lambda m: m.__name__)
@@ -116,6 +117,7 @@ def test_splits_share_the_used_tiles() -> None:
             assert abs(sum((-1) ** i * int(b - a) for i, (a, b) in enumerate(shares))) <= 1
 
 
+@pytest.mark.draw(5)
 @needs_libtpu
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 @pytest.mark.parametrize(("B", "T", "H", "K", "d"), [(1, 1, 28, 4, 128), (3, 4, 14, 1, 64)])

@@ -216,6 +216,7 @@ def integers(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
+@pytest.mark.draw(2)
 @needs_libtpu
 @pytest.mark.parametrize(
     ("chip", "d", "rows"), [("v4", 128, 512), ("v5e", 64, 256), ("v5p", 128, 128), ("v6e", 64, 128), ("7x", 128, 256)]

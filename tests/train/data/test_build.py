@@ -141,6 +141,7 @@ def process(inputs: Path, tokenizer: Path, output: Path, workers: int, **options
     return subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_builds_go_on_to_the_same_bytes_and_leave_no_process(rng, folder, inputs, tmp_path, workers):
     write(inputs / "a.jsonl", random_texts(rng, 20_000))

@@ -62,6 +62,7 @@ def _check_collectives(found: list[Collective], model: ModelConfig, mesh: Mesh, 
     assert whole <= scattered <= 1.2 * whole
 
 
+@pytest.mark.draw(4)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
     "axes",
@@ -119,6 +120,7 @@ def _meanwhile(hlo: str) -> list[set[str]]:
     return found
 
 
+@pytest.mark.draw(1)
 @needs_libtpu
 @pytest.mark.parametrize("capacity_factor", [0.0, 1.25])
 def test_compiled_for_a_pod_the_shared_expert_works_while_rows_travel(capacity_factor: float) -> None:

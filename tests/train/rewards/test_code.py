@@ -2,16 +2,13 @@
 
 import dataclasses
 import enum
-import sys
-import types
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-import train
 from qwen_jax.errors import InputError
-from train.rewards import load_reward
+from train.rewards import code, load_reward
 
 
 class Outcome(enum.Enum):
@@ -57,10 +54,8 @@ class Sandbox:
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    module: Any = types.ModuleType("train.sandbox")
-    module.Sandbox, module.Test, module.Limits, module.Outcome = Sandbox, Test, Limits, Outcome
-    monkeypatch.setitem(sys.modules, "train.sandbox", module)
-    monkeypatch.setattr(train, "sandbox", module, raising=False)
+    for replacement in (Sandbox, Test, Limits):
+        monkeypatch.setattr(code, replacement.__name__, replacement)
 
 
 def prints(*outputs: str) -> list[dict[str, Any]]:
