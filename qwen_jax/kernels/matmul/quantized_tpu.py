@@ -21,7 +21,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.kernels.padding import pad_to_multiple
 from qwen_jax.kernels.tpu import device
 from qwen_jax.kernels.tpu.device import LANES, PACKED_ROWS, Core, cache_tile_bytes
-from qwen_jax.kernels.tpu.tiles import NT, product
+from qwen_jax.kernels.tpu.tiles import NT, TN, product
 from qwen_jax.kernels.types import Ref
 
 CODES = tuple(map(jnp.dtype, (jnp.int4, jnp.int8, jnp.float8_e4m3fn)))
@@ -148,7 +148,7 @@ def matmul(
 ) -> jax.Array:
     """Multiplies rows by a quantised matrix, x W^T. Runs on local arrays.
 
-    Up to `FEW_ROWS` rows the weight is not rounded, which is more exact than "plain"; beyond, it is rounded to bfloat16.
+    Up to `FEW_ROWS` rows the weight is not rounded, which is more exact than "plain"; beyond, it is, to bfloat16.
 
     Args:
       x_MK: bfloat16.
@@ -313,7 +313,7 @@ def _many(
     tiles: Tiling,
 ) -> jax.Array:
     (M, K), (G, N) = x_MK.shape, scales_GN.shape
-    x = pad_to_multiple(x_MK, 0, tiles.rows) if M < tiles.rows else x_MK
+    x = pad_to_multiple(x_MK, 0, tiles.rows) if tiles.rows > M else x_MK
     arrays = [x, w_NK, scales_GN, *(a for a in (zeros_GN, mins_GN) if a is not None)]
     of_groups = pl.BlockSpec((G, tiles.outputs), lambda n, m: (0, n))
     held = [True, True, True, zeros_GN is not None, mins_GN is not None, True, True]
@@ -349,29 +349,42 @@ def _many(
 def _many_program(refs: _Many, *, K: int, G: int, chunk: int) -> None:
     """One tile of rows and outputs; the first tile of rows dequantises the outputs."""
 
+    group = K // G
+    several = 1 if G == 1 else max(1, chunk // group)
+
+    def dequantize(start: jax.Array | int, first: jax.Array | int, size: int, count: int) -> None:
+        """Writes `size` inputs, those of `count` groups or a part of one."""
+        at = pl.ds(start, size)
+        lane = lax.broadcasted_iota(jnp.int32, (count, size), 1)
+        own = (lane // group if count > 1 else 0 * lane) == lax.broadcasted_iota(jnp.int32, (count, size), 0)
+
+        def spread(ref: Ref) -> jax.Array:
+            """The number of its group for each input. A product with ones and zeros in float32 is exact."""
+            # Rows at a dynamic place that is not a multiple of 8 are read one by one.
+            of_groups = jnp.concatenate([ref[pl.ds(first + r, 1), :] for r in range(count)])
+            return lax.dot_general(
+                of_groups, own.astype(jnp.float32), TN, lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+            )
+
+        values = refs.w[:, at].astype(jnp.float32)
+        if refs.zeros is not None:
+            values = values - spread(refs.zeros)
+        values = values * spread(refs.scales)
+        if refs.mins is not None:
+            values = values - spread(refs.mins)
+        refs.wide[:, at] = values.astype(jnp.bfloat16)
+
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
-        # Outputs are rows of the codes, so the scales of a tile are transposed.
-        scales, zeros, mins = (None if r is None else r[...].T for r in (refs.scales, refs.zeros, refs.mins))
-        group = K // G
-        for start in range(0, K, chunk):
-            size = min(chunk, K - start)
+        def step(c: jax.Array, _: None) -> None:
+            first = c * several if several > 1 else lax.div(c * chunk, group)
+            dequantize(pl.multiple_of(c * chunk, LANES), first, chunk, several)
 
-            def spread(of_groups: jax.Array, start: int = start, size: int = size) -> jax.Array:
-                """The column of its group for each input."""
-                first, last = start // group, (start + size - 1) // group
-                lane = lax.broadcasted_iota(jnp.int32, (1, size), 1) + start
-                wide = jnp.broadcast_to(of_groups[:, first : first + 1], (of_groups.shape[0], size))
-                for g in range(first + 1, last + 1):
-                    wide = jnp.where(lane >= g * group, of_groups[:, g : g + 1], wide)
-                return wide
-
-            values = refs.w[:, start : start + size].astype(jnp.float32)
-            if zeros is not None:
-                values = values - spread(zeros)
-            values = values * spread(scales)
-            if mins is not None:
-                values = values - spread(mins)
-            refs.wide[:, start : start + size] = values.astype(jnp.bfloat16)
+        whole = K // chunk
+        lax.fori_loop(0, whole, step, None)
+        # The end of a dimension that is not a multiple of a chunk.
+        if rest := K - whole * chunk:
+            count = 1 if G == 1 else rest // group
+            dequantize(whole * chunk, whole * several if several > 1 else G - 1, rest, count)
 
     refs.out[...] = lax.dot_general(refs.x[...], refs.wide[...], NT, preferred_element_type=jnp.float32)
