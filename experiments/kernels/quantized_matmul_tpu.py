@@ -91,12 +91,13 @@ def row(chip: str, case: Case, M: int) -> dict[str, Any]:
     if not tiles.few:
         # The branch that dequantises is the longest one without the final product.
         branches = [r.name for r in kernel.regions if r.parent == "step" and r.kind == "when"]
-        inside = {b: sum(r.bundles for r in kernel.regions if r.name == b or r.name.startswith(f"{b}.")) for b in branches}
+        inside = {
+            b: sum(r.bundles for r in kernel.regions if r.name == b or r.name.startswith(f"{b}.")) for b in branches
+        }
         runs[max(inside, key=lambda b: inside[b])] = parts
-    chunks = case.K // tiles.chunk
-    for region in kernel.regions:
-        if region.kind == "loop" and region.parent and region.name != "grid" and region.trips is None:
-            runs[region.name] = parts * chunks
+    # Loops without known trips copy the last tile where it is not whole; that is less than a tile.
+    loops = [r.name for r in kernel.regions if r.kind == "loop" and r.parent and r.name != "grid" and r.trips is None]
+    runs |= dict.fromkeys(loops, 0)
     found = estimate(kernel, runs, read)
     units = 4 * 128**2 if core.mxu_width == 128 else 4 * 256**2
     floor = max(floor_bytes / bandwidth, 2 * M * case.N * case.K / (2 * units * core.clock * core.cores))

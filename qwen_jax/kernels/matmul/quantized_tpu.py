@@ -21,7 +21,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.kernels.padding import pad_to_multiple
 from qwen_jax.kernels.tpu import device
 from qwen_jax.kernels.tpu.device import LANES, PACKED_ROWS, Core, cache_tile_bytes
-from qwen_jax.kernels.tpu.tiles import NT, TN, product
+from qwen_jax.kernels.tpu.tiles import NT, product
 from qwen_jax.kernels.types import Ref
 
 CODES = tuple(map(jnp.dtype, (jnp.int4, jnp.int8, jnp.float8_e4m3fn)))
@@ -29,7 +29,8 @@ SCALES = tuple(map(jnp.dtype, (jnp.float16, jnp.bfloat16, jnp.float32)))
 """Dtypes of scales; the kernels read float32."""
 FEW_ROWS = 64
 """The maximal number of rows whose products are scaled after the sum; more are multiplied by dequantised weights."""
-_EXPANDED = 256
+# Rows of a product, those for each group of a chunk together. With more, the product takes longer than dequantising.
+_EXPANDED = 128
 _MULTIPLE = 16
 # Chunks of a tile that are in the code one after the other.
 _UNROLLED = 16
@@ -94,7 +95,7 @@ def choose_tiling(M: int, N: int, K: int, G: int, bits: int, core: Core, tile_by
     ):
         rows, outputs = min(rows, _padded(M, PACKED_ROWS)), min(outputs, N)
         need = outputs * K * (2 + 2 * bits // 8) + 4 * rows * K + 8 * rows * outputs + 12 * G * _padded(outputs, LANES)
-        need += 4 * outputs * _padded(G, LANES) + max(vmem >> 4, 4 << 20)
+        need += 4 * outputs * _padded(G, LANES) + max(vmem >> 3, 4 << 20)
         if need <= most:
             return Tiling(rows, outputs, chunk, False, need)
     raise InputError(
@@ -355,16 +356,13 @@ def _many_program(refs: _Many, *, K: int, G: int, chunk: int) -> None:
     def dequantize(start: jax.Array | int, first: jax.Array | int, size: int, count: int) -> None:
         """Writes `size` inputs, those of `count` groups or a part of one."""
         at = pl.ds(start, size)
-        lane = lax.broadcasted_iota(jnp.int32, (count, size), 1)
-        own = (lane // group if count > 1 else 0 * lane) == lax.broadcasted_iota(jnp.int32, (count, size), 0)
 
         def spread(ref: Ref) -> jax.Array:
-            """The number of its group for each input. A product with ones and zeros in float32 is exact."""
+            """The number of its group for each input, [outputs, inputs]."""
             # Rows at a dynamic place that is not a multiple of 8 are read one by one.
-            of_groups = jnp.concatenate([ref[pl.ds(first + r, 1), :] for r in range(count)])
-            return lax.dot_general(
-                of_groups, own.astype(jnp.float32), TN, lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-            )
+            of_groups = [ref[pl.ds(first + r, 1), :] for r in range(count)]
+            wide = [jnp.broadcast_to(x, (size // count, x.shape[1])) for x in of_groups]
+            return (wide[0] if count == 1 else jnp.concatenate(wide)).T
 
         values = refs.w[:, at].astype(jnp.float32)
         if refs.zeros is not None:
