@@ -3,6 +3,7 @@
 | implementation | where      | what                                                                         |
 |----------------|------------|------------------------------------------------------------------------------|
 | gpu            | Hopper GPU | bfloat16 rows; outputs and inputs are multiples of 64, groups of 32          |
+| tpu            | TPU        | bfloat16 rows; outputs are a multiple of 64, inputs of 16 ("auto": of 128)   |
 | plain          | anywhere   | dequantises in float32 and rounds once to the dtype of x, before the product |
 
 "auto" selects the first that supports the call; see `qwen_jax.kernels.select`.
@@ -68,7 +69,14 @@ def select_quantized(implementation: str, x: Abstract, weight: Abstract, scales:
 
         needs |= quantized_gpu.needs(x, weight, scales)
     gpu = Candidate("gpu", unmet(needs), automatic=x.shape[0] <= _MAX_GPU_ROWS)
-    candidates = [gpu, Candidate("plain")]
+    needs = {"a TPU": platform.platform() == "tpu"}
+    if platform.platform() == "tpu":
+        from qwen_jax.kernels.matmul import quantized_tpu
+
+        needs |= quantized_tpu.needs(x, weight, scales)
+    # XLA may hold other matrices with outputs as lanes, and would copy them for the kernel.
+    tpu = Candidate("tpu", unmet(needs), automatic=weight.shape[1] % 128 == 0)
+    candidates = [gpu, tpu, Candidate("plain")]
     what = f"{x.shape[0]} rows, matrix {list(weight.shape)} of {weight.dtype}, {scales.shape[1]} groups"
     what += " with offsets" if offset else ""
     return select(candidates, implementation, "quantised product", what)
@@ -92,16 +100,19 @@ def quantized_matmul(
       implementation: see the table above. Only "plain" has a gradient, with respect to x.
 
     Returns:
-      float32 [M, N]. "plain" rounds the weight to the dtype of x, as "gpu" does for more than 64 rows; for fewer, "gpu"
-      does not round it.
+      float32 [M, N]. "plain" rounds the weight to the dtype of x, as the kernels do for more than 64 rows; for fewer,
+      they do not round it.
     """
     offset = zeros_NG is not None or mins_NG is not None
-    if select_quantized(implementation, x_MK, weight_NK, scales_NG, offset) == "gpu":
-        from qwen_jax.kernels.matmul import quantized_gpu
-
-        message = "Quantised products by gpu have no gradient. Use implementation='plain'."
-        return without_gradient(quantized_gpu.matmul, (x_MK, weight_NK, scales_NG, zeros_NG, mins_NG), message)
-    return _plain(x_MK, weight_NK, scales_NG, zeros_NG, mins_NG)
+    chosen = select_quantized(implementation, x_MK, weight_NK, scales_NG, offset)
+    if chosen == "plain":
+        return _plain(x_MK, weight_NK, scales_NG, zeros_NG, mins_NG)
+    if chosen == "gpu":
+        from qwen_jax.kernels.matmul.quantized_gpu import matmul
+    else:
+        from qwen_jax.kernels.matmul.quantized_tpu import matmul
+    message = f"Quantised products by {chosen} have no gradient. Use implementation='plain'."
+    return without_gradient(matmul, (x_MK, weight_NK, scales_NG, zeros_NG, mins_NG), message)
 
 
 @jax.checkpoint
