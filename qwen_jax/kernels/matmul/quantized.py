@@ -3,7 +3,7 @@
 | implementation | where      | what                                                                         |
 |----------------|------------|------------------------------------------------------------------------------|
 | gpu            | Hopper GPU | bfloat16 rows; outputs and inputs are multiples of 64, groups of 32          |
-| tpu            | TPU        | bfloat16 rows; outputs are a multiple of 64, inputs of 16 ("auto": of 128)   |
+| tpu            | TPU        | bfloat16 rows; outputs, inputs: multiples of 16 ("auto": inputs of 128)     |
 | plain          | anywhere   | dequantises in float32 and rounds once to the dtype of x, before the product |
 
 "auto" selects the first that supports the call; see `qwen_jax.kernels.select`.

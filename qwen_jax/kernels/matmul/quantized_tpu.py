@@ -30,8 +30,10 @@ SCALES = tuple(map(jnp.dtype, (jnp.float16, jnp.bfloat16, jnp.float32)))
 FEW_ROWS = 64
 """The maximal number of rows whose products are scaled after the sum; more are multiplied by dequantised weights."""
 # Rows of a product, those for each group of a chunk together. With more, the product takes longer than dequantising.
-_EXPANDED = 128
+_EXPANDED = 256
 _MULTIPLE = 16
+# Fewer outputs take as long: one product waits for the one before.
+_OUTPUTS = 512
 # Chunks of a tile that are in the code one after the other.
 _UNROLLED = 16
 
@@ -78,7 +80,7 @@ def choose_tiling(M: int, N: int, K: int, G: int, bits: int, core: Core, tile_by
     rows = _padded(M, 8)
     several = 1 if G == 1 else max(1, chunk // group)
     if M <= FEW_ROWS and rows * several <= _EXPANDED:
-        columns = _padded(max(LANES, min(tile_bytes * 8 // (bits * K), 1024)) - LANES + 1, LANES)
+        columns = min(max(tile_bytes * 8 // (bits * K) // LANES * LANES, _OUTPUTS), 1024)
         for outputs in range(columns, 0, -LANES):
             need = _few_bytes(rows, several, outputs, K, G, bits)
             if need <= most:
@@ -95,7 +97,7 @@ def choose_tiling(M: int, N: int, K: int, G: int, bits: int, core: Core, tile_by
     ):
         rows, outputs = min(rows, _padded(M, PACKED_ROWS)), min(outputs, N)
         need = outputs * K * (2 + 2 * bits // 8) + 4 * rows * K + 8 * rows * outputs + 12 * G * _padded(outputs, LANES)
-        need += 4 * outputs * _padded(G, LANES) + max(vmem >> 3, 4 << 20)
+        need += 4 * outputs * _padded(G, LANES) + max(vmem * 5 // 32, 6 << 20)
         if need <= most:
             return Tiling(rows, outputs, chunk, False, need)
     raise InputError(
@@ -130,7 +132,7 @@ def needs(
         "bfloat16 rows": x.shape[0] > 0 and jnp.dtype(x.dtype) == jnp.bfloat16,
         "codes of int4, int8 or float8_e4m3fn": jnp.dtype(weight.dtype) in CODES,
         "scales of float16, bfloat16 or float32": jnp.dtype(scales.dtype) in SCALES,
-        "outputs that are a multiple of 64": N > 0 and N % 64 == 0,
+        "outputs that are a multiple of 16": N > 0 and N % 16 == 0,
         "inputs that are a multiple of 16, at least 128": K >= LANES and K % _MULTIPLE == 0,
         "one group, or groups of 16, 32, 64 or a multiple of 128 inputs": G == 1
         or group in (16, 32, 64)
@@ -317,11 +319,15 @@ def _many(
     x = pad_to_multiple(x_MK, 0, tiles.rows) if tiles.rows > M else x_MK
     arrays = [x, w_NK, scales_GN, *(a for a in (zeros_GN, mins_GN) if a is not None)]
     of_groups = pl.BlockSpec((G, tiles.outputs), lambda n, m: (0, n))
-    held = [True, True, True, zeros_GN is not None, mins_GN is not None, True, True]
 
     def program(*refs: Ref) -> None:
-        given = iter(refs)
-        _many_program(_Many(*(next(given) if there else None for there in held)), K=K, G=G, chunk=tiles.chunk)
+        x_ref, w_ref, scales_ref, *offset_refs, out_ref, wide_ref = refs
+        given = iter(offset_refs)
+        zeros_ref = None if zeros_GN is None else next(given)
+        mins_ref = None if mins_GN is None else next(given)
+        _many_program(
+            _Many(x_ref, w_ref, scales_ref, zeros_ref, mins_ref, out_ref, wide_ref), K=K, G=G, chunk=tiles.chunk
+        )
 
     bits = 4 if w_NK.dtype == jnp.int4 else 8
     parts = -(-N // tiles.outputs)

@@ -73,7 +73,7 @@ def test_the_kernel_is_the_product_of_the_dequantised_weights(M: int, codes: Any
     K = int(numbers.integers(1, 4)) * 256 if group in (0, 128, 256) else group * int(numbers.integers(128 // group, 20))
     offset = "none" if codes == FLOAT8 else str(numbers.choice(["none", "zero", "min", "both"]))
     scales = numbers.choice([jnp.float16, jnp.bfloat16, jnp.float32])
-    case = (M, 64 * int(numbers.integers(1, 5)), K, group, codes, offset, scales)
+    case = (M, 16 * int(numbers.integers(1, 20)), K, group, codes, offset, scales)
     print(case)
     check(drawn(*case))
 
