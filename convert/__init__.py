@@ -267,7 +267,7 @@ def check_options(
         check_destination(Path(dst))
         return None if dtype is None else parse_dtype(dtype)
     from convert.gguf import RECIPES
-    from convert.gguf.library import gguf_library
+    from convert.gguf.package import gguf_library
 
     if not is_gguf(dst):
         raise InputError(f"{dst}: the name of a GGUF file ends with .gguf.")

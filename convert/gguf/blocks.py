@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from convert.gguf.library import gguf_library
+from convert.gguf.package import gguf_library
 from convert.quantized.codes import Codes
 from qwen_jax.errors import InputError
 from qwen_jax.gguf.header import TYPES, TensorType

@@ -16,9 +16,9 @@ from convert.folder import new_file
 from convert.gguf import kquants
 from convert.gguf.blocks import FLOATS
 from convert.gguf.exact import ExactCodes
-from convert.gguf.library import gguf_library
 from convert.gguf.metadata import write_config
 from convert.gguf.names import Tensor, has_head, tensors
+from convert.gguf.package import gguf_library
 from convert.gguf.quantized import QuantizedGGUF
 from convert.gguf.reader import GGUFSource
 from convert.gguf.recipes import RECIPES, Recipe, type_of

@@ -52,7 +52,7 @@ GROWTH = 0.02, 32 * 2**20
 
 
 class Clients:
-    """Sends requests to an engine, and counts what came of them.
+    """Sends requests to an engine, and counts how they ended.
 
     Args:
       engine: with a tokenizer.
