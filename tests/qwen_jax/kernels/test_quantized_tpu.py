@@ -52,16 +52,13 @@ def check(arguments: list[Any]) -> None:
     w = quantized.dequantize(*matrix)
     if len(x) > quantized_tpu.FEW_ROWS:
         w = w.astype(jnp.bfloat16)
-    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    rows, values = np.asarray(x, np.float64), np.asarray(w, np.float64)
     got = interpreted(*arguments)
     assert got.dtype == np.float32
-    assert got.shape == (len(x), len(w))
+    assert got.shape == (len(rows), len(values))
     # The parts of a value, code and offset, may be larger than the value itself.
-    parts = sum(
-        np.abs(np.asarray(quantized.dequantize(matrix[0], matrix[1], *p), np.float64))
-        for p in [(), (matrix[2], matrix[3])]
-    )
-    assert (np.abs(got - x @ w.T) <= 4e-6 * (np.abs(x) @ parts.T)).all()
+    parts = np.abs(values) + np.abs(np.asarray(quantized.dequantize(*matrix[:2]), np.float64))
+    assert (np.abs(got - rows @ values.T) <= 4e-6 * (np.abs(rows) @ parts.T)).all()
 
 
 @pytest.mark.parametrize("M", [1, 11, 75])
