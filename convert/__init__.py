@@ -22,7 +22,7 @@ from qwen_jax.hub import CONFIG, is_hub_id, resolve
 from qwen_jax.options import Options
 from qwen_jax.params import Params
 
-__all__ = ["convert", "detect", "load", "load_params", "merge_adapter", "open_source", "write_folder"]
+__all__ = ["convert", "detect", "is_quantized", "load", "load_params", "merge_adapter", "open_source", "write_folder"]
 
 
 def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None) -> Source:
@@ -50,6 +50,16 @@ def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None)
     from convert.orbax import OrbaxSource
 
     return OrbaxSource(folder, config)
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether a checkpoint says that its weights are quantised. They are not looked at."""
+    from convert.quantized.formats import QUANTIZE_CONFIG
+    from convert.quantized.source import quantization_config
+
+    if is_gguf(folder):
+        return True
+    return (folder / QUANTIZE_CONFIG).is_file() or quantization_config(folder) is not None
 
 
 def merge_adapter(source: Source, adapter: str | os.PathLike[str] | None) -> Source:

@@ -94,10 +94,11 @@ class _Formats:
         from qwen_jax.inference.settings import add_end_ids
         from qwen_jax.tokenizer import load_tokenizer
 
-        load_config(resolve(path, CONFIG))  # An unsupported model is refused before its weights are fetched.
+        config = load_config(resolve(path, CONFIG))  # An unsupported model is refused before its weights are fetched.
         folder = resolve(path)
-        # The weights too say how they are quantised.
-        config = sibling("convert").open_source(folder).config
+        if sibling("convert").is_quantized(folder):
+            # The weights too say how.
+            config = sibling("convert").open_source(folder).config
         return add_end_ids(config, folder), load_tokenizer(path), folder
 
     def load(self, path: str, config: "ModelConfig", mesh: "Mesh", dtype: str, stacked: bool = True) -> Any:

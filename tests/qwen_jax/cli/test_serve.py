@@ -89,7 +89,7 @@ def test_options_reach_the_engine_and_the_server(
     assert served["started"]
     assert served["options"] == {
         "dtype": "float32", "max_seqs": 8, "max_length": 64, "max_batched_tokens": 128, "memory_fraction": 0.5,
-        "prefix_cache": False, "adapters": {"poet": tmp_path},
+        "prefix_cache": False, "adapters": {"poet": tmp_path}, "kv_dtype": "auto",
     }  # fmt: skip
     context = served["app"].state.context
     settings = context.settings

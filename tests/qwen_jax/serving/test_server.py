@@ -1,5 +1,6 @@
 """A server on loopback: clients that go, that read slowly or send too much; metrics; the end of the server."""
 
+import functools
 import http.client
 import json
 import os
@@ -294,7 +295,8 @@ def test_a_large_answer_stops_nobody(path: str) -> None:
     with serve(engine) as running, httpx.Client(base_url=running.url, timeout=60) as http:
         sizes: list[int] = []
         start = time.monotonic()
-        thread = threading.Thread(target=lambda: sizes.append(len(httpx.post(running.url + path, json=body).content)))
+        post = functools.partial(httpx.post, running.url + path, json=body, timeout=60)
+        thread = threading.Thread(target=lambda: sizes.append(len(post().content)))
         thread.start()
         longest = 0.0
         while thread.is_alive():
