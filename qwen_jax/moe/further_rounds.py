@@ -105,11 +105,12 @@ def _further_rounds_backward(
         # Codes of quantised weights are integers, which have no gradient.
         leaves, treedef = jax.tree.flatten(inputs)
         real = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        some: list[jax.Array] = lax.cond(
-            rounds > 1,
-            lambda: [jax.tree.leaves(run())[i] for i in real],
-            lambda: [jnp.zeros_like(leaves[i]) for i in real],
-        )
+
+        def run_real() -> list[jax.Array]:
+            gradients = jax.tree.leaves(run())
+            return [gradients[i] for i in real]
+
+        some: list[jax.Array] = lax.cond(rounds > 1, run_real, lambda: [jnp.zeros_like(leaves[i]) for i in real])
         found = dict(zip(real, some, strict=True))
     gradients = [found.get(i, np.zeros(leaf.shape, jax.dtypes.float0)) for i, leaf in enumerate(leaves)]
     return dout, jax.tree.unflatten(treedef, gradients), None
