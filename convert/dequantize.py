@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from convert.names import Leaf, leaves
+from convert.names import Leaf
+from convert.quantized.stored import StoredCodes
 from convert.source import Source, Span
 from qwen_jax.config import ModelConfig
 
@@ -19,12 +20,10 @@ class DequantizedSource:
         """
         self.config: ModelConfig = dataclasses.replace(source.config, quantization=None)
         self.workers, self.folder = source.workers, source.folder
-        self._source = source
-        # By tensor name: the leaf of the source that holds it, and its place there.
-        self._places = {name: (leaf, i) for leaf in leaves(source.config) for i, name in enumerate(leaf.names)}
+        self._source, self._stored = source, StoredCodes(source)
 
     def dtype(self, leaf: Leaf) -> np.dtype:
-        held, _ = self._places[leaf.names[0]]
+        held, _ = self._stored.places[leaf.names[0]]
         return np.dtype(self.config.dtype) if held.stored is not None else self._source.dtype(held)
 
     def spans(self, leaf: Leaf, tensors: slice, rows: slice) -> list[Span] | None:
@@ -34,25 +33,8 @@ class DequantizedSource:
         return np.stack([self._tensor(name, rows) for name in leaf.names[tensors]])
 
     def _tensor(self, name: str, rows: slice) -> np.ndarray:
-        held, _ = self._places[name]
+        held, _ = self._stored.places[name]
         if held.stored is None:
-            return self._array(name, rows)
-        module = name.removesuffix("weight")
-        codes = self._array(name, rows)
-        scales = self._array(f"{module}scales", rows).astype(np.float32)
-        grouped = codes.astype(np.float32).reshape(*scales.shape, -1)
-        if f"{module}zeros" in self._places:
-            grouped -= self._array(f"{module}zeros", rows).astype(np.float32)[..., None]
-        grouped *= scales[..., None]
-        if f"{module}mins" in self._places:
-            grouped -= self._array(f"{module}mins", rows)[..., None]
-        if f"{module}order" in self._places:
-            flat = grouped.reshape(*scales.shape[:-1], -1)
-            in_order = np.empty_like(flat)
-            in_order[..., self._array(f"{module}order", slice(0, flat.shape[-1]))] = flat
-            grouped = in_order
-        return grouped.reshape(codes.shape)
-
-    def _array(self, name: str, rows: slice) -> np.ndarray:
-        leaf, i = self._places[name]
-        return self._source.read(leaf, slice(i, i + 1), rows)[0]
+            return self._stored.read(name, rows)
+        values = self._stored.codes(name.removesuffix(".weight"), rows).dequantize()
+        return values.reshape(rows.stop - rows.start, *held.shape[1:])

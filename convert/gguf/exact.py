@@ -1,11 +1,13 @@
 """Quantised weights of other formats in GGUF files, without quantising them anew."""
 
+import dataclasses
+
 import numpy as np
 
 from convert.gguf.blocks import pack
 from convert.gguf.names import Tensor
-from convert.names import Leaf, leaves
 from convert.quantized.codes import Codes
+from convert.quantized.stored import StoredCodes
 from convert.source import Source
 from qwen_jax.errors import InputError
 from qwen_jax.gguf.header import TensorType
@@ -19,9 +21,7 @@ class ExactCodes:
         Args:
           source: of a model with `ModelConfig.quantization`.
         """
-        self._source = source
-        # By the name of each array: the leaf that holds it, and its place there.
-        self._places = {name: (leaf, i) for leaf in leaves(source.config) for i, name in enumerate(leaf.names)}
+        self._stored = StoredCodes(source)
 
     def type_of(self, tensor: Tensor) -> TensorType | None:
         """The type that holds a tensor's codes; None if the tensor is not quantised.
@@ -36,7 +36,7 @@ class ExactCodes:
 
     def _type(self, name: str) -> TensorType | None:
         module = name.removesuffix("weight")
-        if f"{module}scales" not in self._places:
+        if f"{module}scales" not in self._stored.places:
             return None
         return pack(self._codes(name, slice(0, 1)))[0]
 
@@ -56,20 +56,7 @@ class ExactCodes:
         return pack(self._codes(name, rows))[1]
 
     def _codes(self, name: str, rows: slice) -> Codes:
-        module, arrays = name.removesuffix("weight"), {}
-        for array in ("weight", "scales", "zeros", "mins"):
-            if f"{module}{array}" in self._places:
-                leaf, i = self._places[f"{module}{array}"]
-                found = self._source.read(leaf, slice(i, i + 1), rows)[0]
-                arrays["codes" if array == "weight" else array] = found.reshape(_outputs(leaf, rows), -1)
-        if f"{module}order" in self._places:
-            leaf, i = self._places[f"{module}order"]
-            order = self._source.read(leaf, slice(i, i + 1), slice(0, leaf.shape[0]))[0]
-            # An order that changes nothing is none.
-            arrays |= {} if np.array_equal(order, np.arange(len(order))) else {"order": order}
-        return Codes(**arrays)
-
-
-def _outputs(leaf: Leaf, rows: slice) -> int:
-    """Outputs in a range of the first axis: head_dim times as many for heads."""
-    return (rows.stop - rows.start) * (leaf.hf_shape[0] // leaf.shape[0])
+        codes = self._stored.codes(name.removesuffix(".weight"), rows)
+        if codes.order is not None and np.array_equal(codes.order, np.arange(len(codes.order))):
+            codes = dataclasses.replace(codes, order=None)  # An order that changes nothing is none.
+        return codes

@@ -18,6 +18,7 @@ from convert.names import Leaf, leaves, projections
 from convert.quantized.codes import Codes
 from convert.quantized.formats import QUANTIZE_CONFIG, pack, write_config
 from convert.quantized.info import FormatInfo
+from convert.quantized.stored import StoredCodes
 from convert.safetensors import Writer
 from convert.source import Source, blocks, cast, check_storable, dtype_of, parse_dtype
 from qwen_jax.errors import InputError
@@ -55,7 +56,8 @@ def export(
     origin = Path(extra_files_from) if extra_files_from is not None else source.folder
     check_side_files(origin)
     # What is written: tensors of matrices that are not quantised, and the packed ones of the others.
-    places = places_of(source)
+    stored = StoredCodes(source)
+    places = stored.places
     tensors: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
     plain = [leaf for leaf in leaves(config) if leaf.stored is None]
     for leaf in plain:
@@ -84,7 +86,7 @@ def export(
                 if progress is not None:
                     progress(data.nbytes)
             for module in modules:
-                packed = pack(read_codes(source, module, places), info.of(module) or info, module)
+                packed = pack(stored.codes(module), info.of(module) or info, module)
                 for name, data in packed.items():
                     if (data.dtype, data.shape) != tensors[name]:
                         raise InputError(f"{name} was packed as {data.dtype} {data.shape}, expected {tensors[name]}.")
@@ -109,28 +111,6 @@ def _plain_parts(source: Source, plain: list[Leaf], dtype: np.dtype | None) -> I
             for name, part in zip(leaf.names[tensors], source.read(leaf, tensors, rows), strict=True):
                 data = np.ascontiguousarray(cast(part, target, leaf))
                 yield name, rows.start * data[:1].nbytes, data
-
-
-def places_of(source: Source) -> Places:
-    """For every tensor of a source, by name, the leaf that holds it and its number there."""
-    return {name: (leaf, i) for leaf in leaves(source.config) for i, name in enumerate(leaf.names)}
-
-
-def read_codes(source: Source, module: str, places: Places) -> Codes:
-    """One quantised matrix of a source.
-
-    Args:
-      source: of a quantised model.
-      module: Hugging Face's name of the matrix.
-      places: of `places_of`.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    for name in ("weight", "scales", "zeros", "mins", "order"):
-        if f"{module}.{name}" in places:
-            leaf, i = places[f"{module}.{name}"]
-            arrays[name] = source.read(leaf, slice(i, i + 1), slice(0, leaf.shape[0]))[0].reshape(leaf.hf_shape)
-    weight = arrays.pop("weight")
-    return Codes(weight, **arrays)
 
 
 def _abstract(module: str, places: Places) -> tuple[tuple[int, int], Scheme]:
