@@ -36,6 +36,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "sparsity tune": ("sparsity", "Tune", "find budgets of sparse attention that keep the recall of each head"),
     "data build": ("data", "build", "turn documents into packed rows of tokens"),
     "data show": ("data", "Show", "print examples for fine-tuning, with what of them is trained in colour"),
+    "data synthesize": ("synthesize", "synthesize", "make data for post-training: generate, verify, filter, pair"),
     "data rollouts": ("data", "Rollouts", "show what a GRPO run has sampled, or write a page to browse it"),
     "train pretrain": ("train", "pretrain", "pre-train a model in stages, or resume such a run"),
     "train sft": ("train", "sft", "fine-tune a model on conversations"),

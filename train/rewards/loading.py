@@ -1,16 +1,14 @@
 """Makes reward functions from names of built-in ones and from functions in Python files."""
 
 import functools
-import hashlib
 import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import InputError
+from train.python_file import function_of_file
 from train.rewards.functions import RewardFunction
 
 # Module and class of each built-in reward; the settings of a reward are the arguments of its class.
@@ -49,7 +47,7 @@ def load_reward(spec: str, **settings: Any) -> RewardFunction:
     file, colon, name = spec.rpartition(":")
     if not (colon and file.endswith(".py") and name):
         raise InputError(f"There is no reward {spec!r}. Expected {', '.join(BUILT_IN)}, or FILE.py:function.")
-    function = _from_file(Path(file), name)
+    function: RewardFunction = function_of_file(Path(file), name, "reward")
     if not settings:
         return function
     _check_settings(spec, function, settings)
@@ -65,30 +63,6 @@ def close_rewards(functions: Iterable[RewardFunction]) -> None:
     for function in functions:
         if close := getattr(function, "close", None):
             close()
-
-
-def _from_file(file: Path, name: str) -> RewardFunction:
-    """A function of a Python file, which is run."""
-    if not file.is_file():
-        raise InputError(f"The file {file} of the reward {name} does not exist. Give FILE.py:function.")
-    # A name of its own for each file; pickle and dataclasses look a module up by its name.
-    module_name = f"reward_{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
-    found = importlib.util.spec_from_file_location(module_name, file)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[module_name] = module
-    try:
-        found.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[module_name]
-        raise InputError(f"The file {file} cannot be run: {type(error).__name__}: {error}.") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        names = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-        raise InputError(f"{file} has no function {name}. It has: {', '.join(names) or 'none'}.")
-    made: RewardFunction = function
-    return made
 
 
 def _check_settings(spec: str, made: Any, settings: dict[str, Any]) -> None:

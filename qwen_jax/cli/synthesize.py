@@ -1,0 +1,173 @@
+"""`qwen-jax data synthesize`: data for post-training from a recipe and models that generate and judge."""
+
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from qwen_jax.cli.common import Count, Number, Texts, parse, sibling
+from qwen_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Make data for post-training: generate, verify, filter and pair, with a record of where each example comes from.
+
+    A recipe is a Python function that returns a `train.synthesize.pipeline.Pipeline`; its arguments are options of this
+    command: `--config RECIPE --help` shows them. A run that ends early goes on when the same command is given again;
+    what a model has answered is never asked again.
+
+    Args:
+        config: A recipe's name, FILE.py, or FILE.py:function (by default the function is called pipeline).
+        output: Folder for examples, report.html, summary.json, and what is needed to go on.
+        model: What answers: a URL of an OpenAI-compatible server (http://127.0.0.1:8000/v1), or a checkpoint folder or
+            Hub id, which is loaded here. NAME=MODEL gives one of several models of the recipe, such as judge=...
+        model_name: The name of the model at the URL, if it serves several. NAME=... as above.
+        concurrency: Requests that are open at the same time, for each model.
+        price: Of a million prompt tokens and of a million generated ones, as 0.1:0.4. NAME=... as above.
+        give_up_after: Seconds without any answer after which the run ends.
+        max_tokens: End once prompts and answers have so many tokens in all.
+        max_cost: End once they have cost so much, in the unit of --price.
+        workers: Checks that run at the same time; by default one a processor, at most 8.
+        part_items: Items that are done, and kept, at once.
+        json: Print the summary as one JSON object.
+    """
+
+    config: Annotated[str, tyro.conf.arg(metavar="RECIPE|FILE.py")]
+    output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    model: Annotated[Texts, tyro.conf.arg(metavar="[NAME=]URL|DIR")] = ()
+    model_name: Annotated[Texts, tyro.conf.arg(metavar="[NAME=]ID")] = ()
+    concurrency: Annotated[int, tyro.conf.arg(metavar="N")] = 32
+    price: Annotated[Texts, tyro.conf.arg(metavar="[NAME=]X:Y")] = ()
+    give_up_after: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 600.0
+    max_tokens: Count = None
+    max_cost: Number = None
+    workers: Count = None
+    part_items: Annotated[int, tyro.conf.arg(metavar="N")] = 128
+    json: bool = False
+
+
+def synthesize(argv: Sequence[str]) -> int:
+    """Runs a recipe; the function's arguments are options beside those of `Options`.
+
+    Args:
+      argv: arguments after `data synthesize`.
+    """
+    config = _config_of(argv)
+    if config is None:
+        # Without a recipe there is only the general help, or the error that --config is missing.
+        parse(Options, "data synthesize", argv)
+        raise AssertionError("--config is required")
+    recipe = sibling("train.synthesize.loading").load_recipe(config)
+    options = parse(_with_arguments(recipe), "data synthesize", argv)
+    runner = sibling("train.synthesize.run")
+    arguments = {name: getattr(options, name) for name in inspect.signature(recipe).parameters}
+    pipeline = recipe(**arguments)
+    if not isinstance(pipeline, sibling("train.synthesize.pipeline").Pipeline):
+        raise InputError(f"{config} returned a {type(pipeline).__name__}, expected a Pipeline.")
+    limits = {"workers": options.workers} if options.workers is not None else {}
+    run_options = runner.RunOptions(
+        part_items=options.part_items, max_tokens=options.max_tokens, max_cost=options.max_cost, **limits
+    )
+    from rich.console import Console
+
+    generators = _generators(options, pipeline.models)
+    summary = runner.run(pipeline, generators, options.output, run_options, Console(stderr=True))
+    print(json.dumps(summary) if options.json else _text(summary, options.output))
+    return 128 + int(summary["stopped_by"]) if summary["stopped_by"] else 0
+
+
+def _config_of(argv: Sequence[str]) -> str | None:
+    """The value of --config."""
+    for i, argument in enumerate(argv):
+        if argument == "--config" and i + 1 < len(argv):
+            return argv[i + 1]
+        if argument.startswith("--config="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _with_arguments(recipe: Callable[..., Any]) -> type[Options]:
+    """`Options` with a field for each argument of a recipe, documented as the function's docstring does."""
+    fields = []
+    general = {field.name for field in dataclasses.fields(Options)}
+    for name, parameter in inspect.signature(recipe).parameters.items():
+        if name in general:
+            raise InputError(f"The recipe's argument {name} is an option of the command already. Give it another name.")
+        kind = Any if parameter.annotation is parameter.empty else parameter.annotation
+        if isinstance(kind, str):
+            kind = inspect.get_annotations(recipe, eval_str=True)[name]
+        default = {} if parameter.default is parameter.empty else {"default": parameter.default}
+        fields.append((name, kind, dataclasses.field(**default)))
+    made = dataclasses.make_dataclass("Options", fields, bases=(Options,), frozen=True, kw_only=True)
+    summary, _, of_recipe = inspect.cleandoc(recipe.__doc__ or "").partition("Args:")
+    of_recipe = re.split(r"\n(?=\S)", of_recipe)[0]
+    about, _, of_command = inspect.cleandoc(Options.__doc__ or "").partition("Args:")
+    # Both lists of arguments, at one indent.
+    arguments = inspect.cleandoc("\n" + of_recipe) + "\n" + inspect.cleandoc("\n" + of_command)
+    indented = arguments.strip().replace("\n", "\n    ")
+    made.__doc__ = f"{summary.strip() or about.strip()}\n\nArgs:\n    {indented}\n"
+    return made
+
+
+def _named(given: Sequence[str], names: Sequence[str], option: str) -> dict[str, str]:
+    """Values by the name of the model; what has no name is the generator's."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or name not in names:
+            name, value = names[0], text
+        if name in found:
+            raise InputError(f"--{option} gives {name} twice: {found[name]} and {value}.")
+        found[name] = value
+    return found
+
+
+def _generators(options: Options, names: Sequence[str]) -> dict[str, Any]:
+    """The generators by name; models that are not given are the first one."""
+    models = _named(options.model, names, "model")
+    ids, prices = _named(options.model_name, names, "model-name"), _named(options.price, names, "price")
+    if names[0] not in models:
+        raise InputError(f"Expected --model URL or --model DIR for {names[0]}; the recipe asks {', '.join(names)}.")
+    opening = sibling("train.synthesize.engine_generator")
+    made: dict[str, Any] = {}
+    by_spec: dict[tuple[str, str | None], Any] = {}
+    for name in names:
+        of = name if name in models else names[0]
+        key = (models[of], ids.get(name, ids.get(of)))
+        if key not in by_spec:
+            by_spec[key] = opening.open_generator(
+                key[0],
+                model=key[1],
+                concurrency=options.concurrency,
+                give_up_after=options.give_up_after,
+                prices=_price(prices[of]) if of in prices else None,
+            )
+        made[name] = by_spec[key]
+    return made
+
+
+def _price(text: str) -> tuple[float, float]:
+    try:
+        prompt, generated = map(float, text.split(":"))
+    except ValueError:
+        raise InputError(f"--price expects two numbers such as 0.1:0.4, got {text!r}.") from None
+    return prompt, generated
+
+
+def _text(summary: dict[str, Any], folder: Path) -> str:
+    """A summary for people."""
+    lines = [
+        f"{stage['name']}: {stage['out']:,} of {stage['in']:,}"
+        + "".join(f"\n    {count:,} {reason}" for reason, count in stage["rejected"].items())
+        for stage in summary["stages"]
+    ]
+    lines += [f"{folder / output['name']}.jsonl: {output['rows']:,} examples" for output in summary["outputs"]]
+    if not summary["finished"]:
+        lines.append("Stopped early: the same command goes on from here.")
+    return "\n".join([*lines, f"report: {folder / 'report.html'}"])

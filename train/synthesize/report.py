@@ -1,0 +1,105 @@
+"""The page at the end of a run: how many items each stage kept, why others were rejected, and what came out."""
+
+import html
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_STYLE = """
+body { font-family: sans-serif; margin: 1.5em auto; max-width: 72em; padding: 0 1em; color: #222; background: #fff; }
+table { border-collapse: collapse; margin: .6em 0; } th, td { padding: .25em .7em; text-align: right; }
+th:first-child, td:first-child { text-align: left; } tr { border-bottom: 1px solid #ddd; }
+.bar { background: #3b6ea5; height: .8em; display: inline-block; } .note { color: #666; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .7em; }
+.fault { color: #a32020; } summary { cursor: pointer; }
+@media (prefers-color-scheme: dark) { body { background: #181818; color: #ddd; } pre { background: #262626; }
+ tr { border-color: #444; } .note { color: #999; } .fault { color: #ff8a8a; } }
+"""
+
+
+def to_html(summary: Mapping[str, Any]) -> str:
+    """The page, without scripts and without anything from elsewhere.
+
+    Args:
+      summary: of `train.synthesize.run.run`.
+    """
+    state = (
+        "Finished."
+        if summary["finished"]
+        else f"<span class=fault>Not finished. {html.escape(summary['fault'] or 'It was stopped.')}</span>"
+    )
+    body = [
+        f"<h1>{html.escape(summary['pipeline'])}</h1><p>{state} Seed {summary['seed']}, qwen_jax "
+        f"{html.escape(summary['qwen_jax'])}, {summary['seconds']:,.1f} s in this run.</p>",
+        "<h2>Stages</h2>",
+        _table(
+            ("stage", "in", "out", "yield"),
+            ((s["name"], s["in"], s["out"], _share(s["out"], s["in"])) for s in summary["stages"]),
+        ),
+        "<h2>Rejected</h2>",
+        *_rejected(summary["stages"]),
+        "<h2>Checks on known answers</h2>",
+        _table(
+            ("check", "known to be", "verdicts", "passed"),
+            ((n, kind, *counts) for n, kinds in summary["audits"].items() for kind, counts in kinds.items()),
+        ),
+        "<h2>Models</h2>",
+        _table(
+            ("model", "requests", "prompt tokens", "tokens", "cost"),
+            (
+                (model, s["requests"], s["prompt_tokens"], s["tokens"], f"{s['cost']:.4f}")
+                for model, s in summary["spent"].items()
+            ),
+        ),
+        "<h2>Examples</h2>",
+        *_outputs(summary["outputs"]),
+    ]
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
+        'initial-scale=1"><meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src '
+        f"'unsafe-inline'\"><title>{html.escape(summary['pipeline'])}</title><style>{_STYLE}</style></head><body>"
+        f"{''.join(body)}</body></html>\n"
+    )
+
+
+def _rejected(stages: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+    for stage in stages:
+        if not stage["rejected"]:
+            continue
+        yield f"<h3>{html.escape(stage['name'])}</h3>"
+        for reason, count in stage["rejected"].items():
+            shown = "".join(
+                f"<pre>{html.escape(one['id'])} {html.escape(one['detail'])}\n{html.escape(one['data'])}</pre>"
+                for one in stage["shown"].get(reason, ())
+            )
+            yield (
+                f"<details><summary>{html.escape(reason)}: {count:,} ({_share(count, stage['in'])})</summary>{shown}"
+                "</details>"
+            )
+
+
+def _outputs(outputs: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+    for output in outputs:
+        yield f"<h3>{html.escape(output['name'])}: {output['rows']:,} examples</h3>"
+        most = max(output["lengths"].values(), default=1)
+        rows = "".join(
+            f'<tr><td>{int(at):,}</td><td>{count:,}</td><td style="text-align:left">'
+            f'<span class="bar" style="width:{20 * count / most:.2f}em"></span></td></tr>'
+            for at, count in output["lengths"].items()
+        )
+        yield f"<table><tr><th>characters from</th><th>examples</th><th></th></tr>{rows}</table>"
+        for sample in output["samples"]:
+            yield f"<details><summary>an example</summary><pre>{html.escape(sample)}</pre></details>"
+
+
+def _table(names: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
+    lines = ["".join(f"<th>{name}</th>" for name in names)]
+    for row in rows:
+        cells = (f"{cell:,}" if isinstance(cell, int) else html.escape(str(cell)) for cell in row)
+        lines.append("".join(f"<td>{cell}</td>" for cell in cells))
+    if len(lines) == 1:
+        return '<p class="note">None.</p>'
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "none"
