@@ -8,13 +8,21 @@ import math
 import os
 import random
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from qwen_jax.errors import InputError
 from train.synthesize.generator import Answer, GeneratorDownError, Request
-from train.synthesize.openai_reply import FaultError, answer_of, message_of, models_of, retry_after, shortened
+from train.synthesize.openai_protocol import (
+    FaultError,
+    answer_of,
+    chat_body,
+    message_of,
+    models_of,
+    retry_after,
+    shortened,
+)
+from train.synthesize.tally import Tally
 
 try:
     import httpx
@@ -116,8 +124,7 @@ class OpenAIGenerator:
         self._slots, self._idle = asyncio.Semaphore(concurrency), list[httpx.AsyncClient]()
         self._certificates = httpx.create_ssl_context()
         self._open, self._alive_at = 0, clock()
-        self._counts: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
-        self._retries: Counter[str] = Counter()
+        self._tally = Tally(prices)
         self._served = self._only_model() if model is None else model
         self.model = self._served
         # Other fields give other answers: those of one are never taken for those of the other.
@@ -147,21 +154,12 @@ class OpenAIGenerator:
                     self._idle.append(client)
         finally:
             self._open -= 1
-        self._counts["answers"] += answer.refused is None
-        self._counts["refused"] += answer.refused is not None
-        self._counts["prompt_tokens"] += answer.prompt_tokens
-        self._counts["tokens"] += answer.tokens
+        self._tally.add(answer)
         return answer
 
     def counts(self) -> dict[str, Any]:
-        """What was done: requests sent, retries by reason, answers, refused, prompt_tokens, tokens and cost.
-
-        The reasons are statuses, "connection", "timeout", and "reply" for replies that are none. The cost is in the
-        unit of `prices`.
-        """
-        prompt_price, price = self.prices or (0.0, 0.0)
-        cost = (self._counts["prompt_tokens"] * prompt_price + self._counts["tokens"] * price) / 1e6
-        return {**self._counts, "retries": dict(self._retries.most_common()), "cost": cost}
+        """What was done; see `Tally`. Reasons of retries are statuses, "connection", "timeout" and "reply"."""
+        return self._tally.to_json()
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -173,15 +171,17 @@ class OpenAIGenerator:
     async def _ask(self, client: httpx.AsyncClient, request: Request) -> Answer:
         content, headers = self._body(request), {"Idempotency-Key": request.key(self.model)}
         failing_since: float | None = None
-        for attempt in range(10**9):
+        attempt = 0
+        while True:
             try:
                 answer = answer_of(await self._exchange(client, "POST", "/chat/completions", content, headers))
             except _RefusedError as refused:
                 answer = Answer("", refused=str(refused))
             except FaultError as fault:
-                self._retries[fault.reason] += 1
+                self._tally.retries[fault.reason] += 1
                 failing_since = self._clock() if failing_since is None else failing_since
                 await self._pause(attempt, fault)
+                attempt += 1
                 failing_for = self._clock() - failing_since
                 if failing_for < self._give_up_after or fault.reason in _OVERLOADED:
                     continue
@@ -189,7 +189,6 @@ class OpenAIGenerator:
                 return Answer("", refused=f"the server failed on it for {failing_for:.0f} s: {self._public(fault)}")
             self._alive_at = self._clock()
             return answer
-        raise AssertionError("never gives up")
 
     async def _pause(self, attempt: int, fault: FaultError) -> None:
         """Waits before a further attempt. Raises GeneratorDownError once the server has not answered for too long."""
@@ -208,20 +207,7 @@ class OpenAIGenerator:
 
     def _body(self, request: Request) -> bytes:
         """The body of a request, as JSON."""
-        fields: dict[str, Any] = {
-            "model": self._served,
-            "messages": list(request.messages),
-            "max_tokens": request.max_tokens,
-            "temperature": request.temperature,
-            "top_p": request.top_p,
-            "seed": request.seed,
-        }
-        if request.stop:
-            fields["stop"] = list(request.stop)
-        if request.schema is not None:
-            schema = {"name": "answer", "schema": request.schema, "strict": True}
-            fields["response_format"] = {"type": "json_schema", "json_schema": schema}
-        fields |= self._extra
+        fields = {"model": self._served, **chat_body(request), **self._extra}
         return json.dumps({name: value for name, value in fields.items() if value is not None}).encode()
 
     # --- HTTP ---
@@ -255,7 +241,7 @@ class OpenAIGenerator:
           _RefusedError: it never is.
           InputError: none is, until something is changed.
         """
-        self._counts["requests"] += 1
+        self._tally.requests += 1
         try:
             # The limits of httpx are for each piece of a reply; this one is for all of it.
             async with (
@@ -316,9 +302,6 @@ class OpenAIGenerator:
                     last = str(refused)
                     break
         raise InputError(f"{self._url} does not say which model it has: {last}. Start it, or name the model.")
-
-
-_COUNTED = ("requests", "answers", "refused", "prompt_tokens", "tokens")
 
 
 def _named(error: Exception) -> str:

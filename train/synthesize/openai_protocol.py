@@ -1,4 +1,4 @@
-"""What servers of OpenAI's API send back: answers, reasons, and faults that pass."""
+"""OpenAI's chat completions: what is sent, and what comes back as an answer, a reason or a fault that passes."""
 
 import email.utils
 import json
@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from train.synthesize.generator import Answer
+from train.synthesize.generator import Answer, Request
 
 # What is shown of a message is shorter, but a key must be found in it whole before it is cut.
 _LONGEST_BODY, _LONGEST_MESSAGE = 30_000, 300
@@ -28,6 +28,23 @@ class FaultError(Exception):
     def __init__(self, reason: str, message: str, retry_after: float = 0.0):
         super().__init__(message)
         self.reason, self.retry_after = reason, retry_after
+
+
+def chat_body(request: Request) -> dict[str, Any]:
+    """The body of a chat completion that asks for a text, without the model."""
+    fields: dict[str, Any] = {
+        "messages": list(request.messages),
+        "max_tokens": request.max_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "seed": request.seed,
+    }
+    if request.stop:
+        fields["stop"] = list(request.stop)
+    if request.schema is not None:
+        schema = {"name": "answer", "schema": request.schema, "strict": True}
+        fields["response_format"] = {"type": "json_schema", "json_schema": schema}
+    return fields
 
 
 def answer_of(data: bytes) -> Answer:
