@@ -200,7 +200,8 @@ class OpenAIGenerator:
             left = self._alive_at + self._give_up_after - now
             if left <= 0:
                 what = f"{self._url} has not answered for {self._give_up_after:g} s"
-                raise GeneratorDownError(f"{what}. Its last fault: {self._public(fault)}.")
+                # A traceback that showed the fault would show what the server said of the key.
+                raise GeneratorDownError(f"{what}. Its last fault: {self._public(fault)}.") from None
             if now >= until:
                 return
             await self._sleep(min(until - now, left))
@@ -270,7 +271,9 @@ class OpenAIGenerator:
             raise InputError(f"{self._url} redirects ({status}) to {where}. Give the URL that it really has.")
         if status in _TO_DO:
             model = getattr(self, "_served", "not known yet")
-            raise InputError(f"{self._url} (model {model}) answered {self._public(message)} {_TO_DO[status]}")
+            raise InputError(
+                f"{self._url} (model {model}) answered {self._public(message).rstrip('.')}. {_TO_DO[status]}"
+            )
         raise _RefusedError(self._public(message))
 
     def _public(self, text: object) -> str:
@@ -284,7 +287,11 @@ class OpenAIGenerator:
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             names = thread.submit(asyncio.run, self._models()).result()
         if len(names) != 1:
-            have = f"has the models {', '.join(names)}. Name one of them" if names else "has no model. Give it one"
+            have = (
+                f"has the models {shortened(', '.join(names))}. Name one of them"
+                if names
+                else "has no model. Give it one"
+            )
             raise InputError(f"{self._url} {have}.")
         return names[0]
 
