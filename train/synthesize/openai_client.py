@@ -286,13 +286,10 @@ class OpenAIGenerator:
         """The only model of the server, which is asked now, whether an event loop runs here or not."""
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             names = thread.submit(asyncio.run, self._models()).result()
-        if len(names) != 1:
-            have = (
-                f"has the models {shortened(', '.join(names))}. Name one of them"
-                if names
-                else "has no model. Give it one"
-            )
-            raise InputError(f"{self._url} {have}.")
+        if not names:
+            raise InputError(f"{self._url} has no model. Give it one.")
+        if len(names) > 1:
+            raise InputError(f"{self._url} has the models {shortened(', '.join(names))}. Name one of them.")
         return names[0]
 
     async def _models(self) -> list[str]:
