@@ -79,7 +79,9 @@ def test_random_equations_are_false_if_their_values_differ() -> None:
         assert false_equation(f"{before}{left} = {right}{after}") is None
         assert false_equation(f"{before}{left} = {wrong}{after}") is not None
         assert false_equation(f"{before}{left} = {wrong} = {right}{after}") is not None
-    assert false_equation("So " + "1 + " * 20_000 + "1 = 5") is None
+    assert false_equation("So " + "1 + " * 20_000 + "1 = 5") is not None
+    assert false_equation("So " + "1 + " * 20_000 + "x = 5") is None
+    assert false_equation("So " + "(" * 20_000 + "1 = 5") is None
 
 
 @pytest.mark.parametrize(
