@@ -30,6 +30,15 @@ _LEAK = re.compile(
 )
 _ANNOUNCES = re.compile(rf"\b{_NOUN} (?:is|must be|should be|will be|has to be)\b|\b{_NOUN}[:=]", re.IGNORECASE)
 
+_ANSWER = re.compile(r"[\s*_#>-]*(?:final )?answer[*_ ]*:[*_]*\s*(\S.*?)\s*", re.IGNORECASE)
+_REVISION = re.compile(
+    r"\b(?:previous|earlier|first|original|last|revised|corrected|improved) "
+    r"(?:attempt|solution|answer|version|reasoning)\b|\b(?:critique|critic|reviewer|feedback|revision)\b"
+    r"|\b(?:you|it) (?:was |were |are |is )?(?:pointed out|right that)"
+    r"|\b(?:my|the) mistake\b|\bi (?:made|was) (?:a mistake|an error|wrong)\b|\bapologi[sz]e\b|\bsorry\b",
+    re.IGNORECASE,
+)
+
 # An answer that is the right side of an equation is derived there.
 _DERIVED = re.compile(r"(?:=|\\approx|\u2248)[ \t$]*$")
 
@@ -104,6 +113,17 @@ def box_fault(text: str) -> str | None:
     if len(text) - box[0] - len(r"\boxed{}") - len(box[1]) > _MOST_AFTER_BOX:
         return "text after the final answer"
     return None
+
+
+def answer_line(text: str) -> str | None:
+    """What follows "Answer:" in the last line of an answer; None if that line is another one, or nothing follows."""
+    match = _ANSWER.fullmatch(text.rstrip().rpartition("\n")[2])
+    return match[1].strip("*_` \t") or None if match else None
+
+
+def revision_fault(text: str) -> str | None:
+    """Whether an answer that replaces an earlier one mentions that; None if it does not."""
+    return "it mentions its revision" if _REVISION.search(text) else None
 
 
 def guided_fault(text: str, question: str, answer: str) -> str | None:
