@@ -108,8 +108,8 @@ def pipeline(
         agreement: Share of the samples that must give the same answer where none is known; above 0.5.
         keep: Answers to a question that are written at most.
         least_steps: Steps that reasoning must have.
-        least_rate: Questions become prompts of reinforcement learning if at least this share of samples is right,
-        most_rate: and at most this one.
+        least_rate: Share of right samples that a question needs to become a prompt of reinforcement learning.
+        most_rate: Share of right samples above which a question is too easy to become one.
         language: Code of the language that answers must be in, such as en; by default any.
         temperature: Of sampling.
         response_tokens: Of an answer at most; one that is cut is dropped.

@@ -125,8 +125,8 @@ def pipeline(
         least_score: Solutions with a lower score are dropped.
         keep: Solutions of a problem that are written at most, the best first.
         least_steps: Steps that a solution must have, the conclusion among them.
-        least_rate: Problems become prompts of reinforcement learning if at least this share of samples is right,
-        most_rate: and at most this one.
+        least_rate: Share of right samples that a problem needs to become a prompt of reinforcement learning.
+        most_rate: Share of right samples above which a problem is too easy to become one.
         language: Code of the language that solutions must be in, such as en; by default any.
         temperature: Of sampling.
         response_tokens: Of a solution at most; one that is cut is dropped.

@@ -35,7 +35,7 @@ class Thinker:
       unread: texts about which the critic said nothing that can be read.
     """
 
-    def __init__(self, puzzles: list[Puzzle], share_right: float = 0.3, right_after: float = 0.4):
+    def __init__(self, puzzles: list[Puzzle], share_right: float = 0.3, right_after: float = 0.6):
         self.kinds: dict[str, tuple[int, str]] = {}
         self.sampled: dict[int, list[str]] = {}
         self.told: dict[int, str] = {}
@@ -132,19 +132,9 @@ def test_only_right_reasoning_is_kept_and_all_of_it(case: int, tmp_path: Path) -
     print(f"precision 1, recall {len(kept)}/{len(expected)} of 60 puzzles, {len(at_once)} without a revision")
     assert set(kept) == expected
     assert set(kept) - at_once, "nothing was mended"
-    assert summary["audits"]["answer"] == {
-        "right": [
-            60 - lost(summary, "answer"),
-        ]
-        * 2,
-        "wrong": [60, 0],
-    }
+    assert summary["audits"]["answer"] == {"right": [60, 60], "wrong": [60, 0]}
     assert summary["audits"]["critic"]["wrong"][1] == 0
     check_pairs_and_prompts(tmp_path, thinker, puzzles, set(kept))
-
-
-def lost(summary: dict[str, Any], stage: str) -> int:
-    return sum(sum(one["rejected"].values()) for one in summary["stages"] if one["name"] == stage)
 
 
 def check_pairs_and_prompts(folder: Path, thinker: Thinker, puzzles: list[Puzzle], kept: set[int]) -> None:
@@ -220,19 +210,19 @@ def test_checks_that_let_everything_pass_end_the_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seed = int(print_seed().integers(1 << 30))
-    puzzles = list(make_puzzles(150, seed))
-    made = pipeline(puzzles=150, seed=seed, samples=2, rounds=0, rephrased=0.0)
+    puzzles = list(make_puzzles(300, seed))
+    made = pipeline(puzzles=300, seed=seed, samples=2, rounds=0, rephrased=0.0)
     thinker = Thinker(puzzles, 0.8)
     blind = ScriptedGenerator(lambda _: '{"flawed": false}', "blind")
     if name == "answer":
         monkeypatch.setattr(logic, "is_right", lambda answer, given, compare: True)
     with pytest.raises(InputError, match=f"The check {name} cannot be trusted: it passed"):
-        run(made, {"generator": ScriptedGenerator(thinker), "critic": blind}, tmp_path / "run")
+        run(made, {"generator": ScriptedGenerator(thinker), "critic": blind}, tmp_path / "run", RunOptions(16))
     assert not (tmp_path / "run" / "sft.jsonl").exists()
 
 
 def test_a_critic_that_takes_all_facts_for_the_same_ends_the_run(tmp_path: Path) -> None:
-    made = pipeline(puzzles=150, seed=int(print_seed().integers(1 << 30)), samples=1, rounds=0, rephrased=1.0)
+    made = pipeline(puzzles=250, seed=int(print_seed().integers(1 << 30)), samples=1, rounds=0, rephrased=1.0)
 
     def tell(request: Request) -> str:
         prompt = str(request.messages[-1]["content"])
@@ -243,7 +233,7 @@ def test_a_critic_that_takes_all_facts_for_the_same_ends_the_run(tmp_path: Path)
 
     blind = ScriptedGenerator(lambda _: '{"differs": false}', "blind")
     with pytest.raises(InputError, match="The check comparison of facts cannot be trusted: it passed"):
-        run(made, {"generator": ScriptedGenerator(tell), "critic": blind}, tmp_path / "run")
+        run(made, {"generator": ScriptedGenerator(tell), "critic": blind}, tmp_path / "run", RunOptions(16))
 
 
 def test_nonsense_gives_nothing(tmp_path: Path) -> None:
@@ -274,7 +264,7 @@ def test_bad_input_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
 
 
 def test_two_hundred_puzzles_a_second(tmp_path: Path) -> None:
-    seed, count = int(print_seed().integers(1 << 30)), 400
+    seed, count = int(print_seed().integers(1 << 30)), 300
     by_question = {(p.statement, p.question): p for p in make_puzzles(count, seed)}
 
     def answer(request: Request) -> str:
