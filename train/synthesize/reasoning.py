@@ -66,7 +66,7 @@ def steps_of(text: str) -> list[str]:
 
     Numbers that do not go on from the last one, such as those of a list within a step, begin no step.
     """
-    places = []
+    places: list[tuple[int, int]] = []
     for match in _NUMBERED.finditer(text):
         if int(match[1]) == len(places) + 1:
             places.append((match.start(), match.end()))

@@ -204,7 +204,8 @@ def syllogism(rng: random.Random, difficulty: int) -> Core:
     while True:
         # Terms in a chain, each sentence in one direction or the other.
         links = list(itertools.pairwise(rng.sample(range(count), count)))
-        premises = [(rng.choice(list(_SENTENCES)), *rng.sample(link, 2)) for link in links]
+        directed = [rng.sample(link, 2) for link in links]
+        premises = [(rng.choice(list(_SENTENCES)), i, j) for i, j in directed]
         if difficulty == 2:
             premises.append(("exist", premises[0][1], premises[0][1]))
         models = functools.reduce(int.__and__, (_models(count, *one) for one in premises))

@@ -129,7 +129,7 @@ STEPS: dict[str, Callable[[str], str]] = {
 
 def letters(rng: random.Random, difficulty: int) -> Core:
     """A change of letters that is carried over to another word; all changes that fit the examples agree."""
-    changes = [(one,) for one in STEPS.values()]
+    changes: list[tuple[Callable[[str], str], ...]] = [(one,) for one in STEPS.values()]
     changes += [(one, other) for one in STEPS.values() for other in STEPS.values()] if difficulty > 1 else []
     while True:
         meant = rng.choice(changes if difficulty == 1 else changes[len(STEPS) :])

@@ -223,7 +223,8 @@ class _Mathematics:
         if item["answer_from"] != "annotation" or not self._settings["guided"]:
             return Rejected(reason)
         messages = self._messages(GUIDED, item, answer=item["answer"])
-        faults, passed = [], []
+        faults: list[str | None] = []
+        passed: list[dict[str, Any]] = []
         for answer in await context.ask(messages, samples=self._settings["guided"], **self._sampling):
             why = await self._guided_fault(answer, item, context, len(faults))
             faults.append(why)

@@ -34,7 +34,7 @@ def solved(puzzle: Puzzle) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_independent_solver_finds_the_same_answer(family: str) -> None:
     seed = int(print_seed().integers(1 << 30))
-    found = list(make_puzzles(45, seed, [family]))
+    found = list(make_puzzles(25 if family == "houses" else 45, seed, [family]))
     for puzzle in found:
         assert solved(puzzle) == puzzle.answer, puzzle
         assert puzzle.reasoning == FAMILIES[family].reasoning

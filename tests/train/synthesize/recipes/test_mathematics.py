@@ -202,10 +202,8 @@ def check_pairs_and_prompts(folder: Path, pupil: Pupil, answers: dict[tuple[int,
     assert len(read) == len(prompts)
     answers_of = {row["messages"][1]["content"]: row["messages"][2]["content"] for row in rows_of(folder, "sft")}
     for prompt in read:
-        reward = mathematics.verifier()
-        assert reward(
-            [answers_of[prompt.text_or_messages[1]["content"]]], [True], answer=[prompt.columns["answer"]]
-        ) == [1.0]
+        text = answers_of[prompt.text_or_messages[1]["content"]]  # type: ignore[index]
+        assert mathematics.verifier()([text], [True], answer=[prompt.columns["answer"]]) == [1.0]
     assert len(list(read_examples([folder / "sft.jsonl"], "sft"))) == len(rows_of(folder, "sft"))
     assert len(list(read_examples([folder / "pairs.jsonl"], "pairs"))) == len(rows_of(folder, "pairs")) > 0
 
