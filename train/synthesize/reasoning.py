@@ -45,8 +45,10 @@ _DERIVED = re.compile(r"(?:=|\\approx|\u2248)[ \t$]*$")
 # Numbers joined by signs, on both sides of signs of equality. Letters beside them make it another formula.
 _NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?"
 _EXPRESSION = rf"[-(]*{_NUMBER}\)*(?:[ \t]*[-+*/][ \t]*[-(]*{_NUMBER}\)*)*"
+# Words that belong to the formula, or number something.
 _OPERATORS = (
     "of|by|times|plus|minus|over|mod|modulo|to|from|percent|squared|cubed|per|and|or|than|base|sin|cos|tan|log|ln|sqrt"
+    "|twice|double|triple|half|square|root|step|case|part|equation"
 )
 _EQUATION = re.compile(
     # What comes before is the beginning, the end of a clause, or a word that is no part of the formula.
@@ -55,7 +57,7 @@ _EQUATION = re.compile(
     rf"({_EXPRESSION}(?:[ \t]*=[ \t]*{_EXPRESSION})+)"
     # What comes after is no more of the formula.
     r"(?=[ \t]*(?:\$|\\[)\]]|[.,;:!?)](?!\d)|\*\*|$)"
-    r"|[ \t](?!(?:remainder|rem|mod|r|base|in base|percent)\b)[a-z\u4e00-\u9fff])",
+    r"|[ \t](?!(?:with|and|remainder|rem|mod|r|base|in base|percent)\b)[a-z\u4e00-\u9fff])",
     re.IGNORECASE | re.MULTILINE,
 )
 _SIGNS = {"\u00d7": "*", "\u00f7": "/", "\u2212": "-", r"\times": "*", r"\cdot": "*", r"\div": "/"}

@@ -52,7 +52,8 @@ def test_boxes() -> None:
         "10 mod 3 = 1", "1 + 2 + ... + 10 = 55", "5! = 120", "$5 + $3 = $8", "2x + 3 = 11", "(1+2)(3) = 9", "17 = 17",
         r"\sin 30 + 1 = 1.5", "1 + 1 = 10 in base 2", "a 3 + 4 = 8", "20% + 30% = 50%", "100 / 3 = 33.33",
         "2/3 = 0.667", "1,000 + 500 = 1,500", "-3 + 5 = 2", "3 - -2 = 5", "1 / 0 = 5", "x = 3 + 4 = 7", "3 + 4 = 7 + x",
-        "12:30 + 1 = 13:30", "- 3 + 4 = 7",
+        "12:30 + 1 = 13:30", "- 3 + 4 = 7", "17 / 5 = 3 with remainder 2", "f(2, 3) + 4 = 9", "5/8 = 62.5%",
+        "Step 2 - 3 + 4 = 7", "100 / 3 = 33.3%", "3 * 10^2 = 300", "9 * $2 = $18", "7 / 2 = 3 (rounded down)",
     ],
 )  # fmt: skip
 def test_formulas_that_are_right_or_not_of_plain_numbers_pass(text: str) -> None:
@@ -131,3 +132,37 @@ def test_the_largest_group_is_what_samples_agree_on() -> None:
     assert asyncio.run(found("?", "? ", "1", "1")) == ("1", 2, 0.5, (0, 1, 2, 2))
     # Each spelling is compared with one of each group at most.
     assert len(asked) == len(set(asked)) <= 8
+
+
+def test_solutions_as_models_write_them_pass() -> None:
+    question = (
+        "Janet's ducks lay 16 eggs per day. She eats three for breakfast every morning and bakes muffins for her "
+        "friends every day with four. She sells the remainder at the farmers' market daily for $2 per fresh duck egg. "
+        "How much in dollars does she make every day at the farmers' market?"
+    )
+    numbered = r"""To determine how much Janet makes every day, we need to follow these steps:
+
+1. **Calculate the number of eggs that are not sold:**
+   She eats 3 and bakes with 4, so \( 3 + 4 = 7 \) eggs are used.
+
+2. **Calculate the number of eggs that are sold:**
+   \[
+   16 - 7 = 9
+   \]
+
+3. **Calculate the money:**
+   \[
+   9 \times 2 = 18
+   \]
+
+Therefore, Janet makes \(\boxed{18}\) dollars every day at the farmers' market."""
+    paragraphs = r"""First we find how many eggs she uses: $3 + 4 = 7$.
+
+Hence $16 - 7 = 9$ eggs remain for the market, at $2 each.
+
+This gives 9 * 2 = 18. The final answer is $\boxed{18}$."""
+    for text in (numbered, paragraphs):
+        assert step_fault(text, question) is None
+        assert box_fault(text) is None
+        assert guided_fault(text, question, "18") is None
+        assert false_equation(text.replace("= 9", "= 8")) is not None

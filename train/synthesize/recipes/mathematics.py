@@ -10,8 +10,10 @@
 
 import functools
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import InputError
@@ -135,6 +137,9 @@ def pipeline(
     settings = dict(locals())
     _check_options(settings)
     recipe = _Mathematics(settings)
+    if file := rank.rpartition(":")[0]:
+        # Another function under the same name ranks anew.
+        settings["rank_code"] = content_key(Path(file).expanduser().read_text("utf-8"))
     judged: Sequence[str] = ("generator", "judge") if rank == "judge" else ("generator",)
     new = [Stage("new", recipe.write_new)] if rephrased or altered else []
     return Pipeline(
@@ -163,6 +168,8 @@ class _Mathematics:
         rank = settings["rank"]
         # A file with a fault is found before anything is asked.
         self._reward = load_reward(rank) if rank not in ("", "judge") else None
+        # Checks run in several threads, and a reward function may hold a model.
+        self._one_at_a_time = threading.Lock()
 
     async def write_new(self, item: Item, context: Context) -> Result:
         """The problem itself and new ones, which have no annotated answer."""
@@ -331,15 +338,18 @@ class _Mathematics:
     async def _score(self, item: Item, context: Context) -> list[float | None]:
         """The scores of a reward function."""
         assert self._reward is not None
+        reward = self._reward
         texts, name = [one["text"] for one in item["passed"]], self._settings["rank"]
 
         def run() -> list[float | None]:
             count = len(texts)
             columns = {"answer": [item["answer"]] * count}
-            found = score({name: self._reward}, [_prompt(item)] * count, texts, [True] * count, columns)  # type: ignore[dict-item]
+            with self._one_at_a_time:
+                found = score({name: reward}, [_prompt(item)] * count, texts, [True] * count, columns)
             return [None if value != value else float(value) for value in found[:, 0]]
 
-        scores: list[float | None] = await context.check(f"rank {name}", [_prompt(item), texts, item["answer"]], run)
+        content = [_prompt(item), texts, item["answer"], self._settings.get("rank_code")]
+        scores: list[float | None] = await context.check(f"rank {name}", content, run)
         return scores
 
 

@@ -156,6 +156,18 @@ def check_pairs_and_prompts(folder: Path, thinker: Thinker, puzzles: list[Puzzle
         assert len(list(read_examples([folder / f"{name}.jsonl"], name))) == len(rows_of(folder, name)) > 0  # type: ignore[arg-type]
 
 
+def test_what_is_made_does_not_depend_on_order_or_parts(tmp_path: Path) -> None:
+    seed = int(print_seed().integers(1 << 30))
+    puzzles, made = list(make_puzzles(20, seed)), pipeline(puzzles=20, seed=seed, samples=2, keep=2)
+    for name, options in (("one", RunOptions(64, 4, 4)), ("other", RunOptions(3, 2, 1))):
+        thinker = Thinker(puzzles)
+        delay = None if name == "one" else lambda request: request.seed % 5 / 1000
+        models = {model: ScriptedGenerator(thinker, model, 4, delay) for model in made.models}
+        run(made, models, tmp_path / name, options)
+    for output in ("sft.jsonl", "pairs.jsonl", "grpo.jsonl"):
+        assert (tmp_path / "one" / output).read_bytes() == (tmp_path / "other" / output).read_bytes()
+
+
 def chairs(request: Request) -> str:
     """Answers questions of chairs, and criticises them."""
     prompt, rng = str(request.messages[-1]["content"]), drawn(request)

@@ -99,7 +99,7 @@ class Pupil:
     def _go_on(self, problem: tuple[int, ...], prompt: str, rng: Any) -> str:
         a, b, c = problem
         steps = prompt.split("Solution so far:\n")[1]
-        assert str(a * b - c) not in steps, "the model is shown the answer"
+        assert not re.search(rf"\b{a * b - c}\b", steps), "the model is shown the answer"
         left = a * b - c if f"{a} * {b} = {a * b}" in steps else rng.randrange(10**6)
         return rf"2. This leaves {a * b} - {c} = {left}." + "\n" + rf"\boxed{{{left}}}"
 
@@ -206,6 +206,18 @@ def check_pairs_and_prompts(folder: Path, pupil: Pupil, answers: dict[tuple[int,
         assert mathematics.verifier()([text], [True], answer=[prompt.columns["answer"]]) == [1.0]
     assert len(list(read_examples([folder / "sft.jsonl"], "sft"))) == len(rows_of(folder, "sft"))
     assert len(list(read_examples([folder / "pairs.jsonl"], "pairs"))) == len(rows_of(folder, "pairs")) > 0
+
+
+def test_what_is_made_does_not_depend_on_order_or_parts(tmp_path: Path) -> None:
+    make_problems(tmp_path / "p.jsonl", print_seed(), 20, annotated=True)
+    made = pipeline(problems=(str(tmp_path / "p.jsonl"),), samples=3, altered=1, rank="judge", keep=2)
+    for name, options in (("one", RunOptions(64, 4, 4)), ("other", RunOptions(3, 2, 1))):
+        pupil = Pupil()
+        delay = None if name == "one" else lambda request: request.seed % 5 / 1000
+        models = {model: ScriptedGenerator(pupil, model, 4, delay) for model in made.models}
+        run(made, models, tmp_path / name, options)
+    for output in ("sft.jsonl", "pairs.jsonl", "grpo.jsonl"):
+        assert (tmp_path / "one" / output).read_bytes() == (tmp_path / "other" / output).read_bytes()
 
 
 def test_agreement_stands_in_for_annotated_answers(tmp_path: Path) -> None:
