@@ -48,7 +48,7 @@ First text:
 Second text:
 {second}
 
-Compare them fact by fact. Answer with a JSON object and nothing else:
+First compare them fact by fact. Then end with one line that is a JSON object:
 {{"differs": true or false, "difference": "..."}}"""
 
 CRITIC = """Here are a question and somebody's reasoning. Look for flaws: a step that does not follow from the facts and
@@ -61,7 +61,7 @@ Question:
 Reasoning:
 {reasoning}
 
-Check it step by step. Answer with a JSON object and nothing else:
+First check it step by step. Then end with one line that is a JSON object:
 {{"flawed": true or false, "flaw": "the first flaw, and in which step"}}"""
 
 REVISE = """There is a flaw: {flaw}
@@ -205,14 +205,14 @@ class _Logic:
             good = [one["text"] for one in right if one["flaw"] is None]
             flawed += [one["text"] for one in right if one["seen"]]
             if right:
-                reason = "flawed reasoning" if flawed else "the critic gives no verdict"
+                reason = "flawed reasoning" if flawed else right[0]["fault"] or "the critic gives no verdict"
             passed += [text for text in dict.fromkeys(good) if text not in passed]
             if len(passed) >= keep or number == self._settings["rounds"]:
                 break
             await all_of([self._criticise(one, item, context) for one in candidates if not one["right"]])
             mendable = [one for one in candidates if one["flaw"]]
             candidates = [one for one in await all_of([self._mend(one, item, context) for one in mendable]) if one]
-        context.note(rounds=number, passed=len(passed))
+        context.note(rounds=number, passed=len(passed), flawed=len(flawed))
         if not passed:
             return Rejected(reason)
         await self._audit_critic(item, context, passed[0])
@@ -310,8 +310,8 @@ class _Logic:
     async def _flaw(self, prompt: str, context: Context) -> str | None:
         """What the critic says: the flaw, "" for none; None if it says nothing that can be read."""
         (answer,) = await context.ask(prompt, model="critic", temperature=0.0, max_tokens=2048)
-        value = None if fault(answer) else json_of(answer.text)
-        if not isinstance(value, dict) or not isinstance(value.get("flawed"), bool):
+        value = _verdict(answer)
+        if not isinstance(value.get("flawed"), bool):
             return None
         if not value["flawed"]:
             return ""
@@ -321,8 +321,7 @@ class _Logic:
     async def _says(self, prompt: str, field: str, context: Context) -> bool | None:
         """Yes or no of the critic; None if it says nothing that can be read."""
         (answer,) = await context.ask(prompt, model="critic", temperature=0.0, max_tokens=2048)
-        value = None if fault(answer) else json_of(answer.text)
-        verdict = value.get(field) if isinstance(value, dict) else None
+        verdict = _verdict(answer).get(field)
         return verdict if isinstance(verdict, bool) else None
 
 
@@ -382,6 +381,16 @@ def _check_options(settings: Mapping[str, Any]) -> None:
         raise InputError(
             f"Expected 0 <= least_rate <= most_rate <= 1, got {settings['least_rate']} and {settings['most_rate']}."
         )
+
+
+def _verdict(answer: Answer) -> Mapping[str, Any]:
+    """The JSON object in the last line of an answer, or in its only code block; empty if there is none."""
+    if fault(answer):
+        return {}
+    for text in (answer.text.rstrip().rpartition("\n")[2], answer.text):
+        if isinstance(value := json_of(text), dict):
+            return value
+    return {}
 
 
 def _question(item: Item) -> str:

@@ -45,7 +45,7 @@ class Thinker:
     def __call__(self, request: Request) -> str | Answer:
         prompt, rng = str(request.messages[-1]["content"]), drawn(request)
         if prompt.startswith("Do these two texts"):
-            first, second = prompt.split("First text:\n")[1].split("\n\nCompare")[0].split("\n\nSecond text:\n")
+            first, second = prompt.split("First text:\n")[1].split("\n\nFirst compare")[0].split("\n\nSecond text:\n")
             return json.dumps({"differs": first not in second, "difference": "?"})
         if prompt.startswith("Here are a question"):
             return self._criticise(prompt, rng)
@@ -91,13 +91,14 @@ class Thinker:
         return FORMAL[kind](made) if kind in FORMAL else made[: len(made) // 2] if kind == "half" else made
 
     def _criticise(self, prompt: str, rng: Any) -> str:
-        text = prompt.split("Reasoning:\n")[1].split("\n\nCheck it")[0]
+        text = prompt.split("Reasoning:\n")[1].split("\n\nFirst check it")[0]
         if rng.random() < 0.1:
             self.unread.add(text)
             return "I think so."
         _, kind = self.kinds.get(text, (0, "planted"))
         flawed = kind not in ("right", "restates", "one step") and not (kind == "wrong" and rng.random() < 0.3)
-        return json.dumps({"flawed": flawed, "flaw": "Step 2 does not follow." if flawed else ""})
+        verdict = json.dumps({"flawed": flawed, "flaw": "Step 2 does not follow." if flawed else ""})
+        return verdict if rng.random() < 0.5 else f'Step 1 is {{"fine"}}.\nSo is step 2.\n{verdict}'
 
 
 def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -172,7 +173,7 @@ def chairs(request: Request) -> str:
     """Answers questions of chairs, and criticises them."""
     prompt, rng = str(request.messages[-1]["content"]), drawn(request)
     if prompt.startswith("Here are a question"):
-        text = prompt.split("Reasoning:\n")[1].split("\n\nCheck it")[0]
+        text = prompt.split("Reasoning:\n")[1].split("\n\nFirst check it")[0]
         a, b = map(int, re.findall(r"(\d+) (?:red|blue)", prompt)[:2])
         right = text.endswith((f"Answer: {a + b}", f"Answer: {a + b}.0")) and "7 is smaller" not in text
         return json.dumps({"flawed": not right, "flaw": "The sum is wrong."})
