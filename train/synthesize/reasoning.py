@@ -39,8 +39,13 @@ _REVISION = re.compile(
     re.IGNORECASE,
 )
 
-# An answer that is the right side of an equation is derived there.
-_DERIVED = re.compile(r"(?:=|\\approx|\u2248)[ \t$]*$")
+_EQUALS = re.compile(r"(?:=|\\approx|\u2248)[ \t$]*$")
+# An answer is derived where it is the right side of an equation with an operation on the left one.
+_DERIVED = re.compile(
+    r"(?:(?:\d|[)}]|\b[a-z])[ \t]*(?:[-+*/^\u00d7\u00f7\u2212]|\\times|\\cdot|\\div)[ \t]*(?:\d|[({\\]|[a-z]\b)"
+    rf"|\\[dt]?frac|\\sqrt)[^=\n]*{_EQUALS.pattern}",
+    re.IGNORECASE,
+)
 
 # Numbers joined by signs, on both sides of signs of equality. Letters beside them make it another formula.
 _NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?"
@@ -144,7 +149,7 @@ def guided_fault(text: str, question: str, answer: str) -> str | None:
     if _ANNOUNCES.search(before[: before.rfind("\n") + 1]) or not before_answer(text, question, answer):
         return "the answer comes before the steps"
     is_number = re.fullmatch(r"-?\d+(?:\.\d+)?", answer) is not None
-    if is_number and not _place(before, answer) and not _DERIVED.search(before):
+    if is_number and not _place(before, answer) and not _EQUALS.search(before):
         return "the steps do not reach the answer"
     return None
 
@@ -160,7 +165,7 @@ def before_answer(text: str, question: str, answer: str) -> str:
     end = len(text) if box is None else box[0]
     if not _place(question, answer) and (place := _place(text[:end], answer)):
         end = place.start()
-        if _DERIVED.search(text[:end]):
+        if _DERIVED.search(text, text.rfind("\n", 0, end) + 1, end):
             return text[:end].strip()
     return text[: text.rfind("\n", 0, end) + 1].strip()
 

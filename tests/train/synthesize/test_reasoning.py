@@ -105,6 +105,10 @@ def test_steps_must_come_before_the_given_answer() -> None:
     assert guided_fault("1. There are 17 apples.\n2. Indeed 12 + 5 = 17." + end, QUESTION, "17") == early
     assert guided_fault("1. The answer is a sum.\n2. It is 12 + 5 = 17." + end, QUESTION, "17") == early
     assert guided_fault(r"\boxed{17}", QUESTION, "17") == early
+    # To set the answer is not to derive it.
+    assert guided_fault("1. Let the count be x = 17.\n2. Indeed 12 + 5 = 17." + end, QUESTION, "17") == early
+    assert guided_fault("1. Well-known: x = 17.\n2. Indeed 12 + 5 = 17." + end, QUESTION, "17") == early
+    assert guided_fault("1. Let x - 5 = 12.\n2. Hence x = 17." + end, QUESTION, "17") is None
     never = "1. We think about apples.\n2. Then about Anna." + end
     assert guided_fault(never, QUESTION, "17") == "the steps do not reach the answer"
     assert guided_fault("1. Apples.\n2. Sum.\nThis is $12 + 5 = " + r"\boxed{17}$", QUESTION, "17") is None
