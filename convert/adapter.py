@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from convert.folder import new_folder
-from convert.names import EMBED, LM_HEAD, Leaf, leaves
+from convert.names import EMBED, LM_HEAD, Leaf, leaves, score_head
 from convert.safetensors import DTYPES, SINGLE, Entry, Writer, read_header, read_rows
 from convert.source import Source, Span, to_host
 from qwen_jax.config import ModelConfig
@@ -49,12 +49,14 @@ class Adapter:
 
     Attributes:
       folder: where it is stored.
+      config: the architecture of the model with it: that of the base, with a score head if the adapter has one.
       lora: its settings. `whole` lists only the parts that training can train whole.
       matrices: A and B in their files, by the Hugging Face name of the weight.
       whole: tensors that replace those of the model, by name.
     """
 
     folder: Path
+    config: ModelConfig
     lora: LoRA
     matrices: Mapping[str, tuple[Entry, Entry]]
     whole: Mapping[str, Entry]
@@ -65,7 +67,7 @@ def read_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
 
     Args:
       folder: with adapter_config.json and adapter_model.safetensors.
-      config: of the base model.
+      config: of the base model. A language model becomes a reward model if the adapter has a score head.
 
     Raises:
       InputError: no such folder, a damaged file, another kind of adapter than plain LoRA, or modules or shapes that the
@@ -86,8 +88,10 @@ def read_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
     # Sort the tensors into matrices and whole modules.
     found: dict[str, dict[str, Entry]] = {}
     whole: dict[str, Entry] = {}
-    adapted, everything = _adapted(config), {name: leaf for leaf in leaves(config) for name in leaf.names}
     tensors = dict(read_header(folder / WEIGHTS))
+    if config.score is None:
+        config = dataclasses.replace(config, score=score_head([key.removeprefix(_PREFIX) for key in tensors]))
+    adapted, everything = _adapted(config), {name: leaf for leaf in leaves(config) for name in leaf.names}
     if config.tie_word_embeddings and config.score is None:
         _check_tied(where, settings, tensors)
     for key, entry in tensors.items():
@@ -131,7 +135,7 @@ def read_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
         bool(settings.get("use_rslora")),
         tuple(dict.fromkeys(everything[name].path[0] for name in whole if not everything[name].layers)),
     )
-    return Adapter(folder, lora, {weight: (pair["A"], pair["B"]) for weight, pair in found.items()}, whole)
+    return Adapter(folder, config, lora, {weight: (pair["A"], pair["B"]) for weight, pair in found.items()}, whole)
 
 
 def _adapted(config: ModelConfig) -> dict[str, Leaf]:
@@ -222,7 +226,7 @@ class MergedSource:
     """A checkpoint with an adapter merged into its weights, as a `Source`.
 
     `read` gives the sum W + scale B A in float32, which the reader rounds to the dtype that it wants: by default
-    that of W.
+    that of W, and for a new score head that of the embedding.
     """
 
     def __init__(self, source: Source, adapter: Adapter) -> None:
@@ -231,18 +235,26 @@ class MergedSource:
           source: the base model.
           adapter: of `read_adapter`, for the config of the source.
         """
-        self.config, self.workers, self.folder = source.config, source.workers, source.folder
+        self.config, self.workers, self.folder = adapter.config, source.workers, source.folder
         self._source, self._adapter = source, adapter
         self._changed = adapter.matrices.keys() | adapter.whole.keys()
+        self._new_head = source.config.score is None and adapter.config.score is not None
 
     def dtype(self, leaf: Leaf) -> np.dtype:
-        return self._source.dtype(leaf)
+        return self._source.dtype(leaves(self.config)[0] if self._is_new(leaf) else leaf)
+
+    def _is_new(self, leaf: Leaf) -> bool:
+        """Whether the source lacks a leaf."""
+        return self._new_head and leaf.path[0] == "score"
 
     def spans(self, leaf: Leaf, tensors: slice, rows: slice) -> list[Span] | None:
         return None if self._changed & set(leaf.names[tensors]) else self._source.spans(leaf, tensors, rows)
 
     def read(self, leaf: Leaf, tensors: slice, rows: slice) -> np.ndarray:
-        data = self._source.read(leaf, tensors, rows)
+        if self._is_new(leaf):
+            data = np.empty((len(leaf.names[tensors]), rows.stop - rows.start, *leaf.shape[1:]), np.float32)
+        else:
+            data = self._source.read(leaf, tensors, rows)
         if not self._changed & set(leaf.names[tensors]):
             return data
         data, per_row = data.astype(np.float32), leaf.hf_shape[0] // leaf.shape[0]
@@ -256,18 +268,17 @@ class MergedSource:
         return data
 
 
-def adapter_params(adapter: Adapter, config: ModelConfig) -> Params:
+def adapter_params(adapter: Adapter) -> Params:
     """What an adapter trains, as float32 NumPy arrays in the tree of trained parameters (stacked layers).
 
     Args:
       adapter: of `read_adapter`.
-      config: of the model.
 
     Raises:
       InputError: it adapts a projection in some layers only, or replaces a module of a layer.
     """
     params: Params = {}
-    for leaf in leaves(config):
+    for leaf in leaves(adapter.config):
         if leaf.layers and (replaced := [name for name in leaf.names if name in adapter.whole]):
             raise InputError(
                 f"{adapter.folder} replaces {replaced[0]} as a whole (modules_to_save). Such an adapter can be merged, "

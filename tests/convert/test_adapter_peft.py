@@ -1,5 +1,6 @@
 """Adapters and the PEFT package: each loads what the other has written, with the same logits; the rest is refused."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 from jax.sharding import Mesh, NamedSharding
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import convert
 from convert.adapter import adapter_params, load_factors, read_adapter, write_adapter
 from qwen_jax.errors import InputError
+from qwen_jax.inference.scorer import Scorer
 from qwen_jax.lora import LoRA
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
@@ -41,9 +43,9 @@ def load(folder: Path, kind: Any = AutoModelForCausalLM, **settings: Any) -> Any
     return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **settings).eval()
 
 
-def save(base: Path, folder: Path, seed: int, config: peft.PeftConfig) -> Any:
+def save(base: Any, folder: Path, seed: int, config: peft.PeftConfig) -> Any:
     """Saves an adapter of PEFT in which everything that is trained is random. Returns the model with it."""
-    model = peft.get_peft_model(load(base), config)
+    model = peft.get_peft_model(base, config)
     generator = torch.Generator().manual_seed(seed)
     for name, x in model.named_parameters():
         # Some kinds do not train B: it is named, too.
@@ -86,7 +88,7 @@ def test_what_peft_writes_gives_its_logits(name: str, bases: dict[str, Path], tm
     rng = print_seed()
     drawn = {"r": int(rng.integers(1, 9)), "lora_alpha": float(rng.uniform(1, 16)), "use_rslora": bool(rng.integers(2))}
     config = peft.LoraConfig(task_type="CAUSAL_LM", **{**drawn, **settings})
-    model = save(base, tmp_path / "adapter", int(rng.integers(2**31)), config)
+    model = save(load(base), tmp_path / "adapter", int(rng.integers(2**31)), config)
     tokens = rng.integers(0, 160, (2, 12))
     ours, params = convert.load(base, mesh, "float32", adapter=tmp_path / "adapter")
     got = logits(ours, params, mesh, tokens, Options(stacked=False))
@@ -127,8 +129,36 @@ def test_peft_loads_what_training_writes(name: str, bases: dict[str, Path], tmp_
     model = peft.PeftModel.from_pretrained(load(base), tmp_path / "adapter").eval()
     assert_same(logits(config, both, mesh, tokens, options), hf_logits(model, tokens), hf_logits(load(base), tokens))
     # Training goes on from the same parameters.
-    again = adapter_params(read_adapter(tmp_path / "adapter", config), config)
+    again = adapter_params(read_adapter(tmp_path / "adapter", config))
     jax.tree.map(np.testing.assert_array_equal, again, trained)
+
+
+def test_a_reward_model_s_adapter_goes_both_ways(bases: dict[str, Path], tmp_path: Path, mesh: Mesh) -> None:
+    """The adapter has the score head, and its base is a language model; a merged folder is a model of transformers."""
+    base, rng = bases["tied"], print_seed()
+    texts = [rng.integers(0, 160, n).tolist() for n in (5, 11)]
+    classifier = functools.partial(load, base, AutoModelForSequenceClassification, num_labels=1)
+
+    def theirs(model: Any) -> np.ndarray:
+        return np.asarray([hf_logits(model, [ids])[0, 0] for ids in texts])
+
+    without = theirs(classifier())
+    # From PEFT, loaded and merged.
+    model = save(classifier(), tmp_path / "a", 0, peft.LoraConfig(task_type="SEQ_CLS", target_modules=MLP))
+    config, params = convert.load(base, mesh, "float32", adapter=tmp_path / "a")
+    assert config.score == "linear"
+    assert_same(Scorer(config, params, mesh, dtype="float32").score(texts), theirs(model), without)
+    convert.convert(base, tmp_path / "merged", adapter=tmp_path / "a")
+    merged = load(tmp_path / "merged", AutoModelForSequenceClassification)
+    assert_same(theirs(merged), theirs(model), without)
+    # To PEFT.
+    lora = LoRA(4, 8.0, whole=("score",))
+    stored = convert.load_params(base, convert.open_source(base).config, mesh, "float32")
+    trained = draw(config, lora, stored, mesh, rng)
+    write_adapter(tmp_path / "b", trained, config, lora, str(base))
+    config, params = convert.load(base, mesh, "float32", adapter=tmp_path / "b")
+    got = Scorer(config, params, mesh, dtype="float32").score(texts)
+    assert_same(got, theirs(peft.PeftModel.from_pretrained(classifier(), tmp_path / "b").eval()), without)
 
 
 VARIANTS: dict[str, tuple[str, peft.PeftConfig | dict[str, Any], str]] = {
@@ -162,17 +192,17 @@ def test_other_kinds_are_refused_by_name(name: str, bases: dict[str, Path], tmp_
     base, settings, message = VARIANTS[name]
     if isinstance(settings, dict):
         settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, **{"target_modules": ATTENTION, **settings})
-    save(bases[base], tmp_path / "adapter", 0, settings)
+    save(load(bases[base]), tmp_path / "adapter", 0, settings)
     with pytest.raises(InputError, match=message):
         read_adapter(tmp_path / "adapter", convert.open_source(bases[base]).config)
 
 
 def test_whole_modules_are_merged_only(bases: dict[str, Path], tmp_path: Path) -> None:
     settings = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["o_proj"], modules_to_save=["input_layernorm"])
-    save(bases["untied"], tmp_path / "adapter", 0, settings)
+    save(load(bases["untied"]), tmp_path / "adapter", 0, settings)
     config = convert.open_source(bases["untied"]).config
     with pytest.raises(InputError, match=r"input_layernorm.*can be merged, but not trained further"):
-        adapter_params(read_adapter(tmp_path / "adapter", config), config)
+        adapter_params(read_adapter(tmp_path / "adapter", config))
     with pytest.raises(InputError, match=r"input_layernorm.*Merge it instead"):
         load_factors(tmp_path / "adapter", config)
 
