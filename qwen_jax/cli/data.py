@@ -1,5 +1,5 @@
-"""`qwen-jax data`: documents to packed rows (build), what is trained of examples (show), pairs that people label (review),
-samples of GRPO (rollouts)."""
+"""`qwen-jax data`: documents to packed rows (build), what is trained of examples (show), pairs that people label
+(review), samples of GRPO (rollouts)."""
 
 import contextlib
 import dataclasses
@@ -204,7 +204,7 @@ class Review:
                 print(json.dumps({"url": server.url, "pairs": len(pairs.pairs), "labels": str(path)}), flush=True)
             else:
                 left_out = pairs.left_out()
-                print(f"{len(pairs.pairs):,} pairs{f'; {left_out}' if left_out else ''}. Labels are kept in {path}.")
+                print(f"{len(pairs.pairs):,} pairs{f', {left_out}' if left_out else ''}. Labels are kept in {path}.")
                 print(f"Open {server.url} (Ctrl-C ends)", flush=True)
             with contextlib.suppress(KeyboardInterrupt):
                 server.serve_forever()

@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import math
 import os
 import threading
 import unicodedata
@@ -33,7 +32,7 @@ OVERALL = "overall"
 QUESTIONS = (*CRITERIA, OVERALL)
 Choice = Literal["left", "tie", "right"]
 _CHOICES = ("left", "tie", "right")
-_NAME_CHARACTERS, COMMENT_CHARACTERS = 64, 4000
+_NAME_CHARACTERS, COMMENT_CHARACTERS, _MOST_SECONDS = 64, 4000, 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +97,8 @@ class Label:
         for name in CRITERIA if overall is not None else ():
             if criteria.get(name) not in _CHOICES:
                 raise InputError(f"expected {name!r} as left, tie or right, got {criteria.get(name)!r:.60}.")
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
-            raise InputError(f"expected 'seconds' as a number of at least 0, got {seconds!r:.60}.")
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= _MOST_SECONDS:
+            raise InputError(f"expected 'seconds' as a number from 0 to {_MOST_SECONDS:,}, got {seconds!r:.60}.")
         if len(values["comment"]) > COMMENT_CHARACTERS:
             raise InputError(
                 f"expected a comment of at most {COMMENT_CHARACTERS:,} characters, got {len(values['comment']):,}. "
@@ -152,7 +151,7 @@ class Labels:
         """
         with self._lock:
             try:
-                size = self.path.stat().st_size if self.path.exists() else 0
+                size = self._file_size()
                 if size != self._size:
                     self._newest = self._read() if size else {}
                     self._size = size
@@ -185,12 +184,21 @@ class Labels:
         """
         with self._lock:
             try:
+                before = self._file_size()
                 append_record(self.path, label.to_json())
+                added = self._file_size() - before
             except OSError as error:
                 raise InputError(
                     f"The label is not saved: {self.path} cannot be written: {error.strerror}. Mend that and save "
                     "again."
                 ) from None
+            # Nothing is read again unless another process has written, too. A line end may come before a cut line.
+            if before == self._size and added - len(to_json(label.to_json())) in (1, 2):
+                self._newest[label.labeller, label.key] = label
+                self._size += added
+
+    def _file_size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
 
     def check_writable(self) -> None:
         """Raises InputError unless labels can be added. The file is made if need be."""

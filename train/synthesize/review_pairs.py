@@ -86,17 +86,17 @@ class ReviewFile:
         """What is not shown, in words; empty if nothing is."""
         parts = []
         if self.repeated:
-            parts.append(f"{self.repeated:,} repeated pairs are shown once")
+            parts.append(f"{self.repeated:,} repeated (shown once)")
         if self.equal:
-            parts.append(f"{self.equal:,} pairs of equal responses are left out")
+            parts.append(f"{self.equal:,} of equal responses (left out)")
         return ", ".join(parts)
 
 
 def read_pairs(path: str | Path) -> ReviewFile:
     """Reads preference pairs, or candidates that are compared pairwise.
 
-    The columns are those of preference pairs in `train.data.examples`; or `prompt` (text or messages) and `responses`, a
-    list of at least two answers, each text or messages.
+    The columns are those of preference pairs in `train.data.examples`; or `prompt` (text or messages) and `responses`,
+    a list of at least two answers, each text or messages.
 
     Args:
       path: as for `train.data.tables.find_tables`.
@@ -106,10 +106,9 @@ def read_pairs(path: str | Path) -> ReviewFile:
     """
     files = find_tables([path])
     first = next(itertools.chain.from_iterable(read_rows(file) for file in files), None)
+    found: list[ReviewPair | None]
     if first is not None and "responses" in first.values and "chosen" not in first.values:
-        found: list[ReviewPair | None] = [
-            pair for file in files for row in read_rows(file) for pair in _of_candidates(row)
-        ]
+        found = [pair for file in files for row in read_rows(file) for pair in _of_candidates(row)]
     else:
         found = [_pair(raw, raw.row.values, ranked=True) for raw in read_examples(files, "pairs")]
     pairs: dict[str, ReviewPair] = {}

@@ -1,8 +1,8 @@
 """The loopback server behind the page on which people label pairs. It uses the standard library only.
 
-Everything but the empty page needs the token that is printed at the start, so other users of the machine and other pages
-in the browser can neither read nor write. A `Host` that is not loopback is refused (DNS rebinding), and so is a request
-that another page makes (cross-site request forgery). The page runs its own script only, and shows texts as text.
+Every request needs the token that is printed at the start, so other users of the machine and other pages in the browser
+can neither read nor write. A `Host` that is not loopback is refused (DNS rebinding), and so is a request that another
+page makes (cross-site request forgery). The page runs its own script only, and shows texts as text.
 """
 
 import base64
@@ -205,7 +205,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not hmac.compare_digest(token.encode(), self.server.token.encode()):
             raise _RefusedError(
                 HTTPStatus.UNAUTHORIZED,
-                "the token is missing or is that of another start. Open the address that `qwen-jax data review` printed.",
+                "the token is missing, or is that of another start. Open the address that `qwen-jax data review` "
+                "printed.",
             )
 
     def _labeller(self, value: object) -> str:
