@@ -82,7 +82,7 @@ class ReviewServer(ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Binds without asking a name server for the name of this machine, which can take long."""
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = "127.0.0.1", int(self.server_address[1])
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that goes away is no error."""
@@ -92,7 +92,7 @@ class ReviewServer(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """The address to open, with the token."""
-        return f"http://127.0.0.1:{self.server_address[1]}/?token={self.token}"
+        return f"http://{self.server_name}:{self.server_port}/?token={self.token}"
 
 
 class _Handler(BaseHTTPRequestHandler):
