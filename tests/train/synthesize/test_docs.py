@@ -21,7 +21,7 @@ def reply(body: dict[str, object]) -> str:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    (code,) = (x for x in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL) if "def pipeline(" in x)
     (tmp_path / "my_recipe.py").write_text(code)
     lines = (json.dumps({"question": f"question {i}"}) + "\n" for i in range(6))
     (tmp_path / "questions.jsonl").write_text("".join(lines))
