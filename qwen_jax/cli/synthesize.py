@@ -22,6 +22,9 @@ class Options:
     command: `--config RECIPE --help` shows them. A run that ends early goes on when the same command is given again;
     what a model has answered is never asked again.
 
+    Recipes: long_responses, mathematics, code, instructions, structured_data, logic, cross_lingual, system_prompts,
+    filtering, preferences.
+
     Args:
         config: A recipe's name, FILE.py, or FILE.py:function (by default the function is called pipeline).
         output: Folder for examples, report.html, summary.json, and what is needed to go on.
