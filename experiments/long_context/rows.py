@@ -17,22 +17,17 @@ _KINDS = np.array([0, 0, 1, 1, 1, 2, 2, 2])
 
 
 class Mixture:
-    """Batches by step: a quarter of the rows repeats sequences, three eighths have needles, three eighths are text.
+    """Rows of one document: a quarter repeats sequences, three eighths have needles, three eighths are text.
 
     The answers of a row of needles, and a row's repetitions, weigh as much as a row of text.
 
     Args:
       length: tokens of a row.
-      batch: rows of a step.
       text: bytes of all training documents.
-      seed: of the data.
     """
 
-    def __init__(self, length: int, batch: int, text: np.ndarray, seed: int):
-        self._length, self._batch, self._text, self._seed = length, batch, text, seed
-
-    def __getitem__(self, step: int) -> Batch:
-        return self.rows(np.random.default_rng([self._seed, step]), step * self._batch, self._batch)
+    def __init__(self, length: int, text: np.ndarray):
+        self._length, self._text = length, text
 
     def rows(self, rng: np.random.Generator, first: int, count: int) -> Batch:
         """Rows `first` to `first + count - 1` of a run. Any eight neighbours have the shares of the mixture."""
@@ -69,21 +64,22 @@ class Mixture:
         return self._text[begins[:, None] + np.arange(self._length)].astype(np.int32)
 
 
-class Continuation:
-    """Batches by step of rows of four times the length: 40% of them hold one document, 60% hold four.
+class MixedLengths:
+    """Batches by step: 40% of the rows hold one document, 60% hold four that are a quarter as long.
 
     Each kind of rows has the shares of `Mixture`. The shares of lengths are those of the Qwen2.5 report
     (arXiv:2412.15115, section 3.3).
 
     Args:
-      setup: lengths and sizes.
+      length: tokens of a row.
+      rows: of a step.
       text: bytes of all training documents.
       seed: of the data.
     """
 
-    def __init__(self, setup: Setup, text: np.ndarray, seed: int):
-        self._num_rows, self._seed = setup.batch // 4, seed
-        self._short, self._long = (Mixture(n * setup.length, setup.batch, text, seed) for n in (1, 4))
+    def __init__(self, length: int, rows: int, text: np.ndarray, seed: int):
+        self._num_rows, self._seed = rows, seed
+        self._short, self._long = (Mixture(n, text) for n in (length // 4, length))
 
     def __getitem__(self, step: int) -> Batch:
         rng, rows = np.random.default_rng([self._seed, step, 1]), self._num_rows

@@ -3,8 +3,9 @@
     python -m experiments.long_context.train_and_extend --folder extend-run --seeds 0 1 2
     python -m experiments.long_context.train_and_extend --folder extend-run --table     # of what has been run
 
-It learns the next byte of real text, to repeat sequences of ids, and to find needles.
-Then, without further training, it is read by each scheme:
+It learns the next byte of real text, to repeat sequences of ids, and to find needles. 40% of the tokens are in rows of
+one document, 60% in rows that pack documents of a quarter of the length, in which finding is learned sooner. Then,
+without further training, it is read by each scheme:
 
 - `rope`: plain positions, beyond those that it has seen.
 - `yarn`: YaRN's frequencies and temperature, with the ratio of the lengths as factor.
@@ -13,8 +14,8 @@ Then, without further training, it is read by each scheme:
 
 Each scheme reads prompts twice: with `dense` attention, and with `pooled`, the sparse prefill of `PooledBlocks`.
 
-Then training continues at 4,096 tokens with RoPE base 1e6 (`--continue-steps`, 0 leaves it out): 40% of the tokens in
-rows of one document, 60% in rows that pack documents of 1,024 tokens. This model is read at 1, 4, 8 and 16 times the
+Then training continues at 4,096 tokens with RoPE base 1e6 (`--continue-steps`, 0 leaves it out), with the same shares
+of lengths. This model is read at 1, 4, 8 and 16 times the
 first length, where the trained length of the schemes is 4,096. `--passkey TOKENS` also asks it for a passkey in a
 prompt of that length, at each depth, by `dca+scale` and `pooled`.
 
@@ -43,7 +44,7 @@ from rich.console import Console
 import convert
 from convert.huggingface import export
 from experiments.long_context.prefill import left_out
-from experiments.long_context.rows import Continuation, Mixture, read_text
+from experiments.long_context.rows import MixedLengths, Mixture, read_text
 from experiments.long_context.sizes import LAYOUT, Setup, Stage
 from qwen_jax.attention.sparse import PooledBlocks
 from qwen_jax.config import DualChunk, ModelConfig, Yarn
@@ -111,11 +112,11 @@ def train(setup: Setup, stage: Stage, text: np.ndarray, seed: int, folder: Path)
     objective = NextToken(model, PretrainConfig(loss_chunk=16_384))
     step = StepConfig(dtype=_dtype(), remat="none" if jax.default_backend() == "cpu" else "dots")
     log = MetricsLog(folder / f"{destination.name.replace('model', 'train')}.jsonl")
-    # Rows of one document each, as many tokens in a step for any length.
+    # As many tokens in a step for any length.
     rows = setup.batch * setup.length // stage.length
-    mixture = Mixture(stage.length, rows, text, seed)
-    data: Indexed[Batch] = mixture if stage == first else Continuation(setup, text, seed)
+    data: Indexed[Batch] = MixedLengths(stage.length, rows, text, seed)
     # The loss of each kind of rows, to see what has been learned. Batches of these random numbers are in no step.
+    mixture = Mixture(stage.length, text)
     rng, evaluate = np.random.default_rng([seed, 2**32]), make_eval_step(objective, step, mesh)
     kinds = {"repetition": mixture.repetitions, "needle": mixture.needles, "text": mixture.text}
     shown = {name: place(kind(rng, rows), mesh) for name, kind in kinds.items()}
