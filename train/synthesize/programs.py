@@ -47,10 +47,12 @@ assert not _failed, " ".join(map(str, _failed))
 _FORBIDDEN = {
     language: re.compile(pattern, re.MULTILINE)
     for language, pattern in {
-        "python": r"^[ \t]*(?:import|from)[ \t][^\n#]*\b(?:subprocess|socket|ctypes|multiprocessing|urllib|http|requests|"
-        r"ftplib|smtplib|pty|importlib|shutil|signal)\b|\b__import__\b|\bos\.(?:system|popen|fork|exec\w*|spawn\w*|kill)\b",
-        "javascript": r"\b(?:child_process|worker_threads|cluster|dgram|https?|net|tls)['\"`]|\bfetch\(|\bprocess\.kill\b",
-        "c": r"#\s*include\s*<(?:sys/(?:socket|ptrace)|netinet/|arpa/|netdb)|\b(?:system|popen|v?fork|exec[lv]p?e?)\s*\(",
+        "python": r"^[ \t]*(?:import|from)[ \t][^\n#]*\b(?:subprocess|socket|ctypes|multiprocessing|urllib|http|shutil|"
+        r"requests|ftplib|smtplib|pty|importlib|signal)\b|\b__import__\b|"
+        r"\bos\.(?:system|popen|fork|exec\w*|spawn\w*|kill)\b",
+        "javascript": r"(?:\brequire\(|\bimport\(|\bfrom)\s*['\"`](?:node:)?(?:child_process|worker_threads|"
+        r"cluster|dgram|https?|net|tls)['\"`]|\bfetch\(|\bprocess\.kill\b",
+        "c": r"#\s*include\s*<(?:sys/(?:socket|ptrace)|netinet/|arpa/|netdb)|\b(?:system|popen|v?fork|exec[lv]p?e?)\(",
         "java": r"\bjava\.net\b|\bProcessBuilder\b|\bgetRuntime\(\)\s*\.\s*exec\b",
         "go": r"\"(?:net|net/\w+|os/exec|syscall|unsafe)\"",
         "rust": r"\bstd::(?:net|process::Command)\b",
