@@ -53,7 +53,7 @@ def pipeline(
     least_tests: int = 3,
     mutants: int = 2,
     kept: int = 1,
-    seconds: float = 10.0,
+    seconds: float = 5.0,
     sandboxes: int = 2,
     isolation: Literal["bubblewrap", "none"] = "bubblewrap",
     temperature: float = 0.8,
