@@ -15,7 +15,7 @@ from train.sandbox.verdict import difference
 
 # Bytes of one output; more is a failed test.
 _MOST_OUTPUT = 1 << 16
-# Programs whose results are not known in advance need room for this many tests at their limit of time.
+# All tests of a program may take this many times the limit of one.
 _SLOW_TESTS = 3
 # Runs the tests of one program after another, and frames their outputs: a line with the status and the number of bytes,
 # then the bytes. All of it is the program's word about itself: what is expected stays outside.
@@ -120,7 +120,7 @@ class Programs:
         workers: int = 2,
         isolation: Literal["bubblewrap", "none"] = "bubblewrap",
         rows: Mapping[str, Language] | None = None,
-        **limits: Any,
+        limits: Mapping[str, Any] | None = None,
     ):
         """
         Args:
@@ -128,14 +128,14 @@ class Programs:
           workers: programs at one time.
           isolation: see `train.sandbox.Sandbox`.
           rows: further languages of the sandbox.
-          **limits: other fields of `train.sandbox.Limits`.
+          limits: fields of `train.sandbox.Limits`, of one run.
 
         Raises:
           InputError: a limit out of range.
         """
         cpu = max(1, round(seconds))
         self.limits = Limits(
-            **{"seconds": _SLOW_TESTS * seconds, "cpu_seconds": cpu, "output_bytes": 4 << 20, **limits}
+            **{"seconds": _SLOW_TESTS * seconds, "cpu_seconds": cpu, "output_bytes": 4 << 20, **(limits or {})}
         )
         self._seconds, self._workers, self._isolation = seconds, workers, isolation
         self._rows = {**LANGUAGES, **{f"{name} tests": _grouped(row, seconds) for name, row in LANGUAGES.items()}}

@@ -1,0 +1,312 @@
+"""The recipe `instructions`: what does not follow is out, and functions do harm in the sandbox only."""
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_jax.errors import InputError
+from tests.helpers.conversations import chat_tokenizer
+from tests.helpers.runs import print_seed
+from tests.helpers.scripted_instructor import RIGHT, Instructor
+from tests.helpers.scripted_model import ScriptedGenerator
+from train.data.examples import read_examples
+from train.data.prompts import read_prompts
+from train.rewards.instruction_kinds import KINDS
+from train.rewards.instructions import InstructionReward, check_instruction
+from train.rewards.loading import load_reward
+from train.rewards.verification import LIMITS, ROWS, ask_function
+from train.synthesize import verification
+from train.synthesize.generator import Request
+from train.synthesize.instruction_texts import TEXTS, Instruction, draw
+from train.synthesize.programs import Programs
+from train.synthesize.recipes import instructions as recipe
+from train.synthesize.recipes.instructions import pipeline
+from train.synthesize.run import run
+
+ISOLATION: Any = "bubblewrap" if shutil.which("bwrap") else "none"
+
+
+@pytest.fixture
+def queries(tmp_path: Path) -> str:
+    path = tmp_path / "queries.jsonl"
+    asked = [f"What should I know about the subject with number {i}?" for i in range(7)]
+    path.write_text("".join(json.dumps({"query": query}) + "\n" for query in [*asked, "Hi?", "long " * 99]))
+    return str(path)
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> str:
+    path = tmp_path / "seeds.jsonl"
+    path.write_text(
+        "".join(json.dumps({"instruction": f"Use the word w{i} at least twice in it."}) + "\n" for i in (1001,))
+    )
+    return str(path)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def lost(folder: Path, stage: str) -> Iterator[dict[str, Any]]:
+    """The items that a stage rejected."""
+    for path in sorted(folder.glob("parts/*/*.rejected.jsonl")):
+        yield from (row for row in rows_of(path) if row["stage"] == stage)
+
+
+def record_draws(model: Instructor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the scripted model know which instructions of built-in kinds are drawn."""
+
+    def recorded(kind: str, rng: random.Random, query: str) -> Instruction:
+        drawn = draw(kind, rng, query)
+        model.drawn[f"{query}\n\n{drawn.text}"] = drawn
+        return drawn
+
+    monkeypatch.setattr(recipe, "draw", recorded)
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_what_does_not_follow_is_rejected_and_what_follows_is_kept(
+    case: int, tmp_path: Path, queries: str, seeds: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Precision is 1. Recall is 1 for responses, and for functions unless a fifth of the test cases is wrong."""
+    seed = int(print_seed().integers(1 << 30))
+    model = Instructor(seed)
+    record_draws(model, monkeypatch)
+    made = pipeline(
+        queries=(queries,), seeds=(seeds,), augment=1, built_in=24, functions=6, queries_each=3, samples=3, seed=seed,
+        isolation=ISOLATION,
+    )  # fmt: skip
+    began = time.monotonic()
+    summary = run(made, {"generator": (g := ScriptedGenerator(model)), "judge": g}, tmp_path)
+    seconds = time.monotonic() - began
+    sft, pairs, prompts = (rows_of(tmp_path / f"{name}.jsonl") for name in ("sft", "pairs", "grpo"))
+    # Precision: of responses, of pairs, and of functions.
+    for row in sft:
+        question, response = (message["content"] for message in row["messages"])
+        assert model.follows(question, response)
+        assert "poorly" not in response
+    for row in pairs:
+        question = row["prompt"][0]["content"]
+        assert model.follows(question, row["chosen"][0]["content"])
+        assert not model.follows(question, row["rejected"][0]["content"])
+    for row in prompts:
+        assert all(">= 2" in function for function in row["functions"])
+        assert bool(row["functions"]) != bool(row["instruction_id_list"])
+    # Recall.
+    for row in lost(tmp_path, "score"):
+        data = row["data"]
+        question = f"{data['query']}\n\n{data['instruction']}"
+        assert not any(model.follows(question, text) and "poorly" not in text for text, _ in data["scored"])
+    for row in lost(tmp_path, "validate"):
+        word = row["data"]["instruction"].split()[3]
+        right = [(text.count(word) >= 2) == follows for text, follows in row["data"]["cases"]]
+        solved = any(">= 2" in function for function in row["data"]["functions"])
+        assert not solved or sum(right) < 0.8 * len(right) or row["reason"] == "the test cases are one-sided"
+    print(f"{len(sft)} examples, {len(sft) / seconds:.0f}/s, {summary['measures']}")
+    assert "built-in kinds" in summary["audits"]
+    # Each prompt's provenance has its own request only.
+    for row in prompts:
+        asked = [s for s in row["provenance"]["steps"] if s["stage"] == "respond" and "messages" in s]
+        assert [s["messages"] for s in asked] == [row["prompt"]]
+    # Training reads the files, and the rewards agree with the pairs.
+    assert len(list(read_examples([tmp_path / "sft.jsonl"]))) == len(sft)
+    assert len(list(read_examples([tmp_path / "pairs.jsonl"]))) == len(pairs)
+    assert len(read_prompts([str(tmp_path / "grpo.jsonl")], chat_tokenizer(), 10_000).prompts) == len(prompts)
+    of = {row["prompt"][0]["content"]: row for row in prompts}
+    for functions in (False, True):
+        some = [row for row in pairs if bool(of[row["prompt"][0]["content"]]["functions"]) is functions][:3]
+        texts = [row[side][0]["content"] for row in some for side in ("chosen", "rejected")]
+        columns = {
+            name: [of[row["prompt"][0]["content"]][name] for row in some for _ in range(2)]
+            for name in ("instruction_id_list", "kwargs", "functions")
+        }
+        reward: Any = load_reward("verification", isolation=ISOLATION) if functions else InstructionReward()
+        assert reward(texts, [True] * len(texts), **columns) == [1.0, 0.0] * len(some)
+
+
+def test_nonsense_becomes_nothing(tmp_path: Path, queries: str) -> None:
+    """Words as a model gives that was never trained: nothing breaks, and nothing reaches the sandbox."""
+    rng = print_seed()
+    words = ["the", "{", "}", "def", "[", "```", "\n", "True", "42", '"function"', ":", "Score", "\u4e2d"]
+
+    def babble(request: Request) -> str:
+        return " ".join(rng.choice(words, size=int(rng.integers(1, 60))))
+
+    generators = {"generator": (g := ScriptedGenerator(babble)), "judge": g}
+    summary = run(pipeline(queries=(queries,), augment=300, isolation=ISOLATION), generators, tmp_path)
+    assert summary["finished"]
+    assert [output["rows"] for output in summary["outputs"]] == [0, 0, 0]
+
+
+def test_built_in_kinds_take_at_least_two_hundred_prompts_a_second(
+    tmp_path: Path, queries: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They need no sandbox, and no model for their checks."""
+    model = Instructor(5, mistakes=0.0)
+    record_draws(model, monkeypatch)
+    made = pipeline(queries=(queries,), augment=0, built_in=96, queries_each=7, samples=1, isolation=ISOLATION)
+    began = time.process_time()
+    summary = run(made, {"generator": (g := ScriptedGenerator(model)), "judge": g}, tmp_path)
+    rate = 96 * 7 / (time.process_time() - began)
+    print(f"{rate:.0f} prompts/s")
+    assert rate > 200
+    assert summary["measures"] == {"programs": 0}
+    assert summary["outputs"][2]["rows"] > 300
+
+
+@pytest.mark.parametrize("said", ["1", "0"])
+def test_a_sandbox_that_always_says_the_same_ends_the_run(
+    said: str, tmp_path: Path, queries: str, seeds: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "ask_function", lambda run, source, texts: said * len(texts))
+    generators = {"generator": (g := ScriptedGenerator(Instructor(0, mistakes=0.0))), "judge": g}
+    made = pipeline(queries=(queries,), seeds=(seeds,), augment=80, functions=4, isolation="none")
+    with pytest.raises(InputError, match="functions in the sandbox cannot be trusted"):
+        run(made, generators, tmp_path)
+
+
+def test_a_judge_that_finds_everything_good_ends_the_run(
+    tmp_path: Path, queries: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Instructor(0, mistakes=0.0, trusting=True)
+    record_draws(model, monkeypatch)
+    made = pipeline(queries=(queries,), augment=0, built_in=96, queries_each=7, samples=1, isolation="none")
+    with pytest.raises(InputError, match="scores cannot be trusted: it passed"):
+        run(made, {"generator": (g := ScriptedGenerator(model)), "judge": g}, tmp_path)
+
+
+TEXT = ["a b", "abc", "x,y", ""] * 3
+
+
+@pytest.mark.draw(5)
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return ',' not in response", "1101" * 3),
+        ("return response.index('b') > 0", "11ee" * 3),
+        ("time.sleep(99)", "t" * 12),
+        ("return time.sleep(99 * (response == 'abc')) is None", "1t111t" + "t" * 6),
+        ("os._exit(0)", "k" * 12),
+        ("os.kill(os.getppid(), 9)", "k" * 12),
+        ("print('1' * 99); return False", "0" * 12),
+        ("[os.write(fd, b'1' * 60) for fd in range(3, 9) if is_pipe(fd)]; return False", "f" * 12),
+        ("return 1", "e" * 12),
+        ("sys.modules['re'] = None; n[0] += 1; return n[0] == 1", "1" * 12),
+        ("raise SystemExit", "e" * 12),
+        ("signal.pthread_kill(threading.main_thread().ident, 11)", "k" * 12),
+    ],
+)  # fmt: skip
+def test_a_function_can_spoil_its_own_answers_only(body: str, said: str) -> None:
+    """It loops, ends or kills its process, prints verdicts and writes to pipes: each text has an answer of its own."""
+    source = (
+        "import os, signal, sys, threading, time\nn = [0]\n"
+        "def is_pipe(fd):\n    try:\n        return os.fstat(fd).st_mode & 0o10000\n"
+        "    except OSError:\n        return 0\n"
+        f"def evaluate(response):\n    {body}\n"
+    )
+    programs = Programs(rows=ROWS, isolation=ISOLATION, limits=LIMITS)
+    assert ask_function(programs.run, source, TEXT) == said
+
+
+@pytest.mark.skipif(ISOLATION == "none", reason="an attack needs a sandbox")
+def test_functions_that_attack_are_contained_and_counted(tmp_path: Path, queries: str, seeds: str) -> None:
+    """A fork bomb, a bomb of memory, a forged report, a network connection: none is kept, and the right ones stay."""
+    attacks = [
+        "    while True:\n        os.fork()\n",
+        "    return [bytearray(1 << 28) for _ in range(99)] == response\n",
+        "    open(f'/proc/{os.getppid()}/fd/1', 'w').write('1' * 40)\n",
+        "    io.open('/etc/hostname')\n",
+    ]
+    model = Instructor(3, mistakes=0.0)
+    turn = iter(range(999))
+
+    def answer(request: Request) -> Any:
+        text = model(request)
+        if "Write a Python function" in request.messages[-1]["content"]:
+            value = json.loads(str(text))
+            # Half of the functions attack.
+            if (number := next(turn)) % 2:
+                value["function"] = f"import os, io\ndef evaluate(response):\n{attacks[number // 2 % 4]}"
+                return json.dumps(value)
+        return text
+
+    made = pipeline(queries=(queries,), seeds=(seeds,), augment=0, queries_each=1, samples=2)
+    # The static check would refuse a part of them already.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "static_fault", lambda language, source, function: None)
+        run(made, {"generator": (g := ScriptedGenerator(answer)), "judge": g}, tmp_path)
+    prompts = rows_of(tmp_path / "grpo.jsonl")
+    assert prompts
+    for row in prompts:
+        assert row["functions"]
+        assert all(">= 2" in function for function in row["functions"])
+        faults = [
+            step["faults"] for step in row["provenance"]["steps"] if step["stage"] == "validate" and "faults" in step
+        ]
+        assert sum(faults[0].values()) >= 3
+
+
+def test_cross_validation_is_that_of_autoif() -> None:
+    """A case needs a function that gets it right, a function the given share of these, and answers for all."""
+    follows = [True, True, False, False, True]
+    found = verification.cross_validate(["11000", "11000", "00110", "1100t", "11100"], follows, 0.8)
+    # The last case has the word of no sound function; the first two functions have all others.
+    assert (found.cases, found.functions) == ([0, 1, 2, 3], [0, 1])
+    assert found.certain == [0, 1, 2, 3]
+    assert found.faults == {"takes too long": 1}
+    assert verification.cross_validate(["ee"], [True, False], 0.8).functions == []
+    assert verification.one_sided([True] * 4 + [False], 0.8)
+    assert not verification.one_sided([True] * 3 + [False] * 2, 0.8)
+
+
+def test_every_built_in_kind_has_a_right_and_a_wrong_answer() -> None:
+    rng = random.Random(int(print_seed().integers(1 << 30)))
+    assert set(KINDS) - set(TEXTS) == {"detectable_format:constrained_response"}
+    for kind in TEXTS:
+        for _ in range(20):
+            drawn = draw(kind, rng, "How do I bake bread?")
+            assert check_instruction(kind, drawn.arguments, drawn.right), drawn
+            assert not check_instruction(kind, drawn.arguments, drawn.wrong), drawn
+            assert check_instruction(kind, json.loads(json.dumps(drawn.arguments)), drawn.right)
+
+
+def test_the_reward_of_functions() -> None:
+    """The share of functions; no signal without functions; 0 for what is cut or empty."""
+    word = RIGHT.replace("{word}", "so").replace("{number}", "1")
+    longer = "def evaluate(response):\n    return len(response) > 10\n"
+    broken = "def evaluate(response):\n    return response.x\n"
+    texts = ["so so", "so so and so on", "no", "so so", "so so", " "]
+    functions = [[word, longer], json.dumps([word, longer]), [word], [], [word, broken], [word]]
+    reward: Any = load_reward("verification", isolation=ISOLATION, workers=2)
+    assert reward(texts, [True] * 6, functions=functions) == [0.5, 1.0, 0.0, None, 0.5, 0.0]
+    assert reward(texts, [False] * 6, functions=functions) == [0.0, 0.0, 0.0, None, 0.0, 0.0]
+    with pytest.raises(InputError, match="list of sources"):
+        reward(texts[:1], [True], functions=[3])
+    reward.close()
+    with pytest.raises(InputError, match="least must lie"):
+        load_reward("verification", isolation="none", least=2.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"queries": ()}, "has no query"),
+        ({"query_column": "text"}, "column text"),
+        ({"shortest_query": 500, "longest_query": 900}, "has no query of 500"),
+        ({"augment": 0}, "There are no instructions"),
+        ({"functions": 2}, "least_functions is 3"),
+        ({"least_cases": 100}, "least_cases is 100"),
+        ({"quality": 11.0}, "quality must lie"),
+        ({"accuracy": 0.0}, "accuracy must lie"),
+        ({"samples": 0}, "samples must be at least 1"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_refused_before_anything_is_asked(settings: dict[str, Any], message: str, queries: str) -> None:
+    with pytest.raises(InputError, match=message):
+        pipeline(**{"queries": (queries,), **settings})
