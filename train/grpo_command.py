@@ -52,7 +52,7 @@ def main(argv: Sequence[str], formats: Formats) -> int:
         "--reward",
         nargs="+",
         metavar="NAME",
-        help="math, code, instructions, json_schema, format, length, reward_model, or FILE.py:function",
+        help="math, code, instructions, verification, json_schema, format, length, reward_model, or FILE.py:function",
     )
     parser.add_argument("--output", metavar="DIR", help="folder of the run")
     parser.add_argument("--held-out", nargs="+", metavar="FILE", help="prompts to evaluate on")

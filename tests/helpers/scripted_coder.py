@@ -55,7 +55,7 @@ class Coder:
 
     def _damaged(self) -> str | Answer | None:
         """What is wrong with the form of an answer, or None."""
-        if self._draw > self.mistakes / 2:
+        if self._draw > self.mistakes / 4:
             return None
         return (
             Answer("[{", finish="length"),
@@ -68,7 +68,7 @@ class Coder:
 
     def _propose(self, text: str) -> str:
         a, b = 2 + self._number % 97, 1 + self._number // 97 % 89
-        if self._draw < self.mistakes:
+        if self._draw < self.mistakes / 2:
             return json.dumps({"task": f"Write something nice about the numbers {a} and {b}, please.", "function": "f"})
         if "one Python function" in text:
             task = f"Write a function affine_{a} that takes an integer n and returns n * {a} + {b}."

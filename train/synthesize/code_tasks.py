@@ -87,6 +87,8 @@ _CHANGES = (
     (r"\bmin\(", "max("), (r"\bmax\(", "min("),
 )  # fmt: skip
 
+_COMMENT = re.compile(r"(?:#|//)[^\n]*\Z")
+
 
 def form_of(function: bool) -> dict[str, str]:
     """What a prompt for a task says about the form of the solution: a function of Python, or a whole program."""
@@ -176,8 +178,12 @@ def agreed_tests(passed: Sequence[Sequence[bool]], least: int) -> list[int] | st
 
 
 def changed(source: str, rng: Random, most: int) -> list[str]:
-    """Up to `most` different copies of a program, each with one number, operator or name of a function changed."""
+    """Up to `most` different copies of a program, each with one number, operator or name of a function changed.
+
+    What stands behind `#` or `//` in its line, which may be a comment, is left alone.
+    """
     sites = [(match, change) for pattern, change in _CHANGES for match in re.finditer(pattern, source)]
+    sites = [(match, change) for match, change in sites if not _COMMENT.search(source[: match.start()])]
     made = []
     for match, change in rng.sample(sites, min(most, len(sites))):
         new = change(match) if callable(change) else change

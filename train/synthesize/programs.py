@@ -23,10 +23,10 @@ _EACH = f"""
 eval "$1" >&2 </dev/null || {{ echo refused; exit 0; }}
 echo checked; seconds=$2; shift 2; i=0
 while [ -e "in/$i" ]; do
-  timeout -s KILL "$seconds" "$@" <"in/$i" >/tmp/out 2>/dev/null; status=$?
-  bytes=$(wc -c </tmp/out)
-  if [ "$bytes" -gt {_MOST_OUTPUT} ]; then status=999; bytes=0; : >/tmp/out; fi
-  echo "$status $bytes"; cat /tmp/out; i=$((i + 1))
+  timeout -s KILL "$seconds" "$@" <"in/$i" >.out 2>/dev/null; status=$?
+  bytes=$(wc -c <.out)
+  if [ "$bytes" -gt {_MOST_OUTPUT} ]; then status=999; bytes=0; : >.out; fi
+  echo "$status $bytes"; cat .out; i=$((i + 1))
 done
 """
 # Runs assertions one by one, and names those that fail. A program that has ended fails all.

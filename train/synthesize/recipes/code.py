@@ -51,7 +51,7 @@ def pipeline(
     agree: int = 2,
     tests: int = 5,
     least_tests: int = 3,
-    mutants: int = 2,
+    mutants: int = 4,
     kept: int = 1,
     seconds: float = 5.0,
     sandboxes: int = 2,
@@ -261,6 +261,7 @@ class _Code:
     async def verify(self, item: Item, context: Context) -> Result:
         """Runs all solutions, keeps the tests that are to be trusted, and what passes and fails them."""
         function, tests = item["function"], item["tests"]
+        context.note(isolation=self._settings["isolation"])
         # Tests that an empty program passes say nothing.
         empty = "pass\n" if function is None else f"def {function}(*args, **kwargs):\n    pass\n"
         idle = await self._judge(context, "python", empty, tests)
@@ -295,10 +296,14 @@ class _Code:
 
     async def _find_changes(self, item: Item, context: Context, code: str, tests: Sequence[Mapping[str, str]]) -> bool:
         """Whether the tests find one of the changed programs; also if none of them can be run."""
-        mutants = code_tasks.changed(code, item.rng("mutants"), self._settings["mutants"])
-        verdicts = await all_of([self._judge(context, item["language"], mutant, tests) for mutant in mutants])
-        ran = [verdict for verdict in verdicts if verdict is not None and verdict.fault is None]
-        return not ran or any(not all(verdict.passed) for verdict in ran)
+        ran = False
+        for mutant in code_tasks.changed(code, item.rng("mutants"), self._settings["mutants"]):
+            verdict = await self._judge(context, item["language"], mutant, tests)
+            if verdict is not None and verdict.fault is None:
+                if not all(verdict.passed):
+                    return True
+                ran = True
+        return not ran
 
     async def _audit(self, item: Item, context: Context, tests: Sequence[Mapping[str, str]]) -> None:
         """Judges a program that is right because it knows the tests, and one that is wrong in one of them."""

@@ -213,6 +213,7 @@ class _Instructions:
             return item
         cases = {text: follows for text, follows in item["cases"]}
         least, follows = self._settings["function_accuracy"], list(cases.values())
+        context.note(isolation=self._settings["isolation"])
         answers = await self._answers(context, item["functions"], list(cases))
         if answers is None:
             return Rejected("not judged")

@@ -1,5 +1,6 @@
 """The recipe `code`: what passes wrong tests or fails right ones is out, and what is right stays."""
 
+import concurrent.futures
 import json
 import random
 import shutil
@@ -22,6 +23,7 @@ from train.sandbox import Outcome, Sandbox
 from train.synthesize import code_tasks
 from train.synthesize.generator import Request
 from train.synthesize.programs import Judged, Programs, static_fault
+from train.synthesize.recipes import code as recipe
 from train.synthesize.recipes.code import pipeline
 from train.synthesize.run import RunOptions, run
 
@@ -91,7 +93,8 @@ def test_all_that_is_wrong_is_rejected_and_all_that_is_right_is_kept(case: int, 
         assert row["reason"] != "not well posed" or "n * " not in row["data"]["task"]
     assert not missed
     print(f"{len(prompts)} tasks, {summary['measures']}, {len(prompts) / seconds:.2f} tasks/s")
-    assert summary["measures"]["programs"] > 0
+    # Few tasks are lost on the way there; each has at least an empty program, which is run.
+    assert summary["measures"]["programs"] >= summary["stages"][-1]["in"] > 0
     assert summary["measures"]["sandbox"]["isolation"] == ISOLATION
     # Training reads the files, and the reward agrees with every row.
     if sft:
@@ -134,7 +137,8 @@ def test_a_verifier_that_lets_everything_pass_ends_the_run(tmp_path: Path, monke
         run(pipeline(tasks=40, **SMALL), generators, tmp_path, RunOptions(part_items=10))
 
 
-def test_an_examiner_that_lets_everything_pass_ends_the_run(tmp_path: Path) -> None:
+def test_an_examiner_that_lets_everything_pass_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "_AUDITED", 1.0)
     coder = Coder(int(print_seed().integers(1 << 30)), mistakes=0.0, trusting=True)
 
     def answer(request: Request) -> Any:
@@ -142,7 +146,7 @@ def test_an_examiner_that_lets_everything_pass_ends_the_run(tmp_path: Path) -> N
 
     generators = {"generator": (g := ScriptedGenerator(answer)), "examiner": g}
     with pytest.raises(InputError, match="well posed cannot be trusted: it passed"):
-        run(pipeline(tasks=1000, **SMALL), generators, tmp_path)
+        run(pipeline(tasks=60, **SMALL), generators, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +189,16 @@ def test_tests_that_changed_programs_pass_are_thrown_out(tmp_path: Path) -> None
     assert summary["stages"][-1]["rejected"] == {"changed programs pass the tests": 1}
 
 
+def test_changed_programs_differ_in_one_place_that_is_no_comment() -> None:
+    rng = random.Random(int(print_seed().integers(1 << 30)))
+    source = "# version 1 + 2\nn = int(input()) + 3\nprint(max(n, 4))  # 5\n"
+    made = code_tasks.changed(source, rng, 9)
+    assert sorted(made) == sorted(
+        source.replace(old, new)
+        for old, new in ((" + 3", " - 3"), (" + 3", " + 4"), ("max(", "min("), ("n, 4", "n, 5"))
+    )
+
+
 def test_which_tests_are_trusted() -> None:
     """The largest cluster decides; contradictions of equal weight decide nothing."""
     a, b, none = [True, True, False], [False, False, True], [False] * 3
@@ -219,6 +233,21 @@ def test_a_program_can_spoil_its_own_tests_only(language: str, source: str, outc
     judged = programs.judge(language, source, tests)
     assert judged is not None
     assert list(judged.passed) == outcome
+
+
+@pytest.mark.parametrize("isolation", ["none", "bubblewrap"])
+def test_programs_that_run_at_the_same_time_do_not_mix(isolation: Any) -> None:
+    """Also without isolation, where they share the machine's folders."""
+    if isolation == "bubblewrap" and ISOLATION == "none":
+        pytest.skip("needs bubblewrap")
+    programs = Programs(seconds=5, workers=4, isolation=isolation)
+
+    def judge(number: int) -> Judged | None:
+        tests = [{"stdin": f"{n}\n", "expected_stdout": f"{n + number}\n"} for n in range(4)]
+        return programs.judge("bash", f"read n; echo $((n + {number}))", tests)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(judge, range(12))) == [Judged(None, (True,) * 4)] * 12
 
 
 def test_assertions_are_judged_one_by_one() -> None:

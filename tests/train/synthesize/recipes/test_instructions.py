@@ -1,5 +1,6 @@
 """The recipe `instructions`: what does not follow is out, and functions do harm in the sandbox only."""
 
+import ast
 import json
 import random
 import shutil
@@ -165,20 +166,36 @@ def test_a_sandbox_that_always_says_the_same_ends_the_run(
     said: str, tmp_path: Path, queries: str, seeds: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recipe, "ask_function", lambda run, source, texts: said * len(texts))
+    monkeypatch.setattr(recipe, "_AUDITED", 1.0)
     generators = {"generator": (g := ScriptedGenerator(Instructor(0, mistakes=0.0))), "judge": g}
-    made = pipeline(queries=(queries,), seeds=(seeds,), augment=80, functions=4, isolation="none")
+    made = pipeline(queries=(queries,), seeds=(seeds,), augment=12, functions=4, isolation="none")
     with pytest.raises(InputError, match="functions in the sandbox cannot be trusted"):
         run(made, generators, tmp_path)
 
 
+@pytest.mark.parametrize(("built_in", "augment", "check"), [(24, 0, "scores"), (0, 12, "contradictions")])
 def test_a_judge_that_finds_everything_good_ends_the_run(
-    tmp_path: Path, queries: str, monkeypatch: pytest.MonkeyPatch
+    built_in: int, augment: int, check: str, tmp_path: Path, queries: str, seeds: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Instructor(0, mistakes=0.0, trusting=True)
     record_draws(model, monkeypatch)
-    made = pipeline(queries=(queries,), augment=0, built_in=96, queries_each=7, samples=1, isolation="none")
-    with pytest.raises(InputError, match="scores cannot be trusted: it passed"):
+    monkeypatch.setattr(recipe, "ask_function", pretend)
+    monkeypatch.setattr(recipe, "_AUDITED", 1.0)
+    made = pipeline(
+        queries=(queries,), seeds=(seeds,), augment=augment, built_in=built_in, queries_each=1, samples=1,
+        isolation="none",
+    )  # fmt: skip
+    with pytest.raises(InputError, match=f"{check} cannot be trusted: it passed"):
         run(made, {"generator": (g := ScriptedGenerator(model)), "judge": g}, tmp_path)
+
+
+def pretend(run: Any, source: str, texts: list[str]) -> str:
+    """What the right function, or a table of the test cases, says: without running it."""
+    if source.startswith("CASES = "):
+        table = ast.literal_eval(source.partition("\n")[0].removeprefix("CASES = "))
+        return "".join("1" if table[text] is ("is True" in source) else "0" for text in texts)
+    word = source.split("count('")[1].partition("'")[0]
+    return "".join("1" if text.count(word) >= 2 else "0" for text in texts)
 
 
 TEXT = ["a b", "abc", "x,y", ""] * 3
