@@ -143,6 +143,7 @@ def _generators(options: Options, names: Sequence[str]) -> dict[str, Any]:
         if key not in by_spec:
             by_spec[key] = opening.open_generator(
                 key[0],
+                load=_load,
                 model=key[1],
                 concurrency=options.concurrency,
                 give_up_after=options.give_up_after,
@@ -150,6 +151,14 @@ def _generators(options: Options, names: Sequence[str]) -> dict[str, Any]:
             )
         made[name] = by_spec[key]
     return made
+
+
+def _load(name: str, max_seqs: int) -> Any:
+    """Loads a checkpoint; see `train.synthesize.engine_generator.LoadEngine`."""
+    from qwen_jax.cli.model import Model, Running, Sampling
+
+    model = Model(name, Sampling(), Running(), need_tokenizer=True)
+    return model.continuous_engine(max_seqs), model.defaults
 
 
 def _price(text: str) -> tuple[float, float]:

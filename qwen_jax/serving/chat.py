@@ -186,11 +186,13 @@ class Chat:
         self._top = body.top_logprobs or 0
         self._prompt: list[int] = []
 
-    async def start(self) -> Run:
-        """Checks the request and starts it on the engine. Raises ApiError."""
+    async def start(self, incremental: bool = True) -> Run:
+        """Checks the request and starts it on the engine; see `Run`. Raises ApiError."""
         requests = await self._prepare()
         self._context.metrics.choices.observe(len(requests))
-        self.run = Run(self._context, requests, "messages", self.arrival)
+        # What follows a single call is not generated, so the text must be seen to grow.
+        incremental |= self._with_tools and self._body.parallel_tool_calls is False
+        self.run = Run(self._context, requests, "messages", self.arrival, incremental)
         return self.run
 
     async def _prepare(self) -> list[Request]:

@@ -86,11 +86,11 @@ class Completions:
         self._id, self._created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
         self._echo = bool(body.echo)
 
-    async def start(self) -> Run:
-        """Checks the request and starts it on the engine. Raises ApiError."""
+    async def start(self, incremental: bool = True) -> Run:
+        """Checks the request and starts it on the engine; see `Run`. Raises ApiError."""
         self._plan = await self._prepare()
         self._context.metrics.choices.observe(self._plan.n)
-        self.run = Run(self._context, self._plan.requests, "prompt", self.arrival)
+        self.run = Run(self._context, self._plan.requests, "prompt", self.arrival, incremental)
         return self.run
 
     async def _prepare(self) -> _Plan:

@@ -15,6 +15,36 @@ from qwen_jax.serving.errors import ApiError, from_validation
 from qwen_jax.serving.settings import ServerSettings, Service
 
 
+async def answer(context: Context, url: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The body of the answer to a request, as the server gives it.
+
+    Args:
+      context: of a language model; all of its requests come from one event loop.
+      url: the path, such as /v1/chat/completions.
+      body: of the request.
+
+    Raises:
+      ApiError: the request is wrong, or the model failed.
+      RuntimeError: the engine has stopped.
+    """
+    if body.get("stream"):
+        raise ApiError("A request without HTTP cannot be a stream.", param="stream")
+    kinds: dict[str, Any] = {
+        "/v1/completions": (protocol.CompletionRequest, Completions),
+        "/v1/chat/completions": (protocol.ChatRequest, Chat),
+    }
+    if url not in kinds:
+        raise ApiError(f"Expected the url {' or '.join(kinds)}, got {url!r}.", 404)
+    model, kind = kinds[url]
+    try:
+        job = kind(context, model.model_validate_json(json.dumps(body)))
+    except pydantic.ValidationError as error:
+        raise from_validation(error) from None
+    # Nobody sees the text grow, so the event loop need not wake for each token.
+    result: dict[str, Any] = await job.answer(await job.start(incremental=False))
+    return result
+
+
 class Direct:
     """Answers requests from any thread; an event loop of its own runs them together.
 
@@ -39,7 +69,7 @@ class Direct:
         Raises:
           ApiError: the request is wrong, or the model failed.
         """
-        return asyncio.run_coroutine_threadsafe(self._answer(url, body), self._loop).result()
+        return asyncio.run_coroutine_threadsafe(answer(self._context, url, body), self._loop).result()
 
     def close(self) -> None:
         """Ends the event loop."""
@@ -47,20 +77,3 @@ class Direct:
         self._thread.join()
         self._loop.close()
         self._context.close()
-
-    async def _answer(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
-        if body.get("stream"):
-            raise ApiError("A request in a file cannot be a stream.", param="stream")
-        kinds: dict[str, Any] = {
-            "/v1/completions": (protocol.CompletionRequest, Completions),
-            "/v1/chat/completions": (protocol.ChatRequest, Chat),
-        }
-        if url not in kinds:
-            raise ApiError(f"Expected the url {' or '.join(kinds)}, got {url!r}.", 404)
-        model, kind = kinds[url]
-        try:
-            job = kind(self._context, model.model_validate_json(json.dumps(body)))
-        except pydantic.ValidationError as error:
-            raise from_validation(error) from None
-        result: dict[str, Any] = await job.answer(await job.start())
-        return result

@@ -84,8 +84,12 @@ class EngineLike(Protocol):
     @property
     def adapters(self) -> Collection[str]: ...
 
-    def submit(self, request: Request) -> Stream:
+    def submit(self, request: Request, *, incremental: bool = True) -> Stream:
         """Queues a request and returns at once. Called on the event loop that iterates over the stream.
+
+        Args:
+          request: what is asked for.
+          incremental: whether steps come as tokens come; otherwise there may be one step, the last.
 
         Raises:
           InputError: the request can never run.

@@ -40,12 +40,16 @@ class Run:
       requests: one for each choice.
       param: the field of the HTTP request that the prompts came from, for errors.
       arrival: when the HTTP request came, in seconds of `time.monotonic`.
+      incremental: whether steps come as tokens come; otherwise each choice has one step, the last. Times to the first
+        token are those to the end then.
 
     Raises:
       ApiError: the engine refuses a request, or the server takes none now.
     """
 
-    def __init__(self, context: Context, requests: Sequence[Request], param: str, arrival: float) -> None:
+    def __init__(
+        self, context: Context, requests: Sequence[Request], param: str, arrival: float, incremental: bool = True
+    ) -> None:
         context.admit(len(requests))
         self._context, self._requests = context, requests
         self._start = arrival
@@ -54,7 +58,7 @@ class Run:
         self._unfinished = set(range(len(requests)))
         try:
             for request in requests:
-                self._streams.append(context.engine.submit(request))
+                self._streams.append(context.engine.submit(request, incremental=incremental))
         except InputError as error:
             self.close()
             raise ApiError(sentence(error), param=param) from None

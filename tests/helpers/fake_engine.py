@@ -197,7 +197,7 @@ class FakeEngine:
             return [*self.tokenizer.encode(reply), TURN_END, END_OF_TEXT]
         return reply
 
-    def submit(self, request: Request) -> FakeStream:
+    def submit(self, request: Request, *, incremental: bool = True) -> FakeStream:
         if self.dead:
             raise RuntimeError("the engine is dead")
         if len(request.prompt) + request.ending.max_new_tokens > self.max_length:

@@ -236,7 +236,8 @@ def test_few_rows_on_hopper_run_in_the_kernel_and_others_do_not() -> None:
         assert chosen((1, 4608, 3600, 3600, INT8, jnp.float16, "none")) == "plain"
         text = jax.jit(quantized.quantized_matmul).trace(*shapes_of(LOWERED[0])).lower(lowering_platforms=("cuda",))
         assert text.as_text().count("@mosaic_gpu_v2") == 1
-    assert chosen((1, 4608, 3584, 128, INT4, jnp.float16, "zero")) == "plain"
+    with as_if_on("CPU"):
+        assert chosen((1, 4608, 3584, 128, INT4, jnp.float16, "zero")) == "plain"
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,7 @@ def test_images_are_refused_in_words(http: TestClient) -> None:
 def test_what_the_engine_refuses_is_an_error_of_the_request() -> None:
     engine = FakeEngine()
 
-    def submit(request: Any) -> Any:
+    def submit(request: Any, **options: Any) -> Any:
         raise InputError("the cache has no room for this request")
 
     engine.submit = submit  # type: ignore[method-assign]
@@ -297,7 +297,7 @@ def test_of_several_choices_none_is_left_running_when_one_is_refused() -> None:
     engine = FakeEngine(delay=0.01)
     submit, count = engine.submit, 0
 
-    def third_fails(request: Any) -> Any:
+    def third_fails(request: Any, **options: Any) -> Any:
         nonlocal count
         count += 1
         if count == 3:
