@@ -1,6 +1,5 @@
 """The recipe `code`: what passes wrong tests or fails right ones is out, and what is right stays."""
 
-import concurrent.futures
 import json
 import random
 import shutil
@@ -19,10 +18,10 @@ from tests.helpers.scripted_model import ScriptedGenerator
 from train.data.examples import read_examples
 from train.data.prompts import read_prompts
 from train.rewards.code import CodeReward
-from train.sandbox import Outcome, Sandbox
+from train.sandbox import Sandbox
 from train.synthesize import code_tasks
 from train.synthesize.generator import Request
-from train.synthesize.programs import Judged, Programs, static_fault
+from train.synthesize.programs import Judged, Programs
 from train.synthesize.recipes import code as recipe
 from train.synthesize.recipes.code import pipeline
 from train.synthesize.run import RunOptions, run
@@ -187,129 +186,6 @@ def test_tests_that_changed_programs_pass_are_thrown_out(tmp_path: Path) -> None
     generators = {"generator": (g := ScriptedGenerator(answer)), "examiner": g}
     summary = run(pipeline(tasks=1, **settings), generators, tmp_path)
     assert summary["stages"][-1]["rejected"] == {"changed programs pass the tests": 1}
-
-
-def test_changed_programs_differ_in_one_place_that_is_no_comment() -> None:
-    rng = random.Random(int(print_seed().integers(1 << 30)))
-    source = "# version 1 + 2\nn = int(input()) + 3\nprint(max(n, 4))  # 5\n"
-    made = code_tasks.changed(source, rng, 9)
-    assert sorted(made) == sorted(
-        source.replace(old, new)
-        for old, new in ((" + 3", " - 3"), (" + 3", " + 4"), ("max(", "min("), ("n, 4", "n, 5"))
-    )
-
-
-def test_which_tests_are_trusted() -> None:
-    """The largest cluster decides; contradictions of equal weight decide nothing."""
-    a, b, none = [True, True, False], [False, False, True], [False] * 3
-    assert code_tasks.agreed_tests([a, a, b, none, none, none], 2) == [0, 1]
-    assert code_tasks.agreed_tests([a, a, b, b], 2) == [0, 1]
-    assert code_tasks.agreed_tests([a, b], 2) == "too few solutions agree"
-    assert code_tasks.agreed_tests([none, none], 1) == "no solution passes a test"
-    assert code_tasks.agreed_tests([[True, False], [False, True]], 1) == "the solutions contradict each other"
-
-
-@pytest.mark.draw(4)
-@pytest.mark.parametrize(
-    ("language", "source", "outcome"),
-    [
-        ("bash", 'read n; echo "$n"', [True, True, True]),
-        ("bash", 'read n; [ "$n" = 2 ] && sleep 9; echo "$n"', [True, False, True]),
-        ("bash", 'read n; [ "$n" = 2 ] && exit 1; echo "$n"', [True, False, True]),
-        ("bash", 'read n; echo "$n"; echo extra', [False, False, False]),
-        ("bash", "for i in 0 1 2; do echo 7 >in/$i; done; read n; echo $n", [False, False, False]),
-        ("bash", "rm -r in; read n; echo $n", [True, False, False]),
-        ("bash", "echo 0 2; echo 1; echo 0 2; echo 2; echo 0 2; echo 3", [False, False, False]),
-        ("bash", "((", [False, False, False]),
-        ("python", "print(input())", [True, True, True]),
-        ("python", "while True: print(1)", [False, False, False]),
-        ("python", "print(", [False, False, False]),
-    ],
-)
-def test_a_program_can_spoil_its_own_tests_only(language: str, source: str, outcome: list[bool]) -> None:
-    """One run for all tests says what a run for each says; forged frames are output, and so are other inputs."""
-    programs = Programs(seconds=0.7, isolation=ISOLATION)
-    tests = [{"stdin": f"{n}\n", "expected_stdout": f"{n}\n"} for n in (1, 2, 3)]
-    judged = programs.judge(language, source, tests)
-    assert judged is not None
-    assert list(judged.passed) == outcome
-
-
-@pytest.mark.parametrize("isolation", ["none", "bubblewrap"])
-def test_programs_that_run_at_the_same_time_do_not_mix(isolation: Any) -> None:
-    """Also without isolation, where they share the machine's folders."""
-    if isolation == "bubblewrap" and ISOLATION == "none":
-        pytest.skip("needs bubblewrap")
-    programs = Programs(seconds=5, workers=4, isolation=isolation)
-
-    def judge(number: int) -> Judged | None:
-        tests = [{"stdin": f"{n}\n", "expected_stdout": f"{n + number}\n"} for n in range(4)]
-        return programs.judge("bash", f"read n; echo $((n + {number}))", tests)
-
-    with concurrent.futures.ThreadPoolExecutor(4) as threads:
-        assert list(threads.map(judge, range(12))) == [Judged(None, (True,) * 4)] * 12
-
-
-def test_assertions_are_judged_one_by_one() -> None:
-    programs = Programs(seconds=2, isolation=ISOLATION)
-    tests = [{"code": f"assert twice({n}) == {2 * n}"} for n in range(4)]
-    for source, passed in (
-        ("def twice(x): return 2 * x", [True] * 4),
-        ("def twice(x): return 2 * x if x != 2 else 1 / 0", [True, True, False, True]),
-        ("class Any:\n    __eq__ = lambda *_: True\ndef twice(x): return Any()", [False] * 4),
-        ("import os\ndef twice(x): os._exit(0)", [False] * 4),
-        ("def twice(", [False] * 4),
-    ):
-        judged = programs.judge("python", source, tests)
-        assert judged is not None
-        assert list(judged.passed) == passed, source
-    assert judged.fault == "it does not compile"
-
-
-def test_a_machine_that_fails_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    programs = Programs(seconds=1, isolation="none")
-    tests = [{"stdin": "1\n", "expected_stdout": "1\n"}]
-    execute = programs.box._runner.execute
-
-    def fail(job: Any) -> Any:
-        return type(execute(job))(Outcome.ERROR, None, b"", b"", 0.0, None, "no process")
-
-    assert programs.judge("bash", "read n; echo $n", tests) is not None
-    monkeypatch.setattr(programs.box._runner, "execute", fail)
-    assert programs.judge("bash", "read n; echo $n", tests) is None
-    assert programs.measures()["outcomes"] == {"error": 1, "pass": 1}
-
-
-def test_static_checks() -> None:
-    assert static_fault("python", "import math, socket\n") == "a forbidden import"
-    assert static_fault("python", "from urllib.request import urlopen") == "a forbidden import"
-    assert static_fault("python", "import os\nos.system('ls')") == "a forbidden import"
-    assert static_fault("python", "signal = 1\nimport math\nprint('import socket')") is None
-    assert static_fault("javascript", "require('child_process')") == "a forbidden import"
-    assert static_fault("javascript", "console.log('the net')") is None
-    assert static_fault("c", "#include <sys/socket.h>\n") == "a forbidden import"
-    assert static_fault("python", "def g(x): pass", "f") == "not the asked function"
-    assert static_fault("python", "def f(x): pass", "f") is None
-    assert static_fault("python", " \n") == "an empty program"
-
-
-def test_what_a_test_may_be() -> None:
-    """One comparison of a call with a literal: nothing else in it could be run."""
-    texts = [
-        "assert f(1) == 2",
-        "assert f('a == b') == [1, 'x']",
-        "assert f(1) == f(1)",
-        "assert True",
-        "assert f(1) == 2; import os",
-        "assert f(__import__('os')) == 1",
-        "assert g(1) == 2",
-        3,
-    ]
-    assert code_tasks.read_tests(json.dumps(texts), "f") == [{"code": texts[0]}, {"code": texts[1]}]
-    assert code_tasks.read_tests("[1", "f") is None
-    assert code_tasks.read_tests('[{"input": "1", "output": 2}, {"input": "1", "output": "2"}]', None) == [
-        {"stdin": "1", "expected_stdout": "2"}
-    ]
 
 
 @pytest.mark.parametrize(

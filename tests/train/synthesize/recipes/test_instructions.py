@@ -14,18 +14,15 @@ import pytest
 from qwen_jax.errors import InputError
 from tests.helpers.conversations import chat_tokenizer
 from tests.helpers.runs import print_seed
-from tests.helpers.scripted_instructor import RIGHT, Instructor
+from tests.helpers.scripted_instructor import Instructor
 from tests.helpers.scripted_model import ScriptedGenerator
 from train.data.examples import read_examples
 from train.data.prompts import read_prompts
-from train.rewards.instruction_kinds import KINDS
-from train.rewards.instructions import InstructionReward, check_instruction
+from train.rewards.instructions import InstructionReward
 from train.rewards.loading import load_reward
-from train.rewards.verification import LIMITS, ROWS, ask_function
 from train.synthesize import verification
 from train.synthesize.generator import Request
-from train.synthesize.instruction_texts import TEXTS, Instruction, draw
-from train.synthesize.programs import Programs
+from train.synthesize.instruction_texts import Instruction, draw
 from train.synthesize.recipes import instructions as recipe
 from train.synthesize.recipes.instructions import pipeline
 from train.synthesize.run import run
@@ -198,39 +195,6 @@ def pretend(run: Any, source: str, texts: list[str]) -> str:
     return "".join("1" if text.count(word) >= 2 else "0" for text in texts)
 
 
-TEXT = ["a b", "abc", "x,y", ""] * 3
-
-
-@pytest.mark.draw(5)
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [
-        ("return ',' not in response", "1101" * 3),
-        ("return response.index('b') > 0", "11ee" * 3),
-        ("time.sleep(99)", "t" * 12),
-        ("return time.sleep(99 * (response == 'abc')) is None", "1t111t" + "t" * 6),
-        ("os._exit(0)", "k" * 12),
-        ("os.kill(os.getppid(), 9)", "k" * 12),
-        ("print('1' * 99); return False", "0" * 12),
-        ("[os.write(fd, b'1' * 60) for fd in range(3, 9) if is_pipe(fd)]; return False", "f" * 12),
-        ("return 1", "e" * 12),
-        ("sys.modules['re'] = None; n[0] += 1; return n[0] == 1", "1" * 12),
-        ("raise SystemExit", "e" * 12),
-        ("signal.pthread_kill(threading.main_thread().ident, 11)", "k" * 12),
-    ],
-)  # fmt: skip
-def test_a_function_can_spoil_its_own_answers_only(body: str, said: str) -> None:
-    """It loops, ends or kills its process, prints verdicts and writes to pipes: each text has an answer of its own."""
-    source = (
-        "import os, signal, sys, threading, time\nn = [0]\n"
-        "def is_pipe(fd):\n    try:\n        return os.fstat(fd).st_mode & 0o10000\n"
-        "    except OSError:\n        return 0\n"
-        f"def evaluate(response):\n    {body}\n"
-    )
-    programs = Programs(rows=ROWS, isolation=ISOLATION, limits=LIMITS)
-    assert ask_function(programs.run, source, TEXT) == said
-
-
 @pytest.mark.skipif(ISOLATION == "none", reason="an attack needs a sandbox")
 def test_functions_that_attack_are_contained_and_counted(tmp_path: Path, queries: str, seeds: str) -> None:
     """A fork bomb, a bomb of memory, a forged report, a network connection: none is kept, and the right ones stay."""
@@ -267,47 +231,6 @@ def test_functions_that_attack_are_contained_and_counted(tmp_path: Path, queries
             step["faults"] for step in row["provenance"]["steps"] if step["stage"] == "validate" and "faults" in step
         ]
         assert sum(faults[0].values()) >= 3
-
-
-def test_cross_validation_is_that_of_autoif() -> None:
-    """A case needs a function that gets it right, a function the given share of these, and answers for all."""
-    follows = [True, True, False, False, True]
-    found = verification.cross_validate(["11000", "11000", "00110", "1100t", "11100"], follows, 0.8)
-    # The last case has the word of no sound function; the first two functions have all others.
-    assert (found.cases, found.functions) == ([0, 1, 2, 3], [0, 1])
-    assert found.certain == [0, 1, 2, 3]
-    assert found.faults == {"takes too long": 1}
-    assert verification.cross_validate(["ee"], [True, False], 0.8).functions == []
-    assert verification.one_sided([True] * 4 + [False], 0.8)
-    assert not verification.one_sided([True] * 3 + [False] * 2, 0.8)
-
-
-def test_every_built_in_kind_has_a_right_and_a_wrong_answer() -> None:
-    rng = random.Random(int(print_seed().integers(1 << 30)))
-    assert set(KINDS) - set(TEXTS) == {"detectable_format:constrained_response"}
-    for kind in TEXTS:
-        for _ in range(20):
-            drawn = draw(kind, rng, "How do I bake bread?")
-            assert check_instruction(kind, drawn.arguments, drawn.right), drawn
-            assert not check_instruction(kind, drawn.arguments, drawn.wrong), drawn
-            assert check_instruction(kind, json.loads(json.dumps(drawn.arguments)), drawn.right)
-
-
-def test_the_reward_of_functions() -> None:
-    """The share of functions; no signal without functions; 0 for what is cut or empty."""
-    word = RIGHT.replace("{word}", "so").replace("{number}", "1")
-    longer = "def evaluate(response):\n    return len(response) > 10\n"
-    broken = "def evaluate(response):\n    return response.x\n"
-    texts = ["so so", "so so and so on", "no", "so so", "so so", " "]
-    functions = [[word, longer], json.dumps([word, longer]), [word], [], [word, broken], [word]]
-    reward: Any = load_reward("verification", isolation=ISOLATION, workers=2)
-    assert reward(texts, [True] * 6, functions=functions) == [0.5, 1.0, 0.0, None, 0.5, 0.0]
-    assert reward(texts, [False] * 6, functions=functions) == [0.0, 0.0, 0.0, None, 0.0, 0.0]
-    with pytest.raises(InputError, match="list of sources"):
-        reward(texts[:1], [True], functions=[3])
-    reward.close()
-    with pytest.raises(InputError, match="least must lie"):
-        load_reward("verification", isolation="none", least=2.0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,16 @@
+"""Functions and test cases that validate one another."""
+
+from train.synthesize import verification
+
+
+def test_cross_validation_is_that_of_autoif() -> None:
+    """A case needs a function that gets it right, a function the given share of these, and answers for all."""
+    follows = [True, True, False, False, True]
+    found = verification.cross_validate(["11000", "11000", "00110", "1100t", "11100"], follows, 0.8)
+    # The last case has the word of no sound function; the first two functions have all others.
+    assert (found.cases, found.functions) == ([0, 1, 2, 3], [0, 1])
+    assert found.certain == [0, 1, 2, 3]
+    assert found.faults == {"takes too long": 1}
+    assert verification.cross_validate(["ee"], [True, False], 0.8).functions == []
+    assert verification.one_sided([True] * 4 + [False], 0.8)
+    assert not verification.one_sided([True] * 3 + [False] * 2, 0.8)
