@@ -121,7 +121,7 @@ class Validated:
 
     Attributes:
       cases: places of the test cases that some function gets right.
-      functions: places of the functions that get enough of these right, and answer for all.
+      functions: places of the functions that are trusted.
       certain: places of the test cases that all of these functions get right.
       faults: by kind: functions that do not answer for all test cases.
     """
@@ -135,6 +135,9 @@ class Validated:
 def cross_validate(answers: Sequence[str], follows: Sequence[bool], accuracy: float) -> Validated:
     """AutoIF's cross-validation: a case stays if some function gets it right, a function if it gets enough of these.
 
+    Beyond AutoIF, a function must answer for all cases, and must get right what most of those that are left get right:
+    a function that is wrong in one rare way only would pass otherwise.
+
     Args:
       answers: of each function for all test cases, as of `ask_function`.
       follows: the right answers, as the authors of the test cases say.
@@ -145,6 +148,8 @@ def cross_validate(answers: Sequence[str], follows: Sequence[bool], accuracy: fl
     sound = [i for i, line in enumerate(answers) if not set(line) & set(FAULTS)]
     cases = [c for c, right in enumerate(expected) if any(answers[i][c] == right for i in sound)]
     functions = [i for i in sound if cases and share(answers[i], expected, cases) >= accuracy]
+    certain = [c for c in cases if sum(answers[i][c] == expected[c] for i in functions) > len(functions) / 2]
+    functions = [i for i in functions if all(answers[i][c] == expected[c] for c in certain)]
     certain = [c for c in cases if functions and all(answers[i][c] == expected[c] for i in functions)]
     return Validated(cases, functions, certain, dict(sorted(faults.items())))
 

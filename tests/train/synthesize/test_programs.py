@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from train.sandbox import Outcome
+from train.sandbox import Outcome, Test
 from train.synthesize.programs import Judged, Programs, static_fault
 
 ISOLATION: Any = "bubblewrap" if shutil.which("bwrap") else "none"
@@ -94,3 +94,23 @@ def test_static_checks() -> None:
     assert static_fault("python", "def g(x): pass", "f") == "not the asked function"
     assert static_fault("python", "def f(x): pass", "f") is None
     assert static_fault("python", " \n") == "an empty program"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "read n; echo $((n * n))",
+        'read n; [ "$n" -gt 1 ] && echo $((n * n))',
+        'read n; echo "$((n * n))  "; echo; exit $((n == 2))',
+        "read n; printf %s $((n + n))",
+        "read n; echo $((n * n)) >&2",
+        "if",
+    ],
+)
+def test_tests_in_one_run_have_the_verdicts_of_tests_in_runs_of_their_own(source: str) -> None:
+    programs = Programs(seconds=5, isolation=ISOLATION)
+    tests = [{"stdin": f"{n}\n", "expected_stdout": f"{n * n}\n"} for n in (0, 1, 2, 3)]
+    judged = programs.judge("bash", source, tests)
+    runs = programs.box.run_tests("bash", source, [Test(**test) for test in tests])
+    assert judged is not None
+    assert list(judged.passed) == [run.outcome is Outcome.PASS for run in runs]

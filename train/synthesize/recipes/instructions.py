@@ -251,21 +251,23 @@ class _Instructions:
             relation = await self._relation(context, item["instruction"], opposite)
             if not isinstance(relation, Rejected):
                 context.audit("contradictions", False, relation != "contradiction")
-        for number, function in enumerate(item["functions"][:_TRANSLATED]):
-            (answer,) = await context.ask(
-                verification.DESCRIBE.format(function=function), first=number, **self._sampling
-            )
-            if why := fault(answer, "en"):
-                return Rejected(why, answer.text)
-            described = verification.field_of(answer.text, "instruction")
-            if not isinstance(described, str) or not described.strip():
-                return Rejected("the instruction of a function cannot be read", answer.text)
-            relation = await self._relation(context, item["instruction"], described)
-            if isinstance(relation, Rejected):
-                return relation
-            if relation == "contradiction":
-                return Rejected("a function contradicts the instruction", described)
-        return item
+        functions = item["functions"][:_TRANSLATED]
+        found = await all_of([self._compare(context, item["instruction"], function) for function in functions])
+        if "contradiction" in found:
+            return Rejected("a function contradicts the instruction")
+        # One answer that cannot be read proves nothing; if none can, the functions are not known to fit.
+        unread = [one for one in found if isinstance(one, Rejected)]
+        return unread[0] if len(unread) == len(found) else item
+
+    async def _compare(self, context: Context, instruction: str, function: str) -> str | Rejected:
+        """How the instruction that a function seems to check relates to the one that it is for."""
+        (answer,) = await context.ask(verification.DESCRIBE.format(function=function), **self._sampling)
+        if why := fault(answer, "en"):
+            return Rejected(why, answer.text)
+        described = verification.field_of(answer.text, "instruction")
+        if not isinstance(described, str) or not described.strip():
+            return Rejected("the instruction of a function cannot be read", answer.text)
+        return await self._relation(context, instruction, described)
 
     async def _relation(self, context: Context, first: str, second: str) -> str | Rejected:
         text = verification.COMPARE.format(first=first, second=second)

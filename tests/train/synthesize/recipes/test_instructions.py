@@ -250,3 +250,27 @@ def test_functions_that_attack_are_contained_and_counted(tmp_path: Path, queries
 def test_bad_options_are_refused_before_anything_is_asked(settings: dict[str, Any], message: str, queries: str) -> None:
     with pytest.raises(InputError, match=message):
         pipeline(**{"queries": (queries,), **settings})
+
+
+def test_functions_that_check_something_else_are_found_by_translation(
+    tmp_path: Path, queries: str, seeds: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A contradiction rejects the instruction; a description that cannot be read does not, unless all are so."""
+    monkeypatch.setattr(recipe, "ask_function", pretend)
+    model = Instructor(1, mistakes=0.0)
+    for said, reason in (
+        (["{", '{"instruction": "Use it twice."}', "I can't."], None),
+        (["{", '{"instruction": "An answer that breaks it."}', "I can't."], "a function contradicts the instruction"),
+        (["{", "{", "{"], "the instruction of a function cannot be read"),
+    ):
+        left = list(said)
+
+        def answer(request: Request, left: list[str] = left) -> Any:
+            described = "Here is a Python function" in request.messages[-1]["content"]
+            return left.pop() if described else model(request)
+
+        made = pipeline(queries=(queries,), seeds=(seeds,), augment=0, queries_each=1, samples=1, isolation="none")
+        folder = tmp_path / str(reason)
+        summary = run(made, {"generator": (g := ScriptedGenerator(answer)), "judge": g}, folder)
+        (stage,) = (stage for stage in summary["stages"] if stage["name"] == "translate back")
+        assert stage["rejected"] == ({reason: 1} if reason else {})
