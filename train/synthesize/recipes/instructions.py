@@ -125,7 +125,7 @@ def pipeline(
             Stage("execute", recipe.execute),
             Stage("score", recipe.score),
         ],
-        [Output("sft", _sft), Output("pairs", _pairs), Output("grpo", _prompts)],
+        [Output("sft", _sft), Output("pairs", _pairs), Output("grpo", _prompts), Output("grpo_built_in", _built_in)],
         models=("generator", _JUDGE),
         seed=seed,
         # What is in the files decides the result, and not every query is in an item.
@@ -412,12 +412,12 @@ def _pairs(item: Item) -> Iterable[Mapping[str, Any]]:
 
 
 def _prompts(item: Item) -> Iterable[Mapping[str, Any]]:
-    """Columns of two rewards: `instructions` for built-in kinds, `verification` for functions."""
-    kinds = [item["kind"]] if item["from"] == "built-in" else []
-    arguments = [item["arguments"]] if item["from"] == "built-in" else []
-    yield {
-        "prompt": _prompt(item),
-        "instruction_id_list": kinds,
-        "kwargs": arguments,
-        "functions": item["functions"],
-    }
+    """For the reward `verification`."""
+    if item["from"] != "built-in":
+        yield {"prompt": _prompt(item), "functions": item["functions"]}
+
+
+def _built_in(item: Item) -> Iterable[Mapping[str, Any]]:
+    """For the reward `instructions`."""
+    if item["from"] == "built-in":
+        yield {"prompt": _prompt(item), "instruction_id_list": [item["kind"]], "kwargs": [item["arguments"]]}

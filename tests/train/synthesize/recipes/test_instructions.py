@@ -83,7 +83,8 @@ def test_what_does_not_follow_is_rejected_and_what_follows_is_kept(
     began = time.monotonic()
     summary = run(made, {"generator": (g := ScriptedGenerator(model)), "judge": g}, tmp_path)
     seconds = time.monotonic() - began
-    sft, pairs, prompts = (rows_of(tmp_path / f"{name}.jsonl") for name in ("sft", "pairs", "grpo"))
+    names = "sft", "pairs", "grpo", "grpo_built_in"
+    sft, pairs, prompts, built_in = (rows_of(tmp_path / f"{name}.jsonl") for name in names)
     # Precision: of responses, of pairs, and of functions.
     for row in sft:
         question, response = (message["content"] for message in row["messages"])
@@ -94,8 +95,9 @@ def test_what_does_not_follow_is_rejected_and_what_follows_is_kept(
         assert model.follows(question, row["chosen"][0]["content"])
         assert not model.follows(question, row["rejected"][0]["content"])
     for row in prompts:
+        assert row["functions"]
         assert all(">= 2" in function for function in row["functions"])
-        assert bool(row["functions"]) != bool(row["instruction_id_list"])
+    assert len(prompts) + len(built_in) == len(sft)
     # Recall.
     for row in lost(tmp_path, "score"):
         data = row["data"]
@@ -109,22 +111,22 @@ def test_what_does_not_follow_is_rejected_and_what_follows_is_kept(
     print(f"{len(sft)} examples, {len(sft) / seconds:.0f}/s, {summary['measures']}")
     assert "built-in kinds" in summary["audits"]
     # Each prompt's provenance has its own request only.
-    for row in prompts:
+    for row in (*prompts, *built_in):
         asked = [s for s in row["provenance"]["steps"] if s["stage"] == "respond" and "messages" in s]
         assert [s["messages"] for s in asked] == [row["prompt"]]
     # Training reads the files, and the rewards agree with the pairs.
     assert len(list(read_examples([tmp_path / "sft.jsonl"]))) == len(sft)
     assert len(list(read_examples([tmp_path / "pairs.jsonl"]))) == len(pairs)
-    assert len(read_prompts([str(tmp_path / "grpo.jsonl")], chat_tokenizer(), 10_000).prompts) == len(prompts)
-    of = {row["prompt"][0]["content"]: row for row in prompts}
-    for functions in (False, True):
-        some = [row for row in pairs if bool(of[row["prompt"][0]["content"]]["functions"]) is functions][:3]
+    for name, rows in (("grpo", prompts), ("grpo_built_in", built_in)):
+        if not rows:
+            continue
+        assert len(read_prompts([str(tmp_path / f"{name}.jsonl")], chat_tokenizer(), 10_000).prompts) == len(rows)
+        of = {row["prompt"][0]["content"]: row for row in rows}
+        some = [row for row in pairs if row["prompt"][0]["content"] in of][:3]
         texts = [row[side][0]["content"] for row in some for side in ("chosen", "rejected")]
-        columns = {
-            name: [of[row["prompt"][0]["content"]][name] for row in some for _ in range(2)]
-            for name in ("instruction_id_list", "kwargs", "functions")
-        }
-        reward: Any = load_reward("verification", isolation=ISOLATION) if functions else InstructionReward()
+        twice = [of[row["prompt"][0]["content"]] for row in some for _ in range(2)]
+        columns = {key: [row[key] for row in twice] for key in rows[0] if key not in ("prompt", "provenance")}
+        reward: Any = load_reward("verification", isolation=ISOLATION) if name == "grpo" else InstructionReward()
         assert reward(texts, [True] * len(texts), **columns) == [1.0, 0.0] * len(some)
 
 
@@ -139,7 +141,7 @@ def test_nonsense_becomes_nothing(tmp_path: Path, queries: str) -> None:
     generators = {"generator": (g := ScriptedGenerator(babble)), "judge": g}
     summary = run(pipeline(queries=(queries,), augment=300, isolation=ISOLATION), generators, tmp_path)
     assert summary["finished"]
-    assert [output["rows"] for output in summary["outputs"]] == [0, 0, 0]
+    assert [output["rows"] for output in summary["outputs"]] == [0, 0, 0, 0]
 
 
 def test_built_in_kinds_take_at_least_two_hundred_prompts_a_second(
@@ -155,7 +157,7 @@ def test_built_in_kinds_take_at_least_two_hundred_prompts_a_second(
     print(f"{rate:.0f} prompts/s")
     assert rate > 200
     assert summary["measures"] == {"programs": 0}
-    assert summary["outputs"][2]["rows"] > 300
+    assert summary["outputs"][3]["rows"] > 300
 
 
 @pytest.mark.parametrize("said", ["1", "0"])
