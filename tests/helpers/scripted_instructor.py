@@ -47,7 +47,7 @@ class Instructor:
         self._draw, self._number = int(key[:8], 16) / 2**32, int(key[8:16], 16)
         text = str(request.messages[-1]["content"])
         if "JSON array of texts" in text:
-            words = [f"w{(self._number >> 2 * i) % 997}" for i in range(4)]
+            words = [f"w{(self._number >> 2 * i) % 997}" for i in range(2)]
             return self._damaged() or json.dumps([f"Use the word {word} at least twice in it." for word in words])
         if "Write a Python function" in text:
             return self._damaged() or self._function(text)

@@ -65,7 +65,7 @@ def test_all_that_is_wrong_is_rejected_and_all_that_is_right_is_kept(case: int, 
     pages.write_text(
         "".join(json.dumps({"text": f"Question {i}: how do I {i}? " + "word " * 20}) + "\n" for i in range(2))
     )
-    made = pipeline(pages=(str(pages),), tasks=4, seed=seed, functions=0.7, **SMALL)
+    made = pipeline(pages=(str(pages),), tasks=3, seed=seed, functions=0.7, **SMALL)
     began = time.monotonic()
     summary = run(made, {"generator": (g := ScriptedGenerator(coder)), "examiner": g}, tmp_path)
     seconds = time.monotonic() - began
