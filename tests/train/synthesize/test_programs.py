@@ -114,3 +114,33 @@ def test_tests_in_one_run_have_the_verdicts_of_tests_in_runs_of_their_own(source
     runs = programs.box.run_tests("bash", source, [Test(**test) for test in tests])
     assert judged is not None
     assert list(judged.passed) == [run.outcome is Outcome.PASS for run in runs]
+
+
+@pytest.mark.draw(1)
+@pytest.mark.parametrize(
+    ("language", "source"),
+    [
+        ("javascript", "const n = +require('fs').readFileSync(0, 'utf8');\nconsole.log(n + 1);\n"),
+        ("c", '#include <stdio.h>\nint main() { int n; scanf("%d", &n); printf("%d\\n", n + 1); }\n'),
+        ("cpp", "#include <iostream>\nint main() { int n; std::cin >> n; std::cout << n + 1; }\n"),
+        (
+            "java",
+            "class Main { public static void main(String[] a) {\n"
+            "System.out.println(new java.util.Scanner(System.in).nextInt() + 1); } }\n",
+        ),
+        ("perl", "my $n = <STDIN>;\nprint $n + 1;\n"),
+        ("php", "<?php $n = (int) trim(fgets(STDIN));\necho $n + 1;\n"),
+        ("r", 'n <- as.integer(readLines(file("stdin")))\ncat(n + 1)\n'),
+    ],
+)
+def test_every_language_takes_many_tests_in_one_run(language: str, source: str) -> None:
+    programs = Programs(seconds=10, isolation=ISOLATION)
+    if programs.box.version(language) is None:
+        pytest.skip(f"{language} is not installed")
+    tests = [{"stdin": f"{n}\n", "expected_stdout": str(n + 1 + (n == 3))} for n in range(5)]
+    judged = programs.judge(language, source, tests)
+    assert judged == Judged(None, (True, True, True, False, True))
+    assert static_fault(language, source) is None
+    broken = programs.judge(language, source.replace("n", "((", 1), tests)
+    assert broken is not None
+    assert not any(broken.passed)
