@@ -17,13 +17,13 @@ import jax
 import numpy as np
 
 from convert.folder import new_folder
-from convert.names import Leaf, leaves
+from convert.names import EMBED, LM_HEAD, Leaf, leaves, score_head
 from convert.safetensors import DTYPES, SINGLE, Entry, Writer, read_header, read_rows
 from convert.source import Source, Span, to_host
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json, to_json
-from qwen_jax.lora import TARGETS, AdapterFactors, LoRA
+from qwen_jax.lora import TARGETS, WHOLE, AdapterFactors, LoRA, check_whole
 from qwen_jax.params import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -37,6 +37,7 @@ _FIXED: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({}, None)),
     **dict.fromkeys(("layer_replication", "target_parameters", "trainable_token_indices"), (None, [], {})),
     "alora_invocation_tokens": (None, []),
+    **dict.fromkeys(("velora_config", "kasa_config", "monteclora_config", "arrow_config"), (None,)),
 }
 # Initialisations that change the base weights too, so that the adapter does not fit the original ones.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -48,12 +49,14 @@ class Adapter:
 
     Attributes:
       folder: where it is stored.
-      lora: its settings.
+      config: the architecture of the model with it: that of the base, with a score head if the adapter has one.
+      lora: its settings. `whole` lists only the parts that training can train whole.
       matrices: A and B in their files, by the Hugging Face name of the weight.
       whole: tensors that replace those of the model, by name.
     """
 
     folder: Path
+    config: ModelConfig
     lora: LoRA
     matrices: Mapping[str, tuple[Entry, Entry]]
     whole: Mapping[str, Entry]
@@ -64,7 +67,7 @@ def read_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
 
     Args:
       folder: with adapter_config.json and adapter_model.safetensors.
-      config: of the base model.
+      config: of the base model. A language model becomes a reward model if the adapter has a score head.
 
     Raises:
       InputError: no such folder, a damaged file, another kind of adapter than plain LoRA, or modules or shapes that the
@@ -85,8 +88,13 @@ def read_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
     # Sort the tensors into matrices and whole modules.
     found: dict[str, dict[str, Entry]] = {}
     whole: dict[str, Entry] = {}
+    tensors = dict(read_header(folder / WEIGHTS))
+    if config.score is None:
+        config = dataclasses.replace(config, score=score_head([key.removeprefix(_PREFIX) for key in tensors]))
     adapted, everything = _adapted(config), {name: leaf for leaf in leaves(config) for name in leaf.names}
-    for key, entry in read_header(folder / WEIGHTS).items():
+    if config.tie_word_embeddings and config.score is None:
+        _check_tied(where, settings, tensors)
+    for key, entry in tensors.items():
         name = key.removeprefix(_PREFIX)
         match = _MATRIX.fullmatch(name)
         weight = f"{match[1]}.weight" if match else name
@@ -98,7 +106,8 @@ def read_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
                     if ".experts." in name
                     else f"Only {', '.join(TARGETS)} projections, and whole modules, can be adapted."
                 )
-                + " Check that the adapter belongs to this base model."
+                + " Check that the adapter belongs to this base model; if it does, merge it with PEFT "
+                "(merge_and_unload) and use the merged model."
             )
         if entry.code not in DTYPES:
             raise InputError(f"{where}: {key} has dtype {entry.code}; expected one of {', '.join(DTYPES)}.")
@@ -124,9 +133,9 @@ def read_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
         float(settings["lora_alpha"]),
         tuple(name for name in TARGETS if any(adapted[weight].path[-2] == name for weight in found)),
         bool(settings.get("use_rslora")),
-        tuple(dict.fromkeys(everything[name].path[0] for name in whole)),
+        tuple(dict.fromkeys(everything[name].path[0] for name in whole if not everything[name].layers)),
     )
-    return Adapter(folder, lora, {weight: (pair["A"], pair["B"]) for weight, pair in found.items()}, whole)
+    return Adapter(folder, config, lora, {weight: (pair["A"], pair["B"]) for weight, pair in found.items()}, whole)
 
 
 def _adapted(config: ModelConfig) -> dict[str, Leaf]:
@@ -163,6 +172,25 @@ def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
         raise InputError(f"{file} has lora_alpha={alpha!r}; expected a positive number.")
 
 
+def _check_tied(where: str, settings: Mapping[str, Any], tensors: dict[str, Entry]) -> None:
+    """Refuses an adapter that unties the head from the embedding, and drops the head of one that keeps them equal.
+
+    PEFT copies a module that it trains whole: if the embedding is one, the head stays what it was, unless
+    `ensure_weight_tying` gives it the copy too. Both are then in the file.
+    """
+    embed, head = f"{_PREFIX}{EMBED}", f"{_PREFIX}{LM_HEAD}"
+    if embed not in tensors and head not in tensors:
+        return
+    if not (settings.get("ensure_weight_tying") and embed in tensors):
+        only = "head" if embed not in tensors else "embedding"
+        raise InputError(
+            f"{where} replaces the {only} (modules_to_save) of a model whose head is its embedding "
+            "(tie_word_embeddings), which gives them different weights. Expected the same for both: train the adapter "
+            "with ensure_weight_tying=True in PEFT's LoraConfig."
+        )
+    tensors.pop(head, None)
+
+
 def _check_shape(where: str, what: str, entry: Entry, shape: tuple[int, ...]) -> None:
     if entry.shape != shape:
         raise InputError(
@@ -176,7 +204,8 @@ def _check_complete(
 ) -> None:
     """Refuses an adapter that lacks a module that its settings name."""
     targets = settings.get("target_modules")
-    if not isinstance(targets, list) or settings.get("layers_to_transform") or settings.get("exclude_modules"):
+    some_layers = settings.get("layers_to_transform") not in (None, [])
+    if not isinstance(targets, list) or some_layers or settings.get("exclude_modules"):
         return
     for weight in adapted:
         module = weight.removesuffix(".weight")
@@ -197,7 +226,7 @@ class MergedSource:
     """A checkpoint with an adapter merged into its weights, as a `Source`.
 
     `read` gives the sum W + scale B A in float32, which the reader rounds to the dtype that it wants: by default
-    that of W.
+    that of W, and for a new score head that of the embedding.
     """
 
     def __init__(self, source: Source, adapter: Adapter) -> None:
@@ -206,18 +235,26 @@ class MergedSource:
           source: the base model.
           adapter: of `read_adapter`, for the config of the source.
         """
-        self.config, self.workers, self.folder = source.config, source.workers, source.folder
+        self.config, self.workers, self.folder = adapter.config, source.workers, source.folder
         self._source, self._adapter = source, adapter
         self._changed = adapter.matrices.keys() | adapter.whole.keys()
+        self._new_head = source.config.score is None and adapter.config.score is not None
 
     def dtype(self, leaf: Leaf) -> np.dtype:
-        return self._source.dtype(leaf)
+        return self._source.dtype(leaves(self.config)[0] if self._is_new(leaf) else leaf)
+
+    def _is_new(self, leaf: Leaf) -> bool:
+        """Whether the source lacks a leaf."""
+        return self._new_head and leaf.path[0] == "score"
 
     def spans(self, leaf: Leaf, tensors: slice, rows: slice) -> list[Span] | None:
         return None if self._changed & set(leaf.names[tensors]) else self._source.spans(leaf, tensors, rows)
 
     def read(self, leaf: Leaf, tensors: slice, rows: slice) -> np.ndarray:
-        data = self._source.read(leaf, tensors, rows)
+        if self._is_new(leaf):
+            data = np.empty((len(leaf.names[tensors]), rows.stop - rows.start, *leaf.shape[1:]), np.float32)
+        else:
+            data = self._source.read(leaf, tensors, rows)
         if not self._changed & set(leaf.names[tensors]):
             return data
         data, per_row = data.astype(np.float32), leaf.hf_shape[0] // leaf.shape[0]
@@ -231,18 +268,22 @@ class MergedSource:
         return data
 
 
-def adapter_params(adapter: Adapter, config: ModelConfig) -> Params:
+def adapter_params(adapter: Adapter) -> Params:
     """What an adapter trains, as float32 NumPy arrays in the tree of trained parameters (stacked layers).
 
     Args:
       adapter: of `read_adapter`.
-      config: of the model.
 
     Raises:
-      InputError: it adapts a projection in some layers only.
+      InputError: it adapts a projection in some layers only, or replaces a module of a layer.
     """
     params: Params = {}
-    for leaf in leaves(config):
+    for leaf in leaves(adapter.config):
+        if leaf.layers and (replaced := [name for name in leaf.names if name in adapter.whole]):
+            raise InputError(
+                f"{adapter.folder} replaces {replaced[0]} as a whole (modules_to_save). Such an adapter can be merged, "
+                f"but not trained further: of modules, only {', '.join(WHOLE)} can be trained whole."
+            )
         if any(name in adapter.whole for name in leaf.names):
             _put(params, leaf.path, _read(adapter.whole[leaf.names[0]]).reshape(leaf.shape))
         if not any(name in adapter.matrices for name in leaf.names):
@@ -357,8 +398,11 @@ def write_adapter(
       base: the folder or Hub id of the base model, which PEFT loads it with.
 
     Raises:
-      InputError: the destination exists, the disk is too small, or parameters are missing.
+      InputError: the destination exists, the disk is too small, parameters are missing, or the model lacks a part that
+        is trained whole.
     """
+    check_whole(lora, config)
+    tied = config.tie_word_embeddings and config.score is None
     tensors: dict[str, np.ndarray] = {}
     modules: list[str] = []
     for leaf in leaves(config):
@@ -370,6 +414,8 @@ def write_adapter(
             if leaf.path[-1] not in value:
                 raise InputError(f"The parameters lack {'.'.join(leaf.path)}, which LoRA's `whole` names.")
             tensors[_PREFIX + leaf.names[0]] = to_host(value[leaf.path[-1]]).reshape(leaf.hf_shape)
+            if leaf.path[0] == "embed" and tied:  # PEFT wants the head too.
+                tensors[_PREFIX + LM_HEAD] = tensors[_PREFIX + leaf.names[0]]
         if leaf.path[-1] != "weight" or "lora_a" not in value:
             continue
         out, inputs = leaf.hf_shape
@@ -394,6 +440,7 @@ def write_adapter(
         "lora_dropout": lora.dropout,
         "target_modules": sorted(set(modules)),
         "modules_to_save": [saved.get(name, name) for name in lora.whole] or None,
+        "ensure_weight_tying": tied and "embed" in lora.whole,
         "use_rslora": lora.rank_stabilised,
         "use_dora": False,
         "bias": "none",

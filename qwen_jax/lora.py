@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -76,6 +77,23 @@ class LoRA:
     def scale(self) -> float:
         """The factor on the update."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+
+def check_whole(lora: LoRA, model: ModelConfig) -> None:
+    """Checks that a model has the parts that are to be trained whole.
+
+    Args:
+      lora: the settings.
+      model: the architecture.
+
+    Raises:
+      InputError: `lora.whole` names a head that the model does not have.
+    """
+    if "score" in lora.whole and model.score is None:
+        raise InputError("whole of LoRA names score, which only a reward model has; this model has none. Leave it out.")
+    if "lm_head" in lora.whole and not model.has_lm_head:
+        why = "its head is its embedding; name embed" if model.score is None else "it has a score head; leave it out"
+        raise InputError(f"whole of LoRA names lm_head, which this model does not have: {why}.")
 
 
 def with_dropout(params: dict[str, Any], lora: LoRA, step: jax.Array, part: jax.Array | int = 0) -> dict[str, Any]:

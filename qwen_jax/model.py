@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -192,6 +193,18 @@ class Block(nnx.Module):
             return LayerOutput(x_BTD + out, cache, routing, skipped)
 
 
+def _run_block(
+    kind: "nnx.GraphDef[Block]",
+    params: nnx.State,
+    x_BTD: jax.Array,
+    rope: Rope,
+    masks: tuple[kernels.Mask, ...],
+    cache: LayerCache,
+    sparse: SparseChunk | None,
+) -> LayerOutput:
+    return nnx.merge(kind, params)(x_BTD, rope, masks, cache, sparse=sparse)
+
+
 class Qwen2(nnx.Module):
     """The decoder. Make one with `bind`; it holds parameters and no state."""
 
@@ -287,11 +300,18 @@ class Qwen2(nnx.Module):
         if not isinstance(self.layers, nnx.List):
             raise ValueError("A cache needs unstacked layers: bind with Options(stacked=False).")
         outputs: list[LayerOutput] = []
+        # Layers of one kind are traced and lowered once: a function that is jitted here is called by each of them, and
+        # the compiler inlines the calls. An engine has dozens of such programs, and this is most of their start.
+        kinds: list[tuple[Any, Any]] = []
         for i, (block, layer) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            with jax.named_scope(f"layer{i}"):
-                chunk = None if sparse is None else sparse.layer(i)
-                outputs.append(block(x_BTD, rope, masks, layer, sparse=chunk))
-                x_BTD = outputs[-1].x_BTD
+            chunk = None if sparse is None else sparse.layer(i)
+            kind, params = nnx.split(block)
+            run = next((known for other, known in kinds if other == kind), None)
+            if run is None:
+                run = jax.jit(functools.partial(_run_block, kind))
+                kinds.append((kind, run))
+            outputs.append(run(params, x_BTD, rope, masks, layer, chunk))
+            x_BTD = outputs[-1].x_BTD
         found = [output.skipped for output in outputs if output.skipped is not None]
         skipped = jax.tree.map(lambda *x: jnp.stack(x), *found) if found else None
         return x_BTD, cache.with_layers([output.cache for output in outputs]), skipped

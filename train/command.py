@@ -15,14 +15,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, what_to_set: str) -> None
       parser: of the command.
       what_to_set: help of --set.
     """
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PATH=VALUE",
-        help=what_to_set,
-    )
+    add_list(parser, "--set", "PATH=VALUE", what_to_set, default=[])
     parser.add_argument(
         "--print-config", action="store_true", help="print the resulting configuration as JSON, and stop"
     )
@@ -44,6 +37,59 @@ def add_run_arguments(parser: argparse.ArgumentParser, what_to_set: str) -> None
         metavar="SECONDS",
         help="a process that was silent for this long counts as dead, and all others end (%(default)s)",
     )
+
+
+def add_list(
+    parser: argparse.ArgumentParser, name: str, metavar: str, shown: str, default: list[str] | None = None
+) -> None:
+    """Adds an option with one value or several. Where it is given again, its values are added to the earlier ones.
+
+    Args:
+      parser: of the command.
+      name: such as "--data".
+      metavar: of a value.
+      shown: the help.
+      default: without the option.
+    """
+    parser.add_argument(name, nargs="+", action="extend", default=default, metavar=metavar, help=shown)
+
+
+def add_tuning_arguments(parser: argparse.ArgumentParser, examples: str, config: str) -> None:
+    """Adds the options that every command has that tunes a model, beside its own data.
+
+    Args:
+      parser: of the command.
+      examples: what is evaluated on, such as "prompts".
+      config: the class that a function of --config returns.
+    """
+    parser.add_argument("--model", metavar="DIR", help="checkpoint to begin with, or a Hub id; with its tokenizer")
+    parser.add_argument("--output", metavar="DIR", help="folder of the run")
+    add_list(parser, "--held-out", "FILE", f"{examples} to evaluate on")
+    parser.add_argument(
+        "--lora", action="store_true", help="train an adapter, which is written in PEFT's format; see step.lora"
+    )
+    parser.add_argument("--config", metavar="FILE.py[:FUNCTION]", help=f"a function that returns a {config}, instead")
+
+
+def check_given(options: argparse.Namespace, required: Sequence[str], optional: Sequence[str] = ()) -> None:
+    """Checks that a run is described by plain arguments or by --config, but not by both.
+
+    Args:
+      options: of `add_tuning_arguments` and the command's own.
+      required: options that a run without --config must have, such as "data".
+      optional: others of which a configuration file has the values.
+
+    Raises:
+      InputError: --config with some of them, or neither it nor all that are required.
+    """
+    given = [name for name in (*required, *optional) if getattr(options, name)]
+    if options.config is not None and given:
+        shown = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise InputError(f"--config has the whole run. Leave out {shown}, or use --set.")
+    missing = [f"--{name}" for name in required if name not in given]
+    if options.config is None and missing:
+        *first, last = (f"--{name}" for name in required)
+        raise InputError(f"{' and '.join(missing)} is missing. Give {', '.join(first)} and {last}, or --config.")
 
 
 def join_if_asked(options: argparse.Namespace) -> None:

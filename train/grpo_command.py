@@ -5,10 +5,17 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from qwen_jax.lora import LoRA
-from train.command import add_run_arguments, join_if_asked, named, steps_to_trace
+from train.command import (
+    add_list,
+    add_run_arguments,
+    add_tuning_arguments,
+    check_given,
+    join_if_asked,
+    named,
+    steps_to_trace,
+)
 from train.fields import as_json, set_fields
 from train.grpo_config import GrpoRunConfig, RewardUse, load
 from train.grpo_run import train_grpo
@@ -41,30 +48,13 @@ def main(argv: Sequence[str], formats: Formats) -> int:
     parser = argparse.ArgumentParser(
         "qwen-jax train grpo", description=_ABOUT, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", metavar="DIR", help="checkpoint to begin with, or a Hub id; with its tokenizer")
-    parser.add_argument(
-        "--prompts",
-        nargs="+",
-        metavar="FILE",
-        help="JSONL, Parquet or a datasets folder: prompt, and columns of rewards",
-    )
-    parser.add_argument(
-        "--reward",
-        nargs="+",
-        metavar="NAME",
-        help="math, code, instructions, verification, json_schema, format, length, reward_model, or FILE.py:function",
-    )
-    parser.add_argument("--output", metavar="DIR", help="folder of the run")
-    parser.add_argument("--held-out", nargs="+", metavar="FILE", help="prompts to evaluate on")
+    add_list(parser, "--prompts", "FILE", "JSONL, Parquet or a datasets folder: prompt, and columns of rewards")
+    rewards = "math, code, instructions, verification, json_schema, format, length, reward_model, or FILE.py:function"
+    add_list(parser, "--reward", "NAME", rewards)
+    add_tuning_arguments(parser, "prompts", "GrpoRunConfig")
     parser.add_argument("--order", metavar="FILE", help="order prompts by the variance of these scores, highest first")
     parser.add_argument(
         "--write-scores", metavar="FILE", help="do not train: score a group of answers to each prompt, for --order"
-    )
-    parser.add_argument(
-        "--lora", action="store_true", help="train an adapter, which is written in PEFT's format; see step.lora"
-    )
-    parser.add_argument(
-        "--config", metavar="FILE.py[:FUNCTION]", help="a function that returns a GrpoRunConfig, instead"
     )
     add_run_arguments(parser, _SET)
     options = parser.parse_args(list(argv))
@@ -89,18 +79,9 @@ def configuration(options: argparse.Namespace) -> GrpoRunConfig:
     Raises:
       InputError: arguments that are missing or contradict each other, or a value that does not fit.
     """
-    names = "model", "prompts", "reward", "output", "held_out", "order", "lora"
-    given = [name for name in names if getattr(options, name)]
+    check_given(options, ("model", "prompts", "reward", "output"), ("held_out", "order", "lora"))
     if options.config is not None:
-        if given:
-            shown = ", ".join("--" + name.replace("_", "-") for name in given)
-            raise InputError(f"--config has the whole run. Leave out {shown}, or use --set.")
         return load(options.config, options.set)
-    missing = [f"--{name}" for name in ("model", "prompts", "reward", "output") if name not in given]
-    if missing:
-        raise InputError(
-            f"{' and '.join(missing)} is missing. Give --model, --prompts, --reward and --output, or --config."
-        )
     config = GrpoRunConfig(
         output=options.output,
         model=options.model,

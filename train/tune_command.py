@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from qwen_jax.lora import LoRA
-from train.command import add_run_arguments, join_if_asked, named, steps_to_trace
+from train.command import (
+    add_list,
+    add_run_arguments,
+    add_tuning_arguments,
+    check_given,
+    join_if_asked,
+    named,
+    steps_to_trace,
+)
 from train.dpo import DpoConfig
 from train.fields import as_json, set_fields
 from train.loop import LoopConfig
@@ -54,16 +62,8 @@ def main(method: Method, argv: Sequence[str], formats: Formats) -> int:
         description=f"{_ABOUT[method]}\n{_AFTER}",
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("--model", metavar="DIR", help="checkpoint to begin with, or a Hub id; with its tokenizer")
-    parser.add_argument(
-        "--data", nargs="+", metavar="FILE", help=f"JSONL, Parquet or a datasets folder: {_COLUMNS[kind]}"
-    )
-    parser.add_argument("--output", metavar="DIR", help="folder of the run")
-    parser.add_argument("--held-out", nargs="+", metavar="FILE", help="examples to evaluate on")
-    parser.add_argument(
-        "--lora", action="store_true", help="train an adapter, which is written in PEFT's format; see step.lora"
-    )
-    parser.add_argument("--config", metavar="FILE.py[:FUNCTION]", help="a function that returns a TuneConfig, instead")
+    add_list(parser, "--data", "FILE", f"JSONL, Parquet or a datasets folder: {_COLUMNS[kind]}")
+    add_tuning_arguments(parser, "examples", "TuneConfig")
     add_run_arguments(parser, _SET.format(_FIELD[method]))
     options = parser.parse_args(list(argv))
     config = configuration(method, options)
@@ -87,17 +87,10 @@ def configuration(method: Method, options: argparse.Namespace) -> TuneConfig:
     Raises:
       InputError: arguments that are missing or contradict each other, or a value that does not fit.
     """
-    given = [name for name in ("model", "data", "output", "held_out", "lora") if getattr(options, name)]
+    check_given(options, ("model", "data", "output"), ("held_out", "lora"))
     if options.config is not None:
-        if given:
-            raise InputError(
-                f"--config has the whole run. Leave out {', '.join('--' + n for n in given)}, or use --set."
-            )
         config = load(options.config, options.set)
     else:
-        missing = [f"--{name}" for name in ("model", "data", "output") if name not in given]
-        if missing:
-            raise InputError(f"{' and '.join(missing)} is missing. Give --model, --data and --output, or --config.")
         config = TuneConfig(
             output=options.output,
             model=options.model,

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
-from qwen_jax.lora import LoRA
+from qwen_jax.lora import LoRA, check_whole
 from qwen_jax.parallel.multihost import in_step
 from qwen_jax.params import Params, init_params, with_fresh_score_head
 from qwen_jax.tokenizer import Tokenizer
@@ -103,12 +103,17 @@ class TunedModel:
           tokenizer: of the checkpoint.
           origin: its local folder.
           new_head: whether the score head of `model` is a new one, which the checkpoint does not have.
+
+        Raises:
+          InputError: quantised weights without LoRA, or LoRA with a whole part that the model lacks.
         """
         if model.quantization is not None and config.step.lora is None:
             raise InputError(
                 f"{config.model} has quantised weights, which are not trained. Train an adapter beside them (--lora), "
                 "or convert the model first: qwen-jax convert --to hf --dtype bfloat16."
             )
+        if config.step.lora is not None:
+            check_whole(config.step.lora, model)
         self._config, self._formats, self._origin, self._new_head = config, formats, origin, new_head
         self.model, self.tokenizer = model, tokenizer
         self._frozen_on: tuple[Mesh, Params] | None = None

@@ -8,14 +8,12 @@ pretrain`.
 """
 
 import argparse
-import os
-import signal
-import threading
 from pathlib import Path
 
 import jax
 
 from convert.huggingface import export
+from experiments.command import save_after
 from experiments.learning.small import config
 from qwen_jax.parallel.sharding import make_mesh
 from train.config import RunConfig, set_fields
@@ -58,9 +56,7 @@ def main() -> None:
         run = configuration(args, seed)
         save_initial(run)
         # `pretrain` answers SIGTERM by saving; the same command goes on from there.
-        timer = threading.Timer(args.limit, os.kill, (os.getpid(), signal.SIGTERM))
-        timer.daemon = True
-        timer.start()
+        timer = save_after(args.limit)
         try:
             stopped = pretrain(run)
         finally:

@@ -77,7 +77,7 @@ ROWS = {
     "72b-v5p-4x4x8": Row(_run("qwen2.5-72b", 1024, {"data": 2, "fsdp": 64}, accumulation=2), "v5p:4x4x8"),
     "57b-a14b-v5p-4x4x8": Row(_run("qwen2-57b-a14b", 256, {"fsdp": 16, "expert": 8}), "v5p:4x4x8"),
     "57b-a14b-262144-v5p-4x4x8": Row(
-        _run("qwen2-57b-a14b", 16, {"fsdp": 16, "context": 8}, length=262_144, rope_theta=1e7), "v5p:4x4x8"
+        _run("qwen2-57b-a14b", 16, {"fsdp": 16, "context": 4, "tensor": 2}, length=262_144, rope_theta=1e7), "v5p:4x4x8"
     ),
     "91b-a5b-256-experts-v5p-4x4x8": Row(_run("fine-91b-a4.9b", 256, {"fsdp": 16, "expert": 8}), "v5p:4x4x8"),
     "72b-v5p-8x8x8": Row(_run("qwen2.5-72b", 1024, {"data": 8, "fsdp": 64}), "v5p:8x8x8"),
@@ -105,11 +105,13 @@ def unexpected_gathers(plan: Mapping[str, Any], model: ModelConfig) -> list[str]
     }
     if model.moe is not None:
         expert = model.moe.num_experts // mesh.get("expert", 1) * D * model.moe.intermediate_size
-        sizes |= {expert, 2 * expert, D * model.moe.shared_intermediate_size, D * model.moe.num_experts}
+        sizes |= {expert, 2 * expert, D * model.moe.shared_intermediate_size}
         # One number for each row that is sent to an expert, or that there is room for, on all devices.
         chosen = rows * o["length"] * model.moe.num_experts_per_tok * mesh.get("expert", 1) * mesh.get("tensor", 1)
         sizes |= {chosen, math.ceil(ROOM * chosen)}
     allowed = {size // mesh.get("tensor", 1) for size in sizes}
+    if model.moe is not None:
+        allowed.add(D * model.moe.num_experts)  # The router is not split over a tensor axis.
     found = {shape: math.prod(map(int, re.findall(r"\d+", shape.partition("[")[2]))) for shape in plan["gathers"]}
     small = max(D, model.intermediate_size)  # A norm or a bias.
     return [s for s, size in found.items() if not s.startswith("s32") and size > small and size not in allowed]

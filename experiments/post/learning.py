@@ -25,9 +25,6 @@ has a line for each reading. What has been done is not done again; a run that a 
 import argparse
 import dataclasses
 import json
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +33,7 @@ import jax
 import numpy as np
 
 import convert
+from experiments.command import add_setup_arguments, chosen, save_after
 from experiments.learning.data import find_text
 from experiments.post.results import Results, table
 from experiments.post.tasks import (
@@ -439,33 +437,21 @@ def run(setup: Setup, seeds: Sequence[int], variants: Sequence[str], folder: Pat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("post-run"))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: only the text is made")
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, help="optimizers of DPO; by default all, of the toy two"
     )
     parser.add_argument("--text", nargs="+", help="folders to take the text from instead")
-    parser.add_argument("--toy", action="store_true", help="tiny sizes, for a CPU")
-    parser.add_argument("--limit", type=float, help="seconds after which the run in progress saves and ends")
-    parser.add_argument("--table", action="store_true", help="run nothing; print what has been read as Markdown")
-    sizes = {f.name: f for f in dataclasses.fields(Setup)}
-    for name, field in sizes.items():
-        kind = str if name == "dtype" else type(field.default)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"by default {field.default}")
+    add_setup_arguments(parser, "post-run", Setup)
     args = parser.parse_args()
     if not args.table:
-        given = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
-        setup = dataclasses.replace(TOY if args.toy else Setup(), **given)
         if args.limit:
-            # Training answers SIGTERM by saving.
-            timer = threading.Timer(args.limit, os.kill, (os.getpid(), signal.SIGTERM))
-            timer.daemon = True
-            timer.start()
+            save_after(args.limit)
         if args.toy:
             # Compilation takes most of the time.
             jax.config.update("jax_disable_most_optimizations", True)
         variants = args.variants or (["adamw", "released"] if args.toy else list(VARIANTS))
-        run(setup, args.seeds, variants, args.folder, args.text)
+        run(chosen(args, TOY if args.toy else Setup()), args.seeds, variants, args.folder, args.text)
     print(table(Results(args.folder / RESULTS).records))
 
 

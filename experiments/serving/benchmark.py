@@ -98,7 +98,8 @@ def attempt(case: str, argv: list[str], seconds: float, cache: str) -> list[Reco
         return [*lines, {"what": case, "error": f"not finished after {seconds:.0f} s"}]
     lines = _lines(done.stdout)
     if done.returncode:
-        tail = "\n".join(done.stderr.splitlines()[-8:])[-2000:]
+        # The cause of a failure in the thread of an engine stands far above the last lines.
+        tail = "\n".join(done.stderr.splitlines()[-120:])[-12000:]
         lines.append({"what": case, "error": f"status {done.returncode}: {tail}"})
     lines.append({"what": "process", "seconds": round(time.perf_counter() - begin, 1)})
     return lines

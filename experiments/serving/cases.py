@@ -62,8 +62,19 @@ class Case:
         began = time.perf_counter()
         engine = make_engine(self.config, **{**common, **settings})
         made, programs = time.perf_counter() - began, engine.call(lambda: len(engine._runner.programs()))
-        compiled = engine.start() if self.args.warm == "start" else 0.0
-        say(weights_s=made, compile_s=compiled, programs=programs, cache_pages=engine.stats().pages)
+        each: dict[str, float] = {}
+        compiled = (
+            engine.start(lambda name, seconds, *_: each.update({name: seconds})) if self.args.warm == "start" else 0.0
+        )
+        slowest = dict(sorted(each.items(), key=lambda of: -of[1])[:5])
+        say(
+            weights_s=made,
+            compile_s=compiled,
+            compile_sum_s=sum(each.values()),
+            slowest=slowest,
+            programs=programs,
+            cache_pages=engine.stats().pages,
+        )
         return engine
 
     def warm(self, engine: ContinuousEngine, requests: list[Request], **how: Any) -> None:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
 from qwen_jax.attention import quantized_cache
-from qwen_jax.attention.cache import PagesLayer, write_pages
+from qwen_jax.attention.paged_cache import PagesLayer, write_pages
 from qwen_jax.parallel.sharding import Sharding
 
 

@@ -37,6 +37,11 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "data build": ("data", "build", "turn documents into packed rows of tokens"),
     "data show": ("data", "Show", "print examples for fine-tuning, with what of them is trained in colour"),
     "data synthesize": ("synthesize", "synthesize", "make data for post-training: generate, verify, filter, pair"),
+    "data review": (
+        "data",
+        "Review",
+        "label preference pairs on a local page, show the agreement, export the result",
+    ),
     "data rollouts": ("data", "Rollouts", "show what a GRPO run has sampled, or write a page to browse it"),
     "train pretrain": ("train", "pretrain", "pre-train a model in stages, or resume such a run"),
     "train sft": ("train", "sft", "fine-tune a model on conversations"),

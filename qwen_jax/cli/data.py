@@ -1,5 +1,7 @@
-"""`qwen-jax data`: documents to packed rows (build), what is trained of examples (show), samples of GRPO (rollouts)."""
+"""`qwen-jax data`: documents to packed rows (build), what is trained of examples (show), pairs that people label
+(review), samples of GRPO (rollouts)."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -10,6 +12,8 @@ import tyro
 
 from qwen_jax.cli.common import ModelOption, model_name, parse, sibling
 from qwen_jax.errors import InputError
+
+FileOption = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 
 
 def build(argv: Sequence[str]) -> int:
@@ -140,4 +144,68 @@ class Rollouts:
                     f"episode {episode.number + 1}: reward {metrics['reward/mean']:.3f} ± {metrics['reward/std']:.3f}, "
                     f"{metrics['response/tokens']:.0f} tokens a response, {metrics['response/unfinished']:.0%} cut"
                 )
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Review:
+    """Label preference pairs on a local page: which answer is better, by six criteria and overall, with keys alone.
+
+    The file is JSON lines, JSON, Parquet or Arrow, with the columns of preference pairs (prompt, chosen and rejected,
+    or chosen and rejected), or prompt and responses, a list of answers that are shown in pairs. Answers stand left and
+    right at random. Several people may label at once, each in a browser. Only this machine can open the page.
+
+    Args:
+        file: The pairs.
+        labels: File to which labels are added; by default FILE.labels.jsonl.
+        labeller: Name of the only one who labels; by default the page asks.
+        seed: Of the order in which answers are shown.
+        port: On 127.0.0.1; 0 takes a free one.
+        report: Print how far the labellers agree, instead of serving the page.
+        export: Write the pairs that more than half of the labels decide, as prompt, chosen and rejected, to this file.
+        min_labels: Leave pairs with fewer labels out of the export.
+        json: Print a JSON object.
+    """
+
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    labels: FileOption = None
+    labeller: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    seed: int = 0
+    port: int = 0
+    report: bool = False
+    export: FileOption = None
+    min_labels: int = 1
+    json: bool = False
+
+    def run(self) -> int:
+        review = sibling("train.synthesize.review")
+        path = self.labels or review.default_labels(self.file)
+        if self.report and self.export:
+            raise InputError("--report and --export do different things. Give one of them.")
+        if (self.report or self.export) and not path.exists():
+            raise InputError(f"{path} does not exist, so there are no labels. Label pairs first, or give --labels.")
+        pairs = sibling("train.synthesize.review_pairs").read_pairs(self.file)
+        labelled = review.Review(pairs.pairs, review.open_labels(path, pairs), self.seed)
+        if self.report:
+            kappa = sibling("train.synthesize.kappa")
+            found = kappa.report(labelled.pairs, labelled.labels.newest())
+            print(json.dumps(found) if self.json else kappa.to_text(found))
+            return 0
+        if self.export:
+            written = review.export(labelled, self.export, self.min_labels)
+            print(json.dumps(dataclasses.asdict(written)) if self.json else f"{written.text()} in {self.export}")
+            return 0
+        labelled.labels.check_writable()
+        server = sibling("train.synthesize.review_server").ReviewServer(
+            labelled, self.file.name, self.labeller, self.port
+        )
+        with server:
+            if self.json:
+                print(json.dumps({"url": server.url, "pairs": len(pairs.pairs), "labels": str(path)}), flush=True)
+            else:
+                left_out = pairs.left_out()
+                print(f"{len(pairs.pairs):,} pairs{f', {left_out}' if left_out else ''}. Labels are kept in {path}.")
+                print(f"Open {server.url} (Ctrl-C ends)", flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                server.serve_forever()
         return 0

@@ -41,7 +41,8 @@ class Generate:
         model: The same, as an option.
         prompt: A text; may be given several times.
         prompt_file: A file of prompts; may be given several times; "-" is standard input.
-        prompt_per: One prompt on each line of a prompt file, or the whole file as one prompt.
+        prompt_per: One prompt on each line of a prompt file, or the whole file as one prompt, without its last line
+            end.
         prompt_ids: Token ids such as 1,2,3; may be given several times.
         logprobs: Also give each token's log-probability.
         json: Print JSON, one object a line.

@@ -1,8 +1,9 @@
 """Pages of the key-value cache on the host: reference counts, and the prefix cache of pages that nobody uses.
 
-The device holds keys and values in pages of `page_size` slots (`attention.cache.PagedCache`). Which page holds what is
-known here alone. A full page is named by a key: the hash of its parent's key and of its own tokens, so that a key
-stands for all tokens from the start of the text up to the end of the page. Texts with a common prefix share its pages.
+The device holds keys and values in pages of `page_size` slots (`attention.paged_cache.PagedCache`). Which page holds
+what is known here alone. A full page is named by a key: the hash of its parent's key and of its own tokens, so that a
+key stands for all tokens from the start of the text up to the end of the page. Texts with a common prefix share its
+pages.
 """
 
 import hashlib

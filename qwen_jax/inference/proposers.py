@@ -16,7 +16,8 @@ from qwen_jax.errors import InputError
 from qwen_jax.inference.active import Active
 from qwen_jax.inference.buckets import Buckets, RunnerConfig
 from qwen_jax.inference.draft import NgramIndex
-from qwen_jax.inference.runner import PrefillInput, Report, RowInput, Runner, SampleRow
+from qwen_jax.inference.runner import PrefillInput, RowInput, Runner, SampleRow
+from qwen_jax.inference.runner_compilation import Report
 from qwen_jax.options import Options
 from qwen_jax.params import Params
 

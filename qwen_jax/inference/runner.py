@@ -4,12 +4,8 @@ It does what it is told, step by step: which pages a sequence has, and when it r
 call returns before the device is done; only `Sampled.read` waits.
 """
 
-import concurrent.futures
 import dataclasses
-import logging
-import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -24,7 +20,8 @@ from qwen_jax.errors import InputError
 from qwen_jax.inference.buckets import Buckets, RunnerConfig, smallest
 from qwen_jax.inference.prompts import check_generates
 from qwen_jax.inference.row_sampling import FIELDS, MASKED, RULES, SLOT, SampleRow, Variant, pack, variant_of, with_mask
-from qwen_jax.inference.runner_lowering import Program, abstract_state, all_programs, caller, prepare
+from qwen_jax.inference.runner_compilation import Programs, Report
+from qwen_jax.inference.runner_lowering import Program, abstract_state
 from qwen_jax.inference.runner_programs import CLEARED, MAX_SEGMENTS, Pages, State, StaticArgs
 from qwen_jax.inference.runner_types import Masks, PrefillInput, PromptLogprobs, RowInput, Sampled, SampledMany
 from qwen_jax.inference.slots import Slots, no_room, set_table
@@ -46,11 +43,7 @@ __all__ = [
     "SampledMany",
 ]
 
-Report = Callable[[str, float, int, int], None]
-"""Called after each program that was compiled, with its name, the seconds it took, its number and that of all."""
-
 _WITHOUT_RULES = "This runner has no rules: make it with RunnerConfig(rules=True)."
-_log = logging.getLogger(__name__)
 
 
 class Runner:
@@ -99,7 +92,7 @@ class Runner:
         self.buckets = settings.buckets or Buckets.of(settings, fewest_rows)
         self.slots = Slots(settings.max_seqs, -(-self.buckets.slots[-1] // settings.page_size), settings.page_size)
         self.static = StaticArgs(config, Sharding.for_inference(config, mesh), options, vocab_limit, settings)
-        self._compiled: dict[Program, Callable[..., Any]] = {}
+        self._programs = Programs(self.static, self.buckets, mesh)
         self._everywhere = NamedSharding(mesh, P())
         self._pages, self._state = self._make_state()
 
@@ -123,7 +116,7 @@ class Runner:
 
     def programs(self) -> list[str]:
         """The names of all programs."""
-        return [program.name for program in all_programs(self.settings, self.buckets)]
+        return self._programs.names
 
     def compile(self, report: Report | None = None) -> None:
         """Compiles all programs; nothing is compiled afterwards.
@@ -131,42 +124,10 @@ class Runner:
         Args:
           report: called in this thread after each program.
         """
-        missing = [p for p in all_programs(self.settings, self.buckets) if p not in self._compiled]
-
-        def finish(
-            program: Program, jitted: Callable[..., Any], lowered: jax.stages.Lowered, seconds: float
-        ) -> tuple[Any, float]:
-            begun = time.perf_counter()
-            compiled = caller(jitted, lowered.compile(), self.mesh, self.params)
-            return compiled, seconds + time.perf_counter() - begun
-
-        waiting: dict[concurrent.futures.Future[tuple[Any, float]], Program] = {}
-        finished: list[Program] = []
-
-        def collect(done: Iterable[concurrent.futures.Future[tuple[Any, float]]]) -> None:
-            for future in done:
-                program, (compiled, seconds) = waiting.pop(future), future.result()
-                self._compiled[program] = compiled
-                finished.append(program)
-                _log.info("compiled %s, %d of %d, %.1f s", program.name, len(finished), len(missing), seconds)
-                if report is not None:
-                    report(program.name, seconds, len(finished), len(missing))
-
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            for program in missing:
-                # Tracing is Python, so it is done in this thread; compiling is not.
-                begun = time.perf_counter()
-                parts = prepare(program, self.static, self.mesh, self.params)
-                waiting[pool.submit(finish, program, *parts, time.perf_counter() - begun)] = program
-                collect([future for future in waiting if future.done()])
-            collect(concurrent.futures.as_completed(list(waiting)))
+        self._programs.compile(self.params, report)
 
     def _run(self, program: Program, *args: Any) -> Any:
-        compiled = self._compiled.get(program)
-        if compiled is None:
-            jitted, lowered = prepare(program, self.static, self.mesh, self.params)
-            compiled = self._compiled[program] = caller(jitted, lowered.compile(), self.mesh, self.params)
-        return compiled(*args)
+        return self._programs.get(program, self.params)(*args)
 
     def _place(self, x: np.ndarray) -> jax.Array:
         return jax.device_put(x, self._everywhere)

@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
 from qwen_jax.attention import quantized_cache
-from qwen_jax.attention.cache import PagedCache
 from qwen_jax.attention.packed_cache import PackedCache
+from qwen_jax.attention.paged_cache import PagedCache
 from qwen_jax.attention.quantized_cache import Buffer
 from qwen_jax.config import ModelConfig
 from qwen_jax.inference import row_sampling

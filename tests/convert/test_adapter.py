@@ -111,7 +111,7 @@ def test_logits_are_pytorchs_merged_and_unmerged(base: tuple[Path, Any], tmp_pat
     jax.tree.map(np.testing.assert_array_equal, again, params)
     # Unmerged, as in training.
     adapter = read_adapter(tmp_path / "adapter", config)
-    both = union(adapter_params(adapter, config), convert.load_params(folder, config, mesh, "float32"))
+    both = union(adapter_params(adapter), convert.load_params(folder, config, mesh, "float32"))
     options = Options(lora=adapter.lora)
     specs = param_specs(config, Sharding.for_inference(config, mesh), options)
     both = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), both, specs)
@@ -128,7 +128,7 @@ def test_what_is_written_is_what_was_read(base: tuple[Path, Any], tmp_path: Path
     config = convert.open_source(folder).config
     adapter = read_adapter(tmp_path / "adapter", config)
     assert adapter.lora == LoRA(RANK, float(ALPHA), whole=("norm",))
-    write_adapter(tmp_path / "again", adapter_params(adapter, config), config, adapter.lora, "someone/base")
+    write_adapter(tmp_path / "again", adapter_params(adapter), config, adapter.lora, "someone/base")
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert again.keys() == {**tensors, **extra}.keys()
     assert all(torch.equal(again[name], x) for name, x in {**tensors, **extra}.items())

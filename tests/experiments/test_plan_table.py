@@ -30,6 +30,10 @@ def test_a_matrix_of_one_layer_and_the_head_are_expected_and_all_layers_together
     assert unexpected_gathers(_plan("bf16[9472,3584]", "bf16[76032,3584]", fsdp=4, tensor=2), model) == []
     # Keys of the rows of one device: 16 rows in 2 parts over 4.
     assert unexpected_gathers(_plan("bf16[2,4096,4,128]", fsdp=4, context=2), model) == []
+    # The router of a layer, which a tensor axis does not split, and a quarter of its experts' matrices.
+    experts = published("qwen2-57b-a14b")
+    assert unexpected_gathers(_plan("bf16[1,64,3584]", "bf16[64,2,640,3584]", fsdp=8, tensor=4), experts) == []
+    assert unexpected_gathers(_plan("bf16[28,64,3584]", fsdp=8, tensor=4), experts) == ["bf16[28,64,3584]"]
     # All layers; the head over the tensor axis too; logits of a row.
     wrong = ["bf16[28,18944,3584]", "bf16[152064,3584]", "f32[4096,152064]"]
     assert unexpected_gathers(_plan(*wrong, fsdp=4, tensor=2), model) == wrong

@@ -14,24 +14,23 @@ from qwen_jax.config import MoE
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import packed_mask
 from qwen_jax.parallel.sharding import Sharding, make_mesh
-from qwen_jax.params import bind, init_params, param_specs
+from qwen_jax.params import bind
 from qwen_jax.published import published
+from tests.helpers.objectives import QUICK, STEP, Found, agree, assert_experts_are_balanced, gradient, on_mesh
 from tests.helpers.pairs import TokenPair, pack_pairs, random_pairs
 from train.data.batch import place
 from train.data.pairs import PairBatch
 from train.dpo import Dpo, DpoConfig, check_pairs, make_reference_pass
 from train.losses import next_token_targets
 from train.moe import MoETraining
-from train.step import StepConfig, batch_gradient
 
 MODEL = dataclasses.replace(
     published("tiny"), vocab_size=64, hidden_size=32, intermediate_size=64, head_dim=8, num_layers=2
 )
 MOE = dataclasses.replace(MODEL, num_layers=1, moe=MoE(4, 2, 16, 32))
 CONFIG = DpoConfig(beta=0.3, label_smoothing=0.1, nll_weight=0.2, max_segments=8, loss_chunk=16)
-STEP = StepConfig("float32", "none")
+DPO = Dpo(MODEL, CONFIG)
 SEED = int(np.random.SeedSequence().entropy) % 2**32  # type: ignore[arg-type]
-QUICK = {"xla_backend_optimization_level": "0"}
 # Compiling takes most of the time: all layouts but one have the same shape.
 ROWS, LENGTH = 4, 128
 
@@ -47,57 +46,8 @@ def one_per_row(length: int = LENGTH, padding: str = "right") -> PairBatch:
 
 
 @functools.cache
-def weights(model: Any = MODEL) -> Any:
-    """Initial weights with noise, so that biases and norms matter."""
-    mesh, rng = make_mesh({}), np.random.default_rng(0)
-    with jax.set_mesh(mesh):
-        params = jax.device_get(init_params(model, jax.random.key(0), mesh))
-    return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
-
-
-def on_mesh(model: Any, mesh: Any) -> Any:
-    specs = param_specs(model, Sharding.for_training(model, mesh))
-    return jax.tree.map(lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec)), weights(model), specs)
-
-
-@functools.cache
-def compiled(objective: Dpo, axes: tuple[tuple[str, int], ...], accumulation: int) -> Any:
-    mesh = make_mesh(dict(axes))
-    sharding = Sharding.for_training(objective.model, mesh)
-    step = dataclasses.replace(STEP, accumulation=accumulation)
-
-    def compute(params: Any, batch: PairBatch) -> Any:
-        found = batch_gradient(objective, step, sharding, params, batch)
-        return found.means, found.gradient, objective.metrics(found.statistics, found.denominator)
-
-    return jax.jit(compute, compiler_options=QUICK)
-
-
-DPO = Dpo(MODEL, CONFIG)
-
-
-def gradient(
-    batch: PairBatch, axes: dict[str, int] | None = None, accumulation: int = 1, objective: Dpo = DPO
-) -> tuple[float, Any, dict[str, Any]]:
-    """Loss, gradient and metrics, of which one more is the loss without the balance of experts."""
-    axes = axes or {}
-    mesh = make_mesh(axes)
-    with jax.set_mesh(mesh):
-        compute = compiled(objective, tuple(axes.items()), accumulation)
-        means, found, metrics = jax.device_get(compute(on_mesh(objective.model, mesh), place(batch, mesh)))
-    return float(means.loss), found, {**metrics, "reported": means.reported}
-
-
-@functools.cache
-def expected() -> tuple[float, Any, dict[str, Any]]:
-    return gradient(one_per_row())
-
-
-def agree(got: tuple[float, Any, dict[str, Any]], want: tuple[float, Any, dict[str, Any]]) -> None:
-    """float32 sums in another order."""
-    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5), got[1], want[1])
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got[2], want[2])
+def expected() -> Found:
+    return gradient(DPO, one_per_row())
 
 
 @functools.cache
@@ -168,7 +118,7 @@ def test_at_the_reference_the_loss_is_ln_2_and_the_gradient_raises_chosen_over_r
     given = one_per_row().reference_BT
     np.testing.assert_array_equal(filled.reference_BT != 0, given != 0)
     np.testing.assert_allclose(filled.reference_BT[given != 0].reshape(-1, 2), log_probs, rtol=1e-5, atol=1e-4)
-    loss, found, metrics = gradient(filled, objective=objective)
+    loss, found, metrics = gradient(objective, filled)
     # Log-probabilities of about 50 have an error of 4e-6 in float32.
     np.testing.assert_allclose(loss, math.log(2), atol=1e-5)
     np.testing.assert_allclose(metrics["rewards/margins"], 0.0, atol=1e-5)
@@ -190,7 +140,7 @@ def test_loss_and_gradient_do_not_depend_on_the_layout(layout: str) -> None:
         "micro-batches": lambda: pack_pairs([[a, b], [], [c], [d]], LENGTH),
     }[layout]()
     check_pairs(batch, CONFIG.max_segments)
-    agree(gradient(batch, accumulation=2 if layout == "micro-batches" else 1), expected())
+    agree(gradient(DPO, batch, accumulation=2 if layout == "micro-batches" else 1), expected())
 
 
 MESHES = [{"data": 2}, {"fsdp": 2, "tensor": 2}, {"context": 2}, {"fsdp": 2, "context": 2}]
@@ -200,7 +150,7 @@ MESHES = [{"data": 2}, {"fsdp": 2, "tensor": 2}, {"context": 2}, {"fsdp": 2, "co
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_loss_and_gradient_do_not_depend_on_the_mesh(axes: dict[str, int]) -> None:
     a, b, c, d = pairs()
-    agree(gradient(pack_pairs([[a, b], [], [c], [d]], LENGTH), axes), expected())
+    agree(gradient(DPO, pack_pairs([[a, b], [], [c], [d]], LENGTH), axes), expected())
 
 
 def test_the_reference_pass_does_not_depend_on_the_mesh() -> None:
@@ -216,23 +166,16 @@ def test_the_reference_pass_does_not_depend_on_the_mesh() -> None:
 
 
 def test_experts_are_balanced_as_in_pre_training() -> None:
-    """The balance loss is of the whole batch: no split and no mesh changes it, and it is part of the loss."""
     moe = MoETraining(balance_loss=0.05, router_z_loss=1e-3)
-    objective = Dpo(MOE, dataclasses.replace(CONFIG, moe=moe))
     a, b, c, d = pairs()
     batch = pack_pairs([[a, b], [], [c], [d]], LENGTH)
-    want = gradient(batch, objective=objective)
-    loss, _, metrics = want
-    assert metrics["balance_loss"] > 0
-    added = 0.05 * metrics["balance_loss"] + 1e-3 * metrics["router_z_loss"]
-    np.testing.assert_allclose(loss - metrics["reported"], added, rtol=1e-3)
-    agree(gradient(batch, {"expert": 2}, 2, objective), want)
+    assert_experts_are_balanced(Dpo(MOE, dataclasses.replace(CONFIG, moe=moe)), batch)
 
 
 @pytest.mark.parametrize("changes", [{"loss": "ipo", "length_normalised": True}, {"length_normalised": True}], ids=str)
 def test_length_normalised_losses_are_the_formulas(changes: dict[str, Any]) -> None:
     config = DpoConfig(beta=0.3, max_segments=8, loss_chunk=16, **changes)
-    loss, _, metrics = gradient(one_per_row(), objective=Dpo(MODEL, config))
+    loss, _, metrics = gradient(Dpo(MODEL, config), one_per_row())
     found, _ = plain()
     lengths = np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs()])
     ratios = (found - reference()) / lengths
@@ -258,7 +201,7 @@ def test_rows_that_are_not_pairs_are_refused() -> None:
         check_pairs(dataclasses.replace(batch, batch=dataclasses.replace(batch.batch, loss_weights=trained)), 8)
     # And in a step the loss is NaN, which skips it: nothing is left out in silence.
     short = TokenPair(*(np.array([1]),) * 3)
-    loss, _, _ = gradient(pack_pairs([[short] * 5, [], [], []], LENGTH))
+    loss, _, _ = gradient(DPO, pack_pairs([[short] * 5, [], [], []], LENGTH))
     assert math.isnan(loss)
     assert "max_segments" in DPO.explain({"loss": loss})
     assert not DPO.explain({"loss": 1.0})

@@ -12,8 +12,9 @@ import pytest
 from qwen_jax.config import MoE
 from qwen_jax.kernels import packed_mask
 from qwen_jax.parallel.sharding import Sharding, make_mesh
-from qwen_jax.params import bind, init_params, param_specs, without
+from qwen_jax.params import bind, without
 from qwen_jax.published import published
+from tests.helpers.objectives import QUICK, STEP, Found, agree, assert_experts_are_balanced, gradient, on_mesh
 from tests.helpers.random_rollouts import random_rollouts
 from tests.train.test_lora import WIDE, base_of, draw, merged
 from train.data.batch import place
@@ -22,7 +23,7 @@ from train.grpo import Grpo, make_log_prob_pass
 from train.losses import next_token_targets
 from train.moe import MoETraining
 from train.policy import GrpoConfig
-from train.step import StepConfig, batch_gradient
+from train.step import batch_gradient
 
 MODEL = dataclasses.replace(
     published("tiny"), vocab_size=64, hidden_size=32, intermediate_size=64, head_dim=8, num_layers=1
@@ -35,27 +36,9 @@ CONFIG = GrpoConfig(
     loss_chunk=16,
 )  # fmt: skip
 GRPO = Grpo(MODEL, CONFIG)
-STEP = StepConfig("float32", "none")
 SEED = int(np.random.SeedSequence().entropy) % 2**32  # type: ignore[arg-type]
-QUICK = {"xla_backend_optimization_level": "0"}
 # Compiling takes most of the time: all layouts but one have the same shape.
 ROWS, LENGTH, COUNT = 8, 48, 8
-
-
-@functools.cache
-def weights(model: Any = MODEL) -> Any:
-    """Initial weights with noise, so that biases and norms matter."""
-    mesh, rng = make_mesh({}), np.random.default_rng(0)
-    with jax.set_mesh(mesh):
-        params = jax.device_get(init_params(model, jax.random.key(0), mesh))
-    return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
-
-
-def on_mesh(model: Any, mesh: Any, params: Any = None) -> Any:
-    """The weights, or other parameters, on a mesh."""
-    specs = param_specs(model, Sharding.for_training(model, mesh))
-    params = weights(model) if params is None else params
-    return jax.tree.map(lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec)), params, specs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,40 +123,13 @@ def plain(rows: Any, cotangent_BT: Any = None) -> tuple[np.ndarray, Any]:
 
 
 @functools.cache
-def compiled(objective: Grpo, axes: tuple[tuple[str, int], ...], accumulation: int) -> Any:
-    mesh = make_mesh(dict(axes))
-    sharding = Sharding.for_training(objective.model, mesh)
-    step = dataclasses.replace(STEP, accumulation=accumulation)
-
-    def compute(params: Any, batch: RolloutBatch) -> Any:
-        found = batch_gradient(objective, step, sharding, params, batch)
-        return found.means, found.gradient, objective.metrics(found.statistics, found.denominator)
-
-    return jax.jit(compute, compiler_options=QUICK)
+def expected() -> Found:
+    return gradient(GRPO, batch_of())
 
 
-def gradient(
-    batch: RolloutBatch, axes: dict[str, int] | None = None, accumulation: int = 1, objective: Grpo = GRPO
-) -> tuple[float, Any, dict[str, Any]]:
-    """Loss, gradient and metrics, of which one more is the loss without the balance of experts."""
-    axes = axes or {}
-    mesh = make_mesh(axes)
-    with jax.set_mesh(mesh):
-        compute = compiled(objective, tuple(axes.items()), accumulation)
-        means, found, metrics = jax.device_get(compute(on_mesh(objective.model, mesh), place(batch, mesh)))
-    return float(means.loss), found, {**metrics, "reported": means.reported}
-
-
-@functools.cache
-def expected() -> tuple[float, Any, dict[str, Any]]:
-    return gradient(batch_of())
-
-
-def agree(got: tuple[float, Any, dict[str, Any]], want: tuple[float, Any, dict[str, Any]]) -> None:
-    """float32 sums in another order."""
-    np.testing.assert_allclose(got[0], want[0], rtol=1e-4, atol=1e-5)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5), got[1], want[1])
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got[2], want[2])
+def assert_same(found: Found) -> None:
+    """Advantages have both signs, so that the loss is a small difference."""
+    agree(found, expected(), loss_rtol=1e-4, loss_atol=1e-5)
 
 
 def test_on_policy_the_gradient_is_that_of_reinforce_and_the_clip_does_nothing() -> None:
@@ -181,12 +137,12 @@ def test_on_policy_the_gradient_is_that_of_reinforce_and_the_clip_does_nothing()
     settings = GrpoConfig(kl_weight=0.0, temperature=0.7, loss_chunk=16)
     batch = batch_of(config=settings)
     cotangent = -batch.advantages_BT * batch.batch.loss_weights / COUNT
-    loss, found, metrics = gradient(batch, objective=Grpo(MODEL, settings))
+    loss, found, metrics = gradient(Grpo(MODEL, settings), batch)
     _, slope = plain(batch.batch, cotangent)
     np.testing.assert_allclose(loss, cotangent.sum(), rtol=1e-4, atol=1e-6)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), found, slope)
     clipped = dataclasses.replace(settings, clip_low=0.01, clip_high=0.02, dual_clip=1.5)
-    again = gradient(batch, objective=Grpo(MODEL, clipped))
+    again = gradient(Grpo(MODEL, clipped), batch)
     jax.tree.map(np.testing.assert_array_equal, again, (loss, found, metrics))
 
 
@@ -216,28 +172,19 @@ def test_loss_and_gradient_do_not_depend_on_the_layout(layout: str) -> None:
         # Of unequal numbers of sequences: the last rows are padding.
         "2 micro-batches": lambda: batch_of(),
     }[layout]()
-    agree(gradient(batch, accumulation=2 if "micro" in layout else 1), expected())
+    assert_same(gradient(GRPO, batch, accumulation=2 if "micro" in layout else 1))
 
 
 @pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"fsdp": 2, "context": 2}], ids=str)
 def test_loss_and_gradient_do_not_depend_on_the_mesh(axes: dict[str, int]) -> None:
-    agree(gradient(batch_of(), axes, accumulation=2), expected())
+    assert_same(gradient(GRPO, batch_of(), axes, accumulation=2))
 
 
 def test_experts_are_balanced_as_in_pre_training() -> None:
-    """The balance loss is of the whole batch: no split and no mesh changes it, and it is part of the loss.
-
-    Here the loss takes each token alone.
-    """
+    """Here the loss takes each token alone."""
     moe = MoETraining(balance_loss=0.05, router_z_loss=1e-3)
-    tokens = dataclasses.replace(CONFIG, ratio="token", importance_mask=None)
-    objective = Grpo(MOE, dataclasses.replace(tokens, moe=moe))
-    want = gradient(batch_of(), objective=objective)
-    loss, _, metrics = want
-    assert metrics["balance_loss"] > 0
-    added = 0.05 * metrics["balance_loss"] + 1e-3 * metrics["router_z_loss"]
-    np.testing.assert_allclose(loss - metrics["reported"], added, rtol=1e-3, atol=1e-5)
-    agree(gradient(batch_of(), {"expert": 2}, 2, objective), want)
+    tokens = dataclasses.replace(CONFIG, ratio="token", importance_mask=None, moe=moe)
+    assert_experts_are_balanced(Grpo(MOE, tokens), batch_of(), loss_atol=1e-5)
 
 
 @pytest.mark.parametrize(("axes", "accumulation"), [({}, 2), ({"context": 2, "fsdp": 2}, 1)], ids=str)
@@ -250,7 +197,7 @@ def test_log_probs_of_a_pass_are_those_of_all_logits(axes: dict[str, int], accum
     want, _ = plain(batch.batch)
     np.testing.assert_array_equal(found != 0, batch.batch.loss_weights != 0)
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=2e-5)
-    _, _, metrics = gradient(dataclasses.replace(batch, old_BT=found))
+    _, _, metrics = gradient(GRPO, dataclasses.replace(batch, old_BT=found))
     np.testing.assert_allclose([metrics[f"ratio/{kind}"] for kind in ("mean", "min", "max")], 1.0, atol=2e-5)
 
 

@@ -79,9 +79,13 @@ def configuration(files: Path, method: Any, output: Path) -> TuneConfig:
 
 
 @pytest.mark.parametrize("method", ["sft", "reward", "dpo"])
-def test_the_command_tunes_a_model_and_exports_it(method: str, files: Path, tmp_path: Path) -> None:
+def test_the_command_tunes_a_model_and_exports_it(
+    method: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "run"
     assert main(["train", method, *arguments(files, method, output)]) == 0
+    use = "qwen-jax score" if method == "reward" else "qwen-jax generate --model"
+    assert capsys.readouterr().err.count(f"to use with {use}\n") == 2  # The checkpoint and the result.
     records = read_log(output / "metrics.jsonl")
     found = losses(output)
     held_out = [r for r in records if "held_out_loss" in r]
@@ -150,7 +154,9 @@ def test_a_stopped_run_resumes_bit_for_bit(
 
 @pytest.mark.draw(2)
 @pytest.mark.parametrize("method", ["sft", "reward", "dpo"])
-def test_an_adapter_is_tuned_and_used(method: str, files: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_tuned_and_used(
+    method: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "run"
     assert main(["train", method, "--lora", *arguments(files, method, output)]) == 0
     found = losses(output)
@@ -164,10 +170,19 @@ def test_an_adapter_is_tuned_and_used(method: str, files: Path, tmp_path: Path) 
     if method == "sft":
         # The last sample is what the exported adapter says of the same prompt.
         last = json.loads((output / "samples.jsonl").read_text().splitlines()[-1])
-        prompt = tmp_path / "prompt.txt"
-        prompt.write_text(last["prompt"])
-        command = ["generate", str(files / "model"), "--adapter", str(output / "model"), "--prompt", "red"]
-        assert main([*command, "--max-new-tokens", "2"]) == 0
+        command = ["generate", str(files / "model"), "--adapter", str(output / "model"), "--prompt", last["prompt"]]
+        capsys.readouterr()
+        greedy = ["--dtype", "float32", "--temperature", "0", "--max-new-tokens", "4", "--stop", "<|im_end|>", "--json"]
+        assert main([*command, *greedy]) == 0
+        text = json.loads(capsys.readouterr().out)["text"]
+        assert text
+        assert last["text"].startswith(text)
+    if method == "reward":
+        # Merged into the language model, it is a reward model.
+        assert f"{output / 'model'}; to use with qwen-jax convert --merge-adapter" in capsys.readouterr().err
+        merged = tmp_path / "merged"
+        assert main(["convert", "--merge-adapter", str(output / "model"), str(files / "model"), str(merged)]) == 0
+        assert load_config(merged).score == "linear"
 
 
 @pytest.mark.draw(1)

@@ -189,6 +189,22 @@ def read_examples(
         finished()
 
 
+def check_example(row: Row, kind: Kind | None = None) -> RawExample:
+    """Checks one record.
+
+    Args:
+      row: the record.
+      kind: which columns to read where it has those of both; None takes what it has.
+
+    Raises:
+      InputError: the record is malformed. The message names the file and the record.
+    """
+    try:
+        return _example(row, _format(row.values, kind))
+    except InputError as error:
+        raise InputError(f"{row.where}: {error}") from None
+
+
 def _format(values: Mapping[str, Any], kind: Kind | None) -> str:
     """The columns that make up a record: a key of `_FORMATS`."""
     seen = {name for name, value in values.items() if value is not None}

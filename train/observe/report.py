@@ -294,12 +294,14 @@ class Report:
                 f"  experts      load entropy {now['load_entropy']:.1%} of the maximum, busiest expert "
                 f"{now['load_max']:.2f}x the mean load, {now['dropped']:.2%} dropped; {output / 'experts.png'}"
             )
+        scores = self._stages[-1].model.score is not None
+        whole = "score" if scores else "generate --model"
         if saved is not None:
-            use = "" if self._adapter else "; to use with qwen-jax generate --model"
+            use = "" if self._adapter else f"; to use with qwen-jax {whole}"
             yield f"  checkpoint   {output / 'checkpoints' / str(saved)}{use}"
         if self._exported is not None and step == total:
-            option = "--adapter" if self._adapter else "--model"
-            yield f"  result       {self._exported}; to use with qwen-jax generate {option}"
+            adapter = "convert --merge-adapter" if scores else "generate --adapter"
+            yield f"  result       {self._exported}; to use with qwen-jax {adapter if self._adapter else whole}"
 
     def _record_launch(self) -> None:
         """Appends a record of this launch to `launches.jsonl`: time, command, versions, devices, configuration."""

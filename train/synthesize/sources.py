@@ -43,6 +43,17 @@ def records(
     return source
 
 
+def checked(source: Callable[[], Iterator[Item]]) -> Callable[[], Iterator[Item]]:
+    """The same source, after it was read once: what is wrong with its records is said before a model is asked.
+
+    Raises:
+      InputError: a record is not as expected, or there is none.
+    """
+    if not sum(1 for _ in source()):
+        raise InputError("The files have no records. Give files with at least one.")
+    return source
+
+
 def texts(
     files: Sequence[str | os.PathLike[str]],
     kind: Kind | str = "auto",

@@ -29,8 +29,6 @@ import dataclasses
 import itertools
 import json
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +40,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from convert.huggingface import export
+from experiments.command import add_setup_arguments, chosen, save_after
 from experiments.post.grpo.tasks import TASKS, Problem, Task
 from experiments.post.learning import IDS, write_lines
 from experiments.post.learning import Setup as PostSetup
@@ -425,26 +424,15 @@ def draw_curves(curves: Curves, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("grpo-run"))
     parser.add_argument("--seeds", type=int, nargs="+", help="by default 0 1 2, of the toy 0")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--toy", action="store_true", help="tiny sizes, for a CPU")
-    parser.add_argument("--limit", type=float, help="seconds after which the run in progress saves and ends")
-    parser.add_argument("--table", action="store_true", help="run nothing; show what has been run")
-    sizes = {f.name: f for f in dataclasses.fields(Setup)}
-    for field in sizes.values():
-        kind = str if field.name == "dtype" else type(field.default)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help=f"by default {field.default}")
+    add_setup_arguments(parser, "grpo-run", Setup)
     args = parser.parse_args()
     if not args.table:
-        given = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
-        setup = dataclasses.replace(TOY if args.toy else Setup(), **given)
+        setup = chosen(args, TOY if args.toy else Setup())
         if args.limit:
-            # Training answers SIGTERM by saving.
-            timer = threading.Timer(args.limit, os.kill, (os.getpid(), signal.SIGTERM))
-            timer.daemon = True
-            timer.start()
+            save_after(args.limit)
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             # All runs have the same programs.
             jax.config.update("jax_compilation_cache_dir", str((args.folder / "compiled").absolute()))

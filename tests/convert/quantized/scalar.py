@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.quantized.codes import Codes
+from convert.quantized.info import Stored
 
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 Matrix = list[list[int]]
@@ -89,3 +90,13 @@ def assert_same_bytes(found: dict[str, np.ndarray], expected: dict[str, np.ndarr
         assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape), name
         assert found[name].flags.c_contiguous, name
         assert found[name].tobytes() == array.tobytes(), name
+
+
+def assert_asked_for(expected: dict[str, Stored], module: str, tensors: dict[str, np.ndarray]) -> None:
+    """The tensors of a matrix are asked for by name, in their dtypes and shapes; only optional ones are absent."""
+    absent = dict(expected)
+    for name, array in tensors.items():
+        stored = absent.pop(f"{module}.{name}")
+        assert array.dtype in stored.dtypes
+        assert array.shape in stored.shapes
+    assert all(stored.optional for stored in absent.values())

@@ -65,10 +65,7 @@ def test_files_are_read_and_written_by_the_published_formula(
     scalar.assert_same_bytes(awq.pack(codes.regrouped(1), info), tensors)
     expected = awq.tensor_names(Q_PROJ, shape, info)
     assert set(expected) == {f"{Q_PROJ}.{name}" for name in tensors}
-    for name, array in tensors.items():
-        stored = expected[f"{Q_PROJ}.{name}"]
-        assert array.dtype in stored.dtypes
-        assert array.shape in stored.shapes
+    scalar.assert_asked_for(expected, Q_PROJ, tensors)
     assert awq.read_config(WHERE, awq.write_config(info)) == info
 
 

@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 from convert import numpy_model
 from qwen_jax import kernels
 from qwen_jax.attention import dual_chunk
-from qwen_jax.attention.cache import ContiguousCache, PagedCache
+from qwen_jax.attention.cache import ContiguousCache
+from qwen_jax.attention.paged_cache import PagedCache
 from qwen_jax.config import DualChunk, ModelConfig, Yarn
 from qwen_jax.errors import InputError
 from qwen_jax.options import Options

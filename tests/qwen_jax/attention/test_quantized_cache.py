@@ -15,14 +15,15 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
 from qwen_jax.attention import quantized_cache
-from qwen_jax.attention.cache import ContiguousCache, ContiguousLayer, PagedCache, PagedLayer
+from qwen_jax.attention.cache import ContiguousCache, ContiguousLayer
+from qwen_jax.attention.paged_cache import PagedCache, PagedLayer
 from qwen_jax.attention.rope import rotate
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import QuantizedRows
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from tests.helpers import exact
 from tests.helpers.forward import random_unstacked
-from tests.qwen_jax.attention.test_cache import CONFIG, page_table, step
+from tests.qwen_jax.attention.test_paged_cache import CONFIG, page_table, step
 
 DTYPES = [jnp.dtype("int8"), jnp.dtype(jnp.float8_e4m3fn)]
 

@@ -2,20 +2,19 @@
 
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.browser import SIZES, open_chromium
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.serving import Running, client, serve
 
 PAGE = Path(__file__).parents[3] / "qwen_jax" / "serving" / "page.html"
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
 TOOL = '[{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]'
-SIZES = {"phone": {"width": 390, "height": 844}, "desktop": {"width": 1280, "height": 800}}
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
@@ -29,14 +28,8 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("there is no Chromium")
-    with playwright.sync_playwright() as tools:
-        chromium = tools.chromium.launch(executable_path=program, args=["--no-sandbox"])
+    with open_chromium() as chromium:
         yield chromium
-        chromium.close()
 
 
 @pytest.fixture

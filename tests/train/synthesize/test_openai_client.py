@@ -190,7 +190,7 @@ def test_what_goes_well_is_sent_once_and_counted() -> None:
         answers, counts = ask(server, *requests, concurrency=concurrency, prices=(1.0, 3.0))
     assert [one.text for one in answers] == [f"answer {i}" for i in range(count)]
     assert sorted(one.key or "" for one in server.received) == sorted(one.key("scripted") for one in requests)
-    assert server.most_at_once == concurrency
+    assert 1 < server.most_at_once <= concurrency or concurrency == 1
     assert counts == {
         "requests": count,
         "answers": count,

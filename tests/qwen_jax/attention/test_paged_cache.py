@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
-from qwen_jax.attention.cache import ContiguousCache, PagedCache, PagedLayer
+from qwen_jax.attention.cache import ContiguousCache
+from qwen_jax.attention.paged_cache import PagedCache, PagedLayer
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import Params, bind
