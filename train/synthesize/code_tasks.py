@@ -70,8 +70,10 @@ TRANSLATE = (
     "someone who programs in {language}. Keep the example. Reply with a JSON object and nothing else: "
     '{{"task": the text}}.\n\nThe task:\n{task}'
 )
-SOLVE_PROGRAM = "{task}\n\nWrite the program in {language}. Put all of it in one code block."
+SOLVE_PROGRAM = "{task}\n\nWrite the program in {language}.{note} Put all of it in one code block."
 SOLVE_FUNCTION = "{task}\n\nWrite the function {function} in Python. Put all of the code in one code block."
+# What the sandbox needs of a program.
+NOTES = {"java": " Name its class Main."}
 # What no examiner may find well posed.
 UNCLEAR = "Write a program that prints the right number."
 

@@ -360,7 +360,8 @@ def _question(item: Item) -> str:
     """What the model that is trained is asked."""
     ask = code_tasks.SOLVE_PROGRAM if item["function"] is None else code_tasks.SOLVE_FUNCTION
     title = code_tasks.TITLES.get(item["language"], item["language"])
-    return ask.format(task=item["task"], language=title, function=item["function"])
+    note = code_tasks.NOTES.get(item["language"], "")
+    return ask.format(task=item["task"], language=title, function=item["function"], note=note)
 
 
 def _code_of(answer: Answer, language: str, function: str | None) -> tuple[str, str | None]:
