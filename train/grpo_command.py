@@ -49,7 +49,7 @@ def main(argv: Sequence[str], formats: Formats) -> int:
         "qwen-jax train grpo", description=_ABOUT, formatter_class=argparse.RawTextHelpFormatter
     )
     add_list(parser, "--prompts", "FILE", "JSONL, Parquet or a datasets folder: prompt, and columns of rewards")
-    rewards = "math, code, instructions, json_schema, format, length, reward_model, or FILE.py:function"
+    rewards = "math, code, instructions, verification, json_schema, format, length, reward_model, or FILE.py:function"
     add_list(parser, "--reward", "NAME", rewards)
     add_tuning_arguments(parser, "prompts", "GrpoRunConfig")
     parser.add_argument("--order", metavar="FILE", help="order prompts by the variance of these scores, highest first")

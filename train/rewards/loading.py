@@ -16,6 +16,7 @@ BUILT_IN = {
     "math": ("train.rewards.math", "MathReward"),
     "code": ("train.rewards.code", "CodeReward"),
     "instructions": ("train.rewards.instructions", "InstructionReward"),
+    "verification": ("train.rewards.verification", "VerificationReward"),
     "json_schema": ("train.rewards.json_schema", "JsonSchemaReward"),
     "format": ("train.rewards.formats", "FormatGate"),
     "length": ("train.rewards.length", "LengthReward"),
