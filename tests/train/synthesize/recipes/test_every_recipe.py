@@ -1,0 +1,88 @@
+"""Every recipe with a model that has learned nothing: nothing breaks, hardly anything stays, and it says why."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_jax.cli.synthesize import _load
+from tests.helpers.scripted import edit_json, make_words
+from train.synthesize.engine_generator import EngineGenerator
+from train.synthesize.generator import Answer, Request
+from train.synthesize.loading import RECIPES, load_recipe
+from train.synthesize.run import RunOptions, run
+
+ISOLATION = "bubblewrap" if shutil.which("bwrap") else "none"
+LONG = "A paragraph about rivers and the towns beside them. " * 60
+
+
+class Brief(EngineGenerator):
+    """The engine in this process, with answers of a few tokens."""
+
+    async def ask(self, request: Request) -> Answer:
+        return await super().ask(dataclasses.replace(request, max_tokens=min(request.max_tokens, 6)))
+
+    async def close(self) -> None:
+        """The engine is used by the next recipe."""
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Brief]:
+    folder = make_words(tmp_path_factory.mktemp("model"))
+    edit_json(folder / "generation_config.json", do_sample=True)
+    edit_json(folder / "config.json", max_position_embeddings=4096)
+    engine, found = _load(str(folder), 4)
+    yield Brief(engine, "tiny", 4, defaults=found)
+    engine.close()
+
+
+def arguments(name: str, folder: Path) -> dict[str, Any]:
+    """Small arguments of a recipe, with the files that it needs."""
+
+    def write(*rows: dict[str, Any]) -> tuple[str, ...]:
+        path = folder / "input.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return (str(path),)
+
+    question = [{"role": "user", "content": "hello world"}, {"role": "assistant", "content": "there"}]
+    if name == "mathematics":
+        return {"problems": write({"problem": "What is 2 + 3?", "answer": "5"}), "samples": 2, "guided": 1}
+    if name == "logic":
+        return {"puzzles": 2, "samples": 1, "rounds": 1}
+    if name == "code":
+        return {"tasks": 2, "languages": ("python",), "samples": 1, "agree": 1, "isolation": ISOLATION}
+    if name == "instructions":
+        queries = write({"query": "Tell me about the rivers of the world, please."})
+        return {"queries": queries, "built_in": 1, "augment": 1, "new": 1, "samples": 1, "isolation": ISOLATION}
+    if name == "structured_data":
+        return {"tables": 2, "each": 1, "samples": 1}
+    if name == "cross_lingual":
+        return {"files": write({"messages": question}), "languages": ("de",), "translations": 1, "embeddings": False}
+    if name == "system_prompts":
+        return {"prompts": 2, "conversations": 1, "samples": 1}
+    if name == "long_responses":
+        return {"corpus": write({"text": LONG}), "least_words": 100}
+    if name == "filtering":
+        return {"examples": write({"messages": question})}
+    assert name == "preferences"
+    return {"prompts": write({"prompt": "hello"}), "answerers": ("a", "b"), "temperatures": (1.0,)}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_model_that_has_learned_nothing_breaks_nothing(name: str, generator: Brief, tmp_path: Path) -> None:
+    pipeline = load_recipe(name)(**arguments(name, tmp_path))
+    summary = run(
+        pipeline, dict.fromkeys(pipeline.models, generator), tmp_path / "out", RunOptions(part_items=8, workers=2)
+    )
+    assert summary["finished"]
+    assert all((tmp_path / "out" / f"{output['name']}.jsonl").exists() for output in summary["outputs"])
+    asked = sum(spent["requests"] for spent in summary["spent"].values())
+    assert asked > 0
+    # Whatever stayed out is counted under a reason.
+    for stage in summary["stages"]:
+        assert sum(stage["rejected"].values()) > 0 or stage["out"] > 0 or stage["in"] == 0
+    assert (tmp_path / "out" / "report.html").stat().st_size > 500
