@@ -14,6 +14,7 @@ import pytest
 
 from qwen_jax.kernels.decode import layer_gpu_quantized
 from qwen_jax.kernels.matmul import quantized_gpu, quantized_gpu_few, quantized_gpu_many
+from qwen_jax.kernels.matmul.quantized_gpu_few import choose_tiling
 from qwen_jax.kernels.matmul.quantized_gpu_tiles import permuted
 
 CAN_INTERPRET = jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu"
@@ -50,7 +51,7 @@ def interpreted(multiprocessors: int, columns: int = 64) -> Iterator[None]:
 
     how = params.InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
     layer = layer_gpu_quantized.layer_tail.clear_cache, layer_gpu_quantized.norm_product.clear_cache
-    caches = quantized_gpu_few.choose_tiling.cache_clear, quantized_gpu.matmul.clear_cache, *layer
+    caches = choose_tiling.cache_clear, quantized_gpu.matmul.clear_cache, *layer
     with contextlib.ExitStack() as stack:
         stack.enter_context(params.force_gpu_interpret_mode(how))
         patch = stack.enter_context(pytest.MonkeyPatch.context())

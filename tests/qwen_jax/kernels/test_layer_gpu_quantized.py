@@ -14,9 +14,10 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference import one_row
 from qwen_jax.kernels.decode import layer, layer_gpu_quantized
-from qwen_jax.kernels.decode.layer_gpu_quantized import Matrix, layer_tail, norm_product
-from qwen_jax.kernels.matmul.quantized_gpu_few import choose_tiling
-from qwen_jax.kernels.matmul.quantized_gpu_tiles import permuted
+from qwen_jax.kernels.decode.layer_gpu_quantized import Matrix, layer_tail
+from qwen_jax.kernels.matmul.quantized import dequantize
+from qwen_jax.kernels.matmul.quantized_gpu_few import choose_tiling, product
+from qwen_jax.kernels.matmul.quantized_gpu_tiles import Operands, permuted
 from qwen_jax.published import published
 from qwen_jax.quantization import Quantization, Scheme
 from tests.helpers.gpu_quantized import CAN_INTERPRET, interpreted
@@ -27,8 +28,10 @@ from tests.helpers.layer_cases import (
     generate,
     logits_of_both,
     plain_kernels,
-    plain_quantized_product,
     plain_quantized_tail,
+)
+from tests.helpers.layer_cases import (
+    norm as plain_norm,
 )
 
 SCHEMES = (
@@ -170,21 +173,33 @@ def test_a_step_with_the_kernels_equals_the_model(scheme: Scheme, monkeypatch: p
 
 
 @pytest.mark.skipif(not CAN_INTERPRET, reason="needs jax 0.11, and a CPU")
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_the_kernels_in_the_interpreter(scheme: Scheme) -> None:
-    """They agree with float32 products of the dequantised weights, with the same roundings."""
-    args = arguments(256, 384, 128, 384, scheme, print_seed())
-    with interpreted(3):
-        stream, qkv = jax.device_get(layer_tail(*args, eps=EPS))
-        last, nothing = jax.device_get(layer_tail(*args[:-1], None, eps=EPS))
-        first = jax.device_get(norm_product(args[1], args[6], args[7], eps=EPS))
-    want_stream, want_qkv = plain_quantized_tail(*args)
-    # A bfloat16 rounding is an error of 1.7e-3 and there are several; a different rounding changes what follows.
-    assert error(stream, want_stream) < 8e-3
-    assert error(qkv, want_qkv) < 8e-3
-    assert nothing is None
-    np.testing.assert_array_equal(last, stream)
-    assert error(first, plain_quantized_product(args[1], args[6], args[7])) < 4e-3
+def test_partial_results_are_added_in_the_interpreter() -> None:
+    """SwiGLU and the residual stream of sums of partial products, and the norm, in either order of codes."""
+    rng = print_seed()
+    parts = jnp.asarray(rng.standard_normal((3, 512)), jnp.float32)
+    stream, norm = (jnp.asarray(1 + rng.standard_normal(256), jnp.bfloat16) for _ in range(2))
+    gate, up = parts.sum(axis=0).reshape(2, 256)
+    for codes in (jnp.int4, jnp.int8):
+        with interpreted(1):
+            inner = layer_gpu_quantized.swiglu(parts, codes)
+            added, x = layer_gpu_quantized.add_norm(stream, norm, codes, parts[:, :256], eps=EPS)
+        want = stream + gate.astype(jnp.bfloat16)
+        assert error(inner, permuted(jax.nn.silu(gate) * up, codes)) < 3e-3
+        assert error(added, want) < 1e-3
+        assert error(x, permuted(plain_norm(want, norm), codes)) < 3e-3
+
+
+@pytest.mark.skipif(not CAN_INTERPRET, reason="needs jax 0.11, and a CPU")
+def test_a_product_that_begins_early_is_the_same_in_the_interpreter() -> None:
+    """All steps of a thread block fit in shared memory at once."""
+    rng, inputs = print_seed(), 1024
+    w = drawn((64, inputs), SCHEMES[2], rng)
+    x = jnp.asarray(rng.standard_normal((1, inputs)), jnp.bfloat16)
+    operands = Operands(permuted(x, w.weight.dtype), *w)
+    with interpreted(1):
+        early, late = (jax.device_get(product(operands, 1, early=early)) for early in (True, False))
+    np.testing.assert_array_equal(early, late)
+    assert error(early.sum(axis=0), x.astype(jnp.float32) @ dequantize(*w).T) < 1e-5
 
 
 if ON_HOPPER:
