@@ -216,7 +216,7 @@ def paged_attention(
     values: Any = v_NKPd
     # The kernels get arrays only.
     table = pages_BM, mask.k_start_BT, mask.k_end_BT
-    args = q_BTHd, keys, values, *table
+    args: tuple[Any, ...] = q_BTHd, keys, values, *table
     sizes = f"{k_NKPd.dtype}, {H}/{K} heads, {M} pages of {P} slots"
     if chosen == "gpu":
         from qwen_jax.kernels.decode import flash_decode_gpu, flash_decode_int8_gpu

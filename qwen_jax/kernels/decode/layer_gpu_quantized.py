@@ -29,8 +29,8 @@ from qwen_jax.kernels.types import Layout, Ref
 UNIT = 128
 """All sizes must be multiples of it: a vector is spread over the threads of a warpgroup."""
 ORDERS = {4: (32, ((4, 8, 2), (2, 4, 1), (4, 1, 8))), 8: (16, ((2, 8, 2), (2, 4, 4), (2, 2, 8), (2, 1, 1)))}
-"""`quantized_gpu_tiles.permuted` by the bits of a code: the inputs of a unit, and the digits of an input's number in it,
-each with its size, its stride, and its stride in the order of the codes."""
+"""`quantized_gpu_tiles.permuted` by the bits of a code: the inputs of a unit, and the digits of an input's number in
+it, each with its size, its stride, and its stride in the order of the codes."""
 _PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 
