@@ -49,8 +49,8 @@ class Serve:
         max_num_seqs: Requests in the batch at a time.
         max_num_batched_tokens: Tokens of prompts that are read between two steps of the running requests.
         gpu_memory_utilization: Part of the device's memory to use.
-        kv_dtype: int8 and fp8 hold keys and values in 8 bits: twice the tokens in the same memory, and slower steps;
-            auto holds them in the dtype to compute in.
+        kv_dtype: int8 and fp8 hold keys and values in 8 bits: twice the tokens in the same memory, and slower steps
+            except on Hopper GPUs; auto holds them in the dtype to compute in.
         no_prefix_caching: Do not share keys and values of equal beginnings of prompts.
         mesh: Devices to spread over, such as tensor=2.
         dtype: To compute in; by default the checkpoint's own on a GPU or TPU, float32 on a CPU.

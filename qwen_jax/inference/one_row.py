@@ -1,9 +1,9 @@
-"""A decode step of one sequence on one Hopper GPU, with two kernels a layer.
+"""A decode step of one sequence on one Hopper GPU, with two kernels a layer, or nine where weights are quantised.
 
-`qwen_jax.model` computes the same with ten kernels a layer; at batch 1 the gaps between kernels cost more than a tenth
-of the time. The numerics are the same (Hugging Face's order of casts, products accumulated in float32), with two
-exceptions: the inner vector of a feed-forward layer is rounded once, after the nonlinearity and the expert's weight,
-and the sum over routed experts is rounded once instead of for each expert.
+`qwen_jax.model` computes the same with ten kernels a layer, or thirteen; at batch 1 the gaps between kernels cost more
+than a tenth of the time. The numerics are the same (Hugging Face's order of casts, products accumulated in float32),
+with two exceptions: the inner vector of a feed-forward layer is rounded once, after the nonlinearity and the expert's
+weight, and the sum over routed experts is rounded once instead of for each expert.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ overlap: each begins to read its weights while the kernel before it still runs."
 
 
 def supports(config: ModelConfig, sharding: Sharding, options: Options, rows: int, cache: ContiguousCache) -> bool:
-    """Whether `step` can be used: one row, one Hopper GPU, bfloat16 weights, the inference layout, plain attention.
+    """Whether `step` can be used: one row, one Hopper GPU, the inference layout in bfloat16, plain attention.
 
     Args:
       config: the architecture.
@@ -40,7 +40,7 @@ def supports(config: ModelConfig, sharding: Sharding, options: Options, rows: in
       cache: of the batch.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    plain = not options.capacity_factor and options.fused and options.dtype == "bfloat16" and not config.quantization
+    plain = not options.capacity_factor and options.fused and options.dtype == "bfloat16"
     if rows != 1 or mesh.size != 1 or not plain or dual_chunk.is_needed(config, cache.slots):
         return False
     heads = config.num_heads, config.num_kv_heads
@@ -112,7 +112,7 @@ def _step(
     config: ModelConfig, params: Params, token: jax.Array, cache: ContiguousCache, counter: jax.Array
 ) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]], jax.Array]:
     """`step` on one device; of the cache, the new keys and values."""
-    from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe
+    from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe, layer_gpu_quantized
     from qwen_jax.kernels.gpu.device import multiprocessors
 
     eps, dtype = config.rms_norm_eps, jnp.bfloat16
@@ -132,12 +132,20 @@ def _step(
     cos, sin = (t[:, 0, 0] for t in rope_table(config, cache.positions(1), jnp.dtype(dtype)))
     layers, cache_layers, written = params["layers"], cache.layers, []
     head = table if config.tie_word_embeddings else params["lm_head"]["weight"]
+    quantized = config.quantization is not None
     # The norm and the matrix before each attention, and those after the last layer.
-    following = [(layer["input_norm"]["weight"], matrix(layer["attention"]["qkv"]["weight"])) for layer in layers]
+    following: list[tuple[jax.Array, Any]] = []
+    for layer in layers:
+        projection = layer["attention"]["qkv"]
+        w = layer_gpu_quantized.Matrix.of(projection, len(x_D)) if quantized else matrix(projection["weight"])
+        following.append((layer["input_norm"]["weight"], w))
     following.append((params["norm"]["weight"], head))
     experts_tail = functools.partial(layer_gpu_moe.layer_tail, moe=config.moe)
     with jax.named_scope("qkv"):
-        qkv = layer_gpu.norm_product(x_D, *following[0], eps=eps, blocks=blocks)
+        if quantized:
+            qkv = layer_gpu_quantized.norm_product(x_D, *following[0], eps=eps)
+        else:
+            qkv = layer_gpu.norm_product(x_D, *following[0], eps=eps, blocks=blocks)
     for i, layer in enumerate(layers):
         with jax.named_scope(f"layer{i}"):
             attention, moe = layer["attention"], layer.get("moe")
@@ -145,6 +153,9 @@ def _step(
             # Bias, RoPE, cache and attention in one kernel.
             out, kv = cache_layers[i].step(qkv.reshape(1, -1, d), bias, (cos, sin), cache.start_B, scale=d**-0.5)
             written.append(kv)
+            if quantized:
+                x_D, qkv = _quantized_tail(layer, out.reshape(H * d), x_D, *following[i + 1], eps, i + 1 < len(layers))
+                continue
             # Everything up to the projections of the next layer, or to the logits, in the other kernel.
             if moe is None:
                 tail: Any = layer_gpu.layer_tail
@@ -165,5 +176,39 @@ def _step(
                 out_dtype=jnp.float32 if i + 1 == len(layers) else dtype,
                 blocks=blocks,
             )
+    if quantized:
+        with jax.named_scope("logits"):
+            qkv = layer_gpu.norm_product(x_D, *following[-1], eps=eps, out_dtype=jnp.float32, blocks=blocks)
     new = cache.with_layers(written)
     return qkv[None], (new.keys, new.values), counter
+
+
+def _quantized_tail(
+    layer: Params, heads_I: jax.Array, x_D: jax.Array, norm_D: jax.Array, w: Any, eps: float, goes_on: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """Everything from the heads' output up to the projections of the next layer, with quantised weights.
+
+    Args:
+      layer: its parameters.
+      heads_I: the output of attention.
+      x_D: the residual stream.
+      norm_D, w: the norm and the matrix that follow.
+      eps: of the norms.
+      goes_on: whether a layer follows, and not the head, which is not quantised.
+    """
+    from qwen_jax.kernels.decode import layer_gpu_quantized
+
+    matrix, (D,), mlp = layer_gpu_quantized.Matrix.of, x_D.shape, layer["mlp"]
+    F = mlp["down"]["weight"].shape[-1]
+    result: tuple[jax.Array, jax.Array | None] = layer_gpu_quantized.layer_tail(
+        heads_I,
+        x_D,
+        matrix(layer["attention"]["o"], heads_I.size),
+        layer["post_attention_norm"]["weight"],
+        matrix(mlp["gate_up"], D),
+        matrix(mlp["down"], F),
+        norm_D,
+        w if goes_on else None,
+        eps=eps,
+    )
+    return result

@@ -65,7 +65,7 @@ def _other_bytes(config: ModelConfig, settings: RunnerConfig, sharding: Sharding
     activations = tokens * (8 * config.hidden_size + 4 * config.intermediate_size // t) * size
     slots = prefill_capacity(settings)
     if in_8_bits(cache_dtype(settings.kv_dtype, dtype)):
-        # Decode steps gather pages in 8 bits, too, and convert them.
+        # Decode steps for which no kernel reads pages in 8 bits gather them, too, and convert them.
         slots, size = max(slots, GATHERED_SLOTS), size + 1
     gathered = 4 * slots * sharding.kv_heads // t * config.head_dim * size
     return state + logits + activations + gathered

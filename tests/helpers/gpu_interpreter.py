@@ -99,6 +99,7 @@ def interpreted(multiprocessors: int, uninitialized: Literal["nan", "zero"] = "z
             patch.setattr(module, "wait_for_previous_kernel", lambda: None)
             patch.setattr(module, "allow_next_kernel", lambda: None)
         convert = flash_decode_int8_gpu.permuted
+        patch.setattr(flash_decode_int8_gpu, "as_bfloat16", lambda tile: tile.astype(jnp.bfloat16))
         patch.setattr(flash_decode_int8_gpu, "_as_operand", lambda tile: convert(tile.astype(jnp.bfloat16)))
         patch.setattr(flash_decode_int8_gpu, "_store_transposed", store_transposed)
         for module in (flash_gpu_forward, block_scores_gpu, probe_gpu, probe_lse_gpu):

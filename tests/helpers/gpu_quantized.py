@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwen_jax.kernels.decode import layer_gpu_quantized
 from qwen_jax.kernels.matmul import quantized_gpu, quantized_gpu_few, quantized_gpu_many
+from qwen_jax.kernels.matmul.quantized_gpu_few import choose_tiling
 from qwen_jax.kernels.matmul.quantized_gpu_tiles import permuted
 
 CAN_INTERPRET = jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu"
@@ -23,7 +25,7 @@ def interpreted(multiprocessors: int, columns: int = 64) -> Iterator[None]:
     """Interprets the kernels on a device of few multiprocessors, where even small matrices are split.
 
     Replaces what the interpreter cannot run: products whose left operand is in registers, and inline code, which are
-    the conversion of codes, loads of single numbers of 4 bits, and the store.
+    the conversion of codes, loads of single numbers of 4 bits, and the stores. Kernels do not overlap.
 
     Args:
       multiprocessors: of the device.
@@ -44,8 +46,12 @@ def interpreted(multiprocessors: int, columns: int = 64) -> Iterator[None]:
     def store_transposed(ref: Any, x: jax.Array) -> None:
         ref[...] = x.T[: ref.shape[0]]
 
+    def store_in_order(ref: Any, x: jax.Array, codes: Any, _: Any) -> None:
+        ref[...] = permuted(x, codes)
+
     how = params.InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
-    caches = quantized_gpu_few.choose_tiling.cache_clear, quantized_gpu.matmul.clear_cache
+    layer = layer_gpu_quantized.layer_tail.clear_cache, layer_gpu_quantized.norm_product.clear_cache
+    caches = choose_tiling.cache_clear, quantized_gpu.matmul.clear_cache, *layer
     with contextlib.ExitStack() as stack:
         stack.enter_context(params.force_gpu_interpret_mode(how))
         patch = stack.enter_context(pytest.MonkeyPatch.context())
@@ -61,6 +67,10 @@ def interpreted(multiprocessors: int, columns: int = 64) -> Iterator[None]:
             patch.setattr(module, "load_column", lambda ref, row, group: ref[pl.ds(row, 64), group])
             patch.setattr(module, "as_float32", lambda column, *_: column.astype(jnp.float32))
             patch.setattr(module, "store_transposed", store_transposed)
+        for module in (quantized_gpu_few, layer_gpu_quantized):
+            patch.setattr(module, "wait_for_previous_kernel", lambda: None)
+            patch.setattr(module, "allow_next_kernel", lambda: None)
+        patch.setattr(layer_gpu_quantized, "store_in_order", store_in_order)
         patch.setattr(quantized_gpu_few, "_PARTS_BYTES", 0)
         patch.setattr(quantized_gpu_many, "COLUMNS", columns)
         yield

@@ -13,7 +13,9 @@ from qwen_jax.config import ModelConfig, MoE
 from qwen_jax.inference import one_row
 from qwen_jax.inference.programs import StaticArgs, decoder, prefill
 from qwen_jax.inference.sampling import SamplingParams, SamplingValues
-from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe
+from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe, layer_gpu_quantized
+from qwen_jax.kernels.matmul.quantized import dequantize
+from qwen_jax.kernels.matmul.quantized_gpu_tiles import CODES
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import abstract_params, bind, param_specs
@@ -49,6 +51,23 @@ def plain_tail(
     gate, up = times(w_gate_up, norm(stream, mid_norm))
     stream = stream + times(w_down, (jax.nn.silu(gate) * up).astype(stream.dtype)).astype(stream.dtype)
     return stream, plain_product(stream, next_norm, w_next, out_dtype=out_dtype), counter
+
+
+def plain_quantized_product(stream_D: jax.Array, norm_D: jax.Array, w: layer_gpu_quantized.Matrix, **_: Any) -> Any:
+    """`layer_gpu_quantized.norm_product` in plain functions."""
+    return plain_product(stream_D, norm_D, dequantize(*w))
+
+
+def plain_quantized_tail(
+    heads: jax.Array, stream: jax.Array, o: Any, mid_norm: jax.Array, gate_up: Any, down: Any, next_norm: jax.Array,
+    next_qkv: Any, **_: Any,
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
+    """`layer_gpu_quantized.layer_tail` in plain functions."""
+    w_o, w_gate_up, w_down = (dequantize(*w) for w in (o, gate_up, down))
+    w_next = jnp.zeros((0, stream.size)) if next_qkv is None else dequantize(*next_qkv)
+    both = w_gate_up.reshape(2, -1, stream.size)
+    stream, out, _ = plain_tail(heads, stream, w_o, mid_norm, both, w_down, next_norm, w_next, jnp.zeros(1))
+    return stream, None if next_qkv is None else out
 
 
 def plain_experts_tail(
@@ -97,7 +116,12 @@ def drawn(config: ModelConfig, mesh: Any, rng: np.random.Generator) -> tuple[Opt
     shapes, specs = (f(config, sharding, options) for f in (abstract_params, param_specs))
 
     def draw(path: Any, shape: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array:
-        values = rng.standard_normal(shape.shape, np.float32)
+        values, name = rng.standard_normal(shape.shape, np.float32), str(getattr(path[-1], "key", path[-1]))
+        if (config.quantization and name in ("scales", "zeros")) or shape.dtype in CODES:
+            # Weights of a magnitude of 0.05.
+            small = 2 if name == "zeros" else 3
+            values = 0.01 + 0.005 * np.abs(values) if name == "scales" else np.round(small * values).clip(-8, 7)
+            return jax.device_put(jnp.asarray(values, shape.dtype), jax.NamedSharding(mesh, spec))
         values = 1 + 0.1 * values if "norm" in jax.tree_util.keystr(path) else 0.05 * values
         return jax.device_put(jnp.asarray(values, jnp.bfloat16), jax.NamedSharding(mesh, spec))
 
@@ -191,5 +215,7 @@ def plain_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(kernels, "decode_step", recorded("attention", decode_cases.plain))
     monkeypatch.setattr(layer_gpu, "layer_tail", recorded("tail", plain_tail))
     monkeypatch.setattr(layer_gpu_moe, "layer_tail", recorded("experts", plain_experts_tail))
+    monkeypatch.setattr(layer_gpu_quantized, "layer_tail", recorded("quantised", plain_quantized_tail))
+    monkeypatch.setattr(layer_gpu_quantized, "norm_product", recorded("quantised first", plain_quantized_product))
     monkeypatch.setattr(layer_gpu, "norm_product", recorded("first", plain_product))
     return calls

@@ -93,9 +93,9 @@ def quantized_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """`decode_attention` over a head-major cache in 8 bits.
 
-    A kernel reads int8 for few query rows. For many, such as a chunk of a prompt, and for float8_e4m3fn, keys and
-    values of this layer are converted to the dtype of q first: 2 GiB for one layer of a 7B model with a million tokens,
-    while the chunk's attention takes much longer than that copy.
+    A kernel reads the 8 bits for few query rows; on TPUs only int8. Otherwise, such as for a chunk of a prompt, keys
+    and values of this layer are converted to the dtype of q first: 2 GiB for one layer of a 7B model with a million
+    tokens, while the chunk's attention takes much longer than that copy.
 
     Args:
       q_BTHd: queries.
@@ -122,30 +122,42 @@ def quantized_attention(
     scale = check_arguments(q_BTHd, k, v, mask, scale, "[B, K, S, d]")
     (_, T, H, d), (K, S) = q_BTHd.shape, keys.shape[1:3]
     chosen = select_attention(implementation, q_BTHd, mask, return_lse=True, cache=True)
-    cache, dtype = (keys.values_BKSd, keys.scales_BKS, values.values_BKSd, values.scales_BKS), keys.dtype
+    cache, dtype = _arrays(keys, values), keys.dtype
     args = _times_channels(q_BTHd, keys.channels_Kd), *cache, mask.k_start_BT, mask.k_end_BT
-    sizes = f"{H}/{K} heads, {S} slots"
+    sizes = f"{dtype}, {H}/{K} heads, {S} slots"
     if chosen == "gpu":
         from qwen_jax.kernels.decode import flash_decode_int8_gpu
 
-        if _reads_8_bits(flash_decode_int8_gpu.supports(q_BTHd.dtype, T, H, K, d, S), dtype, T, sizes):
+        if _reads_8_bits(flash_decode_int8_gpu.supports(q_BTHd.dtype, T, H, K, d, S), True, T, sizes):
             kernel = functools.partial(flash_decode_int8_gpu.attention, disjoint=mask.is_disjoint)
             return _run(kernel, args, scale)
     if chosen == "tpu":
         from qwen_jax.kernels.decode import flash_decode_tpu
 
-        if _reads_8_bits(flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d), dtype, T, sizes):
+        if _reads_8_bits(flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d), dtype == jnp.int8, T, sizes):
             return _run(flash_decode_tpu.int8_attention, args, scale)
     wide = keys.dequantized(q_BTHd.dtype), values.dequantized(q_BTHd.dtype)
     return decode_attention(q_BTHd, *wide, mask, scale=scale, implementation=_named(chosen))
 
 
-def _reads_8_bits(supported: bool, dtype: jnp.dtype, tokens: int, sizes: str) -> bool:
-    """Whether a kernel reads the 8 bits, and not a converted copy of the cache."""
-    needs = {"int8": dtype == jnp.int8, "few query rows and a cache of whole tiles": supported}
+def _arrays(keys: QuantizedRows, values: QuantizedRows) -> tuple[jax.Array, ...]:
+    """What the kernels for 8 bits get of a cache."""
+    return keys.values_BKSd, keys.scales_BKS, values.values_BKSd, values.scales_BKS
+
+
+def _reads_8_bits(supported: bool, known: bool, tokens: int, sizes: str) -> bool:
+    """Whether a kernel reads the 8 bits, and not a converted copy of the cache.
+
+    Args:
+      supported: whether the kernel supports the call in int8.
+      known: whether it reads the cache's dtype.
+      tokens: new tokens per row.
+      sizes: dtype, heads and slots, for messages.
+    """
+    needs = {"int8": known, "few query rows and a cache of whole tiles": supported}
     direct, copied = Candidate("8 bits", unmet(needs)), Candidate("converted copy", slow=tokens == 1)
     what = "attention over an 8-bit cache"
-    return select([direct, copied], "auto", what, f"{dtype}, {tokens} new tokens, {sizes}") == direct.name
+    return select([direct, copied], "auto", what, f"{tokens} new tokens, {sizes}") == direct.name
 
 
 def _times_channels(q_BTHd: jax.Array, channels_Kd: jax.Array | None) -> jax.Array:
@@ -168,9 +180,9 @@ def paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """`decode_attention` over a paged cache: slot j of row b is slot j % P of page pages[b, j // P].
 
-    The kernels read pages of a multiple of 16 slots for few query rows, in the compute dtype. Otherwise the pages are
-    gathered into a contiguous cache first, which costs a copy of all pages in the table; pages in 8 bits are copied as
-    they are, for some rows at a time.
+    The kernels read pages for few query rows: in the compute dtype, of a multiple of 16 slots, and on Hopper GPUs in 8
+    bits, of a multiple of 32 slots. Otherwise the pages are gathered into a contiguous cache first, which costs a copy
+    of all pages in the table; pages in 8 bits are copied as they are, for some rows at a time.
 
     Args:
       q_BTHd: queries.
@@ -200,22 +212,27 @@ def paged_attention(
     k, v = (jax.ShapeDtypeStruct((B, K, M * P, k_NKPd.shape[3]), dtype) for dtype in held)
     scale = check_arguments(q_BTHd, k, v, mask, scale, "[B, K, S, d]")
     chosen = select_attention(implementation, q_BTHd, mask, return_lse=True, cache=True)
+    keys: Any = k_NKPd
+    values: Any = v_NKPd
     # The kernels get arrays only.
-    args: Any = q_BTHd, k_NKPd, v_NKPd, pages_BM, mask.k_start_BT, mask.k_end_BT
+    table = pages_BM, mask.k_start_BT, mask.k_end_BT
+    args: tuple[Any, ...] = q_BTHd, keys, values, *table
     sizes = f"{k_NKPd.dtype}, {H}/{K} heads, {M} pages of {P} slots"
     if chosen == "gpu":
-        from qwen_jax.kernels.decode import flash_decode_gpu
+        from qwen_jax.kernels.decode import flash_decode_gpu, flash_decode_int8_gpu
 
-        if _reads_pages(flash_decode_gpu.supports(q_BTHd.dtype, T, H, K, d, M * P, P), quantized, T, sizes):
-            return _run(flash_decode_gpu.paged_attention, args, scale)
+        kernel: Any = flash_decode_int8_gpu if quantized else flash_decode_gpu
+        if _reads_pages(kernel.supports(q_BTHd.dtype, T, H, K, d, M * P, P), True, kernel.PAGE, T, sizes):
+            if quantized:
+                args = _times_channels(q_BTHd, keys.channels_Kd), *_arrays(keys, values), *table
+            return _run(kernel.paged_attention, args, scale)
     if chosen == "tpu":
         from qwen_jax.kernels.decode import flash_decode_tpu
 
-        if _reads_pages(flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d, P, pages_BM.size), quantized, T, sizes):
+        supported = flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d, P, pages_BM.size)
+        if _reads_pages(supported, not quantized, 16, T, sizes):
             return _run(flash_decode_tpu.paged_attention, args, scale)
     how: Any = {"scale": scale, "implementation": _named(chosen)}
-    keys: Any = k_NKPd
-    values: Any = v_NKPd
     if not quantized:
         return decode_attention(q_BTHd, _gathered(keys, pages_BM), _gathered(values, pages_BM), mask, **how)
 
@@ -245,11 +262,19 @@ def _gathered_rows(pages: QuantizedRows, pages_BM: jax.Array) -> QuantizedRows:
     return QuantizedRows(values, scales, pages.channels_Kd)
 
 
-def _reads_pages(supported: bool, quantized: bool, tokens: int, sizes: str) -> bool:
-    """Whether a kernel reads the pages where they are, and not a gathered copy of them."""
+def _reads_pages(supported: bool, known: bool, multiple: int, tokens: int, sizes: str) -> bool:
+    """Whether a kernel reads the pages where they are, and not a gathered copy of them.
+
+    Args:
+      supported: whether the kernel supports the sizes.
+      known: whether it reads the dtype of the pages.
+      multiple: what the slots of a page must be a multiple of.
+      tokens: new tokens per row.
+      sizes: dtype, heads and pages, for messages.
+    """
     needs = {
-        "pages in the compute dtype": not quantized,
-        "few query rows and pages of a multiple of 16 slots": supported,
+        "pages in the compute dtype": known,
+        f"few query rows and pages of a multiple of {multiple} slots": supported,
     }
     direct, copied = Candidate("pages", unmet(needs)), Candidate("gathered copy", slow=tokens == 1)
     return select([direct, copied], "auto", "paged attention", f"{tokens} new tokens, {sizes}") == direct.name

@@ -1,7 +1,19 @@
-"""Which models the kernels for one row can decode: two kernels per layer (`step_gpu`, `layer_gpu`, `layer_gpu_moe`)."""
+"""Which models the kernels for one row can decode: two per layer (`step_gpu`, `layer_gpu`, `layer_gpu_moe`), or nine
+where weights are quantised (`layer_gpu_quantized`)."""
+
+import functools
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.select import Candidate, select, unmet
+from qwen_jax.quantization import Quantization, unified
+
+# The projections of a dense layer in the inference layout, and those that each of them joins.
+_PROJECTIONS = {
+    "qkv": ("attention.q", "attention.k", "attention.v"),
+    "o": ("attention.o",),
+    "gate_up": ("mlp.gate", "mlp.up"),
+    "down": ("mlp.down",),
+}
 
 
 def supports(config: ModelConfig) -> bool:
@@ -10,8 +22,10 @@ def supports(config: ModelConfig) -> bool:
     Call it where `supports_decode_step` holds: it does not look at device and dtype.
 
     Args:
-      config: the architecture, dense or MoE.
+      config: the architecture, dense or MoE; weights in full precision or quantised.
     """
+    if config.quantization is not None:
+        return _supports_quantized(config, config.quantization)
     from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe
 
     heads = config.num_heads * config.head_dim
@@ -27,3 +41,33 @@ def supports(config: ModelConfig) -> bool:
     fused, separate = Candidate("two kernels per layer", unmet(needs)), Candidate("many kernels per layer")
     arguments = f"hidden size {config.hidden_size}, {config.num_layers} layers"
     return select([fused, separate], "auto", "decoding of one row", arguments) == fused.name
+
+
+def _supports_quantized(config: ModelConfig, quantization: Quantization) -> bool:
+    from qwen_jax.kernels.decode import layer_gpu, layer_gpu_quantized
+
+    D, F, heads = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
+    qkv = heads + 2 * config.num_kv_heads * config.head_dim
+    sizes = {"qkv": (qkv, D), "o": (D, heads), "gate_up": (2 * F, D), "down": (D, F)}
+    layers = [quantization.of_layer(i, config.num_layers) for i in range(config.num_layers)]
+    schemes = {
+        (name, functools.reduce(unified, map(layer.of, parts)))
+        for layer in layers
+        for name, parts in _PROJECTIONS.items()
+    }
+    known = all(x is not None and not x.ordered and x.offset != "min" for _, x in schemes)
+    fits = known and all(
+        layer_gpu_quantized.supports({name: (*sizes[name], x.groups(sizes[name][1]))}, x.codes, x.scales)
+        for name, x in schemes
+        if x is not None
+    )
+    needs = {
+        "dense layers": config.moe is None,
+        "activations that are not rounded": quantization.activations == "none",
+        "quantised projections without minima and without an order of their inputs": known,
+        "sizes that are multiples of 128, and groups of a multiple of 32 inputs": fits,
+        "a head that the layer kernel supports": layer_gpu.supports(D, F, heads, qkv, config.vocab_size),
+    }
+    fused, separate = Candidate("nine kernels per layer", unmet(needs)), Candidate("many kernels per layer")
+    what = f"{quantization.scheme.codes}, hidden size {D}, {config.num_layers} layers"
+    return select([fused, separate], "auto", "decoding of one row with quantised weights", what) == fused.name

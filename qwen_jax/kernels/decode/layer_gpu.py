@@ -182,7 +182,7 @@ def _multiply(
     x_smem, stream_smem = memory.x_smem, memory.stream_smem
     n, last = jnp.int32(0), len(products) - 1
     row_layout = strided(stream_ref.shape[0])
-    round_smem = round_memory(x_smem)
+    round_smem, whole = round_memory(x_smem), pl.ds(0, stream_ref.shape[0])
     # The weights are already being copied.
     wait_for_previous_kernel()
     allow_next_kernel()
@@ -200,12 +200,13 @@ def _multiply(
             grid_barrier(counter_ref, round_smem)
         # The input of the product.
         if last == 0:
-            add_and_norm(stream, norm, eps, x_smem)
+            x_smem[whole] = add_and_norm(stream, norm, eps)[1]
         elif index == 1:
             added = total(out_refs[0], products[0].splits, row_layout)
-            stream_smem[...] = add_and_norm(stream, norm, eps, x_smem, added)
+            stream_smem[...], x_smem[whole] = add_and_norm(stream, norm, eps, added)
         elif index == last:
-            stream = add_and_norm(stream, norm, eps, x_smem, total(out_refs[2], products[2].splits, row_layout))
+            added = total(out_refs[2], products[2].splits, row_layout)
+            stream, x_smem[whole] = add_and_norm(stream, norm, eps, added)
 
             @pl.when(lax.axis_index("block") == 0)
             def write_stream(stream: jax.Array = stream) -> None:

@@ -305,7 +305,8 @@ def _multiply(
     norm, stream = load(norm_refs[0], row_layout), load(stream_ref, row_layout)
     grid_barrier(counter_ref, round_smem)
     added = total(out_refs[0], products[0].splits, row_layout)
-    stream_smem[...] = add_and_norm(stream, norm, eps, x_smem, added)
+    whole = pl.ds(0, stream_ref.shape[0])
+    stream_smem[...], x_smem[whole] = add_and_norm(stream, norm, eps, added)
     # The router: arrive at the barrier, ask the copying warpgroup for the experts, and do not wait.
     n = run(1, n)
     arrive(counter_ref, round_smem)
@@ -325,7 +326,7 @@ def _multiply(
     routed = total(out_refs[5], products[5].splits * chosen, row_layout)
     gated = (notes_smem[chosen].astype(f32) * shared.astype(f32)).astype(jnp.bfloat16)
     added = (routed.astype(f32) + gated.astype(f32)).astype(jnp.bfloat16)
-    stream = add_and_norm(stream, norm, eps, x_smem, added)
+    stream, x_smem[whole] = add_and_norm(stream, norm, eps, added)
 
     @pl.when(lax.axis_index("block") == 0)
     def write_stream() -> None:

@@ -436,13 +436,12 @@ def total(parts_ref: Ref, parts: int, layout: Layout) -> jax.Array:
 
 
 def add_and_norm(
-    stream: jax.Array, norm: jax.Array, eps: float, x_smem: Ref, added: jax.Array | None = None
-) -> jax.Array:
-    """Adds to the residual stream, writes its RMSNorm to `x_smem`, and returns it."""
+    stream: jax.Array, norm: jax.Array, eps: float, added: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The residual stream with something added, and its RMSNorm."""
     D, f32 = stream.shape[0], jnp.float32
     if added is not None:
         stream = (stream.astype(f32) + added.astype(f32)).astype(jnp.bfloat16)
     x = stream.astype(f32)
     x = (x * lax.rsqrt(jnp.sum(x * x) / D + eps)).astype(jnp.bfloat16)
-    x_smem[pl.ds(0, D)] = (x.astype(f32) * norm.astype(f32)).astype(jnp.bfloat16)
-    return stream
+    return stream, (x.astype(f32) * norm.astype(f32)).astype(jnp.bfloat16)

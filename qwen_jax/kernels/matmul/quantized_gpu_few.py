@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.kernels.gpu.device import MULTIPROCESSORS, TILE_SHARED_BYTES
-from qwen_jax.kernels.gpu.hopper import load, tiled
+from qwen_jax.kernels.gpu.hopper import allow_next_kernel, load, tiled, wait_for_previous_kernel
 from qwen_jax.kernels.gpu.tiles import (
     FEEDER_REGISTERS,
     PER_COLUMN,
@@ -93,7 +93,7 @@ def _parts(tiles: int, steps: int, share: int) -> int:
 
 
 @functools.cache
-def choose_tiling(rows: int, n: int, k: int, code_bits: int, at_once: int = TILE) -> Tiling:
+def choose_tiling(rows: int, n: int, k: int, code_bits: int, at_once: int = TILE, whole: bool = False) -> Tiling:
     """Divides a product of `rows` rows with a matrix [n, k].
 
     The estimated cost, in bytes read from memory, is the larger of two: W, including the time of idle multiprocessors,
@@ -105,6 +105,7 @@ def choose_tiling(rows: int, n: int, k: int, code_bits: int, at_once: int = TILE
       n, k: outputs, a multiple of 64, and inputs, a multiple of 32.
       code_bits: of a code, 4 or 8.
       at_once: inputs that share a scale; see `inputs_at_once`.
+      whole: that there are no partial results.
     """
     columns, weights = width(rows), n * k * code_bits // 8
     best: tuple[float, Tiling] | None = None
@@ -120,6 +121,8 @@ def choose_tiling(rows: int, n: int, k: int, code_bits: int, at_once: int = TILE
         least = -(-total // MULTIPROCESSORS)
         # More than the least share makes fewer partial results, and leaves multiprocessors idle.
         for share in range(least, min(total, max(2 * least, steps)) + 1):
+            if whole and share % steps:
+                continue
             parts = _parts(tiles, steps, share)
             longest = weights / total * share * MULTIPROCESSORS * (_SHORT_STEPS if chunk == 128 else 1)
             x_bytes = tiles * rows * k * 2
@@ -149,16 +152,27 @@ class _Memory(NamedTuple):
     taken: Ref | None = None
 
 
-def product(operands: Operands, rows: int) -> jax.Array:
-    """Runs the kernel: partial products, float32 [parts, rows, N]."""
+def product(operands: Operands, rows: int, *, whole: bool = False, early: bool = False) -> jax.Array:
+    """Runs the kernel.
+
+    Args:
+      operands: of the product.
+      rows: of x.
+      whole: that there are no partial results.
+      early: begin to read the codes while the kernel launched before this one still runs, which must not write the
+        matrix. Otherwise the two do not overlap.
+
+    Returns:
+      Partial products, float32 [parts, rows, N]; if `whole`, the product rounded to bfloat16, [1, rows, N].
+    """
     (N, K), G, columns = operands.codes.shape, operands.scales.shape[1], width(rows)
-    p = choose_tiling(rows, N, K, bits(operands.codes.dtype), inputs_at_once(K, G))
+    p = choose_tiling(rows, N, K, bits(operands.codes.dtype), inputs_at_once(K, G), whole)
     given = {name: x for name, x in operands._asdict().items() if x is not None}
     names = tuple(given)
 
     def block(*refs: Ref, **scratch: Ref) -> None:
         *inputs, out_ref = refs
-        _block(_Memory(**scratch), Operands(**dict(zip(names, inputs, strict=True))), out_ref, p)
+        _block(_Memory(**scratch), Operands(**dict(zip(names, inputs, strict=True))), out_ref, p, early)
 
     sums = {}
     if p.wide > 1:
@@ -170,7 +184,7 @@ def product(operands: Operands, rows: int) -> jax.Array:
     launch = kernel(
         "quantized_few_rows",
         block,
-        (jax.ShapeDtypeStruct((p.parts, rows, N), jnp.float32),),
+        (jax.ShapeDtypeStruct((p.parts, rows, N), jnp.bfloat16 if whole else jnp.float32),),
         {"block": p.blocks},
         WARPGROUPS + 1,
         w_smem=tiled((p.stages, ROWS * p.high, p.chunk * p.wide), operands.codes.dtype, math.gcd(K, TILE)),
@@ -197,7 +211,7 @@ class _Step(NamedTuple):
 _Carry = tuple[jax.Array, _Place, _Step]
 
 
-def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None:
+def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling, early: bool) -> None:
     """The program of a thread block: its share of the list of steps."""
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     (N, K), G = operands.codes.shape, operands.scales.shape[1]
@@ -218,18 +232,37 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None
     def feed() -> None:
         """The program of the warpgroup that copies."""
 
-        def fetch(i: jax.Array, place: _Place) -> _Place:
-            tile, step = place
-            slot = rem(i, stages)
-            pl.when(i >= stages)(lambda: plgpu.barrier_wait(memory.free.at[slot]))
-            inputs = pl.ds(pl.multiple_of(step * (p.chunk * p.wide), TILE), p.chunk * p.wide)
+        def inputs_of(step: jax.Array) -> Any:
+            return pl.ds(pl.multiple_of(step * (p.chunk * p.wide), TILE), p.chunk * p.wide)
+
+        def fetch_codes(i: jax.Array, place: _Place) -> _Place:
+            (tile, step), slot = place, rem(i, stages)
             outputs = pl.ds(pl.multiple_of(tile * (ROWS * p.high), ROWS), ROWS * p.high)
-            plgpu.copy_gmem_to_smem(operands.codes.at[outputs, inputs], memory.w_smem.at[slot], memory.full.at[slot])
-            x = operands.x.at[pl.ds(block * 0, columns), inputs]
+            codes = operands.codes.at[outputs, inputs_of(step)]
+            plgpu.copy_gmem_to_smem(codes, memory.w_smem.at[slot], memory.full.at[slot])
+            return following(tile, step)
+
+        def fetch_x(i: jax.Array, place: _Place) -> _Place:
+            (tile, step), slot = place, rem(i, stages)
+            x = operands.x.at[pl.ds(block * 0, columns), inputs_of(step)]
             plgpu.copy_gmem_to_smem(x, memory.x_smem.at[slot], memory.full.at[slot])
             return following(tile, step)
 
-        lax.fori_loop(0, count, fetch, (first_tile, first_step))
+        def fetch(i: jax.Array, place: _Place) -> _Place:
+            pl.when(i >= stages)(lambda: plgpu.barrier_wait(memory.free.at[rem(i, stages)]))
+            fetch_codes(i, place)
+            return fetch_x(i, place)
+
+        place, ahead = (first_tile, first_step), jnp.int32(0)
+        if early:
+            # Codes for all places of the ring; x, once the kernel before has written it. Nothing else depends on that
+            # kernel: results are written after x has arrived.
+            ahead = jnp.minimum(count, stages)
+            lax.fori_loop(0, ahead, fetch_codes, place)
+            wait_for_previous_kernel()
+            allow_next_kernel()
+            place = lax.fori_loop(0, ahead, fetch_x, place)
+        lax.fori_loop(ahead, count, fetch, place)
         # No barrier may be left that was not waited for.
         last = jnp.maximum(count - stages, 0)
         lax.fori_loop(last, count, lambda n, _: plgpu.barrier_wait(memory.free.at[rem(n, stages)]), None)
@@ -329,10 +362,10 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None
 
             @pl.when((tile * p.high + level) * ROWS < N)
             def store_rows() -> None:
-                store_transposed(out_ref.at[part, :, pl.ds(row, ROWS)], total)
+                store_transposed(out_ref.at[part, :, pl.ds(row, ROWS)], total.astype(out_ref.dtype))
                 # The block with the end of the tile also writes zeros for parts that do not exist.
                 if p.parts > 1:
-                    nothing = zeros(total.shape, WGMMA)
+                    nothing = zeros(total.shape, WGMMA).astype(out_ref.dtype)
 
                     def clear(other: jax.Array, _: None) -> None:
                         store_transposed(out_ref.at[other, :, pl.ds(row, ROWS)], nothing)

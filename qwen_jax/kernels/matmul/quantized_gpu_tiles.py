@@ -137,6 +137,37 @@ def operand(codes: jax.Array, start: int, width: int, zeros: jax.Array | None = 
     return run(codes, zeros + 136.0 if four else zeros)
 
 
+def as_bfloat16(codes: jax.Array) -> jax.Array:
+    """A tile of int8 or float8_e4m3fn in bfloat16, where each thread keeps its four neighbours of a row.
+
+    Args:
+      codes: from `load_codes`; NaN of float8 count as 480.
+    """
+    if codes.dtype == jnp.int8:
+        return codes.astype(jnp.bfloat16)
+    result = plgpu.ShapeDtypeStruct(codes.shape, jnp.bfloat16, layout=_HELD[8])
+
+    @plgpu.inline_mgpu(arg_types=(_HELD[8],), return_type=result)
+    def convert(_: Any, x: Any) -> Any:
+        import numpy as np
+        from jax._src.lib.mlir import ir
+        from jax._src.lib.mlir.dialects import llvm
+        from jax.experimental.mosaic.gpu import fragmented_array, utils
+
+        i32, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
+        registers = np.empty_like(x.registers)
+        for at, word in np.ndenumerate(x.registers):
+            word = utils.bitcast(word, i32)
+            pairs: list[Any] = [
+                llvm.inline_asm(i32, [word], f"{{ {_to_bfloat16(codes.dtype, p, False)} }}", "=r,r") for p in range(2)
+            ]
+            registers[at] = utils.vector_concat([utils.bitcast(two, pair) for two in pairs])
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    out: jax.Array = convert(codes)
+    return out
+
+
 def load_column(ref: Ref, row: jax.Array, group: jax.Array) -> jax.Array:
     """Reads one number of each of 64 rows of a matrix in global memory, for `as_float32`.
 

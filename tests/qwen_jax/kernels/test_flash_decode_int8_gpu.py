@@ -1,6 +1,7 @@
 """Split-key attention over 8-bit caches on Hopper GPUs: lowering anywhere, numerics on a GPU or in the interpreter."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -69,10 +70,10 @@ CASES = (
 BOTH = [(case, False) for case in CASES] + [(case, True) for case in CASES if case.T > 1]
 
 
-def shapes_of(case: Case) -> list[jax.ShapeDtypeStruct]:
-    """Arguments of the kernel except the scale."""
+def shapes_of(case: Case, held: Any = jnp.int8) -> list[jax.ShapeDtypeStruct]:
+    """Arguments of the kernel except the scale, for a cache of a dtype."""
     c = case
-    cache = jax.ShapeDtypeStruct((c.B, c.K, c.S, c.d), jnp.int8)
+    cache = jax.ShapeDtypeStruct((c.B, c.K, c.S, c.d), held)
     scales = jax.ShapeDtypeStruct((c.B, c.K, c.S), jnp.float32)
     q, i = jax.ShapeDtypeStruct((c.B, c.T, c.H, c.d), c.dtype), jax.ShapeDtypeStruct((c.B, c.T), jnp.int32)
     return [q, cache, scales, cache, scales, i, i]
@@ -80,10 +81,14 @@ def shapes_of(case: Case) -> list[jax.ShapeDtypeStruct]:
 
 @pytest.mark.draw(12)
 @pytest.mark.parametrize(("case", "separately"), BOTH, ids=str)
-def test_lowers_to_one_kernel_and_a_merge(case: Case, separately: bool) -> None:
+def test_lowers_to_one_kernel_and_a_merge(case: Case, separately: bool, numbers: np.random.Generator) -> None:
     """The kernels pass the layout inference of Mosaic GPU, and no array of the cache's size but the cache exists."""
     run = jax.jit(functools.partial(flash_decode_int8_gpu.attention, scale=0.1, disjoint=separately))
-    text = run.trace(*shapes_of(case)).lower(lowering_platforms=("cuda",)).as_text()
+    text = (
+        run.trace(*shapes_of(case, numbers.choice(flash_decode_int8_gpu.DTYPES)))
+        .lower(lowering_platforms=("cuda",))
+        .as_text()
+    )
     assert text.count("@mosaic_gpu_v2") == 2
     assert f"{case.S}x{case.d}xbf16" not in text
 
@@ -163,8 +168,8 @@ def entry(q: jax.Array, k: Any, k_scales: Any, v: Any, v_scales: Any, start: Any
 
 def test_few_rows_read_8_bits_and_many_rows_a_converted_copy() -> None:
     """On a Hopper GPU the kernel runs for decoding, also of dual-chunk attention; a chunk of a prompt is as usual."""
-    for T in (1, 3, 256):
-        args = shapes_of(Case(1, T, 28, 4, 128, 4096))
+    for T, held in itertools.product((1, 3, 256), flash_decode_int8_gpu.DTYPES):
+        args = shapes_of(Case(1, T, 28, 4, 128, 4096), held)
         with as_if_on("Hopper GPU"):
             text = str(jax.make_jaxpr(entry)(*args))
         assert ("flash_decode_int8" in text) == (T < 10)
@@ -199,22 +204,24 @@ def test_a_cache_that_the_kernels_do_not_know_is_refused() -> None:
 
 
 def drawn(case: Case, numbers: np.random.Generator) -> tuple[list[jax.Array], tuple[np.ndarray, np.ndarray]]:
-    """Arguments of the kernel except the scale, and the output and log-sum-exp in float64.
+    """Arguments of the kernel except the scale, and the output and log-sum-exp in float64, for one of the dtypes.
 
-    Slots that no row sees hold other numbers and scales.
+    Slots that no row sees hold other numbers and scales, and what was written there as NaN.
     """
     c = case
     start, end = c.mask(numbers, c.B, c.T, c.S)
     q = numbers.standard_normal((c.B, c.T, c.H, c.d), np.float32).astype(jnp.bfloat16)
     held, wide = [], []
+    dtype = numbers.choice(flash_decode_int8_gpu.DTYPES)
     j = np.arange(c.S)
     seen = ((start[:, :, None] <= j) & (j < end[:, :, None])).any(axis=1)
     for _ in range(2):
-        values = numbers.integers(-127, 128, (c.B, c.K, c.S, c.d)).astype(np.int8)
+        values = numbers.integers(-127, 128, (c.B, c.K, c.S, c.d)).astype(dtype)
         scales = np.exp(numbers.normal(0, 1, (c.B, c.K, c.S))).astype(np.float32) / 100
-        scales.swapaxes(1, 2)[~seen] = numbers.choice([0, 1e10], int((~seen).sum()))[:, None]
+        unseen = numbers.choice([0, 1e10, np.nan], int((~seen).sum()))[:, None]
+        scales.swapaxes(1, 2)[~seen] = unseen
         held += [jnp.asarray(values), jnp.asarray(scales)]
-        wide.append(values * scales[..., None].astype(np.float64))
+        wide.append(values.astype(np.float64) * scales[..., None].astype(np.float64))
     args = [jnp.asarray(q), *held, jnp.asarray(start), jnp.asarray(end)]
     return args, expected(q, *wide, start, end, c.d**-0.5)
 
