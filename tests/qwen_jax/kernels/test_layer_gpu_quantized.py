@@ -130,6 +130,12 @@ def test_unsupported_arguments_are_refused() -> None:
             layer_tail(*good[:index], bad, *good[index + 1 :], eps=EPS)
 
 
+@pytest.fixture(autouse=True)
+def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "auto" takes the kernels, which it does not do by itself before they have run on a card."""
+    monkeypatch.setattr(layer, "QUANTISED_HAS_RUN", True)
+
+
 def small(scheme: Scheme, **changes: Any) -> ModelConfig:
     """Two layers of a small model with quantised weights."""
     sizes = {"hidden_size": 256, "intermediate_size": 384, "num_layers": 2, "vocab_size": 512} | changes
