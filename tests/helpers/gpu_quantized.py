@@ -41,11 +41,16 @@ def interpreted(multiprocessors: int, columns: int = 64) -> Iterator[None]:
         w = w if zeros is None else w - zeros[:, None]
         return permuted(w.astype(jnp.bfloat16), codes.dtype)
 
-    def store_transposed(ref: Any, x: jax.Array) -> None:
-        ref[...] = x.T[: ref.shape[0]]
+    def store_transposed(ref: Any, x: jax.Array, count_ref: Any = None) -> None:
+        there = x.T[: ref.shape[0]]
+        if count_ref is not None:
+            # What is not there is undefined.
+            there = jnp.where(jnp.arange(len(there))[:, None] < count_ref[0], there, jnp.nan)
+        ref[...] = there
 
     how = params.InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
     caches = quantized_gpu_few.choose_tiling.cache_clear, quantized_gpu.matmul.clear_cache
+    caches += (quantized_gpu.grouped_matmul.clear_cache,)
     with contextlib.ExitStack() as stack:
         stack.enter_context(params.force_gpu_interpret_mode(how))
         patch = stack.enter_context(pytest.MonkeyPatch.context())
