@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -275,6 +275,12 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None
         first_row = lax.cond(end, lambda: matrix_row(bundle), lambda: place.first_row)
         return _Place(jnp.where(end, 0, tile), step, bundle, first_row)
 
+    def x_rows(place: _Place) -> Any:
+        """The rows of x, and of the result, of a step."""
+        if place.bundle is None:
+            return slice(None)
+        return pl.ds(pl.multiple_of(place.bundle * columns, 8), columns)
+
     def feed() -> None:
         """The program of the warpgroup that copies."""
 
@@ -283,13 +289,12 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None
             slot = rem(i, stages)
             pl.when(i >= stages)(lambda: plgpu.barrier_wait(memory.free.at[slot]))
             inputs = pl.ds(pl.multiple_of(step * (p.chunk * p.wide), TILE), p.chunk * p.wide)
-            row, x_row = tile * (ROWS * p.high), block * 0
-            if place.bundle is not None:
-                row, x_row = row + place.first_row, place.bundle * columns
             # The last tile of a matrix may have rows of the next one, which are not used.
+            row = tile * (ROWS * p.high) + (0 if place.first_row is None else place.first_row)
             outputs = pl.ds(pl.multiple_of(row, ROWS), ROWS * p.high)
             plgpu.copy_gmem_to_smem(operands.codes.at[outputs, inputs], memory.w_smem.at[slot], memory.full.at[slot])
-            x = operands.x.at[pl.ds(pl.multiple_of(x_row, 8), columns), inputs]
+            # Fewer rows than columns are copied as if there were all.
+            x = operands.x.at[pl.ds(block * 0, columns) if place.bundle is None else x_rows(place), inputs]
             plgpu.copy_gmem_to_smem(x, memory.x_smem.at[slot], memory.full.at[slot])
             return following(place)
 
@@ -359,9 +364,7 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None
                     if operands.x_sums is not None:
                         # Inputs beyond the end belong to no group.
                         there = ((step * p.wide + side) * p.chunk + j * at_once < K).astype(jnp.float32)
-                        x_sum = operands.x_sums.at[group_of(step, j)]
-                        if place.bundle is not None:
-                            x_sum = x_sum.at[pl.ds(pl.multiple_of(place.bundle * columns, 8), columns)]
+                        x_sum = operands.x_sums.at[group_of(step, j), x_rows(place)]
                         x_sum = load(x_sum, PER_COLUMN) * there
                         acc = acc - across(numbers.mins[j], shape) * across(x_sum, shape, 1)
             plgpu.barrier_arrive(memory.free.at[slot])
@@ -399,10 +402,7 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling) -> None
             earlier = tile if bundle is None else tile + bundle * tiles
             part = block - lax.div(earlier * steps, jnp.int32(share))
             row = row_of(tile)
-            rows, count_ref = slice(None), None
-            if bundle is not None:
-                rows = pl.ds(pl.multiple_of(bundle * columns, 8), columns)
-                count_ref = bundles.counts.at[pl.ds(bundle, 1)]
+            rows, count_ref = x_rows(place), None if bundle is None else bundles.counts.at[pl.ds(bundle, 1)]
 
             @pl.when((tile * p.high + level) * ROWS < N)
             def store_rows() -> None:
