@@ -118,7 +118,7 @@ def grouped_matmul(
     """
     (T, C, K), (E, N, inputs), G = x_TCK.shape, weight_ENK.shape, scales_ENG.shape[-1]
     arrays = (weight_ENK, scales_ENG, zeros_ENG, mins_ENG)
-    fits = inputs == K and 1 <= rows <= MAX_ROWS and C == width(rows) and 1 <= least <= T
+    fits = inputs == K and 1 <= rows <= MAX_ROWS and width(rows) == C and 1 <= least <= T
     fits = fits and all(a is None or a.shape == (E, N, G) for a in arrays[1:])
     fits = fits and (zeros_ENG is None or (zeros_ENG.dtype == weight_ENK.dtype and weight_ENK.dtype in CODES[:2]))
     fits = fits and (mins_ENG is None or mins_ENG.dtype == jnp.float32)

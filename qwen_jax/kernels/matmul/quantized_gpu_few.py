@@ -165,7 +165,7 @@ def product(operands: Operands, rows: int, outputs: int | None = None, bundles: 
     """Runs the kernel: partial products, float32 [parts, rows, N].
 
     Args:
-      operands: of a grouped product with `bundles`, x with `width(rows)` rows for each of them, and matrices that follow
+      operands: of a grouped product with `bundles`, x with `width(rows)` rows for each, and matrices that follow
         each other.
       rows: of the product; of a grouped product, of a bundle.
       outputs: of a matrix; by default all.
