@@ -89,7 +89,11 @@ class MoE(nnx.Module):
         """
         spec, options, moe = self.sharding, self.options, self.config.moe
         assert moe is not None
-        context = MoEContext(moe, spec, self.config.rms_norm_eps, options.capacity_factor, options.grouped, keep_dots)
+        # Adapters are trained with gradients with respect to activations, which kernels for codes do not have.
+        quantized = "plain" if options.lora is not None else "auto"
+        context = MoEContext(
+            moe, spec, self.config.rms_norm_eps, options.capacity_factor, options.grouped, keep_dots, quantized
+        )
         dtype = x_BTD.dtype
         (gate_up, gate_up_specs), (down, down_specs) = (
             self.experts.arrays(name, dtype) for name in ("gate_up", "down")

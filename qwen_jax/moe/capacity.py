@@ -13,6 +13,7 @@ from jax import lax
 from qwen_jax.kernels.einsum import einsum_f32
 from qwen_jax.moe.dispatch import Dispatched
 from qwen_jax.moe.exchange import AXIS
+from qwen_jax.moe.experts import Matrices, as_array
 from qwen_jax.moe.router import MoEContext, RouterOutput
 
 
@@ -31,9 +32,9 @@ class CapacityInfo:
     token_S: jax.Array
     num_tokens: int = dataclasses.field(metadata={"static": True})
 
-    def multiply(self, context: MoEContext, rows: jax.Array, matrices: jax.Array) -> jax.Array:
+    def multiply(self, context: MoEContext, rows: jax.Array, matrices: Matrices) -> jax.Array:
         """Batched product of the slots of each expert here, [experts, slots, width]."""
-        return einsum_f32("eck,enk->ecn", rows, matrices).astype(rows.dtype)
+        return einsum_f32("eck,enk->ecn", rows, as_array(matrices, rows.dtype)).astype(rows.dtype)
 
     def combine(self, context: MoEContext, rows: jax.Array) -> jax.Array:
         """Returns the slots to their tokens and sums those of each token. Empty slots are dropped."""

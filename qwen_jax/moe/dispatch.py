@@ -15,8 +15,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.kernels.einsum import einsum_f32
+from qwen_jax.kernels.matmul import quantized_grouped
 from qwen_jax.kernels.matmul.grouped import grouped_matmul
+from qwen_jax.kernels.matmul.quantized_grouped import (
+    QuantizedMatrices,
+    grouped_quantized_matmul,
+    selected_quantized_matmul,
+)
 from qwen_jax.moe.exchange import AXIS, ExchangePlan, plan_exchange, send, send_back, send_scalars
+from qwen_jax.moe.experts import Matrices
 from qwen_jax.moe.router import MoEContext, RouterOutput
 
 ROOM = 1.5
@@ -31,13 +38,13 @@ _FEW_ROWS = 16
 class DispatchInfo(Protocol):
     """What dispatch did with the rows; it computes the experts' products and combines their results."""
 
-    def multiply(self, context: MoEContext, rows: jax.Array, matrices: jax.Array) -> jax.Array:
+    def multiply(self, context: MoEContext, rows: jax.Array, matrices: Matrices) -> jax.Array:
         """Multiplies each row with the transposed matrix of its expert.
 
         Args:
           context: static settings.
           rows: as dispatched, or the result of an earlier product; K wide.
-          matrices: [e, N, K], one for each expert of this device.
+          matrices: [N, K], one for each expert of this device.
 
         Returns:
           Rows in the same layout, N wide, in the dtype of `rows`.
@@ -126,8 +133,12 @@ class DroplessInfo:
     plan: ExchangePlan | None
     ids_Nk: jax.Array
 
-    def multiply(self, context: MoEContext, rows: jax.Array, matrices: jax.Array) -> jax.Array:
+    def multiply(self, context: MoEContext, rows: jax.Array, matrices: Matrices) -> jax.Array:
         """Grouped product of rows sorted by expert. What follows the last expert's rows is never read."""
+        if isinstance(matrices, QuantizedMatrices):
+            if rows.shape[0] <= quantized_grouped.MAX_ROWS:
+                return grouped_quantized_matmul(rows, matrices, self.sizes_e, implementation=context.quantized)
+            matrices = matrices.values(rows.dtype)
         # Without an exchange, padding and the rows of experts on other devices come last; their results must be zero.
         return grouped_matmul(
             rows, matrices, self.sizes_e, expected=self.ids_Nk.size, fill=self.plan is None,
@@ -152,9 +163,12 @@ class FewRowsInfo:
 
     ids_A: jax.Array
 
-    def multiply(self, context: MoEContext, rows: jax.Array, matrices: jax.Array) -> jax.Array:
+    def multiply(self, context: MoEContext, rows: jax.Array, matrices: Matrices) -> jax.Array:
         """Products of single rows: one row per token in the first product, one per assignment in the second."""
         A = self.ids_A.shape[0]
+        if isinstance(matrices, QuantizedMatrices):
+            rows = jnp.repeat(rows, A // rows.shape[0], axis=0)
+            return selected_quantized_matmul(rows, matrices, self.ids_A, implementation=context.quantized)
         products = [_multiply_row(matrices, self.ids_A[a], rows[a * rows.shape[0] // A]) for a in range(A)]
         return jnp.stack(products)
 

@@ -9,11 +9,14 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.matmul import quantized
+from qwen_jax.kernels.matmul.quantized_grouped import QuantizedMatrices
 from qwen_jax.moe.exchange import AXIS
 from qwen_jax.parallel.collectives import all_gather_weight
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.quantization import Quantization
+
+Matrices = jax.Array | QuantizedMatrices
+"""A matrix [N, K] for each expert of this device: an array [e, N, K], or what stands for it."""
 
 
 class Experts(nnx.Module):
@@ -98,27 +101,27 @@ class MoEWeights:
         """The router's weight [E, D], gathered over `fsdp`."""
         return all_gather_weight(self.router_Ed, 1)
 
-    def gathered_gate_up(self) -> jax.Array:
+    def gathered_gate_up(self) -> Matrices:
         """Gate and up of each expert as one matrix [e, 2 f, D], gathered over `fsdp`."""
-        w = self._gathered(self.gate_up, 3)
-        return w.reshape(w.shape[0], -1, w.shape[-1])
+        return _gathered(self.gate_up, 3)
 
-    def gathered_down(self) -> jax.Array:
+    def gathered_down(self) -> Matrices:
         """The down matrices [e, D, f], gathered over `fsdp`."""
-        return self._gathered(self.down, 1)
+        return _gathered(self.down, 1)
 
-    def _gathered(self, arrays: dict[str, jax.Array], axis: int) -> jax.Array:
-        """The values of a weight, gathered along an axis over `fsdp`."""
-        if len(arrays) == 1:
-            return all_gather_weight(arrays["weight"], axis)
-        order = arrays.get("order")
-        gathered = {name: array for name, array in arrays.items() if name != "order"}
-        gathered["weight"] = lax.all_gather(gathered["weight"], "fsdp", axis=axis, tiled=True)
-        w = quantized.dequantize(**gathered)
-        if order is not None:
-            places = jnp.argsort(order, axis=-1)
-            w = jnp.take_along_axis(w, places if order.ndim == w.ndim else places[..., None, :], axis=-1)
-        return w.astype(self.router_Ed.dtype)
+
+def as_array(matrices: Matrices, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The matrices [e, N, K]; those that are quantised are dequantised to a dtype, all of them."""
+    return matrices.values(dtype) if isinstance(matrices, QuantizedMatrices) else matrices
+
+
+def _gathered(arrays: dict[str, jax.Array], axis: int) -> Matrices:
+    """A weight, gathered along an axis over `fsdp`."""
+    if len(arrays) == 1:
+        w = all_gather_weight(arrays["weight"], axis)
+        return w.reshape(w.shape[0], -1, w.shape[-1])
+    codes = lax.all_gather(arrays["weight"], "fsdp", axis=axis, tiled=True)
+    return QuantizedMatrices(**{**arrays, "weight": codes})
 
 
 def weighted_swiglu(gate_up: jax.Array, weights: jax.Array) -> jax.Array:

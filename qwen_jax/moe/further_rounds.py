@@ -14,7 +14,7 @@ from jax import lax
 
 from qwen_jax.moe.dispatch import DroplessInfo, exchange_room, gather_rows, permute, sum_assignments
 from qwen_jax.moe.exchange import ExchangePlan, send, send_back, send_scalars
-from qwen_jax.moe.experts import MoEWeights, sum_partial_results, weighted_swiglu
+from qwen_jax.moe.experts import MoEWeights, as_array, sum_partial_results, weighted_swiglu
 from qwen_jax.moe.router import MoEContext, route_tokens
 
 FURTHER_ROUNDS = "further_rounds"
@@ -135,7 +135,9 @@ def _prepare(context: MoEContext, info: DroplessInfo, x_btD: jax.Array, weights:
     routed = route_tokens(context, weights, x_btD, None, info.ids_Nk)
     rows_AD = gather_rows(routed.x_ND, info.order, context.config.num_experts_per_tok)
     weights_A = permute(routed.weights_Nk.reshape(-1), info.order)
-    return _RoundInputs(rows_AD, weights_A, weights.gathered_gate_up(), weights.gathered_down())
+    gate_up, down = weights.gathered_gate_up(), weights.gathered_down()
+    # The rounds have gradients with respect to all of these, and codes have none.
+    return _RoundInputs(rows_AD, weights_A, as_array(gate_up, rows_AD.dtype), as_array(down, rows_AD.dtype))
 
 
 def _run_round(context: MoEContext, room: int, info: DroplessInfo, i: jax.Array, given: _RoundInputs) -> jax.Array:

@@ -47,6 +47,8 @@ class MoEContext:
       capacity_factor: see `qwen_jax.options.Options`.
       grouped: kernel of the grouped products; see `qwen_jax.kernels.matmul.grouped`.
       keep_dots: the backward pass keeps the results of matrix products and recomputes everything else.
+      quantized: implementation of products of few rows with quantised experts; see
+        `qwen_jax.kernels.matmul.quantized_grouped`.
     """
 
     config: MoEConfig
@@ -55,6 +57,7 @@ class MoEContext:
     capacity_factor: float
     grouped: Grouped
     keep_dots: bool
+    quantized: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

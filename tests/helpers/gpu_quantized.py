@@ -14,7 +14,6 @@ import pytest
 
 from qwen_jax.kernels.decode import layer_gpu_quantized
 from qwen_jax.kernels.matmul import quantized_gpu, quantized_gpu_few, quantized_gpu_many
-from qwen_jax.kernels.matmul.quantized_gpu_few import choose_tiling
 from qwen_jax.kernels.matmul.quantized_gpu_tiles import permuted
 
 CAN_INTERPRET = jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu"
@@ -43,15 +42,20 @@ def interpreted(multiprocessors: int, columns: int = 64) -> Iterator[None]:
         w = w if zeros is None else w - zeros[:, None]
         return permuted(w.astype(jnp.bfloat16), codes.dtype)
 
-    def store_transposed(ref: Any, x: jax.Array) -> None:
-        ref[...] = x.T[: ref.shape[0]]
+    def store_transposed(ref: Any, x: jax.Array, count_ref: Any = None) -> None:
+        there = x.T[: ref.shape[0]]
+        if count_ref is not None:
+            # What is not there is undefined.
+            there = jnp.where(jnp.arange(len(there))[:, None] < count_ref[0], there, jnp.nan)
+        ref[...] = there
 
     def store_in_order(ref: Any, x: jax.Array, codes: Any, _: Any) -> None:
         ref[...] = permuted(x, codes)
 
     how = params.InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
     layer = layer_gpu_quantized.layer_tail.clear_cache, layer_gpu_quantized.norm_product.clear_cache
-    caches = choose_tiling.cache_clear, quantized_gpu.matmul.clear_cache, *layer
+    caches = quantized_gpu_few.choose_tiling.cache_clear, quantized_gpu.matmul.clear_cache
+    caches += (quantized_gpu.grouped_matmul.clear_cache, *layer)
     with contextlib.ExitStack() as stack:
         stack.enter_context(params.force_gpu_interpret_mode(how))
         patch = stack.enter_context(pytest.MonkeyPatch.context())

@@ -1,12 +1,14 @@
 """Products with quantised weights on Hopper GPUs: see `quantized_gpu_few` and `quantized_gpu_many`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.matmul import quantized_gpu_few, quantized_gpu_many
 from qwen_jax.kernels.matmul.quantized_gpu_few import MAX_ROWS, width
-from qwen_jax.kernels.matmul.quantized_gpu_tiles import CODES, Operands, inputs_at_once, permuted
+from qwen_jax.kernels.matmul.quantized_gpu_tiles import CODES, Bundles, Operands, inputs_at_once, permuted
 
 SCALES = tuple(map(jnp.dtype, (jnp.float16, jnp.bfloat16, jnp.float32)))
 """Dtypes of scales that the kernels read."""
@@ -78,10 +80,66 @@ def matmul(
     if M > MAX_ROWS:
         x = jnp.pad(x, ((0, -M % 8), (0, 0)))
         return quantized_gpu_many.product(Operands(x, weight_NK, scales_NG, zeros_NG, mins_NG))[:M]
-    sums = None
-    if mins_NG is not None:
-        sums = x_MK.astype(jnp.float32).reshape(M, G, K // G).sum(axis=2).T
-        sums = jnp.pad(sums, ((0, 0), (0, width(M) - M)))
+    sums = None if mins_NG is None else _sums(jnp.pad(x_MK, ((0, width(M) - M), (0, 0))), G)
     if M > 8:  # The copy engine pads fewer rows with zeros by itself, but needs a longer axis to be a multiple of 8.
         x = jnp.pad(x, ((0, width(M) - M), (0, 0)))
     return quantized_gpu_few.product(Operands(x, weight_NK, scales_NG, zeros_NG, mins_NG, sums), M).sum(axis=0)
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "least"))
+def grouped_matmul(
+    x_TCK: jax.Array,
+    bundles: Bundles,
+    weight_ENK: jax.Array,
+    scales_ENG: jax.Array,
+    zeros_ENG: jax.Array | None = None,
+    mins_ENG: jax.Array | None = None,
+    *,
+    rows: int,
+    least: int,
+) -> jax.Array:
+    """Multiplies bundles of a few rows by one of several quantised matrices each, x W^T. Runs on local arrays.
+
+    Only codes and scales of matrices that have rows are read, once for each of their bundles. The numerics are those of
+    `matmul` up to `MAX_ROWS` rows, for any number of bundles.
+
+    Args:
+      x_TCK: bfloat16, the rows of each bundle; C is `width(rows)`.
+      bundles: which matrix each is multiplied by, and how many rows it has.
+      weight_ENK, scales_ENG, zeros_ENG, mins_ENG: of each matrix, as for `matmul`.
+      rows: about the most that a bundle has, 1 to `MAX_ROWS`.
+      least: the fewest bundles that there can be, for the division of the work.
+
+    Returns:
+      float32 [T, C, N]. Rows that are not there are undefined, and may be NaN.
+
+    Raises:
+      InputError: arguments that `needs` rejects, or shapes that do not match.
+    """
+    (T, C, K), (E, N, inputs), G = x_TCK.shape, weight_ENK.shape, scales_ENG.shape[-1]
+    arrays = (weight_ENK, scales_ENG, zeros_ENG, mins_ENG)
+    fits = inputs == K and 1 <= rows <= MAX_ROWS and width(rows) == C and 1 <= least <= T
+    fits = fits and all(a is None or a.shape == (E, N, G) for a in arrays[1:])
+    fits = fits and (zeros_ENG is None or (zeros_ENG.dtype == weight_ENK.dtype and weight_ENK.dtype in CODES[:2]))
+    fits = fits and (mins_ENG is None or mins_ENG.dtype == jnp.float32)
+    fits = fits and [a.shape for a in bundles] == [(T,), (T,), (1,)] and all(a.dtype == jnp.int32 for a in bundles)
+    flat = [None if a is None else a.reshape(E * N, -1) for a in arrays]
+    if not fits or not all(needs(x_TCK[:, 0], weight_ENK[0], scales_ENG[0]).values()):
+        got = ", ".join("none" if a is None else f"{a.dtype} {a.shape}" for a in (x_TCK, *arrays, *bundles))
+        raise InputError(
+            f"The kernel for groups of quantised weights needs bfloat16 x [T, {width(rows)}, K] for {rows} rows, codes "
+            "[E, N, K] of int4, int8 or float8_e4m3fn, N and K multiples of 64, scales, integer zeros in the dtype of "
+            "the codes and float32 mins [E, N, G] of groups of a multiple of 32 inputs, or one group, int32 matrices "
+            f"and counts [T] and used [1], and 1 to T bundles at least; got {got} and {least}. Use "
+            "implementation='plain'."
+        )
+    x = x_TCK.reshape(T * C, K)
+    sums = None if mins_ENG is None else _sums(x, G)
+    codes, scales, zeros, mins = flat
+    operands = Operands(permuted(x, weight_ENK.dtype), codes, scales, zeros, mins, sums, bundles)
+    return quantized_gpu_few.product(operands, rows, N, least).sum(axis=0).reshape(T, C, N)
+
+
+def _sums(x_MK: jax.Array, groups: int) -> jax.Array:
+    """The sums of rows over each group of inputs, float32 [G, M]."""
+    return x_MK.astype(jnp.float32).reshape(x_MK.shape[0], groups, -1).sum(axis=2).T

@@ -11,6 +11,10 @@ Four warpgroups multiply and one copies. Of the four, some have different output
 are added through shared memory. The steps of all tiles of outputs form one list, of which each thread block takes an
 equal share, wherever that begins and ends. A tile that several blocks share has several partial results; XLA fuses
 their sum into what follows.
+
+A grouped product has several matrices and bundles of rows, each of which is multiplied by one of them: the list has the
+tiles of each bundle, one bundle after the other. How many there are is known only on the device, so that the share is
+computed there, and codes of matrices without rows are never read.
 """
 
 import dataclasses
@@ -67,7 +71,7 @@ class Tiling:
       high: warpgroups with different outputs.
       wide: warpgroups with the same outputs and different inputs.
       chunk: inputs of a step for one warpgroup.
-      share: steps of a thread block.
+      share: steps of a thread block; of a grouped product, the least.
       blocks: thread blocks.
       parts: partial results, the most blocks that share a tile.
       stages: steps in flight.
@@ -93,8 +97,10 @@ def _parts(tiles: int, steps: int, share: int) -> int:
 
 
 @functools.cache
-def choose_tiling(rows: int, n: int, k: int, code_bits: int, at_once: int = TILE, whole: bool = False) -> Tiling:
-    """Divides a product of `rows` rows with a matrix [n, k].
+def choose_tiling(
+    rows: int, n: int, k: int, code_bits: int, at_once: int = TILE, bundles: int = 0, whole: bool = False
+) -> Tiling:
+    """Divides a product of `rows` rows with a matrix [n, k], or a grouped product of bundles of so many rows.
 
     The estimated cost, in bytes read from memory, is the larger of two: W, including the time of idle multiprocessors,
     and everything that goes from L2 to the multiprocessors at about 2.5 times the speed. Writing and reading partial
@@ -105,13 +111,16 @@ def choose_tiling(rows: int, n: int, k: int, code_bits: int, at_once: int = TILE
       n, k: outputs, a multiple of 64, and inputs, a multiple of 32.
       code_bits: of a code, 4 or 8.
       at_once: inputs that share a scale; see `inputs_at_once`.
+      bundles: of a grouped product the fewest that there may be; 0 for one matrix. If there are more, shares are
+        longer. Then they are whole tiles if the least share is, and otherwise no tile has more parts than `parts`.
       whole: that there are no partial results.
     """
-    columns, weights = width(rows), n * k * code_bits // 8
+    columns, matrices = width(rows), max(bundles, 1)
+    weights = matrices * n * k * code_bits // 8
     best: tuple[float, Tiling] | None = None
     for high, chunk in itertools.product((1, 2, 4), (128, 256)):
         wide = WARPGROUPS // high
-        tiles, steps = -(-n // (ROWS * high)), -(-k // (chunk * wide))
+        tiles, steps = -(-n // (ROWS * high)) * matrices, -(-k // (chunk * wide))
         stage = ROWS * high * chunk * wide * code_bits // 8 + columns * chunk * wide * 2
         stages = min(_MAX_STAGES, (TILE_SHARED_BYTES - (wide - 1) * high * ROWS * columns * 4) // stage)
         # Longer steps, and sums of more warpgroups, need more registers.
@@ -123,12 +132,17 @@ def choose_tiling(rows: int, n: int, k: int, code_bits: int, at_once: int = TILE
         for share in range(least, min(total, max(2 * least, steps)) + 1):
             if whole and share % steps:
                 continue
-            parts = _parts(tiles, steps, share)
+            if bundles:
+                parts = 1 if share % steps == 0 else -(-(steps - 1) // share) + 1
+            else:
+                parts = _parts(tiles, steps, share)
             longest = weights / total * share * MULTIPROCESSORS * (_SHORT_STEPS if chunk == 128 else 1)
             x_bytes = tiles * rows * k * 2
-            cost = max(longest, 0.4 * (weights + x_bytes)) + parts * rows * n * 4 + _PARTS_BYTES * (parts > 1)
+            cost = max(longest, 0.4 * (weights + x_bytes)) + _PARTS_BYTES * (parts > 1)
+            cost += parts * matrices * rows * n * 4
             if best is None or cost < best[0]:
-                best = cost, Tiling(high, wide, chunk, share, -(-total // share), parts, stages)
+                blocks = MULTIPROCESSORS if bundles else -(-total // share)
+                best = cost, Tiling(high, wide, chunk, share, blocks, parts, stages)
     assert best is not None
     return best[1]
 
@@ -152,27 +166,39 @@ class _Memory(NamedTuple):
     taken: Ref | None = None
 
 
-def product(operands: Operands, rows: int, *, whole: bool = False, early: bool = False) -> jax.Array:
+def product(
+    operands: Operands,
+    rows: int,
+    outputs: int | None = None,
+    bundles: int = 0,
+    *,
+    whole: bool = False,
+    early: bool = False,
+) -> jax.Array:
     """Runs the kernel.
 
     Args:
-      operands: of the product.
-      rows: of x.
+      operands: of a grouped product with `bundles`, x with `width(rows)` rows for each, and matrices that follow
+        each other.
+      rows: of the product; of a grouped product, of a bundle.
+      outputs: of a matrix; by default all.
+      bundles: of a grouped product, the fewest that there may be.
       whole: that there are no partial results.
       early: begin to read the codes while the kernel launched before this one still runs, which must not write the
         matrix. Otherwise the two do not overlap.
 
     Returns:
-      Partial products, float32 [parts, rows, N]; if `whole`, the product rounded to bfloat16, [1, rows, N].
+      Partial products, float32 [parts, rows, N]; if `whole`, the product rounded to bfloat16, [1, rows, N]. Of a
+      grouped product, [parts, bundles * width(rows), N], where rows that are not there are undefined.
     """
     (N, K), G, columns = operands.codes.shape, operands.scales.shape[1], width(rows)
-    p = choose_tiling(rows, N, K, bits(operands.codes.dtype), inputs_at_once(K, G), whole)
-    given = {name: x for name, x in operands._asdict().items() if x is not None}
-    names = tuple(given)
+    N = outputs or N
+    p = choose_tiling(rows, N, K, bits(operands.codes.dtype), inputs_at_once(K, G), bundles, whole)
+    leaves, treedef = jax.tree.flatten(operands)
 
     def block(*refs: Ref, **scratch: Ref) -> None:
         *inputs, out_ref = refs
-        _block(_Memory(**scratch), Operands(**dict(zip(names, inputs, strict=True))), out_ref, p, early)
+        _block(_Memory(**scratch), jax.tree.unflatten(treedef, inputs), out_ref, p, early)
 
     sums = {}
     if p.wide > 1:
@@ -184,7 +210,11 @@ def product(operands: Operands, rows: int, *, whole: bool = False, early: bool =
     launch = kernel(
         "quantized_few_rows",
         block,
-        (jax.ShapeDtypeStruct((p.parts, rows, N), jnp.bfloat16 if whole else jnp.float32),),
+        (
+            jax.ShapeDtypeStruct(
+                (p.parts, operands.x.shape[0] if bundles else rows, N), jnp.bfloat16 if whole else jnp.float32
+            ),
+        ),
         {"block": p.blocks},
         WARPGROUPS + 1,
         w_smem=tiled((p.stages, ROWS * p.high, p.chunk * p.wide), operands.codes.dtype, math.gcd(K, TILE)),
@@ -193,11 +223,24 @@ def product(operands: Operands, rows: int, *, whole: bool = False, early: bool =
         free=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=p.stages),
         **sums,
     )
-    out: jax.Array = launch(*given.values())[0]
+    out: jax.Array = launch(*leaves)[0]
     return out
 
 
-_Place = tuple[jax.Array, jax.Array]
+class _Place(NamedTuple):
+    """A step in the list of steps.
+
+    Attributes:
+      tile: of outputs, of a matrix.
+      step: of the tile.
+      bundle: of a grouped product.
+      first_row: of a grouped product, the first row of the bundle's matrix.
+    """
+
+    tile: jax.Array
+    step: jax.Array
+    bundle: jax.Array | None = None
+    first_row: jax.Array | None = None
 
 
 class _Step(NamedTuple):
@@ -214,20 +257,50 @@ _Carry = tuple[jax.Array, _Place, _Step]
 def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling, early: bool) -> None:
     """The program of a thread block: its share of the list of steps."""
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-    (N, K), G = operands.codes.shape, operands.scales.shape[1]
+    N, K, G, bundles = out_ref.shape[2], operands.codes.shape[1], operands.scales.shape[1], operands.bundles
     columns, stages, group = memory.x_smem.shape[1], memory.full.shape[0], K // G
     at_once = inputs_at_once(K, G)
     # Products that run at the same time, as many as there are registers for their sums.
     together = max(1, _SUM_COLUMNS // columns)
     tiles, steps = -(-N // (ROWS * p.high)), -(-K // (p.chunk * p.wide))
-    begin = block * p.share
-    count = jnp.minimum(p.share, tiles * steps - begin)
-    first_tile = lax.div(begin, jnp.int32(steps))
-    first_step = begin - first_tile * steps
+    total: jax.Array | int = tiles * steps
+    share: jax.Array | int = p.share
+    if bundles is not None:
+        total = bundles.used[0] * (tiles * steps)
+        # With one part for each tile, shares are whole tiles.
+        unit = steps if p.parts == 1 else 1
+        even = lax.div(total + (p.blocks * unit - 1), jnp.int32(p.blocks * unit)) * unit
+        share = jnp.maximum(even, p.share)
+    begin = block * share
+    count = jnp.minimum(share, total - begin)
 
-    def following(tile: jax.Array, step: jax.Array) -> _Place:
-        last = step == steps - 1
-        return jnp.where(last, tile + 1, tile), jnp.where(last, 0, step + 1)
+    def matrix_row(bundle: jax.Array) -> jax.Array:
+        return bundles.matrices[jnp.minimum(bundle, bundles.matrices.shape[0] - 1)] * N
+
+    def first_place() -> _Place:
+        tile = lax.div(begin, jnp.int32(steps))
+        step = begin - tile * steps
+        if bundles is None:
+            return _Place(tile, step)
+        bundle = lax.div(tile, jnp.int32(tiles))
+        return _Place(tile - bundle * tiles, step, bundle, matrix_row(bundle))
+
+    def following(place: _Place) -> _Place:
+        last = place.step == steps - 1
+        tile, step = jnp.where(last, place.tile + 1, place.tile), jnp.where(last, 0, place.step + 1)
+        if place.bundle is None:
+            return _Place(tile, step)
+        # The number of the matrix is read only for another bundle: who needs it waits for it.
+        end = tile == tiles
+        bundle = jnp.where(end, place.bundle + 1, place.bundle)
+        first_row = lax.cond(end, lambda: matrix_row(bundle), lambda: place.first_row)
+        return _Place(jnp.where(end, 0, tile), step, bundle, first_row)
+
+    def x_rows(place: _Place) -> Any:
+        """The rows of x, and of the result, of a step."""
+        if place.bundle is None:
+            return slice(None)
+        return pl.ds(pl.multiple_of(place.bundle * columns, 8), columns)
 
     def feed() -> None:
         """The program of the warpgroup that copies."""
@@ -236,24 +309,27 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling, early: 
             return pl.ds(pl.multiple_of(step * (p.chunk * p.wide), TILE), p.chunk * p.wide)
 
         def fetch_codes(i: jax.Array, place: _Place) -> _Place:
-            (tile, step), slot = place, rem(i, stages)
-            outputs = pl.ds(pl.multiple_of(tile * (ROWS * p.high), ROWS), ROWS * p.high)
-            codes = operands.codes.at[outputs, inputs_of(step)]
+            slot = rem(i, stages)
+            # The last tile of a matrix may have rows of the next one, which are not used.
+            row = place.tile * (ROWS * p.high) + (0 if place.first_row is None else place.first_row)
+            codes = operands.codes.at[pl.ds(pl.multiple_of(row, ROWS), ROWS * p.high), inputs_of(place.step)]
             plgpu.copy_gmem_to_smem(codes, memory.w_smem.at[slot], memory.full.at[slot])
-            return following(tile, step)
+            return following(place)
 
         def fetch_x(i: jax.Array, place: _Place) -> _Place:
-            (tile, step), slot = place, rem(i, stages)
-            x = operands.x.at[pl.ds(block * 0, columns), inputs_of(step)]
+            slot = rem(i, stages)
+            # Fewer rows than columns are copied as if there were all.
+            of_x = pl.ds(block * 0, columns) if place.bundle is None else x_rows(place)
+            x = operands.x.at[of_x, inputs_of(place.step)]
             plgpu.copy_gmem_to_smem(x, memory.x_smem.at[slot], memory.full.at[slot])
-            return following(tile, step)
+            return following(place)
 
         def fetch(i: jax.Array, place: _Place) -> _Place:
             pl.when(i >= stages)(lambda: plgpu.barrier_wait(memory.free.at[rem(i, stages)]))
             fetch_codes(i, place)
             return fetch_x(i, place)
 
-        place, ahead = (first_tile, first_step), jnp.int32(0)
+        place, ahead = first_place(), jnp.int32(0)
         if early:
             # Codes for all places of the ring; x, once the kernel before has written it. Nothing else depends on that
             # kernel: results are written after x has arrived.
@@ -278,32 +354,36 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling, early: 
             # The last tile may have fewer rows: then some warpgroups have none, and write nothing.
             return pl.multiple_of(jnp.minimum((tile * p.high + level) * ROWS, N - ROWS), ROWS)
 
+        def matrix_row_of(place: _Place, row: jax.Array) -> jax.Array:
+            """The place of a row of a matrix among those of all matrices."""
+            return row if place.first_row is None else pl.multiple_of(row + place.first_row, ROWS)
+
         def group_of(step: jax.Array, j: int) -> jax.Array:
             return jnp.minimum(lax.div((step * p.wide + side) * p.chunk + j * at_once, jnp.int32(group)), G - 1)
 
         def per_row(place: _Place) -> _Step:
             """Scales, zero points and minima of a step."""
-            tile, step = place
-            row = row_of(jnp.minimum(tile, tiles - 1))
+            tile = place.tile if place.bundle is not None else jnp.minimum(place.tile, tiles - 1)
+            row = matrix_row_of(place, row_of(tile))
 
             def of(ref: Ref | None) -> tuple[jax.Array, ...]:
                 if ref is None:
                     return ()
-                return tuple(load_column(ref, row, group_of(step, j)) for j in range(p.chunk // at_once))
+                return tuple(load_column(ref, row, group_of(place.step, j)) for j in range(p.chunk // at_once))
 
             return _Step(of(operands.scales), of(operands.zeros), of(operands.mins))
 
         def one(i: jax.Array, carry: _Carry) -> _Carry:
-            acc, (tile, step), numbers = carry
-            slot = rem(i, stages)
-            after = following(tile, step)
+            acc, place, numbers = carry
+            step, slot = place.step, rem(i, stages)
+            row, after = matrix_row_of(place, row_of(place.tile)), following(place)
             plgpu.barrier_wait(memory.full.at[slot])
             codes = load_codes(memory.w_smem.at[slot, own_rows, own_inputs])
             # Read one step ahead; the numbers arrive while this step is computed.
             ahead = per_row(after)
 
             def now(columns: tuple[jax.Array, ...], ref: Ref, j: int) -> jax.Array:
-                return as_float32(columns[j], ref, row_of(tile), group_of(step, j))
+                return as_float32(columns[j], ref, row, group_of(step, j))
 
             def sums(first: int, *accs: Ref) -> tuple[jax.Array, ...]:
                 for j, acc in enumerate(accs, first):
@@ -324,16 +404,17 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling, early: 
                     if operands.x_sums is not None:
                         # Inputs beyond the end belong to no group.
                         there = ((step * p.wide + side) * p.chunk + j * at_once < K).astype(jnp.float32)
-                        x_sum = load(operands.x_sums.at[group_of(step, j)], PER_COLUMN) * there
+                        x_sum = operands.x_sums.at[group_of(step, j), x_rows(place)]
+                        x_sum = load(x_sum, PER_COLUMN) * there
                         acc = acc - across(numbers.mins[j], shape) * across(x_sum, shape, 1)
             plgpu.barrier_arrive(memory.free.at[slot])
-            pl.when((step == steps - 1) | (i == count - 1))(lambda: write(acc, tile, step))
+            pl.when((step == steps - 1) | (i == count - 1))(lambda: write(acc, place))
             return acc, after, ahead
 
-        def write(acc: jax.Array, tile: jax.Array, step: jax.Array) -> None:
+        def write(acc: jax.Array, place: _Place) -> None:
             """Adds the sums of the warpgroups with the same outputs, and writes the part of this block."""
             if p.wide == 1:
-                store(acc, tile, step)
+                store(acc, place)
                 return
             assert memory.sums_smem is not None
             assert memory.given is not None
@@ -354,25 +435,28 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling, early: 
                 for other in range(p.wide - 1):
                     total = total + load(sums_smem.at[other, level], WGMMA)
                 plgpu.barrier_arrive(taken)
-                store(total, tile, step)
+                store(total, place)
 
-        def store(total: jax.Array, tile: jax.Array, step: jax.Array) -> None:
-            part = block - lax.div(tile * steps, jnp.int32(p.share))
+        def store(total: jax.Array, place: _Place) -> None:
+            tile, step, bundle, _ = place
+            earlier = tile if bundle is None else tile + bundle * tiles
+            part = block - lax.div(earlier * steps, jnp.int32(share))
             row = row_of(tile)
+            rows, count_ref = x_rows(place), None if bundle is None else bundles.counts.at[pl.ds(bundle, 1)]
 
             @pl.when((tile * p.high + level) * ROWS < N)
             def store_rows() -> None:
-                store_transposed(out_ref.at[part, :, pl.ds(row, ROWS)], total.astype(out_ref.dtype))
+                store_transposed(out_ref.at[part, rows, pl.ds(row, ROWS)], total.astype(out_ref.dtype), count_ref)
                 # The block with the end of the tile also writes zeros for parts that do not exist.
                 if p.parts > 1:
                     nothing = zeros(total.shape, WGMMA).astype(out_ref.dtype)
 
                     def clear(other: jax.Array, _: None) -> None:
-                        store_transposed(out_ref.at[other, :, pl.ds(row, ROWS)], nothing)
+                        store_transposed(out_ref.at[other, rows, pl.ds(row, ROWS)], nothing, count_ref)
 
                     lax.fori_loop(part + 1, jnp.where(step == steps - 1, p.parts, part + 1), clear, None)
 
-        place = first_tile, first_step
+        place = first_place()
         lax.fori_loop(0, count, one, (zeros((ROWS, columns), WGMMA), place, per_row(place)))
 
     @pl.when(warpgroup < WARPGROUPS)

@@ -39,6 +39,7 @@ class Operands(NamedTuple):
       zeros: [N, G].
       mins: float32 [N, G].
       x_sums: with `mins`, float32 [G, columns]: the sums of x over each group.
+      bundles: of a grouped product, else None.
     """
 
     x: Any
@@ -47,6 +48,23 @@ class Operands(NamedTuple):
     zeros: Any = None
     mins: Any = None
     x_sums: Any = None
+    bundles: Any = None
+
+
+class Bundles(NamedTuple):
+    """The rows of a grouped product, in T bundles of a few rows of one matrix each.
+
+    x of `Operands` has the same number of rows for each bundle, and the matrices follow each other.
+
+    Attributes:
+      matrices: int32 [T], the matrix of each bundle; of bundles that are not used, any that exists.
+      counts: int32 [T], the rows of each bundle that are there. The others are not written.
+      used: int32 [1], how many bundles there are, from the first.
+    """
+
+    matrices: Any
+    counts: Any
+    used: Any
 
 
 def bits(dtype: jax.typing.DTypeLike) -> int:
@@ -259,18 +277,30 @@ def _to_bfloat16(dtype: jax.typing.DTypeLike, pair: int, subtract: bool) -> str:
         mul.bf16x2 $0, n, f;"""
 
 
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA))
-def store_transposed(_: Any, ref: Any, x: Any) -> None:
+def store_transposed(ref: Ref, x: jax.Array, count_ref: Ref | None = None) -> None:
     """Writes those columns of a tile [64, columns] that exist to global memory [columns, 64].
 
     Each thread writes its own numbers; eight threads write 32 bytes that follow each other.
+
+    Args:
+      ref: global memory.
+      x: the tile.
+      count_ref: int32 [1] in global memory, how many columns exist; by default those of `ref`.
     """
+    if count_ref is None:
+        plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA))(_store_transposed)(ref, x)
+    else:
+        plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA, plgpu.RefType()))(_store_transposed)(ref, x, count_ref)
+
+
+def _store_transposed(_: Any, ref: Any, x: Any, count_ref: Any = None) -> None:
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, memref, vector
     from jax.experimental.mosaic.gpu import utils
 
     i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
-    count = ir.MemRefType(ref.type).shape[0]
+    exist = ir.MemRefType(ref.type).shape[0] if count_ref is None else 0
+    count = utils.c(exist, i32) if count_ref is None else memref.load(count_ref, [utils.c(0, index)])
     thread = arith.remui(utils.thread_idx(), utils.c(128, i32))
     warp, lane = arith.divui(thread, utils.c(32, i32)), arith.remui(thread, utils.c(32, i32))
     row = arith.addi(arith.muli(warp, utils.c(16, i32)), arith.divui(lane, utils.c(4, i32)))
@@ -285,8 +315,8 @@ def store_transposed(_: Any, ref: Any, x: Any) -> None:
             def put(two: Any = two, n: int = n, at_row: Any = at_row, at_column: Any = at_column) -> None:
                 memref.store(vector.extract(two, [], [n]), ref, [arith.index_cast(index, at_column), at_row])
 
-            if first + 8 <= count:
+            if first + 8 <= exist:
                 put()
-            elif first < count:
-                with utils.when(arith.cmpi(arith.CmpIPredicate.ult, at_column, utils.c(count, i32))):
+            elif first < exist or count_ref is not None:
+                with utils.when(arith.cmpi(arith.CmpIPredicate.ult, at_column, count)):
                     put()
