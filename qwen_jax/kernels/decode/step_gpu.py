@@ -163,9 +163,7 @@ def paged_decode_step(
     rows = start_B, length_B, new_B, pages_BM
     if any(x.dtype != jnp.int32 or len(x) != B for x in rows):
         got = ", ".join(f"{x.dtype} {x.shape}" for x in rows)
-        raise InputError(
-            f"The decode kernel needs int32 starts, lengths, counts and page tables of {B} rows; got {got}."
-        )
+        raise InputError(f"The decode kernel needs int32 starts, lengths, counts and tables of {B} rows; got {got}.")
     new_token = qkv_BRd, bias_Rd, cos_Bh, sin_Bh
     return _run(new_token, k_pages_NKPd, v_pages_NKPd, rows, scale, slots)
 

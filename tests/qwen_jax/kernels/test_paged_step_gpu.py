@@ -1,4 +1,4 @@
-"""The attention step of decoding over pages: in the interpreter, lowered, in the model, and on a GPU where there is one."""
+"""The attention step of decoding over pages: interpreted, lowered, and on a GPU where there is one."""
 
 import dataclasses
 import re
@@ -12,7 +12,6 @@ import pytest
 
 from qwen_jax import kernels
 from qwen_jax.attention.paged_cache import PagedLayer
-from qwen_jax.attention.rope import rotate
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.decode import step_gpu
 from tests.helpers import decode_cases
@@ -166,21 +165,6 @@ def test_pages_give_the_bits_of_one_array_in_the_interpreter(
     check_pages(args, pages, rows)
 
 
-def unfused(
-    qkv: jax.Array, bias: jax.Array, cos: jax.Array, sin: jax.Array, k_pages: jax.Array, v_pages: jax.Array,
-    start: jax.Array, length: jax.Array, new: jax.Array, table: jax.Array, *, scale: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """`paged_decode_step` from the functions that the model uses without it; pages must be finite."""
-    K = k_pages.shape[1]
-    H = qkv.shape[1] - 2 * K
-    q, k, v = jnp.split((qkv + bias)[:, None], [H, H + K], axis=2)
-    tables = cos[:, None, None], sin[:, None, None]
-    layer = PagedLayer(k_pages, v_pages, table, length, new, fresh=False).write(rotate(k, tables), v)
-    mask = kernels.cache_mask(start, length, 1)
-    out, _ = layer.attend(rotate(q, tables), mask, scale=scale, implementation="reference")
-    return out[:, 0], layer.k_NKPd, layer.v_NKPd
-
-
 @pytest.mark.skipif(not CAN_INTERPRET, reason="needs jax 0.11, and a CPU")
 def test_it_equals_the_separate_kernels_in_the_interpreter(
     numbers: np.random.Generator, monkeypatch: pytest.MonkeyPatch
@@ -191,7 +175,7 @@ def test_it_equals_the_separate_kernels_in_the_interpreter(
     monkeypatch.setattr(step_gpu, "shares", lambda *_, **__: (1, 1))
     with interpreted(2):
         out, *pages = jax.device_get(step_gpu.paged_decode_step(*args, scale=0.125))
-    want, *want_pages = jax.device_get(unfused(*args, scale=0.125))
+    want, *want_pages = jax.device_get(decode_cases.paged_plain(*args, scale=0.125))
     # Rotation rounds its products there, and weights are rounded here. The last row is padding.
     assert error(out[:-1], want[:-1].astype(np.float64)) < 8e-3
     for got, expected in zip(pages, want_pages, strict=True):
@@ -267,7 +251,7 @@ if _ON_HOPPER:
             assert error(first[0][b], want[0]) < 4e-3
         check_pages(args, first[1:], rows)
 
-    @pytest.mark.parametrize("step", [step_gpu.paged_decode_step, unfused])
+    @pytest.mark.parametrize("step", [step_gpu.paged_decode_step, decode_cases.paged_plain])
     def test_many_steps_in_a_device_loop_are_the_same_every_time(
         step: Callable[..., Any], numbers: np.random.Generator
     ) -> None:
