@@ -1,4 +1,4 @@
-"""A decode step of one sequence on one Hopper GPU, with two kernels a layer.
+"""A decode step of one sequence on one Hopper GPU, with two kernels a layer. The cache is contiguous or in pages.
 
 `qwen_jax.model` computes the same with ten kernels a layer; at batch 1 the gaps between kernels cost more than a tenth
 of the time. The numerics are the same (Hugging Face's order of casts, products accumulated in float32), with two
