@@ -292,19 +292,22 @@ def supports_decode_step(
     num_heads: int,
     num_kv_heads: int,
     cache: jax.Array | QuantizedRows,
+    pages_BM: jax.Array | None = None,
 ) -> bool:
-    """Whether `decode_step` is used for the next tokens. Logs the outcome once.
+    """Whether `decode_step` or `paged_decode_step` is used for the next tokens. Logs the outcome once.
 
     Args:
       implementation: only "auto" selects it.
       dtype: of the activations.
       length: new tokens per row.
       num_heads, num_kv_heads: on one device.
-      cache: keys or values of a layer, [B, K, S, d].
+      cache: keys or values of a layer, [B, K, S, d], or pages [N, K, P, d].
+      pages_BM: page table, if there are pages.
     """
     if length != 1:
         return False
-    S, d = cache.shape[2:]
+    size, d = cache.shape[2:]
+    slots, page = (size, 0) if pages_BM is None else (size * pages_BM.shape[1], size)
     needs = {
         "a Hopper GPU": platform.on_hopper(),
         "bfloat16": jnp.dtype(dtype) == cache.dtype == jnp.bfloat16,
@@ -313,10 +316,11 @@ def supports_decode_step(
         # Imported only where it can run, because importing Pallas takes seconds.
         from qwen_jax.kernels.decode import step_gpu
 
-        needs["sizes that the kernel supports"] = step_gpu.supports(num_heads, num_kv_heads, d, S)
+        needs["sizes that the kernel supports"] = step_gpu.supports(num_heads, num_kv_heads, d, slots, page)
     fused, separate = Candidate("fused", unmet(needs)), Candidate("separate kernels")
     asked = "auto" if implementation == "auto" else separate.name
-    sizes = f"{jnp.dtype(dtype)}, {num_heads}/{num_kv_heads} heads of {d}, {S} slots"
+    sizes = f"{jnp.dtype(dtype)}, {num_heads}/{num_kv_heads} heads of {d}, {slots} slots"
+    sizes += f" in pages of {page}" if page else ""
     return select([fused, separate], asked, "attention step of decoding", sizes) == fused.name
 
 
@@ -325,6 +329,14 @@ def decode_step(*args: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, j
     from qwen_jax.kernels.decode import step_gpu
 
     result: tuple[jax.Array, jax.Array, jax.Array] = step_gpu.decode_step(*args, scale=scale)
+    return result
+
+
+def paged_decode_step(*args: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`decode_step` over pages; see `step_gpu.paged_decode_step`."""
+    from qwen_jax.kernels.decode import step_gpu
+
+    result: tuple[jax.Array, jax.Array, jax.Array] = step_gpu.paged_decode_step(*args, scale=scale)
     return result
 
 
