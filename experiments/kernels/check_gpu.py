@@ -49,6 +49,9 @@ def small_cases() -> None:
         qkv, bias, turn = normal(8, 2, H + 2 * K, d), normal(9, H + 2 * K, d), normal(10, 2, d // 2)
         start = jnp.zeros(2, jnp.int32)
         jax.block_until_ready(kernels.decode_step(qkv, bias, turn, turn, *cache, start, jnp.int32(300), scale=0.1))
+        lengths = jnp.array([300, 64], jnp.int32), jnp.ones(2, jnp.int32)
+        step = kernels.paged_decode_step(qkv, bias, turn, turn, *pages, start, *lengths, table, scale=0.1)
+        jax.block_until_ready(step)
 
 
 def main() -> int:

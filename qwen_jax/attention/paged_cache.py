@@ -133,6 +133,25 @@ class PagedLayer(PagesLayer):
     def table(self) -> jax.Array:
         return self.pages_BM
 
+    def supports_step(self, implementation: kernels.Implementation, x: jax.Array, heads: int, kv_heads: int) -> bool:
+        # Pages in 8 bits are not bfloat16.
+        return not self.fresh and kernels.supports_decode_step(
+            implementation, x.dtype, x.shape[1], heads, kv_heads, self.k_NKPd, self.pages_BM
+        )
+
+    def step(
+        self,
+        qkv_BRd: jax.Array,
+        bias_Rd: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        start_B: jax.Array,
+        *,
+        scale: float,
+    ) -> tuple[jax.Array, "PagedLayer"]:
+        rows = start_B, self.lengths_B, self.new_B, self.pages_BM
+        out, k, v = kernels.paged_decode_step(qkv_BRd, bias_Rd, *rope, self.k_NKPd, self.v_NKPd, *rows, scale=scale)
+        return out, dataclasses.replace(self, k_NKPd=k, v_NKPd=v)
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -198,6 +217,11 @@ class PagedCache:
         return self.pages_BM.shape[1] * self.keys[0].shape[2]
 
     @property
+    def start_B(self) -> jax.Array:
+        """int32, the first slot of each row."""
+        return jnp.zeros_like(self.lengths_B)
+
+    @property
     def layers(self) -> list[PagedLayer]:
         pairs = zip(self.keys, self.values, strict=True)
         return [PagedLayer(k, v, self.pages_BM, self.lengths_B, self.new_B, self.fresh) for k, v in pairs]
@@ -214,7 +238,7 @@ class PagedCache:
         """What the next tokens see, for `attend`: each its own row up to itself."""
         if self.fresh:
             return kernels.causal_mask(len(self.lengths_B), length)
-        return kernels.cache_mask(jnp.zeros_like(self.lengths_B), self.lengths_B, length)
+        return kernels.cache_mask(self.start_B, self.lengths_B, length)
 
     def advanced(self, new_B: jax.Array) -> "PagedCache":
         """The cache after its next tokens were written.

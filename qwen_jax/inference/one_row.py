@@ -1,4 +1,5 @@
-"""A decode step of one sequence on one Hopper GPU, with two kernels a layer, or nine where weights are quantised.
+"""A decode step of one sequence on one Hopper GPU, with two kernels a layer, or nine where weights are quantised. The
+cache is contiguous or in pages.
 
 `qwen_jax.model` computes the same with ten kernels a layer, or thirteen; at batch 1 the gaps between kernels cost more
 than a tenth of the time. The numerics are the same (Hugging Face's order of casts, products accumulated in float32),
@@ -8,7 +9,7 @@ weight, and the sum over routed experts is rounded once instead of for each expe
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax import kernels
 from qwen_jax.attention import dual_chunk
 from qwen_jax.attention.cache import ContiguousCache
+from qwen_jax.attention.paged_cache import PagedCache
 from qwen_jax.attention.rope import rope_table
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.decode import layer as layer_kernels
@@ -29,7 +31,12 @@ COMPILER_OPTIONS = {"xla_gpu_graph_min_graph_size": 1 << 30}
 overlap: each begins to read its weights while the kernel before it still runs."""
 
 
-def supports(config: ModelConfig, sharding: Sharding, options: Options, rows: int, cache: ContiguousCache) -> bool:
+_Cache = TypeVar("_Cache", ContiguousCache, PagedCache)
+
+
+def supports(
+    config: ModelConfig, sharding: Sharding, options: Options, rows: int, cache: ContiguousCache | PagedCache
+) -> bool:
     """Whether `step` can be used: one row, one Hopper GPU, the inference layout in bfloat16, plain attention.
 
     Args:
@@ -41,11 +48,13 @@ def supports(config: ModelConfig, sharding: Sharding, options: Options, rows: in
     """
     mesh = jax.sharding.get_abstract_mesh()
     plain = not options.capacity_factor and options.fused and options.dtype == "bfloat16"
+    plain = plain and not options.lora and not options.adapter_ranks
     if rows != 1 or mesh.size != 1 or not plain or dual_chunk.is_needed(config, cache.slots):
         return False
     heads = config.num_heads, config.num_kv_heads
     dtype = jnp.dtype(options.dtype)
-    if not kernels.supports_decode_step(options.attention, dtype, 1, *heads, cache.keys[0]):
+    table = cache.pages_BM if isinstance(cache, PagedCache) else None
+    if not kernels.supports_decode_step(options.attention, dtype, 1, *heads, cache.keys[0], table):
         return False
     return layer_kernels.supports(config)
 
@@ -78,15 +87,15 @@ def prepare(params: Params, token: jax.Array) -> tuple[Params, jax.Array]:
 
 
 def step(
-    params: Params, config: ModelConfig, token: jax.Array, cache: ContiguousCache, counter: jax.Array
-) -> tuple[jax.Array, ContiguousCache, jax.Array]:
+    params: Params, config: ModelConfig, token: jax.Array, cache: _Cache, counter: jax.Array
+) -> tuple[jax.Array, _Cache, jax.Array]:
     """Runs the model on one token.
 
     Args:
       params: from `prepare`.
       config: the architecture.
       token: int32 [1].
-      cache: of one row; its slot is where the token goes.
+      cache: of one row, whose next slot is where the token goes.
       counter: int32 [1], zero for the first step, then the one that was returned.
 
     Returns:
@@ -109,7 +118,7 @@ def step(
 
 
 def _step(
-    config: ModelConfig, params: Params, token: jax.Array, cache: ContiguousCache, counter: jax.Array
+    config: ModelConfig, params: Params, token: jax.Array, cache: _Cache, counter: jax.Array
 ) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]], jax.Array]:
     """`step` on one device; of the cache, the new keys and values."""
     from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe, layer_gpu_quantized

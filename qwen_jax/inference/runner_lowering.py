@@ -122,8 +122,11 @@ def prepare(
 ) -> tuple[Callable[..., Any], jax.stages.Lowered]:
     """The jitted function of a program, and what `lower` returns; compiling the latter compiles the former."""
     function, donated, args = _function_and_arguments(program, static, mesh, params)
-    jitted = jax.jit(function, donate_argnums=donated)
     with jax.set_mesh(mesh):
+        options = None
+        if program.kind == "decode":
+            options = functions.decode_options(static, args[1], program.rows, program.slots)
+        jitted = jax.jit(function, donate_argnums=donated, compiler_options=options)
         return jitted, jitted.lower(*args)
 
 

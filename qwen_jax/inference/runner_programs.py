@@ -20,7 +20,7 @@ from qwen_jax.attention.packed_cache import PackedCache
 from qwen_jax.attention.paged_cache import PagedCache
 from qwen_jax.attention.quantized_cache import Buffer
 from qwen_jax.config import ModelConfig
-from qwen_jax.inference import row_sampling
+from qwen_jax.inference import one_row, row_sampling
 from qwen_jax.inference.adapters import with_masks
 from qwen_jax.inference.buckets import RunnerConfig
 from qwen_jax.inference.row_sampling import FIELDS, Rules, Variant
@@ -109,9 +109,32 @@ def decode(
     tokens_BT, table_BM = (jax.reshard(x, s.tokens) for x in (tokens_BT, table_BM))
     length_B, new_B = (jax.reshard(x, s.rows) for x in (length_B, new_B))
     cache = PagedCache(pages.keys, pages.values, table_BM, length_B, new_B)
+    if not proposed and one_row.supports(static.config, s, static.options, len(packed_BN), cache):
+        params, token_1 = one_row.prepare(params, tokens_BT[:, 0])
+        logits_1V, cache, _ = one_row.step(params, static.config, token_1, cache, jnp.zeros((1,), jnp.int32))
+        return logits_1V, Pages(cache.keys, cache.values)
     output = model(tokens_BT, cache.positions(T), cache.mask(T), cache=cache)
     logits_BTV = _on_every_device(model.logits(output.hidden))
     return logits_BTV if proposed else logits_BTV[:, 0], Pages(output.cache.keys, output.cache.values)
+
+
+def decode_options(static: StaticArgs, pages: Pages, rows: int, slots: int) -> dict[str, Any] | None:
+    """The compiler options of `decode` without proposals: those of the kernels for one row where it uses them.
+
+    Args:
+      static: settings that are compiled in.
+      pages: arrays, or their shapes.
+      rows: of a step.
+      slots: of the page table.
+    """
+
+    def int32(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    table = int32(rows, -(-slots // static.settings.page_size))
+    cache = PagedCache(pages.keys, pages.values, table, int32(rows), int32(rows))
+    used = one_row.supports(static.config, static.sharding, static.options, rows, cache)
+    return one_row.COMPILER_OPTIONS if used else None
 
 
 def prefill(

@@ -36,6 +36,7 @@ from qwen_jax.kernels.decode import (
     decode_attention,
     decode_step,
     paged_attention,
+    paged_decode_step,
     quantized_attention,
     supports_decode_step,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "merge",
     "packed_mask",
     "paged_attention",
+    "paged_decode_step",
     "quantized_attention",
     "select_attention",
     "sparse_attention",

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_jax import kernels
+from qwen_jax.attention.paged_cache import PagedLayer
 from qwen_jax.attention.rope import rotate
 from qwen_jax.kernels import reference
 
@@ -91,16 +93,20 @@ def expected(args: tuple[jax.Array, ...], scale: float) -> tuple[np.ndarray, np.
     return out, k, v
 
 
+def _rotated(qkv: jax.Array, bias: jax.Array, cos: jax.Array, sin: jax.Array, K: int) -> tuple[jax.Array, ...]:
+    """q, k and v of the new token, [B, 1, heads, d]."""
+    H = qkv.shape[1] - 2 * K
+    q, k, v = jnp.split((qkv + bias)[:, None], [H, H + K], axis=2)
+    tables = cos[:, None, None], sin[:, None, None]
+    return rotate(q, tables), rotate(k, tables), v
+
+
 def plain(
     qkv: jax.Array, bias: jax.Array, cos: jax.Array, sin: jax.Array, keys: jax.Array, values: jax.Array,
     start: jax.Array, slot: jax.Array, *, scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """`decode_step` from the functions that the model uses without it."""
-    K = keys.shape[1]
-    H = qkv.shape[1] - 2 * K
-    q, k, v = jnp.split((qkv + bias)[:, None], [H, H + K], axis=2)
-    tables = cos[:, None, None], sin[:, None, None]
-    q, k = rotate(q, tables), rotate(k, tables)
+    q, k, v = _rotated(qkv, bias, cos, sin, keys.shape[1])
     keys, values = (
         jax.lax.dynamic_update_slice_in_dim(cache, new.swapaxes(1, 2), slot, axis=2)
         for cache, new in ((keys, k), (values, v))
@@ -111,3 +117,15 @@ def plain(
     seen = ((j >= start[:, None]) & (j < end[:, None]))[:, None, :, None]
     clean = (jnp.where(seen, cache, 0) for cache in (keys, values))
     return reference.attention(q, *clean, start[:, None], end[:, None], scale=scale)[0][:, 0], keys, values
+
+
+def paged_plain(
+    qkv: jax.Array, bias: jax.Array, cos: jax.Array, sin: jax.Array, k_pages: jax.Array, v_pages: jax.Array,
+    start: jax.Array, length: jax.Array, new: jax.Array, table: jax.Array, *, scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """`paged_decode_step` from the functions that the model uses without it; pages must be finite."""
+    q, k, v = _rotated(qkv, bias, cos, sin, k_pages.shape[1])
+    layer = PagedLayer(k_pages, v_pages, table, length, new, fresh=False).write(k, v)
+    mask = kernels.cache_mask(start, length, 1)
+    out, _ = layer.attend(q, mask, scale=scale, implementation="reference")
+    return out[:, 0], layer.k_NKPd, layer.v_NKPd

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from qwen_jax.kernels.attention import block_scores_gpu, flash_gpu_forward, probe_gpu, probe_lse_gpu, sparse_gpu
-from qwen_jax.kernels.decode import flash_decode_gpu, flash_decode_int8_gpu
+from qwen_jax.kernels.decode import flash_decode_gpu, flash_decode_int8_gpu, step_gpu
 
 CAN_INTERPRET = jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu"
 
@@ -21,8 +21,8 @@ def interpreted(multiprocessors: int, uninitialized: Literal["nan", "zero"] = "z
     """Interprets kernels on a device of few multiprocessors, where copies from beyond an array give zeros.
 
     Replaces what the interpreter cannot run: products whose left operand is in registers are computed when their
-    accumulator is read, products are added to an accumulator by `run_state` as two arrays, kernels do not overlap, and
-    the last free slots need not be waited for.
+    accumulator is read, products are added to an accumulator by `run_state` as two arrays, clusters have one block,
+    kernels do not overlap, and the last free slots need not be waited for.
 
     Args:
       multiprocessors: of the device.
@@ -70,6 +70,10 @@ def interpreted(multiprocessors: int, uninitialized: Literal["nan", "zero"] = "z
     def store_transposed(ref: Any, x: jax.Array) -> None:
         ref[...] = x.T
 
+    def store_to_cluster(x: jax.Array, ref: Any, barrier: Any, **_: Any) -> None:
+        ref[...] = x
+        plgpu.barrier_arrive(barrier)
+
     def deallocate(barrier: Any) -> None:
         with barrier.cv:
             barrier.ref_count -= 1
@@ -81,7 +85,8 @@ def interpreted(multiprocessors: int, uninitialized: Literal["nan", "zero"] = "z
         # What is traced here must not be used elsewhere, nor the reverse.
         attention = flash_gpu_forward.run_forward, sparse_gpu.attention, sparse_gpu.columns
         probes = probe_gpu.line_sums, probe_lse_gpu.rows_lse
-        for traced in (*attention, *probes, block_scores_gpu.scores, flash_decode_int8_gpu._run):
+        decode = flash_decode_gpu._run, flash_decode_int8_gpu._run, step_gpu.decode_step, step_gpu.paged_decode_step
+        for traced in (*attention, *probes, *decode, block_scores_gpu.scores):
             traced.clear_cache()
             stack.callback(traced.clear_cache)
         patch.setattr(accumulator, "_setitem", setitem)
@@ -89,13 +94,15 @@ def interpreted(multiprocessors: int, uninitialized: Literal["nan", "zero"] = "z
         patch.setattr(plgpu, "wgmma", multiply)
         patch.setattr(plgpu.ACC, "init", lambda value: [value])
         patch.setattr(pl, "run_state", run_state)
+        patch.setattr(plgpu, "async_store_smem", store_to_cluster)
         patch.setattr(shared_memory.Barrier, "deallocate", deallocate)
         for module in (flash_gpu_forward, block_scores_gpu):
             patch.setattr(module, "read_accumulator", lambda acc, pending=0: acc[...])
         for module in (probe_gpu, probe_lse_gpu):
-            patch.setattr(module, "keep_unswizzled", lambda ref: None)
             patch.setattr(module, "store_at", store_at)
-        for module in (flash_decode_gpu, flash_decode_int8_gpu):
+        for module in (probe_gpu, probe_lse_gpu, flash_decode_gpu, step_gpu):
+            patch.setattr(module, "keep_unswizzled", lambda ref: None)
+        for module in (flash_decode_gpu, flash_decode_int8_gpu, step_gpu):
             patch.setattr(module, "wait_for_previous_kernel", lambda: None)
             patch.setattr(module, "allow_next_kernel", lambda: None)
         convert = flash_decode_int8_gpu.permuted

@@ -213,6 +213,7 @@ def plain_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     jax.clear_caches()  # otherwise the loop compiled before would be used
     monkeypatch.setattr(one_row, "supports", lambda *_: True)
     monkeypatch.setattr(kernels, "decode_step", recorded("attention", decode_cases.plain))
+    monkeypatch.setattr(kernels, "paged_decode_step", recorded("attention", decode_cases.paged_plain))
     monkeypatch.setattr(layer_gpu, "layer_tail", recorded("tail", plain_tail))
     monkeypatch.setattr(layer_gpu_moe, "layer_tail", recorded("experts", plain_experts_tail))
     monkeypatch.setattr(layer_gpu_quantized, "layer_tail", recorded("quantised", plain_quantized_tail))

@@ -32,6 +32,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -177,11 +178,21 @@ def draw(
     return found
 
 
-def write_problems(setup: Setup, name: str, seed: int, folder: Path) -> None:
-    """Prompts for GRPO, readings and tests, and conversations to begin with; none is in two of these."""
+def write_problems(
+    setup: Setup, name: str, seed: int, folder: Path, tasks: Mapping[str, Task] = MappingProxyType(TASKS)
+) -> None:
+    """Prompts to go on with, readings and tests, and conversations to begin with; none is in two of these.
+
+    Args:
+      setup: sizes.
+      name: of the task.
+      seed: of the draws.
+      folder: takes a file of each.
+      tasks: by name; the place of the task among them is a part of the seed.
+    """
     if (folder / "done").exists():
         return
-    task, rng, used = TASKS[name], np.random.default_rng([seed, list(TASKS).index(name)]), set[str]()
+    task, rng, used = tasks[name], np.random.default_rng([seed, list(tasks).index(name)]), set[str]()
     queries, episodes = setup.size(task)
     for file, count in (("held-out", setup.held_out), ("readings", setup.readings), ("prompts", queries * episodes)):
         problems = draw(task, setup, rng, count, used)
@@ -213,8 +224,17 @@ def lessons(path: Path, tokenizer: Tokenizer, setup: Setup, seed: int) -> Iterat
         yield pack_segments(rows, setup.length)
 
 
-def teach(setup: Setup, name: str, seed: int, folder: Path) -> None:
+def teach(
+    setup: Setup, name: str, seed: int, folder: Path, tasks: Mapping[str, Task] = MappingProxyType(TASKS)
+) -> None:
     """Tunes a model from random weights until its accuracy is in the range; writes it with what was read.
+
+    Args:
+      setup: sizes.
+      name: of the task.
+      seed: of weights, order and sampling.
+      folder: has the files of `write_problems`, and takes `start/`.
+      tasks: by name.
 
     Raises:
       InputError: the accuracy was not reached, or passed the range between two readings.
@@ -229,7 +249,7 @@ def teach(setup: Setup, name: str, seed: int, folder: Path) -> None:
     optimizer, config = OptimizerConfig(schedule, AdamW(weight_decay=0.1)), setup.step()
     read = read_prompts([str(folder / "readings.jsonl")], tokenizer, setup.length)
     batches = lessons(folder / "lessons.jsonl", tokenizer, setup, seed)
-    rewards = {"true": load_reward(TASKS[name].true.spec)}
+    rewards = {"true": load_reward(tasks[name].true.spec)}
     ends = [tokenizer.control_ids["<|im_end|>"], tokenizer.control_ids["<|endoftext|>"]]
     readings: list[tuple[int, float]] = []
     with contextlib.ExitStack() as stack:

@@ -12,6 +12,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.kernels import reference
 from qwen_jax.kernels.attention.coverage import Implementation, check_arguments, select_attention
 from qwen_jax.kernels.decode.quantized import QuantizedRows
+from qwen_jax.kernels.gpu.unproven import proven
 from qwen_jax.kernels.mask import Mask
 from qwen_jax.kernels.select import Candidate, select, unmet
 from qwen_jax.kernels.without_gradient import without_gradient
@@ -222,7 +223,9 @@ def paged_attention(
         from qwen_jax.kernels.decode import flash_decode_gpu, flash_decode_int8_gpu
 
         kernel: Any = flash_decode_int8_gpu if quantized else flash_decode_gpu
-        if _reads_pages(kernel.supports(q_BTHd.dtype, T, H, K, d, M * P, P), True, kernel.PAGE, T, sizes):
+        supported = kernel.supports(q_BTHd.dtype, T, H, K, d, M * P, P)
+        automatic = not quantized or proven("pages in 8 bits")
+        if _reads_pages(supported, True, kernel.PAGE, T, sizes, automatic):
             if quantized:
                 args = _times_channels(q_BTHd, keys.channels_Kd), *_arrays(keys, values), *table
             return _run(kernel.paged_attention, args, scale)
@@ -262,7 +265,7 @@ def _gathered_rows(pages: QuantizedRows, pages_BM: jax.Array) -> QuantizedRows:
     return QuantizedRows(values, scales, pages.channels_Kd)
 
 
-def _reads_pages(supported: bool, known: bool, multiple: int, tokens: int, sizes: str) -> bool:
+def _reads_pages(supported: bool, known: bool, multiple: int, tokens: int, sizes: str, automatic: bool = True) -> bool:
     """Whether a kernel reads the pages where they are, and not a gathered copy of them.
 
     Args:
@@ -271,12 +274,13 @@ def _reads_pages(supported: bool, known: bool, multiple: int, tokens: int, sizes
       multiple: what the slots of a page must be a multiple of.
       tokens: new tokens per row.
       sizes: dtype, heads and pages, for messages.
+      automatic: whether the kernel may be taken.
     """
     needs = {
         "pages in the compute dtype": known,
         f"few query rows and pages of a multiple of {multiple} slots": supported,
     }
-    direct, copied = Candidate("pages", unmet(needs)), Candidate("gathered copy", slow=tokens == 1)
+    direct, copied = Candidate("pages", unmet(needs), automatic=automatic), Candidate("gathered copy", slow=tokens == 1)
     return select([direct, copied], "auto", "paged attention", f"{tokens} new tokens, {sizes}") == direct.name
 
 
@@ -292,19 +296,22 @@ def supports_decode_step(
     num_heads: int,
     num_kv_heads: int,
     cache: jax.Array | QuantizedRows,
+    pages_BM: jax.Array | None = None,
 ) -> bool:
-    """Whether `decode_step` is used for the next tokens. Logs the outcome once.
+    """Whether `decode_step` or `paged_decode_step` is used for the next tokens. Logs the outcome once.
 
     Args:
       implementation: only "auto" selects it.
       dtype: of the activations.
       length: new tokens per row.
       num_heads, num_kv_heads: on one device.
-      cache: keys or values of a layer, [B, K, S, d].
+      cache: keys or values of a layer, [B, K, S, d], or pages [N, K, P, d].
+      pages_BM: page table, if there are pages.
     """
     if length != 1:
         return False
-    S, d = cache.shape[2:]
+    size, d = cache.shape[2:]
+    slots, page = (size, 0) if pages_BM is None else (size * pages_BM.shape[1], size)
     needs = {
         "a Hopper GPU": platform.on_hopper(),
         "bfloat16": jnp.dtype(dtype) == cache.dtype == jnp.bfloat16,
@@ -313,10 +320,12 @@ def supports_decode_step(
         # Imported only where it can run, because importing Pallas takes seconds.
         from qwen_jax.kernels.decode import step_gpu
 
-        needs["sizes that the kernel supports"] = step_gpu.supports(num_heads, num_kv_heads, d, S)
-    fused, separate = Candidate("fused", unmet(needs)), Candidate("separate kernels")
+        needs["sizes that the kernel supports"] = step_gpu.supports(num_heads, num_kv_heads, d, slots, page)
+    automatic = pages_BM is None or proven("decode step over pages")
+    fused, separate = Candidate("fused", unmet(needs), automatic=automatic), Candidate("separate kernels")
     asked = "auto" if implementation == "auto" else separate.name
-    sizes = f"{jnp.dtype(dtype)}, {num_heads}/{num_kv_heads} heads of {d}, {S} slots"
+    sizes = f"{jnp.dtype(dtype)}, {num_heads}/{num_kv_heads} heads of {d}, {slots} slots"
+    sizes += f" in pages of {page}" if page else ""
     return select([fused, separate], asked, "attention step of decoding", sizes) == fused.name
 
 
@@ -325,6 +334,14 @@ def decode_step(*args: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, j
     from qwen_jax.kernels.decode import step_gpu
 
     result: tuple[jax.Array, jax.Array, jax.Array] = step_gpu.decode_step(*args, scale=scale)
+    return result
+
+
+def paged_decode_step(*args: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`decode_step` over pages; see `step_gpu.paged_decode_step`."""
+    from qwen_jax.kernels.decode import step_gpu
+
+    result: tuple[jax.Array, jax.Array, jax.Array] = step_gpu.paged_decode_step(*args, scale=scale)
     return result
 
 

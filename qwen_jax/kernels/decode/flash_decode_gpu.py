@@ -14,7 +14,6 @@ the pages, FlashAttention-2 (Dao 2023, arXiv:2307.08691) for the running softmax
 
 import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -25,6 +24,7 @@ from jax import lax
 
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.attention.flash_gpu_tiles import mask_logits
+from qwen_jax.kernels.decode.tiles_gpu import PAGE, Pages, Table, Tiles, pieces
 from qwen_jax.kernels.gpu.device import MULTIPROCESSORS
 from qwen_jax.kernels.gpu.hopper import (
     EIGHT_ROWS,
@@ -38,8 +38,6 @@ from qwen_jax.kernels.gpu.tiles import PER_ROW, ROWS, WGMMA, across, rem, zeros
 from qwen_jax.kernels.softmax import LOG2E, LOW, LOWEST
 from qwen_jax.kernels.types import Ref
 
-PAGE = 16
-"""The number of slots of a page must be a multiple of it."""
 _MAX_SPLITS = 2 * MULTIPROCESSORS
 """As many as blocks run at once: one key/value head alone keeps the whole chip busy."""
 _STEP_US, _START_US, _MERGE_US = 2.0, 1.5, 2.5
@@ -313,8 +311,8 @@ def _attend(
     (_, T, H, d), K, dtype, f32 = q_ref.shape, k_ref.shape[1], q_ref.dtype, jnp.float32
     G, keys, stages = H // K, tiling.keys, tiling.stages
     used = -(-T * G // 8) * 8
-    # A tile takes one copy, or one for each page that it meets.
-    piece = math.gcd(k_ref.shape[2], keys) if tables else keys
+    table = Table(tables[0], k_ref.shape[2]) if tables else None
+    copies = pieces(keys, table.size if table else 0)
     row, head, split = (lax.axis_index(name) for name in ("row", "head", "split"))
     wait_for_previous_kernel()
     allow_next_kernel()
@@ -341,22 +339,17 @@ def _attend(
         first = lax.div(low, jnp.int32(keys))
         begin, count = share(first, lax.div(high + (keys - 1), jnp.int32(keys)) - first, split, splits)
 
-        def places(i: jax.Array) -> tuple[jax.Array, ...]:
-            """The pages of the pieces of a tile. A piece that no row sees may come from any page."""
-            slot = [(begin + i) * keys + n * piece for n in range(keys // piece)] if tables else []
-            size = jnp.int32(k_ref.shape[2])
-            return tuple(tables[0][row, lax.div(jnp.clip(s, low, jnp.maximum(high - 1, 0)), size)] for s in slot)
+        tiles = Tiles(row, head, keys, table, low, high)
 
-        def fetch(source: Ref, place: int, ready: Ref, i: jax.Array, where: tuple[jax.Array, ...]) -> None:
-            stage = rem(i, stages)
-            for n in range(keys // piece):
-                to = ring.at[pl.ds(pl.multiple_of(used + (place + stage) * keys + n * piece, 8), piece)]
-                slot = (begin + i) * keys + n * piece
-                if tables:
-                    at = where[n], head, pl.ds(pl.multiple_of(rem(slot, source.shape[2]), piece), piece)
-                else:
-                    at = row, head, pl.ds(slot, piece)
-                plgpu.copy_gmem_to_smem(source.at[at], to, ready.at[stage])
+        def places(i: jax.Array) -> Pages:
+            return tiles.pages((begin + i) * keys)
+
+        def tile_at(place: int, i: jax.Array) -> Ref:
+            """The shared memory of a tile of keys (place 0) or values (behind all those of keys)."""
+            return ring.at[pl.ds(pl.multiple_of(used + (place + rem(i, stages)) * keys, 8), keys)]
+
+        def fetch(source: Ref, place: int, ready: Ref, i: jax.Array, where: Pages) -> None:
+            tiles.copy(source, (begin + i) * keys, where, tile_at(place, i), ready.at[rem(i, stages)])
 
         fetch_k = functools.partial(fetch, k_ref, 0, memory.k_ready)
         fetch_v = functools.partial(fetch, v_ref, stages, memory.v_ready)
@@ -383,13 +376,11 @@ def _attend(
         queries, factor = ring.at[pl.ds(0, ROWS)], scale * LOG2E
 
         # The running softmax over the tiles of the share.
-        def step(i: jax.Array, carry: tuple[_Softmax, tuple[jax.Array, ...]]) -> tuple[_Softmax, tuple[jax.Array, ...]]:
+        def step(i: jax.Array, carry: tuple[_Softmax, Pages]) -> tuple[_Softmax, Pages]:
             (acc, top, total), where = carry
             later = places(i + (stages + 1))
             stage, offset = rem(i, stages), (begin + i) * keys
-            k_tile, v_tile = (
-                ring.at[pl.ds(pl.multiple_of(used + (place + stage) * keys, 8), keys)] for place in (0, stages)
-            )
+            k_tile, v_tile = tile_at(0, i), tile_at(stages, i)
             plgpu.barrier_wait(memory.k_ready.at[stage])
 
             def logits(s_acc: Ref) -> jax.Array:
@@ -439,8 +430,8 @@ def _attend(
         plain=plgpu.SMEM((used, d), dtype),
         ring=tiled((used + 2 * stages * keys, d), dtype),
         q_ready=plgpu.Barrier(num_arrivals=T),
-        k_ready=plgpu.Barrier(num_arrivals=keys // piece, num_barriers=stages),
-        v_ready=plgpu.Barrier(num_arrivals=keys // piece, num_barriers=stages),
+        k_ready=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        v_ready=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
     )
     # Normalise and write. The output goes through the memory of the ring.
     sees = total > 0

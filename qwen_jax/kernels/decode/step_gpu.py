@@ -3,7 +3,11 @@
 Bias, RoPE, the cache update and the attention itself are fused: at batch 1 each of them alone costs as much as the
 smallest kernel that a GPU can start. A thread block takes one key/value head of one row and a share of the used cache
 slots. The shares of a cluster are merged in the shared memory of its first block. Where a cache is long and the batch
-small, several clusters work on one head, and XLA merges what they return.
+small, several clusters work on one head, and XLA merges what they return. Every sum has a fixed order: results are
+bit-identical from run to run.
+
+The cache is either one array, or pages in any order with a table of the pages of each row. Rows may share pages that
+they only read.
 
 The query heads of a group fill 8 of the 64 rows of a tensor core tile. The other rows are unused, and no real row
 depends on them: the kernel is bound by memory bandwidth, so they cost little.
@@ -20,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.errors import InputError
+from qwen_jax.kernels.decode.tiles_gpu import PAGE, Pages, Table, Tiles, pieces
 from qwen_jax.kernels.gpu.device import MULTIPROCESSORS
 from qwen_jax.kernels.gpu.hopper import (
     EIGHT_ROWS,
@@ -33,7 +38,7 @@ from qwen_jax.kernels.gpu.tiles import PER_COLUMN, PER_ROW, WGMMA, across
 from qwen_jax.kernels.types import Layout, Ref
 
 TILE = 64
-"""Cache slots that are loaded at once; the length of a cache must be a multiple of it."""
+"""Cache slots that are loaded at once; the length of a cache that is one array must be a multiple of it."""
 _GROUP = 8
 """The maximal number of query heads that share a key/value head."""
 _CLUSTERED = 112
@@ -43,29 +48,41 @@ _LOWEST = -1e30
 """Stands for minus infinity, so that a difference of two is not NaN."""
 
 
-def supports(num_heads: int, num_kv_heads: int, head_dim: int, slots: int) -> bool:
-    """Whether the kernel supports these sizes; heads are those of one device."""
-    return num_heads <= _GROUP * num_kv_heads and head_dim in (64, 128) and slots % TILE == 0
+def supports(num_heads: int, num_kv_heads: int, head_dim: int, slots: int, page: int = 0) -> bool:
+    """Whether the kernel supports these sizes; heads are those of one device.
+
+    Args:
+      num_heads, num_kv_heads, head_dim: of the attention.
+      slots: length of the cache of a row.
+      page: slots of a page; 0 for a cache that is one array.
+    """
+    fits = slots > 0 and (page % PAGE == 0 if page else slots % TILE == 0)
+    return num_heads <= _GROUP * num_kv_heads and head_dim in (64, 128) and fits
 
 
-def shares(rows: int, slots: int) -> tuple[int, int]:
+def shares(rows: int, slots: int, uneven: bool = False) -> tuple[int, int]:
     """Into how many shares the used slots of one key/value head are split.
 
     Args:
       rows: key/value heads of the whole batch.
       slots: length of the cache.
+      uneven: rows differ in length. Where tables are long, several times as many blocks as run at once keep the chip
+        busy until the last block of a long row is done.
 
     Returns:
       The number of clusters, and of thread blocks in a cluster.
     """
-    tiles = slots // TILE
+    tiles = -(-slots // TILE)
     sizes = ((8, _CLUSTERED), (4, _CLUSTERED), (2, MULTIPROCESSORS))
     blocks = next((n for n, most in sizes if n <= tiles and n * rows <= most), 1)
     # Another cluster pays for the merge only if it takes many tiles off the others. Several clusters are pairs, which
     # reach every multiprocessor: of clusters of 8 that fill the chip, some would start when the others have ended.
     if blocks == 8 and min(MULTIPROCESSORS // (rows * blocks), tiles // (4 * blocks)) > 1:
         return min(MULTIPROCESSORS // (2 * rows), tiles // 8), 2
-    return 1, blocks
+    wanted = min(-(-8 * MULTIPROCESSORS // rows), tiles // 32) if uneven else 1
+    if wanted > 8:
+        return -(-wanted // 2), 2
+    return 1, max(blocks, 1 << max(wanted - 1, 0).bit_length())
 
 
 @functools.partial(jax.jit, static_argnames=("scale",))
@@ -100,25 +117,89 @@ def decode_step(
 
     Source: Flash-Decoding (Dao et al. 2023) for the split keys, FlashAttention-3 (arXiv:2407.08608) for the tile loop.
     """
-    B, R, d = qkv_BRd.shape
-    K, S = cache_k_BKSd.shape[1:3]
-    H = R - 2 * K
-    if not supports(H, K, d, S) or qkv_BRd.dtype != jnp.bfloat16 or cache_k_BKSd.dtype != jnp.bfloat16:
+    S = cache_k_BKSd.shape[2]
+    _check(qkv_BRd, cache_k_BKSd, S, 0)
+    new_token = qkv_BRd, bias_Rd, cos_Bh, sin_Bh
+    return _run(new_token, cache_k_BKSd, cache_v_BKSd, (start_B, slot.reshape(1)), scale, S)
+
+
+@functools.partial(jax.jit, static_argnames=("scale",))
+def paged_decode_step(
+    qkv_BRd: jax.Array,
+    bias_Rd: jax.Array,
+    cos_Bh: jax.Array,
+    sin_Bh: jax.Array,
+    k_pages_NKPd: jax.Array,
+    v_pages_NKPd: jax.Array,
+    start_B: jax.Array,
+    length_B: jax.Array,
+    new_B: jax.Array,
+    pages_BM: jax.Array,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`decode_step` over pages: slot j of row b is slot j % P of page pages[b, j // P].
+
+    Args:
+      qkv_BRd, bias_Rd, cos_Bh, sin_Bh: as for `decode_step`.
+      k_pages_NKPd, v_pages_NKPd: bfloat16; P is a multiple of 16. Updated in place where XLA allows it.
+      start_B: int32, the first slot that each row sees, at most its length.
+      length_B: int32, tokens that each row has in the cache, which is the slot of its new token. Beyond the table, the
+        token is not written.
+      new_B: int32, 1, or 0 for a row of padding: it writes nothing, and its output counts for nothing.
+      pages_BM: int32 page table. Entries for slots that a row neither sees nor writes are not used; the others must be
+        valid page indices. No two rows write to one page, nor does a row write to a page that another one reads.
+      scale: multiplies the logits.
+
+    Returns:
+      bfloat16 [B, H, d], and the pages with the new tokens in them.
+
+    Raises:
+      InputError: shapes or dtypes that are not supported; see `supports`.
+    """
+    B, size = len(qkv_BRd), k_pages_NKPd.shape[2]
+    slots = size * pages_BM.shape[1]
+    _check(qkv_BRd, k_pages_NKPd, slots, size)
+    rows = start_B, length_B, new_B, pages_BM
+    if any(x.dtype != jnp.int32 or len(x) != B for x in rows):
+        got = ", ".join(f"{x.dtype} {x.shape}" for x in rows)
+        raise InputError(f"The decode kernel needs int32 starts, lengths, counts and tables of {B} rows; got {got}.")
+    new_token = qkv_BRd, bias_Rd, cos_Bh, sin_Bh
+    return _run(new_token, k_pages_NKPd, v_pages_NKPd, rows, scale, slots)
+
+
+def _check(qkv: jax.Array, cache: jax.Array, slots: int, page: int) -> None:
+    (_, R, d), K = qkv.shape, cache.shape[1]
+    if not supports(R - 2 * K, K, d, slots, page) or qkv.dtype != jnp.bfloat16 or cache.dtype != jnp.bfloat16:
         raise InputError(
-            f"The decode kernel needs bfloat16, head_dim 64 or 128, at most {_GROUP} query heads to a key/value head "
-            f"and a cache length that is a multiple of {TILE}; got {qkv_BRd.dtype} {qkv_BRd.shape} and "
-            f"{cache_k_BKSd.dtype} {cache_k_BKSd.shape}. Use implementation='reference'."
+            f"The decode kernel needs bfloat16, head_dim 64 or 128, at most {_GROUP} query heads to a key/value head, "
+            f"and a cache length that is a multiple of {TILE} or pages of a multiple of {PAGE} slots; got "
+            f"{qkv.dtype} {qkv.shape} and {cache.dtype} {cache.shape}. Use implementation='reference'."
         )
+
+
+def _run(
+    new_token: tuple[jax.Array, ...],
+    cache_k: jax.Array,
+    cache_v: jax.Array,
+    rows: tuple[jax.Array, ...],
+    scale: float,
+    slots: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Runs the kernel, and the merge if there are several clusters; with pages, `rows` has counts and a table."""
+    qkv, bias, cos, sin = new_token
+    (B, R, d), K, paged = qkv.shape, cache_k.shape[1], len(rows) > 2
+    H = R - 2 * K
     if H // K + 2 * K < _GROUP:
         # A block reads 8 rows from its first query head on, and the last block must not read past the end.
-        qkv_BRd, bias_Rd = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, _GROUP), (0, 0)]) for x in (qkv_BRd, bias_Rd))
-    clusters, blocks = shares(B * K, S)
+        qkv, bias = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, _GROUP), (0, 0)]) for x in (qkv, bias))
+    clusters, blocks = shares(B * K, slots, uneven=paged and B > 1)
     if clusters == 1:
         out_type = [jax.ShapeDtypeStruct((B * H, d), jnp.bfloat16)]
     else:
         out_type = [jax.ShapeDtypeStruct((clusters, B * K, _GROUP, d), jnp.float32)] * 2
     kernel = pl.kernel(
-        functools.partial(_block, num_heads=H, clusters=clusters, blocks=blocks, scale=scale),
+        functools.partial(_block, num_heads=H, clusters=clusters, blocks=blocks, scale=scale, paged=paged),
         out_type=tuple(out_type),
         mesh=plgpu.Mesh(
             grid=(B, K, clusters), grid_names=("row", "head", "cluster"), cluster=(blocks,), cluster_names=("block",)
@@ -126,8 +207,9 @@ def decode_step(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         name="decode_step",
     )
-    keys, values = jax.new_ref(cache_k_BKSd), jax.new_ref(cache_v_BKSd)
-    outs = kernel(qkv_BRd.reshape(-1, d), bias_Rd, cos_Bh, sin_Bh, start_B, slot.reshape(1), keys, values)
+    keys, values = jax.new_ref(cache_k), jax.new_ref(cache_v)
+    start, slot, *table = rows
+    outs = kernel(qkv.reshape(-1, d), bias, cos, sin, start, slot, keys, values, *table)
     if clusters == 1:
         [out] = outs
     else:
@@ -138,10 +220,15 @@ def decode_step(
 
 
 _RawAndBias = tuple[jax.Array, jax.Array]
+_Softmax = tuple[jax.Array, jax.Array, jax.Array]
+"""Accumulator, maximum and sum of a running softmax."""
 
 
 class _Inputs(NamedTuple):
-    """References to the operands; the caches are updated."""
+    """References to the operands; the caches are updated.
+
+    With pages, `slot` is that of each row, and there are `new` and the table.
+    """
 
     qkv: Ref
     bias: Ref
@@ -151,6 +238,8 @@ class _Inputs(NamedTuple):
     slot: Ref
     keys: Ref
     values: Ref
+    new: Ref | None = None
+    pages: Ref | None = None
 
 
 class _Memory(NamedTuple):
@@ -179,9 +268,12 @@ class _Memory(NamedTuple):
     wide_out: Ref | None = None
 
 
-def _block(*refs: Ref, num_heads: int, clusters: int, blocks: int, scale: float) -> None:
+def _block(*refs: Ref, num_heads: int, clusters: int, blocks: int, scale: float, paged: bool) -> None:
     """Allocates the shared memory of a thread block and runs its program."""
-    d = refs[0].shape[1]
+    operands = len(_Inputs._fields) - (0 if paged else 2)
+    inputs, outs = _Inputs(*refs[:operands]), refs[operands:]
+    d = inputs.bias.shape[1]
+    copies = pieces(TILE, inputs.keys.shape[2] if paged else 0)
     # Two blocks that share a multiprocessor must fit in its shared memory.
     k_stages, v_stages = (3, 2) if d == 128 else (5, 4)
     scratch: dict[str, object] = dict(
@@ -190,10 +282,10 @@ def _block(*refs: Ref, num_heads: int, clusters: int, blocks: int, scale: float)
         qk=tiled((64, d), jnp.bfloat16, d // 2),
         k_tiles=tiled((k_stages, TILE, d), jnp.bfloat16, d // 2),
         v_tiles=tiled((v_stages, TILE, d), jnp.bfloat16, 64),
-        k_ready=plgpu.Barrier(num_barriers=k_stages),
-        v_ready=plgpu.Barrier(num_barriers=v_stages),
+        k_ready=plgpu.Barrier(num_arrivals=copies, num_barriers=k_stages),
+        v_ready=plgpu.Barrier(num_arrivals=copies, num_barriers=v_stages),
     )
-    if blocks > 1:
+    if clusters * blocks > 1:
         scratch |= dict(
             wide=tiled((64, d), jnp.float32, 32),
             lse=plgpu.SMEM((64,), jnp.float32),
@@ -204,10 +296,8 @@ def _block(*refs: Ref, num_heads: int, clusters: int, blocks: int, scale: float)
         scratch |= dict(wide_out=plgpu.SMEM((8, d), jnp.float32))
 
     def body(**memory: Ref) -> None:
-        _attend(
-            _Inputs(*refs[:8]), refs[8:], _Memory(**memory), num_heads=num_heads, clusters=clusters, blocks=blocks,
-            scale=scale,
-        )  # fmt: skip
+        how = {"num_heads": num_heads, "clusters": clusters, "blocks": blocks}
+        _attend(inputs, outs, _Memory(**memory), scale=scale, **how)
 
     pl.run_scoped(body, **scratch)
 
@@ -240,26 +330,42 @@ def _attend(
     cos, sin = (load(x.at[row], EIGHT_ROWS.reduce(0)) for x in (inputs.cos, inputs.sin))
     v_raw = with_bias(H + K + head, 0, pl.ds(0, d), PER_COLUMN)
 
+    # The new token's place in the cache, and the slots before it that are seen.
+    start, table, size = inputs.start[row], None, jnp.int32(inputs.keys.shape[2])
+    if inputs.pages is None:
+        slot = end = inputs.slot[0]
+        place, written = (row, head, slot), True
+    else:
+        assert inputs.new is not None
+        table, M = Table(inputs.pages, inputs.keys.shape[2]), inputs.pages.shape[1]
+        slot = inputs.slot[row]
+        end = jnp.minimum(slot, M * size)
+        page = inputs.pages[row, jnp.minimum(lax.div(slot, size), M - 1)]
+        place, written = (page, head, lax.rem(slot, size)), (inputs.new[row] > 0) & (slot < M * size)
+
     # The tiles of this share.
-    start, slot = inputs.start[row], inputs.slot[0]
     first = lax.div(start, TILE)
-    tiles = jnp.maximum(lax.div(slot + TILE - 1, TILE) - first, 0)
+    tiles = jnp.maximum(lax.div(end + TILE - 1, TILE) - first, 0)
     begin = first + lax.div(tiles * share, last_share + 1)
     count = first + lax.div(tiles * (share + 1), last_share + 1) - begin
+    cache = Tiles(row, head, TILE, table, start, end)
 
     # Start copying tiles of the cache, as many as the rings hold.
-    def fetch(source: Ref, stages: Ref, ready: Ref, i: jax.Array) -> None:
+    def fetch(source: Ref, stages: Ref, ready: Ref, i: jax.Array, pages: Pages) -> None:
         stage = lax.rem(i, jnp.int32(stages.shape[0]))
-        at = (row, head, pl.ds((begin + i) * TILE, TILE))
-        plgpu.copy_gmem_to_smem(source.at[at], stages.at[stage], ready.at[stage])
+        cache.copy(source, (begin + i) * TILE, pages, stages.at[stage], ready.at[stage])
+
+    def pages_of(i: jax.Array) -> Pages:
+        return cache.pages((begin + i) * TILE)
 
     fetch_k = functools.partial(fetch, inputs.keys, k_tiles, memory.k_ready)
     fetch_v = functools.partial(fetch, inputs.values, v_tiles, memory.v_ready)
     k_stages, v_stages = k_tiles.shape[0], v_tiles.shape[0]
+    ahead = [pages_of(jnp.int32(i)) for i in range(k_stages + 1)]
     for i in range(k_stages):
-        pl.when(i < count)(functools.partial(fetch_k, jnp.int32(i)))
+        pl.when(i < count)(functools.partial(fetch_k, jnp.int32(i), ahead[i]))
         if i < v_stages:
-            pl.when(i < count)(functools.partial(fetch_v, jnp.int32(i)))
+            pl.when(i < count)(functools.partial(fetch_v, jnp.int32(i), ahead[i]))
 
     # Add the bias to the queries of the group and to the new key, and rotate them. The key is a small tile below.
     def biased(raw: _RawAndBias) -> jax.Array:
@@ -281,11 +387,11 @@ def _attend(
     plgpu.commit_smem()
 
     # The last share writes the new token to the cache.
-    @pl.when(share == last_share)
+    @pl.when((share == last_share) & written)
     def update_cache() -> None:
         for half, k in zip(halves, k_new, strict=True):
-            inputs.keys[row, head, slot, half] = k
-        inputs.values[row, head, slot] = v_new
+            inputs.keys[(*place, half)] = k
+        inputs.values[place] = v_new
 
     # The new token is not read from the cache: the running softmax of the last share starts with it.
     def logits(k_ref: Ref) -> jax.Array:
@@ -302,14 +408,18 @@ def _attend(
     total = plgpu.layout_cast(jnp.full((64,), own, f32), PER_ROW)
     acc = lax.broadcast_in_dim(v_new.astype(f32) * own, (64, d), [1])
 
-    # The running softmax over the tiles of the share.
-    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        acc, top, total = carry
+    # The running softmax over the tiles of the share. The ring of keys is one tile ahead of that of values, and the
+    # pages are one tile ahead of that of keys.
+    assert k_stages == v_stages + 1
+
+    def step(i: jax.Array, carry: tuple[_Softmax, Pages, Pages]) -> tuple[_Softmax, Pages, Pages]:
+        (acc, top, total), k_pages, v_pages = carry
+        later = pages_of(i + (k_stages + 1))
         k, v = lax.rem(i, jnp.int32(k_stages)), lax.rem(i, jnp.int32(v_stages))
-        low, high = start - (begin + i) * TILE, slot - (begin + i) * TILE
+        low, high = start - (begin + i) * TILE, end - (begin + i) * TILE
         plgpu.barrier_wait(memory.k_ready.at[k])
         s = logits(k_tiles.at[k])
-        pl.when(i + k_stages < count)(lambda: fetch_k(i + k_stages))
+        pl.when(i + k_stages < count)(lambda: fetch_k(i + k_stages, k_pages))
         j = plgpu.broadcasted_iota(jnp.int32, (64, TILE), 1, layout=WGMMA)
         s = jnp.where((j >= low) & (j < high), s, _LOWEST)
         new_top = jnp.maximum(top, s.max(axis=1) * factor)
@@ -329,10 +439,11 @@ def _attend(
 
         p = p.astype(jnp.bfloat16)
         acc = pl.run_state(lambda acc: plgpu.wgmma(acc, p, v_tiles.at[v]))(plgpu.ACC.init(acc))
-        pl.when(i + v_stages < count)(lambda: fetch_v(i + v_stages))
-        return acc, new_top, total
+        pl.when(i + v_stages < count)(lambda: fetch_v(i + v_stages, v_pages))
+        return (acc, new_top, total), later, k_pages
 
-    acc, top, total = lax.fori_loop(0, count, step, (acc, top, total))
+    softmax = acc, top, total
+    (acc, top, total), *_ = lax.fori_loop(0, count, step, (softmax, ahead[k_stages], ahead[v_stages]))
 
     # A share without tiles gets a weight of zero in the merge.
     total = jnp.maximum(total, 1e-30)
@@ -343,7 +454,7 @@ def _attend(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(plain.at[pl.ds(0, G)], out_refs[0].at[pl.ds(row * H + head * G, G)])
 
-    if blocks == 1:
+    if clusters * blocks == 1:
         # Without a merge: the output goes through the tile of the queries, which is no longer needed.
         qk[...] = out.astype(jnp.bfloat16)
         finish(load(qk.at[pl.ds(0, 8)], EIGHT_ROWS))

@@ -34,6 +34,8 @@ from tests.helpers.layer_cases import (
     norm as plain_norm,
 )
 
+pytestmark = pytest.mark.usefixtures("unproven_kernels")
+
 SCHEMES = (
     Scheme("int4", 128, "float16", "zero"),
     Scheme("int4", 32, "bfloat16"),
@@ -128,12 +130,6 @@ def test_unsupported_arguments_are_refused() -> None:
     for index, bad in ((0, good[0][:96]), (1, good[1].astype(jnp.float32)), (2, wrong), (4, fewer)):
         with pytest.raises(InputError, match="multiples of 128"):
             layer_tail(*good[:index], bad, *good[index + 1 :], eps=EPS)
-
-
-@pytest.fixture(autouse=True)
-def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ "auto" takes the kernels, which it does not do by itself before they have run on a card."""
-    monkeypatch.setattr(layer, "QUANTISED_HAS_RUN", True)
 
 
 def small(scheme: Scheme, **changes: Any) -> ModelConfig:
