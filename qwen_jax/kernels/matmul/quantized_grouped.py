@@ -20,14 +20,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax import platform
+from qwen_jax.kernels.gpu.unproven import proven
 from qwen_jax.kernels.matmul import quantized
 from qwen_jax.kernels.select import Candidate, select, unmet
 from qwen_jax.kernels.without_gradient import without_gradient
 
 MAX_ROWS = 1024
 """Rows up to which the matrices are not dequantised together. An estimate that no device has confirmed yet."""
-HAS_RUN = False
-"""The kernel has been compiled for an H200 and not run on a GPU. Once its tests pass there, "auto" may take it."""
 _BUNDLE = 64
 # Rows of a bundle relative to the mean rows of a group: a larger bundle has idle columns, a smaller one reads the codes
 # of some groups twice.
@@ -136,7 +135,7 @@ def select_grouped_quantized(
         needs[f"at most {MAX_ROWS} rows"] = 0 < rows <= MAX_ROWS
         needs["inputs in their own order (without desc_act)"] = matrices.order is None
     what = f"{rows} rows, {len(matrices)} matrices {[N, K]} of {matrices.weight.dtype}, {G} groups of inputs"
-    candidates = [Candidate("gpu", unmet(needs), automatic=HAS_RUN), Candidate("plain")]
+    candidates = [Candidate("gpu", unmet(needs), automatic=proven("quantised groups")), Candidate("plain")]
     return select(candidates, implementation, "grouped quantised product", what)
 
 
