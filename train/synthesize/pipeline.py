@@ -72,6 +72,8 @@ class Pipeline:
         given is the one called "generator".
       seed: of all random numbers.
       settings: what else decides the result, as JSON values: the arguments of the function that made the pipeline.
+      measures: is called at the end for what the summary records besides counts, as JSON values, such as how programs
+        were isolated and how many ran in a second. It decides nothing.
 
     Raises:
       InputError: no stage or output, or a name that is used twice.
@@ -84,6 +86,7 @@ class Pipeline:
     models: Sequence[str] = ("generator",)
     seed: int = 0
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    measures: Callable[[], Mapping[str, Any]] = dict
 
     def __post_init__(self) -> None:
         for what, names in (

@@ -4,6 +4,8 @@ import html
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qwen_jax.files import to_json
+
 _STYLE = """
 body { font-family: sans-serif; margin: 1.5em auto; max-width: 72em; padding: 0 1em; color: #222; background: #fff; }
 table { border-collapse: collapse; margin: .6em 0; } th, td { padding: .25em .7em; text-align: right; }
@@ -50,6 +52,8 @@ def to_html(summary: Mapping[str, Any]) -> str:
                 for model, s in summary["spent"].items()
             ),
         ),
+        "<h2>Measures</h2>",
+        _table(("measure", "value"), ((name, to_json(value)) for name, value in summary["measures"].items())),
         "<h2>Examples</h2>",
         *_outputs(summary["outputs"]),
     ]

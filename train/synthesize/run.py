@@ -385,6 +385,7 @@ class _Run:
             "audits": counts.audits,
             "outputs": [one.to_json() for one in written],
             "spent": spent,
+            "measures": dict(self._pipeline.measures()),
             "asked_now": self._asked,
             "seconds": seconds,
         }
