@@ -49,11 +49,14 @@ class RewardScores:
             return []
         repeated = {name: [value] * count for name, value in columns.items()}
 
-        def run() -> list[float | None]:
-            with self._one_at_a_time:
-                found = score({self.spec: self._reward}, [prompt] * count, texts, [True] * count, repeated)
-            return [None if value != value else float(value) for value in found[:, 0]]
+        found: list[float | None] = [None] * count
 
-        content = [prompt, list(texts), dict(columns), self.code]
-        scores: list[float | None] = await context.check(f"score {self.spec}", content, run)
-        return scores
+        def run() -> list[float | None] | None:
+            with self._one_at_a_time:
+                made = score({self.spec: self._reward}, [prompt] * count, texts, [True] * count, repeated)
+            found[:] = [None if value != value else float(value) for value in made[:, 0]]
+            # What has no score now, such as where a sandbox failed, is scored again in the next run.
+            return None if None in found else found
+
+        verdict = await context.check(f"score {self.spec}", [prompt, list(texts), dict(columns), self.code], run)
+        return found if verdict is None else list(verdict)
