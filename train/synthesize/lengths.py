@@ -94,7 +94,9 @@ def draw_length(text: str, rng: random.Random, count_tokens: Callable[[str], int
         units.append("tokens")
     unit = rng.choice(units)
     if unit == "sections":
-        return Length(unit, sections, sections, ((unit, sections),), f"It has exactly {sections} sections, each with a heading.")
+        return Length(
+            unit, sections, sections, ((unit, sections),), f"It has exactly {sections} sections, each with a heading."
+        )
     if unit == "pages":
         pages = max(1, round(words / WORDS_OF_A_PAGE))
         plural = "page" if pages == 1 else "pages"

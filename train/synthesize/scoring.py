@@ -34,7 +34,11 @@ class RewardScores:
         self._one_at_a_time = threading.Lock()
 
     async def scores(
-        self, context: Context, prompt: str | Sequence[Mapping[str, Any]], texts: Sequence[str], columns: Mapping[str, Any]
+        self,
+        context: Context,
+        prompt: str | Sequence[Mapping[str, Any]],
+        texts: Sequence[str],
+        columns: Mapping[str, Any],
     ) -> list[float | None]:
         """The score of each answer to a prompt; None where the function gives none.
 
