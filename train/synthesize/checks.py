@@ -84,7 +84,7 @@ def json_of(text: str) -> Any | None:
 
 
 def object_of(answer: Answer) -> Mapping[str, Any]:
-    """The JSON object in the last line of an answer, or in all of it; empty if there is none, or the form is at fault."""
+    """The JSON object in the last line of an answer, or in all of it; empty if there is none or it has a fault."""
     if fault(answer):
         return {}
     for text in (answer.text.rstrip().rpartition("\n")[2], answer.text):

@@ -9,6 +9,7 @@ from train.synthesize.pipeline import Result
 
 # Items that wait for one of the other direction at most.
 _MOST_WAITING = 10_000
+_STEP = {"longer": 1, "shorter": -1}
 
 
 class LengthBalance:
@@ -37,26 +38,23 @@ class LengthBalance:
         for item in items:
             ways = _ways(item["candidates"])
             if not self._balanced or "equal" in ways:
-                way = "equal" if self._balanced else ways_of_one(item)
-                yield item, self._chosen(item, way)
+                pair = item.rng("candidate").choice(item["candidates"])
+                yield item, self._chosen(item, "equal" if self._balanced else _ways([pair]).pop())
                 continue
-            behind = "shorter" if ahead > 0 or (waiting and _way(waiting[0]) == "longer") else "longer"
-            if not ahead and not waiting:
-                way = item.rng("way").choice(sorted(ways))
-            elif behind in ways:
-                way = behind
-            else:
+            possible = [way for way in sorted(ways) if abs(ahead + _STEP[way]) <= 1]
+            if not possible:
                 waiting.append(item)
                 if len(waiting) > _MOST_WAITING:
                     yield waiting.popleft(), Rejected("no pair of the other length")
                 continue
-            ahead += 1 if way == "longer" else -1
+            way = item.rng("way").choice(possible)
+            ahead += _STEP[way]
             yield item, self._chosen(item, way)
-            if waiting and ahead * (1 if _way(waiting[0]) == "longer" else -1) < 1:
-                item = waiting.popleft()
-                way = _way(item)
-                ahead += 1 if way == "longer" else -1
-                yield item, self._chosen(item, way)
+            # All that wait go the way that was ahead.
+            if waiting and abs(ahead + _STEP[way := _ways(waiting[0]["candidates"]).pop()]) <= 1:
+                ahead += _STEP[way]
+                released = waiting.popleft()
+                yield released, self._chosen(released, way)
         for item in waiting:
             yield item, Rejected("no pair of the other length")
 
@@ -66,19 +64,6 @@ class LengthBalance:
         pair = item.rng("pair").choice(pairs)
         self.counts[way] += 1
         return item.without("candidates").update(**pair)
-
-
-def ways_of_one(item: Item) -> str:
-    """The way of a random candidate."""
-    pair = item.rng("candidate").choice(item["candidates"])
-    (way,) = _ways([pair])
-    return way
-
-
-def _way(item: Item) -> str:
-    """The only way of an item that waits."""
-    (way,) = _ways(item["candidates"])
-    return way
 
 
 def _ways(candidates: list[Mapping[str, Any]]) -> set[str]:

@@ -71,7 +71,7 @@ def measure(text: str, unit: str, count_tokens: Callable[[str], int] | None = No
 
 
 def estimated_tokens(text: str) -> int:
-    """Tokens that a text has roughly, where there is no tokenizer: one for 4 characters, or a Chinese or Japanese one."""
+    """Tokens that a text has roughly, without a tokenizer: one for 4 characters, or for a Chinese or Japanese one."""
     single = len(_SINGLE.findall(text))
     return single + math.ceil((len(text) - single) / 4)
 

@@ -1,9 +1,9 @@
 """Filtering: only examples stay in which rules, a critic and all scorers find no flaw (arXiv:2412.15115, section 4.1).
 
-1. Rules look at the form of each answer: empty, too short or long, another language, repetition, control tokens, refusals,
-   and blocks of code that are not closed.
-2. A critic lists the flaws of an answer, and each of several scorers, models or reward functions, scores it. All of them
-   look at all examples that follow the rules, and at answers with planted flaws.
+1. Rules look at the form of each answer: empty, too short or long, another language, repetition, control tokens,
+   refusals, and blocks of code that are not closed.
+2. A critic lists the flaws of an answer, and each of several scorers, models or reward functions, scores it. All of
+   them look at all examples that follow the rules, and at answers with planted flaws.
 3. An example stays if the critic finds no flaw and each scorer gives its threshold at least. Agreement of each two of
    them, Cohen's kappa, and what each of them rejected are reported.
 """
@@ -28,8 +28,8 @@ from train.synthesize.pipeline import Output, Pipeline, Result, Stage, Together
 from train.synthesize.scoring import RewardScores
 
 CRITIC = """Here are a conversation and the last answer in it. List all flaws of this answer: what is false, does not
-follow, is missing, does not answer the request, breaks off, is out of order, is unclear, or does not belong there. Do not
-list what is only a matter of taste.
+follow, is missing, does not answer the request, breaks off, is out of order, is unclear, or does not belong there. Do
+not list what is only a matter of taste.
 
 Conversation:
 {conversation}
@@ -39,8 +39,8 @@ Answer:
 
 Answer with a JSON object and nothing else: {{"flaws": ["...", ...]}}. The list is empty if there is no flaw."""
 
-SCORER = """Here are a conversation and the last answer in it. Judge how well the answer does what is asked for: whether it
-is correct, complete, in a sensible order, clear, and about what was asked.
+SCORER = """Here are a conversation and the last answer in it. Judge how well the answer does what is asked for: whether
+it is correct, complete, in a sensible order, clear, and about what was asked.
 
 Conversation:
 {conversation}
@@ -86,7 +86,7 @@ def pipeline(
 ) -> Pipeline:
     """Filtering: of conversations or preference pairs, those stay in which nothing finds a flaw.
 
-    Models: generator; critic; and the scorers that are models, by their names.
+    Models: critic, and the scorers that are models, by their names; one without a name is for all of them.
 
     Args:
         examples: Files of examples, as training reads them: messages; prompt and completion; or prompt, chosen and
@@ -108,8 +108,8 @@ def pipeline(
         raise InputError(f"Expected 1 <= least_words <= most_words, got {least_words} and {most_words}.")
     made = [_scorer(text) for text in scorers]
     names = [*([_CRITIC_NAME] if critic else []), *(one.name for one in made)]
-    if len(set(names)) < len(names) or "generator" in names:
-        raise InputError(f"Expected scorers with different names, none of them generator, got {', '.join(names)}.")
+    if len(set(names)) < len(names):
+        raise InputError(f"Expected scorers with different names, got {', '.join(names)}.")
     if not names:
         raise InputError("Nothing looks for flaws. Give --scorers, or leave --critic on.")
     settings["scorer_code"] = {one.name: one.reward.code for one in made if one.reward is not None}
@@ -126,7 +126,7 @@ def pipeline(
             Together("decide", recipe.decide),
         ],
         outputs,
-        models=("generator", *asked),
+        models=tuple(asked),
         seed=seed,
         settings=settings,
         measures=recipe.measures,

@@ -77,12 +77,13 @@ _STRANGE_REQUEST = (
     "since Tuesday, and asks for a date on which it will be mended."
 )
 _BOILERPLATE = (
-    "Home | About us | Contact | Log in\nWe use cookies to improve your experience. Accept all cookies. Subscribe to our "
-    "newsletter and follow us!\n\n"
+    "Home | About us | Contact | Log in\nWe use cookies to improve your experience. Accept all cookies. Subscribe to "
+    "our newsletter and follow us!\n\n"
 )
 _TO_THE_TEXT = re.compile(
     r"\b(?:the|this|that|following|given|provided|above|below) (?:original )?(?:text|passage|excerpt|document|article) "
-    r"(?:above|below|provided|given)|\b(?:above|below|following|given|provided) (?:text|passage|excerpt|document|article)\b"
+    r"(?:above|below|provided|given)\b"
+    r"|\b(?:above|below|following|given|provided) (?:text|passage|excerpt|document|article)\b"
     r"|\bin the (?:text|passage|excerpt)\b",
     re.IGNORECASE,
 )

@@ -64,9 +64,9 @@ def pipeline(
     near_duplicates: float | None = None,
     seed: int = 0,
 ) -> Pipeline:
-    """Preferences: samples that passed and failed become pairs; or answers of several models become data of reward models.
+    """Preferences: samples that passed and failed become pairs, or answers of several models data of reward models.
 
-    Models: generator; the answerers by their names; judge, with --label judge. With --samples none is asked.
+    Models: the answerers by their names; judge, with --label judge. With --samples none is asked.
 
     Args:
         samples: Files of records with a prompt, and the lists passed and failed. The files parts/NN/*.jsonl of another
@@ -96,10 +96,10 @@ def pipeline(
     source = checked(_source(settings))
     if samples:
         stages: list[Stage | Together] = [Stage("pair", recipe.pair)]
-        models: tuple[str, ...] = ("generator",)
+        models: tuple[str, ...] = ()
     else:
         stages = [Stage("answer", recipe.answer)]
-        models = ("generator", *answerers)
+        models = answerers
         if label == "rules":
             stages += [Stage("rules", recipe.by_rule), Stage("pair", recipe.pair)]
         elif label == "judge":
@@ -267,9 +267,10 @@ class _Preferences:
     async def _compare(
         self, prompt: str | Sequence[Mapping[str, Any]], one: str, other: str, context: Context
     ) -> tuple[str, int | None]:
-        """What the judge says in both orders, in words, and which answer is better: 0 or 1, None if that is not sure."""
-        first = await self._better(prompt, one, other, context)
-        second = await self._better(prompt, other, one, context)
+        """What the judge says in both orders, in words, and which answer is better, 0 or 1; None if not sure."""
+        first, second = await all_of(
+            [self._better(prompt, one, other, context), self._better(prompt, other, one, context)]
+        )
         if first is None or second is None:
             return "no verdict", None
         if 0 in (first, second):
@@ -284,7 +285,7 @@ class _Preferences:
         text = JUDGE.format(conversation=_told(prompt), first=first, second=second)
         (answer,) = await context.ask(text, model="judge", temperature=0.0, max_tokens=1024)
         better = object_of(answer).get("better")
-        return better if better in (0, 1, 2) and not isinstance(better, bool) else None
+        return better if type(better) is int and better in (0, 1, 2) else None
 
     async def _audit_judge(self, item: Item, context: Context, text: str) -> None:
         """Lets the judge compare an answer with its words out of order."""
@@ -321,7 +322,10 @@ def _source(settings: Mapping[str, Any]) -> Callable[[], Iterator[Item]]:
 
     def items() -> Iterator[Item]:
         for item in source():
-            where, values, steps = item.sources[0], dict(item.data), ()
+            where, values, steps = item.sources[0], dict(item.data), tuple[Any, ...]()
+            if {"stage", "reason", "steps"} <= set(values):
+                # What another run rejected stands beside what it kept.
+                continue
             if {"id", "data", "sources", "steps"} <= set(values):
                 # A part of another run: where it comes from, and what was done to it, go on.
                 part = Item.from_json(values)
@@ -337,7 +341,7 @@ def _source(settings: Mapping[str, Any]) -> Callable[[], Iterator[Item]]:
                 data["columns"] = {
                     name: value for name, value in values.items() if name not in (column, "prompt", *read)
                 }
-            yield dataclasses.replace(make_item(data, item.sources), steps=tuple(steps))
+            yield dataclasses.replace(make_item(data, item.sources), steps=steps)
 
     return items
 
@@ -345,15 +349,18 @@ def _source(settings: Mapping[str, Any]) -> Callable[[], Iterator[Item]]:
 def _check_prompt(prompt: Any, column: str, where: str, values: Mapping[str, Any]) -> None:
     if isinstance(prompt, str) and prompt.strip():
         return
-    if isinstance(prompt, list) and prompt and all(isinstance(one, dict) for one in prompt):
-        if all(isinstance(one.get("role"), str) and isinstance(one.get("content"), str) for one in prompt):
-            if prompt[-1]["role"] != "assistant":
-                return
-            raise InputError(f"{where}: the prompt ends with an answer of the assistant. Leave the answer out.")
+    if isinstance(prompt, list) and prompt and all(_is_message(one) for one in prompt):
+        if prompt[-1]["role"] != "assistant":
+            return
+        raise InputError(f"{where}: the prompt ends with an answer of the assistant. Leave the answer out.")
     raise InputError(
         f"{where}: expected the column {column} with a text or messages, got {prompt!r:.60}. The record has: "
         f"{', '.join(values) or 'no column'}. --prompt-column names another one."
     )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("role", "content"))
 
 
 def _texts(value: Any, name: str, where: str) -> list[str]:
@@ -381,10 +388,9 @@ def _check_options(settings: Mapping[str, Any]) -> None:
     if not settings["temperatures"] or not all(t >= 0 for t in settings["temperatures"]):
         raise InputError(f"temperatures must be at least 0, got {settings['temperatures']}.")
     names = settings["answerers"]
-    reserved = {"generator", "judge"} & set(names)
-    if not names or len(set(names)) < len(names) or reserved:
+    if not names or len(set(names)) < len(names) or "judge" in names:
         raise InputError(
-            f"Expected answerers with different names, none of them generator or judge, got {', '.join(names) or 'none'}."
+            f"Expected answerers with different names, none of them judge, got {', '.join(names) or 'none'}."
         )
     if settings["label"] not in ("rules", "judge", "review"):
         raise InputError(f"label must be rules, judge or review, got {settings['label']}.")
