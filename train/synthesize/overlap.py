@@ -96,7 +96,7 @@ class EvaluationSets:
             name, equals, file = given.partition("=")
             if not (equals and name.strip() and file.strip()):
                 raise InputError(f"Expected an evaluation set as NAME=FILE, got {given!r}.")
-            before = self.records[name]
+            before = self.records.setdefault(name, 0)
             number = list(self.records).index(name)
             for path in find_tables([file]):
                 for row in read_rows(path):
@@ -177,7 +177,9 @@ class NearDuplicates:
         seeds = np.arange(1, _HASHES + 1, dtype=np.uint64)
         self._seeds = _mixed(seeds)[:, None]
         self._kept: list[tuple[str, np.ndarray]] = []
-        self._bands: dict[int, list[int]] = {}
+        # By hash of a band: the first text that has it, and further ones.
+        self._first: dict[int, int] = {}
+        self._more: dict[int, list[int]] = {}
 
     def add(self, name: str, texts: Iterable[str]) -> tuple[str, float] | None:
         """The earlier text that these texts nearly repeat, and how similar they are; None if there is none.
@@ -192,8 +194,9 @@ class NearDuplicates:
         if not len(shingles):
             return None
         bands = self._bands_of(shingles)
-        known = sorted({number for band in bands for number in self._bands.get(band, ())})
-        for number in known:
+        known = {self._first[band] for band in bands if band in self._first}
+        known.update(number for band in bands for number in self._more.get(band, ()))
+        for number in sorted(known):
             other, theirs = self._kept[number]
             # Sorted arrays without repetitions; what is in both is counted.
             small, large = sorted((shingles, theirs), key=len)
@@ -204,9 +207,11 @@ class NearDuplicates:
             similarity = both / (len(small) + len(large) - both)
             if similarity >= self._threshold:
                 return other, similarity
+        number = len(self._kept)
         self._kept.append((name, shingles))
         for band in bands:
-            self._bands.setdefault(band, []).append(len(self._kept) - 1)
+            if self._first.setdefault(band, number) != number:
+                self._more.setdefault(band, []).append(number)
         return None
 
     def _bands_of(self, shingles: np.ndarray) -> list[int]:
