@@ -139,6 +139,10 @@ def _named(given: Sequence[str], names: Sequence[str], option: str) -> dict[str,
 
 def _generators(options: Options, names: Sequence[str]) -> dict[str, Any]:
     """The generators by name; models that are not given are the first one."""
+    if not names:
+        if options.model:
+            raise InputError("The recipe asks no model with these options. Leave --model out.")
+        return {}
     models = _named(options.model, names, "model")
     ids, prices = _named(options.model_name, names, "model-name"), _named(options.price, names, "price")
     if names[0] not in models:

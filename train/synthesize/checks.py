@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from train.rewards.languages import language_of
@@ -16,6 +17,7 @@ _REFUSAL = re.compile(
 )
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]|<\|(?:im_start|im_end|endoftext)\|>")
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?```", re.DOTALL | re.IGNORECASE)
+_FENCES = re.compile(r"[ \t]*(`{3,}|~{3,})([^`]*)$")
 _SCORE = re.compile(r"(?:score|rating|\u8bc4\u5206)\W{0,6}(\d+(?:\.\d+)?)", re.IGNORECASE)
 _REPEATED_WORDS, _MOST_REPEATED = 10, 0.3
 
@@ -45,6 +47,21 @@ def fault(answer: Answer, language: str | None = None, refusals: bool = True) ->
     return None
 
 
+def unbalanced_fences(text: str) -> bool:
+    """Whether a block of code is not closed, or a fence closes none."""
+    open_fence = ""
+    for line in text.split("\n"):
+        found = _FENCES.match(line)
+        if found is None:
+            continue
+        fence, info = found[1], found[2].strip()
+        if not open_fence:
+            open_fence = fence
+        elif fence.startswith(open_fence) and not info:
+            open_fence = ""
+    return bool(open_fence)
+
+
 def is_repetitive(text: str) -> bool:
     """Whether a text goes round in circles: more than 30% of its runs of ten words are one and the same."""
     words = text.split()
@@ -64,6 +81,16 @@ def json_of(text: str) -> Any | None:
         return json.loads(blocks[0] if len(blocks) == 1 else text, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return None
+
+
+def object_of(answer: Answer) -> Mapping[str, Any]:
+    """The JSON object in the last line of an answer, or in all of it; empty if there is none or it has a fault."""
+    if fault(answer):
+        return {}
+    for text in (answer.text.rstrip().rpartition("\n")[2], answer.text):
+        if isinstance(value := json_of(text), dict):
+            return value
+    return {}
 
 
 def score_of(text: str, most: float = 10.0) -> float | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from qwen_jax.errors import InputError
 from train.synthesize.agreement import agree
-from train.synthesize.checks import fault, json_of
+from train.synthesize.checks import fault, json_of, object_of
 from train.synthesize.context import Context, all_of
 from train.synthesize.generator import Answer
 from train.synthesize.item import Item, Rejected, make_item
@@ -310,7 +310,7 @@ class _Logic:
     async def _flaw(self, prompt: str, context: Context) -> str | None:
         """What the critic says: the flaw, "" for none; None if it says nothing that can be read."""
         (answer,) = await context.ask(prompt, model="critic", temperature=0.0, max_tokens=2048)
-        value = _verdict(answer)
+        value = object_of(answer)
         if not isinstance(value.get("flawed"), bool):
             return None
         if not value["flawed"]:
@@ -321,7 +321,7 @@ class _Logic:
     async def _says(self, prompt: str, field: str, context: Context) -> bool | None:
         """Yes or no of the critic; None if it says nothing that can be read."""
         (answer,) = await context.ask(prompt, model="critic", temperature=0.0, max_tokens=2048)
-        verdict = _verdict(answer).get(field)
+        verdict = object_of(answer).get(field)
         return verdict if isinstance(verdict, bool) else None
 
 
@@ -381,16 +381,6 @@ def _check_options(settings: Mapping[str, Any]) -> None:
         raise InputError(
             f"Expected 0 <= least_rate <= most_rate <= 1, got {settings['least_rate']} and {settings['most_rate']}."
         )
-
-
-def _verdict(answer: Answer) -> Mapping[str, Any]:
-    """The JSON object in the last line of an answer, or in its only code block; empty if there is none."""
-    if fault(answer):
-        return {}
-    for text in (answer.text.rstrip().rpartition("\n")[2], answer.text):
-        if isinstance(value := json_of(text), dict):
-            return value
-    return {}
 
 
 def _question(item: Item) -> str:
