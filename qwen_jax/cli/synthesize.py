@@ -22,6 +22,9 @@ class Options:
     command: `--config RECIPE --help` shows them. A run that ends early goes on when the same command is given again;
     what a model has answered is never asked again.
 
+    Recipes: long_responses, mathematics, code, instructions, structured_data, logic, cross_lingual, system_prompts,
+    filtering, preferences.
+
     Args:
         config: A recipe's name, FILE.py, or FILE.py:function (by default the function is called pipeline).
         output: Folder for examples, report.html, summary.json, and what is needed to go on.
@@ -33,6 +36,7 @@ class Options:
         give_up_after: Seconds without any answer after which the run ends.
         max_tokens: End once prompts and answers have so many tokens in all.
         max_cost: End once they have cost so much, in the unit of --price.
+        retry_refused: Ask again what a model has refused in an earlier run of this folder.
         workers: Checks that run at the same time; by default one a processor, at most 8.
         part_items: Items that are done, and kept, at once.
         json: Print the summary as one JSON object.
@@ -47,6 +51,7 @@ class Options:
     give_up_after: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 600.0
     max_tokens: Count = None
     max_cost: Number = None
+    retry_refused: bool = False
     workers: Count = None
     part_items: Annotated[int, tyro.conf.arg(metavar="N")] = 128
     json: bool = False
@@ -72,7 +77,11 @@ def synthesize(argv: Sequence[str]) -> int:
         raise InputError(f"{config} returned a {type(pipeline).__name__}, expected a Pipeline.")
     limits = {"workers": options.workers} if options.workers is not None else {}
     run_options = runner.RunOptions(
-        part_items=options.part_items, max_tokens=options.max_tokens, max_cost=options.max_cost, **limits
+        part_items=options.part_items,
+        max_tokens=options.max_tokens,
+        max_cost=options.max_cost,
+        retry_refused=options.retry_refused,
+        **limits,
     )
     from rich.console import Console
 

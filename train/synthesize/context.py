@@ -28,7 +28,8 @@ class Services:
       threads: that checks run in.
       workers: how many checks run at the same time.
       seed: of the pipeline.
-      may_ask: raises `StoppedError` once nothing more may be asked or checked.
+      may_go_on: raises `StoppedError` once the run is to end.
+      may_ask: the same, and once nothing more may be spent.
       answered: is told of each answer that a model gave.
     """
 
@@ -37,6 +38,7 @@ class Services:
     threads: concurrent.futures.Executor
     workers: int = 1
     seed: int = 0
+    may_go_on: Callable[[], None] = lambda: None
     may_ask: Callable[[], None] = lambda: None
     answered: Callable[[Generator, Answer], None] = lambda generator, answer: None
     _pending: dict[str, asyncio.Future[Any]] = dataclasses.field(default_factory=dict)
@@ -61,7 +63,7 @@ class Services:
 
         async def run() -> Any:
             async with self._gate("checks", self.workers):
-                self.may_ask()
+                self.may_go_on()
                 value = await asyncio.get_running_loop().run_in_executor(self.threads, check)
             if value is not None:
                 self.store.add_verdict(key, value)

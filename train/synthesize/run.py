@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import shutil
 import signal
 import time
 from collections import Counter
@@ -30,9 +31,11 @@ from train.synthesize.progress import SynthesisProgress
 from train.synthesize.report import to_html
 from train.synthesize.store import Store
 
-ANSWERS, SUMMARY, REPORT = "answers.sqlite", "summary.json", "report.html"
+ANSWERS, PARTS, SUMMARY, REPORT = "answers.sqlite", "parts", "summary.json", "report.html"
 # A check is refused once it was wrong in more than this share of at least so many known cases.
 _MOST_WRONG, _LEAST_AUDITS = 0.1, 20
+# A model that answers none of its first requests will answer none of the others.
+_MOST_REFUSED = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,7 @@ class RunOptions:
       workers: checks that run at the same time.
       max_tokens: of prompts and answers together, in all runs of the folder; None is no limit.
       max_cost: of all runs of the folder, in the unit of the generators' prices.
+      retry_refused: ask again what models refused in earlier runs of the folder.
 
     Raises:
       InputError: a value out of range.
@@ -55,6 +59,7 @@ class RunOptions:
     workers: int = min(8, os.cpu_count() or 1)
     max_tokens: int | None = None
     max_cost: float | None = None
+    retry_refused: bool = False
 
     def __post_init__(self) -> None:
         for name in ("part_items", "parts_at_once", "workers", "max_tokens", "max_cost"):
@@ -119,7 +124,10 @@ class _Run:
         spent = store.spent()
         self._spent_tokens = sum(prompt + tokens for _, prompt, tokens in spent.values())
         self._spent_cost = sum(self._cost(model, prompt, tokens) for model, (_, prompt, tokens) in spent.items())
-        self._asked, self._stopped_by = 0, 0
+        self._asked, self._stopped_by, self._refused = 0, 0, Counter[str]()
+        if options.retry_refused and store.drop_refused():
+            # Nobody knows which parts lack an answer: all are made again, with the answers that are kept.
+            shutil.rmtree(folder / PARTS, ignore_errors=True)
         self._fault: Exception | None = None
         self._audits = Counts()
 
@@ -135,6 +143,7 @@ class _Run:
             self._options.workers,
             self._pipeline.seed,
             self._may_go_on,
+            self._may_ask,
             self._count,
         )
         with SynthesisProgress(self._console, len(segments)) as self._progress, self._signals():
@@ -142,7 +151,7 @@ class _Run:
                 items, inputs = self._pipeline.source(), "source"
                 for number, stages in enumerate(segments):
                     self._progress.begin(stages)
-                    parts = Parts(self._folder / "parts" / f"{number:02d}")
+                    parts = Parts(self._folder / PARTS / f"{number:02d}")
                     first = stages[0]
                     if isinstance(first, Together):
                         done = self._together(first, parts, items, inputs, counts)
@@ -293,6 +302,10 @@ class _Run:
         """Raises `StoppedError` once the run is to end."""
         if self._fault is not None or self._stopped_by:
             raise StoppedError
+
+    def _may_ask(self) -> None:
+        """The same, and once the budget is used up."""
+        self._may_go_on()
         for spent, most, what in (
             (self._spent_tokens, self._options.max_tokens, "max-tokens"),
             (self._spent_cost, self._options.max_cost, "max-cost"),
@@ -306,6 +319,12 @@ class _Run:
 
     def _count(self, generator: Generator, answer: Answer) -> None:
         self._asked += 1
+        self._refused[generator.model] = 1 + self._refused[generator.model] if answer.refused is not None else -(10**9)
+        if self._refused[generator.model] >= _MOST_REFUSED:
+            self._fault = self._fault or InputError(
+                f"{generator.model} has refused the first {_MOST_REFUSED} requests of this run: {answer.refused}. Mend "
+                "that, and run again with --retry-refused: refusals are kept like other answers."
+            )
         self._spent_tokens += answer.prompt_tokens + answer.tokens
         self._spent_cost += self._cost(generator.model, answer.prompt_tokens, answer.tokens)
         self._progress.answer(answer)

@@ -47,6 +47,10 @@ class Store:
         row = (key, model, to_json(answer.to_json()), answer.prompt_tokens, answer.tokens)
         self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", row)
 
+    def drop_refused(self) -> int:
+        """Forgets the answers that are refusals, so that they are asked for again; returns how many there were."""
+        return self._file.execute("DELETE FROM answers WHERE json_extract(value, '$.refused') IS NOT NULL").rowcount
+
     def verdict(self, key: str) -> tuple[Any] | None:
         """The verdict of a check, a JSON value, in a tuple; or None if there is none yet."""
         found = self._file.execute("SELECT value FROM verdicts WHERE key = ?", (key,)).fetchone()

@@ -8,6 +8,7 @@ import pytest
 
 from qwen_jax.cli import main
 from tests.helpers.scripted_server import scripted_server
+from train.synthesize.loading import RECIPES
 
 DOCS = Path(__file__).parents[3] / "docs" / "synthesis.md"
 
@@ -21,7 +22,7 @@ def reply(body: dict[str, object]) -> str:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    (code,) = (x for x in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL) if "def pipeline(" in x)
     (tmp_path / "my_recipe.py").write_text(code)
     lines = (json.dumps({"question": f"question {i}"}) + "\n" for i in range(6))
     (tmp_path / "questions.jsonl").write_text("".join(lines))
@@ -57,6 +58,13 @@ def test_help_shows_the_options_of_the_recipe(recipe: Path, capsys: pytest.Captu
     assert "--questions" in text
     assert "A file of records with the column question" in " ".join(text.replace("│", " ").split())
     assert "--give-up-after" in text
+
+
+def test_help_without_a_recipe_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["data", "synthesize", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"Recipes: {', '.join(RECIPES)}." in text
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,30 @@ def test_what_can_never_be_answered_is_asked_once(tmp_path: Path) -> None:
         assert summary["stages"][0]["rejected"] == {"refused": 40}
         assert not (tmp_path / "all.jsonl").read_bytes()
     assert len(generator.asked) == 40
+    # A server that has been mended: what it refused is asked again where that is wanted, and once.
+    mended = ScriptedGenerator(lambda request: "fine")
+    for _ in range(2):
+        run(pipeline_of(Stage("ask", ask)), {"generator": mended}, tmp_path, RunOptions(retry_refused=True))
+    assert len(mended.asked) == 40
+
+
+def test_a_model_that_refuses_everything_ends_the_run(tmp_path: Path) -> None:
+    async def ask(item: Item, context: Context) -> Result:
+        (found,) = await context.ask(item["text"])
+        return Rejected("refused", found.refused or "")
+
+    generator = ScriptedGenerator(lambda request: Answer("", refused="seed is not supported"), concurrency=4)
+    with pytest.raises(InputError, match=r"has refused the first 50 requests .* seed is not supported"):
+        run(pipeline_of(Stage("ask", ask), items=400), {"generator": generator}, tmp_path)
+    assert len(generator.asked) < 60
+
+
+def test_a_finished_run_needs_no_budget(whole: Path, tmp_path: Path) -> None:
+    for most in (None, 1):
+        generator = ScriptedGenerator(answer)
+        run(killed_run.pipeline(), {"generator": generator}, tmp_path, RunOptions(16, max_tokens=most))
+    assert not generator.asked
+    assert made(tmp_path) == made(whole)
 
 
 def test_equal_requests_at_the_same_time_are_sent_once(tmp_path: Path) -> None:
