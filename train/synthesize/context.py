@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
+from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
+from train.synthesize.embedder import Embedder, cosine, packed, unpacked
 from train.synthesize.generator import Answer, Generator, Message, Request
 from train.synthesize.item import Item, content_key
 from train.synthesize.store import Store
@@ -72,6 +74,31 @@ class Services:
             return None if found is None else found[0]
 
         return await self._once(key, kept, run)
+
+    async def vector(self, generator: Generator, text: str) -> list[float] | None:
+        """The vector of a text: the one that is kept, or that of the model; None if it cannot have one.
+
+        Raises:
+          InputError: the model has no vectors.
+        """
+        key = content_key("vector", generator.model, text)
+        if not isinstance(generator, Embedder):
+            raise InputError(f"The model {generator.model} gives no embeddings. Give one that does for them.")
+
+        async def embed() -> list[float] | None:
+            async with self._gate(generator.model, generator.concurrency):
+                self.may_ask()
+                vector = await generator.embed(text)
+            if vector is not None:
+                self.store.add_verdict(key, packed(vector))
+            return vector
+
+        def kept() -> list[float] | None:
+            found = self.store.verdict(key)
+            return None if found is None else unpacked(found[0])
+
+        vector: list[float] | None = await self._once(key, kept, embed)
+        return vector
 
     async def _once(self, key: str, kept: Callable[[], Any], make: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         """What is kept under a key, or else what `make` gives. Whoever asks meanwhile waits for the same."""
@@ -153,6 +180,25 @@ class Context:
         verdict = await self._services.verdict(content_key("verdict", name, content), check)
         self.steps.append({"check": name, "verdict": verdict, "stage": self.stage})
         return verdict
+
+    async def similarity(self, first: str, second: str, *, model: str) -> float | None:
+        """The cosine between the vectors of two texts, from -1 to 1, and notes it among the steps of the item.
+
+        Args:
+          first, second: texts; the vector of each is asked for once, and kept.
+          model: which of the pipeline's models gives the vectors.
+
+        Returns:
+          None if a text cannot have a vector, such as one that is too long.
+
+        Raises:
+          InputError: the model has no vectors.
+        """
+        generator = self._services.generators[model]
+        vectors = await all_of([self._services.vector(generator, text) for text in (first, second)])
+        found = None if None in vectors else cosine(*vectors)
+        self.steps.append({"similarity": found, "model": generator.model, "stage": self.stage})
+        return found
 
     def note(self, **what: Any) -> None:
         """Notes something among the steps of the item, as JSON values."""

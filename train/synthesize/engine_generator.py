@@ -80,6 +80,24 @@ class EngineGenerator:
         self._tally.add(answer)
         return answer
 
+    async def embed(self, text: str) -> list[float] | None:
+        """See `train.synthesize.embedder.Embedder.embed`. Raises as `ask` does."""
+        from qwen_jax.serving.errors import ApiError
+        from qwen_jax.serving.protocol import EmbeddingRequest
+        from qwen_jax.serving.texts import embeddings
+
+        async with self._slots:
+            try:
+                reply = await embeddings(self._context, EmbeddingRequest(input=text))
+            except ApiError as error:
+                if error.status == 503:
+                    raise GeneratorDownError(f"{self.model}: {error.message}") from None
+                return None
+            except RuntimeError as error:
+                raise GeneratorDownError(f"{self.model}: {error}") from error
+        vector: list[float] = reply["data"][0]["embedding"]
+        return vector
+
     def counts(self) -> dict[str, Any]:
         """What was done; see `Tally`."""
         return self._tally.to_json()

@@ -9,7 +9,7 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from qwen_jax.errors import InputError
 from train.synthesize.generator import Answer, GeneratorDownError, Request
@@ -21,6 +21,7 @@ from train.synthesize.openai_protocol import (
     models_of,
     retry_after,
     shortened,
+    vector_of,
 )
 from train.synthesize.tally import Tally
 
@@ -29,6 +30,7 @@ try:
 except ImportError:
     raise InputError("Models at a URL need the package httpx: pip install 'qwen-jax[post]'.") from None
 
+_Read = TypeVar("_Read")
 _KEY_VARIABLE = "OPENAI_API_KEY"
 _EXAMPLE = "http://127.0.0.1:8000/v1"
 # Statuses of faults that pass, beside 5xx.
@@ -141,21 +143,18 @@ class OpenAIGenerator:
           GeneratorDownError: the server has answered nothing for `give_up_after` seconds.
           InputError: the server knows the key, the model or the path not, or redirects.
         """
-        # Time in which nothing was asked is not the server's.
-        if not self._open:
-            self._alive_at = self._clock()
-        self._open += 1
-        try:
-            async with self._slots:
-                client = self._idle.pop() if self._idle else self._new_client()
-                try:
-                    answer = await self._ask(client, request)
-                finally:
-                    self._idle.append(client)
-        finally:
-            self._open -= 1
+        answer = await self._in_slot("/chat/completions", self._body(request), request.key(self.model), answer_of)
+        if isinstance(answer, str):
+            answer = Answer("", refused=answer)
         self._tally.add(answer)
         return answer
+
+    async def embed(self, text: str) -> list[float] | None:
+        """See `train.synthesize.embedder.Embedder.embed`. Raises as `ask` does."""
+        content = json.dumps({"model": self._served, "input": text, "encoding_format": "float"}).encode()
+        key = hashlib.sha256(content).hexdigest()
+        vector = await self._in_slot("/embeddings", content, key, vector_of)
+        return None if isinstance(vector, str) else vector
 
     def counts(self) -> dict[str, Any]:
         """What was done; see `Tally`. Reasons of retries are statuses, "connection", "timeout" and "reply"."""
@@ -168,15 +167,34 @@ class OpenAIGenerator:
 
     # --- requests and retries ---
 
-    async def _ask(self, client: httpx.AsyncClient, request: Request) -> Answer:
-        content, headers = self._body(request), {"Idempotency-Key": request.key(self.model)}
+    async def _in_slot(self, path: str, content: bytes, key: str, read: Callable[[bytes], _Read]) -> _Read | str:
+        """What `read` makes of the reply to a request; a text says why it is never answered."""
+        # Time in which nothing was asked is not the server's.
+        if not self._open:
+            self._alive_at = self._clock()
+        self._open += 1
+        try:
+            async with self._slots:
+                client = self._idle.pop() if self._idle else self._new_client()
+                try:
+                    return await self._ask(client, path, content, key, read)
+                finally:
+                    self._idle.append(client)
+        finally:
+            self._open -= 1
+
+    async def _ask(
+        self, client: httpx.AsyncClient, path: str, content: bytes, key: str, read: Callable[[bytes], _Read]
+    ) -> _Read | str:
+        headers = {"Idempotency-Key": key}
+        answer: _Read | str
         failing_since: float | None = None
         attempt = 0
         while True:
             try:
-                answer = answer_of(await self._exchange(client, "POST", "/chat/completions", content, headers))
+                answer = read(await self._exchange(client, "POST", path, content, headers))
             except _RefusedError as refused:
-                answer = Answer("", refused=str(refused))
+                answer = str(refused)
             except FaultError as fault:
                 self._tally.retries[fault.reason] += 1
                 failing_since = self._clock() if failing_since is None else failing_since
@@ -186,7 +204,7 @@ class OpenAIGenerator:
                 if failing_for < self._give_up_after or fault.reason in _OVERLOADED:
                     continue
                 # Others were answered meanwhile, so that the fault is the request's.
-                return Answer("", refused=f"the server failed on it for {failing_for:.0f} s: {self._public(fault)}")
+                return f"the server failed on it for {failing_for:.0f} s: {self._public(fault)}"
             self._alive_at = self._clock()
             return answer
 

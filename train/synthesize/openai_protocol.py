@@ -2,6 +2,7 @@
 
 import email.utils
 import json
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -84,6 +85,19 @@ def answer_of(data: bytes) -> Answer:
     # Half of a surrogate pair is no character, and no file could hold it.
     text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return Answer(text, "stop" if finish == "stop" else "length", **counts)
+
+
+def vector_of(data: bytes) -> list[float]:
+    """The vector in the body of an answer of /v1/embeddings. Raises FaultError for another body."""
+    reply = _json(data)
+    found = reply.get("data") if isinstance(reply, dict) else None
+    first = found[0] if isinstance(found, list) and len(found) == 1 else None
+    vector = first.get("embedding") if isinstance(first, dict) else None
+    if not isinstance(vector, list) or not vector or not all(type(x) in (int, float) for x in vector):
+        raise FaultError("reply", f"it sent no vector but {message_of(data)}")
+    if not all(map(math.isfinite, vector)):
+        raise FaultError("reply", "it sent a vector that is not finite")
+    return [float(x) for x in vector]
 
 
 def models_of(data: bytes) -> list[str]:
