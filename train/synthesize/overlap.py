@@ -144,7 +144,8 @@ class EvaluationSets:
         # The question of a conversation is its last message before the answer, of a text the text.
         asked = question[-1]
         if 0 < len(asked) < GRAM:
-            answers = next((columns[name] for name in _ANSWERS if columns.get(name)), [[]])
+            none: list[list[str]] = [[]]
+            answers = next((columns[name] for name in _ANSWERS if columns.get(name)), none)
             # A worked answer has runs of its own; of a list of answers the first one counts.
             entry = (number, tuple(answers[0]))
             self._short.setdefault(tuple(asked), []).append(entry)

@@ -221,12 +221,13 @@ class _LongResponses:
             )
             if why := fault(answer, self._settings["language"]):
                 return Rejected(f"section: {why}", f"section {number + 1}")
+            # Of two sections, each may open what the other seems to close.
+            if unbalanced_fences(answer.text):
+                return Rejected("an open block of code", answer.text)
             written.append(f"## {section['heading']}\n\n{_without_heading(answer.text, section['heading'])}")
         text = "\n\n".join(written)
         if len({part.partition("\n\n")[2] for part in written}) < len(written):
             return Rejected("a section comes twice", text)
-        if unbalanced_fences(text):
-            return Rejected("an open block of code", text)
         if is_repetitive(text):
             return Rejected("garbage", text)
         if not length.holds(text, self._tokens) or self._tokens(text) > self._settings["most_tokens"]:
@@ -291,7 +292,7 @@ class _LongResponses:
             ("complete", True, (request, cut[: max(cut.rfind(" "), 1)])),
             ("boilerplate", False, (request, _BOILERPLATE + answer)),
         ):
-            verdict = await self._verdict(*pair, context)
+            verdict = await self._verdict(pair[0], pair[1], context)
             if verdict is not None:
                 context.audit(f"judge, {name}", False, verdict[name] is good)
 

@@ -17,7 +17,7 @@ from train.synthesize.loading import RECIPES, load_recipe
 from train.synthesize.run import RunOptions, run
 
 ISOLATION = "bubblewrap" if shutil.which("bwrap") else "none"
-LONG = "A paragraph about rivers and the towns beside them. " * 60
+LONG = " ".join(f"In the year {1700 + i} the town of {chr(65 + i % 26)}burg had {i * 37} boats." for i in range(60))
 
 
 class Brief(EngineGenerator):

@@ -142,8 +142,10 @@ class Author:
         assert found is not None
         count = int(re.findall(r"about (\d+) words\. Go on", prompt)[0])
         kind = rng.choice(["good"] * 20 + ["cut", "refusal", "short", "open"])
-        self.written[int(found[1])].add(kind)
         last = number == max(map(int, re.findall(r"^(\d+)\. Part", prompt, re.M)))
+        # The last section ends the account, and opens nothing.
+        kind = "good" if last and kind == "open" else kind
+        self.written[int(found[1])].add(kind)
         words: list[str] = []
         while len(words) < (5 if kind == "short" else count - 7 * last):
             words += sentence(rng).split()
