@@ -1,3 +1,5 @@
+# The texts are those of several languages.
+# ruff: noqa: RUF001
 """Cross-lingual: what is in another language, has lost something or means something else is dropped, the rest kept."""
 
 import json
@@ -35,6 +37,7 @@ SAID = {
 }
 TRANSLATIONS = ("good", "number", "name", "placeholder", "english", "topic", "list", "half", "cut", "empty", "refused")
 RESPONSES = ("good", "other", "english", *FORMAL)
+FOREIGN = [text[:8] for code, text in ASKED.items() if code != "en"]
 CODES = {name: code for code, name in LANGUAGES.items()}
 
 
@@ -59,7 +62,7 @@ class Translator(ScriptedGenerator):
 
     async def embed(self, text: str) -> list[float] | None:
         """Vectors of a topic and what is said of it are the same in all languages."""
-        other = "other" in text
+        other = "(other)" in text
         seed = content_key(topic_of(text) or text, other)
         return [int(seed[i : i + 2], 16) - 127.5 for i in range(0, 64, 2)]
 
@@ -71,7 +74,7 @@ class Translator(ScriptedGenerator):
             first, second = (
                 topic_of(part) for part in re.split("came back:|Second answer:", prompt.split("\n\n", 1)[1])[:2]
             )
-            same = first == second and "other" not in prompt
+            same = first == second and "(other)" not in prompt
             return f"Point 1 {{is}} seen.\n{json.dumps({'same': same, 'difference': '?'})}"
         if prompt.startswith("Translate"):
             language = CODES[prompt.split("into ")[1].split(".")[0]]
@@ -98,7 +101,7 @@ class Translator(ScriptedGenerator):
         number = re.findall(r"\d+", text.replace("{name}", ""))[0]
         if language == "en":
             # Back: what came out wrong comes back wrong.
-            back = forms["en"].format(topic_of(text), number) + (" (other)" if "other" in text else "")
+            back = forms["en"].format(topic_of(text), number) + (" (other)" if "(other)" in text else "")
             return json.dumps({"translation": back})
         kind = "good" if rng.random() < self._share_right else rng.choice(TRANSLATIONS)
         topic = topic_of(text) + ("q" if kind == "topic" else "")
@@ -154,7 +157,8 @@ def test_only_what_means_the_same_is_kept_and_all_of_it(case: int, tmp_path: Pat
     )
     print(f"precision 1, recall {len(kept)}/{expected}, {len(asked_good)} good translations of 120")
     assert len(kept) == expected > 60
-    assert {translator.translations[text] for text in asked if text in translator.translations} == {"good"}
+    # The original is asked, too.
+    assert {translator.translations.get(text) for text in asked if text[:8] in FOREIGN} == {"good"}
     audits = summary["audits"]
     assert audits["judge"]["wrong"][1] == audits["embeddings"]["wrong"][1] == audits["marks"]["wrong"][1] == 0
     for row in rows_of(tmp_path / "run", "pairs"):
@@ -245,8 +249,8 @@ def test_bad_input_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
         with pytest.raises(InputError):
             pipeline(files=(str(path),), **options)  # type: ignore[arg-type]
     made = pipeline(files=(str(path),), languages=("de",))
+    text = json.dumps({"translation": "Das ist für dich und nicht für mich, aber auch gut."})
     with pytest.raises(InputError, match="gives no embeddings"):
-        text = json.dumps({"translation": "Das ist für dich und nicht für mich, aber auch gut."})
         run(made, models(made.models, ScriptedGenerator(lambda request: text)), tmp_path / "run")
 
 
@@ -260,7 +264,8 @@ def test_marks_of_texts() -> None:
     assert changed_mark(text, text.replace("1,234.5", "1.234,5")) is None
     assert changed_mark("12 days", "\u0661\u0662 \u064a\u0648\u0645\u0627") is None
     for old, new, kind in (
-        ("x = 3", "x = 4", "code block"), ("`a b`", "`a c`", "code"), ("d=1", "d=2", "link"), ("{x}", "{z}", "placeholder"),
+        ("x = 3", "x = 4", "code block"), ("`a b`", "`a c`", "code"), ("d=1", "d=2", "link"),
+        ("{x}", "{z}", "placeholder"),
         ("<NAME>", "name", "placeholder"), ("1,234.5", "1,234.6", "number"), ("%s", "s", "placeholder"),
     ):  # fmt: skip
         assert changed_mark(text, text.replace(old, new)) == kind
