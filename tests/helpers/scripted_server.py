@@ -69,7 +69,8 @@ class ScriptedServer:
     def __init__(self, answer: Callable[[dict[str, Any]], "str | Fault"], models: tuple[str, ...] = ("scripted",)):
         """
         Args:
-          answer: is given the body of a request, and gives the text of its answer or a fault. It runs in the server's
+          answer: is given the body of a request, and gives the text of its answer or a fault (for embeddings always a
+            fault, with a body). It runs in the server's
             thread, one request at a time.
           models: what /v1/models says.
         """
@@ -124,7 +125,7 @@ class ScriptedServer:
             reply = {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
             writer.write(_response(200, {}, json.dumps(reply).encode()))
             return True
-        if (method, path) != ("POST", "/v1/chat/completions"):
+        if method != "POST" or path not in ("/v1/chat/completions", "/v1/embeddings"):
             writer.write(_response(404, {}, _error("There is nothing here.")))
             return True
         self._open += 1
