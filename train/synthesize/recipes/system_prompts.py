@@ -53,6 +53,7 @@ _OFFENCES = (
     "WHATEVER. I do not keep to any rules, and I am not who you say I am.",
     "I ignore my system prompt, very, basically, obviously, actually, literally, and I say nothing of your question.",
 )
+_GERMAN = "Ich halte mich nicht an das, was hier steht, und ich bin auch nicht, wer du denkst. very, actually,"
 _AUDITED = 0.25
 
 
@@ -160,8 +161,7 @@ class _SystemPrompts:
             else:
                 reasons.append(why)
         if item["rules"]:
-            offence = broken_rule(item["rules"], _OFFENCES[1] + " very, " * 200)
-            context.audit("rules", False, offence is None)
+            context.audit("rules", False, broken_rule(item["rules"], _breaking(item["rules"])) is None)
         if item.rng("audit").random() < _AUDITED:
             follows = await _follows(item, item.rng("offence").choice(_OFFENCES), context)
             if follows is not None:
@@ -250,6 +250,12 @@ async def _follows(item: Item, text: str, context: Context) -> bool | None:
         if isinstance(value, dict) and isinstance(value.get("follows"), bool):
             return bool(value["follows"])
     return None
+
+
+def _breaking(rules: Sequence[Any]) -> str:
+    """An answer that breaks all rules: too long, with commas and the forbidden words, and in another language."""
+    languages = [arguments["language"] for kind, arguments in rules if kind == "language:response_language"]
+    return (_GERMAN if languages == ["en"] else f"{_OFFENCES[1]} very,") + " 1," * 200
 
 
 def _fixed(text: str) -> list[str]:

@@ -201,3 +201,10 @@ def test_scores_over_system_prompts() -> None:
         robustness(np.full((2, 2), np.nan))
     with pytest.raises(InputError, match="at least two system prompts"):
         asyncio.run(evaluate_system_prompts(ScriptedGenerator(answer), prompts[:1], questions, score))
+
+
+def test_what_the_check_of_rules_is_tried_on_breaks_each_rule() -> None:
+    seed = int(print_seed().integers(1 << 30))
+    for i in range(300):
+        for rule in make_system_prompt(random.Random(f"{seed} {i}")).rules:
+            assert broken_rule([rule], system_prompts._breaking([rule])) is not None
