@@ -111,7 +111,7 @@ class _SystemPrompts:
         self._sampling = {"temperature": settings["temperature"], "max_tokens": settings["response_tokens"]}
 
     async def rewrite(self, item: Item, context: Context) -> Result:
-        """The system prompt in other words, if it keeps quoted texts and numbers and the judge sees no other rules."""
+        """The system prompt in other words, if it keeps quoted texts, numbers and names of languages."""
         if item.rng("rewrite").random() >= self._settings["rewritten"]:
             return item
         (answer,) = await context.ask(REWRITE.format(prompt=item["prompt"]), **self._sampling)
