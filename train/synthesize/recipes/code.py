@@ -25,6 +25,7 @@ from train.synthesize.checks import fault, json_of
 from train.synthesize.context import Context, all_of
 from train.synthesize.generator import Answer
 from train.synthesize.item import Item, Rejected, content_key, make_item
+from train.synthesize.overlap import cleaned
 from train.synthesize.pipeline import Output, Pipeline, Result, Stage, Together
 from train.synthesize.programs import Judged, Programs, static_fault
 from train.synthesize.sources import texts
@@ -58,6 +59,8 @@ def pipeline(
     isolation: Literal["bubblewrap", "none"] = "bubblewrap",
     temperature: float = 0.8,
     answer_tokens: int = 2048,
+    decontaminate: tuple[str, ...] = (),
+    near_duplicates: float | None = None,
     seed: int = 0,
 ) -> Pipeline:
     """Make code examples whose tests pass in the sandbox: tasks, tests, solutions, preference pairs and prompts.
@@ -82,6 +85,8 @@ def pipeline(
         isolation: bubblewrap, or none: programs of the model then run with the rights of this process.
         temperature: Of tasks and solutions.
         answer_tokens: Of an answer at most.
+        decontaminate: Evaluation sets, each NAME=FILE, with which no example may share 13 words in a row.
+        near_duplicates: Similarity of words, such as 0.8, from which an example repeats an earlier one and is dropped.
         seed: Of all random numbers.
     """
     settings = dict(locals())
@@ -105,7 +110,7 @@ def pipeline(
         for number in range(tasks):
             yield make_item({"from": "agent", "number": number})
 
-    return Pipeline(
+    made = Pipeline(
         "code",
         items,
         [
@@ -123,6 +128,7 @@ def pipeline(
         settings=settings,
         measures=programs.measures,
     )
+    return cleaned(made, decontaminate, near_duplicates)
 
 
 def _check(settings: Mapping[str, Any]) -> None:

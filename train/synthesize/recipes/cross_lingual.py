@@ -19,6 +19,7 @@ from train.synthesize.context import Context, all_of
 from train.synthesize.generator import Answer
 from train.synthesize.item import Item, Rejected, make_item
 from train.synthesize.marks import changed_mark, marks_of, without_marks
+from train.synthesize.overlap import cleaned
 from train.synthesize.pipeline import Output, Pipeline, Result, Stage
 from train.synthesize.sources import checked
 
@@ -89,6 +90,8 @@ def pipeline(
     embeddings: bool = True,
     temperature: float = 0.7,
     response_tokens: int = 2048,
+    decontaminate: tuple[str, ...] = (),
+    near_duplicates: float | None = None,
     seed: int = 0,
 ) -> Pipeline:
     """Cross-lingual: instructions become conversations in other languages that mean the same, and preference pairs.
@@ -106,12 +109,14 @@ def pipeline(
         embeddings: Whether embeddings are compared; otherwise back-translation alone decides.
         temperature: Of sampling.
         response_tokens: Of an answer at most; one that is cut is dropped.
+        decontaminate: Evaluation sets, each NAME=FILE, with which no example may share 13 words in a row.
+        near_duplicates: Similarity of words, such as 0.8, from which an example repeats an earlier one and is dropped.
         seed: Of all random numbers.
     """
     settings = dict(locals())
     _check_options(settings)
     recipe = _CrossLingual(settings)
-    return Pipeline(
+    made = Pipeline(
         "cross_lingual",
         checked(_source(files)),
         [
@@ -124,6 +129,7 @@ def pipeline(
         seed=seed,
         settings=settings,
     )
+    return cleaned(made, decontaminate, near_duplicates)
 
 
 class _CrossLingual:

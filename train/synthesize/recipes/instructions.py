@@ -24,6 +24,7 @@ from train.synthesize.checks import fault, score_of
 from train.synthesize.context import Context, all_of
 from train.synthesize.instruction_texts import TEXTS, draw
 from train.synthesize.item import Item, Rejected, content_key, make_item
+from train.synthesize.overlap import cleaned
 from train.synthesize.pipeline import Output, Pipeline, Result, Stage, Together
 from train.synthesize.programs import Programs
 from train.synthesize.sources import records
@@ -60,6 +61,8 @@ def pipeline(
     isolation: Literal["bubblewrap", "none"] = "bubblewrap",
     temperature: float = 0.8,
     answer_tokens: int = 1024,
+    decontaminate: tuple[str, ...] = (),
+    near_duplicates: float | None = None,
     seed: int = 0,
 ) -> Pipeline:
     """Make examples of following instructions, verified by functions that run in the sandbox, and by built-in checks.
@@ -86,6 +89,8 @@ def pipeline(
         isolation: bubblewrap, or none: functions of the model then run with the rights of this process.
         temperature: Of what is written.
         answer_tokens: Of an answer at most.
+        decontaminate: Evaluation sets, each NAME=FILE, with which no example may share 13 words in a row.
+        near_duplicates: Similarity of words, such as 0.8, from which an example repeats an earlier one and is dropped.
         seed: Of all random numbers.
     """
     settings = dict(locals())
@@ -112,7 +117,7 @@ def pipeline(
         for number in range(built_in):
             yield make_item({"from": "built-in", "kind": list(TEXTS)[number % len(TEXTS)], "number": number})
 
-    return Pipeline(
+    made = Pipeline(
         "instructions",
         items,
         [
@@ -132,6 +137,7 @@ def pipeline(
         settings={**settings, "content": content_key(known, begun)},
         measures=programs.measures,
     )
+    return cleaned(made, decontaminate, near_duplicates)
 
 
 def _check(settings: Mapping[str, Any]) -> None:

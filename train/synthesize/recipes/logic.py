@@ -18,6 +18,7 @@ from train.synthesize.checks import fault, json_of, object_of
 from train.synthesize.context import Context, all_of
 from train.synthesize.generator import Answer
 from train.synthesize.item import Item, Rejected, make_item
+from train.synthesize.overlap import cleaned
 from train.synthesize.pipeline import Output, Pipeline, Result, Stage
 from train.synthesize.puzzles import FAMILIES, is_right, make_puzzles
 from train.synthesize.reasoning import answer_line, revision_fault, step_fault
@@ -91,6 +92,8 @@ def pipeline(
     language: str | None = None,
     temperature: float = 0.8,
     response_tokens: int = 2048,
+    decontaminate: tuple[str, ...] = (),
+    near_duplicates: float | None = None,
     seed: int = 0,
 ) -> Pipeline:
     """Logic: puzzles and questions become reasoning in steps with verified answers, preference pairs, and prompts.
@@ -113,12 +116,14 @@ def pipeline(
         language: Code of the language that answers must be in, such as en; by default any.
         temperature: Of sampling.
         response_tokens: Of an answer at most; one that is cut is dropped.
+        decontaminate: Evaluation sets, each NAME=FILE, with which no example may share 13 words in a row.
+        near_duplicates: Similarity of words, such as 0.8, from which an example repeats an earlier one and is dropped.
         seed: Of all random numbers.
     """
     settings = dict(locals())
     _check_options(settings)
     recipe = _Logic(settings)
-    return Pipeline(
+    made = Pipeline(
         "logic",
         _source(settings),
         [
@@ -131,6 +136,7 @@ def pipeline(
         seed=seed,
         settings=settings,
     )
+    return cleaned(made, decontaminate, near_duplicates)
 
 
 class _Logic:

@@ -26,6 +26,7 @@ from train.synthesize.checks import fault, json_of, score_of
 from train.synthesize.context import Context, all_of
 from train.synthesize.generator import Answer
 from train.synthesize.item import Item, Rejected, content_key
+from train.synthesize.overlap import cleaned
 from train.synthesize.pipeline import Output, Pipeline, Result, Stage, Together
 from train.synthesize.reasoning import before_answer, box_fault, guided_fault, step_fault
 from train.synthesize.sources import checked, records
@@ -109,6 +110,8 @@ def pipeline(
     language: str | None = None,
     temperature: float = 0.8,
     response_tokens: int = 2048,
+    decontaminate: tuple[str, ...] = (),
+    near_duplicates: float | None = None,
     seed: int = 0,
 ) -> Pipeline:
     """Mathematics: problems become solutions in steps whose final answers are verified, preference pairs, and prompts.
@@ -132,6 +135,8 @@ def pipeline(
         language: Code of the language that solutions must be in, such as en; by default any.
         temperature: Of sampling.
         response_tokens: Of a solution at most; one that is cut is dropped.
+        decontaminate: Evaluation sets, each NAME=FILE, with which no example may share 13 words in a row.
+        near_duplicates: Similarity of words, such as 0.8, from which an example repeats an earlier one and is dropped.
         seed: Of all random numbers.
     """
     settings = dict(locals())
@@ -142,7 +147,7 @@ def pipeline(
         settings["rank_code"] = content_key(Path(file).expanduser().read_text("utf-8"))
     judged: Sequence[str] = ("generator", "judge") if rank == "judge" else ("generator",)
     new = [Stage("new", recipe.write_new)] if rephrased or altered else []
-    return Pipeline(
+    made = Pipeline(
         "mathematics",
         checked(_source(problems)),
         [
@@ -157,6 +162,7 @@ def pipeline(
         seed=seed,
         settings=settings,
     )
+    return cleaned(made, decontaminate, near_duplicates)
 
 
 class _Mathematics:

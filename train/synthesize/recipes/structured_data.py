@@ -20,6 +20,7 @@ from train.synthesize.context import Context
 from train.synthesize.generator import Answer
 from train.synthesize.grounding import numbers_of, ungrounded_number
 from train.synthesize.item import Item, Rejected
+from train.synthesize.overlap import cleaned
 from train.synthesize.pipeline import Output, Pipeline, Result, Stage
 from train.synthesize.reasoning import answer_line, step_fault
 from train.synthesize.sources import checked
@@ -64,6 +65,8 @@ def pipeline(
     language: str | None = None,
     temperature: float = 0.8,
     response_tokens: int = 2048,
+    decontaminate: tuple[str, ...] = (),
+    near_duplicates: float | None = None,
     seed: int = 0,
 ) -> Pipeline:
     """Structured data: tasks about tables and nested data become reasoning with verified answers, pairs, and prompts.
@@ -83,12 +86,14 @@ def pipeline(
         language: Code of the language that answers must be in, such as en; by default any.
         temperature: Of sampling.
         response_tokens: Of an answer at most; one that is cut is dropped.
+        decontaminate: Evaluation sets, each NAME=FILE, with which no example may share 13 words in a row.
+        near_duplicates: Similarity of words, such as 0.8, from which an example repeats an earlier one and is dropped.
         seed: Of all random numbers.
     """
     settings = dict(locals())
     _check_options(settings)
     recipe = _StructuredData(settings)
-    return Pipeline(
+    made = Pipeline(
         "structured_data",
         checked(tasks_of(files, tables, each, tasks, formats, most_rows, seed)),
         [Stage("word", recipe.word), Stage("answer", recipe.answer)],
@@ -96,6 +101,7 @@ def pipeline(
         seed=seed,
         settings=settings,
     )
+    return cleaned(made, decontaminate, near_duplicates)
 
 
 class _StructuredData:

@@ -17,6 +17,7 @@ from train.synthesize.checks import fault, json_of
 from train.synthesize.context import Context
 from train.synthesize.item import Item, Rejected, make_item
 from train.synthesize.made_system_prompts import broken_rule, make_system_prompt
+from train.synthesize.overlap import cleaned
 from train.synthesize.pipeline import Output, Pipeline, Result, Stage, Together
 from train.synthesize.sources import checked
 
@@ -67,6 +68,8 @@ def pipeline(
     keep: int = 1,
     temperature: float = 0.8,
     response_tokens: int = 1024,
+    decontaminate: tuple[str, ...] = (),
+    near_duplicates: float | None = None,
     seed: int = 0,
 ) -> Pipeline:
     """System prompts: conversations under hundreds of system prompts that they keep to, preference pairs, and prompts.
@@ -82,12 +85,14 @@ def pipeline(
         keep: Answers to a question that are written at most.
         temperature: Of sampling.
         response_tokens: Of an answer at most; one that is cut is dropped.
+        decontaminate: Evaluation sets, each NAME=FILE, with which no example may share 13 words in a row.
+        near_duplicates: Similarity of words, such as 0.8, from which an example repeats an earlier one and is dropped.
         seed: Of all random numbers.
     """
     settings = dict(locals())
     _check_options(settings)
     recipe = _SystemPrompts(settings, _questions(questions) if questions else [])
-    return Pipeline(
+    made = Pipeline(
         "system_prompts",
         checked(_source(prompts, seed)),
         [
@@ -101,6 +106,7 @@ def pipeline(
         seed=seed,
         settings=settings,
     )
+    return cleaned(made, decontaminate, near_duplicates)
 
 
 class _SystemPrompts:

@@ -74,7 +74,10 @@ def arguments(name: str, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_model_that_has_learned_nothing_breaks_nothing(name: str, generator: Brief, tmp_path: Path) -> None:
-    pipeline = load_recipe(name)(**arguments(name, tmp_path))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "What is in a test?", "answer": "this"}) + "\n")
+    ends = {"decontaminate": (f"test={tmp_path / 'test.jsonl'}",), "near_duplicates": 0.8}
+    pipeline = load_recipe(name)(**arguments(name, tmp_path), **ends)
+    assert [stage.name for stage in pipeline.stages[-2:]] == ["evaluation sets", "near duplicates"]
     summary = run(
         pipeline, dict.fromkeys(pipeline.models, generator), tmp_path / "out", RunOptions(part_items=8, workers=2)
     )

@@ -24,7 +24,7 @@ from train.synthesize.structured_tasks import TASKS, is_right_answer
 
 RIGHT = ("right", "right", "right", "other form")
 WRONG = ("wrong", "made up", "no answer", "restates", *FORMAL)
-WORDINGS = ("faithful", "dropped", "other number", "turned", "leak", "list", "half", *FORMAL)
+WORDINGS = (*["faithful"] * 8, "dropped", "other number", "turned", "leak", "list", "half", *FORMAL)
 FORMS = {"csv": "CSV", "json": "JSON"}
 
 
