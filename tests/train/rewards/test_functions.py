@@ -167,4 +167,5 @@ def test_built_in_rewards_by_name() -> None:
     made = load_reward("length", most=3, unit="words")
     np.testing.assert_array_equal(scored(length=made)[:, 0], [1, 1, 1])
     close_rewards([made, len])
-    assert set(BUILT_IN) == {"math", "code", "instructions", "json_schema", "format", "length", "reward_model"}
+    named = {"math", "code", "instructions", "verification", "json_schema", "format", "length", "reward_model"}
+    assert set(BUILT_IN) == named
