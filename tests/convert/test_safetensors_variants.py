@@ -156,7 +156,6 @@ LOADED: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "one buffer for all layers": ("tied", change(lambda w: w.update({"model.rotary_emb.inv_freq": torch.ones(8)}))),
     "attention masks": ("tied", change(bool_mask)),
     "a tensor without elements": ("tied", change(lambda w: w.update({"model.extra": torch.zeros(0, 3)}))),
-    "an adapter_config.json without an adapter": ("tied", lambda f: (f / "adapter_config.json").write_text("{}")),
     "experts, bare prefix": ("moe", rename(lambda name: name.removeprefix("model."))),
 }
 
@@ -183,6 +182,18 @@ def test_what_transformers_loads_is_loaded_with_the_same_logits(
     convert.convert(tmp_path / "orbax", tmp_path / "hf")
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, attn_implementation="eager")
     np.testing.assert_array_equal(hf_logits(back.eval(), tokens), expected)
+
+
+def test_an_adapter_config_beside_a_model_changes_nothing(checkpoints: Path, tmp_path: Path, mesh: Mesh) -> None:
+    """transformers loads such a folder only without PEFT, so the folder without the file is the oracle."""
+    shutil.copytree(checkpoints / "tied", tmp_path / "a")
+    (tmp_path / "a" / "adapter_config.json").write_text("{}")
+    tokens = np.random.default_rng().integers(0, 160, (2, 24))
+    got, expected = (
+        logits(*convert.load(folder, mesh, "float32", Options()), mesh, tokens)
+        for folder in (tmp_path / "a", checkpoints / "tied")
+    )
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_verify_reads_them_too(checkpoints: Path, tmp_path: Path) -> None:

@@ -231,7 +231,9 @@ def test_turns_are_tokens_in_and_tokens_out(
     samples = flat(sampler.sample(prompts, 1))
     im_end = tokenizer.control_ids["<|im_end|>"]
     states = list(environment.seen.values())
-    several = 0
+    several, page = 0, 16
+    # Whole pages that the engine has computed before, of what a later turn begins with.
+    found_again = 0
     for sample, state in zip(samples, states, strict=True):
         ids = sample.ids[: sample.prompt_length]
         trained = [False] * len(ids)
@@ -243,6 +245,8 @@ def test_turns_are_tokens_in_and_tokens_out(
             # The control token that the tool spelled is plain text: one ends the answer, and one what was not ended.
             assert between.count(im_end) == (1 if sampled[-1] == im_end else 2)
             if turn < sample.turns:
+                # The last token that is sampled has not been through the model.
+                found_again += (len(ids) - 1) // page * page
                 ids, trained = ids + between, trained + [False] * len(between)
         # A last turn that was cut has no answer.
         left = len(sample.ids) - len(ids)
@@ -252,7 +256,8 @@ def test_turns_are_tokens_in_and_tokens_out(
         assert sample.finished == (sample.turns == 3 and len(state) == 3)
         several += sample.turns > 1
     assert several > 0
-    assert sampler.counts.cached_tokens > 0
+    print(f"{found_again} tokens could be found again, {sampler.counts.cached_tokens} were")
+    assert sampler.counts.cached_tokens >= found_again
     assert sampler.counts.other_tokens == sum(len(s.ids) - s.prompt_length - int(s.trained.sum()) for s in samples)
     assert gaps(params, MODEL, mesh, samples).max() < 1e-5
     # And again, whatever the threads do.
