@@ -20,6 +20,7 @@ from convert.folder import new_folder
 from convert.names import EMBED, LM_HEAD, Leaf, leaves, score_head
 from convert.safetensors import DTYPES, SINGLE, Entry, Writer, read_header, read_rows
 from convert.source import Source, Span, to_host
+from qwen_jax import hub
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json, to_json
@@ -66,14 +67,14 @@ def read_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
     """Opens an adapter folder of PEFT and checks it against a model, without reading the matrices.
 
     Args:
-      folder: with adapter_config.json and adapter_model.safetensors.
+      folder: with adapter_config.json and adapter_model.safetensors, or a Hub id.
       config: of the base model. A language model becomes a reward model if the adapter has a score head.
 
     Raises:
-      InputError: no such folder, a damaged file, another kind of adapter than plain LoRA, or modules or shapes that the
-        model does not have.
+      InputError: no such folder, a failed download, a damaged file, another kind of adapter than plain LoRA, or modules
+        or shapes that the model does not have.
     """
-    folder = Path(folder)
+    folder = hub.resolve(folder, hub.ADAPTER) if hub.is_hub_id(folder) else Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder. Expected an adapter folder with {CONFIG} and {WEIGHTS}.")
     settings = read_json(folder / CONFIG)
@@ -335,10 +336,10 @@ def adapter_folders(pairs: Sequence[str]) -> dict[str, Path]:
     """The folders of adapters by name, from the texts of a command line.
 
     Args:
-      pairs: NAME=DIR of each, such as "french=runs/french/model".
+      pairs: NAME=DIR of each, such as "french=runs/french/model"; a Hub id is downloaded.
 
     Raises:
-      InputError: not of that form, a name that is given twice, or no such folder.
+      InputError: not of that form, a name that is given twice, no such folder, or a failed download.
     """
     folders: dict[str, Path] = {}
     for pair in pairs:
@@ -351,7 +352,9 @@ def adapter_folders(pairs: Sequence[str]) -> dict[str, Path]:
         name, folder = match[1], Path(match[2])
         if name in folders:
             raise InputError(f"Two adapters have the name {name!r}. Give each a name of its own.")
-        if not folder.is_dir():
+        if hub.is_hub_id(folder):
+            folder = hub.resolve(folder, hub.ADAPTER)
+        elif not folder.is_dir():
             raise InputError(f"The adapter folder {folder} does not exist.")
         folders[name] = folder
     return folders

@@ -36,6 +36,8 @@ SMALL = (*CONFIG, *TOKENIZER, SPARSITY)
 INDEX = "model.safetensors.index.json"
 CHECKPOINT = (*SMALL, "LICENSE", "model.safetensors", INDEX)  # And the files that the index names.
 
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
 # Files that are not needed where there is a tokenizer.json.
 _REDUNDANT = ("vocab.json", "merges.txt", "qwen.tiktoken", "LICENSE")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

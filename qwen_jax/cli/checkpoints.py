@@ -150,8 +150,8 @@ class Convert:
             GGUF file are then written in float32.
         type: Type of the matrices in a GGUF file; by default as stored. Other than the float types, output head and
             some layers get finer ones, by the rules of llama.cpp.
-        merge_adapter: LoRA folder of PEFT to merge into the weights, summed in float32 and then rounded. The format is
-            then that of SRC.
+        merge_adapter: LoRA folder of PEFT, or Hub id, to merge into the weights, summed in float32 and then rounded.
+            The format is then that of SRC.
         quantization: Format of quantised weights to write; SRC must be quantised already.
     """
 
@@ -160,7 +160,7 @@ class Convert:
     to: Literal["hf", "orbax"] | None = None
     dtype: DType | None = None
     type: GGUFType | None = None
-    merge_adapter: Annotated[Path | None, tyro.conf.arg(metavar="ADAPTER")] = None
+    merge_adapter: Annotated[str | None, tyro.conf.arg(metavar="ADAPTER")] = None
     quantization: Literal["gptq", "awq", "compressed-tensors", "fp8"] | None = None
 
     def run(self) -> int:

@@ -87,7 +87,8 @@ class Running:
     Args:
         dtype: To compute in; by default the checkpoint's own on a GPU or TPU, float32 on a CPU.
         mesh: Devices to spread over, such as tensor=2.
-        adapter: LoRA folder of PEFT. It is merged into the weights as they are loaded: summed in float32, then rounded.
+        adapter: LoRA folder of PEFT, or Hub id. It is merged into the weights as they are loaded: summed in float32,
+            then rounded.
         attention: Keys that long prompts attend to: all (dense), columns and diagonals (vertical-slash), or blocks with
             large means (pooled). New tokens always attend to all keys.
         sparse_from: Length of prompts in tokens from which --attention is not dense.

@@ -54,7 +54,8 @@ class Serve:
         no_prefix_caching: Do not share keys and values of equal beginnings of prompts.
         mesh: Devices to spread over, such as tensor=2.
         dtype: To compute in; by default the checkpoint's own on a GPU or TPU, float32 on a CPU.
-        adapter: A LoRA adapter of PEFT, which requests choose as their model by its name; may be given several times.
+        adapter: A LoRA adapter of PEFT, a folder or Hub id, which requests choose as their model by its name; may be
+            given several times.
         speculative: Guess tokens ahead: ngram takes them from the text itself, a folder is a smaller model with the
             same tokenizer. The text does not change.
         lazy_compile: Compile each program when it is first needed: a quick start, and slow first answers.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors.torch import load_file, save_file
 
 import convert
-from convert.adapter import adapter_params, read_adapter, write_adapter
+from convert.adapter import adapter_folders, adapter_params, read_adapter, write_adapter
 from qwen_jax.cli import main
 from qwen_jax.errors import InputError
 from qwen_jax.lora import LoRA
@@ -93,6 +94,26 @@ def torch_logits(
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("base")
     return folder, make_hf_checkpoint(folder, tie=request.param == "dense", moe=request.param == "experts", seed=SEED)
+
+
+def test_an_adapter_is_downloaded(
+    base: tuple[Path, Any], tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Hub id is the folder that it is downloaded to, for merging and for serving; nothing else is asked for."""
+    folder, model = base
+    write_pefts(tmp_path / "adapter", model)
+    asked: list[tuple[str, list[str]]] = []
+
+    def snapshot(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(tmp_path / "adapter")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    _, want = convert.load(folder, mesh, "float32", adapter=tmp_path / "adapter")
+    _, got = convert.load(folder, mesh, "float32", adapter="someone/adapter")
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert adapter_folders(["french=someone/adapter"]) == {"french": tmp_path / "adapter"}
+    assert asked == [("someone/adapter", ["adapter_config.json", "adapter_model.safetensors"])] * 2
 
 
 def test_logits_are_pytorchs_merged_and_unmerged(base: tuple[Path, Any], tmp_path: Path, mesh: Mesh) -> None:
