@@ -30,9 +30,9 @@ class Options:
                 [Map("features", [Heuristics()]), Select(f"words >= {least_words}")],
             )
 
-    and `qwen-jax data curate --config FILE.py --web 'web/*.jsonl.zst' --output RUN` runs it. RUN/output has a folder for
-    each input, which `qwen-jax data build` reads; RUN/report.html says what was removed and why. The same command goes on
-    where an earlier one ended, and after a change makes anew only what reads what was changed.
+    and `qwen-jax data curate --config FILE.py --web 'web/*.jsonl.zst' --output RUN` runs it. RUN/output has a folder
+    for each input, which `qwen-jax data build` reads; RUN/report.html says what was removed and why. The same command
+    goes on where an earlier one ended; after a change it makes anew only what reads what was changed.
 
     Args:
         config: FILE.py, or FILE.py:function (by default the function is called curation).

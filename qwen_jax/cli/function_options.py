@@ -35,7 +35,9 @@ def with_arguments(options: type[T], function: Callable[..., Any]) -> type[T]:
     general = {field.name for field in dataclasses.fields(options)}
     for name, parameter in inspect.signature(function).parameters.items():
         if name in general:
-            raise InputError(f"The argument {name} of {function.__name__} is an option of the command already. Give it another name.")
+            raise InputError(
+                f"The argument {name} of {function.__name__} is an option of the command already. Give it another name."
+            )
         kind = Any if parameter.annotation is parameter.empty else parameter.annotation
         if isinstance(kind, str):
             kind = inspect.get_annotations(function, eval_str=True)[name]

@@ -14,7 +14,17 @@ import pyarrow.parquet as pq
 from qwen_jax.errors import InputError
 from train.curate.engine import Engine, Job
 from train.curate.operator import DOCUMENT, REASON
-from train.curate.shards import DOCUMENTS, SCRATCH, File, Record, ShardWriter, digest, finished, read_groups, write_record
+from train.curate.shards import (
+    DOCUMENTS,
+    SCRATCH,
+    File,
+    Record,
+    ShardWriter,
+    digest,
+    finished,
+    read_groups,
+    write_record,
+)
 from train.curate.stage import TEXT, Stage, scatter
 
 if TYPE_CHECKING:
@@ -155,7 +165,7 @@ _SHOWN, _REASONS, OTHER = 3, 100, "other reasons"
 def _count_reasons(
     reasons: pa.Array | pa.ChunkedArray, first: int, removed: dict[str, int], shown: dict[str, list[int]]
 ) -> None:
-    counted = sorted(((v["values"], v["counts"]) for v in pc.value_counts(reasons.drop_null()).to_pylist()))
+    counted = sorted((v["values"], v["counts"]) for v in pc.value_counts(reasons.drop_null()).to_pylist())
     names = {}
     for reason, count in counted:
         name = reason if reason in removed or len(removed) < _REASONS else OTHER
@@ -211,6 +221,7 @@ class Corpus:
             f"{self.stage.name}, reading",
             functools.partial(_narrowing, self.view, out, tuple(columns)),
             [(shard, [shard, key]) for shard, key in self.reads.items() if finished(out, shard, key) is None],
+            light=True,
         )
         for _ in records:
             pass
@@ -254,7 +265,7 @@ class Corpus:
             raise InputError(f"{self.stage.name} names the shard {unknown[0]}, which is not in the corpus.")
         jobs = [(shard, [shard, self.keys[shard], paths.get(shard, [])]) for shard in self.shards]
         for _ in self.engine.map(
-            f"{self.stage.name}, writing", functools.partial(_distributing, self.view, self.stage), jobs
+            f"{self.stage.name}, writing", functools.partial(_distributing, self.view, self.stage), jobs, light=True
         ):
             pass
 
@@ -309,7 +320,9 @@ def _write(view: View, stage: Stage, shard: str, key: str, rows: np.ndarray, mad
             begin, end = np.searchsorted(rows, [batch.first, batch.first + batch.size])
             here = rows[begin:end]
             places = np.searchsorted(known, here)
-            if len(here) and not np.array_equal(known[np.minimum(places, len(known) - 1)] if len(known) else None, here):
+            if len(here) and not np.array_equal(
+                known[np.minimum(places, len(known) - 1)] if len(known) else None, here
+            ):
                 raise InputError(f"{stage.name} gives a row of {shard} that was removed before it.")
             used += len(here)
             part = made.slice(begin, end - begin)
@@ -322,4 +335,3 @@ def _write(view: View, stage: Stage, shard: str, key: str, rows: np.ndarray, mad
     record = Record(key, (file,), counts)
     write_record(view.folder / stage.name, shard, record)
     return record
-

@@ -93,8 +93,14 @@ class Curation:
 def _check_stage(stage: Stage, known: dict[str, pa.DataType], owner: dict[str, str]) -> None:
     """Whether a stage finds what it reads and makes what nothing else does; adds what it makes."""
     name = stage.name
-    if not name or not name.replace("_", "a").replace("-", "a").isalnum() or (name in RESERVED and not isinstance(stage, UniqueIds)):
-        raise InputError(f"A stage's name has letters, digits, '_' and '-', and is not {', '.join(RESERVED)}: {name!r}.")
+    if (
+        not name
+        or not name.replace("_", "a").replace("-", "a").isalnum()
+        or (name in RESERVED and not isinstance(stage, UniqueIds))
+    ):
+        raise InputError(
+            f"A stage's name has letters, digits, '_' and '-', and is not {', '.join(RESERVED)}: {name!r}."
+        )
     for column in stage.reads:
         if column not in known:
             raise InputError(

@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import errno
+import importlib
 import json
 import os
 import sys
 import threading
 import traceback
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,7 +81,7 @@ class Engine:
         self.kind: Kind = kind
         self._daft = _start(kind, address)
         self.workers = workers or (_cluster_cores() if kind == "ray" else _cores())
-        self.partitions = 1 if kind == "native" else 2 * self.workers
+        self.partitions = self.workers if kind == "native" else 2 * self.workers
         self._scratch = scratch
 
     @property
@@ -98,6 +99,7 @@ class Engine:
         make: Callable[[], Job],
         jobs: Sequence[tuple[str, Any]],
         resources: Resources | None = None,
+        light: bool = False,
     ) -> Iterator[tuple[str, Any]]:
         """Does jobs in workers.
 
@@ -107,6 +109,8 @@ class Engine:
             module is a file that the user gave.
           jobs: name and JSON value of each.
           resources: of a worker.
+          light: jobs do little but read and write, and may run in threads of this process, for which no process has to
+            be started.
 
         Yields:
           The name of a job and its result, in the order in which jobs end.
@@ -119,9 +123,9 @@ class Engine:
             return
         resources = resources or Resources()
         workers = min(resources.workers or self.workers, len(jobs))
-        failed: dict[str, str] = {}
         stop = self._scratch / f"stop-{os.getpid()}" if self._scratch is not None else None
-        rows = self._rows(make, jobs, workers, resources, stop)
+        rows = self._rows(_pickled(make), jobs, workers, resources, stop, light)
+        failed: dict[str, str] = {}
         try:
             for name, answer in rows:
                 if "done" in answer:
@@ -130,10 +134,8 @@ class Engine:
                     failed[name] = answer["failed"]
                     if answer["hopeless"] or len(failed) >= _MOST_FAILED:
                         break
-        except InputError:
-            raise
-        except GeneratorExit:
-            raise
+            else:
+                stop = None
         except Exception as error:
             # Daft raises RuntimeError for a process that is gone, and Ray an exception of its own.
             raise InputError(
@@ -147,12 +149,13 @@ class Engine:
 
     def _rows(
         self,
-        make: Callable[[], Job],
+        make: bytes,
         jobs: Sequence[tuple[str, Any]],
         workers: int,
         resources: Resources,
         stop: Path | None,
-    ) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        light: bool,
+    ) -> Generator[tuple[str, Mapping[str, Any]], None, None]:
         daft = self.daft
         # Results come as jobs end; a slow job holds no other back.
         daft.set_execution_config(maintain_order=False, actor_udf_ready_timeout=_READY_SECONDS)
@@ -161,14 +164,14 @@ class Engine:
         if self.kind == "ray":
             frame = frame.into_partitions(len(jobs) if len(jobs) < 4 * workers else 4 * workers)
         options: dict[str, Any] = {"use_process": True, "max_concurrency": workers}
-        if self.kind == "native" and workers == 1:
+        if self.kind == "native" and (light or workers == 1):
             options = {"use_process": False}
         if resources.gpus:
             options["gpus"] = resources.gpus
         if resources.ray_options and self.kind == "ray":
             options["ray_options"] = dict(resources.ray_options)
         _Actor.run = daft.method.batch(return_dtype=daft.DataType.string(), batch_size=1)(_Actor.answer)
-        actor = daft.cls(_Actor, **options)(_pickled(daft, make), str(stop) if stop else None)
+        actor = daft.cls(_Actor, **options)(make, str(stop) if stop else None, light)
         frame = frame.select(frame["name"], actor.run(frame["job"]).alias("answer"))
         for row in frame.iter_rows(results_buffer_size=1):
             yield row["name"], json.loads(row["answer"])
@@ -179,15 +182,15 @@ class _Actor:
 
     run: Any
 
-    def __init__(self, make: bytes, stop: str | None):
-        self._make, self._stop = make, Path(stop) if stop else None
+    def __init__(self, make: bytes, stop: str | None, light: bool):
+        self._make, self._stop, self._light = make, Path(stop) if stop else None, light
         self._job: Job | None = None
         self._lock = threading.Lock()
 
     def answer(self, job: Any) -> list[str]:
         """Jobs as JSON in, answers as JSON out; no exception of a job leaves it."""
         # Without a process of its own, Daft calls from several threads.
-        with self._lock:
+        with contextlib.nullcontext() if self._light else self._lock:
             return [json.dumps(self._answer(content)) for content in job.to_pylist()]
 
     def _answer(self, content: str) -> dict[str, Any]:
@@ -195,9 +198,7 @@ class _Actor:
             return {"stopped": True}
         try:
             if self._job is None:
-                import daft.pickle
-
-                self._job = daft.pickle.loads(self._make)()
+                self._job = importlib.import_module("daft.pickle").loads(self._make)()
         except Exception as error:
             return {"failed": _explain(error), "hopeless": True}
         try:
@@ -236,22 +237,21 @@ def _last_line(error: Exception) -> str:
     return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1][:400]
 
 
-def _end(rows: Iterator[Any], stop: Path | None) -> None:
+def _end(rows: Generator[Any, None, None], stop: Path | None) -> None:
     """Ends what still runs: workers see the file `stop`, and do no further job."""
     if stop is not None:
         with contextlib.suppress(OSError):
             stop.parent.mkdir(parents=True, exist_ok=True)
             stop.touch()
-    rows.close()  # type: ignore[attr-defined]
+    rows.close()
     if stop is not None:
         stop.unlink(missing_ok=True)
 
 
-def _pickled(daft: types.ModuleType, make: Callable[[], Job]) -> bytes:
+def _pickled(make: Callable[[], Job]) -> bytes:
     """Pickles a function; modules of files that the user gave go with it, because workers cannot import them."""
-    import daft.pickle  # noqa: F811
-
-    cloudpickle = daft.pickle.cloudpickle
+    pickle = importlib.import_module("daft.pickle")
+    cloudpickle = pickle.cloudpickle
     own = [
         module
         for name, module in list(sys.modules.items())
@@ -260,7 +260,7 @@ def _pickled(daft: types.ModuleType, make: Callable[[], Job]) -> bytes:
     for module in own:
         cloudpickle.register_pickle_by_value(module)
     try:
-        return bytes(daft.pickle.dumps(make))
+        return bytes(pickle.dumps(make))
     finally:
         for module in own:
             cloudpickle.unregister_pickle_by_value(module)
@@ -274,6 +274,7 @@ def _is_given(name: str) -> bool:
 def _start(kind: Kind, address: str | None) -> types.ModuleType:
     global _runner
     os.environ.update(_ENVIRONMENT)
+    _let_workers_import()
     daft = optional_library("daft", "Curations")
     if _runner is not None and _runner != (kind, address):
         raise InputError(f"This process runs the engine {_runner[0]} already. Use another process for {kind}.")
@@ -286,6 +287,15 @@ def _start(kind: Kind, address: str | None) -> types.ModuleType:
             raise InputError(f"The engine {kind} cannot be started: {_last_line(error)}") from error
         _runner = (kind, address)
     return daft
+
+
+def _let_workers_import() -> None:
+    """Workers import this package from where it is, and nothing of that name from the working directory."""
+    os.environ["PYTHONSAFEPATH"] = "1"
+    root = Path(__file__).resolve().parents[2]
+    known = os.environ.get("PYTHONPATH", "")
+    if root.name not in ("site-packages", "dist-packages") and str(root) not in known.split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *([known] if known else [])])
 
 
 def optional_ray() -> types.ModuleType:

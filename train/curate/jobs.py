@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -275,9 +274,10 @@ class _OutputFile:
         self._rows += table.num_rows
         for row in table.to_pylist():
             known = {name: value for name, value in row.items() if value is not None}
-            if "metadata" in known:
-                known["metadata"] = json.loads(known["metadata"])
-            self._file.write(to_json(known, default=str).encode() + b"\n")
+            # Metadata is JSON already.
+            rest = known.pop("metadata", None)
+            line = to_json(known, default=str, ascii=False)
+            self._file.write((line if rest is None else f'{line[:-1]}, "metadata": {rest}}}').encode() + b"\n")
 
     def finish(self) -> File:
         if self._parquet is not None:
@@ -290,4 +290,3 @@ class _OutputFile:
 
     def __exit__(self, *details: Any) -> None:
         self._stack.__exit__(*details)
-

@@ -68,7 +68,10 @@ def to_html(summary: Mapping[str, Any]) -> str:
         "<h2>Stages</h2>",
         table(
             ("stage", "in", "out", "yield", "seconds"),
-            ((s["name"], s["in"], s["out"], share(s["out"], s["in"]), f"{s['seconds']:.1f}") for s in summary["stages"]),
+            (
+                (s["name"], s["in"], s["out"], share(s["out"], s["in"]), f"{s['seconds']:.1f}")
+                for s in summary["stages"]
+            ),
         ),
         "<h2>Removed</h2>",
         *_removed(summary["stages"]),
@@ -121,6 +124,4 @@ def _histogram(name: str, counts: Mapping[str, int]) -> str:
         f'<span class="bar" style="width:{20 * count / most:.2f}em"></span></td></tr>'
         for at, count in counts.items()
     )
-    return (
-        f"<h3>{html.escape(name)}</h3><table><tr><th>bytes from</th><th>documents</th><th></th></tr>{rows}</table>"
-    )
+    return f"<h3>{html.escape(name)}</h3><table><tr><th>bytes from</th><th>documents</th><th></th></tr>{rows}</table>"

@@ -146,9 +146,7 @@ class _Run:
     def _read(self) -> None:
         """Reads all inputs into shards of documents."""
         curation = self._curation
-        found = {
-            source.name: find_units(source, curation.shard_bytes, self._folder) for source in curation.inputs
-        }
+        found = {source.name: find_units(source, curation.shard_bytes, self._folder) for source in curation.inputs}
         units = [unit for one in found.values() for unit in one.units]
         keys = {
             unit.name: digest(
@@ -210,7 +208,9 @@ class _Run:
         settings = settings_of(stage)
         sources = self._view.sources(stage.reads)
         reads = {
-            shard.name: digest([VERSION, shard.sha256, {s: self._records[s][shard.name].files[0].sha256 for s in sources}])
+            shard.name: digest(
+                [VERSION, shard.sha256, {s: self._records[s][shard.name].files[0].sha256 for s in sources}]
+            )
             for shard in self._shards
         }
         if isinstance(stage, GlobalStage):
@@ -226,7 +226,7 @@ class _Run:
             make = functools.partial(computing, self._view, stage)
             jobs = {name: [name, key] for name, key in keys.items()}
             work = {shard.name: shard.size for shard in self._shards}
-            records = self._do(stage.name, make, keys, jobs, work, settings, stage.resources)
+            records = self._do(stage.name, make, keys, jobs, work, settings, stage.resources, stage.light)
         inputs = {source: digest([reads[name] for name in reads]) for source in (DOCUMENTS, *sources)}
         self._records[stage.name] = records
         came = sum(record.counts["in"] for record in records.values())
@@ -270,6 +270,7 @@ class _Run:
         work: Mapping[str, int],
         settings: Mapping[str, Any],
         resources: Resources | None = None,
+        light: bool = False,
     ) -> dict[str, Record]:
         """Does the jobs of a stage that are not finished; returns all records, in order."""
         folder = self._folder / name
@@ -278,7 +279,7 @@ class _Run:
         self._progress.begin(name, sum(work[key] for key, _ in todo), len(keys), len(done))
         if todo:
             self._say_why(name, settings, _read_manifest(folder))
-        for key, record in self._engine.map(name, make, todo, resources):
+        for key, record in self._engine.map(name, make, todo, resources, light):
             made = Record(record["key"], tuple(File(**file) for file in record["files"]), record["counts"])
             done[key] = made
             self._progress.advance(made.counts.get("in", sum(file.rows for file in made.files)), work[key])

@@ -77,6 +77,11 @@ class Select(RowStage):
         """The reason."""
         return pa.schema([pa.field(REASON, pa.string())])
 
+    @property
+    def light(self) -> bool:
+        """It is."""
+        return True
+
     def start(self) -> Compute:
         """Compiles the condition."""
         rules = _rules(self.condition)

@@ -178,9 +178,13 @@ class ShardWriter:
         self.rows = 0
         self._schema = schema
         self._atomic = AtomicFile(folder, name)
-        self._writer = pq.ParquetWriter(
-            self._atomic.file, schema, compression="zstd", compression_level=1, use_dictionary=_repeated(schema)
-        )
+        try:
+            self._writer = pq.ParquetWriter(
+                self._atomic.file, schema, compression="zstd", compression_level=1, use_dictionary=_repeated(schema)
+            )
+        except BaseException:
+            self._atomic.__exit__()
+            raise
 
     def add(self, table: pa.Table) -> None:
         """Writes a row group."""

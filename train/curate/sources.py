@@ -8,7 +8,6 @@ import base64
 import dataclasses
 import glob
 import hashlib
-import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen_jax.errors import InputError
+from qwen_jax.files import to_json
 from qwen_jax.tokenizer.text import valid_text
 from train.data.documents import (
     Piece,
@@ -310,13 +310,15 @@ def _row(part: Part, source: Input, place: str, fields: Mapping[str, Any]) -> Ro
     row["url"] = _clean(url) if isinstance(url, str) else None
     used = {content, source.id, *([source.url] if row["url"] is not None else [])}
     rest = {name: value for name, value in fields.items() if name not in used}
-    row["metadata"] = json.dumps(rest, separators=(",", ":"), default=_jsonable) if rest else None
+    row["metadata"] = to_json(rest, default=_jsonable) if rest else None
     return row
 
 
 def _id(part: Part, source: Input, place: str, fields: Mapping[str, Any]) -> str | None:
     if source.id is None:
-        return hashlib.blake2b(f"{source.name}\0{part.name}\0{place}".encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+        return hashlib.blake2b(
+            f"{source.name}\0{part.name}\0{place}".encode("utf-8", "surrogateescape"), digest_size=16
+        ).hexdigest()
     value = fields.get(source.id)
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
         return None

@@ -62,6 +62,11 @@ class RowStage(Stage):
         """What a worker needs."""
         return Resources()
 
+    @property
+    def light(self) -> bool:
+        """Whether it does little but read and write; its function must be safe to call from several threads."""
+        return False
+
     @abc.abstractmethod
     def start(self) -> Compute:
         """Loads what is needed, once in a worker, and returns the function of a batch.
