@@ -42,31 +42,28 @@ def connected_components(edges: Sequence[str], tables: Tables, rows_at_once: int
     """
     daft = load_daft()
     col = daft.col
-    none = daft.lit(None).cast(daft.DataType.uint64())
-
-    def least_of(frame: Any, value: str, key: str) -> Any:
-        return frame.with_column("found", col(value).min().over(daft.Window().partition_by(key)))
 
     def small_star(number: int, passes: int, files: Sequence[str]) -> Any:
         read = daft.read_parquet(list(files)).where(part("node", number, passes))
-        found = least_of(read, "least", "node")
-        # The node itself, and each lesser neighbour that is not the least.
-        nodes = found.select("node", col("found").alias("least"), "moved")
-        others = found.where(col("least") != col("found")).select(
-            col("least").alias("node"), col("found").alias("least"), daft.lit(True).alias("moved")
-        )
-        return nodes.concat(others).groupby("node", "least").agg(col("moved").bool_or().alias("moved"))
+        least = col("least").min().over(daft.Window().partition_by("node"))
+        # The node itself, and each lesser neighbour, is connected with the least; twice the same for the least itself.
+        ends = read.with_column("found", least).with_column("end", daft.functions.to_list(col("node"), col("least")))
+        ends = ends.explode("end").where(col("end") != col("found"))
+        moved = col("moved") | (col("least") != col("found"))
+        ends = ends.select(col("end").alias("node"), col("found").alias("least"), moved.alias("moved"))
+        return ends.groupby("node", "least").agg(col("moved").bool_or().alias("moved"))
 
     def large_star(number: int, passes: int, files: Sequence[str]) -> Any:
-        # Each edge is seen from its lesser end, which is to know the least of its own neighbours, and from its greater
-        # end, which contributes that.
-        read = daft.read_parquet(list(files))
-        greater = read.select(col("least").alias("center"), "node", none.alias("lesser"))
-        lesser = read.select(col("node").alias("center"), none.alias("node"), col("least").alias("lesser"))
-        found = least_of(greater.concat(lesser).where(part("center", number, passes)), "lesser", "center")
-        least = daft.functions.coalesce(col("found"), col("center"))
-        greater = found.where(col("node").not_null())
-        return greater.select("node", least.alias("least"), (least != col("center")).alias("moved"))
+        # Each edge is seen from its lesser end, whose greater neighbour is to be moved, and from its greater end, which
+        # knows a lesser neighbour.
+        read = daft.read_parquet(list(files)).select("node", "least")
+        ends = read.with_column("end", daft.functions.to_list(col("node"), col("least"))).explode("end")
+        ends = ends.where(part("end", number, passes))
+        lesser = daft.functions.when(col("end") == col("node"), col("least")).otherwise(col("end"))
+        ends = ends.with_column("lesser", lesser)
+        ends = ends.with_column("found", col("lesser").min().over(daft.Window().partition_by("end")))
+        ends = ends.where(col("end") == col("least"))
+        return ends.select("node", col("found").alias("least"), (col("found") != col("least")).alias("moved"))
 
     def start(number: int, passes: int) -> Any:
         read = daft.read_parquet(list(edges)).select("node", "least").where(part("node", number, passes))

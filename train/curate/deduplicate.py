@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from qwen_jax.errors import InputError
 from train.curate.components import connected_components
-from train.curate.passes import Tables, count_rows, load_daft, part, passes_for, sum_of
+from train.curate.passes import Tables, count_rows, load_daft, part, passes_for
 
 FEATURES = pa.schema(
     [
@@ -116,17 +116,16 @@ def find_duplicates(features: Sequence[Path], folder: Path, options: DuplicateOp
 
     Args:
       features: Parquet files with the columns of `FEATURES`, and "shingles" if the options ask for similarity.
-      folder: for tables. What is complete there is not computed again: it must belong to the same features and options.
-        On a cluster all machines see it.
+      folder: for tables; on a cluster all machines see it. After a kill, what is complete there is not computed again.
+        Tables of other features or options are removed.
       options: by default those of `DuplicateOptions`.
 
     Raises:
       InputError: the engine is not installed, or a column is missing or of another type.
     """
     options = options or DuplicateOptions()
-    load_daft()
     files, bands = _checked(features, options)
-    tables = Tables(folder)
+    tables = Tables(folder, {**_identity(files), **dataclasses.asdict(options)})
     documents = count_rows(files)
 
     # Narrow columns, so that a step reads only its own.
@@ -143,13 +142,14 @@ def find_duplicates(features: Sequence[Path], folder: Path, options: DuplicateOp
         edges += _similar(tables, found, files, options)
 
     # Groups, and the document of each that is kept.
-    components = connected_components(edges, Tables(folder / "components"), options.rows_at_once)
+    components = connected_components(edges, Tables(folder / "components", {}), options.rows_at_once)
     members = count_rows(components.stars)
     passes = passes_for(members, options.rows_at_once)
     chosen = tables.make("chosen", lambda number, of: _chosen(components.stars, nodes, number, of), passes)
 
     # In the order of shard and row, in parts by ranges of shards.
-    shards = 1 + max((_most(file, "shard") for file in files), default=0)
+    greatest = load_daft().read_parquet(nodes).agg(load_daft().col("node").max()).to_pydict()["node"][0]
+    shards = 1 + (greatest or 0) // _ROWS
     result = tables.make("duplicates", lambda number, of: _ordered(chosen, shards, number, of), min(passes, shards))
     removed = count_rows(result)
     return Duplicates(
@@ -179,10 +179,18 @@ def _checked(features: Sequence[Path], options: DuplicateOptions) -> tuple[list[
                     f"They come from the operators Fingerprint and, for similarity, Shingles."
                 )
             for batch in file.iter_batches(columns=["bands"]):
-                bands.update(pc.unique(pc.list_value_length(batch.column(0))).drop_null().to_pylist())
+                lengths = pc.unique(pc.list_value_length(batch.column(0))).drop_null().to_pylist()
+                bands.update(lengths)
+                if lengths:
+                    break
     if len(bands) > 1:
         raise InputError(f"Documents have {', '.join(map(str, sorted(bands)))} bands: make them all by the same settings.")
     return [str(path) for path in features], bands.pop() if bands and options.near else 0
+
+
+def _identity(files: Sequence[str]) -> dict[str, Any]:
+    stats = [Path(file).stat() for file in files]
+    return {"files": [[file, stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)]}
 
 
 def _alike(has: pa.DataType | None, needed: pa.DataType) -> bool:
@@ -238,11 +246,8 @@ def _edges(
 
         def frame(number: int, of: int, group: Sequence[str] = group) -> Any:
             read = daft.read_parquet(list(nodes))
-            frames = [read.select("node", col(kind).alias("key")) for kind in group]
-            together = frames[0]
-            for other in frames[1:]:
-                together = together.concat(other)
-            keyed = together.where(col("key").not_null() & part("key", number, of))
+            keys = read.select("node", daft.functions.to_list(*(col(kind) for kind in group)).alias("key")).explode("key")
+            keyed = keys.where(col("key").not_null() & part("key", number, of))
             first = keyed.with_column("least", col("node").min().over(daft.Window().partition_by("key")))
             return first.where(col("node") != col("least")).select("node", "least")
 
@@ -255,7 +260,7 @@ def _similar(tables: Tables, edges: Sequence[str], files: Sequence[str], options
     daft = load_daft()
     col = daft.col
     pairs = tables.make("pairs", lambda number, of: daft.read_parquet(list(edges)).distinct())
-    similar = daft.func.batch(_jaccard, return_dtype=daft.DataType.float64())
+    similar = daft.func.batch(return_dtype=daft.DataType.float64())(_jaccard)
     # A pair holds two sets: as many rows as hashes of a common document.
     passes = passes_for(count_rows(pairs) * _HASHES_OF_PAIR, options.rows_at_once * _HASHES_OF_KEY)
 
@@ -310,7 +315,7 @@ def _chosen(stars: Sequence[str], nodes: Sequence[str], number: int, of: int) ->
     why = daft.functions.when(same_text, daft.lit("exact duplicate of ")).when(same_url, daft.lit("same URL as "))
     reason = why.otherwise(daft.lit("near duplicate of ")) + col("kept_id")
     return members.select(
-        (col("node") // _ROWS).cast(daft.DataType.int64()).alias("shard"),
+        col("node").shift_right(daft.lit(32).cast(whole)).cast(daft.DataType.int64()).alias("shard"),
         (col("node") % _ROWS).cast(daft.DataType.int64()).alias("row"),
         daft.functions.when(is_kept, daft.lit(None).cast(text)).otherwise(reason).alias("reason"),
         "kept_id",
@@ -325,7 +330,3 @@ def _ordered(chosen: Sequence[str], shards: int, number: int, of: int) -> Any:
     removed = daft.read_parquet(list(chosen)).where(col("reason").not_null())
     return removed.where((col("shard") >= begin) & (col("shard") < end)).sort(["shard", "row"])
 
-
-def _most(file: str, column: str) -> int:
-    table = pq.read_table(file, columns=[column])
-    return int(pc.max(table.column(0)).as_py() or 0)

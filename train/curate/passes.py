@@ -4,17 +4,18 @@ The native runner of Daft keeps in memory what a group-by or join works on. A st
 passes by a hash of the key that it groups by: the result is the same, and each pass reads the narrow columns again.
 """
 
+import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from train.data.documents import optional_library
+from train.files import write_file
 
 
 def load_daft() -> Any:
@@ -31,13 +32,19 @@ def load_daft() -> Any:
 class Tables:
     """Named Parquet tables in a folder; a table that is complete is not made again after a restart."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, settings: Mapping[str, Any]):
         """
         Args:
-          folder: is created if need be. On a cluster all machines see it.
+          folder: of these tables and nothing else; is created if need be. On a cluster all machines see it.
+          settings: JSON values that decide what the tables hold. Tables of other settings are removed.
         """
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        known = folder / "settings.json"
+        content = json.dumps(settings, sort_keys=True).encode()
+        if not known.exists() or known.read_bytes() != content:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_file(known, content)
 
     def make(self, name: str, frame: Callable[[int, int], Any], passes: int = 1) -> list[str]:
         """Writes a table in passes; those that an earlier process has completed are skipped.
@@ -88,9 +95,3 @@ def count_rows(files: Sequence[str], column: str | None = None) -> int:
     if column is None:
         return sum(pq.read_metadata(file).num_rows for file in files)
     return int(ds.dataset(list(files), format="parquet").count_rows(filter=ds.field(column)))
-
-
-def sum_of(files: Sequence[str], column: str) -> int:
-    """The sum of a column of integers."""
-    batches = ds.dataset(list(files), format="parquet").to_batches(columns=[column])
-    return sum(pa.compute.sum(batch.column(0)).as_py() or 0 for batch in batches)
