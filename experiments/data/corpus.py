@@ -108,8 +108,8 @@ def items(rng: random.Random, count: int) -> list[dict[str, str]]:
         thing, place = rng.choice(things), rng.choice(places)
         question = (
             f"{who} carries {a} {thing} to {place} and sells {b} of them before noon. In the afternoon {other} brings "
-            f"{c} times as many {thing} as {who} has left, and both of them share the lot equally. How many {thing} does "
-            f"each of them take home from {place} in the evening?"
+            f"{c} times as many {thing} as {who} has left, and both of them share the lot equally. How many {thing} "
+            f"does each of them take home from {place} in the evening?"
         )
         made.append({"id": f"item-{number}", "question": question, "answer": str((a - b) * (c + 1) / 2)})
     return made
