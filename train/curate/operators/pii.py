@@ -21,7 +21,7 @@ _PLACEHOLDERS = dict(
 # not come before the first character is checked after it, because `re` finds a first character fast.
 _DOMAIN = re.compile(r"((?:[A-Za-z0-9-]{1,63}\.){1,8})([A-Za-z]{2,12})(?![\w(\[@-]|\.\w)")
 # Of an address, from its end.
-_LOCAL = re.compile(r"[\w.+%-]{1,64}(?![\w.+%/=-])")
+_LOCAL = re.compile(r"[\w.+%-]{1,64}(?![\w.+%/-])")
 # Domains that exist most often; what else looks like an address in code is a file, an attribute or a decorator.
 _DOMAINS = frozenset(
     "com org net edu gov mil int info biz name app dev cloud online site tech xyz shop email company systems science "
@@ -69,7 +69,7 @@ _NORTH_AMERICA = re.compile(r"1(?!555)[2-9][0-9]{2}(?!555)[2-9][0-9]{6}")
 _IPV4 = re.compile(r"[0-9](?<![\w.+-].)[0-9]{0,2}\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}(?![\w+-]|\.\w|/[0-9])")
 _IPV6 = re.compile(r"[23](?<![\w:.].)[0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?![\w:.]|[%/]\w)")
 _VERSION = re.compile(
-    r"(?:version|release|revision|section|chapter|build|v|ver|rev|[=<>~!]=|[<>~^])[\s:\"'(]{0,3}$", re.I
+    r"(?:version|release|revision|section|chapter|build|v|ver|rev|[=<>~!]=|[<>~^])[\s:\"'(]{0,3}$", re.IGNORECASE
 )
 # Special-purpose networks: RFC 6890 with its updates. `ipaddress.is_global` differs between versions of Python.
 _SPECIAL = tuple(
@@ -82,35 +82,32 @@ _SPECIAL = tuple(
 )
 
 # Text that a key contains, and the pattern of the key.
-_KEYS = tuple(
-    (mark, re.compile(rf"(?<![A-Za-z0-9_]){pattern}(?![A-Za-z0-9_])"))
-    for mark, pattern in (
-        ("AKIA", r"AKIA[0-9A-Z]{16}"),
-        ("ASIA", r"ASIA[0-9A-Z]{16}"),
-        ("ghp_", r"ghp_[A-Za-z0-9]{36}"),
-        ("gho_", r"gho_[A-Za-z0-9]{36}"),
-        ("ghs_", r"ghs_[A-Za-z0-9]{36}"),
-        ("ghu_", r"ghu_[A-Za-z0-9]{36}"),
-        ("ghr_", r"ghr_[A-Za-z0-9]{36,76}"),
-        ("github_pat_", r"github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59}"),
-        ("glpat-", r"glpat-[A-Za-z0-9_-]{20}"),
-        ("xox", r"xox[abeoprs]-[0-9A-Za-z-]{20,200}"),
-        ("AIza", r"AIza[0-9A-Za-z_-]{35}"),
-        ("GOCSPX-", r"GOCSPX-[0-9A-Za-z_-]{28}"),
-        ("_live_", r"[rs]k_live_[0-9A-Za-z]{24,99}"),
-        ("T3BlbkFJ", r"sk-[A-Za-z0-9_-]{20,80}T3BlbkFJ[A-Za-z0-9_-]{20,80}"),
-        ("sk-ant-", r"sk-ant-[A-Za-z0-9_-]{40,120}"),
-        ("hf_", r"hf_[A-Za-z]{34}"),
-        ("npm_", r"npm_[A-Za-z0-9]{36}"),
-        ("pypi-AgEIcHlwaS5vcmc", r"pypi-AgEIcHlwaS5vcmc[A-Za-z0-9_-]{50,400}"),
-        ("SG.", r"SG\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43}"),
-    )
-) + (
-    (
-        "PRIVATE KEY-----",
-        re.compile(r"-----BEGIN (?:[A-Z]{1,12} ){0,2}PRIVATE KEY-----[^-]{64,20000}-----END [A-Z ]{0,26}PRIVATE KEY-----"),
-    ),
-)  # fmt: skip
+_TOKENS = (
+    ("AKIA", r"AKIA[0-9A-Z]{16}"),
+    ("ASIA", r"ASIA[0-9A-Z]{16}"),
+    ("ghp_", r"ghp_[A-Za-z0-9]{36}"),
+    ("gho_", r"gho_[A-Za-z0-9]{36}"),
+    ("ghs_", r"ghs_[A-Za-z0-9]{36}"),
+    ("ghu_", r"ghu_[A-Za-z0-9]{36}"),
+    ("ghr_", r"ghr_[A-Za-z0-9]{36,76}"),
+    ("github_pat_", r"github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59}"),
+    ("glpat-", r"glpat-[A-Za-z0-9_-]{20}"),
+    ("xox", r"xox[abeoprs]-[0-9A-Za-z-]{20,200}"),
+    ("AIza", r"AIza[0-9A-Za-z_-]{35}"),
+    ("GOCSPX-", r"GOCSPX-[0-9A-Za-z_-]{28}"),
+    ("_live_", r"[rs]k_live_[0-9A-Za-z]{24,99}"),
+    ("T3BlbkFJ", r"sk-[A-Za-z0-9_-]{20,80}T3BlbkFJ[A-Za-z0-9_-]{20,80}"),
+    ("sk-ant-", r"sk-ant-[A-Za-z0-9_-]{40,120}"),
+    ("hf_", r"hf_[A-Za-z]{34}"),
+    ("npm_", r"npm_[A-Za-z0-9]{36}"),
+    ("pypi-AgEIcHlwaS5vcmc", r"pypi-AgEIcHlwaS5vcmc[A-Za-z0-9_-]{50,400}"),
+    ("SG.", r"SG\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43}"),
+)
+_PEM = r"-----BEGIN (?:[A-Z]{1,12} ){0,2}PRIVATE KEY-----[^-]{64,20000}-----END (?:[A-Z]{1,12} ){0,2}PRIVATE KEY-----"
+_KEYS = (
+    *((mark, re.compile(rf"(?<![A-Za-z0-9_]){pattern}(?![A-Za-z0-9_])")) for mark, pattern in _TOKENS),
+    ("PRIVATE KEY-----", re.compile(_PEM)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +119,12 @@ class MaskPII(Operator):
     secret: keys of well-known services, by prefix and length, and private keys in PEM.
     email: under a common top-level domain, but for reserved domains such as example.com, and git@.
     iban: with the length of the country and the right checksum.
-    card: issuer, length and Luhn's checksum; digits in groups, or after a word such as "card" in the 64 characters before.
+    card: with issuer, length and Luhn's checksum; in groups of digits, or after a word such as "card", at most 64
+      characters before.
     phone: in international form, with a country code that exists. The numbers 555 are fictional.
-    ip: public IPv4 and IPv6 addresses. What follows "version" and the like, and quads such as 1.2.3.4, whose first part
-      is below 20 and whose others are below 100, count as versions; what ends with .0 or .255, or is followed by / and a
-      number, is a network.
+    ip: public IPv4 and IPv6 addresses. A version is what follows "version" and the like, begins with 0, 1 or 2, or has
+      a first part below 20 and others below 100, such as 8.8.4.4. A network is what ends with .0 or .255, or goes on
+      with / and a number.
 
     Attributes:
       kinds: some of `KINDS`.
@@ -256,14 +254,11 @@ def _phones(text: str) -> _Spans:
             continue
         if country[0] == "1" and not _NORTH_AMERICA.fullmatch(digits):
             continue
-        # One point makes a decimal number, and nothing between the digits makes any number.
+        # One point makes a decimal number, and digits without groups may be any number.
         groups = len(re.findall(r"[0-9]+", match[0]))
-        if (
-            (groups == 1 and len(digits) < 11)
-            or (match[0].count(".") == 1 and groups == 2)
-            or len(set(digits[2:])) < 3
-            or digits in "12345678901234"
-        ):
+        decimal = match[0].count(".") == 1 and groups == 2
+        made_up = len(set(digits[2:])) < 3 or digits in "12345678901234"
+        if decimal or made_up or (groups == 1 and len(digits) < 11):
             continue
         spans.append(match.span())
     return spans
@@ -273,9 +268,10 @@ def _addresses(text: str) -> _Spans:
     spans: _Spans = []
     for match in _IPV4.finditer(text):
         parts = match[0].split(".")
-        if any(len(part) > 1 and part[0] == "0" or int(part) > 255 for part in parts):
+        if any((len(part) > 1 and part[0] == "0") or int(part) > 255 for part in parts):
             continue
-        if parts[3] in ("0", "255") or int(parts[0]) < 20 and all(int(part) < 100 for part in parts[1:]):
+        first, *others = map(int, parts)
+        if first < 3 or (first < 20 and max(others) < 100) or others[-1] in (0, 255):
             continue
         if _VERSION.search(text, max(match.start() - 12, 0), match.start()):
             continue
