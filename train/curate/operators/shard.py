@@ -134,12 +134,11 @@ class RemoveSharedRuns(ShardOperator):
         starts, hashes = _words(data, ends)
         # Where each document begins, in words.
         bounds = np.searchsorted(starts, ends)
-        size = len(starts) - self.length + 1
-        if size < 1:
+        if len(starts) < self.length:
             return texts, counts
         runs = _runs(hashes, self.length)
         # A run must not go on into the next document.
-        inside = np.ones(size, bool)
+        inside = np.ones(len(runs), bool)
         for bound in np.unique(bounds):
             inside[max(bound - self.length + 1, 0) : bound] = False
         places = np.flatnonzero(inside)
@@ -152,19 +151,17 @@ class RemoveSharedRuns(ShardOperator):
         if not len(again):
             return texts, counts
         # Words that such a run covers.
-        change = np.zeros(len(starts) + 1, np.int64)
-        np.add.at(change, again, 1)
-        np.add.at(change, again + self.length, -1)
+        size = len(starts) + 1
+        change = np.bincount(again, minlength=size) - np.bincount(again + self.length, minlength=size)
         covered = np.cumsum(change[:-1]) > 0
         # A word goes with the spaces after it, up to the next word or the end of its document.
         owner = np.searchsorted(ends, starts, side="right")
         stops = np.minimum(np.append(starts[1:], len(data)), ends[owner])
         delta = np.zeros(len(data) + 1, np.int8)
         delta[starts[covered]] += 1
-        # The next word may begin where this one ends.
-        np.subtract.at(delta, stops[covered], 1)
+        delta[stops[covered]] -= 1
         kept = np.cumsum(delta[:-1], dtype=np.int8) == 0
-        np.add.at(counts, owner[covered], 1)
+        counts += np.bincount(owner[covered], minlength=len(texts))
         left = np.append(0, np.cumsum(kept))[np.append(0, ends)]
         buffers = [pa.py_buffer(left.astype(np.int64)), pa.py_buffer(np.ascontiguousarray(data[kept]))]
         valid = None if not texts.null_count else pc.is_valid(texts).buffers()[1]
