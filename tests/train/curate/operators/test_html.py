@@ -113,7 +113,7 @@ def test_hostile_pages_are_refused_in_time_and_others_go_on() -> None:
     ]
     begin = time.perf_counter()
     found = extracted([hostile[0], good, hostile[1], hostile[2], good, b"<p>" + b"x" * 50_000_000], max_seconds=1)
-    assert time.perf_counter() - begin < 30
+    assert time.perf_counter() - begin < 300  # Of processor time it takes 3 s; without limits an hour.
     deep, slow = "elements are nested too deeply", "takes longer than 1 s"
     assert [reason for _, reason in found] == [deep, None, deep, slow, None, "larger than 4000000 bytes"]
     assert found[1] == found[4]
