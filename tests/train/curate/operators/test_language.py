@@ -1,5 +1,7 @@
 """Languages: real sentences are recognised, short texts are not guessed, and a function of the user can take over."""
 
+# ruff: noqa: RUF001
+
 from pathlib import Path
 
 import pytest
@@ -60,7 +62,13 @@ def test_sentences_of_25_languages() -> None:
 
 
 def test_what_has_too_few_letters_has_no_language() -> None:
-    texts = ["", "Hello world", "你好", "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15", "https://example.com/a/very/long/address " * 9]
+    texts = [
+        "",
+        "Hello world",
+        "你好",
+        "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15",
+        "https://example.com/a/very/long/address " * 9,
+    ]
     made = check_laws(Language(), documents(texts), print_seed())
     for name in made.column_names:
         assert made[name].null_count == len(texts)
@@ -77,7 +85,9 @@ def test_a_long_text_is_judged_by_all_of_its_parts() -> None:
 
 def test_a_function_of_the_user(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
-    file.write_text("def scripts(text):\n    return ('zh', 0.9) if '的' in text else ('xx', 0.5) if 'a' in text else None\n")
+    file.write_text(
+        "def scripts(text):\n    return ('zh', 0.9) if '的' in text else ('xx', 0.5) if 'a' in text else None\n"
+    )
     operator = Language(f"{file}:scripts", min_bytes=1)
     made = check_laws(operator, documents(["我的", "banana", "other"]), print_seed())
     assert made.to_pylist() == [

@@ -1,5 +1,7 @@
 """Unicode: damage is repaired, the result is that of ftfy, and what needs nothing stays as it is."""
 
+# ruff: noqa: RUF001
+
 import time
 import unicodedata
 from pathlib import Path
