@@ -9,7 +9,7 @@ import functools
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _MARKS = "…,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪"
 _QUOTES = "'\",”“`‘´’‚„»«「」『』（）〔〕【】《》〈〉⟦⟧"
@@ -48,9 +48,9 @@ def split_words(text: str) -> Iterator[str]:
     return itertools.chain.from_iterable(map(_rules().split, text.split()))
 
 
-def split_run(run: str) -> list[str]:
-    """The words and marks of a run without white space; together they are the run."""
-    return _rules().split(run)
+def splitter() -> Callable[[str], list[str]]:
+    """A function that returns the words and marks of a run without white space; together they are the run."""
+    return _rules().split
 
 
 class _Rules:
@@ -81,13 +81,14 @@ class _Rules:
             rf"(?:(?![A-Z{upper}]){letter}){{2,63}}|(?!10\.|127\.|169\.254\.|192\.168\.)"
             r"(?:[1-9]\d?|1\d\d|2[01]\d|22[0-3])(?:\.\d{1,3}){3})(?::\d{2,5})?(?:[/?#]\S*)?"
         )
+        self._host = re.compile(r"[\w.\-+\u00a1-\uffff]+(?:[:/?#]|$)")
         # For ASCII: the same rules, where a search skips to the next mark.
         self._ascii_infix = re.compile(
             r"[.+\-*^,~:<>=/](?:(?<=\.)\.+|(?<=[0-9][+\-*^])(?=[0-9-])|(?<=[a-z\"',`]\.)(?=[A-Z\"',`])"
             r"|(?<=[A-Za-z],)(?=[A-Za-z])|(?<=[A-Za-z0-9]-)-?-?(?=[A-Za-z])|(?<=[A-Za-z0-9][~:<>=/])(?=[A-Za-z]))"
         )
-        self._ascii_start = re.compile(r"[%=$.+]|[CA]\$|US\$")
-        self._ascii_end = re.compile(rf"(?:[.+%$]|'[sS]|[0-9](?:{_UNITS}))$")
+        self._ascii_start = re.compile(r"[%=$.+]|[CA]\$|US\$").match
+        self._ascii_end = re.compile(rf"(?:[.+%$]|'[sS]|[0-9](?:{_UNITS}))$").search
         self._special: dict[str, list[str]] = {}
         self._longest = 0
         # What the rules for marks alone make of the specials, by first word.
@@ -104,35 +105,40 @@ class _Rules:
 
     def split(self, run: str) -> list[str]:
         """The words of a run: a quick way that most runs take, and one that knows all rules."""
-        if run in self._special:
-            return self._special[run]
+        special = self._special
+        if run in special:
+            return special[run]
         if run.isalpha():
             return [run]
-        return (self._quickly(run) if run.isascii() else None) or self._thoroughly(run)
+        if not run.isascii():
+            return self._thoroughly(run)
 
-    def _quickly(self, run: str) -> list[str] | None:
-        """The words of a run of ASCII; None if it needs the other rules."""
+        # Marks at both ends.
         body = run.lstrip(_ASCII_MARKS)
-        before, after = run[: len(run) - len(body)], ""
+        begin = len(run) - len(body)
         while body:
-            stripped = body.rstrip(_ASCII_MARKS)
-            if stripped[-1:] == "." and stripped[-2:-1] in _BEFORE_STOP and stripped not in self._special:
-                stripped = stripped[:-1]
-            if len(stripped) == len(body):
+            rest = body.rstrip(_ASCII_MARKS)
+            if rest[-1:] == "." and rest[-2:-1] in _BEFORE_STOP and rest not in special:
+                rest = rest[:-1]
+            if len(rest) == len(body):
                 break
-            after, body = body[len(stripped) :] + after, stripped
+            body = rest
+        words = [*run[:begin]]
         if not body:
-            middle = []
-        elif body in self._special:
-            middle = self._special[body]
+            pass
+        elif body in special:
+            words += special[body]
         elif body.isalpha():
-            middle = [body]
-        elif self._ascii_start.match(body) or self._ascii_end.search(body, max(0, len(body) - 6)):
-            return None
+            words.append(body)
+        elif self._ascii_start(body) or self._ascii_end(body, max(0, len(body) - 6)):
+            return self._thoroughly(run)
         else:
-            middle = self._inside(body, self._ascii_infix)
-        words = [*before, *middle, *after]
-        return words if self._pairs.isdisjoint(itertools.pairwise(words)) else None
+            words += self._inside(body, self._ascii_infix)
+        end = begin + len(body)
+        if end < len(run):
+            words += run[end:]
+        # Specials that are made of several marks and words.
+        return words if len(words) < 2 or self._pairs.isdisjoint(itertools.pairwise(words)) else self._thoroughly(run)
 
     def _thoroughly(self, run: str) -> list[str]:
         """The words of a run by all rules."""
@@ -190,7 +196,7 @@ class _Rules:
         for match in infix.finditer(core):
             if match.start() == 0:
                 continue
-            if start == 0 and "." in core and self._address.fullmatch(core):
+            if start == 0 and "." in core and self._is_address(core):
                 break
             if match.start() > start:
                 words.append(core[start : match.start()])
@@ -199,6 +205,10 @@ class _Rules:
         if start < len(core):
             words.append(core[start:])
         return words
+
+    def _is_address(self, core: str) -> bool:
+        """Whether it is a URL, a host or an electronic mail address; a quick look is enough for most code."""
+        return bool((self._host.match(core) or "@" in core) and self._address.fullmatch(core))
 
     def _joined(self, words: list[str]) -> list[str]:
         """Puts specials together that were split; where they overlap, the longest and then the first one stays."""
