@@ -47,7 +47,8 @@ def count_grams(words: np.ndarray, bounds: np.ndarray, lengths: np.ndarray) -> G
 
     # Places of repeated n-grams, ascending, and the group of equal n-grams that each belongs to. Groups are sorted by
     # document, because the most significant part of every key is.
-    places = np.arange(total)
+    places = groups = np.arange(total)
+    number = total
     key = document * (int(words.max(initial=0)) + 1) + words
     for n in range(1, DUPLICATE[-1] + 1):
         if n > 1:

@@ -1,4 +1,5 @@
 """Numbers for words, so that counting and comparing them is arithmetic on arrays."""
+# ruff: noqa: RUF001 (marks of many scripts)
 
 import array
 import dataclasses

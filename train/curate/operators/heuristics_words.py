@@ -4,6 +4,7 @@ The rules are those of English treebanks, which filters of web text are tuned wi
 words of their own ("(well," has three), and so are clitics ("do n't") and some marks inside ("end.Next", "well-known",
 "x=y"). Abbreviations, faces and addresses stay whole.
 """
+# ruff: noqa: RUF001 (marks of many scripts)
 
 import functools
 import itertools
@@ -64,9 +65,7 @@ class _Rules:
         # A letter that is not a capital may end a sentence, one that is not small may begin it.
         small, capital = rf"(?<={letter})(?<![A-Z{upper}])", rf"(?![a-z{lower}]){letter}"
         capitals = rf"(?<={letter * 2})(?<![a-z{lower}])(?<![a-z{lower}].)"
-        self._prefix = re.compile(
-            rf"\.\.+|…+|[CA]\$|US\$|[§%=—–{marks}{quotes}]|{_CURRENCY}|\+(?!\d)|{icons}"
-        )
+        self._prefix = re.compile(rf"\.\.+|…+|[CA]\$|US\$|[§%=—–{marks}{quotes}]|{_CURRENCY}|\+(?!\d)|{icons}")
         self._suffix = re.compile(
             rf"(?:\.\.+|…+|[{marks}{quotes}—–]|['’][sS]|{icons}|(?<=[0-9])(?:\+|{_CURRENCY}|{_UNITS})"
             rf"|(?:(?<=[0-9%²\-+|{marks}{quotes}])|{small}|{capitals})\.|(?<=°[FfCcKk])\.)$"
@@ -263,7 +262,9 @@ def _specials() -> dict[str, list[str]]:
         "these those": "ll ll've re ve d d've",
         "could might must should would": "ve",
     }
-    parts = [(word, f"'{part}") for group, tails in subjects.items() for word in group.split() for part in tails.split()]
+    parts = [
+        (word, f"'{part}") for group, tails in subjects.items() for word in group.split() for part in tails.split()
+    ]
     parts += [(word, "n't") for word in "ai are is was were have has dare".split()]
     for word in "ca could do does did had may might must need ought sha should wo would".split():
         parts += [(word, "n't"), (word, "n't've")]
@@ -289,7 +290,9 @@ def _faces() -> Iterator[str]:
     yield from map("".join, itertools.product(":", ("", "-"), mouths))
     yield from map("".join, itertools.product((":'", ":'-", ";", ";-"), "()"))
     yield from map("".join, itertools.product("([", ("", "-"), ":"))
-    yield from (":1 =) (= =( =[ [= =] ]= =/ =| =3 =D ;D ;-D 8) 8-) (-8 8D 8-D (; (-; ): )-: >:( >:o :o) (o: :()").split()
+    yield from (
+        ":1 =) (= =( =[ [= =] ]= =/ =| =3 =D ;D ;-D 8) 8-) (-8 8D 8-D (; (-; ): )-: >:( >:o :o) (o: :()"
+    ).split()
     yield from "xD XD xDD XDD <3 <33 <333 </3 ^_^ ^__^ ^___^ >.< >.> <.< ._. ;_; -_- -__- @_@".split()
     for left, mouth, right in itertools.product("oO0vV", "_.", "oO0vV"):
         if left.lower() + right.lower() != "vo":
