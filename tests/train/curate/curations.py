@@ -127,7 +127,9 @@ def make_input(folder: Path, rng: np.random.Generator, count: int = 300) -> Path
     ids = [str(i) for i in range(count)]
     for i in rng.integers(1, count, 5):
         ids[i] = ids[0]
-    lines = [json.dumps({"key": key, "text": text, "n": i}) for i, (key, text) in enumerate(zip(ids, texts))]
+    lines = [
+        json.dumps({"key": key, "text": text, "n": i}) for i, (key, text) in enumerate(zip(ids, texts, strict=False))
+    ]
     half = count // 2
     (folder / "web" / "a.jsonl").write_text("\n".join(lines[:half]) + "\n")
     (folder / "web" / "b.jsonl").write_text("\n".join(lines[half:]) + "\n")
