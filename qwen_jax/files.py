@@ -60,18 +60,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def to_json(value: object, indent: int | None = None, default: Callable[[Any], object] | None = None) -> str:
+def to_json(
+    value: object, indent: int | None = None, default: Callable[[Any], object] | None = None, ascii: bool = True
+) -> str:
     """Strict JSON: NaN and infinities, which JSON does not have, become null.
 
     Args:
       value: what to write.
       indent: spaces of each level; by default everything is on one line.
       default: converts objects that `json` does not support; by default they raise TypeError.
+      ascii: escape all other characters, so that half surrogate pairs can be encoded too.
     """
     try:
-        return json.dumps(value, indent=indent, default=default, allow_nan=False)
+        return json.dumps(value, indent=indent, default=default, ensure_ascii=ascii, allow_nan=False)
     except ValueError:
-        return json.dumps(_finite(value), indent=indent, default=default, allow_nan=False)
+        return json.dumps(_finite(value), indent=indent, default=default, ensure_ascii=ascii, allow_nan=False)
 
 
 def _finite(value: object) -> object:

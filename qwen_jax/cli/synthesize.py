@@ -3,14 +3,14 @@
 import dataclasses
 import inspect
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from qwen_jax.cli.common import Count, Number, Texts, parse, sibling
+from qwen_jax.cli.function_options import config_of, with_arguments
 from qwen_jax.errors import InputError
 
 
@@ -63,13 +63,13 @@ def synthesize(argv: Sequence[str]) -> int:
     Args:
       argv: arguments after `data synthesize`.
     """
-    config = _config_of(argv)
+    config = config_of(argv)
     if config is None:
         # Without a recipe there is only the general help, or the error that --config is missing.
         parse(Options, "data synthesize", argv)
         raise AssertionError("--config is required")
     recipe = sibling("train.synthesize.loading").load_recipe(config)
-    options = parse(_with_arguments(recipe), "data synthesize", argv)
+    options = parse(with_arguments(Options, recipe), "data synthesize", argv)
     runner = sibling("train.synthesize.run")
     arguments = {name: getattr(options, name) for name in inspect.signature(recipe).parameters}
     pipeline = recipe(**arguments)
@@ -89,39 +89,6 @@ def synthesize(argv: Sequence[str]) -> int:
     summary = runner.run(pipeline, generators, options.output, run_options, Console(stderr=True))
     print(json.dumps(summary) if options.json else _text(summary, options.output))
     return 128 + int(summary["stopped_by"]) if summary["stopped_by"] else 0
-
-
-def _config_of(argv: Sequence[str]) -> str | None:
-    """The value of --config."""
-    for i, argument in enumerate(argv):
-        if argument == "--config" and i + 1 < len(argv):
-            return argv[i + 1]
-        if argument.startswith("--config="):
-            return argument.partition("=")[2]
-    return None
-
-
-def _with_arguments(recipe: Callable[..., Any]) -> type[Options]:
-    """`Options` with a field for each argument of a recipe, documented as the function's docstring does."""
-    fields = []
-    general = {field.name for field in dataclasses.fields(Options)}
-    for name, parameter in inspect.signature(recipe).parameters.items():
-        if name in general:
-            raise InputError(f"The recipe's argument {name} is an option of the command already. Give it another name.")
-        kind = Any if parameter.annotation is parameter.empty else parameter.annotation
-        if isinstance(kind, str):
-            kind = inspect.get_annotations(recipe, eval_str=True)[name]
-        default = {} if parameter.default is parameter.empty else {"default": parameter.default}
-        fields.append((name, kind, dataclasses.field(**default)))
-    made = dataclasses.make_dataclass("Options", fields, bases=(Options,), frozen=True, kw_only=True)
-    summary, _, of_recipe = inspect.cleandoc(recipe.__doc__ or "").partition("Args:")
-    of_recipe = re.split(r"\n(?=\S)", of_recipe)[0]
-    about, _, of_command = inspect.cleandoc(Options.__doc__ or "").partition("Args:")
-    # Both lists of arguments, at one indent.
-    arguments = inspect.cleandoc("\n" + of_recipe) + "\n" + inspect.cleandoc("\n" + of_command)
-    indented = arguments.strip().replace("\n", "\n    ")
-    made.__doc__ = f"{summary.strip() or about.strip()}\n\nArgs:\n    {indented}\n"
-    return made
 
 
 def _named(given: Sequence[str], names: Sequence[str], option: str) -> dict[str, str]:

@@ -266,6 +266,36 @@ def open_source(source: Source, count: Callable[[int], None]) -> BinaryIO:
 
 
 def _read_lines(piece: Piece, field: str, max_bytes: int, count: Callable[[int], None]) -> Iterator[Record]:
+    for line in read_lines(piece, max_bytes, count):
+        if line.content is None:
+            yield Record(line.number, "", _too_long("line", max_bytes))
+        else:
+            yield _parse(line.number, line.content, field)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of a file that is not blank.
+
+    Attributes:
+      number: in the piece, counted from 1.
+      start: its first byte in the decompressed file.
+      content: without line end and byte order mark; None if it is too long.
+    """
+
+    number: int
+    start: int
+    content: bytes | None
+
+
+def read_lines(piece: Piece, max_bytes: int, count: Callable[[int], None] = lambda size: None) -> Iterator[Line]:
+    """Reads the lines of a piece of JSON lines, one at a time.
+
+    Args:
+      piece: from `share_out`.
+      max_bytes: the content of a longer line is not held in memory.
+      count: is called with the bytes that were read since its last call.
+    """
     with open_source(piece.source, count) as file:
 
         def skip_line() -> int:
@@ -282,28 +312,45 @@ def _read_lines(piece: Piece, field: str, max_bytes: int, count: Callable[[int],
         # Two bytes more than allowed: "\r\n" is no part of a line.
         while (piece.source.compression or position < piece.end) and (line := file.readline(max_bytes + 2)):
             number += 1
+            start = position
             position += len(line)
             content = line.removesuffix(b"\n").removesuffix(b"\r").removeprefix(_BYTE_ORDER_MARK)
             if len(content) > max_bytes:
                 if not line.endswith(b"\n"):
                     position += skip_line()
-                yield Record(number, "", _too_long("line", max_bytes))
+                yield Line(number, start, None)
             elif content.strip():
-                yield _parse(number, content, field)
+                yield Line(number, start, content)
+
+
+def parse_object(content: bytes) -> dict[str, Any] | str:
+    """The JSON object of a line, or the reason why it is none."""
+    try:
+        value = json.loads(valid_text(content))
+    except InputError as error:
+        return str(error).partition(". ")[0]
+    except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits.
+        return f"not JSON: {error}"
+    return value if isinstance(value, dict) else f"expected a JSON object, got {type(value).__name__}"
 
 
 def _parse(number: int, line: bytes, field: str) -> Record:
-    try:
-        value = json.loads(valid_text(line))
-    except InputError as error:
-        return Record(number, "", str(error).partition(". ")[0])
-    except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits.
-        return Record(number, "", f"not JSON: {error}")
-    if not isinstance(value, dict):
-        return Record(number, "", f"expected a JSON object, got {type(value).__name__}")
+    value = parse_object(line)
+    if isinstance(value, str):
+        return Record(number, "", value)
     if field not in value:
-        return Record(number, "", f"no field {field!r}, it has {', '.join(map(repr, sorted(value)[:8])) or 'none'}")
+        return Record(number, "", no_field(field, value))
     return _checked(number, value[field], field)
+
+
+def no_field(field: str, value: Iterable[str]) -> str:
+    """The reason of a record that lacks a field.
+
+    Args:
+      field: its name.
+      value: names of the fields that it has.
+    """
+    return f"no field {field!r}, it has {', '.join(map(repr, sorted(value)[:8])) or 'none'}"
 
 
 def _checked(number: int, value: object, field: str) -> Record:

@@ -33,19 +33,19 @@ def to_html(summary: Mapping[str, Any]) -> str:
         f"<h1>{html.escape(summary['pipeline'])}</h1><p>{state} Seed {summary['seed']}, qwen_jax "
         f"{html.escape(summary['qwen_jax'])}, {summary['seconds']:,.1f} s in this run.</p>",
         "<h2>Stages</h2>",
-        _table(
+        table(
             ("stage", "in", "out", "yield"),
-            ((s["name"], s["in"], s["out"], _share(s["out"], s["in"])) for s in summary["stages"]),
+            ((s["name"], s["in"], s["out"], share(s["out"], s["in"])) for s in summary["stages"]),
         ),
         "<h2>Rejected</h2>",
         *_rejected(summary["stages"]),
         "<h2>Checks on known answers</h2>",
-        _table(
+        table(
             ("check", "known to be", "verdicts", "passed"),
             ((n, kind, *counts) for n, kinds in summary["audits"].items() for kind, counts in kinds.items()),
         ),
         "<h2>Models</h2>",
-        _table(
+        table(
             ("model", "requests", "prompt tokens", "tokens", "cost"),
             (
                 (model, s["requests"], s["prompt_tokens"], s["tokens"], f"{s['cost']:.4f}")
@@ -53,15 +53,25 @@ def to_html(summary: Mapping[str, Any]) -> str:
             ),
         ),
         "<h2>Measures</h2>",
-        _table(("measure", "value"), ((name, to_json(value)) for name, value in summary["measures"].items())),
+        table(("measure", "value"), ((name, to_json(value)) for name, value in summary["measures"].items())),
         "<h2>Examples</h2>",
         *_outputs(summary["outputs"]),
     ]
+    return page(summary["pipeline"], "".join(body))
+
+
+def page(title: str, body: str) -> str:
+    """A page that needs nothing from elsewhere.
+
+    Args:
+      title: plain text.
+      body: HTML.
+    """
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
         'initial-scale=1"><meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src '
-        f"'unsafe-inline'\"><title>{html.escape(summary['pipeline'])}</title><style>{_STYLE}</style></head><body>"
-        f"{''.join(body)}</body></html>\n"
+        f"'unsafe-inline'\"><title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>"
+        f"{body}</body></html>\n"
     )
 
 
@@ -76,7 +86,7 @@ def _rejected(stages: Iterable[Mapping[str, Any]]) -> Iterable[str]:
                 for one in stage["shown"].get(reason, ())
             )
             yield (
-                f"<details><summary>{html.escape(reason)}: {count:,} ({_share(count, stage['in'])})</summary>{shown}"
+                f"<details><summary>{html.escape(reason)}: {count:,} ({share(count, stage['in'])})</summary>{shown}"
                 "</details>"
             )
 
@@ -95,7 +105,8 @@ def _outputs(outputs: Iterable[Mapping[str, Any]]) -> Iterable[str]:
             yield f"<details><summary>an example</summary><pre>{html.escape(sample)}</pre></details>"
 
 
-def _table(names: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
+def table(names: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
+    """A table of plain text and numbers; "None." without rows."""
     lines = ["".join(f"<th>{name}</th>" for name in names)]
     for row in rows:
         cells = (f"{cell:,}" if isinstance(cell, int) else html.escape(str(cell)) for cell in row)
@@ -105,5 +116,6 @@ def _table(names: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
-def _share(part: int, whole: int) -> str:
+def share(part: int, whole: int) -> str:
+    """A part in percent."""
     return f"{part / whole:.1%}" if whole else "none"

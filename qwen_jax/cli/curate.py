@@ -1,0 +1,96 @@
+"""`qwen-jax data curate`: pre-training data from raw documents."""
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from qwen_jax.cli.common import Count, parse, sibling
+from qwen_jax.cli.function_options import config_of, with_arguments
+from qwen_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Curate documents for pre-training: read, extract, score, select, deduplicate, mix; write what is kept.
+
+    A curation is a Python function that returns a `train.curate.curation.Curation`; its arguments are options of this
+    command: `--config FILE.py --help` shows them. FILE.py may hold:
+
+        from train.curate.curation import Curation, Input, Map, Select
+        from train.curate.operators.heuristics import Heuristics
+
+        def curation(web: str, least_words: int = 50) -> Curation:
+            return Curation(
+                [Input("web", web)],
+                [Map("features", [Heuristics()]), Select(f"words >= {least_words}")],
+            )
+
+    and `qwen-jax data curate --config FILE.py --web 'web/*.jsonl.zst' --output RUN` runs it. RUN/output has a folder
+    for each input, which `qwen-jax data build` reads; RUN/report.html says what was removed and why. The same command
+    goes on where an earlier one ended; after a change it makes anew only what reads what was changed.
+
+    Args:
+        config: FILE.py, or FILE.py:function (by default the function is called curation).
+        output: Folder for documents, columns, output, manifests and report.
+        workers: Worker processes; by default one a core.
+        engine: native is this machine; ray is a Ray cluster whose nodes all see input and output.
+        address: Of the Ray cluster; by default RAY_ADDRESS, or else a Ray that is started on this machine.
+        json: Print the summary as one JSON object.
+    """
+
+    config: Annotated[str, tyro.conf.arg(metavar="FILE.py")]
+    output: Annotated[Path, tyro.conf.arg(metavar="RUN")]
+    workers: Count = None
+    engine: Literal["native", "ray"] = "native"
+    address: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    json: bool = False
+
+
+def curate(argv: Sequence[str]) -> int:
+    """Runs a curation; the function's arguments are options beside those of `Options`.
+
+    Args:
+      argv: arguments after `data curate`.
+    """
+    config = config_of(argv)
+    if config is None:
+        # Without a function there is only the general help, or the error that --config is missing.
+        parse(Options, "data curate", argv)
+        raise AssertionError("--config is required")
+    function = sibling("train.curate.loading").load_curation(config)
+    options = parse(with_arguments(Options, function), "data curate", argv)
+    arguments = {name: getattr(options, name) for name in inspect.signature(function).parameters}
+    curation = function(**arguments)
+    if not isinstance(curation, sibling("train.curate.curation").Curation):
+        raise InputError(f"{config} returned a {type(curation).__name__}, expected a Curation.")
+    runner = sibling("train.curate.run")
+    from rich.console import Console
+
+    run_options = runner.RunOptions(options.engine, options.workers, options.address)
+    summary = runner.run(curation, options.output, run_options, Console(stderr=True))
+    print(json.dumps(summary) if options.json else _text(summary, options.output))
+    return 0
+
+
+def _text(summary: dict[str, Any], folder: Path) -> str:
+    """A summary for people."""
+    lines = []
+    for name, found in summary["inputs"].items():
+        faults = len(found["broken"]) + len(found["damaged"])
+        lines.append(f"{name}: {found['documents']:,} documents of {found['files']:,} files")
+        lines += [f"    {count:,} unusable: {reason}" for reason, count in found["bad"].items()]
+        lines += [f"    {count:,} skipped: {reason}" for reason, count in found["skipped"].items()]
+        lines += [f"    {faults:,} damaged files"] if faults else []
+    for stage in summary["stages"]:
+        lines.append(f"{stage['name']}: {stage['out']:,} of {stage['in']:,}")
+        lines += [f"    {count:,} {reason}" for reason, count in list(stage["removed"].items())[:10]]
+    lines += [
+        f"{folder / 'output' / name}: {out['written']:,} documents, {out['bytes'] / 1e6:,.1f} MB of text"
+        for name, out in summary["output"].items()
+    ]
+    return "\n".join([*lines, f"report: {folder / 'report.html'}"])

@@ -1,0 +1,226 @@
+"""A curation: the same bytes whatever happens, nothing done twice, nothing lost."""
+
+import html
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from qwen_jax.errors import InputError
+from tests.helpers.runs import print_seed
+from tests.train.curate.curations import Repair, Words, curation, documents, made, make_input
+from train.curate.curation import Curation, Input, Map, Output, Select
+from train.curate.engine import Engine
+from train.curate.run import RunOptions, run
+
+ROOT = Path(__file__).parents[3]
+ONE = RunOptions(workers=1)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_input(tmp_path_factory.mktemp("input"), print_seed())
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert run(curation(source), folder, ONE)["finished"]
+    return folder
+
+
+def process(*arguments: object, log: Path | None = None) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"CURATE_LOG": str(log)} if log else {})}
+    command = [sys.executable, "-m", "tests.train.curate.curations", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment)
+
+
+def lines(folder: Path) -> list[dict[str, object]]:
+    """All documents that a run has written."""
+    found = []
+    for path in sorted(folder.glob("output/*/*.jsonl.zst")):
+        with zstandard.open(path, "rt", encoding="utf-8") as file:
+            found += [json.loads(line) for line in file]
+    return found
+
+
+def test_a_run_that_is_killed_goes_on(source: Path, whole: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """Killed at random moments and started again, with one or two workers, it makes the same bytes as
+    without, and counts few words twice."""
+    rng, log, kills = print_seed(), tmp_path / "log", 10 if pytestconfig.getoption("--all-cases") else 3
+    killed = 0
+    while True:
+        started = process(source, tmp_path / "run", rng.integers(1, 3), "native", log=log)
+        if killed < kills:
+            # The clock starts when there is a folder: before it only modules are read.
+            while started.poll() is None and not (tmp_path / "run" / "lock.json").exists():
+                time.sleep(0.002)
+            time.sleep(float(rng.random()) * 1.5)
+            started.send_signal(signal.SIGKILL)
+        status = started.wait()
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        killed += 1
+    assert made(tmp_path / "run") == made(whole)
+    documents = json.loads((tmp_path / "run/summary.json").read_text())["stages"][0]["out"]
+    # A shard that was being done when the process was killed, in each worker, and no other.
+    assert sum(map(int, log.read_text().split())) <= documents + killed * 2 * 150
+
+
+def test_counts_add_up(whole: Path, source: Path) -> None:
+    summary = json.loads((whole / "summary.json").read_text())
+    assert [stage["name"] for stage in summary["stages"]] == ["ids", "features", "select", "lengths"]
+    came = sum(one["documents"] for one in summary["inputs"].values())
+    assert came == 600
+    for stage in summary["stages"]:
+        assert stage["in"] == came
+        came = stage["out"]
+        assert stage["in"] - stage["out"] == sum(stage["removed"].values())
+    assert summary["stages"][0]["removed"]["the id of an earlier document"] in range(1, 6)
+    written = lines(whole)
+    assert len({line["id"] for line in written}) == came == sum(o["documents"] for o in summary["output"].values())
+    assert len(written) == sum(1 + (line["words"] > 20) for line in {line["id"]: line for line in written}.values())
+    page = (whole / "report.html").read_text()
+    assert all(html.escape(reason) in page for stage in summary["stages"] for reason in stage["removed"])
+    assert sum(summary["lengths"]["written"].values()) == len(written)
+
+
+def test_what_is_kept_is_what_the_operators_say(whole: Path, source: Path) -> None:
+    """Each document by itself, without shards, sidecars or engine."""
+    rows = [json.loads(line) for name in "ab" for line in (source / "web" / f"{name}.jsonl").open()]
+    seen, expected = set(), {}
+    for row in rows:
+        if row["key"] not in seen:
+            expected[row["key"]] = row["text"]
+        seen.add(row["key"])
+    for i, text in enumerate(pq.read_table(source / "books" / "c.parquet")["text"].to_pylist()):
+        expected[f"c.parquet:row {i}"] = text
+    kept, lengths = [], set()
+    # The order of the corpus is that of its shards' names.
+    for key, text in sorted(expected.items(), key=lambda pair: not pair[0].startswith("c")):
+        words = len(text.split())
+        if text.startswith("cat") or not 5 <= words < 75 or (words <= 20 and words in lengths):
+            continue
+        lengths.add(words)
+        kept.append((key, text.replace("dog ", "hound ")))
+    found = {line["source"] if line["domain"] == "books" else line["id"]: line["text"] for line in lines(whole)}
+    assert found == dict(kept)
+
+
+def test_a_threshold_runs_only_what_reads_it(source: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(curation(source), folder, ONE)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+    # Nothing has changed: nothing is written.
+    run(curation(source), folder, ONE)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")} == before
+    # A threshold: selection, and what is skipped by it.
+    run(curation(source, least=9), folder, ONE)
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+    assert {path.parent.name for path in after if after[path] != before[path]} == {"select", "lengths"}
+    run(curation(source, least=9), tmp_path / "other", ONE)
+    assert made(folder) == made(tmp_path / "other")
+    run(curation(source), folder, ONE)
+    assert made(folder) == made(whole)
+
+
+def test_a_file_that_is_new_leaves_other_inputs_alone(source: Path, tmp_path: Path) -> None:
+    rng, folder, own = print_seed(), tmp_path / "run", make_input(tmp_path / "input", print_seed(), 60)
+    run(curation(own), folder, ONE)
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("features/*.parquet")}
+    (own / "web" / "z.jsonl").write_text(
+        "\n".join(json.dumps({"key": f"z{i}", "text": t}) for i, t in enumerate(documents(rng, 200)))
+    )
+    run(curation(own), folder, ONE)
+    after = {path: path.stat().st_mtime_ns for path in folder.glob("features/*.parquet")}
+    assert all(after[path] == before[path] for path in before if path.name.startswith("books"))
+    (own / "web" / "z.jsonl").unlink()
+    run(curation(own), folder, ONE)
+    run(curation(own), tmp_path / "fresh", ONE)
+    assert made(folder) == made(tmp_path / "fresh")
+
+
+def test_a_job_that_fails_is_named_and_the_others_are_kept(source: Path, tmp_path: Path) -> None:
+    text = pq.read_table(source / "books" / "c.parquet")["text"][200].as_py()
+    broken = Curation(
+        [Input("books", str(source / "books"))], [Map("features", [Words(fail_on=text)])], shard_megabytes=0.01
+    )
+    with pytest.raises(InputError, match=r"features, books-\d{5}-000: (?s:.*)ZeroDivisionError: cannot count"):
+        run(broken, tmp_path, ONE)
+    shards, done = (len(list((tmp_path / name).glob("*.parquet"))) for name in ("documents", "features"))
+    assert done == shards - 1
+    assert "ZeroDivisionError" in (tmp_path / "report.html").read_text()
+
+
+def test_a_worker_that_dies_loses_nothing(source: Path, tmp_path: Path) -> None:
+    text = pq.read_table(source / "books" / "c.parquet")["text"][200].as_py()
+    books = [Input("books", str(source / "books"))]
+    with pytest.raises(InputError, match=r"A worker of features has ended.*run the same command again"):
+        run(
+            Curation(books, [Map("features", [Words(die_on=text)])], shard_megabytes=0.01),
+            tmp_path,
+            RunOptions(workers=2),
+        )
+    mended = Curation(books, [Map("features", [Words()])], shard_megabytes=0.01)
+    assert run(mended, tmp_path, ONE)["finished"]
+
+
+def test_a_full_disk_says_so(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from train.curate import shards
+
+    def full(self: shards._Hashed, data: bytes) -> int:
+        raise OSError(28, os.strerror(28), "x")
+
+    run(Curation([Input("books", str(source / "books"))]), tmp_path, ONE)
+    monkeypatch.setattr(shards._Hashed, "write", full)
+    with pytest.raises(InputError, match=r"No space left on device\. Make room and run the same command again"):
+        run(Curation([Input("books", str(source / "books"))], [Map("features", [Words()])]), tmp_path, ONE)
+    monkeypatch.undo()
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert run(Curation([Input("books", str(source / "books"))], [Map("features", [Words()])]), tmp_path, ONE)[
+        "finished"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([Select("words > 5")], "reads the column 'words', which nothing before it makes"),
+        ([Map("a", [Words()]), Map("b", [Words()])], "makes the column 'words', which is of the stage a already"),
+        ([Map("a", [Words()]), Map("a", [Repair()])], "Two stages have the name a"),
+        ([Map("documents", [Words()])], "A stage's name"),
+    ],
+)
+def test_a_curation_that_cannot_work_is_refused(stages: list[Map], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Curation([Input("web", "x")], stages)
+
+
+def test_two_runs_cannot_share_a_folder(source: Path, tmp_path: Path) -> None:
+    from train.lock import lock
+
+    with lock(tmp_path), pytest.raises(InputError, match="in use by another run"):
+        run(curation(source), tmp_path, ONE)
+
+
+def test_a_process_has_one_engine() -> None:
+    Engine(workers=1)
+    with pytest.raises(InputError, match="runs the engine native already"):
+        Engine("ray")
+
+
+def test_output_as_parquet(source: Path, whole: Path, tmp_path: Path) -> None:
+    run(curation(source, output=Output("parquet", ("words",))), tmp_path, ONE)
+    found = [row for path in sorted(tmp_path.glob("output/*/*.parquet")) for row in pq.read_table(path).to_pylist()]
+    assert {(row["id"], row["text"], row["words"]) for row in found} == {
+        (line["id"], line["text"], line["words"]) for line in lines(whole)
+    }

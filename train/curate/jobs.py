@@ -1,0 +1,292 @@
+"""What workers do: read a unit of the input into shards, make the sidecar of a shard, write what is kept of one."""
+
+import contextlib
+import dataclasses
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from qwen_jax.files import to_json
+from train.curate.corpus import Batch, View, write_sidecar
+from train.curate.engine import Job
+from train.curate.operator import DOCUMENT
+from train.curate.shards import (
+    DOCUMENTS,
+    OUTPUT,
+    ROW_GROUP_BYTES,
+    ROW_GROUP_ROWS,
+    AtomicFile,
+    File,
+    Record,
+    ShardWriter,
+    write_record,
+)
+from train.curate.sources import Bad, Input, Part, Row, Unit, read_unit, sha256_of
+from train.curate.stage import COPIES, TEXT, RowStage
+from train.data.documents import optional_library
+
+# Bad records that a record keeps by reason, for the report; all are in `bad.jsonl`.
+_SHOWN = 3
+
+
+def lengths(values: pa.Array | pa.ChunkedArray) -> Counter[int]:
+    """Documents by their length: the largest power of two that is not above it, or 0."""
+    sizes = pc.binary_length(values.drop_null())
+    return Counter(1 << (size.bit_length() - 1) if size else 0 for size in sizes.to_pylist())
+
+
+def reading(folder: Path, shard_bytes: int) -> Job:
+    """Makes the function that reads a unit into shards of documents.
+
+    Args:
+      folder: of the curation.
+      shard_bytes: a shard ends with the document that reaches this size.
+    """
+
+    def read(job: Any) -> dict[str, Any]:
+        unit = Unit(job["name"], Input(**job["input"]), tuple(map(Part.from_json, job["parts"])))
+        reader = _Reader(unit, folder / DOCUMENTS, shard_bytes)
+        with reader:
+            record = Record(job["key"], *reader.run())
+        write_record(folder / DOCUMENTS, unit.name, record)
+        return record.to_json()
+
+    return read
+
+
+class _Reader:
+    """Writes the shards of one unit."""
+
+    def __init__(self, unit: Unit, folder: Path, shard_bytes: int):
+        self._unit, self._folder, self._shard_bytes = unit, folder, shard_bytes
+        self._writer: ShardWriter | None = None
+        self._files: list[File] = []
+        self._rows: list[Row] = []
+        self._bytes = self._shard = self._all = 0
+        self._lengths: Counter[int] = Counter()
+
+    def run(self) -> tuple[tuple[File, ...], dict[str, Any]]:
+        """Reads the unit; returns files and counts."""
+        bad, shown = Counter[str](), dict[str, list[list[str]]]()
+        skipped, damaged, by_file = Counter[str](), dict[str, str](), Counter[str]()
+        lines = io.BytesIO()
+        for found in read_unit(self._unit):
+            if isinstance(found, Bad):
+                if found.skipped:
+                    skipped[found.reason] += 1
+                    continue
+                reason = found.reason.partition(":")[0]
+                if reason.startswith("the file is damaged"):
+                    damaged[found.file] = f"{found.place}: {found.reason}"
+                else:
+                    bad[reason] += 1
+                if len(shown.setdefault(reason, [])) < _SHOWN:
+                    shown[reason].append([found.file, found.place, found.reason])
+                entry = {"input": self._unit.input.name, "file": found.file, "at": found.place, "reason": found.reason}
+                lines.write(to_json(entry).encode() + b"\n")
+            else:
+                by_file[found["source"].rpartition(":")[0]] += 1
+                self._add(found)
+        self._end_shard()
+        if lines.tell():
+            with AtomicFile(self._folder, f".bad/{self._unit.name}.jsonl") as file:
+                file.file.write(lines.getvalue())
+                self._files.append(file.finish(0))
+        counts = {
+            "bytes": self._all,
+            "bad": dict(sorted(bad.items())),
+            "shown": dict(sorted(shown.items())),
+            "skipped": dict(sorted(skipped.items())),
+            "damaged": dict(sorted(damaged.items())),
+            "empty": sorted({part.name for part in self._unit.parts if not by_file[part.name]}),
+            "lengths": {str(key): self._lengths[key] for key in sorted(self._lengths)},
+            "sha256": sha256_of(self._unit.parts),
+        }
+        return tuple(self._files), counts
+
+    def _add(self, row: Row) -> None:
+        self._rows.append(row)
+        size = sum(len(row[name] or "") for name in ("html", "text", "metadata"))
+        self._bytes += size
+        self._shard += size
+        if self._bytes >= ROW_GROUP_BYTES or len(self._rows) >= ROW_GROUP_ROWS:
+            self._end_group()
+        if self._shard >= self._shard_bytes:
+            self._end_shard()
+
+    def _end_group(self) -> None:
+        if not self._rows:
+            return
+        table = pa.Table.from_pylist(self._rows, schema=DOCUMENT)
+        self._all += sum(int(pc.sum(pc.binary_length(table[name])).as_py() or 0) for name in ("html", TEXT))
+        self._lengths += lengths(pc.coalesce(table[TEXT].cast(pa.large_binary()), table["html"]))
+        if self._writer is None:
+            name = f"{self._unit.name}-{len(self._files):03d}.parquet"
+            self._writer = ShardWriter(self._folder, name, DOCUMENT)
+        self._writer.add(table)
+        self._rows, self._bytes = [], 0
+
+    def _end_shard(self) -> None:
+        self._end_group()
+        if self._writer is not None:
+            self._files.append(self._writer.finish())
+            self._writer = None
+        self._shard = 0
+
+    def __enter__(self) -> "_Reader":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(kind)
+
+
+def computing(view: View, stage: RowStage) -> Job:
+    """Makes the function that makes the sidecar of a shard.
+
+    Args:
+      view: what the stage may read.
+      stage: what makes the columns.
+    """
+    compute = stage.start()
+    makes = pa.schema([field.with_nullable(True) for field in stage.makes])
+
+    def sidecar(job: Sequence[str]) -> dict[str, Any]:
+        shard, key = job
+
+        def groups() -> Iterator[tuple[Batch, pa.Table]]:
+            for batch in view.batches(shard, stage.reads):
+                made = compute(batch.table) if len(batch.indices) else makes.empty_table()
+                if TEXT in made.column_names and TEXT in batch.table.column_names:
+                    # Null where the text stays as it was.
+                    same = pc.equal(made[TEXT], batch.table[TEXT])
+                    made = made.set_column(
+                        made.column_names.index(TEXT), TEXT, pc.if_else(pc.coalesce(same, False), None, made[TEXT])
+                    )
+                yield batch, made.select(makes.names)
+
+        file, counts = write_sidecar(view.folder / stage.name, shard, makes, groups())
+        record = Record(key, (file,), counts)
+        write_record(view.folder / stage.name, shard, record)
+        return record.to_json()
+
+    return sidecar
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What is written of the documents that are kept.
+
+    Attributes:
+      format: "jsonl" (JSON lines, compressed with Zstandard) or "parquet"; `qwen-jax data build` reads both.
+      columns: of stages, to be written beside those of `DOCUMENT`.
+    """
+
+    format: str = "jsonl"
+    columns: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", tuple(self.columns))
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The columns that are written."""
+        return tuple(dict.fromkeys(["id", "domain", "source", "url", TEXT, "metadata", *self.columns]))
+
+
+def writing(view: View, output: Output, copies: bool) -> Job:
+    """Makes the function that writes the kept documents of a shard.
+
+    A document that has several copies is in as many files, so that its copies are far from each other.
+
+    Args:
+      view: what there is.
+      output: what is written.
+      copies: a stage says how many times a document is written.
+    """
+    columns = list(output.reads) + ([COPIES] if copies else [])
+    folder = view.folder / OUTPUT
+
+    def write(job: Sequence[str]) -> dict[str, Any]:
+        shard, key, domain = job
+        kept, size, count, by_length = 0, 0, 0, Counter[int]()
+        files: list[File] = []
+        with contextlib.ExitStack() as stack:
+            writers: list[_OutputFile] = []
+            for batch in view.batches(shard, columns):
+                # A page that nothing has extracted has no text to write.
+                table = batch.table.filter(pc.is_valid(batch.table[TEXT]))
+                numbers = pc.coalesce(table[COPIES], 1) if copies else pa.repeat(1, table.num_rows)
+                if copies:
+                    table = table.drop_columns([COPIES])
+                most = pc.max(numbers).as_py() or 0
+                kept += int(pc.sum(pc.greater(numbers, 0)).as_py() or 0)
+                for copy in range(most):
+                    part = table.filter(pc.greater(numbers, copy))
+                    if len(writers) <= copy:
+                        name = f"{domain}/{shard}" + (f".copy{copy}" if copy else "")
+                        writers.append(stack.enter_context(_OutputFile(folder, name, output)))
+                    writers[copy].add(part)
+                    count += part.num_rows
+                    size += int(pc.sum(pc.binary_length(part[TEXT])).as_py() or 0)
+                    by_length += lengths(part[TEXT])
+            files = [writer.finish() for writer in writers]
+        counts = {
+            "documents": kept,
+            "written": count,
+            "bytes": size,
+            "lengths": {str(key): by_length[key] for key in sorted(by_length)},
+        }
+        record = Record(key, tuple(files), counts)
+        write_record(folder, shard, record)
+        return record.to_json()
+
+    return write
+
+
+class _OutputFile:
+    """A file of documents, as a context manager."""
+
+    def __init__(self, folder: Path, name: str, output: Output):
+        self._folder, self._name, self._output = folder, name, output
+        self._stack = contextlib.ExitStack()
+        self._rows = 0
+        self._parquet: ShardWriter | None = None
+        if output.format == "jsonl":
+            self._atomic = self._stack.enter_context(AtomicFile(folder, f"{name}.jsonl.zst"))
+            library = optional_library("zstandard", ".zst files")
+            self._file = library.ZstdCompressor(level=3, write_checksum=True).stream_writer(
+                self._atomic.file, closefd=False
+            )
+
+    def add(self, table: pa.Table) -> None:
+        if self._output.format != "jsonl":
+            if self._parquet is None:
+                writer = ShardWriter(self._folder, f"{self._name}.parquet", table.schema)
+                self._parquet = self._stack.enter_context(writer)
+            self._parquet.add(table)
+            return
+        self._rows += table.num_rows
+        for row in table.to_pylist():
+            known = {name: value for name, value in row.items() if value is not None}
+            # Metadata is JSON already.
+            rest = known.pop("metadata", None)
+            line = to_json(known, default=str, ascii=False)
+            self._file.write((line if rest is None else f'{line[:-1]}, "metadata": {rest}}}').encode() + b"\n")
+
+    def finish(self) -> File:
+        if self._parquet is not None:
+            return self._parquet.finish()
+        self._file.close()
+        return self._atomic.finish(self._rows)
+
+    def __enter__(self) -> "_OutputFile":
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._stack.__exit__(*details)
