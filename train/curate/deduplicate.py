@@ -39,8 +39,8 @@ DUPLICATES = pa.schema(
 )
 """What it writes, one row for each document that is not kept, in the order of shard and row.
 
-reason: "exact duplicate of ID", "same URL as ID" or "near duplicate of ID". kept_id: of the document that is kept of
-its group. cluster_size: documents of the group, with the one that is kept.
+reason: "exact duplicate", "same URL" or "near duplicate" of the document that is kept of its group; the last also if
+others lie between them. kept_id: id of that document. cluster_size: documents of the group, the kept one among them.
 """
 
 # A key of a document in the graph is shard * 2^32 + row. Lengths of 2^48 and more count as the same.
@@ -156,7 +156,8 @@ def find_duplicates(features: Sequence[Path], folder: Path, options: DuplicateOp
     result = tables.make("duplicates", lambda number, of: _ordered(chosen, shards, number, of), min(passes, shards))
     removed = count_rows(result)
     return Duplicates(
-        files=result,
+        # A pass may write several files, which have random names.
+        files=sorted(result, key=_first_key),
         documents=documents,
         removed=removed,
         clusters=count_rows(chosen) - removed,
@@ -322,8 +323,8 @@ def _chosen(members: Sequence[str], number: int, of: int) -> Any:
     none = daft.lit(None).cast(daft.DataType.bool())
     same_text = daft.functions.coalesce(col("text") == col("kept_text"), none, daft.lit(False))
     same_url = daft.functions.coalesce(col("url") == col("kept_url"), none, daft.lit(False))
-    why = daft.functions.when(same_text, daft.lit("exact duplicate of ")).when(same_url, daft.lit("same URL as "))
-    reason = why.otherwise(daft.lit("near duplicate of ")) + col("kept_id")
+    why = daft.functions.when(same_text, daft.lit("exact duplicate")).when(same_url, daft.lit("same URL"))
+    reason = why.otherwise(daft.lit("near duplicate"))
     return found.select(
         col("node").shift_right(daft.lit(32).cast(whole)).cast(daft.DataType.int64()).alias("shard"),
         (col("node") % _ROWS).cast(daft.DataType.int64()).alias("row"),
@@ -340,3 +341,10 @@ def _ordered(chosen: Sequence[str], shards: int, number: int, of: int) -> Any:
     removed = daft.read_parquet(list(chosen)).where(col("reason").not_null())
     return removed.where((col("shard") >= begin) & (col("shard") < end)).sort(["shard", "row"])
 
+
+def _first_key(file: str) -> tuple[int, int]:
+    """Shard and row of the first row of a file of duplicates; (-1, -1) if it has none."""
+    with pq.ParquetFile(file) as opened:
+        for batch in opened.iter_batches(1, columns=["shard", "row"]):
+            return batch.column(0)[0].as_py(), batch.column(1)[0].as_py()
+    return -1, -1
