@@ -1,4 +1,4 @@
-"""Duplicates in a whole corpus: the same text, the same address, or nearly the same words; one of each group is kept."""
+"""Duplicates in a whole corpus: the same text or address, or nearly the same words; one of each group is kept."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -188,7 +188,9 @@ def _checked(features: Sequence[Path], options: DuplicateOptions) -> tuple[list[
                 if lengths:
                     break
     if len(bands) > 1:
-        raise InputError(f"Documents have {', '.join(map(str, sorted(bands)))} bands: make them all by the same settings.")
+        raise InputError(
+            f"Documents have {', '.join(map(str, sorted(bands)))} bands: make them all by the same settings."
+        )
     return [str(path) for path in features], bands.pop() if bands and options.near else 0
 
 
@@ -230,7 +232,12 @@ def _nodes(files: Sequence[str], bands: int, options: DuplicateOptions) -> Any:
 
 
 def _edges(
-    tables: Tables, nodes: Sequence[str], kinds: Sequence[str], documents: int, options: DuplicateOptions, name: str = ""
+    tables: Tables,
+    nodes: Sequence[str],
+    kinds: Sequence[str],
+    documents: int,
+    options: DuplicateOptions,
+    name: str = "",
 ) -> list[str]:
     """Connects documents with the same key with the first of them; tables with the columns node and least."""
     daft = load_daft()
@@ -243,12 +250,14 @@ def _edges(
 
         def frame(number: int, of: int, group: Sequence[str] = group) -> Any:
             read = daft.read_parquet(list(nodes))
-            keys = read.select("node", daft.functions.to_list(*(col(kind) for kind in group)).alias("key")).explode("key")
+            keys = read.select("node", daft.functions.to_list(*(col(kind) for kind in group)).alias("key")).explode(
+                "key"
+            )
             keyed = keys.where(col("key").not_null() & part("key", number, of))
             first = keyed.with_column("least", col("node").min().over(daft.Window().partition_by("key")))
             return first.where(col("node") != col("least")).select("node", "least")
 
-        result += tables.make(f"{name or 'edges'}-{begin:03d}", frame, passes)
+        result += tables.make(f"{name}-{begin:03d}", frame, passes)
     return result
 
 

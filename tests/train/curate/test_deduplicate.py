@@ -18,9 +18,12 @@ import pytest
 from qwen_jax.errors import InputError
 from tests.helpers.runs import print_seed
 from tests.train.curate.duplicate_corpus import Document, documents, find, write_features
+from train.curate.curation import Curation, Input, Map, Output
 from train.curate.deduplicate import DUPLICATES, DuplicateOptions, find_duplicates
+from train.curate.deduplicate_stage import Deduplicate
 from train.curate.engine import Engine
-from train.curate.operators.fingerprint import normalise_text
+from train.curate.operators.fingerprint import Fingerprint, normalise_text
+from train.curate.run import RunOptions, run
 from train.curate.urls import normalise_url
 
 ROOT = Path(__file__).parents[3]
@@ -175,9 +178,7 @@ def process(features: list[Path], output: Path, runner: str, rows_at_once: int) 
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_search_that_is_killed_goes_on(
-    features: list[Path], found: list[dict[str, object]], tmp_path: Path
-) -> None:
+def test_a_search_that_is_killed_goes_on(features: list[Path], found: list[dict[str, object]], tmp_path: Path) -> None:
     """Tables that are complete are not made again; the result is the same."""
     output = tmp_path / "tables"
     running = process(features, output, "native", 2000)
@@ -200,3 +201,23 @@ def test_ray_keeps_the_same(features: list[Path], found: list[dict[str, object]]
     """Two workers of a local Ray give the rows of the native runner."""
     output, _ = process(features, tmp_path / "tables", "ray", 10**7).communicate(timeout=300)
     assert json.loads(output.splitlines()[-1]) == found
+
+
+def test_a_curation_writes_one_of_each_group(
+    corpus: list[Document], found: list[dict[str, object]], tmp_path: Path
+) -> None:
+    """The stage removes the documents that `find_duplicates` names, and the output has all others."""
+    lines = [{"id": name, "text": " ".join(words), "url": url} for name, _, url, words in corpus]
+    for domain in ("books", "web"):
+        chosen = [line for line, document in zip(lines, corpus, strict=True) if document[1] == domain and document[3]]
+        (tmp_path / f"{domain}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in chosen))
+    curation = Curation(
+        inputs=[Input(domain, [str(tmp_path / f"{domain}.jsonl")], id="id") for domain in ("books", "web")],
+        stages=[Map("features", [Fingerprint()]), Deduplicate(BOOKS)],
+        output=Output("parquet"),
+        shard_megabytes=1,
+    )
+    assert run(curation, tmp_path / "run", RunOptions(workers=1))["finished"]
+    written = pa.concat_tables([pq.read_table(path, columns=["id"]) for path in tmp_path.glob("run/output/*/*.parquet")])
+    removed = {place(corpus, row)[0] for row in found}
+    assert sorted(written["id"].to_pylist()) == sorted({name for name, _, _, words in corpus if words} - removed)
