@@ -65,3 +65,13 @@ class Operator(abc.ABC):
     def settings(self) -> Mapping[str, Any]:
         """What decides its results: name, version and fields."""
         return {"name": self.name, "version": self.version, **vars(self)}
+
+
+class ShardOperator(Operator):
+    """Makes columns from all documents of one shard, such as the removal of what they repeat.
+
+    `start` returns a function of a whole shard: the rows of `documents/00000.parquet`, in their order. Its results
+    depend on the other rows, so that it cannot be given batches; shards do not see each other. "text" is null in rows
+    that were removed before; they take no part, and what is made of them is null. The docstring of a subclass states
+    the memory that it needs for each MB of text.
+    """
