@@ -98,9 +98,8 @@ def curve(output: Path, pairs: int = 2000, runs: int = 100) -> None:
     rng = np.random.default_rng()
     figure, axes = pyplot.subplots(figsize=(6.4, 4))
     x = np.linspace(0.3, 1, 200)
-    print(
-        f"{pairs} pairs a point\n\n| bands x rows | similarity | found | theory | interval of 99% |\n|---|---|---|---|---|"
-    )
+    print(f"{pairs} pairs a point\n\n| bands x rows | similarity | found | theory | interval of 99% |")
+    print("|---|---|---|---|---|")
     for color, (bands, rows) in zip(("C0", "C1"), ((14, 8), (20, 5)), strict=True):
         minhash = MinHash(5, bands, rows)
         theory = minhash.probability(x)  # type: ignore[arg-type]
@@ -152,9 +151,7 @@ def make_features(folder: Path, documents: int) -> int:
                 "characters": rng.integers(1, 20000, size),
                 "text_key": key,
                 "url_key": rng.integers(0, 2**64, size, dtype=np.uint64),
-                "bands": pa.FixedSizeListArray.from_arrays(pa.array(keys.reshape(-1)), bands).cast(
-                    pa.list_(pa.uint64())
-                ),
+                "bands": lists.cast(pa.list_(pa.uint64())),
             }
         )
         total += table.nbytes
