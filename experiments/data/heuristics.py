@@ -145,7 +145,8 @@ def main() -> None:
     differing = [number for number in range(len(texts)) if mine[number] != theirs[number]]
     words, _ = oracle(args.oracle_python, [texts[number] for number in differing], "--words")
     other_words = {
-        number for number, theirs_words in zip(differing, words, strict=True)
+        number
+        for number, theirs_words in zip(differing, words, strict=True)
         if list(split_words(texts[number])) != theirs_words
     }
     for place, one in enumerate(FILTERS):

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     import daft
 
 SHARD, ROW = "shard", "row"
-"""Columns of tables that leave the shards: name of a shard, and row in it. They are the key of a document."""
+"""Columns of tables that leave the shards, int64: number of a shard in `Corpus.shards`, and row in it.
+
+They are the key of a document; their order is that of the corpus.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +110,7 @@ class View:
                     else:
                         found[name] = table[name]
             indices = pc.indices_nonzero(alive)
-            whole = pa.table({name: found[name] for name in columns}) if columns else pa.table({SHARD: pa.nulls(size)})
+            whole = pa.table({name: found[name] for name in columns}) if columns else pa.table({ROW: pa.nulls(size)})
             yield Batch(first, size, indices, whole if len(indices) == size else whole.take(indices))
             first += size
 
@@ -209,23 +212,27 @@ class Corpus:
         return self.view.batches(shard, columns)
 
     def narrow(self, columns: Sequence[str]) -> "daft.DataFrame":
-        """Columns of all documents that have no reason, for queries, with the columns `SHARD` and `ROW`.
+        """Columns of all documents that have no reason, for queries; see `narrow_files`."""
+        return self.engine.daft.read_parquet([str(path) for path in self.narrow_files(columns)])
 
-        Workers write them to Parquet files in `folder` first, which is skipped where it is done already.
+    def narrow_files(self, columns: Sequence[str]) -> list[Path]:
+        """Writes columns of all documents that have no reason, with `SHARD` and `ROW`, to a Parquet file a shard.
+
+        What an earlier process has written is not written again.
 
         Args:
           columns: small ones: a query may hold all of them in memory.
         """
         out = self.folder / f"narrow-{digest(list(columns))[:8]}"
-        records = self.engine.map(
-            f"{self.stage.name}, reading",
-            functools.partial(_narrowing, self.view, out, tuple(columns)),
-            [(shard, [shard, key]) for shard, key in self.reads.items() if finished(out, shard, key) is None],
-            light=True,
-        )
-        for _ in records:
+        jobs = [
+            (shard, [number, shard, self.reads[shard]])
+            for number, shard in enumerate(self.shards)
+            if finished(out, shard, self.reads[shard]) is None
+        ]
+        make = functools.partial(_narrowing, self.view, out, tuple(columns))
+        for _ in self.engine.map(f"{self.stage.name}, reading", make, jobs, light=True):
             pass
-        return self.engine.daft.read_parquet([str(out / f"{shard}.parquet") for shard in self.shards])
+        return [out / f"{shard}.parquet" for shard in self.shards]
 
     def write(self, shard: str, rows: Sequence[int] | pa.Array, made: pa.Table) -> Record:
         """Writes the stage's columns of a shard.
@@ -258,12 +265,12 @@ class Corpus:
         written = frame.select(*wanted).write_parquet(
             str(out), write_mode="overwrite", partition_cols=[daft.col(SHARD)]
         )
-        paths: dict[str, list[str]] = {}
+        paths: dict[int, list[str]] = {}
         for row in written.to_pylist():
-            paths.setdefault(row[SHARD], []).append(row["path"])
-        if unknown := sorted(set(paths) - set(self.shards)):
-            raise InputError(f"{self.stage.name} names the shard {unknown[0]}, which is not in the corpus.")
-        jobs = [(shard, [shard, self.keys[shard], paths.get(shard, [])]) for shard in self.shards]
+            paths.setdefault(int(row[SHARD]), []).append(row["path"])
+        if unknown := sorted(set(paths) - set(range(len(self.shards)))):
+            raise InputError(f"{self.stage.name} names the shard {unknown[0]}, of {len(self.shards)} in the corpus.")
+        jobs = [(shard, [shard, self.keys[shard], paths.get(n, [])]) for n, shard in enumerate(self.shards)]
         for _ in self.engine.map(
             f"{self.stage.name}, writing", functools.partial(_distributing, self.view, self.stage), jobs, light=True
         ):
@@ -271,13 +278,15 @@ class Corpus:
 
 
 def _narrowing(view: View, out: Path, columns: tuple[str, ...]) -> Job:
-    def write(job: Sequence[str]) -> None:
-        shard, key = job
+    def write(job: Any) -> None:
+        number, shard, key = job
         writer: ShardWriter | None = None
         try:
             for batch in view.batches(shard, columns):
                 rows = pc.add(batch.indices.cast(pa.int64()), batch.first)
-                table = pa.table({SHARD: pa.repeat(shard, len(rows)), ROW: rows, **_columns(batch.table, columns)})
+                table = pa.table(
+                    {SHARD: pa.array([number] * len(rows), pa.int64()), ROW: rows, **_columns(batch.table, columns)}
+                )
                 writer = writer or ShardWriter(out, f"{shard}.parquet", table.schema)
                 writer.add(table)
             assert writer is not None

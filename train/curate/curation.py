@@ -14,7 +14,7 @@ from train.curate.operator import DOCUMENT, REASON
 from train.curate.select import Select
 from train.curate.shards import RESERVED
 from train.curate.sources import Input
-from train.curate.stage import COPIES, TEXT, GlobalStage, Map, RowStage, Stage
+from train.curate.stage import REPETITIONS, TEXT, GlobalStage, Map, RowStage, Stage
 from train.curate.unique_ids import UniqueIds
 
 __all__ = ["Curation", "GlobalStage", "Input", "Map", "Output", "RowStage", "Select", "Stage"]
@@ -69,9 +69,9 @@ class Curation:
         return tuple(self.stages)
 
     @property
-    def has_copies(self) -> bool:
+    def repeats(self) -> bool:
         """Whether a stage says how many times a document is written."""
-        return any(COPIES in stage.makes.names for stage in self.stages)
+        return any(REPETITIONS in stage.makes.names for stage in self.stages)
 
     def settings(self) -> dict[str, Any]:
         """What decides the result, but for the files."""
@@ -85,9 +85,12 @@ class Curation:
     def _check_output(self, known: Mapping[str, pa.DataType]) -> None:
         if self.output.format not in ("jsonl", "parquet"):
             raise InputError(f"The format of the output is jsonl or parquet, got {self.output.format!r}.")
-        for name in self.output.columns:
-            if name not in known or name in ("html", REASON, COPIES):
+        for name in (*self.output.columns, self.output.by):
+            if name not in known or name in ("html", REASON):
                 raise InputError(f"The output cannot have the column {name!r}. There are: {', '.join(known)}.")
+        by = known[self.output.by]
+        if not (pa.types.is_string(by) or pa.types.is_large_string(by) or pa.types.is_integer(by)):
+            raise InputError(f"The output can be divided by a column of strings or integers; {self.output.by} is {by}.")
 
 
 def _check_stage(stage: Stage, known: dict[str, pa.DataType], owner: dict[str, str]) -> None:

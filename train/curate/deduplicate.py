@@ -1,4 +1,4 @@
-"""Duplicates in a whole corpus: the same text, the same address, or nearly the same words; one of each group is kept."""
+"""Duplicates in a whole corpus: the same text or address, or nearly the same words; one of each group is kept."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -39,11 +39,11 @@ DUPLICATES = pa.schema(
 )
 """What it writes, one row for each document that is not kept, in the order of shard and row.
 
-reason: "exact duplicate of ID", "same URL as ID" or "near duplicate of ID". kept_id: of the document that is kept of
-its group. cluster_size: documents of the group, with the one that is kept.
+reason: "exact duplicate", "same URL" or "near duplicate" of the document that is kept of its group; the last also if
+others lie between them. kept_id: id of that document. cluster_size: documents of the group, the kept one among them.
 """
 
-# A key of a document in the graph is shard * 2^32 + row. Lengths above 2^48 count as 2^48.
+# A key of a document in the graph is shard * 2^32 + row. Lengths of 2^48 and more count as the same.
 _ROWS = 2**32
 _LONGEST = 2**48
 
@@ -129,7 +129,8 @@ def find_duplicates(features: Sequence[Path], folder: Path, options: DuplicateOp
     documents = count_rows(files)
 
     # Narrow columns, so that a step reads only its own.
-    nodes = tables.make("nodes", lambda number, of: _nodes(files, bands, options))
+    passes = min(len(files), passes_for(documents, options.rows_at_once))
+    nodes = tables.make("nodes", lambda number, of: _nodes(files[number::of], bands, options), passes)
 
     # Edges: documents with the same key. Where there are few documents, one pass takes all kinds of keys.
     kinds = [*["text"] * options.text, *["url"] * options.url]
@@ -143,9 +144,11 @@ def find_duplicates(features: Sequence[Path], folder: Path, options: DuplicateOp
 
     # Groups, and the document of each that is kept.
     components = connected_components(edges, Tables(folder / "components", {}), options.rows_at_once)
-    members = count_rows(components.stars)
-    passes = passes_for(members, options.rows_at_once)
-    chosen = tables.make("chosen", lambda number, of: _chosen(components.stars, nodes, number, of), passes)
+    passes = passes_for(documents, options.rows_at_once)
+    members = tables.make("members", lambda number, of: _members(components.stars, nodes, number, of), passes)
+    # Rows of members are wider than keys.
+    passes = passes_for(4 * count_rows(members), options.rows_at_once)
+    chosen = tables.make("chosen", lambda number, of: _chosen(members, number, of), passes)
 
     # In the order of shard and row, in parts by ranges of shards.
     greatest = load_daft().read_parquet(nodes).agg(load_daft().col("node").max()).to_pydict()["node"][0]
@@ -153,7 +156,8 @@ def find_duplicates(features: Sequence[Path], folder: Path, options: DuplicateOp
     result = tables.make("duplicates", lambda number, of: _ordered(chosen, shards, number, of), min(passes, shards))
     removed = count_rows(result)
     return Duplicates(
-        files=result,
+        # A pass may write several files, which have random names.
+        files=sorted(result, key=_first_key),
         documents=documents,
         removed=removed,
         clusters=count_rows(chosen) - removed,
@@ -184,7 +188,9 @@ def _checked(features: Sequence[Path], options: DuplicateOptions) -> tuple[list[
                 if lengths:
                     break
     if len(bands) > 1:
-        raise InputError(f"Documents have {', '.join(map(str, sorted(bands)))} bands: make them all by the same settings.")
+        raise InputError(
+            f"Documents have {', '.join(map(str, sorted(bands)))} bands: make them all by the same settings."
+        )
     return [str(path) for path in features], bands.pop() if bands and options.near else 0
 
 
@@ -210,30 +216,28 @@ def _node() -> Any:
 
 
 def _nodes(files: Sequence[str], bands: int, options: DuplicateOptions) -> Any:
-    """One row a document: node, rank (the less, the sooner it is kept), id, and one column for each kind of key."""
+    """One row a document: node, precedence (the less, the sooner it is kept), id, a column for each kind of key."""
     daft = load_daft()
-    col, text = daft.col, daft.DataType.string()
-
-    def digits(value: Any, count: int) -> Any:
-        return value.cast(text).lpad(count, "0")
-
+    col = daft.col
     place = daft.lit(len(options.domains))
     for number, domain in reversed(list(enumerate(options.domains))):
         place = daft.functions.when(col("domain") == domain, daft.lit(number)).otherwise(place)
-    shortness = daft.lit(_LONGEST) - daft.functions.when(col("characters") > _LONGEST, daft.lit(_LONGEST)).otherwise(
-        col("characters")
-    )
-    # Numbers with leading zeros are in order as texts: one column whose minimum can be asked for.
-    rank = digits(place, 6) + digits(shortness, 15) + digits(col("id").hash(), 20) + digits(_node(), 20)
+    most = daft.lit(_LONGEST - 1)
+    length = daft.functions.when(col("characters") > most, most).otherwise(col("characters"))
+    precedence = place.cast(daft.DataType.int64()) * daft.lit(_LONGEST) + most - length
     keys = [col("bands").get(band).alias(f"band_{band:03d}") for band in range(bands)]
     read = daft.read_parquet(list(files))
-    return read.select(
-        _node().alias("node"), rank.alias("rank"), "id", col("text_key").alias("text"), col("url_key").alias("url"), *keys
-    )
+    named = [col("text_key").alias("text"), col("url_key").alias("url"), *keys]
+    return read.select(_node().alias("node"), precedence.alias("precedence"), "id", *named)
 
 
 def _edges(
-    tables: Tables, nodes: Sequence[str], kinds: Sequence[str], documents: int, options: DuplicateOptions, name: str = ""
+    tables: Tables,
+    nodes: Sequence[str],
+    kinds: Sequence[str],
+    documents: int,
+    options: DuplicateOptions,
+    name: str = "",
 ) -> list[str]:
     """Connects documents with the same key with the first of them; tables with the columns node and least."""
     daft = load_daft()
@@ -246,12 +250,14 @@ def _edges(
 
         def frame(number: int, of: int, group: Sequence[str] = group) -> Any:
             read = daft.read_parquet(list(nodes))
-            keys = read.select("node", daft.functions.to_list(*(col(kind) for kind in group)).alias("key")).explode("key")
+            keys = read.select("node", daft.functions.to_list(*(col(kind) for kind in group)).alias("key")).explode(
+                "key"
+            )
             keyed = keys.where(col("key").not_null() & part("key", number, of))
             first = keyed.with_column("least", col("node").min().over(daft.Window().partition_by("key")))
             return first.where(col("node") != col("least")).select("node", "least")
 
-        result += tables.make(f"{name or 'edges'}-{begin:03d}", frame, passes)
+        result += tables.make(f"{name}-{begin:03d}", frame, passes)
     return result
 
 
@@ -290,31 +296,45 @@ def _jaccard(first: Any, second: Any) -> Any:
     return daft.Series.from_arrow(pa.array(found, pa.float64()))
 
 
-def _chosen(stars: Sequence[str], nodes: Sequence[str], number: int, of: int) -> Any:
+def _members(stars: Sequence[str], nodes: Sequence[str], number: int, of: int) -> Any:
+    """All documents of groups: the least node of the group, and the document's columns but for its bands."""
+    daft = load_daft()
+    col = daft.col
+    ends = daft.functions.to_list(col("node"), col("least"))
+    # The least one of a group is an end of each of its edges.
+    grouped = daft.read_parquet(list(stars)).with_column("end", ends).explode("end").where(part("end", number, of))
+    grouped = grouped.select(col("end").alias("node"), col("least").alias("group")).distinct()
+    documents = daft.read_parquet(list(nodes)).select("node", "precedence", "id", "text", "url")
+    return grouped.join(documents.where(part("node", number, of)), on="node")
+
+
+def _chosen(members: Sequence[str], number: int, of: int) -> Any:
     """All documents of groups, each with the one that is kept; its own row has no reason."""
     daft = load_daft()
     col = daft.col
-    kept = daft.Window().partition_by("least")
-    read = daft.read_parquet(list(stars)).select("node", "least").where(part("least", number, of))
-    members = read.concat(read.select(col("least").alias("node"), "least").distinct())
-    members = members.join(daft.read_parquet(list(nodes)).select("node", "rank", "id", "text", "url"), on="node")
-    members = members.with_columns({"best": col("rank").min().over(kept), "cluster_size": col("node").count().over(kept)})
+    group = daft.Window().partition_by("group")
+    found = daft.read_parquet(list(members)).where(part("group", number, of))
+    # Numbers with leading zeros are in order as texts: one column whose minimum can be asked for.
+    numbers = (col("precedence"), col("id").hash(), col("node"))
+    digits = [number.cast(daft.DataType.string()).lpad(20, "0") for number in numbers]
+    found = found.with_column("rank", digits[0] + digits[1] + digits[2])
+    found = found.with_columns({"best": col("rank").min().over(group), "cluster_size": col("node").count().over(group)})
     is_kept = col("rank") == col("best")
 
     def of_kept(column: str, kind: Any) -> Any:
         none = daft.lit(None).cast(kind)
-        return daft.functions.when(is_kept, col(column)).otherwise(none).min().over(kept)
+        return daft.functions.when(is_kept, col(column)).otherwise(none).min().over(group)
 
     whole, text = daft.DataType.uint64(), daft.DataType.string()
-    members = members.with_columns(
+    found = found.with_columns(
         {"kept_id": of_kept("id", text), "kept_text": of_kept("text", whole), "kept_url": of_kept("url", whole)}
     )
     none = daft.lit(None).cast(daft.DataType.bool())
     same_text = daft.functions.coalesce(col("text") == col("kept_text"), none, daft.lit(False))
     same_url = daft.functions.coalesce(col("url") == col("kept_url"), none, daft.lit(False))
-    why = daft.functions.when(same_text, daft.lit("exact duplicate of ")).when(same_url, daft.lit("same URL as "))
-    reason = why.otherwise(daft.lit("near duplicate of ")) + col("kept_id")
-    return members.select(
+    why = daft.functions.when(same_text, daft.lit("exact duplicate")).when(same_url, daft.lit("same URL"))
+    reason = why.otherwise(daft.lit("near duplicate"))
+    return found.select(
         col("node").shift_right(daft.lit(32).cast(whole)).cast(daft.DataType.int64()).alias("shard"),
         (col("node") % _ROWS).cast(daft.DataType.int64()).alias("row"),
         daft.functions.when(is_kept, daft.lit(None).cast(text)).otherwise(reason).alias("reason"),
@@ -330,3 +350,10 @@ def _ordered(chosen: Sequence[str], shards: int, number: int, of: int) -> Any:
     removed = daft.read_parquet(list(chosen)).where(col("reason").not_null())
     return removed.where((col("shard") >= begin) & (col("shard") < end)).sort(["shard", "row"])
 
+
+def _first_key(file: str) -> tuple[int, int]:
+    """Shard and row of the first row of a file of duplicates; (-1, -1) if it has none."""
+    with pq.ParquetFile(file) as opened:
+        for batch in opened.iter_batches(1, columns=["shard", "row"]):
+            return batch.column(0)[0].as_py(), batch.column(1)[0].as_py()
+    return -1, -1

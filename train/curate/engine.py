@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 import threading
 import traceback
 import types
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen_jax.errors import NO_ROOM, InputError
+from train.curate.ending import Ending
 from train.data.documents import optional_library
 
 Kind = Literal["native", "ray"]
@@ -71,7 +73,8 @@ class Engine:
           kind: "native" or "ray".
           workers: by default the cores of this machine or of the cluster.
           address: of a Ray cluster; None is `RAY_ADDRESS`, or else a Ray of this machine, which is started.
-          scratch: a folder that all workers see, for what a shuffle spills and for the signal to stop.
+          scratch: a folder that all workers see, for what a shuffle spills and for the sign to end; by default a
+            temporary one of this machine.
 
         Raises:
           InputError: Daft or Ray is not installed or cannot be started; this process has another engine.
@@ -82,13 +85,13 @@ class Engine:
         self._daft = _start(kind, address)
         self.workers = workers or (_cluster_cores() if kind == "ray" else _cores())
         self.partitions = self.workers if kind == "native" else 2 * self.workers
-        self._scratch = scratch
+        self._scratch = scratch or Path(tempfile.gettempdir()) / f"qwen-jax-curate-{os.getpid()}"
 
     @property
     def daft(self) -> types.ModuleType:
         """The Daft module, with its runner set, for queries."""
         spill = {}
-        if self.kind == "ray" and self._scratch is not None:
+        if self.kind == "ray":
             spill = {"shuffle_algorithm": "flight_shuffle", "flight_shuffle_dirs": [str(self._scratch / "shuffle")]}
         self._daft.set_execution_config(shuffle_aggregation_default_partitions=self.partitions, **spill)
         return self._daft
@@ -123,29 +126,35 @@ class Engine:
             return
         resources = resources or Resources()
         workers = min(resources.workers or self.workers, len(jobs))
-        stop = self._scratch / f"stop-{os.getpid()}" if self._scratch is not None else None
-        rows = self._rows(_pickled(make), jobs, workers, resources, stop, light)
         failed: dict[str, str] = {}
-        try:
-            for name, answer in rows:
-                if "done" in answer:
-                    yield name, answer["done"]
-                elif "failed" in answer:
-                    failed[name] = answer["failed"]
-                    if answer["hopeless"] or len(failed) >= _MOST_FAILED:
-                        break
-            else:
-                stop = None
-        except Exception as error:
-            # Daft raises RuntimeError for a process that is gone, and Ray an exception of its own.
-            raise InputError(
-                f"A worker of {what} has ended, most likely because memory ran out: {_last_line(error)} Finished "
-                "shards are kept: run the same command again, with fewer --workers or smaller shards."
-            ) from error
-        finally:
-            _end(rows, stop)
+        answered = 0
+        with Ending(self._scratch / f"stop-{os.getpid()}") as ending:
+            rows = self._rows(_pickled(make), jobs, workers, resources, ending.file, light)
+            try:
+                for name, answer in rows:
+                    answered += 1
+                    ending.take_signals()
+                    if "done" in answer:
+                        yield name, answer["done"]
+                    elif "failed" in answer:
+                        failed[name] = answer["failed"]
+                        if answer["hopeless"] or len(failed) >= _MOST_FAILED:
+                            break
+            except Exception as error:
+                # Daft raises RuntimeError for a process that is gone, and Ray an exception of its own.
+                if not ending.signal:
+                    raise InputError(
+                        f"A worker of {what} has ended, most likely because memory ran out: {_last_line(error)} "
+                        "Finished shards are kept: run the same command again, with fewer --workers or smaller shards."
+                    ) from error
+            finally:
+                if answered < len(jobs):
+                    ending.ask()
+                rows.close()
         if failed:
             raise InputError(_failures(what, failed, len(jobs)))
+        if answered < len(jobs):
+            raise KeyboardInterrupt  # Ctrl-C before the first answer: Daft ends a query without an exception.
 
     def _rows(
         self,
@@ -153,7 +162,7 @@ class Engine:
         jobs: Sequence[tuple[str, Any]],
         workers: int,
         resources: Resources,
-        stop: Path | None,
+        stop: Path,
         light: bool,
     ) -> Generator[tuple[str, Mapping[str, Any]], None, None]:
         daft = self.daft
@@ -171,7 +180,7 @@ class Engine:
         if resources.ray_options and self.kind == "ray":
             options["ray_options"] = dict(resources.ray_options)
         _Actor.run = daft.method.batch(return_dtype=daft.DataType.string(), batch_size=1)(_Actor.answer)
-        actor = daft.cls(_Actor, **options)(make, str(stop) if stop else None, light)
+        actor = daft.cls(_Actor, **options)(make, str(stop), light)
         frame = frame.select(frame["name"], actor.run(frame["job"]).alias("answer"))
         for row in frame.iter_rows(results_buffer_size=1):
             yield row["name"], json.loads(row["answer"])
@@ -182,8 +191,8 @@ class _Actor:
 
     run: Any
 
-    def __init__(self, make: bytes, stop: str | None, light: bool):
-        self._make, self._stop, self._light = make, Path(stop) if stop else None, light
+    def __init__(self, make: bytes, stop: str, light: bool):
+        self._make, self._stop, self._light = make, Path(stop), light
         self._job: Job | None = None
         self._lock = threading.Lock()
 
@@ -194,7 +203,7 @@ class _Actor:
             return [json.dumps(self._answer(content)) for content in job.to_pylist()]
 
     def _answer(self, content: str) -> dict[str, Any]:
-        if self._stop is not None and self._stop.exists():
+        if self._stop.exists():
             return {"stopped": True}
         try:
             if self._job is None:
@@ -235,17 +244,6 @@ def _names(names: Sequence[str]) -> str:
 
 def _last_line(error: Exception) -> str:
     return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1][:400]
-
-
-def _end(rows: Generator[Any, None, None], stop: Path | None) -> None:
-    """Ends what still runs: workers see the file `stop`, and do no further job."""
-    if stop is not None:
-        with contextlib.suppress(OSError):
-            stop.parent.mkdir(parents=True, exist_ok=True)
-            stop.touch()
-    rows.close()
-    if stop is not None:
-        stop.unlink(missing_ok=True)
 
 
 def _pickled(make: Callable[[], Job]) -> bytes:

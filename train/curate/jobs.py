@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,10 +25,11 @@ from train.curate.shards import (
     File,
     Record,
     ShardWriter,
+    digest,
     write_record,
 )
 from train.curate.sources import Bad, Input, Part, Row, Unit, read_unit, sha256_of
-from train.curate.stage import COPIES, TEXT, RowStage
+from train.curate.stage import REPETITIONS, TEXT, RowStage
 from train.data.documents import optional_library
 
 # Bad records that a record keeps by reason, for the report; all are in `bad.jsonl`.
@@ -159,16 +161,26 @@ def computing(view: View, stage: RowStage) -> Job:
     def sidecar(job: Sequence[str]) -> dict[str, Any]:
         shard, key = job
 
+        def made_of(table: pa.Table) -> pa.Table:
+            made = compute(table) if table.num_rows else makes.empty_table()
+            if TEXT in made.column_names and TEXT in table.column_names:
+                # Null where the text stays as it was.
+                same = pc.coalesce(pc.equal(made[TEXT], table[TEXT]), False)
+                at = made.column_names.index(TEXT)
+                made = made.set_column(at, TEXT, pc.if_else(same, None, made[TEXT]))
+            return made.select(makes.names)
+
         def groups() -> Iterator[tuple[Batch, pa.Table]]:
-            for batch in view.batches(shard, stage.reads):
-                made = compute(batch.table) if len(batch.indices) else makes.empty_table()
-                if TEXT in made.column_names and TEXT in batch.table.column_names:
-                    # Null where the text stays as it was.
-                    same = pc.equal(made[TEXT], batch.table[TEXT])
-                    made = made.set_column(
-                        made.column_names.index(TEXT), TEXT, pc.if_else(pc.coalesce(same, False), None, made[TEXT])
-                    )
-                yield batch, made.select(makes.names)
+            batches = view.batches(shard, stage.reads)
+            if not stage.whole_shards:
+                yield from ((batch, made_of(batch.table)) for batch in batches)
+                return
+            kept = list(batches)
+            made = made_of(pa.concat_tables([batch.table for batch in kept]))
+            begin = 0
+            for batch in kept:
+                yield batch, made.slice(begin, len(batch.indices))
+                begin += len(batch.indices)
 
         file, counts = write_sidecar(view.folder / stage.name, shard, makes, groups())
         record = Record(key, (file,), counts)
@@ -185,68 +197,78 @@ class Output:
     Attributes:
       format: "jsonl" (JSON lines, compressed with Zstandard) or "parquet"; `qwen-jax data build` reads both.
       columns: of stages, to be written beside those of `DOCUMENT`.
+      by: the column whose value names the folder that a document is written to: one for each data set to build.
     """
 
     format: str = "jsonl"
     columns: tuple[str, ...] = ()
+    by: str = "domain"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", tuple(self.columns))
 
     @property
-    def reads(self) -> tuple[str, ...]:
+    def writes(self) -> tuple[str, ...]:
         """The columns that are written."""
         return tuple(dict.fromkeys(["id", "domain", "source", "url", TEXT, "metadata", *self.columns]))
 
 
-def writing(view: View, output: Output, copies: bool) -> Job:
+def writing(view: View, output: Output, repeats: bool) -> Job:
     """Makes the function that writes the kept documents of a shard.
 
-    A document that has several copies is in as many files, so that its copies are far from each other.
+    A document that is repeated is in as many files, so that its repetitions are far from each other.
 
     Args:
       view: what there is.
       output: what is written.
-      copies: a stage says how many times a document is written.
+      repeats: a stage says how many times a document is written.
     """
-    columns = list(output.reads) + ([COPIES] if copies else [])
+    further = [*([REPETITIONS] if repeats else []), output.by]
+    columns = list(dict.fromkeys([*output.writes, *further]))
     folder = view.folder / OUTPUT
 
     def write(job: Sequence[str]) -> dict[str, Any]:
-        shard, key, domain = job
-        kept, size, count, by_length = 0, 0, 0, Counter[int]()
-        files: list[File] = []
+        shard, key = job
+        counts: dict[str, Counter[str]] = {}
+        by_length = Counter[int]()
         with contextlib.ExitStack() as stack:
-            writers: list[_OutputFile] = []
+            writers: dict[tuple[str, int], _OutputFile] = {}
             for batch in view.batches(shard, columns):
                 # A page that nothing has extracted has no text to write.
                 table = batch.table.filter(pc.is_valid(batch.table[TEXT]))
-                numbers = pc.coalesce(table[COPIES], 1) if copies else pa.repeat(1, table.num_rows)
-                if copies:
-                    table = table.drop_columns([COPIES])
-                most = pc.max(numbers).as_py() or 0
-                kept += int(pc.sum(pc.greater(numbers, 0)).as_py() or 0)
-                for copy in range(most):
-                    part = table.filter(pc.greater(numbers, copy))
-                    if len(writers) <= copy:
-                        name = f"{domain}/{shard}" + (f".copy{copy}" if copy else "")
-                        writers.append(stack.enter_context(_OutputFile(folder, name, output)))
-                    writers[copy].add(part)
-                    count += part.num_rows
-                    size += int(pc.sum(pc.binary_length(part[TEXT])).as_py() or 0)
-                    by_length += lengths(part[TEXT])
-            files = [writer.finish() for writer in writers]
-        counts = {
-            "documents": kept,
-            "written": count,
-            "bytes": size,
-            "lengths": {str(key): by_length[key] for key in sorted(by_length)},
+                by = pc.coalesce(table[output.by].cast(pa.string()), table["domain"])
+                numbers = pc.coalesce(table[REPETITIONS], 1) if repeats else pa.repeat(1, table.num_rows)
+                for value in sorted(pc.unique(by).to_pylist()):
+                    name, here = folder_name(value), pc.equal(by, value)
+                    count = counts.setdefault(name, Counter())
+                    for repetition in range(pc.max(pc.if_else(here, numbers, 0)).as_py()):
+                        part = table.filter(pc.and_(here, pc.greater(numbers, repetition))).select(output.writes)
+                        if (name, repetition) not in writers:
+                            ending = f".{repetition + 1}" if repetition else ""
+                            file = _OutputFile(folder, f"{name}/{shard}{ending}", output)
+                            writers[name, repetition] = stack.enter_context(file)
+                        writers[name, repetition].add(part)
+                        count["documents"] += 0 if repetition else part.num_rows
+                        count["written"] += part.num_rows
+                        count["bytes"] += int(pc.sum(pc.binary_length(part[TEXT])).as_py() or 0)
+                        by_length += lengths(part[TEXT])
+            files = [writers[at].finish() for at in sorted(writers)]
+        found = {
+            "documents": sum(count["documents"] for count in counts.values()),
+            "by": {name: dict(counts[name]) for name in sorted(counts)},
+            "lengths": {str(length): by_length[length] for length in sorted(by_length)},
         }
-        record = Record(key, tuple(files), counts)
+        record = Record(key, tuple(files), found)
         write_record(folder, shard, record)
         return record.to_json()
 
     return write
+
+
+def folder_name(value: str) -> str:
+    """The name of a folder for a value: itself if it is a plain name, else a name with a hash."""
+    plain = re.sub(r"[^A-Za-z0-9_.=+-]", "_", value).strip(".")
+    return plain if plain == value and len(value) < 100 else f"{plain[:80]}-{digest(value)[:8]}".lstrip("-")
 
 
 class _OutputFile:

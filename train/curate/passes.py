@@ -57,13 +57,16 @@ class Tables:
         Returns:
           The table's Parquet files. There is one at least, which may have no row.
         """
+        daft = load_daft()
         files = []
         for number in range(passes):
             done = self.folder / name / f"{number:05d}"
             if not done.exists():
                 temporary = self.folder / name / f".{number:05d}.tmp"
                 shutil.rmtree(temporary, ignore_errors=True)
-                frame(number, passes).write_parquet(str(temporary), compression="zstd")
+                # The default lets as many files be read ahead as there are cores, and writes row groups of 128 MB.
+                with daft.execution_config_ctx(scantask_max_parallel=2, parquet_target_row_group_size=16 * 2**20):
+                    frame(number, passes).write_parquet(str(temporary), compression="zstd")
                 temporary.rename(done)
             files += sorted(str(path) for path in done.glob("*.parquet"))
         return files

@@ -35,7 +35,7 @@ from train.curate.shards import (
     remove_others,
 )
 from train.curate.sources import Found, Unit, find_units
-from train.curate.stage import GlobalStage, RowStage, Stage
+from train.curate.stage import REPETITIONS, GlobalStage, RowStage, Stage
 from train.files import write_file
 from train.lock import lock
 
@@ -298,26 +298,26 @@ class _Run:
 
     def _write(self) -> None:
         """Writes the documents that are kept."""
-        output, copies = self._curation.output, self._curation.has_copies
-        sources = self._view.sources([*output.reads, *(["copies"] if copies else [])])
-        settings = {**dataclasses.asdict(output), "copies": copies}
-        keys, jobs = {}, {}
+        output, repeats = self._curation.output, self._curation.repeats
+        sources = self._view.sources([*output.writes, output.by, *([REPETITIONS] if repeats else [])])
+        settings = {**dataclasses.asdict(output), "repeats": repeats}
+        keys = {}
         for shard in self._shards:
             reads = {source: self._records[source][shard.name].files[0].sha256 for source in sources}
             keys[shard.name] = digest([VERSION, settings, shard.sha256, reads])
-            jobs[shard.name] = [shard.name, keys[shard.name], shard.domain]
-        make = functools.partial(writing, self._view, output, copies)
+        make = functools.partial(writing, self._view, output, repeats)
         work = {shard.name: shard.size for shard in self._shards}
-        records = self._do(OUTPUT, make, keys, jobs, work, settings)
+        records = self._do(OUTPUT, make, keys, {name: [name, key] for name, key in keys.items()}, work, settings)
         remove_others(self._folder / OUTPUT, records)
         kept = sum(record.counts["documents"] for record in records.values())
         self._progress.end(kept, sum(shard.rows for shard in self._shards))
-        for source in self._curation.inputs:
-            of = [records[shard.name] for shard in self._shards if shard.domain == source.name]
-            totals = {name: sum(one.counts[name] for one in of) for name in ("documents", "written", "bytes")}
-            files = [file for one in of for file in one.files]
-            size = sum(file.size for file in files)
-            self._summary["output"][source.name] = {**totals, "files": len(files), "size": size}
+        totals: dict[str, Counter[str]] = {}
+        for record in records.values():
+            for name, counts in record.counts["by"].items():
+                totals.setdefault(name, Counter()).update(counts)
+            for file in record.files:
+                totals[file.name.partition("/")[0]].update({"files": 1, "size": file.size})
+        self._summary["output"] = {name: dict(totals[name]) for name in sorted(totals)}
         self._summary["lengths"]["written"] = _lengths(records.values())
         manifest = {
             "version": VERSION,

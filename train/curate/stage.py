@@ -11,14 +11,14 @@ import pyarrow.compute as pc
 
 from qwen_jax.errors import InputError
 from train.curate.engine import Resources
-from train.curate.operator import REASON, Compute, Operator
+from train.curate.operator import REASON, Compute, Operator, ShardOperator
 
 if TYPE_CHECKING:
     from train.curate.corpus import Corpus
 
 TEXT = "text"
-COPIES = "copies"
-"""A column that a stage may make, int32: how many times the output holds a document. Null is once."""
+REPETITIONS = "repetitions"
+"""A column that a stage may make, an integer: how many times the output holds a document. Null is once."""
 
 NO_TEXT = "no text"
 """The reason of a document without text where an operator reads it: a page that nothing has extracted."""
@@ -65,6 +65,11 @@ class RowStage(Stage):
     @property
     def light(self) -> bool:
         """Whether it does little but read and write; its function must be safe to call from several threads."""
+        return False
+
+    @property
+    def whole_shards(self) -> bool:
+        """Whether the function is given all documents of a shard at once, rather than some MB of them."""
         return False
 
     @abc.abstractmethod
@@ -137,6 +142,11 @@ class Map(RowStage):
         fields = {f.name: f.with_nullable(True) for operator in self.operators for f in operator.makes}
         fields[REASON] = pa.field(REASON, pa.string())
         return pa.schema(list(fields.values()))
+
+    @property
+    def whole_shards(self) -> bool:
+        """Whether an operator looks at a whole shard."""
+        return any(isinstance(operator, ShardOperator) for operator in self.operators)
 
     def settings(self) -> Mapping[str, Any]:
         """The settings of the operators."""

@@ -33,10 +33,9 @@ class UniqueIds(GlobalStage):
     def run(self, corpus: Corpus) -> Mapping[str, Any] | None:
         """Groups all ids by one query."""
         daft = corpus.engine.daft
-        # The order of the corpus as one number: shard, then row.
-        ranks = daft.from_pydict({SHARD: list(corpus.shards), "rank": list(range(len(corpus.shards)))})
-        place = (daft.col("rank") * daft.lit(2**40) + daft.col(ROW)).cast(daft.DataType.int64())
-        ids = corpus.narrow(["id"]).join(ranks, on=SHARD).with_column("place", place)
+        # The order of the corpus as one number.
+        place = daft.col(SHARD) * daft.lit(2**40) + daft.col(ROW)
+        ids = corpus.narrow(["id"]).with_column("place", place)
         first = ids.groupby("id").agg(
             daft.col("place").min().alias("first"), daft.col("place").count().alias("documents")
         )

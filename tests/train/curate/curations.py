@@ -17,7 +17,7 @@ from train.curate.corpus import ROW, SHARD, Corpus
 from train.curate.curation import Curation, GlobalStage, Input, Map, Output, Select
 from train.curate.operator import REASON, Compute, Operator
 from train.curate.run import RunOptions, run
-from train.curate.stage import COPIES
+from train.curate.stage import REPETITIONS
 
 WORDS = ("cat", "dog", "mat", "sat", "the", "über", "猫")
 
@@ -82,7 +82,7 @@ class FirstOfLength(GlobalStage):
 
     @property
     def makes(self) -> pa.Schema:
-        return pa.schema([pa.field(REASON, pa.string()), pa.field(COPIES, pa.int32())])
+        return pa.schema([pa.field(REASON, pa.string()), pa.field(REPETITIONS, pa.int32())])
 
     def run(self, corpus: Corpus) -> Mapping[str, Any]:
         table = corpus.narrow(["words"]).to_arrow().sort_by([(SHARD, "ascending"), (ROW, "ascending")])
@@ -94,7 +94,7 @@ class FirstOfLength(GlobalStage):
         short = pc.less_equal(table["words"], self.most)
         reason = pc.if_else(pc.and_(short, later), "a length that was there", None)
         made = table.drop_columns(["words"]).append_column(REASON, reason)
-        made = made.append_column(COPIES, pc.if_else(short, 1, 2).cast(pa.int32()))
+        made = made.append_column(REPETITIONS, pc.if_else(short, 1, 2).cast(pa.int32()))
         corpus.write_all(made)
         return {"lengths": len(first)}
 
@@ -127,7 +127,9 @@ def make_input(folder: Path, rng: np.random.Generator, count: int = 300) -> Path
     ids = [str(i) for i in range(count)]
     for i in rng.integers(1, count, 5):
         ids[i] = ids[0]
-    lines = [json.dumps({"key": key, "text": text, "n": i}) for i, (key, text) in enumerate(zip(ids, texts))]
+    lines = [
+        json.dumps({"key": key, "text": text, "n": i}) for i, (key, text) in enumerate(zip(ids, texts, strict=False))
+    ]
     half = count // 2
     (folder / "web" / "a.jsonl").write_text("\n".join(lines[:half]) + "\n")
     (folder / "web" / "b.jsonl").write_text("\n".join(lines[half:]) + "\n")

@@ -64,11 +64,12 @@ def test_a_run_that_is_killed_goes_on(source: Path, whole: Path, tmp_path: Path,
             while started.poll() is None and not (tmp_path / "run" / "lock.json").exists():
                 time.sleep(0.002)
             time.sleep(float(rng.random()) * 1.5)
-            started.send_signal(signal.SIGKILL)
+            # Also asked to end: it finishes the shards that are being done.
+            started.send_signal(sent := (signal.SIGTERM, signal.SIGKILL)[int(rng.integers(2))])
         status = started.wait()
         if status == 0:
             break
-        assert status == -signal.SIGKILL
+        assert status == -sent
         killed += 1
     assert made(tmp_path / "run") == made(whole)
     documents = json.loads((tmp_path / "run/summary.json").read_text())["stages"][0]["out"]
@@ -105,8 +106,7 @@ def test_what_is_kept_is_what_the_operators_say(whole: Path, source: Path) -> No
     for i, text in enumerate(pq.read_table(source / "books" / "c.parquet")["text"].to_pylist()):
         expected[f"c.parquet:row {i}"] = text
     kept, lengths = [], set()
-    # The order of the corpus is that of its shards' names.
-    for key, text in sorted(expected.items(), key=lambda pair: not pair[0].startswith("c")):
+    for key, text in expected.items():
         words = len(text.split())
         if text.startswith("cat") or not 5 <= words < 75 or (words <= 20 and words in lengths):
             continue

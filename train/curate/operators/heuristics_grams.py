@@ -47,7 +47,8 @@ def count_grams(words: np.ndarray, bounds: np.ndarray, lengths: np.ndarray) -> G
 
     # Places of repeated n-grams, ascending, and the group of equal n-grams that each belongs to. Groups are sorted by
     # document, because the most significant part of every key is.
-    places = np.arange(total)
+    places = groups = np.arange(total)
+    number = total
     key = document * (int(words.max(initial=0)) + 1) + words
     for n in range(1, DUPLICATE[-1] + 1):
         if n > 1:
@@ -72,14 +73,20 @@ def _group(key: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if not len(key):
         none = np.zeros(0, np.int64)
         return none, none, none
-    order = np.argsort(key)
-    ordered = key[order]
+    # Key and place in one number, where they fit: sorting numbers is faster than sorting places by their keys.
+    bits = len(key).bit_length()
+    if int(key.max()).bit_length() + bits < 64:
+        packed = np.sort((key << bits) | np.arange(len(key)))
+        order, ordered = packed & ((1 << bits) - 1), packed >> bits
+    else:
+        order = np.argsort(key, kind="stable")
+        ordered = key[order]
     new = np.ones(len(key), bool)
     np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
     starts = np.flatnonzero(new)
     groups = np.empty(len(key), np.int64)
     groups[order] = np.cumsum(new) - 1
-    return groups, np.diff(starts, append=len(key)), np.minimum.reduceat(order, starts)
+    return groups, np.diff(starts, append=len(key)), order[starts]
 
 
 def _top(

@@ -1,4 +1,5 @@
 """Numbers for words, so that counting and comparing them is arithmetic on arrays."""
+# ruff: noqa: RUF001 (marks of many scripts)
 
 import array
 import dataclasses
@@ -8,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from train.curate.operators.heuristics_words import split_run
+from train.curate.operators.heuristics_words import splitter
 
 # Characters with Unicode's property Sentence_Terminal (version 15), and three Khmer signs.
 _TERMINALS = """
@@ -28,7 +29,8 @@ TERMINALS = frozenset(
 """Marks that end a sentence, in all scripts."""
 
 # A run of these alone is a mark, not a word.
-_MARKS = TERMINALS | frozenset(string.punctuation) | frozenset("«´»–—’“”„…∶━►、。〈〉《》「」【】！％（），．１：；？～")
+_CONTROLS = "".join(map(chr, (*range(32), *range(127, 160))))
+_MARKS = "".join(TERMINALS) + string.punctuation + "«´»–—’“”„…∶━►、。〈〉《》「」【】！％（），．１：；？～" + _CONTROLS
 
 _OTHER, _PUNCTUATION, _TERMINAL = range(3)
 
@@ -77,7 +79,11 @@ class WordTable:
         self._length, self._kind = array.array("i"), array.array("b")
         self._proper, self._alphabetic = array.array("b"), array.array("b")
         self._bits = array.array("Q")
-        self._runs[SPACE]
+        self._split = splitter()
+        self._words[SPACE]
+        self._members.append(0)
+        self._starts.append(1)
+        dict.__setitem__(self._runs, SPACE, 0)
 
     def numbers(self, runs: Sequence[str]) -> np.ndarray:
         """The numbers of runs, int32 [runs]."""
@@ -113,19 +119,25 @@ class WordTable:
         )
 
     def _add_run(self, run: str) -> None:
-        words = [SPACE] if run == SPACE else split_run(run)
         self.characters += len(run)
-        self._members.extend(map(self._words.__getitem__, words))
+        number = self._words.__getitem__
+        self._members.fromlist([number(word) for word in self._split(run)])
         self._starts.append(len(self._members))
 
     def _add_word(self, word: str) -> None:
-        alphabetic = word.isalpha() or any(map(str.isalpha, word))
+        letters = word.isalpha() or (word.upper() != word.lower() if word.isascii() else any(map(str.isalpha, word)))
         self._length.append(len(word))
-        self._alphabetic.append(alphabetic)
-        self._proper.append(alphabetic or any(_proper(char) for char in word))
+        self._alphabetic.append(letters)
+        self._proper.append(letters or word.strip(_MARKS) != "")
         self._bits.append(self._stop.get(word, 0))
-        marks = not alphabetic and all(unicodedata.category(char)[0] == "P" for char in word)
-        self._kind.append(_TERMINAL if word in TERMINALS else _PUNCTUATION if marks else _OTHER)
+        if letters or word.isalnum():
+            kind = _OTHER
+        elif word in TERMINALS:
+            kind = _TERMINAL
+        else:
+            marks = all(unicodedata.category(char)[0] == "P" for char in word)
+            kind = _PUNCTUATION if marks and word != SPACE else _OTHER
+        self._kind.append(kind)
 
 
 def sums(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
@@ -148,10 +160,6 @@ def count_sentences(kinds: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     kinds, line = kinds[kept], line[kept]
     ends = (kinds[:-1] == _TERMINAL) & (kinds[1:] == _OTHER) & (line[:-1] == line[1:])
     return 1 + np.bincount(line[:-1][ends], minlength=len(bounds) - 1)
-
-
-def _proper(char: str) -> bool:
-    return char not in _MARKS and unicodedata.category(char) != "Cc"
 
 
 class _Numbers(dict[str, int]):

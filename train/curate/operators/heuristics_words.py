@@ -4,12 +4,13 @@ The rules are those of English treebanks, which filters of web text are tuned wi
 words of their own ("(well," has three), and so are clitics ("do n't") and some marks inside ("end.Next", "well-known",
 "x=y"). Abbreviations, faces and addresses stay whole.
 """
+# ruff: noqa: RUF001 (marks of many scripts)
 
 import functools
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _MARKS = "…,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪"
 _QUOTES = "'\",”“`‘´’‚„»«「」『』（）〔〕【】《》〈〉⟦⟧"
@@ -48,9 +49,9 @@ def split_words(text: str) -> Iterator[str]:
     return itertools.chain.from_iterable(map(_rules().split, text.split()))
 
 
-def split_run(run: str) -> list[str]:
-    """The words and marks of a run without white space; together they are the run."""
-    return _rules().split(run)
+def splitter() -> Callable[[str], list[str]]:
+    """A function that returns the words and marks of a run without white space; together they are the run."""
+    return _rules().split
 
 
 class _Rules:
@@ -64,9 +65,7 @@ class _Rules:
         # A letter that is not a capital may end a sentence, one that is not small may begin it.
         small, capital = rf"(?<={letter})(?<![A-Z{upper}])", rf"(?![a-z{lower}]){letter}"
         capitals = rf"(?<={letter * 2})(?<![a-z{lower}])(?<![a-z{lower}].)"
-        self._prefix = re.compile(
-            rf"\.\.+|…+|[CA]\$|US\$|[§%=—–{marks}{quotes}]|{_CURRENCY}|\+(?!\d)|{icons}"
-        )
+        self._prefix = re.compile(rf"\.\.+|…+|[CA]\$|US\$|[§%=—–{marks}{quotes}]|{_CURRENCY}|\+(?!\d)|{icons}")
         self._suffix = re.compile(
             rf"(?:\.\.+|…+|[{marks}{quotes}—–]|['’][sS]|{icons}|(?<=[0-9])(?:\+|{_CURRENCY}|{_UNITS})"
             rf"|(?:(?<=[0-9%²\-+|{marks}{quotes}])|{small}|{capitals})\.|(?<=°[FfCcKk])\.)$"
@@ -81,13 +80,14 @@ class _Rules:
             rf"(?:(?![A-Z{upper}]){letter}){{2,63}}|(?!10\.|127\.|169\.254\.|192\.168\.)"
             r"(?:[1-9]\d?|1\d\d|2[01]\d|22[0-3])(?:\.\d{1,3}){3})(?::\d{2,5})?(?:[/?#]\S*)?"
         )
+        self._host = re.compile(r"[\w.\-+\u00a1-\uffff]+(?:[:/?#]|$)")
         # For ASCII: the same rules, where a search skips to the next mark.
         self._ascii_infix = re.compile(
             r"[.+\-*^,~:<>=/](?:(?<=\.)\.+|(?<=[0-9][+\-*^])(?=[0-9-])|(?<=[a-z\"',`]\.)(?=[A-Z\"',`])"
             r"|(?<=[A-Za-z],)(?=[A-Za-z])|(?<=[A-Za-z0-9]-)-?-?(?=[A-Za-z])|(?<=[A-Za-z0-9][~:<>=/])(?=[A-Za-z]))"
         )
-        self._ascii_start = re.compile(r"[%=$.+]|[CA]\$|US\$")
-        self._ascii_end = re.compile(rf"(?:[.+%$]|'[sS]|[0-9](?:{_UNITS}))$")
+        self._ascii_start = re.compile(r"[%=$.+]|[CA]\$|US\$").match
+        self._ascii_end = re.compile(rf"(?:[.+%$]|'[sS]|[0-9](?:{_UNITS}))$").search
         self._special: dict[str, list[str]] = {}
         self._longest = 0
         # What the rules for marks alone make of the specials, by first word.
@@ -104,35 +104,40 @@ class _Rules:
 
     def split(self, run: str) -> list[str]:
         """The words of a run: a quick way that most runs take, and one that knows all rules."""
-        if run in self._special:
-            return self._special[run]
+        special = self._special
+        if run in special:
+            return special[run]
         if run.isalpha():
             return [run]
-        return (self._quickly(run) if run.isascii() else None) or self._thoroughly(run)
+        if not run.isascii():
+            return self._thoroughly(run)
 
-    def _quickly(self, run: str) -> list[str] | None:
-        """The words of a run of ASCII; None if it needs the other rules."""
+        # Marks at both ends.
         body = run.lstrip(_ASCII_MARKS)
-        before, after = run[: len(run) - len(body)], ""
+        begin = len(run) - len(body)
         while body:
-            stripped = body.rstrip(_ASCII_MARKS)
-            if stripped[-1:] == "." and stripped[-2:-1] in _BEFORE_STOP and stripped not in self._special:
-                stripped = stripped[:-1]
-            if len(stripped) == len(body):
+            rest = body.rstrip(_ASCII_MARKS)
+            if rest[-1:] == "." and rest[-2:-1] in _BEFORE_STOP and rest not in special:
+                rest = rest[:-1]
+            if len(rest) == len(body):
                 break
-            after, body = body[len(stripped) :] + after, stripped
+            body = rest
+        words = [*run[:begin]]
         if not body:
-            middle = []
-        elif body in self._special:
-            middle = self._special[body]
+            pass
+        elif body in special:
+            words += special[body]
         elif body.isalpha():
-            middle = [body]
-        elif self._ascii_start.match(body) or self._ascii_end.search(body, max(0, len(body) - 6)):
-            return None
+            words.append(body)
+        elif self._ascii_start(body) or self._ascii_end(body, max(0, len(body) - 6)):
+            return self._thoroughly(run)
         else:
-            middle = self._inside(body, self._ascii_infix)
-        words = [*before, *middle, *after]
-        return words if self._pairs.isdisjoint(itertools.pairwise(words)) else None
+            words += self._inside(body, self._ascii_infix)
+        end = begin + len(body)
+        if end < len(run):
+            words += run[end:]
+        # Specials that are made of several marks and words.
+        return words if len(words) < 2 or self._pairs.isdisjoint(itertools.pairwise(words)) else self._thoroughly(run)
 
     def _thoroughly(self, run: str) -> list[str]:
         """The words of a run by all rules."""
@@ -190,7 +195,7 @@ class _Rules:
         for match in infix.finditer(core):
             if match.start() == 0:
                 continue
-            if start == 0 and "." in core and self._address.fullmatch(core):
+            if start == 0 and "." in core and self._is_address(core):
                 break
             if match.start() > start:
                 words.append(core[start : match.start()])
@@ -199,6 +204,10 @@ class _Rules:
         if start < len(core):
             words.append(core[start:])
         return words
+
+    def _is_address(self, core: str) -> bool:
+        """Whether it is a URL, a host or an electronic mail address; a quick look is enough for most code."""
+        return bool((self._host.match(core) or "@" in core) and self._address.fullmatch(core))
 
     def _joined(self, words: list[str]) -> list[str]:
         """Puts specials together that were split; where they overlap, the longest and then the first one stays."""
@@ -253,7 +262,9 @@ def _specials() -> dict[str, list[str]]:
         "these those": "ll ll've re ve d d've",
         "could might must should would": "ve",
     }
-    parts = [(word, f"'{part}") for group, tails in subjects.items() for word in group.split() for part in tails.split()]
+    parts = [
+        (word, f"'{part}") for group, tails in subjects.items() for word in group.split() for part in tails.split()
+    ]
     parts += [(word, "n't") for word in "ai are is was were have has dare".split()]
     for word in "ca could do does did had may might must need ought sha should wo would".split():
         parts += [(word, "n't"), (word, "n't've")]
@@ -279,7 +290,9 @@ def _faces() -> Iterator[str]:
     yield from map("".join, itertools.product(":", ("", "-"), mouths))
     yield from map("".join, itertools.product((":'", ":'-", ";", ";-"), "()"))
     yield from map("".join, itertools.product("([", ("", "-"), ":"))
-    yield from (":1 =) (= =( =[ [= =] ]= =/ =| =3 =D ;D ;-D 8) 8-) (-8 8D 8-D (; (-; ): )-: >:( >:o :o) (o: :()").split()
+    yield from (
+        ":1 =) (= =( =[ [= =] ]= =/ =| =3 =D ;D ;-D 8) 8-) (-8 8D 8-D (; (-; ): )-: >:( >:o :o) (o: :()"
+    ).split()
     yield from "xD XD xDD XDD <3 <33 <333 </3 ^_^ ^__^ ^___^ >.< >.> <.< ._. ;_; -_- -__- @_@".split()
     for left, mouth, right in itertools.product("oO0vV", "_.", "oO0vV"):
         if left.lower() + right.lower() != "vo":
