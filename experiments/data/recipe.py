@@ -8,6 +8,8 @@
 from pathlib import Path
 
 from train.curate.curation import Curation, Input, Map, Select
+from train.curate.deduplicate_stage import Deduplicate
+from train.curate.operators.fingerprint import Fingerprint
 from train.curate.operators.heuristics import FineWeb, GopherQuality, GopherRepetition, Statistics
 from train.curate.operators.html import ExtractText
 from train.curate.operators.language import Language
@@ -52,5 +54,7 @@ def curation(corpus: str) -> Curation:
         Select("domain == 'code' or gopher_quality is None", "quality"),
         Select("domain == 'code' or gopher_repetition is None", "repetition"),
         Select("domain == 'code' or fineweb is None", "lines"),
+        Map("fingerprints", [Fingerprint()]),
+        Deduplicate(),
     ]
     return Curation(inputs(corpus), stages, name="curated")
