@@ -77,7 +77,10 @@ def write_outputs(
             file.close()
             os.replace(name, path)
     except OSError as error:
-        raise InputError(f"Cannot write the outputs in {folder}: {error.strerror}.") from None
+        raise InputError(
+            f"Cannot write the outputs in {folder}: {error.strerror}. Make room or allow it, and run the same "
+            "command again."
+        ) from None
     finally:
         for file in files:
             file.close()

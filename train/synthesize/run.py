@@ -1,7 +1,6 @@
 """Runs a pipeline: part by part, many items at a time, resumable at any moment without paying twice."""
 
 import asyncio
-import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
@@ -30,6 +29,7 @@ from train.synthesize.pipeline import Pipeline, Stage, Together
 from train.synthesize.progress import SynthesisProgress
 from train.synthesize.report import to_html
 from train.synthesize.store import Store
+from train.synthesize.threads import DaemonThreads
 
 ANSWERS, PARTS, SUMMARY, REPORT = "answers.sqlite", "parts", "summary.json", "report.html"
 # A check is refused once it was wrong in more than this share of at least so many known cases.
@@ -138,7 +138,7 @@ class _Run:
         """Runs all stages, writes outputs, summary and report, and raises what ended the run early."""
         began = time.monotonic()
         segments, counts, written = list(_segments(self._pipeline.stages)), Counts(), list[Written]()
-        threads = concurrent.futures.ThreadPoolExecutor(self._options.workers, thread_name_prefix="check")
+        threads = DaemonThreads(self._options.workers, "check")
         services = Services(
             self._generators,
             self._store,
@@ -174,7 +174,7 @@ class _Run:
             except OSError as error:
                 self._fault = self._fault or _not_written(self._folder, error)
             finally:
-                threads.shutdown()
+                threads.shutdown(wait=False)
                 for generator in {id(g): g for g in self._generators.values()}.values():
                     await generator.close()
         summary = self._summary(counts, written, time.monotonic() - began)
