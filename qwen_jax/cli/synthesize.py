@@ -110,7 +110,12 @@ def _with_arguments(recipe: Callable[..., Any]) -> type[Options]:
             raise InputError(f"The recipe's argument {name} is an option of the command already. Give it another name.")
         kind = Any if parameter.annotation is parameter.empty else parameter.annotation
         if isinstance(kind, str):
-            kind = inspect.get_annotations(recipe, eval_str=True)[name]
+            try:
+                kind = inspect.get_annotations(recipe, eval_str=True)[name]
+            except Exception as error:
+                raise InputError(f"The type {kind} of the recipe's argument {name} cannot be read: {error}.") from None
+        if isinstance(parameter.default, list | dict | set):
+            raise InputError(f"The recipe's argument {name} has a default that can be changed. Give a tuple or None.")
         default = {} if parameter.default is parameter.empty else {"default": parameter.default}
         fields.append((name, kind, dataclasses.field(**default)))
     made = dataclasses.make_dataclass("Options", fields, bases=(Options,), frozen=True, kw_only=True)

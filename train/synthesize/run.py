@@ -1,7 +1,6 @@
 """Runs a pipeline: part by part, many items at a time, resumable at any moment without paying twice."""
 
 import asyncio
-import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
@@ -30,6 +29,7 @@ from train.synthesize.pipeline import Pipeline, Stage, Together
 from train.synthesize.progress import SynthesisProgress
 from train.synthesize.report import to_html
 from train.synthesize.store import Store
+from train.synthesize.threads import DaemonThreads
 
 ANSWERS, PARTS, SUMMARY, REPORT = "answers.sqlite", "parts", "summary.json", "report.html"
 # A check is refused once it was wrong in more than this share of at least so many known cases.
@@ -95,10 +95,13 @@ def run(
     """
     if missing := sorted(set(pipeline.models) - set(generators)):
         raise InputError(f"The pipeline {pipeline.name} asks the model {missing[0]}, which was not given.")
+    options = options or RunOptions()
+    if options.max_cost is not None and not any(getattr(generators[name], "prices", None) for name in pipeline.models):
+        raise InputError("max_cost is given, but no price: costs would stay 0. Give the price of a model (--price).")
     with lock(folder):
         store = Store(folder / ANSWERS)
         try:
-            return asyncio.run(_Run(pipeline, generators, folder, store, options or RunOptions(), console).run())
+            return asyncio.run(_Run(pipeline, generators, folder, store, options, console).run())
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
         finally:
@@ -135,7 +138,7 @@ class _Run:
         """Runs all stages, writes outputs, summary and report, and raises what ended the run early."""
         began = time.monotonic()
         segments, counts, written = list(_segments(self._pipeline.stages)), Counts(), list[Written]()
-        threads = concurrent.futures.ThreadPoolExecutor(self._options.workers, thread_name_prefix="check")
+        threads = DaemonThreads(self._options.workers, "check")
         services = Services(
             self._generators,
             self._store,
@@ -154,7 +157,7 @@ class _Run:
                     parts = Parts(self._folder / PARTS / f"{number:02d}")
                     first = stages[0]
                     if isinstance(first, Together):
-                        done = self._together(first, parts, items, inputs, counts)
+                        done = await self._together(first, parts, items, inputs, counts)
                     else:
                         done = await self._apart(
                             [s for s in stages if isinstance(s, Stage)], parts, items, services, counts
@@ -167,14 +170,19 @@ class _Run:
                 else:
                     written = write_outputs(self._pipeline, items, self._folder, self._versions())
             except (InputError, GeneratorDownError) as error:
-                self._fault = error
+                self._fault = self._fault or error
+            except OSError as error:
+                self._fault = self._fault or _not_written(self._folder, error)
             finally:
-                threads.shutdown()
+                threads.shutdown(wait=False)
                 for generator in {id(g): g for g in self._generators.values()}.values():
                     await generator.close()
         summary = self._summary(counts, written, time.monotonic() - began)
-        write_file(self._folder / SUMMARY, to_json(summary, indent=1).encode())
-        write_file(self._folder / REPORT, to_html(summary).encode())
+        try:
+            write_file(self._folder / SUMMARY, to_json(summary, indent=1).encode())
+            write_file(self._folder / REPORT, to_html(summary).encode("utf-8", "replace"))
+        except OSError as error:
+            self._fault = self._fault or _not_written(self._folder, error)
         if isinstance(self._fault, GeneratorDownError):
             raise InputError(
                 f"{self._fault} What was answered is kept in {self._folder}: run the same command again to go on."
@@ -197,16 +205,20 @@ class _Run:
         running: set[asyncio.Task[None]] = set()
         by_part: dict[int, Counts] = {}
         number = -1
-        for number, batch in enumerate(_batches(items, self._options.part_items)):
-            if len(running) >= self._options.parts_at_once:
-                ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in ended:
-                    task.result()
-            if self._fault is not None or self._stopped_by:
-                break
-            part = self._part(number, batch, signature, stages, parts, services, by_part)
-            running.add(asyncio.create_task(part))
-            await asyncio.sleep(0)
+        try:
+            for number, batch in enumerate(_batches(items, self._options.part_items)):
+                if len(running) >= self._options.parts_at_once:
+                    ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    for task in ended:
+                        task.result()
+                if self._fault is not None or self._stopped_by:
+                    break
+                part = self._part(number, batch, signature, stages, parts, services, by_part)
+                running.add(asyncio.create_task(part))
+                await asyncio.sleep(0)
+        except (InputError, OSError) as error:
+            # What the other parts have asked for is awaited.
+            self._fault = self._fault or (error if isinstance(error, InputError) else _not_read(error))
         await asyncio.gather(*running)
         for known in sorted(by_part):
             counts.add(by_part[known])
@@ -235,7 +247,11 @@ class _Run:
             lost = [one for one in flat if isinstance(one, Lost)]
             for one in lost:
                 counts.lose(one)
-            parts.write(number, signature, [one for one in flat if isinstance(one, Item)], lost, counts)
+            try:
+                parts.write(number, signature, [one for one in flat if isinstance(one, Item)], lost, counts)
+            except OSError as error:
+                self._fault = self._fault or _not_written(self._folder, error)
+                return
         by_part[number] = counts
         self._audit(counts)
         self._progress.part(counts, stages[-1].name)
@@ -248,13 +264,13 @@ class _Run:
             self._may_go_on()
             context = Context(item, stage.name, services)
             try:
-                made = _made(await stage.work(item, context), context.taken())
+                made = _made(stage.name, await stage.work(item, context), context.taken())
             except StoppedError:
                 raise
             except (InputError, GeneratorDownError) as error:
                 self._fault = self._fault or error
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._fault = self._fault or _failure(stage.name, item, error)
                 raise self._fault from error
             counts.entered[stage.name] += 1
@@ -271,7 +287,7 @@ class _Run:
             item = made[0]
         return [item]
 
-    def _together(self, stage: Together, parts: Parts, items: Iterator[Item], inputs: str, counts: Counts) -> int:
+    async def _together(self, stage: Together, parts: Parts, items: Iterator[Item], inputs: str, counts: Counts) -> int:
         """Brings all items through a stage that looks at all of them; returns how many parts there are."""
         signature = content_key(
             self._pipeline.name, self._pipeline.seed, dict(self._pipeline.settings), stage.name, stage.version, inputs
@@ -279,12 +295,13 @@ class _Run:
         # Parts that are there stay as they are, but the stage has to see all items again.
         number = -1
         for number, batch in enumerate(_batches(stage.work(items), self._options.part_items)):
+            await asyncio.sleep(0)  # Signals come in between.
             if self._stopped_by:
                 break
             here, kept, lost = Counts(), list[Item](), list[Lost]()
             here.entered[stage.name] = len(batch)
             for item, result in batch:
-                made = _made(result, [])
+                made = _made(stage.name, result, [])
                 if isinstance(made, Rejected):
                     lost.append(Lost(item, stage.name, made))
                     here.lose(lost[-1])
@@ -389,7 +406,7 @@ class _Run:
             "settings": dict(self._pipeline.settings),
             "models": {name: generator.model for name, generator in self._generators.items()},
             "finished": bool(written),
-            "stopped_by": self._stopped_by,
+            "stopped_by": 0 if written else self._stopped_by,
             "fault": None if self._fault is None else str(self._fault),
             "stages": [
                 {
@@ -424,20 +441,41 @@ def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def _failure(stage: str, item: Item, error: Exception) -> InputError:
+def _not_written(folder: Path, error: OSError) -> InputError:
+    return InputError(
+        f"Cannot write in {folder}: {error.strerror or error}. Make room or allow it, and run the same command again: "
+        "what was answered is kept."
+    )
+
+
+def _not_read(error: OSError) -> InputError:
+    return InputError(
+        f"Cannot read {error.filename or 'the source'}: {error.strerror or error}. Mend it and run again."
+    )
+
+
+def _failure(stage: str, item: Item, error: BaseException) -> InputError:
     return InputError(
         f"The stage {stage} failed on the item {item.id}: {type(error).__name__}: {error}. Mend it, and run the same "
         "command again; answers are kept."
     )
 
 
-def _made(result: object, steps: Sequence[Mapping[str, Any]]) -> list[Item] | Rejected:
+def _made(stage: str, result: object, steps: Sequence[Mapping[str, Any]]) -> list[Item] | Rejected:
     """What a stage made, with what it did."""
     if isinstance(result, Rejected):
+        if not (isinstance(result.reason, str) and isinstance(result.detail, str)):
+            raise InputError(f"The stage {stage} gave Rejected without texts: {str(result)[:200]}. Give two texts.")
         return result
     made = [result] if isinstance(result, Item) else list(result) if isinstance(result, Sequence) else None
     if made is None or not all(isinstance(one, Item) for one in made):
-        raise InputError(f"A stage must give an Item, Items or Rejected, got {type(result).__name__}.")
+        raise InputError(f"The stage {stage} must give an Item, Items or Rejected, got a {type(result).__name__}.")
     if not made:
         return Rejected("nothing came out")
-    return [dataclasses.replace(one, steps=(*one.steps, *steps)) for one in made]
+    made = [dataclasses.replace(one, steps=(*one.steps, *steps)) for one in made]
+    for one in made:
+        try:
+            to_json(one.to_json())
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"The stage {stage} gave an item {one.id} that is no JSON: {error}.") from None
+    return made
