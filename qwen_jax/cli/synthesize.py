@@ -194,6 +194,8 @@ def _text(summary: dict[str, Any], folder: Path) -> str:
         + "".join(f"\n    {count:,} {reason}" for reason, count in stage["rejected"].items())
         for stage in summary["stages"]
     ]
+    if summary["repeated"]:
+        lines.insert(0, f"source: {summary['repeated']:,} items that came before were left out")
     lines += [f"{folder / output['name']}.jsonl: {output['rows']:,} examples" for output in summary["outputs"]]
     if not summary["finished"]:
         lines.append("Stopped early: the same command goes on from here.")

@@ -28,7 +28,7 @@ from train.synthesize.parts import Counts, Lost, Parts
 from train.synthesize.pipeline import Pipeline, Stage, Together
 from train.synthesize.progress import SynthesisProgress
 from train.synthesize.report import to_html
-from train.synthesize.store import Store
+from train.synthesize.store import Seen, Store
 from train.synthesize.threads import DaemonThreads
 
 ANSWERS, PARTS, SUMMARY, REPORT = "answers.sqlite", "parts", "summary.json", "report.html"
@@ -127,7 +127,7 @@ class _Run:
         spent = store.spent()
         self._spent_tokens = sum(prompt + tokens for _, prompt, tokens in spent.values())
         self._spent_cost = sum(self._cost(model, prompt, tokens) for model, (_, prompt, tokens) in spent.items())
-        self._asked, self._stopped_by, self._refused = 0, 0, Counter[str]()
+        self._asked, self._stopped_by, self._refused, self._repeated = 0, 0, Counter[str](), 0
         if options.retry_refused and store.drop_refused():
             # Nobody knows which parts lack an answer: all are made again, with the answers that are kept.
             shutil.rmtree(folder / PARTS, ignore_errors=True)
@@ -151,7 +151,7 @@ class _Run:
         )
         with SynthesisProgress(self._console, len(segments)) as self._progress, self._signals():
             try:
-                items, inputs = self._pipeline.source(), "source"
+                items, inputs = self._distinct(self._pipeline.source()), "source"
                 for number, stages in enumerate(segments):
                     self._progress.begin(stages)
                     parts = Parts(self._folder / PARTS / f"{number:02d}")
@@ -190,6 +190,18 @@ class _Run:
         if self._fault is not None:
             raise self._fault
         return summary
+
+    def _distinct(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The items whose id did not come before: the others would be the same examples once more."""
+        seen = Seen()
+        try:
+            for item in items:
+                if seen.add(item.id):
+                    yield item
+                else:
+                    self._repeated += 1
+        finally:
+            seen.close()
 
     async def _apart(
         self, stages: Sequence[Stage], parts: Parts, items: Iterator[Item], services: Services, counts: Counts
@@ -408,6 +420,7 @@ class _Run:
             "finished": bool(written),
             "stopped_by": 0 if written else self._stopped_by,
             "fault": None if self._fault is None else str(self._fault),
+            "repeated": self._repeated,
             "stages": [
                 {
                     "name": stage.name,

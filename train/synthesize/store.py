@@ -15,6 +15,31 @@ from train.synthesize.generator import Answer
 _LOCKED_SECONDS = 30.0
 
 
+class Seen:
+    """Names that came before, on disk: the memory does not grow with them. Only one thread uses it."""
+
+    def __init__(self) -> None:
+        # A file without a name, in the folder for temporary files; the system removes it.
+        self._file = sqlite3.connect("", isolation_level=None)
+        self._file.execute("PRAGMA journal_mode=OFF")
+        self._file.execute("CREATE TABLE seen (name TEXT PRIMARY KEY) WITHOUT ROWID")
+
+    def add(self, name: str) -> bool:
+        """Adds a name; whether it is new.
+
+        Raises:
+          InputError: there is no room for it.
+        """
+        try:
+            return self._file.execute("INSERT OR IGNORE INTO seen VALUES (?)", (name,)).rowcount == 1
+        except sqlite3.Error as error:
+            raise InputError(f"Cannot write temporary files: {error}. Make room there, or set TMPDIR.") from None
+
+    def close(self) -> None:
+        """Closes the file, which is then gone."""
+        self._file.close()
+
+
 class Store:
     """Answers of models and verdicts of checks, by the hash of what they answer. Only one thread uses it.
 
