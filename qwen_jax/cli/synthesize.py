@@ -168,6 +168,7 @@ def _generators(options: Options, names: Sequence[str]) -> dict[str, Any]:
                 prices=_price(prices[of]) if of in prices else None,
             )
         made[name] = by_spec[key]
+    opening.tell_apart(by_spec.values())
     return made
 
 

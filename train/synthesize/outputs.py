@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,6 +13,7 @@ from train.files import temporary_name
 from train.synthesize.item import Item
 from train.synthesize.pipeline import Output, Pipeline
 
+EARLIER = "earlier"
 _SAMPLES, _SHOWN = 5, 4000
 
 
@@ -87,6 +88,21 @@ def write_outputs(
         for name in temporary:
             name.unlink(missing_ok=True)
     return written
+
+
+def set_aside(folder: Path, names: Iterable[str]) -> list[str]:
+    """Moves outputs of an earlier run into the folder "earlier", where they replace older ones; returns their names.
+
+    Args:
+      folder: of the run.
+      names: of outputs, which need not be there.
+    """
+    there = [name for name in dict.fromkeys(names) if (folder / f"{name}.jsonl").exists()]
+    if there:
+        (folder / EARLIER).mkdir(exist_ok=True)
+    for name in there:
+        os.replace(folder / f"{name}.jsonl", folder / EARLIER / f"{name}.jsonl")
+    return there
 
 
 def _rows(output: Output, item: Item, provenance: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str, str]]:

@@ -99,5 +99,10 @@ class Pipeline:
                     f"Expected {what} with different names in the pipeline {self.name}, got "
                     f"{', '.join(names) or 'none'}. Give each a name of its own."
                 )
-        if wrong := [output.name for output in self.outputs if not re.fullmatch(r"\w[\w.-]{0,99}", output.name)]:
+        if wrong := [output.name for output in self.outputs if not is_output_name(output.name)]:
             raise InputError(f"Expected letters, digits, _ and - in the name of an output, got {wrong[0]!r}.")
+
+
+def is_output_name(name: str) -> bool:
+    """Whether a text can be the name of an output: it is that of a file."""
+    return re.fullmatch(r"\w[\w.-]{0,99}", name) is not None

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -21,11 +22,12 @@ from qwen_jax.files import to_json
 from train.files import write_file
 from train.lock import lock
 from train.synthesize.context import Context, Services, StoppedError, all_of
+from train.synthesize.faults import failure, made_of, not_read, not_written
 from train.synthesize.generator import Answer, Generator, GeneratorDownError
 from train.synthesize.item import Item, Rejected, content_key
-from train.synthesize.outputs import Written, write_outputs
+from train.synthesize.outputs import EARLIER, Written, set_aside, write_outputs
 from train.synthesize.parts import Counts, Lost, Parts
-from train.synthesize.pipeline import Pipeline, Stage, Together
+from train.synthesize.pipeline import Pipeline, Stage, Together, is_output_name
 from train.synthesize.progress import SynthesisProgress
 from train.synthesize.report import to_html
 from train.synthesize.store import Seen, Store
@@ -86,7 +88,7 @@ def run(
 
     Returns:
       The summary, which is also written: counts, yields, verdicts, tokens and cost. "stopped_by" is the signal that
-      ended the run early, or 0.
+      ended the run early, or 0. Examples that the run did not write itself are moved into the folder "earlier".
 
     Raises:
       InputError: a generator is down, the budget is used up, a stage fails, or a check is wrong too often. The report
@@ -172,17 +174,18 @@ class _Run:
             except (InputError, GeneratorDownError) as error:
                 self._fault = self._fault or error
             except OSError as error:
-                self._fault = self._fault or _not_written(self._folder, error)
+                self._fault = self._fault or not_written(self._folder, error)
             finally:
                 threads.shutdown(wait=False)
                 for generator in {id(g): g for g in self._generators.values()}.values():
                     await generator.close()
         summary = self._summary(counts, written, time.monotonic() - began)
         try:
+            self._set_aside(written)
             write_file(self._folder / SUMMARY, to_json(summary, indent=1).encode())
             write_file(self._folder / REPORT, to_html(summary).encode("utf-8", "replace"))
         except OSError as error:
-            self._fault = self._fault or _not_written(self._folder, error)
+            self._fault = self._fault or not_written(self._folder, error)
         if isinstance(self._fault, GeneratorDownError):
             raise InputError(
                 f"{self._fault} What was answered is kept in {self._folder}: run the same command again to go on."
@@ -230,7 +233,7 @@ class _Run:
                 await asyncio.sleep(0)
         except (InputError, OSError) as error:
             # What the other parts have asked for is awaited.
-            self._fault = self._fault or (error if isinstance(error, InputError) else _not_read(error))
+            self._fault = self._fault or (error if isinstance(error, InputError) else not_read(error))
         await asyncio.gather(*running)
         for known in sorted(by_part):
             counts.add(by_part[known])
@@ -262,7 +265,7 @@ class _Run:
             try:
                 parts.write(number, signature, [one for one in flat if isinstance(one, Item)], lost, counts)
             except OSError as error:
-                self._fault = self._fault or _not_written(self._folder, error)
+                self._fault = self._fault or not_written(self._folder, error)
                 return
         by_part[number] = counts
         self._audit(counts)
@@ -276,14 +279,14 @@ class _Run:
             self._may_go_on()
             context = Context(item, stage.name, services)
             try:
-                made = _made(stage.name, await stage.work(item, context), context.taken())
+                made = made_of(stage.name, await stage.work(item, context), context.taken())
             except StoppedError:
                 raise
             except (InputError, GeneratorDownError) as error:
                 self._fault = self._fault or error
                 raise
             except (Exception, SystemExit) as error:
-                self._fault = self._fault or _failure(stage.name, item, error)
+                self._fault = self._fault or failure(stage.name, item, error)
                 raise self._fault from error
             counts.entered[stage.name] += 1
             for audited in context.audits:
@@ -313,7 +316,7 @@ class _Run:
             here, kept, lost = Counts(), list[Item](), list[Lost]()
             here.entered[stage.name] = len(batch)
             for item, result in batch:
-                made = _made(stage.name, result, [])
+                made = made_of(stage.name, result, [])
                 if isinstance(made, Rejected):
                     lost.append(Lost(item, stage.name, made))
                     here.lose(lost[-1])
@@ -399,6 +402,18 @@ class _Run:
             for number in added:
                 loop.remove_signal_handler(number)
 
+    def _set_aside(self, written: Sequence[Written]) -> None:
+        """Examples of an earlier run that this one has not written anew do not stay beside its summary."""
+        try:
+            earlier = [str(one["name"]) for one in json.loads((self._folder / SUMMARY).read_bytes())["outputs"]]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            earlier = []
+        now = {one.name for one in written}
+        known = [*earlier, *(output.name for output in self._pipeline.outputs)]
+        # A name comes from a file: it must be one that a pipeline can have.
+        if moved := set_aside(self._folder, [name for name in known if is_output_name(name) and name not in now]):
+            self._progress.say(f"Examples of an earlier run are now in {self._folder / EARLIER}: {', '.join(moved)}.")
+
     def _versions(self) -> dict[str, Any]:
         return {"pipeline": self._pipeline.name, "seed": self._pipeline.seed, "qwen_jax": metadata.version("qwen_jax")}
 
@@ -452,43 +467,3 @@ def _segments(stages: Sequence[Stage | Together]) -> Iterator[list[Stage | Toget
 def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
     while batch := list(itertools.islice(items, size)):
         yield batch
-
-
-def _not_written(folder: Path, error: OSError) -> InputError:
-    return InputError(
-        f"Cannot write in {folder}: {error.strerror or error}. Make room or allow it, and run the same command again: "
-        "what was answered is kept."
-    )
-
-
-def _not_read(error: OSError) -> InputError:
-    return InputError(
-        f"Cannot read {error.filename or 'the source'}: {error.strerror or error}. Mend it and run again."
-    )
-
-
-def _failure(stage: str, item: Item, error: BaseException) -> InputError:
-    return InputError(
-        f"The stage {stage} failed on the item {item.id}: {type(error).__name__}: {error}. Mend it, and run the same "
-        "command again; answers are kept."
-    )
-
-
-def _made(stage: str, result: object, steps: Sequence[Mapping[str, Any]]) -> list[Item] | Rejected:
-    """What a stage made, with what it did."""
-    if isinstance(result, Rejected):
-        if not (isinstance(result.reason, str) and isinstance(result.detail, str)):
-            raise InputError(f"The stage {stage} gave Rejected without texts: {str(result)[:200]}. Give two texts.")
-        return result
-    made = [result] if isinstance(result, Item) else list(result) if isinstance(result, Sequence) else None
-    if made is None or not all(isinstance(one, Item) for one in made):
-        raise InputError(f"The stage {stage} must give an Item, Items or Rejected, got a {type(result).__name__}.")
-    if not made:
-        return Rejected("nothing came out")
-    made = [dataclasses.replace(one, steps=(*one.steps, *steps)) for one in made]
-    for one in made:
-        try:
-            to_json(one.to_json())
-        except (TypeError, ValueError, RecursionError) as error:
-            raise InputError(f"The stage {stage} gave an item {one.id} that is no JSON: {error}.") from None
-    return made

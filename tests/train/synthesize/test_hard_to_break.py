@@ -271,3 +271,34 @@ def test_arguments_that_cannot_be_options_are_named(tmp_path: Path, argument: st
     recipe.write_text(f"def pipeline(*, {argument}): ...\n")
     with pytest.raises(InputError, match=message):
         synthesize(["--config", str(recipe), "--output", str(tmp_path / "out"), "--model", "http://127.0.0.1:9/v1"])
+
+
+def test_examples_and_summary_belong_together(tmp_path: Path) -> None:
+    def named(*names: str, fails: bool = False) -> Pipeline:
+        async def work(item: Item, context: Context) -> Result:
+            return item.update(answer=str(1 / (item["text"][0] != "7" or not fails)))
+
+        rows = [Output(name, lambda item: [{"prompt": item["text"], "completion": item["answer"]}]) for name in names]
+        return Pipeline("small", pipeline_of(Stage("work", work)).source, [Stage("work", work, 1 + fails)], rows)
+
+    def there() -> set[str]:
+        return {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.jsonl") if "parts" not in path.parts}
+
+    run(named("one", "two"), {"generator": generator()}, tmp_path)
+    whole = (tmp_path / "one.jsonl").read_bytes()
+    assert there() == {"one.jsonl", "two.jsonl"}
+    # A run that ends early leaves no examples of an earlier one beside its summary.
+    with pytest.raises(InputError, match="ZeroDivisionError"):
+        run(named("one", fails=True), {"generator": generator()}, tmp_path)
+    assert there() == {"earlier/one.jsonl", "earlier/two.jsonl"}
+    assert (tmp_path / "earlier/one.jsonl").read_bytes() == whole
+    # Nor does one with other outputs.
+    run(named("one", "two"), {"generator": generator()}, tmp_path)
+    run(named("two", "three"), {"generator": generator()}, tmp_path)
+    assert there() == {"two.jsonl", "three.jsonl", "earlier/one.jsonl", "earlier/two.jsonl"}
+    # A summary of others moves nothing outside of the folder.
+    (tmp_path / "out").mkdir()
+    (tmp_path / "kept.jsonl").write_text("x")
+    (tmp_path / "out" / "summary.json").write_text(json.dumps({"outputs": [{"name": "../kept"}, {"name": 3}, {}]}))
+    run(named("two"), {"generator": generator()}, tmp_path / "out")
+    assert (tmp_path / "kept.jsonl").exists()
