@@ -161,7 +161,7 @@ def _generators(options: Options, names: Sequence[str]) -> dict[str, Any]:
         if key not in by_spec:
             by_spec[key] = opening.open_generator(
                 key[0],
-                load=_load,
+                load=load_engine,
                 model=key[1],
                 concurrency=options.concurrency,
                 give_up_after=options.give_up_after,
@@ -172,7 +172,7 @@ def _generators(options: Options, names: Sequence[str]) -> dict[str, Any]:
     return made
 
 
-def _load(name: str, max_seqs: int) -> Any:
+def load_engine(name: str, max_seqs: int) -> Any:
     """Loads a checkpoint; see `train.synthesize.engine_generator.LoadEngine`."""
     from qwen_jax.cli.model import Model, Running, Sampling
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
-from train.synthesize.generator import Answer
+from train.synthesize.generator import Answer, Generator, Request
 
 # Another program may look at the file meanwhile.
 _LOCKED_SECONDS = 30.0
@@ -124,3 +124,29 @@ class Store:
                 f"{self._path} cannot be used: {error}. Make room if the disk is full, end what else has it open, or "
                 "give another output folder if the file is damaged or another program's. Then run the command again."
             ) from None
+
+
+class KeptGenerator:
+    """A `Generator` whose answers are kept: what a model has answered, and not refused, is not asked again."""
+
+    def __init__(self, generator: Generator, store: Store):
+        """
+        Args:
+          generator: that answers.
+          store: of answers; it stays open.
+        """
+        self.model, self.concurrency = generator.model, generator.concurrency
+        self._generator, self._store = generator, store
+
+    async def ask(self, request: Request) -> Answer:
+        """See `Generator.ask`."""
+        key = request.key(self.model)
+        if (answer := self._store.answer(key)) is None:
+            answer = await self._generator.ask(request)
+            if answer.refused is None:
+                self._store.add_answer(key, self.model, answer)
+        return answer
+
+    async def close(self) -> None:
+        """Closes the generator."""
+        await self._generator.close()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qwen_jax.cli.synthesize import _load
+from qwen_jax.cli.synthesize import load_engine
 from tests.helpers.scripted import edit_json, make_words
 from train.synthesize.engine_generator import EngineGenerator
 from train.synthesize.generator import Answer, Request
@@ -35,7 +35,7 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Brief]:
     folder = make_words(tmp_path_factory.mktemp("model"))
     edit_json(folder / "generation_config.json", do_sample=True)
     edit_json(folder / "config.json", max_position_embeddings=4096)
-    engine, found = _load(str(folder), 4)
+    engine, found = load_engine(str(folder), 4)
     yield Brief(engine, "tiny", 4, defaults=found)
     engine.close()
 
