@@ -11,6 +11,7 @@ from qwen_jax.errors import InputError
 
 # The first line of a pointer that Git LFS leaves in place of a large file (github.com/git-lfs/git-lfs, docs/spec.md).
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_ENCODER = json.JSONEncoder(allow_nan=False)
 
 
 def why_unusable(path: Path) -> str | None:
@@ -69,6 +70,8 @@ def to_json(value: object, indent: int | None = None, default: Callable[[Any], o
       default: converts objects that `json` does not support; by default they raise TypeError.
     """
     try:
+        if indent is None and default is None:
+            return _ENCODER.encode(value)
         return json.dumps(value, indent=indent, default=default, allow_nan=False)
     except ValueError:
         return json.dumps(_finite(value), indent=indent, default=default, allow_nan=False)

@@ -78,15 +78,13 @@ class Store:
 
     def answer(self, key: str) -> Answer | None:
         """The answer to a request, or None if it has not been answered yet."""
-        with self._usable():
-            found = self._file.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone()
+        found = self._first("SELECT value FROM answers WHERE key = ?", key)
         return None if found is None else Answer(**json.loads(found[0]))
 
     def add_answer(self, key: str, model: str, answer: Answer) -> None:
         """Keeps the answer to a request."""
         row = (key, model, to_json(answer.to_json()), answer.prompt_tokens, answer.tokens)
-        with self._usable():
-            self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", row)
+        self._insert("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", *row)
 
     def drop_refused(self) -> int:
         """Forgets the answers that are refusals, so that they are asked for again; returns how many there were."""
@@ -95,14 +93,12 @@ class Store:
 
     def verdict(self, key: str) -> tuple[Any] | None:
         """The verdict of a check, a JSON value, in a tuple; or None if there is none yet."""
-        with self._usable():
-            found = self._file.execute("SELECT value FROM verdicts WHERE key = ?", (key,)).fetchone()
+        found = self._first("SELECT value FROM verdicts WHERE key = ?", key)
         return None if found is None else (json.loads(found[0]),)
 
     def add_verdict(self, key: str, value: Any) -> None:
         """Keeps the verdict of a check."""
-        with self._usable():
-            self._file.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (key, to_json(value)))
+        self._insert("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", key, to_json(value))
 
     def spent(self) -> dict[str, tuple[int, int, int]]:
         """By model: requests that were answered, tokens of their prompts, and tokens of their answers."""
@@ -114,16 +110,32 @@ class Store:
         """Closes the file."""
         self._file.close()
 
+    def _first(self, query: str, *values: object) -> Any:
+        """The first row of a query, or None."""
+        try:
+            return self._file.execute(query, values).fetchone()
+        except sqlite3.Error as error:
+            raise self._fault(error) from None
+
+    def _insert(self, query: str, *values: object) -> None:
+        try:
+            self._file.execute(query, values)
+        except sqlite3.Error as error:
+            raise self._fault(error) from None
+
     @contextlib.contextmanager
     def _usable(self) -> Iterator[None]:
         """Raises InputError where the file is damaged, locked, or on a full disk."""
         try:
             yield
         except sqlite3.Error as error:
-            raise InputError(
-                f"{self._path} cannot be used: {error}. Make room if the disk is full, end what else has it open, or "
-                "give another output folder if the file is damaged or another program's. Then run the command again."
-            ) from None
+            raise self._fault(error) from None
+
+    def _fault(self, error: sqlite3.Error) -> InputError:
+        return InputError(
+            f"{self._path} cannot be used: {error}. Make room if the disk is full, end what else has it open, or "
+            "give another output folder if the file is damaged or another program's. Then run the command again."
+        )
 
 
 class KeptGenerator:
