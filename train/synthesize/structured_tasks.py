@@ -238,7 +238,10 @@ def _answered(task: str, text: str, form: str, question: str, value: Value, rng:
     if isinstance(value, Decimal):
         compare, answer, wrong = "number", plain(value), plain(value + rng.choice((1, 2, 10)))
     elif isinstance(value, list):
-        compare, answer, wrong = "set", ", ".join(value), ", ".join(value[1:])
+        compare, answer = "set", ", ".join(value)
+        # A name with a comma or "and" in it is several words: one that is left out may still be there.
+        wrongs = (", ".join(value[1:]), ", ".join(value[:-1]), *(f"{answer}, {value[0]} {i}" for i in range(2, 99)))
+        wrong = next(one for one in wrongs if not is_right(answer, one, "set"))
     else:
         compare, answer, wrong = "text", value, f"{value} 2"
     fields = {"task": task, "text": text, "form": form, "question": question, "needed": []}
