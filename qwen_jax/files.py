@@ -11,6 +11,7 @@ from qwen_jax.errors import InputError
 
 # The first line of a pointer that Git LFS leaves in place of a large file (github.com/git-lfs/git-lfs, docs/spec.md).
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_ENCODER = json.JSONEncoder(allow_nan=False)
 
 
 def why_unusable(path: Path) -> str | None:
@@ -72,6 +73,8 @@ def to_json(
       ascii: escape all other characters, so that half surrogate pairs can be encoded too.
     """
     try:
+        if indent is None and default is None and ascii:
+            return _ENCODER.encode(value)
         return json.dumps(value, indent=indent, default=default, ensure_ascii=ascii, allow_nan=False)
     except ValueError:
         return json.dumps(_finite(value), indent=indent, default=default, ensure_ascii=ascii, allow_nan=False)

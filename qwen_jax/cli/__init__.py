@@ -33,6 +33,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "eval needle": ("eval", "Needle", "find the values of keys in a long context, by length and depth"),
     "eval ruler-synthetic": ("eval", "RulerSynthetic", "RULER's six tasks that need no text, by length"),
     "eval perplexity": ("eval", "Perplexity", "loss by position over a long text"),
+    "eval system-prompts": ("eval_prompts", "SystemPrompts", "how much answers depend on the system prompt"),
     "sparsity tune": ("sparsity", "Tune", "find budgets of sparse attention that keep the recall of each head"),
     "data build": ("data", "build", "turn documents into packed rows of tokens"),
     "data curate": ("curate", "curate", "pre-training data: extract, filter, deduplicate, mix; on one machine or Ray"),

@@ -29,7 +29,7 @@ def with_arguments(options: type[T], function: Callable[..., Any]) -> type[T]:
       function: its arguments are named.
 
     Raises:
-      InputError: an argument has the name of an option.
+      InputError: an argument has the name of an option, a type that cannot be read, or a default that can be changed.
     """
     fields = []
     general = {field.name for field in dataclasses.fields(options)}
@@ -40,7 +40,16 @@ def with_arguments(options: type[T], function: Callable[..., Any]) -> type[T]:
             )
         kind = Any if parameter.annotation is parameter.empty else parameter.annotation
         if isinstance(kind, str):
-            kind = inspect.get_annotations(function, eval_str=True)[name]
+            try:
+                kind = inspect.get_annotations(function, eval_str=True)[name]
+            except Exception as error:
+                raise InputError(
+                    f"The type {kind} of the argument {name} of {function.__name__} cannot be read: {error}."
+                ) from None
+        if isinstance(parameter.default, list | dict | set):
+            raise InputError(
+                f"The argument {name} of {function.__name__} has a default that can be changed. Give a tuple or None."
+            )
         default = {} if parameter.default is parameter.empty else {"default": parameter.default}
         fields.append((name, kind, dataclasses.field(**default)))
     made = dataclasses.make_dataclass("Options", fields, bases=(options,), frozen=True, kw_only=True)

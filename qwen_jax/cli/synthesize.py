@@ -123,17 +123,18 @@ def _generators(options: Options, names: Sequence[str]) -> dict[str, Any]:
         if key not in by_spec:
             by_spec[key] = opening.open_generator(
                 key[0],
-                load=_load,
+                load=load_engine,
                 model=key[1],
                 concurrency=options.concurrency,
                 give_up_after=options.give_up_after,
                 prices=_price(prices[of]) if of in prices else None,
             )
         made[name] = by_spec[key]
+    opening.tell_apart(by_spec.values())
     return made
 
 
-def _load(name: str, max_seqs: int) -> Any:
+def load_engine(name: str, max_seqs: int) -> Any:
     """Loads a checkpoint; see `train.synthesize.engine_generator.LoadEngine`."""
     from qwen_jax.cli.model import Model, Running, Sampling
 
@@ -156,6 +157,8 @@ def _text(summary: dict[str, Any], folder: Path) -> str:
         + "".join(f"\n    {count:,} {reason}" for reason, count in stage["rejected"].items())
         for stage in summary["stages"]
     ]
+    if summary["repeated"]:
+        lines.insert(0, f"source: {summary['repeated']:,} items that came before were left out")
     lines += [f"{folder / output['name']}.jsonl: {output['rows']:,} examples" for output in summary["outputs"]]
     if not summary["finished"]:
         lines.append("Stopped early: the same command goes on from here.")

@@ -103,7 +103,10 @@ def language_of(text: str) -> str | None:
     Returns:
       None where the text has no letters, or none of the words of a known language.
     """
-    scripts = Counter(script for character in text if character.isalpha() and (script := _script(character)))
+    scripts = Counter[str]()
+    for character, count in Counter(text).items():
+        if character.isalpha() and (script := _script(character)):
+            scripts[script] += count
     japanese = scripts.pop("HIRAGANA", 0) + scripts.pop("KATAKANA", 0)
     han = scripts.pop("CJK", 0)
     # Japanese mixes both; Chinese has no kana but in names. A Chinese character is worth about three letters.
@@ -118,12 +121,12 @@ def language_of(text: str) -> str | None:
         return _BY_SCRIPT[script]
     words = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower().replace("’", "'"))
     if script == "LATIN":
-        return _by_words(words, _WORDS)
+        return _by_words(words, _LATIN)
     if script == "CYRILLIC":
-        return _by_letters(text.lower(), {"ru": "ыэё", "uk": "іїєґ", "bg": ""}) or _by_words(words, _CYRILLIC_WORDS)
+        return _by_letters(text.lower(), {"ru": "ыэё", "uk": "іїєґ", "bg": ""}) or _by_words(words, _CYRILLIC)
     if script == "DEVANAGARI":
         # Its vowel signs are no letters for `\w`, so words are what stands between spaces and punctuation.
-        return _by_words(re.split(r"[\s।,.!?;:\"'()-]+", text), _DEVANAGARI_WORDS)
+        return _by_words(re.split(r"[\s।,.!?;:\"'()-]+", text), _DEVANAGARI)
     if script == "ARABIC":
         counts = {"ur": _URDU, "fa": _PERSIAN, "ar": _ARABIC}
         found = {language: sum(character in letters for character in text) for language, letters in counts.items()}
@@ -145,11 +148,23 @@ def _script(character: str) -> str:
     return unicodedata.name(character, "").split(" ")[0]
 
 
-def _by_words(words: list[str], known: dict[str, frozenset[str]]) -> str | None:
+def _languages_by_word(known: dict[str, frozenset[str]]) -> dict[str, list[str]]:
+    """The languages that know a word, by word."""
+    found: dict[str, list[str]] = {}
+    for name, common in known.items():
+        for word in common:
+            found.setdefault(word, []).append(name)
+    return found
+
+
+_LATIN, _CYRILLIC, _DEVANAGARI = map(_languages_by_word, (_WORDS, _CYRILLIC_WORDS, _DEVANAGARI_WORDS))
+
+
+def _by_words(words: list[str], languages: dict[str, list[str]]) -> str | None:
     """The language that knows most of the words; None if none knows any, or two know as many."""
-    counts = sorted(((sum(word in common for word in words), name) for name, common in known.items()), reverse=True)
-    (most, name), (second, _) = counts[:2]
-    return name if most > second else None
+    counts = Counter(name for word in words for name in languages.get(word, ()))
+    first, *others = counts.most_common(2) or [("", 0)]
+    return first[0] if first[1] and not (others and others[0][1] == first[1]) else None
 
 
 def _by_letters(text: str, known: dict[str, str]) -> str | None:

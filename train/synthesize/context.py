@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
-from train.synthesize.embedder import Embedder, cosine, packed, unpacked
+from train.synthesize.embedder import cosine, packed, unpacked
 from train.synthesize.generator import Answer, Generator, Message, Request
 from train.synthesize.item import Item, content_key
 from train.synthesize.store import Store
@@ -82,7 +82,8 @@ class Services:
           InputError: the model has no vectors.
         """
         key = content_key("vector", generator.model, text)
-        if not isinstance(generator, Embedder):
+        # As the protocol says; `isinstance` would look at it anew for each text.
+        if not hasattr(generator, "embed"):
             raise InputError(f"The model {generator.model} gives no embeddings. Give one that does for them.")
 
         async def embed() -> list[float] | None:
@@ -143,6 +144,7 @@ class Context:
         model: str = "generator",
         samples: int = 1,
         first: int = 0,
+        shared: str | None = None,
         **sampling: Any,
     ) -> list[Answer]:
         """Asks a model, and notes it among the steps of the item.
@@ -153,6 +155,8 @@ class Context:
           samples: how many answers; they differ by their seeds.
           first: number of the first sample. Seeds follow from the item, the stage and the number of the sample, so
             that a later round with other numbers gives other answers to the same messages.
+          shared: a text that stands for the item in the seeds: what several items ask with the same one is asked once,
+            such as the translation of a text that they have in common.
           **sampling: other fields of `Request`, such as max_tokens and temperature.
 
         Returns:
@@ -161,7 +165,7 @@ class Context:
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         generator = self._services.generators[model]
-        seeds = [self._seed(first + i) for i in range(samples)]
+        seeds = [self._seed(first + i, shared) for i in range(samples)]
         requests = [Request(messages, seed=seed, **sampling) for seed in seeds]
         self.steps.append(
             {"model": generator.model, "messages": list(messages), "seeds": seeds, **sampling, "stage": self.stage}
@@ -221,12 +225,15 @@ class Context:
         """The steps, ordered by their content: the order in which they ended is another in every run."""
         return sorted(self.steps, key=to_json)
 
-    def _seed(self, number: int) -> int:
-        return int(content_key("seed", self.seed, self._item.id, self.stage, number)[:8], 16) >> 1
+    def _seed(self, number: int, shared: str | None) -> int:
+        whose = self._item.id if shared is None else ["shared", shared]
+        return int(content_key("seed", self.seed, whose, self.stage, number)[:8], 16) >> 1
 
 
 async def all_of(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
     """The results of coroutines that run at the same time. The first fault is raised once all have ended."""
+    if len(work) == 1:
+        return [await work[0]]
     results = await asyncio.gather(*work, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):

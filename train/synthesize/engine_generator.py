@@ -2,7 +2,7 @@
 
 import asyncio
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from qwen_jax.errors import InputError
@@ -124,6 +124,24 @@ class EngineGenerator:
         return Answer(
             choice["message"]["content"], choice["finish_reason"], usage["prompt_tokens"], usage["completion_tokens"]
         )
+
+
+def tell_apart(generators: Iterable[Generator]) -> None:
+    """Gives models at different URLs that have the same name other names: those with the address of their server.
+
+    Answers are kept under the name of a model alone, so that a server may move. Where two servers of a run have the
+    same name, the answers of one would be taken for those of the other.
+
+    Args:
+      generators: of one run, each once.
+    """
+    by_name: dict[str, list[Generator]] = {}
+    for generator in generators:
+        by_name.setdefault(generator.model, []).append(generator)
+    for name, same in by_name.items():
+        for generator in same if len(same) > 1 else ():
+            if (url := getattr(generator, "url", None)) is not None:
+                generator.model = f"{name}@{url.partition('://')[2]}"
 
 
 def open_generator(

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 Message = Mapping[str, Any]
 Finish = Literal["stop", "length"]
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,7 @@ class Request:
 
     def key(self, model: str) -> str:
         """The name under which the answer of a model is kept: a hash of everything that decides it, in hexadecimal."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        text = json.dumps([model, fields], sort_keys=True, ensure_ascii=False)
+        text = _ENCODER.encode([model, vars(self)])
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -59,7 +59,7 @@ class Answer:
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object; `Answer(**object)` is the answer again."""
-        return dataclasses.asdict(self)
+        return dict(vars(self))
 
 
 class GeneratorDownError(Exception):

@@ -14,7 +14,8 @@ class Item:
     """One thing that becomes one or more examples, such as a problem with its samples. Stages return changed copies.
 
     Attributes:
-      id: its name. It is unique, and the same in every run: random numbers are drawn from it.
+      id: its name, the same in every run: random numbers and the seeds of requests are drawn from it. It is unique: a
+        run leaves out an item of the source whose id came before.
       data: by field, as JSON values.
       sources: ids of the documents or records that it was made from.
       steps: what was done to it, in the order of the stages: requests, verdicts and notes, each with its stage.
@@ -80,10 +81,10 @@ def content_key(*values: object) -> str:
 
 
 def make_item(data: Mapping[str, Any], sources: Sequence[str] = ()) -> Item:
-    """An item that is named by its content: the same record gives the same id, wherever it stands.
+    """An item that is named by its data: the same record gives the same id, and the same requests, wherever it stands.
 
     Args:
-      data: by field, as JSON values.
-      sources: ids of what it was made from.
+      data: by field, as JSON values. Items that are to be told apart differ here, such as by a number.
+      sources: ids of what it was made from. They do not decide the id: files may be moved, and records change places.
     """
-    return Item(content_key(dict(data), list(sources))[:16], data, tuple(sources))
+    return Item(content_key(dict(data))[:16], data, tuple(sources))

@@ -5,6 +5,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+from qwen_jax.errors import InputError
 from train.rewards.instruction_kinds import follows
 
 ROLES = (
@@ -48,6 +49,23 @@ def make_system_prompt(rng: random.Random) -> SystemPrompt:
         parts.append(text)
         made.append((kind, arguments))
     return SystemPrompt(" ".join(parts), tuple(made))
+
+
+def general_system_prompts(count: int, seed: int) -> list[str]:
+    """Different system prompts of a role, and most of them of a style: nothing in them changes what a right answer is.
+
+    Args:
+      count: how many.
+      seed: of the draw; the first ones of a larger number are those of a smaller one.
+
+    Raises:
+      InputError: there are not so many.
+    """
+    made = [" ".join([f"You are {role}.", style]).strip() for role in ROLES for style in (*STYLES, "")]
+    if not 0 <= count <= len(made):
+        raise InputError(f"There are {len(made)} general system prompts, got {count}. Give a file of others.")
+    random.Random(f"{seed} general").shuffle(made)
+    return made[:count]
 
 
 def broken_rule(rules: Any, response: str) -> str | None:

@@ -27,7 +27,7 @@ def marks_of(text: str) -> Counter[tuple[str, str]]:
     for kind, pattern in _KINDS:
         found.update((kind, one) for one in pattern.findall(text))
         text = pattern.sub(" ", text)
-    digits = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
+    digits = text if text.isascii() else re.sub(r"\d", lambda digit: str(unicodedata.decimal(digit[0])), text)
     found.update(("number", re.sub(r"\D", "", one)) for one in _NUMBER.findall(digits))
     return found
 

@@ -70,7 +70,9 @@ class OpenAIGenerator:
     text that the server cannot digest would end every run.
 
     Attributes:
-      model: the served model, and a hash of `extra_body` if there is one.
+      url: as given, without a slash at its end.
+      model: the served model, and a hash of `extra_body` if there is one. It names answers that are kept, and may be
+        changed before the first request; the server is asked by its own name.
       concurrency, prices: as given.
     """
 
@@ -104,7 +106,7 @@ class OpenAIGenerator:
         Raises:
           InputError: a wrong argument, or a server that cannot say which model it has.
         """
-        self._url = _checked_url(url)
+        self.url = _checked_url(url)
         self._key = _checked_key(os.environ.get(_KEY_VARIABLE) if key is None else key)
         for name, value in (("concurrency", concurrency), ("timeout", timeout), ("give_up_after", give_up_after)):
             if not 0 < value < math.inf:
@@ -134,7 +136,7 @@ class OpenAIGenerator:
             self.model += f"+{hashlib.sha256(extra.encode()).hexdigest()[:12]}"
 
     def __repr__(self) -> str:
-        return f"OpenAIGenerator({self._url!r}, {self.model!r})"
+        return f"OpenAIGenerator({self.url!r}, {self.model!r})"
 
     async def ask(self, request: Request) -> Answer:
         """See `Generator.ask`.
@@ -217,7 +219,7 @@ class OpenAIGenerator:
             now = self._clock()
             left = self._alive_at + self._give_up_after - now
             if left <= 0:
-                what = f"{self._url} has not answered for {self._give_up_after:g} s"
+                what = f"{self.url} has not answered for {self._give_up_after:g} s"
                 # A traceback that showed the fault would show what the server said of the key.
                 raise GeneratorDownError(f"{what}. Its last fault: {self._public(fault)}.") from None
             if now >= until:
@@ -265,7 +267,7 @@ class OpenAIGenerator:
             # The limits of httpx are for each piece of a reply; this one is for all of it.
             async with (
                 asyncio.timeout(self._timeout),
-                client.stream(method, self._url + path, content=content, headers=headers) as response,
+                client.stream(method, self.url + path, content=content, headers=headers) as response,
             ):
                 data = bytearray()
                 async for piece in response.aiter_bytes():
@@ -286,11 +288,11 @@ class OpenAIGenerator:
             raise FaultError(str(status), message, retry_after(response.headers))
         if status < 400:
             where = self._public(response.headers.get("location", "nowhere"))
-            raise InputError(f"{self._url} redirects ({status}) to {where}. Give the URL that it really has.")
+            raise InputError(f"{self.url} redirects ({status}) to {where}. Give the URL that it really has.")
         if status in _TO_DO:
             model = getattr(self, "_served", "not known yet")
             raise InputError(
-                f"{self._url} (model {model}) answered {self._public(message).rstrip('.')}. {_TO_DO[status]}"
+                f"{self.url} (model {model}) answered {self._public(message).rstrip('.')}. {_TO_DO[status]}"
             )
         raise _RefusedError(self._public(message))
 
@@ -305,9 +307,9 @@ class OpenAIGenerator:
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             names = thread.submit(asyncio.run, self._models()).result()
         if not names:
-            raise InputError(f"{self._url} has no model. Give it one.")
+            raise InputError(f"{self.url} has no model. Give it one.")
         if len(names) > 1:
-            raise InputError(f"{self._url} has the models {shortened(', '.join(names))}. Name one of them.")
+            raise InputError(f"{self.url} has the models {shortened(', '.join(names))}. Name one of them.")
         return names[0]
 
     async def _models(self) -> list[str]:
@@ -323,7 +325,7 @@ class OpenAIGenerator:
                 except _RefusedError as refused:
                     last = str(refused)
                     break
-        raise InputError(f"{self._url} does not say which model it has: {last}. Start it, or name the model.")
+        raise InputError(f"{self.url} does not say which model it has: {last}. Start it, or name the model.")
 
 
 def _named(error: Exception) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -11,8 +11,9 @@ from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from train.files import temporary_name
 from train.synthesize.item import Item
-from train.synthesize.pipeline import Pipeline
+from train.synthesize.pipeline import Output, Pipeline
 
+EARLIER = "earlier"
 _SAMPLES, _SHOWN = 5, 4000
 
 
@@ -55,17 +56,18 @@ def write_outputs(
     written = [Written(output.name) for output in pipeline.outputs]
     paths = [folder / f"{output.name}.jsonl" for output in pipeline.outputs]
     temporary = [temporary_name(path) for path in paths]
+    # What a killed run left.
+    for path in paths:
+        for left in folder.glob(f".{path.name}.*.tmp"):
+            left.unlink(missing_ok=True)
     files: list[TextIO] = []
     try:
         files = [path.open("w", encoding="utf-8") for path in temporary]
         for item in items:
             provenance = {**versions, "id": item.id, "sources": item.sources, "steps": item.steps}
             for output, one, file in zip(pipeline.outputs, written, files, strict=True):
-                for row in output.rows(item):
-                    if not isinstance(row, Mapping):
-                        raise InputError(f"The output {output.name} made a {type(row).__name__}, expected an object.")
-                    text = to_json(dict(row))
-                    file.write(to_json({**row, "provenance": provenance}) + "\n")
+                for row, text, line in _rows(output, item, provenance):
+                    file.write(line + "\n")
                     one.rows += 1
                     one.lengths[max(1, _characters(row)).bit_length() - 1] += 1
                     if len(one.samples) < _SAMPLES:
@@ -76,13 +78,47 @@ def write_outputs(
             file.close()
             os.replace(name, path)
     except OSError as error:
-        raise InputError(f"Cannot write the outputs in {folder}: {error.strerror}.") from None
+        raise InputError(
+            f"Cannot write the outputs in {folder}: {error.strerror}. Make room or allow it, and run the same "
+            "command again."
+        ) from None
     finally:
         for file in files:
             file.close()
         for name in temporary:
             name.unlink(missing_ok=True)
     return written
+
+
+def set_aside(folder: Path, names: Iterable[str]) -> list[str]:
+    """Moves outputs of an earlier run into the folder "earlier", where they replace older ones; returns their names.
+
+    Args:
+      folder: of the run.
+      names: of outputs, which need not be there.
+    """
+    there = [name for name in dict.fromkeys(names) if (folder / f"{name}.jsonl").exists()]
+    if there:
+        (folder / EARLIER).mkdir(exist_ok=True)
+    for name in there:
+        os.replace(folder / f"{name}.jsonl", folder / EARLIER / f"{name}.jsonl")
+    return there
+
+
+def _rows(output: Output, item: Item, provenance: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str, str]]:
+    """The rows of an item, as JSON without and with their provenance."""
+    try:
+        for row in output.rows(item):
+            if not isinstance(row, Mapping):
+                raise InputError(f"The output {output.name} made a {type(row).__name__}, expected an object.")
+            yield row, to_json(dict(row)), to_json({**row, "provenance": provenance})
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"The output {output.name} failed on the item {item.id}: {type(error).__name__}: {error}. Mend it, and run "
+            "the same command again; answers are kept."
+        ) from error
 
 
 def _characters(value: object) -> int:

@@ -1,6 +1,7 @@
 """The files of a run: items in parts, each with a manifest, so that what is done is not done again."""
 
 import dataclasses
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,8 +12,9 @@ from qwen_jax.files import to_json
 from train.files import write_file
 from train.synthesize.item import Item, Rejected
 
-# Characters of an item that a manifest shows.
-_SHOWN = 600
+# Characters of an item that a manifest shows, those of a reason, and how many reasons of a stage are counted.
+_SHOWN, _REASON, _MOST_REASONS = 600, 200, 100
+OTHER_REASONS = "other reasons (a stage gives too many; what is particular to an item belongs in its detail)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +59,19 @@ class Counts:
 
     def lose(self, lost: Lost) -> None:
         """Counts a rejected item, and shows the first one of each reason."""
-        self.rejected.setdefault(lost.stage, Counter())[lost.why.reason] += 1
-        shown = self.shown.setdefault(lost.stage, {}).setdefault(lost.why.reason, [])
+        reason = self._reject(lost.stage, printable(lost.why.reason, _REASON), 1)
+        shown = self.shown.setdefault(lost.stage, {}).setdefault(reason, [])
         if not shown:
             text = to_json(dict(lost.item.data))[:_SHOWN]
-            shown.append({"id": lost.item.id, "detail": lost.why.detail[:_SHOWN], "data": text})
+            shown.append({"id": lost.item.id, "detail": printable(lost.why.detail, _SHOWN), "data": text})
 
     def add(self, other: "Counts", most_shown: int = 3) -> None:
         """Adds the counts of another part, and as many items as are shown."""
         self.entered += other.entered
         self.left += other.left
         for stage, reasons in other.rejected.items():
-            self.rejected.setdefault(stage, Counter()).update(reasons)
+            for reason, count in reasons.items():
+                self._reject(stage, reason, count)
         for name, kinds in other.audits.items():
             mine = self.audits.setdefault(name, {"right": [0, 0], "wrong": [0, 0]})
             for kind, (count, passed) in kinds.items():
@@ -76,7 +79,15 @@ class Counts:
         for stage, reasons_shown in other.shown.items():
             known = self.shown.setdefault(stage, {})
             for reason, items in reasons_shown.items():
-                known[reason] = (known.get(reason, []) + items)[:most_shown]
+                name = reason if reason in self.rejected[stage] else OTHER_REASONS
+                known[name] = (known.get(name, []) + items)[:most_shown]
+
+    def _reject(self, stage: str, reason: str, count: int) -> str:
+        """Counts rejected items, and returns the name that they are counted under: reasons are not without number."""
+        reasons = self.rejected.setdefault(stage, Counter())
+        name = reason if reason in reasons or len(reasons) < _MOST_REASONS else OTHER_REASONS
+        reasons[name] += count
+        return name
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object, for `from_json`."""
@@ -108,9 +119,21 @@ class Parts:
             path.unlink()
 
     def done(self, number: int, signature: str) -> Counts | None:
-        """The counts of a part, if it was made by this signature: of the stages, and of what went in."""
+        """The counts of a part, if it was made by this signature: of the stages, and of what went in.
+
+        A part whose files are missing or were changed by others is as one that was never made.
+        """
         manifest = self._manifest(number)
-        return Counts.from_json(manifest["counts"]) if manifest and manifest["signature"] == signature else None
+        if manifest is None or manifest["signature"] != signature:
+            return None
+        for suffix in (".jsonl", ".rejected.jsonl"):
+            try:
+                with self._path(number, suffix).open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != manifest["files"][suffix]:
+                        return None
+            except (FileNotFoundError, KeyError):
+                return None
+        return Counts.from_json(manifest["counts"])
 
     def signature(self, number: int) -> str | None:
         """The signature of a part that is there."""
@@ -119,14 +142,21 @@ class Parts:
 
     def write(self, number: int, signature: str, kept: Sequence[Item], lost: Sequence[Lost], counts: Counts) -> None:
         """Writes a part; its manifest says from then on that it is done."""
-        self._path(number, ".json").unlink(missing_ok=True)
-        write_file(self._path(number, ".jsonl"), _lines(item.to_json() for item in kept))
         rejected = (
             {"stage": one.stage, "reason": one.why.reason, "detail": one.why.detail, **one.item.to_json()}
             for one in lost
         )
-        write_file(self._path(number, ".rejected.jsonl"), _lines(rejected))
-        manifest = {"signature": signature, "kept": len(kept), "rejected": len(lost), "counts": counts.to_json()}
+        files = {".jsonl": _lines(item.to_json() for item in kept), ".rejected.jsonl": _lines(rejected)}
+        self._path(number, ".json").unlink(missing_ok=True)
+        for suffix, content in files.items():
+            write_file(self._path(number, suffix), content)
+        manifest = {
+            "signature": signature,
+            "kept": len(kept),
+            "rejected": len(lost),
+            "files": {suffix: hashlib.sha256(content).hexdigest() for suffix, content in files.items()},
+            "counts": counts.to_json(),
+        }
         write_file(self._path(number, ".json"), to_json(manifest, indent=1).encode())
 
     def items(self, count: int) -> Iterator[Item]:
@@ -144,13 +174,18 @@ class Parts:
 
     def _manifest(self, number: int) -> dict[str, Any] | None:
         try:
-            manifest: dict[str, Any] = json.loads(self._path(number, ".json").read_bytes())
+            manifest = json.loads(self._path(number, ".json").read_bytes())
         except (FileNotFoundError, ValueError):
             return None
-        return manifest
+        return manifest if isinstance(manifest, dict) and {"signature", "files", "counts"} <= manifest.keys() else None
 
     def _path(self, number: int, suffix: str) -> Path:
         return self._folder / f"{number:06d}{suffix}"
+
+
+def printable(text: str, most: int) -> str:
+    """The beginning of a text. Halves of surrogate pairs, which no page or terminal takes, become question marks."""
+    return text[:most].encode("utf-8", "replace").decode()
 
 
 def _lines(records: Iterable[Mapping[str, Any]]) -> bytes:

@@ -1,6 +1,7 @@
 """A pipeline: a source of items, the stages that they go through, and the files that are written at the end."""
 
 import dataclasses
+import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,7 @@ class Pipeline:
         were isolated and how many ran in a second. It decides nothing.
 
     Raises:
-      InputError: no stage or output, or a name that is used twice.
+      InputError: no stage or output, a name that is used twice, or an output whose name is no name of a file.
     """
 
     name: str
@@ -98,3 +99,10 @@ class Pipeline:
                     f"Expected {what} with different names in the pipeline {self.name}, got "
                     f"{', '.join(names) or 'none'}. Give each a name of its own."
                 )
+        if wrong := [output.name for output in self.outputs if not is_output_name(output.name)]:
+            raise InputError(f"Expected letters, digits, _ and - in the name of an output, got {wrong[0]!r}.")
+
+
+def is_output_name(name: str) -> bool:
+    """Whether a text can be the name of an output: it is that of a file."""
+    return re.fullmatch(r"\w[\w.-]{0,99}", name) is not None

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from qwen_jax.errors import InputError
 from train.sandbox import LANGUAGES, Language, Limits, Outcome, Run, Sandbox, Test
+from train.sandbox.languages import Toolchain
 from train.sandbox.verdict import difference
 
 # Bytes of one output; more is a failed test.
@@ -28,6 +29,55 @@ while [ -e "in/$i" ]; do
   if [ "$bytes" -gt {_MOST_OUTPUT} ]; then status=999; bytes=0; : >.out; fi
   echo "$status $bytes"; cat .out; i=$((i + 1))
 done
+"""
+# The same for Python in one interpreter, which compiles the program once: each test is a fork of it, which ends as any
+# program does. A test that takes too long is killed with all that it started.
+_EACH_PYTHON = f"""
+import os, signal, sys, types
+try:
+    with open("main.py", "rb") as _file:
+        _code = compile(_file.read(), "main.py", "exec", dont_inherit=True)
+except BaseException:
+    print("refused")
+    sys.exit(0)
+print("checked", flush=True)
+_child, _number = -1, 0
+def _kill(*_):
+    try:
+        os.killpg(_child, signal.SIGKILL)
+    except OSError:
+        pass
+signal.signal(signal.SIGALRM, _kill)
+while os.path.exists(f"in/{{_number}}"):
+    _child = os.fork()
+    if _child == 0:
+        break
+    try:
+        os.setpgid(_child, _child)
+    except OSError:
+        pass
+    signal.setitimer(signal.ITIMER_REAL, float(sys.argv[1]))
+    _status = os.waitstatus_to_exitcode(os.waitpid(_child, 0)[1])
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    _kill()
+    with open(".out", "rb") as _file:
+        _bytes = _file.read({_MOST_OUTPUT + 1})
+    if len(_bytes) > {_MOST_OUTPUT}:
+        _status, _bytes = 999, b""
+    sys.stdout.buffer.write(b"%d %d\\n" % (_status if _status >= 0 else 128 - _status, len(_bytes)) + _bytes)
+    sys.stdout.flush()
+    _number += 1
+else:
+    os._exit(0)
+os.setpgid(0, 0)
+signal.signal(signal.SIGALRM, signal.SIG_DFL)
+os.dup2(os.open(f"in/{{_number}}", os.O_RDONLY), 0)
+os.dup2(os.open(".out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 1)
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+sys.argv, _main = ["main.py"], types.ModuleType("__main__")
+_main.__file__ = "main.py"
+sys.modules["__main__"] = _main
+exec(_code, vars(_main))
 """
 # Runs assertions one by one, and names those that fail. A program that has ended fails all.
 _TOGETHER = """
@@ -234,14 +284,13 @@ class Programs:
 
 def _grouped(language: Language, seconds: float) -> Language:
     """The row of a language whose programs read the inputs of many tests; their syntax is checked in the same run."""
-    toolchains = [
-        dataclasses.replace(
-            one,
-            run=("sh", "-c", _EACH, "sh", shlex.join(one.check or ("true",)), f"{seconds:g}", *one.run),
-            check=None,
-        )
-        for one in language.toolchains
-    ]
+
+    def command(one: Toolchain) -> tuple[str, ...]:
+        if one.run == ("python3", "-B", "main.py"):
+            return ("python3", "-B", "-c", _EACH_PYTHON, f"{seconds:g}")
+        return ("sh", "-c", _EACH, "sh", shlex.join(one.check or ("true",)), f"{seconds:g}", *one.run)
+
+    toolchains = [dataclasses.replace(one, run=command(one), check=None) for one in language.toolchains]
     return dataclasses.replace(language, name=f"{language.name} tests", others=(), toolchains=tuple(toolchains))
 
 

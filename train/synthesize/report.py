@@ -33,6 +33,9 @@ def to_html(summary: Mapping[str, Any]) -> str:
         f"<h1>{html.escape(summary['pipeline'])}</h1><p>{state} Seed {summary['seed']}, qwen_jax "
         f"{html.escape(summary['qwen_jax'])}, {summary['seconds']:,.1f} s in this run.</p>",
         "<h2>Stages</h2>",
+        f"<p class=note>{summary['repeated']:,} items of the source came before and were left out.</p>"
+        if summary["repeated"]
+        else "",
         table(
             ("stage", "in", "out", "yield"),
             ((s["name"], s["in"], s["out"], share(s["out"], s["in"])) for s in summary["stages"]),

@@ -1,10 +1,10 @@
 """Runs a pipeline: part by part, many items at a time, resumable at any moment without paying twice."""
 
 import asyncio
-import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -22,14 +22,16 @@ from qwen_jax.files import to_json
 from train.files import write_file
 from train.lock import lock
 from train.synthesize.context import Context, Services, StoppedError, all_of
+from train.synthesize.faults import failure, made_of, not_read, not_written
 from train.synthesize.generator import Answer, Generator, GeneratorDownError
 from train.synthesize.item import Item, Rejected, content_key
-from train.synthesize.outputs import Written, write_outputs
+from train.synthesize.outputs import EARLIER, Written, set_aside, write_outputs
 from train.synthesize.parts import Counts, Lost, Parts
-from train.synthesize.pipeline import Pipeline, Stage, Together
+from train.synthesize.pipeline import Pipeline, Stage, Together, is_output_name
 from train.synthesize.progress import SynthesisProgress
 from train.synthesize.report import to_html
-from train.synthesize.store import Store
+from train.synthesize.store import Seen, Store
+from train.synthesize.threads import DaemonThreads
 
 ANSWERS, PARTS, SUMMARY, REPORT = "answers.sqlite", "parts", "summary.json", "report.html"
 # A check is refused once it was wrong in more than this share of at least so many known cases.
@@ -86,7 +88,7 @@ def run(
 
     Returns:
       The summary, which is also written: counts, yields, verdicts, tokens and cost. "stopped_by" is the signal that
-      ended the run early, or 0.
+      ended the run early, or 0. Examples that the run did not write itself are moved into the folder "earlier".
 
     Raises:
       InputError: a generator is down, the budget is used up, a stage fails, or a check is wrong too often. The report
@@ -95,10 +97,13 @@ def run(
     """
     if missing := sorted(set(pipeline.models) - set(generators)):
         raise InputError(f"The pipeline {pipeline.name} asks the model {missing[0]}, which was not given.")
+    options = options or RunOptions()
+    if options.max_cost is not None and not any(getattr(generators[name], "prices", None) for name in pipeline.models):
+        raise InputError("max_cost is given, but no price: costs would stay 0. Give the price of a model (--price).")
     with lock(folder):
         store = Store(folder / ANSWERS)
         try:
-            return asyncio.run(_Run(pipeline, generators, folder, store, options or RunOptions(), console).run())
+            return asyncio.run(_Run(pipeline, generators, folder, store, options, console).run())
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
         finally:
@@ -124,7 +129,7 @@ class _Run:
         spent = store.spent()
         self._spent_tokens = sum(prompt + tokens for _, prompt, tokens in spent.values())
         self._spent_cost = sum(self._cost(model, prompt, tokens) for model, (_, prompt, tokens) in spent.items())
-        self._asked, self._stopped_by, self._refused = 0, 0, Counter[str]()
+        self._asked, self._stopped_by, self._refused, self._repeated = 0, 0, Counter[str](), 0
         if options.retry_refused and store.drop_refused():
             # Nobody knows which parts lack an answer: all are made again, with the answers that are kept.
             shutil.rmtree(folder / PARTS, ignore_errors=True)
@@ -135,7 +140,7 @@ class _Run:
         """Runs all stages, writes outputs, summary and report, and raises what ended the run early."""
         began = time.monotonic()
         segments, counts, written = list(_segments(self._pipeline.stages)), Counts(), list[Written]()
-        threads = concurrent.futures.ThreadPoolExecutor(self._options.workers, thread_name_prefix="check")
+        threads = DaemonThreads(self._options.workers, "check")
         services = Services(
             self._generators,
             self._store,
@@ -148,13 +153,13 @@ class _Run:
         )
         with SynthesisProgress(self._console, len(segments)) as self._progress, self._signals():
             try:
-                items, inputs = self._pipeline.source(), "source"
+                items, inputs = self._distinct(self._pipeline.source()), "source"
                 for number, stages in enumerate(segments):
                     self._progress.begin(stages)
                     parts = Parts(self._folder / PARTS / f"{number:02d}")
                     first = stages[0]
                     if isinstance(first, Together):
-                        done = self._together(first, parts, items, inputs, counts)
+                        done = await self._together(first, parts, items, inputs, counts)
                     else:
                         done = await self._apart(
                             [s for s in stages if isinstance(s, Stage)], parts, items, services, counts
@@ -167,14 +172,20 @@ class _Run:
                 else:
                     written = write_outputs(self._pipeline, items, self._folder, self._versions())
             except (InputError, GeneratorDownError) as error:
-                self._fault = error
+                self._fault = self._fault or error
+            except OSError as error:
+                self._fault = self._fault or not_written(self._folder, error)
             finally:
-                threads.shutdown()
+                threads.shutdown(wait=False)
                 for generator in {id(g): g for g in self._generators.values()}.values():
                     await generator.close()
         summary = self._summary(counts, written, time.monotonic() - began)
-        write_file(self._folder / SUMMARY, to_json(summary, indent=1).encode())
-        write_file(self._folder / REPORT, to_html(summary).encode())
+        try:
+            self._set_aside(written)
+            write_file(self._folder / SUMMARY, to_json(summary, indent=1).encode())
+            write_file(self._folder / REPORT, to_html(summary).encode("utf-8", "replace"))
+        except OSError as error:
+            self._fault = self._fault or not_written(self._folder, error)
         if isinstance(self._fault, GeneratorDownError):
             raise InputError(
                 f"{self._fault} What was answered is kept in {self._folder}: run the same command again to go on."
@@ -182,6 +193,18 @@ class _Run:
         if self._fault is not None:
             raise self._fault
         return summary
+
+    def _distinct(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The items whose id did not come before: the others would be the same examples once more."""
+        seen = Seen()
+        try:
+            for item in items:
+                if seen.add(item.id):
+                    yield item
+                else:
+                    self._repeated += 1
+        finally:
+            seen.close()
 
     async def _apart(
         self, stages: Sequence[Stage], parts: Parts, items: Iterator[Item], services: Services, counts: Counts
@@ -197,16 +220,20 @@ class _Run:
         running: set[asyncio.Task[None]] = set()
         by_part: dict[int, Counts] = {}
         number = -1
-        for number, batch in enumerate(_batches(items, self._options.part_items)):
-            if len(running) >= self._options.parts_at_once:
-                ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in ended:
-                    task.result()
-            if self._fault is not None or self._stopped_by:
-                break
-            part = self._part(number, batch, signature, stages, parts, services, by_part)
-            running.add(asyncio.create_task(part))
-            await asyncio.sleep(0)
+        try:
+            for number, batch in enumerate(_batches(items, self._options.part_items)):
+                if len(running) >= self._options.parts_at_once:
+                    ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    for task in ended:
+                        task.result()
+                if self._fault is not None or self._stopped_by:
+                    break
+                part = self._part(number, batch, signature, stages, parts, services, by_part)
+                running.add(asyncio.create_task(part))
+                await asyncio.sleep(0)
+        except (InputError, OSError) as error:
+            # What the other parts have asked for is awaited.
+            self._fault = self._fault or (error if isinstance(error, InputError) else not_read(error))
         await asyncio.gather(*running)
         for known in sorted(by_part):
             counts.add(by_part[known])
@@ -235,7 +262,11 @@ class _Run:
             lost = [one for one in flat if isinstance(one, Lost)]
             for one in lost:
                 counts.lose(one)
-            parts.write(number, signature, [one for one in flat if isinstance(one, Item)], lost, counts)
+            try:
+                parts.write(number, signature, [one for one in flat if isinstance(one, Item)], lost, counts)
+            except OSError as error:
+                self._fault = self._fault or not_written(self._folder, error)
+                return
         by_part[number] = counts
         self._audit(counts)
         self._progress.part(counts, stages[-1].name)
@@ -248,14 +279,14 @@ class _Run:
             self._may_go_on()
             context = Context(item, stage.name, services)
             try:
-                made = _made(await stage.work(item, context), context.taken())
+                made = made_of(stage.name, await stage.work(item, context), context.taken())
             except StoppedError:
                 raise
             except (InputError, GeneratorDownError) as error:
                 self._fault = self._fault or error
                 raise
-            except Exception as error:
-                self._fault = self._fault or _failure(stage.name, item, error)
+            except (Exception, SystemExit) as error:
+                self._fault = self._fault or failure(stage.name, item, error)
                 raise self._fault from error
             counts.entered[stage.name] += 1
             for audited in context.audits:
@@ -271,7 +302,7 @@ class _Run:
             item = made[0]
         return [item]
 
-    def _together(self, stage: Together, parts: Parts, items: Iterator[Item], inputs: str, counts: Counts) -> int:
+    async def _together(self, stage: Together, parts: Parts, items: Iterator[Item], inputs: str, counts: Counts) -> int:
         """Brings all items through a stage that looks at all of them; returns how many parts there are."""
         signature = content_key(
             self._pipeline.name, self._pipeline.seed, dict(self._pipeline.settings), stage.name, stage.version, inputs
@@ -279,12 +310,13 @@ class _Run:
         # Parts that are there stay as they are, but the stage has to see all items again.
         number = -1
         for number, batch in enumerate(_batches(stage.work(items), self._options.part_items)):
+            await asyncio.sleep(0)  # Signals come in between.
             if self._stopped_by:
                 break
             here, kept, lost = Counts(), list[Item](), list[Lost]()
             here.entered[stage.name] = len(batch)
             for item, result in batch:
-                made = _made(result, [])
+                made = made_of(stage.name, result, [])
                 if isinstance(made, Rejected):
                     lost.append(Lost(item, stage.name, made))
                     here.lose(lost[-1])
@@ -370,6 +402,18 @@ class _Run:
             for number in added:
                 loop.remove_signal_handler(number)
 
+    def _set_aside(self, written: Sequence[Written]) -> None:
+        """Examples of an earlier run that this one has not written anew do not stay beside its summary."""
+        try:
+            earlier = [str(one["name"]) for one in json.loads((self._folder / SUMMARY).read_bytes())["outputs"]]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            earlier = []
+        now = {one.name for one in written}
+        known = [*earlier, *(output.name for output in self._pipeline.outputs)]
+        # A name comes from a file: it must be one that a pipeline can have.
+        if moved := set_aside(self._folder, [name for name in known if is_output_name(name) and name not in now]):
+            self._progress.say(f"Examples of an earlier run are now in {self._folder / EARLIER}: {', '.join(moved)}.")
+
     def _versions(self) -> dict[str, Any]:
         return {"pipeline": self._pipeline.name, "seed": self._pipeline.seed, "qwen_jax": metadata.version("qwen_jax")}
 
@@ -389,8 +433,9 @@ class _Run:
             "settings": dict(self._pipeline.settings),
             "models": {name: generator.model for name, generator in self._generators.items()},
             "finished": bool(written),
-            "stopped_by": self._stopped_by,
+            "stopped_by": 0 if written else self._stopped_by,
             "fault": None if self._fault is None else str(self._fault),
+            "repeated": self._repeated,
             "stages": [
                 {
                     "name": stage.name,
@@ -422,22 +467,3 @@ def _segments(stages: Sequence[Stage | Together]) -> Iterator[list[Stage | Toget
 def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
     while batch := list(itertools.islice(items, size)):
         yield batch
-
-
-def _failure(stage: str, item: Item, error: Exception) -> InputError:
-    return InputError(
-        f"The stage {stage} failed on the item {item.id}: {type(error).__name__}: {error}. Mend it, and run the same "
-        "command again; answers are kept."
-    )
-
-
-def _made(result: object, steps: Sequence[Mapping[str, Any]]) -> list[Item] | Rejected:
-    """What a stage made, with what it did."""
-    if isinstance(result, Rejected):
-        return result
-    made = [result] if isinstance(result, Item) else list(result) if isinstance(result, Sequence) else None
-    if made is None or not all(isinstance(one, Item) for one in made):
-        raise InputError(f"A stage must give an Item, Items or Rejected, got {type(result).__name__}.")
-    if not made:
-        return Rejected("nothing came out")
-    return [dataclasses.replace(one, steps=(*one.steps, *steps)) for one in made]

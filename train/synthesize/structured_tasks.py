@@ -1,5 +1,6 @@
 """Tasks about tables and nested data, made by code with the right answer, and the comparison of answers with it."""
 
+import hashlib
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,18 +65,20 @@ def tasks_of(
     Raises:
       InputError: a file that cannot be read as a table or a tree.
     """
-    given = [(path, _read(path)) for path in _found(files)]
+    given = [(path, hashlib.sha256(path.read_bytes()).hexdigest()[:16], _read(path)) for path in _found(files)]
 
     def source() -> Iterator[Item]:
-        for path, data in given:
+        # Tasks of a file are drawn by its content, so that it may be moved.
+        for path, content, data in given:
             for number in range(each):
-                yield from _items(data, f"{path}", number, tasks, forms, most_rows, seed)
+                yield from _items(data, f"{path}", content, number, tasks, forms, most_rows, seed)
         for table in range(tables):
             rng = random.Random(f"{seed} table {table}")
             trees = "tree" in tasks and (len(tasks) == 1 or rng.random() < 1 / len(tasks))
             data = make_tree(rng) if trees else make_table(rng)
             for number in range(each):
-                yield from _items(data, f"table {table} of seed {seed}", number, tasks, forms, most_rows, seed)
+                name = f"table {table} of seed {seed}"
+                yield from _items(data, name, name, number, tasks, forms, most_rows, seed)
 
     def once() -> Iterator[Item]:
         last, seen = "", set[str]()
@@ -119,10 +122,17 @@ def _stripped(text: str) -> str:
 
 
 def _items(
-    data: Any, where: str, number: int, tasks: Sequence[str], forms: Sequence[str], most_rows: int, seed: int
+    data: Any,
+    where: str,
+    name: str,
+    number: int,
+    tasks: Sequence[str],
+    forms: Sequence[str],
+    most_rows: int,
+    seed: int,
 ) -> Iterator[Item]:
-    """A task about a table or tree, if it has one of these kinds."""
-    rng = random.Random(f"{seed} task {number} {where}")
+    """A task about a table or tree, if it has one of these kinds. Random numbers are drawn by the name."""
+    rng = random.Random(f"{seed} task {number} {name}")
     made: dict[str, Any] | None
     if isinstance(data, Table):
         kinds = [kind for kind in tasks if kind != "tree"]
@@ -228,7 +238,10 @@ def _answered(task: str, text: str, form: str, question: str, value: Value, rng:
     if isinstance(value, Decimal):
         compare, answer, wrong = "number", plain(value), plain(value + rng.choice((1, 2, 10)))
     elif isinstance(value, list):
-        compare, answer, wrong = "set", ", ".join(value), ", ".join(value[1:])
+        compare, answer = "set", ", ".join(value)
+        # A name with a comma or "and" in it is several words: one that is left out may still be there.
+        wrongs = (", ".join(value[1:]), ", ".join(value[:-1]), *(f"{answer}, {value[0]} {i}" for i in range(2, 99)))
+        wrong = next(one for one in wrongs if not is_right(answer, one, "set"))
     else:
         compare, answer, wrong = "text", value, f"{value} 2"
     fields = {"task": task, "text": text, "form": form, "question": question, "needed": []}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from qwen_jax.cli.synthesize import _load
+from qwen_jax.cli.synthesize import load_engine
 from qwen_jax.errors import InputError
 from qwen_jax.inference import ContinuousEngine
 from qwen_jax.inference.completion import Ending
@@ -42,7 +42,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Continuou
     folder = make_words(tmp_path_factory.mktemp("model"))
     edit_json(folder / "generation_config.json", do_sample=True, top_k=20, repetition_penalty=1.05)
     edit_json(folder / "config.json", max_position_embeddings=128)
-    engine, found = _load(str(folder), CONCURRENCY)
+    engine, found = load_engine(str(folder), CONCURRENCY)
     yield engine, found
     engine.close()
 

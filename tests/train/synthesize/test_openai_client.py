@@ -16,6 +16,7 @@ from qwen_jax.errors import InputError
 from tests.helpers.runs import print_seed
 from tests.helpers.scripted_server import Fault, ScriptedServer, scripted_server
 from train.synthesize import openai_client
+from train.synthesize.engine_generator import tell_apart
 from train.synthesize.generator import Answer, GeneratorDownError, Request
 from train.synthesize.openai_client import OpenAIGenerator
 
@@ -380,3 +381,23 @@ def test_in_a_storm_of_faults_every_request_gets_its_answer_once() -> None:
     assert counts["requests"] == len(server.asked) == 150 + sum(counts["retries"].values())
     assert len({one.key for one in server.received}) == 150
     assert server.most_at_once <= 8
+
+
+def test_servers_with_one_name_are_told_apart() -> None:
+    def named(*models: str) -> list[OpenAIGenerator]:
+        return [OpenAIGenerator(f"http://h:{8000 + i}/v1", name, key="") for i, name in enumerate(models)]
+
+    # One server, or servers with different names, may move without another name.
+    for models in (("a",), ("a", "b")):
+        found = named(*models)
+        tell_apart(found)
+        assert [one.model for one in found] == list(models)
+    found = named("a", "b", "a")
+    tell_apart(found)
+    assert [one.model for one in found] == ["a@h:8000/v1", "b", "a@h:8002/v1"]
+    assert len({request().key(one.model) for one in found}) == 3
+    with scripted_server(lambda body: body["model"]) as server:
+        one = OpenAIGenerator(server.url, "scripted", key="")
+        one.model = "another"
+        answer = asyncio.run(asyncio.wait_for(one.ask(request()), 60))
+    assert answer.text == "scripted"

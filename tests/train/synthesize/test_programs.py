@@ -96,22 +96,41 @@ def test_static_checks() -> None:
     assert static_fault("python", " \n") == "an empty program"
 
 
+@pytest.mark.draw(7)
 @pytest.mark.parametrize(
-    "source",
+    ("language", "source"),
     [
-        "read n; echo $((n * n))",
-        'read n; [ "$n" -gt 1 ] && echo $((n * n))',
-        'read n; echo "$((n * n))  "; echo; exit $((n == 2))',
-        "read n; printf %s $((n + n))",
-        "read n; echo $((n * n)) >&2",
-        "if",
+        ("bash", "read n; echo $((n * n))"),
+        ("bash", 'read n; [ "$n" -gt 1 ] && echo $((n * n))'),
+        ("bash", 'read n; echo "$((n * n))  "; echo; exit $((n == 2))'),
+        ("bash", "read n; printf %s $((n + n))"),
+        ("bash", "read n; echo $((n * n)) >&2"),
+        ("bash", "if"),
+        *(
+            ("python", source)
+            for source in (
+                "print(int(input()) ** 2)",
+                "import sys\nn = int(sys.stdin.buffer.read())\nprint(n * n, end='')\nsys.exit(n == 2)",
+                "import atexit\nn = int(input())\natexit.register(lambda: print(n * n))\nassert n != 1",
+                "import threading\nn = int(input())\nthreading.Thread(target=lambda: print(n * n)).start()",
+                "import os\nn = int(input())\nprint(n * n)\nif n == 1: os._exit(0)\nif n == 2: os.kill(os.getpid(), 9)",
+                "from dataclasses import dataclass\n@dataclass\nclass A:\n    n: 'int'\n"
+                "if __name__ == '__main__':\n    print(A(int(input())).n ** 2)",
+                "import pickle\nclass A: pass\nn = int(input())\npickle.loads(pickle.dumps(A()))\nprint(n * n)",
+                "import sys, os, time\nn = int(input())\nif os.fork() == 0:\n    time.sleep(9)\nprint(n * n)",
+                "n = int(input())\nwhile n == 2: pass\nprint(n * n)",
+                "import sys\nprint(int(input()) ** 2)\nsys.stdout.close()",
+                "raise SystemExit('nothing')",
+                "print(",
+            )
+        ),
     ],
 )
-def test_tests_in_one_run_have_the_verdicts_of_tests_in_runs_of_their_own(source: str) -> None:
-    programs = Programs(seconds=5, isolation=ISOLATION)
+def test_tests_in_one_run_have_the_verdicts_of_tests_in_runs_of_their_own(language: str, source: str) -> None:
+    programs = Programs(seconds=1, isolation=ISOLATION)
     tests = [{"stdin": f"{n}\n", "expected_stdout": f"{n * n}\n"} for n in (0, 1, 2, 3)]
-    judged = programs.judge("bash", source, tests)
-    runs = programs.box.run_tests("bash", source, [Test(**test) for test in tests])
+    judged = programs.judge(language, source, tests)
+    runs = programs.box.run_tests(language, source, [Test(**test) for test in tests])
     assert judged is not None
     assert list(judged.passed) == [run.outcome is Outcome.PASS for run in runs]
 

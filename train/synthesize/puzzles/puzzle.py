@@ -14,6 +14,7 @@ World = TypeVar("World")
 
 NAMES = ("Ava", "Ben", "Cleo", "Dan", "Emma", "Finn", "Gia", "Hugo", "Iris", "Jack", "Kira", "Leo", "Mona", "Nils")
 _LETTERS = "ABCD"
+_AROUND = dict(zip("\"'\u201c\u2018\u00ab*`([{$", "\"'\u201d\u2019\u00bb*`)]}$", strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,14 +124,17 @@ def is_right(answer: str, given: str, compare: Compare) -> bool:
     Args:
       answer: the right one.
       given: another, as a model writes it.
-      compare: "letter", such as C, (C) or C.; "truth"; "word", in any case and without marks around it; "set", words
-        in any order; "number", an exact integer, fraction, decimal or percentage.
+      compare: "letter", such as C, (C) or C.; "truth"; "word", in any case, without quotes, brackets or emphasis around
+        it and punctuation behind it, so that C++ is not C; "set", names in any order; "number", an exact integer,
+        fraction, decimal or percentage.
     """
     if compare == "number":
         value = _number(given)
         return value is not None and value == _number(answer)
     if compare == "set":
         return _set(given) == _set(answer)
+    if compare == "word":
+        return _bare(given) == _bare(answer)
     return _plain(given) == _plain(answer)
 
 
@@ -178,7 +182,20 @@ def _count(worlds: Sequence[World], holding: Sequence[Callable[[World], bool]]) 
     return len(left)
 
 
+def _bare(text: str) -> str:
+    """A text without what is written around an answer."""
+    text = text.strip()
+    while True:
+        inner = text.rstrip(" .,;:!?") or text
+        if len(inner) > 2 and _AROUND.get(inner[0]) == inner[-1]:
+            inner = inner[1:-1].strip() or inner
+        if inner == text:
+            return text.casefold()
+        text = inner
+
+
 def _plain(text: str) -> str:
+    """A letter or a name, without any signs around it."""
     return re.sub(r"^[\W_]+|[\W_]+$", "", text).casefold()
 
 

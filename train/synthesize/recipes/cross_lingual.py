@@ -1,7 +1,7 @@
 """Instructions and responses in other languages, with the meaning of the original (arXiv:2412.15115, section 4.1).
 
-1. Instructions of a file are translated into each language. Numbers, code, links and placeholders must stay as they
-   are, and the language must be the one that was asked for.
+1. Instructions of a file, and system messages, are translated into each language. Numbers, code, links and
+   placeholders must stay as they are, and the language must be the one that was asked for.
 2. A translation must be near the original by its embedding, and be translated back without a difference that a judge
    sees.
 3. Candidate responses are sampled in the other language. Each is translated back and compared with the response to the
@@ -9,7 +9,7 @@
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from qwen_jax.errors import InputError
 from train.data.tables import find_tables, read_rows
@@ -88,6 +88,7 @@ def pipeline(
     keep: int = 1,
     least_similarity: float = 0.6,
     embeddings: bool = True,
+    system: Literal["translate", "keep"] = "translate",
     temperature: float = 0.7,
     response_tokens: int = 2048,
     decontaminate: tuple[str, ...] = (),
@@ -99,14 +100,15 @@ def pipeline(
     Models: generator; judge, which compares; embedder, which gives embeddings.
 
     Args:
-        files: Files of records with the column messages (a conversation, of which the first exchange is used), or
-            prompt (a text or messages) and optionally completion.
+        files: Files of records with the column messages (a conversation, of which the system message and the first
+            exchange are used), or prompt (a text or messages) and optionally completion.
         languages: Codes of the languages to translate into, such as de.
         translations: Translations that are tried for each language, until one passes.
         samples: Candidate responses in the other language.
         keep: Responses that are written for each instruction and language at most.
         least_similarity: Cosine of the embeddings that a translation and a response must have with the original.
         embeddings: Whether embeddings are compared; otherwise back-translation alone decides.
+        system: Whether system messages are translated like instructions, or kept as they are.
         temperature: Of sampling.
         response_tokens: Of an answer at most; one that is cut is dropped.
         decontaminate: Evaluation sets, each NAME=FILE, with which no example may share 13 words in a row.
@@ -115,10 +117,11 @@ def pipeline(
     """
     settings = dict(locals())
     _check_options(settings)
-    recipe = _CrossLingual(settings)
+    recipe, source = _CrossLingual(settings), _source(files)
+    checked(lambda: (item for item in source() if item["instruction"] is not None))
     made = Pipeline(
         "cross_lingual",
-        checked(_source(files)),
+        source,
         [
             Stage("original", recipe.original),
             Stage("translate", recipe.translate),
@@ -141,10 +144,13 @@ class _CrossLingual:
 
     async def original(self, item: Item, context: Context) -> Result:
         """The instruction with a response in its own language, once for each language to translate into."""
+        if item["instruction"] is None:
+            return Rejected("the conversation does not begin with a user")
         own = _language(item["instruction"])
         response = item.get("response")
         if response is None:
-            (answer,) = await context.ask(item["instruction"], **self._sampling)
+            messages = _messages(item["system"], item["instruction"])
+            (answer,) = await context.ask(messages, **self._sampling)
             if (why := fault(answer)) is not None:
                 return Rejected(why)
             if own is not None and _language(answer.text) not in (None, own):
@@ -155,23 +161,24 @@ class _CrossLingual:
         return item.split(parts) if parts else Rejected("no other language")
 
     async def translate(self, item: Item, context: Context) -> Result:
-        """The instruction in the other language, if its meaning came through."""
-        text, language = item["instruction"], item["language"]
-        reasons = []
-        for number in range(self._settings["translations"]):
-            (answer,) = await context.ask(_translation(text, language), first=number, **self._sampling)
-            why, translation = _read(answer, language, text)
-            if why is None:
-                why = await self._other_meaning(text, translation, item, context, number)
-            if why is None:
-                await self._audit(item, context)
-                return item.update(translation=translation)
-            reasons.append(why)
-        return Rejected(reasons[-1], ", ".join(reasons))
+        """The instruction and the system message in the other language, if their meaning came through."""
+        system = item["system"]
+        if system is not None and self._settings["system"] == "translate":
+            # Many conversations have the same one, which is then translated once.
+            own = _language(system) or item["own"]
+            if own != item["language"]:
+                system, reasons = await self._translated(system, own, item["language"], context, system)
+                if system is None:
+                    return Rejected(f"system message: {reasons[-1]}", ", ".join(reasons))
+        translation, reasons = await self._translated(item["instruction"], item["own"], item["language"], context)
+        if translation is None:
+            return Rejected(reasons[-1], ", ".join(reasons))
+        await self._audit(item, context)
+        return item.update(translation=translation, system=system)
 
     async def respond(self, item: Item, context: Context) -> Result:
         """Candidate responses, and which of them agree with the response to the original."""
-        answers = await context.ask(item["translation"], samples=self._settings["samples"], **self._sampling)
+        answers = await context.ask(_prompt(item), samples=self._settings["samples"], **self._sampling)
         tried = await all_of([self._candidate(answer, i, item, context) for i, answer in enumerate(answers)])
         passed = [(similarity, text) for why, similarity, text in tried if why is None]
         if not passed:
@@ -185,20 +192,36 @@ class _CrossLingual:
     def sft(self, item: Item) -> Iterator[Mapping[str, Any]]:
         """Conversations in the other language."""
         for text in item["passed"]:
-            yield {"messages": [_user(item), {"role": "assistant", "content": text}], "language": item["language"]}
+            yield {"messages": [*_prompt(item), {"role": "assistant", "content": text}], "language": item["language"]}
 
     def pairs(self, item: Item) -> Iterator[Mapping[str, Any]]:
         """A response that agrees with that to the original before one that does not."""
         if item["failed"]:
             yield {
-                "prompt": [_user(item)],
+                "prompt": _prompt(item),
                 "chosen": [{"role": "assistant", "content": item["passed"][0]}],
                 "rejected": [{"role": "assistant", "content": item.rng("pairs").choice(item["failed"])}],
                 "language": item["language"],
             }
 
+    async def _translated(
+        self, text: str, own: str | None, language: str, context: Context, shared: str | None = None
+    ) -> tuple[str | None, list[str]]:
+        """A text in another language, or None; and what was wrong with the translations before."""
+        reasons: list[str] = []
+        for number in range(self._settings["translations"]):
+            prompt = _translation(text, language)
+            (answer,) = await context.ask(prompt, first=number, shared=shared, **self._sampling)
+            why, translation = _read(answer, language, text)
+            if why is None:
+                why = await self._other_meaning(text, translation, own, context, number, shared)
+            if why is None:
+                return translation, reasons
+            reasons.append(why)
+        return None, reasons
+
     async def _other_meaning(
-        self, text: str, translation: str, item: Item, context: Context, number: int
+        self, text: str, translation: str, own: str | None, context: Context, number: int, shared: str | None
     ) -> str | None:
         """Why a translation may not mean the same; None if nothing is seen."""
         similarity = await self._similarity(text, translation, context)
@@ -206,12 +229,12 @@ class _CrossLingual:
             return "not judged"
         if similarity < self._settings["least_similarity"]:
             return "another meaning by embeddings"
-        back = await self._back(translation, item, context, number)
+        back = await self._back(translation, own, context, number, shared)
         if back is None:
             return "not judged"
         if changed_mark(text, back) == "number":
             return "a number changed"
-        same = await _says_same(COMPARE.format(first=text, second=back), context)
+        same = await _says_same(COMPARE.format(first=text, second=back), context, shared)
         return "not judged" if same is None else None if same else "another meaning after translating back"
 
     async def _candidate(
@@ -222,7 +245,7 @@ class _CrossLingual:
         if (why := fault(answer) or _language_fault(text, item["language"])) is not None:
             return why, 0.0, text
         similarity = await self._similarity(item["response"], text, context)
-        back = await self._back(text, item, context, number)
+        back = await self._back(text, item["own"], context, number)
         if similarity is None or back is None:
             return "not judged", 0.0, text
         prompt = ALIGN.format(question=item["instruction"], first=item["response"], second=back)
@@ -235,10 +258,12 @@ class _CrossLingual:
             return "another meaning by embeddings", similarity, text
         return None, similarity, text
 
-    async def _back(self, text: str, item: Item, context: Context, number: int) -> str | None:
+    async def _back(
+        self, text: str, own: str | None, context: Context, number: int, shared: str | None = None
+    ) -> str | None:
         """A text in the language of the original again; None if that failed."""
-        own = item["own"] or "en"
-        (answer,) = await context.ask(_translation(text, own), first=1000 + number, **self._sampling)
+        own = own or "en"
+        (answer,) = await context.ask(_translation(text, own), first=1000 + number, shared=shared, **self._sampling)
         why, back = _read(answer, own, None)
         return back if why is None else None
 
@@ -271,21 +296,30 @@ def _source(files: Sequence[str]) -> Callable[[], Iterator[Item]]:
     def source() -> Iterator[Item]:
         for path in found:
             for row in read_rows(path):
-                instruction, response = _exchange(row.values, row.where)
-                if instruction is not None:
-                    yield make_item({"instruction": instruction, "response": response}, [row.where])
+                system, instruction, response = _exchange(row.values, row.where)
+                fields = {"system": system, "instruction": instruction, "response": response}
+                # Conversations that cannot be used are counted.
+                more = (
+                    {}
+                    if instruction is not None
+                    else {"messages": row.values.get("messages") or row.values.get("prompt")}
+                )
+                yield make_item({**fields, **more}, [row.where])
 
     return source
 
 
-def _exchange(values: Mapping[str, Any], where: str) -> tuple[str | None, str | None]:
-    """The first message of the user and the answer to it; (None, None) for a conversation that begins otherwise."""
+def _exchange(values: Mapping[str, Any], where: str) -> tuple[str | None, str | None, str | None]:
+    """The system message, the first message of the user and the answer to it; Nones if it begins otherwise."""
+    system = None
     if isinstance(messages := values.get("messages") or values.get("prompt"), list):
         if not all(isinstance(one, Mapping) and isinstance(one.get("content"), str) for one in messages):
             raise InputError(f"{where}: expected messages with role and content. Correct the record.")
+        if messages and messages[0].get("role") == "system":
+            system, messages = messages[0]["content"].strip() or None, messages[1:]
         roles = [one.get("role") for one in messages]
         if roles[:1] != ["user"]:
-            return None, None
+            return None, None, None
         instruction = messages[0]["content"]
         response = messages[1]["content"] if roles[1:2] == ["assistant"] else None
     elif isinstance(prompt := values.get("prompt"), str):
@@ -295,7 +329,7 @@ def _exchange(values: Mapping[str, Any], where: str) -> tuple[str | None, str | 
         raise InputError(f"{where}: expected the column messages, or prompt (a text or messages), got {got}.")
     if not instruction.strip() or not (response is None or isinstance(response, str)):
         raise InputError(f"{where}: expected an instruction that is not empty, and a text as its response.")
-    return instruction.strip(), response.strip() or None if response else None
+    return system, instruction.strip(), response.strip() or None if response else None
 
 
 def _check_options(settings: Mapping[str, Any]) -> None:
@@ -346,9 +380,9 @@ def _language_fault(text: str, language: str) -> str | None:
     return "another language"
 
 
-async def _says_same(prompt: str, context: Context) -> bool | None:
+async def _says_same(prompt: str, context: Context, shared: str | None = None) -> bool | None:
     """What the judge says; None if it says nothing that can be read."""
-    (answer,) = await context.ask(prompt, model="judge", temperature=0.0, max_tokens=1024)
+    (answer,) = await context.ask(prompt, model="judge", shared=shared, temperature=0.0, max_tokens=1024)
     if fault(answer):
         return None
     for text in (answer.text.rstrip().rpartition("\n")[2], answer.text):
@@ -358,5 +392,11 @@ async def _says_same(prompt: str, context: Context) -> bool | None:
     return None
 
 
-def _user(item: Item) -> dict[str, str]:
-    return {"role": "user", "content": item["translation"]}
+def _messages(system: str | None, text: str) -> list[dict[str, str]]:
+    """A message of the user, and the system message if there is one."""
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, {"role": "user", "content": text}]
+
+
+def _prompt(item: Item) -> list[dict[str, str]]:
+    return _messages(item["system"], item["translation"])

@@ -9,9 +9,9 @@
 """
 
 import dataclasses
+import heapq
 import itertools
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,11 +21,12 @@ from train.data.tables import find_tables
 from train.synthesize.checks import fault, json_of, score_of, unbalanced_fences
 from train.synthesize.context import Context, all_of
 from train.synthesize.generator import Answer
-from train.synthesize.item import Item, Rejected, make_item
+from train.synthesize.item import Item, Rejected, content_key, make_item
 from train.synthesize.kappa import cohen_kappa
-from train.synthesize.overlap import cleaned
+from train.synthesize.overlap import cleaned, words
 from train.synthesize.pipeline import Output, Pipeline, Result, Stage, Together
 from train.synthesize.scoring import RewardScores
+from train.synthesize.spoilt import broken_off, out_of_order
 
 CRITIC = """Here are a conversation and the last answer in it. List all flaws of this answer: what is false, does not
 follow, is missing, does not answer the request, breaks off, is out of order, is unclear, or does not belong there. Do
@@ -53,7 +54,9 @@ First give your reasons in a few sentences. Then end with one line: Score: N, wh
 
 _AUDITED = 0.2
 _CRITIC_NAME = "critic"
-_LEAST_WORDS_TO_SPOIL, _LEAST_SENTENCES = 12, 4
+_LEAST_WORDS, _STRANGERS = 12, 32
+# Answers to more similar questions, and more similar answers, may be right for one another.
+_MOST_ALIKE_QUESTIONS, _MOST_ALIKE = 0.9, 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +116,8 @@ def pipeline(
     if not names:
         raise InputError("Nothing looks for flaws. Give --scorers, or leave --critic on.")
     settings["scorer_code"] = {one.name: one.reward.code for one in made if one.reward is not None}
-    recipe = _Filtering(settings, made)
-    source, pairs = _source(examples)
+    source, pairs, strangers = _source(examples)
+    recipe = _Filtering(settings, made, strangers)
     outputs = [Output("pairs", recipe.rows)] if pairs else [Output("sft", recipe.rows)]
     asked = [name for name in names if name == _CRITIC_NAME or any(o.name == name and not o.reward for o in made)]
     result = Pipeline(
@@ -135,10 +138,10 @@ def pipeline(
 
 
 class _Filtering:
-    """The stages and outputs, with their settings."""
+    """The stages and outputs, with their settings, and answers that the audit gives to other questions."""
 
-    def __init__(self, settings: Mapping[str, Any], scorers: Sequence[Scorer]):
-        self._settings, self._scorers = settings, scorers
+    def __init__(self, settings: Mapping[str, Any], scorers: Sequence[Scorer], strangers: Sequence[tuple[Any, str]]):
+        self._settings, self._scorers, self._strangers = settings, scorers, strangers
         self._names = [*([_CRITIC_NAME] if settings["critic"] else []), *(one.name for one in scorers)]
         self._given: dict[str, bytearray] = {}
 
@@ -160,13 +163,10 @@ class _Filtering:
 
     async def verdicts(self, item: Item, context: Context) -> Result:
         """What the critic and the scorers say; planted flaws are judged beside the answer."""
-        answer = item["turns"][-1]
-        spoilt = _spoilt(item)
+        spoilt = _spoilt(item, self._strangers)
         found = await all_of([self._judged(name, item, context) for name in self._names])
-        planted = await all_of(
-            [self._passes(name, item, text, context) for name in self._names for _, text in spoilt if text != answer]
-        )
-        known = ((name, kind) for name in self._names for kind, text in spoilt if text != answer)
+        planted = await all_of([self._passes(name, item, text, context) for name in self._names for _, text in spoilt])
+        known = ((name, kind) for name in self._names for kind, _ in spoilt)
         for (name, kind), passed in zip(known, planted, strict=True):
             if passed is not None:
                 context.audit(f"{name}, {kind}", False, passed)
@@ -188,7 +188,7 @@ class _Filtering:
             elif silent:
                 yield item, Rejected(f"not judged: {', '.join(silent)}")
             else:
-                yield item, item.without("verdicts", "other")
+                yield item, item.without("verdicts")
 
     def measures(self) -> dict[str, Any]:
         """What each scorer did, and how far each two agree."""
@@ -274,8 +274,8 @@ def _scorer(text: str) -> Scorer:
     return Scorer(name, value, RewardScores(spec) if spec else None)
 
 
-def _source(examples: Sequence[str]) -> tuple[Callable[[], Iterator[Item]], bool]:
-    """The items of files of examples, and whether these are pairs.
+def _source(examples: Sequence[str]) -> tuple[Callable[[], Iterator[Item]], bool, list[tuple[Any, str]]]:
+    """The items of files of examples, whether these are pairs, and some prompts with their answers.
 
     Raises:
       InputError: a file or a record is malformed.
@@ -283,16 +283,21 @@ def _source(examples: Sequence[str]) -> tuple[Callable[[], Iterator[Item]], bool
     files = find_tables(examples)
 
     def items() -> Iterator[Item]:
-        other: tuple[Any, str] | None = None
         for raw in read_examples(files):
-            item = _item(raw)
-            # An answer to another question, for the audit.
-            planted = other[1] if other is not None and other[0] != item["prompt"] else None
-            other = item["prompt"], item["turns"][-1]
-            yield item.update(other=planted)
+            yield _item(raw)
 
-    kinds = {raw.kind for raw in read_examples(files)}
-    return items, kinds == {"pairs"}
+    kinds = set()
+
+    def answers() -> Iterator[tuple[Any, str]]:
+        for raw in read_examples(files):
+            kinds.add(raw.kind)
+            item = _item(raw)
+            if len(words(item["turns"][-1])) >= _LEAST_WORDS:
+                yield item["prompt"], item["turns"][-1]
+
+    # The same ones in whatever order the examples come.
+    strangers = heapq.nsmallest(_STRANGERS, answers(), key=content_key)
+    return items, kinds == {"pairs"}, [one for one in strangers if fault(Answer(one[1])) is None]
 
 
 def _item(raw: RawExample) -> Item:
@@ -335,34 +340,32 @@ def _told(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(f"{message['role']}: {message.get('content') or ''}" for message in prompt)
 
 
-def _spoilt(item: Item) -> list[tuple[str, str]]:
+def _spoilt(item: Item, strangers: Sequence[tuple[Any, str]]) -> list[tuple[str, str]]:
     """Answers with a planted flaw, and what it is, for some of the items."""
     rng = item.rng("audit")
     if rng.random() >= _AUDITED:
         return []
-    answer, found = item["turns"][-1], []
-    if len(answer.split()) >= _LEAST_WORDS_TO_SPOIL:
-        found.append(("truncated", _truncated(answer, rng)))
-    sentences = re.split(r"(?<=[.!?\u3002])\s+", answer)
-    if len(sentences) >= _LEAST_SENTENCES:
-        found.append(("shuffled", " ".join(_deranged(sentences, rng))))
-    if item["other"] is not None:
-        found.append(("another question", item["other"]))
-    return found
+    answer = item["turns"][-1]
+    found = [
+        ("truncated", broken_off(answer, rng.uniform(0.3, 0.6)) if len(words(answer)) >= _LEAST_WORDS else None),
+        ("out of order", out_of_order(answer, rng)),
+        ("another question", _to_another(item, strangers, rng)),
+    ]
+    return [(kind, text) for kind, text in found if text is not None]
 
 
-def _truncated(answer: str, rng: random.Random) -> str:
-    """The beginning of an answer, that breaks off within a sentence."""
-    words = answer.split(" ")
-    return " ".join(words[: max(1, int(len(words) * rng.uniform(0.3, 0.6)))]).rstrip(" .!?\n")
+def _to_another(item: Item, strangers: Sequence[tuple[Any, str]], rng: random.Random) -> str | None:
+    """The answer to another question; None if all that are known might answer this one, too."""
+    question, answer = _told(item["prompt"]), item["turns"][-1]
+    others = [
+        theirs
+        for prompt, theirs in strangers
+        if _alike(_told(prompt), question) < _MOST_ALIKE_QUESTIONS and _alike(theirs, answer) < _MOST_ALIKE
+    ]
+    return rng.choice(others) if others else None
 
 
-def _deranged(parts: Sequence[str], rng: random.Random) -> list[str]:
-    """The same parts, none of them where it was."""
-    order = list(range(len(parts)))
-    rng.shuffle(order)
-    # Each place takes the part of the next one in a random round.
-    result = list(parts)
-    for here, there in itertools.pairwise([*order, order[0]]):
-        result[here] = parts[there]
-    return result
+def _alike(first: str, second: str) -> float:
+    """The share of the words of two texts that both have."""
+    one, other = set(words(first)), set(words(second))
+    return len(one & other) / max(1, len(one | other))

@@ -169,7 +169,8 @@ class _Instructions:
     """The stages, with the sandbox, the options and the queries."""
 
     def __init__(self, programs: Programs, settings: Mapping[str, Any], queries: Sequence[str]):
-        self._programs, self._settings, self._queries = programs, settings, queries
+        # Draws do not depend on the order of records.
+        self._programs, self._settings, self._queries = programs, settings, sorted(queries)
         self._sampling = {"max_tokens": settings["answer_tokens"], "temperature": settings["temperature"]}
 
     def augment_seeds(self, seeds: Sequence[str]) -> Any:
@@ -178,7 +179,7 @@ class _Instructions:
         async def augment(item: Item, context: Context) -> Result:
             if item["from"] != "model":
                 return item
-            shown = item.rng("seeds").sample(list(seeds), min(_SHOWN, len(seeds)))
+            shown = item.rng("seeds").sample(sorted(seeds), min(_SHOWN, len(seeds)))
             text = verification.AUGMENT.format(count=self._settings["new"], seeds="\n".join(f"- {s}" for s in shown))
             (answer,) = await context.ask(text, **self._sampling)
             if why := fault(answer, "en"):

@@ -22,6 +22,7 @@ from train.synthesize.lengths import Length, draw_length, estimated_tokens, meas
 from train.synthesize.overlap import cleaned, words
 from train.synthesize.pipeline import Output, Pipeline, Result, Stage
 from train.synthesize.sources import checked, texts
+from train.synthesize.spoilt import broken_off
 
 REQUEST = """Below is a text. Imagine that an assistant wrote it as the answer to a request of a user, and write that
 request. It must name the subject, what has to be covered, for whom, and in which form and tone, so that somebody who
@@ -286,12 +287,13 @@ class _LongResponses:
         if rng.random() >= _AUDITED:
             return
         request, answer = item["request"], item["answer"]
-        cut = answer[: int(len(answer) * rng.uniform(0.4, 0.7))]
         for name, good, pair in (
             ("fits", True, (_STRANGE_REQUEST, answer)),
-            ("complete", True, (request, cut[: max(cut.rfind(" "), 1)])),
+            ("complete", True, (request, broken_off(answer, rng.uniform(0.4, 0.7)))),
             ("boilerplate", False, (request, _BOILERPLATE + answer)),
         ):
+            if pair[1] is None:
+                continue
             verdict = await self._verdict(pair[0], pair[1], context)
             if verdict is not None:
                 context.audit(f"judge, {name}", False, verdict[name] is good)
@@ -299,7 +301,14 @@ class _LongResponses:
     def _audit_length(self, length: Length, text: str, context: Context) -> None:
         """The check of lengths has to tell the text, which has the length, from one that has not."""
         context.audit("length", True, length.holds(text, self._tokens))
-        other = text[: len(text) // 4] if length.least is not None else "\n\n".join([text] * 3)
+        if length.least is None:
+            other = "\n\n".join([text] * 3)
+        else:
+            # So much of the beginning that the counted length is at most a quarter.
+            whole, characters = measure(text, length.unit, self._tokens), len(text) // 4
+            while characters and 4 * measure(text[:characters], length.unit, self._tokens) > whole:
+                characters //= 2
+            other = text[:characters]
         if length.unit == "sections":
             other = f"{text}\n\n# One more\n\nThis one was not asked for."
         context.audit("length", False, length.holds(other, self._tokens))

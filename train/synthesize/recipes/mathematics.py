@@ -330,7 +330,7 @@ class _Mathematics:
         """The scores of a judge, which must prefer a solution to one without steps and with a wrong answer."""
         scores = await all_of([self._judged(item, context, text) for text in texts])
         if scores[0] is not None and item.rng("judge").random() < _AUDITED:
-            wreck = "1. The problem is easy.\n" + rf"\boxed{{{item.rng('wreck').randrange(1000, 10_000)}}}"
+            wreck = "1. The problem is easy.\n" + rf"\boxed{{{_known_answers(_text_of(item['answer']) or '')[1][0]}}}"
             planted = await self._judged(item, context, wreck)
             if planted is not None:
                 context.audit("judge", False, planted >= scores[0])
@@ -410,7 +410,8 @@ def _known_answers(gold: str) -> list[tuple[str, bool]]:
     if re.fullmatch(r"-?\d{1,12}(?:\.\d{1,6}|/\d{1,9})", gold) and not re.search(r"/0+$", gold):
         value_plus = Fraction(gold) + 1
         return [(gold, True), (rf"\frac{{{value_plus.numerator}}}{{{value_plus.denominator}}}", False)]
-    return [(gold, True), ("7919.25", False)]
+    # A number that nobody writes, and another one for each answer.
+    return [(gold, True), (f"{int(content_key('wrong', gold)[:10], 16) + 10**12}.25", False)]
 
 
 def _check_options(settings: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from train.synthesize.overlap import cleaned
 from train.synthesize.pipeline import Output, Pipeline, Result, Stage, Together
 from train.synthesize.scoring import RewardScores
 from train.synthesize.sources import checked, records
+from train.synthesize.spoilt import out_of_order
 
 JUDGE = """Here are a conversation and two answers to its last message. Decide which is better: more correct, more
 helpful, better at doing what was asked. The order in which they stand and their length mean nothing.
@@ -41,7 +42,8 @@ First give your reasons in a few sentences. Then end with one line that is a JSO
 Label = Literal["rules", "judge", "review"]
 _AUDITED = 0.25
 _NONSENSE = "the of blue seven because not yes apple runs while"
-_LEAST_WORDS_TO_SPOIL = 6
+# Rewards for which these words may be right: they look at form alone, or the prompt says what they look at.
+_MAY_LIKE_NONSENSE = ("instructions", "verification", "format", "length")
 
 
 def pipeline(
@@ -290,14 +292,9 @@ class _Preferences:
     async def _audit_judge(self, item: Item, context: Context, text: str) -> None:
         """Lets the judge compare an answer with its words out of order."""
         rng = item.rng("audit")
-        words = text.split()
-        if rng.random() >= _AUDITED or len(words) < _LEAST_WORDS_TO_SPOIL:
+        if rng.random() >= _AUDITED or (spoilt := out_of_order(text, rng)) is None:
             return
-        spoilt = words[:]
-        rng.shuffle(spoilt)
-        if spoilt == words:
-            return
-        order, better = await self._compare(item["prompt"], text, " ".join(spoilt), context)
+        order, better = await self._compare(item["prompt"], text, spoilt, context)
         # Without a verdict that holds in both orders nothing would be written.
         if order == "consistent":
             context.audit("judge, words out of order", False, better == 1)
@@ -305,7 +302,7 @@ class _Preferences:
     async def _audit_rule(self, item: Item, context: Context) -> None:
         """Lets the rule judge nonsense, and for mathematics the annotated answer."""
         assert self.rule is not None
-        known = [(_NONSENSE, False)]
+        known = [] if self.rule.spec in _MAY_LIKE_NONSENSE else [(_NONSENSE, False)]
         answer = item["columns"].get("answer")
         if self.rule.spec == "math" and isinstance(answer, str | int | float):
             known.append((rf"The answer is \boxed{{{answer}}}.", True))

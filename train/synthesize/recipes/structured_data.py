@@ -46,7 +46,8 @@ of columns, values and numbers are written exactly as here. Do not change what i
 Answer with a JSON object and nothing else: {{"text": "..."}}"""
 
 _CLAIM = 'Is this statement supported by the data, refuted by it, or is there not enough information? "{text}"'
-_PLANTED = "\nThis also uses the number 7390451.37 of the data."
+_PLANTED = "This uses the number {} of the data.\n"
+_NO_WORDING = "What does the data say?"
 
 
 def pipeline(
@@ -123,8 +124,9 @@ class _StructuredData:
             why: str | None = "no text in the answer"
         else:
             why = wording_fault(wording, text, item["needed"], _to_hide(item))
-            dropped = wording_fault("What does the data say?", text, item["needed"], None)
-            context.audit("wording", False, dropped is None)
+            if any(one.casefold() not in _NO_WORDING.casefold() for one in item["needed"]):
+                dropped = wording_fault(_NO_WORDING, text, item["needed"], None)
+                context.audit("wording", False, dropped is None)
             context.audit("wording", True, wording_fault(text, text, item["needed"], _to_hide(item)) is None)
         # What is worded otherwise keeps the words of code.
         context.note(worded=why is None, why=why)
@@ -241,7 +243,11 @@ def _audit(item: Item, context: Context, passed: Sequence[str]) -> None:
     for expected, answer in ((True, item["answer"]), (False, item["wrong"])):
         context.audit("answer", expected, is_right_answer(item["answer"], item["compare"], shown(answer)))
     if passed and item["compare"] not in _FILES:
-        found = ungrounded_number(passed[0] + _PLANTED, _numbers(item), item["counts"])
+        # In the first line there is nothing before it that it could follow from.
+        known, planted = set(map(abs, _numbers(item))), Decimal("7390451.37")
+        while planted in known:
+            planted += 1
+        found = ungrounded_number(_PLANTED.format(planted) + passed[0], known, item["counts"])
         context.audit("numbers", False, found is None)
 
 

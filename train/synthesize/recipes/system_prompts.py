@@ -113,7 +113,8 @@ class _SystemPrompts:
     """The stages and outputs, with their settings."""
 
     def __init__(self, settings: Mapping[str, Any], questions: Sequence[str]):
-        self._settings, self._questions = settings, questions
+        # Draws do not depend on the order of records.
+        self._settings, self._questions = settings, sorted(questions)
         self._sampling = {"temperature": settings["temperature"], "max_tokens": settings["response_tokens"]}
 
     async def rewrite(self, item: Item, context: Context) -> Result:
@@ -134,7 +135,7 @@ class _SystemPrompts:
         """Questions to ask under the system prompt."""
         count, rng = self._settings["conversations"], item.rng("questions")
         if self._questions:
-            chosen = rng.sample(list(self._questions), min(count, len(self._questions)))
+            chosen = rng.sample(self._questions, min(count, len(self._questions)))
             return item.split({"question": text} for text in chosen)
         found: list[str] = []
         for answer in await context.ask(QUESTION.format(prompt=item["prompt"]), samples=count, **self._sampling):

@@ -167,6 +167,54 @@ def test_only_what_means_the_same_is_kept_and_all_of_it(case: int, tmp_path: Pat
     assert len(list(read_examples([tmp_path / "run" / "sft.jsonl"]))) == len(kept)
 
 
+@pytest.mark.parametrize("system", ["translate", "keep"])
+def test_system_messages_are_translated_once_and_other_beginnings_counted(system: Any, tmp_path: Path) -> None:
+    seed = int(print_seed().integers(1 << 20))
+    path = Path(questions(tmp_path, 30, seed))
+    texts = [SAID["en"].format(topic, 4) for topic in ("topica", "topicb")]
+    rows = [json.loads(line)["messages"] for line in path.open()]
+    for number, messages in enumerate(rows):
+        if number % 3:
+            messages.insert(0, {"role": "system", "content": texts[number % 3 - 1]})
+    others = [[{"role": "assistant", "content": f"Hello {i}."}] for i in range(4)]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in [*rows, *others]))
+    made = pipeline(files=(str(path),), languages=("de", "fr"), samples=1, system=system)
+    translator = Translator(1.0)
+    summary = run(made, models(made.models, translator), tmp_path / "run")
+    assert summary["stages"][0]["rejected"] == {"the conversation does not begin with a user": 4}
+    found = rows_of(tmp_path / "run", "sft")
+    by_language = [tuple(row["messages"][0]["content"] for row in found if row["language"] == x) for x in ("de", "fr")]
+    for language, texts_there in zip(("de", "fr"), by_language, strict=True):
+        expected = {text if system == "keep" else SAID[language].format(topic_of(text), 4) for text in texts}
+        assert {text for text in texts_there if text[:8] not in FOREIGN} == expected
+    assert sum([m["role"] for m in row["messages"]] == ["system", "user", "assistant"] for row in found) == 40
+    assert len(found) == 60
+    # Of the same text in all conversations there is one translation, which is one request.
+    prompts = [str(request.messages[-1]["content"]) for request in translator.asked]
+    for text in texts:
+        asked = [prompt for prompt in prompts if prompt.startswith("Translate") and text in prompt]
+        assert len(asked) == (2 if system == "translate" else 0)
+    # The response is asked for under the message that stands in the data.
+    answered = [r for r in translator.asked if r.messages[-1]["content"][:8] in FOREIGN]
+    assert {len(request.messages) for request in answered} == {1, 2}
+
+
+def test_a_system_message_with_another_meaning_is_not_kept(tmp_path: Path) -> None:
+    def changes(request: Request) -> str | Answer:
+        text = str(request.messages[-1]["content"])
+        if text.startswith("Translate") and "topicz" in text and "into German" in text:
+            return json.dumps({"translation": SAID["de"].format("topicy", 4)})
+        return Translator(1.0).play(request)
+
+    path = Path(questions(tmp_path, 5, int(print_seed().integers(1 << 20))))
+    rows = [json.loads(line)["messages"] for line in path.open()]
+    system = {"role": "system", "content": SAID["en"].format("topicz", 4)}
+    path.write_text("".join(json.dumps({"messages": [system, *messages]}) + "\n" for messages in rows))
+    made = pipeline(files=(str(path),), languages=("de",), embeddings=False)
+    summary = run(made, models(made.models, ScriptedGenerator(changes)), tmp_path / "run")
+    assert summary["stages"][1]["rejected"] == {"system message: another meaning after translating back": 5}
+
+
 def test_what_the_judge_does_not_say_is_not_kept(tmp_path: Path) -> None:
     files = (questions(tmp_path, 20, int(print_seed().integers(1 << 20))),)
     made = pipeline(files=files, languages=("de",), embeddings=False)

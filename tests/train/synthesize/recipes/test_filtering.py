@@ -136,7 +136,7 @@ def test_only_what_all_hold_flawless_stays_and_all_of_it(form: str, tmp_path: Pa
         same = [k for k in seers if seers[k] == by]
         assert not by or rejected["decide"].get(f"flawed: {', '.join(by)}", 0) == sum(k in same for k in kinds), kind
     assert all(counts["wrong"][1] == 0 for counts in summary["audits"].values())
-    assert {f"critic, {kind}" for kind in ("truncated", "shuffled", "another question")} <= set(summary["audits"])
+    assert {f"critic, {kind}" for kind in ("truncated", "out of order", "another question")} <= set(summary["audits"])
 
 
 def test_agreement_and_rejections_of_scorers_are_reported(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_chosen_answer_must_be_scored_above_the_rejected_one(tmp_path: Path) -
     options = {"critic": False, "scorers": (scorer,), "least_words": 8, "language": "en"}
     made = pipeline(examples=(str(tmp_path / "e.jsonl"),), **options)  # type: ignore[arg-type]
     assert made.models == ()
-    # It does not see that sentences are out of order, or that another question is answered.
+    # It does not see that another question is answered.
     make_examples(tmp_path / "many.jsonl", rng, 900, "pairs")
     many = pipeline(examples=(str(tmp_path / "many.jsonl"),), **options)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"The check model, .* cannot be trusted"):
