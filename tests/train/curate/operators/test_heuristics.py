@@ -246,7 +246,7 @@ def test_words_are_the_text() -> None:
         ("https://a.org/b?c=d. foo@bar.org, os.path.join", "https://a.org/b?c=d . foo@bar.org , os.path.join"),
         ("f(x): :) __init__ *args, ...", "f(x ): :) _ _ init _ _ * args , ..."),
         ("«Да», сказал он. 汉字。", "« Да » , сказал он . 汉字 。"),
-        ("wait... what?!", "wait ... what ? !"),
+        ("wait... what?! 你好……", "wait ... what ? ! 你好 ……"),
     ],
 )
 def test_words(text: str, words: str) -> None:
@@ -357,7 +357,7 @@ def test_unusual_texts() -> None:
         assert rules.start()(statistics([])).num_rows == 0
 
 
-@pytest.mark.parametrize("piece", ["ab(c", "((((", "a" * 50, "a.b-", "word ", "汉", "...", "'s"])
+@pytest.mark.parametrize("piece", ["ab(c", "((((", "a" * 50, "a.b-", "word ", "汉", "...", "'s", "a).", ")..", "…)", "a@"])
 def test_a_long_line_takes_linear_time(piece: str) -> None:
     """Ten times the text takes at most twenty-five times the time, also without a blank."""
     seconds = []
