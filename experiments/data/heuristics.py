@@ -3,19 +3,21 @@
     python3 -m venv /tmp/datatrove && /tmp/datatrove/bin/pip install 'datatrove[processing]' lxml_html_clean
     python -m experiments.data.heuristics --documents FOLDER... --oracle-python /tmp/datatrove/bin/python
 
-Documents are the .py, .md, .rst, .txt and METADATA files below the folders, the text of .html pages, and the
-docstrings of other .py files, as many of each kind as are asked for, in the order of a hash of their paths.
+Documents are the .py, .md, .rst, .txt and METADATA files below the folders, manual pages (.gz), the text of .html
+pages, and the docstrings of other .py files, as many of each kind as are asked for, in the order of a hash of their paths.
 `--golden FILE` writes datatrove's decisions on the texts of `tests/train/curate/operators/heuristics_golden.json`.
 """
 
 import argparse
 import ast
+import gzip
 import hashlib
 import json
 import os
 import subprocess
 import time
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -62,7 +64,7 @@ def documents(folders: Sequence[Path], count: int) -> Iterator[tuple[str, str]]:
         for place, _, names in os.walk(folder, followlinks=True):
             for name in names:
                 kind = name.rpartition(".")[2]
-                if kind in ("py", "md", "rst", "txt", "html", "METADATA"):
+                if kind in ("py", "md", "rst", "txt", "html", "METADATA", "gz"):
                     found.setdefault(kind, []).append(Path(place, name))
     for kind, paths in sorted(found.items()):
         paths.sort(key=lambda path: hashlib.sha1(str(path).encode()).digest())
@@ -75,8 +77,9 @@ def documents(folders: Sequence[Path], count: int) -> Iterator[tuple[str, str]]:
 
 def _document(kind: str, path: Path) -> Iterator[tuple[str, str]]:
     try:
-        text = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError):
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if kind == "gz" else data).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError):
         return
     if kind == "html":
         extract = optional_library("resiliparse.extract.html2text", "HTML pages")

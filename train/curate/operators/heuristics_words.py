@@ -69,7 +69,7 @@ class _Rules:
         capitals = rf"(?<={letter * 2})(?<![a-z{lower}])(?<![a-z{lower}].)"
         self._prefix = re.compile(rf"\.\.+|[CA]\$|US\$|[§%=—–{marks}{quotes}]|{_CURRENCY}|\+(?!\d)|{icons}")
         self._suffix = re.compile(
-            rf"(?:\.\.+|……|[{marks}{quotes}—–]|['’][sS]|{icons}|(?<=[0-9])(?:\+|{_CURRENCY}|{_UNITS})"
+            rf"(?:\.\.+|……|[{marks}{quotes}—–]|['’][sS]|{icons}|(?<=[0-9])(?:\+|[CA]\$|US\$|{_CURRENCY}|{_UNITS})"
             rf"|(?:(?<=[0-9%²\-+|{marks}{quotes}])|{small}|{capitals})\.|(?<=°[FfCcKk])\.)$"
         )
         self._infix = re.compile(
@@ -298,10 +298,10 @@ def _faces() -> Iterator[str]:
     """Faces made of eyes, an optional nose, and a mouth, and upright ones."""
     mouths = [")", "))", ")))", "(", "((", "(((", *"]}/|03PpOoXxD*>"]
     yield from map("".join, itertools.product(":", ("", "-"), mouths))
-    yield from map("".join, itertools.product((":'", ":'-", ";", ";-"), "()"))
+    yield from map("".join, itertools.product((":'", ":'-"), "()"))
     yield from map("".join, itertools.product("([", ("", "-"), ":"))
     yield from (
-        ":1 =) (= =( =[ [= =] ]= =/ =| =3 =D ;D ;-D 8) 8-) (-8 8D 8-D (; (-; ): )-: >:( >:o :o) (o: :()"
+        ":1 ;) ;-) =) (= =( =[ [= =] ]= =/ =| =3 =D ;D ;-D 8) 8-) (-8 8D 8-D (; (-; ): )-: >:( >:o :o) (o: :()"
     ).split()
     yield from "xD XD xDD XDD <3 <33 <333 </3 ^_^ ^__^ ^___^ >.< >.> <.< ._. ;_; -_- -__- @_@".split()
     for left, mouth, right in itertools.product("oO0vV", "_.", "oO0vV"):
