@@ -3,19 +3,22 @@
     python3 -m venv /tmp/datatrove && /tmp/datatrove/bin/pip install 'datatrove[processing]' lxml_html_clean
     python -m experiments.data.heuristics --documents FOLDER... --oracle-python /tmp/datatrove/bin/python
 
-Documents are the .py, .md, .rst, .txt and METADATA files below the folders, the text of .html pages, and the
-docstrings of other .py files, as many of each kind as are asked for, in the order of a hash of their paths.
+Documents are the .py, .md, .rst, .txt and METADATA files below the folders, manual pages (.gz), the text of .html
+pages, and the docstrings of other .py files: of each kind as many as are asked for, in the order of a hash of their
+paths.
 `--golden FILE` writes datatrove's decisions on the texts of `tests/train/curate/operators/heuristics_golden.json`.
 """
 
 import argparse
 import ast
+import gzip
 import hashlib
 import json
 import os
 import subprocess
 import time
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,7 +32,6 @@ from train.data.documents import optional_library
 
 FILTERS = (GopherQuality(), GopherRepetition(), FineWeb(), C4())
 ORACLE = Path(__file__).with_name("heuristics_oracle.py")
-LARGEST = 400_000
 # datatrove's names of the rules; in the others, "_" takes the place of blanks.
 RULES = {
     "gopher_short_doc": "too few words",
@@ -55,28 +57,29 @@ RULES = {
 }
 
 
-def documents(folders: Sequence[Path], count: int) -> Iterator[tuple[str, str]]:
-    """Yields the kind and the text of documents, at most so many of each kind."""
+def documents(folders: Sequence[Path], count: int, largest: int) -> Iterator[tuple[str, str]]:
+    """Yields the kind and the text of documents, of the first so many of each kind those that are not too large."""
     found: dict[str, list[Path]] = {}
     for folder in folders:
         for place, _, names in os.walk(folder, followlinks=True):
             for name in names:
                 kind = name.rpartition(".")[2]
-                if kind in ("py", "md", "rst", "txt", "html", "METADATA"):
+                if kind in ("py", "md", "rst", "txt", "html", "METADATA", "gz"):
                     found.setdefault(kind, []).append(Path(place, name))
     for kind, paths in sorted(found.items()):
         paths.sort(key=lambda path: hashlib.sha1(str(path).encode()).digest())
         for path in paths[:count]:
-            yield from _document(kind, path)
+            yield from _document(kind, path, largest)
         if kind == "py":
             for path in paths[count : 2 * count]:
-                yield from _document("docstrings", path)
+                yield from _document("docstrings", path, largest)
 
 
-def _document(kind: str, path: Path) -> Iterator[tuple[str, str]]:
+def _document(kind: str, path: Path, largest: int) -> Iterator[tuple[str, str]]:
     try:
-        text = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError):
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if kind == "gz" else data).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError):
         return
     if kind == "html":
         extract = optional_library("resiliparse.extract.html2text", "HTML pages")
@@ -89,7 +92,7 @@ def _document(kind: str, path: Path) -> Iterator[tuple[str, str]]:
             return
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
         text = "\n\n".join(filter(None, (ast.get_docstring(node) for node in nodes if isinstance(node, kinds))))
-    if text and len(text) <= LARGEST:
+    if text and len(text) <= largest:
         yield kind, text
 
 
@@ -117,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compares the heuristics of curation with datatrove's.")
     parser.add_argument("--documents", nargs="+", type=Path, default=[], help="folders with documents")
     parser.add_argument("--count", type=int, default=1500, help="most documents of a kind")
+    parser.add_argument("--largest", type=int, default=400_000, help="most characters of a document")
     parser.add_argument("--oracle-python", required=True, help="Python of an environment with datatrove")
     parser.add_argument("--golden", type=Path, help="write decisions on the texts of this file into it, and stop")
     parser.add_argument("--differences", type=int, default=0, help="print so many differing documents")
@@ -128,7 +132,7 @@ def main() -> None:
         args.golden.write_text(json.dumps(golden, indent=1, ensure_ascii=True) + "\n")
         return
 
-    kinds, texts = zip(*documents(args.documents, args.count), strict=True)
+    kinds, texts = zip(*documents(args.documents, args.count, args.largest), strict=True)
     size = sum(len(text.encode()) for text in texts) / 1e6
     print(f"{len(texts)} documents, {size:.1f} MB: {dict(Counter(kinds))}")
     mine, seconds = ours(texts)

@@ -10,14 +10,14 @@ import json
 import sys
 import time
 
-from datatrove.data import Document
-from datatrove.pipeline.filters import (
+from datatrove.data import Document  # type: ignore[import-not-found]
+from datatrove.pipeline.filters import (  # type: ignore[import-not-found]
     C4QualityFilter,
     FineWebQualityFilter,
     GopherQualityFilter,
     GopherRepetitionFilter,
 )
-from datatrove.utils.text import split_into_words
+from datatrove.utils.text import split_into_words  # type: ignore[import-not-found]
 
 # In this order the words of a document are split once, because datatrove remembers those of the last five texts.
 FILTERS = {

@@ -86,7 +86,7 @@ class Statistics(Operator):
       c4_max_word_length: most characters of these.
     """
 
-    makes: ClassVar[pa.Schema] = STATISTICS
+    makes = STATISTICS
 
     stop_words: tuple[str, ...] = ("the", "be", "to", "of", "and", "that", "have", "with")
     short_line: int = 30
@@ -130,7 +130,8 @@ class Statistics(Operator):
                 line_bounds.append(len(kept))
             document_lines.append(len(line_bounds) - 1)
             forbidden.append(FORBIDDEN[found])
-        count = LineCounts(*np.array(rows, np.int64).reshape(-1, len(LineCounts._fields)).T)
+        fields = LineCounts._fields
+        count = dict(zip(fields, np.array(rows, np.int64).reshape(-1, len(fields)).T, strict=True))
 
         # Words. Numbers of new words need their facts, so that the kept lines are looked up first.
         numbers, kept_numbers = table.numbers(runs), table.numbers(kept)
@@ -142,30 +143,32 @@ class Statistics(Operator):
         sentences = count_sentences(facts.kind[kept_words], kept_bounds)
         grams = count_grams(words, bounds, lengths)
         columns = {
-            "characters": count.characters,
+            "characters": count["characters"],
             "words": number,
             "words_and_marks": words_and_marks,
             "stop_words": _different(facts.stop[words], bounds),
             "mean_word_length": _ratio(sums(lengths * proper, bounds), number),
-            "hash_ratio": _ratio(count.hashes, words_and_marks),
-            "ellipsis_ratio": _ratio(count.ellipses, words_and_marks),
-            "bullet_lines": _ratio(count.bullet_lines, count.all_lines),
-            "ellipsis_lines": _ratio(count.ellipsis_lines, count.all_lines),
+            "hash_ratio": _ratio(count["hashes"], words_and_marks),
+            "ellipsis_ratio": _ratio(count["ellipses"], words_and_marks),
+            "bullet_lines": _ratio(count["bullet_lines"], count["all_lines"]),
+            "ellipsis_lines": _ratio(count["ellipsis_lines"], count["all_lines"]),
             "alphabetic_words": _ratio(sums(facts.alphabetic[words], bounds), words_and_marks),
-            "duplicate_lines": _ratio(count.duplicate_lines, count.lines),
-            "duplicate_line_characters": _ratio(count.duplicate_line_characters, count.characters),
-            "duplicate_paragraphs": _ratio(count.duplicate_paragraphs, count.paragraphs),
-            "duplicate_paragraph_characters": _ratio(count.duplicate_paragraph_characters, count.characters),
-            **{f"top_{n}_gram": _ratio(grams.top[n], count.characters) for n in TOP},
-            **{f"duplicate_{n}_grams": _ratio(grams.duplicate[n], count.characters) for n in DUPLICATE},
+            "duplicate_lines": _ratio(count["duplicate_lines"], count["lines"]),
+            "duplicate_line_characters": _ratio(count["duplicate_line_characters"], count["characters"]),
+            "duplicate_paragraphs": _ratio(count["duplicate_paragraphs"], count["paragraphs"]),
+            "duplicate_paragraph_characters": _ratio(count["duplicate_paragraph_characters"], count["characters"]),
+            **{f"top_{n}_gram": _ratio(grams.top[n], count["characters"]) for n in TOP},
+            **{f"duplicate_{n}_grams": _ratio(grams.duplicate[n], count["characters"]) for n in DUPLICATE},
             "c4_lines": np.diff(document_lines),
             "c4_sentences": sums(sentences, np.array(document_lines)),
             "c4_forbidden": forbidden,
-            "filled_lines": count.filled_lines,
-            "punctuated_lines": _ratio(count.punctuated_lines, count.filled_lines),
-            "short_lines": _ratio(count.short_lines, count.filled_lines),
-            "duplicate_characters": _ratio(count.duplicate_filled_characters, count.characters - count.newlines),
-            "newline_ratio": _ratio(count.newlines, words_and_marks),
+            "filled_lines": count["filled_lines"],
+            "punctuated_lines": _ratio(count["punctuated_lines"], count["filled_lines"]),
+            "short_lines": _ratio(count["short_lines"], count["filled_lines"]),
+            "duplicate_characters": _ratio(
+                count["duplicate_filled_characters"], count["characters"] - count["newlines"]
+            ),
+            "newline_ratio": _ratio(count["newlines"], words_and_marks),
         }
         return pa.RecordBatch.from_arrays([pa.array(columns[f.name], f.type) for f in STATISTICS], schema=STATISTICS)
 
@@ -181,7 +184,7 @@ class C4Lines(Operator):
       max_word_length: most characters of these.
     """
 
-    makes: ClassVar[pa.Schema] = pa.schema([pa.field("text", pa.large_string())])
+    makes = pa.schema([pa.field("text", pa.large_string())])
 
     min_words: int = 3
     max_word_length: int = 1000
@@ -268,7 +271,7 @@ class GopherQuality(Filter):
       min_stop_words: different ones that must occur.
     """
 
-    makes: ClassVar[pa.Schema] = _decision("gopher_quality")
+    makes = _decision("gopher_quality")
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule("too few words", "words", "<", "min_words"),
         Rule("too many words", "words", ">", "max_words"),
@@ -301,7 +304,7 @@ class GopherRepetition(Filter):
     Its fields are the largest allowed values of the columns of the same names.
     """
 
-    makes: ClassVar[pa.Schema] = _decision("gopher_repetition")
+    makes = _decision("gopher_repetition")
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule("no text", "characters", "<", "min_characters"),
         *(
@@ -342,7 +345,7 @@ class C4(Filter):
       min_sentences: fewest sentences in the lines that are kept.
     """
 
-    makes: ClassVar[pa.Schema] = _decision("c4")
+    makes = _decision("c4")
     rules: ClassVar[tuple[Rule, ...]] = (
         *(Rule(name, "c4_forbidden", "=", name) for name in FORBIDDEN if name),
         Rule("too few sentences", "c4_sentences", "<", "min_sentences"),
@@ -364,7 +367,7 @@ class FineWeb(Filter):
       max_newline_ratio: line feeds for each word.
     """
 
-    makes: ClassVar[pa.Schema] = _decision("fineweb")
+    makes = _decision("fineweb")
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule("no text", "filled_lines", "<", "min_filled_lines"),
         Rule("few lines that end in punctuation", "punctuated_lines", "<", "min_punctuated_lines"),

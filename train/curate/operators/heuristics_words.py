@@ -17,6 +17,8 @@ _QUOTES = "'\",”“`‘´’‚„»«「」『』（）〔〕【】《》〈�
 # Marks that are words of their own at both ends of a run, and what is before a full stop that is one, both in ASCII.
 _ASCII_MARKS = ",:;!?()[]{}<>_#*&'\"`"
 _BEFORE_STOP = frozenset("abcdefghijklmnopqrstuvwxyz0123456789%-+|" + _ASCII_MARKS)
+# Times that marks and full stops alternate at the end of a run before it is looked at from both ends.
+_STEPS = 6
 _CURRENCY = r"[$£€¥฿﷼₠-₿]"
 _UNITS = (
     r"[kcdmn]?m|[kcdm]?m[²³]|km/?h|mph|m/s|ha|µm|yd|in|ft|[kmµ]?g|lb|oz|[hk]?Pa|mbar|[kmgt]b|[kKMGT]B|[TGMK%]|"
@@ -65,9 +67,9 @@ class _Rules:
         # A letter that is not a capital may end a sentence, one that is not small may begin it.
         small, capital = rf"(?<={letter})(?<![A-Z{upper}])", rf"(?![a-z{lower}]){letter}"
         capitals = rf"(?<={letter * 2})(?<![a-z{lower}])(?<![a-z{lower}].)"
-        self._prefix = re.compile(rf"\.\.+|…+|[CA]\$|US\$|[§%=—–{marks}{quotes}]|{_CURRENCY}|\+(?!\d)|{icons}")
+        self._prefix = re.compile(rf"\.\.+|[CA]\$|US\$|[§%=—–{marks}{quotes}]|{_CURRENCY}|\+(?!\d)|{icons}")
         self._suffix = re.compile(
-            rf"(?:\.\.+|…+|[{marks}{quotes}—–]|['’][sS]|{icons}|(?<=[0-9])(?:\+|{_CURRENCY}|{_UNITS})"
+            rf"(?:\.\.+|……|[{marks}{quotes}—–]|['’][sS]|{icons}|(?<=[0-9])(?:\+|[CA]\$|US\$|{_CURRENCY}|{_UNITS})"
             rf"|(?:(?<=[0-9%²\-+|{marks}{quotes}])|{small}|{capitals})\.|(?<=°[FfCcKk])\.)$"
         )
         self._infix = re.compile(
@@ -100,6 +102,7 @@ class _Rules:
                 broken.setdefault(words[0], []).append(words)
         self._special, self._broken = special, broken
         self._pairs = {tuple(words[:2]) for entries in broken.values() for words in entries}
+        self._has = self._pairs.__contains__
         self._longest = max(map(len, special))
 
     def split(self, run: str) -> list[str]:
@@ -115,13 +118,17 @@ class _Rules:
         # Marks at both ends.
         body = run.lstrip(_ASCII_MARKS)
         begin = len(run) - len(body)
-        while body:
+        for _ in range(_STEPS):
             rest = body.rstrip(_ASCII_MARKS)
-            if rest[-1:] == "." and rest[-2:-1] in _BEFORE_STOP and rest not in special:
-                rest = rest[:-1]
+            if rest[-1:] == "." and rest not in special:
+                capitals = rest[-3:-1]
+                if rest[-2:-1] in _BEFORE_STOP or (len(capitals) == 2 and capitals.isupper() and capitals.isalpha()):
+                    rest = rest[:-1]
             if len(rest) == len(body):
                 break
             body = rest
+        else:
+            return self._thoroughly(run)
         words = [*run[:begin]]
         if not body:
             pass
@@ -136,8 +143,11 @@ class _Rules:
         end = begin + len(body)
         if end < len(run):
             words += run[end:]
-        # Specials that are made of several marks and words.
-        return words if len(words) < 2 or self._pairs.isdisjoint(itertools.pairwise(words)) else self._thoroughly(run)
+        # Specials that are made of several marks and words; two may overlap.
+        pairs = (
+            0 if self._pairs.isdisjoint(itertools.pairwise(words)) else sum(map(self._has, itertools.pairwise(words)))
+        )
+        return self._thoroughly(run) if pairs > 1 else self._joined(words) if pairs else words
 
     def _thoroughly(self, run: str) -> list[str]:
         """The words of a run by all rules."""
@@ -156,8 +166,8 @@ class _Rules:
                     break
             # A suffix other than dots has at most 5 characters.
             search = max(rest, end - 5)
-            if end - rest > 5 and run.endswith("..", rest, end):
-                search = max(rest, rest + len(run[rest:end].rstrip(".")))
+            while search > rest and run[search] == "." == run[search - 1]:
+                search -= 1
             last = self._suffix.search(run, search, end) if rest < end else None
             cut = last.start() if last else end
             if last:
@@ -288,10 +298,10 @@ def _faces() -> Iterator[str]:
     """Faces made of eyes, an optional nose, and a mouth, and upright ones."""
     mouths = [")", "))", ")))", "(", "((", "(((", *"]}/|03PpOoXxD*>"]
     yield from map("".join, itertools.product(":", ("", "-"), mouths))
-    yield from map("".join, itertools.product((":'", ":'-", ";", ";-"), "()"))
+    yield from map("".join, itertools.product((":'", ":'-"), "()"))
     yield from map("".join, itertools.product("([", ("", "-"), ":"))
     yield from (
-        ":1 =) (= =( =[ [= =] ]= =/ =| =3 =D ;D ;-D 8) 8-) (-8 8D 8-D (; (-; ): )-: >:( >:o :o) (o: :()"
+        ":1 ;) ;-) =) (= =( =[ [= =] ]= =/ =| =3 =D ;D ;-D 8) 8-) (-8 8D 8-D (; (-; ): )-: >:( >:o :o) (o: :()"
     ).split()
     yield from "xD XD xDD XDD <3 <33 <333 </3 ^_^ ^__^ ^___^ >.< >.> <.< ._. ;_; -_- -__- @_@".split()
     for left, mouth, right in itertools.product("oO0vV", "_.", "oO0vV"):

@@ -27,6 +27,7 @@ from train.curate.operators.heuristics import (
     GopherRepetition,
     Statistics,
 )
+from train.curate.operators.heuristics_grams import _group
 from train.curate.operators.heuristics_words import split_words
 
 FILTERS = (GopherQuality(), GopherRepetition(), FineWeb(), C4())
@@ -246,7 +247,7 @@ def test_words_are_the_text() -> None:
         ("https://a.org/b?c=d. foo@bar.org, os.path.join", "https://a.org/b?c=d . foo@bar.org , os.path.join"),
         ("f(x): :) __init__ *args, ...", "f(x ): :) _ _ init _ _ * args , ..."),
         ("«Да», сказал он. 汉字。", "« Да » , сказал он . 汉字 。"),
-        ("wait... what?!", "wait ... what ? !"),
+        ("wait... what?! 你好……", "wait ... what ? ! 你好 ……"),
     ],
 )
 def test_words(text: str, words: str) -> None:
@@ -357,7 +358,9 @@ def test_unusual_texts() -> None:
         assert rules.start()(statistics([])).num_rows == 0
 
 
-@pytest.mark.parametrize("piece", ["ab(c", "((((", "a" * 50, "a.b-", "word ", "汉", "...", "'s"])
+@pytest.mark.parametrize(
+    "piece", ["ab(c", "((((", "a" * 50, "a.b-", "word ", "汉", "...", "'s", "a).", ")..", "…)", "a@"]
+)
 def test_a_long_line_takes_linear_time(piece: str) -> None:
     """Ten times the text takes at most twenty-five times the time, also without a blank."""
     seconds = []
@@ -424,3 +427,16 @@ def test_decisions_are_those_of_datatrove() -> None:
     assert [list(row) for row in zip(*found, strict=True)] == golden["decisions"]
     # The texts break many rules.
     assert len({name for row in golden["decisions"] for name in row if name}) >= 20
+
+
+def test_groups_of_keys_of_any_size() -> None:
+    """Keys that leave no room for their places are grouped like small ones."""
+    rng = print_seed()
+    for top in (10, 2**40, 2**62):
+        pool = rng.integers(0, top, 50)
+        key = rng.choice(pool, 300)
+        groups, counts, first = _group(key)
+        _, places, inverse, numbers = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
+        np.testing.assert_array_equal(groups, inverse)
+        np.testing.assert_array_equal(counts, numbers)
+        np.testing.assert_array_equal(first, places)
