@@ -218,6 +218,7 @@ def test_a_curation_writes_one_of_each_group(
         shard_megabytes=1,
     )
     assert run(curation, tmp_path / "run", RunOptions(workers=1))["finished"]
-    written = pa.concat_tables([pq.read_table(path, columns=["id"]) for path in tmp_path.glob("run/output/*/*.parquet")])
+    paths = tmp_path.glob("run/output/*/*.parquet")
+    written = pa.concat_tables([pq.read_table(path, columns=["id"]) for path in paths])
     removed = {place(corpus, row)[0] for row in found}
     assert sorted(written["id"].to_pylist()) == sorted({name for name, _, _, words in corpus if words} - removed)
