@@ -30,8 +30,8 @@ _RUN, _FREQUENT = 5, 64
 _LEAST_RUNS, _RUNS_SHARE = 2, 0.03
 # The answer of a short question stands in so many words after it.
 _ANSWER_WITHIN = 64
-# Questions of fewer words are known only where they are a whole text.
-_LEAST_QUESTION = _RUN
+LEAST_QUESTION = _RUN
+"""Questions of fewer words are known only where they are a whole text."""
 # The literal rule is refused for documents that are so many times longer than the median of the items.
 _MOST_TIMES = 8
 
@@ -93,18 +93,22 @@ class Finder:
     _long: _Sequences
     _short: _Sequences
     _answers: list[list[int]]  # Of short questions, by item; upper halves of hashes.
-    _whole: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]]  # Questions that are whole texts: items, answers.
+    _whole: dict[tuple[int, ...], list[int]]  # Items by all words of their short question.
 
     @property
     def num_bytes(self) -> int:
         """Memory of the index of long items."""
         return self._long.index.num_bytes + self._long.items.nbytes + self._long.bounds.nbytes
 
-    def find(self, texts: Sequence[str], names: Sequence[str] = ()) -> tuple[Split, list[Match]]:
+    def find(
+        self, texts: Sequence[str], rows: Sequence[int] | None = None, names: Sequence[str] = ()
+    ) -> tuple[Split, list[Match]]:
         """Test items in texts that are looked at one by one.
 
         Args:
           texts: any.
+          rows: number of the row of each text: the answer of a short question may stand in another text of its row. By
+            default each text is a row.
           names: of the texts, for messages.
 
         Returns:
@@ -114,13 +118,14 @@ class Finder:
           InputError: in mode document, a text is much longer than the items.
         """
         words = split(texts)
-        low = (words.hashes >> np.uint64(32)).astype(np.uint32)
+        low = _low(words.hashes)
         found: dict[tuple[int, int, int], Match] = {}
+        others = _others(rows if rows is not None else range(len(texts)))
         if self.mode == "document":
             matches = self._literal(words, low, names)
         else:
-            matches = self._near(self._long, words, low)
-        for match in [*matches, *self._near(self._short, words, low), *self._same(words, low)]:
+            matches = self._near(self._long, words, low, others)
+        for match in [*matches, *self._near(self._short, words, low, others), *self._same(words, low, others)]:
             found.setdefault((match.text, match.item, match.begin), match)
         return words, [found[key] for key in sorted(found)]
 
@@ -128,17 +133,17 @@ class Finder:
         """Writes the finder to a folder, for `load`."""
         self._long.save(folder / "long")
         self._short.save(folder / "short")
-        whole = [[list(question), entries] for question, entries in self._whole.items()]
+        whole = [[list(question), found] for question, found in self._whole.items()]
         (folder / "finder.json").write_text(json.dumps([self.mode, self._answers, whole]))
 
     @classmethod
     def load(cls, folder: Path) -> "Finder":
         """Reads a finder; the index is shared by all processes of a machine."""
         mode, answers, whole = json.loads((folder / "finder.json").read_text())
-        entries = {tuple(q): [(item, tuple(answer)) for item, answer in found] for q, found in whole}
-        return cls(mode, _Sequences.load(folder / "long"), _Sequences.load(folder / "short"), answers, entries)
+        by_words = {tuple(question): found for question, found in whole}
+        return cls(mode, _Sequences.load(folder / "long"), _Sequences.load(folder / "short"), answers, by_words)
 
-    def _near(self, sequences: _Sequences, words: Split, low: np.ndarray) -> list[Match]:
+    def _near(self, sequences: _Sequences, words: Split, low: np.ndarray, others: Sequence[range]) -> list[Match]:
         """Matches near runs that a text and a sequence share."""
         matches: list[Match] = []
         index = sequences.index
@@ -151,9 +156,11 @@ class Finder:
                 continue
             common, left, right = place
             for item in sequences.of(number):
-                after = low[first + begin + right : min(first + begin + right + _ANSWER_WITHIN, last)]
-                if sequences is self._short and not self._answered(item, after, words, low, text):
-                    continue
+                if sequences is self._short:
+                    after = low[first + begin + right : min(first + begin + right + _ANSWER_WITHIN, last)]
+                    rest = [low[words.bounds[i] : words.bounds[i + 1]] for i in others[text] if i != text]
+                    if not _contained(self._answers[item], [after, *rest]):
+                        continue
                 matches.append(Match(text, item, common, len(test), begin + left, begin + right))
         return matches
 
@@ -166,23 +173,17 @@ class Finder:
         common = subsequence(ours, theirs)
         return (common, *densest(matched(ours, theirs))) if _suffices(common, len(test), length) else None
 
-    def _answered(self, item: int, after: np.ndarray, words: Split, low: np.ndarray, text: int) -> bool:
-        """Whether the answer of a short question follows it; one without answer needs none."""
-        answer = self._answers[item]
-        return not answer or substring(np.asarray(answer, np.uint32), after)[0] == len(answer)
-
-    def _same(self, words: Split, low: np.ndarray) -> list[Match]:
-        """Questions that are whole texts, where another of the texts has the answer."""
+    def _same(self, words: Split, low: np.ndarray, others: Sequence[range]) -> list[Match]:
+        """Questions that are whole texts, where another text of the row has the answer."""
         if not self._whole:
             return []
         matches = []
         sizes = np.diff(words.bounds)
         for text in np.flatnonzero((sizes > 0) & (sizes < GRAM)):
             own = low[words.bounds[text] : words.bounds[text + 1]]
-            for item, answer in self._whole.get(tuple(own.tolist()), ()):
-                others = (low[words.bounds[i] : words.bounds[i + 1]] for i in range(len(sizes)) if i != text)
-                wanted = np.asarray(answer, np.uint32)
-                if not answer or any(substring(wanted, other)[0] == len(answer) for other in others):
+            for item in self._whole.get(tuple(own.tolist()), ()):
+                rest = [low[words.bounds[i] : words.bounds[i + 1]] for i in others[text] if i != text]
+                if _contained(self._answers[item], rest):
                     matches.append(Match(int(text), item, len(own), len(own), 0, len(own)))
         return matches
 
@@ -227,16 +228,13 @@ def make_finder(items: Items, mode: Mode = "windowed") -> Finder:
       mode: see `Finder`.
     """
     long = _sequences(items.sequences, items.sequence_items, GRAM if mode == "contiguous" else _RUN)
-    in_text = [q for q in items.questions if len(q.words) >= _LEAST_QUESTION]
+    in_text = [q for q in items.questions if len(q.words) >= LEAST_QUESTION]
     short = _sequences([q.words for q in in_text], [q.item for q in in_text], _RUN)
     answers: list[list[int]] = [[] for _ in items.owner]
-    whole: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
+    whole: dict[tuple[int, ...], list[int]] = {}
     for question in items.questions:
-        words, answer = (
-            (hashes >> np.uint64(32)).astype(np.uint32).tolist() for hashes in (question.words, question.answer)
-        )
-        answers[question.item] = answer
-        whole.setdefault(tuple(words), []).append((question.item, tuple(answer)))
+        answers[question.item] = _low(question.answer).tolist()
+        whole.setdefault(tuple(_low(question.words).tolist()), []).append(question.item)
     return Finder(mode, long, short, answers, whole)
 
 
@@ -254,6 +252,27 @@ def _sequences(sequences: Sequence[np.ndarray], items: Sequence[int], length: in
     index = make_index(kept, length, _FREQUENT if length < GRAM else None)
     flat = np.asarray([item for found in owners for item in found], np.int64)
     return _Sequences(index, flat, np.cumsum([0, *map(len, owners)], dtype=np.int64))
+
+
+def _low(hashes: np.ndarray) -> np.ndarray:
+    """The upper halves of hashes, by which words are compared."""
+    return (hashes >> np.uint64(32)).astype(np.uint32)
+
+
+def _others(rows: Sequence[int]) -> list[range]:
+    """For each text the texts of its row, which stand one after the other."""
+    found: list[range] = []
+    for number, row in enumerate(rows):
+        if len(found) <= number:
+            end = next((i for i in range(number + 1, len(rows)) if rows[i] != row), len(rows))
+            found += [range(number, end)] * (end - number)
+    return found
+
+
+def _contained(part: Sequence[int], texts: Sequence[np.ndarray]) -> bool:
+    """Whether one of the texts has all words of a part, one after the other; an empty part is in everything."""
+    wanted = np.asarray(part, np.uint32)
+    return not part or any(substring(wanted, text)[0] == len(part) for text in texts)
 
 
 def _suffices(common: int, test: int, text: int) -> bool:

@@ -2,15 +2,16 @@
 
 import dataclasses
 import hashlib
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qwen_jax.errors import InputError
-from train.data.tables import find_tables, read_rows
+from train.data.tables import Row, find_tables, read_rows
 from train.data.words import split, texts_of
 
 GRAM = 13
@@ -49,7 +50,7 @@ class Items:
       sequences: hashes of words that are looked for, uint64, each of at least `GRAM`.
       sequence_items: number of the item of each sequence.
       questions: shorter items.
-      empty: records without words, of each set.
+      empty: records without words of a question or of a long answer, of each set.
     """
 
     names: list[str] = dataclasses.field(default_factory=list)
@@ -112,16 +113,16 @@ def read_items(
         number, before = len(items.names), len(items.owner)
         items.names.append(name)
         for path in paths:
-            for row in read_rows(path):
-                asked = next((column for column in question or QUESTIONS if column in row.values), None)
-                if asked is None:
-                    raise InputError(
-                        f"{row.where} has no question: expected a column {', '.join(question or QUESTIONS)}, got "
-                        f"{', '.join(sorted(row.values)[:12]) or 'none'}. Name it with --question."
-                    )
-                answered = next((c for c in answer or ANSWERS if c in row.values and c != asked), None)
-                if not _add(items, row.values, asked, answered, row.where, number):
-                    items.empty[name] += 1
+            rows = read_rows(path)
+            # Words of many records are split together.
+            while batch := [_parts(row, question, answer) for row in itertools.islice(rows, 512)]:
+                found = split(
+                    [text for part in batch for text in (part.question, "\n".join(part.choices), part.answer)]
+                )
+                for at, part in enumerate(batch):
+                    edges = found.bounds[3 * at : 3 * at + 4]
+                    hashes = [found.hashes[begin:end] for begin, end in itertools.pairwise(edges)]
+                    items.empty[name] += not _add(items, part, hashes, number)
         if len(items.owner) == before:
             raise InputError(
                 f"{', '.join(map(str, paths)) or name} has no record with words. Give a file of the evaluation set "
@@ -130,32 +131,45 @@ def read_items(
     return items
 
 
-def _add(
-    items: Items, record: Mapping[str, Any], asked: str, answered: str | None, where: str, number: int
-) -> bool:
-    """Adds a record; false if it has no words."""
-    question = (list(texts_of(record[asked])) or [""])[-1]
-    choices = _choices(record)
-    answer = _answer(record[answered], choices) if answered else ""
-    found = split([question, "\n".join(choices), answer])
-    alone, offered, solution = (found.hashes[a:b] for a, b in zip(found.bounds, found.bounds[1:], strict=False))
-    if not len(found.hashes):
-        return False
-    item = len(items.owner)
-    items.owner.append(number)
-    items.places.append(where)
-    items.texts.append("\n".join(text for text in (question, *choices, answer) if text))
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    where: str
+    question: str
+    choices: list[str]
+    answer: str
+
+
+def _parts(row: Row, question: Sequence[str], answer: Sequence[str]) -> _Parts:
+    asked = next((column for column in question or QUESTIONS if column in row.values), None)
+    if asked is None:
+        raise InputError(
+            f"{row.where} has no question: expected a column {', '.join(question or QUESTIONS)}, got "
+            f"{', '.join(sorted(row.values)[:12]) or 'none'}. Name it with --question."
+        )
+    answered = next((c for c in answer or ANSWERS if c in row.values and c != asked), None)
+    text = (list(texts_of(row.values[asked])) or [""])[-1]
+    choices = _choices(row.values)
+    return _Parts(row.where, text, choices, _answer(row.values[answered], choices) if answered else "")
+
+
+def _add(items: Items, part: _Parts, hashes: Sequence[np.ndarray], number: int) -> bool:
+    """Adds a record by the words of its question, choices and answer; false if nothing of it can be looked for."""
+    alone, offered, solution = hashes
     with_choices, with_answer = np.concatenate([alone, offered]), np.concatenate([alone, solution])
     sequences = [alone, *([with_choices] if len(offered) else []), solution]
     if max(len(alone), len(with_choices)) < GRAM:
-        if len(with_answer) >= GRAM:
-            sequences.append(with_answer)
-        elif len(alone):
-            items.questions.append(Question(item, alone, solution))
-    for sequence in sequences:
-        if len(sequence) >= GRAM:
-            items.sequences.append(sequence)
-            items.sequence_items.append(item)
+        sequences.append(with_answer)
+    sequences = [sequence for sequence in sequences if len(sequence) >= GRAM]
+    item = len(items.owner)
+    if not sequences:
+        if not len(alone):
+            return False
+        items.questions.append(Question(item, alone, solution))
+    items.sequences += sequences
+    items.sequence_items += [item] * len(sequences)
+    items.owner.append(number)
+    items.places.append(part.where)
+    items.texts.append("\n".join(text for text in (part.question, *part.choices, part.answer) if text))
     return True
 
 
@@ -183,8 +197,3 @@ def _answer(value: object, choices: Sequence[str]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def all_texts(record: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """The texts of each column of a record."""
-    return ((name, list(texts_of(value))) for name, value in record.items())
