@@ -48,9 +48,9 @@ class DecontaminateConfig:
     The output folder has a file for each file of the input, with the same name, format and compression; what is kept
     is not changed by a byte. An interrupted command continues when it is run again.
 
-    Examples:
-      qwen-jax data decontaminate --input 'web/*.jsonl.zst' --against gsm8k=test.jsonl mmlu=mmlu/ --output clean
-      qwen-jax data decontaminate --input chats.jsonl --against humaneval.jsonl.gz --output clean --report leaks.html
+    qwen-jax data decontaminate --input 'web/*.jsonl.zst' --against gsm8k=test.jsonl mmlu=mmlu/ --output clean
+
+    qwen-jax data decontaminate --input chats.jsonl --against humaneval.jsonl.gz --output clean --report leaks.html
 
     Attributes:
       input: files, folders or patterns: .jsonl .parquet .txt .md .rst .tex .py, all but Parquet also as .gz and .zst.
