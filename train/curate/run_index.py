@@ -109,14 +109,17 @@ def make_index(sequences: Sequence[np.ndarray], length: int, frequent: int | Non
     keys = runs(hashes, length)[places] if len(places) else empty
     order = np.argsort(keys, kind="stable")
     keys, places, owners = keys[order], places[order], owners[order]
+    del order, starts
     if frequent is not None and len(keys):
         edges = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
-        times = np.repeat(np.diff(np.append(edges, len(keys))), np.diff(np.append(edges, len(keys))))
+        times = np.diff(np.append(edges, len(keys))).astype(np.uint32)
+        times = np.repeat(times, times)
         # Rank of each run among those of its sequence, the rarest first.
         by_owner = np.lexsort((places, times, owners))
-        rank = np.empty(len(keys), np.int64)
+        rank = np.empty(len(keys), np.uint32)
         rank[by_owner] = np.arange(len(keys)) - np.repeat(np.cumsum(counts) - counts, counts)
         kept = (times <= frequent) | (2 * rank < counts[owners])
+        del by_owner, rank, times
         keys, places = keys[kept], places[kept]
     bits = max((_FILTER_BITS * len(keys)).bit_length(), 10) - 1
     filled = np.zeros(1 << bits, np.bool_)
