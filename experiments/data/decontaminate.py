@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from train.curate.contamination import Finder, make_finder
+from train.curate.decontaminate_file import Cleaner, Settings, locate
 from train.curate.evaluation_sets import GRAM, find_sets, read_items
 from train.data.text import standard_library
 from train.data.words import words
@@ -211,6 +212,18 @@ def measure(finder: Finder, documents: list[str]) -> tuple[float, int]:
     return sum(len(text.encode()) for text in documents) / 1e6 / (time.process_time() - begin), found
 
 
+def measure_files(finder: Finder, owner: list[int], documents: list[str], folder: Path) -> float:
+    """MB/s of JSON lines of one core, from a file to a file."""
+    path, work = folder / "documents.jsonl", folder / "work"
+    work.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents)))
+    clean = Cleaner(Settings(folder, work, "drop", "", None, 10**8, 0, 0), finder, owner, lambda count: None)
+    begin = time.process_time()
+    for number in range(3):
+        clean(number, locate(path), "clean.jsonl", "")
+    return 3 * path.stat().st_size / 1e6 / (time.process_time() - begin)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=200_000)
@@ -276,6 +289,7 @@ def main() -> None:
     result["documents that share 13 words with an item, of all made"] = [related, len(documents)]
     rates = [measure(finder, clean) for _ in range(3)]
     result |= {"MB/s a core": max(rate for rate, _ in rates)}
+    result |= {"MB/s a core, JSON lines read and written": measure_files(finder, items.owner, clean, options.work)}
     print(json.dumps(result), flush=True)
     wrong = []
     for text in clean:

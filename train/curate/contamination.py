@@ -179,12 +179,12 @@ class Finder:
             return []
         matches = []
         sizes = np.diff(words.bounds)
-        for text in np.flatnonzero((sizes > 0) & (sizes < GRAM)):
+        for text in np.flatnonzero((sizes > 0) & (sizes < GRAM)).tolist():
             own = low[words.bounds[text] : words.bounds[text + 1]]
             for item in self._whole.get(tuple(own.tolist()), ()):
                 rest = [low[words.bounds[i] : words.bounds[i + 1]] for i in others[text] if i != text]
                 if _contained(self._answers[item], rest):
-                    matches.append(Match(int(text), item, len(own), len(own), 0, len(own)))
+                    matches.append(Match(text, item, len(own), len(own), 0, len(own)))
         return matches
 
     def _literal(self, words: Split, low: np.ndarray, names: Sequence[str]) -> list[Match]:
@@ -212,7 +212,7 @@ class Finder:
             hits = [owner[begin:end] for begin, end in zip(begins, ends, strict=True) if end > begin]
             bound = np.bincount(np.concatenate(hits), minlength=len(sizes)) if hits else np.zeros(len(sizes), np.int64)
             shorter = np.minimum(sizes, len(own))
-            for number in np.flatnonzero((bound >= GRAM) & (5 * bound >= 3 * shorter)):
+            for number in np.flatnonzero((bound >= GRAM) & (5 * bound >= 3 * shorter)).tolist():
                 found = self._verified(index.sequence(number), own, len(own))
                 if found:
                     for item in self._long.of(number):

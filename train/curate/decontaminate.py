@@ -313,9 +313,12 @@ def _summary(
                 item = example["item"]
                 kept.append({"file": str(path), **example, "item": items.places[item], "item_text": items.texts[item]})
     found = collections.Counter(items.owner[item] for item in hits)
+    total = collections.Counter[int]()
+    for item, count in hits.items():
+        total[items.owner[item]] += count
     counts = ("records", "kept", "dropped", "masked", "empty")
     return {
-        **{name: sum(int(record[name]) for record in records) for name in counts},  # type: ignore[literal-required]
+        **{name: sum(record[name] for record in records) for name in counts},  # type: ignore[literal-required,misc]
         "bad": sum(len(record["bad"]) for record in records),
         "sets": {
             name: {
@@ -325,7 +328,7 @@ def _summary(
                 "records without words": items.empty[name],
                 "items found": found[i],
                 "documents": documents[i],
-                "hits": sum(count for item, count in hits.items() if items.owner[item] == i),
+                "hits": total[i],
                 "examples": examples[i],
             }
             for i, name in enumerate(items.names)

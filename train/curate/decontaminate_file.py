@@ -164,18 +164,16 @@ class Cleaner:
         path = self._settings.output / name
         temporary = temporary_name(path)
         clean = {"jsonl": self._lines, "parquet": self._parquet, "text": self._text}[source.kind]
-        errors = (EOFError, zlib.error, *library_errors())
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 clean(source, temporary, record)
-            except errors as error:
-                return _damaged(source, record["records"], str(error).strip().partition("\n")[0])
-            except OSError as error:
-                # A damaged archive is an OSError too, without a number; those of the output have its name.
-                if error.errno is not None and error.filename != source.path:
+            except Exception as error:
+                if not _is_damage(error, source):
                     raise
-                return _damaged(source, record["records"], error.strerror or str(error))
+                why = (error.strerror if isinstance(error, OSError) else None) or str(error).strip()
+                place = f"{source.path} cannot be read beyond record {record['records']}"
+                return DamagedInputError(f"{place}: {why.splitlines()[0].rstrip('.') if why else type(error).__name__}")
             if record["output"] is not None:
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())
@@ -453,8 +451,13 @@ def _open_output(path: Path, compression: str) -> Iterator[IO[bytes]]:
             yield file
 
 
-def _damaged(source: Source, records: int, why: str) -> DamagedInputError:
-    return DamagedInputError(f"{source.path} cannot be read beyond record {records}: {why.rstrip('.')}")
+def _is_damage(error: Exception, source: Source) -> bool:
+    """Whether an error says that the input is damaged, rather than that the output cannot be written."""
+    if isinstance(error, OSError):
+        # Errors of archives are OSErrors without a number; those of the output are not about the input.
+        return error.errno is None or error.filename == source.path
+    # The libraries are imported by now.
+    return isinstance(error, (EOFError, zlib.error, *library_errors()))
 
 
 def _too_long(what: str, max_bytes: int) -> str:

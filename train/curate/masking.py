@@ -110,12 +110,12 @@ def _parsed(line: str) -> Any:
     """The JSON value of a line, whose strings are `_Located`."""
 
     def parse_string(text: str, begin: int, strict: bool) -> tuple[_Located, int]:
-        value, end = json.decoder.scanstring(text, begin, strict)
+        value, end = json.decoder.scanstring(text, begin, strict)  # type: ignore[attr-defined]
         located = _Located(value)
         located.span = (begin, end - 1)
         return located, end
 
-    decoder = json.JSONDecoder()
+    decoder: Any = json.JSONDecoder()
     decoder.parse_string = parse_string
     # The scanner in C would not call it.
     decoder.scan_once = json.scanner.py_make_scanner(decoder)  # type: ignore[attr-defined]

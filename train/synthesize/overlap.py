@@ -96,13 +96,13 @@ class EvaluationSets:
             begin -= int(found.bounds[one])
             hits[int(owner)] = " ".join(words(given[one])[begin : begin + GRAM])
         sizes = np.diff(found.bounds)
-        asked = [words(given[one]) for one in np.flatnonzero((sizes > 0) & (sizes < GRAM))] if self._short else []
-        if any(tuple(one) in self._short for one in asked):
+        short = [given[one] for one in np.flatnonzero((sizes > 0) & (sizes < GRAM))] if self._short else []
+        if any(tuple(words(text)) in self._short for text in short):
             parts = [words(one) for one in given]
-            for one in parts:
-                for number, answer in self._short.get(tuple(one), ()):
-                    if not answer or any(_contains(other, answer) for other in parts if other is not one):
-                        hits.setdefault(number, " ".join((*one, *answer)))
+            for part in parts:
+                for number, answer in self._short.get(tuple(part), ()):
+                    if not answer or any(_contains(other, answer) for other in parts if other is not part):
+                        hits.setdefault(number, " ".join((*part, *answer)))
         if not hits:
             return None
         order = sorted(hits)

@@ -66,7 +66,7 @@ class Decontaminate(Operator):
             raise InputError("A placeholder stands for masked spans. Give it with action mask.")
 
     @property
-    def makes(self) -> pa.Schema:  # type: ignore[override]
+    def makes(self) -> pa.Schema:
         """`reason`, the spans, and of action mask the text."""
         return pa.schema([_REASON, _SPANS, *([_TEXT] if self.action == "mask" else [])])
 
