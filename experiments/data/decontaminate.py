@@ -35,7 +35,7 @@ from train.data.text import standard_library
 from train.data.words import words
 
 LEVELS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3)
-# Files of a package that are read, evenly spaced.
+# Files of each package of documents that are read, evenly spaced.
 _FILES = 200
 KINDS = ("word problems", "multiple choice", "code")
 _ITEM_PACKAGES = ("numpy", "scipy", "sklearn", "networkx", "sympy", "mpmath", "hypothesis", "pandas")
@@ -92,7 +92,7 @@ _SYNONYMS = dict(
 )
 
 
-def sources(packages: tuple[str, ...]) -> list[Path]:
+def sources(packages: tuple[str, ...], most: int = 10**6) -> list[Path]:
     """The Python files of installed packages, sorted, without tests."""
     found: list[Path] = []
     for name in packages:
@@ -100,7 +100,7 @@ def sources(packages: tuple[str, ...]) -> list[Path]:
         if spec and spec.submodule_search_locations:
             folder = Path(next(iter(spec.submodule_search_locations)))
             files = [p for p in sorted(folder.rglob("*.py")) if "test" not in str(p.relative_to(folder)).lower()]
-            found += files[:: -(-len(files) // _FILES)]
+            found += files[:: -(-len(files) // most)]
     return found
 
 
@@ -274,7 +274,7 @@ def main() -> None:
     begin = time.perf_counter()
 
     # Unrelated documents, by an independent count.
-    documents = make_documents(rng, list(definitions(sources(_DOCUMENT_PACKAGES))), 2 * options.documents)
+    documents = make_documents(rng, list(definitions(sources(_DOCUMENT_PACKAGES, _FILES))), 2 * options.documents)
     wanted = [grams(text) for text in documents]
     known = set().union(*wanted)
     shared: set[tuple[str, ...]] = set()

@@ -16,7 +16,7 @@ import numpy as np
 
 from qwen_jax.errors import InputError
 from train.curate.evaluation_sets import GRAM, Items
-from train.curate.lcs import densest, matched, subsequence, substring
+from train.curate.lcs import copied, subsequence, substring
 from train.curate.run_index import RunIndex, make_index
 from train.data.words import Split, split
 
@@ -171,7 +171,7 @@ class Finder:
             return (common, at, at + common) if _suffices(common, len(test), length) else None
         ours, theirs = test.tolist(), window.tolist()
         common = subsequence(ours, theirs)
-        return (common, *densest(matched(ours, theirs))) if _suffices(common, len(test), length) else None
+        return (common, *copied(ours, theirs)) if _suffices(common, len(test), length) else None
 
     def _same(self, words: Split, low: np.ndarray, others: Sequence[range]) -> list[Match]:
         """Questions that are whole texts, where another text of the row has the answer."""

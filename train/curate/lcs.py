@@ -14,9 +14,33 @@ def subsequence(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def matched(first: Sequence[int], second: Sequence[int]) -> np.ndarray:
-    """Places in the second sequence of one longest common subsequence, int64, ascending."""
+    """Places in both sequences of one longest common subsequence, int64 [2, length], ascending."""
     blocks = [b for b in _library().opcodes(first, second) if b.tag == "equal"]
-    return np.concatenate([np.zeros(0, np.int64), *(np.arange(b.dest_start, b.dest_end) for b in blocks)])
+    empty = np.zeros(0, np.int64)
+    return np.stack(
+        [
+            np.concatenate([empty, *(np.arange(b.src_start, b.src_end) for b in blocks)]),
+            np.concatenate([empty, *(np.arange(b.dest_start, b.dest_end) for b in blocks)]),
+        ]
+    )
+
+
+def copied(test: Sequence[int], window: Sequence[int]) -> tuple[int, int]:
+    """The range of a window that is a copy of a test: it has the most matched words more than others.
+
+    Args:
+      test: words of the test.
+      window: words of a text that have a common subsequence with it.
+    """
+    ours, theirs = matched(test, window)
+    begin, end = densest(theirs)
+    # A word at an edge may have been matched with the same word farther off.
+    first, last = (int(ours[np.searchsorted(theirs, place)]) for place in (begin, end - 1))
+    while begin and first and test[first - 1] == window[begin - 1]:
+        begin, first = begin - 1, first - 1
+    while end < len(window) and last + 1 < len(test) and test[last + 1] == window[end]:
+        end, last = end + 1, last + 1
+    return begin, end
 
 
 def substring(first: np.ndarray, second: np.ndarray) -> tuple[int, int]:

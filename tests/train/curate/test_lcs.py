@@ -5,7 +5,7 @@ import random
 import numpy as np
 
 from tests.helpers.runs import print_seed
-from train.curate.lcs import densest, matched, subsequence, substring
+from train.curate.lcs import copied, densest, matched, subsequence, substring
 
 
 def tables(a: list[int], b: list[int]) -> tuple[int, int]:
@@ -26,15 +26,24 @@ def test_lengths_are_those_of_the_dynamic_programmes() -> None:
         a, b = ([rng.choice(vocabulary) for _ in range(rng.randrange(70))] for _ in range(2))
         longest, run = tables(a, b)
         assert subsequence(a, b) == longest
-        places = matched(a, b)
-        assert len(places) == longest
-        assert np.all(np.diff(places) > 0)
-        # What was matched is a subsequence of the first as well.
-        rest = iter(a)
-        assert all(any(word == b[place] for word in rest) for place in places)
+        ours, theirs = matched(a, b)
+        assert len(ours) == len(theirs) == longest
+        assert np.all(np.diff(ours) > 0)
+        assert np.all(np.diff(theirs) > 0)
+        assert all(a[i] == b[j] for i, j in zip(ours, theirs, strict=True))
         length, at = substring(np.asarray(a, np.uint32), np.asarray(b, np.uint32))
         assert length == run
         assert not run or any(a[i : i + run] == b[at : at + run] for i in range(len(a)))
+
+
+def test_the_range_of_a_copy_has_all_of_it() -> None:
+    """Words of a copy also stand before and after it, and the longest common subsequence may take those instead."""
+    rng = random.Random(int(print_seed().integers(1 << 30)))
+    for _ in range(100):
+        copy = rng.sample(range(100), 30)
+        before, after = ([rng.choice(copy) for _ in range(8)] for _ in range(2))
+        before[-1], after[0] = 200, 201
+        assert copied(copy, [*before, *copy, *after]) == (8, 38)
 
 
 def test_the_densest_range_is_that_of_all_ranges() -> None:
