@@ -21,7 +21,6 @@ import json
 import random
 import re
 import resource
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from typing import Any
 
 from train.curate.contamination import Finder, make_finder
 from train.curate.decontaminate_file import Cleaner, Settings, locate
-from train.curate.evaluation_sets import GRAM, find_sets, read_items
+from train.curate.evaluation_sets import GRAM, Items, find_sets, read_items
 from train.data.text import standard_library
 from train.data.words import words
 
@@ -178,7 +177,8 @@ def noisy(rng: random.Random, text: str, level: float, vocabulary: list[str]) ->
     """The text with this share of its words replaced, rounded to whole words at random."""
     spans = list(re.finditer(r"[^\W_]+", text))
     changed = set(rng.sample(range(len(spans)), int(level * len(spans) + rng.random())))
-    parts, last = [], 0
+    parts: list[str] = []
+    last = 0
     for number, span in enumerate(spans):
         parts += text[last : span.start()], rng.choice(vocabulary) if number in changed else span.group()
         last = span.end()
@@ -224,6 +224,86 @@ def measure_files(finder: Finder, owner: list[int], documents: list[str], folder
     return 3 * path.stat().st_size / 1e6 / (time.process_time() - begin)
 
 
+def make_items(rng: random.Random, count: int) -> dict[str, list[dict[str, Any]]]:
+    """Items of each kind, about a third of all each."""
+    found = list(definitions([*standard_library(), *sources(_ITEM_PACKAGES)]))
+    share = count // 3
+    return {
+        KINDS[0]: word_problems(rng, share),
+        KINDS[1]: multiple_choice(rng, found, share),
+        KINDS[2]: code(rng, found, count - 2 * share),
+    }
+
+
+def make_index(made: dict[str, list[dict[str, Any]]], folder: Path) -> tuple[Items, Finder, dict[str, Any]]:
+    """Writes and reads the items, and indexes them; with time and memory."""
+    sets = []
+    for kind, rows in made.items():
+        path = folder / f"{kind.replace(' ', '_')}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sets.append(f"{kind}={path}")
+    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    items = read_items(find_sets(sets))
+    read = time.process_time() - begin
+    finder = make_finder(items)
+    return (
+        items,
+        finder,
+        {
+            "items": len(items.owner),
+            "sequences": len(items.sequences),
+            "words": sum(map(len, items.sequences)),
+            "fewer than 13 words": len(items.questions),
+            "index MB": finder.num_bytes / 1e6,
+            "seconds to read": read,
+            "seconds to index": time.process_time() - begin - read,
+            "peak MB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3,
+        },
+    )
+
+
+def unrelated(
+    rng: random.Random, made: dict[str, list[dict[str, Any]]], count: int
+) -> tuple[list[str], tuple[int, int]]:
+    """Documents that share no run of 13 words with an item; and how many of how many share one."""
+    documents = make_documents(rng, list(definitions(sources(_DOCUMENT_PACKAGES, _FILES))), 2 * count)
+    wanted = [grams(text) for text in documents]
+    known = set().union(*wanted)
+    shared: set[tuple[str, ...]] = set()
+    for rows in made.values():
+        for row in rows:
+            shared |= known & grams(shown(row))
+    clean = [text for text, own in zip(documents, wanted, strict=True) if shared.isdisjoint(own)]
+    return clean[:count], (len(documents) - len(clean), len(documents))
+
+
+def plant(rng: random.Random, row: dict[str, Any], text: str, level: float | str, vocabulary: list[str]) -> str:
+    """A document with a copy of an item, noisy or paraphrased, at a random place."""
+    copy = shown(row)
+    copy = paraphrased(rng, copy) if isinstance(level, str) else noisy(rng, copy, level, vocabulary)
+    at = rng.choice([0, *(m.end() for m in re.finditer(r"\s", text)), len(text)])
+    return f"{text[:at]}\n{copy}\n{text[at:]}"
+
+
+def recall(
+    rng: random.Random, finder: Finder, made: dict[str, list[dict[str, Any]]], clean: list[str], copies: int
+) -> dict[str, Any]:
+    """Share of documents with a copy that are found, and of those in which the item itself is."""
+    vocabulary = sorted({word for text in clean[:100] for word in words(text)})
+    result: dict[str, Any] = {"recall": {}, "recall of the item itself": {}}
+    for level in (*LEVELS, "paraphrased"):
+        first = 0
+        for kind, rows in made.items():
+            chosen = rng.sample([i for i, row in enumerate(rows) if len(words(shown(row))) >= GRAM], copies)
+            texts = [plant(rng, rows[i], rng.choice(clean), level, vocabulary) for i in chosen]
+            hits = [{m.item for m in finder.find([text])[1]} for text in texts]
+            exact = sum(first + i in found for i, found in zip(chosen, hits, strict=True))
+            for name, count in (("recall", sum(map(bool, hits))), ("recall of the item itself", exact)):
+                result[name].setdefault(str(level), {})[kind] = count / copies
+            first += len(rows)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=200_000)
@@ -236,101 +316,37 @@ def main() -> None:
     rng = random.Random(options.seed)
     options.work.mkdir(parents=True, exist_ok=True)
 
-    # Items, in one file for each kind.
-    begin = time.perf_counter()
-    found = list(definitions([*standard_library(), *sources(_ITEM_PACKAGES)]))
-    share = options.items // 3
-    made = {
-        KINDS[0]: word_problems(rng, share),
-        KINDS[1]: multiple_choice(rng, found, share),
-        KINDS[2]: code(rng, found, options.items - 2 * share),
-    }
-    sets = []
-    for kind, rows in made.items():
-        path = options.work / f"{kind.replace(' ', '_')}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        sets.append(f"{kind}={path}")
-    print(
-        f"{', '.join(f'{len(rows):,} {kind}' for kind, rows in made.items())}; {time.perf_counter() - begin:.0f} s",
-        flush=True,
-    )
-
-    # The index.
-    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    items = read_items(find_sets(sets))
-    read = time.process_time() - begin
-    finder = make_finder(items)
-    result: dict[str, Any] = {
-        "items": len(items.owner),
-        "sequences": len(items.sequences),
-        "words": sum(map(len, items.sequences)),
-        "short": len(items.questions),
-        "index MB": finder.num_bytes / 1e6,
-        "seconds to read": read,
-        "seconds to index": time.process_time() - begin - read,
-        "peak MB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3,
-    }
+    made = make_items(rng, options.items)
+    print(", ".join(f"{len(rows):,} {kind}" for kind, rows in made.items()), flush=True)
+    items, finder, result = make_index(made, options.work)
     print(json.dumps(result), flush=True)
-    begin = time.perf_counter()
 
-    # Unrelated documents, by an independent count.
-    documents = make_documents(rng, list(definitions(sources(_DOCUMENT_PACKAGES, _FILES))), 2 * options.documents)
-    wanted = [grams(text) for text in documents]
-    known = set().union(*wanted)
-    shared: set[tuple[str, ...]] = set()
-    for rows in made.values():
-        for row in rows:
-            shared |= known & grams(shown(row))
-    print(f"{len(documents):,} documents; {time.perf_counter() - begin:.0f} s", flush=True)
-    clean = [text for text, own in zip(documents, wanted, strict=True) if shared.isdisjoint(own)][: options.documents]
-    related = sum(not shared.isdisjoint(own) for own in wanted)
-    del wanted, known
-    result |= {"documents": len(clean), "MB of documents": sum(len(t.encode()) for t in clean) / 1e6}
-    result["documents that share 13 words with an item, of all made"] = [related, len(documents)]
+    clean, related = unrelated(rng, made, options.documents)
     rates = [measure(finder, clean) for _ in range(3)]
-    result |= {"MB/s a core": max(rate for rate, _ in rates)}
-    result |= {"MB/s a core, JSON lines read and written": measure_files(finder, items.owner, clean, options.work)}
-    print(json.dumps(result), flush=True)
+    result |= {
+        "documents": len(clean),
+        "MB of documents": sum(len(text.encode()) for text in clean) / 1e6,
+        "documents that share 13 words with an item, of all made": related,
+        "MB/s a core": max(rate for rate, _ in rates),
+        "MB/s a core, JSON lines read and written": measure_files(finder, items.owner, clean, options.work),
+    }
     wrong = []
     for text in clean:
-        matches = finder.find([text])[1]
-        if matches:
-            m = matches[0]
-            span = " ".join(words(text)[m.begin : m.end])
-            wrong.append([items.names[items.owner[m.item]], m.common, m.words, span, items.texts[m.item]])
+        for match in finder.find([text])[1][:1]:
+            span = " ".join(words(text)[match.begin : match.end])
+            wrong.append([items.names[items.owner[match.item]], match.common, match.words, span])
+            print(json.dumps([*wrong[-1], items.texts[match.item]]), flush=True)
     result["false positives"] = len(wrong)
-    for one in wrong[:10]:
-        print(json.dumps(one))
+    print(json.dumps(result), flush=True)
 
-    # Copies at random places of documents.
-    vocabulary = sorted({word for text in clean[:100] for word in words(text)})
-    for level in (*LEVELS, "paraphrased"):
-        for number, (kind, rows) in enumerate(made.items()):
-            chosen = rng.sample([i for i, row in enumerate(rows) if len(words(shown(row))) >= GRAM], options.copies)
-            texts = []
-            for row in chosen:
-                text, copy = rng.choice(clean), shown(rows[row])
-                copy = noisy(rng, copy, level, vocabulary) if isinstance(level, float) else paraphrased(rng, copy)
-                at = rng.choice([0, *(m.end() for m in re.finditer(r"\s", text)), len(text)])
-                texts.append(f"{text[:at]}\n{copy}\n{text[at:]}")
-            right = exact = 0
-            for row, text in zip(chosen, texts, strict=True):
-                hits = {m.item for m in finder.find([text])[1]}
-                offset = sum(len(r) for r in list(made.values())[:number])
-                right += bool(hits)
-                exact += offset + row in hits
-            result.setdefault("recall", {}).setdefault(str(level), {})[kind] = right / len(chosen)
-            result.setdefault("recall of the item itself", {}).setdefault(str(level), {})[kind] = exact / len(chosen)
+    result |= recall(rng, finder, made, clean, options.copies)
     whole = [shown(row) for rows in made.values() for row in rng.sample(rows, min(2000, len(rows)))]
-    found_texts = set()
-    for at in range(0, len(whole), 16):
-        found_texts |= {at + m.text for m in finder.find(whole[at : at + 16])[1]}
-    long = [i for i, text in enumerate(whole) if len(words(text)) >= GRAM]
-    result["self-match"] = sum(i in found_texts for i in long) / len(long)
+    whole = [text for text in whole if len(words(text)) >= GRAM]
+    result["self-match"] = sum(bool(finder.find([text])[1]) for text in whole) / len(whole)
     print(json.dumps(result, indent=1))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -68,7 +68,7 @@ def find_sets(against: Sequence[str]) -> list[tuple[str, list[Path]]]:
 
     Args:
       against: each NAME=FILE, or FILE, whose name without extension is then that of the set. A file is JSON lines, JSON
-        or Parquet, or a pattern or folder of them. A name may come again with another file.
+        or Parquet, or a pattern of them, or a folder, which is one set. A name may come again with another file.
 
     Raises:
       InputError: no name, no file, no such file.
@@ -81,7 +81,8 @@ def find_sets(against: Sequence[str]) -> list[tuple[str, list[Path]]]:
         if not file.strip() or (equals and not name.strip()):
             raise InputError(f"Expected an evaluation set as NAME=FILE or FILE, got {given!r}.")
         for path in find_tables([file]):
-            found.setdefault(name.strip() or path.name.partition(".")[0], {})[path] = None
+            own = Path(file).name if Path(file).is_dir() else path.name.partition(".")[0]
+            found.setdefault(name.strip() or own, {})[path] = None
     return [(name, list(paths)) for name, paths in found.items()]
 
 

@@ -47,11 +47,13 @@ class RunIndex:
         """The words of a sequence, uint32."""
         return self.words[self.bounds[number] : self.bounds[number + 1]]
 
-    def lookup(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def lookup(self, hashes: np.ndarray, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Runs of a text that sequences have.
 
         Args:
           hashes: of its words, uint64.
+          most: times that a run counts in each 32,768 words, so that a table of zeros does not fill the memory; None
+            counts all.
 
         Returns:
           First words of runs in the text and in all words of the sequences, int64, one pair for each two equal runs.
@@ -65,6 +67,8 @@ class RunIndex:
             at = block >> shift
             bits = self.filter[at >> np.uint64(3)] >> (at & np.uint64(7)).astype(np.uint8)
             passed = np.flatnonzero(bits & np.uint8(1))
+            if most is not None and len(passed) > most:
+                passed = passed[_ranks(block[passed]) < most]
             found.append(passed + begin)
             keys.append(block[passed])
         where, passed_keys = np.concatenate(found), np.concatenate(keys)
@@ -88,6 +92,16 @@ class RunIndex:
         """Maps the arrays into memory, which all processes of a machine then share."""
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
         return cls(int(np.load(folder / "length.npy", allow_pickle=False)), **arrays)
+
+
+def _ranks(keys: np.ndarray) -> np.ndarray:
+    """How many equal keys come before each."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    edges = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+    ranks = np.empty(len(keys), np.int64)
+    ranks[order] = np.arange(len(keys)) - np.repeat(edges, np.diff(np.append(edges, len(keys))))
+    return ranks
 
 
 def make_index(sequences: Sequence[np.ndarray], length: int, frequent: int | None = None) -> RunIndex:

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,16 @@ def test_many_items_from_one_template_are_found(tmp_path: Path) -> None:
         text = some_words(rng, 300) + noisy(rng, items[number], 0.1) + some_words(rng, 300)
         assert found(finder, [" ".join(text)])
         assert (0, number) in found(finder, [" ".join(items[number])])
+
+
+def test_tables_of_zeros_take_no_time_and_hide_nothing(tmp_path: Path) -> None:
+    rng = random.Random(int(print_seed().integers(1 << 30)))
+    items = [["0"] * 40, *([*some_words(rng, 20), *(["0"] * 30), *some_words(rng, 20)] for _ in range(50))]
+    finder = finder_of(tmp_path / "e.jsonl", [{"question": " ".join(item)} for item in items])
+    began = time.process_time()
+    assert found(finder, ["0 " * 200_000]) == {(0, 0)}
+    assert (0, 7) in found(finder, [" ".join(["0"] * 100_000 + items[7] + ["0"] * 100_000)])
+    assert time.process_time() - began < 5
 
 
 def test_short_questions_need_every_word_and_the_answer(tmp_path: Path) -> None:

@@ -34,6 +34,12 @@ def test_lookups_are_those_of_all_comparisons(tmp_path: Path) -> None:
             at, place = one.lookup(hashes(text))
             assert sorted((int(a), *flat[p]) for a, p in zip(at, place, strict=True)) == expected
         assert all(len(index.sequence(s)) == len(sequence) for s, sequence in enumerate(sequences))
+        at, place = index.lookup(hashes(text), most=2)
+        runs = [tuple(text[i : i + length]) for i in range(len(text) - length + 1)]
+        early = {i for i, run in enumerate(runs) if runs[:i].count(run) < 2}
+        assert [(int(a), *flat[p]) for a, p in sorted(zip(at, place, strict=True))] == [
+            one for one in expected if one[0] in early
+        ]
     assert [len(found) for found in make_index([], 5).lookup(hashes(["a"] * 9))] == [0, 0]
 
 
