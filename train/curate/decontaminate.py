@@ -66,7 +66,7 @@ class DecontaminateConfig:
       question: columns of the questions in the test files; by default question, problem, prompt and the like.
       answer: columns of the answers; by default answer, target, solution and the like.
       workers: number of processes; by default one for each core.
-      max_document_megabytes: a longer line, value or text file is a bad record. It may need 50 times as much memory.
+      max_document_megabytes: a longer line, value or text file is a bad record. It may need 20 times as much memory.
       max_bad: fraction of all records that may be bad. Bad records are listed in quarantine.jsonl, not copied.
       max_bad_lines: number of records that may be bad in any case.
     """
@@ -318,7 +318,7 @@ def _summary(
         total[items.owner[item]] += count
     counts = ("records", "kept", "dropped", "masked", "empty")
     return {
-        **{name: sum(record[name] for record in records) for name in counts},  # type: ignore[literal-required,misc]
+        **{name: sum(record[name] for record in records) for name in counts},  # type: ignore[literal-required]
         "bad": sum(len(record["bad"]) for record in records),
         "sets": {
             name: {

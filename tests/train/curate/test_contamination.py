@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,10 @@ def test_a_saved_finder_finds_the_same(tmp_path: Path) -> None:
     assert Finder.load(tmp_path / "index").find(texts)[1] == finder.find(texts)[1] != []
 
 
-def test_evaluation_sets_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+def test_evaluation_sets_that_cannot_be_used_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As in a new process: the library is imported when its first file is read.
+    monkeypatch.delitem(sys.modules, "zstandard", raising=False)
+    (tmp_path / "broken.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd and no more")
     (tmp_path / "empty.jsonl").write_text('{"question": " ... "}\n')
     (tmp_path / "none.jsonl").write_text("")
     (tmp_path / "broken.jsonl.gz").write_bytes(b"\x1f\x8b\x08\x00nothing")
@@ -206,6 +210,7 @@ def test_evaluation_sets_that_cannot_be_used_are_refused(tmp_path: Path) -> None
         (str(tmp_path / "empty.jsonl"), "no record with words"),
         (str(tmp_path / "none.jsonl"), "no record with words"),
         (str(tmp_path / "broken.jsonl.gz"), "broken.jsonl.gz cannot be read"),
+        (str(tmp_path / "broken.jsonl.zst"), "broken.jsonl.zst cannot be read"),
         (str(tmp_path / "latin.jsonl"), "latin.jsonl, line 1: .*UTF-8"),
         (str(tmp_path / "other.jsonl"), r"other.jsonl, line 1 has no question.*got a, b.*--question"),
     ):
