@@ -37,6 +37,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "sparsity tune": ("sparsity", "Tune", "find budgets of sparse attention that keep the recall of each head"),
     "data build": ("data", "build", "turn documents into packed rows of tokens"),
     "data curate": ("curate", "curate", "pre-training data: extract, filter, deduplicate, mix; on one machine or Ray"),
+    "data decontaminate": ("data", "decontaminate", "remove documents and examples that contain test items"),
     "data show": ("data", "Show", "print examples for fine-tuning, with what of them is trained in colour"),
     "data synthesize": ("synthesize", "synthesize", "make data for post-training: generate, verify, filter, pair"),
     "data review": (

@@ -1,5 +1,5 @@
-"""`qwen-jax data`: documents to packed rows (build), what is trained of examples (show), pairs that people label
-(review), samples of GRPO (rollouts)."""
+"""`qwen-jax data`: documents to packed rows (build), test items taken out (decontaminate), what is trained of examples
+(show), pairs that people label (review), samples of GRPO (rollouts)."""
 
 import contextlib
 import dataclasses
@@ -42,6 +42,36 @@ def build(argv: Sequence[str]) -> int:
         f"{manifest.length:,} ({manifest.padding:.2%} padding) in {options.output}"
         + (f"; {left_out}" if left_out else "")
     )
+    return 0
+
+
+def decontaminate(argv: Sequence[str]) -> int:
+    """Runs `train.curate.decontaminate`, with the fields of `DecontaminateConfig`, `--report` and `--json` as options.
+
+    Args:
+      argv: arguments after `data decontaminate`.
+    """
+    module = sibling("train.curate.decontaminate")
+    config_type = module.DecontaminateConfig
+    fields = [
+        ("report", FileOption, dataclasses.field(default=None)),
+        ("json", bool, dataclasses.field(default=False)),
+    ]
+    options_type = dataclasses.make_dataclass("Options", fields, bases=(config_type,), frozen=True)
+    options_type.__doc__ = (
+        f"{config_type.__doc__.rstrip()}\n      report: write a page with examples, both texts side by side, to this "
+        "file.\n      json: print the summary as one JSON object.\n    "
+    )
+    options = parse(options_type, "data decontaminate", argv)
+    names = [f.name for f in dataclasses.fields(config_type)]
+    summary = module.decontaminate(config_type(**{name: getattr(options, name) for name in names}))
+    report = sibling("train.curate.decontaminate_report")
+    if options.report:
+        try:
+            sibling("train.files").write_file(options.report, report.to_html(summary).encode())
+        except OSError as error:
+            raise InputError(f"Cannot write {options.report}: {error.strerror}. Give another file.") from None
+    print(json.dumps(summary) if options.json else report.to_text(summary, options.output))
     return 0
 
 

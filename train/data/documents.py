@@ -191,12 +191,11 @@ def read_records(
 
     read = {"jsonl": _read_lines, "parquet": _read_parquet, "text": _read_text}[piece.source.kind]
     number = 0
-    errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, *library_errors())
     try:
         for record in read(piece, field, max_bytes, count):
             number += 1
             yield record
-    except errors as error:
+    except (OSError, EOFError, zlib.error, *library_errors()) as error:  # The libraries are imported by now.
         why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error).strip().partition("\n")[0]
         raise DamagedInputError(
             f"{piece.source.path} cannot be read beyond document {number} of this part: {why}"

@@ -1,4 +1,4 @@
-"""Progress of a data build: a bar on a terminal, about twenty lines elsewhere."""
+"""Progress of work on files: a bar on a terminal, about twenty lines elsewhere."""
 
 import time
 
@@ -11,19 +11,22 @@ _LINES = 20
 class BuildProgress:
     """Shows how much input is processed, the speed, and the time left. Rich respects NO_COLOR."""
 
-    def __init__(self, console: Console, units: int, done: int, total_bytes: int, done_bytes: int):
+    def __init__(
+        self, console: Console, units: int, done: int, total_bytes: int, done_bytes: int, label: str = "building"
+    ):
         """Args:
         console: where progress is shown, usually standard error.
         units: number of units of work.
         done: units that an earlier process finished.
         total_bytes: bytes of input.
         done_bytes: bytes of input in the finished units.
+        label: says what is done.
         """
         self._console, self._units, self._done = console, units, done
         self._bytes, self._first, self._total = done_bytes, done_bytes, total_bytes
         self._begin, self._printed = time.perf_counter(), done_bytes
         self._progress = Progress(
-            TextColumn("building"),
+            TextColumn(label),
             BarColumn(bar_width=None),
             DownloadColumn(),
             TextColumn("{task.fields[rate]:.1f} MB/s"),

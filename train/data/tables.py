@@ -107,11 +107,10 @@ def read_rows(path: Path, advance: Callable[[int], None] = lambda count: None) -
     suffix = _suffix(path)
     read = {".json": _read_json, ".parquet": _read_parquet, ".arrow": _read_arrow}.get(suffix, _read_lines)
     number = 0
-    errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, *library_errors())
     try:
         for number, values in read(path, advance):
             yield Row(path, number, values)
-    except errors as error:
+    except (OSError, EOFError, zlib.error, *library_errors()) as error:  # The libraries are imported by now.
         why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error).strip().partition("\n")[0]
         raise InputError(
             f"{path} cannot be read beyond record {number}: {why}. Fetch it again, or leave it out."

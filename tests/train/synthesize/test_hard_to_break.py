@@ -263,7 +263,7 @@ def test_a_second_ctrl_c_ends_a_run_whose_check_hangs(tmp_path: Path) -> None:
     [
         ("model: str", "argument model is an option of the command already"),
         ("words: list[str] = []", "argument words has a default that can be changed"),
-        ("word: 'Absent'", "type Absent of the recipe's argument word cannot be read"),
+        ("word: 'Absent'", "type Absent of the argument word of pipeline cannot be read"),
     ],
 )
 def test_arguments_that_cannot_be_options_are_named(tmp_path: Path, argument: str, message: str) -> None:

@@ -1,0 +1,364 @@
+"""Removes documents and examples that contain items of evaluation sets: parallel, resumable and deterministic.
+
+A file of the input is a unit of work. It is written under its own name, and then a record `.decontaminate/00000.json`;
+a file with a valid record is not read again. When all files are done, `decontamination.json` is written and
+`.decontaminate/` is removed.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from qwen_jax.errors import InputError
+from train.curate.contamination import LEAST_QUESTION, Finder, Mode, make_finder
+from train.curate.decontaminate_file import Cleaner, FileRecord, Settings, locate
+from train.curate.evaluation_sets import Items, digest_of, find_sets, read_items
+from train.data.documents import DamagedInputError, Source, same_file
+from train.data.progress import BuildProgress
+from train.data.shards import digest, write_file, write_json
+from train.data.text import find_files
+from train.data.workers import Workers
+from train.lock import LOCK, lock
+
+SUMMARY, QUARANTINE = "decontamination.json", "quarantine.jsonl"
+_WORK, _SETTINGS, _INDEX = ".decontaminate", "settings.json", "index"
+# Examples that the summary keeps of each set.
+_EXAMPLES = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class DecontaminateConfig:
+    """Remove documents and examples that contain items of evaluation sets.
+
+    A document is removed where a test item and some window of the document, of 1.5 times as many words, have a longest
+    common subsequence of at least 13 words and 0.6 of the item (or of the document, if that is shorter): the rule of
+    the Qwen2.5 report, for documents of any length. It finds copies in which words have been changed, added or left
+    out, whatever their case, punctuation and line breaks. Items of fewer than 13 words must be there word for word,
+    together with their answer. Text that no program of this kind finds are paraphrases and translations.
+
+    The output folder has a file for each file of the input, with the same name, format and compression; what is kept
+    is not changed by a byte. An interrupted command continues when it is run again.
+
+    qwen-jax data decontaminate --input 'web/*.jsonl.zst' --against gsm8k=test.jsonl mmlu=mmlu/ --output clean
+
+    qwen-jax data decontaminate --input chats.jsonl --against humaneval.jsonl.gz --output clean --report leaks.html
+
+    Attributes:
+      input: files, folders or patterns: .jsonl .parquet .txt .md .rst .tex .py, all but Parquet also as .gz and .zst.
+        Documents have a column text; of examples (messages, prompt and completion, pairs) all texts count.
+      against: test files, NAME=FILE or FILE: .jsonl .json .parquet, or folders and patterns of them.
+      output: folder of the result.
+      mode: windowed is the rule above. contiguous asks for a common substring instead, and misses changed copies.
+        document applies the rule to whole documents, as the report has it, and is refused where documents are much
+        longer than the test items: there any item is in any document by chance.
+      action: drop leaves out the document or example. mask keeps it without the matched spans.
+      placeholder: what mask puts in the place of a span; by default nothing.
+      field: the only column of the input that counts; by default text, or else all columns.
+      question: columns of the questions in the test files; by default question, problem, prompt and the like.
+      answer: columns of the answers; by default answer, target, solution and the like.
+      workers: number of processes; by default one for each core.
+      max_document_megabytes: a longer line, value or text file is a bad record. It may need 20 times as much memory.
+      max_bad: fraction of all records that may be bad. Bad records are listed in quarantine.jsonl, not copied.
+      max_bad_lines: number of records that may be bad in any case.
+    """
+
+    input: tuple[str, ...]
+    against: tuple[str, ...]
+    output: Path
+    mode: Mode = "windowed"
+    action: Literal["drop", "mask"] = "drop"
+    placeholder: str = ""
+    field: str | None = None
+    question: tuple[str, ...] = ()
+    answer: tuple[str, ...] = ()
+    workers: int | None = None
+    max_document_megabytes: float = 128.0
+    max_bad: float = 0.001
+    max_bad_lines: int = 10
+
+    def __post_init__(self) -> None:
+        if not self.input:
+            raise InputError("No input. Give files, folders or patterns with --input.")
+        if not self.against:
+            raise InputError("No evaluation sets. Give their files with --against, as NAME=FILE or FILE.")
+        if self.workers is not None and self.workers < 1:
+            raise InputError(f"workers must be at least 1, got {self.workers}.")
+        if not 0 <= self.max_bad <= 1 or self.max_bad_lines < 0:
+            raise InputError(
+                f"max_bad is a fraction in [0, 1] and max_bad_lines a count, got {self.max_bad} and "
+                f"{self.max_bad_lines}."
+            )
+        if not (self.max_document_megabytes > 0 and math.isfinite(self.max_document_megabytes)):
+            raise InputError(f"max_document_megabytes must be a positive number, got {self.max_document_megabytes}.")
+        if self.placeholder and self.action == "drop":
+            raise InputError("A placeholder stands for masked spans. Give it with --action mask.")
+
+
+def decontaminate(config: DecontaminateConfig, *, progress: Console | None = None) -> dict[str, Any]:
+    """Decontaminates files, or finishes an interrupted run.
+
+    The result does not depend on the number of workers or on interruptions. More than one worker are spawned processes:
+    a script that calls this needs the usual `if __name__ == "__main__":`.
+
+    Args:
+      config: what to read, and what to look for.
+      progress: console for the progress bar; by default standard error.
+
+    Returns:
+      The summary, as it is in `decontamination.json`: counts of records, and of each evaluation set its items, how many
+      were found, in how many documents, and examples. A folder that is finished already is not changed.
+
+    Raises:
+      InputError: no input or unreadable input, test files without questions, too many bad records, an output folder
+        that holds something else or was begun with other settings, a full disk. Finished files are kept.
+    """
+    # Check what is asked for before any work.
+    files = find_files(config.input)
+    output = config.output.absolute()
+    inside = [path for path in files if output in path.absolute().parents]
+    if inside:
+        raise InputError(f"{inside[0]} is in the output folder {config.output}. Leave it out of --input.")
+    sources = [locate(path) for path in files]
+    sets = find_sets(config.against)
+    settings = {
+        "mode": config.mode,
+        "action": config.action,
+        "placeholder": config.placeholder,
+        "field": config.field,
+        "question": list(config.question),
+        "answer": list(config.answer),
+        "max_document_megabytes": config.max_document_megabytes,
+        "sets": digest_of(sets),
+    }
+    _check_folder(output)
+    names = _names(files)
+    keys = [digest([*same_file(source), name]) for source, name in zip(sources, names, strict=True)]
+    if (output / SUMMARY).exists():
+        return _finished(output, settings, keys)
+    with lock(output):
+        work = _begin(output, settings)
+        records = {i: record for i, key in enumerate(keys) if (record := _read_record(output, work, i, key))}
+        todo = [(i, source, names[i], keys[i]) for i, source in enumerate(sources) if i not in records]
+        items = read_items(sets, config.question, config.answer)
+        finder = make_finder(items, config.mode)
+        total = sum(source.size for source in sources)
+        left = sum(source.size for _, source, _, _ in todo)
+        console = progress or Console(stderr=True)
+        with BuildProgress(console, len(files), len(records), total, total - left, "decontaminating") as display:
+            records |= _run(config, work, items, finder, todo, display)
+        ordered = [records[i] for i in range(len(files))]
+        summary = _summary(settings, keys, files, items, ordered)
+        _quarantine(config, output, files, ordered, summary)
+        write_json(output / SUMMARY, summary)
+        shutil.rmtree(work)
+    return summary
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """Paths of the output files in their folder: those of the input below the folder that all are in."""
+    absolute = [path.absolute() for path in files]
+    common = os.path.commonpath([path.parent for path in absolute])
+    return [str(path.relative_to(common)) for path in absolute]
+
+
+def _check_folder(output: Path) -> None:
+    try:
+        if output.exists() and not output.is_dir():
+            raise InputError(f"{output} is a file. Give a folder with --output.")
+        ours = (output / SUMMARY).exists() or (output / _WORK).is_dir()
+        if output.exists() and not ours and any(path.name != LOCK for path in output.iterdir()):
+            raise InputError(
+                f"{output} is not empty and holds no decontaminated data. Give a new folder with --output."
+            )
+    except OSError as error:
+        raise InputError(f"Cannot use {output}: {error.strerror}. Give another folder with --output.") from None
+
+
+def _finished(output: Path, settings: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The summary of a finished folder, if it is one of these settings and files."""
+    try:
+        summary: dict[str, Any] = json.loads((output / SUMMARY).read_bytes())
+        _check_settings(output, summary["settings"], settings)
+        same = summary["inputs"] == list(keys)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{output / SUMMARY} is damaged ({error}). Remove {output} and run again.") from None
+    if not same:
+        raise InputError(f"{output} was made from other files. Give another folder with --output.")
+    shutil.rmtree(output / _WORK, ignore_errors=True)  # Left by a process that was killed after writing the summary.
+    return summary
+
+
+def _check_settings(output: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
+    different = [name for name in given if saved.get(name) != given[name]]
+    if different:
+        raise InputError(
+            f"{output} was begun with other settings: {', '.join(different)} "
+            f"{'is' if len(different) == 1 else 'are'} different. Use the same again, give another folder with "
+            "--output, or remove this one."
+        )
+
+
+def _begin(output: Path, settings: dict[str, Any]) -> Path:
+    """Saves the settings, or compares them with those of the interrupted run; returns the folder of the records."""
+    work = output / _WORK
+    path = work / _SETTINGS
+    if path.exists():
+        try:
+            saved = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} is damaged ({error}). Remove {output} and run again.") from None
+        _check_settings(output, saved, settings)
+    else:
+        work.mkdir(exist_ok=True)
+        write_json(path, settings)
+    for left_over in output.rglob(".*.tmp"):
+        left_over.unlink(missing_ok=True)
+    return work
+
+
+def _read_record(output: Path, work: Path, index: int, key: str) -> FileRecord | None:
+    """The record of a file if it is done: the input has not changed and the output has the expected size."""
+    try:
+        record: FileRecord = json.loads((work / f"{index:05d}.json").read_bytes())
+        if record["key"] != key:
+            return None
+        if record["output"] is not None and (output / record["output"]).stat().st_size != record["size"]:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):  # Missing or damaged: the file is done again.
+        return None
+    return record
+
+
+def _run(
+    config: DecontaminateConfig,
+    work: Path,
+    items: Items,
+    finder: Finder,
+    todo: Sequence[tuple[int, Source, str, str]],
+    display: BuildProgress,
+) -> dict[int, FileRecord]:
+    """Does the files in `todo`. A damaged file does not stop the others; it is an error at the end."""
+    records: dict[int, FileRecord] = {}
+    damaged: list[str] = []
+
+    def done(index: int, result: FileRecord | DamagedInputError) -> None:
+        if isinstance(result, DamagedInputError):
+            damaged.append(str(result))
+        else:
+            records[index] = result
+            display.unit()
+
+    settings = Settings(
+        work.parent,
+        work,
+        config.action,
+        config.placeholder,
+        config.field,
+        max(int(config.max_document_megabytes * 1e6), 1),
+        config.max_bad,
+        config.max_bad_lines,
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(config.workers or cores, len(todo))
+    if count <= 1:
+        cleaner = Cleaner(settings, finder, items.owner, display.advance)
+        for job in todo:
+            done(job[0], cleaner(*job))
+    else:
+        finder.save(work / _INDEX)
+        make = functools.partial(_load_cleaner, settings, work / _INDEX, items.owner)
+        with Workers(count, 1, make) as workers:
+            for job, result in workers.run(todo, display.advance):
+                done(job[0], result)
+    if damaged:
+        raise InputError(
+            "; ".join(sorted(damaged)[:5]) + (f"; and {len(damaged) - 5} more" if len(damaged) > 5 else "") + ". "
+            "Download the damaged files again or leave them out, then run the same command: everything else is "
+            "finished and kept."
+        )
+    return records
+
+
+def _load_cleaner(settings: Settings, index: Path, owner: Sequence[int], advance: Any) -> Cleaner:
+    return Cleaner(settings, Finder.load(index), owner, advance)
+
+
+def _summary(
+    settings: dict[str, Any], keys: Sequence[str], files: Sequence[Path], items: Items, records: Sequence[FileRecord]
+) -> dict[str, Any]:
+    """Counts of all files, and what was found of each evaluation set."""
+    number = collections.Counter(items.owner)
+    short = collections.Counter(items.owner[q.item] for q in items.questions)
+    tiny = collections.Counter(items.owner[q.item] for q in items.questions if len(q.words) < LEAST_QUESTION)
+    hits = collections.Counter[int]()
+    documents = collections.Counter[int]()
+    examples: dict[int, list[dict[str, Any]]] = collections.defaultdict(list)
+    for path, record in zip(files, records, strict=True):
+        hits.update({int(item): count for item, count in record["items"].items()})
+        documents.update({int(owner): count for owner, count in record["sets"].items()})
+        for example in record["examples"]:
+            kept = examples[items.owner[example["item"]]]
+            if len(kept) < _EXAMPLES:
+                item = example["item"]
+                kept.append({"file": str(path), **example, "item": items.places[item], "item_text": items.texts[item]})
+    found = collections.Counter(items.owner[item] for item in hits)
+    total = collections.Counter[int]()
+    for item, count in hits.items():
+        total[items.owner[item]] += count
+    counts = ("records", "kept", "dropped", "masked", "empty")
+    return {
+        **{name: sum(record[name] for record in records) for name in counts},  # type: ignore[literal-required]
+        "bad": sum(len(record["bad"]) for record in records),
+        "sets": {
+            name: {
+                "items": number[i],
+                "items of fewer than 13 words": short[i],
+                "of these, known only as whole texts": tiny[i],
+                "records without words": items.empty[name],
+                "items found": found[i],
+                "documents": documents[i],
+                "hits": total[i],
+                "examples": examples[i],
+            }
+            for i, name in enumerate(items.names)
+        },
+        "settings": settings,
+        "inputs": list(keys),
+    }
+
+
+def _quarantine(
+    config: DecontaminateConfig,
+    output: Path,
+    files: Sequence[Path],
+    records: Sequence[FileRecord],
+    summary: dict[str, Any],
+) -> None:
+    """Lists the bad records in `quarantine.jsonl`, and raises InputError if there are too many."""
+    bad = [
+        {"file": str(path), "line": line, "reason": reason}
+        for path, record in zip(files, records, strict=True)
+        for line, reason in record["bad"]
+    ]
+    (output / QUARANTINE).unlink(missing_ok=True)
+    if not bad:
+        return
+    write_file(output / QUARANTINE, b"".join(json.dumps(entry).encode() + b"\n" for entry in bad))
+    if len(bad) > max(config.max_bad_lines, config.max_bad * summary["records"]):
+        first = "; ".join("{file}, line {line}: {reason}".format(**entry) for entry in bad[:3])
+        raise InputError(
+            f"{len(bad)} of {summary['records']} records are bad, more than --max-bad {config.max_bad:g} and "
+            f"--max-bad-lines {config.max_bad_lines} allow: {first}. All are listed in {output / QUARANTINE}. Correct "
+            "them, or accept them with a larger --max-bad: finished files are kept."
+        )
