@@ -36,6 +36,8 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "sparsity tune": ("sparsity", "Tune", "find budgets of sparse attention that keep the recall of each head"),
     "data build": ("data", "build", "turn documents into packed rows of tokens"),
     "data show": ("data", "Show", "print examples for fine-tuning, with what of them is trained in colour"),
+    "data score": ("data_score", "ScoreDocuments", "score documents with a model: rubrics, topics, rewards"),
+    "data distil": ("data_score", "Distil", "train a small student on such scores, to score all documents with it"),
     "data synthesize": ("synthesize", "synthesize", "make data for post-training: generate, verify, filter, pair"),
     "data review": (
         "data",

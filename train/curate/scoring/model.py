@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,21 @@ from train.curate.scoring.rows import Batch, Packer
 
 # Documents that are tokenised together, and batches whose results the host has not read yet.
 _TOGETHER, _AHEAD = 256, 16
+
+
+class NotFiniteError(InputError):
+    """The scores of a document are not finite.
+
+    Attributes:
+      document: its index.
+    """
+
+    def __init__(self, document: int, name: str = ""):
+        super().__init__(
+            f"The scores of document {name or document} are not finite. The weights hold NaN or infinity, or a number "
+            "overflowed float16: check the checkpoint (qwen-jax verify), or use bfloat16 or float32."
+        )
+        self.document = document
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +87,8 @@ class Work:
       cut: documents whose middle was left out.
       tokens: of documents, prompts and questions that were read.
       padding: tokens of rows that hold nothing.
+      mass: sum over documents of the probability, among all tokens, of the answers that were offered, the mean over
+        questions. Far below 1 a document, the model does not answer what it is asked: it may be a base model.
       seconds: of it all.
     """
 
@@ -80,6 +97,7 @@ class Work:
     cut: int = 0
     tokens: int = 0
     padding: int = 0
+    mass: float = 0.0
     seconds: float = 0.0
 
     def add(self, other: "Work") -> None:
@@ -91,7 +109,8 @@ class Work:
         """Sums, rates and the share of padding."""
         seconds, slots = max(self.seconds, 1e-9), max(self.tokens + self.padding, 1)
         rates = {"documents_per_second": self.documents / seconds, "tokens_per_second": self.tokens / seconds}
-        return {**dataclasses.asdict(self), **rates, "padding_share": self.padding / slots}
+        shares = {"padding_share": self.padding / slots, "answer_mass": self.mass / max(self.documents, 1)}
+        return {**dataclasses.asdict(self), **rates, **shares}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,15 +207,14 @@ class DocumentReader:
             jax.block_until_ready(self._run(packed, last))
         return len(packer.sizes)
 
-    def read(self, texts: Sequence[str | None], *, stopped: Callable[[], None] = lambda: None) -> Answers:
+    def read(self, texts: Sequence[str | None]) -> Answers:
         """Answers the questions on some documents.
 
         Args:
           texts: of documents. Those without any text have no answers.
-          stopped: is called before each batch, and may raise.
 
         Raises:
-          InputError: an answer is not finite; the message names the document.
+          NotFiniteError: an answer is not finite.
         """
         begin, work = time.perf_counter(), Work()
         values = [np.full((len(texts), len(columns)), np.nan, np.float32) for columns in self._columns]
@@ -210,7 +228,6 @@ class DocumentReader:
                 self._store(*pending.popleft(), values)
 
         for batch in self._batches(texts, tokens, cut):
-            stopped()
             pending.append((batch, self._run(batch.packed, batch.last)))
             work.tokens += batch.tokens
             work.padding += batch.packed.shape[0] * self.row_tokens - batch.tokens
@@ -219,6 +236,9 @@ class DocumentReader:
 
         work.documents, work.cut = int((tokens > 0).sum()), int(cut.sum())
         work.empty = len(texts) - work.documents
+        work.mass = float(work.documents)
+        if self._static.answers:
+            work.mass = float(np.mean([np.exp(value[tokens > 0].astype(np.float64)).sum() for value in values]))
         work.seconds = time.perf_counter() - begin
         return Answers(tuple(values), tokens, cut, work)
 
@@ -250,11 +270,7 @@ class DocumentReader:
         found_BMA = np.asarray(result)
         bad = (batch.document >= 0) & ~np.isfinite(found_BMA).all(axis=2)
         if bad.any():
-            raise InputError(
-                f"The scores of document {int(batch.document[bad].min())} are not finite. The weights hold NaN or "
-                "infinity, or a number overflowed float16: check the checkpoint (qwen-jax verify), or use bfloat16 or "
-                "float32."
-            )
+            raise NotFiniteError(int(batch.document[bad].min()))
         for q, columns in enumerate(self._columns):
             here = (batch.document >= 0) & (batch.question == q)
             values[q][batch.document[here]] = found_BMA[here][:, columns]
@@ -266,8 +282,8 @@ def _sizes(options: ScoringOptions, prompt: Prompt, config: ModelConfig) -> tupl
     needed = prompt.longest
     if prompt.longest_text > config.context_length:
         raise InputError(
-            f"A document of {options.max_tokens} tokens with the prompt and a question has {prompt.longest_text} tokens, "
-            f"and the context of the model is {config.context_length}. Read less of each document (max_tokens)."
+            f"A document of {options.max_tokens} tokens with the prompt and a question has {prompt.longest_text} "
+            f"tokens, and the context of the model is {config.context_length}. Read less of each document (max_tokens)."
         )
     row = options.row_tokens
     if row is None:

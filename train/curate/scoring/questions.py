@@ -86,9 +86,7 @@ class Choice:
     @property
     def text(self) -> str:
         """The whole question."""
-        listed = "\n".join(
-            f"{letter}: {about}" for letter, (_, about) in zip(self.answers, self.classes, strict=True)
-        )
+        listed = "\n".join(f"{letter}: {about}" for letter, (_, about) in zip(self.answers, self.classes, strict=True))
         return f"{self.question}\n{listed}\nAnswer with one letter."
 
 
@@ -121,7 +119,7 @@ Question = Rating | Choice | Reward
 RUBRICS = (
     Rating(
         "education",
-        "How much does a student learn from this document? 1: nothing, 3: some facts, 5: as much as from a good lesson.",
+        "How much does a student learn from this document? 1: nothing, 3: some facts, 5: as much as in a good lesson.",
     ),
     Rating("clarity", "How clear is this document? 1: cannot be followed, 3: readable, 5: precise and well ordered."),
     Rating(
