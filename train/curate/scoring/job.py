@@ -1,5 +1,6 @@
 """Scores a whole corpus, shard by shard, on one or several hosts. A shard that is finished is never scored again."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -133,8 +134,8 @@ def _score(
     target, writes = output / shard.name, jax.process_index() == 0
     temporary, row = temporary_name(target), 0
     file = temporary.open("wb") if writes else None
+    writer = pq.ParquetWriter(file, schema, compression="zstd") if file is not None else None
     try:
-        writer = pq.ParquetWriter(file, schema, compression="zstd") if file is not None else None
         for chunk in chunks(shard, field):
             pairs = zip(chunk.ids, chunk.texts, strict=True)
             texts = [text if sample == 1 or _share(id) < sample else None for id, text in pairs]
@@ -161,7 +162,9 @@ def _score(
             raise InputError(f"The disk of {output} is full. Make room; finished shards are kept.") from None
         raise
     finally:
-        if file is not None:
+        if writer is not None and file is not None:
+            with contextlib.suppress(OSError):
+                writer.close()
             file.close()
         temporary.unlink(missing_ok=True)
     shown.shard()

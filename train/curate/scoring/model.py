@@ -225,7 +225,9 @@ class DocumentReader:
         # packs while the device computes.
         def finish(left: int) -> None:
             while len(pending) > left:
-                self._store(*pending.popleft(), values)
+                bad = self._store(*pending.popleft(), values)
+                if bad:
+                    raise NotFiniteError(self._broken(texts, bad))
 
         for batch in self._batches(texts, tokens, cut):
             pending.append((batch, self._run(batch.packed, batch.last)))
@@ -266,14 +268,26 @@ class DocumentReader:
             result: jax.Array = _answer(self._static, self._params, *placed)
         return result
 
-    def _store(self, batch: Batch, result: jax.Array, values: Sequence[np.ndarray]) -> None:
+    def _store(self, batch: Batch, result: jax.Array, values: Sequence[np.ndarray]) -> list[int]:
+        """Takes the answers of a batch; returns the documents whose answers are not finite."""
         found_BMA = np.asarray(result)
         bad = (batch.document >= 0) & ~np.isfinite(found_BMA).all(axis=2)
-        if bad.any():
-            raise NotFiniteError(int(batch.document[bad].min()))
         for q, columns in enumerate(self._columns):
             here = (batch.document >= 0) & (batch.question == q)
             values[q][batch.document[here]] = found_BMA[here][:, columns]
+        return sorted({int(i) for i in batch.document[bad]})
+
+    def _broken(self, texts: Sequence[str | None], candidates: Sequence[int]) -> int:
+        """The first of some documents that has no finite answers by itself.
+
+        Attention multiplies what is not seen by zero, so that NaN spreads to the other documents of a row.
+        """
+        for i in candidates:
+            packer = self._packer()
+            list(packer.add(i, self.prompt.documents([texts[i] or ""])[0].ids))
+            if any(not np.isfinite(self._run(b.packed, b.last)[0, 0]).all() for b in packer.flush()):
+                return i
+        return candidates[0]
 
 
 def _sizes(options: ScoringOptions, prompt: Prompt, config: ModelConfig) -> tuple[int, int]:

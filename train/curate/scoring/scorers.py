@@ -13,6 +13,7 @@ import pyarrow as pa
 from jax.sharding import Mesh
 
 from qwen_jax.errors import InputError
+from qwen_jax.files import read_json
 from qwen_jax.inference.prompts import check_generates
 from qwen_jax.inference.scorer import check_scores
 from qwen_jax.parallel.sharding import Sharding
@@ -75,8 +76,9 @@ class ModelScorer(Scorer):
           InputError: a model that cannot answer the questions; found before the weights are loaded.
         """
         questions = check_questions(questions)
-        config, tokenizer, _ = formats.describe(model)
+        config, tokenizer, folder = formats.describe(model)
         (check_scores if isinstance(questions[0], Reward) else check_generates)(config)
+        _check_has_head(folder)
         Prompt(tokenizer, questions, options.max_tokens)
         Sharding.for_inference(config, mesh)
         dtype = options.compute_dtype()
@@ -186,6 +188,17 @@ def open_scorer(
     if questions:
         raise InputError(f"{model} is a student, which gives the scores that it has learned. Leave the rubrics out.")
     return StudentScorer(Path(model))
+
+
+def _check_has_head(folder: Path) -> None:
+    """Refuses a model that is stored without any head: its embedding would be taken for one."""
+    described = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    architectures = described.get("architectures") or []
+    if architectures and all(str(name).endswith("Model") and "Reward" not in str(name) for name in architectures):
+        raise InputError(
+            f"{folder} is an embedding model ({', '.join(map(str, architectures))}), which answers no questions. Give "
+            "an instruct model, such as Qwen2.5-0.5B-Instruct."
+        )
 
 
 def _floats(values: np.ndarray) -> pa.Array:

@@ -148,7 +148,8 @@ def aligned_scores(scores: Path, documents: Path) -> pa.Table:
     ids = _parquet(documents).read(["id"])["id"]
     if "id" not in table.column_names or not table["id"].combine_chunks().equals(ids.combine_chunks()):
         found = table["id"].to_pylist() if "id" in table.column_names else []
-        first = next((i for i, (a, b) in enumerate(zip(found, ids.to_pylist(), strict=False)) if a != b), len(found))
+        first = next((i for i, (a, b) in enumerate(zip(found, ids.to_pylist(), strict=False)) if a != b), None)
+        first = min(len(found), len(ids)) if first is None else first
         raise InputError(
             f"{scores} holds scores of other documents than {documents}: {len(found)} and {len(ids)} of them, and row "
             f"{first} is the first that differs. Score these documents: qwen-jax data score."
