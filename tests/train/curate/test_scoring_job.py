@@ -1,6 +1,7 @@
 """Corpora are scored shard by shard: nothing twice after a kill, the same bytes, and never for other documents."""
 
 import dataclasses
+import errno
 import json
 import pickle
 import shutil
@@ -132,6 +133,28 @@ def test_a_document_without_a_finite_score_is_named(run: Path, tmp_path: Path) -
     with pytest.raises(NotFiniteError, match=r"scores of document d27 \(row 7 of 00001.parquet\) are not finite"):
         score_corpus(Counting(), find_shards([str(run)]), tmp_path / "out")
     assert list(content(tmp_path / "out")) == ["00000.parquet"]
+
+
+def test_a_full_disk_loses_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shard is computed to its end, for the other processes; what was finished stays, and no half file is left."""
+    monkeypatch.setattr(corpus, "_CHUNK_DOCUMENTS", 8)
+    written, write = 0, pq.ParquetWriter.write_table
+
+    def fails(self: pq.ParquetWriter, table: pa.Table) -> None:
+        nonlocal written
+        written += 1
+        if written == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, table)
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", fails)
+    scorer, shards = Counting(), find_shards([str(run)])
+    with pytest.raises(InputError, match=r"The disk of .*00001\.parquet is full"):
+        score_corpus(scorer, shards, tmp_path / "out")
+    assert (list(content(tmp_path / "out")), len(scorer.asked)) == (["00000.parquet"], 38)
+    assert not list((tmp_path / "out").glob(".*"))
+    score_corpus(Counting(), shards, tmp_path / "out")
+    assert len(content(tmp_path / "out")) == 3
 
 
 def test_a_sample_is_chosen_by_ids(run: Path, tmp_path: Path) -> None:

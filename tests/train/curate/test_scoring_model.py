@@ -86,7 +86,7 @@ def test_scores_do_not_depend_on_company_order_or_rows(instruct: tuple[Path, Any
     all_at_once = first.read(texts)
     order = rng.permutation(len(texts))
     shuffled = first.read([texts[i] for i in order])
-    other_rows = reader(folder, mesh, given=options(row_tokens=320, batch_tokens=640)).read(texts)
+    other_rows = reader(folder, mesh, given=options(row_tokens=320, batch_tokens=320)).read(texts)
     one_question = reader(folder, mesh, QUESTIONS_OF_ALL[:1]).read(texts).values[0]
     np.testing.assert_allclose(one_question, all_at_once.values[0], atol=1e-5)
     for q in range(3):

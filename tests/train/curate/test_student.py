@@ -37,7 +37,7 @@ def planted(rng: np.random.Generator, count: int) -> tuple[list[str], np.ndarray
 def test_a_student_keeps_the_order_of_new_documents(tmp_path: Path) -> None:
     """Rank correlation of at least 0.8 with planted levels, which a document of forty words shows with noise."""
     rng = print_seed()
-    texts, levels = planted(rng, 700)
+    texts, levels = planted(rng, 500)
     scores = {"quality": 1 + 4 * levels.astype(np.float32), "noise": -(levels.astype(np.float32) ** 3)}
     scores["quality"][:3] = np.nan
     student = train_student([*texts[:-1], None], scores, SMALL, {"model": "x"})
@@ -46,7 +46,7 @@ def test_a_student_keeps_the_order_of_new_documents(tmp_path: Path) -> None:
     assert spearman(found[:200, 0], expected) > 0.8
     assert spearman(found[:200, 1], expected) < -0.8
     assert np.isnan(found[200:]).all()
-    assert student.validation["trained"] + student.validation["held_out"] == 696
+    assert student.validation["trained"] + student.validation["held_out"] == 496
     assert student.validation["spearman"]["quality"] > 0.7
     # Company and order do not matter.
     np.testing.assert_allclose(student.score(new[::-1])[::-1], found[:200], atol=1e-5)
@@ -107,11 +107,13 @@ def test_features_are_words_pairs_and_length() -> None:
     assert (huge > 0).all()
 
 
-def test_spearman_is_that_of_scipy() -> None:
-    from scipy.stats import spearmanr
-
+def test_spearman_is_that_of_ranks() -> None:
+    """Equal values share the mean of their ranks; pairs with NaN are left out."""
     rng = print_seed()
-    a, b = rng.integers(0, 9, 50).astype(float), rng.normal(size=50)
-    assert spearman(a, b + a) == pytest.approx(spearmanr(a, b + a).statistic)
+    a, b = rng.normal(size=(2, 50))
+    ranks = [np.argsort(np.argsort(x)) for x in (a, b)]
+    assert spearman(a, b) == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    # Ranks 1.5, 1.5, 3, 4 and 1, 2, 3, 4.
+    assert spearman(np.array([7, 7, 8, 9]), np.array([1, 2, 3, 4])) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
     assert np.isnan(spearman(np.ones(5), b[:5]))
     assert spearman(np.array([1, np.nan, 2, 3]), np.array([1, 9, 2, 3])) == pytest.approx(1)

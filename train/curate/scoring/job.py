@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -123,51 +123,78 @@ def _score(
     total: _Total,
     shown: "_Shown",
 ) -> None:
-    schema = pa.schema(
-        [
-            pa.field("id", pa.string(), nullable=False),
-            pa.field("shard", pa.int32(), nullable=False),
-            pa.field("row", pa.int64(), nullable=False),
-            *scorer.schema,
-        ]
-    )
-    target, writes = output / shard.name, jax.process_index() == 0
-    temporary, row = temporary_name(target), 0
-    file = temporary.open("wb") if writes else None
-    writer = pq.ParquetWriter(file, schema, compression="zstd") if file is not None else None
-    try:
+    row = 0
+    with _Output(output / shard.name, scorer.schema, writes=jax.process_index() == 0) as out:
         for chunk in chunks(shard, field):
             pairs = zip(chunk.ids, chunk.texts, strict=True)
             texts = [text if sample == 1 or _share(id) < sample else None for id, text in pairs]
             table, work = _scores_of(scorer, shard, row, chunk.ids, texts)
-            count = len(chunk.ids)
-            keys = [
-                pa.array(chunk.ids, pa.string()),
-                pa.array(np.full(count, shard.number, np.int32)),
-                pa.array(np.arange(row, row + count, dtype=np.int64)),
-            ]
-            if writer is not None:
-                writer.write_table(pa.Table.from_arrays([*keys, *table.columns], schema=schema))
-            row += count
+            out.write(chunk.ids, shard.number, row, table)
+            row += len(chunk.ids)
             total.bad += chunk.bad
             total.work.add(work)
             shown.update(total)
-        if writer is not None and file is not None:
-            writer.close()
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(target)
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise InputError(f"The disk of {output} is full. Make room; finished shards are kept.") from None
-        raise
-    finally:
-        if writer is not None and file is not None:
-            with contextlib.suppress(OSError):
-                writer.close()
-            file.close()
-        temporary.unlink(missing_ok=True)
+        out.finish()
     shown.shard()
+
+
+class _Output:
+    """A Parquet file that appears when it is complete.
+
+    A failure to write is raised at the end of a shard: until then the other processes compute with this one.
+    """
+
+    def __init__(self, path: Path, columns: pa.Schema, writes: bool):
+        keys = pa.string(), pa.int32(), pa.int64()
+        names = ("id", "shard", "row")
+        key_fields = [pa.field(name, kind, nullable=False) for name, kind in zip(names, keys, strict=True)]
+        self._path, self._schema, self._writes = path, pa.schema([*key_fields, *columns]), writes
+        self._temporary = temporary_name(path)
+        self._problem: OSError | None = None
+
+    def __enter__(self) -> Self:
+        if self._writes:
+            self._file = self._temporary.open("wb")
+            self._writer = pq.ParquetWriter(self._file, self._schema, compression="zstd")
+        return self
+
+    def write(self, ids: Sequence[str], shard: int, row: int, table: pa.Table) -> None:
+        """Writes scores from a row on."""
+        if not self._writes or self._problem is not None:
+            return
+        count = len(ids)
+        keys = [
+            pa.array(ids, pa.string()),
+            pa.array(np.full(count, shard, np.int32)),
+            pa.array(np.arange(row, row + count, dtype=np.int64)),
+        ]
+        try:
+            self._writer.write_table(pa.Table.from_arrays([*keys, *table.columns], schema=self._schema))
+        except OSError as error:
+            self._problem = error
+
+    def finish(self) -> None:
+        """Completes the file. Raises InputError if the disk is full, or what else went wrong."""
+        if not self._writes:
+            return
+        try:
+            if self._problem is not None:
+                raise self._problem
+            self._writer.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._temporary.replace(self._path)
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                raise InputError(f"The disk of {self._path} is full. Make room; finished shards are kept.") from None
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        if self._writes:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
 
 
 def _share(id: str) -> float:
