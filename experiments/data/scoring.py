@@ -92,7 +92,9 @@ def plain_rate(reader: DocumentReader, lengths: Sequence[int], batches: int) -> 
 
 def measure(args: argparse.Namespace, questions: int, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Any]:
     """The rates of one number of questions."""
-    config = dataclasses.replace(published(args.model), max_position_embeddings=32_768)
+    config = published(args.model)
+    vocab = max(config.vocab_size, tokenizer.vocab_size + -tokenizer.vocab_size % 64)
+    config = dataclasses.replace(config, vocab_size=vocab, max_position_embeddings=32_768)
     mesh = make_mesh({}, jax.devices()[:1])
     params = random_params(config, mesh, Sharding.for_inference(config, mesh))
     options = ScoringOptions(args.max_tokens, args.row_tokens, args.batch_tokens, args.dtype)
