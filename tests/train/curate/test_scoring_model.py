@@ -55,7 +55,7 @@ def reader(
 def test_ratings_and_classes_are_those_of_transformers(instruct: tuple[Path, Any], mesh: Mesh) -> None:
     """Within 1e-4 of the conversation with one question, computed alone; several questions share a document here."""
     folder, theirs = instruct
-    ours, texts = reader(folder, mesh), documents(print_seed(), 12)
+    ours, texts = reader(folder, mesh), documents(print_seed(), 6)
     answers = ours.read(texts)
     cut = ours.prompt.documents(texts)
     assert answers.cut.any()

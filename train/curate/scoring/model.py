@@ -325,7 +325,7 @@ def _answer(static: _Static, params: Params, packed_BXT: jax.Array, last_BM: jax
 
     # Rows to hidden states.
     tokens, positions, *bounds = (packed_BXT[:, i] for i in range(6))
-    shared, own = Mask(*bounds[:2]), Mask(*bounds[2:])
+    shared, own = Mask(bounds[0], bounds[1]), Mask(bounds[2], bounds[3])
     valid_BT = shared.k_start_BT < shared.k_end_BT
     mask = (shared, own) if static.branches else shared
     hidden_BTD = model(tokens, positions, mask, valid_BT=valid_BT).hidden

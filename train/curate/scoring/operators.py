@@ -43,7 +43,7 @@ class ModelScores(Operator):
         check_questions(self.questions)
 
     @property
-    def makes(self) -> pa.Schema:  # type: ignore[override]
+    def makes(self) -> pa.Schema:
         """The columns of `schema_of`."""
         return schema_of(self.questions)
 
@@ -76,7 +76,7 @@ class StudentScores(Operator):
     version: ClassVar[int] = 1
 
     @property
-    def makes(self) -> pa.Schema:  # type: ignore[override]
+    def makes(self) -> pa.Schema:
         """The student's columns, float32."""
         return pa.schema([pa.field(name, pa.float32()) for name in load_student(Path(self.folder)).columns])
 
