@@ -237,7 +237,7 @@ class Qwen2(nnx.Module):
         self,
         tokens_BT: jax.Array,
         positions_BT: jax.Array,
-        mask: kernels.Mask,
+        mask: kernels.Mask | tuple[kernels.Mask, ...],
         *,
         cache: Cache[Any] | None = None,
         remat: Remat = "none",
@@ -250,7 +250,8 @@ class Qwen2(nnx.Module):
         Args:
           tokens_BT: int32 token ids.
           positions_BT: int32 positions within each document.
-          mask: the keys that each row sees; with a cache, as the cache counts them.
+          mask: the keys that each row sees; with a cache, as the cache counts them. Several masks are disjoint parts of
+            the keys, whose results are merged; see `rope_and_masks`.
           cache: for generation; needs unstacked layers.
           remat: what the backward pass recomputes: "none"; "full", everything but the inputs of blocks; or "dots",
             everything but the results of matrix products and of attention.

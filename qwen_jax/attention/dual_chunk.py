@@ -87,26 +87,33 @@ def split_mask(dual_chunk: DualChunk, mask: kernels.Mask, positions_BT: jax.Arra
 def rope_and_masks(
     config: ModelConfig,
     positions_BT: jax.Array,
-    mask: kernels.Mask,
+    mask: kernels.Mask | tuple[kernels.Mask, ...],
     longest: int,
     length_BT: jax.Array | None,
     dtype: jnp.dtype,
 ) -> tuple[Rope, tuple[kernels.Mask, ...]]:
     """The rotations of queries and keys, and the masks of the parts of the keys.
 
-    There is one part, unless dual-chunk attention is configured and a text may be longer than one chunk.
+    There is one part, unless dual-chunk attention is configured and a text may be longer than one chunk, or the caller
+    gives several: rows that see two intervals of keys, such as a document and a question on it.
 
     Args:
       config: the architecture.
       positions_BT: int32, position of each token in its document.
-      mask: the keys that each row sees.
+      mask: the keys that each row sees, or disjoint parts of them.
       longest: tokens that a text may have.
       length_BT: int32 [B, T] or [B, 1], tokens of each token's text; by default up to the row's last position.
       dtype: of queries and keys.
+
+    Raises:
+      ValueError: parts of the caller's beside those of dual-chunk attention.
     """
     if config.dual_chunk is None or not is_needed(config, longest):
         table = rope_table(config, positions_BT, dtype)
-        return Rope(table, (table,)), (mask,)
+        masks = mask if isinstance(mask, tuple) else (mask,)
+        return Rope(table, (table,) * len(masks)), masks
+    if isinstance(mask, tuple):
+        raise ValueError("Dual-chunk attention splits one mask into parts, and takes no parts of the caller's.")
     length_BT = positions_BT.max(axis=1, keepdims=True) + 1 if length_BT is None else length_BT
     return rope(config, positions_BT, length_BT, dtype), split_mask(config.dual_chunk, mask, positions_BT)
 

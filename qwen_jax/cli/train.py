@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_jax.cli.common import parse, sibling
+from qwen_jax.cli.formats import CheckpointFormats as _Formats
 from qwen_jax.cli.model import Model, Running, Sampling
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from qwen_jax.config import ModelConfig
-    from qwen_jax.lora import LoRA
     from qwen_jax.tokenizer import Tokenizer
 
 
@@ -83,45 +80,6 @@ def grpo(argv: Sequence[str]) -> int:
 
 def _tune(method: str, argv: Sequence[str]) -> int:
     return _until_interrupted(lambda: sibling("train.tune_command").main(method, argv, _Formats()))
-
-
-class _Formats:
-    """`train.tuned.Formats` by `convert`, which `train` does not import."""
-
-    def describe(self, path: str) -> tuple["ModelConfig", "Tokenizer", Path]:
-        from qwen_jax.config import load_config
-        from qwen_jax.hub import CONFIG, resolve
-        from qwen_jax.inference.settings import add_end_ids
-        from qwen_jax.tokenizer import load_tokenizer
-
-        config = load_config(resolve(path, CONFIG))  # An unsupported model is refused before its weights are fetched.
-        folder = resolve(path)
-        if sibling("convert").is_quantized(folder):
-            # The weights too say how.
-            config = sibling("convert").open_source(folder).config
-        return add_end_ids(config, folder), load_tokenizer(path), folder
-
-    def load(self, path: str, config: "ModelConfig", mesh: "Mesh", dtype: str, stacked: bool = True) -> Any:
-        from qwen_jax.options import Options
-
-        return sibling("convert").load_params(path, config, mesh, dtype, Options(stacked=stacked))
-
-    def fingerprint(self, path: str) -> str:
-        import hashlib
-
-        from qwen_jax.hub import resolve
-
-        whole = hashlib.sha256()
-        for file in sorted(p for p in resolve(path).rglob("*") if p.is_file()):
-            with file.open("rb") as opened:
-                whole.update(hashlib.file_digest(opened, "sha256").digest())
-        return whole.hexdigest()
-
-    def write(self, params: Any, config: "ModelConfig", origin: Path, folder: Path) -> None:
-        sibling("convert.huggingface").export(params, config, folder, extra_files_from=origin)
-
-    def write_adapter(self, params: Any, config: "ModelConfig", lora: "LoRA", base: str, folder: Path) -> None:
-        sibling("convert.adapter").write_adapter(folder, params, config, lora, base)
 
 
 def _until_interrupted(run: Callable[[], int]) -> int:

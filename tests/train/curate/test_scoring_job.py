@@ -1,0 +1,236 @@
+"""Corpora are scored shard by shard: nothing twice after a kill, the same bytes, and never for other documents."""
+
+import dataclasses
+import errno
+import json
+import pickle
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from jax.sharding import Mesh
+
+from qwen_jax.cli import main
+from qwen_jax.cli.formats import CheckpointFormats
+from qwen_jax.errors import InputError
+from tests.helpers.runs import print_seed
+from tests.helpers.scoring import OPTIONS, RATINGS, TOPIC, documents, make_instruct
+from train.curate.operator import DOCUMENT
+from train.curate.scoring import shards as corpus
+from train.curate.scoring.job import MANIFEST, score_corpus
+from train.curate.scoring.model import NotFiniteError, Work
+from train.curate.scoring.operators import ModelScores
+from train.curate.scoring.scorers import ModelScorer, Scorer
+from train.curate.scoring.shards import aligned_scores, find_shards
+
+
+class Counting(Scorer):
+    """Scores a text by its length, counts how often it is asked, and fails when it is told to."""
+
+    schema = pa.schema([pa.field("length", pa.float32())])
+
+    def __init__(self, fail_after: int = 1 << 30, version: int = 1):
+        self.settings = {"version": version}
+        self.asked: list[str] = []
+        self._fail_after = fail_after
+
+    def score(self, texts: Sequence[str | None]) -> tuple[pa.Table, Work]:
+        if len(self.asked) >= self._fail_after:
+            raise KeyboardInterrupt
+        self.asked += [text for text in texts if text]
+        if any(text == "NaN" for text in texts):
+            raise NotFiniteError([*texts].index("NaN"))
+        values = [float(len(text)) if text else None for text in texts]
+        work = Work(len([v for v in values if v]), values.count(None), tokens=7, padding=3)
+        return pa.table({"length": pa.array(values, pa.float32())}), work
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of curation with three shards of documents, one text missing."""
+    rng, number = print_seed(), 0
+    (tmp_path / "run" / "documents").mkdir(parents=True)
+    for shard in range(3):
+        texts: list[str | None] = [f"{text} {shard}-{i}" for i, text in enumerate(documents(rng, 20, 30))]
+        texts[int(rng.integers(20))] = None
+        rows = [{"id": f"d{number + i}", "domain": "web", "source": "x", "text": text} for i, text in enumerate(texts)]
+        number += 20
+        pq.write_table(pa.Table.from_pylist(rows, DOCUMENT), tmp_path / "run" / "documents" / f"{shard:05d}.parquet")
+    return tmp_path / "run"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
+
+
+def test_a_killed_job_goes_on_with_the_next_shard(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the middle of a shard: only that shard's documents are scored again, and all bytes are the same."""
+    monkeypatch.setattr(corpus, "_CHUNK_DOCUMENTS", 8)
+    shards = find_shards([str(run)])
+    whole = Counting()
+    summary = score_corpus(whole, shards, tmp_path / "whole")
+    assert len(whole.asked) == summary["documents"] == 57
+    assert (summary["rows"], summary["empty"], summary["padding_share"]) == (60, 3, 0.3)
+    killed, rest = Counting(fail_after=30), Counting()
+    with pytest.raises(KeyboardInterrupt):
+        score_corpus(killed, shards, tmp_path / "killed")
+    assert list(content(tmp_path / "killed")) == ["00000.parquet"]
+    # A process that is killed leaves its file; the next one removes it.
+    (tmp_path / "killed" / ".00001.parquet.99999.tmp").write_bytes(b"half")
+    assert score_corpus(rest, shards, tmp_path / "killed")["shards_skipped"] == 1
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert not list((tmp_path / "killed").glob(".*.tmp"))
+    twice = set(killed.asked) & set(rest.asked)
+    assert 0 < len(twice) < 20
+    assert all(" 1-" in text for text in twice)
+    assert sorted({*killed.asked, *rest.asked}) == sorted(whole.asked)
+    assert score_corpus(Counting(), shards, tmp_path / "killed")["documents"] == 0
+    # Each row belongs to its document.
+    for file in (run / "documents").iterdir():
+        scores, texts = aligned_scores(tmp_path / "whole" / file.name, file), pq.read_table(file)["text"].to_pylist()
+        assert scores["length"].to_pylist() == [None if text is None else len(text) for text in texts]
+        keys = pq.read_table(tmp_path / "whole" / file.name)
+        assert keys["row"].to_pylist() == list(range(20))
+        assert set(keys["shard"].to_pylist()) == {int(file.stem)}
+
+
+def test_scores_of_other_documents_or_settings_are_refused(run: Path, tmp_path: Path) -> None:
+    shards, out = find_shards([str(run)]), tmp_path / "out"
+    score_corpus(Counting(), shards, out)
+    file = run / "documents" / "00001.parquet"
+    with pytest.raises(InputError, match=r"00000.parquet holds scores of other documents than .*row 0 is the first"):
+        aligned_scores(out / "00000.parquet", file)
+    with pytest.raises(InputError, match=r"scores.version was 1, is 2"):
+        score_corpus(Counting(version=2), shards, out)
+    with pytest.raises(InputError, match=r"scores.sample was 1.0, is 0.5"):
+        score_corpus(Counting(), shards, out, sample=0.5)
+    with pytest.raises(InputError, match="sample must be above 0"):
+        score_corpus(Counting(), shards, out, sample=0)
+    pq.write_table(pq.read_table(file).slice(0, 19), file)
+    with pytest.raises(InputError, match=r"shards.1.bytes was \d+, is \d+"):
+        score_corpus(Counting(), find_shards([str(run)]), out)
+    with pytest.raises(InputError, match="20 and 19 of them, and row 19 is the first"):
+        aligned_scores(out / "00001.parquet", file)
+    with pytest.raises(InputError, match="holds Parquet files of something else"):
+        score_corpus(Counting(), shards, run / "documents")
+    file.write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="not a Parquet file that can be read"):
+        find_shards([str(run)])
+    pq.write_table(pa.table({"text": ["a"]}), file)
+    with pytest.raises(InputError, match="no column id"):
+        find_shards([str(run)])
+
+
+def test_a_document_without_a_finite_score_is_named(run: Path, tmp_path: Path) -> None:
+    file = run / "documents" / "00001.parquet"
+    table = pq.read_table(file).to_pylist()
+    table[7]["text"] = "NaN"
+    pq.write_table(pa.Table.from_pylist(table, DOCUMENT), file)
+    with pytest.raises(NotFiniteError, match=r"scores of document d27 \(row 7 of 00001.parquet\) are not finite"):
+        score_corpus(Counting(), find_shards([str(run)]), tmp_path / "out")
+    assert list(content(tmp_path / "out")) == ["00000.parquet"]
+
+
+def test_a_full_disk_loses_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shard is computed to its end, for the other processes; what was finished stays, and no half file is left."""
+    monkeypatch.setattr(corpus, "_CHUNK_DOCUMENTS", 8)
+    written, write = 0, pq.ParquetWriter.write_table
+
+    def fails(self: pq.ParquetWriter, table: pa.Table) -> None:
+        nonlocal written
+        written += 1
+        if written == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, table)
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", fails)
+    scorer, shards = Counting(), find_shards([str(run)])
+    with pytest.raises(InputError, match=r"The disk of .*00001\.parquet is full"):
+        score_corpus(scorer, shards, tmp_path / "out")
+    assert (list(content(tmp_path / "out")), len(scorer.asked)) == (["00000.parquet"], 38)
+    assert not list((tmp_path / "out").glob(".*"))
+    score_corpus(Counting(), shards, tmp_path / "out")
+    assert len(content(tmp_path / "out")) == 3
+
+
+def test_a_sample_is_chosen_by_ids(run: Path, tmp_path: Path) -> None:
+    scorer = Counting()
+    summary = score_corpus(scorer, find_shards([str(run)]), tmp_path / "out", sample=0.5)
+    assert 10 < len(scorer.asked) == summary["documents"] < 50
+    again = Counting()
+    score_corpus(again, find_shards([str(run)]), tmp_path / "again", sample=0.5)
+    assert content(tmp_path / "again") == content(tmp_path / "out")
+
+
+def test_a_model_scores_a_run_as_the_operator_does(run: Path, tmp_path: Path, mesh: Mesh) -> None:
+    """The operator survives pickling, gives the columns that it says, and the same numbers in any batch."""
+    make_instruct(tmp_path / "model", int(print_seed().integers(1 << 16)))
+    questions = (*RATINGS, TOPIC)
+    operator = ModelScores(str(tmp_path / "model"), questions, CheckpointFormats(), options=OPTIONS)
+    assert json.dumps(dict(operator.settings())) == json.dumps(dict(pickle.loads(pickle.dumps(operator)).settings()))
+    file = run / "documents" / "00002.parquet"
+    table = pq.read_table(file)
+    texts = table.filter(pa.compute.is_valid(table["text"])).select(["text"])
+    compute = operator.start()
+    scores = compute(texts)
+    assert scores.schema == operator.makes
+    assert set(scores["topic"].to_pylist()) <= {"code", "news", "other"}
+    parts = pa.concat_tables([compute(texts.slice(0, 5)), compute(texts.slice(5))])
+    for name in ("good", "clear", "topic_probability"):
+        np.testing.assert_allclose(parts[name], scores[name], atol=1.01e-3)
+    scorer = ModelScorer(str(tmp_path / "model"), questions, CheckpointFormats(), mesh, OPTIONS)
+    out = tmp_path / "out"
+    summary = score_corpus(scorer, find_shards([str(run)]), out)
+    assert 0 < summary["answer_mass"] < 1
+    assert 0 < summary["padding_share"] < 0.5
+    found = aligned_scores(out / file.name, file)
+    np.testing.assert_allclose(found["good"].drop_null(), scores["good"], atol=1.01e-3)
+    # Another model is another setting.
+    make_instruct(tmp_path / "other", 7)
+    other = dataclasses.replace(operator, model=str(tmp_path / "other"))
+    assert other.settings() != operator.settings()
+
+
+def test_the_commands_score_distil_and_apply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files with bad records; a reward model by default gives its reward; a student scores what it has not seen."""
+    from tests.helpers.scoring import make_reward
+
+    make_reward(tmp_path / "model", int(print_seed().integers(1 << 16)))
+    texts = documents(print_seed(), 60, 20)
+    lines = [json.dumps({"text": text}) for text in texts]
+    lines[3:3] = ["{", '{"other": 1}', '{"text": ""}']
+    file, out, student = tmp_path / "in.jsonl", tmp_path / "out", tmp_path / "student"
+    file.write_text("\n".join(lines))
+
+    def call(*argv: str) -> dict[str, object]:
+        capsys.readouterr()
+        assert main(["data", *argv, "--json"]) == 0, capsys.readouterr().err
+        found: dict[str, object] = json.loads(capsys.readouterr().out)
+        return found
+
+    sizes = ["--max-tokens", "64", "--row-tokens", "256", "--batch-tokens", "256"]
+    score = ["score", "--input", str(file), "--output", str(out)]
+    summary = call(*score, "--model", str(tmp_path / "model"), *sizes)
+    assert (summary["documents"], summary["empty"], summary["bad_records"]) == (60, 3, 2)
+    table = pq.read_table(out / "00000.parquet")
+    assert table["reward"].is_null().to_pylist() == [3 <= i < 6 for i in range(63)]
+    assert table["id"][4].as_py() == f"{file}, line 5"
+    assert json.loads((out / MANIFEST).read_text())["columns"] == {"reward": "float"}
+    found = call("distil", "--input", str(file), "--scores", str(out), "--output", str(student), "--epochs", "1")
+    assert found["trained"] + found["held_out"] == 60  # type: ignore[operator]
+    shutil.rmtree(out)
+    call(*score, "--model", str(student))
+    assert pq.read_table(out / "00000.parquet")["reward"].null_count == 3
+    for argv, message in (
+        ([*score, "--model", str(student), "--rubric", "clarity"], "is a student"),
+        ([*score, "--model", str(tmp_path / "model"), "--rubric", "clarity"], "This is a reward model"),
+        ([*score, "--model", str(tmp_path / "model"), "--rubric", "taste"], "There is no question 'taste'"),
+        (["distil", "--input", str(file), "--scores", str(out), "--output", str(student)], "exists already"),
+        (["distil", "--input", str(file), "--scores", str(tmp_path), "--output", "x"], "settings.json does not exist"),
+    ):
+        assert main(["data", *argv]) == 1
+        assert message in capsys.readouterr().err
