@@ -35,6 +35,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "eval perplexity": ("eval", "Perplexity", "loss by position over a long text"),
     "sparsity tune": ("sparsity", "Tune", "find budgets of sparse attention that keep the recall of each head"),
     "data build": ("data", "build", "turn documents into packed rows of tokens"),
+    "data mixture": ("mixture", "mixture", "plan shares, repetition and quality of domains; shares by small runs"),
     "data show": ("data", "Show", "print examples for fine-tuning, with what of them is trained in colour"),
     "data synthesize": ("synthesize", "synthesize", "make data for post-training: generate, verify, filter, pair"),
     "data review": (

@@ -197,8 +197,9 @@ def regress(
       trials: small runs.
       prior: as of `draw_mixtures`, for the simulated mixtures.
       target: weight of each held-out loss in what is minimised; by default all have the same.
-      model: linear or quadratic in the shares, with a ridge penalty that leave-one-out chooses; gradient-boosted trees
-        (LightGBM if it is installed, else scikit-learn); auto takes the one with the smallest error of prediction.
+      model: linear in the shares, or quadratic, in shares, their roots and products, with a ridge penalty that
+        leave-one-out chooses; gradient-boosted trees (LightGBM if it is installed, else scikit-learn); auto takes the
+        one with the smallest error of prediction.
       most: shares that a domain may have at most; by default 1.
       seed: of folds and simulated mixtures.
       simulated: mixtures whose target is predicted.
@@ -451,9 +452,10 @@ def _ridge(shares_ND: np.ndarray, losses_N: np.ndarray, features: Callable[[np.n
 
 
 def _products(shares_ND: np.ndarray) -> np.ndarray:
-    """The shares and all products of two of them."""
+    """The shares, all products of two of them, and their roots: losses fall steeply where a share is near 0."""
     pairs = itertools.combinations_with_replacement(range(shares_ND.shape[1]), 2)
-    return np.concatenate([shares_ND, *(shares_ND[:, [i]] * shares_ND[:, [j]] for i, j in pairs)], axis=1)
+    products = [shares_ND[:, [i]] * shares_ND[:, [j]] for i, j in pairs]
+    return np.concatenate([shares_ND, np.sqrt(shares_ND), *products], axis=1)
 
 
 def _trees() -> Fit | None:

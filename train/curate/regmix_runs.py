@@ -161,15 +161,6 @@ def collect(folder: Path) -> Collected:
     return Collected(tuple(finished), tuple(unfinished))
 
 
-def prior_of(folder: Path) -> dict[str, float]:
-    """The prior that the runs of a folder were drawn around.
-
-    Raises:
-      InputError: the folder has no runs.
-    """
-    return {str(name): float(share) for name, share in _record(folder)["prior"].items()}
-
-
 def _check_base(base: RunConfig, prior: Mapping[str, float]) -> None:
     if len(base.stages) != 1:
         raise InputError(f"Small runs have one stage, the configuration has {len(base.stages)}.")

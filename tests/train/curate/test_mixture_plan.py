@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from qwen_jax.cli import main
 from qwen_jax.errors import InputError
 from tests.helpers.data_sets import make_rows
 from tests.helpers.runs import print_seed
@@ -302,3 +303,23 @@ def test_wrong_tables_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a plan"):
         read_plan(tmp_path / "plan.json")
     assert dataclasses.replace(TABLE, quality=None).buckets == 2
+
+
+def test_the_command_writes_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pq.write_table(corpus(print_seed(), 500), tmp_path / "a.parquet")
+    capsys.readouterr()
+    words = f"data mixture plan --input {tmp_path}/a.parquet --output {tmp_path}/out --quality quality --tokens tokens"
+    options = "--budget 1e5 --buckets 2 --weights 1 2 --share code=0.5 math=0.25 web=0.25 --most web=1".split()
+    assert main([*words.split(), *options, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    plan = read_plan(tmp_path / "out" / "plan.json")
+    assert shown == plan.to_json()
+    assert plan.max_epochs == {"code": 4, "math": 4, "web": 1}
+    assert (tmp_path / "out" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*words.split(), *options]) == 0
+    assert capsys.readouterr().out == (tmp_path / "out" / "plan.txt").read_text()
+    assert main([*words.split(), "--budget", "10", "--share", "code"]) == 1
+    assert "--share expects NAME=NUMBER" in capsys.readouterr().err
+    assert main(["data", "mixture", "--help"]) == 0
+    assert "regress" in capsys.readouterr().out
+    assert main(["data", "mixture", "other"]) == 2

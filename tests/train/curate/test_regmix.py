@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from qwen_jax.cli import main
 from qwen_jax.errors import InputError
 from tests.helpers.runs import configuration, make_material, print_seed
 from train.config import RunConfig, load
@@ -192,7 +193,9 @@ def test_without_a_library_of_trees_they_are_left_out_and_it_is_said(monkeypatch
         regress(trials, PRIOR, model="trees", simulated=500)
 
 
-def test_runs_are_written_for_a_scheduler_run_here_and_collected(tmp_path: Path) -> None:
+def test_runs_are_written_for_a_scheduler_run_here_and_collected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A tiny model on random tokens: what is checked is the way of shares and losses, and that no run is done twice."""
     make_material(tmp_path)
     file = tmp_path / "base.py"
@@ -220,6 +223,9 @@ def test_runs_are_written_for_a_scheduler_run_here_and_collected(tmp_path: Path)
         assert load(words[4], words[6:]) == config
         assert config.seed == 3
     assert len(collect(folder).unfinished) == 4
+    command = f"data mixture regress --config {file} --set seed=3 --trials 4 --output {folder} --prior a=0.5 b=0.5"
+    assert main([*command.split(), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["unfinished"] == 4
     calls: list[RunConfig] = []
 
     def train(config: RunConfig) -> int:
@@ -243,6 +249,20 @@ def test_runs_are_written_for_a_scheduler_run_here_and_collected(tmp_path: Path)
         path.unlink()
     Path(calls[3].output).rmdir()
     assert not run_trials(folder, lambda config: train(config) if config == calls[3] else 1).finished[3:]
+
+
+def test_the_command_fits_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "table.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in records()))
+    command = f"data mixture regress --table {path} --prior books=0.3 code=0.3 web=0.4 --model linear --most code=0.6"
+    assert main([*command.split(), "--output", str(tmp_path / "out"), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == json.loads((tmp_path / "out" / "regression.json").read_text())
+    assert 0.5 < shown["shares"]["code"] <= 0.6
+    assert main(command.split()) == 0
+    assert "mixture by linear" in capsys.readouterr().out
+    assert main([*command.split(), "--run"]) == 1
+    assert "--run and --set belong to --config" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
