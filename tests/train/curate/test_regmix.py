@@ -69,12 +69,12 @@ def test_all_models_find_the_corner_of_a_linear_surface_and_rank_well() -> None:
     slopes = np.array([[0.3, -0.5, 0.2]]) * rng.uniform(0.5, 2, (3, 1))
     surface = lambda shares: 3 + shares @ slopes.T + 0.002 * rng.normal(size=shares.shape)  # noqa: E731
     trials = trials_of(surface, draw_mixtures(PRIOR, 24, int(rng.integers(1 << 30))))
-    found = regress(trials, PRIOR, simulated=2000)
+    found = regress(trials, PRIOR, simulated=2000, best=20)
     assert {one.model for one in found.tried} == {"linear", "quadratic", "trees"}
     assert found.tried[0].rmse == min(one.rmse for one in found.tried)
     assert found.model != "trees"
     for one in found.tried:
-        assert one.spearman["target"] > 0.7, one
+        assert one.spearman["target"] > (0.7 if one.model == "trees" else 0.9), one
     assert found.shares["code"] > 0.9
     assert f"mixture by {found.model}" in found.to_text()
     json.dumps(found.to_json())

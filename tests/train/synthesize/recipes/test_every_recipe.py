@@ -67,7 +67,7 @@ def arguments(name: str, folder: Path) -> dict[str, Any]:
     if name == "long_responses":
         return {"corpus": write({"text": LONG}), "least_words": 100}
     if name == "knowledge":
-        return {"corpus": write({"text": LONG}), "least_words": 100, "isolation": ISOLATION}
+        return {"corpus": write({"text": LONG[:300]}), "least_words": 20, "forms": ("textbook",)}
     if name == "filtering":
         return {"examples": write({"messages": question})}
     assert name == "preferences"
