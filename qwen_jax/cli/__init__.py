@@ -38,6 +38,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "data build": ("data", "build", "turn documents into packed rows of tokens"),
     "data curate": ("curate", "curate", "pre-training data: extract, filter, deduplicate, mix; on one machine or Ray"),
     "data decontaminate": ("data", "decontaminate", "remove documents and examples that contain test items"),
+    "data mixture": ("mixture", "mixture", "plan shares, repetition and quality of domains; shares by small runs"),
     "data show": ("data", "Show", "print examples for fine-tuning, with what of them is trained in colour"),
     "data score": ("data_score", "ScoreDocuments", "score documents with a model: rubrics, topics, rewards"),
     "data distil": ("data_score", "Distil", "train a small student on such scores, to score all documents with it"),

@@ -23,7 +23,7 @@ class Options:
     what a model has answered is never asked again.
 
     Recipes: long_responses, mathematics, code, instructions, structured_data, logic, cross_lingual, system_prompts,
-    filtering, preferences.
+    knowledge, filtering, preferences.
 
     Args:
         config: A recipe's name, FILE.py, or FILE.py:function (by default the function is called pipeline).

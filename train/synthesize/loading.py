@@ -20,6 +20,7 @@ RECIPES = {
         "logic",
         "cross_lingual",
         "system_prompts",
+        "knowledge",
         "filtering",
         "preferences",
     )

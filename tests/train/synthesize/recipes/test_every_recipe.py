@@ -98,6 +98,8 @@ def arguments(name: str, folder: Path) -> dict[str, Any]:
         return {"prompts": 2, "conversations": 1, "samples": 1}
     if name == "long_responses":
         return {"corpus": write({"text": LONG}), "least_words": 100}
+    if name == "knowledge":
+        return {"corpus": write({"text": LONG[:300]}), "least_words": 20, "forms": ("textbook",)}
     if name == "filtering":
         return {"examples": write({"messages": question})}
     assert name == "preferences"
