@@ -61,7 +61,7 @@ class Document:
     code: bool = False
 
 
-def make(folder: Path, megabytes: float, seed: int = 0, folders: list[str] | None = None, leaks: int = 300) -> dict:
+def make(folder: Path, megabytes: float, seed: int = 0, folders: list[str] | None = None) -> dict:
     """Writes the corpus.
 
     Args:
@@ -69,7 +69,6 @@ def make(folder: Path, megabytes: float, seed: int = 0, folders: list[str] | Non
       megabytes: of all documents together, about.
       seed: of all that is random.
       folders: where the real documents are, by default the standard library and the installed packages.
-      leaks: test items that are planted.
 
     Returns:
       Numbers of documents by kind.
@@ -84,7 +83,8 @@ def make(folder: Path, megabytes: float, seed: int = 0, folders: list[str] | Non
     while texts and budget > 0:
         held_out.append(texts.pop())
         budget -= len(held_out[-1])
-    documents = list(_documents(texts, size, rng, leaks))
+    # Test items that are planted, 300 in 40 MB.
+    documents = list(_documents(texts, size, rng, max(int(7.5 * megabytes), 1)))
     rng.shuffle(documents)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder, documents)
@@ -137,10 +137,11 @@ def _documents(texts: Sequence[str], size: int, rng: random.Random, leaks: int) 
         yield Document(f"junk-{number}", f"junk: {kind}", text)
         left, number = left - len(text), number + 1
     for item in items(random.Random(f"items {leaks}"), leaks):
-        paragraphs = rng.choice(clean).text.split("\n\n")
+        of = rng.choice(clean)
+        paragraphs = of.text.split("\n\n")
         leaked = f"{item['question']} {item['answer']}"
         paragraphs.insert(rng.randint(0, len(paragraphs)), leaked if rng.random() < 0.5 else _edited(leaked, rng, 0.05))
-        yield Document(f"leak-{item['id']}", "leak", "\n\n".join(paragraphs), item["id"])
+        yield Document(f"leak-{item['id']}", "leak", "\n\n".join(paragraphs), item["id"], of.code)
 
 
 def _edited(text: str, rng: random.Random, share: float) -> str:

@@ -148,7 +148,7 @@ def make_features(folder: Path, documents: int) -> int:
                 "row": np.arange(size),
                 "id": pa.array([f"document-{shard}-{row}" for row in range(size)]),
                 "domain": pa.array(["web"] * size),
-                "characters": rng.integers(1, 20000, size),
+                "text_length": rng.integers(1, 20000, size),
                 "text_key": key,
                 "url_key": rng.integers(0, 2**64, size, dtype=np.uint64),
                 "bands": lists.cast(pa.list_(pa.uint64())),

@@ -3,33 +3,35 @@
     python -m experiments.data.end_to_end --folder curation-run --megabytes 40 --seeds 0 1 2
     python -m experiments.data.end_to_end --folder curation-run --table      # of what has been run
 
-The corpus is `experiments.data.corpus`: real documents among planted junk, duplicates and leaks. It is curated by the command of the README,
-`qwen-jax data curate --config experiments/data/recipe.py`, and packed by `qwen-jax data build`; so is the same corpus with nothing but its text
-extracted (`recipe.py:raw`). The truth of the corpus says what was found of each kind. Then a small model is trained on each, with as many tokens,
-and read on held-out documents. The tokenizer is trained on the raw text, and is the same for both.
+The corpus is `experiments.data.corpus`: real documents among planted junk, duplicates and leaks. Two commands take it
+from there, both `qwen-jax data curate`: `recipe.py` curates and packs it, and `recipe.py:raw` packs all of its text.
+The truth of the corpus says what has been kept of each kind. Then a small model is trained on each, with as many
+tokens, and read on held-out documents. The tokenizer is trained on the raw text.
 
 What has been done is not done again. One machine, a CPU will do; leaves `results.json`.
 """
 
 import argparse
 import dataclasses
+import gzip
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+import zstandard
+
 from experiments.command import add_setup_arguments, chosen
 from experiments.data import corpus
+from qwen_jax.cli import main as main_command
 from qwen_jax.config import ModelConfig
 from qwen_jax.files import to_json
 from qwen_jax.tokenizer import CONTROL_TOKENS, train_bpe
 from train.config import RunConfig, Stage
-from train.data.documents import find_sources, read_records, share_out
-from train.data.text import find_files
 from train.files import write_file
 from train.loop import CheckpointConfig, LoopConfig
 from train.optimizer import Schedule
@@ -37,7 +39,8 @@ from train.pretrain import PretrainConfig
 from train.run import pretrain
 from train.step import StepConfig
 
-WAYS = ("raw", "curated")
+# What the outputs are called, and the functions of `recipe.py`.
+WAYS = {"raw": "raw", "curated": "curation"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Setup:
 
     def run(self, folder: Path, way: str, seed: int) -> RunConfig:
         """The training run of a way and a seed."""
+        rows = sorted(path.parent for path in (folder / way / "rows").glob("*/manifest.json"))
+        shares = {path.name: json.loads((path / "manifest.json").read_text())["rows"] for path in rows}
         model = ModelConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.width,
@@ -83,9 +88,10 @@ class Setup:
             output=str(folder / f"model-{way}-{seed}"),
             model=model,
             tokenizer=str(folder / "tokenizer"),
-            data={"text": str(folder / f"rows-{way}")},
-            held_out={"text": str(folder / "rows-held-out")},
-            stages=(Stage(Schedule(self.steps, 2e-3, warmup_steps=20), self.length, self.batch, {"text": 1}),),
+            data={path.name: str(path) for path in rows},
+            held_out={"text": str(folder / "held-out")},
+            # Each domain has the share that it has in the corpus.
+            stages=(Stage(Schedule(self.steps, 2e-3, warmup_steps=self.steps // 20), self.length, self.batch, shares),),
             seed=seed,
             objective=PretrainConfig(loss_chunk=8192),
             step=StepConfig(dtype="float32", remat="none"),
@@ -95,44 +101,38 @@ class Setup:
 
 
 def command(*words: object) -> float:
-    """Runs a command of ours, with its progress on this terminal; the seconds that it took."""
+    """Runs a command of ours in this process; the seconds that it took."""
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "qwen_jax.cli", *map(str, words)], check=True)
+    if status := main_command(list(map(str, words))):
+        raise SystemExit(status)
     return time.perf_counter() - began
 
 
 def curate(folder: Path, setup: Setup) -> dict[str, Any]:
     """Corpus, curation and rows; the seconds of each, and what was kept of each kind of document."""
     found: dict[str, Any] = {}
-    if not (folder / "corpus" / "held-out.jsonl").exists():
-        found["corpus"] = corpus.make(folder / "corpus", setup.megabytes)
-    recipe = Path(__file__).with_name("recipe.py")
-    for way in WAYS:
+    raw, tokenizer = folder / "corpus", folder / "tokenizer"
+    if not (raw / "held-out.jsonl").exists():
+        found["corpus"] = corpus.make(raw, setup.megabytes)
+    if not tokenizer.exists():
+        with gzip.open(raw / "docs.jsonl.gz", "rt") as docs:
+            texts = [json.loads(line)["text"] for line in docs]
+        train_bpe([*texts, *pq.read_table(raw / "code.parquet")["text"].to_pylist()], setup.vocab_size).save(tokenizer)
+    for way, name in WAYS.items():
         seconds = command(
-            "data", "curate", "--config", f"{recipe}:{way}", "--corpus", folder / "corpus", "--output", folder / way
-        )
-        found[f"seconds of curation, {way}"] = round(seconds, 1)
-    texts = list(read_texts(folder / "raw" / "output"))
-    if not (folder / "tokenizer").exists():
-        train_bpe(texts[:: max(len(texts) // 2000, 1)], setup.vocab_size).save(folder / "tokenizer")
-    inputs = {way: folder / way / "output" for way in WAYS} | {"held-out": folder / "corpus" / "held-out.jsonl"}
-    for name, source in inputs.items():
-        if not (folder / f"rows-{name}" / "manifest.json").exists():
-            seconds = command(
-                "data", "build", source, "--tokenizer", folder / "tokenizer", "--length", setup.length, "--output",
-                folder / f"rows-{name}",
-            )  # fmt: skip
-            found[f"seconds of building, {name}"] = round(seconds, 1)
-        found[f"tokens, {name}"] = json.loads((folder / f"rows-{name}" / "manifest.json").read_text())["tokens"]
+            "data", "curate", "--config", f"{Path(__file__).with_name('recipe.py')}:{name}", "--corpus", raw,
+            "--output", folder / way, "--tokenizer", tokenizer, "--length", setup.length,
+        )  # fmt: skip
+        found[f"seconds, {way}"] = round(seconds, 1)
+        manifests = [json.loads(path.read_text()) for path in (folder / way / "rows").glob("*/manifest.json")]
+        found[f"tokens, {way}"] = sum(manifest["tokens"] for manifest in manifests)
+    if not (folder / "held-out" / "manifest.json").exists():
+        command(
+            "data", "build", "--input", raw / "held-out.jsonl", "--tokenizer", tokenizer, "--length", setup.length,
+            "--output", folder / "held-out",
+        )  # fmt: skip
     found["documents"] = kept_by_kind(folder)
     return found
-
-
-def read_texts(folder: Path) -> list[str]:
-    """The texts of an output of curation."""
-    sources = find_sources(find_files([folder]), "auto", "text")
-    pieces = [piece for unit in share_out(sources, 1 << 26) for piece in unit]
-    return [record.text for piece in pieces for record in read_records(piece, "text", 1 << 28)]
 
 
 def kept_by_kind(folder: Path) -> dict[str, str]:
@@ -152,9 +152,13 @@ def kept_by_kind(folder: Path) -> dict[str, str]:
     return found
 
 
-def kept_ids(folder: Path) -> list[str]:
-    """The ids of an output of curation."""
-    raise NotImplementedError
+def kept_ids(folder: Path) -> Iterator[str]:
+    """The ids that an output has, as the truth names them: pages have theirs in the address."""
+    for file in sorted(folder.rglob("*.jsonl.zst")):
+        with zstandard.open(file, "rt") as lines:
+            for line in lines:
+                document = json.loads(line)
+                yield document["url"].rpartition("/")[2] if document["domain"] == "web" else document["id"]
 
 
 def train(folder: Path, setup: Setup, seed: int) -> dict[str, float]:
@@ -164,7 +168,7 @@ def train(folder: Path, setup: Setup, seed: int) -> dict[str, float]:
         run = setup.run(folder, way, seed)
         pretrain(run)
         log = [json.loads(line) for line in (Path(run.output) / "metrics.jsonl").read_text().splitlines()]
-        losses[way] = [line for line in log if "held_out/text/loss" in line][-1]["held_out/text/loss"]
+        losses[way] = [line["held_out_loss"] for line in log if "held_out_loss" in line][-1]
     return losses
 
 

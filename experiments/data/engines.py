@@ -169,7 +169,7 @@ def duckdb_pipeline(folder: Path) -> None:
     base.register("h", pa.table({"node": nodes, "hash": hashes}))
     base.execute(
         "create table gone as select node from (select l.node, row_number() over (partition by label order by "
-        "characters desc, h.hash, l.node) as place from l join f using (node) join h using (node)) where place > 1"
+        "text_length desc, h.hash, l.node) as place from l join f using (node) join h using (node)) where place > 1"
     )
     weight = f"case when i.domain = 'odd' then {WEIGHTS['odd']} else {WEIGHTS['even']} end"
     base.execute(
@@ -274,11 +274,11 @@ def ray_pipeline(folder: Path) -> None:
     stars = edges.to_pandas()
     # The choice within groups is made in this process.
     labels = {**{n: n for n in stars["least"]}, **dict(zip(stars["node"], stars["least"], strict=True))}
-    columns = features.select_columns(["node", "characters", "id"]).to_pandas()
+    columns = features.select_columns(["node", "text_length", "id"]).to_pandas()
     columns["hash"] = _hashes(columns["id"].tolist()).to_numpy()
     members = columns[columns["node"].isin(list(labels))].copy()
     members["group"] = members["node"].map(labels)
-    members = members.sort_values(["group", "characters", "hash"], ascending=[True, False, True])
+    members = members.sort_values(["group", "text_length", "hash"], ascending=[True, False, True])
     gone = ray.data.from_pandas(members[members.duplicated("group")][["node"]])
     say(f"duplicates in {rounds} rounds", begin)
     kept = join(features.select_columns(["node", "id", "domain", "score", "draw"]), gone, "node", "node", "left_anti")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from train.curate.curation import Curation, Input, Map, Select
 from train.curate.deduplicate_stage import Deduplicate
+from train.curate.operators.decontaminate import Decontaminate
 from train.curate.operators.fingerprint import Fingerprint
 from train.curate.operators.heuristics import FineWeb, GopherQuality, GopherRepetition, Statistics
 from train.curate.operators.html import ExtractText
@@ -36,16 +37,16 @@ def raw(corpus: str) -> Curation:
 
 
 def curation(corpus: str) -> Curation:
-    """Filters, then duplicates, then leaks.
+    """Filters, then leaks, then duplicates.
 
     Args:
       corpus: folder of `experiments.data.corpus`.
     """
     # Technical documentation has more marks, longer words and more lists than the web pages of the papers.
-    quality = GopherQuality(min_words=30, max_mean_word_length=12, min_alphabetic_words=0.4, max_symbol_ratio=0.3)
+    quality = GopherQuality(min_words=30, max_mean_word_length=12, min_alphabetic_words=0.2, max_symbol_ratio=0.3)
     repetition = GopherRepetition(**{f"duplicate_{n}_grams": 0.5 for n in range(5, 11)})
     lines = FineWeb(
-        min_punctuated_lines=0.02, max_short_lines=None, max_newline_ratio=None, max_duplicate_characters=0.3
+        min_punctuated_lines=0.005, max_short_lines=None, max_newline_ratio=None, max_duplicate_characters=0.3
     )
     stages = [
         Map("text", [ExtractText(), RepairUnicode()]),
@@ -54,6 +55,8 @@ def curation(corpus: str) -> Curation:
         Select("domain == 'code' or gopher_quality is None", "quality"),
         Select("domain == 'code' or gopher_repetition is None", "repetition"),
         Select("domain == 'code' or fineweb is None", "lines"),
+        # Before duplicates: else the one that is kept of a group may be the one with the leak.
+        Map("decontaminate", [Decontaminate((f"items={Path(corpus) / 'tests.jsonl'}",))]),
         Map("fingerprints", [Fingerprint()]),
         Deduplicate(),
     ]

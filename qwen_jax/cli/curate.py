@@ -40,6 +40,9 @@ class Options:
         workers: Worker processes; by default one a core.
         engine: native is this machine; ray is a Ray cluster whose nodes all see input and output.
         address: Of the Ray cluster; by default RAY_ADDRESS, or else a Ray that is started on this machine.
+        tokenizer: Folder of a tokenizer: also pack the output into rows of tokens, in RUN/rows, as `qwen-jax data
+            build` does.
+        length: Tokens in a row.
         json: Print the summary as one JSON object.
     """
 
@@ -48,6 +51,8 @@ class Options:
     workers: Count = None
     engine: Literal["native", "ray"] = "native"
     address: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    length: Count = None
     json: bool = False
 
 
@@ -68,11 +73,21 @@ def curate(argv: Sequence[str]) -> int:
     curation = function(**arguments)
     if not isinstance(curation, sibling("train.curate.curation").Curation):
         raise InputError(f"{config} returned a {type(curation).__name__}, expected a Curation.")
+    if (options.tokenizer is None) != (options.length is None):
+        raise InputError("--tokenizer and --length belong together: give both to pack rows, or none.")
+    if options.tokenizer is not None:
+        from qwen_jax.tokenizer import load_tokenizer
+
+        load_tokenizer(options.tokenizer)
     runner = sibling("train.curate.run")
     from rich.console import Console
 
     run_options = runner.RunOptions(options.engine, options.workers, options.address)
-    summary = runner.run(curation, options.output, run_options, Console(stderr=True))
+    console = Console(stderr=True)
+    summary = runner.run(curation, options.output, run_options, console)
+    if options.tokenizer is not None:
+        packing = sibling("train.curate.pack")
+        summary["rows"] = packing.pack(options.output, options.tokenizer, options.length, options.workers, console)
     print(json.dumps(summary) if options.json else _text(summary, options.output))
     return 0
 
@@ -92,5 +107,9 @@ def _text(summary: dict[str, Any], folder: Path) -> str:
     lines += [
         f"{folder / 'output' / name}: {out['written']:,} documents, {out['bytes'] / 1e6:,.1f} MB of text"
         for name, out in summary["output"].items()
+    ]
+    lines += [
+        f"{data['folder']}: {data['tokens']:,} tokens in {data['rows']:,} rows"
+        for data in summary.get("rows", {}).values()
     ]
     return "\n".join([*lines, f"report: {folder / 'report.html'}"])

@@ -20,7 +20,7 @@ FEATURES = pa.schema(
         pa.field("row", pa.int64(), nullable=False),
         pa.field("id", pa.string(), nullable=False),
         pa.field("domain", pa.string(), nullable=False),
-        pa.field("characters", pa.int64(), nullable=False),
+        pa.field("text_length", pa.int64(), nullable=False),
         pa.field("text_key", pa.uint64()),
         pa.field("url_key", pa.uint64()),
         pa.field("bands", pa.list_(pa.uint64())),
@@ -110,7 +110,7 @@ def find_duplicates(features: Sequence[Path], folder: Path, options: DuplicateOp
 
     Documents with the same key are connected with the first of them (by shard and row), not in pairs, so that a group
     of n takes n - 1 edges. Groups are the connected components: two documents of a group need not be similar if others
-    lie between them. Kept is the document with the least (place of its domain, -characters, hash of its id, shard,
+    lie between them. Kept is the document with the least (place of its domain, -text_length, hash of its id, shard,
     row): of the preferred domain, then the longest, then an arbitrary one, the same on every machine and for
     every number of workers. Texts are not read.
 
@@ -223,7 +223,7 @@ def _nodes(files: Sequence[str], bands: int, options: DuplicateOptions) -> Any:
     for number, domain in reversed(list(enumerate(options.domains))):
         place = daft.functions.when(col("domain") == domain, daft.lit(number)).otherwise(place)
     most = daft.lit(_LONGEST - 1)
-    length = daft.functions.when(col("characters") > most, most).otherwise(col("characters"))
+    length = daft.functions.when(col("text_length") > most, most).otherwise(col("text_length"))
     precedence = place.cast(daft.DataType.int64()) * daft.lit(_LONGEST) + most - length
     keys = [col("bands").get(band).alias(f"band_{band:03d}") for band in range(bands)]
     read = daft.read_parquet(list(files))

@@ -32,7 +32,7 @@ class Deduplicate(GlobalStage):
     @property
     def reads(self) -> tuple[str, ...]:
         """Id, domain, and the columns of `Fingerprint` (and `Shingles`)."""
-        columns = ("id", "domain", "characters", "text_key", "url_key", "bands")
+        columns = ("id", "domain", "text_length", "text_key", "url_key", "bands")
         return columns if self.options.similarity is None else (*columns, "shingles")
 
     @property

@@ -136,7 +136,7 @@ def test_a_huge_group_takes_a_star(tmp_path: Path) -> None:
         "row": pa.array(range(count), pa.int64()),
         "id": pa.array([f"id-{number}" for number in range(count)]),
         "domain": pa.array(["web"] * count),
-        "characters": pa.array([5] * count, pa.int64()),
+        "text_length": pa.array([5] * count, pa.int64()),
         "text_key": pa.array([7] * count, pa.uint64()),
         "url_key": pa.array([None] * count, pa.uint64()),
         "bands": pa.array([[1, 2, 3]] * count, pa.list_(pa.uint64())),

@@ -68,7 +68,7 @@ def test_empty_and_short_texts_have_nothing_in_common() -> None:
     made = features(["", " \n\t\u00a0", "one two three four", "one two three four five", "?!"])
     assert [row["text_key"] is None for row in made] == [True, True, False, False, False]
     assert [row["bands"] is None for row in made] == [True, True, True, False, True]
-    assert [row["characters"] for row in made] == [0, 4, 18, 23, 2]
+    assert [row["text_length"] for row in made] == [0, 4, 18, 23, 2]
     assert features([]) == []
 
 

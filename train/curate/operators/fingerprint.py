@@ -18,7 +18,7 @@ from train.synthesize.overlap import words
 class Fingerprint(Operator):
     """Narrow features of a document, from which `find_duplicates` works.
 
-    characters: of the text, int64. text_key: 64-bit hash of the text in normal form (`normalise_text`), null if it has
+    text_length: characters, int64. text_key: 64-bit hash of the text in normal form (`normalise_text`), null if it has
     no visible character. url_key: of the address in normal form (`normalise_url`), null without one. bands: MinHash
     bands of the words, null if the text has fewer words than a run. Null is never equal to null: empty documents are
     no duplicates of each other.
@@ -38,7 +38,7 @@ class Fingerprint(Operator):
     reads = ("text", "url")
     makes = pa.schema(
         [
-            pa.field("characters", pa.int64()),
+            pa.field("text_length", pa.int64()),
             pa.field("text_key", pa.uint64()),
             pa.field("url_key", pa.uint64()),
             pa.field("bands", pa.list_(pa.uint64())),
@@ -60,7 +60,7 @@ class Fingerprint(Operator):
             texts: list[str] = table.column("text").to_pylist()
             urls = table.column("url").to_pylist()
             columns = {
-                "characters": [len(text) for text in texts],
+                "text_length": [len(text) for text in texts],
                 "text_key": [_key(normalise_text(text), b"text") for text in texts],
                 "url_key": [None if url is None else _key(normalise_url(url), b"url") for url in urls],
                 "bands": minhash.bands_of([words(text) for text in texts]),
