@@ -50,8 +50,8 @@ def main() -> None:
     try:
         make_input(folder / "a.jsonl", size)
         (unit,) = find_units(Input("a", str(folder / "a.jsonl")), 10 * size, folder / "run").units
-        job = {"name": unit.name, "key": "", "input": dataclasses.asdict(unit.input)}
-        job["parts"] = [part.to_json() for part in unit.parts]
+        parts = [part.to_json() for part in unit.parts]
+        job = {"name": unit.name, "key": "", "input": dataclasses.asdict(unit.input), "parts": parts}
         measure("read", reading(folder / "run", 10 * size), job)
         select, view = Select("length(text) > 1000 and length(text) < 8000"), View(folder / "run")
         measure("select", computing(view, select), ["a-00000-000", ""])

@@ -36,6 +36,7 @@ from train.curate.shards import (
 )
 from train.curate.sources import Found, Unit, find_units
 from train.curate.stage import REPETITIONS, GlobalStage, RowStage, Stage
+from train.data.documents import optional_library
 from train.files import write_file
 from train.lock import lock
 
@@ -87,6 +88,8 @@ def run(
         kept: the same call goes on from there.
     """
     options = options or RunOptions()
+    if curation.output.format == "jsonl":
+        optional_library("zstandard", "Outputs in JSON lines")
     with lock(folder):
         try:
             # Scratch of the engine is of this run alone.
