@@ -395,6 +395,9 @@ def test_thresholds_are_apart_from_statistics() -> None:
         assert rules.start()(nulls).column(0).null_count == 3
         assert pickle.loads(pickle.dumps(rules)) == rules
         json.dumps(rules.settings())
+    for operator in (Statistics(), C4Lines()):
+        assert pickle.loads(pickle.dumps(operator)) == operator
+        json.dumps(operator.settings())
     few = GopherQuality(min_words=10_000).start()(found).column(0).to_pylist()
     assert few == ["too few words"] * 50
 
