@@ -71,8 +71,8 @@ feeds for each word or mark.
 
 # Characters that are looked at together: enough to pay for arrays, few enough to keep them small.
 _BATCH = 1 << 20
-# Characters of different runs after which a table is begun anew; it takes some 10 bytes for each.
-_TABLE = 1 << 25
+# Characters of different runs after which a table is begun anew; it takes some 15 bytes for each.
+_TABLE = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)

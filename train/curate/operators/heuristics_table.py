@@ -61,7 +61,7 @@ class WordTable:
     """Numbers the different runs and words that it meets, and remembers the words of each run.
 
     Attributes:
-      characters: characters of the runs that it remembers; the measure of its memory, some 10 bytes for each.
+      characters: characters of the runs that it remembers; the measure of its memory, some 15 bytes for each.
     """
 
     def __init__(self, stop_words: Sequence[str]):

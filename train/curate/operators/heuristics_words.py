@@ -1,4 +1,4 @@
-"""Splits text into words and punctuation marks, and remembers how each different run between spaces was split.
+"""Splits English text into words and punctuation marks.
 
 The rules are those of English treebanks, which filters of web text are tuned with: marks at both ends of a run are
 words of their own ("(well," has three), and so are clitics ("do n't") and some marks inside ("end.Next", "well-known",
