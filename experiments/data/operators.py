@@ -99,7 +99,7 @@ def operators(only: Sequence[str]) -> Iterator[Operator]:
 
 def _needs_nothing(kind: type[Operator]) -> bool:
     nothing = (dataclasses.MISSING, dataclasses.MISSING)
-    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
     return all((field.default, field.default_factory) != nothing for field in fields)
 
 
