@@ -1,10 +1,12 @@
 """The main text of HTML pages, by resiliparse."""
 
+import contextlib
 import dataclasses
 import json
 import signal
 import subprocess
 import sys
+import weakref
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -87,9 +89,13 @@ class _Process:
     def __init__(self, operator: ExtractText):
         self._operator = operator
         self._process: subprocess.Popen[bytes] | None = None
+        self._stop: weakref.finalize[[subprocess.Popen[bytes]], _Process] | None = None
 
     def extract(self, page: bytes) -> tuple[str | None, str | None]:
-        process = self._process = self._process or self._start()
+        if self._process is None:
+            self._process = self._started()
+            self._stop = weakref.finalize(self, _end, self._process)
+        process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -100,14 +106,14 @@ class _Process:
         if answer is not None:
             text, reason = json.loads(answer)
             return text, reason
+        assert self._stop is not None
+        self._stop()
         self._process = None
-        process.stdout.close()
-        process.stdin.detach()
-        if process.wait() == -signal.SIGXCPU:
+        if process.returncode == -signal.SIGXCPU:
             return None, f"takes longer than {self._operator.max_seconds} s"
         return None, "needs too much memory"
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _started(self) -> subprocess.Popen[bytes]:
         operator = self._operator
         settings = {
             "main_content": operator.main_content,
@@ -118,3 +124,12 @@ class _Process:
         # -P: the folder of the program has modules with names of the standard library.
         command = [sys.executable, "-P", page_program.__file__, json.dumps(settings)]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):  # Something of the last page may be left to write.
+        process.stdin.close()
+    process.stdout.close()
+    process.wait()

@@ -10,7 +10,7 @@ import resource
 import struct
 import sys
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import IO
 
 Extract = Callable[[bytes], tuple[str | None, str | None]]
 
@@ -91,7 +91,7 @@ def _depths(source: str) -> int:
     return total + depth * (len(source) - last)
 
 
-def read_message(file: BinaryIO) -> bytes | None:
+def read_message(file: IO[bytes]) -> bytes | None:
     """The next message; None at the end of the file."""
     head = file.read(SIZE.size)
     if len(head) < SIZE.size:
@@ -101,7 +101,7 @@ def read_message(file: BinaryIO) -> bytes | None:
     return body if len(body) == size else None
 
 
-def write_message(file: BinaryIO, body: bytes) -> None:
+def write_message(file: IO[bytes], body: bytes) -> None:
     file.write(SIZE.pack(len(body)))
     file.write(body)
     file.flush()

@@ -137,7 +137,7 @@ class MaskPII(Operator):
             raise InputError(f"Unknown kinds of personal data: {', '.join(unknown)}. Known are {', '.join(KINDS)}.")
 
     @property
-    def makes(self) -> pa.Schema:  # type: ignore[override]
+    def makes(self) -> pa.Schema:
         """The text, and a count for each kind."""
         counts = [pa.field(f"pii_{kind}", pa.int32()) for kind in self.kinds]
         return pa.schema([pa.field("text", pa.large_string()), *counts])

@@ -24,7 +24,7 @@ class RemoveSharedLines(ShardOperator):
 
     Lines are compared exactly, without the spaces around them. A line that comes again in the first document is no
     repetition here, see `RemoveRepeatedLines`. A document of which nothing is left has an empty text and a reason.
-    shared_lines_removed: how many. Memory: about 6 MB for each MB of text.
+    shared_lines_removed: how many. Memory: about 8 MB for each MB of text.
 
     Attributes:
       min_words: of a line; a character of Chinese and other scripts without spaces is a word.
@@ -94,7 +94,7 @@ class RemoveSharedRuns(ShardOperator):
     They are compared by hashes of 64 bits. What is left is searched again until nothing is found.
 
     A document of which nothing is left has an empty text and a reason. shared_words_removed: how many. Memory: about
-    20 MB for each MB of text.
+    30 MB for each MB of text.
 
     Attributes:
       length: words of a run.

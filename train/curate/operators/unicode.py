@@ -17,6 +17,10 @@ _CONTROL = bytes([*range(9), 0x0B, *range(0x0D, 0x20), 0x7F])
 _SUSPICIOUS = re.compile(
     "[\0-\x08\x0b\r\x0e-\x1f\x7f-\x9f\xad\u180e\u200b\u2028\u2029\u2060\u206a-\u206f\ufeff\ufff9-\ufffc]"
 )
+# What ftfy's search for mojibake needs to find anything: two characters in a row of scripts that encodings of one byte
+# have, or U+FFFD, of which the second is no small Cyrillic letter; or one of four letters.
+_SCRIPTS, _LETTERS = r"\u0450-\u052f\u1e00-\u2fff\uf8ff-\ufb0f\ufffd", r"\xc2\xc3\u0152\u0153"
+_PAIR = re.compile(rf"[\x80-\u044f{_SCRIPTS}][\x80-\u042f{_SCRIPTS}]|[{_LETTERS}]")
 # Each round repairs what the one before has uncovered; two are enough for all but contrived texts.
 _ROUNDS = 16
 
@@ -43,17 +47,23 @@ class RepairUnicode(Operator):
             explain=False,
         )
 
+        def clean(text: str) -> bool:
+            if text.isascii():
+                data = text.encode()
+                return len(data.translate(None, _CONTROL)) == len(data)
+            if _SUSPICIOUS.search(text) or not unicodedata.is_normalized("NFC", text):
+                return False
+            return not (_PAIR.search(text) and is_bad(text))
+
         def repaired(line: str) -> str:
-            if _clean_ascii(line):
-                return line
-            if not (_SUSPICIOUS.search(line) or is_bad(line)) and unicodedata.is_normalized("NFC", line):
+            if clean(line):
                 return line
             # An invisible character can be a part of mojibake, so it goes last.
             fixed: str = ftfy.fix_text(line, config)
             return unicodedata.normalize("NFC", fixed.translate(_INVISIBLE))
 
         def repair(text: str) -> str:
-            if _clean_ascii(text):
+            if clean(text):
                 return text
             for _ in range(_ROUNDS):
                 before = text
@@ -71,10 +81,3 @@ class RepairUnicode(Operator):
             return pa.table([results, changed], schema=self.makes)
 
         return compute
-
-
-def _clean_ascii(text: str) -> bool:
-    if not text.isascii():
-        return False
-    data = text.encode()
-    return len(data.translate(None, _CONTROL)) == len(data)

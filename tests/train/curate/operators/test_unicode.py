@@ -2,6 +2,8 @@
 
 # ruff: noqa: RUF001
 
+import random
+import re
 import time
 import unicodedata
 from pathlib import Path
@@ -9,10 +11,11 @@ from pathlib import Path
 import ftfy
 import numpy as np
 import pytest
+from ftfy.badness import BADNESS_RE, is_bad
 
 from tests.helpers.curation import applied, check_laws, documents
 from tests.helpers.runs import print_seed
-from train.curate.operators.unicode import RepairUnicode
+from train.curate.operators.unicode import _PAIR, RepairUnicode
 from train.data.text import standard_library
 
 CLEAN = [
@@ -90,6 +93,24 @@ def test_random_characters_reach_a_fixed_point() -> None:
     pool = [*map(chr, range(0x250)), *"\u200b\u0301\u2028\ufeff\u2019\u20ac漢к🎉\u1100\u1161"]
     texts = ["".join(rng.choice(pool, rng.integers(0, 60))) for _ in range(80)]
     check_laws(RepairUnicode(), documents(texts), rng)
+
+
+def test_the_fast_check_for_mojibake_misses_nothing() -> None:
+    rng = random.Random(int(print_seed().integers(1 << 30)))
+    named = re.sub(r"\\s|\\w|[\s\[\]|^-]", "", BADNESS_RE.pattern.replace("#", "\0"))
+    pool = sorted({*map(chr, range(0x20, 0x530)), *map(chr, range(0x2000, 0x2600)), *named, *"漢字かなกخ🎉ﬁ\uf8ff"})
+    rare = sorted({c for c in named if not c.isascii()})
+    letters = list("aZ .  ")
+    bad = 0
+    for _ in range(6_000):
+        parts = (pool, rare, letters)[: rng.randint(1, 3)]
+        drawn = [rng.choice(part) for part in parts for _ in range(2)]
+        rng.shuffle(drawn)
+        text = "".join(drawn)
+        if is_bad(text) and not re.search("[\x80-\x9f]", text):
+            bad += 1
+            assert _PAIR.search(text), ascii(text)
+    assert bad > 100
 
 
 def test_clean_text_is_fast() -> None:
