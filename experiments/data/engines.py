@@ -14,6 +14,7 @@ Needs psutil; duckdb for the oracle, and pandas and polars for Ray Data.
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -134,7 +135,7 @@ def daft_pipeline(folder: Path, runner: str) -> None:
 
 def duckdb_pipeline(folder: Path) -> None:
     """A pool of two processes and DuckDB: other code for everything but the features."""
-    import duckdb
+    duckdb = importlib.import_module("duckdb")
 
     begin = time.perf_counter()
     (folder / "features").mkdir(exist_ok=True)
@@ -294,7 +295,7 @@ def say(what: str, begin: float) -> None:
 
 def memory_of(process: Any) -> float:
     """Proportional set size of a process and its descendants, in MB."""
-    import psutil
+    psutil = importlib.import_module("psutil")
 
     total = 0.0
     for one in [process, *process.children(recursive=True)]:
@@ -307,7 +308,7 @@ def memory_of(process: Any) -> float:
 
 def measure(engine: str, folder: Path, kill_after: float | None = None) -> tuple[float, float]:
     """Runs an engine; returns seconds and peak memory. It and all it has started are killed after a time, if given."""
-    import psutil
+    psutil = importlib.import_module("psutil")
 
     command = [sys.executable, "-m", "experiments.data.engines", "--folder", str(folder.parent), "--run", engine]
     environment = {**os.environ, "DO_NOT_TRACK": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
