@@ -4,11 +4,9 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from qwen_jax.errors import InputError
-
-T = TypeVar("T")
 
 
 def config_of(argv: Sequence[str]) -> str | None:
@@ -21,7 +19,7 @@ def config_of(argv: Sequence[str]) -> str | None:
     return None
 
 
-def with_arguments(options: type[T], function: Callable[..., Any]) -> type[T]:
+def with_arguments(options: type[Any], function: Callable[..., Any]) -> type[Any]:
     """Options with a field for each argument of a function, documented as the function's docstring does.
 
     Args:

@@ -125,6 +125,24 @@ def test_slurm_tasks_find_each_other_and_train(machines: Machines, tmp_path: Pat
     assert machines.calls == []
 
 
+@pytest.mark.parametrize(("status", "again"), [(0, False), (1, False), (143, True)])
+def test_slurm_curates_on_ray(machines: Machines, status: int, again: bool) -> None:
+    """Ray on all nodes, the command on the first of them, and the job again where its time was over."""
+    machines.add("srun", SRUN)
+    # The names of the nodes are what it prints, whatever it is asked.
+    machines.add("scontrol", RECORD.rpartition("sys.exit")[0] + 'print("node7\\nnode8")\n')
+    machines.add("ray", RECORD)
+    nodes = {"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "1"}
+    done = machines.run(
+        str(FOLDER / "curate.sbatch"), "my curation.py", "--output", "/data/run", STATUS=str(status), **nodes
+    )
+    assert done.returncode == status, done.stderr
+    command = "qwen-jax data curate --engine ray --address node7:6379 --config".split()
+    started = ["ray", "symmetric-run", "--address", "node7:6379", "--min-nodes", "2", "--", *command]
+    assert machines.calls[1] == [*started, "my curation.py", "--output", "/data/run"]
+    assert machines.calls[2:] == ([["scontrol", "requeue", "5"]] if again else [])
+
+
 @pytest.mark.parametrize(
     ("status", "least", "restarts", "again"),
     [

@@ -328,11 +328,9 @@ def _write(view: View, stage: Stage, shard: str, key: str, rows: np.ndarray, mad
             known = np.asarray(batch.indices, np.int64) + batch.first
             begin, end = np.searchsorted(rows, [batch.first, batch.first + batch.size])
             here = rows[begin:end]
-            places = np.searchsorted(known, here)
-            if len(here) and not np.array_equal(
-                known[np.minimum(places, len(known) - 1)] if len(known) else None, here
-            ):
+            if not np.isin(here, known).all():
                 raise InputError(f"{stage.name} gives a row of {shard} that was removed before it.")
+            places = np.searchsorted(known, here)
             used += len(here)
             part = made.slice(begin, end - begin)
             spread = {name: scatter(part[name], pa.array(places), len(known)) for name in makes.names}

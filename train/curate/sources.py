@@ -274,11 +274,15 @@ def _read(part: Part, source: Input) -> Iterator[Row | Bad]:
         for row in read(part, source):
             last = row.place if isinstance(row, Bad) else row["source"].rpartition(":")[2]
             yield row
-    except (OSError, EOFError, zlib.error, *library_errors()) as error:
+    except _errors() as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # The system's, not the file's: it may go well next time.
         why = str(error).strip().partition("\n")[0]
         yield Bad(part.name, last, f"the file is damaged behind this place: {why}")
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    return (OSError, EOFError, zlib.error, *library_errors())
 
 
 def _row(part: Part, source: Input, place: str, fields: Mapping[str, Any]) -> Row | Bad:

@@ -164,6 +164,7 @@ def test_a_job_that_fails_is_named_and_the_others_are_kept(source: Path, tmp_pat
 def test_a_worker_that_dies_loses_nothing(source: Path, tmp_path: Path) -> None:
     text = pq.read_table(source / "books" / "c.parquet")["text"][200].as_py()
     books = [Input("books", str(source / "books"))]
+    run(Curation(books, shard_megabytes=0.01), tmp_path, ONE)
     with pytest.raises(InputError, match=r"A worker of features has ended.*run the same command again"):
         run(
             Curation(books, [Map("features", [Words(die_on=text)])], shard_megabytes=0.01),

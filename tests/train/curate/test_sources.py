@@ -225,7 +225,7 @@ def test_a_folder_of_pages_and_a_field_of_pages(tmp_path: Path) -> None:
 
 
 def test_shards_are_bounded_and_so_is_memory(tmp_path: Path) -> None:
-    """A compressed file, which cannot be cut, becomes many shards; one of 120 MB takes no more memory than one of 30."""
+    """A compressed file, which cannot be cut, becomes many shards; 120 MB take no more memory than 30."""
     line = json.dumps({"text": "word " * 1000}).encode() + b"\n"
     for name, count in (("few", 6_000), ("many", 24_000)):
         with zstandard.open(tmp_path / f"{name}.jsonl.zst", "wb") as file:
