@@ -112,6 +112,8 @@ def daft_pipeline(folder: Path, runner: str) -> None:
     begin = time.perf_counter()
     features = folder / "features"
     if not features.exists():
+        # Daft would add to the files that a killed process has left.
+        shutil.rmtree(folder / "features.tmp", ignore_errors=True)
         worker = daft.cls(Worker, use_process=True, max_concurrency=2)()
         read = daft.read_parquet(source)
         made = read.select(
