@@ -220,8 +220,11 @@ def ray_pipeline(folder: Path) -> None:
             node = pa.array(np.asarray(table["shard"]) * 2**32 + np.asarray(table["row"]), pa.int64())
             return made.append_column("node", node)
 
+    # Actors that take all cores would leave none to the tasks that read.
     read = ray.data.read_parquet(str(folder.parent / "input"))
-    features = read.map_batches(Worker, batch_format="pyarrow", batch_size=256, concurrency=2).materialize()
+    features = read.map_batches(
+        Worker, batch_format="pyarrow", batch_size=256, concurrency=2, num_cpus=0.5
+    ).materialize()
     say("map", begin)
 
     def keys(table: pa.Table) -> pa.Table:
