@@ -46,7 +46,7 @@ def on_two_nodes(source: str, output: str) -> None:
         for _ in range(2):
             cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
-        run(curation(source), Path(output), RunOptions("ray", 2, cluster.address))
+        run(curation(source), Path(output), RunOptions("ray", address=cluster.address))
     finally:
         ray.shutdown()
         cluster.shutdown()

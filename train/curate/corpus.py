@@ -70,18 +70,10 @@ class View:
         """With a further stage."""
         return dataclasses.replace(self, made=(*self.made, (stage.name, tuple(stage.makes.names))))
 
-    def columns(self) -> list[str]:
-        """Names of all columns."""
-        return list(dict.fromkeys([*DOCUMENT.names, *(name for _, names in self.made for name in names)]))
-
     def sources(self, columns: Iterable[str]) -> list[str]:
         """The stages that decide columns, and which documents have a reason."""
         wanted = {*columns, REASON}
         return [stage for stage, names in self.made if wanted.intersection(names)]
-
-    def reasons(self) -> list[str]:
-        """The stages that give reasons."""
-        return [stage for stage, names in self.made if REASON in names]
 
     def batches(self, shard: str, columns: Sequence[str]) -> Iterator[Batch]:
         """Reads columns of the documents of a shard that have no reason, a row group at a time.

@@ -83,7 +83,7 @@ class Engine:
             raise InputError(f"workers must be at least 1, got {workers}.")
         self.kind: Kind = kind
         self._daft = _start(kind, address)
-        self.workers = workers or (_cluster_cores() if kind == "ray" else _cores())
+        self.workers = workers or (_cluster_cores(address) if kind == "ray" else _cores())
         self.partitions = self.workers if kind == "native" else 2 * self.workers
         self._scratch = scratch or Path(tempfile.gettempdir()) / f"qwen-jax-curate-{os.getpid()}"
 
@@ -171,7 +171,7 @@ class Engine:
         content = {"name": [name for name, _ in jobs], "job": [json.dumps(job) for _, job in jobs]}
         frame = daft.from_pydict(content)
         if self.kind == "ray":
-            frame = frame.into_partitions(len(jobs) if len(jobs) < 4 * workers else 4 * workers)
+            frame = frame.into_partitions(min(len(jobs), 8 * workers))
         options: dict[str, Any] = {"use_process": True, "max_concurrency": workers}
         if self.kind == "native" and (light or workers == 1):
             options = {"use_process": False}
@@ -282,7 +282,9 @@ def _start(kind: Kind, address: str | None) -> types.ModuleType:
         try:
             daft.set_runner_ray(address) if kind == "ray" else daft.set_runner_native()
         except Exception as error:
-            raise InputError(f"The engine {kind} cannot be started: {_last_line(error)}") from error
+            # A query of another part of this process may have started the native runner.
+            if kind == "ray" or daft.runners.get_or_infer_runner_type() != "native":
+                raise InputError(f"The engine {kind} cannot be started: {_last_line(error)}") from error
         _runner = (kind, address)
     return daft
 
@@ -310,10 +312,10 @@ def optional_ray() -> types.ModuleType:
     return module
 
 
-def _cluster_cores() -> int:
+def _cluster_cores(address: str | None) -> int:
     ray = optional_ray()
     if not ray.is_initialized():
-        ray.init(ignore_reinit_error=True, logging_level="ERROR")
+        ray.init(address)
     return max(int(ray.cluster_resources().get("CPU", 1)), 1)
 
 

@@ -69,7 +69,8 @@ class _Reader:
         self._writer: ShardWriter | None = None
         self._files: list[File] = []
         self._rows: list[Row] = []
-        self._bytes = self._shard = self._all = 0
+        self._bytes = self._shard = 0
+        self._sizes: list[int] = []
         self._lengths: Counter[int] = Counter()
 
     def run(self) -> tuple[tuple[File, ...], dict[str, Any]]:
@@ -100,7 +101,7 @@ class _Reader:
                 file.file.write(lines.getvalue())
                 self._files.append(file.finish(0))
         counts = {
-            "bytes": self._all,
+            "bytes": self._sizes,
             "bad": dict(sorted(bad.items())),
             "shown": dict(sorted(shown.items())),
             "skipped": dict(sorted(skipped.items())),
@@ -125,11 +126,12 @@ class _Reader:
         if not self._rows:
             return
         table = pa.Table.from_pylist(self._rows, schema=DOCUMENT)
-        self._all += sum(int(pc.sum(pc.binary_length(table[name])).as_py() or 0) for name in ("html", TEXT))
         self._lengths += lengths(pc.coalesce(table[TEXT].cast(pa.large_binary()), table["html"]))
         if self._writer is None:
             name = f"{self._unit.name}-{len(self._files):03d}.parquet"
             self._writer = ShardWriter(self._folder, name, DOCUMENT)
+            self._sizes.append(0)
+        self._sizes[-1] += sum(int(pc.sum(pc.binary_length(table[name])).as_py() or 0) for name in ("html", TEXT))
         self._writer.add(table)
         self._rows, self._bytes = [], 0
 

@@ -1,10 +1,13 @@
-"""Progress of a curation: a bar for the stage that runs on a terminal, a line for each stage elsewhere."""
+"""Progress of a curation: a bar for the stage that runs on a terminal, a few lines for each stage elsewhere."""
 
 import time
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+# Lines of a stage where there is no terminal, and seconds between two at least.
+_LINES, _SECONDS = 20, 10.0
 
 
 class CurationProgress:
@@ -29,6 +32,7 @@ class CurationProgress:
         )
         self._task: TaskID | None = None
         self._name, self._documents, self._bytes, self._began = "", 0, 0, time.monotonic()
+        self._total, self._said_bytes, self._said = 1, 0, self._began
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -48,12 +52,13 @@ class CurationProgress:
         """
         self._number += 1
         self._name, self._documents, self._bytes, self._began = name, 0, 0, time.monotonic()
+        self._total, self._said_bytes, self._said = max(total_bytes, 1), 0, self._began
         if done:
             self.say(f"{name}: {done} of {shards} shards are finished already")
         if self._task is not None:
             self._bar.remove_task(self._task)
         self._task = self._bar.add_task(
-            f"[{self._number}/{self._stages}] {name}", total=max(total_bytes, 1), rates="", visible=done < shards
+            f"[{self._number}/{self._stages}] {name}", total=self._total, rates="", visible=done < shards
         )
 
     def advance(self, documents: int, size: int) -> None:
@@ -62,6 +67,12 @@ class CurationProgress:
         self._bytes += size
         assert self._task is not None
         self._bar.update(self._task, advance=size, rates=self._rates())
+        now = time.monotonic()
+        far = self._bytes - self._said_bytes >= self._total / _LINES and now - self._said >= _SECONDS
+        if far and self._console is not None and not self._console.is_terminal:
+            left = (self._total - self._bytes) * (now - self._began) / max(self._bytes, 1)
+            self.say(f"{self._name}: {self._bytes / self._total:.0%}, {self._rates()}, {left:,.0f} s left")
+            self._said_bytes, self._said = self._bytes, now
 
     def end(self, kept: int, came: int) -> float:
         """The stage is done.

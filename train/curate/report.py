@@ -4,6 +4,7 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from qwen_jax.files import to_json
 from train.curate.corpus import View
 from train.curate.shards import digest
 from train.synthesize.report import page, share, table
@@ -73,6 +74,7 @@ def to_html(summary: Mapping[str, Any]) -> str:
                 for s in summary["stages"]
             ),
         ),
+        *_found(summary["stages"]),
         "<h2>Removed</h2>",
         *_removed(summary["stages"]),
         "<h2>Output</h2>",
@@ -100,6 +102,16 @@ def _unusable(inputs: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
             yield _details(f"{name}: {len(faults):,} damaged files", ["\n".join(faults[:100])])
         if one["empty"]:
             yield _details(f"{name}: {len(one['empty']):,} files without documents", ["\n".join(one["empty"][:100])])
+
+
+def _found(stages: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+    """What stages of the whole corpus say about it."""
+    for stage in stages:
+        if stage["found"]:
+            rows = (
+                (name, value if isinstance(value, int) else to_json(value)) for name, value in stage["found"].items()
+            )
+            yield f"<h3>{html.escape(stage['name'])}</h3>{table(('measure', 'value'), rows)}"
 
 
 def _removed(stages: Iterable[Mapping[str, Any]]) -> Iterable[str]:

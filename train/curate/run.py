@@ -36,6 +36,7 @@ from train.curate.shards import (
 )
 from train.curate.sources import Found, Unit, find_units
 from train.curate.stage import REPETITIONS, GlobalStage, RowStage, Stage
+from train.data.documents import optional_library
 from train.files import write_file
 from train.lock import lock
 
@@ -59,7 +60,7 @@ class RunOptions:
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
-    """A shard of documents: its domain, the hash of its file, and its size."""
+    """A shard of documents: its domain, the hash of its file, and bytes of pages and texts in it."""
 
     name: str
     domain: str
@@ -87,6 +88,8 @@ def run(
         kept: the same call goes on from there.
     """
     options = options or RunOptions()
+    if curation.output.format == "jsonl":
+        optional_library("zstandard", "Outputs in JSON lines")
     with lock(folder):
         try:
             # Scratch of the engine is of this run alone.
@@ -174,10 +177,10 @@ class _Run:
             self._summary["inputs"][name] = _input_summary(one, {unit.name: records[unit.name] for unit in one.units})
         self._write_bad(units, records)
         self._shards = [
-            _Shard(file.name.removesuffix(".parquet"), unit.input.name, file.sha256, file.rows, file.size)
+            _Shard(file.name.removesuffix(".parquet"), unit.input.name, file.sha256, file.rows, size)
             for unit in units
-            for file in records[unit.name].files
-            if file.name.endswith(".parquet")
+            # Behind the shards there may be the list of bad records.
+            for file, size in zip(records[unit.name].files, records[unit.name].counts["bytes"], strict=False)
         ]
         self._manifest(DOCUMENTS, settings, {}, records, {"inputs": self._summary["inputs"]})
         self._summary["lengths"]["read"] = _lengths(records.values())
@@ -387,7 +390,7 @@ def _read_manifest(folder: Path) -> Mapping[str, Any] | None:
 def _input_summary(found: Found, records: Mapping[str, Record]) -> dict[str, Any]:
     """What was found in an input."""
     bad, skipped, shown = Counter[str](), Counter[str](), dict[str, list[Any]]()
-    damaged, empty, hashes, documents_in = dict[str, str](), set[str](), dict[str, str](), set[str]()
+    damaged, hashes = dict[str, str](), dict[str, str]()
     for record in records.values():
         bad.update(record.counts["bad"])
         skipped.update(record.counts["skipped"])
@@ -401,11 +404,10 @@ def _input_summary(found: Found, records: Mapping[str, Record]) -> dict[str, Any
         for part in unit.parts:
             pieces.setdefault(part.name, []).append(part.name in records[unit.name].counts["empty"])
     empty = {name for name, flags in pieces.items() if all(flags)} | (set(found.files) - set(pieces))
-    del documents_in
     return {
         "files": len(found.files) + len(found.broken),
         "documents": _rows(records),
-        "bytes": sum(record.counts["bytes"] for record in records.values()),
+        "bytes": sum(sum(record.counts["bytes"]) for record in records.values()),
         "bad": dict(_most(bad)),
         "shown": shown,
         "skipped": dict(_most(skipped)),

@@ -215,12 +215,6 @@ def _repeated(schema: pa.Schema) -> list[str]:
     return [field.name for field in schema if field.name in ("domain", "reason", "language")]
 
 
-def group_sizes(path: Path) -> list[int]:
-    """The rows of each row group of a shard."""
-    metadata = pq.read_metadata(path)
-    return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-
-
 def read_groups(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
     """Reads columns of a shard, a row group at a time."""
     with pq.ParquetFile(path, pre_buffer=False) as file:

@@ -344,7 +344,7 @@ def _too_long(what: str, source: Input) -> str:
 
 def _jsonl(part: Part, source: Input) -> Iterator[Row | Bad]:
     # The line of a document is longer than the document: escapes, and other fields.
-    for line in read_lines(part.piece, 2 * source.max_bytes + 65536):
+    for line in read_lines(part.piece, 3 * source.max_bytes + (1 << 20)):
         place = f"byte {line.start}"
         if line.content is None:
             yield Bad(part.name, place, _too_long("line", source))
