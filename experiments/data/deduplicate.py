@@ -15,6 +15,7 @@ runner in a process of its own, whose peak of resident memory is compared with t
 """
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def speed(megabytes: float) -> None:
         "sets of runs (Shingles), words included": lambda: Shingles().start()(table),
     }
     try:
-        import rensa
+        rensa = importlib.import_module("rensa")
 
         ways["signatures by rensa"] = lambda: rensa.RMinHash.digests_from_token_sets(
             [[" ".join(text[at : at + 5]) for at in range(len(text) - 4)] for text in split], 112, 1

@@ -14,6 +14,7 @@ Needs psutil; duckdb for the oracle, and pandas and polars for Ray Data.
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -111,6 +112,8 @@ def daft_pipeline(folder: Path, runner: str) -> None:
     begin = time.perf_counter()
     features = folder / "features"
     if not features.exists():
+        # Daft would add to the files that a killed process has left.
+        shutil.rmtree(folder / "features.tmp", ignore_errors=True)
         worker = daft.cls(Worker, use_process=True, max_concurrency=2)()
         read = daft.read_parquet(source)
         made = read.select(
@@ -134,7 +137,7 @@ def daft_pipeline(folder: Path, runner: str) -> None:
 
 def duckdb_pipeline(folder: Path) -> None:
     """A pool of two processes and DuckDB: other code for everything but the features."""
-    import duckdb
+    duckdb = importlib.import_module("duckdb")
 
     begin = time.perf_counter()
     (folder / "features").mkdir(exist_ok=True)
@@ -217,8 +220,11 @@ def ray_pipeline(folder: Path) -> None:
             node = pa.array(np.asarray(table["shard"]) * 2**32 + np.asarray(table["row"]), pa.int64())
             return made.append_column("node", node)
 
+    # Actors that take all cores would leave none to the tasks that read.
     read = ray.data.read_parquet(str(folder.parent / "input"))
-    features = read.map_batches(Worker, batch_format="pyarrow", batch_size=256, concurrency=2).materialize()
+    features = read.map_batches(
+        Worker, batch_format="pyarrow", batch_size=256, concurrency=2, num_cpus=0.5
+    ).materialize()
     say("map", begin)
 
     def keys(table: pa.Table) -> pa.Table:
@@ -294,7 +300,7 @@ def say(what: str, begin: float) -> None:
 
 def memory_of(process: Any) -> float:
     """Proportional set size of a process and its descendants, in MB."""
-    import psutil
+    psutil = importlib.import_module("psutil")
 
     total = 0.0
     for one in [process, *process.children(recursive=True)]:
@@ -307,7 +313,7 @@ def memory_of(process: Any) -> float:
 
 def measure(engine: str, folder: Path, kill_after: float | None = None) -> tuple[float, float]:
     """Runs an engine; returns seconds and peak memory. It and all it has started are killed after a time, if given."""
-    import psutil
+    psutil = importlib.import_module("psutil")
 
     command = [sys.executable, "-m", "experiments.data.engines", "--folder", str(folder.parent), "--run", engine]
     environment = {**os.environ, "DO_NOT_TRACK": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}

@@ -1,6 +1,7 @@
 """Connected components of a graph that does not fit in memory, by an engine: alternating large-star and small-star."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,17 +44,17 @@ def connected_components(edges: Sequence[str], tables: Tables, rows_at_once: int
     daft = load_daft()
     col = daft.col
 
-    def small_star(number: int, passes: int, files: Sequence[str]) -> Any:
+    def small_star(files: Sequence[str], number: int, passes: int) -> Any:
         read = daft.read_parquet(list(files)).where(part("node", number, passes))
         least = col("least").min().over(daft.Window().partition_by("node"))
-        # The node itself, and each lesser neighbour, is connected with the least; twice the same for the least itself.
+        # The node itself and each lesser neighbour is connected with the least, which is no end of an edge to itself.
         ends = read.with_column("found", least).with_column("end", daft.functions.to_list(col("node"), col("least")))
         ends = ends.explode("end").where(col("end") != col("found"))
         moved = col("moved") | (col("least") != col("found"))
         ends = ends.select(col("end").alias("node"), col("found").alias("least"), moved.alias("moved"))
         return ends.groupby("node", "least").agg(col("moved").bool_or().alias("moved"))
 
-    def large_star(number: int, passes: int, files: Sequence[str]) -> Any:
+    def large_star(files: Sequence[str], number: int, passes: int) -> Any:
         # Each edge is seen from its lesser end, whose greater neighbour is to be moved, and from its greater end, which
         # knows a lesser neighbour.
         read = daft.read_parquet(list(files)).select("node", "least")
@@ -74,9 +75,9 @@ def connected_components(edges: Sequence[str], tables: Tables, rows_at_once: int
     for round_ in range(1, _MOST_ROUNDS + 1):
         # Two rows of large-star for each edge.
         passes = passes_for(2 * count_rows(current), rows_at_once)
-        large = tables.make(f"large-{round_:03d}", lambda n, of, files=current: large_star(n, of, files), passes)
+        large = tables.make(f"large-{round_:03d}", functools.partial(large_star, current), passes)
         passes = passes_for(count_rows(large), rows_at_once)
-        current = tables.make(f"small-{round_:03d}", lambda n, of, files=large: small_star(n, of, files), passes)
+        current = tables.make(f"small-{round_:03d}", functools.partial(small_star, large), passes)
         if not count_rows(current, "moved"):
             return Components(current, round_)
     raise RuntimeError(f"The components of {count} edges did not converge in {_MOST_ROUNDS} rounds.")

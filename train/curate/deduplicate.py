@@ -46,6 +46,8 @@ others lie between them. kept_id: id of that document. cluster_size: documents o
 # A key of a document in the graph is shard * 2^32 + row. Lengths of 2^48 and more count as the same.
 _ROWS = 2**32
 _LONGEST = 2**48
+# Documents of a band before it that one is compared with: of small groups all pairs, of huge ones a bounded number.
+_COMPARED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +59,8 @@ class DuplicateOptions:
       url: documents with the same address in normal form are duplicates.
       near: documents that share a MinHash band are duplicates.
       similarity: documents that share a band only count if the Jaccard similarity of their runs of words is at least
-        this; each is compared with the first document that has the same band. None: the band is enough. Needs the
-        column that `Shingles` makes.
+        this; each is compared with the first document that has the same band, and the 8 before it. None: the band is
+        enough. Needs the column that `Shingles` makes.
       domains: the first named are kept before the later ones, and these before all others.
       rows_at_once: keys that a step holds in memory, each some 150 bytes; more are worked on in several passes. The
         result does not depend on it.
@@ -138,9 +140,10 @@ def find_duplicates(features: Sequence[Path], folder: Path, options: DuplicateOp
     edges = _edges(tables, nodes, kinds if options.similarity is not None else kinds + near, documents, options)
     candidates = None
     if options.similarity is not None:
-        found = _edges(tables, nodes, near, documents, options, name="candidates")
-        candidates = count_rows(found)
-        edges += _similar(tables, found, files, options)
+        found = _edges(tables, nodes, near, documents, options, "candidates", _COMPARED)
+        pairs, similar = _similar(tables, found, files, options)
+        candidates = count_rows(pairs)
+        edges += similar
 
     # Groups, and the document of each that is kept.
     components = connected_components(edges, Tables(folder / "components", {}), options.rows_at_once)
@@ -237,9 +240,13 @@ def _edges(
     kinds: Sequence[str],
     documents: int,
     options: DuplicateOptions,
-    name: str = "",
+    name: str = "edges",
+    compared: int = 0,
 ) -> list[str]:
-    """Connects documents with the same key with the first of them; tables with the columns node and least."""
+    """Connects documents with the same key with the first of them, and with so many before it as are to be compared.
+
+    The tables have the columns node and least.
+    """
     daft = load_daft()
     col = daft.col
     at_once = max(1, options.rows_at_once // max(documents, 1))
@@ -254,18 +261,31 @@ def _edges(
                 "key"
             )
             keyed = keys.where(col("key").not_null() & part("key", number, of))
-            first = keyed.with_column("least", col("node").min().over(daft.Window().partition_by("key")))
-            return first.where(col("node") != col("least")).select("node", "least")
+            same = daft.Window().partition_by("key")
+            others = col("node").min().over(same)
+            if compared:
+                earlier = [col("node").lag(place).over(same.order_by("node")) for place in range(1, compared + 1)]
+                others = daft.functions.to_list(others, *earlier)
+            pairs = keyed.with_column("least", others)
+            if compared:
+                pairs = pairs.explode("least").where(col("least").not_null())
+            return pairs.where(col("node") != col("least")).select("node", "least")
 
         result += tables.make(f"{name}-{begin:03d}", frame, passes)
     return result
 
 
-def _similar(tables: Tables, edges: Sequence[str], files: Sequence[str], options: DuplicateOptions) -> list[str]:
-    """The edges whose ends are similar enough."""
+def _similar(
+    tables: Tables, edges: Sequence[str], files: Sequence[str], options: DuplicateOptions
+) -> tuple[list[str], list[str]]:
+    """The different edges, and those whose ends are similar enough."""
     daft = load_daft()
     col = daft.col
-    pairs = tables.make("pairs", lambda number, of: daft.read_parquet(list(edges)).distinct())
+
+    def distinct(number: int, of: int) -> Any:
+        return daft.read_parquet(list(edges)).where(part("node", number, of)).distinct()
+
+    pairs = tables.make("pairs", distinct, passes_for(count_rows(edges), options.rows_at_once))
     similar = daft.func.batch(return_dtype=daft.DataType.float64())(_jaccard)
     # A pair holds two sets: as many rows as hashes of a common document.
     passes = passes_for(count_rows(pairs) * _HASHES_OF_PAIR, options.rows_at_once * _HASHES_OF_KEY)
@@ -277,7 +297,7 @@ def _similar(tables: Tables, edges: Sequence[str], files: Sequence[str], options
         both = both.join(read.select(col("of").alias("least"), col("shingles").alias("b")), on="least")
         return both.where(similar(col("a"), col("b")) >= options.similarity).select("node", "least")
 
-    return tables.make("similar", frame, passes)
+    return pairs, tables.make("similar", frame, passes)
 
 
 # Bytes of two sets of a document of 1000 words, and of a key.

@@ -117,7 +117,7 @@ def test_the_same_are_kept_in_another_order_of_documents(
 
 
 def test_similarity_leaves_pairs_that_are_similar(features: list[Path], tmp_path: Path) -> None:
-    """With bands of one minimum nearly all pairs are candidates; similarity of 1 keeps those with the same words."""
+    """A similarity of 1 leaves the texts with the same words, whatever is in a band with them; 0.5 leaves more."""
     only_near = DuplicateOptions(text=False, url=False, similarity=1.0)
     exact = DuplicateOptions(near=False, url=False)
     found, same = find(features, tmp_path / "near", only_near), find(features, tmp_path / "exact", exact)
