@@ -96,10 +96,10 @@ def read_items(
 ) -> Items:
     """Reads evaluation sets.
 
-    Of a record count the question, alone and with the choices, and a worked answer, if they have at least `GRAM` words. A
-    shorter question without so many words of choices counts together with its answer: from `GRAM` words on like the
-    others, below that word for word. An answer that is the number or letter of a choice stands for that choice. Of a
-    conversation the last message is the question.
+    Of a record count the question, alone and with the choices, and a worked answer, where they have at least `GRAM`
+    words. A shorter question without so many words of choices counts together with its answer: from `GRAM` words on
+    like the others, below that word for word. An answer that is the number or letter of a choice stands for that
+    choice. Of a conversation the last message is the question.
 
     Args:
       sets: from `find_sets`.
