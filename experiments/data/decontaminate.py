@@ -150,9 +150,10 @@ def multiple_choice(rng: random.Random, found: list[tuple[str, str, str]], count
 
 
 def code(rng: random.Random, found: list[tuple[str, str, str]], count: int) -> list[dict[str, Any]]:
-    texts = sorted({source for _, _, source in found if 25 <= len(words(source)) <= 250})
+    # Short methods without one, such as __eq__, have most of their words in common with those of other classes.
+    texts = sorted({source for _, text, source in found if len(words(text)) >= 10 and len(words(source)) <= 250})
     rng.shuffle(texts)
-    if len(texts) < count:
+    while len(texts) < count:
         texts += [f"{a}\n{b}" for a, b in zip(texts, reversed(texts), strict=True)]
     return [{"prompt": text, "task_id": number} for number, text in enumerate(texts[:count])]
 
@@ -266,7 +267,7 @@ def unrelated(
     rng: random.Random, made: dict[str, list[dict[str, Any]]], count: int
 ) -> tuple[list[str], tuple[int, int]]:
     """Documents that share no run of 13 words with an item; and how many of how many share one."""
-    documents = make_documents(rng, list(definitions(sources(_DOCUMENT_PACKAGES, _FILES))), 2 * count)
+    documents = make_documents(rng, list(definitions(sources(_DOCUMENT_PACKAGES, _FILES))), 5 * count // 4)
     wanted = [grams(text) for text in documents]
     known = set().union(*wanted)
     shared: set[tuple[str, ...]] = set()

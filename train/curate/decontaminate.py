@@ -154,7 +154,10 @@ def decontaminate(config: DecontaminateConfig, *, progress: Console | None = Non
         left = sum(source.size for _, source, _, _ in todo)
         console = progress or Console(stderr=True)
         with BuildProgress(console, len(files), len(records), total, total - left, "decontaminating") as display:
-            records |= _run(config, work, items, finder, todo, display)
+            try:
+                records |= _run(config, work, items, finder, todo, display)
+            finally:
+                _remove_temporary(output)
         ordered = [records[i] for i in range(len(files))]
         summary = _summary(settings, keys, files, items, ordered)
         _quarantine(config, output, files, ordered, summary)
@@ -222,9 +225,14 @@ def _begin(output: Path, settings: dict[str, Any]) -> Path:
     else:
         work.mkdir(exist_ok=True)
         write_json(path, settings)
+    _remove_temporary(output)
+    return work
+
+
+def _remove_temporary(output: Path) -> None:
+    """Removes unfinished files of processes that were killed."""
     for left_over in output.rglob(".*.tmp"):
         left_over.unlink(missing_ok=True)
-    return work
 
 
 def _read_record(output: Path, work: Path, index: int, key: str) -> FileRecord | None:

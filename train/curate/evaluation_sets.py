@@ -96,10 +96,10 @@ def read_items(
 ) -> Items:
     """Reads evaluation sets.
 
-    Of a record count the question, alone and with the choices, and the answer, where they have at least `GRAM` words. A
-    shorter question without so many words of choices counts together with its answer: from `GRAM` words on like the
-    others, below that word for word. An answer that is the number or letter of a choice stands for that choice. Of a
-    conversation the last message is the question.
+    Of a record count the question, alone and with the choices, and a worked answer, where they have at least `GRAM`
+    words. A shorter question without so many words of choices counts together with its answer: from `GRAM` words on
+    like the others, below that word for word. An answer that is the number or letter of a choice stands for that
+    choice. Of a conversation the last message is the question.
 
     Args:
       sets: from `find_sets`.
@@ -138,6 +138,7 @@ class _Parts:
     question: str
     choices: list[str]
     answer: str
+    worked: bool  # Whether the answer is a text of its own, not a choice.
 
 
 def _parts(row: Row, question: Sequence[str], answer: Sequence[str]) -> _Parts:
@@ -150,14 +151,15 @@ def _parts(row: Row, question: Sequence[str], answer: Sequence[str]) -> _Parts:
     answered = next((c for c in answer or ANSWERS if c in row.values and c != asked), None)
     text = (list(texts_of(row.values[asked])) or [""])[-1]
     choices = _choices(row.values)
-    return _Parts(row.where, text, choices, _answer(row.values[answered], choices) if answered else "")
+    solution, worked = _answer(row.values[answered], choices) if answered else ("", False)
+    return _Parts(row.where, text, choices, solution, worked)
 
 
 def _add(items: Items, part: _Parts, hashes: Sequence[np.ndarray], number: int) -> bool:
     """Adds a record by the words of its question, choices and answer; false if nothing of it can be looked for."""
     alone, offered, solution = hashes
     with_choices, with_answer = np.concatenate([alone, offered]), np.concatenate([alone, solution])
-    sequences = [alone, *([with_choices] if len(offered) else []), solution]
+    sequences = [alone, *([with_choices] if len(offered) else []), *([solution] if part.worked else [])]
     if max(len(alone), len(with_choices)) < GRAM:
         sequences.append(with_answer)
     sequences = [sequence for sequence in sequences if len(sequence) >= GRAM]
@@ -184,15 +186,16 @@ def _choices(record: Mapping[str, Any]) -> list[str]:
     return [text for column in _ONE_CHOICE for text in texts_of(record.get(column))]
 
 
-def _answer(value: object, choices: Sequence[str]) -> str:
-    """The text of an answer: of a list the first, of a number or letter of a choice the choice."""
+def _answer(value: object, choices: Sequence[str]) -> tuple[str, bool]:
+    """The text of an answer, of a list the first, of a number or letter of a choice the choice; whether it is none."""
     text = next(texts_of(value), "")
     at = -1
     if isinstance(value, int) and not isinstance(value, bool):
         at = value
     elif len(text.strip()) == 1 and text.strip() in _ONE_CHOICE:
         at = _ONE_CHOICE.index(text.strip())
-    return choices[at] if 0 <= at < len(choices) else text
+    text = choices[at] if 0 <= at < len(choices) else text
+    return text, text not in choices
 
 
 def _sha256(path: Path) -> str:

@@ -195,7 +195,7 @@ def read_records(
         for record in read(piece, field, max_bytes, count):
             number += 1
             yield record
-    except (OSError, EOFError, zlib.error, *library_errors()) as error:  # The libraries are imported by now.
+    except reading_errors() as error:
         why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error).strip().partition("\n")[0]
         raise DamagedInputError(
             f"{piece.source.path} cannot be read beyond document {number} of this part: {why}"
@@ -441,6 +441,11 @@ def library_errors() -> tuple[type[Exception], ...]:
     """The exceptions of the optional libraries that are imported."""
     found = ((sys.modules.get("zstandard"), "ZstdError"), (sys.modules.get("pyarrow"), "ArrowException"))
     return tuple(getattr(module, name) for module, name in found if module)
+
+
+def reading_errors() -> tuple[type[Exception], ...]:
+    """What reading a damaged file may raise; to be asked for when an error has come, as libraries are imported late."""
+    return OSError, EOFError, zlib.error, *library_errors()
 
 
 def same_file(source: Source) -> list[str | int]:

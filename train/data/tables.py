@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json, why_unusable
 from qwen_jax.tokenizer.text import valid_text
-from train.data.documents import Source, library_errors, open_source, optional_library
+from train.data.documents import Source, open_source, optional_library, reading_errors
 from train.data.text import find_files
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
@@ -110,7 +109,7 @@ def read_rows(path: Path, advance: Callable[[int], None] = lambda count: None) -
     try:
         for number, values in read(path, advance):
             yield Row(path, number, values)
-    except (OSError, EOFError, zlib.error, *library_errors()) as error:  # The libraries are imported by now.
+    except reading_errors() as error:
         why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error).strip().partition("\n")[0]
         raise InputError(
             f"{path} cannot be read beyond record {number}: {why}. Fetch it again, or leave it out."

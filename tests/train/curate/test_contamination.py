@@ -221,10 +221,10 @@ def test_evaluation_sets_that_cannot_be_used_are_refused(tmp_path: Path, monkeyp
 
 
 def test_the_parts_of_a_record(tmp_path: Path) -> None:
-    """The question alone and with its choices, and a long answer; a conversation's question is its last message."""
+    """The question, alone and with its choices, and a long answer that is no choice; of a chat the last message."""
     q, c, a = (" ".join(f"{name}{i}" for i in range(20)) for name in "qca")
     rows = [
-        {"question": q, "choices": [c, "x"], "answer": "B"},
+        {"question": q, "choices": [c, "x"], "answer": "A"},
         {"messages": [{"role": "system", "content": c}, {"role": "user", "content": q}], "answer": a, "url": c},
         {"prompt": "short question", "options": {"A": c, "B": "x"}, "target": "B"},
         {"prompt": "short question", "solution": a},

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -212,8 +213,10 @@ def test_killed_workers_leave_a_run_that_goes_on(material: Material, tmp_path: P
     process = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.DEVNULL)
     while not list(output.glob(".decontaminate/0*.json")) and process.poll() is None:
         time.sleep(0.002)
+    children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert not psutil.wait_procs(children, timeout=60)[1]
     assert clean(material, inputs, output) == whole
     assert files(output) == files(tmp_path / "whole")
 
