@@ -35,7 +35,7 @@ class ScoreDocuments:
         field: JSON field or Parquet column with the text of files.
         sample: Share of the documents that are scored, such as 0.01 to train a student; others have nulls.
         max_tokens: Tokens that are read of a document.
-        row_tokens: Length of the packed rows; by default 8,192, on a CPU 1,024, or what a document needs.
+        row_tokens: Length of the packed rows; by default 8,192, on a CPU 1,024, or more for long documents.
         batch_tokens: Tokens that run together; by default 32,768, on a CPU 4,096.
         dtype: To compute in; by default bfloat16, on a CPU float32.
         mesh: Devices to spread over, such as data=4,tensor=2.
