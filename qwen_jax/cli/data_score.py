@@ -35,7 +35,7 @@ class ScoreDocuments:
         field: JSON field or Parquet column with the text of files.
         sample: Share of the documents that are scored, such as 0.01 to train a student; others have nulls.
         max_tokens: Tokens that are read of a document.
-        row_tokens: Length of the packed rows; by default 8,192, on a CPU 1,024, or what a document needs.
+        row_tokens: Length of the packed rows; by default 8,192, on a CPU 1,024, or more for long documents.
         batch_tokens: Tokens that run together; by default 32,768, on a CPU 4,096.
         dtype: To compute in; by default bfloat16, on a CPU float32.
         mesh: Devices to spread over, such as data=4,tensor=2.
@@ -75,6 +75,11 @@ class ScoreDocuments:
         # Everything that can be wrong is checked before the weights are loaded.
         shards = sibling("train.curate.scoring.shards").find_shards(self.input, self.field)
         mesh = make_mesh(parse_mesh(self.mesh))
+        if len({device.process_index for device in mesh.devices.flat}) < jax.process_count():
+            raise InputError(
+                f"The mesh {self.mesh or 'of one device'} does not use the devices of all {jax.process_count()} "
+                f"processes. Give one of all {jax.device_count()} devices, such as --mesh data={jax.device_count()}."
+            )
         questions, scorers = sibling("train.curate.scoring.questions"), sibling("train.curate.scoring.scorers")
         options = sibling("train.curate.scoring.model").ScoringOptions(
             self.max_tokens, self.row_tokens, self.batch_tokens, self.dtype

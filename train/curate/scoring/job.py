@@ -68,9 +68,12 @@ def score_corpus(
       InputError: scores of other settings or documents in the folder, input that cannot be read, a score that is not
         finite, or a full disk.
     """
-    with lock(output):
-        if not 0 < sample <= 1:
-            raise InputError(f"sample must be above 0 and at most 1, got {sample}.")
+    if not 0 < sample <= 1:
+        raise InputError(f"sample must be above 0 and at most 1, got {sample}.")
+    with contextlib.ExitStack() as held:
+        with in_step(f"Opening {output}"):
+            if jax.process_index() == 0:
+                held.enter_context(lock(output))
         done = _open(output, {**scorer.settings, "sample": sample}, shards)
         left = [shard for shard, is_done in zip(shards, done, strict=True) if not is_done]
         total, begin = _Total(Work()), time.perf_counter()

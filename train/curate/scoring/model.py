@@ -51,7 +51,7 @@ class ScoringOptions:
 
     Attributes:
       max_tokens: tokens of a document that are read; the middle of a longer one is left out.
-      row_tokens: length of a row; by default 8,192 on a GPU or TPU and 1,024 on a CPU, or what a document needs.
+      row_tokens: length of a row; by default 8,192 on a GPU or TPU and 1,024 on a CPU, or more for long documents.
       batch_tokens: tokens of all rows that are run together; by default 32,768, on a CPU 4,096.
       dtype: to compute in: bfloat16, float32 or float16; by default bfloat16 on a GPU or TPU, float32 on a CPU.
       attention: which kernel; see `qwen_jax.kernels.attention`.
@@ -301,8 +301,9 @@ def _sizes(options: ScoringOptions, prompt: Prompt, config: ModelConfig) -> tupl
         )
     row = options.row_tokens
     if row is None:
+        # Rows of several documents have little padding. A CPU computes the attention of whole rows, of all pairs.
         row = 1024 if cpu else 8192
-        while row < needed:
+        while row < (needed if cpu else 3 * needed):
             row *= 2
     if row < needed:
         raise InputError(

@@ -83,7 +83,7 @@ class Prompt:
         Raises:
           InputError: a text with lone surrogates.
         """
-        side = _CHARACTERS * self.max_tokens
+        side = _CHARACTERS * self.max_tokens // 2
         parts = [(text,) if len(text) <= 2 * side else (text[:side], text[-side:]) for text in texts]
         encoded = iter(
             self._tokenizer.encode_batch(
