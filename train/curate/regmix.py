@@ -221,7 +221,9 @@ def regress(
     _, alpha, caps = _checked_prior(prior, concentrations, most)
     # Cross-validation of each model.
     folds = _folds(len(trials.names), seed)
-    tried, predictors, left_out = [], {}, []
+    tried: list[Quality] = []
+    predictors: dict[str, Fit] = {}
+    left_out: list[str] = []
     for name, make in _models(model, left_out).items():
         tried.append(_cross_validated(trials, name, make, folds, weights_K))
         predictors[name] = make

@@ -194,7 +194,7 @@ def _record(folder: Path) -> dict[str, Any]:
 @contextmanager
 def _compiled_once(folder: Path) -> Iterator[None]:
     """Lets runs share what is compiled: they differ in their data alone."""
-    before = jax.config.jax_compilation_cache_dir
+    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if before is None:
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / "compiled"))
     try:
