@@ -234,7 +234,7 @@ def test_a_folder_of_a_curation_is_read_with_the_columns_of_its_stages(tmp_path:
         list(read_attributes([run], Columns("missing")))
     (run / "4-score").mkdir()
     (run / "4-score" / "manifest.json").write_text("{}")
-    with pytest.raises(InputError, match="4-score of .* has no 00000"):
+    with pytest.raises(InputError, match=r"4-score of .* has no 00000"):
         list(read_attributes([run], Columns("score")))
     for shard in texts:
         pq.write_table(pa.table({"score": [1.0]}), run / "4-score" / f"{shard}.parquet")
