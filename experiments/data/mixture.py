@@ -169,7 +169,7 @@ def main() -> None:
     results: dict[str, list[dict[str, float]]] = {}
     for which, shares in (("prior", prior), ("uniform", dict.fromkeys(DOMAINS, 1 / 3)), ("pick", found.shares)):
         for seed in range(1, args.seeds + 1):
-            compared = args.folder / "compare" / which / str(seed)
+            compared = args.folder / "compare" / f"{which}-{args.trials}" / str(seed)
             rounded = [{name: round(share, 3) for name, share in shares.items()}]
             base = [f"stages.0.schedule.steps={2 * args.steps}", f"seed={seed}"]
             write_trials(f"{Path(__file__).resolve()}:config", compared, rounded, prior, base)

@@ -80,7 +80,7 @@ def write_trials(
     # The configuration may be given as a relative path, and a job may start anywhere.
     file, colon, function = config.partition(":")
     config = f"{Path(file).expanduser().resolve()}{colon}{function}"
-    record = {
+    record: dict[str, Any] = {
         "config": config,
         "changes": list(changes),
         "prior": dict(prior),
