@@ -3,10 +3,13 @@
     python -m experiments.data.mixture --folder mixture-run
 
 Domains are code (modules of the standard library), docs (docstrings of the same modules, which are cut out of the code)
-and sums (additions and multiplications that are made here). 1. Trials: `train.curate.regmix_runs` trains a model of half
-a million parameters for `--steps` steps on each mixture. 2. A regression picks the mixture with the smallest mean of the
-three held-out losses. 3. Runs of twice as many steps compare it with the prior, the shares of the tokens, in `--seeds`
-seeds. What is interrupted goes on with the same command. Results: experiments/data/README.md.
+and sums (additions and multiplications that are made here).
+
+1. Trials: `train.curate.regmix_runs` trains a model of half a million parameters for `--steps` steps on each mixture.
+2. A regression picks the mixture with the smallest mean of the three held-out losses.
+3. Runs of twice as many steps compare it with the prior, which is the shares of the tokens, in `--seeds` seeds.
+
+What is interrupted goes on with the same command. Results: experiments/data/README.md.
 """
 
 import argparse
@@ -97,8 +100,9 @@ def documents(seed: int) -> dict[str, list[str]]:
 def _without_docstrings(tree: ast.Module) -> ast.Module:
     """The same module with no docstring; a body of nothing else becomes `pass`."""
     for node in ast.walk(tree):
-        holds = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if holds and ast.get_docstring(node, clean=False) is not None:
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or ([] if isinstance(node, ast.Module) else [ast.Pass()])
     return tree
 
@@ -165,7 +169,7 @@ def main() -> None:
     results: dict[str, list[dict[str, float]]] = {}
     for which, shares in (("prior", prior), ("uniform", dict.fromkeys(DOMAINS, 1 / 3)), ("pick", found.shares)):
         for seed in range(1, args.seeds + 1):
-            compared = args.folder / "compare" / which / str(seed)
+            compared = args.folder / "compare" / f"{which}-{args.trials}" / str(seed)
             rounded = [{name: round(share, 3) for name, share in shares.items()}]
             base = [f"stages.0.schedule.steps={2 * args.steps}", f"seed={seed}"]
             write_trials(f"{Path(__file__).resolve()}:config", compared, rounded, prior, base)

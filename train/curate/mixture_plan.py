@@ -130,7 +130,8 @@ class Plan:
 
     def notes(self) -> list[str]:
         """What the plan could not do as it was asked, a sentence each."""
-        found = []
+        found: list[str] = []
+        rest = "" if self.missing else " Other domains get the rest."
         for one in self.domains:
             cap = f"{self.max_epochs[one.name]:g} epochs"
             if one.asked and not one.cap:
@@ -140,7 +141,7 @@ class Plan:
             elif one.tokens == one.cap and one.tokens < round(one.asked * self.budget):
                 found.append(
                     f"{one.name}: asked for {one.asked:.2%}, gets {one.tokens / self.budget:.2%} of the budget: "
-                    f"{one.tokens:,} tokens are {cap} of all that has a weight. Other domains get the rest."
+                    f"{one.tokens:,} tokens are {cap} of all that has a weight.{rest}"
                 )
         unscored = sum(one.cell.tokens for one in self.cells if one.cell.bucket == UNSCORED and not one.tokens)
         if unscored:

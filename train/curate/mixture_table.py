@@ -226,37 +226,51 @@ def read_attributes(inputs: Sequence[Path], columns: Columns) -> Iterator[pa.Tab
 def _shards(run: Path, columns: Columns) -> Iterator[tuple[str, pa.Table]]:
     """The documents that are left in each shard of a curation, with the columns of all stages that are needed."""
     stages = sorted(path.parent for path in run.glob("*/manifest.json") if path.parent.name != "documents")
+    needed = {columns.count} | ({columns.quality} if columns.quality else set())
     for shard in sorted((run / "documents").glob("*.parquet")):
         table = _read(shard, ["id", "domain"])
-        needed = {columns.count} | ({columns.quality} if columns.quality else set())
-        with _opened(shard) as file:
-            own = sorted(needed & set(file.schema_arrow.names))
         keep = np.ones(len(table), bool)
-        found = {name: _read(shard, [name])[name] for name in own}
-        # The last stage that makes a column has it: an operator may have replaced the text.
-        for stage in stages:
-            sidecar = stage / shard.name
+        # What stages have made stands before what the documents had.
+        made: dict[str, list[Path]] = {}
+        for sidecar in (stage / shard.name for stage in stages):
             if not sidecar.is_file():
-                continue
-            with _opened(sidecar) as file:
-                names = set(file.schema_arrow.names)
-            for name in sorted(needed):
-                plain = name.removeprefix(f"{stage.name}.")
-                if plain in names and (plain != name or name not in found or name == "text"):
-                    found[name] = _read(sidecar, [plain])[plain]
-            if REASON in names:
-                reason = _read(sidecar, [REASON])[REASON]
-                if len(reason) != len(table):
-                    raise InputError(
-                        f"{sidecar} has {len(reason)} rows, {shard} has {len(table)}. Run the stage again."
-                    )
-                keep &= reason.is_null().to_numpy(zero_copy_only=False)
-        _need(sorted(needed), list(found), str(run))
-        for name, values in found.items():
-            if len(values) != len(table):
-                raise InputError(f"The column {name} has {len(values)} rows, {shard} has {len(table)}.")
-            table = table.append_column(name, values)
+                raise InputError(f"The stage {sidecar.parent.name} of {run} has no {shard.name}. Let it finish first.")
+            names = _names(sidecar)
+            for name in needed:
+                if name in names or (name.startswith(f"{sidecar.parent.name}.") and _plain(name, sidecar) in names):
+                    made.setdefault(name, []).append(sidecar)
+            # Who was sampled out by an earlier plan takes part in the next one.
+            if REASON in names and "repetitions" not in names:
+                keep &= _column(sidecar, REASON, shard, len(table)).is_null().to_numpy()
+        own = _names(shard)
+        _need(sorted(needed), sorted({*made, *own}), str(run))
+        for name in sorted(needed):
+            found = made.get(name, [shard])
+            if len(found) > 1:
+                raise InputError(
+                    f"Several stages of {run} make the column {name}: {', '.join(one.parent.name for one in found)}. "
+                    "Name one as STAGE.COLUMN; for lengths, give a column of tokens or bytes."
+                )
+            table = table.append_column(name, _column(found[0], _plain(name, found[0]), shard, len(table)))
         yield str(shard), table.filter(pa.array(keep))
+
+
+def _names(path: Path) -> set[str]:
+    with _opened(path) as file:
+        return set(file.schema_arrow.names)
+
+
+def _plain(name: str, sidecar: Path) -> str:
+    """A column's name without that of its stage."""
+    return name.removeprefix(f"{sidecar.parent.name}.")
+
+
+def _column(path: Path, name: str, shard: Path, rows: int) -> pa.ChunkedArray:
+    """A column that has a value for each row of a shard."""
+    values = _read(path, [name])[name]
+    if len(values) != rows:
+        raise InputError(f"{path} has {len(values)} rows, {shard} has {rows}. Run the stage {path.parent.name} again.")
+    return values
 
 
 def _attributes(table: pa.Table, columns: Columns, where: str) -> pa.Table:

@@ -139,6 +139,11 @@ class Regression:
             f"{self.best_run['target']:.4f}",
             f"picks without a tenth of the runs are {self.distance:.3f} away",
         ]
+        if self.predicted_prior - self.predicted < self.tried[0].rmse:
+            lines.append(
+                "The predicted gain over the prior is smaller than the error of predictions: the mixture may be no "
+                "better. Run more trials, or compare the two in longer runs."
+            )
         if not self.tried[0].spearman["target"] >= 0.5:
             lines.append("The rank correlation is low: do not trust this mixture. Run more or longer trials.")
         return "\n".join(lines)
@@ -221,7 +226,9 @@ def regress(
     _, alpha, caps = _checked_prior(prior, concentrations, most)
     # Cross-validation of each model.
     folds = _folds(len(trials.names), seed)
-    tried, predictors, left_out = [], {}, []
+    tried: list[Quality] = []
+    predictors: dict[str, Fit] = {}
+    left_out: list[str] = []
     for name, make in _models(model, left_out).items():
         tried.append(_cross_validated(trials, name, make, folds, weights_K))
         predictors[name] = make

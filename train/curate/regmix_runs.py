@@ -65,7 +65,7 @@ def write_trials(
     Args:
       config: "FILE.py[:function]" that returns a `RunConfig` of one stage, whose data sets are the domains, each with
         a held-out data set or more; the mixture of its stage is replaced.
-      folder: of the regression; the same call again changes nothing.
+      folder: of the regression; the same call again changes nothing, and one with further mixtures adds these.
       mixtures: of the runs.
       prior: that they were drawn around, for the record.
       changes: of fields of the configuration, as of `--set`.
@@ -80,7 +80,7 @@ def write_trials(
     # The configuration may be given as a relative path, and a job may start anywhere.
     file, colon, function = config.partition(":")
     config = f"{Path(file).expanduser().resolve()}{colon}{function}"
-    record = {
+    record: dict[str, Any] = {
         "config": config,
         "changes": list(changes),
         "prior": dict(prior),
@@ -88,9 +88,14 @@ def write_trials(
     }
     path = folder / TRIALS
     if path.exists():
-        if read_json(path) != record:
-            raise InputError(f"{path} has other runs. Give another folder, or the same arguments as before.")
-        return trials
+        before = read_json(path)
+        if before == record:
+            return trials
+        # More of the same runs may follow.
+        if {**before, "trials": record["trials"][: len(before["trials"])]} != {**record, "trials": before["trials"]}:
+            raise InputError(
+                f"{path} has other runs. Give another folder, or the same arguments as before, or more runs."
+            )
     lines = []
     for trial in trials:
         sets = [*changes, f"output={_output(folder, trial)}", f"stages.0.mixture={to_json(dict(trial.shares))}"]
@@ -194,7 +199,7 @@ def _record(folder: Path) -> dict[str, Any]:
 @contextmanager
 def _compiled_once(folder: Path) -> Iterator[None]:
     """Lets runs share what is compiled: they differ in their data alone."""
-    before = jax.config.jax_compilation_cache_dir
+    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if before is None:
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / "compiled"))
     try:

@@ -216,6 +216,8 @@ def test_a_folder_of_a_curation_is_read_with_the_columns_of_its_stages(tmp_path:
             "documents": {"id": ids, "domain": ["web"] * len(ids), "text": pa.array(values, pa.large_string())},
             "1-clean": {"text": pa.array(new[shard], pa.large_string()), "reason": reasons[shard]},
             "2-score": {"score": [float(len(v)) for v in values]},
+            # An earlier plan decides nothing.
+            "3-mix": {"reason": ["sampled out"] * len(ids), "repetitions": [0] * len(ids)},
         }
         for stage, what in columns.items():
             (run / stage).mkdir(parents=True, exist_ok=True)
@@ -226,8 +228,20 @@ def test_a_folder_of_a_curation_is_read_with_the_columns_of_its_stages(tmp_path:
         "id": ["00000-0", "00000-2", "00001-0", "00001-1"], "domain": ["web"] * 4,
         "quality": [2.0, 8.0, 12.0, 4.0], "tokens": [0.5, 2.0, 3.0, 4.0],
     }  # fmt: skip
+    named = pa.concat_tables(read_attributes([run], Columns("2-score.score", bytes_per_token=2.0)))
+    assert named == read
     with pytest.raises(InputError, match="has no column missing"):
         list(read_attributes([run], Columns("missing")))
+    (run / "4-score").mkdir()
+    (run / "4-score" / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match=r"4-score of .* has no 00000"):
+        list(read_attributes([run], Columns("score")))
+    for shard in texts:
+        pq.write_table(pa.table({"score": [1.0]}), run / "4-score" / f"{shard}.parquet")
+    with pytest.raises(InputError, match="make the column score: 2-score, 4-score"):
+        list(read_attributes([run], Columns("score")))
+    with pytest.raises(InputError, match="has 1 rows"):
+        list(read_attributes([run], Columns("4-score.score")))
     # One Parquet file has all columns.
     pq.write_table(read.append_column("n", pa.array([1, 2, 3, 4])), tmp_path / "a.parquet")
     file = pa.concat_tables(read_attributes([tmp_path / "a.parquet"], Columns("quality", tokens="n")))

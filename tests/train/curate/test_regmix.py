@@ -99,6 +99,7 @@ def test_mixtures_are_spread_around_the_prior_and_reproducible() -> None:
     seed = int(print_seed().integers(1 << 30))
     made = draw_mixtures(PRIOR, 400, seed)
     assert made == draw_mixtures(PRIOR, 400, seed) != draw_mixtures(PRIOR, 400, seed + 1)
+    assert made[:99] == draw_mixtures(PRIOR, 99, seed)
     assert made[0] == PRIOR
     shares = np.array([list(one.values()) for one in made])
     np.testing.assert_allclose(shares.sum(axis=1), 1, atol=1e-12)
@@ -211,6 +212,8 @@ def test_runs_are_written_for_a_scheduler_run_here_and_collected(
     prior = {"a": 0.5, "b": 0.5}
     mixtures = draw_mixtures(prior, 4, 0)
     folder = tmp_path / "trials"
+    # Further runs are added to those that are there.
+    assert len(write_trials(str(file), folder, mixtures[:2], prior, ["seed=3"])) == 2
     written = write_trials(str(file), folder, mixtures, prior, ["seed=3"])
     assert write_trials(str(file), folder, mixtures, prior, ["seed=3"]) == written
     with pytest.raises(InputError, match="other runs"):

@@ -268,25 +268,57 @@ def test_exercises_run_and_other_solutions_pass_their_tests(tmp_path: Path) -> N
     assert summary["measures"].get("programs", 0) >= len(good)
 
 
-def test_the_code_of_a_text_runs(tmp_path: Path) -> None:
-    blocks = {"good": "print(sum(range(3)))", "bad": "print(undefined)", "forbidden": "import socket"}
+BLOCK = "One adds what crates hold, and shows how.\n\n```python\n{}\n```\n\nThat is all of it."
+COUNTS = "One multiplies 12 by 30 to count the lamps. {} And there are many shelves of lamps."
 
+
+@pytest.mark.parametrize(
+    ("kind", "made", "reasons"),
+    [
+        (
+            "code",
+            [BLOCK.format("print(sum(range(3)))"), BLOCK.format("print(undefined)"), BLOCK.format("import socket")],
+            {"textbook: its code does not run": 1, "textbook: a forbidden import": 1},
+        ),
+        (
+            "mathematics",
+            [
+                COUNTS.format("So 12 * 30 = 360."),
+                COUNTS.format("So 12 * 30 = 390."),
+                COUNTS.format("So 977 are there."),
+            ],
+            {"textbook: a number that the document lacks": 2},
+        ),
+        (
+            "mathematics",
+            [COUNTS.format("So 12 + 30 = 42."), COUNTS.format("So 12 + 12 = 30.")],
+            {"textbook: a false equation": 1},
+        ),
+    ],
+)
+def test_code_of_texts_runs_and_numbers_follow(
+    kind: Any, made: list[str], reasons: dict[str, int], tmp_path: Path
+) -> None:
     def author(request: Request) -> str:
         prompt = str(request.messages[-1]["content"])
         if '"supported"' in prompt:
             return '{"supported": true, "whole": true, "teaches": true}'
-        kind = re.findall(r"about (\w+) things", prompt)[0]
-        return f"One adds what {kind} things count, and shows how.\n\n```python\n{blocks[kind]}\n```\n\nThat is all."
+        return made[int(re.findall(r"shelf (\w+)", prompt)[0])]
 
-    rows = ({"text": f"This tells about {kind} things and how one adds what they count."} for kind in blocks)
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made = pipeline(
-        corpus=(str(tmp_path / "c.jsonl"),), kind="code", forms=("textbook",), least_words=5, isolation=ISOLATION
+    rows = (
+        {"text": f"This tells about lamps on shelf {i}: there 12 crates hold 30 lamps each."} for i in range(len(made))
     )
-    summary = run(made, {name: ScriptedGenerator(author, name) for name in made.models}, tmp_path / "run")
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = pipeline(
+        corpus=(str(tmp_path / "c.jsonl"),), kind=kind, forms=("textbook",), least_words=5, isolation=ISOLATION
+    )
+    summary = run(recipe, {name: ScriptedGenerator(author, name) for name in recipe.models}, tmp_path / "run")
     (row,) = rows_of(tmp_path / "run")
-    assert "sum(range(3))" in row["text"]
-    assert summary["stages"][2]["rejected"] == {"textbook: its code does not run": 1, "textbook: a forbidden import": 1}
+    assert row["text"] == made[0]
+    rejected: dict[str, int] = {}
+    for stage in summary["stages"]:
+        rejected |= stage["rejected"]
+    assert rejected == reasons
 
 
 def test_a_reward_model_drops_what_it_scores_low(tmp_path: Path) -> None:
