@@ -14,7 +14,8 @@ so. For each seed and kind:
    compares each answer with the right one, which the model does not see. Right and wrong answers that are known audit
    the check.
 3. `filtered-1`: supervised fine-tuning of `start` on the answers that passed, the distinct ones of each problem.
-4. `unfiltered-1`: the same, on one answer of each of as many problems, drawn without looking at the verdicts.
+4. `unfiltered-1`, the control: the same, on as many answers to the same problems, drawn without looking at the
+   verdicts. So both learn from the problems that the model has solved, and only one from what a check lets pass.
 5. With `--rounds`: the same from `filtered-1` with further problems, without the control.
 
 Read of each model: accuracy on held-out problems, of answers at temperature 1 with the same seeds for all, and of
@@ -29,7 +30,6 @@ import dataclasses
 import functools
 import json
 import os
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +43,7 @@ from experiments.command import add_setup_arguments, chosen, save_after
 from experiments.post import tasks as edits
 from experiments.post.grpo import learning
 from experiments.post.grpo.tasks import TASKS, Problem, Sizes, Task
-from experiments.post.learning import RESULTS, write_lines
+from experiments.post.learning import RESULTS
 from experiments.post.results import Results
 from experiments.post.tasks import corrupted
 from qwen_jax.cli.train import _Formats
@@ -62,6 +62,7 @@ from train.synthesize.context import Context
 from train.synthesize.engine_generator import EngineGenerator
 from train.synthesize.item import Item, Rejected, make_item
 from train.synthesize.pipeline import Output, Pipeline, Result, Stage
+from train.synthesize.run import SUMMARY
 from train.synthesize.run import run as run_pipeline
 from train.tune import tune
 from train.tune_config import TuneConfig, TuneStage
@@ -147,7 +148,10 @@ class Judge:
 
 
 def pipeline(setup: Setup, name: str, seed: int, problems: Path, number: int, judge: Judge) -> Pipeline:
-    """Rejection sampling. Its outputs: `sft`, the answers that passed, and `all`, one answer of each problem.
+    """Rejection sampling of the problems that are solved, and its control.
+
+    Its outputs: `sft`, the distinct answers that passed, and `unfiltered`, as many answers to each of these problems,
+    drawn without looking at the verdicts.
 
     Args:
       setup: sizes.
@@ -190,10 +194,10 @@ def pipeline(setup: Setup, name: str, seed: int, problems: Path, number: int, ju
         for (_, expected), verdict in zip(known, verdicts[len(item["texts"]) :], strict=True):
             context.audit(f"{name} is right", expected, verdict)
         passed = [text for text, ok in zip(item["texts"], verdicts, strict=False) if ok]
-        # Items without a right answer stay: the control draws from all of them.
-        return item.update(
-            passed=list(dict.fromkeys(passed)), right=len(passed), any=item.rng("any").choice(item["texts"])
-        )
+        if not passed:
+            return Rejected("no answer is right")
+        distinct = list(dict.fromkeys(passed))
+        return item.update(passed=distinct, drawn=item.rng("control").sample(item["texts"], len(distinct)))
 
     def talk(item: Item, text: str) -> dict[str, Any]:
         return {"messages": item["prompt"] + edits.said(text)}
@@ -204,7 +208,7 @@ def pipeline(setup: Setup, name: str, seed: int, problems: Path, number: int, ju
         [Stage("sample", sample), Stage("verify", verify)],
         [
             Output("sft", lambda item: [talk(item, text) for text in item["passed"]]),
-            Output("all", lambda item: [talk(item, item["any"])]),
+            Output("unfiltered", lambda item: [talk(item, text) for text in item["drawn"]]),
         ],
         seed=seed,
         settings={"prompts": setup.prompts, "samples": setup.samples, "max_new_tokens": setup.max_new_tokens},
@@ -212,7 +216,7 @@ def pipeline(setup: Setup, name: str, seed: int, problems: Path, number: int, ju
 
 
 def synthesize(setup: Setup, name: str, seed: int, place: Path, number: int, model: Path) -> None:
-    """Makes the data of a round with a model, and draws those of the control.
+    """Makes the data of a round with a model, and those of the control.
 
     Args:
       setup: sizes.
@@ -226,7 +230,8 @@ def synthesize(setup: Setup, name: str, seed: int, place: Path, number: int, mod
       InputError: no answer passed, or the check cannot be trusted.
     """
     folder = place / f"synthesis-{number}"
-    if (folder / "unfiltered.jsonl").exists():
+    # Both outputs are there whole once the summary says so.
+    if (path := folder / SUMMARY).exists() and any(output["rows"] for output in read_json(path)["outputs"]):
         return
     mesh, tokenizer = make_mesh({}, jax.devices()[:1]), load_tokenizer(model)
     config, params = convert.load(model, mesh, setup.dtype)
@@ -252,12 +257,11 @@ def synthesize(setup: Setup, name: str, seed: int, place: Path, number: int, mod
         judge.close()
     if summary["stopped_by"]:
         raise SystemExit(f"{folder} was stopped; the same command goes on.")
-    passed, drawn = ((folder / f"{file}.jsonl").read_text().splitlines() for file in ("sft", "all"))
-    if not passed:
+    rows = {output["name"]: output["rows"] for output in summary["outputs"]}
+    if not rows["sft"]:
         raise InputError(f"No answer in {folder} is right. Raise --prompts, --samples or --start-accuracy.")
-    picked = random.Random(seed).sample(drawn, min(len(passed), len(drawn)))
-    write_lines(folder / "unfiltered.jsonl", [json.loads(line) for line in picked])
-    print(f"{name}, seed {seed}: {len(passed)} right answers to {setup.prompts} problems", flush=True)
+    solved = summary["stages"][-1]["out"]
+    print(f"{name}, seed {seed}: {rows['sft']} right answers, {solved} of {setup.prompts} problems solved", flush=True)
 
 
 # Runs

@@ -16,6 +16,7 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]|<\|(?:im_start|im_end|endoftext)\|>")
+_TOOL_CALL = re.compile(r"</?tool_call>")
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?```", re.DOTALL | re.IGNORECASE)
 _FENCES = re.compile(r"[ \t]*(`{3,}|~{3,})([^`]*)$")
 _SCORE = re.compile(r"(?:score|rating|\u8bc4\u5206)\W{0,6}(\d+(?:\.\d+)?)", re.IGNORECASE)
@@ -42,6 +43,9 @@ def fault(answer: Answer, language: str | None = None, refusals: bool = True) ->
         return "the model declines"
     if _CONTROL.search(text) or is_repetitive(text):
         return "garbage"
+    # Training takes no such text.
+    if (tags := _TOOL_CALL.findall(text)) and tags != ["<tool_call>", "</tool_call>"] * (len(tags) // 2):
+        return "an open tool call"
     if language is not None and language_of(text) not in (None, language):
         return "another language"
     return None

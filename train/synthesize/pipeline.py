@@ -75,6 +75,8 @@ class Pipeline:
       settings: what else decides the result, as JSON values: the arguments of the function that made the pipeline.
       measures: is called at the end for what the summary records besides counts, as JSON values, such as how programs
         were isolated and how many ran in a second. It decides nothing.
+      close: is called at the end of each run, whether it finished or not: ends what stages hold, such as sandboxes. A
+        pipeline may be run again, and makes them anew.
 
     Raises:
       InputError: no stage or output, a name that is used twice, or an output whose name is no name of a file.
@@ -88,6 +90,7 @@ class Pipeline:
     seed: int = 0
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     measures: Callable[[], Mapping[str, Any]] = dict
+    close: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         for what, names in (

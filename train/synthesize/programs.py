@@ -6,7 +6,7 @@ import shlex
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from qwen_jax.errors import InputError
@@ -191,6 +191,8 @@ class Programs:
         self._rows = {**LANGUAGES, **{f"{name} tests": _grouped(row, seconds) for name, row in LANGUAGES.items()}}
         self._rows |= rows or {}
         self._box: Sandbox | None = None
+        self._finalizer: Callable[[], Any] | None = None
+        self._description: Any = None
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._busy = 0.0
@@ -205,8 +207,16 @@ class Programs:
         with self._lock:
             if self._box is None:
                 self._box = Sandbox(self.limits, self._workers, self._isolation, languages=self._rows)
-                weakref.finalize(self, self._box.close)
+                self._finalizer = weakref.finalize(self, self._box.close)
+                self._description = self._box.description
             return self._box
+
+    def close(self) -> None:
+        """Waits for the programs that run, and ends the sandbox. It is made anew when it is needed again."""
+        with self._lock:
+            finalizer, self._box, self._finalizer = self._finalizer, None, None
+        if finalizer is not None:
+            finalizer()
 
     def require(self, languages: Sequence[str]) -> None:
         """Checks that programs of these languages can run here.
@@ -250,7 +260,7 @@ class Programs:
     def measures(self) -> dict[str, Any]:
         """What ran since the start: for the record of a run, with how it was isolated."""
         with self._lock:
-            if self._box is None:
+            if self._description is None:
                 return {"programs": 0}
             count = sum(self._counts.values())
             rate = count * self._workers / self._busy if self._busy else 0.0
@@ -258,7 +268,7 @@ class Programs:
                 "programs": count,
                 "outcomes": dict(sorted(self._counts.items())),
                 "programs_per_second": round(rate, 1),
-                "sandbox": self._box.description,
+                "sandbox": self._description,
             }
 
     def _assertions(self, source: str, codes: Sequence[str]) -> Judged | None:

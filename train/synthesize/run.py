@@ -101,13 +101,17 @@ def run(
     if options.max_cost is not None and not any(getattr(generators[name], "prices", None) for name in pipeline.models):
         raise InputError("max_cost is given, but no price: costs would stay 0. Give the price of a model (--price).")
     with lock(folder):
-        store = Store(folder / ANSWERS)
+        store, hurry = Store(folder / ANSWERS), False
         try:
             return asyncio.run(_Run(pipeline, generators, folder, store, options, console).run())
         except asyncio.CancelledError:
+            hurry = True
             raise KeyboardInterrupt from None
         finally:
             store.close()
+            # What hangs is not waited for after a second Ctrl-C.
+            if not hurry:
+                pipeline.close()
 
 
 class _Run:

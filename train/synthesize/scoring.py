@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.rewards.functions import score
-from train.rewards.loading import load_reward
+from train.rewards.functions import RewardFunction, score
+from train.rewards.loading import close_rewards, load_reward
 from train.synthesize.context import Context
 from train.synthesize.item import content_key
 
@@ -28,7 +28,7 @@ class RewardScores:
           InputError: there is no such reward.
         """
         self.spec = spec
-        self._reward = load_reward(spec)
+        self._reward: RewardFunction | None = load_reward(spec)
         file = spec.rpartition(":")[0]
         self.code = content_key(Path(file).expanduser().read_text("utf-8")) if file else ""
         self._one_at_a_time = threading.Lock()
@@ -57,6 +57,8 @@ class RewardScores:
 
         def run() -> list[float | None] | None:
             with self._one_at_a_time:
+                if self._reward is None:
+                    self._reward = load_reward(self.spec)
                 made = score({self.spec: self._reward}, [prompt] * count, texts, [True] * count, repeated)
             found[:] = [None if value != value else float(value) for value in made[:, 0]]
             # What has no score now, such as where a sandbox failed, is scored again in the next run.
@@ -64,3 +66,10 @@ class RewardScores:
 
         verdict = await context.check(f"score {self.spec}", [prompt, list(texts), dict(columns), self.code], run)
         return found if verdict is None else list(verdict)
+
+    def close(self) -> None:
+        """Ends the processes that the reward holds. It is loaded anew when it is needed again."""
+        with self._one_at_a_time:
+            reward, self._reward = self._reward, None
+        if reward is not None:
+            close_rewards([reward])

@@ -83,6 +83,19 @@ def test_a_machine_that_fails_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> 
     assert programs.measures()["outcomes"] == {"error": 1, "pass": 1}
 
 
+def test_a_closed_sandbox_is_made_anew() -> None:
+    programs = Programs(seconds=5, isolation=ISOLATION)
+    programs.close()
+    assert programs.measures() == {"programs": 0}
+    tests = [{"stdin": "1\n", "expected_stdout": "1\n"}]
+    for count in (1, 2):
+        assert programs.judge("bash", "read n; echo $n", tests) == Judged(None, (True,))
+        box = programs.box
+        programs.close()
+        assert programs.measures()["programs"] == count
+        assert box is not programs.box
+
+
 def test_static_checks() -> None:
     assert static_fault("python", "import math, socket\n") == "a forbidden import"
     assert static_fault("python", "from urllib.request import urlopen") == "a forbidden import"

@@ -1,5 +1,6 @@
 """Pipelines: what comes out depends on nothing but the pipeline, survives kills, and is counted."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -272,3 +273,29 @@ def test_cheap_stages_take_at_least_two_hundred_items_a_second(tmp_path: Path) -
 
     made, models = pipeline_of(Stage("ask", ask), items=2000), {"generator": ScriptedGenerator(answer)}
     assert best_rate(2000, lambda attempt: run(made, models, tmp_path / str(attempt)), enough=200) > 200
+
+
+@pytest.mark.parametrize("ends", ["finished", "fault"])
+def test_what_stages_hold_ends_with_each_run(ends: str, tmp_path: Path) -> None:
+    held = list[str]()
+
+    async def work(item: Item, context: Context) -> Result:
+        assert held[-1:] != ["closed"] or ends == "fault"
+        held.append("used")
+        return item.update(text=str(1 / (ends == "finished")))
+
+    pipeline = dataclasses.replace(
+        pipeline_of(Stage("work", work), items=3),
+        measures=lambda: {"used": held.count("used")},
+        close=lambda: held.append("closed"),
+    )
+    for _ in range(2):
+        held.clear()
+        if ends == "fault":
+            with pytest.raises(InputError, match="ZeroDivisionError"):
+                run(pipeline, {"generator": ScriptedGenerator(answer)}, tmp_path)
+        else:
+            summary = run(pipeline, {"generator": ScriptedGenerator(answer)}, tmp_path)
+            assert summary["measures"] == {"used": held.count("used")}
+        assert held.count("closed") == 1
+        assert held[-1] == "closed"

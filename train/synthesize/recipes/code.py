@@ -127,6 +127,7 @@ def pipeline(
         seed=seed,
         settings=settings,
         measures=programs.measures,
+        close=programs.close,
     )
     return cleaned(made, decontaminate, near_duplicates)
 

@@ -133,6 +133,7 @@ def pipeline(
         seed=seed,
         settings=settings,
         measures=recipe.measures,
+        close=recipe.close,
     )
     return cleaned(result, decontaminate, near_duplicates)
 
@@ -213,6 +214,12 @@ class _Filtering:
             kappa = cohen_kappa([a for a, _ in both], [b for _, b in both], 2)
             agreement.append({"scorers": [one, other], "common": len(both), "kappa": kappa})
         return {"scorers": scorers, "agreement of scorers": agreement}
+
+    def close(self) -> None:
+        """Ends what reward functions hold."""
+        for scorer in self._scorers:
+            if scorer.reward is not None:
+                scorer.reward.close()
 
     def rows(self, item: Item) -> Iterator[Mapping[str, Any]]:
         """The record as it was read."""

@@ -136,6 +136,7 @@ def pipeline(
         # What is in the files decides the result, and not every query is in an item.
         settings={**settings, "content": content_key(known, begun)},
         measures=programs.measures,
+        close=programs.close,
     )
     return cleaned(made, decontaminate, near_duplicates)
 

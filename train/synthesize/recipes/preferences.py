@@ -113,7 +113,15 @@ def pipeline(
     else:
         outputs = [Output("review", recipe.review)]
     made = Pipeline(
-        "preferences", source, stages, outputs, models=models, seed=seed, settings=settings, measures=recipe.measures
+        "preferences",
+        source,
+        stages,
+        outputs,
+        models=models,
+        seed=seed,
+        settings=settings,
+        measures=recipe.measures,
+        close=recipe.rule.close if recipe.rule else lambda: None,
     )
     return cleaned(made, decontaminate, near_duplicates)
 
