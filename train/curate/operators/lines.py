@@ -17,7 +17,7 @@ class RemoveRepeatedLines(Operator):
     removed only in blocks, such as a menu that comes again: at least `block` lines, empty ones left aside, that came
     earlier in the same order and have `min_characters` together. Lines are compared without the spaces around them.
 
-    lines_removed: how many. short_lines: of the lines that are left and are not empty, the fraction with fewer than
+    lines_removed: how many. short_lines_left: of the lines that are left and are not empty, the fraction with fewer than
     `short` characters; 0 if there are none.
 
     Attributes:
@@ -34,7 +34,7 @@ class RemoveRepeatedLines(Operator):
         [
             pa.field("text", pa.large_string()),
             pa.field("lines_removed", pa.int32()),
-            pa.field("short_lines", pa.float32()),
+            pa.field("short_lines_left", pa.float32()),
         ]
     )
 

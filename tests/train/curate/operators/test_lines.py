@@ -67,7 +67,7 @@ def test_random_lines_reach_a_fixed_point() -> None:
 
 def test_short_lines_are_counted() -> None:
     made = applied(RemoveRepeatedLines(short=5), documents(["abcd\n\nabcde\nab", "", "  abcd  "]))
-    assert made["short_lines"].to_pylist() == [pytest.approx(2 / 3), 0, 1]
+    assert made["short_lines_left"].to_pylist() == [pytest.approx(2 / 3), 0, 1]
 
 
 def test_a_document_of_very_many_lines() -> None:
