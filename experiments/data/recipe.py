@@ -44,7 +44,14 @@ def curation(corpus: str) -> Curation:
     """
     # Technical documentation has more marks, longer words and more lists than the web pages of the papers.
     quality = GopherQuality(min_words=30, max_mean_word_length=12, min_alphabetic_words=0.2, max_symbol_ratio=0.3)
-    repetition = GopherRepetition(**{f"duplicate_{n}_grams": 0.5 for n in range(5, 11)})
+    repetition = GopherRepetition(
+        duplicate_5_grams=0.5,
+        duplicate_6_grams=0.5,
+        duplicate_7_grams=0.5,
+        duplicate_8_grams=0.5,
+        duplicate_9_grams=0.5,
+        duplicate_10_grams=0.5,
+    )
     lines = FineWeb(
         min_punctuated_lines=0.005, max_short_lines=None, max_newline_ratio=None, max_duplicate_characters=0.3
     )

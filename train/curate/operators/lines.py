@@ -17,8 +17,8 @@ class RemoveRepeatedLines(Operator):
     removed only in blocks, such as a menu that comes again: at least `block` lines, empty ones left aside, that came
     earlier in the same order and have `min_characters` together. Lines are compared without the spaces around them.
 
-    lines_removed: how many. short_lines_left: of the lines that are left and are not empty, the fraction with fewer than
-    `short` characters; 0 if there are none.
+    lines_removed: how many. short_lines_left: of the lines that are left and are not empty, the fraction with fewer
+    than `short` characters; 0 if there are none.
 
     Attributes:
       min_characters: of a line that is removed by itself, and of a block.
