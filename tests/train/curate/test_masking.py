@@ -49,7 +49,7 @@ def test_lines_are_masked_like_their_values() -> None:
         if not any(spans.values()):
             assert changed == line
         masked += any(spans.values())
-    assert masked > 100
+    assert masked > 30
 
 
 def test_escapes_and_spaces_of_a_masked_line_stay() -> None:
