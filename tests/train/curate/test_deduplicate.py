@@ -197,8 +197,12 @@ def test_a_search_that_is_killed_goes_on(features: list[Path], found: list[dict[
 
 
 @pytest.mark.slow
-def test_ray_keeps_the_same(features: list[Path], found: list[dict[str, object]], tmp_path: Path) -> None:
+def test_ray_keeps_the_same(
+    features: list[Path], found: list[dict[str, object]], tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
     """Two workers of a local Ray give the rows of the native runner."""
+    if not pytestconfig.getoption("--all-cases"):
+        pytest.skip("Ray takes half a minute: --all-cases runs it")
     output, _ = process(features, tmp_path / "tables", "ray", 10**7).communicate(timeout=300)
     assert json.loads(output.splitlines()[-1]) == found
 
