@@ -261,8 +261,8 @@ def test_a_second_ctrl_c_ends_a_run_whose_check_hangs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("model: str", "argument model is an option of the command already"),
-        ("words: list[str] = []", "argument words has a default that can be changed"),
+        ("model: str", "argument model of pipeline is an option of the command already"),
+        ("words: list[str] = []", "argument words of pipeline has a default that can be changed"),
         ("word: 'Absent'", "type Absent of the argument word of pipeline cannot be read"),
     ],
 )
