@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qwen_jax.errors import InputError
-from train.curate.operator import REASON, Compute
+from train.curate.operator import DOCUMENT, REASON, Compute
 from train.curate.stage import RowStage
 
 _Value = Any  # A pyarrow array or scalar.
@@ -49,9 +49,10 @@ class Select(RowStage):
     """Keeps documents for which a condition on columns is true.
 
     Every condition that `and` joins at the top is a rule. The first rule that a document fails is its reason: "not
-    (words >= 50)". Where a rule has no value, because a column is null, the reason is "words >= 50 is unknown"; a rule
-    such as `words is None or words >= 50` or `default(words, 0) >= 50` decides about nulls itself. As in SQL, `or` is
-    true if one side is, whatever the other.
+    (words >= 50)". A rule with one "x is None", where x is the column in which a filter names what it has found, gives
+    that as the reason: "gopher_quality: too few words". Where a rule has no value, because a column is null, the reason
+    is "words >= 50 is unknown"; a rule such as `words is None or words >= 50` or `default(words, 0) >= 50` decides about
+    nulls itself. As in SQL, `or` is true if one side is, whatever the other.
 
     Attributes:
       condition: such as "language == 'en' and language_score > 0.65 and (words >= 50 or code)".
@@ -70,7 +71,7 @@ class Select(RowStage):
     @property
     def reads(self) -> tuple[str, ...]:
         """The columns that the condition names."""
-        return tuple(dict.fromkeys(name for _, names, _ in _rules(self.condition) for name in names))
+        return tuple(dict.fromkeys(name for _, names, _, _ in _rules(self.condition) for name in names))
 
     @property
     def makes(self) -> pa.Schema:
@@ -88,7 +89,7 @@ class Select(RowStage):
 
         def compute(table: pa.Table) -> pa.Table:
             reason: pa.Array = pa.nulls(table.num_rows, pa.string())
-            for text, _, make in rules:
+            for text, _, decision, make in rules:
                 try:
                     value = make(table)
                 except (pa.ArrowException, TypeError) as error:
@@ -98,7 +99,7 @@ class Select(RowStage):
                     ) from None
                 if not pa.types.is_boolean(value.type):
                     raise InputError(f"The condition {text} must be true or false, it is {value.type}.")
-                failed = pc.if_else(value, None, f"not ({text})")
+                failed = pc.if_else(value, None, _why(table, text, decision))
                 reason = pc.coalesce(reason, pc.if_else(pc.is_null(value), f"{text} is unknown", failed))
                 reason = _broadcast(reason, table.num_rows)
             return pa.table({REASON: reason}, schema=self.makes)
@@ -106,8 +107,16 @@ class Select(RowStage):
         return compute
 
 
-def _rules(condition: str) -> list[tuple[str, tuple[str, ...], _Make]]:
-    """Text, column names and function of each rule."""
+def _why(table: pa.Table, text: str, decision: str | None) -> _Value:
+    """The reason of a document that fails a rule: what its column of decisions says, or the rule."""
+    if decision is None or not pa.types.is_string(table.schema.field(decision).type):
+        return f"not ({text})"
+    said = pc.binary_join_element_wise(decision, table[decision], ": ", null_handling="emit_null")
+    return pc.coalesce(said, f"not ({text})")
+
+
+def _rules(condition: str) -> list[tuple[str, tuple[str, ...], str | None, _Make]]:
+    """Text, column names, column of decisions if there is one, and function of each rule."""
     try:
         tree = ast.parse(condition.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -119,8 +128,18 @@ def _rules(condition: str) -> list[tuple[str, tuple[str, ...], _Make]]:
         make = _compile(part, condition)
         if not names:
             raise InputError(f"The condition {ast.unparse(part)!r} names no column. {_GRAMMAR}")
-        rules.append((ast.unparse(part), names, make))
+        rules.append((ast.unparse(part), names, _decision(part), make))
     return rules
+
+
+def _decision(part: ast.expr) -> str | None:
+    """The one column that a stage has made of which a rule asks whether it is null; None if there is no such one."""
+    found = {
+        node.left.id
+        for node in ast.walk(part)
+        if isinstance(node, ast.Compare) and isinstance(node.left, ast.Name) and isinstance(node.ops[0], ast.Is)
+    }
+    return found.pop() if len(found) == 1 and not found & set(DOCUMENT.names) else None
 
 
 def _compile(node: ast.expr, condition: str) -> _Make:

@@ -67,6 +67,14 @@ def test_each_rule_has_a_reason_and_the_first_is_told() -> None:
     ]
 
 
+def test_a_column_of_decisions_says_the_reason() -> None:
+    columns = {"code": [True, False, False], "quality": ["short", "long", None], "url": ["a", "b", None]}
+    assert reasons("code or quality is None", columns) == [None, "quality: long", None]
+    assert reasons("code and quality is not None", columns)[1:] == ["not (code)", "not (code)"]
+    # A column of the documents themselves would give as many reasons as there are documents.
+    assert reasons("url is None or code", columns) == [None, "not (url is None or code)", None]
+
+
 def test_conditions_of_two_columns_are_those_of_python() -> None:
     rng = random.Random()
     seed = rng.randrange(2**32)
