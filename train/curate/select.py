@@ -51,8 +51,8 @@ class Select(RowStage):
     Every condition that `and` joins at the top is a rule. The first rule that a document fails is its reason: "not
     (words >= 50)". A rule with one "x is None", where x is the column in which a filter names what it has found, gives
     that as the reason: "gopher_quality: too few words". Where a rule has no value, because a column is null, the reason
-    is "words >= 50 is unknown"; a rule such as `words is None or words >= 50` or `default(words, 0) >= 50` decides about
-    nulls itself. As in SQL, `or` is true if one side is, whatever the other.
+    is "words >= 50 is unknown"; a rule such as `words is None or words >= 50` or `default(words, 0) >= 50` decides
+    about nulls itself. As in SQL, `or` is true if one side is, whatever the other.
 
     Attributes:
       condition: such as "language == 'en' and language_score > 0.65 and (words >= 50 or code)".
