@@ -1,9 +1,9 @@
 """Finds test items in texts: candidates by runs of words that they share, verified by longest common subsequences.
 
 The rule of the Qwen2.5 report (arXiv:2412.15115, section 3.1) removes a training sequence s_t where some test sequence
-s_e has |LCS(s_t, s_e)| >= 13 and |LCS(s_t, s_e)| >= 0.6 min(|s_t|, |s_e|). A document of thousands of words contains most
-words of any test, in their order, by chance. So s_t is here a window of the document: 1.5 |s_e| words around runs of
-words that both share.
+s_e has |LCS(s_t, s_e)| >= 13 and |LCS(s_t, s_e)| >= 0.6 min(|s_t|, |s_e|). A document of thousands of words contains
+most words of any test, in their order, by chance. So s_t is here a window of the document: 1.5 |s_e| words around runs
+of words that both share.
 """
 
 import dataclasses
