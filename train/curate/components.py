@@ -16,9 +16,9 @@ class Components:
     """The components of a graph.
 
     Attributes:
-      stars: Parquet files with the columns node and least, uint64: each node that is not the least of its component,
-        once, and the least node of it.
-      rounds: of the two operations, with the last one, which changed nothing.
+      stars: Parquet files with the columns node and least, uint64: a row for each node that is not the least of its
+        component, with the least node of that component.
+      rounds: of the two operations, including the last one, which changed nothing.
     """
 
     stars: list[str]

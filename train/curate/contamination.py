@@ -1,9 +1,9 @@
 """Finds test items in texts: candidates by runs of words that they share, verified by longest common subsequences.
 
 The rule of the Qwen2.5 report (arXiv:2412.15115, section 3.1) removes a training sequence s_t where some test sequence
-s_e has |LCS(s_t, s_e)| >= 13 and |LCS(s_t, s_e)| >= 0.6 min(|s_t|, |s_e|). The longest common subsequence of a document
-of thousands of words and any test has most words of the test, in their order, by chance. So s_t is here a window of the
-document of 1.5 |s_e| words, around runs of words that both share.
+s_e has |LCS(s_t, s_e)| >= 13 and |LCS(s_t, s_e)| >= 0.6 min(|s_t|, |s_e|). A document of thousands of words contains
+most words of any test, in their order, by chance. So s_t is here a window of the document: 1.5 |s_e| words around runs
+of words that both share.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ _MOST_OF_A_RUN = 32
 # The answer of a short question stands in so many words after it.
 _ANSWER_WITHIN = 64
 LEAST_QUESTION = _RUN
-"""Questions of fewer words are known only where they are a whole text."""
+"""Questions of fewer words are found only where they are a whole text."""
 # The literal rule is refused for documents that are so many times longer than the median of the items.
 _MOST_TIMES = 8
 
@@ -105,7 +105,7 @@ class Finder:
     def find(
         self, texts: Sequence[str], rows: Sequence[int] | None = None, names: Sequence[str] = ()
     ) -> tuple[Split, list[Match]]:
-        """Test items in texts that are looked at one by one.
+        """Finds test items in texts, each of which is searched by itself.
 
         Args:
           texts: any.

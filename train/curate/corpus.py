@@ -1,4 +1,4 @@
-"""The documents of a curation with what stages have made of them so far: for stages, and for the output."""
+"""Reads the documents of a curation with the columns that stages have made so far, and writes columns."""
 
 import dataclasses
 import functools
@@ -43,8 +43,8 @@ class Batch:
 
     Attributes:
       first: row in the shard of the group's first document.
-      size: documents of the group, those with a reason among them.
-      indices: places in the group of the documents in the table, ascending.
+      size: number of documents in the group, including those with a reason.
+      indices: rows of the group that the table has, ascending.
       table: the columns that were asked for.
     """
 
@@ -67,11 +67,11 @@ class View:
     made: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def then(self, stage: Stage) -> "View":
-        """With a further stage."""
+        """The view with the columns of a further stage."""
         return dataclasses.replace(self, made=(*self.made, (stage.name, tuple(stage.makes.names))))
 
     def sources(self, columns: Iterable[str]) -> list[str]:
-        """The stages that decide columns, and which documents have a reason."""
+        """The stages that make these columns, and those that give reasons."""
         wanted = {*columns, REASON}
         return [stage for stage, names in self.made if wanted.intersection(names)]
 

@@ -26,13 +26,13 @@ class Curation:
 
     Attributes:
       inputs: the domains.
-      stages: in the order in which they are run. A document to which a stage gives a reason is skipped by all behind.
+      stages: in the order in which they run. When a stage gives a document a reason, all later stages skip it.
       output: what is written of the documents that are kept.
       name: for the report.
-      shard_megabytes: size of a shard of documents, the unit of work. Other sizes make other shards, and all anew.
+      shard_megabytes: size of a shard of documents, the unit of work. With another size all is computed again.
 
     Raises:
-      InputError: a stage reads what nothing makes, two make the same column, or names are used twice.
+      InputError: a stage reads a column that nothing makes, two stages make the same column, or a name is used twice.
     """
 
     inputs: Sequence[Input]
@@ -74,7 +74,7 @@ class Curation:
         return any(REPETITIONS in stage.makes.names for stage in self.stages)
 
     def settings(self) -> dict[str, Any]:
-        """What decides the result, but for the files."""
+        """All that decides the result except the files."""
         return {
             "inputs": [source.settings() for source in self.inputs],
             "stages": [{"name": stage.name, **settings_of(stage)} for stage in self.all_stages],

@@ -43,7 +43,7 @@ class DecontaminateConfig:
     common subsequence of at least 13 words and 0.6 of the item (or of the document, if that is shorter): the rule of
     the Qwen2.5 report, for documents of any length. It finds copies in which words have been changed, added or left
     out, whatever their case, punctuation and line breaks. Items of fewer than 13 words must be there word for word,
-    together with their answer. Text that no program of this kind finds are paraphrases and translations.
+    together with their answer. No rule of this kind finds translations, or all paraphrases.
 
     The output folder has a file for each file of the input, with the same name, format and compression; what is kept
     is not changed by a byte. An interrupted command continues when it is run again.
@@ -58,8 +58,8 @@ class DecontaminateConfig:
       against: test files, NAME=FILE or FILE: .jsonl .json .parquet, or folders and patterns of them.
       output: folder of the result.
       mode: windowed is the rule above. contiguous asks for a common substring instead, and misses changed copies.
-        document applies the rule to whole documents, as the report has it, and is refused where documents are much
-        longer than the test items: there any item is in any document by chance.
+        document applies the rule to whole documents, as the report states it. It is refused where documents are
+        much longer than the test items, because any item would match by chance.
       action: drop leaves out the document or example. mask keeps it without the matched spans.
       placeholder: what mask puts in the place of a span; by default nothing.
       field: the only column of the input that counts; by default text, or else all columns.
@@ -106,8 +106,8 @@ class DecontaminateConfig:
 def decontaminate(config: DecontaminateConfig, *, progress: Console | None = None) -> dict[str, Any]:
     """Decontaminates files, or finishes an interrupted run.
 
-    The result does not depend on the number of workers or on interruptions. More than one worker are spawned processes:
-    a script that calls this needs the usual `if __name__ == "__main__":`.
+    The result does not depend on the number of workers or on interruptions. More than one worker means spawned
+    processes: a script that calls this needs the usual `if __name__ == "__main__":`.
 
     Args:
       config: what to read, and what to look for.

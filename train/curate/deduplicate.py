@@ -39,8 +39,9 @@ DUPLICATES = pa.schema(
 )
 """What it writes, one row for each document that is not kept, in the order of shard and row.
 
-reason: "exact duplicate", "same URL" or "near duplicate" of the document that is kept of its group; the last also if
-others lie between them. kept_id: id of that document. cluster_size: documents of the group, the kept one among them.
+reason: "exact duplicate", "same URL" or "near duplicate" of the document that is kept of its group; a near duplicate
+may be connected with it through other documents. kept_id: id of that document. cluster_size: documents of the group,
+the kept one among them.
 """
 
 # A key of a document in the graph is shard * 2^32 + row. Lengths of 2^48 and more count as the same.
@@ -61,7 +62,7 @@ class DuplicateOptions:
       similarity: documents that share a band only count if the Jaccard similarity of their runs of words is at least
         this; each is compared with the first document that has the same band, and the 8 before it. None: the band is
         enough. Needs the column that `Shingles` makes.
-      domains: the first named are kept before the later ones, and these before all others.
+      domains: documents of the first are kept before those of later ones, and these before all other domains.
       rows_at_once: keys that a step holds in memory, each some 150 bytes; more are worked on in several passes. The
         result does not depend on it.
     """
@@ -91,10 +92,10 @@ class Duplicates:
     Attributes:
       files: Parquet files with the columns of `DUPLICATES`, in order.
       documents: that were looked at.
-      removed: of them, not kept.
+      removed: those of them that are not kept.
       clusters: groups of duplicates.
       edges: pairs of documents from which the groups come.
-      candidates: pairs that share a band, before their similarity was computed; None without it.
+      candidates: pairs that share a band, before their similarity was computed; None if it was not computed.
       rounds: of large-star and small-star.
     """
 
@@ -112,9 +113,9 @@ def find_duplicates(features: Sequence[Path], folder: Path, options: DuplicateOp
 
     Documents with the same key are connected with the first of them (by shard and row), not in pairs, so that a group
     of n takes n - 1 edges. Groups are the connected components: two documents of a group need not be similar if others
-    lie between them. Kept is the document with the least (place of its domain, -text_length, hash of its id, shard,
-    row): of the preferred domain, then the longest, then an arbitrary one, the same on every machine and for
-    every number of workers. Texts are not read.
+    lie between them. The document with the least (place of its domain, -text_length, hash of its id, shard, row) is
+    kept: of the preferred domain, then the longest, then an arbitrary one, the same on every machine and for every
+    number of workers. Texts are not read.
 
     Args:
       features: Parquet files with the columns of `FEATURES`, and "shingles" if the options ask for similarity.

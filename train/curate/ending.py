@@ -1,7 +1,7 @@
 """Ends the jobs of an engine early: after Ctrl-C and SIGTERM, and where others have failed.
 
-Jobs that are being done go on to their end, for some seconds: workers see a file, and begin no further one. Threads of
-Daft wait for worker processes, and Python cannot end while they do, so that all of them are awaited.
+Running jobs have some seconds to finish: workers look for a file, and start no further job once it exists. Threads of
+Daft wait for worker processes, and Python cannot exit while they do, so all of these processes are awaited.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ class Ending:
     """Whether jobs are to end early. Use it in a `with` statement, which raises the signal's own exception at its end.
 
     Attributes:
-      file: is there once they are to end; workers look for it.
-      signal: the one that asked for it; 0 as long as there is none.
+      file: exists once jobs are to end; workers look for it.
+      signal: the one that asked jobs to end; 0 if there was none.
     """
 
     def __init__(self, file: Path):
@@ -36,7 +36,7 @@ class Ending:
         self._timer: threading.Timer | None = None
 
     def ask(self) -> None:
-        """Asks workers to end. Those whose jobs take long are ended."""
+        """Asks workers to end. Those whose jobs take too long are killed."""
         with contextlib.suppress(OSError):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.file.touch()
@@ -46,7 +46,7 @@ class Ending:
             self._timer.start()
 
     def take_signals(self) -> None:
-        """Takes Ctrl-C and SIGTERM; again after a query of Daft has begun, which takes Ctrl-C for itself."""
+        """Handles Ctrl-C and SIGTERM. Call it again after a Daft query has begun, which takes over Ctrl-C."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM):

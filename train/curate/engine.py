@@ -41,7 +41,7 @@ class Resources:
     """What a worker needs. None of this changes results.
 
     Attributes:
-      workers: how many, at most; None is the engine's number.
+      workers: how many at most; None is the number of the engine.
       gpus: of each worker.
       ray_options: of each worker's Ray actor, such as `{"resources": {"TPU": 4}}`.
     """
@@ -107,20 +107,20 @@ class Engine:
         """Does jobs in workers.
 
         Args:
-          what: is done, for messages.
+          what: name of the work, for messages.
           make: is called once in each worker and returns the function that does a job. It is pickled, also where its
             module is a file that the user gave.
           jobs: name and JSON value of each.
           resources: of a worker.
-          light: jobs do little but read and write, and may run in threads of this process, for which no process has to
-            be started.
+          light: whether jobs do little besides reading and writing. They may then run in threads of this process, and
+            no process has to be started.
 
         Yields:
           The name of a job and its result, in the order in which jobs end.
 
         Raises:
-          InputError: jobs failed: the others are done first, but for a full disk or too many failures. Or a worker
-            died.
+          InputError: jobs failed or a worker died. The other jobs are done first, unless the disk is full or too many
+            jobs failed.
         """
         if not jobs:
             return

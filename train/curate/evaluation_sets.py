@@ -1,4 +1,4 @@
-"""Evaluation sets that training data must not contain: what of each record is looked for."""
+"""Evaluation sets that training data must not contain: which words of each record are looked for."""
 
 import dataclasses
 import hashlib
@@ -15,7 +15,7 @@ from train.data.tables import Row, find_tables, read_rows
 from train.data.words import split, texts_of
 
 GRAM = 13
-"""Words that training data must share with a test item at least."""
+"""The least number of words that training data must share with a test item."""
 
 QUESTIONS = ("question", "problem", "prompt", "instruction", "query", "input", "messages", "text")
 ANSWERS = ("answer", "target", "solution", "canonical_solution", "output", "response", "completion", "label")
@@ -50,7 +50,7 @@ class Items:
       sequences: hashes of words that are looked for, uint64, each of at least `GRAM`.
       sequence_items: number of the item of each sequence.
       questions: shorter items.
-      empty: records without words of a question or of a long answer, of each set.
+      empty: for each set, the number of records with words neither in the question nor in a long answer.
     """
 
     names: list[str] = dataclasses.field(default_factory=list)
@@ -96,10 +96,10 @@ def read_items(
 ) -> Items:
     """Reads evaluation sets.
 
-    Of a record count the question, alone and with the choices, and a worked answer, where they have at least `GRAM`
-    words. A shorter question without so many words of choices counts together with its answer: from `GRAM` words on
-    like the others, below that word for word. An answer that is the number or letter of a choice stands for that
-    choice. Of a conversation the last message is the question.
+    What is looked for of a record: the question, the question with its choices, and a worked answer, each if it has at
+    least `GRAM` words. If neither form of the question has so many words, question and answer are looked for together;
+    if they have fewer than `GRAM` words too, they must be there word for word. An answer that is the number or letter
+    of a choice stands for that choice. Of a conversation the last message is the question.
 
     Args:
       sets: from `find_sets`.

@@ -1,4 +1,4 @@
-"""What workers do: read a unit of the input into shards, make the sidecar of a shard, write what is kept of one."""
+"""Jobs of workers: read a unit of the input into shards, make the sidecar of a shard, write its kept documents."""
 
 import contextlib
 import dataclasses
@@ -37,7 +37,7 @@ _SHOWN = 3
 
 
 def lengths(values: pa.Array | pa.ChunkedArray) -> Counter[int]:
-    """Documents by their length: the largest power of two that is not above it, or 0."""
+    """Counts documents by length in bytes, rounded down to a power of two, or 0."""
     sizes = pc.binary_length(values.drop_null())
     return Counter(1 << (size.bit_length() - 1) if size else 0 for size in sizes.to_pylist())
 
@@ -218,7 +218,7 @@ class Output:
 def writing(view: View, output: Output, repeats: bool) -> Job:
     """Makes the function that writes the kept documents of a shard.
 
-    A document that is repeated is in as many files, so that its repetitions are far from each other.
+    Each repetition of a document is in another file, so that repetitions are far from each other.
 
     Args:
       view: what there is.

@@ -26,7 +26,7 @@ def matched(first: Sequence[int], second: Sequence[int]) -> np.ndarray:
 
 
 def copied(test: Sequence[int], window: Sequence[int]) -> tuple[int, int]:
-    """The range of a window that is a copy of a test: it has the most matched words more than others.
+    """The range of a window that is a copy of a test: where matched words outnumber the others most.
 
     Args:
       test: words of the test.
@@ -66,7 +66,7 @@ def substring(first: np.ndarray, second: np.ndarray) -> tuple[int, int]:
 
 
 def densest(places: np.ndarray) -> tuple[int, int]:
-    """The range that has the most matched words more than others: words that match by chance far off are left out.
+    """The range where matched words outnumber the others most; words that match by chance far away are left out.
 
     Args:
       places: of matched words, int64, ascending, not empty.

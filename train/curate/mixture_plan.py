@@ -26,7 +26,7 @@ class PlannedCell:
       cell: what there is.
       weight: how often a token of it is to be seen, relative to the other buckets of its domain.
       cap: tokens that may be taken at most.
-      tokens: that are taken, repetitions among them.
+      tokens: that are taken, including repetitions.
     """
 
     cell: Cell
@@ -88,7 +88,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Of all cells."""
+        """Tokens of all cells."""
         return sum(one.tokens for one in self.cells)
 
     @property
@@ -158,7 +158,7 @@ class Plan:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object, for `from_json`, with what follows from it for readers of the file."""
+        """As a JSON object for `from_json`, with derived values for readers of the file."""
         cells = [
             {**dataclasses.asdict(one), "name": one.cell.name, "epochs": one.epochs, "capped": one.is_capped}
             for one in self.cells
@@ -248,7 +248,7 @@ def make_plan(
 
 
 def water_fill(total: int, weights: Sequence[Fraction], caps: Sequence[int]) -> list[int]:
-    """Distributes a total in proportion to weights, none above its cap; what a capped one leaves goes to the others.
+    """Distributes a total in proportion to weights, within caps; what a capped one leaves goes to the others.
 
     Args:
       total: to distribute.

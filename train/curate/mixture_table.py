@@ -60,8 +60,8 @@ class CellTable:
 
     Attributes:
       cells: those that have documents, by domain and bucket.
-      thresholds: of each domain, ascending. A document is in the bucket of so many thresholds as are not above its
-        score. Empty for a corpus without scores.
+      thresholds: of each domain, ascending. The bucket of a document is the number of thresholds that are not above
+        its score. Empty for a corpus without scores.
       quality: name of the column of scores; None without scores.
     """
 
@@ -103,7 +103,7 @@ class Columns:
         "STAGE.COLUMN", where several stages make a column of this name.
       tokens: column with the tokens of a document.
       num_bytes: column with its bytes, where there is none of tokens. With neither, the bytes of "text" in UTF-8.
-      bytes_per_token: how many bytes are a token.
+      bytes_per_token: how many bytes count as one token.
 
     Raises:
       InputError: both counts, or bytes_per_token out of range.
@@ -133,7 +133,7 @@ def cell_name(domain: str, bucket: int, scored: bool = True) -> str:
 
 
 def hash_of(id: str, salt: str = "") -> int:
-    """64 bits that an id decides, the same on every machine.
+    """A hash of an id, 64 bits, the same on every machine.
 
     Args:
       id: of a document.
@@ -154,7 +154,7 @@ def cell_table(
     """Counts documents and tokens by domain and quality bucket.
 
     Args:
-      batches: begins the attributes anew each time it is called; tables of `SCHEMA`.
+      batches: returns an iterator over all attributes each time it is called; tables of `SCHEMA`.
       quality: name of the column of scores, for the record; None if the corpus has none.
       buckets: quantiles: each bucket of a domain has about as many tokens. The thresholds come from the scores of up
         to 65,536 documents of each domain, those with the smallest hashes of their ids: they do not depend on order.
@@ -200,8 +200,8 @@ def read_attributes(inputs: Sequence[Path], columns: Columns) -> Iterator[pa.Tab
     """Reads the attributes of documents.
 
     Args:
-      inputs: Parquet files with the columns id, domain and those that are named; or folders of curations, of which
-        documents are left out that a stage gives a reason for.
+      inputs: Parquet files with the columns id, domain and those that are named; or folders of curations, without
+        the documents to which a stage gives a reason.
       columns: which they are.
 
     Yields:

@@ -1,4 +1,4 @@
-"""What a corpus is made of, and what an operator does with it: columns in, columns out, row by row."""
+"""The columns of a document, and operators, which compute columns from columns, row by row."""
 
 import abc
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ class Operator(abc.ABC):
     earlier results still hold. The same input gives the same bytes, on every machine and in every batch.
 
     Attributes:
-      version: is raised when the operator's results change with the same fields.
+      version: to be increased when results change though the fields stay the same.
       reads: the columns that it needs: of `DOCUMENT`, or made by an operator before it.
       makes: the columns that it makes. "text" replaces the text, and `REASON` removes documents.
     """
@@ -48,7 +48,7 @@ class Operator(abc.ABC):
 
     @property
     def name(self) -> str:
-        """Of the operator in manifests and reports."""
+        """Name of the operator in manifests and reports."""
         return type(self).__name__
 
     @abc.abstractmethod
@@ -68,10 +68,10 @@ class Operator(abc.ABC):
 
 
 class ShardOperator(Operator):
-    """Makes columns from all documents of one shard, such as the removal of what they repeat.
+    """Makes columns from all documents of one shard together, for example to remove text that they share.
 
     `start` returns a function of a whole shard: the rows of `documents/00000.parquet`, in their order. Its results
-    depend on the other rows, so that it cannot be given batches; shards do not see each other. "text" is null in rows
-    that were removed before; they take no part, and what is made of them is null. The docstring of a subclass states
-    the memory that it needs for each MB of text.
+    depend on the other rows, so it cannot be given batches. Shards do not see each other. "text" is null in rows that
+    were removed before; such rows are ignored, and their results are null. The docstring of a subclass states the
+    memory that it needs for each MB of text.
     """

@@ -19,7 +19,7 @@ from train.files import write_file
 
 
 def load_daft() -> Any:
-    """The engine, which reports nothing to its makers.
+    """Imports Daft with its telemetry off.
 
     Raises:
       InputError: it is not installed.

@@ -26,7 +26,7 @@ Predict = Callable[[np.ndarray], np.ndarray]
 Fit = Callable[[np.ndarray, np.ndarray], Predict]
 
 CONCENTRATIONS = (0.5, 1.0, 2.0, 5.0)
-"""Of the Dirichlet distributions of mixtures, times the number of domains: small ones give sparse mixtures."""
+"""Of the Dirichlet distributions, to be multiplied by the number of domains. Small ones give sparse mixtures."""
 
 # Shares of trials are multiples of this, exactly.
 _PARTS = 1000
@@ -104,8 +104,8 @@ class Regression:
       predicted: its target.
       predicted_prior: the target of the prior.
       best_run: name, shares and target of the best of the runs.
-      distance: how far picks without a tenth of the runs are from it, as the mean of half the summed difference of
-        shares: 0 is the same mixture, 1 one of other domains.
+      distance: how far picks without a tenth of the runs are from this pick: the mean of half the summed difference
+        of shares. 0 is the same mixture, 1 is a mixture of other domains.
       tried: how well each model predicts; the first one is `model`.
       left_out: models that cannot be tried, each with the reason.
       weights: of the losses in the target.
@@ -299,7 +299,7 @@ def make_trials(records: Sequence[tuple[str, Mapping[str, float], Mapping[str, f
       where: they come from, for messages.
 
     Raises:
-      InputError: none, other names than in the first one, or as of `Trials`.
+      InputError: no records, a record with other names than the first, or as of `Trials`.
     """
     if not records:
         raise InputError(f"{where} has no finished runs.")

@@ -15,7 +15,7 @@ _REASONS = 30
 
 
 def samples(view: View, rows: Mapping[str, Mapping[str, Sequence[int]]]) -> dict[str, list[dict[str, str]]]:
-    """Documents that a stage has removed, a few of each reason, from shards that a hash draws.
+    """Documents that a stage has removed, a few of each reason, from shards chosen by a hash.
 
     Args:
       view: what the stage has read.

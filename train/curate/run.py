@@ -45,7 +45,7 @@ SUMMARY, REPORT, BAD = "summary.json", "report.html", "bad.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """How a curation is run. None of this changes what is made.
+    """How a curation is run. None of this changes the result.
 
     Attributes:
       engine: "native" is this machine, "ray" a Ray cluster; every node must see inputs and output under the same paths.

@@ -1,4 +1,4 @@
-"""Removes documents by conditions on columns, which are cheap to change: nothing is scored again."""
+"""Removes documents by conditions on columns. To change a condition is cheap: no column is computed again."""
 
 import ast
 import dataclasses
@@ -49,17 +49,17 @@ class Select(RowStage):
     """Keeps documents for which a condition on columns is true.
 
     Every condition that `and` joins at the top is a rule. The first rule that a document fails is its reason: "not
-    (words >= 50)". A rule with one "x is None", where x is the column in which a filter names what it has found, gives
-    that as the reason: "gopher_quality: too few words". Where a rule has no value, because a column is null, the reason
-    is "words >= 50 is unknown"; a rule such as `words is None or words >= 50` or `default(words, 0) >= 50` decides
-    about nulls itself. As in SQL, `or` is true if one side is, whatever the other.
+    (words >= 50)". If a rule has one "x is None", where x is the column of a filter, the reason is what that column
+    says: "gopher_quality: too few words". If a rule has no value, because a column is null, the reason is "words >= 50
+    is unknown"; a rule such as `words is None or words >= 50` or `default(words, 0) >= 50` decides about nulls itself.
+    As in SQL, `or` is true if one side is true, whatever the other is.
 
     Attributes:
-      condition: such as "language == 'en' and language_score > 0.65 and (words >= 50 or code)".
+      condition: such as "language == 'en' and language_probability > 0.65 and (words >= 50 or code)".
       name: of the stage.
 
     Raises:
-      InputError: the condition is no such expression.
+      InputError: the condition is not a valid expression.
     """
 
     condition: str
@@ -80,7 +80,7 @@ class Select(RowStage):
 
     @property
     def light(self) -> bool:
-        """It is."""
+        """True: a condition costs little."""
         return True
 
     def start(self) -> Compute:

@@ -62,7 +62,7 @@ class Input:
       max_bad: fraction of the records that may be unusable.
 
     Raises:
-      InputError: a name that is none, or no files.
+      InputError: a name that is not valid, or no files.
     """
 
     name: str
@@ -245,7 +245,7 @@ class Bad:
       file: relative name.
       place: record or byte in the file.
       reason: why.
-      skipped: it is not a mistake: a picture in an archive of pages.
+      skipped: whether it is expected, such as a picture in an archive of pages.
     """
 
     file: str
@@ -261,7 +261,7 @@ def read_unit(unit: Unit) -> Iterator[Row | Bad]:
     """Reads the documents of a unit, one at a time, as rows of `DOCUMENT`.
 
     Raises:
-      OSError: the system cannot read a file, now.
+      OSError: the system cannot read a file at the moment.
     """
     for part in unit.parts:
         yield from _read(part, unit.input)

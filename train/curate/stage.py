@@ -1,4 +1,4 @@
-"""Stages of a curation. Each makes columns beside the documents: row by row, or from the whole corpus."""
+"""Stages of a curation. Each makes columns of the documents, row by row or from the whole corpus."""
 
 import abc
 import dataclasses
@@ -21,17 +21,17 @@ REPETITIONS = "repetitions"
 """A column that a stage may make, an integer: how many times the output holds a document. Null is once."""
 
 NO_TEXT = "no text"
-"""The reason of a document without text where an operator reads it: a page that nothing has extracted."""
+"""The reason of a document that has no text when an operator reads it, such as a page that was not extracted."""
 
 
 class Stage(abc.ABC):
-    """Makes columns of documents that have no reason to be removed so far; those of the others are null.
+    """Makes columns of the documents that no earlier stage has removed; for removed ones they are null.
 
     Subclasses are frozen dataclasses. What they make depends on the columns they read and on their settings alone.
 
     Attributes:
-      version: is raised when results change with the same settings.
-      name: of its folder; unique in a curation.
+      version: to be increased when results change though the settings stay the same.
+      name: of the stage and of its folder; unique in a curation.
     """
 
     version: ClassVar[int] = 1
@@ -48,14 +48,14 @@ class Stage(abc.ABC):
         """The columns that it makes. `REASON` removes documents; "text" replaces the text where it is not null."""
 
     def settings(self) -> Mapping[str, Any]:
-        """What decides its results, JSON values. By default class, version and fields but the name."""
+        """What decides its results, as JSON values: by default class, version, and fields but name and resources."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         left_out = {name: value for name, value in fields.items() if name not in ("name", "resources")}
         return {"stage": type(self).__name__, "version": self.version, **left_out}
 
 
 class RowStage(Stage):
-    """A stage that looks at each document by itself. Workers do it shard by shard."""
+    """A stage that looks at each document by itself. Workers run it shard by shard."""
 
     @property
     def resources(self) -> Resources:
@@ -64,7 +64,7 @@ class RowStage(Stage):
 
     @property
     def light(self) -> bool:
-        """Whether it does little but read and write; its function must be safe to call from several threads."""
+        """Whether it does little besides reading and writing; then several threads may call its function."""
         return False
 
     @property
@@ -128,7 +128,7 @@ class Map(RowStage):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """What no operator before makes; the text, where one makes it, is the documents' own."""
+        """The columns that operators read and no operator before them makes, and the text if any of them reads it."""
         made: set[str] = set()
         read: dict[str, None] = {}
         for operator in self.operators:

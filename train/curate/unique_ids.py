@@ -1,4 +1,4 @@
-"""Finds ids that an earlier document has already, over all inputs."""
+"""Finds documents whose id an earlier document has, over all inputs."""
 
 import dataclasses
 from collections.abc import Mapping

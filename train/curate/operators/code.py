@@ -72,7 +72,7 @@ _Spans = list[tuple[int, int]]
 
 @dataclasses.dataclass(frozen=True)
 class Code(Operator):
-    """Statistics of a source file, and the first reason for which it would not be trained on.
+    """Statistics of a source file, and the first reason not to train on it.
 
     The language is that of the extension of the URL, the field `path` of the metadata, or the source; without a known
     extension it is null, and so is what depends on it. Lengths are in characters. The rules are those of StarCoder (Li

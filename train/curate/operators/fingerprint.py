@@ -1,4 +1,4 @@
-"""What duplicates are known by: hashes of the text, of the address, and of its runs of words."""
+"""Features by which duplicates are found: hashes of the text, of the address, and of the runs of words."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ class Fingerprint(Operator):
     bands of the words, null if the text has fewer words than a run. Null is never equal to null: empty documents are
     no duplicates of each other.
 
-    Two different ones of n texts have the same key with a probability of n^2 / 2^65: 3% for n = 10^9.
+    Among n different texts, some two have the same key with a probability of n^2 / 2^65: 3% for n = 10^9.
 
     Attributes:
       gram, bands, rows, seed: of `MinHash`.

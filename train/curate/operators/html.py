@@ -34,8 +34,8 @@ class ExtractText(Operator):
     The encoding is that of the byte order mark; else UTF-8 if the page is valid UTF-8, whatever it declares; else what
     it declares, if the page is valid in it; else the most likely one. Zero bytes are dropped.
 
-    A page above 64 kB is parsed in a process of its own, under limits of processor time and memory: hostile pages end
-    that process, and no more. Whether a page is near the limit of time is the one result that depends on the machine.
+    A page above 64 kB is parsed in a process of its own, under limits of processor time and memory: a hostile page
+    ends only that process. The limit of time is the only reason for which results may depend on the machine.
 
     Attributes:
       main_content: whether to leave out what is not the main content, by resiliparse's rules.

@@ -27,7 +27,7 @@ _PARTS = 4
 class Language(Operator):
     """The language of a text: its BCP 47 code, the probability that the model gives it, and whether it is reliable.
 
-    All three are null for a text with too few letters, which is no guess, and where the model finds no language. CLD3
+    All three are null for a text with too few letters, and where the model finds no language. CLD3
     knows 107 languages and calls a probability of at least 0.7 reliable. Of a long text, parts that are evenly spread
     are looked at.
 
@@ -77,7 +77,7 @@ class Language(Operator):
         return compute
 
     def settings(self) -> Mapping[str, Any]:
-        """Also the content of the function's file, without which earlier results would outlive a change of it."""
+        """Includes the content of the function's file, so that earlier results do not outlive a change of it."""
         file = self._file()
         content = {} if file is None else {"sha256": hashlib.sha256(file[0].read_bytes()).hexdigest()}
         return {**super().settings(), **content}

@@ -122,9 +122,9 @@ class MaskPII(Operator):
     card: with issuer, length and Luhn's checksum; in groups of digits, or after a word such as "card", at most 64
       characters before.
     phone: in international form, with a country code that exists. The numbers 555 are fictional.
-    ip: public IPv4 and IPv6 addresses. A version is what follows "version" and the like, begins with 0, 1 or 2, or has
-      a first part below 20 and others below 100, such as 8.8.4.4. A network is what ends with .0 or .255, or goes on
-      with / and a number.
+    ip: public IPv4 and IPv6 addresses, but no versions and networks. A version follows "version" and the like, begins
+      with 0, 1 or 2, or has a first part below 20 and others below 100, such as 8.8.4.4. A network ends with .0 or
+      .255, or is followed by / and a number.
 
     Attributes:
       kinds: some of `KINDS`.

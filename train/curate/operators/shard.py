@@ -22,8 +22,8 @@ _PIECE = 1 << 22
 class RemoveSharedLines(ShardOperator):
     """Removes lines that many documents of a shard share, such as notices and menus; in the first document they stay.
 
-    Lines are compared exactly, without the spaces around them. A line that comes again in the first document is no
-    repetition here, see `RemoveRepeatedLines`. A document of which nothing is left has an empty text and a reason.
+    Lines are compared exactly, without the spaces around them. Repetitions within the first document
+    are not removed here, see `RemoveRepeatedLines`. A document of which nothing is left has an empty text and a reason.
     shared_lines_removed: how many. Memory: about 8 MB for each MB of text.
 
     Attributes:

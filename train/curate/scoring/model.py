@@ -86,7 +86,7 @@ class Work:
       empty: documents without text, which have no scores.
       cut: documents whose middle was left out.
       tokens: of documents, prompts and questions that were read.
-      padding: tokens of rows that hold nothing.
+      padding: places in rows that hold no token.
       mass: sum over documents of the probability, among all tokens, of the answers that were offered, the mean over
         questions. Far below 1 a document, the model does not answer what it is asked: it may be a base model.
       seconds: of it all.
@@ -146,7 +146,7 @@ class DocumentReader:
     """An instruct model or a reward model on a mesh that answers questions on documents, without generation.
 
     An answer depends on its document alone, up to rounding: documents in a row do not see one another. In float32,
-    log-probabilities agree within 1e-5 in any company.
+    log-probabilities agree within 1e-5, whatever the other documents are.
 
     Every process of a job must call it with the same documents.
 

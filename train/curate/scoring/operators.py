@@ -28,7 +28,7 @@ class ModelScores(Operator):
     Attributes:
       model: checkpoint folder, or Hub id.
       questions: what is asked.
-      formats: reads the model, such as `qwen_jax.cli.train.Formats()`; it can be pickled.
+      formats: reads the model, such as `qwen_jax.cli.formats.CheckpointFormats()`; it can be pickled.
       mesh: devices to spread over, such as "tensor=2".
       options: how documents are read.
     """

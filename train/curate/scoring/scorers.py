@@ -24,7 +24,7 @@ from train.curate.scoring.student import DESCRIPTION, WEIGHTS, is_student, load_
 from train.tuned import Formats
 
 DECIMALS = 3
-"""Of scores and probabilities. Rounding hides most of the differences that the company of a document makes."""
+"""Of scores and probabilities. Rounding hides most of the differences that other documents in a batch make."""
 
 # Changes when the same settings give other scores.
 _VERSION = 1

@@ -41,12 +41,12 @@ class StudentConfig:
       buckets: rows of the embedding, which features are hashed into.
       width: of a feature's vector.
       hidden: width of the hidden layer.
-      words: that are read of a document; of a longer one, as many from its beginning as from its end.
+      words: of a document that are read; of a longer one, as many from its beginning as from its end.
       epochs: passes over the sample.
-      learning_rate: of AdamW, after which it falls to 0 as a cosine.
+      learning_rate: of AdamW at the first step; it then falls to 0 as a cosine.
       weight_decay: of AdamW.
-      drop: share of the features that are left out in training, others in each step.
-      held_out: share of the sample that the student is not trained on but validated with.
+      drop: share of the features that are left out in training, drawn again in each step.
+      held_out: share of the sample that is kept out of training, for validation.
       seed: of weights, order and dropout.
 
     Raises:
