@@ -26,6 +26,7 @@ from train.curate.shards import (
     DOCUMENTS,
     MANIFEST,
     OUTPUT,
+    RECORDS,
     SCRATCH,
     VERSION,
     File,
@@ -131,6 +132,7 @@ class _Run:
     def run(self) -> dict[str, Any]:
         """Reads, runs all stages, writes the output, summary and report."""
         began = time.monotonic()
+        self._check_folders()
         try:
             self._read()
             for stage in self._curation.all_stages:
@@ -145,6 +147,13 @@ class _Run:
             write_file(self._folder / SUMMARY, to_json(self._summary, indent=1).encode())
             write_file(self._folder / REPORT, to_html(self._summary).encode())
         return self._summary
+
+    def _check_folders(self) -> None:
+        """Raises InputError where a folder holds files that are not of a curation: they would be removed."""
+        for name in (DOCUMENTS, *(stage.name for stage in self._curation.all_stages), OUTPUT):
+            folder = self._folder / name
+            if folder.exists() and not (folder / RECORDS).is_dir() and (not folder.is_dir() or any(folder.iterdir())):
+                raise InputError(f"{folder} was not made by a curation. Move it away, or give another output folder.")
 
     def _read(self) -> None:
         """Reads all inputs into shards of documents."""
@@ -250,6 +259,7 @@ class _Run:
     ) -> tuple[dict[str, Record], Mapping[str, Any] | None]:
         """Runs a stage that looks at all documents, unless it is finished."""
         folder = self._folder / stage.name
+        (folder / RECORDS).mkdir(parents=True, exist_ok=True)
         done = _finished(folder, keys)
         self._progress.begin(stage.name, sum(shard.size for shard in self._shards), len(keys), len(done))
         manifest = _read_manifest(folder)
@@ -277,6 +287,7 @@ class _Run:
     ) -> dict[str, Record]:
         """Does the jobs of a stage that are not finished; returns all records, in order."""
         folder = self._folder / name
+        (folder / RECORDS).mkdir(parents=True, exist_ok=True)
         done = _finished(folder, keys)
         todo = [(key, jobs[key]) for key in keys if key not in done]
         self._progress.begin(name, sum(work[key] for key, _ in todo), len(keys), len(done))

@@ -206,6 +206,17 @@ def test_a_curation_that_cannot_work_is_refused(stages: list[Map], message: str)
         Curation([Input("web", "x")], stages)
 
 
+@pytest.mark.parametrize("name", ["documents", "features", "output"])
+def test_files_of_others_are_not_removed(source: Path, tmp_path: Path, name: str) -> None:
+    """A folder that has the name of a stage by chance is left as it is."""
+    other = tmp_path / "run" / name / "mine.txt"
+    other.parent.mkdir(parents=True)
+    other.write_text("mine")
+    with pytest.raises(InputError, match=f"{name} was not made by a curation"):
+        run(curation(source), tmp_path / "run", ONE)
+    assert other.read_text() == "mine"
+
+
 def test_two_runs_cannot_share_a_folder(source: Path, tmp_path: Path) -> None:
     from train.lock import lock
 
