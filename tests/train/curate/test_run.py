@@ -199,6 +199,7 @@ def test_a_full_disk_says_so(source: Path, tmp_path: Path, monkeypatch: pytest.M
         ([Map("a", [Words()]), Map("b", [Words()])], "makes the column 'words', which is of the stage a already"),
         ([Map("a", [Words()]), Map("a", [Repair()])], "Two stages have the name a"),
         ([Map("documents", [Words()])], "A stage's name"),
+        ([Map("rows", [Words()])], "A stage's name"),
     ],
 )
 def test_a_curation_that_cannot_work_is_refused(stages: list[Map], message: str) -> None:
