@@ -239,7 +239,7 @@ class _Run:
             jobs = {name: [name, key] for name, key in keys.items()}
             work = {shard.name: shard.size for shard in self._shards}
             records = self._do(stage.name, make, keys, jobs, work, settings, stage.resources, stage.light)
-        inputs = {source: digest([reads[name] for name in reads]) for source in (DOCUMENTS, *sources)}
+        inputs = {source: digest(list(reads.values())) for source in (DOCUMENTS, *sources)}
         self._records[stage.name] = records
         came = sum(record.counts["in"] for record in records.values())
         removed = Counter[str]()
@@ -263,7 +263,9 @@ class _Run:
         done = _finished(folder, keys)
         self._progress.begin(stage.name, sum(shard.size for shard in self._shards), len(keys), len(done))
         manifest = _read_manifest(folder)
-        if len(done) == len(keys) and manifest is not None:
+        # A process may have been killed between the last sidecar and the manifest, which is then an earlier one.
+        its = manifest and (manifest.get("config"), manifest.get("inputs", {}).get(DOCUMENTS))
+        if len(done) == len(keys) and manifest is not None and its == (digest(settings), digest(list(reads.values()))):
             return done, manifest["counts"].get("found")
         self._say_why(stage.name, settings, manifest)
         names = tuple(shard.name for shard in self._shards)

@@ -133,6 +133,16 @@ def test_a_threshold_runs_only_what_reads_it(source: Path, whole: Path, tmp_path
     assert made(folder) == made(whole)
 
 
+def test_what_a_stage_has_found_is_that_of_its_own_documents(source: Path, tmp_path: Path) -> None:
+    """Killed before a stage over the whole corpus has its manifest, a run does not tell what was found earlier."""
+    manifest, found = tmp_path / "lengths" / "manifest.json", []
+    for least in (5, 40):
+        before = manifest.read_bytes() if manifest.exists() else b""
+        found.append(run(curation(source, least=least), tmp_path, ONE)["stages"][-1]["found"])
+    manifest.write_bytes(before)
+    assert found[0] != found[1] == run(curation(source, least=40), tmp_path, ONE)["stages"][-1]["found"]
+
+
 def test_a_file_that_is_new_leaves_other_inputs_alone(source: Path, tmp_path: Path) -> None:
     rng, folder, own = print_seed(), tmp_path / "run", make_input(tmp_path / "input", print_seed(), 60)
     run(curation(own), folder, ONE)
