@@ -22,12 +22,12 @@ class Options:
     command: `--config FILE.py --help` shows them. FILE.py may hold:
 
         from train.curate.curation import Curation, Input, Map, Select
-        from train.curate.operators.heuristics import Heuristics
+        from train.curate.operators.heuristics import Statistics
 
         def curation(web: str, least_words: int = 50) -> Curation:
             return Curation(
                 [Input("web", web)],
-                [Map("features", [Heuristics()]), Select(f"words >= {least_words}")],
+                [Map("features", [Statistics()]), Select(f"words >= {least_words}")],
             )
 
     and `qwen-jax data curate --config FILE.py --web 'web/*.jsonl.zst' --output RUN` runs it. RUN/output has a folder
