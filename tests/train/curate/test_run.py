@@ -18,6 +18,8 @@ from tests.helpers.runs import print_seed
 from tests.train.curate.curations import Repair, Words, curation, documents, made, make_input
 from train.curate.curation import Curation, Input, Map, Output, Select
 from train.curate.engine import Engine
+from train.curate.operators.decontaminate import Decontaminate
+from train.curate.operators.language import Language
 from train.curate.run import RunOptions, run
 
 ROOT = Path(__file__).parents[3]
@@ -210,6 +212,8 @@ def test_a_full_disk_says_so(source: Path, tmp_path: Path, monkeypatch: pytest.M
         ([Map("a", [Words()]), Map("a", [Repair()])], "Two stages have the name a"),
         ([Map("documents", [Words()])], "A stage's name"),
         ([Map("rows", [Words()])], "A stage's name"),
+        ([Map("a", [Language("none.py:identify")])], "The stage a: cannot read none.py: No such file"),
+        ([Map("a", [Decontaminate(("none.jsonl",))])], "The stage a: No such file or folder: none.jsonl"),
     ],
 )
 def test_a_curation_that_cannot_work_is_refused(stages: list[Map], message: str) -> None:
