@@ -245,6 +245,12 @@ def test_a_process_has_one_engine() -> None:
         Engine("ray")
 
 
+def test_an_output_of_too_many_folders_is_refused(source: Path, tmp_path: Path) -> None:
+    many = Curation([Input("both", str(source))], [], Output(by="id"), shard_megabytes=100)
+    with pytest.raises(InputError, match="more than 500 files: the column id, which divides the output, has too many"):
+        run(many, tmp_path, ONE)
+
+
 def test_output_as_parquet(source: Path, whole: Path, tmp_path: Path) -> None:
     run(curation(source, output=Output("parquet", ("words",))), tmp_path, ONE)
     found = [row for path in sorted(tmp_path.glob("output/*/*.parquet")) for row in pq.read_table(path).to_pylist()]
