@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
-from train.curate.corpus import Batch, View, write_sidecar
+from train.curate.corpus import OTHER, Batch, View, write_sidecar
 from train.curate.engine import Job
 from train.curate.operator import DOCUMENT
 from train.curate.shards import (
@@ -37,6 +37,8 @@ from train.data.documents import optional_library
 _MOST_FILES = 500
 # Bad records that a record keeps by reason, for the report; all are in `bad.jsonl`.
 _SHOWN = 3
+# Different reasons that a record tells apart: some name the fields that a line has.
+_REASONS = 100
 
 
 def lengths(values: pa.Array | pa.ChunkedArray) -> Counter[int]:
@@ -90,6 +92,7 @@ class _Reader:
                 if reason.startswith("the file is damaged"):
                     damaged[found.file] = f"{found.place}: {found.reason}"
                 else:
+                    reason = reason if reason in bad or len(bad) < _REASONS else OTHER
                     bad[reason] += 1
                 if len(shown.setdefault(reason, [])) < _SHOWN:
                     shown[reason].append([found.file, found.place, found.reason])

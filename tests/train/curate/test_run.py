@@ -245,6 +245,16 @@ def test_a_process_has_one_engine() -> None:
         Engine("ray")
 
 
+def test_a_thousand_reasons_are_counted_as_a_hundred(tmp_path: Path) -> None:
+    """Records without the field are counted by the names that they have; all are listed, but few are told apart."""
+    records = [{"text": "good"}, *({f"field {number}": "x"} for number in range(1000))]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    source = Input("web", str(tmp_path / "a.jsonl"), max_bad=1)
+    bad = run(Curation([source]), tmp_path / "run", ONE)["inputs"]["web"]["bad"]
+    assert (len(bad), sum(bad.values()), bad["other reasons"]) == (101, 1000, 900)
+    assert len((tmp_path / "run" / "bad.jsonl").read_text().splitlines()) == 1000
+
+
 def test_an_output_of_too_many_folders_is_refused(source: Path, tmp_path: Path) -> None:
     many = Curation([Input("both", str(source))], [], Output(by="id"), shard_megabytes=100)
     with pytest.raises(InputError, match="more than 500 files: the column id, which divides the output, has too many"):
