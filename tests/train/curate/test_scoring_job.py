@@ -25,6 +25,7 @@ from train.curate.operator import DOCUMENT
 from train.curate.run import RunOptions
 from train.curate.run import run as curate
 from train.curate.scoring import shards as corpus
+from train.curate.scoring.distil import distil
 from train.curate.scoring.job import MANIFEST, score_corpus
 from train.curate.scoring.model import NotFiniteError, Work
 from train.curate.scoring.operators import ModelScores
@@ -148,6 +149,20 @@ def test_scores_of_a_changed_text_of_the_same_length_are_refused(tmp_path: Path)
     shutil.rmtree(folder)
     curate(source, folder, RunOptions(workers=1))
     assert score_corpus(Counting(), find_shards([str(folder)]), tmp_path / "of-run")["shards_skipped"] == 1
+
+
+def test_a_student_of_classes_is_refused(tmp_path: Path) -> None:
+    """Names of classes are no numbers, whether they are asked for or nothing else is there."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one"}) + "\n")
+    shards = find_shards([str(tmp_path / "a.jsonl")])
+    score_corpus(Counting(), shards, tmp_path / "scores")
+    file = tmp_path / "scores" / shards[0].name
+    table = pq.read_table(file).drop_columns(["length"]).append_column("topic", pa.array(["news"]))
+    pq.write_table(table.append_column("topic_probability", pa.array([0.5], pa.float32())), file)
+    with pytest.raises(InputError, match=r"has classes alone, .*columns of topic_probability"):
+        distil(shards, tmp_path / "scores")
+    with pytest.raises(InputError, match=r"has no score topic\. Expected some of topic_probability"):
+        distil(shards, tmp_path / "scores", columns=["topic"])
 
 
 def test_a_document_without_a_finite_score_is_named(run: Path, tmp_path: Path) -> None:
