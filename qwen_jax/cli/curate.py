@@ -79,6 +79,10 @@ def curate(argv: Sequence[str]) -> int:
         from qwen_jax.tokenizer import load_tokenizer
 
         load_tokenizer(options.tokenizer)
+        # Checks the length, before any work is done.
+        sibling("train.data.build").BuildConfig(
+            (str(options.output),), options.tokenizer, options.length, options.output
+        )
     runner = sibling("train.curate.run")
     from rich.console import Console
 

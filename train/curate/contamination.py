@@ -28,7 +28,7 @@ _RUN, _FREQUENT = 5, 64
 # Of a sequence of n words, a candidate has at least 2 runs, and at least this share of n: 0.6^5 = 0.08 would be
 # expected of a copy at the limit of the rule.
 _LEAST_RUNS, _RUNS_SHARE = 2, 0.03
-# Times that a run counts in some 30,000 words: tables repeat theirs without end.
+# Times that a run counts in some 30,000 words of a text: tables repeat theirs without end.
 _MOST_OF_A_RUN = 32
 # The answer of a short question stands in so many words after it.
 _ANSWER_WITHIN = 64
@@ -286,7 +286,7 @@ def _suffices(common: int, test: int, text: int) -> bool:
 
 def _candidates(index: RunIndex, words: Split) -> list[tuple[int, int, int, int]]:
     """Windows of texts that share runs with a sequence: text, sequence, first word in the text, word after the last."""
-    at, place = index.lookup(words.hashes, _MOST_OF_A_RUN)
+    at, place = index.lookup(words.hashes, _MOST_OF_A_RUN, words.bounds)
     text = np.searchsorted(words.bounds, at, "right") - 1
     # A run may not reach into the next text.
     inside = at + index.length <= words.bounds[text + 1]

@@ -124,10 +124,14 @@ def settings_of(stage: Stage) -> dict[str, Any]:
     """A stage's settings.
 
     Raises:
-      InputError: they are not JSON values.
+      InputError: they are not JSON values, or a file that they name cannot be read.
     """
     try:
         settings: dict[str, Any] = json.loads(json.dumps(dict(stage.settings()), allow_nan=False))
+    except InputError as error:
+        raise InputError(f"The stage {stage.name}: {error}") from None
+    except OSError as error:
+        raise InputError(f"The stage {stage.name}: cannot read {error.filename}: {error.strerror}.") from None
     except (TypeError, ValueError) as error:
         raise InputError(f"The settings of the stage {stage.name} must be JSON values: {error}.") from None
     return settings

@@ -233,8 +233,8 @@ class Cleaner:
 
     def _mask_line(self, row: _Row, spans: Mapping[int, Sequence[Span]]) -> _Row:
         text = row.content.decode()
-        start = len(text) - len(text.lstrip("\ufeff \t\r\n"))
-        body = text[start:].rstrip("\r\n \t")
+        start = len(text) - len(text.lstrip("\ufeff \t\r\n\v\f"))
+        body = text[start:].rstrip("\r\n \t\v\f")
         masked = line_without_spans(body, self._settings.field, spans, self._settings.placeholder)
         content = text[:start] + masked + text[start + len(body) :]
         return _Row(row.number, content.encode(), row_texts(json.loads(masked), self._settings.field))
@@ -278,15 +278,19 @@ class Cleaner:
                 )
             groups = file.metadata.num_row_groups
             codec = file.metadata.row_group(0).column(0).compression if groups and len(schema.names) else "SNAPPY"
+            codec = "NONE" if codec == "UNCOMPRESSED" else codec
             columns = [field] if field is not None else (["text"] if "text" in schema.names else schema.names)
             with parquet.ParquetWriter(temporary, schema, compression=codec) as writer:
                 number = 0
                 for group in range(groups):
                     kept: list[Any] = []
                     for batch in file.iter_batches(256, row_groups=[group]):
-                        values = batch.select(columns).to_pylist()
+                        values = _values(batch.select(columns))
                         rows = []
                         for at, value in enumerate(values):
+                            if isinstance(value, str):
+                                rows.append(_Row(number + at + 1, None, [], value))
+                                continue
                             value = {k: v for k, v in value.items() if v is not None}
                             texts = row_texts({field: None, **value}, field) if field else row_texts(value, None)
                             rows.append(_Row(number + at + 1, (number + at, value), texts))
@@ -411,6 +415,17 @@ def _spans(words: Split, matches: Sequence[Any], begin: int, texts: Sequence[str
         text = match.text - begin
         spans[text].append(words.place(match.text, texts[text], match.begin, match.end))
     return spans
+
+
+def _values(batch: Any) -> list[Any]:
+    """The rows of a batch, or why they cannot be read: Parquet does not guarantee that its strings are UTF-8."""
+    try:
+        rows: list[Any] = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [f"not UTF-8: {error.reason}"]
+        return [row for at in range(batch.num_rows) for row in _values(batch.slice(at, 1))]
+    return rows
 
 
 def _object(value: object) -> Mapping[str, Any]:

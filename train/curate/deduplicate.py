@@ -250,6 +250,10 @@ def _edges(
     """
     daft = load_daft()
     col = daft.col
+    if not kinds:
+        # No document has words enough for a band: a table without rows.
+        none = daft.read_parquet(list(nodes)).select("node", col("node").alias("least")).where(daft.lit(False))
+        return tables.make(f"{name}-000", lambda number, of: none)
     at_once = max(1, options.rows_at_once // max(documents, 1))
     result = []
     for begin in range(0, len(kinds), at_once):

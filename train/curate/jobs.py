@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
-from train.curate.corpus import Batch, View, write_sidecar
+from train.curate.corpus import OTHER, Batch, View, write_sidecar
 from train.curate.engine import Job
 from train.curate.operator import DOCUMENT
 from train.curate.shards import (
@@ -32,8 +33,12 @@ from train.curate.sources import Bad, Input, Part, Row, Unit, read_unit, sha256_
 from train.curate.stage import REPETITIONS, TEXT, RowStage
 from train.data.documents import optional_library
 
+# Files of one shard that are written at once, each with a compressor of its own.
+_MOST_FILES = 500
 # Bad records that a record keeps by reason, for the report; all are in `bad.jsonl`.
 _SHOWN = 3
+# Different reasons that a record tells apart: some name the fields that a line has.
+_REASONS = 100
 
 
 def lengths(values: pa.Array | pa.ChunkedArray) -> Counter[int]:
@@ -87,6 +92,7 @@ class _Reader:
                 if reason.startswith("the file is damaged"):
                     damaged[found.file] = f"{found.place}: {found.reason}"
                 else:
+                    reason = reason if reason in bad or len(bad) < _REASONS else OTHER
                     bad[reason] += 1
                 if len(shown.setdefault(reason, [])) < _SHOWN:
                     shown[reason].append([found.file, found.place, found.reason])
@@ -246,6 +252,11 @@ def writing(view: View, output: Output, repeats: bool) -> Job:
                     for repetition in range(pc.max(pc.if_else(here, numbers, 0)).as_py()):
                         part = table.filter(pc.and_(here, pc.greater(numbers, repetition))).select(output.writes)
                         if (name, repetition) not in writers:
+                            if len(writers) == _MOST_FILES:
+                                raise InputError(
+                                    f"The documents go to more than {_MOST_FILES} files: the column {output.by}, which "
+                                    "divides the output, has too many values, or documents are repeated too often."
+                                )
                             ending = f".{repetition + 1}" if repetition else ""
                             file = _OutputFile(folder, f"{name}/{shard}{ending}", output)
                             writers[name, repetition] = stack.enter_context(file)

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from qwen_jax.errors import InputError
+from qwen_jax.files import read_json
 from train.curate.operator import REASON
 
 UNSCORED = -1
@@ -225,7 +226,7 @@ def read_attributes(inputs: Sequence[Path], columns: Columns) -> Iterator[pa.Tab
 
 def _shards(run: Path, columns: Columns) -> Iterator[tuple[str, pa.Table]]:
     """The documents that are left in each shard of a curation, with the columns of all stages that are needed."""
-    stages = sorted(path.parent for path in run.glob("*/manifest.json") if path.parent.name != "documents")
+    stages = _stages(run)
     needed = {columns.count} | ({columns.quality} if columns.quality else set())
     for shard in sorted((run / "documents").glob("*.parquet")):
         table = _read(shard, ["id", "domain"])
@@ -246,13 +247,30 @@ def _shards(run: Path, columns: Columns) -> Iterator[tuple[str, pa.Table]]:
         _need(sorted(needed), sorted({*made, *own}), str(run))
         for name in sorted(needed):
             found = made.get(name, [shard])
+            if name == "text":
+                # A stage has a null where the text stays as it was; the newest text counts.
+                texts = [_column(one, name, shard, len(table)) for one in (*reversed(made.get(name, [])), shard)]
+                table = table.append_column(name, pc.coalesce(*texts))
+                continue
             if len(found) > 1:
                 raise InputError(
                     f"Several stages of {run} make the column {name}: {', '.join(one.parent.name for one in found)}. "
-                    "Name one as STAGE.COLUMN; for lengths, give a column of tokens or bytes."
+                    "Name one as STAGE.COLUMN."
                 )
             table = table.append_column(name, _column(found[0], _plain(name, found[0]), shard, len(table)))
         yield str(shard), table.filter(pa.array(keep))
+
+
+def _stages(run: Path) -> list[Path]:
+    """The folders whose columns count: those of the stages of the curation in their order, then those of scores.
+
+    A stage that the curation had earlier, and has no more, has a folder too.
+    """
+    manifests = sorted(path for path in run.glob("*/manifest.json") if path.parent.name != "documents")
+    if not (run / "manifest.json").is_file():
+        return [path.parent for path in manifests]
+    stages = [run / stage["name"] for stage in read_json(run / "manifest.json")["stages"]]
+    return stages + [path.parent for path in manifests if "stage" not in read_json(path)]
 
 
 def _names(path: Path) -> set[str]:

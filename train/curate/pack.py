@@ -12,12 +12,13 @@ from rich.console import Console
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json, to_json
 from qwen_jax.tokenizer import load_tokenizer
-from train.curate.shards import MANIFEST, OUTPUT
+from train.curate.shards import MANIFEST, OUTPUT, ROWS
 from train.data.build import BuildConfig, build
 from train.files import write_file
 
-ROWS = "rows"
 _MADE_FROM = "made-from.json"
+# The curation has decided how long a document may be: all that it has written are packed.
+_MEGABYTES = 2048.0
 
 
 def pack(
@@ -25,7 +26,8 @@ def pack(
 ) -> dict[str, dict[str, Any]]:
     """Builds `folder/rows/NAME` from `folder/output/NAME`, for each of them.
 
-    Rows are kept while files, tokenizer and length stay the same, and are built anew otherwise.
+    Rows are kept while files, tokenizer and length stay the same, and are built anew otherwise. Those of a folder that
+    the output has no more are removed.
 
     Args:
       folder: of a finished curation.
@@ -42,10 +44,17 @@ def pack(
     """
     files: Mapping[str, Mapping[str, Any]] = read_json(folder / MANIFEST)["files"]
     fingerprint = load_tokenizer(tokenizer).fingerprint()
+    names = sorted({file.partition("/")[0] for file in files})
+    for note in (folder / ROWS).glob(f"*.{_MADE_FROM}"):
+        if (name := note.name.removesuffix(f".{_MADE_FROM}")) not in names:
+            shutil.rmtree(folder / ROWS / name, ignore_errors=True)
+            note.unlink()
     made: dict[str, dict[str, Any]] = {}
-    for name in sorted({file.partition("/")[0] for file in files}):
+    for name in names:
         of = {file: entry["sha256"] for file, entry in sorted(files.items()) if file.startswith(f"{name}/")}
-        wanted = hashlib.sha256(json.dumps([of, fingerprint, length]).encode()).hexdigest()
+        # A data set names its files by their paths.
+        place = str((folder / OUTPUT).absolute())
+        wanted = hashlib.sha256(json.dumps([of, place, fingerprint, length, _MEGABYTES]).encode()).hexdigest()
         rows, note = folder / ROWS / name, folder / ROWS / f"{name}.{_MADE_FROM}"
         if rows.exists() and (not note.is_file() or read_json(note).get("sha256") != wanted):
             if not note.is_file():
@@ -53,7 +62,17 @@ def pack(
             shutil.rmtree(rows)
         rows.parent.mkdir(exist_ok=True)
         write_file(note, to_json({"sha256": wanted}).encode())
-        config = BuildConfig((str(folder / OUTPUT / name),), tokenizer, length, rows, domain=name, workers=workers)
+        config = BuildConfig(
+            (str(folder / OUTPUT / name),),
+            tokenizer,
+            length,
+            rows,
+            domain=name,
+            workers=workers,
+            max_document_megabytes=_MEGABYTES,
+            max_bad_lines=0,
+            max_bad=0.0,
+        )
         manifest = build(config, progress=console)
         made[name] = {"rows": manifest.rows, "tokens": manifest.tokens, "folder": str(rows)}
     return made

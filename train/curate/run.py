@@ -26,6 +26,7 @@ from train.curate.shards import (
     DOCUMENTS,
     MANIFEST,
     OUTPUT,
+    RECORDS,
     SCRATCH,
     VERSION,
     File,
@@ -131,6 +132,7 @@ class _Run:
     def run(self) -> dict[str, Any]:
         """Reads, runs all stages, writes the output, summary and report."""
         began = time.monotonic()
+        self._check_folders()
         try:
             self._read()
             for stage in self._curation.all_stages:
@@ -145,6 +147,13 @@ class _Run:
             write_file(self._folder / SUMMARY, to_json(self._summary, indent=1).encode())
             write_file(self._folder / REPORT, to_html(self._summary).encode())
         return self._summary
+
+    def _check_folders(self) -> None:
+        """Raises InputError where a folder holds files that are not of a curation: they would be removed."""
+        for name in (DOCUMENTS, *(stage.name for stage in self._curation.all_stages), OUTPUT):
+            folder = self._folder / name
+            if folder.exists() and not (folder / RECORDS).is_dir() and (not folder.is_dir() or any(folder.iterdir())):
+                raise InputError(f"{folder} was not made by a curation. Move it away, or give another output folder.")
 
     def _read(self) -> None:
         """Reads all inputs into shards of documents."""
@@ -230,7 +239,7 @@ class _Run:
             jobs = {name: [name, key] for name, key in keys.items()}
             work = {shard.name: shard.size for shard in self._shards}
             records = self._do(stage.name, make, keys, jobs, work, settings, stage.resources, stage.light)
-        inputs = {source: digest([reads[name] for name in reads]) for source in (DOCUMENTS, *sources)}
+        inputs = {source: digest(list(reads.values())) for source in (DOCUMENTS, *sources)}
         self._records[stage.name] = records
         came = sum(record.counts["in"] for record in records.values())
         removed = Counter[str]()
@@ -250,10 +259,13 @@ class _Run:
     ) -> tuple[dict[str, Record], Mapping[str, Any] | None]:
         """Runs a stage that looks at all documents, unless it is finished."""
         folder = self._folder / stage.name
+        (folder / RECORDS).mkdir(parents=True, exist_ok=True)
         done = _finished(folder, keys)
         self._progress.begin(stage.name, sum(shard.size for shard in self._shards), len(keys), len(done))
         manifest = _read_manifest(folder)
-        if len(done) == len(keys) and manifest is not None:
+        # A process may have been killed between the last sidecar and the manifest, which is then an earlier one.
+        its = manifest and (manifest.get("config"), manifest.get("inputs", {}).get(DOCUMENTS))
+        if len(done) == len(keys) and manifest is not None and its == (digest(settings), digest(list(reads.values()))):
             return done, manifest["counts"].get("found")
         self._say_why(stage.name, settings, manifest)
         names = tuple(shard.name for shard in self._shards)
@@ -277,6 +289,7 @@ class _Run:
     ) -> dict[str, Record]:
         """Does the jobs of a stage that are not finished; returns all records, in order."""
         folder = self._folder / name
+        (folder / RECORDS).mkdir(parents=True, exist_ok=True)
         done = _finished(folder, keys)
         todo = [(key, jobs[key]) for key in keys if key not in done]
         self._progress.begin(name, sum(work[key] for key, _ in todo), len(keys), len(done))

@@ -47,16 +47,19 @@ class RunIndex:
         """The words of a sequence, uint32."""
         return self.words[self.bounds[number] : self.bounds[number + 1]]
 
-    def lookup(self, hashes: np.ndarray, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Runs of a text that sequences have.
+    def lookup(
+        self, hashes: np.ndarray, most: int | None = None, bounds: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Runs of texts that sequences have.
 
         Args:
-          hashes: of its words, uint64.
-          most: times that a run counts in each 32,768 words, so that a table of zeros does not fill the memory; None
-            counts all.
+          hashes: of their words, uint64, one text after the other.
+          most: times that a run counts in each 32,768 words of a text, so that a table of zeros does not fill the
+            memory; None counts all.
+          bounds: first word of each text, and the number of all words; None for one text.
 
         Returns:
-          First words of runs in the text and in all words of the sequences, int64, one pair for each two equal runs.
+          First words of runs in the texts and in all words of the sequences, int64, one pair for each two equal runs.
         """
         if not len(self.keys):
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -67,11 +70,15 @@ class RunIndex:
             at = block >> shift
             bits = self.filter[at >> np.uint64(3)] >> (at & np.uint64(7)).astype(np.uint8)
             passed = np.flatnonzero(bits & np.uint8(1))
-            if most is not None and len(passed) > most:
-                passed = passed[_ranks(block[passed]) < most]
             found.append(passed + begin)
             keys.append(block[passed])
         where, passed_keys = np.concatenate(found), np.concatenate(keys)
+        if most is not None and len(where) > most:
+            # Each text by itself: what is found in one must not depend on those before it.
+            edges = np.array([0, len(hashes)]) if bounds is None else np.asarray(bounds)
+            text = np.searchsorted(edges, where, "right") - 1
+            kept = _ranks(passed_keys, text, (where - edges[text]) // _BLOCK) < most
+            where, passed_keys = where[kept], passed_keys[kept]
         first = np.searchsorted(self.keys, passed_keys, "left")
         known = self.keys[np.minimum(first, len(self.keys) - 1)] == passed_keys
         where, first, passed_keys = where[known], first[known], passed_keys[known]
@@ -94,13 +101,13 @@ class RunIndex:
         return cls(int(np.load(folder / "length.npy", allow_pickle=False)), **arrays)
 
 
-def _ranks(keys: np.ndarray) -> np.ndarray:
+def _ranks(*keys: np.ndarray) -> np.ndarray:
     """How many equal keys come before each."""
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    edges = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
-    ranks = np.empty(len(keys), np.int64)
-    ranks[order] = np.arange(len(keys)) - np.repeat(edges, np.diff(np.append(edges, len(keys))))
+    order = np.lexsort(keys)
+    new = [ordered[1:] != ordered[:-1] for ordered in (key[order] for key in keys)]
+    edges = np.flatnonzero(np.append(True, np.logical_or.reduce(new)))
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.arange(len(order)) - np.repeat(edges, np.diff(np.append(edges, len(order))))
     return ranks
 
 

@@ -92,7 +92,7 @@ class Select(RowStage):
             for text, _, decision, make in rules:
                 try:
                     value = make(table)
-                except (pa.ArrowException, TypeError) as error:
+                except (pa.ArrowException, TypeError, OverflowError) as error:
                     types = ", ".join(f"{f.name} is {f.type}" for f in table.schema if f.name in text)
                     raise InputError(
                         f"The condition {text} cannot be computed, where {types}: {str(error).splitlines()[0]}"

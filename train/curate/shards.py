@@ -25,8 +25,9 @@ from qwen_jax.files import to_json
 from train.files import temporary_name, write_file
 
 DOCUMENTS, OUTPUT, RECORDS, MANIFEST = "documents", "output", ".records", "manifest.json"
+ROWS = "rows"
 SCRATCH = ".scratch"
-RESERVED = (DOCUMENTS, OUTPUT, "ids", "lock.json", "summary.json", "report.html", MANIFEST, "bad.jsonl")
+RESERVED = (DOCUMENTS, OUTPUT, ROWS, "ids", "lock.json", "summary.json", "report.html", MANIFEST, "bad.jsonl")
 """Names in the folder that a stage cannot have."""
 
 VERSION = 1

@@ -158,14 +158,15 @@ class Map(RowStage):
 
     def start(self) -> Compute:
         """Starts all operators."""
-        started = [(operator, operator.start()) for operator in self.operators]
+        # Some operators read a file to say what they make: once, not for each batch.
+        started = [(operator, operator.start(), _nullable(operator.makes)) for operator in self.operators]
         makes = self.makes
 
         def compute(table: pa.Table) -> pa.Table:
             rows = table.num_rows
             columns = {name: table[name] for name in table.column_names}
             reason: pa.Array = pa.nulls(rows, pa.string())
-            for operator, function in started:
+            for operator, function, promised in started:
                 alive = reason.is_null()
                 if TEXT in operator.reads and "html" not in operator.reads:
                     empty = pc.and_(alive, columns[TEXT].is_null())
@@ -173,7 +174,8 @@ class Map(RowStage):
                     alive = reason.is_null()
                 indices = pc.indices_nonzero(alive)
                 here = pa.table({name: columns[name] for name in operator.reads})
-                made = _checked(operator, function(here if len(indices) == rows else here.take(indices)), len(indices))
+                result = function(here if len(indices) == rows else here.take(indices))
+                made = _checked(operator.name, promised, result, len(indices))
                 for name in made.column_names:
                     column = made[name] if len(indices) == rows else scatter(made[name], indices, rows)
                     if name == REASON:
@@ -189,14 +191,18 @@ class Map(RowStage):
         return compute
 
 
-def _checked(operator: Operator, made: pa.Table, rows: int) -> pa.Table:
+def _nullable(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([field.with_nullable(True) for field in schema])
+
+
+def _checked(name: str, promised: pa.Schema, made: pa.Table, rows: int) -> pa.Table:
     """What an operator has made, with the columns that it promised."""
-    if made.num_rows != rows or set(made.column_names) != set(operator.makes.names):
+    if made.num_rows != rows or set(made.column_names) != set(promised.names):
         raise InputError(
-            f"The operator {operator.name} must make {rows} rows of {', '.join(operator.makes.names)}; it made "
+            f"The operator {name} must make {rows} rows of {', '.join(promised.names)}; it made "
             f"{made.num_rows} of {', '.join(made.column_names)}."
         )
-    return made.select(operator.makes.names).cast(pa.schema([field.with_nullable(True) for field in operator.makes]))
+    return made.select(promised.names).cast(promised)
 
 
 def scatter(values: pa.ChunkedArray, indices: pa.Array, rows: int) -> pa.Array:

@@ -1,11 +1,13 @@
 """`qwen-jax data curate`."""
 
 import json
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from qwen_jax import cli
+from qwen_jax.cli.curate import Options
 from tests.helpers.runs import print_seed
 from tests.train.curate.curations import make_input
 from train.data.documents import find_sources, read_records, share_out
@@ -73,6 +75,15 @@ def test_a_curation_of_a_file(
     assert "select is run again: condition has changed" in captured.err
     assert "features: 1 of 1 shards are finished already" in captured.err
     assert "report.html" in captured.out
+
+
+def test_the_example_of_the_help_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = (Options.__doc__ or "").partition("FILE.py may hold:\n")[2].partition("    and `qwen-jax")[0]
+    (tmp_path / "example.py").write_text(textwrap.dedent(example))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "word " * n}) + "\n" for n in (9, 90)))
+    command = ["data", "curate", "--config", str(tmp_path / "example.py"), "--web", str(tmp_path / "a.jsonl")]
+    assert cli.main([*command, "--output", str(tmp_path / "run"), "--workers", "1"]) == 0
+    assert "select: 1 of 2" in capsys.readouterr().out
 
 
 def test_what_cannot_be_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

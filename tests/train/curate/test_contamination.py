@@ -145,6 +145,20 @@ def test_tables_of_zeros_take_no_time_and_hide_nothing(tmp_path: Path) -> None:
     assert time.process_time() - began < 5
 
 
+def test_what_is_found_in_a_text_does_not_depend_on_its_company(tmp_path: Path) -> None:
+    """A page that was copied a hundred times is found each time, also behind texts that repeat parts of a test item."""
+    rng = random.Random(int(print_seed().integers(1 << 30)))
+    items = [some_words(rng, 30) for _ in range(3)]
+    finder = finder_of(tmp_path / "set.jsonl", [{"question": " ".join(item)} for item in items])
+    texts = [" ".join([*some_words(rng, 20), *items[0], *some_words(rng, 20)]) for _ in range(100)]
+    parts = [" ".join(items[1][begin : begin + 5]) for begin in range(26) for _ in range(40)]
+    texts += [" ".join(parts), " ".join(items[1])]
+    alone = {(number, item) for number, text in enumerate(texts) for _, item in found(finder, [text])}
+    assert {*((number, 0) for number in range(100)), (101, 1)} <= alone
+    assert found(finder, texts) == alone
+    assert {(len(texts) - 1 - number, item) for number, item in found(finder, texts[::-1])} == alone
+
+
 def test_short_questions_need_every_word_and_the_answer(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"question": "What is the capital city of France?", "answer": "Paris"},

@@ -160,6 +160,26 @@ def test_parquet_keeps_schema_values_and_order(material: Material, tmp_path: Pat
         assert row["messages"][0]["content"] == (text if item is None else text.replace(material.items[item], ""))
 
 
+def test_odd_files_are_read(material: Material, tmp_path: Path) -> None:
+    """Parquet without compression, or with strings that are not UTF-8; lines with a form feed around them."""
+    texts = [material.text(0), material.text()]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "plain.parquet", compression="NONE")
+    content = b"\xff".join(text.encode() for text in texts)
+    ends = [0, len(content), len(content) + 1]
+    buffers = [None, pa.py_buffer(b"".join(end.to_bytes(4, "little") for end in ends)), pa.py_buffer(content + b"x")]
+    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 2, buffers)}), tmp_path / "bytes.parquet")
+    (tmp_path / "feed.jsonl").write_bytes(b"\f" + json.dumps({"text": texts[0]}).encode() + b"\f\n")
+    made = {}
+    for name, count in (("plain.parquet", (1, 1, 0)), ("bytes.parquet", (1, 0, 1)), ("feed.jsonl", (0, 1, 0))):
+        summary = clean(material, [tmp_path / name], tmp_path / f"of-{name}", action="mask")
+        assert (summary["kept"], summary["masked"], summary["bad"]) == count
+        made[name] = tmp_path / f"of-{name}" / name
+    assert pq.read_table(made["plain.parquet"])["text"].to_pylist()[1] == texts[1]
+    assert pq.read_table(made["bytes.parquet"])["text"].to_pylist() == ["x"]
+    masked = json.loads(made["feed.jsonl"].read_bytes().strip())["text"]
+    assert masked == pq.read_table(made["plain.parquet"])["text"].to_pylist()[0]
+
+
 def many_files(material: Material, folder: Path, count: int) -> list[Path]:
     folder.mkdir()
     for number in range(count):

@@ -22,7 +22,7 @@ from train.curate.curation import Curation, Input, Map, Output
 from train.curate.deduplicate import DUPLICATES, DuplicateOptions, find_duplicates
 from train.curate.deduplicate_stage import Deduplicate
 from train.curate.engine import Engine
-from train.curate.operators.fingerprint import Fingerprint, normalise_text
+from train.curate.operators.fingerprint import Fingerprint, Shingles, normalise_text
 from train.curate.run import RunOptions, run
 from train.curate.urls import normalise_url
 
@@ -155,6 +155,16 @@ def test_no_document_and_no_duplicate(tmp_path: Path) -> None:
         table = pa.concat_tables([pq.read_table(file) for file in found.files])
         assert (len(table), found.documents) == (0, len(given))
         assert table.column_names == DUPLICATES.names
+
+
+@pytest.mark.parametrize("options", [DuplicateOptions(similarity=0.5), DuplicateOptions(text=False, url=False)])
+def test_documents_without_bands_have_no_near_duplicates(tmp_path: Path, options: DuplicateOptions) -> None:
+    """A corpus of short texts, as a selection may leave, has exact duplicates at most."""
+    texts = ["two words", "two words", "three other words"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    stages = [Map("features", [Fingerprint(), Shingles()]), Deduplicate(options)]
+    made = run(Curation([Input("web", str(tmp_path / "a.jsonl"))], stages), tmp_path / "run", RunOptions(workers=1))
+    assert made["output"]["web"]["documents"] == (2 if options.text else 3)
 
 
 def test_columns_that_are_missing_are_named(tmp_path: Path, features: list[Path]) -> None:

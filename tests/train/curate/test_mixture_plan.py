@@ -16,10 +16,14 @@ from qwen_jax.cli import main
 from qwen_jax.errors import InputError
 from tests.helpers.data_sets import make_rows
 from tests.helpers.runs import print_seed
+from tests.train.curate.curations import Repair
+from train.curate.curation import Curation, Input, Map, Select
 from train.curate.mix import NOT_PLANNED, SAMPLED_OUT, Mix
 from train.curate.mixture_plan import Plan, make_plan, plan_text, read_mixture, read_plan, water_fill, write_plan
 from train.curate.mixture_plot import plan_html, plan_png
 from train.curate.mixture_table import SCHEMA, UNSCORED, Cell, CellTable, Columns, cell_table, read_attributes
+from train.curate.operators.unicode import RepairUnicode
+from train.curate.run import RunOptions, run
 from train.data.mixture import Mixture, MixtureStage
 from train.data.rows import PackedRows
 
@@ -246,6 +250,22 @@ def test_a_folder_of_a_curation_is_read_with_the_columns_of_its_stages(tmp_path:
     pq.write_table(read.append_column("n", pa.array([1, 2, 3, 4])), tmp_path / "a.parquet")
     file = pa.concat_tables(read_attributes([tmp_path / "a.parquet"], Columns("quality", tokens="n")))
     assert file["tokens"].to_pylist() == [1, 2, 3, 4]
+
+
+def test_the_folder_of_a_curation_counts_as_it_ended(tmp_path: Path) -> None:
+    """The text is the newest one, also where a stage left it; a stage that was taken out removes nothing more."""
+    texts = [f"{'cat ' * n}a\u200bb" for n in [1, *print_seed().integers(1, 9, 20).tolist()]]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in [*texts, "plain text"]))
+    source, folder = Input("web", str(tmp_path / "a.jsonl")), tmp_path / "run"
+    repair, select = Map("repair", [RepairUnicode()]), Select("length(text) > 12")
+    again = Map("again", [Repair("none")])
+    for stages in [[repair, select, again], [repair, again]]:
+        run(Curation([source], stages), folder, RunOptions(workers=1))
+        written = [len(text) - 1 for text in texts if select not in stages or len(text) > 13]
+        assert select not in stages or len(written) < len(texts)
+        plain = 0 if select in stages else len("plain text")
+        cells = cell_table(lambda: read_attributes([folder], Columns(bytes_per_token=1))).cells
+        assert [cell.tokens for cell in cells] == [sum(written) + plain]
 
 
 def test_a_plan_is_shown_as_a_table_and_as_pictures() -> None:

@@ -18,6 +18,8 @@ from tests.helpers.runs import print_seed
 from tests.train.curate.curations import Repair, Words, curation, documents, made, make_input
 from train.curate.curation import Curation, Input, Map, Output, Select
 from train.curate.engine import Engine
+from train.curate.operators.decontaminate import Decontaminate
+from train.curate.operators.language import Language
 from train.curate.run import RunOptions, run
 
 ROOT = Path(__file__).parents[3]
@@ -133,6 +135,16 @@ def test_a_threshold_runs_only_what_reads_it(source: Path, whole: Path, tmp_path
     assert made(folder) == made(whole)
 
 
+def test_what_a_stage_has_found_is_that_of_its_own_documents(source: Path, tmp_path: Path) -> None:
+    """Killed before a stage over the whole corpus has its manifest, a run does not tell what was found earlier."""
+    manifest, found = tmp_path / "lengths" / "manifest.json", []
+    for least in (5, 40):
+        before = manifest.read_bytes() if manifest.exists() else b""
+        found.append(run(curation(source, least=least), tmp_path, ONE)["stages"][-1]["found"])
+    manifest.write_bytes(before)
+    assert found[0] != found[1] == run(curation(source, least=40), tmp_path, ONE)["stages"][-1]["found"]
+
+
 def test_a_file_that_is_new_leaves_other_inputs_alone(source: Path, tmp_path: Path) -> None:
     rng, folder, own = print_seed(), tmp_path / "run", make_input(tmp_path / "input", print_seed(), 60)
     run(curation(own), folder, ONE)
@@ -199,11 +211,25 @@ def test_a_full_disk_says_so(source: Path, tmp_path: Path, monkeypatch: pytest.M
         ([Map("a", [Words()]), Map("b", [Words()])], "makes the column 'words', which is of the stage a already"),
         ([Map("a", [Words()]), Map("a", [Repair()])], "Two stages have the name a"),
         ([Map("documents", [Words()])], "A stage's name"),
+        ([Map("rows", [Words()])], "A stage's name"),
+        ([Map("a", [Language("none.py:identify")])], "The stage a: cannot read none.py: No such file"),
+        ([Map("a", [Decontaminate(("none.jsonl",))])], "The stage a: No such file or folder: none.jsonl"),
     ],
 )
 def test_a_curation_that_cannot_work_is_refused(stages: list[Map], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Curation([Input("web", "x")], stages)
+
+
+@pytest.mark.parametrize("name", ["documents", "features", "output"])
+def test_files_of_others_are_not_removed(source: Path, tmp_path: Path, name: str) -> None:
+    """A folder that has the name of a stage by chance is left as it is."""
+    other = tmp_path / "run" / name / "mine.txt"
+    other.parent.mkdir(parents=True)
+    other.write_text("mine")
+    with pytest.raises(InputError, match=f"{name} was not made by a curation"):
+        run(curation(source), tmp_path / "run", ONE)
+    assert other.read_text() == "mine"
 
 
 def test_two_runs_cannot_share_a_folder(source: Path, tmp_path: Path) -> None:
@@ -217,6 +243,22 @@ def test_a_process_has_one_engine() -> None:
     Engine(workers=1)
     with pytest.raises(InputError, match="runs the engine native already"):
         Engine("ray")
+
+
+def test_a_thousand_reasons_are_counted_as_a_hundred(tmp_path: Path) -> None:
+    """Records without the field are counted by the names that they have; all are listed, but few are told apart."""
+    records = [{"text": "good"}, *({f"field {number}": "x"} for number in range(1000))]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    source = Input("web", str(tmp_path / "a.jsonl"), max_bad=1)
+    bad = run(Curation([source]), tmp_path / "run", ONE)["inputs"]["web"]["bad"]
+    assert (len(bad), sum(bad.values()), bad["other reasons"]) == (101, 1000, 900)
+    assert len((tmp_path / "run" / "bad.jsonl").read_text().splitlines()) == 1000
+
+
+def test_an_output_of_too_many_folders_is_refused(source: Path, tmp_path: Path) -> None:
+    many = Curation([Input("both", str(source))], [], Output(by="id"), shard_megabytes=100)
+    with pytest.raises(InputError, match="more than 500 files: the column id, which divides the output, has too many"):
+        run(many, tmp_path, ONE)
 
 
 def test_output_as_parquet(source: Path, whole: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Sequence
@@ -19,8 +20,12 @@ from qwen_jax.cli.formats import CheckpointFormats
 from qwen_jax.errors import InputError
 from tests.helpers.runs import print_seed
 from tests.helpers.scoring import OPTIONS, RATINGS, TOPIC, documents, make_instruct
+from train.curate.curation import Curation, Input
 from train.curate.operator import DOCUMENT
+from train.curate.run import RunOptions
+from train.curate.run import run as curate
 from train.curate.scoring import shards as corpus
+from train.curate.scoring.distil import distil
 from train.curate.scoring.job import MANIFEST, score_corpus
 from train.curate.scoring.model import NotFiniteError, Work
 from train.curate.scoring.operators import ModelScores
@@ -123,6 +128,41 @@ def test_scores_of_other_documents_or_settings_are_refused(run: Path, tmp_path: 
     pq.write_table(pa.table({"text": ["a"]}), file)
     with pytest.raises(InputError, match="no column id"):
         find_shards([str(run)])
+
+
+def test_scores_of_a_changed_text_of_the_same_length_are_refused(tmp_path: Path) -> None:
+    """Ids and sizes stay: files are known by the times of their changes, shards of a curation by their hashes."""
+    file, folder = tmp_path / "a.jsonl", tmp_path / "run"
+    source = Curation([Input("web", str(file))])
+    for number, text in enumerate(("one", "two")):
+        file.write_text(json.dumps({"text": text}) + "\n")
+        os.utime(file, (number, number))
+        curate(source, folder, RunOptions(workers=1))
+        for name, given in (("of-file", file), ("of-run", folder)):
+            if number:
+                with pytest.raises(InputError, match="holds scores of other documents or settings"):
+                    score_corpus(Counting(), find_shards([str(given)]), tmp_path / name)
+            else:
+                assert score_corpus(Counting(), find_shards([str(given)]), tmp_path / name)["documents"] == 1
+    # The same documents again, though their files are new ones.
+    file.write_text(json.dumps({"text": "one"}) + "\n")
+    shutil.rmtree(folder)
+    curate(source, folder, RunOptions(workers=1))
+    assert score_corpus(Counting(), find_shards([str(folder)]), tmp_path / "of-run")["shards_skipped"] == 1
+
+
+def test_a_student_of_classes_is_refused(tmp_path: Path) -> None:
+    """Names of classes are no numbers, whether they are asked for or nothing else is there."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one"}) + "\n")
+    shards = find_shards([str(tmp_path / "a.jsonl")])
+    score_corpus(Counting(), shards, tmp_path / "scores")
+    file = tmp_path / "scores" / shards[0].name
+    table = pq.read_table(file).drop_columns(["length"]).append_column("topic", pa.array(["news"]))
+    pq.write_table(table.append_column("topic_probability", pa.array([0.5], pa.float32())), file)
+    with pytest.raises(InputError, match=r"has classes alone, .*columns of topic_probability"):
+        distil(shards, tmp_path / "scores")
+    with pytest.raises(InputError, match=r"has no score topic\. Expected some of topic_probability"):
+        distil(shards, tmp_path / "scores", columns=["topic"])
 
 
 def test_a_document_without_a_finite_score_is_named(run: Path, tmp_path: Path) -> None:

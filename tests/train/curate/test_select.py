@@ -130,6 +130,8 @@ def test_what_is_no_condition_is_refused(condition: str) -> None:
 
 
 def test_types_that_do_not_fit_are_named() -> None:
+    with pytest.raises(InputError, match=r"words > 9{25} cannot be computed, where words is int64: .*too large"):
+        reasons(f"words > {'9' * 25}")
     with pytest.raises(InputError, match=r"words > 'x' cannot be computed, where words is int64"):
         reasons("words > 'x'")
     with pytest.raises(InputError, match="must be true or false, it is int64"):

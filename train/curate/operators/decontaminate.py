@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
@@ -58,6 +58,8 @@ class Decontaminate(Operator):
     placeholder: str = ""
     question: tuple[str, ...] = ()
     answer: tuple[str, ...] = ()
+
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if not self.against:

@@ -45,9 +45,13 @@ def distil(
     for shard in shards:
         table = _table(scores / shard.name)
         names = tuple(columns) or _numbers(table.schema)
-        if missing := [name for name in names if name not in table.column_names]:
+        scored = [f.name for f in table.schema if pa.types.is_floating(f.type) and f.name not in _KEYS]
+        if missing := [name for name in names if name not in scored]:
+            raise InputError(f"{scores} has no score {', '.join(missing)}. Expected some of {', '.join(scored)}.")
+        if not names:
             raise InputError(
-                f"{scores} has no score {', '.join(missing)}. Expected some of {', '.join(_numbers(table.schema))}."
+                f"{scores} has classes alone, and a student learns numbers. Score with a rubric of ratings, or name "
+                f"columns of {', '.join(scored)}."
             )
         row, ids = 0, table["id"].to_pylist()
         values_NC = np.stack([table[name].to_numpy().astype(np.float32) for name in names], axis=1)

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qwen_jax.errors import InputError
-from qwen_jax.files import why_unusable
-from train.data.documents import Piece, find_sources, read_records, share_out
+from qwen_jax.files import read_json, why_unusable
+from train.curate.shards import DOCUMENTS, MANIFEST
+from train.data.documents import Piece, find_sources, read_records, same_file, share_out
 from train.data.text import find_files
 
-DOCUMENTS = "documents"
 # A chunk of documents that is scored and written together ends at either number.
 _CHUNK_DOCUMENTS, _CHUNK_CHARACTERS = 4096, 1 << 25
 
@@ -28,6 +28,7 @@ class Shard:
       size: in bytes, for progress.
       path: the Parquet file with the documents; None for a unit of input files.
       pieces: of the input files.
+      content: of the Parquet file, its SHA-256 by the manifest of the curation, or else the time of its last change.
     """
 
     number: int
@@ -35,15 +36,13 @@ class Shard:
     size: int
     path: Path | None = None
     pieces: tuple[Piece, ...] = ()
+    content: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """What must not change while the corpus is scored."""
         if self.path is not None:
-            return {"name": self.name, "bytes": self.size}
-        return {
-            "name": self.name,
-            "pieces": [[p.source.path, p.source.size, p.start, p.end] for p in self.pieces],
-        }
+            return {"name": self.name, "bytes": self.size, "content": self.content}
+        return {"name": self.name, "pieces": [[*same_file(p.source), p.start, p.end] for p in self.pieces]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +82,13 @@ def find_shards(inputs: Sequence[str], field: str = "text", unit_bytes: int = 1 
             missing = {"id", "text"} - set(_parquet(file).schema_arrow.names)
             if missing:
                 raise InputError(f"{file} has no column {' and '.join(sorted(missing))}. It is no file of documents.")
-        return [Shard(i, file.name, file.stat().st_size, file) for i, file in enumerate(files)]
+        manifest = read_json(folder / MANIFEST)["files"] if (folder / MANIFEST).is_file() else {}
+        shards = []
+        for i, file in enumerate(files):
+            stat, known = file.stat(), manifest.get(file.name, {})
+            content = known["sha256"] if known.get("size") == stat.st_size else str(stat.st_mtime_ns)
+            shards.append(Shard(i, file.name, stat.st_size, file, content=content))
+        return shards
     units = share_out(find_sources(find_files(inputs, "files of documents"), "auto", field), unit_bytes)
     return [Shard(i, f"{i:05d}.parquet", sum(p.work for p in unit), None, unit) for i, unit in enumerate(units)]
 
