@@ -29,7 +29,7 @@ from typing import Any
 from experiments.learning.data import find_text
 from train.files import write_file
 
-_HELD_OUT = 0.08
+_HELD_OUT, _HELD_OUT_MOST = 0.08, 600_000
 # Shares of the corpus in bytes; the rest is clean.
 _SHARES = {"junk": 0.30, "exact": 0.12, "near": 0.13}
 _SPAM = (
@@ -79,7 +79,7 @@ def make(folder: Path, megabytes: float, seed: int = 0, folders: list[str] | Non
     texts = [t for t in find_text(int(size * (clean_share + _HELD_OUT) * 1.1), seed, folders) if 400 < len(t) < 60_000]
     # Copies of a package in two places would leak from one side to the other: a text is known by its beginning.
     texts = list({re.sub(r"\W+", " ", text[:2000]).casefold()[:300]: text for text in texts}.values())
-    held_out, budget = [], _HELD_OUT * size
+    held_out, budget = [], min(_HELD_OUT * size, _HELD_OUT_MOST)
     while texts and budget > 0:
         held_out.append(texts.pop())
         budget -= len(held_out[-1])

@@ -95,7 +95,7 @@ class Setup:
             seed=seed,
             objective=PretrainConfig(loss_chunk=8192),
             step=StepConfig(dtype="float32", remat="none"),
-            loop=LoopConfig(evaluate_every=max(self.steps // 4, 1)),
+            loop=LoopConfig(evaluate_every=max(self.steps // 2, 1)),
             checkpoints=CheckpointConfig(every=0),
         )
 

@@ -57,20 +57,24 @@ def test_rollouts_do_not_depend_on_company_order_or_preemption(
     engine: ContinuousEngine, params: Params, mesh: Mesh, tokenizer: Tokenizer
 ) -> None:
     """The same prompts all at once, in another order one by one, and by an engine that runs out of pages."""
-    prompts, config = random_prompts(print_seed(), 5), dataclasses.replace(CONFIG, max_new_tokens=72)
+    rng, config, ends = print_seed(), dataclasses.replace(CONFIG, max_new_tokens=72), list(engine.eos_token_ids)
     sampler = Sampler(engine, config)
-    want = {prompt.number: group for prompt, group in zip(prompts, sampler.sample(prompts, 2), strict=True)}
-    for prompt in prompts[::-1]:
-        (group,) = sampler.sample([prompt], 2)
-        for a, b in zip(group, want[prompt.number], strict=True):
-            same(a, b)
-    ends = list(engine.eos_token_ids)
-    with engine_of(params, MODEL, mesh, mesh, tokenizer=tokenizer, eos_token_ids=ends, num_pages=6) as small:
-        other = Sampler(small, config)
+
+    def preemptions(other: Sampler) -> int:
+        prompts = random_prompts(rng, 5)
+        want = {prompt.number: group for prompt, group in zip(prompts, sampler.sample(prompts, 2), strict=True)}
+        for prompt in prompts[::-1]:
+            (group,) = sampler.sample([prompt], 2)
+            for a, b in zip(group, want[prompt.number], strict=True):
+                same(a, b)
         for prompt, group in zip(prompts, other.sample(prompts, 2), strict=True):
             for a, b in zip(group, want[prompt.number], strict=True):
                 same(a, b)
-        assert other.counts.preemptions > 0
+        return other.counts.preemptions
+
+    with engine_of(params, MODEL, mesh, mesh, tokenizer=tokenizer, eos_token_ids=ends, num_pages=6) as small:
+        # Where all texts of a draw are short, it draws again.
+        assert any(preemptions(Sampler(small, config)) for _ in range(5))
 
 
 def test_what_a_rollout_is(engine: ContinuousEngine, params: Params, mesh: Mesh) -> None:

@@ -20,7 +20,8 @@ class Seen:
 
     def __init__(self) -> None:
         # A file without a name, in the folder for temporary files; the system removes it.
-        self._file = sqlite3.connect("", isolation_level=None)
+        # The collector of garbage may close it in another thread, where a run has ended early.
+        self._file = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._file.execute("PRAGMA journal_mode=OFF")
         self._file.execute("CREATE TABLE seen (name TEXT PRIMARY KEY) WITHOUT ROWID")
 

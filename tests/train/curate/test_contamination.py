@@ -71,7 +71,8 @@ def test_noisy_copies_in_long_documents_are_found_and_nothing_else(tmp_path: Pat
             begin, end = split.place(match.text, texts[match.text], match.begin, match.end)
             span = words(texts[match.text][begin:end])
             assert match.common >= (1 - level) * len(item) - 1
-            assert abs(len(span) - len(item)) <= max(2, 0.15 * len(item))
+            # Changed words at its ends may be left out.
+            assert match.common <= len(span) <= len(item) + max(2, 0.15 * len(item))
 
 
 def test_insertions_deletions_and_excerpts_follow_the_rule(tmp_path: Path) -> None:
