@@ -166,7 +166,8 @@ def train(folder: Path, setup: Setup, seed: int) -> dict[str, float]:
     losses = {}
     for way in WAYS:
         run = setup.run(folder, way, seed)
-        pretrain(run)
+        if pretrain(run):
+            raise SystemExit(f"Seed {seed} of {way} was stopped; the same command goes on with it.")
         log = [json.loads(line) for line in (Path(run.output) / "metrics.jsonl").read_text().splitlines()]
         losses[way] = [line["held_out_loss"] for line in log if "held_out_loss" in line][-1]
     return losses
