@@ -26,7 +26,7 @@ from train.data.documents import DamagedInputError, Source, same_file
 from train.data.progress import BuildProgress
 from train.data.shards import digest, write_file, write_json
 from train.data.text import find_files
-from train.data.workers import Workers
+from train.data.workers import Workers, cores
 from train.lock import LOCK, lock
 
 SUMMARY, QUARANTINE = "decontamination.json", "quarantine.jsonl"
@@ -277,8 +277,7 @@ def _run(
         config.max_bad,
         config.max_bad_lines,
     )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(config.workers or cores, len(todo))
+    count = min(config.workers or cores(), len(todo))
     if count <= 1:
         cleaner = Cleaner(settings, finder, items.owner, display.advance)
         for job in todo:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from qwen_jax.errors import NO_ROOM, InputError
 from train.curate.ending import Ending
 from train.data.documents import optional_library
+from train.data.workers import cores
 
 Kind = Literal["native", "ray"]
 Job = Callable[[Any], Any]
@@ -83,7 +84,7 @@ class Engine:
             raise InputError(f"workers must be at least 1, got {workers}.")
         self.kind: Kind = kind
         self._daft = _start(kind, address)
-        self.workers = workers or (_cluster_cores(address) if kind == "ray" else _cores())
+        self.workers = workers or (_cluster_cores(address) if kind == "ray" else cores())
         self.partitions = self.workers if kind == "native" else 2 * self.workers
         self._scratch = scratch or Path(tempfile.gettempdir()) / f"qwen-jax-curate-{os.getpid()}"
 
@@ -317,7 +318,3 @@ def _cluster_cores(address: str | None) -> int:
     if not ray.is_initialized():
         ray.init(address)
     return max(int(ray.cluster_resources().get("CPU", 1)), 1)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -38,7 +38,7 @@ from train.data.shards import (
     write_json,
 )
 from train.data.text import find_files
-from train.data.workers import Workers
+from train.data.workers import Workers, cores
 
 _UNITS, _SETTINGS = "units", "settings.json"
 # Characters that are tokenized at a time; the tokenizers library uses about 170 bytes of memory for each.
@@ -319,14 +319,14 @@ def _run(
             records[index] = result
             display.unit()
 
-    cores = config.workers or _cores()
-    count = min(cores, len(todo))
+    processes = config.workers or cores()
+    count = min(processes, len(todo))
     if count <= 1:
         encoder = Encoder(config, output, display.advance, tokenizer)
         for index, unit, key in todo:
             done(index, encoder(index, unit, key))
     else:
-        with Workers(count, cores // count, functools.partial(Encoder, config, output)) as workers:
+        with Workers(count, processes // count, functools.partial(Encoder, config, output)) as workers:
             for (index, _, _), result in workers.run(todo, display.advance):
                 done(index, result)
     if damaged:
@@ -336,10 +336,6 @@ def _run(
             "finished and kept."
         )
     return records
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Encoder:

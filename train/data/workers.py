@@ -19,6 +19,12 @@ R = TypeVar("R")
 
 _POLL_SECONDS = 0.3
 
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 _call: Callable[..., Any]  # Does a job in a worker process; set by `_start`.
 
 

@@ -4,13 +4,11 @@ import io
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from rich.console import Console
 
 from qwen_jax import cli
-from qwen_jax.tokenizer import Tokenizer, train_bpe
-from tests.helpers.data_sets import random_texts
+from qwen_jax.tokenizer import Tokenizer
 from tests.helpers.runs import print_seed
 from tests.train.curate.curations import documents, make_input
 from tests.train.curate.test_command import CURATION
@@ -20,18 +18,6 @@ from train.curate.pack import pack
 from train.curate.run import RunOptions, run
 
 ONE = RunOptions(workers=1)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_bpe(random_texts(np.random.default_rng(0), 50), 320)
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save(path)
-    return path
 
 
 def packed(run: Path, tokenizer: Path) -> dict[str, int]:
