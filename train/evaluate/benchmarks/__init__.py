@@ -1,1 +1,1 @@
-"""The benchmarks. Each module has `TASKS`, a tuple of `train.evaluate.task.Task`; `train.evaluate.registry` lists them."""
+"""The benchmarks. Each module has `TASKS`, a tuple of `train.evaluate.task.Task`. The registry names the modules."""
