@@ -34,8 +34,6 @@ from tests.helpers.layer_cases import (
     norm as plain_norm,
 )
 
-pytestmark = pytest.mark.usefixtures("unproven_kernels")
-
 SCHEMES = (
     Scheme("int4", 128, "float16", "zero"),
     Scheme("int4", 32, "bfloat16"),

@@ -21,8 +21,6 @@ from tests.helpers.gpu_quantized import CAN_INTERPRET, interpreted
 from tests.helpers.platforms import as_if_on
 from tests.qwen_jax.kernels.test_quantized_gpu import FLOAT8, INT4, INT8, Case, arrays, print_seed
 
-pytestmark = pytest.mark.usefixtures("unproven_kernels")
-
 
 def matrices_of(experts: int, case: Case, numbers: np.random.Generator) -> QuantizedMatrices:
     """Random matrices, one for each expert; the case's rows are not used."""
