@@ -72,6 +72,18 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
 
 
+def test_a_run_of_raw_pages_is_refused(tmp_path: Path) -> None:
+    """Its documents have no text yet, so that each score would be null."""
+    (tmp_path / "run" / "documents").mkdir(parents=True)
+    pages = [{"id": f"p{i}", "domain": "web", "source": "x", "html": b"<p>text", "text": None} for i in range(3)]
+    pq.write_table(pa.Table.from_pylist(pages, DOCUMENT), tmp_path / "run" / "documents" / "00000.parquet")
+    with pytest.raises(InputError, match=r"None of the 3 documents .* raw pages"):
+        find_shards([str(tmp_path / "run")])
+    pages[1]["text"] = "text"
+    pq.write_table(pa.Table.from_pylist(pages, DOCUMENT), tmp_path / "run" / "documents" / "00000.parquet")
+    assert len(find_shards([str(tmp_path / "run")])) == 1
+
+
 def test_a_killed_job_goes_on_with_the_next_shard(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the middle of a shard: only that shard's documents are scored again, and all bytes are the same."""
     monkeypatch.setattr(corpus, "_CHUNK_DOCUMENTS", 8)
