@@ -163,6 +163,16 @@ def test_scores_of_a_changed_text_of_the_same_length_are_refused(tmp_path: Path)
     assert score_corpus(Counting(), find_shards([str(folder)]), tmp_path / "of-run")["shards_skipped"] == 1
 
 
+def test_a_student_is_not_trained_on_scores_of_other_texts(tmp_path: Path) -> None:
+    """The ids stay, the text of one document changes."""
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"text": "one"}) + "\n")
+    score_corpus(Counting(), find_shards([str(file)]), tmp_path / "scores")
+    file.write_text(json.dumps({"text": "another"}) + "\n")
+    with pytest.raises(InputError, match=r"other documents than the input: shards\.0\."):
+        distil(find_shards([str(file)]), tmp_path / "scores")
+
+
 def test_a_student_of_classes_is_refused(tmp_path: Path) -> None:
     """Names of classes are no numbers, whether they are asked for or nothing else is there."""
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one"}) + "\n")
