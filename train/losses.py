@@ -9,10 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax.kernels.einsum import einsum_f32
 from qwen_jax.model import Qwen2
-from qwen_jax.parallel.sharding import Sharding
-from train.data.batch import Batch
-from train.objective import Sums, zero_sums
-from train.output_head import (
+from qwen_jax.output_head import (
     HeadContext,
     gathered_head,
     head_of,
@@ -21,6 +18,9 @@ from train.output_head import (
     over_chunks,
     reduced_head_gradient,
 )
+from qwen_jax.parallel.sharding import Sharding
+from train.data.batch import Batch
+from train.objective import Sums, zero_sums
 
 
 def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:

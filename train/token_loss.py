@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax.kernels.einsum import einsum_f32
 from qwen_jax.model import Qwen2
-from train.output_head import HeadContext, gathered_head, head_of, log_totals_of, over_chunks, reduced_head_gradient
+from qwen_jax.output_head import HeadContext, gathered_head, head_of, log_totals_of, over_chunks, reduced_head_gradient
 
 TokenFunction = Callable[[jax.Array, Any], jax.Array]
 """Losses of tokens from their log-probabilities and other numbers of theirs, each [n]; it acts on each token alone."""

@@ -12,13 +12,11 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference.prompts import Ids, check_ids
+from qwen_jax.inference.row_packing import RowPacker
 from qwen_jax.kernels import Implementation, packed_mask
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params, bind
-
-# The shortest rows. Longer ones are twice as long, and so on: few shapes are compiled.
-_SHORTEST = 128
 
 
 def check_scores(config: ModelConfig) -> None:
@@ -89,12 +87,11 @@ class Scorer:
                     f"Text {i} has {len(x)} tokens; expected 1 to {self.config.context_length}, the model's context."
                 )
         scores = np.zeros(len(ids), np.float32)
-        # Longest first: the rows of a batch are as long as its first text needs.
-        waiting = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-        while waiting:
+        # Dual-chunk attention scales the queries of a row by its longest text: there a row has one text.
+        alone, shards = self.config.dual_chunk is not None, self._sharding.batch_shards
+        for rows, length in RowPacker(list(map(len, ids)), shards=shards, tokens=self.tokens_per_batch, alone=alone):
             if stopped():
                 raise CancelledError
-            rows, length, waiting = self._next_batch(ids, waiting)
             for i, score in self._run(ids, rows, length):
                 if not np.isfinite(score):
                     raise InputError(
@@ -103,34 +100,6 @@ class Scorer:
                     )
                 scores[i] = score
         return scores
-
-    def _next_batch(self, ids: list[np.ndarray], waiting: list[int]) -> tuple[list[list[int]], int, list[int]]:
-        """Rows of a batch as indices of their texts, the length of the rows, and the texts that are left."""
-        shards, length = self._sharding.batch_shards, _SHORTEST
-        while length < len(ids[waiting[0]]):
-            length *= 2
-        most = max(self.tokens_per_batch // length // shards, 1) * shards
-        # Dual-chunk attention scales the queries of a row by its longest text: there a row has one text.
-        alone = self.config.dual_chunk is not None
-        rows: list[list[int]] = []
-        room: list[int] = []
-        left = []
-        for i in waiting:
-            size = len(ids[i])
-            fits = next((r for r, free in enumerate(room) if free >= size), None) if not alone else None
-            if fits is not None:
-                rows[fits].append(i)
-                room[fits] -= size
-            elif len(rows) < most:
-                rows.append([i])
-                room.append(length - size)
-            else:
-                left.append(i)
-        # Few rows: the next power of two, so that few shapes are compiled.
-        count = shards
-        while count < len(rows):
-            count = min(2 * count, most)
-        return rows + [[]] * (count - len(rows)), length, left
 
     def _run(self, ids: list[np.ndarray], rows: list[list[int]], length: int) -> list[tuple[int, float]]:
         """The index and the score of each text of a batch."""

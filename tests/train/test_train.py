@@ -23,7 +23,7 @@ from train.losses import chunked_cross_entropy, next_token_targets
 from train.observe.display import Display
 from train.observe.metrics import MetricsLog, bits_per_byte, flops_per_token, mfu, read_log, scored_bytes
 from train.optimizer import OptimizerConfig, Schedule, make_schedule
-from train.output_head import statistics_of
+from qwen_jax.output_head import statistics_of
 from train.pretrain import NextToken, PretrainConfig
 from train.state import Guard, TrainState, init_state
 from train.step import StepConfig, eval_step, make_eval_step, make_train_step

@@ -11,14 +11,14 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
+from qwen_jax.loops import most_times
 from qwen_jax.moe.further_rounds import FURTHER_ROUNDS
-from train.loops import most_times
 
 
 def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     """FLOPs of all matrix products of a jaxpr, on all devices together; a multiply and an add are 2.
 
-    The body of a loop counts as often as it runs, or as it may run at most (`train.loops`). Of a condition, the most
+    The body of a loop counts as often as it runs, or as it may run at most (`qwen_jax.loops`). Of a condition, the most
     expensive branch counts. Kernels declare their cost. Further rounds of experts do not count.
 
     Args:

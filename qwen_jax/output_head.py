@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.kernels.einsum import einsum_f32
+from qwen_jax.loops import at_most
 from qwen_jax.model import Qwen2
 from qwen_jax.parallel.collectives import reduce_scatter
 from qwen_jax.parallel.sharding import Sharding
-from train.loops import at_most
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,291 @@
+"""Tasks of lm-eval (the extra `eval`), answered by our models.
+
+lm-eval makes the prompts and computes the scores; `train.evaluate.harness_lm` turns what it asks into requests to a
+`train.evaluate.task.Model`. Responses are kept in a file: a run that was killed repeats no request.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.errors import InputError
+from qwen_jax.files import to_json
+from qwen_jax.tokenizer import Tokenizer
+from train.evaluate.harness_data import LocalData
+from train.evaluate.task import Model, Request, Response
+from train.files import append_record, read_records, write_file
+
+RESPONSES, RESULTS, RECORDS = "harness_responses.jsonl", "harness_results.json", "harness_records.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class HarnessTask:
+    """A task of lm-eval.
+
+    Attributes:
+      name: of a task, a group or a tag of lm-eval, or of a YAML file below `Settings.include`.
+      shots: solved examples in a prompt; None for what the task says. A task that says 0 keeps it.
+    """
+
+    name: str
+    shots: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How tasks are run.
+
+    Attributes:
+      data_root: below it data is found; see `harness_data.LocalData`.
+      include: folders with further YAML tasks.
+      hub: whether data that is not here is fetched from the Hub.
+      limit: items of each task; None for all.
+      chat: whether prompts have the form of a conversation.
+      system: the system message of conversations.
+      multi_turn: whether solved examples are turns of the conversation.
+      unsafe_code: whether tasks may run the model's code in this process, outside of any sandbox.
+      seed: of sampled texts. The seeds of lm-eval itself are its defaults, as in published scores.
+    """
+
+    data_root: Path | None = None
+    include: tuple[Path, ...] = ()
+    hub: bool = False
+    limit: int | None = None
+    chat: bool = False
+    system: str | None = None
+    multi_turn: bool = True
+    unsafe_code: bool = False
+    seed: int = 0
+
+
+def check_installed() -> str:
+    """The version of lm-eval. Raises InputError if it is not installed."""
+    missing = [name for name in ("lm_eval", "datasets") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"Tasks of lm-eval need {' and '.join(missing)}: run pip install 'qwen-jax[eval]'.")
+    from importlib.metadata import version
+
+    return version("lm_eval")
+
+
+class Kept:
+    """Answers requests once: responses are kept in a file, and found there again.
+
+    Args:
+      model: answers what is not known yet.
+      path: of the file; None to keep responses in memory alone.
+    """
+
+    def __init__(self, model: Model, path: Path | None):
+        self._model, self._path = model, path
+        identity = to_json(dict(model.identity()))
+        self._salt = hashlib.sha256(identity.encode()).hexdigest()
+        self._known: dict[str, Response] = {}
+        self.asked = 0
+        if path is not None and path.exists():
+            for record in read_records(path, "key"):
+                key = record.pop("key")
+                self._known[key] = Response(**record)
+
+    def __call__(self, requests: Sequence[Request]) -> list[Response]:
+        """The responses, in order. Equal requests are asked once, and those without an answer again in a later run."""
+        from train.evaluate.harness_lm import ask
+
+        keys = [self._key(request) for request in requests]
+        new = [key for key in dict.fromkeys(keys) if key not in self._known]
+        first = {key: request for key, request in zip(reversed(keys), reversed(requests), strict=True)}
+
+        def done(i: int, response: Response) -> None:
+            self._known[new[i]] = response
+            self.asked += 1
+            if self._path is not None and response.error is None:
+                append_record(self._path, {"key": new[i], **dataclasses.asdict(response)})
+
+        ask(self._model, [first[key] for key in new], done)
+        return [self._known[key] for key in keys]
+
+    def _key(self, request: Request) -> str:
+        text = json.dumps([self._salt, type(request).__name__, vars(request)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run(
+    model: Model,
+    tokenizer: Tokenizer | None,
+    tasks: Sequence[HarnessTask],
+    folder: Path | None,
+    settings: Settings = Settings(),
+) -> dict[str, Any]:
+    """Runs tasks and writes their results.
+
+    Args:
+      model: answers.
+      tokenizer: formats conversations; None if the model formats them itself.
+      tasks: of lm-eval.
+      folder: takes `RESPONSES`, `RECORDS` (a line for each item) and `RESULTS`; None to write nothing.
+      settings: how they are run.
+
+    Returns:
+      What `RESULTS` has: for each task its metrics with standard errors, shots, version, hash of its configuration, and
+      the sha256 of the files that were read.
+
+    Raises:
+      InputError: lm-eval is not installed, an unknown task, data that is not here, or requests without an answer.
+    """
+    version = check_installed()
+    data = LocalData(settings.data_root, settings.hub)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    with data.used(), _quiet():
+        from train.evaluate.harness_lm import HarnessLM
+
+        manager = _manager(tasks, settings)
+        kept = Kept(model, None if folder is None else folder / RESPONSES)
+        lm = HarnessLM(model, tokenizer, kept, settings.seed)
+        found: dict[str, Any] = {}
+        records: list[dict[str, Any]] = []
+        for task in tasks:
+            raw = _evaluate(lm, manager, task, settings)
+            found.update(_results(raw, settings))
+            records += _records(raw)
+    result = {
+        "harness": {"name": "lm-eval", "version": version},
+        "model": dict(model.identity()),
+        "settings": {k: v if isinstance(v, (int, str)) or v is None else str(v) for k, v in vars(settings).items()},
+        "files": data.files,
+        "tasks": found,
+    }
+    if folder is not None:
+        write_file(folder / RECORDS, "".join(to_json(record, default=str) + "\n" for record in records).encode())
+        write_file(folder / RESULTS, (to_json(result, indent=2, default=str) + "\n").encode())
+    return {**result, "records": records}
+
+
+def _evaluate(lm: Any, manager: Any, task: HarnessTask, settings: Settings) -> Mapping[str, Any]:
+    """lm-eval's results of one task or group."""
+    from lm_eval.evaluator import simple_evaluate
+
+    try:
+        raw: Mapping[str, Any] = simple_evaluate(
+            lm,
+            tasks=[task.name],
+            num_fewshot=task.shots,
+            limit=settings.limit,
+            bootstrap_iters=0,
+            task_manager=manager,
+            apply_chat_template=settings.chat,
+            system_instruction=settings.system,
+            fewshot_as_multiturn=settings.chat and settings.multi_turn,
+            confirm_run_unsafe_code=settings.unsafe_code,
+        )
+    except ValueError as error:
+        if "unsafe" in str(error):
+            raise InputError(
+                f"{task.name} runs the model's code in this process, without a sandbox. Use our task of that benchmark, "
+                "which has one, or allow it (--unsafe-code)."
+            ) from error
+        raise
+    return raw
+
+
+def _results(raw: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Metrics of each task and group: lm-eval names them `metric,filter` and `metric_stderr,filter`."""
+    found = {}
+    for name, values in raw["results"].items():
+        metrics: dict[str, Any] = {}
+        for key, value in values.items():
+            metric, _, how = key.partition(",")
+            if not how or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            error = values.get(f"{metric}_stderr,{how}")
+            higher = raw["higher_is_better"].get(name, {}).get(metric)
+            metrics[metric if how == "none" else f"{metric},{how}"] = {
+                "value": value,
+                "stderr": error if isinstance(error, (int, float)) else None,
+                "higher_is_better": higher,
+            }
+        config = raw["configs"].get(name, {})
+        counts = raw["n-samples"].get(name, {})
+        found[name] = {
+            "metrics": metrics,
+            "items": counts.get("effective"),
+            "of": counts.get("original"),
+            "shots": raw["n-shot"].get(name),
+            "version": raw["versions"].get(name),
+            "template": _hash(config),
+            "data_set": config.get("dataset_path"),
+        }
+    return found
+
+
+def _records(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A record for each item and filter: what was asked, what came, and its scores."""
+    records = []
+    for name, samples in raw.get("samples", {}).items():
+        for sample in samples:
+            records.append(
+                {
+                    "task": name,
+                    "item": str(sample["doc_id"]),
+                    "filter": sample["filter"],
+                    "hash": {key: sample[f"{key}_hash"] for key in ("doc", "prompt", "target")},
+                    "target": sample["target"],
+                    "responses": sample["resps"],
+                    "filtered": sample["filtered_resps"],
+                    "scores": {metric: sample[metric] for metric in sample["metrics"]},
+                }
+            )
+    return records
+
+
+def _hash(config: Mapping[str, Any]) -> str:
+    """Of what decides the prompts and the scores of a task: all of its configuration."""
+    text = json.dumps({k: v for k, v in config.items() if k != "metadata"}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _manager(tasks: Sequence[HarnessTask], settings: Settings) -> Any:
+    """What knows the tasks. Reading all of lm-eval's takes seconds, so it is done only if one of them is wanted."""
+    from lm_eval.tasks import TaskManager
+
+    include = [str(path) for path in settings.include]
+    if missing := [path for path in settings.include if not path.is_dir()]:
+        raise InputError(f"{missing[0]} is no folder. Expected one with YAML tasks of lm-eval.")
+    if include:
+        own = TaskManager(include_path=include, include_defaults=False)
+        if all(task.name in own.all_tasks for task in tasks):
+            return own
+    manager = TaskManager(include_path=include or None)
+    known = set(manager.all_tasks)
+    if unknown := [task.name for task in tasks if task.name not in known]:
+        close = difflib.get_close_matches(unknown[0], known, 3)
+        raise InputError(
+            f"{unknown[0]} is neither a task of ours nor one of lm-eval"
+            + (f"; close names are {', '.join(close)}." if close else ".")
+            + " `qwen-jax eval list` shows ours; folders with further YAML tasks are given by --include."
+        )
+    return manager
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """No progress bars and no chatter of lm-eval."""
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if before is None:
+            os.environ.pop("TQDM_DISABLE", None)
