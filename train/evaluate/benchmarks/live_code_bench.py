@@ -21,9 +21,9 @@ from train.sandbox import Outcome, Run, Test
 # Tests that run before a program that has failed one is given up.
 _BATCH = 8
 _FILES = ("test.jsonl", *(f"test{n}.jsonl" for n in range(2, 7)))
-# What a method may use without importing it, as on the site that its problem comes from.
-_PRELUDE = """import bisect, collections, copy, datetime, functools, heapq, io, itertools, json, math, operator, random, re
-import statistics, string, sys
+# What a program may use without importing it, as in the benchmark. The last line undoes what hides built-in functions.
+_PRELUDE = """import bisect, collections, copy, datetime, functools, heapq, io, itertools, json, math, operator, random
+import re, statistics, string, sys
 from bisect import *
 from collections import *
 from copy import *
@@ -31,7 +31,10 @@ from functools import *
 from heapq import *
 from itertools import *
 from math import *
+from operator import *
+from string import *
 from typing import *
+from builtins import *
 sys.setrecursionlimit(50000)
 """
 # The operations in a pickle of one text. Nothing else is read, and nothing is unpickled.
@@ -91,8 +94,8 @@ class LiveCodeBench(ProgramTask):
             f"release {self._release}, contests from {self._start or 'the first'} up to but not including "
             f"{self._end or 'none'}\nmax_tokens: {self.max_tokens}, {sampling_text(self.sampling)}\n"
             "program: the last fenced code block of the answer; none if that is not closed\n"
-            "standard output: line by line without white space around, as texts or as numbers; results of methods: equal "
-            f"as JSON, tuples as lists\nbefore a method: {_PRELUDE!r}"
+            "standard output: line by line without white space around, as texts or as numbers; results of methods: "
+            f"equal as JSON, tuples as lists\nbefore a program: {_PRELUDE!r}"
         )
 
     def items(self, files: Mapping[str, Path]) -> Sequence[Item]:
@@ -124,7 +127,7 @@ class LiveCodeBench(ProgramTask):
         block = last_code_block(answer)
         if block is None or not block[1].strip():
             return None
-        return f"{_PRELUDE}\n{block[1]}" if item.fields["method"] else block[1]
+        return f"{_PRELUDE}\n{block[1]}"
 
     def trial(self, item: Item, program: str, sandbox: Any) -> Trial:
         tests = self._tests(item)

@@ -33,7 +33,8 @@ _LANGUAGES = {
     "afrikaans": ("Vraag", "Antwoord"),
     "javanese": ("Pitakon", "Wangsulan"),
 }
-_LABEL = re.compile(r"\s*[(\[]?\s*([A-Za-z]|[1-9]|[๑-๕]|[ก-ง])\s*(?:[)\].:、]|$)")
+# Latin letters, digits, and the letters and digits of Thai, before a mark or alone.
+_LABEL = re.compile(r"\s*[(\[]?\s*([A-Za-z]|[1-9]|[\u0e51-\u0e55]|[\u0e01-\u0e07])\s*(?:[)\].:\u3001\uff0e\uff1a]|$)")
 _SHOTS = 5
 _MARKERS = ("Answer:",)
 
@@ -75,8 +76,8 @@ class M3Exam(Task):
                 "{background}\n{question}\n{options}\n\n"
                 + _asked("{labels}")
                 + f"\n---\nmax_tokens: {self.max_tokens}, "
-                "greedy\nanswer: the label after the last 'Answer:', in the last \\boxed{}, or the whole answer if that is "
-                "a label alone; none is wrong; an answer that was cut is read as it stands"
+                "greedy\nanswer: the label after the last 'Answer:', in the last \\boxed{}, or the whole answer if "
+                "that is a label alone; none is wrong; an answer that was cut is read as it stands"
             )
         return (
             f"{_SHOTS} times: {question}: {{background}}\\n{{question}}\\n{{options}}\\n{answer}: {{label}}\\n\\n\n"

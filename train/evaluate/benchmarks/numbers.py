@@ -23,29 +23,37 @@ _FUNCTIONS: dict[str, Callable[[float], float]] = {
     "arctan": math.atan,
 }
 _CONSTANTS = {"pi": math.pi, "e": math.e}
-_LONGEST = 200
-# LaTeX and signs, as an expression of Python.
-_REWRITES = tuple(
+# Characters of a number, and braces in braces.
+_LONGEST, _DEPTH = 200, 8
+# LaTeX with braces, from the inside out, and then signs, as an expression of Python.
+_BRACES = tuple(
     (re.compile(pattern), new)
     for pattern, new in (
         (r"\\(?:text|mathrm|mathbf)\{\s*[^{}]*\}", ""),
-        (r"\\(?:left|right|displaystyle|[,;:! ])", ""),
         (r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"),
         (r"\\sqrt\{([^{}]*)\}", r"sqrt(\1)"),
-        (r"\\(?:times|cdot)|[\u00d7\u00b7]", "*"),
-        (r"\\(?:approx|sim)|[≈=]", ""),
-        (r"\\?π|\\pi", "pi"),
-        (r"\\(sqrt|exp|ln|log|sin|cos|tan|arctan)", r"\1"),
-        (r"√\s*(\d+(?:\.\d+)?)", r"sqrt(\1)"),
         (r"\^\{([^{}]*)\}", r"**(\1)"),
+    )
+)
+_SIGNS = tuple(
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"\\(?:left|right|displaystyle|[,;:! ])", ""),
+        (r"\\(?:times|cdot)|[\u00d7\u00b7]", "*"),
+        (r"\\(?:approx|sim)|[\u2248=]", ""),
+        (r"\\?\u03c0|\\pi", "pi"),
+        (r"\\(sqrt|exp|ln|log|sin|cos|tan|arctan)", r"\1"),
+        (r"\u221a\s*(\d+(?:\.\d+)?)", r"sqrt(\1)"),
         (r"\^", "**"),
         (r"[\u2212\u2013]", "-"),
-        (r"[$£€¥°{}]", ""),
+        (r"[$\u00a3\u20ac\u00a5\u00b0{}]", ""),
         # Digits in groups of three, and a product without its sign.
         (r"(?<=\d),(?=\d{3}(?!\d))", ""),
         (r"(?<=\d)\s*(?=pi\b|sqrt\b|\()", "*"),
     )
 )
+# Up to three words, such as m/s, cubic meters.
+_UNIT = re.compile(r"(?:\s*(?!(?:or|and|to)\b)[A-Za-z\u00b5\u03a9][A-Za-z\u00b5\u03a9/*.-]*\d?){1,3}")
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
@@ -61,18 +69,20 @@ def value_of(text: str) -> float | None:
     if not text or len(text) > _LONGEST:
         return None
     text, percent = re.subn(r"\s*\\?%$", "", text)
-    # Fractions in fractions: the innermost first.
-    for _ in range(4):
+    for _ in range(_DEPTH):
         before = text
-        for pattern, new in _REWRITES:
+        for pattern, new in _BRACES:
             text = pattern.sub(new, text)
         if text == before:
             break
-    value = _expression(text.strip())
+    for pattern, new in _SIGNS:
+        text = pattern.sub(new, text)
+    text = text.strip()
+    value = _expression(text)
     if value is None:
         # A number with a unit.
-        match = _NUMBER.match(text.strip())
-        if match is None or not re.fullmatch(r"\s*[A-Za-zµΩ][\w\s/*.()-]*", text.strip()[match.end() :]):
+        match = _NUMBER.match(text)
+        if match is None or not _UNIT.fullmatch(text[match.end() :]):
             return None
         value = float(match[0])
     return value / 100 if percent else value

@@ -59,8 +59,8 @@ class TheoremQA(AnswerTask):
     examples = _EXAMPLES
     stop = ("\nQuestion:",)
     ask = (
-        "{question}\n\nReason step by step. The answer is a number, True or False, a list of numbers such as [2, 3], or "
-        "an option such as (a). Finish with one line of the form: The answer is X."
+        "{question}\n\nReason step by step. Answers are a number, True or False, a list of numbers such as [2, 3], "
+        "or an option such as (a). Finish with one line of the form: The answer is X."
     )
     rules = (
         "answer: what follows the last 'The answer is' up to the end of the sentence or line, or the last \\boxed{}\n"
