@@ -43,7 +43,7 @@ class M3Exam(Task):
     """M3Exam in one language; questions with images are left out, as for models of text.
 
     Base models choose the label with the highest log-probability after five solved questions of the development file,
-    of the same level where there are as many. Chat models are asked for the label without examples.
+    of the same level and subject where there are as many. Chat models are asked for the label without examples.
     """
 
     metrics = (Metric("accuracy"),)
@@ -63,7 +63,7 @@ class M3Exam(Task):
         self.files = tuple(
             DataFile(
                 f"m3exam/{language}-questions-{part}.json",
-                source=f"github.com/DAMO-NLP-SG/M3Exam: text-question/{language}-questions-{part}.json",
+                source=f"github.com/DAMO-NLP-SG/M3Exam: text-questions/{language}-questions-{part}.json",
                 licence="",
             )
             for part in parts
@@ -91,10 +91,13 @@ class M3Exam(Task):
         dev = self._read(files[self.files[1].path])
         found = []
         for item in items:
-            # Python's sort is stable: first those of the level, in the order of the file.
+            # First those of the level and the subject; Python's sort keeps the order of the file among equals.
             nearest = sorted(
                 (shot for shot in dev if shot.fields["answer"] in shot.fields["labels"]),
-                key=lambda shot: shot.groups["level"] != item.groups["level"],
+                key=lambda shot: (
+                    shot.groups["level"] != item.groups["level"],
+                    shot.groups.get("subject") != item.groups.get("subject"),
+                ),
             )
             shots = "".join(f"{self._shown(shot)} {shot.fields['answer']}\n\n" for shot in nearest[:_SHOTS])
             found.append(Item(item.id, {**item.fields, "shots": shots}, item.groups))
@@ -140,7 +143,13 @@ class M3Exam(Task):
         return f"{question}: {item.fields['question']}\n{answer}:"
 
     def _read(self, path: Path) -> list[Item]:
-        kinds = {"question_text": str, "answer_text": (str, int), "options": list, "need_image": str, "level": str}
+        kinds: dict[str, type | tuple[type, ...]] = {
+            "question_text": str,
+            "answer_text": (str, int),
+            "options": list,
+            "need_image": str,
+            "level": str,
+        }
         found = []
         for number, (where, record) in enumerate(read_records(path, kinds), 1):
             if record["need_image"].strip().lower() != "no":

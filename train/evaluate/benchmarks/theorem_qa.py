@@ -118,13 +118,14 @@ def expected_of(answer: Any, kind: str) -> Any:
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             answer = value_of(text)
     if kind == "bool":
-        return answer if isinstance(answer, bool) else None
+        return bool(answer) if answer in (0, 1) else None
     if kind.startswith("list"):
         whole = isinstance(answer, (list, tuple)) and bool(answer)
         return list(answer) if whole and all(map(_is_number, answer)) else None
     if not _is_number(answer):
         return None
-    return float(answer) if kind == "float" else int(answer) if answer == int(answer) else None
+    # A number that is not whole is compared as one, whatever the file calls it.
+    return int(answer) if kind == "integer" and answer == int(answer) else float(answer)
 
 
 def is_equal(found: str, expected: Any, kind: str) -> bool:

@@ -156,7 +156,8 @@ def test_floats_are_compared_with_a_tolerance_and_constants_by_their_rule(tools:
         "Mbpp/7": "def find_zero(c):\n    return -2.1",
     }
     for bodies, score in ((right, 1.0), (wrong, 0.0)):
-        verdicts = verdicts_of(task, items, lambda item, n, request, bodies=bodies: bodies[item.id], tools)
+        texts = dict(bodies)
+        verdicts = verdicts_of(task, items, lambda item, *_, texts=texts: texts[item.id], tools)  # type: ignore[misc]
         assert scores_of(verdicts, "pass@1") == dict.fromkeys(problems, score)
 
 
