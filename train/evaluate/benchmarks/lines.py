@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import math
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -96,15 +95,6 @@ def read_text(path: Path) -> str:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: the file is no text in UTF-8: {error.reason} at byte {error.start}.") from None
-
-
-def is_finite(value: Any) -> bool:
-    """Whether a value of JSON has only finite numbers."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, dict):
-        return all(map(is_finite, value.values()))
-    return not isinstance(value, list) or all(map(is_finite, value))
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:

@@ -85,7 +85,7 @@ class TheoremQA(AnswerTask):
                 )
             name = ids.new(where, str(record.get("id") or number))
             fields = {"question": record["Question"].strip(), "answer": answer, "type": kind}
-            groups = {"type": kind}
+            groups = {"type": kind, "picture": "yes" if record.get("Picture") else "no"}
             if isinstance(record.get("field"), str):
                 groups["field"] = record["field"]
             found.append(Item(name, fields, groups))
