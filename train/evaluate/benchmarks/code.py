@@ -17,7 +17,7 @@ from train.evaluate.benchmarks.passes import (
 )
 from train.evaluate.benchmarks.plus import plus_test, restored
 from train.evaluate.task import DataFile, Item, Message
-from train.rewards.text import last_code_block
+from train.rewards.text import code_blocks
 from train.sandbox import Run, Test
 
 _MORE_SAMPLES = Sampling(samples=20, ks=(1, 10), temperature=0.8, top_p=0.95)
@@ -30,7 +30,8 @@ class _PythonTask(ProgramTask):
     # What precedes the block of a chat answer in the program: imports and helpers that the answer may leave out.
     _extraction = (
         "completion: the program is the prompt and the answer up to the first stop text\n"
-        "chat: the program is the prompt and the last fenced code block of the answer; none if that is not closed"
+        "chat: the program is the prompt and the last closed code block of the answer that defines the function; where "
+        "none does, the last one, unless a block is left open"
     )
 
     def prompt(self, item: Item) -> str | tuple[Message, ...]:
@@ -43,8 +44,8 @@ class _PythonTask(ProgramTask):
         prompt = item.fields["prompt"]
         if not self.chat:
             return f"{prompt}{answer}"
-        block = last_code_block(answer)
-        return None if block is None or not block[1].strip() else f"{prompt}\n{block[1]}"
+        block = block_defining(answer, item.fields["entry_point"])
+        return None if block is None else f"{prompt}\n{block}"
 
     def template(self) -> str:
         asked = self._ask if self.chat else "{prompt}"
@@ -213,7 +214,8 @@ class MBPP(_PythonTask):
     _ask = "{prompt}\nGive the whole program in one Markdown code block."
     _extraction = (
         "completion: 3 solved examples (problems 2, 3, 4), then the task and [BEGIN]; the program is the answer up to "
-        "[DONE]\nchat: the program is the last fenced code block of the answer; none if that is not closed"
+        "[DONE]\nchat: the program is the last closed code block of the answer that defines a function that the tests "
+        "name; where none does, the last one, unless a block is left open"
     )
 
     def __init__(self, name: str, chat: bool = False, sampling: Sampling = Sampling()):  # noqa: B008
@@ -254,8 +256,7 @@ class MBPP(_PythonTask):
     def program(self, item: Item, answer: str) -> str | None:
         if not self.chat:
             return answer
-        block = last_code_block(answer)
-        return None if block is None or not block[1].strip() else block[1]
+        return block_defining(answer, "\n".join(item.fields["test_list"]))
 
     def trial(self, item: Item, program: str, sandbox: Any) -> Trial:
         fields = item.fields
@@ -264,6 +265,25 @@ class MBPP(_PythonTask):
 
     def _described(self, record: Mapping[str, Any]) -> str:
         return self._task.format(text=record["text"].strip(), tests="\n".join(record["test_list"]))
+
+
+def block_defining(answer: str, names: str) -> str | None:
+    """The last closed code block of an answer that defines a function of a name; what follows may be an example of use.
+
+    Args:
+      answer: of a chat model.
+      names: a text in which the name occurs.
+
+    Returns:
+      The last block where none defines such a function; None if it is empty, if there is none, or if a block is left
+      open after those that do not.
+    """
+    blocks, is_open = code_blocks(answer)
+    wanted = set(re.findall(r"\w+", names))
+    for _, block in reversed(blocks):
+        if wanted & set(re.findall(r"^[ \t]*def +(\w+)", block, re.MULTILINE)):
+            return block
+    return None if is_open or not blocks or not blocks[-1][1].strip() else blocks[-1][1]
 
 
 def _check_name(where: str, name: str) -> None:

@@ -10,7 +10,7 @@ from train.evaluate.benchmarks.java_tuples import JAVA_TUPLES
 from train.evaluate.benchmarks.lines import Ids, read_records, texts
 from train.evaluate.benchmarks.passes import ProgramTask, Sampling, Trial, sampling_text, trial
 from train.evaluate.task import DataFile, Item, Message
-from train.rewards.text import last_code_block
+from train.rewards.text import code_blocks
 from train.sandbox import LANGUAGES, Outcome, Run
 
 # The sampling of the paper, section 4.
@@ -136,8 +136,8 @@ class MultiPLE(ProgramTask):
             f"{asked}\n---\nstop: the record's stop_tokens, max_tokens: {self.max_tokens}, "
             f"{sampling_text(self.sampling)}\n"
             "program: prompt, answer up to the first stop text, tests\n"
-            "chat: in the last fenced code block, the answer is what follows the last line of the prompt; lines of the "
-            "prompt before that one which the block lacks come first\n"
+            "chat: in the last closed code block with the last line of the prompt, the answer is what follows that "
+            "line; lines of the prompt before that one which the block lacks come first\n"
             f"before: {row.before!r}\nafter: {row.after!r}"
         )
 
@@ -169,11 +169,10 @@ class MultiPLE(ProgramTask):
     def program(self, item: Item, answer: str) -> str | None:
         fields = item.fields
         if self.chat:
-            block = last_code_block(answer)
-            begun = None if block is None else continuation(fields["prompt"], block[1])
-            if begun is None:
+            begun = [part for _, block in code_blocks(answer)[0] if (part := continuation(fields["prompt"], block))]
+            if not begun:
                 return None
-            start, answer = begun
+            start, answer = begun[-1]
         else:
             start = fields["prompt"]
         cut = min((at for stop in fields["stop_tokens"] if (at := answer.find(stop)) >= 0), default=len(answer))

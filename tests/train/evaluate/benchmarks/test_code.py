@@ -60,7 +60,10 @@ def _write(folder: Path, *records: dict[str, Any]) -> Path:
         (True, "Here:\n```python\ndef largest(values):\n    return max(values)\n```\nIt works.", 1.0),
         # The imports of the prompt come with the program.
         (True, "```py\ndef largest(values: List[int]) -> int:\n    return sorted(values)[-1]\n```", 1.0),
-        # The last block counts.
+        # What follows the function may show its use, or be cut.
+        (True, "```python\ndef largest(v):\n    return max(v)\n```\nUse:\n```\nprint(largest([1]))\n```\n", 1.0),
+        (True, "```python\ndef largest(v):\n    return max(v)\n```\nUse:\n```\nprint(lar", 1.0),
+        # The last block with the function counts.
         (
             True,
             "```python\ndef largest(v):\n    return max(v)\n```\nor\n```python\ndef largest(v):\n    return 3\n```",
@@ -157,7 +160,7 @@ def test_floats_are_compared_with_a_tolerance_and_constants_by_their_rule(tools:
     }
     for bodies, score in ((right, 1.0), (wrong, 0.0)):
         texts = dict(bodies)
-        verdicts = verdicts_of(task, items, lambda item, *_, texts=texts: texts[item.id], tools)  # type: ignore[misc]
+        verdicts = verdicts_of(task, items, lambda item, *_, texts=texts: texts[item.id], tools)
         assert scores_of(verdicts, "pass@1") == dict.fromkeys(problems, score)
 
 
