@@ -32,6 +32,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "eval passkey": ("eval", "Passkey", "find a number in a long context, by length and depth"),
     "eval needle": ("eval", "Needle", "find the values of keys in a long context, by length and depth"),
     "eval ruler-synthetic": ("eval", "RulerSynthetic", "RULER's six tasks that need no text, by length"),
+    "eval rewards": ("eval_rewards", "Rewards", "benchmarks of reward models: RewardBench, RMB, PPE"),
     "eval perplexity": ("eval", "Perplexity", "loss by position over a long text"),
     "eval system-prompts": ("eval_prompts", "SystemPrompts", "how much answers depend on the system prompt"),
     "sparsity tune": ("sparsity", "Tune", "find budgets of sparse attention that keep the recall of each head"),
