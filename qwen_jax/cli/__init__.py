@@ -31,7 +31,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "tokenize": ("tokenize", "Tokenize", "turn text into token ids, and back"),
     "eval passkey": ("eval", "Passkey", "find a number in a long context, by length and depth"),
     "eval needle": ("eval", "Needle", "find the values of keys in a long context, by length and depth"),
-    "eval ruler-synthetic": ("eval", "RulerSynthetic", "RULER's six tasks that need no text, by length"),
+    "eval ruler": ("eval", "Ruler", "RULER's thirteen tasks: needles, variables, words, questions; by length"),
     "eval rewards": ("eval_rewards", "Rewards", "benchmarks of reward models: RewardBench, RMB, PPE"),
     "eval perplexity": ("eval", "Perplexity", "loss by position over a long text"),
     "eval system-prompts": ("eval_prompts", "SystemPrompts", "how much answers depend on the system prompt"),
