@@ -433,6 +433,11 @@ def _tables(summary: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[
         [task, *(f"{of[n]:.3f}" for n in lengths), f"{summary['tasks'][task]:.3f}"]
         for task, of in summary["lengths"].items()
     ]
+    if len(rows) > 1:
+        # RULER's number of a length.
+        every = [[of[n] for of in summary["lengths"].values()] for n in lengths]
+        means = [sum(scores) / len(scores) for scores in every]
+        rows.append(["mean of tasks", *(f"{mean:.3f}" for mean in means), f"{sum(means) / len(means):.3f}"])
     found.append(("mean over depths", ["task", *(f"{int(n):,}" for n in lengths), "all"], rows))
     return found
 

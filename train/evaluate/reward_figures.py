@@ -101,17 +101,16 @@ def _reward_bench(means: Mapping[str, np.ndarray], counts: Mapping[str, int]) ->
     for section, weights in SECTIONS.items():
         present = {part: weight for part, weight in weights.items() if part in means}
         if present:
-            total = sum(weight * means[part][..., 0] for part, weight in present.items())
-            found[section] = total / sum(present.values())
-    sections = sum(found.values())
+            found[section] = _mean_of([means[part][..., 0] for part in present], list(present.values()))
+    sections = list(found.values())
     complete = len(found) == len(SECTIONS)
     if complete:
-        found["Score"] = sections / len(SECTIONS)
+        found["Score"] = _mean_of(sections)
     prior = [means[part][..., 0] for part in PRIOR_SETS if part in means]
     if prior:
-        found["Prior Sets"] = sum(prior) / len(prior)
+        found["Prior Sets"] = _mean_of(prior)
         if complete:
-            found["Score with Prior Sets"] = (sections + found["Prior Sets"] / 2) / (len(SECTIONS) + 0.5)
+            found["Score with Prior Sets"] = _mean_of([*sections, found["Prior Sets"]], [*[1.0] * len(sections), 0.5])
     return found
 
 
@@ -121,10 +120,9 @@ def _rmb(means: Mapping[str, np.ndarray], counts: Mapping[str, int]) -> dict[str
         goal, kind = column.rstrip(")").split(" (")
         parts = [part for part in means if part.startswith(f"{kind}_set/{goal}")]
         if parts:
-            total = sum(counts[part] * means[part][..., 0] for part in parts)
-            found[column] = total / sum(counts[part] for part in parts)
+            found[column] = _mean_of([means[part][..., 0] for part in parts], [counts[part] for part in parts])
     if len(found) == len(RMB_COLUMNS):
-        found["Overall"] = sum(found.values()) / len(found)
+        found["Overall"] = _mean_of(list(found.values()))
     return found
 
 
@@ -148,8 +146,13 @@ def _ppe(means: Mapping[str, np.ndarray], counts: Mapping[str, int]) -> dict[str
         more[f"{name}: error of best of k"] = (perfect - chosen).mean(-1)
     objective = [found[name] for part, name in PPE_PARTS.items() if part != "human_preference" and name in found]
     if len(objective) == len(PPE_PARTS) - 1:
-        found["Objective-Avg"] = sum(objective) / len(objective)
+        found["Objective-Avg"] = _mean_of(objective)
     return found | more
+
+
+def _mean_of(values: Sequence[np.ndarray], weights: Sequence[float] | None = None) -> np.ndarray:
+    """The weighted mean of some figures, for each bootstrap sample."""
+    return np.average(np.stack(values), axis=0, weights=weights)
 
 
 def incomplete(benchmark: str, counts: Mapping[str, int]) -> dict[str, str]:

@@ -21,8 +21,8 @@ SCORES, TABLE_FILE = "scores.jsonl", "table.md"
 Encode = Callable[[Sequence[Message], str], Sequence[int]]
 """The token ids of a prompt's messages and an answer, with the end that is scored."""
 
-Score = Callable[[Sequence[Sequence[int]]], Sequence[float]]
-"""The scores of texts as token ids, such as `qwen_jax.inference.scorer.Scorer.score`."""
+Score = Callable[[Sequence[np.ndarray]], Sequence[float] | np.ndarray]
+"""The scores of texts as int32 token ids, such as `qwen_jax.inference.scorer.Scorer.score`."""
 
 
 def evaluate_rewards(

@@ -10,6 +10,7 @@ the model's context has no score.
 """
 
 import collections
+import importlib
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -98,7 +99,7 @@ def chinese_tokens(text: str) -> list[str]:
       InputError: jieba is not installed.
     """
     try:
-        import jieba
+        jieba = importlib.import_module("jieba")
     except ImportError:
         raise InputError(
             "LV-Eval cuts Chinese into words by jieba, which is not installed: pip install jieba. Or leave out "

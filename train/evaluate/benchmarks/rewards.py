@@ -285,9 +285,13 @@ def _prompt(row: Row) -> tuple[Message, ...]:
 
 def _messages(row: Row, column: str) -> tuple[Message, ...]:
     value = row.values.get(column)
-    whole = isinstance(value, list) and value
-    if not whole or not all(
-        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(
+            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in value
+        )
     ):
         raise InputError(f"{row.where}: expected messages with role and content in the column {column}.")
     return tuple({"role": m["role"], "content": m["content"]} for m in value)
