@@ -82,7 +82,7 @@ class Rewards:
         config, tokenizer = load_config(small), load_tokenizer(small)
         check_scores(config)
         Sharding.for_inference(config, mesh)
-        rewards = sibling("train.evaluate.benchmarks.rewards")
+        rewards = sibling("train.evaluate.reward_sets")
         runner = sibling("train.evaluate.reward_models")
         sets = [of for of in rewards.find_sets(self.data_root) if of.name in self.benchmarks]
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else config.dtype)

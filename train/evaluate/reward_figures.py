@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.special import gammaln
 
-from train.evaluate.benchmarks.rewards import PPE_PARTS, PRIOR_SETS, REWARD_BENCH_COUNTS, SECTIONS, Ranking
+from train.evaluate.reward_sets import PPE_PARTS, PRIOR_SETS, REWARD_BENCH_COUNTS, SECTIONS, Ranking
 
 RMB_COLUMNS = ("Helpfulness (BoN)", "Helpfulness (Pairwise)", "Harmlessness (BoN)", "Harmlessness (Pairwise)")
 """RMB's columns in the report's table."""

@@ -1,5 +1,6 @@
 """Runs the benchmarks of reward models: scores in packed rows, resumable, with hashes of the data and intervals."""
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +11,8 @@ import numpy as np
 
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
-from train.evaluate.benchmarks.rewards import Ranking, RewardSet
 from train.evaluate.reward_figures import figures, incomplete, item_row, mean_rows, report_table, resampled_means
+from train.evaluate.reward_sets import Ranking, RewardSet
 from train.evaluate.runner import RESULTS, SUMMARY, open_folder
 from train.evaluate.task import Message
 from train.files import append_record, read_records, write_file
@@ -45,7 +46,7 @@ def evaluate_rewards(
     interruption, or with more data, the same call goes on.
 
     Args:
-      sets: from `train.evaluate.benchmarks.rewards.find_sets`.
+      sets: from `train.evaluate.reward_sets.find_sets`.
       encode: makes the token ids of an answer.
       score: the reward model.
       folder: takes settings.json, scores.jsonl, results.jsonl, summary.json and table.md.
@@ -150,7 +151,7 @@ def _read(
     items: list[_Item] = []
     files: dict[str, Any] = {}
     sizes: dict[str, int] = {}
-    names: set[str] = set()
+    names = collections.Counter[str]()
     for path in of.files:
         before = len(items)
         for ranking in of.read(path):
@@ -160,9 +161,10 @@ def _read(
                     f"{path}: {ranking.id} has {len(ranking.right)} responses, others of {ranking.part} have "
                     f"{sizes[ranking.part]}. Expected as many for each prompt."
                 )
-            if ranking.id in names:
-                raise InputError(f"{path}: the item {ranking.id} is there twice. Leave out a file, or one of them.")
-            names.add(ranking.id)
+            # Published files may name two items alike.
+            names[ranking.id] += 1
+            if names[ranking.id] > 1:
+                ranking = dataclasses.replace(ranking, id=f"{ranking.id}#{names[ranking.id]}")
             try:
                 texts = [np.asarray(encode(ranking.prompt, answer), np.int32) for answer in ranking.answers]
             except InputError as error:

@@ -13,7 +13,7 @@ import pytest
 from qwen_jax.errors import InputError
 from tests.helpers.runs import print_seed
 from train.evaluate import reward_figures, reward_models
-from train.evaluate.benchmarks import rewards
+from train.evaluate import reward_sets as rewards
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -223,6 +223,15 @@ def test_a_killed_run_goes_on_and_leaves_the_same_files(tmp_path: Path) -> None:
     assert len(scored) == len({*scored})
     for name in ("results.jsonl", "summary.json", "table.md"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_items_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """Published files may name two items alike; both count."""
+    rows = [{"prompt": "Why?", "chosen": "x" * n, "rejected": "xx", "id": "7"} for n in (1, 3)]
+    write(tmp_path / "data/preference/mine.jsonl", rows)
+    assert values(run(tmp_path / "data", tmp_path / "out"), "preference") == {"mine": 0.5}
+    lines = (tmp_path / "out/results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["mine.jsonl/7", "mine.jsonl/7#2"]
 
 
 def test_what_is_too_long_or_missing_is_said_and_no_zero(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ class Ranking:
     """A prompt with answers that a reward model is to rank.
 
     Attributes:
-      id: unique in its benchmark, and the same in every run.
+      id: in its benchmark, the same in every run.
       part: of the benchmark, such as a subset of RewardBench.
       prompt: messages before the answer.
       answers: texts.
