@@ -117,6 +117,25 @@ def test_totals_are_those_of_the_published_table(benchmark: str) -> None:
             assert float(found[name]) == pytest.approx(value, abs=0.0051), name
 
 
+# Rewards of the chosen and the rejected answer and the verdict, as RMB's repository records them for ArmoRM-Llama3-8B
+# (eval/result/ArmoRM-Llama3-8B-v0.1_result.json, pairs 9218 to 9254, some of them).
+RECORDED = [
+    (0.1767578125, 0.169921875, 1),
+    (0.1923828125, 0.203125, 0),
+    (0.1865234375, 0.1708984375, 1),
+    (0.125, 0.1669921875, 0),
+    (0.154296875, 0.125, 1),
+    (0.162109375, 0.1669921875, 0),
+    (0.2109375, 0.1904296875, 1),
+]
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "right"), RECORDED)
+def test_verdicts_are_those_that_rmb_records(chosen: float, rejected: float, right: int) -> None:
+    ranking = rewards.Ranking("1", "Pairwise_set/Helpfulness/x", (), ("a", "b"), ((0, 1),))
+    assert reward_figures.item_row(ranking, [chosen, rejected]).tolist() == [right]
+
+
 def test_sections_weight_subsets_by_their_published_numbers() -> None:
     """math-prm counts as much as all six sets of code; the prior sets count as half a section."""
     rng = print_seed()
