@@ -13,7 +13,17 @@ from qwen_jax.files import why_unusable
 from train.evaluate.task import DataFile, Task
 
 # Modules of train/evaluate/benchmarks, each with `TASKS`.
-_MODULES: tuple[str, ...] = ("gsm8k", "mmlu")
+_MODULES = (
+    "code",
+    "gsm8k",
+    "live_code_bench",
+    "lv_eval",
+    "m3exam",
+    "mathematics",
+    "mmlu",
+    "multipl_e",
+    "theorem_qa",
+)
 
 
 @dataclasses.dataclass(frozen=True)
