@@ -189,8 +189,8 @@ def _evaluate(lm: Any, manager: Any, task: HarnessTask, settings: Settings) -> M
     except ValueError as error:
         if "unsafe" in str(error):
             raise InputError(
-                f"{task.name} runs the model's code in this process, without a sandbox. Use our task of that benchmark, "
-                "which has one, or allow it (--unsafe-code)."
+                f"{task.name} runs the model's code in this process, without a sandbox. Use our task of that "
+                "benchmark, which has one, or allow it (--unsafe-code)."
             ) from error
         raise
     return raw
