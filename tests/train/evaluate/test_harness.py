@@ -162,7 +162,7 @@ def test_a_killed_run_repeats_no_request_and_a_repeated_one_is_byte_identical(fo
     second = harness.run(resumed, None, tasks, tmp_path / "killed", settings(folder))
     assert len(killed.asked) == 7
     assert sorted(map(repr, killed.asked + resumed.asked)) == sorted(map(repr, whole.asked))
-    assert first == second
+    assert first["tasks"] == second["tasks"]
     for name in (harness.RESULTS, harness.RECORDS):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
     # Another model shares no responses.
