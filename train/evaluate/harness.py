@@ -169,8 +169,8 @@ def run(
         "tasks": found,
     }
     if folder is not None:
-        write_file(folder / RECORDS, "".join(to_json(record, default=str) + "\n" for record in records).encode())
-        write_file(folder / RESULTS, (to_json(result, indent=2, default=str) + "\n").encode())
+        write_file(folder / RECORDS, "".join(to_json(record, default=_plain) + "\n" for record in records).encode())
+        write_file(folder / RESULTS, (to_json(result, indent=2, default=_plain) + "\n").encode())
     return {**result, "records": records}
 
 
@@ -194,8 +194,8 @@ def _evaluate(lm: Any, manager: Any, task: HarnessTask, settings: Settings) -> M
     except ValueError as error:
         if "unsafe" in str(error):
             raise InputError(
-                f"{task.name} runs the model's code in this process, without a sandbox. Use our task of that benchmark, "
-                "which has one, or allow it (--unsafe-code)."
+                f"{task.name} runs the model's code in this process, without a sandbox. Use our task of that "
+                "benchmark, which has one, or allow it (--unsafe-code)."
             ) from error
         raise
     return raw
@@ -249,6 +249,11 @@ def _records(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
                 }
             )
     return records
+
+
+def _plain(value: object) -> object:
+    """NumPy's numbers and arrays, which some metrics give for each item, as JSON has them; other objects as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _hash(config: Mapping[str, Any]) -> str:
