@@ -20,8 +20,9 @@ from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from qwen_jax.tokenizer import Tokenizer
 from train.evaluate.harness_data import LocalData
-from train.evaluate.task import Model, Request, Response
-from train.files import append_record, read_records, write_file
+from train.evaluate.store import Store
+from train.evaluate.task import Model
+from train.files import write_file
 
 RESPONSES, RESULTS, RECORDS = "harness_responses.jsonl", "harness_results.json", "harness_records.jsonl"
 
@@ -81,47 +82,6 @@ def check_installed() -> str:
     return version("lm_eval")
 
 
-class Kept:
-    """Answers requests once: responses are kept in a file, and found there again.
-
-    Args:
-      model: answers what is not known yet.
-      path: of the file; None to keep responses in memory alone.
-    """
-
-    def __init__(self, model: Model, path: Path | None):
-        self._model, self._path = model, path
-        identity = to_json(dict(model.identity()))
-        self._salt = hashlib.sha256(identity.encode()).hexdigest()
-        self._known: dict[str, Response] = {}
-        self.asked = 0
-        if path is not None and path.exists():
-            for record in read_records(path, "key"):
-                key = record.pop("key")
-                self._known[key] = Response(**record)
-
-    def __call__(self, requests: Sequence[Request]) -> list[Response]:
-        """The responses, in order. Equal requests are asked once, and those without an answer again in a later run."""
-        from train.evaluate.harness_lm import ask
-
-        keys = [self._key(request) for request in requests]
-        new = [key for key in dict.fromkeys(keys) if key not in self._known]
-        first = {key: request for key, request in zip(reversed(keys), reversed(requests), strict=True)}
-
-        def done(i: int, response: Response) -> None:
-            self._known[new[i]] = response
-            self.asked += 1
-            if self._path is not None and response.error is None:
-                append_record(self._path, {"key": new[i], **dataclasses.asdict(response)})
-
-        ask(self._model, [first[key] for key in new], done)
-        return [self._known[key] for key in keys]
-
-    def _key(self, request: Request) -> str:
-        text = json.dumps([self._salt, type(request).__name__, vars(request)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
 def run(
     model: Model,
     tokenizer: Tokenizer | None,
@@ -153,14 +113,15 @@ def run(
         from train.evaluate.harness_lm import HarnessLM
 
         manager = _manager(tasks, settings)
-        kept = Kept(model, None if folder is None else folder / RESPONSES)
-        lm = HarnessLM(model, tokenizer, kept, settings.seed)
+        store = Store(model, None if folder is None else folder / RESPONSES)
+        lm = HarnessLM(model, tokenizer, store, settings.seed)
         found: dict[str, Any] = {}
         records: list[dict[str, Any]] = []
         for task in tasks:
             raw = _evaluate(lm, manager, task, settings)
-            found.update(_results(raw, settings))
+            found.update(_results(raw, lm))
             records += _records(raw)
+        store.finish()
     result = {
         "harness": {"name": "lm-eval", "version": version},
         "model": dict(model.identity()),
@@ -169,8 +130,8 @@ def run(
         "tasks": found,
     }
     if folder is not None:
-        write_file(folder / RECORDS, "".join(to_json(record, default=str) + "\n" for record in records).encode())
-        write_file(folder / RESULTS, (to_json(result, indent=2, default=str) + "\n").encode())
+        write_file(folder / RECORDS, "".join(to_json(record, default=_plain) + "\n" for record in records).encode())
+        write_file(folder / RESULTS, (to_json(result, indent=2, default=_plain) + "\n").encode())
     return {**result, "records": records}
 
 
@@ -194,14 +155,14 @@ def _evaluate(lm: Any, manager: Any, task: HarnessTask, settings: Settings) -> M
     except ValueError as error:
         if "unsafe" in str(error):
             raise InputError(
-                f"{task.name} runs the model's code in this process, without a sandbox. Use our task of that benchmark, "
-                "which has one, or allow it (--unsafe-code)."
+                f"{task.name} runs the model's code in this process, without a sandbox. Use our task of that "
+                "benchmark, which has one, or allow it (--unsafe-code)."
             ) from error
         raise
     return raw
 
 
-def _results(raw: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+def _results(raw: Mapping[str, Any], lm: Any) -> dict[str, Any]:
     """Metrics of each task and group: lm-eval names them `metric,filter` and `metric_stderr,filter`."""
     found = {}
     for name, values in raw["results"].items():
@@ -223,6 +184,8 @@ def _results(raw: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
             "metrics": metrics,
             "items": counts.get("effective"),
             "of": counts.get("original"),
+            "truncated": len(lm.truncated[name]) if name in raw["n-samples"] else None,
+            "prompts_cut": len(lm.prompts_cut[name]) if name in raw["n-samples"] else None,
             "shots": raw["n-shot"].get(name),
             "version": raw["versions"].get(name),
             "template": _hash(config),
@@ -249,6 +212,11 @@ def _records(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
                 }
             )
     return records
+
+
+def _plain(value: object) -> object:
+    """NumPy's numbers and arrays, which some metrics give for each item, as JSON has them; other objects as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _hash(config: Mapping[str, Any]) -> str:

@@ -72,8 +72,8 @@ class LocalData:
                 return original(path, name, *args, **kwargs)
             where = "Give --data-root" if self.root is None else f"Expected the folder {self.root / path}"
             raise InputError(
-                f"The data set {path} is not here. {where}, made by `huggingface-cli download --repo-type dataset {path} "
-                f"--local-dir DATA_ROOT/{path}`, or let it be fetched (--hub)."
+                f"The data set {path} is not here. {where}, made by `huggingface-cli download --repo-type dataset "
+                f"{path} --local-dir DATA_ROOT/{path}`, or let it be fetched (--hub)."
             )
         # Without a README.md nothing names the files of a configuration but its folder.
         if name is not None and not (folder / "README.md").is_file():

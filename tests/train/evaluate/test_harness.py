@@ -37,7 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [sentence(rng, 30) + "\n\nQ: A. B.\nA: Answer:" for _ in range(40)]
     tokenizer = train_bpe(texts, 330)
     tokenizer.save(root / "model")
-    sizes = {"vocab_size": 336, "eos_token_id": tokenizer.eos_id, "max_position_embeddings": CONTEXT}
+    # No id without a text: an engine never samples such, and transformers does.
+    sizes = {"vocab_size": 330, "eos_token_id": tokenizer.eos_id, "max_position_embeddings": CONTEXT}
     make_hf_checkpoint(root / "model", seed=int(rng.integers(1000)), **sizes)
     write_tasks(root / "tasks", root / "data", rng)
     return root
@@ -104,7 +105,8 @@ def test_ten_tasks_score_as_with_the_hf_backend_request_by_request(
             assert found["value"] == pytest.approx(theirs["results"][name][key], rel=1e-3), (name, metric)
     # All of it is written, with what decides it.
     written = json.loads((tmp_path / harness.RESULTS).read_text())
-    assert written["harness"]["version"] and set(written["files"]) == {"tiny/train.jsonl", "tiny/test.jsonl"}
+    assert written["harness"]["version"]
+    assert set(written["files"]) == {"tiny/train.jsonl", "tiny/test.jsonl"}
     assert all(len(x["template"]) == 64 and x["items"] == 3 for x in written["tasks"].values())
     assert written["tasks"]["tiny_letters"]["shots"] == 2
     assert len((tmp_path / harness.RECORDS).read_text().splitlines()) == len(ours["records"])
@@ -117,7 +119,8 @@ def _same(got: Sequence[Any], want: Sequence[Any], name: str) -> None:
         elif isinstance(b, float):
             assert a == pytest.approx(b, abs=2e-4, rel=1e-5), name
         else:
-            assert a[0] == pytest.approx(b[0], abs=2e-4, rel=1e-5) and a[1] == b[1], name
+            assert a[0] == pytest.approx(b[0], abs=2e-4, rel=1e-5), name
+            assert a[1] == b[1], name
 
 
 class Recorded:
@@ -159,7 +162,7 @@ def test_a_killed_run_repeats_no_request_and_a_repeated_one_is_byte_identical(fo
     second = harness.run(resumed, None, tasks, tmp_path / "killed", settings(folder))
     assert len(killed.asked) == 7
     assert sorted(map(repr, killed.asked + resumed.asked)) == sorted(map(repr, whole.asked))
-    assert first == second
+    assert first["tasks"] == second["tasks"]
     for name in (harness.RESULTS, harness.RECORDS):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
     # Another model shares no responses.
@@ -169,9 +172,14 @@ def test_a_killed_run_repeats_no_request_and_a_repeated_one_is_byte_identical(fo
     assert len(other.asked) == 2
 
 
-def test_bad_input_is_named(folder: Path, tmp_path: Path) -> None:
+def test_bad_input_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval import tasks as lm_eval_tasks
+
+    # Reading all of lm-eval's tasks takes long.
+    manager = lm_eval_tasks.TaskManager
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", lambda **x: manager(**{**x, "include_defaults": False}))
     model = Recorded()
-    with pytest.raises(InputError, match="tiny_leters is neither .* tiny_letters"):
+    with pytest.raises(InputError, match=r"tiny_leters is neither .* tiny_letters"):
         harness.run(model, None, [HarnessTask("tiny_leters")], None, settings(folder))
     with pytest.raises(InputError, match="neither a file nor one below --data-root"):
         harness.run(model, None, [HarnessTask("tiny_letters")], None, Settings(include=(folder / "tasks",)))
@@ -179,7 +187,7 @@ def test_bad_input_is_named(folder: Path, tmp_path: Path) -> None:
         json.dumps({"task": "hub", "dataset_path": "someone/set", "dataset_name": "part", "test_split": "test"})
     )
     hub = Settings(include=(tmp_path,), data_root=tmp_path / "data")
-    with pytest.raises(InputError, match="someone/set is not here.*--local-dir"):
+    with pytest.raises(InputError, match=r"someone/set is not here.*--local-dir"):
         harness.run(model, None, [HarnessTask("hub")], None, hub)
     with pytest.raises(InputError, match="is no folder"):
         harness.run(model, None, [HarnessTask("hub")], None, Settings(include=(tmp_path / "none",)))
@@ -189,7 +197,7 @@ def test_bad_input_is_named(folder: Path, tmp_path: Path) -> None:
             for i in range(len(requests)):
                 done(i, Response(error="too long"))
 
-    with pytest.raises(InputError, match="3 of 3 requests have no answer.*tiny_generate, item 0: too long"):
+    with pytest.raises(InputError, match=r"3 of 3 requests have no answer.*tiny_generate, item 0: too long"):
         harness.run(Failing(), None, [HarnessTask("tiny_generate")], tmp_path, settings(folder))
 
 
@@ -216,7 +224,8 @@ def test_data_lies_as_on_the_hub(tmp_path: Path) -> None:
     model = Recorded()
     found = harness.run(model, None, [HarnessTask("local", 2)], None, Settings(root, (tmp_path,)))
     assert set(found["files"]) == {f"someone/set/part/{split}.jsonl" for split in ("train", "test")}
-    assert found["tasks"]["local"]["shots"] == 2 and found["tasks"]["local"]["items"] == 4
+    assert found["tasks"]["local"]["shots"] == 2
+    assert found["tasks"]["local"]["items"] == 4
     assert all(x.context.count("train") == 2 for x in model.asked if isinstance(x, Loglikelihood))
 
 
@@ -254,7 +263,8 @@ def test_texts_are_encoded_as_a_whole(tokenizer: Tokenizer) -> None:
     assert encoder.pair("a question ", "word") == encoder.pair("a question", " word")
     assert encoder.pair("", "word")[0] == [tokenizer.eos_id] == encoder.pair("  ", "word")[0]
     before, after = encoder.pair("word " * 300, "and")
-    assert len(before) + len(after) == 101 and encoder.truncated == 1
+    assert len(before) + len(after) == 101
+    assert encoder.truncated == 1
     with pytest.raises(InputError, match="has 0 tokens"):
         encoder.pair("a", "")
     with pytest.raises(InputError, match="leaves no room"):
