@@ -30,7 +30,7 @@ class Fit:
             head; or without embedding and head.
         cells: Of runs with the same size and tokens take the best, or all. By default the best if learning rate or
             batch size vary in a cell, and all if not.
-        method: Of the loss law. The other methods are cross-checks.
+        method: Of the loss law; the others are cross-checks. vpnls-huber forgives runs that went wrong.
         drop_highest: Leave out this many runs with the highest losses.
         bootstrap: Draws for the intervals.
         level: Of the intervals.
@@ -45,7 +45,7 @@ class Fit:
     where: Rows = ()
     counting: Literal["total", "with-head", "non-embedding", "unstated"] = "unstated"
     cells: Literal["auto", "best", "all"] = "auto"
-    method: Literal["vpnls", "approach3"] = "vpnls"
+    method: Literal["vpnls", "vpnls-huber", "approach3"] = "vpnls"
     drop_highest: int = 0
     bootstrap: int = 200
     level: float = 0.9
