@@ -184,7 +184,7 @@ def _loss(form: MoeForm, p: dict[str, float], runs: MoeRuns) -> Array:
 def _dense_loss(form: MoeForm, p: dict[str, float], params: float, tokens: float) -> float:
     if form == "granularity" and "a_dense" not in p:
         raise InputError(
-            "The law was fitted without enough dense runs (total equal to active parameters), so that there is no dense "
+            "The law was fitted without enough dense runs (total equal to active parameters), so there is no dense "
             "law to compare with. Add dense runs to the table, or fit the form leverage."
         )
     return float(_loss(form, p, one_run(params, params, tokens))[0])
