@@ -197,7 +197,7 @@ def test_tokens_in_proportion_to_size() -> None:
     generator = print_seed()
     law = PairLaw(np.array([[np.log(0.3), -0.125, -0.125], [np.log(0.3), 0.33, 0.33]]))
     cells = sweep(generator, law, [(size, 20 * size) for size in (1e6, 3e6, 1e7, 3e7)], off_centre=0.3).cells()
-    with pytest.raises(InputError, match="do not vary independently.*terms 'c'"):
+    with pytest.raises(InputError, match=r"do not vary independently.*terms 'c'"):
         fit_hyperparameters(cells)
     np.testing.assert_allclose(fit_hyperparameters(cells, terms="c").law.matrix, law.matrix, rtol=1e-6, atol=1e-6)
 
@@ -207,11 +207,11 @@ def test_one_size_or_too_few_cells_are_named(form: Form) -> None:
     generator = print_seed()
     law = a_law(generator)
     one_size = sweep(generator, law, [(1e7, tokens) for tokens in (1e8, 2e8, 4e8, 8e8)], off_centre=0.2).cells()
-    with pytest.raises(InputError, match="several values of model size, got 1e\\+07 in all 4.*terms 'd'"):
+    with pytest.raises(InputError, match=r"several values of model size, got 1e\+07 in all 4.*terms 'd'"):
         fit_hyperparameters(one_size, form=form)
     fit = fit_hyperparameters(one_size, form=form, terms="d", samples=20)
     np.testing.assert_allclose(fit.law.matrix[:, 2], law.matrix[:, 2], rtol=1e-6)
-    with pytest.raises(InputError, match="at least 3 cells.*got 2 of 2"):
+    with pytest.raises(InputError, match=r"at least 3 cells.*got 2 of 2"):
         fit_hyperparameters(one_size[:2], form=form)
 
 
@@ -219,7 +219,7 @@ def test_values_that_cannot_be_used_are_named() -> None:
     good = np.ones(3)
     with pytest.raises(InputError, match=r"positive finite numbers in loss, got nan in run 1 \(1 such runs\)"):
         group_cells(good, good, good, good, np.array([1.0, np.nan, 1.0]))
-    with pytest.raises(InputError, match="in learning_rate, got 0.0"):
+    with pytest.raises(InputError, match=r"in learning_rate, got 0\.0"):
         group_cells(good, good, good * 0, good, good)
     with pytest.raises(InputError, match="loss 2"):
         group_cells(good, good, good, good, good[:2])
