@@ -29,7 +29,13 @@ _POINTS, _SPAN, _LEVELS = 33, 4, 12
 # Of approach 3: where the Huber loss turns linear, in log loss.
 DELTA = 1e-3
 # Starts of approach 3: values of log A, log B, log E, a, b as in the paper; the best this many are optimised.
-_STARTS = ((0, 5, 10, 15, 20, 25), (0, 5, 10, 15, 20, 25), (-1, -0.5, 0, 0.5, 1), (0, 0.5, 1, 1.5, 2), (0, 0.5, 1, 1.5, 2))
+_STARTS = (
+    (0, 5, 10, 15, 20, 25),
+    (0, 5, 10, 15, 20, 25),
+    (-1, -0.5, 0, 0.5, 1),
+    (0, 0.5, 1, 1.5, 2),
+    (0, 0.5, 1, 1.5, 2),
+)
 _BEST_STARTS, _TO_THE_END = 32, 3
 # Runs belong to one budget if their FLOPs differ by at most this factor.
 _SAME_BUDGET = 1.1
@@ -97,7 +103,9 @@ def check_runs(table: RunTable) -> list[str]:
     params, tokens = table["params"], table["tokens"]
     cells = len(np.unique(np.stack([params, tokens], 1), axis=0))
     sizes, lengths = _distinct(params), _distinct(tokens)
-    found = f"got {len(table)} runs with {cells} cells of size and tokens, {sizes} sizes and {lengths} numbers of tokens"
+    found = (
+        f"got {len(table)} runs with {cells} cells of size and tokens, {sizes} sizes and {lengths} numbers of tokens"
+    )
     if sizes < _VALUES or lengths < _VALUES:
         what = "size" if sizes < _VALUES else "number of tokens"
         raise InputError(
@@ -361,7 +369,9 @@ def fit_warnings(law: LossLaw, table: RunTable) -> list[str]:
     spread = 1.4826 * float(np.median(np.abs(residual - np.median(residual))))
     far = np.flatnonzero(np.abs(residual - np.median(residual)) > max(6 * spread, 1e-6))
     if len(far):
-        shown = ", ".join(f"row {table.rows[i]} ({np.expm1(residual[i]):+.1%})" for i in far[np.argsort(-abs(residual[far]))][:5])
+        shown = ", ".join(
+            f"row {table.rows[i]} ({np.expm1(residual[i]):+.1%})" for i in far[np.argsort(-abs(residual[far]))][:5]
+        )
         warnings.append(
             f"{len(far)} of {len(table)} runs are far from the law, by six robust deviations or more, and may decide "
             f"it: {shown}. Diverged or unfinished? See the sensitivity, and drop them with --drop-highest or --where."
