@@ -21,6 +21,7 @@ from train.scaling.runs import RunTable
 
 COLUMNS = ("active_params", "total_params", "tokens", "loss")
 OPTIONAL = ("experts", "granularity")
+# Share of intervals where nothing is said.
 LEVEL = 0.9
 
 
@@ -46,7 +47,13 @@ def table_runs(table: RunTable) -> MoeRuns:
 
 
 def fit_table(
-    table: RunTable, form: MoeForm = "leverage", *, samples: int = 100, seed: int = 0, counting: str = ""
+    table: RunTable,
+    form: MoeForm = "leverage",
+    *,
+    samples: int = 100,
+    seed: int = 0,
+    level: float = LEVEL,
+    counting: str = "unstated",
 ) -> tuple[dict[str, Any], MoeLaw, MoeRuns]:
     """Fits an MoE law to a table of runs.
 
@@ -55,14 +62,17 @@ def fit_table(
       form: see `train.scaling.moe`.
       samples: of the bootstrap.
       seed: of the search and the bootstrap.
+      level: of the intervals, between 0 and 1.
       counting: how the table counts parameters, as law.json says it.
 
     Returns:
       The content of law.json, the law, and the runs it was fitted to.
 
     Raises:
-      InputError: the runs do not determine the form; see `fit_moe`.
+      InputError: the runs do not determine the form; see `fit_moe`; an argument is outside its range.
     """
+    if not 0 < level < 1 or samples < 0:
+        raise InputError(f"Expected a level between 0 and 1 and samples of at least 0, got {level} and {samples}.")
     if form in ("bilinear", "saturated") and "experts" not in table:
         raise InputError(f"The form {form} needs a column of experts. Map it, such as --columns experts=num_experts.")
     if form == "granularity" and "granularity" not in table:
@@ -74,8 +84,8 @@ def fit_table(
         "version": 1,
         "form": form,
         "parameters": law.parameters,
-        "intervals": {name: list(ends) for name, ends in law.intervals(LEVEL).items()},
-        "level": LEVEL,
+        "intervals": {name: list(ends) for name, ends in law.intervals(level).items()},
+        "level": level,
         "draws": law.draws,
         "error": law.error,
         "counting": counting,
@@ -106,12 +116,12 @@ def read_law(content: Mapping[str, Any]) -> MoeLaw:
         ) from None
 
 
-def fit_text(law: MoeLaw, runs: MoeRuns) -> str:
+def fit_text(law: MoeLaw, runs: MoeRuns, level: float = LEVEL) -> str:
     """The fit as a user reads it: parameters, error, efficiency leverage of the largest runs, warnings."""
-    ends = law.intervals(LEVEL)
+    ends = law.intervals(level)
     lines = [f"form {law.form}, {len(runs)} runs, {int(runs.dense.sum())} of them dense, error {100 * law.error:.2f}%"]
     for name, value in law.parameters.items():
-        span = f"   {100 * LEVEL:.0f}%: {ends[name][0]:.4g} to {ends[name][1]:.4g}" if name in ends else ""
+        span = f"   {100 * level:.0f}%: {ends[name][0]:.4g} to {ends[name][1]:.4g}" if name in ends else ""
         lines.append(f"{name:12}{value:<12.5g}{span}")
     return "\n".join(lines + [f"warning: {one}" for one in law.warnings])
 
@@ -128,7 +138,7 @@ def predict(
     """Loss, dense equivalent and efficiency leverage of an MoE, with an interval of the dense equivalent."""
     law = read_law(content)
     one = dense_equivalent(law, active, tokens, total=total, experts=experts, granularity=granularity)
-    return _row(law, one, granularity)
+    return _row(law, one, granularity, float(content["level"]))
 
 
 def equivalents(
@@ -144,7 +154,10 @@ def equivalents(
       InputError: no ratio has an equivalent.
     """
     law = read_law(content)
-    found = [_row(law, one, granularity) for one in equal_to_dense(law, dense, tokens, ratios, granularity)]
+    found = [
+        _row(law, one, granularity, float(content["level"]))
+        for one in equal_to_dense(law, dense, tokens, ratios, granularity)
+    ]
     if not found:
         raise InputError(
             f"By this law no MoE of the ratios {', '.join(f'{one:g}' for one in ratios)} equals a dense model of "
@@ -153,8 +166,8 @@ def equivalents(
     return found
 
 
-def _row(law: MoeLaw, one: Equivalent, granularity: float | None) -> dict[str, Any]:
-    low, high = equivalent_interval(law, one, granularity, LEVEL)
+def _row(law: MoeLaw, one: Equivalent, granularity: float | None, level: float) -> dict[str, Any]:
+    low, high = equivalent_interval(law, one, granularity, level)
     by_experts = counts_experts(law)
     return {
         "active_params": one.active,
@@ -164,6 +177,7 @@ def _row(law: MoeLaw, one: Equivalent, granularity: float | None) -> dict[str, A
         "loss": one.loss,
         "dense_params": one.dense,
         "dense_interval": [low, high] if np.isfinite([low, high]).all() else None,
+        "level": level,
         "leverage": one.leverage,
         "warnings": one.warnings,
     }
@@ -172,9 +186,8 @@ def _row(law: MoeLaw, one: Equivalent, granularity: float | None) -> dict[str, A
 def predict_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Equivalents as a table, and their warnings once each."""
     experts = rows[0]["experts"] is not None
-    lines = [
-        f"{'active':>10}{'experts' if experts else 'total':>10}{'loss':>9}{'dense':>10}{'90% interval':>24}{'EL':>7}"
-    ]
+    interval = f"{100 * rows[0]['level']:.0f}% interval"
+    lines = [f"{'active':>10}{'experts' if experts else 'total':>10}{'loss':>9}{'dense':>10}{interval:>24}{'EL':>7}"]
     for row in rows:
         second = f"{row['experts']:.0f}" if experts else _size(row["total_params"])
         ends = row["dense_interval"]
