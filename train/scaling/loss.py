@@ -24,8 +24,8 @@ Method: TypeAlias = Literal["vpnls", "approach3"]
 PARAMETERS = ("E", "A", "B", "a", "b")
 # Exponents that the search covers.
 LOWEST, HIGHEST = 0.01, 2.0
-# Points of the grid along an exponent, points on each side of the best that the next, finer grid spans, refinements.
-_POINTS, _SPAN, _LEVELS = 33, 4, 12
+# Points of the grid along an exponent, points on each side of the best that the next, finer grid spans, most grids.
+_POINTS, _SPAN, _ROUNDS = 21, 3, 60
 # Of approach 3: where the Huber loss turns linear, in log loss.
 DELTA = 1e-3
 # Starts of approach 3: values of log A, log B, log E, a, b as in the paper; the best this many are optimised.
@@ -132,21 +132,27 @@ def check_runs(table: RunTable) -> list[str]:
     return warnings
 
 
-def fit(table: RunTable, method: Method = "vpnls", weights: Array | None = None) -> LossLaw:
+def fit(table: RunTable, method: Method = "vpnls", weights: Array | None = None, tolerance: float = 1e-8) -> LossLaw:
     """Fits the law by one of the two methods that give all five parameters.
 
     Args:
       table: with params, tokens and loss; see `check_runs`.
       method: vpnls or approach3.
       weights: of the runs; by default all the same.
+      tolerance: of the exponents, for vpnls.
     """
-    return {"vpnls": fit_vpnls, "approach3": fit_approach3}[method](table, weights)
+    return fit_vpnls(table, weights, tolerance) if method == "vpnls" else fit_approach3(table, weights)
 
 
-def fit_vpnls(table: RunTable, weights: Array | None = None) -> LossLaw:
+def fit_vpnls(table: RunTable, weights: Array | None = None, tolerance: float = 1e-8) -> LossLaw:
     """Least squares: a search over both exponents, and non-negative least squares for E, A, B at each point.
 
     The search is a grid that is refined around its best point, and moves along if that is on its edge.
+
+    Args:
+      table: with params, tokens and loss.
+      weights: of the runs; by default all the same.
+      tolerance: of the exponents.
     """
     loss = table["loss"]
     weight = np.ones(len(loss)) if weights is None else weights * (len(loss) / weights.sum())
@@ -155,7 +161,7 @@ def fit_vpnls(table: RunTable, weights: Array | None = None) -> LossLaw:
     middle = [float(values.mean()) for values in logs]
     n, d = (values - centre for values, centre in zip(logs, middle, strict=True))
     low, high = np.full(2, LOWEST), np.full(2, HIGHEST)
-    for _ in range(3 * _LEVELS):
+    for _ in range(_ROUNDS):
         a_K, b_K = np.linspace(low[0], high[0], _POINTS), np.linspace(low[1], high[1], _POINTS)
         objective = _projected(n, d, loss, weight, a_K, b_K)[0]
         i, j = np.unravel_index(int(objective.argmin()), objective.shape)
@@ -165,7 +171,7 @@ def fit_vpnls(table: RunTable, weights: Array | None = None) -> LossLaw:
         # A valley may be narrow and oblique: stay at this step while the best point is on the edge.
         half = np.where(edge.any(), (high - low) / 2, _SPAN * step)
         low, high = np.maximum(best - half, LOWEST), np.minimum(best + half, HIGHEST)
-        if step.max() < 1e-8:
+        if step.max() < tolerance:
             break
     # The linear parameters at the best exponents, in the units of N and D.
     _, (e, a, b) = _projected(n, d, loss, weight, best[:1], best[1:])
