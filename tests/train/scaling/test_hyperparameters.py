@@ -36,7 +36,7 @@ BOTH = pytest.mark.parametrize("form", ["cells", "pooled"])
 
 
 def a_law(generator: np.random.Generator) -> PairLaw:
-    """A law near those that are published."""
+    """A law with exponents near those that are published."""
     rate = [np.log(1.8) + generator.normal(0, 0.1), generator.uniform(-0.75, -0.6), generator.uniform(0.2, 0.35)]
     batch = [np.log(0.6) + generator.normal(0, 0.1), generator.uniform(0.0, 0.05), generator.uniform(0.5, 0.6)]
     return PairLaw(np.array([rate, batch]), "true")
@@ -57,24 +57,25 @@ def test_recovers_an_exact_law_from_off_centre_grids(form: Form) -> None:
 
 @BOTH
 def test_recovers_a_law_from_noise_and_missing_cells(form: Form) -> None:
-    """With 0.05% noise, a third of the cells and a tenth of the runs missing, exponents are within 0.1 of the truth."""
+    """0.05% noise, off-centre grids, six of 16 cells and a tenth of the runs missing: exponents within 0.12."""
     generator = print_seed()
     law = a_law(generator)
-    some = [*generator.choice(len(STEP_LAW_CELLS) - 1, 10, replace=False).tolist(), len(STEP_LAW_CELLS) - 1]
-    table = sweep(generator, law, [STEP_LAW_CELLS[one] for one in some], noise=5e-4, holes=0.1)
+    cells = [(size, tokens) for size in (1e8, 3e8, 9e8, 27e8) for tokens in (3e9, 9e9, 27e9, 81e9)]
+    some = [cells[0], *(cells[one] for one in 1 + generator.choice(14, 8, replace=False)), cells[-1]]
+    table = sweep(generator, law, some, noise=5e-4, holes=0.1, off_centre=0.4)
     fit = fit_hyperparameters(table.cells(), form=form, samples=0)
-    np.testing.assert_allclose(fit.law.matrix[:, 1:], law.matrix[:, 1:], atol=0.1)
-    # Where it counts, at the cells, the choice costs next to nothing.
-    for size, tokens in STEP_LAW_CELLS:
+    np.testing.assert_allclose(fit.law.matrix[:, 1:], law.matrix[:, 1:], atol=0.12)
+    # Where it counts, at all cells, the choice costs next to nothing.
+    for size, tokens in cells:
         step = fit.law.point(size, tokens) - law.point(size, tokens)
-        assert step @ CURVATURE @ step / 2 < 2e-4
+        assert step @ CURVATURE @ step / 2 < 5e-4
 
 
 @BOTH
 def test_leave_largest_out_regret_of_tables_like_step_laws(form: Form) -> None:
     """17 cells, scatter, unequal flat valleys, a wall at high rates: median below 0.10%, greatest below 0.5%.
 
-    The four largest cells are left out. One table has four such regrets, whose median is a matter of luck; eight have 32.
+    The four largest cells are left out. The median of four such regrets is a matter of luck, that of eight tables not.
     """
     generator = print_seed()
     held = []
@@ -96,9 +97,7 @@ def test_pooled_uses_cells_whose_optimum_is_outside_the_grid() -> None:
     generator = print_seed()
     law = a_law(generator)
     inside = sweep(generator, law, SMALL_CELLS[:2], off_centre=0.2)
-    outside = sweep(generator, law, SMALL_CELLS[2:], rates=np.exp(np.linspace(-9, -7.5, 6)))
-    high = np.array([law.point(size, tokens)[0] for size, tokens in SMALL_CELLS[2:]])
-    assert (high > -7.5).all()
+    outside = sweep(generator, law, SMALL_CELLS[2:], off_centre=0.1, shift=-1.2)
     table = Table(*(np.concatenate(pair) for pair in zip(vars(inside).values(), vars(outside).values(), strict=True)))
     cells = table.cells()
     with pytest.raises(

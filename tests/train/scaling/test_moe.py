@@ -74,26 +74,32 @@ def test_recovers_each_form(form: MoeForm) -> None:
         assert law.parameters[name] == pytest.approx(true.parameters[name], rel=0.1)
 
 
-@pytest.mark.parametrize("form", ["leverage", "bilinear"])
-def test_intervals_cover(form: MoeForm) -> None:
-    """90% intervals of the dense equivalent hold the truth in most of several tables."""
+def test_intervals_cover() -> None:
+    """Most 90% intervals of the dense equivalent hold the truth, over many tables of the fastest form."""
     generator = print_seed()
     inside = []
-    for seed in range(4):
-        runs, true = measured(form, generator, 2e-3)
-        law = fit_moe(runs, form, samples=20, seed=seed)
-        for place in generator.choice(np.flatnonzero(~runs.dense), 4, replace=False):
-            given = {
-                "total": None if form == "bilinear" else runs.total[place],
-                "experts": runs.experts[place] if form == "bilinear" else None,
-                "granularity": runs.granularity[place],
-            }
-            truth = dense_equivalent(true, runs.active[place], runs.tokens[place], **given)
-            one = dense_equivalent(law, runs.active[place], runs.tokens[place], **given)
-            assert one.dense == pytest.approx(truth.dense, rel=0.25)
-            low, high = equivalent_interval(law, one, runs.granularity[place])
-            inside.append(low <= truth.dense <= high)
-    assert np.mean(inside) > 0.5
+    for seed in range(24):
+        runs, true = measured("bilinear", generator, 2e-3)
+        law = fit_moe(runs, "bilinear", samples=40, seed=seed)
+        place = int(generator.choice(np.flatnonzero(~runs.dense)))
+        size, tokens, experts = runs.active[place], runs.tokens[place], runs.experts[place]
+        one = dense_equivalent(law, size, tokens, experts=experts)
+        low, high = equivalent_interval(law, one)
+        assert low < one.dense < high
+        inside.append(low <= dense_equivalent(true, size, tokens, experts=experts).dense <= high)
+    assert np.mean(inside) > 0.55
+
+
+@pytest.mark.parametrize("form", ["leverage", "sparsity"])
+def test_dense_equivalents_are_near(form: MoeForm) -> None:
+    """From runs with 0.2% noise, the dense equivalents of models in the range are within 20% of the truth."""
+    generator = print_seed()
+    runs, true = measured(form, generator, 2e-3)
+    law = fit_moe(runs, form, samples=0)
+    for place in generator.choice(np.flatnonzero(~runs.dense), 5, replace=False):
+        given = {"total": runs.total[place], "granularity": runs.granularity[place]}
+        one, truth = (dense_equivalent(each, runs.active[place], runs.tokens[place], **given) for each in (law, true))
+        assert one.dense == pytest.approx(truth.dense, rel=0.2)
 
 
 @pytest.mark.parametrize("form", TRUE)
