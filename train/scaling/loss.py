@@ -309,7 +309,7 @@ class Approach2:
 
 
 def budgets(flops: Array) -> list[Array]:
-    """Groups runs by compute, the smallest first: within a factor of 1.1, or of 2 if that leaves few runs in a group."""
+    """Groups runs by compute, the smallest first: within a factor of 1.1, or of 2 if groups are small then."""
     order = np.argsort(flops, kind="stable")
     groups: list[list[int]] = []
     for factor in (_SAME_BUDGET, 2.0):
