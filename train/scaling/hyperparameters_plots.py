@@ -12,6 +12,8 @@ from train.scaling.hyperparameters import PairLaw, Valley
 from train.scaling.hyperparameters_law import Fitted
 
 _INK, _GREY, _LAW, _OTHER = "#222222", "#8a8a8a", "#d1662b", "#3b6ea8"
+# Files that `pictures` makes.
+NAMES = ("valleys.png", "law.png", "regret.png")
 # Valleys on one picture; more would be too small to read.
 _MOST = 20
 
