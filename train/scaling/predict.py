@@ -127,7 +127,7 @@ class FittedLoss:
                 raise
             raise InputError(f"{name} is not a fitted law: {error!r}. Fit it again.") from None
         numbers = np.stack([law.values() for law in (found.law, *found.draws)])
-        if found.counting not in get_args(Counting) or not np.isfinite(numbers).all() or numbers.min() < 0:
+        if found.counting not in get_args(Counting) or not np.isfinite(numbers).all() or numbers[:, :3].min() < 0:
             raise InputError(f"{name} has parameters or a counting that cannot be used. Fit it again.")
         return found
 

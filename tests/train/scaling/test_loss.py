@@ -32,7 +32,7 @@ def test_exact_losses_give_the_exact_law() -> None:
 
 
 def test_exact_losses_give_the_exact_law_by_approach3() -> None:
-    """L-BFGS on the summed Huber loss reaches the same minimum."""
+    """BFGS on the summed Huber loss reaches the same minimum."""
     table = draw_runs(print_seed(), noise=0.0, sizes=6, off=2.0)
     np.testing.assert_allclose(fit_approach3(table).values(), CHINCHILLA.values(), rtol=1e-2)
 
@@ -44,7 +44,8 @@ def test_linear_parameters_are_those_of_nnls() -> None:
     generator = print_seed()
     zeros = 0
     for _ in range(30):
-        n, d, loss = generator.normal(size=(3, 12)) * [[1], [1], [2]] + [[0], [0], [generator.normal()]]
+        n, d, loss = generator.normal(size=(3, 12))
+        loss = loss**2
         weight = generator.exponential(size=12)
         a, b = generator.uniform(0.1, 1.5, 2)
         squares, found = _projected(n, d, loss, weight, np.array([a]), np.array([b]))
@@ -84,7 +85,7 @@ def test_two_largest_budgets_are_predicted() -> None:
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     """Of 90% intervals of E, a, b, and of the loss and the optimal size 30 times beyond the runs, about 90% hold it.
 
-    30 tables of 5 intervals that depend on each other: a share of 0.7 would be 3.6 standard deviations of independent
+    24 tables of 5 intervals that depend on each other: a share of 0.7 would be 3.3 standard deviations of independent
     tables away, and 1.0 throughout would need intervals that are far too wide, which the second check excludes.
     """
     generator = print_seed()
@@ -96,7 +97,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     def statistics(law: LossLaw) -> list[float]:
         return [law.E, law.a, law.b, float(law.loss(params, tokens)), math.log(law.optimum(flops)[0])]
 
-    for _ in range(30):
+    for _ in range(24):
         table = draw_runs(generator, noise=0.003, sizes=6, budgets=(6e18, 3e19, 6e19, 1e20, 3e20))
         law = fit_vpnls(table)
         drawn = np.array(
@@ -108,7 +109,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
         estimates.append(statistics(law))
     share = np.mean(hits)
     assert share > 0.7, np.mean(hits, 0)
-    # A normal 90% interval is 3.29 deviations wide; the deviation of 30 estimates is known to 13%.
+    # A normal 90% interval is 3.29 deviations wide; the deviation of 24 estimates is known to 15%.
     ratio = np.mean(widths, 0) / (3.29 * np.std(estimates, 0, ddof=1))
     assert (ratio > 0.6).all(), ratio
     assert (ratio < 1.9).all(), ratio
@@ -151,9 +152,9 @@ def test_runs_that_cannot_determine_the_law_are_refused() -> None:
     """One size, few cells, one loss, and tokens in proportion to size are each named."""
     table = draw_runs(print_seed())
     one = table.select(np.arange(9))
-    with pytest.raises(InputError, match="1 sizes"):
+    with pytest.raises(InputError, match="1 sizes and"):
         check_runs(table_of(params=np.full(9, 1e8), tokens=one["tokens"], loss=one["loss"]))
-    with pytest.raises(InputError, match="in 5 cells"):
+    with pytest.raises(InputError, match="5 runs with 5 cells"):
         check_runs(table.select(np.arange(5)))
     with pytest.raises(InputError, match="same loss"):
         check_runs(table_of(params=table["params"], tokens=table["tokens"], loss=np.full(len(table), 2.0)))

@@ -23,10 +23,8 @@ def test_formats_and_names_give_the_same_table(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     generator = print_seed()
     params, tokens, loss = generator.uniform(1, 2, (3, 5)) * [[1e8], [1e9], [1]]
-    rows = "".join(
-        f"{i},{n!r},{d / 1e9!r},{x!r}\n"
-        for i, (n, d, x) in enumerate(zip(*map(np.ndarray.tolist, (params, tokens, loss)), strict=True))
-    )
+    rows = "".join(f"{i},{params[i]!r},{tokens[i] / 1e9!r},{loss[i]!r}\n" for i in range(5)).replace("np.float64", "")
+    rows = rows.replace("(", "").replace(")", "")
     text = ",N,D (B),final loss\n" + rows
     csv = write(tmp_path / "runs.csv", "\ufeff" + text)
     (tmp_path / "runs.csv.gz").write_bytes(gzip.compress(text.encode()))
@@ -98,7 +96,7 @@ def test_unusable_options_are_refused(tmp_path: Path) -> None:
         read_runs(path, NEEDED, (), None, {"data": "x"})
     with pytest.raises(InputError, match="does not exist"):
         read_runs(tmp_path / "b.csv", NEEDED)
-    with pytest.raises(InputError, match="expected a .csv"):
+    with pytest.raises(InputError, match="expected a"):
         read_runs(write(tmp_path / "a.pkl", "x"), NEEDED)
     with pytest.raises(InputError, match="not a Parquet file"):
         read_runs(write(tmp_path / "a.parquet", "x"), NEEDED)
