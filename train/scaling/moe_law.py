@@ -184,7 +184,7 @@ def _row(law: MoeLaw, one: Equivalent, granularity: float | None, level: float) 
 
 
 def predict_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Equivalents as a table, and their warnings once each."""
+    """Equivalents as a table, and their warnings, once for each quantity."""
     experts = rows[0]["experts"] is not None
     interval = f"{100 * rows[0]['level']:.0f}% interval"
     lines = [f"{'active':>10}{'experts' if experts else 'total':>10}{'loss':>9}{'dense':>10}{interval:>24}{'EL':>7}"]
@@ -196,8 +196,15 @@ def predict_text(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{_size(row['active_params']):>10}{second:>10}{row['loss']:9.4f}{_size(row['dense_params']):>10}"
             f"{span:>24}{row['leverage']:7.2f}"
         )
-    warnings = dict.fromkeys(text for row in rows for text in row["warnings"])
-    return "\n".join(lines + [f"warning: {text}" for text in warnings])
+    # The first warning of each quantity, which is its first word, and the number of models it holds for.
+    warnings: dict[str, list[str]] = {}
+    for row in rows:
+        for text in row["warnings"]:
+            warnings.setdefault(text.split()[0], []).append(text)
+    for texts in warnings.values():
+        more = f", and so in {len(texts) - 1} more rows" if len(texts) > 1 else ""
+        lines.append(f"warning: {texts[0]}{more}")
+    return "\n".join(lines)
 
 
 def _size(value: float) -> str:
