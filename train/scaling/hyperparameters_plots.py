@@ -53,7 +53,9 @@ def valleys_png(valleys: list[Valley], law: PairLaw) -> bytes:
 
 def _valley(axis: Axes, valley: Valley, law: PairLaw) -> None:
     points, excess = valley.cell.points, 100 * np.expm1(valley.cell.log_loss - valley.cell.best)
-    axis.scatter(*np.exp(points.T), c=np.minimum(excess, 2.0), cmap="viridis_r", s=9, vmin=0, vmax=2)
+    axis.scatter(
+        np.exp(points[:, 0]), np.exp(points[:, 1]), c=np.minimum(excess, 2.0), cmap="viridis_r", s=9, vmin=0, vmax=2
+    )
     _logarithmic(axis)
     if np.isfinite(valley.curvature).all() and np.linalg.eigvalsh(valley.curvature)[0] > 0:
         low, high = points.min(0) - 0.3, points.max(0) + 0.3

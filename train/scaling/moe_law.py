@@ -43,7 +43,8 @@ def table_runs(table: RunTable) -> MoeRuns:
             if bad.any():
                 raise InputError(f"Row {table.rows[bad][0]} is an MoE and has no {name}. Fill in the column.")
             extra[name] = values
-    return moe_runs(*(table[name] for name in COLUMNS), extra["experts"], extra["granularity"])
+    active, total, tokens, loss = (table[name] for name in COLUMNS)
+    return moe_runs(active, total, tokens, loss, extra["experts"], extra["granularity"])
 
 
 def fit_table(
