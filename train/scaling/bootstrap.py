@@ -12,6 +12,7 @@ from train.scaling.runs import Array, RunTable
 
 # Of exponents of draws: far below their spread.
 _TOLERANCE = 1e-5
+_BUDGET_RUNS = 3
 
 
 def draw_laws(
@@ -120,7 +121,10 @@ def sensitivity(table: RunTable, method: Method = "vpnls") -> list[LeftOut]:
     cases = []
     for count, what in ((1, "the largest budget"), (2, "the two largest budgets")):
         if len(groups) > count:
-            cases.append((chosen(np.concatenate(groups[-count:])), what))
+            # Of fewer runs than these a group is not a budget, and belongs to the next smaller one.
+            full = [i for i, group in enumerate(groups) if len(group) >= _BUDGET_RUNS]
+            first = full[-count] if len(full) > count else len(groups) - count
+            cases.append((chosen(np.concatenate(groups[first:])), what))
     cases.append((chosen(by_loss[:1]), "the highest loss"))
     if length >= 20:
         cases.append((chosen(by_loss[:5]), "the 5 highest losses"))

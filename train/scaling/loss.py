@@ -1,8 +1,10 @@
-"""The loss law L(N, D) = E + A / N^a + B / D^b, and three ways to fit it (Hoffmann et al. 2022, arXiv:2203.15556).
+"""The loss law L(N, D) = E + A / N^a + B / D^b, and ways to fit it (Hoffmann et al. 2022, arXiv:2203.15556).
 
 - `fit_vpnls` (the default): least squares by variable projection. For given exponents the law is linear in E, A, B,
   which non-negative least squares finds exactly; a search over the two exponents remains. It is well conditioned, where
   a search over all five parameters is not.
+- `fit_huber`: the objective of approach 3, the Huber loss of log L, by least squares with weights that are adapted to
+  the residuals, each solved by VPNLS. Few runs that went wrong do not decide it.
 - `fit_approach3`: Huber loss on log L, the law as a log-sum-exp, BFGS from a grid of starts (the paper has L-BFGS; five
   parameters need no limited memory). The objective is summed: with the mean, the optimiser's tolerance ends it far from
   the minimum (Besiroglu et al. 2024, arXiv:2404.10102).
@@ -20,13 +22,15 @@ import numpy as np
 from qwen_jax.errors import InputError
 from train.scaling.runs import FLOPS_PER_PARAM, Array, RunTable
 
-Method: TypeAlias = Literal["vpnls", "approach3"]
+Method: TypeAlias = Literal["vpnls", "vpnls-huber", "approach3"]
 
 PARAMETERS = ("E", "A", "B", "a", "b")
 # Exponents that the search covers.
 LOWEST, HIGHEST = 0.01, 2.0
 # Points of the grid along an exponent, points on each side of the best that the next, finer grid spans, most grids.
 _POINTS, _SPAN, _ROUNDS = 21, 3, 60
+# Half the width of a search near a law; most rounds of adapted weights.
+_NEAR, _REWEIGHTED = 0.05, 50
 # Of approach 3: where the Huber loss turns linear, in log loss.
 DELTA = 1e-3
 # Starts of approach 3: values of log A, log B, log E, a, b as in the paper; the best this many are optimised.
@@ -134,18 +138,22 @@ def check_runs(table: RunTable) -> list[str]:
 
 
 def fit(table: RunTable, method: Method = "vpnls", weights: Array | None = None, tolerance: float = 1e-8) -> LossLaw:
-    """Fits the law by one of the two methods that give all five parameters.
+    """Fits the law by one of the methods that give all five parameters.
 
     Args:
       table: with params, tokens and loss; see `check_runs`.
-      method: vpnls or approach3.
+      method: vpnls, vpnls-huber or approach3.
       weights: of the runs; by default all the same.
-      tolerance: of the exponents, for vpnls.
+      tolerance: of the exponents, for the first two.
     """
-    return fit_vpnls(table, weights, tolerance) if method == "vpnls" else fit_approach3(table, weights)
+    if method == "approach3":
+        return fit_approach3(table, weights)
+    return (fit_huber if method == "vpnls-huber" else fit_vpnls)(table, weights, tolerance)
 
 
-def fit_vpnls(table: RunTable, weights: Array | None = None, tolerance: float = 1e-8) -> LossLaw:
+def fit_vpnls(
+    table: RunTable, weights: Array | None = None, tolerance: float = 1e-8, near: LossLaw | None = None
+) -> LossLaw:
     """Least squares: a search over both exponents, and non-negative least squares for E, A, B at each point.
 
     The search is a grid that is refined around its best point, and moves along if that is on its edge.
@@ -154,6 +162,7 @@ def fit_vpnls(table: RunTable, weights: Array | None = None, tolerance: float = 
       table: with params, tokens and loss.
       weights: of the runs; by default all the same.
       tolerance: of the exponents.
+      near: a law in whose neighbourhood the search begins; by default it begins with all exponents.
     """
     loss = table["loss"]
     weight = np.ones(len(loss)) if weights is None else weights * (len(loss) / weights.sum())
@@ -162,6 +171,9 @@ def fit_vpnls(table: RunTable, weights: Array | None = None, tolerance: float = 
     middle = [float(values.mean()) for values in logs]
     n, d = (values - centre for values, centre in zip(logs, middle, strict=True))
     low, high = np.full(2, LOWEST), np.full(2, HIGHEST)
+    if near is not None:
+        exponents = np.array([near.a, near.b])
+        low, high = np.maximum(exponents - _NEAR, LOWEST), np.minimum(exponents + _NEAR, HIGHEST)
     for _ in range(_ROUNDS):
         a_K, b_K = np.linspace(low[0], high[0], _POINTS), np.linspace(low[1], high[1], _POINTS)
         objective = _projected(n, d, loss, weight, a_K, b_K)[0]
@@ -220,6 +232,30 @@ def _projected(
     best = stacked[0].argmin(0)[None]
     squares, e, a, b = (np.take_along_axis(values, best, 0)[0] for values in stacked)
     return squares, (e, a, b)
+
+
+def fit_huber(table: RunTable, weights: Array | None = None, tolerance: float = 1e-8) -> LossLaw:
+    """Minimises the summed Huber loss of log L by iteratively reweighted VPNLS.
+
+    A run with log residual r has the weight min(1, DELTA / |r|) / L^2, where L is the loss of the law: near the law a
+    squared error of the loss with this weight is the Huber loss of log L, up to a constant.
+
+    Args:
+      table: with params, tokens and loss.
+      weights: of the runs; by default all the same.
+      tolerance: of the exponents.
+    """
+    weight = np.ones(len(table)) if weights is None else weights
+    tolerance = max(tolerance, 1e-6)
+    law = fit_vpnls(table, weight / table["loss"] ** 2, tolerance)
+    for _ in range(_REWEIGHTED):
+        predicted = law.loss(table["params"], table["tokens"])
+        size = np.abs(np.log(table["loss"] / predicted))
+        adapted = weight / predicted**2 * np.minimum(1.0, DELTA / np.maximum(size, 1e-300))
+        before, law = law, fit_vpnls(table, adapted, tolerance, law)
+        if max(abs(law.a - before.a), abs(law.b - before.b)) < 10 * tolerance:
+            break
+    return law
 
 
 def fit_approach3(table: RunTable, weights: Array | None = None) -> LossLaw:

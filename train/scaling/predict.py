@@ -186,11 +186,13 @@ def fit_loss(
 
 
 def _checks(table: RunTable, method: Method) -> dict[str, dict[str, Any]]:
-    other: Method = "approach3" if method == "vpnls" else "vpnls"
-    law = fit(table, other)
-    found: dict[str, dict[str, Any]] = {other: dataclasses.asdict(law)}
-    if law.a + law.b > 0:
-        found[other]["size_exponent"] = law.b / (law.a + law.b)
+    found: dict[str, dict[str, Any]] = {}
+    for other in get_args(Method):
+        if other != method:
+            law = fit(table, other)
+            found[other] = dataclasses.asdict(law)
+            if law.a + law.b > 0:
+                found[other]["size_exponent"] = law.b / (law.a + law.b)
     try:
         second: Approach2 = fit_approach2(table)
     except InputError as error:

@@ -16,6 +16,7 @@ from train.scaling.loss import (
     check_runs,
     fit_approach2,
     fit_approach3,
+    fit_huber,
     fit_vpnls,
     fit_warnings,
 )
@@ -35,6 +36,20 @@ def test_exact_losses_give_the_exact_law_by_approach3() -> None:
     """BFGS on the summed Huber loss reaches the same minimum."""
     table = draw_runs(print_seed(), noise=0.0, sizes=6, off=2.0)
     np.testing.assert_allclose(fit_approach3(table).values(), CHINCHILLA.values(), rtol=1e-2)
+
+
+def test_adapted_weights_reach_the_minimum_of_approach3() -> None:
+    """Reweighted VPNLS and BFGS minimise the same Huber loss, and runs that went wrong hardly move them."""
+    generator = print_seed()
+    table = draw_runs(generator, sizes=6)
+    loss = table["loss"].copy()
+    loss[generator.choice(len(loss), 3, replace=False)] *= 1.1
+    spoiled = table_of(params=table["params"], tokens=table["tokens"], loss=loss)
+    laws = [fit_huber(spoiled), fit_approach3(spoiled)]
+    for name, tolerance in (("E", 0.01), ("a", 0.01), ("b", 0.01)):
+        assert abs(getattr(laws[0], name) - getattr(laws[1], name)) < tolerance
+    assert abs(laws[0].a - CHINCHILLA.a) < 0.04
+    assert abs(laws[0].b - CHINCHILLA.b) < 0.04
 
 
 def test_linear_parameters_are_those_of_nnls() -> None:
