@@ -32,8 +32,7 @@ class Fit:
             head; or without embedding and head.
         cells: Of runs with the same size and tokens take the best, or all. By default the best if learning rate or
             batch size vary in a cell, and all if not.
-<<<<<<< HEAD
-        method: Of the loss law. The other methods are cross-checks.
+        method: Of the loss law; the others are cross-checks. vpnls-huber forgives runs that went wrong.
         valleys: Of hyperparameters: a quadratic in each cell of size and tokens, one curvature for all (pooled), or
             that of the two with the lower regret where each cell is left out (auto).
         terms: Of hyperparameters: they depend on size and tokens (nd), compute (c), size (n) or tokens (d).
@@ -58,9 +57,6 @@ class Fit:
     terms: Literal["nd", "c", "n", "d"] = "nd"
     window: float = 0.01
     moe_form: Literal["leverage", "bilinear", "saturated", "granularity", "sparsity"] = "leverage"
-=======
-    method: Literal["vpnls", "vpnls-huber", "approach3"] = "vpnls"
->>>>>>> s-fit
     drop_highest: int = 0
     bootstrap: int = 200
     level: float = 0.9
