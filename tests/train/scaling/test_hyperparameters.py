@@ -30,7 +30,7 @@ from train.scaling.regret import (
 )
 
 # A folder with public tables of runs; see docs/scaling.md.
-PUBLIC = os.environ.get("QWEN_JAX_PUBLIC_RUNS")
+PUBLIC = os.environ.get("QWEN_JAX_RUN_TABLES")
 SMALL_CELLS = [(size, tokens) for size in (2e6, 6e6, 2e7) for tokens in (1e8, 4e8, 1.6e9)]
 BOTH = pytest.mark.parametrize("form", ["cells", "pooled"])
 
@@ -255,7 +255,7 @@ def test_largest_and_each() -> None:
     assert table[form]["cells"] == 9
 
 
-@pytest.mark.skipif(PUBLIC is None, reason="QWEN_JAX_PUBLIC_RUNS names no folder of public runs")
+@pytest.mark.skipif(PUBLIC is None, reason="QWEN_JAX_RUN_TABLES names no folder of public runs")
 def test_public_step_law_table() -> None:
     """Regret on the dense runs of Step Law, largest cells left out: median below 0.10%, greatest below 0.5%."""
     import pandas as pd

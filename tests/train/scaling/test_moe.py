@@ -14,7 +14,7 @@ from train.scaling.moe_equivalent import dense_equivalent, equal_to_dense, equiv
 from train.scaling.moe_law import equivalents, fit_table, predict, predict_text, read_law, table_runs
 from train.scaling.runs import RunTable
 
-PUBLIC = os.environ.get("QWEN_JAX_PUBLIC_RUNS")
+PUBLIC = os.environ.get("QWEN_JAX_RUN_TABLES")
 
 SIZES, TOKENS = 2e7 * 2.0 ** np.arange(6), (2e9, 8e9, 32e9)
 TRUE: dict[MoeForm, dict[str, float]] = {
@@ -185,7 +185,7 @@ def test_unusable_runs_are_named() -> None:
         dense_equivalent(fit_moe(runs, "leverage", samples=0), 1e8, 8e9)
 
 
-@pytest.mark.skipif(PUBLIC is None, reason="QWEN_JAX_PUBLIC_RUNS names no folder of public runs")
+@pytest.mark.skipif(PUBLIC is None, reason="QWEN_JAX_RUN_TABLES names no folder of public runs")
 def test_public_routed_models() -> None:
     """The bilinear law of the public runs of Clark et al. 2022 has the coefficients known for this subset."""
     import pandas as pd
