@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -163,7 +164,7 @@ def launch(job: Job[B], programs: "Programs | None" = None) -> Outcome:
         interruption = stack.enter_context(Interruption()) if job.save_on_signals else None
         with Checkpoints(job.folder, job.model, job.tokenizer, _identity(job), job.checkpoints) as checkpoints:
             # Where to begin.
-            state, first = _begin(job, checkpoints, frozen)
+            state, first = _begin(job, checkpoints, frozen, steps)
             exported = job.export is not None and is_taken(job.export.folder)
             if job.export is not None and exported and first < total:
                 raise InputError(
@@ -269,6 +270,17 @@ class _Steps:
         frozen = self._frozen.on(phase.mesh)
         return step if frozen is None else functools.partial(step, frozen=frozen)
 
+    def initial_state(self, phase: Phase[B], seed: int) -> TrainState:
+        """Random weights and zero moments; see `init_state`. Call it under `jax.set_mesh(phase.mesh)`."""
+        model, optimizer, mesh = phase.objective.model, self._optimizer, phase.mesh
+        some = phase.step.lora, self._frozen.on(mesh)
+        if not self._shared or some != (None, None) or not 0 <= seed < 1 << 31:
+            return init_state(model, optimizer, seed, mesh, *some)
+        key = ("init", model, optimizer.adamw, optimizer.merging, mesh)
+        make = lambda: jax.jit(lambda seed: init_state(model, optimizer, seed, mesh))  # noqa: E731
+        state: TrainState = self._programs.once(key, make)(np.int32(seed))
+        return state
+
     def train_step(self, phase: Phase[B]) -> TrainStep[B]:
         """The training step of a phase."""
         optimizer, mesh = self._optimizer, phase.mesh
@@ -343,7 +355,7 @@ def _abstract_state(job: Job[B], phase: Phase[B], frozen: _Frozen) -> TrainState
     return abstract_state(phase.objective.model, job.optimizer, phase.mesh, phase.step.lora, frozen.on(phase.mesh))
 
 
-def _begin(job: Job[B], checkpoints: Checkpoints, frozen: _Frozen) -> tuple[TrainState, int]:
+def _begin(job: Job[B], checkpoints: Checkpoints, frozen: _Frozen, steps: _Steps) -> tuple[TrainState, int]:
     """The state to begin with, on the mesh of its phase, and its step."""
     newest = checkpoints.latest_step
     if newest is not None:
@@ -360,8 +372,7 @@ def _begin(job: Job[B], checkpoints: Checkpoints, frozen: _Frozen) -> tuple[Trai
     phase = job.phases[0]
     with jax.set_mesh(phase.mesh):
         if job.initial is None:
-            some = phase.step.lora, frozen.on(phase.mesh)
-            return init_state(phase.objective.model, job.optimizer, job.seed, phase.mesh, *some), 0
+            return steps.initial_state(phase, job.seed), 0
         like = _abstract_state(job, phase, frozen).params
         base = None if job.base is None else job.base(like)
         return fresh_state(job.optimizer, job.initial(like), phase.mesh, base), 0

@@ -1,8 +1,10 @@
 """Many small runs of one kind: what has become of each, training them here, and handing them to a scheduler."""
 
+import dataclasses
+import functools
 import math
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -35,21 +37,18 @@ def final_losses(config: RunConfig, whole: bool = False) -> dict[str, float] | N
 def status(config: RunConfig) -> Status:
     """What has become of a run, by its log alone: so it is the same wherever the run was trained.
 
-    It has diverged if it gave up after skipped steps, or if its final held-out losses are not finite or not below those
-    before the first step.
+    It has diverged if it gave up after skipped steps, or if its final held-out losses are not finite, or all are more
+    than a tenth above those before the first step.
     """
     final = final_losses(config)
     if final is not None:
         first = _losses(config, 0) or {}
-        worse = all(final[name] >= first.get(name, math.inf) for name in final)
+        worse = all(final[name] > 1.1 * first.get(name, math.inf) for name in final)
         return "diverged" if worse or not all(map(math.isfinite, final.values())) else "ok"
     # Where a run gives up, its last record of a step is that of a skipped one; see `train.loop.fit`.
-    records = [record for record in _log(config) if "skipped" in record]
-    skipped = 0
-    while skipped < len(records) and records[-1 - skipped]["skipped"]:
-        skipped += 1
-    at_end = bool(records) and records[-1]["step"] == config.ends[-1]
-    return "diverged" if skipped >= config.loop.max_skipped or (skipped and at_end) else "waiting"
+    found = _summary(config)
+    gave_up = found.skipped >= config.loop.max_skipped or (found.skipped and found.last == config.ends[-1])
+    return "diverged" if gave_up else "waiting"
 
 
 def check_small_run(config: RunConfig) -> None:
@@ -128,8 +127,8 @@ def write_commands(folder: Path, lines: Sequence[str]) -> None:
     commands = folder.absolute() / COMMANDS
     script = (
         "#!/bin/bash\n"
-        f"# Lines 1 to {len(lines)} of {COMMANDS}. Add what your cluster needs, such as --partition. --array=1-N%M runs\n"
-        "# M at a time. An element that is started again resumes its run.\n"
+        f"# Lines 1 to {len(lines)} of {COMMANDS}. Add what your cluster needs, such as --partition.\n"
+        "# --array=1-N%M runs M at a time. An element that is started again resumes its run.\n"
         f"#SBATCH --array=1-{max(len(lines), 1)}\n#SBATCH --gpus=1\n"
         f"#SBATCH --output={folder.absolute()}/slurm-%a.txt\n#SBATCH --signal=TERM@120\n"
         f'exec bash -c "exec $(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {shlex.quote(str(commands))})"\n'
@@ -142,16 +141,47 @@ def write_commands(folder: Path, lines: Sequence[str]) -> None:
         raise InputError(f"Cannot write {commands}: {error.strerror}. Give another folder.") from None
 
 
-def _log(config: RunConfig) -> list[dict[str, float]]:
+@dataclasses.dataclass(frozen=True)
+class _Summary:
+    """What is read of a log.
+
+    Attributes:
+      held_out: the last record of an evaluation at each step that has one.
+      last: number of the last step.
+      skipped: how many steps at the end were skipped in a row.
+    """
+
+    held_out: Mapping[int, Mapping[str, float]]
+    last: int
+    skipped: int
+
+
+def _summary(config: RunConfig) -> _Summary:
     path = Path(config.output) / "metrics.jsonl"
-    return read_log(path, warn=False) if path.is_file() else []
+    try:
+        about = path.stat()
+    except OSError:
+        return _Summary({}, 0, 0)
+    return _summarised(path, about.st_size, about.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _summarised(path: Path, size: int, time: int) -> _Summary:
+    """Reads a log, once for each size and time of change of the file: logs are long, and asked for often."""
+    records = read_log(path, warn=False)
+    held_out = {int(r["step"]): r for r in records if any(name.startswith("held_out_") for name in r)}
+    steps = [record for record in records if "skipped" in record]
+    skipped = 0
+    while skipped < len(steps) and steps[-1 - skipped]["skipped"]:
+        skipped += 1
+    return _Summary(held_out, int(steps[-1]["step"]) if steps else 0, skipped)
 
 
 def _losses(config: RunConfig, step: int, whole: bool = False) -> dict[str, float] | None:
     """The held-out losses at a step; see `final_losses`."""
-    for record in reversed(_log(config)):
-        if record["step"] == step and any(name.startswith("held_out_") for name in record):
-            if whole:
-                return {"": record.get("held_out_loss", math.nan)}
-            return {name: record.get(f"held_out_{name}_loss", math.nan) for name in config.held_out}
-    return None
+    record = _summary(config).held_out.get(step)
+    if record is None:
+        return None
+    if whole:
+        return {"": record.get("held_out_loss", math.nan)}
+    return {name: record.get(f"held_out_{name}_loss", math.nan) for name in config.held_out}
