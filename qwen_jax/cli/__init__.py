@@ -49,6 +49,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
         "label preference pairs on a local page, show the agreement, export the result",
     ),
     "data rollouts": ("data", "Rollouts", "show what a GRPO run has sampled, or write a page to browse it"),
+    "scaling sweep": ("scaling_sweep", "Sweep", "train small runs over size, tokens, learning rate and batch"),
     "train pretrain": ("train", "pretrain", "pre-train a model in stages, or resume such a run"),
     "train sft": ("train", "sft", "fine-tune a model on conversations"),
     "train reward": ("train", "reward", "train a reward model on pairs of answers"),

@@ -95,21 +95,31 @@ def run_sweep(
         write_table(outcome, folder)
         if not outcome.waiting:
             return outcome
-        by_output = {run.config.output: run for run in outcome.waiting}
+        losses, by_output = dict(outcome.losses), {run.config.output: run for run in outcome.waiting}
+        plan = outcome.plan
 
-        def ended(config: RunConfig, by_output: Mapping[str, Run] = by_output) -> None:
-            losses = final_losses(config) or {}
-            what = "diverged" if status(config) == "diverged" else ", ".join(f"{k} {v:.4f}" for k, v in losses.items())
-            say(f"{by_output[config.output].name}: {what}")
-            write_table(collect(sweep, folder), folder)
+        def ended(
+            config: RunConfig,
+            plan: Plan = plan,
+            losses: dict[str, float] = losses,
+            by_output: Mapping[str, Run] = by_output,
+        ) -> None:
+            run, parts = by_output[config.output], final_losses(config) or {}
+            loss = _loss(run)
+            if loss is None:
+                raise InputError(f"{run.name} has ended without a held-out loss. See {config.output}.")
+            losses[run.name] = loss
+            write_table(Outcome(plan, losses), folder)
+            shown = (
+                "diverged" if math.isinf(loss) else ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
+            )
+            say(f"{run.name}: {'diverged' if math.isinf(loss) else shown}")
 
         configs = [run.config for run in outcome.waiting]
         if train is not None:
             train_here(configs, train, ended)
         else:
             train_in_workers(configs, folder, workers, ended)
-        if stuck := [run.name for run in collect(sweep, folder).waiting if run.config.output in by_output]:
-            raise InputError(f"Runs have ended without a held-out loss: {', '.join(stuck[:3])}. See their logs.")
 
 
 def write_sweep(sweep: Sweep, folder: Path) -> Outcome:
