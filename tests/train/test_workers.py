@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from tests.helpers.runs import MODEL, make_material
-from tests.train.scaling.sweeps import base, sweep
+from tests.train.scaling.fake_runs import base, sweep
 from train.scaling.run_sweep import read_results, run_sweep
 from train.workers import _Queue
 

@@ -1,89 +1,87 @@
-"""A small sweep, and a trainer that takes losses from a formula, for tests that train nothing."""
+"""Synthetic tables of runs over learning rate and batch size, with a known law."""
 
 import dataclasses
-import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-from qwen_jax.errors import InputError
-from qwen_jax.files import to_json
-from tests.helpers.runs import MODEL, configuration
-from train.config import RunConfig, Stage
-from train.loop import CheckpointConfig, LoopConfig
-from train.optimizer import Schedule
-from train.scaling.sweep import Sweep
+import numpy as np
 
-SIZES = {
-    "one": MODEL,
-    "two": dataclasses.replace(MODEL, num_layers=2),
-    "four": dataclasses.replace(MODEL, num_layers=4),
+from train.scaling.hyperparameters import Cell, PairLaw, group_cells
+
+# Curvature of log loss in (log learning rate, log batch size): twice the best learning rate costs 0.3%, twice the batch
+# size 0.17%, both together 0.18%.
+CURVATURE = np.array([[0.0125, -0.006], [-0.006, 0.007]])
+
+# Cells and grids like those of Li et al. 2025: learning rates a factor √2 apart, batch sizes from 2^16 to 2^21 tokens.
+_SIZES = {
+    214.7e6: (4e9, 11.4e9, 20e9, 50e9, 100e9),
+    268.3e6: (5e9, 14.2e9, 28.4e9, 80e9),
+    429.3e6: (8e9, 22.7e9, 40e9, 50e9),
+    536.9e6: (10e9, 28.4e9, 50e9),
+    1073.7e6: (56.9e9,),
 }
+STEP_LAW_CELLS = [(size, tokens) for size, some in _SIZES.items() for tokens in some]
+RATES = 0.011 * 2 ** (-np.arange(12) / 2)
+BATCHES = 2048.0 * np.array([32, 64, 96, 128, 192, 256, 352, 512, 736, 1024])
 
 
-def base(material: Path | str = "material", **changes: Any) -> RunConfig:
-    """A run of one stage, whose rows have 16 tokens."""
-    stage = Stage(Schedule(100, 1e-2, warmup_steps=10), 16, 4, {"a": 1, "b": 3})
-    given = {"loop": LoopConfig(evaluate_every=10**6), "checkpoints": CheckpointConfig(every=0), "stages": (stage,)}
-    return configuration(material, "unused", **{**given, **changes})
+@dataclasses.dataclass
+class Table:
+    """Columns of runs."""
+
+    params: np.ndarray
+    tokens: np.ndarray
+    learning_rate: np.ndarray
+    batch_tokens: np.ndarray
+    loss: np.ndarray
+
+    def cells(self) -> list[Cell]:
+        return group_cells(self.params, self.tokens, self.learning_rate, self.batch_tokens, self.loss)[0]
 
 
-def sweep(**changes: Any) -> Sweep:
-    """Two sizes, two numbers of tokens, three rates, three batches."""
-    given: dict[str, Any] = {
-        "base": base(),
-        "sizes": {name: SIZES[name] for name in ("one", "two")},
-        "tokens": (32_000, 64_000),
-        "learning_rates": (1e-3, 2e-3, 4e-3),
-        "batches": (64, 128, 256),
-        "flops": 1e15,
-    }
-    return Sweep(**{**given, **changes})
+def sweep(
+    generator: np.random.Generator,
+    law: PairLaw,
+    cells: list[tuple[float, float]],
+    *,
+    noise: float = 0.0,
+    holes: float = 0.0,
+    scatter: float = 0.0,
+    spread: float = 0.0,
+    wall: float = 0.0,
+    rates: np.ndarray = RATES,
+    batches: np.ndarray = BATCHES,
+    off_centre: float | None = None,
+) -> Table:
+    """Runs on a grid in each cell.
 
-
-def optimum(params: float, tokens: float) -> tuple[float, float]:
-    """The best learning rate and batch, in tokens, of the formula."""
-    return 3.2 * params**-0.7 * (tokens / 3e4) ** 0.3, 240 * (tokens / 3e4) ** 0.5
-
-
-def loss_of(config: RunConfig) -> float:
-    """A quadratic in (log rate, log batch), tilted, on top of a power law."""
-    stage, params = config.stages[0], config.model.num_params()["active"]
-    tokens = stage.steps * stage.batch_size * stage.length
-    rate, batch = optimum(params, tokens)
-    x = math.log(stage.schedule.learning_rate / rate)
-    y = math.log(stage.batch_size * stage.length / batch)
-    return 1.8 + 20 * params**-0.3 + 50 * tokens**-0.4 + 0.05 * x * x + 0.03 * y * y - 0.03 * x * y
-
-
-class FakeTrainer:
-    """Writes the log of a run with the loss of a formula.
-
-    Attributes:
-      trained: names of the runs that were trained, in order.
+    Args:
+      generator: of all that is random.
+      law: of the best learning rate and batch size.
+      cells: model size and tokens of each.
+      noise: standard deviation of log loss.
+      holes: share of the grid that is missing.
+      scatter: standard deviation of a cell's log optimum about the law.
+      spread: standard deviation of log of a factor of each cell's curvature.
+      wall: coefficient of the third power of log learning rate above the best.
+      rates: learning rates of the grid.
+      batches: batch sizes of the grid in tokens.
+      off_centre: the grid of each cell is five points a side, a factor 1.6 apart, whose middle is this far from the
+        optimum at most, in log units; None for the grid of `rates` and `batches`.
     """
-
-    def __init__(self, loss: Callable[[RunConfig], float] = loss_of, stop_after: int | None = None):
-        """Args:
-        loss: of a run; infinite for one that diverges.
-        stop_after: how many runs end before a signal comes.
-        """
-        self.trained: list[str] = []
-        self._loss, self._stop_after = loss, stop_after
-
-    def __call__(self, config: RunConfig) -> int:
-        if self._stop_after is not None and len(self.trained) >= self._stop_after:
-            return 15
-        folder, last, loss = Path(config.output), config.ends[-1], self._loss(config)
-        self.trained.append(folder.name)
-        records: list[dict[str, Any]] = [{"step": 0, "held_out_loss": 7.0, "held_out_held_loss": 7.0}]
-        if math.isinf(loss):
-            records += [{"step": 1 + i, "loss": None, "skipped": 1.0} for i in range(config.loop.max_skipped)]
-        else:
-            records.append({"step": last, "loss": loss, "skipped": 0.0})
-            records.append({"step": last, "held_out_loss": loss, "held_out_held_loss": loss})
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.jsonl").write_text("".join(to_json(record) + "\n" for record in records))
-        if math.isinf(loss):
-            raise InputError("The 10 steps up to step 10 were skipped.")
-        return 0
+    rows = []
+    for size, tokens in cells:
+        best = law.point(size, tokens) + generator.normal(0, scatter, 2)
+        curvature = CURVATURE * np.exp(generator.normal(0, spread))
+        lowest = 1.8 + 290 / size**0.3478 + 1250 / tokens**0.3658
+        if off_centre is not None:
+            middle = best + generator.uniform(-off_centre, off_centre, 2)
+            rates, batches = (np.exp(one + np.log(1.6) * np.arange(-2, 3)) for one in middle)
+        # The largest size saw low learning rates only.
+        some = rates[-6:] if size > 1e9 and off_centre is None else rates
+        for rate in some:
+            for batch in batches:
+                step = np.log([rate, batch]) - best
+                excess = step @ curvature @ step / 2 + wall * max(step[0], 0.0) ** 3
+                if generator.random() >= holes and excess < 0.3:
+                    rows.append((size, tokens, rate, batch, lowest * np.exp(excess + generator.normal(0, noise))))
+    order = generator.permutation(len(rows))
+    return Table(*np.array(rows)[order].T)

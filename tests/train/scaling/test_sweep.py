@@ -14,7 +14,7 @@ import pytest
 from qwen_jax.config import MoE
 from qwen_jax.errors import InputError
 from tests.helpers.runs import MODEL, make_material, print_seed
-from tests.train.scaling.sweeps import SIZES, FakeTrainer, base, loss_of, optimum, sweep
+from tests.train.scaling.fake_runs import SIZES, FakeTrainer, base, loss_of, optimum, sweep
 from train.config import RunConfig, as_json, load
 from train.observe.goodput import compilation
 from train.observe.metrics import flops_per_token, read_log
@@ -241,8 +241,8 @@ def test_a_file_gives_a_sweep_and_fields_can_be_changed(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
     file = tmp_path / "file.py"
     file.write_text(
-        f"import sys\nsys.path.insert(0, {str(root)!r})\nfrom tests.train.scaling import sweeps\n"
-        "def config():\n    return sweeps.sweep()\ndef other():\n    return 3\n"
+        f"import sys\nsys.path.insert(0, {str(root)!r})\nfrom tests.train.scaling import fake_runs\n"
+        "def config():\n    return fake_runs.sweep()\ndef other():\n    return 3\n"
     )
     assert load_sweep(str(file), ["flops=5e12", "base.seed=7"]) == sweep(flops=5e12, base=base(seed=7))
     with pytest.raises(InputError, match=r"must return a train.scaling.sweep.Sweep"):
