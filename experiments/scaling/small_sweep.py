@@ -9,11 +9,12 @@
 3. The larger model is trained at the predicted pair, at half and twice of both, and past the edge where the best of
    these is at the edge. The pick's regret is its loss relative to the best of them.
 
-The sweep takes at most three fifths of the limit; the law is then fitted to what has ended. Leaves `results.json`,
+The sweep takes at most two thirds of the limit; the law is then fitted to what has ended. Leaves `results.json`,
 `runs/results.parquet`, `target/results.parquet`, `law.json` and plots. What has been done is not done again.
 """
 
 import argparse
+import dataclasses
 import json
 import signal
 import sys
@@ -29,11 +30,12 @@ from experiments.scaling.setup import SETUPS, Setup
 from qwen_jax.files import to_json
 from train.config import RunConfig
 from train.files import write_file
+from train.scaling.hyperparameters_law import fit_text
 from train.scaling.run_config import write_run_config
-from train.scaling.run_sweep import Outcome, collect, read_results, run_sweep
+from train.scaling.run_sweep import RESULTS, Outcome, collect, read_results, run_sweep
 from train.scaling.sweep import Sweep, make_plan
 
-_SWEEP_SHARE = 0.6
+_SWEEP_SHARE = 0.65
 
 
 class _TimeIsUp(BaseException):
@@ -111,19 +113,16 @@ def experiment(
     # 2. The sweep, and the law.
     run(setup.sweep(folder), "runs", limit * _SWEEP_SHARE)
     rows = read_results(folder / "runs")
-    target = setup.model(*setup.target)
-    params = target.num_params()["active"]
+    params = setup.model(*setup.target).num_params()["active"]
     if "prediction" not in results:  # A resumed target must keep its grid.
-        law = fit_law(rows, params, setup.target_tokens)
+        fitted, said = fit_law(folder / "runs" / RESULTS, params, setup.target_tokens)
         unit = 2 * setup.length
-        batch = max(round(law.batch_tokens / unit), 1) * unit
-        rate = float(f"{law.learning_rate:.3g}")
-        note(
-            prediction={"learning_rate": rate, "batch_tokens": batch, "params": params, "tokens": setup.target_tokens},
-            law=law.record,
-        )
-        write_file(folder / "law.json", (to_json(law.record, indent=2) + "\n").encode())
-        plot_law(rows, law, folder / "law.png")
+        batch = max(round(said.batch_tokens / unit), 1) * unit
+        picked = {"learning_rate": float(f"{said.learning_rate:.3g}"), "batch_tokens": batch}
+        note(prediction={**picked, "params": params, "tokens": setup.target_tokens, "by_law": dataclasses.asdict(said)})
+        write_file(folder / "law.json", (to_json(fitted.law, indent=2) + "\n").encode())
+        plot_law(fitted, folder)
+        say(fit_text(fitted))
     rate, batch = results["prediction"]["learning_rate"], results["prediction"]["batch_tokens"]
     say(f"predicted for {params:,} parameters: learning rate {rate:.3g}, batch {batch:,}")
     # 3. The larger model. The pick itself comes first.
@@ -137,7 +136,7 @@ def experiment(
         note(pick_loss=outcome.losses[pick.name], best_loss=outcome.losses[best], best=best, regret=regret)
         note(within_half_a_percent=regret <= 0.005, smallest_params=min(row["params"] for row in rows))
         note(ratio=params / max(row["params"] for row in rows))
-        plot_target(read_results(folder / "target"), results, folder / "target.png")
+        plot_target(read_results(folder / "target"), results["prediction"], folder / "target.png")
         say(f"regret of the pick: {regret:.3%}; best is {best}")
     return results
 
@@ -150,8 +149,6 @@ def main() -> None:
     parser.add_argument("--size", choices=list(SETUPS), default="gpu")
     parser.add_argument("--workers", type=int, help="processes that train at the same time")
     args = parser.parse_args()
-    import dataclasses
-
     setup = SETUPS[args.size]
     if args.workers:
         setup = dataclasses.replace(setup, workers=args.workers)

@@ -76,12 +76,13 @@ class FakeTrainer:
             return 15
         folder, last, loss = Path(config.output), config.ends[-1], self._loss(config)
         self.trained.append(folder.name)
-        records: list[dict[str, Any]] = [{"step": 0, "held_out_loss": 7.0, "held_out_held_loss": 7.0}]
+        names = ("held_out_loss", *(f"held_out_{name}_loss" for name in config.held_out))
+        records: list[dict[str, Any]] = [{"step": 0, **dict.fromkeys(names, 7.0)}]
         if math.isinf(loss):
             records += [{"step": 1 + i, "loss": None, "skipped": 1.0} for i in range(config.loop.max_skipped)]
         else:
             records.append({"step": last, "loss": loss, "skipped": 0.0})
-            records.append({"step": last, "held_out_loss": loss, "held_out_held_loss": loss})
+            records.append({"step": last, **dict.fromkeys(names, loss)})
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.jsonl").write_text("".join(to_json(record) + "\n" for record in records))
         if math.isinf(loss):
