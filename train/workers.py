@@ -3,8 +3,7 @@
 import multiprocessing
 import multiprocessing.connection
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,70 +24,116 @@ _MEMORY_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _PATIENCE = 120
 
 
-def train_in_workers(
-    configs: Sequence[RunConfig],
-    folder: Path,
-    workers: int = 1,
-    ended: Callable[[RunConfig], None] = lambda config: None,
-) -> None:
-    """Trains the runs that have neither ended nor diverged.
+class Workers:
+    """Trains runs in this process, or in several. Use it in a `with` statement, which ends them.
 
-    Runs with the same shapes share compiled programs: with several workers, they go to the same one as long as it is
-    not the last to finish.
-
-    Args:
-      configs: of the runs.
-      folder: takes compiled programs and the output of workers.
-      workers: processes. With 1, runs are trained in this process, one after another.
-      ended: is told of each run that has ended, in this process.
-
-    Raises:
-      InputError: a run that cannot be started.
-      SystemExit: a signal has stopped a run.
+    Runs with the same shapes share compiled programs, as long as this lives. With several processes, they go to the
+    same one, unless it is the last that has work.
     """
-    waiting = [config for config in configs if status(config) == "waiting"]
-    if workers <= 1 or len(waiting) <= 1:
-        programs = Programs()
-        with compiled_once(folder):
-            train_here(waiting, lambda config: pretrain(config, programs=programs), ended)
-        return
-    count = min(workers, len(waiting))
-    with _started(count, folder) as processes:
-        queue, idle = _Queue(waiting), dict(processes)
+
+    def __init__(self, folder: Path, count: int = 1):
+        """Args:
+        folder: takes compiled programs and the output of the processes.
+        count: processes. With 1, runs are trained in this process, one after another.
+        """
+        self._folder, self._count = folder, count
+        self._programs = Programs()
+        self._processes: dict[Connection, BaseProcess] = {}
+        self._owners: dict[Any, Connection] = {}
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for connection, process in self._processes.items():
+            if kind is not None:
+                process.terminate()  # Training answers by saving.
+            else:
+                connection.send(None)
+        for process in self._processes.values():
+            process.join(_PATIENCE)
+            if process.is_alive():
+                process.kill()
+
+    def train(self, configs: Sequence[RunConfig], ended: Callable[[RunConfig], None] = lambda config: None) -> None:
+        """Trains the runs that have neither ended nor diverged.
+
+        Args:
+          configs: of the runs.
+          ended: is told of each run that has ended, in this process.
+
+        Raises:
+          InputError: a run that cannot be started.
+          SystemExit: a signal has stopped a run.
+        """
+        if self._count == 1:
+            with compiled_once(self._folder):
+                train_here(configs, lambda config: pretrain(config, programs=self._programs), ended)
+            return
+        waiting = [config for config in configs if status(config) == "waiting"]
+        self._start(min(self._count, len(waiting)))
+        queue, idle = _Queue(waiting, self._owners), list(self._processes)
         busy: dict[Connection, RunConfig] = {}
         while queue or busy:
             for connection in list(idle):
                 if config := queue.take(connection):
                     connection.send(config)
                     busy[connection] = config
-                    del idle[connection]
+                    idle.remove(connection)
             for ready in multiprocessing.connection.wait(list(busy)):
                 assert isinstance(ready, Connection)
                 config = busy.pop(ready)
-                try:
-                    stopped, problem = ready.recv()
-                except EOFError:
-                    log = folder / f"worker-{processes[ready].name}.txt"
-                    raise InputError(f"The process that trained {config.output} has died. See {log}.") from None
-                if problem is not None and status(config) != "diverged":
-                    raise InputError(f"{config.output}: {problem}")
-                if stopped:
-                    raise SystemExit(128 + stopped)
-                idle[ready] = processes[ready]
+                self._receive(ready, config)
+                idle.append(ready)
                 ended(config)
+
+    def _receive(self, connection: Connection, config: RunConfig) -> None:
+        """What a process says of a run that has ended in it."""
+        try:
+            stopped, problem = connection.recv()
+        except EOFError:
+            log = self._folder / f"worker-{self._processes[connection].name}.txt"
+            raise InputError(f"The process that trained {config.output} has died. See {log}.") from None
+        if problem is not None and status(config) != "diverged":
+            raise InputError(f"{config.output}: {problem}")
+        if stopped:
+            raise SystemExit(128 + stopped)
+
+    def _start(self, count: int) -> None:
+        """Starts processes up to a number."""
+        context, before = multiprocessing.get_context("spawn"), os.environ.get(_MEMORY_VARIABLE)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            # Each process reads it when it first uses a GPU.
+            os.environ[_MEMORY_VARIABLE] = f"{float(before or _MEMORY) / self._count:.3f}"
+            for number in range(len(self._processes), count):
+                ours, theirs = context.Pipe()
+                arguments = (theirs, self._folder, str(number))
+                process = context.Process(target=_work, args=arguments, name=str(number), daemon=True)
+                process.start()
+                theirs.close()
+                self._processes[ours] = process
+        finally:
+            os.environ.pop(_MEMORY_VARIABLE)
+            if before is not None:
+                os.environ[_MEMORY_VARIABLE] = before
 
 
 class _Queue:
     """Runs that wait, by the shapes that decide what is compiled; the longest come first."""
 
-    def __init__(self, configs: Sequence[RunConfig]):
+    def __init__(self, configs: Sequence[RunConfig], owners: dict[Any, Connection]):
+        """Args:
+        configs: of the runs.
+        owners: the worker that has compiled each group of shapes; it is kept up to date.
+        """
+        self._owners = owners
         self._groups: dict[Any, list[RunConfig]] = {}
         for config in configs:
             stage = config.stages[0]
             self._groups.setdefault((config.model, stage.batch_size, stage.length), []).append(config)
         for group in self._groups.values():
             group.sort(key=_cost)
-        self._owners: dict[Any, Connection] = {}
 
     def __bool__(self) -> bool:
         return any(self._groups.values())
@@ -110,41 +155,6 @@ def _cost(config: RunConfig) -> float:
     stage = config.stages[0]
     # A step has a cost of its own, that of some 4,000 tokens of a million parameters.
     return stage.steps * (4e9 + stage.batch_size * stage.length * config.model.num_params()["active"])
-
-
-@contextmanager
-def _started(count: int, folder: Path) -> Iterator[dict[Connection, BaseProcess]]:
-    """Worker processes by the connections to them. They are stopped in the end; what they train is saved."""
-    context = multiprocessing.get_context("spawn")
-    before = os.environ.get(_MEMORY_VARIABLE)
-    share = float(before or _MEMORY) / count
-    processes: dict[Connection, BaseProcess] = {}
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        os.environ[_MEMORY_VARIABLE] = f"{share:.3f}"
-        for number in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, folder, str(number)), name=str(number), daemon=True)
-            process.start()
-            theirs.close()
-            processes[ours] = process
-    finally:
-        os.environ.pop(_MEMORY_VARIABLE)
-        if before is not None:
-            os.environ[_MEMORY_VARIABLE] = before
-    try:
-        yield processes
-        for connection in processes:
-            connection.send(None)
-    except BaseException:
-        for process in processes.values():
-            process.terminate()  # Training answers by saving.
-        raise
-    finally:
-        for process in processes.values():
-            process.join(_PATIENCE)
-            if process.is_alive():
-                process.kill()
 
 
 def _work(connection: Connection, folder: Path, name: str) -> None:

@@ -33,7 +33,7 @@ def test_runs_of_one_shape_go_to_one_worker_until_others_are_idle() -> None:
         for run in [base(model=dataclasses.replace(MODEL, num_layers=width))]
         for run in [dataclasses.replace(run, stages=(dataclasses.replace(run.stages[0], batch_size=rows),))]
     ]
-    queue, first, second = _Queue(configs), object(), object()
+    queue, first, second = _Queue(configs, {}), object(), object()
     taken: dict[object, list[str]] = {first: [], second: []}
     while queue:
         for worker in (first, second):

@@ -15,7 +15,7 @@ from train.files import write_file
 from train.scaling.run_config import write_run_config
 from train.scaling.sweep import Plan, Run, Sweep, bracketed, make_plan
 from train.small_runs import command_line, final_losses, status, train_here, write_commands
-from train.workers import train_in_workers
+from train.workers import Workers
 
 RESULTS = "results.parquet"
 _RECORD = "sweep.json"
@@ -90,36 +90,38 @@ def run_sweep(
       SystemExit: a signal has stopped a run, which has saved.
     """
     _check_folder(sweep, folder)
-    while True:
-        outcome = collect(sweep, folder)
-        write_table(outcome, folder)
-        if not outcome.waiting:
-            return outcome
-        losses, by_output = dict(outcome.losses), {run.config.output: run for run in outcome.waiting}
-        plan = outcome.plan
+    with Workers(folder, workers) as pool:
+        train_all = pool.train if train is None else lambda configs, ended: train_here(configs, train, ended)
+        while _run_round(sweep, folder, train_all, say):
+            pass
+    return collect(sweep, folder)
 
-        def ended(
-            config: RunConfig,
-            plan: Plan = plan,
-            losses: dict[str, float] = losses,
-            by_output: Mapping[str, Run] = by_output,
-        ) -> None:
-            run, parts = by_output[config.output], final_losses(config) or {}
-            loss = _loss(run)
-            if loss is None:
-                raise InputError(f"{run.name} has ended without a held-out loss. See {config.output}.")
-            losses[run.name] = loss
-            write_table(Outcome(plan, losses), folder)
-            shown = (
-                "diverged" if math.isinf(loss) else ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
-            )
-            say(f"{run.name}: {'diverged' if math.isinf(loss) else shown}")
 
-        configs = [run.config for run in outcome.waiting]
-        if train is not None:
-            train_here(configs, train, ended)
-        else:
-            train_in_workers(configs, folder, workers, ended)
+def _run_round(
+    sweep: Sweep,
+    folder: Path,
+    train_all: Callable[[Sequence[RunConfig], Callable[[RunConfig], None]], None],
+    say: Callable[[str], None],
+) -> bool:
+    """Trains the runs that are known and have not ended. Returns whether there were any."""
+    outcome = collect(sweep, folder)
+    write_table(outcome, folder)
+    if not outcome.waiting:
+        return False
+    losses, by_output = dict(outcome.losses), {run.config.output: run for run in outcome.waiting}
+
+    def ended(config: RunConfig) -> None:
+        run, parts = by_output[config.output], final_losses(config) or {}
+        loss = _loss(run)
+        if loss is None:
+            raise InputError(f"{run.name} has ended without a held-out loss. See {config.output}.")
+        losses[run.name] = loss
+        write_table(Outcome(outcome.plan, losses), folder)
+        shown = "diverged" if math.isinf(loss) else ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
+        say(f"{run.name}: {'diverged' if math.isinf(loss) else shown}")
+
+    train_all([run.config for run in outcome.waiting], ended)
+    return True
 
 
 def write_sweep(sweep: Sweep, folder: Path) -> Outcome:
