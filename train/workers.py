@@ -31,12 +31,14 @@ class Workers:
     same one, unless it is the last that has work.
     """
 
-    def __init__(self, folder: Path, count: int = 1):
+    def __init__(self, folder: Path, count: int = 1, train: Callable[[RunConfig], int] | None = None):
         """Args:
         folder: takes compiled programs and the output of the processes.
         count: processes. With 1, runs are trained in this process, one after another.
+        train: runs a configuration to its end and returns the signal that stopped it, or 0; by default
+          `train.run.pretrain`. With several processes it must be one that pickle knows.
         """
-        self._folder, self._count = folder, count
+        self._folder, self._count, self._train = folder, count, train
         self._programs = Programs()
         self._processes: dict[Connection, BaseProcess] = {}
         self._owners: dict[Any, Connection] = {}
@@ -68,7 +70,7 @@ class Workers:
         """
         if self._count == 1:
             with compiled_once(self._folder):
-                train_here(configs, lambda config: pretrain(config, programs=self._programs), ended)
+                train_here(configs, self._train or (lambda config: pretrain(config, programs=self._programs)), ended)
             return
         waiting = [config for config in configs if status(config) == "waiting"]
         self._start(min(self._count, len(waiting)))
@@ -108,7 +110,7 @@ class Workers:
             os.environ[_MEMORY_VARIABLE] = f"{float(before or _MEMORY) / self._count:.3f}"
             for number in range(len(self._processes), count):
                 ours, theirs = context.Pipe()
-                arguments = (theirs, self._folder, str(number))
+                arguments = (theirs, self._folder, str(number), self._train)
                 process = context.Process(target=_work, args=arguments, name=str(number), daemon=True)
                 process.start()
                 theirs.close()
@@ -157,17 +159,18 @@ def _cost(config: RunConfig) -> float:
     return stage.steps * (4e9 + stage.batch_size * stage.length * config.model.num_params()["active"])
 
 
-def _work(connection: Connection, folder: Path, name: str) -> None:
+def _work(connection: Connection, folder: Path, name: str, train: Callable[[RunConfig], int] | None) -> None:
     """A worker: trains the runs that it is sent, until it is sent None."""
     programs = Programs()
     with (folder / f"worker-{name}.txt").open("a") as output, compiled_once(folder):
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
         console = Console(file=output, width=120)
+        train = train or (lambda config: pretrain(config, console, programs=programs))
         while (config := _received(connection)) is not None:
             problem, stopped = None, 0
             try:
-                stopped = pretrain(config, console, programs=programs)
+                stopped = train(config)
             except InputError as error:
                 problem = str(error)
             connection.send((stopped, problem))

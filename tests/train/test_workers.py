@@ -3,24 +3,27 @@
 import dataclasses
 from pathlib import Path
 
-from tests.helpers.runs import MODEL, make_material
-from tests.train.scaling.fake_runs import base, sweep
+import pytest
+
+from tests.helpers.runs import MODEL
+from tests.train.scaling.fake_runs import FakeTrainer, base, sweep
 from train.scaling.run_sweep import read_results, run_sweep
 from train.workers import _Queue
 
 
-def test_two_workers_train_all_runs_also_one_that_diverges(tmp_path: Path) -> None:
-    make_material(tmp_path / "m")
-    asked = sweep(
-        base=base(tmp_path / "m"), sizes={"one": MODEL}, tokens=(640,), learning_rates=(1e-3, 1e30), batches=(64,)
-    )
+def test_two_workers_train_all_runs_once_and_go_on_in_the_next_round(tmp_path: Path) -> None:
+    """The table is that of one process; a run that cannot start, or a signal, ends the sweep."""
+    asked = sweep(design="sequential", sizes={"one": MODEL}, tokens=(32_000,), learning_rates=(5e-4, 1e-3, 2e-3))
     said: list[str] = []
-    run_sweep(asked, tmp_path / "two", workers=2, say=said.append)
-    rows = read_results(tmp_path / "two")
-    assert [row["status"] for row in rows] == ["ok", "diverged"]
-    assert 0 < rows[0]["loss"] < 10
-    assert sorted(line.split(": ")[1].split()[0] for line in said) == ["diverged", "held"]
-    assert (tmp_path / "two" / "worker-1.txt").exists()
+    run_sweep(asked, tmp_path / "two", FakeTrainer(), workers=2, say=said.append)
+    whole = FakeTrainer()
+    run_sweep(asked, tmp_path / "one", whole)
+    assert sorted(line.split(":")[0] for line in said) == sorted(whole.trained)
+    assert read_results(tmp_path / "two") == read_results(tmp_path / "one")
+    assert {path.name for path in (tmp_path / "two").glob("worker-*.txt")} == {"worker-0.txt", "worker-1.txt"}
+    with pytest.raises(SystemExit) as stopped:
+        run_sweep(asked, tmp_path / "stopped", FakeTrainer(stop_after=2), workers=2)
+    assert stopped.value.code == 128 + 15
 
 
 def test_runs_of_one_shape_go_to_one_worker_until_others_are_idle() -> None:

@@ -14,7 +14,7 @@ from train.fields import as_json, differences
 from train.files import write_file
 from train.scaling.run_config import write_run_config
 from train.scaling.sweep import Plan, Run, Sweep, bracketed, make_plan
-from train.small_runs import command_line, final_losses, status, train_here, write_commands
+from train.small_runs import command_line, final_losses, status, write_commands
 from train.workers import Workers
 
 RESULTS = "results.parquet"
@@ -80,9 +80,9 @@ def run_sweep(
       sweep: what to run.
       folder: takes runs, table and what is compiled.
       train: runs a configuration to its end and returns the signal that stopped it, or 0; by default our trainer, with
-        programs that runs of the same shapes share.
-      workers: processes that train at the same time on the devices of this machine, which they share; above 1 only
-        without `train`. Small runs leave a GPU idle between their kernels.
+        programs that runs of the same shapes share. See `train.workers.Workers`.
+      workers: processes that train at the same time on the devices of this machine, which they share. Small runs leave
+        a GPU idle between their kernels.
       say: is told of each run that has ended.
 
     Raises:
@@ -90,19 +90,13 @@ def run_sweep(
       SystemExit: a signal has stopped a run, which has saved.
     """
     _check_folder(sweep, folder)
-    with Workers(folder, workers) as pool:
-        train_all = pool.train if train is None else lambda configs, ended: train_here(configs, train, ended)
-        while _run_round(sweep, folder, train_all, say):
+    with Workers(folder, workers, train) as pool:
+        while _run_round(sweep, folder, pool, say):
             pass
     return collect(sweep, folder)
 
 
-def _run_round(
-    sweep: Sweep,
-    folder: Path,
-    train_all: Callable[[Sequence[RunConfig], Callable[[RunConfig], None]], None],
-    say: Callable[[str], None],
-) -> bool:
+def _run_round(sweep: Sweep, folder: Path, pool: Workers, say: Callable[[str], None]) -> bool:
     """Trains the runs that are known and have not ended. Returns whether there were any."""
     outcome = collect(sweep, folder)
     write_table(outcome, folder)
@@ -120,7 +114,7 @@ def _run_round(
         shown = "diverged" if math.isinf(loss) else ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
         say(f"{run.name}: {'diverged' if math.isinf(loss) else shown}")
 
-    train_all([run.config for run in outcome.waiting], ended)
+    pool.train([run.config for run in outcome.waiting], ended)
     return True
 
 
