@@ -40,7 +40,7 @@ _TERMS: dict[str, Array] = {
 # Cells hold runs whose sizes, and tokens, differ by at most this factor: the last step rarely ends at exactly D.
 _SAME = 1.02
 # Runs of a cell that its quadratic of six coefficients needs, and runs it takes where fewer are near the best.
-MIN_RUNS, _TAKE = 8, 12
+MIN_RUNS, _TAKE = 8, 9
 # Log loss above the best of a cell within which runs count.
 WINDOW = 0.01
 
@@ -71,7 +71,7 @@ class Cell:
         return float(self.log_loss.min())
 
     def near(self, window: float) -> "Cell":
-        """The runs whose log loss is within `window` of the best; the lowest 12 where those are fewer."""
+        """The runs whose log loss is within `window` of the best; the lowest 9 where those are fewer."""
         order = np.argsort(self.log_loss, kind="stable")
         count = max(int((self.log_loss <= self.best + window).sum()), _TAKE)
         keep = np.sort(order[:count])

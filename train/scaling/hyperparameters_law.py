@@ -26,6 +26,7 @@ from train.scaling.runs import RunTable
 
 COLUMNS = ("params", "tokens", "learning_rate", "batch_tokens", "loss")
 FormChoice: TypeAlias = Literal["auto", "cells", "pooled"]
+# Share of intervals where nothing is said.
 LEVEL = 0.9
 _LOSS_SAMPLES = 40
 
@@ -57,7 +58,8 @@ def fit_table(
     window: float = WINDOW,
     samples: int = 200,
     seed: int = 0,
-    counting: str = "",
+    level: float = LEVEL,
+    counting: str = "unstated",
 ) -> Fitted:
     """Fits the joint law to a table of runs, and measures its regret.
 
@@ -68,11 +70,17 @@ def fit_table(
       window: log loss above the best of a cell within which its runs count.
       samples: of the bootstrap.
       seed: of the bootstrap.
+      level: of the intervals, between 0 and 1.
       counting: how the table counts parameters, as law.json says it.
 
     Raises:
-      InputError: the runs do not determine the law; see `fit_hyperparameters`.
+      InputError: the runs do not determine the law; see `fit_hyperparameters`; an argument is outside its range.
     """
+    if not 0 < level < 1 or samples < 0 or not window > 0:
+        raise InputError(
+            "Expected a level between 0 and 1, samples of at least 0 and a positive window, got "
+            f"{level}, {samples} and {window}."
+        )
     cells, warnings = group_cells(*(table[name] for name in COLUMNS))
     judged: dict[str, Any] = {}
     if form == "auto":
@@ -87,7 +95,7 @@ def fit_table(
     except InputError as error:
         warnings.append(f"The largest cells cannot be left out: {error}".splitlines()[0])
     minima, minima_draws = _minima(fit, window, seed, warnings)
-    intervals = fit.intervals(LEVEL)
+    intervals = fit.intervals(level)
     law = {
         "law": "hyperparameters",
         "version": 1,
@@ -95,7 +103,7 @@ def fit_table(
         "terms": terms,
         "parameters": law_parameters(fit.law.matrix),
         "intervals": _parameter_intervals(intervals) if len(fit.draws) else {},
-        "level": LEVEL,
+        "level": level,
         "draws": fit.draws.round(6).tolist(),
         "loss": minima,
         "loss_draws": minima_draws,
@@ -159,7 +167,7 @@ def fit_text(fitted: Fitted) -> str:
         lines.append(f"{name} = {one['coefficient']:.4g} N^{one['params']:.3f} D^{one['tokens']:.3f}")
         if ends:
             spans = ", ".join(f"{key} {ends[key][0]:.3g} to {ends[key][1]:.3g}" for key in ends)
-            lines.append(f"  {100 * LEVEL:.0f}% intervals: {spans}")
+            lines.append(f"  {100 * law['level']:.0f}% intervals: {spans}")
     lines += ["", f"{'regret, % of the loss':32}{'median':>9}{'greatest':>9}{'cells':>7}{'outside the grid':>18}"]
     for name, one in law["regret"].items():
         lines.append(
@@ -171,24 +179,30 @@ def fit_text(fitted: Fitted) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Learning rate and batch size for a model, with intervals at `LEVEL`.
+    """Learning rate and batch size for a model, with intervals.
 
     Attributes:
+      params: model size N.
+      tokens: training tokens D.
       learning_rate: peak learning rate.
       learning_rate_interval: its interval; None without a bootstrap.
       batch_tokens: batch size in tokens.
       batch_interval: its interval.
       loss: expected final loss; None where the cells were too few for a law of it.
       loss_interval: its interval.
+      level: of the intervals.
       warnings: quantities outside the range of the fit.
     """
 
+    params: float
+    tokens: float
     learning_rate: float
     learning_rate_interval: tuple[float, float] | None
     batch_tokens: float
     batch_interval: tuple[float, float] | None
     loss: float | None
     loss_interval: tuple[float, float] | None
+    level: float
     warnings: list[str]
 
 
@@ -200,7 +214,7 @@ def predict(law: Mapping[str, Any], params: float, tokens: float) -> Prediction:
     """
     if not (np.isfinite(params) and np.isfinite(tokens) and params > 0 and tokens > 0):
         raise InputError(f"Expected a positive model size and number of tokens, got {params:g} and {tokens:g}.")
-    pair = read_pair(law)
+    pair, level = read_pair(law), float(law["level"])
     rate, batch = pair.predict(params, tokens)
     x = np.array([1.0, np.log(params), np.log(tokens)])
     draws = np.array(law.get("draws") or np.zeros((0, 2, 3)), np.float64).reshape(-1, 2, 3) @ x
@@ -215,12 +229,15 @@ def predict(law: Mapping[str, Any], params: float, tokens: float) -> Prediction:
         loss = float(loss_law.LossLaw(**law["loss"]).loss(params, tokens))
         losses = np.array([float(loss_law.LossLaw(*one).loss(params, tokens)) for one in law.get("loss_draws") or []])
     return Prediction(
+        params,
+        tokens,
         rate,
-        _percentiles(np.exp(draws[:, 0])),
+        _percentiles(np.exp(draws[:, 0]), level),
         batch,
-        _percentiles(np.exp(draws[:, 1])),
+        _percentiles(np.exp(draws[:, 1]), level),
         loss,
-        _percentiles(losses),
+        _percentiles(losses, level),
+        level,
         warnings,
     )
 
@@ -238,10 +255,10 @@ def read_pair(law: Mapping[str, Any]) -> PairLaw:
     return PairLaw(matrix)
 
 
-def _percentiles(values: Array) -> tuple[float, float] | None:
+def _percentiles(values: Array, level: float) -> tuple[float, float] | None:
     if not len(values):
         return None
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
@@ -249,7 +266,7 @@ def predict_text(one: Prediction) -> str:
     """A prediction as a user reads it."""
 
     def line(name: str, value: float, ends: tuple[float, float] | None) -> str:
-        return f"{name:14}{value:.4g}" + (f"   {100 * LEVEL:.0f}%: {ends[0]:.4g} to {ends[1]:.4g}" if ends else "")
+        return f"{name:14}{value:.4g}" + (f"   {100 * one.level:.0f}%: {ends[0]:.4g} to {ends[1]:.4g}" if ends else "")
 
     lines = [
         line("learning rate", one.learning_rate, one.learning_rate_interval),

@@ -6,11 +6,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from train.scaling.hyperparameters import PairLaw, Valley
 from train.scaling.hyperparameters_law import Fitted
 
 _INK, _GREY, _LAW, _OTHER = "#222222", "#8a8a8a", "#d1662b", "#3b6ea8"
+# Files that `pictures` makes.
+NAMES = ("valleys.png", "law.png", "regret.png")
 # Valleys on one picture; more would be too small to read.
 _MOST = 20
 
@@ -32,7 +35,9 @@ def valleys_png(valleys: list[Valley], law: PairLaw) -> bytes:
     places = np.unique(np.linspace(0, len(valleys) - 1, min(len(valleys), _MOST)).round().astype(int))
     columns = min(len(places), 5)
     rows = -(-len(places) // columns)
-    figure = Figure(figsize=(2.6 * columns + 0.8, 2.4 * rows + 0.6), dpi=110, layout="constrained")
+    # Margins by hand: a constrained layout of many logarithmic axes takes seconds.
+    figure = Figure(figsize=(2.6 * columns + 0.8, 2.4 * rows + 0.6), dpi=110)
+    figure.subplots_adjust(0.07, 0.5 / (2.4 * rows), 0.98, 1 - 0.65 / (2.4 * rows), wspace=0.3, hspace=0.35)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.ravel()[len(places) :]:
         axis.set_axis_off()
@@ -48,9 +53,10 @@ def valleys_png(valleys: list[Valley], law: PairLaw) -> bytes:
 
 def _valley(axis: Axes, valley: Valley, law: PairLaw) -> None:
     points, excess = valley.cell.points, 100 * np.expm1(valley.cell.log_loss - valley.cell.best)
-    axis.scatter(*np.exp(points.T), c=np.minimum(excess, 2.0), cmap="viridis_r", s=9, vmin=0, vmax=2)
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+    axis.scatter(
+        np.exp(points[:, 0]), np.exp(points[:, 1]), c=np.minimum(excess, 2.0), cmap="viridis_r", s=9, vmin=0, vmax=2
+    )
+    _logarithmic(axis)
     if np.isfinite(valley.curvature).all() and np.linalg.eigvalsh(valley.curvature)[0] > 0:
         low, high = points.min(0) - 0.3, points.max(0) + 0.3
         x, y = np.meshgrid(np.linspace(low[0], high[0], 60), np.linspace(low[1], high[1], 60))
@@ -80,8 +86,7 @@ def law_png(valleys: list[Valley], law: PairLaw) -> bytes:
             middle = np.exp(law.point(one.cell.params, one.cell.tokens)[place])
             axis.plot([middle] * 2, np.exp(one.best[place] + np.array([-reach, reach])), color=_OTHER, alpha=0.4)
             axis.plot(middle, np.exp(one.best[place]), "o", color=_OTHER, markersize=4)
-        axis.set_xscale("log")
-        axis.set_yscale("log")
+        _logarithmic(axis)
         axis.set_xlabel(f"{name}, by the law", fontsize=9)
         axis.set_ylabel("optimum of the cell; bars cost 0.1% of the loss", fontsize=8)
     return _png(figure)
@@ -105,6 +110,16 @@ def regret_png(fitted: Fitted) -> bytes:
     axis.set_xticks(range(len(names)), names, fontsize=6, rotation=60)
     axis.legend(frameon=False, fontsize=8, labelcolor=_INK)
     return _png(figure)
+
+
+def _logarithmic(axis: Axes) -> None:
+    """Logarithmic scales with labels at 1, 2 and 5 only."""
+    for one, scale in ((axis.xaxis, axis.set_xscale), (axis.yaxis, axis.set_yscale)):
+        scale("log")
+        one.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")))
+        one.set_minor_locator(NullLocator())
+    axis.tick_params(labelsize=7)
 
 
 def _png(figure: Figure) -> bytes:

@@ -1,10 +1,13 @@
-"""The loss law L(N, D) = E + A / N^a + B / D^b, and three ways to fit it (Hoffmann et al. 2022, arXiv:2203.15556).
+"""The loss law L(N, D) = E + A / N^a + B / D^b, and ways to fit it (Hoffmann et al. 2022, arXiv:2203.15556).
 
 - `fit_vpnls` (the default): least squares by variable projection. For given exponents the law is linear in E, A, B,
   which non-negative least squares finds exactly; a search over the two exponents remains. It is well conditioned, where
   a search over all five parameters is not.
-- `fit_approach3`: Huber loss on log L, the law as a log-sum-exp, L-BFGS from a grid of starts. The objective is summed:
-  with the mean, the optimiser's tolerance ends it far from the minimum (Besiroglu et al. 2024, arXiv:2404.10102).
+- `fit_huber`: the objective of approach 3, the Huber loss of log L, by least squares with weights that are adapted to
+  the residuals, each solved by VPNLS. Few runs that went wrong do not decide it.
+- `fit_approach3`: Huber loss on log L, the law as a log-sum-exp, BFGS from a grid of starts (the paper has L-BFGS; five
+  parameters need no limited memory). The objective is summed: with the mean, the optimiser's tolerance ends it far from
+  the minimum (Besiroglu et al. 2024, arXiv:2404.10102).
 - `fit_approach2`: parabolas in log N through runs of one budget; their minima give exponents of the optimal N and D. It
   does not need the law, and is biased where grids are not centred on the optimum.
 """
@@ -19,17 +22,25 @@ import numpy as np
 from qwen_jax.errors import InputError
 from train.scaling.runs import FLOPS_PER_PARAM, Array, RunTable
 
-Method: TypeAlias = Literal["vpnls", "approach3"]
+Method: TypeAlias = Literal["vpnls", "vpnls-huber", "approach3"]
 
 PARAMETERS = ("E", "A", "B", "a", "b")
 # Exponents that the search covers.
 LOWEST, HIGHEST = 0.01, 2.0
-# Points of the grid along an exponent, points on each side of the best that the next, finer grid spans, refinements.
-_POINTS, _SPAN, _LEVELS = 33, 4, 12
+# Points of the grid along an exponent, points on each side of the best that the next, finer grid spans, most grids.
+_POINTS, _SPAN, _ROUNDS = 21, 3, 60
+# Half the width of a search near a law; most rounds of adapted weights.
+_NEAR, _REWEIGHTED = 0.05, 50
 # Of approach 3: where the Huber loss turns linear, in log loss.
 DELTA = 1e-3
 # Starts of approach 3: values of log A, log B, log E, a, b as in the paper; the best this many are optimised.
-_STARTS = ((0, 5, 10, 15, 20, 25), (0, 5, 10, 15, 20, 25), (-1, -0.5, 0, 0.5, 1), (0, 0.5, 1, 1.5, 2), (0, 0.5, 1, 1.5, 2))
+_STARTS = (
+    (0, 5, 10, 15, 20, 25),
+    (0, 5, 10, 15, 20, 25),
+    (-1, -0.5, 0, 0.5, 1),
+    (0, 0.5, 1, 1.5, 2),
+    (0, 0.5, 1, 1.5, 2),
+)
 _BEST_STARTS, _TO_THE_END = 32, 3
 # Runs belong to one budget if their FLOPs differ by at most this factor.
 _SAME_BUDGET = 1.1
@@ -97,7 +108,9 @@ def check_runs(table: RunTable) -> list[str]:
     params, tokens = table["params"], table["tokens"]
     cells = len(np.unique(np.stack([params, tokens], 1), axis=0))
     sizes, lengths = _distinct(params), _distinct(tokens)
-    found = f"got {len(table)} runs with {cells} cells of size and tokens, {sizes} sizes and {lengths} numbers of tokens"
+    found = (
+        f"got {len(table)} runs with {cells} cells of size and tokens, {sizes} sizes and {lengths} numbers of tokens"
+    )
     if sizes < _VALUES or lengths < _VALUES:
         what = "size" if sizes < _VALUES else "number of tokens"
         raise InputError(
@@ -124,21 +137,32 @@ def check_runs(table: RunTable) -> list[str]:
     return warnings
 
 
-def fit(table: RunTable, method: Method = "vpnls", weights: Array | None = None) -> LossLaw:
-    """Fits the law by one of the two methods that give all five parameters.
+def fit(table: RunTable, method: Method = "vpnls", weights: Array | None = None, tolerance: float = 1e-8) -> LossLaw:
+    """Fits the law by one of the methods that give all five parameters.
 
     Args:
       table: with params, tokens and loss; see `check_runs`.
-      method: vpnls or approach3.
+      method: vpnls, vpnls-huber or approach3.
       weights: of the runs; by default all the same.
+      tolerance: of the exponents, for the first two.
     """
-    return {"vpnls": fit_vpnls, "approach3": fit_approach3}[method](table, weights)
+    if method == "approach3":
+        return fit_approach3(table, weights)
+    return (fit_huber if method == "vpnls-huber" else fit_vpnls)(table, weights, tolerance)
 
 
-def fit_vpnls(table: RunTable, weights: Array | None = None) -> LossLaw:
+def fit_vpnls(
+    table: RunTable, weights: Array | None = None, tolerance: float = 1e-8, near: LossLaw | None = None
+) -> LossLaw:
     """Least squares: a search over both exponents, and non-negative least squares for E, A, B at each point.
 
     The search is a grid that is refined around its best point, and moves along if that is on its edge.
+
+    Args:
+      table: with params, tokens and loss.
+      weights: of the runs; by default all the same.
+      tolerance: of the exponents.
+      near: a law in whose neighbourhood the search begins; by default it begins with all exponents.
     """
     loss = table["loss"]
     weight = np.ones(len(loss)) if weights is None else weights * (len(loss) / weights.sum())
@@ -147,7 +171,10 @@ def fit_vpnls(table: RunTable, weights: Array | None = None) -> LossLaw:
     middle = [float(values.mean()) for values in logs]
     n, d = (values - centre for values, centre in zip(logs, middle, strict=True))
     low, high = np.full(2, LOWEST), np.full(2, HIGHEST)
-    for _ in range(3 * _LEVELS):
+    if near is not None:
+        exponents = np.array([near.a, near.b])
+        low, high = np.maximum(exponents - _NEAR, LOWEST), np.minimum(exponents + _NEAR, HIGHEST)
+    for _ in range(_ROUNDS):
         a_K, b_K = np.linspace(low[0], high[0], _POINTS), np.linspace(low[1], high[1], _POINTS)
         objective = _projected(n, d, loss, weight, a_K, b_K)[0]
         i, j = np.unravel_index(int(objective.argmin()), objective.shape)
@@ -157,7 +184,7 @@ def fit_vpnls(table: RunTable, weights: Array | None = None) -> LossLaw:
         # A valley may be narrow and oblique: stay at this step while the best point is on the edge.
         half = np.where(edge.any(), (high - low) / 2, _SPAN * step)
         low, high = np.maximum(best - half, LOWEST), np.minimum(best + half, HIGHEST)
-        if step.max() < 1e-8:
+        if step.max() < tolerance:
             break
     # The linear parameters at the best exponents, in the units of N and D.
     _, (e, a, b) = _projected(n, d, loss, weight, best[:1], best[1:])
@@ -197,6 +224,9 @@ def _projected(
             e = mean - a * x_mean[:, None] - b * y_mean[None] if centred else zero
             squares = rr - a * xr - b * yr
             usable = np.isfinite(squares) & (a >= 0) & (b >= 0) & (e >= 0)
+            if not solutions and usable.all():
+                # All three are positive everywhere: nothing with a zero can be better.
+                return squares, (e, a, b)
             solutions.append((np.where(usable, squares, np.inf), e, a, b))
     stacked = [np.stack([solution[k] for solution in solutions]) for k in range(4)]
     best = stacked[0].argmin(0)[None]
@@ -204,8 +234,32 @@ def _projected(
     return squares, (e, a, b)
 
 
+def fit_huber(table: RunTable, weights: Array | None = None, tolerance: float = 1e-8) -> LossLaw:
+    """Minimises the summed Huber loss of log L by iteratively reweighted VPNLS.
+
+    A run with log residual r has the weight min(1, DELTA / |r|) / L^2, where L is the loss of the law: near the law a
+    squared error of the loss with this weight is the Huber loss of log L, up to a constant.
+
+    Args:
+      table: with params, tokens and loss.
+      weights: of the runs; by default all the same.
+      tolerance: of the exponents.
+    """
+    weight = np.ones(len(table)) if weights is None else weights
+    tolerance = max(tolerance, 1e-6)
+    law = fit_vpnls(table, weight / table["loss"] ** 2, tolerance)
+    for _ in range(_REWEIGHTED):
+        predicted = law.loss(table["params"], table["tokens"])
+        size = np.abs(np.log(table["loss"] / predicted))
+        adapted = weight / predicted**2 * np.minimum(1.0, DELTA / np.maximum(size, 1e-300))
+        before, law = law, fit_vpnls(table, adapted, tolerance, law)
+        if max(abs(law.a - before.a), abs(law.b - before.b)) < 10 * tolerance:
+            break
+    return law
+
+
 def fit_approach3(table: RunTable, weights: Array | None = None) -> LossLaw:
-    """Minimises the summed Huber loss of log L by L-BFGS from a grid of starts.
+    """Minimises the summed Huber loss of log L by BFGS from a grid of starts.
 
     All 4,500 starts of the paper's grid are evaluated, and the best are optimised. The parameters log A and log B stand
     for a middle size during the search, which conditions it better and leaves the objective as it is.
@@ -237,9 +291,8 @@ def fit_approach3(table: RunTable, weights: Array | None = None) -> LossLaw:
     starts = grid[np.argsort(values, kind="stable")[:_BEST_STARTS]]
 
     def optimise(start: Array, iterations: int) -> tuple[float, Array]:
-        options = {"maxiter": iterations, "maxfun": 2 * iterations, "ftol": 1e-13, "gtol": 1e-7}
-        bounds = [(None, None)] * 3 + [(0.0, None)] * 2
-        found = scipy.optimize.minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+        options = {"maxiter": iterations, "gtol": 1e-7}
+        found = scipy.optimize.minimize(objective, start, jac=True, method="BFGS", options=options)
         return float(found.fun), found.x
 
     # Most starts lead to the same minimum: all go a part of the way, the best to the end.
@@ -254,7 +307,8 @@ def _values(grid: Array, n: Array, d: Array, target: Array, weight: Array) -> Ar
     terms = np.stack([grid[:, :1] - grid[:, 3:4] * n, grid[:, 1:2] - grid[:, 4:] * d])
     predicted = np.logaddexp(np.logaddexp(terms[0], terms[1]), grid[:, 2:3])
     size = np.abs(predicted - target)
-    values: Array = np.where(size <= DELTA, size**2 / 2, DELTA * (size - DELTA / 2)) @ weight
+    # Not by BLAS: its threads cost more than they give at this size.
+    values: Array = (np.where(size <= DELTA, size**2 / 2, DELTA * (size - DELTA / 2)) * weight).sum(1)
     return values
 
 
@@ -295,7 +349,7 @@ class Approach2:
 
 
 def budgets(flops: Array) -> list[Array]:
-    """Groups runs by compute, the smallest first: within a factor of 1.1, or of 2 if that leaves few runs in a group."""
+    """Groups runs by compute, the smallest first: within a factor of 1.1, or of 2 if groups are small then."""
     order = np.argsort(flops, kind="stable")
     groups: list[list[int]] = []
     for factor in (_SAME_BUDGET, 2.0):
@@ -361,7 +415,9 @@ def fit_warnings(law: LossLaw, table: RunTable) -> list[str]:
     spread = 1.4826 * float(np.median(np.abs(residual - np.median(residual))))
     far = np.flatnonzero(np.abs(residual - np.median(residual)) > max(6 * spread, 1e-6))
     if len(far):
-        shown = ", ".join(f"row {table.rows[i]} ({np.expm1(residual[i]):+.1%})" for i in far[np.argsort(-abs(residual[far]))][:5])
+        shown = ", ".join(
+            f"row {table.rows[i]} ({np.expm1(residual[i]):+.1%})" for i in far[np.argsort(-abs(residual[far]))][:5]
+        )
         warnings.append(
             f"{len(far)} of {len(table)} runs are far from the law, by six robust deviations or more, and may decide "
             f"it: {shown}. Diverged or unfinished? See the sensitivity, and drop them with --drop-highest or --where."

@@ -160,7 +160,9 @@ class MoeLaw:
         if not self.draws:
             return {}
         tail = (1 - level) / 2
-        ends = {name: np.quantile([one[name] for one in self.draws], [tail, 1 - tail]) for name in self.parameters}
+        # C0 is a unit, not an estimate.
+        names = [name for name in self.parameters if name != "C0"]
+        ends = {name: np.quantile([one[name] for one in self.draws], [tail, 1 - tail]) for name in names}
         return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
 

@@ -191,6 +191,26 @@ def best_of_cells(table: RunTable) -> RunTable:
     return table.select(chosen, f"The best run of each of {len(chosen)} cells of size and tokens counts.")
 
 
+def is_tuned(table: RunTable) -> bool:
+    """Learning rate or batch size vary among runs with the same params and tokens."""
+    _, cell = np.unique(np.stack([table["params"], table["tokens"]], 1), axis=0, return_inverse=True)
+    cells = int(cell.max()) + 1
+    pairs = (np.stack([cell.ravel(), table[name]], 1) for name in ("learning_rate", "batch_tokens") if name in table)
+    return any(len(np.unique(pair, axis=0)) > cells for pair in pairs)
+
+
+def drop_highest(table: RunTable, count: int) -> RunTable:
+    """Leaves out runs with the highest losses. Raises InputError if none is left."""
+    if not 0 <= count < len(table):
+        raise InputError(
+            f"drop_highest must be from 0 to {len(table) - 1}, the table has {len(table)} runs; got {count}."
+        )
+    if count == 0:
+        return table
+    order = np.argsort(table["loss"], kind="stable")
+    return table.select(np.sort(order[:-count]), f"The {_count(count, 'run')} with the highest losses left out.")
+
+
 def parse_columns(given: Sequence[str], option: str = "columns") -> dict[str, str]:
     """Parses NAME=COLUMN options. Raises InputError for other forms, and for a name that is given twice."""
     found: dict[str, str] = {}

@@ -50,6 +50,7 @@ def sweep(
     rates: np.ndarray = RATES,
     batches: np.ndarray = BATCHES,
     off_centre: float | None = None,
+    shift: float = 0.0,
 ) -> Table:
     """Runs on a grid in each cell.
 
@@ -66,6 +67,7 @@ def sweep(
       batches: batch sizes of the grid in tokens.
       off_centre: the grid of each cell is five points a side, a factor 1.6 apart, whose middle is this far from the
         optimum at most, in log units; None for the grid of `rates` and `batches`.
+      shift: added to the middle's log learning rate.
     """
     rows = []
     for size, tokens in cells:
@@ -73,7 +75,7 @@ def sweep(
         curvature = CURVATURE * np.exp(generator.normal(0, spread))
         lowest = 1.8 + 290 / size**0.3478 + 1250 / tokens**0.3658
         if off_centre is not None:
-            middle = best + generator.uniform(-off_centre, off_centre, 2)
+            middle = best + generator.uniform(-off_centre, off_centre, 2) + [shift, 0.0]
             rates, batches = (np.exp(one + np.log(1.6) * np.arange(-2, 3)) for one in middle)
         # The largest size saw low learning rates only.
         some = rates[-6:] if size > 1e9 and off_centre is None else rates

@@ -30,13 +30,13 @@ from train.scaling.regret import (
 )
 
 # A folder with public tables of runs; see docs/scaling.md.
-PUBLIC = os.environ.get("QWEN_JAX_PUBLIC_RUNS")
+PUBLIC = os.environ.get("QWEN_JAX_RUN_TABLES")
 SMALL_CELLS = [(size, tokens) for size in (2e6, 6e6, 2e7) for tokens in (1e8, 4e8, 1.6e9)]
 BOTH = pytest.mark.parametrize("form", ["cells", "pooled"])
 
 
 def a_law(generator: np.random.Generator) -> PairLaw:
-    """A law near those that are published."""
+    """A law with exponents near those that are published."""
     rate = [np.log(1.8) + generator.normal(0, 0.1), generator.uniform(-0.75, -0.6), generator.uniform(0.2, 0.35)]
     batch = [np.log(0.6) + generator.normal(0, 0.1), generator.uniform(0.0, 0.05), generator.uniform(0.5, 0.6)]
     return PairLaw(np.array([rate, batch]), "true")
@@ -57,35 +57,39 @@ def test_recovers_an_exact_law_from_off_centre_grids(form: Form) -> None:
 
 @BOTH
 def test_recovers_a_law_from_noise_and_missing_cells(form: Form) -> None:
-    """With 0.05% noise, a third of the cells and a tenth of the runs missing, exponents are within 0.1 of the truth."""
+    """0.05% noise, off-centre grids, six of 16 cells and a tenth of the runs missing: exponents within 0.12."""
     generator = print_seed()
     law = a_law(generator)
-    some = [*generator.choice(len(STEP_LAW_CELLS) - 1, 10, replace=False).tolist(), len(STEP_LAW_CELLS) - 1]
-    table = sweep(generator, law, [STEP_LAW_CELLS[one] for one in some], noise=5e-4, holes=0.1)
+    cells = [(size, tokens) for size in (1e8, 3e8, 9e8, 27e8) for tokens in (3e9, 9e9, 27e9, 81e9)]
+    some = [cells[0], *(cells[one] for one in 1 + generator.choice(14, 8, replace=False)), cells[-1]]
+    table = sweep(generator, law, some, noise=5e-4, holes=0.1, off_centre=0.4)
     fit = fit_hyperparameters(table.cells(), form=form, samples=0)
-    np.testing.assert_allclose(fit.law.matrix[:, 1:], law.matrix[:, 1:], atol=0.1)
-    # Where it counts, at the cells, the choice costs next to nothing.
-    for size, tokens in STEP_LAW_CELLS:
+    np.testing.assert_allclose(fit.law.matrix[:, 1:], law.matrix[:, 1:], atol=0.12)
+    # Where it counts, at all cells, the choice costs next to nothing.
+    for size, tokens in cells:
         step = fit.law.point(size, tokens) - law.point(size, tokens)
-        assert step @ CURVATURE @ step / 2 < 2e-4
+        assert step @ CURVATURE @ step / 2 < 5e-4
 
 
 @BOTH
-def test_leave_largest_out_regret_of_a_table_like_step_laws(form: Form) -> None:
-    """17 cells, scatter, unequal flat valleys, a wall at high rates: median below 0.10%, greatest below 0.5%."""
+def test_leave_largest_out_regret_of_tables_like_step_laws(form: Form) -> None:
+    """17 cells, scatter, unequal flat valleys, a wall at high rates: median below 0.10%, greatest below 0.5%.
+
+    The four largest cells are left out. The median of four such regrets is a matter of luck, that of eight tables not.
+    """
     generator = print_seed()
-    law = dataclasses.replace(STEP_LAW, name="true")
-    table = sweep(generator, law, STEP_LAW_CELLS, noise=5e-4, holes=0.1, scatter=0.1, spread=0.3, wall=0.004)
-    cells = table.cells()
-    assert len(cells) == 17
-    held = summary(leave_largest_out(cells, form=form))
-    assert held["cells"] == 4
-    assert held["median"] < 0.0010
-    assert held["max"] < 0.005
-    fit = fit_hyperparameters(cells, form=form, samples=0)
-    everywhere = summary(regrets(fit.law, cells))
-    assert everywhere["median"] < 0.0010
-    assert everywhere["max"] < 0.005
+    held = []
+    for _ in range(8):
+        table = sweep(generator, STEP_LAW, STEP_LAW_CELLS, noise=5e-4, holes=0.1, scatter=0.1, spread=0.3, wall=0.004)
+        cells = table.cells()
+        assert len(cells) == 17
+        held += leave_largest_out(cells, form=form)
+        everywhere = summary(regrets(fit_hyperparameters(cells, form=form, samples=0).law, cells))
+        assert everywhere["median"] < 0.0010
+        assert everywhere["max"] < 0.005
+    assert summary(held)["cells"] == 32
+    assert summary(held)["median"] < 0.0010
+    assert summary(held)["max"] < 0.005
 
 
 def test_pooled_uses_cells_whose_optimum_is_outside_the_grid() -> None:
@@ -93,9 +97,7 @@ def test_pooled_uses_cells_whose_optimum_is_outside_the_grid() -> None:
     generator = print_seed()
     law = a_law(generator)
     inside = sweep(generator, law, SMALL_CELLS[:2], off_centre=0.2)
-    outside = sweep(generator, law, SMALL_CELLS[2:], rates=np.exp(np.linspace(-9, -7.5, 6)))
-    high = np.array([law.point(size, tokens)[0] for size, tokens in SMALL_CELLS[2:]])
-    assert (high > -7.5).all()
+    outside = sweep(generator, law, SMALL_CELLS[2:], off_centre=0.1, shift=-1.2)
     table = Table(*(np.concatenate(pair) for pair in zip(vars(inside).values(), vars(outside).values(), strict=True)))
     cells = table.cells()
     with pytest.raises(
@@ -110,20 +112,20 @@ def test_pooled_uses_cells_whose_optimum_is_outside_the_grid() -> None:
 
 @BOTH
 def test_intervals_cover(form: Form) -> None:
-    """Of 90% intervals over many tables, between 70% and all hold the truth, and they are not much too wide."""
+    """Of 90% intervals over many tables, between 65% and all hold the truth, and they are not much too wide."""
     generator = print_seed()
     law = a_law(generator)
     inside, widths, estimates = [], [], []
-    for seed in range(24):
+    for seed in range(16):
         table = sweep(generator, law, SMALL_CELLS, noise=1e-3, holes=0.1, scatter=0.05, off_centre=0.3)
-        fit = fit_hyperparameters(table.cells(), form=form, window=0.03, samples=60, seed=seed)
+        fit = fit_hyperparameters(table.cells(), form=form, window=0.03, samples=50, seed=seed)
         low, high = np.moveaxis(fit.intervals(0.9), -1, 0)
         inside.append((low <= law.matrix) & (law.matrix <= high))
         widths.append(high - low)
         estimates.append(fit.law.matrix)
-    assert np.mean(inside) > 0.7
+    assert np.mean(inside) > 0.65
     # 90% of a normal distribution are within 3.3 standard deviations in all.
-    assert (np.median(widths, 0) < 2.5 * 3.3 * np.std(estimates, 0)).all()
+    assert (np.median(widths, 0) < 3 * 3.3 * np.std(estimates, 0)).all()
 
 
 def test_regret_is_the_loss_above_the_best() -> None:
@@ -253,7 +255,7 @@ def test_largest_and_each() -> None:
     assert table[form]["cells"] == 9
 
 
-@pytest.mark.skipif(PUBLIC is None, reason="QWEN_JAX_PUBLIC_RUNS names no folder of public runs")
+@pytest.mark.skipif(PUBLIC is None, reason="QWEN_JAX_RUN_TABLES names no folder of public runs")
 def test_public_step_law_table() -> None:
     """Regret on the dense runs of Step Law, largest cells left out: median below 0.10%, greatest below 0.5%."""
     import pandas as pd
