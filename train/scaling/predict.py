@@ -34,6 +34,8 @@ _UNSTATED = (
 )
 # Beyond the runs by more than this factor of compute is far.
 _FAR = 100.0
+# Difference of an exponent between least squares and Huber loss that is named.
+_DECIDED = 0.03
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +210,14 @@ def _checks(table: RunTable, method: Method) -> dict[str, dict[str, Any]]:
 def _compare(law: LossLaw, method: Method, checks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Names other methods that disagree on how the optimal size grows."""
     size = law.b / (law.a + law.b)
-    return [
+    robust = checks.get("vpnls-huber")
+    warnings = []
+    if method == "vpnls" and robust and max(abs(robust[name] - getattr(law, name)) for name in ("a", "b")) > _DECIDED:
+        warnings.append(
+            f"A few runs decide the least squares: with the Huber loss a is {robust['a']:.3f} instead of {law.a:.3f} and "
+            f"b is {robust['b']:.3f} instead of {law.b:.3f}. Prefer --method vpnls-huber, or drop these runs."
+        )
+    return warnings + [
         f"{name} says that the optimal size grows as C^{check['size_exponent']:.3f}, {method} as C^{size:.3f}."
         for name, check in checks.items()
         if "size_exponent" in check and abs(check["size_exponent"] - size) > 0.05
