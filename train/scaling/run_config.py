@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from train.config import RunConfig
+from train.config import RunConfig, load
 from train.files import write_file
 from train.small_runs import check_small_run
 
@@ -72,6 +72,40 @@ def rows_of_batch(base: RunConfig) -> int:
     mesh = base.mesh_axes(0)
     shards = mesh.get("data", 1) * mesh.get("fsdp", 1) * mesh.get("expert", 1)
     return base.step_config(0).accumulation * shards
+
+
+def run_of_law(law: Mapping[str, Any], base: str, params: float | None, tokens: float) -> tuple[RunConfig, int]:
+    """The run that a law of learning rate and batch size predicts.
+
+    Args:
+      law: the content of law.json.
+      base: "FILE.py[:function]" of a run of one stage: model, data and all that the law says nothing of.
+      params: model size, counted as the law counts; by default that of the base's model.
+      tokens: of the run.
+
+    Returns:
+      The run, and the size of its model as the law counts it.
+
+    Raises:
+      InputError: a law of another kind, or a size that is not that of the base's model.
+    """
+    from train.scaling.hyperparameters_law import predict
+
+    config = load(base)
+    size = counted(config.model, law.get("counting"))
+    if params is not None and not 0.98 < params / size < 1.02:
+        raise InputError(
+            f"The model of {base} has {size:,} parameters as the law counts them ({law.get('counting')}), not "
+            f"{params:,.0f}. Leave out --params, or change the model."
+        )
+    said = predict(law, size, tokens)
+    return configure(config, learning_rate=said.learning_rate, batch_tokens=said.batch_tokens, tokens=tokens), size
+
+
+def counted(model: ModelConfig, counting: str | None) -> int:
+    """The size of a model, as a law counts parameters; with the head and without the embedding if it does not say."""
+    names = {"total": "total", "non-embedding": "non_embedding"}
+    return model.num_params()[names.get(counting or "", "active")]
 
 
 def write_run_config(path: Path, config: RunConfig, about: str = "A run of `qwen-jax train pretrain`.") -> None:

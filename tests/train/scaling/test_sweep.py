@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import re
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qwen_jax.cli import main
 from qwen_jax.config import MoE
 from qwen_jax.errors import InputError
 from tests.helpers.runs import MODEL, make_material, print_seed
@@ -256,6 +258,63 @@ def test_a_predicted_run_has_whole_rows_and_keeps_its_shares() -> None:
     assert (stage.schedule.learning_rate, run.model, run.output) == (3e-4, SIZES["two"], "there")
     with pytest.raises(InputError, match="positive"):
         configure(base(), learning_rate=0, batch_tokens=777, tokens=1e5)
+
+
+def law_file(folder: Path, counting: str = "with-head") -> Path:
+    """A law of the formula of `fake_runs`."""
+    law = {
+        "law": "hyperparameters",
+        "version": 1,
+        "parameters": {
+            "learning_rate": {"coefficient": 3.2 / 3e4**0.3, "params": -0.7, "tokens": 0.3},
+            "batch_tokens": {"coefficient": 240 / 3e4**0.5, "params": 0.0, "tokens": 0.5},
+        },
+        "counting": counting,
+        "level": 0.9,
+        "range": {"params": [1e4, 1e6], "tokens": [1e4, 1e6], "flops": [1e9, 1e13]},
+    }
+    (folder / "law.json").write_text(json.dumps(law))
+    return folder / "law.json"
+
+
+def config_file(folder: Path, function: str) -> Path:
+    """A file for `--config` with what a function of `fake_runs` returns."""
+    file = folder / f"{function}.py"
+    file.write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[3])!r})\n"
+        f"from tests.train.scaling import fake_runs\ndef config():\n    return fake_runs.{function}()\n"
+    )
+    return file
+
+
+def test_predict_writes_a_run_that_pretrain_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--law", str(law_file(tmp_path)), "--tokens", "48000", "--config", str(config_file(tmp_path, "base"))]
+    command = ["scaling", "predict", *options, "--write", str(tmp_path / "run.py")]
+    assert main(command) == 0
+    rate, batch = optimum(MODEL.num_params()["active"], 48_000)
+    stage = load(str(tmp_path / "run.py")).stages[0]
+    assert stage.schedule.learning_rate == pytest.approx(rate)
+    assert abs(stage.batch_size * 16 - batch) <= 8
+    assert abs(stage.steps * stage.batch_size * 16 - 48_000) <= stage.batch_size * 8
+    assert f"{rate:.4g}" in capsys.readouterr().out
+    assert main([*command, "--params", "5e6"]) == 1
+    assert "not 5,000,000" in capsys.readouterr().err
+    assert main(["scaling", "predict", *options]) == 1
+
+
+def test_the_command_writes_collects_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["scaling", "sweep", "--config", str(config_file(tmp_path, "sweep")), "--output", str(tmp_path / "out")]
+    assert main([*command, "--write"]) == 0
+    assert "sbatch" in capsys.readouterr().out
+    for line in (tmp_path / "out" / "commands.txt").read_text().splitlines()[:5]:
+        FakeTrainer()(load(line.split()[-1]))
+    assert main([*command, "--collect", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["ended"], said["waiting"], said["finished"]) == (5, 31, False)
+    assert len(read_results(tmp_path / "out")) == 5
+    assert main([*command, "--collect", "--write"]) == 1
+    assert main([*command, "--collect", "--set", "flops=1"]) == 1
+    assert "more than the budget" in capsys.readouterr().err
 
 
 def test_learning_rates_and_lengths_share_programs_and_train_as_a_run_alone(tmp_path: Path) -> None:
