@@ -49,7 +49,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
         "label preference pairs on a local page, show the agreement, export the result",
     ),
     "data rollouts": ("data", "Rollouts", "show what a GRPO run has sampled, or write a page to browse it"),
-    "scaling fit": ("scaling", "Fit", "fit a scaling law to a table of runs: loss by size and tokens"),
+    "scaling fit": ("scaling", "Fit", "fit a scaling law to a table of runs: loss, learning rate and batch size, MoE"),
     "scaling predict": ("scaling", "Predict", "predict a run by a fitted law, with intervals"),
     "scaling compute-optimal": ("scaling", "ComputeOptimal", "size and tokens of the best run with a budget of FLOPs"),
     "scaling sweep": ("scaling_sweep", "Sweep", "train small runs over size, tokens, learning rate and batch"),

@@ -214,8 +214,8 @@ def _compare(law: LossLaw, method: Method, checks: Mapping[str, Mapping[str, Any
     warnings = []
     if method == "vpnls" and robust and max(abs(robust[name] - getattr(law, name)) for name in ("a", "b")) > _DECIDED:
         warnings.append(
-            f"A few runs decide the least squares: with the Huber loss a is {robust['a']:.3f} instead of {law.a:.3f} and "
-            f"b is {robust['b']:.3f} instead of {law.b:.3f}. Prefer --method vpnls-huber, or drop these runs."
+            f"A few runs decide the least squares: with the Huber loss a is {robust['a']:.3f} instead of {law.a:.3f} "
+            f"and b is {robust['b']:.3f} instead of {law.b:.3f}. Prefer --method vpnls-huber, or drop these runs."
         )
     return warnings + [
         f"{name} says that the optimal size grows as C^{check['size_exponent']:.3f}, {method} as C^{size:.3f}."
