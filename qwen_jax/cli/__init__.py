@@ -56,6 +56,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "scaling fit": ("scaling", "Fit", "fit a scaling law to a table of runs: loss, learning rate and batch size, MoE"),
     "scaling predict": ("scaling", "Predict", "predict a run by a fitted law, with intervals"),
     "scaling compute-optimal": ("scaling", "ComputeOptimal", "size and tokens of the best run with a budget of FLOPs"),
+    "scaling sweep": ("scaling_sweep", "Sweep", "train small runs over size, tokens, learning rate and batch"),
     "train pretrain": ("train", "pretrain", "pre-train a model in stages, or resume such a run"),
     "train sft": ("train", "sft", "fine-tune a model on conversations"),
     "train reward": ("train", "reward", "train a reward model on pairs of answers"),

@@ -120,6 +120,9 @@ class Predict:
         granularity: Of an MoE: size of the dense feed-forward layer by that of an expert.
         equal_to: Size of a dense model; prints MoE models of its loss.
         ratios: Of total to active parameters of these MoE models, or their numbers of experts.
+        config: FILE.py[:FUNCTION] of a run of `qwen-jax train pretrain`, of one stage; with a law of hyperparameters.
+            Its model gives --params where that is left out.
+        write: File that takes this run with the predicted learning rate and batch, and the tokens.
         json: Print a JSON object.
     """
 
@@ -131,10 +134,19 @@ class Predict:
     granularity: float | None = None
     equal_to: float | None = None
     ratios: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0, 32.0)
+    config: Annotated[str | None, tyro.conf.arg(metavar="FILE.py")] = None
+    write: Annotated[Path | None, tyro.conf.arg(metavar="FILE.py")] = None
     json: bool = False
 
     def run(self) -> int:
         value = sibling("train.scaling.predict").read_law(self.law)
+        if (self.config is None) != (self.write is None):
+            raise InputError("Give both: --config with the run to begin from, and --write with the file that takes it.")
+        if self.config is not None:
+            runs = sibling("train.scaling.run_config")
+            run, size = runs.run_of_law(value, self.config, self.params, self.tokens)
+            runs.write_run_config(self.write, run, f"A run by the law {self.law}.")
+            return dataclasses.replace(self, params=size, config=None, write=None).run()
         of_moe = ("total_params", "experts", "granularity", "equal_to")
         if value["law"] != "moe" and (given := [name for name in of_moe if getattr(self, name) is not None]):
             options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
