@@ -75,7 +75,7 @@ class Setup:
         )
 
     def base(self, folder: Path) -> RunConfig:
-        """The run that all others are made of: linear decay to a tenth after a tenth of warm-up.
+        """The run that all others are made of: cosine to a tenth after a tenth of warm-up.
 
         Args:
           folder: with tokenizer and rows.
@@ -86,7 +86,7 @@ class Setup:
             tokenizer=str(folder / "tokenizer"),
             data={"text": str(folder / "train")},
             held_out={"text": str(folder / "held-out")},
-            stages=(Stage(Schedule(1000, 1e-3, warmup_steps=100, schedule="cosine"), self.length, 8, {"text": 1}),),
+            stages=(Stage(Schedule(1000, 1e-3, warmup_steps=100), self.length, 8, {"text": 1}),),
             objective=PretrainConfig(loss_chunk=16_384),
             step=StepConfig(dtype=self.dtype, remat="none"),  # type: ignore[arg-type]
             loop=LoopConfig(evaluate_every=10**6),
