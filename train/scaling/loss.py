@@ -207,7 +207,7 @@ def _projected(
     x, y = np.exp(-np.outer(n, a_K)), np.exp(-np.outer(d, b_M))
     x_mean, y_mean, mean = weight @ x / total, weight @ y / total, float(weight @ loss / total)
     shape = len(a_K), len(b_M)
-    solutions = []
+    solutions: list[tuple[Array, Array, Array, Array]] = []
     # With E the columns are centred, without it they are not.
     for centred in (True, False):
         p, q, r = (x - x_mean, y - y_mean, loss - mean) if centred else (x, y, loss)
@@ -299,7 +299,7 @@ def fit_approach3(table: RunTable, weights: Array | None = None) -> LossLaw:
     tried = sorted((optimise(start, 60) for start in starts), key=lambda pair: pair[0])[:_TO_THE_END]
     best = min((optimise(start, 3000) for _, start in tried), key=lambda pair: pair[0])[1]
     log_scale = np.minimum(best[:2] + best[3:] * centre, 700.0)
-    return LossLaw(math.exp(best[2]), *map(float, np.exp(log_scale)), float(best[3]), float(best[4]))
+    return law_of([math.exp(best[2]), *np.exp(log_scale), best[3], best[4]])
 
 
 def _values(grid: Array, n: Array, d: Array, target: Array, weight: Array) -> Array:
