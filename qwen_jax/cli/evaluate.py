@@ -15,6 +15,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 
 if TYPE_CHECKING:
+    from qwen_jax.config import ModelConfig
     from qwen_jax.inference import ContinuousEngine
     from qwen_jax.inference.likelihood import LikelihoodScorer
 
@@ -23,6 +24,8 @@ Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 Root = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 Url = Annotated[str | None, tyro.conf.arg(metavar="URL")]
 Id = Annotated[str | None, tyro.conf.arg(metavar="ID")]
+# Share of a device's memory for weights and engine; the rest is for reading texts whose log-probability is asked for.
+_ENGINE_MEMORY = 0.8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,10 +108,13 @@ class Evaluate:
             seed=self.seed,
         )
         tools = self._tools(names)
+        model: Any = None
         try:
             model, tokenizer = self._measured()
             summary = evaluation.evaluate(model, names, self.output, options, settings, tools, tokenizer, left_out)
         finally:
+            if isinstance(model, InProcess):
+                model.close()
             if tools.sandbox is not None:
                 tools.sandbox.close()
         return self._show(summary)
@@ -265,7 +271,8 @@ class Compare:
 class InProcess:
     """A checkpoint in this process, whose weights are loaded with the first request that is left to do.
 
-    One copy of the weights serves the log-probabilities and the generated texts.
+    One copy of the weights serves the log-probabilities and the generated texts. The cache of the engine takes memory
+    from the first text on.
     """
 
     def __init__(self, model: Model, max_seqs: int) -> None:
@@ -277,8 +284,15 @@ class InProcess:
         from qwen_jax.cli.formats import CheckpointFormats
 
         assert model.tokenizer is not None
+        if model.running.attention != "dense":
+            raise InputError(
+                f"Benchmarks are run with all keys, got --attention {model.running.attention}. Leave it out; qwen-jax "
+                "eval ruler measures sparse attention."
+            )
         self._model, self._max_seqs = model, max_seqs
-        self._loaded: Any = None
+        self._weights: tuple[ModelConfig, Any, str] | None = None
+        self._scorer: LikelihoodScorer | None = None
+        self._engine: ContinuousEngine | None = None
         encoding = sibling("train.evaluate.encoding")
         self.name = str(model.checkpoint)
         self.context_length = model.config.context_length
@@ -295,36 +309,55 @@ class InProcess:
 
     def answer(self, requests: Sequence[Any], done: Callable[[int, Any], None]) -> None:
         """See `train.evaluate.task.Model.answer`."""
-        if self._loaded is None:
-            scorer, engine = self._load()
-            self._loaded = sibling("train.evaluate.token_model").TokenModel(self.name, self._encoder, scorer, engine)
-        self._loaded.answer(requests, done)
+        generate = sibling("train.evaluate.task").Generate
+        if self._weights is None:
+            self._weights = self._load()
+        if self._scorer is None:
+            self._scorer = self._new_scorer(*self._weights)
+        if self._engine is None and any(isinstance(request, generate) for request in requests):
+            self._engine = self._new_engine(*self._weights)
+        token_model = sibling("train.evaluate.token_model").TokenModel
+        token_model(self.name, self._encoder, self._scorer, self._engine).answer(requests, done)
 
-    def _load(self) -> "tuple[LikelihoodScorer, ContinuousEngine]":
+    def close(self) -> None:
+        """Ends the engine."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def _load(self) -> "tuple[ModelConfig, Any, str]":
+        """The weights in the layout of inference, which both sides read."""
         import jax
 
-        from qwen_jax.inference import ContinuousEngine
-        from qwen_jax.inference.likelihood import LikelihoodScorer
         from qwen_jax.inference.weights import fuse
         from qwen_jax.parallel.sharding import Sharding
 
+        config, params, dtype = self._model.loaded()
+        with jax.set_mesh(self._model.mesh):
+            return config, fuse(params, config, Sharding.for_inference(config, self._model.mesh)), dtype
+
+    def _new_scorer(self, config: "ModelConfig", params: Any, dtype: str) -> "LikelihoodScorer":
+        from qwen_jax.inference.likelihood import LikelihoodScorer
+
+        kernel = self._model.running.attention_kernel
+        return LikelihoodScorer(config, params, self._model.mesh, dtype=dtype, attention=kernel)
+
+    def _new_engine(self, config: "ModelConfig", params: Any, dtype: str) -> "ContinuousEngine":
+        from qwen_jax.inference import ContinuousEngine
+
         model = self._model
-        config, params, dtype = model.loaded()
-        with jax.set_mesh(model.mesh):
-            fused = fuse(params, config, Sharding.for_inference(config, model.mesh))
-        how: dict[str, Any] = {"dtype": dtype, "attention": model.running.attention_kernel}
-        scorer = LikelihoodScorer(config, fused, model.mesh, **how)
-        engine = ContinuousEngine(
+        return ContinuousEngine(
             config,
-            fused,
+            params,
             model.mesh,
             tokenizer=model.tokenizer,
+            dtype=dtype,
             max_seqs=self._max_seqs,
+            memory_fraction=_ENGINE_MEMORY,
+            attention=model.running.attention_kernel,
             kv_dtype=model.running.kv_dtype,
             eos_token_ids=model.eos_token_ids,
-            **how,
         )
-        return scorer, engine
 
 
 def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
