@@ -25,6 +25,8 @@ class TokenModel:
       encoder: makes the ids.
     """
 
+    context_length: int | None
+
     def __init__(
         self,
         name: str,
