@@ -15,6 +15,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 
 if TYPE_CHECKING:
+    from qwen_jax.config import ModelConfig
     from qwen_jax.inference import ContinuousEngine
     from qwen_jax.inference.likelihood import LikelihoodScorer
 
@@ -23,6 +24,8 @@ Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 Root = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 Url = Annotated[str | None, tyro.conf.arg(metavar="URL")]
 Id = Annotated[str | None, tyro.conf.arg(metavar="ID")]
+# Share of a device's memory for weights and engine; the rest is for reading texts whose log-probability is asked for.
+_ENGINE_MEMORY = 0.8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,8 @@ class Evaluate:
       model: Checkpoint folder or Hub id, run in this process.
       base_url: URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1, instead of a model.
       served_model: The name of the model at the URL, if it serves several.
-      tasks: Names of benchmarks.
+      tasks: Names of benchmarks, or qwen2.5-base or qwen2.5-instruct: those of the Qwen2.5 report whose data is here.
+        lm-eval:NAME is lm-eval's where both have the name.
       data_root: Folder below which the data lies.
       output: Folder for results.
       limit: The first items of each task alone.
@@ -87,24 +91,48 @@ class Evaluate:
         if self.max_seqs < 1 or self.workers < 1:
             raise InputError("--max-seqs and --workers must be at least 1.")
         evaluation, run = sibling("train.evaluate.evaluation"), sibling("train.evaluate.run")
-        names = evaluation.sort_names(self.tasks, dict.fromkeys(self.tasks, self.shots))
+        chosen, chat = self._chosen(evaluation), self.chat
+        if chosen is None:
+            wanted, shots, left_out = self.tasks, dict.fromkeys(self.tasks, self.shots), {}
+        else:
+            suite = sibling("train.evaluate.suites").suite(self.tasks[0])
+            chat, wanted, shots, left_out = suite.chat, chosen.names, chosen.shots, chosen.left_out
+        names = evaluation.sort_names(wanted, shots)
         options = run.RunOptions(self.data_root, self.allow_changed_data, self.limit)
         settings = sibling("train.evaluate.harness").Settings(
             data_root=self.data_root,
             include=tuple(map(Path, self.include)),
             hub=self.hub,
             limit=self.limit,
-            chat=self.chat,
+            chat=chat,
             seed=self.seed,
         )
         tools = self._tools(names)
+        model: Any = None
         try:
             model, tokenizer = self._measured()
-            summary = evaluation.evaluate(model, names, self.output, options, settings, tools, tokenizer)
+            summary = evaluation.evaluate(model, names, self.output, options, settings, tools, tokenizer, left_out)
         finally:
+            if isinstance(model, InProcess):
+                model.close()
             if tools.sandbox is not None:
                 tools.sandbox.close()
         return self._show(summary)
+
+    def _chosen(self, evaluation: Any) -> Any:
+        """What of a suite can run; None if no suite is asked for."""
+        suites = sibling("train.evaluate.suites")
+        if not any(name in suites.SUITES for name in self.tasks):
+            return None
+        if len(self.tasks) > 1 or self.shots is not None or self.chat:
+            raise InputError(f"{', '.join(suites.SUITES)} say which tasks, shots and form. Give one of them alone.")
+        name = self.tasks[0]
+        chosen = evaluation.choose(suites.suite(name), self.data_root, self.hub, self.judge_url is not None)
+        if not chosen.names:
+            raise InputError(f"No task of {name} can run here: see qwen-jax eval list --suite {name}.")
+        for benchmark, why in chosen.left_out.items():
+            complain(f"{benchmark} is left out: {why}.")
+        return chosen
 
     def _tools(self, names: Any) -> Any:
         task = sibling("train.evaluate.task")
@@ -150,33 +178,55 @@ class List:
 
     Args:
       data_root: Folder below which the data lies.
+      suite: Show the benchmarks of qwen2.5-base or qwen2.5-instruct, those of lm-eval too.
       json: Print a JSON object for each.
     """
 
     data_root: Root = None
+    suite: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     json: bool = False
 
     def run(self) -> int:
         """Runs the command; returns the exit status."""
+        if self.suite is not None:
+            return self._show_suite(self.suite)
+        registry = sibling("train.evaluate.registry")
         rows = []
-        for name, task in sorted(sibling("train.evaluate.registry").tasks().items()):
-            missing = [f.path for f in task.files if self.data_root is None or not (self.data_root / f.path).is_file()]
+        for name, task in sorted(registry.tasks().items()):
+            states = registry.states(task, self.data_root)
+            missing, changed = ([path for path, x in states.items() if x == state] for state in ("missing", "changed"))
             found = {
                 "task": name,
                 "shots": task.shots,
                 "metrics": [metric.name for metric in task.metrics],
                 "missing": missing,
+                "changed": changed,
                 "sources": sorted({file.source for file in task.files}),
                 "needs": [what for what in ("judge", "sandbox") if getattr(task, f"needs_{what}")],
                 "citation": task.citation,
             }
             if self.json:
                 print(to_json(found))
-            needs = [*missing, *(f"a {what}" for what in found["needs"])]
+            needs = [*missing, *(f"{path} as published" for path in changed), *(f"a {what}" for what in found["needs"])]
             rows.append([name, str(task.shots), ", ".join(found["metrics"][:3]), ", ".join(needs) or "nothing"])
         if not self.json:
             print_table("benchmarks", ["task", "shots", "metrics", "still needs"], rows)
             print("Further names are those of lm-eval's tasks.")
+        return 0
+
+    def _show_suite(self, name: str) -> int:
+        """Shows what of a suite can run here."""
+        suite = sibling("train.evaluate.suites").suite(name)
+        left_out = sibling("train.evaluate.evaluation").choose(suite, self.data_root, judge=True).left_out
+        rows = []
+        for entry in suite.entries:
+            why = left_out.get(entry.benchmark)
+            if self.json:
+                print(to_json({**dataclasses.asdict(entry), "missing": why}))
+            task = f"{entry.side}: {entry.task}" if entry.task else ""
+            rows.append([entry.benchmark, task, str(entry.shots), why or "ready", entry.note])
+        if not self.json:
+            print_table(name, ["benchmark", "task", "shots", "here", "note"], rows)
         return 0
 
 
@@ -221,7 +271,8 @@ class Compare:
 class InProcess:
     """A checkpoint in this process, whose weights are loaded with the first request that is left to do.
 
-    One copy of the weights serves the log-probabilities and the generated texts.
+    One copy of the weights serves the log-probabilities and the generated texts. The cache of the engine takes memory
+    from the first text on.
     """
 
     def __init__(self, model: Model, max_seqs: int) -> None:
@@ -233,8 +284,15 @@ class InProcess:
         from qwen_jax.cli.formats import CheckpointFormats
 
         assert model.tokenizer is not None
+        if model.running.attention != "dense":
+            raise InputError(
+                f"Benchmarks are run with all keys, got --attention {model.running.attention}. Leave it out; qwen-jax "
+                "eval ruler measures sparse attention."
+            )
         self._model, self._max_seqs = model, max_seqs
-        self._loaded: Any = None
+        self._weights: tuple[ModelConfig, Any, str] | None = None
+        self._scorer: LikelihoodScorer | None = None
+        self._engine: ContinuousEngine | None = None
         encoding = sibling("train.evaluate.encoding")
         self.name = str(model.checkpoint)
         self.context_length = model.config.context_length
@@ -251,36 +309,55 @@ class InProcess:
 
     def answer(self, requests: Sequence[Any], done: Callable[[int, Any], None]) -> None:
         """See `train.evaluate.task.Model.answer`."""
-        if self._loaded is None:
-            scorer, engine = self._load()
-            self._loaded = sibling("train.evaluate.token_model").TokenModel(self.name, self._encoder, scorer, engine)
-        self._loaded.answer(requests, done)
+        generate = sibling("train.evaluate.task").Generate
+        if self._weights is None:
+            self._weights = self._load()
+        if self._scorer is None:
+            self._scorer = self._new_scorer(*self._weights)
+        if self._engine is None and any(isinstance(request, generate) for request in requests):
+            self._engine = self._new_engine(*self._weights)
+        token_model = sibling("train.evaluate.token_model").TokenModel
+        token_model(self.name, self._encoder, self._scorer, self._engine).answer(requests, done)
 
-    def _load(self) -> "tuple[LikelihoodScorer, ContinuousEngine]":
+    def close(self) -> None:
+        """Ends the engine."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def _load(self) -> "tuple[ModelConfig, Any, str]":
+        """The weights in the layout of inference, which both sides read."""
         import jax
 
-        from qwen_jax.inference import ContinuousEngine
-        from qwen_jax.inference.likelihood import LikelihoodScorer
         from qwen_jax.inference.weights import fuse
         from qwen_jax.parallel.sharding import Sharding
 
+        config, params, dtype = self._model.loaded()
+        with jax.set_mesh(self._model.mesh):
+            return config, fuse(params, config, Sharding.for_inference(config, self._model.mesh)), dtype
+
+    def _new_scorer(self, config: "ModelConfig", params: Any, dtype: str) -> "LikelihoodScorer":
+        from qwen_jax.inference.likelihood import LikelihoodScorer
+
+        kernel = self._model.running.attention_kernel
+        return LikelihoodScorer(config, params, self._model.mesh, dtype=dtype, attention=kernel)
+
+    def _new_engine(self, config: "ModelConfig", params: Any, dtype: str) -> "ContinuousEngine":
+        from qwen_jax.inference import ContinuousEngine
+
         model = self._model
-        config, params, dtype = model.loaded()
-        with jax.set_mesh(model.mesh):
-            fused = fuse(params, config, Sharding.for_inference(config, model.mesh))
-        how: dict[str, Any] = {"dtype": dtype, "attention": model.running.attention_kernel}
-        scorer = LikelihoodScorer(config, fused, model.mesh, **how)
-        engine = ContinuousEngine(
+        return ContinuousEngine(
             config,
-            fused,
+            params,
             model.mesh,
             tokenizer=model.tokenizer,
+            dtype=dtype,
             max_seqs=self._max_seqs,
+            memory_fraction=_ENGINE_MEMORY,
+            attention=model.running.attention_kernel,
             kv_dtype=model.running.kv_dtype,
             eos_token_ids=model.eos_token_ids,
-            **how,
         )
-        return scorer, engine
 
 
 def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

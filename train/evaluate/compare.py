@@ -87,10 +87,8 @@ def _task(
             if all(run[id]["scores"].get(name) is not None and name in run[id][part] for run in (a, b))
         ]
         x, y = ([run[id][part][name] for id in known] for run in (a, b))
-        if metric is None:
-            found, aggregate = paired(x, y), mean
-        else:
-            found, aggregate = paired_aggregate(x, y, metric.aggregate), metric.aggregate
+        aggregate = mean if metric is None else metric.aggregate
+        found = paired(x, y) if metric is None else paired_aggregate(x, y, aggregate)
         metrics[name] = {
             "a": float(aggregate(x)) if x else None,
             "b": float(aggregate(y)) if y else None,

@@ -1,19 +1,21 @@
 """An evaluation: our benchmarks and tasks of lm-eval, on one model, with one summary and one page."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen_jax.files import to_json
 from qwen_jax.tokenizer import Tokenizer
-from train.evaluate import harness, registry
+from train.evaluate import harness, registry, suites
 from train.evaluate.report import write_report
 from train.evaluate.run import DEFAULTS, NO_TOOLS, SUMMARY, RunOptions, file_name, run
 from train.evaluate.task import Model, Task, Tools
 from train.files import write_file
 
 PAGE = "report.html"
+THEIRS = "lm-eval:"
+"""Before a name: the task of lm-eval, where the registry has one of the same name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +44,63 @@ def sort_names(names: Sequence[str], shots: Mapping[str, int | None] | None = No
     known = registry.tasks()
     theirs = [name for name in names if name not in known]
     if theirs and not harness.installed():
+        if any(name.startswith(THEIRS) for name in theirs):
+            harness.check_installed()
         registry.find(names)  # Says what is similar.
     ours = [name for name in names if name in known]
     if ours or not theirs:
         registry.find(ours)
     wanted = shots or {}
     return Names(
-        tuple(known[name] for name in ours), tuple(harness.HarnessTask(name, wanted.get(name)) for name in theirs)
+        tuple(known[name] for name in ours),
+        tuple(harness.HarnessTask(name.removeprefix(THEIRS), wanted.get(name)) for name in theirs),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """The benchmarks of a suite that can run here.
+
+    Attributes:
+      names: as `sort_names` takes them.
+      shots: of tasks of lm-eval, by name.
+      left_out: why a benchmark cannot run, by its name in the report.
+    """
+
+    names: tuple[str, ...]
+    shots: Mapping[str, int | None]
+    left_out: Mapping[str, str]
+
+
+def choose(suite: suites.Suite, root: Path | None, hub: bool = False, judge: bool = False) -> Chosen:
+    """Which benchmarks of a suite can run.
+
+    Args:
+      suite: from `suites.suite`.
+      root: the data root.
+      hub: whether data of lm-eval's tasks may be fetched.
+      judge: whether there is a model that judges.
+    """
+    known = registry.tasks()
+
+    def files_of(name: str) -> list[str] | None:
+        return [file.path for file in known[name].files] if name in known else None
+
+    shots: dict[str, int | None] = {}
+    left_out = {}
+    for entry in suite.entries:
+        theirs = entry.side == "lm-eval"
+        if theirs and not harness.installed():
+            problem: str | None = "lm-eval is not installed: pip install 'qwen-jax[eval]'"
+        elif entry.side == "ours" and entry.task in known and known[entry.task].needs_judge and not judge:
+            problem = "it needs a model that judges: --judge-url URL"
+        else:
+            problem = None if theirs and hub else suites.missing(entry, root, files_of)
+        if problem is not None:
+            left_out[entry.benchmark] = problem
+        else:
+            shots[f"{THEIRS}{entry.task}" if theirs else entry.task] = entry.shots
+    return Chosen(tuple(shots), shots, left_out)
 
 
 def evaluate(
@@ -60,6 +111,7 @@ def evaluate(
     settings: harness.Settings | None = None,
     tools: Tools = NO_TOOLS,
     tokenizer: Tokenizer | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Runs all tasks, and writes summary.json and report.html beside the records of each task.
 
@@ -71,6 +123,7 @@ def evaluate(
       settings: of lm-eval; by default data root and limit of `options`.
       tools: the judge and the sandbox.
       tokenizer: formats conversations of lm-eval; None if the model formats them itself.
+      left_out: benchmarks of a suite that cannot run, and why; written with the results.
 
     Returns:
       The content of summary.json; see `train.evaluate.run.run`.
@@ -82,15 +135,23 @@ def evaluate(
     if names.harness:
         settings = settings or harness.Settings(data_root=options.data_root, limit=options.limit)
         found = harness.run(model, tokenizer, names.harness, folder, settings)
+        ours = {task.name for task in names.ours}
         for name, task in found["tasks"].items():
-            summary["tasks"][name] = _task(task, found)
+            summary["tasks"][_key(name, ours)] = _task(task, found)
         for name in {record["task"] for record in found["records"]}:
             lines = "".join(to_json(one) + "\n" for one in _records(name, found["records"]))
-            write_file(folder / f"{file_name(name)}.jsonl", lines.encode())
+            write_file(folder / f"{file_name(_key(name, ours))}.jsonl", lines.encode())
         summary["harness"] = {**found["harness"], "settings": found["settings"]}
-        write_file(folder / SUMMARY, (to_json(summary, indent=2) + "\n").encode())
+    if left_out:
+        summary["left_out"] = dict(left_out)
+    write_file(folder / SUMMARY, (to_json(summary, indent=2) + "\n").encode())
     write_report(summary, folder, folder / PAGE)
     return summary
+
+
+def _key(name: str, ours: Collection[str]) -> str:
+    """The name of a task of lm-eval among results, where one of ours may have the same."""
+    return f"{THEIRS}{name}" if name in ours else name
 
 
 def _task(task: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:

@@ -113,6 +113,18 @@ def locate(task: Task, root: Path | None, allow_changed: bool = False) -> list[L
     return found
 
 
+def states(task: Task, root: Path | None) -> dict[str, str]:
+    """By path, whether a file of a task is "there", "changed" (no published version) or "missing"."""
+    found = {}
+    for file in task.files:
+        if root is None or why_unusable(root / file.path) is not None:
+            found[file.path] = "missing"
+        else:
+            changed = bool(file.sha256) and sha256_of(root / file.path) not in file.sha256
+            found[file.path] = "changed" if changed else "there"
+    return found
+
+
 def sha256_of(path: Path) -> str:
     """The hash of a file's content, in hexadecimal."""
     with path.open("rb") as file:

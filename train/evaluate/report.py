@@ -39,7 +39,10 @@ def write_report(summary: Mapping[str, Any], folder: Path, path: Path) -> None:
     for task, found in summary["tasks"].items():
         parts.append(f"<h2>{_text(task)}</h2>{_about(found)}{_groups(found['groups'])}")
         parts += _examples(folder / f"{file_name(task)}.jsonl")
-    settings = {key: value for key, value in summary.items() if key != "tasks"}
+    if left_out := summary.get("left_out"):
+        rows = "".join(f"<tr><td>{_text(name)}<td>{_text(why)}" for name, why in left_out.items())
+        parts.append(f"<h2>Left out</h2><table>{rows}</table>")
+    settings = {key: value for key, value in summary.items() if key not in ("tasks", "left_out")}
     parts.append(f"<h2>Settings</h2><pre>{_text(json.dumps(settings, indent=2))}</pre>")
     write_file(path, "\n".join(parts).encode("utf-8", "replace"))
 

@@ -87,8 +87,9 @@ class ServerModel:
         if not isinstance(request, Generate):
             return Response(error=_NO_ROLLING)
         if not isinstance(request.prompt, str):
-            how = {"temperature": request.temperature, "top_p": request.top_p, "seed": request.seed}
-            asked = ChatRequest(request.prompt, request.max_tokens, stop=request.stop, **how)
+            asked = ChatRequest(
+                request.prompt, request.max_tokens, request.temperature, request.top_p, request.seed, request.stop
+            )
             return _response(await client.ask(asked))
         body = {
             "prompt": request.prompt,

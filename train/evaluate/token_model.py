@@ -25,6 +25,8 @@ class TokenModel:
       encoder: makes the ids.
     """
 
+    context_length: int | None
+
     def __init__(
         self,
         name: str,
@@ -113,8 +115,8 @@ class TokenModel:
             for i, stream, prompt_cut in streams:
                 finished = stream.result()
                 finish: Literal["stop", "length"] = "length" if finished.finish_reason == "length" else "stop"
-                tokens, error = len(finished.token_ids), finished.error
-                done(i, Response(finished.text or "", finish, tokens, error=error, prompt_cut=prompt_cut))
+                text, tokens = finished.text or "", len(finished.token_ids)
+                done(i, Response(text, finish, tokens, error=finished.error, prompt_cut=prompt_cut))
         finally:
             for _, stream, _ in streams:
                 stream.cancel()
