@@ -77,9 +77,3 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
     return make_material(tmp_path_factory.mktemp("material"))
-
-
-@pytest.fixture
-def unproven_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ "auto" takes kernels that have not run on a GPU."""
-    monkeypatch.setattr("qwen_jax.kernels.gpu.unproven.UNPROVEN", frozenset())

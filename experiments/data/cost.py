@@ -4,8 +4,8 @@
 
 Rates were measured on 2 cores of a shared x86-64 machine (experiments/data/README.md, docs/curation.md); a core of a
 server may be twice as fast. Not in the table: finding duplicates among the features (138 CPU seconds for 20 million
-documents by text and URL), shuffles over a network, and downloads. Costs of accelerators are arithmetic, not
-measurements: 2 FLOPs for each parameter and token, at 40% of a peak of 989 TFLOP/s (an H100, bfloat16).
+documents by text and URL), shuffles over a network, and downloads. Models read at most 2,048 tokens
+of a document on one H200, at the rate that scoring.md gives; longer documents would be cut.
 """
 
 import argparse
@@ -16,8 +16,6 @@ BYTES_PER_TOKEN = 4.3
 
 PAGE_BYTES = 20.0
 """Of HTML for each byte of its text: an assumption, which decides the largest cost."""
-
-_PEAK, _UTILISATION = 989e12, 0.4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +51,8 @@ STEPS = (
     Step("tokenise and pack (`data build`)", 6.4, "kept"),
 )
 
-MODELS = (("0.5B scores all raw text", 0.5e9, "raw"), ("0.5B scores what is kept", 0.5e9, "kept"))
-"""Name, parameters, and what is read by a model."""
+MODELS = (("0.5B scores all raw text", 594_000, "raw"), ("0.5B scores what is kept", 594_000, "kept"))
+"""Name, tokens a second of an H200 (scoring.md), and what is read by a model."""
 
 
 def table(tokens: float, raw: float) -> str:
@@ -73,10 +71,9 @@ def table(tokens: float, raw: float) -> str:
         a_terabyte = 1e6 / step.megabytes / 3600
         lines.append(f"| {step.what} | {step.reads} | {step.megabytes:g} | {a_terabyte:.1f} | {_rounded(hours)} |")
     lines.append(f"| all of these | | | | {_rounded(total)} |")
-    for name, parameters, reads in MODELS:
-        read = tokens * (raw if reads == "raw" else 1)
-        hours = 2 * parameters * read / (_PEAK * _UTILISATION) / 3600
-        lines.append(f"| {name}, by arithmetic | {reads} | | | {_rounded(hours)} GPU-hours |")
+    for name, rate, reads in MODELS:
+        hours = tokens * (raw if reads == "raw" else 1) / rate / 3600
+        lines.append(f"| {name} | {reads} | | | {_rounded(hours)} GPU-hours |")
     return "\n".join(lines)
 
 

@@ -22,8 +22,24 @@ if TYPE_CHECKING:
 Lengths = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N [N ...]")]
 Depths = Annotated[tuple[float, ...], tyro.conf.arg(metavar="PERCENT [PERCENT ...]")]
 FileOption = Annotated[str | None, tyro.conf.arg(metavar="FILE")]
-Ruler = Literal["niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe"]
-_RULER: tuple[Ruler, ...] = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
+# The names of `train.evaluate.ruler.RULER`.
+RulerTask = Literal[
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+    "vt",
+    "cwe",
+    "fwe",
+    "qa_1",
+    "qa_2",
+]
+# Requests that are open at a server at once, unless a number is given.
+_REQUESTS = 8
 # Where no --lengths are given: those of them that the model's context holds.
 _LENGTHS = (1024, 2048, 4096, 8192, 16_384, 32_768)
 
@@ -80,12 +96,17 @@ class Search:
       seed: Of all random numbers.
       form: completion is plain text, which suits every model; chat uses the chat template. Both end in the beginning
         of the answer.
+      base_url: Ask this OpenAI-compatible server, by token ids (/completions). The model's folder is then needed for
+        its tokenizer and config.json only, and --batch-size is how many requests are open at once, by default 8.
+      served_name: The name of the model at the URL, if it serves several.
     """
 
     depths: Depths = (0.0, 25.0, 50.0, 75.0, 100.0)
     samples: int = 10
     seed: int = 0
     form: Literal["completion", "chat"] = "completion"
+    base_url: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
+    served_name: Annotated[str | None, tyro.conf.arg(metavar="ID")] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,30 +177,59 @@ class Needle:
 
 
 @dataclasses.dataclass(frozen=True)
-class RulerSynthetic:
-    """Run the six tasks of RULER (arXiv:2404.06654) that need no text: three kinds of needles, chains of variables
-    (vt), the most common words of a list (cwe) and the most frequent coded words (fwe). The score is the share of
-    references that the answer contains.
+class Ruler:
+    """Run RULER (arXiv:2404.06654): eight kinds of needles, chains of variables (vt), the most common words of a list
+    (cwe), the most frequent coded words (fwe), and questions with many documents (qa_1, qa_2). The score is the share
+    of references that the answer contains; of questions, whether it contains one.
+
+    Five kinds of needles are hidden in a text (--haystack), such as a book. Questions come from a file in the form of
+    SQuAD (qa_1) or HotpotQA (qa_2). Without these, the tasks that need them are left out, and named.
 
     A length counts prompt and answer, and is exact. Tasks without a depth have as many samples as the others at all
     depths together. Results and exit status are those of `qwen-jax eval passkey`.
 
-    Example: qwen-jax eval ruler-synthetic DIR --lengths 4096 32768 131072 --depths 50 --samples 100 --form chat
+    Example: qwen-jax eval ruler DIR --haystack book.txt --qa dev-v2.0.json --lengths 4096 131072 --form chat
 
     Args:
-      tasks: Which of them.
+      tasks: Which of them; by default all for which there is the material.
+      haystack: Hide needles in this text; white space becomes single spaces.
+      qa: A JSON file of questions with documents; may be given twice, once in each form.
     """
 
     common: tyro.conf.OmitArgPrefixes[Common] = dataclasses.field(default_factory=Common)
     search: tyro.conf.OmitArgPrefixes[Search] = dataclasses.field(default_factory=Search)
-    tasks: tuple[Ruler, ...] = _RULER
+    tasks: tuple[RulerTask, ...] = ()
+    haystack: FileOption = None
+    qa: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE")] = ()
 
     def run(self) -> int:
-        model, source, settings = _open_text(self.common, self.search, None)
-        tasks = sibling("train.evaluate.tasks")
-        names: dict[str, bool] = {name: name in tasks.WITH_DEPTH for name in dict.fromkeys(self.tasks)}
-        make = _text_maker({name: tasks.RULER[name] for name in names}, source, self.search.seed)
-        return _answer("ruler-synthetic", self.common, self.search, model, names, make, settings)
+        ruler = sibling("train.evaluate.ruler")
+        read = sibling("train.evaluate.questions").read_questions
+        found = [read(Path(name)) for name in self.qa]
+        questions = {of.task: of for of in found}
+        if len(questions) < len(found):
+            raise InputError("Two files of --qa have the same form. Give one in the form of SQuAD, one of HotpotQA.")
+        names = self._names(ruler, {*questions})
+        hashes = {of.task: _sha256(Path(of.name).read_text("utf-8-sig")) for of in found}
+        text = None if self.haystack is None else " ".join(_read(self.haystack).split())
+        model, source, settings = _open_text(self.common, self.search, self.haystack, text, questions)
+        make = _text_maker({name: ruler.RULER[name] for name in names}, source, self.search.seed)
+        return _answer("ruler", self.common, self.search, model, names, make, {**settings, "questions": hashes})
+
+    def _names(self, ruler: Any, questions: set[str]) -> dict[str, bool]:
+        """The tasks that are run, and whether they have a depth; those that lack material are named."""
+        needed = dict.fromkeys(ruler.WITH_TEXT, "--haystack FILE") if self.haystack is None else {}
+        for task, form in zip(ruler.WITH_QUESTIONS, ("SQuAD", "HotpotQA"), strict=True):
+            if task not in questions:
+                needed[task] = f"--qa FILE in the form of {form}"
+        lacking = [name for name in self.tasks or ruler.RULER if name in needed]
+        listed = ", ".join(f"{name} ({needed[name]})" for name in lacking)
+        if lacking and self.tasks:
+            raise InputError(f"Some tasks need a file: {listed}. Give it, or leave them out of --tasks.")
+        if lacking:
+            print(f"left out, as they need a file: {listed}", file=sys.stderr)
+        wanted = [name for name in self.tasks or ruler.RULER if name not in needed]
+        return {name: name in ruler.WITH_DEPTH for name in dict.fromkeys(wanted)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,6 +331,10 @@ def _search(
 ) -> int:
     """Runs passkey or needle, in text or on token ids."""
     if ids.token_ids:
+        if search.base_url is not None:
+            raise InputError(
+                "--token-ids needs the ids of answers, which a server does not give. Leave --base-url out."
+            )
         if haystack is not None:
             raise InputError("--haystack is a text, and --token-ids needs none. Leave one of them out.")
         model = common.open_model(need_tokenizer=False)
@@ -294,19 +348,25 @@ def _search(
         return _answer(task, common, search, model, {task: True}, make, settings)
     tasks = sibling("train.evaluate.tasks")
     generate = tasks.passkey if task == "passkey" else tasks.Needles(needles=needles, asked=asked)
-    model, source, settings = _open_text(common, search, haystack)
+    text = None if haystack is None else _read(haystack)
+    model, source, settings = _open_text(common, search, haystack, text)
     settings |= {"needles": needles, "asked": asked} if task == "needle" else {}
     maker = _text_maker({task: generate}, source, search.seed)
     return _answer(task, common, search, model, {task: True}, maker, settings)
 
 
-def _open_text(common: Common, search: Search, haystack: str | None) -> tuple[Model, Any, dict[str, Any]]:
+def _open_text(
+    common: Common,
+    search: Search,
+    haystack: str | None,
+    text: str | None,
+    questions: Mapping[str, Any] | None = None,
+) -> tuple[Model, Any, dict[str, Any]]:
     """Opens a model and what its prompts are made of; returns them with the settings that decide the results."""
-    text = None if haystack is None else _read(haystack)
     model = common.open_model(need_tokenizer=True)
     assert model.tokenizer is not None
     encoder = sibling("train.evaluate.text").Encoder(model.tokenizer, search.form)
-    source = sibling("train.evaluate.tasks").Source.of(encoder, text, f"The haystack {haystack}")
+    source = sibling("train.evaluate.tasks").Source.of(encoder, text, f"The haystack {haystack}", questions)
     hidden_in = None if text is None else _sha256(text)
     return model, source, _settings(common, model, seed=search.seed, form=search.form, haystack=hidden_in)
 
@@ -330,8 +390,15 @@ def _answer(
     for case in {(case.task, case.length): case for case in cases}.values():
         make(case)
     folder = common.results(task)
+    engine: Any = _Loading(model)
+    batch_size = common.batch_size
+    if search.base_url is not None:
+        batch_size = batch_size or _REQUESTS
+        served = sibling("train.evaluate.served").ServedIds
+        engine = served(search.base_url, search.served_name, concurrency=batch_size)
+        settings = {**settings, "server": {"url": engine.url, "model": engine.model}}
     runner.open_folder(folder, settings)
-    summary = runner.run(_Loading(model), make, cases, folder, settings, common.batch_size)
+    summary = runner.run(engine, make, cases, folder, settings, batch_size)
     picture = folder / "heatmap.png"
     sibling("train.evaluate.pictures").plot_scores(summary, picture, f"{model.checkpoint}: {task}")
     if common.json:
@@ -366,6 +433,11 @@ def _tables(summary: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[
         [task, *(f"{of[n]:.3f}" for n in lengths), f"{summary['tasks'][task]:.3f}"]
         for task, of in summary["lengths"].items()
     ]
+    if len(rows) > 1:
+        # RULER's number of a length.
+        every = [[of[n] for of in summary["lengths"].values()] for n in lengths]
+        means = [sum(scores) / len(scores) for scores in every]
+        rows.append(["mean of tasks", *(f"{mean:.3f}" for mean in means), f"{sum(means) / len(means):.3f}"])
     found.append(("mean over depths", ["task", *(f"{int(n):,}" for n in lengths), "all"], rows))
     return found
 

@@ -1,4 +1,4 @@
-"""A server of OpenAI's chat completions on loopback that answers by a function, and misbehaves as it is told to."""
+"""A server of OpenAI's completions on loopback that answers by a function, and misbehaves as it is told to."""
 
 import asyncio
 import contextlib
@@ -125,7 +125,7 @@ class ScriptedServer:
             reply = {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
             writer.write(_response(200, {}, json.dumps(reply).encode()))
             return True
-        if method != "POST" or path not in ("/v1/chat/completions", "/v1/embeddings"):
+        if method != "POST" or path not in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings"):
             writer.write(_response(404, {}, _error("There is nothing here.")))
             return True
         self._open += 1
@@ -150,6 +150,9 @@ def _body(request: dict[str, Any], fault: Fault) -> bytes:
         return fault.body
     if fault.status >= 300:
         return _error(f"This is a scripted {fault.status}.")
+    if "prompt" in request:
+        choice = {"index": 0, "text": fault.text, "finish_reason": fault.finish}
+        return json.dumps({"id": "1", "object": "text_completion", "choices": [choice]}).encode()
     message = {"role": "assistant", "content": fault.text, **fault.message}
     words = sum(len(str(one["content"]).split()) for one in request["messages"])
     usage = {"prompt_tokens": words, "completion_tokens": len(fault.text.split())}

@@ -68,6 +68,11 @@ class Settings:
     seed: int = 0
 
 
+def installed() -> bool:
+    """Whether lm-eval is installed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("lm_eval", "datasets"))
+
+
 def check_installed() -> str:
     """The version of lm-eval. Raises InputError if it is not installed."""
     missing = [name for name in ("lm_eval", "datasets") if importlib.util.find_spec(name) is None]

@@ -4,8 +4,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-Metric = Literal["contained", "number", "ids"]
-"""`contained`: share of the references that the answer contains; `number`: all digits right; `ids`: all ids right."""
+Metric = Literal["contained", "any", "number", "ids"]
+"""`contained`: share of the references that the answer contains; `any`: whether it contains one of them; `number`: all
+digits right; `ids`: all ids right."""
 
 
 def score(metric: Metric, answer: str, references: Sequence[str]) -> float:
@@ -28,6 +29,15 @@ def contained(answer: str, references: Sequence[str]) -> float:
     return sum(reference.lower() in text for reference in references) / len(references)
 
 
+def any_contained(answer: str, references: Sequence[str]) -> float:
+    """1 if the answer contains one of the references, in upper or lower case; otherwise 0.
+
+    Source: RULER, which scores its questions so.
+    """
+    text = answer.lower()
+    return float(any(reference.lower() in text for reference in references))
+
+
 def number(answer: str, references: Sequence[str]) -> float:
     """1 if the first number in the answer is the reference, in all digits; otherwise 0."""
     found = re.search(r"\d+", answer)
@@ -42,6 +52,7 @@ def same_ids(answer: str, references: Sequence[str]) -> float:
 
 _METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "contained": contained,
+    "any": any_contained,
     "number": number,
     "ids": same_ids,
 }

@@ -95,7 +95,13 @@ def last_code_block(text: str) -> tuple[str, str] | None:
     Returns:
       None if there is none, or if the last one is not closed.
     """
-    found: tuple[str, str] | None = None
+    blocks, is_open = code_blocks(text)
+    return blocks[-1] if blocks and not is_open else None
+
+
+def code_blocks(text: str) -> tuple[list[tuple[str, str]], bool]:
+    """The language tags and the contents of the closed fenced code blocks, and whether one is left open after them."""
+    found: list[tuple[str, str]] = []
     opened: tuple[str, str, list[str]] | None = None
     for line in text.split("\n"):
         stripped = line.strip()
@@ -103,11 +109,11 @@ def last_code_block(text: str) -> tuple[str, str] | None:
             if match := re.match(r"(`{3,})\s*([^\s`]*)[^`]*$", stripped):
                 opened = match[1], match[2].lower(), []
         elif stripped.startswith(opened[0]) and not stripped.strip("`"):
-            found = opened[1], "\n".join([*opened[2], ""])
+            found.append((opened[1], "\n".join([*opened[2], ""])))
             opened = None
         else:
             opened[2].append(line)
-    return None if opened is not None else found
+    return found, opened is not None
 
 
 def count_words(text: str) -> int:

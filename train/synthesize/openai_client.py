@@ -158,6 +158,21 @@ class OpenAIGenerator:
         vector = await self._in_slot("/embeddings", content, key, vector_of)
         return None if isinstance(vector, str) else vector
 
+    async def post(self, path: str, body: Mapping[str, Any], read: Callable[[bytes], _Read]) -> _Read | str:
+        """Sends a request to another path of the API, with the retries of `ask`.
+
+        Args:
+          path: such as "/completions".
+          body: JSON values; None leaves a field out. The model is added.
+          read: makes a result of the reply's body; raises FaultError for a reply that is none.
+
+        Returns:
+          The result, or a text that says why the request is never answered. Raises as `ask` does.
+        """
+        fields = {"model": self._served, **body, **self._extra}
+        content = json.dumps({name: value for name, value in fields.items() if value is not None}).encode()
+        return await self._in_slot(path, content, hashlib.sha256(path.encode() + content).hexdigest(), read)
+
     def counts(self) -> dict[str, Any]:
         """What was done; see `Tally`. Reasons of retries are statuses, "connection", "timeout" and "reply"."""
         return self._tally.to_json()

@@ -12,7 +12,6 @@ from qwen_jax.errors import InputError
 from qwen_jax.kernels import reference
 from qwen_jax.kernels.attention.coverage import Implementation, check_arguments, select_attention
 from qwen_jax.kernels.decode.quantized import QuantizedRows
-from qwen_jax.kernels.gpu.unproven import proven
 from qwen_jax.kernels.mask import Mask
 from qwen_jax.kernels.select import Candidate, select, unmet
 from qwen_jax.kernels.without_gradient import without_gradient
@@ -224,8 +223,7 @@ def paged_attention(
 
         kernel: Any = flash_decode_int8_gpu if quantized else flash_decode_gpu
         supported = kernel.supports(q_BTHd.dtype, T, H, K, d, M * P, P)
-        automatic = not quantized or proven("pages in 8 bits")
-        if _reads_pages(supported, True, kernel.PAGE, T, sizes, automatic):
+        if _reads_pages(supported, True, kernel.PAGE, T, sizes):
             if quantized:
                 args = _times_channels(q_BTHd, keys.channels_Kd), *_arrays(keys, values), *table
             return _run(kernel.paged_attention, args, scale)
@@ -265,7 +263,7 @@ def _gathered_rows(pages: QuantizedRows, pages_BM: jax.Array) -> QuantizedRows:
     return QuantizedRows(values, scales, pages.channels_Kd)
 
 
-def _reads_pages(supported: bool, known: bool, multiple: int, tokens: int, sizes: str, automatic: bool = True) -> bool:
+def _reads_pages(supported: bool, known: bool, multiple: int, tokens: int, sizes: str) -> bool:
     """Whether a kernel reads the pages where they are, and not a gathered copy of them.
 
     Args:
@@ -274,13 +272,12 @@ def _reads_pages(supported: bool, known: bool, multiple: int, tokens: int, sizes
       multiple: what the slots of a page must be a multiple of.
       tokens: new tokens per row.
       sizes: dtype, heads and pages, for messages.
-      automatic: whether the kernel may be taken.
     """
     needs = {
         "pages in the compute dtype": known,
         f"few query rows and pages of a multiple of {multiple} slots": supported,
     }
-    direct, copied = Candidate("pages", unmet(needs), automatic=automatic), Candidate("gathered copy", slow=tokens == 1)
+    direct, copied = Candidate("pages", unmet(needs)), Candidate("gathered copy", slow=tokens == 1)
     return select([direct, copied], "auto", "paged attention", f"{tokens} new tokens, {sizes}") == direct.name
 
 
@@ -321,8 +318,7 @@ def supports_decode_step(
         from qwen_jax.kernels.decode import step_gpu
 
         needs["sizes that the kernel supports"] = step_gpu.supports(num_heads, num_kv_heads, d, slots, page)
-    automatic = pages_BM is None or proven("decode step over pages")
-    fused, separate = Candidate("fused", unmet(needs), automatic=automatic), Candidate("separate kernels")
+    fused, separate = Candidate("fused", unmet(needs)), Candidate("separate kernels")
     asked = "auto" if implementation == "auto" else separate.name
     sizes = f"{jnp.dtype(dtype)}, {num_heads}/{num_kv_heads} heads of {d}, {slots} slots"
     sizes += f" in pages of {page}" if page else ""

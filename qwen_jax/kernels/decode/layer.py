@@ -4,7 +4,6 @@ where weights are quantised (`layer_gpu_quantized`)."""
 import functools
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.kernels.gpu.unproven import proven
 from qwen_jax.kernels.select import Candidate, select, unmet
 from qwen_jax.quantization import Quantization, unified
 
@@ -69,7 +68,7 @@ def _supports_quantized(config: ModelConfig, quantization: Quantization) -> bool
         "sizes that are multiples of 128, and groups of a multiple of 32 inputs": fits,
         "a head that the layer kernel supports": layer_gpu.supports(D, F, heads, qkv, config.vocab_size),
     }
-    fused = Candidate("nine kernels per layer", unmet(needs), automatic=proven("quantised layer"))
+    fused = Candidate("nine kernels per layer", unmet(needs))
     separate = Candidate("many kernels per layer")
     what = f"{quantization.scheme.codes}, hidden size {D}, {config.num_layers} layers"
     return select([fused, separate], "auto", "decoding of one row with quantised weights", what) == fused.name

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax import platform
-from qwen_jax.kernels.gpu.unproven import proven
 from qwen_jax.kernels.matmul import quantized
 from qwen_jax.kernels.select import Candidate, select, unmet
 from qwen_jax.kernels.without_gradient import without_gradient
@@ -135,7 +134,7 @@ def select_grouped_quantized(
         needs[f"at most {MAX_ROWS} rows"] = 0 < rows <= MAX_ROWS
         needs["inputs in their own order (without desc_act)"] = matrices.order is None
     what = f"{rows} rows, {len(matrices)} matrices {[N, K]} of {matrices.weight.dtype}, {G} groups of inputs"
-    candidates = [Candidate("gpu", unmet(needs), automatic=proven("quantised groups")), Candidate("plain")]
+    candidates = [Candidate("gpu", unmet(needs)), Candidate("plain")]
     return select(candidates, implementation, "grouped quantised product", what)
 
 

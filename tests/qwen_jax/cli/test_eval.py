@@ -1,6 +1,7 @@
 """`qwen-jax eval`: whole runs on a tiny random model, and what is found before the weights are loaded."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import pytest
 
 from qwen_jax.cli import main
-from qwen_jax.tokenizer import train_bpe
+from qwen_jax.tokenizer import load_tokenizer, train_bpe
 from tests.helpers.hf import make_hf_checkpoint
+from tests.helpers.scripted_server import Fault, scripted_server
 from train.evaluate.text import NOISE
 
 Capture = pytest.CaptureFixture[str]
@@ -82,8 +84,8 @@ def test_needles_in_a_text_with_the_chat_template(capsys: Capture, model: Path, 
     assert json.loads(printed)["settings"]["needles"] == 3
 
 
-def test_ruler_synthetic(capsys: Capture, model: Path, tmp_path: Path) -> None:
-    command = ("ruler-synthetic", model, "--lengths", 1000, "--depths", 10, 90, "--samples", 1)
+def test_ruler(capsys: Capture, model: Path, tmp_path: Path) -> None:
+    command = ("ruler", model, "--lengths", 1000, "--depths", 10, 90, "--samples", 1)
     status, printed, _ = run(capsys, *command, "--tasks", "niah_single_1", "fwe", "--output", tmp_path / "out")
     assert status == 0
     assert "niah_single_1" in printed
@@ -94,6 +96,50 @@ def test_ruler_synthetic(capsys: Capture, model: Path, tmp_path: Path) -> None:
         ("niah_single_1", 90, 1),
         ("fwe", None, 2),
     ]
+
+
+def test_ruler_with_text_and_questions(capsys: Capture, model: Path, tmp_path: Path) -> None:
+    """Tasks that need a text or questions say so; with these they run."""
+    paragraph = {"context": "The box is red.", "qas": [{"question": "What is the box?", "answers": [{"text": "red"}]}]}
+    (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": [paragraph] * 2}]}))
+    common = ("ruler", model, "--lengths", 1000, "--depths", 50, "--samples", 1)
+    status, _, err = run(capsys, *common, "--tasks", "niah_multivalue", "qa_1")
+    assert status == 1
+    assert "niah_multivalue (--haystack FILE), qa_1 (--qa FILE in the form of SQuAD)" in err
+    files = ("--haystack", model / "text.txt", "--qa", tmp_path / "squad.json", "--output", tmp_path / "out")
+    with scripted_server(lambda body: "It is red.") as server:
+        tasks = ("--tasks", "niah_multivalue", "qa_1", "--base-url", server.url)
+        status, printed, _ = run(capsys, *common, *tasks, *files, "--json")
+    assert status == 0
+    summary = json.loads(printed)
+    assert summary["tasks"] == {"niah_multivalue": 0.0, "qa_1": 1.0}
+    assert len(summary["settings"]["questions"]["qa_1"]) == 64
+    status, _, err = run(capsys, *common, *files[2:4], *files[2:4])
+    assert (status, "the same form" in err) == (1, True)
+
+
+def test_a_server_answers_prompts_of_token_ids(
+    capsys: Capture, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server gets prompts of the exact length; what it refuses is an error and no zero; no weights are loaded."""
+    monkeypatch.setattr("convert.load", no_weights)
+    tokenizer = load_tokenizer(model)
+
+    def answer(body: dict[str, Any]) -> str | Fault:
+        if len(body["prompt"]) + body["max_tokens"] > 450:
+            return Fault(status=400)
+        assert (body["temperature"], body["max_tokens"]) == (0, 16)
+        return re.search(r"The pass key is (\d+)", tokenizer.decode(body["prompt"]))[1]
+
+    with scripted_server(answer) as server:
+        command = ("passkey", model, "--base-url", server.url, "--lengths", 300, 500, "--depths", 50, "--samples", 3)
+        status, printed, err = run(capsys, *command, "--output", tmp_path / "out", "--json")
+        asked = [one.body["prompt"] for one in server.received if one.path == "/v1/completions"]
+    assert (status, "3 samples have no score" in err) == (1, True)
+    assert sorted(map(len, asked)) == [284] * 3 + [484] * 3
+    summary = json.loads(printed)
+    assert summary["lengths"]["passkey"] == {"300": 1.0, "500": None}
+    assert summary["settings"]["server"]["model"] == "scripted"
 
 
 def test_token_ids_need_no_tokenizer(capsys: Capture, bare: Path, tmp_path: Path) -> None:
@@ -134,7 +180,7 @@ def test_perplexity(capsys: Capture, model: Path, tmp_path: Path) -> None:
         (["needle", "BARE", "--token-ids", "--first-id", "500"], "at least 32 ids"),
         (["needle", "BARE", "--token-ids", "--needles", "90", "--lengths", "100"], "do not fit"),
         (["needle", "BARE", "--token-ids", "--haystack", "EMPTY"], "Leave one of them out"),
-        (["ruler-synthetic", "MODEL", "--lengths", "150"], "The task niah_single_1 needs at least"),
+        (["ruler", "MODEL", "--tasks", "niah_single_1", "--lengths", "150"], "The task niah_single_1 needs at least"),
         (["perplexity", "MODEL"], "--text FILE"),
         (["perplexity", "MODEL", "--text", "EMPTY"], "empty"),
         (["perplexity", "MODEL", "--text", "SHORT", "--bucket", "0"], "must be at least 1"),
@@ -167,12 +213,12 @@ def test_bad_input_is_found_before_the_weights_are_loaded(
 
 def test_an_unknown_task_is_a_wrong_command_line(capsys: Capture, model: Path) -> None:
     with pytest.raises(SystemExit) as error:
-        run(capsys, "ruler-synthetic", model, "--tasks", "niah_single_9")
+        run(capsys, "ruler", model, "--tasks", "niah_single_9")
     assert error.value.code == 2
     assert run(capsys, "unknown")[0] == 2
 
 
-@pytest.mark.parametrize("task", ["passkey", "needle", "ruler-synthetic", "perplexity"])
+@pytest.mark.parametrize("task", ["passkey", "needle", "ruler", "perplexity"])
 def test_help_teaches(capsys: Capture, task: str) -> None:
     with pytest.raises(SystemExit) as error:
         run(capsys, task, "--help")

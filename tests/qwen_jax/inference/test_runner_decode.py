@@ -19,8 +19,6 @@ from qwen_jax.published import published
 from tests.helpers import decode_cases
 from tests.helpers.layer_cases import drawn, error, plain_kernels
 
-pytestmark = pytest.mark.usefixtures("unproven_kernels")
-
 SETTINGS = RunnerConfig(max_seqs=4, max_length=64, page_size=16, num_pages=20, max_batched_tokens=16)
 
 

@@ -21,8 +21,6 @@ from tests.helpers.platforms import as_if_on
 from tests.qwen_jax.kernels.test_flash_decode_gpu import Case, disjoint, one_key, outside, padded
 from tests.qwen_jax.kernels.test_flash_decode_int8_gpu import check, drawn, numbers
 
-pytestmark = pytest.mark.usefixtures("unproven_kernels")
-
 __all__ = ["numbers"]  # a fixture
 
 CASES = (

@@ -17,8 +17,6 @@ from qwen_jax.kernels.decode import step_gpu
 from tests.helpers import decode_cases
 from tests.helpers.gpu_interpreter import CAN_INTERPRET, interpreted
 
-pytestmark = pytest.mark.usefixtures("unproven_kernels")
-
 _ON_HOPPER = jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability.startswith("9.")
 
 

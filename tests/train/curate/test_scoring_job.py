@@ -72,6 +72,18 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
 
 
+def test_a_run_of_raw_pages_is_refused(tmp_path: Path) -> None:
+    """Its documents have no text yet, so that each score would be null."""
+    (tmp_path / "run" / "documents").mkdir(parents=True)
+    pages = [{"id": f"p{i}", "domain": "web", "source": "x", "html": b"<p>text", "text": None} for i in range(3)]
+    pq.write_table(pa.Table.from_pylist(pages, DOCUMENT), tmp_path / "run" / "documents" / "00000.parquet")
+    with pytest.raises(InputError, match=r"None of the 3 documents .* raw pages"):
+        find_shards([str(tmp_path / "run")])
+    pages[1]["text"] = "text"
+    pq.write_table(pa.Table.from_pylist(pages, DOCUMENT), tmp_path / "run" / "documents" / "00000.parquet")
+    assert len(find_shards([str(tmp_path / "run")])) == 1
+
+
 def test_a_killed_job_goes_on_with_the_next_shard(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the middle of a shard: only that shard's documents are scored again, and all bytes are the same."""
     monkeypatch.setattr(corpus, "_CHUNK_DOCUMENTS", 8)
@@ -149,6 +161,16 @@ def test_scores_of_a_changed_text_of_the_same_length_are_refused(tmp_path: Path)
     shutil.rmtree(folder)
     curate(source, folder, RunOptions(workers=1))
     assert score_corpus(Counting(), find_shards([str(folder)]), tmp_path / "of-run")["shards_skipped"] == 1
+
+
+def test_a_student_is_not_trained_on_scores_of_other_texts(tmp_path: Path) -> None:
+    """The ids stay, the text of one document changes."""
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"text": "one"}) + "\n")
+    score_corpus(Counting(), find_shards([str(file)]), tmp_path / "scores")
+    file.write_text(json.dumps({"text": "another"}) + "\n")
+    with pytest.raises(InputError, match=r"other documents than the input: shards\.0\."):
+        distil(find_shards([str(file)]), tmp_path / "scores")
 
 
 def test_a_student_of_classes_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from qwen_jax.files import read_json
 from train.curate.scoring.job import SETTINGS
 from train.curate.scoring.shards import Shard, chunks
 from train.curate.scoring.student import Student, StudentConfig, train_student
+from train.fields import differences
 
 _KEYS = ("id", "shard", "row")
 
@@ -40,6 +41,14 @@ def distil(
       InputError: scores of other documents, no such column, or too few documents with scores.
     """
     settings = read_json(scores / SETTINGS)
+    now = {"shards": [shard.to_json() for shard in shards]}
+    changed = differences({"shards": settings.get("shards", [])}, now)
+    if changed:
+        name, (before, after) = next(iter(changed.items()))
+        raise InputError(
+            f"{scores} holds scores of other documents than the input: {name} was {before!r}, is {after!r}. "
+            "Give the input that was scored, or score this one."
+        )
     texts: list[str] = []
     found: dict[str, list[np.ndarray]] = {}
     for shard in shards:

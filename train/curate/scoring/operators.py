@@ -13,7 +13,7 @@ from qwen_jax.parallel.sharding import make_mesh, parse_mesh
 from train.curate.operator import Compute, Operator
 from train.curate.scoring.model import ScoringOptions
 from train.curate.scoring.questions import Question, check_questions, to_json
-from train.curate.scoring.scorers import ModelScorer, Scorer, StudentScorer, schema_of
+from train.curate.scoring.scorers import VERSION, ModelScorer, Scorer, StudentScorer, schema_of
 from train.curate.scoring.student import DESCRIPTION, WEIGHTS, load_student
 from train.tuned import Formats
 
@@ -56,7 +56,7 @@ class ModelScores(Operator):
         """Name, version, questions and options, and a hash of the model's files in place of its name."""
         return {
             "name": self.name,
-            "version": self.version,
+            "version": [self.version, VERSION],
             "model": self.formats.fingerprint(self.model),
             "questions": [to_json(question) for question in self.questions],
             "options": dataclasses.asdict(self.options),
@@ -92,7 +92,7 @@ class StudentScores(Operator):
             if not file.is_file():
                 raise InputError(f"{self.folder} holds no student: expected {DESCRIPTION} and {WEIGHTS} in it.")
             whole.update(file.read_bytes())
-        return {"name": self.name, "version": self.version, "student": whole.hexdigest()}
+        return {"name": self.name, "version": [self.version, VERSION], "student": whole.hexdigest()}
 
 
 def _compute(scorer: Scorer) -> Compute:

@@ -26,8 +26,8 @@ from train.tuned import Formats
 DECIMALS = 3
 """Of scores and probabilities. Rounding hides most of the differences that other documents in a batch make."""
 
-# Changes when the same settings give other scores.
-_VERSION = 1
+VERSION = 1
+"""Increases when the same settings give other scores."""
 
 
 class Scorer(abc.ABC):
@@ -88,7 +88,7 @@ class ModelScorer(Scorer):
         self.schema = schema_of(questions)
         # The mesh and the shape of batches change scores by rounding alone, and are left out.
         self.settings = {
-            "version": _VERSION,
+            "version": VERSION,
             "model": formats.fingerprint(model),
             "questions": [to_json(question) for question in questions],
             "max_tokens": options.max_tokens,
@@ -116,7 +116,7 @@ class StudentScorer(Scorer):
         self.student = load_student(folder)
         self.schema = pa.schema([pa.field(name, pa.float32()) for name in self.student.columns])
         self.settings = {
-            "version": _VERSION,
+            "version": VERSION,
             "student": [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (DESCRIPTION, WEIGHTS)],
             "decimals": DECIMALS,
         }

@@ -82,6 +82,7 @@ def find_shards(inputs: Sequence[str], field: str = "text", unit_bytes: int = 1 
             missing = {"id", "text"} - set(_parquet(file).schema_arrow.names)
             if missing:
                 raise InputError(f"{file} has no column {' and '.join(sorted(missing))}. It is no file of documents.")
+        _refuse_pages(folder, files)
         manifest = read_json(folder / MANIFEST)["files"] if (folder / MANIFEST).is_file() else {}
         shards = []
         for i, file in enumerate(files):
@@ -91,6 +92,24 @@ def find_shards(inputs: Sequence[str], field: str = "text", unit_bytes: int = 1 
         return shards
     units = share_out(find_sources(find_files(inputs, "files of documents"), "auto", field), unit_bytes)
     return [Shard(i, f"{i:05d}.parquet", sum(p.work for p in unit), None, unit) for i, unit in enumerate(units)]
+
+
+def _refuse_pages(folder: Path, files: Sequence[Path]) -> None:
+    """Raises InputError if no document of a run has a text, as in a run of raw pages, whose text is made later."""
+    rows = texts = 0
+    for file in files:
+        metadata = _parquet(file).metadata
+        rows += metadata.num_rows
+        column = metadata.schema.names.index("text")
+        for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
+            statistics = group.column(column).statistics
+            known = statistics is not None and statistics.has_null_count
+            texts += group.num_rows - (statistics.null_count if known else 0)
+    if rows and not texts:
+        raise InputError(
+            f"None of the {rows:,} documents in {folder} has a text: they are raw pages. Score the text that was "
+            f"made of them: --input {folder.parent / 'output'}; or add ModelScores after ExtractText to the curation."
+        )
 
 
 def chunks(shard: Shard, field: str = "text", max_document_bytes: int = 1 << 28) -> Iterator[Chunk]:

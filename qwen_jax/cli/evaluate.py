@@ -1,0 +1,294 @@
+"""`qwen-jax eval`, `eval list` and `eval compare`: benchmarks on a checkpoint or a server, and their differences."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from qwen_jax.cli.common import ModelOption, Texts, sibling
+from qwen_jax.cli.failures import complain
+from qwen_jax.cli.model import Model, Running, Sampling
+from qwen_jax.errors import InputError
+from qwen_jax.files import to_json
+
+if TYPE_CHECKING:
+    from qwen_jax.inference import ContinuousEngine
+    from qwen_jax.inference.likelihood import LikelihoodScorer
+
+Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")]
+Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
+Root = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
+Url = Annotated[str | None, tyro.conf.arg(metavar="URL")]
+Id = Annotated[str | None, tyro.conf.arg(metavar="ID")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Run benchmarks on a checkpoint or on a server, and write every score with all that decides it.
+
+    Data is read from files below --data-root; nothing is downloaded unless --hub is given. `qwen-jax eval list` shows
+    the benchmarks and which files they need. Other names are tasks of lm-eval (pip install 'qwen-jax[eval]').
+
+    The folder of results gets summary.json (scores with 95% intervals, hashes of data and templates, versions),
+    TASK.jsonl (a line for each item), responses.jsonl and report.html. The same command goes on after an interruption:
+    no request is repeated. Items without a verdict are counted apart, never as zero. The exit status is 1 if any item
+    has none.
+
+    Example: qwen-jax eval --model Qwen2.5-7B --tasks gsm8k mmlu arc_challenge --data-root data --output results
+
+    Args:
+      model: Checkpoint folder or Hub id, run in this process.
+      base_url: URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1, instead of a model.
+      served_model: The name of the model at the URL, if it serves several.
+      tasks: Names of benchmarks.
+      data_root: Folder below which the data lies.
+      output: Folder for results.
+      limit: The first items of each task alone.
+      shots: Solved examples of tasks of lm-eval; by default what each task says.
+      chat: Give tasks of lm-eval the form of a conversation.
+      include: Folders with further YAML tasks of lm-eval.
+      hub: Let lm-eval fetch data that is not here.
+      allow_changed_data: Also run on data that is no published version; the score says so.
+      judge_url: URL of the model that judges, for tasks that need one.
+      judge_model: Its name, if the URL serves several.
+      max_seqs: Texts that are generated at the same time; requests that are open at a URL.
+      workers: Programs that the sandbox runs at the same time.
+      seed: Of sampled texts of lm-eval.
+      json: Print the summary as JSON, instead of a table.
+    """
+
+    model: ModelOption = None
+    base_url: Url = None
+    served_model: Id = None
+    tasks: Names = ()
+    data_root: Root = None
+    output: Folder
+    limit: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    shots: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    chat: bool = False
+    include: Texts = ()
+    hub: bool = False
+    allow_changed_data: bool = False
+    judge_url: Url = None
+    judge_model: Id = None
+    max_seqs: int = 64
+    workers: int = 2
+    seed: int = 0
+    running: tyro.conf.OmitArgPrefixes[Running] = dataclasses.field(default_factory=Running)
+    json: bool = False
+
+    def run(self) -> int:
+        """Runs the command; returns the exit status."""
+        if (self.model is None) == (self.base_url is None):
+            raise InputError("Give either --model DIR or --base-url URL.")
+        if self.max_seqs < 1 or self.workers < 1:
+            raise InputError("--max-seqs and --workers must be at least 1.")
+        evaluation, run = sibling("train.evaluate.evaluation"), sibling("train.evaluate.run")
+        names = evaluation.sort_names(self.tasks, dict.fromkeys(self.tasks, self.shots))
+        options = run.RunOptions(self.data_root, self.allow_changed_data, self.limit)
+        settings = sibling("train.evaluate.harness").Settings(
+            data_root=self.data_root,
+            include=tuple(map(Path, self.include)),
+            hub=self.hub,
+            limit=self.limit,
+            chat=self.chat,
+            seed=self.seed,
+        )
+        tools = self._tools(names)
+        try:
+            model, tokenizer = self._measured()
+            summary = evaluation.evaluate(model, names, self.output, options, settings, tools, tokenizer)
+        finally:
+            if tools.sandbox is not None:
+                tools.sandbox.close()
+        return self._show(summary)
+
+    def _tools(self, names: Any) -> Any:
+        task = sibling("train.evaluate.task")
+        judge = None
+        if self.judge_url is not None:
+            judge = sibling("train.evaluate.server").ServerModel(self.judge_url, self.judge_model)
+        sandbox = None
+        if any(one.needs_sandbox for one in names.ours):
+            sandbox = sibling("train.sandbox").open_sandbox()
+        return task.Tools(judge, sandbox, self.workers)
+
+    def _measured(self) -> tuple[Any, Any]:
+        """The model, and the tokenizer that formats conversations for it."""
+        if self.base_url is not None:
+            server = sibling("train.evaluate.server")
+            return server.ServerModel(self.base_url, self.served_model, concurrency=self.max_seqs), None
+        model = Model(str(self.model), Sampling(), self.running, need_tokenizer=True)
+        return InProcess(model, self.max_seqs), model.tokenizer
+
+    def _show(self, summary: Mapping[str, Any]) -> int:
+        report = sibling("train.evaluate.report")
+        if self.json:
+            print(to_json(summary))
+        else:
+            rows = [
+                [task, name, *report.shown(metric), str(metric["items"])]
+                for task, found in summary["tasks"].items()
+                for name, metric in found["metrics"].items()
+            ]
+            print_table(str(summary["model"]["name"]), ["task", "metric", "score", "95% interval", "items"], rows)
+            print(f"all numbers: {self.output / 'summary.json'}; to read: {self.output / 'report.html'}")
+        unscored = 0
+        for task, found in summary["tasks"].items():
+            unscored += max((metric["unscored"] for metric in found["metrics"].values()), default=0)
+            for line in report.problems_of(found):
+                complain(f"{task}: {line}.")
+        return int(unscored > 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class List:
+    """Show the benchmarks, with shots and metrics, and whether the files of each are below --data-root.
+
+    Args:
+      data_root: Folder below which the data lies.
+      json: Print a JSON object for each.
+    """
+
+    data_root: Root = None
+    json: bool = False
+
+    def run(self) -> int:
+        """Runs the command; returns the exit status."""
+        rows = []
+        for name, task in sorted(sibling("train.evaluate.registry").tasks().items()):
+            missing = [f.path for f in task.files if self.data_root is None or not (self.data_root / f.path).is_file()]
+            found = {
+                "task": name,
+                "shots": task.shots,
+                "metrics": [metric.name for metric in task.metrics],
+                "missing": missing,
+                "sources": sorted({file.source for file in task.files}),
+                "needs": [what for what in ("judge", "sandbox") if getattr(task, f"needs_{what}")],
+                "citation": task.citation,
+            }
+            if self.json:
+                print(to_json(found))
+            needs = [*missing, *(f"a {what}" for what in found["needs"])]
+            rows.append([name, str(task.shots), ", ".join(found["metrics"][:3]), ", ".join(needs) or "nothing"])
+        if not self.json:
+            print_table("benchmarks", ["task", "shots", "metrics", "still needs"], rows)
+            print("Further names are those of lm-eval's tasks.")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Compare two evaluations item by item: differences with 95% intervals and a paired test (McNemar's exact test for
+    scores of 0 and 1, else a permutation test). Settings that differ are named.
+
+    Args:
+      a: Results of one model: the --output of `qwen-jax eval`.
+      b: Results of the other one.
+      json: Print the comparison as JSON.
+    """
+
+    a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
+    b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
+    json: bool = False
+
+    def run(self) -> int:
+        """Runs the command; returns the exit status."""
+        found = sibling("train.evaluate.compare").compare(self.a, self.b)
+        if self.json:
+            print(to_json(found))
+            return 0
+        rows = []
+        for task, of in found["tasks"].items():
+            for name, one in of["metrics"].items():
+                scale = one["scale"]
+                if one["items"] == 0:
+                    rows.append([task, name, "", "", "no common scores", "", "", "0"])
+                    continue
+                interval = "" if one["low"] is None else f"{one['low'] * scale:+.2f} to {one['high'] * scale:+.2f}"
+                values = [f"{one['a'] * scale:.2f}", f"{one['b'] * scale:.2f}", f"{one['value'] * scale:+.2f}"]
+                rows.append([task, name, *values, interval, f"{one['p']:.3g}", str(one["items"])])
+        head = ["task", "metric", "A", "B", "B - A", "95% interval", "p", "items"]
+        print_table(f"A: {found['a']}, B: {found['b']}", head, rows)
+        for warning in found["warnings"]:
+            complain(f"{warning}.")
+        return 0
+
+
+class InProcess:
+    """A checkpoint in this process, whose weights are loaded with the first request that is left to do.
+
+    One copy of the weights serves the log-probabilities and the generated texts.
+    """
+
+    def __init__(self, model: Model, max_seqs: int) -> None:
+        """
+        Args:
+          model: small files and options.
+          max_seqs: texts that are generated at the same time.
+        """
+        from qwen_jax.cli.formats import CheckpointFormats
+
+        assert model.tokenizer is not None
+        self._model, self._max_seqs = model, max_seqs
+        self._loaded: Any = None
+        encoding = sibling("train.evaluate.encoding")
+        self.name = str(model.checkpoint)
+        self.context_length = model.config.context_length
+        self._encoder = encoding.RequestEncoder(model.tokenizer, self.context_length)
+        self._identity = {
+            "weights": CheckpointFormats().fingerprint(self.name),
+            "tokenizer": model.tokenizer.fingerprint(),
+            "running": dataclasses.asdict(model.running),
+        }
+
+    def identity(self) -> Mapping[str, Any]:
+        """See `train.evaluate.task.Model.identity`."""
+        return self._identity
+
+    def answer(self, requests: Sequence[Any], done: Callable[[int, Any], None]) -> None:
+        """See `train.evaluate.task.Model.answer`."""
+        if self._loaded is None:
+            scorer, engine = self._load()
+            self._loaded = sibling("train.evaluate.token_model").TokenModel(self.name, self._encoder, scorer, engine)
+        self._loaded.answer(requests, done)
+
+    def _load(self) -> "tuple[LikelihoodScorer, ContinuousEngine]":
+        from qwen_jax.inference import ContinuousEngine
+        from qwen_jax.inference.likelihood import LikelihoodScorer
+        from qwen_jax.inference.weights import fuse
+        from qwen_jax.parallel.sharding import Sharding
+
+        model = self._model
+        config, params, dtype = model.loaded()
+        fused = fuse(params, config, Sharding.for_inference(config, model.mesh))
+        how: dict[str, Any] = {"dtype": dtype, "attention": model.running.attention_kernel}
+        scorer = LikelihoodScorer(config, fused, model.mesh, **how)
+        engine = ContinuousEngine(
+            config,
+            fused,
+            model.mesh,
+            tokenizer=model.tokenizer,
+            max_seqs=self._max_seqs,
+            kv_dtype=model.running.kv_dtype,
+            eos_token_ids=model.eos_token_ids,
+            **how,
+        )
+        return scorer, engine
+
+
+def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table to standard output."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i > 1 else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(file=sys.stdout).print(table)

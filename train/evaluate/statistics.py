@@ -1,0 +1,126 @@
+"""Confidence intervals of scores, and paired tests of differences."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from train.evaluate.task import mean
+
+_RESAMPLES, _SLOW_RESAMPLES, _SIGNS = 2000, 200, 10_000
+# All draws are the same every time: equal scores give equal intervals.
+_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A number with what is known of its error.
+
+    Attributes:
+      value: of all items; None if no item has a score.
+      low, high: the 95% interval by bootstrap over items (percentiles); None with fewer than two items.
+      stderr: the standard deviation of the bootstrap.
+      items: that count.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    stderr: float | None = None
+    items: int = 0
+
+
+def estimate(values: Sequence[Any], aggregate: Callable[[Sequence[Any]], float] = mean) -> Estimate:
+    """A metric over items, with its interval.
+
+    Args:
+      values: of each item; those without a score left out.
+      aggregate: from the values to the number.
+    """
+    if not values:
+        return Estimate(None)
+    whole, n = float(aggregate(values)), len(values)
+    if n < 2:
+        return Estimate(whole, items=n)
+    draws = np.random.default_rng(_SEED)
+    if aggregate is mean:
+        array = np.asarray(values, np.float64)
+        resampled = np.concatenate(
+            [array[draws.integers(0, n, (100, n))].mean(axis=1) for _ in range(_RESAMPLES // 100)]
+        )
+    else:
+        rows = draws.integers(0, n, (_SLOW_RESAMPLES, n))
+        resampled = np.asarray([aggregate([values[i] for i in row]) for row in rows.tolist()])
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Estimate(whole, float(low), float(high), float(resampled.std(ddof=1)), n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """B minus A on the same items.
+
+    Attributes:
+      value: the difference.
+      low, high: its 95% interval by bootstrap over items, both models resampled together.
+      p: probability of a difference at least as large, if both models were equally good.
+      test: which test gave it.
+      items: that both have scores for.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    p: float | None
+    test: str
+    items: int
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
+    """Compares the scores of two models on the same items.
+
+    Where all scores are 0 or 1: McNemar's exact test, the binomial of the items that one model alone has right. Else a
+    permutation test that swaps the two scores of each item at random.
+
+    Args:
+      a, b: scores of the same items, in the same order.
+    """
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    n, change = len(x), y - x
+    if n == 0:
+        return Difference(math.nan, None, None, None, "none", 0)
+    value = float(change.mean())
+    draws = np.random.default_rng(_SEED)
+    low = high = None
+    if n > 1:
+        low, high = (float(v) for v in np.percentile(_means(change, draws), [2.5, 97.5]))
+    if np.isin(np.concatenate([x, y]), (0.0, 1.0)).all():
+        return Difference(value, low, high, mcnemar(int((change > 0).sum()), int((change < 0).sum())), "McNemar", n)
+    extreme = done = 0
+    # A tolerance: sums in another order must not decide.
+    bound = abs(value) * (1 - 1e-9)
+    while done < _SIGNS:
+        signs = draws.integers(0, 2, (500, n)) * 2 - 1
+        extreme += int((np.abs((signs * change).mean(axis=1)) >= bound).sum())
+        done += 500
+    return Difference(value, low, high, (extreme + 1) / (done + 1), "permutation", n)
+
+
+def _means(values: np.ndarray, draws: np.random.Generator) -> np.ndarray:
+    """The means of resampled values, some resamples at a time, which bounds the memory."""
+    n = len(values)
+    return np.concatenate([values[draws.integers(0, n, (100, n))].mean(axis=1) for _ in range(_RESAMPLES // 100)])
+
+
+def mcnemar(better: int, worse: int) -> float:
+    """The two-sided p-value of McNemar's exact test.
+
+    Args:
+      better, worse: items that only the one, only the other model has right.
+    """
+    n = better + worse
+    if n == 0:
+        return 1.0
+    tail = sum(math.comb(n, k) for k in range(min(better, worse) + 1))
+    return min(1.0, float(2 * tail / 2**n) if n < 1000 else 2 * math.exp(math.log(tail) - n * math.log(2)))
