@@ -22,9 +22,11 @@ from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from qwen_jax.tokenizer import Tokenizer
 from train.evaluate.harness_data import LocalData
-from train.evaluate.task import Model, Request, Response
-from train.files import append_record, read_records, write_file
+from train.evaluate.store import Store
+from train.evaluate.task import Model
+from train.files import write_file
 
+_log = logging.getLogger(__name__)
 RESPONSES, RESULTS, RECORDS = "harness_responses.jsonl", "harness_results.json", "harness_records.jsonl"
 
 
@@ -83,47 +85,6 @@ def check_installed() -> str:
     return version("lm_eval")
 
 
-class Kept:
-    """Answers requests once: responses are kept in a file, and found there again.
-
-    Args:
-      model: answers what is not known yet.
-      path: of the file; None to keep responses in memory alone.
-    """
-
-    def __init__(self, model: Model, path: Path | None):
-        self._model, self._path = model, path
-        identity = to_json(dict(model.identity()))
-        self._salt = hashlib.sha256(identity.encode()).hexdigest()
-        self._known: dict[str, Response] = {}
-        self.asked = 0
-        if path is not None and path.exists():
-            for record in read_records(path, "key"):
-                key = record.pop("key")
-                self._known[key] = Response(**record)
-
-    def __call__(self, requests: Sequence[Request]) -> list[Response]:
-        """The responses, in order. Equal requests are asked once, and those without an answer again in a later run."""
-        from train.evaluate.harness_lm import ask
-
-        keys = [self._key(request) for request in requests]
-        new = [key for key in dict.fromkeys(keys) if key not in self._known]
-        first = {key: request for key, request in zip(reversed(keys), reversed(requests), strict=True)}
-
-        def done(i: int, response: Response) -> None:
-            self._known[new[i]] = response
-            self.asked += 1
-            if self._path is not None and response.error is None:
-                append_record(self._path, {"key": new[i], **dataclasses.asdict(response)})
-
-        ask(self._model, [first[key] for key in new], done)
-        return [self._known[key] for key in keys]
-
-    def _key(self, request: Request) -> str:
-        text = json.dumps([self._salt, type(request).__name__, vars(request)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
 def run(
     model: Model,
     tokenizer: Tokenizer | None,
@@ -155,14 +116,18 @@ def run(
         from train.evaluate.harness_lm import HarnessLM
 
         manager = _manager(tasks, settings)
-        kept = Kept(model, None if folder is None else folder / RESPONSES)
-        lm = HarnessLM(model, tokenizer, kept, settings.seed)
+        store = Store(model, None if folder is None else folder / RESPONSES)
+        lm = HarnessLM(model, tokenizer, store, settings.seed)
         found: dict[str, Any] = {}
         records: list[dict[str, Any]] = []
         for task in tasks:
             raw = _evaluate(lm, manager, task, settings)
             found.update(_results(raw))
             records += _records(raw)
+        store.finish()
+    # How many, and not in the results: a run that goes on after an interruption sees the rest alone.
+    if cut := getattr(getattr(model, "encoder", None), "truncated", 0):
+        _log.warning(f"{cut} contexts were longer than the model's context and have lost their first tokens.")
     result = {
         "harness": {"name": "lm-eval", "version": version},
         "model": dict(model.identity()),

@@ -29,7 +29,7 @@ class HarnessLM(LM):  # type: ignore[misc]
     Args:
       model: in this process or at a URL.
       tokenizer: formats conversations; None if the model formats them itself.
-      answer: answers requests, in order; by default the model does. `harness.Kept` keeps the responses.
+      answer: answers requests, in order; by default the model does. `store.Store` keeps the responses.
       seed: of sampled texts.
     """
 
