@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
@@ -24,7 +26,7 @@ from train.checkpoint import Checkpoints, is_taken
 from train.interrupt import Interruption
 from train.loop import CheckpointConfig, Data, Diagnosis, LoopConfig, Monitor, fit
 from train.objective import Objective
-from train.optimizer import OptimizerConfig
+from train.optimizer import OptimizerConfig, rate_table
 from train.state import TrainState, abstract_state, fresh_state, init_state
 from train.step import EvalStep, StepConfig, TrainStep, make_eval_step, make_loss_check, make_train_step
 
@@ -146,22 +148,23 @@ class Outcome:
     steps_taken: int
 
 
-def launch(job: Job[B]) -> Outcome:
+def launch(job: Job[B], programs: "Programs | None" = None) -> Outcome:
     """Trains from the newest checkpoint, or from the beginning, to the end of the last phase.
 
     Args:
       job: what to train.
+      programs: compiled steps that this launch shares with others in the same process; by default it has its own.
 
     Raises:
       InputError: a folder, weights or data that do not fit; no room for a checkpoint; too many skipped steps.
     """
     total, frozen = job.phases[-1].end, _Frozen(job)
-    programs = _Programs(job.optimizer, frozen)
+    steps = _Steps(job.optimizer, frozen, programs)
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption()) if job.save_on_signals else None
         with Checkpoints(job.folder, job.model, job.tokenizer, _identity(job), job.checkpoints) as checkpoints:
             # Where to begin.
-            state, first = _begin(job, checkpoints, frozen)
+            state, first = _begin(job, checkpoints, frozen, steps)
             exported = job.export is not None and is_taken(job.export.folder)
             if job.export is not None and exported and first < total:
                 raise InputError(
@@ -187,15 +190,15 @@ def launch(job: Job[B]) -> Outcome:
                         state = fit(
                             phase.end,
                             state,
-                            programs.train_step(phase),
+                            steps.train_step(phase),
                             phase.data(step),
                             mesh=phase.mesh,
                             config=job.loop,
-                            evaluate=_evaluation(phase, programs),
+                            evaluate=_evaluation(phase, steps),
                             checkpoints=_PhaseCheckpoints(checkpoints, phase.objective.model, job.data_record),
                             stop=stop,
                             monitor=report.monitor(index),
-                            diagnosis=programs.diagnosis(phase),
+                            diagnosis=steps.diagnosis(phase),
                         )
                         step = int(state.step)
                     if interruption is not None and interruption.signal:
@@ -230,27 +233,64 @@ class _Frozen:
         return self._params
 
 
-class _Programs:
-    """Jitted steps, shared by phases with the same objective, configuration and mesh, so that each compiles once."""
+class Programs:
+    """Jitted steps by what they are made of, so that each compiles once.
 
-    def __init__(self, optimizer: OptimizerConfig, frozen: "_Frozen"):
-        self._optimizer, self._frozen = optimizer, frozen
+    Give one to several launches in a process, such as the small runs of a sweep. Runs whose model, batch and settings
+    of AdamW are the same then share a training step, also with other learning rates and numbers of steps: the learning
+    rate is an argument of it.
+    """
+
+    def __init__(self) -> None:
         self._made: dict[tuple[object, ...], Any] = {}
 
-    def _once(self, kind: str, phase: Phase[B], make: Callable[[], Any]) -> Any:
-        key = kind, phase.objective, phase.step, phase.mesh
+    def once(self, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
+        """What `make` returns, made at the first call with a key.
+
+        Args:
+          key: all that decides what is made.
+          make: makes it.
+        """
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+
+class _Steps:
+    """The jitted steps of a job. Phases with the same objective, configuration and mesh share them."""
+
+    def __init__(self, optimizer: OptimizerConfig, frozen: "_Frozen", programs: Programs | None):
+        self._optimizer, self._frozen, self._shared = optimizer, frozen, programs is not None
+        self._programs = programs or Programs()
+
+    def _once(self, kind: str, phase: Phase[B], make: Callable[[], Any]) -> Any:
+        return self._programs.once((kind, phase.objective, phase.step, phase.mesh), make)
 
     def _with_frozen(self, step: Callable[..., Any], phase: Phase[B]) -> Callable[..., Any]:
         frozen = self._frozen.on(phase.mesh)
         return step if frozen is None else functools.partial(step, frozen=frozen)
 
+    def initial_state(self, phase: Phase[B], seed: int) -> TrainState:
+        """Random weights and zero moments; see `init_state`. Call it under `jax.set_mesh(phase.mesh)`."""
+        model, optimizer, mesh = phase.objective.model, self._optimizer, phase.mesh
+        some = phase.step.lora, self._frozen.on(mesh)
+        if not self._shared or some != (None, None) or not 0 <= seed < 1 << 31:
+            return init_state(model, optimizer, seed, mesh, *some)
+        key = ("init", model, optimizer.adamw, optimizer.merging, mesh)
+        make = lambda: jax.jit(lambda seed: init_state(model, optimizer, seed, mesh))  # noqa: E731
+        state: TrainState = self._programs.once(key, make)(np.int32(seed))
+        return state
+
     def train_step(self, phase: Phase[B]) -> TrainStep[B]:
         """The training step of a phase."""
-        make = lambda: make_train_step(phase.objective, self._optimizer, phase.step, phase.mesh)  # noqa: E731
-        return self._with_frozen(self._once("train", phase, make), phase)
+        optimizer, mesh = self._optimizer, phase.mesh
+        make = lambda: make_train_step(phase.objective, optimizer, phase.step, mesh)  # noqa: E731
+        if not self._shared:
+            return self._with_frozen(self._once("train", phase, make), phase)
+        # All but the schedule decides the program.
+        key = ("train", phase.objective, phase.step, mesh, optimizer.adamw, optimizer.merging)
+        rates = jax.device_put(rate_table(optimizer), NamedSharding(mesh, P()))
+        return functools.partial(self._with_frozen(self._programs.once(key, make), phase), rates=rates)
 
     def eval_step(self, phase: Phase[B]) -> EvalStep[B]:
         """The evaluation step of a phase."""
@@ -267,11 +307,11 @@ class _Programs:
         return Diagnosis(phase.objective.explain, finite_loss)
 
 
-def _evaluation(phase: Phase[B], programs: _Programs) -> Callable[[TrainState], Mapping[str, float]] | None:
+def _evaluation(phase: Phase[B], steps: _Steps) -> Callable[[TrainState], Mapping[str, float]] | None:
     evaluate = phase.evaluate
     if evaluate is None:
         return None
-    return lambda state: evaluate(state, programs.eval_step(phase))
+    return lambda state: evaluate(state, steps.eval_step(phase))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,7 +355,7 @@ def _abstract_state(job: Job[B], phase: Phase[B], frozen: _Frozen) -> TrainState
     return abstract_state(phase.objective.model, job.optimizer, phase.mesh, phase.step.lora, frozen.on(phase.mesh))
 
 
-def _begin(job: Job[B], checkpoints: Checkpoints, frozen: _Frozen) -> tuple[TrainState, int]:
+def _begin(job: Job[B], checkpoints: Checkpoints, frozen: _Frozen, steps: _Steps) -> tuple[TrainState, int]:
     """The state to begin with, on the mesh of its phase, and its step."""
     newest = checkpoints.latest_step
     if newest is not None:
@@ -332,8 +372,7 @@ def _begin(job: Job[B], checkpoints: Checkpoints, frozen: _Frozen) -> tuple[Trai
     phase = job.phases[0]
     with jax.set_mesh(phase.mesh):
         if job.initial is None:
-            some = phase.step.lora, frozen.on(phase.mesh)
-            return init_state(phase.objective.model, job.optimizer, job.seed, phase.mesh, *some), 0
+            return steps.initial_state(phase, job.seed), 0
         like = _abstract_state(job, phase, frozen).params
         base = None if job.base is None else job.base(like)
         return fresh_state(job.optimizer, job.initial(like), phase.mesh, base), 0

@@ -7,7 +7,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 
 from qwen_jax.errors import InputError
 from train.fields import at_least
@@ -125,6 +127,34 @@ def make_schedule(config: OptimizerConfig) -> Rate:
     return lambda step: jnp.asarray(joined(step), jnp.float32)
 
 
+# Entries of a table of rates: a multiple of this, so that runs of up to so many steps share its shape.
+_TABLE_STEPS = 1 << 14
+
+
+def rate_table(config: OptimizerConfig) -> np.ndarray:
+    """The learning rate of each step of a run, as an array for `train.step.train_step`.
+
+    Args:
+      config: of the run.
+
+    Returns:
+      Float32 [a multiple of 16,384], at least as many as there are steps; the final rate fills the rest.
+    """
+    rate, steps = make_schedule(config), sum(schedule.steps for schedule in config.schedules)
+    starts = range(0, steps + 1, _TABLE_STEPS)
+    # Blocks of one shape, so that this compiles once.
+    return np.concatenate([np.asarray(rate(jnp.arange(_TABLE_STEPS) + start)) for start in starts])
+
+
+def read_rates(rates: jax.Array) -> Rate:
+    """The learning rate as a function of the step, from a table that is on every device.
+
+    Args:
+      rates: float32 [steps], of `rate_table`.
+    """
+    return lambda step: rates.at[step].get(mode="clip", out_sharding=P())
+
+
 def _rate(config: Schedule) -> optax.Schedule:
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     # Step i of the warm-up has (i + 1) / warmup_steps of the peak: no step is wasted at a rate of 0.
@@ -155,7 +185,9 @@ def decay_mask(params: optax.Params) -> optax.Params:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(config: OptimizerConfig, tau: optax.Params | None = None) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: OptimizerConfig, tau: optax.Params | None = None, rate: Rate | None = None
+) -> optax.GradientTransformationExtraArgs:
     """AdamW by optax: clipping, moments in the dtype of the weights, decoupled weight decay, and the learning rate.
 
     `update` needs `norm=`, the global norm of the gradient, which the caller has computed already, and `step=`, an
@@ -166,8 +198,9 @@ def make_optimizer(config: OptimizerConfig, tau: optax.Params | None = None) -> 
     Args:
       config: of the run.
       tau: for `init` with online merging: what is kept of it is a part of the state, where `update` finds it.
+      rate: the learning rate of a step; by default the schedule of `config`.
     """
-    rate, adamw = make_schedule(config), config.adamw
+    rate, adamw = rate or make_schedule(config), config.adamw
 
     def clip(
         updates: optax.Updates, state: optax.OptState, params: optax.Params = None, *, norm: jax.Array, **_: object

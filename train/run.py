@@ -24,7 +24,7 @@ from train.data.mixture import Mixture
 from train.data.rows import PackedRows
 from train.distributed import check_same
 from train.inputs import HeldOutBatches, open_data
-from train.launch import Export, Job, Phase
+from train.launch import Export, Job, Phase, Programs
 from train.loop import ByStep, held_out_sums
 from train.observe.goodput import Clock
 from train.observe.report import Report, ReportedStage
@@ -101,13 +101,19 @@ def main(argv: Sequence[str], export: WriteExport | None = None) -> int:
     return 128 + stopped_by if stopped_by else 0
 
 
-def pretrain(config: RunConfig, console: Console | None = None, export: WriteExport | None = None) -> int:
+def pretrain(
+    config: RunConfig,
+    console: Console | None = None,
+    export: WriteExport | None = None,
+    programs: Programs | None = None,
+) -> int:
     """Trains from the newest checkpoint of the run's folder, or from the beginning, to the end of the last stage.
 
     Args:
       config: of the run. On resume, stages that have not begun may have changed.
       console: for progress; standard error by default. Only process 0 shows any.
       export: writes `config.export`; the command line has one.
+      programs: compiled steps that this run shares with others in the same process; by default it has its own.
 
     Returns:
       The number of the signal that stopped the run early, with everything saved; 0 if it has ended.
@@ -122,7 +128,9 @@ def pretrain(config: RunConfig, console: Console | None = None, export: WriteExp
         meshes = stage_meshes(config, config.model)
         if config.export is not None and export is None:
             raise InputError("Writing config.export needs the function `export`; the command line gives it.")
-    return begun.launch(config.output, lambda: _job(config, tokenizer, meshes, begun.console, begun.clock, export))
+    return begun.launch(
+        config.output, lambda: _job(config, tokenizer, meshes, begun.console, begun.clock, export), programs
+    )
 
 
 def _job(

@@ -16,7 +16,7 @@ from qwen_jax.parallel.sharding import Sharding, make_mesh
 from train.data.shards import digest
 from train.distributed import check_same
 from train.fields import as_json
-from train.launch import Job, launch
+from train.launch import Job, Programs, launch
 from train.lock import lock
 from train.observe.goodput import Clock
 from train.observe.trackers import check_wandb
@@ -56,12 +56,13 @@ class Started:
     clock: Clock
     console: Console
 
-    def launch(self, output: str, job: Callable[[], Job[Any]]) -> int:
+    def launch(self, output: str, job: Callable[[], Job[Any]], programs: Programs | None = None) -> int:
         """Locks the folder of the run, so that no other run may write into it, and launches a job.
 
         Args:
           output: the folder.
           job: opens the data and says what to train; it may write into the folder.
+          programs: see `train.launch.launch`.
 
         Returns:
           The number of the signal that stopped the run early; 0 if it has ended.
@@ -78,7 +79,7 @@ class Started:
             with in_step(f"Locking {folder}"):
                 if jax.process_index() == 0:
                     stack.enter_context(lock(folder, say))
-            return launch(dataclasses.replace(job(), say=say)).signal
+            return launch(dataclasses.replace(job(), say=say), programs).signal
 
 
 def begin(config: StartedRun, console: Console | None = None) -> Started:

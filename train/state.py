@@ -54,7 +54,7 @@ class TrainState:
 def init_state(
     model: ModelConfig,
     optimizer: OptimizerConfig,
-    seed: int,
+    seed: int | jax.Array,
     mesh: Mesh,
     lora: LoRA | None = None,
     frozen: Params | None = None,

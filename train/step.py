@@ -26,7 +26,7 @@ from qwen_jax.remat import Remat
 from qwen_jax.stack import restack, unstack
 from train.fields import at_least
 from train.objective import BatchContext, BoundModel, Metrics, Objective, Sums, join_statistics, mean, zero_sums
-from train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from train.optimizer import OptimizerConfig, make_optimizer, make_schedule, read_rates
 from train.state import Guard, TrainState
 
 B = TypeVar("B")
@@ -35,7 +35,7 @@ C = TypeVar("C")
 T = TypeVar("T")
 
 TrainStep = Callable[[TrainState, B], tuple[TrainState, Metrics]]
-"""A jitted `train_step`; it also takes frozen parameters as a third argument or `frozen=`."""
+"""A jitted `train_step`; it also takes frozen parameters as a third argument or `frozen=`, and `rates=`."""
 EvalStep = Callable[[Params, B], tuple[Sums, Any]]
 """A jitted `eval_step`; it also takes frozen parameters as a third argument or `frozen=`."""
 
@@ -261,6 +261,7 @@ def train_step(
     state: TrainState,
     batch: B,
     frozen: Params | None = None,
+    rates: jax.Array | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One optimiser step. Pure.
 
@@ -276,6 +277,8 @@ def train_step(
       frozen: the parameters that are not trained, on the mesh, in any dtype; together with `state.params` they are all
         of the model's. They get no gradient. Where layers are not scanned, `layers` is better a list of layers in the
         compute dtype: stacked layers are then copied in each step. None if all parameters are trained.
+      rates: float32 [steps], the learning rate of each step, in place of the optimizer's schedule: with an argument,
+        runs that differ in their schedules share a program. See `train.optimizer.rate_table`.
 
     Returns:
       The state after the step, and metrics. Float32 scalars: `loss` (mean of `Sums.reported`, before the step),
@@ -290,7 +293,8 @@ def train_step(
         if isinstance(gradient.get("layers"), list):
             gradient = {**gradient, "layers": restack(gradient["layers"], jnp.float32)}
         good, guard = _judge(config, state.guard, found.means.loss, norm)
-        transformation = make_optimizer(optimizer)
+        rate = make_schedule(optimizer) if rates is None else read_rates(rates)
+        transformation = make_optimizer(optimizer, rate=rate)
         updates, opt_state = transformation.update(gradient, state.opt_state, state.params, step=state.step, norm=norm)
         after = optax.apply_updates(state.params, updates), opt_state
         params, opt_state = jax.tree.map(
@@ -299,7 +303,7 @@ def train_step(
     metrics = {
         "loss": found.means.reported,
         "grad_norm": norm,
-        "learning_rate": make_schedule(optimizer)(state.step),
+        "learning_rate": rate(state.step),
         "weight": found.denominator,
         "skipped": jnp.where(good, 0.0, 1.0),
         **objective.metrics(found.statistics, jnp.maximum(found.denominator, 1e-8)),

@@ -55,6 +55,7 @@ def make(
     workers: int | None = None,
     vocab_size: int = VOCAB_SIZE,
     length: int = LENGTH,
+    held_out_megabytes: float = _HELD_OUT_BYTES / 1e6,
 ) -> dict:
     """Tokenizer, training rows and held-out rows.
 
@@ -65,6 +66,7 @@ def make(
       workers: processes that tokenize; by default one for each core.
       vocab_size: of the tokenizer.
       length: of a row, in tokens.
+      held_out_megabytes: text that is held out, at most a twentieth.
 
     Returns:
       The content of `data.json`.
@@ -77,7 +79,7 @@ def make(
     begin = time.perf_counter()
     texts = find_text(int(max_megabytes * 1e6), 0, folders)
     num_bytes = sum(len(text.encode()) for text in texts)
-    training, held_out = split_documents(texts, min(_HELD_OUT_BYTES / num_bytes, 0.05), 0)
+    training, held_out = split_documents(texts, min(held_out_megabytes * 1e6 / num_bytes, 0.05), 0)
     seen = np.cumsum([len(text) for text in training])
     tokenizer = train_bpe(training[: int(np.searchsorted(seen, _TOKENIZER_BYTES)) + 1], vocab_size)
     if tokenizer.vocab_size != vocab_size:

@@ -113,7 +113,7 @@ class Evaluate:
             judge = sibling("train.evaluate.server").ServerModel(self.judge_url, self.judge_model)
         sandbox = None
         if any(one.needs_sandbox for one in names.ours):
-            sandbox = sibling("train.sandbox").open_sandbox()
+            sandbox = sibling("train.sandbox").Sandbox(workers=self.workers)
         return task.Tools(judge, sandbox, self.workers)
 
     def _measured(self) -> tuple[Any, Any]:
@@ -257,6 +257,8 @@ class InProcess:
         self._loaded.answer(requests, done)
 
     def _load(self) -> "tuple[LikelihoodScorer, ContinuousEngine]":
+        import jax
+
         from qwen_jax.inference import ContinuousEngine
         from qwen_jax.inference.likelihood import LikelihoodScorer
         from qwen_jax.inference.weights import fuse
@@ -264,7 +266,8 @@ class InProcess:
 
         model = self._model
         config, params, dtype = model.loaded()
-        fused = fuse(params, config, Sharding.for_inference(config, model.mesh))
+        with jax.set_mesh(model.mesh):
+            fused = fuse(params, config, Sharding.for_inference(config, model.mesh))
         how: dict[str, Any] = {"dtype": dtype, "attention": model.running.attention_kernel}
         scorer = LikelihoodScorer(config, fused, model.mesh, **how)
         engine = ContinuousEngine(

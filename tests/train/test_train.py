@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from qwen_jax.errors import InputError
+from qwen_jax.output_head import statistics_of
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import bind, init_params
 from qwen_jax.published import published
@@ -23,7 +24,6 @@ from train.losses import chunked_cross_entropy, next_token_targets
 from train.observe.display import Display
 from train.observe.metrics import MetricsLog, bits_per_byte, flops_per_token, mfu, read_log, scored_bytes
 from train.optimizer import OptimizerConfig, Schedule, make_schedule
-from qwen_jax.output_head import statistics_of
 from train.pretrain import NextToken, PretrainConfig
 from train.state import Guard, TrainState, init_state
 from train.step import StepConfig, eval_step, make_eval_step, make_train_step

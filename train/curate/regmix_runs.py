@@ -2,23 +2,27 @@
 
 import dataclasses
 import math
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json, to_json
 from train.config import RunConfig, load
 from train.curate.regmix import Trials, make_trials
 from train.files import write_file
-from train.observe.metrics import read_log
+from train.small_runs import COMMANDS as COMMANDS
+from train.small_runs import (
+    check_small_run,
+    command_line,
+    compiled_once,
+    final_losses,
+    status,
+    train_here,
+    write_commands,
+)
 
 TRIALS = "trials.json"
-COMMANDS = "commands.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +103,9 @@ def write_trials(
     lines = []
     for trial in trials:
         sets = [*changes, f"output={_output(folder, trial)}", f"stages.0.mixture={to_json(dict(trial.shares))}"]
-        words = ["qwen-jax", "train", "pretrain", "--config", config, "--set", *sets]
-        lines.append(" ".join(map(shlex.quote, words)) + "\n")
+        lines.append(command_line("train", "pretrain", "--config", config, "--set", *sets))
+    write_commands(folder, lines)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / COMMANDS, "".join(lines).encode())
         write_file(path, (to_json(record, indent=2) + "\n").encode())
     except OSError as error:
         raise InputError(f"Cannot write {path}: {error.strerror}. Give another folder.") from None
@@ -137,16 +139,14 @@ def run_trials(
     Raises:
       InputError: a run that cannot be started.
     """
-    waiting = set(collect(folder).unfinished)
-    with _compiled_once(folder):
-        for trial, config in trial_configs(folder):
-            if trial.name not in waiting:
-                continue
-            if stopped := train(config):
-                raise SystemExit(128 + stopped)
-            found = _losses(config)
-            shown = ", ".join(f"{name} {loss:.4f}" for name, loss in (found or {}).items())
-            say(f"{trial.name}: {shown or 'no held-out loss'}")
+
+    def ended(config: RunConfig) -> None:
+        shown = ", ".join(f"{name} {loss:.4f}" for name, loss in (final_losses(config) or {}).items())
+        say(f"{Path(config.output).name}: {shown or 'no held-out loss'}")
+
+    # They differ in their data alone, so that they share what is compiled.
+    with compiled_once(folder):
+        train_here((config for _, config in trial_configs(folder)), train, ended)
     return collect(folder)
 
 
@@ -158,7 +158,9 @@ def collect(folder: Path) -> Collected:
     """
     finished, unfinished = [], []
     for trial, config in trial_configs(folder):
-        losses = _losses(config)
+        losses = final_losses(config)
+        if losses is None and status(config) == "diverged":
+            losses = dict.fromkeys(config.held_out, math.nan)
         if losses is None:
             unfinished.append(trial.name)
         else:
@@ -167,23 +169,9 @@ def collect(folder: Path) -> Collected:
 
 
 def _check_base(base: RunConfig, prior: Mapping[str, float]) -> None:
-    if len(base.stages) != 1:
-        raise InputError(f"Small runs have one stage, the configuration has {len(base.stages)}.")
+    check_small_run(base)
     if set(prior) != set(base.data):
         raise InputError(f"The prior has shares of {sorted(prior)}, the configuration has data of {sorted(base.data)}.")
-    if not base.held_out or not base.loop.evaluate_every:
-        raise InputError("Small runs need held-out data and loop.evaluate_every above 0: their losses are compared.")
-
-
-def _losses(config: RunConfig) -> dict[str, float] | None:
-    """The held-out losses after the last step; None if the run has not come so far."""
-    path = Path(config.output) / "metrics.jsonl"
-    if not path.is_file():
-        return None
-    for record in reversed(read_log(path, warn=False)):
-        if record["step"] == config.ends[-1] and any(name.startswith("held_out_") for name in record):
-            return {name: record.get(f"held_out_{name}_loss", math.nan) for name in config.held_out}
-    return None
 
 
 def _output(folder: Path, trial: Trial) -> Path:
@@ -194,15 +182,3 @@ def _record(folder: Path) -> dict[str, Any]:
     if not (folder / TRIALS).is_file():
         raise InputError(f"{folder} has no {TRIALS}. Draw mixtures first, or give the folder where they are.")
     return read_json(folder / TRIALS)
-
-
-@contextmanager
-def _compiled_once(folder: Path) -> Iterator[None]:
-    """Lets runs share what is compiled: they differ in their data alone."""
-    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if before is None:
-        jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / "compiled"))
-    try:
-        yield
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)

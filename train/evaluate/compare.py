@@ -7,8 +7,11 @@ from typing import Any
 
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json
+from train.evaluate import registry
 from train.evaluate.run import SUMMARY, file_name
-from train.evaluate.statistics import paired
+from train.evaluate.statistics import paired, paired_aggregate
+from train.evaluate.task import Metric, mean
+from train.fields import differences
 from train.files import read_records
 
 # Of a task: where two runs differ in one of these, their scores do not measure the same.
@@ -39,31 +42,59 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
     ]
     if first.get("judge") != second.get("judge"):
         warnings.append("the judges differ")
+    before, now = first.get("versions", {}), second.get("versions", {})
+    warnings += [
+        f"{package} was {before.get(package, 'missing')}, is {now.get(package, 'missing')}"
+        for package in sorted({*before, *now})
+        if before.get(package) != now.get(package)
+    ]
+    if differ := differences(_harness_settings(first), _harness_settings(second)):
+        warnings.append(f"lm-eval was run with other settings: {', '.join(differ)}")
+    of_corpus = {
+        name: {metric.name: metric for metric in task.metrics if metric.of_details or metric.aggregate is not mean}
+        for name, task in registry.tasks().items()
+        if name in names
+    }
     tasks: dict[str, Any] = {}
     for name in names:
         one, other = first["tasks"][name], second["tasks"][name]
         warnings += [f"{name}: {key} was {one[key]}, is {other[key]}" for key in _SAME if one[key] != other[key]]
         hashes = [{file["path"]: file["sha256"] for file in task["files"]} for task in (one, other)]
         warnings += [
-            f"{name}: {path} has another content" for path in hashes[0] if hashes[0][path] != hashes[1].get(path)
+            f"{name}: {path} has another content"
+            for path in sorted({*hashes[0], *hashes[1]})
+            if hashes[0].get(path) != hashes[1].get(path)
         ]
-        tasks[name] = _task(one, _scores(a, name), _scores(b, name))
+        tasks[name] = _task(one, _records(a, name), _records(b, name), of_corpus.get(name, {}))
         left = len(tasks[name]["only_a"]) + len(tasks[name]["only_b"])
         if left:
             warnings.append(f"{name}: {left} items are in one run alone, and do not count")
     return {"a": first["model"]["name"], "b": second["model"]["name"], "tasks": tasks, "warnings": warnings}
 
 
-def _task(summary: Mapping[str, Any], a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+def _task(
+    summary: Mapping[str, Any], a: Mapping[str, Any], b: Mapping[str, Any], of_corpus: Mapping[str, Metric]
+) -> dict[str, Any]:
+    """The comparison of a task from the records of both runs; `of_corpus` has the metrics that are no means."""
     common = [id for id in a if id in b]
     metrics = {}
-    for metric, how in summary["metrics"].items():
-        known = [id for id in common if a[id].get(metric) is not None and b[id].get(metric) is not None]
-        x, y = [float(a[id][metric]) for id in known], [float(b[id][metric]) for id in known]
-        metrics[metric] = {
-            "a": sum(x) / len(x) if x else None,
-            "b": sum(y) / len(y) if y else None,
-            **dataclasses.asdict(paired(x, y)),
+    for name, how in summary["metrics"].items():
+        metric = of_corpus.get(name)
+        part = "details" if metric is not None and metric.of_details else "scores"
+        known = [
+            id
+            for id in common
+            if all(run[id]["scores"].get(name) is not None and name in run[id][part] for run in (a, b))
+        ]
+        x, y = ([run[id][part][name] for id in known] for run in (a, b))
+        if metric is None:
+            found, aggregate = paired(x, y), mean
+        else:
+            found, aggregate = paired_aggregate(x, y, metric.aggregate), metric.aggregate
+        metrics[name] = {
+            "a": float(aggregate(x)) if x else None,
+            "b": float(aggregate(y)) if y else None,
+            **dataclasses.asdict(found),
             "scale": how["scale"],
             "higher_is_better": how["higher_is_better"],
         }
@@ -74,9 +105,9 @@ def _task(summary: Mapping[str, Any], a: Mapping[str, Any], b: Mapping[str, Any]
     }
 
 
-def _scores(folder: Path, task: str) -> dict[str, dict[str, float | None]]:
-    path = folder / f"{file_name(task)}.jsonl"
-    return {record["id"]: record["scores"] for record in read_records(path, "scores")}
+def _records(folder: Path, task: str) -> dict[str, dict[str, Any]]:
+    """The records of a task by the ids of items."""
+    return {record["id"]: record for record in read_records(folder / f"{file_name(task)}.jsonl", "scores")}
 
 
 def _summary(folder: Path) -> dict[str, Any]:
@@ -86,6 +117,12 @@ def _summary(folder: Path) -> dict[str, Any]:
     if "tasks" not in found or "model" not in found:
         raise InputError(f"{folder / SUMMARY} is not that of `qwen-jax eval --tasks`.")
     return found
+
+
+def _harness_settings(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of lm-eval, without places of files and the limit, whose effect is seen in the items."""
+    settings = (summary.get("harness") or {}).get("settings", {})
+    return {name: value for name, value in settings.items() if name not in ("data_root", "include", "hub", "limit")}
 
 
 def _listed(summary: Mapping[str, Any]) -> str:

@@ -26,7 +26,6 @@ from train.evaluate.store import Store
 from train.evaluate.task import Model
 from train.files import write_file
 
-_log = logging.getLogger(__name__)
 RESPONSES, RESULTS, RECORDS = "harness_responses.jsonl", "harness_results.json", "harness_records.jsonl"
 
 
@@ -122,12 +121,9 @@ def run(
         records: list[dict[str, Any]] = []
         for task in tasks:
             raw = _evaluate(lm, manager, task, settings)
-            found.update(_results(raw))
+            found.update(_results(raw, lm))
             records += _records(raw)
         store.finish()
-    # How many, and not in the results: a run that goes on after an interruption sees the rest alone.
-    if cut := getattr(getattr(model, "encoder", None), "truncated", 0):
-        _log.warning(f"{cut} contexts were longer than the model's context and have lost their first tokens.")
     result = {
         "harness": {"name": "lm-eval", "version": version},
         "model": dict(model.identity()),
@@ -180,7 +176,7 @@ def _evaluate(lm: Any, manager: Any, task: HarnessTask, settings: Settings) -> M
     return raw
 
 
-def _results(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _results(raw: Mapping[str, Any], lm: Any) -> dict[str, Any]:
     """Metrics of each task and group, which lm-eval names `metric,filter`."""
     found = {}
     for name, values in raw["results"].items():
@@ -201,6 +197,8 @@ def _results(raw: Mapping[str, Any]) -> dict[str, Any]:
             "metrics": metrics,
             "items": counts.get("effective"),
             "of": counts.get("original"),
+            "truncated": len(lm.truncated[name]) if name in raw["n-samples"] else None,
+            "prompts_cut": len(lm.prompts_cut[name]) if name in raw["n-samples"] else None,
             "shots": raw["n-shot"].get(name),
             "version": raw["versions"].get(name),
             "template": _hash(config),

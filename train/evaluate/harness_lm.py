@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,20 +24,26 @@ _MAX_TOKENS_NAMES = "max_gen_toks", "max_new_tokens", "max_tokens", "max_complet
 Answer = Callable[[Sequence[Request]], Sequence[Response]]
 
 
-class HarnessLM(LM):  # type: ignore[misc]
+class HarnessLM(LM):
     """What lm-eval's tasks ask, as requests to a `Model`.
 
     Args:
       model: in this process or at a URL.
       tokenizer: formats conversations; None if the model formats them itself.
-      answer: answers requests, in order; by default the model does. `store.Store` keeps the responses.
+      answer: answers requests, in order; by default the model does. `train.evaluate.store.Store` keeps the responses.
       seed: of sampled texts.
+
+    Attributes:
+      truncated: by task, the items with an answer that was cut at its longest length.
+      prompts_cut: by task, the items whose prompts were longer than the model's context.
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer | None = None, answer: Answer | None = None, seed: int = 0):
         super().__init__()
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self._answer = answer or (lambda requests: ask(model, requests))
+        self.truncated: defaultdict[str, set[Any]] = defaultdict(set)
+        self.prompts_cut: defaultdict[str, set[Any]] = defaultdict(set)
 
     # --- requests ---
 
@@ -72,6 +79,11 @@ class HarnessLM(LM):  # type: ignore[misc]
                 f"{len(failed)} of {len(asked)} requests have no answer, so their tasks have no score. The first is of "
                 f"task {request.task_name}, item {request.doc_id}: {response.error}"
             )
+        for request, response in zip(requests, found, strict=True):
+            if response.finish == "length":
+                self.truncated[request.task_name].add(request.doc_id)
+            if response.prompt_cut:
+                self.prompts_cut[request.task_name].add(request.doc_id)
         return found
 
     # --- conversations ---

@@ -61,7 +61,12 @@ def problems_of(found: Mapping[str, Any]) -> list[str]:
     if unscored:
         lines.append(f"{unscored} of {found['items']} items have no score, and do not count")
     if found["truncated"]:
-        lines.append(f"{found['truncated']} of {found['items']} answers were cut at their longest length")
+        lines.append(f"{found['truncated']} of {found['items']} items have answers that were cut at the longest length")
+    if found.get("prompts_cut"):
+        lines.append(
+            f"{found['prompts_cut']} of {found['items']} prompts were longer than the model's context, and lost their "
+            "first tokens"
+        )
     if found["of"] is not None and found["items"] < found["of"]:
         lines.append(f"the first {found['items']} of {found['of']} items alone")
     lines += [f"{file['path']} is no published version" for file in found["files"] if file.get("known") is False]

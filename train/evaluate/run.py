@@ -14,11 +14,11 @@ from qwen_jax.files import to_json
 from train.evaluate.registry import Located, locate
 from train.evaluate.runner import progress_bar
 from train.evaluate.statistics import estimate
-from train.evaluate.store import Store
+from train.evaluate.store import KeptJudge, Store
 from train.evaluate.task import Item, Metric, Model, Request, Response, Task, Tools, Verdict
 from train.files import write_file
 
-RESPONSES, SUMMARY = "responses.jsonl", "summary.json"
+RESPONSES, JUDGED, SUMMARY = "responses.jsonl", "judge_responses.jsonl", "summary.json"
 # Packages that may change a score; those that are installed are written with it.
 _PACKAGES = ("qwen-jax", "jax", "flax", "lm-eval", "sacrebleu", "math-verify", "transformers")
 
@@ -52,9 +52,9 @@ def run(
 ) -> dict[str, Any]:
     """Runs tasks, and writes their results below a folder.
 
-    `responses.jsonl` has each response under a hash of the model and the request: after an interruption the same call
-    asks nothing twice. `TASK.jsonl` has a line for each item, `summary.json` all scores. Files of a finished run do
-    not depend on interruptions or the order of responses.
+    `responses.jsonl` has each response under a hash of the model and the request, `judge_responses.jsonl` those of the
+    judge: after an interruption the same call asks nothing twice. `TASK.jsonl` has a line for each item, `summary.json`
+    all scores. Files of a finished run do not depend on interruptions or the order of responses.
 
     Args:
       model: to be measured.
@@ -83,6 +83,8 @@ def run(
         work.append((task, files, items[: options.limit], len(items)))
     folder.mkdir(parents=True, exist_ok=True)
     store = Store(model, folder / RESPONSES)
+    judge_store = None if tools.judge is None else KeptJudge(tools.judge, folder / JUDGED)
+    tools = dataclasses.replace(tools, judge=judge_store)
     # Requests of all rounds, then scores.
     results: dict[str, Any] = {}
     for task, files, items, of in work:
@@ -92,6 +94,8 @@ def run(
         write_file(folder / f"{file_name(task.name)}.jsonl", lines.encode())
         results[task.name] = _result(task, files, items, rounds, verdicts, of)
     store.finish()
+    if judge_store is not None:
+        judge_store.finish()
     summary = {
         "model": {"name": model.name, **model.identity()},
         "judge": None if tools.judge is None else {"name": tools.judge.name, **tools.judge.identity()},
@@ -193,12 +197,14 @@ def _result(
             "unscored": len(items) - found.items,
         }
     cut = sum(any(r.finish == "length" for one in own for r in one) for own in rounds)
+    prompts_cut = sum(any(r.prompt_cut for one in own for r in one) for own in rounds)
     return {
         "metrics": metrics,
         "groups": _groups(task, items, verdicts),
         "items": len(items),
         "of": of,
         "truncated": cut,
+        "prompts_cut": prompts_cut,
         "problems": dict(Counter(v.problem.split("\n")[0][:200] for v in verdicts if v.problem is not None)),
         "version": task.version,
         "template": hashlib.sha256(task.template().encode()).hexdigest(),

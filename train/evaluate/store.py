@@ -1,12 +1,14 @@
-"""Responses that are kept: what was asked once is never asked again."""
+"""Responses that are kept: what a model or a judge was asked once is never asked again."""
 
 import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from train.evaluate.task import Model, Request, Response
 from train.files import append_record, read_records, write_file
@@ -70,9 +72,52 @@ class Store:
             lines = [to_json(self._record(key)) for key, found in sorted(self._known.items()) if found.error is None]
             write_file(self._path, "".join(line + "\n" for line in lines).encode())
 
+    def known(self, request: Request) -> Response | None:
+        """The response to a request that was asked already, or None."""
+        return self._known.get(self._key(request))
+
     def _record(self, key: str) -> dict[str, object]:
         return {"key": key, **dataclasses.asdict(self._known[key])}
 
     def _key(self, request: Request) -> str:
         text = json.dumps([self._salt, type(request).__name__, vars(request)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+class KeptJudge:
+    """A `Model` that judges. Its responses are kept, and it may be down.
+
+    Once it gives no answers, its responses have an error that says so, so that items without a verdict are counted
+    apart. It is not waited for a second time.
+
+    Attributes:
+      name, context_length: of the judge.
+    """
+
+    def __init__(self, judge: Model, path: Path | None):
+        """
+        Args:
+          judge: answers what is not known yet.
+          path: of the file; None to keep responses in memory alone.
+        """
+        self.name, self.context_length = judge.name, judge.context_length
+        self._judge, self._store = judge, Store(judge, path)
+        self._down: str | None = None
+
+    def identity(self) -> Mapping[str, Any]:
+        """See `Model.identity`."""
+        return self._judge.identity()
+
+    def answer(self, requests: Sequence[Request], done: Callable[[int, Response], None]) -> None:
+        """See `Model.answer`."""
+        if self._down is None:
+            try:
+                self._store(requests)
+            except InputError as error:
+                self._down = f"the judge {self.name} gives no answers: {error}"
+        for i, request in enumerate(requests):
+            done(i, self._store.known(request) or Response(error=self._down))
+
+    def finish(self) -> None:
+        """See `Store.finish`."""
+        self._store.finish()

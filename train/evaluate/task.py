@@ -108,6 +108,7 @@ class Response:
       logprob: of `Loglikelihood` and `Rolling`, in nats: the sum over the tokens that count; None for `Generate`.
       greedy: whether each token of the continuation is the most likely one.
       error: why there is no answer, such as a prompt that is longer than the model's context; None if there is one.
+      prompt_cut: whether the model has read the end of the prompt alone, because its context has no room for the rest.
     """
 
     text: str = ""
@@ -116,6 +117,7 @@ class Response:
     logprob: float | None = None
     greedy: bool = False
     error: str | None = None
+    prompt_cut: bool = False
 
 
 Score = float | None

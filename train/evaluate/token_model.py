@@ -1,7 +1,7 @@
 """A checkpoint in this process that answers requests on token ids as lm-eval's `hf` backend does."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from qwen_jax.errors import InputError
 from qwen_jax.inference import ContinuousEngine, SamplingParams
@@ -17,7 +17,7 @@ Done = Callable[[int, Response], None]
 class TokenModel:
     """A `train.evaluate.task.Model`: log-likelihoods in packed rows, texts by an engine.
 
-    Contexts and prompts that are too long lose their first tokens; `encoder.truncated` counts them.
+    Contexts and prompts that are too long lose their first tokens; `Response.prompt_cut` says so.
 
     Attributes:
       name: for reports.
@@ -41,7 +41,8 @@ class TokenModel:
           engine: answers `Generate`; None if there are none.
           identity: what decides the answers besides the requests.
         """
-        self.name, self.context_length, self.encoder = name, encoder.context_length, encoder
+        self.name, self.encoder = name, encoder
+        self.context_length: int | None = encoder.context_length
         self._scorer, self._engine, self._identity = scorer, engine, dict(identity or {})
 
     def identity(self) -> Mapping[str, Any]:
@@ -64,8 +65,10 @@ class TokenModel:
         pairs: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
         left: dict[int, int] = {}
+        cut: dict[int, bool] = {}
         sums: dict[int, tuple[float, bool, int]] = {}
         for i, request in requests:
+            before = self.encoder.truncated
             try:
                 parts = self._pairs(request)
             except InputError as error:
@@ -76,6 +79,7 @@ class TokenModel:
             pairs += parts
             owners += [i] * len(parts)
             left[i], sums[i] = len(parts), (0.0, True, 0)
+            cut[i] = self.encoder.truncated > before
 
         def finish(pair: int, found: Likelihood) -> None:
             i = owners[pair]
@@ -84,7 +88,7 @@ class TokenModel:
             left[i] -= 1
             if not left[i]:
                 logprob, greedy, tokens = sums[i]
-                done(i, Response(logprob=logprob, greedy=greedy, tokens=tokens))
+                done(i, Response(logprob=logprob, greedy=greedy, tokens=tokens, prompt_cut=cut[i]))
 
         self._scorer.score(pairs, finish)
 
@@ -100,18 +104,20 @@ class TokenModel:
         streams = []
         for i, request in requests:
             assert isinstance(request, Generate)
+            before = self.encoder.truncated
             try:
-                streams.append((i, self._engine.submit(self._request(request), incremental=False)))
+                stream = self._engine.submit(self._request(request), incremental=False)
+                streams.append((i, stream, self.encoder.truncated > before))
             except InputError as error:
                 done(i, Response(error=str(error)))
         try:
-            for i, stream in streams:
+            for i, stream, prompt_cut in streams:
                 finished = stream.result()
-                cut = finished.finish_reason == "length"
-                text = finished.text or ""
-                done(i, Response(text, "length" if cut else "stop", len(finished.token_ids), error=finished.error))
+                finish: Literal["stop", "length"] = "length" if finished.finish_reason == "length" else "stop"
+                tokens, error = len(finished.token_ids), finished.error
+                done(i, Response(finished.text or "", finish, tokens, error=error, prompt_cut=prompt_cut))
         finally:
-            for _, stream in streams:
+            for _, stream, _ in streams:
                 stream.cancel()
 
     def _request(self, request: Generate) -> EngineRequest:

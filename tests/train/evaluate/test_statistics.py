@@ -1,0 +1,75 @@
+"""Intervals cover the truth as often as they say, and paired tests are wrong as often as they say."""
+
+import math
+
+import pytest
+
+from tests.helpers.runs import print_seed
+from train.evaluate.statistics import estimate, mcnemar, paired
+
+
+def binomial_bounds(trials: int, p: float) -> tuple[int, int]:
+    """What a count stays within but for one time in ten million."""
+    width = 5.4 * math.sqrt(trials * p * (1 - p))
+    return math.floor(trials * p - width), math.ceil(trials * p + width)
+
+
+def test_the_interval_covers_the_truth() -> None:
+    rng, trials = print_seed(), 300
+    covered = 0
+    for _ in range(trials):
+        found = estimate((rng.random(200) < 0.7).astype(float).tolist())
+        assert found.low is not None
+        assert found.high is not None
+        covered += found.low <= 0.7 <= found.high
+    # 95%, and the percentile bootstrap of 200 items about one percent less.
+    assert covered >= binomial_bounds(trials, 0.93)[0]
+
+
+def test_an_aggregate_is_resampled_with_its_items() -> None:
+    """For the mean in disguise: the same value, and nearly the same interval."""
+    values = print_seed().random(50).tolist()
+    plain, other = estimate(values), estimate(values, lambda x: sum(x) / len(x))
+    assert plain.value == pytest.approx(other.value)
+    assert plain.stderr is not None
+    assert other.stderr == pytest.approx(plain.stderr, rel=0.4)
+    assert plain == estimate(values)
+    assert estimate([]).value is None
+    assert (estimate([0.5]).value, estimate([0.5]).low) == (0.5, None)
+
+
+def test_mcnemar_is_the_binomial_of_the_items_that_differ() -> None:
+    from scipy.stats import binomtest
+
+    rng = print_seed()
+    for better, worse in [(0, 0), (5, 0), (7, 7), *rng.integers(0, 60, (20, 2)).tolist(), (900, 1000)]:
+        n = better + worse
+        want = binomtest(better, n, 0.5).pvalue if n else 1.0
+        assert mcnemar(better, worse) == pytest.approx(want, rel=1e-6)
+
+
+def test_equal_models_differ_as_often_as_the_level_says() -> None:
+    rng, trials = print_seed(), 150
+    found = {"McNemar": 0, "permutation": 0}
+    for _ in range(trials):
+        a, b = rng.random((2, 60)) < 0.6
+        one = paired(a.astype(float).tolist(), b.astype(float).tolist())
+        x, y = rng.random((2, 20))
+        other = paired(x.tolist(), y.tolist())
+        for each in (one, other):
+            assert each.p is not None
+            found[each.test] += each.p <= 0.05
+    # The exact test is conservative.
+    assert found["McNemar"] <= binomial_bounds(trials, 0.05)[1]
+    assert found["permutation"] <= binomial_bounds(trials, 0.05)[1]
+
+
+def test_a_real_difference_is_found() -> None:
+    rng = print_seed()
+    a = rng.random(300)
+    found = paired(a.tolist(), (a + 0.1 + 0.05 * rng.standard_normal(300)).tolist())
+    assert found.p is not None
+    assert found.p < 0.001
+    assert found.low is not None
+    assert found.low > 0
+    assert paired([], []).items == 0

@@ -1,0 +1,209 @@
+"""Laws of MoE models: recovery of each form, the dense equivalent and its inverse, input that cannot be used."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen_jax.errors import InputError
+from tests.helpers.runs import print_seed
+from train.scaling.moe import MoeForm, MoeLaw, MoeRuns, fit_moe, moe_runs
+from train.scaling.moe_equivalent import dense_equivalent, equal_to_dense, equivalent_interval
+from train.scaling.moe_law import equivalents, fit_table, predict, predict_text, read_law, table_runs
+from train.scaling.runs import RunTable
+
+PUBLIC = os.environ.get("QWEN_JAX_RUN_TABLES")
+
+SIZES, TOKENS = 2e7 * 2.0 ** np.arange(6), (2e9, 8e9, 32e9)
+TRUE: dict[MoeForm, dict[str, float]] = {
+    "leverage": {
+        "e": 1.7, "a": 400, "alpha": 0.34, "b": 1000, "beta": 0.33, "k0": 0.4, "k1": 0.01, "k2": 0.08, "k3": -0.02,
+        "C0": 5e18,
+    },
+    # The values of Abnar et al. 2025, table of fitted coefficients, as remembered.
+    "sparsity": {
+        "e": 0.94, "a": 16612.5, "alpha": 0.5962, "b": 5455.67, "beta": 0.3954, "c": 0.4598, "lambda": -0.1666,
+        "d": 17.26, "delta": 0.1603, "gamma": 0.1595,
+    },
+    "granularity": {
+        "c": 0.9, "g": 3.0, "gamma": 0.6, "a": 60.0, "alpha": 0.22, "b": 60.0, "beta": 0.2,
+        "c_dense": 0.9, "a_dense": 60.0, "alpha_dense": 0.2, "b_dense": 60.0, "beta_dense": 0.2,
+    },
+    # Clark et al. 2022, table 3, S-Base.
+    "bilinear": {"a": -0.082, "b": -0.108, "c": 0.009, "d": 1.104},
+    "saturated": {"a": -0.082, "b": -0.108, "c": 0.009, "d": 1.104, "E_start": 1.85, "E_max": 300.0},
+}  # fmt: skip
+
+
+def design(form: MoeForm) -> MoeRuns:
+    """A grid of models that determines a form, without losses."""
+    if form in ("bilinear", "saturated"):
+        rows = [(n, n * (1 + 0.3 * (e - 1)), 1.3e11, 1, e, 1) for n in SIZES * 2 for e in 2.0 ** np.arange(10)]
+    else:
+        ratios = (1, 16) if form == "granularity" else (1, 2, 4, 8, 16)
+        rows = [
+            (n, n * r, d, 1, 1 if r == 1 else 4 * r, g)
+            for n in SIZES
+            for r in ratios
+            for d in TOKENS
+            for g in ((1,) if r == 1 else (1, 4, 8))
+        ]
+    return MoeRuns(*np.array(rows, np.float64).T)
+
+
+def measured(form: MoeForm, generator: np.random.Generator, noise: float) -> tuple[MoeRuns, MoeLaw]:
+    """A table of runs, and the law that made it."""
+    runs = design(form)
+    ranges = {name: (0.0, np.inf) for name in ("active", "total", "ratio", "tokens", "experts", "granularity")}
+    law = MoeLaw(form, TRUE[form], [], 0.0, ranges, [])
+    loss = law.loss(runs) * np.exp(noise * generator.normal(size=len(runs)))
+    return dataclasses.replace(runs, loss=loss), law
+
+
+@pytest.mark.parametrize("form", TRUE)
+def test_recovers_each_form(form: MoeForm) -> None:
+    """0.1% of noise in, 0.1% of error out; predictions within 0.2% of the truth in the range, parameters near it."""
+    generator = print_seed()
+    runs, true = measured(form, generator, 1e-3)
+    law = fit_moe(runs, form, samples=0)
+    assert 0.0007 < law.error < 0.0013
+    np.testing.assert_allclose(law.loss(runs), true.loss(runs), rtol=2e-3)
+    for name in {"leverage": ("alpha", "beta", "k0"), "bilinear": ("a", "b", "d")}.get(form, ()):  # well determined
+        assert law.parameters[name] == pytest.approx(true.parameters[name], rel=0.1)
+
+
+def test_intervals_cover() -> None:
+    """Most 90% intervals of the dense equivalent hold the truth, over many tables of the fastest form."""
+    generator = print_seed()
+    inside = []
+    for seed in range(24):
+        runs, true = measured("bilinear", generator, 2e-3)
+        law = fit_moe(runs, "bilinear", samples=40, seed=seed)
+        place = int(generator.choice(np.flatnonzero(~runs.dense)))
+        size, tokens, experts = runs.active[place], runs.tokens[place], runs.experts[place]
+        one = dense_equivalent(law, size, tokens, experts=experts)
+        low, high = equivalent_interval(law, one)
+        assert low < one.dense < high
+        inside.append(low <= dense_equivalent(true, size, tokens, experts=experts).dense <= high)
+    assert np.mean(inside) > 0.55
+
+
+@pytest.mark.parametrize("form", ["leverage", "sparsity"])
+def test_dense_equivalents_are_near(form: MoeForm) -> None:
+    """From runs with 0.2% noise, the dense equivalents of models in the range are within 20% of the truth."""
+    generator = print_seed()
+    runs, true = measured(form, generator, 2e-3)
+    law = fit_moe(runs, form, samples=0)
+    for place in generator.choice(np.flatnonzero(~runs.dense), 5, replace=False):
+        given = {"total": runs.total[place], "granularity": runs.granularity[place]}
+        one, truth = (dense_equivalent(each, runs.active[place], runs.tokens[place], **given) for each in (law, true))
+        assert one.dense == pytest.approx(truth.dense, rel=0.2)
+
+
+@pytest.mark.parametrize("form", TRUE)
+def test_the_dense_equivalent_inverts(form: MoeForm) -> None:
+    """The dense model has the loss of the MoE, a dense run equals itself, and the inverse question gives it back."""
+    generator = print_seed()
+    _, law = measured(form, generator, 0.0)
+    tokens = 1.3e11 if form in ("bilinear", "saturated") else float(generator.choice(TOKENS))
+    dense = float(generator.uniform(1e8, 4e8))
+    ratios = (16.0,) if form == "granularity" else (2.0, 8.0, 16.0)
+    answers = equal_to_dense(law, dense, tokens, ratios)
+    assert len(answers) == len(ratios)
+    for answer in answers:
+        assert answer.dense == pytest.approx(dense, rel=1e-6)
+        assert law.dense_loss(answer.dense, tokens) == pytest.approx(answer.loss, rel=1e-9)
+        assert answer.leverage == pytest.approx(dense / answer.active, rel=1e-6)
+    if form in ("bilinear", "saturated"):
+        same = dense_equivalent(law, dense, tokens, experts=1)
+    else:
+        same = dense_equivalent(law, dense, tokens, total=dense)
+        # A larger share of sleeping parameters needs fewer active ones.
+        assert sorted(one.active for one in answers)[::-1] == [one.active for one in answers]
+    assert same.dense == pytest.approx(dense, rel=1e-6)
+
+
+def test_which_sizes_equal_14b_and_72b() -> None:
+    """The report's question, from a table to rows of active and total size, through law.json; far outside is said."""
+    generator = print_seed()
+    runs, true = measured("leverage", generator, 1e-3)
+    names = {"active_params": "active", "total_params": "total"}
+    columns = {
+        name: getattr(runs, names.get(name, name)) for name in ("active_params", "total_params", "tokens", "loss")
+    }
+    columns |= {"granularity": np.where(runs.dense, np.nan, runs.granularity)}
+    table = RunTable(columns, np.arange(len(runs)) + 1, {"path": "runs.csv"})
+    np.testing.assert_array_equal(table_runs(table).granularity, runs.granularity)
+    content, law, _ = fit_table(table, "leverage", samples=5, counting="without embeddings")
+    assert read_law(content).parameters == law.parameters
+    for dense in (14e9, 72e9):
+        rows = equivalents(content, dense, 18e12, (4, 8), granularity=4)
+        want = equal_to_dense(true, dense, 18e12, (4, 8), granularity=4)
+        for row, truth in zip(rows, want, strict=True):
+            assert row["active_params"] == pytest.approx(truth.active, rel=0.3)
+            assert row["total_params"] > row["active_params"]
+            assert row["dense_params"] == pytest.approx(dense, rel=1e-6)
+            back = predict(content, row["active_params"], 18e12, total=row["total_params"], granularity=4)
+            assert back["dense_params"] == pytest.approx(dense, rel=1e-6)
+        assert "tokens 1.8e+13 is outside the fit's 2e+09 to 3.2e+10" in predict_text(rows)
+
+
+def test_unusable_runs_are_named() -> None:
+    generator = print_seed()
+    runs, _ = measured("leverage", generator, 1e-3)
+    values = [getattr(runs, field.name) for field in dataclasses.fields(runs)]
+    bad = values[3].copy()
+    bad[5] = np.nan
+    with pytest.raises(InputError, match=r"in loss, got nan in run 5 \(1 such"):
+        moe_runs(values[0], values[1], values[2], bad)
+    with pytest.raises(InputError, match="columns exchanged"):
+        moe_runs(values[1], values[0], values[2], values[3])
+    with pytest.raises(InputError, match="of one length"):
+        moe_runs(values[0], values[1], values[2], bad[:3])
+    with pytest.raises(InputError, match="at least 9 runs"):
+        fit_moe(runs.take(np.arange(5)), "leverage")
+    with pytest.raises(InputError, match="several values of active"):
+        fit_moe(runs.take(runs.active == runs.active[0]), "leverage")
+    with pytest.raises(InputError, match="several values of total / active"):
+        fit_moe(runs.take(runs.dense), "leverage")
+    with pytest.raises(InputError, match="one number of tokens, got 2e\\+09 to"):
+        fit_moe(runs, "bilinear")
+    with pytest.raises(InputError, match="several values of granularity"):
+        fit_moe(runs.take(runs.granularity == 1), "granularity")
+    # Without dense runs: said, and the dense equivalent of two separate laws is refused.
+    fine, _ = measured("granularity", generator, 1e-3)
+    law = fit_moe(fine.take(~fine.dense), "granularity", samples=0)
+    assert "dense equivalent is not known" in " ".join(law.warnings)
+    with pytest.raises(InputError, match="without enough dense runs"):
+        dense_equivalent(law, 1e8, 8e9, total=16e8)
+    assert "No dense runs" in fit_moe(runs.take(~runs.dense), "leverage", samples=0).warnings[0]
+    twice = runs.take(np.append(np.arange(len(runs)), [0, 1]))
+    assert "2 runs are copies" in fit_moe(twice, "leverage", samples=0).warnings[0]
+    with pytest.raises(InputError, match="total number of parameters"):
+        dense_equivalent(fit_moe(runs, "leverage", samples=0), 1e8, 8e9)
+
+
+@pytest.mark.skipif(PUBLIC is None, reason="QWEN_JAX_RUN_TABLES names no folder of public runs")
+def test_public_routed_models() -> None:
+    """The bilinear law of the public runs of Clark et al. 2022 has the coefficients known for this subset."""
+    import pandas as pd
+
+    path = Path(str(PUBLIC)) / "curves.csv.gz"
+    if not path.exists():
+        pytest.skip(f"{path} does not exist")
+    table = pd.read_csv(path)
+    table = table[table["step"] == table["step"].max()]
+    routed = (table["router_type"] == "S-Base") & (table["k"] == 1) & (table["routing_frequency"] == 0.5)
+    table = table[routed]
+    runs = moe_runs(
+        table["dense_parameter_count"],
+        table["total_parameter_count"],
+        np.full(len(table), 1.3e11),
+        table["loss_validation"],
+        table["num_experts"],
+    )
+    law = fit_moe(runs, "bilinear", samples=0)
+    for name, value in {"a": -0.0802, "b": -0.0883, "c": 0.0075, "d": 1.079}.items():
+        assert law.parameters[name] == pytest.approx(value, rel=0.1)

@@ -1,0 +1,460 @@
+"""Learning rate and batch size as joint power laws in model size and tokens.
+
+A cell is the runs with one model size N and one number of tokens D. Near its minimum the log loss of a cell is a
+quadratic in u = (log learning rate, log batch size):
+
+    log L(u) = m + (u - u*)ᵀ H (u - u*) / 2                                                                   (1)
+
+The law is u*(N, D) = W x, where x = (1, log N, log D): a power law for each of the two. Two forms find W:
+
+- `cells`: a quadratic in each cell with its own H; W minimises the summed regret of (1) at W x. Cells whose quadratic
+  has no minimum inside their grid do not count.
+- `pooled`: one H for all cells. Then log L = c + uᵀ H u / 2 - uᵀ G x with G = H W and a constant c for each cell, which
+  is linear in (c, H, G): one least-squares problem. Cells with few runs, or with a grid beside the optimum, count too.
+
+A valley is long and flat (learning rate and batch size trade off), so exponents of good laws differ. Laws are compared
+by regret: the loss at the predicted pair relative to the best loss of the cell (Li et al. 2025, "Predictable Scale I:
+Step Law"). A law with the batch size fixed is another law (Bjorck et al. 2024 find a learning rate that falls with D).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from qwen_jax.errors import InputError
+
+Array: TypeAlias = np.ndarray
+Form: TypeAlias = Literal["cells", "pooled"]
+Terms: TypeAlias = Literal["nd", "c", "n", "d"]
+
+# What the two power laws depend on, as directions in (log N, log D): both, compute C = 6 N D, one of the two.
+_TERMS: dict[str, Array] = {
+    "nd": np.array([[1.0, 0.0], [0.0, 1.0]]),
+    "c": np.array([[1.0, 1.0]]),
+    "n": np.array([[1.0, 0.0]]),
+    "d": np.array([[0.0, 1.0]]),
+}
+
+# Cells hold runs whose sizes, and tokens, differ by at most this factor: the last step rarely ends at exactly D.
+_SAME = 1.02
+# Runs of a cell that its quadratic of six coefficients needs, and runs it takes where fewer are near the best.
+MIN_RUNS, _TAKE = 8, 9
+# Log loss above the best of a cell within which runs count.
+WINDOW = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Runs with one model size and one number of tokens.
+
+    Attributes:
+      params: model size N, as the table counts it.
+      tokens: training tokens D of a run.
+      points: (log learning rate, log batch size in tokens) of each run.
+      log_loss: log of each run's final loss.
+    """
+
+    params: float
+    tokens: float
+    points: Array
+    log_loss: Array
+
+    @property
+    def name(self) -> str:
+        return f"N={self.params:.4g}, D={self.tokens:.4g}"
+
+    @property
+    def best(self) -> float:
+        """The lowest log loss of a run."""
+        return float(self.log_loss.min())
+
+    def near(self, window: float) -> "Cell":
+        """The runs whose log loss is within `window` of the best; the lowest 9 where those are fewer."""
+        order = np.argsort(self.log_loss, kind="stable")
+        count = max(int((self.log_loss <= self.best + window).sum()), _TAKE)
+        keep = np.sort(order[:count])
+        return dataclasses.replace(self, points=self.points[keep], log_loss=self.log_loss[keep])
+
+
+def group_cells(
+    params: Array, tokens: Array, learning_rate: Array, batch_tokens: Array, loss: Array
+) -> tuple[list[Cell], list[str]]:
+    """Sorts runs into cells by model size and tokens, smallest compute first.
+
+    Runs that agree in every value are copies: one of them stays. Runs that agree in all but the loss are repeats with
+    other seeds: all stay.
+
+    Args:
+      params: model size of each run.
+      tokens: training tokens of each run.
+      learning_rate: peak learning rate of each run.
+      batch_tokens: batch size of each run in tokens.
+      loss: final loss of each run in nats per token.
+
+    Returns:
+      The cells, and warnings about copies.
+
+    Raises:
+      InputError: no run; arrays of different lengths; a value that is not a positive finite number.
+    """
+    names = ("params", "tokens", "learning_rate", "batch_tokens", "loss")
+    columns = [np.asarray(one, np.float64).ravel() for one in (params, tokens, learning_rate, batch_tokens, loss)]
+    if len({len(one) for one in columns}) != 1:
+        found = ", ".join(f"{name} {len(one)}" for name, one in zip(names, columns, strict=True))
+        raise InputError(f"Expected one value a run in each column, got lengths {found}.")
+    for name, one in zip(names, columns, strict=True):
+        bad = ~(np.isfinite(one) & (one > 0))
+        if bad.any():
+            raise InputError(
+                f"Expected positive finite numbers in {name}, got {one[bad][0]} in run {int(np.argmax(bad))} "
+                f"({int(bad.sum())} such runs). Remove diverged and unfinished runs first."
+            )
+    if not len(columns[0]):
+        raise InputError("Expected runs, got none. Were all of them diverged?")
+    unique = np.unique(np.stack(columns), axis=1)
+    copies = len(columns[0]) - unique.shape[1]
+    warnings = [f"{copies} runs are copies of others and do not count."] if copies else []
+    columns = list(unique)
+    sizes, tokens_of = _levels(columns[0]), np.empty(len(columns[0]), np.int64)
+    for size in np.unique(sizes):
+        tokens_of[sizes == size] = _levels(columns[1][sizes == size])
+    cells = []
+    for size, some in sorted(set(zip(sizes.tolist(), tokens_of.tolist(), strict=True))):
+        here = (sizes == size) & (tokens_of == some)
+        cells.append(
+            Cell(
+                float(np.median(columns[0][here])),
+                float(np.median(columns[1][here])),
+                np.log(np.stack([columns[2][here], columns[3][here]], 1)),
+                np.log(columns[4][here]),
+            )
+        )
+    return sorted(cells, key=lambda cell: (cell.params * cell.tokens, cell.params)), warnings
+
+
+def _levels(values: Array) -> Array:
+    """Numbers groups of values that are within a factor `_SAME` of the smallest of the group."""
+    level, first = -1, 0.0
+    numbers = np.empty(len(values), np.int64)
+    for place in np.argsort(values, kind="stable"):
+        if level < 0 or values[place] > first * _SAME:
+            level, first = level + 1, values[place]
+        numbers[place] = level
+    return numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Valley:
+    """The quadratic (1) of one cell.
+
+    Attributes:
+      cell: all runs of the cell.
+      used: number of runs the quadratic was fitted to.
+      minimum: its lowest value, in log loss.
+      best: its minimum (log learning rate, log batch size).
+      curvature: H.
+      noise: standard deviation of the residuals, in log loss.
+      problem: why the quadratic gives no optimum; empty where it does.
+    """
+
+    cell: Cell
+    used: int
+    minimum: float
+    best: Array
+    curvature: Array
+    noise: float
+    problem: str = ""
+
+    def excess(self, point: Array) -> float:
+        """Log loss at a point above the minimum."""
+        step = np.asarray(point) - self.best
+        return float(step @ self.curvature @ step / 2)
+
+
+def fit_valley(cell: Cell, window: float = WINDOW) -> Valley:
+    """Fits the quadratic (1) to the runs of a cell near its best loss.
+
+    Args:
+      cell: its runs.
+      window: greatest log loss above the best of a run that counts (0.01: 1% of the loss). Far from the minimum the
+        loss rises faster than a quadratic.
+
+    Returns:
+      The quadratic. `problem` names a cell that has too few runs or values, no minimum, or one outside its grid.
+    """
+    near = cell.near(window)
+    nothing = Valley(cell, len(near.log_loss), cell.best, np.full(2, np.nan), np.full((2, 2), np.nan), np.nan)
+    values = [len(np.unique(near.points[:, axis].round(4))) for axis in range(2)]
+    if len(near.log_loss) < MIN_RUNS or min(values) < 3:
+        found = f"{len(near.log_loss)} runs with {values[0]} learning rates and {values[1]} batch sizes"
+        return dataclasses.replace(
+            nothing, problem=f"too few runs: {found}, a quadratic needs {MIN_RUNS} with 3 and 3 at least"
+        )
+    # Least squares of six coefficients, in coordinates of unit spread.
+    centre, spread = near.points.mean(0), near.points.std(0)
+    one = (near.points - centre) / spread
+    design = np.column_stack([np.ones(len(one)), one, _squares(one)])
+    if np.linalg.matrix_rank(design) < 6:
+        return dataclasses.replace(nothing, problem="learning rate and batch size do not vary independently")
+    coefficients, *_ = np.linalg.lstsq(design, near.log_loss, rcond=None)
+    noise = float(np.sqrt(((near.log_loss - design @ coefficients) ** 2).sum() / max(len(one) - 6, 1)))
+    curvature = _matrix(coefficients[3:])
+    if np.linalg.eigvalsh(curvature)[0] <= 0:
+        return dataclasses.replace(nothing, noise=noise, problem="no minimum: the curvature is not positive")
+    step = -np.linalg.solve(curvature, coefficients[1:3])
+    best = centre + spread * step
+    valley = Valley(
+        cell,
+        len(one),
+        float(coefficients[0] + coefficients[1:3] @ step / 2),
+        best,
+        curvature / np.outer(spread, spread),
+        noise,
+    )
+    outside = (best < cell.points.min(0) - 1e-9) | (best > cell.points.max(0) + 1e-9)
+    if outside.any():
+        what = " and ".join(np.array(["learning rate", "batch size"])[outside])
+        return dataclasses.replace(valley, problem=f"the optimal {what} is outside the grid")
+    return valley
+
+
+def _squares(points: Array) -> Array:
+    """Columns whose coefficients are the upper triangle of H in uᵀ H u / 2."""
+    return np.column_stack([points[:, 0] ** 2 / 2, points[:, 0] * points[:, 1], points[:, 1] ** 2 / 2])
+
+
+def _matrix(triangle: Array) -> Array:
+    return np.array([[triangle[0], triangle[1]], [triangle[1], triangle[2]]])
+
+
+@dataclasses.dataclass(frozen=True)
+class PairLaw:
+    """Learning rate and batch size as power laws: u = W (1, log N, log D), natural logarithms.
+
+    Attributes:
+      matrix: W; its rows are learning rate and batch size in tokens.
+      name: of the law in tables.
+    """
+
+    matrix: Array
+    name: str = "fitted"
+
+    def point(self, params: float, tokens: float) -> Array:
+        """(log learning rate, log batch size in tokens) for a model size and a number of tokens."""
+        return self.matrix @ np.array([1.0, np.log(params), np.log(tokens)])
+
+    def predict(self, params: float, tokens: float) -> tuple[float, float]:
+        """Learning rate and batch size in tokens."""
+        rate, batch = np.exp(self.point(params, tokens))
+        return float(rate), float(batch)
+
+
+# Li et al. 2025, "Predictable Scale I: Step Law", equation 1: N without embeddings, both in tokens.
+STEP_LAW = PairLaw(np.array([[np.log(1.79), -0.713, 0.307], [np.log(0.58), 0.0, 0.571]]), "Step Law")
+# DeepSeek-AI 2024, "DeepSeek LLM", equation 1, in compute C, here 6 N D.
+DEEPSEEK_LAW = PairLaw(
+    np.array(
+        [
+            [np.log(0.3118) - 0.1250 * np.log(6), -0.1250, -0.1250],
+            [np.log(0.2920) + 0.3271 * np.log(6), 0.3271, 0.3271],
+        ]
+    ),
+    "DeepSeek LLM",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class HyperparametersFit:
+    """A fitted joint law.
+
+    Attributes:
+      law: the estimate.
+      form: `cells` or `pooled`.
+      terms: what the law depends on.
+      valleys: the quadratic of each cell, smallest compute first.
+      draws: W of bootstrap samples; none where no bootstrap was asked for.
+      curvature: H, shared (`pooled`) or the mean over the cells (`cells`).
+      warnings: what a user should know.
+    """
+
+    law: PairLaw
+    form: Form
+    terms: Terms
+    valleys: list[Valley]
+    draws: Array
+    curvature: Array
+    warnings: list[str]
+
+    def intervals(self, level: float = 0.9) -> Array:
+        """Percentile intervals of W: shape [2, 3, 2], lower and upper ends; NaN without a bootstrap."""
+        return _interval(self.draws, level) if len(self.draws) else np.full((2, 3, 2), np.nan)
+
+    def point_intervals(self, params: float, tokens: float, level: float = 0.9) -> Array:
+        """Intervals of (log learning rate, log batch size): shape [2, 2], lower and upper ends."""
+        x = np.array([1.0, np.log(params), np.log(tokens)])
+        return _interval(self.draws @ x, level) if len(self.draws) else np.full((2, 2), np.nan)
+
+
+def _interval(draws: Array, level: float) -> Array:
+    tail = (1 - level) / 2
+    return np.moveaxis(np.quantile(draws, [tail, 1 - tail], axis=0), 0, -1)
+
+
+def fit_hyperparameters(
+    cells: Sequence[Cell],
+    *,
+    form: Form = "cells",
+    terms: Terms = "nd",
+    window: float = WINDOW,
+    samples: int = 200,
+    seed: int = 0,
+) -> HyperparametersFit:
+    """Fits learning rate and batch size as joint power laws.
+
+    Intervals come from a weighted bootstrap: exponential weights of cells times exponential weights of runs, so that
+    they hold noise of runs and scatter of cells about the law. Deviations are widened by
+    sqrt(cells / (cells - coefficients)). The intervals do not hold the bias of a valley that is not a quadratic.
+
+    Args:
+      cells: as `group_cells` gives them.
+      form: `cells` (a quadratic in each) or `pooled` (one curvature, one least-squares problem); see the module.
+      terms: `nd` for N and D, `c` for compute 6 N D only, `n` or `d` for one of them. `nd` needs cells in which N and D
+        vary independently.
+      window: log loss above the best of a cell within which its runs count.
+      samples: of the bootstrap; 0 for none.
+      seed: of the bootstrap.
+
+    Raises:
+      InputError: too few cells; one model size, one number of tokens, or N and D in proportion; in `pooled`, a shared
+        curvature that is not positive.
+    """
+    basis = _TERMS[terms]
+    valleys = [fit_valley(cell, window) for cell in cells]
+    if form == "cells":
+        used = [valley for valley in valleys if not valley.problem]
+    else:
+        used = [valley for valley in valleys if len(valley.cell.log_loss) > 1]
+    warnings = [f"Cell {valley.cell.name}: {valley.problem}." for valley in valleys if valley.problem]
+    logs = np.log([[valley.cell.params, valley.cell.tokens] for valley in used]).reshape(-1, 2)
+    _check_cells(used, valleys, logs, form, terms)
+    # Coordinates about the mean of the cells, for a well-conditioned problem.
+    centre = logs.mean(0)
+    x_CK = np.column_stack([np.ones(len(used)), (logs - centre) @ basis.T])
+    near = [valley.cell.near(window) for valley in used]
+    middle = np.mean([one.points.mean(0) for one in near], 0)
+    runs = [(one.points - middle, one.log_loss - one.best) for one in near]
+    solve = _solve_cells if form == "cells" else _solve_pooled
+
+    def matrix(solution: Array) -> Array:
+        full = np.column_stack([solution[:, 0] + middle, solution[:, 1:] @ basis])
+        full[:, 0] -= full[:, 1:] @ centre
+        return full
+
+    solved = solve(x_CK, runs, [np.ones(len(loss)) for _, loss in runs], np.ones(len(used)))
+    if solved is None:
+        raise InputError(
+            "The curvature that the cells share is not positive: the runs show no minimum in learning rate and batch "
+            "size. Widen the grids on both sides of the lowest loss."
+        )
+    estimate, curvature = solved
+    # The weighted bootstrap. No sample is degenerate: every cell and run keeps a positive weight.
+    generator = np.random.default_rng(seed)
+    widen = np.sqrt(len(used) / max(len(used) - x_CK.shape[1], 1))
+    draws = []
+    for _ in range(samples):
+        weights = [generator.exponential(size=len(loss)) for _, loss in runs]
+        drawn = solve(x_CK, runs, weights, generator.exponential(size=len(used)))
+        if drawn is not None:
+            draws.append(matrix(estimate + widen * (drawn[0] - estimate)))
+    if len(draws) < samples:
+        warnings.append(f"{samples - len(draws)} of {samples} bootstrap samples have no minimum.")
+    if len(used) < x_CK.shape[1] + 3:
+        warnings.append(f"{len(used)} cells for {x_CK.shape[1]} coefficients a law: the intervals are rough.")
+    return HyperparametersFit(
+        PairLaw(matrix(estimate), f"fitted, {form}"),
+        form,
+        terms,
+        valleys,
+        np.array(draws).reshape(-1, 2, 3),
+        curvature,
+        warnings,
+    )
+
+
+def _check_cells(used: list[Valley], valleys: list[Valley], logs: Array, form: Form, terms: Terms) -> None:
+    """Raises an InputError where the cells do not determine the law."""
+    basis = _TERMS[terms]
+    needed = len(basis) + 1
+    if len(used) < needed:
+        reasons = "".join(f"\n  {one.cell.name}: {one.problem or 'one run'}" for one in valleys if one not in used)
+        advice = " The form pooled also uses cells whose own quadratic fails." if form == "cells" else ""
+        raise InputError(
+            f"Expected at least {needed} cells of model size and tokens for a law in {terms!r}, got {len(used)} of "
+            f"{len(valleys)} that can be used.{advice}{reasons}"
+        )
+    for axis, (name, other) in enumerate([("model size", "d"), ("number of tokens", "n")]):
+        if basis[:, axis].any() and terms != "c" and np.ptp(logs[:, axis]) < np.log(_SAME):
+            raise InputError(
+                f"Expected cells of several values of {name}, got {np.exp(logs[0, axis]):.4g} in all {len(used)}. Add "
+                f"cells, or fit a law with terms {other!r}."
+            )
+    directions = (logs - logs.mean(0)) @ basis.T
+    spread = np.linalg.svd(directions, compute_uv=False)
+    if spread[-1] < 0.05 * np.sqrt(len(used)) or spread[-1] < 0.02 * spread[0]:
+        raise InputError(
+            f"Model size and tokens do not vary independently in the {len(used)} cells, so their exponents cannot be "
+            "told apart. Add cells at other ratios of tokens to parameters, or fit a law with terms 'c'."
+        )
+
+
+_Solution: TypeAlias = tuple[Array, Array]
+
+
+def _solve_cells(x_CK: Array, runs: list[tuple[Array, Array]], weights: list[Array], cells: Array) -> _Solution | None:
+    """W [2, K] from a quadratic in each cell, by least regret, and the mean curvature; None without a minimum."""
+    size = x_CK.shape[1]
+    left, right, total, count = np.zeros((2 * size, 2 * size)), np.zeros(2 * size), np.zeros((2, 2)), 0
+    for x, (points, loss), weight, share in zip(x_CK, runs, weights, cells, strict=True):
+        root = np.sqrt(weight)
+        design = np.column_stack([np.ones(len(points)), points, _squares(points)])
+        coefficients, *_ = np.linalg.lstsq(design * root[:, None], loss * root, rcond=None)
+        curvature = _matrix(coefficients[3:])
+        if np.linalg.eigvalsh(curvature)[0] <= 0:
+            continue
+        # Regret (W x - u*)ᵀ H (W x - u*) / 2, with W in row-major order.
+        place = np.kron(np.eye(2), x[None])
+        left += share * place.T @ curvature @ place
+        right -= share * place.T @ coefficients[1:3]
+        total, count = total + curvature, count + 1
+    if count < size:
+        return None
+    return np.linalg.lstsq(left, right, rcond=None)[0].reshape(2, size), total / count
+
+
+def _solve_pooled(x_CK: Array, runs: list[tuple[Array, Array]], weights: list[Array], cells: Array) -> _Solution | None:
+    """W [2, K] and the curvature from all runs at once; None where the curvature is not positive."""
+    size = x_CK.shape[1]
+    left, right = np.zeros((3 + 2 * size, 3 + 2 * size)), np.zeros(3 + 2 * size)
+    for x, (points, loss), weight, share in zip(x_CK, runs, weights, cells, strict=True):
+        slopes = -np.einsum("na,k->nak", points, x).reshape(len(points), -1)
+        design = np.column_stack([_squares(points), slopes])
+        # The constant of the cell goes by subtracting weighted means.
+        design = design - np.average(design, 0, weight)
+        loss = loss - np.average(loss, weights=weight)
+        left += share * design.T @ (weight[:, None] * design)
+        right += share * design.T @ (weight * loss)
+    coefficients = np.linalg.lstsq(left, right, rcond=None)[0]
+    curvature = _matrix(coefficients[:3])
+    if np.linalg.eigvalsh(curvature)[0] <= 0:
+        return None
+    return np.linalg.solve(curvature, coefficients[3:].reshape(2, size)), curvature
+
+
+def law_parameters(matrix: Array) -> dict[str, Any]:
+    """W in words: a coefficient and exponents of `params` and `tokens` for each of the two laws."""
+    return {
+        name: {"coefficient": float(np.exp(row[0])), "params": float(row[1]), "tokens": float(row[2])}
+        for name, row in zip(("learning_rate", "batch_tokens"), matrix, strict=True)
+    }
