@@ -126,7 +126,7 @@ def run_hf(args: argparse.Namespace, work: dict[str, Any]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     begin = time.perf_counter()
     lm = HFLM(
-        str(args.folder / "model"), dtype="bfloat16", device=device, batch_size="auto", max_length=CONTEXT,
+        str(args.folder / "model"), dtype="bfloat16", device=device, batch_size=args.hf_batch, max_length=CONTEXT,
         max_batch_size=64,
     )  # fmt: skip
     say({"side": "hf", "load_seconds": time.perf_counter() - begin, "device": device})
@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the requests")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
     parser.add_argument("--tokens", type=int, default=32_768, help="tokens of a batch of ours")
+    parser.add_argument("--hf-batch", default="auto", help="batch size of the hf backend")
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which the hf backend is stopped")
     parser.add_argument("--side", choices=["hf", "ours"], help="only this side, on what is in the folder")
     args = parser.parse_args()

@@ -279,7 +279,7 @@ def _likelihoods(
     s = context.sharding
     tokens_BT, positions_BT, segments_BT, *prefix = packed
     own = packed_mask(segments_BT)
-    mask = jax.tree.map(lambda x: jax.reshard(x, s.tokens), (own, Mask(*prefix)) if prefix else (own,))
+    mask = jax.tree.map(lambda x: jax.reshard(x, s.tokens), (own, Mask(prefix[0], prefix[1])) if prefix else (own,))
     model = bind(config, params, s, options)
     hidden_BTD = model(tokens_BT, positions_BT, mask if prefix else mask[0], valid_BT=segments_BT > 0).hidden
 

@@ -39,7 +39,7 @@ class RowPacker:
         wanted = max(self._sizes[-1], min(self._row, -(-self._left // self._shards)))
         length = power_of_two(wanted, _SHORTEST)
         most = max(self._tokens // length // self._shards, 1) * self._shards
-        rows = []
+        rows: list[list[int]] = []
         while self._waiting and len(rows) < most:
             rows.append(self._fill(length))
         count = self._shards

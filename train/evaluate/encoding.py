@@ -40,6 +40,8 @@ class RequestEncoder:
         self._cuts = bool(getattr(tokenizer, "splits_as_qwen2", False)) and not spaces
         self._known: dict[str, list[int]] = {}
         self._characters = 0
+        # The context of the pair before: the answers to a question come one after the other.
+        self._last: tuple[str, list[int]] = ("", [])
 
     def text(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text. What the tokenizer puts before texts is not put there twice."""
@@ -75,7 +77,9 @@ class RequestEncoder:
             if spaces:
                 continuation, context = context[-spaces:] + continuation, context[:-spaces]
         if context:
-            before, whole = self.text(context), self.text(context + continuation)
+            if context != self._last[0]:
+                self._last = context, self.text(context)
+            before, whole = self._last[1], self.text(context + continuation)
             ids = before, whole[len(before) :]
         else:
             after = self.text(continuation, add_special_tokens=False)

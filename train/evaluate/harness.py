@@ -12,6 +12,8 @@ import importlib.util
 import json
 import logging
 import os
+import random
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,16 +139,28 @@ def run(
 
 def _evaluate(lm: Any, manager: Any, task: HarnessTask, settings: Settings) -> Mapping[str, Any]:
     """lm-eval's results of one task or group."""
-    from lm_eval.evaluator import simple_evaluate
+    import numpy as np
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    from lm_eval.evaluator import evaluate
 
+    # As lm-eval's own `simple_evaluate`, which also asks every package of the machine for its version. Some tasks
+    # shuffle with the global generators when they are loaded.
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    loaded = manager.load([task.name])
+    for one in loaded["tasks"].values():
+        own = one.get_config("num_fewshot")
+        if task.shots is not None and own != 0:
+            one.set_config(key="num_fewshot", value=task.shots)
+        elif own is None:
+            one.set_config(key="num_fewshot", value=0)
+        one.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     try:
-        raw: Mapping[str, Any] = simple_evaluate(
+        raw: Mapping[str, Any] = evaluate(
             lm,
-            tasks=[task.name],
-            num_fewshot=task.shots,
+            loaded,
             limit=settings.limit,
             bootstrap_iters=0,
-            task_manager=manager,
             apply_chat_template=settings.chat,
             system_instruction=settings.system,
             fewshot_as_multiturn=settings.chat and settings.multi_turn,
@@ -163,7 +177,7 @@ def _evaluate(lm: Any, manager: Any, task: HarnessTask, settings: Settings) -> M
 
 
 def _results(raw: Mapping[str, Any], lm: Any) -> dict[str, Any]:
-    """Metrics of each task and group: lm-eval names them `metric,filter` and `metric_stderr,filter`."""
+    """Metrics of each task and group, which lm-eval names `metric,filter`."""
     found = {}
     for name, values in raw["results"].items():
         metrics: dict[str, Any] = {}
@@ -171,11 +185,10 @@ def _results(raw: Mapping[str, Any], lm: Any) -> dict[str, Any]:
             metric, _, how = key.partition(",")
             if not how or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
-            error = values.get(f"{metric}_stderr,{how}")
             higher = raw["higher_is_better"].get(name, {}).get(metric)
             metrics[metric if how == "none" else f"{metric},{how}"] = {
                 "value": value,
-                "stderr": error if isinstance(error, (int, float)) else None,
+                "stderr": _standard_error(value, raw.get("samples", {}).get(name, ()), metric, how),
                 "higher_is_better": higher,
             }
         config = raw["configs"].get(name, {})
@@ -192,6 +205,15 @@ def _results(raw: Mapping[str, Any], lm: Any) -> dict[str, Any]:
             "data_set": config.get("dataset_path"),
         }
     return found
+
+
+def _standard_error(value: float, samples: Sequence[Mapping[str, Any]], metric: str, how: str) -> float | None:
+    """The standard error of a metric that is the mean over the items; None for others, and for groups."""
+    scores = [sample.get(metric) for sample in samples if sample["filter"] == how]
+    numbers = [float(x) for x in scores if isinstance(x, (int, float))]
+    if len(numbers) < 2 or len(numbers) < len(scores) or abs(statistics.fmean(numbers) - value) > 1e-9:
+        return None
+    return statistics.stdev(numbers) / len(numbers) ** 0.5
 
 
 def _records(raw: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,13 +1,13 @@
 """Data of lm-eval's tasks from files: no hub is called unless the user asks for it."""
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import InputError
+from train.evaluate.registry import sha256_of
 
 # Data sets that are a kind of file and name their files themselves.
 _KINDS = {"json", "csv", "parquet", "arrow", "text"}
@@ -104,7 +104,6 @@ class LocalData:
 
     def _note(self, file: Path) -> None:
         if file not in self._hashed:
-            with file.open("rb") as content:
-                self._hashed[file] = hashlib.file_digest(content, "sha256").hexdigest()
+            self._hashed[file] = sha256_of(file)
         inside = self.root is not None and file.is_relative_to(self.root)
         self.files[str(file.relative_to(self.root)) if inside and self.root else str(file)] = self._hashed[file]

@@ -24,7 +24,7 @@ _MAX_TOKENS_NAMES = "max_gen_toks", "max_new_tokens", "max_tokens", "max_complet
 Answer = Callable[[Sequence[Request]], Sequence[Response]]
 
 
-class HarnessLM(LM):  # type: ignore[misc]
+class HarnessLM(LM):
     """What lm-eval's tasks ask, as requests to a `Model`.
 
     Args:

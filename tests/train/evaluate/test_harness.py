@@ -103,6 +103,8 @@ def test_ten_tasks_score_as_with_the_hf_backend_request_by_request(
             key = metric if "," in metric else f"{metric},none"
             # Perplexities are exponentials of the sums above.
             assert found["value"] == pytest.approx(theirs["results"][name][key], rel=1e-3), (name, metric)
+    acc = ours["tasks"]["tiny_letters"]["metrics"]["acc"]
+    assert acc["stderr"] == pytest.approx((acc["value"] * (1 - acc["value"]) / 2) ** 0.5)
     # All of it is written, with what decides it.
     written = json.loads((tmp_path / harness.RESULTS).read_text())
     assert written["harness"]["version"]
