@@ -22,7 +22,7 @@ from qwen_jax.params import Params
 from qwen_jax.tokenizer import Tokenizer
 from train.checkpoint import Checkpoints, is_taken
 from train.interrupt import Interruption
-from train.loop import CheckpointConfig, Data, Diagnosis, LoopConfig, Monitor, fit
+from train.loop import CheckpointConfig, Data, Diagnosis, LoopConfig, Measurement, Monitor, fit
 from train.objective import Objective
 from train.optimizer import OptimizerConfig
 from train.state import TrainState, abstract_state, fresh_state, init_state
@@ -42,6 +42,7 @@ class Phase(Generic[B]):
       mesh: from `make_mesh`.
       data: the batches from a step on, counted from 0.
       evaluate: held-out metrics of a state, by the jitted evaluation step of the objective.
+      measurement: what else is measured of a state.
     """
 
     end: int
@@ -50,6 +51,7 @@ class Phase(Generic[B]):
     mesh: Mesh
     data: Callable[[int], Data[B]]
     evaluate: Callable[[TrainState, EvalStep[B]], Mapping[str, float]] | None = None
+    measurement: Measurement | None = None
 
 
 class Reporter(Protocol):
@@ -192,6 +194,7 @@ def launch(job: Job[B]) -> Outcome:
                             mesh=phase.mesh,
                             config=job.loop,
                             evaluate=_evaluation(phase, programs),
+                            measurement=phase.measurement,
                             checkpoints=_PhaseCheckpoints(checkpoints, phase.objective.model, job.data_record),
                             stop=stop,
                             monitor=report.monitor(index),

@@ -23,9 +23,10 @@ from train.data.feed import Feed
 from train.data.mixture import Mixture
 from train.data.rows import PackedRows
 from train.distributed import check_same
+from train.evaluate.in_training import OpenedTasks
 from train.inputs import HeldOutBatches, open_data
 from train.launch import Export, Job, Phase
-from train.loop import ByStep, held_out_sums
+from train.loop import ByStep, Measurement, held_out_sums
 from train.observe.goodput import Clock
 from train.observe.report import Report, ReportedStage
 from train.resume import changed_since_last_launch, check_stages_taken
@@ -122,13 +123,35 @@ def pretrain(config: RunConfig, console: Console | None = None, export: WriteExp
         meshes = stage_meshes(config, config.model)
         if config.export is not None and export is None:
             raise InputError("Writing config.export needs the function `export`; the command line gives it.")
-    return begun.launch(config.output, lambda: _job(config, tokenizer, meshes, begun.console, begun.clock, export))
+        measurements = _measurements(config, tokenizer, meshes, begun.console)
+    opened = tokenizer, meshes, measurements, begun.console, begun.clock
+    return begun.launch(config.output, lambda: _job(config, *opened, export))
+
+
+def _measurements(
+    config: RunConfig, tokenizer: Tokenizer, meshes: Sequence[Mesh], console: Console
+) -> list[Measurement | None]:
+    """The benchmarks of each stage, with their data opened."""
+    if config.tasks is None:
+        return [None] * len(meshes)
+    opened, every = OpenedTasks(config.tasks, tokenizer), config.tasks.every
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def of_stage(index: int) -> Measurement:
+        model, step = config.next_token(index).model, config.step_config(index)
+        measure = opened.measure_on(model, step, meshes[index], say)
+        return Measurement(every, lambda state: measure(state.params))
+
+    return [of_stage(index) for index in range(len(meshes))]
 
 
 def _job(
     config: RunConfig,
     tokenizer: Tokenizer,
     meshes: Sequence[Mesh],
+    measurements: Sequence[Measurement | None],
     console: Console,
     clock: Clock,
     export: WriteExport | None,
@@ -155,6 +178,7 @@ def _job(
             mesh=mesh,
             data=lambda step: ByStep(Feed(mixture, step, mesh)),
             evaluate=held_out.evaluation(index, mesh),
+            measurement=measurements[index],
         )
 
     def check_resume(checkpoints: Checkpoints, step: int) -> None:
