@@ -1,6 +1,7 @@
 """Pre-training runs: from a configuration to a job, which `train.launch` takes to its end; the command line of it."""
 
 import argparse
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -123,25 +124,27 @@ def pretrain(config: RunConfig, console: Console | None = None, export: WriteExp
         meshes = stage_meshes(config, config.model)
         if config.export is not None and export is None:
             raise InputError("Writing config.export needs the function `export`; the command line gives it.")
-        measurements = _measurements(config, tokenizer, meshes, begun.console)
+        tasks = None if config.tasks is None else OpenedTasks(config.tasks, tokenizer)
+        measurements = _measurements(config, tasks, meshes, begun.console)
     opened = tokenizer, meshes, measurements, begun.console, begun.clock
-    return begun.launch(config.output, lambda: _job(config, *opened, export))
+    with contextlib.nullcontext() if tasks is None else contextlib.closing(tasks):
+        return begun.launch(config.output, lambda: _job(config, *opened, export))
 
 
 def _measurements(
-    config: RunConfig, tokenizer: Tokenizer, meshes: Sequence[Mesh], console: Console
+    config: RunConfig, tasks: OpenedTasks | None, meshes: Sequence[Mesh], console: Console
 ) -> list[Measurement | None]:
-    """The benchmarks of each stage, with their data opened."""
-    if config.tasks is None:
+    """How the benchmarks of a run are measured in each stage."""
+    if tasks is None:
         return [None] * len(meshes)
-    opened, every = OpenedTasks(config.tasks, tokenizer), config.tasks.every
+    every = tasks.config.every
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def of_stage(index: int) -> Measurement:
         model, step = config.next_token(index).model, config.step_config(index)
-        measure = opened.measure_on(model, step, meshes[index], say)
+        measure = tasks.measure_on(model, step, meshes[index], say)
         return Measurement(every, lambda state: measure(state.params))
 
     return [of_stage(index) for index in range(len(meshes))]

@@ -41,7 +41,8 @@ class TokenModel:
           engine: answers `Generate`; None if there are none.
           identity: what decides the answers besides the requests.
         """
-        self.name, self.context_length, self.encoder = name, encoder.context_length, encoder
+        self.name, self.encoder = name, encoder
+        self.context_length: int | None = encoder.context_length
         self._scorer, self._engine, self._identity = scorer, engine, dict(identity or {})
 
     def identity(self) -> Mapping[str, Any]:
