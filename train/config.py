@@ -10,6 +10,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.remat import Remat
 from train.data.mixture import MixtureStage, Weight
+from train.evaluate.in_training import TaskEvaluation
 from train.fields import as_json as as_json
 from train.fields import at_least, call, check_axes
 from train.fields import set_fields as _set_fields
@@ -86,6 +87,7 @@ class RunConfig:
       optimizer: AdamW; its learning rate is in the stages.
       step: how a step is computed.
       loop: evaluation, and when to give up.
+      tasks: benchmarks to measure while training; by default none.
       checkpoints: how often to save, and what to keep.
       export: Hugging Face folder to write after the last step; by default none.
       verify_data: before training, compare the sha256 of all data with what was built. It reads all data.
@@ -110,6 +112,7 @@ class RunConfig:
     optimizer: AdamW = AdamW()
     step: StepConfig = StepConfig()
     loop: LoopConfig = LoopConfig()
+    tasks: TaskEvaluation | None = None
     checkpoints: CheckpointConfig = CheckpointConfig()
     export: str | None = None
     verify_data: bool = False

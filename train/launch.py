@@ -24,7 +24,7 @@ from qwen_jax.params import Params
 from qwen_jax.tokenizer import Tokenizer
 from train.checkpoint import Checkpoints, is_taken
 from train.interrupt import Interruption
-from train.loop import CheckpointConfig, Data, Diagnosis, LoopConfig, Monitor, fit
+from train.loop import CheckpointConfig, Data, Diagnosis, LoopConfig, Measurement, Monitor, fit
 from train.objective import Objective
 from train.optimizer import OptimizerConfig, rate_table
 from train.state import TrainState, abstract_state, fresh_state, init_state
@@ -44,6 +44,7 @@ class Phase(Generic[B]):
       mesh: from `make_mesh`.
       data: the batches from a step on, counted from 0.
       evaluate: held-out metrics of a state, by the jitted evaluation step of the objective.
+      measurement: what else is measured of a state.
     """
 
     end: int
@@ -52,6 +53,7 @@ class Phase(Generic[B]):
     mesh: Mesh
     data: Callable[[int], Data[B]]
     evaluate: Callable[[TrainState, EvalStep[B]], Mapping[str, float]] | None = None
+    measurement: Measurement | None = None
 
 
 class Reporter(Protocol):
@@ -195,6 +197,7 @@ def launch(job: Job[B], programs: "Programs | None" = None) -> Outcome:
                             mesh=phase.mesh,
                             config=job.loop,
                             evaluate=_evaluation(phase, steps),
+                            measurement=phase.measurement,
                             checkpoints=_PhaseCheckpoints(checkpoints, phase.objective.model, job.data_record),
                             stop=stop,
                             monitor=report.monitor(index),

@@ -177,6 +177,19 @@ class Monitor:
     arrays: Callable[[int, str, np.ndarray], None] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What is measured of the weights besides held-out metrics, such as benchmarks.
+
+    Attributes:
+      every: steps between two measurements; also before the first step and after the last.
+      measure: metrics of a state, by their names in the log.
+    """
+
+    every: int
+    measure: Callable[[TrainState], Mapping[str, float]]
+
+
 def _no_explanation(numbers: Mapping[str, float]) -> str:
     return ""
 
@@ -204,6 +217,7 @@ def fit(
     mesh: Mesh,
     config: LoopConfig = LoopConfig(),
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+    measurement: Measurement | None = None,
     checkpoints: Saves | None = None,
     stop: Callable[[int], bool] | None = None,
     monitor: Monitor | None = None,
@@ -224,6 +238,7 @@ def fit(
       mesh: where batches are placed.
       config: when to evaluate, and when to give up.
       evaluate: held-out metrics of a state.
+      measurement: what else is measured of a state.
       checkpoints: where to save.
       stop: asked after each step, with its number; if it says yes, the state is saved and returned.
       monitor: what watches the run.
@@ -248,13 +263,18 @@ def fit(
         if reader.skipped == config.max_skipped:
             raise InputError(reader.why_to_give_up(state, checkpoints))
 
-    def held_out(step: int) -> None:
-        if evaluate and config.evaluate_every:
+    def held_out(step: int, all_of_it: bool) -> None:
+        if evaluate and config.evaluate_every and (all_of_it or _due(step, config.evaluate_every)):
             clock.lap("step")
             before = clock.seconds["evaluation"]
             numbers = {f"held_out_{name}": value for name, value in evaluate(state).items()}
             clock.lap("evaluation")
             reader.evaluated(step, numbers, clock.seconds["evaluation"] - before)
+        if measurement and (all_of_it or _due(step, measurement.every)):
+            clock.lap("step")
+            measured = measurement.measure(state)
+            clock.lap("evaluation")
+            reader.measured(step, measured)
 
     def save(step: int, final: bool) -> None:
         nonlocal postponed
@@ -274,7 +294,7 @@ def fit(
         reader.record_time(step)
 
     if first == 0:
-        held_out(0)
+        held_out(0, True)
     for index in range(first, steps):
         step = index + 1
         # A trace begins with an idle device.
@@ -300,7 +320,8 @@ def fit(
         save_due = checkpoints is not None and (
             stopped or (save_every > 0 and (last or postponed or _due(step, save_every)))
         )
-        if last or save_due or _due(step, config.evaluate_every):
+        evaluates = _due(step, config.evaluate_every) or (measurement is not None and _due(step, measurement.every))
+        if last or save_due or evaluates:
             report()
         if monitor.profile and step == monitor.profile.last:
             report()
@@ -311,14 +332,12 @@ def fit(
         if step == steps and not stopped and reader.ruined(state):
             raise InputError(reader.why_to_give_up(state, checkpoints))
         # Evaluate and save. After a stop there may be no time for an evaluation: saving comes first.
-        evaluates = step == steps or _due(step, config.evaluate_every)
-        if evaluates and not stopped:
-            held_out(step)
+        if not stopped:
+            held_out(step, step == steps)
         if save_due:
             save(step, last)
-        if evaluates and stopped:
-            held_out(step)
         if stopped:
+            held_out(step, step == steps)
             break
     return state
 
@@ -402,6 +421,14 @@ class _Reader(Generic[B]):
             self.monitor.log.write({"step": step, **numbers})
         if self.monitor.display:
             self.monitor.display.evaluation(step, numbers, seconds)
+
+    def measured(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Passes other metrics on."""
+        if self.monitor.log:
+            self.monitor.log.write({"step": step, **numbers})
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        if self.monitor.display:
+            self.monitor.display.say(f"step {step}: {shown or 'nothing was measured'}")
 
     def record_time(self, step: int) -> None:
         """Logs where the time of the run went."""

@@ -16,7 +16,7 @@ from train.tune_config import TuneConfig
 # What a stage has where it says nothing.
 _STAGE_DEFAULTS = {"accumulation": "step.accumulation", "remat": "step.remat", "rope_theta": "model.rope_theta"}
 # Where a run is and what it shows, which changes nothing that it learns.
-_NO_CHANGE = ("output", "profile", "wandb_project", "verify_data", "max_raw_megabytes", "export")
+_NO_CHANGE = ("output", "profile", "wandb_project", "verify_data", "max_raw_megabytes", "export", "tasks")
 
 
 def changed_since_last_launch(config: RunConfig) -> dict[str, tuple[Any, Any]]:

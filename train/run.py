@@ -1,6 +1,7 @@
 """Pre-training runs: from a configuration to a job, which `train.launch` takes to its end; the command line of it."""
 
 import argparse
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,9 +24,10 @@ from train.data.feed import Feed
 from train.data.mixture import Mixture
 from train.data.rows import PackedRows
 from train.distributed import check_same
+from train.evaluate.in_training import OpenedTasks
 from train.inputs import HeldOutBatches, open_data
 from train.launch import Export, Job, Phase, Programs
-from train.loop import ByStep, held_out_sums
+from train.loop import ByStep, Measurement, held_out_sums
 from train.observe.goodput import Clock
 from train.observe.report import Report, ReportedStage
 from train.resume import changed_since_last_launch, check_stages_taken
@@ -128,15 +130,37 @@ def pretrain(
         meshes = stage_meshes(config, config.model)
         if config.export is not None and export is None:
             raise InputError("Writing config.export needs the function `export`; the command line gives it.")
-    return begun.launch(
-        config.output, lambda: _job(config, tokenizer, meshes, begun.console, begun.clock, export), programs
-    )
+        tasks = None if config.tasks is None else OpenedTasks(config.tasks, tokenizer)
+        measurements = _measurements(config, tasks, meshes, begun.console)
+    opened = tokenizer, meshes, measurements, begun.console, begun.clock
+    with contextlib.nullcontext() if tasks is None else contextlib.closing(tasks):
+        return begun.launch(config.output, lambda: _job(config, *opened, export), programs)
+
+
+def _measurements(
+    config: RunConfig, tasks: OpenedTasks | None, meshes: Sequence[Mesh], console: Console
+) -> list[Measurement | None]:
+    """How the benchmarks of a run are measured in each stage."""
+    if tasks is None:
+        return [None] * len(meshes)
+    every = tasks.config.every
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def of_stage(index: int) -> Measurement:
+        model, step = config.next_token(index).model, config.step_config(index)
+        measure = tasks.measure_on(model, step, meshes[index], say)
+        return Measurement(every, lambda state: measure(state.params))
+
+    return [of_stage(index) for index in range(len(meshes))]
 
 
 def _job(
     config: RunConfig,
     tokenizer: Tokenizer,
     meshes: Sequence[Mesh],
+    measurements: Sequence[Measurement | None],
     console: Console,
     clock: Clock,
     export: WriteExport | None,
@@ -163,6 +187,7 @@ def _job(
             mesh=mesh,
             data=lambda step: ByStep(Feed(mixture, step, mesh)),
             evaluate=held_out.evaluation(index, mesh),
+            measurement=measurements[index],
         )
 
     def check_resume(checkpoints: Checkpoints, step: int) -> None:

@@ -1,6 +1,8 @@
 """Runs benchmarks on a model: asks, scores, and writes every score with all that decides it."""
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import re
@@ -107,8 +109,15 @@ def run(
     return summary
 
 
-def ask(store: Store, task: Task, items: Sequence[Item]) -> list[Rounds]:
-    """The responses of each item, round by round; an item without an answer to a request is asked nothing more."""
+def ask(store: Store, task: Task, items: Sequence[Item], quiet: bool = False) -> list[Rounds]:
+    """The responses of each item, round by round; an item without an answer to a request is asked nothing more.
+
+    Args:
+      store: asks the model.
+      task: whose items they are.
+      items: some or all of them.
+      quiet: whether there is no bar.
+    """
     rounds: list[Rounds] = [[] for _ in items]
     open_items = list(range(len(items)))
     while True:
@@ -119,8 +128,9 @@ def ask(store: Store, task: Task, items: Sequence[Item]) -> list[Rounds]:
         if not wanted:
             return rounds
         requests = [request for _, own in wanted for request in own]
-        with progress_bar(task.name, len(requests)) as advance:
-            responses = iter(store(requests, lambda: advance(1)))
+        bar = contextlib.nullcontext(lambda _: None) if quiet else progress_bar(task.name, len(requests))
+        with bar as advance:
+            responses = iter(store(requests, functools.partial(advance, 1)))
         open_items = []
         for i, own in wanted:
             rounds[i].append([next(responses) for _ in own])

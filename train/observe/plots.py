@@ -67,7 +67,7 @@ def plot_stages(
     unit: str = "nats a token",
     curve: str = "loss",
 ) -> None:
-    """Plots a run of several stages: losses or rewards, learning rate and speed.
+    """Plots a run of several stages: losses or rewards, benchmarks if there are any, learning rate and speed.
 
     Args:
       records: of the log.
@@ -83,9 +83,10 @@ def plot_stages(
     steps, _ = _series(records, "loss")
     if not len(steps):
         raise InputError("There is nothing to plot: the log has no step with a finite loss yet.")
-    figure = _figure(title, 7.2)
-    grid = figure.add_gridspec(2, 2, height_ratios=(1.7, 1))
-    loss, rate, speed = (figure.add_subplot(cell) for cell in (grid[0, :], grid[1, 0], grid[1, 1]))
+    tasks = sorted({n for r in records for n in r if n.startswith("task/") and not n.endswith("/items")})
+    figure = _figure(title, 10.0 if tasks else 7.2)
+    grid = figure.add_gridspec(3 if tasks else 2, 2, height_ratios=(1.7, 1.3, 1) if tasks else (1.7, 1))
+    loss, rate, speed = (figure.add_subplot(cell) for cell in (grid[0, :], grid[-1, 0], grid[-1, 1]))
     # Losses, over the whole width.
     _style(loss, f"{curve} ({unit})" if curve == "loss" else curve.replace("/", ", "))
     _curve(loss, *_series(records, curve), "training")
@@ -98,6 +99,14 @@ def plot_stages(
         if len(where):
             loss.plot(where, values, color=colour, linewidth=1.5, marker="o", markersize=3.5, label=f"held-out {label}")
     loss.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    # Benchmarks, on the same axis of steps.
+    if tasks:
+        scores = figure.add_subplot(grid[1, :], sharex=loss)
+        _style(scores, "benchmarks")
+        for name, colour in zip(tasks, itertools.cycle(_COLOURS), strict=False):
+            label = name.removeprefix("task/")
+            scores.plot(*_series(records, name), color=colour, linewidth=1.5, marker="o", markersize=3.5, label=label)
+        scores.legend(frameon=False, fontsize=9, labelcolor=_INK)
     # Learning rate and speed, below.
     _style(rate, "learning rate")
     rate.plot(*_thinned(*_series(records, "learning_rate")), color=_BLUE, linewidth=1.8)

@@ -48,8 +48,8 @@ class Logs:
 def tags(record: Mapping[str, float]) -> dict[str, float]:
     """Renames the numbers of a record for TensorBoard and Weights & Biases.
 
-    Numbers of a step become `train/<name>`, held-out numbers `held_out/<name>`, and the time spent on each kind of
-    `train.observe.goodput.KINDS` becomes `goodput/<kind>`, a fraction of the wall time.
+    Numbers of a step become `train/<name>`, held-out numbers `held_out/<name>`, `task/...` stays as it is, and the time
+    spent on each kind of `train.observe.goodput.KINDS` becomes `goodput/<kind>`, a fraction of the wall time.
 
     Args:
       record: a record of the log.
@@ -65,6 +65,8 @@ def tags(record: Mapping[str, float]) -> dict[str, float]:
     for name, value in record.items():
         if name.startswith("held_out_"):
             named[f"held_out/{name.removeprefix('held_out_')}"] = value
+        elif name.startswith("task/"):
+            named[name] = value
         elif name != "step":
             named[f"train/{name}"] = value
     return named
