@@ -16,6 +16,7 @@ from train.evaluate.task import DataFile, Task
 _MODULES = (
     "code",
     "gsm8k",
+    "ifeval",
     "live_code_bench",
     "lv_eval",
     "m3exam",
