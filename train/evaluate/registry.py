@@ -15,6 +15,7 @@ from train.evaluate.task import DataFile, Task
 # Modules of train/evaluate/benchmarks, each with `TASKS`.
 _MODULES = (
     "code",
+    "flores",
     "gsm8k",
     "ifeval",
     "live_code_bench",
