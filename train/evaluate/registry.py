@@ -23,6 +23,7 @@ _MODULES = (
     "m3exam",
     "mathematics",
     "mmlu",
+    "mt_bench",
     "multipl_e",
     "theorem_qa",
 )
