@@ -15,12 +15,15 @@ from train.evaluate.task import DataFile, Task
 # Modules of train/evaluate/benchmarks, each with `TASKS`.
 _MODULES = (
     "code",
+    "flores",
     "gsm8k",
+    "ifeval",
     "live_code_bench",
     "lv_eval",
     "m3exam",
     "mathematics",
     "mmlu",
+    "mt_bench",
     "multipl_e",
     "theorem_qa",
 )
