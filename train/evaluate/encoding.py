@@ -38,15 +38,17 @@ class RequestEncoder:
         self._prefix_text = tokenizer.decode([self.prefix])
         spaces = any(" " in token or "\n" in token for token in tokenizer.control_ids)
         self._cuts = bool(getattr(tokenizer, "splits_as_qwen2", False)) and not spaces
+        # Whether the tokenizer puts something before texts.
+        self._adds = len(tokenizer.encode("")) > 0
         self._known: dict[str, list[int]] = {}
         self._characters = 0
-        # The context of the pair before: the answers to a question come one after the other.
-        self._last: tuple[str, list[int]] = ("", [])
+        # The context of the pair before, in two parts: the answers to a question come one after the other.
+        self._last: tuple[str, list[int], str, list[int]] = ("", [], "", [])
 
     def text(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text. What the tokenizer puts before texts is not put there twice."""
         special = add_special_tokens and not text.startswith(self._prefix_text)
-        if not self._cuts or (special and len(self.tokenizer.encode(""))):
+        if not self._cuts or (special and self._adds):
             return self.tokenizer.encode(text, add_special_tokens=special)
         ids: list[int] = []
         begin = 0
@@ -78,9 +80,11 @@ class RequestEncoder:
                 continuation, context = context[-spaces:] + continuation, context[:-spaces]
         if context:
             if context != self._last[0]:
-                self._last = context, self.text(context)
-            before, whole = self._last[1], self.text(context + continuation)
-            ids = before, whole[len(before) :]
+                cut = self._last_cut(context)
+                head = self.text(context[:cut]) if cut else []
+                self._last = context, head, context[cut:], self.text(context[cut:])
+            _, head, tail, end = self._last
+            ids = head + end, self.text(tail + continuation)[len(end) :]
         else:
             after = self.text(continuation, add_special_tokens=False)
             ids = ([self.prefix], after) if after[:1] != [self.prefix] else (after[:1], after[1:])
@@ -93,6 +97,18 @@ class RequestEncoder:
         room = self.context_length + 1 - len(ids[1])
         self.truncated += len(ids[0]) > room
         return ids[0][-room:], ids[1]
+
+    def _last_cut(self, context: str) -> int:
+        """Where the last part of a context begins, which is encoded with each continuation; 0 if that is all of it."""
+        if not self._cuts or self._adds:
+            return 0
+        at = context.rfind(" ", 0, len(context) - 1)
+        while at > 0:
+            around = context[at - 1] + context[at + 1]
+            if around.isascii() and around.isalpha():
+                return at
+            at = context.rfind(" ", 0, at)
+        return 0
 
     def windows(self, text: str) -> list[tuple[list[int], list[int]]]:
         """A text in windows of the model's context, each token of it in one continuation.

@@ -262,6 +262,13 @@ def test_texts_are_encoded_as_a_whole(tokenizer: Tokenizer) -> None:
     for _ in range(300):
         text = "".join(rng.choice(np.array(parts, object), rng.integers(1, 14)).tolist())
         assert encoder.text(text) == tokenizer.encode(text)
+        # The second continuation finds the context remembered.
+        for _ in range(2):
+            context, after = text.rstrip(), "".join(rng.choice(np.array(parts, object), 2).tolist()) + "."
+            before = tokenizer.encode(context)
+            whole = tokenizer.encode(context + after)
+            if context and len(whole) > len(before) and len(whole) < 100:
+                assert encoder.pair(context, after) == (before, whole[len(before) :])
     assert encoder.pair("a question ", "word") == encoder.pair("a question", " word")
     assert encoder.pair("", "word")[0] == [tokenizer.eos_id] == encoder.pair("  ", "word")[0]
     before, after = encoder.pair("word " * 300, "and")
