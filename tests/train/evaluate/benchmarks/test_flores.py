@@ -1,6 +1,7 @@
 """Flores: the corpus numbers are sacrebleu's, and files that do not fit are named."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,8 +20,9 @@ def test_the_numbers_are_those_of_sacrebleu(tmp_path: Path) -> None:
     target.write_text("\n".join(references) + "\n")
     items = items_of(task, source, target)
     (request,) = task.requests(items[1], ())
-    assert request.prompt[0]["content"].startswith("Translate this German text into English.")
-    assert request.prompt[0]["content"].endswith("\n\nZwei {Steine}.")
+    message: Any = request.prompt[0]
+    assert message["content"].startswith("Translate this German text into English.")
+    assert message["content"].endswith("\n\nZwei {Steine}.")
     answers = ["The old river runs\nthrough a valley.", references[1]]
     verdicts = verdicts_of(task, items, lambda item, number, request: answers[int(item.id)])
     clean = [" ".join(text.split()) for text in answers]

@@ -91,10 +91,10 @@ def test_the_numbers_are_those_of_lm_eval(oracle: Any, tmp_path: Path) -> None:
     names = {"prompt_strict": "prompt_level_strict_acc", "prompt_loose": "prompt_level_loose_acc"}
     names |= {"instruction_strict": "inst_level_strict_acc", "instruction_loose": "inst_level_loose_acc"}
     theirs = {str(one["key"]): oracle.process_results(one, [texts[str(one["key"])]]) for one in records}
-    for key, verdict in found.items():
+    for name_of, verdict in found.items():
         ours = {name: verdict.details.get(name, verdict.scores[name]) for name in names}
-        expected = {name: theirs[key][other] for name, other in names.items()}
-        assert ours == expected, (texts[key], verdict.details)
+        expected = {name: theirs[name_of][other] for name, other in names.items()}
+        assert ours == expected, (texts[name_of], verdict.details)
     for name in ("instruction_strict", "instruction_loose"):
         whole = share([verdict.details[name] for verdict in found.values()])
         assert whole == pytest.approx(oracle.agg_inst_level_acc([one[names[name]] for one in theirs.values()]))

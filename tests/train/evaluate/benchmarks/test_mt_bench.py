@@ -11,7 +11,8 @@ from train.evaluate.task import Response, Tools
 class Judge:
     """Rates by what it reads; answers in the reverse order."""
 
-    name, context_length = "judge", None
+    name: str = "judge"
+    context_length: int | None = None
 
     def identity(self) -> dict[str, Any]:
         return {}
