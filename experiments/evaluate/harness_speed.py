@@ -47,8 +47,12 @@ def slices(words: Sequence[str], rng: np.random.Generator) -> Callable[[float], 
 
     def give(tokens: float) -> str:
         count = max(int(tokens / 2.2), 1)
-        at = int(rng.integers(len(words) - count))
-        return " ".join(words[at : at + count]).replace("\n\n", "\n")
+        while True:
+            at = int(rng.integers(len(words) - count))
+            text = " ".join(words[at : at + count]).replace("\n\n", "\n")
+            # Indented code has long runs of spaces, and a continuation needs a token.
+            if text.strip():
+                return text
 
     return give
 
