@@ -14,6 +14,7 @@ from train.evaluate.task import DataFile, Task
 
 # Modules of train/evaluate/benchmarks, each with `TASKS`.
 _MODULES = (
+    "arena_hard",
     "code",
     "flores",
     "gsm8k",

@@ -1,0 +1,101 @@
+"""Arena-Hard: both orders are judged, the win rate is that of Bradley-Terry, and style is held equal."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qwen_jax.errors import InputError
+from tests.helpers.benchmarks import items_of, verdicts_of, write_lines
+from tests.helpers.runs import print_seed
+from train.evaluate.benchmarks.arena_hard import TASKS, controlled_win_rate, style, win_rate
+from train.evaluate.task import Response, Tools
+
+
+class Judge:
+    """Prefers the answer with the larger number, clearly if it is twice as large; says nothing of 13."""
+
+    name: str = "judge"
+    context_length: int | None = None
+
+    def identity(self) -> dict[str, Any]:
+        return {}
+
+    def answer(self, requests: Any, done: Any) -> None:
+        for i, request in reversed(list(enumerate(requests))):
+            text = request.prompt[0]["content"]
+            a, b = (int(text.split(f"<assistant_{x}>\n")[1].split("\n")[0]) for x in "AB")
+            sign = "=" if a == b else ">>" if max(a, b) >= 2 * min(a, b) else ">"
+            better = f"A{sign}B" if a >= b else f"B{sign}A"
+            done(i, Response("unsure" if 13 in (a, b) else f"[[A=B]]? No: [[{better}]]"))
+
+
+def files(tmp_path: Path, answers: list[int]) -> list[Path]:
+    questions = [
+        {"question_id": f"q{i}", "cluster": "sums", "turns": [{"content": f"Q{i}"}]} for i in range(len(answers))
+    ]
+    lines = [
+        {"question_id": f"q{i}", "choices": [{"turns": [{"content": str(answer)}]}]} for i, answer in enumerate(answers)
+    ]
+    return [write_lines(tmp_path / "question.jsonl", questions), write_lines(tmp_path / "answers.jsonl", lines)]
+
+
+def test_both_orders_count_and_a_judge_without_verdict_gives_no_score(tmp_path: Path) -> None:
+    task = TASKS[0]
+    items = items_of(task, *files(tmp_path, [10, 10, 10, 10, 13]))
+    answers = {"q0": "20", "q1": "10", "q2": "11", "q3": "5", "q4": "9"}
+    found = verdicts_of(task, items, lambda item, *_: answers[item.id], Tools(judge=Judge()))
+    assert [found[f"q{i}"].scores["win_rate"] for i in range(5)] == [1.0, 0.5, 1.0, 0.0, None]
+    assert [found[f"q{i}"].details["win_rate"]["games"] for i in range(4)] == [
+        [(1.0, 3), (1.0, 3)],
+        [(0.5, 1), (0.5, 1)],
+        [(1.0, 1), (1.0, 1)],
+        [(0.0, 3), (0.0, 3)],
+    ]
+    assert found["q4"].problem == "the judge gave no [[verdict]]"
+    # Six of one, one of ties, two of small wins, against six: (6 + 1 + 2) / 16.
+    assert win_rate([found[f"q{i}"].details["win_rate"] for i in range(4)]) == 9 / 16
+
+
+def test_version_2_has_another_form(tmp_path: Path) -> None:
+    task = TASKS[1]
+    questions = write_lines(tmp_path / "q.jsonl", [{"uid": "u", "category": "hard", "prompt": "Q"}])
+    content = {"role": "assistant", "content": {"answer": "text"}}
+    answers = write_lines(tmp_path / "a.jsonl", [{"uid": "u", "messages": [{"role": "user", "content": "Q"}, content]}])
+    (item,) = items_of(task, questions, answers)
+    assert (item.fields["question"], item.fields["baseline"], item.groups) == ("Q", "text", {"category": "hard"})
+    write_lines(answers, [{"uid": "other", "messages": [content]}])
+    with pytest.raises(InputError, match="has no answer to the question u"):
+        items_of(task, questions, answers)
+
+
+def drawn(rng: np.random.Generator, strength: float, of_length: float, count: int = 1500) -> list[dict[str, Any]]:
+    """Games whose odds are exp(strength + of_length * difference of length), where the model writes more."""
+    items = []
+    for _ in range(count):
+        length = float(np.clip(rng.normal(0.3, 0.3), -1, 1))
+        p = 1 / (1 + math.exp(-(strength + of_length * length)))
+        items.append({"games": [(float(rng.random() < p), 1) for _ in range(2)], "style": [length, 0.0, 0.0, 0.0]})
+    return items
+
+
+def test_style_is_held_equal() -> None:
+    """The strength of the player is found, whatever the judge likes of long answers."""
+    rng = print_seed()
+    for strength, of_length in ((0.0, 3.0), (0.7, -2.0), (-0.5, 0.0)):
+        items = drawn(rng, strength, of_length)
+        truth = 1 / (1 + math.exp(-strength))
+        assert controlled_win_rate(items) == pytest.approx(truth, abs=0.08)
+        if of_length:
+            assert abs(win_rate(items) - truth) > 0.05
+    plain = [{"games": item["games"], "style": [0.0] * 4} for item in items]
+    assert controlled_win_rate(plain) == pytest.approx(win_rate(plain), abs=1e-4)
+    # One side has won everything: still a number.
+    assert controlled_win_rate([{"games": [(1.0, 3)], "style": [0.5, 0, 0, 0]}] * 20) > 0.9
+
+
+def test_style_of_markdown() -> None:
+    assert style("# A\n- b\n- c **d**", "# A\n- b\n") == [pytest.approx(9 / 25), 0.0, pytest.approx(1 / 3), 1.0]
+    assert style("", "") == [0.0] * 4

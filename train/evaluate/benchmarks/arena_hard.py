@@ -1,0 +1,187 @@
+"""Arena-Hard: a judge compares answers with those of a baseline (Li et al. 2024, arXiv:2406.11939)."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_jax.errors import InputError
+from train.data.tables import read_rows
+from train.evaluate.benchmarks import judges
+from train.evaluate.task import DataFile, Generate, Item, Metric, Response, Task, Tools, Verdict
+
+_SOURCE = "https://github.com/lmarena/arena-hard-auto"
+_TASK = (
+    "You are a fair judge of two assistants' answers to a user. First write the answer that you would give. Then compare "
+    "both answers with it: are they right, helpful, relevant and concise, and do they lack anything that matters? "
+    "Their order and their length must not decide. End with one of these verdicts: [[A>>B]] if assistant A is much "
+    "better, [[A>B]] if it is a little better, [[A=B]] if both are about as good, [[B>A]] or [[B>>A]] if assistant B is."
+)
+_VERDICT = re.compile(r"\[\[(A>>B|A>B|A=B|B>A|B>>A)\]\]")
+# The score of A and the weight of a verdict: as published, a clear one counts three times.
+_GAMES = {"A>>B": (1.0, 3), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, 3)}
+_MARKDOWN = (re.compile(r"^#{1,6} ", re.M), re.compile(r"^\s*(?:[-*+]|\d+\.) ", re.M), re.compile(r"\*\*[^*\n]+\*\*"))
+
+
+def win_rate(items: Sequence[Mapping[str, Any]]) -> float:
+    """The share of games that the model wins, ties as halves, clear verdicts three times.
+
+    With two players this is the win rate of the Bradley-Terry model that is fitted to these games.
+
+    Args:
+      items: `games` of each: score of the model and weight.
+    """
+    games = np.asarray([game for item in items for game in item["games"]], np.float64)
+    return float(np.average(games[:, 0], weights=games[:, 1]))
+
+
+def controlled_win_rate(items: Sequence[Mapping[str, Any]]) -> float:
+    """The win rate that is left when style is held equal: a logistic regression of the games on the player and on the
+    differences of length and Markdown, each divided by its sum and by its deviation; then the win rate at no difference.
+
+    A small ridge penalty on the style's coefficients keeps the fit finite where style decides all games.
+
+    Args:
+      items: `games` as for `win_rate`, and `style`: the differences.
+    """
+    rows = [(score, weight, item["style"]) for item in items for score, weight in item["games"]]
+    y, w = np.asarray([row[0] for row in rows]), np.asarray([row[1] for row in rows], np.float64)
+    style = np.asarray([row[2] for row in rows], np.float64)
+    spread = style.std(axis=0)
+    x = np.concatenate([np.ones((len(y), 1)), style / np.where(spread > 0, spread, 1)], axis=1)
+    penalty = np.diag([1e-6, *[1.0] * style.shape[1]])
+    b = np.zeros(x.shape[1])
+    # Newton's method on a convex loss.
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-np.clip(x @ b, -30, 30)))
+        gradient = x.T @ (w * (p - y)) + penalty @ b
+        step = np.linalg.solve((x * (w * p * (1 - p))[:, None]).T @ x + penalty, gradient)
+        b = b - step * min(1.0, 5 / max(float(np.abs(step).max()), 1e-12))
+        if float(np.abs(step).max()) < 1e-10:
+            break
+    return 1 / (1 + math.exp(-float(np.clip(b[0], -30, 30))))
+
+
+class ArenaHard(Task):
+    """The share of games that the model wins against the baseline, in percent, with and without control of style."""
+
+    citation = "arXiv:2406.11939"
+    needs_judge = True
+    metrics = (
+        Metric("win_rate", aggregate=win_rate, of_details=True),
+        Metric("win_rate_same_style", aggregate=controlled_win_rate, of_details=True),
+    )
+
+    def __init__(self, name: str, folder: str, baseline: str):
+        """
+        Args:
+          name: of the task.
+          folder: below the data root.
+          baseline: the model whose answers are in model_answer/BASELINE.jsonl.
+        """
+        self.name, self.baseline = name, baseline
+        self.questions = DataFile(f"{folder}/question.jsonl", source=_SOURCE, licence="Apache-2.0")
+        self.answers = DataFile(f"{folder}/model_answer/{baseline}.jsonl", source=_SOURCE, licence="Apache-2.0")
+        self.files = (self.questions, self.answers)
+
+    def template(self) -> str:
+        """See `Task.template`."""
+        return (
+            f"{_prompt('{question}', '{a}', '{b}')}\n---\nboth orders; the last [[verdict]]; baseline {self.baseline}"
+        )
+
+    def items(self, files: Mapping[str, Path]) -> Sequence[Item]:
+        """See `Task.items`. Reads the forms of version 0.1 (turns, choices) and version 2 (prompt, messages)."""
+        answers: dict[str, str] = {}
+        for row in read_rows(files[self.answers.path]):
+            text = _answer_of(row.values)
+            if text is None or _id_of(row.values) is None:
+                raise InputError(f"{row.where}: expected question_id or uid, and a text in choices or messages.")
+            answers[str(_id_of(row.values))] = text
+        found = []
+        for row in read_rows(files[self.questions.path]):
+            values, id = row.values, _id_of(row.values)
+            turns = values.get("turns")
+            first = turns[0] if isinstance(turns, list) and turns else values.get("prompt")
+            question = first.get("content") if isinstance(first, dict) else first
+            if id is None or not isinstance(question, str):
+                raise InputError(f"{row.where}: expected question_id or uid, and a text in turns or prompt.")
+            if str(id) not in answers:
+                raise InputError(f"{row.where}: {files[self.answers.path]} has no answer to the question {id}.")
+            groups = {"category": str(values.get("cluster") or values.get("subcategory") or values.get("category"))}
+            found.append(Item(str(id), {"question": question, "baseline": answers[str(id)]}, groups))
+        return found
+
+    def requests(self, item: Item, rounds: Sequence[Sequence[Response]]) -> Sequence[Generate]:
+        """See `Task.requests`."""
+        return () if rounds else (Generate(({"role": "user", "content": item.fields["question"]},), 4096),)
+
+    def score(
+        self, items: Sequence[Item], responses: Sequence[Sequence[Sequence[Response]]], tools: Tools
+    ) -> Sequence[Verdict]:
+        """See `Task.score`. An item needs both of its games."""
+        prompts = []
+        for item, ((response,),) in zip(items, responses, strict=True):
+            question, other = item.fields["question"], item.fields["baseline"]
+            prompts += [_prompt(question, other, response.text), _prompt(question, response.text, other)]
+        answers = judges.ask(tools, prompts, max_tokens=4096)
+        verdicts = []
+        for item, ((response,),), first, second in zip(items, responses, answers[::2], answers[1::2], strict=True):
+            (one, why), (two, why_2) = game(first), game(second)
+            if one is None or two is None:
+                scores = dict.fromkeys((metric.name for metric in self.metrics), None)
+                verdicts.append(Verdict(scores, {"judge": [first.text, second.text]}, why or why_2))
+                continue
+            # In the first game the baseline was assistant A.
+            games = [(1 - one[0], one[1]), two]
+            details = {"games": games, "style": style(response.text, item.fields["baseline"])}
+            rate = win_rate([details])
+            judged = {metric.name: details for metric in self.metrics} | {"judge": [first.text, second.text]}
+            verdicts.append(Verdict(dict.fromkeys((metric.name for metric in self.metrics), rate), judged))
+        return verdicts
+
+
+def game(response: Response) -> tuple[tuple[float, int] | None, str | None]:
+    """The score of assistant A and its weight by the last verdict of a judge, or None and why there is none."""
+    if response.error is not None:
+        return None, f"the judge failed: {response.error}"
+    found = _VERDICT.findall(response.text)
+    return (_GAMES[found[-1]], None) if found else (None, "the judge gave no [[verdict]]")
+
+
+def style(a: str, b: str) -> list[float]:
+    """The differences of two texts in length, headings, list items and bold words, each divided by its sum."""
+    pairs = [(len(a), len(b)), *((len(p.findall(a)), len(p.findall(b))) for p in _MARKDOWN)]
+    return [(x - y) / (x + y) if x + y else 0.0 for x, y in pairs]
+
+
+def _prompt(question: str, a: str, b: str) -> str:
+    return (
+        f"{_TASK}\n\n<question>\n{question}\n</question>\n<assistant_A>\n{a}\n</assistant_A>\n"
+        f"<assistant_B>\n{b}\n</assistant_B>"
+    )
+
+
+def _id_of(values: Mapping[str, Any]) -> Any:
+    return values.get("question_id") or values.get("uid")
+
+
+def _answer_of(values: Mapping[str, Any]) -> str | None:
+    """The text of a line of answers, of either version."""
+    try:
+        content = values["choices"][0]["turns"][0] if "choices" in values else values["messages"][-1]["content"]
+    except (KeyError, IndexError, TypeError):
+        return None
+    for name in ("content", "answer"):
+        if isinstance(content, dict):
+            content = content.get(name, content)
+    return content if isinstance(content, str) else None
+
+
+TASKS = (
+    ArenaHard("arena_hard", "arena_hard/v0.1", "gpt-4-0314"),
+    ArenaHard("arena_hard_v2", "arena_hard/v2.0", "o3-mini-2025-01-31"),
+)
