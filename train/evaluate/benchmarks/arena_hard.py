@@ -15,10 +15,10 @@ from train.evaluate.task import DataFile, Generate, Item, Metric, Response, Task
 
 _SOURCE = "https://github.com/lmarena/arena-hard-auto"
 _TASK = (
-    "You are a fair judge of two assistants' answers to a user. First write the answer that you would give. Then compare "
-    "both answers with it: are they right, helpful, relevant and concise, and do they lack anything that matters? "
+    "You are a fair judge of two assistants' answers to a user. First write the answer that you would give. Then "
+    "compare both answers with it: are they right, helpful, relevant and concise, and do they lack anything that matters? "
     "Their order and their length must not decide. End with one of these verdicts: [[A>>B]] if assistant A is much "
-    "better, [[A>B]] if it is a little better, [[A=B]] if both are about as good, [[B>A]] or [[B>>A]] if assistant B is."
+    "better, [[A>B]] if it is a little better, [[A=B]] if both are equal, [[B>A]] or [[B>>A]] if assistant B is."
 )
 _VERDICT = re.compile(r"\[\[(A>>B|A>B|A=B|B>A|B>>A)\]\]")
 # The score of A and the weight of a verdict: as published, a clear one counts three times.
@@ -40,7 +40,7 @@ def win_rate(items: Sequence[Mapping[str, Any]]) -> float:
 
 def controlled_win_rate(items: Sequence[Mapping[str, Any]]) -> float:
     """The win rate that is left when style is held equal: a logistic regression of the games on the player and on the
-    differences of length and Markdown, each divided by its sum and by its deviation; then the win rate at no difference.
+    differences of length and Markdown, each divided by its sum and by its deviation; then the rate at no difference.
 
     A small ridge penalty on the style's coefficients keeps the fit finite where style decides all games.
 
