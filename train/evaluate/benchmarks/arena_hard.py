@@ -16,7 +16,7 @@ from train.evaluate.task import DataFile, Generate, Item, Metric, Response, Task
 _SOURCE = "https://github.com/lmarena/arena-hard-auto"
 _TASK = (
     "You are a fair judge of two assistants' answers to a user. First write the answer that you would give. Then "
-    "compare both answers with it: are they right, helpful, relevant and concise, and do they lack anything that matters? "
+    "compare both answers with it: are they right, helpful, relevant and concise, and does anything important lack? "
     "Their order and their length must not decide. End with one of these verdicts: [[A>>B]] if assistant A is much "
     "better, [[A>B]] if it is a little better, [[A=B]] if both are equal, [[B>A]] or [[B>>A]] if assistant B is."
 )
