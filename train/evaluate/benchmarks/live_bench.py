@@ -1,4 +1,4 @@
-"""LiveBench: questions of seventeen tasks in six categories, by release, with answers that programs check.
+"""LiveBench: questions of six categories, by release, with answers that programs check.
 
 The rules are in `live_bench_rules` and `live_bench_tables`. A question of a task without a rule here has no score.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from qwen_jax.errors import InputError
 from train.evaluate.benchmarks import live_bench_rules as rules
-from train.evaluate.benchmarks.lines import Ids, check, read_records, texts
+from train.evaluate.benchmarks.lines import Ids, Kinds, check, read_records, texts
 from train.evaluate.benchmarks.live_code_bench import PRELUDE, date_of, decoded_tests, passes_tests
 from train.evaluate.task import DataFile, Generate, Item, Message, Metric, Response, Task, Tools, Verdict, mean
 from train.rewards.text import last_code_block
@@ -76,7 +76,7 @@ class LiveBench(Task):
         """See `Task.items`."""
         ids = Ids()
         found, releases = [], set()
-        kinds = {"category": str, "task": str, "question_id": (str, int), "livebench_release_date": str}
+        kinds: Kinds = {"category": str, "task": str, "question_id": (str, int), "livebench_release_date": str}
         for where, record in read_records(files[FILE.path], kinds):
             came = _date(where, record, "livebench_release_date")
             left = _date(where, record, "livebench_removal_date") if record.get("livebench_removal_date") else ""
