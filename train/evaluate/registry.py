@@ -19,6 +19,7 @@ _MODULES = (
     "flores",
     "gsm8k",
     "ifeval",
+    "live_bench",
     "live_code_bench",
     "lv_eval",
     "m3exam",

@@ -138,7 +138,7 @@ _INSTRUCT = Suite(
     (
         _theirs("MMLU-Pro", "general", "mmlu_pro", 5, "TIGER-Lab/MMLU-Pro"),
         _theirs("MMLU-redux", "general", "mmlu_redux_generative", 0, "fxmarty/mmlu-redux-2.0-ok", note="version 2.0"),
-        _ours("LiveBench 0831", "general", "live_bench", 0),
+        _ours("LiveBench 0831", "general", "live_bench_2408", 0),
         _theirs("GPQA", "mathematics and science", "gpqa_main_cot_zeroshot", 0, "Idavidrein/gpqa", note=_GPQA),
         _ours("MATH", "mathematics and science", "math_instruct", 0),
         _theirs("GSM8K", "mathematics and science", "gsm8k", 4, "openai/gsm8k"),

@@ -21,8 +21,7 @@ from train.sandbox import Outcome, Run, Test
 # Tests that run before a program that has failed one is given up.
 _BATCH = 8
 _FILES = ("test.jsonl", *(f"test{n}.jsonl" for n in range(2, 7)))
-# What a program may use without importing it, as in the benchmark. The last line undoes what hides built-in functions.
-_PRELUDE = """import bisect, collections, copy, datetime, functools, heapq, io, itertools, json, math, operator, random
+PRELUDE = """import bisect, collections, copy, datetime, functools, heapq, io, itertools, json, math, operator, random
 import re, statistics, string, sys
 from bisect import *
 from collections import *
@@ -37,6 +36,7 @@ from typing import *
 from builtins import *
 sys.setrecursionlimit(50000)
 """
+"""What a program may use without importing it, as in the benchmark. The last import undoes what hides built-in ones."""
 # The operations in a pickle of one text. Nothing else is read, and nothing is unpickled.
 _TEXT_PICKLE = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT", "STOP"}
 
@@ -79,7 +79,7 @@ class LiveCodeBench(ProgramTask):
         if not 1 <= release <= len(_FILES):
             raise InputError(f"LiveCodeBench has the releases 1 to {len(_FILES)}, not {release}.")
         for date in (start, end):
-            if date and _date(date) != date:
+            if date and date_of(date) != date:
                 raise InputError(f"A date is such as 2024-08-01, got {date!r}.")
         self.files = tuple(
             DataFile(f"live_code_bench/{file}", source=f"livecodebench/code_generation_lite: {file}", licence="CC")
@@ -95,7 +95,7 @@ class LiveCodeBench(ProgramTask):
             f"{self._end or 'none'}\nmax_tokens: {self.max_tokens}, {sampling_text(self.sampling)}\n"
             "program: the last fenced code block of the answer; none if that is not closed\n"
             "standard output: line by line without white space around, as texts or as numbers; results of methods: "
-            f"equal as JSON, tuples as lists\nbefore a program: {_PRELUDE!r}"
+            f"equal as JSON, tuples as lists\nbefore a program: {PRELUDE!r}"
         )
 
     def items(self, files: Mapping[str, Path]) -> Sequence[Item]:
@@ -127,28 +127,17 @@ class LiveCodeBench(ProgramTask):
         block = last_code_block(answer)
         if block is None or not block[1].strip():
             return None
-        return f"{_PRELUDE}\n{block[1]}"
+        return f"{PRELUDE}\n{block[1]}"
 
     def trial(self, item: Item, program: str, sandbox: Any) -> Trial:
-        tests = self._tests(item)
-        for at in range(0, len(tests), _BATCH):
-            part = tests[at : at + _BATCH]
-            made = [_test(item, test) for test in part]
-            runs: list[Run] = sandbox.run_tests("python", program, made)
-            outcomes = [_outcome(run, test) for run, test in zip(runs, part, strict=True)]
-            for number, (run, outcome) in enumerate(zip(runs, outcomes, strict=True), at + 1):
-                if outcome is Outcome.FAIL:
-                    return Trial({"pass": False}, f"test {number} of {len(tests)}: {run.reason}")
-            if Outcome.ERROR in outcomes:
-                return Trial({"pass": None}, runs[outcomes.index(Outcome.ERROR)].reason)
-        return Trial({"pass": True})
+        return passes_tests(self._tests(item), item.fields["method"], program, sandbox)
 
     def _item(self, where: str, record: Mapping[str, Any], file: str, offset: int) -> Item:
         texts = ("question_content", "question_id", "contest_date", "starter_code", "public_test_cases", "metadata")
         for name in texts:
             check(where, record, name, str)
         check(where, record, "private_test_cases", str)
-        date = _date(record["contest_date"])
+        date = date_of(record["contest_date"])
         if date is None:
             raise InputError(f"{where}: contest_date must begin with a date, found {record['contest_date']!r:.40}.")
         try:
@@ -182,10 +171,34 @@ class LiveCodeBench(ProgramTask):
             stream.seek(item.fields["offset"])
             record = json.loads(stream.readline())
         where = f"{self._paths[file]}, problem {item.id}"
-        tests = [*_decoded(where, record["public_test_cases"]), *_decoded(where, record["private_test_cases"])]
+        tests = [
+            *decoded_tests(where, record["public_test_cases"]),
+            *decoded_tests(where, record["private_test_cases"]),
+        ]
         if not tests:
             raise InputError(f"{where}: the problem has no tests.")
         return tests
+
+
+def passes_tests(tests: Sequence[Mapping[str, str]], method: str, program: str, sandbox: Any) -> Trial:
+    """Runs a program on tests until one fails.
+
+    Args:
+      tests: each with the texts `input` and `output`.
+      method: of the class `Solution` that is called; "" if the program reads standard input.
+      program: in Python.
+      sandbox: that runs it.
+    """
+    for at in range(0, len(tests), _BATCH):
+        part = tests[at : at + _BATCH]
+        runs: list[Run] = sandbox.run_tests("python", program, [_test(method, test) for test in part])
+        outcomes = [_outcome(run, test) for run, test in zip(runs, part, strict=True)]
+        for number, (run, outcome) in enumerate(zip(runs, outcomes, strict=True), at + 1):
+            if outcome is Outcome.FAIL:
+                return Trial({"pass": False}, f"test {number} of {len(tests)}: {run.reason}")
+        if Outcome.ERROR in outcomes:
+            return Trial({"pass": None}, runs[outcomes.index(Outcome.ERROR)].reason)
+    return Trial({"pass": True})
 
 
 def same_output(found: str, expected: str) -> bool:
@@ -238,8 +251,19 @@ def _lines(path: Path) -> Any:
         raise InputError(f"{path}: the file cannot be read: {error}.") from None
 
 
-def _decoded(where: str, text: str) -> list[dict[str, str]]:
-    """Tests from JSON, or from a compressed pickle of it in base 64, as private tests are published."""
+def decoded_tests(where: str, text: str) -> list[dict[str, str]]:
+    """Tests from JSON, or from a compressed pickle of it in base 64, as private tests are published.
+
+    Args:
+      where: for messages.
+      text: of the tests.
+
+    Returns:
+      Tests with the texts `input` and `output`.
+
+    Raises:
+      InputError: the text is no list of tests.
+    """
     try:
         if not text.lstrip().startswith("["):
             text = text_of_pickle(zlib.decompress(base64.b64decode(text, validate=True)))
@@ -252,8 +276,7 @@ def _decoded(where: str, text: str) -> list[dict[str, str]]:
     return list(tests)
 
 
-def _test(item: Item, test: Mapping[str, str]) -> Test:
-    method = item.fields["method"]
+def _test(method: str, test: Mapping[str, str]) -> Test:
     if not method:
         return Test(stdin=test["input"], expected_stdout=test["output"])
     code = (
@@ -282,7 +305,7 @@ def _decimals(line: str) -> list[Decimal] | None:
         return None
 
 
-def _date(text: str) -> str | None:
+def date_of(text: str) -> str | None:
     """The date at the beginning of a text; None if there is none."""
     try:
         return datetime.date.fromisoformat(text[:10]).isoformat()
