@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -117,6 +118,10 @@ async def _loglikelihood(client: OpenAIGenerator, request: Loglikelihood) -> Res
     return Response(error=reply) if isinstance(reply, str) else reply
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def _response(answer: Answer) -> Response:
     return Response(answer.text, answer.finish, answer.tokens, error=answer.refused)
 
@@ -143,7 +148,8 @@ def _echoed(data: bytes, begin: int, end: int) -> Response:
     _, choice = _choice(data)
     found = choice.get("logprobs")
     names = ("tokens", "token_logprobs", "text_offset")
-    if not isinstance(found, dict) or not all(isinstance(found.get(name), list) for name in names):
+    lists = [found.get(name) if isinstance(found, dict) else None for name in names]
+    if not all(isinstance(each, list) for each in lists) or len({len(each) for each in lists if each is not None}) > 1:
         return Response(error="the server gives no log-probabilities of a prompt (echo with logprobs)")
     total, greedy, count = 0.0, True, 0
     tops = found.get("top_logprobs") or [None] * len(found["tokens"])
@@ -151,10 +157,13 @@ def _echoed(data: bytes, begin: int, end: int) -> Response:
         # A token that begins before the continuation and ends in it counts as the continuation's.
         if offset + len(token) <= begin or offset >= end:
             continue
-        if logprob is None:
+        if not _is_number(logprob):
             return Response(error="the server gives no log-probability of a token of the continuation")
+        # Without the most likely token nobody knows whether this one is.
+        if not isinstance(top, dict) or not top or not all(map(_is_number, top.values())):
+            return Response(error="the server does not say which tokens are the most likely (top_logprobs)")
         total, count = total + logprob, count + 1
-        greedy = greedy and (not isinstance(top, dict) or not top or logprob >= max(top.values()) - 1e-9)
+        greedy = greedy and logprob >= max(top.values()) - 1e-9
     if not count:
         return Response(error="the server's log-probabilities do not reach the continuation")
     return Response(tokens=count, logprob=total, greedy=greedy)
