@@ -187,6 +187,8 @@ class LVEval(Task):
 
     def items(self, files: Mapping[str, Path]) -> Sequence[Item]:
         """See `Task.items`."""
+        if self.dataset in _CHINESE:
+            chinese_tokens("")  # Found missing before the model is asked.
         found = []
         for row in read_rows(files[self.files[0].path]):
             fields: dict[str, Any] = {name: row.values.get(name) for name in ("input", "context", "answers")}

@@ -55,6 +55,10 @@ def test_chinese_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     # ROUGE-L of the longest common subsequence, in order.
     assert lv_eval.scores("dureader_mixup", "狐红跑", "红狐跑", None)["score"] == pytest.approx(2 / 3)
     monkeypatch.setitem(sys.modules, "jieba", None)
+    # Before the model is asked, too.
+    task = next(task for task in lv_eval.TASKS if task.dataset == "cmrc_mixup")
+    with pytest.raises(InputError, match="pip install jieba"):
+        task.items({})
     with pytest.raises(InputError, match="pip install jieba"):
         lv_eval.scores("lic_mixup", "红", "红", None)
 
