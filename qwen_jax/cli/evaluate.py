@@ -90,6 +90,9 @@ class Evaluate:
             raise InputError("Give either --model DIR or --base-url URL.")
         if self.max_seqs < 1 or self.workers < 1:
             raise InputError("--max-seqs and --workers must be at least 1.")
+        # The identity of a model is the hash of all files in its folder: results in it would change it each time.
+        if self.model is not None and self.output.resolve().is_relative_to(Path(self.model).resolve()):
+            raise InputError(f"--output {self.output} lies in the folder of the model. Give another folder.")
         evaluation, run = sibling("train.evaluate.evaluation"), sibling("train.evaluate.run")
         chosen, chat = self._chosen(evaluation), self.chat
         if chosen is None:
@@ -164,7 +167,10 @@ class Evaluate:
             ]
             print_table(str(summary["model"]["name"]), ["task", "metric", "score", "95% interval", "items"], rows)
             print(f"all numbers: {self.output / 'summary.json'}; to read: {self.output / 'report.html'}")
-        unscored = 0
+        failed = (summary.get("harness") or {}).get("failed", {})
+        for task, why in failed.items():
+            complain(f"{task}: {why.rstrip('.')}.")
+        unscored = len(failed)
         for task, found in summary["tasks"].items():
             unscored += max((metric["unscored"] for metric in found["metrics"].values()), default=0)
             for line in report.problems_of(found):

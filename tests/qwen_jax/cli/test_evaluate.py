@@ -113,3 +113,12 @@ def test_the_list_says_what_data_is_there(capsys: Capture, data: Path) -> None:
     assert found["humaneval"]["missing"]
     assert found["humaneval"]["needs"] == ["sandbox"]
     assert run(capsys, "list")[0] == 0
+
+
+def test_results_do_not_lie_in_the_folder_of_the_model(capsys: Capture, model: Path, data: Path) -> None:
+    """They would change the model's identity, and each run would ask everything again."""
+    command = ("--model", model, "--tasks", "mmlu", "--data-root", data)
+    status, _, err = run(capsys, *command, "--output", model / "eval")
+    assert status != 0
+    assert "lies in the folder of the model" in err
+    assert not (model / "eval").exists()
