@@ -219,8 +219,9 @@ class LVEval(Task):
         """See `Task.score`."""
         found = []
         for item, ((response,),) in zip(items, responses, strict=True):
-            if response.error is not None:
-                found.append(Verdict({"score": None, "keyword_recall": None}, problem=response.error))
+            problem = "the prompt is longer than the model's context" if response.prompt_cut else response.error
+            if problem is not None:
+                found.append(Verdict({"score": None, "keyword_recall": None}, problem=problem))
                 continue
             fields = item.fields
             found.append(
