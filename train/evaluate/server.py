@@ -148,14 +148,22 @@ def _echoed(data: bytes, begin: int, end: int) -> Response:
     _, choice = _choice(data)
     found = choice.get("logprobs")
     names = ("tokens", "token_logprobs", "text_offset")
-    lists = [found.get(name) if isinstance(found, dict) else None for name in names]
-    if not all(isinstance(each, list) for each in lists) or len({len(each) for each in lists if each is not None}) > 1:
-        return Response(error="the server gives no log-probabilities of a prompt (echo with logprobs)")
+    nothing = Response(error="the server gives no log-probabilities of a prompt (echo with logprobs)")
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), list) for name in names):
+        return nothing
     total, greedy, count = 0.0, True, 0
-    tops = found.get("top_logprobs") or [None] * len(found["tokens"])
-    for token, logprob, offset, top in zip(*(found[name] for name in names), tops, strict=False):
+    tokens, logprobs, offsets = (found[name] for name in names)
+    tops = found.get("top_logprobs") or [None] * len(tokens)
+    if not len(tokens) == len(logprobs) == len(offsets) > 0 or not all(type(offset) is int for offset in offsets):
+        return nothing
+    # A token ends where the next one begins: the name of a part of a character is longer than it is.
+    stops = [*offsets[1:], offsets[-1] + len(str(tokens[-1]))]
+    # The last token is the one that was generated, or where that is left out the prompt's own last one.
+    if end not in (offsets[-1], stops[-1]) and not str(tokens[-1]).startswith("bytes:"):
+        return Response(error="the server's text offsets are not those of the prompt, so its tokens cannot be told")
+    for logprob, offset, stop, top in zip(logprobs, offsets, stops, tops, strict=False):
         # A token that begins before the continuation and ends in it counts as the continuation's.
-        if offset + len(token) <= begin or offset >= end:
+        if (offset < begin and stop <= begin) or offset >= end:
             continue
         if not _is_number(logprob):
             return Response(error="the server gives no log-probability of a token of the continuation")
