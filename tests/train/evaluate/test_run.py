@@ -123,6 +123,15 @@ def test_responses_of_another_model_are_not_taken(tmp_path: Path) -> None:
     assert len(one.asked) == 3
     other = MadeModel(lambda _: Response("other"), "other")
     assert {r.text for r in Store(other, tmp_path / "responses.jsonl")(requests)} == {"other"}
+    # Records of another form, and one that was cut in the middle, are asked again, and no other.
+    lines = (tmp_path / "responses.jsonl").read_text().splitlines()
+    old = json.dumps({**json.loads(lines[0]), "of_an_older_version": 1})
+    (tmp_path / "responses.jsonl").write_text("\n".join([old, *lines[2:], lines[1][:40]]))
+    one.asked.clear()
+    assert [r.text for r in Store(one, tmp_path / "responses.jsonl")(requests)] == ["one"] * 4
+    assert len(one.asked) == 2
+    assert [r.text for r in Store(one, tmp_path / "responses.jsonl")(requests)] == ["one"] * 4
+    assert len(one.asked) == 2
 
 
 def test_two_runs_are_compared_item_by_item(data: Path, tmp_path: Path) -> None:
