@@ -143,6 +143,8 @@ def evaluate(
     summary = run(model, names.ours, folder, options, tools)
     failed: dict[str, str] = {}
     if names.harness:
+        # A summary is that of a finished evaluation.
+        (folder / SUMMARY).unlink()
         found = harness.run(model, tokenizer, names.harness, folder, settings)
         ours = registry.tasks()
         for name, task in found["tasks"].items():

@@ -337,6 +337,11 @@ def test_an_evaluation_finds_what_is_missing_first_and_loses_no_other_task(folde
         assert {"sums", "tiny_group", "tiny_letters"} <= set(summary["tasks"])
         assert "too long" in summary["left_out"]["tiny_rolling"]
         assert summary["harness"]["failed"].keys() == {"tiny_rolling"}
+    # An evaluation that is killed between the two kinds of tasks leaves no summary.
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Recorded(dies_after=13), names("tiny_letters"), tmp_path / "killed", options, how)
+    assert (tmp_path / "killed" / "sums.jsonl").is_file()
+    assert not (tmp_path / "killed" / "summary.json").exists()
     compared = compare(tmp_path / "a", tmp_path / "b")["tasks"]
     assert compared["tiny_letters"]["metrics"]["acc"]["items"] == 2
     assert compared["tiny_group"]["metrics"]["acc"]["items"] == 0
