@@ -66,6 +66,7 @@ class Rewards:
 
         import jax
 
+        from qwen_jax.cli.formats import CheckpointFormats
         from qwen_jax.config import load_config
         from qwen_jax.hub import SMALL, is_hub_id, resolve
         from qwen_jax.inference.scorer import Scorer, check_scores
@@ -79,6 +80,8 @@ class Rewards:
             raise InputError(f"--tokens-per-batch must be at least 1, got {self.tokens_per_batch}.")
         mesh = make_mesh(parse_mesh(self.mesh))
         small = resolve(name, SMALL)
+        if self.output.resolve().is_relative_to(small.resolve()):
+            raise InputError(f"--output {self.output} lies in the folder of the model. Give another folder.")
         config, tokenizer = load_config(small), load_tokenizer(small)
         check_scores(config)
         Sharding.for_inference(config, mesh)
@@ -88,6 +91,8 @@ class Rewards:
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else config.dtype)
         settings = {
             "model": name,
+            # A training run goes on, and its newest checkpoint is another model.
+            "weights": CheckpointFormats().fingerprint(name) if any(of.files for of in sets) else "",
             "config": sibling("train.fields").as_json(config),
             "tokenizer": tokenizer.fingerprint(),
             "chat_template": hashlib.sha256(tokenizer.chat_template.source().encode()).hexdigest(),

@@ -150,6 +150,9 @@ class Evaluate:
             server = sibling("train.evaluate.server")
             return server.ServerModel(self.base_url, self.served_model, concurrency=self.max_seqs), None
         model = Model(str(self.model), Sampling(), self.running, need_tokenizer=True)
+        # The identity of a model is the hash of all files in its folder: results in it would change it each time.
+        if self.output.resolve().is_relative_to(Path(model.folder).resolve()):
+            raise InputError(f"--output {self.output} lies in the folder of the model. Give another folder.")
         return InProcess(model, self.max_seqs), model.tokenizer
 
     def _show(self, summary: Mapping[str, Any]) -> int:
@@ -164,7 +167,10 @@ class Evaluate:
             ]
             print_table(str(summary["model"]["name"]), ["task", "metric", "score", "95% interval", "items"], rows)
             print(f"all numbers: {self.output / 'summary.json'}; to read: {self.output / 'report.html'}")
-        unscored = 0
+        failed = (summary.get("harness") or {}).get("failed", {})
+        for task, why in failed.items():
+            complain(f"{task}: {why.rstrip('.')}.")
+        unscored = len(failed)
         for task, found in summary["tasks"].items():
             unscored += max((metric["unscored"] for metric in found["metrics"].values()), default=0)
             for line in report.problems_of(found):
@@ -281,6 +287,8 @@ class InProcess:
           model: small files and options.
           max_seqs: texts that are generated at the same time.
         """
+        import jax
+
         from qwen_jax.cli.formats import CheckpointFormats
 
         assert model.tokenizer is not None
@@ -297,10 +305,14 @@ class InProcess:
         self.name = str(model.checkpoint)
         self.context_length = model.config.context_length
         self._encoder = encoding.RequestEncoder(model.tokenizer, self.context_length)
+        running, formats = model.running, CheckpointFormats()
         self._identity = {
-            "weights": CheckpointFormats().fingerprint(self.name),
+            "weights": formats.fingerprint(self.name),
+            "adapter": None if running.adapter is None else formats.fingerprint(_adapter(running.adapter)),
+            # What it is by default depends on the machine.
+            "dtype": running.dtype or ("float32" if jax.default_backend() == "cpu" else model.config.dtype),
             "tokenizer": model.tokenizer.fingerprint(),
-            "running": dataclasses.asdict(model.running),
+            "running": dataclasses.asdict(running),
         }
 
     def identity(self) -> Mapping[str, Any]:
@@ -358,6 +370,13 @@ class InProcess:
             kv_dtype=model.running.kv_dtype,
             eos_token_ids=model.eos_token_ids,
         )
+
+
+def _adapter(name: str) -> str:
+    """The folder of an adapter, which is downloaded if it is a Hub id."""
+    from qwen_jax.hub import ADAPTER, is_hub_id, resolve
+
+    return str(resolve(name, ADAPTER)) if is_hub_id(name) else name
 
 
 def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -40,7 +40,9 @@ class CheckpointFormats:
         from qwen_jax.hub import resolve
 
         whole = hashlib.sha256()
-        for file in sorted(p for p in resolve(path).rglob("*") if p.is_file()):
+        place = resolve(path)
+        # A GGUF file is a checkpoint by itself.
+        for file in [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file()):
             with file.open("rb") as opened:
                 whole.update(hashlib.file_digest(opened, "sha256").digest())
         return whole.hexdigest()

@@ -183,7 +183,8 @@ class Completions:
             ids = [*prompt[1], *ids]
         logprobs = None
         if self._body.logprobs is not None:
-            logprobs = CompletionLogprobs(self._context.tokenizer, self._body.logprobs).piece(tokens, ids)
+            maker = CompletionLogprobs(self._context.tokenizer, self._body.logprobs)
+            logprobs = maker.piece(tokens, ids, prompt=len(prompt[1]) if self._echo else 0)
         reason = "length" if none else finished.finish_reason
         return {
             "index": index,

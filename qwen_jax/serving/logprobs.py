@@ -56,20 +56,27 @@ class CompletionLogprobs:
         self._tokenizer, self._top, self._offset = tokenizer, top, offset
         self._decoder = StreamDecoder(tokenizer, skip_special_tokens=True)
 
-    def piece(self, tokens: Sequence[TokenInfo | None], ids: Sequence[int] | None = None) -> dict[str, Any]:
+    def piece(
+        self, tokens: Sequence[TokenInfo | None], ids: Sequence[int] | None = None, prompt: int = 0
+    ) -> dict[str, Any]:
         """The object for the next tokens.
 
         Args:
           tokens: None where there is no log-probability: for the first token of a prompt.
           ids: of the tokens, where some of them are None.
+          prompt: how many of them are of an echoed prompt, whose text has its control tokens too.
         """
+        control = set(self._tokenizer.control_ids.values()) if prompt else set()
         names, offsets = [], []
         for i, token in enumerate(tokens):
             token_id = token.id if token is not None else (ids or [])[i]
             names.append(self._name(token_id))
             offsets.append(self._offset)
             if 0 <= token_id < self._tokenizer.vocab_size:
-                self._offset += len(self._decoder.push([token_id]))
+                text = self._decoder.push([token_id])
+                self._offset += len(text)
+                if i < prompt and token_id in control and not text.endswith(names[-1]):
+                    self._offset += len(names[-1])
         return {
             "tokens": names,
             "token_logprobs": [None if token is None else finite(token.logprob) for token in tokens],

@@ -104,8 +104,9 @@ def _task(
 
 
 def _records(folder: Path, task: str) -> dict[str, dict[str, Any]]:
-    """The records of a task by the ids of items."""
-    return {record["id"]: record for record in read_records(folder / f"{file_name(task)}.jsonl", "scores")}
+    """The records of a task by the ids of items; none for a group of lm-eval's tasks, whose parts have them."""
+    path = folder / f"{file_name(task)}.jsonl"
+    return {record["id"]: record for record in read_records(path, "scores")} if path.is_file() else {}
 
 
 def _summary(folder: Path) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """An evaluation: our benchmarks and tasks of lm-eval, on one model, with one summary and one page."""
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from qwen_jax.tokenizer import Tokenizer
 from train.evaluate import harness, registry, suites
@@ -47,6 +49,9 @@ def sort_names(names: Sequence[str], shots: Mapping[str, int | None] | None = No
         if any(name.startswith(THEIRS) for name in theirs):
             harness.check_installed()
         registry.find(names)  # Says what is similar.
+    plain = [name.removeprefix(THEIRS) for name in theirs]
+    if twice := [name for i, name in enumerate(plain) if name in plain[:i]]:
+        raise InputError(f"Expected names of tasks, each once; got {twice[0]} twice.")
     ours = [name for name in names if name in known]
     if ours or not theirs:
         registry.find(ours)
@@ -131,26 +136,36 @@ def evaluate(
     Raises:
       InputError: see `run.run` and `harness.run`.
     """
-    summary = run(model, names.ours, folder, options, tools)
+    settings = settings or harness.Settings(data_root=options.data_root, limit=options.limit)
     if names.harness:
-        settings = settings or harness.Settings(data_root=options.data_root, limit=options.limit)
+        # What is not there is found before the first request of any task.
+        harness.check(names.harness, settings)
+    summary = run(model, names.ours, folder, options, tools)
+    failed: dict[str, str] = {}
+    if names.harness:
+        # A summary is that of a finished evaluation.
+        (folder / SUMMARY).unlink()
         found = harness.run(model, tokenizer, names.harness, folder, settings)
-        ours = {task.name for task in names.ours}
+        ours = registry.tasks()
         for name, task in found["tasks"].items():
             summary["tasks"][_key(name, ours)] = _task(task, found)
-        for name in {record["task"] for record in found["records"]}:
-            lines = "".join(to_json(one) + "\n" for one in _records(name, found["records"]))
+        by_task: dict[str, list[Mapping[str, Any]]] = {}
+        for record in found["records"]:
+            by_task.setdefault(record["task"], []).append(record)
+        for name, records in by_task.items():
+            lines = "".join(to_json(one) + "\n" for one in _records(records))
             write_file(folder / f"{file_name(_key(name, ours))}.jsonl", lines.encode())
-        summary["harness"] = {**found["harness"], "settings": found["settings"]}
-    if left_out:
-        summary["left_out"] = dict(left_out)
+        failed = {_key(name, ours): why for name, why in found["failed"].items()}
+        summary["harness"] = {**found["harness"], "settings": found["settings"], "failed": failed}
+    if left_out or failed:
+        summary["left_out"] = {**(left_out or {}), **failed}
     write_file(folder / SUMMARY, (to_json(summary, indent=2) + "\n").encode())
     write_report(summary, folder, folder / PAGE)
     return summary
 
 
 def _key(name: str, ours: Collection[str]) -> str:
-    """The name of a task of lm-eval among results, where one of ours may have the same."""
+    """The name of a task of lm-eval among results, where the registry has one of the same name."""
     return f"{THEIRS}{name}" if name in ours else name
 
 
@@ -165,7 +180,7 @@ def _task(task: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
             "high": None if error is None else value + 1.96 * error,
             "stderr": error,
             "items": task["items"],
-            "scale": 1.0 if "perplexity" in name or "per_" in name else 100.0,
+            "scale": _scale(name, value),
             "higher_is_better": one["higher_is_better"] is not False,
             "unscored": 0,
         }
@@ -185,18 +200,23 @@ def _task(task: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _records(name: str, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each item, with the scores of all filters that are numbers."""
+def _scale(name: str, value: float) -> float:
+    """What a metric of lm-eval is multiplied with for people: shares are shown in percent, others as they are."""
+    name = name.partition(",")[0]
+    share = name.endswith("_acc") or not re.search("perplexity|per_|bleu|chrf|rouge|^ter$", name)
+    return 100.0 if share and abs(value) <= 1 else 1.0
+
+
+def _records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A line for each item of a task, with the scores of all filters that are numbers."""
     items: dict[str, dict[str, Any]] = {}
     for record in records:
-        if record["task"] != name:
-            continue
         own = items.setdefault(
             record["item"], {"id": record["item"], "groups": {}, "scores": {}, "problem": None, "details": {}}
         )
         label = "" if record["filter"] == "none" else f",{record['filter']}"
         for metric, value in record["scores"].items():
-            if isinstance(value, (bool, int, float)):
+            if harness.is_number(value):
                 own["scores"][metric + label] = float(value)
         own["details"] |= {"expected": str(record["target"]), f"found{label}": str(record["filtered"])[:2000]}
         own["responses"] = record["responses"]

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import numbers
 import os
 import random
 import statistics
@@ -102,17 +103,19 @@ def run(
 
     Returns:
       What `RESULTS` has: for each task its metrics with standard errors, shots, version, hash of its configuration, and
-      the sha256 of the files that were read.
+      the sha256 of the files that were read; `failed`: why a task has no score, because requests have no answer.
 
     Raises:
-      InputError: lm-eval is not installed, an unknown task, data that is not here, or requests without an answer.
+      InputError: lm-eval is not installed, an unknown task, data that is not here, or requests of every task without
+        an answer.
     """
     version = check_installed()
     data = LocalData(settings.data_root, settings.hub)
+    failed: dict[str, str] = {}
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     with data.used(), _quiet():
-        from train.evaluate.harness_lm import HarnessLM
+        from train.evaluate.harness_lm import HarnessLM, UnansweredError
 
         manager = _manager(tasks, settings)
         store = Store(model, None if folder is None else folder / RESPONSES)
@@ -120,7 +123,14 @@ def run(
         found: dict[str, Any] = {}
         records: list[dict[str, Any]] = []
         for task in tasks:
-            raw = _evaluate(lm, manager, task, settings)
+            try:
+                raw = _evaluate(lm, manager, task, settings)
+            except UnansweredError as error:
+                # The other tasks go on.
+                failed[task.name] = str(error)
+                if len(failed) == len(tasks):
+                    raise
+                continue
             found.update(_results(raw, lm))
             records += _records(raw)
         store.finish()
@@ -130,11 +140,29 @@ def run(
         "settings": {k: v if isinstance(v, (int, str)) or v is None else str(v) for k, v in vars(settings).items()},
         "files": data.files,
         "tasks": found,
+        "failed": failed,
     }
     if folder is not None:
         write_file(folder / RECORDS, "".join(to_json(record, default=_plain) + "\n" for record in records).encode())
         write_file(folder / RESULTS, (to_json(result, indent=2, default=_plain) + "\n").encode())
     return {**result, "records": records}
+
+
+def check(tasks: Sequence[HarnessTask], settings: Settings = Settings()) -> None:
+    """Looks for tasks and their data, before anything is asked.
+
+    Args:
+      tasks: of lm-eval.
+      settings: how they are to be run.
+
+    Raises:
+      InputError: lm-eval is not installed, an unknown task, or data that is not here.
+    """
+    check_installed()
+    with LocalData(settings.data_root, settings.hub).used(), _quiet():
+        manager = _manager(tasks, settings)
+        for task in tasks:
+            manager.load([task.name])
 
 
 def _evaluate(lm: Any, manager: Any, task: HarnessTask, settings: Settings) -> Mapping[str, Any]:
@@ -183,12 +211,12 @@ def _results(raw: Mapping[str, Any], lm: Any) -> dict[str, Any]:
         metrics: dict[str, Any] = {}
         for key, value in values.items():
             metric, _, how = key.partition(",")
-            if not how or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            if not how or metric.endswith("_stderr") or not isinstance(value, numbers.Real):
                 continue
             higher = raw["higher_is_better"].get(name, {}).get(metric)
             metrics[metric if how == "none" else f"{metric},{how}"] = {
-                "value": value,
-                "stderr": _standard_error(value, raw.get("samples", {}).get(name, ()), metric, how),
+                "value": float(value),
+                "stderr": _standard_error(float(value), raw.get("samples", {}).get(name, ()), metric, how),
                 "higher_is_better": higher,
             }
         config = raw["configs"].get(name, {})
@@ -210,10 +238,15 @@ def _results(raw: Mapping[str, Any], lm: Any) -> dict[str, Any]:
 def _standard_error(value: float, samples: Sequence[Mapping[str, Any]], metric: str, how: str) -> float | None:
     """The standard error of a metric that is the mean over the items; None for others, and for groups."""
     scores = [sample.get(metric) for sample in samples if sample["filter"] == how]
-    numbers = [float(x) for x in scores if isinstance(x, (int, float))]
-    if len(numbers) < 2 or len(numbers) < len(scores) or abs(statistics.fmean(numbers) - value) > 1e-9:
+    known = [float(_plain(x)) for x in scores if is_number(x)]
+    if len(known) < 2 or len(known) < len(scores) or abs(statistics.fmean(known) - value) > 1e-9:
         return None
-    return statistics.stdev(numbers) / len(numbers) ** 0.5
+    return statistics.stdev(known) / len(known) ** 0.5
+
+
+def is_number(value: object) -> bool:
+    """Whether a score is a number or a truth, of Python or of NumPy."""
+    return isinstance(value, numbers.Real) or type(value).__name__ in ("bool", "bool_")
 
 
 def _records(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -236,7 +269,7 @@ def _records(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     return records
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Any:
     """NumPy's numbers and arrays, which some metrics give for each item, as JSON has them; other objects as text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 

@@ -24,6 +24,10 @@ _MAX_TOKENS_NAMES = "max_gen_toks", "max_new_tokens", "max_tokens", "max_complet
 Answer = Callable[[Sequence[Request]], Sequence[Response]]
 
 
+class UnansweredError(InputError):
+    """Requests of a task have no answer, so that it has no score."""
+
+
 class HarnessLM(LM):
     """What lm-eval's tasks ask, as requests to a `Model`.
 
@@ -75,7 +79,7 @@ class HarnessLM(LM):
         failed = [(request, x) for request, x in zip(requests, found, strict=True) if x.error is not None]
         if failed:
             request, response = failed[0]
-            raise InputError(
+            raise UnansweredError(
                 f"{len(failed)} of {len(asked)} requests have no answer, so their tasks have no score. The first is of "
                 f"task {request.task_name}, item {request.doc_id}: {response.error}"
             )

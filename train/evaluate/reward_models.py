@@ -228,4 +228,5 @@ def _summarise(
 
 def _read_scores(path: Path) -> dict[str, float]:
     """Scores of an earlier run, by the hash of the text."""
-    return {r["text"]: r["score"] for r in read_records(path, "score", warn=False)} if path.exists() else {}
+    records = read_records(path, "score", warn=False) if path.exists() else []
+    return {r["text"]: r["score"] for r in records if isinstance(r["score"], (int, float)) and "text" in r}

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -117,6 +118,10 @@ async def _loglikelihood(client: OpenAIGenerator, request: Loglikelihood) -> Res
     return Response(error=reply) if isinstance(reply, str) else reply
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def _response(answer: Answer) -> Response:
     return Response(answer.text, answer.finish, answer.tokens, error=answer.refused)
 
@@ -143,18 +148,30 @@ def _echoed(data: bytes, begin: int, end: int) -> Response:
     _, choice = _choice(data)
     found = choice.get("logprobs")
     names = ("tokens", "token_logprobs", "text_offset")
+    nothing = Response(error="the server gives no log-probabilities of a prompt (echo with logprobs)")
     if not isinstance(found, dict) or not all(isinstance(found.get(name), list) for name in names):
-        return Response(error="the server gives no log-probabilities of a prompt (echo with logprobs)")
+        return nothing
     total, greedy, count = 0.0, True, 0
-    tops = found.get("top_logprobs") or [None] * len(found["tokens"])
-    for token, logprob, offset, top in zip(*(found[name] for name in names), tops, strict=False):
+    tokens, logprobs, offsets = (found[name] for name in names)
+    tops = found.get("top_logprobs") or [None] * len(tokens)
+    if not len(tokens) == len(logprobs) == len(offsets) > 0 or not all(type(offset) is int for offset in offsets):
+        return nothing
+    # A token ends where the next one begins: the name of a part of a character is longer than it is.
+    stops = [*offsets[1:], offsets[-1] + len(str(tokens[-1]))]
+    # The last token is the one that was generated, or where that is left out the prompt's own last one.
+    if end not in (offsets[-1], stops[-1]) and not str(tokens[-1]).startswith("bytes:"):
+        return Response(error="the server's text offsets are not those of the prompt, so its tokens cannot be told")
+    for logprob, offset, stop, top in zip(logprobs, offsets, stops, tops, strict=False):
         # A token that begins before the continuation and ends in it counts as the continuation's.
-        if offset + len(token) <= begin or offset >= end:
+        if (offset < begin and stop <= begin) or offset >= end:
             continue
-        if logprob is None:
+        if not _is_number(logprob):
             return Response(error="the server gives no log-probability of a token of the continuation")
+        # Without the most likely token nobody knows whether this one is.
+        if not isinstance(top, dict) or not top or not all(map(_is_number, top.values())):
+            return Response(error="the server does not say which tokens are the most likely (top_logprobs)")
         total, count = total + logprob, count + 1
-        greedy = greedy and (not isinstance(top, dict) or not top or logprob >= max(top.values()) - 1e-9)
+        greedy = greedy and logprob >= max(top.values()) - 1e-9
     if not count:
         return Response(error="the server's log-probabilities do not reach the continuation")
     return Response(tokens=count, logprob=total, greedy=greedy)

@@ -10,6 +10,8 @@ import numpy as np
 from train.evaluate.task import mean
 
 _RESAMPLES, _SLOW_RESAMPLES, _SIGNS = 2000, 200, 10_000
+# Random numbers in memory at one time.
+_MOST_DRAWN = 2_000_000
 # All draws are the same every time: equal scores give equal intervals.
 _SEED = 0
 
@@ -46,10 +48,7 @@ def estimate(values: Sequence[Any], aggregate: Callable[[Sequence[Any]], float] 
         return Estimate(whole, items=n)
     draws = np.random.default_rng(_SEED)
     if aggregate is mean:
-        array = np.asarray(values, np.float64)
-        resampled = np.concatenate(
-            [array[draws.integers(0, n, (100, n))].mean(axis=1) for _ in range(_RESAMPLES // 100)]
-        )
+        resampled = _means(np.asarray(values, np.float64), draws)
     else:
         rows = draws.integers(0, n, (_SLOW_RESAMPLES, n))
         resampled = np.asarray([aggregate([values[i] for i in row]) for row in rows.tolist()])
@@ -101,9 +100,10 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
     # A tolerance: sums in another order must not decide.
     bound = abs(value) * (1 - 1e-9)
     while done < _SIGNS:
-        signs = draws.integers(0, 2, (500, n)) * 2 - 1
+        count = _at_a_time(n, _SIGNS - done)
+        signs = draws.integers(0, 2, (count, n)) * 2 - 1
         extreme += int((np.abs((signs * change).mean(axis=1)) >= bound).sum())
-        done += 500
+        done += count
     return Difference(value, low, high, (extreme + 1) / (done + 1), "permutation", n)
 
 
@@ -134,8 +134,15 @@ def paired_aggregate(a: Sequence[Any], b: Sequence[Any], aggregate: Callable[[Se
 
 def _means(values: np.ndarray, draws: np.random.Generator) -> np.ndarray:
     """The means of resampled values, some resamples at a time, which bounds the memory."""
-    n = len(values)
-    return np.concatenate([values[draws.integers(0, n, (100, n))].mean(axis=1) for _ in range(_RESAMPLES // 100)])
+    n, found = len(values), list[np.ndarray]()
+    while (left := _RESAMPLES - sum(map(len, found))) > 0:
+        found.append(values[draws.integers(0, n, (_at_a_time(n, left), n))].mean(axis=1))
+    return np.concatenate(found)
+
+
+def _at_a_time(n: int, left: int) -> int:
+    """How many resamples of n items are drawn at a time. The draws do not depend on it."""
+    return max(1, min(left, _MOST_DRAWN // n))
 
 
 def mcnemar(better: int, worse: int) -> float:

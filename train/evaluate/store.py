@@ -31,9 +31,12 @@ class Store:
         self._salt = hashlib.sha256(to_json(dict(model.identity())).encode()).hexdigest()
         self._known: dict[str, Response] = {}
         if path is not None and path.exists():
+            names = {field.name for field in dataclasses.fields(Response)}
             for record in read_records(path, "key"):
                 key = record.pop("key")
-                self._known[key] = Response(**record)
+                # A record of another form is not known: its request is asked again.
+                if isinstance(key, str) and set(record) == names:
+                    self._known[key] = Response(**record)
 
     def __call__(self, requests: Sequence[Request], answered: Callable[[], None] = lambda: None) -> list[Response]:
         """The responses, in order. Equal requests are asked once, and those without an answer again in a later run.

@@ -67,9 +67,10 @@ def _none(benchmark: str, part: str, shots: int, note: str) -> Entry:
 
 
 _PLUS = "EvalPlus, the mean of HumanEval(+) and MBPP(+)"
-_MULTIPL_E = ("python", "cpp", "java", "php", "typescript", "csharp", "bash", "javascript")
+# Its Python is HumanEval itself.
+_MULTIPL_E = ("cpp", "java", "php", "typescript", "csharp", "bash", "javascript")
 _M3EXAM = ("afrikaans", "chinese", "italian", "javanese", "portuguese", "swahili", "thai", "vietnamese")
-_CODES = {"python": "py", "typescript": "ts", "csharp": "cs", "bash": "sh", "javascript": "js"}
+_CODES = {"typescript": "ts", "csharp": "cs", "bash": "sh", "javascript": "js"}
 _MGSM = "lm-eval's tag holds solutions in each language and in English"
 _GPQA = "which of its sets is not stated; the main set here"
 
@@ -128,7 +129,7 @@ _BASE = Suite(
         _theirs("XStoryCloze", "multilingual understanding", "xstorycloze", 0, "juletxara/xstory_cloze"),
         _theirs("PAWS-X", "multilingual understanding", "pawsx", 5, "google-research-datasets/paws-x"),
         _theirs("MGSM", "multilingual mathematics", "mgsm_cot_native", 8, "juletxara/mgsm", note=_MGSM),
-        _ours("Flores-101", "multilingual translation", "flores", 5),
+        _none("Flores-101", "multilingual translation", 5, "flores_chat_SOURCE_TARGET here is for chat models"),
     ),
 )
 
@@ -149,9 +150,11 @@ _INSTRUCT = Suite(
                 f"MultiPL-E {language}", "coding", f"multipl_e_humaneval_{_CODES.get(language, language)}_instruct", 0
             )
             for language in _MULTIPL_E
+            if language != "csharp"
         ),
+        _none("MultiPL-E csharp", "coding", 0, "the sandbox cannot run its tests"),
         _ours("LiveCodeBench 2305-2409", "coding", "live_code_bench_2305_2409", 0),
-        _ours("IFEval strict-prompt", "alignment", "ifeval", 0),
+        _ours("IFEval strict-prompt", "alignment", "ifeval_chat", 0),
         _ours("Arena-Hard", "alignment", "arena_hard", 0),
         _ours("MT-Bench", "alignment", "mt_bench", 0),
         _theirs("KMMLU", "multilingual", "kmmlu", 5, "HAERAE-HUB/KMMLU"),

@@ -12,6 +12,8 @@ from train.evaluate.encoding import RequestEncoder
 from train.evaluate.task import Generate, Loglikelihood, Request, Response, Rolling
 
 Done = Callable[[int, Response], None]
+# Requests whose ids are in memory at one time.
+_PART = 50_000
 
 
 class TokenModel:
@@ -56,10 +58,11 @@ class TokenModel:
         """See `Model.answer`."""
         texts = [(i, x) for i, x in enumerate(requests) if isinstance(x, Generate)]
         scored = [(i, x) for i, x in enumerate(requests) if not isinstance(x, Generate)]
-        if scored:
-            self._score(scored, done)
-        if texts:
-            self._generate(texts, done)
+        # The ids of a part at a time: a benchmark may have a million requests.
+        for begin in range(0, len(scored), _PART):
+            self._score(scored[begin : begin + _PART], done)
+        for begin in range(0, len(texts), _PART):
+            self._generate(texts[begin : begin + _PART], done)
 
     def _score(self, requests: Sequence[tuple[int, Request]], done: Done) -> None:
         if self._scorer is None:

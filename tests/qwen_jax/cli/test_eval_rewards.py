@@ -1,13 +1,14 @@
 """`qwen-jax eval rewards`: a whole run on a tiny reward model, and what is found before the weights are loaded."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qwen_jax.cli import main
-from qwen_jax.tokenizer import train_bpe
+from qwen_jax.tokenizer import load_tokenizer, train_bpe
 from tests.helpers.hf import make_hf_checkpoint
 from tests.helpers.reward import make_reward_checkpoint
 
@@ -82,3 +83,16 @@ def test_bad_input_is_found_before_the_weights_are_loaded(
         status, _, err = run(capsys, "eval", "rewards", *argv, "--output", tmp_path / "out")
         assert (status, message in err) == (1, True), err
         assert not (tmp_path / "out").exists()
+
+
+def test_scores_of_other_weights_are_not_taken(capsys: Capture, model: Path, data: Path, tmp_path: Path) -> None:
+    """The folder of a training run has another model tomorrow."""
+    changing = tmp_path / "changing"
+    shutil.copytree(model, changing)
+    command = ("eval", "rewards", changing, "--data-root", data)
+    status, _, err = run(capsys, *command, "--output", changing / "out")
+    assert (status, "lies in the folder of the model" in err) == (1, True)
+    assert run(capsys, *command, "--output", tmp_path / "out")[0] == 0
+    make_reward_checkpoint(changing, "linear", vocab_size=512, eos_token_id=load_tokenizer(model).eos_id, seed=7)
+    status, _, err = run(capsys, *command, "--output", tmp_path / "out")
+    assert (status, "results of other settings: weights" in err) == (1, True), err

@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 
 from qwen_jax.cli import main
+from qwen_jax.cli.evaluate import InProcess
+from qwen_jax.cli.formats import CheckpointFormats
+from qwen_jax.cli.model import Model, Running, Sampling
 from qwen_jax.tokenizer import train_bpe
 from tests.helpers.hf import make_hf_checkpoint
 from tests.helpers.runs import print_seed
@@ -113,3 +116,31 @@ def test_the_list_says_what_data_is_there(capsys: Capture, data: Path) -> None:
     assert found["humaneval"]["missing"]
     assert found["humaneval"]["needs"] == ["sandbox"]
     assert run(capsys, "list")[0] == 0
+
+
+def test_results_do_not_lie_in_the_folder_of_the_model(capsys: Capture, model: Path, data: Path) -> None:
+    """They would change the model's identity, and each run would ask everything again."""
+    command = ("--model", model, "--tasks", "mmlu", "--data-root", data)
+    status, _, err = run(capsys, *command, "--output", model / "eval")
+    assert status != 0
+    assert "lies in the folder of the model" in err
+    assert not (model / "eval").exists()
+
+
+def test_the_identity_of_a_model_has_its_file_and_its_adapter(model: Path, tmp_path: Path) -> None:
+    """Responses of one are never taken for those of another under the same path, or in another dtype."""
+    rng = print_seed()
+    file, adapter = tmp_path / "model.gguf", tmp_path / "adapter"
+    adapter.mkdir()
+    seen = set()
+    for _ in range(2):
+        file.write_bytes(b"GGUF" + rng.bytes(100))
+        (adapter / "adapter_model.safetensors").write_bytes(rng.bytes(100))
+        seen.add(CheckpointFormats().fingerprint(str(file)))
+        for dtype in ("float32", "bfloat16"):
+            running = Running(adapter=str(adapter), dtype=dtype)
+            read = InProcess(Model(str(model), Sampling(), running, need_tokenizer=True), 1)
+            seen.add(json.dumps(read.identity(), sort_keys=True))
+    assert len(seen) == 6
+    default = InProcess(Model(str(model), Sampling(), Running(), need_tokenizer=True), 1)
+    assert default.identity()["dtype"] == "float32"

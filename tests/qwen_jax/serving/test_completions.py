@@ -97,6 +97,17 @@ def test_echo_with_logprobs_as_lm_eval_reads_it() -> None:
     assert answer["choices"][0]["text"] == "bcdx"
 
 
+def test_offsets_of_an_echo_are_those_of_its_text() -> None:
+    """Also behind control tokens, which are a part of the prompt's text."""
+    prompt = "<|im_start|>user\nab<|im_end|>\n<tool_call>cd"
+    answer = complete(FakeEngine("xyz"), prompt=prompt, echo=True, max_tokens=1, logprobs=0)
+    text, logprobs = answer["choices"][0]["text"], answer["choices"][0]["logprobs"]
+    assert text.startswith(prompt)
+    assert logprobs["text_offset"][-1] == len(prompt)
+    for name, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+        assert text[offset:].startswith(name)
+
+
 def test_echo_of_a_text_without_new_tokens() -> None:
     answer = complete(FakeEngine("xyz"), echo=True, max_tokens=0, logprobs=0)
     assert answer["choices"][0]["text"] == "abc"

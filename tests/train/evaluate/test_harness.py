@@ -1,5 +1,6 @@
 """lm-eval's tasks score the same on our models as on its own backend, request by request."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +16,17 @@ from qwen_jax.inference.likelihood import LikelihoodScorer
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from tests.helpers.evaluated import Sums, write_sums
 from tests.helpers.harness_tasks import TASKS, sentence, write_tasks
 from tests.helpers.hf import make_hf_checkpoint
 from tests.helpers.runs import print_seed
-from train.evaluate import harness
+from train.evaluate import harness, token_model
+from train.evaluate.compare import compare
 from train.evaluate.encoding import RequestEncoder
+from train.evaluate.evaluation import Names, _scale, evaluate, sort_names
 from train.evaluate.harness import HarnessTask, Settings
 from train.evaluate.harness_lm import generate_request
+from train.evaluate.run import RunOptions
 from train.evaluate.task import Generate, Loglikelihood, Request, Response, Rolling
 from train.evaluate.token_model import Done, TokenModel
 
@@ -295,3 +300,99 @@ def test_conversations_are_formatted_by_the_template(tokenizer: Tokenizer) -> No
 
     lm.generate_until([Instance("generate_until", {}, (lm.apply_chat_template(messages[:1]), {}), 0)])
     assert model.asked == [Generate(tuple(messages[:1]), 256)]
+
+
+def test_an_evaluation_finds_what_is_missing_first_and_loses_no_other_task(folder: Path, tmp_path: Path) -> None:
+    """Data of lm-eval is looked for before ours is asked; a task without answers takes no other with it; a group, which
+    has no records of its own, can be compared."""
+    group = {
+        "group": "tiny_group",
+        "task": ["tiny_letters"],
+        "aggregate_metric_list": [{"metric": "acc", "aggregation": "mean", "weight_by_size": True}],
+    }
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "group.yaml").write_text(json.dumps(group))
+    write_sums(tmp_path / "data", print_seed())
+    options = RunOptions(tmp_path / "data", limit=4)
+
+    class Partly(Recorded):
+        def answer(self, requests: Sequence[Request], done: Done) -> None:
+            for i, request in enumerate(requests):
+                if isinstance(request, Rolling):
+                    done(i, Response(error="too long"))
+                else:
+                    super().answer([request], lambda _, found, i=i: done(i, found))  # type: ignore[misc]
+
+    def names(*theirs: str) -> Names:
+        return Names((Sums(),), tuple(map(HarnessTask, theirs)))
+
+    how = settings(folder, limit=2)
+    how = dataclasses.replace(how, include=(*how.include, tmp_path / "more"))
+    model = Partly()
+    with pytest.raises(InputError, match="neither a file nor one below --data-root"):
+        evaluate(model, names("tiny_letters"), tmp_path / "a", options, dataclasses.replace(how, data_root=None))
+    assert model.asked == []
+    for out in ("a", "b"):
+        summary = evaluate(model, names("tiny_group", "tiny_rolling"), tmp_path / out, options, how)
+        assert {"sums", "tiny_group", "tiny_letters"} <= set(summary["tasks"])
+        assert "too long" in summary["left_out"]["tiny_rolling"]
+        assert summary["harness"]["failed"].keys() == {"tiny_rolling"}
+    # An evaluation that is killed between the two kinds of tasks leaves no summary.
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Recorded(dies_after=13), names("tiny_letters"), tmp_path / "killed", options, how)
+    assert (tmp_path / "killed" / "sums.jsonl").is_file()
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    compared = compare(tmp_path / "a", tmp_path / "b")["tasks"]
+    assert compared["tiny_letters"]["metrics"]["acc"]["items"] == 2
+    assert compared["tiny_group"]["metrics"]["acc"]["items"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "scale"),
+    [
+        ("acc", 0.5, 100),
+        ("exact_match,strict-match", 1.0, 100),
+        ("bleu_acc", 0.2, 100),
+        ("mcc", -0.1, 100),
+        ("word_perplexity", 9.0, 1),
+        ("bits_per_byte", 0.9, 1),
+        ("bleu", 34.0, 1),
+        ("chrf", 0.4, 1),
+        ("rougeL_max", 20.0, 1),
+        ("ter", 0.9, 1),
+        ("anything", 12.0, 1),
+    ],
+)
+def test_only_shares_are_shown_in_percent(name: str, value: float, scale: float) -> None:
+    assert _scale(name, value) == scale
+
+
+def test_scores_of_numpy_are_numbers() -> None:
+    assert all(map(harness.is_number, (1, 0.5, True, np.float32(1), np.int64(1), np.bool_(True))))
+    assert not any(map(harness.is_number, ("1", (1.0, 2.0), None, np.zeros(2))))
+
+
+def test_a_task_is_named_once() -> None:
+    with pytest.raises(InputError, match="each once; got piqa twice"):
+        sort_names(["piqa", "gsm8k", "lm-eval:piqa"])
+    assert len(sort_names(["gsm8k", "lm-eval:gsm8k"]).harness) == 1
+
+
+def test_many_requests_are_answered_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once, under its own index."""
+    monkeypatch.setattr(token_model, "_PART", 3)
+    model = TokenModel.__new__(TokenModel)
+    sizes = []
+
+    def answer(requests: Sequence[tuple[int, Request]], done: Done) -> None:
+        sizes.append(len(requests))
+        for i, request in requests:
+            done(i, Response(str(request)))
+
+    monkeypatch.setattr(model, "_score", answer)
+    monkeypatch.setattr(model, "_generate", answer)
+    requests = [Generate(str(i)) if i % 3 else Rolling(str(i)) for i in range(11)]
+    found: dict[int, Response] = {}
+    model.answer(requests, found.__setitem__)
+    assert sizes == [3, 1, 3, 3, 1]
+    assert [found[i].text for i in range(11)] == [str(request) for request in requests]

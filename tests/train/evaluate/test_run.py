@@ -123,6 +123,15 @@ def test_responses_of_another_model_are_not_taken(tmp_path: Path) -> None:
     assert len(one.asked) == 3
     other = MadeModel(lambda _: Response("other"), "other")
     assert {r.text for r in Store(other, tmp_path / "responses.jsonl")(requests)} == {"other"}
+    # Records of another form, and one that was cut in the middle, are asked again, and no other.
+    lines = (tmp_path / "responses.jsonl").read_text().splitlines()
+    old = json.dumps({**json.loads(lines[0]), "of_an_older_version": 1})
+    (tmp_path / "responses.jsonl").write_text("\n".join([old, *lines[2:], lines[1][:40]]))
+    one.asked.clear()
+    assert [r.text for r in Store(one, tmp_path / "responses.jsonl")(requests)] == ["one"] * 4
+    assert len(one.asked) == 2
+    assert [r.text for r in Store(one, tmp_path / "responses.jsonl")(requests)] == ["one"] * 4
+    assert len(one.asked) == 2
 
 
 def test_two_runs_are_compared_item_by_item(data: Path, tmp_path: Path) -> None:
@@ -158,8 +167,8 @@ def test_gsm8k_reads_the_published_form(tmp_path: Path) -> None:
     (tmp_path / "gsm8k").mkdir()
     solved = {"question": "2+2?", "answer": "It is <<2+2=4>>4.\n#### 4"}
     (tmp_path / "gsm8k" / "train.jsonl").write_text(f"{json.dumps(solved)}\n" * 5)
-    asked = {"question": "1,000 and 200?", "answer": "Add.\n#### 1,200"}
-    (tmp_path / "gsm8k" / "test.jsonl").write_text(json.dumps(asked) + "\n")
+    asked = {"question": "1,000\u2028and 200?", "answer": "Add.\n#### 1,200"}
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(json.dumps(asked, ensure_ascii=False) + "\n", "utf-8")
     for task in (Gsm8k("gsm8k", 4), Gsm8k("gsm8k_chat", 0)):
         for text, score in (("So 1,200. The answer is 1,200.", 1.0), ("The answer is 12", 0.0), ("none", 0.0)):
             model = MadeModel(lambda _, text=text: Response(text), text)
@@ -178,6 +187,7 @@ def test_gsm8k_reads_the_published_form(tmp_path: Path) -> None:
     ("text", "found"),
     [
         ("The answer is 5. No: the answer is -1,234.50.", "-1234.50"),
+        ("This takes 5-10", "10"),
         ("costs $18.", "18"),
         ("3 apples and .5", ".5"),
         ("The answer is unknown, so 7", "7"),

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 
 from qwen_jax.errors import InputError
+from qwen_jax.inference.outputs import TokenInfo
+from qwen_jax.serving.logprobs import CompletionLogprobs
+from qwen_jax.tokenizer import train_bpe
 from tests.helpers.evaluated import Sums, adds, write_sums
 from tests.helpers.runs import print_seed
 from tests.helpers.scripted_server import Fault, scripted_server
 from train.evaluate.run import RunOptions, run
-from train.evaluate.server import ServerModel
+from train.evaluate.server import ServerModel, _echoed
 from train.evaluate.store import Store
 from train.evaluate.task import Generate, Loglikelihood, Rolling
 
@@ -98,3 +101,43 @@ def test_a_server_that_is_down_ends_the_run_and_nothing_is_lost(tmp_path: Path) 
     # The first round is not asked again.
     assert not any(str(body.get("prompt")).endswith("=") and not body.get("echo") for body in asked)
     assert found["tasks"]["sums"]["metrics"]["accuracy"]["items"] >= 10
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"top_logprobs": None}, "most likely"),
+        ({"top_logprobs": [None] * 5}, "most likely"),
+        ({"token_logprobs": [None, -1.0, float("-inf"), -1.0, -1.0]}, "no log-probability of a token"),
+        ({"token_logprobs": [None, -1.0, "-1.0", -1.0, -1.0]}, "no log-probability of a token"),
+        ({"text_offset": [0, 1]}, "no log-probabilities of a prompt"),
+    ],
+)
+def test_log_probabilities_that_say_too_little_are_no_answer(change: dict[str, Any], said: str) -> None:
+    """Without the most likely tokens nothing is greedy, and what is not finite is no number."""
+    whole = json.loads(echoed("abcd"))
+    assert _echoed(json.dumps(whole).encode(), 2, 4).greedy
+    whole["choices"][0]["logprobs"] |= change
+    found = _echoed(json.dumps(whole).encode(), 2, 4)
+    assert (found.logprob, found.greedy) == (None, False)
+    assert said in str(found.error)
+
+
+def test_parts_of_characters_count_where_their_character_is() -> None:
+    """Their names are longer than they are. Offsets that do not fit the prompt give no number."""
+    tokenizer = train_bpe(["plain text"], 280)
+    context, continuation = "ab\U0001f98a\nA:", " \u4e16c"
+    ids = tokenizer.encode(context + continuation)
+    own = len(tokenizer.encode(continuation))
+    infos = [None, *(TokenInfo(id, -float(2**i), ()) for i, id in enumerate(ids[1:]))]
+    infos.append(TokenInfo(ids[0], -0.5, ()))
+    made = CompletionLogprobs(tokenizer, 1).piece(infos, [*ids, ids[0]])
+    assert any(name.startswith("bytes:") for name in made["tokens"])
+    data = json.dumps({"choices": [{"text": "", "logprobs": made}]}).encode()
+    begin, end = len(context), len(context + continuation)
+    found = _echoed(data, begin, end)
+    assert (found.tokens, found.error) == (own, None)
+    assert found.logprob == -sum(float(2**i) for i in range(len(ids) - 1 - own, len(ids) - 1))
+    made["text_offset"] = [offset + 3 for offset in made["text_offset"]]
+    moved = json.dumps({"choices": [{"text": "", "logprobs": made}]}).encode()
+    assert "offsets" in str(_echoed(moved, begin, end).error)

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from tests.helpers.runs import print_seed
+from train.evaluate import statistics
 from train.evaluate.statistics import estimate, mcnemar, paired
 
 
@@ -73,3 +74,11 @@ def test_a_real_difference_is_found() -> None:
     assert found.low is not None
     assert found.low > 0
     assert paired([], []).items == 0
+
+
+def test_numbers_do_not_depend_on_how_many_draws_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = print_seed()
+    a, b = rng.random((2, 33)).tolist()
+    before = estimate(a), paired(a, b)
+    monkeypatch.setattr(statistics, "_MOST_DRAWN", 33 * 7)
+    assert (estimate(a), paired(a, b)) == before

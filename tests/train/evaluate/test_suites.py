@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from qwen_jax.errors import InputError
+from train.evaluate import registry
 from train.evaluate.suites import SUITES, missing, suite
 
 
@@ -24,6 +25,13 @@ def test_each_task_of_lm_eval_exists_in_its_files() -> None:
     assert sorted(set(named) - words) == []
     for entry in named.values():
         assert all(path in text for path in entry.data), entry
+
+
+def test_each_task_of_ours_is_registered_and_has_a_score() -> None:
+    """A benchmark that nobody has is an entry that says so."""
+    known = registry.tasks()
+    ours = [entry.task for one in SUITES.values() for entry in one.entries if entry.side == "ours"]
+    assert [name for name in ours if name not in known] == []
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

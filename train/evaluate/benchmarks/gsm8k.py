@@ -13,8 +13,8 @@ TEST = DataFile("gsm8k/test.jsonl", source=_SOURCE, licence="MIT")
 TRAIN = DataFile("gsm8k/train.jsonl", source=_SOURCE, licence="MIT")
 _EXTRACTION = "The answer is the number after the last 'The answer is', else the last number of the text."
 _ASK = "{question}\nReason step by step. End with: The answer is NUMBER."
-# A number as people write it: a sign, groups of thousands, decimals.
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+# A number as people write it: a sign that is no minus after a digit, groups of thousands, decimals.
+_NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 _MARK = re.compile(r"[Tt]he (?:final )?answer is\b")
 # Annotations of the data set, such as <<48/2=24>>.
 _CALCULATION = re.compile(r"<<[^<>]*>>")
@@ -107,7 +107,8 @@ def _final(one: Mapping[str, str]) -> str:
 
 def _read(path: Path) -> list[dict[str, str]]:
     found = []
-    for i, line in enumerate(path.read_text("utf-8").splitlines()):
+    # Not `splitlines`: texts in JSON may hold other line separators as they are.
+    for i, line in enumerate(path.read_text("utf-8").rstrip("\n").split("\n")):
         try:
             one = json.loads(line)
         except ValueError:

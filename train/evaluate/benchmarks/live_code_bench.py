@@ -299,10 +299,12 @@ def _outcome(run: Run, test: Mapping[str, str]) -> Outcome:
 
 
 def _decimals(line: str) -> list[Decimal] | None:
+    """The numbers of a line; None if it has something else. Those that are not finite are not compared as numbers."""
     try:
-        return [Decimal(word) for word in line.split()]
+        found = [Decimal(word) for word in line.split()]
     except InvalidOperation:
         return None
+    return found if all(number.is_finite() for number in found) else None
 
 
 def date_of(text: str) -> str | None:

@@ -187,6 +187,8 @@ class LVEval(Task):
 
     def items(self, files: Mapping[str, Path]) -> Sequence[Item]:
         """See `Task.items`."""
+        if self.dataset in _CHINESE:
+            chinese_tokens("")  # Found missing before the model is asked.
         found = []
         for row in read_rows(files[self.files[0].path]):
             fields: dict[str, Any] = {name: row.values.get(name) for name in ("input", "context", "answers")}
@@ -217,8 +219,9 @@ class LVEval(Task):
         """See `Task.score`."""
         found = []
         for item, ((response,),) in zip(items, responses, strict=True):
-            if response.error is not None:
-                found.append(Verdict({"score": None, "keyword_recall": None}, problem=response.error))
+            problem = "the prompt is longer than the model's context" if response.prompt_cut else response.error
+            if problem is not None:
+                found.append(Verdict({"score": None, "keyword_recall": None}, problem=problem))
                 continue
             fields = item.fields
             found.append(

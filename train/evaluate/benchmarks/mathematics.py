@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_jax.errors import InputError
 from train.evaluate.benchmarks.answers import MARKERS, AnswerTask
@@ -10,6 +10,9 @@ from train.evaluate.benchmarks.lines import Ids, read_records, read_text
 from train.evaluate.benchmarks.numbers import value_of
 from train.evaluate.task import DataFile, Item, Tools
 from train.rewards.text import answer_span, last_box
+
+if TYPE_CHECKING:
+    from train.rewards.math import MathReward
 
 # Made here, in the way of MATH's own problems.
 _EXAMPLES = (
@@ -64,6 +67,7 @@ class Mathematics(AnswerTask):
         self.max_tokens = 4096 if chat else self.max_tokens
 
     def items(self, files: Mapping[str, Path]) -> Sequence[Item]:
+        _reward(1).close()  # A missing package is found before the model is asked.
         ids = Ids()
         found = []
         records = read_records(files[self.files[0].path], {"problem": str, "solution": str})
@@ -82,16 +86,20 @@ class Mathematics(AnswerTask):
         return found
 
     def judge(self, items: Sequence[Item], answers: Sequence[str], tools: Tools) -> Sequence[tuple[float | None, Any]]:
-        # Not at the top: it starts processes and needs a package that listing tasks does not.
-        from train.rewards.math import MathReward
-
-        reward = MathReward(markers=MARKERS, workers=max(1, tools.workers))
+        reward = _reward(max(1, tools.workers))
         try:
             gold = [item.fields["answer"] for item in items]
             scores = reward(answers, [True] * len(answers), answer=gold)
         finally:
             reward.close()
         return [(score, answer_span(answer, MARKERS)) for score, answer in zip(scores, answers, strict=True)]
+
+
+def _reward(workers: int) -> "MathReward":
+    # Not at the top: it needs a package that listing tasks does not.
+    from train.rewards.math import MathReward
+
+    return MathReward(markers=MARKERS, workers=workers)
 
 
 class MGSM(AnswerTask):

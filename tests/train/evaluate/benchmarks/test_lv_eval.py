@@ -55,6 +55,10 @@ def test_chinese_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     # ROUGE-L of the longest common subsequence, in order.
     assert lv_eval.scores("dureader_mixup", "狐红跑", "红狐跑", None)["score"] == pytest.approx(2 / 3)
     monkeypatch.setitem(sys.modules, "jieba", None)
+    # Before the model is asked, too.
+    task = next(task for task in lv_eval.TASKS if task.dataset == "cmrc_mixup")
+    with pytest.raises(InputError, match="pip install jieba"):
+        task.items({})
     with pytest.raises(InputError, match="pip install jieba"):
         lv_eval.scores("lic_mixup", "红", "红", None)
 
@@ -76,6 +80,10 @@ def test_a_file_becomes_requests_and_verdicts(tmp_path: Path) -> None:
     assert right.scores == {"score": 1.0, "keyword_recall": 1.0}
     assert failed.scores == {"score": None, "keyword_recall": None}
     assert failed.problem == "a prompt that is too long"
+    # A model that reads the end of a prompt alone has not read what is asked about.
+    (cut,) = one.score(items[:1], [[[Response("red fox", prompt_cut=True)]]], Tools())
+    assert cut.scores == {"score": None, "keyword_recall": None}
+    assert "longer than the model's context" in str(cut.problem)
     path.write_text(json.dumps({"input": "a", "answers": ["b"]}))
     with pytest.raises(InputError, match=r"data\.jsonl, line 1: expected the texts input and context"):
         one.items({one.files[0].path: path})
