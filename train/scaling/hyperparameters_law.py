@@ -214,13 +214,20 @@ def predict(law: Mapping[str, Any], params: float, tokens: float) -> Prediction:
     """
     if not (np.isfinite(params) and np.isfinite(tokens) and params > 0 and tokens > 0):
         raise InputError(f"Expected a positive model size and number of tokens, got {params:g} and {tokens:g}.")
-    pair, level = read_pair(law), float(law["level"])
+    pair = read_pair(law)
+    try:
+        level, ranges = (
+            float(law["level"]),
+            {name: tuple(map(float, law["range"][name])) for name in ("params", "tokens", "flops")},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"The law is not whole: {error!r} in its level or range. Fit it again.") from None
     rate, batch = pair.predict(params, tokens)
     x = np.array([1.0, np.log(params), np.log(tokens)])
     draws = np.array(law.get("draws") or np.zeros((0, 2, 3)), np.float64).reshape(-1, 2, 3) @ x
     warnings = []
     for name, value in (("params", params), ("tokens", tokens), ("flops", 6 * params * tokens)):
-        low, high = law["range"][name]
+        low, high = ranges[name]
         if not low * 0.98 <= value <= high * 1.02:
             factor = value / high if value > high else low / value
             warnings.append(f"{name} {value:.4g} is a factor {factor:.3g} outside the fit's {low:.4g} to {high:.4g}.")

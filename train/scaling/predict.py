@@ -263,6 +263,11 @@ def read_law(path: Path) -> dict[str, Any]:
     value = read_json(path)
     if not isinstance(value.get("law"), str) or "parameters" not in value:
         raise InputError(f"{path} is not a fitted law. Make one with `qwen-jax scaling fit --output DIR`.")
+    if value.get("version") != VERSION:
+        raise InputError(
+            f"{path} is a law of version {value.get('version')!r}; expected version {VERSION}. Fit it again with this "
+            "`qwen-jax scaling fit`."
+        )
     return value
 
 
