@@ -43,6 +43,8 @@ _SAME = 1.02
 MIN_RUNS, _TAKE = 8, 9
 # Log loss above the best of a cell within which runs count.
 WINDOW = 0.01
+# A cell with runs that count so many windows above the best is named: a quadratic hardly holds there.
+_BEYOND = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,6 +339,15 @@ def fit_hyperparameters(
     else:
         used = [valley for valley in valleys if len(valley.cell.log_loss) > 1]
     warnings = [f"Cell {valley.cell.name}: {valley.problem}." for valley in valleys if valley.problem]
+    for valley in used:
+        counted = valley.cell.near(window)
+        above = float(counted.log_loss.max()) - valley.cell.best
+        if above > _BEYOND * window:
+            inside = int((counted.log_loss <= valley.cell.best + window).sum())
+            warnings.append(
+                f"Cell {valley.cell.name}: only {inside} of its runs are within the window of {window:g}; the lowest "
+                f"{len(counted.log_loss)} count, up to {above:.2g} above the best. Add runs near the best."
+            )
     logs = np.log([[valley.cell.params, valley.cell.tokens] for valley in used]).reshape(-1, 2)
     _check_cells(used, valleys, logs, form, terms)
     # Coordinates about the mean of the cells, for a well-conditioned problem.
@@ -406,6 +417,9 @@ def _check_cells(used: list[Valley], valleys: list[Valley], logs: Array, form: F
         raise InputError(
             f"Model size and tokens do not vary independently in the {len(used)} cells, so their exponents cannot be "
             "told apart. Add cells at other ratios of tokens to parameters, or fit a law with terms 'c'."
+            if terms == "nd"
+            else f"What a law in {terms!r} depends on hardly varies in the {len(used)} cells. Add cells with other sizes "
+            "or tokens, or fit a law with other terms."
         )
 
 

@@ -271,3 +271,22 @@ def test_public_step_law_table() -> None:
     assert held["median"] < 0.0010
     assert held["max"] < 0.005
     assert summary(regrets(STEP_LAW, cells))["median"] < 0.0010
+
+
+def test_cells_that_reach_far_beyond_the_window_are_named() -> None:
+    """Steep cells have few runs within the window: the lowest nine count, and the warning says how far up they are."""
+    generator = print_seed()
+    table = sweep(generator, a_law(generator), SMALL_CELLS, off_centre=0.3)
+    cells = [
+        dataclasses.replace(cell, log_loss=cell.best + 400 * (cell.log_loss - cell.best)) for cell in table.cells()
+    ]
+    named = [one for one in fit_hyperparameters(cells, form="pooled", samples=0).warnings if "within the window" in one]
+    assert len(named) == len(cells)
+    assert "the lowest 9 count" in named[0]
+
+
+def test_terms_in_compute_with_one_compute_say_so() -> None:
+    generator = print_seed()
+    table = sweep(generator, a_law(generator), [(1e7, 8e9), (2e7, 4e9), (4e7, 2e9), (8e7, 1e9)])
+    with pytest.raises(InputError, match=r"'c' depends on hardly varies.*other terms"):
+        fit_hyperparameters(table.cells(), form="pooled", terms="c", samples=0)
