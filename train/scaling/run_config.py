@@ -12,6 +12,9 @@ from train.config import RunConfig, load
 from train.files import write_file
 from train.small_runs import check_small_run
 
+# How laws count parameters, and what `ModelConfig.num_params` calls it.
+COUNTED = {"total": "total", "with-head": "active", "non-embedding": "non_embedding"}
+
 
 def configure(
     base: RunConfig,
@@ -87,12 +90,18 @@ def run_of_law(law: Mapping[str, Any], base: str, params: float | None, tokens: 
       The run, and the size of its model as the law counts it.
 
     Raises:
-      InputError: a law of another kind, or a size that is not that of the base's model.
+      InputError: a law of another kind or that does not state its counting; a size that is not that of the base's
+        model.
     """
     from train.scaling.hyperparameters_law import predict
 
+    if law.get("counting") not in COUNTED:
+        raise InputError(
+            f"The law does not state how it counts parameters ({law.get('counting')!r}), so the size of the model of "
+            f"{base} is not known to it. Fit it again with --counting {', '.join(COUNTED)}."
+        )
     config = load(base)
-    size = counted(config.model, law.get("counting"))
+    size = counted(config.model, law["counting"])
     if params is not None and not 0.98 < params / size < 1.02:
         raise InputError(
             f"The model of {base} has {size:,} parameters as the law counts them ({law.get('counting')}), not "
@@ -102,10 +111,9 @@ def run_of_law(law: Mapping[str, Any], base: str, params: float | None, tokens: 
     return configure(config, learning_rate=said.learning_rate, batch_tokens=said.batch_tokens, tokens=tokens), size
 
 
-def counted(model: ModelConfig, counting: str | None) -> int:
-    """The size of a model, as a law counts parameters; with the head and without the embedding if it does not say."""
-    names = {"total": "total", "non-embedding": "non_embedding"}
-    return model.num_params()[names.get(counting or "", "active")]
+def counted(model: ModelConfig, counting: str) -> int:
+    """The size of a model, as a law counts parameters: a key of `COUNTED`."""
+    return model.num_params()[COUNTED[counting]]
 
 
 def write_run_config(path: Path, config: RunConfig, about: str = "A run of `qwen-jax train pretrain`.") -> None:
