@@ -89,3 +89,33 @@ def test_moe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "either --params" in capsys.readouterr().err
     assert main([*arguments, "--moe-form", "bilinear"]) == 1
     assert "needs a column of experts" in capsys.readouterr().err
+
+
+def test_options_of_another_law_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An option that the law does not read is an error before the table is read."""
+    fit = ["scaling", "fit", "--runs", str(tmp_path / "none.csv"), "--law"]
+    for law, option, other in (
+        ("loss", ["--window", "0.03"], "hyperparameters"),
+        ("hyperparameters", ["--method", "approach3"], "loss"),
+        ("moe", ["--terms", "c"], "hyperparameters"),
+    ):
+        assert main([*fit, law, *option]) == 1
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"--law {law} does not read {option[0]}" in said
+        assert f"give --law {other}" in said
+
+
+@pytest.mark.parametrize("change", [{"version": 2}, {"range": None}, {"level": "high"}])
+def test_a_law_that_is_not_whole_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, object]
+) -> None:
+    pair = {"coefficient": 1.0, "params": -0.5, "tokens": 0.3}
+    law = {"law": "hyperparameters", "version": 1, "parameters": {"learning_rate": pair, "batch_tokens": pair}}
+    law |= {"level": 0.9, "range": {name: [1e6, 1e9] for name in ("params", "tokens", "flops")}}
+    path = tmp_path / "law.json"
+    command = ["scaling", "predict", "--law", str(path), "--params", "1e8", "--tokens", "1e9"]
+    path.write_text(json.dumps(law))
+    assert main(command) == 0
+    path.write_text(json.dumps({**law, **change}))
+    assert main(command) == 1
+    assert "Fit it again" in " ".join(capsys.readouterr().err.split())
