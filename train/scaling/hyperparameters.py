@@ -418,8 +418,8 @@ def _check_cells(used: list[Valley], valleys: list[Valley], logs: Array, form: F
             f"Model size and tokens do not vary independently in the {len(used)} cells, so their exponents cannot be "
             "told apart. Add cells at other ratios of tokens to parameters, or fit a law with terms 'c'."
             if terms == "nd"
-            else f"What a law in {terms!r} depends on hardly varies in the {len(used)} cells. Add cells with other sizes "
-            "or tokens, or fit a law with other terms."
+            else f"What a law in {terms!r} depends on hardly varies in the {len(used)} cells. Add cells with other "
+            "sizes or tokens, or fit a law with other terms."
         )
 
 

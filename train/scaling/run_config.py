@@ -10,7 +10,6 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from train.config import RunConfig, load
 from train.files import write_file
-from train.small_runs import check_small_run
 
 # How laws count parameters, and what `ModelConfig.num_params` calls it.
 COUNTED = {"total": "total", "with-head": "active", "non-embedding": "non_embedding"}
@@ -42,9 +41,10 @@ def configure(
       seed, output: by default the base's.
 
     Raises:
-      InputError: the base has several stages, or a value that no run can have.
+      InputError: the base has several stages, fewer tokens than a batch, or a value that no run can have.
     """
-    check_small_run(base)
+    if len(base.stages) != 1:
+        raise InputError(f"Expected a run of one stage, the configuration has {len(base.stages)}.")
     stage, schedule = base.stages[0], base.stages[0].schedule
     if not (batch_tokens > 0 and tokens > 0 and learning_rate > 0):
         raise InputError(
@@ -53,7 +53,12 @@ def configure(
         )
     unit = rows_of_batch(base)
     rows = max(round(batch_tokens / (stage.length * unit)), 1) * unit
-    steps = max(round(tokens / (rows * stage.length)), 1)
+    if tokens < rows * stage.length:
+        raise InputError(
+            f"{tokens:,.0f} tokens are less than a batch of {rows * stage.length:,}. Give more tokens, a smaller "
+            "batch, or a base with shorter rows, fewer micro-batches or fewer shards."
+        )
+    steps = round(tokens / (rows * stage.length))
     share = schedule.warmup_steps / schedule.steps if warmup is None else warmup
     # At least one step is between them.
     warmup_steps = min(round(share * steps), steps - 1)

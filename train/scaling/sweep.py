@@ -188,8 +188,8 @@ def make_plan(sweep: Sweep, folder: Path, results: Mapping[str, float]) -> Plan:
     if len({run.name for run in runs}) < len(runs):
         twice = next(name for name, count in Counter(run.name for run in runs).items() if count > 1)
         raise InputError(
-            f"Two runs of the sweep have the name {twice}: two sizes or MoE shapes whose names join to one, or learning "
-            "rates that agree in four digits. Give other names or rates."
+            f"Two runs of the sweep have the name {twice}: two sizes or MoE shapes whose names join to one, or "
+            "learning rates that agree in four digits. Give other names or rates."
         )
     spent = sum(run.flops for run in runs)
     if spent > sweep.flops:
