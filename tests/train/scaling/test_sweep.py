@@ -379,6 +379,8 @@ def test_runs_that_would_share_a_folder_are_refused(tmp_path: Path) -> None:
     for asked in (joined, sweep(learning_rates=(1e-3, 1.00001e-3))):
         with pytest.raises(InputError, match="Two runs of the sweep have the name"):
             make_plan(asked, tmp_path, {})
+    with pytest.raises(InputError, match="one over another"):
+        sweep(base=base(export=str(tmp_path / "weights")))
     for cells in ((), (("one", 32_000), ("one", 32_000))):
         with pytest.raises(InputError, match="cells must have one"):
             sweep(cells=cells)
