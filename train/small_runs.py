@@ -55,8 +55,12 @@ def check_small_run(config: RunConfig) -> None:
     """Checks that small runs can be made of a configuration.
 
     Raises:
-      InputError: it has several stages, or no held-out loss at the end.
+      InputError: it has several stages, no held-out loss at the end, or an export, which all runs would write.
     """
+    if config.export is not None:
+        raise InputError(
+            f"All small runs would write their weights to {config.export}, one over another. Leave out `export`."
+        )
     if len(config.stages) != 1:
         raise InputError(f"Small runs have one stage, the configuration has {len(config.stages)}.")
     if not config.held_out or not config.loop.evaluate_every:

@@ -15,6 +15,13 @@ from qwen_jax.files import to_json
 Columns = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=COLUMN")]
 Rows = Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN=VALUE")]
 
+# Options of `fit` that one law alone reads.
+_READ_BY = {
+    "loss": ("cells", "method"),
+    "hyperparameters": ("valleys", "terms", "window"),
+    "moe": ("moe_form",),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
@@ -65,6 +72,12 @@ class Fit:
     json: bool = False
 
     def run(self) -> int:
+        for law, names in _READ_BY.items():
+            unread = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != getattr(Fit, name)]
+            if law != self.law and unread:
+                raise InputError(
+                    f"--law {self.law} does not read {', '.join(unread)}. Leave it out, or give --law {law}."
+                )
         value, text, pictures = _FITS[self.law](self)
         if self.output is not None:
             predict = sibling("train.scaling.predict")

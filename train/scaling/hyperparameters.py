@@ -43,6 +43,8 @@ _SAME = 1.02
 MIN_RUNS, _TAKE = 8, 9
 # Log loss above the best of a cell within which runs count.
 WINDOW = 0.01
+# A cell with runs that count so many windows above the best is named: a quadratic hardly holds there.
+_BEYOND = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,6 +339,15 @@ def fit_hyperparameters(
     else:
         used = [valley for valley in valleys if len(valley.cell.log_loss) > 1]
     warnings = [f"Cell {valley.cell.name}: {valley.problem}." for valley in valleys if valley.problem]
+    for valley in used:
+        counted = valley.cell.near(window)
+        above = float(counted.log_loss.max()) - valley.cell.best
+        if above > _BEYOND * window:
+            inside = int((counted.log_loss <= valley.cell.best + window).sum())
+            warnings.append(
+                f"Cell {valley.cell.name}: only {inside} of its runs are within the window of {window:g}; the lowest "
+                f"{len(counted.log_loss)} count, up to {above:.2g} above the best. Add runs near the best."
+            )
     logs = np.log([[valley.cell.params, valley.cell.tokens] for valley in used]).reshape(-1, 2)
     _check_cells(used, valleys, logs, form, terms)
     # Coordinates about the mean of the cells, for a well-conditioned problem.
@@ -346,6 +357,8 @@ def fit_hyperparameters(
     middle = np.mean([one.points.mean(0) for one in near], 0)
     runs = [(one.points - middle, one.log_loss - one.best) for one in near]
     solve = _solve_cells if form == "cells" else _solve_pooled
+    if form == "pooled":
+        warnings += _check_pooled(x_CK, runs)
 
     def matrix(solution: Array) -> Array:
         full = np.column_stack([solution[:, 0] + middle, solution[:, 1:] @ basis])
@@ -406,6 +419,9 @@ def _check_cells(used: list[Valley], valleys: list[Valley], logs: Array, form: F
         raise InputError(
             f"Model size and tokens do not vary independently in the {len(used)} cells, so their exponents cannot be "
             "told apart. Add cells at other ratios of tokens to parameters, or fit a law with terms 'c'."
+            if terms == "nd"
+            else f"What a law in {terms!r} depends on hardly varies in the {len(used)} cells. Add cells with other "
+            "sizes or tokens, or fit a law with other terms."
         )
 
 
@@ -433,13 +449,37 @@ def _solve_cells(x_CK: Array, runs: list[tuple[Array, Array]], weights: list[Arr
     return np.linalg.lstsq(left, right, rcond=None)[0].reshape(2, size), total / count
 
 
+def _pooled_columns(points: Array, x: Array) -> Array:
+    """Columns of the coefficients that the cells share, H and G, at the runs of a cell."""
+    slopes = -np.einsum("na,k->nak", points, x).reshape(len(points), -1)
+    return np.column_stack([_squares(points), slopes])
+
+
+def _check_pooled(x_CK: Array, runs: list[tuple[Array, Array]]) -> list[str]:
+    """Warns of few runs. Raises an InputError where the runs do not determine the coefficients that cells share."""
+    blocks = [_pooled_columns(points, x) for x, (points, _) in zip(x_CK, runs, strict=True)]
+    design = np.concatenate([block - block.mean(0) for block in blocks])
+    free, unknown = len(design) - len(blocks), design.shape[1]
+    scaled = design / np.maximum(np.linalg.norm(design, axis=0), 1e-300)
+    if free < unknown or np.linalg.matrix_rank(scaled, tol=1e-7) < unknown:
+        raise InputError(
+            f"The {len(design)} runs of {len(blocks)} cells do not determine the {unknown} coefficients that the cells "
+            "share. Give cells with three learning rates and three batch sizes that vary independently."
+        )
+    if free < 2 * unknown:
+        return [
+            f"{len(design)} runs of {len(blocks)} cells are few for {unknown} coefficients that the cells share, and a "
+            "constant for each cell: the law may follow their noise."
+        ]
+    return []
+
+
 def _solve_pooled(x_CK: Array, runs: list[tuple[Array, Array]], weights: list[Array], cells: Array) -> _Solution | None:
     """W [2, K] and the curvature from all runs at once; None where the curvature is not positive."""
     size = x_CK.shape[1]
     left, right = np.zeros((3 + 2 * size, 3 + 2 * size)), np.zeros(3 + 2 * size)
     for x, (points, loss), weight, share in zip(x_CK, runs, weights, cells, strict=True):
-        slopes = -np.einsum("na,k->nak", points, x).reshape(len(points), -1)
-        design = np.column_stack([_squares(points), slopes])
+        design = _pooled_columns(points, x)
         # The constant of the cell goes by subtracting weighted means.
         design = design - np.average(design, 0, weight)
         loss = loss - np.average(loss, weights=weight)

@@ -22,7 +22,7 @@ from train.scaling.hyperparameters import (
     law_parameters,
 )
 from train.scaling.regret import Regret, choose_form, largest, leave_out, regrets, summary
-from train.scaling.runs import RunTable
+from train.scaling.runs import UNSTATED, RunTable
 
 COLUMNS = ("params", "tokens", "learning_rate", "batch_tokens", "loss")
 FormChoice: TypeAlias = Literal["auto", "cells", "pooled"]
@@ -87,6 +87,8 @@ def fit_table(
         form, judged = choose_form(cells, terms=terms, window=window)
     fit = fit_hyperparameters(cells, form=form, terms=terms, window=window, samples=samples, seed=seed)
     warnings = [*table.warnings, *warnings, *fit.warnings]
+    if counting == "unstated":
+        warnings.append(UNSTATED)
     found = {law.name: regrets(law, cells, window) for law in (fit.law, STEP_LAW, DEEPSEEK_LAW)}
     # The law without the largest cells, at those.
     held: list[Regret] = []
@@ -192,6 +194,7 @@ class Prediction:
       loss_interval: its interval.
       level: of the intervals.
       warnings: quantities outside the range of the fit.
+      counting: how `params` counts parameters.
     """
 
     params: float
@@ -204,6 +207,7 @@ class Prediction:
     loss_interval: tuple[float, float] | None
     level: float
     warnings: list[str]
+    counting: str
 
 
 def predict(law: Mapping[str, Any], params: float, tokens: float) -> Prediction:
@@ -214,13 +218,20 @@ def predict(law: Mapping[str, Any], params: float, tokens: float) -> Prediction:
     """
     if not (np.isfinite(params) and np.isfinite(tokens) and params > 0 and tokens > 0):
         raise InputError(f"Expected a positive model size and number of tokens, got {params:g} and {tokens:g}.")
-    pair, level = read_pair(law), float(law["level"])
+    pair = read_pair(law)
+    try:
+        level, ranges = (
+            float(law["level"]),
+            {name: tuple(map(float, law["range"][name])) for name in ("params", "tokens", "flops")},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"The law is not whole: {error!r} in its level or range. Fit it again.") from None
     rate, batch = pair.predict(params, tokens)
     x = np.array([1.0, np.log(params), np.log(tokens)])
     draws = np.array(law.get("draws") or np.zeros((0, 2, 3)), np.float64).reshape(-1, 2, 3) @ x
     warnings = []
     for name, value in (("params", params), ("tokens", tokens), ("flops", 6 * params * tokens)):
-        low, high = law["range"][name]
+        low, high = ranges[name]
         if not low * 0.98 <= value <= high * 1.02:
             factor = value / high if value > high else low / value
             warnings.append(f"{name} {value:.4g} is a factor {factor:.3g} outside the fit's {low:.4g} to {high:.4g}.")
@@ -239,6 +250,7 @@ def predict(law: Mapping[str, Any], params: float, tokens: float) -> Prediction:
         _percentiles(losses, level),
         level,
         warnings,
+        str(law.get("counting", "unstated")),
     )
 
 
@@ -269,6 +281,7 @@ def predict_text(one: Prediction) -> str:
         return f"{name:14}{value:.4g}" + (f"   {100 * one.level:.0f}%: {ends[0]:.4g} to {ends[1]:.4g}" if ends else "")
 
     lines = [
+        f"params {one.params:.4g} (counted: {one.counting}), tokens {one.tokens:.4g}",
         line("learning rate", one.learning_rate, one.learning_rate_interval),
         line("batch tokens", one.batch_tokens, one.batch_interval),
     ]

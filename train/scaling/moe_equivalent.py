@@ -68,6 +68,10 @@ def dense_equivalent(
     Raises:
       InputError: a needed argument is missing, or no dense model reaches the loss.
     """
+    given = {"active": active, "tokens": tokens, "total": total, "experts": experts, "granularity": granularity}
+    for name, number in given.items():
+        if number is not None and not (number > 0 and np.isfinite(number)):
+            raise InputError(f"Expected a positive number for {name}, got {number:g}.")
     by_experts = counts_experts(law)
     if by_experts and experts is None:
         raise InputError(f"The form {law.form} needs the number of experts.")

@@ -1,5 +1,6 @@
 """`scaling fit` and `scaling predict` of MoE laws: from a table to law.json and back, and a picture."""
 
+import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from train.scaling.moe_equivalent import (
     equal_to_dense,
     equivalent_interval,
 )
-from train.scaling.runs import RunTable
+from train.scaling.runs import UNSTATED, RunTable
 
 COLUMNS = ("active_params", "total_params", "tokens", "loss")
 OPTIONAL = ("experts", "granularity")
@@ -80,6 +81,8 @@ def fit_table(
         raise InputError("The form granularity needs a column of granularity. Map it, such as --columns granularity=G.")
     runs = table_runs(table)
     law = fit_moe(runs, form, samples=samples, seed=seed)
+    unstated = [UNSTATED] if counting == "unstated" else []
+    law = dataclasses.replace(law, warnings=[*table.warnings, *law.warnings, *unstated])
     content = {
         "law": "moe",
         "version": 1,
@@ -92,7 +95,7 @@ def fit_table(
         "counting": counting,
         "range": {name: list(ends) for name, ends in law.ranges.items()},
         "data": dict(table.source),
-        "warnings": [*table.warnings, *law.warnings],
+        "warnings": law.warnings,
     }
     return content, law, runs
 

@@ -23,15 +23,12 @@ from train.scaling.loss import (
     fit_warnings,
     law_of,
 )
-from train.scaling.runs import FLOPS_PER_PARAM, Array, RunTable
+from train.scaling.runs import FLOPS_PER_PARAM, UNSTATED, Array, RunTable
 
 # How parameters are counted: all; those that a token is multiplied with, with the output head and without the
 # embedding; without both.
 Counting: TypeAlias = Literal["total", "with-head", "non-embedding", "unstated"]
 FORM, VERSION = "L = E + A / N^a + B / D^b", 1
-_UNSTATED = (
-    "It is not stated how parameters are counted: give --counting. Small models move a lot between the ways to count."
-)
 # Beyond the runs by more than this factor of compute is far.
 _FAR = 100.0
 # Difference of an exponent between least squares and Huber loss that is named.
@@ -163,7 +160,7 @@ def fit_loss(
     law = fit(table, method)
     warnings += fit_warnings(law, table)
     if counting == "unstated":
-        warnings.append(_UNSTATED)
+        warnings.append(UNSTATED)
     found = _checks(table, method) if checks else {}
     warnings += _compare(law, method, found)
     draws = draw_laws(table, law, method, bootstrap, seed)
@@ -263,6 +260,11 @@ def read_law(path: Path) -> dict[str, Any]:
     value = read_json(path)
     if not isinstance(value.get("law"), str) or "parameters" not in value:
         raise InputError(f"{path} is not a fitted law. Make one with `qwen-jax scaling fit --output DIR`.")
+    if value.get("version") != VERSION:
+        raise InputError(
+            f"{path} is a law of version {value.get('version')!r}; expected version {VERSION}. Fit it again with this "
+            "`qwen-jax scaling fit`."
+        )
     return value
 
 

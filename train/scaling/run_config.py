@@ -10,7 +10,9 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from train.config import RunConfig, load
 from train.files import write_file
-from train.small_runs import check_small_run
+
+# How laws count parameters, and what `ModelConfig.num_params` calls it.
+COUNTED = {"total": "total", "with-head": "active", "non-embedding": "non_embedding"}
 
 
 def configure(
@@ -39,9 +41,10 @@ def configure(
       seed, output: by default the base's.
 
     Raises:
-      InputError: the base has several stages, or a value that no run can have.
+      InputError: the base has several stages, fewer tokens than a batch, or a value that no run can have.
     """
-    check_small_run(base)
+    if len(base.stages) != 1:
+        raise InputError(f"Expected a run of one stage, the configuration has {len(base.stages)}.")
     stage, schedule = base.stages[0], base.stages[0].schedule
     if not (batch_tokens > 0 and tokens > 0 and learning_rate > 0):
         raise InputError(
@@ -50,7 +53,12 @@ def configure(
         )
     unit = rows_of_batch(base)
     rows = max(round(batch_tokens / (stage.length * unit)), 1) * unit
-    steps = max(round(tokens / (rows * stage.length)), 1)
+    if tokens < rows * stage.length:
+        raise InputError(
+            f"{tokens:,.0f} tokens are less than a batch of {rows * stage.length:,}. Give more tokens, a smaller "
+            "batch, or a base with shorter rows, fewer micro-batches or fewer shards."
+        )
+    steps = round(tokens / (rows * stage.length))
     share = schedule.warmup_steps / schedule.steps if warmup is None else warmup
     # At least one step is between them.
     warmup_steps = min(round(share * steps), steps - 1)
@@ -87,12 +95,18 @@ def run_of_law(law: Mapping[str, Any], base: str, params: float | None, tokens: 
       The run, and the size of its model as the law counts it.
 
     Raises:
-      InputError: a law of another kind, or a size that is not that of the base's model.
+      InputError: a law of another kind or that does not state its counting; a size that is not that of the base's
+        model.
     """
     from train.scaling.hyperparameters_law import predict
 
+    if law.get("counting") not in COUNTED:
+        raise InputError(
+            f"The law does not state how it counts parameters ({law.get('counting')!r}), so the size of the model of "
+            f"{base} is not known to it. Fit it again with --counting {', '.join(COUNTED)}."
+        )
     config = load(base)
-    size = counted(config.model, law.get("counting"))
+    size = counted(config.model, law["counting"])
     if params is not None and not 0.98 < params / size < 1.02:
         raise InputError(
             f"The model of {base} has {size:,} parameters as the law counts them ({law.get('counting')}), not "
@@ -102,10 +116,9 @@ def run_of_law(law: Mapping[str, Any], base: str, params: float | None, tokens: 
     return configure(config, learning_rate=said.learning_rate, batch_tokens=said.batch_tokens, tokens=tokens), size
 
 
-def counted(model: ModelConfig, counting: str | None) -> int:
-    """The size of a model, as a law counts parameters; with the head and without the embedding if it does not say."""
-    names = {"total": "total", "non-embedding": "non_embedding"}
-    return model.num_params()[names.get(counting or "", "active")]
+def counted(model: ModelConfig, counting: str) -> int:
+    """The size of a model, as a law counts parameters: a key of `COUNTED`."""
+    return model.num_params()[COUNTED[counting]]
 
 
 def write_run_config(path: Path, config: RunConfig, about: str = "A run of `qwen-jax train pretrain`.") -> None:

@@ -33,6 +33,10 @@ COLUMNS: dict[str, str] = {
 }
 # FLOPs of a token for each parameter, forward and backward: C = 6 N D.
 FLOPS_PER_PARAM = 6.0
+# A warning of fitted laws.
+UNSTATED = (
+    "It is not stated how parameters are counted: give --counting. Small models move a lot between the ways to count."
+)
 _ZERO_ALLOWED = ("experts",)
 _GAPS_ALLOWED = ("granularity", "experts")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -64,6 +65,8 @@ class Sweep:
             values = list(getattr(self, name))
             if not values or len(set(values)) < len(values):
                 raise InputError(f"{name} must have one value or more, each once; got {values}.")
+        if not self.pairs() or len(set(self.pairs())) < len(self.pairs()):
+            raise InputError(f"cells must have one (size, tokens) or more, each once; got {self.cells}.")
         for size, tokens in self.cells or ():
             if size not in self.sizes or tokens not in self.tokens:
                 raise InputError(f"The cell ({size!r}, {tokens}) has no such size or number of tokens in the sweep.")
@@ -182,6 +185,12 @@ def make_plan(sweep: Sweep, folder: Path, results: Mapping[str, float]) -> Plan:
     cells = list(_cells(sweep))
     grid = [(rate, batch) for rate in range(len(sweep.learning_rates)) for batch in range(len(sweep.batches))]
     runs = [run for cell in cells for point in grid for run in _runs(sweep, folder, cell, point)]
+    if len({run.name for run in runs}) < len(runs):
+        twice = next(name for name, count in Counter(run.name for run in runs).items() if count > 1)
+        raise InputError(
+            f"Two runs of the sweep have the name {twice}: two sizes or MoE shapes whose names join to one, or "
+            "learning rates that agree in four digits. Give other names or rates."
+        )
     spent = sum(run.flops for run in runs)
     if spent > sweep.flops:
         raise InputError(
@@ -238,10 +247,10 @@ def _cells(sweep: Sweep) -> Iterator[Cell]:
 
 
 def _runs(sweep: Sweep, folder: Path, cell: Cell, point: Point) -> Iterator[Run]:
-    """The runs at a point, one for each seed."""
+    """The runs at a point, one for each seed. A name says which seed it has, so that other seeds may follow."""
     rate, batch = _at(sweep, point)
     for seed in sweep.seeds:
-        name = f"{cell.name}-{cell.tokens}-lr{rate:.4g}-b{batch}" + (f"-s{seed}" if len(sweep.seeds) > 1 else "")
+        name = f"{cell.name}-{cell.tokens}-lr{rate:.4g}-b{batch}" + (f"-s{seed}" if seed else "")
         config = configure(
             sweep.base,
             learning_rate=rate,

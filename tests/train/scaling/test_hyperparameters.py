@@ -13,6 +13,7 @@ from tests.train.scaling.sweeps import CURVATURE, STEP_LAW_CELLS, Table, sweep
 from train.scaling.hyperparameters import (
     DEEPSEEK_LAW,
     STEP_LAW,
+    Cell,
     Form,
     PairLaw,
     fit_hyperparameters,
@@ -271,3 +272,39 @@ def test_public_step_law_table() -> None:
     assert held["median"] < 0.0010
     assert held["max"] < 0.005
     assert summary(regrets(STEP_LAW, cells))["median"] < 0.0010
+
+
+def test_cells_that_reach_far_beyond_the_window_are_named() -> None:
+    """Steep cells have few runs within the window: the lowest nine count, and the warning says how far up they are."""
+    generator = print_seed()
+    table = sweep(generator, a_law(generator), SMALL_CELLS, off_centre=0.3)
+    cells = [
+        dataclasses.replace(cell, log_loss=cell.best + 400 * (cell.log_loss - cell.best)) for cell in table.cells()
+    ]
+    named = [one for one in fit_hyperparameters(cells, form="pooled", samples=0).warnings if "within the window" in one]
+    assert len(named) == len(cells)
+    assert "the lowest 9 count" in named[0]
+
+
+def test_terms_in_compute_with_one_compute_say_so() -> None:
+    generator = print_seed()
+    table = sweep(generator, a_law(generator), [(1e7, 8e9), (2e7, 4e9), (4e7, 2e9), (8e7, 1e9)])
+    with pytest.raises(InputError, match=r"'c' depends on hardly varies.*other terms"):
+        fit_hyperparameters(table.cells(), form="pooled", terms="c", samples=0)
+
+
+def test_pooled_cells_with_too_few_runs_give_no_law() -> None:
+    """One learning rate, two runs a cell with a law in N and D, and few runs: errors and a warning, not numbers."""
+    generator = print_seed()
+    cells = sweep(generator, a_law(generator), SMALL_CELLS, off_centre=0.3).cells()
+
+    def some(cell: Cell, places: np.ndarray) -> Cell:
+        return dataclasses.replace(cell, points=cell.points[places], log_loss=cell.log_loss[places])
+
+    middle = [np.flatnonzero(np.isclose(cell.points[:, 0], np.unique(cell.points[:, 0])[3])) for cell in cells]
+    for thin in ([some(*pair) for pair in zip(cells, middle, strict=True)], [some(one, np.arange(2)) for one in cells]):
+        with pytest.raises(InputError, match="do not determine the 9 coefficients"):
+            fit_hyperparameters(thin, form="pooled", samples=0)
+    few = [some(one, np.argsort(one.log_loss)[:2]) for one in cells[:1]]
+    few += [some(one, generator.choice(len(one.log_loss), 3, replace=False)) for one in cells[1:]]
+    assert any("are few for 9" in one for one in fit_hyperparameters(few, form="pooled", samples=0).warnings)

@@ -50,6 +50,7 @@ def test_hyperparameters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     rate, batch = law.predict(48e6, 9e8)
     assert found["learning_rate"] == pytest.approx(rate, rel=0.15)
     assert found["batch_tokens"] == pytest.approx(batch, rel=0.15)
+    assert found["counting"] == "non-embedding"
     low, high = found["learning_rate_interval"]
     assert low < found["learning_rate"] < high
     low, high = found["loss_interval"]
@@ -70,11 +71,14 @@ def test_moe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs, _ = measured("leverage", generator, 1e-3)
     path = tmp_path / "runs.csv"
     columns = {"active_params": runs.active, "total_params": runs.total, "tokens": runs.tokens, "loss": runs.loss}
-    write_table(path, {**columns, "granularity": np.where(runs.dense, np.nan, runs.granularity)})
+    write_table(path, {**columns, "granularity": np.where(runs.dense, np.nan, runs.granularity)}, "1e8,2e8,1e9,nan,4\n")
     folder = tmp_path / "law"
     arguments = ["scaling", "fit", "--runs", str(path), "--law", "moe", "--output", str(folder)]
     assert main([*arguments, "--bootstrap", "5"]) == 0
-    assert "234 runs, 18 of them dense" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "234 runs, 18 of them dense" in said
+    assert "1 run without a finite loss left out" in said
+    assert "give --counting" in said
     assert (folder / "moe.png").read_bytes().startswith(b"\x89PNG")
     predict = ["scaling", "predict", "--law", str(folder), "--tokens", "8e9", "--granularity", "4", "--json"]
     assert main([*predict, "--equal-to", "3e8", "--ratios", "4", "8"]) == 0
@@ -85,7 +89,40 @@ def test_moe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*predict, *sizes]) == 0
     (back,) = json.loads(capsys.readouterr().out)["models"]
     assert back["dense_params"] == pytest.approx(3e8, rel=1e-6)
+    assert main([*predict, *sizes, "--granularity", "-4"]) == 1
+    assert "positive number for granularity" in capsys.readouterr().err
     assert main(predict) == 1
     assert "either --params" in capsys.readouterr().err
     assert main([*arguments, "--moe-form", "bilinear"]) == 1
     assert "needs a column of experts" in capsys.readouterr().err
+
+
+def test_options_of_another_law_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An option that the law does not read is an error before the table is read."""
+    fit = ["scaling", "fit", "--runs", str(tmp_path / "none.csv"), "--law"]
+    for law, option, other in (
+        ("loss", ["--window", "0.03"], "hyperparameters"),
+        ("hyperparameters", ["--method", "approach3"], "loss"),
+        ("moe", ["--terms", "c"], "hyperparameters"),
+    ):
+        assert main([*fit, law, *option]) == 1
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"--law {law} does not read {option[0]}" in said
+        assert f"give --law {other}" in said
+
+
+@pytest.mark.parametrize("change", [{"version": 2}, {"range": None}, {"level": "high"}])
+def test_a_law_that_is_not_whole_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, object]
+) -> None:
+    pair = {"coefficient": 1.0, "params": -0.5, "tokens": 0.3}
+    law = {"law": "hyperparameters", "version": 1, "parameters": {"learning_rate": pair, "batch_tokens": pair}}
+    law |= {"level": 0.9, "range": {name: [1e6, 1e9] for name in ("params", "tokens", "flops")}}
+    path = tmp_path / "law.json"
+    command = ["scaling", "predict", "--law", str(path), "--params", "1e8", "--tokens", "1e9"]
+    path.write_text(json.dumps(law))
+    assert main(command) == 0
+    assert "params 1e+08 (counted: unstated)" in capsys.readouterr().out
+    path.write_text(json.dumps({**law, **change}))
+    assert main(command) == 1
+    assert "Fit it again" in " ".join(capsys.readouterr().err.split())

@@ -18,6 +18,7 @@ from qwen_jax.errors import InputError
 from tests.helpers.runs import MODEL, make_material, print_seed
 from tests.train.scaling.fake_runs import SIZES, FakeTrainer, base, loss_of, optimum, sweep
 from train.config import RunConfig, as_json, load
+from train.loop import LoopConfig
 from train.observe.goodput import compilation
 from train.observe.metrics import flops_per_token, read_log
 from train.run import pretrain
@@ -260,6 +261,14 @@ def test_a_predicted_run_has_whole_rows_and_keeps_its_shares() -> None:
         configure(base(), learning_rate=0, batch_tokens=777, tokens=1e5)
 
 
+def test_a_predicted_run_needs_a_batch_of_tokens_and_no_held_out_data() -> None:
+    """Fewer tokens than one batch would be a run of more tokens than asked for."""
+    alone = base(held_out={}, loop=LoopConfig(evaluate_every=0))
+    assert configure(alone, learning_rate=1e-3, batch_tokens=64, tokens=640).stages[0].steps == 10
+    with pytest.raises(InputError, match="less than a batch of 64"):
+        configure(alone, learning_rate=1e-3, batch_tokens=64, tokens=63)
+
+
 def law_file(folder: Path, counting: str = "with-head") -> Path:
     """A law of the formula of `fake_runs`."""
     law = {
@@ -350,3 +359,35 @@ def test_learning_rates_and_lengths_share_programs_and_train_as_a_run_alone(tmp_
     assert collect(asked, tmp_path / "sweep").losses == outcome.losses
     assert len({*outcome.losses.values()}) == 4
     assert re.search(r"4 of 4|2 of 2", outcome.to_text())
+
+
+def test_another_seed_is_another_run(tmp_path: Path) -> None:
+    """A folder with runs of one seed gives no results for another seed, and keeps them when seeds are added."""
+    first, other, both = FakeTrainer(), FakeTrainer(), FakeTrainer()
+    run_sweep(sweep(seeds=(0,)), tmp_path, first)
+    run_sweep(sweep(seeds=(7,)), tmp_path, other)
+    assert len(other.trained) == len(first.trained)
+    assert not set(other.trained) & set(first.trained)
+    assert run_sweep(sweep(seeds=(0, 7)), tmp_path, both).finished
+    assert not both.trained
+
+
+def test_runs_that_would_share_a_folder_are_refused(tmp_path: Path) -> None:
+    """Names that join to one, rates that agree in what a name shows, and cells that are given twice."""
+    moe = MoE(num_experts=4, num_experts_per_tok=2, intermediate_size=16, shared_intermediate_size=16)
+    joined = sweep(sizes={"one": SIZES["one"], "one-e4": SIZES["two"]}, moe={"e4": moe, "": None})
+    for asked in (joined, sweep(learning_rates=(1e-3, 1.00001e-3))):
+        with pytest.raises(InputError, match="Two runs of the sweep have the name"):
+            make_plan(asked, tmp_path, {})
+    with pytest.raises(InputError, match="one over another"):
+        sweep(base=base(export=str(tmp_path / "weights")))
+    for cells in ((), (("one", 32_000), ("one", 32_000))):
+        with pytest.raises(InputError, match="cells must have one"):
+            sweep(cells=cells)
+
+
+def test_a_law_without_a_stated_counting_writes_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--law", str(law_file(tmp_path, "unstated")), "--config", str(config_file(tmp_path, "base"))]
+    assert main(["scaling", "predict", *options, "--tokens", "48000", "--write", str(tmp_path / "run.py")]) == 1
+    assert "--counting" in capsys.readouterr().err
+    assert not (tmp_path / "run.py").exists()
