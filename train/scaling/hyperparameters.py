@@ -460,7 +460,8 @@ def _check_pooled(x_CK: Array, runs: list[tuple[Array, Array]]) -> list[str]:
     blocks = [_pooled_columns(points, x) for x, (points, _) in zip(x_CK, runs, strict=True)]
     design = np.concatenate([block - block.mean(0) for block in blocks])
     free, unknown = len(design) - len(blocks), design.shape[1]
-    scaled = design / np.maximum(np.linalg.norm(design, axis=0), 1e-300)
+    # Relative to the columns before centring: what rounding leaves of a column that does not vary stays small.
+    scaled = design / np.maximum(np.linalg.norm(np.concatenate(blocks), axis=0), 1e-300)
     if free < unknown or np.linalg.matrix_rank(scaled, tol=1e-7) < unknown:
         raise InputError(
             f"The {len(design)} runs of {len(blocks)} cells do not determine the {unknown} coefficients that the cells "
