@@ -14,15 +14,17 @@ from train.evaluate.benchmarks import judges
 from train.evaluate.task import DataFile, Generate, Item, Metric, Response, Task, Tools, Verdict
 
 _SOURCE = "https://github.com/lmarena/arena-hard-auto"
+_HEAD = "You are a fair judge of two assistants' answers to a user. "
+_SOLVE = "First write the answer that you would give, and compare both answers with it. "
 _TASK = (
-    "You are a fair judge of two assistants' answers to a user. First write the answer that you would give. Then "
-    "compare both answers with it: are they right, helpful, relevant and concise, and does anything important lack? "
+    "Are they right, helpful, relevant and concise, and does anything important lack? "
     "Their order and their length must not decide. End with one of these verdicts: [[A>>B]] if assistant A is much "
     "better, [[A>B]] if it is a little better, [[A=B]] if both are equal, [[B>A]] or [[B>>A]] if assistant B is."
 )
-_VERDICT = re.compile(r"\[\[(A>>B|A>B|A=B|B>A|B>>A)\]\]")
-# The score of A and the weight of a verdict: as published, a clear one counts three times.
-_GAMES = {"A>>B": (1.0, 3), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, 3)}
+# Judges also turn verdicts round: A<<B is B>>A.
+_VERDICT = re.compile(r"\[\[(A(?:>>|>|=|<<|<)B|B(?:>>|>|=|<<|<)A)\]\]", re.IGNORECASE)
+# The score of the first one and the weight of a verdict: as published, a clear one counts three times.
+_GAMES = {">>": (1.0, 3), ">": (1.0, 1), "=": (0.5, 1), "<": (0.0, 1), "<<": (0.0, 3)}
 _MARKDOWN = (re.compile(r"^#{1,6} ", re.M), re.compile(r"^\s*(?:[-*+]|\d+\.) ", re.M), re.compile(r"\*\*[^*\n]+\*\*"))
 
 
@@ -75,23 +77,25 @@ class ArenaHard(Task):
         Metric("win_rate_same_style", aggregate=controlled_win_rate, of_details=True),
     )
 
-    def __init__(self, name: str, folder: str, baseline: str):
+    def __init__(self, name: str, folder: str, baseline: str, category: str = "", solves: bool = True):
         """
         Args:
           name: of the task.
           folder: below the data root.
           baseline: the model whose answers are in model_answer/BASELINE.jsonl.
+          category: of version 2, whose categories have baselines of their own; "" for all questions.
+          solves: whether the judge writes an answer of its own first.
         """
-        self.name, self.baseline = name, baseline
+        self.name, self.baseline, self.category = name, baseline, category
+        self.instruction = _HEAD + (_SOLVE if solves else "") + _TASK
         self.questions = DataFile(f"{folder}/question.jsonl", source=_SOURCE, licence="Apache-2.0")
         self.answers = DataFile(f"{folder}/model_answer/{baseline}.jsonl", source=_SOURCE, licence="Apache-2.0")
         self.files = (self.questions, self.answers)
 
     def template(self) -> str:
         """See `Task.template`."""
-        return (
-            f"{_prompt('{question}', '{a}', '{b}')}\n---\nboth orders; the last [[verdict]]; baseline {self.baseline}"
-        )
+        prompt = self._prompt("{question}", "{a}", "{b}")
+        return f"{prompt}\n---\nboth orders; the last [[verdict]]; baseline {self.baseline}"
 
     def items(self, files: Mapping[str, Path]) -> Sequence[Item]:
         """See `Task.items`. Reads the forms of version 0.1 (turns, choices) and version 2 (prompt, messages)."""
@@ -107,6 +111,8 @@ class ArenaHard(Task):
             turns = values.get("turns")
             first = turns[0] if isinstance(turns, list) and turns else values.get("prompt")
             question = first.get("content") if isinstance(first, dict) else first
+            if self.category and values.get("category") != self.category:
+                continue
             if id is None or not isinstance(question, str):
                 raise InputError(f"{row.where}: expected question_id or uid, and a text in turns or prompt.")
             if str(id) not in answers:
@@ -126,7 +132,7 @@ class ArenaHard(Task):
         prompts = []
         for item, ((response,),) in zip(items, responses, strict=True):
             question, other = item.fields["question"], item.fields["baseline"]
-            prompts += [_prompt(question, other, response.text), _prompt(question, response.text, other)]
+            prompts += [self._prompt(question, other, response.text), self._prompt(question, response.text, other)]
         answers = judges.ask(tools, prompts, max_tokens=4096)
         verdicts = []
         for item, ((response,),), first, second in zip(items, responses, answers[::2], answers[1::2], strict=True):
@@ -143,26 +149,29 @@ class ArenaHard(Task):
             verdicts.append(Verdict(dict.fromkeys((metric.name for metric in self.metrics), rate), judged))
         return verdicts
 
+    def _prompt(self, question: str, a: str, b: str) -> str:
+        return (
+            f"{self.instruction}\n\n<question>\n{question}\n</question>\n<assistant_A>\n{a}\n</assistant_A>\n"
+            f"<assistant_B>\n{b}\n</assistant_B>"
+        )
+
 
 def game(response: Response) -> tuple[tuple[float, int] | None, str | None]:
     """The score of assistant A and its weight by the last verdict of a judge, or None and why there is none."""
     if response.error is not None:
         return None, f"the judge failed: {response.error}"
     found = _VERDICT.findall(response.text)
-    return (_GAMES[found[-1]], None) if found else (None, "the judge gave no [[verdict]]")
+    if not found:
+        return None, "the judge gave no [[verdict]]"
+    verdict = found[-1].upper()
+    score, weight = _GAMES[verdict[1:-1]]
+    return (score if verdict[0] == "A" else 1 - score, weight), None
 
 
 def style(a: str, b: str) -> list[float]:
     """The differences of two texts in length, headings, list items and bold words, each divided by its sum."""
     pairs = [(len(a), len(b)), *((len(p.findall(a)), len(p.findall(b))) for p in _MARKDOWN)]
     return [(x - y) / (x + y) if x + y else 0.0 for x, y in pairs]
-
-
-def _prompt(question: str, a: str, b: str) -> str:
-    return (
-        f"{_TASK}\n\n<question>\n{question}\n</question>\n<assistant_A>\n{a}\n</assistant_A>\n"
-        f"<assistant_B>\n{b}\n</assistant_B>"
-    )
 
 
 def _id_of(values: Mapping[str, Any]) -> Any:
@@ -183,5 +192,6 @@ def _answer_of(values: Mapping[str, Any]) -> str | None:
 
 TASKS = (
     ArenaHard("arena_hard", "arena_hard/v0.1", "gpt-4-0314"),
-    ArenaHard("arena_hard_v2", "arena_hard/v2.0", "o3-mini-2025-01-31"),
+    ArenaHard("arena_hard_v2", "arena_hard/v2.0", "o3-mini-2025-01-31", "hard_prompt"),
+    ArenaHard("arena_hard_v2_creative", "arena_hard/v2.0", "gemini-2.0-flash-001", "creative_writing", solves=False),
 )

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from train.evaluate.task import Generate, Response, Tools
 
-_RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
+# As published, the first one counts, and one pair of brackets will do where there is no double pair.
+_RATINGS = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]"), re.compile(r"\[(\d+(?:\.\d+)?)\]")
 
 
 def ask(tools: Tools, prompts: Sequence[str], max_tokens: int = 2048) -> list[Response]:
@@ -25,11 +26,11 @@ def ask(tools: Tools, prompts: Sequence[str], max_tokens: int = 2048) -> list[Re
 
 
 def rating(response: Response) -> tuple[float | None, str | None]:
-    """The last [[rating]] from 1 to 10 of a response, or None and why there is none."""
+    """The first [[rating]] from 1 to 10 of a response, or None and why there is none."""
     if response.error is not None:
         return None, f"the judge failed: {response.error}"
-    found = _RATING.findall(response.text)
-    if not found:
+    found = _RATINGS[0].search(response.text) or _RATINGS[1].search(response.text)
+    if found is None:
         return None, "the judge gave no [[rating]]"
-    value = float(found[-1])
+    value = float(found[1])
     return (value, None) if 1 <= value <= 10 else (None, "the judge's rating is not from 1 to 10")

@@ -30,7 +30,9 @@ class MTBench(Task):
 
     def template(self) -> str:
         """See `Task.template`."""
-        return f"{_TASK}\n---\n{_parts('{question}', '{answer}', '{reference}')}\n---\nthe last [[rating]]"
+        return (
+            f"{_TASK}\n---\n{_parts('{question}', '{answer}', '{reference}')}\n---\nthe first [[rating]], else [rating]"
+        )
 
     def items(self, files: Mapping[str, Path]) -> Sequence[Item]:
         """See `Task.items`."""

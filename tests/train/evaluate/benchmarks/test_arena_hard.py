@@ -10,7 +10,7 @@ import pytest
 from qwen_jax.errors import InputError
 from tests.helpers.benchmarks import items_of, verdicts_of, write_lines
 from tests.helpers.runs import print_seed
-from train.evaluate.benchmarks.arena_hard import TASKS, controlled_win_rate, style, win_rate
+from train.evaluate.benchmarks.arena_hard import TASKS, controlled_win_rate, game, style, win_rate
 from train.evaluate.task import Response, Tools
 
 
@@ -61,14 +61,34 @@ def test_both_orders_count_and_a_judge_without_verdict_gives_no_score(tmp_path: 
 
 def test_version_2_has_another_form(tmp_path: Path) -> None:
     task = TASKS[1]
-    questions = write_lines(tmp_path / "q.jsonl", [{"uid": "u", "category": "hard", "prompt": "Q"}])
+    questions_of_2 = [
+        {"uid": "u", "category": "hard_prompt", "subcategory": "coding", "prompt": "Q"},
+        {"uid": "v", "category": "creative_writing", "prompt": "poem"},
+    ]
+    questions = write_lines(tmp_path / "q.jsonl", questions_of_2)
     content = {"role": "assistant", "content": {"answer": "text"}}
     answers = write_lines(tmp_path / "a.jsonl", [{"uid": "u", "messages": [{"role": "user", "content": "Q"}, content]}])
     (item,) = items_of(task, questions, answers)
-    assert (item.fields["question"], item.fields["baseline"], item.groups) == ("Q", "text", {"category": "hard"})
+    assert (item.fields["question"], item.fields["baseline"], item.groups) == ("Q", "text", {"category": "coding"})
     write_lines(answers, [{"uid": "other", "messages": [content]}])
     with pytest.raises(InputError, match="has no answer to the question u"):
         items_of(task, questions, answers)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("[[A>>B]]", (1.0, 3)),
+        ("[[A<<B]]", (0.0, 3)),
+        ("[[B<A]]", (1.0, 1)),
+        ("[[b>>a]]", (0.0, 3)),
+        ("[[B=A]]", (0.5, 1)),
+        ("[[A>B]] at first, then [[B>A]]", (0.0, 1)),
+        ("A>B", None),
+    ],
+)
+def test_verdicts_in_either_direction(text: str, found: tuple[float, int] | None) -> None:
+    assert game(Response(text))[0] == found
 
 
 def drawn(rng: np.random.Generator, strength: float, of_length: float, count: int = 1500) -> list[dict[str, Any]]:

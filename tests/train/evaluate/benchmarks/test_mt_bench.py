@@ -20,7 +20,9 @@ class Judge:
     def answer(self, requests: Any, done: Any) -> None:
         for i, request in reversed(list(enumerate(requests))):
             text = request.prompt[0]["content"]
-            rated = "none" if "bad second" in text else "x [[4]] then [[8.5]]" if "fine second" in text else "[[3]]"
+            rated = (
+                "none" if "bad second" in text else "Rating: [[8.5]]/10, not [[4]]" if "fine second" in text else "[3]"
+            )
             done(i, Response(rated))
 
 
