@@ -72,12 +72,12 @@ def check_instruction(kind: str, arguments: Mapping[str, Any], response: str, lo
     Raises:
       InputError: an unknown id, or arguments that are not those of the kind.
     """
-    variants = _variants(response) if loose else iter([response])
+    texts = variants(response) if loose else iter([response])
     # All variants are checked, so that wrong arguments are found in an empty response too.
-    return any([follows(kind, arguments, variant) and bool(variant.strip()) for variant in variants])
+    return any([follows(kind, arguments, variant) and bool(variant.strip()) for variant in texts])
 
 
-def _variants(response: str) -> Iterator[str]:
+def variants(response: str) -> Iterator[str]:
     """The response without its first line, its last line, both or none, and each without asterisks (IFEval)."""
     lines = response.split("\n")
     for part in (lines, lines[1:], lines[:-1], lines[1:-1]):

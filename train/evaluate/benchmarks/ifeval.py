@@ -1,17 +1,19 @@
 """IFEval: prompts with instructions that a program checks (Zhou et al. 2023, arXiv:2311.07911).
 
-The checks are those of `train.rewards.instructions`. Four numbers: the share of prompts with all instructions followed,
+The checks are those of `train.rewards.instructions`, but for five kinds that it takes stricter or laxer than the
+published program, which are checked as published. Four numbers: the share of prompts with all instructions followed,
 and of instructions followed, each strict and loose.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import InputError
 from train.data.tables import read_rows
 from train.evaluate.task import DataFile, Generate, Item, Metric, Response, Task, Tools, Verdict
-from train.rewards.instructions import check_instruction
+from train.rewards.instructions import check_instruction, variants
 
 FILE = DataFile(
     "ifeval/input_data.jsonl",
@@ -23,6 +25,64 @@ FILE = DataFile(
 def share(items: Sequence[Sequence[bool]]) -> float:
     """The share of instructions that are followed, over all items together."""
     return sum(map(sum, items)) / sum(map(len, items))
+
+
+# --- kinds that the published program checks in another way than the reward ---
+
+
+def _has_keywords(given: Mapping[str, Any], text: str) -> bool:
+    """Keywords may be parts of words."""
+    return all(_count(keyword, text) for keyword in given["keywords"])
+
+
+def _has_frequency(given: Mapping[str, Any], text: str) -> bool:
+    found = _count(given["keyword"], text)
+    return bool(found < given["frequency"] if given["relation"] == "less than" else found >= given["frequency"])
+
+
+def _has_postscript(given: Mapping[str, Any], text: str) -> bool:
+    """The marker in any case, with its full stops; P.P.S and P.S. may have spaces between their letters."""
+    forms = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
+    marker = given["postscript_marker"]
+    return re.search(forms.get(marker, re.escape(marker.lower())), text.lower()) is not None
+
+
+def _has_sections(given: Mapping[str, Any], text: str) -> bool:
+    """The word for a section, as it is spelt, before a number."""
+    marks = re.findall(rf"{re.escape(given['section_spliter'])}\s?\d+", text)
+    return bool(len(marks) >= given["num_sections"])
+
+
+def _is_constrained(given: Mapping[str, Any], text: str) -> bool:
+    return any(f"My answer is {answer}." in text for answer in ("yes", "no", "maybe"))
+
+
+def _count(keyword: str, text: str) -> int:
+    return len(re.findall(re.escape(keyword), text, re.IGNORECASE))
+
+
+_PUBLISHED: dict[str, Callable[[Mapping[str, Any], str], bool]] = {
+    "keywords:existence": _has_keywords,
+    "keywords:frequency": _has_frequency,
+    "detectable_content:postscript": _has_postscript,
+    "detectable_format:multiple_sections": _has_sections,
+    "detectable_format:constrained_response": _is_constrained,
+}
+
+
+def follows(kind: str, given: Mapping[str, Any], text: str, loose: bool) -> bool:
+    """Whether a response follows an instruction, as the published program has it.
+
+    Args:
+      kind: of the instruction.
+      given: its arguments, which are right.
+      text: the response. An empty one follows nothing.
+      loose: whether one of the eight variants of the response is enough.
+    """
+    rule = _PUBLISHED.get(kind)
+    if rule is None:
+        return check_instruction(kind, given, text, loose)
+    return any(bool(one.strip()) and rule(given, one) for one in (variants(text) if loose else (text,)))
 
 
 class IFEval(Task):
@@ -87,7 +147,7 @@ class IFEval(Task):
             scores: dict[str, float | None] = {}
             details: dict[str, Any] = {"instructions": [kind for kind, _ in asked], "cut": response.finish == "length"}
             for form, loose in (("strict", False), ("loose", True)):
-                followed = [check_instruction(kind, given, response.text, loose) for kind, given in asked]
+                followed = [follows(kind, given, response.text, loose) for kind, given in asked]
                 scores[f"prompt_{form}"] = float(all(followed))
                 scores[f"instruction_{form}"] = sum(followed) / len(followed)
                 details[f"instruction_{form}"] = followed

@@ -19,6 +19,11 @@ from train.evaluate.benchmarks.ifeval import TASKS, share
 # Instructions whose published check needs neither a detector of languages nor the sentences of nltk.
 INSTRUCTIONS: list[tuple[str, dict[str, Any]]] = [
     ("keywords:existence", {"keywords": ["river", "stone"]}),
+    ("keywords:frequency", {"keyword": "river", "frequency": 2, "relation": "at least"}),
+    ("keywords:frequency", {"keyword": "stone", "frequency": 2, "relation": "less than"}),
+    ("detectable_content:postscript", {"postscript_marker": "P.P.S"}),
+    ("detectable_format:multiple_sections", {"section_spliter": "SECTION", "num_sections": 2}),
+    ("detectable_format:constrained_response", {}),
     ("keywords:forbidden_words", {"forbidden_words": ["cloud"]}),
     ("keywords:letter_frequency", {"letter": "o", "let_frequency": 9, "let_relation": "at least"}),
     ("length_constraints:number_paragraphs", {"num_paragraphs": 2}),
@@ -33,7 +38,7 @@ INSTRUCTIONS: list[tuple[str, dict[str, Any]]] = [
     ("startend:quotation", {}),
     ("punctuation:no_comma", {}),
 ]
-WORDS = ("river", "stone", "cloud", "moss", "green", "old")
+WORDS = ("river", "rivers", "Riverside", "stone", "cloud", "moss", "green", "old")
 FORMS = (
     "{}",
     "Sure thing!\n{}",
@@ -43,6 +48,13 @@ FORMS = (
     '"{}"',
     "{} [name], {}",
     "{}\nP.S. {}",
+    "{}\nP.S {}",
+    "{}\np. s. {}",
+    "{} P.P.S. {}",
+    "SECTION 1\n{}\nSECTION 2\n{}",
+    "Section 1 {} SECTION2 {}",
+    "My answer is yes. {} My answer is no.",
+    "{} My answer is maybe.",
     "A *{}* here",
     '["{}"]',
     "{}\nHope it helps, friend",
