@@ -73,8 +73,17 @@ _VERBOSE = "--verbose"
 
 
 def _name(argv: Sequence[str]) -> str | None:
-    """The subcommand at the beginning of the arguments."""
-    return next((name for name in (" ".join(argv[:2]), argv[0]) if name in _COMMANDS), None)
+    """The subcommand at the beginning of the arguments.
+
+    Where a command has subcommands, as `eval`, a word after it names one of them.
+    """
+    one, two = argv[0], " ".join(argv[:2])
+    if two in _COMMANDS:
+        return two
+    has_subcommands = any(name.startswith(f"{one} ") for name in _COMMANDS)
+    if has_subcommands and len(argv) > 1 and not argv[1].startswith("-"):
+        return None
+    return one if one in _COMMANDS else None
 
 
 def _run(name: str, argv: Sequence[str]) -> int:
@@ -125,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name = _name(argv)
     if name is None:
-        complain(f"unknown command {argv[0]!r}; the commands are {', '.join(_COMMANDS)}.")
+        complain(f"unknown command {' '.join(argv[:2])!r}; the commands are {', '.join(_COMMANDS)}.")
         return 2
     _print_anything()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)

@@ -36,6 +36,10 @@ def letters(prompts, completions, wanted):
     """The share of characters that are the wanted one."""
     return [text.count(letter) / max(len(text), 1) for text, letter in zip(completions, wanted)]
 
+def places(completions):
+    """Differs within each group, whatever the policy writes."""
+    return [float(i % 4) for i in range(len(completions))]
+
 def never(completions):
     return [None] * len(completions)
 
@@ -170,7 +174,7 @@ def test_prompts_are_ordered_by_the_variance_of_their_scores(files: Path, tmp_pa
 
 
 def test_adapters_learn_beside_frozen_weights(files: Path, tmp_path: Path) -> None:
-    config = configuration(files, tmp_path / "run", "episodes=3", "step.lora.rank=4", lora=True)
+    config = configuration(files, tmp_path / "run", "episodes=3", "step.lora.rank=4", reward="places", lora=True)
     train_grpo(config, _Formats())
     steps = [r for r in read_log(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
     assert all(r["sampler_gap/max"] < 1e-4 for r in steps)
