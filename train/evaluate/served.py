@@ -5,7 +5,6 @@ server, vLLM and SGLang take such prompts.
 """
 
 import asyncio
-import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +32,7 @@ class ServedIds:
     """
 
     def __init__(self, url: str, model: str | None = None, *, concurrency: int = 8, give_up_after: float = 600.0):
-        self._client = _IdsClient(url, model, concurrency=concurrency, give_up_after=give_up_after)
+        self._client = OpenAIGenerator(url, model, concurrency=concurrency, give_up_after=give_up_after)
         self.url, self.model = self._client.url, self._client.model
         # A client lives in one event loop.
         self._loop = asyncio.Runner()
@@ -49,7 +48,7 @@ class ServedIds:
 
         async def all_of_them() -> list[Completion]:
             return await asyncio.gather(
-                *(self._client.complete(prompt.tolist(), sampling, max_new_tokens) for prompt in prompts)
+                *(self._complete(prompt.tolist(), sampling, max_new_tokens) for prompt in prompts)
             )
 
         try:
@@ -57,31 +56,24 @@ class ServedIds:
         except GeneratorDownError as error:
             raise InputError(f"{error} Start it again; the same command goes on.") from None
 
-    def close(self) -> None:
-        """Closes the connections."""
-        self._loop.run(self._client.close())
-        self._loop.close()
-
-
-class _IdsClient(OpenAIGenerator):
-    """The client of chat completions, with its retries, asking for completions of token ids."""
-
-    async def complete(self, ids: list[int], sampling: SamplingParams, max_new_tokens: int) -> Completion:
+    async def _complete(self, ids: list[int], sampling: SamplingParams, max_new_tokens: int) -> Completion:
         body = {
-            "model": self._served,
             "prompt": ids,
             "max_tokens": max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": sampling.seed,
         }
-        content = json.dumps(body).encode()
-        key = hashlib.sha256(content).hexdigest()
-        found = await self._in_slot("/completions", content, key, _completion_of)
+        found = await self._client.post("/completions", body, _completion_of)
         if isinstance(found, str):
             return Completion(ids, [], "", "error", None, found)
         text, finish = found
         return Completion(ids, [], text, finish, None)
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._loop.run(self._client.close())
+        self._loop.close()
 
 
 def _completion_of(data: bytes) -> tuple[str, str]:

@@ -9,27 +9,20 @@ import pytest
 
 from qwen_jax.errors import InputError
 from tests.helpers.benchmarks import items_of, verdicts_of, write_lines
+from tests.helpers.evaluated import MadeModel
 from tests.helpers.runs import print_seed
 from train.evaluate.benchmarks.arena_hard import TASKS, controlled_win_rate, game, style, win_rate
-from train.evaluate.task import Response, Tools
+from train.evaluate.task import Generate, Request, Response, Tools
 
 
-class Judge:
-    """Prefers the answer with the larger number, clearly if it is twice as large; says nothing of 13."""
-
-    name: str = "judge"
-    context_length: int | None = None
-
-    def identity(self) -> dict[str, Any]:
-        return {}
-
-    def answer(self, requests: Any, done: Any) -> None:
-        for i, request in reversed(list(enumerate(requests))):
-            text = request.prompt[0]["content"]
-            a, b = (int(text.split(f"<assistant_{x}>\n")[1].split("\n")[0]) for x in "AB")
-            sign = "=" if a == b else ">>" if max(a, b) >= 2 * min(a, b) else ">"
-            better = f"A{sign}B" if a >= b else f"B{sign}A"
-            done(i, Response("unsure" if 13 in (a, b) else f"[[A=B]]? No: [[{better}]]"))
+def compared(request: Request) -> Response:
+    """The judge: prefers the larger number, clearly if it is twice as large; says nothing of 13."""
+    assert isinstance(request, Generate)
+    text = str(request.prompt[0]["content"])  # type: ignore[index]
+    a, b = (int(text.split(f"<assistant_{x}>\n")[1].split("\n")[0]) for x in "AB")
+    sign = "=" if a == b else ">>" if max(a, b) >= 2 * min(a, b) else ">"
+    better = f"A{sign}B" if a >= b else f"B{sign}A"
+    return Response("unsure" if 13 in (a, b) else f"[[A=B]]? No: [[{better}]]")
 
 
 def files(tmp_path: Path, answers: list[int]) -> list[Path]:
@@ -46,7 +39,7 @@ def test_both_orders_count_and_a_judge_without_verdict_gives_no_score(tmp_path: 
     task = TASKS[0]
     items = items_of(task, *files(tmp_path, [10, 10, 10, 10, 13]))
     answers = {"q0": "20", "q1": "10", "q2": "11", "q3": "5", "q4": "9"}
-    found = verdicts_of(task, items, lambda item, *_: answers[item.id], Tools(judge=Judge()))
+    found = verdicts_of(task, items, lambda item, *_: answers[item.id], Tools(judge=MadeModel(compared)))
     assert [found[f"q{i}"].scores["win_rate"] for i in range(5)] == [1.0, 0.5, 1.0, 0.0, None]
     assert [found[f"q{i}"].details["win_rate"]["games"] for i in range(4)] == [
         [(1.0, 3), (1.0, 3)],

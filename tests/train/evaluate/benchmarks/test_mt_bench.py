@@ -4,26 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.benchmarks import items_of, verdicts_of, write_lines
+from tests.helpers.evaluated import MadeModel
 from train.evaluate.benchmarks.mt_bench import TASKS
-from train.evaluate.task import Response, Tools
+from train.evaluate.task import Generate, Request, Response, Tools
 
 
-class Judge:
-    """Rates by what it reads; answers in the reverse order."""
-
-    name: str = "judge"
-    context_length: int | None = None
-
-    def identity(self) -> dict[str, Any]:
-        return {}
-
-    def answer(self, requests: Any, done: Any) -> None:
-        for i, request in reversed(list(enumerate(requests))):
-            text = request.prompt[0]["content"]
-            rated = (
-                "none" if "bad second" in text else "Rating: [[8.5]]/10, not [[4]]" if "fine second" in text else "[3]"
-            )
-            done(i, Response(rated))
+def rated(request: Request) -> Response:
+    """The judge, which rates by what it reads."""
+    assert isinstance(request, Generate)
+    text = str(request.prompt[0]["content"])  # type: ignore[index]
+    second = "Rating: [[8.5]]/10, not [[4]]" if "fine second" in text else "[3]"
+    return Response("none" if "bad second" in text else second)
 
 
 def test_both_turns_are_asked_and_rated(tmp_path: Path) -> None:
@@ -36,7 +27,7 @@ def test_both_turns_are_asked_and_rated(tmp_path: Path) -> None:
         asked.append(request)
         return "first" if len(request.prompt) == 1 else ("fine second" if item.id == "1" else "bad second")
 
-    found = verdicts_of(task, items, answer, Tools(judge=Judge()))
+    found = verdicts_of(task, items, answer, Tools(judge=MadeModel(rated)))
     assert [one["content"] for one in asked[1].prompt] == ["Q1", "first", "Q2"]
     assert asked[0].temperature == 0.7
     assert found["1"].scores == {"rating": 5.75, "turn_1": 3.0, "turn_2": 8.5}
