@@ -22,7 +22,7 @@ from qwen_jax.inference.prompts import check_generates
 from qwen_jax.inference.row_sampling import FIELDS, MASKED, RULES, SLOT, SampleRow, Variant, pack, variant_of, with_mask
 from qwen_jax.inference.runner_compilation import Programs, Report
 from qwen_jax.inference.runner_lowering import Program, abstract_state
-from qwen_jax.inference.runner_programs import CLEARED, MAX_SEGMENTS, Pages, State, StaticArgs
+from qwen_jax.inference.runner_programs import CLEARED, MAX_SEGMENTS, Pages, State, StaticArgs, sampled_state
 from qwen_jax.inference.runner_types import Masks, PrefillInput, PromptLogprobs, RowInput, Sampled, SampledMany
 from qwen_jax.inference.slots import Slots, no_room, set_table
 from qwen_jax.inference.text_rows import TextRow, pack_texts
@@ -361,7 +361,11 @@ class Runner:
             packed[masks.rows, MASKED] = 1
             self._set_masks("set masks" + kind.removeprefix("sample"), packed[masks.rows, SLOT], masks.allowed)
         program = Program(kind, len(logits), variant=variant)
-        found, self._state = self._run(program, logits, self._state, self._place(packed))
+        read = sampled_state(self._state, variant)
+        found, tokens_S, counts_SV = self._run(program, logits, *read, self._place(packed))
+        self._state = self._state._replace(tokens_S=tokens_S)
+        if self._state.rules is not None and counts_SV is not None:
+            self._state = self._state._replace(rules=self._state.rules._replace(counts_BV=counts_SV))
         found.copy_to_host_async()
         result: jax.Array = found
         return result

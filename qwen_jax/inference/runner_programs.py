@@ -181,21 +181,33 @@ def _on_every_device(x: jax.Array) -> jax.Array:
 # --- sampling ---
 
 
+def sampled_state(state: State, variant: Variant) -> tuple[jax.Array | None, ...]:
+    """What `sample` takes of the state, for its arguments of these names; None for what its variant does not read."""
+    counts_SV, prompt_SV, bias_SV = state.rules if state.rules and variant in row_sampling.WITH_RULES else (None,) * 3
+    masks_STW = state.masks_STW if variant in row_sampling.WITH_MASKS else None
+    return state.tokens_S, counts_SV, prompt_SV, bias_SV, masks_STW
+
+
 def sample(
     static: StaticArgs,
     logits: jax.Array,
-    state: State,
+    tokens_S: jax.Array,
+    counts_SV: jax.Array | None,
+    prompt_SV: jax.Array | None,
+    bias_SV: jax.Array | None,
+    masks_STW: jax.Array | None,
     packed_BN: jax.Array,
     *,
     variant: Variant,
     proposed: int,
-) -> tuple[jax.Array, State]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Samples a token for each row, or accepts proposed ones, and makes it the newest of its slot.
 
     Args:
       static: settings that are compiled in.
       logits: float32 [B, V], or [B, 1 + proposed, V], on every device.
-      state: updated in place.
+      tokens_S, counts_SV: of the state, updated in place; see `sampled_state`.
+      prompt_SV, bias_SV, masks_STW: of the state, only read.
       packed_BN: int32: the fields of `row_sampling.pack`, then `proposed` ids.
       variant: see `row_sampling`.
       proposed: how many tokens are proposed for each row.
@@ -203,19 +215,24 @@ def sample(
     Returns:
       int32 [1 + proposed, B, 3 or 3 + 2 N] for each position: token or `NOT_FINITE`, number of positions that count,
       log-probability; and for variants with masks ids and log-probabilities of the N most likely tokens. Floats keep
-      their bits. The state.
+      their bits. The new `tokens_S` and `counts_SV`.
     """
     dummy = static.settings.max_seqs
 
-    def local(logits: jax.Array, state: State, packed_BN: jax.Array) -> tuple[jax.Array, State]:
+    def local(
+        logits: jax.Array,
+        tokens_S: jax.Array,
+        all_rules: Rules | None,
+        masks_STW: jax.Array | None,
+        packed_BN: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         if not proposed:
             logits = logits[:, None]
         rows, proposals_Bk = row_sampling.unpack(packed_BN[:, :FIELDS]), packed_BN[:, FIELDS:]
-        all_rules = state.rules if variant in row_sampling.WITH_RULES else None
         rules = None if all_rules is None else Rules(*(x_SV[rows.slot_B] for x_SV in all_rules))
         allowed_BTW: jax.Array | None = None
-        if variant in row_sampling.WITH_MASKS:
-            of_slot_BTW = state.masks_STW[rows.slot_B, : 1 + proposed]
+        if masks_STW is not None:
+            of_slot_BTW = masks_STW[rows.slot_B, : 1 + proposed]
             allowed_BTW = jnp.where(rows.masked_B[:, None, None], of_slot_BTW, -1)
         found = row_sampling.sample_positions(
             *(logits, proposals_Bk, rows, rules, allowed_BTW),
@@ -224,17 +241,21 @@ def sample(
             top=static.tops,
         )
         # What was emitted enters the state.
-        state = state._replace(tokens_S=state.tokens_S.at[rows.slot_B].set(found.last_B))
-        if all_rules is not None:
-            counts_SV = all_rules.counts_BV
+        tokens_S = tokens_S.at[rows.slot_B].set(found.last_B)
+        counts_SV = None if all_rules is None else all_rules.counts_BV
+        if counts_SV is not None:
             for i in range(1 + proposed):
                 counted_B = (i < found.count_B) & (rows.slot_B < dummy)
                 counts_SV = row_sampling.count_tokens(counts_SV, rows.slot_B, found.sampled.next_B[i], counted_B)
-            state = state._replace(rules=all_rules._replace(counts_BV=counts_SV))
-        return _pack_sampled(found), state
+        return _pack_sampled(found), tokens_S, counts_SV
 
+    rules = None
+    if counts_SV is not None and prompt_SV is not None and bias_SV is not None:
+        rules = Rules(counts_SV, prompt_SV, bias_SV)
     # Every device samples every row.
-    result: tuple[jax.Array, State] = _run_on_every_device(local, logits, state, packed_BN)
+    result: tuple[jax.Array, jax.Array, jax.Array | None] = _run_on_every_device(
+        local, logits, tokens_S, rules, masks_STW, packed_BN
+    )
     return result
 
 

@@ -15,8 +15,9 @@ from qwen_jax.config import DualChunk, ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference.buckets import Buckets
 from qwen_jax.inference.engine import Engine
+from qwen_jax.inference.row_sampling import VARIANTS, WITH_MASKS, WITH_RULES, Variant
 from qwen_jax.inference.runner import Masks, PrefillInput, RowInput, Runner, RunnerConfig, SampleRow
-from qwen_jax.inference.runner_lowering import Program
+from qwen_jax.inference.runner_lowering import Program, lower
 from qwen_jax.inference.sampling import NOT_FINITE, SamplingParams
 from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.params import Params, bind
@@ -504,3 +505,14 @@ def test_sizes_of_programs() -> None:
     assert odd.slots == (1008,)
     assert odd.prefill[-1] == (5, 2048)
     assert odd.prefill_slots == (1056, 4128, 16_416)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sampling_is_given_what_its_variant_reads_and_replaces_what_it_changes(variant: Variant) -> None:
+    """A plain step has no argument that is as large as the vocabulary but its logits."""
+    _, runner = make(DENSE, rules=True)
+    lowered = lower(Program("sample", 4, variant=variant), runner.static, runner.mesh, runner.params)
+    donated = [x.donated for x in jax.tree.leaves(lowered.args_info)]
+    # Logits, newest tokens; counts, prompt and bias; masks; what is packed for this step.
+    rules, masks = int(variant in WITH_RULES), int(variant in WITH_MASKS)
+    assert donated == [False, True, *rules * [True, False, False], *masks * [False], False]

@@ -175,7 +175,8 @@ def test_an_oracle_solves_the_task_from_the_text_alone(source: Source, task: str
         for reference in sample.references[:1] if sample.metric == "any" else sample.references:
             cut = without_needle(task, text, reference)
             assert cut != text
-            assert score(sample.metric, ORACLES[task](cut), sample.references) < 1.0
+            # As a word: "lean" is also in the answer "clean".
+            assert reference not in re.findall(r"[\w-]+", ORACLES[task](cut))
 
 
 @pytest.mark.parametrize("task", [name for name in RULER if name.startswith("niah_")])
