@@ -181,6 +181,7 @@ def test_steps_of_grpo_and_sft_have_the_same_rows(folder, capsys):
     assert lines[0]["accumulation"] == 2
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize("kind", ["engine", "handover", pytest.param("episode", marks=pytest.mark.slow)])
 def test_a_kind_is_measured(kind, folder, capsys):
     args = parsed(folder)

@@ -171,7 +171,7 @@ def test_cached_decoding_equals_the_full_pass_token_by_token_and_in_chunks(mesh:
 MESHES = [{"tensor": 2}, {"tensor": 4}, {"data": 2, "tensor": 2}, {"fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
-@pytest.mark.draw(3)
+@pytest.mark.draw(2)
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_every_mesh_gives_the_same_logits_and_gradients(axes: dict[str, int]) -> None:
     """CONFIG has two key/value heads, so tensor=4 replicates them."""

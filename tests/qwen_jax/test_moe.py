@@ -95,6 +95,7 @@ def test_text_is_that_of_transformers(checkpoint: tuple[Path, Any], mesh: Mesh) 
         assert got.token_ids == want[0, len(prompt) :].tolist()
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize(
     "axes", [{"expert": 4}, {"expert": 2, "tensor": 2}, {"data": 2, "expert": 2, "fsdp": 2}], ids=str
 )
@@ -302,7 +303,7 @@ def skewed(params: Params, expert: int | None) -> Params:
     return {**params, "embed": {"weight": embed}, "layers": {**params["layers"], "moe": moe}}
 
 
-@pytest.mark.draw(6)
+@pytest.mark.draw(3)
 @pytest.mark.parametrize("expert", [None, 0, 7])
 @pytest.mark.parametrize(
     "axes", [{"expert": 2}, {"expert": 8}, {"expert": 2, "tensor": 2}, {"data": 2, "expert": 4}], ids=str

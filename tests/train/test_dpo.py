@@ -146,7 +146,7 @@ def test_loss_and_gradient_do_not_depend_on_the_layout(layout: str) -> None:
 MESHES = [{"data": 2}, {"fsdp": 2, "tensor": 2}, {"context": 2}, {"fsdp": 2, "context": 2}]
 
 
-@pytest.mark.draw(2)
+@pytest.mark.draw(1)
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_loss_and_gradient_do_not_depend_on_the_mesh(axes: dict[str, int]) -> None:
     a, b, c, d = pairs()

@@ -175,6 +175,7 @@ def test_loss_and_gradient_do_not_depend_on_the_layout(layout: str) -> None:
     assert_same(gradient(GRPO, batch, accumulation=2 if "micro" in layout else 1))
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"fsdp": 2, "context": 2}], ids=str)
 def test_loss_and_gradient_do_not_depend_on_the_mesh(axes: dict[str, int]) -> None:
     assert_same(gradient(GRPO, batch_of(), axes, accumulation=2))

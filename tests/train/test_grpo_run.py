@@ -116,7 +116,7 @@ def test_the_command_learns_and_exports(files: Path, tmp_path: Path) -> None:
     assert main(["train", "grpo", *arguments(files, output, *more)]) == 0
 
 
-@pytest.mark.draw(2)
+@pytest.mark.draw(1)
 @pytest.mark.parametrize(
     "changes",
     [

@@ -114,6 +114,7 @@ def test_lora_is_merged(scan: bool) -> None:
     np.testing.assert_array_equal(np.asarray(got["norm"]["weight"]), np.asarray(trained["norm"]["weight"]))
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize(
     ("model", "axes", "count"),
     [(DENSE, {"fsdp": 2, "tensor": 2}, 2), (EXPERTS, {}, 1)],

@@ -98,6 +98,7 @@ def merged(params: Params, lora: LoRA) -> Params:
     return {**{name: value for name, value in base_of(params).items() if name not in found}, **found}
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize(("name", "axes"), [("dense", {"fsdp": 2, "tensor": 4}), ("experts", {})], ids=str)
 def test_unmerged_equals_merged(name: str, axes: dict[str, int]) -> None:
     model, mesh = MODELS[name], make_mesh(axes)
@@ -180,6 +181,7 @@ def trained(
     )
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize(
     ("axes", "name", "changes"),
     [
@@ -198,6 +200,7 @@ def test_training_depends_neither_on_the_mesh_nor_on_how_it_is_run(
         assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b)
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize("scan", [True, False], ids=["scan", "unrolled"])
 def test_frozen_weights_cost_no_gradient_and_are_arguments(scan: bool) -> None:
     """The compiled step: fewer operations and less memory than full training, and no weights inside the program."""

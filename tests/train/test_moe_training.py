@@ -112,7 +112,7 @@ def test_the_curve_that_all_are_compared_with_learns() -> None:
     np.testing.assert_allclose(want["expert_load"].sum(2), 8.0, rtol=1e-5)
 
 
-@pytest.mark.draw(4)
+@pytest.mark.draw(2)
 @pytest.mark.parametrize(
     ("axes", "changes"),
     [
@@ -134,7 +134,7 @@ def test_layouts_agree(axes: dict[str, int], changes: dict[str, Any]) -> None:
     agree(curve(axes, weights(), **changes))
 
 
-@pytest.mark.draw(2)
+@pytest.mark.draw(1)
 @pytest.mark.parametrize(
     ("axes", "changes"),
     [

@@ -151,7 +151,7 @@ def assert_same(got: tuple[float, Params, dict[str, float]], head: str) -> None:
         np.testing.assert_allclose(got[2][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.draw(4)
+@pytest.mark.draw(2)
 @pytest.mark.parametrize(
     ("head", "axes", "accumulation", "layout"),
     [

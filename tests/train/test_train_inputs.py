@@ -209,7 +209,7 @@ def spoil(folder: Path, how: str) -> None:
         tokens.write_bytes(content)
 
 
-@pytest.mark.draw(4)
+@pytest.mark.draw(2)
 @pytest.mark.parametrize(
     ("how", "message"),
     [

@@ -85,7 +85,7 @@ def test_the_curve_that_all_are_compared_with_learns() -> None:
     assert loss[-5:].mean() < 1.5
 
 
-@pytest.mark.draw(6)
+@pytest.mark.draw(3)
 @pytest.mark.parametrize(
     ("axes", "accumulation", "remat"),
     [
@@ -106,6 +106,7 @@ def test_layouts_agree(axes: dict[str, int], accumulation: int, remat: str) -> N
     np.testing.assert_allclose(curve(axes, accumulation, remat, weights()), one_device(), rtol=TOLERANCE)
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize(
     ("axes", "remat"),
     [({"context": 8}, "none"), ({"context": 4}, "dots"), ({"fsdp": 2, "context": 2, "tensor": 2}, "full")],
@@ -115,6 +116,7 @@ def test_keys_that_go_round_are_keys_that_are_gathered(axes: dict[str, int], rem
     np.testing.assert_allclose(curve(axes, 1, remat, weights(), ring=True), one_device(), rtol=TOLERANCE)
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize(
     ("axes", "accumulation", "remat"),
     [({}, 1, "dots"), ({"data": 2, "fsdp": 2, "tensor": 2}, 4, "dots"), ({"fsdp": 2, "context": 2}, 2, "full")],

@@ -57,7 +57,7 @@ def test_a_stage_changes_the_rotary_base_and_nothing_else(material, tmp_path, st
     assert numbers(tmp_path / "run")[8:] != numbers(straight)[8:]
 
 
-@pytest.mark.draw(2)
+@pytest.mark.draw(1)
 @pytest.mark.parametrize("at", [4, 6, 8])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(material, tmp_path, straight, monkeypatch, at):
     output, config = tmp_path / "run", configuration(material, tmp_path / "run")

@@ -78,6 +78,7 @@ def configuration(files: Path, method: Any, output: Path) -> TuneConfig:
     return tune_command.configuration(method, argparse.Namespace(**paths, config=None, lora=False, set=options[9:]))
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize("method", ["sft", "reward", "dpo"])
 def test_the_command_tunes_a_model_and_exports_it(
     method: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -152,7 +153,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
         assert read_json(tmp_path / "stopped" / "model" / "adapter_config.json")["lora_dropout"] == 0.2
 
 
-@pytest.mark.draw(2)
+@pytest.mark.draw(1)
 @pytest.mark.parametrize("method", ["sft", "reward", "dpo"])
 def test_an_adapter_is_tuned_and_used(
     method: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -79,6 +79,7 @@ def random_request(
     return Request(tuple(ids), ending, sampling[int(rng.integers(3))])
 
 
+@pytest.mark.draw(2)
 @pytest.mark.parametrize(
     "options",
     [

@@ -54,6 +54,7 @@ def prompts_of(rng: np.random.Generator, *lengths: int) -> list[list[int]]:
     return [rng.integers(0, 96, n).tolist() for n in lengths]
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_chunk_sizes_do_not_matter(name: str, make_engine: MakeEngine, rng: np.random.Generator) -> None:
     """Rows of unequal lengths, some of one token, with and without a repetition penalty."""

@@ -150,7 +150,7 @@ def shapes_of(case: Case) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct
     return flash_decode_gpu.paged_attention, [q, held, held, table, i, i]
 
 
-@pytest.mark.draw(12)
+@pytest.mark.draw(6)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_lowers_to_one_kernel_and_a_merge_if_keys_are_split(case: Case) -> None:
     """The kernels pass the layout inference of Mosaic GPU, and nothing of the length of the cache is created."""

@@ -79,7 +79,7 @@ def shapes_of(case: Case, held: Any = jnp.int8) -> list[jax.ShapeDtypeStruct]:
     return [q, cache, scales, cache, scales, i, i]
 
 
-@pytest.mark.draw(12)
+@pytest.mark.draw(6)
 @pytest.mark.parametrize(("case", "separately"), BOTH, ids=str)
 def test_lowers_to_one_kernel_and_a_merge(case: Case, separately: bool, numbers: np.random.Generator) -> None:
     """The kernels pass the layout inference of Mosaic GPU, and no array of the cache's size but the cache exists."""

@@ -81,6 +81,7 @@ CASES = (
 )
 
 
+@pytest.mark.draw(2)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(getattr(x, "__name__", x)) for x in c[:-1]))
 def test_bfloat16(case) -> None:
     """Errors come only from rounding the result, the probabilities and their gradients."""
@@ -132,7 +133,7 @@ def test_tilings_fit_and_need_little_padding(T, core, kind) -> None:
     assert -(-T // found.queries) * found.queries <= 1.2 * T + 1024
 
 
-@pytest.mark.draw(6)
+@pytest.mark.draw(3)
 @needs_libtpu
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def gradients(axes: dict[str, int], attention: str, ring: bool = False):
         return jax.device_get(run(params, *arrays))
 
 
-@pytest.mark.draw(2)
+@pytest.mark.draw(1)
 @pytest.mark.parametrize(
     ("axes", "ring"),
     [({"data": 1}, False), ({"data": 2, "tensor": 2}, False), ({"context": 2}, False), ({"context": 2}, True)],

@@ -123,6 +123,7 @@ def test_every_visible_pair_counts_once(seed, sizes) -> None:
     np.testing.assert_allclose(out, np.broadcast_to((count > 0).swapaxes(1, 2)[..., None], out.shape), rtol=1e-5)
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize("d", [64, 128])
 def test_full_lists_give_the_bits_of_dense_attention(d) -> None:
     """Lists of all pieces take the same keys in the same parts and order as `flash_tpu` takes tiles.

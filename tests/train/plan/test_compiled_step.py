@@ -62,7 +62,7 @@ def _check_collectives(found: list[Collective], model: ModelConfig, mesh: Mesh, 
     assert whole <= scattered <= 1.2 * whole
 
 
-@pytest.mark.draw(4)
+@pytest.mark.draw(2)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
     "axes",
