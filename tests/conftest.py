@@ -2,7 +2,6 @@
 
 import atexit
 import collections
-import gc
 import os
 import random
 import shutil
@@ -35,8 +34,6 @@ from jax.sharding import Mesh
 from qwen_jax.parallel.sharding import make_mesh
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Tracing makes many objects that are no garbage: looking for it at each 700 of them takes 6% of the time of the tests.
-gc.set_threshold(100_000, 20, 50)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

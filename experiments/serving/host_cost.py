@@ -49,7 +49,8 @@ def replace_programs(engine: ContinuousEngine) -> None:
                 fields = np.zeros((1, program.rows, 3), np.int32)
                 fields[..., 0] = np.arange(program.rows) % 200 + 32
                 sampled[program.rows] = jnp.asarray(fields)
-            return sampled[program.rows], runner._state
+            # The newest tokens and the counts stay as they are.
+            return sampled[program.rows], *args[1:3]
         return runner._state.rules
 
     runner._run = run  # type: ignore[method-assign]
