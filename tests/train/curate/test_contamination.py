@@ -132,13 +132,14 @@ def test_many_items_from_one_template_are_found(tmp_path: Path) -> None:
     template = some_words(rng, 30)
     items = [[*template[:10], str(i), *template[10:20], str(3 * i), *template[20:]] for i in range(200)]
     finder = finder_of(tmp_path / "e.jsonl", [{"question": " ".join(item)} for item in items])
-    noisy_found = 0
     for number in rng.sample(range(200), 10):
-        text = some_words(rng, 300) + noisy(rng, items[number], 0.1) + some_words(rng, 300)
-        noisy_found += bool(found(finder, [" ".join(text)]))
         assert (0, number) in found(finder, [" ".join(items[number])])
-    # Noise that falls on the few runs that are left in the index hides an item: in 4 of 1,000 texts.
-    assert noisy_found >= 7
+        copy = noisy(rng, items[number], 0.1)
+        # The item's own runs of five words have one of its two numbers. A candidate needs two that noise left whole.
+        own = [i for at in (10, 21) for i in range(at - 4, at + 1)]
+        whole = sum(copy[i : i + 5] == items[number][i : i + 5] for i in own)
+        if whole >= 2:
+            assert found(finder, [" ".join(some_words(rng, 300) + copy + some_words(rng, 300))])
 
 
 def test_tables_of_zeros_take_no_time_and_hide_nothing(tmp_path: Path) -> None:
