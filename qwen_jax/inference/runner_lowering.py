@@ -171,16 +171,13 @@ def _function_and_arguments(
             packed = array(B, 3 + k + table + adapter)
             return partial(functions.decode, static, proposed=k), (1,), (params, pages, state.tokens_S, packed)
         case "prefill":
-            return (
-                partial(functions.prefill, static, chunks=B),
-                (1,),
-                (params, pages, array(4 + adapter, T), array(B + table)),
-            )
+            read = partial(functions.prefill, static, chunks=B)
+            return read, (1,), (params, pages, array(4 + adapter, T), array(B + table))
         case "sample" | "sample verified":
             each = (B, 1 + k) if k else (B,)
             choose = partial(functions.sample, static, variant=program.variant, proposed=k)
-            read = functions.sampled_state(state, program.variant)
-            return choose, (1, 2), (array(*each, V, dtype="float32"), *read, array(B, FIELDS + k))
+            sampled = functions.sampled_state(state, program.variant)
+            return choose, (1, 2), (array(*each, V, dtype="float32"), *sampled, array(B, FIELDS + k))
         case "set masks" | "set masks verified":
             each = (B, 1 + k) if k else (B,)
             return functions.set_masks, (0,), (state.masks_STW, array(B), array(*each, static.words))

@@ -242,8 +242,9 @@ def sample(
         )
         # What was emitted enters the state.
         tokens_S = tokens_S.at[rows.slot_B].set(found.last_B)
-        counts_SV = None if all_rules is None else all_rules.counts_BV
-        if counts_SV is not None:
+        counts_SV = None
+        if all_rules is not None:
+            counts_SV = all_rules.counts_BV
             for i in range(1 + proposed):
                 counted_B = (i < found.count_B) & (rows.slot_B < dummy)
                 counts_SV = row_sampling.count_tokens(counts_SV, rows.slot_B, found.sampled.next_B[i], counted_B)
