@@ -9,9 +9,11 @@ from typing import Any
 
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json, to_json
+from qwen_jax.tokenizer import load_tokenizer
 from train.config import RunConfig
 from train.fields import as_json, differences
 from train.files import write_file
+from train.inputs import data_fingerprint
 from train.scaling.run_config import write_run_config
 from train.scaling.sweep import Plan, Run, Sweep, bracketed, make_plan
 from train.small_runs import command_line, final_losses, status, write_commands
@@ -261,8 +263,10 @@ def _anywhere(config: RunConfig) -> RunConfig:
 def _check_folder(sweep: Sweep, folder: Path) -> None:
     """Records a sweep in its folder. Further sizes, rates, batches, tokens, seeds and FLOPs may follow.
 
+    Data is known by its content. Data that is not on this machine is not compared.
+
     Raises:
-      InputError: the runs there were made of another base, or of other models with the same names.
+      InputError: the runs there were made of another base, of other models with the same names, or of other data.
     """
     make_plan(sweep, folder, {})  # The budget, before anything is written.
     path = folder / _RECORD
@@ -274,9 +278,12 @@ def _check_folder(sweep: Sweep, folder: Path) -> None:
             for shape, moe in sweep.moe.items()
         },
         "warmup": sweep.warmup,
+        "content": _content(sweep.base),
     }
     if path.exists():
         before = read_json(path)
+        _check_content(folder, before.get("content", {}), record["content"])
+        before["content"] = record["content"] = {**record["content"], **before.get("content", {})}
         record["models"] = {**before["models"], **record["models"]}
         same = {**before, "models": {**record["models"], **before["models"]}}
         if found := differences(same, record):
@@ -290,6 +297,25 @@ def _check_folder(sweep: Sweep, folder: Path) -> None:
         write_file(path, (to_json(record, indent=2) + "\n").encode())
     except OSError as error:
         raise InputError(f"Cannot write {path}: {error.strerror}. Give another folder.") from None
+
+
+def _content(base: RunConfig) -> dict[str, str]:
+    """Hashes of the tokenizer and the data of a run, as far as they are on this machine."""
+    sources = {f"data.{name}": path for name, path in base.data.items()}
+    sources |= {f"held_out.{name}": path for name, path in base.held_out.items()}
+    found = {name: data_fingerprint(path) for name, path in sources.items()}
+    if Path(base.tokenizer).expanduser().exists():
+        found["tokenizer"] = load_tokenizer(base.tokenizer).fingerprint()
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _check_content(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    for name in before.keys() & now.keys():
+        if before[name] != now[name]:
+            raise InputError(
+                f"The sweep in {folder} was made from other data: the content of {name} has the hash "
+                f"{before[name][:12]}... there and {now[name][:12]}... now. Restore the data, or give another folder."
+            )
 
 
 def read_results(folder: Path) -> Sequence[Mapping[str, Any]]:
