@@ -26,6 +26,7 @@ import numpy as np
 from scipy.optimize import least_squares, nnls
 
 from qwen_jax.errors import InputError
+from train.scaling.runs import compute
 
 Array: TypeAlias = np.ndarray
 MoeForm: TypeAlias = Literal["bilinear", "saturated", "granularity", "sparsity", "leverage"]
@@ -207,7 +208,7 @@ def _experts(form: MoeForm, p: dict[str, float], experts: Array) -> Array:
 def _leverage(p: dict[str, float], runs: MoeRuns) -> Array:
     """log(N_eff / N)."""
     fine = np.log(runs.granularity)
-    power = p["k0"] + p["k1"] * np.log(6 * runs.active * runs.tokens / p["C0"]) + p["k2"] * fine + p["k3"] * fine**2
+    power = p["k0"] + p["k1"] * np.log(compute(runs.active, runs.tokens) / p["C0"]) + p["k2"] * fine + p["k3"] * fine**2
     return np.asarray(np.log(np.maximum(runs.total / runs.active, 1.0)) * power)
 
 
@@ -348,7 +349,7 @@ def _fit(
         p |= {"d": d * size**gamma, "delta": delta, "gamma": gamma}
         return {name: float(value) for name, value in p.items()}, [theta]
     # The form leverage; granularity only where it varies.
-    middle = 6 * size * tokens
+    middle = compute(size, tokens)
     fine_grained = _varies(runs.granularity[~runs.dense])
 
     def effective(theta: Array) -> Array:

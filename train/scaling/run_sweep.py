@@ -15,6 +15,7 @@ from train.fields import as_json, differences
 from train.files import write_file
 from train.inputs import data_fingerprint
 from train.scaling.run_config import write_run_config
+from train.scaling.runs import compute
 from train.scaling.sweep import Plan, Run, Sweep, bracketed, make_plan
 from train.small_runs import command_line, final_losses, status, write_commands
 from train.workers import Workers
@@ -169,9 +170,10 @@ def write_table(outcome: Outcome, folder: Path) -> None:
 
     Columns: name, size, status ("ok" or "diverged"), loss (held-out, nats a token; null where it diverged), params
     (weights that a token is multiplied with, the output head among them and the embedding not), active_params (the
-    same), total_params, non_embedding_params, tokens, flops (model FLOPs, without evaluations), learning_rate,
-    batch_tokens, seed, steps, warmup_steps, length, hidden_size, layers, intermediate_size, vocab_size, experts,
-    experts_per_token, granularity (width of a dense layer by that of an expert), and a loss_NAME of each held-out set.
+    same), total_params, non_embedding_params, tokens, flops (6 params tokens, as in laws), model_flops (with attention,
+    without evaluations: what the budget counts), learning_rate, batch_tokens, seed, steps, warmup_steps, length,
+    hidden_size, layers, intermediate_size, vocab_size, experts, experts_per_token, granularity (width of a
+    dense layer by that of an expert), and a loss_NAME of each held-out set.
 
     Raises:
       InputError: pyarrow is not installed, or the folder cannot be written.
@@ -213,7 +215,8 @@ def _row(run: Run, loss: float) -> dict[str, Any]:
         "total_params": counts["total"],
         "non_embedding_params": counts["non_embedding"],
         "tokens": run.cell.tokens,
-        "flops": run.flops,
+        "flops": compute(counts["active"], run.cell.tokens),
+        "model_flops": run.flops,
         "learning_rate": run.learning_rate,
         "batch_tokens": run.batch_tokens,
         "seed": run.seed,
@@ -234,11 +237,18 @@ def _row(run: Run, loss: float) -> dict[str, Any]:
 def _schema(pa: Any, config: RunConfig) -> Any:
     """Columns have their types also where a table is empty or all of a column is null."""
     texts = ("name", "size", "status")
-    numbers = ("loss", "flops", "learning_rate", "granularity", *(f"loss_{name}" for name in config.held_out))
+    numbers = (
+        "loss",
+        "flops",
+        "model_flops",
+        "learning_rate",
+        "granularity",
+        *(f"loss_{name}" for name in config.held_out),
+    )
     kinds = {**dict.fromkeys(texts, pa.string()), **dict.fromkeys(numbers, pa.float64())}
     names = (
         *("name", "size", "status", "loss", "params", "active_params", "total_params", "non_embedding_params"),
-        *("tokens", "flops", "learning_rate", "batch_tokens", "seed", "steps", "warmup_steps", "length"),
+        *("tokens", "flops", "model_flops", "learning_rate", "batch_tokens", "seed", "steps", "warmup_steps", "length"),
         *("hidden_size", "layers", "intermediate_size", "vocab_size", "experts", "experts_per_token", "granularity"),
         *(f"loss_{name}" for name in config.held_out),
     )

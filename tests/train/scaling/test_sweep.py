@@ -28,6 +28,7 @@ from train.run import pretrain
 from train.scaling.design import next_points, quadratic_optimum
 from train.scaling.run_config import configure
 from train.scaling.run_sweep import collect, read_results, run_sweep, write_sweep
+from train.scaling.runs import COMPUTE
 from train.scaling.sweep import load_sweep, make_plan
 
 
@@ -50,7 +51,8 @@ def test_a_grid_has_every_combination_once_in_the_table(tmp_path: Path) -> None:
         assert row["params"] == row["active_params"] == model.num_params()["active"]
         assert row["total_params"] == model.num_params()["total"]
         assert (row["steps"], row["warmup_steps"], row["length"]) == (steps, round(steps / 10), 16)
-        assert row["flops"] == flops_per_token(model, 16) * steps * row["batch_tokens"]
+        assert row["model_flops"] == flops_per_token(model, 16) * steps * row["batch_tokens"]
+        assert row["flops"] == 6 * row["params"] * row["tokens"]
         assert row["status"] == "ok"
         assert row["loss"] == row["loss_held"] > 1.8
     # The same call trains nothing.
@@ -314,6 +316,7 @@ def law_file(folder: Path, counting: str = "with-head") -> Path:
     law = {
         "law": "hyperparameters",
         "version": 1,
+        "compute": COMPUTE,
         "parameters": {
             "learning_rate": {"coefficient": 3.2 / 3e4**0.3, "params": -0.7, "tokens": 0.3},
             "batch_tokens": {"coefficient": 240 / 3e4**0.5, "params": 0.0, "tokens": 0.5},
