@@ -11,6 +11,7 @@ import numpy as np
 from qwen_jax.errors import InputError
 from train.data.tables import read_rows
 from train.evaluate.benchmarks import judges
+from train.evaluate.benchmarks.recorded import id_of, read_answers
 from train.evaluate.task import DataFile, Generate, Item, Metric, Response, Task, Tools, Verdict
 
 _SOURCE = "https://github.com/lmarena/arena-hard-auto"
@@ -78,6 +79,7 @@ def controlled_win_rate(items: Sequence[Mapping[str, Any]]) -> float:
 class ArenaHard(Task):
     """The share of games that the model wins against the baseline, in percent, with and without control of style."""
 
+    version = 2
     citation = "arXiv:2406.11939"
     needs_judge = True
     metrics = (
@@ -107,15 +109,10 @@ class ArenaHard(Task):
 
     def items(self, files: Mapping[str, Path]) -> Sequence[Item]:
         """See `Task.items`. Reads the forms of version 0.1 (turns, choices) and version 2 (prompt, messages)."""
-        answers: dict[str, str] = {}
-        for row in read_rows(files[self.answers.path]):
-            text = _answer_of(row.values)
-            if text is None or _id_of(row.values) is None:
-                raise InputError(f"{row.where}: expected question_id or uid, and a text in choices or messages.")
-            answers[str(_id_of(row.values))] = text
+        answers = read_answers(files[self.answers.path])
         found = []
         for row in read_rows(files[self.questions.path]):
-            values, id = row.values, _id_of(row.values)
+            values, id = row.values, id_of(row.values)
             turns = values.get("turns")
             first = turns[0] if isinstance(turns, list) and turns else values.get("prompt")
             question = first.get("content") if isinstance(first, dict) else first
@@ -123,10 +120,10 @@ class ArenaHard(Task):
                 continue
             if id is None or not isinstance(question, str):
                 raise InputError(f"{row.where}: expected question_id or uid, and a text in turns or prompt.")
-            if str(id) not in answers:
+            if id not in answers:
                 raise InputError(f"{row.where}: {files[self.answers.path]} has no answer to the question {id}.")
             groups = {"category": str(values.get("cluster") or values.get("subcategory") or values.get("category"))}
-            found.append(Item(str(id), {"question": question, "baseline": answers[str(id)]}, groups))
+            found.append(Item(id, {"question": question, "baseline": answers[id][0]}, groups))
         return found
 
     def requests(self, item: Item, rounds: Sequence[Sequence[Response]]) -> Sequence[Generate]:
@@ -195,22 +192,6 @@ def _counts(text: str) -> list[float]:
     plain = _CODE.sub("", text)
     marks = [len(re.findall(pattern, plain, re.MULTILINE)) for pattern in _MARKDOWN]
     return [len(text) / _CHARACTERS_OF_A_TOKEN, *map(float, marks)]
-
-
-def _id_of(values: Mapping[str, Any]) -> Any:
-    return values.get("question_id") or values.get("uid")
-
-
-def _answer_of(values: Mapping[str, Any]) -> str | None:
-    """The text of a line of answers, of either version."""
-    try:
-        content = values["choices"][0]["turns"][0] if "choices" in values else values["messages"][-1]["content"]
-    except (KeyError, IndexError, TypeError):
-        return None
-    for name in ("content", "answer"):
-        if isinstance(content, dict):
-            content = content.get(name, content)
-    return content if isinstance(content, str) else None
 
 
 TASKS = (

@@ -114,6 +114,7 @@ class IFEval(Task):
     """One message for each prompt; the whole answer counts."""
 
     name = "ifeval_chat"
+    version = 2
     citation = "arXiv:2311.07911"
     files = (FILE,)
     metrics = (
