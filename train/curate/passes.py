@@ -1,7 +1,7 @@
 """Group-bys and joins in several passes over the data, so that memory is bounded.
 
 The native runner of Daft holds all rows of a group-by or join in memory. Where there are too many rows, each pass
-handles the keys of one range of hash values. The result is the same; each pass reads the (narrow) columns again.
+handles the keys of one residue class of the hash. The result is the same; each pass reads the (narrow) columns again.
 """
 
 import json
