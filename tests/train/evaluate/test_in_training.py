@@ -109,6 +109,22 @@ def test_a_measurement_ends_in_its_time_and_says_how_many_items_it_did(
         assert now[0] - begin <= max(seconds, 10)
 
 
+def test_scores_do_not_depend_on_the_mesh(material: Path, data: Path) -> None:
+    """On a context axis too, whose devices score different texts."""
+    tokenizer, config = load_tokenizer(material / "tokenizer"), configuration(material, data / "run")
+    opened = in_training.OpenedTasks(TaskEvaluation(("choice", "written"), every=1, data_root=str(data)), tokenizer)
+    found = []
+    for axes in ({}, {"fsdp": 2, "context": 2}):
+        mesh = make_mesh(axes)
+        with jax.set_mesh(mesh):
+            weights = init_params(config.model, jax.random.key(0), mesh)
+        found.append(opened.measure_on(config.model, config.step, mesh, print)(weights))
+    opened.close()
+    assert found[0].keys() == found[1].keys()
+    for name in ("task/choice/logprob", "task/written/vowels", "task/written/items"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-5)
+
+
 def test_what_cannot_be_measured_is_an_error_before_training(material: Path, data: Path) -> None:
     for change, message in (
         ({"tasks": ("choise",)}, "no task 'choise'. Similar ones: choice"),
@@ -119,9 +135,6 @@ def test_what_cannot_be_measured_is_an_error_before_training(material: Path, dat
         tasks = dataclasses.replace(TaskEvaluation(("choice",), every=4, data_root=str(data)), **change)
         with pytest.raises(InputError, match=message):
             run.pretrain(configuration(material, data / "run", tasks=tasks))
-    tasks = TaskEvaluation(("choice",), every=4, data_root=str(data))
-    with pytest.raises(InputError, match="on a context axis; it is 2"):
-        run.pretrain(configuration(material, data / "run", tasks=tasks, mesh={"context": 2}))
     assert not (data / "run" / "checkpoints").exists()
     for wrong in ({"every": 0}, {"limit": 0}, {"seconds": 0.0}, {"seconds": float("nan")}):
         with pytest.raises(InputError, match=next(iter(wrong))):
