@@ -119,14 +119,17 @@ def layer_step(
     return nnx.to_pure_dict(state, abstract), jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
 
 
+def _call(run: Callable[[], Any]) -> Any:
+    """Calls a program. Fake CPU devices can deadlock with several in their queues, so they finish it first."""
+    result = run()
+    return jax.block_until_ready(result) if jax.default_backend() == "cpu" else result
+
+
 def _time(run: Callable[[], Any], steps: int, warmup: int) -> float:
-    """Median seconds between the ends of successive calls, the next one always on its way but on CPUs."""
+    """Median seconds between the ends of successive calls. On GPUs the next call is queued before one ends."""
     ends, waiting = [], None
-    for i in range(warmup + steps + 1):
-        result = run()
-        if jax.default_backend() == "cpu" or i < warmup:
-            # Fake CPU devices can deadlock with several programs in their queues.
-            jax.block_until_ready(result)
+    for _ in range(warmup + steps + 1):
+        result = _call(run)
         if waiting is not None:
             jax.block_until_ready(waiting)
             ends.append(time.perf_counter())
@@ -207,7 +210,7 @@ def measure(part: str, kind: str, size: Size, args: argparse.Namespace) -> dict[
         if args.profile:
             folder = Path(args.profile) / f"{part}-{kind}"
             with jax.profiler.trace(str(folder)):
-                jax.block_until_ready([run() for _ in range(args.steps)])
+                jax.block_until_ready([_call(run) for _ in range(args.steps)])
             (folder / "step.hlo.txt").write_text(text)
             (folder / "steps.json").write_text(json.dumps({"steps": args.steps, "command": vars(args)}) + "\n")
         last = {name: float(value) for name, value in run().items()}

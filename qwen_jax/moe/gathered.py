@@ -3,12 +3,12 @@
 With few devices on the axis, most tokens have an expert on most devices. Copies of rows then take no fewer bytes than
 all tokens (`qwen_jax.moe.traffic`), and an all-gather needs neither sorting before it nor pieces of unequal size:
 
-1. One all-gather brings the tokens of the N tokens of each of n devices, M = n N in all, with their router's weights
-   and expert ids.
+1. All-gathers bring the N tokens of each of the n devices to all of them, M = n N in all, with their expert ids and the
+   router's weights.
 2. Each device sorts the M k assignments, its own experts' first, and multiplies the rows of its own experts.
-3. Each device sums its rows of every token. One all-to-all in the dtype of the tokens brings these partial sums to the
-   token's device, which adds them up in float32. It takes the bytes of a reduce-scatter, but no sum is rounded on its
-   way.
+3. Each device sums its rows of every token in float32 and rounds the sum to the dtype of the tokens. One all-to-all
+   brings these partial sums to the token's device, which adds them in float32. It sends as many bytes as a
+   reduce-scatter of that dtype, which would round after each addition.
 
 The gradient of the gathering is the exchange of sums, and the other way round. Rows that find no room come in further
 rounds (`qwen_jax.moe.further_rounds`), as in the exchange of rows.

@@ -281,9 +281,14 @@ def test_the_experiment_measures_what_it_says(capsys: pytest.CaptureFixture[str]
         assert f"| {record['part']} | {record['kind']} | {record['ms']:.2f} | " in row
 
 
-def test_the_experiment_steps_a_training_run(capsys: pytest.CaptureFixture[str]) -> None:
-    main("--size tiny --devices 2 --layers 1 --parts step --kinds gathered --steps 1 --warmup 1".split())
+def test_the_experiment_steps_a_training_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    settings = "--size tiny --devices 2 --layers 1 --parts step --kinds gathered --steps 1 --warmup 1 --profile"
+    main([*settings.split(), str(tmp_path)])
     record = json.loads(capsys.readouterr().out.splitlines()[1])
+    folder = tmp_path / "step-gathered"
+    assert json.loads((folder / "steps.json").read_text())["steps"] == 1
+    assert "ENTRY" in (folder / "step.hlo.txt").read_text()
+    assert list(folder.rglob("*.xplane.pb"))
     assert 4 < record["loss"] < 8
     assert record["formula_mb"] > record["least_mb"]
 
