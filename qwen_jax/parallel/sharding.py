@@ -137,6 +137,11 @@ class Sharding:
     rows: P = P(_ROWS)
 
     @property
+    def vocab_rows(self) -> P:
+        """Of arrays [B, V] with a number for each row and token: rows, and the vocabulary over tensor shards."""
+        return P(*self.rows, self.logits[2])
+
+    @property
     def row_axes(self) -> tuple[str, ...]:
         """The axes that shard tokens."""
         rows: tuple[str, ...] = self.rows[0]
