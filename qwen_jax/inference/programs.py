@@ -179,7 +179,7 @@ def _decode(
         token_B: jax.Array, cache: ContiguousCache, counter: jax.Array
     ) -> tuple[jax.Array, ContiguousCache, jax.Array]:
         if one_row_kernels:
-            return one_row.step(prepared, static.config, token_B, cache, counter)
+            return one_row.step(prepared, static.config, spec, token_B, cache, counter)
         output = model(token_B[:, None], cache.positions(1), cache.mask(1), cache=cache)
         return model.logits(output.hidden)[:, 0], output.cache, counter
 
@@ -211,7 +211,7 @@ def decoder(static: StaticArgs, state: DecodeState) -> Any:
     """
     rows = state.token_B.shape[0]
     supported = one_row.supports(static.config, static.sharding, static.options, rows, state.cache)
-    return _decode_one_row if supported else decode
+    return _decode_one_row if supported and one_row.compiler_options(static.sharding) else decode
 
 
 def _sample(

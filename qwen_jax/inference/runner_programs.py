@@ -117,7 +117,7 @@ def decode(
     cache = PagedCache(pages.keys, pages.values, table_BM, length_B, new_B)
     if not proposed and one_row.supports(static.config, s, static.options, len(packed_BN), cache):
         params, token_1 = one_row.prepare(params, tokens_BT[:, 0])
-        logits_1V, cache, _ = one_row.step(params, static.config, token_1, cache, jnp.zeros((1,), jnp.int32))
+        logits_1V, cache, _ = one_row.step(params, static.config, s, token_1, cache, jnp.zeros((1,), jnp.int32))
         return logits_1V, Pages(cache.keys, cache.values)
     output = model(tokens_BT, cache.positions(T), cache.mask(T), cache=cache)
     logits_BTV = jax.reshard(model.logits(output.hidden), logits_spec(3))
@@ -140,7 +140,7 @@ def decode_options(static: StaticArgs, pages: Pages, rows: int, slots: int) -> d
     table = int32(rows, -(-slots // static.settings.page_size))
     cache = PagedCache(pages.keys, pages.values, table, int32(rows), int32(rows))
     used = one_row.supports(static.config, static.sharding, static.options, rows, cache)
-    return one_row.COMPILER_OPTIONS if used else None
+    return one_row.compiler_options(static.sharding) if used else None
 
 
 def prefill(
