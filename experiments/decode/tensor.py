@@ -177,8 +177,8 @@ def main(argv: list[str] | None = None) -> None:
     name = args.model + (f" {args.codes}" if args.codes else "")
     if not args.json:
         print(f"{jax.devices()[0].device_kind}, {bandwidth / 1e12:.3g} TB/s, jax {jax.__version__}\n")
-        heads = ("model", "devices", "batch", "sampling", "step, ms", "tokens/s", "floor, ms", "of the floor")
-        heads = (*heads, "sent, KB", "collectives")
+        heads = ["model", "devices", "batch", "sampling", "step, ms", "tokens/s", "floor, ms", "of the floor"]
+        heads += ["sent, KB", "collectives"]
         print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for devices in args.devices or [jax.device_count()]:
         for r in measure(config, name, devices, args.batch, args.prompt, args.steps, bandwidth):

@@ -5,6 +5,7 @@ import functools
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.select import Candidate, select, unmet
+from qwen_jax.parallel.sharding import padded_width
 from qwen_jax.quantization import Quantization, unified
 
 # The projections of a dense layer in the inference layout, and those that each of them joins.
@@ -49,12 +50,14 @@ def supports(config: ModelConfig, shards: int = 1) -> bool:
 def _supports_shards(config: ModelConfig, shards: int) -> bool:
     from qwen_jax.kernels.decode import layer_gpu
 
-    D, F, V = config.hidden_size, config.intermediate_size // shards, config.vocab_size // shards
+    quantized = config.quantization is not None
+    D, V = config.hidden_size, config.vocab_size // shards
+    F = padded_width(config.intermediate_size, shards, quantized) // shards
     heads = config.num_heads // shards * config.head_dim
     qkv = heads + 2 * max(config.num_kv_heads // shards, 1) * config.head_dim
     needs = {
         "dense layers": config.moe is None,
-        "weights in full precision": config.quantization is None,
+        "weights in full precision": not quantized,
         f"a hidden size, and a shard's feed-forward size ({F}) and heads x head_dim ({heads}), of multiples of 128": (
             layer_gpu.supports(D, F, heads, qkv, V)
         ),

@@ -15,7 +15,7 @@ kernels, with an all-reduce after the first and after the second: `output_produc
 
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.experimental.pallas as pl
@@ -170,9 +170,10 @@ def feed_forward(
     Raises:
       InputError: shapes or dtypes that are not supported.
     """
+    sources: tuple[Source, ...] = ("stream", "inner")
     weights = w_gate_up_2FD, _one(w_down_DF)
-    how = ("stream", "inner"), weights, (norm_D,), eps, jnp.float32, blocks
-    parts, stream_D, counter_1 = _run(*how, stream_D, added_D=added_D, counter_1=counter_1)
+    how: dict[str, Any] = {"stream_D": stream_D, "added_D": added_D, "counter_1": counter_1}
+    parts, stream_D, counter_1 = _run(sources, weights, (norm_D,), eps, jnp.float32, blocks, **how)
     return stream_D, parts.reshape(-1, len(stream_D)).sum(axis=0), counter_1
 
 
@@ -291,7 +292,9 @@ def _multiply(
         # Read what does not depend on other blocks before the barrier.
         if source == "stream":
             norm = load(norm_refs[norm_at.index(index)], row_layout)
-            stream = load(stream_ref if index == norm_at[0] else stream_smem, row_layout)
+            here = stream_ref if index == norm_at[0] else stream_smem
+            assert here is not None
+            stream = load(here, row_layout)
         if index:
             grid_barrier(counter_ref, round_smem)
         # The input of the product.
