@@ -9,7 +9,14 @@ import pytest
 from experiments.decode import tensor
 from qwen_jax.errors import InputError
 from qwen_jax.inference import SamplingParams
+from qwen_jax.inference.buckets import RunnerConfig
+from qwen_jax.inference.row_sampling import VARIANTS, Variant
+from qwen_jax.inference.runner_lowering import Program, lower
+from qwen_jax.inference.runner_programs import StaticArgs
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.published import published
+from train.plan.programs import collectives
 
 CONFIG = published("tiny")
 
@@ -37,6 +44,20 @@ def test_reports_the_floor_and_what_is_exchanged(
         sums = batch * CONFIG.hidden_size * (2 * CONFIG.num_layers + 1)
         sampling = 1e3 * found["collective_kb"] - 2 * sums
         assert 0 < sampling <= 2 * sums + 2048 * batch, found
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.draw(3)
+def test_sampling_of_the_runner_exchanges_few_bytes(variant: Variant) -> None:
+    """Candidates, sums and maxima: at most 512 bytes a row, and 2 KB with thresholds over the whole vocabulary."""
+    rows = 5
+    mesh, config = make_mesh({"tensor": 2}, jax.devices()[:2]), dataclasses.replace(CONFIG, vocab_size=4096)
+    sizes = RunnerConfig(max_seqs=rows, max_length=64, page_size=16, num_pages=8, max_batched_tokens=16)
+    options = Options(stacked=False, fused=True)
+    static = StaticArgs(config, Sharding.for_inference(config, mesh), options, config.vocab_size, sizes)
+    text = lower(Program("sample", rows, variant=variant), static, mesh, {}).compile().as_text()
+    sent = sum(c.bytes * c.times for c in collectives(text, 2))
+    assert 0 < sent <= rows * (2048 if variant == "all" else 512), sent
 
 
 def _split_parameters() -> tuple[int, int]:
