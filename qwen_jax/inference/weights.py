@@ -38,10 +38,10 @@ def fuse(params: Params, config: ModelConfig, sharding: Sharding) -> Params:
         quantization = _of_layer(config, len(fused))
         _check_orders(parts, len(fused))
         feed_forward = "moe.shared" if "moe" in rest else "mlp"
-        joined = _join_jitted(
+        qkv, gate_up = _join_jitted(
             parts, config=config, sharding=sharding, quantization=quantization, feed_forward=feed_forward
         )
-        fused.append(_with_joined(rest, *joined, _padded_consumed))
+        fused.append(_with_joined(rest, qkv, gate_up, _padded_consumed))
         for leaf in jax.tree.leaves(parts):
             leaf.delete()
     return {**params, "layers": fused}
@@ -58,7 +58,8 @@ def fused_layer(layer: Params, config: ModelConfig, sharding: Sharding) -> Param
     if config.quantization is not None:
         raise ValueError("Quantised layers are joined by fuse.")
     parts, rest = _taken_apart(layer)
-    return _with_joined(rest, *_join(parts, config=config, sharding=sharding), _padded)
+    qkv, gate_up = _join(parts, config=config, sharding=sharding)
+    return _with_joined(rest, qkv, gate_up, _padded)
 
 
 def is_fused(params: Params) -> bool:
