@@ -104,3 +104,35 @@ def test_tokens_and_log_probabilities_do_not_depend_on_the_shards(rng: np.random
     np.testing.assert_array_equal(got.top_ids_BN, want.top_ids_BN)
     np.testing.assert_allclose(got.logprob_B[clean], want.logprob_B[clean], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got.top_logprobs_BN[clean], want.top_logprobs_BN[clean], rtol=1e-5, atol=1e-5)
+
+
+def test_accepted_proposals_do_not_depend_on_the_shards(rng: np.random.Generator) -> None:
+    """A token that is sampled at one position is penalised at the next, on the device that has it."""
+    B, T = 4, 3
+    params = [SAMPLINGS[2], SamplingParams(repetition_penalty=1.3), SAMPLINGS[2], SamplingParams()]
+    rows = [SampleRow(i, s, 7, presence=30.0, rules=True) for i, s in enumerate(params)]
+    packed = row_sampling.pack(rows, B, B)
+    # Peaks, at the same tokens everywhere, so that a presence penalty of 30 decides.
+    logits = np.broadcast_to(rng.normal(0, 3, (B, 1, V)), (B, T, V)).astype(np.float32)
+    empty = Rules(np.zeros((B, V), np.uint16), np.zeros((B, V), bool), np.zeros((B, V), np.float32))  # type: ignore[arg-type]
+    best = np.argsort(-logits[:, 0, :LIMIT], axis=1)[:, : T - 1].astype(np.int32)
+    found = []
+    for shards in (1, SHARDS):
+        mesh = make_mesh({"tensor": shards}, jax.devices()[:shards])
+
+        def local(logits: jax.Array, rules: Rules, shards: int = shards) -> row_sampling.SampledPositions:
+            return row_sampling.sample_positions(
+                *(logits, jnp.asarray(best), row_sampling.unpack(jnp.asarray(packed)), rules, None),
+                **{"variant": "ruled", "vocab_limit": LIMIT, "top": 1, "vocabulary": Vocabulary(shards)},
+            )
+
+        with jax.set_mesh(mesh):
+            places = P(None, None, "tensor"), P(None, "tensor")
+            put = [jax.device_put(x, jax.NamedSharding(mesh, p)) for x, p in zip((logits, empty), places, strict=True)]
+            sample = jax.shard_map(local, in_specs=places, out_specs=P(), check_vma=False)
+            found.append(jax.tree.map(np.asarray, jax.jit(sample)(*put)))
+    one, many = found
+    np.testing.assert_array_equal(one.sampled.token_B, many.sampled.token_B)
+    np.testing.assert_array_equal(one.count_B, many.count_B)
+    # Greedy rows take the likeliest tokens one after the other, so that all proposals are accepted.
+    assert many.count_B[3] == T
