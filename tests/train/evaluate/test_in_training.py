@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,64 +17,15 @@ from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.params import init_params
 from qwen_jax.tokenizer import load_tokenizer
 from tests.helpers.runs import assert_same_weights, configuration, numbers, print_seed, stop_after
+from tests.helpers.small_tasks import Choice, Judged, Written, measured, write_lines
 from train import run
 from train.evaluate import in_training, registry
 from train.evaluate import run as benchmarks
 from train.evaluate.encoding import RequestEncoder
 from train.evaluate.in_training import TaskEvaluation
-from train.evaluate.task import DataFile, Generate, Item, Loglikelihood, Metric, Request, Response, Task, Tools, Verdict
 from train.evaluate.token_model import TokenModel
-from train.observe.metrics import read_log
 from train.observe.plots import plot_folder
 from train.observe.trackers import tags
-
-WORDS = "some", "text", "of", "no", "importance"
-
-
-class Choice(Task):
-    """The log-probability of a line's last word, and whether it is more likely than the first one."""
-
-    name = "choice"
-    files = (DataFile("choice.txt"),)
-    metrics = (Metric("accuracy"), Metric("logprob", 1.0))
-
-    def items(self, files: Mapping[str, Path]) -> Sequence[Item]:
-        lines = files["choice.txt"].read_text().splitlines()
-        return [Item(str(i), {"words": line.split()}) for i, line in enumerate(lines)]
-
-    def template(self) -> str:
-        return "{words}"
-
-    def requests(self, item: Item, rounds: Sequence[Sequence[Response]]) -> Sequence[Request]:
-        *context, last = item.fields["words"]
-        return () if rounds else [Loglikelihood(" ".join(context), f" {word}") for word in (last, context[0])]
-
-    def score(
-        self, items: Sequence[Item], responses: Sequence[Sequence[Sequence[Response]]], tools: Tools
-    ) -> Sequence[Verdict]:
-        pairs = [[float(response.logprob or 0) for response in rounds[0]] for rounds in responses]
-        return [Verdict({"accuracy": float(a > b), "logprob": a}) for a, b in pairs]
-
-
-class Written(Choice):
-    """The share of vowels in a text that is generated."""
-
-    name = "written"
-    metrics = (Metric("vowels"),)
-
-    def requests(self, item: Item, rounds: Sequence[Sequence[Response]]) -> Sequence[Request]:
-        return () if rounds else [Generate(" ".join(item.fields["words"]), max_tokens=5)]
-
-    def score(
-        self, items: Sequence[Item], responses: Sequence[Sequence[Sequence[Response]]], tools: Tools
-    ) -> Sequence[Verdict]:
-        texts = [rounds[0][0].text for rounds in responses]
-        return [Verdict({"vowels": sum(c in "aeiou" for c in text) / max(len(text), 1)}) for text in texts]
-
-
-class Judged(Choice):
-    name = "judged"
-    needs_judge = True
 
 
 @pytest.fixture(autouse=True)
@@ -86,20 +36,8 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    rng = print_seed()
-    lines = [" ".join(rng.choice(WORDS, 5, replace=False)) for _ in range(12)]
-    (tmp_path / "choice.txt").write_text("\n".join(lines))
+    write_lines(tmp_path, print_seed())
     return tmp_path
-
-
-def measured(output: Path) -> dict[int, dict[str, float]]:
-    """The records of tasks by step."""
-    found: dict[int, dict[str, float]] = {}
-    for record in read_log(output / "metrics.jsonl"):
-        if any(name.startswith("task/") for name in record):
-            assert int(record["step"]) not in found
-            found[int(record["step"])] = {k: v for k, v in record.items() if k != "step"}
-    return found
 
 
 def test_a_run_learns_the_same_and_its_scores_are_those_of_its_checkpoint(
