@@ -118,7 +118,8 @@ def round_scaled(
     wide = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=axes is not None)
     if mesh_axes:
-        largest = lax.pmax(largest, mesh_axes)
+        # A maximum over devices may leave NaN out, but not infinity.
+        largest = lax.pmax(jnp.where(jnp.isnan(largest), jnp.inf, largest), mesh_axes)
     # largest = (1 + fraction / 2^23) 2^exponent, and the largest float8 = (1 + 3/4) 2^top in both formats.
     bits = lax.bitcast_convert_type(largest, jnp.int32)
     exponent, fraction = (bits >> 23) - 127, bits & 0x7FFFFF

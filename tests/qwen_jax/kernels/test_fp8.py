@@ -1,6 +1,7 @@
 """Products of operands rounded to 8-bit floats: rounding, products and gradients, factors, meshes, refusals."""
 
 import functools
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -29,12 +30,13 @@ def spread(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def rounded(x: np.ndarray, dtype: Any) -> np.ndarray:
-    """x in float64 rounded with one factor: the largest power of two with which nothing overflows."""
+    """x in float64 rounded with one factor: the largest power of two, up to 2^63, with which nothing overflows."""
     largest = np.abs(x).max()
     if largest == 0:
         return x.astype(np.float64)
     factor = 2.0 ** np.floor(np.log2(FORMATS[dtype]) - np.log2(float(largest)))
     factor *= 1.0 if largest * factor <= FORMATS[dtype] else 0.5
+    factor = min(factor, 2.0**63)
     return (x.astype(np.float64) * factor).astype(np.float32).astype(np.dtype(dtype)).astype(np.float64) / factor
 
 
@@ -63,6 +65,20 @@ def test_values_are_rounded_after_the_largest_exact_factor(dtype: Any) -> None:
     for largest, expected in ((1.75, 1.0), (np.nextafter(np.float32(1.75), np.float32(2)), 2.0)):
         _, scale = round_(np.array([largest, 0.1], np.float32))
         assert scale == expected * 1.75 / FORMATS[dtype]
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_another_factor_changes_only_values_below_the_smallest_normal_number(dtype: Any) -> None:
+    """So what shares a factor, such as a batch or a micro-batch, changes little."""
+    rng = print_seed()
+    x = spread(rng, (100,))
+    alone, beside = (
+        jax.device_get(fp8.round_scaled(array, dtype))
+        for array in (x, np.append(x, np.abs(x).max() * np.float32(2.0 ** rng.integers(1, 9))))
+    )
+    values = [codes.astype(np.float64) * float(scale) for codes, scale in (alone, beside)]
+    is_normal = np.abs(x) >= float(jnp.finfo(dtype).smallest_normal) * float(beside.scale)
+    np.testing.assert_array_equal(values[0][is_normal], values[1][:-1][is_normal])
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -211,12 +227,14 @@ def test_powers_of_two_pass_through_exactly(products: fp8.Products) -> None:
         np.testing.assert_array_equal(got, want)
 
 
-def test_what_is_not_finite_is_in_the_result() -> None:
+@pytest.mark.parametrize("axes", LAYOUTS, ids=str)
+def test_what_is_not_finite_makes_the_whole_product_nan(axes: tuple[tuple[str, int], ...]) -> None:
+    """On every device, whichever has the value: a maximum over CPU devices may leave out NaN."""
     rng = print_seed()
-    call = compiled("q", "fp8", jnp.float32, ())
-    for index, lost in enumerate(((0, 2), (0, 1), (1, 2))):
+    call = compiled("q", "fp8", jnp.float32, axes)
+    for bad, (index, lost) in itertools.product((np.nan, np.inf), enumerate(((0, 2), (0, 1), (1, 2)))):
         arrays = operands("q", rng, jnp.float32)
-        arrays[index].flat[rng.integers(arrays[index].size)] = rng.choice([np.nan, np.inf])
+        arrays[index].flat[rng.integers(arrays[index].size)] = bad
         results = call(*arrays)
         assert [bool(np.isnan(result).all()) for result in results] == [i in lost for i in range(3)]
 
