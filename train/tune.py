@@ -254,7 +254,9 @@ class _Run:
             # The reference has no adapter.
             mesh, step = self.meshes[index], dataclasses.replace(config.step_config(index), lora=None)
             record = {k: v for k, v in packed.record().items() if k not in ("seed", "batch_size", "epochs")}
-            key = digest([source, dataclasses.asdict(model), record, step.dtype])
+            # Left out where they are of the compute dtype, as in runs that began before there were others.
+            products = [] if step.products == "bfloat16" else [step.products]
+            key = digest([source, dataclasses.asdict(model), record, step.dtype, *products])
             file = self.output / "reference" / f"{key[:32]}.npy"
             # Every process takes part, if one of them does not see the file.
             if not gather_from_processes(int(file.exists())).all():

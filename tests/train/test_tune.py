@@ -30,6 +30,7 @@ from tests.helpers.processes import run as run_processes
 from tests.helpers.quantized import random_quantized
 from tests.helpers.runs import assert_same_weights, final_weights, launches, losses, print_seed, stop_after
 from train import tune, tune_command
+from train.fields import set_fields
 from train.loop import LoopConfig
 from train.merging import Merging
 from train.observe.metrics import read_log
@@ -151,6 +152,33 @@ def test_a_stopped_run_resumes_bit_for_bit(
     assert_same_weights(folders[0].parent, folders[1].parent, last)
     if method == "reward":
         assert read_json(tmp_path / "stopped" / "model" / "adapter_config.json")["lora_dropout"] == 0.2
+
+
+def test_a_reference_is_computed_again_with_other_products(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers of an earlier launch are read again only if they are of the same products."""
+
+    class EndError(Exception):
+        """Nothing is trained."""
+
+    def end(**job: Any) -> None:
+        raise EndError
+
+    used = []
+
+    def log_probs(objective: Any, step: Any, mesh: Any, params: Any, packed: Any, console: Any) -> np.ndarray:
+        used.append(step.products)
+        return np.zeros((len(packed.store), 2), np.float32)
+
+    monkeypatch.setattr(tune, "Job", end)
+    monkeypatch.setattr(tune, "reference_log_probs", log_probs)
+    config = configuration(files, "dpo", tmp_path / "run")
+    for products in ("bfloat16", "bfloat16", "fp8", "fp8", "bfloat16"):
+        with pytest.raises(EndError):
+            tune.tune(set_fields(config, f"step.products={products}"), _Formats())
+    # Of the held-out pairs, and of those that are trained on.
+    assert used == ["bfloat16"] * 2 + ["fp8"] * 2
 
 
 @pytest.mark.draw(1)
