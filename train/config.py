@@ -29,7 +29,12 @@ MOVED = {
     "checkpoint_every": "checkpoints.every",
 }
 # Fields that records of earlier versions lack, and what they stand for there.
-CAME_LATER = {"step.products": "bfloat16", "objective.compact_loss": False, "optimizer.moments": "float32"}
+CAME_LATER = {
+    "step.products": "bfloat16",
+    "objective.compact_loss": False,
+    "objective.moe.expert_exchange": "auto",
+    "optimizer.moments": "float32",
+}
 
 
 @dataclasses.dataclass(frozen=True)

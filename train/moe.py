@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ class MoETraining:
         "rows" or "gathered"; see `qwen_jax.options.Options`.
 
     Raises:
-      InputError: a coefficient or factor that is negative or not finite.
+      InputError: a coefficient or factor that is negative or not finite, or an unknown exchange.
     """
 
     balance_loss: float | None = None
@@ -65,6 +65,10 @@ class MoETraining:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} must be at least 0, got {value}.")
+        if self.expert_exchange not in get_args(ExpertExchange):
+            raise InputError(
+                f"expert_exchange must be one of {', '.join(get_args(ExpertExchange))}, got {self.expert_exchange!r}."
+            )
 
     def coefficient(self, model: ModelConfig) -> float:
         """The coefficient of the balance loss of an MoE model."""

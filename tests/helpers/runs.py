@@ -101,6 +101,14 @@ def launches(output: Path | str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(output) / "launches.jsonl").read_text().splitlines()]
 
 
+def without(record: dict[str, Any], path: str) -> None:
+    """Deletes a field of a record by its path, such as "step.remat": a record of before there was one."""
+    *groups, field = path.split(".")
+    for group in groups:
+        record = record[group]
+    del record[field]
+
+
 def print_seed() -> np.random.Generator:
     """A random generator with a fresh seed, which is printed so that a failure can be repeated."""
     seed = int(np.random.SeedSequence().entropy % 2**32)  # type: ignore[operator]

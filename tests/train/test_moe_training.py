@@ -438,3 +438,8 @@ def test_flops_count_the_experts_that_a_token_takes() -> None:
 def test_odd_settings_are_refused(changes: dict[str, float]) -> None:
     with pytest.raises(InputError, match=f"{next(iter(changes))} must be at least 0"):
         MoETraining(**changes)  # type: ignore[arg-type]
+
+
+def test_an_unknown_exchange_is_refused() -> None:
+    with pytest.raises(InputError, match="expert_exchange must be one of auto, rows, gathered, got 'gather'"):
+        MoETraining(expert_exchange="gather")  # type: ignore[arg-type]
