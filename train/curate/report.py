@@ -76,7 +76,7 @@ def to_html(summary: Mapping[str, Any]) -> str:
         ),
         *_found(summary["stages"]),
         "<h2>Removed</h2>",
-        *_removed(summary["stages"]),
+        *_removed([*summary["stages"], {"name": "not written", **summary["writing"]}]),
         "<h2>Output</h2>",
         table(
             ("domain", "documents", "written", "bytes of text", "files"),

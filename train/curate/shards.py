@@ -30,7 +30,8 @@ SCRATCH = ".scratch"
 RESERVED = (DOCUMENTS, OUTPUT, ROWS, "ids", "lock.json", "summary.json", "report.html", MANIFEST, "bad.jsonl")
 """Names in the folder that a stage cannot have."""
 
-VERSION = 1
+VERSION = 2
+"""Of the folder: what jobs count, and what their keys mean."""
 # A row group is what is in memory at once.
 ROW_GROUP_BYTES, ROW_GROUP_ROWS = 8_000_000, 8192
 
