@@ -8,6 +8,7 @@ import base64
 import dataclasses
 import glob
 import hashlib
+import io
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ _FORMATS: dict[str, Format] = {
     **dict.fromkeys((".txt", ".text", ".md", ".rst", ".tex", ".py"), "text"),
 }
 _COMPRESSIONS = (".gz", ".zst")
+_END_OF_RECORD = b"\r\n\r\n"
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 
 
@@ -345,9 +347,11 @@ def _too_long(what: str, source: Input) -> str:
 def _jsonl(part: Part, source: Input) -> Iterator[Row | Bad]:
     # The line of a document is longer than the document: escapes, and other fields.
     for line in read_lines(part.piece, 3 * source.max_bytes + (1 << 20)):
-        place = f"byte {line.start}"
-        if line.content is None:
+        place = line.place
+        if line.whole is None:
             yield Bad(part.name, place, _too_long("line", source))
+            continue
+        if not line.content:
             continue
         value = parse_object(line.content)
         yield Bad(part.name, place, value) if isinstance(value, str) else _row(part, source, place, value)
@@ -410,45 +414,92 @@ def _file(part: Part, source: Input) -> Iterator[Row | Bad]:
 
 
 def _warc(part: Part, source: Input) -> Iterator[Row | Bad]:
+    with open_source(part.piece.source, lambda size: None) as file:
+        archive = _UntilDamage(file)
+        try:
+            yield from _pages(part, source, archive)
+        except _errors() as error:
+            raise archive.damage_behind() or error from None
+        if damage := archive.damage_behind():
+            raise damage
+        if archive.tell() and archive.end != _END_OF_RECORD:
+            raise EOFError("it ends in the middle of a record")
+
+
+def _pages(part: Part, source: Input, archive: "_UntilDamage") -> Iterator[Row | Bad]:
     warc = optional_library("fastwarc.warc", "WARC files")
     page = dataclasses.replace(source, html="page", id=None, url="url")
-    # The library decompresses .gz itself, record by record; it takes what is no WARC file for an empty one.
-    plain = dataclasses.replace(part.piece.source, compression="")
-    with open_source(plain, lambda size: None) as file:
-        records = warc.ArchiveIterator(
-            file, record_types=warc.WarcRecordType.response, parse_http=True, auto_decode="all"
+    records = warc.ArchiveIterator(
+        archive, record_types=warc.WarcRecordType.response, parse_http=True, auto_decode="all"
+    )
+    for number, record in enumerate(records):
+        place = f"record {number}"
+        length = record.headers.get("Content-Length")
+        if length is None or not length.isdigit():
+            raise EOFError("it ends in the middle of a record")
+        headers = record.http_headers
+        if 0 < int(length) == record.content_length and not record.reader.read(1):  # Nothing behind its own header.
+            raise EOFError("it ends in the middle of a record")
+        if headers is None or headers.status_code != 200:
+            yield Bad(part.name, place, "a response with an error status", skipped=True)
+            continue
+        if (record.http_content_type or "").lower() not in _HTML_TYPES:
+            yield Bad(part.name, place, "a response that is not HTML", skipped=True)
+            continue
+        content = record.reader.read(source.max_bytes + 1)
+        if len(content) > source.max_bytes:
+            yield Bad(part.name, place, _too_long("page", source))
+            continue
+        encoded = headers.get("Content-Encoding") or headers.get("Transfer-Encoding")
+        # Of an encoded page nothing tells whether its end is there: behind the beginning of damage it is not taken.
+        if len(content) < record.content_length if not encoded else archive.damage:
+            raise EOFError("it ends in the middle of a record")
+        yield _row(
+            part,
+            page,
+            place,
+            {
+                "page": content,
+                "url": record.headers.get("WARC-Target-URI"),
+                "charset": record.http_charset,
+                "date": record.headers.get("WARC-Date"),
+                "record": record.headers.get("WARC-Record-ID"),
+            },
         )
-        for number, record in enumerate(records):
-            place = f"record {number}"
-            length = record.headers.get("Content-Length")
-            if length is None or not length.isdigit():
-                raise EOFError("it ends in the middle of a record")
-            headers = record.http_headers
-            if headers is None or headers.status_code != 200:
-                yield Bad(part.name, place, "a response with an error status", skipped=True)
-                continue
-            if (record.http_content_type or "").lower() not in _HTML_TYPES:
-                yield Bad(part.name, place, "a response that is not HTML", skipped=True)
-                continue
-            content = record.reader.read(source.max_bytes + 1)
-            if len(content) > source.max_bytes:
-                yield Bad(part.name, place, _too_long("page", source))
-                continue
-            encoded = headers.get("Content-Encoding") or headers.get("Transfer-Encoding")
-            if not encoded and len(content) < record.content_length:
-                raise EOFError("it ends in the middle of a record")
-            yield _row(
-                part,
-                page,
-                place,
-                {
-                    "page": content,
-                    "url": record.headers.get("WARC-Target-URI"),
-                    "charset": record.http_charset,
-                    "date": record.headers.get("WARC-Date"),
-                    "record": record.headers.get("WARC-Record-ID"),
-                },
-            )
+
+
+class _UntilDamage:
+    """A file that ends where it is damaged: the library of WARC files takes no errors.
+
+    Attributes:
+      damage: once its place has been reached.
+      end: the last bytes that have been read.
+    """
+
+    def __init__(self, file: io.BufferedReader):
+        self._file, self._position, self.end = file, 0, b""
+        self.damage: Exception | None = None
+
+    def read(self, size: int) -> bytes:
+        """At most so many bytes; none at the end and at damage."""
+        try:
+            data = b"" if self.damage else self._file.read1(size)
+        except _errors() as error:
+            self.damage = error
+            return b""
+        self._position += len(data)
+        self.end = (self.end + data[-len(_END_OF_RECORD) :])[-len(_END_OF_RECORD) :]
+        return data
+
+    def damage_behind(self) -> Exception | None:
+        """The damage here or behind: garbage may be noticed before the damage that has made it."""
+        while self.read(1 << 20):
+            pass
+        return self.damage
+
+    def tell(self) -> int:
+        """How many bytes have been read."""
+        return self._position
 
 
 def sha256_of(files: Iterable[Part]) -> dict[str, str]:

@@ -40,6 +40,8 @@ from train.data.shards import (
 from train.data.text import find_files
 from train.data.workers import Workers, cores
 
+UNIT_VERSION = 2
+"""Of units: which lines belong to a piece. Units of another version are done again when a build is resumed."""
 _UNITS, _SETTINGS = "units", "settings.json"
 # Characters that are tokenized at a time; the tokenizers library uses about 170 bytes of memory for each.
 _BATCH_CHARACTERS = 1_000_000
@@ -176,7 +178,7 @@ def build(config: BuildConfig, *, progress: Console | None = None) -> Manifest:
     with _locked(output):
         # Which units are finished already?
         folder = _begin(output, settings)
-        keys = [digest([[*same_file(p.source), p.source.kind, p.start, p.end] for p in unit]) for unit in units]
+        keys = [_key(unit) for unit in units]
         records = {i: record for i, key in enumerate(keys) if (record := _finished_unit(output, config.length, i, key))}
         todo = [(i, unit, keys[i]) for i, unit in enumerate(units) if i not in records]
         # Do the others.
@@ -202,6 +204,12 @@ def build(config: BuildConfig, *, progress: Console | None = None) -> Manifest:
         write_json(output / MANIFEST, manifest.to_json())
         shutil.rmtree(folder)
     return manifest
+
+
+def _key(unit: Unit) -> str:
+    """A digest of a unit's input, and of how it is read."""
+    pieces = [[*same_file(piece.source), piece.source.kind, piece.start, piece.end] for piece in unit]
+    return digest([UNIT_VERSION, pieces])
 
 
 def _check_folder(output: Path) -> None:
