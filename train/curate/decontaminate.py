@@ -20,16 +20,19 @@ from rich.console import Console
 
 from qwen_jax.errors import InputError
 from train.curate.contamination import LEAST_QUESTION, Finder, Mode, make_finder
-from train.curate.decontaminate_file import Cleaner, FileRecord, Settings, locate
+from train.curate.decontaminate_file import Cleaner, FileRecord, Settings, bad_of, locate
 from train.curate.evaluation_sets import Items, digest_of, find_sets, read_items
+from train.data.bad_records import join
 from train.data.documents import DamagedInputError, Source, same_file
 from train.data.progress import BuildProgress
-from train.data.shards import digest, write_file, write_json
+from train.data.shards import digest, write_json
 from train.data.text import find_files
 from train.data.workers import Workers, cores
 from train.lock import LOCK, lock
 
 SUMMARY, QUARANTINE = "decontamination.json", "quarantine.jsonl"
+UNIT_VERSION = 2
+"""Of the records of files. Files of another version are done again when a run is resumed."""
 _WORK, _SETTINGS, _INDEX = ".decontaminate", "settings.json", "index"
 # Examples that the summary keeps of each set.
 _EXAMPLES = 20
@@ -146,8 +149,9 @@ def decontaminate(config: DecontaminateConfig, *, progress: Console | None = Non
         return _finished(output, settings, keys)
     with lock(output):
         work = _begin(output, settings)
-        records = {i: record for i, key in enumerate(keys) if (record := _read_record(output, work, i, key))}
-        todo = [(i, source, names[i], keys[i]) for i, source in enumerate(sources) if i not in records]
+        unit_keys = [digest([UNIT_VERSION, key]) for key in keys]
+        records = {i: record for i, key in enumerate(unit_keys) if (record := _read_record(output, work, i, key))}
+        todo = [(i, source, names[i], unit_keys[i]) for i, source in enumerate(sources) if i not in records]
         items = read_items(sets, config.question, config.answer)
         finder = make_finder(items, config.mode)
         total = sum(source.size for source in sources)
@@ -160,7 +164,7 @@ def decontaminate(config: DecontaminateConfig, *, progress: Console | None = Non
                 _remove_temporary(output)
         ordered = [records[i] for i in range(len(files))]
         summary = _summary(settings, keys, files, items, ordered)
-        _quarantine(config, output, files, ordered, summary)
+        _quarantine(config, output, files, summary)
         write_json(output / SUMMARY, summary)
         shutil.rmtree(work)
     return summary
@@ -326,7 +330,7 @@ def _summary(
     counts = ("records", "kept", "dropped", "masked", "empty")
     return {
         **{name: sum(record[name] for record in records) for name in counts},  # type: ignore[literal-required]
-        "bad": sum(len(record["bad"]) for record in records),
+        "bad": sum(record["bad"] for record in records),
         "sets": {
             name: {
                 "items": number[i],
@@ -345,27 +349,23 @@ def _summary(
     }
 
 
-def _quarantine(
-    config: DecontaminateConfig,
-    output: Path,
-    files: Sequence[Path],
-    records: Sequence[FileRecord],
-    summary: dict[str, Any],
-) -> None:
+def _quarantine(config: DecontaminateConfig, output: Path, files: Sequence[Path], summary: dict[str, Any]) -> None:
     """Lists the bad records in `quarantine.jsonl`, and raises InputError if there are too many."""
-    bad = [
-        {"file": str(path), "line": line, "reason": reason}
-        for path, record in zip(files, records, strict=True)
-        for line, reason in record["bad"]
-    ]
-    (output / QUARANTINE).unlink(missing_ok=True)
-    if not bad:
+    path = output / QUARANTINE
+    if not summary["bad"]:
+        path.unlink(missing_ok=True)
         return
-    write_file(output / QUARANTINE, b"".join(json.dumps(entry).encode() + b"\n" for entry in bad))
-    if len(bad) > max(config.max_bad_lines, config.max_bad * summary["records"]):
-        first = "; ".join("{file}, line {line}: {reason}".format(**entry) for entry in bad[:3])
+    work = output / _WORK
+    first = join(path, ((bad_of(work, i), functools.partial(_entry, str(file))) for i, file in enumerate(files)))
+    if summary["bad"] > max(config.max_bad_lines, config.max_bad * summary["records"]):
+        listed = "; ".join("{file}, line {line}: {reason}".format(**entry) for entry in first)
         raise InputError(
-            f"{len(bad)} of {summary['records']} records are bad, more than --max-bad {config.max_bad:g} and "
-            f"--max-bad-lines {config.max_bad_lines} allow: {first}. All are listed in {output / QUARANTINE}. Correct "
-            "them, or accept them with a larger --max-bad: finished files are kept."
+            f"{summary['bad']} of {summary['records']} records are bad, more than --max-bad {config.max_bad:g} and "
+            f"--max-bad-lines {config.max_bad_lines} allow: {listed}. All are listed in {path}. Correct them, or "
+            "accept them with a larger --max-bad: finished files are kept."
         )
+
+
+def _entry(file: str, bad: tuple[int, str]) -> dict[str, str | int]:
+    line, reason = bad
+    return {"file": file, "line": line, "reason": reason}

@@ -15,6 +15,7 @@ from qwen_jax.errors import NO_ROOM, InputError
 from qwen_jax.tokenizer.text import valid_text
 from train.curate.contamination import Finder
 from train.curate.masking import Span, line_without_spans, row_texts, row_without_spans, without_spans
+from train.data.bad_records import BadRecords
 from train.data.documents import (
     DamagedInputError,
     Source,
@@ -48,7 +49,7 @@ class FileRecord(TypedDict):
       dropped: records with a test item that are left out.
       masked: records that are kept without the spans of test items.
       empty: records without words, which are kept.
-      bad: line and reason of records that cannot be read, which are left out.
+      bad: records that cannot be read, which are left out; `bad_of` lists them.
       items: in how many records each test item was found, by its number.
       sets: in how many records each evaluation set was found, by its number.
       examples: of records with a test item, some for each set.
@@ -62,7 +63,7 @@ class FileRecord(TypedDict):
     dropped: int
     masked: int
     empty: int
-    bad: list[tuple[int, str]]
+    bad: int
     items: dict[str, int]
     sets: dict[str, int]
     examples: list[dict[str, Any]]
@@ -99,6 +100,11 @@ class _Row:
     texts: list[str]
     bad: str | None = None
     blank: bool = False
+
+
+def bad_of(work: Path, index: int) -> Path:
+    """The list of bad records of a file: line and reason."""
+    return work / f"{index:05d}.bad.jsonl"
 
 
 def locate(path: Path) -> Source:
@@ -156,7 +162,7 @@ class Cleaner:
             "dropped": 0,
             "masked": 0,
             "empty": 0,
-            "bad": [],
+            "bad": 0,
             "items": {},
             "sets": {},
             "examples": [],
@@ -167,7 +173,9 @@ class Cleaner:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                clean(source, temporary, record)
+                with BadRecords(bad_of(self._settings.work, index)) as self._bad:
+                    clean(source, temporary, record)
+                    self._bad.finish()
             except Exception as error:
                 if not _is_damage(error, source):
                     raise
@@ -344,8 +352,9 @@ class Cleaner:
             record["records"] += 1
             begin, first = first, first + len(row.texts)
             if row.bad is not None:
-                record["bad"].append((row.number, row.bad))
-                self._check_bad(source, record)
+                record["bad"] += 1
+                self._bad.add([row.number, row.bad])
+                self._check_bad(source, record, row)
             elif number not in by_row:
                 record["kept"] += 1
                 record["empty"] += bool(words.bounds[begin] == words.bounds[first])
@@ -396,15 +405,14 @@ class Cleaner:
                     }
                 )
 
-    def _check_bad(self, source: Source, record: FileRecord) -> None:
-        bad, records = len(record["bad"]), record["records"]
+    def _check_bad(self, source: Source, record: FileRecord, last: _Row) -> None:
+        bad, records = record["bad"], record["records"]
         if source.kind != "text" and bad > max(
             self._settings.max_bad_lines, max(self._settings.max_bad, 0.5) * records
         ):
-            line, reason = record["bad"][-1]
             raise InputError(
-                f"{bad} of {records} records in a row are bad; the last, {source.path}, line {line}: {reason}. Give the"
-                " name of the field with --field, give other files, or accept bad records with a larger --max-bad."
+                f"{bad} of {records} records in a row are bad; the last, {source.path}, line {last.number}: {last.bad}. "
+                "Give the name of the field with --field, give other files, or accept bad records with a larger --max-bad."
             )
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from train.curate.shards import (
 )
 from train.curate.sources import Bad, Input, Part, Row, Unit, read_unit, sha256_of
 from train.curate.stage import NO_TEXT, REPETITIONS, TEXT, RowStage, scatter
+from train.data.bad_records import BadRecords
 from train.data.documents import optional_library
 
 # Files of one shard that are written at once, each with a compressor of its own.
@@ -81,9 +81,12 @@ class _Reader:
 
     def run(self) -> tuple[tuple[File, ...], dict[str, Any]]:
         """Reads the unit; returns files and counts."""
+        with BadRecords(self._folder / ".bad" / f"{self._unit.name}.jsonl") as records:
+            return self._run(records)
+
+    def _run(self, records: BadRecords) -> tuple[tuple[File, ...], dict[str, Any]]:
         bad, shown = Counter[str](), dict[str, list[list[str]]]()
         skipped, damaged, by_file = Counter[str](), dict[str, str](), Counter[str]()
-        lines = io.BytesIO()
         for found in read_unit(self._unit):
             if isinstance(found, Bad):
                 if found.skipped:
@@ -98,15 +101,14 @@ class _Reader:
                 if len(shown.setdefault(reason, [])) < _SHOWN:
                     shown[reason].append([found.file, found.place, found.reason])
                 entry = {"input": self._unit.input.name, "file": found.file, "at": found.place, "reason": found.reason}
-                lines.write(to_json(entry).encode() + b"\n")
+                records.add(entry)
             else:
                 by_file[found["source"].rpartition(":")[0]] += 1
                 self._add(found)
         self._end_shard()
-        if lines.tell():
-            with AtomicFile(self._folder, f".bad/{self._unit.name}.jsonl") as file:
-                file.file.write(lines.getvalue())
-                self._files.append(file.finish(0))
+        records.finish()
+        if records.count:
+            self._files.append(File(f".bad/{self._unit.name}.jsonl", 0, records.size, records.sha256))
         counts = {
             "bytes": self._sizes,
             "bad": dict(sorted(bad.items())),

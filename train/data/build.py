@@ -7,21 +7,19 @@ the manifest is written and `units/` is removed.
 
 import collections
 import dataclasses
-import fcntl
 import functools
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from rich.console import Console
 
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import Tokenizer, load_tokenizer
+from train.data.bad_records import BadRecords, join
 from train.data.documents import DamagedInputError, Piece, Record, find_sources, read_records, same_file, share_out
 from train.data.progress import BuildProgress
 from train.data.shards import (
@@ -34,11 +32,11 @@ from train.data.shards import (
     check_files,
     digest,
     load_manifest,
-    write_file,
     write_json,
 )
 from train.data.text import find_files
 from train.data.workers import Workers, cores
+from train.lock import LOCK, lock
 
 UNIT_VERSION = 2
 """Of units: which lines belong to a piece. Units of another version are done again when a build is resumed."""
@@ -175,7 +173,7 @@ def build(config: BuildConfig, *, progress: Console | None = None) -> Manifest:
     if (output / MANIFEST).exists():
         return _finished(output, settings, files)
     units = share_out(find_sources(files, config.format, config.field), config.unit_bytes)
-    with _locked(output):
+    with lock(output):
         # Which units are finished already?
         folder = _begin(output, settings)
         keys = [_key(unit) for unit in units]
@@ -190,8 +188,9 @@ def build(config: BuildConfig, *, progress: Console | None = None) -> Manifest:
             finally:
                 _remove_temporary(output)
         # Put the data set together.
-        manifest = _manifest(tokenizer, settings, units, [records[i] for i in range(len(units))])
-        _quarantine(config, output, units, manifest)
+        ordered = [records[i] for i in range(len(units))]
+        manifest = _manifest(tokenizer, settings, units, ordered)
+        _quarantine(config, output, units, ordered, manifest)
         if not manifest.shards:
             raise InputError(
                 f"Found no text in {len(files)} input files: {manifest.bad} records are bad and {manifest.empty} empty."
@@ -217,9 +216,8 @@ def _check_folder(output: Path) -> None:
         if output.exists() and not output.is_dir():
             raise InputError(f"{output} is a file. Give a folder with --output.")
         ours = (output / MANIFEST).exists() or (output / _UNITS).is_dir()
-        if output.exists() and not ours and any(output.iterdir()):
+        if output.exists() and not ours and any(path.name != LOCK for path in output.iterdir()):
             raise InputError(f"{output} is not empty and holds no data set. Give a new folder with --output.")
-        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"Cannot create {output}: {error.strerror}. Give another folder with --output.") from None
 
@@ -250,22 +248,6 @@ def _check_settings(output: Path, saved: Mapping[str, object], given: Settings) 
             f"{output} was begun with other settings: {was}. "
             "Use these settings again, give another folder with --output, or remove this one."
         )
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Locks the folder against other builds; the system releases the lock when this process ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"Another process is building {folder}. Wait for it, or give another folder.") from None
-        except OSError:
-            pass  # Some network file systems do not have locks.
-        yield
-    finally:
-        os.close(handle)
 
 
 def _begin(output: Path, settings: Settings) -> Path:
@@ -378,12 +360,14 @@ class Encoder:
         Raises:
           InputError: most records are bad, or the disk is full.
         """
-        bad: list[bytes] = []
         lines: list[int] = []
         empty = records = 0
         folder = self._output / _UNITS
         try:
-            with ShardWriter(self._output, f"shard-{index:05d}", self._config.length) as shard_writer:
+            with (
+                ShardWriter(self._output, f"shard-{index:05d}", self._config.length) as shard_writer,
+                BadRecords(_bad_of(folder, index)) as bad,
+            ):
                 texts: list[str] = []
                 size = 0
                 for number, piece in enumerate(unit):
@@ -393,12 +377,12 @@ class Encoder:
                         records += 1
                         lines[-1] = record.line
                         if record.reason is not None:
-                            bad.append(json.dumps([number, record.line, record.reason]).encode() + b"\n")
-                            if len(bad) > max(self._config.max_bad_lines, max(self._config.max_bad, 0.5) * records):
+                            bad.add([number, record.line, record.reason])
+                            if bad.count > max(self._config.max_bad_lines, max(self._config.max_bad, 0.5) * records):
                                 if piece.source.compression:
                                     # Records of a damaged file may be garbage: read on, which raises at the damage.
                                     collections.deque(found, maxlen=0)
-                                raise InputError(_hopeless(piece, records, len(bad), record))
+                                raise InputError(_hopeless(piece, records, bad.count, record))
                         elif record.text:
                             texts.append(record.text)
                             size += len(record.text)
@@ -409,17 +393,16 @@ class Encoder:
                             texts, size = [], 0
                 self._encode(shard_writer, texts)
                 shard = shard_writer.finish()
+                bad.finish()
         except DamagedInputError as error:
             return error
         # The record comes last: it says that everything else is complete.
-        if bad:
-            write_file(folder / f"{index:05d}.bad.jsonl", b"".join(bad))
         done: UnitRecord = {
             "key": key,
             "shard": dataclasses.asdict(shard) if shard else None,
             "lines": lines,
             "empty": empty,
-            "bad": len(bad),
+            "bad": bad.count,
             "records": records,
         }
         write_json(folder / f"{index:05d}.json", done)
@@ -434,6 +417,11 @@ class Encoder:
             shard.add(self._tokenizer.encode_documents(texts))
         self._advance(self._unreported)
         self._unreported = 0
+
+
+def _bad_of(folder: Path, index: int) -> Path:
+    """The list of bad records of a unit: number of the piece, line in it, and reason."""
+    return folder / f"{index:05d}.bad.jsonl"
 
 
 def _hopeless(piece: Piece, records: int, bad: int, last: Record) -> str:
@@ -467,30 +455,37 @@ def _manifest(
     )
 
 
-def _quarantine(config: BuildConfig, output: Path, units: Sequence[Unit], manifest: Manifest) -> None:
+def _quarantine(
+    config: BuildConfig, output: Path, units: Sequence[Unit], records: Sequence[UnitRecord], manifest: Manifest
+) -> None:
     """Lists the bad records in `quarantine.jsonl`, and raises InputError if there are too many."""
     path = output / QUARANTINE
-    path.unlink(missing_ok=True)
     if not manifest.bad:
+        path.unlink(missing_ok=True)
         return
-    before: dict[str, int] = {}  # Lines of each file in earlier pieces.
-    entries: list[bytes] = []
-    for index, unit in enumerate(units):
-        record = json.loads((output / _UNITS / f"{index:05d}.json").read_bytes())
-        name = output / _UNITS / f"{index:05d}.bad.jsonl"
-        for line in name.read_bytes().splitlines() if record["bad"] else []:
-            number, position, reason = json.loads(line)
-            source = unit[number].source.path
-            entry = {"file": source, "line": before.get(source, 0) + position, "reason": reason}
-            entries.append(json.dumps(entry).encode() + b"\n")
-        for piece, count in zip(unit, record["lines"], strict=True):
-            before[piece.source.path] = before.get(piece.source.path, 0) + count
-    write_file(path, b"".join(entries))
+
+    def parts() -> Iterator[tuple[Path, Callable[[Any], object]]]:
+        before: dict[str, int] = {}  # Lines of each file in earlier pieces.
+        for index, (unit, record) in enumerate(zip(units, records, strict=True)):
+            starts = []
+            for piece, lines in zip(unit, record["lines"], strict=True):
+                starts.append((piece.source.path, before.get(piece.source.path, 0)))
+                before[piece.source.path] = starts[-1][1] + lines
+            yield _bad_of(output / _UNITS, index), functools.partial(_entry, starts)
+
+    first = join(path, parts())
     total = manifest.documents + manifest.empty + manifest.bad
     if manifest.bad > max(config.max_bad_lines, config.max_bad * total):
-        first = "; ".join("{file}, line {line}: {reason}".format(**json.loads(entry)) for entry in entries[:3])
+        listed = "; ".join("{file}, line {line}: {reason}".format(**entry) for entry in first)
         raise InputError(
             f"{manifest.bad} of {total} records are bad, more than --max-bad {config.max_bad:g} and --max-bad-lines "
-            f"{config.max_bad_lines} allow: {first}. All are listed in {path}. Correct them, or accept them with a "
+            f"{config.max_bad_lines} allow: {listed}. All are listed in {path}. Correct them, or accept them with a "
             "larger --max-bad: finished units of work are kept."
         )
+
+
+def _entry(starts: Sequence[tuple[str, int]], bad: tuple[int, int, str]) -> dict[str, str | int]:
+    """A bad record of a unit with its file, and its line in the file."""
+    number, line, reason = bad
+    file, before = starts[number]
+    return {"file": file, "line": before + line, "reason": reason}

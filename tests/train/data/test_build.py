@@ -293,7 +293,7 @@ def test_two_builders_do_not_share_a_folder(rng, folder, inputs, tmp_path):
     builder = process(inputs, folder, tmp_path / "out", 1)
     while not (tmp_path / "out" / "units").exists():
         time.sleep(0.002)
-    with pytest.raises(InputError, match="Another process is building"):
+    with pytest.raises(InputError, match="is in use by another run"):
         run(inputs, folder, tmp_path / "out", unit_megabytes=0.1)
     assert builder.wait() == 0
     builder.communicate()
