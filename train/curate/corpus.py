@@ -20,12 +20,12 @@ from train.curate.shards import (
     File,
     Record,
     ShardWriter,
-    digest,
     finished,
     read_groups,
     write_record,
 )
 from train.curate.stage import TEXT, Stage, scatter
+from train.data.shards import digest
 
 if TYPE_CHECKING:
     import daft

@@ -411,8 +411,9 @@ class Cleaner:
             self._settings.max_bad_lines, max(self._settings.max_bad, 0.5) * records
         ):
             raise InputError(
-                f"{bad} of {records} records in a row are bad; the last, {source.path}, line {last.number}: {last.bad}. "
-                "Give the name of the field with --field, give other files, or accept bad records with a larger --max-bad."
+                f"{bad} of {records} records in a row are bad; the last, {source.path}, line {last.number}: "
+                f"{last.bad}. Give the name of the field with --field, give other files, or accept bad records with a "
+                "larger --max-bad."
             )
 
 

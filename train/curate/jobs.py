@@ -25,13 +25,13 @@ from train.curate.shards import (
     File,
     Record,
     ShardWriter,
-    digest,
     write_record,
 )
 from train.curate.sources import Bad, Input, Part, Row, Unit, read_unit, sha256_of
 from train.curate.stage import NO_TEXT, REPETITIONS, TEXT, RowStage, scatter
 from train.data.bad_records import BadRecords
 from train.data.documents import optional_library
+from train.data.shards import digest
 
 # Files of one shard that are written at once, each with a compressor of its own.
 _MOST_FILES = 500

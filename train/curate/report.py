@@ -6,7 +6,7 @@ from typing import Any
 
 from qwen_jax.files import to_json
 from train.curate.corpus import View
-from train.curate.shards import digest
+from train.data.shards import digest
 from train.synthesize.report import page, share, table
 
 # Documents that are shown of each reason, and characters of each.

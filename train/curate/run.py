@@ -31,13 +31,13 @@ from train.curate.shards import (
     VERSION,
     File,
     Record,
-    digest,
     finished,
     remove_others,
 )
 from train.curate.sources import Found, Unit, find_units
 from train.curate.stage import REPETITIONS, GlobalStage, RowStage, Stage
 from train.data.documents import optional_library
+from train.data.shards import digest
 from train.files import write_file
 from train.lock import lock
 

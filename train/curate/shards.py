@@ -72,11 +72,6 @@ class Record:
         return {"key": self.key, "files": [dataclasses.asdict(file) for file in self.files], "counts": self.counts}
 
 
-def digest(value: object) -> str:
-    """sha256 of a JSON value (hex)."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
 def write_record(folder: Path, name: str, record: Record) -> None:
     """Says that a job is finished; its files are there.
 

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json, why_unusable
 from train.curate.corpus import View
-from train.curate.shards import DOCUMENTS, MANIFEST, VERSION, digest, read_groups
+from train.curate.shards import DOCUMENTS, MANIFEST, VERSION, read_groups
 from train.curate.stage import TEXT, scatter
 from train.data.documents import Piece, find_sources, read_records, same_file, share_out
+from train.data.shards import digest
 from train.data.text import find_files
 
 # A chunk of documents that is scored and written together ends at either number.
