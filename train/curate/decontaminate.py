@@ -1,8 +1,8 @@
 """Removes documents and examples that contain items of evaluation sets: parallel, resumable and deterministic.
 
-A file of the input is a unit of work. It is written under its own name, and then a record `.decontaminate/00000.json`;
-a file with a valid record is not read again. When all files are done, `decontamination.json` is written and
-`.decontaminate/` is removed.
+A file of the input is a unit of work; a large one is cut into several. What is kept of a file is written under its own
+name, of a piece in `.decontaminate/`, and then a record `.decontaminate/00000.json`; what has a valid record is not
+done again. When all is done, pieces are joined, `decontamination.json` is written, and `.decontaminate/` is removed.
 """
 
 import collections
@@ -20,10 +20,11 @@ from rich.console import Console
 
 from qwen_jax.errors import InputError
 from train.curate.contamination import LEAST_QUESTION, Finder, Mode, make_finder
-from train.curate.decontaminate_file import Cleaner, FileRecord, Settings, bad_of, locate
+from train.curate.decontaminate_file import Cleaner, FileRecord, Settings, bad_of
+from train.curate.decontaminate_parts import join_parts, locate, pieces_of
 from train.curate.evaluation_sets import Items, digest_of, find_sets, read_items
 from train.data.bad_records import join
-from train.data.documents import DamagedInputError, Source, same_file
+from train.data.documents import DamagedInputError, Piece, Source, same_file
 from train.data.progress import BuildProgress
 from train.data.shards import digest, write_json
 from train.data.text import find_files
@@ -69,6 +70,8 @@ class DecontaminateConfig:
       question: columns of the questions in the test files; by default question, problem, prompt and the like.
       answer: columns of the answers; by default answer, target, solution and the like.
       workers: number of processes; by default one for each core.
+      unit_megabytes: larger JSON lines (uncompressed, or in several Zstandard frames) and Parquet files are cut into
+        pieces of this size, which workers do in parallel.
       max_document_megabytes: a longer line, value or text file is a bad record. It may need 20 times as much memory.
       max_bad: fraction of all records that may be bad. Bad records are listed in quarantine.jsonl, not copied.
       max_bad_lines: number of records that may be bad in any case.
@@ -84,6 +87,7 @@ class DecontaminateConfig:
     question: tuple[str, ...] = ()
     answer: tuple[str, ...] = ()
     workers: int | None = None
+    unit_megabytes: float = 128.0
     max_document_megabytes: float = 128.0
     max_bad: float = 0.001
     max_bad_lines: int = 10
@@ -100,8 +104,10 @@ class DecontaminateConfig:
                 f"max_bad is a fraction in [0, 1] and max_bad_lines a count, got {self.max_bad} and "
                 f"{self.max_bad_lines}."
             )
-        if not (self.max_document_megabytes > 0 and math.isfinite(self.max_document_megabytes)):
-            raise InputError(f"max_document_megabytes must be a positive number, got {self.max_document_megabytes}.")
+        for name in ("unit_megabytes", "max_document_megabytes"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise InputError(f"{name} must be a positive number, got {value}.")
         if self.placeholder and self.action == "drop":
             raise InputError("A placeholder stands for masked spans. Give it with --action mask.")
 
@@ -149,25 +155,52 @@ def decontaminate(config: DecontaminateConfig, *, progress: Console | None = Non
         return _finished(output, settings, keys)
     with lock(output):
         work = _begin(output, settings)
-        unit_keys = [digest([UNIT_VERSION, key]) for key in keys]
-        records = {i: record for i, key in enumerate(unit_keys) if (record := _read_record(output, work, i, key))}
-        todo = [(i, source, names[i], unit_keys[i]) for i, source in enumerate(sources) if i not in records]
+        units = _units(sources, names, keys, max(int(config.unit_megabytes * 1e6), 1))
+        records = {u.index: record for u in units if (record := _read_record(output, work, u.index, u.key))}
+        todo = [unit for unit in units if unit.index not in records]
         items = read_items(sets, config.question, config.answer)
         finder = make_finder(items, config.mode)
-        total = sum(source.size for source in sources)
-        left = sum(source.size for _, source, _, _ in todo)
+        total = sum(unit.piece.work for unit in units)
+        left = sum(unit.piece.work for unit in todo)
         console = progress or Console(stderr=True)
-        with BuildProgress(console, len(files), len(records), total, total - left, "decontaminating") as display:
+        with BuildProgress(console, len(units), len(records), total, total - left, "decontaminating") as display:
             try:
                 records |= _run(config, work, items, finder, todo, display)
             finally:
                 _remove_temporary(output)
-        ordered = [records[i] for i in range(len(files))]
-        summary = _summary(settings, keys, files, items, ordered)
-        _quarantine(config, output, files, summary)
+        done = [(unit, records[unit.index]) for unit in units]
+        parts: dict[str, list[Path]] = collections.defaultdict(list)
+        for unit in units:
+            parts[unit.piece.source.path].append(output / unit.name)
+        for source, name in zip(sources, names, strict=True):
+            if len(parts[source.path]) > 1:
+                join_parts(source, parts[source.path], output / name)
+        summary = _summary(settings, keys, items, done)
+        _quarantine(config, output, done, summary)
         write_json(output / SUMMARY, summary)
         shutil.rmtree(work)
     return summary
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unit:
+    """A piece of a file, and the path of what is kept of it in the output folder."""
+
+    index: int
+    piece: Piece
+    name: str
+    key: str
+
+
+def _units(sources: Sequence[Source], names: Sequence[str], keys: Sequence[str], unit_bytes: int) -> list[_Unit]:
+    units: list[_Unit] = []
+    for source, name, key in zip(sources, names, keys, strict=True):
+        pieces = pieces_of(source, unit_bytes)
+        for piece in pieces:
+            part = name if len(pieces) == 1 else f"{_WORK}/{len(units):05d}.part"
+            unit_key = digest([UNIT_VERSION, key, piece.start, piece.end, len(pieces)])
+            units.append(_Unit(len(units), piece, part, unit_key))
+    return units
 
 
 def _names(files: Sequence[Path]) -> list[str]:
@@ -240,7 +273,7 @@ def _remove_temporary(output: Path) -> None:
 
 
 def _read_record(output: Path, work: Path, index: int, key: str) -> FileRecord | None:
-    """The record of a file if it is done: the input has not changed and the output has the expected size."""
+    """The record of a unit if it is done: the input has not changed and the output has the expected size."""
     try:
         record: FileRecord = json.loads((work / f"{index:05d}.json").read_bytes())
         if record["key"] != key:
@@ -257,10 +290,10 @@ def _run(
     work: Path,
     items: Items,
     finder: Finder,
-    todo: Sequence[tuple[int, Source, str, str]],
+    todo: Sequence[_Unit],
     display: BuildProgress,
 ) -> dict[int, FileRecord]:
-    """Does the files in `todo`. A damaged file does not stop the others; it is an error at the end."""
+    """Does the units in `todo`. A damaged file does not stop the others; it is an error at the end."""
     records: dict[int, FileRecord] = {}
     damaged: list[str] = []
 
@@ -281,16 +314,17 @@ def _run(
         config.max_bad,
         config.max_bad_lines,
     )
-    count = min(config.workers or cores(), len(todo))
+    jobs = [(unit.index, unit.piece, unit.name, unit.key) for unit in todo]
+    count = min(config.workers or cores(), len(jobs))
     if count <= 1:
         cleaner = Cleaner(settings, finder, items.owner, display.advance)
-        for job in todo:
+        for job in jobs:
             done(job[0], cleaner(*job))
     else:
         finder.save(work / _INDEX)
         make = functools.partial(_load_cleaner, settings, work / _INDEX, items.owner)
         with Workers(count, 1, make) as workers:
-            for job, result in workers.run(todo, display.advance):
+            for job, result in workers.run(jobs, display.advance):
                 done(job[0], result)
     if damaged:
         raise InputError(
@@ -306,7 +340,7 @@ def _load_cleaner(settings: Settings, index: Path, owner: Sequence[int], advance
 
 
 def _summary(
-    settings: dict[str, Any], keys: Sequence[str], files: Sequence[Path], items: Items, records: Sequence[FileRecord]
+    settings: dict[str, Any], keys: Sequence[str], items: Items, done: Sequence[tuple[_Unit, FileRecord]]
 ) -> dict[str, Any]:
     """Counts of all files, and what was found of each evaluation set."""
     number = collections.Counter(items.owner)
@@ -315,14 +349,17 @@ def _summary(
     hits = collections.Counter[int]()
     documents = collections.Counter[int]()
     examples: dict[int, list[dict[str, Any]]] = collections.defaultdict(list)
-    for path, record in zip(files, records, strict=True):
+    records = [record for _, record in done]
+    for (unit, record), before in zip(done, _lines_before(done), strict=True):
         hits.update({int(item): count for item, count in record["items"].items()})
         documents.update({int(owner): count for owner, count in record["sets"].items()})
         for example in record["examples"]:
             kept = examples[items.owner[example["item"]]]
             if len(kept) < _EXAMPLES:
                 item = example["item"]
-                kept.append({"file": str(path), **example, "item": items.places[item], "item_text": items.texts[item]})
+                place = {"file": unit.piece.source.path, "record": before + example["record"]}
+                known = {"item": items.places[item], "item_text": items.texts[item]}
+                kept.append({**example, **place, **known})
     found = collections.Counter(items.owner[item] for item in hits)
     total = collections.Counter[int]()
     for item, count in hits.items():
@@ -349,14 +386,29 @@ def _summary(
     }
 
 
-def _quarantine(config: DecontaminateConfig, output: Path, files: Sequence[Path], summary: dict[str, Any]) -> None:
+def _lines_before(done: Sequence[tuple[_Unit, FileRecord]]) -> list[int]:
+    """Of each unit, the lines or rows of its file before it."""
+    before, lines = [], collections.Counter[str]()
+    for unit, record in done:
+        before.append(lines[unit.piece.source.path])
+        lines[unit.piece.source.path] += record["lines"]
+    return before
+
+
+def _quarantine(
+    config: DecontaminateConfig, output: Path, done: Sequence[tuple[_Unit, FileRecord]], summary: dict[str, Any]
+) -> None:
     """Lists the bad records in `quarantine.jsonl`, and raises InputError if there are too many."""
     path = output / QUARANTINE
     if not summary["bad"]:
         path.unlink(missing_ok=True)
         return
     work = output / _WORK
-    first = join(path, ((bad_of(work, i), functools.partial(_entry, str(file))) for i, file in enumerate(files)))
+    parts = (
+        (bad_of(work, unit.index), functools.partial(_entry, unit.piece.source.path, before))
+        for (unit, _), before in zip(done, _lines_before(done), strict=True)
+    )
+    first = join(path, parts)
     if summary["bad"] > max(config.max_bad_lines, config.max_bad * summary["records"]):
         listed = "; ".join("{file}, line {line}: {reason}".format(**entry) for entry in first)
         raise InputError(
@@ -366,6 +418,6 @@ def _quarantine(config: DecontaminateConfig, output: Path, files: Sequence[Path]
         )
 
 
-def _entry(file: str, bad: tuple[int, str]) -> dict[str, str | int]:
+def _entry(file: str, before: int, bad: tuple[int, str]) -> dict[str, str | int]:
     line, reason = bad
-    return {"file": file, "line": line, "reason": reason}
+    return {"file": file, "line": before + line, "reason": reason}

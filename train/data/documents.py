@@ -233,7 +233,7 @@ def open_source(
       start: of a compressed file, where a frame begins.
       end: of a compressed file, where a later piece begins.
     """
-    file = io.BufferedReader(_File(source.path, count), _READ_AHEAD)
+    file: io.BufferedReader = io.BufferedReader(_File(source.path, count), _READ_AHEAD)
     if not source.compression:
         return file
     library = optional_library("zstandard", ".zst files") if source.compression == ".zst" else None
