@@ -11,8 +11,7 @@ import functools
 import json
 import math
 import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,17 +23,18 @@ from train.curate.decontaminate_file import Cleaner, FileRecord, Settings, bad_o
 from train.curate.decontaminate_parts import join_parts, locate, pieces_of
 from train.curate.evaluation_sets import Items, digest_of, find_sets, read_items
 from train.data.bad_records import join
-from train.data.documents import DamagedInputError, Piece, Source, same_file
+from train.data.documents import Piece, Source, same_file
 from train.data.progress import BuildProgress
 from train.data.shards import digest, write_json
 from train.data.text import find_files
-from train.data.workers import Workers, cores
-from train.lock import LOCK, lock
+from train.data.units import UnitFolder, do_units
+from train.data.workers import cores
+from train.lock import lock
 
 SUMMARY, QUARANTINE = "decontamination.json", "quarantine.jsonl"
 UNIT_VERSION = 2
 """Of the records of files. Files of another version are done again when a run is resumed."""
-_WORK, _SETTINGS, _INDEX = ".decontaminate", "settings.json", "index"
+_WORK, _INDEX = ".decontaminate", "index"
 # Examples that the summary keeps of each set.
 _EXAMPLES = 20
 
@@ -148,15 +148,19 @@ def decontaminate(config: DecontaminateConfig, *, progress: Console | None = Non
         "max_document_megabytes": config.max_document_megabytes,
         "sets": digest_of(sets),
     }
-    _check_folder(output)
+    folder = UnitFolder(output, _WORK, SUMMARY, "decontaminated data")
+    folder.check()
     names = _names(files)
     keys = [digest([*same_file(source), name]) for source, name in zip(sources, names, strict=True)]
     if (output / SUMMARY).exists():
-        return _finished(output, settings, keys)
+        return _finished(folder, settings, keys)
     with lock(output):
-        work = _begin(output, settings)
+        folder.begin(settings)
+        work = folder.records
         units = _units(sources, names, keys, max(int(config.unit_megabytes * 1e6), 1))
-        records = {u.index: record for u in units if (record := _read_record(output, work, u.index, u.key))}
+        is_whole = functools.partial(_is_whole, output)
+        found = ((unit.index, folder.record(unit.index, unit.key, is_whole)) for unit in units)
+        records: dict[int, FileRecord] = {i: record for i, record in found if record is not None}
         todo = [unit for unit in units if unit.index not in records]
         items = read_items(sets, config.question, config.answer)
         finder = make_finder(items, config.mode)
@@ -167,7 +171,7 @@ def decontaminate(config: DecontaminateConfig, *, progress: Console | None = Non
             try:
                 records |= _run(config, work, items, finder, todo, display)
             finally:
-                _remove_temporary(output)
+                folder.remove_temporary()
         done = [(unit, records[unit.index]) for unit in units]
         parts: dict[str, list[Path]] = collections.defaultdict(list)
         for unit in units:
@@ -178,7 +182,7 @@ def decontaminate(config: DecontaminateConfig, *, progress: Console | None = Non
         summary = _summary(settings, keys, items, done)
         _quarantine(config, output, done, summary)
         write_json(output / SUMMARY, summary)
-        shutil.rmtree(work)
+        folder.remove_records()
     return summary
 
 
@@ -210,24 +214,17 @@ def _names(files: Sequence[Path]) -> list[str]:
     return [str(path.relative_to(common)) for path in absolute]
 
 
-def _check_folder(output: Path) -> None:
-    try:
-        if output.exists() and not output.is_dir():
-            raise InputError(f"{output} is a file. Give a folder with --output.")
-        ours = (output / SUMMARY).exists() or (output / _WORK).is_dir()
-        if output.exists() and not ours and any(path.name != LOCK for path in output.iterdir()):
-            raise InputError(
-                f"{output} is not empty and holds no decontaminated data. Give a new folder with --output."
-            )
-    except OSError as error:
-        raise InputError(f"Cannot use {output}: {error.strerror}. Give another folder with --output.") from None
+def _is_whole(output: Path, record: FileRecord) -> bool:
+    """Whether what was written of a unit has the right size."""
+    return record["output"] is None or (output / record["output"]).stat().st_size == record["size"]
 
 
-def _finished(output: Path, settings: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+def _finished(folder: UnitFolder, settings: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     """The summary of a finished folder, if it is one of these settings and files."""
+    output = folder.output
     try:
         summary: dict[str, Any] = json.loads((output / SUMMARY).read_bytes())
-        _check_settings(output, summary["settings"], settings)
+        folder.check_settings(summary["settings"], settings)
         same = summary["inputs"] == list(keys)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
@@ -235,54 +232,8 @@ def _finished(output: Path, settings: dict[str, Any], keys: Sequence[str]) -> di
         raise InputError(f"{output / SUMMARY} is damaged ({error}). Remove {output} and run again.") from None
     if not same:
         raise InputError(f"{output} was made from other files. Give another folder with --output.")
-    shutil.rmtree(output / _WORK, ignore_errors=True)  # Left by a process that was killed after writing the summary.
+    folder.remove_records()  # Left by a process that was killed after writing the summary.
     return summary
-
-
-def _check_settings(output: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
-    different = [name for name in given if saved.get(name) != given[name]]
-    if different:
-        raise InputError(
-            f"{output} was begun with other settings: {', '.join(different)} "
-            f"{'is' if len(different) == 1 else 'are'} different. Use the same again, give another folder with "
-            "--output, or remove this one."
-        )
-
-
-def _begin(output: Path, settings: dict[str, Any]) -> Path:
-    """Saves the settings, or compares them with those of the interrupted run; returns the folder of the records."""
-    work = output / _WORK
-    path = work / _SETTINGS
-    if path.exists():
-        try:
-            saved = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} is damaged ({error}). Remove {output} and run again.") from None
-        _check_settings(output, saved, settings)
-    else:
-        work.mkdir(exist_ok=True)
-        write_json(path, settings)
-    _remove_temporary(output)
-    return work
-
-
-def _remove_temporary(output: Path) -> None:
-    """Removes unfinished files of processes that were killed."""
-    for left_over in output.rglob(".*.tmp"):
-        left_over.unlink(missing_ok=True)
-
-
-def _read_record(output: Path, work: Path, index: int, key: str) -> FileRecord | None:
-    """The record of a unit if it is done: the input has not changed and the output has the expected size."""
-    try:
-        record: FileRecord = json.loads((work / f"{index:05d}.json").read_bytes())
-        if record["key"] != key:
-            return None
-        if record["output"] is not None and (output / record["output"]).stat().st_size != record["size"]:
-            return None
-    except (OSError, ValueError, KeyError, TypeError):  # Missing or damaged: the file is done again.
-        return None
-    return record
 
 
 def _run(
@@ -293,17 +244,7 @@ def _run(
     todo: Sequence[_Unit],
     display: BuildProgress,
 ) -> dict[int, FileRecord]:
-    """Does the units in `todo`. A damaged file does not stop the others; it is an error at the end."""
-    records: dict[int, FileRecord] = {}
-    damaged: list[str] = []
-
-    def done(index: int, result: FileRecord | DamagedInputError) -> None:
-        if isinstance(result, DamagedInputError):
-            damaged.append(str(result))
-        else:
-            records[index] = result
-            display.unit()
-
+    """Does the units in `todo`."""
     settings = Settings(
         work.parent,
         work,
@@ -315,24 +256,13 @@ def _run(
         config.max_bad_lines,
     )
     jobs = [(unit.index, unit.piece, unit.name, unit.key) for unit in todo]
-    count = min(config.workers or cores(), len(jobs))
-    if count <= 1:
-        cleaner = Cleaner(settings, finder, items.owner, display.advance)
-        for job in jobs:
-            done(job[0], cleaner(*job))
-    else:
+
+    def elsewhere() -> Callable[[Callable[[int], None]], Cleaner]:
         finder.save(work / _INDEX)
-        make = functools.partial(_load_cleaner, settings, work / _INDEX, items.owner)
-        with Workers(count, 1, make) as workers:
-            for job, result in workers.run(jobs, display.advance):
-                done(job[0], result)
-    if damaged:
-        raise InputError(
-            "; ".join(sorted(damaged)[:5]) + (f"; and {len(damaged) - 5} more" if len(damaged) > 5 else "") + ". "
-            "Download the damaged files again or leave them out, then run the same command: everything else is "
-            "finished and kept."
-        )
-    return records
+        return functools.partial(_load_cleaner, settings, work / _INDEX, items.owner)
+
+    here = functools.partial(Cleaner, settings, finder, items.owner, display.advance)
+    return do_units(jobs, config.workers or cores(), here, elsewhere, display)
 
 
 def _load_cleaner(settings: Settings, index: Path, owner: Sequence[int], advance: Any) -> Cleaner:

@@ -8,9 +8,7 @@ the manifest is written and `units/` is removed.
 import collections
 import dataclasses
 import functools
-import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -35,12 +33,13 @@ from train.data.shards import (
     write_json,
 )
 from train.data.text import find_files
-from train.data.workers import Workers, cores
-from train.lock import LOCK, lock
+from train.data.units import UnitFolder, do_units
+from train.data.workers import cores
+from train.lock import lock
 
 UNIT_VERSION = 2
 """Of units: which lines belong to a piece. Units of another version are done again when a build is resumed."""
-_UNITS, _SETTINGS = "units", "settings.json"
+_UNITS = "units"
 # Characters that are tokenized at a time; the tokenizers library uses about 170 bytes of memory for each.
 _BATCH_CHARACTERS = 1_000_000
 
@@ -169,15 +168,18 @@ def build(config: BuildConfig, *, progress: Console | None = None) -> Manifest:
     inside = [path for path in files if output in path.absolute().parents]
     if inside:
         raise InputError(f"{inside[0]} is in the output folder {config.output}. Leave it out of --input.")
-    _check_folder(output)
+    folder = _folder(output)
+    folder.check()
     if (output / MANIFEST).exists():
-        return _finished(output, settings, files)
+        return _finished(folder, settings, files)
     units = share_out(find_sources(files, config.format, config.field), config.unit_bytes)
     with lock(output):
         # Which units are finished already?
-        folder = _begin(output, settings)
+        folder.begin(settings)
         keys = [_key(unit) for unit in units]
-        records = {i: record for i, key in enumerate(keys) if (record := _finished_unit(output, config.length, i, key))}
+        is_whole = functools.partial(_is_whole, output, config.length)
+        found = ((i, folder.record(i, key, is_whole)) for i, key in enumerate(keys))
+        records: dict[int, UnitRecord] = {i: record for i, record in found if record is not None}
         todo = [(i, unit, keys[i]) for i, unit in enumerate(units) if i not in records]
         # Do the others.
         total = sum(piece.work for unit in units for piece in unit)
@@ -186,7 +188,7 @@ def build(config: BuildConfig, *, progress: Console | None = None) -> Manifest:
             try:
                 records |= _run(config, tokenizer, output, todo, display)
             finally:
-                _remove_temporary(output)
+                folder.remove_temporary()
         # Put the data set together.
         ordered = [records[i] for i in range(len(units))]
         manifest = _manifest(tokenizer, settings, units, ordered)
@@ -201,7 +203,7 @@ def build(config: BuildConfig, *, progress: Console | None = None) -> Manifest:
             if path.name not in ours:  # Left by an interrupted build with more input files.
                 path.unlink()
         write_json(output / MANIFEST, manifest.to_json())
-        shutil.rmtree(folder)
+        folder.remove_records()
     return manifest
 
 
@@ -211,21 +213,21 @@ def _key(unit: Unit) -> str:
     return digest([UNIT_VERSION, pieces])
 
 
-def _check_folder(output: Path) -> None:
-    try:
-        if output.exists() and not output.is_dir():
-            raise InputError(f"{output} is a file. Give a folder with --output.")
-        ours = (output / MANIFEST).exists() or (output / _UNITS).is_dir()
-        if output.exists() and not ours and any(path.name != LOCK for path in output.iterdir()):
-            raise InputError(f"{output} is not empty and holds no data set. Give a new folder with --output.")
-    except OSError as error:
-        raise InputError(f"Cannot create {output}: {error.strerror}. Give another folder with --output.") from None
+def _folder(output: Path) -> UnitFolder:
+    return UnitFolder(output, _UNITS, MANIFEST, "data set")
 
 
-def _finished(output: Path, settings: Settings, files: Sequence[Path]) -> Manifest:
+def _is_whole(output: Path, length: int, record: UnitRecord) -> bool:
+    """Whether the shard of a unit has files of the right sizes."""
+    check_files(output, _shards([record]), length)
+    return True
+
+
+def _finished(folder: UnitFolder, settings: Settings, files: Sequence[Path]) -> Manifest:
     """Loads a finished data set and checks that it has the given settings and input files."""
+    output = folder.output
     manifest = load_manifest(output)
-    _check_settings(output, {name: getattr(manifest, name) for name in settings}, settings)
+    folder.check_settings({name: getattr(manifest, name) for name in settings}, settings)
     given = {str(path): path.stat().st_size for path in files}
     built = {entry.path: entry.size for entry in manifest.inputs}
     changed = sorted(path for path in {*given, *built} if given.get(path) != built.get(path))
@@ -236,54 +238,8 @@ def _finished(output: Path, settings: Settings, files: Sequence[Path]) -> Manife
             f"{f', and {len(changed) - 1} more' if len(changed) > 1 else ''}. Give another folder with --output."
         )
     check_files(output, manifest.shards, manifest.length)
-    shutil.rmtree(output / _UNITS, ignore_errors=True)  # Left by a process that was killed after writing the manifest.
+    folder.remove_records()  # Left by a process that was killed after writing the manifest.
     return manifest
-
-
-def _check_settings(output: Path, saved: Mapping[str, object], given: Settings) -> None:
-    different = [name for name in given if saved.get(name) != given[name]]
-    if different:
-        was = "; ".join(f"{name} was {saved.get(name)!r} and is now {given[name]!r}" for name in different)
-        raise InputError(
-            f"{output} was begun with other settings: {was}. "
-            "Use these settings again, give another folder with --output, or remove this one."
-        )
-
-
-def _begin(output: Path, settings: Settings) -> Path:
-    """Saves the settings, or compares them with those of the interrupted build; returns the folder of the units."""
-    folder = output / _UNITS
-    path = folder / _SETTINGS
-    if path.exists():
-        try:
-            saved = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} is damaged ({error}). Remove {output} and build again.") from None
-        _check_settings(output, saved, settings)
-    else:
-        folder.mkdir(exist_ok=True)
-        write_json(path, settings)
-    _remove_temporary(output)
-    return folder
-
-
-def _remove_temporary(output: Path) -> None:
-    """Removes unfinished files of processes that were killed."""
-    for left_over in [*output.glob(".*.tmp"), *(output / _UNITS).glob(".*.tmp")]:
-        left_over.unlink(missing_ok=True)
-
-
-def _finished_unit(output: Path, length: int, index: int, key: str) -> UnitRecord | None:
-    """The record of a unit if it is finished: its input has not changed and its files have the expected sizes."""
-    path = output / _UNITS / f"{index:05d}.json"
-    try:
-        record: UnitRecord = json.loads(path.read_bytes())
-        if record["key"] != key:
-            return None
-        check_files(output, _shards([record]), length)
-    except (OSError, ValueError, KeyError, TypeError):  # Missing or damaged: the unit is repeated.
-        return None
-    return record
 
 
 def _shards(records: Sequence[UnitRecord]) -> tuple[Shard, ...]:
@@ -298,34 +254,14 @@ def _run(
     todo: Sequence[tuple[int, Unit, str]],
     display: BuildProgress,
 ) -> dict[int, UnitRecord]:
-    """Does the units in `todo`. A damaged input file does not stop the other units; it is an error at the end."""
-    records: dict[int, UnitRecord] = {}
-    damaged: list[str] = []
-
-    def done(index: int, result: UnitRecord | DamagedInputError) -> None:
-        if isinstance(result, DamagedInputError):
-            damaged.append(str(result))
-        else:
-            records[index] = result
-            display.unit()
-
-    processes = config.workers or cores()
-    count = min(processes, len(todo))
-    if count <= 1:
-        encoder = Encoder(config, output, display.advance, tokenizer)
-        for index, unit, key in todo:
-            done(index, encoder(index, unit, key))
-    else:
-        with Workers(count, processes // count, functools.partial(Encoder, config, output)) as workers:
-            for (index, _, _), result in workers.run(todo, display.advance):
-                done(index, result)
-    if damaged:
-        raise InputError(
-            "; ".join(sorted(damaged)[:5]) + (f"; and {len(damaged) - 5} more" if len(damaged) > 5 else "") + ". "
-            "Download the damaged files again or leave them out, then run the same command: everything else is "
-            "finished and kept."
-        )
-    return records
+    """Does the units in `todo`."""
+    return do_units(
+        todo,
+        config.workers or cores(),
+        lambda: Encoder(config, output, display.advance, tokenizer),
+        lambda: functools.partial(Encoder, config, output),
+        display,
+    )
 
 
 class Encoder:
@@ -405,7 +341,7 @@ class Encoder:
             "bad": bad.count,
             "records": records,
         }
-        write_json(folder / f"{index:05d}.json", done)
+        _folder(self._output).write_record(index, done)
         return done
 
     def _read(self, num_bytes: int) -> None:

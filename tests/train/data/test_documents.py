@@ -146,7 +146,7 @@ def test_names_may_be_as_long_as_the_file_system_allows(tokenizer, go, tmp_path)
     (tmp_path / "in" / f"{name}.txt").write_bytes(b"text")
     go(f"{name}12345")
     assert documents_on_disk(tmp_path / f"{name}12345") == expected_documents(tokenizer, ["text"])
-    with pytest.raises(InputError, match=r"Cannot create .*: File name too long"):
+    with pytest.raises(InputError, match=r"Cannot use .*: File name too long"):
         go("x" * 256)
     with pytest.raises(InputError, match=r"Cannot look for .*File name too long"):
         go("out", input=("x" * 256,))
