@@ -205,13 +205,12 @@ class _Run:
 
     def _prompts(self, index: int) -> list[Prompt]:
         """Held-out prompts to complete in a stage: of every file in turn; none where they cannot be completed."""
-        mesh, config = self.meshes[index], self.config
+        config = self.config
         if config.method == "reward" or not config.samples:
             return []
-        # The engine has no context axis, and reads its texts in one process.
-        if mesh.shape["context"] > 1 or jax.process_count() > 1:
-            why = "on a context axis" if mesh.shape["context"] > 1 else "in several processes"
-            self.console.print(f"no samples are written {why}", highlight=False, markup=False)
+        # The engine reads its texts in one process.
+        if jax.process_count() > 1:
+            self.console.print("no samples are written in several processes", highlight=False, markup=False)
             return []
         stores = [(packed.store, packed.selection.units.tolist()) for packed in self.held_out.values()]
         turns = itertools.zip_longest(*([(store, unit) for unit in units] for store, units in stores))
