@@ -21,12 +21,12 @@ from qwen_jax.attention.sparse import Diagnostics
 from qwen_jax.attention.sparse_block import SparseChunk, attend_sparsely
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.matmul import few_rows
-from qwen_jax.linear import Embedding, Linear, RMSNorm, add_adapters, add_lora, initializers
+from qwen_jax.linear import Embedding, Linear, RMSNorm, add_adapters, add_lora, initializers, set_products
 from qwen_jax.moe.block import MoE
 from qwen_jax.moe.router import RouterStats
 from qwen_jax.options import Options
 from qwen_jax.parallel.collectives import all_gather_weight
-from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.parallel.sharding import Sharding, padded_width
 from qwen_jax.quantized import quantize_projections
 from qwen_jax.remat import Remat, recompute_piece, run_piece
 from qwen_jax.score import make_score_head
@@ -73,6 +73,7 @@ class MLP(nnx.Module):
         self.sharding, self.fused = sharding, options.fused
         normal, residual = initializers(config)
         if self.fused:
+            width = padded_width(width, n, config.quantization is not None)
             weight, out = jnp.zeros((n, 2, width // n, D)), P(*s.feed_forward, None, None)
             self.gate_up = Linear("BTD,nxfD->BTnxf", weight, x=s.hidden, w=s.fused_gate_up, out=out)
         else:
@@ -82,6 +83,7 @@ class MLP(nnx.Module):
             )
         self.down = Linear("BTF,DF->BTD", residual(rngs.params(), (D, width)), x=s.feed_forward, w=s.down, out=s.hidden)
         quantize_projections(self, path, config.quantization, s, trained=options.lora is not None)
+        set_products(self, options.products)
         add_lora(self, options.lora, rngs, options.lora_dropout)
         add_adapters(self, options.adapter_ranks)
 
