@@ -8,7 +8,6 @@ import base64
 import dataclasses
 import glob
 import hashlib
-import io
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, Literal
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from qwen_jax.tokenizer.text import valid_text
+from train.data.archives import UntilDamage
 from train.data.documents import (
     Piece,
     Source,
@@ -415,7 +415,7 @@ def _file(part: Part, source: Input) -> Iterator[Row | Bad]:
 
 def _warc(part: Part, source: Input) -> Iterator[Row | Bad]:
     with open_source(part.piece.source, lambda size: None) as file:
-        archive = _UntilDamage(file)
+        archive = UntilDamage(file)
         try:
             yield from _pages(part, source, archive)
         except _errors() as error:
@@ -426,7 +426,7 @@ def _warc(part: Part, source: Input) -> Iterator[Row | Bad]:
             raise EOFError("it ends in the middle of a record")
 
 
-def _pages(part: Part, source: Input, archive: "_UntilDamage") -> Iterator[Row | Bad]:
+def _pages(part: Part, source: Input, archive: "UntilDamage") -> Iterator[Row | Bad]:
     warc = optional_library("fastwarc.warc", "WARC files")
     page = dataclasses.replace(source, html="page", id=None, url="url")
     records = warc.ArchiveIterator(
@@ -466,40 +466,6 @@ def _pages(part: Part, source: Input, archive: "_UntilDamage") -> Iterator[Row |
                 "record": record.headers.get("WARC-Record-ID"),
             },
         )
-
-
-class _UntilDamage:
-    """A file that ends where it is damaged: the library of WARC files takes no errors.
-
-    Attributes:
-      damage: once its place has been reached.
-      end: the last bytes that have been read.
-    """
-
-    def __init__(self, file: io.BufferedReader):
-        self._file, self._position, self.end = file, 0, b""
-        self.damage: Exception | None = None
-
-    def read(self, size: int) -> bytes:
-        """At most so many bytes; none at the end and at damage."""
-        try:
-            data = b"" if self.damage else self._file.read1(size)
-        except _errors() as error:
-            self.damage = error
-            return b""
-        self._position += len(data)
-        self.end = (self.end + data[-len(_END_OF_RECORD) :])[-len(_END_OF_RECORD) :]
-        return data
-
-    def damage_behind(self) -> Exception | None:
-        """The damage here or behind: garbage may be noticed before the damage that has made it."""
-        while self.read(1 << 20):
-            pass
-        return self.damage
-
-    def tell(self) -> int:
-        """How many bytes have been read."""
-        return self._position
 
 
 def sha256_of(files: Iterable[Part]) -> dict[str, str]:

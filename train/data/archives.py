@@ -14,6 +14,7 @@ from qwen_jax.errors import InputError
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
+_LAST = 4
 _FRAME, _SKIPPABLE, _SKIPPABLE_MASK = 0xFD2FB528, 0x184D2A50, 0xFFFFFFF0
 _LONGEST_HEADER, _BLOCK_HEADER, _CHECKSUM, _RLE = 18, 3, 4, 1
 
@@ -145,6 +146,40 @@ class Archive(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+class UntilDamage:
+    """A file that ends where it is damaged, for libraries that take no errors, such as that of WARC files.
+
+    Attributes:
+      damage: once its place has been reached.
+      end: the last four bytes that have been read.
+    """
+
+    def __init__(self, file: io.BufferedReader):
+        self._file, self._position, self.end = file, 0, b""
+        self.damage: Exception | None = None
+
+    def read(self, size: int) -> bytes:
+        """At most so many bytes; none at the end and at damage."""
+        try:
+            data = b"" if self.damage else self._file.read1(size)
+        except (OSError, EOFError) as error:
+            self.damage = error
+            return b""
+        self._position += len(data)
+        self.end = (self.end + data[-_LAST:])[-_LAST:]
+        return data
+
+    def damage_behind(self) -> Exception | None:
+        """The damage here or behind: garbage may be noticed before the damage that has made it."""
+        while self.read(1 << 20):
+            pass
+        return self.damage
+
+    def tell(self) -> int:
+        """How many bytes have been read."""
+        return self._position
 
 
 def frame_starts(path: Path, zstandard: ModuleType) -> list[int]:
