@@ -208,9 +208,14 @@ class _Run:
         mesh, config = self.meshes[index], self.config
         if config.method == "reward" or not config.samples:
             return []
-        # The engine has no context axis, and reads its texts in one process.
-        if mesh.shape["context"] > 1 or jax.process_count() > 1:
-            why = "on a context axis" if mesh.shape["context"] > 1 else "in several processes"
+        # The engine has no context axis, reads its texts in one process, and takes no update beside codes.
+        reasons = {
+            "on a context axis": mesh.shape["context"] > 1,
+            "in several processes": jax.process_count() > 1,
+            "beside quantised weights": self.model.quantization is not None,
+        }
+        if any(reasons.values()):
+            why = next(reason for reason, holds in reasons.items() if holds)
             self.console.print(f"no samples are written {why}", highlight=False, markup=False)
             return []
         stores = [(packed.store, packed.selection.units.tolist()) for packed in self.held_out.values()]

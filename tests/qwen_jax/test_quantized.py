@@ -14,12 +14,15 @@ from convert.source import TreeSource
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference.weights import fuse
-from qwen_jax.kernels.matmul.quantized import quantize_rows
+from qwen_jax.kernels.matmul.quantized import dequantize, quantize_rows
+from qwen_jax.linear import Linear
+from qwen_jax.lora import LoRA
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import Params
 from qwen_jax.published import published
 from qwen_jax.quantization import Quantization, Scheme, unified
+from qwen_jax.quantized import QuantizedLinear
 from tests.helpers.forward import logits
 from tests.helpers.quantized import dequantized, random_quantized, with_quantization
 from tests.helpers.runs import print_seed
@@ -139,6 +142,48 @@ def test_rounded_activations(dtype: Any, mesh: Mesh) -> None:
     plain, weights = dequantized(params, config, mesh)
     exact = logits(plain, weights, mesh, text, Options(stacked=False))
     assert 0 < np.linalg.norm(found[0] - exact) / np.linalg.norm(exact) < 0.2
+
+
+@pytest.mark.parametrize("axes", [{}, {"fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_gradients_pass_through_rounded_activations(dtype: Any, axes: dict[str, int]) -> None:
+    """With respect to x and LoRA's matrices they are those beside the dequantised weight, on every mesh.
+
+    The first projection has sharded outputs, the second sharded inputs.
+    """
+    rng = print_seed()
+    mesh = make_mesh(axes, jax.devices()[: int(np.prod(list(axes.values())))])
+    s, scheme = Sharding.for_training(DENSE, mesh), Scheme(dtype, 0, "float32")
+    for einsum, specs, O, I in (
+        ("BTD,FD->BTF", {"x": s.hidden, "w": s.gate_up, "out": s.feed_forward}, 96, 64),
+        ("BTF,DF->BTD", {"x": s.feed_forward, "w": s.down, "out": s.hidden}, 64, 96),
+    ):
+        x, dy = (rng.normal(size=(4, 6, n)).astype(np.float32) for n in (I, O))
+        codes = jnp.asarray(rng.integers(-100, 100, (O, I))).astype(dtype)
+        scales = jnp.asarray(rng.uniform(0.01, 0.02, (O, 1)), jnp.float32)
+        a, b = rng.normal(size=(3, I)).astype(np.float32), rng.normal(size=(O, 3)).astype(np.float32)
+
+        def loss(x: jax.Array, a: jax.Array, b: jax.Array, quantised: bool) -> jax.Array:
+            linear = Linear(einsum, dequantize(codes, scales), **specs)  # noqa: B023
+            values: dict[str, jax.Array] = {"lora_a": a, "lora_b": b}
+            if quantised:
+                linear = QuantizedLinear(linear, scheme, s, dtype, trained=True)
+                values |= {"weight": codes, "scales": scales}  # noqa: B023
+            else:
+                values["weight"] = linear.weight[...]
+            linear.add_lora(LoRA(rank=3), jax.random.key(0))
+            for name, value in values.items():
+                param = getattr(linear, name)
+                # Shards of the inputs repeat the scales.
+                param.set_value(jax.reshard(jnp.broadcast_to(value, param.shape), param.get_metadata("spec")))
+            return (linear(jax.reshard(x, linear.x)) * jax.reshard(dy, linear.out)).sum()  # noqa: B023
+
+        with jax.set_mesh(mesh):
+            both = [jax.jit(jax.value_and_grad(loss, (0, 1, 2)), static_argnums=3)(x, a, b, q) for q in (True, False)]
+        (rounded, got), (exact, want) = both
+        assert rounded != exact
+        for one, other in zip(got, want, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
 
 
 def test_reading_back_gives_the_arrays(mesh: Mesh) -> None:

@@ -9,6 +9,8 @@
 "auto" selects the first that supports the call; see `qwen_jax.kernels.select`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -151,10 +153,14 @@ def quantize_rows(x_MK: jax.Array, dtype: jax.typing.DTypeLike, axis: str | None
     return codes.astype(dtype), scales
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def row_scaled_matmul(
     x_MK: jax.Array, weight_NK: jax.Array, scales_N1: jax.Array, axis: str | None = None
 ) -> jax.Array:
     """The product of rows and a matrix that are both in int8, or both in float8: the rows are rounded here.
+
+    The gradient with respect to x is that of the product without rounding (straight-through estimator, Bengio et al.
+    2013, arXiv:1308.3432); x alone has one.
 
     Args:
       x_MK: rows, bfloat16 or float32.
@@ -169,3 +175,12 @@ def row_scaled_matmul(
     wide = jnp.int32 if jnp.issubdtype(weight_NK.dtype, jnp.integer) else jnp.float32
     y = jnp.einsum("MK,NK->MN", codes, weight_NK, preferred_element_type=wide).astype(jnp.float32)
     return y * x_scales_M1 * scales_N1[:, 0].astype(jnp.float32)
+
+
+@row_scaled_matmul.defjvp
+def _row_scaled_jvp(
+    axis: str | None, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    x_MK, weight_NK, scales_N1 = primals
+    tangent_MN = jax.jvp(lambda x: _plain(x, weight_NK, scales_N1, None, None), (x_MK,), (tangents[0],))[1]
+    return row_scaled_matmul(x_MK, weight_NK, scales_N1, axis), tangent_MN
