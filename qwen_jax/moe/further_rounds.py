@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qwen_jax.moe.dispatch import DroplessInfo, exchange_room, gather_rows, permute, sum_assignments
+from qwen_jax.moe.dispatch import (
+    DroplessInfo,
+    exchange_room,
+    gather_rows,
+    multiply_down,
+    multiply_up,
+    permute,
+    sum_assignments,
+)
 from qwen_jax.moe.exchange import ExchangePlan, send, send_back, send_scalars
 from qwen_jax.moe.experts import MoEWeights, as_array, sum_partial_results, weighted_swiglu
 from qwen_jax.moe.router import MoEContext, route_tokens
@@ -147,8 +155,8 @@ def _run_round(context: MoEContext, room: int, info: DroplessInfo, i: jax.Array,
     rows, weights = send(given.rows_AD, window, room), send_scalars(given.weights_A, window, room)
     # Multiply.
     received = dataclasses.replace(info, sizes_e=window.sizes_e)
-    gate_up = received.multiply(context, rows, given.gate_up_eFD)
-    y = received.multiply(context, weighted_swiglu(gate_up, weights), given.down_eDF)
+    gate_up = multiply_up(context, received, rows, given.gate_up_eFD)
+    y = multiply_down(context, received, weighted_swiglu(gate_up, weights), given.down_eDF)
     # Return.
     y = send_back(y, window, given.rows_AD.shape[0])
     out_ND = sum_assignments(y, info.order, context.config.num_experts_per_tok)

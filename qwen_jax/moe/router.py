@@ -12,6 +12,7 @@ from qwen_jax.kernels.matmul.grouped import Implementation as Grouped
 from qwen_jax.linear import rms_norm
 from qwen_jax.moe.experts import MoEWeights
 from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.quantization import Activations
 
 
 @jax.tree_util.register_dataclass
@@ -49,6 +50,7 @@ class MoEContext:
       keep_dots: the backward pass keeps the results of matrix products and recomputes everything else.
       quantized: implementation of products of few rows with quantised experts; see
         `qwen_jax.kernels.matmul.quantized_grouped`.
+      gate_up_activations, down_activations: what the rows of these products are rounded to, with one scale for each.
     """
 
     config: MoEConfig
@@ -58,6 +60,8 @@ class MoEContext:
     grouped: Grouped
     keep_dots: bool
     quantized: str = "auto"
+    gate_up_activations: Activations = "none"
+    down_activations: Activations = "none"
 
 
 @dataclasses.dataclass(frozen=True)
