@@ -120,7 +120,7 @@ class QuantizedSource(SafetensorsSource):
             for name in names
             if "scale" in name.rpartition(".")[2] and name in self._packed
         )
-        return Scheme(info.codes, info.group, scales, info.offset, info.ordered)  # type: ignore[arg-type]
+        return Scheme(info.codes, info.scheme_group, scales, info.offset, info.ordered)  # type: ignore[arg-type]
 
     def _stored_leaves(self) -> tuple[Leaf, ...]:
         """The leaves whose tensors are in the files as they are."""
