@@ -71,6 +71,11 @@ class Codes:
             out[start : start + _BLOCK] = values if places is None else np.take(values, places, axis=1)
         return out
 
+    def outputs(self, rows: slice) -> "Codes":
+        """Some of the outputs; views of the arrays."""
+        parts = {name: getattr(self, name) for name in ("codes", "scales", "zeros", "mins")}
+        return dataclasses.replace(self, **{name: x if x is None else x[rows] for name, x in parts.items()})
+
     def _values(self, rows: slice) -> np.ndarray:
         """The values of some outputs, with the inputs in the places that they have in codes."""
         codes = self.codes[rows]
