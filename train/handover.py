@@ -25,7 +25,7 @@ from qwen_jax.inference import ContinuousEngine
 from qwen_jax.inference.weights import fused_layer
 from qwen_jax.lora import merged
 from qwen_jax.options import Options
-from qwen_jax.parallel.sharding import AXES, Sharding
+from qwen_jax.parallel.sharding import AXES, Sharding, on_mesh
 from qwen_jax.params import Params, param_specs, union
 from qwen_jax.stack import unstack
 from train.step import StepConfig
@@ -110,12 +110,7 @@ class InferenceLayout:
 
     def arguments(self, params: Params, frozen: Params | None = None) -> tuple[Params, Params | None]:
         """The arguments of `program`: the same buffers, on a mesh whose axes are automatic."""
-
-        def on_automatic_mesh(x: jax.Array) -> jax.Array:
-            sharding = NamedSharding(self._source, x.sharding.spec)  # type: ignore[attr-defined]
-            return _of_buffers(x.shape, sharding, [shard.data for shard in x.addressable_shards])
-
-        result: tuple[Params, Params | None] = jax.tree.map(on_automatic_mesh, (params, frozen))
+        result: tuple[Params, Params | None] = on_mesh((params, frozen), self._source)
         return result
 
     def _place(self, found: Params, target: Mesh) -> Params:
@@ -140,7 +135,9 @@ class InferenceLayout:
                 then.append(SingleDeviceSharding(device))
         moved = iter(jax.device_put(now, then))
         placed = [
-            _of_buffers(x.shape, sharding, [next(moved) for _ in sharding.addressable_devices])
+            jax.make_array_from_single_device_arrays(
+                x.shape, sharding, [next(moved) for _ in sharding.addressable_devices]
+            )
             for x, sharding in zip(leaves, shardings, strict=True)
         ]
         return jax.tree.unflatten(treedef, placed)
@@ -269,7 +266,3 @@ def _automatic(mesh: Mesh, sizes: dict[str, int]) -> Mesh:
     """The devices of a mesh in a shape, with automatic axes."""
     shape = tuple(sizes[axis] for axis in AXES)
     return Mesh(mesh.devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def _of_buffers(shape: tuple[int, ...], sharding: NamedSharding, buffers: list[jax.Array]) -> jax.Array:
-    return jax.make_array_from_single_device_arrays(shape, sharding, buffers)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from qwen_jax.config import ModelConfig
 from qwen_jax.inference import Engine, SamplingParams
 from qwen_jax.lora import LoRA, merged
+from qwen_jax.parallel.sharding import on_mesh, without_context
 from qwen_jax.params import Params
 from qwen_jax.stack import unstack
 from qwen_jax.tokenizer import Tokenizer
@@ -68,7 +69,7 @@ def write_samples(
       model: the architecture.
       params: all weights, stacked or not; they are kept.
       lora: whose update is in the weights' tree; None for none.
-      mesh: of the weights.
+      mesh: of the weights. The devices of a context axis complete different prompts.
       dtype: compute dtype.
       tokenizer: of the model.
       prompts: what to complete.
@@ -78,7 +79,7 @@ def write_samples(
     Returns:
       The texts.
     """
-
+    mesh, params = without_context(mesh), on_mesh(params, without_context(mesh))
     with jax.set_mesh(mesh):
         copied = _copied(params, lora, dtype, model.sparse_layers)
     engine = Engine(model, copied, mesh, tokenizer=tokenizer, dtype=dtype, eos_token_ids=list(end_ids))

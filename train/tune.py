@@ -205,12 +205,11 @@ class _Run:
 
     def _prompts(self, index: int) -> list[Prompt]:
         """Held-out prompts to complete in a stage: of every file in turn; none where they cannot be completed."""
-        mesh, config = self.meshes[index], self.config
+        config = self.config
         if config.method == "reward" or not config.samples:
             return []
-        # The engine has no context axis, reads its texts in one process, and takes no update beside codes.
+        # The engine reads its texts in one process, and takes no update beside codes.
         reasons = {
-            "on a context axis": mesh.shape["context"] > 1,
             "in several processes": jax.process_count() > 1,
             "beside quantised weights": self.model.quantization is not None,
         }

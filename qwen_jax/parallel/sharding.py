@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.config import ModelConfig
@@ -70,6 +70,36 @@ def _arrange(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(
         within, between, devices, process_is_granule=not sliced, allow_split_physical_axes=True
     )
+
+
+def without_context(mesh: Mesh) -> Mesh:
+    """The same devices with the context axis joined to the data axis.
+
+    No weight is sharded over either axis, so each device holds the same shard of every weight on both meshes.
+
+    Args:
+      mesh: from `make_mesh`.
+    """
+    if mesh.shape["context"] == 1:
+        return mesh
+    beside_data = np.moveaxis(mesh.devices, AXES.index("context"), 1)
+    sizes = {**mesh.shape, "data": mesh.shape["data"] * mesh.shape["context"], "context": 1}
+    return Mesh(beside_data.reshape([sizes[axis] for axis in AXES]), AXES, axis_types=mesh.axis_types)
+
+
+def on_mesh(arrays: Any, mesh: Mesh) -> Any:
+    """The same buffers as arrays on another mesh of the same devices.
+
+    Args:
+      arrays: a tree of arrays. On `mesh`, the PartitionSpec of each must give every device the shard that it has.
+      mesh: of the result.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        sharding = NamedSharding(mesh, x.sharding.spec)  # type: ignore[attr-defined]
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, [s.data for s in x.addressable_shards])
+
+    return jax.tree.map(one, arrays)
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -100,15 +100,15 @@ def derive_merges(ranks: dict[bytes, int], source: Path) -> Merges:
         if len(token) == 1:
             continue
         parts = [token[i : i + 1] for i in range(len(token))]
-        # The rank of each neighbouring pair; `rank` itself stands for "no such token yet".
-        pairs = [min(ranks.get(token[i : i + 2], rank), rank) for i in range(len(token) - 1)]
+        # The rank of each neighbouring pair. A rank that is not below `rank` means "no such token yet".
+        pairs = [ranks.get(token[i : i + 2], rank) for i in range(len(token) - 1)]
         while len(parts) > 2 and (best := min(pairs)) < rank:
             i = pairs.index(best)
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
             del pairs[i]
             for j in (i - 1, i):
                 if 0 <= j < len(pairs):
-                    pairs[j] = min(ranks.get(parts[j] + parts[j + 1], rank), rank)
+                    pairs[j] = ranks.get(parts[j] + parts[j + 1], rank)
         if len(parts) != 2 or ranks.get(parts[0], rank) >= rank or ranks.get(parts[1], rank) >= rank:
             raise InputError(
                 f"{source}: the token {token!r} of rank {rank} does not follow from the ranks below it. "

@@ -239,10 +239,14 @@ def test_merging_nothing_is_the_plain_optimiser(files: Path, tmp_path: Path) -> 
 
 
 def test_a_mesh_tunes_as_one_device_does(files: Path, tmp_path: Path) -> None:
+    """Losses are the same, and so are the samples of the first evaluation, when no step has changed the weights yet."""
     alone = configuration(files, "dpo", tmp_path / "alone")
     for name, mesh in (("alone", {}), ("mesh", {"fsdp": 2, "context": 2})):
         tune.tune(dataclasses.replace(alone, output=str(tmp_path / name), mesh=mesh, export=""), _Formats())
     np.testing.assert_allclose(losses(tmp_path / "alone"), losses(tmp_path / "mesh"), rtol=1e-4)
+    on_one, on_four = (read_log(tmp_path / name / "samples.jsonl") for name in ("alone", "mesh"))
+    assert len(on_one) == len(on_four) > alone.samples
+    assert on_one[: alone.samples] == on_four[: alone.samples]
 
 
 def tuned(files: str, output: str) -> list[float]:

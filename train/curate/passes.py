@@ -1,7 +1,7 @@
-"""Tables of a global computation, made pass by pass: each pass holds a part of the keys, so memory is bounded.
+"""Group-bys and joins in several passes over the data, so that memory is bounded.
 
-The native runner of Daft keeps in memory what a group-by or join works on. A step over more rows than that is cut into
-passes by a hash of the key that it groups by: the result is the same, and each pass reads the narrow columns again.
+The native runner of Daft holds all rows of a group-by or join in memory. Where there are too many rows, each pass
+handles the keys of one residue class of the hash. The result is the same; each pass reads the (narrow) columns again.
 """
 
 import json

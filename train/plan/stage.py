@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 import re
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -54,7 +55,7 @@ class Plan:
       estimated_step_seconds: the largest of these bounds.
       mfu_bound: model FLOPs over peak FLOPs in that time.
       compile_seconds: duration of tracing and compiling.
-      why_not: the compiler's message if the step does not fit.
+      why_not: the beginning of the compiler's message if the step does not fit.
     """
 
     topology: str
@@ -139,8 +140,8 @@ def plan_step(
         if needed is None:
             raise
         seconds = time.perf_counter() - start
-        first = str(error).splitlines()[0]
-        return Plan(fits=False, hbm_bytes=needed, compile_seconds=seconds, why_not=first, **known)
+        why = textwrap.shorten(str(error), 400, placeholder=" ...")
+        return Plan(fits=False, hbm_bytes=needed, compile_seconds=seconds, why_not=why, **known)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     aliased, arguments = memory.alias_size_in_bytes, memory.argument_size_in_bytes

@@ -42,15 +42,15 @@ _MOST_REFUSED = 50
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """How a pipeline is run. None of this changes what is made.
+    """How a pipeline is run. No option changes the items that it makes.
 
     Attributes:
-      part_items: items of a part: what is done at once, and what is done again after a kill (with answers kept).
-      parts_at_once: parts that are worked on at the same time.
-      workers: checks that run at the same time.
-      max_tokens: of prompts and answers together, in all runs of the folder; None is no limit.
-      max_cost: of all runs of the folder, in the unit of the generators' prices.
-      retry_refused: ask again what models refused in earlier runs of the folder.
+      part_items: number of items in a part. A part that a kill interrupted is done again; answers of models are kept.
+      parts_at_once: number of parts in progress at the same time.
+      workers: number of checks that run at the same time.
+      max_tokens: limit on the tokens of prompts and answers together, over all runs of the folder; None is no limit.
+      max_cost: limit on the cost over all runs of the folder, in the unit of the generators' prices.
+      retry_refused: ask again where models refused in earlier runs of the folder.
 
     Raises:
       InputError: a value out of range.

@@ -135,6 +135,9 @@ def _gradients(
         k_part, v_part = (lax.dynamic_slice_in_dim(x, first, segment, axis=2) for x in (k, v))
         bounds = (jnp.clip(x - first, 0, segment) for x in (start, end))
         share, dk, dv = run(q, k_part, v_part, dout, *bounds, log2, delta, dtype=jnp.float32)
+        # Without the barrier, XLA may fuse the stacking of the results into the kernel. The limit of VMEM is then XLA's
+        # default instead of the kernel's own, and the program does not compile.
+        share, dk, dv = lax.optimization_barrier((share, dk, dv))
         return dq + share, (dk, dv)
 
     dq, (dk, dv) = lax.scan(one, jnp.zeros(q.shape, jnp.float32), jnp.arange(0, S, segment, dtype=jnp.int32))

@@ -137,14 +137,21 @@ def test_tilings_fit_and_need_little_padding(T, core, kind) -> None:
 @needs_libtpu
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 @pytest.mark.parametrize(
-    ("d", "dtype", "T"), [(128, "bfloat16", 32768), (64, "bfloat16", 4096), (128, "float32", 32768)]
+    ("d", "dtype", "T", "S", "H", "K"),
+    [
+        (128, "bfloat16", 32768, 32768, 4, 2),
+        (64, "bfloat16", 4096, 4096, 4, 2),
+        (128, "float32", 32768, 32768, 4, 2),
+        # One row and one key/value head: XLA would fuse the stacking of the segments' gradients into the kernel.
+        (128, "bfloat16", 131072, 262144, 1, 1),
+    ],
 )
-def test_compiles_within_its_vmem(chip, d, dtype, T, record_property) -> None:
+def test_compiles_within_its_vmem(chip, d, dtype, T, S, H, K, record_property) -> None:
     """Forward and backward compile; the compiler refuses a kernel that needs more VMEM than we count."""
     used = {}
 
     def f(q, k, v, start, end):
-        tiles = flash_tpu_tiles.choose_tiling(T, T, d, dtype)
+        tiles = flash_tpu_tiles.choose_tiling(T, S, d, dtype)
         size = jnp.dtype(dtype).itemsize
         used.update(
             forward=flash_tpu_tiles.forward_bytes(tiles, d, size),
@@ -155,7 +162,7 @@ def test_compiles_within_its_vmem(chip, d, dtype, T, record_property) -> None:
         (out, lse), pull = jax.vjp(run, q, k, v)
         return out, pull((out, lse))
 
-    q, k = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((1, T, 4, d), (1, 2, T, d)))
+    q, k = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((1, T, H, d), (1, K, S, d)))
     i = jax.ShapeDtypeStruct((1, T), jnp.int32)
     compiled = compile_for(chip, f, q, k, k, i, i)
     text = compiled.as_text()

@@ -19,6 +19,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import (
@@ -277,14 +278,19 @@ def test_every_form_is_the_same_tokenizer(saved: Path, tmp_path: Path) -> None:
     assert from_pair.encode(CORPUS[20]) == real().encode(CORPUS[20])
 
 
-def test_loading_the_real_vocabulary_is_quick() -> None:
-    """The best of three, since other processes on the machine slow down each of them."""
-    seconds = []
+def test_loading_the_real_vocabulary_takes_about_as_long_as_in_transformers() -> None:
+    """1.2 times as long on a quiet machine; transformers does not check that the ranks follow from each other.
+
+    Both are the best of three turns, since other processes on the machine slow down each of them.
+    """
+    converter = TikTokenConverter(vocab_file=str(tiktoken_path()))
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     for _ in range(3):
-        start = time.process_time()
-        load_tokenizer(tiktoken_path())
-        seconds.append(time.process_time() - start)
-    assert min(seconds) < 3
+        for name, load in (("ours", lambda: load_tokenizer(tiktoken_path())), ("theirs", converter.converted)):
+            start = time.process_time()
+            load()
+            seconds[name].append(time.process_time() - start)
+    assert min(seconds["ours"]) < 2 * min(seconds["theirs"])
 
 
 def test_import_leaves_jax_alone() -> None:

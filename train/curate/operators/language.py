@@ -27,16 +27,15 @@ _PARTS = 4
 class Language(Operator):
     """The language of a text: its BCP 47 code, the probability that the model gives it, and whether it is reliable.
 
-    All three are null for a text with too few letters, and where the model finds no language. CLD3
-    knows 107 languages and calls a probability of at least 0.7 reliable. Of a long text, parts that are evenly spread
-    are looked at.
+    All three are null for a text with too few letters, and where the model finds no language. CLD3 knows 107 languages
+    and calls a probability of at least 0.7 reliable. A long text is judged by evenly spaced parts of it.
 
     Attributes:
       function: FILE.py:function, in place of CLD3. It maps a text to (language, probability) or None; what it finds
         with a probability of at least 0.7 is reliable. Its file is run: give only files that you trust.
-      min_bytes: of letters in UTF-8, below which a text has no language; a letter is 1 byte in English, 2 bytes in
+      min_bytes: a text whose letters take fewer bytes in UTF-8 gets no language; a letter takes 1 byte in English, 2 in
         Russian and 3 in Chinese.
-      max_characters: of a text that are looked at.
+      max_characters: the model reads at most this many characters of a text.
     """
 
     function: str | None = None
