@@ -73,8 +73,8 @@ class Codes:
 
     def outputs(self, rows: slice) -> "Codes":
         """Some of the outputs; views of the arrays."""
-        parts = {name: getattr(self, name) for name in ("codes", "scales", "zeros", "mins")}
-        return dataclasses.replace(self, **{name: x if x is None else x[rows] for name, x in parts.items()})
+        zeros, mins = (x if x is None else x[rows] for x in (self.zeros, self.mins))
+        return dataclasses.replace(self, codes=self.codes[rows], scales=self.scales[rows], zeros=zeros, mins=mins)
 
     def _values(self, rows: slice) -> np.ndarray:
         """The values of some outputs, with the inputs in the places that they have in codes."""
