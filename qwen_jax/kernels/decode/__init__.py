@@ -235,9 +235,9 @@ def paged_attention(
             scales = tuple(_gathered(x.scales_BKS, pages_BM) for x in (keys, values))
             q = _times_channels(q_BTHd, keys.channels_Kd)
 
-            def paged_int8(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> tuple[jax.Array, jax.Array]:
-                *table, k_scales, v_scales, scale = rest
-                return flash_decode_tpu.paged_attention(q, k, v, *table, scale, (k_scales, v_scales))
+            def paged_int8(*args: Any) -> tuple[jax.Array, jax.Array]:
+                q, k, v, pages, start, end, k_scales, v_scales, scale = args
+                return flash_decode_tpu.paged_attention(q, k, v, pages, start, end, scale, (k_scales, v_scales))
 
             return _run(paged_int8, (q, keys.values_BKSd, values.values_BKSd, *table, *scales), scale)
         if not quantized and _reads_pages(supported, True, 16, T, sizes):

@@ -436,7 +436,7 @@ class _PagedRefs(NamedTuple):
 def _paged_refs(*refs: Ref) -> _PagedRefs:
     """The references in the order of the call."""
     n = (len(refs) - 14) // 2
-    return _PagedRefs(*refs[:6], *refs[6 + n : 14 + n], refs[6 : 6 + n], refs[14 + n :])
+    return _PagedRefs._make((*refs[:6], *refs[6 + n : 14 + n], refs[6 : 6 + n], refs[14 + n :]))
 
 
 def _paged(refs: _PagedRefs, *, factor: float, splits: int) -> None:
