@@ -26,7 +26,7 @@ from qwen_jax.moe.block import MoE
 from qwen_jax.moe.router import RouterStats
 from qwen_jax.options import Options
 from qwen_jax.parallel.collectives import all_gather_weight
-from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.parallel.sharding import Sharding, padded_width
 from qwen_jax.quantized import quantize_projections
 from qwen_jax.remat import Remat, recompute_piece, run_piece
 from qwen_jax.score import make_score_head
@@ -73,6 +73,7 @@ class MLP(nnx.Module):
         self.sharding, self.fused = sharding, options.fused
         normal, residual = initializers(config)
         if self.fused:
+            width = padded_width(width, n, config.quantization is not None)
             weight, out = jnp.zeros((n, 2, width // n, D)), P(*s.feed_forward, None, None)
             self.gate_up = Linear("BTD,nxfD->BTnxf", weight, x=s.hidden, w=s.fused_gate_up, out=out)
         else:

@@ -5,6 +5,7 @@ import dataclasses
 from qwen_jax import kernels
 from qwen_jax.kernels.matmul.grouped import Implementation as Grouped
 from qwen_jax.lora import LoRA
+from qwen_jax.moe.exchange import ExpertExchange
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,9 @@ class Options:
       grouped: kernel for the matrix products of experts; see `qwen_jax.kernels.matmul.grouped`.
       capacity_factor: 0 is dropless. Otherwise each expert has room for this many times the rows that a device would
         send it under even routing; overflowing tokens are dropped, and counted.
+      expert_exchange: in training on an expert axis without a capacity, how tokens reach the devices of their experts:
+        "rows" sends each row to its expert, "gathered" gathers all tokens. "auto" takes "gathered" on GPUs if the axis
+        has at most as many devices as a token has experts, and "rows" elsewhere.
       lora: the projections have low-rank updates beside their weights; None for none. Not in the fused layout.
       lora_dropout: dropout of LoRA is on; parameters have the seeds of `qwen_jax.lora.with_dropout`.
       adapter_ranks: projections of the fused layout that have the low-rank updates of several adapters, and the sum of
@@ -36,6 +40,7 @@ class Options:
     ring: bool = False
     grouped: Grouped = "auto"
     capacity_factor: float = 0.0
+    expert_exchange: ExpertExchange = "auto"
     lora: LoRA | None = None
     lora_dropout: bool = False
     adapter_ranks: tuple[tuple[str, int], ...] = ()

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from train.evaluate.in_training import TaskEvaluation
 from train.fields import at_least, call_for, check_axes
 from train.grpo import Grpo
 from train.loop import CheckpointConfig, LoopConfig
@@ -107,6 +108,7 @@ class GrpoRunConfig:
       step: how a step is computed; with `step.lora`, only an adapter is trained.
       loop: evaluation, and when to give up.
       checkpoints: how often to save, and what to keep.
+      tasks: benchmarks that are measured while it trains.
       keep_rollouts: files of rollouts that are kept, of the newest episodes.
       export: Hugging Face folder to write after the last step; by default `model` in the output. "" writes none.
       profile: first and last step to trace for xprof; by default nothing is traced.
@@ -144,6 +146,7 @@ class GrpoRunConfig:
     step: StepConfig = StepConfig()
     loop: LoopConfig = LoopConfig()
     checkpoints: CheckpointConfig = CheckpointConfig(every=50)
+    tasks: TaskEvaluation | None = None
     keep_rollouts: int = 50
     export: str | None = None
     profile: tuple[int, int] | None = None

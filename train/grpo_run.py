@@ -23,6 +23,7 @@ from train.data.prompts import PromptOrder, PromptSet, order_by_variance, read_p
 from train.data.rollouts import RolloutBatch
 from train.data.shards import digest
 from train.environments import Environment, FileSearchTool, PythonTool, Tool, ToolEnvironment
+from train.evaluate.in_training import OpenedTasks
 from train.fields import call
 from train.files import write_file
 from train.grpo_config import GrpoRunConfig
@@ -30,12 +31,12 @@ from train.grpo_data import OpenedRun, Rollouts, make_engines, rows_that_fit
 from train.handover import check_handover, split_mesh
 from train.judge import Judge
 from train.launch import Export, Job, Phase
-from train.observe.goodput import Clock
+from train.loop import Measurement
 from train.observe.report import Report, ReportedStage
 from train.resume import changed_tuning
 from train.sampler import Sampler
 from train.sandbox import Sandbox
-from train.start import begin
+from train.start import Started, begin
 from train.tuned import Formats, TunedModel, check_reference
 
 
@@ -71,7 +72,7 @@ def train_grpo(
     if config.reference is not None:
         check_reference(config.reference, config.model, tokenizer, formats)
     with contextlib.ExitStack() as stack:
-        run = _Run(config, formats, model, tokenizer, origin, begun.console, begun.clock, stack)
+        run = _Run(config, formats, model, tokenizer, origin, begun, stack)
         if write_scores is not None:
             run.write_scores(write_scores)
             return 0
@@ -88,11 +89,10 @@ class _Run:
         model: ModelConfig,
         tokenizer: Tokenizer,
         origin: Path,
-        console: Console,
-        clock: Clock,
+        begun: Started,
         stack: contextlib.ExitStack,
     ):
-        self.config, self.console, self.clock, self._stack = config, console, clock, stack
+        self.config, self.console, self.clock, self._stack = config, begun.console, begun.clock, stack
         self.changes = changed_tuning(config)
         self.report: Report | None = None
         positions = max(model.max_position_embeddings, config.longest)
@@ -109,8 +109,12 @@ class _Run:
         order = PromptOrder(len(prompts.prompts), config.queries, config.seed, fixed)
         judge = self._stack.enter_context(contextlib.closing(Judge(config, formats, engine_meshes[0], tokenizer)))
         tuned = TunedModel(config, formats, self.model, tokenizer, origin)
+        self.measurement: Measurement | None = None
+        if config.tasks is not None:
+            tasks = self._stack.enter_context(contextlib.closing(OpenedTasks(config.tasks, tokenizer)))
+            self.measurement = tuned.measurement(tasks, self.model, config.step, mesh, begun.say)
         data = prompts, held_out, order, judge, environment
-        self.opened = OpenedRun(config, formats, tuned, mesh, engine_meshes, *data, console)
+        self.opened = OpenedRun(config, formats, tuned, mesh, engine_meshes, *data, begun.console)
         self.steps = self.opened.episodes * config.updates
 
     def _open_environment(self) -> Environment | None:
@@ -151,6 +155,7 @@ class _Run:
                     mesh=opened.mesh,
                     data=lambda step: rollouts,
                     evaluate=rollouts.evaluate if opened.held_out else None,
+                    measurement=self.measurement,
                 ),
             ),
             report=self._report,

@@ -1,5 +1,6 @@
 """The data of a run: built data sets, raw documents that are built first, and held-out rows, read on demand."""
 
+import hashlib
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from train.config import RunConfig
 from train.data.batch import Batch, place_part, row_part
 from train.data.build import BuildConfig, build
 from train.data.rows import PackedRows
-from train.data.shards import MANIFEST
+from train.data.shards import MANIFEST, load_manifest
 from train.data.text import find_files
 
 
@@ -55,6 +56,31 @@ def open_data(config: RunConfig, console: Console) -> tuple[dict[str, PackedRows
                 with in_step(f"Opening {kind}.{name}"):
                     into[name] = PackedRows(folder, config.verify_data)
     return opened
+
+
+def data_fingerprint(source: str) -> str | None:
+    """A hash of the content of a data set, whatever its path: of a built folder's manifest, or of raw documents.
+
+    Args:
+      source: a folder of `qwen-jax data build`; or files, folders or a pattern of raw documents.
+
+    Returns:
+      The hash in hex; None where there is nothing.
+
+    Raises:
+      InputError: a damaged or unfinished folder.
+    """
+    if _built(Path(source)):
+        return load_manifest(Path(source)).fingerprint
+    try:
+        files = find_files([source])
+    except InputError:
+        return None
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            whole.update(hashlib.file_digest(opened, "sha256").digest())
+    return whole.hexdigest()
 
 
 def _built(source: Path) -> bool:

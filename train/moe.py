@@ -19,6 +19,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from qwen_jax.kernels.matmul.grouped import Implementation
+from qwen_jax.moe.exchange import ExpertExchange
 from qwen_jax.moe.router import RouterStats
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
@@ -45,6 +46,8 @@ class MoETraining:
         against the loads of the micro-batches so far.
       capacity_factor: 0 is dropless; see `qwen_jax.options.Options`. Evaluation is dropless in any case.
       grouped: which kernel multiplies the rows of experts; see `qwen_jax.kernels.matmul.grouped`.
+      expert_exchange: how tokens reach the devices of their experts on an expert axis, without a capacity: "auto",
+        "rows" or "gathered"; see `qwen_jax.options.Options`.
 
     Raises:
       InputError: a coefficient or factor that is negative or not finite.
@@ -55,6 +58,7 @@ class MoETraining:
     count_ahead: bool = True
     capacity_factor: float = 0.0
     grouped: Implementation = "auto"
+    expert_exchange: ExpertExchange = "auto"
 
     def __post_init__(self) -> None:
         for name in ("balance_loss", "router_z_loss", "capacity_factor"):
@@ -221,7 +225,8 @@ def exchange_options(config: MoETraining, sharding: Sharding, platform: str) -> 
     """
     if not sharding.exchanges or platform != "tpu":
         return {}
-    kind = "all_to_all" if config.capacity_factor else "ragged_all_to_all"
+    pieces = config.capacity_factor or config.expert_exchange == "gathered"
+    kind = "all_to_all" if pieces else "ragged_all_to_all"
     return {f"xla_tpu_enable_async_{kind}": True}
 
 
@@ -277,8 +282,11 @@ class RoutedObjective(Objective[B, S, WholeBatch | None]):
         return None if self.model.moe is None else zero_routing(self.model)
 
     def options(self, options: Options) -> Options:
-        """With the experts' kernel and capacity."""
-        return dataclasses.replace(options, grouped=self.moe.grouped, capacity_factor=self.moe.capacity_factor)
+        """With the experts' kernel, capacity and exchange."""
+        moe = self.moe
+        return dataclasses.replace(
+            options, grouped=moe.grouped, capacity_factor=moe.capacity_factor, expert_exchange=moe.expert_exchange
+        )
 
     def compiler_options(self, sharding: Sharding, platform: str) -> dict[str, bool]:
         """Asynchronous exchange of tokens between the devices of an expert axis, on TPUs."""

@@ -131,29 +131,22 @@ def pretrain(
         if config.export is not None and export is None:
             raise InputError("Writing config.export needs the function `export`; the command line gives it.")
         tasks = None if config.tasks is None else OpenedTasks(config.tasks, tokenizer)
-        measurements = _measurements(config, tasks, meshes, begun.console)
+        measurements = _measurements(config, tasks, meshes, begun.say)
     opened = tokenizer, meshes, measurements, begun.console, begun.clock
     with contextlib.nullcontext() if tasks is None else contextlib.closing(tasks):
         return begun.launch(config.output, lambda: _job(config, *opened, export), programs)
 
 
 def _measurements(
-    config: RunConfig, tasks: OpenedTasks | None, meshes: Sequence[Mesh], console: Console
+    config: RunConfig, tasks: OpenedTasks | None, meshes: Sequence[Mesh], say: Callable[[str], None]
 ) -> list[Measurement | None]:
     """How the benchmarks of a run are measured in each stage."""
     if tasks is None:
         return [None] * len(meshes)
-    every = tasks.config.every
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    def of_stage(index: int) -> Measurement:
-        model, step = config.next_token(index).model, config.step_config(index)
-        measure = tasks.measure_on(model, step, meshes[index], say)
-        return Measurement(every, lambda state: measure(state.params))
-
-    return [of_stage(index) for index in range(len(meshes))]
+    return [
+        tasks.measurement(config.next_token(index).model, config.step_config(index), mesh, say)
+        for index, mesh in enumerate(meshes)
+    ]
 
 
 def _job(

@@ -56,6 +56,10 @@ class Started:
     clock: Clock
     console: Console
 
+    def say(self, line: str) -> None:
+        """Shows a line."""
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     def launch(self, output: str, job: Callable[[], Job[Any]], programs: Programs | None = None) -> int:
         """Locks the folder of the run, so that no other run may write into it, and launches a job.
 
@@ -71,15 +75,12 @@ class Started:
           InputError: the folder is in use, or the job does not fit the run in it.
         """
 
-        def say(line: str) -> None:
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
         folder = Path(output).absolute()
         with contextlib.ExitStack() as stack:
             with in_step(f"Locking {folder}"):
                 if jax.process_index() == 0:
-                    stack.enter_context(lock(folder, say))
-            return launch(dataclasses.replace(job(), say=say), programs).signal
+                    stack.enter_context(lock(folder, self.say))
+            return launch(dataclasses.replace(job(), say=self.say), programs).signal
 
 
 def begin(config: StartedRun, console: Console | None = None) -> Started:

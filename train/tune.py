@@ -1,5 +1,6 @@
 """Tuning runs: from a configuration to a job, which `train.launch` takes to its end."""
 
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -15,8 +16,7 @@ from rich.console import Console
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.parallel.multihost import gather_from_processes, in_step
-from qwen_jax.params import Params, union
-from qwen_jax.stack import unstack
+from qwen_jax.params import Params
 from qwen_jax.tokenizer import Tokenizer
 from train.checkpoint import Checkpoints
 from train.data.batch import place_part, row_part
@@ -27,15 +27,15 @@ from train.data.feed import Batches, Feed
 from train.data.shards import digest
 from train.distributed import check_same, from_process_0
 from train.dpo import Dpo
+from train.evaluate.in_training import OpenedTasks
 from train.files import write_file
 from train.launch import Export, Job, Phase
 from train.loop import ByStep, held_out_sums
-from train.observe.goodput import Clock
 from train.observe.report import Report, ReportedStage
 from train.reference import reference_log_probs
 from train.resume import changed_tuning, check_rope
 from train.samples import Prompt, write_samples
-from train.start import begin, stage_meshes
+from train.start import Started, begin, stage_meshes
 from train.state import TrainState
 from train.step import EvalStep
 from train.tune_config import MAX_SEGMENTS, TuneConfig
@@ -62,8 +62,10 @@ def tune(config: TuneConfig, formats: Formats, console: Console | None = None) -
         meshes = stage_meshes(config, model)
         if config.reference is not None:
             check_reference(config.reference, config.model, tokenizer, formats)
-    opened = model, tokenizer, origin, meshes, begun.console, begun.clock
-    return begun.launch(config.output, lambda: _Run(config, formats, *opened).job())
+        tasks = None if config.tasks is None else OpenedTasks(config.tasks, tokenizer)
+    opened = model, tokenizer, origin, meshes, tasks, begun
+    with contextlib.nullcontext() if tasks is None else contextlib.closing(tasks):
+        return begun.launch(config.output, lambda: _Run(config, formats, *opened).job())
 
 
 class _Run:
@@ -77,11 +79,11 @@ class _Run:
         tokenizer: Tokenizer,
         origin: Path,
         meshes: Sequence[Mesh],
-        console: Console,
-        clock: Clock,
+        tasks: OpenedTasks | None,
+        begun: Started,
     ):
         self.config, self.formats, self.tokenizer = config, formats, tokenizer
-        self.meshes, self.console, self.clock = meshes, console, clock
+        self.meshes, self.console, self.clock = meshes, begun.console, begun.clock
         self.output = Path(config.output).absolute()
         with in_step("Preparing the run"):
             self.changes = changed_tuning(config)
@@ -105,6 +107,12 @@ class _Run:
         self.max_segments = max(pairs) if config.kind == "pairs" else 2
         count = range(len(config.stages))
         self.objectives = [config.objective_of(index, self.model, self.max_segments) for index in count]
+        self.measurements = [
+            None
+            if tasks is None
+            else self.tuned.measurement(tasks, objective.model, config.step_config(index), mesh, begun.say)
+            for index, (objective, mesh) in enumerate(zip(self.objectives, meshes, strict=True))
+        ]
 
     def _pack(self, index: int) -> PackedExamples[Any] | MixedExamples[Any]:
         sources, mixture = self.config.data_of(index), self.config.stages[index].mixture
@@ -179,6 +187,7 @@ class _Run:
             mesh=mesh,
             data=lambda step: ByStep(Feed(_From(packed, first), step, mesh)),
             evaluate=self._evaluation(index),
+            measurement=self.measurements[index],
         )
 
     def _evaluation(self, index: int) -> Callable[[TrainState, EvalStep[Any]], Mapping[str, float]] | None:
@@ -224,12 +233,7 @@ class _Run:
 
     def _sample(self, index: int, state: TrainState, prompts: Sequence[Prompt]) -> None:
         step, lora = self.config.step_config(index), self.config.step.lora
-        params = state.params
-        if lora is not None:
-            frozen = self.tuned.frozen(self.meshes[index])
-            if not step.scan_layers:
-                params = {**params, "layers": unstack(params["layers"], "float32", self.model.sparse_layers)}
-            params = union(params, frozen)
+        params = self.tuned.with_frozen(state.params, self.meshes[index])
         texts = write_samples(
             *(self.output, int(state.step), self.objectives[index].model, params, lora, self.meshes[index]),
             *(step.dtype, self.tokenizer, prompts, self.tuned.end_ids(), self.config.sample_tokens),

@@ -12,6 +12,7 @@ from train.data.example_store import TooLong
 from train.data.examples import ExampleOptions, Kind
 from train.data.mixture import Weight, exact_shares
 from train.dpo import Dpo, DpoConfig
+from train.evaluate.in_training import TaskEvaluation
 from train.fields import at_least, call_for, check_axes, near
 from train.loop import CheckpointConfig, LoopConfig
 from train.merging import Merging
@@ -107,6 +108,7 @@ class TuneConfig:
       step: how a step is computed; with `step.lora`, only an adapter is trained.
       loop: evaluation, and when to give up.
       checkpoints: how often to save, and what to keep.
+      tasks: benchmarks that are measured while it trains; not of reward models.
       samples: held-out prompts that are completed at each evaluation, into `samples.jsonl`; not by reward models.
       sample_tokens: of such a text, at most.
       export: Hugging Face folder to write after the last step; by default `model` in the output. "" writes none.
@@ -134,6 +136,7 @@ class TuneConfig:
     step: StepConfig = StepConfig()
     loop: LoopConfig = LoopConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
+    tasks: TaskEvaluation | None = None
     samples: int = 4
     sample_tokens: int = 128
     export: str | None = None
@@ -157,6 +160,8 @@ class TuneConfig:
             check_axes(self.mesh_axes(index))
         if self.reference is not None and not isinstance(self.objective, DpoConfig):
             raise InputError("A reference belongs to DPO. Leave reference out.")
+        if self.tasks is not None and isinstance(self.objective, RewardConfig):
+            raise InputError("A reward model has no output head, so that it answers no tasks. Leave tasks out.")
         if (self.merging is None) != (self.base is None):
             raise InputError(
                 "Online merging needs both: its settings (merging), and the checkpoint that the model was tuned from "

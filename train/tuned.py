@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -13,10 +14,13 @@ from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from qwen_jax.lora import LoRA, check_whole
 from qwen_jax.parallel.multihost import in_step
-from qwen_jax.params import Params, init_params, with_fresh_score_head
+from qwen_jax.params import Params, init_params, union, with_fresh_score_head
+from qwen_jax.stack import unstack
 from qwen_jax.tokenizer import Tokenizer
 from qwen_jax.tokenizer.control import TURN_END
+from train.evaluate.in_training import OpenedTasks
 from train.files import write_file
+from train.loop import Measurement
 from train.step import StepConfig
 
 
@@ -159,6 +163,20 @@ class TunedModel:
             self._frozen_on = mesh, kept
         return self._frozen_on[1]
 
+    def with_frozen(self, params: Params, mesh: Mesh) -> Params:
+        """All weights of the model: what is trained, and with LoRA, in the same layout, what is not.
+
+        Args:
+          params: of the state.
+          mesh: of the state.
+        """
+        step = self._config.step
+        if step.lora is None:
+            return params
+        if not step.scan_layers:
+            params = {**params, "layers": unstack(params["layers"], "float32", self.model.sparse_layers)}
+        return union(params, self.frozen(mesh))
+
     def export(self, params: Params, model: ModelConfig) -> None:
         """Writes the tuned model, which ends texts where its turns end.
 
@@ -190,3 +208,22 @@ class TunedModel:
         """The ids that end a turn or a text."""
         ids = self.tokenizer.control_ids.get(TURN_END), self.tokenizer.eos_id, *self.model.eos_token_ids
         return list(dict.fromkeys(i for i in ids if i is not None))
+
+    def measurement(
+        self, tasks: OpenedTasks, model: ModelConfig, step: StepConfig, mesh: Mesh, say: Callable[[str], None]
+    ) -> Measurement:
+        """How benchmarks measure the weights of a stage, as `qwen-jax eval` measures the exported model.
+
+        Args:
+          tasks: the benchmarks.
+          model: the architecture of the stage.
+          step: of the stage.
+          mesh: of the stage.
+          say: shows a line.
+
+        Raises:
+          InputError: a model or a mesh that tasks are not measured on.
+        """
+        # The exported model ends texts where turns end. An adapter has no generation defaults, and keeps its base's.
+        ends = self.end_ids() if step.lora is None else None
+        return tasks.measurement(model, step, mesh, say, lambda params: self.with_frozen(params, mesh), ends)

@@ -167,8 +167,10 @@ class Loop:
         start = time.perf_counter()
         self.state, *_ = jax.block_until_ready(prefill(engine.params, *inputs, values, static=static))
         prefilled = time.perf_counter()
-        lowered = decoder(static, self.state).lower(engine.params, self.state, values, static=static, steps=steps)
-        self.compiled = lowered.compile()
+        # The jitted function is called, which compiles nothing again: what is compiled refuses int4 on a mesh.
+        decode, sizes = decoder(static, self.state), {"static": static, "steps": steps}
+        self.compiled = decode.lower(engine.params, self.state, values, **sizes).compile()
+        self.decode = functools.partial(decode, **sizes)
         ready = time.perf_counter()
         self.compile_seconds = {"prefill_compile_s": prefilled - start, "decode_compile_s": ready - prefilled}
 
@@ -176,7 +178,7 @@ class Loop:
         # Back to the end of the prompt, so that every repetition reads the same amount of cache.
         cache = dataclasses.replace(self.state.cache, slot=jnp.int32(self.prompt))
         state = dataclasses.replace(self.state, cache=cache)
-        self.state, *out = self.compiled(self.params, state, self.values)
+        self.state, *out = self.decode(self.params, state, self.values)
         return out
 
 

@@ -21,10 +21,12 @@ import jax
 import numpy as np
 
 from qwen_jax.config import ModelConfig, MoE
+from qwen_jax.moe.exchange import ExpertExchange
 from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.published import published
 from train.data.batch import Batch, place
 from train.data.packing import pack
+from train.moe import MoETraining
 from train.optimizer import OptimizerConfig, Schedule
 from train.pretrain import NextToken, PretrainConfig
 from train.state import init_state
@@ -35,13 +37,15 @@ TOLERANCE = 5e-3
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh, and whether its context axis uses ring attention."""
+    """A mesh, whether its context axis uses ring attention, and the exchange of its expert axis."""
 
     axes: Mapping[str, int]
     ring: bool = False
+    exchange: ExpertExchange = "auto"
 
     def __str__(self) -> str:
-        return ",".join(f"{axis}={size}" for axis, size in self.axes.items()) + (" ring" if self.ring else "")
+        axes = ",".join(f"{axis}={size}" for axis, size in self.axes.items())
+        return axes + (" ring" if self.ring else "") + (f" {self.exchange}" if self.exchange != "auto" else "")
 
 
 def layouts(devices: int, moe: bool) -> Iterator[Layout]:
@@ -50,7 +54,8 @@ def layouts(devices: int, moe: bool) -> Iterator[Layout]:
         yield Layout({axis: devices})
     yield Layout({"context": devices}, ring=True)
     if moe:
-        yield Layout({"expert": devices})
+        yield Layout({"expert": devices}, exchange="rows")
+        yield Layout({"expert": devices}, exchange="gathered")
     if devices % 2 == 0 and devices >= 4:
         half = devices // 2
         yield Layout({"fsdp": half, "tensor": 2})
@@ -105,7 +110,8 @@ def losses(model: ModelConfig, layout: Layout, steps: int, dtype: str, rows: int
     config = StepConfig(dtype=dtype, remat="none", accumulation=2, ring=layout.ring)  # type: ignore[arg-type]
     with jax.set_mesh(mesh):
         state = init_state(model, optimizer, 0, mesh)
-        step = make_train_step(NextToken(model, PretrainConfig()), optimizer, config, mesh)
+        objective = NextToken(model, PretrainConfig(moe=MoETraining(expert_exchange=layout.exchange)))
+        step = make_train_step(objective, optimizer, config, mesh)
         found = []
         for batch in batches(model, steps, rows, length):
             state, metrics = step(state, place(batch, mesh))

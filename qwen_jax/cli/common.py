@@ -60,3 +60,17 @@ def utf8(line: bytes, where: str) -> str:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8: {error.reason} at byte {error.start}. Convert it first.") from None
+
+
+def check_apart(output: Path, folder: Path) -> None:
+    """Checks that results do not go into the folder of a model, whose files are hashed.
+
+    Args:
+      output: of the results.
+      folder: of the model.
+
+    Raises:
+      InputError: they do.
+    """
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"--output {output} lies in the folder of the model. Give another folder.")

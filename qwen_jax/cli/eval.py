@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from qwen_jax.cli.common import Count, ModelOption, ModelPosition, model_name, sibling
+from qwen_jax.cli.common import Count, ModelOption, ModelPosition, check_apart, model_name, sibling
 from qwen_jax.cli.failures import complain
 from qwen_jax.cli.lines import read_text
 from qwen_jax.cli.model import Model, Running, Sampling
@@ -65,13 +65,15 @@ class Common:
     running: tyro.conf.OmitArgPrefixes[Running] = dataclasses.field(default_factory=Running)
     json: bool = False
 
-    def open_model(self, need_tokenizer: bool) -> Model:
+    def open_model(self, task: str, need_tokenizer: bool = True) -> Model:
         """The model's small files; its weights are loaded later."""
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"--batch-size must be at least 1, got {self.batch_size}.")
         # Answers on token ids end by their length alone.
         sampling = Sampling(ignore_eos=not need_tokenizer)
-        return Model(model_name(self.folder, self.model), sampling, self.running, need_tokenizer=need_tokenizer)
+        model = Model(model_name(self.folder, self.model), sampling, self.running, need_tokenizer=need_tokenizer)
+        check_apart(self.results(task), model.folder)
+        return model
 
     def chosen_lengths(self, config: "ModelConfig") -> tuple[int, ...]:
         """The lengths, in tokens. Raises InputError if one exceeds the model's context."""
@@ -212,7 +214,7 @@ class Ruler:
         names = self._names(ruler, {*questions})
         hashes = {of.task: _sha256(Path(of.name).read_text("utf-8-sig")) for of in found}
         text = None if self.haystack is None else " ".join(_read(self.haystack).split())
-        model, source, settings = _open_text(self.common, self.search, self.haystack, text, questions)
+        model, source, settings = _open_text("ruler", self.common, self.search, self.haystack, text, questions)
         make = _text_maker({name: ruler.RULER[name] for name in names}, source, self.search.seed)
         return _answer("ruler", self.common, self.search, model, names, make, {**settings, "questions": hashes})
 
@@ -263,7 +265,7 @@ class Perplexity:
         if min(self.last, self.loss_chunk, 1 if self.bucket is None else self.bucket) < 1:
             raise InputError("--last, --bucket and --loss-chunk must be at least 1.")
         text = "\n".join(map(_read, self.text))
-        model = self.common.open_model(need_tokenizer=True)
+        model = self.common.open_model("perplexity")
         assert model.tokenizer is not None
         module = sibling("train.evaluate.perplexity")
         lengths = self.common.chosen_lengths(model.config)
@@ -337,7 +339,7 @@ def _search(
             )
         if haystack is not None:
             raise InputError("--haystack is a text, and --token-ids needs none. Leave one of them out.")
-        model = common.open_model(need_tokenizer=False)
+        model = common.open_model(task, need_tokenizer=False)
         synthetic = sibling("train.evaluate.synthetic_ids")
         layout = synthetic.IdLayout(ids.first_id, model.vocab_limit)
         settings = _settings(common, model, seed=search.seed, first_id=ids.first_id, needles=needles)
@@ -349,13 +351,14 @@ def _search(
     tasks = sibling("train.evaluate.tasks")
     generate = tasks.passkey if task == "passkey" else tasks.Needles(needles=needles, asked=asked)
     text = None if haystack is None else _read(haystack)
-    model, source, settings = _open_text(common, search, haystack, text)
+    model, source, settings = _open_text(task, common, search, haystack, text)
     settings |= {"needles": needles, "asked": asked} if task == "needle" else {}
     maker = _text_maker({task: generate}, source, search.seed)
     return _answer(task, common, search, model, {task: True}, maker, settings)
 
 
 def _open_text(
+    task: str,
     common: Common,
     search: Search,
     haystack: str | None,
@@ -363,12 +366,13 @@ def _open_text(
     questions: Mapping[str, Any] | None = None,
 ) -> tuple[Model, Any, dict[str, Any]]:
     """Opens a model and what its prompts are made of; returns them with the settings that decide the results."""
-    model = common.open_model(need_tokenizer=True)
+    model = common.open_model(task)
     assert model.tokenizer is not None
     encoder = sibling("train.evaluate.text").Encoder(model.tokenizer, search.form)
     source = sibling("train.evaluate.tasks").Source.of(encoder, text, f"The haystack {haystack}", questions)
     hidden_in = None if text is None else _sha256(text)
-    return model, source, _settings(common, model, seed=search.seed, form=search.form, haystack=hidden_in)
+    served = search.base_url is not None
+    return model, source, _settings(common, model, served, seed=search.seed, form=search.form, haystack=hidden_in)
 
 
 def _text_maker(tasks: Mapping[str, Any], source: Any, seed: int) -> Callable[[Any], Any]:
@@ -473,15 +477,22 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _settings(common: Common, model: Model, **more: Any) -> dict[str, Any]:
-    """What decides the results, besides lengths, depths and samples, which may grow."""
+def _settings(common: Common, model: Model, served: bool = False, **more: Any) -> dict[str, Any]:
+    """What decides the results, besides lengths, depths and samples, which may grow.
+
+    The model is known by the content of its files, and its path is recorded only. What a server serves is not known.
+    """
     import importlib.metadata
 
+    from qwen_jax.cli.formats import hashes
+
+    name = str(model.checkpoint)
     return {
-        "model": str(model.checkpoint),
+        "model": name,
+        **({} if served else hashes(name, common.running.adapter)),
         "config": sibling("train.fields").as_json(model.config),
         "tokenizer": None if model.tokenizer is None else model.tokenizer.fingerprint(),
-        "running": dataclasses.asdict(common.running),
+        "running": {**dataclasses.asdict(common.running), "adapter": None},
         "version": importlib.metadata.version("qwen-jax"),
         **more,
     }

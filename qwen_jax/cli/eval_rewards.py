@@ -8,13 +8,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from qwen_jax.cli.common import DType, ModelOption, ModelPosition, model_name, sibling
+from qwen_jax.cli.common import DType, ModelOption, ModelPosition, check_apart, model_name, sibling
 from qwen_jax.cli.failures import complain
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 
 RewardBenchmark = Literal["reward-bench", "rmb", "ppe", "preference"]
-_ALL: tuple[RewardBenchmark, ...] = ("reward-bench", "rmb", "ppe", "preference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,8 @@ class Rewards:
       folder: Checkpoint folder of a reward model, or Hub id.
       model: The same, as an option.
       data_root: Folder of the benchmarks' folders.
-      benchmarks: Which of them.
+      benchmarks: Which of them; by default those that are there. If a part of one that is named here is not there, the
+        exit status is 1.
       output: Folder for results.
       bootstrap: Samples that the intervals are computed from.
       seed: Of these.
@@ -49,7 +49,7 @@ class Rewards:
     folder: ModelPosition = None
     model: ModelOption = None
     data_root: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("benchmarks")
-    benchmarks: tuple[RewardBenchmark, ...] = _ALL
+    benchmarks: tuple[RewardBenchmark, ...] = ()
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("eval-rewards")
     bootstrap: Annotated[int, tyro.conf.arg(metavar="N")] = 1000
     seed: int = 0
@@ -66,7 +66,7 @@ class Rewards:
 
         import jax
 
-        from qwen_jax.cli.formats import CheckpointFormats
+        from qwen_jax.cli.formats import hashes
         from qwen_jax.config import load_config
         from qwen_jax.hub import SMALL, is_hub_id, resolve
         from qwen_jax.inference.scorer import Scorer, check_scores
@@ -80,19 +80,18 @@ class Rewards:
             raise InputError(f"--tokens-per-batch must be at least 1, got {self.tokens_per_batch}.")
         mesh = make_mesh(parse_mesh(self.mesh))
         small = resolve(name, SMALL)
-        if self.output.resolve().is_relative_to(small.resolve()):
-            raise InputError(f"--output {self.output} lies in the folder of the model. Give another folder.")
+        check_apart(self.output, small)
         config, tokenizer = load_config(small), load_tokenizer(small)
         check_scores(config)
         Sharding.for_inference(config, mesh)
         rewards = sibling("train.evaluate.reward_sets")
         runner = sibling("train.evaluate.reward_models")
-        sets = [of for of in rewards.find_sets(self.data_root) if of.name in self.benchmarks]
+        sets = [of for of in rewards.find_sets(self.data_root) if of.name in (self.benchmarks or [of.name])]
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else config.dtype)
         settings = {
             "model": name,
             # A training run goes on, and its newest checkpoint is another model.
-            "weights": CheckpointFormats().fingerprint(name) if any(of.files for of in sets) else "",
+            "weights": hashes(name)["weights"] if any(of.files for of in sets) else "",
             "config": sibling("train.fields").as_json(config),
             "tokenizer": tokenizer.fingerprint(),
             "chat_template": hashlib.sha256(tokenizer.chat_template.source().encode()).hexdigest(),
@@ -124,7 +123,15 @@ class Rewards:
             started=started,
         )
         self._show(summary, runner.SUMMARY, runner.TABLE_FILE)
-        return 0
+        # What was asked for by name and is not there is an error.
+        parts = [*(of["missing"] for of in summary["benchmarks"].values()), *summary["missing"].values()]
+        missing = [line for lines in parts for line in lines]
+        for line in missing:
+            if self.benchmarks:
+                complain(f"not found: {line}")
+            elif not self.json:
+                print(f"not found: {line}")
+        return int(bool(self.benchmarks and missing))
 
     def _show(self, summary: Mapping[str, Any], summary_name: str, table_name: str) -> None:
         if self.json:
@@ -152,7 +159,4 @@ class Rewards:
                 complain(f"{found['too_long']:,} items of {benchmark} are longer than the model's context: no result.")
             if any(figure["incomplete"] for figure in found["figures"].values()):
                 print("* not the published set: summary.json says what is missing")
-        for lines in [*(of["missing"] for of in summary["benchmarks"].values()), *summary["missing"].values()]:
-            for line in lines:
-                print(f"not found: {line}")
         print(f"all numbers: {self.output / summary_name}; the report's table: {self.output / table_name}")

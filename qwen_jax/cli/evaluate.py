@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from qwen_jax.cli.common import ModelOption, Texts, sibling
+from qwen_jax.cli.common import ModelOption, Texts, check_apart, sibling
 from qwen_jax.cli.failures import complain
 from qwen_jax.cli.model import Model, Running, Sampling
 from qwen_jax.errors import InputError
@@ -151,8 +151,7 @@ class Evaluate:
             return server.ServerModel(self.base_url, self.served_model, concurrency=self.max_seqs), None
         model = Model(str(self.model), Sampling(), self.running, need_tokenizer=True)
         # The identity of a model is the hash of all files in its folder: results in it would change it each time.
-        if self.output.resolve().is_relative_to(Path(model.folder).resolve()):
-            raise InputError(f"--output {self.output} lies in the folder of the model. Give another folder.")
+        check_apart(self.output, model.folder)
         return InProcess(model, self.max_seqs), model.tokenizer
 
     def _show(self, summary: Mapping[str, Any]) -> int:
@@ -289,7 +288,7 @@ class InProcess:
         """
         import jax
 
-        from qwen_jax.cli.formats import CheckpointFormats
+        from qwen_jax.cli.formats import hashes
 
         assert model.tokenizer is not None
         if model.running.attention != "dense":
@@ -305,14 +304,13 @@ class InProcess:
         self.name = str(model.checkpoint)
         self.context_length = model.config.context_length
         self._encoder = encoding.RequestEncoder(model.tokenizer, self.context_length)
-        running, formats = model.running, CheckpointFormats()
+        running = model.running
         self._identity = {
-            "weights": formats.fingerprint(self.name),
-            "adapter": None if running.adapter is None else formats.fingerprint(_adapter(running.adapter)),
+            **hashes(self.name, running.adapter),
             # What it is by default depends on the machine.
             "dtype": running.dtype or ("float32" if jax.default_backend() == "cpu" else model.config.dtype),
             "tokenizer": model.tokenizer.fingerprint(),
-            "running": dataclasses.asdict(running),
+            "running": {**dataclasses.asdict(running), "adapter": None},
         }
 
     def identity(self) -> Mapping[str, Any]:
@@ -370,13 +368,6 @@ class InProcess:
             kv_dtype=model.running.kv_dtype,
             eos_token_ids=model.eos_token_ids,
         )
-
-
-def _adapter(name: str) -> str:
-    """The folder of an adapter, which is downloaded if it is a Hub id."""
-    from qwen_jax.hub import ADAPTER, is_hub_id, resolve
-
-    return str(resolve(name, ADAPTER)) if is_hub_id(name) else name
 
 
 def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

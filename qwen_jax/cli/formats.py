@@ -52,3 +52,18 @@ class CheckpointFormats:
 
     def write_adapter(self, params: Any, config: "ModelConfig", lora: "LoRA", base: str, folder: Path) -> None:
         sibling("convert.adapter").write_adapter(folder, params, config, lora, base)
+
+
+def hashes(name: str, adapter: str | None = None) -> dict[str, str | None]:
+    """What a model is by its content, whatever its path: hashes of its files and of those of its adapter.
+
+    Args:
+      name: folder, file or Hub id of the model.
+      adapter: folder or Hub id of the adapter; None for none.
+    """
+    from qwen_jax.hub import ADAPTER, is_hub_id, resolve
+
+    formats = CheckpointFormats()
+    if adapter is not None and is_hub_id(adapter):
+        adapter = str(resolve(adapter, ADAPTER))
+    return {"weights": formats.fingerprint(name), "adapter": None if adapter is None else formats.fingerprint(adapter)}

@@ -19,7 +19,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.lora import AdapterFactors
 from qwen_jax.options import Options
-from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.parallel.sharding import Sharding, padded_width
 from qwen_jax.params import Params, param_specs
 
 # The projections of the inference layout, and those of the training layout that each is made of.
@@ -133,7 +133,18 @@ def _join(
         all_a.append(a)
         all_b.append(_fused_outputs({**others, part: b}, config, sharding))
         owner += [number] * adapter.rank
-    return np.concatenate(all_a), np.concatenate(all_b, axis=-1), np.asarray(owner, np.int32)
+    a = np.concatenate(all_a)
+    if name == "down":
+        parts = _padded_part(a.reshape(len(a), sharding.tensor, -1), config, sharding, axis=2)
+        a = parts.reshape(len(a), -1)
+    return a, np.concatenate(all_b, axis=-1), np.asarray(owner, np.int32)
+
+
+def _padded_part(x: np.ndarray, config: ModelConfig, sharding: Sharding, axis: int) -> np.ndarray:
+    """Fills up an axis of a shard's feed-forward width as `qwen_jax.inference.weights.fuse` does."""
+    part, n = x.shape[axis], sharding.tensor
+    more = padded_width(n * part, n, config.quantization is not None) // n - part
+    return np.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
 
 
 def _fused_outputs(parts: dict[str, np.ndarray], config: ModelConfig, sharding: Sharding) -> np.ndarray:
@@ -147,7 +158,7 @@ def _fused_outputs(parts: dict[str, np.ndarray], config: ModelConfig, sharding: 
     if "q" in parts:
         return np.concatenate([split(part) for part in ("q", "k", "v")], axis=1)
     if "gate" in parts:
-        return np.stack([split("gate"), split("up")], axis=1)
+        return _padded_part(np.stack([split("gate"), split("up")], axis=1), config, sharding, axis=2)
     (only,) = parts.values()
     return only
 

@@ -57,7 +57,7 @@ def empty_state(params: Params, start_B: jax.Array, *, static: StaticArgs) -> Pr
     cache = dataclasses.replace(empty_cache(params, start_B, static), start_B=start_B, fresh=False)
     wide, rows = P(*spec.rows, None), len(start_B)
     hidden_BD = jnp.zeros((rows, config.hidden_size), dtype, out_sharding=wide)
-    seen_BV = jnp.zeros((rows, config.vocab_size), bool, out_sharding=wide) if static.mode.penalty else None
+    seen_BV = jnp.zeros((rows, config.vocab_size), bool, out_sharding=spec.vocab_rows) if static.mode.penalty else None
     return PrefillState(cache, hidden_BD, seen_BV)
 
 
@@ -69,7 +69,7 @@ def resume(cache: ContiguousCache, tokens: Sequence[int], *, static: StaticArgs)
     if static.mode.penalty:
         seen = np.zeros((1, config.vocab_size), bool)
         seen[0, list(tokens)] = True
-        seen_BV = jax.device_put(seen, NamedSharding(mesh, wide))
+        seen_BV = jax.device_put(seen, NamedSharding(mesh, static.sharding.vocab_rows))
     hidden = np.zeros((1, config.hidden_size), jnp.dtype(static.options.dtype))
     return PrefillState(cache, jax.device_put(hidden, NamedSharding(mesh, wide)), seen_BV)
 

@@ -1,5 +1,10 @@
-"""A decode step of one sequence on one Hopper GPU, with two kernels a layer, or nine where weights are quantised. The
-cache is contiguous or in pages.
+"""A decode step of one sequence on Hopper GPUs, with two kernels a layer, or nine where weights are quantised.
+
+The cache is contiguous or in pages.
+
+On a tensor axis each device runs its heads and its part of the feed-forward layer, with four kernels and two float32
+all-reduces of [D] a layer: attention, the output projection, all-reduce, the feed-forward layer, all-reduce, and the
+next layer's q, k and v.
 
 `qwen_jax.model` computes the same with ten kernels a layer, or thirteen; at batch 1 the gaps between kernels cost more
 than a tenth of the time. The numerics are the same (Hugging Face's order of casts, products accumulated in float32),
@@ -21,6 +26,7 @@ from qwen_jax.attention.cache import ContiguousCache
 from qwen_jax.attention.paged_cache import PagedCache
 from qwen_jax.attention.rope import rope_table
 from qwen_jax.config import ModelConfig
+from qwen_jax.inference.vocabulary import Vocabulary
 from qwen_jax.kernels.decode import layer as layer_kernels
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
@@ -37,7 +43,8 @@ _Cache = TypeVar("_Cache", ContiguousCache, PagedCache)
 def supports(
     config: ModelConfig, sharding: Sharding, options: Options, rows: int, cache: ContiguousCache | PagedCache
 ) -> bool:
-    """Whether `step` can be used: one row, one Hopper GPU, the inference layout in bfloat16, plain attention.
+    """Whether `step` can be used: one row, Hopper GPUs on a tensor axis, the inference layout in bfloat16, plain
+    attention.
 
     Args:
       config: the architecture.
@@ -49,14 +56,23 @@ def supports(
     mesh = jax.sharding.get_abstract_mesh()
     plain = not options.capacity_factor and options.fused and options.dtype == "bfloat16"
     plain = plain and not options.lora and not options.adapter_ranks
-    if rows != 1 or mesh.size != 1 or not plain or dual_chunk.is_needed(config, cache.slots):
+    tensor = sharding.tensor
+    if rows != 1 or mesh.size != tensor or not plain or dual_chunk.is_needed(config, cache.slots):
         return False
-    heads = config.num_heads, config.num_kv_heads
+    heads = config.num_heads // tensor, sharding.kv_heads // tensor
     dtype = jnp.dtype(options.dtype)
     table = cache.pages_BM if isinstance(cache, PagedCache) else None
     if not kernels.supports_decode_step(options.attention, dtype, 1, *heads, cache.keys[0], table):
         return False
-    return layer_kernels.supports(config)
+    return layer_kernels.supports(config, tensor)
+
+
+def compiler_options(sharding: Sharding) -> dict[str, Any] | None:
+    """The compiler options of a program that uses `step`: `COMPILER_OPTIONS` on one device.
+
+    On a tensor axis there are all-reduces between the kernels, so that few of them could overlap.
+    """
+    return COMPILER_OPTIONS if sharding.tensor == 1 else None
 
 
 def prepare(params: Params, token: jax.Array) -> tuple[Params, jax.Array]:
@@ -87,19 +103,20 @@ def prepare(params: Params, token: jax.Array) -> tuple[Params, jax.Array]:
 
 
 def step(
-    params: Params, config: ModelConfig, token: jax.Array, cache: _Cache, counter: jax.Array
+    params: Params, config: ModelConfig, sharding: Sharding, token: jax.Array, cache: _Cache, counter: jax.Array
 ) -> tuple[jax.Array, _Cache, jax.Array]:
     """Runs the model on one token.
 
     Args:
       params: from `prepare`.
       config: the architecture.
+      sharding: of the current mesh.
       token: int32 [1].
       cache: of one row, whose next slot is where the token goes.
       counter: int32 [1], zero for the first step, then the one that was returned.
 
     Returns:
-      Float32 logits [1, V], the cache with the token in it, the counter.
+      Float32 logits [1, V] in the sharding of the output head, the cache with the token in it, the counter.
     """
 
     def specs(tree: Any) -> Any:
@@ -107,10 +124,10 @@ def step(
 
     args = params, token, cache, counter
     run = jax.shard_map(
-        functools.partial(_step, config),
+        functools.partial(_step, config, sharding),
         in_specs=tuple(map(specs, args)),
         # Keys and values alone: whatever else leaves the shard_map would be copied in every step.
-        out_specs=(P(), specs((cache.keys, cache.values)), P()),
+        out_specs=(P(None, "tensor"), specs((cache.keys, cache.values)), P()),
         check_vma=False,
     )
     logits, (keys, values), counter = run(*args)
@@ -118,14 +135,14 @@ def step(
 
 
 def _step(
-    config: ModelConfig, params: Params, token: jax.Array, cache: _Cache, counter: jax.Array
+    config: ModelConfig, sharding: Sharding, params: Params, token: jax.Array, cache: _Cache, counter: jax.Array
 ) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]], jax.Array]:
-    """`step` on one device; of the cache, the new keys and values."""
+    """`step` on each device; of the cache, the new keys and values."""
     from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe, layer_gpu_quantized
     from qwen_jax.kernels.gpu.device import multiprocessors
 
     eps, dtype = config.rms_norm_eps, jnp.bfloat16
-    H, d = config.num_heads, config.head_dim
+    vocabulary, d = Vocabulary(sharding.tensor), config.head_dim
     blocks = multiprocessors()
 
     def matrix(weight: jax.Array) -> jax.Array:
@@ -137,7 +154,8 @@ def _step(
     # Embedding and rotary tables.
     table = params["embed"]["weight"]
     with jax.named_scope("embed"):
-        x_D = table[token[0]]
+        place = vocabulary.places(token[0], len(table))
+        x_D = vocabulary.sum(table.at[place].get(mode="fill", fill_value=0))
     cos, sin = (t[:, 0, 0] for t in rope_table(config, cache.positions(1), jnp.dtype(dtype)))
     layers, cache_layers, written = params["layers"], cache.layers, []
     head = table if config.tie_word_embeddings else params["lm_head"]["weight"]
@@ -162,8 +180,12 @@ def _step(
             # Bias, RoPE, cache and attention in one kernel.
             out, kv = cache_layers[i].step(qkv.reshape(1, -1, d), bias, (cos, sin), cache.start_B, scale=d**-0.5)
             written.append(kv)
+            heads_I, goes_on = out.reshape(-1), i + 1 < len(layers)
+            if sharding.tensor > 1:
+                x_D, qkv, counter = _sharded_tail(layer, heads_I, x_D, *following[i + 1], counter, eps, goes_on, blocks)
+                continue
             if quantized:
-                x_D, qkv = _quantized_tail(layer, out.reshape(H * d), x_D, *following[i + 1], eps, i + 1 < len(layers))
+                x_D, qkv = _quantized_tail(layer, heads_I, x_D, *following[i + 1], eps, goes_on)
                 continue
             # Everything up to the projections of the next layer, or to the logits, in the other kernel.
             if moe is None:
@@ -174,15 +196,15 @@ def _step(
                 gate_up, down = matrices(moe["shared"])
                 feed_forward = moe["router_and_gate"], gate_up, experts["gate_up"], down, experts["down"]
             x_D, qkv, counter = tail(
-                out.reshape(H * d),
+                heads_I,
                 x_D,
-                attention["o"]["weight"].reshape(-1, H * d),
+                attention["o"]["weight"].reshape(-1, heads_I.size),
                 layer["post_attention_norm"]["weight"],
                 *feed_forward,
                 *following[i + 1],
                 counter,
                 eps=eps,
-                out_dtype=jnp.float32 if i + 1 == len(layers) else dtype,
+                out_dtype=dtype if goes_on else jnp.float32,
                 blocks=blocks,
             )
     if quantized:
@@ -190,6 +212,48 @@ def _step(
             qkv = layer_gpu.norm_product(x_D, *following[-1], eps=eps, out_dtype=jnp.float32, blocks=blocks)
     new = cache.with_layers(written)
     return qkv[None], (new.keys, new.values), counter
+
+
+def _sharded_tail(
+    layer: Params, heads_I: jax.Array, x_D: jax.Array, norm_D: jax.Array, w_ND: jax.Array, counter: jax.Array,
+    eps: float, goes_on: bool, blocks: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Everything from the heads' output up to the projections of the next layer, or to the logits, on a tensor shard.
+
+    Args:
+      layer: its parameters, dense.
+      heads_I: the output of the shard's heads.
+      x_D: the residual stream, the same on all shards.
+      norm_D, w_ND: the norm and the matrix that follow.
+      counter: of the grid barriers.
+      eps: of the norms.
+      goes_on: whether a layer follows, and not the head.
+      blocks: multiprocessors of the device.
+
+    Returns:
+      The residual stream, the product, and the counter.
+    """
+    from qwen_jax.kernels.decode import layer_gpu
+
+    mlp, norm_of_mlp_D = layer["mlp"], layer["post_attention_norm"]["weight"]
+    attended_D = layer_gpu.output_product(
+        heads_I, layer["attention"]["o"]["weight"].reshape(-1, heads_I.size), blocks=blocks
+    )
+    x_D, out_D, counter = layer_gpu.feed_forward(
+        x_D,
+        jax.lax.psum(attended_D, "tensor"),
+        norm_of_mlp_D,
+        mlp["gate_up"]["weight"][0],
+        mlp["down"]["weight"],
+        counter,
+        eps=eps,
+        blocks=blocks,
+    )
+    dtype = x_D.dtype if goes_on else jnp.float32
+    x_D, y_N = layer_gpu.norm_product(
+        x_D, norm_D, w_ND, jax.lax.psum(out_D, "tensor"), eps=eps, out_dtype=dtype, blocks=blocks
+    )
+    return x_D, y_N, counter
 
 
 def _quantized_tail(

@@ -55,11 +55,11 @@ def pages_that_fit(
 def _other_bytes(config: ModelConfig, settings: RunnerConfig, sharding: Sharding, dtype: str) -> int:
     """An estimate of what each device needs besides weights and pages: state of sequences, logits, activations."""
     V, t, size = config.vocab_size, sharding.tensor, jnp.dtype(dtype).itemsize
-    # Penalties, biases and bit masks of each sequence.
+    # Penalties and biases of each sequence for a shard of the vocabulary, and bit masks for all of it.
     positions = 1 + settings.speculate
-    state = (settings.max_seqs + 1) * V * 7 + (settings.max_seqs + 1) * positions * V // 8
+    state = (settings.max_seqs + 1) * V * 7 // t + (settings.max_seqs + 1) * positions * V // 8
     # Float32 logits of the largest step, and two arrays like them in sampling.
-    logits = 3 * settings.max_seqs * positions * V * 4
+    logits = 3 * settings.max_seqs * positions * V * 4 // t
     # Activations of a prefill step, and one layer's keys and values of its texts, gathered from pages.
     tokens = max(settings.max_batched_tokens, settings.max_seqs)
     activations = tokens * (8 * config.hidden_size + 4 * config.intermediate_size // t) * size

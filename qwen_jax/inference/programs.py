@@ -14,6 +14,7 @@ from qwen_jax.attention.quantized_cache import KVDtype
 from qwen_jax.config import ModelConfig
 from qwen_jax.inference import one_row
 from qwen_jax.inference.sampling import Sampled, SamplingMode, SamplingValues, sample_token
+from qwen_jax.inference.vocabulary import Vocabulary
 from qwen_jax.model import Qwen2
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
@@ -100,8 +101,7 @@ def prefill(
     x_BD = x_BTD.at[jnp.arange(B), lengths_B - 1].get(out_sharding=P(*spec.rows, None))
     seen_BV = None
     if static.mode.penalty:
-        wide = P(*spec.rows, None)
-        seen_BV = jnp.zeros((B, config.vocab_size), bool, out_sharding=wide)
+        seen_BV = jnp.zeros((B, config.vocab_size), bool, out_sharding=spec.vocab_rows)
         real_BT = jax.reshard(jnp.arange(T) < lengths_B[:, None], spec.tokens)
         seen_BV = mark_seen(seen_BV, tokens_BT, real_BT, static)
     return sample_first(model, cache, x_BD, seen_BV, seeds_B, values, static)
@@ -116,15 +116,17 @@ def mark_seen(seen_BV: jax.Array, tokens_BT: jax.Array, real_BT: jax.Array, stat
       real_BT: bool, which of them are not padding.
       static: settings that are compiled in.
     """
-    wide = P(*static.sharding.rows, None)
+    rows, seen = P(*static.sharding.rows, None), static.sharding.vocab_rows
+    vocabulary = Vocabulary(static.sharding.tensor)
 
     def local(seen_BV: jax.Array, tokens_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
+        v = seen_BV.shape[1]
         # Padding goes to a column that does not exist, where the write is dropped.
-        ids_BT = jnp.where(real_BT, tokens_BT, seen_BV.shape[1])
-        return seen_BV.at[jnp.arange(seen_BV.shape[0])[:, None], ids_BT].set(True, mode="drop")
+        places_BT = jnp.where(real_BT, vocabulary.places(tokens_BT, v), v)
+        return seen_BV.at[jnp.arange(seen_BV.shape[0])[:, None], places_BT].set(True, mode="drop")
 
-    mark = jax.shard_map(local, in_specs=(wide, wide, wide), out_specs=wide)
-    result: jax.Array = mark(seen_BV, jax.reshard(tokens_BT, wide), jax.reshard(real_BT, wide))
+    mark = jax.shard_map(local, in_specs=(seen, rows, rows), out_specs=seen)
+    result: jax.Array = mark(seen_BV, jax.reshard(tokens_BT, rows), jax.reshard(real_BT, rows))
     return result
 
 
@@ -177,7 +179,7 @@ def _decode(
         token_B: jax.Array, cache: ContiguousCache, counter: jax.Array
     ) -> tuple[jax.Array, ContiguousCache, jax.Array]:
         if one_row_kernels:
-            return one_row.step(prepared, static.config, token_B, cache, counter)
+            return one_row.step(prepared, static.config, spec, token_B, cache, counter)
         output = model(token_B[:, None], cache.positions(1), cache.mask(1), cache=cache)
         return model.logits(output.hidden)[:, 0], output.cache, counter
 
@@ -209,7 +211,7 @@ def decoder(static: StaticArgs, state: DecodeState) -> Any:
     """
     rows = state.token_B.shape[0]
     supported = one_row.supports(static.config, static.sharding, static.options, rows, state.cache)
-    return _decode_one_row if supported else decode
+    return _decode_one_row if supported and one_row.compiler_options(static.sharding) else decode
 
 
 def _sample(
@@ -220,22 +222,24 @@ def _sample(
     values: SamplingValues,
     static: StaticArgs,
 ) -> tuple[Sampled, jax.Array | None]:
-    """Samples on each shard's own rows; returns the tokens and `seen_BV` with them."""
-    rows = static.sharding.rows
-    mode = static.mode
+    """Samples on each shard's own rows and part of the vocabulary; returns the tokens and `seen_BV` with them."""
+    rows, wide = static.sharding.rows, static.sharding.vocab_rows
+    mode, vocabulary = static.mode, Vocabulary(static.sharding.tensor)
 
     def local(logits_BV: jax.Array, seen_BV: Any, keys_B: jax.Array, step: jax.Array, values: SamplingValues) -> Any:
-        sampled = sample_token(logits_BV, seen_BV, keys_B, step, values, mode, static.vocab_limit)
+        sampled = sample_token(logits_BV, seen_BV, keys_B, step, values, mode, static.vocab_limit, vocabulary)
         if seen_BV is not None:
-            seen_BV = seen_BV.at[jnp.arange(seen_BV.shape[0]), sampled.next_B].set(True)
+            places_B = vocabulary.places(sampled.next_B, seen_BV.shape[1])
+            seen_BV = seen_BV.at[jnp.arange(seen_BV.shape[0]), places_B].set(True, mode="drop")
         return sampled, seen_BV
 
-    wide = P(*rows, None)
     seen = wide if mode.penalty else None
     run = jax.shard_map(
         local,
         in_specs=(wide, seen, rows, P(), jax.tree.map(lambda _: P(), values)),
         out_specs=(Sampled(rows, rows if mode.logprobs else None, rows), seen),  # type: ignore[arg-type]
+        # What is gathered over the tensor axis is the same there, which is not known of an all-gather.
+        check_vma=False,
     )
     result: tuple[Sampled, jax.Array | None] = run(jax.reshard(logits_BV, wide), seen_BV, keys_B, step, values)
     return result

@@ -30,6 +30,7 @@ import numpy as np
 
 from qwen_jax.inference.sampling import (
     NOT_FINITE,
+    WHOLE,
     SamplingParams,
     SamplingValues,
     comparable,
@@ -38,8 +39,8 @@ from qwen_jax.inference.sampling import (
     sample_all,
     sample_top_k,
     sample_unfiltered,
-    top_k,
 )
+from qwen_jax.inference.vocabulary import Vocabulary
 
 Variant = Literal["plain", "open", "listed", "ruled", "masked", "all"]
 VARIANTS: tuple[Variant, ...] = ("plain", "open", "listed", "ruled", "masked", "all")
@@ -210,14 +211,22 @@ class SampledRows(NamedTuple):
     top_logprobs_BN: jax.Array | None
 
 
-def apply_rules(logits_BV: jax.Array, rows: RowValues, rules: Rules | None, allowed_BW: jax.Array | None) -> jax.Array:
+def apply_rules(
+    logits_BV: jax.Array,
+    rows: RowValues,
+    rules: Rules | None,
+    allowed_BW: jax.Array | None,
+    vocabulary: Vocabulary = WHOLE,
+) -> jax.Array:
     """Logits with penalties, bias and mask.
 
     Args:
       logits_BV: float32.
       rows: parameters; penalties are neutral in rows without rules.
-      rules: None for none.
-      allowed_BW: int32 bit masks of the tokens that are allowed: bit i of word j is token 32 j + i. None for all.
+      rules: of the same part of the vocabulary as the logits. None for none.
+      allowed_BW: int32 bit masks of the tokens that are allowed: bit i of word j is token 32 j + i, of the whole
+        vocabulary. None for all.
+      vocabulary: which part of it the device has.
     """
     if rules is not None:
         seen_BV = rules.prompt_BV | (rules.counts_BV > 0)
@@ -227,8 +236,8 @@ def apply_rules(logits_BV: jax.Array, rows: RowValues, rules: Rules | None, allo
         logits_BV = logits_BV + jnp.where(rows.rules_B1, rules.bias_BV, 0.0)
     if allowed_BW is not None:
         bits_BWb = (allowed_BW[:, :, None] >> jnp.arange(32, dtype=jnp.int32)) & 1
-        allowed_BV = bits_BWb.reshape(len(allowed_BW), -1)[:, : logits_BV.shape[1]] > 0
-        logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
+        bits_BV = bits_BWb.reshape(len(allowed_BW), -1)[:, : logits_BV.shape[1] * vocabulary.shards]
+        logits_BV = jnp.where(vocabulary.part(bits_BV) > 0, logits_BV, -jnp.inf)
     return logits_BV
 
 
@@ -241,45 +250,48 @@ def sample_rows(
     variant: Variant,
     vocab_limit: int,
     top: int,
+    vocabulary: Vocabulary = WHOLE,
 ) -> SampledRows:
     """Samples one token for each row.
 
     Args:
-      logits_BV: float32.
+      logits_BV: float32. On a tensor axis, the part of the vocabulary that the device has.
       rows: parameters.
-      rules: for penalties and biases; used by variants with rules.
+      rules: for penalties and biases, of the same part; used by variants with rules.
       allowed_BW: as for `apply_rules`; used by variants with masks.
       variant: see the table in the module's docstring.
       vocab_limit: ids from here on are padding of the embedding and are never sampled.
       top: how many of the most likely tokens are returned.
+      vocabulary: which part of it the device has. The tokens do not depend on it.
     """
-    raw_BV, V = logits_BV, logits_BV.shape[1]
-    limited_BV = logits_BV = comparable(raw_BV, vocab_limit)
+    raw_BV = logits_BV
+    limited_BV = logits_BV = comparable(raw_BV, vocab_limit, vocabulary)
     if variant in WITH_RULES:
-        logits_BV = apply_rules(logits_BV, rows, rules, allowed_BW if variant in WITH_MASKS else None)
+        allowed_BW = allowed_BW if variant in WITH_MASKS else None
+        logits_BV = apply_rules(logits_BV, rows, rules, allowed_BW, vocabulary)
     # Each method samples every row, and a row takes the token of its own.
-    token_B = jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
+    token_B = vocabulary.argmax(logits_BV)
     if variant != "plain":
         keys_B = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(rows.seed_B), rows.step_B)
         scaled_BV = logits_BV / rows.values.temperature
         if variant == "open":
-            token_B = jnp.where(rows.method_B == 2, sample_unfiltered(scaled_BV, keys_B), token_B)
+            token_B = jnp.where(rows.method_B == 2, sample_unfiltered(scaled_BV, keys_B, vocabulary), token_B)
         else:
-            token_B = jnp.where(rows.method_B == 1, sample_top_k(scaled_BV, keys_B, rows.values), token_B)
+            listed_B = sample_top_k(scaled_BV, keys_B, rows.values, vocabulary)
+            token_B = jnp.where(rows.method_B == 1, listed_B, token_B)
         if variant == "all":
-            token_B = jnp.where(rows.method_B == 2, sample_all(scaled_BV, keys_B, rows.values), token_B)
+            token_B = jnp.where(rows.method_B == 2, sample_all(scaled_BV, keys_B, rows.values, vocabulary), token_B)
     # Log-probabilities, and with them the check that the whole row is finite.
-    of_token = functools.partial(jnp.take_along_axis, indices=token_B[:, None], axis=1)
     model_BV = raw_BV / rows.logprob_temperature_B1
-    total_B = jax.nn.logsumexp(model_BV, axis=1)
-    logprob_B = of_token(model_BV)[:, 0] - total_B
-    finite_B = jnp.isfinite(logprob_B) & jnp.isfinite(of_token(logits_BV)[:, 0])
-    marked_B = jnp.where(finite_B, token_B, NOT_FINITE)
+    total_B = vocabulary.logsumexp(model_BV)
+    of_model_B, logit_B = vocabulary.at(token_B, model_BV, logits_BV)
+    logprob_B = of_model_B - total_B
+    marked_B = jnp.where(jnp.isfinite(logprob_B) & jnp.isfinite(logit_B), token_B, NOT_FINITE)
     if variant not in WITH_MASKS:
         return SampledRows(marked_B, token_B, logprob_B, None, None)
-    largest_BN, ids_BN = top_k(limited_BV, min(top, V))
+    largest_BN, ids_BN = vocabulary.top_k(limited_BV, top)
     top_BN = largest_BN / rows.logprob_temperature_B1 - total_B[:, None]
-    return SampledRows(marked_B, token_B, logprob_B, ids_BN.astype(jnp.int32), top_BN)
+    return SampledRows(marked_B, token_B, logprob_B, ids_BN, top_BN)
 
 
 # --- several positions of each row, for speculation ---
@@ -309,6 +321,7 @@ def sample_positions(
     variant: Variant,
     vocab_limit: int,
     top: int,
+    vocabulary: Vocabulary = WHOLE,
 ) -> SampledPositions:
     """Samples the model's own token at each position, and accepts proposals as long as they are these tokens.
 
@@ -319,21 +332,23 @@ def sample_positions(
       logits_BTV: float32, after the newest token and each of T - 1 proposals.
       proposals_Bk: int32 ids; -1 is never accepted.
       rows: parameters; `step_B` counts for the first position.
-      rules, variant, vocab_limit, top: as for `sample_rows`.
+      rules, variant, vocab_limit, top, vocabulary: as for `sample_rows`.
       allowed_BTW: as for `sample_rows`, at each position.
     """
     T = logits_BTV.shape[1]
+    choose = functools.partial(sample_rows, variant=variant, vocab_limit=vocab_limit, top=top, vocabulary=vocabulary)
 
     def sample(
         rules: Rules | None, inputs: tuple[jax.Array, jax.Array, jax.Array | None]
     ) -> tuple[Rules | None, SampledRows]:
         i, logits_BV, allowed_BW = inputs
         here = rows._replace(step_B=rows.step_B + i)
-        sampled = sample_rows(logits_BV, here, rules, allowed_BW, variant=variant, vocab_limit=vocab_limit, top=top)
+        sampled = choose(logits_BV, here, rules, allowed_BW)
         if rules is not None:
             # A later position counts only if this token was proposed, so the text then has it.
             every_B = jnp.arange(len(logits_BV))
-            rules = rules._replace(counts_BV=count_tokens(rules.counts_BV, every_B, sampled.next_B))
+            counts_BV = count_tokens(rules.counts_BV, every_B, sampled.next_B, vocabulary=vocabulary)
+            rules = rules._replace(counts_BV=counts_BV)
         return rules, sampled
 
     if T == 1:
@@ -355,7 +370,11 @@ def sample_positions(
 
 
 def count_tokens(
-    counts_SV: jax.Array, row_B: jax.Array, token_B: jax.Array, where_B: jax.Array | bool = True
+    counts_SV: jax.Array,
+    row_B: jax.Array,
+    token_B: jax.Array,
+    where_B: jax.Array | bool = True,
+    vocabulary: Vocabulary = WHOLE,
 ) -> jax.Array:
     """Counts one more token for each row, up to the largest number of the dtype.
 
@@ -364,7 +383,9 @@ def count_tokens(
       row_B: int32, which row of the counts. No two with `where_B` are equal.
       token_B: int32 ids.
       where_B: bool, where a token is counted.
+      vocabulary: which part of it the device has. Tokens of other parts are counted there.
     """
-    old_B = counts_SV[row_B, token_B]
+    place_B = vocabulary.places(token_B, counts_SV.shape[1])
+    old_B = counts_SV.at[row_B, place_B].get(mode="fill", fill_value=0)
     more_B = (old_B < jnp.iinfo(counts_SV.dtype).max) & where_B
-    return counts_SV.at[row_B, token_B].set(old_B + more_B.astype(counts_SV.dtype))
+    return counts_SV.at[row_B, place_B].set(old_B + more_B.astype(counts_SV.dtype), mode="drop")

@@ -99,7 +99,7 @@ def abstract_state(static: StaticArgs, mesh: Mesh) -> tuple[Pages, State]:
         keys = dataclasses.replace(values, channels_Kd=channels)
     S, V = settings.max_seqs + 1, config.vocab_size
     tokens_S: Any = array((S,), "int32", P(None))
-    rules_SV: list[Any] = [array((S, V), dtype, P(None, None)) for dtype in _RULES_DTYPES]
+    rules_SV: list[Any] = [array((S, V), dtype, functions.logits_spec(2)) for dtype in _RULES_DTYPES]
     masks_STW: Any = array((S, 1 + settings.speculate, static.words), "int32", P(None, None, None))
     pages = Pages((keys,) * config.num_layers, (values,) * config.num_layers)
     return pages, State(tokens_S, masks_STW, Rules(*rules_SV) if settings.rules else None)
@@ -161,9 +161,9 @@ def _function_and_arguments(
     k = settings.speculate if program.kind in ("verify", "sample verified", "set masks verified") else 0
     partial = functools.partial
 
-    def array(*shape: int, dtype: Any = "int32") -> jax.ShapeDtypeStruct:
-        everywhere = NamedSharding(mesh, P(*(None,) * len(shape)))
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=everywhere)
+    def array(*shape: int, dtype: Any = "int32", spec: P | None = None) -> jax.ShapeDtypeStruct:
+        where = NamedSharding(mesh, P(*(None,) * len(shape)) if spec is None else spec)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=where)
 
     table, adapter = -(-program.slots // settings.page_size), int(bool(static.options.adapter_ranks))
     match program.kind:
@@ -177,7 +177,8 @@ def _function_and_arguments(
             each = (B, 1 + k) if k else (B,)
             choose = partial(functions.sample, static, variant=program.variant, proposed=k)
             sampled = functions.sampled_state(state, program.variant)
-            return choose, (1, 2), (array(*each, V, dtype="float32"), *sampled, array(B, FIELDS + k))
+            logits = array(*each, V, dtype="float32", spec=functions.logits_spec(len(each) + 1))
+            return choose, (1, 2), (logits, *sampled, array(B, FIELDS + k))
         case "set masks" | "set masks verified":
             each = (B, 1 + k) if k else (B,)
             return functions.set_masks, (0,), (state.masks_STW, array(B), array(*each, static.words))

@@ -2,6 +2,7 @@
 
 Forward programs read tokens into pages and give logits; sampling programs choose tokens. They are separate, so that the
 next forward pass can start before the host knows a token, and so that the host can make masks during a forward pass.
+On a tensor axis logits stay where the output head computes them, each device with its part of the vocabulary.
 Small integers of all rows travel in one packed array for each step. Padding rows use the slot `max_seqs` of the state,
 and write to no page. Where rows choose from adapters (`Options.adapter_ranks`), the packed arrays of programs that run
 the model end with the number of each row's adapter, or of each token's where a row has several texts; 0 is none.
@@ -24,7 +25,7 @@ from qwen_jax.inference import one_row, row_sampling
 from qwen_jax.inference.adapters import with_masks
 from qwen_jax.inference.buckets import RunnerConfig
 from qwen_jax.inference.row_sampling import FIELDS, Rules, Variant
-from qwen_jax.inference.sampling import top_k
+from qwen_jax.inference.vocabulary import Vocabulary
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params, bind
@@ -57,6 +58,11 @@ class StaticArgs:
     def tops(self) -> int:
         """How many of the most likely tokens are returned."""
         return min(self.settings.max_top_logprobs, self.config.vocab_size)
+
+
+def logits_spec(ndim: int) -> P:
+    """The PartitionSpec of logits and rules [..., V]: all rows on every device, the vocabulary over tensor shards."""
+    return P(*(None,) * (ndim - 1), "tensor")
 
 
 class Pages(NamedTuple):
@@ -97,7 +103,7 @@ def decode(
       proposed: how many tokens are proposed for each row.
 
     Returns:
-      Float32 logits [B, 1 + proposed, V] after each token, on every device; [B, V] if none is proposed. The pages.
+      Float32 logits [B, 1 + proposed, V] after each token, in `logits_spec`; [B, V] if none is proposed. The pages.
     """
     params, packed_BN = _choose_adapters(static, params, packed_BN, axis=1)
     slot_B, length_B, new_B = packed_BN[:, 0], packed_BN[:, 1], packed_BN[:, 2]
@@ -111,10 +117,10 @@ def decode(
     cache = PagedCache(pages.keys, pages.values, table_BM, length_B, new_B)
     if not proposed and one_row.supports(static.config, s, static.options, len(packed_BN), cache):
         params, token_1 = one_row.prepare(params, tokens_BT[:, 0])
-        logits_1V, cache, _ = one_row.step(params, static.config, token_1, cache, jnp.zeros((1,), jnp.int32))
+        logits_1V, cache, _ = one_row.step(params, static.config, s, token_1, cache, jnp.zeros((1,), jnp.int32))
         return logits_1V, Pages(cache.keys, cache.values)
     output = model(tokens_BT, cache.positions(T), cache.mask(T), cache=cache)
-    logits_BTV = _on_every_device(model.logits(output.hidden))
+    logits_BTV = jax.reshard(model.logits(output.hidden), logits_spec(3))
     return logits_BTV if proposed else logits_BTV[:, 0], Pages(output.cache.keys, output.cache.values)
 
 
@@ -134,7 +140,7 @@ def decode_options(static: StaticArgs, pages: Pages, rows: int, slots: int) -> d
     table = int32(rows, -(-slots // static.settings.page_size))
     cache = PagedCache(pages.keys, pages.values, table, int32(rows), int32(rows))
     used = one_row.supports(static.config, static.sharding, static.options, rows, cache)
-    return one_row.COMPILER_OPTIONS if used else None
+    return one_row.compiler_options(static.sharding) if used else None
 
 
 def prefill(
@@ -152,7 +158,7 @@ def prefill(
       chunks: the most chunks, E.
 
     Returns:
-      Float32 logits [E, V] after the last token of each chunk, on every device; the pages.
+      Float32 logits [E, V] after the last token of each chunk, in `logits_spec`; the pages.
     """
     s = static.sharding
     params, packed_4T = _choose_adapters(static, params, packed_4T, axis=0)
@@ -162,7 +168,7 @@ def prefill(
     cache = PackedCache(pages.keys, pages.values, pages_1M, slot_1T, start_1T)
     output = model(tokens_1T, cache.positions_1T, cache.mask, cache=cache, length_BT=length_1T)
     hidden_ED = output.hidden[0].at[last_E].get(out_sharding=P(None, None))
-    logits_EV = _on_every_device(model.logits(hidden_ED[:, None]))[:, 0]
+    logits_EV = jax.reshard(model.logits(hidden_ED[:, None]), logits_spec(3))[:, 0]
     return logits_EV, Pages(output.cache.keys, output.cache.values)
 
 
@@ -172,10 +178,6 @@ def _choose_adapters(static: StaticArgs, params: Params, packed: jax.Array, axis
         return params, packed
     rest, adapter_BT = jnp.split(packed, [packed.shape[axis] - 1], axis)
     return with_masks(params, jax.reshard(adapter_BT, static.sharding.tokens)), rest
-
-
-def _on_every_device(x: jax.Array) -> jax.Array:
-    return jax.reshard(x, P(*(None,) * x.ndim))
 
 
 # --- sampling ---
@@ -205,7 +207,7 @@ def sample(
 
     Args:
       static: settings that are compiled in.
-      logits: float32 [B, V], or [B, 1 + proposed, V], on every device.
+      logits: float32 [B, V], or [B, 1 + proposed, V], in `logits_spec`.
       tokens_S, counts_SV: of the state, updated in place; see `sampled_state`.
       prompt_SV, bias_SV, masks_STW: of the state, only read.
       packed_BN: int32: the fields of `row_sampling.pack`, then `proposed` ids.
@@ -217,7 +219,7 @@ def sample(
       log-probability; and for variants with masks ids and log-probabilities of the N most likely tokens. Floats keep
       their bits. The new `tokens_S` and `counts_SV`.
     """
-    dummy = static.settings.max_seqs
+    dummy, vocabulary = static.settings.max_seqs, Vocabulary(static.sharding.tensor)
 
     def local(
         logits: jax.Array,
@@ -239,6 +241,7 @@ def sample(
             variant=variant,
             vocab_limit=static.vocab_limit,
             top=static.tops,
+            vocabulary=vocabulary,
         )
         # What was emitted enters the state.
         tokens_S = tokens_S.at[rows.slot_B].set(found.last_B)
@@ -247,16 +250,22 @@ def sample(
             counts_SV = all_rules.counts_BV
             for i in range(1 + proposed):
                 counted_B = (i < found.count_B) & (rows.slot_B < dummy)
-                counts_SV = row_sampling.count_tokens(counts_SV, rows.slot_B, found.sampled.next_B[i], counted_B)
+                counted = rows.slot_B, found.sampled.next_B[i], counted_B, vocabulary
+                counts_SV = row_sampling.count_tokens(counts_SV, *counted)
         return _pack_sampled(found), tokens_S, counts_SV
 
     rules = None
     if counts_SV is not None and prompt_SV is not None and bias_SV is not None:
         rules = Rules(counts_SV, prompt_SV, bias_SV)
-    # Every device samples every row.
-    result: tuple[jax.Array, jax.Array, jax.Array | None] = _run_on_every_device(
-        local, logits, tokens_S, rules, masks_STW, packed_BN
+    # Every device samples every row, over its part of the vocabulary.
+    of_rules = jax.tree.map(lambda _: logits_spec(2), rules)
+    run = jax.shard_map(
+        local,
+        in_specs=(logits_spec(logits.ndim), P(), of_rules, jax.tree.map(lambda _: P(), masks_STW), P()),
+        out_specs=(P(), P(), None if rules is None else logits_spec(2)),
+        check_vma=False,  # It is not known of an all-gather that its result is the same everywhere.
     )
+    result: tuple[jax.Array, jax.Array, jax.Array | None] = run(logits, tokens_S, rules, masks_STW, packed_BN)
     return result
 
 
@@ -272,18 +281,13 @@ def _pack_sampled(found: row_sampling.SampledPositions) -> jax.Array:
     return jnp.concatenate(fields, axis=2)
 
 
-def _run_on_every_device(local: Any, *args: Any) -> Any:
-    everywhere = jax.tree.map(lambda _: P(), args)
-    return jax.shard_map(local, in_specs=everywhere, out_specs=P())(*args)
-
-
 def set_masks(masks_STW: jax.Array, slot_M: jax.Array, allowed: jax.Array) -> jax.Array:
     """Replaces the masks of some slots, in place, at the first position (`allowed` [M, W]) or at all ([M, T, W])."""
 
     def local(masks_STW: jax.Array, slot_M: jax.Array, allowed: jax.Array) -> jax.Array:
         return (masks_STW.at[slot_M, 0] if allowed.ndim == 2 else masks_STW.at[slot_M]).set(allowed)
 
-    result: jax.Array = _run_on_every_device(local, masks_STW, slot_M, allowed)
+    result: jax.Array = jax.shard_map(local, in_specs=(P(), P(), P()), out_specs=P())(masks_STW, slot_M, allowed)
     return result
 
 
@@ -293,7 +297,9 @@ def set_rules(rules: Rules, slot_1: jax.Array, counts_V: jax.Array, prompt_V: ja
     def local(rules: Rules, slot_1: jax.Array, *new: jax.Array) -> Rules:
         return Rules(*(x_SV.at[slot_1[0]].set(x_V) for x_SV, x_V in zip(rules, new, strict=True)))
 
-    result: Rules = _run_on_every_device(local, rules, slot_1, counts_V, prompt_V, bias_V)
+    of_slots, of_slot = logits_spec(2), logits_spec(1)
+    run = jax.shard_map(local, in_specs=(of_slots, P(), of_slot, of_slot, of_slot), out_specs=of_slots)
+    result: Rules = run(rules, slot_1, *(jax.reshard(x_V, of_slot) for x_V in (counts_V, prompt_V, bias_V)))
     return result
 
 
@@ -382,16 +388,20 @@ def score_texts(static: StaticArgs, params: Params, hidden_1TD: jax.Array, packe
     def bits(x: jax.Array) -> jax.Array:
         return jax.lax.bitcast_convert_type(x, jnp.int32)
 
+    vocabulary = Vocabulary(s.tensor)
+
+    @jax.shard_map(in_specs=(logits_spec(2), P()), out_specs=P(), check_vma=False)
     def local(logits_cV: jax.Array, next_c: jax.Array) -> jax.Array:
-        total_c1 = jax.nn.logsumexp(logits_cV, axis=1, keepdims=True)
-        of_next_c1 = jnp.take_along_axis(logits_cV, next_c[:, None], axis=1) - total_c1
-        largest_cN, ids_cN = top_k(row_sampling.comparable(logits_cV, static.vocab_limit), static.tops)
-        return jnp.concatenate([bits(of_next_c1), ids_cN.astype(jnp.int32), bits(largest_cN - total_c1)], axis=1)
+        total_c1 = vocabulary.logsumexp(logits_cV)[:, None]
+        of_next_c1 = vocabulary.at(next_c, logits_cV)[0][:, None] - total_c1
+        comparable_cV = row_sampling.comparable(logits_cV, static.vocab_limit, vocabulary)
+        largest_cN, ids_cN = vocabulary.top_k(comparable_cV, static.tops)
+        return jnp.concatenate([bits(of_next_c1), ids_cN, bits(largest_cN - total_c1)], axis=1)
 
     def score(i: jax.Array) -> jax.Array:
         x_1cD = jax.lax.dynamic_slice_in_dim(x_1TD, i * chunk, chunk, axis=1)
         next_c = jax.lax.dynamic_slice_in_dim(next_T, i * chunk, chunk)
-        scored: jax.Array = _run_on_every_device(local, _on_every_device(model.logits(x_1cD))[0], next_c)
+        scored: jax.Array = local(jax.reshard(model.logits(x_1cD), logits_spec(3))[0], next_c)
         return scored
 
     parts = jax.lax.map(score, jnp.arange(chunks, dtype=jnp.int32))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.errors import InputError
+from qwen_jax.inference.vocabulary import Vocabulary
 
 # Up to this top_k, sampling works on a list of candidates; beyond it, on the whole vocabulary.
 TOP_K_CAP = 32
@@ -15,9 +16,10 @@ PENALTIES = 0.01, 100.0
 """Repetition penalties that leave float32 logits finite. The usual ones are in [1, 2]."""
 NOT_FINITE = -1
 """The token of a row whose logits or log-probability are not finite."""
-_GROUP = 32
 _LOWEST = -float("inf")
 _KEEP_ALL = 2**31 - 1
+WHOLE = Vocabulary()
+"""A device that has all logits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,50 +176,55 @@ def sample_token(
     values: SamplingValues,
     mode: SamplingMode,
     vocab_limit: int,
+    vocabulary: Vocabulary = WHOLE,
 ) -> Sampled:
     """Samples one token for each row.
 
     Args:
-      logits_BV: float32.
-      seen_BV: bool, tokens that the penalty applies to; needed if the mode has one.
+      logits_BV: float32. On a tensor axis, the part of the vocabulary that the device has.
+      seen_BV: bool, tokens that the penalty applies to; needed if the mode has one. Of the same part.
       keys_B: one PRNG key for each row.
       step: int32, how many tokens were sampled before; with the row's key it determines the random numbers.
       values, mode: the sampling parameters.
       vocab_limit: ids from here on are padding of the embedding and are never sampled.
+      vocabulary: which part of it the device has. The tokens do not depend on it.
     """
     with jax.named_scope("sample"):
         raw_BV = logits_BV
-        logits_BV = comparable(logits_BV, vocab_limit)
+        logits_BV = comparable(logits_BV, vocab_limit, vocabulary)
         if mode.penalty:
             if seen_BV is None:
                 raise ValueError("A repetition penalty needs seen_BV.")
             logits_BV = penalised(logits_BV, seen_BV, values.repetition_penalty)
         if mode.method == "greedy":
-            token_B = jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
+            token_B = vocabulary.argmax(logits_BV)
         else:
             draw_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
             logits_BV = logits_BV / values.temperature
             if mode.method == "top_k":
-                token_B = sample_top_k(logits_BV, draw_keys_B, values)
+                token_B = sample_top_k(logits_BV, draw_keys_B, values, vocabulary)
             else:
-                token_B = sample_all(logits_BV, draw_keys_B, values, use_top_k=mode.top_k, use_top_p=mode.top_p)
+                filters = {"use_top_k": mode.top_k, "use_top_p": mode.top_p}
+                token_B = sample_all(logits_BV, draw_keys_B, values, vocabulary, **filters)
         # The logit of the sampled token tells about its whole row, so nothing else of the vocabulary is read.
-        logit_B = jnp.take_along_axis(raw_BV, token_B[:, None], axis=1)[:, 0]
+        (logit_B,) = vocabulary.at(token_B, raw_BV)
         if not mode.logprobs:
             return Sampled(jnp.where(jnp.isfinite(logit_B), token_B, NOT_FINITE), None, token_B)
-        logprob_B = logit_B - jax.nn.logsumexp(raw_BV, axis=1)
+        logprob_B = logit_B - vocabulary.logsumexp(raw_BV)
         return Sampled(jnp.where(jnp.isfinite(logprob_B), token_B, NOT_FINITE), logprob_B, token_B)
 
 
-def comparable(logits_BV: jax.Array, vocab_limit: int) -> jax.Array:
+def comparable(logits_BV: jax.Array, vocab_limit: int, vocabulary: Vocabulary = WHOLE) -> jax.Array:
     """Logits with infinity for NaN, and minus infinity for ids from `vocab_limit` on.
 
     A NaN compares as neither larger nor smaller. As infinity it is sampled by every method, and the log-probability
     of the sampled token shows it.
     """
-    V = logits_BV.shape[1]
+    v = logits_BV.shape[1]
     logits_BV = jnp.where(jnp.isnan(logits_BV), jnp.inf, logits_BV)
-    return jnp.where(jnp.arange(V) < vocab_limit, logits_BV, _LOWEST) if vocab_limit < V else logits_BV
+    if vocab_limit >= v * vocabulary.shards:
+        return logits_BV
+    return jnp.where(vocabulary.ids(v) < vocab_limit, logits_BV, _LOWEST)
 
 
 def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
@@ -226,32 +233,21 @@ def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> j
     return jnp.where(seen_BV, lower_BV, logits_BV)
 
 
-def top_k(x_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the k largest entries of each row, largest first, and their indices.
-
-    The k largest entries are in the k groups with the largest maxima, so only those groups are sorted.
-    """
-    B, V = x_BV.shape
-    if max(4 * k, 1024) >= V:
-        return jax.lax.top_k(x_BV, min(k, V))
-    groups = -(-V // _GROUP)
-    x_BGg = jnp.pad(x_BV, ((0, 0), (0, groups * _GROUP - V)), constant_values=_LOWEST).reshape(B, groups, _GROUP)
-    _, best_Bk = top_k(x_BGg.max(axis=2), k)
-    candidates = jnp.take_along_axis(x_BGg, best_Bk[:, :, None], axis=1).reshape(B, k * _GROUP)
-    values_Bk, at_Bk = jax.lax.top_k(candidates, k)
-    group_Bk = jnp.take_along_axis(best_Bk, at_Bk // _GROUP, axis=1)
-    return values_Bk, group_Bk * _GROUP + at_Bk % _GROUP
-
-
-def sample_top_k(logits_BV: jax.Array, keys_B: jax.Array, values: SamplingValues) -> jax.Array:
+def sample_top_k(
+    logits_BV: jax.Array, keys_B: jax.Array, values: SamplingValues, vocabulary: Vocabulary = WHOLE
+) -> jax.Array:
     """Samples where top_k is small: all filters work on the list of candidates, largest first.
+
+    On a tensor axis each device finds the candidates of its part, and those of all devices are gathered: `TOP_K_CAP`
+    numbers and ids of each.
 
     Args:
       logits_BV: float32, divided by the temperature.
       keys_B: one PRNG key for each row and step.
       values: with a top_k up to `TOP_K_CAP`.
+      vocabulary: which part of it the device has.
     """
-    logits_Bk, ids_Bk = top_k(logits_BV, TOP_K_CAP)
+    logits_Bk, ids_Bk = vocabulary.top_k(logits_BV, TOP_K_CAP)
     k = jnp.minimum(values.top_k, logits_Bk.shape[1])
     kth = jnp.take_along_axis(logits_Bk, jnp.broadcast_to(k - 1, (logits_Bk.shape[0], 1)), axis=1)
     logits_Bk = jnp.where(logits_Bk >= kth, logits_Bk, _LOWEST)
@@ -260,42 +256,58 @@ def sample_top_k(logits_BV: jax.Array, keys_B: jax.Array, values: SamplingValues
     before = jnp.tri(probs.shape[1], k=-1, dtype=bool)
     larger = jnp.where(before, probs[:, None, :], 0.0).sum(axis=2)
     keep = (larger < values.top_p) & (probs >= values.min_p * probs[:, :1])
-    return _draw(jnp.where(keep, logits_Bk, _LOWEST), keys_B, ids_Bk)
+    at_B = jnp.argmax(jnp.where(keep, logits_Bk, _LOWEST) + _noise(keys_B, logits_Bk.shape[1]), axis=1)
+    return jnp.take_along_axis(ids_Bk, at_B[:, None], axis=1)[:, 0]
 
 
 def sample_all(
-    logits_BV: jax.Array, keys_B: jax.Array, values: SamplingValues, *, use_top_k: bool = True, use_top_p: bool = True
+    logits_BV: jax.Array,
+    keys_B: jax.Array,
+    values: SamplingValues,
+    vocabulary: Vocabulary = WHOLE,
+    *,
+    use_top_k: bool = True,
+    use_top_p: bool = True,
 ) -> jax.Array:
     """Samples over the whole vocabulary. Filters are thresholds on the logit, found by bisection on its bits.
+
+    On a tensor axis the sums of the bisection are added over the devices, 16 numbers a row in each of its passes. So
+    the thresholds are those of the whole vocabulary, however many tokens they keep; sums of probabilities are rounded
+    in another order, which matters where one of them equals `top_p` to float32 rounding.
 
     Args:
       logits_BV: float32, divided by the temperature.
       keys_B: one PRNG key for each row and step.
       values: the filters; with the values of `SamplingValues.of` for "off", a filter keeps all tokens exactly.
+      vocabulary: which part of it the device has.
       use_top_k, use_top_p: without these filters the program compiles faster.
     """
     order = _ordered_bits(logits_BV)
     if use_top_k:
-        count = jnp.minimum(values.top_k, logits_BV.shape[1])
-        logits_BV = jnp.where(order >= _threshold(order, jnp.ones_like(logits_BV), count), logits_BV, _LOWEST)
-    probs = jax.nn.softmax(logits_BV, axis=1)
-    keep = probs >= values.min_p * probs.max(axis=1, keepdims=True)
+        count = jnp.minimum(values.top_k, logits_BV.shape[1] * vocabulary.shards)
+        kth = _threshold(order, jnp.ones_like(logits_BV), count, vocabulary)
+        logits_BV = jnp.where(order >= kth, logits_BV, _LOWEST)
+    probs = vocabulary.softmax(logits_BV)
+    largest = vocabulary.max(probs.max(axis=1, keepdims=True))
+    keep = probs >= values.min_p * largest
     if use_top_p:
-        keep &= order >= _threshold(order, probs, values.top_p)
+        keep &= order >= _threshold(order, probs, values.top_p, vocabulary)
     # The likeliest token always stays, whatever the rounding of the sums; and so does an infinite logit, which makes
     # every probability NaN.
-    keep |= ~(probs < probs.max(axis=1, keepdims=True))
-    return _draw(jnp.where(keep, logits_BV, _LOWEST), keys_B, None)
+    keep |= ~(probs < largest)
+    return sample_unfiltered(jnp.where(keep, logits_BV, _LOWEST), keys_B, vocabulary)
 
 
-def sample_unfiltered(logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
+def sample_unfiltered(logits_BV: jax.Array, keys_B: jax.Array, vocabulary: Vocabulary = WHOLE) -> jax.Array:
     """The tokens of `sample_all` where all filters are off, without its search for thresholds.
 
     Args:
       logits_BV: float32, divided by the temperature.
       keys_B: one PRNG key for each row and step.
+      vocabulary: which part of it the device has. Each token has the random number that it has on one device.
     """
-    return _draw(logits_BV, keys_B, None)
+    noise_BV = vocabulary.part(_noise(keys_B, logits_BV.shape[1] * vocabulary.shards))
+    return vocabulary.argmax(logits_BV + noise_BV)
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
@@ -304,22 +316,20 @@ def _ordered_bits(x: jax.Array) -> jax.Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _threshold(order_BV: jax.Array, mass_BV: jax.Array, wanted: jax.Array) -> jax.Array:
+def _threshold(order_BV: jax.Array, mass_BV: jax.Array, wanted: jax.Array, vocabulary: Vocabulary) -> jax.Array:
     """Returns the largest threshold t, [B, 1], such that the entries with order >= t have at least the wanted mass.
 
     The wanted mass is a scalar or [B, 1]. Each of eight passes finds four bits of t. If the total mass is less than
     wanted, t is 0.
     """
     nibbles = jnp.arange(16, dtype=jnp.uint32)
-    wanted = jnp.reshape(wanted, -1)
+    wanted = jnp.reshape(wanted, (-1, 1))
 
     def find(i: jax.Array, t_B1: jax.Array) -> jax.Array:
         shift = jnp.uint32(28) - 4 * i.astype(jnp.uint32)
         tries_B16 = t_B1 | (nibbles << shift)
-        reached = jnp.stack(
-            [jnp.sum(jnp.where(order_BV >= tries_B16[:, n, None], mass_BV, 0), axis=1) >= wanted for n in range(16)],
-            axis=1,
-        )
+        masses = [jnp.sum(jnp.where(order_BV >= tries_B16[:, n, None], mass_BV, 0), axis=1) for n in range(16)]
+        reached = vocabulary.sum(jnp.stack(masses, axis=1)) >= wanted
         # The first try keeps the bits found so far, which reach the wanted mass unless nothing does.
         best = jnp.maximum(jnp.sum(reached, axis=1, keepdims=True) - 1, 0).astype(jnp.uint32)
         return t_B1 | (best << shift)
@@ -328,10 +338,6 @@ def _threshold(order_BV: jax.Array, mass_BV: jax.Array, wanted: jax.Array) -> ja
     return jax.lax.fori_loop(0, 8, find, zeros)
 
 
-def _draw(logits_BN: jax.Array, keys_B: jax.Array, ids_BN: jax.Array | None) -> jax.Array:
-    """Draws one sample for each row by the Gumbel-max trick."""
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits_BN.shape[1:], jnp.float32))(keys_B)
-    at_B = jnp.argmax(logits_BN + noise, axis=1).astype(jnp.int32)
-    if ids_BN is None:
-        return at_B
-    return jnp.take_along_axis(ids_BN, at_B[:, None], axis=1)[:, 0].astype(jnp.int32)
+def _noise(keys_B: jax.Array, count: int) -> jax.Array:
+    """Float32 [B, count]: the largest of logits with this noise is a sample of their softmax (Gumbel-max trick)."""
+    return jax.vmap(lambda key: jax.random.gumbel(key, (count,), jnp.float32))(keys_B)

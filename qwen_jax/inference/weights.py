@@ -1,13 +1,14 @@
 """The inference layout of the weights: one buffer for each layer, projections fused."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.parallel.sharding import Sharding, padded_width
 from qwen_jax.params import Params
 from qwen_jax.quantization import Quantization, unified
 from qwen_jax.quantized import in_scheme
@@ -16,7 +17,8 @@ from qwen_jax.quantized import in_scheme
 def fuse(params: Params, config: ModelConfig, sharding: Sharding) -> Params:
     """Brings every layer into the inference layout: q, k and v joined, gate and up joined.
 
-    At batch 1 a decode step is bound by reading the weights and by the number of kernels. The argument is consumed:
+    At batch 1 a decode step is bound by reading the weights and by the number of kernels. On a tensor axis the width of
+    feed-forward layers may be padded; see `padded_width`. The argument is consumed:
     its buffers are freed layer by layer, so there is never a second copy of the weights.
 
     Args:
@@ -36,10 +38,10 @@ def fuse(params: Params, config: ModelConfig, sharding: Sharding) -> Params:
         quantization = _of_layer(config, len(fused))
         _check_orders(parts, len(fused))
         feed_forward = "moe.shared" if "moe" in rest else "mlp"
-        joined = _join_jitted(
+        qkv, gate_up = _join_jitted(
             parts, config=config, sharding=sharding, quantization=quantization, feed_forward=feed_forward
         )
-        fused.append(_with_joined(rest, *joined))
+        fused.append(_with_joined(rest, qkv, gate_up, _padded_consumed))
         for leaf in jax.tree.leaves(parts):
             leaf.delete()
     return {**params, "layers": fused}
@@ -56,7 +58,8 @@ def fused_layer(layer: Params, config: ModelConfig, sharding: Sharding) -> Param
     if config.quantization is not None:
         raise ValueError("Quantised layers are joined by fuse.")
     parts, rest = _taken_apart(layer)
-    return _with_joined(rest, *_join(parts, config=config, sharding=sharding))
+    qkv, gate_up = _join(parts, config=config, sharding=sharding)
+    return _with_joined(rest, qkv, gate_up, _padded)
 
 
 def is_fused(params: Params) -> bool:
@@ -74,12 +77,39 @@ def _taken_apart(layer: Params) -> tuple[Params, Params]:
     return parts, {**layer, "attention": attention, **rest}
 
 
-def _with_joined(layer: Params, qkv: Params, gate_up: Params) -> Params:
-    """The layer with the joined projections."""
+def _with_joined(layer: Params, qkv: Params, gate_up: Params, pad: Callable[..., jax.Array]) -> Params:
+    """The layer with the joined projections. `pad`, as `_padded`, gives down their width."""
     moe = layer.get("moe")
     mlp = {**(layer["mlp"] if moe is None else moe["shared"]), "gate_up": gate_up}
+    (n, _, f, _), down = gate_up["weight"].shape, mlp["down"]["weight"]
+    if n * f != down.shape[1]:
+        mlp["down"] = {**mlp["down"], "weight": pad(down, shards=n, part=f)}
     rest = {"mlp": mlp} if moe is None else {"moe": {**moe, "shared": mlp}}
     return {**layer, "attention": {**layer["attention"], "qkv": qkv}, **rest}
+
+
+def _padded(w_DF: jax.Array, *, shards: int, part: int) -> jax.Array:
+    """The matrix down with zeros behind the columns of each shard, so that a shard has `part` of them."""
+    D, F = w_DF.shape
+    explicit = jax.sharding.get_abstract_mesh().are_all_axes_explicit
+    first = jax.typeof(w_DF).sharding.spec[0] if explicit else None
+
+    def reshaped(w: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        spec = jax.P(first, "tensor", *(None,) * (len(shape) - 2))
+        return w.reshape(shape, out_sharding=spec) if explicit else w.reshape(shape)
+
+    w_Dnf = reshaped(w_DF, (D, shards, F // shards))
+    return reshaped(jnp.pad(w_Dnf, ((0, 0), (0, 0), (0, part - F // shards))), (D, shards * part))
+
+
+_padded_jitted = functools.partial(jax.jit, static_argnames=("shards", "part"))(_padded)
+
+
+def _padded_consumed(w_DF: jax.Array, **sizes: int) -> jax.Array:
+    """`_padded`, which frees its argument."""
+    result: jax.Array = _padded_jitted(w_DF, **sizes)
+    w_DF.delete()
+    return result
 
 
 def _of_layer(config: ModelConfig, layer: int) -> Quantization | None:
@@ -136,7 +166,10 @@ def _join(
     def gate_up(name: str) -> jax.Array:
         if name == "order":
             return parts["gate"][name]
-        return jnp.stack([split(parts["gate"][name]), split(parts["up"][name])], axis=1)
+        both = jnp.stack([split(parts["gate"][name]), split(parts["up"][name])], axis=1)
+        f = both.shape[2]
+        more = padded_width(n * f, n, quantization is not None) // n - f
+        return jnp.pad(both, ((0, 0), (0, 0), (0, more), *((0, 0),) * (both.ndim - 3))) if more else both
 
     return {name: qkv(name) for name in parts["q"]}, {name: gate_up(name) for name in parts["gate"]}
 

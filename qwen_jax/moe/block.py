@@ -16,10 +16,19 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.config import ModelConfig
 from qwen_jax.linear import Weight, initializers
 from qwen_jax.moe.capacity import dispatch_with_capacity
-from qwen_jax.moe.dispatch import DispatchInfo, DroplessInfo, dispatch_dropless, multiply_down, multiply_up
+from qwen_jax.moe.dispatch import (
+    Dispatched,
+    DispatchInfo,
+    DroplessInfo,
+    dispatch_dropless,
+    multiply_down,
+    multiply_up,
+)
+from qwen_jax.moe.exchange import select_exchange
 from qwen_jax.moe.experts import Experts, MoEWeights, sum_partial_results, weighted_swiglu
 from qwen_jax.moe.further_rounds import add_further_rounds
-from qwen_jax.moe.router import MoEContext, RouterStats, route_tokens, router_stats
+from qwen_jax.moe.gathered import GatheredInfo, dispatch_gathered
+from qwen_jax.moe.router import MoEContext, RouterOutput, RouterStats, route_tokens, router_stats
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.remat import recompute
@@ -93,15 +102,9 @@ class MoE(nnx.Module):
         quantized = "plain" if options.lora is not None else "auto"
         rounded = (self.experts.activations(name, x_BTD.shape[0] * x_BTD.shape[1]) for name in ("gate_up", "down"))
         context = MoEContext(
-            moe,
-            spec,
-            self.config.rms_norm_eps,
-            options.capacity_factor,
-            options.grouped,
-            keep_dots,
-            quantized,
-            *rounded,
-        )
+            moe, spec, self.config.rms_norm_eps, options.capacity_factor, options.grouped, keep_dots, quantized,
+            options.expert_exchange, *rounded,
+        )  # fmt: skip
         dtype = x_BTD.dtype
         (gate_up, gate_up_specs), (down, down_specs) = (
             self.experts.arrays(name, dtype) for name in ("gate_up", "down")
@@ -141,7 +144,7 @@ def _routed_on_device(
     # Add the shared expert before the further rounds. The TPU compiler moves nothing that is first needed after these
     # rounds into the exchanges, so a later sum would lose the overlap.
     out_ND = sum_partial_results(context.sharding, out_ND) + shared_btD.reshape(out_ND.shape)
-    if isinstance(info, DroplessInfo):
+    if isinstance(info, (DroplessInfo, GatheredInfo)):
         out_ND = add_further_rounds(context, out_ND, x_btD, weights, info)
     return out_ND.astype(x_btD.dtype).reshape(x_btD.shape), stats
 
@@ -153,11 +156,20 @@ def _route_and_multiply_up(
     routed = route_tokens(context, weights, x_btD, valid_bt, ids_Nk)
     gate_up_eFD = weights.gathered_gate_up()
     # Sort the rows by expert and send them to the devices of their experts.
-    dispatch = dispatch_with_capacity if context.capacity_factor else dispatch_dropless
-    rows, row_weights, dropped, info = dispatch(context, routed)
+    rows, row_weights, dropped, info = _dispatch(context, routed)
     # Multiply.
     gate_up = multiply_up(context, info, rows, gate_up_eFD)
     return gate_up, row_weights, info, router_stats(context, routed, dropped)
+
+
+def _dispatch(context: MoEContext, routed: RouterOutput) -> Dispatched:
+    """Dispatch with a capacity, or dropless by the exchange that `select_exchange` chooses."""
+    if context.capacity_factor:
+        return dispatch_with_capacity(context, routed)
+    axis, k = context.sharding.expert, context.config.num_experts_per_tok
+    if context.sharding.exchanges and select_exchange(context.expert_exchange, axis, k) == "gathered":
+        return dispatch_gathered(context, routed)
+    return dispatch_dropless(context, routed)
 
 
 def _multiply_down_and_combine(

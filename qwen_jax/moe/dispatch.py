@@ -56,6 +56,40 @@ class DispatchInfo(Protocol):
         """Returns the results to the devices of their tokens and sums those of each token, float32 [N, D]."""
 
 
+class ExchangeInfo(DispatchInfo, Protocol):
+    """The info of an exchange between the devices of the expert axis, which takes rounds if rows find no room."""
+
+    @property
+    def ids_Nk(self) -> jax.Array:
+        """The experts of each token of this device."""
+
+    def num_rows(self) -> jax.Array:
+        """Number of rows that come to this device in all rounds together."""
+
+    def sources(self, context: MoEContext, routed: RouterOutput) -> tuple[jax.Array, jax.Array]:
+        """The arrays from which `receive` takes the rows and the router's weights of every round."""
+
+    def round(self, context: MoEContext, i: int | jax.Array, room: int) -> "ExchangeInfo":
+        """The info of round i alone.
+
+        Args:
+          context: static settings.
+          i: number of the round, from 0.
+          room: rows that a device has room for in a round.
+        """
+
+    def receive(
+        self, context: MoEContext, rows: jax.Array, weights: jax.Array, room: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """The rows of this round, sorted by expert, and the router's weight of each.
+
+        Args:
+          context: static settings.
+          rows, weights: from `sources`.
+          room: number of rows to return.
+        """
+
+
 def multiply_up(context: MoEContext, info: DispatchInfo, rows: jax.Array, gate_up_eFD: Matrices) -> jax.Array:
     """`info.multiply` with gate and up, after the rows were rounded if the model asks for it."""
     return _multiply(context, info, rows, gate_up_eFD, context.gate_up_activations, None)
@@ -105,12 +139,22 @@ class RowOrder:
     """A permutation of the A assignments of tokens to experts; assignment a is expert a % k of token a // k.
 
     Attributes:
-      order_A: the assignment at each position of the sorted order.
+      order_A: the assignment at each position of the sorted order. If the order is partial, there may be fewer
+        positions than assignments, and unused ones at the end.
       inverse_A: the position of each assignment in the sorted order.
+      partial: assignments may be missing from the order: their position in `inverse_A` is out of range. Their rows
+        count as zero.
     """
 
     order_A: jax.Array
     inverse_A: jax.Array
+    partial: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def rows_of_assignments(self, rows: jax.Array) -> jax.Array:
+        """Puts sorted rows in the order of the assignments, [A, ...]; zeros for assignments that are missing."""
+        if not self.partial:
+            return rows[self.inverse_A]
+        return rows.at[self.inverse_A].get(mode="fill", fill_value=0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -122,7 +166,7 @@ def gather_rows(x_ND: jax.Array, order: RowOrder, k: int) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def sum_assignments(y_AD: jax.Array, order: RowOrder, k: int) -> jax.Array:
     """Sums the rows of each token in float32; the transpose of `gather_rows`."""
-    return y_AD[order.inverse_A].reshape(-1, k, y_AD.shape[-1]).astype(jnp.float32).sum(1)
+    return order.rows_of_assignments(y_AD).reshape(-1, k, y_AD.shape[-1]).astype(jnp.float32).sum(1)
 
 
 gather_rows.defvjp(
@@ -142,7 +186,50 @@ def permute(x_A: jax.Array, order: RowOrder) -> jax.Array:
     return x_A[order.order_A]
 
 
-permute.defvjp(lambda x, order: (x[order.order_A], order), lambda order, dy: (dy[order.inverse_A], None))
+permute.defvjp(lambda x, order: (x[order.order_A], order), lambda order, dy: (order.rows_of_assignments(dy), None))
+
+
+def sort_by_expert(expert_A: jax.Array, num_groups: int) -> tuple[RowOrder, jax.Array]:
+    """Sorts assignments by expert; the order of those with the same expert stays.
+
+    Args:
+      expert_A: int32 expert of each assignment. Those of `num_groups` and above come last.
+      num_groups: number of experts to count.
+
+    Returns:
+      The order, and the number of assignments to each of the experts, int32.
+    """
+    order_A = jnp.argsort(expert_A, stable=True)
+    places_A = jnp.arange(order_A.shape[0], dtype=order_A.dtype)
+    inverse_A = jnp.zeros_like(order_A).at[order_A].set(places_A, unique_indices=True)
+    return RowOrder(order_A, inverse_A), (expert_A[:, None] == jnp.arange(num_groups)).sum(0, dtype=jnp.int32)
+
+
+def own_experts(context: MoEContext, expert_A: jax.Array) -> jax.Array:
+    """Numbers the e experts of this device from 0; all others, and the id of padding, become e."""
+    e = context.config.num_experts // context.sharding.expert
+    expert_A = expert_A - lax.axis_index(AXIS) * e
+    return jnp.where((expert_A >= 0) & (expert_A < e), expert_A, e)
+
+
+def multiply_sorted(
+    context: MoEContext, rows: jax.Array, matrices: Matrices, sizes_e: jax.Array, expected: int, fill: bool
+) -> jax.Array:
+    """Grouped product of rows sorted by expert. What follows the last expert's rows is never read.
+
+    Args:
+      context: static settings.
+      rows: [M, K], sorted by expert.
+      matrices: [N, K], one for each expert of this device.
+      sizes_e: int32, number of rows for each expert of this device.
+      expected: about how many rows there will be.
+      fill: the results of the rows after the last expert's are zero; otherwise they are undefined.
+    """
+    if isinstance(matrices, QuantizedMatrices):
+        if rows.shape[0] <= quantized_grouped.MAX_ROWS:
+            return grouped_quantized_matmul(rows, matrices, sizes_e, implementation=context.quantized)
+        matrices = matrices.values(rows.dtype)
+    return grouped_matmul(rows, matrices, sizes_e, expected=expected, fill=fill, implementation=context.grouped)
 
 
 @jax.tree_util.register_dataclass
@@ -164,21 +251,37 @@ class DroplessInfo:
 
     def multiply(self, context: MoEContext, rows: jax.Array, matrices: Matrices) -> jax.Array:
         """Grouped product of rows sorted by expert. What follows the last expert's rows is never read."""
-        if isinstance(matrices, QuantizedMatrices):
-            if rows.shape[0] <= quantized_grouped.MAX_ROWS:
-                return grouped_quantized_matmul(rows, matrices, self.sizes_e, implementation=context.quantized)
-            matrices = matrices.values(rows.dtype)
         # Without an exchange, padding and the rows of experts on other devices come last; their results must be zero.
-        return grouped_matmul(
-            rows, matrices, self.sizes_e, expected=self.ids_Nk.size, fill=self.plan is None,
-            implementation=context.grouped,
-        )  # fmt: skip
+        return multiply_sorted(context, rows, matrices, self.sizes_e, self.ids_Nk.size, fill=self.plan is None)
 
     def combine(self, context: MoEContext, rows: jax.Array) -> jax.Array:
         """Returns the rows and sums those of each token. Rows that are left to further rounds count as zero."""
         if self.plan is not None:
             rows = send_back(rows, self.plan.window(0, rows.shape[0]), self.ids_Nk.size)
         return sum_assignments(rows, self.order, context.config.num_experts_per_tok)
+
+    def sources(self, context: MoEContext, routed: RouterOutput) -> tuple[jax.Array, jax.Array]:
+        """All rows of this device and their weights, sorted by expert."""
+        rows = gather_rows(routed.x_ND, self.order, context.config.num_experts_per_tok)
+        return rows, permute(routed.weights_Nk.reshape(-1), self.order)
+
+    def num_rows(self) -> jax.Array:
+        """Number of rows that come to this device."""
+        assert self.plan is not None
+        return self.plan.received_ne.sum()
+
+    def round(self, context: MoEContext, i: int | jax.Array, room: int) -> "DroplessInfo":
+        """Round i of an exchange with room for that many rows."""
+        assert self.plan is not None
+        window = self.plan.window(i * room, room)
+        return dataclasses.replace(self, sizes_e=window.sizes_e, plan=window)
+
+    def receive(
+        self, context: MoEContext, rows: jax.Array, weights: jax.Array, room: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Sends the rows of this round to the devices of their experts."""
+        assert self.plan is not None
+        return send(rows, self.plan, room), send_scalars(weights, self.plan, room)
 
 
 @jax.tree_util.register_dataclass
@@ -223,9 +326,8 @@ def dispatch_dropless(context: MoEContext, routed: RouterOutput) -> Dispatched:
       context: static settings.
       routed: the router's decisions.
     """
-    sharding, E, k = context.sharding, context.config.num_experts, context.config.num_experts_per_tok
+    sharding, E = context.sharding, context.config.num_experts
     A, n = routed.ids_Nk.size, sharding.expert
-    e = E // n
     # Few rows: nothing to sort or send. This path has no mask for padding, so it needs all tokens to be valid.
     if A <= _FEW_ROWS and n == 1 and routed.valid_N is None:
         return Dispatched(routed.x_ND, routed.weights_Nk.reshape(-1), 0.0, FewRowsInfo(routed.ids_Nk.reshape(-1)))
@@ -233,22 +335,19 @@ def dispatch_dropless(context: MoEContext, routed: RouterOutput) -> Dispatched:
     # Sort: by expert. Padding, and rows of experts that other devices compute, come last.
     expert_A = routed.masked_ids_Nk.reshape(-1)
     if n > 1 and not sharding.exchanges:
-        expert_A = expert_A - lax.axis_index(AXIS) * e
-        expert_A = jnp.where((expert_A >= 0) & (expert_A < e), expert_A, e)
-    order_A = jnp.argsort(expert_A, stable=True)
-    inverse_A = jnp.zeros_like(order_A).at[order_A].set(jnp.arange(A, dtype=order_A.dtype), unique_indices=True)
-    sizes = (expert_A[:, None] == jnp.arange(E if sharding.exchanges else e)).sum(0, dtype=jnp.int32)
-    order = RowOrder(order_A, inverse_A)
-    rows = gather_rows(routed.x_ND, order, k)
-    weights = permute(routed.weights_Nk.reshape(-1), order)
+        expert_A = own_experts(context, expert_A)
+    order, sizes = sort_by_expert(expert_A, E if sharding.exchanges else E // n)
+    plan = plan_exchange(sizes, n) if sharding.exchanges else None
+    info = DroplessInfo(order, sizes, plan, routed.ids_Nk)
+    rows, weights = info.sources(context, routed)
 
     # Send: to the devices of the experts, as many rows as these have room for.
-    plan = None
-    if sharding.exchanges:
-        plan, (room, _) = plan_exchange(sizes, n), exchange_room(context, routed.x_ND.shape[0])
-        first = plan.window(0, room)
-        rows, weights, sizes = send(rows, first, room), send_scalars(weights, first, room), first.sizes_e
-    return Dispatched(rows, weights, 0.0, DroplessInfo(order, sizes, plan, routed.ids_Nk))
+    if plan is not None:
+        room, _ = exchange_room(context, routed.x_ND.shape[0])
+        first = info.round(context, 0, room)
+        rows, weights = first.receive(context, rows, weights, room)
+        info = dataclasses.replace(info, sizes_e=first.sizes_e)
+    return Dispatched(rows, weights, 0.0, info)
 
 
 def exchange_room(context: MoEContext, num_tokens: int) -> tuple[int, int]:

@@ -1,5 +1,8 @@
 """Sends rows to the devices of the expert axis that hold their experts, and back.
 
+There are two exchanges. This module has the exchange of rows; `qwen_jax.moe.gathered` gathers all tokens instead.
+`select_exchange` chooses between them.
+
 Each device sorts its rows by expert. One all-gather of the counts tells all devices how many rows go where. The rows of
 one device for one expert travel as one contiguous piece, which is placed next to the pieces of other devices for the
 same expert, so neither side sorts again. TPUs and GPUs have a collective for pieces of unequal size
@@ -10,6 +13,7 @@ The functions work on local arrays, inside `jax.shard_map`.
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +22,24 @@ from jax import lax
 from qwen_jax import platform
 
 AXIS = "expert"
+
+ExpertExchange = Literal["auto", "rows", "gathered"]
+
+
+def select_exchange(asked: ExpertExchange, axis: int, experts_per_token: int) -> ExpertExchange:
+    """Returns the exchange that runs, "rows" or "gathered".
+
+    "auto" takes "gathered" on GPUs if the axis has at most as many devices as a token has experts. Most tokens then go
+    to most devices, so that copies of rows are no fewer bytes than all tokens; see `qwen_jax.moe.traffic`.
+
+    Args:
+      asked: "auto" or a name.
+      axis: size of the expert axis.
+      experts_per_token: number of experts of a token.
+    """
+    if asked != "auto":
+        return asked
+    return "gathered" if platform.platform() == "gpu" and axis <= experts_per_token else "rows"
 
 
 @jax.tree_util.register_dataclass

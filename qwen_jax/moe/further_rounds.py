@@ -12,16 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qwen_jax.moe.dispatch import (
-    DroplessInfo,
-    exchange_room,
-    gather_rows,
-    multiply_down,
-    multiply_up,
-    permute,
-    sum_assignments,
-)
-from qwen_jax.moe.exchange import ExchangePlan, send, send_back, send_scalars
+from qwen_jax.moe.dispatch import ExchangeInfo, exchange_room, multiply_down, multiply_up
 from qwen_jax.moe.experts import MoEWeights, as_array, sum_partial_results, weighted_swiglu
 from qwen_jax.moe.router import MoEContext, route_tokens
 
@@ -37,18 +28,18 @@ class _RoundInputs:
     """What every round uses.
 
     Attributes:
-      rows_AD, weights_A: all rows of this device and their router weights, sorted by expert.
+      rows, weights: the arrays from which the exchange takes the rows and their router weights.
       gate_up_eFD, down_eDF: the matrices of this device's experts, gathered over `fsdp`.
     """
 
-    rows_AD: jax.Array
-    weights_A: jax.Array
+    rows: jax.Array
+    weights: jax.Array
     gate_up_eFD: jax.Array
     down_eDF: jax.Array
 
 
 def add_further_rounds(
-    context: MoEContext, out_ND: jax.Array, x_btD: jax.Array, weights: MoEWeights, info: DroplessInfo
+    context: MoEContext, out_ND: jax.Array, x_btD: jax.Array, weights: MoEWeights, info: ExchangeInfo
 ) -> jax.Array:
     """Adds the results of the rows that the first exchange left out.
 
@@ -60,16 +51,16 @@ def add_further_rounds(
       info: of the first exchange.
     """
     room, worst = exchange_room(context, out_ND.shape[0])
-    if info.plan is None or room == worst:
+    if not context.sharding.exchanges or room == worst:
         return out_ND
     return _further_rounds(context, room, out_ND, (x_btD, weights), info)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _further_rounds(
-    context: MoEContext, room: int, out_ND: jax.Array, inputs: _Inputs, info: DroplessInfo
+    context: MoEContext, room: int, out_ND: jax.Array, inputs: _Inputs, info: ExchangeInfo
 ) -> jax.Array:
-    rounds = _num_rounds(_plan(info), room)
+    rounds = _num_rounds(info, room)
 
     def run(out_ND: jax.Array) -> jax.Array:
         given = _prepare(context, info, *inputs)
@@ -80,11 +71,11 @@ def _further_rounds(
     return result
 
 
-_Residuals = tuple[_Inputs, DroplessInfo]
+_Residuals = tuple[_Inputs, ExchangeInfo]
 
 
 def _further_rounds_forward(
-    context: MoEContext, room: int, out_ND: jax.Array, inputs: _Inputs, info: DroplessInfo
+    context: MoEContext, room: int, out_ND: jax.Array, inputs: _Inputs, info: ExchangeInfo
 ) -> tuple[jax.Array, _Residuals]:
     return _further_rounds(context, room, out_ND, inputs, info), (inputs, info)
 
@@ -94,7 +85,7 @@ def _further_rounds_backward(
 ) -> tuple[jax.Array, _Inputs, None]:
     """Recomputes each round: a loop whose number of rounds is not static can keep nothing for the backward pass."""
     inputs, info = residuals
-    rounds = _num_rounds(_plan(info), room)
+    rounds = _num_rounds(info, room)
 
     def run() -> _Inputs:
         given, pull = jax.vjp(functools.partial(_prepare, context, info), *inputs)
@@ -127,37 +118,28 @@ def _further_rounds_backward(
 _further_rounds.defvjp(_further_rounds_forward, _further_rounds_backward)
 
 
-def _plan(info: DroplessInfo) -> ExchangePlan:
-    assert info.plan is not None
-    return info.plan
-
-
-def _num_rounds(plan: ExchangePlan, room: int) -> jax.Array:
+def _num_rounds(info: ExchangeInfo, room: int) -> jax.Array:
     """Number of rounds including the first: that of the busiest device, since all devices take part in each."""
-    most = lax.pmax(plan.received_ne.sum(), jax.sharding.get_abstract_mesh().axis_names)
+    most = lax.pmax(info.num_rows(), jax.sharding.get_abstract_mesh().axis_names)
     return (most + room - 1) // room
 
 
-def _prepare(context: MoEContext, info: DroplessInfo, x_btD: jax.Array, weights: MoEWeights) -> _RoundInputs:
-    """Sorts the rows again, for the experts chosen before, and gathers the weights."""
+def _prepare(context: MoEContext, info: ExchangeInfo, x_btD: jax.Array, weights: MoEWeights) -> _RoundInputs:
+    """Prepares the rows again, for the experts chosen before, and gathers the weights."""
     routed = route_tokens(context, weights, x_btD, None, info.ids_Nk)
-    rows_AD = gather_rows(routed.x_ND, info.order, context.config.num_experts_per_tok)
-    weights_A = permute(routed.weights_Nk.reshape(-1), info.order)
+    rows, row_weights = info.sources(context, routed)
     gate_up, down = weights.gathered_gate_up(), weights.gathered_down()
     # The rounds have gradients with respect to all of these, and codes have none.
-    return _RoundInputs(rows_AD, weights_A, as_array(gate_up, rows_AD.dtype), as_array(down, rows_AD.dtype))
+    return _RoundInputs(rows, row_weights, as_array(gate_up, rows.dtype), as_array(down, rows.dtype))
 
 
-def _run_round(context: MoEContext, room: int, info: DroplessInfo, i: jax.Array, given: _RoundInputs) -> jax.Array:
+def _run_round(context: MoEContext, room: int, info: ExchangeInfo, i: jax.Array, given: _RoundInputs) -> jax.Array:
     """The result of the rows of round i, float32 [N, D]."""
-    window = _plan(info).window(i * room, room)
+    this = info.round(context, i, room)
     # Send.
-    rows, weights = send(given.rows_AD, window, room), send_scalars(given.weights_A, window, room)
+    rows, weights = this.receive(context, given.rows, given.weights, room)
     # Multiply.
-    received = dataclasses.replace(info, sizes_e=window.sizes_e)
-    gate_up = multiply_up(context, received, rows, given.gate_up_eFD)
-    y = multiply_down(context, received, weighted_swiglu(gate_up, weights), given.down_eDF)
+    gate_up = multiply_up(context, this, rows, given.gate_up_eFD)
+    y = multiply_down(context, this, weighted_swiglu(gate_up, weights), given.down_eDF)
     # Return.
-    y = send_back(y, window, given.rows_AD.shape[0])
-    out_ND = sum_assignments(y, info.order, context.config.num_experts_per_tok)
-    return sum_partial_results(context.sharding, out_ND)
+    return sum_partial_results(context.sharding, this.combine(context, y))

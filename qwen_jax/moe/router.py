@@ -10,6 +10,7 @@ from qwen_jax.config import MoE as MoEConfig
 from qwen_jax.kernels.einsum import einsum_f32
 from qwen_jax.kernels.matmul.grouped import Implementation as Grouped
 from qwen_jax.linear import rms_norm
+from qwen_jax.moe.exchange import ExpertExchange
 from qwen_jax.moe.experts import MoEWeights
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.quantization import Activations
@@ -50,6 +51,7 @@ class MoEContext:
       keep_dots: the backward pass keeps the results of matrix products and recomputes everything else.
       quantized: implementation of products of few rows with quantised experts; see
         `qwen_jax.kernels.matmul.quantized_grouped`.
+      expert_exchange: how tokens reach the devices of their experts; see `qwen_jax.moe.exchange`.
       gate_up_activations, down_activations: what the rows of these products are rounded to, with one scale for each.
     """
 
@@ -60,6 +62,7 @@ class MoEContext:
     grouped: Grouped
     keep_dots: bool
     quantized: str = "auto"
+    expert_exchange: ExpertExchange = "auto"
     gate_up_activations: Activations = "none"
     down_activations: Activations = "none"
 

@@ -42,6 +42,26 @@ def plain_product(
     return times(w_ND, norm(stream_D, norm_D)).astype(out_dtype)
 
 
+def plain_next(
+    stream_D: jax.Array, norm_D: jax.Array, w_ND: jax.Array, added_D: jax.Array | None = None, **how: Any
+) -> Any:
+    """`norm_product` in plain functions, with a product that is added to the stream."""
+    if added_D is None:
+        return plain_product(stream_D, norm_D, w_ND, **how)
+    stream_D = stream_D + added_D.astype(stream_D.dtype)
+    return stream_D, plain_product(stream_D, norm_D, w_ND, **how)
+
+
+def plain_feed_forward(
+    stream: jax.Array, added: jax.Array, norm_D: jax.Array, w_gate_up: jax.Array, w_down: jax.Array,
+    counter: jax.Array, **_: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """`feed_forward` in plain functions."""
+    stream = stream + added.astype(stream.dtype)
+    gate, up = times(w_gate_up, norm(stream, norm_D))
+    return stream, times(w_down, (jax.nn.silu(gate) * up).astype(stream.dtype)), counter
+
+
 def plain_tail(
     heads: jax.Array, stream: jax.Array, w_o: jax.Array, mid_norm: jax.Array, w_gate_up: jax.Array, w_down: jax.Array,
     next_norm: jax.Array, w_next: jax.Array, counter: jax.Array, *, out_dtype: Any = jnp.bfloat16, **_: Any,
@@ -162,7 +182,7 @@ def logits_of_both(config: ModelConfig, count: int = 12) -> tuple[np.ndarray, np
 
     def by_kernels(params: Any, token: jax.Array, cache: ContiguousCache) -> jax.Array:
         params, token = one_row.prepare(params, token)
-        return one_row.step(params, config, token, cache, jnp.zeros((1,), jnp.int32))[0][0]
+        return one_row.step(params, config, sharding, token, cache, jnp.zeros((1,), jnp.int32))[0][0]
 
     def by_model(params: Any, token: jax.Array, cache: ContiguousCache) -> jax.Array:
         model = bind(config, params, sharding, options)
@@ -218,5 +238,7 @@ def plain_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(layer_gpu_moe, "layer_tail", recorded("experts", plain_experts_tail))
     monkeypatch.setattr(layer_gpu_quantized, "layer_tail", recorded("quantised", plain_quantized_tail))
     monkeypatch.setattr(layer_gpu_quantized, "norm_product", recorded("quantised first", plain_quantized_product))
-    monkeypatch.setattr(layer_gpu, "norm_product", recorded("first", plain_product))
+    monkeypatch.setattr(layer_gpu, "norm_product", recorded("first", plain_next))
+    monkeypatch.setattr(layer_gpu, "output_product", recorded("output", lambda x, w, **_: times(w, x)))
+    monkeypatch.setattr(layer_gpu, "feed_forward", recorded("feed forward", plain_feed_forward))
     return calls

@@ -26,6 +26,7 @@ from qwen_jax.moe.dispatch import (
 )
 from qwen_jax.moe.exchange import plan_exchange
 from qwen_jax.moe.experts import sum_partial_results
+from qwen_jax.moe.gathered import GatheredInfo, dispatch_gathered
 from qwen_jax.moe.router import MoEContext, RouterOutput
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.published import published
@@ -40,7 +41,12 @@ def context(axes: dict[str, int], training: bool, capacity_factor: float = 0.0) 
 
 
 def scaled_by_experts(
-    context: MoEContext, mesh: jax.sharding.Mesh, x_ND: np.ndarray, ids_Nk: np.ndarray, valid_N: np.ndarray | None
+    context: MoEContext,
+    mesh: jax.sharding.Mesh,
+    x_ND: np.ndarray,
+    ids_Nk: np.ndarray,
+    valid_N: np.ndarray | None,
+    dispatch: Any = dispatch_dropless,
 ) -> tuple[np.ndarray, list[Any]]:
     """Dispatches tokens, multiplies each with its expert's matrix, which is the expert's id + 1 times the identity, and
     combines. Also returns the infos that dispatch made."""
@@ -49,7 +55,6 @@ def scaled_by_experts(
     def local(x_ND: jax.Array, ids_Nk: jax.Array, valid_N: jax.Array | None, matrices: jax.Array) -> jax.Array:
         masked = ids_Nk if valid_N is None else jnp.where(valid_N[:, None], ids_Nk, E)
         routed = RouterOutput(x_ND, jnp.ones(ids_Nk.shape), ids_Nk, masked, jnp.zeros((len(x_ND), E)), valid_N)
-        dispatch = dispatch_with_capacity if context.capacity_factor else dispatch_dropless
         rows, _, _, info = dispatch(context, routed)
         infos.append(info)
         return sum_partial_results(context.sharding, info.combine(context, multiply_up(context, info, rows, matrices)))
@@ -83,7 +88,8 @@ def test_every_row_meets_its_expert_and_returns_to_its_token(
     ids_Nk = np.stack([rng.permutation(E)[:K] for _ in x_ND]).astype(np.int32)
     ids_Nk[:20] = ids_Nk[0]  # Uneven loads, and experts without rows on some devices.
     valid_N = rng.random(64) < 0.8
-    got, infos = scaled_by_experts(*context(axes, training, capacity_factor), x_ND, ids_Nk, valid_N)
+    dispatch = dispatch_with_capacity if capacity_factor else dispatch_dropless
+    got, infos = scaled_by_experts(*context(axes, training, capacity_factor), x_ND, ids_Nk, valid_N, dispatch)
     assert {type(info) for info in infos} == {CapacityInfo if capacity_factor else DroplessInfo}
     np.testing.assert_array_equal(got, x_ND * (ids_Nk + 1).sum(1, keepdims=True) * valid_N[:, None])
 
@@ -101,11 +107,12 @@ def test_rows_are_rounded_with_one_scale_a_token(
     ids_Nk = np.stack([rng.permutation(E)[:K] for _ in x_ND]).astype(np.int32)
     plain, mesh = context({}, training=False, capacity_factor=capacity_factor)
     rounding = dataclasses.replace(plain, gate_up_activations=dtype)  # type: ignore[arg-type]
+    dispatch = dispatch_with_capacity if capacity_factor else dispatch_dropless
     codes, scales = quantize_rows(jnp.asarray(x_ND), dtype)
-    want, _ = scaled_by_experts(plain, mesh, np.asarray(codes.astype(jnp.float32) * scales), ids_Nk, None)
-    got, _ = scaled_by_experts(rounding, mesh, x_ND, ids_Nk, None)
+    want, _ = scaled_by_experts(plain, mesh, np.asarray(codes.astype(jnp.float32) * scales), ids_Nk, None, dispatch)
+    got, _ = scaled_by_experts(rounding, mesh, x_ND, ids_Nk, None, dispatch)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
-    assert (got != scaled_by_experts(plain, mesh, x_ND, ids_Nk, None)[0]).any()
+    assert (got != scaled_by_experts(plain, mesh, x_ND, ids_Nk, None, dispatch)[0]).any()
     dy = rng.normal(size=x_ND.shape).astype(np.float32)
     gradients = [
         jax.grad(lambda x: (rounded_rows(x, dtype)[0] * rounded_rows(x, dtype)[1] * dy).sum())(jnp.asarray(x_ND)), dy
@@ -125,6 +132,30 @@ def test_a_row_has_the_same_codes_on_every_mesh() -> None:
         want_codes, want_scales = rounded_rows(x, dtype)
         np.testing.assert_array_equal(np.asarray(codes), want_codes)
         np.testing.assert_array_equal(np.asarray(scales), want_scales)
+
+
+@pytest.mark.parametrize("axes", [{"expert": 2}, {"expert": 8}, {"data": 2, "expert": 4}], ids=str)
+@pytest.mark.parametrize("room", [1.0, 100.0])
+def test_gathered_rows_meet_their_experts(axes: dict[str, int], room: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, by gathering. With less room, a token gets the sum over the rows that come first on each device."""
+    monkeypatch.setattr(dropless, "ROOM", room)
+    rng = np.random.default_rng()
+    x_ND = rng.integers(-9, 10, (64, D)).astype(np.float32)
+    ids_Nk = np.stack([rng.permutation(E)[:K] for _ in x_ND]).astype(np.int32)
+    ids_Nk[:20] = ids_Nk[0]
+    valid_N = rng.random(64) < 0.8
+    got, (info,) = scaled_by_experts(*context(axes, training=True), x_ND, ids_Nk, valid_N, dispatch_gathered)
+    assert type(info) is GatheredInfo
+    # The first rows in the order of (expert, token) of each device of each group of an expert axis are there.
+    fits = np.zeros(ids_Nk.shape, bool)
+    n, groups = axes["expert"], axes.get("data", 1)
+    for group in np.split(np.arange(64), groups):
+        for own in np.split(np.arange(E), n):
+            rows = [(i, t, j) for t in group for j, i in enumerate(ids_Nk[t]) if i in own and valid_N[t]]
+            for _, t, j in sorted(rows)[: math.ceil(room * len(group) // n * K)]:
+                fits[t, j] = True
+    assert fits.sum() == valid_N.sum() * K or room == 1.0
+    np.testing.assert_array_equal(got, x_ND * ((ids_Nk + 1) * fits).sum(1, keepdims=True))
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 6])
@@ -161,6 +192,23 @@ def test_gather_rows_and_sum_assignments_are_transposes() -> None:
     plain_sums, plain_pull = jax.vjp(lambda y: jnp.zeros((N, D)).at[tokens_A].add(y), y_AD)
     np.testing.assert_allclose(sums, plain_sums, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(pull(x_ND)[0], plain_pull(x_ND)[0])
+
+
+def test_a_partial_order_leaves_missing_rows_out() -> None:
+    """Gathering rows and summing them are transposes of each other if some assignments have no row, too."""
+    rng = np.random.default_rng()
+    N, R = 10, 12
+    chosen = rng.permutation(N * K)[:R]
+    inverse_A = np.full(N * K, R)
+    inverse_A[chosen] = np.arange(R)
+    order = RowOrder(jnp.asarray(chosen), jnp.asarray(inverse_A), partial=True)
+    x_ND, y_RD = (jnp.asarray(rng.integers(-9, 10, (rows, D)), jnp.float32) for rows in (N, R))
+    rows, pull = jax.vjp(lambda x: gather_rows(x, order, K), x_ND)
+    np.testing.assert_array_equal(rows, x_ND[chosen // K])
+    want = jnp.zeros((N, D)).at[chosen // K].add(y_RD)
+    np.testing.assert_array_equal(sum_assignments(y_RD, order, K), want)
+    np.testing.assert_array_equal(pull(y_RD)[0], want)
+    np.testing.assert_array_equal(jax.vjp(lambda y: sum_assignments(y, order, K), y_RD)[1](x_ND)[0], rows)
 
 
 def test_windows_of_an_exchange_cover_every_row_once() -> None:

@@ -48,6 +48,7 @@ MODEL = dataclasses.replace(
     moe=MoE(8, 2, 16, 32, mlp_only_layers=(0,)),
 )
 BALANCE = MoETraining(balance_loss=0.05, router_z_loss=1e-3)
+GATHERED = dataclasses.replace(BALANCE, expert_exchange="gathered")
 # float32 sums in another order may send a token that is between two experts to the other one.
 TOLERANCE = 5e-3
 
@@ -124,6 +125,8 @@ def test_the_curve_that_all_are_compared_with_learns() -> None:
         ({"data": 2, "expert": 2, "context": 2}, {"accumulation": 2, "ring": True}),
         ({"fsdp": 4, "tensor": 2}, {"scan_layers": False, "remat": "full"}),
         ({}, {"accumulation": 8, "remat": "dots"}),
+        ({"expert": 2, "fsdp": 2, "tensor": 2}, {"remat": "dots", "moe": GATHERED}),
+        ({"data": 2, "expert": 2, "context": 2}, {"remat": "full", "moe": GATHERED, "accumulation": 2}),
         # Room for all tokens in each expert: nothing is dropped.
         ({"expert": 4}, {"remat": "dots", "moe": dataclasses.replace(BALANCE, capacity_factor=4.0)}),
         ({"expert": 2, "tensor": 2}, {"remat": "full", "moe": dataclasses.replace(BALANCE, capacity_factor=4.0)}),
@@ -145,21 +148,29 @@ def test_layouts_agree(axes: dict[str, int], changes: dict[str, Any]) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("room", [0.3, 1.0])
+@pytest.mark.parametrize("moe_training", [BALANCE, GATHERED], ids=["rows", "gathered"])
 def test_rows_that_find_no_room_come_in_further_rounds(
-    monkeypatch: pytest.MonkeyPatch, axes: dict[str, int], changes: dict[str, Any], room: float
+    monkeypatch: pytest.MonkeyPatch,
+    axes: dict[str, int],
+    changes: dict[str, Any],
+    room: float,
+    moe_training: MoETraining,
 ) -> None:
     """However few rows a device has room for at one time, no token is dropped, and the curve is that of one device."""
     monkeypatch.setattr(moe, "ROOM", room)
-    agree(curve(axes, weights(), **changes))
+    agree(curve(axes, weights(), moe=moe_training, **changes))
 
 
 @pytest.mark.draw(1)
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_what_is_beyond_the_rows_that_come_is_never_read(monkeypatch: pytest.MonkeyPatch, remat: str) -> None:
+@pytest.mark.parametrize("moe_training", [BALANCE, GATHERED], ids=["rows", "gathered"])
+def test_what_is_beyond_the_rows_that_come_is_never_read(
+    monkeypatch: pytest.MonkeyPatch, moe_training: MoETraining, remat: str
+) -> None:
     """Buffers have room for the worst case; with NaN in all unused rows, a curve stays bit-identical."""
     axes = {"data": 2, "expert": 4}
     monkeypatch.setattr(moe, "ROOM", 0.8)  # A second round is not full.
-    want = curve(axes, weights(), remat=remat)
+    want = curve(axes, weights(), moe=moe_training, remat=remat)
     spoiled = 0
 
     def spoil(x: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -176,7 +187,7 @@ def test_what_is_beyond_the_rows_that_come_is_never_read(monkeypatch: pytest.Mon
         return spoil_both_ways(y, sizes_G)
 
     monkeypatch.setattr(moe, "grouped_matmul", grouped)
-    got = curve(axes, weights(), remat=remat)
+    got = curve(axes, weights(), moe=moe_training, remat=remat)
     assert spoiled
     for name, numbers in want.items():
         np.testing.assert_array_equal(got[name], numbers, err_msg=name)

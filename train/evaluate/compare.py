@@ -1,7 +1,7 @@
 """Compares two evaluations, item by item."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,18 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
             for path in sorted({*hashes[0], *hashes[1]})
             if hashes[0].get(path) != hashes[1].get(path)
         ]
-        tasks[name] = _task(one, _records(a, name), _records(b, name), of_corpus.get(name, {}))
+        metrics = of_corpus.get(name, {})
+        # Statistics of another version may have another form.
+        current = registry.tasks()[name].version if metrics else None
+        outdated = {key for key, metric in metrics.items() if metric.of_details}
+        if not metrics or one["version"] == other["version"] == current:
+            outdated = set()
+        if outdated:
+            warnings.append(
+                f"{name}: {', '.join(sorted(outdated))} are not compared: their statistics are of versions "
+                f"{one['version']} and {other['version']}, this program reads version {current}. Evaluate both again"
+            )
+        tasks[name] = _task(one, _records(a, name), _records(b, name), metrics, outdated)
         left = len(tasks[name]["only_a"]) + len(tasks[name]["only_b"])
         if left:
             warnings.append(f"{name}: {left} items are in one run alone, and do not count")
@@ -73,9 +84,20 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
 
 
 def _task(
-    summary: Mapping[str, Any], a: Mapping[str, Any], b: Mapping[str, Any], of_corpus: Mapping[str, Metric]
+    summary: Mapping[str, Any],
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    of_corpus: Mapping[str, Metric],
+    outdated: Set[str],
 ) -> dict[str, Any]:
-    """The comparison of a task from the records of both runs; `of_corpus` has the metrics that are no means."""
+    """The comparison of a task from the records of both runs.
+
+    Args:
+      summary: of the task in the first run.
+      a, b: records by the ids of items.
+      of_corpus: the metrics that are no means.
+      outdated: those of them that cannot be computed.
+    """
     common = [id for id in a if id in b]
     metrics = {}
     for name, how in summary["metrics"].items():
@@ -84,7 +106,8 @@ def _task(
         known = [
             id
             for id in common
-            if all(run[id]["scores"].get(name) is not None and name in run[id][part] for run in (a, b))
+            if name not in outdated
+            and all(run[id]["scores"].get(name) is not None and name in run[id][part] for run in (a, b))
         ]
         x, y = ([run[id][part][name] for id in known] for run in (a, b))
         aggregate = mean if metric is None else metric.aggregate

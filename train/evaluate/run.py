@@ -197,7 +197,8 @@ def _result(
     of: int,
 ) -> dict[str, Any]:
     """What summary.json has of a task."""
-    metrics = {}
+    metrics: dict[str, dict[str, Any]] = {}
+    signatures = task.signatures()
     for metric in task.metrics:
         found = estimate(values_of(metric, verdicts), metric.aggregate)
         metrics[metric.name] = {
@@ -206,6 +207,8 @@ def _result(
             "higher_is_better": metric.higher_is_better,
             "unscored": len(items) - found.items,
         }
+        if metric.name in signatures:
+            metrics[metric.name]["signature"] = signatures[metric.name]
     cut = sum(any(r.finish == "length" for one in own for r in one) for own in rounds)
     prompts_cut = sum(any(r.prompt_cut for one in own for r in one) for own in rounds)
     return {

@@ -149,7 +149,8 @@ def open_folder(folder: Path, settings: Mapping[str, Any]) -> None:
 
     Args:
       folder: new, empty, or of an earlier run.
-      settings: what decides the results, as JSON values.
+      settings: what decides the results, as JSON values. "model" is a name or a path and may change, if "weights", the
+        hash of the content, is there and does not.
 
     Raises:
       InputError: the folder is of something else, or of other settings.
@@ -157,6 +158,8 @@ def open_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     path = folder / SETTINGS
     if path.is_file():
         changed = differences(read_json(path), dict(settings))
+        if "weights" in settings and "weights" not in changed:
+            changed.pop("model", None)
         if changed:
             listed = "; ".join(f"{name} was {before!r}, is {now!r}" for name, (before, now) in changed.items())
             raise InputError(

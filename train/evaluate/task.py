@@ -233,6 +233,10 @@ class Task:
         """The prompt template with its placeholders, and the rules of extraction. Its hash is written with a score."""
         raise NotImplementedError
 
+    def signatures(self) -> Mapping[str, str]:
+        """By name of a metric, what a library says of how it computed it; {} where the task's version says all."""
+        return {}
+
     def items(self, files: Mapping[str, Path]) -> Sequence[Item]:
         """Reads the items.
 

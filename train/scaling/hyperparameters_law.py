@@ -22,7 +22,7 @@ from train.scaling.hyperparameters import (
     law_parameters,
 )
 from train.scaling.regret import Regret, choose_form, largest, leave_out, regrets, summary
-from train.scaling.runs import UNSTATED, RunTable
+from train.scaling.runs import COMPUTE, UNSTATED, RunTable, check_compute, compute
 
 COLUMNS = ("params", "tokens", "learning_rate", "batch_tokens", "loss")
 FormChoice: TypeAlias = Literal["auto", "cells", "pooled"]
@@ -101,6 +101,7 @@ def fit_table(
     law = {
         "law": "hyperparameters",
         "version": 1,
+        "compute": COMPUTE,
         "form": form,
         "terms": terms,
         "parameters": law_parameters(fit.law.matrix),
@@ -113,7 +114,7 @@ def fit_table(
         "range": {
             "params": _ends([cell.params for cell in cells]),
             "tokens": _ends([cell.tokens for cell in cells]),
-            "flops": _ends([6 * cell.params * cell.tokens for cell in cells]),
+            "flops": _ends([compute(cell.params, cell.tokens) for cell in cells]),
         },
         "cells": len(cells),
         "regret": {name: summary(some) for name, some in found.items()}
@@ -219,6 +220,7 @@ def predict(law: Mapping[str, Any], params: float, tokens: float) -> Prediction:
     if not (np.isfinite(params) and np.isfinite(tokens) and params > 0 and tokens > 0):
         raise InputError(f"Expected a positive model size and number of tokens, got {params:g} and {tokens:g}.")
     pair = read_pair(law)
+    check_compute(law)
     try:
         level, ranges = (
             float(law["level"]),
@@ -230,7 +232,7 @@ def predict(law: Mapping[str, Any], params: float, tokens: float) -> Prediction:
     x = np.array([1.0, np.log(params), np.log(tokens)])
     draws = np.array(law.get("draws") or np.zeros((0, 2, 3)), np.float64).reshape(-1, 2, 3) @ x
     warnings = []
-    for name, value in (("params", params), ("tokens", tokens), ("flops", 6 * params * tokens)):
+    for name, value in (("params", params), ("tokens", tokens), ("flops", compute(params, tokens))):
         low, high = ranges[name]
         if not low * 0.98 <= value <= high * 1.02:
             factor = value / high if value > high else low / value

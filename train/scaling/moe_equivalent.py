@@ -7,7 +7,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from qwen_jax.errors import InputError
-from train.scaling.moe import MoeLaw, one_run
+from train.scaling.moe import MoeLaw, one_run, percentiles
 
 # Factor around the active size within which a dense equivalent is looked for.
 _FAR = 1e4
@@ -126,9 +126,7 @@ def equivalent_interval(
             sizes.append(np.inf)
     if not sizes:
         return float("nan"), float("nan")
-    tail = (1 - level) / 2
-    low, high = np.quantile(sizes, [tail, 1 - tail], method="nearest")
-    return float(low), float(high)
+    return percentiles(sizes, level)
 
 
 def equal_to_dense(

@@ -18,7 +18,7 @@ from train.scaling.moe_equivalent import (
     equal_to_dense,
     equivalent_interval,
 )
-from train.scaling.runs import UNSTATED, RunTable
+from train.scaling.runs import COMPUTE, UNSTATED, RunTable, check_compute
 
 COLUMNS = ("active_params", "total_params", "tokens", "loss")
 OPTIONAL = ("experts", "granularity")
@@ -86,6 +86,7 @@ def fit_table(
     content = {
         "law": "moe",
         "version": 1,
+        "compute": COMPUTE,
         "form": form,
         "parameters": law.parameters,
         "intervals": {name: list(ends) for name, ends in law.intervals(level).items()},
@@ -105,6 +106,7 @@ def read_law(content: Mapping[str, Any]) -> MoeLaw:
     try:
         if content["law"] != "moe" or content["form"] not in FORMS:
             raise KeyError
+        check_compute(content, "The MoE law")
         return MoeLaw(
             content["form"],
             {name: float(value) for name, value in content["parameters"].items()},
@@ -113,6 +115,8 @@ def read_law(content: Mapping[str, Any]) -> MoeLaw:
             {name: (float(low), float(high)) for name, (low, high) in content["range"].items()},
             list(content["warnings"]),
         )
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(
             "Expected an MoE law, as `scaling fit --law moe` writes it, got a law of kind "

@@ -23,7 +23,7 @@ from train.scaling.loss import (
     fit_warnings,
     law_of,
 )
-from train.scaling.runs import FLOPS_PER_PARAM, UNSTATED, Array, RunTable
+from train.scaling.runs import COMPUTE, UNSTATED, Array, RunTable, check_compute, compute
 
 # How parameters are counted: all; those that a token is multiplied with, with the output head and without the
 # embedding; without both.
@@ -82,6 +82,7 @@ class FittedLoss:
             "law": "loss",
             "version": VERSION,
             "form": FORM,
+            "compute": COMPUTE,
             "method": self.method,
             "parameters": dataclasses.asdict(self.law),
             "size_exponent": self.law.b / (self.law.a + self.law.b),
@@ -107,6 +108,7 @@ class FittedLoss:
                     f"{name} is a {value['law']!r} law of version {value['version']}; expected a loss law of version "
                     f"{VERSION}. Fit it with `qwen-jax scaling fit --law loss`."
                 )
+            check_compute(value, name)
             found = cls(
                 law_of(value["parameters"]),
                 value["method"],
@@ -265,6 +267,7 @@ def read_law(path: Path) -> dict[str, Any]:
             f"{path} is a law of version {value.get('version')!r}; expected version {VERSION}. Fit it again with this "
             "`qwen-jax scaling fit`."
         )
+    check_compute(value, str(path))
     return value
 
 
@@ -284,7 +287,7 @@ def predict_loss(fitted: FittedLoss, params: float, tokens: float) -> dict[str, 
       InputError: a number is not positive.
     """
     _positive(params=params, tokens=tokens)
-    flops = FLOPS_PER_PARAM * params * tokens
+    flops = compute(params, tokens)
     found: dict[str, Any] = {"params": params, "tokens": tokens, "flops": flops, "counting": fitted.counting}
     found["loss"] = float(fitted.law.loss(params, tokens))
     losses = np.array([float(draw.loss(params, tokens)) for draw in fitted.draws])

@@ -9,10 +9,13 @@ from typing import Any
 
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json, to_json
+from qwen_jax.tokenizer import load_tokenizer
 from train.config import RunConfig
 from train.fields import as_json, differences
 from train.files import write_file
+from train.inputs import data_fingerprint
 from train.scaling.run_config import write_run_config
+from train.scaling.runs import compute
 from train.scaling.sweep import Plan, Run, Sweep, bracketed, make_plan
 from train.small_runs import command_line, final_losses, status, write_commands
 from train.workers import Workers
@@ -167,9 +170,10 @@ def write_table(outcome: Outcome, folder: Path) -> None:
 
     Columns: name, size, status ("ok" or "diverged"), loss (held-out, nats a token; null where it diverged), params
     (weights that a token is multiplied with, the output head among them and the embedding not), active_params (the
-    same), total_params, non_embedding_params, tokens, flops (model FLOPs, without evaluations), learning_rate,
-    batch_tokens, seed, steps, warmup_steps, length, hidden_size, layers, intermediate_size, vocab_size, experts,
-    experts_per_token, granularity (width of a dense layer by that of an expert), and a loss_NAME of each held-out set.
+    same), total_params, non_embedding_params, tokens, flops (6 params tokens, as in laws), model_flops (with attention,
+    without evaluations: what the budget counts), learning_rate, batch_tokens, seed, steps, warmup_steps, length,
+    hidden_size, layers, intermediate_size, vocab_size, experts, experts_per_token, granularity (width of a
+    dense layer by that of an expert), and a loss_NAME of each held-out set.
 
     Raises:
       InputError: pyarrow is not installed, or the folder cannot be written.
@@ -211,7 +215,8 @@ def _row(run: Run, loss: float) -> dict[str, Any]:
         "total_params": counts["total"],
         "non_embedding_params": counts["non_embedding"],
         "tokens": run.cell.tokens,
-        "flops": run.flops,
+        "flops": compute(counts["active"], run.cell.tokens),
+        "model_flops": run.flops,
         "learning_rate": run.learning_rate,
         "batch_tokens": run.batch_tokens,
         "seed": run.seed,
@@ -232,11 +237,18 @@ def _row(run: Run, loss: float) -> dict[str, Any]:
 def _schema(pa: Any, config: RunConfig) -> Any:
     """Columns have their types also where a table is empty or all of a column is null."""
     texts = ("name", "size", "status")
-    numbers = ("loss", "flops", "learning_rate", "granularity", *(f"loss_{name}" for name in config.held_out))
+    numbers = (
+        "loss",
+        "flops",
+        "model_flops",
+        "learning_rate",
+        "granularity",
+        *(f"loss_{name}" for name in config.held_out),
+    )
     kinds = {**dict.fromkeys(texts, pa.string()), **dict.fromkeys(numbers, pa.float64())}
     names = (
         *("name", "size", "status", "loss", "params", "active_params", "total_params", "non_embedding_params"),
-        *("tokens", "flops", "learning_rate", "batch_tokens", "seed", "steps", "warmup_steps", "length"),
+        *("tokens", "flops", "model_flops", "learning_rate", "batch_tokens", "seed", "steps", "warmup_steps", "length"),
         *("hidden_size", "layers", "intermediate_size", "vocab_size", "experts", "experts_per_token", "granularity"),
         *(f"loss_{name}" for name in config.held_out),
     )
@@ -261,8 +273,10 @@ def _anywhere(config: RunConfig) -> RunConfig:
 def _check_folder(sweep: Sweep, folder: Path) -> None:
     """Records a sweep in its folder. Further sizes, rates, batches, tokens, seeds and FLOPs may follow.
 
+    Data is known by its content. Data that is not on this machine is not compared.
+
     Raises:
-      InputError: the runs there were made of another base, or of other models with the same names.
+      InputError: the runs there were made of another base, of other models with the same names, or of other data.
     """
     make_plan(sweep, folder, {})  # The budget, before anything is written.
     path = folder / _RECORD
@@ -274,9 +288,12 @@ def _check_folder(sweep: Sweep, folder: Path) -> None:
             for shape, moe in sweep.moe.items()
         },
         "warmup": sweep.warmup,
+        "content": _content(sweep.base),
     }
     if path.exists():
         before = read_json(path)
+        _check_content(folder, before.get("content", {}), record["content"])
+        before["content"] = record["content"] = {**record["content"], **before.get("content", {})}
         record["models"] = {**before["models"], **record["models"]}
         same = {**before, "models": {**record["models"], **before["models"]}}
         if found := differences(same, record):
@@ -290,6 +307,25 @@ def _check_folder(sweep: Sweep, folder: Path) -> None:
         write_file(path, (to_json(record, indent=2) + "\n").encode())
     except OSError as error:
         raise InputError(f"Cannot write {path}: {error.strerror}. Give another folder.") from None
+
+
+def _content(base: RunConfig) -> dict[str, str]:
+    """Hashes of the tokenizer and the data of a run, as far as they are on this machine."""
+    sources = {f"data.{name}": path for name, path in base.data.items()}
+    sources |= {f"held_out.{name}": path for name, path in base.held_out.items()}
+    found = {name: data_fingerprint(path) for name, path in sources.items()}
+    if Path(base.tokenizer).expanduser().exists():
+        found["tokenizer"] = load_tokenizer(base.tokenizer).fingerprint()
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _check_content(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    for name in before.keys() & now.keys():
+        if before[name] != now[name]:
+            raise InputError(
+                f"The sweep in {folder} was made from other data: the content of {name} has the hash "
+                f"{before[name][:12]}... there and {now[name][:12]}... now. Restore the data, or give another folder."
+            )
 
 
 def read_results(folder: Path) -> Sequence[Mapping[str, Any]]:

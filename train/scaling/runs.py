@@ -21,7 +21,7 @@ Array: TypeAlias = np.ndarray
 COLUMNS: dict[str, str] = {
     "params": "model size N",
     "tokens": "training tokens D",
-    "flops": "training compute C in FLOPs",
+    "flops": "training compute C in FLOPs, 6 N D",
     "loss": "final loss in nats a token",
     "learning_rate": "peak learning rate",
     "batch_tokens": "tokens of a step",
@@ -31,14 +31,42 @@ COLUMNS: dict[str, str] = {
     "granularity": "width of a dense layer by that of an expert",
     "status": "ok or diverged",
 }
-# FLOPs of a token for each parameter, forward and backward: C = 6 N D.
+# FLOPs of a token for each parameter, forward and backward.
 FLOPS_PER_PARAM = 6.0
+# The definition of compute in all laws; law.json states it.
+COMPUTE = "C = 6 N D, N as counted; of a mixture of experts, its active parameters"
+# A table whose FLOPs are further from it, relatively, is warned of.
+_OTHER_COMPUTE = 0.01
 # A warning of fitted laws.
 UNSTATED = (
     "It is not stated how parameters are counted: give --counting. Small models move a lot between the ways to count."
 )
 _ZERO_ALLOWED = ("experts",)
 _GAPS_ALLOWED = ("granularity", "experts")
+
+
+def compute(params: Any, tokens: Any) -> Any:
+    """Training compute C = 6 N D in FLOPs, of numbers or arrays: see `COMPUTE`."""
+    return FLOPS_PER_PARAM * params * tokens
+
+
+def check_compute(law: Mapping[str, Any], name: str = "The law") -> None:
+    """Checks that a fitted law has our definition of compute.
+
+    Args:
+      law: the content of a law.json.
+      name: of the law, for the error.
+
+    Raises:
+      InputError: another definition, or none.
+    """
+    if law.get("compute") != COMPUTE:
+        stated = (
+            f"states compute as {law['compute']!r}" if "compute" in law else "does not state how compute is defined"
+        )
+        raise InputError(
+            f"{name} {stated}; expected {COMPUTE!r}. Fit it again to its table of runs: qwen-jax scaling fit."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +112,8 @@ def read_runs(
     """Reads a table of runs.
 
     Runs with the status "diverged" or a loss that is not finite are left out, and copies of a run count once; the
-    warnings say so. Where a law needs tokens and the table has none, they are C / (6 N); compute that a table does not
-    have is 6 N D.
+    warnings say so. Where a law needs tokens and the table has none, they are C / (6 N). Compute is always 6 N D; of
+    other FLOPs in a table a warning tells.
 
     Args:
       path: a .csv, .csv.gz or .parquet file with a row for each run.
@@ -129,9 +157,16 @@ def read_runs(
             values["tokens"] = flops / (FLOPS_PER_PARAM * values["params"])
             names["tokens"] = "flops / (6 params)"
             warnings.append("The table has no tokens: they are flops / (6 params).")
-    if "flops" in wanted and "flops" not in values and {"params", "tokens"} <= set(values):
-        values["flops"] = FLOPS_PER_PARAM * values["params"] * values["tokens"]
-        names["flops"] = "6 params tokens"
+    if "flops" in wanted and {"params", "tokens"} <= set(values):
+        flops = compute(values["params"], values["tokens"])
+        stated = values.get("flops", flops)
+        known = (stated > 0) & (flops > 0)
+        ratio = stated[known] / flops[known]
+        if (np.abs(ratio - 1) > _OTHER_COMPUTE).any():
+            warnings.append(
+                f"The table's FLOPs are {ratio.min():.3g} to {ratio.max():.3g} times 6 N D. Laws take C = 6 N D."
+            )
+        values["flops"], names["flops"] = flops, "6 params tokens"
     if lacking := [name for name in required if name not in values]:
         raise InputError(
             f"{path} has no column for {', '.join(f'{name} ({COLUMNS[name]})' for name in lacking)}; it has "

@@ -1,10 +1,11 @@
 """Which models the kernels for one row can decode: two per layer (`step_gpu`, `layer_gpu`, `layer_gpu_moe`), or nine
-where weights are quantised (`layer_gpu_quantized`)."""
+where weights are quantised (`layer_gpu_quantized`); on a tensor axis dense models in bfloat16, with four kernels."""
 
 import functools
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.select import Candidate, select, unmet
+from qwen_jax.parallel.sharding import padded_width
 from qwen_jax.quantization import Quantization, unified
 
 # The projections of a dense layer in the inference layout, and those that each of them joins.
@@ -16,14 +17,17 @@ _PROJECTIONS = {
 }
 
 
-def supports(config: ModelConfig) -> bool:
+def supports(config: ModelConfig, shards: int = 1) -> bool:
     """Whether the layer kernels support the sizes of a model. Logs the outcome once.
 
     Call it where `supports_decode_step` holds: it does not look at device and dtype.
 
     Args:
       config: the architecture, dense or MoE; weights in full precision or quantised.
+      shards: size of the tensor axis.
     """
+    if shards > 1:
+        return _supports_shards(config, shards)
     if config.quantization is not None:
         return _supports_quantized(config, config.quantization)
     from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe
@@ -41,6 +45,27 @@ def supports(config: ModelConfig) -> bool:
     fused, separate = Candidate("two kernels per layer", unmet(needs)), Candidate("many kernels per layer")
     arguments = f"hidden size {config.hidden_size}, {config.num_layers} layers"
     return select([fused, separate], "auto", "decoding of one row", arguments) == fused.name
+
+
+def _supports_shards(config: ModelConfig, shards: int) -> bool:
+    from qwen_jax.kernels.decode import layer_gpu
+
+    quantized = config.quantization is not None
+    D, V = config.hidden_size, config.vocab_size // shards
+    F = padded_width(config.intermediate_size, shards, quantized) // shards
+    heads = config.num_heads // shards * config.head_dim
+    qkv = heads + 2 * max(config.num_kv_heads // shards, 1) * config.head_dim
+    needs = {
+        "dense layers": config.moe is None,
+        "weights in full precision": not quantized,
+        f"a hidden size, and a shard's feed-forward size ({F}) and heads x head_dim ({heads}), of multiples of 128": (
+            layer_gpu.supports(D, F, heads, qkv, V)
+        ),
+    }
+    fused = Candidate("four kernels per layer", unmet(needs))
+    separate = Candidate("many kernels per layer", slow=True)
+    what = f"hidden size {D}, {config.num_layers} layers, {shards} tensor shards"
+    return select([fused, separate], "auto", "decoding of one row", what) == fused.name
 
 
 def _supports_quantized(config: ModelConfig, quantization: Quantization) -> bool:

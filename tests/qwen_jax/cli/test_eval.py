@@ -74,6 +74,33 @@ def test_passkey_and_again(capsys: Capture, model: Path, tmp_path: Path, monkeyp
     assert (status, "seed was 0, is 1" in err) == (1, True)
 
 
+@pytest.mark.draw(1)
+@pytest.mark.parametrize("task", ["passkey", "needle", "ruler", "perplexity"])
+def test_results_of_other_weights_are_not_taken(
+    task: str, capsys: Capture, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model is known by the content of its files: a copy at another path goes on with what is there."""
+    shutil.copytree(model, tmp_path / "copy")
+    search = ("--depths", 50, "--samples", 1)
+    more = {
+        "perplexity": ("--text", model / "text.txt", "--windows", 1),
+        "ruler": (*search, "--tasks", "niah_single_1"),
+    }
+    command = ("--lengths", 1000, *more.get(task, search), "--output", tmp_path / "out")
+    assert run(capsys, task, model, *command)[0] == 0
+    if task != "perplexity":
+        # Nothing is left to do.
+        with monkeypatch.context() as patch:
+            patch.setattr("convert.load", no_weights)
+            assert run(capsys, task, tmp_path / "copy", *command)[0] == 0
+    make_hf_checkpoint(tmp_path / "copy", vocab_size=512, eos_token_id=0, max_position_embeddings=1024, seed=7)
+    status, _, err = run(capsys, task, tmp_path / "copy", *command)
+    assert (status, "results of other settings" in err, "weights was" in err) == (1, True, True), err
+    # Results are not hashed with the model that they belong to.
+    status, _, err = run(capsys, task, model, *command[:-1], model / "out")
+    assert (status, "lies in the folder of the model" in err) == (1, True)
+
+
 def test_needles_in_a_text_with_the_chat_template(capsys: Capture, model: Path, tmp_path: Path) -> None:
     command = ("needle", "--model", model, "--lengths", 700, "--depths", 50, "--samples", 1, "--needles", 3)
     more = ("--asked", 2, "--haystack", model / "text.txt", "--form", "chat", "--output", tmp_path / "out", "--json")

@@ -85,6 +85,35 @@ def test_bad_input_is_found_before_the_weights_are_loaded(
         assert not (tmp_path / "out").exists()
 
 
+def test_what_is_asked_for_by_name_and_is_missing_gives_status_1(
+    capsys: Capture, model: Path, data: Path, tmp_path: Path
+) -> None:
+    """What is there has its figures all the same; what is not asked for by name may be missing."""
+    command = ("eval", "rewards", model, "--data-root", data)
+    for names, status in (((), 0), (("preference",), 0), (("preference", "rmb"), 1)):
+        asked = ("--benchmarks", *names) if names else ()
+        found, printed, err = run(capsys, *command, *asked, "--output", tmp_path / f"out-{len(names)}", "--json")
+        assert found == status
+        assert ("error: not found: " in err, "rmb/BoN_set" in err) == (("rmb" in names),) * 2
+        assert json.loads(printed)["benchmarks"]["preference"]["items"] == 2
+
+
+def test_a_model_is_known_by_its_content_and_not_by_its_path(
+    capsys: Capture, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("--data-root", data, "--output", tmp_path / "out", "--json")
+    assert run(capsys, "eval", "rewards", model, *command)[0] == 0
+    before = (tmp_path / "out/results.jsonl").read_bytes()
+    shutil.copytree(model, tmp_path / "moved")
+
+    def no_weights(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr("convert.load", no_weights)
+    assert run(capsys, "eval", "rewards", tmp_path / "moved", *command)[0] == 0
+    assert (tmp_path / "out/results.jsonl").read_bytes() == before
+
+
 def test_scores_of_other_weights_are_not_taken(capsys: Capture, model: Path, data: Path, tmp_path: Path) -> None:
     """The folder of a training run has another model tomorrow."""
     changing = tmp_path / "changing"

@@ -11,6 +11,7 @@ import torch
 
 import convert
 from convert.adapter import adapter_folders, load_adapters
+from convert.placement import place
 from convert.quantized.export import export
 from convert.quantized.gptq import Gptq
 from convert.source import TreeSource
@@ -21,10 +22,12 @@ from qwen_jax.inference import Engine, SamplingParams
 from qwen_jax.inference.completion import Ending
 from qwen_jax.inference.continuous import ContinuousEngine
 from qwen_jax.inference.request import Request
+from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import make_mesh
+from qwen_jax.published import published
 from qwen_jax.quantization import Quantization, Scheme
 from tests.helpers.hf import make_hf_checkpoint
-from tests.helpers.quantized import random_quantized
+from tests.helpers.quantized import random_quantized, with_quantization
 from tests.helpers.runs import print_seed
 from tests.qwen_jax.inference.test_adapters import write_adapter
 
@@ -79,6 +82,29 @@ def test_both_engines(folder: Path, axes: dict[str, int]) -> None:
     for text, (ids, log_probs) in zip(found, [*want, *merged], strict=True):
         assert list(text.token_ids) == ids
         np.testing.assert_allclose([token.logprob for token in text.tokens], log_probs, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [Scheme("int4", 32, offset="zero"), Scheme("int8", 32), Scheme("float8_e4m3fn"), Scheme("int4", 32, offset="min")],
+    ids=["int4", "int8", "fp8", "int4 with minima"],
+)
+@pytest.mark.draw(1)
+def test_text_on_a_tensor_axis(scheme: Scheme) -> None:
+    """The text of one device, also where a shard has a part of a group: 48 of 96 inputs, in groups of 32."""
+    rng = print_seed()
+    config = dataclasses.replace(published("tiny"), intermediate_size=96, vocab_size=VOCAB, eos_token_ids=())
+    config = with_quantization(config, Quantization(scheme))
+    params, prompts = random_quantized(config, rng), [rng.integers(0, VOCAB, n).tolist() for n in (3, 17)]
+    found = []
+    for shards in (1, 2):
+        mesh = make_mesh({"tensor": shards}, jax.devices()[:shards])
+        placed = place(TreeSource(params, config), mesh, "float32", Options(stacked=False))
+        engine = Engine(config, placed, mesh, dtype="float32")
+        found.append(engine.generate(prompts, SamplingParams(logprobs=True), max_new_tokens=8))
+    for one, two in zip(*found, strict=True):
+        assert one.token_ids == two.token_ids
+        np.testing.assert_allclose(one.logprobs, two.logprobs, atol=2e-4)
 
 
 def test_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

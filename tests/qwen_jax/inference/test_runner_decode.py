@@ -81,6 +81,28 @@ def test_the_model_passes_the_right_arguments_to_the_paged_step(
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="the kernels themselves run there")
+@pytest.mark.parametrize("name", ["tiny", "tiny-untied"])
+def test_one_row_on_a_tensor_axis_equals_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each device has its heads, its part of the feed-forward layer and of the vocabulary; their results are added."""
+    if jax.device_count() < 4:
+        pytest.skip("Needs 4 devices.")
+    config = dataclasses.replace(published(name), num_layers=2, vocab_size=160)
+    seed = int(np.random.SeedSequence().entropy % 2**32)  # type: ignore[operator]
+    print("seed", seed)
+    # Four shards have more key/value heads than the model.
+    axes = {"tensor": 2 if name == "tiny" else 4}
+    want = decoded(config, 1, seed, axes)
+    calls = plain_kernels(monkeypatch)
+    got = decoded(config, 1, seed, axes)
+    assert calls == ["first", *["attention", "output", "feed forward", "first"] * 2]
+    check_same(got, want, 1)
+    monkeypatch.setattr(kernels, "supports_decode_step", lambda *_: True)
+    _, pages, static, _ = got
+    with jax.set_mesh(make_mesh(axes, jax.devices()[: axes["tensor"]])):
+        assert decode_options(static, pages, 1, 64) is None
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the kernels themselves run there")
 @pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
 def test_one_row_by_two_kernels_a_layer_equals_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And its program is compiled with the options of these kernels, unlike those of more rows or with adapters."""
@@ -97,7 +119,7 @@ def test_one_row_by_two_kernels_a_layer_equals_the_model(name: str, monkeypatch:
 
     monkeypatch.setattr(one_row, "supports", supports)
     monkeypatch.setattr(kernels, "supports_decode_step", lambda *_: True)
-    monkeypatch.setattr(one_row.layer_kernels, "supports", lambda _: True)
+    monkeypatch.setattr(one_row.layer_kernels, "supports", lambda *_: True)
     used: list[Any] = []
     jit = jax.jit
 

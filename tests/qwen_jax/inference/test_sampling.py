@@ -13,7 +13,8 @@ import torch
 from transformers.generation import logits_process as hf
 
 from qwen_jax.errors import InputError
-from qwen_jax.inference.sampling import NOT_FINITE, SamplingParams, SamplingValues, sample_token, top_k
+from qwen_jax.inference.sampling import NOT_FINITE, SamplingParams, SamplingValues, sample_token
+from qwen_jax.inference.vocabulary import top_k
 
 V = 4000
 

@@ -12,12 +12,12 @@ import pytest
 
 from qwen_jax.errors import InputError
 from qwen_jax.inference import one_row
-from qwen_jax.kernels.decode import layer_gpu
-from qwen_jax.kernels.decode.layer_gpu import layer_tail, norm_product
+from qwen_jax.kernels.decode import layer, layer_gpu
+from qwen_jax.kernels.decode.layer_gpu import feed_forward, layer_tail, norm_product, output_product
 from qwen_jax.kernels.decode.layer_gpu_products import CHUNK, MAX_TILE, divide_product
 from qwen_jax.kernels.gpu.device import multiprocessors
 from qwen_jax.options import Options
-from qwen_jax.parallel.sharding import Sharding, make_mesh
+from qwen_jax.parallel.sharding import Sharding, make_mesh, padded_width
 from qwen_jax.published import published
 from tests.helpers.layer_cases import (
     EPS,
@@ -90,6 +90,48 @@ def test_the_first_product_fits_in_shared_memory(name: str, head: bool) -> None:
     assert step.trace(stream, norm, w).lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 1
 
 
+def _shard_arguments(name: str, shards: int) -> dict[str, tuple[Any, list[jax.ShapeDtypeStruct]]]:
+    """The kernels of a tensor shard, and the shapes of their arguments."""
+    D, F, I, R, V = _sizes(name)
+    f, i = padded_width(F, shards, quantized=False) // shards, I // shards
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    stream, added, counter = array(D), array(D, dtype=jnp.float32), array(1, dtype=jnp.int32)
+    return {
+        "output": (output_product, [array(i), array(D, i)]),
+        "feed forward": (
+            functools.partial(feed_forward, eps=EPS),
+            [stream, added, stream, array(2, f, D), array(D, f), counter],
+        ),
+        "qkv": (functools.partial(norm_product, eps=EPS), [stream, stream, array(R // shards, D), added]),
+        "head": (
+            functools.partial(norm_product, eps=EPS, out_dtype=jnp.float32),
+            [stream, stream, array(V // shards, D), added],
+        ),
+    }
+
+
+@pytest.mark.parametrize(("name", "shards"), [(f"qwen2.5-{size}", n) for size in ("7b", "32b", "72b") for n in (2, 4)])
+@pytest.mark.parametrize("kernel", ["output", "feed forward", "qkv", "head"])
+@pytest.mark.draw(6)
+def test_kernels_of_a_tensor_shard_lower_for_hopper(name: str, shards: int, kernel: str) -> None:
+    """Each is one kernel, and nothing of the size of a weight is created beside it."""
+    assert layer.supports(published(name), shards)
+    function, shapes = _shard_arguments(name, shards)[kernel]
+    text = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == 1
+    done = set(re.findall(r"stablehlo\.(\w+)", text))
+    assert done <= {"custom_call", "output_operand_alias", "reshape", "reduce", "constant", "add", "return"}, done
+
+
+def test_sizes_of_a_shard_decide_about_its_kernels() -> None:
+    """0.5B has 7 heads of 64 on each of two devices; the experts of an MoE model are not cut."""
+    assert not layer.supports(published("qwen2.5-0.5b"), 2)
+    assert not layer.supports(published("qwen1.5-moe-a2.7b"), 2)
+
+
 def test_unsupported_arguments_are_refused() -> None:
     def zeros(*shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
         return jnp.zeros(shape, dtype)
@@ -156,6 +198,36 @@ if ON_HOPPER:
             np.testing.assert_array_equal(np.asarray(out_again), np.asarray(out))
         first = norm_product(args[1], args[6], args[7], eps=EPS, out_dtype=dtype, blocks=multiprocessors())
         assert error(first, plain_product(args[1], args[6], args[7], out_dtype=dtype)) < 4e-3
+
+    @pytest.mark.parametrize(("name", "shards"), [("qwen2.5-7b", 2), ("qwen2.5-14b", 4)])
+    def test_the_kernels_of_tensor_shards_add_up_to_the_layer(name: str, shards: int) -> None:
+        """Against float32 products with the same roundings, shard after shard on one device; 100 runs are identical."""
+        keys = iter(jax.random.split(jax.random.key(0), 16))
+        scales = 1.0, 1.0, 0.02, 0.1, 0.02, 0.02, 0.1, 0.02
+        args = [
+            (scale * jax.random.normal(next(keys), s.shape)).astype(jnp.bfloat16)
+            for s, scale in zip(_shapes(name, False), scales, strict=False)
+        ]
+        args[3], args[6] = 1 + args[3], 1 + args[6]
+        heads, stream, w_o, mid, w_gate_up, w_down, norm, w_next = args
+        zero, how = jnp.zeros((1,), jnp.int32), {"eps": EPS, "blocks": multiprocessors()}
+
+        def run(counter: jax.Array) -> list[Any]:
+            parts = zip(*(jnp.split(x, shards, 0 if x is heads else 1) for x in (heads, w_o)), strict=True)
+            attended = sum(output_product(*part, blocks=multiprocessors()) for part in parts)
+            inner = zip(*(jnp.split(x, shards, axis=1) for x in (w_gate_up, w_down)), strict=True)
+            found = [feed_forward(stream, attended, mid, *part, counter, **how) for part in inner]
+            after = found[0][0], norm, w_next, sum(out for _, out, _ in found)
+            return [found[0][2], *norm_product(*after, **how)]
+
+        counter, *got = run(zero)
+        assert int(counter[0]) == 1024
+        want = jax.jit(plain_tail)(*args, zero)
+        for a, b in zip(got, want, strict=False):
+            assert error(a, b) < 8e-3
+        for _ in range(100):
+            for a, b in zip(run(counter)[1:], got, strict=True):
+                np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
     def test_counter_wraps_around() -> None:
         """2^32 is a whole number of rounds: at the end of its range the counter continues from zero."""

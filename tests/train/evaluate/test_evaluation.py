@@ -138,6 +138,11 @@ def test_a_metric_of_the_corpus_is_compared_as_one(data: Path, tmp_path: Path, m
     assert found["low"] < found["value"] < found["high"]
     same = comparing.compare(tmp_path / "mine", tmp_path / "mine")["tasks"]["sums"]["metrics"]["ratio"]
     assert (same["value"], same["p"]) == (0.0, 1.0)
+    # Statistics of another version may mean something else: they are named and not compared.
+    monkeypatch.setattr(Ratio, "version", Ratio.version + 1)
+    other = comparing.compare(tmp_path / "worse", tmp_path / "mine")
+    assert other["tasks"]["sums"]["metrics"]["ratio"]["items"] == 0
+    assert any("sums: ratio are not compared: their statistics are of versions 1 and 1" in x for x in other["warnings"])
 
 
 def test_the_paired_bootstrap_is_wrong_as_often_as_it_says() -> None:

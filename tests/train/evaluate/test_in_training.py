@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,64 +17,15 @@ from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.params import init_params
 from qwen_jax.tokenizer import load_tokenizer
 from tests.helpers.runs import assert_same_weights, configuration, numbers, print_seed, stop_after
+from tests.helpers.small_tasks import Choice, Judged, Written, measured, write_lines
 from train import run
 from train.evaluate import in_training, registry
 from train.evaluate import run as benchmarks
 from train.evaluate.encoding import RequestEncoder
 from train.evaluate.in_training import TaskEvaluation
-from train.evaluate.task import DataFile, Generate, Item, Loglikelihood, Metric, Request, Response, Task, Tools, Verdict
 from train.evaluate.token_model import TokenModel
-from train.observe.metrics import read_log
 from train.observe.plots import plot_folder
 from train.observe.trackers import tags
-
-WORDS = "some", "text", "of", "no", "importance"
-
-
-class Choice(Task):
-    """The log-probability of a line's last word, and whether it is more likely than the first one."""
-
-    name = "choice"
-    files = (DataFile("choice.txt"),)
-    metrics = (Metric("accuracy"), Metric("logprob", 1.0))
-
-    def items(self, files: Mapping[str, Path]) -> Sequence[Item]:
-        lines = files["choice.txt"].read_text().splitlines()
-        return [Item(str(i), {"words": line.split()}) for i, line in enumerate(lines)]
-
-    def template(self) -> str:
-        return "{words}"
-
-    def requests(self, item: Item, rounds: Sequence[Sequence[Response]]) -> Sequence[Request]:
-        *context, last = item.fields["words"]
-        return () if rounds else [Loglikelihood(" ".join(context), f" {word}") for word in (last, context[0])]
-
-    def score(
-        self, items: Sequence[Item], responses: Sequence[Sequence[Sequence[Response]]], tools: Tools
-    ) -> Sequence[Verdict]:
-        pairs = [[float(response.logprob or 0) for response in rounds[0]] for rounds in responses]
-        return [Verdict({"accuracy": float(a > b), "logprob": a}) for a, b in pairs]
-
-
-class Written(Choice):
-    """The share of vowels in a text that is generated."""
-
-    name = "written"
-    metrics = (Metric("vowels"),)
-
-    def requests(self, item: Item, rounds: Sequence[Sequence[Response]]) -> Sequence[Request]:
-        return () if rounds else [Generate(" ".join(item.fields["words"]), max_tokens=5)]
-
-    def score(
-        self, items: Sequence[Item], responses: Sequence[Sequence[Sequence[Response]]], tools: Tools
-    ) -> Sequence[Verdict]:
-        texts = [rounds[0][0].text for rounds in responses]
-        return [Verdict({"vowels": sum(c in "aeiou" for c in text) / max(len(text), 1)}) for text in texts]
-
-
-class Judged(Choice):
-    name = "judged"
-    needs_judge = True
 
 
 @pytest.fixture(autouse=True)
@@ -86,20 +36,8 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    rng = print_seed()
-    lines = [" ".join(rng.choice(WORDS, 5, replace=False)) for _ in range(12)]
-    (tmp_path / "choice.txt").write_text("\n".join(lines))
+    write_lines(tmp_path, print_seed())
     return tmp_path
-
-
-def measured(output: Path) -> dict[int, dict[str, float]]:
-    """The records of tasks by step."""
-    found: dict[int, dict[str, float]] = {}
-    for record in read_log(output / "metrics.jsonl"):
-        if any(name.startswith("task/") for name in record):
-            assert int(record["step"]) not in found
-            found[int(record["step"])] = {k: v for k, v in record.items() if k != "step"}
-    return found
 
 
 def test_a_run_learns_the_same_and_its_scores_are_those_of_its_checkpoint(
@@ -171,6 +109,22 @@ def test_a_measurement_ends_in_its_time_and_says_how_many_items_it_did(
         assert now[0] - begin <= max(seconds, 10)
 
 
+def test_scores_do_not_depend_on_the_mesh(material: Path, data: Path) -> None:
+    """On a context axis too, whose devices score different texts."""
+    tokenizer, config = load_tokenizer(material / "tokenizer"), configuration(material, data / "run")
+    opened = in_training.OpenedTasks(TaskEvaluation(("choice", "written"), every=1, data_root=str(data)), tokenizer)
+    found = []
+    for axes in ({}, {"fsdp": 2, "context": 2}):
+        mesh = make_mesh(axes)
+        with jax.set_mesh(mesh):
+            weights = init_params(config.model, jax.random.key(0), mesh)
+        found.append(opened.measure_on(config.model, config.step, mesh, print)(weights))
+    opened.close()
+    assert found[0].keys() == found[1].keys()
+    for name in ("task/choice/logprob", "task/written/vowels", "task/written/items"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-5)
+
+
 def test_what_cannot_be_measured_is_an_error_before_training(material: Path, data: Path) -> None:
     for change, message in (
         ({"tasks": ("choise",)}, "no task 'choise'. Similar ones: choice"),
@@ -181,9 +135,6 @@ def test_what_cannot_be_measured_is_an_error_before_training(material: Path, dat
         tasks = dataclasses.replace(TaskEvaluation(("choice",), every=4, data_root=str(data)), **change)
         with pytest.raises(InputError, match=message):
             run.pretrain(configuration(material, data / "run", tasks=tasks))
-    tasks = TaskEvaluation(("choice",), every=4, data_root=str(data))
-    with pytest.raises(InputError, match="on a context axis; it is 2"):
-        run.pretrain(configuration(material, data / "run", tasks=tasks, mesh={"context": 2}))
     assert not (data / "run" / "checkpoints").exists()
     for wrong in ({"every": 0}, {"limit": 0}, {"seconds": 0.0}, {"seconds": float("nan")}):
         with pytest.raises(InputError, match=next(iter(wrong))):

@@ -9,6 +9,7 @@ import pytest
 from qwen_jax.cli import main
 from tests.helpers.runs import print_seed
 from tests.helpers.scaling import CHINCHILLA, draw_runs
+from train.scaling.runs import COMPUTE
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_fit_writes_a_law_and_pictures(law: Path) -> None:
     value = json.loads((law / "law.json").read_text())
     assert abs(value["parameters"]["a"] - CHINCHILLA.a) < 0.03
     assert value["intervals"]["a"][0] < value["parameters"]["a"] < value["intervals"]["a"][1]
-    assert value["counting"] == "total"
+    assert (value["counting"], value["compute"]) == ("total", COMPUTE)
     assert value["runs"] == 48
     assert len(value["data"]["sha256"]) == 64
     assert abs(value["checks"]["approach3"]["a"] - CHINCHILLA.a) < 0.03
@@ -59,7 +60,7 @@ def test_predictions_as_text_and_json(law: Path, capsys: pytest.CaptureFixture[s
 
 def test_unusable_input_is_said(law: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit status 1 and a sentence, without a traceback."""
-    (tmp_path / "law.json").write_text('{"law": "loss", "version": 1, "parameters": {"E": 1}}')
+    (tmp_path / "law.json").write_text(json.dumps({"law": "loss", "version": 1, "compute": COMPUTE, "parameters": {}}))
     (tmp_path / "other.json").write_text("{}")
     for law_path, text in (("law.json", "not a fitted law"), ("other.json", "not a fitted law"), ("no", "exist")):
         assert main(["scaling", "compute-optimal", "--law", str(tmp_path / law_path), "--flops", "1e20"]) == 1

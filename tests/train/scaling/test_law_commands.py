@@ -11,6 +11,7 @@ from tests.helpers.runs import print_seed
 from tests.train.scaling.sweeps import sweep
 from tests.train.scaling.test_hyperparameters import a_law
 from tests.train.scaling.test_moe import measured
+from train.scaling.runs import COMPUTE
 
 
 def write_table(path: Path, columns: dict[str, np.ndarray], more: str = "") -> None:
@@ -117,7 +118,7 @@ def test_a_law_that_is_not_whole_is_named(
 ) -> None:
     pair = {"coefficient": 1.0, "params": -0.5, "tokens": 0.3}
     law = {"law": "hyperparameters", "version": 1, "parameters": {"learning_rate": pair, "batch_tokens": pair}}
-    law |= {"level": 0.9, "range": {name: [1e6, 1e9] for name in ("params", "tokens", "flops")}}
+    law |= {"compute": COMPUTE, "level": 0.9, "range": {name: [1e6, 1e9] for name in ("params", "tokens", "flops")}}
     path = tmp_path / "law.json"
     command = ["scaling", "predict", "--law", str(path), "--params", "1e8", "--tokens", "1e9"]
     path.write_text(json.dumps(law))
@@ -126,3 +127,18 @@ def test_a_law_that_is_not_whole_is_named(
     path.write_text(json.dumps({**law, **change}))
     assert main(command) == 1
     assert "Fit it again" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("kind", ["loss", "hyperparameters", "moe"])
+@pytest.mark.parametrize("stated", ["C = 3 N D", None])
+def test_a_law_with_another_definition_of_compute_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, stated: str | None
+) -> None:
+    """Also a law that states none, whatever its kind; the error says what was expected and what to do."""
+    law = {"law": kind, "version": 1, "parameters": {}} | ({} if stated is None else {"compute": stated})
+    (tmp_path / "law.json").write_text(json.dumps(law))
+    assert main(["scaling", "predict", "--law", str(tmp_path), "--params", "1e8", "--tokens", "1e9"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("does not state how compute is defined" if stated is None else repr(stated)) in said
+    assert "expected 'C = 6 N D, N as counted" in said
+    assert "Fit it again to its table of runs" in said

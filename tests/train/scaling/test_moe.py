@@ -7,59 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.scaling.coverage import TOKENS, TRUE, coverage, measured
 from qwen_jax.errors import InputError
 from tests.helpers.runs import print_seed
-from train.scaling.moe import MoeForm, MoeLaw, MoeRuns, fit_moe, moe_runs
-from train.scaling.moe_equivalent import dense_equivalent, equal_to_dense, equivalent_interval
+from train.scaling.moe import MoeForm, fit_moe, leverages, moe_runs, percentiles
+from train.scaling.moe_equivalent import dense_equivalent, equal_to_dense
 from train.scaling.moe_law import equivalents, fit_table, predict, predict_text, read_law, table_runs
 from train.scaling.runs import RunTable
 
 PUBLIC = os.environ.get("QWEN_JAX_RUN_TABLES")
-
-SIZES, TOKENS = 2e7 * 2.0 ** np.arange(6), (2e9, 8e9, 32e9)
-TRUE: dict[MoeForm, dict[str, float]] = {
-    "leverage": {
-        "e": 1.7, "a": 400, "alpha": 0.34, "b": 1000, "beta": 0.33, "k0": 0.4, "k1": 0.01, "k2": 0.08, "k3": -0.02,
-        "C0": 5e18,
-    },
-    # The values of Abnar et al. 2025, table of fitted coefficients, as remembered.
-    "sparsity": {
-        "e": 0.94, "a": 16612.5, "alpha": 0.5962, "b": 5455.67, "beta": 0.3954, "c": 0.4598, "lambda": -0.1666,
-        "d": 17.26, "delta": 0.1603, "gamma": 0.1595,
-    },
-    "granularity": {
-        "c": 0.9, "g": 3.0, "gamma": 0.6, "a": 60.0, "alpha": 0.22, "b": 60.0, "beta": 0.2,
-        "c_dense": 0.9, "a_dense": 60.0, "alpha_dense": 0.2, "b_dense": 60.0, "beta_dense": 0.2,
-    },
-    # Clark et al. 2022, table 3, S-Base.
-    "bilinear": {"a": -0.082, "b": -0.108, "c": 0.009, "d": 1.104},
-    "saturated": {"a": -0.082, "b": -0.108, "c": 0.009, "d": 1.104, "E_start": 1.85, "E_max": 300.0},
-}  # fmt: skip
-
-
-def design(form: MoeForm) -> MoeRuns:
-    """A grid of models that determines a form, without losses."""
-    if form in ("bilinear", "saturated"):
-        rows = [(n, n * (1 + 0.3 * (e - 1)), 1.3e11, 1, e, 1) for n in SIZES * 2 for e in 2.0 ** np.arange(10)]
-    else:
-        ratios = (1, 16) if form == "granularity" else (1, 2, 4, 8, 16)
-        rows = [
-            (n, n * r, d, 1, 1 if r == 1 else 4 * r, g)
-            for n in SIZES
-            for r in ratios
-            for d in TOKENS
-            for g in ((1,) if r == 1 else (1, 4, 8))
-        ]
-    return MoeRuns(*np.array(rows, np.float64).T)
-
-
-def measured(form: MoeForm, generator: np.random.Generator, noise: float) -> tuple[MoeRuns, MoeLaw]:
-    """A table of runs, and the law that made it."""
-    runs = design(form)
-    ranges = {name: (0.0, np.inf) for name in ("active", "total", "ratio", "tokens", "experts", "granularity")}
-    law = MoeLaw(form, TRUE[form], [], 0.0, ranges, [])
-    loss = law.loss(runs) * np.exp(noise * generator.normal(size=len(runs)))
-    return dataclasses.replace(runs, loss=loss), law
 
 
 @pytest.mark.parametrize("form", TRUE)
@@ -74,20 +30,66 @@ def test_recovers_each_form(form: MoeForm) -> None:
         assert law.parameters[name] == pytest.approx(true.parameters[name], rel=0.1)
 
 
-def test_intervals_cover() -> None:
-    """Most 90% intervals of the dense equivalent hold the truth, over many tables of the fastest form."""
+@pytest.mark.draw(2)
+@pytest.mark.parametrize("form", TRUE)
+def test_leverages_are_those_of_the_linearised_law(form: MoeForm) -> None:
+    """Each is between 0 and 1, and they sum to the number of parameters that the runs determine."""
+    runs, true = measured(form, print_seed(), 0.0)
+    found = leverages(true, runs)
+    assert ((found > 0) & (found < 1)).all()
+    determined = len(true.parameters) - (form == "leverage")  # C0 is a unit.
+    assert found.sum() == pytest.approx(determined, abs=1e-3)
+
+
+def test_each_draw_of_the_bootstrap_fits_the_law_with_residuals_of_random_signs() -> None:
+    """The form `bilinear` is linear in the log loss, so that the law of a draw is known.
+
+    With the hat matrix H, whose diagonal is h, and residuals r a draw moves the fitted log losses by H (w r / (1 - h)),
+    where w = ±1. So moves are fixed by H, their norm is at most that of r / (1 - h), and each is at most the sum of all
+    amounts. Without noise all draws are the law.
+    """
     generator = print_seed()
-    inside = []
-    for seed in range(24):
-        runs, true = measured("bilinear", generator, 2e-3)
-        law = fit_moe(runs, "bilinear", samples=40, seed=seed)
-        place = int(generator.choice(np.flatnonzero(~runs.dense)))
-        size, tokens, experts = runs.active[place], runs.tokens[place], runs.experts[place]
-        one = dense_equivalent(law, size, tokens, experts=experts)
-        low, high = equivalent_interval(law, one)
-        assert low < one.dense < high
-        inside.append(low <= dense_equivalent(true, size, tokens, experts=experts).dense <= high)
-    assert np.mean(inside) > 0.55
+    runs, true = measured("bilinear", generator, 2e-3)
+    law = fit_moe(runs, "bilinear", samples=10, seed=int(generator.integers(100)))
+    size, experts = np.log10(runs.active), np.log10(runs.experts)
+    design = np.column_stack([size, experts, size * experts, np.ones(len(runs))])
+    hat = design @ np.linalg.pinv(design)
+    np.testing.assert_allclose(leverages(law, runs), np.diag(hat), rtol=1e-4)
+    scaled = np.abs(np.log(runs.loss / law.loss(runs))) / (1 - np.diag(hat))
+    for sample in law.samples():
+        moved = np.log(sample.loss(runs) / law.loss(runs))
+        np.testing.assert_allclose(hat @ moved, moved, atol=1e-8)
+        assert np.linalg.norm(moved) <= np.linalg.norm(scaled) * (1 + 1e-6)
+        assert (np.abs(moved) <= np.abs(hat) @ scaled + 1e-9).all()
+        assert np.linalg.norm(moved) > 0
+    exact = dataclasses.replace(runs, loss=true.loss(runs))
+    for sample in fit_moe(exact, "bilinear", samples=3).samples():
+        np.testing.assert_allclose(sample.loss(runs), exact.loss, rtol=1e-9)
+
+
+def test_the_study_of_coverage_counts_nested_intervals() -> None:
+    """Of each quantity the wider intervals hold the truth at least as often."""
+    found = coverage("bilinear", 3, 20, 2e-3, seed=int(print_seed().integers(1000)), levels=(0.5, 0.9))
+    held = {(one.what, one.level): one.held for one in found}
+    assert {what for what, _ in held} == {"a", "b", "c", "d", "dense equivalent"}
+    assert all(one.tables == 3 and one.held <= 3 for one in found)
+    assert all(held[what, 0.5] <= held[what, 0.9] for what, _ in held)
+
+
+def test_ends_of_intervals_are_order_statistics() -> None:
+    """Of n exchangeable draws and a further one, this one is outside with a probability of at most 1 - level.
+
+    The rank of the further one among all is uniform: the two ends leave k of n + 1 ranks out on each side.
+    """
+    rng = print_seed()
+    for level in (0.8, 0.9, 0.95):
+        for count in (40, 99, 200):
+            values = rng.permutation(count).astype(float)
+            low, high = percentiles(values.tolist(), level)
+            left_out = (low + 1) + (count - high)
+            assert left_out / (count + 1) <= 1 - level + 1e-9 or left_out == 2
+            assert (left_out + 2) / (count + 1) > 1 - level
+    assert percentiles([np.inf, 1.0, 2.0], 0.9) == (1.0, np.inf)
 
 
 @pytest.mark.parametrize("form", ["leverage", "sparsity"])

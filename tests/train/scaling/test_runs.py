@@ -47,6 +47,18 @@ def test_tokens_come_from_flops(tmp_path: Path) -> None:
     assert any("flops / (6 params)" in text for text in table.warnings)
 
 
+def test_compute_is_6_n_d_whatever_the_table_says(tmp_path: Path) -> None:
+    """FLOPs of another definition are warned of, with their ratio to 6 N D; rounded ones are not."""
+    rng = print_seed()
+    params, tokens = rng.uniform(1e6, 1e9, 5), rng.uniform(1e9, 1e12, 5)
+    for factor, warned in ((1.0, False), (1.004, False), (0.5, True), (1.3, True)):
+        rows = [f"{n!r},{d!r},2,{6 * n * d * factor!r}" for n, d in zip(params.tolist(), tokens.tolist(), strict=True)]
+        path = write(tmp_path / "a.csv", "\n".join(["params,tokens,loss,flops", *rows]))
+        table = read_runs(path, NEEDED, ("flops",))
+        np.testing.assert_allclose(table["flops"], 6 * table["params"] * table["tokens"], rtol=1e-12)
+        assert any(f"{factor:g} times 6 N D" in text for text in table.warnings) == warned
+
+
 def test_diverged_unfinished_and_copied_runs_are_left_out_and_named(tmp_path: Path) -> None:
     """Rows are named by their number in the file, also where others are not selected."""
     path = write(

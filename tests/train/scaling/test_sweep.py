@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 from qwen_jax.cli import main
 from qwen_jax.config import MoE
 from qwen_jax.errors import InputError
+from qwen_jax.tokenizer import load_tokenizer, train_bpe
+from tests.helpers.data_sets import make_rows
 from tests.helpers.runs import MODEL, make_material, print_seed
 from tests.train.scaling.fake_runs import SIZES, FakeTrainer, base, loss_of, optimum, sweep
 from train.config import RunConfig, as_json, load
@@ -25,6 +28,7 @@ from train.run import pretrain
 from train.scaling.design import next_points, quadratic_optimum
 from train.scaling.run_config import configure
 from train.scaling.run_sweep import collect, read_results, run_sweep, write_sweep
+from train.scaling.runs import COMPUTE
 from train.scaling.sweep import load_sweep, make_plan
 
 
@@ -47,7 +51,8 @@ def test_a_grid_has_every_combination_once_in_the_table(tmp_path: Path) -> None:
         assert row["params"] == row["active_params"] == model.num_params()["active"]
         assert row["total_params"] == model.num_params()["total"]
         assert (row["steps"], row["warmup_steps"], row["length"]) == (steps, round(steps / 10), 16)
-        assert row["flops"] == flops_per_token(model, 16) * steps * row["batch_tokens"]
+        assert row["model_flops"] == flops_per_token(model, 16) * steps * row["batch_tokens"]
+        assert row["flops"] == 6 * row["params"] * row["tokens"]
         assert row["status"] == "ok"
         assert row["loss"] == row["loss_held"] > 1.8
     # The same call trains nothing.
@@ -85,6 +90,43 @@ def test_a_run_that_diverges_is_a_row_without_a_loss_and_not_run_again(tmp_path:
     assert all(row["loss"] is None and row["loss_held"] is None for row in bad)
     assert "4 diverged" in outcome.to_text()
     assert run_sweep(asked, tmp_path, FakeTrainer(stop_after=0)).finished
+
+
+@pytest.mark.parametrize("changed", ["data.a", "held_out.held", "tokenizer"])
+def test_a_sweep_is_not_resumed_on_other_data(tmp_path: Path, changed: str) -> None:
+    """Data is known by its content: a copy at the same path is the same, another content is an error before training.
+
+    One data set is built, the held-out one is a file of raw documents, one is on another machine.
+    """
+    make_material(tmp_path)
+    raw = tmp_path / "documents.txt"
+    raw.write_text("some text")
+    run = base(tmp_path)
+    run = dataclasses.replace(run, data={**run.data, "b": "elsewhere"}, held_out={"held": str(raw)})
+    asked, folder = sweep(base=run, seeds=(0,)), tmp_path / "sweep"
+    with contextlib.suppress(SystemExit):
+        run_sweep(asked, folder, FakeTrainer(stop_after=3))
+    before = table(folder)
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "copy").rename(tmp_path / "a")
+    with contextlib.suppress(SystemExit):
+        run_sweep(asked, folder, FakeTrainer(stop_after=0))
+    if changed == "data.a":
+        shutil.rmtree(tmp_path / "a")
+        tokenizer = load_tokenizer(tmp_path / "tokenizer").fingerprint()
+        make_rows(tmp_path / "a", print_seed(), 12, 16, tokenizer=tokenizer)
+    elif changed == "tokenizer":
+        shutil.rmtree(tmp_path / "tokenizer")
+        train_bpe(["other words " * 9], 290).save(tmp_path / "tokenizer")
+    else:
+        raw.write_text("some text.")
+    for call in (lambda: run_sweep(asked, folder, FakeTrainer()), lambda: write_sweep(asked, folder)):
+        with pytest.raises(
+            InputError, match=rf"made from other data: the content of {re.escape(changed)} has the hash"
+        ):
+            call()
+    assert table(folder) == before
 
 
 def test_another_error_ends_the_sweep(tmp_path: Path) -> None:
@@ -274,6 +316,7 @@ def law_file(folder: Path, counting: str = "with-head") -> Path:
     law = {
         "law": "hyperparameters",
         "version": 1,
+        "compute": COMPUTE,
         "parameters": {
             "learning_rate": {"coefficient": 3.2 / 3e4**0.3, "params": -0.7, "tokens": 0.3},
             "batch_tokens": {"coefficient": 240 / 3e4**0.5, "params": 0.0, "tokens": 0.5},

@@ -11,6 +11,7 @@ import numpy as np
 from qwen_jax.errors import InputError
 from train.data.tables import read_rows
 from train.evaluate.benchmarks import judges
+from train.evaluate.benchmarks.recorded import id_of, read_answers
 from train.evaluate.task import DataFile, Generate, Item, Metric, Response, Task, Tools, Verdict
 
 _SOURCE = "https://github.com/lmarena/arena-hard-auto"
@@ -25,7 +26,11 @@ _TASK = (
 _VERDICT = re.compile(r"\[\[(A(?:>>|>|=|<<|<)B|B(?:>>|>|=|<<|<)A)\]\]", re.IGNORECASE)
 # The score of the first one and the weight of a verdict: as published, a clear one counts three times.
 _GAMES = {">>": (1.0, 3), ">": (1.0, 1), "=": (0.5, 1), "<": (0.0, 1), "<<": (0.0, 3)}
-_MARKDOWN = (re.compile(r"^#{1,6} ", re.M), re.compile(r"^\s*(?:[-*+]|\d+\.) ", re.M), re.compile(r"\*\*[^*\n]+\*\*"))
+# Headings, items of lists and bold words, as published; what stands in fenced code is none of them.
+_MARKDOWN = (r"^#{1,6}\s", r"^\s*(?:[-*+]|\d+\.)\s", r"\*\*[^*\n]+\*\*|__[^_\n]+__")
+_CODE = re.compile(r"```[^`]*```")
+# The published control counts tokens of GPT-4o. Style is divided by its deviation, so that only ratios matter.
+_CHARACTERS_OF_A_TOKEN = 4
 
 
 def win_rate(items: Sequence[Mapping[str, Any]]) -> float:
@@ -41,10 +46,12 @@ def win_rate(items: Sequence[Mapping[str, Any]]) -> float:
 
 
 def controlled_win_rate(items: Sequence[Mapping[str, Any]]) -> float:
-    """The win rate that is left when style is held equal: a logistic regression of the games on the player and on the
-    differences of length and Markdown, each divided by its sum and by its deviation; then the rate at no difference.
+    """The win rate that is left when style is held equal: the published style control.
 
-    A small ridge penalty on the style's coefficients keeps the fit finite where style decides all games.
+    A Bradley-Terry model of the games whose odds also depend on the differences of style, each divided by its standard
+    deviation over the games; then the rate at no difference. Fitted by the weighted log-likelihood, in which a tie is
+    half a win. The published program subtracts the mean over the games of all models of its table first. Of one model
+    alone this would be the model's own style, so nothing is subtracted here.
 
     Args:
       items: `games` as for `win_rate`, and `style`: the differences.
@@ -52,12 +59,14 @@ def controlled_win_rate(items: Sequence[Mapping[str, Any]]) -> float:
     rows = [(score, weight, item["style"]) for item in items for score, weight in item["games"]]
     y, w = np.asarray([row[0] for row in rows]), np.asarray([row[1] for row in rows], np.float64)
     style = np.asarray([row[2] for row in rows], np.float64)
-    spread = style.std(axis=0)
+    mean = np.average(style, axis=0, weights=w)
+    spread = np.sqrt(np.average((style - mean) ** 2, axis=0, weights=w))
     x = np.concatenate([np.ones((len(y), 1)), style / np.where(spread > 0, spread, 1)], axis=1)
-    penalty = np.diag([1e-6, *[1.0] * style.shape[1]])
+    # So small that it changes nothing, but where style or the player decides all games and the optimum is infinite.
+    penalty = 1e-6 * np.eye(x.shape[1])
     b = np.zeros(x.shape[1])
     # Newton's method on a convex loss.
-    for _ in range(50):
+    for _ in range(100):
         p = 1 / (1 + np.exp(-np.clip(x @ b, -30, 30)))
         gradient = x.T @ (w * (p - y)) + penalty @ b
         step = np.linalg.solve((x * (w * p * (1 - p))[:, None]).T @ x + penalty, gradient)
@@ -70,6 +79,7 @@ def controlled_win_rate(items: Sequence[Mapping[str, Any]]) -> float:
 class ArenaHard(Task):
     """The share of games that the model wins against the baseline, in percent, with and without control of style."""
 
+    version = 2
     citation = "arXiv:2406.11939"
     needs_judge = True
     metrics = (
@@ -99,15 +109,10 @@ class ArenaHard(Task):
 
     def items(self, files: Mapping[str, Path]) -> Sequence[Item]:
         """See `Task.items`. Reads the forms of version 0.1 (turns, choices) and version 2 (prompt, messages)."""
-        answers: dict[str, str] = {}
-        for row in read_rows(files[self.answers.path]):
-            text = _answer_of(row.values)
-            if text is None or _id_of(row.values) is None:
-                raise InputError(f"{row.where}: expected question_id or uid, and a text in choices or messages.")
-            answers[str(_id_of(row.values))] = text
+        answers = read_answers(files[self.answers.path])
         found = []
         for row in read_rows(files[self.questions.path]):
-            values, id = row.values, _id_of(row.values)
+            values, id = row.values, id_of(row.values)
             turns = values.get("turns")
             first = turns[0] if isinstance(turns, list) and turns else values.get("prompt")
             question = first.get("content") if isinstance(first, dict) else first
@@ -115,10 +120,10 @@ class ArenaHard(Task):
                 continue
             if id is None or not isinstance(question, str):
                 raise InputError(f"{row.where}: expected question_id or uid, and a text in turns or prompt.")
-            if str(id) not in answers:
+            if id not in answers:
                 raise InputError(f"{row.where}: {files[self.answers.path]} has no answer to the question {id}.")
             groups = {"category": str(values.get("cluster") or values.get("subcategory") or values.get("category"))}
-            found.append(Item(str(id), {"question": question, "baseline": answers[str(id)]}, groups))
+            found.append(Item(id, {"question": question, "baseline": answers[id][0]}, groups))
         return found
 
     def requests(self, item: Item, rounds: Sequence[Sequence[Response]]) -> Sequence[Generate]:
@@ -169,25 +174,24 @@ def game(response: Response) -> tuple[tuple[float, int] | None, str | None]:
 
 
 def style(a: str, b: str) -> list[float]:
-    """The differences of two texts in length, headings, list items and bold words, each divided by its sum."""
-    pairs = [(len(a), len(b)), *((len(p.findall(a)), len(p.findall(b))) for p in _MARKDOWN)]
-    return [(x - y) / (x + y) if x + y else 0.0 for x, y in pairs]
+    """The published differences of style of two texts: length, headings, items of lists, bold words.
+
+    Of lengths in tokens (x - y) / (x + y); of the others, counted for each token, (x - y) / (x + y + 1). A token is
+    four characters.
+    """
+    (length, *here), (other, *there) = _counts(a), _counts(b)
+    found = [(length - other) / (length + other) if length + other else 0.0]
+    for x, y in zip(here, there, strict=True):
+        x, y = x / length if length else 0.0, y / other if other else 0.0
+        found.append((x - y) / (x + y + 1))
+    return found
 
 
-def _id_of(values: Mapping[str, Any]) -> Any:
-    return values.get("question_id") or values.get("uid")
-
-
-def _answer_of(values: Mapping[str, Any]) -> str | None:
-    """The text of a line of answers, of either version."""
-    try:
-        content = values["choices"][0]["turns"][0] if "choices" in values else values["messages"][-1]["content"]
-    except (KeyError, IndexError, TypeError):
-        return None
-    for name in ("content", "answer"):
-        if isinstance(content, dict):
-            content = content.get(name, content)
-    return content if isinstance(content, str) else None
+def _counts(text: str) -> list[float]:
+    """Tokens, headings, items of lists and bold words."""
+    plain = _CODE.sub("", text)
+    marks = [len(re.findall(pattern, plain, re.MULTILINE)) for pattern in _MARKDOWN]
+    return [len(text) / _CHARACTERS_OF_A_TOKEN, *map(float, marks)]
 
 
 TASKS = (

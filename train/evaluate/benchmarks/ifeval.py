@@ -1,6 +1,6 @@
 """IFEval: prompts with instructions that a program checks (Zhou et al. 2023, arXiv:2311.07911).
 
-The checks are those of `train.rewards.instructions`, but for five kinds that it takes stricter or laxer than the
+The checks are those of `train.rewards.instructions`, but for eight kinds that it takes stricter or laxer than the
 published program, which are checked as published. Four numbers: the share of prompts with all instructions followed,
 and of instructions followed, each strict and loose.
 """
@@ -57,6 +57,28 @@ def _is_constrained(given: Mapping[str, Any], text: str) -> bool:
     return any(f"My answer is {answer}." in text for answer in ("yes", "no", "maybe"))
 
 
+def _first_word(given: Mapping[str, Any], text: str) -> bool:
+    """Two line ends separate paragraphs. Empty ones do not count, but keep their place; a word ends at a mark."""
+    paragraphs = text.split("\n\n")
+    count, place = sum(bool(one.strip()) for one in paragraphs), given["nth_paragraph"]
+    if not 1 <= place <= count or count != given["num_paragraphs"] or not paragraphs[place - 1].strip():
+        return False
+    word = paragraphs[place - 1].split()[0].lstrip("'").lstrip('"')
+    return bool(re.split(r"[.,?!'\"]", word)[0].lower() == given["first_word"].lower())
+
+
+def _two_responses(given: Mapping[str, Any], text: str) -> bool:
+    """An empty part may stand at either end; more asterisks are six and a part of what follows."""
+    parts = [part.strip() for part in text.split("******")]
+    said = [part for part in parts if part]
+    return all(parts[1:-1]) and len(said) == 2 and said[0] != said[1]
+
+
+def _repeats(given: Mapping[str, Any], text: str) -> bool:
+    """The prompt comes first; an answer after it is not looked for."""
+    return bool(text.strip().lower().startswith(given["prompt_to_repeat"].strip().lower()))
+
+
 def _count(keyword: str, text: str) -> int:
     return len(re.findall(re.escape(keyword), text, re.IGNORECASE))
 
@@ -67,6 +89,9 @@ _PUBLISHED: dict[str, Callable[[Mapping[str, Any], str], bool]] = {
     "detectable_content:postscript": _has_postscript,
     "detectable_format:multiple_sections": _has_sections,
     "detectable_format:constrained_response": _is_constrained,
+    "length_constraints:nth_paragraph_first_word": _first_word,
+    "combination:two_responses": _two_responses,
+    "combination:repeat_prompt": _repeats,
 }
 
 
@@ -89,6 +114,7 @@ class IFEval(Task):
     """One message for each prompt; the whole answer counts."""
 
     name = "ifeval_chat"
+    version = 2
     citation = "arXiv:2311.07911"
     files = (FILE,)
     metrics = (

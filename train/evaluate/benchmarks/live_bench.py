@@ -99,6 +99,9 @@ class LiveBench(Task):
     def requests(self, item: Item, rounds: Sequence[Sequence[Response]]) -> Sequence[Generate]:
         """See `Task.requests`."""
         turns = item.fields["turns"]
+        # Nothing can score an answer.
+        if item.fields["unscored"]:
+            return ()
         # After an error there is nothing to go on with.
         if len(rounds) == len(turns) or any(response.error is not None for (response,) in rounds):
             return ()
@@ -167,7 +170,8 @@ class LiveBench(Task):
             fields["way"] = "code"
             fields |= self._code(where, record, name)
         else:
-            fields["unscored"] = f"there is no rule for the task {fields['task']} here"
+            why = rules.WITHOUT_RULE.get(fields["task"], "it is not known here")
+            fields["unscored"] = f"there is no rule for the task {fields['task']} here: {why}"
         return Item(name, fields, groups)
 
     def _code(self, where: str, record: Mapping[str, Any], name: str) -> dict[str, Any]:

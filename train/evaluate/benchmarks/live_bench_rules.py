@@ -25,6 +25,21 @@ _NUMBERS = (
 _NUMBERS += "seventeen eighteen nineteen twenty".split()
 _REPLIES = ("yes", "no", "unknown")
 
+WITHOUT_RULE: Mapping[str, str] = {
+    "temporal": "no rule was written for it",
+    "code_generation": "its unit tests need libraries that the sandbox does not have",
+    "code_completion": "its unit tests need libraries that the sandbox does not have",
+    "javascript": "an agent changes a repository in a container",
+    "typescript": "an agent changes a repository in a container",
+    "python": "an agent changes a repository in a container",
+    "consecutive_events": "no rule was written for it",
+    "integrals_with_game": "no rule was written for it",
+    "logic_with_navigation": "no rule was written for it",
+    "sudoku": "no rule was written for it",
+    "theory_of_mind": "no rule was written for it",
+}
+"""Tasks of LiveBench whose questions are read and not scored, and why."""
+
 
 def rule_of(task: str, subtask: str, category: str) -> Rule | None:
     """The rule of a question, or None if there is none here.

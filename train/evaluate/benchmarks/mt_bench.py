@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from qwen_jax.errors import InputError
 from train.data.tables import read_rows
 from train.evaluate.benchmarks import judges
+from train.evaluate.benchmarks.recorded import id_of, read_answers
 from train.evaluate.task import DataFile, Generate, Item, Metric, Response, Task, Tools, Verdict
 
-FILE = DataFile("mt_bench/question.jsonl", source="https://github.com/lm-sys/FastChat", licence="Apache-2.0")
+_SOURCE = "https://github.com/lm-sys/FastChat"
+FILE = DataFile("mt_bench/question.jsonl", source=_SOURCE, licence="Apache-2.0")
+REFERENCES = DataFile("mt_bench/reference_answer/gpt-4.jsonl", source=_SOURCE, licence="Apache-2.0")
+# As published: the judge sees GPT-4's answers to questions of these categories alone.
+_WITH_REFERENCE = ("math", "reasoning", "coding")
 # As published; other categories are greedy.
 _TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 _TASK = (
@@ -23,8 +27,9 @@ class MTBench(Task):
     """The mean rating of both turns, and that of each."""
 
     name = "mt_bench"
+    version = 2
     citation = "arXiv:2306.05685"
-    files = (FILE,)
+    files = (FILE, REFERENCES)
     needs_judge = True
     metrics = (Metric("rating", scale=1.0), Metric("turn_1", scale=1.0), Metric("turn_2", scale=1.0))
 
@@ -36,21 +41,25 @@ class MTBench(Task):
 
     def items(self, files: Mapping[str, Path]) -> Sequence[Item]:
         """See `Task.items`."""
-        found = []
+        found, references = [], read_answers(files[REFERENCES.path])
         for row in read_rows(files[FILE.path]):
-            one: dict[str, Any] = {name: row.values.get(name) for name in ("question_id", "category", "turns")}
-            one["reference"] = row.values.get("reference") or []
-            texts = all(
-                isinstance(of, list) and all(isinstance(x, str) for x in of) for of in (one["turns"], one["reference"])
+            name = id_of(row.values)
+            category, turns = row.values.get("category"), row.values.get("turns")
+            texts = isinstance(turns, list) and len(turns) == 2 and all(isinstance(x, str) for x in turns)
+            if name is None or not texts or not isinstance(category, str):
+                raise InputError(f"{row.where}: expected question_id, the text category, and two texts turns.")
+            reference: list[str] = []
+            if category in _WITH_REFERENCE:
+                reference = references.get(name, [])
+                if len(reference) != 2:
+                    raise InputError(
+                        f"{row.where}: the judge needs the answers of GPT-4 to both turns of the question {name} "
+                        f"({category}); {files[REFERENCES.path]} has {len(reference)}. Give the file of FastChat, "
+                        "data/mt_bench/reference_answer/gpt-4.jsonl."
+                    )
+            found.append(
+                Item(name, {"turns": turns, "category": category, "reference": reference}, {"category": category})
             )
-            if (
-                not texts
-                or len(one["turns"]) != 2
-                or one["question_id"] is None
-                or not isinstance(one["category"], str)
-            ):
-                raise InputError(f"{row.where}: expected question_id, category, two texts turns, and texts reference.")
-            found.append(Item(str(one.pop("question_id")), one, {"category": one["category"]}))
         return found
 
     def requests(self, item: Item, rounds: Sequence[Sequence[Response]]) -> Sequence[Generate]:

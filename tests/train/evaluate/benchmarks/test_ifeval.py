@@ -14,6 +14,7 @@ from qwen_jax.errors import InputError
 from tests.helpers.benchmarks import items_of, verdicts_of, write_lines
 from tests.helpers.runs import print_seed
 from train.evaluate.benchmarks.ifeval import TASKS, share
+from train.rewards.instruction_kinds import KINDS
 
 (TASK,) = TASKS
 # Instructions whose published check needs neither a detector of languages nor the sentences of nltk.
@@ -37,6 +38,13 @@ INSTRUCTIONS: list[tuple[str, dict[str, Any]]] = [
     ("startend:end_checker", {"end_phrase": "river stone"}),
     ("startend:quotation", {}),
     ("punctuation:no_comma", {}),
+    (
+        "length_constraints:nth_paragraph_first_word",
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "river"},
+    ),
+    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 1, "nth_paragraph": 1, "first_word": "Stone"}),
+    ("combination:two_responses", {}),
+    ("combination:repeat_prompt", {"prompt_to_repeat": "River"}),
 ]
 WORDS = ("river", "rivers", "Riverside", "stone", "cloud", "moss", "green", "old")
 FORMS = (
@@ -59,6 +67,13 @@ FORMS = (
     '["{}"]',
     "{}\nHope it helps, friend",
     "**{}**\n{} river stone",
+    "{}\n\n{}",
+    "{}\n\n\n\nriver, {}",
+    "\n\n{}\n\n'River' {}",
+    "{}******{}",
+    "******{}\n*******{}",
+    "{}******\n******{}",
+    "stone******stone",
     "",
 )
 
@@ -113,6 +128,14 @@ def test_the_numbers_are_those_of_lm_eval(oracle: Any, tmp_path: Path) -> None:
     # Both outcomes occur, and the loose form forgives something.
     strict = sum(verdict.scores["prompt_strict"] or 0 for verdict in found.values())
     assert 0 < strict < sum(verdict.scores["prompt_loose"] or 0 for verdict in found.values()) < 600
+
+
+def test_the_documentation_names_the_kinds_that_differ() -> None:
+    """The table of docs/benchmarks.md has a row for each kind that is not compared with the published program."""
+    text = (Path(__file__).parents[4] / "docs" / "benchmarks.md").read_text()
+    table = text.partition("| kind that is checked in another way |")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`(\w+:\w+)`", table))
+    assert named == set(KINDS) - {kind for kind, _ in INSTRUCTIONS}
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,30 @@ def test_a_question_without_a_rule_or_an_answer_has_no_score(tmp_path: Path) -> 
     assert average(values_of(task.metrics[0], list(verdicts.values()))) == pytest.approx((0.5 + 0.25) / 2)
 
 
+def test_tasks_without_a_rule_are_named_and_neither_asked_nor_scored(tmp_path: Path) -> None:
+    """All that are known, and any other name: no score, never zero; the numbers are those without these questions."""
+    names = [*rules.WITHOUT_RULE, f"task_{_drawn().randrange(10**6)}"]
+    path = write_lines(
+        tmp_path / "q.jsonl",
+        [_record("scored", "typos", "right"), *(_record(f"q-{name}", name, category="new") for name in names)],
+    )
+    task = LiveBench("live_bench")
+    items = items_of(task, path)
+    assert [item.id for item in items if task.requests(item, [])] == ["scored"]
+    found = verdicts_of(task, items, lambda item, *_: "right")
+    assert found["scored"].scores == {"average": 1.0, "score": 1.0}
+    for name in names:
+        verdict = found[f"q-{name}"]
+        assert verdict.scores == {"average": None, "score": None}
+        assert f"there is no rule for the task {name} here: " in str(verdict.problem)
+        assert rules.rule_of(name, "", "new") is None
+    for metric in task.metrics:
+        assert metric.aggregate(values_of(metric, list(found.values()))) == 1.0
+    # The documentation has the same list.
+    text = (Path(__file__).parents[4] / "docs" / "benchmarks.md").read_text()
+    assert all(f"`{name}`" in text for name in rules.WITHOUT_RULE)
+
+
 def test_turns_are_a_conversation_whose_last_answer_counts(tmp_path: Path) -> None:
     """A later turn sees earlier answers."""
     path = write_lines(tmp_path / "q.jsonl", [_record("a", "typos", "second", turns=["One?", "Two?"])])
