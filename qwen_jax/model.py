@@ -21,7 +21,7 @@ from qwen_jax.attention.sparse import Diagnostics
 from qwen_jax.attention.sparse_block import SparseChunk, attend_sparsely
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.matmul import few_rows
-from qwen_jax.linear import Embedding, Linear, RMSNorm, add_adapters, add_lora, initializers
+from qwen_jax.linear import Embedding, Linear, RMSNorm, add_adapters, add_lora, initializers, set_products
 from qwen_jax.moe.block import MoE
 from qwen_jax.moe.router import RouterStats
 from qwen_jax.options import Options
@@ -83,6 +83,7 @@ class MLP(nnx.Module):
             )
         self.down = Linear("BTF,DF->BTD", residual(rngs.params(), (D, width)), x=s.feed_forward, w=s.down, out=s.hidden)
         quantize_projections(self, path, config.quantization, s, trained=options.lora is not None)
+        set_products(self, options.products)
         add_lora(self, options.lora, rngs, options.lora_dropout)
         add_adapters(self, options.adapter_ranks)
 

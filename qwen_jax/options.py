@@ -3,6 +3,7 @@
 import dataclasses
 
 from qwen_jax import kernels
+from qwen_jax.kernels.matmul.fp8 import Products
 from qwen_jax.kernels.matmul.grouped import Implementation as Grouped
 from qwen_jax.lora import LoRA
 from qwen_jax.moe.exchange import ExpertExchange
@@ -17,6 +18,7 @@ class Options:
         one after the other (inference).
       fused: the inference layout of the projections; see `qwen_jax.inference.weights.fuse`.
       dtype: compute dtype.
+      products: how projections are multiplied in training; see `qwen_jax.kernels.matmul.fp8`.
       attention: attention kernel; see `kernels.attention`.
       ring: on a context axis, keys and values travel around the devices instead of being gathered; see
         `qwen_jax.attention.sequence`.
@@ -36,6 +38,7 @@ class Options:
     stacked: bool = True
     fused: bool = False
     dtype: str = "float32"
+    products: Products = "bfloat16"
     attention: kernels.Implementation = "auto"
     ring: bool = False
     grouped: Grouped = "auto"
@@ -48,5 +51,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.fused and self.lora is not None:
             raise ValueError("The fused layout has no LoRA. Merge the adapter into the weights first.")
+        if self.products != "bfloat16" and (self.fused or self.lora is not None):
+            raise ValueError("Products of fp8 are for training whole weights: not for the fused layout, nor with LoRA.")
         if self.adapter_ranks and not self.fused:
             raise ValueError("Only the fused layout has adapters for each row.")

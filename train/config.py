@@ -28,6 +28,8 @@ MOVED = {
     **{name: f"checkpoints.{name}" for name in ("keep_last", "keep_every")},
     "checkpoint_every": "checkpoints.every",
 }
+# Fields that records of earlier versions lack, and what they stand for there.
+CAME_LATER = {"step.products": "bfloat16", "objective.compact_loss": False, "optimizer.moments": "float32"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -196,16 +196,20 @@ def as_json(config: object) -> dict[str, Any]:
     return value
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], later: Mapping[str, Any] | None = None
+) -> dict[str, tuple[Any, Any]]:
     """The fields in which two configurations differ.
 
     Args:
-      before, now: as from `as_json`.
+      before, now: JSON values, as from `as_json`.
+      later: fields that `before` may lack because they came later, by path, and what they stand for there.
 
     Returns:
       (value before, value now) by path; None stands for a value that is not there.
     """
     a, b = _flat(before), _flat(now)
+    a = {**a, **{path: value for path, value in (later or {}).items() if path in b and path not in a}}
     paths = [*a, *(path for path in b if path not in a)]
     return {path: (a.get(path), b.get(path)) for path in paths if a.get(path) != b.get(path)}
 

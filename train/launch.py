@@ -337,7 +337,11 @@ class _PhaseCheckpoints:
 
 
 def _identity(job: Job[B]) -> Mapping[str, Any]:
-    """What must not change on resume: what the job says, and LoRA, which decides the tree of the weights."""
+    """What must not change on resume: what the job says, and what decides the arrays of the state.
+
+    These are LoRA, for the tree of the weights, and the dtype of the moments. It is left out where it is float32, as in
+    runs that began before there was another.
+    """
     lora = {phase.step.lora for phase in job.phases}
     if len(lora) > 1:
         raise ValueError(f"All phases of a job must train the same parameters; their LoRA is {lora}.")
@@ -346,11 +350,14 @@ def _identity(job: Job[B]) -> Mapping[str, Any]:
         raise InputError(
             "LoRA trains beside frozen weights, and this run has none. Give Job.frozen, or train without it."
         )
+    identity, moments = job.identity, job.optimizer.adamw.moments
+    if moments != "float32":
+        identity = {**identity, "moments": moments}
     if only is None:
-        return job.identity
+        return identity
     # Dropout that is off is left out, as in runs that began before there was any.
     off = () if only.dropout else ("dropout", "dropout_seed")
-    return {**job.identity, "lora": {k: v for k, v in dataclasses.asdict(only).items() if k not in off}}
+    return {**identity, "lora": {k: v for k, v in dataclasses.asdict(only).items() if k not in off}}
 
 
 def _abstract_state(job: Job[B], phase: Phase[B], frozen: _Frozen) -> TrainState:

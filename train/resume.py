@@ -7,7 +7,7 @@ from typing import Any
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from train.config import RunConfig, as_json, with_new_names
+from train.config import CAME_LATER, RunConfig, as_json, with_new_names
 from train.fields import differences
 from train.files import read_records
 from train.grpo_config import GrpoRunConfig
@@ -53,7 +53,7 @@ def changed_tuning(config: TuneConfig | GrpoRunConfig) -> dict[str, tuple[Any, A
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The fields that differ and that change what is learned."""
-    found = differences(before, now)
+    found = differences(before, now, CAME_LATER)
     return {path: values for path, values in found.items() if path.partition(".")[0] not in _NO_CHANGE}
 
 

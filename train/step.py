@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.config import DTYPES
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import COVERAGE, Implementation
+from qwen_jax.kernels.matmul import fp8
 from qwen_jax.lora import LoRA, with_dropout
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
@@ -48,7 +49,7 @@ class StepConfig:
     """How a training step is computed, whatever it minimises.
 
     Attributes:
-      dtype: compute dtype. Weights, moments, softmax, norms and losses are float32 in any case.
+      dtype: compute dtype. Weights, softmax, norms and losses are float32 in any case.
       remat: what the backward pass recomputes; see `qwen_jax.remat`.
       accumulation: micro-batches per step, computed one after the other; the loss does not depend on it.
       scan_layers: run the layers in a loop. Unrolled layers are faster on a GPU and take longer to compile.
@@ -58,9 +59,13 @@ class StepConfig:
       spike_factor: skip a step whose gradient norm is more than this many times the running mean; 0 skips only those
         whose loss or gradient is not finite.
       lora: the model has LoRA, whose parameters are trained beside frozen ones; see `qwen_jax.lora`.
+      products: how the projections of attention, of feed-forward layers and of shared experts are multiplied:
+        "bfloat16", in the compute dtype; or "fp8" and "fp8-blocks", with operands rounded to 8-bit floats, in training
+        and evaluation. See `qwen_jax.kernels.matmul.fp8`.
 
     Raises:
-      InputError: an unknown dtype, a value out of range, or a kernel that cannot be used with `ring`.
+      InputError: an unknown dtype or way to multiply, a value out of range, products of fp8 in float16 or with LoRA, or
+        a kernel that cannot be used with `ring`.
     """
 
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
@@ -71,10 +76,20 @@ class StepConfig:
     ring: bool = False
     spike_factor: float = 0.0
     lora: LoRA | None = None
+    products: fp8.Products = "bfloat16"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if self.products not in get_args(fp8.Products):
+            raise InputError(f"products must be one of {', '.join(get_args(fp8.Products))}, got {self.products!r}.")
+        if self.products != "bfloat16" and self.dtype == "float16":
+            raise InputError(f"products={self.products!r} overflow in float16. Use dtype='bfloat16'.")
+        if self.products != "bfloat16" and self.lora is not None:
+            raise InputError(
+                f"products={self.products!r} are for training whole weights, and LoRA keeps the products of its base. "
+                "Use products='bfloat16', or lora=None."
+            )
         at_least(self, accumulation=1)
         mergeable = ("auto", *(name for name, coverage in COVERAGE.items() if coverage.log_sum_exp))
         if self.ring and self.attention not in mergeable:
@@ -234,6 +249,7 @@ def _bind(
     options = Options(
         stacked=config.scan_layers,
         dtype=config.dtype,
+        products=config.products,
         attention=config.attention,
         ring=config.ring,
         lora=config.lora,
@@ -366,12 +382,22 @@ def make_train_step(
       mesh: from `make_mesh`.
 
     Raises:
-      InputError: a dimension of the model that the mesh does not divide.
+      InputError: a dimension of the model that the mesh does not divide, or products that its devices do not have.
     """
     sharding = Sharding.for_training(objective.model, mesh)
-    options = objective.compiler_options(sharding, mesh.devices.flat[0].platform)
+    options = {
+        **objective.compiler_options(sharding, mesh.devices.flat[0].platform),
+        **_compiler_options(config, mesh),
+    }
     step = functools.partial(train_step, objective, optimizer, config, sharding)
-    return jax.jit(step, donate_argnums=0, compiler_options=dict(options) or None)
+    return jax.jit(step, donate_argnums=0, compiler_options=options or None)
+
+
+def _compiler_options(config: StepConfig, mesh: Mesh) -> dict[str, bool]:
+    """Options of XLA that the products of a configuration need, after a check that the devices have these products."""
+    fp8.check_devices(config.products, mesh.devices.flat)
+    on_gpu = mesh.devices.flat[0].platform == "gpu"
+    return fp8.COMPILER_OPTIONS if config.products == "fp8" and on_gpu else {}
 
 
 def make_eval_step(objective: Objective[B, S, C], config: StepConfig, mesh: Mesh) -> EvalStep[B]:
@@ -386,7 +412,8 @@ def make_eval_step(objective: Objective[B, S, C], config: StepConfig, mesh: Mesh
       InputError: a dimension of the model that the mesh does not divide.
     """
     sharding = Sharding.for_training(objective.model, mesh)
-    return jax.jit(functools.partial(eval_step, objective, config, sharding))
+    options = _compiler_options(config, mesh) or None
+    return jax.jit(functools.partial(eval_step, objective, config, sharding), compiler_options=options)
 
 
 def make_forward(
@@ -411,7 +438,7 @@ def make_forward(
     def run(params: Params, batch: B, frozen: Params | None = None) -> T:
         return function(_bind_for_evaluation(evaluated, config, sharding, params, frozen), batch)
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=_compiler_options(config, mesh) or None)
 
 
 def make_loss_check(
@@ -431,4 +458,4 @@ def make_loss_check(
             batch = jax.tree.map(lambda x: x[0], split_rows(batch, config.accumulation, sharding))
         return jnp.isfinite(eval_step(objective, config, sharding, params, batch, frozen)[0].loss)
 
-    return jax.jit(check)
+    return jax.jit(check, compiler_options=_compiler_options(config, mesh) or None)

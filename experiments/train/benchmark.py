@@ -9,11 +9,12 @@
     python -m experiments.train.benchmark kernels trace
 
 A process is one measurement, so that each has the whole memory; `all` starts one after the other. Every step is the
-whole one: forward, backward, clipping, AdamW, with float32 master weights and moments and bfloat16 products. A row is
-one document of random tokens. `ours` is the code of a run (`train.pretrain`), `plain` is `plain_step.py`,
-`transformers` is `torch_step.py`. A step's time is the median over the ends of successive steps, the next one always on
-its way, as in a run. Every line of output is JSON, but for the tables of `all` and `kernels`. A measurement that does
-not fit into memory says so and ends with status 3.
+whole one: forward, backward, clipping, AdamW, with float32 master weights and moments and bfloat16 products, or those
+of `--products`: ours of fp8, or transformers' by torchao, which is a package of its own. A row is one document of
+random tokens. `ours` is the code of a run (`train.pretrain`), `plain` is `plain_step.py`, `transformers` is
+`torch_step.py`. A step's time is the median over the ends of successive steps, the next one always on its way, as in a
+run. Every line of output is JSON, but for the tables of `all` and `kernels`. A measurement that does not fit into
+memory says so and ends with status 3.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ from experiments.train import plain_step
 from experiments.train.kernels import print_kernels
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.kernels.matmul.fp8 import Products
 from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.published import published
 from train.data.batch import Batch, place
@@ -110,6 +112,11 @@ def report(
         **({} if matmul is None else {"matmul_tflop_per_s": matmul / 1e12, "of_matmul": flops / matmul}),
         **more,
     )
+
+
+def with_products(what: str, products: str) -> str:
+    """What is measured, with the products unless they are in bfloat16."""
+    return what if products == "bfloat16" else f"{what}, {products}"
 
 
 def measure(args: argparse.Namespace, what: str, state: Any, step: Any, *inputs: Any, **more: Any) -> None:
@@ -189,7 +196,9 @@ def run_ours(args: argparse.Namespace) -> None:
     optimizer = OptimizerConfig(Schedule(10**6, RATE, schedule="wsd"))
     more = {name: getattr(args, name) for name in ("accumulation", "loss_chunk", "scan_layers")}
     objective = NextToken(model, PretrainConfig(loss_chunk=args.loss_chunk))
-    config = StepConfig(remat=args.remat, accumulation=args.accumulation, scan_layers=args.scan_layers)
+    config = StepConfig(
+        products=args.products, remat=args.remat, accumulation=args.accumulation, scan_layers=args.scan_layers
+    )
     tokens = random_tokens(model, args.batch, args.length)
     # Documents of equal length; one a row by default.
     index = np.broadcast_to(np.arange(args.length, dtype=np.int32), tokens.shape)
@@ -199,7 +208,7 @@ def run_ours(args: argparse.Namespace) -> None:
         state = init_state(model, optimizer, 0, mesh)
         more["documents"] = args.documents
         step = make_train_step(objective, optimizer, config, mesh)
-        measure(args, "ours", state, step, place(batch, mesh), **more)
+        measure(args, with_products("ours", args.products), state, step, place(batch, mesh), **more)
 
 
 def run_plain(args: argparse.Namespace) -> None:
@@ -217,7 +226,7 @@ def run_transformers(args: argparse.Namespace) -> None:
 
     tokens = random_tokens(architecture(args), args.batch, args.length + 1)
     seconds, matmul, more = torch_step.measure(args, architecture(args), tokens)
-    report(args, "transformers", seconds, matmul, **more)
+    report(args, with_products("transformers", args.products), seconds, matmul, **more)
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -263,11 +272,12 @@ def _print_table(records: list[dict[str, Any]]) -> None:
         key = record.get("model", ""), record.get("what", "")
         if "tokens_per_s" in record and record["tokens_per_s"] > best.get(key, {"tokens_per_s": 0})["tokens_per_s"]:
             best[key] = record
-    print("\n| model | | settings | tokens/s | step, ms | MFU | of matmul | peak, GB | to plain | to transformers |")
-    print("|---" * 10 + "|")
+    columns = "model | | settings | tokens/s | step, ms | MFU | of matmul | peak, GB | to plain | to transformers"
+    print(f"\n| {columns} | to torchao's fp8 | to its bfloat16 |")
+    print("|---" * 12 + "|")
     for (model, what), record in best.items():
         ratios = []
-        for yardstick in ("plain", "transformers"):
+        for yardstick in ("plain", "transformers", with_products("transformers", "fp8"), what.partition(",")[0]):
             other = best.get((model, yardstick))
             ratios.append(f"{record['tokens_per_s'] / other['tokens_per_s']:.2f}" if other else "-")
         settings, rate = record["try"].split("/")[2], record["tokens_per_s"]
@@ -305,6 +315,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--remat", choices=policies, default="none" if name == "transformers" else "dots")
         if name != "transformers":
             command.add_argument("--profile", metavar="DIR", help="leave a trace there")
+        if name != "plain":
+            choices = get_args(Products) if name == "ours" else ("bfloat16", "fp8")
+            command.add_argument("--products", choices=choices, default="bfloat16", help="of the projections")
         if name == "ours":
             command.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
             command.add_argument("--documents", type=int, default=1, help="in a row")

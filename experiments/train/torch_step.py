@@ -4,6 +4,8 @@ Weights, gradients and moments are float32, products bfloat16 by `torch.autocast
 Attention is `scaled_dot_product_attention`, told that it is causal, so that PyTorch takes its flash kernel. The loss is
 made a chunk of tokens at a time and recomputed in the backward pass, for whole float32 logits are 2.5 GB a row, several
 times over. `--weights bfloat16` keeps weights, gradients and moments in bfloat16: not the same training, for reference.
+`--products fp8` makes the layers' projections torchao's for training in float8, with its default configuration:
+float8_e4m3fn forward, float8_e5m2 for gradients, one dynamic scale a tensor.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from experiments.decode.benchmark import say
 from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
 
 
 def matmul_rate(device: torch.device) -> float:
@@ -81,6 +84,7 @@ def measure(
     more = {
         "compile": args.compile,
         "weights": args.weights,
+        "products": args.products,
         "loss_chunk": args.loss_chunk,
         "peak_gb": peak / 1e9,
         "warmup_s": warm,
@@ -92,7 +96,11 @@ def measure(
 
 
 def make(args: argparse.Namespace, shape: ModelConfig, device: torch.device) -> tuple[Any, torch.optim.Optimizer]:
-    """Model and optimizer, on the device."""
+    """Model and optimizer, on the device.
+
+    Raises:
+      InputError: products of fp8 without torchao.
+    """
     torch.manual_seed(0)
     settings = {**shape.to_hf(), "attn_implementation": "sdpa"}
     if shape.moe is None:
@@ -107,6 +115,8 @@ def make(args: argparse.Namespace, shape: ModelConfig, device: torch.device) -> 
     torch.set_default_dtype(before)
     model.config.use_cache = False
     model.train()
+    if args.products == "fp8":
+        model = _with_float8(model)
     if args.remat == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     decayed = [p for name, p in model.named_parameters() if p.ndim > 1]
@@ -114,6 +124,21 @@ def make(args: argparse.Namespace, shape: ModelConfig, device: torch.device) -> 
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, fused=True)
     return model, optimizer
+
+
+def _with_float8(model: Any) -> Any:
+    """The model with torchao's projections in its layers; the head and routers stay as they are."""
+    try:
+        from torchao.float8 import convert_to_float8_training
+    except ImportError as error:
+        raise InputError(
+            f"transformers with products of fp8 needs torchao ({error}). Run pip install torchao, or leave --products."
+        ) from None
+
+    def in_layer(module: torch.nn.Module, name: str) -> bool:
+        return ".layers." in name and name.endswith("_proj")
+
+    return convert_to_float8_training(model, module_filter_fn=in_layer)
 
 
 def make_step(args: argparse.Namespace, model: Any, optimizer: torch.optim.Optimizer) -> Any:

@@ -14,7 +14,7 @@ from qwen_jax.attention.cache import LayerCache
 from qwen_jax.attention.dual_chunk import over_parts
 from qwen_jax.attention.rope import Rope, Table, rotate, rotate_queries
 from qwen_jax.config import ModelConfig
-from qwen_jax.linear import Linear, add_adapters, add_lora, initializers
+from qwen_jax.linear import Linear, add_adapters, add_lora, initializers, set_products
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.quantized import quantize_projections
@@ -50,6 +50,7 @@ class Attention(nnx.Module):
             self.v = projection(K, s.kv, s.kv_bias, kv_out)
         self.o = Linear("BTHd,DHd->BTD", residual(rngs.params(), (D, H, d)), x=s.heads, w=s.o, out=s.hidden)
         quantize_projections(self, "attention", config.quantization, s, trained=options.lora is not None)
+        set_products(self, options.products)
         add_lora(self, options.lora, rngs, options.lora_dropout)
         add_adapters(self, options.adapter_ranks)
 

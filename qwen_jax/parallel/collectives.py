@@ -26,11 +26,22 @@ def _gather_forward(x: jax.Array, axis: int, name: str) -> tuple[jax.Array, None
 
 
 def _gather_backward(axis: int, name: str, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    # Shards in a leading axis: the TPU compiler forms no reduce-scatter along an axis whose shards do not fill tiles.
-    return (reduce_scatter(_parts(gradient, axis, name), 0, name).squeeze(0),)
+    return (scatter_gradient(gradient, axis, name),)
 
 
 all_gather_weight.defvjp(_gather_forward, _gather_backward)
+
+
+def scatter_gradient(gradient: jax.Array, axis: int, name: str = "fsdp") -> jax.Array:
+    """This device's shard of the gradient with respect to a gathered weight, summed over a mesh axis.
+
+    Args:
+      gradient: with respect to the whole weight.
+      axis: of the gradient, along which the weight is sharded.
+      name: of the mesh axis.
+    """
+    # Shards in a leading axis: the TPU compiler forms no reduce-scatter along an axis whose shards do not fill tiles.
+    return reduce_scatter(_parts(gradient, axis, name), 0, name).squeeze(0)
 
 
 def reduce_scatter(x: jax.Array, axis: int, name: str = "fsdp") -> jax.Array:

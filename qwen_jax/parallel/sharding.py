@@ -282,6 +282,13 @@ def padded_width(width: int, shards: int, quantized: bool) -> int:
     return shards * -(-part // TILE) * TILE
 
 
+def mesh_axes(spec: P) -> tuple[str, ...]:
+    """The mesh axes that shard an array, in the order of its dimensions."""
+    return tuple(
+        axis for entry in spec if entry is not None for axis in ((entry,) if isinstance(entry, str) else entry)
+    )
+
+
 def gathered(spec: P) -> P:
     """The PartitionSpec of a weight where it is used: gathered over `fsdp`, still sharded over `tensor`."""
     return P(*(None if axis == "fsdp" else axis for axis in spec))

@@ -132,6 +132,34 @@ def test_a_mixture_and_the_dense_model_beside_it(capsys):
     assert 6.0 < float(loss) < 6.5, "that of 512 equally likely tokens is 6.24"
 
 
+def test_products_of_fp8_are_measured_and_named(capsys):
+    """A line that says so, on the CPU by emulation; the table compares with the bfloat16 of the same kind."""
+    small = "--model tiny --layers 1 --batch 2 --length 32 --loss-chunk 64 --steps 2 --warmup 1 --no-matmul"
+    benchmark.run_ours(benchmark.parse(f"ours {small} --products fp8".split()))
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["what"] == "ours, fp8"
+    assert 6.0 < line["loss"] < 6.5
+    records = [{**line, "what": what, "tokens_per_s": rate, "try": "ours/tiny/"} for what, rate in
+               (("ours", 100.0), ("ours, fp8", 150.0), ("transformers, fp8", 120.0))]  # fmt: skip
+    benchmark._print_table(records)
+    rows = [row for row in capsys.readouterr().out.splitlines() if "| ours, fp8 |" in row]
+    assert rows[0].endswith("| - | - | 1.25 | 1.50 |")
+
+
+def test_float8_of_torchao_needs_torchao(monkeypatch):
+    import sys
+
+    import torch
+
+    from experiments.train import torch_step
+
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    args = benchmark.parse("transformers --model tiny --layers 1 --products fp8".split())
+    with pytest.raises(InputError, match=r"needs torchao.*pip install torchao"):
+        torch_step.make(args, benchmark.architecture(args), torch.device("cpu"))
+
+
 def test_kernels_are_put_to_the_parts_of_the_model(tmp_path, capsys):
     """Of a product within each of two scopes, both are found, and the shares add up."""
 

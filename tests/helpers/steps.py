@@ -17,7 +17,13 @@ from train.step import StepConfig, make_train_step
 
 
 def abstract_step(
-    axes: dict[str, int], remat: str, devices: Any = None, dtype: str = "bfloat16", length: int = 64, **sizes: Any
+    axes: dict[str, int],
+    remat: str,
+    devices: Any = None,
+    dtype: str = "bfloat16",
+    length: int = 64,
+    products: str = "bfloat16",
+    **sizes: Any,
 ) -> Any:
     """A training step of a tiny model, with its state and a batch of 8 rows as shapes with shardings.
 
@@ -27,6 +33,7 @@ def abstract_step(
       devices: devices of the mesh; by default those of this machine.
       dtype: compute dtype.
       length: tokens in a row.
+      products: of `StepConfig`.
       **sizes: changes of the model.
 
     Returns:
@@ -35,7 +42,7 @@ def abstract_step(
     model = dataclasses.replace(published("tiny"), **{"num_layers": 3, "vocab_size": 512, **sizes})
     mesh = make_mesh(axes, devices)
     objective, optimizer = NextToken(model), OptimizerConfig(Schedule(10))
-    config = StepConfig(dtype, remat)  # type: ignore[arg-type]
+    config = StepConfig(dtype, remat, products=products)  # type: ignore[arg-type]
     tokens = NamedSharding(mesh, Sharding.tokens)
     ints, floats = (jax.ShapeDtypeStruct((8, length), dtype, sharding=tokens) for dtype in (jnp.int32, jnp.float32))
     state = abstract_state(model, optimizer, mesh)

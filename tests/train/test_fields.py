@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from qwen_jax.errors import InputError
+from qwen_jax.lora import LoRA
 from tests.helpers.runs import configuration
 from train.config import MOVED, RunConfig, Stage, as_json, set_fields, with_new_names
 from train.fields import differences
@@ -108,12 +109,12 @@ def test_no_integer_may_be_negative(path: str) -> None:
 
 def test_a_record_of_an_old_launch_is_read_with_new_names() -> None:
     record = as_json(CONFIG)
-    del record["step"]["lora"]  # It came later.
+    # Fields that came later are in no old record.
+    del record["step"]["lora"], record["step"]["products"], record["optimizer"]["moments"]
     old = {name: value for name, value in record.items() if name not in ("step", "objective", "optimizer", "loop")}
     old |= {**record["step"], **record["objective"], **record["optimizer"], **record["loop"]}
     old |= {"checkpoint_every": 3, "keep_last": 3, "keep_every": 0}
     del old["checkpoints"], old["accumulation"]
-    # A field that came later is in no old record.
     del old["compact_loss"], record["objective"]["compact_loss"]
     new = with_new_names(old)
     assert new == record
@@ -137,6 +138,30 @@ def test_changes_since_the_last_launch_skip_records_that_are_cut(tmp_path: Path)
         "optimizer.beta2 0.95 -> 0.99",
         "mesh.data none -> 1",
     ]
+
+
+def test_what_an_old_record_lacks_is_what_was_the_default(tmp_path: Path) -> None:
+    import json
+
+    config = set_fields(CONFIG, f"output={tmp_path}")
+    record = as_json(config)
+    del record["step"]["products"], record["objective"]["compact_loss"], record["optimizer"]["moments"]
+    (tmp_path / "launches.jsonl").write_text(json.dumps({"config": record}) + "\n")
+    assert changed_since_last_launch(config) == {}
+    changes = changed_since_last_launch(set_fields(config, "step.products=fp8"))
+    assert describe(changes) == ["step.products bfloat16 -> fp8"]
+
+
+def test_products_that_cannot_be_are_refused() -> None:
+    with pytest.raises(InputError, match="expected one of 'bfloat16', 'fp8', 'fp8-blocks', got 'int8'"):
+        set_fields(CONFIG, "step.products=int8")
+    with pytest.raises(InputError, match="products must be one of bfloat16, fp8, fp8-blocks, got 'fp4'"):
+        StepConfig(products="fp4")  # type: ignore[arg-type]
+    for products in ("fp8", "fp8-blocks"):
+        with pytest.raises(InputError, match=rf"'{products}' overflow in float16. Use dtype='bfloat16'"):
+            StepConfig("float16", products=products)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=r"LoRA keeps.*Use products='bfloat16', or lora=None"):
+            StepConfig(products=products, lora=LoRA())  # type: ignore[arg-type]
 
 
 def test_differences_are_those_of_leaves() -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import jax
@@ -15,14 +15,15 @@ from qwen_jax.loops import most_times
 from qwen_jax.moe.further_rounds import FURTHER_ROUNDS
 
 
-def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
-    """FLOPs of all matrix products of a jaxpr, on all devices together; a multiply and an add are 2.
+def count_flops(jaxpr: Jaxpr | ClosedJaxpr, counts: Callable[[np.dtype], bool] = lambda dtype: True) -> float:
+    """FLOPs of the matrix products of a jaxpr, on all devices together; a multiply and an add are 2.
 
     The body of a loop counts as often as it runs, or as it may run at most (`qwen_jax.loops`). Of a condition, the most
     expensive branch counts. Kernels declare their cost. Further rounds of experts do not count.
 
     Args:
       jaxpr: as from `jax.jit(f).trace(...).jaxpr`.
+      counts: whether products count whose first operand has this dtype. Those of kernels count in any case.
     """
     total = 0.0
     for eqn in _equations(jaxpr):
@@ -32,11 +33,12 @@ def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
         if name == "dot_general":
             (contract, _), _ = params["dimension_numbers"]
             out, left = _shaped(eqn.outvars[0]), _shaped(eqn.invars[0])
-            total += 2.0 * out.size * math.prod(left.shape[i] for i in contract)
+            if counts(left.dtype):
+                total += 2.0 * out.size * math.prod(left.shape[i] for i in contract)
         elif name == "pallas_call":
             total += getattr(params.get("cost_estimate"), "flops", 0) or 0
         elif name == "cond":
-            total += max(count_flops(branch) for branch in params["branches"])
+            total += max(count_flops(branch, counts) for branch in params["branches"])
         else:
             times = params["length"] if name == "scan" else 1
             if name == "while":
@@ -45,8 +47,13 @@ def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
                 # Shapes inside a shard_map are those of one device.
                 axes = params["manual_axes"] if "manual_axes" in params else params["mesh"].axis_names
                 times = math.prod(params["mesh"].shape[axis] for axis in axes)
-            total += times * sum(count_flops(inner) for inner in _inner(params))
+            total += times * sum(count_flops(inner, counts) for inner in _inner(params))
     return total
+
+
+def is_float8(dtype: np.dtype) -> bool:
+    """Whether a dtype is one of float8."""
+    return dtype.name.startswith("float8")
 
 
 def kept_for_backward(jaxpr: Jaxpr | ClosedJaxpr, devices: int) -> int:

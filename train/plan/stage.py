@@ -23,7 +23,7 @@ from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params
 from train.observe.metrics import flops_per_token
 from train.plan.of_run import RunStage
-from train.plan.programs import collectives, count_flops, kept_for_backward
+from train.plan.programs import collectives, count_flops, is_float8, kept_for_backward
 from train.plan.topology import Target, mesh_of
 from train.state import TrainState, abstract_state
 from train.step import TrainStep, check_divides, make_train_step
@@ -36,7 +36,8 @@ class Plan:
     Attributes:
       topology, num_slices, devices: what the step was compiled for.
       mesh: sizes of the mesh axes that are not 1.
-      options: stage (counted from 1), batch_size, length, accumulation and remat.
+      options: stage (counted from 1), batch_size, length, accumulation and remat, and products if they are
+        not in the compute dtype.
       fits: whether the step fits in the memory of a device.
       hbm_bytes: memory on one device, as the compiler reports it; if the step does not fit, what it would need.
       hbm_limit_bytes: memory of one device.
@@ -46,6 +47,7 @@ class Plan:
       activations_bytes: part of `hbm_bytes`: what scans keep for the backward pass.
       temporary_bytes: part of `hbm_bytes`: everything else that exists within the step.
       flops_per_step: FLOPs on all devices, with recomputation.
+      float8_flops_per_step: part of `flops_per_step`: of products in float8.
       model_flops_per_step: FLOPs without recomputation, by the formula of docs/training.md.
       collective_bytes: bytes that one device sends in a step, by kind of collective.
       dcn_bytes: the part of `collective_bytes` that leaves a slice.
@@ -72,6 +74,7 @@ class Plan:
     activations_bytes: int = 0
     temporary_bytes: int = 0
     flops_per_step: float = 0.0
+    float8_flops_per_step: float = 0.0
     model_flops_per_step: float = 0.0
     collective_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
     dcn_bytes: float = 0.0
@@ -122,11 +125,12 @@ def plan_step(
     with jax.set_mesh(mesh):
         traced = step.trace(state, batch, frozen)  # type: ignore[attr-defined]
         lowered = traced.lower(lowering_platforms=(platform,))
-    flops, kept = count_flops(traced.jaxpr), kept_for_backward(traced.jaxpr, devices)
+    flops, float8 = count_flops(traced.jaxpr), count_flops(traced.jaxpr, is_float8)
+    kept = kept_for_backward(traced.jaxpr, devices)
     known: dict[str, Any] = dict(
         topology=where.topology, num_slices=where.num_slices, devices=devices, mesh=sizes, options=dict(options or {}),
         hbm_limit_bytes=chip.hbm_bytes, weights_bytes=weights, moments_bytes=moments, frozen_bytes=fixed,
-        activations_bytes=kept, flops_per_step=flops, model_flops_per_step=model_flops,
+        activations_bytes=kept, flops_per_step=flops, float8_flops_per_step=float8, model_flops_per_step=model_flops,
     )  # fmt: skip
     least = weights + moments + fixed + kept
     if least > chip.hbm_bytes and not always_compile:
@@ -153,7 +157,7 @@ def plan_step(
         by_kind[c.kind] += c.bytes * c.times
     dcn = sum(c.bytes * c.times for c in found if c.crosses_slices)
     # Lower bounds of the time. The state is read and written at least once.
-    compute = flops / devices / chip.flops
+    compute = ((flops - float8) / chip.flops + float8 / (chip.float8_flops or chip.flops)) / devices
     bandwidth = (arguments + memory.output_size_in_bytes) / chip.hbm_bandwidth
     network = max((sum(by_kind.values()) - dcn) / chip.ici_bandwidth, dcn / chip.dcn_bandwidth)
     bound = max(compute, bandwidth, network)
@@ -223,6 +227,7 @@ def plan_stage(
         "length": stage.length,
         "accumulation": step.accumulation,
         "remat": step.remat,
+        **({} if step.products == "bfloat16" else {"products": step.products}),
     }
     return plan_step(
         where,
@@ -318,8 +323,9 @@ def describe(plan: Plan) -> str:
     gib, o = 1 << 30, plan.options
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items()) or "one device"
     slices = f", {plan.num_slices} slices" if plan.num_slices > 1 else ""
+    products = f"products {o['products']}, " if "products" in o else ""
     head = (
-        f"stage {o['stage']}: {o['batch_size']} rows of {o['length']:,}, remat {o['remat']}, accumulation "
+        f"stage {o['stage']}: {o['batch_size']} rows of {o['length']:,}, remat {o['remat']}, {products}accumulation "
         f"{o['accumulation']}, {mesh}; compiled for {plan.topology}{slices} in {plan.compile_seconds:.0f} s"
     )
     if plan.why_not:

@@ -34,6 +34,7 @@ class Chip:
       hbm_bandwidth: memory bandwidth in bytes/s.
       ici_bandwidth: bytes/s that a chip can send to its neighbours over all links together.
       dcn_bandwidth: bytes/s that a chip can send to another slice: its share of the host's network.
+      float8_flops: peak float8 FLOP/s, of chips for which the training step has such products; otherwise 0.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Chip:
     hbm_bandwidth: float
     ici_bandwidth: float
     dcn_bandwidth: float
+    float8_flops: float = 0.0
 
 
 # Peak, memory bandwidth and networks are from the pages of docs.cloud.google.com/tpu on each generation. Those of v4
@@ -70,10 +72,10 @@ _TPU_KINDS = {
 }
 # From the data sheets of the SXM parts: NVLink in one direction, and one 400 Gbit/s network card for each GPU.
 _GPUS = {
-    "H100": Chip("H100", 80 * GiB, 989e12, 3.35e12, 450e9, 50e9),
-    "H200": Chip("H200", 141 * 10**9, 989e12, 4.8e12, 450e9, 50e9),
+    "H100": Chip("H100", 80 * GiB, 989e12, 3.35e12, 450e9, 50e9, 1979e12),
+    "H200": Chip("H200", 141 * 10**9, 989e12, 4.8e12, 450e9, 50e9, 1979e12),
     "A100": Chip("A100", 80 * GiB, 312e12, 2.0e12, 300e9, 25e9),
-    "B200": Chip("B200", 192 * 10**9, 2250e12, 8.0e12, 900e9, 50e9),
+    "B200": Chip("B200", 192 * 10**9, 2250e12, 8.0e12, 900e9, 50e9, 4500e12),
 }
 
 

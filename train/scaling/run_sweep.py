@@ -10,7 +10,7 @@ from typing import Any
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json, to_json
 from qwen_jax.tokenizer import load_tokenizer
-from train.config import RunConfig
+from train.config import CAME_LATER, RunConfig
 from train.fields import as_json, differences
 from train.files import write_file
 from train.inputs import data_fingerprint
@@ -296,7 +296,8 @@ def _check_folder(sweep: Sweep, folder: Path) -> None:
         before["content"] = record["content"] = {**record["content"], **before.get("content", {})}
         record["models"] = {**before["models"], **record["models"]}
         same = {**before, "models": {**record["models"], **before["models"]}}
-        if found := differences(same, record):
+        later = {f"base.{field}": value for field, value in CAME_LATER.items()}
+        if found := differences(same, record, later):
             name, (old, new) = next(iter(found.items()))
             raise InputError(
                 f"{folder} has a sweep with another {name}: {old!r} there, {new!r} now. Give another folder, or the "

@@ -7,8 +7,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.parallel.sharding import make_mesh
+from tests.helpers.platforms import as_if_on
 from tests.helpers.steps import abstract_step
-from train.plan.programs import collectives, count_flops
+from train.plan.programs import collectives, count_flops, is_float8
 
 # The parts of an optimised module that matter: a loop of 28 rounds, begun at 1, with a gather in it (two pieces of one
 # chain) and a sum of which each device keeps a part; sums and a scatter outside. Channels tell nothing.
@@ -115,3 +116,21 @@ def test_flops_of_a_step_are_those_of_the_formula(remat: str, passes: int) -> No
     unneeded = (passes - 3) * 2 * B * T * model.hidden_size * model.intermediate_size
     expected = model.num_layers * (passes * (products + attention) - unneeded) + 3 * head
     assert flops == pytest.approx(expected, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("axes", "remat", "passes"), [({"fsdp": 2, "tensor": 2}, "dots", 4), ({"data": 2, "context": 2}, "none", 3)]
+)
+def test_flops_in_float8_are_those_of_projections(axes: dict[str, int], remat: str, passes: int) -> None:
+    """Forward, and twice that backward; "dots" traces the forward products again, which the compiler drops.
+
+    No other product is in float8, and in blocks none is.
+    """
+    for products, passes_in_float8 in (("fp8", passes), ("fp8-blocks", 0)):
+        config, mesh, step, state, batch = abstract_step(axes, remat, products=products, num_layers=2)
+        with jax.set_mesh(mesh), as_if_on("GPU"):
+            float8 = count_flops(step.trace(state, batch).jaxpr, is_float8)
+        model = config.model
+        layer = model.num_params()["layers"] / model.num_layers
+        biases_and_norms = 2 * model.hidden_size + (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+        assert float8 == passes_in_float8 * 2 * 8 * 64 * (layer - biases_and_norms) * model.num_layers

@@ -20,7 +20,7 @@ from qwen_jax.tokenizer import load_tokenizer, train_bpe
 from tests.helpers.data_sets import make_rows
 from tests.helpers.runs import MODEL, make_material, print_seed
 from tests.train.scaling.fake_runs import SIZES, FakeTrainer, base, loss_of, optimum, sweep
-from train.config import RunConfig, as_json, load
+from train.config import CAME_LATER, RunConfig, as_json, load
 from train.loop import LoopConfig
 from train.observe.goodput import compilation
 from train.observe.metrics import flops_per_token, read_log
@@ -248,6 +248,12 @@ def test_sweeps_that_cannot_be_run_are_named(changes: dict[str, Any], says: str)
 
 def test_a_folder_takes_more_runs_of_the_same_base_only(tmp_path: Path) -> None:
     run_sweep(sweep(), tmp_path, FakeTrainer())
+    # A folder of an earlier version lacks the fields that came later.
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    for path in CAME_LATER:
+        group, field = path.split(".")
+        del record["base"][group][field]
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
     more = FakeTrainer()
     run_sweep(sweep(learning_rates=(1e-3, 2e-3, 4e-3, 8e-3), sizes=SIZES), tmp_path, more)
     assert len(more.trained) == 3 * 2 * 4 * 3 - 36
