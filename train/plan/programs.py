@@ -10,6 +10,7 @@ from typing import cast
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from qwen_jax.loops import most_times
 from qwen_jax.moe.further_rounds import FURTHER_ROUNDS
@@ -19,12 +20,18 @@ def count_flops(jaxpr: Jaxpr | ClosedJaxpr, counts: Callable[[np.dtype], bool] =
     """FLOPs of the matrix products of a jaxpr, on all devices together; a multiply and an add are 2.
 
     The body of a loop counts as often as it runs, or as it may run at most (`qwen_jax.loops`). Of a condition, the most
-    expensive branch counts. Kernels declare their cost. Further rounds of experts do not count.
+    expensive branch counts. Kernels declare their cost. Further rounds of experts do not count, nor do products whose
+    results nothing uses: the compiler drops them, and remat="dots" traces each forward product again.
 
     Args:
       jaxpr: as from `jax.jit(f).trace(...).jaxpr`.
-      counts: whether products count whose first operand has this dtype. Those of kernels count in any case.
+      counts: whether products count whose first operand has this dtype; of kernels, whose first result has it.
     """
+    whole = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    return _count_flops(dce_jaxpr(whole, [True] * len(whole.outvars))[0], counts)
+
+
+def _count_flops(jaxpr: Jaxpr | ClosedJaxpr, counts: Callable[[np.dtype], bool]) -> float:
     total = 0.0
     for eqn in _equations(jaxpr):
         name, params = eqn.primitive.name, eqn.params
@@ -36,9 +43,10 @@ def count_flops(jaxpr: Jaxpr | ClosedJaxpr, counts: Callable[[np.dtype], bool] =
             if counts(left.dtype):
                 total += 2.0 * out.size * math.prod(left.shape[i] for i in contract)
         elif name == "pallas_call":
-            total += getattr(params.get("cost_estimate"), "flops", 0) or 0
+            if counts(_shaped(eqn.outvars[0]).dtype):
+                total += getattr(params.get("cost_estimate"), "flops", 0) or 0
         elif name == "cond":
-            total += max(count_flops(branch, counts) for branch in params["branches"])
+            total += max(_count_flops(branch, counts) for branch in params["branches"])
         else:
             times = params["length"] if name == "scan" else 1
             if name == "while":
@@ -47,7 +55,7 @@ def count_flops(jaxpr: Jaxpr | ClosedJaxpr, counts: Callable[[np.dtype], bool] =
                 # Shapes inside a shard_map are those of one device.
                 axes = params["manual_axes"] if "manual_axes" in params else params["mesh"].axis_names
                 times = math.prod(params["mesh"].shape[axis] for axis in axes)
-            total += times * sum(count_flops(inner, counts) for inner in _inner(params))
+            total += times * sum(_count_flops(inner, counts) for inner in _inner(params))
     return total
 
 
