@@ -227,13 +227,16 @@ class Model:
 
     def loaded(self) -> tuple["ModelConfig", Any, str]:
         """The config, the weights and the dtype; downloads them first if the model is a Hub id."""
+        enable_compilation_cache()
+        config, params = sibling("convert").load(self.checkpoint, self.mesh, self.dtype, adapter=self.running.adapter)
+        return self.running.extended(config), params, self.dtype
+
+    @property
+    def dtype(self) -> str:
+        """The compute dtype. The default depends on the machine: that of the model, or float32 on a CPU."""
         import jax
 
-        enable_compilation_cache()
-        default = "float32" if jax.default_backend() == "cpu" else self.config.dtype
-        dtype = self.running.dtype or default
-        config, params = sibling("convert").load(self.checkpoint, self.mesh, dtype, adapter=self.running.adapter)
-        return self.running.extended(config), params, dtype
+        return self.running.dtype or ("float32" if jax.default_backend() == "cpu" else self.config.dtype)
 
     def continuous_engine(self, max_seqs: int) -> "ContinuousEngine":
         """Loads the weights into an engine of many requests.
