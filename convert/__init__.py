@@ -3,6 +3,7 @@
 This module is the public interface; the module of a format is imported when it is needed.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from qwen_jax.gguf.header import is_gguf
 from qwen_jax.hub import CONFIG, is_hub_id, resolve
 from qwen_jax.options import Options
 from qwen_jax.params import Params
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["convert", "detect", "is_quantized", "load", "load_params", "merge_adapter", "open_source", "write_folder"]
 
@@ -154,6 +157,7 @@ def convert(
     adapter: str | os.PathLike[str] | None = None,
     quantization: str | None = None,
     recipe: str | None = None,
+    intermediate_size: int | None = None,
 ) -> None:
     """Converts a checkpoint, block by block, into a new folder or GGUF file. After a failure nothing is left of it.
 
@@ -170,24 +174,47 @@ def convert(
         format.
       recipe: for "gguf", a key of `convert.gguf.RECIPES`, such as "q4_k_m"; by default as stored, and then quantised
         weights keep their codes.
+      intermediate_size: of the written model, without the padding that the source has in its feed-forward layers; see
+        `convert.quantized.padding`. By default the padding of the quantised 72B models is dropped where they are
+        dequantised into a folder, and kept with codes and in a GGUF file.
 
     Raises:
-      InputError: a damaged or unsupported checkpoint, an existing destination, or too small a disk.
+      InputError: a damaged or unsupported checkpoint, an existing destination, too small a disk, or rows that are not
+        padding.
     """
     to = to or ("gguf" if is_gguf(dst) and not Path(dst).is_dir() else None)
     target = check_options(dst, to, dtype, recipe)
     source = open_source(src)
     if quantization is not None:
+        if intermediate_size is not None:
+            raise InputError("Codes keep the padding of their model. Leave out the intermediate size, or give a dtype.")
         _repack(source, quantization, dst, to, dtype, progress, adapter)
         return
-    # GGUF files take codes as they are, unless an adapter is added to them.
-    if source.config.quantization is not None and (to != "gguf" or adapter is not None):
+    # GGUF files take codes as they are, unless they are changed.
+    if source.config.quantization is not None and (to != "gguf" or adapter or intermediate_size):
         source = _dequantized(source, np.dtype(np.float32) if to == "gguf" else target)
-    source = merge_adapter(source, adapter)
+        if to != "gguf" and intermediate_size is None:
+            from convert.quantized.padding import published_width
+
+            intermediate_size = published_width(source.config)
+    source = _without_padding(merge_adapter(source, adapter), intermediate_size)
     assert source.folder is not None
     stored = detect(source.folder)
     other: Format = "orbax" if stored == "hf" else "hf"
     write_folder(source, dst, to or (other if adapter is None or stored == "gguf" else stored), dtype, progress, recipe)
+
+
+def _without_padding(source: Source, width: int | None) -> Source:
+    """A checkpoint with the intermediate size asked for; None keeps its own."""
+    padded = source.config.intermediate_size
+    if width in (None, padded):
+        return source
+    assert width is not None
+    from convert.quantized.padding import UnpaddedSource
+
+    found = UnpaddedSource(source, width)
+    _log.warning("%d rows of padding are dropped: intermediate size %d -> %d.", padded - width, padded, width)
+    return found
 
 
 def _repack(

@@ -287,6 +287,19 @@ class ModelConfig:
         chunks = DualChunk(trained, max(trained // 32, 1), trained)
         return dataclasses.replace(self, dual_chunk=chunks, max_position_embeddings=factor * trained)
 
+    def with_w8a8(self) -> "ModelConfig":
+        """The config with rounded activations in steps of many tokens; see `Quantization.with_w8a8`.
+
+        Raises:
+          InputError: the model is not quantised, or not in a way that has such products.
+        """
+        if self.quantization is None:
+            raise InputError(
+                "Rounded activations (w8a8) need int8 or float8 weights; this model is not quantised. Leave w8a8 out, "
+                "or quantise the model first: qwen-jax quantize --method int8, or fp8."
+            )
+        return dataclasses.replace(self, quantization=self.quantization.with_w8a8())
+
     def _trained_length(self, extension: str, given: int | None) -> int:
         has = "YaRN" if self.yarn else "dual-chunk attention" if self.dual_chunk else None
         if has:

@@ -9,6 +9,10 @@ from qwen_jax.errors import InputError
 CodeType = Literal["int4", "int8", "float8_e4m3fn"]
 Activations = Literal["none", "int8", "float8_e4m3fn"]
 
+W8A8_TOKENS = 64
+"""Tokens of a step from which activations are rounded where the user asks for it. With fewer, the time is that of
+reading the weights, which rounding does not shorten."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
@@ -79,11 +83,13 @@ class Quantization:
       exceptions: paths of modules, such as "layers.3.mlp.down" or "layers.3.moe.experts.gate_up", with their own
         scheme, or None for those that are not quantised.
       activations: what the inputs of projections are rounded to, with one scale for each token.
+      rounded_from: tokens of a step, on all devices, from which they are rounded.
     """
 
     scheme: Scheme
     exceptions: tuple[tuple[str, Scheme | None], ...] = ()
     activations: Activations = "none"
+    rounded_from: int = 1
 
     def __post_init__(self) -> None:
         if self.activations == "none":
@@ -94,6 +100,27 @@ class Quantization:
                     f"Products of {self.activations} activations need weights in {self.activations} with one scale for "
                     f"each output; got {scheme}."
                 )
+
+    def rounds(self, tokens: int) -> Activations:
+        """What the inputs of projections are rounded to in a step of some tokens on all devices."""
+        return self.activations if tokens >= self.rounded_from else "none"
+
+    def with_w8a8(self) -> "Quantization":
+        """Rounds activations to the dtype of the weights in steps of many tokens; see `W8A8_TOKENS`.
+
+        Nothing changes where the checkpoint states rounded activations.
+
+        Raises:
+          InputError: the weights are not all int8, or all float8, with one scale for each output.
+        """
+        if self.activations != "none":
+            return self
+        if self.scheme.codes == "int4":
+            raise InputError(
+                "Rounded activations (w8a8) need int8 or float8 weights with one scale for each output; got "
+                f"{self.scheme}. Leave w8a8 out, or quantise the model so: qwen-jax quantize --method int8, or fp8."
+            )
+        return dataclasses.replace(self, activations=self.scheme.codes, rounded_from=W8A8_TOKENS)
 
     def of(self, module: str) -> Scheme | None:
         """The scheme of a projection, by its path in the parameter tree; None if it is not quantised."""

@@ -24,7 +24,12 @@ class QuantizedLinear(Linear):
     """
 
     def __init__(
-        self, linear: Linear, scheme: Scheme, sharding: Sharding, activations: str = "none", trained: bool = False
+        self,
+        linear: Linear,
+        scheme: Scheme,
+        sharding: Sharding,
+        quantization: Quantization | None = None,
+        trained: bool = False,
     ):
         """Takes the place of a linear map; codes and scales are zero.
 
@@ -32,7 +37,7 @@ class QuantizedLinear(Linear):
           linear: gives the einsum, the shapes, the bias and the PartitionSpecs.
           scheme: of its weight.
           sharding: of the current mesh.
-          activations: dtype that its inputs are rounded to, or "none".
+          quantization: says when its inputs are rounded; None for never.
           trained: whether gradients with respect to its inputs are needed, which kernels do not have.
         """
         bias = linear.bias[...] if hasattr(linear, "bias") else None
@@ -41,7 +46,7 @@ class QuantizedLinear(Linear):
         zeros = jnp.zeros(shape, scheme.codes)
         super().__init__(linear.einsum, zeros, x=linear.x, w=spec, out=linear.out, bias=bias, bias_spec=bias_spec)
         self.weight = nnx.Param(zeros, spec=spec, stored=True)
-        self.scheme, self.activations, self.trained = scheme, activations, trained
+        self.scheme, self.quantization, self.trained = scheme, quantization, trained
         outputs = len(linear.out) - 2
         self.sharded_inputs = "tensor" in spec[outputs:]
         inputs = math.prod(shape[outputs:])
@@ -62,29 +67,27 @@ class QuantizedLinear(Linear):
         # The kernel, by the sizes on one device.
         rows, (N, K) = math.prod(self._rows(x)), self._local_sizes()
         shards = jax.sharding.get_abstract_mesh().shape["tensor"] if self.sharded_inputs else 1
-        chosen, rounded = "plain", self.activations != "none"
-        if not rounded:
-            chosen = quantized.select_quantized(
-                "plain" if self.trained else "auto",
-                jax.ShapeDtypeStruct((rows, K), x.dtype),
-                jax.ShapeDtypeStruct((N, K), self.weight.dtype),
-                jax.ShapeDtypeStruct((N, self.scales.shape[-1] // shards), self.scales.dtype),
-                self.scheme.offset != "none",
-            )
+        rounded = self.quantization is not None and self.quantization.rounds(x.shape[0] * x.shape[1]) != "none"
+        chosen = quantized.select_quantized(
+            "auto" if not self.trained else "w8a8" if rounded else "plain",
+            jax.ShapeDtypeStruct((rows, K), x.dtype),
+            jax.ShapeDtypeStruct((N, K), self.weight.dtype),
+            jax.ShapeDtypeStruct((N, self.scales.shape[-1] // shards), self.scales.dtype),
+            self.scheme.offset != "none",
+            rounded,
+        )
+        how: Any = {"implementation": chosen, "axis": "tensor" if self.sharded_inputs else None}
 
         def multiply(x: jax.Array, operands: dict[str, jax.Array]) -> jax.Array:
             gathered = lax.all_gather(operands["weight"], "fsdp", axis=spec.index("fsdp"), tiled=True)
             matrices = {name: x.reshape(N, -1) for name, x in operands.items() if name not in ("weight", "order")}
             weight_NK, scales_NG = gathered.reshape(N, K), matrices["scales"]
             x_MK = self._in_order(x, operands.get("order")).reshape(-1, K)
-            if rounded:
-                y = quantized.row_scaled_matmul(x_MK, weight_NK, scales_NG, "tensor" if self.sharded_inputs else None)
-            else:
-                offsets = matrices.get("zeros"), matrices.get("mins")
-                y = quantized.quantized_matmul(x_MK, weight_NK, scales_NG, *offsets, implementation=chosen)
+            offsets = matrices.get("zeros"), matrices.get("mins")
+            y = quantized.quantized_matmul(x_MK, weight_NK, scales_NG, *offsets, **how)
             return y.reshape(*x.shape[:2], *gathered.shape[:outputs])
 
-        return LocalProduct(operands, specs, multiply, chosen != "plain")
+        return LocalProduct(operands, specs, multiply, chosen in ("gpu", "tpu"))
 
     def _in_order(self, x: jax.Array, order_I: jax.Array | None) -> jax.Array:
         """One device's activations [B, T, inputs] in the order of the codes."""
@@ -124,7 +127,7 @@ def quantize_projections(
             parts = _JOINED.get(name, (name,))
             scheme = functools.reduce(unified, (quantization.of(f"{path}.{part}") for part in parts))
             if scheme is not None:
-                setattr(module, name, QuantizedLinear(linear, scheme, sharding, quantization.activations, trained))
+                setattr(module, name, QuantizedLinear(linear, scheme, sharding, quantization, trained))
 
 
 def in_scheme(arrays: dict[str, jax.Array], scheme: Scheme | None, target: Scheme | None) -> dict[str, jax.Array]:

@@ -28,7 +28,7 @@ from train.fields import call
 from train.files import write_file
 from train.grpo_config import GrpoRunConfig
 from train.grpo_data import OpenedRun, Rollouts, make_engines, rows_that_fit
-from train.handover import split_mesh
+from train.handover import check_handover, split_mesh
 from train.judge import Judge
 from train.launch import Export, Job, Phase
 from train.loop import Measurement
@@ -56,8 +56,8 @@ def train_grpo(
       The number of the signal that stopped the run early, with everything saved; 0 if it has ended.
 
     Raises:
-      InputError: prompts, rewards, model and folder that do not fit each other or the run in the folder; a folder in
-        use; a reward that fails; or an episode without any reward.
+      InputError: prompts, rewards, model and folder that do not fit each other or the run in the folder; a quantised
+        model; a folder in use; a reward that fails; or an episode without any reward.
     """
     if jax.process_count() > 1:
         raise InputError(
@@ -68,6 +68,7 @@ def train_grpo(
     model, tokenizer, origin = formats.describe(config.model)
     if model.score is not None:
         raise InputError(f"{config.model} is a reward model, which writes no text. Give a language model.")
+    check_handover(model)
     if config.reference is not None:
         check_reference(config.reference, config.model, tokenizer, formats)
     with contextlib.ExitStack() as stack:

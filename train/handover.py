@@ -35,6 +35,23 @@ Handover = Callable[..., None]
 frozen ones; both as for `train.step.train_step`. They are read, and stay valid."""
 
 
+def check_handover(model: ModelConfig) -> None:
+    """Refuses a model whose weights cannot be handed over.
+
+    Args:
+      model: the architecture.
+
+    Raises:
+      InputError: it is quantised. An update of LoRA cannot be merged into codes.
+    """
+    if model.quantization is not None:
+        raise InputError(
+            "Expected a model in full precision to train and sample in turn, got quantised weights: updates cannot be "
+            "merged into them for the engines. Convert the model first (qwen-jax convert --to hf --dtype bfloat16), or "
+            "train an adapter beside the quantised weights by SFT or DPO."
+        )
+
+
 class InferenceLayout:
     """Brings a trainer's parameters into the inference layout of one or more meshes, in one jitted program.
 
@@ -47,10 +64,11 @@ class InferenceLayout:
       dtype: of the results.
 
     Raises:
-      InputError: a mesh that does not fit the model, or targets with different axes.
+      InputError: a quantised model, a mesh that does not fit the model, or targets with different axes.
     """
 
     def __init__(self, model: ModelConfig, step: StepConfig, mesh: Mesh, targets: Sequence[Mesh], dtype: str) -> None:
+        check_handover(model)
         if not targets:
             raise InputError("Expected at least one mesh to hand weights to, got none.")
         if any(dict(target.shape) != dict(targets[0].shape) for target in targets):

@@ -136,8 +136,8 @@ def _refusal(path: Path, record: dict[str, Any], certain: bool) -> str:
     folder = path.parent
     if certain:
         return (
-            f"{folder} is in use by another run: {_who(record)}, holds {path.name}. Two runs would mix their logs and "
-            "checkpoints. Wait until it ends, stop it, or give another folder as output."
+            f"{folder} is in use by another run: {_who(record)}, holds {path.name}. Two runs would mix their "
+            "files. Wait until it ends, stop it, or give another folder as output."
         )
     return (
         f"{folder} may be in use by another run: {path.name} is of {_who(record)}, and this file system cannot tell "

@@ -217,9 +217,14 @@ class _Run:
         config = self.config
         if config.method == "reward" or not config.samples:
             return []
-        # The engine reads its texts in one process.
-        if jax.process_count() > 1:
-            self.console.print("no samples are written in several processes", highlight=False, markup=False)
+        # The engine reads its texts in one process, and takes no update beside codes.
+        reasons = {
+            "in several processes": jax.process_count() > 1,
+            "beside quantised weights": self.model.quantization is not None,
+        }
+        if any(reasons.values()):
+            why = next(reason for reason, holds in reasons.items() if holds)
+            self.console.print(f"no samples are written {why}", highlight=False, markup=False)
             return []
         stores = [(packed.store, packed.selection.units.tolist()) for packed in self.held_out.values()]
         turns = itertools.zip_longest(*([(store, unit) for unit in units] for store, units in stores))

@@ -71,6 +71,11 @@ class Codes:
             out[start : start + _BLOCK] = values if places is None else np.take(values, places, axis=1)
         return out
 
+    def outputs(self, rows: slice) -> "Codes":
+        """Some of the outputs; views of the arrays."""
+        zeros, mins = (x if x is None else x[rows] for x in (self.zeros, self.mins))
+        return dataclasses.replace(self, codes=self.codes[rows], scales=self.scales[rows], zeros=zeros, mins=mins)
+
     def _values(self, rows: slice) -> np.ndarray:
         """The values of some outputs, with the inputs in the places that they have in codes."""
         codes = self.codes[rows]

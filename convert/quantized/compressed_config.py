@@ -60,6 +60,11 @@ class Compressed(FormatInfo):
         """Whether the inputs are sorted by group in memory."""
         return self.act_order
 
+    @property
+    def scheme_group(self) -> int:
+        """Inputs that share a scale, as `Scheme` counts them."""
+        return self.block[1] if self.block else self.group
+
     def file_group(self, inputs: int) -> int:
         """Inputs of a group in the file."""
         return self.block[1] if self.block else super().file_group(inputs)

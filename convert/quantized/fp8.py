@@ -63,6 +63,11 @@ class Fp8(FormatInfo):
     scale_name: ScaleName = "weight_scale"
     skipped: tuple[str, ...] = ()
 
+    @property
+    def scheme_group(self) -> int:
+        """Inputs that share a scale, as `Scheme` counts them."""
+        return self.block[1] if self.block else self.group
+
     def file_group(self, inputs: int) -> int:
         """Inputs of a group in the file."""
         return self.block[1] if self.block else super().file_group(inputs)

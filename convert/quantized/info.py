@@ -50,6 +50,11 @@ class FormatInfo:
         """Whether the inputs are sorted by group in memory."""
         return False
 
+    @property
+    def scheme_group(self) -> int:
+        """Inputs that share a scale, as `Scheme` counts them; 0 if all inputs of an output share one."""
+        return self.group
+
     def file_group(self, inputs: int) -> int:
         """Inputs of a group in the file."""
         return self.group or max(inputs, 1)

@@ -120,7 +120,7 @@ class QuantizedSource(SafetensorsSource):
             for name in names
             if "scale" in name.rpartition(".")[2] and name in self._packed
         )
-        return Scheme(info.codes, info.group, scales, info.offset, info.ordered)  # type: ignore[arg-type]
+        return Scheme(info.codes, info.scheme_group, scales, info.offset, info.ordered)  # type: ignore[arg-type]
 
     def _stored_leaves(self) -> tuple[Leaf, ...]:
         """The leaves whose tensors are in the files as they are."""
@@ -139,7 +139,7 @@ class QuantizedSource(SafetensorsSource):
 
     def read(self, leaf: Leaf, tensors: slice, rows: slice) -> np.ndarray:
         if self._is_head(leaf):
-            return self._codes("lm_head").dequantize()[rows][None]
+            return self._codes("lm_head").outputs(rows).dequantize()[None]
         if leaf.stored is None:
             return super().read(leaf, tensors, rows)
         read = functools.partial(self._array, leaf, rows)
@@ -165,10 +165,12 @@ class QuantizedSource(SafetensorsSource):
         """One matrix, unpacked; the last few are kept."""
         with self._lock:
             if module not in self._unpacked:
+                while len(self._unpacked) >= _KEPT:  # Before the next one is unpacked.
+                    del self._unpacked[next(iter(self._unpacked))]
                 info, shape = self._infos[module], self._shapes[module]
                 names = [name for name in tensor_names(module, shape, info) if name in self._packed]
                 codes = unpack({name: self._read_whole(self._packed[name]) for name in names}, info, module, shape)
-                self._unpacked = dict([*self._unpacked.items(), (module, codes)][-_KEPT:])
+                self._unpacked[module] = codes
             return self._unpacked[module]
 
     def _read_whole(self, entry: Entry) -> np.ndarray:

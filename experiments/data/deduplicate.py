@@ -31,8 +31,9 @@ import pyarrow.parquet as pq
 
 from train.curate.deduplicate import DuplicateOptions, find_duplicates
 from train.curate.engine import Engine
-from train.curate.minhash import MinHash, mixed
+from train.curate.minhash import MinHash
 from train.curate.operators.fingerprint import Fingerprint, Shingles, normalise_text, shingles
+from train.data.words import mixed
 from train.synthesize.overlap import words
 
 

@@ -245,7 +245,8 @@ def ray_pipeline(folder: Path) -> None:
     exploded = features.map_batches(keys, batch_format="pyarrow").materialize()
     groups = exploded.groupby("key").aggregate(Min("node", alias_name="found"), Count(alias_name="count"))
     groups = groups.filter(expr="count > 1").drop_columns(["count"])
-    edges = join(exploded, groups, "key", "key").filter(expr="node != found")
+    # Each shuffle has actors of its own: three in one plan want more cores than there are.
+    edges = join(exploded, groups, "key", "key").filter(expr="node != found").materialize()
     edges = edges.groupby(["node", "found"]).aggregate(Count(alias_name="count"))
     edges = edges.drop_columns(["count"]).rename_columns({"found": "least"}).materialize()
     rounds = 0

@@ -33,7 +33,8 @@ from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import Params, bind, init_params
 from qwen_jax.tokenizer import CONTROL_TOKENS, Tokenizer, train_bpe
-from train.curate.operator import DOCUMENT
+from train.curate.curation import Curation, Input
+from train.curate.run import run as curate
 from train.curate.scoring import prompt as prompts
 from train.curate.scoring.prompt import Prompt
 from train.curate.scoring.questions import RUBRICS
@@ -133,14 +134,16 @@ def make_tokenizer(rng: np.random.Generator) -> Tokenizer:
 
 
 def write_run(folder: Path, rng: np.random.Generator, count: int, shards: int) -> np.ndarray:
-    """Writes documents as a run of curation has them; returns their levels."""
-    (folder / "documents").mkdir(parents=True)
-    levels = []
+    """Curates documents in so many shards; returns their levels."""
+    levels, inputs = [], []
     for shard in range(shards):
         made = [make_document(rng) for _ in range(count // shards)]
         levels += [level for _, level in made]
-        rows = [{"id": f"{shard}-{i}", "domain": "made", "source": "made", "text": t} for i, (t, _) in enumerate(made)]
-        pq.write_table(pa.Table.from_pylist(rows, DOCUMENT), folder / "documents" / f"{shard:05d}.parquet")
+        file = folder.with_name(f"{folder.name}-{shard:03d}.jsonl")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(json.dumps({"text": text}) for text, _ in made))
+        inputs.append(Input(f"made{shard:03d}", str(file)))
+    curate(Curation(inputs), folder)
     return np.array(levels)
 
 

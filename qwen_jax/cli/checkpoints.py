@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from qwen_jax.cli.common import DType, sibling
+from qwen_jax.cli.common import Count, DType, sibling
 from qwen_jax.cli.failures import complain, explain
 from qwen_jax.units import binary_size, count
 
@@ -153,6 +153,8 @@ class Convert:
         merge_adapter: LoRA folder of PEFT, or Hub id, to merge into the weights, summed in float32 and then rounded.
             The format is then that of SRC.
         quantization: Format of quantised weights to write; SRC must be quantised already.
+        intermediate_size: Of the written model, where SRC has rows of padding. By default the quantised 72B models
+            (29696) get their own size (29568) with --dtype, and keep the padding otherwise.
     """
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
@@ -162,6 +164,7 @@ class Convert:
     type: GGUFType | None = None
     merge_adapter: Annotated[str | None, tyro.conf.arg(metavar="ADAPTER")] = None
     quantization: Literal["gptq", "awq", "compressed-tensors", "fp8"] | None = None
+    intermediate_size: Count = None
 
     def run(self) -> int:
         sibling("convert").convert(
@@ -173,6 +176,7 @@ class Convert:
             adapter=self.merge_adapter,
             recipe=self.type,
             quantization=self.quantization,
+            intermediate_size=self.intermediate_size,
         )
         print(self.dst)
         return 0

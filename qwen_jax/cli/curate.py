@@ -108,6 +108,7 @@ def _text(summary: dict[str, Any], folder: Path) -> str:
     for stage in summary["stages"]:
         lines.append(f"{stage['name']}: {stage['out']:,} of {stage['in']:,}")
         lines += [f"    {count:,} {reason}" for reason, count in list(stage["removed"].items())[:10]]
+    lines += [f"{count:,} not written: {reason}" for reason, count in summary["writing"]["removed"].items()]
     lines += [
         f"{folder / 'output' / name}: {out['written']:,} documents, {out['bytes'] / 1e6:,.1f} MB of text"
         for name, out in summary["output"].items()

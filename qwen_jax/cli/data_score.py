@@ -29,7 +29,8 @@ class ScoreDocuments:
 
     Args:
         model: Checkpoint folder of an instruct model, a reward model or a student, or Hub id.
-        input: The folder of a curation (its documents/), or files, folders and patterns of JSONL, Parquet or text.
+        input: The folder of a finished curation: the documents that its stages have kept, with their final text. Or
+            files, folders and patterns of JSONL, Parquet or text.
         output: Folder for the scores.
         rubric: education, clarity, reasoning, cleanliness, code, mathematics, topic, format; by default the first six.
         field: JSON field or Parquet column with the text of files.

@@ -96,6 +96,7 @@ class Running:
             checkpoint.
         attention_kernel: Kernel that computes attention; auto takes the best one here.
         kv_dtype: int8 and fp8 hold keys and values in 8 bits, half the memory; auto in the dtype to compute in.
+        w8a8: Round activations to the int8 or float8 of the weights in steps of 64 tokens or more, one scale a token.
         rope_scaling: Longer texts than those of training by YaRN, such as yarn:4 for four times the length.
         dual_chunk: Four times the length of training by dual-chunk attention; short texts are as before.
         trained_length: Length of training in tokens, for these two; by default the model's max_position_embeddings.
@@ -110,6 +111,7 @@ class Running:
     sparsity_file: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     attention_kernel: Kernel = "auto"
     kv_dtype: KVDtype = "auto"
+    w8a8: bool = False
     rope_scaling: Annotated[str | None, tyro.conf.arg(metavar="yarn:FACTOR")] = None
     dual_chunk: bool = False
     trained_length: Count = None
@@ -183,6 +185,8 @@ class Model:
         self.folder = resolve(name, SMALL)
         self.checkpoint: str | Path = name if is_hub_id(name) else self.folder
         self.config = running.extended(load_config(self.folder))
+        if running.w8a8 and not sibling("convert").is_quantized(self.folder):
+            self.config.with_w8a8()  # Refuses it.
         checks.check_generates(self.config)
         self.defaults = load_generation_defaults(self.folder, self.config)
         self.tokenizer = self._tokenizer(need_tokenizer)
@@ -228,8 +232,11 @@ class Model:
     def loaded(self) -> tuple["ModelConfig", Any, str]:
         """The config, the weights and the dtype; downloads them first if the model is a Hub id."""
         enable_compilation_cache()
+        if self.running.w8a8:
+            sibling("convert").open_source(self.checkpoint).config.with_w8a8()  # Refuses it before weights are read.
         config, params = sibling("convert").load(self.checkpoint, self.mesh, self.dtype, adapter=self.running.adapter)
-        return self.running.extended(config), params, self.dtype
+        config = self.running.extended(config)
+        return config.with_w8a8() if self.running.w8a8 else config, params, self.dtype
 
     @property
     def dtype(self) -> str:

@@ -50,7 +50,9 @@ class Serve:
         max_num_batched_tokens: Tokens of prompts that are read between two steps of the running requests.
         gpu_memory_utilization: Part of the device's memory to use.
         kv_dtype: int8 and fp8 hold keys and values in 8 bits: twice the tokens in the same memory, and slower steps
-            except on Hopper GPUs; auto holds them in the dtype to compute in.
+            except on Hopper GPUs, or with int8 on TPUs; auto holds them in the dtype to compute in.
+        w8a8: Round activations to the int8 or float8 of the weights in steps of 64 tokens or more, one scale a token. A
+            text may then differ with the requests that run beside it.
         no_prefix_caching: Do not share keys and values of equal beginnings of prompts.
         mesh: Devices to spread over, such as tensor=2.
         dtype: To compute in; by default the checkpoint's own on a GPU or TPU, float32 on a CPU.
@@ -84,6 +86,7 @@ class Serve:
     max_num_batched_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 2048
     gpu_memory_utilization: Annotated[float, tyro.conf.arg(metavar="X")] = 0.9
     kv_dtype: KVDtype = "auto"
+    w8a8: bool = False
     no_prefix_caching: bool = False
     mesh: Annotated[str, tyro.conf.arg(metavar="AXIS=N,...")] = ""
     dtype: DType | None = None
@@ -195,6 +198,7 @@ class Serve:
         running = Running(
             dtype=self.dtype,
             mesh=self.mesh,
+            w8a8=self.w8a8,
             rope_scaling=self.rope_scaling,
             dual_chunk=self.dual_chunk,
             trained_length=self.trained_length,

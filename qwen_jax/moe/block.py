@@ -16,7 +16,14 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.config import ModelConfig
 from qwen_jax.linear import Weight, initializers
 from qwen_jax.moe.capacity import dispatch_with_capacity
-from qwen_jax.moe.dispatch import Dispatched, DispatchInfo, DroplessInfo, dispatch_dropless
+from qwen_jax.moe.dispatch import (
+    Dispatched,
+    DispatchInfo,
+    DroplessInfo,
+    dispatch_dropless,
+    multiply_down,
+    multiply_up,
+)
 from qwen_jax.moe.exchange import select_exchange
 from qwen_jax.moe.experts import Experts, MoEWeights, sum_partial_results, weighted_swiglu
 from qwen_jax.moe.further_rounds import add_further_rounds
@@ -93,9 +100,10 @@ class MoE(nnx.Module):
         assert moe is not None
         # Adapters are trained with gradients with respect to activations, which kernels for codes do not have.
         quantized = "plain" if options.lora is not None else "auto"
+        rounded = (self.experts.activations(name, x_BTD.shape[0] * x_BTD.shape[1]) for name in ("gate_up", "down"))
         context = MoEContext(
             moe, spec, self.config.rms_norm_eps, options.capacity_factor, options.grouped, keep_dots, quantized,
-            options.expert_exchange,
+            options.expert_exchange, *rounded,
         )  # fmt: skip
         dtype = x_BTD.dtype
         (gate_up, gate_up_specs), (down, down_specs) = (
@@ -150,7 +158,7 @@ def _route_and_multiply_up(
     # Sort the rows by expert and send them to the devices of their experts.
     rows, row_weights, dropped, info = _dispatch(context, routed)
     # Multiply.
-    gate_up = info.multiply(context, rows, gate_up_eFD)
+    gate_up = multiply_up(context, info, rows, gate_up_eFD)
     return gate_up, row_weights, info, router_stats(context, routed, dropped)
 
 
@@ -170,6 +178,6 @@ def _multiply_down_and_combine(
     """Everything from the first product to the sum of each token's rows, float32 [N, D]."""
     down_eDF = weights.gathered_down()
     # Multiply.
-    y = info.multiply(context, weighted_swiglu(gate_up, row_weights), down_eDF)
+    y = multiply_down(context, info, weighted_swiglu(gate_up, row_weights), down_eDF)
     # Return.
     return info.combine(context, y)

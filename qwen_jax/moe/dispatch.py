@@ -17,6 +17,7 @@ from jax import lax
 from qwen_jax.kernels.einsum import einsum_f32
 from qwen_jax.kernels.matmul import quantized_grouped
 from qwen_jax.kernels.matmul.grouped import grouped_matmul
+from qwen_jax.kernels.matmul.quantized import rounded_rows
 from qwen_jax.kernels.matmul.quantized_grouped import (
     QuantizedMatrices,
     grouped_quantized_matmul,
@@ -25,6 +26,7 @@ from qwen_jax.kernels.matmul.quantized_grouped import (
 from qwen_jax.moe.exchange import AXIS, ExchangePlan, plan_exchange, send, send_back, send_scalars
 from qwen_jax.moe.experts import Matrices
 from qwen_jax.moe.router import MoEContext, RouterOutput
+from qwen_jax.quantization import Activations
 
 ROOM = 1.5
 """Rows that a device has room for in one exchange, as a multiple of what it receives if the experts' loads are even.
@@ -86,6 +88,33 @@ class ExchangeInfo(DispatchInfo, Protocol):
           rows, weights: from `sources`.
           room: number of rows to return.
         """
+
+
+def multiply_up(context: MoEContext, info: DispatchInfo, rows: jax.Array, gate_up_eFD: Matrices) -> jax.Array:
+    """`info.multiply` with gate and up, after the rows were rounded if the model asks for it."""
+    return _multiply(context, info, rows, gate_up_eFD, context.gate_up_activations, None)
+
+
+def multiply_down(context: MoEContext, info: DispatchInfo, rows: jax.Array, down_eDF: Matrices) -> jax.Array:
+    """`info.multiply` with down, whose inputs the tensor axis splits, after the rows were rounded likewise."""
+    axis = "tensor" if context.sharding.tensor > 1 else None
+    return _multiply(context, info, rows, down_eDF, context.down_activations, axis)
+
+
+def _multiply(
+    context: MoEContext,
+    info: DispatchInfo,
+    rows: jax.Array,
+    matrices: Matrices,
+    activations: Activations,
+    axis: str | None,
+) -> jax.Array:
+    if activations == "none":
+        return info.multiply(context, rows, matrices)
+    codes, scales = rounded_rows(rows, activations, axis)
+    y = info.multiply(context, codes, matrices)
+    # A row of dispatch may give several rows of the result, which follow each other.
+    return (y * jnp.repeat(scales, y.shape[0] // scales.shape[0], axis=0)).astype(y.dtype)
 
 
 class Dispatched(NamedTuple):

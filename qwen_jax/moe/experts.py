@@ -13,7 +13,7 @@ from qwen_jax.kernels.matmul.quantized_grouped import QuantizedMatrices
 from qwen_jax.moe.exchange import AXIS
 from qwen_jax.parallel.collectives import all_gather_weight
 from qwen_jax.parallel.sharding import Sharding
-from qwen_jax.quantization import Quantization
+from qwen_jax.quantization import Activations, Quantization
 
 Matrices = jax.Array | QuantizedMatrices
 """A matrix [N, K] for each expert of this device: an array [e, N, K], or what stands for it."""
@@ -41,6 +41,7 @@ class Experts(nnx.Module):
         """
         weights = ("gate_up", gate_up_E2FD, sharding.experts_gate_up), ("down", down_EDF, sharding.experts_down)
         self.names: dict[str, tuple[str, ...]] = {}
+        self.quantization = quantization
         for name, weight, spec in weights:
             scheme = None if quantization is None else quantization.of(f"moe.experts.{name}")
             if scheme is None:
@@ -72,6 +73,12 @@ class Experts(nnx.Module):
         if len(values) == 1:
             values = {"weight": values["weight"].astype(dtype)}
         return values, {array: param.get_metadata("spec") for array, param in params.items()}
+
+    def activations(self, name: str, tokens: int) -> Activations:
+        """What the inputs of `gate_up` or `down` are rounded to in a step of some tokens on all devices."""
+        if self.quantization is None or len(self.names[name]) == 1:
+            return "none"
+        return self.quantization.rounds(tokens)
 
 
 def array_name(name: str, array: str) -> str:

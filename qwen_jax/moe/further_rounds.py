@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qwen_jax.moe.dispatch import ExchangeInfo, exchange_room
+from qwen_jax.moe.dispatch import ExchangeInfo, exchange_room, multiply_down, multiply_up
 from qwen_jax.moe.experts import MoEWeights, as_array, sum_partial_results, weighted_swiglu
 from qwen_jax.moe.router import MoEContext, route_tokens
 
@@ -139,7 +139,7 @@ def _run_round(context: MoEContext, room: int, info: ExchangeInfo, i: jax.Array,
     # Send.
     rows, weights = this.receive(context, given.rows, given.weights, room)
     # Multiply.
-    gate_up = this.multiply(context, rows, given.gate_up_eFD)
-    y = this.multiply(context, weighted_swiglu(gate_up, weights), given.down_eDF)
+    gate_up = multiply_up(context, this, rows, given.gate_up_eFD)
+    y = multiply_down(context, this, weighted_swiglu(gate_up, weights), given.down_eDF)
     # Return.
     return sum_partial_results(context.sharding, this.combine(context, y))

@@ -13,6 +13,7 @@ from qwen_jax.linear import rms_norm
 from qwen_jax.moe.exchange import ExpertExchange
 from qwen_jax.moe.experts import MoEWeights
 from qwen_jax.parallel.sharding import Sharding
+from qwen_jax.quantization import Activations
 
 
 @jax.tree_util.register_dataclass
@@ -51,6 +52,7 @@ class MoEContext:
       quantized: implementation of products of few rows with quantised experts; see
         `qwen_jax.kernels.matmul.quantized_grouped`.
       expert_exchange: how tokens reach the devices of their experts; see `qwen_jax.moe.exchange`.
+      gate_up_activations, down_activations: what the rows of these products are rounded to, with one scale for each.
     """
 
     config: MoEConfig
@@ -61,6 +63,8 @@ class MoEContext:
     keep_dots: bool
     quantized: str = "auto"
     expert_exchange: ExpertExchange = "auto"
+    gate_up_activations: Activations = "none"
+    down_activations: Activations = "none"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -98,6 +99,33 @@ def test_written_again_every_tensor_keeps_its_bytes(tmp_path: Path, name: str) -
     assert first == second
     configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("first", "second")]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("method", ["fp8", "compressed-tensors"])
+def test_scales_of_blocks(tmp_path: Path, method: str) -> None:
+    """Outputs and inputs share a scale in blocks, the last of which are smaller; values and bytes are kept."""
+    rng, block = print_seed(), (48, 32)
+    info: FormatInfo = Fp8(codes="float8_e4m3fn", strategy="block", block=block, scale_name="weight_scale_inv")
+    if method != "fp8":
+        layout: Any = {"format": "float-quantized", "strategy": "block", "ignore": ("lm_head",)}
+        info = Compressed(codes="float8_e4m3fn", block=block, **layout)
+    make_hf_checkpoint(tmp_path / "original", tie=False, **SIZES)
+    scheme = Scheme("float8_e4m3fn", 32, "float32")
+    config = dataclasses.replace(load_config(tmp_path / "original"), quantization=Quantization(scheme))
+    params = random_quantized(config, rng)
+    for scales in (arrays["scales"] for layer in params["layers"] for arrays in (*layer["attention"].values(),
+                   *layer["mlp"].values())):  # fmt: skip
+        rows = scales.reshape(-1, scales.shape[-1])
+        rows[...] = np.repeat(rows[:: block[0]], block[0], 0)[: len(rows)]
+    export(TreeSource(params, config), info, tmp_path / "first", extra_files_from=tmp_path / "original")
+    source = open_source(tmp_path / "first")
+    assert source.config.quantization == Quantization(scheme)
+    again = place(source, make_mesh({}, jax.devices()[:1]), options=Options(stacked=False))
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, np.asarray(b))
+    export(source, info, tmp_path / "second")
+    first, second = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("first", "second"))
+    assert first == second
 
 
 def test_what_the_configuration_leaves_out_must_not_be_quantised(tmp_path: Path) -> None:

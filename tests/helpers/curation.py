@@ -29,6 +29,21 @@ def documents(texts: Sequence[str | None], **columns: Sequence[Any]) -> pa.Table
     return pa.table([pa.array(values, field.type) for values, field in zip(arrays, DOCUMENT, strict=True)], DOCUMENT)
 
 
+def warc_record(url: str, body: bytes, kind: str = "response", content: str = "text/html", status: int = 200) -> bytes:
+    head = f"HTTP/1.1 {status} X\r\nContent-Type: {content}; charset=latin-1\r\nContent-Length: {len(body)}\r\n\r\n"
+    http = head.encode() + body
+    fields = {
+        "WARC-Type": kind,
+        "WARC-Target-URI": url,
+        "WARC-Date": "2026-01-01T00:00:00Z",
+        "WARC-Record-ID": f"<urn:uuid:{len(url)}>",
+        "Content-Type": f"application/http; msgtype={kind}",
+        "Content-Length": str(len(http)),
+    }
+    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    return f"WARC/1.0\r\n{lines}\r\n".encode() + http + b"\r\n\r\n"
+
+
 def applied(operator: Operator, table: pa.Table) -> pa.Table:
     """What the operator makes of documents, from the columns that it reads."""
     return operator.start()(table.select(list(operator.reads)))

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -119,3 +120,17 @@ def make_rows(
     )
     write_json(folder / MANIFEST, manifest.to_json())
     return PackedRows(folder)
+
+
+def frames_of(content: bytes, rng: np.random.Generator, count: int) -> list[bytes]:
+    """Content in Zstandard frames of any size, with and without checksums; among them skippable and empty ones."""
+    edges = sorted(rng.integers(0, len(content) + 1, count - 1).tolist())
+    frames = []
+    for begin, end in zip([0, *edges], [*edges, len(content)], strict=True):
+        compressor = zstandard.ZstdCompressor(write_checksum=bool(rng.integers(2)), write_content_size=False)
+        frames.append(compressor.compress(content[begin:end]))
+        if rng.random() < 0.3:
+            frames.append(struct.pack("<II", 0x184D2A50 + int(rng.integers(16)), 5) + b"extra")
+        if rng.random() < 0.3:
+            frames.append(zstandard.compress(b""))
+    return frames

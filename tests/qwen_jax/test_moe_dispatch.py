@@ -1,5 +1,6 @@
 """Dispatch and combine: every row meets its own expert once and returns to its own token, whatever the layout."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -11,9 +12,18 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.config import MoE
+from qwen_jax.kernels.matmul.quantized import quantize_rows, rounded_rows
 from qwen_jax.moe import dispatch as dropless
 from qwen_jax.moe.capacity import CapacityInfo, dispatch_with_capacity
-from qwen_jax.moe.dispatch import DroplessInfo, FewRowsInfo, RowOrder, dispatch_dropless, gather_rows, sum_assignments
+from qwen_jax.moe.dispatch import (
+    DroplessInfo,
+    FewRowsInfo,
+    RowOrder,
+    dispatch_dropless,
+    gather_rows,
+    multiply_up,
+    sum_assignments,
+)
 from qwen_jax.moe.exchange import plan_exchange
 from qwen_jax.moe.experts import sum_partial_results
 from qwen_jax.moe.gathered import GatheredInfo, dispatch_gathered
@@ -47,7 +57,7 @@ def scaled_by_experts(
         routed = RouterOutput(x_ND, jnp.ones(ids_Nk.shape), ids_Nk, masked, jnp.zeros((len(x_ND), E)), valid_N)
         rows, _, _, info = dispatch(context, routed)
         infos.append(info)
-        return sum_partial_results(context.sharding, info.combine(context, info.multiply(context, rows, matrices)))
+        return sum_partial_results(context.sharding, info.combine(context, multiply_up(context, info, rows, matrices)))
 
     rows = context.sharding.rows
     run = jax.jit(
@@ -82,6 +92,46 @@ def test_every_row_meets_its_expert_and_returns_to_its_token(
     got, infos = scaled_by_experts(*context(axes, training, capacity_factor), x_ND, ids_Nk, valid_N, dispatch)
     assert {type(info) for info in infos} == {CapacityInfo if capacity_factor else DroplessInfo}
     np.testing.assert_array_equal(got, x_ND * (ids_Nk + 1).sum(1, keepdims=True) * valid_N[:, None])
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 64])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("capacity_factor", [0.0, E / K])
+def test_rows_are_rounded_with_one_scale_a_token(
+    tokens: int, dtype: str, capacity_factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The products are those of the rounded rows, and the gradient passes the rounding unchanged."""
+    monkeypatch.setattr(dropless, "ROOM", 100.0)
+    rng = np.random.default_rng()
+    x_ND = (rng.normal(size=(tokens, D)) * rng.lognormal(size=(tokens, 1))).astype(np.float32)
+    ids_Nk = np.stack([rng.permutation(E)[:K] for _ in x_ND]).astype(np.int32)
+    plain, mesh = context({}, training=False, capacity_factor=capacity_factor)
+    rounding = dataclasses.replace(plain, gate_up_activations=dtype)  # type: ignore[arg-type]
+    dispatch = dispatch_with_capacity if capacity_factor else dispatch_dropless
+    codes, scales = quantize_rows(jnp.asarray(x_ND), dtype)
+    want, _ = scaled_by_experts(plain, mesh, np.asarray(codes.astype(jnp.float32) * scales), ids_Nk, None, dispatch)
+    got, _ = scaled_by_experts(rounding, mesh, x_ND, ids_Nk, None, dispatch)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
+    assert (got != scaled_by_experts(plain, mesh, x_ND, ids_Nk, None, dispatch)[0]).any()
+    dy = rng.normal(size=x_ND.shape).astype(np.float32)
+    gradients = [
+        jax.grad(lambda x: (rounded_rows(x, dtype)[0] * rounded_rows(x, dtype)[1] * dy).sum())(jnp.asarray(x_ND)), dy
+    ]  # fmt: skip
+    np.testing.assert_allclose(*gradients, rtol=1e-5)
+
+
+def test_a_row_has_the_same_codes_on_every_mesh() -> None:
+    rng = np.random.default_rng()
+    x = jnp.asarray(rng.normal(size=(6, 64)) * rng.lognormal(size=(6, 1)), jnp.float32)
+    for dtype in ("int8", "float8_e4m3fn"):
+        mesh = make_mesh({"tensor": 4}, jax.devices()[:4])
+        with jax.set_mesh(mesh):
+            shards = jax.device_put(x, jax.NamedSharding(mesh, P(None, "tensor")))
+            run = functools.partial(rounded_rows, dtype=dtype, axis="tensor")
+            codes, scales = jax.jit(jax.shard_map(run, out_specs=(P(None, "tensor"), P())))(shards)
+        want_codes, want_scales = rounded_rows(x, dtype)
+        np.testing.assert_array_equal(np.asarray(codes), want_codes)
+        np.testing.assert_array_equal(np.asarray(scales), want_scales)
 
 
 @pytest.mark.parametrize("axes", [{"expert": 2}, {"expert": 8}, {"data": 2, "expert": 4}], ids=str)

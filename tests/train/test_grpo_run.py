@@ -11,13 +11,19 @@ import numpy as np
 import pytest
 
 from convert.huggingface import export
+from convert.quantized.export import export as quantised_export
+from convert.quantized.gptq import Gptq
+from convert.source import TreeSource
 from qwen_jax.cli import main
 from qwen_jax.cli.train import _Formats
+from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
 from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.params import init_params
 from qwen_jax.published import published
+from qwen_jax.quantization import Quantization, Scheme
 from qwen_jax.tokenizer import load_tokenizer, train_bpe
+from tests.helpers.quantized import random_quantized
 from tests.helpers.runs import losses, print_seed, stop_after
 from train import grpo_command
 from train.episodes import read_episode, write_episode
@@ -263,3 +269,16 @@ def test_prompts_that_cannot_be_read(files: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             run(good, row)
+
+
+def test_a_quantised_base_is_refused_before_anything_is_sampled(files: Path, tmp_path: Path) -> None:
+    """Also with LoRA, whose update the engines would need in the codes."""
+    config = load_config(files / "model")
+    config = dataclasses.replace(config, quantization=Quantization(Scheme("int4", 32)))
+    source = TreeSource(random_quantized(config, print_seed()), config)
+    quantised_export(source, Gptq(codes="int4", group=32), tmp_path / "model", extra_files_from=files / "model")
+    for lora in (True, False):
+        run = configuration(files, tmp_path / "run", lora=lora)
+        with pytest.raises(InputError, match=r"got quantised weights.*Convert the model first"):
+            train_grpo(dataclasses.replace(run, model=str(tmp_path / "model")), _Formats())
+        assert not (tmp_path / "run").exists()

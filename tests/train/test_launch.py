@@ -1,17 +1,23 @@
 """The scripts that launch a run on several machines: what they start, with short scripts in the schedulers' place."""
 
 import hashlib
+import importlib
 import json
 import os
+import re
 import secrets
+import shlex
 import socket
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qwen_jax.cli import main
+from qwen_jax.errors import InputError
 from tests.helpers.runs import config_file, launches, losses, make_material, print_seed
 from train.distributed import from_process_0
 
@@ -141,6 +147,53 @@ def test_slurm_curates_on_ray(machines: Machines, status: int, again: bool) -> N
     started = ["ray", "symmetric-run", "--address", "node7:6379", "--min-nodes", "2", "--", *command]
     assert machines.calls[1] == [*started, "my curation.py", "--output", "/data/run"]
     assert machines.calls[2:] == ([["scontrol", "requeue", "5"]] if again else [])
+
+
+def test_kuberay_job_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fields that KubeRay's RayJob (ray.io/v1) and Kubernetes' pods require, of the types that they have, the
+    version of Ray that is installed, and a command that qwen-jax takes."""
+    yaml: Any = importlib.import_module("yaml")
+    (job,) = yaml.safe_load_all((FOLDER / "curate.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    assert re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", job["metadata"]["name"])
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["rayVersion"] == metadata.version("ray")
+    head, *workers = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    assert workers
+    for group in workers:
+        assert group["groupName"]
+        assert 0 < group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    for group in (head, *workers):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        pod = group["template"]["spec"]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        (container,) = pod["containers"]
+        assert container["name"]
+        assert container["image"] == head["template"]["spec"]["containers"][0]["image"]
+        assert {one["name"]: one["value"] for one in container["env"]} == {
+            "DO_NOT_TRACK": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+        for kind in container["resources"].values():
+            assert all(re.fullmatch(r"\d+(Mi|Gi|m)?", str(amount)) for amount in kind.values())
+        # The command's files are on the volume that all pods share.
+        assert all(mount["mountPath"] == "/data" for mount in container["volumeMounts"])
+    command = shlex.split(job["spec"]["entrypoint"].replace("/data", str(tmp_path)))
+    assert command[:3] == ["qwen-jax", "data", "curate"]
+    (tmp_path / "my_curation.py").write_text(
+        "from train.curate.curation import Curation, Input\n\n\n"
+        'def curation(web: str) -> Curation:\n    return Curation([Input("web", web)])\n'
+    )
+    called: list[Any] = []
+
+    def run(curation: Any, folder: Path, options: Any, console: Any) -> dict[str, Any]:
+        called.append((curation.inputs[0].files, folder, options.engine, options.address))
+        raise InputError("enough")
+
+    monkeypatch.setattr("train.curate.run.run", run)
+    assert main(command[1:]) == 1
+    assert called == [((f"{tmp_path}/crawl/*.warc.gz",), tmp_path / "run", "ray", "auto")]
 
 
 @pytest.mark.parametrize(

@@ -189,9 +189,12 @@ def test_an_adapter_is_tuned_and_used(
 @pytest.mark.draw(1)
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_an_adapter_is_tuned_beside_quantised_weights(
-    method: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """QLoRA: the base stays as it is, byte for byte; a stopped run resumes; all weights cannot be trained."""
+    """QLoRA: the base stays as it is, byte for byte; a stopped run resumes; all weights cannot be trained.
+
+    No samples are written, and the run says so.
+    """
     info, scheme, quantised = Gptq(codes="int4", group=32), Scheme("int4", 32), tmp_path / "quantised"
     config = dataclasses.replace(load_config(files / "model"), quantization=Quantization(scheme))
     params = random_quantized(config, print_seed())
@@ -203,6 +206,8 @@ def test_an_adapter_is_tuned_beside_quantised_weights(
         tune.tune(dataclasses.replace(straight, model=str(quantised)), _Formats())
     straight, stopped = (dataclasses.replace(c, model=str(quantised), step=lora) for c in (straight, stopped))
     tune.tune(straight, _Formats())
+    assert "no samples are written beside quantised weights" in capsys.readouterr().err
+    assert not (tmp_path / "straight" / "samples.jsonl").exists()
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         assert tune.tune(stopped, _Formats())

@@ -20,12 +20,12 @@ from train.curate.shards import (
     File,
     Record,
     ShardWriter,
-    digest,
     finished,
     read_groups,
     write_record,
 )
 from train.curate.stage import TEXT, Stage, scatter
+from train.data.shards import digest
 
 if TYPE_CHECKING:
     import daft
@@ -147,7 +147,7 @@ def write_sidecar(
                 for name in schema.names
             }
             if REASON in columns:
-                _count_reasons(columns[REASON], batch.first, removed, shown)
+                count_reasons(columns[REASON], batch.first, removed, shown)
             writer.add(pa.table(columns))
         file = writer.finish()
     return file, {"in": came, "removed": removed, "rows": shown}
@@ -157,9 +157,17 @@ def write_sidecar(
 _SHOWN, _REASONS, OTHER = 3, 100, "other reasons"
 
 
-def _count_reasons(
+def count_reasons(
     reasons: pa.Array | pa.ChunkedArray, first: int, removed: dict[str, int], shown: dict[str, list[int]]
 ) -> None:
+    """Adds the reasons of a row group to the counts of a shard.
+
+    Args:
+      reasons: of its documents; null where one is kept.
+      first: row in the shard of the group's first document.
+      removed: documents of each reason.
+      shown: rows of each reason, a few.
+    """
     counted = sorted((v["values"], v["counts"]) for v in pc.value_counts(reasons.drop_null()).to_pylist())
     names = {}
     for reason, count in counted:

@@ -1,8 +1,8 @@
 """Removes documents and examples that contain items of evaluation sets: parallel, resumable and deterministic.
 
-A file of the input is a unit of work. It is written under its own name, and then a record `.decontaminate/00000.json`;
-a file with a valid record is not read again. When all files are done, `decontamination.json` is written and
-`.decontaminate/` is removed.
+A file of the input is a unit of work; a large one is cut into several. What is kept of a file is written under its own
+name, of a piece in `.decontaminate/`, and then a record `.decontaminate/00000.json`; what has a valid record is not
+done again. When all is done, pieces are joined, `decontamination.json` is written, and `.decontaminate/` is removed.
 """
 
 import collections
@@ -11,8 +11,7 @@ import functools
 import json
 import math
 import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,17 +19,22 @@ from rich.console import Console
 
 from qwen_jax.errors import InputError
 from train.curate.contamination import LEAST_QUESTION, Finder, Mode, make_finder
-from train.curate.decontaminate_file import Cleaner, FileRecord, Settings, locate
+from train.curate.decontaminate_file import Cleaner, FileRecord, Settings, bad_of
+from train.curate.decontaminate_parts import join_parts, locate, pieces_of
 from train.curate.evaluation_sets import Items, digest_of, find_sets, read_items
-from train.data.documents import DamagedInputError, Source, same_file
+from train.data.bad_records import join
+from train.data.documents import Piece, Source, same_file
 from train.data.progress import BuildProgress
-from train.data.shards import digest, write_file, write_json
+from train.data.shards import digest, write_json
 from train.data.text import find_files
-from train.data.workers import Workers, cores
-from train.lock import LOCK, lock
+from train.data.units import UnitFolder, do_units
+from train.data.workers import cores
+from train.lock import lock
 
 SUMMARY, QUARANTINE = "decontamination.json", "quarantine.jsonl"
-_WORK, _SETTINGS, _INDEX = ".decontaminate", "settings.json", "index"
+UNIT_VERSION = 2
+"""Of the records of files. Files of another version are done again when a run is resumed."""
+_WORK, _INDEX = ".decontaminate", "index"
 # Examples that the summary keeps of each set.
 _EXAMPLES = 20
 
@@ -66,6 +70,8 @@ class DecontaminateConfig:
       question: columns of the questions in the test files; by default question, problem, prompt and the like.
       answer: columns of the answers; by default answer, target, solution and the like.
       workers: number of processes; by default one for each core.
+      unit_megabytes: larger JSON lines (uncompressed, or in several Zstandard frames) and Parquet files are cut into
+        pieces of this size, which workers do in parallel.
       max_document_megabytes: a longer line, value or text file is a bad record. It may need 20 times as much memory.
       max_bad: fraction of all records that may be bad. Bad records are listed in quarantine.jsonl, not copied.
       max_bad_lines: number of records that may be bad in any case.
@@ -81,6 +87,7 @@ class DecontaminateConfig:
     question: tuple[str, ...] = ()
     answer: tuple[str, ...] = ()
     workers: int | None = None
+    unit_megabytes: float = 128.0
     max_document_megabytes: float = 128.0
     max_bad: float = 0.001
     max_bad_lines: int = 10
@@ -97,8 +104,10 @@ class DecontaminateConfig:
                 f"max_bad is a fraction in [0, 1] and max_bad_lines a count, got {self.max_bad} and "
                 f"{self.max_bad_lines}."
             )
-        if not (self.max_document_megabytes > 0 and math.isfinite(self.max_document_megabytes)):
-            raise InputError(f"max_document_megabytes must be a positive number, got {self.max_document_megabytes}.")
+        for name in ("unit_megabytes", "max_document_megabytes"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise InputError(f"{name} must be a positive number, got {value}.")
         if self.placeholder and self.action == "drop":
             raise InputError("A placeholder stands for masked spans. Give it with --action mask.")
 
@@ -139,31 +148,63 @@ def decontaminate(config: DecontaminateConfig, *, progress: Console | None = Non
         "max_document_megabytes": config.max_document_megabytes,
         "sets": digest_of(sets),
     }
-    _check_folder(output)
+    folder = UnitFolder(output, _WORK, SUMMARY, "decontaminated data")
+    folder.check()
     names = _names(files)
     keys = [digest([*same_file(source), name]) for source, name in zip(sources, names, strict=True)]
     if (output / SUMMARY).exists():
-        return _finished(output, settings, keys)
+        return _finished(folder, settings, keys)
     with lock(output):
-        work = _begin(output, settings)
-        records = {i: record for i, key in enumerate(keys) if (record := _read_record(output, work, i, key))}
-        todo = [(i, source, names[i], keys[i]) for i, source in enumerate(sources) if i not in records]
+        folder.begin(settings)
+        work = folder.records
+        units = _units(sources, names, keys, max(int(config.unit_megabytes * 1e6), 1))
+        is_whole = functools.partial(_is_whole, output)
+        found = ((unit.index, folder.record(unit.index, unit.key, is_whole)) for unit in units)
+        records: dict[int, FileRecord] = {i: record for i, record in found if record is not None}
+        todo = [unit for unit in units if unit.index not in records]
         items = read_items(sets, config.question, config.answer)
         finder = make_finder(items, config.mode)
-        total = sum(source.size for source in sources)
-        left = sum(source.size for _, source, _, _ in todo)
+        total = sum(unit.piece.work for unit in units)
+        left = sum(unit.piece.work for unit in todo)
         console = progress or Console(stderr=True)
-        with BuildProgress(console, len(files), len(records), total, total - left, "decontaminating") as display:
+        with BuildProgress(console, len(units), len(records), total, total - left, "decontaminating") as display:
             try:
                 records |= _run(config, work, items, finder, todo, display)
             finally:
-                _remove_temporary(output)
-        ordered = [records[i] for i in range(len(files))]
-        summary = _summary(settings, keys, files, items, ordered)
-        _quarantine(config, output, files, ordered, summary)
+                folder.remove_temporary()
+        done = [(unit, records[unit.index]) for unit in units]
+        parts: dict[str, list[Path]] = collections.defaultdict(list)
+        for unit in units:
+            parts[unit.piece.source.path].append(output / unit.name)
+        for source, name in zip(sources, names, strict=True):
+            if len(parts[source.path]) > 1:
+                join_parts(source, parts[source.path], output / name)
+        summary = _summary(settings, keys, items, done)
+        _quarantine(config, output, done, summary)
         write_json(output / SUMMARY, summary)
-        shutil.rmtree(work)
+        folder.remove_records()
     return summary
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unit:
+    """A piece of a file, and the path of what is kept of it in the output folder."""
+
+    index: int
+    piece: Piece
+    name: str
+    key: str
+
+
+def _units(sources: Sequence[Source], names: Sequence[str], keys: Sequence[str], unit_bytes: int) -> list[_Unit]:
+    units: list[_Unit] = []
+    for source, name, key in zip(sources, names, keys, strict=True):
+        pieces = pieces_of(source, unit_bytes)
+        for piece in pieces:
+            part = name if len(pieces) == 1 else f"{_WORK}/{len(units):05d}.part"
+            unit_key = digest([UNIT_VERSION, key, piece.start, piece.end, len(pieces)])
+            units.append(_Unit(len(units), piece, part, unit_key))
+    return units
 
 
 def _names(files: Sequence[Path]) -> list[str]:
@@ -173,24 +214,17 @@ def _names(files: Sequence[Path]) -> list[str]:
     return [str(path.relative_to(common)) for path in absolute]
 
 
-def _check_folder(output: Path) -> None:
-    try:
-        if output.exists() and not output.is_dir():
-            raise InputError(f"{output} is a file. Give a folder with --output.")
-        ours = (output / SUMMARY).exists() or (output / _WORK).is_dir()
-        if output.exists() and not ours and any(path.name != LOCK for path in output.iterdir()):
-            raise InputError(
-                f"{output} is not empty and holds no decontaminated data. Give a new folder with --output."
-            )
-    except OSError as error:
-        raise InputError(f"Cannot use {output}: {error.strerror}. Give another folder with --output.") from None
+def _is_whole(output: Path, record: FileRecord) -> bool:
+    """Whether what was written of a unit has the right size."""
+    return record["output"] is None or (output / record["output"]).stat().st_size == record["size"]
 
 
-def _finished(output: Path, settings: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+def _finished(folder: UnitFolder, settings: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     """The summary of a finished folder, if it is one of these settings and files."""
+    output = folder.output
     try:
         summary: dict[str, Any] = json.loads((output / SUMMARY).read_bytes())
-        _check_settings(output, summary["settings"], settings)
+        folder.check_settings(summary["settings"], settings)
         same = summary["inputs"] == list(keys)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
@@ -198,54 +232,8 @@ def _finished(output: Path, settings: dict[str, Any], keys: Sequence[str]) -> di
         raise InputError(f"{output / SUMMARY} is damaged ({error}). Remove {output} and run again.") from None
     if not same:
         raise InputError(f"{output} was made from other files. Give another folder with --output.")
-    shutil.rmtree(output / _WORK, ignore_errors=True)  # Left by a process that was killed after writing the summary.
+    folder.remove_records()  # Left by a process that was killed after writing the summary.
     return summary
-
-
-def _check_settings(output: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
-    different = [name for name in given if saved.get(name) != given[name]]
-    if different:
-        raise InputError(
-            f"{output} was begun with other settings: {', '.join(different)} "
-            f"{'is' if len(different) == 1 else 'are'} different. Use the same again, give another folder with "
-            "--output, or remove this one."
-        )
-
-
-def _begin(output: Path, settings: dict[str, Any]) -> Path:
-    """Saves the settings, or compares them with those of the interrupted run; returns the folder of the records."""
-    work = output / _WORK
-    path = work / _SETTINGS
-    if path.exists():
-        try:
-            saved = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} is damaged ({error}). Remove {output} and run again.") from None
-        _check_settings(output, saved, settings)
-    else:
-        work.mkdir(exist_ok=True)
-        write_json(path, settings)
-    _remove_temporary(output)
-    return work
-
-
-def _remove_temporary(output: Path) -> None:
-    """Removes unfinished files of processes that were killed."""
-    for left_over in output.rglob(".*.tmp"):
-        left_over.unlink(missing_ok=True)
-
-
-def _read_record(output: Path, work: Path, index: int, key: str) -> FileRecord | None:
-    """The record of a file if it is done: the input has not changed and the output has the expected size."""
-    try:
-        record: FileRecord = json.loads((work / f"{index:05d}.json").read_bytes())
-        if record["key"] != key:
-            return None
-        if record["output"] is not None and (output / record["output"]).stat().st_size != record["size"]:
-            return None
-    except (OSError, ValueError, KeyError, TypeError):  # Missing or damaged: the file is done again.
-        return None
-    return record
 
 
 def _run(
@@ -253,20 +241,10 @@ def _run(
     work: Path,
     items: Items,
     finder: Finder,
-    todo: Sequence[tuple[int, Source, str, str]],
+    todo: Sequence[_Unit],
     display: BuildProgress,
 ) -> dict[int, FileRecord]:
-    """Does the files in `todo`. A damaged file does not stop the others; it is an error at the end."""
-    records: dict[int, FileRecord] = {}
-    damaged: list[str] = []
-
-    def done(index: int, result: FileRecord | DamagedInputError) -> None:
-        if isinstance(result, DamagedInputError):
-            damaged.append(str(result))
-        else:
-            records[index] = result
-            display.unit()
-
+    """Does the units in `todo`."""
     settings = Settings(
         work.parent,
         work,
@@ -277,24 +255,14 @@ def _run(
         config.max_bad,
         config.max_bad_lines,
     )
-    count = min(config.workers or cores(), len(todo))
-    if count <= 1:
-        cleaner = Cleaner(settings, finder, items.owner, display.advance)
-        for job in todo:
-            done(job[0], cleaner(*job))
-    else:
+    jobs = [(unit.index, unit.piece, unit.name, unit.key) for unit in todo]
+
+    def elsewhere() -> Callable[[Callable[[int], None]], Cleaner]:
         finder.save(work / _INDEX)
-        make = functools.partial(_load_cleaner, settings, work / _INDEX, items.owner)
-        with Workers(count, 1, make) as workers:
-            for job, result in workers.run(todo, display.advance):
-                done(job[0], result)
-    if damaged:
-        raise InputError(
-            "; ".join(sorted(damaged)[:5]) + (f"; and {len(damaged) - 5} more" if len(damaged) > 5 else "") + ". "
-            "Download the damaged files again or leave them out, then run the same command: everything else is "
-            "finished and kept."
-        )
-    return records
+        return functools.partial(_load_cleaner, settings, work / _INDEX, items.owner)
+
+    here = functools.partial(Cleaner, settings, finder, items.owner, display.advance)
+    return do_units(jobs, config.workers or cores(), here, elsewhere, display)
 
 
 def _load_cleaner(settings: Settings, index: Path, owner: Sequence[int], advance: Any) -> Cleaner:
@@ -302,7 +270,7 @@ def _load_cleaner(settings: Settings, index: Path, owner: Sequence[int], advance
 
 
 def _summary(
-    settings: dict[str, Any], keys: Sequence[str], files: Sequence[Path], items: Items, records: Sequence[FileRecord]
+    settings: dict[str, Any], keys: Sequence[str], items: Items, done: Sequence[tuple[_Unit, FileRecord]]
 ) -> dict[str, Any]:
     """Counts of all files, and what was found of each evaluation set."""
     number = collections.Counter(items.owner)
@@ -311,14 +279,17 @@ def _summary(
     hits = collections.Counter[int]()
     documents = collections.Counter[int]()
     examples: dict[int, list[dict[str, Any]]] = collections.defaultdict(list)
-    for path, record in zip(files, records, strict=True):
+    records = [record for _, record in done]
+    for (unit, record), before in zip(done, _lines_before(done), strict=True):
         hits.update({int(item): count for item, count in record["items"].items()})
         documents.update({int(owner): count for owner, count in record["sets"].items()})
         for example in record["examples"]:
             kept = examples[items.owner[example["item"]]]
             if len(kept) < _EXAMPLES:
                 item = example["item"]
-                kept.append({"file": str(path), **example, "item": items.places[item], "item_text": items.texts[item]})
+                place = {"file": unit.piece.source.path, "record": before + example["record"]}
+                known = {"item": items.places[item], "item_text": items.texts[item]}
+                kept.append({**example, **place, **known})
     found = collections.Counter(items.owner[item] for item in hits)
     total = collections.Counter[int]()
     for item, count in hits.items():
@@ -326,7 +297,7 @@ def _summary(
     counts = ("records", "kept", "dropped", "masked", "empty")
     return {
         **{name: sum(record[name] for record in records) for name in counts},  # type: ignore[literal-required]
-        "bad": sum(len(record["bad"]) for record in records),
+        "bad": sum(record["bad"] for record in records),
         "sets": {
             name: {
                 "items": number[i],
@@ -345,27 +316,38 @@ def _summary(
     }
 
 
+def _lines_before(done: Sequence[tuple[_Unit, FileRecord]]) -> list[int]:
+    """Of each unit, the lines or rows of its file before it."""
+    before, lines = [], collections.Counter[str]()
+    for unit, record in done:
+        before.append(lines[unit.piece.source.path])
+        lines[unit.piece.source.path] += record["lines"]
+    return before
+
+
 def _quarantine(
-    config: DecontaminateConfig,
-    output: Path,
-    files: Sequence[Path],
-    records: Sequence[FileRecord],
-    summary: dict[str, Any],
+    config: DecontaminateConfig, output: Path, done: Sequence[tuple[_Unit, FileRecord]], summary: dict[str, Any]
 ) -> None:
     """Lists the bad records in `quarantine.jsonl`, and raises InputError if there are too many."""
-    bad = [
-        {"file": str(path), "line": line, "reason": reason}
-        for path, record in zip(files, records, strict=True)
-        for line, reason in record["bad"]
-    ]
-    (output / QUARANTINE).unlink(missing_ok=True)
-    if not bad:
+    path = output / QUARANTINE
+    if not summary["bad"]:
+        path.unlink(missing_ok=True)
         return
-    write_file(output / QUARANTINE, b"".join(json.dumps(entry).encode() + b"\n" for entry in bad))
-    if len(bad) > max(config.max_bad_lines, config.max_bad * summary["records"]):
-        first = "; ".join("{file}, line {line}: {reason}".format(**entry) for entry in bad[:3])
+    work = output / _WORK
+    parts = (
+        (bad_of(work, unit.index), functools.partial(_entry, unit.piece.source.path, before))
+        for (unit, _), before in zip(done, _lines_before(done), strict=True)
+    )
+    first = join(path, parts)
+    if summary["bad"] > max(config.max_bad_lines, config.max_bad * summary["records"]):
+        listed = "; ".join("{file}, line {line}: {reason}".format(**entry) for entry in first)
         raise InputError(
-            f"{len(bad)} of {summary['records']} records are bad, more than --max-bad {config.max_bad:g} and "
-            f"--max-bad-lines {config.max_bad_lines} allow: {first}. All are listed in {output / QUARANTINE}. Correct "
-            "them, or accept them with a larger --max-bad: finished files are kept."
+            f"{summary['bad']} of {summary['records']} records are bad, more than --max-bad {config.max_bad:g} and "
+            f"--max-bad-lines {config.max_bad_lines} allow: {listed}. All are listed in {path}. Correct them, or "
+            "accept them with a larger --max-bad: finished files are kept."
         )
+
+
+def _entry(file: str, before: int, bad: tuple[int, str]) -> dict[str, str | int]:
+    line, reason = bad
+    return {"file": file, "line": before + line, "reason": reason}

@@ -14,14 +14,17 @@ from typing import IO, Any, Literal, TypedDict
 from qwen_jax.errors import NO_ROOM, InputError
 from qwen_jax.tokenizer.text import valid_text
 from train.curate.contamination import Finder
+from train.curate.decontaminate_parts import codec_of
 from train.curate.masking import Span, line_without_spans, row_texts, row_without_spans, without_spans
+from train.data.bad_records import BadRecords
 from train.data.documents import (
     DamagedInputError,
+    Piece,
     Source,
-    find_sources,
     library_errors,
     open_source,
     optional_library,
+    read_lines,
 )
 from train.data.shards import write_json
 from train.data.words import Split
@@ -33,22 +36,22 @@ _BATCH_CHARACTERS, _BATCH_ROWS = 1 << 18, 1024
 _EXAMPLES, _AROUND = 5, 300
 # A masked text may join to a new match; after so many times the row is dropped.
 _MOST_MASKS = 8
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class FileRecord(TypedDict):
-    """The JSON record of a finished file.
+    """The JSON record of a finished piece of a file.
 
     Attributes:
-      key: digest of its path, size, time and of the name of its output.
+      key: digest of the file's path, size and time, of the name of its output, and of the piece.
       output: path of the output in its folder; None if nothing was written.
       size: bytes of the output.
+      lines: lines or rows of the piece.
       records: number of all records.
       kept: records as they were.
       dropped: records with a test item that are left out.
       masked: records that are kept without the spans of test items.
       empty: records without words, which are kept.
-      bad: line and reason of records that cannot be read, which are left out.
+      bad: records that cannot be read, which are left out; `bad_of` lists them.
       items: in how many records each test item was found, by its number.
       sets: in how many records each evaluation set was found, by its number.
       examples: of records with a test item, some for each set.
@@ -57,12 +60,13 @@ class FileRecord(TypedDict):
     key: str
     output: str | None
     size: int
+    lines: int
     records: int
     kept: int
     dropped: int
     masked: int
     empty: int
-    bad: list[tuple[int, str]]
+    bad: int
     items: dict[str, int]
     sets: dict[str, int]
     examples: list[dict[str, Any]]
@@ -87,7 +91,7 @@ class _Row:
     """A record: what is written if it is kept, and its texts.
 
     Attributes:
-      number: line or row, counted from 1.
+      number: line or row in the piece, counted from 1.
       content: the line with its end, the columns of a Parquet row, or the text of a file.
       texts: of the record.
       bad: why it cannot be read.
@@ -101,25 +105,13 @@ class _Row:
     blank: bool = False
 
 
-def locate(path: Path) -> Source:
-    """The format and size of an input file, after checking that it can be read.
-
-    Raises:
-      InputError: an unknown extension, or a file that cannot be opened.
-    """
-    if path.suffix.lower() != ".parquet":
-        return find_sources([path], "auto", "text")[0]
-    optional_library("pyarrow.parquet", "Parquet files")
-    try:
-        stat = path.stat()
-        path.open("rb").close()
-    except OSError as error:
-        raise InputError(f"Cannot read {path}: {error.strerror}.") from None
-    return Source(str(path), "parquet", "", stat.st_size, stat.st_mtime_ns)
+def bad_of(work: Path, index: int) -> Path:
+    """The list of bad records of a piece: line in it, and reason."""
+    return work / f"{index:05d}.bad.jsonl"
 
 
 class Cleaner:
-    """Decontaminates files. Each worker process has one."""
+    """Decontaminates pieces of files. Each worker process has one."""
 
     def __init__(self, settings: Settings, finder: Finder, owner: Sequence[int], advance: Callable[[int], None]):
         """
@@ -132,17 +124,17 @@ class Cleaner:
         self._settings, self._finder, self._owner, self._advance = settings, finder, owner, advance
         self._unreported = 0
 
-    def __call__(self, index: int, source: Source, name: str, key: str) -> FileRecord | DamagedInputError:
-        """Does one file.
+    def __call__(self, index: int, piece: Piece, name: str, key: str) -> FileRecord | DamagedInputError:
+        """Does one piece of a file.
 
         Args:
           index: its number.
-          source: the file.
+          piece: of a file.
           name: path of the output in its folder.
           key: digest of the input.
 
         Returns:
-          The record of the file, which is also written, or the error of a damaged input file.
+          The record of the piece, which is also written, or the error of a damaged input file.
 
         Raises:
           InputError: most records are bad, or the output cannot be written.
@@ -151,23 +143,26 @@ class Cleaner:
             "key": key,
             "output": name,
             "size": 0,
+            "lines": 0,
             "records": 0,
             "kept": 0,
             "dropped": 0,
             "masked": 0,
             "empty": 0,
-            "bad": [],
+            "bad": 0,
             "items": {},
             "sets": {},
             "examples": [],
         }
-        path = self._settings.output / name
+        source, path = piece.source, self._settings.output / name
         temporary = temporary_name(path)
         clean = {"jsonl": self._lines, "parquet": self._parquet, "text": self._text}[source.kind]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                clean(source, temporary, record)
+                with BadRecords(bad_of(self._settings.work, index)) as self._bad:
+                    clean(piece, temporary, record)
+                    self._bad.finish()
             except Exception as error:
                 if not _is_damage(error, source):
                     raise
@@ -202,28 +197,25 @@ class Cleaner:
         self._advance(self._unreported)
         self._unreported = 0
 
-    def _lines(self, source: Source, temporary: Path, record: FileRecord) -> None:
-        with open_source(source, self._read) as file, _open_output(temporary, source.compression) as output:
-            for batch in self._batches(self._read_lines(file)):
-                for row in self._clean(source, batch, record, self._mask_line):
+    def _lines(self, piece: Piece, temporary: Path, record: FileRecord) -> None:
+        with _open_output(temporary, piece.source.compression) as output:
+            for batch in self._batches(self._read_lines(piece, record)):
+                for row in self._clean(piece.source, batch, record, self._mask_line):
                     output.write(row.content)
 
-    def _read_lines(self, file: IO[bytes]) -> Iterator[_Row]:
-        number = 0
-        while line := file.readline(self._settings.max_bytes + 2):
-            number += 1
-            if len(line) > self._settings.max_bytes and not line.endswith(b"\n"):
-                while (part := file.readline(1 << 20)) and not part.endswith(b"\n"):
-                    pass
+    def _read_lines(self, piece: Piece, record: FileRecord) -> Iterator[_Row]:
+        for line in read_lines(piece, self._settings.max_bytes, self._read):
+            number = record["lines"] = line.number
+            if line.whole is None:
                 yield _Row(number, b"", [], _too_long("line", self._settings.max_bytes))
                 continue
-            content = line.removeprefix(_BYTE_ORDER_MARK).strip()
+            content = line.content.strip()
             if not content:
-                yield _Row(number, line, [], blank=True)
+                yield _Row(number, line.whole, [], blank=True)
                 continue
             try:
                 texts = row_texts(_object(json.loads(valid_text(content))), self._settings.field)
-                yield _Row(number, line, texts)
+                yield _Row(number, line.whole, texts)
             except InputError as error:
                 yield _Row(number, b"", [], str(error).partition(". ")[0])
             except KeyError as error:
@@ -239,8 +231,9 @@ class Cleaner:
         content = text[:start] + masked + text[start + len(body) :]
         return _Row(row.number, content.encode(), row_texts(json.loads(masked), self._settings.field))
 
-    def _text(self, source: Source, temporary: Path, record: FileRecord) -> None:
+    def _text(self, piece: Piece, temporary: Path, record: FileRecord) -> None:
         """A file of plain text is one document."""
+        source, record["lines"] = piece.source, 1
         with open_source(source, self._read) as file:
             content = file.read(self._settings.max_bytes + 1)
         row = _Row(1, "", [])
@@ -266,23 +259,21 @@ class Cleaner:
             with _open_output(temporary, source.compression) as output:
                 output.write(one.content.encode())
 
-    def _parquet(self, source: Source, temporary: Path, record: FileRecord) -> None:
+    def _parquet(self, piece: Piece, temporary: Path, record: FileRecord) -> None:
+        source = piece.source
         pa = optional_library("pyarrow", "Parquet files")
         parquet = optional_library("pyarrow.parquet", "Parquet files")
-        size = 0
         with parquet.ParquetFile(source.path) as file:
             schema, field = file.schema_arrow, self._settings.field
             if field is not None and field not in schema.names:
                 raise InputError(
                     f"{source.path} has no column {field!r}, it has {', '.join(schema.names)}. Name it with --field."
                 )
-            groups = file.metadata.num_row_groups
-            codec = file.metadata.row_group(0).column(0).compression if groups and len(schema.names) else "SNAPPY"
-            codec = "NONE" if codec == "UNCOMPRESSED" else codec
+            groups = range(piece.start, piece.end) if source.groups else range(file.metadata.num_row_groups)
             columns = [field] if field is not None else (["text"] if "text" in schema.names else schema.names)
-            with parquet.ParquetWriter(temporary, schema, compression=codec) as writer:
+            with parquet.ParquetWriter(temporary, schema, compression=codec_of(file)) as writer:
                 number = 0
-                for group in range(groups):
+                for group in groups:
                     kept: list[Any] = []
                     for batch in file.iter_batches(256, row_groups=[group]):
                         values = _values(batch.select(columns))
@@ -300,9 +291,9 @@ class Cleaner:
                         kept.append(_replaced(pa, taken, columns, [row.content[0] for row in left], changed))
                         number += len(values)
                     writer.write_table(pa.Table.from_batches(kept, schema))
-                    self._read(source.size * (group + 1) // groups - size)
-                    size = source.size * (group + 1) // groups
+                    self._read(source.groups[group] if source.groups else 0)
                     self._report()
+                record["lines"] = number
 
     def _mask_values(self, row: _Row, spans: Mapping[int, Sequence[Span]]) -> _Row:
         number, value, *_ = row.content
@@ -344,8 +335,9 @@ class Cleaner:
             record["records"] += 1
             begin, first = first, first + len(row.texts)
             if row.bad is not None:
-                record["bad"].append((row.number, row.bad))
-                self._check_bad(source, record)
+                record["bad"] += 1
+                self._bad.add([row.number, row.bad])
+                self._check_bad(source, record, row)
             elif number not in by_row:
                 record["kept"] += 1
                 record["empty"] += bool(words.bounds[begin] == words.bounds[first])
@@ -396,15 +388,15 @@ class Cleaner:
                     }
                 )
 
-    def _check_bad(self, source: Source, record: FileRecord) -> None:
-        bad, records = len(record["bad"]), record["records"]
+    def _check_bad(self, source: Source, record: FileRecord, last: _Row) -> None:
+        bad, records = record["bad"], record["records"]
         if source.kind != "text" and bad > max(
             self._settings.max_bad_lines, max(self._settings.max_bad, 0.5) * records
         ):
-            line, reason = record["bad"][-1]
             raise InputError(
-                f"{bad} of {records} records in a row are bad; the last, {source.path}, line {line}: {reason}. Give the"
-                " name of the field with --field, give other files, or accept bad records with a larger --max-bad."
+                f"{bad} of {records} records in a row are bad; the last, {source.path}, line {last.number}: "
+                f"{last.bad}. Give the name of the field with --field, give other files, or accept bad records with a "
+                "larger --max-bad."
             )
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ import pyarrow.compute as pc
 
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
-from train.curate.corpus import OTHER, Batch, View, write_sidecar
+from train.curate.corpus import OTHER, Batch, View, count_reasons, write_sidecar
 from train.curate.engine import Job
 from train.curate.operator import DOCUMENT
 from train.curate.shards import (
@@ -26,12 +25,13 @@ from train.curate.shards import (
     File,
     Record,
     ShardWriter,
-    digest,
     write_record,
 )
 from train.curate.sources import Bad, Input, Part, Row, Unit, read_unit, sha256_of
-from train.curate.stage import REPETITIONS, TEXT, RowStage
+from train.curate.stage import NO_TEXT, REPETITIONS, TEXT, RowStage, scatter
+from train.data.bad_records import BadRecords
 from train.data.documents import optional_library
+from train.data.shards import digest
 
 # Files of one shard that are written at once, each with a compressor of its own.
 _MOST_FILES = 500
@@ -39,6 +39,7 @@ _MOST_FILES = 500
 _SHOWN = 3
 # Different reasons that a record tells apart: some name the fields that a line has.
 _REASONS = 100
+_NO_REPETITION = "repeated 0 times"
 
 
 def lengths(values: pa.Array | pa.ChunkedArray) -> Counter[int]:
@@ -80,9 +81,12 @@ class _Reader:
 
     def run(self) -> tuple[tuple[File, ...], dict[str, Any]]:
         """Reads the unit; returns files and counts."""
+        with BadRecords(self._folder / ".bad" / f"{self._unit.name}.jsonl") as records:
+            return self._run(records)
+
+    def _run(self, records: BadRecords) -> tuple[tuple[File, ...], dict[str, Any]]:
         bad, shown = Counter[str](), dict[str, list[list[str]]]()
         skipped, damaged, by_file = Counter[str](), dict[str, str](), Counter[str]()
-        lines = io.BytesIO()
         for found in read_unit(self._unit):
             if isinstance(found, Bad):
                 if found.skipped:
@@ -97,15 +101,14 @@ class _Reader:
                 if len(shown.setdefault(reason, [])) < _SHOWN:
                     shown[reason].append([found.file, found.place, found.reason])
                 entry = {"input": self._unit.input.name, "file": found.file, "at": found.place, "reason": found.reason}
-                lines.write(to_json(entry).encode() + b"\n")
+                records.add(entry)
             else:
                 by_file[found["source"].rpartition(":")[0]] += 1
                 self._add(found)
         self._end_shard()
-        if lines.tell():
-            with AtomicFile(self._folder, f".bad/{self._unit.name}.jsonl") as file:
-                file.file.write(lines.getvalue())
-                self._files.append(file.finish(0))
+        records.finish()
+        if records.count:
+            self._files.append(File(f".bad/{self._unit.name}.jsonl", 0, records.size, records.sha256))
         counts = {
             "bytes": self._sizes,
             "bad": dict(sorted(bad.items())),
@@ -224,7 +227,8 @@ class Output:
 def writing(view: View, output: Output, repeats: bool) -> Job:
     """Makes the function that writes the kept documents of a shard.
 
-    Each repetition of a document is in another file, so that repetitions are far from each other.
+    Each repetition of a document is in another file, so that repetitions are far from each other. A document without
+    text, or with 0 repetitions, is not written; it is counted with this reason.
 
     Args:
       view: what there is.
@@ -239,11 +243,21 @@ def writing(view: View, output: Output, repeats: bool) -> Job:
         shard, key = job
         counts: dict[str, Counter[str]] = {}
         by_length = Counter[int]()
+        came, removed, shown = 0, dict[str, int](), dict[str, list[int]]()
         with contextlib.ExitStack() as stack:
             writers: dict[tuple[str, int], _OutputFile] = {}
             for batch in view.batches(shard, columns):
+                came += batch.table.num_rows
                 # A page that nothing has extracted has no text to write.
-                table = batch.table.filter(pc.is_valid(batch.table[TEXT]))
+                reasons = pc.if_else(pc.is_null(batch.table[TEXT]), NO_TEXT, pa.scalar(None, pa.string()))
+                if repeats:
+                    times = pc.coalesce(batch.table[REPETITIONS], 1)
+                    if pc.any(pc.less(times, 0)).as_py():
+                        least = pc.min(times).as_py()
+                        raise InputError(f"The column {REPETITIONS} has {least} in {shard}; expected 0 or more.")
+                    reasons = pc.coalesce(reasons, pc.if_else(pc.equal(times, 0), _NO_REPETITION, None))
+                count_reasons(scatter(reasons, batch.indices, batch.size), batch.first, removed, shown)
+                table = batch.table.filter(pc.is_null(reasons))
                 by = pc.coalesce(table[output.by].cast(pa.string()), table["domain"])
                 numbers = pc.coalesce(table[REPETITIONS], 1) if repeats else pa.repeat(1, table.num_rows)
                 for value in sorted(pc.unique(by).to_pylist()):
@@ -270,6 +284,9 @@ def writing(view: View, output: Output, repeats: bool) -> Job:
             "documents": sum(count["documents"] for count in counts.values()),
             "by": {name: dict(counts[name]) for name in sorted(counts)},
             "lengths": {str(length): by_length[length] for length in sorted(by_length)},
+            "in": came,
+            "removed": removed,
+            "rows": shown,
         }
         record = Record(key, tuple(files), found)
         write_record(folder, shard, record)

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from qwen_jax.errors import InputError
 from train.data.documents import optional_library
+from train.data.words import mixed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +20,8 @@ class MinHash:
     """Bands of MinHash signatures over the set of runs of words of a text.
 
     The engine computes the signature: MurmurHash3 (32 bits) of a run, then for each position of the signature the
-    minimum of (a h + b mod 2^61 - 1) mod 2^32 with a and b drawn from the seed (Carter and Wegman 1979). A band is
-    the 64-bit hash of its number and its minima.
+    minimum of (a h + b mod 2^61 - 1) mod 2^32 with a and b drawn from the seed (Carter and Wegman 1979).
+    `band_keys` makes the bands.
 
     Attributes:
       gram: words of a run. FineWeb has 5.
@@ -71,17 +72,24 @@ class MinHash:
         """
         long = [number for number, words in enumerate(texts) if len(words) >= self.gram]
         minima = self.signatures([texts[number] for number in long]).reshape(-1, self.bands, self.rows)
-        keys = np.broadcast_to(mixed(np.arange(1, self.bands + 1, dtype=np.uint64)), minima.shape[:2])
-        for row in range(self.rows):
-            keys = mixed(keys ^ minima[:, :, row])
+        keys = band_keys(minima)
         result: list[np.ndarray | None] = [None] * len(texts)
         for number, bands in zip(long, keys, strict=True):
             result[number] = bands
         return result
 
 
-def mixed(values: np.ndarray) -> np.ndarray:
-    """A bijection of 64 bits that spreads each over all (the finaliser of SplitMix64: Steele, Lea, Flood 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+def band_keys(minima: np.ndarray) -> np.ndarray:
+    """A hash of each band of signatures: of its number and its minima, so that bands of two places never are one key.
+
+    Args:
+      minima: of signatures, [..., bands, rows], uint32 or uint64.
+
+    Returns:
+      [..., bands], uint64.
+    """
+    *_, bands, rows = minima.shape
+    keys = np.broadcast_to(mixed(np.arange(1, bands + 1, dtype=np.uint64)), minima.shape[:-1])
+    for row in range(rows):
+        keys = mixed(keys ^ minima[..., row])
+    return keys

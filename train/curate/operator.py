@@ -56,7 +56,8 @@ class Operator(abc.ABC):
         """Loads what the operator needs, once a process, and returns the function that computes a batch.
 
         It is given a table with the columns `reads`, where no value of "text" is null unless "html" is read too, and
-        returns one with the columns `makes` and as many rows, in the same order.
+        returns one with the columns `makes` and as many rows, in the same order. A document whose text becomes null is
+        removed, with the reason "null text" where the operator gives none.
 
         Raises:
           InputError: a library or file that it needs is missing.

@@ -6,7 +6,7 @@ from typing import Any
 
 from qwen_jax.files import to_json
 from train.curate.corpus import View
-from train.curate.shards import digest
+from train.data.shards import digest
 from train.synthesize.report import page, share, table
 
 # Documents that are shown of each reason, and characters of each.
@@ -76,7 +76,7 @@ def to_html(summary: Mapping[str, Any]) -> str:
         ),
         *_found(summary["stages"]),
         "<h2>Removed</h2>",
-        *_removed(summary["stages"]),
+        *_removed([*summary["stages"], {"name": "not written", **summary["writing"]}]),
         "<h2>Output</h2>",
         table(
             ("domain", "documents", "written", "bytes of text", "files"),

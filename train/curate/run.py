@@ -31,13 +31,13 @@ from train.curate.shards import (
     VERSION,
     File,
     Record,
-    digest,
     finished,
     remove_others,
 )
 from train.curate.sources import Found, Unit, find_units
 from train.curate.stage import REPETITIONS, GlobalStage, RowStage, Stage
 from train.data.documents import optional_library
+from train.data.shards import digest
 from train.files import write_file
 from train.lock import lock
 
@@ -127,6 +127,7 @@ class _Run:
             "stages": [],
             "output": {},
             "lengths": {},
+            "writing": {"in": 0, "out": 0, "removed": {}, "samples": {}},
         }
 
     def run(self) -> dict[str, Any]:
@@ -149,11 +150,17 @@ class _Run:
         return self._summary
 
     def _check_folders(self) -> None:
-        """Raises InputError where a folder holds files that are not of a curation: they would be removed."""
+        """Raises InputError where a folder is of another version, or holds files of others, which would be removed."""
         for name in (DOCUMENTS, *(stage.name for stage in self._curation.all_stages), OUTPUT):
             folder = self._folder / name
             if folder.exists() and not (folder / RECORDS).is_dir() and (not folder.is_dir() or any(folder.iterdir())):
                 raise InputError(f"{folder} was not made by a curation. Move it away, or give another output folder.")
+            manifest = _read_manifest(folder)
+            if manifest is not None and manifest.get("version") != VERSION:
+                raise InputError(
+                    f"{folder} has version {manifest.get('version')!r} of a curation's folders, expected {VERSION}: "
+                    f"another version of qwen-jax has written it. Remove {self._folder}, or give another output folder."
+                )
 
     def _read(self) -> None:
         """Reads all inputs into shards of documents."""
@@ -241,16 +248,17 @@ class _Run:
             records = self._do(stage.name, make, keys, jobs, work, settings, stage.resources, stage.light)
         inputs = {source: digest(list(reads.values())) for source in (DOCUMENTS, *sources)}
         self._records[stage.name] = records
-        came = sum(record.counts["in"] for record in records.values())
-        removed = Counter[str]()
-        for record in records.values():
-            removed.update(record.counts["removed"])
-        seconds = self._progress.end(came - removed.total(), came)
-        counts = {"in": came, "out": came - removed.total(), "removed": dict(_most(removed)), "found": found}
+        counts = {**_yield(records), "found": found}
+        seconds = self._progress.end(counts["out"], counts["in"])
         self._manifest(stage.name, settings, inputs, records, counts)
-        samples_of = samples(self._view, {name: record.counts["rows"] for name, record in records.items()})
         self._summary["stages"].append(
-            {"name": stage.name, "stage": type(stage).__name__, **counts, "samples": samples_of, "seconds": seconds}
+            {
+                "name": stage.name,
+                "stage": type(stage).__name__,
+                **counts,
+                "samples": self._samples(records),
+                "seconds": seconds,
+            }
         )
         self._view = self._view.then(stage)
 
@@ -267,6 +275,7 @@ class _Run:
         its = manifest and (manifest.get("config"), manifest.get("inputs", {}).get(DOCUMENTS))
         if len(done) == len(keys) and manifest is not None and its == (digest(settings), digest(list(reads.values()))):
             return done, manifest["counts"].get("found")
+        self._begin_changes()
         self._say_why(stage.name, settings, manifest)
         names = tuple(shard.name for shard in self._shards)
         found = stage.run(Corpus(self._engine, names, self._view, stage, dict(keys), dict(reads)))
@@ -294,12 +303,17 @@ class _Run:
         todo = [(key, jobs[key]) for key in keys if key not in done]
         self._progress.begin(name, sum(work[key] for key, _ in todo), len(keys), len(done))
         if todo:
+            self._begin_changes()
             self._say_why(name, settings, _read_manifest(folder))
         for key, record in self._engine.map(name, make, todo, resources, light):
             made = Record(record["key"], tuple(File(**file) for file in record["files"]), record["counts"])
             done[key] = made
             self._progress.advance(made.counts.get("in", sum(file.rows for file in made.files)), work[key])
         return {key: done[key] for key in keys}
+
+    def _begin_changes(self) -> None:
+        """The manifest of the run is there only while all files of all stages belong to it."""
+        (self._folder / MANIFEST).unlink(missing_ok=True)
 
     def _say_why(self, name: str, settings: Mapping[str, Any], manifest: Mapping[str, Any] | None) -> None:
         """Says why a stage that was finished is run again."""
@@ -325,8 +339,9 @@ class _Run:
         work = {shard.name: shard.size for shard in self._shards}
         records = self._do(OUTPUT, make, keys, {name: [name, key] for name, key in keys.items()}, work, settings)
         remove_others(self._folder / OUTPUT, records)
-        kept = sum(record.counts["documents"] for record in records.values())
-        self._progress.end(kept, sum(shard.rows for shard in self._shards))
+        counts = _yield(records)
+        self._summary["writing"] = {**counts, "samples": self._samples(records)}
+        self._progress.end(counts["out"], sum(shard.rows for shard in self._shards))
         totals: dict[str, Counter[str]] = {}
         for record in records.values():
             for name, counts in record.counts["by"].items():
@@ -343,6 +358,7 @@ class _Run:
             "settings": self._curation.settings(),
             "inputs": self._summary["inputs"],
             "stages": [{name: s[name] for name in ("name", "in", "out", "removed")} for s in self._summary["stages"]],
+            "writing": counts,
             "output": self._summary["output"],
             "files": _files(records),
         }
@@ -372,6 +388,10 @@ class _Run:
         write_file(folder / MANIFEST, to_json(manifest, indent=1).encode())
         remove_others(folder, records)
         shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+
+    def _samples(self, records: Mapping[str, Record]) -> dict[str, list[dict[str, str]]]:
+        """Documents that these records have removed, a few of each reason."""
+        return samples(self._view, {name: record.counts["rows"] for name, record in records.items()})
 
     def _write_bad(self, units: Sequence[Unit], records: Mapping[str, Record]) -> None:
         """Lists all records that cannot be used."""
@@ -430,6 +450,15 @@ def _input_summary(found: Found, records: Mapping[str, Record]) -> dict[str, Any
         "sizes": {name: size for name, (_, size) in found.files.items()},
         "sha256": hashes,
     }
+
+
+def _yield(records: Mapping[str, Record]) -> dict[str, Any]:
+    """Documents that came in, that are left, and those removed by reason."""
+    came = sum(record.counts["in"] for record in records.values())
+    removed = Counter[str]()
+    for record in records.values():
+        removed.update(record.counts["removed"])
+    return {"in": came, "out": came - removed.total(), "removed": dict(_most(removed))}
 
 
 def _rows(records: Mapping[str, Record]) -> int:

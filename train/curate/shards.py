@@ -30,7 +30,8 @@ SCRATCH = ".scratch"
 RESERVED = (DOCUMENTS, OUTPUT, ROWS, "ids", "lock.json", "summary.json", "report.html", MANIFEST, "bad.jsonl")
 """Names in the folder that a stage cannot have."""
 
-VERSION = 1
+VERSION = 2
+"""Of the folder: what jobs count, and what their keys mean."""
 # A row group is what is in memory at once.
 ROW_GROUP_BYTES, ROW_GROUP_ROWS = 8_000_000, 8192
 
@@ -69,11 +70,6 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
         return {"key": self.key, "files": [dataclasses.asdict(file) for file in self.files], "counts": self.counts}
-
-
-def digest(value: object) -> str:
-    """sha256 of a JSON value (hex)."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def write_record(folder: Path, name: str, record: Record) -> None:

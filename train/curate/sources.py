@@ -17,6 +17,7 @@ from typing import Any, Literal
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from qwen_jax.tokenizer.text import valid_text
+from train.data.archives import UntilDamage
 from train.data.documents import (
     Piece,
     Source,
@@ -42,6 +43,7 @@ _FORMATS: dict[str, Format] = {
     **dict.fromkeys((".txt", ".text", ".md", ".rst", ".tex", ".py"), "text"),
 }
 _COMPRESSIONS = (".gz", ".zst")
+_END_OF_RECORD = b"\r\n\r\n"
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 
 
@@ -345,9 +347,11 @@ def _too_long(what: str, source: Input) -> str:
 def _jsonl(part: Part, source: Input) -> Iterator[Row | Bad]:
     # The line of a document is longer than the document: escapes, and other fields.
     for line in read_lines(part.piece, 3 * source.max_bytes + (1 << 20)):
-        place = f"byte {line.start}"
-        if line.content is None:
+        place = line.place
+        if line.whole is None:
             yield Bad(part.name, place, _too_long("line", source))
+            continue
+        if not line.content:
             continue
         value = parse_object(line.content)
         yield Bad(part.name, place, value) if isinstance(value, str) else _row(part, source, place, value)
@@ -410,45 +414,58 @@ def _file(part: Part, source: Input) -> Iterator[Row | Bad]:
 
 
 def _warc(part: Part, source: Input) -> Iterator[Row | Bad]:
+    with open_source(part.piece.source, lambda size: None) as file:
+        archive = UntilDamage(file)
+        try:
+            yield from _pages(part, source, archive)
+        except _errors() as error:
+            raise archive.damage_behind() or error from None
+        if damage := archive.damage_behind():
+            raise damage
+        if archive.tell() and archive.end != _END_OF_RECORD:
+            raise EOFError("it ends in the middle of a record")
+
+
+def _pages(part: Part, source: Input, archive: "UntilDamage") -> Iterator[Row | Bad]:
     warc = optional_library("fastwarc.warc", "WARC files")
     page = dataclasses.replace(source, html="page", id=None, url="url")
-    # The library decompresses .gz itself, record by record; it takes what is no WARC file for an empty one.
-    plain = dataclasses.replace(part.piece.source, compression="")
-    with open_source(plain, lambda size: None) as file:
-        records = warc.ArchiveIterator(
-            file, record_types=warc.WarcRecordType.response, parse_http=True, auto_decode="all"
+    records = warc.ArchiveIterator(
+        archive, record_types=warc.WarcRecordType.response, parse_http=True, auto_decode="all"
+    )
+    for number, record in enumerate(records):
+        place = f"record {number}"
+        length = record.headers.get("Content-Length")
+        if length is None or not length.isdigit():
+            raise EOFError("it ends in the middle of a record")
+        headers = record.http_headers
+        if 0 < int(length) == record.content_length and not record.reader.read(1):  # Nothing behind its own header.
+            raise EOFError("it ends in the middle of a record")
+        if headers is None or headers.status_code != 200:
+            yield Bad(part.name, place, "a response with an error status", skipped=True)
+            continue
+        if (record.http_content_type or "").lower() not in _HTML_TYPES:
+            yield Bad(part.name, place, "a response that is not HTML", skipped=True)
+            continue
+        content = record.reader.read(source.max_bytes + 1)
+        if len(content) > source.max_bytes:
+            yield Bad(part.name, place, _too_long("page", source))
+            continue
+        encoded = headers.get("Content-Encoding") or headers.get("Transfer-Encoding")
+        # Of an encoded page nothing tells whether its end is there: behind the beginning of damage it is not taken.
+        if len(content) < record.content_length if not encoded else archive.damage:
+            raise EOFError("it ends in the middle of a record")
+        yield _row(
+            part,
+            page,
+            place,
+            {
+                "page": content,
+                "url": record.headers.get("WARC-Target-URI"),
+                "charset": record.http_charset,
+                "date": record.headers.get("WARC-Date"),
+                "record": record.headers.get("WARC-Record-ID"),
+            },
         )
-        for number, record in enumerate(records):
-            place = f"record {number}"
-            length = record.headers.get("Content-Length")
-            if length is None or not length.isdigit():
-                raise EOFError("it ends in the middle of a record")
-            headers = record.http_headers
-            if headers is None or headers.status_code != 200:
-                yield Bad(part.name, place, "a response with an error status", skipped=True)
-                continue
-            if (record.http_content_type or "").lower() not in _HTML_TYPES:
-                yield Bad(part.name, place, "a response that is not HTML", skipped=True)
-                continue
-            content = record.reader.read(source.max_bytes + 1)
-            if len(content) > source.max_bytes:
-                yield Bad(part.name, place, _too_long("page", source))
-                continue
-            encoded = headers.get("Content-Encoding") or headers.get("Transfer-Encoding")
-            if not encoded and len(content) < record.content_length:
-                raise EOFError("it ends in the middle of a record")
-            yield _row(
-                part,
-                page,
-                place,
-                {
-                    "page": content,
-                    "url": record.headers.get("WARC-Target-URI"),
-                    "charset": record.http_charset,
-                    "date": record.headers.get("WARC-Date"),
-                    "record": record.headers.get("WARC-Record-ID"),
-                },
-            )
 
 
 def sha256_of(files: Iterable[Part]) -> dict[str, str]:

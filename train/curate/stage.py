@@ -21,7 +21,11 @@ REPETITIONS = "repetitions"
 """A column that a stage may make, an integer: how many times the output holds a document. Null is once."""
 
 NO_TEXT = "no text"
-"""The reason of a document that has no text when an operator reads it, such as a page that was not extracted."""
+"""The reason of a document that has no text when an operator reads it or the output is written, such as a page that was
+not extracted."""
+
+NULL_TEXT = "null text"
+"""The reason of a document to which an operator gave a null text and no reason."""
 
 
 class Stage(abc.ABC):
@@ -185,6 +189,9 @@ class Map(RowStage):
                         columns[TEXT] = pc.if_else(alive, column, columns[TEXT])
                     else:
                         columns[name] = column
+                if TEXT in made.column_names:
+                    lost = pc.and_(pc.and_(alive, reason.is_null()), columns[TEXT].is_null())
+                    reason = _flat(pc.if_else(lost, NULL_TEXT, reason))
             columns[REASON] = reason
             return pa.table({name: columns[name] for name in makes.names}, schema=makes)
 

@@ -7,21 +7,17 @@ the manifest is written and `units/` is removed.
 
 import collections
 import dataclasses
-import fcntl
 import functools
-import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from rich.console import Console
 
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import Tokenizer, load_tokenizer
+from train.data.bad_records import BadRecords, join
 from train.data.documents import DamagedInputError, Piece, Record, find_sources, read_records, same_file, share_out
 from train.data.progress import BuildProgress
 from train.data.shards import (
@@ -34,13 +30,16 @@ from train.data.shards import (
     check_files,
     digest,
     load_manifest,
-    write_file,
     write_json,
 )
 from train.data.text import find_files
-from train.data.workers import Workers, cores
+from train.data.units import UnitFolder, do_units
+from train.data.workers import cores
+from train.lock import lock
 
-_UNITS, _SETTINGS = "units", "settings.json"
+UNIT_VERSION = 2
+"""Of units: which lines belong to a piece. Units of another version are done again when a build is resumed."""
+_UNITS = "units"
 # Characters that are tokenized at a time; the tokenizers library uses about 170 bytes of memory for each.
 _BATCH_CHARACTERS = 1_000_000
 
@@ -169,15 +168,18 @@ def build(config: BuildConfig, *, progress: Console | None = None) -> Manifest:
     inside = [path for path in files if output in path.absolute().parents]
     if inside:
         raise InputError(f"{inside[0]} is in the output folder {config.output}. Leave it out of --input.")
-    _check_folder(output)
+    folder = _folder(output)
+    folder.check()
     if (output / MANIFEST).exists():
-        return _finished(output, settings, files)
+        return _finished(folder, settings, files)
     units = share_out(find_sources(files, config.format, config.field), config.unit_bytes)
-    with _locked(output):
+    with lock(output):
         # Which units are finished already?
-        folder = _begin(output, settings)
-        keys = [digest([[*same_file(p.source), p.source.kind, p.start, p.end] for p in unit]) for unit in units]
-        records = {i: record for i, key in enumerate(keys) if (record := _finished_unit(output, config.length, i, key))}
+        folder.begin(settings)
+        keys = [_key(unit) for unit in units]
+        is_whole = functools.partial(_is_whole, output, config.length)
+        found = ((i, folder.record(i, key, is_whole)) for i, key in enumerate(keys))
+        records: dict[int, UnitRecord] = {i: record for i, record in found if record is not None}
         todo = [(i, unit, keys[i]) for i, unit in enumerate(units) if i not in records]
         # Do the others.
         total = sum(piece.work for unit in units for piece in unit)
@@ -186,10 +188,11 @@ def build(config: BuildConfig, *, progress: Console | None = None) -> Manifest:
             try:
                 records |= _run(config, tokenizer, output, todo, display)
             finally:
-                _remove_temporary(output)
+                folder.remove_temporary()
         # Put the data set together.
-        manifest = _manifest(tokenizer, settings, units, [records[i] for i in range(len(units))])
-        _quarantine(config, output, units, manifest)
+        ordered = [records[i] for i in range(len(units))]
+        manifest = _manifest(tokenizer, settings, units, ordered)
+        _quarantine(config, output, units, ordered, manifest)
         if not manifest.shards:
             raise InputError(
                 f"Found no text in {len(files)} input files: {manifest.bad} records are bad and {manifest.empty} empty."
@@ -200,26 +203,31 @@ def build(config: BuildConfig, *, progress: Console | None = None) -> Manifest:
             if path.name not in ours:  # Left by an interrupted build with more input files.
                 path.unlink()
         write_json(output / MANIFEST, manifest.to_json())
-        shutil.rmtree(folder)
+        folder.remove_records()
     return manifest
 
 
-def _check_folder(output: Path) -> None:
-    try:
-        if output.exists() and not output.is_dir():
-            raise InputError(f"{output} is a file. Give a folder with --output.")
-        ours = (output / MANIFEST).exists() or (output / _UNITS).is_dir()
-        if output.exists() and not ours and any(output.iterdir()):
-            raise InputError(f"{output} is not empty and holds no data set. Give a new folder with --output.")
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"Cannot create {output}: {error.strerror}. Give another folder with --output.") from None
+def _key(unit: Unit) -> str:
+    """A digest of a unit's input, and of how it is read."""
+    pieces = [[*same_file(piece.source), piece.source.kind, piece.start, piece.end] for piece in unit]
+    return digest([UNIT_VERSION, pieces])
 
 
-def _finished(output: Path, settings: Settings, files: Sequence[Path]) -> Manifest:
+def _folder(output: Path) -> UnitFolder:
+    return UnitFolder(output, _UNITS, MANIFEST, "data set")
+
+
+def _is_whole(output: Path, length: int, record: UnitRecord) -> bool:
+    """Whether the shard of a unit has files of the right sizes."""
+    check_files(output, _shards([record]), length)
+    return True
+
+
+def _finished(folder: UnitFolder, settings: Settings, files: Sequence[Path]) -> Manifest:
     """Loads a finished data set and checks that it has the given settings and input files."""
+    output = folder.output
     manifest = load_manifest(output)
-    _check_settings(output, {name: getattr(manifest, name) for name in settings}, settings)
+    folder.check_settings({name: getattr(manifest, name) for name in settings}, settings)
     given = {str(path): path.stat().st_size for path in files}
     built = {entry.path: entry.size for entry in manifest.inputs}
     changed = sorted(path for path in {*given, *built} if given.get(path) != built.get(path))
@@ -230,70 +238,8 @@ def _finished(output: Path, settings: Settings, files: Sequence[Path]) -> Manife
             f"{f', and {len(changed) - 1} more' if len(changed) > 1 else ''}. Give another folder with --output."
         )
     check_files(output, manifest.shards, manifest.length)
-    shutil.rmtree(output / _UNITS, ignore_errors=True)  # Left by a process that was killed after writing the manifest.
+    folder.remove_records()  # Left by a process that was killed after writing the manifest.
     return manifest
-
-
-def _check_settings(output: Path, saved: Mapping[str, object], given: Settings) -> None:
-    different = [name for name in given if saved.get(name) != given[name]]
-    if different:
-        was = "; ".join(f"{name} was {saved.get(name)!r} and is now {given[name]!r}" for name in different)
-        raise InputError(
-            f"{output} was begun with other settings: {was}. "
-            "Use these settings again, give another folder with --output, or remove this one."
-        )
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Locks the folder against other builds; the system releases the lock when this process ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"Another process is building {folder}. Wait for it, or give another folder.") from None
-        except OSError:
-            pass  # Some network file systems do not have locks.
-        yield
-    finally:
-        os.close(handle)
-
-
-def _begin(output: Path, settings: Settings) -> Path:
-    """Saves the settings, or compares them with those of the interrupted build; returns the folder of the units."""
-    folder = output / _UNITS
-    path = folder / _SETTINGS
-    if path.exists():
-        try:
-            saved = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} is damaged ({error}). Remove {output} and build again.") from None
-        _check_settings(output, saved, settings)
-    else:
-        folder.mkdir(exist_ok=True)
-        write_json(path, settings)
-    _remove_temporary(output)
-    return folder
-
-
-def _remove_temporary(output: Path) -> None:
-    """Removes unfinished files of processes that were killed."""
-    for left_over in [*output.glob(".*.tmp"), *(output / _UNITS).glob(".*.tmp")]:
-        left_over.unlink(missing_ok=True)
-
-
-def _finished_unit(output: Path, length: int, index: int, key: str) -> UnitRecord | None:
-    """The record of a unit if it is finished: its input has not changed and its files have the expected sizes."""
-    path = output / _UNITS / f"{index:05d}.json"
-    try:
-        record: UnitRecord = json.loads(path.read_bytes())
-        if record["key"] != key:
-            return None
-        check_files(output, _shards([record]), length)
-    except (OSError, ValueError, KeyError, TypeError):  # Missing or damaged: the unit is repeated.
-        return None
-    return record
 
 
 def _shards(records: Sequence[UnitRecord]) -> tuple[Shard, ...]:
@@ -308,34 +254,14 @@ def _run(
     todo: Sequence[tuple[int, Unit, str]],
     display: BuildProgress,
 ) -> dict[int, UnitRecord]:
-    """Does the units in `todo`. A damaged input file does not stop the other units; it is an error at the end."""
-    records: dict[int, UnitRecord] = {}
-    damaged: list[str] = []
-
-    def done(index: int, result: UnitRecord | DamagedInputError) -> None:
-        if isinstance(result, DamagedInputError):
-            damaged.append(str(result))
-        else:
-            records[index] = result
-            display.unit()
-
-    processes = config.workers or cores()
-    count = min(processes, len(todo))
-    if count <= 1:
-        encoder = Encoder(config, output, display.advance, tokenizer)
-        for index, unit, key in todo:
-            done(index, encoder(index, unit, key))
-    else:
-        with Workers(count, processes // count, functools.partial(Encoder, config, output)) as workers:
-            for (index, _, _), result in workers.run(todo, display.advance):
-                done(index, result)
-    if damaged:
-        raise InputError(
-            "; ".join(sorted(damaged)[:5]) + (f"; and {len(damaged) - 5} more" if len(damaged) > 5 else "") + ". "
-            "Download the damaged files again or leave them out, then run the same command: everything else is "
-            "finished and kept."
-        )
-    return records
+    """Does the units in `todo`."""
+    return do_units(
+        todo,
+        config.workers or cores(),
+        lambda: Encoder(config, output, display.advance, tokenizer),
+        lambda: functools.partial(Encoder, config, output),
+        display,
+    )
 
 
 class Encoder:
@@ -370,12 +296,14 @@ class Encoder:
         Raises:
           InputError: most records are bad, or the disk is full.
         """
-        bad: list[bytes] = []
         lines: list[int] = []
         empty = records = 0
         folder = self._output / _UNITS
         try:
-            with ShardWriter(self._output, f"shard-{index:05d}", self._config.length) as shard_writer:
+            with (
+                ShardWriter(self._output, f"shard-{index:05d}", self._config.length) as shard_writer,
+                BadRecords(_bad_of(folder, index)) as bad,
+            ):
                 texts: list[str] = []
                 size = 0
                 for number, piece in enumerate(unit):
@@ -385,12 +313,12 @@ class Encoder:
                         records += 1
                         lines[-1] = record.line
                         if record.reason is not None:
-                            bad.append(json.dumps([number, record.line, record.reason]).encode() + b"\n")
-                            if len(bad) > max(self._config.max_bad_lines, max(self._config.max_bad, 0.5) * records):
+                            bad.add([number, record.line, record.reason])
+                            if bad.count > max(self._config.max_bad_lines, max(self._config.max_bad, 0.5) * records):
                                 if piece.source.compression:
                                     # Records of a damaged file may be garbage: read on, which raises at the damage.
                                     collections.deque(found, maxlen=0)
-                                raise InputError(_hopeless(piece, records, len(bad), record))
+                                raise InputError(_hopeless(piece, records, bad.count, record))
                         elif record.text:
                             texts.append(record.text)
                             size += len(record.text)
@@ -401,20 +329,19 @@ class Encoder:
                             texts, size = [], 0
                 self._encode(shard_writer, texts)
                 shard = shard_writer.finish()
+                bad.finish()
         except DamagedInputError as error:
             return error
         # The record comes last: it says that everything else is complete.
-        if bad:
-            write_file(folder / f"{index:05d}.bad.jsonl", b"".join(bad))
         done: UnitRecord = {
             "key": key,
             "shard": dataclasses.asdict(shard) if shard else None,
             "lines": lines,
             "empty": empty,
-            "bad": len(bad),
+            "bad": bad.count,
             "records": records,
         }
-        write_json(folder / f"{index:05d}.json", done)
+        _folder(self._output).write_record(index, done)
         return done
 
     def _read(self, num_bytes: int) -> None:
@@ -426,6 +353,11 @@ class Encoder:
             shard.add(self._tokenizer.encode_documents(texts))
         self._advance(self._unreported)
         self._unreported = 0
+
+
+def _bad_of(folder: Path, index: int) -> Path:
+    """The list of bad records of a unit: number of the piece, line in it, and reason."""
+    return folder / f"{index:05d}.bad.jsonl"
 
 
 def _hopeless(piece: Piece, records: int, bad: int, last: Record) -> str:
@@ -459,30 +391,37 @@ def _manifest(
     )
 
 
-def _quarantine(config: BuildConfig, output: Path, units: Sequence[Unit], manifest: Manifest) -> None:
+def _quarantine(
+    config: BuildConfig, output: Path, units: Sequence[Unit], records: Sequence[UnitRecord], manifest: Manifest
+) -> None:
     """Lists the bad records in `quarantine.jsonl`, and raises InputError if there are too many."""
     path = output / QUARANTINE
-    path.unlink(missing_ok=True)
     if not manifest.bad:
+        path.unlink(missing_ok=True)
         return
-    before: dict[str, int] = {}  # Lines of each file in earlier pieces.
-    entries: list[bytes] = []
-    for index, unit in enumerate(units):
-        record = json.loads((output / _UNITS / f"{index:05d}.json").read_bytes())
-        name = output / _UNITS / f"{index:05d}.bad.jsonl"
-        for line in name.read_bytes().splitlines() if record["bad"] else []:
-            number, position, reason = json.loads(line)
-            source = unit[number].source.path
-            entry = {"file": source, "line": before.get(source, 0) + position, "reason": reason}
-            entries.append(json.dumps(entry).encode() + b"\n")
-        for piece, count in zip(unit, record["lines"], strict=True):
-            before[piece.source.path] = before.get(piece.source.path, 0) + count
-    write_file(path, b"".join(entries))
+
+    def parts() -> Iterator[tuple[Path, Callable[[Any], object]]]:
+        before: dict[str, int] = {}  # Lines of each file in earlier pieces.
+        for index, (unit, record) in enumerate(zip(units, records, strict=True)):
+            starts = []
+            for piece, lines in zip(unit, record["lines"], strict=True):
+                starts.append((piece.source.path, before.get(piece.source.path, 0)))
+                before[piece.source.path] = starts[-1][1] + lines
+            yield _bad_of(output / _UNITS, index), functools.partial(_entry, starts)
+
+    first = join(path, parts())
     total = manifest.documents + manifest.empty + manifest.bad
     if manifest.bad > max(config.max_bad_lines, config.max_bad * total):
-        first = "; ".join("{file}, line {line}: {reason}".format(**json.loads(entry)) for entry in entries[:3])
+        listed = "; ".join("{file}, line {line}: {reason}".format(**entry) for entry in first)
         raise InputError(
             f"{manifest.bad} of {total} records are bad, more than --max-bad {config.max_bad:g} and --max-bad-lines "
-            f"{config.max_bad_lines} allow: {first}. All are listed in {path}. Correct them, or accept them with a "
+            f"{config.max_bad_lines} allow: {listed}. All are listed in {path}. Correct them, or accept them with a "
             "larger --max-bad: finished units of work are kept."
         )
+
+
+def _entry(starts: Sequence[tuple[str, int]], bad: tuple[int, int, str]) -> dict[str, str | int]:
+    """A bad record of a unit with its file, and its line in the file."""
+    number, line, reason = bad
+    file, before = starts[number]
+    return {"file": file, "line": before + line, "reason": reason}

@@ -1,7 +1,7 @@
 """Reads files of documents as a stream: JSON lines, Parquet and plain text, compressed or not."""
 
+import bisect
 import dataclasses
-import gzip
 import importlib
 import io
 import itertools
@@ -11,10 +11,11 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer.text import valid_text
+from train.data.archives import Archive, frame_starts
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -63,7 +64,7 @@ class Piece:
 
     Attributes:
       source: the file.
-      start: the first byte or, of Parquet, the first row group. A line belongs to the piece that it begins in.
+      start: the first byte or, of Parquet, the first row group; see `read_lines` for where lines belong.
       end: start of the next piece.
       work: size in bytes, for equal units and for progress.
     """
@@ -126,10 +127,11 @@ def find_sources(files: Iterable[Path], kind: Kind | Literal["auto"], field: str
 
 
 def share_out(sources: Sequence[Source], unit_bytes: int) -> list[tuple[Piece, ...]]:
-    """Divides files into units of work of about equal size; a pure function of its arguments.
+    """Divides files into units of work of about equal size; a pure function of its arguments and of the files.
 
-    JSON lines and Parquet files that are larger than a unit are cut into pieces; smaller files are grouped. A
-    compressed file is never cut, because it can only be read from its beginning.
+    JSON lines and Parquet files that are larger than a unit are cut into pieces; smaller files are grouped. JSON lines
+    in Zstandard are cut where frames begin. Other compressed files are never cut, because they can only be read from
+    their beginning.
 
     Args:
       sources: input files.
@@ -141,7 +143,7 @@ def share_out(sources: Sequence[Source], unit_bytes: int) -> list[tuple[Piece, .
     units: list[tuple[Piece, ...]] = []
     small: list[Piece] = []
     for source in sources:
-        cuttable = source.kind == "parquet" or (source.kind == "jsonl" and not source.compression)
+        cuttable = source.kind == "parquet" or (source.kind == "jsonl" and source.compression != ".gz")
         pieces = _cut(source, unit_bytes) if cuttable else [Piece(source, 0, source.size, source.size)]
         if len(pieces) > 1 or sum(piece.work for piece in pieces) >= unit_bytes:
             units += [(piece,) for piece in pieces]
@@ -157,6 +159,10 @@ def _cut(source: Source, unit_bytes: int) -> list[Piece]:
     if source.kind == "jsonl":
         count = max(-(-source.size // unit_bytes), 1)
         edges = [source.size * i // count for i in range(count + 1)]
+        if source.compression and count > 1:
+            starts = frame_starts(Path(source.path), optional_library("zstandard", ".zst files"))
+            places = {bisect.bisect_left(starts, edge) for edge in edges[1:-1]}
+            edges = [0, *(starts[place] for place in sorted(places) if 0 < place < len(starts)), source.size]
         return [Piece(source, a, b, b - a) for a, b in itertools.pairwise(edges)]
     pieces: list[Piece] = []
     for i, work in enumerate(source.groups):
@@ -216,86 +222,62 @@ class _File(io.FileIO):
         return size
 
 
-class _Zstandard(io.RawIOBase):
-    """Decompresses Zstandard; unlike the library's own reader, it notices a file that ends inside a frame."""
+def open_source(
+    source: Source, count: Callable[[int], None], start: int = 0, end: int | None = None
+) -> io.BufferedReader:
+    """Opens a file, decompressed.
 
-    # All that is read is decompressed at once, up to 30,000 bytes from one byte: read little at a time.
-    _READ = 1024
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        # Corpora are often compressed with windows of up to 2 GiB (zstd --long=31).
-        self._library = optional_library("zstandard", ".zst files").ZstdDecompressor(max_window_size=2**31)
-        self._frame: Any = None
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: "WriteableBuffer") -> int:
-        while not self._ready:
-            data = b""
-            if self._frame is not None and self._frame.eof:
-                data, self._frame = self._frame.unused_data, None
-            data = data or self._file.read(self._READ)
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("it ends in the middle of a zstandard frame")
-                return 0
-            self._frame = self._frame or self._library.decompressobj()
-            self._ready = memoryview(self._frame.decompress(data))
-        into = memoryview(buffer)
-        size = min(len(into), len(self._ready))
-        into[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def open_source(source: Source, count: Callable[[int], None]) -> BinaryIO:
-    file = io.BufferedReader(_File(source.path, count), _READ_AHEAD)
-    if source.compression == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=file))
-    if source.compression == ".zst":
-        return io.BufferedReader(_Zstandard(file), _READ_AHEAD)
-    return file
+    Args:
+      source: the file.
+      count: is called with the bytes of the file that were read since its last call.
+      start: of a compressed file, where a frame begins.
+      end: of a compressed file, where a later piece begins.
+    """
+    file: io.BufferedReader = io.BufferedReader(_File(source.path, count), _READ_AHEAD)
+    if not source.compression:
+        return file
+    library = optional_library("zstandard", ".zst files") if source.compression == ".zst" else None
+    return io.BufferedReader(Archive(file, library, start, end), _READ_AHEAD)
 
 
 def _read_lines(piece: Piece, field: str, max_bytes: int, count: Callable[[int], None]) -> Iterator[Record]:
     for line in read_lines(piece, max_bytes, count):
-        if line.content is None:
+        if line.whole is None:
             yield Record(line.number, "", _too_long("line", max_bytes))
-        else:
+        elif line.content:
             yield _parse(line.number, line.content, field)
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A line of a file that is not blank.
+    """A line of a file.
 
     Attributes:
       number: in the piece, counted from 1.
-      start: its first byte in the decompressed file.
-      content: without line end and byte order mark; None if it is too long.
+      place: its first byte in the decompressed file or, behind the first Zstandard frame, in its frame.
+      whole: with its end; None if it is too long.
+      content: without line end and byte order mark; empty for a blank line.
     """
 
     number: int
-    start: int
-    content: bytes | None
+    place: str
+    whole: bytes | None
+    content: bytes
 
 
 def read_lines(piece: Piece, max_bytes: int, count: Callable[[int], None] = lambda size: None) -> Iterator[Line]:
     """Reads the lines of a piece of JSON lines, one at a time.
+
+    A line of an uncompressed file belongs to the piece that it begins in. Of a Zstandard file, the line that begins
+    with a piece belongs to the piece before: whether a line begins there, only its last byte tells.
 
     Args:
       piece: from `share_out`.
       max_bytes: the content of a longer line is not held in memory.
       count: is called with the bytes that were read since its last call.
     """
-    with open_source(piece.source, count) as file:
+    with open_source(piece.source, count, piece.start, piece.end) as file:
+        archive = file.raw if isinstance(file.raw, Archive) else None
 
         def skip_line() -> int:
             size = 0
@@ -305,21 +287,27 @@ def read_lines(piece: Piece, max_bytes: int, count: Callable[[int], None] = lamb
                     break
             return size
 
-        # The line that contains byte start - 1 belongs to the piece before.
-        position = file.seek(piece.start - 1) + skip_line() if piece.start else 0
+        position = file.seek(piece.start - 1) if piece.start and archive is None else 0
+        position += skip_line() if piece.start else 0
         number = 0
+
+        def is_ours() -> bool:
+            if archive is None:
+                return position < piece.end
+            return archive.boundary is None or position <= archive.boundary
+
         # Two bytes more than allowed: "\r\n" is no part of a line.
-        while (piece.source.compression or position < piece.end) and (line := file.readline(max_bytes + 2)):
+        while is_ours() and (line := file.readline(max_bytes + 2)):
             number += 1
-            start = position
+            place = f"byte {position}" if archive is None else archive.place(position)
             position += len(line)
             content = line.removesuffix(b"\n").removesuffix(b"\r").removeprefix(_BYTE_ORDER_MARK)
             if len(content) > max_bytes:
                 if not line.endswith(b"\n"):
                     position += skip_line()
-                yield Line(number, start, None)
-            elif content.strip():
-                yield Line(number, start, content)
+                yield Line(number, place, None, b"")
+            else:
+                yield Line(number, place, line, content if content.strip() else b"")
 
 
 def parse_object(content: bytes) -> dict[str, Any] | str:

@@ -303,17 +303,17 @@ class _HashedFile:
     def __init__(self, path: Path):
         self._path, self._temporary = path, files.temporary_name(path)
         self._hash = hashlib.sha256()
-        with _writing(path):
+        with writing(path):
             self._file: BinaryIO = self._temporary.open("wb")
 
     def write(self, array: np.ndarray) -> None:
         data = np.ascontiguousarray(array).data.cast("B") if array.size else b""
         self._hash.update(data)
-        with _writing(self._path):
+        with writing(self._path):
             self._file.write(data)
 
     def finish(self) -> str:
-        with _writing(self._path):
+        with writing(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -332,7 +332,7 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
       InputError: the file cannot be written.
     """
-    with _writing(path):
+    with writing(path):
         files.write_file(path, content)
 
 
@@ -342,7 +342,12 @@ def write_json(path: Path, value: object) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turns errors of the system, while a file is written, into an InputError that says what to do.
+
+    Args:
+      path: of the file.
+    """
     try:
         yield
     except OSError as error:

@@ -11,6 +11,7 @@ import numpy as np
 
 from qwen_jax.errors import InputError
 from train.curate.evaluation_sets import GRAM, find_sets
+from train.curate.minhash import band_keys
 from train.curate.run_index import make_index
 from train.data.tables import read_rows
 from train.data.words import mixed, runs, split, texts_of, words
@@ -199,10 +200,7 @@ class NearDuplicates:
             np.minimum(least, mixed(shingles[None, begin : begin + 4096] ^ self._seeds).min(1), out=least)
         count = _HASHES // self._rows
         bands = least[: count * self._rows].reshape(count, self._rows)
-        keys = np.arange(count, dtype=np.uint64)
-        for row in range(self._rows):
-            keys = mixed(keys ^ bands[:, row])
-        return [int(key) for key in keys]
+        return [int(key) for key in band_keys(bands)]
 
 
 def cleaned(pipeline: Pipeline, decontaminate: Sequence[str] = (), near_duplicates: float | None = None) -> Pipeline:

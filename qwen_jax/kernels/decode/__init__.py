@@ -180,8 +180,8 @@ def paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """`decode_attention` over a paged cache: slot j of row b is slot j % P of page pages[b, j // P].
 
-    The kernels read pages for few query rows: in the compute dtype, of a multiple of 16 slots, and on Hopper GPUs in 8
-    bits, of a multiple of 32 slots. Otherwise the pages are gathered into a contiguous cache first, which costs a copy
+    The kernels read pages for few query rows: in the compute dtype, of a multiple of 16 slots, and in 8 bits (on TPUs
+    int8), of a multiple of 32 slots. Otherwise the pages are gathered into a contiguous cache first, which costs a copy
     of all pages in the table; pages in 8 bits are copied as they are, for some rows at a time.
 
     Args:
@@ -231,7 +231,16 @@ def paged_attention(
         from qwen_jax.kernels.decode import flash_decode_tpu
 
         supported = flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d, P, pages_BM.size)
-        if _reads_pages(supported, not quantized, 16, T, sizes):
+        if quantized and _reads_pages(supported and P % 32 == 0, keys.dtype == jnp.int8, 32, T, sizes):
+            scales = tuple(_gathered(x.scales_BKS, pages_BM) for x in (keys, values))
+            q = _times_channels(q_BTHd, keys.channels_Kd)
+
+            def paged_int8(*args: Any) -> tuple[jax.Array, jax.Array]:
+                q, k, v, pages, start, end, k_scales, v_scales, scale = args
+                return flash_decode_tpu.paged_attention(q, k, v, pages, start, end, scale, (k_scales, v_scales))
+
+            return _run(paged_int8, (q, keys.values_BKSd, values.values_BKSd, *table, *scales), scale)
+        if not quantized and _reads_pages(supported, True, 16, T, sizes):
             return _run(flash_decode_tpu.paged_attention, args, scale)
     how: Any = {"scale": scale, "implementation": _named(chosen)}
     if not quantized:
@@ -274,7 +283,7 @@ def _reads_pages(supported: bool, known: bool, multiple: int, tokens: int, sizes
       sizes: dtype, heads and pages, for messages.
     """
     needs = {
-        "pages in the compute dtype": known,
+        "pages in the compute dtype or in int8": known,
         f"few query rows and pages of a multiple of {multiple} slots": supported,
     }
     direct, copied = Candidate("pages", unmet(needs)), Candidate("gathered copy", slow=tokens == 1)

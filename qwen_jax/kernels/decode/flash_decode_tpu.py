@@ -1,6 +1,6 @@
 """Attention of a few query rows over a long cache on TPUs: contiguous and paged.
 
-The kernels are bound by reading the cache, which may be in 8 bits if it is contiguous. The query rows of a group
+The kernels are bound by reading the cache, which may be in 8 bits. The query rows of a group
 (tokens x heads that share keys) form one small tile, and keys and values are the stationary side of both products. The
 pipeline of the grid copies a contiguous cache in tiles of about a megabyte. A paged cache is copied page by page, one
 tile of pages at a time, while the previous tile is processed. Only tiles that some row sees are read. Where there are
@@ -10,6 +10,7 @@ Source: Flash-Decoding (Dao et al. 2023) for the split keys.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -161,15 +162,17 @@ def paged_attention(
     start_BT: jax.Array,
     end_BT: jax.Array,
     scale: float,
+    scales: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`attention` over a paged cache: slot j of row b is slot j % P of page pages[b, j // P].
 
     Args:
       q_BTHd: queries, bfloat16 or float32.
-      k_NKPd, v_NKPd: pages. P is a multiple of 16; all slots of visited tiles must be finite.
+      k_NKPd, v_NKPd: pages. P is a multiple of 16, or of 32 for int8; all slots of visited tiles must be finite.
       pages_BM: int32 page table. Entries for slots that no row sees may have any value; they are clipped.
       start_BT, end_BT: int32 intervals over the M P slots.
       scale: multiplies the logits.
+      scales: of int8 keys and values, float32 [B, K, M P] in the order of the slots; as for `int8_attention`.
 
     Returns:
       As `attention`.
@@ -184,8 +187,11 @@ def paged_attention(
             f"all heads, and a page table of {_TABLE_BYTES // 4} entries at most; got pages {k_NKPd.shape} and a table "
             f"{pages_BM.shape}. Use implementation='reference'."
         )
-    count = max(1, min(M, cache_tile_bytes() // (2 * K * P * max(d, LANES) * k_NKPd.dtype.itemsize)))
+    count = max(1, min(M, cache_tile_bytes() // (2 * K * P * max(d, LANES) * max(k_NKPd.dtype.itemsize, 2))))
+    if scales:  # Those of a tile are copied as whole registers.
+        count = -(-count * P // math.lcm(P, LANES)) * math.lcm(P, LANES) // P
     keys = count * P
+    in_rows = [pad_to_multiple(x, 2, keys)[:, :, None] for x in scales or ()]
     rows, ends, live = _rows(q_BTHd, K, start_BT, end_BT, M * P, keys)
     splits, R = _splits(B), rows.shape[2]
     # Whole tiles of pages are copied, even if no row sees the last pages. A tile beyond the end of the table reads the
@@ -193,7 +199,7 @@ def paged_attention(
     pages = jnp.clip(pages_BM, 0, k_NKPd.shape[0] - 1)
     buffers = pltpu.VMEM((2, count, K, P, d), k_NKPd.dtype)
     out, lse = pl.pallas_call(
-        lambda *refs: _paged(_PagedRefs(*refs), factor=scale * LOG2E, splits=splits),
+        lambda *refs: _paged(_paged_refs(*refs), factor=scale * LOG2E, splits=splits),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(splits, B),
@@ -202,17 +208,19 @@ def paged_attention(
                 pl.BlockSpec(memory_space=pl.ANY),
                 pl.BlockSpec(memory_space=pl.ANY),
                 pl.BlockSpec((None, R, LANES), lambda s, b, *_: (b, 0, 0)),
+                *[pl.BlockSpec(memory_space=pl.ANY)] * len(in_rows),
             ],
             out_specs=[pl.BlockSpec((None, None, K, R, n), lambda s, b, *_: (s, b, 0, 0, 0)) for n in (d, LANES)],
-            scratch_shapes=[buffers, buffers, pltpu.SemaphoreType.DMA((2, 2))]
-            + [pltpu.VMEM((K, R, n), jnp.float32) for n in (d, LANES, LANES)],
+            scratch_shapes=[buffers, buffers, pltpu.SemaphoreType.DMA((2 + len(in_rows), 2))]
+            + [pltpu.VMEM((K, R, n), jnp.float32) for n in (d, LANES, LANES)]
+            + [pltpu.VMEM((2, K, 1, keys), jnp.float32)] * len(in_rows),
         ),
         out_shape=[jax.ShapeDtypeStruct((splits, B, K, R, n), jnp.float32) for n in (d, LANES)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=4 * cache_tile_bytes() + (8 << 20)
         ),
-        name="paged_decode_attention",
-    )(live, pages, rows, k_NKPd, v_NKPd, ends)
+        name="paged_decode_attention_int8" if scales else "paged_decode_attention",
+    )(live, pages, rows, k_NKPd, v_NKPd, ends, *in_rows)
     return _merged(out, lse, q_BTHd)
 
 
@@ -402,8 +410,9 @@ class _PagedRefs(NamedTuple):
 
     Attributes:
       k_buffers, v_buffers: two tiles of pages each.
-      arrived: semaphores of the copies, for keys and values and each of the two tiles.
+      arrived: semaphores of the copies, for keys and values (and their scales) and each of the two tiles.
       acc, top, total: the running softmax of all heads.
+      scales, scale_buffers: of keys and values in int8, in HBM and for two tiles each; otherwise empty.
     """
 
     live: Ref
@@ -420,6 +429,14 @@ class _PagedRefs(NamedTuple):
     acc: Ref
     top: Ref
     total: Ref
+    scales: tuple[Ref, ...]
+    scale_buffers: tuple[Ref, ...]
+
+
+def _paged_refs(*refs: Ref) -> _PagedRefs:
+    """The references in the order of the call."""
+    n = (len(refs) - 14) // 2
+    return _PagedRefs._make((*refs[:6], *refs[6 + n : 14 + n], refs[6 : 6 + n], refs[14 + n :]))
 
 
 def _paged(refs: _PagedRefs, *, factor: float, splits: int) -> None:
@@ -440,6 +457,10 @@ def _paged(refs: _PagedRefs, *, factor: float, splits: int) -> None:
                 copy.wait() if wait else copy.start()
 
         lax.fori_loop(0, count, one, None)
+        tile = pl.ds(pl.multiple_of(i * count * P, LANES), count * P)
+        for side, (hbm, buffers) in enumerate(zip(refs.scales, refs.scale_buffers, strict=True), 2):
+            copy = pltpu.make_async_copy(hbm.at[row, :, :, tile], buffers.at[slot], refs.arrived.at[side, slot])
+            copy.wait() if wait else copy.start()
 
     pl.when(first < last)(lambda: copies(first, False))
 
@@ -449,9 +470,12 @@ def _paged(refs: _PagedRefs, *, factor: float, splits: int) -> None:
         slot = lax.rem(i, 2)
 
         def of_head(buffers: Ref, h: int) -> jax.Array:
-            return buffers[slot, :, h].reshape(count * P, d)
+            return buffers[slot, :, h].reshape(count * P, d).astype(refs.q.dtype)
 
-        tiles = [_Tile(refs.q[h], of_head(k_buffers, h), of_head(refs.v_buffers, h)) for h in range(K)]
+        def scales(h: int) -> list[jax.Array]:
+            return [x[slot, h] for x in refs.scale_buffers]
+
+        tiles = [_Tile(refs.q[h], of_head(k_buffers, h), of_head(refs.v_buffers, h), *scales(h)) for h in range(K)]
         state = [_Softmax(*(x.at[h] for x in softmax)) for h in range(K)]
         _add(tiles, refs.ends[...], i * count * P, state, factor)
 

@@ -88,7 +88,7 @@ def _supports_quantized(config: ModelConfig, quantization: Quantization) -> bool
     )
     needs = {
         "dense layers": config.moe is None,
-        "activations that are not rounded": quantization.activations == "none",
+        "activations that are not rounded": quantization.rounds(1) == "none",
         "quantised projections without minima and without an order of their inputs": known,
         "sizes that are multiples of 128, and groups of a multiple of 32 inputs": fits,
         "a head that the layer kernel supports": layer_gpu.supports(D, F, heads, qkv, config.vocab_size),

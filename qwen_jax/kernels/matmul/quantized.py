@@ -2,12 +2,16 @@
 
 | implementation | where      | what                                                                         |
 |----------------|------------|------------------------------------------------------------------------------|
+| w8a8           | anywhere   | rounds the rows; int8 or float8 weights with one scale for each output       |
 | gpu            | Hopper GPU | bfloat16 rows; outputs and inputs are multiples of 64, groups of 32          |
 | tpu            | TPU        | bfloat16 rows; outputs, inputs: multiples of 16 ("auto": inputs of 128)     |
 | plain          | anywhere   | dequantises in float32 and rounds once to the dtype of x, before the product |
 
-"auto" selects the first that supports the call; see `qwen_jax.kernels.select`.
+"auto" selects the first that supports the call; see `qwen_jax.kernels.select`. It selects w8a8 only where rows are to
+be rounded (`qwen_jax.quantization.Quantization`).
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +55,9 @@ def dequantize(
     return values.reshape(weight.shape)
 
 
-def select_quantized(implementation: str, x: Abstract, weight: Abstract, scales: Abstract, offset: bool) -> str:
+def select_quantized(
+    implementation: str, x: Abstract, weight: Abstract, scales: Abstract, offset: bool, rounded: bool = False
+) -> str:
     """Returns the name of the implementation that runs; see `select`.
 
     Args:
@@ -60,10 +66,17 @@ def select_quantized(implementation: str, x: Abstract, weight: Abstract, scales:
       weight: codes [N, K].
       scales: [N, G].
       offset: whether there are zero points or minima.
+      rounded: whether "auto" may round the rows.
 
     Raises:
       InputError: the implementation asked for does not support the call.
     """
+    needs = {
+        "int8 or float8 weights": weight.dtype in (jnp.int8, jnp.float8_e4m3fn),
+        "one scale for each output": scales.shape[1] == 1,
+        "no zero points or minima": not offset,
+    }
+    w8a8 = Candidate("w8a8", unmet(needs), automatic=rounded)
     needs = {"a Hopper GPU": platform.on_hopper()}
     if platform.on_hopper():
         from qwen_jax.kernels.matmul import quantized_gpu
@@ -77,7 +90,7 @@ def select_quantized(implementation: str, x: Abstract, weight: Abstract, scales:
         needs |= quantized_tpu.needs(x, weight, scales)
     # XLA may hold other matrices with outputs as lanes, and would copy them for the kernel.
     tpu = Candidate("tpu", unmet(needs), automatic=weight.shape[1] % 128 == 0)
-    candidates = [gpu, tpu, Candidate("plain")]
+    candidates = [w8a8, gpu, tpu, Candidate("plain")]
     what = f"{x.shape[0]} rows, matrix {list(weight.shape)} of {weight.dtype}, {scales.shape[1]} groups"
     what += " with offsets" if offset else ""
     return select(candidates, implementation, "quantised product", what)
@@ -91,6 +104,7 @@ def quantized_matmul(
     mins_NG: jax.Array | None = None,
     *,
     implementation: str = "auto",
+    axis: str | None = None,
 ) -> jax.Array:
     """The product of rows with a quantised matrix, x W^T. Runs on local arrays.
 
@@ -98,7 +112,9 @@ def quantized_matmul(
       x_MK: rows, in the order of the inputs of the matrix.
       weight_NK: codes.
       scales_NG, zeros_NG, mins_NG: as for `dequantize`.
-      implementation: see the table above. Only "plain" has a gradient, with respect to x.
+      implementation: see the table above; "auto" rounds no rows. Only "plain" and "w8a8" have a gradient, with respect
+        to x.
+      axis: of the mesh, over which K is sharded, for "w8a8"; None if it is not.
 
     Returns:
       float32 [M, N]. "plain" rounds the weight to the dtype of x, as the kernels do for more than 64 rows; for fewer,
@@ -106,6 +122,8 @@ def quantized_matmul(
     """
     offset = zeros_NG is not None or mins_NG is not None
     chosen = select_quantized(implementation, x_MK, weight_NK, scales_NG, offset)
+    if chosen == "w8a8":
+        return row_scaled_matmul(x_MK, weight_NK, scales_NG, axis)
     if chosen == "plain":
         return _plain(x_MK, weight_NK, scales_NG, zeros_NG, mins_NG)
     if chosen == "gpu":
@@ -129,19 +147,19 @@ def _plain(
     return jnp.einsum("MK,NK->MN", x_MK, w_NK, preferred_element_type=jnp.float32)
 
 
-def quantize_rows(x_MK: jax.Array, dtype: jax.typing.DTypeLike, axis: str | None = None) -> tuple[jax.Array, jax.Array]:
+def quantize_rows(x: jax.Array, dtype: jax.typing.DTypeLike, axis: str | None = None) -> tuple[jax.Array, jax.Array]:
     """Rounds rows to a narrow dtype, with one scale for each row: its largest magnitude becomes the largest code.
 
     Args:
-      x_MK: rows.
+      x: rows [..., K].
       dtype: int8 or float8_e4m3fn.
       axis: of the mesh, over which K is sharded; None if it is not.
 
     Returns:
-      Codes [M, K] and float32 scales [M, 1]; a row of zeros has the scale 1.
+      Codes [..., K] and float32 scales [..., 1]; a row of zeros has the scale 1.
     """
-    x = x_MK.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     if axis is not None:
         largest = lax.pmax(largest, axis)
     integer = jnp.issubdtype(dtype, jnp.integer)
@@ -151,10 +169,14 @@ def quantize_rows(x_MK: jax.Array, dtype: jax.typing.DTypeLike, axis: str | None
     return codes.astype(dtype), scales
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def row_scaled_matmul(
     x_MK: jax.Array, weight_NK: jax.Array, scales_N1: jax.Array, axis: str | None = None
 ) -> jax.Array:
     """The product of rows and a matrix that are both in int8, or both in float8: the rows are rounded here.
+
+    The gradient with respect to x is that of the product without rounding (straight-through estimator, Bengio et al.
+    2013, arXiv:1308.3432); x alone has one.
 
     Args:
       x_MK: rows, bfloat16 or float32.
@@ -169,3 +191,33 @@ def row_scaled_matmul(
     wide = jnp.int32 if jnp.issubdtype(weight_NK.dtype, jnp.integer) else jnp.float32
     y = jnp.einsum("MK,NK->MN", codes, weight_NK, preferred_element_type=wide).astype(jnp.float32)
     return y * x_scales_M1 * scales_N1[:, 0].astype(jnp.float32)
+
+
+@row_scaled_matmul.defjvp
+def _row_scaled_jvp(
+    axis: str | None, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    x_MK, weight_NK, scales_N1 = primals
+    tangent_MN = jax.jvp(lambda x: _plain(x, weight_NK, scales_N1, None, None), (x_MK,), (tangents[0],))[1]
+    return row_scaled_matmul(x_MK, weight_NK, scales_N1, axis), tangent_MN
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def rounded_rows(x: jax.Array, dtype: jax.typing.DTypeLike, axis: str | None = None) -> tuple[jax.Array, jax.Array]:
+    """`quantize_rows` with codes in the dtype of x, which holds them exactly, for products in that dtype.
+
+    The gradient of codes times scales is that of x (straight-through estimator); scales have none.
+
+    Args:
+      x, dtype, axis: as for `quantize_rows`; x is bfloat16 or float32.
+    """
+    codes, scales = quantize_rows(x, dtype, axis)
+    return codes.astype(x.dtype), scales
+
+
+@rounded_rows.defjvp
+def _rounded_rows_jvp(
+    dtype: jax.typing.DTypeLike, axis: str | None, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    codes, scales = rounded_rows(primals[0], dtype, axis)
+    return (codes, scales), ((tangents[0] / scales).astype(codes.dtype), jnp.zeros_like(scales))

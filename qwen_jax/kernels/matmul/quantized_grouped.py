@@ -6,12 +6,14 @@ dequantise all matrices and use `qwen_jax.kernels.matmul.grouped`.
 | implementation | where      | what                                                                                |
 |----------------|------------|-------------------------------------------------------------------------------------|
 | gpu            | Hopper GPU | bfloat16 rows; outputs and inputs are multiples of 64, groups of 32, no desc_act    |
+| tpu            | TPU        | bfloat16 rows; outputs, inputs: multiples of 16; groups of at least 32, no desc_act |
 | plain          | anywhere   | dequantises a matrix in float32 and rounds it once to the dtype of the rows         |
 
 "auto" selects the first that supports the call; see `qwen_jax.kernels.select`.
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -125,16 +127,27 @@ def select_grouped_quantized(
       InputError: the implementation asked for does not support the call.
     """
     (N, K), G = matrices.shape, matrices.scales.shape[-1]
+    codes, scales = (jax.ShapeDtypeStruct((N, n), x.dtype) for n, x in ((K, matrices.weight), (G, matrices.scales)))
+    few = {
+        f"at most {MAX_ROWS} rows": 0 < rows <= MAX_ROWS,
+        "inputs in their own order (without desc_act)": matrices.order is None,
+    }
     needs = {"a Hopper GPU": platform.on_hopper()}
     if platform.on_hopper():
         from qwen_jax.kernels.matmul import quantized_gpu
 
-        codes, scales = (jax.ShapeDtypeStruct((N, n), x.dtype) for n, x in ((K, matrices.weight), (G, matrices.scales)))
-        needs |= quantized_gpu.needs(jax.ShapeDtypeStruct((rows, K), dtype), codes, scales)
-        needs[f"at most {MAX_ROWS} rows"] = 0 < rows <= MAX_ROWS
-        needs["inputs in their own order (without desc_act)"] = matrices.order is None
+        needs |= quantized_gpu.needs(jax.ShapeDtypeStruct((rows, K), dtype), codes, scales) | few
+    gpu = Candidate("gpu", unmet(needs))
+    needs = {"a TPU": platform.platform() == "tpu"}
+    if platform.platform() == "tpu":
+        from qwen_jax.kernels.matmul import quantized_tpu, quantized_tpu_grouped
+
+        needs |= quantized_tpu.needs(jax.ShapeDtypeStruct((rows, K), dtype), codes, scales)
+        needs["groups of at least 32 inputs"] = quantized_tpu_grouped.supports_bundles(K, G)
+        needs |= few
+    # As for products with one matrix, XLA would copy others.
+    candidates = [gpu, Candidate("tpu", unmet(needs), automatic=K % 128 == 0), Candidate("plain")]
     what = f"{rows} rows, {len(matrices)} matrices {[N, K]} of {matrices.weight.dtype}, {G} groups of inputs"
-    candidates = [Candidate("gpu", unmet(needs)), Candidate("plain")]
     return select(candidates, implementation, "grouped quantised product", what)
 
 
@@ -151,23 +164,18 @@ def grouped_quantized_matmul(
 
     Returns:
       [M, N] in the dtype of x; zeros for rows after the last group. "plain" rounds the matrices to the dtype of x, and
-      "gpu" does not round them.
+      the kernels do not round them.
 
     Raises:
       InputError: the implementation asked for does not support the call.
     """
     M, G = x_MK.shape[0], len(matrices)
     chosen = select_grouped_quantized(implementation, M, x_MK.dtype, matrices)
-    if chosen == "gpu":
-        from qwen_jax.kernels.matmul.quantized_gpu import width
-
-        rows = min(_BUNDLE, math.ceil(_OF_MEAN * M / G))
-        size = width(rows)
-    else:
-        rows = size = min(_BUNDLE, M)
+    rows = min(_BUNDLE, M) if chosen == "plain" else min(_BUNDLE, math.ceil(_OF_MEAN * M / G))
+    size = _width(chosen, rows)
     bundles = _bundles(sizes_G, M, size)
     x_TCK = x_MK[bundles.rows_TC]
-    run = _on_gpu if chosen == "gpu" else _plain
+    run = _plain if chosen == "plain" else functools.partial(_by_kernel, chosen)
     y_TCN = run(x_TCK, matrices, bundles, rows, -(-M // size))
     y_MN = y_TCN.reshape(-1, y_TCN.shape[-1])[bundles.place_M].astype(x_MK.dtype)
     there_M = jnp.arange(M) < sizes_G.sum()
@@ -197,26 +205,44 @@ def selected_quantized_matmul(
     bundles = _Bundles(group_M.astype(jnp.int32), jnp.ones_like(t), jnp.int32(M), t[:, None], t)
     if chosen == "plain":
         return _plain(x_MK[:, None], matrices, bundles, 1, M)[:, 0]
-    from qwen_jax.kernels.matmul.quantized_gpu import width
-
-    x_TCK = jnp.pad(x_MK[:, None], ((0, 0), (0, width(1) - 1), (0, 0)))
-    return _on_gpu(x_TCK, matrices, bundles, 1, M)[:, 0].astype(x_MK.dtype)
+    x_TCK = jnp.pad(x_MK[:, None], ((0, 0), (0, _width(chosen, 1) - 1), (0, 0)))
+    return _by_kernel(chosen, x_TCK, matrices, bundles, 1, M)[:, 0].astype(x_MK.dtype)
 
 
-def _on_gpu(x_TCK: jax.Array, matrices: QuantizedMatrices, bundles: _Bundles, rows: int, least: int) -> jax.Array:
+def _width(chosen: str, rows: int) -> int:
+    """The rows of a bundle in the arrays of an implementation."""
+    if chosen == "plain":
+        return rows
+    if chosen == "gpu":
+        from qwen_jax.kernels.matmul.quantized_gpu import width
+
+        return width(rows)
+    from qwen_jax.kernels.matmul.quantized_tpu_grouped import bundle_rows
+
+    return bundle_rows(rows)
+
+
+def _by_kernel(
+    chosen: str, x_TCK: jax.Array, matrices: QuantizedMatrices, bundles: _Bundles, rows: int, least: int
+) -> jax.Array:
     """The product of each bundle, float32 [T, C, N]; undefined for rows that are not there."""
-    from qwen_jax.kernels.matmul import quantized_gpu
-
     G, N = len(matrices), matrices.shape[0]
     arrays = (matrices.weight, matrices.scales, matrices.zeros, matrices.mins)
     flat = [None if a is None else a.reshape(G, N, -1) for a in arrays]
+    message = f"Grouped quantised products by {chosen} have no gradient. Use implementation='plain'."
+    if chosen == "tpu":
+        from qwen_jax.kernels.matmul import quantized_tpu_grouped
+
+        arguments = x_TCK, bundles.group_T, bundles.used, *flat
+        return without_gradient(quantized_tpu_grouped.grouped_matmul, arguments, message)
+    from qwen_jax.kernels.matmul import quantized_gpu
+
     which = quantized_gpu.Bundles(bundles.group_T, bundles.count_T, bundles.used[None])
 
     def run(x: jax.Array, which: quantized_gpu.Bundles, *arrays: jax.Array) -> jax.Array:
         out: jax.Array = quantized_gpu.grouped_matmul(x, which, *arrays, rows=rows, least=least)
         return out
 
-    message = "Grouped quantised products by gpu have no gradient. Use implementation='plain'."
     return without_gradient(run, (x_TCK, which, *flat), message)
 
 

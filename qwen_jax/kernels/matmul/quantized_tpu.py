@@ -29,8 +29,8 @@ SCALES = tuple(map(jnp.dtype, (jnp.float16, jnp.bfloat16, jnp.float32)))
 """Dtypes of scales; the kernels read float32."""
 FEW_ROWS = 64
 """The maximal number of rows whose products are scaled after the sum; more are multiplied by dequantised weights."""
-# Rows of a product, those for each group of a chunk together. With more, the product takes longer than dequantising.
-_EXPANDED = 256
+EXPANDED = 256
+"""Rows of a product, those for each group of a chunk together. With more, it takes longer than dequantising."""
 _MULTIPLE = 16
 # Fewer outputs take as long: one product waits for the one before.
 _OUTPUTS = 512
@@ -79,7 +79,7 @@ def choose_tiling(M: int, N: int, K: int, G: int, bits: int, core: Core, tile_by
     chunk = min(LANES if G > 1 else width, K)
     rows = _padded(M, 8)
     several = 1 if G == 1 else max(1, chunk // group)
-    if M <= FEW_ROWS and rows * several <= _EXPANDED:
+    if M <= FEW_ROWS and rows * several <= EXPANDED:
         columns = min(max(tile_bytes * 8 // (bits * K) // LANES * LANES, _OUTPUTS), 1024)
         for outputs in range(columns, 0, -LANES):
             need = _few_bytes(rows, several, outputs, K, G, bits)
@@ -188,8 +188,8 @@ def matmul(
         return _many(x_MK, weight_NK, scales_GN, zeros_GN, None if mins_NG is None else mins_NG.T, tiles)
 
 
-def _several(K: int, G: int, chunk: int) -> int:
-    """Groups of a chunk."""
+def groups_of_chunk(K: int, G: int, chunk: int) -> int:
+    """Groups that share a chunk of the inputs: one, or as many as fill it."""
     return 1 if G == 1 else max(1, chunk * G // K)
 
 
@@ -205,7 +205,7 @@ def expanded(x_MK: jax.Array, G: int, chunk: int) -> jax.Array:
       [chunks, R * M, chunk] for the R groups of a chunk: row r M + m is row m with zeros outside group r.
     """
     M, K = x_MK.shape
-    several = _several(K, G, chunk)
+    several = groups_of_chunk(K, G, chunk)
     x = pad_to_multiple(x_MK, 1, chunk).reshape(M, -1, chunk).swapaxes(0, 1)
     if several == 1:
         return x
@@ -232,7 +232,7 @@ def _few(
         specs += [pl.BlockSpec((tiles.rows, G), lambda n: (0, 0)), pl.BlockSpec((G, tiles.outputs), lambda n: (0, n))]
     bits = 4 if w_NK.dtype == jnp.int4 else 8
     out: jax.Array = pl.pallas_call(
-        functools.partial(_few_program, K=K, G=G, tiles=tiles),
+        functools.partial(few_program, K=K, G=G, tiles=tiles),
         grid=(-(-N // tiles.outputs),),
         in_specs=specs,
         out_specs=pl.BlockSpec((tiles.rows, tiles.outputs), lambda n: (0, n)),
@@ -246,10 +246,17 @@ def _few(
     return out[:M]
 
 
-def _few_program(*refs: Ref, K: int, G: int, tiles: Tiling) -> None:
-    """One tile of outputs."""
+def few_program(*refs: Ref, K: int, G: int, tiles: Tiling) -> None:
+    """One tile of outputs, for few rows.
+
+    Args:
+      *refs: rows [chunks, R * rows, chunk] from `expanded`, codes [outputs, K], scales [G, outputs]; with offsets the
+        sums of the rows over each group [rows, G] and offsets times scales [G, outputs]; the result [rows, outputs].
+      K, G: inputs and their groups.
+      tiles: sizes.
+    """
     x_ref, w_ref, scales_ref, *offset_refs, out_ref = refs
-    rows, chunk, several = tiles.rows, tiles.chunk, _several(K, G, tiles.chunk)
+    rows, chunk, several = tiles.rows, tiles.chunk, groups_of_chunk(K, G, tiles.chunk)
     # Chunks of one group: their sums share a scale.
     per_group = max(1, K // G // chunk)
     whole = K // chunk

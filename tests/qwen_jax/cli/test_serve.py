@@ -1,5 +1,6 @@
 """`qwen-jax serve`: its options, what it gives to the engine, and a reward model from start to end."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -13,12 +14,19 @@ from typing import Any
 import httpx
 import pytest
 
+from convert.quantized.between import format_of
+from convert.quantized.export import export
+from convert.source import TreeSource
 from qwen_jax.cli import main
+from qwen_jax.config import load_config
 from qwen_jax.inference.proposers import Ngrams
+from qwen_jax.quantization import W8A8_TOKENS, Quantization, Scheme
 from qwen_jax.tokenizer import train_bpe
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.hf import make_hf_checkpoint
+from tests.helpers.quantized import random_quantized
 from tests.helpers.reward import make_reward_checkpoint
+from tests.helpers.runs import print_seed
 
 ROOT = Path(__file__).parents[3]
 Capture = pytest.CaptureFixture[str]
@@ -101,6 +109,23 @@ def test_options_reach_the_engine_and_the_server(
     assert settings.pooling == "last"
     assert context.service.defaults.max_new_tokens == 5
     assert context.service.defaults.sampling.top_k == 20
+
+
+def test_rounded_activations_reach_the_model(
+    served: dict[str, Any], model: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """--w8a8 with int8 weights; for others it is an error before anything is served."""
+    config = dataclasses.replace(load_config(model), quantization=Quantization(Scheme("int8", 0, "bfloat16")))
+    source = TreeSource(random_quantized(config, print_seed()), config)
+    export(source, format_of("compressed-tensors", config), tmp_path / "int8", extra_files_from=model)
+    for options, rounded in ((["--w8a8"], W8A8_TOKENS), ([], None)):
+        assert main(["serve", str(tmp_path / "int8"), "--port", "0", *options]) == 0
+        found = served["config"].quantization
+        assert (found.activations, found.rounded_from) == (("int8", rounded) if rounded else ("none", 1))
+    served.clear()
+    assert main(["serve", str(model), "--port", "0", "--w8a8"]) == 1
+    assert "this model is not quantised" in capsys.readouterr().err
+    assert not served
 
 
 def test_the_model_is_called_by_its_folder(served: dict[str, Any], model: Path) -> None:

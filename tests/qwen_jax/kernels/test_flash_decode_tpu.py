@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from qwen_jax import kernels
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.decode import flash_decode_tpu
 from qwen_jax.kernels.decode.quantized import QuantizedRows
 from tests.helpers import exact
 from tests.helpers.masks import MASKS, anything, window
+from tests.helpers.platforms import as_if_on
 from tests.helpers.tpu_compiler import TOPOLOGIES, compile_for, needs_libtpu
 
 
@@ -86,11 +88,18 @@ def test_numerics_of_a_cache_in_8_bits(monkeypatch, T, H, K, d, dtype, splits) -
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
         run = jax.jit(functools.partial(flash_decode_tpu.int8_attention, scale=scale))
         got = jax.block_until_ready(run(q, *held, start, end))
+        # The same in pages of 32 slots, in random order; a tile has whole registers of scales.
+        k_pages, v_pages, table = paged(numbers, held[0], held[2], 32)
+        scales = [jnp.pad(x, ((0, 0), (0, 0), (0, 32 * table.shape[1] - 1000))) for x in (held[1], held[3])]
+        run = jax.jit(functools.partial(flash_decode_tpu.paged_attention, scale=scale))
+        parts = jax.block_until_ready(run(q, k_pages, v_pages, table, start, end, scales=tuple(scales)))
     check(got, (q, *wide, start, end), scale)
+    check(parts, (q, *wide, start, end), scale)
 
 
+@pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("when", ["eager", "on_wait"])
-def test_copies_of_pages_are_waited_for(monkeypatch, when) -> None:
+def test_copies_of_pages_are_waited_for(monkeypatch, when, bits) -> None:
     """Results are correct whether a copy happens at once or only at its wait; nothing is read while it is written."""
     monkeypatch.setattr(flash_decode_tpu, "cache_tile_bytes", lambda: 1 << 18)
     numbers = np.random.default_rng()
@@ -98,12 +107,44 @@ def test_copies_of_pages_are_waited_for(monkeypatch, when) -> None:
     params = pltpu.InterpretParams(detect_races=True, dma_execution_mode=when, uninitialized_memory="nan")
     with pltpu.force_tpu_interpret_mode(params):
         run = functools.partial(flash_decode_tpu.paged_attention, scale=0.125)
-        got = jax.block_until_ready(run(args[0], *paged(numbers, *args[1:3], 64), *args[3:]))
+        if bits == 8:
+            args = args[0], *(jnp.clip(jnp.round(16 * x), -127, 127) / 16 for x in args[1:3]), *args[3:]
+        k, v, table = paged(numbers, *args[1:3], 64)
+        if bits == 8:
+            scales = jnp.full((1, 1, 64 * table.shape[1]), 1 / 16, jnp.float32)
+            run = functools.partial(run, scales=(scales, scales))
+            k, v = ((16 * x).astype(jnp.int8) for x in (k, v))
+        got = jax.block_until_ready(run(args[0], k, v, table, *args[3:]))
     check(got, args, 0.125)
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     assert interpret_pallas_call.races is not None
     assert not interpret_pallas_call.races.races_found
+
+
+def test_pages_in_8_bits_are_read_where_they_are() -> None:
+    """Of int8 and a multiple of 32 slots, also with factors of channels; others are gathered first."""
+    numbers, (N, K, P, d) = np.random.default_rng(), (9, 2, 32, 64)
+    q = jnp.asarray(numbers.standard_normal((2, 1, 4, d)), jnp.float32)
+    table = jnp.asarray(numbers.permutation(N)[:8].reshape(2, 4), jnp.int32)
+    mask = kernels.Mask(jnp.asarray([[3], [0]], jnp.int32), jnp.asarray([[100], [128]], jnp.int32))
+    channels = jnp.exp2(jnp.asarray(numbers.integers(0, 4, (K, d)), jnp.float32))
+
+    def pages_of(dtype, size):
+        zeros = jnp.zeros((N, K, size, d), dtype), jnp.zeros((N, K, size), jnp.float32)
+        x = jnp.asarray(numbers.standard_normal((2, N, K, size, d)), jnp.float32)
+        return [QuantizedRows(*zeros, c).quantized(y) for c, y in zip((channels, None), x, strict=True)]
+
+    run = functools.partial(kernels.paged_attention, scale=0.125)
+    held = pages_of(jnp.int8, P)
+    with as_if_on("TPU"):
+        got = jax.block_until_ready(run(q, *held, table, mask))
+        for dtype, size in ((jnp.int8, P), (jnp.float8_e4m3fn, P), (jnp.int8, 16)):
+            text = str(jax.make_jaxpr(run)(q, *pages_of(dtype, size), table, mask))
+            assert ("paged_decode_attention_int8" in text) == (dtype == jnp.int8 and size == P)
+    want = run(q, *held, table, mask, implementation="reference")
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
 def test_splits_share_the_used_tiles() -> None:
@@ -133,6 +174,10 @@ def test_compiles(chip, B, T, H, K, d) -> None:
     assert "decode_attention" in run.as_text()
     run = compile_for(chip, lambda *x: flash_decode_tpu.paged_attention(*x, 0.1), q, pages, pages, table, i, i)
     assert "paged_decode_attention" in run.as_text()
+    pages, scales = jax.ShapeDtypeStruct(pages.shape, jnp.int8), jax.ShapeDtypeStruct((B, K, 300 * 64), jnp.float32)
+    arguments = q, pages, pages, table, i, i, scales, scales
+    run = compile_for(chip, lambda *x: flash_decode_tpu.paged_attention(*x[:6], 0.1, x[6:]), *arguments)
+    assert "paged_decode_attention_int8" in run.as_text()
 
 
 @needs_libtpu

@@ -240,6 +240,19 @@ def test_few_rows_on_hopper_run_in_the_kernel_and_others_do_not() -> None:
         assert chosen((1, 4608, 3584, 128, INT4, jnp.float16, "zero")) == "plain"
 
 
+def test_rows_are_rounded_where_that_is_asked_for() -> None:
+    """Also on Hopper, before its kernel; never without being asked."""
+    x, w = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16), jax.ShapeDtypeStruct((128, 256), INT8)
+    scales = jax.ShapeDtypeStruct((128, 1), jnp.float32)
+    for device in ("Hopper GPU", "CPU"):
+        with as_if_on(device):
+            assert quantized.select_quantized("auto", x, w, scales, False, rounded=True) == "w8a8"
+            assert quantized.select_quantized("auto", x, w, scales, False) in ("gpu", "plain")
+    groups = jax.ShapeDtypeStruct((128, 2), jnp.float32)
+    with pytest.raises(InputError, match="needs one scale for each output"):
+        quantized.select_quantized("w8a8", x, w, groups, False)
+
+
 @pytest.mark.parametrize(
     ("case", "change", "says"),
     [

@@ -69,6 +69,36 @@ def test_plain_is_the_product_of_the_dequantised_matrices(experts: int, rows: in
     check(experts, rows, case, "plain")
 
 
+@pytest.mark.parametrize("codes", [INT4, INT8, FLOAT8], ids=str)
+def test_numerics_on_a_tpu(codes: Any) -> None:
+    """In the interpreter; groups, sizes and offsets are drawn, and some experts have no rows or several bundles."""
+    numbers = print_seed()
+    group = int(numbers.choice([32, 64, 128, 0]))
+    K = 128 * int(numbers.integers(1, 4))
+    offset = "none" if codes == FLOAT8 else str(numbers.choice(["none", "zero", "min"]))
+    matrix = 16 * int(numbers.integers(1, 12)), K, group or K, codes, jnp.float16, offset
+    experts, rows = int(numbers.integers(2, 7)), int(numbers.integers(1, 90))
+    print(experts, rows, matrix)
+    with as_if_on("TPU"):
+        check(experts, rows, (1, *matrix), "tpu")
+
+
+def test_tpus_take_the_kernel_for_few_rows_and_say_what_it_lacks() -> None:
+    matrices = shapes(6, (1, 192, 128, 64, INT4, jnp.float16, "zero"))
+    narrow = shapes(6, (1, 192, 128, 16, INT4, jnp.float16, "zero"))
+    with as_if_on("TPU"):
+        assert select_grouped_quantized("auto", 256, jnp.bfloat16, matrices) == "tpu"
+        assert select_grouped_quantized("auto", 2048, jnp.bfloat16, matrices) == "plain"
+        assert select_grouped_quantized("auto", 256, jnp.bfloat16, narrow) == "plain"
+        with pytest.raises(InputError, match="groups of at least 32 inputs"):
+            select_grouped_quantized("tpu", 256, jnp.bfloat16, narrow)
+        x = jnp.zeros((4, 128), jnp.bfloat16)
+        sizes = jnp.asarray([4, 0, 0, 0, 0, 0], jnp.int32)
+        real = matrices_of(6, (1, 192, 128, 64, INT4, jnp.float16, "zero"), np.random.default_rng())
+        with pytest.raises(InputError, match="by tpu have no gradient"):
+            jax.grad(lambda x: grouped_quantized_matmul(x, real, sizes).astype(jnp.float32).sum())(x)
+
+
 def test_an_order_of_inputs_and_the_gradient_are_those_of_dequantised_matrices() -> None:
     """With one order for gate and one for up of each expert; the gradient is that with respect to the rows."""
     numbers = print_seed()

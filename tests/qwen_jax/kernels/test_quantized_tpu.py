@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.matmul import quantized, quantized_tpu
+from qwen_jax.kernels.matmul import quantized, quantized_tpu, quantized_tpu_grouped
 from qwen_jax.kernels.tpu.device import Core
 from tests.helpers.runs import print_seed
 from tests.helpers.tpu_compiler import compile_for, needs_libtpu
@@ -135,3 +135,18 @@ def test_the_compiler_accepts_the_kernels(chip: str) -> None:
         shapes += [((N, G), codes)] * (offset == "zero")
         memory = compile_for(chip, quantized_tpu.matmul, *(jax.ShapeDtypeStruct(*s) for s in shapes)).memory_analysis()
         assert memory.temp_size_in_bytes < N * K * (1 if codes == INT4 else 2) // 4
+
+
+@needs_libtpu
+@pytest.mark.draw(2)
+@pytest.mark.parametrize("chip", CORES)
+def test_the_compiler_accepts_the_kernel_of_experts(chip: str) -> None:
+    """Sizes of A2.7B; the program reads codes as they are, and no copy of all matrices is temporary."""
+    E, T, C, group = 8, 12, 8, 128
+    for N, K in ((2816, 2048), (2048, 1408)):
+        G = K // group
+        shapes = [((T, C, K), jnp.bfloat16), ((T,), jnp.int32), ((), jnp.int32), ((E, N, K), INT4)]
+        shapes += [((E, N, G), jnp.float16), ((E, N, G), INT4)]
+        run = quantized_tpu_grouped.grouped_matmul
+        memory = compile_for(chip, run, *(jax.ShapeDtypeStruct(*s) for s in shapes)).memory_analysis()
+        assert memory.temp_size_in_bytes < E * N * K // 4

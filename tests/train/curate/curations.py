@@ -70,6 +70,37 @@ class Words(Operator):
 
 
 @dataclasses.dataclass(frozen=True)
+class Lose(Operator):
+    """Gives null texts without a reason to documents with a word, and a reason of its own where it comes first."""
+
+    word: str = "mat"
+    makes: ClassVar[pa.Schema] = pa.schema([pa.field("text", pa.large_string()), pa.field(REASON, pa.string())])
+
+    def start(self) -> Compute:
+        def compute(table: pa.Table) -> pa.Table:
+            lost = pc.match_substring(table["text"], self.word)
+            own = pc.starts_with(table["text"], self.word)
+            texts = pc.if_else(lost, pa.scalar(None, pa.large_string()), table["text"])
+            return pa.table({"text": texts, REASON: pc.if_else(own, "its own", None)}, schema=self.makes)
+
+        return compute
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeat(Operator):
+    """Repeats a document as often as its number of words says, modulo 3."""
+
+    makes: ClassVar[pa.Schema] = pa.schema([pa.field(REPETITIONS, pa.int32())])
+
+    def start(self) -> Compute:
+        def compute(table: pa.Table) -> pa.Table:
+            counts = [len(text.split()) % 3 for text in table["text"].to_pylist()]
+            return pa.table({REPETITIONS: pa.array(counts, pa.int32())})
+
+        return compute
+
+
+@dataclasses.dataclass(frozen=True)
 class FirstOfLength(GlobalStage):
     """Keeps the first document of each number of words up to `most`; longer ones are written twice."""
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,11 +22,13 @@ from rich.console import Console
 
 from qwen_jax.cli import main
 from qwen_jax.errors import InputError
+from tests.helpers.data_sets import frames_of
 from tests.helpers.runs import print_seed
 from train.curate import decontaminate as module
 from train.curate.decontaminate import DecontaminateConfig, decontaminate
 from train.curate.decontaminate_report import to_html
 from train.curate.operators.decontaminate import Decontaminate
+from train.data.words import texts_of
 
 ROOT = Path(__file__).resolve().parents[3]
 WORDS = [f"w{i}" for i in range(3000)]
@@ -186,6 +189,59 @@ def many_files(material: Material, folder: Path, count: int) -> list[Path]:
         lines, _ = lines_of(material, 15)
         (folder / f"{number}.jsonl").write_bytes(b"".join(lines))
     return [folder]
+
+
+def test_pieces_of_a_large_file_give_what_the_whole_gives(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut anywhere, also after an interruption with other cuts: the same lines, rows, counts and bad records."""
+    rng, folder = np.random.default_rng(material.rng.getrandbits(32)), tmp_path / "in"
+    folder.mkdir()
+    lines, _ = lines_of(material, 60)
+    for _ in range(4):
+        lines.insert(material.rng.randrange(len(lines)), material.rng.choice([b"\n", b"{no\n"]))
+    content = b"".join(lines).rstrip(b"\r\n ")
+    (folder / "a.jsonl").write_bytes(content)
+    (folder / "b.jsonl.zst").write_bytes(b"".join(frames_of(content, rng, 9)))
+    texts = [material.text(material.rng.randrange(40) if i % 3 == 0 else None) for i in range(30)]
+    pq.write_table(pa.table({"text": texts, "n": range(30)}), folder / "c.parquet", row_group_size=4)
+    whole = clean(material, [folder], tmp_path / "whole", max_bad=1.0)
+
+    def result(output: Path) -> dict[str, bytes]:
+        made = files(output)
+        reader = zstandard.ZstdDecompressor().stream_reader(made["b.jsonl.zst"], read_across_frames=True)
+        made["b.jsonl.zst"] = reader.readall()
+        del made["decontamination.json"]
+        return made
+
+    def counts(summary: dict[str, Any]) -> dict[str, Any]:
+        sets = {name: {k: v for k, v in one.items() if k != "examples"} for name, one in summary["sets"].items()}
+        return {**summary, "sets": sets}
+
+    replace, left = os.replace, 6
+
+    def fail(source: Any, target: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    # Interrupted with other cuts.
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        clean(material, [folder], tmp_path / "cut", max_bad=1.0, unit_megabytes=0.002)
+    monkeypatch.setattr(os, "replace", replace)
+    size = material.rng.randrange(500, 4000)
+    cut = clean(material, [folder], tmp_path / "cut", max_bad=1.0, unit_megabytes=size / 1e6)
+    assert counts(cut) == counts(whole)
+    assert result(tmp_path / "cut") == result(tmp_path / "whole")
+    # Examples name their line in the file; of pieces there are more.
+    for one in cut["sets"].values():
+        for example in one["examples"]:
+            number, file = example["record"] - 1, Path(example["file"]).name
+            row = texts[number] if file == "c.parquet" else content.split(b"\n")[number].decode()
+            assert example["match"] in (row if file == "c.parquet" else " ".join(texts_of(json.loads(row))))
 
 
 def test_interrupted_runs_go_on_to_the_same_bytes(

@@ -3,10 +3,12 @@
 import html
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,12 +17,13 @@ import zstandard
 
 from qwen_jax.errors import InputError
 from tests.helpers.runs import print_seed
-from tests.train.curate.curations import Repair, Words, curation, documents, made, make_input
+from tests.train.curate.curations import Lose, Repair, Repeat, Words, curation, documents, made, make_input
 from train.curate.curation import Curation, Input, Map, Output, Select
 from train.curate.engine import Engine
 from train.curate.operators.decontaminate import Decontaminate
 from train.curate.operators.language import Language
 from train.curate.run import RunOptions, run
+from train.curate.shards import VERSION
 
 ROOT = Path(__file__).parents[3]
 ONE = RunOptions(workers=1)
@@ -97,6 +100,40 @@ def test_counts_add_up(whole: Path, source: Path) -> None:
     assert sum(summary["lengths"]["written"].values()) == len(written)
 
 
+def test_documents_that_vanish_have_a_reason(tmp_path: Path) -> None:
+    """A null text without a reason, zero repetitions and a page without text are counted, named and shown: what comes
+    in is what is written and what has a reason."""
+    rng = print_seed()
+    texts = [*documents(rng, 60, 8), "mat", "the mat", "cat sat the", "cat sat"]
+    rows = [{"text": text} for text in texts]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"page": "<p>text"}))
+    inputs = [Input("web", str(tmp_path / "a.jsonl")), Input("pages", str(tmp_path / "b.jsonl"), html="page")]
+    summary = run(Curation(inputs[:1], [Map("lose", [Lose(), Repeat()])]), tmp_path / "run", ONE)
+    lost = [text for text in texts if "mat" in text]
+    own = [text for text in lost if text.startswith("mat")]
+    kept = [text for text in texts if "mat" not in text]
+    never = [text for text in kept if len(text.split()) % 3 == 0]
+    (stage,), writing = summary["stages"], summary["writing"]
+    assert stage["removed"] == {"null text": len(lost) - len(own), "its own": len(own)}
+    assert writing["removed"] == {"repeated 0 times": len(never)}
+    assert (stage["in"], stage["out"], writing["in"], writing["out"]) == (
+        len(texts),
+        len(kept),
+        len(kept),
+        len(kept) - len(never),
+    )
+    assert {one["text"] for one in writing["samples"]["repeated 0 times"]} <= set(never)
+    written = Counter(str(line["text"]) for line in lines(tmp_path / "run"))
+    assert written == Counter(text for text in kept for _ in range(len(text.split()) % 3))
+    assert summary["output"]["web"]["documents"] == writing["out"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"repeated 0 times: {len(never):,}" in page
+    assert f"null text: {len(lost) - len(own):,}" in page
+    pages = run(Curation(inputs[1:]), tmp_path / "pages", ONE)
+    assert pages["writing"]["removed"] == {"no text": 1}
+
+
 def test_what_is_kept_is_what_the_operators_say(whole: Path, source: Path) -> None:
     """Each document by itself, without shards, sidecars or engine."""
     rows = [json.loads(line) for name in "ab" for line in (source / "web" / f"{name}.jsonl").open()]
@@ -162,7 +199,8 @@ def test_a_file_that_is_new_leaves_other_inputs_alone(source: Path, tmp_path: Pa
 
 
 def test_a_job_that_fails_is_named_and_the_others_are_kept(source: Path, tmp_path: Path) -> None:
-    text = pq.read_table(source / "books" / "c.parquet")["text"][200].as_py()
+    texts = pq.read_table(source / "books" / "c.parquet")["text"].to_pylist()
+    text = next(text for text in texts[200:] if texts.count(text) == 1)
     broken = Curation(
         [Input("books", str(source / "books"))], [Map("features", [Words(fail_on=text)])], shard_megabytes=0.01
     )
@@ -174,7 +212,8 @@ def test_a_job_that_fails_is_named_and_the_others_are_kept(source: Path, tmp_pat
 
 
 def test_a_worker_that_dies_loses_nothing(source: Path, tmp_path: Path) -> None:
-    text = pq.read_table(source / "books" / "c.parquet")["text"][200].as_py()
+    texts = pq.read_table(source / "books" / "c.parquet")["text"].to_pylist()
+    text = next(text for text in texts[200:] if texts.count(text) == 1)
     books = [Input("books", str(source / "books"))]
     run(Curation(books, shard_megabytes=0.01), tmp_path, ONE)
     with pytest.raises(InputError, match=r"A worker of features has ended.*run the same command again"):
@@ -230,6 +269,19 @@ def test_files_of_others_are_not_removed(source: Path, tmp_path: Path, name: str
     with pytest.raises(InputError, match=f"{name} was not made by a curation"):
         run(curation(source), tmp_path / "run", ONE)
     assert other.read_text() == "mine"
+
+
+def test_a_folder_of_another_version_is_refused(source: Path, whole: Path, tmp_path: Path) -> None:
+    """Its records do not mean what they mean now: the error says what to do, and nothing is touched."""
+    shutil.copytree(whole, tmp_path / "run")
+    for path in (tmp_path / "run").rglob("manifest.json"):
+        path.write_text(path.read_text().replace(f'"version": {VERSION}', '"version": 1'))
+    before = made(tmp_path / "run")
+    with pytest.raises(
+        InputError, match=r"has version 1 .*expected \d+: another version .* give another output folder"
+    ):
+        run(curation(source), tmp_path / "run", ONE)
+    assert made(tmp_path / "run") == before
 
 
 def test_two_runs_cannot_share_a_folder(source: Path, tmp_path: Path) -> None:

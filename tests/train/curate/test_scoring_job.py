@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from jax.sharding import Mesh
 
 from qwen_jax.cli import main
@@ -20,17 +21,20 @@ from qwen_jax.cli.formats import CheckpointFormats
 from qwen_jax.errors import InputError
 from tests.helpers.runs import print_seed
 from tests.helpers.scoring import OPTIONS, RATINGS, TOPIC, documents, make_instruct
-from train.curate.curation import Curation, Input
-from train.curate.operator import DOCUMENT
+from tests.train.curate import curations
+from tests.train.curate.curations import Lose, Repair, Words
+from train.curate.curation import Curation, Input, Map
 from train.curate.run import RunOptions
 from train.curate.run import run as curate
 from train.curate.scoring import shards as corpus
 from train.curate.scoring.distil import distil
-from train.curate.scoring.job import MANIFEST, score_corpus
+from train.curate.scoring.job import MANIFEST, _share, score_corpus
 from train.curate.scoring.model import NotFiniteError, Work
 from train.curate.scoring.operators import ModelScores
-from train.curate.scoring.scorers import ModelScorer, Scorer
+from train.curate.scoring.scorers import VERSION, ModelScorer, Scorer
 from train.curate.scoring.shards import aligned_scores, find_shards
+
+LOST = "lost text"
 
 
 class Counting(Scorer):
@@ -54,18 +58,28 @@ class Counting(Scorer):
         return pa.table({"length": pa.array(values, pa.float32())}), work
 
 
+SHARDS = [f"s{number}-00000-000.parquet" for number in range(3)]
+
+
+def make_run(folder: Path, rng: np.random.Generator) -> Path:
+    """A curation with three shards of 20 documents, one text in each removed."""
+    for shard in range(3):
+        texts = [f"{text} {shard}-{i}" for i, text in enumerate(documents(rng, 20, 30))]
+        texts[int(rng.integers(20))] = LOST
+        lines = "\n".join(json.dumps({"text": text}) for text in texts)
+        (folder.parent / f"{folder.name}-{shard}.jsonl").write_text(lines)
+    return curate_run(folder)
+
+
+def curate_run(folder: Path) -> Path:
+    inputs = [Input(f"s{shard}", str(folder.parent / f"{folder.name}-{shard}.jsonl")) for shard in range(3)]
+    curate(Curation(inputs, [Map("lose", [Lose(LOST)])]), folder, RunOptions(workers=1))
+    return folder
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run of curation with three shards of documents, one text missing."""
-    rng, number = print_seed(), 0
-    (tmp_path / "run" / "documents").mkdir(parents=True)
-    for shard in range(3):
-        texts: list[str | None] = [f"{text} {shard}-{i}" for i, text in enumerate(documents(rng, 20, 30))]
-        texts[int(rng.integers(20))] = None
-        rows = [{"id": f"d{number + i}", "domain": "web", "source": "x", "text": text} for i, text in enumerate(texts)]
-        number += 20
-        pq.write_table(pa.Table.from_pylist(rows, DOCUMENT), tmp_path / "run" / "documents" / f"{shard:05d}.parquet")
-    return tmp_path / "run"
+    return make_run(tmp_path / "run", print_seed())
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -73,15 +87,47 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_run_of_raw_pages_is_refused(tmp_path: Path) -> None:
-    """Its documents have no text yet, so that each score would be null."""
-    (tmp_path / "run" / "documents").mkdir(parents=True)
-    pages = [{"id": f"p{i}", "domain": "web", "source": "x", "html": b"<p>text", "text": None} for i in range(3)]
-    pq.write_table(pa.Table.from_pylist(pages, DOCUMENT), tmp_path / "run" / "documents" / "00000.parquet")
+    """Its documents have no text, so that each score would be null."""
+    (tmp_path / "a.jsonl").write_text('{"page": "<p>text"}\n' * 3)
+    curate(Curation([Input("web", str(tmp_path / "a.jsonl"), html="page")]), tmp_path / "run", RunOptions(workers=1))
     with pytest.raises(InputError, match=r"None of the 3 documents .* raw pages"):
         find_shards([str(tmp_path / "run")])
-    pages[1]["text"] = "text"
-    pq.write_table(pa.Table.from_pylist(pages, DOCUMENT), tmp_path / "run" / "documents" / "00000.parquet")
-    assert len(find_shards([str(tmp_path / "run")])) == 1
+
+
+def test_a_run_is_scored_on_what_its_stages_have_made_and_kept(tmp_path: Path) -> None:
+    """The texts are those of the output, in the order of documents; what a stage has removed has no score. A run that
+    is not finished is refused."""
+    rng = print_seed()
+    made = curations.curation(curations.make_input(tmp_path / "input", rng, 60))
+    folder, out, scorer = tmp_path / "run", tmp_path / "out", Counting()
+    curate(made, folder, RunOptions(workers=1))
+    score_corpus(scorer, find_shards([str(folder)]), out)
+    written = {}
+    for path in folder.glob("output/*/*.zst"):
+        with zstandard.open(path, "rt", encoding="utf-8") as file:
+            written |= {line["id"]: line["text"] for line in map(json.loads, file)}
+    assert sorted(scorer.asked) == sorted(written.values())
+    found = {}
+    for path in sorted((folder / "documents").glob("*.parquet")):
+        ids = pq.read_table(path)["id"].to_pylist()
+        lengths = aligned_scores(out / path.name, path)["length"].to_pylist()
+        found |= {id: length for id, length in zip(ids, lengths, strict=True) if length is not None}
+    assert found == {id: len(text) for id, text in written.items()}
+    # Another selection has other texts.
+    (folder / "manifest.json").rename(tmp_path / "manifest.json")
+    with pytest.raises(InputError, match="is not finished"):
+        find_shards([str(folder)])
+    (tmp_path / "manifest.json").rename(folder / "manifest.json")
+    failing = dataclasses.replace(
+        made, stages=[Map("features", [Repair(), Words(fail_on=next(iter(written.values())))])]
+    )
+    with pytest.raises(InputError, match="cannot count"):
+        curate(failing, folder, RunOptions(workers=1))
+    with pytest.raises(InputError, match="is not finished"):
+        find_shards([str(folder)])
+    curate(dataclasses.replace(made, stages=made.stages[:1]), folder, RunOptions(workers=1))
+    with pytest.raises(InputError, match="holds scores of other documents"):
+        score_corpus(Counting(), find_shards([str(folder)]), out)
 
 
 def test_a_killed_job_goes_on_with_the_next_shard(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,9 +141,9 @@ def test_a_killed_job_goes_on_with_the_next_shard(run: Path, tmp_path: Path, mon
     killed, rest = Counting(fail_after=30), Counting()
     with pytest.raises(KeyboardInterrupt):
         score_corpus(killed, shards, tmp_path / "killed")
-    assert list(content(tmp_path / "killed")) == ["00000.parquet"]
+    assert list(content(tmp_path / "killed")) == SHARDS[:1]
     # A process that is killed leaves its file; the next one removes it.
-    (tmp_path / "killed" / ".00001.parquet.99999.tmp").write_bytes(b"half")
+    (tmp_path / "killed" / f".{SHARDS[1]}.99999.tmp").write_bytes(b"half")
     assert score_corpus(rest, shards, tmp_path / "killed")["shards_skipped"] == 1
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
     assert not list((tmp_path / "killed").glob(".*.tmp"))
@@ -107,39 +153,36 @@ def test_a_killed_job_goes_on_with_the_next_shard(run: Path, tmp_path: Path, mon
     assert sorted({*killed.asked, *rest.asked}) == sorted(whole.asked)
     assert score_corpus(Counting(), shards, tmp_path / "killed")["documents"] == 0
     # Each row belongs to its document.
-    for file in (run / "documents").iterdir():
+    for number, file in enumerate(sorted((run / "documents").glob("*.parquet"))):
         scores, texts = aligned_scores(tmp_path / "whole" / file.name, file), pq.read_table(file)["text"].to_pylist()
-        assert scores["length"].to_pylist() == [None if text is None else len(text) for text in texts]
+        assert scores["length"].to_pylist() == [None if text == LOST else len(text) for text in texts]
         keys = pq.read_table(tmp_path / "whole" / file.name)
         assert keys["row"].to_pylist() == list(range(20))
-        assert set(keys["shard"].to_pylist()) == {int(file.stem)}
+        assert set(keys["shard"].to_pylist()) == {number}
 
 
 def test_scores_of_other_documents_or_settings_are_refused(run: Path, tmp_path: Path) -> None:
     shards, out = find_shards([str(run)]), tmp_path / "out"
     score_corpus(Counting(), shards, out)
-    file = run / "documents" / "00001.parquet"
-    with pytest.raises(InputError, match=r"00000.parquet holds scores of other documents than .*row 0 is the first"):
-        aligned_scores(out / "00000.parquet", file)
+    file = run / "documents" / SHARDS[1]
+    with pytest.raises(InputError, match=r"000.parquet holds scores of other documents than .*row 0 is the first"):
+        aligned_scores(out / SHARDS[0], file)
     with pytest.raises(InputError, match=r"scores.version was 1, is 2"):
         score_corpus(Counting(version=2), shards, out)
     with pytest.raises(InputError, match=r"scores.sample was 1.0, is 0.5"):
         score_corpus(Counting(), shards, out, sample=0.5)
     with pytest.raises(InputError, match="sample must be above 0"):
         score_corpus(Counting(), shards, out, sample=0)
-    pq.write_table(pq.read_table(file).slice(0, 19), file)
-    with pytest.raises(InputError, match=r"shards.1.bytes was \d+, is \d+"):
-        score_corpus(Counting(), find_shards([str(run)]), out)
-    with pytest.raises(InputError, match="20 and 19 of them, and row 19 is the first"):
-        aligned_scores(out / "00001.parquet", file)
     with pytest.raises(InputError, match="holds Parquet files of something else"):
         score_corpus(Counting(), shards, run / "documents")
+    pq.write_table(pq.read_table(file).slice(0, 19), file)
+    with pytest.raises(InputError, match=r"is not what manifest.json says"):
+        find_shards([str(run)])
+    with pytest.raises(InputError, match="20 and 19 of them, and row 19 is the first"):
+        aligned_scores(out / SHARDS[1], file)
     file.write_bytes(b"PAR1")
     with pytest.raises(InputError, match="not a Parquet file that can be read"):
-        find_shards([str(run)])
-    pq.write_table(pa.table({"text": ["a"]}), file)
-    with pytest.raises(InputError, match="no column id"):
-        find_shards([str(run)])
+        aligned_scores(out / SHARDS[1], file)
 
 
 def test_scores_of_a_changed_text_of_the_same_length_are_refused(tmp_path: Path) -> None:
@@ -188,13 +231,16 @@ def test_a_student_of_classes_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_document_without_a_finite_score_is_named(run: Path, tmp_path: Path) -> None:
-    file = run / "documents" / "00001.parquet"
-    table = pq.read_table(file).to_pylist()
-    table[7]["text"] = "NaN"
-    pq.write_table(pa.Table.from_pylist(table, DOCUMENT), file)
-    with pytest.raises(NotFiniteError, match=r"scores of document d27 \(row 7 of 00001.parquet\) are not finite"):
+    file = tmp_path / "run-1.jsonl"
+    lines = file.read_text().splitlines()
+    lines[7] = '{"text": "NaN"}'
+    file.write_text("\n".join(lines))
+    curate_run(run)
+    with pytest.raises(
+        NotFiniteError, match=r"scores of document \w+ \(row 7 of s1-00000-000.parquet\) are not finite"
+    ):
         score_corpus(Counting(), find_shards([str(run)]), tmp_path / "out")
-    assert list(content(tmp_path / "out")) == ["00000.parquet"]
+    assert list(content(tmp_path / "out")) == SHARDS[:1]
 
 
 def test_a_full_disk_loses_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,9 +257,9 @@ def test_a_full_disk_loses_nothing(run: Path, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(pq.ParquetWriter, "write_table", fails)
     scorer, shards = Counting(), find_shards([str(run)])
-    with pytest.raises(InputError, match=r"The disk of .*00001\.parquet is full"):
+    with pytest.raises(InputError, match=r"The disk of .*s1-00000-000\.parquet is full"):
         score_corpus(scorer, shards, tmp_path / "out")
-    assert (list(content(tmp_path / "out")), len(scorer.asked)) == (["00000.parquet"], 38)
+    assert (list(content(tmp_path / "out")), len(scorer.asked)) == (SHARDS[:1], 38)
     assert not list((tmp_path / "out").glob(".*"))
     score_corpus(Counting(), shards, tmp_path / "out")
     assert len(content(tmp_path / "out")) == 3
@@ -222,7 +268,10 @@ def test_a_full_disk_loses_nothing(run: Path, tmp_path: Path, monkeypatch: pytes
 def test_a_sample_is_chosen_by_ids(run: Path, tmp_path: Path) -> None:
     scorer = Counting()
     summary = score_corpus(scorer, find_shards([str(run)]), tmp_path / "out", sample=0.5)
-    assert 10 < len(scorer.asked) == summary["documents"] < 50
+    tables = [pq.read_table(run / "documents" / name, columns=["id", "text"]).to_pylist() for name in SHARDS]
+    chosen = [row["text"] for table in tables for row in table if _share(row["id"]) < 0.5 and row["text"] != LOST]
+    assert scorer.asked == chosen
+    assert summary["documents"] == len(chosen)
     again = Counting()
     score_corpus(again, find_shards([str(run)]), tmp_path / "again", sample=0.5)
     assert content(tmp_path / "again") == content(tmp_path / "out")
@@ -233,10 +282,12 @@ def test_a_model_scores_a_run_as_the_operator_does(run: Path, tmp_path: Path, me
     make_instruct(tmp_path / "model", int(print_seed().integers(1 << 16)))
     questions = (*RATINGS, TOPIC)
     operator = ModelScores(str(tmp_path / "model"), questions, CheckpointFormats(), options=OPTIONS)
+    # A new version of the scorer is another operator.
+    assert VERSION in operator.settings()["version"][1:]
     assert json.dumps(dict(operator.settings())) == json.dumps(dict(pickle.loads(pickle.dumps(operator)).settings()))
-    file = run / "documents" / "00002.parquet"
+    file = run / "documents" / SHARDS[2]
     table = pq.read_table(file)
-    texts = table.filter(pa.compute.is_valid(table["text"])).select(["text"])
+    texts = table.filter(pa.compute.not_equal(table["text"], LOST)).select(["text"])
     compute = operator.start()
     scores = compute(texts)
     assert scores.schema == operator.makes

@@ -15,6 +15,7 @@ import pytest
 import zstandard
 
 from qwen_jax.errors import InputError
+from tests.helpers.curation import warc_record
 from tests.helpers.runs import print_seed
 from tests.train.curate.curations import documents
 from train.curate.curation import Curation, Input
@@ -30,21 +31,6 @@ def read(folder: Path, unit_bytes: int = 10**6, **options: Any) -> tuple[list[di
     found = find_units(Input("x", str(folder), **options), unit_bytes, folder / "output")
     everything = [one for unit in found.units for one in read_unit(unit)]
     return [o for o in everything if not isinstance(o, Bad)], [o for o in everything if isinstance(o, Bad)], found
-
-
-def warc_record(url: str, body: bytes, kind: str = "response", content: str = "text/html", status: int = 200) -> bytes:
-    head = f"HTTP/1.1 {status} X\r\nContent-Type: {content}; charset=latin-1\r\nContent-Length: {len(body)}\r\n\r\n"
-    http = head.encode() + body
-    fields = {
-        "WARC-Type": kind,
-        "WARC-Target-URI": url,
-        "WARC-Date": "2026-01-01T00:00:00Z",
-        "WARC-Record-ID": f"<urn:uuid:{len(url)}>",
-        "Content-Type": f"application/http; msgtype={kind}",
-        "Content-Length": str(len(http)),
-    }
-    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-    return f"WARC/1.0\r\n{lines}\r\n".encode() + http + b"\r\n\r\n"
 
 
 def test_json_lines_give_the_same_documents_however_they_are_cut_and_compressed(tmp_path: Path) -> None:

@@ -19,8 +19,18 @@ from rich.console import Console
 from qwen_jax.cli import main
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import load_tokenizer
-from tests.helpers.data_sets import contents, documents_on_disk, expected_documents, random_texts, write
+from tests.helpers.data_sets import (
+    contents,
+    documents_on_disk,
+    expected_documents,
+    frames_of,
+    jsonl,
+    random_texts,
+    write,
+)
+from train.data import build as builder
 from train.data.build import BuildConfig, build
+from train.data.documents import find_sources, share_out
 from train.data.mixture import Mixture, MixtureStage
 from train.data.packing import pack
 from train.data.rows import PackedRows
@@ -243,12 +253,47 @@ def test_an_interrupted_build_refuses_other_settings_and_does_changed_input_agai
     assert contents(output) == contents(tmp_path / "fresh")
 
 
+def test_units_of_another_version_are_done_again(rng, folder, inputs, tmp_path, monkeypatch):
+    """Which lines belong to a piece may have changed: a build that was begun before is not mixed."""
+    for i in range(3):
+        write(inputs / f"{i}.jsonl", random_texts(rng, 20))
+    good = (inputs / "2.jsonl").read_bytes()
+    (inputs / "2.jsonl").write_bytes(b"no\n" * 30)
+    monkeypatch.setattr(builder, "UNIT_VERSION", builder.UNIT_VERSION - 1)
+    with pytest.raises(InputError, match="in a row are bad"):
+        run(inputs, folder, tmp_path / "out", unit_megabytes=0.001)
+    old = sorted((tmp_path / "out" / "units").glob("0*.json"))
+    assert old
+    keys = [json.loads(path.read_bytes())["key"] for path in old]
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="in a row are bad"):
+        run(inputs, folder, tmp_path / "out", unit_megabytes=0.001)
+    assert not {json.loads(path.read_bytes())["key"] for path in old} & set(keys)
+    (inputs / "2.jsonl").write_bytes(good)
+    run(inputs, folder, tmp_path / "out", unit_megabytes=0.001)
+    run(inputs, folder, tmp_path / "fresh", unit_megabytes=0.001)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_frames_are_units_and_no_line_is_lost(rng, tokenizer, folder, inputs, tmp_path):
+    """A Zstandard file is cut where frames begin, in the middle of lines: each document once, in order."""
+    texts = random_texts(rng, 200)
+    content = jsonl(texts)
+    frames = frames_of(content, rng, 9)
+    (inputs / "a.jsonl.zst").write_bytes(b"".join(frames))
+    units = share_out(find_sources([inputs / "a.jsonl.zst"], "auto", "text"), 300)
+    manifest = run(inputs, folder, tmp_path / "out", unit_megabytes=0.0003)
+    assert len(manifest.shards) <= len(units)
+    expected = expected_documents(tokenizer, texts)
+    assert documents_on_disk(tmp_path / "out") == expected
+
+
 def test_two_builders_do_not_share_a_folder(rng, folder, inputs, tmp_path):
     write(inputs / "a.jsonl", random_texts(rng, 20_000))
     builder = process(inputs, folder, tmp_path / "out", 1)
     while not (tmp_path / "out" / "units").exists():
         time.sleep(0.002)
-    with pytest.raises(InputError, match="Another process is building"):
+    with pytest.raises(InputError, match="is in use by another run"):
         run(inputs, folder, tmp_path / "out", unit_megabytes=0.1)
     assert builder.wait() == 0
     builder.communicate()

@@ -8,9 +8,10 @@ import unicodedata
 import numpy as np
 import pyarrow as pa
 
-from train.curate.minhash import MinHash, mixed
+from train.curate.minhash import MinHash
 from train.curate.operator import Compute, Operator
 from train.curate.urls import normalise_url
+from train.data.words import mixed
 from train.synthesize.overlap import words
 
 

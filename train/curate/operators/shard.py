@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 
 from qwen_jax.errors import InputError
 from train.curate.operator import REASON, Compute, ShardOperator
+from train.data.words import mixed
 
 _NOTHING_LEFT = "nothing but repetitions"
 # Words, of scripts without spaces characters: what is counted of a line.
@@ -243,8 +244,8 @@ def _words_of(data: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndar
     sizes = np.diff(np.append(begins, len(text)))
     powers = np.cumprod(np.full(int(sizes.max()) + 1, _BASE))
     within = np.arange(len(text)) - np.repeat(begins, sizes)
-    terms = _mixed(data[text].astype(np.uint64) + np.uint64(1)) * powers[within]
-    return starts, _mixed(np.add.reduceat(terms, begins) + sizes.astype(np.uint64))
+    terms = mixed(data[text].astype(np.uint64) + np.uint64(1)) * powers[within]
+    return starts, mixed(np.add.reduceat(terms, begins) + sizes.astype(np.uint64))
 
 
 def _runs(hashes: np.ndarray, length: int) -> np.ndarray:
@@ -263,10 +264,3 @@ def _runs(hashes: np.ndarray, length: int) -> np.ndarray:
                 size *= 2
                 power = power * power
     return result
-
-
-def _mixed(values: np.ndarray) -> np.ndarray:
-    """A bijection of 64 bits that spreads each over all (the finaliser of SplitMix64: Steele, Lea, Flood 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

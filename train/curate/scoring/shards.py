@@ -10,8 +10,11 @@ import pyarrow.parquet as pq
 
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json, why_unusable
-from train.curate.shards import DOCUMENTS, MANIFEST
+from train.curate.corpus import View
+from train.curate.shards import DOCUMENTS, MANIFEST, VERSION, read_groups
+from train.curate.stage import TEXT, scatter
 from train.data.documents import Piece, find_sources, read_records, same_file, share_out
+from train.data.shards import digest
 from train.data.text import find_files
 
 # A chunk of documents that is scored and written together ends at either number.
@@ -26,21 +29,21 @@ class Shard:
       number: from 0.
       name: of its Parquet file, in the corpus of a run and in the folder of scores.
       size: in bytes, for progress.
-      path: the Parquet file with the documents; None for a unit of input files.
+      view: the documents of a curation and what its stages have made of them; None for a unit of input files.
       pieces: of the input files.
-      content: of the Parquet file, its SHA-256 by the manifest of the curation, or else the time of its last change.
+      content: digest of the files that decide ids and texts, by the manifests of the curation.
     """
 
     number: int
     name: str
     size: int
-    path: Path | None = None
+    view: View | None = None
     pieces: tuple[Piece, ...] = ()
     content: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """What must not change while the corpus is scored."""
-        if self.path is not None:
+        if self.view is not None:
             return {"name": self.name, "bytes": self.size, "content": self.content}
         return {"name": self.name, "pieces": [[*same_file(p.source), p.start, p.end] for p in self.pieces]}
 
@@ -51,7 +54,7 @@ class Chunk:
 
     Attributes:
       ids: of documents; of files, the place of each, such as "web.jsonl, line 3".
-      texts: None for a document without text, or a bad record.
+      texts: None for a document that the curation has removed, one without text, or a bad record.
       bad: how many are bad records.
     """
 
@@ -64,41 +67,64 @@ def find_shards(inputs: Sequence[str], field: str = "text", unit_bytes: int = 1 
     """The shards of a corpus.
 
     Args:
-      inputs: the folder of a curation's run, alone; or files, folders and patterns, as for `qwen-jax data build`.
+      inputs: the folder of a finished curation, alone: the documents that no stage has removed, with the newest text;
+        or files, folders and patterns, as for `qwen-jax data build`.
       field: JSON field or Parquet column with the text of files.
       unit_bytes: size of a shard of files.
 
     Raises:
       InputError: nothing is found, or a file that cannot be read.
     """
-    folder = Path(inputs[0]).expanduser() / DOCUMENTS if len(inputs) == 1 else None
-    if folder is not None and folder.is_dir():
-        files = sorted(folder.glob("*.parquet"))
-        if not files:
-            raise InputError(f"{folder} holds no Parquet file. Expected the documents of a curation in it.")
-        for file in files:
-            if problem := why_unusable(file):
-                raise InputError(problem)
-            missing = {"id", "text"} - set(_parquet(file).schema_arrow.names)
-            if missing:
-                raise InputError(f"{file} has no column {' and '.join(sorted(missing))}. It is no file of documents.")
-        _refuse_pages(folder, files)
-        manifest = read_json(folder / MANIFEST)["files"] if (folder / MANIFEST).is_file() else {}
-        shards = []
-        for i, file in enumerate(files):
-            stat, known = file.stat(), manifest.get(file.name, {})
-            content = known["sha256"] if known.get("size") == stat.st_size else str(stat.st_mtime_ns)
-            shards.append(Shard(i, file.name, stat.st_size, file, content=content))
-        return shards
+    folder = Path(inputs[0]).expanduser() if len(inputs) == 1 else None
+    if folder is not None and (folder / DOCUMENTS).is_dir():
+        return _shards_of_run(folder)
     units = share_out(find_sources(find_files(inputs, "files of documents"), "auto", field), unit_bytes)
     return [Shard(i, f"{i:05d}.parquet", sum(p.work for p in unit), None, unit) for i, unit in enumerate(units)]
 
 
-def _refuse_pages(folder: Path, files: Sequence[Path]) -> None:
-    """Raises InputError if no document of a run has a text, as in a run of raw pages, whose text is made later."""
+def _shards_of_run(folder: Path) -> list[Shard]:
+    """The shards of a finished curation; a stage's files that are not those of its manifest are refused."""
+    if not (folder / MANIFEST).is_file():
+        raise InputError(
+            f"The curation in {folder} is not finished: it has no {MANIFEST}. Run qwen-jax data curate to its end."
+        )
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("version") != VERSION:
+        raise InputError(
+            f"{folder} has version {manifest.get('version')!r} of a curation's folders, expected {VERSION}: another "
+            "version of qwen-jax has written it. Run the curation again in a new folder."
+        )
+    files = {name: _files(folder / name) for name in (DOCUMENTS, *(stage["name"] for stage in manifest["stages"]))}
+    documents = [name for name in files[DOCUMENTS] if name.endswith(".parquet")]
+    made = {name: tuple(_parquet(folder / name / documents[0]).schema_arrow.names) for name in files if documents}
+    view = View(folder, tuple((name, made[name]) for name in list(made)[1:]))
+    sources = [DOCUMENTS, *view.sources((TEXT,))]
+    if documents and not any(TEXT in made[name] for name in sources[1:]):
+        _refuse_pages(folder, documents)
+    shards = []
+    for i, name in enumerate(documents):
+        for source in sources:
+            if (folder / source / name).stat().st_size != files[source][name]["size"]:
+                raise InputError(f"{folder / source / name} is not what {MANIFEST} says. Run the curation again.")
+        content = digest([files[source][name]["sha256"] for source in sources])
+        shards.append(Shard(i, name, files[DOCUMENTS][name]["size"], view, content=content))
+    return shards
+
+
+def _files(stage: Path) -> dict[str, Any]:
+    """The files of a stage by its manifest: sizes and hashes."""
+    files: dict[str, Any] = read_json(stage / MANIFEST)["files"]
+    for name in files:
+        if problem := why_unusable(stage / name):
+            raise InputError(problem)
+    return files
+
+
+def _refuse_pages(folder: Path, files: Sequence[str]) -> None:
+    """Raises InputError if no document of a run has a text, as in a run of raw pages from which none is extracted."""
     rows = texts = 0
-    for file in files:
-        metadata = _parquet(file).metadata
+    for name in files:
+        metadata = _parquet(folder / DOCUMENTS / name).metadata
         rows += metadata.num_rows
         column = metadata.schema.names.index("text")
         for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
@@ -107,8 +133,8 @@ def _refuse_pages(folder: Path, files: Sequence[Path]) -> None:
             texts += group.num_rows - (statistics.null_count if known else 0)
     if rows and not texts:
         raise InputError(
-            f"None of the {rows:,} documents in {folder} has a text: they are raw pages. Score the text that was "
-            f"made of them: --input {folder.parent / 'output'}; or add ModelScores after ExtractText to the curation."
+            f"None of the {rows:,} documents in {folder} has a text: they are raw pages. Add ExtractText to the "
+            "curation."
         )
 
 
@@ -139,7 +165,7 @@ def chunks(shard: Shard, field: str = "text", max_document_bytes: int = 1 << 28)
 
 
 def _documents(shard: Shard, field: str, most: int) -> Iterator[tuple[str, str | None, bool]]:
-    if shard.path is None:
+    if shard.view is None:
         for piece in shard.pieces:
             kind = "line" if piece.source.kind == "jsonl" else "record"
             for record in read_records(piece, field, most):
@@ -147,12 +173,15 @@ def _documents(shard: Shard, field: str, most: int) -> Iterator[tuple[str, str |
                 where = f"{piece.source.path}, {kind} {record.line}{begins}"
                 yield where, record.text if record.reason is None else None, record.reason is not None
         return
+    path = shard.view.folder / DOCUMENTS / shard.name
     try:
-        for batch in _parquet(shard.path).iter_batches(256, columns=["id", "text"]):
-            for id, text in zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True):
+        batches = shard.view.batches(path.stem, (TEXT,))
+        for ids, batch in zip(read_groups(path, ("id",)), batches, strict=True):
+            texts = scatter(batch.table[TEXT], batch.indices, batch.size)
+            for id, text in zip(ids["id"].to_pylist(), texts.to_pylist(), strict=True):
                 yield id, text, False
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{shard.path} cannot be read to its end: {error}. Make it again.") from None
+        raise InputError(f"{path} cannot be read to its end: {error}. Run the curation again.") from None
 
 
 def aligned_scores(scores: Path, documents: Path) -> pa.Table:
