@@ -29,7 +29,7 @@ _GAMES = {">>": (1.0, 3), ">": (1.0, 1), "=": (0.5, 1), "<": (0.0, 1), "<<": (0.
 # Headings, items of lists and bold words, as published; what stands in fenced code is none of them.
 _MARKDOWN = (r"^#{1,6}\s", r"^\s*(?:[-*+]|\d+\.)\s", r"\*\*[^*\n]+\*\*|__[^_\n]+__")
 _CODE = re.compile(r"```[^`]*```")
-# The published control counts tokens of GPT-4o. Style is divided by its deviation, so that only ratios matter.
+# The published control counts tokens of GPT-4o. Style is divided by its deviation, so that the unit changes little.
 _CHARACTERS_OF_A_TOKEN = 4
 
 
