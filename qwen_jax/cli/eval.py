@@ -492,7 +492,7 @@ def _settings(common: Common, model: Model, served: bool = False, **more: Any) -
         **({} if served else hashes(name, common.running.adapter)),
         "config": sibling("train.fields").as_json(model.config),
         "tokenizer": None if model.tokenizer is None else model.tokenizer.fingerprint(),
-        "running": {**dataclasses.asdict(common.running), "adapter": None},
+        "running": {**dataclasses.asdict(common.running), "adapter": None, "dtype": None if served else model.dtype},
         "version": importlib.metadata.version("qwen-jax"),
         **more,
     }

@@ -286,8 +286,6 @@ class InProcess:
           model: small files and options.
           max_seqs: texts that are generated at the same time.
         """
-        import jax
-
         from qwen_jax.cli.formats import hashes
 
         assert model.tokenizer is not None
@@ -307,8 +305,7 @@ class InProcess:
         running = model.running
         self._identity = {
             **hashes(self.name, running.adapter),
-            # What it is by default depends on the machine.
-            "dtype": running.dtype or ("float32" if jax.default_backend() == "cpu" else model.config.dtype),
+            "dtype": model.dtype,
             "tokenizer": model.tokenizer.fingerprint(),
             "running": {**dataclasses.asdict(running), "adapter": None},
         }

@@ -231,16 +231,19 @@ class Model:
 
     def loaded(self) -> tuple["ModelConfig", Any, str]:
         """The config, the weights and the dtype; downloads them first if the model is a Hub id."""
-        import jax
-
         enable_compilation_cache()
-        default = "float32" if jax.default_backend() == "cpu" else self.config.dtype
-        dtype = self.running.dtype or default
         if self.running.w8a8:
             sibling("convert").open_source(self.checkpoint).config.with_w8a8()  # Refuses it before weights are read.
-        config, params = sibling("convert").load(self.checkpoint, self.mesh, dtype, adapter=self.running.adapter)
+        config, params = sibling("convert").load(self.checkpoint, self.mesh, self.dtype, adapter=self.running.adapter)
         config = self.running.extended(config)
-        return config.with_w8a8() if self.running.w8a8 else config, params, dtype
+        return config.with_w8a8() if self.running.w8a8 else config, params, self.dtype
+
+    @property
+    def dtype(self) -> str:
+        """The compute dtype. The default depends on the machine: that of the model, or float32 on a CPU."""
+        import jax
+
+        return self.running.dtype or ("float32" if jax.default_backend() == "cpu" else self.config.dtype)
 
     def continuous_engine(self, max_seqs: int) -> "ContinuousEngine":
         """Loads the weights into an engine of many requests.

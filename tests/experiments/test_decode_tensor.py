@@ -46,18 +46,19 @@ def test_reports_the_floor_and_what_is_exchanged(
         assert 0 < sampling <= 2 * sums + 2048 * batch, found
 
 
+@pytest.mark.parametrize("shards", [2, 8])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.draw(3)
-def test_sampling_of_the_runner_exchanges_few_bytes(variant: Variant) -> None:
-    """Candidates, sums and maxima: at most 512 bytes a row, and 2 KB with thresholds over the whole vocabulary."""
-    rows = 5
-    mesh, config = make_mesh({"tensor": 2}, jax.devices()[:2]), dataclasses.replace(CONFIG, vocab_size=4096)
+def test_sampling_of_the_runner_exchanges_few_bytes(variant: Variant, shards: int) -> None:
+    """Candidates and sums: at most 512 bytes a row to each other device; 2 KB more for thresholds over all tokens."""
+    rows, mesh = 5, make_mesh({"tensor": shards}, jax.devices()[:shards])
+    config = dataclasses.replace(CONFIG, vocab_size=4096, num_heads=8)
     sizes = RunnerConfig(max_seqs=rows, max_length=64, page_size=16, num_pages=8, max_batched_tokens=16)
     options = Options(stacked=False, fused=True)
     static = StaticArgs(config, Sharding.for_inference(config, mesh), options, config.vocab_size, sizes)
     text = lower(Program("sample", rows, variant=variant), static, mesh, {}).compile().as_text()
-    sent = sum(c.bytes * c.times for c in collectives(text, 2))
-    assert 0 < sent <= rows * (2048 if variant == "all" else 512), sent
+    sent = sum(c.bytes * c.times for c in collectives(text, shards))
+    assert 0 < sent <= rows * (512 * (shards - 1) + 2048 * (variant == "all")), sent
 
 
 def _split_parameters() -> tuple[int, int]:

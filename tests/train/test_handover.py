@@ -22,6 +22,8 @@ from train.step import StepConfig
 
 UNTIED = dataclasses.replace(DENSE, tie_word_embeddings=not DENSE.tie_word_embeddings)
 FEW_HEADS = dataclasses.replace(UNTIED, num_kv_heads=1)
+# 1,040 columns on each of two devices: an engine fills them up to 1,152.
+PADDED = dataclasses.replace(DENSE, num_layers=1, intermediate_size=2080)
 
 
 def forbid_host_copies(patch: pytest.MonkeyPatch) -> None:
@@ -41,8 +43,9 @@ def forbid_host_copies(patch: pytest.MonkeyPatch) -> None:
         (FEW_HEADS, {"fsdp": 4}, lambda mesh: split_mesh(mesh, tensor=2), "float32"),
         (EXPERTS, {"expert": 2, "tensor": 2}, lambda _: [make_mesh({"expert": 2}, jax.devices()[4:])], "float32"),
         (UNTIED, {}, lambda _: [make_mesh({"tensor": 2}, jax.devices()[3:])], "float32"),
+        (PADDED, {"fsdp": 2, "tensor": 2}, lambda mesh: split_mesh(mesh, tensor=2), "float32"),
     ],
-    ids=["one device", "two replicas", "parts of another axis", "other devices", "more devices"],
+    ids=["one device", "two replicas", "parts of another axis", "other devices", "more devices", "padded width"],
 )
 def test_the_layout_is_that_of_fuse(
     model: Any, axes: dict[str, int], targets: Any, dtype: str, monkeypatch: pytest.MonkeyPatch

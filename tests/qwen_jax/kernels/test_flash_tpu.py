@@ -133,7 +133,7 @@ def test_tilings_fit_and_need_little_padding(T, core, kind) -> None:
     assert -(-T // found.queries) * found.queries <= 1.2 * T + 1024
 
 
-@pytest.mark.draw(3)
+@pytest.mark.draw(2)
 @needs_libtpu
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ _GAMES = {">>": (1.0, 3), ">": (1.0, 1), "=": (0.5, 1), "<": (0.0, 1), "<<": (0.
 # Headings, items of lists and bold words, as published; what stands in fenced code is none of them.
 _MARKDOWN = (r"^#{1,6}\s", r"^\s*(?:[-*+]|\d+\.)\s", r"\*\*[^*\n]+\*\*|__[^_\n]+__")
 _CODE = re.compile(r"```[^`]*```")
-# The published control counts tokens of GPT-4o. Style is divided by its deviation, so that only ratios matter.
+# The published control counts tokens of GPT-4o. Style is divided by its deviation, so that the unit changes little.
 _CHARACTERS_OF_A_TOKEN = 4
 
 
@@ -79,7 +79,7 @@ def controlled_win_rate(items: Sequence[Mapping[str, Any]]) -> float:
 class ArenaHard(Task):
     """The share of games that the model wins against the baseline, in percent, with and without control of style."""
 
-    version = 2
+    version = 3
     citation = "arXiv:2406.11939"
     needs_judge = True
     metrics = (
@@ -176,13 +176,13 @@ def game(response: Response) -> tuple[tuple[float, int] | None, str | None]:
 def style(a: str, b: str) -> list[float]:
     """The published differences of style of two texts: length, headings, items of lists, bold words.
 
-    Of lengths in tokens (x - y) / (x + y); of the others, counted for each token, (x - y) / (x + y + 1). A token is
-    four characters.
+    Of lengths in tokens (x - y) / (x + y); of the others, divided by the tokens and one more, (x - y) / (x + y + 1). A
+    token is four characters.
     """
     (length, *here), (other, *there) = _counts(a), _counts(b)
     found = [(length - other) / (length + other) if length + other else 0.0]
     for x, y in zip(here, there, strict=True):
-        x, y = x / length if length else 0.0, y / other if other else 0.0
+        x, y = x / (length + 1), y / (other + 1)
         found.append((x - y) / (x + y + 1))
     return found
 

@@ -33,8 +33,8 @@ def read_answers(path: Path) -> dict[str, list[str]]:
 
 def id_of(values: Mapping[str, Any]) -> str | None:
     """The name of a question, or None."""
-    name = values.get("question_id", values.get("uid"))
-    return None if name is None else str(name)
+    names = (values.get(key) for key in ("question_id", "uid"))
+    return next((str(name) for name in names if name is not None), None)
 
 
 def _texts(values: Mapping[str, Any]) -> list[str] | None:

@@ -91,6 +91,9 @@ def test_the_judge_sees_references_of_mathematics_reasoning_and_coding_alone(tmp
 )
 def test_recorded_answers_are_read_in_all_published_forms(line: dict[str, Any], tmp_path: Path) -> None:
     assert read_answers(write_lines(tmp_path / "a.jsonl", [line])) == {"7": ["a", "b"]}
+    # A table of both forms has both columns, one of them null.
+    both = {**line, "question_id": line.get("question_id"), "uid": line.get("uid")}
+    assert read_answers(write_lines(tmp_path / "a.jsonl", [both])) == {"7": ["a", "b"]}
     for name in list(line):
         rest = {key: value for key, value in line.items() if key != name}
         with pytest.raises(InputError, match=r"line 1: expected question_id or uid, and texts"):
