@@ -4,6 +4,8 @@ Records are JSON objects, one a line. A process that is killed, or a machine tha
 cut or padded with zero bytes; readers skip such lines.
 """
 
+import hashlib
+import io
 import json
 import logging
 import os
@@ -40,6 +42,65 @@ def write_file(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class AtomicFile:
+    """A file that gets its name when it is complete, as a context manager.
+
+    Attributes:
+      path: its name.
+      file: to write to, from its beginning to its end.
+    """
+
+    def __init__(self, path: Path):
+        """
+        Args:
+          path: its name, in a folder that exists.
+
+        Raises:
+          OSError: the file cannot be written.
+        """
+        self.path, self._temporary = path, temporary_name(path)
+        self.file = HashedFile(self._temporary)
+
+    def finish(self) -> tuple[int, str]:
+        """Flushes it to the disk and gives it its name.
+
+        Returns:
+          Its bytes and its sha256.
+
+        Raises:
+          OSError: the file cannot be written.
+        """
+        os.fsync(self.file.fileno())
+        size, sha256 = self.file.tell(), self.file.sha256.hexdigest()
+        self.file.close()
+        os.replace(self._temporary, self.path)
+        return size, sha256
+
+    def __enter__(self) -> "AtomicFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+class HashedFile(io.FileIO):
+    """A file that is written from its beginning to its end, and hashed."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, "wb")
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        """Writes and hashes all bytes of a buffer."""
+        view = memoryview(data).cast("B")
+        self.sha256.update(view)
+        done = 0
+        while done < len(view):  # A raw file may write less than it is given.
+            done += super().write(view[done:]) or 0
+        return done
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:

@@ -21,7 +21,6 @@ from train.curate.shards import (
     OUTPUT,
     ROW_GROUP_BYTES,
     ROW_GROUP_ROWS,
-    AtomicFile,
     File,
     Record,
     ShardWriter,
@@ -32,6 +31,7 @@ from train.curate.stage import NO_TEXT, REPETITIONS, TEXT, RowStage, scatter
 from train.data.bad_records import BadRecords
 from train.data.documents import optional_library
 from train.data.shards import digest
+from train.files import AtomicFile
 
 # Files of one shard that are written at once, each with a compressor of its own.
 _MOST_FILES = 500
@@ -310,7 +310,9 @@ class _OutputFile:
         self._rows = 0
         self._parquet: ShardWriter | None = None
         if output.format == "jsonl":
-            self._atomic = self._stack.enter_context(AtomicFile(folder, f"{name}.jsonl.zst"))
+            path = folder / f"{name}.jsonl.zst"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._atomic = self._stack.enter_context(AtomicFile(path))
             library = optional_library("zstandard", ".zst files")
             self._file = library.ZstdCompressor(level=3, write_checksum=True).stream_writer(
                 self._atomic.file, closefd=False
@@ -335,7 +337,7 @@ class _OutputFile:
         if self._parquet is not None:
             return self._parquet.finish()
         self._file.close()
-        return self._atomic.finish(self._rows)
+        return File(f"{self._name}.jsonl.zst", self._rows, *self._atomic.finish())
 
     def __enter__(self) -> "_OutputFile":
         return self

@@ -10,19 +10,17 @@ A file is written under a temporary name and renamed. Its bytes depend on inputs
 """
 
 import dataclasses
-import hashlib
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qwen_jax.files import to_json
-from train.files import temporary_name, write_file
+from train.files import AtomicFile, write_file
 
 DOCUMENTS, OUTPUT, RECORDS, MANIFEST = "documents", "output", ".records", "manifest.json"
 ROWS = "rows"
@@ -106,58 +104,6 @@ def remove_others(folder: Path, records: Mapping[str, Record]) -> None:
                 path.unlink(missing_ok=True)
 
 
-class AtomicFile:
-    """A file that gets its name when it is complete, as a context manager; it knows its hash.
-
-    Attributes:
-      file: to write to.
-    """
-
-    def __init__(self, folder: Path, name: str):
-        """
-        Args:
-          folder: of the stage.
-          name: relative to it.
-        """
-        self._path, self._name = folder / name, name
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = temporary_name(self._path)
-        self.file: BinaryIO = _Hashed(self._temporary)
-
-    def finish(self, rows: int) -> File:
-        """Flushes it to the disk and gives it its name."""
-        assert isinstance(self.file, _Hashed)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        size, sha256 = self.file.tell(), self.file.sha256.hexdigest()
-        self.file.close()
-        os.replace(self._temporary, self._path)
-        return File(self._name, rows, size, sha256)
-
-    def __enter__(self) -> "AtomicFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-        self._temporary.unlink(missing_ok=True)
-
-
-class _Hashed(io.FileIO):
-    """A file that is written from its beginning to its end, and hashed."""
-
-    def __init__(self, path: Path):
-        super().__init__(path, "wb")
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self.sha256.update(view)
-        done = 0
-        while done < len(view):  # A raw file may write less than it is given.
-            done += super().write(view[done:]) or 0
-        return done
-
-
 class ShardWriter:
     """Writes a Parquet file of one row group after the other, as a context manager.
 
@@ -174,7 +120,9 @@ class ShardWriter:
         """
         self.rows = 0
         self._schema = schema
-        self._atomic = AtomicFile(folder, name)
+        self._name = name
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        self._atomic = AtomicFile(folder / name)
         try:
             self._writer = pq.ParquetWriter(
                 self._atomic.file, schema, compression="zstd", compression_level=1, use_dictionary=_repeated(schema)
@@ -192,7 +140,7 @@ class ShardWriter:
     def finish(self) -> File:
         """Completes the file."""
         self._writer.close()
-        return self._atomic.finish(self.rows)
+        return File(self._name, self.rows, *self._atomic.finish())
 
     def __enter__(self) -> "ShardWriter":
         return self

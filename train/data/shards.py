@@ -15,10 +15,9 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -250,7 +249,10 @@ class ShardWriter:
         self._folder, self._name, self._length = folder, name, length
         self._tokens, self._starts = np.zeros(0, "<u4"), np.zeros(0, bool)
         self._rows = self._num_tokens = self._documents = 0
-        self._files = [_HashedFile(folder / f"{name}.{extension}") for extension in ("tokens", "starts")]
+        self._files: list[files.AtomicFile] = []
+        for path in (folder / f"{name}.{extension}" for extension in ("tokens", "starts")):
+            with writing(path):
+                self._files.append(files.AtomicFile(path))
 
     def add(self, documents: Sequence[Sequence[int]]) -> None:
         """Appends documents.
@@ -272,9 +274,13 @@ class ShardWriter:
         self._write(len(self._tokens) // self._length)
 
     def _write(self, rows: int) -> None:
+        if not rows:
+            return
         cut = rows * self._length
-        self._files[0].write(self._tokens[:cut])
-        self._files[1].write(np.packbits(self._starts[:cut].reshape(rows, self._length), axis=1, bitorder="little"))
+        bits = np.packbits(self._starts[:cut].reshape(rows, self._length), axis=1, bitorder="little")
+        for atomic, array in zip(self._files, (self._tokens[:cut], bits), strict=True):
+            with writing(atomic.path):
+                atomic.file.write(array)
         self._tokens, self._starts = self._tokens[cut:], self._starts[cut:]
         self._rows += rows
 
@@ -286,44 +292,18 @@ class ShardWriter:
             self._write(1)
         if not self._rows:
             return None
-        hashes = [file.finish() for file in self._files]
+        hashes = []
+        for atomic in self._files:
+            with writing(atomic.path):
+                hashes.append(atomic.finish()[1])
         return Shard(self._name, self._rows, self._num_tokens, self._documents, *hashes)
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._files:
-            file.discard()
-
-
-class _HashedFile:
-    """A file that gets its name when it is complete, and its sha256."""
-
-    def __init__(self, path: Path):
-        self._path, self._temporary = path, files.temporary_name(path)
-        self._hash = hashlib.sha256()
-        with writing(path):
-            self._file: BinaryIO = self._temporary.open("wb")
-
-    def write(self, array: np.ndarray) -> None:
-        data = np.ascontiguousarray(array).data.cast("B") if array.size else b""
-        self._hash.update(data)
-        with writing(self._path):
-            self._file.write(data)
-
-    def finish(self) -> str:
-        with writing(self._path):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self._temporary, self._path)
-        return self._hash.hexdigest()
-
-    def discard(self) -> None:
-        with contextlib.suppress(OSError):  # A write has failed, and raised then.
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        for atomic in self._files:
+            atomic.__exit__()
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -24,6 +24,7 @@ from train.curate.operators.decontaminate import Decontaminate
 from train.curate.operators.language import Language
 from train.curate.run import RunOptions, run
 from train.curate.shards import VERSION
+from train.files import HashedFile
 
 ROOT = Path(__file__).parents[3]
 ONE = RunOptions(workers=1)
@@ -227,13 +228,11 @@ def test_a_worker_that_dies_loses_nothing(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_says_so(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from train.curate import shards
-
-    def full(self: shards._Hashed, data: bytes) -> int:
+    def full(self: HashedFile, data: bytes) -> int:
         raise OSError(28, os.strerror(28), "x")
 
     run(Curation([Input("books", str(source / "books"))]), tmp_path, ONE)
-    monkeypatch.setattr(shards._Hashed, "write", full)
+    monkeypatch.setattr(HashedFile, "write", full)
     with pytest.raises(InputError, match=r"No space left on device\. Make room and run the same command again"):
         run(Curation([Input("books", str(source / "books"))], [Map("features", [Words()])]), tmp_path, ONE)
     monkeypatch.undo()
