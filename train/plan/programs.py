@@ -74,7 +74,11 @@ def kept_for_backward(jaxpr: Jaxpr | ClosedJaxpr, devices: int) -> int:
     total = 0
     for eqn in _equations(jaxpr):
         if eqn.primitive.name == "scan":
-            stacked = eqn.outvars[eqn.params["num_carry"] :]
+            # What a scan stacks has one axis more than what an iteration returns. JAX 0.11 does not tell how many
+            # values are carried.
+            returned = eqn.params["jaxpr"].jaxpr.outvars
+            pairs = zip(eqn.outvars, returned, strict=True)
+            stacked = [out for out, one in pairs if _shaped(out).ndim > _shaped(one).ndim]
             if not stacked:  # A loop over micro-batches: count what one of them keeps.
                 total += max(kept_for_backward(inner, devices) for inner in _inner(eqn.params))
             # Scans of the backward pass stack gradients of weights, which are not activations.
