@@ -80,7 +80,7 @@ class LoRA:
 
 
 def check_whole(lora: LoRA, model: ModelConfig) -> None:
-    """Checks that a model has the parts that are to be trained whole.
+    """Checks that a model has the modules that are trained in full beside the adapter.
 
     Args:
       lora: the settings.

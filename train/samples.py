@@ -79,7 +79,8 @@ def write_samples(
     Returns:
       The texts.
     """
-    mesh, params = without_context(mesh), on_mesh(params, without_context(mesh))
+    mesh = without_context(mesh)
+    params = on_mesh(params, mesh)
     with jax.set_mesh(mesh):
         copied = _copied(params, lora, dtype, model.sparse_layers)
     engine = Engine(model, copied, mesh, tokenizer=tokenizer, dtype=dtype, eos_token_ids=list(end_ids))

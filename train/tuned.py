@@ -127,7 +127,7 @@ class TunedModel:
         lora, mesh = self._config.step.lora, jax.tree.leaves(like)[0].sharding.mesh
         if lora is None:
             return self.whole(self._config.model, like)
-        # LoRA's matrices are initialised; parts that are trained whole begin with the weights of the checkpoint.
+        # LoRA's matrices are initialised. Modules that are trained in full begin with the weights of the checkpoint.
         key = jax.random.key(self._config.seed)
         params = init_params(self.model, key, mesh, lora=lora, frozen=self.frozen(mesh))
         names = [name for name in lora.whole if name in params and not (name == "score" and self._new_head)]

@@ -94,7 +94,7 @@ class ToolParser:
         return self._read(final=False)
 
     def finish(self) -> list[Part]:
-        """Returns the parts that are left at the end of the text."""
+        """Ends the text, and returns the parts that were held back until its end."""
         return self._read(final=True)
 
     def _read(self, *, final: bool) -> list[Part]:

@@ -173,10 +173,8 @@ def test_only_one_row_on_one_device_is_supported() -> None:
 
 if ON_HOPPER:
 
-    @pytest.mark.parametrize("name", _MODELS[:5])
-    @pytest.mark.parametrize("head", [False, True])
-    def test_the_kernel_is_correct_every_time(name: str, head: bool) -> None:
-        """Against float32 products with the same roundings; 100 runs with one counter are bit-identical."""
+    def drawn(name: str, head: bool) -> list[jax.Array]:
+        """Random bfloat16 arguments of `layer_tail`, without the counter."""
         keys = iter(jax.random.split(jax.random.key(0), 16))
         scales = 1.0, 1.0, 0.02, 0.1, 0.02, 0.02, 0.1, 0.02
         args = [
@@ -184,6 +182,13 @@ if ON_HOPPER:
             for s, scale in zip(_shapes(name, head), scales, strict=False)
         ]
         args[3], args[6] = 1 + args[3], 1 + args[6]
+        return args
+
+    @pytest.mark.parametrize("name", _MODELS[:5])
+    @pytest.mark.parametrize("head", [False, True])
+    def test_the_kernel_is_correct_every_time(name: str, head: bool) -> None:
+        """Against float32 products with the same roundings; 100 runs with one counter are bit-identical."""
+        args = drawn(name, head)
         dtype = jnp.float32 if head else jnp.bfloat16
         run = functools.partial(layer_tail, *args, eps=EPS, out_dtype=dtype, blocks=multiprocessors())
         stream, out, counter = run(jnp.zeros((1,), jnp.int32))
@@ -202,13 +207,7 @@ if ON_HOPPER:
     @pytest.mark.parametrize(("name", "shards"), [("qwen2.5-7b", 2), ("qwen2.5-14b", 4)])
     def test_the_kernels_of_tensor_shards_add_up_to_the_layer(name: str, shards: int) -> None:
         """Against float32 products with the same roundings, shard after shard on one device; 100 runs are identical."""
-        keys = iter(jax.random.split(jax.random.key(0), 16))
-        scales = 1.0, 1.0, 0.02, 0.1, 0.02, 0.02, 0.1, 0.02
-        args = [
-            (scale * jax.random.normal(next(keys), s.shape)).astype(jnp.bfloat16)
-            for s, scale in zip(_shapes(name, False), scales, strict=False)
-        ]
-        args[3], args[6] = 1 + args[3], 1 + args[6]
+        args = drawn(name, False)
         heads, stream, w_o, mid, w_gate_up, w_down, norm, w_next = args
         zero, how = jnp.zeros((1,), jnp.int32), {"eps": EPS, "blocks": multiprocessors()}
 
