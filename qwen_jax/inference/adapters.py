@@ -19,6 +19,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.lora import AdapterFactors
 from qwen_jax.options import Options
+from qwen_jax.parallel import placing
 from qwen_jax.parallel.sharding import Sharding, padded_width
 from qwen_jax.params import Params, param_specs
 
@@ -110,10 +111,10 @@ def place_factors(adapters: Sequence[AdapterFactors], config: ModelConfig, mesh:
             # Join and place its factors.
             a, b, owner = _join(name, i, adapters, config, sharding)
             place["lora_a"], place["lora_b"] = (
-                jax.device_put(x.astype(jnp.dtype(options.dtype)), NamedSharding(mesh, spec[key]))
+                placing.place(x.astype(jnp.dtype(options.dtype)), NamedSharding(mesh, spec[key]))
                 for key, x in (("lora_a", a), ("lora_b", b))
             )
-            place["lora_owner"] = jax.device_put(owner, NamedSharding(mesh, P(None)))
+            place["lora_owner"] = placing.place(owner, NamedSharding(mesh, P(None)))
         layers.append(tree)
     return {"layers": layers}
 

@@ -21,6 +21,7 @@ from qwen_jax.attention.sparse import Diagnostics, SparsePrefill
 from qwen_jax.attention.sparse_block import SparseChunk
 from qwen_jax.inference.programs import DecodeState, StaticArgs, empty_cache, mark_seen, sample_first
 from qwen_jax.inference.sampling import SamplingMode, SamplingValues
+from qwen_jax.parallel.placing import place
 from qwen_jax.params import Params, bind
 
 Progress = Callable[[int, int], None]
@@ -69,9 +70,9 @@ def resume(cache: ContiguousCache, tokens: Sequence[int], *, static: StaticArgs)
     if static.mode.penalty:
         seen = np.zeros((1, config.vocab_size), bool)
         seen[0, list(tokens)] = True
-        seen_BV = jax.device_put(seen, NamedSharding(mesh, static.sharding.vocab_rows))
+        seen_BV = place(seen, NamedSharding(mesh, static.sharding.vocab_rows))
     hidden = np.zeros((1, config.hidden_size), jnp.dtype(static.options.dtype))
-    return PrefillState(cache, jax.device_put(hidden, NamedSharding(mesh, wide)), seen_BV)
+    return PrefillState(cache, place(hidden, NamedSharding(mesh, wide)), seen_BV)
 
 
 @functools.partial(jax.jit, static_argnames=("static",), donate_argnames=("state",))
@@ -177,15 +178,15 @@ def read(
     mode = SamplingMode("greedy", static.mode.penalty, logprobs=False, top_k=False, top_p=False)
     reading = dataclasses.replace(static, mode=mode)
     with jax.set_mesh(mesh):
-        lengths = jax.device_put(length_B, NamedSharding(mesh, spec.rows))
+        lengths = place(length_B, NamedSharding(mesh, spec.rows))
         if on_chunk is not None:
             on_chunk(0, longest)
         waiting: jax.Array | None = None
         skipped: list[Diagnostics] = []
         if sparsity is not None:
-            sparsity = jax.device_put(sparsity, NamedSharding(mesh, P()))
+            sparsity = place(sparsity, NamedSharding(mesh, P()))
         for start in range(0, longest, chunk):
-            tokens = jax.device_put(tokens_BT[:, start : start + chunk], NamedSharding(mesh, spec.tokens))
+            tokens = place(tokens_BT[:, start : start + chunk], NamedSharding(mesh, spec.tokens))
             count = jnp.int32(min(chunk, longest - start))
             state, found = prefill_chunk(params, state, tokens, count, lengths, sparsity, static=reading)
             skipped += [found] if found is not None else []

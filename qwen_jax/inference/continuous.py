@@ -47,6 +47,7 @@ from qwen_jax.inference.weights import fuse, is_fused
 from qwen_jax.kernels import Implementation
 from qwen_jax.lora import AdapterFactors
 from qwen_jax.options import Options
+from qwen_jax.parallel.multihost import gather_from_processes, in_step
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params, union
 from qwen_jax.tokenizer import Tokenizer
@@ -151,7 +152,9 @@ class ContinuousEngine(EngineThread):
             speculate=proposer.count if proposer else 0,
             kv_dtype=kv_dtype,
         )
-        pages = num_pages or pages_that_fit(config, settings, sharding, mesh.devices.flat[0], dtype, memory_fraction)
+        pages = num_pages or self._least(
+            lambda: pages_that_fit(config, settings, sharding, mesh.local_devices[0], dtype, memory_fraction)
+        )
         self._runner = Runner(
             config, fused, mesh, options, self.vocab_limit, dataclasses.replace(settings, num_pages=pages)
         )
@@ -176,6 +179,9 @@ class ContinuousEngine(EngineThread):
             on_finished=self._report_finished,
         )
         self._ids, self._proposer = itertools.count(), proposer
+        if self._hosts is not None:
+            for runner in (self._runner, *(proposer.runners if proposer else ())):
+                self._hosts.add(runner)
         self._start_thread()
 
     # --- what callers use ---
@@ -186,7 +192,7 @@ class ContinuousEngine(EngineThread):
         return tuple(self._adapters)
 
     def start(self, report: Callable[[str, float, int, int], None] | None = None) -> float:
-        """Compiles all programs; none is compiled later.
+        """Compiles all programs; none is compiled later. Process 0 does it for all.
 
         Args:
           report: called after each program with its name, its seconds, how many are ready, and how many there are.
@@ -195,12 +201,12 @@ class ContinuousEngine(EngineThread):
           Seconds taken.
         """
         begin = time.perf_counter()
+        if not self.leads:
+            return 0.0
         if self.grammars is not None:
             with contextlib.suppress(InputError):  # Without llguidance, requests with a grammar are refused.
                 self.grammars.prepare()
-        self.call(lambda: self._runner.compile(report))
-        if self._proposer is not None:
-            self._proposer.compile(report)
+        self.call(lambda: self._compile(report))
         return time.perf_counter() - begin
 
     def submit(self, request: Request, *, incremental: bool = True) -> Stream:
@@ -214,6 +220,7 @@ class ContinuousEngine(EngineThread):
           InputError: a request that can never run: ids out of range, too long for the model or the cache, stop strings
             or a grammar without a tokenizer, or an adapter that is not there.
         """
+        self._check_leads()
         self.check(request)
         number = next(self._ids)
         scheduled = Scheduled(request, number)
@@ -267,6 +274,7 @@ class ContinuousEngine(EngineThread):
         Raises:
           InputError: ids out of range, a text that is too long, or `top` out of range.
         """
+        self._check_leads()
         if not 0 <= as_int(top, "top") <= MAX_TOP_LOGPROBS:
             raise InputError(f"top must be in [0, {MAX_TOP_LOGPROBS}], got {top}.")
         number = self._number(adapter)
@@ -318,6 +326,7 @@ class ContinuousEngine(EngineThread):
           InputError: another pooling, ids out of range, or a text that is empty or too long.
           concurrent.futures.CancelledError: `stopped` became true.
         """
+        self._check_leads()
         number = self._number(adapter)
         if pooling not in ("mean", "last"):
             raise InputError(f"pooling must be mean or last, got {pooling!r}.")
@@ -339,7 +348,8 @@ class ContinuousEngine(EngineThread):
     def update_weights(self, params: Params | Callable[[], Params]) -> None:
         """Goes on with other weights and the same adapters.
 
-        Keys and values of running texts are computed anew, and no old ones are found.
+        Keys and values of running texts are computed anew, and no old ones are found. With a mesh of several processes,
+        each of them calls this as often as process 0.
 
         Args:
           params: as for the constructor; consumed. Those in the inference layout are taken as they are. Or a function
@@ -350,13 +360,10 @@ class ContinuousEngine(EngineThread):
         Raises:
           ValueError: other names, shapes, dtypes or shardings than those of the weights before.
         """
-        found = None if callable(params) else self._in_layout(params)
+        # With several processes, all programs start in the engine's thread, in the same order everywhere.
+        found = None if callable(params) or self._hosts is not None else self._in_layout(params)
 
-        def update() -> None:
-            self._steps.read_all()
-            self._scheduler.preempt_all()
-            self._pool.clear()
-            self._steps.last_read = None
+        def replace() -> None:
             new = found
             if callable(params):
                 kept = {id(factor) for factor in jax.tree.leaves(self._factors)}
@@ -364,10 +371,20 @@ class ContinuousEngine(EngineThread):
                     if id(leaf) not in kept:
                         leaf.delete()
                 new = self._in_layout(params())
-            assert new is not None
+            elif new is None:
+                new = self._in_layout(params)
             self._runner.update_weights(new)
 
-        self.call(update)
+        def update() -> None:
+            self._steps.read_all()
+            self._scheduler.preempt_all()
+            self._pool.clear()
+            self._steps.last_read = None
+            if self._hosts is not None:
+                self._hosts.tell("update")
+            replace()
+
+        self.call(update if self.leads else replace)
 
     def stats(self) -> Stats:
         """Counts at this moment. Raises RuntimeError if the engine has stopped."""
@@ -389,6 +406,22 @@ class ContinuousEngine(EngineThread):
             page_size=pool.page_size,
             kv_dtype=cache_dtype(self.kv_dtype, self.dtype).name,
         )
+
+    def _compile(self, report: Callable[[str, float, int, int], None] | None) -> None:
+        if self._hosts is not None:
+            self._hosts.tell("compile")
+        self._runner.compile(report)
+        if self._proposer is not None:
+            self._proposer.compile(report)
+
+    def _least(self, count: Callable[[], int]) -> int:
+        """The least of a number that each process of the mesh counts. Raises in all of them what one raises."""
+        if self._hosts is None:
+            return count()
+        found = 0
+        with in_step("Counting the pages of the cache"):
+            found = count()
+        return int(gather_from_processes(found).min())
 
     def _number(self, adapter: str | None) -> int:
         """The number of an adapter in the runner; 0 for none."""

@@ -35,6 +35,7 @@ from qwen_jax.inference.sampling import SamplingMode, SamplingParams, SamplingVa
 from qwen_jax.inference.weights import fuse
 from qwen_jax.kernels import Implementation
 from qwen_jax.options import Options
+from qwen_jax.parallel.placing import place, read
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params
 from qwen_jax.tokenizer import Tokenizer
@@ -320,10 +321,8 @@ class Engine:
         for row, prompt in zip(tokens_BT, padded, strict=True):
             row[: len(prompt)] = prompt
         with jax.set_mesh(self.mesh):
-            tokens = jax.device_put(tokens_BT, NamedSharding(self.mesh, self.sharding.tokens))
-            lengths, seeds = jax.device_put(
-                (lengths_B, _seeds(sampling, batch)), NamedSharding(self.mesh, self.sharding.rows)
-            )
+            tokens = place(tokens_BT, NamedSharding(self.mesh, self.sharding.tokens))
+            lengths, seeds = place((lengths_B, _seeds(sampling, batch)), NamedSharding(self.mesh, self.sharding.rows))
             begun = prefill(self.params, tokens, lengths, seeds, values, static=static)
         return self._run(static, begun, values, max_new_tokens)
 
@@ -354,14 +353,14 @@ class Engine:
         """A state for prompts of these lengths that end at one slot."""
         starts = np.max(lengths_B) - np.asarray(lengths_B, np.int32)
         with jax.set_mesh(self.mesh):
-            rows = jax.device_put(starts, NamedSharding(self.mesh, self.sharding.rows))
+            rows = place(starts, NamedSharding(self.mesh, self.sharding.rows))
             return chunked_prefill.empty_state(self.params, rows, static=static)
 
     def _begin(
         self, static: StaticArgs, state: PrefillState, sampling: SamplingParams
     ) -> tuple[DecodeState, jax.Array, jax.Array | None]:
         with jax.set_mesh(self.mesh):
-            seeds = jax.device_put(_seeds(sampling, len(state.hidden_BD)), NamedSharding(self.mesh, self.sharding.rows))
+            seeds = place(_seeds(sampling, len(state.hidden_BD)), NamedSharding(self.mesh, self.sharding.rows))
             values = SamplingValues.of(sampling)
             parts = state.cache, state.hidden_BD, state.seen_BV
             return chunked_prefill.begin_text(self.params, *parts, seeds, values, static=static)
@@ -388,7 +387,7 @@ class Engine:
                         )
                     started += self.chunk
                 tokens_BN, logprobs_BN = newest
-                yield np.asarray(tokens_BN), None if logprobs_BN is None else np.asarray(logprobs_BN)
+                yield read(tokens_BN), None if logprobs_BN is None else read(logprobs_BN)
                 newest = upcoming
         finally:
             if document is not None:

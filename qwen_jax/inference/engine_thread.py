@@ -13,7 +13,9 @@ import jax
 from jax.sharding import Mesh
 
 from qwen_jax.inference.active import Active, Times
+from qwen_jax.inference.hosts import Hosts
 from qwen_jax.inference.steps import Steps
+from qwen_jax.parallel.placing import is_shared
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -33,8 +35,12 @@ class EngineThread:
         """
         Args:
           mesh: of the parameters.
+
+        Raises:
+          InputError: a mesh with devices of several processes, but not of all.
         """
         self.mesh = mesh
+        self._hosts = Hosts(mesh) if is_shared(mesh) else None
         self.on_finished: Callable[[Times], None] | None = None
         # What the engine's thread does between two steps: all commands, and one piece of work, which may take long.
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
@@ -51,12 +57,25 @@ class EngineThread:
 
     # --- what callers use ---
 
+    @property
+    def leads(self) -> bool:
+        """Whether requests are given to the engine here: in process 0, if the mesh has devices of several processes."""
+        return self._hosts is None or self._hosts.leads
+
     def close(self, drain: float = 0.0) -> None:
-        """Ends the engine.
+        """Ends the engine. In processes that do not lead, waits for the end.
 
         Args:
           drain: seconds that requests have to end; those that do not are cancelled.
+
+        Raises:
+          RuntimeError: in a process that does not lead, if the engine has failed there or in process 0.
         """
+        if not self.leads:
+            self._thread.join()
+            if self._failure is not None:
+                raise RuntimeError(f"The engine has stopped: {self._failure}") from self._failure
+            return
         end = time.monotonic() + drain
         while time.monotonic() < end and self._failure is None:
             if self._steps.idle and not (self._commands or self._work or self._submitted):
@@ -70,8 +89,18 @@ class EngineThread:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # A process that fails ends; process 0 cannot know that it should end the engine.
+        if self.leads or error is None:
+            self.close()
+
+    def _check_leads(self) -> None:
+        """Raises RuntimeError if requests are given to the engine in another process."""
+        if not self.leads:
+            raise RuntimeError(
+                f"This is process {jax.process_index()}, and process 0 gives the engine its requests (engine.leads). "
+                "Here, update its weights when process 0 does, and close it, which waits for the end."
+            )
 
     def call(self, function: Callable[[], _T]) -> _T:
         """Runs a function between two steps, in the engine's thread, and returns its result."""
@@ -130,19 +159,19 @@ class EngineThread:
         """Carries out commands and steps until the engine is closed. A failure of the device ends all requests."""
         try:
             with jax.set_mesh(self.mesh):
-                while self._wait():
-                    while self._commands:
-                        self._commands.popleft()()
-                    self._steps.readers.wake()
-                    # At most one piece of other work between two steps: texts that run do not wait for more.
-                    if self._work:
-                        self._work.popleft()()
-                    self._steps.run()
+                if self._hosts is None or self._hosts.leads:
+                    self._lead()
+                else:
+                    self._hosts.follow(self._update)
         except BaseException as error:
             _log.exception("The engine has stopped.")
             self._failure = error
         with self._wake:
             self._closing = True
+        if self._hosts is not None and self._hosts.leads:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # The others are gone.
+                failure = self._failure
+                self._hosts.tell("end", f"{type(failure).__name__}: {failure}" if failure else "")
         # Every reader hears of the end; callers of `call` see that the thread has ended.
         for active in [*self._submitted.values(), *self._steps.active.values()]:
             if self._failure is None:
@@ -150,6 +179,23 @@ class EngineThread:
             else:
                 active.stream.fail(self._failure)
         self._steps.readers.wake()
+
+    def _lead(self) -> None:
+        while self._wait():
+            while self._commands:
+                self._commands.popleft()()
+            self._steps.readers.wake()
+            # At most one piece of other work between two steps: texts that run do not wait for more.
+            if self._work:
+                self._work.popleft()()
+            self._steps.run()
+
+    def _update(self) -> None:
+        """Takes the weights that this process was given, or will be: process 0 has begun to take its own."""
+        with self._wake:
+            while not self._work:
+                self._wake.wait()
+        self._work.popleft()()
 
     def _wait(self) -> bool:
         """Waits until there is something to do; returns False if the engine is closed."""

@@ -19,6 +19,7 @@ from qwen_jax.inference.shared_prefixes import Block, blocks
 from qwen_jax.kernels import Implementation, Mask, packed_mask
 from qwen_jax.options import Options
 from qwen_jax.output_head import HeadContext, gathered_head, head_of, log_totals_of, over_chunks
+from qwen_jax.parallel.placing import place
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params, bind
 
@@ -184,7 +185,7 @@ class LikelihoodScorer:
         """Starts a batch: log-probabilities and whether they are the highest, [B, N] on every device."""
         exact = self._options.dtype == "float32"
         with jax.set_mesh(self.mesh), jax.default_matmul_precision("highest" if exact else "default"):
-            placed = jax.device_put(batch.arrays, NamedSharding(self.mesh, self._sharding.tokens))
+            placed = place(batch.arrays, NamedSharding(self.mesh, self._sharding.tokens))
             return _likelihoods(self.config, self._context, self._options, self.params, *placed)
 
 

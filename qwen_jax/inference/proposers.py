@@ -31,6 +31,7 @@ class Proposer(Protocol):
     Attributes:
       count: how many tokens for each text.
       rows: for how many texts at a time.
+      runners: of models that propose.
     """
 
     @property
@@ -38,6 +39,9 @@ class Proposer(Protocol):
 
     @property
     def rows(self) -> int: ...
+
+    @property
+    def runners(self) -> Sequence[Runner]: ...
 
     def propose(self, active: Sequence[Active]) -> np.ndarray:
         """Returns int32 [rows, count] tokens that may follow what is known of each text; -1 for none."""
@@ -61,7 +65,7 @@ class Ngrams:
           count: tokens to propose for each text.
           rows: proposals are made only while at most so many texts run: then the device has time to spare.
         """
-        self.count, self.rows = count, rows
+        self.count, self.rows, self.runners = count, rows, ()
         self._indices: dict[int, NgramIndex] = {}
 
     def propose(self, active: Sequence[Active]) -> np.ndarray:
@@ -158,6 +162,7 @@ class DraftModel:
         settings = dataclasses.replace(settings, buckets=sizes)
         options = Options(stacked=False, fused=True, dtype=dtype)
         self._runner = Runner(config, params, mesh, options, vocab_limit, settings)
+        self.runners = (self._runner,)
         self._free = list(range(rows))
         self._drafts: dict[int, _Draft] = {}
 

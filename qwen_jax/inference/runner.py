@@ -1,34 +1,27 @@
-"""The runner: the parameters and the state of all sequences on the device, and the programs that run on them.
+"""The runner: what it is told to do becomes programs on the device with arrays of the host.
 
 It does what it is told, step by step: which pages a sequence has, and when it runs, is the scheduler's business. Every
 call returns before the device is done; only `Sampled.read` waits.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-from qwen_jax.attention.quantized_cache import channels_of_keys
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.inference.buckets import Buckets, RunnerConfig, smallest
-from qwen_jax.inference.prompts import check_generates
+from qwen_jax.inference.buckets import RunnerConfig, smallest
 from qwen_jax.inference.row_sampling import FIELDS, MASKED, RULES, SLOT, SampleRow, Variant, pack, variant_of, with_mask
-from qwen_jax.inference.runner_compilation import Programs, Report
-from qwen_jax.inference.runner_lowering import Program, abstract_state
-from qwen_jax.inference.runner_programs import CLEARED, MAX_SEGMENTS, Pages, State, StaticArgs, sampled_state
+from qwen_jax.inference.runner_lowering import Program
+from qwen_jax.inference.runner_programs import CLEARED, MAX_SEGMENTS
+from qwen_jax.inference.runner_state import RunnerState
 from qwen_jax.inference.runner_types import Masks, PrefillInput, PromptLogprobs, RowInput, Sampled, SampledMany
 from qwen_jax.inference.slots import Slots, no_room, set_table
 from qwen_jax.inference.text_rows import TextRow, pack_texts
-from qwen_jax.kernels import QuantizedRows
 from qwen_jax.options import Options
-from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params
 
 __all__ = [
@@ -46,13 +39,11 @@ __all__ = [
 _WITHOUT_RULES = "This runner has no rules: make it with RunnerConfig(rules=True)."
 
 
-class Runner:
+class Runner(RunnerState):
     """A model on a mesh with a paged cache. Call it from one thread.
 
     Attributes:
-      buckets: the sizes of its programs.
       slots: what `decode_slots` and `sample_slots` need of each sequence.
-      static: the settings that are compiled in.
     """
 
     def __init__(
@@ -64,106 +55,19 @@ class Runner:
         vocab_limit: int,
         settings: RunnerConfig,
     ):
-        """Makes the state on the device. Programs are compiled by `compile`, or when they are first used.
-
-        Args:
-          config: the architecture.
-          params: in the inference layout; see `qwen_jax.inference.weights.fuse`. With `options.adapter_ranks`, together
-            with the factors of `qwen_jax.inference.adapters.place_factors`.
-          mesh: of the parameters; only its tensor and expert axes may be larger than 1.
-          options: layout of the parameters and compute dtype.
-          vocab_limit: ids from here on are padding and never sampled.
-          settings: sizes, and the dtype of pages.
-
-        Raises:
-          InputError: a reward model, or a mesh that does not fit.
-        """
-        check_generates(config)
-        split = [axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1]
-        if split:
-            raise InputError(
-                f"The runner shards models over the tensor and expert axes alone; the {split[0]} axis is "
-                f"{mesh.shape[split[0]]}, make it 1. Start one process for each replica instead."
-            )
-        if options.stacked or not options.fused or options.capacity_factor:
-            raise ValueError("The runner needs Options(stacked=False, fused=True) without a capacity factor.")
-        self.config, self.params, self.mesh, self.settings = config, params, mesh, settings
-        fewest_rows = 4 if mesh.devices.flat[0].platform == "tpu" else 1
-        self.buckets = settings.buckets or Buckets.of(settings, fewest_rows)
+        """The arguments are those of `RunnerState`."""
+        super().__init__(config, params, mesh, options, vocab_limit, settings)
         self.slots = Slots(settings.max_seqs, -(-self.buckets.slots[-1] // settings.page_size), settings.page_size)
-        self.static = StaticArgs(config, Sharding.for_inference(config, mesh), options, vocab_limit, settings)
-        self._programs = Programs(self.static, self.buckets, mesh)
-        self._everywhere = NamedSharding(mesh, P())
-        self._pages, self._state = self._make_state()
 
-    def _make_state(self) -> tuple[Pages, State]:
-        shapes = abstract_state(self.static, self.mesh)
-        shardings = jax.tree.map(lambda x: x.sharding, shapes)
-
-        def empty(params: Params) -> tuple[Pages, State]:
-            pages, state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            if not isinstance(pages.keys[0], QuantizedRows):
-                return pages, state
-            # These factors stay when the weights change: they only say how finely keys are rounded.
-            channels = channels_of_keys(params, self.config, self.static.sharding)
-            keys = [dataclasses.replace(x, channels_Kd=y) for x, y in zip(pages.keys, channels, strict=True)]
-            return pages._replace(keys=tuple(keys)), state
-
-        with jax.set_mesh(self.mesh):
-            return jax.jit(empty, out_shardings=shardings)(self.params)
-
-    # --- programs ---
-
-    def programs(self) -> list[str]:
-        """The names of all programs."""
-        return self._programs.names
-
-    def compile(self, report: Report | None = None) -> None:
-        """Compiles all programs; nothing is compiled afterwards.
-
-        Args:
-          report: called in this thread after each program.
-        """
-        self._programs.compile(self.params, report)
-
-    def _run(self, program: Program, *args: Any) -> Any:
-        return self._programs.get(program, self.params)(*args)
-
-    def _place(self, x: np.ndarray) -> jax.Array:
-        return jax.device_put(x, self._everywhere)
-
-    def _place_packed(self, packed: np.ndarray, adapters: Sequence[int] | np.ndarray, axis: int) -> jax.Array:
-        """Places what a program takes for each row or token along the first or second axis, with their adapters."""
+    def _with_adapters(self, packed: np.ndarray, adapters: Sequence[int] | np.ndarray, axis: int) -> np.ndarray:
+        """What a program takes for each row or token along the first or second axis, with their adapters."""
         if self.static.options.adapter_ranks:
             numbers = np.zeros(packed.shape[axis], np.int32)
             numbers[: len(adapters)] = adapters
             packed = np.concatenate([packed, np.expand_dims(numbers, 1 - axis)], 1 - axis)
         elif np.any(adapters):
             raise ValueError("This runner has no adapters: make it with Options(adapter_ranks=...).")
-        return self._place(packed)
-
-    def update_weights(self, params: Params) -> None:
-        """Runs with other parameters from the next call on. Nothing is copied or compiled.
-
-        What was written to pages is of the old parameters.
-
-        Args:
-          params: of the same structure, shapes, dtypes and shardings.
-
-        Raises:
-          ValueError: they differ.
-        """
-        old, new = jax.tree.leaves_with_path(self.params), jax.tree.leaves_with_path(params)
-        if [path for path, _ in old] != [path for path, _ in new]:
-            raise ValueError("The new parameters have another structure than the old ones.")
-        for (path, was), (_, now) in zip(old, new, strict=True):
-            same = was.shape == now.shape and was.dtype == now.dtype
-            if not same or not was.sharding.is_equivalent_to(now.sharding, was.ndim):
-                raise ValueError(
-                    f"Expected {jax.tree_util.keystr(path)} as {was.dtype} {was.shape} with {was.sharding}; got "
-                    f"{now.dtype} {now.shape} with {now.sharding}."
-                )
-        self.params = params
+        return packed
 
     # --- steps ---
 
@@ -206,8 +110,8 @@ class Runner:
             last[i] = at - 1
         # What is behind the last slot is masked, not skipped: it must be finite.
         table[page:] = table[page - 1]
-        placed = self._place_packed(packed, adapters.tolist(), axis=1), self._place(np.concatenate([last, table]))
-        logits, self._pages = self._run(Program("prefill", E, T, slots), self.params, self._pages, *placed)
+        packed = self._with_adapters(packed, adapters.tolist(), axis=1)
+        logits: jax.Array = self.apply(Program("prefill", E, T, slots), packed, np.concatenate([last, table]))
         return logits
 
     def _set_table(self, table: np.ndarray, pages: Sequence[int], needed: int) -> None:
@@ -276,10 +180,8 @@ class Runner:
         return Program(kind, B, slots=slots), packed
 
     def _forward(self, program: Program, packed: np.ndarray, adapters: Sequence[int] | np.ndarray) -> jax.Array:
-        args = self.params, self._pages, self._state.tokens_S, self._place_packed(packed, adapters, axis=0)
-        logits, self._pages = self._run(program, *args)
-        result: jax.Array = logits
-        return result
+        logits: jax.Array = self.apply(program, self._with_adapters(packed, adapters, axis=0))
+        return logits
 
     # --- sampling ---
 
@@ -360,15 +262,9 @@ class Runner:
             variant = with_mask(variant)
             packed[masks.rows, MASKED] = 1
             self._set_masks("set masks" + kind.removeprefix("sample"), packed[masks.rows, SLOT], masks.allowed)
-        program = Program(kind, len(logits), variant=variant)
-        read = sampled_state(self._state, variant)
-        found, tokens_S, counts_SV = self._run(program, logits, *read, self._place(packed))
-        self._state = self._state._replace(tokens_S=tokens_S)
-        if self._state.rules is not None and counts_SV is not None:
-            self._state = self._state._replace(rules=self._state.rules._replace(counts_BV=counts_SV))
+        found: jax.Array = self.apply(Program(kind, len(logits), variant=variant), packed, read=logits)
         found.copy_to_host_async()
-        result: jax.Array = found
-        return result
+        return found
 
     def _set_masks(self, kind: str, slots: np.ndarray, allowed: np.ndarray) -> None:
         """Sends the masks of some slots. Those of other rows stay on the device, and have no effect."""
@@ -377,8 +273,7 @@ class Runner:
         slot_M = np.full(program.rows, self.settings.max_seqs, np.int32)
         padded = np.full((program.rows, *allowed.shape[1:]), -1, np.int32)
         slot_M[: len(slots)], padded[: len(slots)] = slots, allowed
-        masks_STW = self._run(program, self._state.masks_STW, self._place(slot_M), self._place(padded))
-        self._state = self._state._replace(masks_STW=masks_STW)
+        self.apply(program, slot_M, padded)
 
     def set_rules(
         self, slot: int, prompt_ids: Sequence[int], output_ids: Sequence[int], bias: Mapping[int, float]
@@ -399,8 +294,7 @@ class Runner:
         prompt[np.asarray(prompt_ids, np.int64)] = True
         for token, value in bias.items():
             biases[token] = value
-        arrays = [self._place(x) for x in (np.asarray([slot], np.int32), counts, prompt, biases)]
-        self._state = self._state._replace(rules=self._run(Program("set rules"), self._state.rules, *arrays))
+        self.apply(Program("set rules"), np.asarray([slot], np.int32), counts, prompt, biases)
 
     def clear_pages(self, pages: Sequence[int]) -> None:
         """Fills pages with zeros: those of a sequence whose logits were not finite, before others get them.
@@ -411,7 +305,7 @@ class Runner:
             ids = np.full(CLEARED, self.settings.num_pages, np.int32)
             part = pages[first : first + CLEARED]
             ids[: len(part)] = part
-            self._pages = self._run(Program("clear"), self._pages, self._place(ids))
+            self.apply(Program("clear"), ids)
 
     # --- whole texts ---
 
@@ -429,7 +323,7 @@ class Runner:
         results: dict[int, PromptLogprobs] = {}
         for row, packed, hidden, _ in self._read_texts(texts, adapters):
             program = Program("score texts", tokens=packed.shape[1])
-            scored = np.asarray(self._run(program, self.params, hidden, packed))
+            scored = np.asarray(self.apply(program, packed, read=hidden))
             own, ids, top = np.split(scored, [1, 1 + self.static.tops], axis=1)
             logprobs, top_logprobs = (np.ascontiguousarray(x).view(np.float32) for x in (own[:, 0], top))
             for i, last in zip(row.texts, row.last, strict=False):
@@ -461,7 +355,7 @@ class Runner:
 
     def _read_texts(
         self, texts: Sequence[Sequence[int]], adapters: Sequence[int]
-    ) -> Iterator[tuple[TextRow, jax.Array, jax.Array, jax.Array]]:
+    ) -> Iterator[tuple[TextRow, np.ndarray, jax.Array, jax.Array]]:
         """Rows of texts: their packed arrays, their hidden states, and those pooled by text."""
         if not self.buckets.texts:
             raise ValueError("This runner reads no whole texts: make it with RunnerConfig(texts=True).")
@@ -470,7 +364,6 @@ class Runner:
         for row in pack_texts(texts, self.buckets.texts, self.settings.max_batched_tokens, most):
             # Each token has the adapter of its text; padding, whose text is 0, has none.
             of_text = np.asarray([0, *(adapters[i] if adapters else 0 for i in row.texts)])
-            packed = self._place_packed(row.packed, of_text[row.packed[2]].tolist(), axis=1)
-            last = self._place(row.last)
+            packed = self._with_adapters(row.packed, of_text[row.packed[2]].tolist(), axis=1)
             program = Program("read texts", tokens=row.packed.shape[1])
-            yield row, packed, *self._run(program, self.params, packed, last)
+            yield row, packed, *self.apply(program, packed, row.last)

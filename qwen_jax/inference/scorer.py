@@ -15,6 +15,7 @@ from qwen_jax.inference.prompts import Ids, check_ids
 from qwen_jax.inference.row_packing import RowPacker
 from qwen_jax.kernels import Implementation, packed_mask
 from qwen_jax.options import Options
+from qwen_jax.parallel.placing import place
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params, bind
 
@@ -114,7 +115,7 @@ class Scorer:
                 last.append((i, r, at - 1))
         with jax.set_mesh(self.mesh), jax.default_matmul_precision(self._precision):
             on_mesh = NamedSharding(self.mesh, self._sharding.tokens)
-            placed = jax.device_put((tokens, positions, segments), on_mesh)
+            placed = place((tokens, positions, segments), on_mesh)
             scores_BT = np.asarray(_scores(self.config, self._sharding, self._options, self.params, *placed))
         return [(i, float(scores_BT[r, t])) for i, r, t in last]
 

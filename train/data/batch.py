@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from qwen_jax.parallel import placing
 from qwen_jax.parallel.sharding import Sharding
 
 B = TypeVar("B")
@@ -52,11 +53,7 @@ def place(batch: B, mesh: Mesh) -> B:
         any other tree of [batch, length] arrays.
       mesh: from `qwen_jax.parallel.sharding.make_mesh`.
     """
-    sharding = NamedSharding(mesh, Sharding.tokens)
-    if jax.process_count() == 1:
-        placed: B = jax.device_put(batch, sharding)
-        return placed
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i]), batch)
+    return placing.place(batch, NamedSharding(mesh, Sharding.tokens))
 
 
 def row_part(mesh: Mesh, batch_size: int) -> tuple[int, int]:

@@ -1,0 +1,86 @@
+"""An engine in several processes: process 0 plans and reads, the others run the same programs with the same arrays."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from qwen_jax.errors import InputError
+from qwen_jax.inference.runner_lowering import Program
+from qwen_jax.inference.runner_state import RunnerState
+from qwen_jax.parallel.broadcast import Broadcast
+
+
+class Hosts:
+    """The processes of an engine's mesh, which must be all of the job.
+
+    Requests, schedules, texts and grammars are in process 0 alone, which leads. The others know none of them, so that
+    nothing there has to be computed twice in the same way: not clocks, nor threads, nor the order of arrivals.
+
+    Attributes:
+      leads: whether this process does.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        """
+        Args:
+          mesh: with devices of several processes.
+
+        Raises:
+          InputError: it has none of some process.
+        """
+        processes = sorted({device.process_index for device in mesh.devices.flat})
+        if len(processes) < jax.process_count():
+            raise InputError(
+                f"The mesh has devices of {len(processes)} of {jax.process_count()} processes. Use devices of one "
+                "process, or of all."
+            )
+        self._broadcast, self._runners = Broadcast(), list[RunnerState]()
+        self.leads = self._broadcast.sends
+
+    def add(self, runner: RunnerState) -> None:
+        """Has the other processes run the programs of a runner. All processes add theirs in the same order."""
+        number = len(self._runners)
+        self._runners.append(runner)
+
+        def tell(program: Program, arrays: Sequence[np.ndarray]) -> None:
+            self._broadcast.send({"runner": number, "program": dataclasses.astuple(program)}, arrays)
+
+        if self.leads:
+            runner.on_program = tell
+
+    def tell(self, what: str, why: str = "") -> None:
+        """Tells the others what to do beside programs.
+
+        Args:
+          what: "compile" all programs, "update" the weights, or "end", with an error if there is a reason.
+          why: the reason.
+        """
+        self._broadcast.send({"do": what, "why": why})
+
+    def follow(self, update: Callable[[], None]) -> None:
+        """Does what process 0 does, until that ends.
+
+        Args:
+          update: takes the weights that this process was given.
+
+        Raises:
+          RuntimeError: the engine of process 0 has failed.
+        """
+        while True:
+            message, arrays = self._broadcast.receive()
+            if "program" in message:
+                program: Any = Program(*message["program"])
+                self._runners[message["runner"]].repeat(program, arrays)
+            elif message["do"] == "compile":
+                for runner in self._runners:
+                    runner.compile()
+            elif message["do"] == "update":
+                update()
+            elif message["why"]:
+                raise RuntimeError(f"The engine has failed in process 0: {message['why']}")
+            else:
+                return

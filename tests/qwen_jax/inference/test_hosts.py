@@ -1,0 +1,112 @@
+"""The engine of many requests in two processes: its texts are those of one process, and all processes end together."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import convert
+from qwen_jax.errors import InputError
+from qwen_jax.inference import ContinuousEngine, Ending, Engine, Request, SamplingParams
+from qwen_jax.inference.proposers import Ngrams
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import make_mesh
+from qwen_jax.tokenizer import train_bpe
+from tests.helpers.hf import make_hf_checkpoint
+from tests.helpers.processes import run
+from tests.helpers.runs import print_seed
+
+VOCAB = 288
+CHOICES = ["hello world", "hello there"]
+
+
+def loaded(folder: Path, axes: dict[str, int]) -> Any:
+    mesh = make_mesh(axes, None if axes else jax.devices()[:1])
+    return *convert.load(folder, mesh, "float32", Options(stacked=False)), mesh
+
+
+def make_engine(folder: Path, axes: dict[str, int]) -> ContinuousEngine:
+    sizes: dict[str, Any] = {"max_seqs": 4, "max_length": 128, "page_size": 16, "max_batched_tokens": 32}
+    tokenizer = train_bpe(["hello world, hello there"] * 4, 280)
+    some = {"tokenizer": tokenizer, "proposer": Ngrams(2, rows=2), "eos_token_ids": []}
+    return ContinuousEngine(*loaded(folder, axes), dtype="float32", **sizes, **some)
+
+
+def results(folder: Path, other: Path, requests: list[Request], axes: dict[str, int]) -> dict[str, Any] | None:
+    """What an engine gives for requests, with two sets of weights; None in a process that does not lead."""
+    found: dict[str, Any] = {}
+    with make_engine(folder, axes) as engine:
+        if engine.leads:
+            found["first"] = [(one.token_ids, [t.logprob for t in one.tokens]) for one in engine.generate(requests)]
+            grammar = engine.grammars and engine.grammars.choice(CHOICES)
+            chosen = [
+                dataclasses.replace(requests[i], grammar=grammar, ending=Ending(frozenset(), (), 32)) for i in (0, 1)
+            ]
+            found["chosen"] = [one.text for one in engine.generate(chosen)]
+            stream = engine.submit(dataclasses.replace(requests[0], ending=Ending(frozenset(), (), 60)))
+            next(stream)
+            stream.cancel()
+            found["cancelled"] = stream.result().finish_reason, engine.stats().running
+            prompts = [list(request.prompt) for request in requests[:2]]
+            found["scores"] = engine.score(prompts, prompts[::-1])
+            found["embedded"] = engine.embed(prompts)
+        else:
+            with pytest.raises(RuntimeError, match="process 0 gives the engine its requests"):
+                engine.submit(requests[0])
+        _, params, _ = loaded(other, axes)
+        engine.update_weights(params)
+        if engine.leads:
+            found["second"] = [(one.token_ids, [t.logprob for t in one.tokens]) for one in engine.generate(requests)]
+    return found or None
+
+
+def in_two(*args: Any) -> Any:
+    """In each of two processes: what engines give, and what the failure of one is for the other process."""
+    folder, axes = args[0], args[-1]
+    found = results(*args)
+    engine = make_engine(folder, axes)
+    if engine.leads:
+
+        def fail() -> None:
+            raise ValueError("the reason")
+
+        engine._steps.run = fail  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="the reason"):
+            engine.generate(args[2])
+    else:
+        with pytest.raises(RuntimeError, match="failed in process 0: ValueError: the reason"):
+            engine.close()
+    with pytest.raises(InputError, match="the data axis is 4"):
+        make_engine(folder, {"data": 4})
+    return found
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """Tokens, log-probabilities, grammars, speculation, scores and embeddings, before and after other weights."""
+    rng = print_seed()
+    folders = tmp_path / "first", tmp_path / "second"
+    for seed, folder in enumerate(folders):
+        make_hf_checkpoint(folder, seed=seed, vocab_size=VOCAB, num_key_value_heads=2, eos_token_id=None)
+    requests = []
+    for i in range(6):
+        sampling = SamplingParams() if i % 2 else SamplingParams(1.0, seed=int(rng.integers(1 << 32)))
+        ending = Ending(frozenset(), (), int(rng.integers(1, 12)))
+        more: dict[str, Any] = {"presence_penalty": 0.5, "logit_bias": {3: -1.0}} if i == 2 else {"top_logprobs": i}
+        requests.append(Request(tuple(rng.integers(0, 270, rng.integers(1, 60)).tolist()), ending, sampling, **more))
+    want = results(*folders, requests, {})
+    got, nothing = run(in_two, *folders, requests, {"tensor": 4}, processes=2, devices=2)
+    assert want is not None
+    assert nothing is None
+    for name in ("first", "second"):
+        assert [ids for ids, _ in got[name]] == [ids for ids, _ in want[name]]
+        for (_, a), (_, b) in zip(got[name], want[name], strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+    assert got["chosen"] == want["chosen"]
+    assert set(got["chosen"]) <= set(CHOICES)
+    assert got["cancelled"] == ("abort", 0)
+    for name in ("scores", "embedded"):
+        for a, b in zip(got[name], want[name], strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
