@@ -71,16 +71,13 @@ class ScoreDocuments:
         import jax
 
         from qwen_jax.cli.formats import CheckpointFormats
+        from qwen_jax.parallel.multihost import check_uses_all
         from qwen_jax.parallel.sharding import make_mesh, parse_mesh
 
         # Everything that can be wrong is checked before the weights are loaded.
         shards = sibling("train.curate.scoring.shards").find_shards(self.input, self.field)
         mesh = make_mesh(parse_mesh(self.mesh))
-        if len({device.process_index for device in mesh.devices.flat}) < jax.process_count():
-            raise InputError(
-                f"The mesh {self.mesh or 'of one device'} does not use the devices of all {jax.process_count()} "
-                f"processes. Give one of all {jax.device_count()} devices, such as --mesh data={jax.device_count()}."
-            )
+        check_uses_all(mesh, "data")
         questions, scorers = sibling("train.curate.scoring.questions"), sibling("train.curate.scoring.scorers")
         options = sibling("train.curate.scoring.model").ScoringOptions(
             self.max_tokens, self.row_tokens, self.batch_tokens, self.dtype

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -32,7 +33,8 @@ _OPTIONS = {"max_waiting": "max_queue", "drain_timeout": "shutdown_timeout"}
 class Serve:
     """Serve a model over HTTP: OpenAI's API, metrics for Prometheus, and a chat page at /.
 
-    A reward model answers /v1/score. SIGTERM and Ctrl-C let running requests end first.
+    A reward model answers /v1/score. SIGTERM and Ctrl-C let running requests end first. A model may be spread over
+    several machines: start the same command on each; process 0 answers.
 
     Args:
         folder: Checkpoint folder (Hugging Face or Orbax) or Hub id.
@@ -72,6 +74,10 @@ class Serve:
         max_body_bytes: Of a request.
         request_timeout: Seconds that a request may take; 0 is no limit.
         shutdown_timeout: Seconds that running requests get after SIGTERM.
+        distributed: First join the other processes of a SLURM, GKE, MPI or TPU job.
+        coordinator: HOST:PORT of process 0, if no scheduler says it.
+        num_processes: How many, if no scheduler says it.
+        process_id: Of this process, if no scheduler says it.
     """
 
     folder: ModelPosition = None
@@ -104,6 +110,10 @@ class Serve:
     max_body_bytes: Annotated[int, tyro.conf.arg(metavar="N")] = 16 * 2**20
     request_timeout: Annotated[float, tyro.conf.arg(metavar="X")] = 0.0
     shutdown_timeout: Annotated[float, tyro.conf.arg(metavar="X")] = 30.0
+    distributed: bool = False
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    num_processes: Count = None
+    process_id: Count = None
 
     def run(self) -> int:
         # Everything that can be wrong is checked before the weights are loaded.
@@ -112,13 +122,27 @@ class Serve:
         self._check_numbers()
         if missing := [package for package in _PACKAGES if importlib.util.find_spec(package) is None]:
             raise InputError(f"The server needs {', '.join(missing)}: run pip install 'qwen-jax[serve]'.")
+        first = True
+        if self.distributed or self.coordinator:
+            sibling("train.distributed").join(self.coordinator, self.num_processes, self.process_id)
+            import jax
+
+            first = jax.process_index() == 0
         from qwen_jax.serving.app import create_app
         from qwen_jax.serving.server import listen, run
 
         settings = self._settings(name)
-        # A port that is taken is found before the weights are loaded.
-        listen(self.host, self.port).close()
+        if first:
+            # A port that is taken is found before the weights are loaded.
+            listen(self.host, self.port).close()
         service = self._service(name, adapters)
+        if not first:
+            assert service.engine is not None
+            # Signals to the whole job reach process 0, too, which lets running requests end.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
+            service.engine.close()
+            return 0
         app = create_app(service, settings)
         interrupted = run(app, self.host, self.port, self._announce)
         return 130 if interrupted else 0
@@ -182,6 +206,8 @@ class Serve:
         from qwen_jax.serving.settings import Service
         from qwen_jax.tokenizer import load_tokenizer
 
+        if jax.process_count() > 1:
+            raise InputError("A reward model is served by one process. Start a server on each machine.")
         enable_compilation_cache()
         small = resolve(name, SMALL)
         config, tokenizer, mesh = load_config(small), load_tokenizer(small), make_mesh(parse_mesh(self.mesh))
@@ -192,6 +218,7 @@ class Serve:
 
     def _language_model(self, name: str, adapters: dict[str, Path]) -> "Service":
         from qwen_jax.inference.continuous import ContinuousEngine
+        from qwen_jax.parallel.multihost import check_uses_all
         from qwen_jax.serving.settings import Service
 
         self._check_draft()
@@ -204,6 +231,7 @@ class Serve:
             trained_length=self.trained_length,
         )
         model = Model(name, Sampling(), running, need_tokenizer=True)
+        check_uses_all(model.mesh, "tensor")
         if self.max_model_len is not None and self.max_model_len > model.config.context_length:
             raise InputError(
                 f"--max-model-len is {self.max_model_len}, and the model's context has {model.config.context_length} "
@@ -228,7 +256,7 @@ class Serve:
         # The draft model's cache takes its memory before the engine takes the rest.
         proposer = self._proposer(model, dtype, most)
         engine = ContinuousEngine(config, params, model.mesh, proposer=proposer, **options)
-        if not self.lazy_compile:
+        if not self.lazy_compile and engine.leads:
             self._compile(engine)
         return Service(engine=engine, defaults=model.defaults)
 

@@ -3,8 +3,10 @@
 import contextlib
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from qwen_jax.errors import InputError
 
@@ -19,6 +21,22 @@ def gather_from_processes(values: int | list[int]) -> np.ndarray:
       int32 [processes] or [processes, numbers], by process index.
     """
     return np.asarray(multihost_utils.process_allgather(np.asarray(values, np.int32)))
+
+
+def check_uses_all(mesh: Mesh, axis: str) -> None:
+    """Raises InputError for a mesh without devices of some process.
+
+    Args:
+      mesh: that a command was given.
+      axis: to propose.
+    """
+    processes = {device.process_index for device in mesh.devices.flat}
+    if len(processes) < jax.process_count():
+        given = ",".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "of one device"
+        raise InputError(
+            f"The mesh {given} does not use the devices of all {jax.process_count()} processes. Give one of all "
+            f"{jax.device_count()} devices, such as --mesh {axis}={jax.device_count()}."
+        )
 
 
 @contextlib.contextmanager

@@ -87,7 +87,7 @@ def run(
 
 
 class Job:
-    """Processes of `qwen-jax train pretrain` that form one job.
+    """Processes of a command that form one job.
 
     Attributes:
       started: by process index.
@@ -122,22 +122,35 @@ class Job:
 
 @contextlib.contextmanager
 def train(
-    config: str | os.PathLike[str],
-    *changes: str,
-    processes: int = 1,
-    devices: int = 1,
-    options: Sequence[str] = (),
-    env: dict[str, str] | None = None,
-    launcher: Sequence[str] = (),
+    config: str | os.PathLike[str], *changes: str, options: Sequence[str] = (), **launching: Any
 ) -> Iterator[Job]:
     """Starts `qwen-jax train pretrain`, once or as several processes that find each other; ends them when it is left.
 
     Args:
       config: for `--config`.
       *changes: for `--set`.
+      options: further ones.
+      **launching: for `launch`.
+    """
+    command = ["train", "pretrain", "--config", os.fspath(config), *options]
+    with launch([*command, "--set", *changes] if changes else command, **launching) as job:
+        yield job
+
+
+@contextlib.contextmanager
+def launch(
+    arguments: Sequence[str],
+    processes: int = 1,
+    devices: int = 1,
+    env: dict[str, str] | None = None,
+    launcher: Sequence[str] = (),
+) -> Iterator[Job]:
+    """Starts a command of `qwen-jax`, once or as several processes that find each other; ends them when it is left.
+
+    Args:
+      arguments: of the command.
       processes: how many.
       devices: fake CPU devices in each process.
-      options: further ones.
       env: environment variables on top of this process's own.
       launcher: a command that the last process is started with, such as `prlimit`.
     """
@@ -149,8 +162,7 @@ def train(
         "PYTHONPATH": os.pathsep.join([root, *sys.path]),
         **(env or {}),
     }
-    command = [sys.executable, "-m", "qwen_jax", "train", "pretrain", "--config", os.fspath(config), *options]
-    command += ["--set", *changes] if changes else []
+    command = [sys.executable, "-m", "qwen_jax", *arguments]
     with tempfile.TemporaryDirectory(prefix="qwen-jax-job-") as name, reserved_port() as port:
         job = Job(Path(name))
         try:

@@ -10,7 +10,7 @@ import pytest
 
 import convert
 from qwen_jax.errors import InputError
-from qwen_jax.inference import ContinuousEngine, Ending, Engine, Request, SamplingParams
+from qwen_jax.inference import ContinuousEngine, Ending, Request, SamplingParams
 from qwen_jax.inference.proposers import Ngrams
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import make_mesh
@@ -89,9 +89,11 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     rng = print_seed()
     folders = tmp_path / "first", tmp_path / "second"
     for seed, folder in enumerate(folders):
-        make_hf_checkpoint(folder, seed=seed, vocab_size=VOCAB, num_key_value_heads=2, eos_token_id=None)
+        make_hf_checkpoint(
+            folder, seed=seed, vocab_size=VOCAB, num_key_value_heads=2, num_hidden_layers=1, eos_token_id=None
+        )
     requests = []
-    for i in range(6):
+    for i in range(4):
         sampling = SamplingParams() if i % 2 else SamplingParams(1.0, seed=int(rng.integers(1 << 32)))
         ending = Ending(frozenset(), (), int(rng.integers(1, 12)))
         more: dict[str, Any] = {"presence_penalty": 0.5, "logit_bias": {3: -1.0}} if i == 2 else {"top_logprobs": i}

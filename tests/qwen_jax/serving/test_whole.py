@@ -21,12 +21,13 @@ from starlette.testclient import TestClient
 
 import convert
 from qwen_jax.errors import InputError
-from qwen_jax.inference import ContinuousEngine, Engine, load_generation_defaults
+from qwen_jax.inference import ContinuousEngine, Engine, SamplingParams, load_generation_defaults
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.serving.app import create_app
 from qwen_jax.serving.settings import ServerSettings, Service
 from qwen_jax.tokenizer import load_tokenizer
+from tests.helpers.processes import launch
 from tests.helpers.scripted import make_words
 from tests.helpers.serving import until
 
@@ -189,6 +190,28 @@ def test_the_command_serves_until_it_is_told_to_end(folder: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.slow
+def test_two_processes_serve_one_model(folder: Path) -> None:
+    """Process 0 answers what one process answers. SIGTERM, which a scheduler sends to all, lets a request end first."""
+    (completion,) = Engine(*loaded(folder), tokenizer=load_tokenizer(folder), dtype="float32").generate(
+        "hello", max_new_tokens=60, eos_token_ids=[], sampling=SamplingParams(temperature=0)
+    )
+    arguments = ["serve", str(folder), "--port", "0", "--lazy-compile", "--max-model-len", "128", "--max-num-seqs", "2"]
+    with launch([*arguments, "--mesh", "tensor=4"], processes=2, devices=2) as job:
+        until(lambda: "Serving at " in job.output(0) or None not in [p.poll() for p in job.started], 120)
+        url = job.output(0).partition("Serving at ")[2].split()[0]
+        body = {"model": folder.name, "prompt": "hello", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json={**body, "stream": True}, timeout=60) as answer:
+            chunks = answer.iter_lines()
+            first = next(chunks)
+            for process in job.started:
+                process.send_signal(signal.SIGTERM)
+            events = [line.removeprefix("data: ") for line in [first, *chunks] if line.startswith("data: {")]
+        assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == completion.text
+        assert job.wait(60) == [0, 0], job
+        assert "Traceback" not in str(job)
 
 
 def test_the_packages_of_the_server_are_installed() -> None:
