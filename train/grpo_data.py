@@ -18,6 +18,7 @@ from rich.progress import Progress
 from qwen_jax.errors import InputError
 from qwen_jax.inference import ContinuousEngine
 from qwen_jax.parallel.multihost import in_step
+from qwen_jax.parallel.placing import read
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params
 from train.data.batch import place
@@ -33,6 +34,7 @@ from train.handover import Handover, make_handover
 from train.judge import Judge
 from train.policy import GrpoConfig
 from train.sampler import Prompt, Sampler
+from train.shared_rollouts import SharedRollouts
 from train.state import TrainState
 from train.step import EvalStep
 from train.tuned import Formats, TunedModel
@@ -50,7 +52,7 @@ class OpenedRun:
       formats: reads models.
       tuned: the model that is trained.
       mesh: of the trainer.
-      engine_meshes: one for each engine.
+      engine_meshes: one for each engine of this process; every process has as many.
       prompts: to train on.
       held_out: to evaluate on, by name.
       order: of the prompts.
@@ -93,7 +95,7 @@ def make_engines(run: OpenedRun) -> list[ContinuousEngine]:
     """The engines, with the weights of the checkpoint that the run begins with."""
     config, settings = run.config, run.config.engine
     rollouts = config.queries * config.sampling.group_size
-    max_seqs = min(settings.max_seqs, max(1, -(-rollouts // len(run.engine_meshes))))
+    max_seqs = min(settings.max_seqs, max(1, -(-rollouts // (len(run.engine_meshes) * jax.process_count()))))
     pages = settings.num_pages or max_seqs * -(-config.longest // settings.page_size)
     dtype = settings.dtype or config.step.dtype
     engines = []
@@ -133,6 +135,7 @@ class Rollouts:
         """
         self._run, self._config, self._write_log = run, run.config, log
         self._folder = Path(run.config.output).absolute() / "rollouts"
+        self._shared = SharedRollouts(run.judge)
         self._sampler: Sampler | None = None
         self._engines: list[ContinuousEngine] = []
         self._hand_over: Handover | None = None
@@ -167,8 +170,8 @@ class Rollouts:
         rewards: list[np.ndarray] = []
         for name, held_out in run.held_out.items():
             with run.progress(f"held out, {name}") as advance:
-                groups = sampler.sample(held_out.prompts, version=0, on_done=advance)
-            metrics = (episode := run.judge.episode(0, held_out.prompts, groups)).metrics()
+                episode, _ = self._shared.episode(0, held_out.prompts, sampler, 0, advance)
+            metrics = episode.metrics()
             kept = ("reward/mean", "response/tokens", "response/unfinished", *(f"reward/{n}" for n in episode.names))
             found |= {f"{name}_{key}": metrics[key] for key in kept}
             rewards.append(episode.rewards[~np.isnan(episode.rewards)])
@@ -212,7 +215,7 @@ class Rollouts:
     def _written(self, number: int, step: int) -> Episode | None:
         """An episode that an earlier launch has sampled with earlier weights than those of this step."""
         path = self._path(number)
-        if not path.exists():
+        if not self._shared.from_process_0(f"Looking for {path}", path.exists):
             return None
         # Rollouts of the weights of this very step are sampled again, in case the run has changed.
         written = read_episode(path)
@@ -240,25 +243,18 @@ class Rollouts:
                 f"Episode {number}: no reward function gave a signal for any of {len(episode.rewards)} responses. The "
                 f"first failure: {episode.rollouts[0].failure or 'the functions returned None'}. Check the reward."
             )
+        self._shared.from_process_0("Writing rollouts", lambda: self._write(number, episode))
+        return episode, {**times, "groups/replaced": float(replaced)}
+
+    def _write(self, number: int, episode: Episode) -> bool:
         write_episode(self._path(number), episode)
         (self._folder / f"{number - self._config.keep_rollouts:08d}.parquet").unlink(missing_ok=True)
-        return episode, {**times, "groups/replaced": float(replaced)}
+        return True
 
     def _round(self, number: int, prompts: Sequence[Prompt], version: int) -> Sampled:
         assert self._sampler is not None
-        begin = time.perf_counter()
         with self._run.progress(f"episode {number + 1}") as advance:
-            groups = self._sampler.sample(prompts, version, advance)
-        counts, sampled = self._sampler.counts, time.perf_counter()
-        episode = self._run.judge.episode(number, prompts, groups)
-        times = {
-            "seconds/rollouts": sampled - begin,
-            "seconds/rewards": time.perf_counter() - sampled,
-            "rollouts/tokens": float(counts.sampled_tokens),
-            "rollouts/preemptions": float(counts.preemptions),
-            "rollouts/empty": float(counts.empty),
-        }
-        return episode, times
+            return self._shared.episode(number, prompts, self._sampler, version, advance)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:08d}.parquet"
@@ -323,11 +319,12 @@ class Rollouts:
         found = [self._log_probs(state.params, batch, self._frozen()) for batch in batches]
         if len(batches) > 1:
             content = io.BytesIO()
-            arrays: dict[str, Any] = {f"part_{i}": np.asarray(x) for i, x in enumerate(found)}
-            np.savez(content, **arrays)
+            arrays: dict[str, Any] = {f"part_{i}": read(x) for i, x in enumerate(found)}
             with in_step(f"Writing {path}"):
-                write_file(path, content.getvalue())
-            (self._folder / f"{number - 2:08d}.old.npz").unlink(missing_ok=True)
+                if jax.process_index() == 0:
+                    np.savez(content, **arrays)
+                    write_file(path, content.getvalue())
+                    (self._folder / f"{number - 2:08d}.old.npz").unlink(missing_ok=True)
         return found
 
     def _log(self, step: int, episode: Episode, times: Mapping[str, float]) -> None:

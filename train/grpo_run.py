@@ -1,5 +1,6 @@
 """GRPO runs: from a configuration to a job, which `train.launch` takes to its end."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -15,6 +16,7 @@ from rich.console import Console
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
+from qwen_jax.parallel.multihost import in_step
 from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.tokenizer import Tokenizer
 from train.checkpoint import Checkpoints
@@ -36,6 +38,7 @@ from train.observe.report import Report, ReportedStage
 from train.resume import changed_tuning
 from train.sampler import Sampler
 from train.sandbox import Sandbox
+from train.shared_rollouts import SharedRollouts, local_meshes
 from train.start import Started, begin
 from train.tuned import Formats, TunedModel, check_reference
 
@@ -59,11 +62,6 @@ def train_grpo(
       InputError: prompts, rewards, model and folder that do not fit each other or the run in the folder; a quantised
         model; a folder in use; a reward that fails; or an episode without any reward.
     """
-    if jax.process_count() > 1:
-        raise InputError(
-            f"A GRPO run uses the devices of one process, got {jax.process_count()}. Run it on one host, with a mesh "
-            "over its devices."
-        )
     begun = begin(config, console)
     model, tokenizer, origin = formats.describe(config.model)
     if model.score is not None:
@@ -205,7 +203,7 @@ class _Run:
         shown += [f"held out, {name}: {prompts.describe()}" for name, prompts in opened.held_out.items()]
         shown.append(
             f"{opened.episodes:,} episodes of {config.queries} prompts x {config.sampling.group_size} responses; "
-            f"{len(opened.engine_meshes)} engine(s) of {opened.engine_meshes[0].size} device(s)"
+            f"{len(opened.engine_meshes) * jax.process_count()} engine(s) of {opened.engine_meshes[0].size} device(s)"
         )
         for name, function in opened.judge.functions.items():
             if described := getattr(function, "description", None):
@@ -223,8 +221,7 @@ class _Run:
         sampler = Sampler(engines, self.config.sampling, opened.environment)
         try:
             with opened.progress("sampling") as advance:
-                groups = sampler.sample(prompts, version=0, on_done=advance)
-            episode = opened.judge.episode(0, prompts, groups)
+                episode, _ = SharedRollouts(opened.judge).episode(0, prompts, sampler, 0, advance)
         finally:
             for engine in engines:
                 engine.close()
@@ -232,21 +229,36 @@ class _Run:
         for prompt, rewards in zip(episode.prompts, episode.grouped_rewards, strict=True):
             scores = [None if np.isnan(reward) else float(reward) for reward in rewards]
             lines.append(to_json({"number": prompt.number, "scores": scores}))
-        write_file(path, ("\n".join(lines) + "\n").encode())
+        with in_step(f"Writing {path}"):
+            if jax.process_index() == 0:
+                write_file(path, ("\n".join(lines) + "\n").encode())
         self.console.print(f"scores of {len(lines):,} prompts: {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _meshes(config: GrpoRunConfig) -> tuple[Mesh, list[Mesh]]:
-    """The mesh of the trainer and those of the engines: on all devices in turn, or each on its own."""
-    devices, apart = jax.devices(), config.engine.devices
-    if apart >= len(devices):
-        raise InputError(f"engine.devices={apart} leaves none of {len(devices)} devices to train on.")
-    training = len(devices) - apart
-    mesh = make_mesh(config.mesh, devices[:training] if apart else None)
+    """The mesh of the trainer and those of this process's engines: on all devices in turn, or each on its own.
+
+    Each process gives as many of its devices to engines, so that weights are handed over within it.
+    """
+    devices, (apart, rest) = jax.devices(), divmod(config.engine.devices, jax.process_count())
+    if rest:
+        raise InputError(
+            f"engine.devices={config.engine.devices} must be a multiple of the {jax.process_count()} processes."
+        )
+    of_process = collections.defaultdict[int, list[jax.Device]](list)
+    for device in devices:
+        of_process[device.process_index].append(device)
+    if any(apart >= len(own) for own in of_process.values()):
+        raise InputError(f"engine.devices={config.engine.devices} leaves none of {len(devices)} devices to train on.")
+    training = [device for own in of_process.values() for device in own[: len(own) - apart]]
+    mesh = make_mesh(config.mesh, training if apart else None)
     if mesh.shape["context"] > 1:
         raise InputError("GRPO has no context axis. Leave mesh.context out.")
-    sampling = make_mesh({"data": apart}, devices[training:]) if apart else mesh
-    return mesh, split_mesh(sampling, config.engine.tensor, config.engine.expert)
+    tensor, expert = config.engine.tensor, config.engine.expert
+    if not apart:
+        return mesh, local_meshes(split_mesh(mesh, tensor, expert))
+    own = of_process[jax.process_index()][-apart:]
+    return mesh, split_mesh(make_mesh({"data": apart}, own), tensor, expert)
 
 
 def _fixed_order(path: Path, prompts: PromptSet) -> list[int]:

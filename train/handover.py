@@ -131,6 +131,12 @@ class InferenceLayout:
                 parts[str(shard.index)][shard.device] = shard.data
             for device, index in sharding.addressable_devices_indices_map(x.shape).items():
                 have = parts[str(index)]
+                if not have:
+                    raise InputError(
+                        f"The trainer's devices of process {jax.process_index()} have not all parts of the weights of "
+                        f"an engine of {target.size} devices. Choose engine.tensor and engine.expert whose product "
+                        "divides their number in each process."
+                    )
                 now.append(have.get(device, next(iter(have.values()))))
                 then.append(SingleDeviceSharding(device))
         moved = iter(jax.device_put(now, then))

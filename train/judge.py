@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from qwen_jax.parallel.multihost import in_step
 from qwen_jax.tokenizer import Tokenizer
 from train.episodes import Episode, with_penalties
 from train.grpo_config import GrpoRunConfig
@@ -17,7 +19,8 @@ class Judge:
     """The reward functions of a run. Close it: some functions hold processes.
 
     Attributes:
-      functions: by name.
+      names: of the functions.
+      functions: by name; none but in process 0.
     """
 
     def __init__(self, config: GrpoRunConfig, formats: Formats, mesh: Mesh, tokenizer: Tokenizer):
@@ -25,14 +28,22 @@ class Judge:
         Args:
           config: of the run.
           formats: reads reward models.
-          mesh: that reward models are put on.
+          mesh: that reward models are put on, of process 0.
           tokenizer: of the policy.
 
         Raises:
           InputError: a reward that does not exist, or settings or weights that it does not take.
         """
         self._config = config
+        self.names = tuple(use.name for use in config.rewards)
         self.functions: dict[str, RewardFunction] = {}
+        self._weights: dict[str, float] = {}
+        with in_step("Opening the rewards"):
+            if jax.process_index() == 0:
+                self._open(formats, mesh, tokenizer)
+
+    def _open(self, formats: Formats, mesh: Mesh, tokenizer: Tokenizer) -> None:
+        config = self._config
         for use in config.rewards:
             settings = dict(use.settings)
             if use.spec == "reward_model":
@@ -47,11 +58,10 @@ class Judge:
         """Ends the processes of reward functions."""
         close_rewards(self.functions.values())
 
-    def episode(self, number: int, prompts: Sequence[Prompt], groups: Sequence[Sequence[Sample]]) -> Episode:
-        """An episode with the rewards and advantages of its rollouts.
+    def judge(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[Sample]]) -> tuple[np.ndarray, np.ndarray]:
+        """The scores and rewards of rollouts; see `Episode`. Process 0 calls it.
 
         Args:
-          number: of the episode.
           prompts: one for each group.
           groups: of rollouts.
 
@@ -71,5 +81,22 @@ class Judge:
             completion_ids=[rollout.ids[rollout.prompt_length :] for rollout in rollouts],
         )
         combined = combine(self.functions, scores, self._weights)
-        rewards = with_penalties(combined, rollouts, config.sampling.max_new_tokens, config.objective)
-        return Episode.of(number, prompts, groups, scores, rewards, tuple(self.functions), config.objective)
+        return scores, with_penalties(combined, rollouts, config.sampling.max_new_tokens, config.objective)
+
+    def episode(
+        self,
+        number: int,
+        prompts: Sequence[Prompt],
+        groups: Sequence[Sequence[Sample]],
+        scores: np.ndarray,
+        rewards: np.ndarray,
+    ) -> Episode:
+        """An episode with the advantages of its rollouts.
+
+        Args:
+          number: of the episode.
+          prompts: one for each group.
+          groups: of rollouts.
+          scores, rewards: of `judge`.
+        """
+        return Episode.of(number, prompts, groups, scores, rewards, self.names, self._config.objective)

@@ -1,4 +1,4 @@
-"""Messages from process 0 of a job to the others, in order.
+"""Messages between the processes of a job: from process 0 to the others in order, or from each to all in rounds.
 
 They travel through the key-value store of JAX's distributed runtime, which process 0 of the job holds. So no device
 takes part: a receiver may wait for hours, and devices run programs meanwhile.
@@ -6,16 +6,22 @@ takes part: a receiver may wait for hours, and devices run programs meanwhile.
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from qwen_jax.errors import InputError
+
+Message = tuple[Any, list[np.ndarray]]
+"""A JSON value, and arrays of any shapes and of NumPy's own dtypes."""
 # Messages that are sent before it is checked that all receivers have got those of the block before.
 _BLOCK = 64
 # How long one request to the store waits for a message; then it is made again.
 _WAIT_MS = 10_000
+_FAILED = b"!"
 _made = itertools.count()
 
 
@@ -35,52 +41,98 @@ class Broadcast:
         self._numbers = itertools.count()
 
     def send(self, message: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
-        """Sends a message. Raises `jax.errors.JaxRuntimeError` if the store cannot be reached.
-
-        Args:
-          message: JSON values.
-          arrays: of any shapes, and of NumPy's own dtypes.
-        """
+        """Sends a message, of JSON values. Raises `jax.errors.JaxRuntimeError` if the store cannot be reached."""
         number = next(self._numbers)
         block, place = divmod(number, _BLOCK)
         if place == 0 and block >= 2:
             for receiver in range(1, jax.process_count()):
-                self._wait(f"{self._name}/got/{block - 2}/{receiver}")
+                _wait(f"{self._name}/got/{block - 2}/{receiver}")
             _store().key_value_delete(f"{self._name}/{block - 2}/")
             _store().key_value_delete(f"{self._name}/got/{block - 2}/")
-        kinds = [(x.dtype.str, x.shape) for x in arrays]
-        head = json.dumps([message, kinds]).encode()
-        parts = [len(head).to_bytes(4, "little"), head, *(np.ascontiguousarray(x).tobytes() for x in arrays)]
-        _store().key_value_set_bytes(f"{self._name}/{block}/{place}", b"".join(parts))
+        _store().key_value_set_bytes(f"{self._name}/{block}/{place}", _packed(message, arrays))
 
-    def receive(self) -> tuple[dict[str, Any], list[np.ndarray]]:
+    def receive(self) -> Message:
         """Waits for the next message. The arrays are read-only.
 
         Raises:
           jax.errors.JaxRuntimeError: the store cannot be reached.
         """
         block, place = divmod(next(self._numbers), _BLOCK)
-        data = self._wait(f"{self._name}/{block}/{place}")
+        data = _wait(f"{self._name}/{block}/{place}")
         if place == _BLOCK - 1:
             _store().key_value_set_bytes(f"{self._name}/got/{block}/{jax.process_index()}", b"1")
-        at = 4 + int.from_bytes(data[:4], "little")
-        message, kinds = json.loads(data[4:at])
-        arrays = []
-        for name, shape in kinds:
-            dtype = np.dtype(name)
-            count = int(np.prod(shape, dtype=np.int64))
-            arrays.append(np.frombuffer(data, dtype, count, at).reshape(shape))
-            at += count * dtype.itemsize
-        return message, arrays
+        return _unpacked(data)
 
-    def _wait(self, key: str) -> bytes:
-        while True:
-            try:
-                found: bytes = _store().blocking_key_value_get_bytes(key, _WAIT_MS)
-                return found
-            except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    raise
+
+class Exchange:
+    """Messages of every process to all, in rounds. All processes make their exchanges in the same order.
+
+    One thread at a time of each process uses it. With one process, nothing is sent.
+    """
+
+    def __init__(self) -> None:
+        self._name = f"qwen_jax/exchange/{next(_made)}"
+        self._rounds = itertools.count()
+
+    def share(self, what: str, work: Callable[[], Message]) -> list[Message]:
+        """Does some work, and gives its result to all processes. It succeeds in every process or fails in every one.
+
+        Args:
+          what: describes the work in a message, such as "Sampling".
+          work: of this process.
+
+        Returns:
+          The results of all processes, by index.
+
+        Raises:
+          InputError: the work of another process failed. A process that failed raises its own exception.
+        """
+        if jax.process_count() == 1:
+            return [work()]
+        problem: Exception | None = None
+        data = _FAILED
+        try:
+            data = _packed(*work())
+        except Exception as error:
+            problem = error
+        number, here = next(self._rounds), jax.process_index()
+        if number >= 2:
+            # All have posted in the last round, for which they had read the one before it.
+            _store().key_value_delete(f"{self._name}/{number - 2}/{here}")
+        _store().key_value_set_bytes(f"{self._name}/{number}/{here}", data)
+        found = [data if i == here else _wait(f"{self._name}/{number}/{i}") for i in range(jax.process_count())]
+        if problem is not None:
+            raise problem
+        if _FAILED in found:
+            raise InputError(f"{what} failed in process {found.index(_FAILED)}; its message says why.")
+        return [_unpacked(one) for one in found]
+
+
+def _packed(message: Any, arrays: Sequence[np.ndarray]) -> bytes:
+    head = json.dumps([message, [(x.dtype.str, x.shape) for x in arrays]]).encode()
+    return b"".join([len(head).to_bytes(4, "little"), head, *(np.ascontiguousarray(x).tobytes() for x in arrays)])
+
+
+def _unpacked(data: bytes) -> Message:
+    at = 4 + int.from_bytes(data[:4], "little")
+    message, kinds = json.loads(data[4:at])
+    arrays = []
+    for name, shape in kinds:
+        dtype, count = np.dtype(name), math.prod(shape)
+        arrays.append(np.frombuffer(data, dtype, count, at).reshape(shape))
+        at += count * dtype.itemsize
+    return message, arrays
+
+
+def _wait(key: str) -> bytes:
+    """What is under a key, as soon as there is something."""
+    while True:
+        try:
+            found: bytes = _store().blocking_key_value_get_bytes(key, _WAIT_MS)
+            return found
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
 
 
 def _store() -> Any:

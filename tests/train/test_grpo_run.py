@@ -23,6 +23,7 @@ from qwen_jax.params import init_params
 from qwen_jax.published import published
 from qwen_jax.quantization import Quantization, Scheme
 from qwen_jax.tokenizer import load_tokenizer, train_bpe
+from tests.helpers.processes import run
 from tests.helpers.quantized import random_quantized
 from tests.helpers.runs import losses, print_seed, stop_after
 from train import grpo_command
@@ -150,6 +151,34 @@ def test_a_stopped_run_resumes_bit_for_bit(
     stale = [r["staleness"] for r in read_log(tmp_path / "straight" / "metrics.jsonl") if "staleness" in r]
     late = 0 if not changes or not changes[0].startswith("engine") else 2 if "updates=2" in changes else 1
     assert stale == [0, late, late, late]
+
+
+def stopped_and_resumed(files: Path, output: Path, *changes: str) -> None:
+    """In one of several processes: a run that is stopped after a step, and goes on."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 1)
+        assert train_grpo(configuration(files, output, *changes), _Formats())
+    assert not train_grpo(configuration(files, output, *changes), _Formats())
+
+
+@pytest.mark.draw(1)
+@pytest.mark.parametrize(
+    ("devices", "changes"),
+    [(1, ("updates=2", "objective.old=trainer")), (2, ("engine.devices=2", "objective.importance_cap=2.0"))],
+    ids=["in turn", "apart"],
+)
+def test_two_processes_are_one(devices: int, changes: tuple[str, ...], files: Path, tmp_path: Path) -> None:
+    """The rollouts, rewards and losses of one process with the same mesh, also for a run that was stopped."""
+    changes = (*changes, "mesh.fsdp=2", "episodes=2", "queries=3", "objective.kl_weight=0")
+    run(stopped_and_resumed, files, tmp_path / "two", *changes, processes=2, devices=devices)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: jax.local_devices()[: 2 * devices])
+        train_grpo(configuration(files, tmp_path / "one", *changes), _Formats())
+    for number in range(2):
+        a, b = (read_episode(tmp_path / name / "rollouts" / f"{number:08d}.parquet") for name in ("one", "two"))
+        assert [r.ids for r in a.rollouts] == [r.ids for r in b.rollouts]
+        np.testing.assert_array_equal(a.rewards, b.rewards)
+    np.testing.assert_array_equal(losses(tmp_path / "one"), losses(tmp_path / "two"))
 
 
 def test_the_mesh_does_not_change_rollouts(files: Path, tmp_path: Path) -> None:

@@ -1,0 +1,137 @@
+"""Rollouts in several processes: each samples a share of the prompts, process 0 judges, and all get everything.
+
+Each process has engines on its own devices, so no step of an engine waits for another process.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from qwen_jax.errors import InputError
+from qwen_jax.parallel.broadcast import Exchange, Message
+from train.episodes import Episode
+from train.judge import Judge
+from train.sampler import Prompt, Sample, SampleCounts, Sampler
+
+Progress = Callable[[int, int], None]
+"""Called with how many rollouts of this process are done, and how many there are."""
+
+
+class SharedRollouts:
+    """Samples and judges, together with the other processes: all of them call it with the same prompts.
+
+    What it returns is the same everywhere, and does not depend on the number of processes. No device takes part in the
+    exchange, so a thread may call it while the devices train.
+    """
+
+    def __init__(self, judge: Judge) -> None:
+        """
+        Args:
+          judge: of the run.
+        """
+        self._judge, self._exchange = judge, Exchange()
+
+    def episode(
+        self, number: int, prompts: Sequence[Prompt], sampler: Sampler, version: int, progress: Progress
+    ) -> tuple[Episode, dict[str, float]]:
+        """An episode, and numbers of how it was sampled.
+
+        Args:
+          number: of the episode.
+          prompts: all of them.
+          sampler: with the engines of this process.
+          version: of the weights.
+          progress: of this process.
+
+        Raises:
+          InputError: sampling or a reward failed here, or in another process.
+        """
+        begin = time.perf_counter()
+        first, step = jax.process_index(), jax.process_count()
+
+        def sample() -> Message:
+            return _message(sampler.sample(prompts[first::step], version, progress), sampler.counts)
+
+        # Prompts are dealt out in turn.
+        groups: list[Any] = [None] * len(prompts)
+        counts: list[SampleCounts] = []
+        for i, message in enumerate(self._exchange.share("Sampling rollouts", sample)):
+            groups[i::step], some = _of_message(message, version)
+            counts.append(some)
+        sampled = time.perf_counter()
+        judge = self._judge
+        judged = self._exchange.share(
+            "Judging rollouts", lambda: (None, list(judge.judge(prompts, groups)) if first == 0 else [])
+        )
+        scores, rewards = judged[0][1]
+        episode = judge.episode(number, prompts, groups, scores, rewards)
+        return episode, {
+            "seconds/rollouts": sampled - begin,
+            "seconds/rewards": time.perf_counter() - sampled,
+            "rollouts/tokens": float(sum(one.sampled_tokens for one in counts)),
+            "rollouts/preemptions": float(sum(one.preemptions for one in counts)),
+            "rollouts/empty": float(sum(one.empty for one in counts)),
+        }
+
+    def from_process_0(self, what: str, work: Callable[[], bool]) -> bool:
+        """What some work in process 0 returns, in all processes; as `Exchange.share`."""
+        found = self._exchange.share(what, lambda: (bool(work()) if jax.process_index() == 0 else None, []))
+        return bool(found[0][0])
+
+
+def local_meshes(meshes: Sequence[Mesh]) -> list[Mesh]:
+    """The meshes of the engines of this process.
+
+    Args:
+      meshes: of all engines.
+
+    Raises:
+      InputError: an engine would have devices of several processes, or the processes have different numbers of them.
+    """
+    owners = [{device.process_index for device in mesh.devices.flat} for mesh in meshes]
+    if any(len(owner) > 1 for owner in owners):
+        raise InputError(
+            f"An engine of {meshes[0].size} devices would have some of several processes. Choose engine.tensor and "
+            f"engine.expert whose product divides the {jax.local_device_count()} devices of each process."
+        )
+    found = [mesh for mesh, owner in zip(meshes, owners, strict=True) if owner == {jax.process_index()}]
+    if len(found) * jax.process_count() != len(meshes):
+        raise InputError(
+            f"Process {jax.process_index()} has {len(found)} of {len(meshes)} engines; expected as many in each of "
+            f"{jax.process_count()} processes. Use a mesh of all {jax.device_count()} devices."
+        )
+    return found
+
+
+def _message(groups: Sequence[Sequence[Sample]], counts: SampleCounts) -> Message:
+    samples = [sample for group in groups for sample in group]
+    about = {
+        "groups": len(groups),
+        "counts": dataclasses.asdict(counts),
+        "samples": [[s.finished, s.prompt_length, s.text, s.turns, s.failure, len(s.ids)] for s in samples],
+    }
+    ids, trained, log_probs = [np.zeros(0, np.int32)], [np.zeros(0, bool)], [np.zeros(0, np.float32)]
+    for s in samples:
+        ids.append(np.asarray(s.ids, np.int32))
+        trained.append(s.trained)
+        log_probs.append(s.log_probs)
+    return about, [np.concatenate(ids), np.concatenate(trained), np.concatenate(log_probs)]
+
+
+def _of_message(message: Message, version: int) -> tuple[list[list[Sample]], SampleCounts]:
+    about, (ids, trained, log_probs) = message
+    samples, at = [], 0
+    for finished, prompt_length, text, turns, failure, length in about["samples"]:
+        part = slice(at, at + length)
+        numbers = ids[part].tolist(), trained[part], log_probs[part]
+        samples.append(Sample(*numbers, finished, version, prompt_length, text, turns, failure))
+        at += length
+    count = about["groups"]
+    size = len(samples) // max(count, 1)
+    groups = [samples[i * size : (i + 1) * size] for i in range(count)]
+    return groups, SampleCounts(**about["counts"])
