@@ -59,7 +59,7 @@ def write_samples(
     end_ids: Sequence[int],
     max_new_tokens: int,
 ) -> list[str]:
-    """Completes prompts greedily and appends the texts to `samples.jsonl`.
+    """Completes prompts greedily and appends the texts to `samples.jsonl`. All processes of a mesh call it together.
 
     While it writes, the weights exist a second time, in the compute dtype.
 
@@ -94,7 +94,8 @@ def write_samples(
             "finish_reason": completion.finish_reason,
             "answer": tokenizer.decode(prompt.answer),
         }
-        append_record(folder / SAMPLES, record)
+        if jax.process_index() == 0:
+            append_record(folder / SAMPLES, record)
     return texts
 
 

@@ -217,14 +217,9 @@ class _Run:
         config = self.config
         if config.method == "reward" or not config.samples:
             return []
-        # The engine reads its texts in one process, and takes no update beside codes.
-        reasons = {
-            "in several processes": jax.process_count() > 1,
-            "beside quantised weights": self.model.quantization is not None,
-        }
-        if any(reasons.values()):
-            why = next(reason for reason, holds in reasons.items() if holds)
-            self.console.print(f"no samples are written {why}", highlight=False, markup=False)
+        if self.model.quantization is not None:
+            # The engine takes no update beside codes.
+            self.console.print("no samples are written beside quantised weights", highlight=False, markup=False)
             return []
         stores = [(packed.store, packed.selection.units.tolist()) for packed in self.held_out.values()]
         turns = itertools.zip_longest(*([(store, unit) for unit in units] for store, units in stores))

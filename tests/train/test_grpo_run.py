@@ -164,12 +164,15 @@ def stopped_and_resumed(files: Path, output: Path, *changes: str) -> None:
 @pytest.mark.draw(1)
 @pytest.mark.parametrize(
     ("devices", "changes"),
-    [(1, ("updates=2", "objective.old=trainer")), (2, ("engine.devices=2", "objective.importance_cap=2.0"))],
+    [
+        (1, ("updates=2", "objective.old=trainer", "queries=4")),
+        (2, ("engine.devices=2", "objective.importance_cap=2.0", "queries=3")),
+    ],
     ids=["in turn", "apart"],
 )
 def test_two_processes_are_one(devices: int, changes: tuple[str, ...], files: Path, tmp_path: Path) -> None:
     """The rollouts, rewards and losses of one process with the same mesh, also for a run that was stopped."""
-    changes = (*changes, "mesh.fsdp=2", "episodes=2", "queries=3", "objective.kl_weight=0")
+    changes = (*changes, "mesh.fsdp=2", "episodes=2", "objective.kl_weight=0")
     run(stopped_and_resumed, files, tmp_path / "two", *changes, processes=2, devices=devices)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: jax.local_devices()[: 2 * devices])
