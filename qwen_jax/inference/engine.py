@@ -406,7 +406,7 @@ class Engine:
 
     def _check_memory(self, batch: int, slots: int) -> None:
         """Raises InputError if the cache does not fit into memory, where the device reports its memory."""
-        stats = self.mesh.devices.flat[0].memory_stats() or {}
+        stats = self.mesh.local_devices[0].memory_stats() or {}
         if "bytes_limit" not in stats:
             return
         shards = self.sharding.batch_shards * self.sharding.tensor

@@ -285,10 +285,13 @@ def tuned(files: str, output: str) -> list[float]:
 
 
 def test_two_processes_tune_as_one_does(files: Path, tmp_path: Path) -> None:
-    """One tokenizes and writes the reference's numbers for both; they export one model."""
+    """One tokenizes and writes the reference's numbers for both; they write the same samples and export one model."""
     first, second = run_processes(tuned, str(files), str(tmp_path / "two"))
     assert first == second
     np.testing.assert_allclose(first, tuned(str(files), str(tmp_path / "one")), rtol=1e-4)
+    one, two = (read_log(tmp_path / name / "samples.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two) > 2
+    assert one[:2] == two[:2]  # Of the first evaluation, when no step has changed the weights yet.
     assert load_config(tmp_path / "two" / "model") == load_config(tmp_path / "one" / "model")
 
 
