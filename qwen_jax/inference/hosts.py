@@ -47,7 +47,9 @@ class Hosts:
         self._runners.append(runner)
 
         def tell(program: Program, arrays: Sequence[np.ndarray]) -> None:
-            self._broadcast.send({"runner": number, "program": dataclasses.astuple(program)}, arrays)
+            # From step to step, page tables change in few places.
+            like = f"{number} {program.name}"
+            self._broadcast.send({"runner": number, "program": dataclasses.astuple(program)}, arrays, like)
 
         if self.leads:
             runner.on_program = tell

@@ -7,7 +7,7 @@ takes part: a receiver may wait for hours, and devices run programs meanwhile.
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,8 @@ _BLOCK = 64
 # How long one request to the store waits for a message; then it is made again.
 _WAIT_MS = 10_000
 _FAILED = b"!"
+# How an array is sent; smaller ones, in bytes, always whole.
+_WHOLE, _CHANGES, _SMALL = "whole", "changes", 1024
 _made = itertools.count()
 
 
@@ -39,9 +41,19 @@ class Broadcast:
         self.sends = jax.process_index() == 0
         self._name = f"qwen_jax/broadcast/{next(_made)}"
         self._numbers = itertools.count()
+        self._last: dict[str, Sequence[np.ndarray]] = {}
 
-    def send(self, message: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
-        """Sends a message, of JSON values. Raises `jax.errors.JaxRuntimeError` if the store cannot be reached."""
+    def send(self, message: Any, arrays: Sequence[np.ndarray] = (), like: str = "") -> None:
+        """Sends a message.
+
+        Args:
+          message: JSON values.
+          arrays: of any shapes and of NumPy's own dtypes; not changed afterwards if `like` is given.
+          like: of messages whose arrays differ little: those of the same shapes are sent as their differences.
+
+        Raises:
+          jax.errors.JaxRuntimeError: the store cannot be reached.
+        """
         number = next(self._numbers)
         block, place = divmod(number, _BLOCK)
         if place == 0 and block >= 2:
@@ -49,7 +61,14 @@ class Broadcast:
                 _wait(f"{self._name}/got/{block - 2}/{receiver}")
             _store().key_value_delete(f"{self._name}/{block - 2}/")
             _store().key_value_delete(f"{self._name}/got/{block - 2}/")
-        _store().key_value_set_bytes(f"{self._name}/{block}/{place}", _packed(message, arrays))
+        kinds, parts = list[str](), list[np.ndarray]()
+        for x, before in zip(arrays, self._before(like), strict=False):
+            kind, some = _difference(x, before)
+            kinds.append(kind)
+            parts += some
+        if like:
+            self._last[like] = arrays
+        _store().key_value_set_bytes(f"{self._name}/{block}/{place}", _packed([message, like, kinds], parts))
 
     def receive(self) -> Message:
         """Waits for the next message. The arrays are read-only.
@@ -61,7 +80,19 @@ class Broadcast:
         data = _wait(f"{self._name}/{block}/{place}")
         if place == _BLOCK - 1:
             _store().key_value_set_bytes(f"{self._name}/got/{block}/{jax.process_index()}", b"1")
-        return _unpacked(data)
+        (message, like, kinds), found = _unpacked(data)
+        parts = iter(found)
+        arrays = [
+            next(parts) if kind == _WHOLE else _changed(before, next(parts), next(parts))
+            for kind, before in zip(kinds, self._before(like), strict=False)
+        ]
+        if like:
+            self._last[like] = arrays
+        return message, arrays
+
+    def _before(self, like: str) -> Iterator[Any]:
+        """The arrays of the last message that was like one, and then None for ever."""
+        return itertools.chain(self._last.get(like, ()), itertools.repeat(None))
 
 
 class Exchange:
@@ -106,6 +137,22 @@ class Exchange:
         if _FAILED in found:
             raise InputError(f"{what} failed in process {found.index(_FAILED)}; its message says why.")
         return [_unpacked(one) for one in found]
+
+
+def _difference(x: np.ndarray, before: np.ndarray | None) -> tuple[str, list[np.ndarray]]:
+    """How an array is sent: whole, or the places and values that differ from an earlier one of its shape."""
+    if before is not None and before.shape == x.shape and before.dtype == x.dtype and x.nbytes > _SMALL:
+        flat = x.reshape(-1)
+        places = np.flatnonzero(before.reshape(-1) != flat)
+        if 4 * len(places) < len(flat):
+            return _CHANGES, [places.astype(np.int32), flat[places]]
+    return _WHOLE, [x]
+
+
+def _changed(before: np.ndarray, places: np.ndarray, values: np.ndarray) -> np.ndarray:
+    x = before.copy()
+    x.reshape(-1)[places] = values
+    return x
 
 
 def _packed(message: Any, arrays: Sequence[np.ndarray]) -> bytes:

@@ -2,10 +2,16 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
+from qwen_jax.errors import InputError
+from qwen_jax.parallel.broadcast import Broadcast, Exchange
 from tests.helpers.processes import ProcessError, run
+from tests.helpers.runs import print_seed
 
 
 def total(start: float) -> tuple[int, int, float]:
@@ -26,6 +32,51 @@ def total(start: float) -> tuple[int, int, float]:
 
 def test_processes_are_one_cluster() -> None:
     assert run(total, 1.0, processes=2, devices=2) == [(0, 2, 10.0), (1, 2, 10.0)]
+
+
+def messages(seed: int) -> list[tuple[Any, list[np.ndarray]]]:
+    """Random messages: each is unlike the one before it, or its arrays have other shapes, or differ little or much."""
+    rng, found = np.random.default_rng(seed), list[tuple[Any, list[np.ndarray]]]()
+    arrays: list[np.ndarray] = []
+    for i in range(200):
+        if not arrays or rng.random() < 0.1:
+            shapes = [rng.integers(0, 30, rng.integers(0, 3)) for _ in range(rng.integers(3))]
+            arrays = [rng.integers(0, 2**15, shape).astype(rng.choice(["i4", "u2", "f4", "?"])) for shape in shapes]
+        arrays = [np.where(rng.random(x.shape) < rng.choice([0.01, 0.9]), x + 1, x).astype(x.dtype) for x in arrays]
+        found.append(({"i": i, "text": "\ud83d", "like": ["", "a", "b"][rng.integers(3)]}, arrays))
+    return found
+
+
+def exchange(seed: int) -> int:
+    """In one of several processes: messages of process 0 and of all come as they were sent. The number of processes."""
+    broadcast, everybody, sent = Broadcast(), Exchange(), messages(seed)
+    for message, arrays in sent:
+        got, found = message, arrays
+        if broadcast.sends:
+            broadcast.send(message, arrays, message["like"])
+        else:
+            got, found = broadcast.receive()
+        assert got == message
+        assert [(x.dtype, x.shape) for x in found] == [(x.dtype, x.shape) for x in arrays]
+        assert all(np.array_equal(x, y) for x, y in zip(found, arrays, strict=True))
+    here = jax.process_index()
+    for i in range(5):
+        shared = everybody.share("This", lambda i=i: ([i, here], [np.full(here, i)]))  # type: ignore[misc]
+        assert [(message, x.tolist()) for message, (x,) in shared] == [([i, 0], []), ([i, 1], [i])]
+
+    def fail_in_one() -> Any:
+        if here == 1:
+            raise ZeroDivisionError
+        return None, []
+
+    with pytest.raises((InputError, ZeroDivisionError), match="That failed in process 1" if here == 0 else ""):
+        everybody.share("That", fail_in_one)
+    return len(everybody.share("At last", lambda: (None, [])))
+
+
+def test_messages_between_processes_arrive_as_they_were_sent() -> None:
+    rng = print_seed()
+    assert run(exchange, int(rng.integers(2**31))) == [2, 2]
 
 
 def fail_in_one() -> None:

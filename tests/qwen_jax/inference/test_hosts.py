@@ -11,7 +11,6 @@ import pytest
 import convert
 from qwen_jax.errors import InputError
 from qwen_jax.inference import ContinuousEngine, Ending, Request, SamplingParams
-from qwen_jax.inference.proposers import Ngrams
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.tokenizer import train_bpe
@@ -31,7 +30,7 @@ def loaded(folder: Path, axes: dict[str, int]) -> Any:
 def make_engine(folder: Path, axes: dict[str, int]) -> ContinuousEngine:
     sizes: dict[str, Any] = {"max_seqs": 4, "max_length": 128, "page_size": 16, "max_batched_tokens": 32}
     tokenizer = train_bpe(["hello world, hello there"] * 4, 280)
-    some = {"tokenizer": tokenizer, "proposer": Ngrams(2, rows=2), "eos_token_ids": []}
+    some = {"tokenizer": tokenizer, "eos_token_ids": []}
     return ContinuousEngine(*loaded(folder, axes), dtype="float32", **sizes, **some)
 
 
@@ -85,7 +84,7 @@ def in_two(*args: Any) -> Any:
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    """Tokens, log-probabilities, grammars, speculation, scores and embeddings, before and after other weights."""
+    """Tokens, log-probabilities, grammars, scores and embeddings, before and after other weights."""
     rng = print_seed()
     folders = tmp_path / "first", tmp_path / "second"
     for seed, folder in enumerate(folders):
