@@ -387,6 +387,7 @@ class Engine:
                         )
                     started += self.chunk
                 tokens_BN, logprobs_BN = newest
+                assert tokens_BN is not None
                 yield read(tokens_BN), None if logprobs_BN is None else read(logprobs_BN)
                 newest = upcoming
         finally:

@@ -160,8 +160,8 @@ class RunnerState:
         return self._programs.get(program, self.params)(*args)
 
     def _place(self, x: np.ndarray) -> jax.Array:
-        placed: Any = place(x, self._everywhere)
-        return placed  # type: ignore[no-any-return]
+        placed: jax.Array = place(x, self._everywhere)
+        return placed
 
     def update_weights(self, params: Params) -> None:
         """Runs with other parameters from the next call on. Nothing is copied or compiled.

@@ -1,16 +1,14 @@
 """Arrays of the host on a mesh that may span several processes, and back."""
 
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-T = TypeVar("T")
 
-
-def place(tree: T, sharding: NamedSharding) -> T:
+def place(tree: Any, sharding: NamedSharding) -> Any:
     """Puts NumPy arrays, the same in every process, on the devices of a mesh.
 
     `jax.device_put` does the same, but with several processes it compares the arrays of all of them first, by a
@@ -24,8 +22,7 @@ def place(tree: T, sharding: NamedSharding) -> T:
       The same tree of global `jax.Array`s. Each process transfers the parts of its own devices.
     """
     if sharding.is_fully_addressable:
-        placed: T = jax.device_put(tree, sharding)
-        return placed
+        return jax.device_put(tree, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
 
 
@@ -36,6 +33,6 @@ def read(x: jax.Array) -> np.ndarray:
     return np.asarray(x)
 
 
-def is_shared(mesh: Any) -> bool:
+def is_shared(mesh: Mesh) -> bool:
     """Whether a mesh has devices of several processes."""
     return len({device.process_index for device in mesh.devices.flat}) > 1

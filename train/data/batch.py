@@ -53,7 +53,8 @@ def place(batch: B, mesh: Mesh) -> B:
         any other tree of [batch, length] arrays.
       mesh: from `qwen_jax.parallel.sharding.make_mesh`.
     """
-    return placing.place(batch, NamedSharding(mesh, Sharding.tokens))
+    placed: B = placing.place(batch, NamedSharding(mesh, Sharding.tokens))
+    return placed
 
 
 def row_part(mesh: Mesh, batch_size: int) -> tuple[int, int]:
