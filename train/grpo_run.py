@@ -30,7 +30,7 @@ from train.fields import call
 from train.files import write_file
 from train.grpo_config import GrpoRunConfig
 from train.grpo_data import OpenedRun, Rollouts, make_engines, rows_that_fit
-from train.handover import check_handover, split_mesh
+from train.handover import check_handover, local_meshes, split_mesh
 from train.judge import Judge
 from train.launch import Export, Job, Phase
 from train.loop import Measurement
@@ -38,7 +38,7 @@ from train.observe.report import Report, ReportedStage
 from train.resume import changed_tuning
 from train.sampler import Sampler
 from train.sandbox import Sandbox
-from train.shared_rollouts import SharedRollouts, local_meshes
+from train.shared_rollouts import SharedRollouts
 from train.start import Started, begin
 from train.tuned import Formats, TunedModel, check_reference
 

@@ -221,6 +221,30 @@ def split_mesh(mesh: Mesh, tensor: int = 1, expert: int = 1) -> list[Mesh]:
     return [Mesh(part.reshape(shape), AXES, axis_types=explicit) for part in np.split(devices, len(devices) // size)]
 
 
+def local_meshes(meshes: Sequence[Mesh]) -> list[Mesh]:
+    """The meshes of the engines of this process, of which every process has as many.
+
+    Args:
+      meshes: of all engines, from `split_mesh`.
+
+    Raises:
+      InputError: an engine would have devices of several processes, or the processes have different numbers of them.
+    """
+    owners = [{device.process_index for device in mesh.devices.flat} for mesh in meshes]
+    if any(len(owner) > 1 for owner in owners):
+        raise InputError(
+            f"An engine of {meshes[0].size} devices (tensor x expert) would have some of several processes. Choose "
+            f"sizes whose product divides the {jax.local_device_count()} devices of each process."
+        )
+    found = [mesh for mesh, owner in zip(meshes, owners, strict=True) if owner == {jax.process_index()}]
+    if len(found) * jax.process_count() != len(meshes):
+        raise InputError(
+            f"Process {jax.process_index()} has {len(found)} of {len(meshes)} engines; expected as many in each of "
+            f"{jax.process_count()} processes. Use a mesh of all {jax.device_count()} devices."
+        )
+    return found
+
+
 def _convert(
     model: ModelConfig,
     step: StepConfig,

@@ -10,9 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from qwen_jax.errors import InputError
 from qwen_jax.parallel.broadcast import Exchange, Message
 from train.episodes import Episode
 from train.judge import Judge
@@ -82,30 +80,6 @@ class SharedRollouts:
         """What some work in process 0 returns, in all processes; as `Exchange.share`."""
         found = self._exchange.share(what, lambda: (bool(work()) if jax.process_index() == 0 else None, []))
         return bool(found[0][0])
-
-
-def local_meshes(meshes: Sequence[Mesh]) -> list[Mesh]:
-    """The meshes of the engines of this process.
-
-    Args:
-      meshes: of all engines.
-
-    Raises:
-      InputError: an engine would have devices of several processes, or the processes have different numbers of them.
-    """
-    owners = [{device.process_index for device in mesh.devices.flat} for mesh in meshes]
-    if any(len(owner) > 1 for owner in owners):
-        raise InputError(
-            f"An engine of {meshes[0].size} devices would have some of several processes. Choose engine.tensor and "
-            f"engine.expert whose product divides the {jax.local_device_count()} devices of each process."
-        )
-    found = [mesh for mesh, owner in zip(meshes, owners, strict=True) if owner == {jax.process_index()}]
-    if len(found) * jax.process_count() != len(meshes):
-        raise InputError(
-            f"Process {jax.process_index()} has {len(found)} of {len(meshes)} engines; expected as many in each of "
-            f"{jax.process_count()} processes. Use a mesh of all {jax.device_count()} devices."
-        )
-    return found
 
 
 def _message(groups: Sequence[Sequence[Sample]], counts: SampleCounts) -> Message:

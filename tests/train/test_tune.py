@@ -29,7 +29,10 @@ from qwen_jax.tokenizer import train_bpe
 from tests.helpers.processes import run as run_processes
 from tests.helpers.quantized import random_quantized
 from tests.helpers.runs import assert_same_weights, final_weights, launches, losses, print_seed, stop_after
+from tests.helpers.small_tasks import Written, measured, write_lines
 from train import tune, tune_command
+from train.evaluate import registry
+from train.evaluate.in_training import TaskEvaluation
 from train.fields import set_fields
 from train.loop import LoopConfig
 from train.merging import Merging
@@ -278,17 +281,25 @@ def test_a_mesh_tunes_as_one_device_does(files: Path, tmp_path: Path) -> None:
 
 
 def tuned(files: str, output: str) -> list[float]:
-    """DPO in one of two processes; the losses."""
+    """DPO in one of two processes, in which a task generates texts; the losses."""
     config = configuration(Path(files), "dpo", Path(output))
-    assert not tune.tune(dataclasses.replace(config, mesh={"fsdp": 2}), _Formats())
+    tasks = TaskEvaluation(("written",), every=100, limit=5, data_root=files)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "tasks", lambda: {"written": Written()})
+        assert not tune.tune(dataclasses.replace(config, mesh={"fsdp": 2}, tasks=tasks), _Formats())
     return losses(output)
 
 
 def test_two_processes_tune_as_one_does(files: Path, tmp_path: Path) -> None:
-    """One tokenizes and writes the reference's numbers for both; they write the same samples and export one model."""
+    """One tokenizes and writes the reference's numbers for both; they write the same samples, and export one model."""
+    write_lines(files, print_seed())
     first, second = run_processes(tuned, str(files), str(tmp_path / "two"))
     assert first == second
     np.testing.assert_allclose(first, tuned(str(files), str(tmp_path / "one")), rtol=1e-4)
+    # Of the first weights; a text of later ones may differ by a near-tie.
+    a, b = (measured(tmp_path / name)[0] for name in ("one", "two"))
+    assert a == b
+    assert a["task/written/items"] == 5
     one, two = (read_log(tmp_path / name / "samples.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) > 2
     assert one[:2] == two[:2]  # Of the first evaluation, when no step has changed the weights yet.

@@ -1,13 +1,17 @@
 """A checkpoint in this process that answers requests on token ids as lm-eval's `hf` backend does."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
+
+import jax
 
 from qwen_jax.errors import InputError
 from qwen_jax.inference import ContinuousEngine, SamplingParams
 from qwen_jax.inference.completion import Ending
 from qwen_jax.inference.likelihood import Likelihood, LikelihoodScorer
 from qwen_jax.inference.request import Request as EngineRequest
+from qwen_jax.parallel.broadcast import Exchange, Message
 from train.evaluate.encoding import RequestEncoder
 from train.evaluate.task import Generate, Loglikelihood, Request, Response, Rolling
 
@@ -36,6 +40,7 @@ class TokenModel:
         scorer: LikelihoodScorer | None,
         engine: ContinuousEngine | None,
         identity: Mapping[str, Any] | None = None,
+        exchange: Exchange | None = None,
     ):
         """
         Args:
@@ -44,10 +49,13 @@ class TokenModel:
           scorer: answers `Loglikelihood` and `Rolling`; None if there are none.
           engine: answers `Generate`; None if there are none.
           identity: what decides the answers besides the requests.
+          exchange: with it, all processes are asked the same, and each has an engine, which generates a share of the
+            texts.
         """
         self.name, self.encoder = name, encoder
         self.context_length: int | None = encoder.context_length
         self._scorer, self._engine, self._identity = scorer, engine, dict(identity or {})
+        self._exchange = exchange
 
     def identity(self) -> Mapping[str, Any]:
         """See `Model.identity`."""
@@ -62,7 +70,11 @@ class TokenModel:
         for begin in range(0, len(scored), _PART):
             self._score(scored[begin : begin + _PART], done)
         for begin in range(0, len(texts), _PART):
-            self._generate(texts[begin : begin + _PART], done)
+            part = texts[begin : begin + _PART]
+            if self._exchange is None:
+                self._generate(part, done)
+            else:
+                self._generate_together(part, self._exchange, done)
 
     def _score(self, requests: Sequence[tuple[int, Request]], done: Done) -> None:
         if self._scorer is None:
@@ -102,6 +114,18 @@ class TokenModel:
             return [self.encoder.pair(request.context, request.continuation)]
         assert isinstance(request, Rolling)
         return self.encoder.windows(request.text)
+
+    def _generate_together(self, requests: Sequence[tuple[int, Request]], exchange: Exchange, done: Done) -> None:
+        """As `_generate`, with the other processes: requests are dealt out in turn."""
+        found: dict[int, Response] = {}
+
+        def work() -> Message:
+            self._generate(requests[jax.process_index() :: jax.process_count()], found.__setitem__)
+            return [[i, dataclasses.asdict(response)] for i, response in found.items()], []
+
+        for responses, _ in exchange.share("Generating texts", work):
+            for i, response in responses:
+                done(i, Response(**response))
 
     def _generate(self, requests: Sequence[tuple[int, Request]], done: Done) -> None:
         if self._engine is None:
