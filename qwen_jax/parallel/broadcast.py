@@ -86,7 +86,7 @@ class Broadcast:
         (message, like, kinds), found = _unpacked(data)
         parts = iter(found)
         arrays = [
-            next(parts) if kind == _WHOLE else _changed(before, next(parts), next(parts))
+            next(parts) if kind == _WHOLE else _changed(before, *(next(parts) for _ in range(3)))
             for kind, before in zip(kinds, self._before(like), strict=False)
         ]
         if like:
@@ -143,17 +143,28 @@ class Exchange:
 
 
 def _difference(x: np.ndarray, before: np.ndarray | None) -> tuple[str, list[np.ndarray]]:
-    """How an array is sent: whole, or the places and values that differ from an earlier one of its shape."""
-    if before is not None and before.shape == x.shape and before.dtype == x.dtype and x.nbytes > _SMALL:
-        flat = x.reshape(-1)
-        places = np.flatnonzero(before.reshape(-1) != flat)
-        if 4 * len(places) < len(flat):
-            return _CHANGES, [places.astype(np.int32), flat[places]]
+    """How an array is sent: whole, or the places and values that differ from an earlier one of its shape.
+
+    The rows of a matrix may have changed places: they are compared with the earlier ones that begin with the same
+    number.
+    """
+    if before is None or before.shape != x.shape or before.dtype != x.dtype or x.nbytes <= _SMALL:
+        return _WHOLE, [x]
+    order = np.zeros(0, np.int32)
+    if x.ndim == 2:
+        first, sorter = before[:, 0], np.argsort(before[:, 0])
+        order = sorter[np.minimum(np.searchsorted(first, x[:, 0], sorter=sorter), len(first) - 1)].astype(np.int32)
+        before = before[order]
+    flat = x.reshape(-1)
+    places = np.flatnonzero(before.reshape(-1) != flat)
+    if 4 * len(places) < len(flat):
+        return _CHANGES, [order, places.astype(np.int32), flat[places]]
     return _WHOLE, [x]
 
 
-def _changed(before: np.ndarray, places: np.ndarray, values: np.ndarray) -> np.ndarray:
-    x = before.copy()
+def _changed(before: np.ndarray, order: np.ndarray, places: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The array of which `_difference` told the difference."""
+    x = before[order] if before.ndim == 2 else before.copy()
     x.reshape(-1)[places] = values
     return x
 

@@ -35,14 +35,19 @@ def test_processes_are_one_cluster() -> None:
 
 
 def messages(seed: int) -> list[tuple[Any, list[np.ndarray]]]:
-    """Random messages: each is unlike the one before it, or its arrays have other shapes, or differ little or much."""
+    """Random messages: each is unlike the one before it, or its arrays have other shapes, or differ little or
+    much, or in the order of their rows."""
     rng, found = np.random.default_rng(seed), list[tuple[Any, list[np.ndarray]]]()
     arrays: list[np.ndarray] = []
     for i in range(200):
-        if not arrays or rng.random() < 0.1:
-            shapes = [rng.integers(0, 30, rng.integers(0, 3)) for _ in range(rng.integers(3))]
+        if not arrays or rng.random() < 0.05:
+            shapes = [rng.integers(0, 80, rng.integers(0, 3)) for _ in range(rng.integers(5))]
             arrays = [rng.integers(0, 2**15, shape).astype(rng.choice(["i4", "u2", "f4", "?"])) for shape in shapes]
-        arrays = [np.where(rng.random(x.shape) < rng.choice([0.01, 0.9]), x + 1, x).astype(x.dtype) for x in arrays]
+        if rng.random() < 0.5:
+            arrays = [rng.permutation(x) if x.ndim else x for x in arrays]
+        arrays = [
+            np.where(rng.random(x.shape) < rng.choice([0.01, 0.02, 0.9]), x + 1, x).astype(x.dtype) for x in arrays
+        ]
         found.append(({"i": i, "text": "\ud83d", "like": ["", "a", "b"][rng.integers(3)]}, arrays))
     return found
 
