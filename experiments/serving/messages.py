@@ -27,7 +27,7 @@ def milliseconds(pages: int, like: str) -> float:
         if broadcast.sends:
             table = np.roll(table, -1, axis=0)
             table[rng.integers(0, ROWS, CHANGES), rng.integers(1, 3 + pages, CHANGES)] += 1
-            broadcast.send({"program": ["decode", ROWS, 0, 32 * pages, "plain"]}, [table], like)
+            broadcast.send({"program": ["decode", ROWS, 0, 32 * pages, "plain"]}, [table], like, column=0)
         else:
             broadcast.receive()
     return (time.perf_counter() - begin) / MESSAGES * 1e3

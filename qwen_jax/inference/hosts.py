@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qwen_jax.errors import InputError
+from qwen_jax.inference.row_sampling import SLOT
 from qwen_jax.inference.runner_lowering import Program
 from qwen_jax.inference.runner_state import RunnerState
 from qwen_jax.parallel.broadcast import Broadcast
@@ -46,10 +47,13 @@ class Hosts:
         number = len(self._runners)
         self._runners.append(runner)
 
+        in_decode = -3 - bool(runner.static.options.adapter_ranks)
+        slot_columns = {"decode": in_decode, "verify": in_decode, "sample": SLOT, "sample verified": SLOT}
+
         def tell(program: Program, arrays: Sequence[np.ndarray]) -> None:
-            # From step to step, page tables change in few places.
-            like = f"{number} {program.name}"
-            self._broadcast.send({"runner": number, "program": dataclasses.astuple(program)}, arrays, like)
+            # From step to step, page tables change in few places; and rows move when a text before them has ended.
+            like, column = f"{number} {program.name}", slot_columns.get(program.kind)
+            self._broadcast.send({"runner": number, "program": dataclasses.astuple(program)}, arrays, like, column)
 
         if self.leads:
             runner.on_program = tell

@@ -46,13 +46,15 @@ class Broadcast:
         self._numbers = itertools.count()
         self._last: dict[str, Sequence[np.ndarray]] = {}
 
-    def send(self, message: Any, arrays: Sequence[np.ndarray] = (), like: str = "") -> None:
+    def send(self, message: Any, arrays: Sequence[np.ndarray] = (), like: str = "", column: int | None = None) -> None:
         """Sends a message.
 
         Args:
           message: JSON values.
           arrays: of any shapes and of NumPy's own dtypes; not changed afterwards if `like` is given.
           like: of messages whose arrays differ little: those of the same shapes are sent as their differences.
+          column: of matrices whose rows may have changed places since then: those with the same number in this column
+            are compared.
 
         Raises:
           jax.errors.JaxRuntimeError: the store cannot be reached.
@@ -66,7 +68,7 @@ class Broadcast:
             _store().key_value_delete(f"{self._name}/got/{block - 2}/")
         kinds, parts = list[str](), list[np.ndarray]()
         for x, before in zip(arrays, self._before(like), strict=False):
-            kind, some = _difference(x, before)
+            kind, some = _difference(x, before, column)
             kinds.append(kind)
             parts += some
         if like:
@@ -142,19 +144,15 @@ class Exchange:
         return [_unpacked(one) for one in found]
 
 
-def _difference(x: np.ndarray, before: np.ndarray | None) -> tuple[str, list[np.ndarray]]:
-    """How an array is sent: whole, or the places and values that differ from an earlier one of its shape.
-
-    The rows of a matrix may have changed places: they are compared with the earlier ones that begin with the same
-    number.
-    """
+def _difference(x: np.ndarray, before: np.ndarray | None, column: int | None) -> tuple[str, list[np.ndarray]]:
+    """How an array is sent: whole, or the places and values that differ from the rows of an earlier one."""
     if before is None or before.shape != x.shape or before.dtype != x.dtype or x.nbytes <= _SMALL:
         return _WHOLE, [x]
-    order = np.zeros(0, np.int32)
-    if x.ndim == 2:
-        first, sorter = before[:, 0], np.argsort(before[:, 0])
-        order = sorter[np.minimum(np.searchsorted(first, x[:, 0], sorter=sorter), len(first) - 1)].astype(np.int32)
-        before = before[order]
+    order = np.arange(len(x), dtype=np.int32)
+    if x.ndim == 2 and column is not None:
+        key, sorter = before[:, column], np.argsort(before[:, column])
+        order = sorter[np.minimum(np.searchsorted(key, x[:, column], sorter=sorter), len(key) - 1)].astype(np.int32)
+    before = before[order]
     flat = x.reshape(-1)
     places = np.flatnonzero(before.reshape(-1) != flat)
     if 4 * len(places) < len(flat):
@@ -164,7 +162,7 @@ def _difference(x: np.ndarray, before: np.ndarray | None) -> tuple[str, list[np.
 
 def _changed(before: np.ndarray, order: np.ndarray, places: np.ndarray, values: np.ndarray) -> np.ndarray:
     """The array of which `_difference` told the difference."""
-    x = before[order] if before.ndim == 2 else before.copy()
+    x = before[order]
     x.reshape(-1)[places] = values
     return x
 

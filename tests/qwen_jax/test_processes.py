@@ -39,8 +39,10 @@ def messages(seed: int) -> list[tuple[Any, list[np.ndarray]]]:
     much, or in the order of their rows."""
     rng, found = np.random.default_rng(seed), list[tuple[Any, list[np.ndarray]]]()
     arrays: list[np.ndarray] = []
+    column = None
     for i in range(200):
         if not arrays or rng.random() < 0.05:
+            column = None if rng.random() < 0.5 else 0
             shapes = [rng.integers(0, 80, rng.integers(0, 3)) for _ in range(rng.integers(5))]
             arrays = [rng.integers(0, 2**15, shape).astype(rng.choice(["i4", "u2", "f4", "?"])) for shape in shapes]
         if rng.random() < 0.5:
@@ -48,7 +50,7 @@ def messages(seed: int) -> list[tuple[Any, list[np.ndarray]]]:
         arrays = [
             np.where(rng.random(x.shape) < rng.choice([0.01, 0.02, 0.9]), x + 1, x).astype(x.dtype) for x in arrays
         ]
-        found.append(({"i": i, "text": "\ud83d", "like": ["", "a", "b"][rng.integers(3)]}, arrays))
+        found.append(({"i": i, "text": "\ud83d", "like": ["", "a", "b"][rng.integers(3)], "column": column}, arrays))
     return found
 
 
@@ -58,7 +60,7 @@ def exchange(seed: int) -> int:
     for message, arrays in sent:
         got, found = message, arrays
         if broadcast.sends:
-            broadcast.send(message, arrays, message["like"])
+            broadcast.send(message, arrays, message["like"], message["column"])
         else:
             got, found = broadcast.receive()
         assert got == message

@@ -56,6 +56,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     seen: dict[str, Any] = {}
 
     class ContinuousEngine(FakeEngine):
+        leads = True
+
         def __init__(self, config: Any, params: Any, mesh: Any, **options: Any) -> None:
             seen.update(config=config, params=params, mesh=mesh, options=options)
             super().__init__(tokenizer=options["tokenizer"], config=config)
