@@ -99,8 +99,8 @@ def in_two(*args: Any) -> Any:
     else:
         with pytest.raises(RuntimeError, match="failed in process 0: ValueError: the reason"):
             engine.close()
-    with pytest.raises(InputError, match="the data axis is 4"):
-        make_engine(folder, {"data": 4})
+    with pytest.raises(InputError, match="the data axis is 2"):
+        make_engine(folder, {"data": 2})
     return found
 
 
@@ -121,7 +121,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         more: dict[str, Any] = {"presence_penalty": 0.5, "logit_bias": {3: -1.0}} if i == 2 else {"top_logprobs": i}
         requests.append(Request(tuple(rng.integers(0, 270, rng.integers(1, 60)).tolist()), ending, sampling, **more))
     want = results(*folders, requests, {})
-    got, nothing = run(in_two, *folders, requests, {"tensor": 4}, processes=2, devices=2)
+    got, nothing = run(in_two, *folders, requests, {"tensor": 2}, processes=2)
     assert want is not None
     assert nothing is None
     for name in ("first", "second"):

@@ -199,7 +199,7 @@ def test_two_processes_serve_one_model(folder: Path) -> None:
         "hello", max_new_tokens=60, eos_token_ids=[], sampling=SamplingParams(temperature=0)
     )
     arguments = ["serve", str(folder), "--port", "0", "--lazy-compile", "--max-model-len", "128", "--max-num-seqs", "2"]
-    with launch([*arguments, "--mesh", "tensor=4"], processes=2, devices=2) as job:
+    with launch([*arguments, "--mesh", "tensor=2"], processes=2) as job:
         until(lambda: "Serving at " in job.output(0) or None not in [p.poll() for p in job.started], 120)
         url = job.output(0).partition("Serving at ")[2].split()[0]
         body = {"model": folder.name, "prompt": "hello", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
