@@ -60,7 +60,7 @@ def test_a_step_that_is_not_finite_is_skipped(mesh: Mesh) -> None:
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     moments: str, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, with moments in fewer bits too. Factors are those of the step's own operands: nothing to be saved."""
+    """Bit for bit, with moments in fewer bits too. Factors are those of the step's own operands: none are saved."""
 
     def config(name: str) -> Any:
         config = configuration(material, tmp_path / name)
