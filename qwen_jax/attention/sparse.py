@@ -138,6 +138,7 @@ def attend(
     scale: float,
     budgets_H2: jax.Array | None = None,
     length: jax.Array | int | None = None,
+    end: jax.Array | int | None = None,
     means: tuple[jax.Array, jax.Array] | None = None,
     implementation: kernels.Implementation = "auto",
     tiling: Tiling | None = None,
@@ -157,6 +158,7 @@ def attend(
       scale: multiplies the logits; positive.
       budgets_H2: int32, columns and slashes of each query head, for `VerticalSlash`; see `VerticalSlash.budgets`.
       length: int32 scalar, queries that are not padding at the end of the chunk; by default all.
+      end: int32 scalar, the cache slot at which the prompts end, for `PooledBlocks.last`; None if no query is the last.
       means: `block_means` of the keys and values, for `PooledBlocks`; by default they are computed.
       implementation: of `kernels.sparse_attention` and `kernels.column_attention`.
       tiling: sizes of tiles and pieces, for `VerticalSlash`; by default those of the implementation.
@@ -185,6 +187,7 @@ def attend(
         v_BKSd,
         jnp.asarray(slot, jnp.int32),
         jnp.asarray(T if length is None else length, jnp.int32),
+        None if end is None else jnp.asarray(end, jnp.int32),
         budgets_H2,
         means,
         # Budgets are arguments; the pattern says only which one it is.
@@ -209,6 +212,7 @@ def _attend(
     v_BKSd: jax.Array,
     slot: jax.Array,
     length: jax.Array,
+    end: jax.Array | None,
     budgets_H2: jax.Array | None,
     means: tuple[jax.Array, jax.Array] | None,
     *,
@@ -236,9 +240,12 @@ def _attend(
         masks = [sparse_parts.mask_rows(part.mask, rows_R) for part in parts]
         full_BHR = sparse_parts.rows_lse(queries, masks, k_BKSd, v_BKSd, **how)
     # What to visit.
+    dense: pooled_blocks.DenseTiles | None = None
     if pattern is not None:
+        if end is not None and pattern.last:
+            dense = pooled_blocks.dense_tiles(parts[0].q_BTHd.shape[1], pattern.last, end - slot)
         with jax.named_scope("sparse_lists"):
-            visits = _visit_blocks(parts, k_BKSd, v_BKSd, pattern, bounds, means, how, min(capacity, S // BLOCK))
+            visits = _visit_blocks(parts, k_BKSd, v_BKSd, pattern, bounds, means, how, min(capacity, S // BLOCK), dense)
     else:
         with jax.named_scope("sparse_lines"):
             scores = _line_scores(parts, queries, masks, full_BHR, k_BKSd, v_BKSd, how)
@@ -262,6 +269,9 @@ def _attend(
                     )
                 )
     out_BTHd, lse_BHT = kernels.merge(merged)
+    if dense is not None:
+        with jax.named_scope("sparse_last"):
+            out_BTHd, lse_BHT = _attend_densely(parts, k_BKSd, v_BKSd, dense, out_BTHd, lse_BHT, how)
     density_BH = visits.visited_BH / jnp.maximum(_visible(parts), 1.0)[:, None]
     probe, audit = _recall(lse_BHT, full_BHR, rows_R) if measure else (None, None)
     skipped = Diagnostics(density_BH, probe, audit, visits.pieces_cut_BH, visits.columns_cut_BH)
@@ -283,21 +293,51 @@ class _Visits:
 def _visit_blocks(
     parts: Sequence[Part], k_BKSd: jax.Array, v_BKSd: jax.Array, pattern: PooledBlocks, bounds: Bounds,
     means: tuple[jax.Array, jax.Array] | None, how: dict[str, Any], max_blocks: int,
+    dense: pooled_blocks.DenseTiles | None,
 ) -> _Visits:  # fmt: skip
-    """Blocks, and means of those that are not visited."""
+    """Blocks, and means of those that are not visited. All that dense tiles see counts as visited."""
     k, v = (block_means(k_BKSd), block_means(v_BKSd)) if means is None else means
     queries = [part.q_BTHd for part in parts]
     # On anything but a GPU, scores have no implementation of their own.
     scoring = "auto" if how["implementation"] in ("auto", "gpu") else "xla"
     blocks = pooled_blocks.choose(
-        queries, k, bounds, pattern, scale=how["scale"], max_blocks=max_blocks, implementation=scoring
-    )
+        queries, k, bounds, pattern, scale=how["scale"], max_blocks=max_blocks, implementation=scoring,
+        dense_N=None if dense is None else dense.is_dense_N,
+    )  # fmt: skip
     # A block that is not visited costs each query of the tile 128 keys less, or one in place of 128.
     saved = BLOCK * (BLOCK - 1 if pattern.correct_means else BLOCK)
     visited_BH = _visible(parts)[:, None] - saved * blocks.skipped_BH
     gathered = (k, v, blocks.places_BHNJ) if pattern.correct_means else None
     cut = blocks.blocks_cut_BH
     return _Visits(blocks.lists, gathered, math.log(BLOCK), visited_BH, cut, jnp.zeros_like(cut))
+
+
+def _attend_densely(
+    parts: Sequence[Part], k_BKSd: jax.Array, v_BKSd: jax.Array, dense: pooled_blocks.DenseTiles,
+    out_BTHd: jax.Array, lse_BHT: jax.Array, how: dict[str, Any],
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Output and log-sum-exp where the rows of dense tiles attend to all their keys."""
+
+    def rows(x: jax.Array, axis: int = 1) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, dense.first, dense.rows, axis)
+
+    is_dense_R = rows(jnp.repeat(dense.is_dense_N, BLOCK), 0)
+
+    def attended() -> tuple[jax.Array, jax.Array]:
+        found = []
+        for part in parts:
+            ends = jnp.where(is_dense_R, rows(part.mask.k_end_BT), 0)
+            mask = kernels.Mask(jnp.minimum(rows(part.mask.k_start_BT), ends), ends)
+            found.append(kernels.decode_attention(rows(part.q_BTHd), k_BKSd, v_BKSd, mask, **how))
+        out, lse = kernels.merge(found)
+        return jnp.where(is_dense_R[:, None, None], out, before[0]), jnp.where(is_dense_R, lse, before[1])
+
+    before = rows(out_BTHd), rows(lse_BHT, 2)
+    out, lse = jax.lax.cond(dense.is_dense_N.any(), attended, lambda: before)
+    return (
+        jax.lax.dynamic_update_slice_in_dim(out_BTHd, out, dense.first, 1),
+        jax.lax.dynamic_update_slice_in_dim(lse_BHT, lse, dense.first, 2),
+    )
 
 
 def _visit_lines(

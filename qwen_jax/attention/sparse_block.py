@@ -25,11 +25,13 @@ class SparseChunk:
       sparsity: the pattern and the budgets.
       slot: int32 scalar, the cache slot of the first token of the chunk.
       count: int32 scalar, tokens of the chunk that are not padding at its end.
+      end: int32 scalar, the cache slot at which the prompts end.
     """
 
     sparsity: SparsePrefill
     slot: jax.Array
     count: jax.Array
+    end: jax.Array
 
     def layer(self, i: int) -> "SparseChunk":
         """With the budgets of one layer."""
@@ -65,7 +67,7 @@ def attend_sparsely(
     diagnostics = Diagnostics(found, found, found, found, found)  # type: ignore[arg-type]
 
     @jax.shard_map(
-        in_specs=(s.heads, s.heads, s.heads, s.tokens, cache.specs(s), P(), P(), P(of_heads, None)),
+        in_specs=(s.heads, s.heads, s.heads, s.tokens, cache.specs(s), P(), P(), P(), P(of_heads, None)),
         out_specs=(s.heads, cache.specs(s), diagnostics),
         check_vma=False,
     )
@@ -77,6 +79,7 @@ def attend_sparsely(
         cache: LayerCache,
         slot: jax.Array,
         count: jax.Array,
+        end: jax.Array,
         budgets_H2: jax.Array | None,
     ) -> tuple[jax.Array, LayerCache, Diagnostics]:
         cache = cache.write(k, v)
@@ -94,6 +97,7 @@ def attend_sparsely(
             sparsity.pattern,
             slot=slot,
             length=count,
+            end=end,
             budgets_H2=budgets_H2,
             max_columns=sparsity.max_columns,
             scale=config.head_dim**-0.5,
@@ -108,4 +112,4 @@ def attend_sparsely(
     if budgets_H2 is not None:
         budgets_H2 = jax.reshard(budgets_H2, P(of_heads, None))
     with jax.named_scope("attend"):
-        return local(queries, k, v, masks, cache, chunk.slot, chunk.count, budgets_H2)
+        return local(queries, k, v, masks, cache, chunk.slot, chunk.count, chunk.end, budgets_H2)

@@ -102,7 +102,10 @@ def prefill_chunk(
     model, cache = bind(static.config, params, static.sharding, static.options), state.cache
     C = tokens_BC.shape[1]
     positions_BC = cache.positions(C)
-    sparse = None if sparsity is None else SparseChunk(sparsity, cache.slot, count)
+    sparse = None
+    if sparsity is not None:
+        # The prompts end at one slot.
+        sparse = SparseChunk(sparsity, cache.slot, count, (cache.start_B + length_B).max())
     output = model(
         tokens_BC, jnp.maximum(positions_BC, 0), cache.mask(C), cache=cache, length_BT=length_B[:, None], sparse=sparse
     )

@@ -173,19 +173,26 @@ def test_what_does_not_fit_is_said_before_anything_runs(make_engine: MakeEngine,
 
 @pytest.mark.parametrize(
     ("name", "pattern"),
-    [("dual chunk", VerticalSlash), ("dual chunk", PooledBlocks), ("dense", VerticalSlash), ("moe", PooledBlocks)],
+    [
+        ("dual chunk", VerticalSlash),
+        ("dual chunk", PooledBlocks(threshold=0.0)),
+        ("dense", VerticalSlash),
+        ("dense", PooledBlocks(threshold=1.0, sink=0, window=1, last=300)),
+        ("moe", PooledBlocks(threshold=0.0)),
+    ],
 )
 def test_sparse_prefill_of_all_keys_is_dense_prefill(
     name: str, pattern: Any, make_engine: MakeEngine, rng: np.random.Generator
 ) -> None:
-    """With budgets for all keys, or a threshold of zero, on rows of unequal lengths, in several chunks."""
+    """With budgets for all keys, a threshold of zero, or last queries that are the whole prompt; on rows of unequal
+    lengths, in several chunks."""
     config = dataclasses.replace(CONFIGS[name], max_position_embeddings=512, num_layers=1)
     if config.dual_chunk is not None:
         config = dataclasses.replace(config, dual_chunk=DualChunk(130, 30, 130))
     prompts = prompts_of(rng, 300, 211)
     want = make_engine(config, prefill_chunk=128).generate(prompts, GREEDY, max_new_tokens=3)
     all_keys = ((512,) * config.num_heads,) * config.num_layers
-    sparse = VerticalSlash(all_keys, all_keys) if pattern is VerticalSlash else PooledBlocks(threshold=0.0)
+    sparse = VerticalSlash(all_keys, all_keys) if pattern is VerticalSlash else pattern
     engine = make_engine(config, prefill_chunk=128, sparse=sparse, sparse_from=200)
     got = engine.generate(prompts, GREEDY, max_new_tokens=3)
     for ours, theirs in zip(got, want, strict=True):
