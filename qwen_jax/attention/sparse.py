@@ -122,7 +122,7 @@ class SparsePrefill:
         budgets = np.stack([pattern.budgets(layer) for layer in range(len(pattern.columns))])
         return cls(jnp.asarray(budgets), VerticalSlash((), ()), -(-most // BLOCK) * BLOCK)
 
-    def layer(self, i: int) -> "SparsePrefill":
+    def layer(self, i: int | jax.Array) -> "SparsePrefill":
         """With the budgets [H, 2] of one layer."""
         budgets = self.budgets_LH2
         return self if budgets is None else dataclasses.replace(self, budgets_LH2=budgets[i])

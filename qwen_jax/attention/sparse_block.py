@@ -33,7 +33,7 @@ class SparseChunk:
     count: jax.Array
     end: jax.Array
 
-    def layer(self, i: int) -> "SparseChunk":
+    def layer(self, i: int | jax.Array) -> "SparseChunk":
         """With the budgets of one layer."""
         return dataclasses.replace(self, sparsity=self.sparsity.layer(i))
 

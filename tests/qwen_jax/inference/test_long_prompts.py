@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
@@ -85,28 +84,29 @@ def test_one_program_reads_all_lengths_and_offsets(make_engine: MakeEngine, rng:
     """After the first long prompt nothing is compiled; every chunk is reported, and the last one is all of it."""
     engine = make_engine(CONFIGS["dual chunk"], prefill_chunk=16)
     engine.generate(prompts_of(rng, 40), GREEDY, max_new_tokens=2)
-    compiled, seen = chunked_prefill.prefill_chunk._cache_size(), []
+    compiled, seen = chunked_prefill.compiled_programs(), []
     engine.on_chunk = lambda read, total: seen.append((read, total))
     for length in (17, 33, 100):
         engine.generate(prompts_of(rng, length), GREEDY, max_new_tokens=2)
-    assert chunked_prefill.prefill_chunk._cache_size() == compiled
+    assert chunked_prefill.compiled_programs() == compiled
     chunks = (0, 16, 32, 48, 64, 80, 96)
     assert seen == [(n, total) for total in (17, 33, 100) for n in (*(c for c in chunks if c < total), total)]
 
 
 def test_the_cache_is_not_copied(make_engine: MakeEngine) -> None:
-    """The compiled program writes into the buffers that it is given."""
+    """The program of a layer writes into the buffers that it is given."""
     engine = make_engine(CONFIGS["dual chunk"], prefill_chunk=16)
     static = engine._static(GREEDY.mode, 256)
-    state = engine._empty([40], static)
+    cache = engine._empty([40], static).cache
     with jax.set_mesh(engine.mesh):
         tokens = jax.device_put(np.zeros((1, 16), np.int32), NamedSharding(engine.mesh, engine.sharding.tokens))
         lengths = jax.device_put(np.full(1, 40, np.int32), NamedSharding(engine.mesh, engine.sharding.rows))
-        lowered = chunked_prefill.prefill_chunk.lower(
-            engine.params, state, tokens, jnp.int32(16), lengths, static=static
-        )
+        begun = chunked_prefill.begin_chunk(engine.params, cache, tokens, lengths, static=static)
+        buffers = cache.keys[0], cache.values[0]
+        layer = engine.params["layers"][0], *begun[:3], buffers, cache.slot, None, np.int32(0)
+        lowered = chunked_prefill.read_layer.lower(*layer, first=0, static=static)
     memory = lowered.compile().memory_analysis()
-    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves((state.cache.keys, state.cache.values)))
+    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in (begun[0], *buffers))
 
 
 def test_an_interrupted_prefill_frees_its_memory(make_engine: MakeEngine, rng: np.random.Generator) -> None:
@@ -222,11 +222,11 @@ def test_sparse_prefill_on_a_mesh_and_with_other_budgets(make_engine: MakeEngine
         engine = make_engine(config, mesh, prefill_chunk=128, sparse_from=1)
         for pattern in budgets:
             engine.use_sparse(pattern, max_columns=128)
-            compiled = chunked_prefill.prefill_chunk._cache_size()
+            compiled = chunked_prefill.compiled_programs()
             (got,) = engine.generate([prompt], GREEDY, max_new_tokens=3)
             last = engine.skipped[-1]
             found.append((got, np.asarray(last.audit_recall_BH), np.asarray(last.density_BH)))
-        assert chunked_prefill.prefill_chunk._cache_size() == compiled
+        assert chunked_prefill.compiled_programs() == compiled
     for ours, theirs in ((found[0], found[2]), (found[1], found[3])):
         np.testing.assert_allclose(ours[0].logprobs, theirs[0].logprobs, rtol=0, atol=1e-3)
         for x, y in zip(ours[1:], theirs[1:], strict=True):
