@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
 from qwen_jax.attention.block import Attention
-from qwen_jax.attention.cache import Cache, LayerCache
+from qwen_jax.attention.cache import Cache, ContiguousLayer, LayerCache
 from qwen_jax.attention.dual_chunk import rope_and_masks
 from qwen_jax.attention.rope import Rope
 from qwen_jax.attention.sparse import Diagnostics
@@ -163,6 +163,8 @@ class Block(nnx.Module):
             norm, h_BTD = prenorm(self.input_norm, x_BTD)
             skipped: Diagnostics | None = None
             if cache is not None and sparse is not None:
+                if not isinstance(cache, ContiguousLayer):
+                    raise ValueError("Sparse attention reads a contiguous cache, no pages.")
                 projected = self.attention.queries_keys_values(h_BTD, rope)
                 attention = self.attention.config, self.attention.sharding, self.attention.options.attention
                 out, cache, skipped = attend_sparsely(*attention, *projected, masks, cache, sparse)

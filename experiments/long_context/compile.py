@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import platform
 from qwen_jax.attention.cache import ContiguousCache
+from qwen_jax.attention.pooled_blocks import BLOCK
 from qwen_jax.attention.sparse import PooledBlocks, SparsePrefill, VerticalSlash
 from qwen_jax.attention.sparse_block import SparseChunk
 from qwen_jax.config import ModelConfig
@@ -86,9 +87,11 @@ def compile_programs(config: ModelConfig, mesh: Mesh, length: int, pattern: str)
         begin = chunked_prefill.begin_chunk.trace(params, cache, tokens, row, static=static)
         x, rope, masks, end = made(begin)
         chunk = None if pattern_of is None else SparseChunk(pattern_of, scalar, scalar, end)
-        of_layer = x, rope, masks, (buffer, buffer), scalar, chunk, scalar
+        mean = array((1, spec.kv_heads, slots // BLOCK, config.head_dim), jnp.bfloat16, spec.cache)
+        means = (mean, mean) if pattern == "pooled" else None
+        of_layer = x, rope, masks, (buffer, buffer), means, scalar, chunk, scalar
         layer = chunked_prefill.read_layer.trace(params["layers"][0], *of_layer, first=0, static=static)
-        x, _, skipped = made(layer)
+        x, *_, skipped = made(layer)
         found = [] if skipped is None else [skipped] * config.num_layers
         last = chunked_prefill.end_chunk.trace(params, x, None, scalar, row, tokens, scalar, found, static=static)
         traced = time.perf_counter() - start

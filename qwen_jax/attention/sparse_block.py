@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
-from qwen_jax.attention.cache import LayerCache
+from qwen_jax.attention.cache import ContiguousLayer
 from qwen_jax.attention.dual_chunk import continuous_positions
 from qwen_jax.attention.rope import rope_table, rotate
 from qwen_jax.attention.sparse import Diagnostics, SparsePrefill, attend
@@ -46,9 +46,9 @@ def attend_sparsely(
     k: jax.Array,
     v: jax.Array,
     masks: tuple[kernels.Mask, ...],
-    cache: LayerCache,
+    cache: ContiguousLayer,
     chunk: SparseChunk,
-) -> tuple[jax.Array, LayerCache, Diagnostics]:
+) -> tuple[jax.Array, ContiguousLayer, Diagnostics]:
     """`Attention.attend` for a chunk of a prompt that visits only the keys that matter most.
 
     Args:
@@ -76,12 +76,12 @@ def attend_sparsely(
         k: jax.Array,
         v: jax.Array,
         masks: tuple[kernels.Mask, ...],
-        cache: LayerCache,
+        cache: ContiguousLayer,
         slot: jax.Array,
         count: jax.Array,
         end: jax.Array,
         budgets_H2: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache, Diagnostics]:
+    ) -> tuple[jax.Array, ContiguousLayer, Diagnostics]:
         cache = cache.write(k, v)
         critical: list[jax.Array | None] = [None] * len(masks)
         if len(masks) > 1 and chunks is not None:
@@ -98,6 +98,7 @@ def attend_sparsely(
             slot=slot,
             length=count,
             end=end,
+            means=cache.means,
             budgets_H2=budgets_H2,
             max_columns=sparsity.max_columns,
             scale=config.head_dim**-0.5,

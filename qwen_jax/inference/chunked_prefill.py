@@ -20,14 +20,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.attention.cache import Buffer, ContiguousCache, ContiguousLayer
+from qwen_jax.attention.pooled_blocks import BLOCK
 from qwen_jax.attention.rope import Rope
-from qwen_jax.attention.sparse import Diagnostics, SparsePrefill
+from qwen_jax.attention.sparse import Diagnostics, PooledBlocks, SparsePrefill
 from qwen_jax.attention.sparse_block import SparseChunk
 from qwen_jax.inference.programs import DecodeState, StaticArgs, empty_cache, mark_seen, sample_first
 from qwen_jax.inference.sampling import SamplingMode, SamplingValues
 from qwen_jax.kernels import Mask
 from qwen_jax.params import Params, bind, bind_layer, first_alike
 
+Means = tuple[jax.Array, jax.Array]
 Progress = Callable[[int, int], None]
 """Called with the tokens of the prompt that were read so far, first none, and with all its tokens."""
 
@@ -41,11 +43,13 @@ class PrefillState:
       cache: keys and values of the tokens so far.
       hidden_BD: normalised hidden state of the newest token of each row.
       seen_BV: bool [B, V], tokens so far; None unless the mode has a penalty.
+      means: of the keys and values of each layer, for pooled blocks; see `ContiguousLayer`.
     """
 
     cache: ContiguousCache
     hidden_BD: jax.Array
     seen_BV: jax.Array | None
+    means: tuple[Means, ...] | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("static",))
@@ -64,6 +68,18 @@ def empty_state(params: Params, start_B: jax.Array, *, static: StaticArgs) -> Pr
     hidden_BD = jnp.zeros((rows, config.hidden_size), dtype, out_sharding=wide)
     seen_BV = jnp.zeros((rows, config.vocab_size), bool, out_sharding=spec.vocab_rows) if static.mode.penalty else None
     return PrefillState(cache, hidden_BD, seen_BV)
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "static"))
+def empty_means(rows: int, *, static: StaticArgs) -> tuple[Means, ...]:
+    """The means of an empty cache of some rows; see `PrefillState`."""
+    config, spec = static.config, static.sharding
+    shape = rows, spec.kv_heads, static.slots // BLOCK, config.head_dim
+
+    def zeros() -> jax.Array:
+        return jnp.zeros(shape, jnp.dtype(static.options.dtype), out_sharding=spec.cache)
+
+    return tuple((zeros(), zeros()) for _ in range(config.num_layers))
 
 
 def resume(cache: ContiguousCache, tokens: Sequence[int], *, static: StaticArgs) -> PrefillState:
@@ -90,27 +106,28 @@ def begin_chunk(
     return *begun, (cache.start_B + length_B).max()
 
 
-@functools.partial(jax.jit, static_argnames=("first", "static"), donate_argnames=("x_BCD", "keys_values"))
+@functools.partial(jax.jit, static_argnames=("first", "static"), donate_argnames=("x_BCD", "keys_values", "means"))
 def read_layer(
     params: Params,
     x_BCD: jax.Array,
     rope: Rope,
     masks: tuple[Mask, ...],
     keys_values: tuple[Buffer, Buffer],
+    means: Means | None,
     slot: jax.Array,
     sparse: SparseChunk | None,
     layer: jax.Array,
     *,
     first: int,
     static: StaticArgs,
-) -> tuple[jax.Array, tuple[Buffer, Buffer], Diagnostics | None]:
+) -> tuple[jax.Array, tuple[Buffer, Buffer], Means | None, Diagnostics | None]:
     """Runs one layer on a chunk.
 
     Args:
       params: of the layer.
       x_BCD: the residual stream; its buffer is reused.
       rope, masks: of `begin_chunk`.
-      keys_values: the cache of the layer; its buffers are reused.
+      keys_values, means: the cache of the layer; its buffers are reused.
       slot: int32 scalar, where the chunk is written.
       sparse: for sparse attention; with the budgets of all layers.
       layer: int32 scalar, the number of the layer.
@@ -118,13 +135,13 @@ def read_layer(
       static: settings that are compiled in.
 
     Returns:
-      The residual stream, the cache of the layer, and what sparse attention left out.
+      The residual stream, the cache of the layer and its means, and what sparse attention left out.
     """
     block = bind_layer(static.config, params, static.sharding, static.options, first)
-    cache = ContiguousLayer(*keys_values, slot, None, fresh=False)
+    cache = ContiguousLayer(*keys_values, slot, None, fresh=False, means=means)
     output = block(x_BCD, rope, masks, cache, sparse=None if sparse is None else sparse.layer(layer))
     assert isinstance(output.cache, ContiguousLayer)
-    return output.x_BTD, (output.cache.k_BKSd, output.cache.v_BKSd), output.skipped
+    return output.x_BTD, (output.cache.k_BKSd, output.cache.v_BKSd), output.cache.means, output.skipped
 
 
 @functools.partial(jax.jit, static_argnames=("static",), donate_argnames=("seen_BV",))
@@ -183,21 +200,31 @@ def prefill_chunk(
     cache = state.cache
     x_BCD, rope, masks, end = begin_chunk(params, cache, tokens_BC, length_B, static=static)
     sparse = None if sparsity is None else SparseChunk(sparsity, cache.slot, count, end)
-    written, skipped = [], []
+    written, means, skipped = [], [], []
     alike = first_alike(static.config, static.sharding, static.options)
-    for i, (layer, keys_values) in enumerate(
-        zip(params["layers"], zip(cache.keys, cache.values, strict=True), strict=True)
-    ):
-        x_BCD, new, found = read_layer(
-            layer, x_BCD, rope, masks, keys_values, cache.slot, sparse, np.int32(i), first=alike[i], static=static
+    for i, params_of_layer in enumerate(params["layers"]):
+        buffers = (cache.keys[i], cache.values[i]), state.means[i] if state.means is not None else None
+        x_BCD, *new, found = read_layer(
+            params_of_layer,
+            x_BCD,
+            rope,
+            masks,
+            *buffers,
+            cache.slot,
+            sparse,
+            np.int32(i),
+            first=alike[i],
+            static=static,
         )
-        written.append(new)
+        written.append(new[0])
+        means.append(new[1])
         skipped += [found] if found is not None else []
     hidden_BD, seen_BV, slot, left_out = end_chunk(
         params, x_BCD, state.seen_BV, cache.slot, cache.start_B, tokens_BC, count, skipped, static=static
     )
     keys, values = zip(*written, strict=True)
-    return PrefillState(dataclasses.replace(cache, keys=keys, values=values, slot=slot), hidden_BD, seen_BV), left_out
+    cache = dataclasses.replace(cache, keys=keys, values=values, slot=slot)
+    return PrefillState(cache, hidden_BD, seen_BV, tuple(means) if state.means is not None else None), left_out
 
 
 @functools.partial(jax.jit, static_argnames=("static",), donate_argnames=("cache", "seen_BV"))
@@ -270,6 +297,8 @@ def read(
         skipped: list[Diagnostics] = []
         if sparsity is not None:
             sparsity = jax.device_put(sparsity, NamedSharding(mesh, P()))
+            if isinstance(sparsity.pattern, PooledBlocks):
+                state = dataclasses.replace(state, means=empty_means(len(prompts), static=reading))
         for start in range(0, longest, chunk):
             tokens = jax.device_put(tokens_BT[:, start : start + chunk], NamedSharding(mesh, spec.tokens))
             count = jnp.int32(min(chunk, longest - start))
@@ -284,4 +313,4 @@ def read(
         if on_chunk is not None and waiting is not None:
             waiting.block_until_ready()
             on_chunk(longest, longest)
-    return state, skipped
+    return dataclasses.replace(state, means=None), skipped

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
-from qwen_jax.attention.sparse import PooledBlocks, VerticalSlash
+from qwen_jax.attention.sparse import PooledBlocks, VerticalSlash, block_means
 from qwen_jax.config import DualChunk, ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference import Engine, SamplingParams, chunked_prefill
@@ -103,7 +104,7 @@ def test_the_cache_is_not_copied(make_engine: MakeEngine) -> None:
         lengths = jax.device_put(np.full(1, 40, np.int32), NamedSharding(engine.mesh, engine.sharding.rows))
         begun = chunked_prefill.begin_chunk(engine.params, cache, tokens, lengths, static=static)
         buffers = cache.keys[0], cache.values[0]
-        layer = engine.params["layers"][0], *begun[:3], buffers, cache.slot, None, np.int32(0)
+        layer = engine.params["layers"][0], *begun[:3], buffers, None, cache.slot, None, np.int32(0)
         lowered = chunked_prefill.read_layer.lower(*layer, first=0, static=static)
     memory = lowered.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= sum(x.nbytes for x in (begun[0], *buffers))
@@ -206,6 +207,36 @@ def test_sparse_prefill_of_all_keys_is_dense_prefill(
     # Short prompts are read densely.
     engine.generate([prompts[0][:150]], GREEDY, max_new_tokens=1)
     assert not engine.skipped
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_means_of_blocks_are_kept(
+    kv_dtype: Any, make_engine: MakeEngine, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pooled blocks read means that each chunk has written. They are those of the cache, as attention reads it."""
+    config = dataclasses.replace(CONFIGS["dual chunk"], max_position_embeddings=512, dual_chunk=DualChunk(130, 30, 130))
+    sparse = PooledBlocks(threshold=1.0, sink=0, window=1, last=0)
+    engine = make_engine(config, prefill_chunk=128, sparse=sparse, sparse_from=1, kv_dtype=kv_dtype)
+    prompts, read, chunks = prompts_of(rng, 300, 211), chunked_prefill.prefill_chunk, []
+
+    def checked(*args: Any, **static: Any) -> Any:
+        state, skipped = read(*args, **static)
+        chunks.append(int(state.cache.slot))
+        for layer, means in zip(state.cache.layers, state.means, strict=True):
+            for x, mean in zip(layer.keys_values(jnp.float32), means, strict=True):
+                np.testing.assert_allclose(mean, block_means(x), rtol=1e-6, atol=1e-6)
+                assert (np.asarray(mean)[:, :, : chunks[-1] // 128] != 0).any(axis=(1, 3)).all()
+        return state, skipped
+
+    monkeypatch.setattr(chunked_prefill, "prefill_chunk", checked)
+    got = engine.generate(prompts, GREEDY, max_new_tokens=2)
+    assert chunks == [128, 256, 300]
+    # Without them the means of all blocks are computed for each chunk.
+    monkeypatch.setattr(chunked_prefill, "prefill_chunk", read)
+    monkeypatch.setattr(chunked_prefill, "empty_means", lambda rows, static: None)
+    want = engine.generate(prompts, GREEDY, max_new_tokens=2)
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-4)
 
 
 def test_sparse_prefill_on_a_mesh_and_with_other_budgets(make_engine: MakeEngine, rng: np.random.Generator) -> None:
