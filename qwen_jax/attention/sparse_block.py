@@ -64,7 +64,7 @@ def attend_sparsely(
     s, chunks, sparsity = sharding, config.dual_chunk, chunk.sparsity
     of_heads = s.heads[2]
     found = P(*s.rows, of_heads)
-    diagnostics = Diagnostics(found, found, found, found, found)  # type: ignore[arg-type]
+    diagnostics = Diagnostics(found, found, found, found)  # type: ignore[arg-type]
 
     @jax.shard_map(
         in_specs=(s.heads, s.heads, s.heads, s.tokens, cache.specs(s), P(), P(), P(), P(of_heads, None)),
