@@ -186,6 +186,7 @@ def test_overflow_is_counted() -> None:
     assert (np.asarray(found.pieces_cut_BH) == (visible - 6).sum()).all()
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize(("parts", "capacity"), [(1, 6), (3, S // BLOCK)])
 def test_the_last_queries_see_all_keys(parts: int, capacity: int) -> None:
     """The tiles that hold some of the last queries of a prompt attend as dense attention does, also where lists are too

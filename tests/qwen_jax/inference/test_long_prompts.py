@@ -209,6 +209,7 @@ def test_sparse_prefill_of_all_keys_is_dense_prefill(
     assert not engine.skipped
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 def test_means_of_blocks_are_kept(
     kv_dtype: Any, make_engine: MakeEngine, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
