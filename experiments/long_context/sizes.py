@@ -31,9 +31,9 @@ class Stage:
     rope_theta: float
     ratios: tuple[int, ...]
 
-    def model_folder(self, folder: Path, seed: int) -> Path:
-        """Where the model of a seed is exported to."""
-        return folder / (f"model-{seed}" if self.name == "trained" else f"model-{seed}-{self.name}")
+    def model_folder(self, folder: Path) -> Path:
+        """Where the model is exported to, in the folder of a seed."""
+        return folder / ("model" if self.name == "trained" else f"model-{self.name}")
 
 
 @dataclasses.dataclass(frozen=True)

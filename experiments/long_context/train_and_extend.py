@@ -16,22 +16,28 @@ Each scheme reads prompts twice: with `dense` attention, and with `pooled`, the 
 
 Then training continues at 4,096 tokens with RoPE base 1e6 (`--continue-steps`, 0 leaves it out), with the same shares
 of lengths. This model is read at 1, 4, 8 and 16 times the
-first length, where the trained length of the schemes is 4,096. `--passkey TOKENS` also asks it for a passkey in a
-prompt of that length, at each depth, by `dca+scale` and `pooled`.
+first length, where the trained length of the schemes is 4,096. `--passkey TOKENS` also asks it for a passkey in
+prompts of that length, one for each depth, by `dca+scale` and `pooled`.
 
 At each length: `passkey` is one needle in real text, `needle` one of four in random ids, both answered by the engine
 with all ids right; the losses are of long held-out documents, by position. The losses are of dense attention only: they
 come from a forward pass without a cache, and sparse attention needs one. `pooled` has density and recall instead.
 Each seed has its own weights, data order and tests; the schemes have the same tests. One GPU, some minutes a seed.
-Leaves in the folder: `model-SEED/` and `model-SEED-continued/` (Hugging Face folders), a log of each training, a folder
-of answers for each reading, and `results.jsonl` with a line for each reading. What has been done is not done again.
+Leaves a folder for each seed: `model/` and `model-continued/` (Hugging Face folders), a log of each training, a folder
+of answers for each reading, and `results.jsonl` with a line for each reading and each long prompt. What has been done
+is not done again. Processes may run different seeds of one folder at the same time, also with different `--steps`.
+
+After `--limit SECONDS`, or a SIGTERM, a training saves and ends; a reading ends at once, and what it has answered is
+kept. The same command goes on.
 """
 
 import argparse
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,21 +49,25 @@ from rich.console import Console
 
 import convert
 from convert.huggingface import export
+from experiments.command import save_after
 from experiments.long_context.prefill import left_out
 from experiments.long_context.rows import MixedLengths, Mixture, read_text
-from experiments.long_context.sizes import LAYOUT, Setup, Stage
+from experiments.long_context.sizes import LAYOUT, VOCAB_SIZE, Setup, Stage
 from qwen_jax.attention.sparse import PooledBlocks
 from qwen_jax.config import DualChunk, ModelConfig, Yarn
 from qwen_jax.errors import InputError
-from qwen_jax.files import to_json
+from qwen_jax.files import read_json, to_json
 from qwen_jax.inference import Engine, SamplingParams
 from qwen_jax.inference.engine import Chunks
 from qwen_jax.parallel.sharding import make_mesh
+from qwen_jax.tokenizer import train_bpe
+from train.checkpoint import Checkpoints
 from train.data.batch import Batch, place
 from train.evaluate import perplexity, runner, synthetic_ids
 from train.evaluate.tasks import Sample
 from train.files import append_record, read_records
-from train.loop import ByStep, Indexed, LoopConfig, Monitor, fit
+from train.interrupt import Interruption
+from train.loop import ByStep, CheckpointConfig, Indexed, LoopConfig, Monitor, fit
 from train.observe.display import Display
 from train.observe.metrics import MetricsLog
 from train.optimizer import OptimizerConfig, Schedule
@@ -92,26 +102,29 @@ def extended(model: ModelConfig, scheme: str, trained: int, length: int) -> Mode
     return wide
 
 
-def train(setup: Setup, stage: Stage, text: np.ndarray, seed: int, folder: Path) -> None:
+def train(setup: Setup, stage: Stage, text: np.ndarray, seed: int, folder: Path) -> bool:
     """Trains the model of a seed in one stage and exports it, unless it is there.
 
-    The first stage begins with random weights, the second with those that the first has exported.
+    The first stage begins with random weights, the second with those that the first has exported. SIGTERM and Ctrl-C
+    stop it after the step in progress; it is saved then, and the next call goes on with it.
 
     Args:
       setup: sizes.
       stage: of `setup.stages()`.
       text: bytes to train on.
       seed: of weights and data.
-      folder: of the experiment.
+      folder: of the seed.
+
+    Returns:
+      Whether the model is there; otherwise training was stopped.
     """
-    destination, first = stage.model_folder(folder, seed), setup.stages()[0]
+    destination, first = stage.model_folder(folder), setup.stages()[0]
     if destination.exists():
-        return
+        return True
     mesh, model = make_mesh({}, jax.devices()[:1]), setup.model(stage)
     optimizer = OptimizerConfig(Schedule(stage.steps, stage.learning_rate, warmup_steps=stage.steps // 20))
     objective = NextToken(model, PretrainConfig(loss_chunk=16_384))
     step = StepConfig(dtype=_dtype(), remat="none" if jax.default_backend() == "cpu" else "dots")
-    log = MetricsLog(folder / f"{destination.name.replace('model', 'train')}.jsonl")
     # As many tokens in a step for any length.
     rows = setup.batch * setup.length // stage.length
     data: Indexed[Batch] = MixedLengths(stage.length, rows, text, seed)
@@ -124,26 +137,44 @@ def train(setup: Setup, stage: Stage, text: np.ndarray, seed: int, folder: Path)
     def losses(state: TrainState) -> dict[str, float]:
         return {f"{name}_loss": evaluate(state.params, batch)[0].mean_loss() for name, batch in shown.items()}
 
-    try:
-        with jax.set_mesh(mesh), Display(Console(stderr=True), stage.steps) as display:
-            if stage == first:
-                state = init_state(model, optimizer, seed, mesh)
-            else:
-                params = convert.load_params(first.model_folder(folder, seed), model, mesh)
-                state = fresh_state(optimizer, params, mesh)
-            state = fit(
-                stage.steps,
-                state,
-                make_train_step(objective, optimizer, step, mesh),
-                ByStep(data),
-                mesh=mesh,
-                config=LoopConfig(evaluate_every=max(stage.steps // 10, 1)),
-                evaluate=losses,
-                monitor=Monitor(log=log, display=display),
-            )
-    finally:
-        log.close()
+    saved = folder / f"checkpoints-{stage.name}"
+    run = {"seed": seed, "stage": dataclasses.asdict(stage), "text": hashlib.sha256(text.tobytes()).hexdigest()}
+    # Checkpoints have a tokenizer, which nothing reads here: ids are bytes and `LAYOUT`.
+    tokenizer, schedule = train_bpe([], VOCAB_SIZE), CheckpointConfig(every=0, keep_last=1)
+    with (
+        jax.set_mesh(mesh),
+        Interruption() as interruption,
+        Checkpoints(saved, model, tokenizer, json.loads(json.dumps(run)), schedule) as checkpoints,
+    ):
+        if stage == first:
+            state = init_state(model, optimizer, seed, mesh)
+        else:
+            state = fresh_state(optimizer, convert.load_params(first.model_folder(folder), model, mesh), mesh)
+        if checkpoints.latest_step is not None:
+            state = checkpoints.restore(state)
+        log = MetricsLog(folder / f"{destination.name.replace('model', 'train')}.jsonl", int(state.step))
+        try:
+            with Display(Console(stderr=True), stage.steps) as display:
+                state = fit(
+                    stage.steps,
+                    state,
+                    make_train_step(objective, optimizer, step, mesh),
+                    ByStep(data),
+                    mesh=mesh,
+                    config=LoopConfig(evaluate_every=max(stage.steps // 10, 1)),
+                    evaluate=losses,
+                    checkpoints=checkpoints,
+                    stop=interruption.stop,
+                    monitor=Monitor(log=log, display=display),
+                )
+        finally:
+            log.close()
+    if state.step < stage.steps:
+        print(f"Seed {seed}: stopped and saved after step {state.step} of {stage.steps} of the {stage.name} model.")
+        return False
     export(state.params, model, destination)
+    shutil.rmtree(saved)
+    return True
 
 
 class FixedSizeEngine(Engine):
@@ -213,7 +244,7 @@ def read(setup: Setup, stage: Stage, wanted: Mapping[str, Any], held_out: np.nda
       stage: after which the model is read.
       wanted: what the record begins with: seed, model, scheme, attention, ratio and length.
       held_out: uint8 [windows, longest].
-      folder: of the experiment.
+      folder: of the seed.
 
     Returns:
       Accuracies; of pooled attention, density and recall of the last batch of each task; of dense attention, losses,
@@ -224,7 +255,7 @@ def read(setup: Setup, stage: Stage, wanted: Mapping[str, Any], held_out: np.nda
     """
     seed, scheme, attention, length = (wanted[key] for key in ("seed", "scheme", "attention", "length"))
     engine = load(
-        stage.model_folder(folder, seed),
+        stage.model_folder(folder),
         scheme,
         attention,
         trained=stage.length,
@@ -241,7 +272,7 @@ def read(setup: Setup, stage: Stage, wanted: Mapping[str, Any], held_out: np.nda
         text = held_out[case.sample % len(held_out), :length].astype(np.int32)
         return synthetic_ids.needle_sample(rng, length, depth, LAYOUT, 1, text)
 
-    answers = folder / f"answers-{seed}" / f"{stage.name}-{scheme}-{attention}-x{wanted['ratio']}"
+    answers = folder / "answers" / f"{stage.name}-{scheme}-{attention}-x{wanted['ratio']}"
     settings = {**wanted, "setup": json.loads(json.dumps(dataclasses.asdict(setup)))}
     found: dict[str, Any] = {"cells": []}
     for task in ("passkey", "needle"):
@@ -261,46 +292,30 @@ def read(setup: Setup, stage: Stage, wanted: Mapping[str, Any], held_out: np.nda
     return {**found, "loss": summary["loss"], "last_loss": summary["last"]["loss"], "buckets": summary["buckets"]}
 
 
-def read_passkey(
-    setup: Setup, stage: Stage, wanted: Mapping[str, Any], held_out: np.ndarray, folder: Path
-) -> dict[str, Any]:
-    """Asks for a passkey in one long prompt for each depth, in held-out text that is repeated.
+def read_passkey(engine: Callable[[], Engine], wanted: Mapping[str, Any], held_out: np.ndarray) -> dict[str, Any]:
+    """Asks for a passkey in a long prompt, in held-out text that is repeated.
 
     Args:
-      setup: sizes.
-      stage: after which the model is read.
-      wanted: what the record begins with: task, seed, model, scheme, attention, cache_dtype and length.
+      engine: gives the model as it reads the length.
+      wanted: what the record begins with: seed, length, depth and others.
       held_out: uint8 [windows, longest].
-      folder: of the experiment.
 
     Returns:
-      How many were found, of how many; and of each prompt, in the order of `setup.depths`: whether it was found, the
-      seconds from the prompt to the answer (the first one compiles), density and recall.
+      Whether it was found, the seconds from the prompt to the answer (the first prompt of a process compiles), density
+      and recall.
 
     Raises:
       InputError: the model refuses the length.
     """
-    seed, length = wanted["seed"], wanted["length"]
-    engine = load(
-        stage.model_folder(folder, seed),
-        wanted["scheme"],
-        wanted["attention"],
-        trained=stage.length,
-        length=length,
-        longest=length,
-        chunk=min(length, 32_768),
-        cache_dtype=wanted["cache_dtype"],
-    )
-    prompts: list[dict[str, Any]] = []
-    for depth in setup.depths:
-        rng, noise = runner.Case("passkey", length, depth, 0).rng(seed), np.resize(held_out, length)
-        sample = synthetic_ids.needle_sample(rng, length, depth, LAYOUT, 1, noise)
-        begin = time.perf_counter()
-        (answer,) = engine.generate([sample.prompt], SamplingParams(temperature=0), max_new_tokens=sample.new_tokens)
-        seconds = time.perf_counter() - begin
-        found = " ".join(map(str, answer.token_ids)) == sample.references[0]
-        prompts.append({"depth": depth, "found": found, "seconds": seconds, **left_out(engine)})
-    return {"found": sum(prompt["found"] for prompt in prompts), "of": len(prompts), "prompts": prompts}
+    length, depth = wanted["length"], wanted["depth"]
+    rng, noise = runner.Case("passkey", length, depth, 0).rng(wanted["seed"]), np.resize(held_out, length)
+    sample = synthetic_ids.needle_sample(rng, length, depth, LAYOUT, 1, noise)
+    loaded = engine()
+    begin = time.perf_counter()
+    (answer,) = loaded.generate([sample.prompt], SamplingParams(temperature=0), max_new_tokens=sample.new_tokens)
+    seconds = time.perf_counter() - begin
+    found = " ".join(map(str, answer.token_ids)) == sample.references[0]
+    return {"found": found, "seconds": seconds, **left_out(loaded)}
 
 
 def _dtype() -> Literal["float32", "bfloat16"]:
@@ -316,12 +331,12 @@ def run(
     folder: Path,
     text_folders: list[str] | None,
     passkey: int | None = None,
-    cache_dtype: str = "auto",
+    cache_dtype: Literal["auto", "int8"] = "auto",
 ) -> None:
     """Trains all seeds in all stages, and reads them by all schemes at all ratios; leaves out what is done.
 
     Args:
-      setup: sizes. A folder has one.
+      setup: sizes. A seed in a folder has one.
       seeds: of weights, data and tests.
       schemes: of `SCHEMES`.
       attentions: of `ATTENTIONS`.
@@ -331,24 +346,34 @@ def run(
       cache_dtype: of keys and values of the long passkey prompts.
 
     Raises:
-      InputError: another setup in the folder, or too little text.
+      InputError: another setup in the folder of a seed, or too little text.
     """
-    runner.open_folder(folder, json.loads(json.dumps(dataclasses.asdict(setup))))
-    text, held_out = read_text(setup, text_folders)
-    path = folder / RESULTS
     for seed in seeds:
+        runner.open_folder(folder / str(seed), json.loads(json.dumps(dataclasses.asdict(setup))))
+    text, held_out = read_text(setup, text_folders)
+    for seed in seeds:
+        of_seed = folder / str(seed)
+        path = of_seed / RESULTS
         for stage in setup.stages():
-            train(setup, stage, text, seed, folder)
+            if not train(setup, stage, text, seed, of_seed):
+                return
             for scheme, attention, ratio in itertools.product(schemes, attentions, stage.ratios):
                 wanted = {"seed": seed, "model": stage.name, "scheme": scheme, "attention": attention}
                 wanted |= {"ratio": ratio, "length": setup.length * ratio}
-                add_record(path, wanted, functools.partial(read, setup, stage, wanted, held_out, folder))
-        if passkey is not None:
-            stage = setup.stages()[-1]
+                add_record(path, wanted, functools.partial(read, setup, stage, wanted, held_out, of_seed))
+        if passkey is None:
+            continue
+        stage = setup.stages()[-1]
+        sizes = {"trained": stage.length, "length": passkey, "longest": passkey, "chunk": min(passkey, 32_768)}
+        engine = functools.cache(
+            functools.partial(
+                load, stage.model_folder(of_seed), "dca+scale", "pooled", cache_dtype=cache_dtype, **sizes
+            )
+        )
+        for depth in setup.depths:
             wanted = {"task": "passkey", "seed": seed, "model": stage.name, "scheme": "dca+scale"}
-            wanted |= {"attention": "pooled", "cache_dtype": cache_dtype, "length": passkey}
-            add_record(path, wanted, functools.partial(read_passkey, setup, stage, wanted, held_out, folder))
-    print(table(read_records(path, "seed")))
+            wanted |= {"attention": "pooled", "cache_dtype": cache_dtype, "length": passkey, "depth": depth}
+            add_record(path, wanted, functools.partial(read_passkey, engine, wanted, held_out))
 
 
 def add_record(path: Path, wanted: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
@@ -370,13 +395,32 @@ def add_record(path: Path, wanted: Mapping[str, Any], measure: Callable[[], dict
     print(to_json({**wanted, **{k: v for k, v in found.items() if k not in ("cells", "buckets")}}), flush=True)
 
 
+def table_of(folder: Path) -> str:
+    """What has been read in a folder, of all seeds; and the settings in which they differ, if any.
+
+    Args:
+      folder: of the experiment.
+    """
+    paths = sorted(folder.glob(f"*/{RESULTS}"))
+    lines = [table([record for path in paths for record in read_records(path, "seed")])]
+    settings = {path.parent.name: read_json(path.with_name(runner.SETTINGS)) for path in paths}
+    for name in dict.fromkeys(name for of in settings.values() for name in of):
+        values = {seed: of[name] for seed, of in settings.items()}
+        if any(value != next(iter(values.values())) for value in values.values()):
+            lines += ["", f"{name}: " + ", ".join(f"{value} (seed {seed})" for seed, value in values.items())]
+    return "\n".join(lines)
+
+
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Means over the seeds, and their standard deviations, as Markdown; then a line for each long passkey.
+    """Means over the seeds, and their standard deviations, as Markdown; then a line for the long prompts of each seed.
 
     Args:
       records: of `run`. Of several for one reading the last counts.
     """
-    long = {(r["length"], r["model"], r["seed"], r["cache_dtype"]): r for r in records if "task" in r}
+    long: dict[tuple[Any, ...], dict[float, Mapping[str, Any]]] = {}
+    for r in records:
+        if "task" in r:
+            long.setdefault((r["length"], r["model"], r["seed"], r["cache_dtype"]), {})[r["depth"]] = r
     records = [r for r in records if "task" not in r]
     last = {((r["model"], r["scheme"], r["attention"]), r["ratio"], r["seed"]): r for r in records}
     ratios = sorted({r["ratio"] for r in records})
@@ -396,11 +440,12 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         lines.append(f"| {', '.join(reading)} | " + " | ".join(cells) + " |")
     if long:
         lines += ["", "| passkey, tokens | model | seed | cache | found | seconds | density |", "|---" * 7 + "|"]
-    for (length, model, seed, cache_dtype), r in long.items():
+    for (length, model, seed, cache_dtype), by_depth in long.items():
+        read = [r for r in by_depth.values() if "refused" not in r]
         cells = ["refused", "-", "-"]
-        if "refused" not in r:
-            seconds, density = (np.median([prompt[name] for prompt in r["prompts"]]) for name in ("seconds", "density"))
-            cells = [f"{r['found']} of {r['of']}", f"{seconds:.1f}", f"{density:.1%}"]
+        if read:
+            seconds, density = (np.median([r[name] for r in read]) for name in ("seconds", "density"))
+            cells = [f"{sum(r['found'] for r in read)} of {len(read)}", f"{seconds:.1f}", f"{density:.1%}"]
         lines.append("| " + " | ".join([f"{length:,}", model, str(seed), cache_dtype, *cells]) + " |")
     return "\n".join(lines)
 
@@ -409,12 +454,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("extend-run"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES)
+    parser.add_argument(
+        "--schemes", nargs="*", choices=SCHEMES, default=SCHEMES, help="none: only train, and read --passkey"
+    )
     parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=ATTENTIONS)
     parser.add_argument(
         "--passkey", type=int, metavar="TOKENS", help="also ask for a passkey in prompts of this length"
     )
     parser.add_argument("--cache-dtype", choices=["auto", "int8"], default="auto", help="of --passkey")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="after which the run saves and ends")
     parser.add_argument("--text-folders", nargs="+", help="where text is looked for")
     parser.add_argument("--table", action="store_true", help="run nothing; print what there is")
     for field in dataclasses.fields(Setup):
@@ -425,8 +473,10 @@ def main() -> None:
             parser.add_argument(name, type=type(default), default=default)
     args = parser.parse_args()
     if args.table:
-        print(table(read_records(args.folder / RESULTS, "seed")))
+        print(table_of(args.folder))
         return
+    if args.limit:
+        save_after(args.limit)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(Setup):
         value = getattr(args, field.name)
@@ -436,6 +486,7 @@ def main() -> None:
         run(Setup(**values), *how, args.passkey, args.cache_dtype)
     except InputError as error:
         parser.error(str(error))
+    print(table_of(args.folder))
 
 
 if __name__ == "__main__":

@@ -262,17 +262,18 @@ class Runner:
     def _decode(self, kind: str, rows: Sequence[RowInput], proposals: np.ndarray) -> jax.Array:
         new = 1 + proposals.shape[1]
         program, packed = self._rows(kind, len(rows), max(row.length for row in rows), new)
-        packed[: len(rows), 3 : 2 + new] = proposals
+        table = packed.shape[1] - 2 - new
+        packed[: len(rows), table:-3] = proposals
         for line, row in zip(packed, rows, strict=False):
-            line[:3] = row.slot, row.length, new
-            self._set_table(line[2 + new :], row.pages, row.length + new)
+            line[-3:] = row.slot, row.length, new
+            self._set_table(line[:table], row.pages, row.length + new)
         return self._forward(program, packed, [row.adapter for row in rows])
 
     def _rows(self, kind: str, count: int, longest: int, new: int) -> tuple[Program, np.ndarray]:
         """The program for rows of sequences of at most some length, and its packed array, of padding alone."""
         B, slots = smallest(self.buckets.rows, count, "rows"), smallest(self.buckets.slots, longest + new, "slots")
         packed = np.zeros((B, 2 + new + -(-slots // self.settings.page_size)), np.int32)
-        packed[:, 0] = self.settings.max_seqs
+        packed[:, -3] = self.settings.max_seqs
         return Program(kind, B, slots=slots), packed
 
     def _forward(self, program: Program, packed: np.ndarray, adapters: Sequence[int] | np.ndarray) -> jax.Array:

@@ -99,15 +99,17 @@ def decode(
       params: in the layout of `static.options`.
       pages: updated in place.
       tokens_S: newest token of each slot.
-      packed_BN: int32: slot, tokens in the cache, new tokens, `proposed` ids, page table.
+      packed_BN: int32: page table, `proposed` ids, slot, tokens in the cache, new tokens. The table comes first: with
+        one row XLA for GPUs passes a kernel the slice of this array instead of a copy, and kernels of Mosaic GPU refuse
+        arrays that do not begin at a multiple of 256 bytes.
       proposed: how many tokens are proposed for each row.
 
     Returns:
       Float32 logits [B, 1 + proposed, V] after each token, in `logits_spec`; [B, V] if none is proposed. The pages.
     """
     params, packed_BN = _choose_adapters(static, params, packed_BN, axis=1)
-    slot_B, length_B, new_B = packed_BN[:, 0], packed_BN[:, 1], packed_BN[:, 2]
-    proposals_Bk, table_BM = packed_BN[:, 3 : 3 + proposed], packed_BN[:, 3 + proposed :]
+    slot_B, length_B, new_B = packed_BN[:, -3], packed_BN[:, -2], packed_BN[:, -1]
+    table_BM, proposals_Bk = jnp.split(packed_BN[:, :-3], [packed_BN.shape[1] - 3 - proposed], axis=1)
     newest_B1 = tokens_S.at[slot_B].get(out_sharding=P(None))[:, None]
     tokens_BT = jnp.concatenate([newest_B1, jnp.maximum(proposals_Bk, 0)], axis=1)
     s, T = static.sharding, 1 + proposed

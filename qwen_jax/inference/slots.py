@@ -56,7 +56,7 @@ class Slots:
         """Writes the rows of a decode step, and returns the number of each row's adapter, int32.
 
         Args:
-          packed_BN: int32, what the program takes for these rows: slot, tokens in the cache, new tokens, page table.
+          packed_BN: int32, what the program takes for these rows: page table, slot, tokens in the cache, new tokens.
           slots: of sequences that were placed.
           lengths: tokens of each that are in the cache.
           pages: of each: those that were placed, and perhaps more.
@@ -67,11 +67,11 @@ class Slots:
         slot_B, count_B = np.array(slots, np.int32), np.array([len(one) for one in pages], np.int32)
         for i in np.flatnonzero(count_B != self._pages_S[slot_B]).tolist():
             self._extend(slots[i], pages[i])
-        packed_BN[:, 0], packed_BN[:, 1], packed_BN[:, 2] = slot_B, lengths, 1
-        short = np.flatnonzero(count_B * self._page_size <= packed_BN[:, 1])
+        packed_BN[:, -3], packed_BN[:, -2], packed_BN[:, -1] = slot_B, lengths, 1
+        short = np.flatnonzero(count_B * self._page_size <= packed_BN[:, -2])
         if len(short):
-            raise no_room(count_B[short[0]], self._page_size, packed_BN[short[0], 1] + 1)
-        packed_BN[:, 3:] = self._table_SM[:, : packed_BN.shape[1] - 3][slot_B]
+            raise no_room(count_B[short[0]], self._page_size, packed_BN[short[0], -2] + 1)
+        packed_BN[:, :-3] = self._table_SM[:, : packed_BN.shape[1] - 3][slot_B]
         adapter_B: np.ndarray = self._adapter_S[slot_B]
         return adapter_B
 

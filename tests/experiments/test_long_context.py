@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
 from qwen_jax.inference.chunked_prefill import prefill_chunk
 from tests.helpers.runs import print_seed
+from train.observe.metrics import read_log
 
 TOY = sizes.Setup(
     length=64,
@@ -52,16 +55,16 @@ def quick_compilation():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
-def test_the_whole_path(tmp_path, texts, capsys):
-    folder = tmp_path / "run"
+def test_the_whole_path(tmp_path, texts):
+    folder = tmp_path / "run" / "0"
 
     def run(setup, schemes, attentions, passkey=None):
-        experiment.run(setup, [0], schemes, attentions, folder, texts, passkey, "int8")
+        experiment.run(setup, [0], schemes, attentions, folder.parent, texts, passkey, "int8")
         return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
     compiled = prefill_chunk._cache_size()
     run(TOY, ["rope", "yarn"], ["dense"])
-    *records, long = run(TOY, ["rope"], ["dense", "pooled"], passkey=300)
+    *records, first, second, third = run(TOY, ["rope"], ["dense", "pooled"], passkey=300)
     # Each model is read by each scheme and attention at each length, once.
     of = {(r["model"], r["scheme"], r["attention"], r["length"]): r for r in records}
     lengths = {"trained": (64, 128), "continued": (256,)}
@@ -82,23 +85,62 @@ def test_the_whole_path(tmp_path, texts, capsys):
     for model, length, same in (("trained", 64, True), ("trained", 128, False), ("continued", 256, True)):
         rope, yarn = (of[model, scheme, "dense", length]["loss"] for scheme in ("rope", "yarn"))
         assert (rope == yarn) == same
-    assert (long["task"], long["model"], long["length"], long["of"]) == ("passkey", "continued", 300, 3)
+    for long, depth in zip((first, second, third), TOY.depths, strict=True):
+        assert {"task": "passkey", "model": "continued", "length": 300, "depth": depth}.items() <= long.items()
     # Programs of the chunks: pooled, one for both lengths of a model; 256 tokens, dense; the long passkey.
     assert prefill_chunk._cache_size() - compiled == 4
     # Training continues from the weights of the first stage: two steps of AdamW move a weight by twice the rate or so.
-    first, second = (load_file(folder / name / "model.safetensors") for name in ("model-0", "model-0-continued"))
-    moved = max(np.abs(first[name] - second[name]).max() for name in first)
+    before, after = (load_file(folder / name / "model.safetensors") for name in ("model", "model-continued"))
+    moved = max(np.abs(before[name] - after[name]).max() for name in before)
     assert 1e-4 < moved < 2 * TOY.learning_rate
-    assert load_config(folder / "model-0-continued").rope_theta == 1e6
-    # The same command has nothing to do.
-    before = (folder / "results.jsonl").read_bytes()
+    assert load_config(folder / "model-continued").rope_theta == 1e6
+    # The same command has nothing to do. Without the last line, it reads one prompt, and finds the same.
+    results = folder / "results.jsonl"
+    complete = results.read_bytes()
     run(TOY, ["rope"], ["pooled", "dense"], passkey=300)
-    assert (folder / "results.jsonl").read_bytes() == before
-    shown = capsys.readouterr().out
+    assert results.read_bytes() == complete
+    results.write_bytes(b"".join(complete.splitlines(keepends=True)[:-1]))
+    *same, again = run(TOY, ["rope"], ["pooled", "dense"], passkey=300)
+    assert same == [*records, first, second]
+    assert {**again, "seconds": 0} == {**third, "seconds": 0}
+    shown = experiment.table_of(folder.parent)
     assert "| trained, rope, dense | " in shown
-    assert "| 300 | continued | 0 | int8 | " in shown
+    found = sum(long["found"] for long in (first, second, third))
+    assert f"| 300 | continued | 0 | int8 | {found} of 3 | " in shown
     with pytest.raises(InputError, match="steps was 3, is 4"):
         run(dataclasses.replace(TOY, steps=4), ["rope"], ["dense"])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_stopped_training_goes_on(tmp_path, texts, monkeypatch, capsys):
+    """SIGTERM in the middle of a stage: the same command ends with the same weights and log, bit for bit."""
+    seed, at = int(print_seed().integers(2**31)), []
+    batch_of = rows_of.MixedLengths.__getitem__
+
+    def batch(self, step):
+        if at and step == at[0]:
+            at.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch_of(self, step)
+
+    monkeypatch.setattr(rows_of.MixedLengths, "__getitem__", batch)
+    setup = dataclasses.replace(TOY, continue_steps=0)
+    experiment.run(setup, [seed], [], [], tmp_path / "whole", texts)
+    at.append(1)
+    experiment.run(setup, [seed], [], [], tmp_path / "stopped", texts)
+    assert f"Seed {seed}: stopped and saved after step 2 of 3 of the trained model." in capsys.readouterr().out
+    assert not (tmp_path / "stopped" / str(seed) / "model").exists()
+    experiment.run(setup, [seed], [], [], tmp_path / "stopped", texts)
+    weights, logs, names = [], [], []
+    for name in ("whole", "stopped"):
+        folder = tmp_path / name / str(seed)
+        weights.append(load_file(folder / "model" / "model.safetensors"))
+        logs.append([(r["step"], r.get("loss"), r.get("held_out_text_loss")) for r in read_log(folder / "train.jsonl")])
+        names.append(sorted(path.name for path in folder.iterdir()))
+    assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert [r for r in logs[0] if r[1] is not None] == [r for r in logs[1] if r[1] is not None]
+    assert names[0] == names[1] == ["model", "settings.json", "train.jsonl"]
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
@@ -171,9 +213,20 @@ def test_the_table_has_means_over_seeds():
     ]
     refused = {**base, "seed": 0, "scheme": "rope", "refused": "too long"}
     long = {"task": "passkey", "length": 1_000_000, "model": "continued", "seed": 0, "cache_dtype": "int8"}
-    prompts = [{"seconds": s, "density": d} for s, d in ((90.0, 0.02), (2.0, 0.02), (2.5, 0.03))]
-    again = {**long, "found": 2, "of": 3, "prompts": prompts}
-    shown = experiment.table([*records, refused, {**long, "refused": "no memory"}, again]).splitlines()
+    found = ((0, 90.0, 0.02, True), (50, 2.0, 0.02, False), (100, 2.5, 0.03, True))
+    prompts = [{**long, "depth": p, "seconds": s, "density": d, "found": f} for p, s, d, f in found]
+    shown = experiment.table([*records, refused, {**prompts[0], "refused": "no memory"}, *prompts]).splitlines()
     assert shown[2].startswith("| trained, dca, dense | 0.75 ± 0.35 | 1.00 ± 0.00 | 2.000 ± 0.000 |")
     assert shown[3].startswith("| trained, rope, dense | refused |")
     assert shown[-1] == "| 1,000,000 | continued | 0 | int8 | 2 of 3 | 2.5 | 2.0% |"
+
+
+def test_the_table_says_where_seeds_differ(tmp_path):
+    for seed, steps in (("0", 2000), ("1", 4000)):
+        (tmp_path / seed).mkdir()
+        (tmp_path / seed / "settings.json").write_text(json.dumps({"steps": steps, "layers": 8}))
+        record = {"seed": int(seed), "model": "trained", "scheme": "dca", "attention": "dense", "ratio": 4}
+        (tmp_path / seed / "results.jsonl").write_text(json.dumps({**record, "passkey": int(seed)}) + "\n")
+    lines = experiment.table_of(tmp_path).splitlines()
+    assert "| trained, dca, dense | 0.50 ± 0.71 |" in lines[2]
+    assert lines[3:] == ["", "steps: 2000 (seed 0), 4000 (seed 1)"]

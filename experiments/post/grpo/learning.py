@@ -98,7 +98,7 @@ class Setup:
       queries, group_size: prompts of an episode and responses to each.
       code_queries, code_episodes: instead, where rewards run code.
       episodes: of GRPO, each one step.
-      rate: learning rate of GRPO.
+      rate, warmup: learning rate of GRPO, and the share of its steps in which it rises.
       max_new_tokens: of a response.
       evaluate_every: episodes between two readings of held-out problems.
     """
@@ -121,11 +121,12 @@ class Setup:
     queries: int = 64
     group_size: int = 8
     code_queries: int = 32
-    episodes: int = 60
-    code_episodes: int = 40
-    rate: float = 1e-4
+    episodes: int = 200
+    code_episodes: int = 100
+    rate: float = 1e-5
+    warmup: float = 0.1
     max_new_tokens: int = 112
-    evaluate_every: int = 10
+    evaluate_every: int = 20
 
     def step(self) -> StepConfig:
         """How all steps are computed."""
@@ -318,6 +319,7 @@ def grpo_config(setup: Setup, name: str, seed: int, folder: Path, variant: str) 
         prompt_length=setup.length - setup.max_new_tokens,
         row_length=setup.length,
         learning_rate=_FROZEN_RATE if variant == "frozen" else setup.rate,
+        warmup_fraction=setup.warmup,
         seed=seed,
         step=setup.step(),
         loop=LoopConfig(evaluate_every=setup.evaluate_every),

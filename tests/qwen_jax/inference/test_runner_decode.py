@@ -31,9 +31,9 @@ def decoded(
     options, sharding, params = drawn(config, mesh, rng)
     static = StaticArgs(config, sharding, options, config.vocab_size, SETTINGS)
     table = rng.permutation(SETTINGS.num_pages)[: rows * 4].reshape(rows, 4)
-    packed = np.concatenate([np.arange(rows)[:, None], rng.integers(0, 64, (rows, 1)), np.ones((rows, 1)), table], 1)
+    packed = np.concatenate([table, np.arange(rows)[:, None], rng.integers(0, 64, (rows, 1)), np.ones((rows, 1))], 1)
     if rows > 1:
-        packed[-1, :3] = SETTINGS.max_seqs, 0, 0
+        packed[-1, -3:] = SETTINGS.max_seqs, 0, 0
     with jax.set_mesh(mesh):
         shape = SETTINGS.num_pages, sharding.kv_heads, SETTINGS.page_size, config.head_dim
         where = jax.NamedSharding(mesh, sharding.cache)
