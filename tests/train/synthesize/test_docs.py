@@ -1,14 +1,20 @@
-"""The recipe of docs/synthesis.md runs, with the command."""
+"""The recipe and the rewards of docs/synthesis.md run."""
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwen_jax.cli import main
+from tests.helpers.runs import print_seed
+from tests.helpers.scoring import WORDS, make_reward
 from tests.helpers.scripted_server import scripted_server
+from train.rewards import load_reward, score
 from train.synthesize.loading import RECIPES
+from train.synthesize.puzzles import make_puzzles
+from train.synthesize.structured_tasks import TASKS, tasks_of
 
 DOCS = Path(__file__).parents[3] / "docs" / "synthesis.md"
 
@@ -20,10 +26,16 @@ def reply(body: dict[str, object]) -> str:
     return "This is an answer to the " + (re.findall(r"question \d+", text) or ["question"])[0]
 
 
+def write_block(path: Path, part: str) -> None:
+    """Writes the block of Python in the docs that has this part to a file."""
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    (code,) = (block for block in blocks if part in block)
+    path.write_text(code)
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    (code,) = (x for x in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL) if "def pipeline(" in x)
-    (tmp_path / "my_recipe.py").write_text(code)
+    write_block(tmp_path / "my_recipe.py", "def pipeline(")
     lines = (json.dumps({"question": f"question {i}"}) + "\n" for i in range(6))
     (tmp_path / "questions.jsonl").write_text("".join(lines))
     return tmp_path
@@ -86,3 +98,33 @@ def test_wrong_arguments_are_named(
         assert main(words) == 1
         assert not server.asked
     assert says in capsys.readouterr().err
+
+
+def test_the_ranking_of_the_docs_is_that_of_a_reward_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text has a score, which depends on the text alone."""
+    rng, name = print_seed(), "by_reward_model.py"
+    make_reward(tmp_path / "models" / "reward", seed=int(rng.integers(1 << 30)))
+    write_block(tmp_path / name, f"# {name}")
+    monkeypatch.chdir(tmp_path)
+    reward: Any = load_reward(f"{name}:best")
+    texts = [" ".join(rng.choice(WORDS, count)) for count in (3, 9, 27)]
+    prompts = [[{"role": "user", "content": "light of the city"}]] * 4
+    first, second, third, again = score({"best": reward}, prompts, [*texts, texts[0]], [True] * 4, {})[:, 0]
+    assert len({float(first), float(second), float(third)}) == 3
+    assert abs(first - again) < 0.05 * max(abs(first), 1.0)
+
+
+def test_the_rewards_of_the_docs_give_one_for_the_right_answer_alone(tmp_path: Path) -> None:
+    seed = int(print_seed().integers(1 << 20))
+    puzzles = [(one.answer, one.wrong, one.compare) for one in make_puzzles(40, seed)]
+    items = tasks_of((), 40, 2, TASKS, ("csv", "json", "markdown"), 30, seed)()
+    tasks = [(item["answer"], item["wrong"], item["compare"]) for item in items]
+    for name, known in (("logic_reward.py", puzzles), ("structured_reward.py", tasks)):
+        write_block(tmp_path / name, f"# {name}")
+        reward: Any = load_reward(f"{tmp_path / name}:right")
+        for answer, wrong, compare in known:
+            shown = "```\n{}\n```" if compare in ("csv", "json") else "1. So it is.\nAnswer: {}"
+            completions = [shown.format(text) for text in (answer, wrong, answer)]
+            columns = {"answer": [answer] * 3, "compare": [compare] * 3}
+            found = score({"right": reward}, ["?"] * 3, completions, [True, True, False], columns)
+            assert found[:, 0].tolist() == [1.0, 0.0, 0.0], (answer, wrong, compare)
