@@ -159,6 +159,7 @@ def _text(summary: dict[str, Any], folder: Path) -> str:
     ]
     if summary["repeated"]:
         lines.insert(0, f"source: {summary['repeated']:,} items that came before were left out")
+    lines += sibling("train.synthesize.progress").retries_text(summary["retries"])
     lines += [f"{folder / output['name']}.jsonl: {output['rows']:,} examples" for output in summary["outputs"]]
     if not summary["finished"]:
         lines.append("Stopped early: the same command goes on from here.")

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qwen_jax.files import to_json
+from train.synthesize.progress import retries_text
 
 _STYLE = """
 body { font-family: sans-serif; margin: 1.5em auto; max-width: 72em; padding: 0 1em; color: #222; background: #fff; }
@@ -55,6 +56,7 @@ def to_html(summary: Mapping[str, Any]) -> str:
                 for model, s in summary["spent"].items()
             ),
         ),
+        *(f"<p class=note>{html.escape(text)}</p>" for text in retries_text(summary["retries"])),
         "<h2>Measures</h2>",
         table(("measure", "value"), ((name, to_json(value)) for name, value in summary["measures"].items())),
         "<h2>Examples</h2>",

@@ -10,7 +10,7 @@ import pytest
 from qwen_jax.cli import main
 from tests.helpers.runs import print_seed
 from tests.helpers.scoring import WORDS, make_reward
-from tests.helpers.scripted_server import scripted_server
+from tests.helpers.scripted_server import Fault, scripted_server
 from train.rewards import load_reward, score
 from train.synthesize.loading import RECIPES
 from train.synthesize.puzzles import make_puzzles
@@ -60,6 +60,25 @@ def test_the_recipe_of_the_docs_runs(recipe: Path, capsys: pytest.CaptureFixture
     assert "judge: 5 of 6\n    1 low score" in capsys.readouterr().out
     rows = [json.loads(line) for line in (recipe / "out" / "sft.jsonl").open()]
     assert [row["prompt"] for row in rows] == [f"question {i}" for i in range(6) if i != 3]
+
+
+def test_requests_that_are_sent_again_are_reported(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    faults = [Fault(429), Fault(half=True), Fault(429)]
+
+    def busy(body: dict[str, object]) -> str | Fault:
+        return faults.pop() if faults else reply(body)
+
+    with scripted_server(busy) as server:
+        assert main(arguments(recipe, server.url)) == 0
+        assert len(server.asked) == 12 + 3
+        printed = capsys.readouterr()
+        said = "scripted: 3 requests sent again (429 2, reply 1)"
+        assert said in printed.out
+        assert said in " ".join(printed.err.split())
+        assert said in (recipe / "out" / "report.html").read_text()
+        assert main([*arguments(recipe, server.url), "--json"]) == 0
+    # The count is that of one run.
+    assert json.loads(capsys.readouterr().out)["retries"] == {}
 
 
 def test_help_shows_the_options_of_the_recipe(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
