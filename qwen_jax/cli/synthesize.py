@@ -161,6 +161,7 @@ def _text(summary: dict[str, Any], folder: Path) -> str:
         lines.insert(0, f"source: {summary['repeated']:,} items that came before were left out")
     lines += sibling("train.synthesize.progress").retries_text(summary["retries"])
     lines += [f"{folder / output['name']}.jsonl: {output['rows']:,} examples" for output in summary["outputs"]]
+    lines += sibling("train.synthesize.report").not_cleaned(stage["name"] for stage in summary["stages"])
     if not summary["finished"]:
         lines.append("Stopped early: the same command goes on from here.")
     return "\n".join([*lines, f"report: {folder / 'report.html'}"])

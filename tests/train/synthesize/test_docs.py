@@ -57,7 +57,9 @@ def test_the_recipe_of_the_docs_runs(recipe: Path, capsys: pytest.CaptureFixture
         # Again: everything is there, and nothing is asked.
         assert main(arguments(recipe, server.url)) == 0
         assert len(server.asked) == asked == 12
-    assert "judge: 5 of 6\n    1 low score" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "judge: 5 of 6\n    1 low score" in printed
+    assert "not compared with evaluation sets (--decontaminate NAME=FILE)" in printed
     rows = [json.loads(line) for line in (recipe / "out" / "sft.jsonl").open()]
     assert [row["prompt"] for row in rows] == [f"question {i}" for i in range(6) if i != 3]
 
