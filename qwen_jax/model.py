@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
 from qwen_jax.attention.block import Attention
-from qwen_jax.attention.cache import Cache, LayerCache
+from qwen_jax.attention.cache import Cache, ContiguousLayer, LayerCache
 from qwen_jax.attention.dual_chunk import rope_and_masks
 from qwen_jax.attention.rope import Rope
 from qwen_jax.attention.sparse import Diagnostics
@@ -42,13 +42,11 @@ class Output:
       hidden: normalised hidden state [B, T, D] in the compute dtype; `Qwen2.logits` or `Qwen2.scores` takes it.
       cache: the cache with the new tokens in it, if there was one.
       routing: statistics of every layer with experts, with a leading axis over these layers, if they were asked for.
-      skipped: what sparse attention left out, with a leading axis over layers.
     """
 
     hidden: jax.Array
     cache: Any = None
     routing: RouterStats | None = None
-    skipped: Diagnostics | None = None
 
 
 class LayerOutput(NamedTuple):
@@ -150,7 +148,8 @@ class Block(nnx.Module):
           rope, masks: the rotations, and the masks of the parts of the keys; see `rope_and_masks`.
           cache, valid_BT: as for `Qwen2.__call__`; the cache is that of this layer.
           remat: "dots" runs the layer in pieces, each one product with the elementwise work around it.
-          sparse: as for `Qwen2.__call__`, with the budgets of this layer.
+          sparse: the tokens are a chunk that is read by sparse attention, with the budgets of this layer; needs a
+            contiguous cache.
         """
         dots = remat == "dots"
         run = recompute_piece if dots else run_piece
@@ -164,6 +163,8 @@ class Block(nnx.Module):
             norm, h_BTD = prenorm(self.input_norm, x_BTD)
             skipped: Diagnostics | None = None
             if cache is not None and sparse is not None:
+                if not isinstance(cache, ContiguousLayer):
+                    raise ValueError("Sparse attention reads a contiguous cache, no pages.")
                 projected = self.attention.queries_keys_values(h_BTD, rope)
                 attention = self.attention.config, self.attention.sharding, self.attention.options.attention
                 out, cache, skipped = attend_sparsely(*attention, *projected, masks, cache, sparse)
@@ -202,9 +203,8 @@ def _run_block(
     rope: Rope,
     masks: tuple[kernels.Mask, ...],
     cache: LayerCache,
-    sparse: SparseChunk | None,
 ) -> LayerOutput:
-    return nnx.merge(kind, params)(x_BTD, rope, masks, cache, sparse=sparse)
+    return nnx.merge(kind, params)(x_BTD, rope, masks, cache)
 
 
 class Qwen2(nnx.Module):
@@ -245,7 +245,6 @@ class Qwen2(nnx.Module):
         remat: Remat = "none",
         valid_BT: jax.Array | None = None,
         length_BT: jax.Array | None = None,
-        sparse: SparseChunk | None = None,
     ) -> Output:
         """Runs the model up to the last norm.
 
@@ -262,24 +261,15 @@ class Qwen2(nnx.Module):
           length_BT: int32 [B, T] or [B, 1], the length of each token's text when it is complete, for the length factor
             of dual-chunk attention. By default the text ends with these tokens; a row of several documents counts as
             its longest.
-          sparse: the tokens are a chunk that is read by sparse attention; needs a contiguous cache.
         """
-        # Inputs in the sharding of the model.
-        spec, dtype = self.sharding, jnp.dtype(self.options.dtype)
-        tokens_BT, positions_BT, mask, valid_BT = jax.tree.map(
-            lambda x: jax.reshard(x, spec.tokens), (tokens_BT, positions_BT, mask, valid_BT)
-        )
-        # Embedding and rotary tables.
-        with jax.named_scope("embed"):
-            x_BTD = self.embed(tokens_BT, dtype)
         longest = positions_BT.shape[1] if cache is None else cache.slots
-        rope, masks = rope_and_masks(self.config, positions_BT, mask, longest, length_BT, dtype)
+        x_BTD, rope, masks = self.begin(tokens_BT, positions_BT, mask, longest, length_BT)
+        valid_BT = None if valid_BT is None else jax.reshard(valid_BT, self.sharding.tokens)
 
         # Layers.
         routing: RouterStats | None = None
-        skipped: Diagnostics | None = None
         if cache is not None:
-            x_BTD, cache, skipped = self._run_cached(x_BTD, rope, masks, cache, sparse)
+            x_BTD, cache = self._run_cached(x_BTD, rope, masks, cache)
         else:
 
             def layer(block: Block, x_BTD: jax.Array) -> tuple[jax.Array, RouterStats | None]:
@@ -290,7 +280,31 @@ class Qwen2(nnx.Module):
 
         # Norm.
         with jax.named_scope("norm"):
-            return Output(self.norm(x_BTD), cache, routing, skipped)
+            return Output(self.norm(x_BTD), cache, routing)
+
+    def begin(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        mask: kernels.Mask | tuple[kernels.Mask, ...],
+        longest: int,
+        length_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, Rope, tuple[kernels.Mask, ...]]:
+        """What the first layer takes: the residual stream, the rotations, and the masks of the parts of the keys.
+
+        Args:
+          tokens_BT, positions_BT, mask, length_BT: as for a call.
+          longest: tokens that a text may have.
+        """
+        # Inputs in the sharding of the model.
+        dtype = jnp.dtype(self.options.dtype)
+        tokens_BT, positions_BT, mask = jax.tree.map(
+            lambda x: jax.reshard(x, self.sharding.tokens), (tokens_BT, positions_BT, mask)
+        )
+        # Embedding and rotary tables.
+        with jax.named_scope("embed"):
+            x_BTD = self.embed(tokens_BT, dtype)
+        return x_BTD, *rope_and_masks(self.config, positions_BT, mask, longest, length_BT, dtype)
 
     def _run_cached(
         self,
@@ -298,26 +312,22 @@ class Qwen2(nnx.Module):
         rope: Rope,
         masks: tuple[kernels.Mask, ...],
         cache: Cache[Any],
-        sparse: SparseChunk | None,
-    ) -> tuple[jax.Array, Cache[Any], Diagnostics | None]:
+    ) -> tuple[jax.Array, Cache[Any]]:
         if not isinstance(self.layers, nnx.List):
             raise ValueError("A cache needs unstacked layers: bind with Options(stacked=False).")
         outputs: list[LayerOutput] = []
         # Layers of one kind are traced and lowered once: a function that is jitted here is called by each of them, and
         # the compiler inlines the calls. An engine has dozens of such programs, and this is most of their start.
         kinds: list[tuple[Any, Any]] = []
-        for i, (block, layer) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            chunk = None if sparse is None else sparse.layer(i)
+        for block, layer in zip(self.layers, cache.layers, strict=True):
             kind, params = nnx.split(block)
             run = next((known for other, known in kinds if other == kind), None)
             if run is None:
                 run = jax.jit(functools.partial(_run_block, kind))
                 kinds.append((kind, run))
-            outputs.append(run(params, x_BTD, rope, masks, layer, chunk))
+            outputs.append(run(params, x_BTD, rope, masks, layer))
             x_BTD = outputs[-1].x_BTD
-        found = [output.skipped for output in outputs if output.skipped is not None]
-        skipped = jax.tree.map(lambda *x: jnp.stack(x), *found) if found else None
-        return x_BTD, cache.with_layers([output.cache for output in outputs]), skipped
+        return x_BTD, cache.with_layers([output.cache for output in outputs])
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of hidden states. V counts the padding rows of the embedding."""

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax.config import ModelConfig, Score
 from qwen_jax.lora import LoRA
-from qwen_jax.model import Qwen2
+from qwen_jax.model import Block, Qwen2
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.score import make_score_head
@@ -47,6 +47,33 @@ def bind(config: ModelConfig, params: Params, sharding: Sharding, options: Optio
         raise ValueError(f"Expected {len(paths)} parameter arrays for {options}, got {len(leaves)}.")
     model: Qwen2 = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
     return model
+
+
+@functools.lru_cache(maxsize=64)
+def _layer_skeletons(config: ModelConfig, sharding: Sharding, options: Options) -> list[tuple[Any, Any]]:
+    """As `_skeleton`, for each layer."""
+    model = nnx.merge(*_skeleton(config, sharding, options))
+    return [nnx.split(block) for block in model.layers]
+
+
+def bind_layer(config: ModelConfig, params: Params, sharding: Sharding, options: Options, layer: int) -> Block:
+    """One layer over existing parameters, without copies. Call it inside the function that you jit.
+
+    Args:
+      config, sharding, options: as for `bind`; layers are unstacked.
+      params: of the layer.
+      layer: its number.
+    """
+    graphdef, state = _layer_skeletons(config, sharding, options)[layer]
+    block: Block = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(params)))
+    return block
+
+
+@functools.lru_cache(maxsize=64)
+def first_alike(config: ModelConfig, sharding: Sharding, options: Options) -> tuple[int, ...]:
+    """For each unstacked layer the number of the first one that runs the same program, with other parameters."""
+    kinds = [graphdef for graphdef, _ in _layer_skeletons(config, sharding, options)]
+    return tuple(map(kinds.index, kinds))
 
 
 def _with_list_as_dict(params: Params) -> Params:

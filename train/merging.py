@@ -247,7 +247,7 @@ def _keep(config: Merging, path: Any, stream: str, x: jax.Array, count: jax.Arra
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(f"{stream} {name}".encode()))
         key = jax.random.fold_in(key, 0 if count is None else count + 1)
-        kept = jnp.where(_uniform(key, x, layers=stack > 0) < config.p, x, 0.0)
+        kept = jnp.where(uniform_like(key, x, layers=stack > 0) < config.p, x, 0.0)
     else:
         kept = jnp.where(_largest(x, config.p, stack), x, 0.0)
     if config.rescale == "inverse_p":
@@ -267,7 +267,7 @@ def _stack_axes(path: Any) -> int:
     return {"gate_up": 3, "down": 2}.get(names[-1], 1) if "experts" in names else 1
 
 
-def _uniform(key: jax.Array, x: jax.Array, layers: bool) -> jax.Array:
+def uniform_like(key: jax.Array, x: jax.Array, layers: bool) -> jax.Array:
     """Uniform numbers from 0 to 1 in the shape and the sharding of x. They do not depend on the sharding."""
     sharding: Any = jax.typeof(x).sharding
 

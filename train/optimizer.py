@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.errors import InputError
 from train.fields import at_least
 from train.merging import Merging, online_merging
+from train.moments import MOMENTS, Moments, store_moments
 
 Rate = Callable[[jax.Array | int], jax.Array]
 
@@ -71,9 +72,10 @@ class AdamW:
       weight_decay: times the learning rate, the fraction of a weight that a step subtracts from it; norms and biases
         are not decayed.
       clip_norm: the largest global norm of a gradient.
-      moments: dtype that both moments are stored in between steps. "bfloat16" takes half the memory, and needs beta1
-        and beta2 of at most 0.99: a moment that changes by less than 1/256 in a step may stay as it is when it is
-        rounded, and would never decay.
+      moments: how both moments are stored between steps; see `train.moments`. "bfloat16" takes half the memory, and
+        needs beta1 and beta2 of at most 0.99: a moment that changes by less than 1/256 in a step may stay as it is when
+        it is rounded, and would never decay. "8bit" takes a quarter, and needs beta1^2 below beta2, which bounds the
+        ratio of the moments.
 
     Raises:
       InputError: a value out of range.
@@ -84,7 +86,7 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    moments: Literal["float32", "bfloat16"] = "float32"
+    moments: Moments = "float32"
 
     def __post_init__(self) -> None:
         if not self.clip_norm > 0 or not self.eps > 0 or not self.weight_decay >= 0:
@@ -94,12 +96,17 @@ class AdamW:
             )
         if not 0 <= self.beta1 < 1 or not 0 <= self.beta2 < 1:
             raise InputError(f"beta1 and beta2 must be at least 0 and below 1, got {self.beta1} and {self.beta2}.")
-        if self.moments not in ("float32", "bfloat16"):
-            raise InputError(f"moments must be float32 or bfloat16, got {self.moments!r}.")
+        if self.moments not in MOMENTS:
+            raise InputError(f"moments must be one of {', '.join(MOMENTS)}, got {self.moments!r}.")
         if self.moments == "bfloat16" and max(self.beta1, self.beta2) > 0.99:
             raise InputError(
                 f"moments='bfloat16' needs beta1 and beta2 of at most 0.99, got {self.beta1} and {self.beta2}: "
                 "rounding would keep a moment from decaying. Lower them, or use moments='float32'."
+            )
+        if self.moments == "8bit" and not self.beta1**2 < self.beta2:
+            raise InputError(
+                f"moments='8bit' needs beta1^2 below beta2, got {self.beta1} and {self.beta2}: only then is the first "
+                "moment bounded by the root of the second. Lower beta1, raise beta2, or use moments='float32'."
             )
 
 
@@ -226,37 +233,13 @@ def make_optimizer(
 
     chain = optax.chain(
         optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), clip),
-        _store_moments(optax.scale_by_adam(b1=adamw.beta1, b2=adamw.beta2, eps=adamw.eps), adamw.moments),
+        # The root of a second moment is no larger than a gradient, and that is no larger than its clipped norm.
+        store_moments(
+            optax.scale_by_adam(b1=adamw.beta1, b2=adamw.beta2, eps=adamw.eps), adamw.moments, adamw.clip_norm
+        ),
         optax.add_decayed_weights(adamw.weight_decay, decay_mask),
         optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), scale_by_rate),
     )
     if config.merging is None:
         return chain
     return online_merging(chain, tau, **dataclasses.asdict(config.merging))
-
-
-def _store_moments(adam: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
-    """Adam with moments that are float32 in a step, and rounded to a dtype between steps.
-
-    Args:
-      adam: of `optax.scale_by_adam`.
-      dtype: of the state.
-    """
-    if dtype == "float32":
-        return adam
-
-    def cast(state: optax.ScaleByAdamState, dtype: str) -> optax.ScaleByAdamState:
-        mu, nu = (jax.tree.map(lambda x: x.astype(dtype), moment) for moment in (state.mu, state.nu))
-        return state._replace(mu=mu, nu=nu)
-
-    def init(params: optax.Params) -> optax.OptState:
-        return cast(adam.init(params), dtype)
-
-    def update(
-        updates: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        # The update is computed before the new moments are rounded.
-        updates, state = adam.update(updates, cast(state, "float32"), params)
-        return updates, cast(state, dtype)
-
-    return optax.GradientTransformation(init, update)

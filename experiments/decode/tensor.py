@@ -3,13 +3,15 @@
     python -m experiments.decode.tensor --model qwen2.5-7b --devices 1,2
     python -m experiments.decode.tensor --model qwen2.5-72b --devices 4 --batch 1,64 --json
     python -m experiments.decode.tensor --model qwen2.5-72b --devices 2 --codes int4
+    python -m experiments.decode.tensor --model qwen2.5-7b --devices 1 --batch 1 --codes int4 --one-row graphs
     JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2 python -m experiments.decode.tensor --model tiny --prompt 16 --steps 4
 
 Weights are random and made on the devices. Each case times the engine's own compiled decode loop, greedy and with the
 sampling that Qwen2.5 recommends (temperature 0.7, top-k 20, top-p 0.8, repetition penalty 1.05). The floor is what one
 device cannot help reading in a step, at the copy bandwidth of one device, measured in the same process: its part of
 every weight but the embedding table, and of the live cache. Bytes of collectives are those that one device sends in a
-step, from the compiled program.
+step, from the compiled program. `--one-row` says how one row on one device is decoded: by kernels that are launched
+one by one and overlap, by the same kernels in CUDA graphs, or by the model's general path.
 """
 
 import argparse
@@ -27,7 +29,7 @@ import numpy as np
 from experiments.decode.benchmark import RECOMMENDED, Loop, copy_bandwidth, median_seconds
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.inference import Engine, SamplingParams
+from qwen_jax.inference import Engine, SamplingParams, one_row
 from qwen_jax.inference.programs import StaticArgs
 from qwen_jax.inference.sampling import SamplingValues
 from qwen_jax.options import Options
@@ -163,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
     parser.add_argument("--steps", type=int, default=128, help="tokens that are decoded")
     parser.add_argument("--codes", choices=sorted(SCHEMES), help="quantise the projections")
+    parser.add_argument("--one-row", choices=("overlap", "graphs", "general"), default="overlap")
     parser.add_argument("--bandwidth", type=float, help="TB/s that a device reads; by default it is measured")
     parser.add_argument("--json", action="store_true", help="one JSON object for each case")
     args = parser.parse_args(argv)
@@ -171,10 +174,14 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(
             f"{args.model} has experts; the floor of bytes here is that of dense models. Choose a dense one."
         )
+    if args.one_row == "graphs":
+        one_row.compiler_options = lambda sharding: None
+    elif args.one_row == "general":
+        one_row.supports = lambda *_: False
     if args.codes:
         config = dataclasses.replace(config, quantization=Quantization(SCHEMES[args.codes]))
     bandwidth = 1e12 * args.bandwidth if args.bandwidth else copy_bandwidth()
-    name = args.model + (f" {args.codes}" if args.codes else "")
+    name = " ".join([args.model, *filter(None, [args.codes, args.one_row if args.one_row != "overlap" else None])])
     if not args.json:
         print(f"{jax.devices()[0].device_kind}, {bandwidth / 1e12:.3g} TB/s, jax {jax.__version__}\n")
         heads = ["model", "devices", "batch", "sampling", "step, ms", "tokens/s", "floor, ms", "of the floor"]

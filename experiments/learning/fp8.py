@@ -1,13 +1,15 @@
-"""Does training with products of fp8 learn as training in bfloat16 does?
+"""Does training with products of fp8, or with moments in fewer bits, learn as training in bfloat16 does?
 
     python -m experiments.learning.data --folder fp8-run
     python -m experiments.learning.fp8 --folder fp8-run --seeds 0 1 2
+    python -m experiments.learning.fp8 --folder fp8-run --kinds bfloat16 moments-8bit
     python -m experiments.learning.fp8 --folder fp8-run --picture     # judges and draws what has been run
 
-The model and the text of `experiments.learning.small`, for 2,000 steps, with each kind of products and each seed: the
-same weights and rows in the same order. The rule, fixed before anything was measured: a kind of fp8 is within the noise
-if, of the final held-out losses, the mean over the seeds of (fp8 - bfloat16) is at most the standard deviation of
-bfloat16's seeds (n - 1 in the denominator). Less loss is no fault. It needs at least two seeds.
+The model and the text of `experiments.learning.small`, for 2,000 steps, with each kind and each seed: the same weights
+and rows in the same order. `bfloat16` has products of bfloat16 and moments of float32; `fp8` and `fp8-blocks` have
+other products, `moments-bfloat16` and `moments-8bit` other moments. The rule, fixed before anything was measured: a
+kind is within the noise if, of the final held-out losses, the mean over the seeds of (kind - bfloat16) is at most the
+standard deviation of bfloat16's seeds (n - 1 in the denominator). Less loss is no fault. It needs at least two seeds.
 
 A run's held-out losses are computed with its own products. Leaves the runs' folders, `fp8.json` and `fp8.png` in the
 folder. `--size tiny` is for a CPU, where fp8 is emulated: it shows that the experiment works, and little else.
@@ -33,23 +35,35 @@ from qwen_jax.published import published
 from qwen_jax.tokenizer import CONTROL_TOKENS
 from train.config import RunConfig, Stage, set_fields
 from train.loop import LoopConfig
+from train.moments import MOMENTS, Moments
 from train.observe.metrics import read_log
 from train.optimizer import Schedule
 from train.pretrain import PretrainConfig
 from train.run import pretrain
 
-COLORS = {"bfloat16": "#8a8a8a", "fp8": "#3b6fb6", "fp8-blocks": "#d1662b"}
-BASE, *OTHERS = get_args(Products)
+COLORS = {
+    "bfloat16": "#8a8a8a",
+    "fp8": "#3b6fb6",
+    "fp8-blocks": "#d1662b",
+    "moments-bfloat16": "#4f9d69",
+    "moments-8bit": "#8e5aa8",
+}
+BASE = "bfloat16"
+KINDS: dict[str, tuple[Products, Moments]] = {
+    **{products: (products, "float32") for products in get_args(Products)},
+    **{f"moments-{moments}": (BASE, moments) for moments in MOMENTS if moments != "float32"},
+}
+"""Products and moments of each kind."""
 SIZES = ("gpu", "tiny")
 # Of `--size tiny`.
 TINY_VOCABULARY, TINY_LENGTH = 512, 64
 
 
-def config(products: Products, folder: str, seed: int = 0, steps: int = 2000, size: str = "gpu") -> RunConfig:
+def config(kind: str, folder: str, seed: int = 0, steps: int = 2000, size: str = "gpu") -> RunConfig:
     """One of the runs.
 
     Args:
-      products: of the step.
+      kind: of `KINDS`.
       folder: with the data; takes the runs.
       seed: of weights and data order.
       steps: how many.
@@ -73,8 +87,11 @@ def config(products: Products, folder: str, seed: int = 0, steps: int = 2000, si
             loop=LoopConfig(evaluate_every=steps // 2),
         )
     stages = (dataclasses.replace(base.stages[0], schedule=schedule),)
+    products, moments = KINDS[kind]
     step = dataclasses.replace(base.step, products=products)
-    return dataclasses.replace(base, output=str(Path(folder) / f"{products}-{seed}"), stages=stages, step=step)
+    optimizer = dataclasses.replace(base.optimizer, moments=moments)
+    output = str(Path(folder) / f"{kind}-{seed}")
+    return dataclasses.replace(base, output=output, stages=stages, step=step, optimizer=optimizer)
 
 
 def judge(folder: Path) -> dict[str, Any]:
@@ -84,15 +101,20 @@ def judge(folder: Path) -> dict[str, Any]:
       folder: of the experiment.
 
     Raises:
-      InputError: no seeds that all kinds have run, or runs that have not come equally far.
+      InputError: no seeds that `bfloat16` and the other kinds in the folder have run, or runs that have not come
+        equally far.
     """
     found = {
-        kind: {int(p.parent.name.removeprefix(f"{kind}-")): p for p in folder.glob(f"{kind}-[0-9]*/metrics.jsonl")}
-        for kind in COLORS
+        kind: {int(p.parent.name.removeprefix(f"{kind}-")): p for p in folder.glob(f"{kind}-[0-9]/metrics.jsonl")}
+        for kind in KINDS
     }
+    found = {kind: of for kind, of in found.items() if of or kind == BASE}
     seeds = sorted(set.intersection(*map(set, found.values())))
-    if not seeds:
-        raise InputError(f"No seed in {folder} has a run of each of {', '.join(COLORS)}. Run the others first.")
+    if not seeds or len(found) == 1:
+        raise InputError(
+            f"No seed in {folder} has a run of bfloat16 and of each other kind there, of which there must be one "
+            f"({', '.join(found)}). Run the others first."
+        )
     logs = {kind: {seed: read_log(paths[seed]) for seed in seeds} for kind, paths in found.items()}
     curves = {kind: {seed: series(log, HELD_OUT) for seed, log in of.items()} for kind, of in logs.items()}
     ends = {f"{kind}-{seed}": int(steps[-1]) for kind, of in curves.items() for seed, (steps, _) in of.items()}
@@ -121,7 +143,7 @@ def verdict(final: dict[str, dict[int, float]]) -> dict[str, Any]:
     """The rule of this module.
 
     Args:
-      final: final held-out losses in nats, by kind of products and seed; the same seeds.
+      final: final held-out losses in nats, by kind and seed; the same seeds.
 
     Returns:
       JSON values. With one seed there is no noise and no verdict.
@@ -129,7 +151,7 @@ def verdict(final: dict[str, dict[int, float]]) -> dict[str, Any]:
     base = np.array([final[BASE][seed] for seed in sorted(final[BASE])])
     noise = float(base.std(ddof=1)) if len(base) > 1 else None
     result: dict[str, Any] = {"final_held_out_loss": final, "seed_deviation_of_bfloat16": noise}
-    for kind in OTHERS:
+    for kind in [kind for kind in final if kind != BASE]:
         gaps = np.array([final[kind][seed] for seed in sorted(final[kind])]) - base
         mean = float(gaps.mean())
         within = None if noise is None else mean <= noise
@@ -146,7 +168,7 @@ def _plot(logs: dict[str, dict[int, list[dict[str, float]]]], path: Path) -> Non
             style: dict[str, Any] = {"color": COLORS[kind], "linewidth": 1.3, "label": label}
             steps, losses = series(log, "loss")
             training.plot(steps, smooth(losses, max(len(losses) // 40, 1)), **style)
-            # With the same seed, products are the only difference.
+            # With the same seed, the kind is the only difference.
             steps, losses = series(log, HELD_OUT)
             held_out.plot(steps, losses - series(logs[BASE][seed], HELD_OUT)[1], marker="o", markersize=3, **style)
     titles = "training loss, a running mean (nats a token)", "held-out loss - bfloat16's of the same seed"
@@ -159,11 +181,20 @@ def _plot(logs: dict[str, dict[int, list[dict[str, float]]]], path: Path) -> Non
     FigureCanvasAgg(figure).print_png(path)
 
 
-def run(folder: Path, seeds: Sequence[int], steps: int, size: str, changes: Sequence[str], limit: float) -> None:
+def run(
+    folder: Path,
+    kinds: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    size: str,
+    changes: Sequence[str],
+    limit: float,
+) -> None:
     """All runs that are not done yet.
 
     Args:
       folder: of the experiment.
+      kinds: of `KINDS`.
       seeds: of the runs.
       steps, size: as for `config`.
       changes: as for `set_fields`, of all runs.
@@ -173,7 +204,7 @@ def run(folder: Path, seeds: Sequence[int], steps: int, size: str, changes: Sequ
       InputError: a run was not finished in that time; the same call goes on with it.
     """
     for seed in seeds:
-        for kind in get_args(Products):
+        for kind in kinds:
             timer = save_after(limit)
             try:
                 stopped = pretrain(set_fields(config(kind, str(folder), seed, steps, size), *changes))
@@ -186,6 +217,7 @@ def run(folder: Path, seeds: Sequence[int], steps: int, size: str, changes: Sequ
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("fp8-run"))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="by default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--size", choices=SIZES, default="gpu", help="of model and rows")
@@ -194,7 +226,7 @@ def main() -> None:
     parser.add_argument("--picture", action="store_true", help="run nothing; judge and draw what there is")
     args = parser.parse_args()
     if not args.picture:
-        run(args.folder, args.seeds, args.steps, args.size, args.set, args.limit)
+        run(args.folder, args.kinds, args.seeds, args.steps, args.size, args.set, args.limit)
     print(json.dumps(judge(args.folder), indent=2))
 
 

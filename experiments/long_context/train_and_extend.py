@@ -12,16 +12,17 @@ without further training, it is read by each scheme:
 - `dca`: dual-chunk attention (chunk: the trained length, local: 1/32 of it).
 - `dca+scale`: the same, logits scaled by the length.
 
-Each scheme reads prompts twice: with `dense` attention, and with `pooled`, the sparse prefill of `PooledBlocks`.
+Each scheme reads prompts with `dense` attention, with `pooled+last`, the sparse prefill of `PooledBlocks()`, and with
+`pooled`, the same without dense attention of the last queries of a prompt.
 
 Then training continues at 4,096 tokens with RoPE base 1e6 (`--continue-steps`, 0 leaves it out), with the same shares
 of lengths. This model is read at 1, 4, 8 and 16 times the
 first length, where the trained length of the schemes is 4,096. `--passkey TOKENS` also asks it for a passkey in
-prompts of that length, one for each depth, by `dca+scale` and `pooled`.
+prompts of that length, one for each depth, by `dca+scale` and `pooled+last`.
 
 At each length: `passkey` is one needle in real text, `needle` one of four in random ids, both answered by the engine
 with all ids right; the losses are of long held-out documents, by position. The losses are of dense attention only: they
-come from a forward pass without a cache, and sparse attention needs one. `pooled` has density and recall instead.
+come from a forward pass without a cache, and sparse attention needs one. The others have density and recall instead.
 Each seed has its own weights, data order and tests; the schemes have the same tests. One GPU, some minutes a seed.
 Leaves a folder for each seed: `model/` and `model-continued/` (Hugging Face folders), a log of each training, a folder
 of answers for each reading, and `results.jsonl` with a line for each reading and each long prompt. What has been done
@@ -76,7 +77,7 @@ from train.state import TrainState, fresh_state, init_state
 from train.step import StepConfig, make_eval_step, make_train_step
 
 SCHEMES = ("rope", "yarn", "dca", "dca+scale")
-ATTENTIONS = ("dense", "pooled")
+ATTENTIONS = ("dense", "pooled", "pooled+last")
 # No length is beyond it: dual-chunk attention does not scale its logits.
 _NEVER = 2**30
 RESULTS = "results.jsonl"
@@ -210,7 +211,7 @@ def load(
     Args:
       model: folder of the model.
       scheme: of `SCHEMES`.
-      attention: of `ATTENTIONS`; "pooled" reads every prompt by sparse attention.
+      attention: of `ATTENTIONS`; all but "dense" read every prompt by sparse attention.
       trained: tokens of a row in training.
       length: of prompts with their answers, in tokens.
       longest: the largest length that is to share compiled programs with this one.
@@ -219,6 +220,7 @@ def load(
       cache_dtype: of keys and values.
     """
     mesh = make_mesh({}, jax.devices()[:1])
+    patterns = {"pooled": PooledBlocks(last=0), "pooled+last": PooledBlocks()}
     config, params = convert.load(model, mesh, _dtype())
     engine = FixedSizeEngine(
         dataclasses.replace(extended(config, scheme, trained, length), max_position_embeddings=longest),
@@ -228,7 +230,7 @@ def load(
         chunk=synthetic_ids.VALUES - 1,
         prefill_chunk=-(-chunk // 128) * 128,
         kv_dtype=cache_dtype,
-        sparse=PooledBlocks() if attention == "pooled" else None,
+        sparse=patterns.get(attention),
         sparse_from=1,
         eos_token_ids=[],
     )
@@ -281,9 +283,9 @@ def read(setup: Setup, stage: Stage, wanted: Mapping[str, Any], held_out: np.nda
         scores = runner.run(engine, make, cases, answers / task, settings, engine.rows)
         found[task] = scores["tasks"][task]
         found["cells"] += scores["cells"]
-        if attention == "pooled":
+        if attention != "dense":
             found.setdefault("sparse", {})[task] = left_out(engine)
-    if attention == "pooled":
+    if attention != "dense":
         return found
     # The same last tokens for all lengths.
     windows = held_out[:, -length:].astype(np.int32)
@@ -367,12 +369,12 @@ def run(
         sizes = {"trained": stage.length, "length": passkey, "longest": passkey, "chunk": min(passkey, 32_768)}
         engine = functools.cache(
             functools.partial(
-                load, stage.model_folder(of_seed), "dca+scale", "pooled", cache_dtype=cache_dtype, **sizes
+                load, stage.model_folder(of_seed), "dca+scale", "pooled+last", cache_dtype=cache_dtype, **sizes
             )
         )
         for depth in setup.depths:
             wanted = {"task": "passkey", "seed": seed, "model": stage.name, "scheme": "dca+scale"}
-            wanted |= {"attention": "pooled", "cache_dtype": cache_dtype, "length": passkey, "depth": depth}
+            wanted |= {"attention": "pooled+last", "cache_dtype": cache_dtype, "length": passkey, "depth": depth}
             add_record(path, wanted, functools.partial(read_passkey, engine, wanted, held_out))
 
 

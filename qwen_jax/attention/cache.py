@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
 from qwen_jax.attention import quantized_cache
+from qwen_jax.attention.pooled_blocks import BLOCK, block_means
 from qwen_jax.attention.quantized_cache import Buffer
 from qwen_jax.config import ModelConfig
 from qwen_jax.parallel.sharding import Sharding
@@ -133,27 +134,46 @@ class Cache(Protocol[Layer]):
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("k_BKSd", "v_BKSd", "slot", "shift_B"), meta_fields=("fresh",)
+    jax.tree_util.register_dataclass,
+    data_fields=("k_BKSd", "v_BKSd", "slot", "shift_B", "means"),
+    meta_fields=("fresh",),
 )
 @dataclasses.dataclass(frozen=True)
 class ContiguousLayer:
-    """One layer of a `ContiguousCache`; `shift_B` is None where rows need not be shifted."""
+    """One layer of a `ContiguousCache`.
+
+    Attributes:
+      k_BKSd, v_BKSd, slot, fresh: as for `ContiguousCache`.
+      shift_B: None where rows need not be shifted.
+      means: `block_means` of the keys and of the values, for sparse prefill by pooled blocks. With them, only whole
+        blocks are written.
+    """
 
     k_BKSd: Buffer
     v_BKSd: Buffer
     slot: jax.Array
     shift_B: jax.Array | None
     fresh: bool
+    means: tuple[jax.Array, jax.Array] | None = None
 
     def specs(self, sharding: Sharding) -> Any:
         shift = None if self.shift_B is None else sharding.rows
         k, v = (quantized_cache.specs(buffer, sharding) for buffer in (self.k_BKSd, self.v_BKSd))
-        arrays: dict[str, Any] = {"k_BKSd": k, "v_BKSd": v, "slot": P(), "shift_B": shift}
+        means = None if self.means is None else (sharding.cache, sharding.cache)
+        arrays: dict[str, Any] = {"k_BKSd": k, "v_BKSd": v, "slot": P(), "shift_B": shift, "means": means}
         return dataclasses.replace(self, **arrays)
 
     def write(self, k_BTKd: jax.Array, v_BTKd: jax.Array) -> "ContiguousLayer":
         k_BKSd, v_BKSd = self._store(self.k_BKSd, k_BTKd), self._store(self.v_BKSd, v_BTKd)
-        return dataclasses.replace(self, k_BKSd=k_BKSd, v_BKSd=v_BKSd)
+        means = self.means
+        if means is not None:
+            new = (block_means(x.swapaxes(1, 2)) for x in self.as_read(k_BTKd, v_BTKd))
+            k_mean, v_mean = (
+                lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), self.slot // BLOCK, axis=2)
+                for old, x in zip(means, new, strict=True)
+            )
+            means = k_mean, v_mean
+        return dataclasses.replace(self, k_BKSd=k_BKSd, v_BKSd=v_BKSd, means=means)
 
     def as_read(self, k_BTKd: jax.Array, v_BTKd: jax.Array) -> tuple[jax.Array, jax.Array]:
         return quantized_cache.as_read(self.k_BKSd, k_BTKd), quantized_cache.as_read(self.v_BKSd, v_BTKd)

@@ -48,6 +48,36 @@ class Selection:
     blocks_cut_BH: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class DenseTiles:
+    """The tiles of a chunk that attend to all keys.
+
+    Attributes:
+      is_dense_N: bool, for each tile.
+      first: int32 scalar, a row; dense tiles are among the `rows` rows from it on.
+      rows: how many.
+    """
+
+    is_dense_N: jax.Array
+    first: jax.Array
+    rows: int
+
+
+def dense_tiles(rows: int, last: int, end: jax.Array) -> DenseTiles:
+    """The tiles that hold some of the last queries of a prompt.
+
+    Args:
+      rows: of a chunk.
+      last: how many queries.
+      end: int32 scalar, the row at which the prompt ends; it may lie beyond the chunk.
+    """
+    N = rows // BLOCK
+    window = min(-(-last // BLOCK) + 1, N)
+    tile, begin = jnp.arange(N, dtype=jnp.int32), jnp.maximum(end - last, 0) // BLOCK
+    first = jnp.minimum(begin, N - window)
+    return DenseTiles((begin <= tile) & (tile * BLOCK < end), first * BLOCK, window * BLOCK)
+
+
 def block_means(x_BKSd: jax.Array) -> jax.Array:
     """Means of keys or values over blocks of 128, [B, K, S / 128, d] in the dtype of the argument.
 
@@ -158,6 +188,7 @@ def choose(
     scale: float,
     max_blocks: int,
     implementation: str = "auto",
+    dense_N: jax.Array | None = None,
 ) -> Selection:
     """The blocks that each tile visits.
 
@@ -172,6 +203,7 @@ def choose(
       scale: multiplies the logits.
       max_blocks: capacity of a list. Where more blocks are to be visited, those with the greatest scores are kept.
       implementation: of `block_scores`.
+      dense_N: bool, tiles that the caller attends with to all keys. Their lists are empty.
     """
     B, _, H, _ = queries[0].shape
     N, J = bounds.start_PBN.shape[2], k_mean_BKJd.shape[2]
@@ -182,6 +214,8 @@ def choose(
     low_BN1, high_BN1 = (x[..., None] for x in bounds.union())
     whole_BNJ = ((first_PBN[..., None] * BLOCK <= begin) & (begin < end_PBN[..., None] * BLOCK)).any(axis=0)
     visible_BNJ = (low_BN1 < begin + BLOCK) & (begin < high_BN1)
+    if dense_N is not None:
+        visible_BNJ &= ~dense_N[:, None]
     # The first query of a tile has the earliest window.
     first_end_BN1 = bounds.end_BT[:, ::BLOCK, None]
     forced_BNJ = (begin < low_BN1 + pattern.sink) | (first_end_BN1 - pattern.window < begin + BLOCK) | ~whole_BNJ

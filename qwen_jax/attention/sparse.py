@@ -46,7 +46,7 @@ _MAX_PIECES = 2048
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("density_BH", "probe_recall_BH", "audit_recall_BH", "pieces_cut_BH", "columns_cut_BH"),
+    data_fields=("density_BH", "audit_recall_BH", "pieces_cut_BH", "columns_cut_BH"),
     meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +56,8 @@ class Diagnostics:
     Attributes:
       density_BH: float32, visited pairs of queries and keys over pairs that the masks permit. A mean that stands for
         a block counts as one key. Blocks of `PooledBlocks` that were cut count as visited where no mean replaces them.
-      probe_recall_BH: float32, the share of the softmax that was visited, exp(lse_sparse - lse_full), averaged over
-        the last rows of the chunk. They have chosen the keys of vertical-slash attention. None if it was not measured.
-      audit_recall_BH: float32, the same over rows at pseudo-random places of the chunk.
+      audit_recall_BH: float32, the share of the softmax that was visited, exp(lse_sparse - lse_full), averaged over
+        rows at pseudo-random places of the chunk. None if it was not measured.
       pieces_cut_BH, columns_cut_BH: int32, pieces (of the list of a head, or of pooled blocks over all tiles) and
         columns that the pattern asks for and that were left out because the capacity is too small.
 
@@ -66,7 +65,6 @@ class Diagnostics:
     """
 
     density_BH: jax.Array
-    probe_recall_BH: jax.Array | None
     audit_recall_BH: jax.Array | None
     pieces_cut_BH: jax.Array
     columns_cut_BH: jax.Array
@@ -122,7 +120,7 @@ class SparsePrefill:
         budgets = np.stack([pattern.budgets(layer) for layer in range(len(pattern.columns))])
         return cls(jnp.asarray(budgets), VerticalSlash((), ()), -(-most // BLOCK) * BLOCK)
 
-    def layer(self, i: int) -> "SparsePrefill":
+    def layer(self, i: int | jax.Array) -> "SparsePrefill":
         """With the budgets [H, 2] of one layer."""
         budgets = self.budgets_LH2
         return self if budgets is None else dataclasses.replace(self, budgets_LH2=budgets[i])
@@ -138,6 +136,7 @@ def attend(
     scale: float,
     budgets_H2: jax.Array | None = None,
     length: jax.Array | int | None = None,
+    end: jax.Array | int | None = None,
     means: tuple[jax.Array, jax.Array] | None = None,
     implementation: kernels.Implementation = "auto",
     tiling: Tiling | None = None,
@@ -157,12 +156,13 @@ def attend(
       scale: multiplies the logits; positive.
       budgets_H2: int32, columns and slashes of each query head, for `VerticalSlash`; see `VerticalSlash.budgets`.
       length: int32 scalar, queries that are not padding at the end of the chunk; by default all.
+      end: int32 scalar, the cache slot at which the prompts end, for `PooledBlocks.last`; None if no query is the last.
       means: `block_means` of the keys and values, for `PooledBlocks`; by default they are computed.
       implementation: of `kernels.sparse_attention` and `kernels.column_attention`.
       tiling: sizes of tiles and pieces, for `VerticalSlash`; by default those of the implementation.
       max_pieces: capacity of the list of a tile; by default all keys, at most 2048 pieces.
       max_columns: capacity for the columns of a head; by default the greatest budget of the pattern.
-      measure: whether recall is measured, which costs attention of 128 rows over all their keys.
+      measure: whether recall is measured, which costs attention of 64 rows over all their keys.
 
     Returns:
       Output [B, T, H, d] in the dtype of the queries, its log-sum-exp float32 [B, H, T], and diagnostics.
@@ -185,6 +185,7 @@ def attend(
         v_BKSd,
         jnp.asarray(slot, jnp.int32),
         jnp.asarray(T if length is None else length, jnp.int32),
+        None if end is None else jnp.asarray(end, jnp.int32),
         budgets_H2,
         means,
         # Budgets are arguments; the pattern says only which one it is.
@@ -209,6 +210,7 @@ def _attend(
     v_BKSd: jax.Array,
     slot: jax.Array,
     length: jax.Array,
+    end: jax.Array | None,
     budgets_H2: jax.Array | None,
     means: tuple[jax.Array, jax.Array] | None,
     *,
@@ -227,21 +229,16 @@ def _attend(
     how: dict[str, Any] = {"scale": scale, "implementation": implementation}
     S = k_BKSd.shape[2]
     bounds = sparse_parts.bounds([part.mask for part in parts], tiling.rows)
-    # Rows over all their keys: the last ones for the choice and for its recall, others for the recall.
-    rows_R = sparse_parts.probe_rows(length)
-    if measure:
-        rows_R = jnp.concatenate([rows_R, sparse_parts.audit_rows(slot, length)])
-    with jax.named_scope("sparse_probe"):
-        queries = [sparse_parts.take_rows(part.q_BTHd, rows_R) for part in parts]
-        masks = [sparse_parts.mask_rows(part.mask, rows_R) for part in parts]
-        full_BHR = sparse_parts.rows_lse(queries, masks, k_BKSd, v_BKSd, **how)
     # What to visit.
+    dense: pooled_blocks.DenseTiles | None = None
     if pattern is not None:
+        if end is not None and pattern.last:
+            dense = pooled_blocks.dense_tiles(parts[0].q_BTHd.shape[1], pattern.last, end - slot)
         with jax.named_scope("sparse_lists"):
-            visits = _visit_blocks(parts, k_BKSd, v_BKSd, pattern, bounds, means, how, min(capacity, S // BLOCK))
+            visits = _visit_blocks(parts, k_BKSd, v_BKSd, pattern, bounds, means, how, min(capacity, S // BLOCK), dense)
     else:
         with jax.named_scope("sparse_lines"):
-            scores = _line_scores(parts, queries, masks, full_BHR, k_BKSd, v_BKSd, how)
+            scores = _line_scores(parts, length, k_BKSd, v_BKSd, how)
         with jax.named_scope("sparse_lists"):
             where = slot, length
             assert budgets_H2 is not None
@@ -262,9 +259,15 @@ def _attend(
                     )
                 )
     out_BTHd, lse_BHT = kernels.merge(merged)
+    if dense is not None:
+        with jax.named_scope("sparse_last"):
+            out_BTHd, lse_BHT = _attend_densely(parts, k_BKSd, v_BKSd, dense, out_BTHd, lse_BHT, how)
     density_BH = visits.visited_BH / jnp.maximum(_visible(parts), 1.0)[:, None]
-    probe, audit = _recall(lse_BHT, full_BHR, rows_R) if measure else (None, None)
-    skipped = Diagnostics(density_BH, probe, audit, visits.pieces_cut_BH, visits.columns_cut_BH)
+    recall_BH: jax.Array | None = None
+    if measure:
+        with jax.named_scope("sparse_recall"):
+            recall_BH = _recall(parts, lse_BHT, sparse_parts.audit_rows(slot, length), k_BKSd, v_BKSd, how)
+    skipped = Diagnostics(density_BH, recall_BH, visits.pieces_cut_BH, visits.columns_cut_BH)
     return out_BTHd, lse_BHT, skipped
 
 
@@ -283,21 +286,51 @@ class _Visits:
 def _visit_blocks(
     parts: Sequence[Part], k_BKSd: jax.Array, v_BKSd: jax.Array, pattern: PooledBlocks, bounds: Bounds,
     means: tuple[jax.Array, jax.Array] | None, how: dict[str, Any], max_blocks: int,
+    dense: pooled_blocks.DenseTiles | None,
 ) -> _Visits:  # fmt: skip
-    """Blocks, and means of those that are not visited."""
+    """Blocks, and means of those that are not visited. All that dense tiles see counts as visited."""
     k, v = (block_means(k_BKSd), block_means(v_BKSd)) if means is None else means
     queries = [part.q_BTHd for part in parts]
     # On anything but a GPU, scores have no implementation of their own.
     scoring = "auto" if how["implementation"] in ("auto", "gpu") else "xla"
     blocks = pooled_blocks.choose(
-        queries, k, bounds, pattern, scale=how["scale"], max_blocks=max_blocks, implementation=scoring
-    )
+        queries, k, bounds, pattern, scale=how["scale"], max_blocks=max_blocks, implementation=scoring,
+        dense_N=None if dense is None else dense.is_dense_N,
+    )  # fmt: skip
     # A block that is not visited costs each query of the tile 128 keys less, or one in place of 128.
     saved = BLOCK * (BLOCK - 1 if pattern.correct_means else BLOCK)
     visited_BH = _visible(parts)[:, None] - saved * blocks.skipped_BH
     gathered = (k, v, blocks.places_BHNJ) if pattern.correct_means else None
     cut = blocks.blocks_cut_BH
     return _Visits(blocks.lists, gathered, math.log(BLOCK), visited_BH, cut, jnp.zeros_like(cut))
+
+
+def _attend_densely(
+    parts: Sequence[Part], k_BKSd: jax.Array, v_BKSd: jax.Array, dense: pooled_blocks.DenseTiles,
+    out_BTHd: jax.Array, lse_BHT: jax.Array, how: dict[str, Any],
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Output and log-sum-exp where the rows of dense tiles attend to all their keys."""
+
+    def rows(x: jax.Array, axis: int = 1) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, dense.first, dense.rows, axis)
+
+    is_dense_R = rows(jnp.repeat(dense.is_dense_N, BLOCK), 0)
+
+    def attended() -> tuple[jax.Array, jax.Array]:
+        found = []
+        for part in parts:
+            ends = jnp.where(is_dense_R, rows(part.mask.k_end_BT), 0)
+            mask = kernels.Mask(jnp.minimum(rows(part.mask.k_start_BT), ends), ends)
+            found.append(kernels.decode_attention(rows(part.q_BTHd), k_BKSd, v_BKSd, mask, **how))
+        out, lse = kernels.merge(found)
+        return jnp.where(is_dense_R[:, None, None], out, before[0]), jnp.where(is_dense_R, lse, before[1])
+
+    before = rows(out_BTHd), rows(lse_BHT, 2)
+    out, lse = jax.lax.cond(dense.is_dense_N.any(), attended, lambda: before)
+    return (
+        jax.lax.dynamic_update_slice_in_dim(out_BTHd, out, dense.first, 1),
+        jax.lax.dynamic_update_slice_in_dim(lse_BHT, lse, dense.first, 2),
+    )
 
 
 def _visit_lines(
@@ -320,18 +353,16 @@ def _visible(parts: Sequence[Part]) -> jax.Array:
 
 
 def _line_scores(
-    parts: Sequence[Part], probes: Sequence[jax.Array], masks: Sequence[kernels.Mask], full_BHR: jax.Array,
-    k_BKSd: jax.Array, v_BKSd: jax.Array, how: dict[str, Any],
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    parts: Sequence[Part], length: jax.Array, k_BKSd: jax.Array, v_BKSd: jax.Array, how: dict[str, Any]
+) -> tuple[jax.Array, jax.Array]:
     """`vertical_slash.line_scores` of the probe rows, rotated for choosing keys."""
-    masks = [kernels.Mask(mask.k_start_BT[:, :PROBE_ROWS], mask.k_end_BT[:, :PROBE_ROWS]) for mask in masks]
+    rows_R = sparse_parts.probe_rows(length)
+    masks = [sparse_parts.mask_rows(part.mask, rows_R) for part in parts]
     queries = [
-        probe[:, :PROBE_ROWS] if part.critical_BRHd is None else part.critical_BRHd
-        for part, probe in zip(parts, probes, strict=True)
+        sparse_parts.take_rows(part.q_BTHd, rows_R) if part.critical_BRHd is None else part.critical_BRHd
+        for part in parts
     ]
-    lse_BHR = full_BHR[:, :, :PROBE_ROWS]
-    if any(part.critical_BRHd is not None for part in parts):
-        lse_BHR = sparse_parts.rows_lse(queries, masks, k_BKSd, v_BKSd, **how)
+    lse_BHR = sparse_parts.rows_lse(queries, masks, k_BKSd, v_BKSd, **how)
     asked: kernels.Implementation = how["implementation"] if how["implementation"] in ("auto", "gpu") else "reference"
     return vertical_slash.line_scores(queries, masks, lse_BHR, k_BKSd, scale=how["scale"], implementation=asked)
 
@@ -349,15 +380,19 @@ def _between(lists: kernels.KeyLists, low_BN: jax.Array, high_BN: jax.Array) -> 
     return kernels.KeyLists(slices(flat, before.reshape(-1)).reshape(starts.shape), counts, lists.rows, lists.size)
 
 
-def _recall(lse_BHT: jax.Array, full_BHR: jax.Array, rows_R: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean recall of the probe rows and of the audit rows, float32 [B, H] each; 1 where no row sees a key."""
-    sparse_BHR = jnp.take(lse_BHT, jnp.clip(rows_R, 0, lse_BHT.shape[2] - 1), axis=2)
-    sees = jnp.isfinite(full_BHR) & (rows_R >= 0)
+def _recall(
+    parts: Sequence[Part], lse_BHT: jax.Array, rows_R: jax.Array, k_BKSd: jax.Array, v_BKSd: jax.Array,
+    how: dict[str, Any],
+) -> jax.Array:  # fmt: skip
+    """Mean recall of some rows, float32 [B, H]; 1 where no row sees a key."""
+    queries = [sparse_parts.take_rows(part.q_BTHd, rows_R) for part in parts]
+    masks = [sparse_parts.mask_rows(part.mask, rows_R) for part in parts]
+    full_BHR = sparse_parts.rows_lse(queries, masks, k_BKSd, v_BKSd, **how)
+    sparse_BHR = jnp.take(lse_BHT, rows_R, axis=2)
+    sees = jnp.isfinite(full_BHR)
     # Rounding may put the sum over a part of the keys above the sum over all of them.
     share = jnp.where(sees, jnp.exp(jnp.minimum(sparse_BHR - jnp.where(sees, full_BHR, 0.0), 0.0)), 0.0)
-    halves = [(share[:, :, part], sees[:, :, part]) for part in (slice(PROBE_ROWS), slice(PROBE_ROWS, None))]
-    probe, audit = (jnp.where(n.any(axis=2), x.sum(axis=2) / n.sum(axis=2).clip(1), 1.0) for x, n in halves)
-    return probe, audit
+    return jnp.where(sees.any(axis=2), share.sum(axis=2) / sees.sum(axis=2).clip(1), 1.0)
 
 
 def _tiling(pattern: VerticalSlash | PooledBlocks, implementation: kernels.Implementation, part: Part) -> Tiling:

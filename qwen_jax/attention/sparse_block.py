@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
-from qwen_jax.attention.cache import LayerCache
+from qwen_jax.attention.cache import ContiguousLayer
 from qwen_jax.attention.dual_chunk import continuous_positions
 from qwen_jax.attention.rope import rope_table, rotate
 from qwen_jax.attention.sparse import Diagnostics, SparsePrefill, attend
@@ -25,13 +25,15 @@ class SparseChunk:
       sparsity: the pattern and the budgets.
       slot: int32 scalar, the cache slot of the first token of the chunk.
       count: int32 scalar, tokens of the chunk that are not padding at its end.
+      end: int32 scalar, the cache slot at which the prompts end.
     """
 
     sparsity: SparsePrefill
     slot: jax.Array
     count: jax.Array
+    end: jax.Array
 
-    def layer(self, i: int) -> "SparseChunk":
+    def layer(self, i: int | jax.Array) -> "SparseChunk":
         """With the budgets of one layer."""
         return dataclasses.replace(self, sparsity=self.sparsity.layer(i))
 
@@ -44,9 +46,9 @@ def attend_sparsely(
     k: jax.Array,
     v: jax.Array,
     masks: tuple[kernels.Mask, ...],
-    cache: LayerCache,
+    cache: ContiguousLayer,
     chunk: SparseChunk,
-) -> tuple[jax.Array, LayerCache, Diagnostics]:
+) -> tuple[jax.Array, ContiguousLayer, Diagnostics]:
     """`Attention.attend` for a chunk of a prompt that visits only the keys that matter most.
 
     Args:
@@ -62,10 +64,10 @@ def attend_sparsely(
     s, chunks, sparsity = sharding, config.dual_chunk, chunk.sparsity
     of_heads = s.heads[2]
     found = P(*s.rows, of_heads)
-    diagnostics = Diagnostics(found, found, found, found, found)  # type: ignore[arg-type]
+    diagnostics = Diagnostics(found, found, found, found)  # type: ignore[arg-type]
 
     @jax.shard_map(
-        in_specs=(s.heads, s.heads, s.heads, s.tokens, cache.specs(s), P(), P(), P(of_heads, None)),
+        in_specs=(s.heads, s.heads, s.heads, s.tokens, cache.specs(s), P(), P(), P(), P(of_heads, None)),
         out_specs=(s.heads, cache.specs(s), diagnostics),
         check_vma=False,
     )
@@ -74,11 +76,12 @@ def attend_sparsely(
         k: jax.Array,
         v: jax.Array,
         masks: tuple[kernels.Mask, ...],
-        cache: LayerCache,
+        cache: ContiguousLayer,
         slot: jax.Array,
         count: jax.Array,
+        end: jax.Array,
         budgets_H2: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache, Diagnostics]:
+    ) -> tuple[jax.Array, ContiguousLayer, Diagnostics]:
         cache = cache.write(k, v)
         critical: list[jax.Array | None] = [None] * len(masks)
         if len(masks) > 1 and chunks is not None:
@@ -94,6 +97,8 @@ def attend_sparsely(
             sparsity.pattern,
             slot=slot,
             length=count,
+            end=end,
+            means=cache.means,
             budgets_H2=budgets_H2,
             max_columns=sparsity.max_columns,
             scale=config.head_dim**-0.5,
@@ -108,4 +113,4 @@ def attend_sparsely(
     if budgets_H2 is not None:
         budgets_H2 = jax.reshard(budgets_H2, P(of_heads, None))
     with jax.named_scope("attend"):
-        return local(queries, k, v, masks, cache, chunk.slot, chunk.count, budgets_H2)
+        return local(queries, k, v, masks, cache, chunk.slot, chunk.count, chunk.end, budgets_H2)

@@ -139,6 +139,7 @@ class PooledBlocks:
       correct_means: whether a block that is not visited counts as 128 keys that equal its mean.
       stride: only every stride-th query of a tile scores blocks, which saves time and memory; divides 128. The
         published method uses all queries.
+      last: queries at the end of a prompt that attend to all keys, as do others in their tiles; 0 for none.
 
     Source: FlashPrefill V2 (arXiv:2608.19758).
     """
@@ -148,13 +149,15 @@ class PooledBlocks:
     window: int = 512
     correct_means: bool = True
     stride: int = 8
+    last: int = 1024
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold <= 1.0:
             raise InputError(f"Expected a threshold of pooled blocks from 0 to 1; got {self.threshold}.")
-        if self.sink < 0 or self.window < 1:
+        if self.sink < 0 or self.window < 1 or self.last < 0:
             raise InputError(
-                f"Expected a sink of at least 0 tokens and a window of at least 1; got {self.sink} and {self.window}."
+                "Expected a sink of at least 0 tokens, a window of at least 1 and at least 0 last queries; got "
+                f"{self.sink}, {self.window} and {self.last}."
             )
         if self.stride < 1 or 128 % self.stride:
             raise InputError(f"Expected a stride that divides the 128 queries of a tile; got {self.stride}.")

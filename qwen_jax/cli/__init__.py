@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 
+import qwen_jax
 from qwen_jax.cli.failures import complain, explain, several_processes
 
 # Name of one or two words -> module in this package, class or function in it, summary.
@@ -128,9 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0 if argv else 2
     if argv[0] == "--version":
-        import importlib.metadata
-
-        print(importlib.metadata.version("qwen-jax"))
+        print(qwen_jax.__version__)
         return 0
     name = _name(argv)
     if name is None:

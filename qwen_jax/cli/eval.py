@@ -482,8 +482,7 @@ def _settings(common: Common, model: Model, served: bool = False, **more: Any) -
 
     The model is known by the content of its files, and its path is recorded only. What a server serves is not known.
     """
-    import importlib.metadata
-
+    from qwen_jax import __version__
     from qwen_jax.cli.formats import hashes
 
     name = str(model.checkpoint)
@@ -493,6 +492,6 @@ def _settings(common: Common, model: Model, served: bool = False, **more: Any) -
         "config": sibling("train.fields").as_json(model.config),
         "tokenizer": None if model.tokenizer is None else model.tokenizer.fingerprint(),
         "running": {**dataclasses.asdict(common.running), "adapter": None, "dtype": None if served else model.dtype},
-        "version": importlib.metadata.version("qwen-jax"),
+        "version": __version__,
         **more,
     }

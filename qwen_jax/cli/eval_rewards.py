@@ -62,10 +62,10 @@ class Rewards:
         """Runs the command; returns the exit status."""
         name = model_name(self.folder, self.model)
         import hashlib
-        import importlib.metadata
 
         import jax
 
+        from qwen_jax import __version__
         from qwen_jax.cli.formats import hashes
         from qwen_jax.config import load_config
         from qwen_jax.hub import SMALL, is_hub_id, resolve
@@ -96,7 +96,7 @@ class Rewards:
             "tokenizer": tokenizer.fingerprint(),
             "chat_template": hashlib.sha256(tokenizer.chat_template.source().encode()).hexdigest(),
             "dtype": dtype,
-            "version": importlib.metadata.version("qwen-jax"),
+            "version": __version__,
         }
         conversation_ids = sibling("train.rewards.reward_model").conversation_ids
         scorer: list[Scorer] = []

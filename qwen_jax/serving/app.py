@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import hashlib
-import importlib.metadata
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -20,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+import qwen_jax
 from qwen_jax.serving import protocol, texts
 from qwen_jax.serving.chat import Chat
 from qwen_jax.serving.completions import Completions
@@ -82,7 +82,7 @@ def create_app(service: Service, settings: ServerSettings) -> FastAPI:
             await asyncio.to_thread(service.engine.close)
 
     # The pages of /docs would load scripts from elsewhere.
-    app = FastAPI(title="qwen_jax", version=_version(), docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="qwen_jax", version=qwen_jax.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.context = context
     app.include_router(_generation(context))
     app.include_router(_text_endpoints(context))
@@ -207,7 +207,7 @@ def _about(context: Context) -> APIRouter:
 
     @router.get("/version")
     async def version() -> dict[str, str]:
-        return {"version": _version()}
+        return {"version": qwen_jax.__version__}
 
     @router.get("/metrics")
     async def metrics() -> Response:
@@ -236,10 +236,6 @@ def _page() -> tuple[bytes, dict[str, str]]:
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-cache",
     }
-
-
-def _version() -> str:
-    return importlib.metadata.version("qwen-jax")
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -141,12 +141,12 @@ def test_fp8_learns_and_is_judged(tmp_path):
     for i in range(40):
         (source / f"{i}.txt").write_text(" ".join(rng.choice(words, 300)))
     data.make(tmp_path, 1, [str(source)], 1, fp8.TINY_VOCABULARY, fp8.TINY_LENGTH)
-    with pytest.raises(InputError, match="has a run of each of bfloat16, fp8, fp8-blocks"):
+    with pytest.raises(InputError, match="has a run of bfloat16 and of each other kind"):
         fp8.judge(tmp_path)
-    fp8.run(tmp_path, [3], steps=8, size="tiny", changes=[], limit=300)
+    fp8.run(tmp_path, list(fp8.KINDS), [3], steps=8, size="tiny", changes=[], limit=300)
     result = fp8.judge(tmp_path)
     assert result["steps"] == 8
-    assert result["skipped_steps"] == dict.fromkeys(fp8.COLORS, 0)
+    assert result["skipped_steps"] == dict.fromkeys(fp8.KINDS, 0)
     print(result["final_held_out_loss"])
     losses = [of[3] for of in result["final_held_out_loss"].values()]
     assert len(set(losses)) > 1, "rounding changes the losses"

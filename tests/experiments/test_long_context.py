@@ -15,7 +15,7 @@ from experiments.long_context import sizes
 from experiments.long_context import train_and_extend as experiment
 from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
-from qwen_jax.inference.chunked_prefill import prefill_chunk
+from qwen_jax.inference.chunked_prefill import read_layer
 from tests.helpers.runs import print_seed
 from train.observe.metrics import read_log
 
@@ -62,7 +62,7 @@ def test_the_whole_path(tmp_path, texts):
         experiment.run(setup, [0], schemes, attentions, folder.parent, texts, passkey, "int8")
         return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
-    compiled = prefill_chunk._cache_size()
+    compiled = read_layer._cache_size()
     run(TOY, ["rope", "yarn"], ["dense"])
     *records, first, second, third = run(TOY, ["rope"], ["dense", "pooled"], passkey=300)
     # Each model is read by each scheme and attention at each length, once.
@@ -88,7 +88,7 @@ def test_the_whole_path(tmp_path, texts):
     for long, depth in zip((first, second, third), TOY.depths, strict=True):
         assert {"task": "passkey", "model": "continued", "length": 300, "depth": depth}.items() <= long.items()
     # Programs of the chunks: pooled, one for both lengths of a model; 256 tokens, dense; the long passkey.
-    assert prefill_chunk._cache_size() - compiled == 4
+    assert read_layer._cache_size() - compiled == 4
     # Training continues from the weights of the first stage: two steps of AdamW move a weight by twice the rate or so.
     before, after = (load_file(folder / name / "model.safetensors") for name in ("model", "model-continued"))
     moved = max(np.abs(before[name] - after[name]).max() for name in before)

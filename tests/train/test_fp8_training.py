@@ -56,22 +56,23 @@ def test_a_step_that_is_not_finite_is_skipped(mesh: Mesh) -> None:
         jax.tree.map(np.testing.assert_array_equal, skipped.params, bad.params)
 
 
+@pytest.mark.parametrize("moments", ["bfloat16", "8bit"])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(
-    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moments: str, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, with moments in bfloat16 too. Factors are those of the step's own operands: nothing to be saved."""
+    """Bit for bit, with moments in fewer bits too. Factors are those of the step's own operands: none are saved."""
 
     def config(name: str) -> Any:
         config = configuration(material, tmp_path / name)
         return set_fields(
-            dataclasses.replace(config, stages=config.stages[:1]), "step.products=fp8", "optimizer.moments=bfloat16"
+            dataclasses.replace(config, stages=config.stages[:1]), "step.products=fp8", f"optimizer.moments={moments}"
         )
 
     assert not run.pretrain(config("straight"))
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
         assert run.pretrain(config("stopped"))
-    with pytest.raises(InputError, match="moments was 'bfloat16' and is now None"):
+    with pytest.raises(InputError, match=f"moments was '{moments}' and is now None"):
         run.pretrain(set_fields(config("stopped"), "optimizer.moments=float32"))
     assert not run.pretrain(config("stopped"))
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "straight")

@@ -7,12 +7,9 @@ import optax
 import pytest
 
 from qwen_jax.errors import InputError
-from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.params import abstract_params
 from qwen_jax.published import published
-from tests.helpers.runs import print_seed
 from train.optimizer import AdamW, OptimizerConfig, Schedule, decay_mask, make_optimizer, make_schedule
-from train.state import abstract_state
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-untied"])
@@ -86,63 +83,6 @@ def test_bad_schedules_are_refused(kwargs, message):
 def test_bad_settings_are_refused(kwargs):
     with pytest.raises(InputError, match=next(iter(kwargs))):
         AdamW(**kwargs)
-
-
-def adam_state(state):
-    return next(s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "nu")) if hasattr(s, "nu"))
-
-
-def test_moments_in_bfloat16_are_those_of_a_step_from_them_rounded():
-    """Each update is AdamW's from the stored moments, bit for bit, and what is stored is the new ones, rounded once."""
-    rng = print_seed()
-    schedule = Schedule(10, 0.1, schedule="wsd")
-    narrow, wide = (make_optimizer(OptimizerConfig(schedule, AdamW(moments=m))) for m in ("bfloat16", "float32"))
-    params = {
-        "embed": {"weight": rng.normal(size=(3, 5)).astype(np.float32)},
-        "norm": {"weight": np.ones(5, np.float32)},
-    }
-    state = narrow.init(params)
-    assert {x.dtype.name for x in jax.tree.leaves((adam_state(state).mu, adam_state(state).nu))} == {"bfloat16"}
-    for step in range(4):
-        gradient = jax.tree.map(lambda x: (rng.normal(size=x.shape) * 1e-3).astype(np.float32), params)
-        more = {"step": step, "norm": optax.tree.norm(gradient)}
-        stored = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, state)
-        expected, after = wide.update(gradient, stored, params, **more)
-        updates, state = narrow.update(gradient, state, params, **more)
-        jax.tree.map(np.testing.assert_array_equal, updates, expected)
-        for name in ("mu", "nu"):
-            rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), getattr(adam_state(after), name))
-            jax.tree.map(np.testing.assert_array_equal, getattr(adam_state(state), name), rounded)
-
-
-def test_moments_in_bfloat16_decay_with_every_beta_that_is_allowed():
-    """A second moment goes to 0 without gradients, from any value, and stays where it is with a larger beta2."""
-    rng = print_seed()
-    start = np.exp(rng.uniform(-50, 50, 1000)).astype(np.float32)
-
-    def after(beta2, steps):
-        nu = jnp.asarray(start, jnp.bfloat16)
-        for _ in range(steps):
-            nu = (beta2 * nu.astype(jnp.float32)).astype(jnp.bfloat16)
-        return np.asarray(nu, np.float32)
-
-    assert (after(0.99, 1) < np.asarray(jnp.asarray(start, jnp.bfloat16), np.float32)).all()
-    assert (after(0.999, 1) == np.asarray(jnp.asarray(start, jnp.bfloat16), np.float32)).all()
-    for betas in ({"beta2": 0.999}, {"beta1": 0.995}):
-        with pytest.raises(InputError, match=r"at most 0\.99, got .* use moments='float32'"):
-            AdamW(moments="bfloat16", **betas)
-    with pytest.raises(InputError, match="moments must be float32 or bfloat16, got 'int4'"):
-        AdamW(moments="int4")
-
-
-def test_moments_in_bfloat16_take_half_the_memory_on_every_device():
-    mesh = make_mesh({"fsdp": 2, "tensor": 2})
-    sizes = {}
-    for moments in ("float32", "bfloat16"):
-        state = abstract_state(published("tiny"), OptimizerConfig(Schedule(10), AdamW(moments=moments)), mesh)
-        arrays = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
-        sizes[moments] = [np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays]
-    assert sizes["float32"] == [2 * size for size in sizes["bfloat16"]]
 
 
 def test_an_optimizer_needs_a_schedule():

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+import qwen_jax
 from qwen_jax.errors import NO_ROOM, InputError
 from qwen_jax.files import to_json
 from train.curate import engine as engines
@@ -121,7 +122,7 @@ class _Run:
             "curation": curation.name,
             "finished": False,
             "fault": None,
-            "qwen_jax": metadata.version("qwen-jax"),
+            "qwen_jax": qwen_jax.__version__,
             "config": digest(curation.settings()),
             "inputs": {},
             "stages": [],

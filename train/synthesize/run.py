@@ -11,12 +11,12 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+import qwen_jax
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from train.files import write_file
@@ -428,7 +428,7 @@ class _Run:
             self._progress.say(f"Examples of an earlier run are now in {self._folder / EARLIER}: {', '.join(moved)}.")
 
     def _versions(self) -> dict[str, Any]:
-        return {"pipeline": self._pipeline.name, "seed": self._pipeline.seed, "qwen_jax": metadata.version("qwen_jax")}
+        return {"pipeline": self._pipeline.name, "seed": self._pipeline.seed, "qwen_jax": qwen_jax.__version__}
 
     def _summary(self, counts: Counts, written: Sequence[Written], seconds: float) -> dict[str, Any]:
         """The record of a run: strict JSON values."""

@@ -146,7 +146,8 @@ def test_attention_with_means(parts: int, correct: bool) -> None:
     full = np.log(np.where(seen, np.exp(logits), 0).sum(2))
     recall = np.exp(want_lse - full)
     assert recall.max() <= 1 + 1e-9  # A mean stands for no more than its keys.
-    np.testing.assert_allclose(np.asarray(found.probe_recall_BH)[0], recall[:, -64:].mean(1), rtol=1e-4)
+    audit = sparse_parts.audit_rows(jnp.int32(SLOT), jnp.int32(T))
+    np.testing.assert_allclose(np.asarray(found.audit_recall_BH)[0], recall[:, audit].mean(1), rtol=1e-4)
     pairs = on.sum((1, 2)) + replaced.sum((1, 2)) * BLOCK * correct
     np.testing.assert_allclose(np.asarray(found.density_BH)[0], pairs / seen.sum(), rtol=1e-6)
 
@@ -158,7 +159,7 @@ def test_everything_is_dense_and_given_means_are_used() -> None:
     want, want_lse = kernels.decode_attention(own[0].q_BTHd, k, v, own[0].mask, scale=SCALE)
     np.testing.assert_allclose(out, want, atol=2e-6)
     np.testing.assert_allclose(lse, want_lse, atol=2e-6)
-    for share in (found.density_BH, found.probe_recall_BH, found.audit_recall_BH):
+    for share in (found.density_BH, found.audit_recall_BH):
         np.testing.assert_allclose(share, 1.0, atol=1e-5)
     means = sparse.block_means(k), sparse.block_means(v)
     given = attend(own, k, v, PATTERN, means=means)
@@ -183,3 +184,47 @@ def test_overflow_is_counted() -> None:
         assert scores[h, n][replaced[h, n]].max() <= scores[h, n][free].min(initial=np.inf) + 1e-4
     found = attend(own, k, v, pattern, max_pieces=6)[2]
     assert (np.asarray(found.pieces_cut_BH) == (visible - 6).sum()).all()
+
+
+@pytest.mark.draw(1)
+@pytest.mark.parametrize(("parts", "capacity"), [(1, 6), (3, S // BLOCK)])
+def test_the_last_queries_see_all_keys(parts: int, capacity: int) -> None:
+    """The tiles that hold some of the last queries of a prompt attend as dense attention does, also where lists are too
+    short, and all that they see counts as visited. The other tiles attend as ever, bit for bit."""
+    rng = draw()
+    own, k, v = inputs(rng, parts)
+    pattern = dataclasses.replace(PATTERN, threshold=0.9, last=int(rng.integers(1, 300)))
+    want, want_lse = kernels.merge([kernels.decode_attention(p.q_BTHd, k, v, p.mask, scale=SCALE) for p in own])
+    _, replaced = visits(own, k, pattern, capacity)
+    pairs = (np.arange(SLOT, SLOT + T) + 1 - 40).sum()
+    out, lse, without = attend(own, k, v, dataclasses.replace(pattern, last=0), max_pieces=capacity)
+    compiled = attend._cache_size()
+    # Ends within the chunk, at its end, shortly behind it, and in a later chunk.
+    for end in (int(rng.integers(1, T)), T, T + int(rng.integers(pattern.last)), 2 * T + pattern.last):
+        row = np.arange(T) // BLOCK * BLOCK
+        is_dense = (row + BLOCK > end - pattern.last) & (row < end)
+        got, got_lse, found = attend(own, k, v, pattern, end=SLOT + end, max_pieces=capacity)
+        np.testing.assert_allclose(got[:, is_dense], want[:, is_dense], atol=2e-5)
+        np.testing.assert_allclose(got_lse[..., is_dense], want_lse[..., is_dense], atol=2e-5)
+        np.testing.assert_array_equal(got[:, ~is_dense], out[:, ~is_dense])
+        np.testing.assert_array_equal(got_lse[..., ~is_dense], lse[..., ~is_dense])
+        assert (np.asarray(found.pieces_cut_BH) <= np.asarray(without.pieces_cut_BH)).all()
+        skipped = replaced[:, ~is_dense[::BLOCK]].sum((1, 2)) * BLOCK * (BLOCK - 1)
+        np.testing.assert_allclose(np.asarray(found.density_BH)[0], 1 - skipped / pairs, rtol=1e-6)
+    # The end is traced.
+    assert attend._cache_size() == compiled + 1
+
+
+def test_dense_tiles_hold_the_last_queries() -> None:
+    """Of any chunk: a tile is dense if one of its rows is among the last of the prompt, and lies in the window."""
+    rng = draw()
+    for _ in range(200):
+        N, last, end = (int(rng.integers(1, n)) for n in (9, 1500, 3000))
+        made = pooled_blocks.dense_tiles(N * BLOCK, last, jnp.int32(end))
+        row = np.arange(N * BLOCK)
+        want = ((end - last <= row) & (row < end)).reshape(N, BLOCK).any(1)
+        assert (np.asarray(made.is_dense_N) == want).all()
+        first, tile = int(made.first), np.flatnonzero(want)
+        assert 0 <= first <= N * BLOCK - made.rows
+        assert ((first <= tile * BLOCK) & ((tile + 1) * BLOCK <= first + made.rows)).all()
+        assert made.rows <= last + 2 * BLOCK

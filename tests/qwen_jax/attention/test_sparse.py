@@ -65,7 +65,7 @@ def test_full_budgets_are_dense() -> None:
         out, lse, found = attend([part], k, v, LINES, slot=slot, length=T, budgets_H2=both, tiling=GPU)
         np.testing.assert_allclose(out, want, atol=3e-6)
         np.testing.assert_allclose(lse, want_lse, atol=3e-6)
-        for share in (found.density_BH, found.probe_recall_BH, found.audit_recall_BH):
+        for share in (found.density_BH, found.audit_recall_BH):
             np.testing.assert_allclose(share, 1.0, atol=1e-5)
         assert (np.asarray(found.pieces_cut_BH) == 0).all()
         assert (np.asarray(found.columns_cut_BH) == 0).all()
@@ -117,7 +117,7 @@ def test_parts_have_their_own_queries() -> None:
     out, lse, found = attend(parts, k, v, LINES, slot=slot, length=T, budgets_H2=full, tiling=GPU)
     np.testing.assert_allclose(out, want, atol=3e-6)
     np.testing.assert_allclose(lse, want_lse, atol=3e-6)
-    np.testing.assert_allclose(found.probe_recall_BH, 1.0, atol=1e-5)
+    np.testing.assert_allclose(found.audit_recall_BH, 1.0, atol=1e-5)
     # One key in the oldest part attracts the critical queries, and no other query.
     target, direction = 60, np.zeros(D, np.float32)
     direction[0] = 30
@@ -139,12 +139,12 @@ def test_recall_grows_with_budgets() -> None:
     q, k, v = cache(rng)
     slot = 768
     mask = kernels.cache_mask(jnp.zeros(B, jnp.int32), jnp.int32(slot), T)
-    before: list[np.ndarray] = [np.zeros((B, H))] * 3
+    before: list[np.ndarray] = [np.zeros((B, H))] * 2
     for n in (0, 1, 40, 150, 400, S):
         budgets = jnp.full((H, 2), n, jnp.int32)
         part = Part(q, mask, q[:, -sparse.PROBE_ROWS :])
         out, lse, found = attend([part], k, v, LINES, slot=slot, length=T, budgets_H2=budgets, tiling=GPU)
-        now = [np.asarray(x) for x in (found.probe_recall_BH, found.audit_recall_BH, found.density_BH)]
+        now = [np.asarray(x) for x in (found.audit_recall_BH, found.density_BH)]
         for old, new in zip(before, now, strict=True):
             assert (new >= old - 1e-6).all()
             assert (new <= 1 + 1e-6).all()
@@ -173,7 +173,7 @@ def test_padded_chunks(length: int) -> None:
     for one, two in zip(results[0][:2], results[1][:2], strict=True):
         one, two = (x if x.ndim == 4 else jnp.swapaxes(x, 1, 2)[..., None] for x in (one, two))
         np.testing.assert_allclose(one[:, :length], two[:, :length], atol=1e-6)
-    np.testing.assert_allclose(results[0][2].probe_recall_BH, results[1][2].probe_recall_BH, atol=1e-6)
+    np.testing.assert_allclose(results[0][2].audit_recall_BH, results[1][2].audit_recall_BH, atol=1e-6)
 
 
 @pytest.mark.parametrize("pattern", [LINES, PooledBlocks()], ids=["lines", "blocks"])
@@ -187,7 +187,7 @@ def test_one_program(pattern: Any) -> None:
         budgets = jnp.asarray(rng.integers(0, 99, (H, 2)), jnp.int32)
         options = {"slot": slot, "length": length, "budgets_H2": budgets, "tiling": GPU, "measure": measure}
         found = attend([Part(q, mask)], k, v, pattern, **options)[2]
-        assert (found.probe_recall_BH is not None) == measure
+        assert (found.audit_recall_BH is not None) == measure
     assert attend._cache_size() <= before + 1
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
-from qwen_jax.attention.sparse import PooledBlocks, VerticalSlash
+from qwen_jax.attention.sparse import PooledBlocks, VerticalSlash, block_means
 from qwen_jax.config import DualChunk, ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference import Engine, SamplingParams, chunked_prefill
@@ -85,28 +85,29 @@ def test_one_program_reads_all_lengths_and_offsets(make_engine: MakeEngine, rng:
     """After the first long prompt nothing is compiled; every chunk is reported, and the last one is all of it."""
     engine = make_engine(CONFIGS["dual chunk"], prefill_chunk=16)
     engine.generate(prompts_of(rng, 40), GREEDY, max_new_tokens=2)
-    compiled, seen = chunked_prefill.prefill_chunk._cache_size(), []
+    compiled, seen = chunked_prefill.compiled_programs(), []
     engine.on_chunk = lambda read, total: seen.append((read, total))
     for length in (17, 33, 100):
         engine.generate(prompts_of(rng, length), GREEDY, max_new_tokens=2)
-    assert chunked_prefill.prefill_chunk._cache_size() == compiled
+    assert chunked_prefill.compiled_programs() == compiled
     chunks = (0, 16, 32, 48, 64, 80, 96)
     assert seen == [(n, total) for total in (17, 33, 100) for n in (*(c for c in chunks if c < total), total)]
 
 
 def test_the_cache_is_not_copied(make_engine: MakeEngine) -> None:
-    """The compiled program writes into the buffers that it is given."""
+    """The program of a layer writes into the buffers that it is given."""
     engine = make_engine(CONFIGS["dual chunk"], prefill_chunk=16)
     static = engine._static(GREEDY.mode, 256)
-    state = engine._empty([40], static)
+    cache = engine._empty([40], static).cache
     with jax.set_mesh(engine.mesh):
         tokens = jax.device_put(np.zeros((1, 16), np.int32), NamedSharding(engine.mesh, engine.sharding.tokens))
         lengths = jax.device_put(np.full(1, 40, np.int32), NamedSharding(engine.mesh, engine.sharding.rows))
-        lowered = chunked_prefill.prefill_chunk.lower(
-            engine.params, state, tokens, jnp.int32(16), lengths, static=static
-        )
+        begun = chunked_prefill.begin_chunk(engine.params, cache, tokens, lengths, static=static)
+        buffers = cache.keys[0], cache.values[0]
+        layer = engine.params["layers"][0], *begun[:3], buffers, None, cache.slot, None, np.int32(0)
+        lowered = chunked_prefill.read_layer.lower(*layer, first=0, static=static)
     memory = lowered.compile().memory_analysis()
-    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves((state.cache.keys, state.cache.values)))
+    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in (begun[0], *buffers))
 
 
 def test_an_interrupted_prefill_frees_its_memory(make_engine: MakeEngine, rng: np.random.Generator) -> None:
@@ -173,19 +174,26 @@ def test_what_does_not_fit_is_said_before_anything_runs(make_engine: MakeEngine,
 
 @pytest.mark.parametrize(
     ("name", "pattern"),
-    [("dual chunk", VerticalSlash), ("dual chunk", PooledBlocks), ("dense", VerticalSlash), ("moe", PooledBlocks)],
+    [
+        ("dual chunk", VerticalSlash),
+        ("dual chunk", PooledBlocks(threshold=0.0)),
+        ("dense", VerticalSlash),
+        ("dense", PooledBlocks(threshold=1.0, sink=0, window=1, last=300)),
+        ("moe", PooledBlocks(threshold=0.0)),
+    ],
 )
 def test_sparse_prefill_of_all_keys_is_dense_prefill(
     name: str, pattern: Any, make_engine: MakeEngine, rng: np.random.Generator
 ) -> None:
-    """With budgets for all keys, or a threshold of zero, on rows of unequal lengths, in several chunks."""
+    """With budgets for all keys, a threshold of zero, or last queries that are the whole prompt; on rows of unequal
+    lengths, in several chunks."""
     config = dataclasses.replace(CONFIGS[name], max_position_embeddings=512, num_layers=1)
     if config.dual_chunk is not None:
         config = dataclasses.replace(config, dual_chunk=DualChunk(130, 30, 130))
     prompts = prompts_of(rng, 300, 211)
     want = make_engine(config, prefill_chunk=128).generate(prompts, GREEDY, max_new_tokens=3)
     all_keys = ((512,) * config.num_heads,) * config.num_layers
-    sparse = VerticalSlash(all_keys, all_keys) if pattern is VerticalSlash else PooledBlocks(threshold=0.0)
+    sparse = VerticalSlash(all_keys, all_keys) if pattern is VerticalSlash else pattern
     engine = make_engine(config, prefill_chunk=128, sparse=sparse, sparse_from=200)
     got = engine.generate(prompts, GREEDY, max_new_tokens=3)
     for ours, theirs in zip(got, want, strict=True):
@@ -199,6 +207,37 @@ def test_sparse_prefill_of_all_keys_is_dense_prefill(
     # Short prompts are read densely.
     engine.generate([prompts[0][:150]], GREEDY, max_new_tokens=1)
     assert not engine.skipped
+
+
+@pytest.mark.draw(1)
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_means_of_blocks_are_kept(
+    kv_dtype: Any, make_engine: MakeEngine, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pooled blocks read means that each chunk has written. They are those of the cache, as attention reads it."""
+    config = dataclasses.replace(CONFIGS["dual chunk"], max_position_embeddings=512, dual_chunk=DualChunk(130, 30, 130))
+    sparse = PooledBlocks(threshold=1.0, sink=0, window=1, last=0)
+    engine = make_engine(config, prefill_chunk=128, sparse=sparse, sparse_from=1, kv_dtype=kv_dtype)
+    prompts, read, chunks = prompts_of(rng, 300, 211), chunked_prefill.prefill_chunk, []
+
+    def checked(*args: Any, **static: Any) -> Any:
+        state, skipped = read(*args, **static)
+        chunks.append(int(state.cache.slot))
+        for layer, means in zip(state.cache.layers, state.means, strict=True):
+            for x, mean in zip(layer.keys_values(jnp.float32), means, strict=True):
+                np.testing.assert_allclose(mean, block_means(x), rtol=1e-6, atol=1e-6)
+                assert (np.asarray(mean)[:, :, : chunks[-1] // 128] != 0).any(axis=(1, 3)).all()
+        return state, skipped
+
+    monkeypatch.setattr(chunked_prefill, "prefill_chunk", checked)
+    got = engine.generate(prompts, GREEDY, max_new_tokens=2)
+    assert chunks == [128, 256, 300]
+    # Without them the means of all blocks are computed for each chunk.
+    monkeypatch.setattr(chunked_prefill, "prefill_chunk", read)
+    monkeypatch.setattr(chunked_prefill, "empty_means", lambda rows, static: None)
+    want = engine.generate(prompts, GREEDY, max_new_tokens=2)
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-4)
 
 
 def test_sparse_prefill_on_a_mesh_and_with_other_budgets(make_engine: MakeEngine, rng: np.random.Generator) -> None:
@@ -215,11 +254,11 @@ def test_sparse_prefill_on_a_mesh_and_with_other_budgets(make_engine: MakeEngine
         engine = make_engine(config, mesh, prefill_chunk=128, sparse_from=1)
         for pattern in budgets:
             engine.use_sparse(pattern, max_columns=128)
-            compiled = chunked_prefill.prefill_chunk._cache_size()
+            compiled = chunked_prefill.compiled_programs()
             (got,) = engine.generate([prompt], GREEDY, max_new_tokens=3)
             last = engine.skipped[-1]
             found.append((got, np.asarray(last.audit_recall_BH), np.asarray(last.density_BH)))
-        assert chunked_prefill.prefill_chunk._cache_size() == compiled
+        assert chunked_prefill.compiled_programs() == compiled
     for ours, theirs in ((found[0], found[2]), (found[1], found[3])):
         np.testing.assert_allclose(ours[0].logprobs, theirs[0].logprobs, rtol=0, atol=1e-3)
         for x, y in zip(ours[1:], theirs[1:], strict=True):

@@ -197,6 +197,8 @@ def test_the_work_table_holds_each_query_tile_once_with_most_work_first() -> Non
         np.testing.assert_array_equal(column, np.asarray(x)[b, h, n])
     work = table[:, 3] - table[:, 2]
     assert (work[1:] <= 1.1 * work[:-1]).all()
+    # Tiles of equal work keep their order.
+    assert (np.diff(table[:, 0])[work[1:] == work[:-1]] > 0).all()
 
 
 # Lowering.

@@ -1,0 +1,112 @@
+"""Moments of Adam that take fewer bits between steps. In a step they are float32.
+
+`bfloat16`: both moments are rounded to the nearest.
+
+`8bit`, 2 bytes a weight for both: the root of the second moment is kept as a logarithm, the code c for
+`clip_norm * 2 ** ((c - 255) / 8)`, 0 for zero. That is 32 octaves in steps of 9%, and clipping keeps the root below its
+top. The first moment is kept as its ratio to this root, in float8_e4m3fn: the ratio is about 1 at most, whatever the
+scale of the gradient. So there are no scales, and shapes and shardings are those of the weights.
+
+In 8 bits numbers are rounded up or down at random, so that the expectation is right: that of the logarithm, and that of
+the ratio. A moment that is rounded to the nearest would never decay, because one step changes it by less than half of
+the distance between two codes. The random numbers depend on the weight's name and the count of steps, not on the mesh.
+"""
+
+import zlib
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from train.merging import uniform_like
+
+Moments = Literal["float32", "bfloat16", "8bit"]
+MOMENTS: tuple[Moments, ...] = ("float32", "bfloat16", "8bit")
+
+_TOP, _STEPS = 255, 8
+"""The largest code of a root, and the codes of an octave."""
+_LEAST = 2.0 ** (-_TOP / _STEPS)
+"""The smallest divisor of a ratio, in units of the largest root."""
+_RATIO = jnp.float8_e4m3fn
+# Of float8_e4m3fn: bits behind the leading one, the exponent of the smallest normal number, and the largest number.
+_BITS, _NORMAL, _LARGEST = 3, -6, 448.0
+
+
+def store_moments(adam: optax.GradientTransformation, moments: Moments, largest: float) -> optax.GradientTransformation:
+    """Adam whose moments are rounded between steps. The update is computed before the new moments are rounded.
+
+    Args:
+      adam: of `optax.scale_by_adam`.
+      moments: how they are kept.
+      largest: the root of a second moment is at most this.
+    """
+    if moments == "float32":
+        return adam
+
+    def packed(state: optax.ScaleByAdamState, draw: bool = True) -> optax.ScaleByAdamState:
+        if moments == "bfloat16":
+            return state._replace(mu=_cast(state.mu, jnp.bfloat16), nu=_cast(state.nu, jnp.bfloat16))
+        if not draw:
+            return state._replace(mu=_cast(state.mu, _RATIO), nu=_cast(state.nu, jnp.uint8))
+
+        def one(path: Any, mu: jax.Array, nu: jax.Array) -> tuple[jax.Array, jax.Array]:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            key = jax.random.fold_in(jax.random.key(zlib.crc32(name.encode())), state.count)
+            return pack(mu, nu, key, largest)
+
+        both = jax.tree_util.tree_map_with_path(one, state.mu, state.nu)
+        mu, nu = jax.tree.transpose(jax.tree.structure(state.mu), jax.tree.structure((0, 0)), both)
+        return state._replace(mu=mu, nu=nu)
+
+    def unpacked(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
+        if moments == "bfloat16":
+            return state._replace(mu=_cast(state.mu, jnp.float32), nu=_cast(state.nu, jnp.float32))
+        root = jax.tree.map(lambda codes: _root(codes, largest), state.nu)
+        mu = jax.tree.map(lambda ratio, root: ratio.astype(jnp.float32) * _divisor(root, largest), state.mu, root)
+        return state._replace(mu=mu, nu=jax.tree.map(jnp.square, root))
+
+    def init(params: optax.Params) -> optax.OptState:
+        return packed(adam.init(params), draw=False)
+
+    def update(
+        updates: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, state = adam.update(updates, unpacked(state), params)
+        return updates, packed(state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def pack(mu: jax.Array, nu: jax.Array, key: jax.Array, largest: float) -> tuple[jax.Array, jax.Array]:
+    """Rounds the two moments of a weight at random.
+
+    Args:
+      mu, nu: float32.
+      key: of the random numbers.
+      largest: the root of nu is at most this.
+
+    Returns:
+      float8_e4m3fn, the ratio of mu to the rounded root of nu; uint8, the code of this root.
+    """
+    up, away = (uniform_like(k, mu, layers=False) for k in jax.random.split(key))
+    level = _TOP + _STEPS * jnp.log2(jnp.sqrt(nu) / largest)
+    codes = jnp.clip(jnp.floor(level + up), 0, _TOP).astype(jnp.uint8)
+    ratio = mu / _divisor(_root(codes, largest), largest)
+    exponent = jnp.maximum(jnp.frexp(ratio)[1] - 1, _NORMAL)
+    spacing = jnp.exp2((exponent - _BITS).astype(jnp.float32))
+    rounded = jnp.floor(ratio / spacing + away) * spacing
+    return jnp.clip(rounded, -_LARGEST, _LARGEST).astype(_RATIO), codes
+
+
+def _root(codes: jax.Array, largest: float) -> jax.Array:
+    steps = (codes.astype(jnp.float32) - _TOP) / _STEPS
+    return jnp.where(codes > 0, largest * jnp.exp2(steps), 0.0)
+
+
+def _divisor(root: jax.Array, largest: float) -> jax.Array:
+    return jnp.maximum(root, largest * _LEAST)
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
