@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,6 +98,12 @@ def _named(given: Sequence[str], names: Sequence[str], option: str) -> dict[str,
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or name not in names:
+            # A folder's name may have "=" in it; whatever else looks like a name is meant as one.
+            if equals and re.fullmatch(r"[\w.-]+", name) and not Path(text).exists():
+                raise InputError(
+                    f"--{option} names {name}, but with these options the recipe asks {', '.join(names)}. Leave it "
+                    "out, or give the option that asks it."
+                )
             name, value = names[0], text
         if name in found:
             raise InputError(f"--{option} gives {name} twice: {found[name]} and {value}.")

@@ -106,6 +106,7 @@ def test_help_without_a_recipe_lists_them(capsys: pytest.CaptureFixture[str]) ->
         ({"--config": "poetry"}, "There is no recipe poetry"),
         ({"--config": "none.py"}, "does not exist"),
         ({"--model": "http://127.0.0.1:9/v1"}, "127.0.0.1:9"),
+        ({"--model": "critic=http://127.0.0.1:9/v1"}, "names critic, but with these options the recipe asks generator"),
         ({"--questions": "none.jsonl"}, "none.jsonl"),
     ],
 )
