@@ -4,12 +4,13 @@ Records are JSON objects, one a line. A process that is killed, or a machine tha
 cut or padded with zero bytes; readers skip such lines.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,33 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{name}.{os.getpid()}.tmp")
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a file and flushes it to the disk. A reader sees the old content or the new one, never a part.
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """The temporary name of a file, for the time that it is written.
+
+    Then it is flushed to the disk and gets its own name. A reader sees the old content or the new one, never a part.
 
     Raises:
       OSError: the file cannot be written; an existing one is unchanged.
     """
     temporary = temporary_name(path)
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file, flushed to the disk, with the old content or the new one at any time.
+
+    Raises:
+      OSError: the file cannot be written; an existing one is unchanged.
+    """
+    with written_whole(path) as temporary:
+        temporary.write_bytes(content)
 
 
 class AtomicFile:

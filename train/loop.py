@@ -3,9 +3,7 @@
 import dataclasses
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import jax
@@ -19,6 +17,7 @@ from train.fields import at_least
 from train.objective import Metrics, Sums, join_statistics
 from train.observe.display import Display
 from train.observe.goodput import Clock, compilation
+from train.observe.profile import Profile
 from train.observe.trackers import Log
 from train.state import TrainState
 from train.step import EvalStep, TrainStep
@@ -123,37 +122,6 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         at_least(self, every=0, keep_last=1, keep_every=0)
-
-
-class Profile:
-    """A trace of some steps for xprof. Use it in a `with` statement, which ends a trace that is still going on."""
-
-    def __init__(self, folder: str | os.PathLike[str], first: int, last: int):
-        """Args:
-        folder: where the trace is written.
-        first: step to begin with, counted from 1.
-        last: step to end with.
-        """
-        self.folder, self.first, self.last = Path(folder), first, last
-        self._tracing = False
-
-    def begin(self) -> None:
-        """Starts to trace."""
-        jax.profiler.start_trace(self.folder)
-        self._tracing = True
-
-    def end(self) -> bool:
-        """Writes the trace; returns whether there was one."""
-        tracing, self._tracing = self._tracing, False
-        if tracing:
-            jax.profiler.stop_trace()
-        return tracing
-
-    def __enter__(self) -> "Profile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
 
 
 @dataclasses.dataclass

@@ -48,7 +48,7 @@ COLORS = {
     "moments-bfloat16": "#4f9d69",
     "moments-8bit": "#8e5aa8",
 }
-BASE = "bfloat16"
+BASE: Products = "bfloat16"
 KINDS: dict[str, tuple[Products, Moments]] = {
     **{products: (products, "float32") for products in get_args(Products)},
     **{f"moments-{moments}": (BASE, moments) for moments in MOMENTS if moments != "float32"},

@@ -119,6 +119,7 @@ class Attention(nnx.Module):
         ) -> tuple[jax.Array, LayerCache | None]:
             # The functions below attend to one part of the keys. A log-sum-exp is needed only to merge several.
             several: Any = {"return_lse": parts > 1, **how}
+            over = functools.partial(over_parts, queries=queries, masks=masks, one_call=kernels.is_pallas(chosen))
             if cache is None:
 
                 def attend(q: jax.Array, mask: kernels.Mask) -> tuple[jax.Array, jax.Array | None]:
@@ -126,10 +127,10 @@ class Attention(nnx.Module):
                     result = sequence.attention(q, k, v, mask, spec.context, **context)
                     return result if parts > 1 else (result, None)
 
-                return over_parts(attend, queries, masks), None
+                return over(attend), None
             cache = cache.write(k, v)
             if not cache.fresh:
-                return over_parts(functools.partial(cache.attend, **how), queries, masks), cache
+                return over(functools.partial(cache.attend, **how)), cache
 
             # A prompt in an empty cache attends to its own keys, as the cache holds them.
             own = cache.as_read(k, v)
@@ -138,7 +139,7 @@ class Attention(nnx.Module):
                 result: Any = kernels.attention(q, *own, mask, **several)
                 return result if parts > 1 else (result, None)
 
-            return over_parts(attend_prompt, queries, masks), cache
+            return over(attend_prompt), cache
 
         with jax.named_scope("attend"):
             return local(queries, k, v, masks, cache)

@@ -127,20 +127,23 @@ def continuous_positions(dual_chunk: DualChunk) -> tuple[int, ...]:
     return 0, dual_chunk.chunk_len, dual_chunk.chunk_size
 
 
-def over_parts(attend: Attend, queries: tuple[jax.Array, ...], masks: tuple[kernels.Mask, ...]) -> jax.Array:
+def over_parts(
+    attend: Attend, queries: tuple[jax.Array, ...], masks: tuple[kernels.Mask, ...], *, one_call: bool
+) -> jax.Array:
     """Attention over all parts of the keys, [B, T, H, d]. Runs on local arrays.
 
     Args:
       attend: over one part.
       queries: for each part.
       masks: of each part.
+      one_call: the parts of one new token are rows of one call, which reads the cache once. A row of the call must not
+        depend on the number of rows; that is so in kernels. XLA may sum a product of more rows in another order.
     """
     if len(masks) == 1:
         return attend(queries[0], masks[0])[0]
-    if queries[0].shape[1] > 1:
+    if queries[0].shape[1] > 1 or not one_call:
         parts = [attend(q, mask) for q, mask in zip(queries, masks, strict=True)]
     else:
-        # One new token: the parts are rows of one call, which reads the cache once.
         start = jnp.concatenate([mask.k_start_BT for mask in masks], axis=1)
         end = jnp.concatenate([mask.k_end_BT for mask in masks], axis=1)
         rows = kernels.Mask(start, end, is_disjoint=True)

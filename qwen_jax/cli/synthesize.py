@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,6 +98,12 @@ def _named(given: Sequence[str], names: Sequence[str], option: str) -> dict[str,
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or name not in names:
+            # A folder's name may have "=" in it; whatever else looks like a name is meant as one.
+            if equals and re.fullmatch(r"[\w.-]+", name) and not Path(text).exists():
+                raise InputError(
+                    f"--{option} names {name}, but with these options the recipe asks {', '.join(names)}. Leave it "
+                    "out, or give the option that asks it."
+                )
             name, value = names[0], text
         if name in found:
             raise InputError(f"--{option} gives {name} twice: {found[name]} and {value}.")
@@ -159,7 +166,9 @@ def _text(summary: dict[str, Any], folder: Path) -> str:
     ]
     if summary["repeated"]:
         lines.insert(0, f"source: {summary['repeated']:,} items that came before were left out")
+    lines += sibling("train.synthesize.progress").retries_text(summary["retries"])
     lines += [f"{folder / output['name']}.jsonl: {output['rows']:,} examples" for output in summary["outputs"]]
+    lines += sibling("train.synthesize.report").not_cleaned(stage["name"] for stage in summary["stages"])
     if not summary["finished"]:
         lines.append("Stopped early: the same command goes on from here.")
     return "\n".join([*lines, f"report: {folder / 'report.html'}"])

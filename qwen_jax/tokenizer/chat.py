@@ -111,7 +111,7 @@ class ChatTemplate:
         check_tools(tools or [])
         values = {name: _plain(value, f"variable {name}") for name, value in variables.items()}
         # Templates come with checkpoints, so they get plain JSON values only, with no methods to misuse.
-        # As in Hugging Face, a key whose value is None counts as absent.
+        # As in transformers 5.23, a key whose value is None is left out. Earlier versions let templates print "None".
         plain_messages = [
             {key: value for key, value in _plain(message, f"message {i}").items() if value is not None}
             for i, message in enumerate(messages)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +27,7 @@ from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import Params, abstract_params, param_specs
 from qwen_jax.published import published
+from tests.helpers import transformers4
 from tests.helpers.forward import logits, loss_gradients
 from tests.helpers.hf import hf_logits, hf_loss_gradients, make_hf_checkpoint, randomise, to_dialect_4
 
@@ -193,9 +193,8 @@ def test_our_output_loads_in_both_versions_of_transformers(tmp_path: Path) -> No
             again = Qwen2ForCausalLM.from_pretrained(f"{name}-hf", dtype=torch.float32, attn_implementation="eager")
             np.testing.assert_array_equal(hf_logits(again.eval(), tokens), expected[f"{name}-hf"])
     np.save(tmp_path / "tokens.npy", tokens)
-    environment = {**os.environ, "PYTHONPATH": str(Path(sys.prefix) / "transformers4")}
     command = [sys.executable, "-c", LOGITS_IN_TRANSFORMERS_4, str(tmp_path / "tokens.npy"), *expected]
-    subprocess.run(command, env=environment, check=True)
+    subprocess.run(command, env=transformers4.environment(), check=True)
     for folder, ours in expected.items():
         # Two versions may order an addition differently; another base or epsilon would be off by far more.
         assert relative(np.load(f"{folder}.npy"), ours) < 1e-5, folder

@@ -117,7 +117,7 @@ class FakeStream:
                 yield Step(row.rest(finished.text), tokens, finished)
                 return
             yield Step(row.new_text(), tokens)
-        raise RuntimeError("The script ends without an end id.")
+        raise RuntimeError("The script ends before the text does.")
 
     def _info(self, token: int) -> TokenInfo:
         top = tuple((i, logprob(i)) for i in range(self.request.top_logprobs))
@@ -190,11 +190,15 @@ class FakeEngine:
         self.dead = self.closed = False
 
     def script(self, request: Request) -> list[int]:
-        """The tokens that a request gets; it ends on the way by its own rules."""
+        """The tokens that a request gets; it ends on the way by its own rules.
+
+        A text is repeated, for requests that no id ends.
+        """
         reply = self.reply if isinstance(self.reply, (str, list)) else self.reply(request)
         if isinstance(reply, str):
             assert self.tokenizer is not None
-            return [*self.tokenizer.encode(reply), TURN_END, END_OF_TEXT]
+            ids = [*self.tokenizer.encode(reply), TURN_END, END_OF_TEXT]
+            return ids * max(1, -(-request.ending.max_new_tokens // len(ids)))
         return reply
 
     def submit(self, request: Request, *, incremental: bool = True) -> FakeStream:

@@ -116,7 +116,7 @@ def plain_experts_tail(
     return stream, plain_product(stream, next_norm, w_next, out_dtype=out_dtype), counter
 
 
-def error(x: jax.Array, truth: jax.Array) -> float:
+def error(x: jax.typing.ArrayLike, truth: jax.typing.ArrayLike) -> float:
     """Relative error of an array."""
     a, b = (np.asarray(v, np.float64) for v in (x, truth))
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
@@ -168,6 +168,21 @@ def generate(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
         run = decoder(static, state)
         _, chosen, logprobs = run(params, state, SamplingValues.of(sampling), static=static, steps=16)
         return np.asarray(chosen)[0], np.asarray(logprobs)[0]
+
+
+def check_texts(got: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray], count: int = 8) -> None:
+    """Two results of `generate` are the same text, up to rounding.
+
+    Where two tokens are about equally likely, two roundings may choose different ones. The log-probabilities of both
+    choices agree even so, since each is the largest. What follows such a token cannot be compared.
+
+    Args:
+      got, expected: tokens and their log-probabilities.
+      count: tokens that are compared at most.
+    """
+    apart = np.flatnonzero(got[0][:count] != expected[0][:count])
+    until = apart[0] + 1 if len(apart) else count
+    np.testing.assert_allclose(got[1][:until], expected[1][:until], atol=0.05)
 
 
 def logits_of_both(config: ModelConfig, count: int = 12) -> tuple[np.ndarray, np.ndarray]:

@@ -45,11 +45,19 @@ class ScriptedGenerator:
         if self._delay is not None:
             await asyncio.sleep(self._delay(request))
         self._open -= 1
+        return self.answer(request)
+
+    def answer(self, request: Request) -> Answer:
+        """The answer to a request, which is not remembered."""
         made = self._answer(request)
         if isinstance(made, Answer):
             return made
         words = sum(len(str(message["content"]).split()) for message in request.messages)
         return Answer(made, prompt_tokens=words, tokens=len(made.split()))
+
+    def vector(self, text: str) -> list[float]:
+        """The embedding of a text, where the model has one."""
+        raise NotImplementedError
 
     async def close(self) -> None:
         pass

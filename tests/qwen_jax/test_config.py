@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from qwen_jax.attention.rope import inverse_frequencies
 from qwen_jax.config import DualChunk, ModelConfig, Yarn, load_config
 from qwen_jax.errors import InputError
 from qwen_jax.published import PUBLISHED, published
+from tests.helpers import transformers4
 
 # Exact counts of the published checkpoints: total, and without embedding and head.
 PARAMS = {
@@ -210,9 +210,9 @@ def test_every_key_of_the_base_config_of_transformers_passes_at_its_default_and_
     """Tools that write `to_dict()` of a config, not the difference from its defaults, write all of them."""
     theirs = Qwen2Config().to_dict()
     if version == "4":
-        environment = {**os.environ, "PYTHONPATH": str(Path(sys.prefix) / "transformers4")}
         command = [sys.executable, "-c", BASE_CONFIG_IN_TRANSFORMERS_4]
-        theirs = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+        run = subprocess.run(command, env=transformers4.environment(), check=True, capture_output=True)
+        theirs = json.loads(run.stdout)
         assert {"torchscript", "pruned_heads", "num_beams", "transformers_version"} <= theirs.keys()
     hf = published("tiny").to_hf()
     added = {

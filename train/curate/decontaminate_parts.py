@@ -1,6 +1,5 @@
 """Cuts a large file of the input of decontamination into pieces, and joins what was made of them."""
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from train.data.documents import Piece, Source, find_sources, optional_library, reading_errors, share_out
 from train.data.shards import writing
-from train.files import temporary_name
+from train.files import written_whole
 
 
 def locate(path: Path) -> Source:
@@ -57,10 +56,9 @@ def join_parts(source: Source, parts: Sequence[Path], path: Path) -> None:
     Raises:
       InputError: the result cannot be written.
     """
-    temporary = temporary_name(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with written_whole(path) as temporary:
             if source.kind == "parquet":
                 _join_row_groups(source, parts, temporary)
             else:
@@ -68,11 +66,6 @@ def join_parts(source: Source, parts: Sequence[Path], path: Path) -> None:
                     for part in parts:
                         with part.open("rb") as file:
                             shutil.copyfileobj(file, whole, 1 << 20)
-            with temporary.open("rb") as done:
-                os.fsync(done.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _join_row_groups(source: Source, parts: Sequence[Path], temporary: Path) -> None:

@@ -22,12 +22,13 @@ from rich.console import Console
 from qwen_jax.config import ModelConfig
 from train.fields import as_json
 from train.files import append_record
-from train.loop import LoopConfig, Monitor, Profile
+from train.loop import LoopConfig, Monitor
 from train.moe import EXPERTS, LoadLog
 from train.observe.display import Display, Stretch, duration
 from train.observe.goodput import Clock
 from train.observe.metrics import MetricsLog, flops_per_token, mfu, read_log
 from train.observe.plots import plot_folder, try_to
+from train.observe.profile import Profile
 from train.observe.trackers import Log, Logs, TensorBoardLog, WandbLog
 from train.plan.topology import peak_flops
 from train.resume import describe

@@ -8,17 +8,15 @@ import numpy as np
 
 from qwen_jax.errors import InputError
 from train.scaling import loss as loss_law
+from train.scaling.cells import Array, Cell, group_cells
 from train.scaling.hyperparameters import (
     DEEPSEEK_LAW,
     STEP_LAW,
     WINDOW,
-    Array,
-    Cell,
     HyperparametersFit,
     PairLaw,
     Terms,
     fit_hyperparameters,
-    group_cells,
     law_parameters,
 )
 from train.scaling.regret import Regret, choose_form, largest, leave_out, regrets, summary

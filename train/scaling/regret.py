@@ -13,10 +13,9 @@ from scipy.interpolate import LinearNDInterpolator
 from scipy.spatial import QhullError
 
 from qwen_jax.errors import InputError
+from train.scaling.cells import Array, Cell
 from train.scaling.hyperparameters import (
     WINDOW,
-    Array,
-    Cell,
     Form,
     PairLaw,
     Terms,

@@ -16,7 +16,7 @@ from train.curate.run_index import make_index
 from train.data.tables import read_rows
 from train.data.words import mixed, runs, split, texts_of, words
 from train.synthesize.item import Item, Rejected
-from train.synthesize.pipeline import Pipeline, Result, Together
+from train.synthesize.pipeline import EVALUATION_SETS, NEAR_DUPLICATES, Pipeline, Result, Together
 
 _QUESTIONS = ("question", "problem", "prompt", "instruction", "query", "input", "text")
 _ANSWERS = ("answer", "target", "solution", "output", "response", "completion", "label")
@@ -226,11 +226,11 @@ def cleaned(pipeline: Pipeline, decontaminate: Sequence[str] = (), near_duplicat
     if decontaminate:
         sets = EvaluationSets(decontaminate)
         records = dict(sets.records)
-        stages.append(Together("evaluation sets", lambda items: _without_overlap(items, sets, texts)))
+        stages.append(Together(EVALUATION_SETS, lambda items: _without_overlap(items, sets, texts)))
     if near_duplicates is not None:
         make = functools.partial(NearDuplicates, near_duplicates)
         make()
-        stages.append(Together("near duplicates", lambda items: _without_repetition(items, make(), texts)))
+        stages.append(Together(NEAR_DUPLICATES, lambda items: _without_repetition(items, make(), texts)))
 
     def measures() -> dict[str, Any]:
         return {**pipeline.measures(), **({"records of evaluation sets": records} if records else {})}

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from train.synthesize.context import Context
 
 Result = Item | Sequence[Item] | Rejected
+# Names of the stages of `train.synthesize.overlap.cleaned`.
+EVALUATION_SETS, NEAR_DUPLICATES = "evaluation sets", "near duplicates"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,30 +1,35 @@
 """What is shown while a pipeline runs."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from train.synthesize.generator import Answer
 from train.synthesize.parts import Counts
 from train.synthesize.pipeline import Stage, Together
 
+Retries = Callable[[], Mapping[str, Mapping[str, int]]]
+
 
 class SynthesisProgress:
-    """A line for the stages that run: items that ended, how many went on, and what is written a second."""
+    """A line for the stages that run: items that ended, how many went on, what is written a second, and retries."""
 
-    def __init__(self, console: Console | None, segments: int):
+    def __init__(self, console: Console | None, segments: int, retries: Retries):
         """
         Args:
           console: None shows nothing.
           segments: groups of stages that run one after the other.
+          retries: gives the requests that were sent again, by model and reason.
         """
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
+            _RetriesColumn(retries),
             console=console,
             disable=console is None,
         )
@@ -68,3 +73,29 @@ class SynthesisProgress:
             description=f"[{self._segment}/{self._segments}] {self._names}: {self._kept:,} of {self._ended:,} kept, "
             f"{rate:,.0f} tokens/s",
         )
+
+
+class _RetriesColumn(ProgressColumn):
+    """Requests that were sent again. It is drawn anew while nothing is answered: a server that is down shows."""
+
+    def __init__(self, retries: Retries):
+        self._retries = retries
+        super().__init__()
+
+    def render(self, task: Task) -> Text:
+        """The column."""
+        return Text(", ".join(retries_text(self._retries())))
+
+
+def retries_text(retries: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """What to say of each model whose requests were sent again.
+
+    Args:
+      retries: requests by model and reason: a status, connection, timeout or reply (one that is no answer).
+    """
+    return [
+        f"{model}: {sum(reasons.values()):,} requests sent again ("
+        + ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+        + ")"
+        for model, reasons in retries.items()
+    ]

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qwen_jax.files import to_json
+from train.synthesize.pipeline import EVALUATION_SETS, NEAR_DUPLICATES
+from train.synthesize.progress import retries_text
 
 _STYLE = """
 body { font-family: sans-serif; margin: 1.5em auto; max-width: 72em; padding: 0 1em; color: #222; background: #fff; }
@@ -40,6 +42,7 @@ def to_html(summary: Mapping[str, Any]) -> str:
             ("stage", "in", "out", "yield"),
             ((s["name"], s["in"], s["out"], share(s["out"], s["in"])) for s in summary["stages"]),
         ),
+        *(f"<p class=note>{html.escape(text)}</p>" for text in not_cleaned(s["name"] for s in summary["stages"])),
         "<h2>Rejected</h2>",
         *_rejected(summary["stages"]),
         "<h2>Checks on known answers</h2>",
@@ -55,6 +58,7 @@ def to_html(summary: Mapping[str, Any]) -> str:
                 for model, s in summary["spent"].items()
             ),
         ),
+        *(f"<p class=note>{html.escape(text)}</p>" for text in retries_text(summary["retries"])),
         "<h2>Measures</h2>",
         table(("measure", "value"), ((name, to_json(value)) for name, value in summary["measures"].items())),
         "<h2>Examples</h2>",
@@ -76,6 +80,20 @@ def page(title: str, body: str) -> str:
         f"'unsafe-inline'\"><title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>"
         f"{body}</body></html>\n"
     )
+
+
+def not_cleaned(stages: Iterable[str]) -> list[str]:
+    """What a pipeline leaves in its examples, in words; empty if it has both stages of `overlap.cleaned`.
+
+    Args:
+      stages: names of its stages.
+    """
+    names = set(stages)
+    said = {
+        EVALUATION_SETS: "Examples were not compared with evaluation sets (--decontaminate NAME=FILE).",
+        NEAR_DUPLICATES: "Near duplicates were not looked for (--near-duplicates 0.8).",
+    }
+    return [text for name, text in said.items() if name not in names]
 
 
 def _rejected(stages: Iterable[Mapping[str, Any]]) -> Iterable[str]:

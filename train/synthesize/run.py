@@ -87,8 +87,9 @@ def run(
       console: shows progress; by default nothing is shown.
 
     Returns:
-      The summary, which is also written: counts, yields, verdicts, tokens and cost. "stopped_by" is the signal that
-      ended the run early, or 0. Examples that the run did not write itself are moved into the folder "earlier".
+      The summary, which is also written: counts, yields, verdicts, tokens and cost. "retries" counts the requests that
+      this run sent again, by model and reason. "stopped_by" is the signal that ended the run early, or 0. Examples that
+      the run did not write itself are moved into the folder "earlier".
 
     Raises:
       InputError: a generator is down, the budget is used up, a stage fails, or a check is wrong too often. The report
@@ -155,7 +156,7 @@ class _Run:
             self._may_ask,
             self._count,
         )
-        with SynthesisProgress(self._console, len(segments)) as self._progress, self._signals():
+        with SynthesisProgress(self._console, len(segments), self._retries) as self._progress, self._signals():
             try:
                 items, inputs = self._distinct(self._pipeline.source()), "source"
                 for number, stages in enumerate(segments):
@@ -369,6 +370,14 @@ class _Run:
         prompt_price, price = self._prices.get(model, (0.0, 0.0))
         return (prompt_tokens * prompt_price + tokens * price) / 1e6
 
+    def _retries(self) -> dict[str, dict[str, int]]:
+        """Requests that this run has sent again, by model and reason, for generators that count them."""
+        found: dict[str, Counter[str]] = {}
+        for generator in {id(g): g for g in self._generators.values()}.values():
+            if (counts := getattr(generator, "counts", None)) and (again := counts()["retries"]):
+                found.setdefault(generator.model, Counter()).update(again)
+        return {model: dict(reasons.most_common()) for model, reasons in found.items()}
+
     def _audit(self, counts: Counts) -> None:
         """Ends the run where a check is wrong too often on answers that are known to be right or wrong."""
         self._audits.add(dataclasses.replace(counts, shown={}))
@@ -453,6 +462,7 @@ class _Run:
             "audits": counts.audits,
             "outputs": [one.to_json() for one in written],
             "spent": spent,
+            "retries": self._retries(),
             "measures": dict(self._pipeline.measures()),
             "asked_now": self._asked,
             "seconds": seconds,

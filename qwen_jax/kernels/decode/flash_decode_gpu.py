@@ -24,7 +24,7 @@ from jax import lax
 
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.attention.flash_gpu_tiles import mask_logits
-from qwen_jax.kernels.decode.tiles_gpu import PAGE, Pages, Table, Tiles, pieces
+from qwen_jax.kernels.decode.tiles_gpu import PAGE, Pages, Table, Tiles, pieces, tiles_of_share
 from qwen_jax.kernels.gpu.device import MULTIPROCESSORS
 from qwen_jax.kernels.gpu.hopper import (
     EIGHT_ROWS,
@@ -117,17 +117,6 @@ def splits_for(rows: int, slots: int, tiling: Tiling, uneven: bool = False) -> i
 
     best = min(range(1, min(tiles, _MAX_SPLITS) + 1), key=cost)
     return max(best, min(-(-4 * at_once // rows), tiles // 32, _MAX_SPLITS)) if uneven else best
-
-
-def share(first: jax.Array, tiles: jax.Array, split: jax.Array, splits: int) -> tuple[jax.Array, jax.Array]:
-    """The first key tile of a share, and the number of its tiles. The numbers of all shares differ by at most one.
-
-    Args:
-      first, tiles: the used tiles of the sequence.
-      split, splits: index of the share and their number.
-    """
-    begin, end = (lax.div(tiles * n, jnp.int32(splits)) for n in (split, split + 1))
-    return first + begin, end - begin
 
 
 def attention(
@@ -337,7 +326,7 @@ def _attend(
             inner_high = jnp.where(sees, jnp.minimum(inner_high, b), inner_high)
         low = jnp.minimum(low, high)
         first = lax.div(low, jnp.int32(keys))
-        begin, count = share(first, lax.div(high + (keys - 1), jnp.int32(keys)) - first, split, splits)
+        begin, count = tiles_of_share(first, lax.div(high + (keys - 1), jnp.int32(keys)) - first, split, splits)
 
         tiles = Tiles(row, head, keys, table, low, high)
 

@@ -34,7 +34,8 @@ from jax import lax
 
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.attention.flash_gpu_tiles import mask_logits
-from qwen_jax.kernels.decode.flash_decode_gpu import Tiling, merge_shares, share, splits_for
+from qwen_jax.kernels.decode.flash_decode_gpu import Tiling, merge_shares, splits_for
+from qwen_jax.kernels.decode.tiles_gpu import Pages, tiles_of_share
 from qwen_jax.kernels.gpu.hopper import allow_next_kernel, load, tiled, wait_for_previous_kernel
 from qwen_jax.kernels.gpu.tiles import PER_COLUMN, PER_ROW, ROWS, WGMMA, across, rem, zeros
 from qwen_jax.kernels.matmul.quantized_gpu_tiles import as_bfloat16
@@ -264,10 +265,6 @@ def _run(
     return out.reshape(q.shape), lse.reshape(B, parts, H, rows).swapaxes(1, 2).reshape(B, H, T)
 
 
-_Pages = tuple[jax.Array, ...]
-"""The pages of a tile's pieces; none where the cache is one array."""
-
-
 class _Copies(NamedTuple):
     """How the rings are refilled. The table of pages is read one tile before the copy starts.
 
@@ -277,9 +274,9 @@ class _Copies(NamedTuple):
       refill: (i, pages) starts the copy that takes the place of tile i.
     """
 
-    first: _Pages
-    after: Callable[[jax.Array], _Pages]
-    refill: Callable[[jax.Array, _Pages], None]
+    first: Pages
+    after: Callable[[jax.Array], Pages]
+    refill: Callable[[jax.Array, Pages], None]
 
 
 class _Memory(NamedTuple):
@@ -356,17 +353,17 @@ def _attend(
             places.append(total)
             shifts.append(first - total)
             total = total + tiles
-        begin, count = share(jnp.int32(0), total, split, splits)
+        begin, count = tiles_of_share(jnp.int32(0), total, split, splits)
 
         _, seen_low, seen_high = seen_by(0)
 
-        def pages_of(i: jax.Array) -> _Pages:
+        def pages_of(i: jax.Array) -> Pages:
             """The pages of the pieces of a tile. A piece that no row sees may come from any page."""
             slot = [(begin + i + shifts[0]) * keys + n * piece for n in range(keys // piece)] if tables else []
             seen = [jnp.clip(s, seen_low, jnp.maximum(seen_high - 1, 0)) for s in slot]
             return tuple(tables[0][row, lax.div(s, jnp.int32(size))] for s in seen)
 
-        def fetch(i: jax.Array, pages: _Pages) -> None:
+        def fetch(i: jax.Array, pages: Pages) -> None:
             """Copies a tile of keys, one of values, and their scales. Beyond the end of the cache it fills in zeros."""
             shift = shifts[0]
             for place, later in zip(places[1:], shifts[1:], strict=True):
@@ -411,7 +408,7 @@ def _attend(
                     offset = (i + shift) * keys
                     return mask_logits(s, starts - offset, ends - offset, axis=0)
 
-                def refill(i: jax.Array, pages: _Pages) -> None:
+                def refill(i: jax.Array, pages: Pages) -> None:
                     pl.when(i + stages < count)(lambda: fetch(i + stages, pages))
 
                 copies = _Copies(ahead[stages], lambda i: pages_of(i + (stages + 1)), refill)
@@ -465,7 +462,7 @@ def _running_softmax(
     (stages, keys, d), columns, f32 = memory.k_tiles.shape, memory.weights.shape[1], jnp.float32
 
     # Each thread sums the probabilities that it holds.
-    def step(i: jax.Array, carry: tuple[Any, _Pages]) -> tuple[Any, _Pages]:
+    def step(i: jax.Array, carry: tuple[Any, Pages]) -> tuple[Any, Pages]:
         (acc, top, total), pages = carry
         stage, later = rem(i, stages), copies.after(i)
         plgpu.barrier_wait(memory.ready.at[stage])

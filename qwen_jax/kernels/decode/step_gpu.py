@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.decode.tiles_gpu import PAGE, Pages, Table, Tiles, pieces
+from qwen_jax.kernels.decode.tiles_gpu import PAGE, Pages, Table, Tiles, pieces, tiles_of_share
 from qwen_jax.kernels.gpu.device import MULTIPROCESSORS
 from qwen_jax.kernels.gpu.hopper import (
     EIGHT_ROWS,
@@ -34,7 +34,7 @@ from qwen_jax.kernels.gpu.hopper import (
     tiled,
     wait_for_previous_kernel,
 )
-from qwen_jax.kernels.gpu.tiles import PER_COLUMN, PER_ROW, WGMMA, across
+from qwen_jax.kernels.gpu.tiles import PER_COLUMN, PER_ROW, WGMMA, across, merged
 from qwen_jax.kernels.types import Layout, Ref
 
 TILE = 64
@@ -346,8 +346,7 @@ def _attend(
     # The tiles of this share.
     first = lax.div(start, TILE)
     tiles = jnp.maximum(lax.div(end + TILE - 1, TILE) - first, 0)
-    begin = first + lax.div(tiles * share, last_share + 1)
-    count = first + lax.div(tiles * (share + 1), last_share + 1) - begin
+    begin, count = tiles_of_share(first, tiles, share, last_share + 1)
     cache = Tiles(row, head, TILE, table, start, end)
 
     # Start copying tiles of the cache, as many as the rings hold.
@@ -482,7 +481,7 @@ def _attend(
         @pl.when(block == 0)
         def merge() -> None:
             plgpu.barrier_wait(parts_ready)
-            out, lse = _merged(
+            out, lse = merged(
                 [load(parts.at[b, 0], EIGHT_ROWS) for b in range(blocks)],
                 [load(parts.at[b, 1], EIGHT_ROWS) for b in range(blocks)],
             )
@@ -499,12 +498,3 @@ def _attend(
                 plgpu.copy_smem_to_gmem(wide_out, ref.at[lax.axis_index("cluster"), row * K + head])
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _merged(outs: list[jax.Array], tops: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Merges outputs and base-2 log-sum-exps of disjoint shares of the keys."""
-    add = functools.partial(functools.reduce, jnp.add)
-    top = functools.reduce(jnp.maximum, tops)
-    weights = [jnp.exp2(t - top) for t in tops]
-    total = add(weights)
-    return add(o * w for o, w in zip(outs, weights, strict=True)) / total, top + jnp.log2(total)

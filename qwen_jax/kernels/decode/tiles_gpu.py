@@ -37,6 +37,17 @@ def pieces(keys: int, page: int) -> int:
     return keys // math.gcd(page, keys)
 
 
+def tiles_of_share(first: jax.Array, tiles: jax.Array, share: jax.Array, shares: int) -> tuple[jax.Array, jax.Array]:
+    """The first tile of a share of the keys, and the number of its tiles. Those of all shares differ by at most one.
+
+    Args:
+      first, tiles: the used tiles of the sequence.
+      share, shares: index of the share and their number.
+    """
+    begin, end = (lax.div(tiles * n, jnp.int32(shares)) for n in (share, share + 1))
+    return first + begin, end - begin
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """The tiles of one key/value head of one row.

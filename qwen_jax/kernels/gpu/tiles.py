@@ -1,4 +1,4 @@
-"""What the kernels for Hopper GPUs share: how they are launched, registers, and broadcasts over tiles."""
+"""What the kernels for Hopper GPUs share: how they are launched, registers, broadcasts over tiles, and merges."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -54,6 +54,15 @@ def opaque_zero(i: jax.Array) -> jax.Array:
 def zeros(shape: tuple[int, ...], layout: Layout) -> jax.Array:
     """Float32 zeros in registers."""
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+
+
+def merged(outs: list[jax.Array], tops: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Merges outputs and base-2 log-sum-exps of disjoint shares of the keys."""
+    add = functools.partial(functools.reduce, jnp.add)
+    top = functools.reduce(jnp.maximum, tops)
+    weights = [jnp.exp2(t - top) for t in tops]
+    total = add(weights)
+    return add(o * w for o, w in zip(outs, weights, strict=True)) / total, top + jnp.log2(total)
 
 
 def kernel(

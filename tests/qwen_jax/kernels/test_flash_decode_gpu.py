@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.decode import flash_decode_gpu
+from qwen_jax.kernels.decode.tiles_gpu import tiles_of_share
 from tests.helpers import masks
 
 
@@ -20,7 +21,7 @@ from tests.helpers import masks
 @given(st.integers(0, 2000), st.integers(0, 2000), st.integers(1, 130))
 def test_shares_cover_every_used_tile_once(first: int, tiles: int, splits: int) -> None:
     """They are contiguous from the first tile to the last, and their lengths differ by at most one."""
-    begin, count = flash_decode_gpu.share(jnp.int32(first), jnp.int32(tiles), jnp.arange(splits), splits)
+    begin, count = tiles_of_share(jnp.int32(first), jnp.int32(tiles), jnp.arange(splits), splits)
     begin, count = np.asarray(begin), np.asarray(count)
     np.testing.assert_array_equal(np.concatenate([np.arange(b, b + n) for b, n in zip(begin, count, strict=True)]),
                                   np.arange(first, first + tiles))  # fmt: skip

@@ -181,7 +181,8 @@ def test_the_parts_of_dual_chunk_attention_are_computed_one_after_the_other() ->
 
     def parts(queries: tuple[jax.Array, ...], *rest: Any) -> Any:
         *cache, start, end = rest
-        return over_parts(lambda q, mask: attend(q, cache, mask), queries, (kernels.Mask(start, end),) * 3)
+        masks = (kernels.Mask(start, end),) * 3
+        return over_parts(lambda q, mask: attend(q, cache, mask), queries, masks, one_call=True)
 
     def attend(q: jax.Array, cache: Any, mask: kernels.Mask) -> tuple[jax.Array, jax.Array]:
         k, k_scales, v, v_scales = cache

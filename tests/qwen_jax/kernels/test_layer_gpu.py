@@ -22,8 +22,10 @@ from qwen_jax.published import published
 from tests.helpers.layer_cases import (
     EPS,
     ON_HOPPER,
+    check_texts,
     error,
     generate,
+    logits_of_both,
     one_layer_cache,
     plain_kernels,
     plain_product,
@@ -146,18 +148,19 @@ def test_unsupported_arguments_are_refused() -> None:
     assert not layer_gpu.supports(896, 4800, 896, 1152, 151_936)
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="bfloat16 sums in another order differ at ties there")
-@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "tiny"], ids=["tied", "untied"])
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the kernels themselves are tested there")
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "tiny-untied"], ids=["tied", "untied"])
 def test_a_step_with_the_kernels_equals_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels get the right weights, norms, positions and slots: with plain functions in their place, the decode
-    loop gives the result of the model."""
+    loop gives the text of the model, and a step its logits."""
     config = dataclasses.replace(published(name), num_layers=2, vocab_size=512)
-    expected, logprobs = generate(config)
+    expected = generate(config)
     calls = plain_kernels(monkeypatch)
-    got, got_logprobs = generate(config)
+    got = generate(config)
     assert calls == ["first", "attention", "tail", "attention", "tail"]
-    np.testing.assert_array_equal(got[:8], expected[:8])
-    np.testing.assert_allclose(got_logprobs[:8], logprobs[:8], atol=0.05)
+    check_texts(got, expected)
+    by_kernels, by_model = logits_of_both(config, count=3)
+    assert error(by_kernels, by_model) < 2e-2
 
 
 def test_only_one_row_on_one_device_is_supported() -> None:
@@ -242,11 +245,8 @@ if ON_HOPPER:
     def test_decoding_with_the_kernels_equals_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
         """The whole loop, with overlapping launches, compared with the code for larger batches."""
         config = dataclasses.replace(published("qwen2.5-0.5b"), num_layers=3, vocab_size=4096)
-        got, got_logprobs = generate(config)
-        _, again_logprobs = generate(config)
-        np.testing.assert_array_equal(got_logprobs, again_logprobs)
+        got = generate(config)
+        np.testing.assert_array_equal(got, generate(config))
         jax.clear_caches()
         monkeypatch.setattr(one_row, "supports", lambda *_: False)
-        expected, logprobs = generate(config)
-        np.testing.assert_array_equal(got[:4], expected[:4])
-        np.testing.assert_allclose(got_logprobs[:4], logprobs[:4], atol=0.05)
+        check_texts(got, generate(config), 4)

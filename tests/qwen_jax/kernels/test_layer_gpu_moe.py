@@ -30,6 +30,7 @@ from qwen_jax.published import published
 from tests.helpers.layer_cases import (
     EPS,
     ON_HOPPER,
+    check_texts,
     error,
     generate,
     logits_of_both,
@@ -182,20 +183,19 @@ def test_router_and_gate_are_one_matrix_padded_to_eight_rows() -> None:
         np.testing.assert_array_equal(both[:, 0], [1.0] * E + [2.0] + [0.0] * (both.shape[0] - E - 1))
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="bfloat16 sums in another order differ at ties there")
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the kernels themselves are tested there")
 @pytest.mark.parametrize("dense", [(), (1,)], ids=["all sparse", "mixed"])
 def test_a_step_with_the_kernels_equals_the_model(dense: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels get the right weights: with plain functions in their place, the decode loop gives the result of the
     model."""
     moe = MoE(8, 2, 32, 64, norm_topk_prob=bool(dense), mlp_only_layers=dense)
     config = dataclasses.replace(published("tiny-untied"), num_layers=3, vocab_size=512, moe=moe)
-    expected, logprobs = generate(config)
+    expected = generate(config)
     calls = plain_kernels(monkeypatch)
-    got, got_logprobs = generate(config)
+    got = generate(config)
     tails = ["tail" if i in dense else "experts" for i in range(3)]
     assert calls == ["first", *(x for tail in tails for x in ("attention", tail))]
-    np.testing.assert_array_equal(got[:8], expected[:8])
-    np.testing.assert_allclose(got_logprobs[:8], logprobs[:8], atol=0.05)
+    check_texts(got, expected)
 
 
 def _check_steps(config: ModelConfig) -> None:

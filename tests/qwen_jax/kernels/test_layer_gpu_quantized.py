@@ -24,6 +24,7 @@ from tests.helpers.gpu_quantized import CAN_INTERPRET, interpreted
 from tests.helpers.layer_cases import (
     EPS,
     ON_HOPPER,
+    check_texts,
     error,
     generate,
     logits_of_both,
@@ -153,7 +154,7 @@ def test_models_that_the_kernels_do_not_know_are_left_to_the_general_path() -> N
     assert not layer.supports(sparse)
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="bfloat16 sums in another order differ at ties there")
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the kernels themselves are tested there")
 @pytest.mark.parametrize("scheme", SCHEMES[::2] + SCHEMES[3:], ids=str)
 def test_a_step_with_the_kernels_equals_the_model(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels get the right codes, scales, zero points, norms, positions and slots: with plain functions in their
@@ -162,12 +163,11 @@ def test_a_step_with_the_kernels_equals_the_model(scheme: Scheme, monkeypatch: p
     The model rounds gate and up, and every dequantised weight, to 8 bits; here neither is rounded.
     """
     config = small(scheme)
-    expected, logprobs = generate(config)
+    expected = generate(config)
     calls = plain_kernels(monkeypatch)
-    got, got_logprobs = generate(config)
+    got = generate(config)
     assert calls == ["quantised first", "attention", "quantised", "attention", "quantised", "first"]
-    np.testing.assert_array_equal(got[:4], expected[:4])
-    np.testing.assert_allclose(got_logprobs[:4], logprobs[:4], atol=0.05)
+    check_texts(got, expected, 4)
     by_kernels, by_model = logits_of_both(config, count=3)
     assert error(jnp.asarray(by_kernels), jnp.asarray(by_model)) < 2e-2
 
@@ -223,18 +223,11 @@ if ON_HOPPER:
 
     @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
     def test_decoding_with_the_kernels_equals_the_model(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The whole loop, with overlapping launches, compared with the code for larger batches.
-
-        Greedy texts of two roundings may part at a near tie. Until then, and at the tie, the log-probabilities of the
-        chosen tokens agree.
-        """
+        """The whole loop, with overlapping launches, compared with the code for larger batches."""
         base = published("qwen2.5-0.5b")
         config = dataclasses.replace(base, num_layers=3, vocab_size=4096, quantization=Quantization(scheme))
-        got, got_logprobs = generate(config)
-        np.testing.assert_array_equal(generate(config)[0], got)
+        got = generate(config)
+        np.testing.assert_array_equal(generate(config), got)
         jax.clear_caches()
         monkeypatch.setattr(one_row, "supports", lambda *_: False)
-        expected, logprobs = generate(config)
-        until = int(np.append(got != expected, True).argmax()) + 1
-        assert until > 1, "already the first token differs"
-        np.testing.assert_allclose(got_logprobs[:until], logprobs[:until], atol=0.05)
+        check_texts(got, generate(config), 16)

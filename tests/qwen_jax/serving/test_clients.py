@@ -102,7 +102,6 @@ def test_no_request_that_the_description_allows_is_a_server_error() -> None:
 
     http: TestClient = client(FakeEngine())
     schema = schemathesis.openapi.from_dict(http.get("/openapi.json").json())
-    seen: dict[str, set[int]] = {}
     for result in schema.get_all_operations():
         operation = result.ok()
 
@@ -115,7 +114,7 @@ def test_no_request_that_the_description_allows_is_a_server_error() -> None:
             path = case.path.format(**(case.path_parameters or {})) if "{" in case.path else case.path
             answer = http.request(case.method, path, **body)
             assert answer.status_code < 500, (body, answer.text)
-            seen.setdefault(path, set()).add(answer.status_code)
 
         check()
-    assert 200 in seen["/v1/completions"]
+    # Not everything is refused.
+    assert http.post("/v1/completions", json={"prompt": "hi", "ignore_eos": True}).status_code == 200

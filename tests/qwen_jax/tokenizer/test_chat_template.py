@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import itertools
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from qwen_jax.tokenizer import (
     render_chat,
     train_bpe,
 )
+
+TRANSFORMERS = tuple(map(int, version("transformers").split(".")[:2]))
 
 WEATHER = {
     "type": "function",
@@ -176,11 +179,18 @@ FEATURES = [
 ]
 
 
+def without_nothing(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages without keys whose value is None, which transformers leaves out itself from version 5.23 on."""
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
 @pytest.mark.parametrize("source", FEATURES)
 def test_other_templates_equal_hugging_face(oracle: PreTrainedTokenizerFast, source: str) -> None:
+    """A key whose value is None is one that is missing, also where the installed transformers prints "None" for it."""
     messages: list[dict[str, Any]] = [SYSTEM, USER, CALLS, RESULT]
     extra = {"a": ["é", 1]}
-    expected = oracle.apply_chat_template(messages, tokenize=False, chat_template=source, extra=extra)
+    asked = messages if TRANSFORMERS >= (5, 23) else without_nothing(messages)
+    expected = oracle.apply_chat_template(asked, tokenize=False, chat_template=source, extra=extra)
     assert ChatTemplate(source).render(messages, add_generation_prompt=False, extra=extra) == expected
 
 

@@ -22,6 +22,7 @@ from qwen_jax.tokenizer import (
     train_bpe,
     train_sentencepiece,
 )
+from tests.helpers import transformers4
 from tests.qwen_jax.tokenizer.test_tokenizer import CONTROL, CORPUS, real, tiktoken_path
 
 LOADER = """
@@ -63,9 +64,7 @@ def test_saved_folder_loads_in_transformers_and_back(major: str, tmp_path: Path)
     for folder, tokenizer in folders.items():
         tokenizer.save(folder)
     (tmp_path / "texts").write_text(json.dumps(CORPUS))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    if major == "4":
-        environment["PYTHONPATH"] = str(Path(sys.prefix) / "transformers4")
+    environment = transformers4.environment() if major == "4" else {**os.environ}
     command = [sys.executable, "-c", LOADER, str(tmp_path / "texts"), *map(str, folders)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

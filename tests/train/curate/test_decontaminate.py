@@ -1,5 +1,6 @@
 """`qwen-jax data decontaminate`: what is kept keeps its bytes, what is removed is counted, and a run goes on."""
 
+import contextlib
 import gzip
 import io
 import json
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +193,25 @@ def many_files(material: Material, folder: Path, count: int) -> list[Path]:
     return [folder]
 
 
-def test_pieces_of_a_large_file_give_what_the_whole_gives(
-    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@contextlib.contextmanager
+def interrupted(renames: int) -> Iterator[None]:
+    """What the block does is interrupted after so many renames of files."""
+    replace, left = os.replace, renames
+
+    def fail(source: Any, target: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+def test_pieces_of_a_large_file_give_what_the_whole_gives(material: Material, tmp_path: Path) -> None:
     """Cut anywhere, also after an interruption with other cuts: the same lines, rows, counts and bad records."""
     rng, folder = np.random.default_rng(material.rng.getrandbits(32)), tmp_path / "in"
     folder.mkdir()
@@ -218,20 +236,9 @@ def test_pieces_of_a_large_file_give_what_the_whole_gives(
         sets = {name: {k: v for k, v in one.items() if k != "examples"} for name, one in summary["sets"].items()}
         return {**summary, "sets": sets}
 
-    replace, left = os.replace, 6
-
-    def fail(source: Any, target: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise KeyboardInterrupt
-        replace(source, target)
-
     # Interrupted with other cuts.
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(6):
         clean(material, [folder], tmp_path / "cut", max_bad=1.0, unit_megabytes=0.002)
-    monkeypatch.setattr(os, "replace", replace)
     size = material.rng.randrange(500, 4000)
     cut = clean(material, [folder], tmp_path / "cut", max_bad=1.0, unit_megabytes=size / 1e6)
     assert counts(cut) == counts(whole)
@@ -244,27 +251,13 @@ def test_pieces_of_a_large_file_give_what_the_whole_gives(
             assert example["match"] in (row if file == "c.parquet" else " ".join(texts_of(json.loads(row))))
 
 
-def test_interrupted_runs_go_on_to_the_same_bytes(
-    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_runs_go_on_to_the_same_bytes(material: Material, tmp_path: Path) -> None:
     # Two renames a file, so that five attempts of at most four do not suffice.
     inputs = many_files(material, tmp_path / "in", 12)
     clean(material, inputs, tmp_path / "whole")
-    replace, left = os.replace, 0
-
-    def fail(source: Any, target: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise KeyboardInterrupt
-        replace(source, target)
-
     for _ in range(5):
-        left = material.rng.randrange(2, 5)
-        monkeypatch.setattr(os, "replace", fail)
-        with pytest.raises(KeyboardInterrupt):
+        with interrupted(material.rng.randrange(2, 5)):
             clean(material, inputs, tmp_path / "out")
-        monkeypatch.setattr(os, "replace", replace)
         assert not (tmp_path / "out" / module.SUMMARY).exists()
     done = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.jsonl")}
     records = len(list((tmp_path / "out" / ".decontaminate").glob("0*.json")))

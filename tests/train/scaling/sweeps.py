@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from train.scaling.hyperparameters import Cell, PairLaw, group_cells
+from train.scaling.cells import Cell, group_cells
+from train.scaling.hyperparameters import PairLaw
 
 # Curvature of log loss in (log learning rate, log batch size): twice the best learning rate costs 0.3%, twice the batch
 # size 0.17%, both together 0.18%.

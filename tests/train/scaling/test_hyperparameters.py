@@ -10,15 +10,14 @@ import pytest
 from qwen_jax.errors import InputError
 from tests.helpers.runs import print_seed
 from tests.train.scaling.sweeps import CURVATURE, STEP_LAW_CELLS, Table, sweep
+from train.scaling.cells import Cell, group_cells
 from train.scaling.hyperparameters import (
     DEEPSEEK_LAW,
     STEP_LAW,
-    Cell,
     Form,
     PairLaw,
     fit_hyperparameters,
     fit_valley,
-    group_cells,
 )
 from train.scaling.regret import (
     cell_regret,

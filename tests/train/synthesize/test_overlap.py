@@ -84,6 +84,10 @@ def test_a_leak_is_found_and_reported_by_name(tmp_path: Path) -> None:
         "in the evaluation set sums, trivia": counts["both"],
     }
     assert summary["measures"] == {"mine": 1, "records of evaluation sets": {"sums": 30, "trivia": 30}}
+    # What was not looked for is said.
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "not compared with evaluation sets" not in page
+    assert "Near duplicates were not looked for" in page
 
 
 def test_overlap_is_exactly_a_shared_run_of_13_words(tmp_path: Path) -> None:

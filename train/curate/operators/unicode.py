@@ -34,11 +34,14 @@ class RepairUnicode(Operator):
     ftfy, and are the same afterwards. `unicode_repaired` says whether the text has changed.
     """
 
+    version = 2
     makes = pa.schema([pa.field("text", pa.large_string()), pa.field("unicode_repaired", pa.bool_())])
 
     def start(self) -> Compute:
         ftfy = optional_library("ftfy", "broken encodings")
-        is_bad = optional_library("ftfy.badness", "broken encodings").is_bad
+        badness = optional_library("ftfy.badness", "broken encodings").BADNESS_RE
+        # Lines are repaired one by one, and this finds mojibake at the beginning of any line of a text.
+        is_bad = re.compile(badness.pattern, badness.flags | re.MULTILINE).search
         config = ftfy.TextFixerConfig(
             unescape_html=False,
             fix_latin_ligatures=False,

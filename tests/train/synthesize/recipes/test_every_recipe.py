@@ -88,8 +88,11 @@ def arguments(name: str, folder: Path) -> dict[str, Any]:
     if name == "code":
         return {"tasks": 2, "languages": ("python",), "samples": 1, "agree": 1, "isolation": ISOLATION}
     if name == "instructions":
-        queries = write({"query": "Tell me about the rivers of the world, please."})
-        return {"queries": queries, "built_in": 1, "augment": 1, "new": 1, "samples": 1, "isolation": ISOLATION}
+        seeds = write({"instruction": "Use the word river at least twice in it."})[0]
+        queries = str(folder / "queries.jsonl")
+        Path(queries).write_text(json.dumps({"query": "Tell me about the rivers of the world, please."}) + "\n")
+        small = {"seeds": (seeds,), "built_in": 1, "augment": 1, "new": 1, "functions": 4, "samples": 1}
+        return {"queries": (queries,), **small, "isolation": ISOLATION}
     if name == "structured_data":
         return {"tables": 2, "each": 1, "samples": 1}
     if name == "cross_lingual":
@@ -126,7 +129,7 @@ def test_a_model_that_has_learned_nothing_breaks_nothing(name: str, generator: B
 
 
 @pytest.mark.draw(2)
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("instructions", "long_responses")])
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_server_gives_what_the_engine_in_this_process_gives(
     name: str, generator: Brief, url: str, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 from qwen_jax.errors import InputError
 from tests.helpers.mistakes import drawn, nonsense
 from tests.helpers.runs import print_seed
+from tests.helpers.scripted_api import reachable
 from tests.helpers.scripted_model import ScriptedGenerator
 from tests.helpers.timing import best_rate
 from train.data.examples import read_examples
@@ -118,7 +119,8 @@ def test_only_what_all_hold_flawless_stays_and_all_of_it(form: str, tmp_path: Pa
     made = pipeline(
         examples=(str(tmp_path / "e.jsonl"),), scorers=SCORERS if form != "pairs" else (), least_words=8, language="en"
     )
-    summary = run(made, {name: jury()[name] for name in made.models}, tmp_path / "run", RunOptions(16))
+    with reachable({name: jury()[name] for name in made.models}, over_http=form == "messages") as models:
+        summary = run(made, models, tmp_path / "run", RunOptions(16))
     name = "pairs" if form == "pairs" else "sft"
     rows = rows_of(tmp_path / "run" / f"{name}.jsonl")
     seers = {kind: [n for n in by if n in made.models] for kind, by in CONTENTS.items()}

@@ -15,6 +15,7 @@ import pytest
 from qwen_jax.errors import InputError
 from tests.helpers.conversations import chat_tokenizer
 from tests.helpers.runs import print_seed
+from tests.helpers.scripted_api import reachable
 from tests.helpers.scripted_instructor import Instructor
 from tests.helpers.scripted_model import ScriptedGenerator
 from tests.helpers.timing import best_rate
@@ -84,7 +85,8 @@ def test_what_does_not_follow_is_rejected_and_what_follows_is_kept(
         isolation=ISOLATION,
     )  # fmt: skip
     began = time.monotonic()
-    summary = run(made, {"generator": (g := ScriptedGenerator(model)), "judge": g}, tmp_path)
+    with reachable({"generator": (g := ScriptedGenerator(model)), "judge": g}, over_http=case == 0) as models:
+        summary = run(made, models, tmp_path)
     seconds = time.monotonic() - began
     names = "sft", "pairs", "grpo", "grpo_built_in"
     sft, pairs, prompts, built_in = (rows_of(tmp_path / f"{name}.jsonl") for name in names)

@@ -10,6 +10,7 @@ import pytest
 from qwen_jax.errors import InputError
 from tests.helpers.mistakes import FORMAL, drawn, nonsense
 from tests.helpers.runs import print_seed
+from tests.helpers.scripted_api import reachable
 from tests.helpers.scripted_model import ScriptedGenerator
 from tests.helpers.timing import best_rate
 from train.data.examples import read_examples
@@ -111,7 +112,9 @@ def test_only_right_reasoning_is_kept_and_all_of_it(case: int, tmp_path: Path) -
     puzzles = list(make_puzzles(60, seed))
     thinker = Thinker(puzzles)
     made = pipeline(puzzles=60, seed=seed, samples=3, rounds=2, language="en")
-    summary = run(made, {name: ScriptedGenerator(thinker, name) for name in made.models}, tmp_path, RunOptions(16))
+    scripted = {name: ScriptedGenerator(thinker, name) for name in made.models}
+    with reachable(scripted, over_http=case == 0) as models:
+        summary = run(made, models, tmp_path, RunOptions(16))
     kept = {}
     for row in rows_of(tmp_path, "sft"):
         user, assistant = (message["content"] for message in row["messages"])

@@ -12,6 +12,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import train_bpe
 from tests.helpers.mistakes import FORMAL, drawn, nonsense
 from tests.helpers.runs import print_seed
+from tests.helpers.scripted_api import reachable
 from tests.helpers.scripted_model import ScriptedGenerator
 from tests.helpers.timing import best_rate
 from train.data.examples import read_examples
@@ -193,8 +194,9 @@ def test_only_whole_pairs_with_a_true_length_are_kept_and_all_of_them(case: int,
     made = pipeline(
         corpus=(str(tmp_path / "c.jsonl"),), tokenizer=str(tmp_path / "tokenizer"), language="en", most_tokens=12_000
     )
-    models = {name: ScriptedGenerator(author, name) for name in made.models}
-    summary = run(made, models, tmp_path / "run", RunOptions(16))
+    scripted = {name: ScriptedGenerator(author, name) for name in made.models}
+    with reachable(scripted, over_http=case == 0) as models:
+        summary = run(made, models, tmp_path / "run", RunOptions(16))
     kept = set()
     for row in rows_of(tmp_path / "run"):
         request, answer = (message["content"] for message in row["messages"])

@@ -13,6 +13,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import train_bpe
 from tests.helpers.mistakes import FORMAL, drawn, nonsense
 from tests.helpers.runs import print_seed
+from tests.helpers.scripted_api import reachable
 from tests.helpers.scripted_model import ScriptedGenerator
 from tests.helpers.timing import best_rate
 from train.data.examples import read_examples
@@ -162,7 +163,8 @@ def test_only_right_solutions_are_kept_and_all_of_them(case: int, tmp_path: Path
     rng, pupil = print_seed(), Pupil(0.2)
     answers = make_problems(tmp_path / "p.jsonl", rng, 60, annotated=True)
     made = pipeline(problems=(str(tmp_path / "p.jsonl"),), samples=SAMPLES, guided=3, keep=9, language="en")
-    summary = run(made, {"generator": ScriptedGenerator(pupil)}, tmp_path / "run", RunOptions(16))
+    with reachable({"generator": ScriptedGenerator(pupil)}, over_http=case == 0) as models:
+        summary = run(made, models, tmp_path / "run", RunOptions(16))
     kept: dict[tuple[int, ...], set[str]] = {}
     for row in rows_of(tmp_path / "run", "sft"):
         problem, kind = pupil.kinds[row["messages"][2]["content"]]

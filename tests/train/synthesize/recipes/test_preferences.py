@@ -12,6 +12,7 @@ import pytest
 from qwen_jax.errors import InputError
 from tests.helpers.mistakes import FORMAL, drawn, nonsense
 from tests.helpers.runs import print_seed
+from tests.helpers.scripted_api import reachable
 from tests.helpers.scripted_model import ScriptedGenerator
 from tests.helpers.timing import best_rate
 from train.data.examples import read_examples
@@ -191,7 +192,8 @@ def test_rules_label_answers_of_several_models(case: int, tmp_path: Path) -> Non
     made = pipeline(prompts=(prompts,), label="rules", rule=rule, temperatures=(0.5, 1.0), language="en")
     assert made.models == ("a", "b", "c")
     models = {name: ScriptedGenerator(student, name) for name, student in students.items()}
-    summary = run(made, models, tmp_path / "run", RunOptions(16))
+    with reachable(models, over_http=case == 0) as given:
+        summary = run(made, given, tmp_path / "run", RunOptions(16))
     # Each model is asked at each temperature, with seeds of its own.
     for model in models.values():
         assert Counter(request.temperature for request in model.asked) == {0.5: 80, 1.0: 80}

@@ -11,6 +11,7 @@ import pytest
 from qwen_jax.errors import InputError
 from tests.helpers.mistakes import FORMAL, drawn, nonsense
 from tests.helpers.runs import print_seed
+from tests.helpers.scripted_api import reachable
 from tests.helpers.scripted_model import ScriptedGenerator
 from tests.helpers.timing import best_rate
 from train.data.examples import read_examples
@@ -118,7 +119,8 @@ def test_only_right_answers_are_kept_and_all_of_them(case: int, tmp_path: Path) 
     seed = int(print_seed().integers(1 << 30))
     made = pipeline(tables=40, each=4, seed=seed, samples=3, language="en")
     reader = Reader(list(made.source()))
-    summary = run(made, {"generator": ScriptedGenerator(reader)}, tmp_path, RunOptions(16))
+    with reachable({"generator": ScriptedGenerator(reader)}, over_http=case == 0) as models:
+        summary = run(made, models, tmp_path, RunOptions(16))
     kept = Counter[int]()
     for row in rows_of(tmp_path, "sft"):
         user, assistant = (message["content"] for message in row["messages"])

@@ -12,6 +12,7 @@ import pytest
 from qwen_jax.errors import InputError
 from tests.helpers.mistakes import FORMAL, drawn, nonsense
 from tests.helpers.runs import print_seed
+from tests.helpers.scripted_api import reachable
 from tests.helpers.scripted_model import ScriptedGenerator
 from tests.helpers.timing import best_rate
 from train.data.examples import read_examples
@@ -104,7 +105,9 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
 def test_only_answers_that_keep_to_the_prompt_are_kept_and_all_of_them(case: int, tmp_path: Path) -> None:
     made = pipeline(prompts=40, conversations=3, samples=2, keep=2, seed=int(print_seed().integers(1 << 30)))
     assistant = Assistant(made)
-    summary = run(made, {name: ScriptedGenerator(assistant, name) for name in made.models}, tmp_path, RunOptions(16))
+    scripted = {name: ScriptedGenerator(assistant, name) for name in made.models}
+    with reachable(scripted, over_http=case == 0) as models:
+        summary = run(made, models, tmp_path, RunOptions(16))
     kept = set()
     for row in rows_of(tmp_path, "sft"):
         system, user, answer = row["messages"]
