@@ -28,6 +28,8 @@ _TOP, _STEPS = 255, 8
 """The largest code of a root, and the codes of an octave."""
 _LEAST = 2.0 ** (-_TOP / _STEPS)
 """The smallest divisor of a ratio, in units of the largest root."""
+LEAST_ROOT = 2.0 ** ((1 - _TOP) / _STEPS)
+"""The smallest root but zero, in units of the largest."""
 _RATIO = jnp.float8_e4m3fn
 # Of float8_e4m3fn: bits behind the leading one, the exponent of the smallest normal number, and the largest number.
 _BITS, _NORMAL, _LARGEST = 3, -6, 448.0
