@@ -4,12 +4,14 @@
 
 `8bit`, 2 bytes a weight for both: the root of the second moment is kept as a logarithm, the code c for
 `clip_norm * 2 ** ((c - 255) / 8)`, 0 for zero. That is 32 octaves in steps of 9%, and clipping keeps the root below its
-top. The first moment is kept as its ratio to this root, in float8_e4m3fn: the ratio is about 1 at most, whatever the
-scale of the gradient. So there are no scales, and shapes and shardings are those of the weights.
+top. The first moment is kept as its ratio to this root, in float8_e4m3fn: the ratio is at most 1.2 with the default
+betas, whatever the scale of the gradient. So there are no scales, and shapes and shardings are those of the weights.
 
 In 8 bits numbers are rounded up or down at random, so that the expectation is right: that of the logarithm, and that of
 the ratio. A moment that is rounded to the nearest would never decay, because one step changes it by less than half of
-the distance between two codes. The random numbers depend on the weight's name and the count of steps, not on the mesh.
+the distance between two codes. Under random gradients the roots that are stored scatter about those of float32 by 11%
+with beta2 0.95 and by 15% with 0.999, and updates are 1% smaller. The random numbers depend on the weight's name and
+the count of steps, not on the mesh.
 """
 
 import zlib
@@ -30,6 +32,8 @@ _TOP, _STEPS = 255, 8
 """The largest code of a root, and the codes of an octave."""
 _LEAST = 2.0 ** (-_TOP / _STEPS)
 """The smallest divisor of a ratio, in units of the largest root."""
+LEAST_ROOT = 2.0 ** ((1 - _TOP) / _STEPS)
+"""The smallest root but zero, in units of the largest."""
 _RATIO = jnp.float8_e4m3fn
 # Of float8_e4m3fn: bits behind the leading one, the exponent of the smallest normal number, and the largest number.
 _BITS, _NORMAL, _LARGEST = 3, -6, 448.0
