@@ -72,20 +72,16 @@ def _in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransforma
 def _in_8_bits(adam: optax.GradientTransformation, largest: float) -> optax.GradientTransformation:
     def init(params: optax.Params) -> optax.OptState:
         state = adam.init(params)
-        mu, nu = (
-            jax.tree.map(lambda x: x.astype(_RATIO), state.mu),
-            jax.tree.map(lambda x: x.astype(jnp.uint8), state.nu),
-        )
+        mu = jax.tree.map(lambda x: x.astype(_RATIO), state.mu)
+        nu = jax.tree.map(lambda x: x.astype(jnp.uint8), state.nu)
         return state._replace(mu=mu, nu=nu)
 
     def update(
         updates: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         def step(key: jax.Array, gradient: jax.Array, ratio: jax.Array, codes: jax.Array) -> Part:
-            before = state._replace(
-                mu=_divisor(_root(codes, largest), largest) * ratio.astype(jnp.float32),
-                nu=jnp.square(_root(codes, largest)),
-            )
+            root = _root(codes, largest)
+            before = state._replace(mu=ratio.astype(jnp.float32) * _divisor(root, largest), nu=jnp.square(root))
             found, after = adam.update(gradient, before)
             return found, *pack(after.mu, after.nu, key, largest)
 
@@ -97,9 +93,8 @@ def _in_8_bits(adam: optax.GradientTransformation, largest: float) -> optax.Grad
 
             # Layer by layer and in place: float32 moments and random numbers exist for one layer at a time.
             def layer(i: jax.Array, part: Part) -> Part:
-                new = step(
-                    jax.random.fold_in(key, i), *(jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in part)
-                )
+                old = (jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in part)
+                new = step(jax.random.fold_in(key, i), *old)
                 return tuple(jax.lax.dynamic_update_index_in_dim(x, y, i, 0) for x, y in zip(part, new, strict=True))
 
             return jax.lax.fori_loop(0, part[0].shape[0], layer, part)
