@@ -1,12 +1,15 @@
 """Counts the products of a training step that cuBLASLt computes in float8, compiled for an H200 that need not be there.
 
     python -m experiments.train.fp8_products --layers 2
+    python -m experiments.train.fp8_products --products bfloat16 --moments 8bit --remat full \\
+        --model qwen2.5-7b --layers 28 --batch 1 --length 4096
 
 It needs `jax[cuda13]` and no GPU. Nothing is run, and the compiler has no card to time its choices on, which does not
 decide what is a product of float8. A layer has 15 of them: XLA joins products that share an operand, so there are 4 in
 the forward pass (query, key and value; output; gate and up; down), and in the backward pass 7 gradients with respect to
 inputs and 4 with respect to weights. With `--remat full` the forward ones are computed twice. The last line is JSON;
-`other` counts products of projections that are not of float8. The status is 1 if there are any.
+`other` counts products of projections that are not of float8. The status is 1 if there are any and fp8 was asked for.
+`state_gb` and `temporaries_gb` are the memory that the step needs, with any products and moments.
 """
 
 import argparse
@@ -15,17 +18,20 @@ import json
 import re
 import sys
 import time
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from qwen_jax import platform
+from qwen_jax.kernels.matmul.fp8 import Products
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.published import published
 from train.data.batch import Batch
-from train.optimizer import OptimizerConfig, Schedule
-from train.pretrain import NextToken
+from train.moments import MOMENTS, Moments
+from train.optimizer import AdamW, OptimizerConfig, Schedule
+from train.pretrain import NextToken, PretrainConfig
 from train.state import abstract_state
 from train.step import StepConfig, make_train_step
 
@@ -58,7 +64,9 @@ def described_gpu() -> Any:
     return described.devices[0]
 
 
-def compile_step(config: StepConfig, model: str, layers: int, batch: int, length: int) -> str:
+def compile_step(
+    config: StepConfig, model: str, layers: int, batch: int, length: int, moments: Moments
+) -> jax.stages.Compiled:
     """The compiled program of a training step.
 
     Args:
@@ -66,16 +74,19 @@ def compile_step(config: StepConfig, model: str, layers: int, batch: int, length
       model: a published size.
       layers: how many of its layers.
       batch, length: of the rows.
+      moments: of AdamW.
     """
     architecture = dataclasses.replace(published(model), num_layers=layers, max_window_layers=layers)
-    mesh, optimizer = make_mesh({}, [described_gpu()]), OptimizerConfig(Schedule(10))
-    step = make_train_step(NextToken(architecture), optimizer, config, mesh)
+    mesh, optimizer = make_mesh({}, [described_gpu()]), OptimizerConfig(Schedule(10), AdamW(moments=moments))
+    # The kernels for Hopper ask for GPUs that are there.
+    platform.on_hopper = lambda: True
+    step = make_train_step(NextToken(architecture, PretrainConfig(loss_chunk=4096)), optimizer, config, mesh)
     tokens = NamedSharding(mesh, Sharding.tokens)
     ints, floats = (jax.ShapeDtypeStruct((batch, length), kind, sharding=tokens) for kind in (jnp.int32, jnp.float32))
     state = abstract_state(architecture, optimizer, mesh)
     with jax.set_mesh(mesh):
         lowered = step.trace(state, Batch(ints, ints, ints, floats)).lower(lowering_platforms=("cuda",))  # type: ignore[attr-defined]
-    return str(lowered.compile().as_text())
+    return lowered.compile()
 
 
 def count_products(text: str) -> tuple[int, int]:
@@ -95,20 +106,25 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--products", choices=get_args(Products), default="fp8")
+    parser.add_argument("--moments", choices=MOMENTS, default="float32")
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="dots")
     parser.add_argument("--text", metavar="FILE", help="leave the compiled program there")
     args = parser.parse_args()
     start = time.perf_counter()
     # Unrolled, so that each layer's products are in the program.
-    config = StepConfig(products="fp8", remat=args.remat, scan_layers=False)
-    text = compile_step(config, args.model, args.layers, args.batch, args.length)
+    config = StepConfig(products=args.products, remat=args.remat, scan_layers=False)
+    compiled = compile_step(config, args.model, args.layers, args.batch, args.length, args.moments)
+    text, memory = str(compiled.as_text()), compiled.memory_analysis()
+    assert memory is not None, "GPUs report it"
     if args.text:
         with open(args.text, "w", encoding="utf-8") as file:
             file.write(text)
     float8, other = count_products(text)
-    line = {"float8": float8, "other": other, "jax": jax.__version__, **vars(args)}
+    sizes = {"state_gb": memory.argument_size_in_bytes / 1e9, "temporaries_gb": memory.temp_size_in_bytes / 1e9}
+    line = {"float8": float8, "other": other, **sizes, "jax": jax.__version__, **vars(args)}
     print(json.dumps({**line, "seconds": round(time.perf_counter() - start, 1)}))
-    return int(other > 0 or float8 == 0)
+    return int(args.products == "fp8" and (other > 0 or float8 == 0))
 
 
 if __name__ == "__main__":
