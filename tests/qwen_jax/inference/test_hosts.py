@@ -85,18 +85,36 @@ def results(folder: Path, other: Path, requests: list[Request], axes: dict[str, 
 
 def in_two(*args: Any) -> Any:
     """In each of two processes: what engines give, and what the failure of one is for the other process."""
-    folder, axes = args[0], args[-1]
+    folder, other, requests, axes = args
     found = results(*args)
     engine = make_engine(folder, axes)
+    (_, first, _), (_, second, _) = loaded(other, axes), loaded(other, axes)
+
+    def fail(*_: Any) -> None:
+        raise ValueError("the reason")
+
+    def check_texts() -> None:
+        assert found is not None
+        assert [one.token_ids for one in engine.generate(requests)] == [ids for ids, _ in found["first"]]
+
+    # Weights that one process cannot take, and weights of process 0 alone.
     if engine.leads:
-
-        def fail() -> None:
-            raise ValueError("the reason")
-
-        engine._steps.run = fail  # type: ignore[method-assign]
+        for params in (first, second):
+            with pytest.raises(InputError, match="Updating the weights failed in process 1"):
+                engine.update_weights(params)
+            check_texts()
+        # A program that the other process has run and this one has not: who called it goes on, the engine does not.
+        engine._runner._run = fail  # type: ignore[method-assign]
+        with pytest.raises(ValueError, match="the reason"):
+            engine.call(lambda: engine._runner.clear_pages([0]))
+        engine._thread.join()
         with pytest.raises(RuntimeError, match="the reason"):
-            engine.generate(args[2])
+            engine.stats()
     else:
+        take, engine._runner.update_weights = engine._runner.update_weights, fail  # type: ignore[method-assign]
+        with pytest.raises(ValueError, match="the reason"):
+            engine.update_weights(first)
+        engine._runner.update_weights = take  # type: ignore[method-assign]
         with pytest.raises(RuntimeError, match="failed in process 0: ValueError: the reason"):
             engine.close()
     with pytest.raises(InputError, match="the data axis is 2"):
