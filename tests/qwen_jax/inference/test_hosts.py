@@ -1,4 +1,4 @@
-"""The engine of many requests in two processes: its texts are those of one process, and all processes end together."""
+"""Engines in two processes: texts are those of one process. The processes change weights together and end together."""
 
 import dataclasses
 from pathlib import Path
@@ -10,8 +10,9 @@ import pytest
 
 import convert
 from convert.huggingface import export
+from qwen_jax.attention.sparse import PooledBlocks, summarise
 from qwen_jax.errors import InputError
-from qwen_jax.inference import ContinuousEngine, Ending, Request, SamplingParams
+from qwen_jax.inference import ContinuousEngine, Ending, Engine, Request, SamplingParams
 from qwen_jax.inference.stream import Stream
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import make_mesh
@@ -83,10 +84,23 @@ def results(folder: Path, other: Path, requests: list[Request], axes: dict[str, 
     return found or None
 
 
+def read_sparsely(folder: Path, axes: dict[str, int]) -> list[list[int]]:
+    """Texts after long prompts that are read by sparse attention, whose threshold leaves no key out."""
+    some: dict[str, Any] = {"prefill_chunk": 128, "sparse": PooledBlocks(threshold=0.0, last=64), "sparse_from": 1}
+    engine = Engine(*loaded(folder, axes), dtype="float32", eos_token_ids=[], **some)
+    prompts = [[(7 * i * i + 3 * j) % 270 for i in range(300 - 90 * j)] for j in range(2)]
+    found = engine.generate(prompts, SamplingParams(temperature=0), max_new_tokens=3)
+    recall_LH, density, cut = summarise(engine.skipped)
+    np.testing.assert_allclose(recall_LH, 1.0, atol=1e-4)
+    assert (round(density, 4), cut) == (1, 0)
+    return [one.token_ids for one in found]
+
+
 def in_two(*args: Any) -> Any:
     """In each of two processes: what engines give, and what the failure of one is for the other process."""
     folder, other, requests, axes = args
     found = results(*args)
+    sparse = read_sparsely(folder, axes)
     engine = make_engine(folder, axes)
     (_, first, _), (_, second, _) = loaded(other, axes), loaded(other, axes)
 
@@ -119,7 +133,7 @@ def in_two(*args: Any) -> Any:
             engine.close()
     with pytest.raises(InputError, match="the data axis is 2"):
         make_engine(folder, {"data": 2})
-    return found
+    return found, sparse
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
@@ -139,9 +153,10 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         more: dict[str, Any] = {"presence_penalty": 0.5, "logit_bias": {3: -1.0}} if i == 2 else {"top_logprobs": i}
         requests.append(Request(tuple(rng.integers(0, 270, rng.integers(1, 60)).tolist()), ending, sampling, **more))
     want = results(*folders, requests, {})
-    got, nothing = run(in_two, *folders, requests, {"tensor": 2}, processes=2)
+    (got, sparse), (nothing, same) = run(in_two, *folders, requests, {"tensor": 2}, processes=2)
     assert want is not None
     assert nothing is None
+    assert sparse == same
     for name in ("first", "second"):
         assert [ids for ids, _ in got[name]] == [ids for ids, _ in want[name]]
         for (_, a), (_, b) in zip(got[name], want[name], strict=True):
