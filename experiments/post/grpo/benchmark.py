@@ -5,8 +5,7 @@
     python -m experiments.post.grpo.benchmark --toy                      # on a CPU, in a few minutes
 
 Weights are random, prompts are random letters, and the reward is the parity of a response's ids. The tokenizer has
-the bytes and the control tokens alone, so that a response ends by itself after some hundreds of tokens: lengths are
-spread, up to `--new`. Every measurement is a process of its own. Every line of output is a JSON object: first the
+the bytes and the control tokens alone, so that responses end by themselves: lengths are spread, up to `--new`. Every measurement is a process of its own. Every line of output is a JSON object: first the
 measurements, then the comparisons with their targets; at the end a Markdown table.
 
 * `episode`: `train.grpo_run.train_grpo` for some episodes of `--queries` prompts x `--group` responses, at a learning

@@ -230,7 +230,7 @@ def test_cache_that_cannot_fit_is_refused(engine: Engine, monkeypatch: pytest.Mo
 
     class Stub:
         shape = engine.mesh.shape
-        devices = np.array([Small()])
+        local_devices = (Small(),)
 
     monkeypatch.setattr(engine, "mesh", Stub())
     with pytest.raises(InputError, match="GiB are free"):
