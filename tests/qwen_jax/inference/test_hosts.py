@@ -1,6 +1,7 @@
 """Engines in two processes: texts are those of one process. The processes change weights together and end together."""
 
 import dataclasses
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from convert.huggingface import export
 from qwen_jax.attention.sparse import PooledBlocks, summarise
 from qwen_jax.errors import InputError
 from qwen_jax.inference import ContinuousEngine, Ending, Engine, Request, SamplingParams
+from qwen_jax.inference.runner_lowering import Program
+from qwen_jax.inference.runner_state import RunnerState
 from qwen_jax.inference.stream import Stream
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import make_mesh
@@ -134,6 +137,25 @@ def in_two(*args: Any) -> Any:
     with pytest.raises(InputError, match="the data axis is 2"):
         make_engine(folder, {"data": 2})
     return found, sparse
+
+
+def test_logits_are_freed_before_the_next_ones_take_memory() -> None:
+    """In a process that repeats programs, as in process 0; programs between two of them get the newest."""
+    runner, logits = object.__new__(RunnerState), list[weakref.ref[jax.Array]]()
+
+    def apply(program: Program, *_: np.ndarray, read: jax.Array | None) -> jax.Array | None:
+        if program.kind != "decode":
+            assert read is logits[-1]()
+            return None
+        assert all(one() is None for one in logits)
+        found = jax.numpy.zeros(4)
+        logits.append(weakref.ref(found))
+        return found
+
+    runner._read, runner.apply = None, apply  # type: ignore[method-assign]
+    for kind in ("decode", "set masks", "sample", "decode", "sample"):
+        runner.repeat(Program(kind), [])
+    assert len(logits) == 2
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
