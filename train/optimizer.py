@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.errors import InputError
 from train.fields import at_least
 from train.merging import Merging, online_merging
-from train.moments import MOMENTS, Moments, store_moments
+from train.moments import LEAST_ROOT, MOMENTS, Moments, store_moments
 
 Rate = Callable[[jax.Array | int], jax.Array]
 
@@ -74,8 +74,9 @@ class AdamW:
       clip_norm: the largest global norm of a gradient.
       moments: how both moments are stored between steps; see `train.moments`. "bfloat16" takes half the memory, and
         needs beta1 and beta2 of at most 0.99: a moment that changes by less than 1/256 in a step may stay as it is when
-        it is rounded, and would never decay. "8bit" takes a quarter, and needs beta1^2 below beta2, which bounds the
-        ratio of the moments.
+        it is rounded, and would never decay. "8bit" takes a quarter. It needs beta1^2 below beta2, which bounds the
+        ratio of the moments, and clip_norm of at most 3.6e9 eps sqrt(1 - beta2): a gradient whose second moment is
+        stored as 0 must be below eps.
 
     Raises:
       InputError: a value out of range.
@@ -107,6 +108,13 @@ class AdamW:
             raise InputError(
                 f"moments='8bit' needs beta1^2 below beta2, got {self.beta1} and {self.beta2}: only then is the first "
                 "moment bounded by the root of the second. Lower beta1, raise beta2, or use moments='float32'."
+            )
+        most = self.eps * (1 - self.beta2) ** 0.5 / LEAST_ROOT
+        if self.moments == "8bit" and self.clip_norm > most:
+            raise InputError(
+                f"moments='8bit' needs clip_norm of at most 2^31.75 eps sqrt(1 - beta2) = {most:.3g}, got "
+                f"{self.clip_norm:.3g}: second moments that are small beside it are stored as 0, and eps alone would "
+                "divide the update. Lower clip_norm, raise eps, or use moments='float32'."
             )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import qwen_jax
 from convert import open_source
 from convert.folder import check_destination, check_side_files, new_folder, write_side_files
 from convert.huggingface import MAX_SHARD_BYTES
@@ -179,7 +180,10 @@ def _job(source: Source, recipe: Recipe, calibration: CalibrationText | None, ba
         "calibration": text,
         "batch": batch,
         "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "qwen-jax")},
+        "versions": {
+            **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
+            "qwen-jax": qwen_jax.__version__,
+        },
     }
 
 

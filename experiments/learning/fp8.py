@@ -105,7 +105,7 @@ def judge(folder: Path) -> dict[str, Any]:
         equally far.
     """
     found = {
-        kind: {int(p.parent.name.removeprefix(f"{kind}-")): p for p in folder.glob(f"{kind}-[0-9]/metrics.jsonl")}
+        kind: {int(p.parent.name.removeprefix(f"{kind}-")): p for p in folder.glob(f"{kind}-[0-9]*/metrics.jsonl")}
         for kind in KINDS
     }
     found = {kind: of for kind, of in found.items() if of or kind == BASE}

@@ -37,6 +37,7 @@ from qwen_jax.params import abstract_params, param_specs
 from qwen_jax.published import published
 
 CHUNK, COLUMNS = 32_768, 3968
+PATTERNS = ("dense", "pooled", "vertical-slash")
 
 
 def sparsity(name: str, config: ModelConfig, mesh: Mesh) -> SparsePrefill | None:
@@ -55,7 +56,7 @@ def compile_programs(config: ModelConfig, mesh: Mesh, length: int, pattern: str)
       config: the architecture.
       mesh: of one device, which may be a description.
       length: of a prompt, in tokens.
-      pattern: dense, pooled or vertical-slash.
+      pattern: of `PATTERNS`.
 
     Returns:
       Seconds of the clock and of all cores together, and GiB that a layer needs besides its arguments.
@@ -110,7 +111,7 @@ def main() -> None:
     parser.add_argument("--target", type=Path, required=True, help="description of the GPU")
     parser.add_argument("--model", default="qwen2.5-7b-instruct-1m")
     parser.add_argument("--lengths", nargs="+", type=int, default=[131_072, 1_000_000])
-    parser.add_argument("--patterns", nargs="+", default=["dense", "pooled", "vertical-slash"])
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=PATTERNS)
     args = parser.parse_args()
     from jax.experimental import topologies
 

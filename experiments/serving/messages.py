@@ -6,7 +6,7 @@ Start it twice, on one machine or on two:
     python -m experiments.serving.messages 127.0.0.1:9000 1
 """
 
-import sys
+import argparse
 import time
 
 import numpy as np
@@ -34,7 +34,11 @@ def milliseconds(pages: int, like: str) -> float:
 
 
 if __name__ == "__main__":
-    join(sys.argv[1], 2, int(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("coordinator", help="HOST:PORT of process 0")
+    parser.add_argument("process", type=int, choices=(0, 1))
+    args = parser.parse_args()
+    join(args.coordinator, 2, args.process)
     for pages in (1, 32, 128, 1024):
         whole, changed = milliseconds(pages, ""), milliseconds(pages, "table")
         size = ROWS * (3 + pages) * 4 / 1e3

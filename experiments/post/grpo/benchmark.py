@@ -4,9 +4,10 @@
     python -m experiments.post.grpo.benchmark --model qwen2.5-1.5b
     python -m experiments.post.grpo.benchmark --toy                      # on a CPU, in a few minutes
 
-Weights are random, prompts are random letters, and the reward is the parity of a response's ids. The tokenizer has
-the bytes and the control tokens alone, so that responses end by themselves: lengths are spread, up to `--new`. Every measurement is a process of its own. Every line of output is a JSON object: first the
-measurements, then the comparisons with their targets; at the end a Markdown table.
+Weights are random, prompts are random letters, and the reward is the parity of a response's ids. The tokenizer has the
+bytes and the control tokens alone, so that responses end by themselves: lengths are spread, up to `--new`. Every
+measurement is a process of its own. Every line of output is a JSON object: first the measurements, then the comparisons
+with their targets; at the end a Markdown table.
 
 * `episode`: `train.grpo_run.train_grpo` for some episodes of `--queries` prompts x `--group` responses, at a learning
   rate that changes nothing, so that all episodes have texts alike. A whole step is the time between the ends of two
