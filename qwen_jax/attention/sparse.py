@@ -22,6 +22,7 @@ from qwen_jax.attention.sparse_parts import AUDIT_ROWS, PROBE_ROWS, Bounds, Part
 from qwen_jax.attention.sparse_patterns import FILE_NAME, PooledBlocks, VerticalSlash, refine
 from qwen_jax.attention.vertical_slash import Tiling
 from qwen_jax.errors import InputError
+from qwen_jax.parallel.placing import read
 
 __all__ = [
     "AUDIT_ROWS",
@@ -73,6 +74,8 @@ class Diagnostics:
 def summarise(skipped: Sequence[Diagnostics]) -> tuple[np.ndarray, float, int]:
     """Recall, density and what was cut, of a prompt that was read in chunks. Waits for the device.
 
+    With several processes, all of the mesh call this together.
+
     Args:
       skipped: of each chunk, with a leading axis over layers.
 
@@ -80,11 +83,12 @@ def summarise(skipped: Sequence[Diagnostics]) -> tuple[np.ndarray, float, int]:
       Recall float [L, H] over audit rows; density, averaged over heads and weighted by the keys that a chunk sees; and
       the number of pieces and columns that were cut.
     """
-    recall_LH = np.mean([np.asarray(chunk.audit_recall_BH).mean(axis=1) for chunk in skipped], axis=0)
+    recalls = [chunk.audit_recall_BH for chunk in skipped]
+    recall_LH = np.mean([read(recall).mean(axis=1) for recall in recalls if recall is not None], axis=0)
     # Chunk i sees about 2 i + 1 halves of a chunk.
     weights = np.arange(1, 2 * len(skipped), 2, dtype=np.float64)
-    density = np.average([float(np.mean(np.asarray(chunk.density_BH))) for chunk in skipped], weights=weights)
-    cut = sum(int(np.sum(np.asarray(n))) for chunk in skipped for n in (chunk.pieces_cut_BH, chunk.columns_cut_BH))
+    density = np.average([float(np.mean(read(chunk.density_BH))) for chunk in skipped], weights=weights)
+    cut = sum(int(np.sum(read(n))) for chunk in skipped for n in (chunk.pieces_cut_BH, chunk.columns_cut_BH))
     return recall_LH, float(density), cut
 
 

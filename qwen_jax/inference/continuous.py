@@ -359,6 +359,7 @@ class ContinuousEngine(EngineThread):
 
         Raises:
           ValueError: other names, shapes, dtypes or shardings than those of the weights before.
+          InputError: another process of the mesh failed to take its weights; all go on with the old ones.
         """
         # With several processes, all programs start in the engine's thread, in the same order everywhere.
         found = None if callable(params) or self._hosts is not None else self._in_layout(params)
@@ -375,6 +376,14 @@ class ContinuousEngine(EngineThread):
                 new = self._in_layout(params)
             self._runner.update_weights(new)
 
+        def replace_together() -> None:
+            before = self._runner.params
+            try:
+                self._take_together(replace)
+            except Exception:
+                self._runner.params = before
+                raise
+
         def update() -> None:
             self._steps.read_all()
             self._scheduler.preempt_all()
@@ -382,9 +391,9 @@ class ContinuousEngine(EngineThread):
             self._steps.last_read = None
             if self._hosts is not None:
                 self._hosts.tell("update")
-            replace()
+            replace_together()
 
-        self.call(update if self.leads else replace)
+        self.call(update if self.leads else replace_together)
 
     def stats(self) -> Stats:
         """Counts at this moment. Raises RuntimeError if the engine has stopped."""

@@ -72,6 +72,9 @@ class EngineThread:
           RuntimeError: in a process that does not lead, if the engine has failed there or in process 0.
         """
         if not self.leads:
+            with self._wake:
+                self._closing = True
+                self._wake.notify_all()
             self._thread.join()
             if self._failure is not None:
                 raise RuntimeError(f"The engine has stopped: {self._failure}") from self._failure
@@ -168,10 +171,6 @@ class EngineThread:
             self._failure = error
         with self._wake:
             self._closing = True
-        if self._hosts is not None and self._hosts.leads:
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # The others are gone.
-                failure = self._failure
-                self._hosts.tell("end", f"{type(failure).__name__}: {failure}" if failure else "")
         # Every reader hears of the end; callers of `call` see that the thread has ended.
         for active in [*self._submitted.values(), *self._steps.active.values()]:
             if self._failure is None:
@@ -179,6 +178,11 @@ class EngineThread:
             else:
                 active.stream.fail(self._failure)
         self._steps.readers.wake()
+        # The other processes hear of it last: if one of them is lost, this may wait for it.
+        if self._hosts is not None and self._hosts.leads:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # The others are gone.
+                failure = self._failure
+                self._hosts.tell("end", f"{type(failure).__name__}: {failure}" if failure else "")
 
     def _lead(self) -> None:
         while self._wait():
@@ -188,14 +192,39 @@ class EngineThread:
             # At most one piece of other work between two steps: texts that run do not wait for more.
             if self._work:
                 self._work.popleft()()
+            # Who asked for the work got its error; but the other processes may have run the program that failed here.
+            if self._hosts is not None and self._hosts.failure is not None:
+                raise self._hosts.failure
             self._steps.run()
 
     def _update(self) -> None:
         """Takes the weights that this process was given, or will be: process 0 has begun to take its own."""
         with self._wake:
-            while not self._work:
-                self._wake.wait()
-        self._work.popleft()()
+            self._wake.wait_for(lambda: self._work or self._closing)
+        if self._work:
+            self._work.popleft()()
+            return
+        try:
+            self._take_together(lambda: None, closed=True)
+        except RuntimeError:
+            _log.exception("All processes go on with the weights that they have.")
+
+    def _take_together(self, take: Callable[[], None], closed: bool = False) -> None:
+        """Takes new weights in all processes of the mesh or, if it fails in one, in none."""
+        if self._hosts is None:
+            take()
+            return
+
+        def be_there() -> None:
+            if closed:
+                raise RuntimeError(
+                    "Process 0 updates the weights, and this process has closed its engine. Call update_weights as "
+                    "often in all processes."
+                )
+
+        # First all are there: taking weights starts programs that wait for the other processes.
+        self._hosts.together("Updating the weights", be_there)
+        self._hosts.together("Updating the weights", take)
 
     def _wait(self) -> bool:
         """Waits until there is something to do; returns False if the engine is closed."""

@@ -1,7 +1,8 @@
 """An engine in several processes: process 0 plans and reads, the others run the same programs with the same arrays."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.inference.row_sampling import SLOT
 from qwen_jax.inference.runner_lowering import Program
 from qwen_jax.inference.runner_state import RunnerState
-from qwen_jax.parallel.broadcast import Broadcast
+from qwen_jax.parallel.broadcast import Broadcast, Exchange, Message
 
 
 class Hosts:
@@ -23,6 +24,8 @@ class Hosts:
 
     Attributes:
       leads: whether this process does.
+      failure: of a program that this process, which leads, has told the others to run: from then on their states may
+        differ. None if there was none.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -39,7 +42,8 @@ class Hosts:
                 f"The mesh has devices of {len(processes)} of {jax.process_count()} processes. Use devices of one "
                 "process, or of all."
             )
-        self._broadcast, self._runners = Broadcast(), list[RunnerState]()
+        self._broadcast, self._exchange, self._runners = Broadcast(), Exchange(), list[RunnerState]()
+        self.failure: Exception | None = None
         self.leads = self._broadcast.sends
 
     def add(self, runner: RunnerState) -> None:
@@ -50,10 +54,16 @@ class Hosts:
         in_decode = -3 - bool(runner.static.options.adapter_ranks)
         slot_columns = {"decode": in_decode, "verify": in_decode, "sample": SLOT, "sample verified": SLOT}
 
-        def tell(program: Program, arrays: Sequence[np.ndarray]) -> None:
+        @contextlib.contextmanager
+        def tell(program: Program, arrays: Sequence[np.ndarray]) -> Iterator[None]:
             # From step to step, page tables change in few places; and rows move when a text before them has ended.
             like, column = f"{number} {program.name}", slot_columns.get(program.kind)
             self._broadcast.send({"runner": number, "program": dataclasses.astuple(program)}, arrays, like, column)
+            try:
+                yield
+            except Exception as error:
+                self.failure = error
+                raise
 
         if self.leads:
             runner.on_program = tell
@@ -66,6 +76,15 @@ class Hosts:
           why: the reason.
         """
         self._broadcast.send({"do": what, "why": why})
+
+    def together(self, what: str, work: Callable[[], None]) -> None:
+        """Does some work that succeeds in every process or fails in every one; see `Exchange.share`."""
+
+        def share() -> Message:
+            work()
+            return None, []
+
+        self._exchange.share(what, share)
 
     def follow(self, update: Callable[[], None]) -> None:
         """Does what process 0 does, until that ends.

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -34,7 +35,8 @@ class RunnerState:
       params: in the inference layout.
       buckets: the sizes of the programs.
       static: the settings that are compiled in.
-      on_program: called with each program and its arrays before it is run, to have other processes run it, too.
+      on_program: called with each program and its arrays, to have other processes run it, too. The program is started
+        in the context that it returns.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class RunnerState:
         fewest_rows = 4 if mesh.devices.flat[0].platform == "tpu" else 1
         self.buckets = settings.buckets or Buckets.of(settings, fewest_rows)
         self.static = StaticArgs(config, Sharding.for_inference(config, mesh), options, vocab_limit, settings)
-        self.on_program: Callable[[Program, Sequence[np.ndarray]], None] | None = None
+        self.on_program: Callable[[Program, Sequence[np.ndarray]], AbstractContextManager[None]] | None = None
         self._programs = Programs(self.static, self.buckets, mesh)
         self._everywhere = NamedSharding(mesh, P())
         self._pages, self._state = self._make_state()
@@ -122,8 +124,12 @@ class RunnerState:
         Returns:
           What it gives beside the new state.
         """
-        if self.on_program is not None:
-            self.on_program(program, arrays)
+        if self.on_program is None:
+            return self._apply(program, arrays, read)
+        with self.on_program(program, arrays):
+            return self._apply(program, arrays, read)
+
+    def _apply(self, program: Program, arrays: Sequence[np.ndarray], read: jax.Array | None) -> Any:
         placed = [self._place(x) for x in arrays]
         match program.kind:
             case "prefill":
@@ -152,8 +158,11 @@ class RunnerState:
 
     def repeat(self, program: Program, arrays: Sequence[np.ndarray]) -> None:
         """Runs a program that another process of the mesh has run; see `on_program`."""
+        reads = program.kind in ("prefill", "decode", "verify", "read texts")
+        if reads:
+            self._read = None  # Frees it before the program takes memory for the next one.
         found = self.apply(program, *arrays, read=self._read)
-        if program.kind in ("prefill", "decode", "verify", "read texts"):
+        if reads:
             self._read = found[0] if program.kind == "read texts" else found
 
     def _run(self, program: Program, *args: Any) -> Any:

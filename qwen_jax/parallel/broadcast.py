@@ -59,21 +59,22 @@ class Broadcast:
         Raises:
           jax.errors.JaxRuntimeError: the store cannot be reached.
         """
-        number = next(self._numbers)
-        block, place = divmod(number, _BLOCK)
-        if place == 0 and block >= 2:
-            for receiver in range(1, jax.process_count()):
-                _wait(f"{self._name}/got/{block - 2}/{receiver}")
-            _store().key_value_delete(f"{self._name}/{block - 2}/")
-            _store().key_value_delete(f"{self._name}/got/{block - 2}/")
         kinds, parts = list[str](), list[np.ndarray]()
         for x, before in zip(arrays, self._before(like), strict=False):
             kind, some = _difference(x, before, column)
             kinds.append(kind)
             parts += some
+        # What cannot be packed gets no number: receivers would wait for it.
+        data = _packed([message, like, kinds], parts)
+        block, place = divmod(next(self._numbers), _BLOCK)
+        if place == 0 and block >= 2:
+            for receiver in range(1, jax.process_count()):
+                _wait(f"{self._name}/got/{block - 2}/{receiver}")
+            _store().key_value_delete(f"{self._name}/{block - 2}/")
+            _store().key_value_delete(f"{self._name}/got/{block - 2}/")
         if like:
             self._last[like] = arrays
-        _store().key_value_set_bytes(f"{self._name}/{block}/{place}", _packed([message, like, kinds], parts))
+        _store().key_value_set_bytes(f"{self._name}/{block}/{place}", data)
 
     def receive(self) -> Message:
         """Waits for the next message. The arrays are read-only.
@@ -148,13 +149,16 @@ def _difference(x: np.ndarray, before: np.ndarray | None, column: int | None) ->
     """How an array is sent: whole, or the places and values that differ from the rows of an earlier one."""
     if before is None or before.shape != x.shape or before.dtype != x.dtype or x.nbytes <= _SMALL:
         return _WHOLE, [x]
+    if x.itemsize not in (1, 2, 4, 8):
+        return _WHOLE, [x]
     order = np.arange(len(x), dtype=np.int32)
     if x.ndim == 2 and column is not None:
         key, sorter = before[:, column], np.argsort(before[:, column])
         order = sorter[np.minimum(np.searchsorted(key, x[:, column], sorter=sorter), len(key) - 1)].astype(np.int32)
     before = before[order]
-    flat = x.reshape(-1)
-    places = np.flatnonzero(before.reshape(-1) != flat)
+    # Bits are compared, because 0.0 equals -0.0.
+    flat, bits = np.ascontiguousarray(x).reshape(-1), f"u{x.itemsize}"
+    places = np.flatnonzero(before.reshape(-1).view(bits) != flat.view(bits))
     if 4 * len(places) < len(flat):
         return _CHANGES, [order, places.astype(np.int32), flat[places]]
     return _WHOLE, [x]

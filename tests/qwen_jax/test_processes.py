@@ -44,12 +44,17 @@ def messages(seed: int) -> list[tuple[Any, list[np.ndarray]]]:
         if not arrays or rng.random() < 0.05:
             column = None if rng.random() < 0.5 else 0
             shapes = [rng.integers(0, 80, rng.integers(0, 3)) for _ in range(rng.integers(5))]
-            arrays = [rng.integers(0, 2**15, shape).astype(rng.choice(["i4", "u2", "f4", "?"])) for shape in shapes]
+            arrays = [
+                (rng.integers(0, 2**15, shape) * (rng.random(shape) < 0.9)).astype(rng.choice(["i4", "u2", "f4", "?"]))
+                for shape in shapes
+            ]
         if rng.random() < 0.5:
             arrays = [rng.permutation(x) if x.ndim else x for x in arrays]
         arrays = [
             np.where(rng.random(x.shape) < rng.choice([0.01, 0.02, 0.9]), x + 1, x).astype(x.dtype) for x in arrays
         ]
+        if rng.random() < 0.5:  # Other bits of equal values.
+            arrays = [np.where(x == 0, -x, x) if x.dtype == "f4" else x for x in arrays]
         found.append(({"i": i, "text": "\ud83d", "like": ["", "a", "b"][rng.integers(3)], "column": column}, arrays))
     return found
 
@@ -60,12 +65,15 @@ def exchange(seed: int) -> int:
     for message, arrays in sent:
         got, found = message, arrays
         if broadcast.sends:
+            if message["i"] == 100:
+                with pytest.raises(TypeError, match="not JSON serializable"):
+                    broadcast.send(object())
             broadcast.send(message, arrays, message["like"], message["column"])
         else:
             got, found = broadcast.receive()
         assert got == message
         assert [(x.dtype, x.shape) for x in found] == [(x.dtype, x.shape) for x in arrays]
-        assert all(np.array_equal(x, y) for x, y in zip(found, arrays, strict=True))
+        assert all(x.tobytes() == y.tobytes() for x, y in zip(found, arrays, strict=True))
     here = jax.process_index()
     for i in range(5):
         shared = everybody.share("This", lambda i=i: ([i, here], [np.full(here, i)]))  # type: ignore[misc]

@@ -1,6 +1,7 @@
-"""The engine of many requests in two processes: its texts are those of one process, and all processes end together."""
+"""Engines in two processes: texts are those of one process. The processes change weights together and end together."""
 
 import dataclasses
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import pytest
 
 import convert
 from convert.huggingface import export
+from qwen_jax.attention.sparse import PooledBlocks, summarise
 from qwen_jax.errors import InputError
-from qwen_jax.inference import ContinuousEngine, Ending, Request, SamplingParams
+from qwen_jax.inference import ContinuousEngine, Ending, Engine, Request, SamplingParams
+from qwen_jax.inference.runner_lowering import Program
+from qwen_jax.inference.runner_state import RunnerState
 from qwen_jax.inference.stream import Stream
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import make_mesh
@@ -83,25 +87,75 @@ def results(folder: Path, other: Path, requests: list[Request], axes: dict[str, 
     return found or None
 
 
+def read_sparsely(folder: Path, axes: dict[str, int]) -> list[list[int]]:
+    """Texts after long prompts that are read by sparse attention, whose threshold leaves no key out."""
+    some: dict[str, Any] = {"prefill_chunk": 128, "sparse": PooledBlocks(threshold=0.0, last=64), "sparse_from": 1}
+    engine = Engine(*loaded(folder, axes), dtype="float32", eos_token_ids=[], **some)
+    prompts = [[(7 * i * i + 3 * j) % 270 for i in range(300 - 90 * j)] for j in range(2)]
+    found = engine.generate(prompts, SamplingParams(temperature=0), max_new_tokens=3)
+    recall_LH, density, cut = summarise(engine.skipped)
+    np.testing.assert_allclose(recall_LH, 1.0, atol=1e-4)
+    assert (round(density, 4), cut) == (1, 0)
+    return [one.token_ids for one in found]
+
+
 def in_two(*args: Any) -> Any:
     """In each of two processes: what engines give, and what the failure of one is for the other process."""
-    folder, axes = args[0], args[-1]
+    folder, other, requests, axes = args
     found = results(*args)
+    sparse = read_sparsely(folder, axes)
     engine = make_engine(folder, axes)
+    (_, first, _), (_, second, _) = loaded(other, axes), loaded(other, axes)
+
+    def fail(*_: Any) -> None:
+        raise ValueError("the reason")
+
+    def check_texts() -> None:
+        assert found is not None
+        assert [one.token_ids for one in engine.generate(requests)] == [ids for ids, _ in found["first"]]
+
+    # Weights that one process cannot take, and weights of process 0 alone.
     if engine.leads:
-
-        def fail() -> None:
-            raise ValueError("the reason")
-
-        engine._steps.run = fail  # type: ignore[method-assign]
+        for params in (first, second):
+            with pytest.raises(InputError, match="Updating the weights failed in process 1"):
+                engine.update_weights(params)
+            check_texts()
+        # A program that the other process has run and this one has not: who called it goes on, the engine does not.
+        engine._runner._run = fail  # type: ignore[method-assign]
+        with pytest.raises(ValueError, match="the reason"):
+            engine.call(lambda: engine._runner.clear_pages([0]))
+        engine._thread.join()
         with pytest.raises(RuntimeError, match="the reason"):
-            engine.generate(args[2])
+            engine.stats()
     else:
+        take, engine._runner.update_weights = engine._runner.update_weights, fail  # type: ignore[method-assign]
+        with pytest.raises(ValueError, match="the reason"):
+            engine.update_weights(first)
+        engine._runner.update_weights = take  # type: ignore[method-assign]
         with pytest.raises(RuntimeError, match="failed in process 0: ValueError: the reason"):
             engine.close()
     with pytest.raises(InputError, match="the data axis is 2"):
         make_engine(folder, {"data": 2})
-    return found
+    return found, sparse
+
+
+def test_logits_are_freed_before_the_next_ones_take_memory() -> None:
+    """In a process that repeats programs, as in process 0; programs between two of them get the newest."""
+    runner, logits = object.__new__(RunnerState), list[weakref.ref[jax.Array]]()
+
+    def apply(program: Program, *_: np.ndarray, read: jax.Array | None) -> jax.Array | None:
+        if program.kind != "decode":
+            assert read is logits[-1]()
+            return None
+        assert all(one() is None for one in logits)
+        found = jax.numpy.zeros(4)
+        logits.append(weakref.ref(found))
+        return found
+
+    runner._read, runner.apply = None, apply  # type: ignore[method-assign]
+    for kind in ("decode", "set masks", "sample", "decode", "sample"):
+        runner.repeat(Program(kind), [])
+    assert len(logits) == 2
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
@@ -121,9 +175,10 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         more: dict[str, Any] = {"presence_penalty": 0.5, "logit_bias": {3: -1.0}} if i == 2 else {"top_logprobs": i}
         requests.append(Request(tuple(rng.integers(0, 270, rng.integers(1, 60)).tolist()), ending, sampling, **more))
     want = results(*folders, requests, {})
-    got, nothing = run(in_two, *folders, requests, {"tensor": 2}, processes=2)
+    (got, sparse), (nothing, same) = run(in_two, *folders, requests, {"tensor": 2}, processes=2)
     assert want is not None
     assert nothing is None
+    assert sparse == same
     for name in ("first", "second"):
         assert [ids for ids, _ in got[name]] == [ids for ids, _ in want[name]]
         for (_, a), (_, b) in zip(got[name], want[name], strict=True):
