@@ -216,8 +216,13 @@ class Engine:
           room: tokens that a continuation and its completion may have together.
 
         Raises:
-          InputError: as `generate`.
+          InputError: as `generate`, or a mesh that divides the rows of a batch.
         """
+        if (shards := self.sharding.batch_shards) > 1:
+            raise InputError(
+                f"A document is one row, and this mesh divides rows over {shards} devices. Use a mesh with a tensor "
+                "axis alone."
+            )
         ids = encode(prompt, 0, self.tokenizer, self.vocab_limit)
         check_lengths(self.config, len(ids), as_int(room, "room"))
         slots = self._slots_for_chunks(len(ids), room)

@@ -170,6 +170,9 @@ def test_what_does_not_fit_is_said_before_anything_runs(make_engine: MakeEngine,
         make_engine(SMALL, prefill_chunk=0)
     with pytest.raises(InputError, match="exceed the model's context"):
         engine.generate([[1] * engine.config.context_length], GREEDY, max_new_tokens=1)
+    split = make_engine(CONFIGS["dual chunk"], make_mesh({"data": 2}, jax.devices()[:2]))
+    with pytest.raises(InputError, match="divides rows over 2 devices"):
+        split.read(text, room=16)
 
 
 @pytest.mark.parametrize(
