@@ -330,8 +330,8 @@ def test_key_biases_are_found_in_both_layouts(tensor: int) -> None:
 
 def test_logits_are_off_by_what_the_rounding_makes_of_them(dtype: Any, mesh: Mesh) -> None:
     """To first order a logit is off by the sum of J_i e_i over all numbers of the cache, with its gradient J and their
-    rounding errors e: by less than the sum of |J_i| h_i for half steps h, and typically by its root mean square, h_i
-    over the root of 3 for each."""
+    rounding errors e: by less than the sum of |J_i| h_i for half steps h, and hardly ever by more than a few roots of
+    the sum of (J_i h_i)^2."""
     rng = fresh_rng()
     sharding, B, T = Sharding.for_inference(CONFIG, mesh), 1, 40
     tokens = jax.device_put(
@@ -369,11 +369,13 @@ def test_logits_are_off_by_what_the_rounding_makes_of_them(dtype: Any, mesh: Mes
                     factors = np.ones(x.shape) if rows.channels_Kd is None else np.asarray(rows.channels_Kd)[:, None]
                     part = np.abs(np.asarray(slope, np.float64)) * half_steps(rows, x / factors) * factors
                     most[i] += part.sum()
-                    square[i] += (part**2).sum() / 3
+                    square[i] += (part**2).sum()
     error = (np.asarray(got) - np.asarray(want))[0, 0, chosen]
     # The new token's own key and value are rounded, too: one of 41, and terms of second order.
     assert (np.abs(error) < 1.2 * most).all()
-    assert 0.3 < np.sqrt((error**2).mean() / square.mean()) < 2
+    # Independent errors within their half steps exceed 5.5 times this root once in a million (Hoeffding's inequality).
+    assert (np.abs(error) < 1.2 * 5.5 * np.sqrt(square)).all()
+    assert error.any()
 
 
 @pytest.mark.parametrize("axes", [{}, {"data": 2, "tensor": 2}], ids=str)
