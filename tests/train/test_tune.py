@@ -207,7 +207,8 @@ def test_an_adapter_is_tuned_and_used(
         greedy = ["--dtype", "float32", "--temperature", "0", "--max-new-tokens", "4", "--stop", "<|im_end|>", "--json"]
         assert main([*command, *greedy]) == 0
         text = json.loads(capsys.readouterr().out)["text"]
-        assert text
+        # A model may end at once.
+        assert bool(text) == bool(last["text"])
         assert last["text"].startswith(text)
     if method == "reward":
         # Merged into the language model, it is a reward model.
