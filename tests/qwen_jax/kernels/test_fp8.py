@@ -34,8 +34,10 @@ def rounded(x: np.ndarray, dtype: Any) -> np.ndarray:
     largest = np.abs(x).max()
     if largest == 0:
         return x.astype(np.float64)
-    factor = 2.0 ** np.floor(np.log2(FORMATS[dtype]) - np.log2(float(largest)))
-    factor *= 1.0 if largest * factor <= FORMATS[dtype] else 0.5
+    # One too large, whatever the rounding of the logarithms, and down from there.
+    factor = 2.0 ** (1 + np.ceil(np.log2(FORMATS[dtype]) - np.log2(float(largest))))
+    while float(largest) * factor > FORMATS[dtype]:
+        factor /= 2
     factor = min(factor, 2.0**63)
     return (x.astype(np.float64) * factor).astype(np.float32).astype(np.dtype(dtype)).astype(np.float64) / factor
 
