@@ -65,6 +65,7 @@ def test_the_optimum_of_a_power_law_is_found(noise: float) -> None:
         pick = np.array([found.shares[name] for name in DOMAINS])
         assert pick.sum() == pytest.approx(1)
         assert found.tried[0].spearman["target"] > 0.8
+        assert found.distance < 0.2
         best = best_of(surface)
         distances.append(distance(pick, best))
         losses.append(surface(pick[None]).mean() - surface(best[None]).mean())
