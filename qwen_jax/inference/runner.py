@@ -4,14 +4,13 @@ It does what it is told, step by step: which pages a sequence has, and when it r
 call returns before the device is done; only `Sampled.read` waits.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference.buckets import RunnerConfig, smallest
 from qwen_jax.inference.row_sampling import FIELDS, MASKED, RULES, SLOT, SampleRow, Variant, pack, variant_of, with_mask
@@ -21,8 +20,6 @@ from qwen_jax.inference.runner_state import RunnerState
 from qwen_jax.inference.runner_types import Masks, PrefillInput, PromptLogprobs, RowInput, Sampled, SampledMany
 from qwen_jax.inference.slots import Slots, no_room, set_table
 from qwen_jax.inference.text_rows import TextRow, pack_texts
-from qwen_jax.options import Options
-from qwen_jax.params import Params
 
 __all__ = [
     "Masks",
@@ -40,24 +37,13 @@ _WITHOUT_RULES = "This runner has no rules: make it with RunnerConfig(rules=True
 
 
 class Runner(RunnerState):
-    """A model on a mesh with a paged cache. Call it from one thread.
+    """A model on a mesh with a paged cache. Call it from one thread."""
 
-    Attributes:
-      slots: what `decode_slots` and `sample_slots` need of each sequence.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        params: Params,
-        mesh: Mesh,
-        options: Options,
-        vocab_limit: int,
-        settings: RunnerConfig,
-    ):
-        """The arguments are those of `RunnerState`."""
-        super().__init__(config, params, mesh, options, vocab_limit, settings)
-        self.slots = Slots(settings.max_seqs, -(-self.buckets.slots[-1] // settings.page_size), settings.page_size)
+    @functools.cached_property
+    def slots(self) -> Slots:
+        """What `decode_slots` and `sample_slots` need of each sequence."""
+        page_size = self.settings.page_size
+        return Slots(self.settings.max_seqs, -(-self.buckets.slots[-1] // page_size), page_size)
 
     def _with_adapters(self, packed: np.ndarray, adapters: Sequence[int] | np.ndarray, axis: int) -> np.ndarray:
         """What a program takes for each row or token along the first or second axis, with their adapters."""
