@@ -22,6 +22,8 @@ PICKLES = (".bin", ".pt", ".pth")
 
 # Copied along with config.json. All of them are data; code in a checkpoint folder is never copied.
 SIDE_FILES = ("generation_config.json", *TOKENIZER, "LICENSE")
+# One of them is there if a folder has a tokenizer.
+_TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json", "qwen.tiktoken")
 
 
 def detect(path: str | os.PathLike[str]) -> Format:
@@ -215,9 +217,9 @@ def write_side_files(
         hf = {**expected.to_hf(), "torch_dtype": dtype or config.dtype}
         if "pad_token_id" in old:
             hf["pad_token_id"] = old["pad_token_id"]
-        if config.score is not None and hf.get("pad_token_id") is None and generation and generation.is_file():
+        if config.score is not None and hf.get("pad_token_id") is None and origin:
             # transformers scores several rows at a time only if config.json names the padding.
-            hf["pad_token_id"] = read_json(generation).get("pad_token_id")
+            hf["pad_token_id"] = _padding(origin)
         (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for path in [file for pattern in SIDE_FILES for file in origin.glob(pattern)] if origin else []:
         assert origin is not None
@@ -226,6 +228,17 @@ def write_side_files(
         shutil.copyfile(path, target)
     if generation and generation.is_file():
         _add_end_ids(folder / generation.name, [i for i in ends if i not in before], ends)
+
+
+def _padding(origin: Path) -> int | None:
+    """The id of padding by the generation config of a folder, or else by its tokenizer; None if neither is there."""
+    from qwen_jax.tokenizer import load_tokenizer
+
+    generation = origin / "generation_config.json"
+    found = read_json(generation).get("pad_token_id") if generation.is_file() else None
+    if found is not None or not any((origin / name).is_file() for name in _TOKENIZERS):
+        return found
+    return load_tokenizer(origin).pad_id
 
 
 def _add_end_ids(file: Path, added: list[int], ends: Sequence[int]) -> None:

@@ -190,9 +190,9 @@ def run_all(args: argparse.Namespace, argv: list[str]) -> None:
                 if record.get("error") != "out of memory":
                     break
             records[kind, length] = record
-            for pair, target in TARGETS.items():
-                if kind in pair:
-                    _compare(*(records.get((one, length), {}) for one in pair), target)
+            for (ours, other), target in TARGETS.items():
+                if kind in (ours, other):
+                    _compare(records.get((ours, length), {}), records.get((other, length), {}), target)
 
 
 def _attempt(argv: list[str], seconds: float) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weights", choices=("float32", "bfloat16"), default="float32", help="of TRL's models")
     parser.add_argument("--here", choices=(*OURS, *TRL), help=argparse.SUPPRESS)
     # Of the training benchmark, whose helpers read them.
-    parser.set_defaults(dense=False, no_matmul=True, compile="none")
+    parser.set_defaults(dense=False, no_matmul=True, compile="none", products="bfloat16")
     args = parser.parse_args(argv)
     args.tokens = args.tokens or max(args.lengths)
     args.kinds = args.kinds or ["pretrain", "sft", "dpo"]

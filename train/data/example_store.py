@@ -162,6 +162,11 @@ class ExampleStore:
         chosen, rejected = answers
         return Pair(chosen, rejected, float(self.margins[index]))
 
+    def ending_with(self, token: int) -> np.ndarray:
+        """int64, indices of the examples of which an answer ends with a token."""
+        last = np.asarray(self._tokens[self._ends - 1]) & ~_TRAINED
+        return np.flatnonzero((last == token).reshape(self.lengths.shape).any(axis=1))
+
     def where(self, index: int) -> str:
         """The file and the record of an example, for messages."""
         file, number = self._origins[index].tolist()
