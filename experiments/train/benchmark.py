@@ -10,7 +10,9 @@
     python -m experiments.train.benchmark ours --model qwen2.5-7b --batch 1 --remat full --moments 8bit
     python -m experiments.train.benchmark ours --model qwen2.5-7b --batch 4 --remat dots --no-scan-layers --mesh fsdp=2
 
-Everything is measured on one GPU, and ours also on the GPUs of `--mesh`, among which the rows are divided. A process is one measurement, so that each has the whole memory; `all` starts one after the other. Every step is the
+Everything is measured on one GPU, and ours also on the GPUs of `--mesh`, among which the rows are divided.
+
+A process is one measurement, so that each has the whole memory; `all` starts one after the other. Every step is the
 whole one: forward, backward, clipping, AdamW, with float32 master weights and moments and bfloat16 products, or those
 of `--products`: ours of fp8, or transformers' by torchao, which is a package of its own. A row is one document of
 random tokens. `ours` is the code of a run (`train.pretrain`), `plain` is `plain_step.py`, `transformers` is
@@ -45,8 +47,8 @@ from qwen_jax.kernels.matmul.fp8 import Products
 from qwen_jax.parallel.sharding import make_mesh, parse_mesh
 from qwen_jax.published import published
 from train.data.batch import Batch, place
-from train.observe.metrics import flops_per_token
 from train.moments import MOMENTS
+from train.observe.metrics import flops_per_token
 from train.optimizer import AdamW, OptimizerConfig, Schedule
 from train.pretrain import NextToken, PretrainConfig
 from train.state import init_state
