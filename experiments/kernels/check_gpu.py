@@ -3,8 +3,8 @@
     python -m experiments.kernels.check_gpu tests       # in several processes (pytest-xdist) on the card
     python -m experiments.kernels.check_gpu sanitizers  # CUDA's compute-sanitizer: races, barriers, memory
 
-The sanitizers run small cases of every attention kernel, forward, gradient and decoding, because they slow a kernel
-down a hundredfold. The exit status is 1 if a test fails or a sanitizer reports anything.
+The sanitizers run small cases of every attention kernel, forward, gradient, decoding and sparse prefill, because they
+slow a kernel down a hundredfold. The exit status is 1 if a test fails or a sanitizer reports anything.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 TOOLS = ("racecheck", "synccheck", "memcheck")
 
@@ -52,6 +53,29 @@ def small_cases() -> None:
         lengths = jnp.array([300, 64], jnp.int32), jnp.ones(2, jnp.int32)
         step = kernels.paged_decode_step(qkv, bias, turn, turn, *pages, start, *lengths, table, scale=0.1)
         jax.block_until_ready(step)
+        sparse_cases(normal(11, 1, 256, H, d), normal(12, 1, K, 1024, d), normal(13, 1, K, 1024, d))
+
+
+def sparse_cases(q_BTHd: Any, k_BKSd: Any, v_BKSd: Any) -> None:
+    """Runs sparse prefill once by each pattern, whose kernels choose keys and visit lists and columns.
+
+    Args:
+      q_BTHd: a chunk of queries, of one row.
+      k_BKSd, v_BKSd: the cache, in which the chunk is the last.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from qwen_jax import kernels
+    from qwen_jax.attention.sparse import Part, PooledBlocks, VerticalSlash, attend
+
+    (_, T, H, _), S = q_BTHd.shape, k_BKSd.shape[2]
+    part = Part(q_BTHd, kernels.cache_mask(jnp.zeros(1, jnp.int32), jnp.int32(S - T), T))
+    lines = VerticalSlash(((100,) * H,), ((150,) * H,))
+    for pattern in (lines, PooledBlocks(threshold=0.5, sink=128, window=128, last=100)):
+        budgets = jnp.asarray(lines.budgets(0))
+        found = attend([part], k_BKSd, v_BKSd, pattern, slot=S - T, end=S, scale=0.1, budgets_H2=budgets)
+        jax.block_until_ready(found)
 
 
 def main() -> int:

@@ -1,15 +1,19 @@
-"""Time to read long prompts, dense and sparse, on one GPU. Results are in README.md.
+"""Time to read long prompts, dense and sparse, on one GPU or on a tensor axis. Results are in README.md.
 
     python -m experiments.long_context.prefill --lengths 131072 1000000 --patterns dense pooled vertical-slash
+    python -m experiments.long_context.prefill --lengths 1000000 --patterns dense pooled --once --devices 2
 
 Qwen2.5 at true shapes with random weights, whose attention has structure all the same: the biases of queries and keys
 give every head a band of near keys, and weaker bands far away, of different strength. Logits of noise have no keys that
-matter. The prompt is random ids. Times are of the second prompt of its length, from the host to the first token; the
-first one compiles. Each line is a JSON object.
+matter. The prompt of a length is random ids, the same for all patterns and devices. Times are of the second prompt,
+from the host to the first token; the first one compiles. Each line is a JSON object, with the tokens that follow the
+prompt and the log-probability of the first. What has been read so far is shown on standard error.
 """
 
 import argparse
+import functools
 import json
+import sys
 import time
 from typing import Any
 
@@ -71,6 +75,12 @@ def left_out(engine: Engine) -> dict[str, float]:
     }
 
 
+def note(marks: list[float], name: str, read: int, total: int) -> None:
+    """Keeps the time of a chunk, and shows how far the prompt has been read."""
+    marks.append(time.perf_counter())
+    print(f"{name}: {read:,} of {total:,} tokens, {marks[-1] - marks[0]:.1f} s", file=sys.stderr, flush=True)
+
+
 def say(**record: Any) -> None:
     print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in record.items()}), flush=True)
 
@@ -86,13 +96,14 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=3920, help="budget of each head (the mean of the 7B-1M file)")
     parser.add_argument("--slashes", type=int, default=7650)
     parser.add_argument("--strength", type=float, default=12.0, help="logit of a key at distance 0")
+    parser.add_argument("--devices", type=int, default=1, help="on a tensor axis")
     parser.add_argument("--once", action="store_true", help="time the first prompt, after compiling on a short one")
     parser.add_argument("--decode", type=int, default=17, help="tokens to decode after the prompt")
     args = parser.parse_args()
-    config, mesh = published(args.model), make_mesh({}, jax.devices()[:1])
+    config, mesh = published(args.model), make_mesh({"tensor": args.devices}, jax.devices()[: args.devices])
     params = with_structure(random_params(config, mesh), config, args.strength)
     engine = Engine(config, params, mesh, prefill_chunk=args.chunk, kv_dtype=args.cache_dtype, sparse_from=args.chunk)
-    device, rng = jax.devices()[0], np.random.default_rng(0)
+    device = jax.devices()[0]
     say(jax=jax.__version__, device=device.device_kind, date=time.strftime("%Y-%m-%d"), **vars(args))
     for length in args.lengths:
         for name in args.patterns:
@@ -100,20 +111,21 @@ def main() -> None:
             engine.sparsity = None
             if pattern is not None:
                 engine.use_sparse(pattern)
-            prompt = rng.integers(0, engine.vocab_limit, length).tolist()
+            prompt = np.random.default_rng(length).integers(0, engine.vocab_limit, length).tolist()
             result: dict[str, Any] = {}
             for attempt in ("compile_and_first", "seconds")[: 1 if args.once else 2]:
+                marks: list[float] = []
+                engine.on_chunk = functools.partial(note, marks, name)
                 start = time.perf_counter()
-                marks = [start]
-                engine.on_chunk = lambda read, total, marks=marks: marks.append(time.perf_counter())
-                chunks = engine.token_chunks([prompt], SamplingParams(temperature=0), args.decode)
-                next(chunks)
+                chunks = engine.token_chunks([prompt], SamplingParams(temperature=0, logprobs=True), args.decode)
+                first, logprobs = next(chunks)
+                assert logprobs is not None
                 result[attempt] = time.perf_counter() - start
                 # Decoding: the chunk after the first one compiles the loop.
-                for _ in chunks:
-                    pass
+                tokens = np.concatenate([first, *(more for more, _ in chunks)], axis=1)[0, : args.decode]
                 chunks.close()
-            per_chunk = np.diff(marks)
+                result |= {"tokens": tokens.tolist(), "first_logprob": float(logprobs[0, 0])}
+            per_chunk = np.diff([start, *marks])
             stats = device.memory_stats() or {}
             say(
                 length=length,
