@@ -13,18 +13,20 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 
 from convert import numpy_model
-from qwen_jax import kernels
+from qwen_jax import kernels, platform
 from qwen_jax.attention import dual_chunk
 from qwen_jax.attention.cache import ContiguousCache
 from qwen_jax.attention.paged_cache import PagedCache
 from qwen_jax.config import DualChunk, ModelConfig, Yarn
 from qwen_jax.errors import InputError
+from qwen_jax.inference import one_row
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import Params, bind, param_specs
 from qwen_jax.published import published
 from tests.helpers.forward import logits as forward_logits
 from tests.helpers.forward import random_unstacked
+from tests.helpers.layer_cases import one_layer_cache
 
 CONFIG = dataclasses.replace(published("tiny"), vocab_size=96, num_layers=2, dual_chunk=DualChunk(12, 4, 12))
 """Chunks of 8 tokens."""
@@ -211,6 +213,24 @@ def test_what_is_not_defined_is_refused() -> None:
     for text in ("yarn", "linear:2", "yarn:x", "yarn:nan"):
         with pytest.raises(InputError, match="yarn:4"):
             base.with_rope_scaling(text)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-7b-instruct-1m", "qwen2-57b-a14b"])
+def test_the_fast_step_of_one_row_declines_more_than_one_chunk(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels rotate plainly. It is used as long as the cache has room for one chunk only."""
+    monkeypatch.setattr(platform, "on_hopper", lambda: True)
+    options = Options(stacked=False, fused=True, dtype="bfloat16")
+
+    def takes(chunk_len: int) -> bool:
+        config = dataclasses.replace(published(name), dual_chunk=DualChunk(chunk_len + 32, 32, 1024))
+        cache = one_layer_cache(config)
+        assert cache.slots == 128
+        with jax.set_mesh(one_device()):
+            return one_row.supports(config, Sharding(kv_heads=config.num_kv_heads), options, 1, cache)
+
+    assert takes(128)
+    assert takes(1000)
+    assert not takes(127)
 
 
 def test_a_model_trained_shorter_is_extended_four_times() -> None:
