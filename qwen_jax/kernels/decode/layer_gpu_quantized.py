@@ -127,12 +127,13 @@ def layer_tail(
     """
     _check((heads_I, stream_D, mid_norm_D, next_norm_D), (o, gate_up, down, *([] if next_qkv is None else [next_qkv])))
     # The output projection; the residual stream and the norm of the feed-forward layer.
-    attended = _product(in_order(heads_I, o), o)
+    attended = product(in_order(heads_I, o), o)
     stream_D, x = add_norm(stream_D, mid_norm_D, gate_up, attended, eps=eps)
+    assert x is not None
     # The feed-forward layer; the residual stream and the norm of the next layer.
-    inner = swiglu(_product(x, gate_up), down)
-    stream_D, x = add_norm(stream_D, next_norm_D, next_qkv, _product(inner, down), eps=eps)
-    return stream_D, None if x is None or next_qkv is None else _product(x, next_qkv, whole=True)[0]
+    inner = swiglu(product(x, gate_up), down)
+    stream_D, x = add_norm(stream_D, next_norm_D, next_qkv, product(inner, down), eps=eps)
+    return stream_D, None if x is None or next_qkv is None else product(x, next_qkv, whole=True)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("eps",))
@@ -141,7 +142,7 @@ def norm_product(stream_D: jax.Array, norm_D: jax.Array, w: Matrix, *, eps: floa
     _check((stream_D, norm_D), (w,))
     x = add_norm(stream_D, norm_D, w, eps=eps)[1]
     assert x is not None
-    return _product(x, w, whole=True)[0]
+    return product(x, w, whole=True)[0]
 
 
 def _check(vectors: tuple[jax.Array, ...], matrices: tuple[Matrix, ...]) -> None:
@@ -158,7 +159,7 @@ def _check(vectors: tuple[jax.Array, ...], matrices: tuple[Matrix, ...]) -> None
         )
 
 
-def _product(vector: Vector, w: Matrix, whole: bool = False) -> jax.Array:
+def product(vector: Vector, w: Matrix, whole: bool = False) -> jax.Array:
     """Partial products, float32 [parts, N]; if `whole`, the rounded product, bfloat16 [1, N].
 
     Args:
@@ -286,12 +287,12 @@ def add_norm(
 
     def body(stream_ref: Ref, norm_ref: Ref, *refs: Ref) -> None:
         left = list(refs)
-        parts_ref = None if parts_PD is None else left.pop(0)
+        parts_ref = left.pop(0) if parts_PD is not None else None
         stream_out_ref, *out_refs = left
         norm = load(norm_ref, layout)
         wait_for_previous_kernel()
         allow_next_kernel()
-        added = None if parts_PD is None else total(parts_ref, parts_PD.shape[0], layout)
+        added = total(parts_ref, parts_PD.shape[0], layout) if parts_ref is not None and parts_PD is not None else None
         stream, x = add_and_norm(load(stream_ref, layout), norm, eps, added)
         stream_out_ref[...] = stream
         written.store(out_refs, lax.axis_index("block"), x, layout)

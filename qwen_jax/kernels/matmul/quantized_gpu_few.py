@@ -310,6 +310,7 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling, early: 
                 return memory.x_smem.at[slot, :, inputs].T
 
             def sums(first: int, *accs: Ref) -> tuple[jax.Array, ...]:
+                assert codes is not None
                 for j, acc in enumerate(accs, first):
                     z = now(numbers.zeros, operands.zeros, j) if numbers.zeros else None
                     plgpu.wgmma(acc, operand(codes, j * at_once, at_once, z), x_of(j))

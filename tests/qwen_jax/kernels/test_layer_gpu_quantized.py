@@ -212,6 +212,18 @@ def values(vector: Vector, scheme: Scheme) -> np.ndarray:
 
 
 @pytest.mark.skipif(not CAN_INTERPRET, reason="needs jax 0.11, and a CPU")
+@pytest.mark.parametrize("scheme", [SCHEMES[0], SCHEMES[2]], ids=str)
+def test_a_layer_is_correct_in_the_interpreter(scheme: Scheme) -> None:
+    """All kernels of a layer, one after another, against float32 products with the same roundings."""
+    args = arguments(256, 384, 128, 384, scheme, print_seed())
+    with interpreted(2):
+        stream, qkv = layer_tail(*args, eps=EPS)
+    want_stream, want_qkv = plain_quantized_tail(*args)
+    assert error(stream, want_stream) < 8e-3
+    assert error(qkv, want_qkv) < 8e-3
+
+
+@pytest.mark.skipif(not CAN_INTERPRET, reason="needs jax 0.11, and a CPU")
 def test_a_product_that_begins_early_is_the_same_in_the_interpreter() -> None:
     """All steps of a thread block fit in shared memory at once."""
     rng, inputs = print_seed(), 1024

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax.kernels.decode.layer_gpu_quantized import Matrix, Vector, _product, in_order
+from qwen_jax.kernels.decode.layer_gpu_quantized import Matrix, Vector, in_order, product
 from qwen_jax.kernels.matmul import quantized_gpu_digits as digits
 from tests.helpers.gpu_quantized import CAN_INTERPRET, interpreted
 from tests.qwen_jax.kernels.test_flash_decode_int8_gpu import held
@@ -108,8 +108,8 @@ if CAN_INTERPRET:
         w = matrix(rng, N, K, codes, group, zeros)
         x = jnp.asarray(rng.standard_normal(K), jnp.bfloat16)
         with interpreted(multiprocessors):
-            got = np.asarray(_product(in_order(x, w), w), np.float64).sum(axis=0)
-            whole = np.asarray(_product(in_order(x, w), w, whole=True)[0])
+            got = np.asarray(product(in_order(x, w), w), np.float64).sum(axis=0)
+            whole = np.asarray(product(in_order(x, w), w, whole=True)[0])
         code = np.asarray(w.weight.astype(jnp.float32), np.float64).reshape(N, K // group, group)
         zero = 0 if w.zeros is None else np.asarray(w.zeros.astype(jnp.float32), np.float64)[..., None]
         scale = np.asarray(w.scales, np.float64)[..., None]
