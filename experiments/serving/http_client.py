@@ -5,7 +5,7 @@ import importlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,19 +87,29 @@ def one_by_one(engine: ContinuousEngine, prompt: int, new: int) -> dict[str, Any
     }
 
 
-def post(port: int, body: dict[str, Any], lines: int) -> tuple[int, bool]:
-    """Sends a completion, and hangs up after some lines of the answer: the status, and whether a stream has ended.
+def post(
+    port: int,
+    body: dict[str, Any],
+    lines: int = -1,
+    path: str = "/v1/completions",
+    begun: Callable[[], Any] | None = None,
+) -> tuple[int, bool]:
+    """Sends a request, and hangs up after some lines of the answer: the status, and whether a stream has ended.
 
     Args:
       port: of the server on this machine.
       body: of the request.
       lines: to read before hanging up; -1 for all.
+      path: of the endpoint.
+      begun: is called when the status has come.
     """
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     done = False
     try:
-        client.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        client.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         response = client.getresponse()
+        if begun is not None:
+            begun()
         for line in response:
             done |= line.startswith(b"data: [DONE]")
             lines -= 1

@@ -7,12 +7,14 @@
 Clients send one request after the other, each of a random kind (`KINDS`). Every few seconds there is a JSON line with
 the memory of process and device. The last line says whether all is well: every error was one that was asked for, the
 memory of the last quarter is that of the second one, and no page is left in use. The status is 1 if something is not.
+
+With `--server` the engine is in a process of its own, behind the HTTP server, and the memory is that process's. At the
+end it gets SIGTERM while requests run: they must reach their ends, and its status must be 0 (`soak_server`).
 """
 
 import argparse
 import asyncio
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -52,31 +54,24 @@ GROWTH = 0.02, 32 * 2**20
 
 
 class Clients:
-    """Sends requests to an engine, and counts how they ended.
+    """Sends requests, and counts how they ended.
 
     Args:
-      engine: with a tokenizer.
+      vocab_limit: token ids are below it.
+      max_length: tokens of a prompt and its text.
       seed: of what is sent.
 
     Attributes:
+      do: what is done for each of `KINDS`.
       counts: of each kind, and of the reasons for which texts ended.
       unexpected: errors that nobody asked for.
     """
 
-    def __init__(self, engine: ContinuousEngine, seed: int) -> None:
-        self.engine, self.rng = engine, np.random.default_rng(seed)
+    def __init__(self, vocab_limit: int, max_length: int, seed: int) -> None:
+        self.vocab_limit, self.max_length, self.rng = vocab_limit, max_length, np.random.default_rng(seed)
         self.counts: collections.Counter[str] = collections.Counter()
         self.unexpected: list[str] = []
-        self.do: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
-            "read": self._read,
-            "whole": self._whole,
-            "cancel": self._cancel,
-            "reader is cancelled": self._cancelled_reader,
-            "reader goes away": self._goes_away,
-            "bad": self._bad,
-            "score": self._score,
-            "embed": self._embed,
-        }
+        self.do: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {}
 
     async def run(self, until: float) -> None:
         """One request after the other, until a time of `time.monotonic`."""
@@ -91,12 +86,35 @@ class Clients:
             await asyncio.sleep(float(self.rng.exponential(0.02)))
 
     def _ids(self, most: int) -> list[int]:
-        ids: list[int] = self.rng.integers(0, self.engine.vocab_limit, self.rng.integers(1, most + 1)).tolist()
+        ids: list[int] = self.rng.integers(0, self.vocab_limit, self.rng.integers(1, most + 1)).tolist()
         return ids
+
+
+class EngineClients(Clients):
+    """Clients of the engine's Python interface.
+
+    Args:
+      engine: with a tokenizer.
+      seed: of what is sent.
+    """
+
+    def __init__(self, engine: ContinuousEngine, seed: int) -> None:
+        super().__init__(engine.vocab_limit, engine.max_length, seed)
+        self.engine = engine
+        self.do = {
+            "read": self._read,
+            "whole": self._whole,
+            "cancel": self._cancel,
+            "reader is cancelled": self._cancelled_reader,
+            "reader goes away": self._goes_away,
+            "bad": self._bad,
+            "score": self._score,
+            "embed": self._embed,
+        }
 
     def request(self) -> Request:
         """One of any length that fits, greedy or sampled, with and without penalties, stop strings and so on."""
-        rng, longest = self.rng, self.engine.max_length
+        rng, longest = self.rng, self.max_length
         new = int(rng.integers(1, longest // 2))
         sampling = (
             SamplingParams(),
@@ -146,7 +164,7 @@ class Clients:
         await self._follow(self.engine.submit(self.request()), int(self.rng.integers(1, 5)))
 
     async def _bad(self) -> None:
-        limit, longest = self.engine.vocab_limit, self.engine.max_length
+        limit, longest = self.vocab_limit, self.max_length
         plain = Ending(frozenset(), (), 4)
         bad: tuple[Callable[[], Request], ...] = (
             lambda: Request((limit,), plain),
@@ -166,59 +184,11 @@ class Clients:
         self.unexpected.append("a bad request was accepted")
 
     async def _score(self) -> None:
-        ids = self._ids(self.engine.max_length // 2)
+        ids = self._ids(self.max_length // 2)
         await asyncio.to_thread(self.engine.score, [ids], [self._ids(8)])
 
     async def _embed(self) -> None:
-        await asyncio.to_thread(self.engine.embed, [self._ids(self.engine.max_length // 2)])
-
-
-class HttpClients(Clients):
-    """The same over the server: clients stream, hang up in the middle, and send bodies that are wrong."""
-
-    def __init__(self, engine: ContinuousEngine, seed: int, port: int, threads: int) -> None:
-        super().__init__(engine, seed)
-        self._port, self._pool = port, concurrent.futures.ThreadPoolExecutor(threads)
-        self.do |= {"read": self._send, "whole": self._send, "bad": self._bad}
-        self.do |= dict.fromkeys(("cancel", "reader is cancelled", "reader goes away"), self._hang_up)
-
-    def _body(self) -> dict[str, Any]:
-        new = int(self.rng.integers(1, self.engine.max_length // 2))
-        ids = self._ids(self.engine.max_length - new)
-        return {"prompt": ids, "max_tokens": new, "temperature": 0.8, "seed": int(self.rng.integers(2**32))}
-
-    async def _post(self, body: dict[str, Any], lines: int) -> tuple[int, bool]:
-        from experiments.serving.http_client import post
-
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, post, self._port, body, lines)
-
-    async def _send(self) -> None:
-        stream = bool(self.rng.integers(2))
-        status, done = await self._post({**self._body(), "stream": stream}, -1)
-        self.counts[f"status {status}"] += 1
-        if status != 200 or (stream and not done):
-            self.unexpected.append(f"status {status}, the stream {'has ended' if done else 'was cut'}")
-
-    async def _hang_up(self) -> None:
-        status, _ = await self._post({**self._body(), "stream": True}, int(self.rng.integers(1, 40)))
-        if status != 200:
-            self.unexpected.append(f"status {status}")
-
-    async def _bad(self) -> None:
-        bad: tuple[dict[str, Any], ...] = (
-            {"prompt": [self.engine.vocab_limit]},
-            {"prompt": []},
-            {"prompt": [1], "max_tokens": -1},
-            {"prompt": [1], "temperature": 9},
-            {"prompt": [1] * (self.engine.max_length + 1)},
-            {"prompt": [1], "unknown": 1},
-            {"prompt": [1], "model": "missing"},
-        )
-        status, _ = await self._post(bad[int(self.rng.integers(len(bad)))], -1)
-        self.counts[f"refused with {status}"] += 1
-        if not 400 <= status < 500:
-            self.unexpected.append(f"a bad body got status {status}")
+        await asyncio.to_thread(self.engine.embed, [self._ids(self.max_length // 2)])
 
 
 def process_bytes() -> int:
@@ -251,20 +221,43 @@ class Watch:
     process: list[int] = dataclasses.field(default_factory=list)
     device: list[int] = dataclasses.field(default_factory=list)
 
-    async def run(self, clients: Clients, until: float, every: float) -> None:
-        """Looks now and then, and prints a line."""
-        begin = time.monotonic()
-        while (left := until - time.monotonic()) > 0:
-            await asyncio.sleep(min(every, left))
-            self.process.append(process_bytes())
-            self.device.append(device_bytes())
-            say(
-                seconds=round(time.monotonic() - begin, 1),
-                process_gb=self.process[-1] / 1e9,
-                device_gb=self.device[-1] / 1e9,
-                unexpected=len(clients.unexpected),
-                **dataclasses.asdict(clients.engine.stats()),
-            )
+    def look(self, engine: ContinuousEngine) -> dict[str, Any]:
+        """Takes a sample: what it is, and the engine's counts."""
+        self.process.append(process_bytes())
+        self.device.append(device_bytes())
+        memory = {"process_gb": self.process[-1] / 1e9, "device_gb": self.device[-1] / 1e9}
+        return {**memory, **dataclasses.asdict(engine.stats())}
+
+    def summary(self) -> dict[str, Any]:
+        """Whether memory has stayed flat, and how much it was first and last."""
+        return {
+            "process_is_flat": is_flat(self.process),
+            "device_is_flat": is_flat(self.device),
+            "process_gb": [self.process[0] / 1e9, self.process[-1] / 1e9],
+            "device_gb": [self.device[0] / 1e9, self.device[-1] / 1e9],
+        }
+
+
+def judged(clients: Clients, watch: dict[str, Any], left: dict[str, Any], **checks: bool) -> dict[str, Any]:
+    """The last line.
+
+    Args:
+      clients: who have ended.
+      watch: see `Watch.summary`.
+      left: counts of the engine after the last request has ended.
+      **checks: what else must be true.
+    """
+    checks |= {"idle": not (left["running"] or left["waiting"] or left["pages_used"])}
+    flat = watch["process_is_flat"] and watch["device_is_flat"]
+    return {
+        "ok": not clients.unexpected and flat and all(checks.values()),
+        **checks,
+        **watch,
+        "counts": dict(sorted(clients.counts.items())),
+        "unexpected": len(clients.unexpected),
+        "first_unexpected": clients.unexpected[:5],
+        "left": left,
+    }
 
 
 def soak(engine: ContinuousEngine, clients: Clients, seconds: float, number: int, every: float) -> dict[str, Any]:
@@ -272,51 +265,34 @@ def soak(engine: ContinuousEngine, clients: Clients, seconds: float, number: int
 
     Args:
       engine: that the clients use.
-      clients: see `Clients`.
+      clients: see `EngineClients`.
       seconds: how long.
       number: of clients at a time.
       every: seconds between two looks at the memory.
     """
-    watch, until = Watch(), time.monotonic() + seconds
+    watch, begin = Watch(), time.monotonic()
+    until = begin + seconds
+
+    async def look() -> None:
+        while (left := until - time.monotonic()) > 0:
+            await asyncio.sleep(min(every, left))
+            found = watch.look(engine)
+            say(seconds=round(time.monotonic() - begin, 1), unexpected=len(clients.unexpected), **found)
 
     async def run() -> None:
-        await asyncio.gather(watch.run(clients, until, every), *(clients.run(until) for _ in range(number)))
+        await asyncio.gather(look(), *(clients.run(until) for _ in range(number)))
 
     asyncio.run(run())
     end = time.monotonic() + 120
     while (engine.stats().running or engine.stats().waiting) and time.monotonic() < end:
         time.sleep(0.05)
-    left = engine.stats()
     engine.call(engine._scheduler.check)
     engine.call(engine._pool.check)
-    flat = {"process_is_flat": is_flat(watch.process), "device_is_flat": is_flat(watch.device)}
-    idle = not (left.running or left.waiting or left.pages_used)
-    return {
-        "ok": idle and not clients.unexpected and all(flat.values()),
-        **flat,
-        "idle": idle,
-        "process_gb": [watch.process[0] / 1e9, watch.process[-1] / 1e9],
-        "device_gb": [watch.device[0] / 1e9, watch.device[-1] / 1e9],
-        "counts": dict(sorted(clients.counts.items())),
-        "unexpected": len(clients.unexpected),
-        "first_unexpected": clients.unexpected[:5],
-        "left": dataclasses.asdict(left),
-    }
+    return judged(clients, watch.summary(), dataclasses.asdict(engine.stats()))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=list(SIZES), default="7b")
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--clients", type=int, default=96, help="requests at a time")
-    parser.add_argument("--every", type=float, default=10.0, help="seconds between two lines")
-    parser.add_argument("--pages", type=int, help="of the cache; few of them, and requests are preempted")
-    parser.add_argument("--speculate", type=int, default=0)
-    parser.add_argument("--tokenizer", help="a folder; by default a small tokenizer")
-    parser.add_argument("--server", action="store_true", help="through the HTTP server")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", help="gets the last line, as soak.json")
-    args = parser.parse_args()
+def an_engine(args: argparse.Namespace) -> ContinuousEngine:
+    """That of the command line, with all programs compiled."""
     size = SIZES[args.size]
     engine = make_engine(
         published(size.model),
@@ -328,16 +304,37 @@ def main() -> None:
         speculate=args.speculate,
     )
     say(compile_s=engine.start())
-    with contextlib.ExitStack() as stack:
-        if args.server:
-            from experiments.serving.http_client import serve
+    return engine
 
-            clients: Clients = HttpClients(engine, args.seed, stack.enter_context(serve(engine)), args.clients)
-        else:
-            stack.enter_context(engine)
-            clients = Clients(engine, args.seed)
-        result = soak(engine, clients, 60 * args.minutes, args.clients, args.every)
-    result = {"card": jax.devices()[0].device_kind, "jax": jax.__version__, "command": sys.argv[1:], **result}
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="7b")
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--clients", type=int, default=96, help="requests at a time")
+    parser.add_argument("--every", type=float, default=10.0, help="seconds between two lines")
+    parser.add_argument("--pages", type=int, help="of the cache; few of them, and requests are preempted")
+    parser.add_argument("--speculate", type=int, default=0)
+    parser.add_argument("--tokenizer", help="a folder; by default a small tokenizer")
+    parser.add_argument("--server", action="store_true", help="through the HTTP server, in a process of its own")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", help="gets the last line, as soak.json")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
+    if args.server:
+        from experiments.serving.soak_server import soak_server
+
+        result = soak_server(args, sys.argv[1:])
+    else:
+        with an_engine(args) as engine:
+            clients = EngineClients(engine, args.seed)
+            result = soak(engine, clients, 60 * args.minutes, args.clients, args.every)
+        result = {"card": jax.devices()[0].device_kind, **result}
+    result = {"jax": jax.__version__, "command": sys.argv[1:], **result}
     print(json.dumps(result))
     if args.folder:
         Path(args.folder).mkdir(parents=True, exist_ok=True)

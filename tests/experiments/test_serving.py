@@ -216,7 +216,7 @@ def test_transformers_serves_the_same_requests(capsys):
 def test_the_soak_ends_well_and_finds_what_is_wrong(capsys):
     settings = {**SMALL, "tokenizer": cases.a_tokenizer(benchmark.parse(["f"]))}
     with models.make_engine(published("tiny"), **settings) as engine:
-        clients = soak.Clients(engine, int(print_seed().integers(1 << 30)))
+        clients = soak.EngineClients(engine, int(print_seed().integers(1 << 30)))
         result = soak.soak(engine, clients, 1.5, 4, 0.5)
         assert result["idle"]
         assert not result["unexpected"], result["first_unexpected"]
