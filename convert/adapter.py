@@ -2,7 +2,8 @@
 
 The format (huggingface.co/docs/peft, "PEFT checkpoint format"): `adapter_config.json`, and `adapter_model.safetensors`
 with `base_model.model.NAME.lora_A.weight` [rank, in] and `lora_B.weight` [out, rank] for each adapted `NAME.weight`
-[out, in]. Modules that are trained whole have `base_model.model.NAME.weight`.
+[out, in]. Modules that are trained whole have `base_model.model.NAME.weight`. Beside them we write, and read where it
+is, a `generation_config.json` with the ids that end a text: a base model does not end where the turns of a chat do.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from qwen_jax import hub
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json, to_json
+from qwen_jax.inference.settings import add_end_ids
 from qwen_jax.lora import TARGETS, WHOLE, AdapterFactors, LoRA, check_whole
 from qwen_jax.params import Params
 
@@ -50,7 +52,8 @@ class Adapter:
 
     Attributes:
       folder: where it is stored.
-      config: the architecture of the model with it: that of the base, with a score head if the adapter has one.
+      config: the architecture of the model with it: that of the base, with a score head if the adapter has one, and
+        with the end ids of the adapter's generation_config.json before its own.
       lora: its settings. `whole` lists only the parts that training can train whole.
       matrices: A and B in their files, by the Hugging Face name of the weight.
       whole: tensors that replace those of the model, by name.
@@ -74,7 +77,7 @@ def read_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
       InputError: no such folder, a failed download, a damaged file, another kind of adapter than plain LoRA, or modules
         or shapes that the model does not have.
     """
-    folder = hub.resolve(folder, hub.ADAPTER) if hub.is_hub_id(folder) else Path(folder)
+    folder = hub.adapter_folder(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder. Expected an adapter folder with {CONFIG} and {WEIGHTS}.")
     settings = read_json(folder / CONFIG)
@@ -92,6 +95,9 @@ def read_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
     tensors = dict(read_header(folder / WEIGHTS))
     if config.score is None:
         config = dataclasses.replace(config, score=score_head([key.removeprefix(_PREFIX) for key in tensors]))
+    # What the adapter was trained to end texts with comes first.
+    own = add_end_ids(dataclasses.replace(config, eos_token_ids=()), folder).eos_token_ids
+    config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys([*own, *config.eos_token_ids])))
     adapted, everything = _adapted(config), {name: leaf for leaf in leaves(config) for name in leaf.names}
     if config.tie_word_embeddings and config.score is None:
         _check_tied(where, settings, tensors)
@@ -349,12 +355,10 @@ def adapter_folders(pairs: Sequence[str]) -> dict[str, Path]:
                 "Expected an adapter as NAME=DIR, such as french=runs/french/model, with a name of letters, digits and "
                 f"any of . _ / -; got {pair!r}."
             )
-        name, folder = match[1], Path(match[2])
+        name, folder = match[1], hub.adapter_folder(match[2])
         if name in folders:
             raise InputError(f"Two adapters have the name {name!r}. Give each a name of its own.")
-        if hub.is_hub_id(folder):
-            folder = hub.resolve(folder, hub.ADAPTER)
-        elif not folder.is_dir():
+        if not folder.is_dir():
             raise InputError(f"The adapter folder {folder} does not exist.")
         folders[name] = folder
     return folders
@@ -388,7 +392,12 @@ def _shapes(leaf: Leaf, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def write_adapter(
-    folder: str | os.PathLike[str], params: Params, config: ModelConfig, lora: LoRA, base: str | None = None
+    folder: str | os.PathLike[str],
+    params: Params,
+    config: ModelConfig,
+    lora: LoRA,
+    base: str | None = None,
+    end_ids: Sequence[int] = (),
 ) -> None:
     """Writes an adapter folder that PEFT loads. After a failure nothing is left of it.
 
@@ -399,6 +408,7 @@ def write_adapter(
       config: of the base model.
       lora: its settings.
       base: the folder or Hub id of the base model, which PEFT loads it with.
+      end_ids: ids that end a text, which go into generation_config.json; by default the adapter does not say.
 
     Raises:
       InputError: the destination exists, the disk is too small, parameters are missing, or the model lacks a part that
@@ -457,4 +467,6 @@ def write_adapter(
             for name, x in tensors.items():
                 writer.write(name, 0, x)
         os.rename(temporary / SINGLE, temporary / WEIGHTS)
-        (temporary / CONFIG).write_text(to_json(settings, indent=2) + "\n", encoding="utf-8")
+        files = {CONFIG: settings, **({"generation_config.json": {"eos_token_id": list(end_ids)}} if end_ids else {})}
+        for name, content in files.items():
+            (temporary / name).write_text(to_json(content, indent=2) + "\n", encoding="utf-8")

@@ -5,14 +5,14 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 from qwen_jax.config import ModelConfig, adapter_problem, load_config
 from qwen_jax.errors import NO_ROOM, InputError
-from qwen_jax.files import read_json, why_unusable
+from qwen_jax.files import read_json, to_json, why_unusable
 from qwen_jax.gguf.header import is_gguf, read_header
 from qwen_jax.hub import TOKENIZER
 from qwen_jax.units import binary_size
@@ -22,6 +22,8 @@ PICKLES = (".bin", ".pt", ".pth")
 
 # Copied along with config.json. All of them are data; code in a checkpoint folder is never copied.
 SIDE_FILES = ("generation_config.json", *TOKENIZER, "LICENSE")
+# One of them is there if a folder has a tokenizer.
+_TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json", "qwen.tiktoken")
 
 
 def detect(path: str | os.PathLike[str]) -> Format:
@@ -203,22 +205,50 @@ def write_side_files(
     keep = keep and not old.keys() & {"quantization_config", "compression_config"}
     if both_dialects:
         keep = keep and "rope_theta" in old
-    if original and keep and dataclasses.replace(load_config(original.parent), dtype=config.dtype) == config:
+    generation = origin / "generation_config.json" if origin else None
+    expected, ends = config, config.eos_token_ids
+    before = load_config(original.parent).eos_token_ids if original and original.is_file() else ends
+    if generation and generation.is_file() and set(before) <= set(ends):
+        # Ends that an adapter has added go there, and config.json stays.
+        expected = dataclasses.replace(config, eos_token_ids=before)
+    if original and keep and dataclasses.replace(load_config(original.parent), dtype=config.dtype) == expected:
         shutil.copyfile(original, folder / "config.json")
     else:
-        hf = {**config.to_hf(), "torch_dtype": dtype or config.dtype}
+        hf = {**expected.to_hf(), "torch_dtype": dtype or config.dtype}
         if "pad_token_id" in old:
             hf["pad_token_id"] = old["pad_token_id"]
-        generation = origin / "generation_config.json" if origin else None
-        if config.score is not None and hf.get("pad_token_id") is None and generation and generation.is_file():
+        if config.score is not None and hf.get("pad_token_id") is None and origin:
             # transformers scores several rows at a time only if config.json names the padding.
-            hf["pad_token_id"] = read_json(generation).get("pad_token_id")
+            hf["pad_token_id"] = _padding(origin)
         (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for path in [file for pattern in SIDE_FILES for file in origin.glob(pattern)] if origin else []:
         assert origin is not None
         target = folder / path.relative_to(origin)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
+    if generation and generation.is_file():
+        _add_end_ids(folder / generation.name, [i for i in ends if i not in before], ends)
+
+
+def _padding(origin: Path) -> int | None:
+    """The id of padding by the generation config of a folder, or else by its tokenizer; None if neither is there."""
+    from qwen_jax.tokenizer import load_tokenizer
+
+    generation = origin / "generation_config.json"
+    found = read_json(generation).get("pad_token_id") if generation.is_file() else None
+    if found is not None or not any((origin / name).is_file() for name in _TOKENIZERS):
+        return found
+    return load_tokenizer(origin).pad_id
+
+
+def _add_end_ids(file: Path, added: list[int], ends: Sequence[int]) -> None:
+    """Writes the end ids of a model into its generation_config.json if it lacks some of those that were added."""
+    values = read_json(file)
+    old = values.get("eos_token_id")
+    old = [] if old is None else old if isinstance(old, list) else [old]
+    if not set(added) <= set(old):
+        values["eos_token_id"] = list(dict.fromkeys([*ends, *old]))
+        file.write_text(to_json(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_tokenizer(file: Path, folder: Path) -> None:

@@ -36,7 +36,8 @@ SMALL = (*CONFIG, *TOKENIZER, SPARSITY)
 INDEX = "model.safetensors.index.json"
 CHECKPOINT = (*SMALL, "LICENSE", "model.safetensors", INDEX)  # And the files that the index names.
 
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+# An adapter that a chat was trained into says by which ids its texts end.
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "generation_config.json")
 
 # Files that are not needed where there is a tokenizer.json.
 _REDUNDANT = ("vocab.json", "merges.txt", "qwen.tiktoken", "LICENSE")
@@ -46,6 +47,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def is_hub_id(name: str | os.PathLike[str]) -> bool:
     """Whether a name has the form of a Hub id, `owner/model`, and is no local path."""
     return not os.path.exists(name) and not is_gguf(name) and _HUB_ID.fullmatch(str(name)) is not None
+
+
+def adapter_folder(name: str | os.PathLike[str]) -> Path:
+    """The local folder of an adapter; downloads it if the name is a Hub id."""
+    return resolve(name, ADAPTER) if is_hub_id(name) else Path(name)
 
 
 def resolve(name: str | os.PathLike[str], patterns: Sequence[str] = CHECKPOINT) -> Path:

@@ -143,9 +143,23 @@ class _Run:
         with in_step(f"Opening {what} {', '.join(sources)}"):
             if store is None:
                 store = opened()
+            if config.method == "reward":
+                self._tell_padding(store)
             most = MAX_SEGMENTS if config.kind == "pairs" else None
             rows = RowConfig(stage.length, stage.batch_size, config.seed, epochs, config.too_long, most)
             return (PackedPairs if config.kind == "pairs" else PackedSequences)(store, rows)
+
+    def _tell_padding(self, store: ExampleStore) -> None:
+        """Says which pairs transformers would score at another token: it looks for the last that is no padding."""
+        found = store.ending_with(self.tokenizer.pad_id)
+        if len(found):
+            text = (
+                f"{len(found):,} of {len(store):,} pairs end with the token that is also padding "
+                f"({store.where(int(found[0]))}): the score is trained at this token, where `qwen-jax score` reads it, "
+                "and transformers would read it one token earlier. To use transformers, give messages, or a tokenizer "
+                "with another pad_token."
+            )
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def job(self) -> Job[Any]:
         """What `launch` takes to its end."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -43,8 +43,10 @@ class Formats(Protocol):
         """Writes a Hugging Face folder, with the tokenizer and the generation defaults of `origin`."""
         ...
 
-    def write_adapter(self, params: Params, config: ModelConfig, lora: LoRA, base: str, folder: Path) -> None:
-        """Writes a PEFT folder of trained parameters."""
+    def write_adapter(
+        self, params: Params, config: ModelConfig, lora: LoRA, base: str, end_ids: Sequence[int], folder: Path
+    ) -> None:
+        """Writes a PEFT folder of trained parameters, with the ids that end a text."""
         ...
 
 
@@ -187,7 +189,9 @@ class TunedModel:
         folder, lora = self._config.export_folder, self._config.step.lora
         assert folder is not None
         if lora is not None:
-            self._formats.write_adapter(params, model, lora, self._config.model, folder)
+            # A reward model writes no texts.
+            ends = [] if model.score is not None else self.end_ids()
+            self._formats.write_adapter(params, model, lora, self._config.model, ends, folder)
             return
         origin = Path(self._config.output).absolute() / "export"
         with in_step(f"Writing {origin}"):
@@ -224,6 +228,4 @@ class TunedModel:
         Raises:
           InputError: a model or a mesh that tasks are not measured on.
         """
-        # The exported model ends texts where turns end. An adapter has no generation defaults, and keeps its base's.
-        ends = self.end_ids() if step.lora is None else None
-        return tasks.measurement(model, step, mesh, say, lambda params: self.with_frozen(params, mesh), ends)
+        return tasks.measurement(model, step, mesh, say, lambda params: self.with_frozen(params, mesh), self.end_ids())

@@ -45,8 +45,8 @@ STEPS = (
     Step("languages (`Language`)", 17.5),
     Step("Gopher, C4 and FineWeb (`Statistics` and filters)", 3.3),
     Step("personal data (`MaskPII`)", 20.0),
-    Step("features for duplicates (`Fingerprint`)", 13.5),
-    Step("decontamination", 18.0, "kept"),
+    Step("features for duplicates (`Fingerprint`)", 34.8),
+    Step("decontamination", 30.7, "kept"),
     Step("repeated runs of words in shards (`RemoveSharedRuns`)", 4.5, "kept"),
     Step("tokenise and pack (`data build`)", 6.4, "kept"),
 )

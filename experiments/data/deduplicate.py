@@ -32,9 +32,8 @@ import pyarrow.parquet as pq
 from train.curate.deduplicate import DuplicateOptions, find_duplicates
 from train.curate.engine import Engine
 from train.curate.minhash import MinHash
-from train.curate.operators.fingerprint import Fingerprint, Shingles, normalise_text, shingles
-from train.data.words import mixed
-from train.synthesize.overlap import words
+from train.curate.operators.fingerprint import Fingerprint, Shingles, normalise_text
+from train.data.words import runs, split, words
 
 
 def real_documents(megabytes: float) -> list[str]:
@@ -55,29 +54,31 @@ def speed(megabytes: float) -> None:
     texts = real_documents(megabytes)
     size = sum(len(text.encode()) for text in texts) / 1e6
     table = pa.table({"text": pa.array(texts, pa.large_string()), "url": pa.nulls(len(texts), pa.string())})
-    split = [words(text) for text in texts]
+    strings = [words(text) for text in texts]
+    joined = pa.array([" ".join(text) for text in strings], pa.large_string())
+    sets = [runs(split([text]).hashes, 5) for text in texts]
     minhash = MinHash()
-    seeds = mixed(np.arange(1, 113, dtype=np.uint64))[:, None]
+    daft = importlib.import_module("daft")
 
-    def by_numpy() -> None:
-        for text in split:
-            runs = shingles(text, 5).astype(np.uint64)
-            for begin in range(0, len(runs), 4096):
-                mixed(runs[None, begin : begin + 4096] ^ seeds).min(1)
+    def by_daft() -> None:
+        minima = daft.functions.minhash(daft.col("text"), num_hashes=112, ngram_size=5, seed=1)
+        batch = daft.recordbatch.RecordBatch.from_pydict({"text": daft.Series.from_arrow(joined)})
+        batch.eval_expression_list([minima])
 
     ways: dict[str, Callable[[], Any]] = {
         "all features (Fingerprint)": lambda: operator(table),
-        "words": lambda: [words(text) for text in texts],
+        "words, split and hashed": lambda: [split([text]) for text in texts],
         "normal form of the text": lambda: [normalise_text(text) for text in texts],
-        "signatures and bands, by Daft (chosen)": lambda: minhash.bands_of(split),
-        "signatures by numpy, SplitMix64": by_numpy,
+        "signatures and bands (`MinHash`)": lambda: [minhash.bands_of(found) for found in sets if len(found)],
         "sets of runs (Shingles), words included": lambda: Shingles().start()(table),
+        "words as strings": lambda: [words(text) for text in texts],
+        "signatures by Daft, from strings": by_daft,
     }
     try:
         rensa = importlib.import_module("rensa")
 
         ways["signatures by rensa"] = lambda: rensa.RMinHash.digests_from_token_sets(
-            [[" ".join(text[at : at + 5]) for at in range(len(text) - 4)] for text in split], 112, 1
+            [[" ".join(text[at : at + 5]) for at in range(len(text) - 4)] for text in strings], 112, 1
         )
     except ImportError:
         print("rensa is not installed")
@@ -89,7 +90,7 @@ def speed(megabytes: float) -> None:
         print(f"| {name} | {size / (time.process_time() - begin):.1f} |")
 
 
-def curve(output: Path, pairs: int = 2000, runs: int = 100) -> None:
+def curve(output: Path, pairs: int = 2000, size: int = 100) -> None:
     """Draws the fraction of pairs that share a band, and prints it."""
     import matplotlib
 
@@ -103,21 +104,23 @@ def curve(output: Path, pairs: int = 2000, runs: int = 100) -> None:
     print(f"{pairs} pairs a point\n\n| bands x rows | similarity | found | theory | interval of 99% |")
     print("|---|---|---|---|---|")
     for color, (bands, rows) in zip(("C0", "C1"), ((14, 8), (20, 5)), strict=True):
-        minhash = MinHash(5, bands, rows)
+        minhash = MinHash(bands, rows)
         theory = minhash.probability(x)  # type: ignore[arg-type]
         low, high = (np.asarray(end) / pairs for end in binom.interval(0.99, pairs, theory))
         axes.plot(x, theory, color, label=f"{bands} bands of {rows}")
         axes.fill_between(x, low, high, color=color, alpha=0.2)
         for similarity in (0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95):
-            shared = round(2 * runs * similarity / (1 + similarity))
-            exact = shared / (2 * runs - shared)
+            shared = round(2 * size * similarity / (1 + similarity))
+            exact = shared / (2 * size - shared)
             left, right = [], []
             for _ in range(pairs):
-                drawn = [str(word) for word in rng.integers(0, 2**62, shared + 4 + 2 * (runs - shared)).tolist()]
-                begin, first, second = np.split(np.asarray(drawn), [shared + 4, shared + 4 + runs - shared])
-                left.append([*begin, *first])
-                right.append([*begin, *second])
-            one, other = (np.stack([b for b in minhash.bands_of(t) if b is not None]) for t in (left, right))
+                drawn = [str(word) for word in rng.integers(0, 2**62, shared + 4 + 2 * (size - shared)).tolist()]
+                begin, first, second = np.split(np.asarray(drawn), [shared + 4, shared + 4 + size - shared])
+                left.append(" ".join([*begin, *first]))
+                right.append(" ".join([*begin, *second]))
+            one, other = (
+                np.stack([minhash.bands_of(runs(split([text]).hashes, 5)) for text in texts]) for texts in (left, right)
+            )
             found = float((one == other).any(1).mean())
             ends = [end / pairs for end in binom.interval(0.99, pairs, minhash.probability(exact))]
             expected = minhash.probability(exact)

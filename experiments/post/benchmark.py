@@ -5,10 +5,10 @@
     python -m experiments.post.benchmark pretrain sft lora dpo --model tiny --lengths 128 --trained 0.5
 
 Weights and tokens are random. Every measurement is a process of its own, so that each has the whole memory. Every line
-of output is a JSON object: first the measurements, then the comparisons with their targets.
+of output is a JSON object: a measurement, or a comparison with its target as soon as both kinds are measured.
 
 All kinds have the same rows: `--documents` segments of equal length, each a prompt and an answer, and the answer is
-`--trained` of it. `pretrain` trains all tokens. `sft` and `lora` train the answers, with `compact_loss`. In `dpo`
+`--trained` of it. `pretrain` trains all tokens. `sft` and `lora` are the steps of `train sft`, on the answers. In `dpo`
 neighbouring segments are a pair, and the log-probabilities of the reference are computed before the steps.
 `experiments.train.benchmark.measure` times the steps. `--trl` adds TRL's trainers (`trl_step.py`).
 """
@@ -46,6 +46,7 @@ from train.objective import Objective
 from train.observe.metrics import flops_per_token
 from train.optimizer import OptimizerConfig, Schedule
 from train.pretrain import NextToken, PretrainConfig
+from train.sft import Sft
 from train.state import init_state
 from train.step import StepConfig, make_train_step
 
@@ -59,6 +60,8 @@ TARGETS = {
     ("dpo", "trl-dpo"): 1.3,
 }
 """The least ratio of tokens per second of one kind to another."""
+LEAST_SECONDS = 20.0
+"""That a measurement needs: none is begun where less is left of `--seconds`."""
 
 
 def examples(args: argparse.Namespace, model: ModelConfig, rows: int) -> list[list[Example]]:
@@ -99,12 +102,13 @@ def run_ours(args: argparse.Namespace, kind: str) -> None:
         remat=args.remat, accumulation=args.accumulation, scan_layers=kind != "lora" and args.scan_layers, lora=lora
     )
     rows = examples(args, model, args.batch)
-    objective: NextToken | Dpo
+    objective: NextToken | Sft | Dpo
     if kind == "dpo":
         objective = Dpo(model, DpoConfig(max_segments=args.documents, loss_chunk=args.loss_chunk))
         batch: Any = pack_pairs(pairs(rows), args.length)
     else:
-        objective = NextToken(model, PretrainConfig(loss_chunk=args.loss_chunk, compact_loss=kind != "pretrain"))
+        settings = PretrainConfig(loss_chunk=args.loss_chunk)
+        objective = NextToken(model, settings) if kind == "pretrain" else Sft(model, settings)
         if kind == "pretrain":
             rows = [[Example(x.ids, np.ones_like(x.trained)) for x in row] for row in rows]
         batch = pack_segments(rows, args.length)
@@ -163,27 +167,32 @@ def run_all(args: argparse.Namespace, argv: list[str]) -> None:
     """Measures each kind at each length in a process of its own, and compares them."""
     kinds = [*args.kinds, *(kind for kind in TRL if args.trl and kind.removeprefix("trl-") in args.kinds)]
     records: dict[tuple[str, int], dict[str, Any]] = {}
+    end = time.perf_counter() + args.seconds
     for length in args.lengths:
         for kind in kinds:
             record: dict[str, Any] = {}
             # TRL's trainers get the fastest settings that fit; ours run as they are asked to.
             for attempt in args.trl_tries if kind in TRL else [f"{args.remat}/{args.accumulation}"]:
                 remat, accumulation = attempt.split("/")
-                record = _attempt(
-                    [
-                        *(*argv, "--here", kind, "--lengths", str(length), "--tokens", str(args.tokens)),
-                        *("--remat", remat, "--accumulation", accumulation),
-                    ],
-                    args.each,
-                )
+                left = end - time.perf_counter()
+                if left < LEAST_SECONDS:
+                    record = {"error": "no time left"}
+                else:
+                    record = _attempt(
+                        [
+                            *(*argv, "--here", kind, "--lengths", str(length), "--tokens", str(args.tokens)),
+                            *("--remat", remat, "--accumulation", accumulation),
+                        ],
+                        min(args.each, left),
+                    )
                 record = {"what": kind, "model": args.model, "length": length, "try": attempt, **record}
                 say(**record)
                 if record.get("error") != "out of memory":
                     break
             records[kind, length] = record
-    for length in args.lengths:
-        for ours, other in TARGETS:
-            _compare(records.get((ours, length), {}), records.get((other, length), {}), TARGETS[ours, other])
+            for (ours, other), target in TARGETS.items():
+                if kind in (ours, other):
+                    _compare(records.get((ours, length), {}), records.get((other, length), {}), target)
 
 
 def _attempt(argv: list[str], seconds: float) -> dict[str, Any]:
@@ -235,6 +244,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--each", type=float, default=300, help="seconds that one process may take")
+    parser.add_argument("--seconds", type=float, default=1500, help="that all of them may take together")
     parser.add_argument("--profile", metavar="DIR", help="leave a trace of our steps there")
     parser.add_argument(
         "--trl-tries",
@@ -249,7 +259,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weights", choices=("float32", "bfloat16"), default="float32", help="of TRL's models")
     parser.add_argument("--here", choices=(*OURS, *TRL), help=argparse.SUPPRESS)
     # Of the training benchmark, whose helpers read them.
-    parser.set_defaults(dense=False, no_matmul=True, compile="none")
+    parser.set_defaults(dense=False, no_matmul=True, compile="none", products="bfloat16")
     args = parser.parse_args(argv)
     args.tokens = args.tokens or max(args.lengths)
     args.kinds = args.kinds or ["pretrain", "sft", "dpo"]

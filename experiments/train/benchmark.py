@@ -1,4 +1,4 @@
-"""Tokens per second of one training step at true shapes with random weights, beside two yardsticks, on one GPU.
+"""Tokens per second of one training step at true shapes with random weights, beside two yardsticks.
 
     python -m experiments.train.benchmark ours --model qwen2.5-0.5b --batch 8 --remat dots
     python -m experiments.train.benchmark plain --model qwen2.5-0.5b --batch 8 --remat dots
@@ -7,6 +7,10 @@
         {ours,plain}/qwen2.5-0.5b/batch={8,16},remat={none,dots} transformers/qwen2.5-0.5b/batch=8,remat=none
     python -m experiments.train.benchmark ours --model qwen2.5-0.5b --batch 8 --remat dots --profile trace
     python -m experiments.train.benchmark kernels trace
+    python -m experiments.train.benchmark ours --model qwen2.5-7b --batch 1 --remat full --moments 8bit
+    python -m experiments.train.benchmark ours --model qwen2.5-7b --batch 4 --remat dots --no-scan-layers --mesh fsdp=2
+
+Everything is measured on one GPU, and ours also on the GPUs of `--mesh`, among which the rows are divided.
 
 A process is one measurement, so that each has the whole memory; `all` starts one after the other. Every step is the
 whole one: forward, backward, clipping, AdamW, with float32 master weights and moments and bfloat16 products, or those
@@ -21,6 +25,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -39,11 +44,12 @@ from experiments.train.kernels import print_kernels
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.matmul.fp8 import Products
-from qwen_jax.parallel.sharding import make_mesh
+from qwen_jax.parallel.sharding import make_mesh, parse_mesh
 from qwen_jax.published import published
 from train.data.batch import Batch, place
+from train.moments import MOMENTS
 from train.observe.metrics import flops_per_token
-from train.optimizer import OptimizerConfig, Schedule
+from train.optimizer import AdamW, OptimizerConfig, Schedule
 from train.pretrain import NextToken, PretrainConfig
 from train.state import init_state
 from train.step import StepConfig, make_train_step
@@ -94,7 +100,7 @@ def report(
       model_flops: of one token; None for those of next-token training of all weights.
       **more: further entries.
     """
-    rate = args.batch * args.length / seconds
+    rate, devices = args.batch * args.length / seconds, more.get("devices", 1)
     if model_flops is None:
         # Attention sees no further than a document.
         model_flops = flops_per_token(architecture(args), args.length // getattr(args, "documents", 1))
@@ -107,16 +113,19 @@ def report(
         remat=args.remat,
         step_ms=seconds * 1e3,
         tokens_per_s=rate,
+        **({"tokens_per_s_device": rate / devices} if devices > 1 else {}),
         tflop_per_s=flops / 1e12,
-        mfu=flops / PEAK,
-        **({} if matmul is None else {"matmul_tflop_per_s": matmul / 1e12, "of_matmul": flops / matmul}),
+        mfu=flops / PEAK / devices,
+        **({} if matmul is None else {"matmul_tflop_per_s": matmul / 1e12, "of_matmul": flops / matmul / devices}),
         **more,
     )
 
 
-def with_products(what: str, products: str) -> str:
-    """What is measured, with the products unless they are in bfloat16."""
-    return what if products == "bfloat16" else f"{what}, {products}"
+def named(what: str, args: argparse.Namespace) -> str:
+    """What is measured, with the options that set it apart from the same on one GPU in bfloat16."""
+    usual = {"products": "bfloat16", "moments": "float32", "mesh": ""}
+    found = {name: getattr(args, name, value) for name, value in usual.items()}
+    return ", ".join([what, *(found[name] for name in usual if found[name] != usual[name])])
 
 
 def measure(args: argparse.Namespace, what: str, state: Any, step: Any, *inputs: Any, **more: Any) -> None:
@@ -137,7 +146,9 @@ def measure(args: argparse.Namespace, what: str, state: Any, step: Any, *inputs:
     compiled = lowered.compile()
     ready = time.perf_counter()
     memory = compiled.memory_analysis()
-    old, size = jax.tree.leaves(state), sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    old = jax.tree.leaves(state)
+    # Of one device.
+    size = sum(leaf.addressable_shards[0].data.nbytes for leaf in old)
     for _ in range(args.warmup):
         state, metrics = compiled(state, *inputs)
     jax.block_until_ready((state, metrics))
@@ -192,9 +203,10 @@ def run_ours(args: argparse.Namespace) -> None:
     # The model says once which attention it took.
     logging.basicConfig(format="%(message)s")
     logging.getLogger("qwen_jax").setLevel(logging.INFO)
-    model, mesh = architecture(args), make_mesh({}, jax.devices()[:1])
-    optimizer = OptimizerConfig(Schedule(10**6, RATE, schedule="wsd"))
-    more = {name: getattr(args, name) for name in ("accumulation", "loss_chunk", "scan_layers")}
+    axes = parse_mesh(args.mesh)
+    model, mesh = architecture(args), make_mesh(axes, jax.devices()[: math.prod(axes.values())])
+    optimizer = OptimizerConfig(Schedule(10**6, RATE, schedule="wsd"), AdamW(moments=args.moments))
+    more = {name: getattr(args, name) for name in ("accumulation", "loss_chunk", "scan_layers", "moments", "mesh")}
     objective = NextToken(model, PretrainConfig(loss_chunk=args.loss_chunk))
     config = StepConfig(
         products=args.products, remat=args.remat, accumulation=args.accumulation, scan_layers=args.scan_layers
@@ -206,9 +218,9 @@ def run_ours(args: argparse.Namespace) -> None:
     batch = Batch(tokens, index % document, 1 + index // document, np.ones(tokens.shape, np.float32))
     with jax.set_mesh(mesh):
         state = init_state(model, optimizer, 0, mesh)
-        more["documents"] = args.documents
+        more |= {"documents": args.documents, "devices": mesh.size}
         step = make_train_step(objective, optimizer, config, mesh)
-        measure(args, with_products("ours", args.products), state, step, place(batch, mesh), **more)
+        measure(args, named("ours", args), state, step, place(batch, mesh), **more)
 
 
 def run_plain(args: argparse.Namespace) -> None:
@@ -226,7 +238,7 @@ def run_transformers(args: argparse.Namespace) -> None:
 
     tokens = random_tokens(architecture(args), args.batch, args.length + 1)
     seconds, matmul, more = torch_step.measure(args, architecture(args), tokens)
-    report(args, with_products("transformers", args.products), seconds, matmul, **more)
+    report(args, named("transformers", args), seconds, matmul, **more)
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -266,21 +278,28 @@ def _attempt(attempt: str, options: list[str], seconds: float) -> dict[str, Any]
 
 
 def _print_table(records: list[dict[str, Any]]) -> None:
-    """The fastest of each kind and model; what it is to the fastest of the yardsticks."""
+    """The fastest of each kind and model, in tokens/s of a GPU; what it is to the fastest of the yardsticks."""
     best: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def rate_of(record: dict[str, Any]) -> float:
+        return float(record.get("tokens_per_s_device", record["tokens_per_s"]))
+
     for record in records:
         key = record.get("model", ""), record.get("what", "")
-        if "tokens_per_s" in record and record["tokens_per_s"] > best.get(key, {"tokens_per_s": 0})["tokens_per_s"]:
+        if "tokens_per_s" in record and (key not in best or rate_of(record) > rate_of(best[key])):
             best[key] = record
-    columns = "model | | settings | tokens/s | step, ms | MFU | of matmul | peak, GB | to plain | to transformers"
-    print(f"\n| {columns} | to torchao's fp8 | to its bfloat16 |")
+    columns = "model | | settings | tokens/s a GPU | step, ms | MFU | of matmul | peak, GB | to plain | to transformers"
+    print(f"\n| {columns} | to torchao's fp8 | to its default |")
     print("|---" * 12 + "|")
     for (model, what), record in best.items():
         ratios = []
-        for yardstick in ("plain", "transformers", with_products("transformers", "fp8"), what.partition(",")[0]):
+        # On a mesh beside yardsticks on the same one.
+        mesh = f", {record['mesh']}" if record.get("mesh") else ""
+        others = f"plain{mesh}", f"transformers{mesh}", f"transformers, fp8{mesh}", what.partition(",")[0]
+        for yardstick in others:
             other = best.get((model, yardstick))
-            ratios.append(f"{record['tokens_per_s'] / other['tokens_per_s']:.2f}" if other else "-")
-        settings, rate = record["try"].split("/")[2], record["tokens_per_s"]
+            ratios.append(f"{rate_of(record) / rate_of(other):.2f}" if other else "-")
+        settings, rate = record["try"].split("/")[2], rate_of(record)
         print(
             f"| {model} | {what} | {settings} | {rate:,.0f} | {record['step_ms']:.1f} | {record['mfu']:.1%} | "
             f"{record.get('of_matmul', 0):.1%} | {record['peak_gb']:.1f} | {' | '.join(ratios)} |"
@@ -321,6 +340,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if name == "ours":
             command.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
             command.add_argument("--documents", type=int, default=1, help="in a row")
+            command.add_argument("--moments", choices=MOMENTS, default="float32", help="of AdamW")
+            command.add_argument(
+                "--mesh", default="", metavar="AXIS=SIZE,...", help="such as fsdp=2; one device if empty"
+            )
             command.add_argument(
                 "--no-scan-layers", dest="scan_layers", action="store_false", help="layers one after the other"
             )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_BLOCK = 128
+_BLOCK, _GROUP = 128, 8
 
 
 def order_keys(scores_RS: jax.Array, allowed_RS: jax.Array) -> jax.Array:
@@ -25,27 +25,27 @@ def order_keys(scores_RS: jax.Array, allowed_RS: jax.Array) -> jax.Array:
     return jnp.where(allowed_RS, lax.bitcast_convert_type(scores_RS, jnp.uint32) + 1, jnp.uint32(0))
 
 
-def top_mask(keys_RS: jax.Array, count_R: jax.Array) -> jax.Array:
+def top_mask(keys_RS: jax.Array, count_R: jax.Array, *, by_groups: bool = False) -> jax.Array:
     """The elements of each row with the greatest keys. Of equal keys, those at the lower places are chosen.
 
     Args:
       keys_RS: of `order_keys`.
       count_R: int32, how many to choose: at most the elements of the row that may be chosen.
+      by_groups: where each row chooses at most one in 64 elements, the thresholds are found in a quarter of the
+        memory: the greatest keys of groups of eight, and the groups where these are greatest. Needs a fast gather.
 
     Returns:
       bool [R, S] with exactly count_R true elements in a row.
     """
-
-    # The threshold is found from its highest four bits to its lowest. All fifteen counts of a step come from one
-    # reading of the keys.
-    def digit(i: jax.Array, threshold_R: jax.Array) -> jax.Array:
-        shift = (28 - 4 * i).astype(jnp.uint32)
-        candidates = [threshold_R + (jnp.uint32(k) << shift) for k in range(1, 16)]
-        reached = [_count(keys_RS >= c[:, None]) >= count_R for c in candidates]
-        return threshold_R + (sum(r.astype(jnp.uint32) for r in reached) << shift)
-
-    zeros_R = varying(jnp.zeros(len(keys_RS), jnp.uint32), keys_RS, count_R)
-    threshold_R = lax.fori_loop(0, 8, digit, zeros_R)[:, None]
+    few = keys_RS.shape[1] // _GROUP**2
+    if by_groups and few:
+        threshold_R = lax.cond(
+            (count_R <= few).all(),
+            lambda: _threshold(_greatest_groups(keys_RS, count_R, few), count_R),
+            lambda: _threshold(keys_RS, count_R),
+        )[:, None]
+    else:
+        threshold_R = _threshold(keys_RS, count_R)[:, None]
     above_RS, equal_RS = keys_RS > threshold_R, keys_RS == threshold_R
     last_R = _nth_place(equal_RS, count_R - _count(above_RS))
     return above_RS | (equal_RS & (jnp.arange(keys_RS.shape[1], dtype=jnp.int32) <= last_R[:, None]))
@@ -119,6 +119,34 @@ def varying(x: jax.Array, *like: jax.Array) -> jax.Array:
 
 def _count(mask_RS: jax.Array) -> jax.Array:
     return jnp.sum(mask_RS, axis=1, dtype=jnp.int32)
+
+
+def _threshold(keys_RS: jax.Array, count_R: jax.Array) -> jax.Array:
+    """The count-th greatest key of each row, uint32 [R]; the greatest integer where the count is 0."""
+
+    # From the highest four bits to the lowest. All fifteen counts of a step come from the same reading of the keys.
+    def digit(i: jax.Array, threshold_R: jax.Array) -> jax.Array:
+        shift = (28 - 4 * i).astype(jnp.uint32)
+        candidates = [threshold_R + (jnp.uint32(k) << shift) for k in range(1, 16)]
+        reached = [_count(keys_RS >= c[:, None]) >= count_R for c in candidates]
+        return threshold_R + (sum(r.astype(jnp.uint32) for r in reached) << shift)
+
+    zeros_R = varying(jnp.zeros(len(keys_RS), jnp.uint32), keys_RS, count_R)
+    return lax.fori_loop(0, 8, digit, zeros_R)
+
+
+def _greatest_groups(keys_RS: jax.Array, count_R: jax.Array, capacity: int) -> jax.Array:
+    """The keys of as many groups of eight neighbours as elements are to be chosen, uint32 [R, 8 capacity].
+
+    The groups are those with the greatest maxima, and the first of equal ones. They contain all elements to choose: an
+    element of another group comes after the maximum of each of them.
+    """
+    R, S = keys_RS.shape
+    groups_RG8 = jnp.pad(keys_RS, ((0, 0), (0, -S % _GROUP))).reshape(R, -1, _GROUP)
+    place_RC, _ = places(top_mask(groups_RG8.max(axis=2), count_R), capacity)
+    G = groups_RG8.shape[1]
+    found_RC8 = jnp.take_along_axis(groups_RG8, jnp.minimum(place_RC, G - 1)[..., None], axis=1)
+    return jnp.where(place_RC[..., None] < G, found_RC8, 0).reshape(R, -1)
 
 
 def _nth_place(mask_RS: jax.Array, n_R: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ Source: Jiang et al. 2024 (MInference, arXiv:2407.02490); Qwen2.5-1M report (arX
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -184,10 +184,12 @@ def choose(
     slashes_R = jnp.minimum(budgets_R2[:, 1], visible_R)
     # Both at once, with half as many steps.
     keys = jnp.concatenate([jnp.pad(keys_RS, ((0, 0), (0, keys_RU.shape[1] - S))), keys_RU])
-    chosen = selection.top_mask(keys, jnp.concatenate([kept_R, slashes_R]))
+    # Otherwise XLA keeps a second copy of the keys of slashes, for `_cut`.
+    keys = lax.optimization_barrier(keys)
+    chosen = selection.top_mask(keys, jnp.concatenate([kept_R, slashes_R]), by_groups=platform.on_hopper())
     chosen_RS, slashes_RU = chosen[:R, :S], chosen[R:]
     begins_RG = _piece_groups(slashes_RU, tiling)
-    begins_RG, pieces_cut_R = _cut(begins_RG, jnp.where(slashes_RU, keys_RU, 0), tiling, max_pieces)
+    begins_RG, pieces_cut_R = _cut(begins_RG, lambda: jnp.where(chosen[R:], keys[R:], 0), tiling, max_pieces)
     # The distance from the end of a tile to the end of each piece of the head, ascending.
     group_RL, pieces_R = selection.places(begins_RG, max_pieces)
     back_RL = group_RL * step
@@ -297,8 +299,13 @@ def _piece_groups(slashes_RU: jax.Array, tiling: Tiling) -> jax.Array:
     return needed & ((group - run) % per_piece == 0)
 
 
-def _cut(begins_RG: jax.Array, keys_RU: jax.Array, tiling: Tiling, capacity: int) -> tuple[jax.Array, jax.Array]:
-    """The pieces with the greatest slashes where there are more than the capacity, and how many were cut, int32 [R]."""
+def _cut(
+    begins_RG: jax.Array, slash_keys: Callable[[], jax.Array], tiling: Tiling, capacity: int
+) -> tuple[jax.Array, jax.Array]:
+    """The pieces with the greatest slashes where there are more than the capacity, and how many were cut, int32 [R].
+
+    `slash_keys` gives the keys of the chosen slashes, [R, U], and is traced where pieces are cut.
+    """
     rows, size, step = dataclasses.astuple(tiling)
     count_R = begins_RG.sum(axis=1, dtype=jnp.int32)
     kept_R = jnp.minimum(count_R, capacity)
@@ -306,7 +313,7 @@ def _cut(begins_RG: jax.Array, keys_RU: jax.Array, tiling: Tiling, capacity: int
     def greatest() -> jax.Array:
         # A piece serves slashes in its own groups and in the rows / step groups before them.
         behind, ahead = rows // step, size // step - 1
-        best_RG = keys_RU.reshape(len(keys_RU), -1, step).max(axis=2)
+        best_RG = slash_keys().reshape(len(begins_RG), -1, step).max(axis=2)
         best_RG = jnp.pad(best_RG, ((0, 0), (0, begins_RG.shape[1] - best_RG.shape[1] + ahead)))
         best_RG = selection.window_max(best_RG, behind + ahead + 1)[:, ahead:]
         return selection.top_mask(jnp.where(begins_RG, jnp.maximum(best_RG, 1), 0), kept_R)

@@ -1,5 +1,6 @@
 """How `train` reads and writes checkpoints: by `convert`, which it does not import."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +51,10 @@ class CheckpointFormats:
     def write(self, params: Any, config: "ModelConfig", origin: Path, folder: Path) -> None:
         sibling("convert.huggingface").export(params, config, folder, extra_files_from=origin)
 
-    def write_adapter(self, params: Any, config: "ModelConfig", lora: "LoRA", base: str, folder: Path) -> None:
-        sibling("convert.adapter").write_adapter(folder, params, config, lora, base)
+    def write_adapter(
+        self, params: Any, config: "ModelConfig", lora: "LoRA", base: str, end_ids: Sequence[int], folder: Path
+    ) -> None:
+        sibling("convert.adapter").write_adapter(folder, params, config, lora, base, end_ids)
 
 
 def hashes(name: str, adapter: str | None = None) -> dict[str, str | None]:
@@ -61,9 +64,8 @@ def hashes(name: str, adapter: str | None = None) -> dict[str, str | None]:
       name: folder, file or Hub id of the model.
       adapter: folder or Hub id of the adapter; None for none.
     """
-    from qwen_jax.hub import ADAPTER, is_hub_id, resolve
+    from qwen_jax.hub import adapter_folder
 
     formats = CheckpointFormats()
-    if adapter is not None and is_hub_id(adapter):
-        adapter = str(resolve(adapter, ADAPTER))
-    return {"weights": formats.fingerprint(name), "adapter": None if adapter is None else formats.fingerprint(adapter)}
+    beside = None if adapter is None else formats.fingerprint(str(adapter_folder(adapter)))
+    return {"weights": formats.fingerprint(name), "adapter": beside}

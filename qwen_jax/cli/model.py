@@ -174,9 +174,10 @@ class Model:
         sampling.check()
         running.check()
         from qwen_jax.config import load_config
-        from qwen_jax.hub import SMALL, is_hub_id, resolve
+        from qwen_jax.hub import SMALL, adapter_folder, is_hub_id, resolve
         from qwen_jax.inference import load_generation_defaults
         from qwen_jax.inference import prompts as checks
+        from qwen_jax.inference.settings import add_end_ids
         from qwen_jax.parallel.sharding import Sharding, make_mesh, parse_mesh
 
         self.options, self.running = sampling, running
@@ -199,6 +200,8 @@ class Model:
         ends = list(checks.check_ids(sampling.stop_ids(), "--stop-token-ids", self.config.vocab_size))
         if not sampling.ignore_eos:
             config = dataclasses.replace(self.config, eos_token_ids=self.defaults.eos_token_ids)
+            if running.adapter is not None:
+                config = add_end_ids(config, adapter_folder(running.adapter))
             ends += checks.default_eos(config, self.tokenizer)
             if self.tokenizer is not None:
                 ends += [i for i in map(self.tokenizer.token_to_id, also_ends) if i is not None]

@@ -7,9 +7,11 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from qwen_jax.attention.pooled_blocks import BLOCK
 from qwen_jax.attention.quantized_cache import KVDtype, cache_dtype, check_kv_dtype, kv_bytes_per_token
 from qwen_jax.attention.sparse import Diagnostics, PooledBlocks, SparsePrefill, VerticalSlash, summarise
 from qwen_jax.config import ModelConfig
@@ -226,7 +228,7 @@ class Engine:
         ids = encode(prompt, 0, self.tokenizer, self.vocab_limit)
         check_lengths(self.config, len(ids), as_int(room, "room"))
         slots = self._slots_for_chunks(len(ids), room)
-        self._check_memory(1, slots)
+        self._check_memory(1, slots, len(ids))
         static = self._static(SamplingParams(temperature=0).mode, slots)
         state = self._read_chunks([ids], np.asarray([len(ids)], np.int32), static)
         return Document(ids, slots, room, state.cache)
@@ -314,7 +316,7 @@ class Engine:
         room = self._slots_for_chunks(longest, max_new_tokens) if in_chunks else 0
         slots = room or self.cache_slots(longest, max_new_tokens)
         batch = self._batch_bucket(len(prompts))
-        self._check_memory(batch, slots)
+        self._check_memory(batch, slots, longest)
         static = self._static(sampling.mode, slots)
         padded = [*prompts, *([[0]] * (batch - len(prompts)))]
         lengths_B = np.asarray(list(map(len, padded)), np.int32)
@@ -410,18 +412,24 @@ class Engine:
         # What follows a document is read in chunks, too.
         return _bucket(max(whole, longest + _bucket(room, smallest=64)), smallest=256)
 
-    def _check_memory(self, batch: int, slots: int) -> None:
-        """Raises InputError if the cache does not fit into memory, where the device reports its memory."""
+    def _check_memory(self, batch: int, slots: int, longest: int) -> None:
+        """Raises InputError if the cache does not fit into memory, where the device reports its memory.
+
+        The means of pooled blocks, which are beside the cache while the longest prompt is read, are counted with it.
+        """
         stats = self.mesh.local_devices[0].memory_stats() or {}
         if "bytes_limit" not in stats:
             return
         shards = self.sharding.batch_shards * self.sharding.tensor
         copies = self.sharding.kv_heads // self.config.num_kv_heads
-        a_token = kv_bytes_per_token(self.config, cache_dtype(self.kv_dtype, self.options.dtype)) * copies
-        needed = a_token * batch * slots // shards
+        a_block = BLOCK * kv_bytes_per_token(self.config, cache_dtype(self.kv_dtype, self.options.dtype))
+        if self._is_sparse(longest) and self.sparsity is not None and isinstance(self.sparsity.pattern, PooledBlocks):
+            a_block += self.config.kv_bytes_per_token(jnp.dtype(self.options.dtype).itemsize)
+        a_block *= copies * batch
+        needed = a_block * slots // (BLOCK * shards)
         free = stats["bytes_limit"] - stats["bytes_in_use"]
         if needed > free:
-            fits = free * shards // (a_token * batch)
+            fits = free * BLOCK * shards // a_block
             raise InputError(
                 f"The cache for {batch} rows of {slots} tokens needs {needed / 2**30:.1f} GiB on each device, "
                 f"{free / 2**30:.1f} GiB are free: room for {fits} tokens a row. Use shorter or fewer prompts, fewer "

@@ -233,7 +233,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
             raise InputError(f"{where}: expected an object with 'role' and 'content', got {type(message).__name__}")
         role = message.get("role")
         if role not in ROLES:
-            raise InputError(f"{where}: expected role {', '.join(ROLES)}, got {role!r}")
+            raise InputError(f"{where}: expected role {', '.join(ROLES)}, got {role!r}. Give one of these.")
         calls = message.get("tool_calls")
         if calls and role != "assistant":
             raise InputError(f"{where}: only an assistant's message may have 'tool_calls', this one is of role {role}")

@@ -2,12 +2,14 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,9 @@ from safetensors.torch import load_file, save_file
 import convert
 from convert.adapter import adapter_folders, adapter_params, read_adapter, write_adapter
 from qwen_jax.cli import main
+from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
+from qwen_jax.files import read_json
 from qwen_jax.lora import LoRA
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
@@ -113,7 +117,8 @@ def test_an_adapter_is_downloaded(
     _, got = convert.load(folder, mesh, "float32", adapter="someone/adapter")
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert adapter_folders(["french=someone/adapter"]) == {"french": tmp_path / "adapter"}
-    assert asked == [("someone/adapter", ["adapter_config.json", "adapter_model.safetensors"])] * 2
+    files = ["adapter_config.json", "adapter_model.safetensors", "generation_config.json"]
+    assert asked == [("someone/adapter", files)] * 2
 
 
 def test_logits_are_pytorchs_merged_and_unmerged(base: tuple[Path, Any], tmp_path: Path, mesh: Mesh) -> None:
@@ -270,3 +275,58 @@ def test_generate_takes_an_adapter(dense: tuple[Path, Any], tmp_path: Path, caps
     np.testing.assert_allclose(adapted, merged, atol=1e-5)
     # Tokens may be the same by chance, and a text may end early; the probability of the first token is not the same.
     assert abs(adapted[0] - without[0]) > 1e-5
+
+
+def with_ends(dense: tuple[Path, Any], folder: Path, stated: Any, learned: list[int]) -> tuple[Path, Path]:
+    """A base that ends texts at 3 by config.json, and at `stated` by generation_config.json; and an adapter for it."""
+    base, peft = folder / "base", folder / "peft"
+    shutil.copytree(dense[0], base)
+    (base / "config.json").write_text(json.dumps({**read_json(base / "config.json"), "eos_token_id": 3}))
+    (base / "generation_config.json").unlink(missing_ok=True)
+    if stated is not None:
+        (base / "generation_config.json").write_text(json.dumps({"max_new_tokens": 5, "eos_token_id": stated}))
+    write_pefts(peft, dense[1])
+    config = load_config(base)
+    adapter = read_adapter(peft, config)
+    trained = jax.tree.map(jnp.asarray, adapter_params(adapter))
+    write_adapter(folder / "adapter", trained, config, adapter.lora, str(base), learned)
+    return base, folder / "adapter"
+
+
+@pytest.mark.parametrize("stated", [None, 3, [3, 7], [3, 7, 9]])
+def test_a_merged_folder_has_the_ends_that_the_adapter_learned(
+    stated: Any, dense: tuple[Path, Any], tmp_path: Path, mesh: Mesh
+) -> None:
+    """In generation_config.json, which is kept if it lacks none; in config.json where there is no such file."""
+    base, adapter = with_ends(dense, tmp_path, stated, [9, 3])
+    merged, name = tmp_path / "merged", "generation_config.json"
+    convert.convert(base, merged, adapter=adapter)
+    ends = {3, 9, *(stated if isinstance(stated, list) else ())}
+    assert read_json(merged / "config.json")["eos_token_id"] == ([9, 3] if stated is None else 3)
+    assert (merged / name).exists() == (stated is not None)
+    if stated is not None:
+        written = read_json(merged / name)
+        assert set(written["eos_token_id"]) == ends
+        assert written["max_new_tokens"] == 5
+        assert ((merged / name).read_bytes() == (base / name).read_bytes()) == (stated == [3, 7, 9])
+    for folder, beside in ((base, adapter), (merged, None)):
+        config, _ = convert.load(folder, mesh, "float32", adapter=beside)
+        assert set(config.eos_token_ids) == ends
+
+
+def test_texts_end_where_the_adapter_learned_to(
+    dense: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first token of a text, if the adapter names it as an end, is its last one; without the file it is not."""
+    base, adapter = with_ends(dense, tmp_path, [3], [])
+
+    def said() -> list[int]:
+        options = ["--prompt-ids", "5,6,7,8", "--max-new-tokens", "3", "--json", "--temperature", "0"]
+        assert main(["generate", str(base), "--adapter", str(adapter), *options]) == 0
+        found: list[int] = json.loads(capsys.readouterr().out)["token_ids"]
+        return found
+
+    assert not (adapter / "generation_config.json").exists()
+    first = said()[0]
+    (adapter / "generation_config.json").write_text(json.dumps({"eos_token_id": first}))
+    assert said() == [first]

@@ -19,11 +19,13 @@ from convert.verify import CouldNotCompareError, verify
 from qwen_jax.cli import main
 from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import InputError
+from qwen_jax.files import read_json
 from qwen_jax.inference import Engine
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.params import abstract_params, init_params, with_fresh_score_head
 from qwen_jax.published import PUBLISHED, published
+from qwen_jax.tokenizer import train_bpe
 from tests.helpers.hf import make_hf_checkpoint
 from tests.helpers.reward import edit_config, make_reward_checkpoint, tensors_of
 
@@ -96,6 +98,11 @@ def test_a_written_linear_model_is_read_by_transformers(tmp_path: Path) -> None:
     theirs = Qwen2ForSequenceClassification.from_pretrained(tmp_path / "reward")
     assert (theirs.config.num_labels, theirs.config.pad_token_id) == (1, 3)
     np.testing.assert_array_equal(theirs.score.weight.detach().numpy(), params["score"]["weight"])
+    # As where a run writes its model: nothing but the tokenizer says what padding is.
+    tokenizer = train_bpe(["some text of no importance " * 9], 300)
+    tokenizer.save(tmp_path / "tokenizer")
+    export(params, rewarded, tmp_path / "run", extra_files_from=tmp_path / "tokenizer")
+    assert read_json(tmp_path / "run" / "config.json")["pad_token_id"] == tokenizer.pad_id
     for name, x in model.model.state_dict().items():
         assert torch.equal(theirs.model.state_dict()[name], x), name
 

@@ -130,3 +130,16 @@ def test_trl_gets_the_same_tokens():
             assert len(ids) == 16
             here = example.ids[:-1] != model.vocab_size - 1
             np.testing.assert_array_equal(np.asarray(ids[:-1])[here], example.ids[:-1][here])
+
+
+def test_trl_trains_a_model_of_the_same_shape():
+    """Of PyTorch's model, which is made from the same options."""
+    torch = pytest.importorskip("torch")
+    from experiments.train import torch_step
+
+    args = parsed()
+    shape = architecture(args)
+    model, optimizer = torch_step.make(args, shape, torch.device("cpu"))
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sum(p.numel() for p in trained) == shape.num_params()["total"]
+    assert sum(p.numel() for p in model.parameters()) == shape.num_params()["total"]

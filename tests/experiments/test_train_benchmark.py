@@ -146,6 +146,29 @@ def test_products_of_fp8_are_measured_and_named(capsys):
     assert rows[0].endswith("| - | - | 1.25 | 1.50 |")
 
 
+def test_a_mesh_is_measured_for_each_gpu(capsys):
+    """On two devices, each with half of the weights and of 8-bit moments; compared with one device, GPU by GPU."""
+    small = "--model tiny --layers 1 --batch 2 --length 32 --loss-chunk 64 --steps 2 --warmup 1 --no-matmul"
+    benchmark.run_ours(benchmark.parse(f"ours {small} --moments 8bit --mesh fsdp=2".split()))
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (line["what"], line["devices"]) == ("ours, 8bit, fsdp=2", 2)
+    assert line["donated"] is True
+    np.testing.assert_allclose(line["tokens_per_s_device"], line["tokens_per_s"] / 2, rtol=2e-3)
+    np.testing.assert_allclose(line["mfu"], line["tflop_per_s"] * 1e12 / benchmark.PEAK / 2, rtol=2e-2)
+    # Of a weight 4 bytes and 2 of moments; what has few elements keeps float32 moments on all devices.
+    params = dataclasses.replace(published("tiny"), num_layers=1, max_window_layers=1).num_params()["total"]
+    assert 3 * params < line["state_gb"] * 1e9 < 4 * params
+    two = {**line, "tokens_per_s_device": 90.0, "tokens_per_s": 180.0, "try": "ours/tiny/mesh=fsdp=2"}
+    others = [("ours", 100.0, ""), ("transformers", 60.0, ""), ("transformers, fsdp=2", 50.0, "fsdp=2")]
+    one = [
+        {**line, "model": two["model"], "what": what, "tokens_per_s": rate, "tokens_per_s_device": rate, "mesh": mesh,
+         "try": "a/b/"} for what, rate, mesh in others
+    ]  # fmt: skip
+    benchmark._print_table([two, *one])
+    (row,) = [row for row in capsys.readouterr().out.splitlines() if "| ours, 8bit, fsdp=2 |" in row]
+    assert row.endswith("| - | 1.80 | - | 0.90 |")
+
+
 def test_float8_of_torchao_needs_torchao(monkeypatch):
     import sys
 

@@ -184,6 +184,30 @@ def test_a_reference_is_computed_again_with_other_products(
     assert used == ["bfloat16"] * 2 + ["fp8"] * 2
 
 
+def test_pairs_that_end_with_padding_are_told(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers would score plain texts at another token than the one that is trained; chats end otherwise."""
+
+    class EndError(Exception):
+        """Nothing is trained."""
+
+    def end(**job: Any) -> None:
+        raise EndError
+
+    monkeypatch.setattr(tune, "Job", end)
+    config = configuration(files, "reward", tmp_path / "run")
+    texts = [{"prompt": "which ", "chosen": "red", "rejected": word} for word in ("blue", "grey")]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in texts))
+    plain = dataclasses.replace(config, data={"texts": str(tmp_path / "texts.jsonl")})
+    for run, told in ((config, False), (plain, True)):
+        with pytest.raises(EndError):
+            tune.tune(run, _Formats())
+        said = capsys.readouterr().err
+        assert (f"2 of 2 pairs end with the token that is also padding ({tmp_path}" in said) == told
+        assert ("also padding" in said) == told
+
+
 @pytest.mark.draw(1)
 @pytest.mark.parametrize("method", ["sft", "reward", "dpo"])
 def test_an_adapter_is_tuned_and_used(
@@ -204,7 +228,7 @@ def test_an_adapter_is_tuned_and_used(
         last = json.loads((output / "samples.jsonl").read_text().splitlines()[-1])
         command = ["generate", str(files / "model"), "--adapter", str(output / "model"), "--prompt", last["prompt"]]
         capsys.readouterr()
-        greedy = ["--dtype", "float32", "--temperature", "0", "--max-new-tokens", "4", "--stop", "<|im_end|>", "--json"]
+        greedy = ["--dtype", "float32", "--temperature", "0", "--max-new-tokens", "4", "--json"]
         assert main([*command, *greedy]) == 0
         text = json.loads(capsys.readouterr().out)["text"]
         # A model may end at once.

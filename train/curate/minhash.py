@@ -1,42 +1,40 @@
 """MinHash signatures of texts, cut into bands, so that similar texts share a band (locality-sensitive hashing).
 
 Broder 1997, "On the resemblance and containment of documents"; Leskovec, Rajaraman and Ullman, "Mining of Massive
-Datasets", section 3.4.
+Datasets", section 3.4. A text is the set of hashes of its runs of words, which `train.data.words.runs` makes.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
 
 import numpy as np
-import pyarrow as pa
 
 from qwen_jax.errors import InputError
-from train.data.documents import optional_library
 from train.data.words import mixed
+
+# Runs that are hashed at a time: the array of their hashes stays in the cache of a core.
+_BLOCK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class MinHash:
-    """Bands of MinHash signatures over the set of runs of words of a text.
+    """Bands of MinHash signatures over sets of 64-bit hashes.
 
-    The engine computes the signature: MurmurHash3 (32 bits) of a run, then for each position of the signature the
-    minimum of (a h + b mod 2^61 - 1) mod 2^32 with a and b drawn from the seed (Carter and Wegman 1979).
-    `band_keys` makes the bands.
+    Place i of a signature is the minimum over the set of (a_i h + b_i) mod 2^32 (Carter and Wegman 1979), where h is
+    the upper half of a hash, and a_i (odd) and b_i come from the seed.
 
     Attributes:
-      gram: words of a run. FineWeb has 5.
       bands: of a signature. FineWeb has 14.
       rows: minima of a band. FineWeb has 8.
       seed: of the hash functions.
     """
 
-    gram: int = 5
     bands: int = 14
     rows: int = 8
     seed: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("gram", "bands", "rows"):
+        for name in ("bands", "rows"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
@@ -44,52 +42,37 @@ class MinHash:
         """That two texts share a band at least, at this Jaccard similarity of their runs: 1 - (1 - s^rows)^bands."""
         return 1 - (1 - similarity**self.rows) ** self.bands
 
-    def signatures(self, texts: Sequence[Sequence[str]]) -> np.ndarray:
-        """The minima of texts.
+    def signature(self, hashes: np.ndarray) -> np.ndarray:
+        """The minima of a set, uint32 [bands * rows].
 
         Args:
-          texts: the words of each, without spaces, at least `gram` of them.
-
-        Returns:
-          [texts, bands * rows], uint32.
+          hashes: uint64 [n], n at least 1, uniformly distributed; an element may come several times.
         """
-        daft = optional_library("daft", "near duplicates")
-        size = self.bands * self.rows
-        if not texts:
-            return np.zeros((0, size), np.uint32)
-        joined = pa.array([" ".join(words) for words in texts], pa.large_string())
-        minima = daft.functions.minhash(daft.col("text"), num_hashes=size, ngram_size=self.gram, seed=self.seed)
-        # A query would go through the engine, in which this may already run: the expression is evaluated right here.
-        batch = daft.recordbatch.RecordBatch.from_pydict({"text": daft.Series.from_arrow(joined)})
-        found = batch.eval_expression_list([minima.alias("minima")]).to_arrow_table().column("minima")
-        flat = pa.concat_arrays([chunk.flatten() for chunk in found.chunks])
-        return flat.to_numpy(zero_copy_only=False).reshape(len(texts), size)
+        factors, terms = _functions(self.seed, self.bands * self.rows)
+        halves = (hashes >> np.uint64(32)).astype(np.uint32)
+        least = np.full(len(factors), np.iinfo(np.uint32).max, np.uint32)
+        for begin in range(0, len(halves), _BLOCK):
+            values = factors[:, None] * halves[None, begin : begin + _BLOCK]
+            values += terms[:, None]
+            np.minimum(least, values.min(1), out=least)
+        return least
 
-    def bands_of(self, texts: Sequence[Sequence[str]]) -> list[np.ndarray | None]:
-        """The bands of texts, uint64 [bands] each; None for a text with fewer than `gram` words.
+    def bands_of(self, hashes: np.ndarray) -> np.ndarray:
+        """The bands of a set, uint64 [bands]: hashes of their place and minima, so that no two places have one key.
 
-        Such a text has no run. It has no near duplicates, only exact ones.
+        Args:
+          hashes: as for `signature`.
         """
-        long = [number for number, words in enumerate(texts) if len(words) >= self.gram]
-        minima = self.signatures([texts[number] for number in long]).reshape(-1, self.bands, self.rows)
-        keys = band_keys(minima)
-        result: list[np.ndarray | None] = [None] * len(texts)
-        for number, bands in zip(long, keys, strict=True):
-            result[number] = bands
-        return result
+        minima = self.signature(hashes).reshape(self.bands, self.rows)
+        keys = mixed(np.arange(1, self.bands + 1, dtype=np.uint64))
+        for row in range(self.rows):
+            keys = mixed(keys ^ minima[:, row])
+        return keys
 
 
-def band_keys(minima: np.ndarray) -> np.ndarray:
-    """A hash of each band of signatures: of its number and its minima, so that bands of two places never are one key.
-
-    Args:
-      minima: of signatures, [..., bands, rows], uint32 or uint64.
-
-    Returns:
-      [..., bands], uint64.
-    """
-    *_, bands, rows = minima.shape
-    keys = np.broadcast_to(mixed(np.arange(1, bands + 1, dtype=np.uint64)), minima.shape[:-1])
-    for row in range(rows):
-        keys = mixed(keys ^ minima[..., row])
-    return keys
+@functools.lru_cache(maxsize=8)
+def _functions(seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Factors, which are odd, and terms of the hash functions, uint32 [size] each."""
+    start = mixed(np.full(1, seed & 0xFFFFFFFFFFFFFFFF, np.uint64))
+    drawn = mixed(start + np.arange(1, size + 1, dtype=np.uint64))
+    return (drawn >> np.uint64(32)).astype(np.uint32) | np.uint32(1), drawn.astype(np.uint32)

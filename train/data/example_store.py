@@ -162,6 +162,11 @@ class ExampleStore:
         chosen, rejected = answers
         return Pair(chosen, rejected, float(self.margins[index]))
 
+    def ending_with(self, token: int) -> np.ndarray:
+        """int64, indices of the examples of which an answer ends with a token."""
+        last = np.asarray(self._tokens[self._ends - 1]) & ~_TRAINED
+        return np.flatnonzero((last == token).reshape(self.lengths.shape).any(axis=1))
+
     def where(self, index: int) -> str:
         """The file and the record of an example, for messages."""
         file, number = self._origins[index].tolist()
@@ -257,6 +262,11 @@ def _write(
                 ids, masks = zip(*itertools.islice(encoded, len(answers)), strict=True)
                 if not all(ids):
                     raise InputError(f"{example.row.where}: the example has no tokens. Leave it out.")
+                if len(ids) == 2 and ids[0] == ids[1]:
+                    raise InputError(
+                        f"{example.row.where}: chosen and rejected are the same tokens once they are rendered, so "
+                        "there is nothing to prefer. Leave the pair out."
+                    )
                 for tokens, mask in zip(ids, masks, strict=True):
                     packed = np.array(tokens, "<u4")
                     packed[np.array(mask)] |= _TRAINED
@@ -293,7 +303,8 @@ class Selection:
     Attributes:
       units: int64 [units], index of each example or pair.
       lengths: int64 [units, answers], tokens of each that are used.
-      untrained: indices of examples that were left out because they train nothing.
+      untrained: indices of examples that were left out because they train nothing; of pairs, also those whose answers
+        are the same where they are cut.
       dropped: indices of examples that were left out because they are too long.
       truncated: indices of examples whose end was cut.
     """
@@ -310,9 +321,14 @@ class Selection:
 
     def describe(self, store: ExampleStore) -> str:
         """A line on the examples that are left out or cut; "" where there are none."""
+        nothing = (
+            "nothing in them is trained"
+            if store.kind == "sft"
+            else "an answer has nothing that is trained, or what fits of both answers is the same"
+        )
         parts = []
         for indices, what in (
-            (self.untrained, "left out because nothing in them is trained"),
+            (self.untrained, f"left out because {nothing}"),
             (self.dropped, "left out because they are longer than the row"),
             (self.truncated, "cut at the end of the row"),
         ):
@@ -350,20 +366,24 @@ def select(
     if too_long == "truncate":
         for i in np.flatnonzero(long).tolist():
             lengths[i] = _cut(lengths[i], length)
-            answers = zip(store.answers(int(units[i])), lengths[i].tolist(), strict=True)
+            answers = list(zip(store.answers(int(units[i])), lengths[i].tolist(), strict=True))
             trains[i] = all(n > 0 and answer.trained[1:n].any() for answer, n in answers)
+            # What is left of a pair may be the same of both.
+            first, *others = (answer.ids[:n] for answer, n in answers)
+            trains[i] &= not any(np.array_equal(first, other) for other in others)
         keep = trains
     else:
         dropped = tuple(units[long].tolist())
         keep = trains & ~long
-    if not keep.any():
-        raise InputError(
-            f"No example is left of {len(units):,}: {len(dropped):,} are longer than a row of {length:,} tokens, in "
-            f"{int((~trains).sum()):,} nothing is trained. Use longer rows or other data."
-        )
     truncated = tuple(units[long & keep].tolist()) if too_long == "truncate" else ()
     untrained = tuple(units[~trains & (too_long == "truncate" or ~long)].tolist())
-    return Selection(units[keep], lengths[keep], untrained, dropped, truncated)
+    selection = Selection(units[keep], lengths[keep], untrained, dropped, truncated)
+    if not keep.any():
+        raise InputError(
+            f"No example is left for rows of {length:,} tokens: {selection.describe(store)}. Use longer rows "
+            "(stages.0.length) or other data."
+        )
+    return selection
 
 
 def _cut(lengths: np.ndarray, length: int) -> np.ndarray:

@@ -84,6 +84,7 @@ class TokenModel:
         left: dict[int, int] = {}
         cut: dict[int, bool] = {}
         sums: dict[int, tuple[float, bool, int]] = {}
+        self.encoder.prepare((x.context, x.continuation) for _, x in requests if isinstance(x, Loglikelihood))
         for i, request in requests:
             before = self.encoder.truncated
             try:

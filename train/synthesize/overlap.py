@@ -11,10 +11,10 @@ import numpy as np
 
 from qwen_jax.errors import InputError
 from train.curate.evaluation_sets import GRAM, find_sets
-from train.curate.minhash import band_keys
+from train.curate.minhash import MinHash
 from train.curate.run_index import make_index
 from train.data.tables import read_rows
-from train.data.words import mixed, runs, split, texts_of, words
+from train.data.words import runs, split, texts_of, words
 from train.synthesize.item import Item, Rejected
 from train.synthesize.pipeline import EVALUATION_SETS, NEAR_DUPLICATES, Pipeline, Result, Together
 
@@ -131,10 +131,9 @@ class EvaluationSets:
 class NearDuplicates:
     """Texts that share most of their runs of three words with an earlier one (Jaccard similarity).
 
-    MinHash signatures with fixed numbers propose pairs (Broder 1997, "On the resemblance and containment of
-    documents"), and the similarity of these is computed from all runs. A pair as similar as the threshold is missed
-    with a probability below 0.001. Memory holds hashes alone: 8 bytes for each different run of a text, and some 100
-    bytes for each band of its signature; there are 64 bands at a threshold of 0.5, 25 at 0.8, and 10 at 0.95.
+    `MinHash` proposes pairs, and the similarity of these is computed from all runs. A pair as similar as the threshold
+    is missed with a probability below 0.001. Memory holds hashes alone: 8 bytes for each different run of a text, and
+    some 100 bytes for each band of its signature; there are 64 bands at a threshold of 0.5, 25 at 0.8, and 10 at 0.95.
     """
 
     def __init__(self, threshold: float):
@@ -150,9 +149,8 @@ class NearDuplicates:
         self._threshold = threshold
         # As many hashes to a band as find nearly all similar pairs: the fewest others are proposed.
         sizes = [rows for rows in range(1, 17) if (1 - threshold**rows) ** (_HASHES // rows) <= _MOST_MISSED]
-        self._rows = max(sizes, default=1)
-        seeds = np.arange(1, _HASHES + 1, dtype=np.uint64)
-        self._seeds = mixed(seeds)[:, None]
+        rows = max(sizes, default=1)
+        self._minhash = MinHash(_HASHES // rows, rows)
         self._kept: list[tuple[str, np.ndarray]] = []
         # By hash of a band: the first text that has it, and further ones.
         self._first: dict[int, int] = {}
@@ -172,7 +170,7 @@ class NearDuplicates:
         shingles = np.unique(np.concatenate([found.hashes[:0], *(runs(part, _SHINGLE, whole=True) for part in parts)]))
         if not len(shingles):
             return None
-        bands = self._bands_of(shingles)
+        bands = self._minhash.bands_of(shingles).tolist()
         known = {self._first[band] for band in bands if band in self._first}
         known.update(number for band in bands for number in self._more.get(band, ()))
         for number in sorted(known):
@@ -192,15 +190,6 @@ class NearDuplicates:
             if self._first.setdefault(band, number) != number:
                 self._more.setdefault(band, []).append(number)
         return None
-
-    def _bands_of(self, shingles: np.ndarray) -> list[int]:
-        """The bands of a signature, each as a hash of its number and its minima."""
-        least = np.full(_HASHES, np.iinfo(np.uint64).max, np.uint64)
-        for begin in range(0, len(shingles), 4096):
-            np.minimum(least, mixed(shingles[None, begin : begin + 4096] ^ self._seeds).min(1), out=least)
-        count = _HASHES // self._rows
-        bands = least[: count * self._rows].reshape(count, self._rows)
-        return [int(key) for key in band_keys(bands)]
 
 
 def cleaned(pipeline: Pipeline, decontaminate: Sequence[str] = (), near_duplicates: float | None = None) -> Pipeline:

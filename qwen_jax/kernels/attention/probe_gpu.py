@@ -111,11 +111,15 @@ def line_sums(
     )(
         q_BRHd.swapaxes(1, 2), k_BKSd, start, end, jnp.where(jnp.isfinite(lse_BHR), lse_BHR * LOG2E, 0.0), ranges_B4
     )  # fmt: skip
-    # Tiles that no row sees are not written.
+    # Tiles that no row sees are not written. Reading the first tile in place of each of them reads only the caches.
     tile = jnp.arange(tiles, dtype=jnp.int32)
     written_B1N1 = ((ranges_B4[:, :1] <= tile) & (tile < ranges_B4[:, 1:2]))[:, None, :, None]
-    columns = jnp.where(written_B1N1, columns, 0.0).reshape(B, H, -1)[:, :, :S]
-    halves = jnp.where(written_B1N1, parts, 0.0).reshape(B, H, tiles, 2, KEYS)
+    place_B1N1 = jnp.where(written_B1N1, tile[:, None], 0)
+    columns, parts = (
+        jnp.where(written_B1N1, jnp.take_along_axis(x, place_B1N1, axis=2, mode="clip"), 0.0) for x in (columns, parts)
+    )
+    columns = columns.reshape(B, H, -1)[:, :, :S]
+    halves = parts.reshape(B, H, tiles, 2, KEYS)
     low, high = (
         jnp.pad(halves[:, :, :, n].reshape(B, H, -1), ((0, 0), (0, 0), (KEYS * n, KEYS - KEYS * n))) for n in (0, 1)
     )

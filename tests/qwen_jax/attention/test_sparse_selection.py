@@ -33,6 +33,23 @@ def test_top_mask_is_a_stable_sort(length: int, distinct: int) -> None:
         assert set(np.flatnonzero(np.asarray(got)[r])) == set(order[: counts[r]])
 
 
+@pytest.mark.parametrize("length", [64, 1000, 1029])
+@pytest.mark.parametrize("distinct", [3, 10**9])
+def test_top_mask_by_groups_is_the_same(length: int, distinct: int) -> None:
+    """For counts of at most one element in 64, which groups are for, and for larger ones up to all."""
+    rng = draw()
+    R, few = 6, length // 64
+    scores = (rng.integers(0, distinct, (R, length)) / distinct * 64).astype(np.float32)
+    allowed = rng.random((R, length)) < np.array([1, 1, 1, 0.5, 0.5, 0.1])[:, None]
+    keys = selection.order_keys(jnp.asarray(scores), jnp.asarray(allowed))
+    both = jax.jit(lambda n: [selection.top_mask(keys, n, by_groups=by_groups) for by_groups in (False, True)])
+    most = allowed.sum(axis=1)
+    for counts in (np.minimum(most, few), np.minimum(most, rng.integers(0, few + 1, R)), most // 2, most):
+        want, got = map(np.asarray, both(counts.astype(np.int32)))
+        assert (got == want).all()
+        assert (got.sum(axis=1) == counts).all()
+
+
 @pytest.mark.parametrize(("length", "capacity"), [(1, 3), (33, 5), (700, 700)])
 def test_places_are_the_true_elements(length: int, capacity: int) -> None:
     """Ascending places of true elements as NumPy finds them, cut at the capacity, filled up with the length."""

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -241,6 +242,29 @@ def test_means_of_blocks_are_kept(
     want = engine.generate(prompts, GREEDY, max_new_tokens=2)
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("sparse", [None, PooledBlocks()], ids=str)
+def test_memory_is_counted_to_the_byte(
+    sparse: PooledBlocks | None, kv_dtype: Any, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys, values and scales, and the means of pooled blocks beside them: a device with as many bytes takes the
+    prompt, and one with a byte less refuses it and says how many tokens a row may have."""
+    engine = make_engine(SMALL, prefill_chunk=128, kv_dtype=kv_dtype, sparse=sparse, sparse_from=200)
+    slots, static = 512, engine._static(GREEDY.mode, 512)
+    cache = engine._empty([300, 200], static).cache
+    with jax.set_mesh(engine.mesh):
+        means = chunked_prefill.empty_means(2, static=static) if sparse else ()
+    # Not the factors of a key's components in 8 bits, [K, d], which no token adds to.
+    held = sum(x.nbytes for x in jax.tree.leaves((cache.keys, cache.values, means)) if x.ndim > 2)
+    device: Any = types.SimpleNamespace()
+    monkeypatch.setattr(engine, "mesh", types.SimpleNamespace(local_devices=[device]))
+    device.memory_stats = lambda: {"bytes_limit": held + 5, "bytes_in_use": 5}
+    engine._check_memory(2, slots, 300)
+    device.memory_stats = lambda: {"bytes_limit": held + 4, "bytes_in_use": 5}
+    with pytest.raises(InputError, match=r"2 rows of 512 tokens .* room for 511 tokens a row"):
+        engine._check_memory(2, slots, 300)
 
 
 def test_sparse_prefill_on_a_mesh_and_with_other_budgets(make_engine: MakeEngine, rng: np.random.Generator) -> None:

@@ -168,7 +168,9 @@ def test_select_counts_everything(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert cut.lengths.max() == 20
     with pytest.raises(InputError, match=r"a.jsonl, line \d+: the example has \d+ tokens, and a row has 20"):
         select(store, 20, too_long="error")
-    with pytest.raises(InputError, match="No example is left of 40"):
+    with pytest.raises(
+        InputError, match=r"rows of 2 tokens: 1 of 40 .* trained \(.*a.jsonl, line 1\); 39 of 40 .* line 2;"
+    ):
         select(store, 2)
     assert select(store, 20, units=np.array([3, 1])).units.tolist() == [3, 1]
 
@@ -182,6 +184,25 @@ def test_pairs_are_cut_together(tokenizer: Tokenizer, tmp_path: Path) -> None:
         assert (cut.lengths.sum(axis=1) == length).all()
         assert (cut.lengths <= store.lengths[cut.units]).all()
         assert (cut.lengths.min(axis=1) >= np.minimum(store.lengths[cut.units].min(axis=1), length // 2)).all()
+
+
+def test_answers_that_are_the_same_are_no_pair(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """An error where they are rendered alike; left out and counted where what fits of them is the same."""
+    said = {"role": "user", "content": "Hello?"}
+    answers = [{"role": "assistant", "content": text} for text in ("caf\u00e9", "cafe\u0301")]
+    record = {"prompt": [said], "chosen": answers[:1], "rejected": answers[1:]}
+    with pytest.raises(InputError, match=r"a.jsonl, line 2: chosen and rejected are the same tokens"):
+        open_store([write_lines(tmp_path / "a.jsonl", [*text_pairs(1), record])], tokenizer, tmp_path / "stores")
+    texts = [
+        {"prompt": "p", "chosen": "c" * 20 + end, "rejected": "c" * 20 + other}
+        for end, other in (("a", "b"), ("a", "b" * 30))
+    ] + [{"prompt": "p", "chosen": "c", "rejected": "d" * 40}]
+    store = open_store([write_lines(tmp_path / "b.jsonl", texts)], tokenizer, tmp_path / "stores")
+    cut = select(store, 12, too_long="truncate")
+    assert (cut.units.tolist(), cut.untrained, cut.truncated) == ([2], (0, 1), (2,))
+    assert "2 of 3 examples are left out because" in cut.describe(store)
+    whole = select(store, int(store.lengths.sum(axis=1).max()), too_long="truncate")
+    assert whole.units.tolist() == [0, 1, 2]
 
 
 def test_split_and_keys(tokenizer: Tokenizer, tmp_path: Path) -> None:

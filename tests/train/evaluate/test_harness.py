@@ -247,9 +247,9 @@ def test_generation_arguments_become_requests() -> None:
 
 
 def test_texts_are_encoded_as_a_whole(tokenizer: Tokenizer) -> None:
-    """Remembered pieces give the ids of the whole text; continuations are what is left of it."""
+    """Remembered pieces give the ids of the whole text, prepared or not; continuations are what is left of it."""
     rng = print_seed()
-    encoder = RequestEncoder(tokenizer, 100)
+    encoder, prepared = RequestEncoder(tokenizer, 100), RequestEncoder(tokenizer, 100)
     parts = [
         "\n\n",
         "\n",
@@ -274,6 +274,8 @@ def test_texts_are_encoded_as_a_whole(tokenizer: Tokenizer) -> None:
             whole = tokenizer.encode(context + after)
             if context and len(whole) > len(before) and len(whole) < 100:
                 assert encoder.pair(context, after) == (before, whole[len(before) :])
+                prepared.prepare([(context, after), (context, "."), ("", after)])
+                assert prepared.pair(context, after) == (before, whole[len(before) :])
     assert encoder.pair("a question ", "word") == encoder.pair("a question", " word")
     assert encoder.pair("", "word")[0] == [tokenizer.eos_id] == encoder.pair("  ", "word")[0]
     before, after = encoder.pair("word " * 300, "and")

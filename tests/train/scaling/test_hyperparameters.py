@@ -15,6 +15,7 @@ from train.scaling.hyperparameters import (
     DEEPSEEK_LAW,
     STEP_LAW,
     Form,
+    HyperparametersFit,
     PairLaw,
     fit_hyperparameters,
     fit_valley,
@@ -112,20 +113,23 @@ def test_pooled_uses_cells_whose_optimum_is_outside_the_grid() -> None:
 
 @BOTH
 def test_intervals_cover(form: Form) -> None:
-    """Of 90% intervals over many tables, between 65% and all hold the truth, and they are not much too wide."""
+    """Of 90% intervals over 16 tables, between 65% and all hold the truth, and they are not much too wide.
+
+    The deviation of the estimates is that of 200 tables, which is known to 5%: 16 tables know it to 18% only.
+    """
     generator = print_seed()
     law = a_law(generator)
-    inside, widths, estimates = [], [], []
-    for seed in range(16):
+
+    def fitted(samples: int) -> HyperparametersFit:
         table = sweep(generator, law, SMALL_CELLS, noise=1e-3, holes=0.1, scatter=0.05, off_centre=0.3)
-        fit = fit_hyperparameters(table.cells(), form=form, window=0.03, samples=50, seed=seed)
-        low, high = np.moveaxis(fit.intervals(0.9), -1, 0)
-        inside.append((low <= law.matrix) & (law.matrix <= high))
-        widths.append(high - low)
-        estimates.append(fit.law.matrix)
-    assert np.mean(inside) > 0.65
+        seed = int(generator.integers(2**31))
+        return fit_hyperparameters(table.cells(), form=form, window=0.03, samples=samples, seed=seed)
+
+    low, high = np.moveaxis([fitted(50).intervals(0.9) for _ in range(16)], -1, 0)
+    estimates = [fitted(0).law.matrix for _ in range(200)]
+    assert np.mean((low <= law.matrix) & (law.matrix <= high)) > 0.65
     # 90% of a normal distribution are within 3.3 standard deviations in all.
-    assert (np.median(widths, 0) < 3 * 3.3 * np.std(estimates, 0)).all()
+    assert (np.median(high - low, 0) < 3 * 3.3 * np.std(estimates, 0)).all()
 
 
 def test_regret_is_the_loss_above_the_best() -> None:

@@ -1,18 +1,19 @@
 """Features by which duplicates are found: hashes of the text, of the address, and of the runs of words."""
 
 import dataclasses
-import functools
 import hashlib
+import itertools
 import unicodedata
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 
+from qwen_jax.errors import InputError
 from train.curate.minhash import MinHash
 from train.curate.operator import Compute, Operator
 from train.curate.urls import normalise_url
-from train.data.words import mixed
-from train.synthesize.overlap import words
+from train.data.words import runs, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Fingerprint(Operator):
     Among n different texts, some two have the same key with a probability of n^2 / 2^65: 3% for n = 10^9.
 
     Attributes:
-      gram, bands, rows, seed: of `MinHash`.
+      gram: words of a run. FineWeb has 5.
+      bands, rows, seed: of `MinHash`.
     """
 
     gram: int = 5
@@ -35,7 +37,7 @@ class Fingerprint(Operator):
     rows: int = 8
     seed: int = 1
 
-    version = 1
+    version = 2
     reads = ("text", "url")
     makes = pa.schema(
         [
@@ -47,15 +49,14 @@ class Fingerprint(Operator):
     )
 
     def __post_init__(self) -> None:
+        _check_gram(self.gram)
         self._minhash()
 
     def _minhash(self) -> MinHash:
-        return MinHash(self.gram, self.bands, self.rows, self.seed)
+        return MinHash(self.bands, self.rows, self.seed)
 
     def start(self) -> Compute:
         minhash = self._minhash()
-        # The library of the signatures is asked for before any work is done.
-        minhash.signatures([["a"] * self.gram])
 
         def compute(table: pa.Table) -> pa.Table:
             texts: list[str] = table.column("text").to_pylist()
@@ -64,7 +65,7 @@ class Fingerprint(Operator):
                 "text_length": [len(text) for text in texts],
                 "text_key": [_key(normalise_text(text), b"text") for text in texts],
                 "url_key": [None if url is None else _key(normalise_url(url), b"url") for url in urls],
-                "bands": minhash.bands_of([words(text) for text in texts]),
+                "bands": [minhash.bands_of(found) if len(found) else None for found in _runs(texts, self.gram)],
             }
             return pa.table(columns, schema=self.makes)
 
@@ -83,14 +84,18 @@ class Shingles(Operator):
 
     gram: int = 5
 
-    version = 1
+    version = 2
     reads = ("text",)
     makes = pa.schema([pa.field("shingles", pa.list_(pa.uint32()))])
 
+    def __post_init__(self) -> None:
+        _check_gram(self.gram)
+
     def start(self) -> Compute:
         def compute(table: pa.Table) -> pa.Table:
-            found = [shingles(words(text), self.gram) for text in table.column("text").to_pylist()]
-            return pa.table({"shingles": found}, schema=self.makes)
+            texts: list[str] = table.column("text").to_pylist()
+            halves = [(found >> np.uint64(32)).astype(np.uint32) for found in _runs(texts, self.gram)]
+            return pa.table({"shingles": [np.unique(found) for found in halves]}, schema=self.makes)
 
         return compute
 
@@ -104,19 +109,16 @@ def normalise_text(text: str) -> str | None:
     return unicodedata.normalize("NFC", " ".join(text.split())) or None
 
 
-def shingles(text: list[str], gram: int) -> np.ndarray:
-    """The different runs of words of a text as sorted 32-bit hashes, uint32; none if it has fewer than `gram` words."""
-    count = max(len(text) - gram + 1, 0)
-    hashes = np.fromiter((_word_key(word) for word in text), np.uint64, len(text))
-    keys = np.full(count, gram, np.uint64)
-    for at in range(gram if count else 0):
-        keys = mixed(keys ^ hashes[at : at + count])
-    return np.unique(keys.astype(np.uint32))
+def _runs(texts: Sequence[str], gram: int) -> Iterator[np.ndarray]:
+    """The hashes of the runs of words of each text, uint64; none if it has fewer than `gram` words."""
+    found = split(texts)
+    for begin, end in itertools.pairwise(found.bounds):
+        yield runs(found.hashes[begin:end], gram)
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _word_key(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+def _check_gram(gram: int) -> None:
+    if gram < 1:
+        raise InputError(f"gram must be at least 1, got {gram}.")
 
 
 def _key(text: str | None, kind: bytes) -> int | None:
