@@ -12,6 +12,7 @@ Each line is a JSON object: a product of a model's layer, the number of rows, an
 | int4_min  | int4, float32 scales and minima for groups of 32      | "                                              |
 | int8      | int8, float16 scales for groups of 128                | "                                              |
 | fp8       | float8_e4m3fn, a float32 scale for each output        | "                                              |
+| *_digits  | as int4, int4_zero, int8; one row only                | that of a decode step: x as four 8-bit digits  |
 | plain     | as int4                                               | XLA: dequantised to bfloat16, then einsum      |
 | w8a8      | as fp8                                                | XLA: rows rounded to float8, float8 einsum     |
 | bf16      | bfloat16                                              | `few_rows_gpu` up to 64 rows, einsum beyond    |
@@ -39,6 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_jax.kernels.decode import layer_gpu_quantized
 from qwen_jax.kernels.matmul import quantized_gpu
 from qwen_jax.kernels.matmul.few_rows_gpu import skinny_matmul
 
@@ -53,7 +55,10 @@ MODELS = {
         "expert_gate_up": (2816, 2048), "expert_down": (2048, 1408),
     },
 }  # fmt: skip
-FORMATS = ("bf16", "einsum", "int4", "int4_zero", "int4_min", "int8", "fp8", "plain", "w8a8")
+FORMATS = (
+    "bf16", "einsum", "int4", "int4_digits", "int4_zero", "int4_zero_digits", "int4_min", "int8", "int8_digits", "fp8",
+    "plain", "w8a8",
+)  # fmt: skip
 _PEAK = 4.8e12
 _L2_TWICE = 1.2e8
 Weight = tuple[jax.Array, ...]
@@ -65,7 +70,7 @@ def parameters(name: str, n: int, k: int) -> tuple[int, Any, Any]:
         return k, jnp.float8_e4m3fn, jnp.float32
     if name == "int4_min":
         return 32, jnp.int4, jnp.float32
-    return 128, jnp.int8 if name == "int8" else jnp.int4, jnp.float16
+    return 128, jnp.int8 if name.startswith("int8") else jnp.int4, jnp.float16
 
 
 def random_weight(name: str, n: int, k: int, seed: int) -> Weight:
@@ -85,7 +90,7 @@ def random_weight(name: str, n: int, k: int, seed: int) -> Weight:
     spread = 1.0 if codes == jnp.float8_e4m3fn else 4.6 if codes == jnp.int4 else 74.0
     scale = jax.random.uniform(keys[1], (n, k // group), jnp.float32, 0.5, 1.5) * k**-0.5 / spread
     more: Weight = ()
-    if name == "int4_zero":
+    if name.startswith("int4_zero"):
         more = (random_codes(keys[2], (n, k // group)),)
     if name == "int4_min":
         more = (jax.random.normal(keys[2], (n, k // group), jnp.float32) * k**-0.5,)
@@ -98,7 +103,7 @@ def dequantized(name: str, weight: jax.Array, *numbers: jax.Array) -> jax.Array:
     if not numbers:
         return w
     w = w.reshape(*numbers[0].shape, -1)
-    if name == "int4_zero":
+    if name.startswith("int4_zero"):
         w -= numbers[1].astype(jnp.float32)[..., None]
     w *= numbers[0].astype(jnp.float32)[..., None]
     if name == "int4_min":
@@ -117,10 +122,17 @@ def product(name: str, rows: int) -> Callable[..., jax.Array]:
         codes = jnp.clip(x.astype(jnp.float32) / top, -448, 448).astype(w.dtype)
         return einsum(codes, w) * top * scales[:, 0]
 
+    def in_digits(x: jax.Array, *w: jax.Array) -> jax.Array:
+        matrix = layer_gpu_quantized.Matrix(*w)
+        parts = layer_gpu_quantized.product(layer_gpu_quantized.in_order(x[0], matrix), matrix)
+        return parts.sum(axis=0, keepdims=True)
+
     if name == "einsum" or (name == "bf16" and rows > 64):
         return einsum
     if name == "bf16":
         return lambda x, w: skinny_matmul(x, w).sum(axis=0)
+    if name.endswith("_digits"):
+        return in_digits
     if name == "plain":
         return lambda x, *w: einsum(x, dequantized("plain", *w).astype(x.dtype))
     if name == "w8a8":
@@ -158,7 +170,7 @@ def device_times(run: Callable[[], None]) -> dict[int, float]:
 def measure(model: str, which: str, rows: list[int], formats: list[str]) -> None:
     """Prints the lines of one product of a model."""
     n, k = MODELS[model][which]
-    cases = [(m, name) for m in rows for name in formats]
+    cases = [(m, name) for m in rows for name in formats if m == 1 or not name.endswith("_digits")]
     like = {name: jax.eval_shape(lambda name=name: random_weight(name, n, k, 0)) for name in formats}
 
     def lowered(number: int, m: int, name: str) -> Any:

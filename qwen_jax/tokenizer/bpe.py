@@ -116,7 +116,9 @@ class ByteLevelBPE(Tokenizer):
 
     def _encode_text(self, text: str, parse_special: bool) -> list[int]:
         engine = self._engine if parse_special else self._plain_engine
-        return engine.encode(text, add_special_tokens=False).ids
+        # `encode` keeps all other threads waiting, for seconds where a text is long. A batch of one does not.
+        (encoding,) = engine.encode_batch_fast([text], add_special_tokens=False)
+        return encoding.ids
 
     def _find_control(self, text: str) -> Iterable[tuple[int, int, int]]:
         encoding = self._engine.encode(text, add_special_tokens=False)

@@ -9,6 +9,8 @@ import math
 import random
 import subprocess
 import sys
+import threading
+import time
 import unicodedata
 from functools import cache
 from pathlib import Path
@@ -232,6 +234,27 @@ def test_random_texts_equal_transformers_and_slow_bpe(oracle: Qwen2Tokenizer) ->
         assert max(plain, default=0) < FIRST_CONTROL
         assert real().decode(plain) == unicodedata.normalize("NFC", text), f"{seed=}"
     assert real().encode_batch(texts, parse_special=False) == [real().encode(t, parse_special=False) for t in texts]
+
+
+def test_other_threads_run_while_a_long_text_is_encoded():
+    """A server encodes prompts in threads: with the interpreter's lock held, no other request would go on meanwhile."""
+    text, beats, begun, ended = "hello there " * 100_000, 0, threading.Event(), threading.Event()
+
+    def beat() -> None:
+        nonlocal beats
+        while not ended.is_set():
+            beats += begun.is_set()
+            time.sleep(1e-3)
+
+    thread = threading.Thread(target=beat)
+    tokenizer = real()
+    thread.start()
+    begun.set()
+    tokenizer.encode(text)
+    ended.set()
+    thread.join()
+    # One beat may fall before the call, and one after it.
+    assert beats > 5, beats
 
 
 @settings(max_examples=200, deadline=None)
