@@ -32,6 +32,7 @@ from train.grpo import Grpo, make_log_prob_pass
 from train.grpo_config import GrpoRunConfig
 from train.handover import Handover, make_handover
 from train.judge import Judge
+from train.loop import NoBatchError
 from train.policy import GrpoConfig
 from train.sampler import Prompt, Sampler
 from train.shared_rollouts import SharedRollouts
@@ -150,7 +151,11 @@ class Rollouts:
         """The batch of a step: its share of the episode, which is sampled at the episode's first step."""
         number, part = divmod(step, self._config.updates)
         if self._episode is None or self._episode.number != number:
-            self._episode, times = self._obtain(number, step, state)
+            try:
+                self._episode, times = self._obtain(number, step, state)
+            except InputError as error:
+                # What fails while an episode is sampled or judged does so in every process.
+                raise NoBatchError(str(error)) from error
             if self._config.engine.devices and number + 1 < self._run.episodes:
                 # The engines go on with the weights of this step.
                 self._next = self._ahead(number + 1, step, state)

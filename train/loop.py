@@ -28,6 +28,10 @@ B = TypeVar("B")
 Produced = TypeVar("Produced", covariant=True)
 
 
+class NoBatchError(InputError):
+    """A batch that no process of the run can have, for the same reason: the loop saves its state before it ends."""
+
+
 class Data(Protocol[Produced]):
     """Where the loop gets its batches."""
 
@@ -43,6 +47,9 @@ class Data(Protocol[Produced]):
 
         Returns:
           NumPy arrays, the same in every process, or arrays on the devices already.
+
+        Raises:
+          NoBatchError: in every process; for example, a reward function has failed.
         """
         ...
 
@@ -218,8 +225,9 @@ def fit(
     Raises:
       InputError: too many steps in a row were skipped, or the last steps were and the weights are ruined. Complete
         checkpoints are kept.
+      NoBatchError: of the data; the state is saved.
     """
-    first = int(state.step)
+    first = saved = int(state.step)
     reader = _Reader(monitor or Monitor(), diagnosis or Diagnosis())
     monitor, clock = reader.monitor, reader.clock
     save_every = checkpoints.every if checkpoints else 0
@@ -245,7 +253,7 @@ def fit(
             reader.measured(step, measured)
 
     def save(step: int, final: bool) -> None:
-        nonlocal postponed
+        nonlocal postponed, saved
         assert checkpoints is not None
         if reader.skipped and (not final or reader.ruined(state)):
             if not postponed or final:
@@ -258,6 +266,7 @@ def fit(
         if monitor.log:
             monitor.log.flush()  # A run that resumes from this checkpoint does not write earlier records again.
         checkpoints.save(state, step)
+        saved = step
         clock.lap("checkpoint")
         reader.record_time(step)
 
@@ -272,7 +281,13 @@ def fit(
             clock.lap("profile")
         # Input. Time counts as waiting for data only if the device has finished the step before.
         clock.lap("step")
-        batch = _placed(data.batch(index, state), mesh)
+        try:
+            batch = _placed(data.batch(index, state), mesh)
+        except NoBatchError:
+            report()
+            if checkpoints is not None and saved < index:
+                save(index, final=True)
+            raise
         clock.lap("step" if reader.busy() else "input")
         # Enqueue the step, then read the metrics of the one before.
         programs = compilation().programs

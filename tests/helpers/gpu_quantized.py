@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from qwen_jax.kernels.decode import layer_gpu_quantized
-from qwen_jax.kernels.matmul import quantized_gpu, quantized_gpu_few, quantized_gpu_many
+from qwen_jax.kernels.matmul import quantized_gpu, quantized_gpu_few, quantized_gpu_many, quantized_gpu_tiling
+from qwen_jax.kernels.matmul import quantized_gpu_digits as digits
 from qwen_jax.kernels.matmul.quantized_gpu_tiles import permuted
 
 CAN_INTERPRET = jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu"
@@ -35,7 +36,17 @@ def interpreted(multiprocessors: int, columns: int = 64) -> Iterator[None]:
     from jax._src.state import primitives as state
 
     def multiply(acc: Any, a: jax.Array, b: Any) -> None:
-        state.ref_set(acc, (), state.ref_get(acc, ()) + jnp.matmul(a, b[...], preferred_element_type=jnp.float32))
+        so_far, b = state.ref_get(acc, ()), b[...]
+        a = a if isinstance(a, jax.Array) else a[...]
+        state.ref_set(acc, (), so_far + jnp.matmul(a, b, preferred_element_type=so_far.dtype))
+
+    def eight_bits(codes: jax.Array, start: int) -> jax.Array:
+        return digits.permuted(codes[:, start : start + 128].astype(jnp.int8) * 16, codes.dtype)
+
+    def store_digits(refs: Any, factors: Any, words: jax.Array, factor: jax.Array, codes: Any, _: Any) -> None:
+        for c, ref in enumerate(refs):
+            ref[...] = digits.permuted((words >> 8 * c).astype(jnp.int8), codes)
+        factors[...] = jax.lax.bitcast_convert_type(factor[: factors.shape[0]], jnp.float32)
 
     def operand(codes: jax.Array, start: int, width: int, zeros: jax.Array | None = None) -> jax.Array:
         w = codes[:, start : start + width].astype(jnp.float32)
@@ -54,7 +65,7 @@ def interpreted(multiprocessors: int, columns: int = 64) -> Iterator[None]:
 
     how = params.InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
     layer = layer_gpu_quantized.layer_tail.clear_cache, layer_gpu_quantized.norm_product.clear_cache
-    caches = quantized_gpu_few.choose_tiling.cache_clear, quantized_gpu.matmul.clear_cache
+    caches = quantized_gpu_tiling.choose_tiling.cache_clear, quantized_gpu.matmul.clear_cache
     caches += (quantized_gpu.grouped_matmul.clear_cache, *layer)
     with contextlib.ExitStack() as stack:
         stack.enter_context(params.force_gpu_interpret_mode(how))
@@ -65,8 +76,12 @@ def interpreted(multiprocessors: int, columns: int = 64) -> Iterator[None]:
             stack.callback(clear)
         patch.setattr(core.WGMMAAbstractAccumulatorRef, "_getitem", lambda self, ref, _: state.ref_get(ref, ()))
         patch.setattr(plgpu, "wgmma", multiply)
-        for module in (quantized_gpu_few, quantized_gpu_many):
+        for module in (quantized_gpu_tiling, quantized_gpu_many):
             patch.setattr(module, "MULTIPROCESSORS", multiprocessors)
+        patch.setattr(digits, "operand", eight_bits)
+        patch.setattr(digits, "ones", lambda: jnp.ones((64, 128), jnp.int8))
+        patch.setattr(digits, "store", store_digits)
+        for module in (quantized_gpu_few, quantized_gpu_many):
             patch.setattr(module, "operand", operand)
             patch.setattr(module, "load_column", lambda ref, row, group: ref[pl.ds(row, 64), group])
             patch.setattr(module, "as_float32", lambda column, *_: column.astype(jnp.float32))
@@ -75,7 +90,7 @@ def interpreted(multiprocessors: int, columns: int = 64) -> Iterator[None]:
             patch.setattr(module, "wait_for_previous_kernel", lambda: None)
             patch.setattr(module, "allow_next_kernel", lambda: None)
         patch.setattr(layer_gpu_quantized, "store_in_order", store_in_order)
-        patch.setattr(quantized_gpu_few, "_PARTS_BYTES", 0)
+        patch.setattr(quantized_gpu_tiling, "_PARTS_BYTES", 0)
         patch.setattr(quantized_gpu_many, "COLUMNS", columns)
         yield
 

@@ -28,7 +28,7 @@ from tests.helpers.quantized import random_quantized
 from tests.helpers.runs import losses, print_seed, stop_after
 from train import grpo_command
 from train.episodes import read_episode, write_episode
-from train.grpo_config import GrpoRunConfig
+from train.grpo_config import GrpoRunConfig, RewardUse
 from train.grpo_run import train_grpo
 from train.observe.metrics import read_log
 
@@ -151,6 +151,35 @@ def test_a_stopped_run_resumes_bit_for_bit(
     stale = [r["staleness"] for r in read_log(tmp_path / "straight" / "metrics.jsonl") if "staleness" in r]
     late = 0 if not changes or not changes[0].startswith("engine") else 2 if "updates=2" in changes else 1
     assert stale == [0, late, late, late]
+
+
+@pytest.mark.draw(1)
+def test_a_reward_that_fails_loses_no_step(files: Path, tmp_path: Path) -> None:
+    """The steps before it are saved, though no checkpoint was due. With the reward mended the run is as if unbroken."""
+    reward, fails = tmp_path / "reward.py", tmp_path / "fails"
+    reward.write_text(f"""
+import os
+
+calls = []
+
+def letters(completions):
+    calls.append(1)
+    values = [text.count("r") / max(len(text), 1) for text in completions]
+    return values[1:] if len(calls) == 3 and os.path.exists({str(fails)!r}) else values
+""")
+
+    def launch(name: str) -> None:
+        config = configuration(files, tmp_path / name)
+        train_grpo(dataclasses.replace(config, rewards=(RewardUse(f"{reward}:letters"),)), _Formats())
+
+    launch("straight")
+    fails.touch()
+    with pytest.raises(InputError, match="letters returned 15 values; expected a list of 16"):
+        launch("broken")
+    assert losses(tmp_path / "broken") == losses(tmp_path / "straight")[:2]
+    fails.unlink()
+    launch("broken")
+    assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
 
 
 def stopped_and_resumed(files: Path, output: Path, *changes: str) -> None:

@@ -5,6 +5,9 @@ adds the residual stream and normalises, or computes SwiGLU, and writes the next
 kernel of XLA lies between, so that all of them overlap: a product reads its first codes, up to all shared memory of the
 chip, while the small kernel before it still waits for its own input.
 
+Integer codes whose scales are those of 128 inputs or more are multiplied as integers: the small kernels then write a
+vector as digits of 8 bits (`quantized_gpu_digits`).
+
 The numbers are those of the products and norms one by one, with one exception: the inner vector of the feed-forward
 layer is rounded once, after the nonlinearity.
 """
@@ -23,14 +26,12 @@ from qwen_jax.errors import InputError
 from qwen_jax.kernels.decode.layer_gpu_products import add_and_norm, strided, total
 from qwen_jax.kernels.gpu.hopper import allow_next_kernel, load, wait_for_previous_kernel
 from qwen_jax.kernels.matmul import quantized_gpu, quantized_gpu_few
-from qwen_jax.kernels.matmul.quantized_gpu_tiles import Operands, bits
+from qwen_jax.kernels.matmul import quantized_gpu_digits as digits
+from qwen_jax.kernels.matmul.quantized_gpu_tiles import ORDERS, Operands, bits, place_in
 from qwen_jax.kernels.types import Layout, Ref
 
 UNIT = 128
 """All sizes must be multiples of it: a vector is spread over the threads of a warpgroup."""
-ORDERS = {4: (32, ((4, 8, 2), (2, 4, 1), (4, 1, 8))), 8: (16, ((2, 8, 2), (2, 4, 4), (2, 2, 8), (2, 1, 1)))}
-"""`quantized_gpu_tiles.permuted` by the bits of a code: the inputs of a unit, and the digits of an input's number in
-it, each with its size, its stride, and its stride in the order of the codes."""
 _PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 
@@ -58,6 +59,18 @@ class Matrix(NamedTuple):
         weight = arrays["weight"].reshape(-1, inputs)
         found = {name: arrays[name].reshape(weight.shape[0], -1) for name in ("scales", "zeros") if name in arrays}
         return cls(weight, **found)
+
+
+class Vector(NamedTuple):
+    """The input of a product, as `quantized_gpu_tiles.Operands` has it.
+
+    Attributes:
+      x: bfloat16 [1, K] in the order of the codes, or digits, int8 [4, K].
+      factors: of digits, float32 [K / 128].
+    """
+
+    x: jax.Array
+    factors: jax.Array | None = None
 
 
 def supports(matrices: Mapping[str, tuple[int, int, int]], codes: str, scales: str) -> bool:
@@ -114,20 +127,21 @@ def layer_tail(
     """
     _check((heads_I, stream_D, mid_norm_D, next_norm_D), (o, gate_up, down, *([] if next_qkv is None else [next_qkv])))
     # The output projection; the residual stream and the norm of the feed-forward layer.
-    attended = _product(in_order(heads_I, o.weight.dtype), o)
-    stream_D, x_D = add_norm(stream_D, mid_norm_D, gate_up.weight.dtype, attended, eps=eps)
+    attended = _product(in_order(heads_I, o), o)
+    stream_D, x = add_norm(stream_D, mid_norm_D, gate_up, attended, eps=eps)
     # The feed-forward layer; the residual stream and the norm of the next layer.
-    inner_F = swiglu(_product(x_D, gate_up), down.weight.dtype)
-    codes = down.weight.dtype if next_qkv is None else next_qkv.weight.dtype
-    stream_D, x_D = add_norm(stream_D, next_norm_D, codes, _product(inner_F, down), eps=eps)
-    return stream_D, None if next_qkv is None else _product(x_D, next_qkv, whole=True)[0]
+    inner = swiglu(_product(x, gate_up), down)
+    stream_D, x = add_norm(stream_D, next_norm_D, next_qkv, _product(inner, down), eps=eps)
+    return stream_D, None if x is None or next_qkv is None else _product(x, next_qkv, whole=True)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("eps",))
 def norm_product(stream_D: jax.Array, norm_D: jax.Array, w: Matrix, *, eps: float) -> jax.Array:
     """w times the norm of the stream, bfloat16 [N]: q, k and v of the first layer; arguments as in `layer_tail`."""
     _check((stream_D, norm_D), (w,))
-    return _product(add_norm(stream_D, norm_D, w.weight.dtype, eps=eps)[1], w, whole=True)[0]
+    x = add_norm(stream_D, norm_D, w, eps=eps)[1]
+    assert x is not None
+    return _product(x, w, whole=True)[0]
 
 
 def _check(vectors: tuple[jax.Array, ...], matrices: tuple[Matrix, ...]) -> None:
@@ -144,27 +158,24 @@ def _check(vectors: tuple[jax.Array, ...], matrices: tuple[Matrix, ...]) -> None
         )
 
 
-def _product(x_K: jax.Array, w: Matrix, whole: bool = False) -> jax.Array:
+def _product(vector: Vector, w: Matrix, whole: bool = False) -> jax.Array:
     """Partial products, float32 [parts, N]; if `whole`, the rounded product, bfloat16 [1, N].
 
     Args:
-      x_K: in the order of the codes.
+      vector: for the matrix.
       w: the matrix.
       whole: that each result is computed by one thread block.
     """
-    parts = quantized_gpu_few.product(Operands(x_K[None], *w), 1, whole=whole, early=True)
-    return parts.reshape(-1, w.weight.shape[0])
+    operands = Operands(vector.x, *w, x_factors=vector.factors)
+    return quantized_gpu_few.product(operands, 1, whole=whole, early=True).reshape(-1, w.weight.shape[0])
 
 
-def _launch(name: str, body: Callable[..., None], blocks: int, *shapes: tuple[int, ...]) -> Callable[..., Any]:
-    """A kernel with one warpgroup in each block and bfloat16 results."""
-    return pl.kernel(
-        body,
-        out_type=tuple(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes),
-        mesh=plgpu.Mesh(grid=(blocks,), grid_names=("block",)),
-        compiler_params=_PARAMS,
-        name=name,
-    )
+def _launch(
+    name: str, body: Callable[..., None], blocks: int, shapes: list[jax.ShapeDtypeStruct]
+) -> Callable[..., Any]:
+    """A kernel with one warpgroup in each block."""
+    mesh = plgpu.Mesh(grid=(blocks,), grid_names=("block",))
+    return pl.kernel(body, out_type=tuple(shapes), mesh=mesh, compiler_params=_PARAMS, name=name)
 
 
 def _pieces(length: int) -> int:
@@ -172,30 +183,79 @@ def _pieces(length: int) -> int:
     return next(n for n in (1024, 512, 256, 128) if length % n == 0)
 
 
-def in_order(x_K: jax.Array, codes: jax.typing.DTypeLike) -> jax.Array:
-    """A bfloat16 vector in the order in which a product with codes of a dtype has its inputs."""
-    (K,) = x_K.shape
+class _Written:
+    """How a kernel writes a vector for a matrix, piece by piece."""
+
+    def __init__(self, w: Matrix | None):
+        """Vectors for `w`; None is not written."""
+        self.w = w
+        self.in_digits = w is not None and digits.supports(w.weight.dtype, w.weight.shape[1], w.scales.shape[1])
+
+    def shapes(self) -> list[jax.ShapeDtypeStruct]:
+        """The arrays that hold the vector."""
+        if self.w is None:
+            return []
+        K = self.w.weight.shape[1]
+        if not self.in_digits:
+            return [jax.ShapeDtypeStruct((K,), jnp.bfloat16)]
+        of_digits = jax.ShapeDtypeStruct((digits.DIGITS * K,), jnp.int8)
+        return [of_digits, jax.ShapeDtypeStruct((K // digits.TILE,), jnp.float32)]
+
+    def vector(self, arrays: list[jax.Array]) -> Vector | None:
+        """The vector in these arrays."""
+        if self.w is None:
+            return None
+        x, *factors = arrays
+        return Vector(x.reshape(-1, self.w.weight.shape[1]), *factors)
+
+    def store(self, refs: list[Ref], block: jax.Array, x: jax.Array, layout: Layout) -> None:
+        """Writes a piece.
+
+        Args:
+          refs: the arrays.
+          block: number of the piece; the others have its length.
+          x: bfloat16, in registers.
+          layout: of the registers.
+        """
+        if self.w is None:
+            return
+        (size,), codes, K = x.shape, self.w.weight.dtype, self.w.weight.shape[1]
+        first = block * size
+        if not self.in_digits:
+            store_in_order(refs[0].at[pl.ds(pl.multiple_of(first, UNIT), size)], x, codes, layout)
+            return
+        pieces = [refs[0].at[pl.ds(pl.multiple_of(first + c * K, digits.TILE), size)] for c in range(digits.DIGITS)]
+        factors = refs[1].at[pl.ds(block * (size // digits.TILE), size // digits.TILE)]
+        digits.store(pieces, factors, *digits.split(x, layout), codes, layout)
+
+
+def in_order(x_K: jax.Array, w: Matrix) -> Vector:
+    """A bfloat16 vector as the input of a product with w."""
+    (K,), written = x_K.shape, _Written(w)
     size = _pieces(K)
 
-    def body(x_ref: Ref, out_ref: Ref) -> None:
+    def body(x_ref: Ref, *out_refs: Ref) -> None:
         wait_for_previous_kernel()
         allow_next_kernel()
-        at = pl.ds(pl.multiple_of(lax.axis_index("block") * size, size), size)
-        store_in_order(out_ref.at[at], load(x_ref.at[at], strided(size)), codes, strided(size))
+        block, layout = lax.axis_index("block"), strided(size)
+        x = load(x_ref.at[pl.ds(pl.multiple_of(block * size, size), size)], layout)
+        written.store(list(out_refs), block, x, layout)
 
-    out: jax.Array = _launch("order_of_codes", body, K // size, (K,))(x_K)[0]
-    return out
+    found = written.vector(_launch("order_of_codes", body, K // size, written.shapes())(x_K))
+    assert found is not None
+    return found
 
 
-def swiglu(parts_P2F: jax.Array, codes: jax.typing.DTypeLike) -> jax.Array:
-    """`silu(gate) * up`, bfloat16 [F], in the order of codes of a dtype, from partial products, all gates first."""
-    P, F = parts_P2F.shape[0], parts_P2F.shape[1] // 2
+def swiglu(parts_P2F: jax.Array, w: Matrix) -> Vector:
+    """`silu(gate) * up` as the input of a product with w, from partial products, all gates first."""
+    P, F, written = parts_P2F.shape[0], parts_P2F.shape[1] // 2, _Written(w)
     size = _pieces(F)
 
-    def body(parts_ref: Ref, out_ref: Ref) -> None:
+    def body(parts_ref: Ref, *out_refs: Ref) -> None:
         wait_for_previous_kernel()
         allow_next_kernel()
-        first, layout = pl.multiple_of(lax.axis_index("block") * size, size), strided(size)
+        block, layout = lax.axis_index("block"), strided(size)
+        first = pl.multiple_of(block * size, size)
 
         def summed(begin: int) -> jax.Array:
             places = [pl.ds(pl.multiple_of(p * 2 * F + begin + first, UNIT), size) for p in range(P)]
@@ -203,44 +263,43 @@ def swiglu(parts_P2F: jax.Array, codes: jax.typing.DTypeLike) -> jax.Array:
 
         gate, up = summed(0), summed(F)
         inner = (gate / (1 + jnp.exp(-gate)) * up).astype(jnp.bfloat16)
-        store_in_order(out_ref.at[pl.ds(first, size)], inner, codes, layout)
+        written.store(list(out_refs), block, inner, layout)
 
-    out: jax.Array = _launch("swiglu", body, F // size, (F,))(parts_P2F.reshape(-1))[0]
-    return out
+    found = written.vector(_launch("swiglu", body, F // size, written.shapes())(parts_P2F.reshape(-1)))
+    assert found is not None
+    return found
 
 
 def add_norm(
-    stream_D: jax.Array,
-    norm_D: jax.Array,
-    codes: jax.typing.DTypeLike,
-    parts_PD: jax.Array | None = None,
-    *,
-    eps: float,
-) -> tuple[jax.Array, jax.Array]:
-    """The residual stream with a product added, and its RMSNorm in the order of codes of a dtype; bfloat16 [D] each.
+    stream_D: jax.Array, norm_D: jax.Array, w: Matrix | None, parts_PD: jax.Array | None = None, *, eps: float
+) -> tuple[jax.Array, Vector | None]:
+    """The residual stream with a product added, bfloat16 [D], and its RMSNorm as the input of a product with w.
 
     Args:
       stream_D: the residual stream.
       norm_D: weight of the norm.
-      codes: dtype of the matrix that follows.
+      w: the matrix that follows, or None.
       parts_PD: partial products; their sum is rounded before it is added. None adds nothing.
       eps: of the norm.
     """
-    (D,), layout = stream_D.shape, strided(stream_D.shape[0])
+    (D,), layout, written = stream_D.shape, strided(stream_D.shape[0]), _Written(w)
 
     def body(stream_ref: Ref, norm_ref: Ref, *refs: Ref) -> None:
-        *parts_refs, stream_out_ref, x_out_ref = refs
+        left = list(refs)
+        parts_ref = None if parts_PD is None else left.pop(0)
+        stream_out_ref, *out_refs = left
         norm = load(norm_ref, layout)
         wait_for_previous_kernel()
         allow_next_kernel()
-        added = total(parts_refs[0], parts_PD.shape[0], layout) if parts_PD is not None else None
+        added = None if parts_PD is None else total(parts_ref, parts_PD.shape[0], layout)
         stream, x = add_and_norm(load(stream_ref, layout), norm, eps, added)
         stream_out_ref[...] = stream
-        store_in_order(x_out_ref, x, codes, layout)
+        written.store(out_refs, lax.axis_index("block"), x, layout)
 
     parts = [] if parts_PD is None else [parts_PD.reshape(-1)]
-    stream_D, x_D = _launch("add_norm", body, 1, (D,), (D,))(stream_D, norm_D, *parts)
-    return stream_D, x_D
+    shapes = [jax.ShapeDtypeStruct((D,), jnp.bfloat16), *written.shapes()]
+    stream_D, *arrays = _launch("add_norm", body, 1, shapes)(stream_D, norm_D, *parts)
+    return stream_D, written.vector(arrays)
 
 
 def store_in_order(ref: Ref, x: jax.Array, codes: jax.typing.DTypeLike, layout: Layout) -> None:
@@ -252,24 +311,11 @@ def store_in_order(ref: Ref, x: jax.Array, codes: jax.typing.DTypeLike, layout: 
       codes: dtype of the codes.
       layout: of the registers.
     """
-    unit, digits = ORDERS[bits(codes)]
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
     def store(_: Any, ref: Any, x: Any) -> None:
-        from jax._src.lib.mlir import ir
-        from jax._src.lib.mlir.dialects import arith, memref
-        from jax.experimental.mosaic.gpu import utils
+        from jax._src.lib.mlir.dialects import memref
 
-        def const(n: int) -> Any:
-            return utils.c(n, ir.IndexType.get())
-
-        def put(number: Any, at: tuple[Any, ...]) -> None:
-            place = arith.muli(arith.divui(at[0], const(unit)), const(unit))
-            for size, here, there in digits:
-                digit = arith.remui(arith.divui(at[0], const(here)), const(size))
-                place = arith.addi(place, arith.muli(digit, const(there)))
-            memref.store(number, ref, [place])
-
-        x.foreach(put)
+        x.foreach(lambda number, at: memref.store(number, ref, [place_in(ORDERS[bits(codes)], at[0])]))
 
     store(ref, x)

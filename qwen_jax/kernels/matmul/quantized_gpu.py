@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.matmul import quantized_gpu_few, quantized_gpu_many
-from qwen_jax.kernels.matmul.quantized_gpu_few import MAX_ROWS, width
 from qwen_jax.kernels.matmul.quantized_gpu_tiles import CODES, Bundles, Operands, inputs_at_once, permuted
+from qwen_jax.kernels.matmul.quantized_gpu_tiling import MAX_ROWS, width
 
 SCALES = tuple(map(jnp.dtype, (jnp.float16, jnp.bfloat16, jnp.float32)))
 """Dtypes of scales that the kernels read."""

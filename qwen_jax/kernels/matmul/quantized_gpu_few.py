@@ -12,14 +12,14 @@ are added through shared memory. The steps of all tiles of outputs form one list
 equal share, wherever that begins and ends. A tile that several blocks share has several partial results; XLA fuses
 their sum into what follows.
 
+One row may come as digits of 8 bits (`quantized_gpu_digits`): then integer codes are multiplied as integers.
+
 A grouped product has several matrices and bundles of rows, each of which is multiplied by one of them: the list has the
 tiles of each bundle, one bundle after the other. How many there are is known only on the device, so that the share is
 computed there, and codes of matrices without rows are never read.
 """
 
-import dataclasses
 import functools
-import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -29,7 +29,6 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_jax.kernels.gpu.device import MULTIPROCESSORS, TILE_SHARED_BYTES
 from qwen_jax.kernels.gpu.hopper import allow_next_kernel, load, tiled, wait_for_previous_kernel
 from qwen_jax.kernels.gpu.tiles import (
     FEEDER_REGISTERS,
@@ -42,6 +41,7 @@ from qwen_jax.kernels.gpu.tiles import (
     rem,
     zeros,
 )
+from qwen_jax.kernels.matmul import quantized_gpu_digits as digits
 from qwen_jax.kernels.matmul.quantized_gpu_tiles import (
     TILE,
     Operands,
@@ -53,98 +53,10 @@ from qwen_jax.kernels.matmul.quantized_gpu_tiles import (
     operand,
     store_transposed,
 )
+from qwen_jax.kernels.matmul.quantized_gpu_tiling import WARPGROUPS, Tiling, choose_tiling, width
 from qwen_jax.kernels.types import Ref
 
-MAX_ROWS = 64
-WARPGROUPS = 4
-_MAX_STAGES = 16
-_PARTS_BYTES = 200_000  # The cost of partial results beyond their own bytes.
-_SHORT_STEPS = 1.05  # The time of steps of 128 inputs, relative to 256: there is more to do besides converting codes.
 _SUM_COLUMNS = 64  # Columns of sums that are not scaled yet, together.
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """How a product is divided; a static function of its shape.
-
-    Attributes:
-      high: warpgroups with different outputs.
-      wide: warpgroups with the same outputs and different inputs.
-      chunk: inputs of a step for one warpgroup.
-      share: steps of a thread block; of a grouped product, the least.
-      blocks: thread blocks.
-      parts: partial results, the most blocks that share a tile.
-      stages: steps in flight.
-    """
-
-    high: int
-    wide: int
-    chunk: int
-    share: int
-    blocks: int
-    parts: int
-    stages: int
-
-
-def width(rows: int) -> int:
-    """Columns of the product for this many rows."""
-    return -(-rows // 8) * 8
-
-
-def _parts(tiles: int, steps: int, share: int) -> int:
-    """The most blocks that share a tile."""
-    return max((t * steps + steps - 1) // share - t * steps // share + 1 for t in range(min(tiles, share)))
-
-
-@functools.cache
-def choose_tiling(
-    rows: int, n: int, k: int, code_bits: int, at_once: int = TILE, bundles: int = 0, whole: bool = False
-) -> Tiling:
-    """Divides a product of `rows` rows with a matrix [n, k], or a grouped product of bundles of so many rows.
-
-    The estimated cost, in bytes read from memory, is the larger of two: W, including the time of idle multiprocessors,
-    and everything that goes from L2 to the multiprocessors at about 2.5 times the speed. Writing and reading partial
-    results is added.
-
-    Args:
-      rows: 1 to `MAX_ROWS`.
-      n, k: outputs, a multiple of 64, and inputs, a multiple of 32.
-      code_bits: of a code, 4 or 8.
-      at_once: inputs that share a scale; see `inputs_at_once`.
-      bundles: of a grouped product the fewest that there may be; 0 for one matrix. If there are more, shares are
-        longer. Then they are whole tiles if the least share is, and otherwise no tile has more parts than `parts`.
-      whole: that there are no partial results.
-    """
-    columns, matrices = width(rows), max(bundles, 1)
-    weights = matrices * n * k * code_bits // 8
-    best: tuple[float, Tiling] | None = None
-    for high, chunk in itertools.product((1, 2, 4), (128, 256)):
-        wide = WARPGROUPS // high
-        tiles, steps = -(-n // (ROWS * high)) * matrices, -(-k // (chunk * wide))
-        stage = ROWS * high * chunk * wide * code_bits // 8 + columns * chunk * wide * 2
-        stages = min(_MAX_STAGES, (TILE_SHARED_BYTES - (wide - 1) * high * ROWS * columns * 4) // stage)
-        # Longer steps, and sums of more warpgroups, need more registers.
-        if stages < 2 or (chunk == 256 and (columns > 16 or at_once < TILE)) or (wide == 4 and columns > 32):
-            continue
-        total = tiles * steps
-        least = -(-total // MULTIPROCESSORS)
-        # More than the least share makes fewer partial results, and leaves multiprocessors idle.
-        for share in range(least, min(total, max(2 * least, steps)) + 1):
-            if whole and share % steps:
-                continue
-            if bundles:
-                parts = 1 if share % steps == 0 else -(-(steps - 1) // share) + 1
-            else:
-                parts = _parts(tiles, steps, share)
-            longest = weights / total * share * MULTIPROCESSORS * (_SHORT_STEPS if chunk == 128 else 1)
-            x_bytes = tiles * rows * k * 2
-            cost = max(longest, 0.4 * (weights + x_bytes)) + _PARTS_BYTES * (parts > 1)
-            cost += parts * matrices * rows * n * 4
-            if best is None or cost < best[0]:
-                blocks = MULTIPROCESSORS if bundles else -(-total // share)
-                best = cost, Tiling(high, wide, chunk, share, blocks, parts, stages)
-    assert best is not None
-    return best[1]
 
 
 class _Memory(NamedTuple):
@@ -193,7 +105,8 @@ def product(
     """
     (N, K), G, columns = operands.codes.shape, operands.scales.shape[1], width(rows)
     N = outputs or N
-    p = choose_tiling(rows, N, K, bits(operands.codes.dtype), inputs_at_once(K, G), bundles, whole)
+    in_digits = operands.x_factors is not None
+    p = choose_tiling(rows, N, K, bits(operands.codes.dtype), inputs_at_once(K, G), bundles, whole, in_digits)
     leaves, treedef = jax.tree.flatten(operands)
 
     def block(*refs: Ref, **scratch: Ref) -> None:
@@ -218,7 +131,11 @@ def product(
         {"block": p.blocks},
         WARPGROUPS + 1,
         w_smem=tiled((p.stages, ROWS * p.high, p.chunk * p.wide), operands.codes.dtype, math.gcd(K, TILE)),
-        x_smem=tiled((p.stages, columns, p.chunk * p.wide), jnp.bfloat16, min(inputs_at_once(K, G), 64)),
+        x_smem=tiled(
+            (p.stages, columns, p.chunk * p.wide),
+            operands.x.dtype,
+            min(inputs_at_once(K, G), TILE if in_digits else 64),
+        ),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=p.stages),
         free=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=p.stages),
         **sums,
@@ -259,9 +176,9 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling, early: 
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     N, K, G, bundles = out_ref.shape[2], operands.codes.shape[1], operands.scales.shape[1], operands.bundles
     columns, stages, group = memory.x_smem.shape[1], memory.full.shape[0], K // G
-    at_once = inputs_at_once(K, G)
+    at_once, in_digits = inputs_at_once(K, G), operands.x_factors is not None
     # Products that run at the same time, as many as there are registers for their sums.
-    together = max(1, _SUM_COLUMNS // columns)
+    together = 1 if in_digits and operands.zeros is not None else max(1, _SUM_COLUMNS // columns)
     tiles, steps = -(-N // (ROWS * p.high)), -(-K // (p.chunk * p.wide))
     total: jax.Array | int = tiles * steps
     share: jax.Array | int = p.share
@@ -350,6 +267,8 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling, early: 
         own_rows = pl.ds(pl.multiple_of(level * ROWS, ROWS), ROWS)
         own_inputs = pl.ds(pl.multiple_of(side * p.chunk, TILE), p.chunk)
 
+        ones = digits.ones() if in_digits and operands.zeros is not None else None
+
         def row_of(tile: jax.Array) -> jax.Array:
             # The last tile may have fewer rows: then some warpgroups have none, and write nothing.
             return pl.multiple_of(jnp.minimum((tile * p.high + level) * ROWS, N - ROWS), ROWS)
@@ -378,28 +297,61 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling, early: 
             step, slot = place.step, rem(i, stages)
             row, after = matrix_row_of(place, row_of(place.tile)), following(place)
             plgpu.barrier_wait(memory.full.at[slot])
-            codes = load_codes(memory.w_smem.at[slot, own_rows, own_inputs])
+            tile = memory.w_smem.at[slot, own_rows, own_inputs]
+            codes = None if in_digits and bits(tile.dtype) == 8 else load_codes(tile)
             # Read one step ahead; the numbers arrive while this step is computed.
             ahead = per_row(after)
 
             def now(columns: tuple[jax.Array, ...], ref: Ref, j: int) -> jax.Array:
                 return as_float32(columns[j], ref, row, group_of(step, j))
 
+            def x_of(j: int) -> Ref:
+                inputs = pl.ds(pl.multiple_of(side * p.chunk + j * at_once, at_once), at_once)
+                return memory.x_smem.at[slot, :, inputs].T
+
             def sums(first: int, *accs: Ref) -> tuple[jax.Array, ...]:
                 for j, acc in enumerate(accs, first):
                     z = now(numbers.zeros, operands.zeros, j) if numbers.zeros else None
-                    w = operand(codes, j * at_once, at_once, z)
-                    inputs = pl.ds(pl.multiple_of(side * p.chunk + j * at_once, at_once), at_once)
-                    plgpu.wgmma(acc, w, memory.x_smem.at[slot, :, inputs].T)
+                    plgpu.wgmma(acc, operand(codes, j * at_once, at_once, z), x_of(j))
                 plgpu.wgmma_wait(0)
                 return tuple(acc[...] for acc in accs)
+
+            def integer_sums(first: int, *accs: Ref) -> tuple[jax.Array, ...]:
+                """Sums of codes, or of 16 times int4 codes, times digits, minus the zero points'."""
+                unit = 1 if codes is None else 16
+                of_codes, of_x = accs[:number], accs[number:]
+                factors = [x_factor(j) / unit for j in range(first, first + number)]
+                for j, acc in enumerate(of_codes, first):
+                    here = tile.at[:, pl.ds(j * at_once, at_once)]
+                    plgpu.wgmma(acc, here if codes is None else digits.operand(codes, j * at_once), x_of(j))
+                    if numbers.zeros:
+                        # A matrix of ones gives each thread the sums of the digits.
+                        plgpu.wgmma(of_x[j - first], ones, x_of(j))
+                plgpu.wgmma_wait(0)
+                found = []
+                for j, acc in enumerate(of_codes, first):
+                    y = acc[...].astype(jnp.float32)
+                    if numbers.zeros:
+                        z = now(numbers.zeros, operands.zeros, j) * unit
+                        y = y - across(z, shape) * of_x[j - first][...].astype(jnp.float32)
+                    found.append(y * factors[j - first])
+                return tuple(found)
+
+            def x_factor(j: int) -> jax.Array:
+                at = (step * p.wide + side) * (p.chunk // at_once) + j
+                return operands.x_factors[jnp.minimum(at, K // at_once - 1)]
 
             shape = (ROWS, columns)
             # A tile begins with zeros.
             acc = lax.cond(step == 0, lambda _: zeros(shape, WGMMA), lambda acc: acc, acc)
+            number = min(together, p.chunk // at_once)
             for first in range(0, p.chunk // at_once, together):
-                accs = [plgpu.ACC(shape, jnp.float32)] * min(together, p.chunk // at_once)
-                for j, y in enumerate(pl.run_scoped(functools.partial(sums, first), *accs), first):
+                accs = [plgpu.ACC(shape, jnp.int32 if in_digits else jnp.float32)] * number
+                if in_digits:
+                    found = pl.run_scoped(functools.partial(integer_sums, first), *accs * (2 if numbers.zeros else 1))
+                else:
+                    found = pl.run_scoped(functools.partial(sums, first), *accs)
+                for j, y in enumerate(found, first):
                     acc = acc + y * across(now(numbers.scales, operands.scales, j), shape)
                     if operands.x_sums is not None:
                         # Inputs beyond the end belong to no group.
@@ -441,6 +393,7 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling, early: 
             tile, step, bundle, _ = place
             earlier = tile if bundle is None else tile + bundle * tiles
             part = block - lax.div(earlier * steps, jnp.int32(share))
+            total = digits.combined(total) if in_digits else total
             row = row_of(tile)
             rows, count_ref = x_rows(place), None if bundle is None else bundles.counts.at[pl.ds(bundle, 1)]
 
@@ -457,7 +410,10 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling, early: 
                     lax.fori_loop(part + 1, jnp.where(step == steps - 1, p.parts, part + 1), clear, None)
 
         place = first_place()
-        lax.fori_loop(0, count, one, (zeros((ROWS, columns), WGMMA), place, per_row(place)))
+        numbers = per_row(place)
+        if early and in_digits:
+            wait_for_previous_kernel()  # It writes the factors.
+        lax.fori_loop(0, count, one, (zeros((ROWS, columns), WGMMA), place, numbers))
 
     @pl.when(warpgroup < WARPGROUPS)
     def run_multiply() -> None:

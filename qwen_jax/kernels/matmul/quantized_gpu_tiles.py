@@ -33,13 +33,14 @@ class Operands(NamedTuple):
     """The operands of a kernel in global memory.
 
     Attributes:
-      x: bfloat16 [M, K], permuted.
+      x: bfloat16 [M, K], permuted; or the digits of one row, int8 [4, K], see `quantized_gpu_digits`.
       codes: [N, K].
       scales: [N, G].
       zeros: [N, G].
       mins: float32 [N, G].
       x_sums: with `mins`, float32 [G, columns]: the sums of x over each group.
       bundles: of a grouped product, else None.
+      x_factors: of digits, float32 [K / 128].
     """
 
     x: Any
@@ -49,6 +50,7 @@ class Operands(NamedTuple):
     mins: Any = None
     x_sums: Any = None
     bundles: Any = None
+    x_factors: Any = None
 
 
 class Bundles(NamedTuple):
@@ -85,6 +87,33 @@ def permuted(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         return jnp.moveaxis(x.reshape(*outer, K // 32, 4, 2, 4), -1, -3).reshape(x.shape)
     # Of 16 inputs, lane t holds b to b + 3 with b = 8 (t % 2) + 4 (t // 2): the pairs at 2 t of two units of 8.
     return x.reshape(*outer, K // 16, 2, 2, 2, 2).swapaxes(-4, -2).reshape(x.shape)
+
+
+Order = tuple[int, tuple[tuple[int, int, int], ...]]
+"""An order of inputs: those of a unit, and the digits of an input's number in it, each with its size, its stride, and
+its stride in that order."""
+ORDERS: dict[int, Order] = {
+    4: (32, ((4, 8, 2), (2, 4, 1), (4, 1, 8))),
+    8: (16, ((2, 8, 2), (2, 4, 4), (2, 2, 8), (2, 1, 1))),
+}
+"""`permuted` by the bits of a code."""
+
+
+def place_in(order: Order, at: Any) -> Any:
+    """The place of an input, an index of MLIR. Call it within `plgpu.inline_mgpu`."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith
+    from jax.experimental.mosaic.gpu import utils
+
+    def const(n: int) -> Any:
+        return utils.c(n, ir.IndexType.get())
+
+    unit, digits = order
+    place = arith.muli(arith.divui(at, const(unit)), const(unit))
+    for size, here, there in digits:
+        digit = arith.remui(arith.divui(at, const(here)), const(size))
+        place = arith.addi(place, arith.muli(digit, const(there)))
+    return place
 
 
 def inputs_at_once(k: int, groups: int) -> int:
@@ -216,7 +245,8 @@ def load_column(ref: Ref, row: jax.Array, group: jax.Array) -> jax.Array:
         for at, place in np.ndenumerate(places.registers):
             in_vector = isinstance(place.type, ir.VectorType)
             place = vector.extract(place, [], [0]) if in_vector else place
-            byte: Any = llvm.inline_asm(i32, [begin, place], code, "=r,l,r")
+            # As a side effect it is not moved to where the byte is used, a step later.
+            byte: Any = llvm.inline_asm(i32, [begin, place], code, "=r,l,r", has_side_effects=True)
             registers[at] = vector.broadcast(ir.VectorType.get((1,), i32), byte) if in_vector else byte
         return fragmented_array.FragmentedArray(_registers=registers, _layout=places.layout, _is_signed=True)
 

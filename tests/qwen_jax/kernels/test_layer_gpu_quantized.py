@@ -14,10 +14,12 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference import one_row
 from qwen_jax.kernels.decode import layer, layer_gpu_quantized
-from qwen_jax.kernels.decode.layer_gpu_quantized import Matrix, layer_tail
+from qwen_jax.kernels.decode.layer_gpu_quantized import Matrix, Vector, layer_tail
+from qwen_jax.kernels.matmul import quantized_gpu_digits as digits
 from qwen_jax.kernels.matmul.quantized import dequantize
-from qwen_jax.kernels.matmul.quantized_gpu_few import choose_tiling, product
+from qwen_jax.kernels.matmul.quantized_gpu_few import product
 from qwen_jax.kernels.matmul.quantized_gpu_tiles import Operands, permuted
+from qwen_jax.kernels.matmul.quantized_gpu_tiling import choose_tiling
 from qwen_jax.published import published
 from qwen_jax.quantization import Quantization, Scheme
 from tests.helpers.gpu_quantized import CAN_INTERPRET, interpreted
@@ -179,14 +181,34 @@ def test_partial_results_are_added_in_the_interpreter() -> None:
     parts = jnp.asarray(rng.standard_normal((3, 512)), jnp.float32)
     stream, norm = (jnp.asarray(1 + rng.standard_normal(256), jnp.bfloat16) for _ in range(2))
     gate, up = parts.sum(axis=0).reshape(2, 256)
-    for codes in (jnp.int4, jnp.int8):
+    for scheme in SCHEMES:
+        w = drawn((64, 256), scheme, rng)
         with interpreted(1):
-            inner = layer_gpu_quantized.swiglu(parts, codes)
-            added, x = layer_gpu_quantized.add_norm(stream, norm, codes, parts[:, :256], eps=EPS)
+            inner = layer_gpu_quantized.swiglu(parts, w)
+            added, x = layer_gpu_quantized.add_norm(stream, norm, w, parts[:, :256], eps=EPS)
+        assert x is not None
         want = stream + gate.astype(jnp.bfloat16)
-        assert error(inner, permuted(jax.nn.silu(gate) * up, codes)) < 3e-3
+        assert error(values(inner, scheme), in_order_of(scheme, jax.nn.silu(gate) * up)) < 3e-3
         assert error(added, want) < 1e-3
-        assert error(x, permuted(plain_norm(want, norm), codes)) < 3e-3
+        assert error(values(x, scheme), in_order_of(scheme, plain_norm(want, norm))) < 3e-3
+
+
+def in_digits(scheme: Scheme) -> bool:
+    """Whether a vector of 256 for a matrix of this scheme is written as digits."""
+    return digits.supports(scheme.codes, 256, scheme.groups(256))
+
+
+def in_order_of(scheme: Scheme, x: jax.Array) -> jax.Array:
+    """The components of a vector in the order in which it is written for a matrix of this scheme."""
+    return (digits.permuted if in_digits(scheme) else permuted)(x, scheme.codes)
+
+
+def values(vector: Vector, scheme: Scheme) -> np.ndarray:
+    """What the input of a product stands for."""
+    if not in_digits(scheme):
+        return np.asarray(vector.x[0], np.float64)
+    whole = np.tensordot(256.0 ** np.arange(4), np.asarray(vector.x, np.float64), 1)
+    return whole * np.repeat(np.asarray(vector.factors, np.float64), 128)
 
 
 @pytest.mark.skipif(not CAN_INTERPRET, reason="needs jax 0.11, and a CPU")

@@ -10,8 +10,8 @@ import pytest
 
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.matmul import quantized, quantized_gpu
-from qwen_jax.kernels.matmul.quantized_gpu_few import MAX_ROWS, WARPGROUPS, choose_tiling, width
 from qwen_jax.kernels.matmul.quantized_gpu_tiles import CODES, _to_bfloat16, bits, permuted
+from qwen_jax.kernels.matmul.quantized_gpu_tiling import MAX_ROWS, WARPGROUPS, choose_tiling, width
 from tests.helpers.gpu_quantized import CAN_INTERPRET, interpreted, run_ptx
 from tests.helpers.platforms import as_if_on
 from tests.qwen_jax.kernels.test_few_rows_gpu import SHAPES, SHARDS
