@@ -1,5 +1,6 @@
 """The benchmark of serving measures what it says it does; at toy sizes, so that its figures mean nothing here."""
 
+import asyncio
 import json
 import time
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.serving import benchmark, cases, host_cost, lengths, load, models, padding, soak
+from experiments.serving import benchmark, cases, host_cost, lengths, load, models, padding, same_text, soak
 from experiments.serving.floors import Ceilings, decode_seconds, prefill_seconds
 from experiments.serving.host_times import HostTimes
 from experiments.serving.sizes import SIZES
@@ -225,6 +226,48 @@ def test_the_soak_ends_well_and_finds_what_is_wrong(capsys):
         assert not soak.soak(engine, clients, 0.1, 1, 0.05)["ok"]
     assert soak.is_flat([10**9] * 8)
     assert not soak.is_flat([10**9 + i * 10**8 for i in range(8)])
+
+
+def test_clients_over_http_get_what_they_ask_for_and_a_drain_counts_whole_texts():
+    http_client = pytest.importorskip("experiments.serving.http_client")
+    from experiments.serving.soak_server import HttpClients, _until_idle
+
+    settings = {**SMALL, "tokenizer": cases.a_tokenizer(benchmark.parse(["f"]))}
+    engine = models.make_engine(published("tiny"), **settings)
+    with http_client.serve(engine) as port:
+        clients = HttpClients(port, engine.vocab_limit, engine.max_length, int(print_seed().integers(1 << 30)), 4)
+        for do in clients.do.values():
+            asyncio.run(do())
+        assert not clients.unexpected, clients.unexpected
+        assert _until_idle(port) == {"running": 0, "waiting": 0, "pages_used": 0}
+        for status in (0, 1):
+            process = SimpleNamespace(send_signal=lambda number: None, wait=lambda seconds, status=status: status)
+            found = clients.drain(process)
+            assert found["ended_whole"] == 4
+            assert not (found["drained"] and status)
+        # A request that must be refused, and is not.
+        clients._post = lambda *_: asyncio.sleep(0, (200, True))
+        asyncio.run(clients.do["bad"]())
+        assert clients.unexpected
+
+
+def test_texts_of_two_meshes_may_part_at_near_ties_only():
+    def finished(*tokens):
+        infos = [SimpleNamespace(token_id=i, logprob=x) for i, x in tokens]
+        return SimpleNamespace(token_ids=tuple(i for i, _ in tokens), tokens=infos)
+
+    texts = [finished((1, -1.0), (2, -2.0), (3, -0.5)) for _ in range(8)]
+    found = same_text.compare(texts, texts)
+    assert found["ok"]
+    assert (found["equal"], found["tokens_compared"], found["most_apart"]) == (8, 24, 0.0)
+    # The greedy text of index 2 parts at its second token; what comes after is not compared.
+    for other, ok in ((-2.0 - same_text.NEAR / 2, True), (-2.5, False)):
+        found = same_text.compare(texts, [*texts[:2], finished((1, -1.25), (4, other), (9, -9.0)), *texts[3:]])
+        assert (found["equal"], found["tokens_compared"], found["most_apart"]) == (7, 22, 0.25)
+        assert found["greedy_parted_by"] == pytest.approx(-2.0 - other)
+        assert found["ok"] is ok
+    # Too many part, sampled ones too.
+    assert not same_text.compare(texts, [finished((i, -1.0), (2, -2.0), (3, -0.5)) for i in range(8)])["ok"]
 
 
 def test_the_copy_of_a_cyclic_head_keeps_the_embedding():
