@@ -1,16 +1,21 @@
 """The reward of code that passes tests, run in the sandbox."""
 
+import hashlib
 import inspect
 import json
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from qwen_jax.errors import InputError
+from qwen_jax.files import to_json
 from train.rewards.text import column_of, last_code_block
 from train.sandbox import Limits, Sandbox, Test
 
 _TEST_KEYS = ({"stdin", "expected_stdout"}, {"expected_stdout"}, {"code"})
+# Verdicts that are remembered.
+_KEPT = 1 << 16
 
 
 class CodeReward:
@@ -18,6 +23,9 @@ class CodeReward:
 
     Nothing else of the response is run, and a response without a closed block gets 0. A test that the sandbox could not
     run gives no signal, unless another test has failed already.
+
+    Equal programs with equal tests are run once, as long as their verdict is remembered. A program that met a limit of
+    the sandbox, or that the machine failed to run, is run again at the next call.
 
     The prompt file has a list of tests for each prompt, or its JSON text: {"stdin": ..., "expected_stdout": ...}, or
     {"code": ...} with assertions. See `train.sandbox`.
@@ -51,6 +59,7 @@ class CodeReward:
         self._sandbox = _make_sandbox(sandbox_settings) if sandbox is None else sandbox
         workers = sandbox_settings.get("workers") or getattr(self._sandbox, "workers", None) or 8
         self._threads = ThreadPoolExecutor(int(workers), "code-reward")
+        self._known: OrderedDict[str, float] = OrderedDict()
 
     def __call__(self, completions: Sequence[str], finished: Sequence[bool], **columns: Any) -> list[float | None]:
         """The rewards, 0 to 1, or None for no signal."""
@@ -59,7 +68,34 @@ class CodeReward:
             languages: Sequence[Any] = [self._language] * len(completions)
         else:
             languages = column_of(columns, self._language_column, "languages")
-        return list(self._threads.map(self._reward, completions, finished, tests, languages))
+        found: list[float | None] = [None] * len(completions)
+        # The places of each program with its tests.
+        places = dict[str, list[int]]()
+        programs = dict[str, tuple[str, str, list[dict[str, str]]]]()
+        for i, (text, ended) in enumerate(zip(completions, finished, strict=True)):
+            block = last_code_block(text) if ended else None
+            if not tests[i]:
+                continue
+            if block is None or not block[1].strip():
+                found[i] = 0.0
+                continue
+            program = languages[i], block[1], tests[i]
+            key = hashlib.sha256(to_json(program).encode(errors="surrogatepass")).hexdigest()
+            places.setdefault(key, []).append(i)
+            programs[key] = program
+        rewards: dict[str, float | None] = {key: self._known[key] for key in programs if key in self._known}
+        new = [key for key in programs if key not in rewards]
+        judged = self._threads.map(self._reward, *zip(*(programs[key] for key in new), strict=True)) if new else ()
+        for key, (reward, certain) in zip(new, judged, strict=True):
+            rewards[key] = reward
+            if certain and reward is not None:
+                self._known[key] = reward
+        while len(self._known) > _KEPT:
+            self._known.popitem(last=False)
+        for key, where in places.items():
+            for i in where:
+                found[i] = rewards[key]
+        return found
 
     def close(self) -> None:
         """Ends the sandbox, if it was made here."""
@@ -67,19 +103,16 @@ class CodeReward:
         if self._owned:
             self._sandbox.close()
 
-    def _reward(self, text: str, ended: bool, tests: list[dict[str, str]], language: str) -> float | None:
-        block = last_code_block(text) if ended else None
-        if not tests:
-            return None
-        if block is None or not block[1].strip():
-            return 0.0
-        runs = self._sandbox.run_tests(language, block[1], [Test(**test) for test in tests])
+    def _reward(self, language: str, source: str, tests: list[dict[str, str]]) -> tuple[float | None, bool]:
+        """The reward of a program, and whether it would be the same again: no limit of the sandbox was met."""
+        runs = self._sandbox.run_tests(language, source, [Test(**test) for test in tests])
         if len(runs) != len(tests):
-            return None
+            return None, False
         outcomes = [run.outcome.name for run in runs]
+        certain = "ERROR" not in outcomes and all(run.killed_by is None for run in runs)
         if not self._partial and "FAIL" in outcomes:
-            return 0.0
-        return None if "ERROR" in outcomes else outcomes.count("PASS") / len(outcomes)
+            return 0.0, certain
+        return None if "ERROR" in outcomes else outcomes.count("PASS") / len(outcomes), certain
 
 
 def _make_sandbox(settings: Mapping[str, Any]) -> Sandbox:

@@ -18,6 +18,7 @@ class Outcome(enum.Enum):
 @dataclasses.dataclass(frozen=True)
 class Run:
     outcome: Outcome
+    killed_by: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Limits:
 
 
 class Sandbox:
-    """Passes a test whose expected output is the source; "machine" in a test is an error of the machine."""
+    """Passes a test whose expected output is the source; "machine" in a test is an error of the machine, and "slow" a
+    program that takes too long."""
 
     def __init__(self, limits: Limits = Limits(), workers: int = 8, isolation: str = "bubblewrap"):
         self.limits, self.workers, self.isolation, self.closed = limits, workers, isolation, False
@@ -44,7 +46,10 @@ class Sandbox:
         self.seen.append((language, source))
         wanted = [test.expected_stdout or test.code for test in tests]
         return [
-            Run(Outcome.ERROR if x == "machine" else Outcome.PASS if x == source.strip() else Outcome.FAIL)
+            Run(
+                Outcome.ERROR if x == "machine" else Outcome.PASS if x == source.strip() else Outcome.FAIL,
+                "time" if x == "slow" else None,
+            )
             for x in wanted
         ]
 
@@ -89,6 +94,22 @@ def test_rewards_of_code(partial: bool) -> None:
     assert reward(completions, finished, tests=tests) == (share if partial else whole)
     reward.close()  # type: ignore[attr-defined]
     assert not box.closed
+
+
+def test_equal_programs_with_equal_tests_are_run_once() -> None:
+    """Also in later calls, unless the machine failed or a limit was met; equal programs in two languages are two."""
+    box = Sandbox()
+    reward: Any = load_reward("code", sandbox=box, language_column="language")
+    programs = ["a", "a", "b", "a", "a"]
+    tests = [prints("a"), prints("a"), prints("a"), prints("a", "slow"), prints("machine")]
+    for times in (1, 2):
+        given: dict[str, Any] = {"tests": tests * 2, "language": ["python"] * 5 + ["c"] * 5}
+        found = reward([f"```\n{text}\n```" for text in programs * 2], [True] * 10, **given)
+        assert found == [1.0, 1.0, 0.0, 0.0, None] * 2
+        # "a" and "b" with the first test once each; the other two "a" in each call.
+        for language in ("python", "c"):
+            assert [box.seen.count((language, f"{text}\n")) for text in "ab"] == [1 + 2 * times, 1]
+    reward.close()
 
 
 def test_the_sandbox_that_is_made() -> None:
