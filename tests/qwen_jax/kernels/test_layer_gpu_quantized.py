@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -175,6 +176,7 @@ def test_a_step_with_the_kernels_equals_the_model(scheme: Scheme, monkeypatch: p
 
 
 @pytest.mark.skipif(not CAN_INTERPRET, reason="needs jax 0.11, and a CPU")
+@pytest.mark.usefixtures("multiplied")
 def test_partial_results_are_added_in_the_interpreter() -> None:
     """SwiGLU and the residual stream of sums of partial products, and the norm, in either order of codes."""
     rng = print_seed()
@@ -191,6 +193,15 @@ def test_partial_results_are_added_in_the_interpreter() -> None:
         assert error(values(inner, scheme), in_order_of(scheme, jax.nn.silu(gate) * up)) < 3e-3
         assert error(added, want) < 1e-3
         assert error(values(x, scheme), in_order_of(scheme, plain_norm(want, norm))) < 3e-3
+
+
+@pytest.fixture(params=[False, True], ids=["converted", "digits"])
+def multiplied(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Integer codes are converted, or multiplied as integers. Compiled programs are forgotten."""
+    monkeypatch.setattr(digits, "ENABLED", request.param)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
 
 
 def in_digits(scheme: Scheme) -> bool:
@@ -212,6 +223,7 @@ def values(vector: Vector, scheme: Scheme) -> np.ndarray:
 
 
 @pytest.mark.skipif(not CAN_INTERPRET, reason="needs jax 0.11, and a CPU")
+@pytest.mark.usefixtures("multiplied")
 @pytest.mark.parametrize("scheme", [SCHEMES[0], SCHEMES[2]], ids=str)
 def test_a_layer_is_correct_in_the_interpreter(scheme: Scheme) -> None:
     """All kernels of a layer, one after another, against float32 products with the same roundings."""
@@ -238,6 +250,7 @@ def test_a_product_that_begins_early_is_the_same_in_the_interpreter() -> None:
 
 if ON_HOPPER:
 
+    @pytest.mark.usefixtures("multiplied")
     @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
     @pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen2.5-7b"])
     def test_the_kernels_are_correct_every_time(name: str, scheme: Scheme) -> None:
@@ -255,6 +268,7 @@ if ON_HOPPER:
             np.testing.assert_array_equal(np.asarray(again[0]), np.asarray(stream))
             np.testing.assert_array_equal(np.asarray(again[1]), np.asarray(qkv))
 
+    @pytest.mark.usefixtures("multiplied")
     @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
     def test_decoding_with_the_kernels_equals_the_model(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
         """The whole loop, with overlapping launches, compared with the code for larger batches."""
