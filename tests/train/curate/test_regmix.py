@@ -49,12 +49,13 @@ def distance(one: Any, other: Any) -> float:
 
 @pytest.mark.parametrize("noise", [0.0, 0.005])
 def test_the_optimum_of_a_power_law_is_found(noise: float) -> None:
-    """32 runs of each of nine surfaces: half of the picks are within 0.12 of the optimum, and lose less than 0.01 nats.
+    """32 runs of each of nine surfaces. Half of the fits rank well; half of the picks hardly move when runs are left
+    out, are within 0.12 of the optimum, and lose less than 0.01 nats.
 
     A quadratic is not a power law: one surface in fifty is too steep for it.
     """
     rng = print_seed()
-    distances, losses = [], []
+    distances, losses, ranks, spreads = [], [], [], []
     for _ in range(9):
         surface = power_law(rng.uniform(0.5, 1.5, 3), np.eye(3) * 0.8 + 0.2 * rng.dirichlet(np.ones(3), 3).T)
         trials = trials_of(
@@ -64,13 +65,15 @@ def test_the_optimum_of_a_power_law_is_found(noise: float) -> None:
         found = regress(trials, PRIOR, model="quadratic", simulated=20_000)
         pick = np.array([found.shares[name] for name in DOMAINS])
         assert pick.sum() == pytest.approx(1)
-        assert found.tried[0].spearman["target"] > 0.8
-        assert found.distance < 0.2
+        ranks.append(found.tried[0].spearman["target"])
+        spreads.append(found.distance)
         best = best_of(surface)
         distances.append(distance(pick, best))
         losses.append(surface(pick[None]).mean() - surface(best[None]).mean())
     assert np.median(distances) < 0.12, distances
     assert np.median(losses) < 0.01, losses
+    assert np.median(ranks) > 0.8, ranks
+    assert np.median(spreads) < 0.2, spreads
 
 
 def test_all_models_find_the_corner_of_a_linear_surface_and_rank_well() -> None:
