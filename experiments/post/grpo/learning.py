@@ -94,9 +94,11 @@ class Setup:
       start_rows, start_rate, start_steps: rows of a step of `start`, its learning rate, and its most steps.
       start_accuracy: the reading at which it ends.
       read_every: steps between two readings.
+      code_read_every: instead, where rewards run code, once a reading is at least a fifth of `start_accuracy`: the
+        accuracy of writing code then rises steeply.
       readings, held_out: problems of a reading, and held-out ones.
       queries, group_size: prompts of an episode and responses to each.
-      code_queries, code_episodes: instead, where rewards run code.
+      code_queries, code_episodes, code_rate: instead, where rewards run code.
       episodes: of GRPO, each one step.
       rate, warmup: learning rate of GRPO, and the share of its steps in which it rises.
       max_new_tokens: of a response.
@@ -116,14 +118,16 @@ class Setup:
     start_steps: int = 4000
     start_accuracy: float = 0.25
     read_every: int = 25
+    code_read_every: int = 5
     readings: int = 128
     held_out: int = 512
     queries: int = 64
     group_size: int = 8
-    code_queries: int = 32
+    code_queries: int = 16
     episodes: int = 200
-    code_episodes: int = 100
+    code_episodes: int = 60
     rate: float = 1e-5
+    code_rate: float = 3e-5
     warmup: float = 0.1
     max_new_tokens: int = 112
     evaluate_every: int = 20
@@ -140,7 +144,8 @@ class Setup:
 TOY = Setup(
     layers=2, hidden=64, dtype="float32", length=128, largest=9, operations=1, constants=30, examples=400,
     start_rows=16, start_rate=3e-3, start_steps=1500, start_accuracy=0.1, read_every=30, readings=32, held_out=16,
-    queries=4, code_queries=4, episodes=4, code_episodes=3, rate=1e-3, max_new_tokens=48, evaluate_every=4,
+    queries=4, code_queries=4, episodes=4, code_episodes=3, rate=1e-3, code_rate=1e-3,
+    max_new_tokens=48, evaluate_every=4,
 )  # fmt: skip
 
 
@@ -268,9 +273,10 @@ def teach(
         stack.callback(engine.close)
         hand_over = make_handover(model, config, mesh, engine)
         sampler = Sampler(engine, SamplingConfig(1, setup.max_new_tokens, seed=seed))
+        every = setup.read_every
         for done in range(1, setup.start_steps + 1):
             state, _ = step(state, place(next(batches), mesh))
-            if done % setup.read_every:
+            if done % every:
                 continue
             hand_over(state.params)
             texts = [group[0] for group in sampler.sample(read.prompts, version=0)]
@@ -285,6 +291,8 @@ def teach(
             print(f"{name}, seed {seed}: after {done} steps {readings[-1][1]:.3f}", flush=True)
             if readings[-1][1] >= setup.start_accuracy:
                 break
+            if tasks[name].sandbox and readings[-1][1] >= setup.start_accuracy / 5:
+                every = min(every, setup.code_read_every)
         reached = readings[-1][1] if readings else 0.0
         if not setup.start_accuracy <= reached <= START_RANGE[1]:
             raise InputError(
@@ -318,7 +326,7 @@ def grpo_config(setup: Setup, name: str, seed: int, folder: Path, variant: str) 
         episodes=episodes,
         prompt_length=setup.length - setup.max_new_tokens,
         row_length=setup.length,
-        learning_rate=_FROZEN_RATE if variant == "frozen" else setup.rate,
+        learning_rate=_FROZEN_RATE if variant == "frozen" else setup.code_rate if task.sandbox else setup.rate,
         warmup_fraction=setup.warmup,
         seed=seed,
         step=setup.step(),
