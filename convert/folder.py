@@ -14,7 +14,8 @@ from qwen_jax.config import ModelConfig, adapter_problem, load_config
 from qwen_jax.errors import NO_ROOM, InputError
 from qwen_jax.files import read_json, to_json, why_unusable
 from qwen_jax.gguf.header import is_gguf, read_header
-from qwen_jax.hub import TOKENIZER
+from qwen_jax.hub import TOKENIZER, has_vocabulary
+from qwen_jax.inference.settings import end_ids_of
 from qwen_jax.units import binary_size
 
 Format = Literal["hf", "orbax", "gguf"]
@@ -22,8 +23,6 @@ PICKLES = (".bin", ".pt", ".pth")
 
 # Copied along with config.json. All of them are data; code in a checkpoint folder is never copied.
 SIDE_FILES = ("generation_config.json", *TOKENIZER, "LICENSE")
-# One of them is there if a folder has a tokenizer.
-_TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json", "qwen.tiktoken")
 
 
 def detect(path: str | os.PathLike[str]) -> Format:
@@ -236,7 +235,7 @@ def _padding(origin: Path) -> int | None:
 
     generation = origin / "generation_config.json"
     found = read_json(generation).get("pad_token_id") if generation.is_file() else None
-    if found is not None or not any((origin / name).is_file() for name in _TOKENIZERS):
+    if found is not None or not has_vocabulary(origin):
         return found
     return load_tokenizer(origin).pad_id
 
@@ -244,8 +243,7 @@ def _padding(origin: Path) -> int | None:
 def _add_end_ids(file: Path, added: list[int], ends: Sequence[int]) -> None:
     """Writes the end ids of a model into its generation_config.json if it lacks some of those that were added."""
     values = read_json(file)
-    old = values.get("eos_token_id")
-    old = [] if old is None else old if isinstance(old, list) else [old]
+    old = end_ids_of(values, file)
     if not set(added) <= set(old):
         values["eos_token_id"] = list(dict.fromkeys([*ends, *old]))
         file.write_text(to_json(values, indent=2) + "\n", encoding="utf-8")

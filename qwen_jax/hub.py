@@ -31,6 +31,7 @@ TOKENIZER = (
     "tokenizer.model",
     "qwen.tiktoken",
 )
+_VOCABULARIES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "qwen.tiktoken")
 SPARSITY = "sparse_attention_config.json"
 SMALL = (*CONFIG, *TOKENIZER, SPARSITY)
 INDEX = "model.safetensors.index.json"
@@ -47,6 +48,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def is_hub_id(name: str | os.PathLike[str]) -> bool:
     """Whether a name has the form of a Hub id, `owner/model`, and is no local path."""
     return not os.path.exists(name) and not is_gguf(name) and _HUB_ID.fullmatch(str(name)) is not None
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a folder has a file that a tokenizer is made from."""
+    return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
 def adapter_folder(name: str | os.PathLike[str]) -> Path:

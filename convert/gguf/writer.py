@@ -27,6 +27,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.gguf.header import ALIGNMENT, TensorType
 from qwen_jax.gguf.metadata import EMBED
+from qwen_jax.hub import has_vocabulary
 from qwen_jax.inference.settings import add_end_ids
 from qwen_jax.tokenizer.bpe import ByteLevelBPE
 from qwen_jax.tokenizer.gguf import to_gguf
@@ -36,7 +37,6 @@ _log = logging.getLogger(__name__)
 _VALUES_AT_A_TIME = 2**20  # Quantising needs many temporary arrays of this size.
 _QUANTIZATION_VERSION = 2
 _FLOAT_RECIPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "qwen.tiktoken")
 
 
 def export(
@@ -151,7 +151,7 @@ def _tokenizer(folder: Path | None) -> ByteLevelBPE | None:
     if folder is not None and is_gguf(folder):
         there = has_tokenizer(read_header(folder))
     else:
-        there = folder is not None and any((folder / name).is_file() for name in _TOKENIZER_FILES)
+        there = folder is not None and has_vocabulary(folder)
     if folder is None or not there:
         _log.warning("%s has no tokenizer, and so has the GGUF file: llama.cpp takes only ids for it.", folder)
         return None

@@ -209,12 +209,12 @@ class Model:
 
     def _tokenizer(self, needed: bool) -> "Tokenizer | None":
         from qwen_jax.gguf.header import is_gguf, read_header
+        from qwen_jax.hub import has_vocabulary
         from qwen_jax.tokenizer import load_tokenizer
         from qwen_jax.tokenizer.gguf import has_tokenizer
 
-        files = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "qwen.tiktoken")
         in_file = is_gguf(self.folder) and has_tokenizer(read_header(self.folder))
-        if not needed and not in_file and not any((self.folder / name).is_file() for name in files):
+        if not needed and not in_file and not has_vocabulary(self.folder):
             return None
         return load_tokenizer(self.folder)
 

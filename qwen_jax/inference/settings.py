@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
@@ -139,6 +140,19 @@ def load_generation_defaults(folder: Path, config: ModelConfig) -> GenerationDef
     return GenerationDefaults(sampling, add_end_ids(config, folder).eos_token_ids, **limits)
 
 
+def end_ids_of(generation: Mapping[str, Any], path: Path) -> list[int]:
+    """The ids that end a text by a generation_config.json, which is at `path`.
+
+    Raises:
+      InputError: `eos_token_id` is not an id or a list of ids.
+    """
+    value = generation.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int for i in ids):
+        raise InputError(f"{path}: eos_token_id must be an id or a list of ids, got {value!r}.")
+    return ids
+
+
 def add_end_ids(config: ModelConfig, folder: Path) -> ModelConfig:
     """Returns the config with the end ids of a folder's generation_config.json after its own.
 
@@ -152,10 +166,7 @@ def add_end_ids(config: ModelConfig, folder: Path) -> ModelConfig:
       InputError: broken JSON, or `eos_token_id` is not an id or a list of ids.
     """
     path = folder / "generation_config.json"
-    value = read_json(path).get("eos_token_id") if path.is_file() else None
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(type(i) is int for i in ids):
-        raise InputError(f"{path}: eos_token_id must be an id or a list of ids, got {value!r}.")
+    ids = end_ids_of(read_json(path), path) if path.is_file() else []
     if outside := [i for i in ids if not 0 <= i < config.vocab_size]:
         _warn_once(
             f"{path}: eos_token_id {outside} is outside the vocabulary of {config.vocab_size} and never ends a text."
