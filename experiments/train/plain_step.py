@@ -87,7 +87,13 @@ def loss(
 
 
 def make(
-    config: ModelConfig, rate: float, policy: str, chunk: int = 4096, unroll: int = 1, dtype: Any = jnp.bfloat16
+    config: ModelConfig,
+    rate: float,
+    policy: str,
+    chunk: int = 4096,
+    unroll: int = 1,
+    dtype: Any = jnp.bfloat16,
+    eps: float = 1e-8,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """`start(key)` gives a state; `step(state, tokens)` gives the next one, in its place, and the numbers."""
 
@@ -96,7 +102,7 @@ def make(
             lambda path, _: "norm" not in str(path) and "bias" not in str(path), params
         )
 
-    adamw = optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, mask=decays)
+    adamw = optax.adamw(rate, b1=0.9, b2=0.95, eps=eps, weight_decay=0.1, mask=decays)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
     def start(key: jax.Array) -> Any:

@@ -13,7 +13,7 @@ from experiments.train import benchmark, kernels, plain_step
 from qwen_jax.errors import InputError
 from qwen_jax.published import published
 from train.data.batch import Batch, place
-from train.optimizer import OptimizerConfig, Schedule
+from train.optimizer import AdamW, OptimizerConfig, Schedule
 from train.pretrain import NextToken, PretrainConfig
 from train.state import init_state
 from train.step import StepConfig, make_train_step
@@ -39,11 +39,13 @@ def test_plain_step_is_the_real_step(mesh, model, policy):
     rng = np.random.default_rng()
     B, T = 4, 33
     config = dataclasses.replace(published(model), vocab_size=int(rng.integers(100, 200)), rope_theta=1e4)
-    optimizer = OptimizerConfig(Schedule(100, 3e-3, schedule="wsd"))
+    # Adam divides by a gradient's size: with the usual eps, a gradient of nothing but rounding errors moves its weight
+    # as far as any other, and float32 trajectories part.
+    optimizer = OptimizerConfig(Schedule(100, 3e-3, schedule="wsd"), AdamW(eps=1e-4))
     objective, real = NextToken(config, PretrainConfig(loss_chunk=16)), StepConfig("float32", policy)
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     ones = np.ones((B, T))
-    start, plain_step_ = plain_step.make(config, 3e-3, policy, chunk=32, unroll=2, dtype=jnp.float32)
+    start, plain_step_ = plain_step.make(config, 3e-3, policy, chunk=32, unroll=2, dtype=jnp.float32, eps=1e-4)
     with jax.set_mesh(mesh):
         state = init_state(config, optimizer, int(rng.integers(2**31)), mesh)
         # Biases and norms that are not zero and one, or a mistake with them would not show.
@@ -62,7 +64,7 @@ def test_plain_step_is_the_real_step(mesh, model, policy):
             state, numbers = step(state, place(batch, mesh))
         plain, plain_numbers = plain_step_(plain, tokens)
         for name in ("loss", "grad_norm"):
-            np.testing.assert_allclose(plain_numbers[name], numbers[name], rtol=2e-5, err_msg=name)
+            np.testing.assert_allclose(plain_numbers[name], numbers[name], rtol=2e-6, err_msg=name)
 
 
 def test_transformers_step_is_transformers_own_loss():

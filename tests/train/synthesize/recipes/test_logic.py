@@ -26,6 +26,12 @@ RIGHT = ("right", "flawed", "restates", "one step")
 WRONG = ("wrong", "no line", *FORMAL)
 
 
+def number_in(text: str, puzzles: list[Puzzle]) -> int:
+    """The puzzle that a text asks. One with a choice of answers contains the same one without: the longest is meant."""
+    asked = (i for i, p in enumerate(puzzles) if p.statement in text and p.question in text)
+    return max(asked, key=lambda i: len(puzzles[i].statement) + len(puzzles[i].question))
+
+
 class Thinker:
     """Plays all roles for puzzles, and remembers which mistake each text has.
 
@@ -51,7 +57,7 @@ class Thinker:
         if prompt.startswith("Here are a question"):
             return self._criticise(prompt, rng)
         whole = "\n".join(str(message["content"]) for message in request.messages)
-        number = next(i for i, p in enumerate(self._puzzles) if p.statement in whole and f"{p.question}" in whole)
+        number = number_in(whole, self._puzzles)
         if prompt.startswith("Write these facts"):
             return self._tell(number, rng)
         revised = prompt.startswith("There is a flaw")
@@ -149,7 +155,7 @@ def check_pairs_and_prompts(folder: Path, thinker: Thinker, puzzles: list[Puzzle
     prompts = {}
     for row in rows_of(folder, "grpo"):
         text = row["prompt"][0]["content"]
-        number = next(i for i, p in enumerate(puzzles) if p.statement in text and p.question in text)
+        number = number_in(text, puzzles)
         prompts[number] = row
         assert (row["answer"], row["answer_from"]) == (puzzles[number].answer, "code")
     for number, kinds in thinker.sampled.items():
