@@ -68,7 +68,7 @@ def test_only_the_bad_answers_are_missing(script: Path, monkeypatch: pytest.Monk
 
 
 def test_a_hanging_process_is_killed_with_its_children(script: Path) -> None:
-    pool = WorkerPool(script, (), workers=1, seconds=1, recycle=100)
+    pool = WorkerPool(script, (), workers=1, seconds=4, recycle=100)
     (first,) = pool.ask([{"do": "a"}])
     assert pool.ask([{"do": "hang"}]) == [None]
     assert in_group(first[0]) == []
