@@ -69,6 +69,13 @@ def test_what_is_printed_of_a_recipe_loads_again(command: str, config: str, caps
         assert shown(capsys, command, *PLAIN[command]) != recipe
 
 
+def test_what_is_printed_of_merging_without_a_limit_loads_again(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = "--model m --data a --output o --set base=b".split()
+    found = shown(capsys, "dpo", *plain, "merging={}")
+    assert found["merging"]["clip"] is None
+    assert shown(capsys, "dpo", *plain, f"merging={json.dumps(found['merging'])}") == found
+
+
 @pytest.mark.parametrize(("command", "config"), RECIPES)
 def test_a_recipe_is_of_one_command(command: str, config: str, capsys: pytest.CaptureFixture[str]) -> None:
     other = {"sft": "dpo", "dpo": "reward"}.get(command, "sft")
