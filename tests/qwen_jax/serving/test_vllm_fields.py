@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from qwen_jax.cli.serve import Serve
 from qwen_jax.inference.outputs import Stats
+from qwen_jax.serving import protocol
 from qwen_jax.serving.app import create_app
 from qwen_jax.serving.settings import ServerSettings, Service
 from qwen_jax.serving.throughput import line
@@ -242,3 +245,44 @@ def test_no_line_is_written_where_none_is_wanted() -> None:
     engine.dead = True  # It cannot be asked.
     with TestClient(create_app(Service(engine, defaults()), ServerSettings(log_interval=0))) as http:
         assert http.get("/version").status_code == 200
+
+
+# --- what the documentation says ---
+
+
+def section(title: str) -> str:
+    """A section of docs/serving.md."""
+    text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
+    return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_fields_that_are_said_to_be_taken_or_refused_are() -> None:
+    text = section("Fields of vLLM")
+    taken = re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE)
+    assert len(taken) == 7
+    models = protocol.ChatRequest.model_fields, protocol.CompletionRequest.model_fields
+    assert set(taken) <= models[0].keys()
+    assert set(taken) & models[1].keys() == set(taken) - protocol.Rendering.model_fields.keys()
+    assert set(taken[:3]) == protocol.Rendering.model_fields.keys() <= protocol.TokenizeRequest.model_fields.keys()
+    in_chats, everywhere = text.partition("Refused as unknown are ")[2].split(" in chats, and everywhere ")
+    http = client(FakeEngine())
+    for path, names in (
+        (CHAT, re.findall(r"`(\w+)`", in_chats)),
+        (CHAT, re.findall(r"`(\w+)`", everywhere)),
+        (TEXT, re.findall(r"`(\w+)`", everywhere)),
+    ):
+        assert names
+        for name in names:
+            prompt = {"prompt": "a"} if path == TEXT else {"messages": [USER]}
+            error = http.post(path, json={**prompt, name: 1}).json()["error"]
+            assert (error["param"], error["code"]) == (name, "unknown_parameter")
+
+
+def test_options_that_are_said_to_stand_for_those_of_vllm_exist() -> None:
+    options = {field.name for field in dataclasses.fields(Serve)}
+    rows = re.findall(r"^\| (.*) \| (.*) \|$", section("Options of `vllm serve`"), flags=re.MULTILINE)[1:]
+    assert len(rows) > 20
+    for theirs, ours in rows:
+        named = re.findall(r"--([a-z0-9-]+)", theirs if ours == "the same" else ours)
+        assert named or ours == "always on" or ours.startswith("none")
+        assert {name.replace("-", "_") for name in named} <= options, ours
