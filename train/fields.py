@@ -57,7 +57,8 @@ def set_fields(config: T, *changes: str, moved: Mapping[str, str] | None = None)
     Args:
       config: a frozen dataclass.
       changes: each "path.to.field=value". Elements of a tuple are named by their index, entries of a mapping by their
-        key, which may be new. A value is JSON, or plain text where a string is expected; null is None.
+        key, which may be new. A value is JSON, or plain text where a string is expected; null is None. The value of a
+        dataclass is an object of its fields, as `as_json` writes it.
       moved: new paths of fields of `config` that had another name in the past, for the message.
 
     Raises:
@@ -148,11 +149,15 @@ def _described(kind: Any) -> str:
         return "a JSON object"
     if typing.get_origin(kind) in (tuple, list, Sequence):
         return "a JSON list"
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return f"an object with fields of {kind.__name__} ({', '.join(f.name for f in dataclasses.fields(kind))})"
     return {int: "an integer", float: "a number", str: "a string", bool: "true or false"}.get(kind, str(kind))
 
 
 def _fit(value: Any, kind: Any) -> tuple[bool, Any]:
-    """Whether a JSON value is of a type, and the value in that type."""
+    """Whether a JSON value is of a type, and the value in that type. Raises InputError as dataclasses do."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _fit_fields(value, kind)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return True, value
@@ -175,6 +180,19 @@ def _fit(value: Any, kind: Any) -> tuple[bool, Any]:
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool), value
     return isinstance(kind, type) and isinstance(value, kind), value
+
+
+def _fit_fields(value: Any, kind: type[Any]) -> tuple[bool, Any]:
+    """`_fit` for a dataclass: an object of its fields. Fields that are left out have their defaults."""
+    fields = dataclasses.fields(kind)
+    needed = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
+    if not isinstance(value, dict) or not needed <= value.keys() <= {f.name for f in fields}:
+        return False, None
+    hints = typing.get_type_hints(kind)
+    fits = {name: _fit(item, hints[name]) for name, item in value.items()}
+    if not all(fit for fit, _ in fits.values()):
+        return False, None
+    return True, kind(**{name: made for name, (_, made) in fits.items()})
 
 
 def near(name: str, names: Iterable[str]) -> str:

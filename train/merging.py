@@ -46,7 +46,7 @@ class Merging:
         compares signs with that of F(d) + F(tau), as the released code does: an inner update that opposes a larger
         number of F(tau) is dropped.
       merge_every: merge every so many steps, with the sum of the updates since the last merge (algorithm 2).
-      clip: the numbers of F(tau) are limited to this magnitude.
+      clip: the numbers of F(tau) are limited to this magnitude; None does not limit them.
       seed: of the masks.
       tau_dtype: that tau is stored in. bfloat16 halves its memory and rounds it by 2^-9.
 
@@ -61,7 +61,7 @@ class Merging:
     tau_mask: TauMask = "fixed"
     consensus: Consensus = "weighted"
     merge_every: int = 1
-    clip: float = math.inf
+    clip: float | None = None
     seed: int = 0
     tau_dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -71,7 +71,7 @@ class Merging:
             raise InputError(
                 f"Online merging needs alpha from 0 to 1 and p above 0 and at most 1, got {self.alpha} and {self.p}."
             )
-        if not self.clip > 0:
+        if self.clip is not None and not self.clip > 0:
             raise InputError(f"clip of online merging must be positive, got {self.clip}.")
         for name, allowed in (
             ("mode", ("dare", "ties")),
@@ -139,7 +139,7 @@ def online_merging(
     tau_mask: TauMask = "fixed",
     consensus: Consensus = "weighted",
     merge_every: int = 1,
-    clip: float = math.inf,
+    clip: float | None = None,
     seed: int = 0,
     tau_dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> optax.GradientTransformationExtraArgs:
@@ -225,7 +225,7 @@ def _masked_tau(config: Merging, tau: optax.Params, count: jax.Array | None) -> 
 
     def mask(path: Any, tau: jax.Array) -> jax.Array:
         kept = _keep(config, path, "tau", tau.astype(jnp.float32), count)
-        return jnp.clip(kept, -config.clip, config.clip) if math.isfinite(config.clip) else kept
+        return kept if config.clip is None else jnp.clip(kept, -config.clip, config.clip)
 
     return jax.tree_util.tree_map_with_path(mask, tau)
 

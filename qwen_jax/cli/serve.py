@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -74,6 +75,8 @@ class Serve:
         max_body_bytes: Of a request.
         request_timeout: Seconds that a request may take; 0 is no limit.
         shutdown_timeout: Seconds that running requests get after SIGTERM.
+        log_interval: Seconds between two lines about throughput in the log, which are written while there are requests;
+            0 writes none.
         distributed: First join the other processes of a SLURM, GKE, MPI or TPU job.
         coordinator: HOST:PORT of process 0, if no scheduler says it.
         num_processes: How many, if no scheduler says it.
@@ -110,6 +113,7 @@ class Serve:
     max_body_bytes: Annotated[int, tyro.conf.arg(metavar="N")] = 16 * 2**20
     request_timeout: Annotated[float, tyro.conf.arg(metavar="X")] = 0.0
     shutdown_timeout: Annotated[float, tyro.conf.arg(metavar="X")] = 30.0
+    log_interval: Annotated[float, tyro.conf.arg(metavar="X")] = 10.0
     distributed: bool = False
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
     num_processes: Count = None
@@ -143,6 +147,8 @@ class Serve:
                 signal.signal(number, signal.SIG_IGN)
             service.engine.close()
             return 0
+        # Its lines are written without --verbose, too.
+        logging.getLogger("qwen_jax.serving.throughput").setLevel(logging.INFO)
         app = create_app(service, settings)
         interrupted = run(app, self.host, self.port, self._announce)
         return 130 if interrupted else 0
@@ -176,6 +182,7 @@ class Serve:
                 max_waiting=self.max_queue,
                 request_timeout=self.request_timeout,
                 drain_timeout=self.shutdown_timeout,
+                log_interval=self.log_interval,
             )
         except InputError as error:
             # The message begins with the name of a field, or is about names and keys.

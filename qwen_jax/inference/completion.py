@@ -48,11 +48,13 @@ class Ending:
       eos_token_ids: ids that end it.
       stop: strings that end it and are cut off.
       max_new_tokens: at most this many tokens.
+      include_stop: the string or id that ends it stays in the text. Special tokens are left out as ever.
     """
 
     eos_token_ids: frozenset[int]
     stop: tuple[str, ...]
     max_new_tokens: int
+    include_stop: bool = False
 
 
 class Row:
@@ -81,6 +83,7 @@ class Row:
     ):
         self.prompt, self.tokenizer, self._dtype, self._min_tokens = prompt, tokenizer, dtype, min_tokens
         self._eos_token_ids, self._max_new_tokens = ending.eos_token_ids, ending.max_new_tokens
+        self._include_stop = ending.include_stop
         self.tokens: list[int] = []
         self.logprobs: list[float] | None = [] if logprobs else None
         self.finish_reason = ""
@@ -88,7 +91,7 @@ class Row:
         self.error: str | None = None
         self._text: _GrowingText | _UnstoppedText | None = None
         if tokenizer is not None and ending.stop:
-            self._text = _GrowingText(tokenizer, ending.stop)
+            self._text = _GrowingText(tokenizer, ending.stop, ending.include_stop)
         elif tokenizer is not None and incremental:
             self._text = _UnstoppedText(tokenizer)
         self._given = 0
@@ -115,7 +118,8 @@ class Row:
             self.logprobs.append(logprob)
         ended = token in self._eos_token_ids
         early = len(self.tokens) <= self._min_tokens
-        stopped = self._text is not None and self._text.push(token, hidden=ended, early=early)
+        hidden = ended and not self._include_stop
+        stopped = self._text is not None and self._text.push(token, hidden=hidden, early=early)
         if ended or stopped:
             self.finish_reason = "stop"
             self.stopped_by = token if ended or self._text is None else self._text.stopped_by
@@ -147,8 +151,8 @@ class Row:
         if self._text is not None:
             text = self._text.finish()
         elif self.tokenizer is not None:
-            ended = self.tokens[-1:] and self.tokens[-1] in self._eos_token_ids
-            text = self.tokenizer.decode(self.tokens[:-1] if ended else self.tokens, skip_special_tokens=True)
+            hidden = not self._include_stop and self.tokens[-1:] and self.tokens[-1] in self._eos_token_ids
+            text = self.tokenizer.decode(self.tokens[:-1] if hidden else self.tokens, skip_special_tokens=True)
         return Completion(self.prompt, self.tokens, text, self.finish_reason, self.logprobs, self.error)
 
 
@@ -184,13 +188,14 @@ class _GrowingText:
     The text has no special tokens. A stop string that contains one is searched in the text with special tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], include: bool):
         special = [tokenizer.id_to_token(i) for i in sorted(tokenizer.special_ids)]
         with_special = [text for text in stop if any(token in text for token in special)]
         self._decoder = StreamDecoder(tokenizer, skip_special_tokens=True)
         self._text = ""
         self._given = 0
         self._cut = False
+        self._include = include
         self.stopped_by = ""
         self._stop = [text for text in stop if text not in with_special]
         # The text with special tokens, and the lengths of both texts before each token.
@@ -217,10 +222,11 @@ class _GrowingText:
             self._lengths.append(before)
             self._raw += self._raw_decoder.push([token])
         if self._raw_decoder is not None and not early:
-            cuts += [(self._visible(at), text) for at, text in _find(self._raw, self._raw_stop, raw_before)]
+            raw_cuts = _find(self._raw, self._raw_stop, raw_before)
+            cuts += [(self._visible(at), self._visible(end), text) for at, end, text in raw_cuts]
         if cuts:
-            at, self.stopped_by = min(cuts)
-            self._text, self._cut = self._text[:at], True
+            at, end, self.stopped_by = min(cuts)
+            self._text, self._cut = self._text[: end if self._include else at], True
         return self._cut
 
     def _visible(self, at: int) -> int:
@@ -230,9 +236,9 @@ class _GrowingText:
         return min(self._lengths[i] + at - self._raw_lengths[i], after)
 
     def new(self) -> str:
-        """The text since the last call, without an end that may become a stop string."""
-        ready = _beginning(self._text, self._stop)
-        if self._raw_stop and self._raw:
+        """The text since the last call, without an end that may become a stop string and be cut off."""
+        ready = len(self._text) if self._include else _beginning(self._text, self._stop)
+        if self._raw_stop and self._raw and not self._include:
             ready = min(ready, self._visible(_beginning(self._raw, self._raw_stop)))
         first, self._given = self._given, max(ready, self._given)
         return self._text[first : self._given]
@@ -242,10 +248,10 @@ class _GrowingText:
         return self._text if self._cut else self._text + self._decoder.flush()
 
 
-def _find(text: str, stop: Sequence[str], before: int) -> list[tuple[int, str]]:
-    """Positions of the stop strings that end after the first `before` characters."""
+def _find(text: str, stop: Sequence[str], before: int) -> list[tuple[int, int, str]]:
+    """Where stop strings begin and end that end after the first `before` characters."""
     found = [(text.find(one, max(0, before - len(one) + 1)), one) for one in stop]
-    return [(at, one) for at, one in found if at >= 0]
+    return [(at, at + len(one), one) for at, one in found if at >= 0]
 
 
 def _beginning(text: str, stop: Sequence[str]) -> int:

@@ -95,9 +95,19 @@ class PagePool:
 
     # --- prefix cache ---
 
-    def salt(self, adapter: str | None) -> bytes:
-        """The root of the chain of keys, for `match` and `register`: pages of other weights have other keys."""
-        return (str(self.version) if adapter is None else f"{self.version} {adapter}").encode()
+    def salt(self, adapter: str | None, secret: str | None = None) -> bytes:
+        """The root of the chain of keys, for `match` and `register`: pages of other weights have other keys.
+
+        Args:
+          adapter: name of the adapter, or None.
+          secret: pages are found with the same one only; None is one of its own.
+        """
+        root = (str(self.version) if adapter is None else f"{self.version} {adapter}").encode()
+        if secret is None:
+            return root
+        # Hashed, so that no text of a client's can be the root or the key of something else.
+        key = hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+        return hashlib.blake2b(root, key=key, digest_size=32).digest()
 
     @staticmethod
     def key(parent: bytes, tokens: Sequence[int]) -> bytes:

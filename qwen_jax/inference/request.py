@@ -37,6 +37,8 @@ class Request:
       prompt_logprobs: whether log-probabilities of the prompt's tokens are returned. Such a prompt is read whole.
       grammar: what the text must match, or None.
       adapter: name of a LoRA adapter, or None for the model itself.
+      cache_salt: the beginning of its prompt is shared in the prefix cache with requests of the same salt only, so that
+        nobody else can find out by the time of an answer that it was read before. None shares it with all without one.
       continues: whether it goes on with a text that has just ended here, such as the next turn of a conversation. It
         starts before waiting requests that do not, so that its beginning is still in the prefix cache.
 
@@ -56,6 +58,7 @@ class Request:
     prompt_logprobs: bool = False
     grammar: "Grammar | None" = None
     adapter: str | None = None
+    cache_salt: str | None = None
     continues: bool = False
 
     def __post_init__(self) -> None:
@@ -79,6 +82,8 @@ class Request:
         object.__setattr__(self, "logit_bias", bias)
         if wrong := [(k, v) for k, v in bias.items() if k < 0 or not -100 <= v <= 100]:
             raise InputError(f"logit_bias needs ids and numbers in [-100, 100], got {wrong[0][0]}: {wrong[0][1]}.")
+        if not (self.cache_salt is None or (isinstance(self.cache_salt, str) and self.cache_salt)):
+            raise InputError(f"cache_salt must be a text that is not empty, or None; got {self.cache_salt!r}.")
         for name, most in (("min_tokens", self.ending.max_new_tokens), ("top_logprobs", MAX_TOP_LOGPROBS)):
             value = as_int(getattr(self, name), name)
             if not 0 <= value <= most:

@@ -292,13 +292,17 @@ class Scheduler:
         pages, chain = list[int](), sequence.chain
         for i in range((len(tokens) - 1) // size):
             if i == len(chain):
-                parent = chain[-1] if chain else pool.salt(sequence.request.adapter)
+                parent = chain[-1] if chain else self._salt(sequence)
                 chain.append(pool.key(parent, tokens[i * size : (i + 1) * size]))
             page = pool.find(chain[i])
             if page is None:
                 break
             pages.append(page)
         return pages
+
+    def _salt(self, sequence: Sequence) -> bytes:
+        """The root of the keys of its pages."""
+        return self._pool.salt(sequence.request.adapter, sequence.request.cache_salt)
 
     def _looks_up(self, sequence: Sequence) -> bool:
         return self._prefix_cache and not sequence.request.prompt_logprobs
@@ -349,7 +353,7 @@ class Scheduler:
         if sequence.version != self._pool.version:
             return
         for i in range(len(sequence.keys), known // size):
-            parent = sequence.keys[-1] if i else self._pool.salt(sequence.request.adapter)
+            parent = sequence.keys[-1] if i else self._salt(sequence)
             tokens = sequence.tokens[i * size : (i + 1) * size]
             sequence.keys.append(self._pool.register(sequence.pages[i], parent, tokens))
 
@@ -418,7 +422,7 @@ class Scheduler:
             # A page that the newest token fills is registered with the next read.
             if current:
                 assert len(s.keys) >= min(s.written, len(s.tokens) - 1) // size, f"a full page is not registered: {s}"
-            parent = pool.salt(s.request.adapter)
+            parent = self._salt(s)
             for i, key in enumerate(s.keys if current else ()):
                 parent = pool.key(parent, s.tokens[i * size : (i + 1) * size])
                 assert key == parent, f"page {i} is registered with other tokens: {s}"

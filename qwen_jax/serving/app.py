@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import qwen_jax
-from qwen_jax.serving import protocol, texts
+from qwen_jax.serving import protocol, texts, throughput
 from qwen_jax.serving.chat import Chat
 from qwen_jax.serving.completions import Completions
 from qwen_jax.serving.context import B, Context, in_pieces, in_thread, read_body
@@ -76,7 +76,12 @@ def create_app(service: Service, settings: ServerSettings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        reporting = None
+        if service.engine is not None and settings.log_interval:
+            reporting = asyncio.create_task(throughput.report(service.engine, settings.log_interval))
         yield
+        if reporting is not None:
+            reporting.cancel()
         context.close()
         if service.engine is not None:
             await asyncio.to_thread(service.engine.close)

@@ -3,7 +3,7 @@
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from typing import Any
 
 from qwen_jax.inference.outputs import Finished, Step
@@ -11,7 +11,7 @@ from qwen_jax.inference.request import Request
 from qwen_jax.serving.context import Context, in_thread, usage, without_none
 from qwen_jax.serving.errors import ApiError
 from qwen_jax.serving.logprobs import of_chat
-from qwen_jax.serving.protocol import ChatRequest, Message, NamedTool, Tool
+from qwen_jax.serving.protocol import ChatRequest, Message, NamedTool, Rendering, Tool
 from qwen_jax.serving.running import Run
 from qwen_jax.serving.sampling import (
     build_request,
@@ -21,6 +21,7 @@ from qwen_jax.serving.sampling import (
     need_grammars,
     new_tokens,
     seeds,
+    truncated,
 )
 from qwen_jax.serving.tools import CallArguments, CallStart, Part, ToolParser
 from qwen_jax.tokenizer import Tokenizer, parse_tool_arguments
@@ -33,20 +34,19 @@ def encode_conversation(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     tools: Sequence[Tool] | None,
+    rendering: Rendering,
     *,
-    add_generation_prompt: bool = True,
     where: str = "messages",
 ) -> list[int]:
     """The token ids of a conversation; blocks.
 
     Args:
       tokenizer: with the chat template.
-      messages, tools: of a request.
-      add_generation_prompt: end with the opening of an answer.
+      messages, tools, rendering: of a request.
       where: the field of the messages, for errors.
 
     Raises:
-      ApiError: a part of a message that is not text.
+      ApiError: a part of a message that is not text, or a wrong value of `rendering`.
       InputError: messages that the template refuses.
     """
     plain = []
@@ -61,9 +61,38 @@ def encode_conversation(
     described = [
         without_none(tool.model_dump(exclude={"function"})) | {"function": _function(tool)} for tool in tools or ()
     ]
+    variables = rendering.chat_template_kwargs or {}
+    if variables:
+        _check_variables(variables, tokenizer.chat_template.variables(described or None))
     return tokenizer.encode_chat(
-        parse_tool_arguments(plain), described or None, add_generation_prompt=add_generation_prompt
+        parse_tool_arguments(plain),
+        described or None,
+        add_generation_prompt=begins_answer(rendering),
+        continue_final_message=bool(rendering.continue_final_message),
+        **variables,
     )
+
+
+def begins_answer(rendering: Rendering) -> bool:
+    """Whether the prompt ends with the opening of an answer. Raises ApiError if it is also to go on with a message."""
+    if rendering.continue_final_message and rendering.add_generation_prompt:
+        raise ApiError(
+            "continue_final_message goes on with the last message, and add_generation_prompt begins another one. Leave "
+            "one of them out.",
+            param="continue_final_message",
+        )
+    return not rendering.continue_final_message and rendering.add_generation_prompt is not False
+
+
+def _check_variables(variables: Mapping[str, Any], read: Collection[str]) -> None:
+    """Raises ApiError for variables that the chat template does not read."""
+    for name in sorted(variables.keys() - read):
+        known = f"it reads {', '.join(sorted(read))}" if read else "it reads none"
+        raise ApiError(
+            f"chat_template_kwargs: the model's chat template reads no variable {name!r:.80}; {known}. This server "
+            "refuses what it would ignore: remove it.",
+            param=f"chat_template_kwargs.{name:.80}",
+        )
 
 
 def _function(tool: Tool) -> dict[str, Any]:
@@ -185,6 +214,8 @@ class Chat:
         self._with_tools = bool(body.tools) and self._mode != "none"
         self._top = body.top_logprobs or 0
         self._prompt: list[int] = []
+        # A continued message keeps its role.
+        self._role = "assistant" if begins_answer(body) else body.messages[-1].role
 
     async def start(self, incremental: bool = True) -> Run:
         """Checks the request and starts it on the engine; see `Run`. Raises ApiError."""
@@ -220,8 +251,9 @@ class Chat:
         if self._mode in ("required", "named"):
             making = self._calls_grammar(), "tools"
         grammar = None if making is None else await in_thread(*making, context.grammar_threads)
-        self._prompt = await in_thread(lambda: encode_conversation(tokenizer, body.messages, tools), "messages")
         asked = body.max_completion_tokens or body.max_tokens
+        whole = await in_thread(lambda: encode_conversation(tokenizer, body.messages, tools, body), "messages")
+        self._prompt = truncated(context, body, whole, asked, None)
         count = new_tokens(context, asked, None, len(self._prompt), "messages")
         turn_end = tokenizer.token_to_id(TURN_END)
         return [
@@ -281,17 +313,19 @@ class Chat:
             run.close()
 
         def one(i: int, choice: _Choice) -> dict[str, Any]:
-            message: dict[str, Any] = {"role": "assistant", "content": choice.content or None, "refusal": None}
+            message: dict[str, Any] = {"role": self._role, "content": choice.content or None, "refusal": None}
             if choice.calls:
                 message["tool_calls"] = [call.to_json() for call in choice.calls]
             else:
                 message["content"] = choice.content
             logprobs = of_chat(self._context.tokenizer, choice.tokens, self._top) if self._body.logprobs else None
-            return {"index": i, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
+            ids = {"token_ids": [token.id for token in choice.tokens]} if self._body.return_token_ids else {}
+            return {"index": i, "message": message, "logprobs": logprobs, "finish_reason": choice.reason, **ids}
 
         # Log-probabilities of many tokens take a while to write down.
         found = await in_thread(lambda: [one(i, choice) for i, choice in enumerate(choices)])
-        return {**self._head("chat.completion"), "choices": found, "usage": self._usage(choices)}
+        prompt = {"prompt_token_ids": self._prompt} if self._body.return_token_ids else {}
+        return {**self._head("chat.completion"), "choices": found, "usage": self._usage(choices), **prompt}
 
     async def chunks(self, run: Run) -> AsyncGenerator[dict[str, Any], None]:
         """The answer as a stream of objects."""
@@ -300,23 +334,29 @@ class Chat:
         head = {**self._head("chat.completion.chunk"), **({"usage": None} if with_usage else {})}
         choices = self._choices(body.n or 1)
 
-        def chunk(i: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
-            return {**head, "choices": [{"index": i, "delta": delta, "logprobs": logprobs, "finish_reason": reason}]}
+        def chunk(
+            i: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None, tokens: Sequence[Any] = ()
+        ) -> dict[str, Any]:
+            ids = {"token_ids": [token.id for token in tokens]} if body.return_token_ids else {}
+            choice = {"index": i, "delta": delta, "logprobs": logprobs, "finish_reason": reason, **ids}
+            return {**head, "choices": [choice]}
 
         for i in range(len(choices)):
-            yield chunk(i, {"role": "assistant", "content": ""})
+            prompt = {"prompt_token_ids": self._prompt} if body.return_token_ids and i == 0 else {}
+            yield {**chunk(i, {"role": self._role, "content": ""}), **prompt}
         async for i, step in run:
             choice = choices[i]
             if choice.reason is not None:
                 continue
             deltas = choice.add(step)
-            logprobs = None
-            if body.logprobs and step.tokens:
-                logprobs = of_chat(self._context.tokenizer, step.tokens, self._top)
+            logprobs, tokens = None, step.tokens
+            if body.logprobs and tokens:
+                logprobs = of_chat(self._context.tokenizer, tokens, self._top)
+            if (body.logprobs or body.return_token_ids) and tokens:
                 deltas = deltas or [{}]
             for delta in deltas:
-                yield chunk(i, delta, logprobs)
-                logprobs = None
+                yield chunk(i, delta, logprobs, tokens=tokens)
+                logprobs, tokens = None, ()
             if choice.reason is not None:
                 run.stop(i)
                 yield chunk(i, {}, None, choice.reason)

@@ -14,7 +14,15 @@ from qwen_jax.serving.errors import ApiError, not_supported
 from qwen_jax.serving.logprobs import CompletionLogprobs
 from qwen_jax.serving.protocol import CompletionRequest
 from qwen_jax.serving.running import Run
-from qwen_jax.serving.sampling import build_request, check_common, check_logprobs, grammar_maker, new_tokens, seeds
+from qwen_jax.serving.sampling import (
+    build_request,
+    check_common,
+    check_logprobs,
+    grammar_maker,
+    new_tokens,
+    seeds,
+    truncated,
+)
 
 # Of OpenAI's API, where neither the request nor generation_config.json gives a number.
 _DEFAULT_NEW_TOKENS = 16
@@ -117,9 +125,17 @@ class Completions:
         making = grammar_maker(context, body)
         grammar = None if making is None else await in_thread(*making, context.grammar_threads)
 
+        # One token is generated where none is asked for, and left out.
+        asked = 1 if body.max_tokens == 0 else body.max_tokens
+
         def encode() -> list[tuple[str | None, list[int]]]:
             special = body.add_special_tokens is not False
-            return encode_texts(context, body.prompt, special=special, param="prompt")
+            texts = encode_texts(context, body.prompt, special=special, param="prompt")
+            kept = [truncated(context, body, ids, asked, _DEFAULT_NEW_TOKENS) for _, ids in texts]
+            # The text of a prompt that was cut is that of the tokens which are left.
+            return [
+                (text if len(ids) == len(whole) else None, ids) for (text, whole), ids in zip(texts, kept, strict=True)
+            ]
 
         prompts = await in_thread(encode, "prompt")
         if len(prompts) * best_of > context.settings.max_prompts:
@@ -132,8 +148,6 @@ class Completions:
         def build() -> list[Request]:
             requests = []
             for p, (_, ids) in enumerate(prompts):
-                # One token is generated where none is asked for, and left out.
-                asked = 1 if body.max_tokens == 0 else body.max_tokens
                 count = new_tokens(context, asked, _DEFAULT_NEW_TOKENS, len(ids), "prompt")
                 requests += [
                     build_request(
@@ -186,13 +200,16 @@ class Completions:
             maker = CompletionLogprobs(self._context.tokenizer, self._body.logprobs)
             logprobs = maker.piece(tokens, ids, prompt=len(prompt[1]) if self._echo else 0)
         reason = "length" if none else finished.finish_reason
-        return {
+        choice = {
             "index": index,
             "text": text,
             "logprobs": logprobs,
             "finish_reason": reason,
             "stop_reason": None if none or reason != "stop" else _stop_reason(self._context, finished),
         }
+        if self._body.return_token_ids:
+            choice |= {"token_ids": [] if none else list(finished.token_ids), "prompt_token_ids": prompt[1]}
+        return choice
 
     def _prompt_text(self, prompt: tuple[str | None, list[int]]) -> str:
         return prompt[0] if prompt[0] is not None else self._context.tokenizer.decode(prompt[1])
@@ -203,10 +220,21 @@ class Completions:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         head = {**self._head(), **({"usage": None} if with_usage else {})}
         logprobs: dict[int, CompletionLogprobs] = {}
+        begun = set[int]()
+
+        def with_ids(choice: dict[str, Any], tokens: Sequence[TokenInfo]) -> dict[str, Any]:
+            """A chunk, with ids if they are asked for. The first one of a choice has those of the prompt."""
+            i = choice["index"]
+            if body.return_token_ids:
+                choice["token_ids"] = [token.id for token in tokens]
+                choice["prompt_token_ids"] = None if i in begun else plan.prompts[i // plan.best_of][1]
+                begun.add(i)
+            return {**head, "choices": [choice]}
+
         if self._echo:
             for i in range(len(plan.requests)):
                 text = self._prompt_text(plan.prompts[i // plan.best_of])
-                yield {**head, "choices": [{"index": i, "text": text, "logprobs": None, "finish_reason": None}]}
+                yield with_ids({"index": i, "text": text, "logprobs": None, "finish_reason": None}, ())
         results: list[Finished] = []
         async for i, step in run:
             text, tokens, reason, stop = step.text, step.tokens, None, None
@@ -217,7 +245,7 @@ class Completions:
             if body.max_tokens == 0:
                 text, tokens, stop = "", (), None
                 reason = reason and "length"
-            if not (text or reason or (tokens and body.logprobs is not None)):
+            if not (text or reason or (tokens and (body.logprobs is not None or body.return_token_ids))):
                 continue
             choice: dict[str, Any] = {"index": i, "text": text, "logprobs": None, "finish_reason": reason}
             if reason:
@@ -225,7 +253,7 @@ class Completions:
             if body.logprobs is not None:
                 maker = logprobs.setdefault(i, CompletionLogprobs(self._context.tokenizer, body.logprobs))
                 choice["logprobs"] = maker.piece(tokens)
-            yield {**head, "choices": [choice]}
+            yield with_ids(choice, tokens)
         if with_usage:
             yield {**head, "choices": [], "usage": self._usage(results)}
 

@@ -105,14 +105,19 @@ class Sampled(Body):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
     response_format: ResponseFormat | None = None
-    # Accepted and without effect.
+    # Accepted and without effect: the prefix cache finds equal beginnings without a key.
     user: str | None = None
+    prompt_cache_key: str | None = None
     # vLLM's.
     top_k: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=PENALTIES[0], le=PENALTIES[1])] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
     ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    return_token_ids: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | None = None
@@ -196,7 +201,15 @@ ToolChoice = Annotated[
 ]
 
 
-class ChatRequest(Sampled):
+class Rendering(Body):
+    """How the chat template renders messages, with vLLM's fields."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatRequest(Sampled, Rendering):
     messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     logprobs: bool | None = None
@@ -233,7 +246,7 @@ class ScoreRequest(Body):
     user: str | None = None
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Rendering):
     """`prompt` or `messages`."""
 
     model: str | None = None
@@ -241,7 +254,6 @@ class TokenizeRequest(Body):
     messages: Messages | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
 
 

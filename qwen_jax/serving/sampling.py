@@ -28,6 +28,15 @@ def check_common(context: Context, body: Sampled) -> None:
         raise ApiError("stop: a stop string needs 1 to 1024 characters.", param="stop")
     if body.stream_options is not None and not body.stream:
         raise ApiError("stream_options needs stream=true.", param="stream_options")
+    longest = context.engine.max_length
+    if body.truncate_prompt_tokens is not None and not (
+        body.truncate_prompt_tokens == -1 or 0 < body.truncate_prompt_tokens <= longest
+    ):
+        raise ApiError(
+            f"truncate_prompt_tokens is {body.truncate_prompt_tokens}; expected 1 to {longest}, this model's maximum "
+            "context length, or -1 for as many tokens as fit.",
+            param="truncate_prompt_tokens",
+        )
     for key in body.logit_bias or {}:
         if not (key.isascii() and key.isdigit() and len(key) < 10) or int(key) >= context.engine.config.vocab_size:
             raise ApiError(
@@ -51,6 +60,22 @@ def seeds(body: Sampled, count: int) -> list[int]:
     """A seed for each choice: the request's and those after it, or random ones."""
     first = secrets.randbits(32) if body.seed is None else body.seed
     return [(first + i) % 2**32 for i in range(count)]
+
+
+def truncated(context: Context, body: Sampled, prompt: list[int], asked: int | None, default: int | None) -> list[int]:
+    """The last tokens of a prompt, as many as truncate_prompt_tokens says; for -1 as many as fit beside new tokens.
+
+    Args:
+      context: the server.
+      body: the request.
+      prompt: token ids.
+      asked, default: numbers of new tokens, as for `new_tokens`. Without both, there is room for one.
+    """
+    most = body.truncate_prompt_tokens
+    if most == -1:
+        most = context.engine.max_length - (asked or default or 1)
+    # Where new tokens alone are too many, `new_tokens` says so.
+    return prompt if most is None or most < 1 else prompt[-most:]
 
 
 def new_tokens(context: Context, asked: int | None, default: int | None, prompt_length: int, param: str) -> int:
@@ -131,7 +156,7 @@ def build_request(
         sampling: SamplingParams = dataclasses.replace(defaults.sampling, seed=seed, **given)
         return Request(
             tuple(prompt),
-            Ending(frozenset(ends), stops, max_new_tokens),
+            Ending(frozenset(ends), stops, max_new_tokens, bool(body.include_stop_str_in_output)),
             sampling,
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
@@ -141,6 +166,7 @@ def build_request(
             prompt_logprobs=prompt_logprobs,
             grammar=grammar,
             adapter=adapter,
+            cache_salt=body.cache_salt,
         )
     except InputError as error:
         raise ApiError(

@@ -68,6 +68,7 @@ class ServerSettings:
       body_timeout: seconds that a client may take to send a request.
       send_timeout: seconds that a client may take to read a piece of a stream.
       drain_timeout: seconds that running requests get after SIGTERM.
+      log_interval: seconds between two lines about throughput in the log; 0 writes none.
     """
 
     served_names: tuple[str, ...] = ("model",)
@@ -84,6 +85,7 @@ class ServerSettings:
     body_timeout: float = 60.0
     send_timeout: float = 60.0
     drain_timeout: float = 30.0
+    log_interval: float = 10.0
 
     def __post_init__(self) -> None:
         if not self.served_names or not all(self.served_names):
@@ -96,6 +98,6 @@ class ServerSettings:
         for name in ("max_body_bytes", "max_prompts", "max_choices", "body_timeout", "send_timeout"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("max_stops", "max_waiting", "request_timeout", "drain_timeout"):
+        for name in ("max_stops", "max_waiting", "request_timeout", "drain_timeout", "log_interval"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name} must be a number that is not negative, got {getattr(self, name)}.")

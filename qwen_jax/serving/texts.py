@@ -12,7 +12,14 @@ from qwen_jax.serving.completions import encode_texts
 from qwen_jax.serving.context import Context, in_thread, usage
 from qwen_jax.serving.errors import ApiError, not_supported
 from qwen_jax.serving.logprobs import token_bytes
-from qwen_jax.serving.protocol import DetokenizeRequest, EmbeddingRequest, Message, ScoreRequest, TokenizeRequest
+from qwen_jax.serving.protocol import (
+    DetokenizeRequest,
+    EmbeddingRequest,
+    Message,
+    Rendering,
+    ScoreRequest,
+    TokenizeRequest,
+)
 
 
 async def embeddings(context: Context, body: EmbeddingRequest) -> dict[str, Any]:
@@ -84,7 +91,7 @@ def _scored_ids(context: Context, body: ScoreRequest) -> list[list[int]]:
                 tokenizer,
                 messages,
                 body.tools,
-                add_generation_prompt=False,
+                Rendering(add_generation_prompt=False),
                 where=f"messages[{i}]" if several else "messages",
             )
             for i, messages in enumerate(conversations)
@@ -121,14 +128,15 @@ async def tokenize(context: Context, body: TokenizeRequest) -> dict[str, Any]:
     tokenizer = context.tokenizer
     if (body.prompt is None) == (body.messages is None):
         raise ApiError("Give either prompt or messages.", param="prompt")
-    if body.prompt is not None and body.tools:
-        raise ApiError("tools needs messages.", param="tools")
+    for name in ("tools", *Rendering.model_fields):
+        # OpenAI's clients send an empty list of tools for none, and false for what is off.
+        if body.prompt is not None and getattr(body, name):
+            raise ApiError(f"{name} needs messages.", param=name)
 
     def encode() -> list[int]:
         if body.messages is None:
             return tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
-        opening = body.add_generation_prompt is not False
-        return encode_conversation(tokenizer, body.messages, body.tools, add_generation_prompt=opening)
+        return encode_conversation(tokenizer, body.messages, body.tools, body)
 
     ids = await in_thread(encode, "prompt" if body.messages is None else "messages")
     names = [token_bytes(tokenizer, i).decode("utf-8", "replace") for i in ids] if body.return_token_strs else None

@@ -185,16 +185,24 @@ class Tokenizer(ABC):
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
     ) -> list[int]:
         """Turn a conversation into the ids of a prompt, with `chat_template`.
 
         Args:
-            messages, tools, add_generation_prompt: as for `ChatTemplate.render`.
+            messages, tools, add_generation_prompt, variables: as for `ChatTemplate.render`.
+            continue_final_message: end with the content of the final message, in place of a generation prompt; see
+                `ChatTemplate.render_open`.
 
         Raises:
             InputError: see `ChatTemplate.render` and `chat_template`.
         """
-        text = self.chat_template.render(messages, tools, add_generation_prompt=add_generation_prompt)
+        template = self.chat_template
+        if continue_final_message:
+            text = template.render_open(messages, tools, **variables)
+        else:
+            text = template.render(messages, tools, add_generation_prompt=add_generation_prompt, **variables)
         return self.encode(text, add_special_tokens=False)
 
     def _surround(self, ids: list[int]) -> list[int]:

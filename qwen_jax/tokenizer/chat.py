@@ -4,11 +4,13 @@ import datetime
 import functools
 import json
 import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.runtime
@@ -21,6 +23,10 @@ from qwen_jax.tokenizer.text import valid_text
 ROLES = ("system", "user", "assistant", "tool")
 # The variable of the marks of generation blocks. A template cannot read it: no name in Jinja has a space.
 _MARKS = "generation marks"
+# Names that templates read and that are not a caller's to give.
+_OWN = {"self", "messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+# After a mark, to see whether a template takes spaces away from the end of a text.
+_SPACES = " \n\t"
 # Exceptions that sandboxed template code can raise. Templates are input, so each becomes an InputError.
 _TEMPLATE_FAULTS = (
     jinja2.TemplateError,
@@ -66,6 +72,14 @@ class ChatTemplate:
             )
         return self.sources["default"]
 
+    def variables(self, tools: Sequence[Mapping[str, Any]] | None = None) -> frozenset[str]:
+        """Return the names of the further values that the template reads, which `render` takes as `variables`.
+
+        Raises:
+            InputError: as `source` does, or the template is not valid Jinja.
+        """
+        return _variables(self.source(tools))
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -88,6 +102,39 @@ class ChatTemplate:
             InputError: a message or tool is malformed (the error names its index), or the template fails or refuses.
         """
         return self.render_marked(messages, tools, ("", ""), add_generation_prompt=add_generation_prompt, **variables)
+
+    def render_open(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """Render a conversation up to the end of the final message's content, so that a model goes on with that text.
+
+        Args:
+            messages, tools, variables: as for `render`. The final message has a content and no `tool_calls`.
+
+        Raises:
+            InputError: as `render` does; or there is no text to go on with, or the template does not render it once.
+        """
+        check_messages(messages)
+        *before, final = messages
+        if final.get("tool_calls") or not isinstance(final.get("content"), str):
+            raise InputError(
+                f"message {len(before)}: to go on with the final message, it must have a text as 'content' and no "
+                "'tool_calls'"
+            )
+        # Nobody can guess the mark, so that no message has it.
+        mark = secrets.token_hex(16)
+        marked = {**final, "content": f"{final['content']}{mark}{_SPACES}"}
+        text = self.render([*before, marked], tools, add_generation_prompt=False, **variables)
+        if text.count(mark) != 1:
+            raise InputError(
+                f"the chat template renders the text of the final message {text.count(mark)} times; to go on with it, "
+                "it must be there once"
+            )
+        opened, after = text.split(mark)
+        return opened if after.startswith(_SPACES) else opened.rstrip()
 
     def render_marked(
         self,
@@ -129,6 +176,14 @@ class ChatTemplate:
             raise InputError(
                 f"the chat template failed: {error}. Check that the messages have what it expects, or correct it."
             ) from None
+
+
+@functools.lru_cache(maxsize=16)
+def _variables(source: str) -> frozenset[str]:
+    """See `ChatTemplate.variables`."""
+    _compiled(source)  # Which raises for what is not valid.
+    environment = _environment()
+    return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)) - {*environment.globals} - _OWN)
 
 
 @functools.lru_cache(maxsize=16)

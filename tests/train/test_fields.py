@@ -1,6 +1,7 @@
 """Fields of a run by their paths: nested ones, old flat names, null, allowed values, and ranges."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,26 @@ def test_nested_fields_are_set_by_their_path() -> None:
     config = set_fields(CONFIG, "optimizer.beta2=0.99", "step.remat=full", "checkpoints.every=100")
     assert (config.optimizer.beta2, config.step.remat, config.checkpoints.every) == (0.99, "full", 100)
     assert set_fields(CONFIG, "objective.moe.balance_loss=0.5").objective.moe.balance_loss == 0.5
+
+
+def test_a_part_is_an_object_of_its_fields() -> None:
+    """Those that are left out have their defaults, whatever the configuration had."""
+    config = set_fields(CONFIG, "optimizer.eps=1e-6", 'optimizer={"beta2": 0.99}', 'step.lora={"rank": 4}')
+    assert (config.optimizer, config.step.lora) == (AdamW(beta2=0.99), LoRA(rank=4))
+    # Also in lists, and where there was nothing.
+    stages = [as_json(stage) for stage in CONFIG.stages] * 2
+    assert set_fields(CONFIG, f"stages={json.dumps(stages)}").stages == CONFIG.stages * 2
+    for wrong in (
+        'optimizer={"beta": 1}',
+        'optimizer={"beta1": "x"}',
+        "optimizer=5",
+        "stages=[{}]",
+        'stages=[{"x": 1}]',
+    ):
+        with pytest.raises(InputError, match=r"expected (an object with fields of AdamW \(beta1, |a JSON list)"):
+            set_fields(CONFIG, wrong)
+    with pytest.raises(InputError, match="rank"):
+        set_fields(CONFIG, 'step.lora={"rank": 0}')
 
 
 @pytest.mark.parametrize("name", MOVED)

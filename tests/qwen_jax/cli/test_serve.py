@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -88,7 +89,8 @@ def test_options_reach_the_engine_and_the_server(
         f"--port 0 --max-model-len 64 --max-num-seqs 8 --max-num-batched-tokens 128 --gpu-memory-utilization 0.5 "
         f"--no-prefix-caching --dtype float32 --adapter poet={tmp_path} --speculative ngram --num-speculative-tokens 3 "
         "--api-key a --served-model-name qwen --served-model-name other --pooling last --max-queue 7 --max-choices 3 "
-        "--max-logprobs 4 --max-body-bytes 1000 --request-timeout 9 --shutdown-timeout 2 --allowed-origin https://x.example"
+        "--max-logprobs 4 --max-body-bytes 1000 --request-timeout 9 --shutdown-timeout 2 "
+        "--allowed-origin https://x.example --log-interval 7"
     )
     assert main(["serve", str(model), *options.split()]) == 0
     tokenizer = served["options"].pop("tokenizer")
@@ -108,7 +110,8 @@ def test_options_reach_the_engine_and_the_server(
     assert settings.allowed_origins == ("https://x.example",)
     assert (settings.max_waiting, settings.max_choices, settings.max_logprobs) == (7, 3, 4)
     assert (settings.max_body_bytes, settings.request_timeout, settings.drain_timeout) == (1000, 9.0, 2.0)
-    assert settings.pooling == "last"
+    assert (settings.pooling, settings.log_interval) == ("last", 7.0)
+    assert logging.getLogger("qwen_jax.serving.throughput").isEnabledFor(logging.INFO)
     assert context.service.defaults.max_new_tokens == 5
     assert context.service.defaults.sampling.top_k == 20
 
@@ -154,6 +157,7 @@ def test_the_model_is_called_by_its_folder(served: dict[str, Any], model: Path) 
         ("--max-queue -1", "--max-queue must be"),
         ("--request-timeout nan", "--request-timeout must be"),
         ("--shutdown-timeout -1", "--shutdown-timeout must be"),
+        ("--log-interval -1", "--log-interval must be"),
         ("--speculative ngrams", "must be ngram, or the folder or Hub id"),
         ("--speculative /no/such/draft", "/no/such/draft"),
         ("--rope-scaling yarn:4 --dual-chunk", "together"),

@@ -123,7 +123,7 @@ def test_any_stop_strings_cut_at_the_first_place_they_end(seed: int) -> None:
         stop.append(whole[start : start + int(rng.integers(1, 30))] or "x")
     skip = [not any(name in one for name in special) for one in stop]
     ends = [n for n in range(1, 31) if any(one in text(n, s) for one, s in zip(stop, skip, strict=True))]
-    completion = run_row(tokenizer, tokens, stop)
+    completion, _ = run_row(tokenizer, tokens, stop)
     assert completion.finish_reason == ("stop" if ends else "length")
     assert len(completion.token_ids) == (ends[0] if ends else 30)
     if ends:
@@ -134,11 +134,51 @@ def test_any_stop_strings_cut_at_the_first_place_they_end(seed: int) -> None:
         assert len(completion.text) <= min(cuts, default=len(shown))
         if all(skip):
             assert len(completion.text) == min(cuts)
+    # A stop string that stays is what was cut off, and changes nothing else.
+    included, stopped_by = run_row(tokenizer, tokens, stop, include=True)
+    assert dataclasses.replace(included, text=completion.text) == completion
+    assert completion.text is not None
+    assert included.text is not None
+    if not ends:
+        assert included.text == completion.text
+    elif skip[stop.index(stopped_by)]:
+        assert included.text == completion.text + stopped_by
+    else:
+        assert text(ends[0], skip=True).startswith(included.text)
+        assert included.text.startswith(completion.text)
 
 
-def run_row(tokenizer: Tokenizer, tokens: list[int], stop: list[str]) -> Completion:
-    """Feeds tokens one by one; checks that the pieces given on the way and the rest are the text."""
-    ending = Ending(frozenset(), tuple(stop), len(tokens))
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [("<|im_end|>", "b"), ("b<|im_end|>", "b"), ("<|im_end|>c", "bc"), ("b<|im_end|>cc", "bcc"), ("bc", "bc")],
+)
+def test_of_a_stop_string_that_stays_special_tokens_are_left_out(stop: str, text: str) -> None:
+    tokenizer = train_bpe(["abc"], 278)
+    completion, _ = run_row(tokenizer, [B, TURN_END, C, C, C], [stop], include=True)
+    assert completion.text == text
+
+
+@pytest.mark.parametrize("incremental", [True, False])
+@pytest.mark.parametrize("stop", [(), ("never",)])
+def test_an_end_id_that_stays_is_in_the_text_unless_it_is_a_special_token(
+    stop: tuple[str, ...], incremental: bool
+) -> None:
+    tokenizer = train_bpe(["abc"], 278)
+    for end, included, expected in ((C, True, "bc"), (C, False, "b"), (TURN_END, True, "b")):
+        ending = Ending(frozenset([end]), stop, 9, included)
+        row = Row([0], ending, tokenizer, logprobs=False, incremental=incremental, dtype="float32")
+        row.add(np.array([B, end, A]), None)
+        completion = row.completion()
+        assert (completion.text, completion.token_ids, row.stopped_by) == (expected, [B, end], end)
+
+
+def run_row(tokenizer: Tokenizer, tokens: list[int], stop: list[str], include: bool = False) -> tuple[Completion, str]:
+    """Feeds tokens one by one; checks that the pieces given on the way and the rest are the text.
+
+    Returns:
+      The completion, and the stop string that ended it.
+    """
+    ending = Ending(frozenset(), tuple(stop), len(tokens), include)
     row = Row([0], ending, tokenizer, logprobs=False, incremental=True, dtype="float32")
     given = ""
     for token in tokens:
@@ -149,7 +189,7 @@ def run_row(tokenizer: Tokenizer, tokens: list[int], stop: list[str]) -> Complet
     completion = row.completion()
     assert completion.text is not None
     assert given + row.rest(completion.text) == completion.text
-    return completion
+    return completion, str(row.stopped_by)
 
 
 def test_an_end_id_is_not_part_of_the_text_even_if_it_is_no_special_token(engine: Engine) -> None:

@@ -88,6 +88,9 @@ def test_adapters_and_weights_do_not_share_pages() -> None:
     pool.clear()
     salts += [pool.salt(None), pool.salt("a")]
     assert len(set(salts)) == len(salts)
+    salts += [pool.salt(None, ""), pool.salt(None, "a"), pool.salt("a", "a"), pool.salt("a a", "a")]
+    salts += [pool.salt(None, "1 a"), pool.salt("a", "1 a"), pool.salt(None, "\ud800")]
+    assert len(set(salts)) == len(salts)
     store(pool, [1, 2], pool.salt("a"))
     assert pool.match([1, 2], pool.salt(None)) == []
     assert pool.match([1, 2], pool.salt("b")) == []

@@ -19,9 +19,9 @@ def random_sequence(rng: random.Random, id: int, length: int, slots: int, contin
     prompt = rng.randint(1, limit - 1)
     same = rng.choice([0, prompt // 2, prompt])
     tokens = [1] * same + [rng.randint(1, 2) for _ in range(prompt - same)]
-    adapter = rng.choice([None, None, "a"])
-    continues = rng.random() < continuing
-    return make(tokens, limit - prompt, id, adapter=adapter, prompt_logprobs=rng.random() < 0.1, continues=continues)
+    options: dict[str, Any] = {"adapter": rng.choice([None, None, "a"]), "cache_salt": rng.choice([None, None, "a"])}
+    options |= {"prompt_logprobs": rng.random() < 0.1, "continues": rng.random() < continuing}
+    return make(tokens, limit - prompt, id, **options)
 
 
 @pytest.mark.parametrize("run", range(10))
@@ -339,6 +339,22 @@ def test_new_weights_and_other_adapters_find_nothing() -> None:
     for adapter, start in ((None, 0), (None, 8), ("a", 0), ("b", 0), ("a", 8)):
         for prompt in ([1] * 9, [2] * 9):
             assert run_alone(scheduler, device, make(prompt, 1, adapter=adapter)) == [(0, start, 9 - start)]
+
+
+def test_pages_are_shared_under_one_salt_only() -> None:
+    """Also those of a text that runs, and of texts that arrive together."""
+    scheduler, device = make_device(size=4, seqs=8, batched=64)
+    for salt, start in ((None, 0), ("a", 0), ("b", 0), (None, 8), ("a", 8), ("b", 8), ("c", 0)):
+        assert run_alone(scheduler, device, make([1] * 9, 1, cache_salt=salt)) == [(0, start, 9 - start)]
+    assert run_alone(scheduler, device, make([1] * 9, 1, cache_salt="a", adapter="x")) == [(0, 0, 9)]
+    together = [make([2] * 9, 4, i, cache_salt=salt) for i, salt in enumerate((None, "a", "b", "a"))]
+    for sequence in together:
+        scheduler.add(sequence)
+    device.step()
+    assert sizes(device.steps[-1]) == [(0, 0, 9), (1, 0, 9), (2, 0, 9)]
+    device.drain()
+    scheduler.check()
+    assert together[3].cached_tokens == 8
 
 
 # --- preemption ---

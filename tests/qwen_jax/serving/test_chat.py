@@ -25,6 +25,7 @@ def joined(chunks: list[dict[str, Any]], index: int = 0) -> dict[str, Any]:
     mine = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
     assert mine[0]["delta"] == {"role": "assistant", "content": ""}
     message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
+    ids: list[int] = []
     tokens: list[Any] = []
     for choice in mine[1:]:
         message["content"] += choice["delta"].get("content", "")
@@ -38,10 +39,12 @@ def joined(chunks: list[dict[str, Any]], index: int = 0) -> dict[str, Any]:
                 assert (call["index"], [*call["function"]]) == (len(calls) - 1, ["arguments"])
                 calls[-1]["function"]["arguments"] += call["function"]["arguments"]
         tokens += (choice["logprobs"] or {}).get("content", [])
+        ids += choice.get("token_ids", [])
     if "tool_calls" in message:
         message["content"] = message["content"] or None
     assert all(choice["finish_reason"] is None for choice in mine[:-1])
-    return {"index": index, "message": message, "logprobs": tokens, "finish_reason": mine[-1]["finish_reason"]}
+    end = {"finish_reason": mine[-1]["finish_reason"]} | ({"token_ids": ids} if "token_ids" in mine[0] else {})
+    return {"index": index, "message": message, "logprobs": tokens, **end}
 
 
 def without_ids(choice: dict[str, Any]) -> dict[str, Any]:
@@ -109,6 +112,10 @@ def test_the_end_of_a_turn_ends_the_text_and_the_context_limits_it() -> None:
         (CALL, {"tools": [TOOL], "max_tokens": 5}),
         (CALL, {"tools": [TOOL], "tool_choice": "none"}),
         ("<tool_call>{broken</tool_call>", {"tools": [TOOL]}),
+        ("Hé 🙂", {"return_token_ids": True, "n": 2}),
+        (f"{CALL}\n{CALL}", {"tools": [TOOL], "return_token_ids": True, "logprobs": True}),
+        (f"{CALL}\n{CALL}", {"tools": [TOOL], "return_token_ids": True, "parallel_tool_calls": False}),
+        ("Hello", {"stop": "ll", "include_stop_str_in_output": True}),
     ],
 )
 def test_a_stream_equals_the_whole_answer(reply: str, body: dict[str, Any], tokens_per_step: int) -> None:
@@ -118,6 +125,9 @@ def test_a_stream_equals_the_whole_answer(reply: str, body: dict[str, Any], toke
     answer = client(engine).post("/v1/chat/completions", json={"messages": [USER], **body, **options})
     *chunks, last = events(answer.text)
     assert last["usage"] == whole["usage"]
+    prompts = [chunk.get("prompt_token_ids") for chunk in chunks]
+    assert prompts == [whole.get("prompt_token_ids"), *[None] * (len(chunks) - 1)]
+    assert (prompts[0] is not None) == ("return_token_ids" in body)
     for expected in whole["choices"]:
         assert without_ids(joined(chunks, expected["index"])) == without_ids(expected)
 

@@ -142,8 +142,14 @@ def test_best_of_takes_the_likeliest_texts() -> None:
         {"echo": True, "n": 2, "seed": 0},
         {"echo": True, "max_tokens": 0},
         {"stop": "l"},
+        {"stop": "l", "include_stop_str_in_output": True},
         {"max_tokens": 2},
         {"max_tokens": 200},
+        {"return_token_ids": True},
+        {"return_token_ids": True, "prompt": ["a", "b"], "n": 2, "seed": 0, "logprobs": 1},
+        {"return_token_ids": True, "echo": True, "n": 2, "seed": 0},
+        {"return_token_ids": True, "echo": True, "max_tokens": 0},
+        {"return_token_ids": True, "truncate_prompt_tokens": 2, "echo": True},
     ],
 )
 def test_a_stream_equals_the_whole_answer(body: dict[str, Any], tokens_per_step: int) -> None:
@@ -170,6 +176,11 @@ def test_a_stream_equals_the_whole_answer(body: dict[str, Any], tokens_per_step:
         if expected["logprobs"]:
             for key, values in expected["logprobs"].items():
                 assert [x for c in mine if c["logprobs"] for x in c["logprobs"][key]] == values
+        if "return_token_ids" in body:
+            assert [token for c in mine for token in c["token_ids"]] == expected["token_ids"]
+            assert [c["prompt_token_ids"] for c in mine] == [expected["prompt_token_ids"], *[None] * (len(mine) - 1)]
+        else:
+            assert all(c.keys().isdisjoint({"token_ids", "prompt_token_ids"}) for c in [*mine, expected])
 
 
 def test_stop_strings_are_cut_off_and_named() -> None:

@@ -26,10 +26,11 @@ from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.serving.app import create_app
 from qwen_jax.serving.settings import ServerSettings, Service
-from qwen_jax.tokenizer import load_tokenizer
+from qwen_jax.tokenizer import load_tokenizer, render_chat
 from tests.helpers.processes import launch
+from tests.helpers.runs import print_seed
 from tests.helpers.scripted import make_words
-from tests.helpers.serving import until
+from tests.helpers.serving import events, until
 
 ROOT = Path(__file__).parents[3]
 
@@ -144,6 +145,104 @@ def test_echoed_prompts_have_log_probabilities(client: TestClient) -> None:
     assert found["token_logprobs"][0] is None
     assert len(found["token_logprobs"]) == 4
     assert all(value < 0 for value in found["token_logprobs"][1:])
+
+
+WORDS = "hello", "there", "world", "user", "a", "é", " ", "\n"
+
+
+def random_messages(rng: np.random.Generator) -> list[dict[str, str]]:
+    """A conversation that ends with the beginning of an answer."""
+    roles = ["user", "assistant"] * int(rng.integers(1, 3))
+    return [{"role": role, "content": "".join(rng.choice(WORDS, int(rng.integers(1, 9))))} for role in roles]
+
+
+def streamed(client: TestClient, path: str, **body: Any) -> list[dict[str, Any]]:
+    """The choices of the chunks of a stream."""
+    answer = client.post(path, json={"model": "m", "stream": True, **body})
+    assert answer.status_code == 200, answer.text
+    return [choice for chunk in events(answer.text) for choice in chunk["choices"]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_goes_on_as_the_completion_of_the_same_text_does(
+    client: TestClient, folder: Path, temperature: float
+) -> None:
+    """Token for token, whole and streamed."""
+    rng, tokenizer = print_seed(), load_tokenizer(folder)
+    end = tokenizer.token_to_id("<|im_end|>")
+    for _ in range(3):
+        messages = random_messages(rng)
+        sampling = {"temperature": temperature, "seed": int(rng.integers(100)), "max_tokens": 12}
+        options = {**sampling, "return_token_ids": True}
+        rendered = render_chat(messages[:-1]) + messages[-1]["content"]
+        completed = post(client, "/v1/completions", prompt=rendered, stop_token_ids=[end], **options)["choices"][0]
+        asked = {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
+        chatted = post(client, "/v1/chat/completions", **asked, **options)
+        assert chatted["prompt_token_ids"] == completed["prompt_token_ids"]
+        assert chatted["choices"][0]["token_ids"] == completed["token_ids"]
+        assert chatted["choices"][0]["message"]["content"] == completed["text"]
+        parts = streamed(client, "/v1/chat/completions", **asked, **options)
+        assert [token for part in parts for token in part["token_ids"]] == completed["token_ids"]
+        assert "".join(part["delta"].get("content", "") for part in parts) == completed["text"]
+
+
+def test_a_prompt_that_is_cut_gives_the_text_of_its_last_tokens(client: TestClient, folder: Path) -> None:
+    rng, tokenizer = print_seed(), load_tokenizer(folder)
+    end = tokenizer.token_to_id("<|im_end|>")
+    for _ in range(3):
+        messages, sampling = random_messages(rng), {"seed": int(rng.integers(100)), "temperature": 1.0, "max_tokens": 8}
+        ids = tokenizer.encode_chat(messages)
+        count = int(rng.integers(1, len(ids) + 1))
+        options = {**sampling, "stop_token_ids": [end], "return_token_ids": True}
+        wanted = post(client, "/v1/completions", prompt=[ids[-count:]], **options)["choices"][0]
+        cut = post(client, "/v1/completions", prompt=[ids], truncate_prompt_tokens=count, **options)["choices"][0]
+        assert cut == wanted
+        chatted = post(client, "/v1/chat/completions", messages=messages, truncate_prompt_tokens=count, **options)
+        assert chatted["prompt_token_ids"] == ids[-count:]
+        assert chatted["choices"][0]["token_ids"] == wanted["token_ids"]
+        parts = streamed(client, "/v1/completions", prompt=[ids], truncate_prompt_tokens=count, **options)
+        assert "".join(part["text"] for part in parts) == wanted["text"]
+        assert [token for part in parts for token in part["token_ids"]] == wanted["token_ids"]
+
+
+def test_keys_and_salts_of_the_cache_change_no_text(client: TestClient) -> None:
+    """A salt has the prompt found by requests with the same salt alone, a key changes nothing."""
+    rng = print_seed()
+    # A beginning that no other test has.
+    prompt = rng.integers(0, 256, 50).tolist()
+    options = {"prompt": [prompt], "temperature": 1.0, "seed": int(rng.integers(100)), "max_tokens": 8}
+
+    def cached(**fields: Any) -> int:
+        answer = post(client, "/v1/completions", **options, **fields)
+        assert answer["choices"][0]["text"] == text
+        return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    text = post(client, "/v1/completions", **options)["choices"][0]["text"]
+    first, second = (str(rng.integers(2**60)) for _ in range(2))
+    # Pages have 16 tokens.
+    assert cached() == cached(prompt_cache_key=first) == cached(prompt_cache_key=second) == 48
+    assert [cached(cache_salt=salt) for salt in (first, first, second, first)] == [0, 48, 0, 48]
+    assert cached() == 48
+
+
+def test_a_stop_string_that_stays_is_what_was_cut_off(client: TestClient) -> None:
+    rng = print_seed()
+    for _ in range(4):
+        options = {"prompt": "hello", "seed": int(rng.integers(1000)), "temperature": 1.0, "max_tokens": 16}
+        text = post(client, "/v1/completions", **options)["choices"][0]["text"]
+        start = int(rng.integers(0, max(1, len(text))))
+        stop = text[start : start + int(rng.integers(1, 6))] or "x"
+        without = post(client, "/v1/completions", stop=stop, **options)["choices"][0]
+        for ids in ({}, {"return_token_ids": True}):
+            body = {**options, **ids, "stop": stop, "include_stop_str_in_output": True}
+            included = post(client, "/v1/completions", **body)["choices"][0]
+            cut = stop if without["stop_reason"] == stop else ""
+            assert included["text"] == without["text"] + cut
+            assert (included["finish_reason"], included["stop_reason"]) == (
+                without["finish_reason"],
+                without["stop_reason"],
+            )
+            assert "".join(part["text"] for part in streamed(client, "/v1/completions", **body)) == included["text"]
 
 
 def test_structured_answers_parse(client: TestClient, folder: Path) -> None:

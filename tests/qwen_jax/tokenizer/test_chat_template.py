@@ -142,6 +142,72 @@ def test_random_conversations_equal_hugging_face(
     assert render_chat(messages, tools, add_generation_prompt=prompt) == expected
 
 
+TRIMMED = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</{{ m.role }}>{% endfor %}"
+turn = st.builds(
+    lambda role, content: {"role": role, "content": content},
+    st.sampled_from(["system", "user", "tool", "assistant"]),
+    text,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(turn, max_size=4), turn, st.sampled_from(TOOLS), st.sampled_from([default_chat_template(), TRIMMED]))
+def test_going_on_with_the_final_message_equals_hugging_face(
+    oracle: PreTrainedTokenizerFast, before: list[dict[str, Any]], final: dict[str, Any], tools: Any, source: str
+) -> None:
+    expected = oracle.apply_chat_template(
+        [*before, final], tools=tools, tokenize=False, continue_final_message=True, chat_template=source
+    )
+    assert ChatTemplate(source).render_open([*before, final], tools) == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(message, min_size=1, max_size=4), text, st.sampled_from(TOOLS))
+def test_an_answer_that_goes_on_is_the_opening_of_one_and_its_text(
+    messages: list[dict[str, Any]], content: str, tools: Any
+) -> None:
+    template = ChatTemplate(default_chat_template())
+    opened = template.render_open([*messages, {"role": "assistant", "content": content}], tools)
+    assert opened == template.render(messages, tools, add_generation_prompt=True) + content
+
+
+def test_spaces_of_a_template_behind_a_text_are_no_spaces_of_the_text() -> None:
+    """Where the template takes those of the text away."""
+    spaced = ChatTemplate("{% for m in messages %}[{{ m.content | trim }} ]{% endfor %}")
+    assert spaced.render_open([USER, {**REPLY, "content": "It is "}]) == f"[{USER['content'].strip()} ][It is"
+    kept = ChatTemplate("{% for m in messages %}[{{ m.content }} ]{% endfor %}")
+    assert kept.render_open([{**REPLY, "content": "It is "}]) == "[It is "
+
+
+@pytest.mark.parametrize(
+    ("final", "source", "words"),
+    [
+        (CALLS, default_chat_template(), "message 1: to go on"),
+        (CALL_WITH_TEXT, default_chat_template(), "message 1: to go on"),
+        (REPLY, "{{ messages[0].content }}", "renders the text of the final message 0 times"),
+        (REPLY, "{{ messages[-1].content * 2 }}", "renders the text of the final message 2 times"),
+    ],
+)
+def test_what_cannot_go_on_is_an_error(final: dict[str, Any], source: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        ChatTemplate(source).render_open([USER, final])
+
+
+def test_a_template_tells_what_it_reads() -> None:
+    """Neither what each template is given nor what Jinja and Hugging Face define."""
+    assert ChatTemplate(default_chat_template()).variables() == set()
+    source = (
+        "{% set ns = namespace(a=1) %}{% for m in messages %}{{ loop.index }}{{ m.x }}{% endfor %}{{ range(thinking) }}"
+        "{{ strftime_now('%Y') }}{% if self_check is defined and tools and documents %}{{ bos_token }}{% endif %}"
+        "{% if not add_generation_prompt %}{{ raise_exception('no') }}{% endif %}"
+    )
+    assert ChatTemplate(source).variables() == {"thinking", "self_check", "bos_token"}
+    both = ChatTemplate({"default": "{{ a }}", "tool_use": "{{ b }}"})
+    assert (both.variables(), both.variables([CLOCK])) == ({"a"}, {"b"})
+    with pytest.raises(InputError, match="not valid Jinja"):
+        ChatTemplate({"default": "{% if"}).variables()
+
+
 def test_hermes_format_written_out() -> None:
     assert render_chat([{"role": "user", "content": "Hi"}]) == (
         "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
