@@ -206,10 +206,10 @@ def write_side_files(
         keep = keep and "rope_theta" in old
     generation = origin / "generation_config.json" if origin else None
     expected, ends = config, config.eos_token_ids
-    before = load_config(original.parent).eos_token_ids if original and original.is_file() else ends
+    before = end_ids_of(old, original) if original and original.is_file() else ends
     if generation and generation.is_file() and set(before) <= set(ends):
         # Ends that an adapter has added go there, and config.json stays.
-        expected = dataclasses.replace(config, eos_token_ids=before)
+        expected = dataclasses.replace(config, eos_token_ids=tuple(before))
     if original and keep and dataclasses.replace(load_config(original.parent), dtype=config.dtype) == expected:
         shutil.copyfile(original, folder / "config.json")
     else:

@@ -32,7 +32,7 @@ from train.grpo import Grpo, make_log_prob_pass
 from train.grpo_config import GrpoRunConfig
 from train.handover import Handover, make_handover
 from train.judge import Judge
-from train.loop import NoBatchError
+from train.loop import SharedError
 from train.policy import GrpoConfig
 from train.sampler import Prompt, Sampler
 from train.shared_rollouts import SharedRollouts
@@ -121,6 +121,15 @@ def make_engines(run: OpenedRun) -> list[ContinuousEngine]:
     return engines
 
 
+@contextlib.contextmanager
+def _failing_together() -> Iterator[None]:
+    """What `SharedRollouts` does: where it fails in one process, by an error of any kind, it fails in all of them."""
+    try:
+        yield
+    except Exception as error:
+        raise SharedError(str(error)) from error
+
+
 class Rollouts:
     """The batches of a GRPO run: `train.loop.Data` that samples with the weights of the state.
 
@@ -151,11 +160,7 @@ class Rollouts:
         """The batch of a step: its share of the episode, which is sampled at the episode's first step."""
         number, part = divmod(step, self._config.updates)
         if self._episode is None or self._episode.number != number:
-            try:
-                self._episode, times = self._obtain(number, step, state)
-            except InputError as error:
-                # What fails while an episode is sampled or judged does so in every process.
-                raise NoBatchError(str(error)) from error
+            self._episode, times = self._obtain(number, step, state)
             if self._config.engine.devices and number + 1 < self._run.episodes:
                 # The engines go on with the weights of this step.
                 self._next = self._ahead(number + 1, step, state)
@@ -174,7 +179,7 @@ class Rollouts:
         sampler = Sampler(self._engines, sampling, run.environment)
         rewards: list[np.ndarray] = []
         for name, held_out in run.held_out.items():
-            with run.progress(f"held out, {name}") as advance:
+            with _failing_together(), run.progress(f"held out, {name}") as advance:
                 episode, _ = self._shared.episode(0, held_out.prompts, sampler, 0, advance)
             metrics = episode.metrics()
             kept = ("reward/mean", "response/tokens", "response/unfinished", *(f"reward/{n}" for n in episode.names))
@@ -226,6 +231,7 @@ class Rollouts:
         written = read_episode(path)
         return written if written.number == number and written.version < step else None
 
+    @_failing_together()
     def _sample(self, number: int, version: int) -> Sampled:
         """Samples and judges an episode, and writes its table."""
         run, order = self._run, self._run.order

@@ -1,9 +1,10 @@
 """The training loop: feeds the device, reads its metrics one step late, evaluates, saves. It knows no objective."""
 
+import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 import jax
@@ -28,8 +29,11 @@ B = TypeVar("B")
 Produced = TypeVar("Produced", covariant=True)
 
 
-class NoBatchError(InputError):
-    """A batch that no process of the run can have, for the same reason: the loop saves its state before it ends."""
+class SharedError(Exception):
+    """All processes of the run fail together, at the same place: the loop saves its state, and raises the cause.
+
+    Where one process fails with an error of any kind, the others have to raise this too: they save together.
+    """
 
 
 class Data(Protocol[Produced]):
@@ -49,7 +53,7 @@ class Data(Protocol[Produced]):
           NumPy arrays, the same in every process, or arrays on the devices already.
 
         Raises:
-          NoBatchError: in every process; for example, a reward function has failed.
+          SharedError: in every process, from the error of this one; for example, a reward function has failed.
         """
         ...
 
@@ -212,7 +216,7 @@ def fit(
       data: the batches.
       mesh: where batches are placed.
       config: when to evaluate, and when to give up.
-      evaluate: held-out metrics of a state.
+      evaluate: held-out metrics of a state; may raise `SharedError`, as `Data.batch` may.
       measurement: what else is measured of a state.
       checkpoints: where to save.
       stop: asked after each step, with its number; if it says yes, the state is saved and returned.
@@ -225,7 +229,7 @@ def fit(
     Raises:
       InputError: too many steps in a row were skipped, or the last steps were and the weights are ruined. Complete
         checkpoints are kept.
-      NoBatchError: of the data; the state is saved.
+      Exception: the cause of a `SharedError` of the data or of the evaluation, once the state is saved.
     """
     first = saved = int(state.step)
     reader = _Reader(monitor or Monitor(), diagnosis or Diagnosis())
@@ -243,7 +247,8 @@ def fit(
         if evaluate and config.evaluate_every and (all_of_it or _due(step, config.evaluate_every)):
             clock.lap("step")
             before = clock.seconds["evaluation"]
-            numbers = {f"held_out_{name}": value for name, value in evaluate(state).items()}
+            with saving(step):
+                numbers = {f"held_out_{name}": value for name, value in evaluate(state).items()}
             clock.lap("evaluation")
             reader.evaluated(step, numbers, clock.seconds["evaluation"] - before)
         if measurement and (all_of_it or _due(step, measurement.every)):
@@ -270,6 +275,20 @@ def fit(
         clock.lap("checkpoint")
         reader.record_time(step)
 
+    @contextlib.contextmanager
+    def saving(step: int) -> Iterator[None]:
+        """Saves the state, which is that after a step, where all processes fail together."""
+        cause: BaseException | None = None
+        try:
+            yield
+        except SharedError as error:
+            cause = error.__cause__ or error
+        if cause is not None:
+            report()
+            if checkpoints is not None and saved < step:
+                save(step, final=True)
+            raise cause
+
     if first == 0:
         held_out(0, True)
     for index in range(first, steps):
@@ -281,13 +300,8 @@ def fit(
             clock.lap("profile")
         # Input. Time counts as waiting for data only if the device has finished the step before.
         clock.lap("step")
-        try:
+        with saving(index):
             batch = _placed(data.batch(index, state), mesh)
-        except NoBatchError:
-            report()
-            if checkpoints is not None and saved < index:
-                save(index, final=True)
-            raise
         clock.lap("step" if reader.busy() else "input")
         # Enqueue the step, then read the metrics of the one before.
         programs = compilation().programs

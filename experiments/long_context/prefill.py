@@ -114,9 +114,9 @@ def main() -> None:
             prompt = np.random.default_rng(length).integers(0, engine.vocab_limit, length).tolist()
             result: dict[str, Any] = {}
             for attempt in ("compile_and_first", "seconds")[: 1 if args.once else 2]:
-                marks: list[float] = []
-                engine.on_chunk = functools.partial(note, marks, name)
                 start = time.perf_counter()
+                marks = [start]
+                engine.on_chunk = functools.partial(note, marks, name)
                 chunks = engine.token_chunks([prompt], SamplingParams(temperature=0, logprobs=True), args.decode)
                 first, logprobs = next(chunks)
                 assert logprobs is not None
@@ -125,7 +125,7 @@ def main() -> None:
                 tokens = np.concatenate([first, *(more for more, _ in chunks)], axis=1)[0, : args.decode]
                 chunks.close()
                 result |= {"tokens": tokens.tolist(), "first_logprob": float(logprobs[0, 0])}
-            per_chunk = np.diff([start, *marks])
+            per_chunk = np.diff(marks)
             stats = device.memory_stats() or {}
             say(
                 length=length,

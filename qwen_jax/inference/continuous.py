@@ -359,7 +359,9 @@ class ContinuousEngine(EngineThread):
 
         Raises:
           ValueError: other names, shapes, dtypes or shardings than those of the weights before.
-          InputError: another process of the mesh failed to take its weights; all go on with the old ones.
+          InputError: another process of the mesh failed to take its weights, or did not call this within its
+            `patience`; all go on with the old ones.
+          RuntimeError: this process calls too late.
         """
         # With several processes, all programs start in the engine's thread, in the same order everywhere.
         found = None if callable(params) or self._hosts is not None else self._in_layout(params)

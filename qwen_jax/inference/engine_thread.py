@@ -26,6 +26,8 @@ class EngineThread:
 
     Attributes:
       mesh: the thread's.
+      patience: seconds that process 0's update of the weights waits for this process, if it does not lead. An update
+        that has begun to wait keeps the value that it found.
       on_finished: called with each request's times when it ends, for metrics; see `Times`.
     """
 
@@ -41,6 +43,7 @@ class EngineThread:
         """
         self.mesh = mesh
         self._hosts = Hosts(mesh) if is_shared(mesh) else None
+        self.patience = 600.0
         self.on_finished: Callable[[Times], None] | None = None
         # What the engine's thread does between two steps: all commands, and one piece of work, which may take long.
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
@@ -48,6 +51,8 @@ class EngineThread:
         self._submitted: dict[int, Active] = {}
         self._wake = threading.Condition()
         self._closing = False
+        # Updates of process 0 that did not find this process in time; as many calls here come too late.
+        self._missed = 0
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -153,6 +158,12 @@ class EngineThread:
         with self._wake:
             if self._failure is not None or self._closing:
                 raise RuntimeError("The engine has stopped.") from self._failure
+            if self._missed:
+                self._missed -= 1
+                raise RuntimeError(
+                    f"Process 0 updated the weights and waited {self.patience:g} s for this process, which comes too "
+                    "late: all go on with the weights that they have. Update again in all processes, or raise patience."
+                )
             queue.append(command)
             self._wake.notify_all()
 
@@ -200,26 +211,35 @@ class EngineThread:
     def _update(self) -> None:
         """Takes the weights that this process was given, or will be: process 0 has begun to take its own."""
         with self._wake:
-            self._wake.wait_for(lambda: self._work or self._closing)
-        if self._work:
-            self._work.popleft()()
+            self._wake.wait_for(lambda: self._work or self._closing, self.patience)
+            take = self._work.popleft() if self._work else None
+            if take is None:
+                self._missed += 1
+                absent = "has closed its engine" if self._closing else f"has not done so for {self.patience:g} s"
+        if take is not None:
+            take()
             return
         try:
-            self._take_together(lambda: None, closed=True)
+            self._take_together(lambda: None, absent)
         except RuntimeError:
             _log.exception("All processes go on with the weights that they have.")
 
-    def _take_together(self, take: Callable[[], None], closed: bool = False) -> None:
-        """Takes new weights in all processes of the mesh or, if it fails in one, in none."""
+    def _take_together(self, take: Callable[[], None], absent: str = "") -> None:
+        """Takes new weights in all processes of the mesh or, if it fails in one, in none.
+
+        Args:
+          take: takes those of this process.
+          absent: why this process has none.
+        """
         if self._hosts is None:
             take()
             return
 
         def be_there() -> None:
-            if closed:
+            if absent:
                 raise RuntimeError(
-                    "Process 0 updates the weights, and this process has closed its engine. Call update_weights as "
-                    "often in all processes."
+                    f"Process 0 updates the weights, and process {jax.process_index()} {absent}. Call update_weights "
+                    "as often in all processes."
                 )
 
         # First all are there: taking weights starts programs that wait for the other processes.

@@ -140,13 +140,13 @@ def load_generation_defaults(folder: Path, config: ModelConfig) -> GenerationDef
     return GenerationDefaults(sampling, add_end_ids(config, folder).eos_token_ids, **limits)
 
 
-def end_ids_of(generation: Mapping[str, Any], path: Path) -> list[int]:
-    """The ids that end a text by a generation_config.json, which is at `path`.
+def end_ids_of(config: Mapping[str, Any], path: Path) -> list[int]:
+    """The ids that end a text by a generation_config.json or a config.json, which is at `path`.
 
     Raises:
       InputError: `eos_token_id` is not an id or a list of ids.
     """
-    value = generation.get("eos_token_id")
+    value = config.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(i) is int for i in ids):
         raise InputError(f"{path}: eos_token_id must be an id or a list of ids, got {value!r}.")

@@ -25,7 +25,7 @@ from convert.safetensors import read_folder
 from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
-from qwen_jax.params import Params, abstract_params, param_specs
+from qwen_jax.params import Params, abstract_params, init_params, param_specs
 from qwen_jax.published import published
 from tests.helpers import transformers4
 from tests.helpers.forward import logits, loss_gradients
@@ -341,3 +341,16 @@ def test_both_dialects_give_the_same_config(tmp_path: Path) -> None:
     to_dialect_4(tmp_path / "config.json")
     assert "rope_parameters" not in (tmp_path / "config.json").read_text()
     assert load_config(tmp_path) == config
+
+
+def test_files_may_come_from_a_folder_of_another_architecture(tmp_path: Path, mesh: Mesh) -> None:
+    """A model that is trained from scratch may have the tokenizer of any model: its config.json does not count."""
+    other, config = tmp_path / "other", published("tiny")
+    other.mkdir()
+    foreign = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "eos_token_id": 2}
+    (other / "config.json").write_text(json.dumps(foreign))
+    (other / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    with jax.set_mesh(mesh):
+        params = init_params(config, jax.random.key(0), mesh)
+    huggingface.export(params, config, tmp_path / "out", extra_files_from=other)
+    assert load_config(tmp_path / "out") == config

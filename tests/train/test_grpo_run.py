@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from qwen_jax.tokenizer import load_tokenizer, train_bpe
 from tests.helpers.processes import run
 from tests.helpers.quantized import random_quantized
 from tests.helpers.runs import losses, print_seed, stop_after
-from train import grpo_command
-from train.episodes import read_episode, write_episode
+from train import grpo_command, grpo_data
+from train.episodes import Episode, read_episode, write_episode
 from train.grpo_config import GrpoRunConfig, RewardUse
 from train.grpo_run import train_grpo
 from train.observe.metrics import read_log
@@ -154,7 +155,8 @@ def test_a_stopped_run_resumes_bit_for_bit(
 
 
 @pytest.mark.draw(1)
-def test_a_reward_that_fails_loses_no_step(files: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [16, 3], ids=["of an episode", "of held-out prompts"])
+def test_a_reward_that_fails_loses_no_step(count: int, files: Path, tmp_path: Path) -> None:
     """The steps before it are saved, though no checkpoint was due. With the reward mended the run is as if unbroken."""
     reward, fails = tmp_path / "reward.py", tmp_path / "fails"
     reward.write_text(f"""
@@ -163,20 +165,24 @@ import os
 calls = []
 
 def letters(completions):
-    calls.append(1)
+    calls.append(len(completions))
     values = [text.count("r") / max(len(text), 1) for text in completions]
-    return values[1:] if len(calls) == 3 and os.path.exists({str(fails)!r}) else values
+    # After two steps: in the third episode, or before it in the second evaluation.
+    broken = len(completions) == {count} and calls.count(16) == (3 if {count} == 16 else 2)
+    return values[1:] if broken and os.path.exists({str(fails)!r}) else values
 """)
 
     def launch(name: str) -> None:
-        config = configuration(files, tmp_path / name)
-        train_grpo(dataclasses.replace(config, rewards=(RewardUse(f"{reward}:letters"),)), _Formats())
+        config = configuration(files, tmp_path / name, "loop.evaluate_every=2")
+        rewards, held_out = (RewardUse(f"{reward}:letters"),), {"held": str(files / "held.jsonl")}
+        train_grpo(dataclasses.replace(config, rewards=rewards, held_out=held_out), _Formats())
 
     launch("straight")
     fails.touch()
-    with pytest.raises(InputError, match="letters returned 15 values; expected a list of 16"):
+    with pytest.raises(InputError, match=f"letters returned {count - 1} values; expected a list of {count}"):
         launch("broken")
     assert losses(tmp_path / "broken") == losses(tmp_path / "straight")[:2]
+    assert (tmp_path / "broken" / "checkpoints" / "2").is_dir()
     fails.unlink()
     launch("broken")
     assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
@@ -190,19 +196,39 @@ def stopped_and_resumed(files: Path, output: Path, *changes: str) -> None:
     assert not train_grpo(configuration(files, output, *changes), _Formats())
 
 
+def failed_and_resumed(files: Path, output: Path, *changes: str) -> None:
+    """In one of several processes: an error of process 0 that no other has ends all, after they have saved a step."""
+
+    def fail(path: Path, episode: Episode) -> None:
+        if episode.number:
+            raise OSError("the disk is full")
+        write_episode(path, episode)
+
+    own, message = (InputError, "Writing rollouts failed in process 0") if jax.process_index() else (OSError, "is full")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo_data, "write_episode", fail)
+        with pytest.raises(own, match=message):
+            train_grpo(configuration(files, output, *changes), _Formats())
+    assert (output / "checkpoints" / "1").is_dir()
+    assert not train_grpo(configuration(files, output, *changes), _Formats())
+
+
 @pytest.mark.draw(1)
 @pytest.mark.parametrize(
-    ("devices", "changes"),
+    ("ended", "devices", "changes"),
     [
-        (1, ("updates=2", "objective.old=trainer", "queries=4")),
-        (2, ("engine.devices=2", "objective.importance_cap=2.0", "queries=3")),
+        (stopped_and_resumed, 1, ("updates=2", "objective.old=trainer", "queries=4")),
+        (stopped_and_resumed, 2, ("engine.devices=2", "objective.importance_cap=2.0", "queries=3")),
+        (failed_and_resumed, 1, ("queries=3",)),
     ],
-    ids=["in turn", "apart"],
+    ids=["in turn", "apart", "failed"],
 )
-def test_two_processes_are_one(devices: int, changes: tuple[str, ...], files: Path, tmp_path: Path) -> None:
-    """The rollouts, rewards and losses of one process with the same mesh, also for a run that was stopped."""
+def test_two_processes_are_one(
+    ended: Callable[..., None], devices: int, changes: tuple[str, ...], files: Path, tmp_path: Path
+) -> None:
+    """The rollouts, rewards and losses of one process with the same mesh, also for a run that was stopped or failed."""
     changes = (*changes, "mesh.fsdp=2", "episodes=2", "objective.kl_weight=0")
-    run(stopped_and_resumed, files, tmp_path / "two", *changes, processes=2, devices=devices)
+    run(ended, files, tmp_path / "two", *changes, processes=2, devices=devices)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: jax.local_devices()[: 2 * devices])
         train_grpo(configuration(files, tmp_path / "one", *changes), _Formats())

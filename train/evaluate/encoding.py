@@ -4,6 +4,7 @@ A context that is too long for the model loses its first tokens. A text without 
 the tokenizer puts before texts, and where there is none, as for Qwen2.5, with the end-of-text token.
 """
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -79,7 +80,8 @@ class RequestEncoder:
                 wanted |= dict.fromkeys(_pieces(context[:cut])) if cut else {}
                 wanted |= dict.fromkeys(_pieces(tail))
             wanted |= dict.fromkeys(_pieces(tail + continuation if context else continuation))
-        self._remember([piece for piece in wanted if piece not in self._known])
+        with contextlib.suppress(InputError):  # `pair` says which text it is that cannot be encoded.
+            self._remember([piece for piece in wanted if piece not in self._known])
 
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """The ids of a context and a continuation.

@@ -1,6 +1,7 @@
 """Engines in two processes: texts are those of one process. The processes change weights together and end together."""
 
 import dataclasses
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from qwen_jax.inference.runner_lowering import Program
 from qwen_jax.inference.runner_state import RunnerState
 from qwen_jax.inference.stream import Stream
 from qwen_jax.options import Options
+from qwen_jax.parallel.multihost import gather_from_processes
 from qwen_jax.parallel.sharding import make_mesh
-from qwen_jax.params import init_params
+from qwen_jax.params import Params, init_params
 from qwen_jax.published import published
 from qwen_jax.tokenizer import train_bpe
 from tests.helpers.processes import run
@@ -114,11 +116,25 @@ def in_two(*args: Any) -> Any:
         assert found is not None
         assert [one.token_ids for one in engine.generate(requests)] == [ids for ids, _ in found["first"]]
 
+    def fails_in_process_1(params: Params) -> None:
+        with pytest.raises(InputError, match="Updating the weights failed in process 1"):
+            engine.update_weights(params)
+
+    # Weights for which one process does not come in time. Its patience is set before process 0 begins, and after it.
+    patience, engine.patience = engine.patience, 0.5
+    gather_from_processes(0)
+    if engine.leads:
+        fails_in_process_1(first)
+    else:
+        while not engine._missed:
+            time.sleep(0.05)
+    engine.patience = patience
+    gather_from_processes(0)
     # Weights that one process cannot take, and weights of process 0 alone.
     if engine.leads:
+        check_texts()
         for params in (first, second):
-            with pytest.raises(InputError, match="Updating the weights failed in process 1"):
-                engine.update_weights(params)
+            fails_in_process_1(params)
             check_texts()
         # A program that the other process has run and this one has not: who called it goes on, the engine does not.
         engine._runner._run = fail  # type: ignore[method-assign]
@@ -128,6 +144,8 @@ def in_two(*args: Any) -> Any:
         with pytest.raises(RuntimeError, match="the reason"):
             engine.stats()
     else:
+        with pytest.raises(RuntimeError, match="comes too late"):
+            engine.update_weights(first)
         take, engine._runner.update_weights = engine._runner.update_weights, fail  # type: ignore[method-assign]
         with pytest.raises(ValueError, match="the reason"):
             engine.update_weights(first)

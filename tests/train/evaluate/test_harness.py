@@ -287,6 +287,18 @@ def test_texts_are_encoded_as_a_whole(tokenizer: Tokenizer) -> None:
         encoder.prompt("a", 100)
 
 
+def test_a_text_that_is_no_unicode_is_the_error_of_its_request_alone(model: TokenModel) -> None:
+    """JSON may have half a surrogate pair."""
+    found: dict[int, Response] = {}
+    bad = Loglikelihood("the answer", " is \ud800"), Loglikelihood("half a \ud800 pair", " is bad")
+    good = Loglikelihood("the answer", " is 4")
+    model.answer([*bad, good], found.__setitem__)
+    assert all("surrogate" in (found[i].error or "") for i in (0, 1))
+    model.answer([good], lambda i, response: found.update({3: response}))
+    assert found[2].error is None
+    assert found[2].logprob == pytest.approx(found[3].logprob)
+
+
 def test_conversations_are_formatted_by_the_template(tokenizer: Tokenizer) -> None:
     from train.evaluate.harness_lm import HarnessLM
 
