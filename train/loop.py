@@ -1,9 +1,10 @@
 """The training loop: feeds the device, reads its metrics one step late, evaluates, saves. It knows no objective."""
 
+import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 import jax
@@ -29,7 +30,7 @@ Produced = TypeVar("Produced", covariant=True)
 
 
 class NoBatchError(InputError):
-    """A batch that no process of the run can have, for the same reason: the loop saves its state before it ends."""
+    """No process of the run can have a batch or an evaluation, for the same reason: the loop saves its state first."""
 
 
 class Data(Protocol[Produced]):
@@ -212,7 +213,7 @@ def fit(
       data: the batches.
       mesh: where batches are placed.
       config: when to evaluate, and when to give up.
-      evaluate: held-out metrics of a state.
+      evaluate: held-out metrics of a state; it may raise NoBatchError, in every process.
       measurement: what else is measured of a state.
       checkpoints: where to save.
       stop: asked after each step, with its number; if it says yes, the state is saved and returned.
@@ -225,7 +226,7 @@ def fit(
     Raises:
       InputError: too many steps in a row were skipped, or the last steps were and the weights are ruined. Complete
         checkpoints are kept.
-      NoBatchError: of the data; the state is saved.
+      NoBatchError: of the data or the evaluation; the state is saved.
     """
     first = saved = int(state.step)
     reader = _Reader(monitor or Monitor(), diagnosis or Diagnosis())
@@ -270,6 +271,17 @@ def fit(
         clock.lap("checkpoint")
         reader.record_time(step)
 
+    @contextlib.contextmanager
+    def saved_if_it_fails(step: int) -> Iterator[None]:
+        """Saves the state after a step if no process can go on."""
+        try:
+            yield
+        except NoBatchError:
+            report()
+            if checkpoints is not None and saved < step:
+                save(step, final=True)
+            raise
+
     if first == 0:
         held_out(0, True)
     for index in range(first, steps):
@@ -281,13 +293,8 @@ def fit(
             clock.lap("profile")
         # Input. Time counts as waiting for data only if the device has finished the step before.
         clock.lap("step")
-        try:
+        with saved_if_it_fails(index):
             batch = _placed(data.batch(index, state), mesh)
-        except NoBatchError:
-            report()
-            if checkpoints is not None and saved < index:
-                save(index, final=True)
-            raise
         clock.lap("step" if reader.busy() else "input")
         # Enqueue the step, then read the metrics of the one before.
         programs = compilation().programs
@@ -316,7 +323,8 @@ def fit(
             raise InputError(reader.why_to_give_up(state, checkpoints))
         # Evaluate and save. After a stop there may be no time for an evaluation: saving comes first.
         if not stopped:
-            held_out(step, step == steps)
+            with saved_if_it_fails(step):
+                held_out(step, step == steps)
         if save_due:
             save(step, last)
         if stopped:

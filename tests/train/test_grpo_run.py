@@ -38,6 +38,16 @@ SMALL = [
     "checkpoints.every=100",
 ]  # fmt: skip
 
+METRICS = {
+    "reward/mean", "reward/std", "reward/missing", "reward/letters", "reward/letters_std", "reward/letters_missing",
+    "groups/without_variance", "kl/k1", "kl/k3", "entropy", "ratio/mean", "ratio/min", "ratio/max", "clip/low",
+    "clip/high", "clip/dual", "sampler_gap/mean", "sampler_gap/max", "sampler_gap/perplexity_ratio",
+    "response/tokens", "response/shortest", "response/longest", "response/unfinished", "response/failed_tools",
+    "response/turns", "grad_norm", "staleness", "rollouts/tokens_per_second", "rollouts/empty",
+    "rollouts/preemptions", "tokens_per_second", "seconds", "seconds/rollouts", "seconds/rewards",
+    "seconds/hand_over", "held_out_reward", "held_out_held_reward/missing",
+}  # fmt: skip
+
 REWARD = '''
 def letters(prompts, completions, wanted):
     """The share of characters that are the wanted one."""
@@ -119,6 +129,8 @@ def test_the_command_learns_and_exports(files: Path, tmp_path: Path) -> None:
     assert (episode.number, episode.version, len(episode.rollouts)) == (3, 3, 32)
     texts = [rollout.text or "" for rollout in episode.rollouts]
     assert episode.rewards == pytest.approx([text.count("r") / max(len(text), 1) for text in texts])
+    tokens = np.array([rollout.trained.sum() for rollout in episode.rollouts])
+    assert (episode.gaps * tokens).sum() / tokens.sum() == pytest.approx(steps[3]["sampler_gap/mean"], rel=1e-4)
     assert main(["generate", str(output / "model"), "--prompt", "red", "--max-new-tokens", "2"]) == 0
     assert main(["train", "grpo", *arguments(files, output, *more)]) == 0
 
@@ -146,6 +158,10 @@ def test_a_stopped_run_resumes_bit_for_bit(
         train_grpo(dataclasses.replace(stopped, sampling=dataclasses.replace(stopped.sampling, seed=1)), _Formats())
     assert not train_grpo(stopped, _Formats())
     assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
+    # The tables, too, with the gaps of all their rollouts.
+    for table in sorted((tmp_path / "straight" / "rollouts").glob("*.parquet")):
+        assert table.read_bytes() == (tmp_path / "stopped" / "rollouts" / table.name).read_bytes()
+        assert np.isfinite(read_episode(table).gaps).all()
     a, b = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("straight", "stopped"))
     assert a == b
     stale = [r["staleness"] for r in read_log(tmp_path / "straight" / "metrics.jsonl") if "staleness" in r]
@@ -154,7 +170,17 @@ def test_a_stopped_run_resumes_bit_for_bit(
 
 
 @pytest.mark.draw(1)
-def test_a_reward_that_fails_loses_no_step(files: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("responses", "call", "failure", "message"),
+    [
+        (16, 3, "values.pop()", "letters returned 15 values; expected a list of 16"),
+        (3, 2, "raise SystemExit(7)", "letters raised SystemExit: 7"),
+    ],
+    ids=["an episode", "an evaluation"],
+)
+def test_a_reward_that_fails_loses_no_step(
+    responses: int, call: int, failure: str, message: str, files: Path, tmp_path: Path
+) -> None:
     """The steps before it are saved, though no checkpoint was due. With the reward mended the run is as if unbroken."""
     reward, fails = tmp_path / "reward.py", tmp_path / "fails"
     reward.write_text(f"""
@@ -163,18 +189,23 @@ import os
 calls = []
 
 def letters(completions):
-    calls.append(1)
+    calls.append(len(completions))
     values = [text.count("r") / max(len(text), 1) for text in completions]
-    return values[1:] if len(calls) == 3 and os.path.exists({str(fails)!r}) else values
+    if calls.count({responses}) == {call} and os.path.exists({str(fails)!r}):
+        {failure}
+    return values
 """)
 
     def launch(name: str) -> None:
-        config = configuration(files, tmp_path / name)
-        train_grpo(dataclasses.replace(config, rewards=(RewardUse(f"{reward}:letters"),)), _Formats())
+        config = configuration(files, tmp_path / name, "loop.evaluate_every=2")
+        rewards, held_out = (RewardUse(f"{reward}:letters"),), {"held": str(files / "held.jsonl")}
+        train_grpo(dataclasses.replace(config, rewards=rewards, held_out=held_out), _Formats())
 
     launch("straight")
+    # The log has everything that one needs to see what goes wrong.
+    assert {key for record in read_log(tmp_path / "straight" / "metrics.jsonl") for key in record} >= METRICS
     fails.touch()
-    with pytest.raises(InputError, match="letters returned 15 values; expected a list of 16"):
+    with pytest.raises(InputError, match=message):
         launch("broken")
     assert losses(tmp_path / "broken") == losses(tmp_path / "straight")[:2]
     fails.unlink()
