@@ -328,6 +328,8 @@ def test_an_episode_is_kept_exactly(files: Path, tmp_path: Path) -> None:
         ((), "broken", "broken raised ZeroDivisionError: here"),
         ((), "missing", "has no function missing"),
         (("prompt_length=3",), "letters", "have more than 3 tokens"),
+        (("engine.num_pages=1",), "letters", "pages of the cache, which has 1"),
+        (('tools=["python"]',), "letters", "bubblewrap .* is needed to run untrusted programs and not installed"),
         (("queries=11",), "letters", "An episode needs 11 different prompts"),
         (("sampling.group_size=1",), "letters", "must be at least 2"),
         (("updates=2",), "letters", "set objective.old=trainer"),
@@ -338,7 +340,10 @@ def test_an_episode_is_kept_exactly(files: Path, tmp_path: Path) -> None:
         (("engine.devices=2",), "letters", "rollouts are older than the weights"),
     ],
 )
-def test_mistakes(changes: tuple[str, ...], reward: str, message: str, files: Path, tmp_path: Path) -> None:
+def test_mistakes(
+    changes: tuple[str, ...], reward: str, message: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # Without bubblewrap.
     with pytest.raises(InputError, match=message):
         train_grpo(configuration(files, tmp_path / "run", *changes, reward=reward), _Formats())
     assert not any((tmp_path / "run").rglob("*.parquet"))
