@@ -35,6 +35,8 @@ class Episode:
       rewards: float32 [rollouts], combined, with penalties; NaN is no signal.
       names: of the reward functions.
       advantages: float32 [rollouts]; see `train.policy.group_advantages`.
+      gaps: float32 [rollouts], the mean absolute difference of the log-probabilities of sampler and trainer over the
+        trained tokens; NaN before the step, and for rollouts that are left out of it.
     """
 
     number: int
@@ -44,6 +46,7 @@ class Episode:
     rewards: np.ndarray
     names: tuple[str, ...]
     advantages: np.ndarray
+    gaps: np.ndarray
 
     @classmethod
     def of(
@@ -61,7 +64,8 @@ class Episode:
         if len(groups[0]) > 1:  # An evaluation may have groups of one, which have no advantages.
             grouped = group_advantages(rewards.reshape(len(groups), -1), config.scale, config.epsilon)
             advantages = grouped.reshape(-1)
-        return cls(number, prompts, groups, scores, rewards, names, advantages)
+        gaps = np.full(len(rewards), np.nan, np.float32)
+        return cls(number, prompts, groups, scores, rewards, names, advantages, gaps)
 
     @property
     def rollouts(self) -> list[Sample]:
@@ -83,33 +87,42 @@ class Episode:
         rewards = self.grouped_rewards
         return np.ones(len(rewards), bool) if rewards.shape[1] < 2 else ~varied_groups(rewards)
 
+    def check_signal(self) -> None:
+        """Raises InputError if no rollout has a reward."""
+        if np.isnan(self.rewards).all():
+            raise InputError(
+                f"Episode {self.number}: no reward function gave a signal for any of {len(self.rewards)} responses. "
+                f"The first failure: {self.rollouts[0].failure or 'the functions returned None'}. Check the reward."
+            )
+
     def metrics(self) -> dict[str, float]:
-        """Numbers for the log. Rewards are means over the rollouts that have them."""
-        rollouts, rewards = self.rollouts, self.rewards[~np.isnan(self.rewards)]
+        """Numbers for the log.
+
+        Means and standard deviations are over the rollouts that have the number, and are left out where there are none.
+        """
+        rollouts = self.rollouts
         lengths = np.array([int(r.trained.sum()) for r in rollouts])
         ended = lengths[[r.finished for r in rollouts]]
         found = {
-            "reward/mean": _mean(rewards),
-            "reward/std": float(rewards.std()) if len(rewards) else 0.0,
             "reward/missing": float(np.isnan(self.rewards).mean()),
             "groups/without_variance": float(self.flat_groups().mean()),
             "response/tokens": float(lengths.mean()),
             "response/shortest": float(lengths.min()),
             "response/longest": float(lengths.max()),
-            "response/finished_tokens": _mean(ended),
             "response/unfinished": float(np.mean([not r.finished for r in rollouts])),
             "response/turns": float(np.mean([r.turns for r in rollouts])),
             "response/failed_tools": float(np.mean([r.failure is not None for r in rollouts])),
         }
+        if len(ended):
+            found["response/finished_tokens"] = float(ended.mean())
         for column, name in enumerate(self.names):
-            scores = self.scores[:, column]
-            found[f"reward/{name}"] = _mean(scores[~np.isnan(scores)])
-            found[f"reward/{name}_missing"] = float(np.isnan(scores).mean())
+            found[f"reward/{name}_missing"] = float(np.isnan(self.scores[:, column]).mean())
+        columns = dict(zip(self.names, self.scores.T, strict=True))
+        for name, values in {"reward/mean": self.rewards, **{f"reward/{n}": x for n, x in columns.items()}}.items():
+            if len(known := values[~np.isnan(values)]):
+                found[name] = float(known.mean())
+                found["reward/std" if name == "reward/mean" else f"{name}_std"] = float(known.std())
         return found
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else 0.0
 
 
 def with_penalties(rewards: np.ndarray, rollouts: Sequence[Sample], longest: int, config: GrpoConfig) -> np.ndarray:
@@ -149,6 +162,7 @@ def write_episode(path: Path, episode: Episode) -> None:
         "reward": pyarrow.array(episode.rewards, pyarrow.float32()),
         **{f"reward_{name}": pyarrow.array(episode.scores[:, i]) for i, name in enumerate(episode.names)},
         "advantage": pyarrow.array(episode.advantages, pyarrow.float32()),
+        "gap": pyarrow.array(episode.gaps, pyarrow.float32()),
         "finished": [rollout.finished for rollout in rollouts],
         "tokens": [int(rollout.trained.sum()) for rollout in rollouts],
         "turns": [rollout.turns for rollout in rollouts],
@@ -210,8 +224,10 @@ def read_episode(path: Path) -> Episode:
     ]
     groups = [samples[i : i + size] for i in range(0, len(samples), size)]
     scores = np.stack([table[f"reward_{name}"].to_numpy() for name in names], axis=1).astype(np.float32)
-    rewards, advantages = (table[name].to_numpy().astype(np.float32) for name in ("reward", "advantage"))
-    return Episode(int(about["episode"]), prompts, groups, scores, rewards, names, advantages)
+    if "gap" not in table.column_names:  # A table from before there were gaps.
+        table = table.append_column("gap", [np.full(len(rows), np.nan, np.float32)])
+    rewards, advantages, gaps = (table[name].to_numpy().astype(np.float32) for name in ("reward", "advantage", "gap"))
+    return Episode(int(about["episode"]), prompts, groups, scores, rewards, names, advantages, gaps)
 
 
 def _text(prompt: str | Sequence[Mapping[str, Any]]) -> str:

@@ -49,6 +49,8 @@ class GrpoStats:
       sequences: number of sequences.
       masked: sequences that `importance_mask` masks.
       signed_gap: summed log-probability of the trainer less that of the sampler.
+      gaps: of each rollout of the step, the summed absolute difference of the log-probabilities of sampler and trainer;
+        [`Grpo.rollouts`].
       sums: over tokens, by the names of the metrics.
       largest: over tokens, by the names of the metrics; of "ratio/min" the negative.
       routing: of an MoE model in training; otherwise None.
@@ -58,6 +60,7 @@ class GrpoStats:
     sequences: jax.Array
     masked: jax.Array
     signed_gap: jax.Array
+    gaps: jax.Array
     sums: dict[str, jax.Array]
     largest: dict[str, Maximum]
     routing: RouterStats | None
@@ -118,10 +121,12 @@ class Grpo(RoutedObjective[RolloutBatch, GrpoStats]):
     Attributes:
       model: the architecture.
       config: settings.
+      rollouts: of a step, whose `rollout_gaps` are among the metrics; 0 leaves them out.
     """
 
     model: ModelConfig
     config: GrpoConfig = GrpoConfig()
+    rollouts: int = 0
 
     @property
     def moe(self) -> MoETraining:
@@ -211,6 +216,7 @@ class Grpo(RoutedObjective[RolloutBatch, GrpoStats]):
             sequences=ends_BT.sum(),
             masked=(ends_BT * (1 - given["kept"])).sum() if "kept" in given else jnp.zeros((), jnp.float32),
             signed_gap=gap_BT.sum(),
+            gaps=self._by_rollout(model, jnp.where(trained_BT, jnp.abs(gap_BT), 0.0), batch),
             sums={name: jnp.where(trained_BT, x_BT, 0.0).sum() for name, x_BT in summed.items()},
             largest={name: Maximum(jnp.where(trained_BT, x_BT, -jnp.inf).max()) for name, x_BT in largest.items()},
             routing=routing,
@@ -223,7 +229,8 @@ class Grpo(RoutedObjective[RolloutBatch, GrpoStats]):
         zero, lowest = jnp.zeros((), jnp.float32), Maximum(jnp.array(-jnp.inf, jnp.float32))
         names = "ratio/min", "ratio/max", "sampler_gap/max"
         sums = dict.fromkeys(self._means, zero)
-        return GrpoStats(zero, zero, zero, zero, sums, dict.fromkeys(names, lowest), self.zero_routing())
+        gaps = jnp.zeros(self.rollouts, jnp.float32)
+        return GrpoStats(zero, zero, zero, zero, gaps, sums, dict.fromkeys(names, lowest), self.zero_routing())
 
     def metrics(self, statistics: GrpoStats, denominator: jax.Array) -> Metrics:
         """Means over the trained tokens of the global batch, and largest and smallest numbers.
@@ -234,7 +241,8 @@ class Grpo(RoutedObjective[RolloutBatch, GrpoStats]):
         difference of log-probabilities of sampler and trainer, and `sampler_gap/perplexity_ratio`, of the trainer's
         perplexity to the sampler's; with importance weights, their mean `importance/mean`, the fraction of tokens
         at the cap `importance/capped`, and the fraction of sequences that are masked `importance/masked`;
-        `trained_tokens` and `trained_sequences`; with experts, `train.moe.routing_metrics`.
+        `trained_tokens` and `trained_sequences`; `rollout_gaps`, see `GrpoStats.gaps`; with experts,
+        `train.moe.routing_metrics`.
         """
         tokens = jnp.maximum(statistics.tokens, 1.0)
         found = {name: value / tokens for name, value in statistics.sums.items()}
@@ -245,11 +253,13 @@ class Grpo(RoutedObjective[RolloutBatch, GrpoStats]):
         if self.config.importance_mask is not None:
             found["importance/masked"] = statistics.masked / jnp.maximum(statistics.sequences, 1.0)
         found |= {"trained_tokens": statistics.tokens, "trained_sequences": statistics.sequences}
+        if self.rollouts:
+            found["rollout_gaps"] = statistics.gaps
         return found if statistics.routing is None else found | routing_metrics(self.model, statistics.routing)
 
     def for_evaluation(self) -> "Grpo":
         """Dropless."""
-        return Grpo(self.model, dataclasses.replace(self.config, moe=self.moe.dropless()))
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, moe=self.moe.dropless()))
 
     def explain(self, numbers: Mapping[str, float]) -> str:
         """Names the router that gave logits that are not finite, or else what makes the loss NaN."""
@@ -261,6 +271,27 @@ class Grpo(RoutedObjective[RolloutBatch, GrpoStats]):
             f"The log-probabilities of sampler and trainer differ by up to {largest:.3g}. The loss of GRPO is NaN also "
             f"where a row has more than max_segments ({self.config.max_segments}) sequences."
         )
+
+    def _by_rollout(self, model: BoundModel, x_BT: jax.Array, batch: RolloutBatch) -> jax.Array:
+        """Sums of numbers of targets, in the order of the model, over each rollout of the step: [rollouts]."""
+        if not self.rollouts:
+            return jnp.zeros(0, jnp.float32)
+        sharding, rows = model.module.sharding, model.module.sharding.tokens[0]
+        segments_BT, places_BT = (
+            model.in_model_order(following(x)) for x in (batch.batch.segment_ids, batch.places_BT)
+        )
+        sums_BS, places_BS = (
+            segment_sums(x, segments_BT, self.config.max_segments, sharding) for x in (x_BT, places_BT)
+        )
+
+        @jax.shard_map(in_specs=(P(rows, None), P(rows, None)), out_specs=P())
+        def scattered(sums_BS: jax.Array, places_BS: jax.Array) -> jax.Array:
+            # Place 0 is no rollout.
+            found = jnp.zeros(1 + self.rollouts, jnp.float32).at[places_BS.astype(jnp.int32)].add(sums_BS)[1:]
+            return jax.lax.psum(found, rows)
+
+        found: jax.Array = scattered(sums_BS, places_BS)
+        return found
 
     @property
     def _means(self) -> tuple[str, ...]:

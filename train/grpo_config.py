@@ -235,7 +235,7 @@ class GrpoRunConfig:
 
     def objective_of(self, model: ModelConfig) -> Grpo:
         """The objective of the run for an architecture."""
-        return Grpo(model, self.objective)
+        return Grpo(model, self.objective, self.samples)
 
     def optimizer_config(self, steps: int) -> OptimizerConfig:
         """The optimiser with its learning rate over a number of steps."""

@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
-from qwen_jax.errors import InputError
 from qwen_jax.inference import ContinuousEngine
 from qwen_jax.parallel.multihost import in_step
 from qwen_jax.parallel.placing import read
@@ -24,7 +23,7 @@ from qwen_jax.params import Params
 from train.data.batch import place
 from train.data.packing import best_fit
 from train.data.prompts import PromptOrder, PromptSet
-from train.data.rollouts import RolloutBatch, pack_rollouts
+from train.data.rollouts import RolloutBatch, pack_rollouts, packed_places
 from train.environments import Environment
 from train.episodes import Episode, read_episode, write_episode
 from train.files import write_file
@@ -153,6 +152,8 @@ class Rollouts:
         self._next: concurrent.futures.Future[Sampled] | None = None
         self._episode: Episode | None = None
         self._batches: list[RolloutBatch] = []
+        # Of the steps whose metrics are not there yet, in process 0.
+        self._stepped: dict[int, Episode] = {}
         self._reference: Callable[[RolloutBatch], jax.Array] | None = None
         self._log_probs = make_log_prob_pass(objective, run.config.step, run.mesh)
 
@@ -166,10 +167,33 @@ class Rollouts:
                 self._next = self._ahead(number + 1, step, state)
             self._batches = self._packed(self._episode, part, state)
             self._log(step, self._episode, times)
+        if jax.process_index() == 0:
+            self._stepped[step + 1] = self._episode
         return self._batches[part]
 
+    def take(self, step: int, name: str, value: np.ndarray) -> None:
+        """Adds the gaps of a step to the table of its episode; a hook for `Monitor.arrays`.
+
+        Args:
+          step: its number.
+          name: of a metric; all but `rollout_gaps` are ignored.
+          value: of the metric, [rollouts of the step].
+        """
+        if name != "rollout_gaps":
+            return
+        config, episode = self._config, self._stepped.pop(step)
+        begin = (step - 1) % config.updates * config.samples
+        rollouts = episode.rollouts[begin : begin + config.samples]
+        counted = ~np.isnan(episode.rewards[begin : begin + config.samples])
+        for i in packed_places(rollouts, counted, config.objective):
+            episode.gaps[begin + i] = value[i] / rollouts[i].trained.sum()
+        self._write(episode.number, episode)
+
     def evaluate(self, state: TrainState, eval_step: EvalStep[RolloutBatch]) -> dict[str, float]:
-        """Mean rewards of one response to each held-out prompt, sampled with the same seeds in every evaluation."""
+        """Mean rewards of one response to each held-out prompt, sampled with the same seeds in every evaluation.
+
+        Means of no reward at all are left out.
+        """
         if self._next is not None:
             concurrent.futures.wait([self._next])
         self._hand(state)
@@ -182,11 +206,12 @@ class Rollouts:
             with _failing_together(), run.progress(f"held out, {name}") as advance:
                 episode, _ = self._shared.episode(0, held_out.prompts, sampler, 0, advance)
             metrics = episode.metrics()
-            kept = ("reward/mean", "response/tokens", "response/unfinished", *(f"reward/{n}" for n in episode.names))
-            found |= {f"{name}_{key}": metrics[key] for key in kept}
+            kept = ["reward/mean", "reward/missing", "response/tokens", "response/unfinished"]
+            kept += [f"reward/{n}" for n in episode.names]
+            found |= {f"{name}_{key}": metrics[key] for key in kept if key in metrics}
             rewards.append(episode.rewards[~np.isnan(episode.rewards)])
         everything = np.concatenate(rewards)
-        return {"reward": float(everything.mean()) if len(everything) else 0.0, **found}
+        return {"reward": float(everything.mean()), **found} if len(everything) else found
 
     def close(self) -> None:
         """Ends engines; rollouts in flight are written first, so that the run resumes with them."""
@@ -242,18 +267,14 @@ class Rollouts:
         replaced = 0
         for _ in range(self._config.resample):
             flat = np.flatnonzero(episode.flat_groups()).tolist()
-            fresh = [run.prompts.prompts[place] for place, _ in zip(others, flat, strict=False)]
+            fresh = [run.prompts.prompts[place] for _, place in zip(flat, others, strict=False)]
             if not fresh:
                 break
             new, more = self._round(number, fresh, version)
             episode = _with_groups(episode, flat[: len(fresh)], new, self._config.objective)
             times = {name: times[name] + more[name] for name in times}
             replaced += len(fresh)
-        if np.isnan(episode.rewards).all():
-            raise InputError(
-                f"Episode {number}: no reward function gave a signal for any of {len(episode.rewards)} responses. The "
-                f"first failure: {episode.rollouts[0].failure or 'the functions returned None'}. Check the reward."
-            )
+        episode.check_signal()
         self._shared.from_process_0("Writing rollouts", lambda: self._write(number, episode))
         return episode, {**times, "groups/replaced": float(replaced)}
 

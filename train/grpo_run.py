@@ -93,6 +93,7 @@ class _Run:
         self.config, self.console, self.clock, self._stack = config, begun.console, begun.clock, stack
         self.changes = changed_tuning(config)
         self.report: Report | None = None
+        self.rollouts: Rollouts | None = None
         positions = max(model.max_position_embeddings, config.longest)
         self.model = dataclasses.replace(model, max_position_embeddings=positions)
         mesh, engine_meshes = _meshes(config)
@@ -139,6 +140,7 @@ class _Run:
         config = self.config
         opened, tuned, objective = self.opened, self.opened.tuned, config.objective_of(self.model)
         rollouts = self._stack.enter_context(contextlib.closing(Rollouts(opened, objective, self._log)))
+        self.rollouts = rollouts
         folder = config.export_folder
         return Job(
             folder=Path(config.output).absolute() / "checkpoints",
@@ -212,6 +214,16 @@ class _Run:
         of_launch = config, [stage], step, self.console, self.clock, "\n".join(shown), changes
         adapter = config.step.lora is not None
         self.report = Report(*of_launch, exported=config.export_folder, adapter=adapter, unit="a response")
+        if jax.process_index() == 0:
+            assert self.rollouts is not None
+            of_experts, of_rollouts = self.report.arrays, self.rollouts.take
+
+            def arrays(step: int, name: str, value: np.ndarray) -> None:
+                of_rollouts(step, name, value)
+                if of_experts is not None:
+                    of_experts(step, name, value)
+
+            self.report.arrays = arrays
         return self.report
 
     def write_scores(self, path: Path) -> None:
@@ -225,6 +237,7 @@ class _Run:
         finally:
             for engine in engines:
                 engine.close()
+        episode.check_signal()
         lines = []
         for prompt, rewards in zip(episode.prompts, episode.grouped_rewards, strict=True):
             scores = [None if np.isnan(reward) else float(reward) for reward in rewards]

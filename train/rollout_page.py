@@ -33,6 +33,7 @@ pre.prompt { background: #eef3fa; max-height: 9em; overflow: auto; }
 <label>Sort by <select id="sort">
 <option value="order">prompt</option><option value="reward">reward, highest first</option>
 <option value="-reward">reward, lowest first</option><option value="tokens">tokens, most first</option>
+<option value="gap">log-probability gap, largest first</option>
 </select></label>
 <label>Show <select id="kind">
 <option value="all">all</option><option value="cut">cut by the length</option>
@@ -68,6 +69,7 @@ function show() {
   if (sort == "reward") rows.sort((a, b) => value(b) - value(a));
   if (sort == "-reward") rows.sort((a, b) => value(a) - value(b));
   if (sort == "tokens") rows.sort((a, b) => b.tokens - a.tokens);
+  if (sort == "gap") rows.sort((a, b) => b.gap - a.gap);
   by("summary").textContent = `${rows.length} of ${episode.rollouts.length} responses by the policy after step ` +
     `${episode.version}; mean reward ${number(episode.mean)}`;
   const list = by("list"); list.replaceChildren();
@@ -77,7 +79,7 @@ function show() {
     add(head, "b", `reward ${number(r.reward)}`, r.advantage > 0 ? "good" : r.advantage < 0 ? "bad" : "");
     const parts = Object.entries(r.scores).map(([name, score]) => `${name} ${number(score)}`);
     add(head, "small", `  advantage ${number(r.advantage)}; ${parts.join(", ")}; ` +
-      `${r.tokens} tokens, ${r.turns} turn(s)` +
+      `${r.tokens} tokens, ${r.turns} turn(s), gap ${r.gap === null ? "none" : r.gap.toExponential(1)}` +
       (r.finished ? "" : ", cut") + (r.failure === null ? "" : `, tool failed: ${r.failure}`) + `; prompt ${r.number}`);
     add(item, "pre", r.prompt, "prompt"); add(item, "pre", r.completion);
     list.append(item);
@@ -132,6 +134,7 @@ def _shown(episode: Episode) -> dict[str, Any]:
                 "completion": rollout.text or "",
                 "reward": _number(episode.rewards[i]),
                 "advantage": float(episode.advantages[i]),
+                "gap": _number(episode.gaps[i]),
                 "scores": {name: _number(episode.scores[i, n]) for n, name in enumerate(episode.names)},
                 "finished": rollout.finished,
                 "tokens": int(rollout.trained.sum()),
@@ -139,7 +142,7 @@ def _shown(episode: Episode) -> dict[str, Any]:
                 "failure": rollout.failure,
             }
         )
-    mean = episode.metrics()["reward/mean"]
+    mean = episode.metrics().get("reward/mean")
     return {"number": episode.number, "version": episode.version, "mean": mean, "rollouts": rollouts}
 
 

@@ -6,11 +6,12 @@ samples the same texts again.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import queue
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -208,7 +209,7 @@ class Sampler:
         Raises:
           InputError: before anything is sampled, for prompts of one number, and for a prompt that is empty, has ids out
             of range, or is too long for the engine together with `max_new_tokens`; later, for logits that are not
-            finite.
+            finite, and for an environment that raises.
           RuntimeError: the engine has stopped.
         """
         begin, preemptions = time.perf_counter(), self._preemptions()
@@ -279,7 +280,8 @@ class Sampler:
         try:
             for conversation in conversations:
                 if self.environment is not None:
-                    conversation.state = self.environment.reset(conversation.prompt)
+                    with _environment_of(conversation):
+                        conversation.state = self.environment.reset(conversation.prompt)
                 self._start_turn(conversation, version, events)
             while waiting:
                 conversation, answer = events.get()
@@ -341,7 +343,8 @@ class Sampler:
     ) -> bool:
         """Takes what the environment answers; returns whether another turn has begun."""
         try:
-            observation = answer.result()
+            with _environment_of(conversation):
+                observation = answer.result()
         except ToolUnavailableError as failure:
             conversation.finished, conversation.failure = False, str(failure)
             return False
@@ -357,6 +360,20 @@ class Sampler:
         conversation.add(ids, None)
         self._start_turn(conversation, version, events)
         return True
+
+
+@contextlib.contextmanager
+def _environment_of(conversation: _Conversation) -> Iterator[None]:
+    """What a user's environment raises becomes an InputError, for which a run saves its state."""
+    try:
+        yield
+    except (InputError, ToolUnavailableError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(
+            f"Prompt {conversation.prompt.number}: the environment raised {type(error).__name__}: {error}. Correct it; "
+            "it may raise ToolUnavailableError for a rollout that must get no reward."
+        ) from error
 
 
 def turn_seed(seed: int, number: int, version: int, member: int, turn: int) -> int:

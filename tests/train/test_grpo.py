@@ -35,10 +35,10 @@ CONFIG = GrpoConfig(
     kl_weight=0.3, kl="k3-weighted", importance_cap=1.1, importance_mask=1.5, temperature=0.7, max_segments=4,
     loss_chunk=16,
 )  # fmt: skip
-GRPO = Grpo(MODEL, CONFIG)
 SEED = int(np.random.SeedSequence().entropy) % 2**32  # type: ignore[arg-type]
 # Compiling takes most of the time: all layouts but one have the same shape.
 ROWS, LENGTH, COUNT = 8, 48, 8
+GRPO = Grpo(MODEL, CONFIG, rollouts=COUNT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +127,11 @@ def expected() -> Found:
     return gradient(GRPO, batch_of())
 
 
-def assert_same(found: Found) -> None:
+def assert_same(found: Found, order: Any = range(COUNT)) -> None:
     """Advantages have both signs, so that the loss is a small difference."""
-    agree(found, expected(), loss_rtol=1e-4, loss_atol=1e-5)
+    loss, slope, metrics = expected()
+    metrics = {**metrics, "rollout_gaps": metrics["rollout_gaps"][list(order)]}
+    agree(found, (loss, slope, metrics), loss_rtol=1e-4, loss_atol=1e-5)
 
 
 def test_on_policy_the_gradient_is_that_of_reinforce_and_the_clip_does_nothing() -> None:
@@ -157,6 +159,8 @@ def test_metrics_of_a_pass_are_those_of_the_logits() -> None:
     gap = np.abs(batch.old_BT - batch.sampler_BT)[here]
     np.testing.assert_allclose(metrics["sampler_gap/mean"], gap.mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["sampler_gap/max"], gap.max(), rtol=1e-4)
+    gaps = [np.abs(old - rollout.log_probs).sum() for old, rollout in zip(case().old, case().rollouts, strict=True)]
+    np.testing.assert_allclose(metrics["rollout_gaps"], gaps, rtol=1e-4)
     assert 0 < metrics["entropy"] < np.log(MODEL.vocab_size)
     assert metrics["trained_tokens"] == here.sum()
     assert metrics["ratio/min"] < metrics["ratio/mean"] < metrics["ratio/max"]
@@ -172,7 +176,8 @@ def test_loss_and_gradient_do_not_depend_on_the_layout(layout: str) -> None:
         # Of unequal numbers of sequences: the last rows are padding.
         "2 micro-batches": lambda: batch_of(),
     }[layout]()
-    assert_same(gradient(GRPO, batch, accumulation=2 if "micro" in layout else 1))
+    ordered = order if layout == "another order" else range(COUNT)
+    assert_same(gradient(GRPO, batch, accumulation=2 if "micro" in layout else 1), ordered)
 
 
 @pytest.mark.draw(1)

@@ -39,6 +39,16 @@ SMALL = [
     "checkpoints.every=100",
 ]  # fmt: skip
 
+METRICS = {
+    "reward/mean", "reward/std", "reward/missing", "reward/letters", "reward/letters_std", "reward/letters_missing",
+    "groups/without_variance", "kl/k1", "kl/k3", "entropy", "ratio/mean", "ratio/min", "ratio/max", "clip/low",
+    "clip/high", "clip/dual", "sampler_gap/mean", "sampler_gap/max", "sampler_gap/perplexity_ratio",
+    "response/tokens", "response/shortest", "response/longest", "response/unfinished", "response/failed_tools",
+    "response/turns", "grad_norm", "staleness", "rollouts/tokens_per_second", "rollouts/empty",
+    "rollouts/preemptions", "tokens_per_second", "seconds", "seconds/rollouts", "seconds/rewards",
+    "seconds/hand_over", "held_out_reward", "held_out_held_reward/missing",
+}  # fmt: skip
+
 REWARD = '''
 def letters(prompts, completions, wanted):
     """The share of characters that are the wanted one."""
@@ -120,6 +130,8 @@ def test_the_command_learns_and_exports(files: Path, tmp_path: Path) -> None:
     assert (episode.number, episode.version, len(episode.rollouts)) == (3, 3, 32)
     texts = [rollout.text or "" for rollout in episode.rollouts]
     assert episode.rewards == pytest.approx([text.count("r") / max(len(text), 1) for text in texts])
+    tokens = np.array([rollout.trained.sum() for rollout in episode.rollouts])
+    assert (episode.gaps * tokens).sum() / tokens.sum() == pytest.approx(steps[3]["sampler_gap/mean"], rel=1e-4)
     assert main(["generate", str(output / "model"), "--prompt", "red", "--max-new-tokens", "2"]) == 0
     assert main(["train", "grpo", *arguments(files, output, *more)]) == 0
 
@@ -147,6 +159,10 @@ def test_a_stopped_run_resumes_bit_for_bit(
         train_grpo(dataclasses.replace(stopped, sampling=dataclasses.replace(stopped.sampling, seed=1)), _Formats())
     assert not train_grpo(stopped, _Formats())
     assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
+    # The tables, too, with the gaps of all their rollouts.
+    for table in sorted((tmp_path / "straight" / "rollouts").glob("*.parquet")):
+        assert table.read_bytes() == (tmp_path / "stopped" / "rollouts" / table.name).read_bytes()
+        assert np.isfinite(read_episode(table).gaps).all()
     a, b = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("straight", "stopped"))
     assert a == b
     stale = [r["staleness"] for r in read_log(tmp_path / "straight" / "metrics.jsonl") if "staleness" in r]
@@ -155,8 +171,17 @@ def test_a_stopped_run_resumes_bit_for_bit(
 
 
 @pytest.mark.draw(1)
-@pytest.mark.parametrize("count", [16, 3], ids=["of an episode", "of held-out prompts"])
-def test_a_reward_that_fails_loses_no_step(count: int, files: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("responses", "call", "failure", "message"),
+    [
+        (16, 3, "values.pop()", "letters returned 15 values; expected a list of 16"),
+        (3, 2, "raise SystemExit(7)", "letters raised SystemExit: 7"),
+    ],
+    ids=["an episode", "an evaluation"],
+)
+def test_a_reward_that_fails_loses_no_step(
+    responses: int, call: int, failure: str, message: str, files: Path, tmp_path: Path
+) -> None:
     """The steps before it are saved, though no checkpoint was due. With the reward mended the run is as if unbroken."""
     reward, fails = tmp_path / "reward.py", tmp_path / "fails"
     reward.write_text(f"""
@@ -167,9 +192,9 @@ calls = []
 def letters(completions):
     calls.append(len(completions))
     values = [text.count("r") / max(len(text), 1) for text in completions]
-    # After two steps: in the third episode, or before it in the second evaluation.
-    broken = len(completions) == {count} and calls.count(16) == (3 if {count} == 16 else 2)
-    return values[1:] if broken and os.path.exists({str(fails)!r}) else values
+    if calls.count({responses}) == {call} and os.path.exists({str(fails)!r}):
+        {failure}
+    return values
 """)
 
     def launch(name: str) -> None:
@@ -178,8 +203,10 @@ def letters(completions):
         train_grpo(dataclasses.replace(config, rewards=rewards, held_out=held_out), _Formats())
 
     launch("straight")
+    # The log has everything that one needs to see what goes wrong.
+    assert {key for record in read_log(tmp_path / "straight" / "metrics.jsonl") for key in record} >= METRICS
     fails.touch()
-    with pytest.raises(InputError, match=f"letters returned {count - 1} values; expected a list of {count}"):
+    with pytest.raises(InputError, match=message):
         launch("broken")
     assert losses(tmp_path / "broken") == losses(tmp_path / "straight")[:2]
     assert (tmp_path / "broken" / "checkpoints" / "2").is_dir()
@@ -323,6 +350,8 @@ def test_an_episode_is_kept_exactly(files: Path, tmp_path: Path) -> None:
         ((), "broken", "broken raised ZeroDivisionError: here"),
         ((), "missing", "has no function missing"),
         (("prompt_length=3",), "letters", "have more than 3 tokens"),
+        (("engine.num_pages=1",), "letters", "pages of the cache, which has 1"),
+        (('tools=["python"]',), "letters", "bubblewrap .* is needed to run untrusted programs and not installed"),
         (("queries=11",), "letters", "An episode needs 11 different prompts"),
         (("sampling.group_size=1",), "letters", "must be at least 2"),
         (("updates=2",), "letters", "set objective.old=trainer"),
@@ -333,7 +362,10 @@ def test_an_episode_is_kept_exactly(files: Path, tmp_path: Path) -> None:
         (("engine.devices=2",), "letters", "rollouts are older than the weights"),
     ],
 )
-def test_mistakes(changes: tuple[str, ...], reward: str, message: str, files: Path, tmp_path: Path) -> None:
+def test_mistakes(
+    changes: tuple[str, ...], reward: str, message: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # Without bubblewrap.
     with pytest.raises(InputError, match=message):
         train_grpo(configuration(files, tmp_path / "run", *changes, reward=reward), _Formats())
     assert not any((tmp_path / "run").rglob("*.parquet"))

@@ -269,28 +269,28 @@ def test_turns_are_tokens_in_and_tokens_out(
         same(a, b)
 
 
-def test_later_turns_find_the_earlier_ones_with_few_pages(
-    engine: ContinuousEngine, params: Params, mesh: Mesh, tokenizer: Tokenizer
+def test_later_turns_go_before_new_prompts_with_few_pages(
+    engine: ContinuousEngine, params: Params, mesh: Mesh, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many more conversations than pages: a turn starts before new prompts, which would take the pages of the turns
-    before it. The rollouts are those of an engine with room for all."""
+    """Many more conversations than pages: a turn asks to start before new prompts, which would take the pages of the
+    turns before it. The rollouts are those of an engine with room for all."""
     rng = print_seed()
     config = SamplingConfig(group_size=1, max_new_tokens=70, seed=int(rng.integers(1 << 31)))
     prompts = [Prompt(i, rng.integers(8, 256, 20).tolist()) for i in range(32)]
     want = flat(Sampler(engine, config, Talking(3)).sample(prompts, 1))
-    eos = list(engine.eos_token_ids)
+    eos, requests = list(engine.eos_token_ids), []
     with engine_of(params, MODEL, mesh, mesh, tokenizer=tokenizer, eos_token_ids=eos, num_pages=24) as small:
+        submit = small.submit
+        monkeypatch.setattr(
+            small, "submit", lambda request, **given: requests.append(request) or submit(request, **given)
+        )
         sampler = Sampler(small, config, Talking(3))
-        samples = flat(sampler.sample(prompts, 1))
-    # What the full pages of each turn's earlier ones hold. The last token of a turn is not in the cache.
-    most = 0
-    for a, b in zip(want, samples, strict=True):
-        same(a, b)
-        ends = np.flatnonzero(b.trained[:-1] & ~b.trained[1:])
-        most += sum(int(end) // 16 * 16 for end in ends)
-    print("cached", sampler.counts.cached_tokens, "of", most)
-    assert most > 100
-    assert sampler.counts.cached_tokens > 0.7 * most
+        for a, b in zip(want, flat(sampler.sample(prompts, 1)), strict=True):
+            same(a, b)
+    # How many are found depends on when the answers come.
+    print("cached", sampler.counts.cached_tokens)
+    assert len(requests) == sum(sample.turns for sample in want)
+    assert all(request.continues == (len(request.prompt) > 20) for request in requests)
 
 
 def test_a_failure_of_the_environment_is_counted_and_not_an_end(engine: ContinuousEngine) -> None:
@@ -301,13 +301,18 @@ def test_a_failure_of_the_environment_is_counted_and_not_an_end(engine: Continuo
     assert not any(sample.finished for sample in failed)
 
 
-def test_an_error_in_the_environment_ends_the_call_and_the_engine_goes_on(engine: ContinuousEngine) -> None:
-    class Broken(Talking):
-        def step(self, state: Any, text: str, ids: Sequence[int]) -> Observation | None:
-            raise KeyError("oops")
+@pytest.mark.parametrize("error", [KeyError("oops"), SystemExit("oops")], ids=repr)
+@pytest.mark.parametrize("method", ["reset", "step"])
+def test_an_error_in_the_environment_ends_the_call_and_the_engine_goes_on(
+    method: str, error: BaseException, engine: ContinuousEngine
+) -> None:
+    def broken(*_: Any) -> None:
+        raise error
 
-    with pytest.raises(KeyError, match="oops"):
-        Sampler(engine, SamplingConfig(group_size=16, max_new_tokens=64), Broken(2)).sample([Prompt(0, [1])], 0)
+    environment = Talking(2)
+    setattr(environment, method, broken)
+    with pytest.raises(InputError, match=f"Prompt 5: the environment raised {type(error).__name__}: .*oops"):
+        Sampler(engine, SamplingConfig(group_size=16, max_new_tokens=64), environment).sample([Prompt(5, [1])], 0)
     assert len(Sampler(engine, CONFIG).sample([Prompt(0, [1])], 0)[0]) == 4
     assert engine.stats().running == 0
 

@@ -38,7 +38,7 @@ class Rollout:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("batch", "advantages_BT", "sampler_BT", "old_BT", "reference_BT", "ends_BT"),
+    data_fields=("batch", "advantages_BT", "sampler_BT", "old_BT", "reference_BT", "places_BT"),
     meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,8 @@ class RolloutBatch:
       old_BT: float32 log-probabilities of the policy before the first of several steps, as the trainer computes them;
         used where `GrpoConfig.old` is "trainer".
       reference_BT: float32 log-probabilities of the reference; used where `GrpoConfig.kl_weight` is not 0.
-      ends_BT: float32, 1 on the last trained token of each sequence; 0 elsewhere.
+      places_BT: float32, on the last trained token of each sequence the place of its rollout among those of the step,
+        counted from 1; 0 elsewhere.
     """
 
     batch: Batch
@@ -61,7 +62,21 @@ class RolloutBatch:
     sampler_BT: Any
     old_BT: Any
     reference_BT: Any
-    ends_BT: Any
+    places_BT: Any
+
+    @property
+    def ends_BT(self) -> Any:
+        """Float32, 1 on the last trained token of each sequence; 0 elsewhere."""
+        return (self.places_BT != 0).astype(np.float32)
+
+
+def packed_places(rollouts: Sequence[Rollout], counted: np.ndarray, config: GrpoConfig) -> list[int]:
+    """Places of the rollouts that `pack_rollouts` does not leave out; its arguments."""
+    return [
+        index
+        for index, rollout in enumerate(rollouts)
+        if counted[index] and rollout.trained.any() and (rollout.finished or not config.mask_unfinished)
+    ]
 
 
 def pack_rollouts(
@@ -94,11 +109,7 @@ def pack_rollouts(
         )
     for index, rollout in enumerate(rollouts):
         _check(index, rollout, length)
-    used = [
-        index
-        for index, rollout in enumerate(rollouts)
-        if counted[index] and rollout.trained.any() and (rollout.finished or not config.mask_unfinished)
-    ]
+    used = packed_places(rollouts, counted, config)
     for index in used:
         if not np.isfinite(advantages[index]):
             raise InputError(f"The advantage of rollout {index} is {advantages[index]}; expected a finite number.")
@@ -119,19 +130,19 @@ def pack_rollouts(
     batch = pack_segments(
         [[Example(np.asarray(r.ids), r.trained) for r in _of(rollouts, row)] for row in layout], length
     )
-    advantages_BT, sampler_BT, ends_BT = np.zeros((3, rows, length), np.float32)
+    advantages_BT, sampler_BT, places_BT = np.zeros((3, rows, length), np.float32)
     for b, row in enumerate(layout):
         start = 0
         for index, rollout in zip(row, _of(rollouts, row), strict=True):
             places = start + np.flatnonzero(rollout.trained)
             advantages_BT[b, places] = advantages[index]
             sampler_BT[b, places] = rollout.log_probs[rollout.trained]
-            ends_BT[b, places[-1]] = 1.0
+            places_BT[b, places[-1]] = 1 + index
             if config.aggregation == "sequence-mean-token-mean":
                 batch.loss_weights[b, places] = 1.0 / len(places)
             start += len(rollout.ids)
     zeros = np.zeros((rows, length), np.float32)
-    return RolloutBatch(batch, advantages_BT, sampler_BT, zeros, zeros.copy(), ends_BT)
+    return RolloutBatch(batch, advantages_BT, sampler_BT, zeros, zeros.copy(), places_BT)
 
 
 def _of(rollouts: Sequence[Rollout], row: Sequence[int]) -> list[Rollout]:

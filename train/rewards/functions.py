@@ -69,7 +69,7 @@ def score(
             found = function(**arguments)
         except InputError as error:
             raise InputError(f"The reward {name}: {error}") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(
                 f"The reward {name} raised {type(error).__name__}: {error}. Correct it; it may return None for a text "
                 "that it cannot judge."

@@ -23,13 +23,13 @@ def packed(rollouts: list[Rollout], counted: Any = None, config: GrpoConfig = CO
 
 
 def segments(batch: RolloutBatch) -> dict[tuple[int, ...], np.ndarray]:
-    """By the ids of each segment: its advantages, sampler's log-probabilities, loss weights and ends [4, n]."""
+    """By the ids of each segment: its advantages, sampler's log-probabilities, loss weights and places [4, n]."""
     found, rows = {}, batch.batch
     for b in range(rows.shape[0]):
         for segment in range(1, rows.segment_ids[b].max() + 1):
             here = rows.segment_ids[b] == segment
             np.testing.assert_array_equal(rows.positions[b, here], np.arange(here.sum()))
-            numbers = batch.advantages_BT, batch.sampler_BT, rows.loss_weights, batch.ends_BT
+            numbers = batch.advantages_BT, batch.sampler_BT, rows.loss_weights, batch.places_BT
             found[tuple(rows.tokens[b, here].tolist())] = np.stack([x[b, here] for x in numbers])
     return found
 
@@ -43,15 +43,16 @@ def test_every_token_is_there_once_with_its_numbers(aggregation: Any) -> None:
     assert len(found) == len(rollouts)
     assert batch.batch.segment_ids.max() <= CONFIG.max_segments
     for i, rollout in enumerate(rollouts, 1):
-        advantages, sampler, weights, ends = found[tuple(rollout.ids)]
+        advantages, sampler, weights, places = found[tuple(rollout.ids)]
         np.testing.assert_array_equal(advantages, i * rollout.trained)
         np.testing.assert_array_equal(sampler, rollout.log_probs)
         each = 1 / rollout.trained.sum() if aggregation == "sequence-mean-token-mean" else 1
         np.testing.assert_allclose(weights, each * rollout.trained, rtol=1e-6)
-        np.testing.assert_array_equal(np.flatnonzero(ends), [np.flatnonzero(rollout.trained)[-1]])
+        last = np.flatnonzero(rollout.trained)[-1]
+        np.testing.assert_array_equal(places, i * (np.arange(len(rollout.ids)) == last))
     # No number is on padding.
     padding = batch.batch.segment_ids == 0
-    assert not any(x[padding].any() for x in (batch.advantages_BT, batch.sampler_BT, batch.ends_BT))
+    assert not any(x[padding].any() for x in (batch.advantages_BT, batch.sampler_BT, batch.places_BT))
     assert not batch.old_BT.any()
     assert not batch.reference_BT.any()
 

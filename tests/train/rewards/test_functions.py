@@ -53,10 +53,15 @@ def raises(completions: Any) -> list[float]:
     raise KeyError("lost")
 
 
+def ends(completions: Any) -> list[float]:
+    raise SystemExit(3)
+
+
 @pytest.mark.parametrize(
     ("function", "words"),
     [
         (raises, ["bad", "KeyError", "lost"]),
+        (ends, ["bad", "SystemExit", "3"]),
         (lambda completions: [1.0, 2.0], ["bad", "2 values", "3"]),
         (lambda completions: [1.0, math.nan, 2.0], ["bad", "nan", "completion 1"]),
         (lambda completions: [1.0, 2.0, -math.inf], ["bad", "-inf", "completion 2"]),
