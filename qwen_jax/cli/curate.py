@@ -100,11 +100,15 @@ def _text(summary: dict[str, Any], folder: Path) -> str:
     """A summary for people."""
     lines = []
     for name, found in summary["inputs"].items():
-        faults = len(found["broken"]) + len(found["damaged"])
+        faults = list({**found["broken"], **found["damaged"]})
         lines.append(f"{name}: {found['documents']:,} documents of {found['files']:,} files")
         lines += [f"    {count:,} unusable: {reason}" for reason, count in found["bad"].items()]
         lines += [f"    {count:,} skipped: {reason}" for reason, count in found["skipped"].items()]
-        lines += [f"    {faults:,} damaged files"] if faults else []
+        if faults:
+            more = ", ..." if len(faults) > 3 else ""
+            lines.append(
+                f"    {len(faults):,} damaged files: {', '.join(faults[:3])}{more}; why: {folder / 'bad.jsonl'}"
+            )
     for stage in summary["stages"]:
         lines.append(f"{stage['name']}: {stage['out']:,} of {stage['in']:,}")
         lines += [f"    {count:,} {reason}" for reason, count in list(stage["removed"].items())[:10]]
