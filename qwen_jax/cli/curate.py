@@ -105,10 +105,10 @@ def _text(summary: dict[str, Any], folder: Path) -> str:
         lines += [f"    {count:,} unusable: {reason}" for reason, count in found["bad"].items()]
         lines += [f"    {count:,} skipped: {reason}" for reason, count in found["skipped"].items()]
         if faults:
-            more = ", ..." if len(faults) > 3 else ""
-            lines.append(
-                f"    {len(faults):,} damaged files: {', '.join(faults[:3])}{more}; why: {folder / 'bad.jsonl'}"
-            )
+            shown = ", ".join([*faults[:3], *(["..."] if len(faults) > 3 else [])])
+            lines.append(f"    {len(faults):,} damaged files: {shown}")
+        if faults or found["bad"]:
+            lines.append(f"    all are listed in {folder / 'bad.jsonl'}")
     for stage in summary["stages"]:
         lines.append(f"{stage['name']}: {stage['out']:,} of {stage['in']:,}")
         lines += [f"    {count:,} {reason}" for reason, count in list(stage["removed"].items())[:10]]
