@@ -1,7 +1,6 @@
 """`qwen-jax data curate`: pre-training data from raw documents."""
 
 import dataclasses
-import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from qwen_jax.cli.common import Count, parse, sibling
-from qwen_jax.cli.function_options import config_of, with_arguments
+from qwen_jax.cli.function_options import config_of, result_of, with_arguments
 from qwen_jax.errors import InputError
 
 
@@ -69,8 +68,7 @@ def curate(argv: Sequence[str]) -> int:
         raise AssertionError("--config is required")
     function = sibling("train.curate.loading").load_curation(config)
     options = parse(with_arguments(Options, function), "data curate", argv)
-    arguments = {name: getattr(options, name) for name in inspect.signature(function).parameters}
-    curation = function(**arguments)
+    curation = result_of(function, config, options)
     if not isinstance(curation, sibling("train.curate.curation").Curation):
         raise InputError(f"{config} returned a {type(curation).__name__}, expected a Curation.")
     if (options.tokenizer is None) != (options.length is None):

@@ -42,6 +42,10 @@ def curation(books: str, least: int = 50) -> Curation:
 
 def other() -> str:
     return "x"
+
+
+def fails() -> Curation:
+    return Curation([Input("books", {}["no such key"])])
 '''
 
 
@@ -105,7 +109,8 @@ def test_what_cannot_be_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixtur
     file = tmp_path / "my_curation.py"
     file.write_text(CURATION)
     for config, message in (
-        (str(file) + ":nothing", "has no function nothing. It has: curation, other"),
+        (str(file) + ":nothing", "has no function nothing. It has: curation, other, fails"),
+        (str(file) + ":fails", "cannot be run: line 33: KeyError: 'no such key'."),
         (str(file) + ":other", "returned a str, expected a Curation"),
         (str(tmp_path / "none.py"), "does not exist"),
         ("recipe", "Expected FILE.py"),
