@@ -26,14 +26,14 @@ def why_unusable(path: Path) -> str | None:
             "the folder with its links followed (cp -rL)."
         )
     if not path.exists():
-        return f"{path} does not exist."
+        return f"{path} does not exist. Check the path."
     if not path.is_file():
-        return f"{path} is not a file."
+        return f"{path} is not a file. Check the path."
     try:
         with path.open("rb") as file:
             start = file.read(len(_LFS_POINTER))
     except OSError as error:
-        return f"{path} cannot be read: {error.strerror}."
+        return f"{path} cannot be read: {error.strerror}. Check its permissions and its disk."
     if start == _LFS_POINTER:
         return (
             f"{path} is a Git LFS pointer, not the file itself. Run `git lfs pull` in its repository, or download the "

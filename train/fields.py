@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, Union
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from qwen_jax.parallel.sharding import AXES
+from train.python_file import failure
 
 T = TypeVar("T")
 
@@ -250,13 +251,16 @@ def call(path: str) -> object:
       path: "FILE.py" or "FILE.py:function"; by default the function is `config`, or the only public one of the file.
 
     Raises:
-      InputError: no such file or function.
+      InputError: no such file or function, or it fails; the error names the line.
     """
     name, _, function_name = path.partition(":") if not Path(path).is_file() else (path, "", "")
     file = Path(name)
     if file.suffix != ".py" or not file.is_file():
         raise InputError(f"No Python file {name!r}. Give FILE.py or FILE.py:function.")
-    names = runpy.run_path(str(file), run_name="config")
+    try:
+        names = runpy.run_path(str(file), run_name="config")
+    except Exception as error:
+        raise failure(file, error) from error
     functions = {
         key: value
         for key, value in names.items()
@@ -266,7 +270,10 @@ def call(path: str) -> object:
         function_name = next(iter(functions)) if len(functions) == 1 else "config"
     if function_name not in functions:
         raise InputError(f"{file} has no function {function_name!r}; {near(function_name, functions)}")
-    result: object = functions[function_name]()
+    try:
+        result: object = functions[function_name]()
+    except Exception as error:
+        raise failure(file, error) from error
     return result
 
 

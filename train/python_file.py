@@ -4,11 +4,30 @@ import hashlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import InputError
+
+
+def failure(file: Path, error: Exception) -> InputError:
+    """What to raise for an error that a user's Python file, or a function of it, has raised.
+
+    Args:
+      file: its path.
+      error: what it has raised.
+
+    Returns:
+      The error itself if it is an InputError, else one that names the file, its line and the error.
+    """
+    if isinstance(error, InputError):
+        return error
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).absolute() == file.absolute()]
+    where = f"line {lines[-1]}: " if lines else ""
+    return InputError(f"The file {file} cannot be run: {where}{type(error).__name__}: {str(error).rstrip('.')}.")
 
 
 def function_of_file(file: Path, name: str, what: str) -> Callable[..., Any]:
@@ -35,7 +54,7 @@ def function_of_file(file: Path, name: str, what: str) -> Callable[..., Any]:
         found.loader.exec_module(module)
     except Exception as error:
         del sys.modules[module_name]
-        raise InputError(f"The file {file} cannot be run: {type(error).__name__}: {error}.") from error
+        raise failure(file, error) from error
     function = getattr(module, name, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]

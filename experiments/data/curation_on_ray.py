@@ -30,8 +30,10 @@ from qwen_jax.params import init_params
 from qwen_jax.published import published
 from qwen_jax.tokenizer import train_bpe
 from train.curate.curation import Curation, Input, Map, Select, Stage
+from train.curate.deduplicate_stage import Deduplicate
 from train.curate.engine import Resources
-from train.curate.run import RunOptions, run
+from train.curate.operators.fingerprint import Fingerprint
+from train.curate.run import SUMMARY, RunOptions, run
 from train.curate.scoring.model import ScoringOptions
 from train.curate.scoring.operators import ModelScores
 from train.curate.scoring.questions import RUBRICS
@@ -39,8 +41,8 @@ from train.data.text import standard_library
 
 
 def curation(folder: Path, devices: int) -> Curation:
-    """Documents with ids, some used twice, a condition on their length, and scores."""
-    stages: list[Stage] = [Select("length(text) > 500")]
+    """Documents with ids, some used twice, a condition on their length, duplicates, and scores."""
+    stages: list[Stage] = [Select("length(text) > 500"), Map("fingerprints", [Fingerprint()]), Deduplicate()]
     if devices:
         options = ScoringOptions(max_tokens=128, row_tokens=512, batch_tokens=512 * devices, dtype="float32")
         scores = ModelScores(str(folder / "model"), RUBRICS[:2], CheckpointFormats(), f"data={devices}", options)
@@ -131,7 +133,10 @@ def main() -> int:
             seconds[name] = time.monotonic() - began
         native, ray = hashes(folder / "native"), hashes(folder / "ray")
         different = sorted(name for name in {*native, *ray} if native.get(name) != ray.get(name))
-        print(json.dumps({**vars(args), "files": len(native), "different": different, "seconds": seconds}))
+        stages = json.loads((folder / "native" / SUMMARY).read_text())["stages"]
+        removed = {stage["name"]: stage["removed"] for stage in stages}
+        found = {"files": len(native), "different": different, "removed": removed, "seconds": seconds}
+        print(json.dumps({**vars(args), **found}))
         return bool(different)
     finally:
         shutil.rmtree(folder)

@@ -7,6 +7,7 @@ after `small_sweep.py` has put the rows into the folder `small-sweep`, or that i
 
 import dataclasses
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from qwen_jax.config import ModelConfig
@@ -15,6 +16,7 @@ from train.config import RunConfig, Stage
 from train.loop import CheckpointConfig, LoopConfig
 from train.optimizer import Schedule
 from train.pretrain import PretrainConfig
+from train.scaling.design import Point
 from train.scaling.sweep import Sweep
 from train.step import StepConfig
 
@@ -38,6 +40,11 @@ class Setup:
       most_runs: points of a cell, at most.
       dtype: of the computation.
       workers: processes that share the machine's devices.
+      start: points of the grid that a cell begins with; by default all.
+      most_steps: of a run of the sweep.
+      pilot: a point of the grid that is run first, with two seeds, in every cell. It says how far seeds scatter, and
+        which cells are near a fall of the loss: these are left out.
+      whole: the law waits for the end of the sweep, if need be in several calls.
     """
 
     megabytes: float
@@ -54,6 +61,10 @@ class Setup:
     most_runs: int
     dtype: str
     workers: int
+    start: tuple[Point, ...] = ()
+    most_steps: int | None = None
+    pilot: Point | None = None
+    whole: bool = False
 
     def model(self, width: int, layers: int) -> ModelConfig:
         """A model of the family: three times its width in the feed-forward layer, half as many heads for keys."""
@@ -93,24 +104,37 @@ class Setup:
             checkpoints=CheckpointConfig(every=0),
         )
 
-    def sweep(self, folder: Path) -> Sweep:
+    def sweep(self, folder: Path, without: Collection[tuple[str, int]] = ()) -> Sweep:
         """The sweep that the law is fitted to.
 
         Args:
           folder: with tokenizer and rows.
+          without: cells that are left out.
         """
         names = [f"w{width}x{layers}" for width, layers in self.shapes]
+        cells = [(names[index], tokens) for index, tokens in self.cells]
         return Sweep(
             base=self.base(folder),
             sizes={name: self.model(*shape) for name, shape in zip(names, self.shapes, strict=True)},
             tokens=tuple(dict.fromkeys(tokens for _, tokens in self.cells)),
-            cells=tuple((names[index], tokens) for index, tokens in self.cells),
+            cells=tuple(cell for cell in cells if cell not in without),
             learning_rates=self.learning_rates,
             batches=self.batches,
             flops=1e17,
             design="sequential",
             most_runs=self.most_runs,
+            start=self.start,
+            most_steps=self.most_steps,
         )
+
+    def pilot_sweep(self, folder: Path) -> Sweep:
+        """The pilot: one point of every cell, with two seeds. The first is a run of the sweep, too.
+
+        Args:
+          folder: with tokenizer and rows.
+        """
+        assert self.pilot is not None
+        return dataclasses.replace(self.sweep(folder), design="grid", start=(self.pilot,), seeds=(0, 1))
 
     def target_sweep(self, folder: Path, learning_rate: float, batch: int) -> Sweep:
         """Runs of the target at a prediction, at half and twice of both, and further where the best is at the edge.
@@ -151,6 +175,28 @@ SETUPS = {
         most_runs=12,
         dtype="bfloat16",
         workers=6,
+    ),
+    # One H200, some 25 minutes: every run ends far behind the fall of the loss, which small_sweep.md describes. Each
+    # cell begins with a cross around 8,192 tokens that reaches down to 1,024.
+    "second": Setup(
+        megabytes=200,
+        held_out_megabytes=1.0,
+        vocab_size=4096,
+        length=256,
+        head_dim=64,
+        shapes=((128, 3), (256, 3)),
+        target=(512, 4),
+        cells=((0, 32_000_000), (0, 64_000_000), (1, 32_000_000), (1, 64_000_000)),
+        target_tokens=32_000_000,
+        learning_rates=(4e-3, 6e-3, 9e-3),
+        batches=(1024, 2048, 4096, 8192, 16384),
+        most_runs=10,
+        dtype="bfloat16",
+        workers=6,
+        start=((-1, 0), (0, 3), (1, 3), (2, 3), (1, 4)),
+        most_steps=32_000,
+        pilot=(1, 3),
+        whole=True,
     ),
     # Two cores of a laptop: the same path with models that learn little.
     "cpu": Setup(

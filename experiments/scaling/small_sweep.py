@@ -2,6 +2,8 @@
 
     python -m experiments.scaling.small_sweep --folder small-sweep --limit 500             # one GPU
     python -m experiments.scaling.small_sweep --folder small-sweep-cpu --size cpu          # the same path on a CPU
+    python -m experiments.scaling.small_sweep --folder second-sweep --size second --limit 560   # small_sweep.md
+    python -m experiments.scaling.small_sweep --size second --plan                # what it runs, and for how long
 
 1. Rows of the text of this Python installation, by `experiments.learning.data`.
 2. `train.scaling`: a sweep of learning rate and batch in cells of size and tokens, a coarse grid first and then runs
@@ -9,14 +11,20 @@
 3. The larger model is trained at the predicted pair, at half and twice of both, and past the edge where the best of
    these is at the edge. The pick's regret is its loss relative to the best of them.
 
-The sweep takes at most two thirds of the limit; the law is then fitted to what has ended. Leaves `results.json`,
+The sweep takes at most two thirds of the limit; the law is then fitted to what has ended. With `--size second` the law
+waits for the whole sweep: the same command goes on until it prints a regret. Leaves `results.json`,
 `runs/results.parquet`, `target/results.parquet`, `law.json` and plots. What has been done is not done again.
+
+A pilot (`Setup.pilot`) runs one point of each cell with two seeds first. Cells where the training loss still falls by
+half a nat in the second half of such a run are left out; where fewer than three are left, nothing else is run.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,16 +34,21 @@ from typing import Any
 
 from experiments.learning import data
 from experiments.scaling.law import fit_law, plot_law, plot_target
+from experiments.scaling.minutes import plan_text
 from experiments.scaling.setup import SETUPS, Setup
+from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 from train.config import RunConfig
 from train.files import write_file
+from train.observe.metrics import read_log
 from train.scaling.hyperparameters_law import fit_text
 from train.scaling.run_config import write_run_config
-from train.scaling.run_sweep import RESULTS, Outcome, collect, read_results, run_sweep
-from train.scaling.sweep import Sweep, make_plan
+from train.scaling.run_sweep import RESULTS, Outcome, collect, read_results, run_sweep, write_table
+from train.scaling.sweep import Run, Sweep, make_plan
 
 _SWEEP_SHARE = 0.65
+# Nats by which the loss of the first sweep fell at once. A law in size and tokens has three unknowns for each choice.
+_FALL, _LEAST_CELLS = 0.5, 3
 
 
 class _TimeIsUp(BaseException):
@@ -60,6 +73,41 @@ def within(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def late_fall(run: Run) -> float:
+    """How far the training loss of a run that has ended fell in its second half, in nats; 0 where its log has no steps.
+
+    Args:
+      run: of a sweep.
+    """
+    records = read_log(Path(run.config.output) / "metrics.jsonl", warn=False)
+    steps = run.config.ends[-1]
+    losses = [(one["step"] / steps, one["loss"]) for one in records if "loss" in one]
+    half = [loss for share, loss in losses if 0.45 < share <= 0.55]
+    end = [loss for share, loss in losses if share > 0.9]
+    return statistics.median(half) - statistics.median(end) if half and end else 0.0
+
+
+def judged(pilot: Outcome) -> dict[str, Any]:
+    """What the pilot says of each cell: the scatter of its seeds, and whether it is near the fall of the loss.
+
+    Args:
+      pilot: all of its runs have ended.
+
+    Returns:
+      `scatter` (standard deviation of the log loss between seeds), `fall` (nats) and `left_out` by cell.
+    """
+    found: dict[str, Any] = {"scatter": {}, "fall": {}, "left_out": []}
+    for cell in dict.fromkeys(run.cell for run in pilot.plan.runs):
+        runs, name = [run for run in pilot.plan.runs if run.cell == cell], f"{cell.name}, {cell.tokens:,} tokens"
+        losses = [pilot.losses[run.name] for run in runs]
+        ended = all(map(math.isfinite, losses))  # None diverged.
+        found["scatter"][name] = statistics.stdev(map(math.log, losses)) if ended else None
+        found["fall"][name] = max(map(late_fall, runs)) if ended else None
+        if not ended or not found["fall"][name] < _FALL:
+            found["left_out"].append([cell.name, cell.tokens])
+    return found
+
+
 def experiment(
     folder: Path,
     setup: Setup,
@@ -77,7 +125,11 @@ def experiment(
       text: folders of the text; see `experiments.learning.data.find_text`.
 
     Returns:
-      The content of results.json.
+      The content of results.json. Without a `prediction` the time was up before all runs of a sweep had ended that the
+      law waits for.
+
+    Raises:
+      InputError: the pilot leaves too few cells.
     """
     begin, folder = time.perf_counter(), folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,12 +143,12 @@ def experiment(
     def say(line: str) -> None:
         print(f"{time.perf_counter() - begin:6.1f} s  {line}", file=sys.stderr, flush=True)
 
-    def run(sweep: Sweep, name: str, until: float) -> Outcome:
-        """Runs a sweep as far as it comes, and reports on it."""
+    def run(sweep: Sweep, name: str, until: float, where: str = "") -> Outcome:
+        """Runs a sweep as far as it comes, in a folder that has its name by default, and reports on it."""
         started = time.perf_counter()
         with within(begin + until - started):
-            run_sweep(sweep, folder / name, train, 1 if train else setup.workers, say)
-        outcome = collect(sweep, folder / name)
+            run_sweep(sweep, folder / (where or name), train, 1 if train else setup.workers, say)
+        outcome = collect(sweep, folder / (where or name))
         seconds = results.get(name, {}).get("seconds", 0) + time.perf_counter() - started
         trained = [run for run in outcome.plan.runs if run.name in outcome.losses]
         flops, tokens = sum(run.flops for run in trained), sum(run.cell.tokens for run in trained)
@@ -111,7 +163,29 @@ def experiment(
         note(data=data.make(folder, *arguments), data_seconds=round(time.perf_counter() - begin, 1))
         say("the rows are there")
     # 2. The sweep, and the law.
-    run(setup.sweep(folder), "runs", limit * _SWEEP_SHARE)
+    pilot, left_out = None, []
+    if setup.pilot is not None:
+        pilot = run(setup.pilot_sweep(folder), "pilot", limit, "runs")
+        if pilot.waiting:
+            say("the pilot has not ended: the same command goes on")
+            return results
+        note(judged=judged(pilot))
+        left_out = [tuple(cell) for cell in results["judged"]["left_out"]]
+        say(to_json(results["judged"]))
+        if len(setup.cells) - len(left_out) < _LEAST_CELLS:
+            raise InputError(
+                f"The loss falls late in {left_out}: fewer than {_LEAST_CELLS} cells are left for a law. Give these "
+                "cells more tokens in experiments/scaling/setup.py."
+            )
+    sweep = run(setup.sweep(folder, left_out), "runs", limit * (1 if setup.whole else _SWEEP_SHARE))
+    if setup.whole and not sweep.finished and "prediction" not in results:
+        say("the sweep has not ended: the same command goes on")
+        return results
+    if pilot is not None:  # The law reads both seeds.
+        kept = {run.cell for run in sweep.plan.runs}
+        both = {run.name: run for run in (*sweep.plan.runs, *pilot.plan.runs) if run.cell in kept}
+        plan = dataclasses.replace(sweep.plan, runs=tuple(both.values()))
+        write_table(Outcome(plan, {**pilot.losses, **sweep.losses}), folder / "runs")
     rows = read_results(folder / "runs")
     params = setup.model(*setup.target).num_params()["active"]
     if "prediction" not in results:  # A resumed target must keep its grid.
@@ -148,10 +222,14 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=540, help="seconds that all may take")
     parser.add_argument("--size", choices=list(SETUPS), default="gpu")
     parser.add_argument("--workers", type=int, help="processes that train at the same time")
+    parser.add_argument("--plan", action="store_true", help="run nothing; show cells, runs and estimated minutes")
     args = parser.parse_args()
     setup = SETUPS[args.size]
     if args.workers:
         setup = dataclasses.replace(setup, workers=args.workers)
+    if args.plan:
+        print(plan_text(setup, args.folder))
+        return
     # A scheduler's SIGTERM ends the workers, which save.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results = experiment(args.folder, setup, args.limit)

@@ -1,7 +1,6 @@
 """`qwen-jax data curate`: pre-training data from raw documents."""
 
 import dataclasses
-import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from qwen_jax.cli.common import Count, parse, sibling
-from qwen_jax.cli.function_options import config_of, with_arguments
+from qwen_jax.cli.function_options import config_of, result_of, with_arguments
 from qwen_jax.errors import InputError
 
 
@@ -69,8 +68,7 @@ def curate(argv: Sequence[str]) -> int:
         raise AssertionError("--config is required")
     function = sibling("train.curate.loading").load_curation(config)
     options = parse(with_arguments(Options, function), "data curate", argv)
-    arguments = {name: getattr(options, name) for name in inspect.signature(function).parameters}
-    curation = function(**arguments)
+    curation = result_of(function, config, options)
     if not isinstance(curation, sibling("train.curate.curation").Curation):
         raise InputError(f"{config} returned a {type(curation).__name__}, expected a Curation.")
     if (options.tokenizer is None) != (options.length is None):
@@ -100,11 +98,15 @@ def _text(summary: dict[str, Any], folder: Path) -> str:
     """A summary for people."""
     lines = []
     for name, found in summary["inputs"].items():
-        faults = len(found["broken"]) + len(found["damaged"])
+        faults = list({**found["broken"], **found["damaged"]})
         lines.append(f"{name}: {found['documents']:,} documents of {found['files']:,} files")
         lines += [f"    {count:,} unusable: {reason}" for reason, count in found["bad"].items()]
         lines += [f"    {count:,} skipped: {reason}" for reason, count in found["skipped"].items()]
-        lines += [f"    {faults:,} damaged files"] if faults else []
+        if faults:
+            shown = ", ".join([*faults[:3], *(["..."] if len(faults) > 3 else [])])
+            lines.append(f"    {len(faults):,} damaged files: {shown}")
+        if faults or found["bad"]:
+            lines.append(f"    all are listed in {folder / 'bad.jsonl'}")
     for stage in summary["stages"]:
         lines.append(f"{stage['name']}: {stage['out']:,} of {stage['in']:,}")
         lines += [f"    {count:,} {reason}" for reason, count in list(stage["removed"].items())[:10]]

@@ -173,7 +173,7 @@ class Evaluate:
         for task, found in summary["tasks"].items():
             unscored += max((metric["unscored"] for metric in found["metrics"].values()), default=0)
             for line in report.problems_of(found):
-                complain(f"{task}: {line}.")
+                complain(f"{task}: {line.rstrip('.')}.")
         return int(unscored > 0)
 
 

@@ -6,6 +6,16 @@ import sys
 
 from qwen_jax.errors import NO_ROOM, InputError
 
+# What the system says of a path that the user gave, and that a command did not foresee.
+_PATHS = {
+    errno.EEXIST: "there is a file or folder of this name",
+    errno.ENOTDIR: "a file stands where a folder is expected",
+    errno.EISDIR: "a folder stands where a file is expected",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "not permitted",
+    errno.EROFS: "the file system is read-only",
+    errno.ENAMETOOLONG: "the name is too long",
+}
 # Words in the error of a collective when another process is gone: over TCP, over NCCL, from JAX's coordination service.
 _LOST = re.compile(r"gloo|nccl|by peer|connection|heartbeat|coordination|barrier", re.IGNORECASE)
 # The same in exceptions of other types, which a failed collective raises too: words that nothing else says.
@@ -21,12 +31,14 @@ _REMEDIES = (
 
 
 def explain(error: BaseException) -> str | None:
-    """The message for a failure that the user can fix: bad input, or too little memory. None for any other."""
+    """The message for a failure that the user can fix: bad input, a path, too little memory. None for any other."""
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         where = f" for {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}. Make room and run the same command again."
+    if isinstance(error, OSError) and error.errno in _PATHS and error.filename:
+        return f"Cannot use {error.filename}: {_PATHS[error.errno]}. Give another path, or change what is there."
     lost = _lost_process(error)
     if lost is not None:
         return lost

@@ -4,8 +4,10 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from qwen_jax.cli.common import sibling
 from qwen_jax.errors import InputError
 
 
@@ -17,6 +19,23 @@ def config_of(argv: Sequence[str]) -> str | None:
         if argument.startswith("--config="):
             return argument.partition("=")[2]
     return None
+
+
+def result_of(function: Callable[..., Any], config: str, options: Any) -> Any:
+    """Calls a function with the options that are its arguments.
+
+    Args:
+      function: of a user's file.
+      config: "FILE.py" or "FILE.py:function".
+      options: of a type that `with_arguments` has made.
+
+    Raises:
+      InputError: the function fails; the error names the line.
+    """
+    try:
+        return function(**{name: getattr(options, name) for name in inspect.signature(function).parameters})
+    except Exception as error:
+        raise sibling("train.python_file").failure(Path(config.partition(":")[0]).expanduser(), error) from error
 
 
 def with_arguments(options: type[Any], function: Callable[..., Any]) -> type[Any]:

@@ -1,7 +1,6 @@
 """`qwen-jax data synthesize`: data for post-training from a recipe and models that generate and judge."""
 
 import dataclasses
-import inspect
 import json
 import re
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from qwen_jax.cli.common import Count, Number, Texts, parse, sibling
-from qwen_jax.cli.function_options import config_of, with_arguments
+from qwen_jax.cli.function_options import config_of, result_of, with_arguments
 from qwen_jax.errors import InputError
 
 
@@ -72,8 +71,7 @@ def synthesize(argv: Sequence[str]) -> int:
     recipe = sibling("train.synthesize.loading").load_recipe(config)
     options = parse(with_arguments(Options, recipe), "data synthesize", argv)
     runner = sibling("train.synthesize.run")
-    arguments = {name: getattr(options, name) for name in inspect.signature(recipe).parameters}
-    pipeline = recipe(**arguments)
+    pipeline = result_of(recipe, config, options)
     if not isinstance(pipeline, sibling("train.synthesize.pipeline").Pipeline):
         raise InputError(f"{config} returned a {type(pipeline).__name__}, expected a Pipeline.")
     limits = {"workers": options.workers} if options.workers is not None else {}

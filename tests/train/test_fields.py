@@ -11,7 +11,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.lora import LoRA
 from tests.helpers.runs import configuration, without
 from train.config import CAME_LATER, MOVED, RunConfig, Stage, as_json, set_fields, with_new_names
-from train.fields import differences
+from train.fields import call, differences
 from train.loop import CheckpointConfig, LoopConfig
 from train.optimizer import AdamW, Schedule
 from train.pretrain import PretrainConfig
@@ -195,3 +195,19 @@ def test_differences_are_those_of_leaves() -> None:
 def test_a_schedule_needs_steps() -> None:
     with pytest.raises(InputError, match="steps must be at least 1"):
         Schedule(-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("def config(:\n", r"cannot be run: SyntaxError: .*line 1"),
+        ("import no_such_module\n", "cannot be run: line 1: ModuleNotFoundError: No module named 'no_such_module'$"),
+        ("\n\ndef config():\n    return 1 / 0\n", "cannot be run: line 4: ZeroDivisionError: division by zero$"),
+        ("def config(a):\n    pass\n", "cannot be run: TypeError: config.. missing 1 required"),
+        ("def config():\n    from qwen_jax.errors import InputError\n    raise InputError('ours')\n", "^ours$"),
+    ],
+)
+def test_a_file_that_fails_is_named_with_its_line(tmp_path: Path, content: str, says: str) -> None:
+    (tmp_path / "mine.py").write_text(content)
+    with pytest.raises(InputError, match=says.replace("$", r"\.$" if says[0] != "^" else "$")):
+        call(str(tmp_path / "mine.py"))

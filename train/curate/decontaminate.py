@@ -132,6 +132,8 @@ def decontaminate(config: DecontaminateConfig, *, progress: Console | None = Non
     """
     # Check what is asked for before any work.
     files = find_files(config.input)
+    if not files:
+        raise InputError(f"No files in {', '.join(config.input)}. Give files, folders or patterns with --input.")
     output = config.output.absolute()
     inside = [path for path in files if output in path.absolute().parents]
     if inside:

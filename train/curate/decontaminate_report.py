@@ -33,6 +33,8 @@ def to_text(summary: Mapping[str, Any], output: Path) -> str:
       output: the folder.
     """
     lines = [f"{_counted(summary)}. The result is in {output}."]
+    if summary["bad"]:
+        lines.append(f"  What cannot be read is listed in {output / 'quarantine.jsonl'}.")
     for name, one in summary["sets"].items():
         short = one["items of fewer than 13 words"]
         lines.append(

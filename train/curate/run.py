@@ -192,7 +192,7 @@ class _Run:
         # What was found, and was it enough?
         for name, one in found.items():
             self._summary["inputs"][name] = _input_summary(one, {unit.name: records[unit.name] for unit in one.units})
-        self._write_bad(units, records)
+        self._write_bad(found, units, records)
         self._shards = [
             _Shard(file.name.removesuffix(".parquet"), unit.input.name, file.sha256, file.rows, size)
             for unit in units
@@ -394,15 +394,21 @@ class _Run:
         """Documents that these records have removed, a few of each reason."""
         return samples(self._view, {name: record.counts["rows"] for name, record in records.items()})
 
-    def _write_bad(self, units: Sequence[Unit], records: Mapping[str, Record]) -> None:
-        """Lists all records that cannot be used."""
+    def _write_bad(self, found: Mapping[str, Found], units: Sequence[Unit], records: Mapping[str, Record]) -> None:
+        """Lists all files and records that cannot be used."""
         names = [file.name for unit in units for file in records[unit.name].files if file.name.endswith(".jsonl")]
+        broken = [
+            {"input": name, "file": file, "at": "the beginning", "reason": f"the file cannot be read: {reason}"}
+            for name, one in found.items()
+            for file, reason in one.broken.items()
+        ]
         path = self._folder / BAD
-        if not names:
+        if not names and not broken:
             path.unlink(missing_ok=True)
             return
         temporary = self._folder / f".{BAD}.tmp"
         with temporary.open("wb") as file:
+            file.writelines(to_json(one).encode() + b"\n" for one in broken)
             for name in names:
                 with (self._folder / DOCUMENTS / name).open("rb") as part:
                     shutil.copyfileobj(part, file)

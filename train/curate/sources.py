@@ -198,7 +198,9 @@ def find_units(source: Input, unit_bytes: int, avoid: Path) -> Found:
         except InputError as error:
             if "pip install" in str(error):
                 raise
-            broken[os.path.relpath(path.absolute(), root)] = str(error)
+            # The file is named apart, and what to do is another thing for an input than for other commands.
+            why = str(error).removeprefix(f"{path}").lstrip(": ")
+            broken[os.path.relpath(path.absolute(), root)] = why.rpartition(". ")[0] or why.rstrip(".")
             continue
         sources += found
         formats[found[0].path] = kind

@@ -209,7 +209,13 @@ def _checked(name: str, promised: pa.Schema, made: pa.Table, rows: int) -> pa.Ta
             f"The operator {name} must make {rows} rows of {', '.join(promised.names)}; it made "
             f"{made.num_rows} of {', '.join(made.column_names)}."
         )
-    return made.select(promised.names).cast(promised)
+    made = made.select(promised.names)
+    try:
+        return made.cast(promised)
+    except pa.ArrowException as error:
+        types = ", ".join(f"{field.name} {field.type}" for field in made.schema)
+        expected = ", ".join(f"{field.name} {field.type}" for field in promised)
+        raise InputError(f"The operator {name} must make {expected}; it made {types}: {error}.") from None
 
 
 def scatter(values: pa.ChunkedArray, indices: pa.Array, rows: int) -> pa.Array:

@@ -172,7 +172,8 @@ def build(config: BuildConfig, *, progress: Console | None = None) -> Manifest:
     folder.check()
     if (output / MANIFEST).exists():
         return _finished(folder, settings, files)
-    units = share_out(find_sources(files, config.format, config.field), config.unit_bytes)
+    advice = "Leave the file out, or give the format of all files: --format jsonl, parquet or text."
+    units = share_out(find_sources(files, config.format, config.field, advice), config.unit_bytes)
     with lock(output):
         # Which units are finished already?
         folder.begin(settings)

@@ -90,13 +90,19 @@ class Record:
     reason: str | None = None
 
 
-def find_sources(files: Iterable[Path], kind: Kind | Literal["auto"], field: str) -> list[Source]:
+def find_sources(
+    files: Iterable[Path],
+    kind: Kind | Literal["auto"],
+    field: str,
+    advice: str = "Leave the file out, or give it the extension of its format.",
+) -> list[Source]:
     """Determines the format and size of each file, and checks that it can be read.
 
     Args:
       files: as from `find_files`.
       kind: format of all files; "auto" decides by their extensions.
       field: Parquet column that holds the text.
+      advice: what to do about an unknown extension.
 
     Raises:
       InputError: an unknown extension, a file that cannot be opened, or Parquet without that column.
@@ -108,10 +114,7 @@ def find_sources(files: Iterable[Path], kind: Kind | Literal["auto"], field: str
         known = _KINDS.get(suffixes[-1].lower()) if suffixes else None
         this = known if kind == "auto" else kind
         if this is None:
-            raise InputError(
-                f"{path}: expected one of {' '.join(_KINDS)}, also followed by .gz or .zst. "
-                "Leave the file out, or give the format of all files: --format jsonl, parquet or text."
-            )
+            raise InputError(f"{path}: expected one of {' '.join(_KINDS)}, also followed by .gz or .zst. {advice}")
         if this == "parquet" and compression:
             raise InputError(f"{path}: Parquet compresses inside the file. Decompress it, and give the .parquet file.")
         if compression == ".zst":

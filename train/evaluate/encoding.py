@@ -148,7 +148,8 @@ class RequestEncoder:
         if max_tokens >= self.context_length:
             raise InputError(
                 f"An answer of {max_tokens} tokens leaves no room for a prompt in the model's context of "
-                f"{self.context_length}. Give a smaller max_gen_toks."
+                f"{self.context_length}. The task needs a model with a longer context (a task of lm-eval: or a smaller "
+                "max_gen_toks in its YAML)."
             )
         ids = self.text(text)
         room = self.context_length - max_tokens

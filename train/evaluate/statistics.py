@@ -9,6 +9,8 @@ import numpy as np
 
 from train.evaluate.task import mean
 
+# The 97.5% quantile of the normal distribution.
+_NORMAL = 1.959963984540054
 _RESAMPLES, _SLOW_RESAMPLES, _SIGNS = 2000, 200, 10_000
 # Random numbers in memory at one time.
 _MOST_DRAWN = 2_000_000
@@ -22,7 +24,8 @@ class Estimate:
 
     Attributes:
       value: of all items; None if no item has a score.
-      low, high: the 95% interval by bootstrap over items (percentiles); None with fewer than two items.
+      low, high: the 95% interval: of a mean of zeros and ones Wilson's, which does not have the width 0 where all items
+        have one score; else by bootstrap over items (percentiles). None with fewer than two items.
       stderr: the standard deviation of the bootstrap.
       items: that count.
     """
@@ -52,8 +55,22 @@ def estimate(values: Sequence[Any], aggregate: Callable[[Sequence[Any]], float] 
     else:
         rows = draws.integers(0, n, (_SLOW_RESAMPLES, n))
         resampled = np.asarray([aggregate([values[i] for i in row]) for row in rows.tolist()])
-    low, high = np.percentile(resampled, [2.5, 97.5])
+    is_share = aggregate is mean and np.isin(np.asarray(values, np.float64), (0.0, 1.0)).all()
+    low, high = wilson(whole, n) if is_share else np.percentile(resampled, [2.5, 97.5])
     return Estimate(whole, float(low), float(high), float(resampled.std(ddof=1)), n)
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95% interval of a share by Wilson's score (1927, JASA 22, 209): right also for few items, and near 0 and 1.
+
+    Args:
+      share: of the items.
+      n: how many items there are.
+    """
+    weight = _NORMAL**2 / n
+    middle = (share + weight / 2) / (1 + weight)
+    width = math.sqrt(weight * share * (1 - share) + weight**2 / 4) / (1 + weight)
+    return max(middle - width, 0.0), min(middle + width, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -279,7 +279,8 @@ def _parse(path: Path, content: bytes) -> dict[str, list[Any]]:
         try:
             table = pq.read_table(io.BytesIO(content))
         except pa.ArrowException as error:
-            raise InputError(f"{path} is not a Parquet file: {error}.") from None
+            why = str(error).partition("\n")[0].rstrip(".")
+            raise InputError(f"{path} is not a Parquet file: {why}. Give an intact one, or a CSV file.") from None
         return dict(zip(table.column_names, (column.to_pylist() for column in table.columns), strict=True))
     if not path.name.endswith((".csv", ".csv.gz")):
         raise InputError(f"{path}: expected a .csv, .csv.gz or .parquet file.")
@@ -287,7 +288,7 @@ def _parse(path: Path, content: bytes) -> dict[str, list[Any]]:
         text = (gzip.decompress(content) if path.name.endswith(".gz") else content).decode("utf-8-sig")
         lines = [line for line in csv.reader(io.StringIO(text)) if line]
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is not a CSV file in UTF-8: {error}.") from None
+        raise InputError(f"{path} is not a CSV file in UTF-8: {error}. Give such a file, or Parquet.") from None
     if not lines:
         raise InputError(f"{path} is empty. Expected a line of names and a row for each run.")
     header = [name.strip() for name in lines[0]]

@@ -39,6 +39,10 @@ class Sweep:
       design: "grid" is all combinations. "sequential" begins with them in each cell, a coarse grid, and adds runs near
         the predicted optimum or past the edge until the optimum is bracketed.
       most_runs: points in a cell of the sequential design, at most.
+      start: points that a cell begins with instead of all combinations: (0, 0) is the first rate with the first batch,
+        (1, 2) the second rate with the third, and (-1, 0) is one ratio below the first rate. Those that cannot be run
+        in a cell, because of its tokens or of `most_steps`, are left out there.
+      most_steps: of a run; smaller batches are not run where they need more.
       warmup: share of the steps; by default the base's.
 
     Raises:
@@ -56,11 +60,13 @@ class Sweep:
     seeds: tuple[int, ...] = (0,)
     design: Literal["grid", "sequential"] = "grid"
     most_runs: int = 24
+    start: tuple[Point, ...] = ()
+    most_steps: int | None = None
     warmup: float | None = None
 
     def __post_init__(self) -> None:
         check_small_run(self.base)
-        at_least(self, most_runs=1)
+        at_least(self, most_runs=1, most_steps=_LEAST_STEPS)
         for name in ("sizes", "tokens", "learning_rates", "batches", "moe", "seeds"):
             values = list(getattr(self, name))
             if not values or len(set(values)) < len(values):
@@ -87,9 +93,11 @@ class Sweep:
                 f"The largest batch, {max(self.batches)} tokens, gives the shortest run fewer than {_LEAST_STEPS} "
                 "steps. Give smaller batches, or more tokens."
             )
-        if self.design == "sequential":
+        if self.design == "sequential" or self.start:
             for name in ("learning_rates", "batches"):
                 _ratio(name, getattr(self, name))
+        if len(set(self.start)) < len(self.start):
+            raise InputError(f"start must have each point once, got {self.start}.")
 
     def pairs(self) -> list[tuple[str, int]]:
         """(size, tokens) of the cells, without MoE shapes."""
@@ -180,11 +188,10 @@ def make_plan(sweep: Sweep, folder: Path, results: Mapping[str, float]) -> Plan:
       results: the loss of each run that has ended, by name; infinite if it diverged.
 
     Raises:
-      InputError: the first round is over the budget.
+      InputError: the first round is over the budget, or has no run of a cell.
     """
     cells = list(_cells(sweep))
-    grid = [(rate, batch) for rate in range(len(sweep.learning_rates)) for batch in range(len(sweep.batches))]
-    runs = [run for cell in cells for point in grid for run in _runs(sweep, folder, cell, point)]
+    runs = [run for cell in cells for point in _first(sweep, cell) for run in _runs(sweep, folder, cell, point)]
     if len({run.name for run in runs}) < len(runs):
         twice = next(name for name, count in Counter(run.name for run in runs).items() if count > 1)
         raise InputError(
@@ -246,6 +253,22 @@ def _cells(sweep: Sweep) -> Iterator[Cell]:
         yield Cell(name, dataclasses.replace(sweep.sizes[size], moe=moe), tokens)
 
 
+def _first(sweep: Sweep, cell: Cell) -> list[Point]:
+    """The points that a cell begins with."""
+    if sweep.start:
+        points = [point for point in sweep.start if _allowed(sweep, cell, point)]
+    else:
+        grid = itertools.product(range(len(sweep.learning_rates)), range(len(sweep.batches)))
+        points = [(rate, batch) for rate, batch in grid if not _too_long(sweep, cell, sweep.batches[batch])]
+    if not points:
+        raise InputError(
+            f"No point of the cell {cell.name}, {cell.tokens:,} tokens, can be run: batches have whole rows and leave "
+            f"{_LEAST_STEPS} steps{f' to {sweep.most_steps:,}' if sweep.most_steps else ''}. Give other batches, or "
+            "another start."
+        )
+    return points
+
+
 def _runs(sweep: Sweep, folder: Path, cell: Cell, point: Point) -> Iterator[Run]:
     """The runs at a point, one for each seed. A name says which seed it has, so that other seeds may follow."""
     rate, batch = _at(sweep, point)
@@ -280,13 +303,18 @@ def _at(sweep: Sweep, point: Point) -> tuple[float, int]:
 
 
 def _allowed(sweep: Sweep, cell: Cell, point: Point) -> bool:
-    """Whether a point can be run: its batch is of whole rows and leaves enough steps."""
+    """Whether a point can be run: its batch is of whole rows and leaves enough steps, and not too many."""
     (rate, batch), unit = point, sweep.base.stages[0].length * rows_of_batch(sweep.base)
     # An axis with one value is not searched.
     if (len(sweep.learning_rates) == 1 and rate) or (len(sweep.batches) == 1 and batch):
         return False
     exact = sweep.batches[0] * _ratio("batches", sweep.batches) ** batch
-    return exact >= unit and exact % unit == 0 and exact * _LEAST_STEPS <= cell.tokens
+    whole = exact >= unit and exact % unit == 0
+    return whole and exact * _LEAST_STEPS <= cell.tokens and not _too_long(sweep, cell, exact)
+
+
+def _too_long(sweep: Sweep, cell: Cell, batch: float) -> bool:
+    return sweep.most_steps is not None and cell.tokens > batch * sweep.most_steps
 
 
 def _ratio(name: str, values: Sequence[float]) -> float:

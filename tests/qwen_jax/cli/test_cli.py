@@ -1,5 +1,6 @@
 """The command line, as a script would use it."""
 
+import errno
 import io
 import json
 import os
@@ -217,6 +218,25 @@ def test_what_counts_as_too_little_memory(text: str, expected: str | None) -> No
     """On-chip memory of a kernel is not for the user to mend: that keeps its traceback."""
     problem = explain(jax.errors.JaxRuntimeError(text))
     assert problem is None if expected is None else problem and expected in problem
+
+
+def test_a_path_that_cannot_be_used_is_no_bug(tmp_path: Path) -> None:
+    """What the system says of a path; a missing file is not among it, as a program may have lost one of its own."""
+    (file := tmp_path / "file").touch()
+    for use, says in (
+        (file.mkdir, f"{file}: there is a file or folder of this name. Give another path"),
+        ((file / "in").mkdir, "a file stands where a folder is expected"),
+        (tmp_path.write_text, "a folder stands where a file is expected"),
+        ((tmp_path / ("a" * 300)).touch, "the name is too long"),
+    ):
+        with pytest.raises(OSError, match="Errno") as raised:
+            use(*([""] if use == tmp_path.write_text else []))
+        problem = explain(raised.value)
+        assert problem is not None
+        assert says in problem
+    for code, says in ((errno.EROFS, "read-only"), (errno.EACCES, "permission denied")):
+        assert says in (explain(OSError(code, "no", "path")) or "")
+    assert explain(FileNotFoundError(errno.ENOENT, "no", "path")) is None
 
 
 def test_a_bug_keeps_its_traceback(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

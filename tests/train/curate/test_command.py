@@ -42,6 +42,10 @@ def curation(books: str, least: int = 50) -> Curation:
 
 def other() -> str:
     return "x"
+
+
+def fails() -> Curation:
+    return Curation([Input("books", {}["no such key"])])
 '''
 
 
@@ -75,6 +79,21 @@ def test_a_curation_of_a_file(
     assert "select is run again: condition has changed" in captured.err
     assert "features: 1 of 1 shards are finished already" in captured.err
     assert "report.html" in captured.out
+    assert "bad.jsonl" not in captured.out
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "my_curation.py").write_text(CURATION)
+    (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n' * 9 + "no\n")
+    for name in "bcde":
+        (tmp_path / f"{name}.parquet").write_bytes(b"PAR1 and no more")
+    command = ["data", "curate", "--config", str(tmp_path / "my_curation.py"), "--least", "1", "--workers", "1"]
+    assert cli.main([*command, "--books", str(tmp_path / "?.[jp]*"), "--output", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "    1 unusable: not JSON" in said
+    assert "    4 damaged files: b.parquet, c.parquet, d.parquet, ..." in said
+    assert f"    all are listed in {tmp_path / 'run' / 'bad.jsonl'}" in said
+    assert len((tmp_path / "run" / "bad.jsonl").read_text().splitlines()) == 5
 
 
 def test_the_example_of_the_help_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +109,8 @@ def test_what_cannot_be_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixtur
     file = tmp_path / "my_curation.py"
     file.write_text(CURATION)
     for config, message in (
-        (str(file) + ":nothing", "has no function nothing. It has: curation, other"),
+        (str(file) + ":nothing", "has no function nothing. It has: curation, other, fails"),
+        (str(file) + ":fails", "cannot be run: line 33: KeyError: 'no such key'."),
         (str(file) + ":other", "returned a str, expected a Curation"),
         (str(tmp_path / "none.py"), "does not exist"),
         ("recipe", "Expected FILE.py"),

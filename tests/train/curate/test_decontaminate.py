@@ -324,8 +324,12 @@ def test_bad_input_is_named_and_nothing_is_lost(material: Material, tmp_path: Pa
     assert (tmp_path / "cut" / "a.jsonl").read_bytes() == good * 24 + bad[4] + good
     assert not list((tmp_path / "cut").glob("cut*"))
 
+    (tmp_path / "without").mkdir()
+    (tmp_path / "a.pdf").write_bytes(b"%PDF")
     for options, says in (
         ({"inputs": [tmp_path / "none.jsonl"]}, "No such file"),
+        ({"inputs": [tmp_path / "without"]}, "No files in .*without. Give files"),
+        ({"inputs": [tmp_path / "a.pdf"]}, "Leave the file out, or give it the extension of its format.$"),
         ({"inputs": [tmp_path / "out" / "a.jsonl"], "output": tmp_path / "out"}, "in the output folder"),
         ({"output": folder}, "not empty|in the output folder"),
         ({"output": folder / "a.jsonl"}, "is a file"),

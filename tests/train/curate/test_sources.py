@@ -159,6 +159,7 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path: Path) -> None:
     (own / "cut.jsonl.zst").write_bytes(zstandard.compress(b"\n".join(good[100:] * 20))[:-100])
     (own / "garbage.jsonl.gz").write_bytes(b"garbage")
     (own / "empty.jsonl").write_bytes(b"")
+    pq.write_table(pa.table({"body": texts}), own / "without.parquet")
     (own / "zero.txt").write_bytes(b"a\0b")
     (own / "fine.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
     summary = run(Curation([Input("web", str(own), max_document_megabytes=0.1)], shard_megabytes=0.5), folder, ONE)
@@ -172,7 +173,10 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path: Path) -> None:
     assert set(one["damaged"]) == {"cut.jsonl.gz", "cut.jsonl.zst", "garbage.jsonl.gz"}
     assert set(one["empty"]) >= {"empty.jsonl", "zero.txt", "garbage.jsonl.gz"}
     named = [json.loads(line) for line in (folder / "bad.jsonl").open()]
-    assert len(named) == sum(one["bad"].values()) + 3
+    assert one["broken"] == {"without.parquet": "has no column 'text', it has body"}
+    assert named[0]["file"] == "without.parquet"
+    assert named[0]["reason"] == "the file cannot be read: has no column 'text', it has body"
+    assert len(named) == sum(one["bad"].values()) + 3 + 1
     assert Counter(line["file"] for line in named)["mixed.jsonl"] == len(bad)
     manifest = json.loads((folder / "documents" / "manifest.json").read_text())
     assert manifest["counts"]["inputs"]["web"]["bad"] == one["bad"]
@@ -188,6 +192,11 @@ def test_an_input_that_is_mostly_bad_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text("")
     with pytest.raises(InputError, match="no documents in 1 files"):
         run(Curation([Input("web", str(tmp_path / "b.jsonl"))]), tmp_path / "run", ONE)
+    # A file that cannot be read at all is listed, too, and what to do is about inputs.
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"1 files: cut.parquet: is not an intact Parquet .*\w\. Give files with"):
+        run(Curation([Input("web", str(tmp_path / "cut.parquet"))]), tmp_path / "run", ONE)
+    assert json.loads((tmp_path / "run" / "bad.jsonl").read_text())["file"] == "cut.parquet"
     (tmp_path / "c.pdf").write_text("")
     with pytest.raises(InputError, match="expected one of"):
         run(Curation([Input("web", str(tmp_path))]), tmp_path / "run", ONE)

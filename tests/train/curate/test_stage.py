@@ -3,7 +3,9 @@
 import dataclasses
 
 import pyarrow as pa
+import pytest
 
+from qwen_jax.errors import InputError
 from train.curate.operator import Compute, Operator
 from train.curate.stage import Map
 
@@ -31,3 +33,19 @@ def test_an_operator_is_not_asked_for_each_batch_what_it_makes() -> None:
     for _ in range(3):
         assert compute(pa.table({"text": ["a", "b"]})).num_rows == 2
     assert not ASKED
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrong(Operator):
+    """Makes strings where it promised integers."""
+
+    makes = pa.schema([pa.field("one", pa.int8())])
+
+    def start(self) -> Compute:
+        return lambda table: pa.table({"one": ["a"] * len(table)})
+
+
+def test_a_column_of_another_type_names_the_operator_and_both_types() -> None:
+    compute = Map("m", [Wrong()]).start()
+    with pytest.raises(InputError, match=r"operator Wrong must make one int8; it made one string: .*'a'"):
+        compute(pa.table({"text": ["a", "b"]}))

@@ -178,9 +178,14 @@ def test_gsm8k_reads_the_published_form(tmp_path: Path) -> None:
         assert isinstance(request, Generate)
         if task.shots:
             assert str(request.prompt).count("Question: 2+2?\nAnswer: It is 4. The answer is 4.\n\n") == 4
-    (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": 1}\n')
-    with pytest.raises(InputError, match=r"test.jsonl, line 1: expected an object with the texts"):
-        run(model, [task], tmp_path / "bad", RunOptions(tmp_path))
+    for content, says in (
+        (b'{"question": 1}\n', "test.jsonl, line 1: the field question must be a text, found 1"),
+        (b"\xff\xfe", "test.jsonl: the file is no text in UTF-8"),
+        (b"", "test.jsonl: expected at least 1 records, found 0. Is the file cut"),
+    ):
+        (tmp_path / "gsm8k" / "test.jsonl").write_bytes(content)
+        with pytest.raises(InputError, match=says):
+            run(model, [task], tmp_path / "bad", RunOptions(tmp_path))
 
 
 @pytest.mark.parametrize(

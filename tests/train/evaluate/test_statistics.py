@@ -23,8 +23,21 @@ def test_the_interval_covers_the_truth() -> None:
         assert found.low is not None
         assert found.high is not None
         covered += found.low <= 0.7 <= found.high
-    # 95%, and the percentile bootstrap of 200 items about one percent less.
+    # 95%, and of 200 items about one percent more or less.
     assert covered >= binomial_bounds(trials, 0.93)[0]
+
+
+def test_the_interval_of_a_share_is_that_of_scipy_and_never_a_point() -> None:
+    """Models that have all or no items right are no exception: their intervals contain more than one number."""
+    from scipy.stats import binomtest
+
+    rng = print_seed()
+    for n in (2, 12, *rng.integers(3, 500, 20).tolist()):
+        for right in {0, n, int(rng.integers(n + 1))}:
+            found = estimate([1.0] * right + [0.0] * (n - right))
+            want = binomtest(right, n).proportion_ci(method="wilson")
+            assert (found.low, found.high) == (pytest.approx(want.low, abs=1e-12), pytest.approx(want.high, abs=1e-12))
+            assert found.low < found.high
 
 
 def test_an_aggregate_is_resampled_with_its_items() -> None:

@@ -160,7 +160,7 @@ def test_functions_of_a_file(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=words.replace("(", r"\(")):
             load_reward(spec, **settings)
     file.write_text("1 / 0\n")
-    with pytest.raises(InputError, match="cannot be run: ZeroDivisionError"):
+    with pytest.raises(InputError, match="cannot be run: line 1: ZeroDivisionError"):
         load_reward(f"{file}:reward")
 
 

@@ -193,6 +193,25 @@ def test_the_design_stays_within_batches_that_can_be_run_and_follows_the_edge(tm
     assert outcome.finished
 
 
+def test_a_cell_begins_with_the_points_that_are_asked_for(tmp_path: Path) -> None:
+    """Points may lie outside the grid; a cell leaves out those with too many steps, and is refused without any."""
+    asked = sweep(design="sequential", start=((-1, 0), (1, 2), (0.5, 1)), most_steps=500)
+    found: dict[int, set[tuple[float, int]]] = {}
+    for run in make_plan(asked, tmp_path, {}).runs:
+        found.setdefault(run.cell.tokens, set()).add((run.learning_rate, run.batch_tokens))
+    assert found == {32_000: {(5e-4, 64), (2e-3, 256), (1.414e-3, 128)}, 64_000: {(2e-3, 256), (1.414e-3, 128)}}
+    outcome = run_sweep(asked, tmp_path / "s", FakeTrainer())
+    assert outcome.finished
+    assert max(run.config.stages[0].steps for run in outcome.plan.runs) <= 500
+    with pytest.raises(InputError, match=r"No point of the cell one, 64,000 tokens, can be run: .* 10 steps to 500"):
+        make_plan(dataclasses.replace(asked, start=((0, 0),)), tmp_path, {})
+    grid = make_plan(sweep(most_steps=500), tmp_path, {}).runs
+    assert {(run.cell.tokens, run.batch_tokens) for run in grid} == {
+        *((32_000, batch) for batch in (64, 128, 256)),
+        *((64_000, batch) for batch in (128, 256)),
+    }
+
+
 def test_the_quadratic_is_exact_on_a_quadratic() -> None:
     rng = print_seed()
     centre, a = rng.uniform(0, 2, 2), rng.normal(size=(2, 2))
@@ -241,6 +260,9 @@ def test_moe_shapes_are_runs_of_their_own(tmp_path: Path) -> None:
         ({"warmup": 1.0}, "share of the steps"),
         ({"base": base(held_out={})}, "held-out data"),
         ({"design": "random"}, "grid or sequential"),
+        ({"most_steps": 9}, "most_steps"),
+        ({"start": ((0, 0), (0, 0))}, "each point once"),
+        ({"start": ((0, 0),), "learning_rates": (1e-3, 2e-3, 3e-3)}, "geometric progression"),
     ],
 )
 def test_sweeps_that_cannot_be_run_are_named(changes: dict[str, Any], says: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from qwen_jax.errors import InputError
+from train.evaluate.benchmarks.lines import read_text
 from train.evaluate.task import DataFile, Generate, Item, Metric, Response, Task, Tools, Verdict
 
 LANGUAGES = {
@@ -136,7 +137,7 @@ class Flores(Task):
         paths = [files[file.path] for file in self.texts]
         if self.pieces:
             self._model = _pieces_of(files[PIECES.path])
-        sources, targets = (path.read_text("utf-8").rstrip("\n").split("\n") for path in paths)
+        sources, targets = (read_text(path).rstrip("\n").split("\n") for path in paths)
         if len(sources) != len(targets):
             raise InputError(
                 f"Expected as many lines in {paths[0]} as in {paths[1]}; found {len(sources)} and {len(targets)}."

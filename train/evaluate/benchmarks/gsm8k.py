@@ -1,11 +1,11 @@
 """GSM8K: problems of school mathematics whose answer is a number (Cobbe et al. 2021, arXiv:2110.14168)."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qwen_jax.errors import InputError
+from train.evaluate.benchmarks.lines import read_records
 from train.evaluate.task import DataFile, Generate, Item, Metric, Request, Response, Task, Tools, Verdict
 
 _SOURCE = "https://github.com/openai/grade-school-math"
@@ -106,18 +106,7 @@ def _final(one: Mapping[str, str]) -> str:
 
 
 def _read(path: Path) -> list[dict[str, str]]:
-    found = []
-    # Not `splitlines`: texts in JSON may hold other line separators as they are.
-    for i, line in enumerate(path.read_text("utf-8").rstrip("\n").split("\n")):
-        try:
-            one = json.loads(line)
-        except ValueError:
-            one = None
-        texts = isinstance(one, dict) and all(isinstance(one.get(name), str) for name in ("question", "answer"))
-        if not texts:
-            raise InputError(f"{path}, line {i + 1}: expected an object with the texts question and answer.")
-        found.append(one)
-    return found
+    return [record for _, record in read_records(path, {"question": str, "answer": str})]
 
 
 TASKS = (Gsm8k("gsm8k", 4), Gsm8k("gsm8k_chat", 0))
