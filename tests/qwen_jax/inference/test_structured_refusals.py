@@ -131,4 +131,4 @@ def test_the_checking_process_ends_with_its_owner() -> None:
     process = checker._process
     assert process is not None
     del checker
-    assert process.poll() is not None
+    assert process.wait(timeout=60) < 0
