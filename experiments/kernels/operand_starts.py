@@ -105,10 +105,10 @@ def _off(lines: list[str]) -> Iterator[str]:
             update = operation == "dynamic-update-slice"
             whole, strides, _ = arrays[operands[0]]
             part = arrays[operands[1]][0] if update else shape
-            starts = operands[2 if update else 1 :]
+            indices = operands[2 if update else 1 :]
             steps = [
-                stride * constants.get(start, 1)
-                for start, size, all_of_it, stride in zip(starts, part, whole, strides, strict=True)
+                stride * constants.get(index, 1)
+                for index, size, all_of_it, stride in zip(indices, part, whole, strides, strict=True)
                 if size != all_of_it
             ]
             if math.gcd(ALIGNMENT, *steps) != ALIGNMENT:

@@ -91,6 +91,7 @@ def main() -> None:
             program = Program("prefill", 1, args.chunk, args.length)
         compiled = lower(program, static, mesh, params).compile()
         memory = compiled.memory_analysis()
+        assert memory is not None, "GPUs report it"
         pages = sizes(few, settings, mesh)["pages"]
         found = {**whole_sizes, "temporaries": memory.temp_size_in_bytes}
         line = {f"{name}_gb": round(size / 1e9, 3) for name, size in {**found, "sum": sum(found.values())}.items()}
