@@ -49,7 +49,9 @@ def sparsity(name: str, config: ModelConfig, mesh: Mesh) -> SparsePrefill | None
     return SparsePrefill.of(PooledBlocks()) if name == "pooled" else None
 
 
-def compile_programs(config: ModelConfig, mesh: Mesh, length: int, pattern: str) -> dict[str, Any]:
+def compile_programs(
+    config: ModelConfig, mesh: Mesh, length: int, pattern: str
+) -> tuple[list[jax.stages.Compiled], dict[str, Any]]:
     """Compiles the programs that read a chunk.
 
     Args:
@@ -59,7 +61,8 @@ def compile_programs(config: ModelConfig, mesh: Mesh, length: int, pattern: str)
       pattern: of `PATTERNS`.
 
     Returns:
-      Seconds of the clock and of all cores together, and GiB that a layer needs besides its arguments.
+      The programs of a chunk: before the layers, of a layer, after them. Also seconds of the clock and of all cores
+      together, and GiB that a layer needs besides its arguments.
     """
     spec = Sharding.for_inference(config, mesh)
     options = Options(stacked=False, fused=True, dtype="bfloat16")
@@ -96,9 +99,9 @@ def compile_programs(config: ModelConfig, mesh: Mesh, length: int, pattern: str)
         found = [] if skipped is None else [skipped] * config.num_layers
         last = chunked_prefill.end_chunk.trace(params, x, None, scalar, row, tokens, scalar, found, static=static)
         traced = time.perf_counter() - start
-        _, compiled, _ = (program.lower(lowering_platforms=("cuda",)).compile() for program in (begin, layer, last))
-    memory = compiled.memory_analysis()
-    return {
+        compiled = [program.lower(lowering_platforms=("cuda",)).compile() for program in (begin, layer, last)]
+    memory = compiled[1].memory_analysis()
+    return compiled, {
         "trace_seconds": round(traced, 1),
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(sum(os.times()[:4]) - cpu, 1),
@@ -122,7 +125,7 @@ def main() -> None:
     config = published(args.model)
     for length in args.lengths:
         for pattern in args.patterns:
-            found = compile_programs(config, mesh, length, pattern)
+            _, found = compile_programs(config, mesh, length, pattern)
             print(json.dumps({"jax": jax.__version__, "length": length, "pattern": pattern, **found}), flush=True)
 
 

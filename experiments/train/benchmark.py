@@ -9,8 +9,10 @@
     python -m experiments.train.benchmark kernels trace
     python -m experiments.train.benchmark ours --model qwen2.5-7b --batch 1 --remat full --moments 8bit
     python -m experiments.train.benchmark ours --model qwen2.5-7b --batch 4 --remat dots --no-scan-layers --mesh fsdp=2
+    python -m experiments.train.benchmark transformers --model qwen2.5-7b --batch 4 --remat dots --mesh fsdp=2
 
-Everything is measured on one GPU, and ours also on the GPUs of `--mesh`, among which the rows are divided.
+Everything is measured on one GPU, and ours and transformers also on the GPUs of `--mesh`, among which the rows are
+divided: transformers by PyTorch's FSDP2 (`torch_fsdp.py`), on an fsdp axis alone.
 
 A process is one measurement, so that each has the whole memory; `all` starts one after the other. Every step is the
 whole one: forward, backward, clipping, AdamW, with float32 master weights and moments and bfloat16 products, or those
@@ -58,6 +60,7 @@ PEAK = 989e12  # Dense bfloat16 FLOP/s of an H100 or H200 (SXM) by the vendor's 
 NO_MEMORY = 3
 RATE = 1e-4
 PROFILED = 3
+REDUCE = "dtype in which FSDP sums gradients over GPUs; ours has the same"
 
 Step = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
 
@@ -236,8 +239,17 @@ def run_plain(args: argparse.Namespace) -> None:
 def run_transformers(args: argparse.Namespace) -> None:
     from experiments.train import torch_step
 
-    tokens = random_tokens(architecture(args), args.batch, args.length + 1)
-    seconds, matmul, more = torch_step.measure(args, architecture(args), tokens)
+    tokens, axes = random_tokens(architecture(args), args.batch, args.length + 1), parse_mesh(args.mesh)
+    if any(size > 1 for name, size in axes.items() if name != "fsdp"):
+        raise InputError(f"transformers has no other axis than fsdp, such as --mesh fsdp=2; got {args.mesh}.")
+    args.compile = args.compile or ("layers" if axes else "model")
+    if axes:
+        from experiments.train import torch_fsdp
+
+        seconds, matmul, more = torch_fsdp.measure(args, architecture(args), tokens, axes.get("fsdp", 1))
+        more["mesh"] = args.mesh
+    else:
+        seconds, matmul, more = torch_step.measure(args, architecture(args), tokens)
     report(args, named("transformers", args), seconds, matmul, **more)
 
 
@@ -330,27 +342,30 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--steps", type=int, default=10, help="timed steps")
         command.add_argument("--warmup", type=int, default=3, help="steps before them")
         command.add_argument("--no-matmul", action="store_true", help="do not measure the rate of a large product")
-        policies = ("none", "full") if name == "transformers" else ("none", "dots", "full")
-        command.add_argument("--remat", choices=policies, default="none" if name == "transformers" else "dots")
+        default = "none" if name == "transformers" else "dots"
+        command.add_argument("--remat", choices=("none", "dots", "full"), default=default)
         if name != "transformers":
             command.add_argument("--profile", metavar="DIR", help="leave a trace there")
         if name != "plain":
             choices = get_args(Products) if name == "ours" else ("bfloat16", "fp8")
             command.add_argument("--products", choices=choices, default="bfloat16", help="of the projections")
+            command.add_argument(
+                "--mesh", default="", metavar="AXIS=SIZE,...", help="such as fsdp=2; one device if empty"
+            )
         if name == "ours":
             command.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
             command.add_argument("--documents", type=int, default=1, help="in a row")
             command.add_argument("--moments", choices=MOMENTS, default="float32", help="of AdamW")
-            command.add_argument(
-                "--mesh", default="", metavar="AXIS=SIZE,...", help="such as fsdp=2; one device if empty"
-            )
             command.add_argument(
                 "--no-scan-layers", dest="scan_layers", action="store_false", help="layers one after the other"
             )
         if name == "plain":
             command.add_argument("--unroll", type=int, default=1, help="layers in one pass of the scan")
         if name == "transformers":
-            command.add_argument("--compile", choices=("model", "layers", "none"), default="model")
+            command.add_argument(
+                "--compile", choices=("model", "layers", "none"), help="by default the model, on a mesh the layers"
+            )
+            command.add_argument("--reduce", choices=("bfloat16", "float32"), default="bfloat16", help=REDUCE)
             command.add_argument("--weights", choices=("float32", "bfloat16"), default="float32")
     command = commands.add_parser("all", help="one process for each try")
     command.add_argument("tries", nargs="+", metavar="KIND/MODEL/OPTION=VALUE,...")

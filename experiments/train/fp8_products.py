@@ -15,6 +15,7 @@ inputs and 4 with respect to weights. With `--remat full` the forward ones are c
 import argparse
 import dataclasses
 import json
+import math
 import re
 import sys
 import time
@@ -22,7 +23,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from qwen_jax import platform
 from qwen_jax.kernels.matmul.fp8 import Products
@@ -56,12 +57,30 @@ _PROJECTION = re.compile(r'op_name="[^"]*/(?:attention|mlp)/(?!attend)[^"]*"')
 _FLOAT8 = 'custom_call_target="__cublas$lt$matmul$f8"'
 
 
-def described_gpu() -> Any:
-    """An H200 to compile for."""
+def described_mesh(**axes: int) -> Mesh:
+    """A mesh of H200s of one host to compile for, with axes such as fsdp=2."""
     from jax.experimental import topologies
 
-    described = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H200, topology="1x1x1")
-    return described.devices[0]
+    # The kernels for Hopper ask for GPUs that are there.
+    platform.on_hopper = lambda: True
+    topology = f"1x{math.prod(axes.values())}x1"
+    described = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H200, topology=topology)
+    return make_mesh(axes, described.devices)
+
+
+def abstract_rows(batch: int, length: int, mesh: Mesh) -> Batch:
+    """A batch of rows without values."""
+    tokens = NamedSharding(mesh, Sharding.tokens)
+    ints, floats = (jax.ShapeDtypeStruct((batch, length), kind, sharding=tokens) for kind in (jnp.int32, jnp.float32))
+    return Batch(ints, ints, ints, floats)
+
+
+def compile_for_gpu(program: Any, mesh: Mesh, *inputs: Any) -> jax.stages.Compiled:
+    """Compiles a jitted function of abstract inputs for the GPUs of `described_mesh`."""
+    with jax.set_mesh(mesh):
+        lowered = program.trace(*inputs).lower(lowering_platforms=("cuda",))
+    compiled: jax.stages.Compiled = lowered.compile()
+    return compiled
 
 
 def compile_step(
@@ -77,16 +96,10 @@ def compile_step(
       moments: of AdamW.
     """
     architecture = dataclasses.replace(published(model), num_layers=layers, max_window_layers=layers)
-    mesh, optimizer = make_mesh({}, [described_gpu()]), OptimizerConfig(Schedule(10), AdamW(moments=moments))
-    # The kernels for Hopper ask for GPUs that are there.
-    platform.on_hopper = lambda: True
+    mesh, optimizer = described_mesh(), OptimizerConfig(Schedule(10), AdamW(moments=moments))
     step = make_train_step(NextToken(architecture, PretrainConfig(loss_chunk=4096)), optimizer, config, mesh)
-    tokens = NamedSharding(mesh, Sharding.tokens)
-    ints, floats = (jax.ShapeDtypeStruct((batch, length), kind, sharding=tokens) for kind in (jnp.int32, jnp.float32))
     state = abstract_state(architecture, optimizer, mesh)
-    with jax.set_mesh(mesh):
-        lowered = step.trace(state, Batch(ints, ints, ints, floats)).lower(lowering_platforms=("cuda",))  # type: ignore[attr-defined]
-    return lowered.compile()
+    return compile_for_gpu(step, mesh, state, abstract_rows(batch, length, mesh))
 
 
 def count_products(text: str) -> tuple[int, int]:

@@ -5,23 +5,41 @@ Attention is `scaled_dot_product_attention`, told that it is causal, so that PyT
 made a chunk of tokens at a time and recomputed in the backward pass, for whole float32 logits are 2.5 GB a row, several
 times over. `--weights bfloat16` keeps weights, gradients and moments in bfloat16: not the same training, for reference.
 `--products fp8` makes the layers' projections torchao's for training in float8, with its default configuration:
-float8_e4m3fn forward, float8_e5m2 for gradients, one dynamic scale a tensor.
+float8_e4m3fn forward, float8_e5m2 for gradients, one dynamic scale a tensor. `--remat full` keeps the inputs of layers;
+`dots` also keeps the results of matrix products and of attention. `torch_fsdp.py` takes this step on several GPUs.
 """
 
 import argparse
-import contextlib
+import functools
 import itertools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from experiments.decode.benchmark import say
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+
+Step = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+# What the backward pass does not compute again with `--remat dots`.
+_KEPT = [
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "mm",
+        "addmm",
+        "_grouped_mm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    )
+]
 
 
 def matmul_rate(device: torch.device) -> float:
@@ -52,23 +70,35 @@ def measure(
     Returns:
       Seconds of a step; bfloat16 FLOP/s of a large product, or None; further entries of the report.
     """
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    name = torch.cuda.get_device_name() if cuda else "cpu"
-    say(torch=torch.__version__, transformers=transformers.__version__, device=name, date=time.strftime("%Y-%m-%d"))
-    torch.backends.cuda.matmul.allow_tf32 = True
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    say_versions(device)
     model, optimizer = make(args, shape, device)
-    step = make_step(args, model, optimizer)
+    products = torch.bfloat16 if args.weights == "float32" else None
+    return time_steps(args, make_step(Loss(args, model, products), optimizer), tokens, device)
+
+
+def say_versions(device: torch.device) -> None:
+    """A line with the versions and the device."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    say(torch=torch.__version__, transformers=transformers.__version__, device=name, date=time.strftime("%Y-%m-%d"))
+
+
+def time_steps(
+    args: argparse.Namespace, step: Step, tokens: np.ndarray, device: torch.device
+) -> tuple[float, float | None, dict[str, Any]]:
+    """Takes `args.warmup` steps and times the next `args.steps`, on the same tokens; returns what `measure` does."""
+    cuda = device.type == "cuda"
+    torch.backends.cuda.matmul.allow_tf32 = True
     ids = torch.as_tensor(tokens, dtype=torch.long, device=device)
     start = time.perf_counter()
     for _ in range(args.warmup):
-        loss = step(ids)
+        step(ids)
     if cuda:
         torch.cuda.synchronize()
     warm = time.perf_counter() - start
     ends: list[Any] = []
     for _ in range(args.steps + 1):
-        loss = step(ids)
+        loss = step(ids)["loss"]
         if cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -81,6 +111,8 @@ def measure(
     else:
         seconds = np.diff(ends).tolist()
     peak = torch.cuda.max_memory_allocated() if cuda else 0
+    # The large product may need its memory.
+    del step
     more = {
         "compile": args.compile,
         "weights": args.weights,
@@ -91,7 +123,6 @@ def measure(
         "slowest_ms": max(seconds) * 1e3,
         "loss": float(loss),
     }
-    del model, optimizer, step
     return float(np.median(seconds)), None if args.no_matmul or not cuda else matmul_rate(device), more
 
 
@@ -101,6 +132,12 @@ def make(args: argparse.Namespace, shape: ModelConfig, device: torch.device) -> 
     Raises:
       InputError: products of fp8 without torchao.
     """
+    model = make_model(args, shape, device)
+    return model, make_optimizer(model)
+
+
+def make_model(args: argparse.Namespace, shape: ModelConfig, device: torch.device) -> Any:
+    """transformers' model of a shape, on the device; two processes make the same one."""
     torch.manual_seed(0)
     settings = {**shape.to_hf(), "attn_implementation": "sdpa"}
     if shape.moe is None:
@@ -119,11 +156,19 @@ def make(args: argparse.Namespace, shape: ModelConfig, device: torch.device) -> 
         model = _with_float8(model)
     if args.remat == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif args.remat == "dots":
+        contexts, layers = functools.partial(create_selective_checkpoint_contexts, _KEPT), model.model.layers
+        for i, layer in enumerate(layers):
+            layers[i] = checkpoint_wrapper(layer, context_fn=contexts, preserve_rng_state=False)
+    return model
+
+
+def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """PyTorch's fused AdamW; norms and biases do not decay."""
     decayed = [p for name, p in model.named_parameters() if p.ndim > 1]
     others = [p for name, p in model.named_parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    return model, optimizer
+    return torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 def _with_float8(model: Any) -> Any:
@@ -141,40 +186,60 @@ def _with_float8(model: Any) -> Any:
     return convert_to_float8_training(model, module_filter_fn=in_layer)
 
 
-def make_step(args: argparse.Namespace, model: Any, optimizer: torch.optim.Optimizer) -> Any:
-    """A function of the ids [batch, length + 1] that takes a step and gives the loss, a tensor."""
-    decoder, head = model.model, model.lm_head
-    if args.compile == "model":
-        decoder = torch.compile(decoder)
-    elif args.compile == "layers":
-        for layer in decoder.layers:
-            layer.compile()
+class HeadLoss(torch.nn.Module):
+    """Sum of the cross-entropy of hidden vectors [N, D] for targets [N]; the logits of a chunk exist at one time."""
 
-    def chunk_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    def __init__(self, head: torch.nn.Module, chunk: int, compiled: bool) -> None:
+        super().__init__()
+        self.head, self.chunk = head, chunk
+        self._loss = torch.compile(self._chunk_loss) if compiled else self._chunk_loss
 
-    if args.compile != "none":
-        chunk_loss = torch.compile(chunk_loss)
+    def _chunk_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.head(hidden).float(), targets, reduction="sum")
 
-    def autocast() -> Any:
-        if args.weights == "bfloat16":
-            return contextlib.nullcontext()
-        return torch.autocast(next(model.parameters()).device.type, torch.bfloat16)
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros((), device=hidden.device)
+        for x, y in zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True):
+            total = total + checkpoint(self._loss, x, y, use_reentrant=False)
+        return total
 
-    def step(ids: torch.Tensor) -> torch.Tensor:
-        with autocast():
+
+class Loss(torch.nn.Module):
+    """Mean cross-entropy of ids [batch, length + 1], of which the first of a row is only an input.
+
+    Args:
+      args: of the command line.
+      model: of `make_model`.
+      products: dtype of autocast; None for the dtype of the weights.
+    """
+
+    def __init__(self, args: argparse.Namespace, model: Any, products: torch.dtype | None) -> None:
+        super().__init__()
+        if args.compile == "layers":
+            for layer in model.model.layers:
+                layer.compile()
+        self.decoder = torch.compile(model.model) if args.compile == "model" else model.model
+        self.head_loss = HeadLoss(model.lm_head, args.loss_chunk, args.compile != "none")
+        self.products = products
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(ids.device.type, self.products, enabled=self.products is not None):
             # Given as it is, without a mask, attention is causal, and nothing looks at the positions for documents.
             causal = {"full_attention": None}
-            hidden = decoder(input_ids=ids[:, :-1], attention_mask=causal, use_cache=False).last_hidden_state
-            total = torch.zeros((), device=ids.device)
-            pairs = hidden.flatten(0, 1).split(args.loss_chunk), ids[:, 1:].flatten().split(args.loss_chunk)
-            for x, y in zip(*pairs, strict=True):
-                total = total + checkpoint(chunk_loss, x, y, use_reentrant=False)
-            loss = total / ids[:, 1:].numel()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            hidden = self.decoder(input_ids=ids[:, :-1], attention_mask=causal, use_cache=False).last_hidden_state
+            loss: torch.Tensor = self.head_loss(hidden.flatten(0, 1), ids[:, 1:].flatten())
+            return loss / ids[:, 1:].numel()
+
+
+def make_step(loss: Loss, optimizer: torch.optim.Optimizer) -> Step:
+    """A function of the ids [batch, length + 1] that takes a step; it gives their loss and the gradient's norm."""
+
+    def step(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        value = loss(ids)
+        value.backward()
+        norm = torch.nn.utils.clip_grad_norm_(loss.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return {"loss": value.detach(), "grad_norm": norm}
 
     return step

@@ -84,7 +84,8 @@ def test_transformers_step_is_transformers_own_loss():
         # transformers shifts the labels itself.
         expected = float(model(input_ids=ids, labels=ids).loss)
     before = [p.detach().clone() for p in model.parameters()]
-    loss = float(torch_step.make_step(args, model, optimizer)(ids))
+    step = torch_step.make_step(torch_step.Loss(args, model, torch.bfloat16), optimizer)
+    loss = float(step(ids)["loss"])
     np.testing.assert_allclose(loss, expected, rtol=2e-2)
     assert abs(expected - np.log(512)) > 0.2
     assert all((p != b).any() for p, b in zip(model.parameters(), before, strict=True))
@@ -130,7 +131,7 @@ def test_a_mixture_and_the_dense_model_beside_it(capsys):
     model, optimizer = torch_step.make(args, benchmark.architecture(args), torch.device("cpu"))
     assert type(model).__name__ == "Qwen2MoeForCausalLM"
     ids = torch.randint(0, 512, (2, 34))
-    loss = torch_step.make_step(args, model, optimizer)(ids)
+    loss = torch_step.make_step(torch_step.Loss(args, model, None), optimizer)(ids)["loss"]
     assert 6.0 < float(loss) < 6.5, "that of 512 equally likely tokens is 6.24"
 
 
