@@ -60,7 +60,7 @@ PEAK = 989e12  # Dense bfloat16 FLOP/s of an H100 or H200 (SXM) by the vendor's 
 NO_MEMORY = 3
 RATE = 1e-4
 PROFILED = 3
-REDUCE = "dtype in which FSDP sums gradients over GPUs; ours has the same"
+REDUCE = "dtype in which FSDP sums gradients over GPUs; ours sums those of layers in bfloat16"
 
 Step = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
 
