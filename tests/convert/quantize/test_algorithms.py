@@ -129,7 +129,10 @@ def test_rounding_to_nearest_errs_by_half_a_step(codes: str, symmetric: bool) ->
     rounded = rtn(jnp.asarray(weight), grid)
     steps = np.abs(np.asarray(rounded.values_OI) - weight) / np.repeat(np.asarray(rounded.scales_OG), 32, 1)
     assert steps.max() <= (0.5 if symmetric else 1.0) + 2**grid.bits / 2**11 + 1e-3
-    assert (steps <= 0.501).mean() > 0.99
+    # Only what has the lowest or the highest code may lie outside of the range.
+    inside = np.abs(np.asarray(rounded.codes_OI, np.int32) + 0.5) < grid.highest
+    assert inside.any()
+    assert steps[inside].max() <= 0.5 + 1e-3
     assert not np.asarray(rounded.values_OI)[0].any()
     np.testing.assert_array_equal(to_codes(rounded, grid).dequantize(), rounded.values_OI)
 
