@@ -152,17 +152,17 @@ def soak_server(args: Any, options: list[str]) -> dict[str, Any]:
         try:
             for line in process.stdout:
                 print(line, end="", flush=True)
-                if "port" in (about := json.loads(line)):
+                if "port" in (about := _record(line)):
                     break
             else:
                 raise SystemExit(f"The server ended before it served, with status {process.wait()}.")
             clients = HttpClients(about["port"], about["vocab_limit"], about["max_length"], args.seed, args.clients)
-            last: list[dict[str, Any]] = []
+            told: dict[str, Any] = {}
 
             def follow() -> None:
                 assert process.stdout is not None
                 for line in process.stdout:
-                    last[:] = [json.loads(line)]
+                    told.update(_record(line))
                     print(line, end="", flush=True)
 
             follower = threading.Thread(target=follow, daemon=True)
@@ -178,9 +178,19 @@ def soak_server(args: Any, options: list[str]) -> dict[str, Any]:
             follower.join(60)
         finally:
             process.kill()  # Where it has ended, nothing happens.
-    found = last[0]
-    result = judged(clients, found["watch"], left, drained=drained.pop("drained"), pages_are_right=found["right"])
+    if not told.keys() >= {"watch", "right"}:
+        raise SystemExit(f"The server ended before it told what it had seen, with status {process.wait()}.")
+    result = judged(clients, told["watch"], left, drained=drained.pop("drained"), pages_are_right=told["right"])
     return {"card": about["card"], **result, **drained}
+
+
+def _record(line: str) -> dict[str, Any]:
+    """What a line of the server says; empty if it is no JSON object, such as one of a library."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _until_idle(port: int, seconds: float = 120.0) -> dict[str, float]:
