@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from experiments.long_context.compile import CHUNK, PATTERNS, compile_programs
-from experiments.train.fp8_products import abstract_rows, compile_for_gpu, described_mesh
+from experiments.train.fp8_products import abstract_rows, add_sizes, compile_for_gpu, described_mesh
 from qwen_jax.config import ModelConfig
 from qwen_jax.lora import LoRA
 from qwen_jax.options import Options
@@ -195,10 +195,7 @@ def programs(model: ModelConfig, rows: int, length: int) -> dict[str, Callable[[
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="qwen2.5-0.5b")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=512)
+    add_sizes(parser)
     parser.add_argument("--fsdp", type=int, default=1, help="GPUs")
     parser.add_argument("--long", default="qwen2.5-7b-instruct-1m", help="model whose programs read long prompts")
     parser.add_argument("--programs", nargs="+", help="all by default")

@@ -113,12 +113,17 @@ def count_products(text: str) -> tuple[int, int]:
     return float8, len(products) - float8
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Adds the options for the size of a training step that is compiled: model, layers, batch and length."""
     parser.add_argument("--model", default="qwen2.5-0.5b")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_sizes(parser)
     parser.add_argument("--products", choices=get_args(Products), default="fp8")
     parser.add_argument("--moments", choices=MOMENTS, default="float32")
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="dots")
