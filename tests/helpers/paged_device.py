@@ -141,7 +141,7 @@ class Device:
     def step(self, extra: int = 0, ahead: int = 1) -> bool:
         """Plans and dispatches a step, and reads those that are more than `ahead` behind. Whether there was one."""
         decodable = [s for s in self.scheduler.running if s.decoding and not s.speculated and not s.exhausted]
-        decodable = [s for s in decodable if not (extra and s.pending)]
+        preemptions = {s: s.preemptions for s in decodable if not (extra and s.pending)}
         waiting = len(self.scheduler.waiting)
         plan = self.scheduler.plan(extra=extra)
         if plan is None:
@@ -154,7 +154,9 @@ class Device:
                 self.read()
             return True
         if isinstance(plan, Prefill):
-            self.stalls = self.stalls + 1 if decodable else 0
+            # What planning itself has preempted cannot decode.
+            kept = any(s.preemptions == before for s, before in preemptions.items())
+            self.stalls = self.stalls + 1 if kept else 0
             assert self.stalls <= 1, "decoding waits for more than one chunk"
         else:
             self.stalls = 0
