@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from qwen_jax.inference import exported
 from qwen_jax.inference.buckets import Buckets
 from qwen_jax.inference.runner_lowering import Program, all_programs, caller, prepare
 from qwen_jax.inference.runner_programs import StaticArgs
@@ -32,7 +33,7 @@ class Programs:
           mesh: of the parameters.
         """
         self._static, self._mesh = static, mesh
-        self._all = all_programs(static.settings, buckets)
+        self._all, self._folder = all_programs(static.settings, buckets), exported.folder(mesh)
         self._compiled: dict[Program, Callable[..., Any]] = {}
 
     @property
@@ -70,9 +71,9 @@ class Programs:
 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for program in missing:
-                # Tracing is Python, so it is done in this thread; compiling is not.
+                # Tracing and lowering are Python, so they are done in this thread; compiling is not.
                 begun = time.perf_counter()
-                parts = prepare(program, self._static, self._mesh, params)
+                parts = prepare(program, self._static, self._mesh, params, self._folder)
                 waiting[pool.submit(finish, program, *parts, time.perf_counter() - begun)] = program
                 collect([future for future in waiting if future.done()])
             collect(concurrent.futures.as_completed(list(waiting)))
@@ -86,6 +87,6 @@ class Programs:
         """
         compiled = self._compiled.get(program)
         if compiled is None:
-            jitted, lowered = prepare(program, self._static, self._mesh, params)
+            jitted, lowered = prepare(program, self._static, self._mesh, params, self._folder)
             compiled = self._compiled[program] = caller(jitted, lowered.compile(), self._mesh, params)
         return compiled

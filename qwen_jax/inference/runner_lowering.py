@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.attention.quantized_cache import cache_dtype, in_8_bits
+from qwen_jax.inference import exported
 from qwen_jax.inference import runner_programs as functions
 from qwen_jax.inference.buckets import Buckets, RunnerConfig
 from qwen_jax.inference.row_sampling import FIELDS, VARIANTS, Rules, Variant
@@ -118,11 +120,18 @@ def lower(program: Program, static: StaticArgs, mesh: Mesh, params: Params) -> j
 
 
 def prepare(
-    program: Program, static: StaticArgs, mesh: Mesh, params: Params
+    program: Program, static: StaticArgs, mesh: Mesh, params: Params, folder: Path | None = None
 ) -> tuple[Callable[..., Any], jax.stages.Lowered]:
-    """The jitted function of a program, and what `lower` returns; compiling the latter compiles the former."""
+    """The jitted function of a program, and what `lower` returns; compiling the latter compiles the former.
+
+    Args:
+      program, static, mesh, params: as for `lower`.
+      folder: of lowered programs, where this one is read or written; see `exported`. None to trace it.
+    """
     function, donated, args = _function_and_arguments(program, static, mesh, params)
     with jax.set_mesh(mesh):
+        if folder is not None:
+            function = exported.load_or_export(folder, function, args, (program, static), mesh)
         options = None
         if program.kind == "decode":
             options = functions.decode_options(static, args[1], program.rows, program.slots)
