@@ -232,6 +232,7 @@ class EmbeddingRequest(Body):
     user: str | None = None
     pooling: Literal["mean", "last"] | None = None
     normalize: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
 
 
 class ScoreRequest(Body):

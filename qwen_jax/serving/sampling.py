@@ -28,15 +28,7 @@ def check_common(context: Context, body: Sampled) -> None:
         raise ApiError("stop: a stop string needs 1 to 1024 characters.", param="stop")
     if body.stream_options is not None and not body.stream:
         raise ApiError("stream_options needs stream=true.", param="stream_options")
-    longest = context.engine.max_length
-    if body.truncate_prompt_tokens is not None and not (
-        body.truncate_prompt_tokens == -1 or 0 < body.truncate_prompt_tokens <= longest
-    ):
-        raise ApiError(
-            f"truncate_prompt_tokens is {body.truncate_prompt_tokens}; expected 1 to {longest}, this model's maximum "
-            "context length, or -1 for as many tokens as fit.",
-            param="truncate_prompt_tokens",
-        )
+    check_truncation(context, body.truncate_prompt_tokens)
     for key in body.logit_bias or {}:
         if not (key.isascii() and key.isdigit() and len(key) < 10) or int(key) >= context.engine.config.vocab_size:
             raise ApiError(
@@ -48,6 +40,17 @@ def check_common(context: Context, body: Sampled) -> None:
                 f"stop_token_ids: {token} is no token id below {context.engine.config.vocab_size}.",
                 param="stop_token_ids",
             )
+
+
+def check_truncation(context: Context, most: int | None) -> None:
+    """Raises ApiError for a value of truncate_prompt_tokens that no text of this model can have."""
+    longest = context.engine.max_length
+    if most is not None and not (most == -1 or 0 < most <= longest):
+        raise ApiError(
+            f"truncate_prompt_tokens is {most}; expected 1 to {longest}, this model's maximum context length, or -1 "
+            "for as many tokens as fit.",
+            param="truncate_prompt_tokens",
+        )
 
 
 def check_logprobs(context: Context, count: int, param: str) -> None:

@@ -20,6 +20,7 @@ from qwen_jax.serving.protocol import (
     ScoreRequest,
     TokenizeRequest,
 )
+from qwen_jax.serving.sampling import check_truncation
 
 
 async def embeddings(context: Context, body: EmbeddingRequest) -> dict[str, Any]:
@@ -29,9 +30,11 @@ async def embeddings(context: Context, body: EmbeddingRequest) -> dict[str, Any]
         raise ApiError("Embeddings are those of the model itself, not of an adapter.", param="model")
     if body.dimensions not in (None, engine.config.hidden_size):
         raise not_supported(f"dimensions: this model's vectors have {engine.config.hidden_size} numbers.", "dimensions")
+    check_truncation(context, body.truncate_prompt_tokens)
     context.check_open()
     texts = await in_thread(lambda: encode_texts(context, body.input, special=True, param="input"))
-    prompts = [ids for _, ids in texts]
+    most = engine.max_length if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens
+    prompts = [ids if most is None else ids[-most:] for _, ids in texts]
     _check_lengths(prompts, engine.max_length, "input")
     pooling = body.pooling or settings.pooling
     vectors = await context.on_device(lambda stopped: engine.embed(prompts, pooling, stopped=stopped), "input")

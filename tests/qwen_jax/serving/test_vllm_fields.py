@@ -123,6 +123,22 @@ def test_the_last_tokens_of_a_prompt_are_kept(path: str) -> None:
         assert answer["choices"][0]["text"] == byte_tokenizer().decode(whole[-5:]) + "xyz"
 
 
+def test_the_last_tokens_of_each_text_are_embedded() -> None:
+    """A text that is cut has the vector of its last tokens alone; -1 keeps what the context holds."""
+    rng, engine = print_seed(), FakeEngine(max_length=100)
+    texts = [rng.integers(64, 90, length).tolist() for length in (3, 150, int(rng.integers(1, 99)))]
+
+    def vectors(texts: list[list[int]], **options: Any) -> list[Any]:
+        answer = client(engine).post("/v1/embeddings", json={"input": texts, "normalize": False, **options}).json()
+        return [answer["usage"]["prompt_tokens"], *(x["embedding"] for x in answer["data"])]
+
+    for most in (1, int(rng.integers(2, 100)), 100, -1):
+        kept = [ids[-(100 if most == -1 else most) :] for ids in texts]
+        for pooling in ("mean", "last"):
+            options = {"pooling": pooling}
+            assert vectors(texts, truncate_prompt_tokens=most, **options) == vectors(kept, **options)
+
+
 def test_as_many_tokens_are_kept_as_fit() -> None:
     engine = FakeEngine("x", max_length=100)
     for path, options, count in (
