@@ -1,9 +1,11 @@
 """Trains many small runs in this process, or in several that share the devices of this machine."""
 
+import contextlib
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,9 +19,10 @@ from train.launch import Programs
 from train.run import pretrain
 from train.small_runs import compiled_once, status, train_here
 
-# Share of a GPU's memory that all workers together reserve.
+# Share of a GPU's memory that all of its workers together reserve, and the variables that say so: JAX refuses both at
+# once. The second one is the older.
 _MEMORY = 0.9
-_MEMORY_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+_MEMORY_VARIABLES = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 # Seconds that workers have to save after a signal.
 _PATIENCE = 120
 
@@ -28,7 +31,8 @@ class Workers:
     """Trains runs in this process, or in several. Use it in a `with` statement, which ends them.
 
     Runs with the same shapes share compiled programs, as long as this lives. With several processes, they go to the
-    same one, unless it is the last that has work.
+    same one, unless it is the last that has work. Several processes on several GPUs have one GPU each, in turn, unless
+    a run's mesh has more than one device.
     """
 
     def __init__(self, folder: Path, count: int = 1, train: Callable[[RunConfig], int] | None = None):
@@ -73,7 +77,8 @@ class Workers:
                 train_here(configs, self._train or (lambda config: pretrain(config, programs=self._programs)), ended)
             return
         waiting = [config for config in configs if status(config) == "waiting"]
-        self._start(min(self._count, len(waiting)))
+        several = any(math.prod(config.mesh_axes(0).values()) > 1 for config in waiting)
+        self._start(min(self._count, len(waiting)), [] if several else gpus())
         queue, idle = _Queue(waiting, self._owners), list(self._processes)
         busy: dict[Connection, RunConfig] = {}
         while queue or busy:
@@ -101,24 +106,57 @@ class Workers:
         if stopped:
             raise SystemExit(128 + stopped)
 
-    def _start(self, count: int) -> None:
-        """Starts processes up to a number."""
-        context, before = multiprocessing.get_context("spawn"), os.environ.get(_MEMORY_VARIABLE)
+    def _start(self, count: int, gpus: Sequence[str]) -> None:
+        """Starts processes up to a number, each on one of the GPUs; with no or one GPU, on all devices."""
+        context = multiprocessing.get_context("spawn")
         self._folder.mkdir(parents=True, exist_ok=True)
-        try:
-            # Each process reads it when it first uses a GPU.
-            os.environ[_MEMORY_VARIABLE] = f"{float(before or _MEMORY) / self._count:.3f}"
-            for number in range(len(self._processes), count):
-                ours, theirs = context.Pipe()
-                arguments = (theirs, self._folder, str(number), self._train)
-                process = context.Process(target=_work, args=arguments, name=str(number), daemon=True)
+        for number in range(len(self._processes), count):
+            ours, theirs = context.Pipe()
+            arguments = (theirs, self._folder, str(number), self._train)
+            process = context.Process(target=_work, args=arguments, name=str(number), daemon=True)
+            # The process reads them when it first uses a GPU.
+            with _environment(variables(number, self._count, gpus)):
                 process.start()
-                theirs.close()
-                self._processes[ours] = process
-        finally:
-            os.environ.pop(_MEMORY_VARIABLE)
-            if before is not None:
-                os.environ[_MEMORY_VARIABLE] = before
+            theirs.close()
+            self._processes[ours] = process
+
+
+def gpus() -> list[str]:
+    """The NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them. JAX is not started."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
+    return [str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def variables(number: int, count: int, gpus: Sequence[str]) -> dict[str, str]:
+    """The environment of a worker: its GPU, and its share of the memory.
+
+    Args:
+      number: of the worker, from 0.
+      count: of workers.
+      gpus: that they have in turn.
+    """
+    # With one GPU, or none, nothing is chosen.
+    here = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if len(gpus) > 1 else {}
+    newer, older = _MEMORY_VARIABLES
+    name = older if older in os.environ else newer
+    together = math.ceil(count / max(len(gpus), 1))
+    return {**here, name: f"{float(os.environ.get(name) or _MEMORY) / together:.3f}"}
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Sets environment variables, and restores them at the end."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 class _Queue:

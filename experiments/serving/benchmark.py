@@ -84,8 +84,12 @@ def card() -> Record:
 def attempt(case: str, argv: list[str], seconds: float, cache: str) -> list[Record]:
     """The lines of one case, or the one that says why there are none."""
     environment = dict(os.environ)
-    # Nothing else uses the GPU; the engine itself leaves a tenth of this.
-    environment.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
+    # Nothing else uses the GPU; the engine itself leaves a tenth of this. JAX takes only one of the two variables.
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment:
+        environment.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
+    # Where there is a GPU that JAX cannot use, it would go on with the CPU.
+    if "driver" in card():
+        environment.setdefault("JAX_PLATFORMS", "cuda,cpu")
     environment |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     if case == "a-transformers":
         environment["JAX_PLATFORMS"] = "cpu"
