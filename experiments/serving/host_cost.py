@@ -8,9 +8,9 @@ arrays that were made before, so that what is measured is Python and numpy. Time
 but for `wall_ms`. The model is tiny, since its size does not matter then; `--dispatch` measures what is left out, the
 call of a program with as many arrays as 7B has.
 
-With `--tokenizer`, texts that follow the JSON schema of part f are measured beside free ones, with masks of the true size.
-Masks are made in threads, so that all times are of the wall clock then. The tokens that the device would sample are
-chosen before, at random among those that the grammar allows.
+With `--tokenizer`, texts that follow the JSON schema of part f are measured beside free ones, with masks of the true
+size. Masks are made in threads, so that all times are of the wall clock then. The tokens that the device would sample
+are chosen before, at random among those that the grammar allows.
 """
 
 import argparse
@@ -227,9 +227,7 @@ def main() -> None:
     if args.tokenizer:
         of_kind: dict[str, Any] = {"incremental": True, "text": True, "tokenizer": load_tokenizer(args.tokenizer)}
         for constrained in (False, True) * args.repeat:
-            line = measure(
-                args.rows, args.steps, args.prompt, detail=args.detail, constrained=constrained, **of_kind
-            )
+            line = measure(args.rows, args.steps, args.prompt, detail=args.detail, constrained=constrained, **of_kind)
             print(json.dumps(line), flush=True)
         return
     for incremental, text, read in (
