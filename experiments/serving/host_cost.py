@@ -3,10 +3,10 @@
     JAX_PLATFORMS=cpu python -m experiments.serving.host_cost --rows 256
     JAX_PLATFORMS=cpu python -m experiments.serving.host_cost --rows 64 --tokenizer TOKENIZER
 
-The engine, its scheduler, its packing and its transfers are real. Only the compiled programs are replaced: a call gives
-arrays that were made before, so that what is measured is Python and numpy. Times are of the thread's processor clock,
-but for `wall_ms`. The model is tiny, since its size does not matter then; `--dispatch` measures what is left out, the
-call of a program with as many arrays as 7B has.
+The engine, its scheduler, its packing and its transfers are real. Only the compiled programs are replaced: a call
+starts one that takes the host's arrays and computes nothing, and gives arrays that were made before. Times are of the
+thread's processor clock, but for `wall_ms`. The model is tiny, since its size does not matter then; `--dispatch`
+measures what is left out, the call of a program with as many arrays as 7B has.
 
 With `--tokenizer`, texts that follow the JSON schema of part f are measured beside free ones, with masks of the true
 size. Masks are made in threads, so that all times are of the wall clock then. The tokens that the device would sample
@@ -42,12 +42,15 @@ from qwen_jax.tokenizer import Tokenizer, load_tokenizer, train_bpe
 RECOMMENDED = SamplingParams(temperature=0.7, top_k=20, top_p=0.8)
 
 
-def replace_programs(engine: ContinuousEngine, texts_ST: np.ndarray | None = None) -> None:
+def replace_programs(
+    engine: ContinuousEngine, texts_ST: np.ndarray | None = None, times: HostTimes | None = None
+) -> None:
     """Has the engine's runner compute nothing: every program gives the same arrays whenever it is called.
 
     Args:
       engine: whose runner.
       texts_ST: int32, what is sampled in each slot; None for the same tokens in every step.
+      times: where the time of what stands for the device is that of waiting; None if it does not matter.
     """
     runner = engine._runner
     logits: dict[int, jax.Array] = {}
@@ -59,7 +62,7 @@ def replace_programs(engine: ContinuousEngine, texts_ST: np.ndarray | None = Non
                 logits[program.rows] = jnp.zeros((program.rows, 1))
             return logits[program.rows], runner._pages
         if program.kind == "sample" and texts_ST is not None:
-            (packed_BF,) = (np.asarray(x) for x in args if x is not None and x.shape == (program.rows, FIELDS))
+            (packed_BF,) = (x for x in args if isinstance(x, np.ndarray) and x.shape == (program.rows, FIELDS))
             fields = np.zeros((1, program.rows, 3), np.int32)
             fields[0, :, 0] = texts_ST[packed_BF[:, SLOT], packed_BF[:, STEP]]
             return jnp.asarray(fields), *args[1:3]
@@ -73,7 +76,15 @@ def replace_programs(engine: ContinuousEngine, texts_ST: np.ndarray | None = Non
         # Masks or rules, whichever the program changes.
         return args[0]
 
-    runner._run = run  # type: ignore[method-assign]
+    # An argument that is not used would not be sent.
+    take = jax.jit(lambda *_: (), keep_unused=True)
+    given = run if times is None else times.timed("wait", run)
+
+    def start(program: Program, *args: Any) -> Any:
+        take(*(x for x in args if isinstance(x, np.ndarray)))
+        return given(program, *args)
+
+    runner._run = start  # type: ignore[method-assign]
 
 
 def allowed_texts(grammar: Grammar, rows: int, tokens: int, vocab_size: int) -> np.ndarray:
@@ -141,10 +152,7 @@ def measure(
         if config.vocab_size > published("tiny").vocab_size and engine.grammars is not None:
             grammar = engine.grammars.json_schema(SCHEMA)
             texts_ST = allowed_texts(grammar, rows + 1, ending.max_new_tokens + 2, config.vocab_size)
-        replace_programs(engine, texts_ST)
-        if texts_ST is not None:
-            # What stands for the device is not the host's time.
-            engine._runner._run = times.timed("wait", engine._runner._run)  # type: ignore[method-assign]
+        replace_programs(engine, texts_ST, times)
         requests = [
             Request(ids, ending, RECOMMENDED, grammar=grammar if constrained else None)
             for ids in random_prompts(engine, [prompt] * rows)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -16,6 +17,7 @@ from qwen_jax.inference.buckets import Buckets, RunnerConfig
 from qwen_jax.inference.row_sampling import FIELDS, VARIANTS, WITH_MASKS, Rules, Variant
 from qwen_jax.inference.runner_programs import CLEARED, MAX_SEGMENTS, Pages, State, StaticArgs
 from qwen_jax.kernels import QuantizedRows
+from qwen_jax.parallel.placing import place
 from qwen_jax.params import Params
 
 _RULES_DTYPES = "uint16", "bool", "float32"
@@ -153,9 +155,13 @@ def caller(jitted: Callable[..., Any], compiled: jax.stages.Compiled, mesh: Mesh
     if all(x.dtype != jnp.int4 for x in jax.tree.leaves(params)):
         return compiled
 
+    everywhere = NamedSharding(mesh, P())
+
     def call(*args: Any) -> Any:
+        # With arrays of the host it would be compiled again, for arrays that are on no mesh.
+        placed = [place(x, everywhere) if isinstance(x, np.ndarray) else x for x in args]
         with jax.set_mesh(mesh):
-            return jitted(*args)
+            return jitted(*placed)
 
     call.compiled = compiled  # type: ignore[attr-defined]  # It lives as long as the jitted function needs it.
     return call
