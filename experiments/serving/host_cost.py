@@ -131,7 +131,7 @@ def measure(
       tokenizer: instead of a small one. Times are of the wall clock then.
       constrained: whether texts follow `SCHEMA`. Free ones have the same tokens, if there is a tokenizer.
     """
-    config, clock = published("tiny"), time.thread_time
+    config, clock, of_grammar = published("tiny"), time.thread_time, tokenizer is not None
     if tokenizer is not None:
         config, clock = dataclasses.replace(config, vocab_size=-(-tokenizer.vocab_size // 128) * 128), time.perf_counter
     elif text:
@@ -149,7 +149,7 @@ def measure(
     with engine:
         times, ending = HostTimes(clock), Ending(frozenset(), (), 511 - prompt)
         grammar = texts_ST = None
-        if config.vocab_size > published("tiny").vocab_size and engine.grammars is not None:
+        if of_grammar and engine.grammars is not None:
             grammar = engine.grammars.json_schema(SCHEMA)
             texts_ST = allowed_texts(grammar, rows + 1, ending.max_new_tokens + 2, config.vocab_size)
         replace_programs(engine, texts_ST, times)
