@@ -181,8 +181,8 @@ class RunnerState:
     def _place(self, x: np.ndarray) -> np.ndarray | jax.Array:
         """An array of the host as programs take it.
 
-        The call of a program sends arrays of the host to a single device itself, in a hundredth of the time that
-        `device_put` takes.
+        The call of a program sends arrays of the host to a single device itself: a small one takes a hundredth of the
+        time that `device_put` takes.
         """
         if self.mesh.size == 1:
             return x
