@@ -97,6 +97,8 @@ class Active:
     def take(self, token: int, logprob: float, top_K: tuple[np.ndarray, np.ndarray] | None = None) -> bool:
         """Appends a new token, which may end the text; returns False for `NOT_FINITE`, which is not appended.
 
+        The grammar does not go on yet: see `accept`.
+
         Args:
           token: its id, or `NOT_FINITE`.
           logprob: its log-probability.
@@ -113,11 +115,14 @@ class Active:
         if self.tops is not None:
             top = self.request.top_logprobs
             self.tops.append(() if top_K is None else tuple(zip(*(x[:top].tolist() for x in top_K), strict=True)))
-        if self.matcher is not None and not row.finish_reason:
+        return True
+
+    def accept(self, token: int) -> None:
+        """Has the grammar go on with the token that the text took last, which may end the text."""
+        if self.matcher is not None and not self.row.finish_reason:
             with self.failing():
                 self.matcher.accept(token)
             self.end_with_grammar()
-        return True
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:
@@ -125,7 +130,11 @@ class Active:
         try:
             yield
         except InputError as error:
-            self.row.finish_reason, self.row.error = "error", str(error)
+            self.fail(error)
+
+    def fail(self, error: InputError) -> None:
+        """Ends the text because its grammar went beyond its limits."""
+        self.row.finish_reason, self.row.error = "error", str(error)
 
     def end_with_grammar(self) -> None:
         """Ends the text if its grammar lets nothing follow: the end id is not waited for."""

@@ -118,6 +118,15 @@ class Buckets:
                 return size
         raise ValueError(f"No prefill program takes {chunks} chunks of {tokens} tokens; there are {self.prefill}.")
 
+    def masks_of(self, rows: int) -> tuple[int, ...]:
+        """How many masks the sampling programs of so many rows take: one for each row, and one for a quarter of them.
+
+        Args:
+          rows: of the programs.
+        """
+        few = [size for size in self.rows if 4 * size <= rows]
+        return (*few[-1:], rows)
+
     def prefill_slots_of(self, tokens: int) -> tuple[int, ...]:
         """The slots of the prefill programs that take so many tokens. Small tables are of no use to many tokens."""
         return tuple(s for s in self.prefill_slots if s >= 2 * tokens or s == self.prefill_slots[-1])

@@ -58,7 +58,9 @@ class Hosts:
         def tell(program: Program, arrays: Sequence[np.ndarray]) -> Iterator[None]:
             # From step to step, page tables change in few places; and rows move when a text before them has ended.
             like, column = f"{number} {program.name}", slot_columns.get(program.kind)
-            self._broadcast.send({"runner": number, "program": dataclasses.astuple(program)}, arrays, like, column)
+            # Arrays of masks are written again, and the broadcast keeps what it has sent.
+            kept = [x.copy() for x in arrays]
+            self._broadcast.send({"runner": number, "program": dataclasses.astuple(program)}, kept, like, column)
             try:
                 yield
             except Exception as error:

@@ -62,7 +62,8 @@ _INTS, _FLOATS = 7, 7
 FIELDS = _INTS + _FLOATS
 """Numbers of a row that are sent to the device for each step."""
 SLOT, STEP, RULES, MASKED = 0, 2, 5, 6
-"""Which of them are the slot, the number of tokens that were sampled before, and whether there are rules and a mask."""
+"""Which of them are the slot, the number of tokens that were sampled before, whether there are rules, and one more than
+the place of its mask among those of the step; 0 for none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +151,7 @@ class RowValues(NamedTuple):
       step_B: int32, tokens of the text that were sampled before.
       method_B: int32, index into greedy, top-k and full.
       rules_B1: bool, whether the row's bias counts.
-      masked_B: bool, whether the mask of the row's slot counts.
+      mask_B: int32, place of the row's mask among those of the step; -1 for none.
       values: temperature, top_k, top_p, min_p and repetition penalty.
       presence_B1, frequency_B1, logprob_temperature_B1: float32.
     """
@@ -160,7 +161,7 @@ class RowValues(NamedTuple):
     step_B: jax.Array
     method_B: jax.Array
     rules_B1: jax.Array
-    masked_B: jax.Array
+    mask_B: jax.Array
     values: SamplingValues
     presence_B1: jax.Array
     frequency_B1: jax.Array
@@ -169,12 +170,12 @@ class RowValues(NamedTuple):
 
 def unpack(packed_BF: jax.Array) -> RowValues:
     """The inverse of `pack`, on the device."""
-    slot, seed, step, top_k, method, rules, masked = jnp.split(packed_BF[:, :_INTS], _INTS, axis=1)
+    slot, seed, step, top_k, method, rules, mask = jnp.split(packed_BF[:, :_INTS], _INTS, axis=1)
     floats_BF = jax.lax.bitcast_convert_type(packed_BF[:, _INTS:], jnp.float32)
     temperature, top_p, min_p, penalty, presence, frequency, of_logprobs = jnp.split(floats_BF, _FLOATS, axis=1)
     values = SamplingValues(temperature, top_k, top_p, min_p, penalty)
     seed_B = jax.lax.bitcast_convert_type(seed[:, 0], jnp.uint32)
-    ints = slot[:, 0], seed_B, step[:, 0], method[:, 0], rules > 0, masked[:, 0] > 0
+    ints = slot[:, 0], seed_B, step[:, 0], method[:, 0], rules > 0, mask[:, 0] - 1
     return RowValues(*ints, values, presence, frequency, of_logprobs)
 
 

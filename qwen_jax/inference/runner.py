@@ -13,7 +13,17 @@ import numpy as np
 
 from qwen_jax.errors import InputError
 from qwen_jax.inference.buckets import RunnerConfig, smallest
-from qwen_jax.inference.row_sampling import FIELDS, MASKED, RULES, SLOT, SampleRow, Variant, pack, variant_of, with_mask
+from qwen_jax.inference.row_sampling import (
+    FIELDS,
+    MASKED,
+    RULES,
+    WITH_MASKS,
+    SampleRow,
+    Variant,
+    pack,
+    variant_of,
+    with_mask,
+)
 from qwen_jax.inference.runner_lowering import Program
 from qwen_jax.inference.runner_programs import CLEARED, MAX_SEGMENTS
 from qwen_jax.inference.runner_state import RunnerState
@@ -245,22 +255,17 @@ class Runner(RunnerState):
         """Starts sampling of rows whose parameters are packed and need at least this variant."""
         if not self.settings.rules and packed[:, RULES].any():
             raise ValueError(_WITHOUT_RULES)
+        arrays, count = [packed], 0
         if masks is not None:
             variant = with_mask(variant)
-            packed[masks.rows, MASKED] = 1
-            self._set_masks("set masks" + kind.removeprefix("sample"), packed[masks.rows, SLOT], masks.allowed)
-        found: jax.Array = self.apply(Program(kind, len(logits), variant=variant), packed, read=logits)
+        if variant in WITH_MASKS:
+            count = smallest(self.buckets.masks_of(len(logits)), 0 if masks is None else len(masks.rows), "masks")
+        if masks is not None:
+            packed[masks.rows, MASKED] = np.arange(1, 1 + len(masks.rows))
+            arrays.append(_padded(masks.allowed, count))
+        found: jax.Array = self.apply(Program(kind, len(logits), variant=variant, masks=count), *arrays, read=logits)
         found.copy_to_host_async()
         return found
-
-    def _set_masks(self, kind: str, slots: np.ndarray, allowed: np.ndarray) -> None:
-        """Sends the masks of some slots. Those of other rows stay on the device, and have no effect."""
-        program = Program(kind, smallest(self.buckets.rows, len(slots), "masks"))
-        # Copies, because the caller's array may change before it is transferred. Padding is the slot of no sequence.
-        slot_M = np.full(program.rows, self.settings.max_seqs, np.int32)
-        padded = np.full((program.rows, *allowed.shape[1:]), -1, np.int32)
-        slot_M[: len(slots)], padded[: len(slots)] = slots, allowed
-        self.apply(program, slot_M, padded)
 
     def set_rules(
         self, slot: int, prompt_ids: Sequence[int], output_ids: Sequence[int], bias: Mapping[int, float]
@@ -354,3 +359,11 @@ class Runner(RunnerState):
             packed = self._with_adapters(row.packed, of_text[row.packed[2]].tolist(), axis=1)
             program = Program("read texts", tokens=row.packed.shape[1])
             yield row, packed, *self.apply(program, packed, row.last)
+
+
+def _padded(allowed: np.ndarray, count: int) -> np.ndarray:
+    """So many masks, contiguous: a part of the array where it has as many. No row reads those that are added."""
+    if len(allowed) < count:
+        more = np.zeros((count - len(allowed), *allowed.shape[1:]), np.int32)
+        return np.concatenate([allowed, more])
+    return np.ascontiguousarray(allowed[:count])

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -15,9 +16,10 @@ from qwen_jax.attention.quantized_cache import cache_dtype, in_8_bits
 from qwen_jax.inference import exported
 from qwen_jax.inference import runner_programs as functions
 from qwen_jax.inference.buckets import Buckets, RunnerConfig
-from qwen_jax.inference.row_sampling import FIELDS, VARIANTS, Rules, Variant
+from qwen_jax.inference.row_sampling import FIELDS, VARIANTS, WITH_MASKS, Rules, Variant
 from qwen_jax.inference.runner_programs import CLEARED, MAX_SEGMENTS, Pages, State, StaticArgs
 from qwen_jax.kernels import QuantizedRows
+from qwen_jax.parallel.placing import place
 from qwen_jax.params import Params
 
 _RULES_DTYPES = "uint16", "bool", "float32"
@@ -28,12 +30,12 @@ class Program:
     """A program and its sizes.
 
     Attributes:
-      kind: decode, verify, prefill, sample, sample verified, set masks, set masks verified, read texts, score texts,
-        set rules, clear.
-      rows: number of rows; of a prefill, the most chunks in its row; of setting masks, how many.
+      kind: decode, verify, prefill, sample, sample verified, read texts, score texts, set rules, clear.
+      rows: number of rows; of a prefill, the most chunks in its row.
       tokens: of a row of chunks or of whole texts.
       slots: that the page table covers.
       variant: of sampling.
+      masks: that a variant with masks takes; 0 for one for each row.
     """
 
     kind: str
@@ -41,6 +43,7 @@ class Program:
     tokens: int = 0
     slots: int = 0
     variant: Variant = "plain"
+    masks: int = 0
 
     @property
     def name(self) -> str:
@@ -53,9 +56,8 @@ class Program:
         if self.kind in ("decode", "verify"):
             return f"{self.kind} {self.rows} rows, {self.slots} slots"
         if self.kind in ("sample", "sample verified"):
-            return f"{self.kind} {self.rows} rows, {self.variant}"
-        if self.kind in ("set masks", "set masks verified"):
-            return f"{self.kind} of {self.rows} rows"
+            masks = f" with {self.masks} masks" if self.masks else ""
+            return f"{self.kind} {self.rows} rows, {self.variant}{masks}"
         return self.kind + sizes.get(self.kind, "")
 
 
@@ -69,14 +71,24 @@ def all_programs(settings: RunnerConfig, buckets: Buckets) -> list[Program]:
     programs = [Program("prefill", r, t, s) for r, t in buckets.prefill for s in buckets.prefill_slots_of(t)]
     programs += [Program("decode", r, slots=s) for r in buckets.rows for s in buckets.slots]
     sampled = dict.fromkeys([*buckets.rows, *(r for r, _ in buckets.prefill)])
-    programs += [Program("sample", r, variant=v) for r in sampled for v in VARIANTS]
-    programs += [Program("set masks", r) for r in buckets.rows]
+    programs += [program for r in sampled for program in sampling_programs("sample", r, buckets)]
     if settings.speculate:
-        programs += [Program("set masks verified", r) for r in buckets.rows]
         programs += [Program("verify", r, slots=s) for r in buckets.rows for s in buckets.slots]
-        programs += [Program("sample verified", r, variant=v) for r in buckets.rows for v in VARIANTS]
+        programs += [program for r in buckets.rows for program in sampling_programs("sample verified", r, buckets)]
     programs += [Program(kind, tokens=t) for t in buckets.texts for kind in ("read texts", "score texts")]
     return [*programs, *([Program("set rules")] if settings.rules else []), Program("clear")]
+
+
+def sampling_programs(kind: str, rows: int, buckets: Buckets) -> list[Program]:
+    """The programs that sample so many rows: of each variant, and with each number of masks.
+
+    Args:
+      kind: "sample" or "sample verified".
+      rows: of the programs.
+      buckets: the sizes of a runner's programs.
+    """
+    masks = {variant: buckets.masks_of(rows) if variant in WITH_MASKS else (0,) for variant in VARIANTS}
+    return [Program(kind, rows, variant=variant, masks=m) for variant in VARIANTS for m in masks[variant]]
 
 
 def abstract_state(static: StaticArgs, mesh: Mesh) -> tuple[Pages, State]:
@@ -102,9 +114,8 @@ def abstract_state(static: StaticArgs, mesh: Mesh) -> tuple[Pages, State]:
     S, V = settings.max_seqs + 1, config.vocab_size
     tokens_S: Any = array((S,), "int32", P(None))
     rules_SV: list[Any] = [array((S, V), dtype, functions.logits_spec(2)) for dtype in _RULES_DTYPES]
-    masks_STW: Any = array((S, 1 + settings.speculate, static.words), "int32", P(None, None, None))
     pages = Pages((keys,) * config.num_layers, (values,) * config.num_layers)
-    return pages, State(tokens_S, masks_STW, Rules(*rules_SV) if settings.rules else None)
+    return pages, State(tokens_S, Rules(*rules_SV) if settings.rules else None)
 
 
 def lower(program: Program, static: StaticArgs, mesh: Mesh, params: Params) -> jax.stages.Lowered:
@@ -153,9 +164,13 @@ def caller(jitted: Callable[..., Any], compiled: jax.stages.Compiled, mesh: Mesh
     if all(x.dtype != jnp.int4 for x in jax.tree.leaves(params)):
         return compiled
 
+    everywhere = NamedSharding(mesh, P())
+
     def call(*args: Any) -> Any:
+        # With arrays of the host it would be compiled again, for arrays that are on no mesh.
+        placed = [place(x, everywhere) if isinstance(x, np.ndarray) else x for x in args]
         with jax.set_mesh(mesh):
-            return jitted(*args)
+            return jitted(*placed)
 
     call.compiled = compiled  # type: ignore[attr-defined]  # It lives as long as the jitted function needs it.
     return call
@@ -167,7 +182,7 @@ def _function_and_arguments(
     """The function of a program, which of its arguments are donated, and the shapes of all of them."""
     pages, state = abstract_state(static, mesh)
     settings, V, B, T = static.settings, static.config.vocab_size, program.rows, program.tokens
-    k = settings.speculate if program.kind in ("verify", "sample verified", "set masks verified") else 0
+    k = settings.speculate if program.kind in ("verify", "sample verified") else 0
     partial = functools.partial
 
     def array(*shape: int, dtype: Any = "int32", spec: P | None = None) -> jax.ShapeDtypeStruct:
@@ -187,10 +202,8 @@ def _function_and_arguments(
             choose = partial(functions.sample, static, variant=program.variant, proposed=k)
             sampled = functions.sampled_state(state, program.variant)
             logits = array(*each, V, dtype="float32", spec=functions.logits_spec(len(each) + 1))
-            return choose, (1, 2), (logits, *sampled, array(B, FIELDS + k))
-        case "set masks" | "set masks verified":
-            each = (B, 1 + k) if k else (B,)
-            return functions.set_masks, (0,), (state.masks_STW, array(B), array(*each, static.words))
+            masks = [array(program.masks or B, *each[1:], static.words)] if program.variant in WITH_MASKS else []
+            return choose, (1, 2), (logits, *sampled, array(B, FIELDS + k), *masks)
         case "read texts":
             return partial(functions.read_texts, static), (), (params, array(3 + adapter, T), array(MAX_SEGMENTS))
         case "score texts":

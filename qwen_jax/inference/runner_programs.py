@@ -77,12 +77,10 @@ class State(NamedTuple):
 
     Attributes:
       tokens_S: int32, newest token, not in the cache yet. Always an id.
-      masks_STW: int32, bit masks of allowed tokens at each position, for the rows that have one.
       rules: None for a runner without rules.
     """
 
     tokens_S: jax.Array
-    masks_STW: jax.Array
     rules: Rules | None
 
 
@@ -188,8 +186,7 @@ def _choose_adapters(static: StaticArgs, params: Params, packed: jax.Array, axis
 def sampled_state(state: State, variant: Variant) -> tuple[jax.Array | None, ...]:
     """What `sample` takes of the state, for its arguments of these names; None for what its variant does not read."""
     counts_SV, prompt_SV, bias_SV = state.rules if state.rules and variant in row_sampling.WITH_RULES else (None,) * 3
-    masks_STW = state.masks_STW if variant in row_sampling.WITH_MASKS else None
-    return state.tokens_S, counts_SV, prompt_SV, bias_SV, masks_STW
+    return state.tokens_S, counts_SV, prompt_SV, bias_SV
 
 
 def sample(
@@ -199,8 +196,8 @@ def sample(
     counts_SV: jax.Array | None,
     prompt_SV: jax.Array | None,
     bias_SV: jax.Array | None,
-    masks_STW: jax.Array | None,
     packed_BN: jax.Array,
+    masks: jax.Array | None = None,
     *,
     variant: Variant,
     proposed: int,
@@ -211,8 +208,10 @@ def sample(
       static: settings that are compiled in.
       logits: float32 [B, V], or [B, 1 + proposed, V], in `logits_spec`.
       tokens_S, counts_SV: of the state, updated in place; see `sampled_state`.
-      prompt_SV, bias_SV, masks_STW: of the state, only read.
+      prompt_SV, bias_SV: of the state, only read.
       packed_BN: int32: the fields of `row_sampling.pack`, then `proposed` ids.
+      masks: int32 [M, W], or [M, 1 + proposed, W], for variants with masks: bit masks of the tokens that the rows that
+        name them may have.
       variant: see `row_sampling`.
       proposed: how many tokens are proposed for each row.
 
@@ -227,7 +226,7 @@ def sample(
         logits: jax.Array,
         tokens_S: jax.Array,
         all_rules: Rules | None,
-        masks_STW: jax.Array | None,
+        masks: jax.Array | None,
         packed_BN: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         if not proposed:
@@ -235,9 +234,10 @@ def sample(
         rows, proposals_Bk = row_sampling.unpack(packed_BN[:, :FIELDS]), packed_BN[:, FIELDS:]
         rules = None if all_rules is None else Rules(*(x_SV[rows.slot_B] for x_SV in all_rules))
         allowed_BTW: jax.Array | None = None
-        if masks_STW is not None:
-            of_slot_BTW = masks_STW[rows.slot_B, : 1 + proposed]
-            allowed_BTW = jnp.where(rows.masked_B[:, None, None], of_slot_BTW, -1)
+        if masks is not None:
+            masks_MTW = masks if proposed else masks[:, None]
+            of_row_BTW = masks_MTW[jnp.maximum(rows.mask_B, 0)]
+            allowed_BTW = jnp.where(rows.mask_B[:, None, None] >= 0, of_row_BTW, -1)
         found = row_sampling.sample_positions(
             *(logits, proposals_Bk, rows, rules, allowed_BTW),
             variant=variant,
@@ -263,11 +263,11 @@ def sample(
     of_rules = jax.tree.map(lambda _: logits_spec(2), rules)
     run = jax.shard_map(
         local,
-        in_specs=(logits_spec(logits.ndim), P(), of_rules, jax.tree.map(lambda _: P(), masks_STW), P()),
+        in_specs=(logits_spec(logits.ndim), P(), of_rules, jax.tree.map(lambda _: P(), masks), P()),
         out_specs=(P(), P(), None if rules is None else logits_spec(2)),
         check_vma=False,  # It is not known of an all-gather that its result is the same everywhere.
     )
-    result: tuple[jax.Array, jax.Array, jax.Array | None] = run(logits, tokens_S, rules, masks_STW, packed_BN)
+    result: tuple[jax.Array, jax.Array, jax.Array | None] = run(logits, tokens_S, rules, masks, packed_BN)
     return result
 
 
@@ -281,16 +281,6 @@ def _pack_sampled(found: row_sampling.SampledPositions) -> jax.Array:
     if sampled.top_ids_BN is not None and sampled.top_logprobs_BN is not None:
         fields += [sampled.top_ids_BN, bits(sampled.top_logprobs_BN)]
     return jnp.concatenate(fields, axis=2)
-
-
-def set_masks(masks_STW: jax.Array, slot_M: jax.Array, allowed: jax.Array) -> jax.Array:
-    """Replaces the masks of some slots, in place, at the first position (`allowed` [M, W]) or at all ([M, T, W])."""
-
-    def local(masks_STW: jax.Array, slot_M: jax.Array, allowed: jax.Array) -> jax.Array:
-        return (masks_STW.at[slot_M, 0] if allowed.ndim == 2 else masks_STW.at[slot_M]).set(allowed)
-
-    result: jax.Array = jax.shard_map(local, in_specs=(P(), P(), P()), out_specs=P())(masks_STW, slot_M, allowed)
-    return result
 
 
 def set_rules(rules: Rules, slot_1: jax.Array, counts_V: jax.Array, prompt_V: jax.Array, bias_V: jax.Array) -> Rules:

@@ -16,6 +16,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference.buckets import Buckets, RunnerConfig
 from qwen_jax.inference.prompts import check_generates
+from qwen_jax.inference.row_sampling import WITH_MASKS
 from qwen_jax.inference.runner_compilation import Programs, Report
 from qwen_jax.inference.runner_lowering import Program, abstract_state
 from qwen_jax.inference.runner_programs import Pages, State, StaticArgs, sampled_state
@@ -78,6 +79,8 @@ class RunnerState:
         self.on_program: Callable[[Program, Sequence[np.ndarray]], AbstractContextManager[None]] | None = None
         self._programs = Programs(self.static, self.buckets, mesh)
         self._everywhere = NamedSharding(mesh, P())
+        # For steps of variants with masks in which no row has one, by shape.
+        self._no_masks: dict[tuple[int, ...], jax.Array] = {}
         self._pages, self._state = self._make_state()
         # In a process that repeats programs of another: what the last one gave that read tokens.
         self._read: jax.Array | None = None
@@ -138,13 +141,12 @@ class RunnerState:
                 found, self._pages = self._run(program, self.params, self._pages, self._state.tokens_S, *placed)
             case "sample" | "sample verified":
                 state = sampled_state(self._state, program.variant)
+                if program.variant in WITH_MASKS and len(placed) == 1:
+                    placed.append(self._unread_masks(program))
                 found, tokens_S, counts_SV = self._run(program, read, *state, *placed)
                 self._state = self._state._replace(tokens_S=tokens_S)
                 if self._state.rules is not None and counts_SV is not None:
                     self._state = self._state._replace(rules=self._state.rules._replace(counts_BV=counts_SV))
-            case "set masks" | "set masks verified":
-                found, masks_STW = None, self._run(program, self._state.masks_STW, *placed)
-                self._state = self._state._replace(masks_STW=masks_STW)
             case "read texts":
                 found = self._run(program, self.params, *placed)
             case "score texts":
@@ -155,6 +157,14 @@ class RunnerState:
             case "clear":
                 found, self._pages = None, self._run(program, self._pages, *placed)
         return found
+
+    def _unread_masks(self, program: Program) -> jax.Array:
+        """Masks for a program that takes some, in a step in which no row has one. They are on the device already."""
+        each = (1 + self.settings.speculate,) if program.kind == "sample verified" else ()
+        shape = program.masks or program.rows, *each, self.static.words
+        if shape not in self._no_masks:
+            self._no_masks[shape] = place(np.zeros(shape, np.int32), self._everywhere)
+        return self._no_masks[shape]
 
     def repeat(self, program: Program, arrays: Sequence[np.ndarray]) -> None:
         """Runs a program that another process of the mesh has run; see `on_program`."""
@@ -168,7 +178,14 @@ class RunnerState:
     def _run(self, program: Program, *args: Any) -> Any:
         return self._programs.get(program, self.params)(*args)
 
-    def _place(self, x: np.ndarray) -> jax.Array:
+    def _place(self, x: np.ndarray) -> np.ndarray | jax.Array:
+        """An array of the host as programs take it.
+
+        The call of a program sends arrays of the host to a single device itself: a small one takes a hundredth of the
+        time that `device_put` takes.
+        """
+        if self.mesh.size == 1:
+            return x
         placed: jax.Array = place(x, self._everywhere)
         return placed
 

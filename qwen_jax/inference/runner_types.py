@@ -50,9 +50,10 @@ class Masks(NamedTuple):
     """Which tokens some rows of a step may have next. All others may have any.
 
     Attributes:
-      rows: places of the masked rows among those of the step, ascending.
-      allowed: int32 [masked rows, ceil(V / 32)], or [masked rows, 1 + k, ceil(V / 32)] for each of 1 + k positions. Bit
-        i of word j is set if token 32 j + i is allowed.
+      rows: places of the masked rows among those of the step, each once.
+      allowed: int32 [M, ceil(V / 32)], or [M, 1 + k, ceil(V / 32)] for each of 1 + k positions: in the order of `rows`,
+        and perhaps more, which have no effect. Bit i of word j is set if token 32 j + i is allowed. It is sent as it is
+        if there are enough: it must not change before the step has been read.
     """
 
     rows: Sequence[int]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from qwen_jax.inference.active import Active, Times
-from qwen_jax.inference.masks import next_masks, speculated_masks
+from qwen_jax.inference.masks import NextMasks, accept_next, speculated_masks
 from qwen_jax.inference.outputs import TokenInfo
 from qwen_jax.inference.pages import PagePool
 from qwen_jax.inference.proposers import Proposer
@@ -62,6 +62,8 @@ class Steps:
         """
         self._runner, self._scheduler, self._on_finished = runner, scheduler, on_finished
         self._pool, self._words = pool, runner.static.words
+        most = max([*runner.buckets.rows, *(chunks for chunks, _ in runner.buckets.prefill)])
+        self._masks = NextMasks(most, self._words)
         self._max_length = runner.settings.max_length
         self._proposer = proposer
         self._in_flight: collections.deque[_InFlight] = collections.deque()
@@ -201,7 +203,7 @@ class Steps:
                 # A mask depends on the token before it. The model runs while the host reads it and makes the mask.
                 self.read_all()
                 rows = _going_on(rows)
-            masks = next_masks(rows, steps, self._words)
+            masks = self._masks.make(rows, steps)
             self._end_those_that_ended(rows)
             rows = _going_on(rows)
         slots = [None if active is None else active.slot for active in rows]
@@ -229,6 +231,7 @@ class Steps:
         record = self._in_flight.popleft()
         found = record.sampled.read()
         ids, logprobs = found.token_ids.tolist(), found.logprobs.tolist()
+        constrained: list[tuple[Active, int]] = []
         for i, active in enumerate(record.rows):
             # A request that ended while this step ran has no use for it.
             if active is None or active.row.finish_reason:
@@ -238,12 +241,25 @@ class Steps:
             elif active.take(ids[i], logprobs[i], self._top(active, found, i)):
                 self.output_tokens += 1
                 if not active.row.finish_reason:
+                    if active.matcher is not None:
+                        constrained.append((active, ids[i]))
+                        continue
                     self._scheduler.read_token(active.scheduled, ids[i])
-            if active.row.finish_reason:
-                self._end(active)
-            else:
-                active.give()
+            self._give(active)
+        if constrained:
+            accept_next(constrained)
+            for active, token in constrained:
+                if not active.row.finish_reason:
+                    self._scheduler.read_token(active.scheduled, token)
+                self._give(active)
         self.readers.wake()
+
+    def _give(self, active: Active) -> None:
+        """Gives a request's reader what is new, or its end."""
+        if active.row.finish_reason:
+            self._end(active)
+        else:
+            active.give()
 
     def _take_several(
         self, active: Active, ids: list[int], logprobs: list[float], top_TK: tuple[np.ndarray, np.ndarray] | None
@@ -253,6 +269,7 @@ class Steps:
         for n, token in enumerate(ids):
             if active.take(token, logprobs[n], None if top_TK is None else (top_TK[0][n], top_TK[1][n])):
                 taken.append(token)
+                active.accept(token)
             if active.row.finish_reason:
                 break
         self.output_tokens += len(taken)

@@ -17,6 +17,7 @@ from experiments.serving.sizes import SIZES
 from qwen_jax.inference.active import Active
 from qwen_jax.inference.runner import Sampled
 from qwen_jax.published import published
+from qwen_jax.tokenizer import train_bpe
 from tests.helpers.runs import print_seed
 
 SMALL = {"dtype": "float32", "max_seqs": 4, "max_length": 64, "max_batched_tokens": 64}
@@ -135,6 +136,14 @@ def test_the_host_alone_is_measured_without_programs():
     found = host_cost.measure(4, 10, 20, incremental=True, text=True, read=True)
     assert found["mean_decode_rows"] == 4
     assert found["host_ms"] > 0
+
+
+def test_the_host_is_measured_with_texts_of_a_grammar():
+    """All of them go on to the end of the measurement, with the tokens that the grammar allows."""
+    pytest.importorskip("llguidance")
+    tokenizer = train_bpe(["hello world, hello there"] * 4, 280)
+    found = host_cost.measure(3, 10, 400, incremental=True, text=True, tokenizer=tokenizer, constrained=True)
+    assert (found["mean_decode_rows"], found["ended"]) == (3, 0)
 
 
 def test_padding_is_counted():

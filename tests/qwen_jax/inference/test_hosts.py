@@ -171,7 +171,7 @@ def test_logits_are_freed_before_the_next_ones_take_memory() -> None:
         return found
 
     runner._read, runner.apply = None, apply  # type: ignore[method-assign]
-    for kind in ("decode", "set masks", "sample", "decode", "sample"):
+    for kind in ("decode", "clear", "sample", "decode", "sample"):
         runner.repeat(Program(kind), [])
     assert len(logits) == 2
 

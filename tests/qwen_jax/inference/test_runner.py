@@ -202,7 +202,7 @@ def test_steps_by_slot_are_those_by_row(dense: tuple[Engine, Runner], rng: np.ra
 
     def recorded(program: Program, *args: Any) -> Any:
         # All but the newest token and the mask of each slot, which differ.
-        arrays = [np.asarray(x) for x in args if isinstance(x, jax.Array) and x.dtype == jnp.int32 and x.ndim == 2]
+        arrays = [np.asarray(x) for x in args if getattr(x, "dtype", None) == jnp.int32 and x.ndim == 2]
         sent.append((program.name, arrays))
         return run(program, *args)
 
@@ -228,7 +228,7 @@ def test_steps_by_slot_are_those_by_row(dense: tuple[Engine, Runner], rng: np.ra
             slots = [None if row is None else row.slot for row in sampled]
             runner.sample_slots(logits, slots, [step] * len(order), masks)
             half = len(sent) // 2
-            assert half == (3 if masked else 2)
+            assert half == 2
             for by_row, by_slot in zip(sent[:half], sent[half:], strict=True):
                 assert by_row[0] == by_slot[0]
                 assert len(by_row[1]) == len(by_slot[1]) >= 1
@@ -312,7 +312,7 @@ def test_only_masks_of_masked_rows_are_sent(dense: tuple[Engine, Runner], rng: n
             for mask_W, token in zip(allowed, only.tolist(), strict=True):
                 mask_W[token // 32] = np.uint32(1 << token % 32).view(np.int32)
             tokens, with_masks = sampled(masked, allowed)
-            assert with_masks - without == sent_masks * (mask_bytes + 4)
+            assert with_masks - without == sent_masks * mask_bytes
             want = dict(zip(masked, only.tolist(), strict=True))
             assert tokens == [want.get(i, free[i]) for i in range(4)]
     finally:

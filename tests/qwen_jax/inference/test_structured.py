@@ -13,7 +13,7 @@ import pytest
 
 from qwen_jax.errors import InputError
 from qwen_jax.inference import structured
-from qwen_jax.inference.structured import Grammars
+from qwen_jax.inference.structured import Grammars, Together
 from qwen_jax.tokenizer import Tokenizer, load_tokenizer, parse_tool_calls
 from tests.helpers.grammars import VOCAB, allowed, check_accepts, ends, grammars, pieces, sample, small
 from tests.helpers.json_schemas import problem, random_document, random_schema
@@ -247,6 +247,58 @@ def test_rows_and_copies_do_not_share_memory() -> None:
             if not matcher.ended and token not in ends():
                 matcher.accept(token)
                 alone[row].append(token)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_texts_go_on_together_as_each_does_alone(threads: int) -> None:
+    """Masks and errors of texts with several grammars, one of which gets a token that it does not allow."""
+    rng = random.Random(threads)
+    both = [grammars().json_schema(random_schema(rng)) for _ in range(3)] + [grammars().regex("[ab]{600}")]
+    both.append(grammars().tool_calls(TOOLS, None, True))
+    together, alone, other = Together(threads), [g.matcher() for g in both], [g.matcher() for g in both]
+    masks = np.zeros((len(both) + 1, -(-VOCAB // 32)), np.int32)
+    for step in range(30):
+        going = [i for i, matcher in enumerate(alone) if not matcher.ended]
+        masks[:] = 7
+        errors = together.fill([other[i] for i in going], masks[: len(going)])
+        assert (masks[len(going) :] == 7).all(), "no more is written"
+        want = np.zeros_like(masks)
+        for row, i in enumerate(going):
+            alone[i].fill(want[row])
+        assert errors == [None] * len(going)
+        np.testing.assert_array_equal(masks[: len(going)], want[: len(going)])
+        bits = np.unpackbits(want[: len(going)].view(np.uint8), axis=1, bitorder="little")
+        tokens = [rng.choice(np.flatnonzero(row).tolist()) for row in bits]
+        if step == 29:
+            tokens[going.index(3)] = VOCAB - 1
+        found = together.accept([other[i] for i in going], tokens)
+        for i, token, error in zip(going, tokens, found, strict=True):
+            problem_alone = structured._error(alone[i].accept, token)
+            assert str(error) == str(problem_alone)
+            assert (error is not None) == ((step, i) == (29, 3))
+            assert error is not None or other[i].ended == alone[i].ended
+
+
+def test_texts_that_take_long_together_are_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a grammar that is too much work meets its budget, and each time it is timed for more tokens."""
+    monkeypatch.setattr(structured, "TOKEN_SECONDS", 0.0)
+    matchers, together = [grammars().regex("a*").matcher() for _ in range(2)], Together(1)
+    masks, token = np.zeros((2, -(-VOCAB // 32)), np.int32), small().encode("a")[0]
+    counts = []
+    for _ in range(3):
+        assert not any(matcher.timed for matcher in matchers)
+        together.fill(matchers, masks)
+        assert all(matcher.timed for matcher in matchers)
+        counts.append(0)
+        while matchers[0].timed:
+            for matcher in matchers:
+                matcher.accept(token)
+            counts[-1] += 1
+    assert counts[1] == 2 * counts[0]
+    assert counts[2] == 2 * counts[1]
+    monkeypatch.setattr(structured, "TOKEN_SECONDS", 1e9)
+    together.fill(matchers, masks)
+    assert not any(matcher.timed for matcher in matchers), "short calls change nothing"
 
 
 def test_threads_share_grammars() -> None:
