@@ -87,9 +87,6 @@ def attempt(case: str, argv: list[str], seconds: float, cache: str) -> list[Reco
     # Nothing else uses the GPU; the engine itself leaves a tenth of this. JAX takes only one of the two variables.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment:
         environment.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
-    # Where there is a GPU that JAX cannot use, it would go on with the CPU.
-    if "driver" in card():
-        environment.setdefault("JAX_PLATFORMS", "cuda,cpu")
     environment |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     if case == "a-transformers":
         environment["JAX_PLATFORMS"] = "cpu"
@@ -236,8 +233,12 @@ def main() -> None:
         from experiments.serving import cases
 
         return cases.run(args.here, args)
-    results = Results(args.folder, header())
-    print(json.dumps(header()), flush=True)
+    common = header()
+    if "driver" in common:
+        # Where there is a GPU that JAX cannot use, it would go on with the CPU.
+        os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu")
+    results = Results(args.folder, common)
+    print(json.dumps(common), flush=True)
     for part in args.parts:
         run_part(part, args, sys.argv[1:], results)
 
