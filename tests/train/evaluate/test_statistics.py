@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from tests.helpers.runs import print_seed
 from train.evaluate import statistics
-from train.evaluate.statistics import estimate, mcnemar, paired
+from train.evaluate.statistics import estimate, mcnemar, paired, tango
 
 
 def binomial_bounds(trials: int, p: float) -> tuple[int, int]:
@@ -60,6 +61,39 @@ def test_mcnemar_is_the_binomial_of_the_items_that_differ() -> None:
         n = better + worse
         want = binomtest(better, n, 0.5).pvalue if n else 1.0
         assert mcnemar(better, worse) == pytest.approx(want, rel=1e-6)
+
+
+def test_the_interval_of_two_shares_covers_their_difference() -> None:
+    """By exact enumeration of all outcomes, for random shares of items that one model alone has right."""
+    from scipy.stats import multinomial
+
+    rng = print_seed()
+    n = int(rng.integers(8, 25))
+    bounds = {(b, c): tango(b, c, n) for b in range(n + 1) for c in range(n + 1 - b)}
+    outcomes = np.array([(b, c, n - b - c) for b, c in bounds])
+    low, high = np.array(list(bounds.values())).T
+    for _ in range(10):
+        shares = rng.dirichlet([1, 1, rng.choice([1, 5])])
+        difference = shares[0] - shares[1]
+        covered = (low <= difference) & (difference <= high)
+        assert multinomial.pmf(outcomes[covered], n, shares).sum() > 0.9
+
+
+def test_the_interval_of_two_shares_agrees_with_their_test_and_is_never_a_point() -> None:
+    """It has 0 where McNemar's statistic is below its quantile; without a difference it is z^2 / (n + z^2) wide."""
+    rng, squared = print_seed(), 1.959963984540054**2
+    for n in [2, 3, *rng.integers(4, 3000, 40).tolist()]:
+        assert tango(0, 0, n) == pytest.approx((-squared / (n + squared), squared / (n + squared)), rel=1e-6)
+        better = int(rng.integers(n + 1))
+        worse = int(rng.integers(n - better + 1))
+        low, high = tango(better, worse, n)
+        assert -1 <= low <= (better - worse) / n <= high <= 1
+        assert low < high
+        assert tango(worse, better, n) == pytest.approx((-high, -low), abs=1e-9)
+        assert (low < 0 < high) == ((better - worse) ** 2 < squared * (better + worse) or better == worse)
+    agreeing = paired([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])
+    assert (agreeing.low, agreeing.high) == tango(0, 0, 3)
+    assert paired([1.0], [0.0]).low is None
 
 
 def test_equal_models_differ_as_often_as_the_level_says() -> None:
