@@ -1,6 +1,7 @@
 """The rewards of a run: its functions, how they are combined, and the episodes that they judge."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -48,6 +49,9 @@ class Judge:
             settings = dict(use.settings)
             if use.spec == "reward_model":
                 settings |= {"formats": formats, "mesh": mesh, "policy_tokenizer": tokenizer}
+            if use.spec == "code":
+                # A resumed run has the verdicts of the run before, also of programs that differ from run to run.
+                settings.setdefault("verdicts", Path(config.output) / f"verdicts-{use.name}.jsonl")
             self.functions[use.name] = load_reward(use.spec, **settings)
         # A gate has no weight; one that is not 1 is an error of `combine`.
         gates = [name for name, function in self.functions.items() if getattr(function, "gate", False)]

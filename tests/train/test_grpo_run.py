@@ -1,6 +1,7 @@
 """GRPO runs from the command line to a model that has learned: exact resume, the order of prompts, and mistakes."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from train import grpo_command, grpo_data
 from train.episodes import Episode, read_episode, write_episode
 from train.grpo_config import GrpoRunConfig, RewardUse
 from train.grpo_run import train_grpo
+from train.judge import Judge
 from train.observe.metrics import read_log
 
 SMALL = [
@@ -341,6 +343,24 @@ def test_an_episode_is_kept_exactly(files: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(InputError, match="no table of rollouts"):
         read_episode(tmp_path / "bad.parquet")
+
+
+def test_a_program_has_one_verdict_also_over_a_resume(files: Path, tmp_path: Path) -> None:
+    """Of programs that print at random, a resumed run would otherwise learn from other rewards."""
+    reward = RewardUse("code", settings={"isolation": "none", "workers": 2})
+    config = dataclasses.replace(configuration(files, tmp_path / "run"), rewards=(reward,))
+    programs = [f"```python\nimport secrets\nprint(secrets.randbelow(2))  # {i}\n```" for i in range(12)]
+
+    def rewards() -> list[float | None]:
+        with contextlib.closing(Judge(config, _Formats(), make_mesh({}, jax.devices()[:1]), None)) as judge:  # type: ignore[arg-type]
+            return judge.functions["code"](
+                completions=programs, finished=[True] * 12, tests=[[{"stdin": "", "expected_stdout": "0"}]] * 12
+            )
+
+    first = rewards()
+    assert None not in first
+    assert rewards() == first
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["verdicts-code.jsonl"]
 
 
 @pytest.mark.parametrize(

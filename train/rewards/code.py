@@ -6,10 +6,12 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
+from train.files import append_record, read_records
 from train.rewards.text import column_of, last_code_block
 from train.sandbox import Limits, Sandbox, Test
 
@@ -37,6 +39,7 @@ class CodeReward:
         language: str = "python",
         language_column: str | None = None,
         partial: bool = False,
+        verdicts: str | Path | None = None,
         sandbox: Any = None,
         **sandbox_settings: Any,
     ):
@@ -46,6 +49,8 @@ class CodeReward:
           language: of the code; see `train.sandbox.LANGUAGES`.
           language_column: of the prompt file, with the language of each prompt instead.
           partial: the reward is the share of passed tests.
+          verdicts: a file that verdicts are kept in, so that a later process knows them; a run of GRPO has one in its
+            output. By default they are remembered in memory alone.
           sandbox: to run in; it stays open. By default one is made.
           **sandbox_settings: of that one: `workers`, `isolation`, and the fields of `train.sandbox.Limits`.
 
@@ -60,6 +65,10 @@ class CodeReward:
         workers = sandbox_settings.get("workers") or getattr(self._sandbox, "workers", None) or 8
         self._threads = ThreadPoolExecutor(int(workers), "code-reward")
         self._known: OrderedDict[str, float] = OrderedDict()
+        self._file = None if verdicts is None else Path(verdicts)
+        if self._file is not None and self._file.exists():
+            kept = read_records(self._file, "key")[-_KEPT:]
+            self._known.update((x["key"], x["reward"]) for x in kept if isinstance(x.get("reward"), float))
 
     def __call__(self, completions: Sequence[str], finished: Sequence[bool], **columns: Any) -> list[float | None]:
         """The rewards, 0 to 1, or None for no signal."""
@@ -80,7 +89,9 @@ class CodeReward:
                 found[i] = 0.0
                 continue
             program = languages[i], block[1], tests[i]
-            key = hashlib.sha256(to_json(program).encode(errors="surrogatepass")).hexdigest()
+            # The same program is worth something else if a part of the tests counts.
+            text = to_json([*program, self._partial])
+            key = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
             places.setdefault(key, []).append(i)
             programs[key] = program
         rewards: dict[str, float | None] = {key: self._known[key] for key in programs if key in self._known}
@@ -90,6 +101,9 @@ class CodeReward:
             rewards[key] = reward
             if certain and reward is not None:
                 self._known[key] = reward
+                if self._file is not None:
+                    self._file.parent.mkdir(parents=True, exist_ok=True)
+                    append_record(self._file, {"key": key, "reward": reward})
         while len(self._known) > _KEPT:
             self._known.popitem(last=False)
         for key, where in places.items():

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,6 +111,29 @@ def test_equal_programs_with_equal_tests_are_run_once() -> None:
         for language in ("python", "c"):
             assert [box.seen.count((language, f"{text}\n")) for text in "ab"] == [1 + 2 * times, 1]
     reward.close()
+
+
+def test_verdicts_are_kept_for_a_later_process(tmp_path: Path) -> None:
+    """With a file that was cut by a crash, too; and a share of the tests is another verdict than all of them."""
+    file, programs = tmp_path / "run" / "verdicts.jsonl", ["a", "b", "c"]
+    tests = [prints("a", "a"), prints("b", "x"), prints("machine")]
+
+    def rewards(**settings: Any) -> tuple[list[float | None], list[str]]:
+        box = Sandbox()
+        reward = load_reward("code", sandbox=box, verdicts=str(file), **settings)
+        found = reward([f"```\n{text}\n```" for text in programs], [True] * 3, tests=tests)
+        return found, sorted(source.strip() for _, source in box.seen)
+
+    assert rewards() == ([1.0, 0.0, None], ["a", "b", "c"])
+    # What is uncertain is run again.
+    assert rewards() == ([1.0, 0.0, None], ["c"])
+    assert rewards(partial=True) == ([1.0, 0.5, None], ["a", "b", "c"])
+    assert rewards(partial=True) == ([1.0, 0.5, None], ["c"])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5])
+    assert rewards(partial=True) == ([1.0, 0.5, None], ["b", "c"])
+    assert rewards() == ([1.0, 0.0, None], ["c"])
+    assert rewards(partial=True) == ([1.0, 0.5, None], ["c"])
 
 
 def test_the_sandbox_that_is_made() -> None:
