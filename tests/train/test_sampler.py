@@ -109,7 +109,8 @@ def test_log_probabilities_are_those_at_the_sampling_temperature(
 ) -> None:
     config = dataclasses.replace(CONFIG, temperature=temperature)
     samples = flat(Sampler(engine, config).sample(random_prompts(print_seed(), 3), 0))
-    assert gaps(params, MODEL, mesh, samples, temperature).max() < 1e-5
+    # The rounding of logits, too, is divided by the temperature.
+    assert gaps(params, MODEL, mesh, samples, temperature).max() < 1e-5 / temperature
     assert gaps(params, MODEL, mesh, samples).max() > 0.1
 
 
