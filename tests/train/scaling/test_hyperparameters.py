@@ -53,7 +53,10 @@ def test_recovers_an_exact_law_from_off_centre_grids(form: Form) -> None:
     np.testing.assert_allclose(fit.law.matrix, law.matrix, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(fit.curvature, CURVATURE, rtol=1e-6)
     assert not fit.warnings
-    assert max(one.value for one in regrets(fit.law, table.cells())) < 1e-9
+    # Where runs are missing around an optimum, its loss is not that of the quadratic.
+    found = [one.value for one in regrets(fit.law, table.cells()) if one.how == "quadratic"]
+    assert found
+    assert max(found) < 1e-9
 
 
 @BOTH
