@@ -45,13 +45,13 @@ def planted(rng: random.Random) -> dict[str, str]:
     card = with_luhn(rng.choice(["4", "51", "6011"]).ljust(4, "7") + some(digits, 11))
     account = iban("DE", some(digits, 18))
     last = rng.randrange(1, 255)
+    # A number of fewer than three digits is taken for one that is made up.
+    phone = "".join(rng.sample("23456789", 3)) + some(digits, 3)
     return {
         "email": f"{some(letters, 5)}.{some(letters, 6)}@{some(letters, 8)}.{rng.choice(['com', 'de', 'co.uk'])}",
         "iban": rng.choice([account, " ".join(account[i : i + 4] for i in range(0, 22, 4))]),
         "card": rng.choice([" ", "-"]).join(card[i : i + 4] for i in range(0, 16, 4)),
-        "phone": rng.choice(["+49 30 {}", "+44 (0) 20{}", "+81-3-{}", "+1 415 2{}", "+33.1.{}.9"]).format(
-            some("23456789", 3) + some(digits, 3)
-        ),
+        "phone": rng.choice(["+49 30 {}", "+44 (0) 20{}", "+81-3-{}", "+1 415 2{}", "+33.1.{}.9"]).format(phone),
         "ip": rng.choice([f"84.123.{some('12', 2)}.{last}", f"2a02:{some('123456789', 4)}::{some('abcdef', 3)}"]),
         "secret": rng.choice(
             [
