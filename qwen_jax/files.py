@@ -1,8 +1,9 @@
-"""Small files: reading JSON, saying why a file cannot be used, and writing strict JSON."""
+"""Small files: reading JSON, saying why a file cannot be used, and writing strict JSON and whole files."""
 
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, it holds a {type(value).__name__}.")
     return value
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a file under a temporary name beside its place, then renames it. Raises InputError where it cannot."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def to_json(

@@ -106,7 +106,7 @@ class Workers:
         if stopped:
             raise SystemExit(128 + stopped)
 
-    def _start(self, count: int, gpus: Sequence[str]) -> None:
+    def _start(self, count: int, cards: Sequence[str]) -> None:
         """Starts processes up to a number, each on one of the GPUs; with no or one GPU, on all devices."""
         context = multiprocessing.get_context("spawn")
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ class Workers:
             arguments = (theirs, self._folder, str(number), self._train)
             process = context.Process(target=_work, args=arguments, name=str(number), daemon=True)
             # The process reads them when it first uses a GPU.
-            with _environment(variables(number, self._count, gpus)):
+            with _environment(variables(number, self._count, cards)):
                 process.start()
             theirs.close()
             self._processes[ours] = process
@@ -129,19 +129,19 @@ def gpus() -> list[str]:
     return [str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
 
 
-def variables(number: int, count: int, gpus: Sequence[str]) -> dict[str, str]:
+def variables(number: int, count: int, cards: Sequence[str]) -> dict[str, str]:
     """The environment of a worker: its GPU, and its share of the memory.
 
     Args:
       number: of the worker, from 0.
       count: of workers.
-      gpus: that they have in turn.
+      cards: the GPUs that they have in turn.
     """
     # With one GPU, or none, nothing is chosen.
-    here = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if len(gpus) > 1 else {}
+    here = {"CUDA_VISIBLE_DEVICES": cards[number % len(cards)]} if len(cards) > 1 else {}
     newer, older = _MEMORY_VARIABLES
     name = older if older in os.environ else newer
-    together = math.ceil(count / max(len(gpus), 1))
+    together = math.ceil(count / max(len(cards), 1))
     return {**here, name: f"{float(os.environ.get(name) or _MEMORY) / together:.3f}"}
 
 

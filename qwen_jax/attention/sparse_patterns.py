@@ -9,7 +9,7 @@ import numpy as np
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.files import to_json, why_unusable
+from qwen_jax.files import to_json, why_unusable, write_atomic
 
 FILE_NAME = "sparse_attention_config.json"
 """The sparsity file in the repository of a published 1M-context checkpoint."""
@@ -115,9 +115,6 @@ class VerticalSlash:
 
     def to_file(self, path: Path) -> None:
         """Writes a sparsity file. A score that is not known is written as 1.0."""
-        # Here, because models run without tokenizers.
-        from qwen_jax.tokenizer.files import write_atomic
-
         scores = self.scores or tuple((1.0,) * len(layer) for layer in self.columns)
         rows = zip(self.columns, self.slashes, scores, strict=True)
         layers = [

@@ -9,12 +9,12 @@ import numpy as np
 
 from qwen_jax.errors import InputError
 from qwen_jax.inference.completion import Row
+from qwen_jax.inference.matching import Matcher
 from qwen_jax.inference.outputs import Finished, Step, TokenInfo, TokenInfos
 from qwen_jax.inference.request import Request
 from qwen_jax.inference.sampling import NOT_FINITE
 from qwen_jax.inference.scheduler import Sequence
 from qwen_jax.inference.stream import Stream
-from qwen_jax.inference.structured import Matcher
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,6 @@ milliseconds.
 import functools
 import hashlib
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from jax import export
 from jax.sharding import Mesh
 
 import qwen_jax
+from qwen_jax.files import write_atomic
 from qwen_jax.inference.row_sampling import Rules
 from qwen_jax.inference.runner_programs import Pages
 from qwen_jax.kernels import QuantizedRows
@@ -81,7 +80,9 @@ def load_or_export(
         platform = {"gpu": "cuda"}.get(mesh.devices.flat[0].platform, mesh.devices.flat[0].platform)
         try:
             exported = export.export(jax.jit(flat), platforms=[platform], disabled_checks=checks)(*leaves)
-            _write(file, bytes(exported.serialize()))
+            data = bytes(exported.serialize())
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, hashlib.sha256(data).digest() + data)
         except (ValueError, NotImplementedError, OSError) as error:
             _log.warning("A lowered program is not kept for the next start: %s", error)
             return function
@@ -127,16 +128,3 @@ def _load(file: Path) -> export.Exported | None:
         _log.warning("%s is damaged. It is written again.", file)
         return None
     return export.deserialize(bytearray(data))
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Writes a digest and the data. The file has its name only when it is complete."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(hashlib.sha256(data).digest() + data)
-        os.replace(part, file)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise

@@ -9,8 +9,8 @@ import numpy as np
 
 from qwen_jax.errors import InputError
 from qwen_jax.inference.active import Active
+from qwen_jax.inference.matching import Matcher, Together
 from qwen_jax.inference.runner_types import Masks
-from qwen_jax.inference.structured import Matcher, Together
 
 # Masks that took longer in the step before are made in threads; for less, waking a thread costs as much.
 _WORTH_THREADS = 0.001

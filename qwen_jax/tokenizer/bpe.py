@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from qwen_jax.errors import InputError
+from qwen_jax.files import write_atomic
 from qwen_jax.tokenizer.base import Tokenizer
 from qwen_jax.tokenizer.control import CONTROL_TOKENS
 from qwen_jax.tokenizer.files import (
@@ -23,7 +24,6 @@ from qwen_jax.tokenizer.files import (
     parse_json_object,
     read_text,
     save_settings,
-    write_atomic,
 )
 from qwen_jax.tokenizer.text import documents, valid_text
 from qwen_jax.tokenizer.vocabulary import (

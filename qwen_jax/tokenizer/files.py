@@ -1,8 +1,6 @@
 """The files beside a vocabulary (tokenizer_config.json, chat templates, added tokens), and safe reading and writing."""
 
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -10,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import InputError
-from qwen_jax.files import why_unusable
+from qwen_jax.files import why_unusable, write_atomic
 from qwen_jax.tokenizer.control import CONTROL_TOKENS, END_OF_TEXT, TURN_START
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -227,18 +225,6 @@ def make_folder(folder: str | Path) -> Path:
     except OSError as error:
         raise InputError(f"cannot save a tokenizer to {path}: {error.strerror}. Choose another folder.") from None
     return path
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name beside its place, then rename it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -11,6 +11,7 @@ from typing import Literal
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from qwen_jax.errors import InputError
+from qwen_jax.files import write_atomic
 from qwen_jax.tokenizer.base import Tokenizer
 from qwen_jax.tokenizer.control import CONTROL_TOKENS
 from qwen_jax.tokenizer.files import (
@@ -20,7 +21,6 @@ from qwen_jax.tokenizer.files import (
     make_folder,
     read_bytes,
     save_settings,
-    write_atomic,
 )
 from qwen_jax.tokenizer.text import documents
 

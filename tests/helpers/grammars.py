@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qwen_jax.inference.structured import Grammar, Grammars, Matcher
+from qwen_jax.inference.matching import Matcher
+from qwen_jax.inference.structured import Grammar, Grammars
 from qwen_jax.tokenizer import Tokenizer, train_bpe
 from tests.helpers.json_schemas import random_document, random_schema
 

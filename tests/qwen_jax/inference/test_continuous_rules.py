@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from qwen_jax.errors import InputError
-from qwen_jax.inference import SamplingParams, masks, structured
+from qwen_jax.inference import SamplingParams, masks, matching
 from qwen_jax.inference.completion import Ending
 from qwen_jax.inference.continuous import ContinuousEngine
+from qwen_jax.inference.matching import Matcher
 from qwen_jax.inference.proposers import Ngrams
 from qwen_jax.inference.request import Request
-from qwen_jax.inference.structured import Matcher
 from qwen_jax.tokenizer import Tokenizer, train_bpe
 from tests.helpers.hf import make_hf_checkpoint
 from tests.helpers.runs import print_seed
@@ -162,8 +162,8 @@ def test_an_ambiguous_grammar_ends_its_request_alone(
     """A text's masks have a budget of processor time; the others in the batch are as without it."""
     pytest.importorskip("llguidance")
     rng = print_seed()
-    monkeypatch.setattr(structured, "BURST_SECONDS", 0.05)
-    monkeypatch.setattr(structured, "TOKEN_SECONDS", 1e-3)
+    monkeypatch.setattr(matching, "BURST_SECONDS", 0.05)
+    monkeypatch.setattr(matching, "TOKEN_SECONDS", 1e-3)
     ending = dataclasses.replace(NO_END, max_new_tokens=120)
     proposer = Ngrams(3, rows=8) if speculative else None
     with make_engine(checkpoint, tokenizer, proposer=proposer) as engine:

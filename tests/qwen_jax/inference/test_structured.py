@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from qwen_jax.errors import InputError
-from qwen_jax.inference import structured
-from qwen_jax.inference.structured import Grammars, Together
+from qwen_jax.inference import matching
+from qwen_jax.inference.matching import Together
+from qwen_jax.inference.structured import Grammars
 from qwen_jax.tokenizer import Tokenizer, load_tokenizer, parse_tool_calls
 from tests.helpers.grammars import VOCAB, allowed, check_accepts, ends, grammars, pieces, sample, small
 from tests.helpers.json_schemas import problem, random_document, random_schema
@@ -273,7 +274,7 @@ def test_texts_go_on_together_as_each_does_alone(threads: int) -> None:
             tokens[going.index(3)] = VOCAB - 1
         found = together.accept([other[i] for i in going], tokens)
         for i, token, error in zip(going, tokens, found, strict=True):
-            problem_alone = structured._error(alone[i].accept, token)
+            problem_alone = matching._error(alone[i].accept, token)
             assert str(error) == str(problem_alone)
             assert (error is not None) == ((step, i) == (29, 3))
             assert error is not None or other[i].ended == alone[i].ended
@@ -281,7 +282,7 @@ def test_texts_go_on_together_as_each_does_alone(threads: int) -> None:
 
 def test_texts_that_take_long_together_are_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """So a grammar that is too much work meets its budget, and each time it is timed for more tokens."""
-    monkeypatch.setattr(structured, "TOKEN_SECONDS", 0.0)
+    monkeypatch.setattr(matching, "TOKEN_SECONDS", 0.0)
     matchers, together = [grammars().regex("a*").matcher() for _ in range(2)], Together(1)
     masks, token = np.zeros((2, -(-VOCAB // 32)), np.int32), small().encode("a")[0]
     counts = []
@@ -296,7 +297,7 @@ def test_texts_that_take_long_together_are_timed_alone(monkeypatch: pytest.Monke
             counts[-1] += 1
     assert counts[1] == 2 * counts[0]
     assert counts[2] == 2 * counts[1]
-    monkeypatch.setattr(structured, "TOKEN_SECONDS", 1e9)
+    monkeypatch.setattr(matching, "TOKEN_SECONDS", 1e9)
     together.fill(matchers, masks)
     assert not any(matcher.timed for matcher in matchers), "short calls change nothing"
 
@@ -353,8 +354,8 @@ def test_a_token_that_is_not_allowed_spoils_the_matcher_only() -> None:
 
 def test_the_time_of_copies_counts_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proposals are tried on copies: their work is that of the text, and what a grammar may take grows with it."""
-    monkeypatch.setattr(structured, "BURST_SECONDS", 0.05)
-    monkeypatch.setattr(structured, "TOKEN_SECONDS", 0.0)
+    monkeypatch.setattr(matching, "BURST_SECONDS", 0.05)
+    monkeypatch.setattr(matching, "TOKEN_SECONDS", 0.0)
     matcher = grammars().ebnf('start: e\ne: e e e | e e | "a"').matcher()
     token = small().encode("a")[0]
 
