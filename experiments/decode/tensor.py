@@ -11,8 +11,8 @@ sampling that Qwen2.5 recommends (temperature 0.7, top-k 20, top-p 0.8, repetiti
 device cannot help reading in a step, at the copy bandwidth of one device, measured in the same process: its part of
 every weight but the embedding table, and of the live cache. Bytes of collectives are those that one device sends in a
 step, from the compiled program. `--one-row` says how one row on one device is decoded: by kernels that are launched
-one by one and overlap, by the same kernels in CUDA graphs, by these kernels with integer codes that are multiplied as
-integers (`digits`), or by the model's general path.
+one by one and overlap, by the same kernels in CUDA graphs, by these kernels with integer codes that are converted to
+bfloat16 and not multiplied as integers (`converted`), or by the model's general path.
 """
 
 import argparse
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
     parser.add_argument("--steps", type=int, default=128, help="tokens that are decoded")
     parser.add_argument("--codes", choices=sorted(SCHEMES), help="quantise the projections")
-    parser.add_argument("--one-row", choices=("overlap", "graphs", "digits", "general"), default="overlap")
+    parser.add_argument("--one-row", choices=("overlap", "graphs", "converted", "general"), default="overlap")
     parser.add_argument("--bandwidth", type=float, help="TB/s that a device reads; by default it is measured")
     parser.add_argument("--json", action="store_true", help="one JSON object for each case")
     args = parser.parse_args(argv)
@@ -179,8 +179,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     if args.one_row == "graphs":
         one_row.compiler_options = lambda sharding: None
-    elif args.one_row == "digits":
-        quantized_gpu_digits.ENABLED = True
+    elif args.one_row == "converted":
+        quantized_gpu_digits.ENABLED = False
     elif args.one_row == "general":
         one_row.supports = lambda *_: False
     if args.codes:

@@ -41,7 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.kernels.decode import layer_gpu_quantized
-from qwen_jax.kernels.matmul import quantized_gpu, quantized_gpu_digits
+from qwen_jax.kernels.matmul import quantized_gpu
 from qwen_jax.kernels.matmul.few_rows_gpu import skinny_matmul
 
 # Outputs and inputs of the products of a layer: queries, keys and values; output; gate and up; down. Of A2.7B these are
@@ -132,7 +132,6 @@ def product(name: str, rows: int) -> Callable[..., jax.Array]:
     if name == "bf16":
         return lambda x, w: skinny_matmul(x, w).sum(axis=0)
     if name.endswith("_digits"):
-        quantized_gpu_digits.ENABLED = True
         return in_digits
     if name == "plain":
         return lambda x, *w: einsum(x, dequantized("plain", *w).astype(x.dtype))

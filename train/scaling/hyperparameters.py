@@ -393,7 +393,8 @@ def _solve_pooled(x_CK: Array, runs: list[tuple[Array, Array]], weights: list[Ar
 
 def law_parameters(matrix: Array) -> dict[str, Any]:
     """W in words: a coefficient and exponents of `params` and `tokens` for each of the two laws."""
-    return {
-        name: {"coefficient": float(np.exp(row[0])), "params": float(row[1]), "tokens": float(row[2])}
-        for name, row in zip(("learning_rate", "batch_tokens"), matrix, strict=True)
-    }
+    with np.errstate(over="ignore"):  # Draws of a law that is hardly determined are far off.
+        return {
+            name: {"coefficient": float(np.exp(row[0])), "params": float(row[1]), "tokens": float(row[2])}
+            for name, row in zip(("learning_rate", "batch_tokens"), matrix, strict=True)
+        }

@@ -239,13 +239,15 @@ def predict(law: Mapping[str, Any], params: float, tokens: float) -> Prediction:
     if law.get("loss"):
         loss = float(loss_law.LossLaw(**law["loss"]).loss(params, tokens))
         losses = np.array([float(loss_law.LossLaw(*one).loss(params, tokens)) for one in law.get("loss_draws") or []])
+    with np.errstate(over="ignore"):  # Draws of a law that is hardly determined are far off.
+        rates, batches = np.exp(draws).T
     return Prediction(
         params,
         tokens,
         rate,
-        _percentiles(np.exp(draws[:, 0]), level),
+        _percentiles(rates, level),
         batch,
-        _percentiles(np.exp(draws[:, 1]), level),
+        _percentiles(batches, level),
         loss,
         _percentiles(losses, level),
         level,

@@ -13,12 +13,6 @@ from tests.helpers.gpu_quantized import CAN_INTERPRET, interpreted
 from tests.qwen_jax.kernels.test_flash_decode_int8_gpu import held
 
 
-@pytest.fixture(autouse=True)
-def enabled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Digits are used wherever they can be."""
-    monkeypatch.setattr(digits, "ENABLED", True)
-
-
 def print_seed() -> np.random.Generator:
     """A generator with a fresh seed, which pytest shows if the test fails."""
     seed = np.random.SeedSequence().entropy
