@@ -4,7 +4,8 @@ The cache is contiguous or in pages.
 
 On a tensor axis each device runs its heads and its part of the feed-forward layer, with four kernels and two float32
 all-reduces of [D] a layer: attention, the output projection, all-reduce, the feed-forward layer, all-reduce, and the
-next layer's q, k and v.
+next layer's q, k and v. Where weights are quantised, the same all-reduces stand among nine kernels, each behind a sum
+of partial results.
 
 `qwen_jax.model` computes the same with ten kernels a layer, or thirteen; at batch 1 the gaps between kernels cost more
 than a tenth of the time. The numerics are the same (Hugging Face's order of casts, products accumulated in float32),
@@ -181,11 +182,11 @@ def _step(
             out, kv = cache_layers[i].step(qkv.reshape(1, -1, d), bias, (cos, sin), cache.start_B, scale=d**-0.5)
             written.append(kv)
             heads_I, goes_on = out.reshape(-1), i + 1 < len(layers)
+            if quantized:
+                x_D, qkv = _quantized_tail(layer, heads_I, x_D, *following[i + 1], eps, goes_on, sharding.tensor > 1)
+                continue
             if sharding.tensor > 1:
                 x_D, qkv, counter = _sharded_tail(layer, heads_I, x_D, *following[i + 1], counter, eps, goes_on, blocks)
-                continue
-            if quantized:
-                x_D, qkv = _quantized_tail(layer, heads_I, x_D, *following[i + 1], eps, goes_on)
                 continue
             # Everything up to the projections of the next layer, or to the logits, in the other kernel.
             if moe is None:
@@ -257,8 +258,9 @@ def _sharded_tail(
 
 
 def _quantized_tail(
-    layer: Params, heads_I: jax.Array, x_D: jax.Array, norm_D: jax.Array, w: Any, eps: float, goes_on: bool
-) -> tuple[jax.Array, jax.Array | None]:
+    layer: Params, heads_I: jax.Array, x_D: jax.Array, norm_D: jax.Array, w: Any, eps: float, goes_on: bool,
+    sharded: bool,
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """Everything from the heads' output up to the projections of the next layer, with quantised weights.
 
     Args:
@@ -268,6 +270,7 @@ def _quantized_tail(
       norm_D, w: the norm and the matrix that follow.
       eps: of the norms.
       goes_on: whether a layer follows, and not the head, which is not quantised.
+      sharded: whether this is a tensor shard.
     """
     from qwen_jax.kernels.decode import layer_gpu_quantized
 
@@ -283,5 +286,6 @@ def _quantized_tail(
         norm_D,
         w if goes_on else None,
         eps=eps,
+        axis="tensor" if sharded else None,
     )
     return result

@@ -64,12 +64,17 @@ def plain_feed_forward(
 
 def plain_tail(
     heads: jax.Array, stream: jax.Array, w_o: jax.Array, mid_norm: jax.Array, w_gate_up: jax.Array, w_down: jax.Array,
-    next_norm: jax.Array, w_next: jax.Array, counter: jax.Array, *, out_dtype: Any = jnp.bfloat16, **_: Any,
+    next_norm: jax.Array, w_next: jax.Array, counter: jax.Array, *, out_dtype: Any = jnp.bfloat16,
+    axis: str | None = None, **_: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """`layer_tail` in plain functions."""
-    stream = stream + times(w_o, heads).astype(stream.dtype)
+
+    def of_all_shards(x: jax.Array) -> jax.Array:
+        return (x if axis is None else jax.lax.psum(x, axis)).astype(stream.dtype)
+
+    stream = stream + of_all_shards(times(w_o, heads))
     gate, up = times(w_gate_up, norm(stream, mid_norm))
-    stream = stream + times(w_down, (jax.nn.silu(gate) * up).astype(stream.dtype)).astype(stream.dtype)
+    stream = stream + of_all_shards(times(w_down, (jax.nn.silu(gate) * up).astype(stream.dtype)))
     return stream, plain_product(stream, next_norm, w_next, out_dtype=out_dtype), counter
 
 
@@ -80,13 +85,14 @@ def plain_quantized_product(stream_D: jax.Array, norm_D: jax.Array, w: layer_gpu
 
 def plain_quantized_tail(
     heads: jax.Array, stream: jax.Array, o: Any, mid_norm: jax.Array, gate_up: Any, down: Any, next_norm: jax.Array,
-    next_qkv: Any, **_: Any,
+    next_qkv: Any, *, axis: str | None = None, **_: Any,
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """`layer_gpu_quantized.layer_tail` in plain functions."""
     w_o, w_gate_up, w_down = (dequantize(*w) for w in (o, gate_up, down))
     w_next = jnp.zeros((0, stream.size)) if next_qkv is None else dequantize(*next_qkv)
     both = w_gate_up.reshape(2, -1, stream.size)
-    stream, out, _ = plain_tail(heads, stream, w_o, mid_norm, both, w_down, next_norm, w_next, jnp.zeros(1))
+    args = heads, stream, w_o, mid_norm, both, w_down, next_norm, w_next, jnp.zeros(1)
+    stream, out, _ = plain_tail(*args, axis=axis)
     return stream, None if next_qkv is None else out
 
 

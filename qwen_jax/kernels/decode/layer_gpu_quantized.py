@@ -8,6 +8,8 @@ chip, while the small kernel before it still waits for its own input.
 Integer codes whose scales are those of 128 inputs or more are multiplied as integers: the small kernels then write a
 vector as digits of 8 bits (`quantized_gpu_digits`).
 
+On a tensor axis the partial results of the output projection and of down are first added over the shards.
+
 The numbers are those of the products and norms one by one, with one exception: the inner vector of the feed-forward
 layer is rounded once, after the nonlinearity.
 """
@@ -93,7 +95,7 @@ def supports(matrices: Mapping[str, tuple[int, int, int]], codes: str, scales: s
     )
 
 
-@functools.partial(jax.jit, static_argnames=("eps",))
+@functools.partial(jax.jit, static_argnames=("eps", "axis"))
 def layer_tail(
     heads_I: jax.Array,
     stream_D: jax.Array,
@@ -105,6 +107,7 @@ def layer_tail(
     next_qkv: Matrix | None,
     *,
     eps: float,
+    axis: str | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """From the output of the heads of one layer to the raw q, k and v of the next one.
 
@@ -118,6 +121,8 @@ def layer_tail(
       next_norm_D, next_qkv: the norm and the matrix of q, k and v of the next layer, [N, D]. Without a matrix the layer
         is the last one.
       eps: of the norms.
+      axis: mesh axis over which heads, feed-forward layer and q, k and v are split, in a `shard_map`; None if they are
+        whole.
 
     Returns:
       The residual stream after the layer, bfloat16 [D], and bfloat16 [N], or None.
@@ -126,13 +131,17 @@ def layer_tail(
       InputError: shapes or dtypes that are not supported.
     """
     _check((heads_I, stream_D, mid_norm_D, next_norm_D), (o, gate_up, down, *([] if next_qkv is None else [next_qkv])))
+
+    def of_all_shards(parts_PD: jax.Array) -> jax.Array:
+        return parts_PD if axis is None else lax.psum(parts_PD.sum(axis=0, keepdims=True), axis)
+
     # The output projection; the residual stream and the norm of the feed-forward layer.
-    attended = product(in_order(heads_I, o), o)
+    attended = of_all_shards(product(in_order(heads_I, o), o))
     stream_D, x = add_norm(stream_D, mid_norm_D, gate_up, attended, eps=eps)
     assert x is not None
     # The feed-forward layer; the residual stream and the norm of the next layer.
     inner = swiglu(product(x, gate_up), down)
-    stream_D, x = add_norm(stream_D, next_norm_D, next_qkv, product(inner, down), eps=eps)
+    stream_D, x = add_norm(stream_D, next_norm_D, next_qkv, of_all_shards(product(inner, down)), eps=eps)
     return stream_D, None if x is None or next_qkv is None else product(x, next_qkv, whole=True)[0]
 
 

@@ -16,6 +16,7 @@ from qwen_jax.inference.runner_lowering import Program
 from qwen_jax.inference.runner_programs import Pages, StaticArgs, decode, decode_options
 from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.published import published
+from qwen_jax.quantization import Quantization, Scheme
 from tests.helpers import decode_cases
 from tests.helpers.layer_cases import drawn, error, plain_kernels
 
@@ -94,12 +95,16 @@ def test_the_model_passes_the_right_arguments_to_the_paged_step(
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="the kernels themselves run there")
+@pytest.mark.parametrize("scheme", [None, Scheme("int4", 16, "bfloat16", "zero"), Scheme("int8")], ids=str)
 @pytest.mark.parametrize("name", ["tiny", "tiny-untied"])
-def test_one_row_on_a_tensor_axis_equals_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_row_on_a_tensor_axis_equals_the_model(
+    name: str, scheme: Scheme | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each device has its heads, its part of the feed-forward layer and of the vocabulary; their results are added."""
     if jax.device_count() < 4:
         pytest.skip("Needs 4 devices.")
-    config = dataclasses.replace(published(name), num_layers=2, vocab_size=160)
+    quantization = None if scheme is None else Quantization(scheme)
+    config = dataclasses.replace(published(name), num_layers=2, vocab_size=160, quantization=quantization)
     seed = int(np.random.SeedSequence().entropy % 2**32)  # type: ignore[operator]
     print("seed", seed)
     # Four shards have more key/value heads than the model.
@@ -107,7 +112,10 @@ def test_one_row_on_a_tensor_axis_equals_the_model(name: str, monkeypatch: pytes
     want = decoded(config, 1, seed, axes)
     calls = plain_kernels(monkeypatch)
     got = decoded(config, 1, seed, axes)
-    assert calls == ["first", *["attention", "output", "feed forward", "first"] * 2]
+    if scheme is None:
+        assert calls == ["first", *["attention", "output", "feed forward", "first"] * 2]
+    else:
+        assert calls == ["quantised first", *["attention", "quantised"] * 2, "first"]
     check_same(got, want, 1)
     monkeypatch.setattr(kernels, "supports_decode_step", lambda *_: True)
     _, pages, static, _ = got

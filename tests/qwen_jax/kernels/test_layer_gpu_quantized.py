@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
@@ -21,6 +23,7 @@ from qwen_jax.kernels.matmul.quantized import dequantize
 from qwen_jax.kernels.matmul.quantized_gpu_few import product
 from qwen_jax.kernels.matmul.quantized_gpu_tiles import Operands, permuted
 from qwen_jax.kernels.matmul.quantized_gpu_tiling import choose_tiling
+from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.published import published
 from qwen_jax.quantization import Quantization, Scheme
 from tests.helpers.gpu_quantized import CAN_INTERPRET, interpreted
@@ -123,6 +126,48 @@ def test_lowers_for_hopper_to_eight_kernels_and_nothing_else(name: str, scheme: 
     assert text.count("@mosaic_gpu_v2") == 8
     done = set(re.findall(r"stablehlo\.(\w+)", text))
     assert done <= {"custom_call", "output_operand_alias", "reshape", "broadcast_in_dim"}, done
+
+
+@pytest.mark.draw(2)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize(("name", "shards"), [("qwen2.5-7b", 2), ("qwen2.5-7b", 4), ("qwen2.5-32b", 4)])
+def test_a_tensor_shard_adds_two_sums_and_two_all_reduces(name: str, shards: int, scheme: Scheme) -> None:
+    """Beside the eight kernels of a layer, each of the shard's sizes."""
+    if jax.device_count() < shards:
+        pytest.skip(f"Needs {shards} devices.")
+    c = dataclasses.replace(published(name), quantization=Quantization(scheme))
+    assert layer.supports(c, shards)
+    mesh = make_mesh({"tensor": shards}, jax.devices()[:shards])
+    I, D, F = c.num_heads * c.head_dim, c.hidden_size, c.intermediate_size
+
+    def array(shape: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    def matrix(N: int, K: int, spec: P) -> Matrix:
+        G = scheme.groups(K, shards if spec[1] else 1)
+        arrays = {name: array((N, G), dtype, spec) for name, dtype in scheme.arrays().items()}
+        return Matrix(**{**arrays, "weight": array((N, K), scheme.codes, spec)})  # type: ignore[arg-type]
+
+    outputs, inputs = P("tensor", None), P(None, "tensor")
+    heads, stream = array((I,), jnp.bfloat16, P("tensor")), array((D,), jnp.bfloat16, P(None))
+    o, gate_up, down = matrix(D, I, inputs), matrix(2 * F, D, outputs), matrix(D, F, inputs)
+    qkv = matrix(I + 2 * c.num_kv_heads * c.head_dim, D, outputs)
+    args = heads, stream, o, stream, gate_up, down, stream, qkv
+    tail = functools.partial(layer_tail, eps=EPS, axis="tensor")
+    with jax.set_mesh(mesh):
+        run = jax.shard_map(tail, out_specs=(P(None), P("tensor")), check_vma=False)
+        text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == 8
+    assert text.count("stablehlo.all_reduce") == text.count("stablehlo.reduce(") == 2
+
+
+def test_sizes_of_a_shard_decide_about_its_kernels() -> None:
+    """72B has parts of 7,392 columns on four devices, and its quantised checkpoints 29,696 columns for 29,568."""
+    quantized = dataclasses.replace(published("qwen2.5-72b"), quantization=Quantization(SCHEMES[0]))
+    assert not layer.supports(quantized, 4)
+    assert layer.supports(dataclasses.replace(quantized, intermediate_size=29_696), 4)
+    # Groups of 128 are cut to 64 where a shard has 1,856 columns, which are not whole tiles.
+    assert not layer.supports(dataclasses.replace(quantized, intermediate_size=29_696), 16)
 
 
 def test_unsupported_arguments_are_refused() -> None:
