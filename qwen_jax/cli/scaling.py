@@ -78,6 +78,8 @@ class Fit:
                 raise InputError(
                     f"--law {self.law} does not read {', '.join(unread)}. Leave it out, or give --law {law}."
                 )
+        if self.seed < 0:
+            raise InputError(f"--seed must be at least 0, got {self.seed}.")
         value, text, pictures = _FITS[self.law](self)
         if self.output is not None:
             predict = sibling("train.scaling.predict")
