@@ -156,7 +156,8 @@ class Rewards:
             Console(file=sys.stdout).print(table)
             print(f"{found['items']:,} items, {found['ties']:,} ties of {found['pairs']:,} pairs (not right)")
             if found["too_long"]:
-                complain(f"{found['too_long']:,} items of {benchmark} are longer than the model's context: no result.")
+                text = f"{found['too_long']:,} items of {benchmark} are longer than the model's context: no result."
+                complain(text, "warning")
             if any(figure["incomplete"] for figure in found["figures"].values()):
                 print("* not the published set: summary.json says what is missing")
         print(f"all numbers: {self.output / summary_name}; the report's table: {self.output / table_name}")

@@ -131,7 +131,7 @@ class Evaluate:
         if not chosen.names:
             raise InputError(f"No task of {name} can run here: see qwen-jax eval list --suite {name}.")
         for benchmark, why in chosen.left_out.items():
-            complain(f"{benchmark} is left out: {why}.")
+            complain(f"{benchmark} is left out: {why}.", "warning")
         return chosen
 
     def _tools(self, names: Any) -> Any:
@@ -171,9 +171,10 @@ class Evaluate:
             complain(f"{task}: {why.rstrip('.')}.")
         unscored = len(failed)
         for task, found in summary["tasks"].items():
-            unscored += max((metric["unscored"] for metric in found["metrics"].values()), default=0)
+            lacking = max((metric["unscored"] for metric in found["metrics"].values()), default=0)
+            unscored += lacking
             for line in report.problems_of(found):
-                complain(f"{task}: {line.rstrip('.')}.")
+                complain(f"{task}: {line.rstrip('.')}.", "error" if lacking else "warning")
         return int(unscored > 0)
 
 
@@ -269,7 +270,7 @@ class Compare:
         head = ["task", "metric", "A", "B", "B - A", "95% interval", "p", "items"]
         print_table(f"A: {found['a']}, B: {found['b']}", head, rows)
         for warning in found["warnings"]:
-            complain(f"{warning}.")
+            complain(f"{warning}.", "warning")
         return 0
 
 

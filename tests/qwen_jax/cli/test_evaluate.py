@@ -65,7 +65,8 @@ def test_tasks_of_both_kinds_and_again(capsys: Capture, model: Path, data: Path,
     summary = json.loads(printed)
     assert list(summary["tasks"]) == ["mmlu", "gsm8k", "tiny_choice"]
     assert [task["items"] for task in summary["tasks"].values()] == [4, 4, 4]
-    assert "the first 4 of 7 items alone" in err
+    assert "warning: mmlu: the first 4 of 7 items alone" in err
+    assert "error" not in err
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert {"summary.json", "report.html", "mmlu.jsonl", "gsm8k.jsonl", "tiny_choice.jsonl"} <= set(before)
     with pytest.MonkeyPatch.context() as patch:
