@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from qwen_jax.cli.common import DType, ModelOption, ModelPosition, check_apart, model_name, sibling
+from qwen_jax.cli.common import DType, ModelOption, ModelPosition, Seed, check_apart, model_name, sibling
 from qwen_jax.cli.failures import complain
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
@@ -52,7 +52,7 @@ class Rewards:
     benchmarks: tuple[RewardBenchmark, ...] = ()
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("eval-rewards")
     bootstrap: Annotated[int, tyro.conf.arg(metavar="N")] = 1000
-    seed: int = 0
+    seed: Seed = 0
     dtype: DType | None = None
     mesh: Annotated[str, tyro.conf.arg(metavar="AXIS=N,...")] = ""
     tokens_per_batch: Annotated[int, tyro.conf.arg(metavar="N")] = 16_384

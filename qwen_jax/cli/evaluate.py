@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from qwen_jax.cli.common import ModelOption, Texts, check_apart, sibling
+from qwen_jax.cli.common import ModelOption, Seed, Texts, check_apart, sibling
 from qwen_jax.cli.failures import complain
 from qwen_jax.cli.model import Model, Running, Sampling
 from qwen_jax.errors import InputError
@@ -80,7 +80,7 @@ class Evaluate:
     judge_model: Id = None
     max_seqs: int = 64
     workers: int = 2
-    seed: int = 0
+    seed: Seed = 0
     running: tyro.conf.OmitArgPrefixes[Running] = dataclasses.field(default_factory=Running)
     json: bool = False
 
@@ -216,7 +216,7 @@ class List:
             needs = [*missing, *(f"{path} as published" for path in changed), *(f"a {what}" for what in found["needs"])]
             rows.append([name, str(task.shots), ", ".join(found["metrics"][:3]), ", ".join(needs) or "nothing"])
         if not self.json:
-            print_table("benchmarks", ["task", "shots", "metrics", "still needs"], rows)
+            print_table("benchmarks", ["task", "shots", "metrics", "still needs"], rows, texts=4)
             print("Further names are those of lm-eval's tasks.")
         return 0
 
@@ -232,7 +232,7 @@ class List:
             task = f"{entry.side}: {entry.task}" if entry.task else ""
             rows.append([entry.benchmark, task, str(entry.shots), why or "ready", entry.note])
         if not self.json:
-            print_table(name, ["benchmark", "task", "shots", "here", "note"], rows)
+            print_table(name, ["benchmark", "task", "shots", "here", "note"], rows, texts=5)
         return 0
 
 
@@ -368,15 +368,22 @@ class InProcess:
         )
 
 
-def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table to standard output."""
+def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 2) -> None:
+    """Prints a table to standard output: as wide as a terminal, or as its text where a file or a program reads it.
+
+    Args:
+      title: of the table.
+      head: names of the columns.
+      rows: cells of each row.
+      texts: how many columns, the first ones, hold texts; the others hold numbers, on the right.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     for i, name in enumerate(head):
-        table.add_column(name, justify="right" if i > 1 else "left")
+        table.add_column(name, justify="left" if i < texts else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(file=sys.stdout).print(table)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 10_000).print(table)
