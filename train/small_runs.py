@@ -134,7 +134,7 @@ def write_commands(folder: Path, lines: Sequence[str]) -> None:
         f"# Lines 1 to {len(lines)} of {COMMANDS}. Add what your cluster needs, such as --partition.\n"
         "# --array=1-N%M runs M at a time. An element that is started again resumes its run.\n"
         f"#SBATCH --array=1-{max(len(lines), 1)}\n#SBATCH --gpus=1\n"
-        f"#SBATCH --output={folder.absolute()}/slurm-%a.txt\n#SBATCH --signal=TERM@120\n"
+        f'#SBATCH --output="{folder.absolute()}/slurm-%a.txt"\n#SBATCH --signal=TERM@120\n'
         f'exec bash -c "exec $(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {shlex.quote(str(commands))})"\n'
     )
     try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from qwen_jax.cli.common import Count, DType, sibling
+from qwen_jax.cli.common import Count, DType, Seed, sibling
 from qwen_jax.cli.failures import complain, explain
 from qwen_jax.units import binary_size, count
 
@@ -211,7 +211,7 @@ class Upcycle:
     shared_width: int | None = None
     norm_topk_prob: bool = True
     reinit: float = 0.5
-    seed: int = 0
+    seed: Seed = 0
     to: Literal["hf", "orbax"] | None = None
     dtype: DType | None = None
 

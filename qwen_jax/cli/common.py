@@ -16,12 +16,29 @@ DType = Literal["bfloat16", "float32", "float16"]
 # Options with the name of their value in `--help`.
 Number = Annotated[float | None, tyro.conf.arg(metavar="X")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
+# Of random numbers: at least 0.
+Seed = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="N",
+        instance_from_str=lambda texts: _seed(texts[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
 Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")]
 # A model is the first argument without a name, or an option.
 ModelPosition = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 ModelOption = Annotated[str | None, tyro.conf.arg(metavar="DIR")]
 
 _CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
 
 
 def parse(options: type[Any], name: str, argv: Sequence[str]) -> Any:

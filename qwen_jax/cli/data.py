@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from qwen_jax.cli.common import ModelOption, model_name, parse, sibling
+from qwen_jax.cli.common import ModelOption, Seed, model_name, parse, sibling
 from qwen_jax.errors import InputError
 
 FileOption = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
@@ -200,7 +200,7 @@ class Review:
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     labels: FileOption = None
     labeller: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    seed: int = 0
+    seed: Seed = 0
     port: int = 0
     report: bool = False
     export: FileOption = None

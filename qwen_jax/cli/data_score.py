@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from qwen_jax.cli.common import Count, DType, ModelOption, Texts, model_name, sibling
+from qwen_jax.cli.common import Count, DType, ModelOption, Seed, Texts, model_name, sibling
 from qwen_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Distil:
     column: Annotated[Texts, tyro.conf.arg(metavar="NAME")] = ()
     field: str = "text"
     epochs: int = 20
-    seed: int = 0
+    seed: Seed = 0
     json: bool = False
 
     def run(self) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from qwen_jax.cli.common import Count, ModelOption, ModelPosition, check_apart, model_name, sibling
+from qwen_jax.cli.common import Count, ModelOption, ModelPosition, Seed, check_apart, model_name, sibling
 from qwen_jax.cli.failures import complain
 from qwen_jax.cli.lines import read_text
 from qwen_jax.cli.model import Model, Running, Sampling
@@ -105,7 +105,7 @@ class Search:
 
     depths: Depths = (0.0, 25.0, 50.0, 75.0, 100.0)
     samples: int = 10
-    seed: int = 0
+    seed: Seed = 0
     form: Literal["completion", "chat"] = "completion"
     base_url: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
     served_name: Annotated[str | None, tyro.conf.arg(metavar="ID")] = None

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from qwen_jax.cli.common import ModelOption, ModelPosition, Texts, model_name, sibling
+from qwen_jax.cli.common import ModelOption, ModelPosition, Seed, Texts, model_name, sibling
 from qwen_jax.cli.synthesize import load_engine
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
@@ -51,7 +51,7 @@ class SystemPrompts:
     ask: str | None = None
     max_new_tokens: int = 1024
     temperature: float = 0.0
-    seed: int = 0
+    seed: Seed = 0
     model_name: Annotated[str | None, tyro.conf.arg(metavar="ID")] = None
     concurrency: Annotated[int, tyro.conf.arg(metavar="N")] = 32
     give_up_after: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 600.0

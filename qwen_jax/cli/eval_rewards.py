@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from qwen_jax.cli.common import DType, ModelOption, ModelPosition, check_apart, model_name, sibling
+from qwen_jax.cli.common import DType, ModelOption, ModelPosition, Seed, check_apart, model_name, sibling
 from qwen_jax.cli.failures import complain
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
@@ -52,7 +52,7 @@ class Rewards:
     benchmarks: tuple[RewardBenchmark, ...] = ()
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("eval-rewards")
     bootstrap: Annotated[int, tyro.conf.arg(metavar="N")] = 1000
-    seed: int = 0
+    seed: Seed = 0
     dtype: DType | None = None
     mesh: Annotated[str, tyro.conf.arg(metavar="AXIS=N,...")] = ""
     tokens_per_batch: Annotated[int, tyro.conf.arg(metavar="N")] = 16_384
@@ -156,7 +156,8 @@ class Rewards:
             Console(file=sys.stdout).print(table)
             print(f"{found['items']:,} items, {found['ties']:,} ties of {found['pairs']:,} pairs (not right)")
             if found["too_long"]:
-                complain(f"{found['too_long']:,} items of {benchmark} are longer than the model's context: no result.")
+                text = f"{found['too_long']:,} items of {benchmark} are longer than the model's context: no result."
+                complain(text, "warning")
             if any(figure["incomplete"] for figure in found["figures"].values()):
                 print("* not the published set: summary.json says what is missing")
         print(f"all numbers: {self.output / summary_name}; the report's table: {self.output / table_name}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from qwen_jax.cli.common import ModelOption, Texts, check_apart, sibling
+from qwen_jax.cli.common import ModelOption, Seed, Texts, check_apart, sibling
 from qwen_jax.cli.failures import complain
 from qwen_jax.cli.model import Model, Running, Sampling
 from qwen_jax.errors import InputError
@@ -80,7 +80,7 @@ class Evaluate:
     judge_model: Id = None
     max_seqs: int = 64
     workers: int = 2
-    seed: int = 0
+    seed: Seed = 0
     running: tyro.conf.OmitArgPrefixes[Running] = dataclasses.field(default_factory=Running)
     json: bool = False
 
@@ -131,7 +131,7 @@ class Evaluate:
         if not chosen.names:
             raise InputError(f"No task of {name} can run here: see qwen-jax eval list --suite {name}.")
         for benchmark, why in chosen.left_out.items():
-            complain(f"{benchmark} is left out: {why}.")
+            complain(f"{benchmark} is left out: {why}.", "warning")
         return chosen
 
     def _tools(self, names: Any) -> Any:
@@ -171,9 +171,10 @@ class Evaluate:
             complain(f"{task}: {why.rstrip('.')}.")
         unscored = len(failed)
         for task, found in summary["tasks"].items():
-            unscored += max((metric["unscored"] for metric in found["metrics"].values()), default=0)
+            lacking = max((metric["unscored"] for metric in found["metrics"].values()), default=0)
+            unscored += lacking
             for line in report.problems_of(found):
-                complain(f"{task}: {line.rstrip('.')}.")
+                complain(f"{task}: {line.rstrip('.')}.", "error" if lacking else "warning")
         return int(unscored > 0)
 
 
@@ -215,7 +216,7 @@ class List:
             needs = [*missing, *(f"{path} as published" for path in changed), *(f"a {what}" for what in found["needs"])]
             rows.append([name, str(task.shots), ", ".join(found["metrics"][:3]), ", ".join(needs) or "nothing"])
         if not self.json:
-            print_table("benchmarks", ["task", "shots", "metrics", "still needs"], rows)
+            print_table("benchmarks", ["task", "shots", "metrics", "still needs"], rows, texts=4)
             print("Further names are those of lm-eval's tasks.")
         return 0
 
@@ -231,7 +232,7 @@ class List:
             task = f"{entry.side}: {entry.task}" if entry.task else ""
             rows.append([entry.benchmark, task, str(entry.shots), why or "ready", entry.note])
         if not self.json:
-            print_table(name, ["benchmark", "task", "shots", "here", "note"], rows)
+            print_table(name, ["benchmark", "task", "shots", "here", "note"], rows, texts=5)
         return 0
 
 
@@ -269,7 +270,7 @@ class Compare:
         head = ["task", "metric", "A", "B", "B - A", "95% interval", "p", "items"]
         print_table(f"A: {found['a']}, B: {found['b']}", head, rows)
         for warning in found["warnings"]:
-            complain(f"{warning}.")
+            complain(f"{warning}.", "warning")
         return 0
 
 
@@ -367,15 +368,22 @@ class InProcess:
         )
 
 
-def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table to standard output."""
+def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 2) -> None:
+    """Prints a table to standard output: as wide as a terminal, or as its text where a file or a program reads it.
+
+    Args:
+      title: of the table.
+      head: names of the columns.
+      rows: cells of each row.
+      texts: how many columns, the first ones, hold texts; the others hold numbers, on the right.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     for i, name in enumerate(head):
-        table.add_column(name, justify="right" if i > 1 else "left")
+        table.add_column(name, justify="left" if i < texts else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(file=sys.stdout).print(table)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 10_000).print(table)

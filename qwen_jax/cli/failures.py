@@ -93,6 +93,6 @@ def _lacking_memory(error: BaseException) -> str | None:
     return re.sub(r"\b(\d{6,}) bytes", lambda size: f"{int(size[1]) / 2**30:,.2f} GiB", said)
 
 
-def complain(problem: object) -> None:
-    """Prints an error message on standard error."""
-    print(f"qwen-jax: error: {problem}", file=sys.stderr)
+def complain(problem: object, kind: str = "error") -> None:
+    """Prints a message on standard error: an error, or a "warning" of what does not change the exit status."""
+    print(f"qwen-jax: {kind}: {problem}", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from qwen_jax.cli.common import parse, sibling
+from qwen_jax.cli.common import Seed, parse, sibling
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
 
@@ -111,7 +111,7 @@ class Regress:
     most: Pairs = ()
     target: Pairs = ()
     model: Literal["auto", "linear", "quadratic", "trees"] = "auto"
-    seed: int = 0
+    seed: Seed = 0
     json: bool = False
 
     def run(self) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from qwen_jax.cli.common import sibling
+from qwen_jax.cli.common import Seed, sibling
 from qwen_jax.cli.scaling_laws import Fitted, fit_hyperparameters, fit_moe, predict_hyperparameters, predict_moe
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
@@ -67,7 +67,7 @@ class Fit:
     drop_highest: int = 0
     bootstrap: int = 200
     level: float = 0.9
-    seed: int = 0
+    seed: Seed = 0
     output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     json: bool = False
 

@@ -1,6 +1,7 @@
 """`qwen-jax scaling sweep`: runs over size, tokens, learning rate, batch and MoE shape, into one table."""
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -63,8 +64,7 @@ class Sweep:
             return 0
         print(outcome.to_text())
         if self.write and outcome.waiting:
-            print(
-                f"{self.output / 'array.sh'} runs them: sbatch {self.output / 'array.sh'}; then give this command again"
-            )
+            script = shlex.quote(str(self.output / "array.sh"))
+            print(f"A job array runs them: sbatch {script}; then give this command again")
         print(table)
         return 0

@@ -1,6 +1,7 @@
 """An evaluation: our benchmarks and tasks of lm-eval, on one model, with one summary and one page."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from qwen_jax.tokenizer import Tokenizer
 from train.evaluate import harness, registry, suites
 from train.evaluate.report import write_report
 from train.evaluate.run import DEFAULTS, NO_TOOLS, SUMMARY, RunOptions, file_name, run
+from train.evaluate.statistics import wilson
 from train.evaluate.task import Model, Task, Tools
 from train.files import write_file
 
@@ -147,14 +149,15 @@ def evaluate(
         (folder / SUMMARY).unlink()
         found = harness.run(model, tokenizer, names.harness, folder, settings)
         ours = registry.tasks()
-        for name, task in found["tasks"].items():
-            summary["tasks"][_key(name, ours)] = _task(task, found)
         by_task: dict[str, list[Mapping[str, Any]]] = {}
         for record in found["records"]:
             by_task.setdefault(record["task"], []).append(record)
-        for name, records in by_task.items():
-            lines = "".join(to_json(one) + "\n" for one in _records(records))
-            write_file(folder / f"{file_name(_key(name, ours))}.jsonl", lines.encode())
+        for name, task in found["tasks"].items():
+            items = _records(by_task.get(name, []))
+            summary["tasks"][_key(name, ours)] = _task(task, found, items)
+            if items:
+                lines = "".join(to_json(one) + "\n" for one in items)
+                write_file(folder / f"{file_name(_key(name, ours))}.jsonl", lines.encode())
         failed = {_key(name, ours): why for name, why in found["failed"].items()}
         summary["harness"] = {**found["harness"], "settings": found["settings"], "failed": failed}
     if left_out or failed:
@@ -169,15 +172,22 @@ def _key(name: str, ours: Collection[str]) -> str:
     return f"{THEIRS}{name}" if name in ours else name
 
 
-def _task(task: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """A task of lm-eval in the form of ours. Its intervals are 1.96 standard errors."""
+def _task(task: Mapping[str, Any], found: Mapping[str, Any], items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A task of lm-eval in the form of ours.
+
+    Args:
+      task: of the results of `harness.run`.
+      found: these results.
+      items: its items, from `_records`.
+    """
     metrics = {}
     for name, one in task["metrics"].items():
         value, error = one["value"], one["stderr"]
+        low, high = _interval(value, error, [item["scores"][name] for item in items if name in item["scores"]])
         metrics[name] = {
             "value": value,
-            "low": None if error is None else value - 1.96 * error,
-            "high": None if error is None else value + 1.96 * error,
+            "low": low,
+            "high": high,
             "stderr": error,
             "items": task["items"],
             "scale": _scale(name, value),
@@ -198,6 +208,13 @@ def _task(task: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
         "citation": f"lm-eval {found['harness']['version']}",
         "files": [{"path": path, "sha256": sha256} for path, sha256 in sorted(dict(found["files"]).items())],
     }
+
+
+def _interval(value: float, error: float | None, scores: Sequence[float]) -> tuple[float | None, float | None]:
+    """Wilson's interval of a share of items with the score 1; else 1.96 of lm-eval's standard errors."""
+    if len(scores) > 1 and set(scores) <= {0.0, 1.0} and math.isclose(value, sum(scores) / len(scores), abs_tol=1e-9):
+        return wilson(value, len(scores))
+    return (None, None) if error is None else (value - 1.96 * error, value + 1.96 * error)
 
 
 def _scale(name: str, value: float) -> float:

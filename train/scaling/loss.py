@@ -27,6 +27,8 @@ Method: TypeAlias = Literal["vpnls", "vpnls-huber", "approach3"]
 PARAMETERS = ("E", "A", "B", "a", "b")
 # Exponents that the search covers.
 LOWEST, HIGHEST = 0.01, 2.0
+# E, A and B up to this are zero.
+_ZERO = 1e-12
 # Points of the grid along an exponent, points on each side of the best that the next, finer grid spans, most grids.
 _POINTS, _SPAN, _ROUNDS = 21, 3, 60
 # Half the width of a search near a law; most rounds of adapted weights.
@@ -70,18 +72,28 @@ class LossLaw:
         """The loss for sizes and tokens, which are broadcast."""
         return self.E + self.A * np.asarray(params, float) ** -self.a + self.B * np.asarray(tokens, float) ** -self.b
 
+    @property
+    def size_exponent(self) -> float | None:
+        """b / (a + b): the optimal size grows as this power of compute. None if there is no optimum.
+
+        There is none where a term is zero, or has an exponent at the low edge of the search: it is a constant then.
+        """
+        if min(self.A, self.B) <= _ZERO or min(self.a, self.b) <= LOWEST * 1.01:
+            return None
+        return self.b / (self.a + self.b)
+
     def optimum(self, flops: float) -> tuple[float, float]:
         """Size and tokens of the lowest loss with 6 N D FLOPs.
 
         From dL/dN = 0 along N D = C / 6: N = (a A / (b B))^(1 / (a + b)) (C / 6)^(b / (a + b)).
 
         Raises:
-          InputError: a term is zero, so that there is no optimum.
+          InputError: there is no optimum; see `size_exponent`.
         """
-        if min(self.A, self.B, self.a, self.b) <= 0:
+        if self.size_exponent is None:
             raise InputError(
-                f"A law without a term in size or in tokens has no optimum: A={self.A:g}, B={self.B:g}. Fit it to runs "
-                "that vary both."
+                f"A law without a term in size or in tokens has no optimum: A={self.A:g}, B={self.B:g}, "
+                f"a={self.a:.3g}, b={self.b:.3g}. Fit it to runs that vary both."
             )
         product = flops / FLOPS_PER_PARAM
         ratio = math.log(self.a * self.A / (self.b * self.B))
@@ -402,15 +414,21 @@ def _distinct(values: Array) -> int:
     return 1 + int((np.diff(logs) > 0.01).sum())
 
 
-def fit_warnings(law: LossLaw, table: RunTable) -> list[str]:
-    """Says what is odd about a fitted law: terms of zero, exponents at the edge of the search, outliers."""
+def undetermined(law: LossLaw) -> list[str]:
+    """Says what the runs did not determine: terms of zero, exponents at the edge of the search."""
     warnings = []
-    zero = [name for name in ("E", "A", "B") if getattr(law, name) <= 1e-12 * table["loss"].min()]
+    zero = [name for name in ("E", "A", "B") if getattr(law, name) <= _ZERO]
     if zero:
         warnings.append(f"The fit has {' and '.join(zero)} = 0: the runs do not determine the law.")
     for name in ("a", "b"):
         if not LOWEST * 1.01 < getattr(law, name) < HIGHEST * 0.99:
             warnings.append(f"The exponent {name} = {getattr(law, name):.3g} is at the edge of what is searched.")
+    return warnings
+
+
+def fit_warnings(law: LossLaw, table: RunTable) -> list[str]:
+    """Says what is odd about a fitted law: what the runs did not determine, and outliers."""
+    warnings = undetermined(law)
     residual = log_residuals(law, table)
     spread = 1.4826 * float(np.median(np.abs(residual - np.median(residual))))
     far = np.flatnonzero(np.abs(residual - np.median(residual)) > max(6 * spread, 1e-6))

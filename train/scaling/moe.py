@@ -300,7 +300,10 @@ def _check(runs: MoeRuns, form: MoeForm) -> list[str]:
     moe = runs if form in ("bilinear", "saturated", "sparsity", "leverage") else runs.take(~runs.dense)
     least = {"bilinear": 6, "saturated": 8, "granularity": 9, "sparsity": 12, "leverage": 9}[form]
     if len(moe) < least:
-        raise InputError(f"Expected at least {least} runs for the form {form}, got {len(moe)}.")
+        kind = "runs" if moe is runs else "MoE runs"
+        raise InputError(f"Expected at least {least} {kind} for the form {form}, got {len(moe)}.")
+    if np.ptp(runs.loss) == 0:
+        raise InputError(f"All runs have the same loss, {runs.loss[0]:g}. Is the right column mapped to loss?")
     needs = {
         "bilinear": {"active": moe.active, "experts": moe.experts},
         "granularity": {"total": moe.total, "tokens": moe.tokens, "granularity": moe.granularity},

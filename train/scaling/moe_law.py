@@ -256,8 +256,10 @@ def picture(law: MoeLaw, runs: MoeRuns) -> bytes:
         x.append(float(runs.experts[place]) if by_experts else one.total / one.active)
         y.append(one.leverage)
     right.plot(x, y, "o", color="#3b6ea8", markersize=3)
-    right.set_xscale("log")
-    right.set_yscale("log")
+    # Runs of which no dense model has the loss have no point; axes without points have no logarithms.
+    if x:
+        right.set_xscale("log")
+        right.set_yscale("log")
     right.set_xlabel("experts" if by_experts else "total / active parameters")
     right.set_ylabel("efficiency leverage, dense equivalent / active")
     content = io.BytesIO()

@@ -46,7 +46,7 @@ def plot_fit(law: LossLaw, table: RunTable, path: Path) -> None:
                 axes.plot(x, np.polyval(parabolas[rows[0]], np.log(x)), color=colour, linewidth=0.8, linestyle=":")
     # The path of the optimum.
     span = np.geomspace(table["flops"].min(), table["flops"].max(), 40)
-    if min(law.A, law.B) > 0:
+    if law.size_exponent is not None:
         best = np.array([law.optimum(value) for value in span])
         axes.plot(best[:, 0], law.loss(best[:, 0], best[:, 1]), color=_INK, linewidth=1.0, linestyle="--")
     axes.set_xscale("log")

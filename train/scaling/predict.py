@@ -22,6 +22,7 @@ from train.scaling.loss import (
     fit_approach2,
     fit_warnings,
     law_of,
+    undetermined,
 )
 from train.scaling.runs import COMPUTE, UNSTATED, Array, RunTable, check_compute, compute
 
@@ -33,6 +34,8 @@ FORM, VERSION = "L = E + A / N^a + B / D^b", 1
 _FAR = 100.0
 # Difference of an exponent between least squares and Huber loss that is named.
 _DECIDED = 0.03
+# Smallest difference of an exponent that is shown.
+_SHOWN = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +71,15 @@ class FittedLoss:
     warnings: tuple[str, ...]
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """Intervals of E, A, B, a, b, and of the exponent of the optimal size, b / (a + b)."""
+        """Intervals of E, A, B, a, b, and of the exponent of the optimal size, b / (a + b), where there is one."""
         if not self.draws:
             return {}
         values = np.stack([draw.values() for draw in self.draws])
         found = {name: interval(values[:, i], self.level) for i, name in enumerate(PARAMETERS)}
-        share = values[:, 4] / np.maximum(values[:, 3] + values[:, 4], 1e-12)
-        return {**found, "size_exponent": interval(share, self.level)}
+        share = [draw.size_exponent for draw in self.draws if draw.size_exponent is not None]
+        if self.law.size_exponent is None or not share:
+            return found
+        return {**found, "size_exponent": interval(np.array(share), self.level)}
 
     def to_json(self) -> dict[str, Any]:
         """What law.json holds."""
@@ -85,7 +90,7 @@ class FittedLoss:
             "compute": COMPUTE,
             "method": self.method,
             "parameters": dataclasses.asdict(self.law),
-            "size_exponent": self.law.b / (self.law.a + self.law.b),
+            "size_exponent": self.law.size_exponent,
             "level": self.level,
             "intervals": {name: list(ends) for name, ends in self.intervals().items()},
             "counting": self.counting,
@@ -192,8 +197,8 @@ def _checks(table: RunTable, method: Method) -> dict[str, dict[str, Any]]:
         if other != method:
             law = fit(table, other)
             found[other] = dataclasses.asdict(law)
-            if law.a + law.b > 0:
-                found[other]["size_exponent"] = law.b / (law.a + law.b)
+            if law.size_exponent is not None:
+                found[other]["size_exponent"] = law.size_exponent
     try:
         second: Approach2 = fit_approach2(table)
     except InputError as error:
@@ -208,7 +213,7 @@ def _checks(table: RunTable, method: Method) -> dict[str, dict[str, Any]]:
 
 def _compare(law: LossLaw, method: Method, checks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Names other methods that disagree on how the optimal size grows."""
-    size = law.b / (law.a + law.b)
+    size = law.size_exponent
     robust = checks.get("vpnls-huber")
     warnings = []
     if method == "vpnls" and robust and max(abs(robust[name] - getattr(law, name)) for name in ("a", "b")) > _DECIDED:
@@ -219,7 +224,7 @@ def _compare(law: LossLaw, method: Method, checks: Mapping[str, Mapping[str, Any
     return warnings + [
         f"{name} says that the optimal size grows as C^{check['size_exponent']:.3f}, {method} as C^{size:.3f}."
         for name, check in checks.items()
-        if "size_exponent" in check and abs(check["size_exponent"] - size) > 0.05
+        if size is not None and "size_exponent" in check and abs(check["size_exponent"] - size) > 0.05
     ]
 
 
@@ -236,7 +241,8 @@ def _moved(law: LossLaw, draws: Sequence[LossLaw], left_out: Sequence[LeftOut], 
         moved = [
             f"{name} is {getattr(one.law, name):.3f} instead of {getattr(law, name):.3f}"
             for name, (low, high) in ends.items()
-            if not low <= getattr(one.law, name) <= high
+            # Runs without noise have intervals without a width.
+            if not low - _SHOWN <= getattr(one.law, name) <= high + _SHOWN
         ]
         if moved:
             warnings.append(f"Without {one.what} {' and '.join(moved)}, outside the interval.")
@@ -292,7 +298,8 @@ def predict_loss(fitted: FittedLoss, params: float, tokens: float) -> dict[str, 
     found["loss"] = float(fitted.law.loss(params, tokens))
     losses = np.array([float(draw.loss(params, tokens)) for draw in fitted.draws])
     found |= _intervals(fitted, losses)
-    found["warnings"] = _outside(fitted, params=params, tokens=tokens, flops=flops, tokens_per_param=tokens / params)
+    outside = _outside(fitted, params=params, tokens=tokens, flops=flops, tokens_per_param=tokens / params)
+    found["warnings"] = undetermined(fitted.law) + outside
     return found
 
 
@@ -313,9 +320,10 @@ def compute_optimal(fitted: FittedLoss, flops: float) -> dict[str, Any]:
     params, tokens = fitted.law.optimum(flops)
     found: dict[str, Any] = {"flops": flops, "params": params, "tokens": tokens, "tokens_per_param": tokens / params}
     found |= {"loss": float(fitted.law.loss(params, tokens)), "counting": fitted.counting}
-    usable = [draw for draw in fitted.draws if min(draw.A, draw.B, draw.a, draw.b) > 0]
+    usable = [draw for draw in fitted.draws if draw.size_exponent is not None]
     optima = np.array([[*draw.optimum(flops)] for draw in usable]).reshape(-1, 2)
-    warnings = _outside(fitted, params=params, tokens=tokens, flops=flops, tokens_per_param=tokens / params)
+    warnings = undetermined(fitted.law)
+    warnings += _outside(fitted, params=params, tokens=tokens, flops=flops, tokens_per_param=tokens / params)
     if len(usable) < len(fitted.draws):
         warnings.append(f"{len(fitted.draws) - len(usable)} of {len(fitted.draws)} draws have no optimum.")
     if len(usable):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.scaling.loss import PARAMETERS
+from train.scaling.loss import PARAMETERS, LossLaw, law_of
 from train.scaling.predict import FORM, FittedLoss
 
 
@@ -17,18 +17,19 @@ def loss_text(fitted: FittedLoss) -> str:
         "",
         _row("", (*PARAMETERS, "N ~ C^")),
     ]
-    size = fitted.law.b / (fitted.law.a + fitted.law.b)
-    lines.append(_row(fitted.method, [_number(x) for x in (*fitted.law.values(), size)]))
+    lines.append(_row(fitted.method, _cells(fitted.law)))
     if intervals:
         names = (*PARAMETERS, "size_exponent")
         for which, label in ((0, f"  {fitted.level:.0%}, from"), (1, "  to")):
-            lines.append(_row(label, [_number(intervals[name][which]) for name in names]))
+            lines.append(_row(label, [_number(intervals[name][which]) if name in intervals else "-" for name in names]))
     for name, check in fitted.checks.items():
         if "problem" in check:
             lines.append(f"{name:28s}{check['problem']}")
             continue
-        values = [check.get(key) for key in (*PARAMETERS, "size_exponent")]
-        lines.append(_row(name, ["" if value is None else _number(value) for value in values]))
+        if PARAMETERS[0] in check:
+            lines.append(_row(name, _cells(law_of(check))))
+        else:
+            lines.append(_row(name, [*[""] * len(PARAMETERS), _number(check["size_exponent"])]))
     lines += ["", _row("without", (*PARAMETERS, "N ~ C^", "mean |error|", "max"))]
     for one in fitted.left_out:
         lines.append(_without(one))
@@ -39,10 +40,14 @@ def loss_text(fitted: FittedLoss) -> str:
 def _without(one: Mapping[str, Any]) -> str:
     if one["parameters"] is None:
         return f"{one['without']:28s}{one['problem']}"
-    values = [one["parameters"][name] for name in PARAMETERS]
-    total = values[3] + values[4]
-    cells = [_number(value) for value in values] + [_number(values[4] / total) if total else "-"]
-    return _row(one["without"], [*cells, f"{one['error_mean']:.2%}", f"{one['error_max']:.2%}"])
+    errors = [f"{one[name]:.2%}" for name in ("error_mean", "error_max")]
+    return _row(one["without"], [*_cells(law_of(one["parameters"])), *errors])
+
+
+def _cells(law: LossLaw) -> list[str]:
+    """The parameters, and the exponent of the optimal size if there is an optimum."""
+    size = law.size_exponent
+    return [*map(_number, law.values()), "-" if size is None else _number(size)]
 
 
 def prediction_text(found: Mapping[str, Any]) -> str:

@@ -115,7 +115,8 @@ def _run_round(sweep: Sweep, folder: Path, pool: Workers, say: Callable[[str], N
         losses[run.name] = loss
         write_table(Outcome(outcome.plan, losses), folder)
         shown = "diverged" if math.isinf(loss) else ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
-        say(f"{run.name}: {'diverged' if math.isinf(loss) else shown}")
+        done = sum(run.flops for run in outcome.plan.runs if run.name in losses) / outcome.plan.flops
+        say(f"{run.name}: {shown} ({len(losses)} of {len(outcome.plan.runs)} runs, {done:.0%} of their FLOPs)")
 
     pool.train([run.config for run in outcome.waiting], ended)
     return True

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
@@ -49,6 +50,8 @@ _TO_DO = {
 # Seconds of the first pause and of the longest, without what the server asks for.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0
 _CONNECT_SECONDS = 30.0
+# Seconds without an answer after which a line on standard error says what the requests wait for.
+_SAY_SECONDS = 20.0
 _LARGEST_REPLY = 64 * 2**20
 _MODEL_TRIES = 4
 # Fields that an `extra_body` must leave alone: they are the request, or change what a reply looks like.
@@ -127,7 +130,7 @@ class OpenAIGenerator:
         # A connection pool of httpx looks at all of its connections for each request, so each slot has its own.
         self._slots, self._idle = asyncio.Semaphore(concurrency), list[httpx.AsyncClient]()
         self._certificates = httpx.create_ssl_context()
-        self._open, self._alive_at = 0, clock()
+        self._open, self._alive_at, self._said_at = 0, clock(), -math.inf
         self._tally = Tally(prices)
         self._served = self._only_model() if model is None else model
         self.model = self._served
@@ -237,6 +240,11 @@ class OpenAIGenerator:
                 what = f"{self.url} has not answered for {self._give_up_after:g} s"
                 # A traceback that showed the fault would show what the server said of the key.
                 raise GeneratorDownError(f"{what}. Its last fault: {self._public(fault)}.") from None
+            # Once in each silence, where it is long by the end of the pause.
+            if until - self._alive_at >= _SAY_SECONDS and self._said_at < self._alive_at:
+                self._said_at = now
+                what = f"{self.url} does not answer ({self._public(fault)})"
+                print(f"{what}; it is asked again for up to {left:.0f} s", file=sys.stderr, flush=True)
             if now >= until:
                 return
             await self._sleep(min(until - now, left))

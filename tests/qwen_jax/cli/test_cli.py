@@ -359,6 +359,20 @@ def test_a_command_may_have_two_words(capsys: Capture, monkeypatch: pytest.Monke
     assert run(capsys, "model", "frobnicate")[0] == 2
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("scaling fit --runs F", "upcycle A B", "data review F", "data mixture regress"),
+        *("eval --model A --output B", "eval needle A", "eval ruler A", "eval rewards A", "eval system-prompts A"),
+    ],
+)
+def test_a_seed_is_at_least_0(capsys: Capture, command: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*command.split(), "--seed", "-1"])
+    assert end.value.code == 2
+    assert "Error parsing --seed" in capsys.readouterr().err
+
+
 def test_unknown_command_and_option_exit_with_2(capsys: Capture) -> None:
     assert run(capsys, "frobnicate")[0] == 2
     with pytest.raises(SystemExit) as exit_:

@@ -27,6 +27,7 @@ from train.evaluate.evaluation import Names, _scale, evaluate, sort_names
 from train.evaluate.harness import HarnessTask, Settings
 from train.evaluate.harness_lm import generate_request
 from train.evaluate.run import RunOptions
+from train.evaluate.statistics import wilson
 from train.evaluate.task import Generate, Loglikelihood, Request, Response, Rolling
 from train.evaluate.token_model import Done, TokenModel
 
@@ -349,6 +350,9 @@ def test_an_evaluation_finds_what_is_missing_first_and_loses_no_other_task(folde
     for out in ("a", "b"):
         summary = evaluate(model, names("tiny_group", "tiny_rolling"), tmp_path / out, options, how)
         assert {"sums", "tiny_group", "tiny_letters"} <= set(summary["tasks"])
+        # A share of items has the same interval as one of our tasks, and none that leaves 0 to 1.
+        acc = summary["tasks"]["tiny_letters"]["metrics"]["acc"]
+        assert (acc["low"], acc["high"]) == wilson(acc["value"], 2)
         assert "too long" in summary["left_out"]["tiny_rolling"]
         assert summary["harness"]["failed"].keys() == {"tiny_rolling"}
     # An evaluation that is killed between the two kinds of tasks leaves no summary.

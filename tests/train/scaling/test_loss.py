@@ -1,5 +1,6 @@
 """The loss law: known parameters are recovered, intervals hold as often as they say, weak data is named."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -21,6 +22,7 @@ from train.scaling.loss import (
     fit_warnings,
 )
 from train.scaling.predict import compute_optimal, fit_loss, predict_loss
+from train.scaling.report import loss_text
 
 
 def test_exact_losses_give_the_exact_law() -> None:
@@ -163,6 +165,33 @@ def test_predictions_and_their_warnings() -> None:
         predict_loss(fitted, -1.0, 1e9)
     with pytest.raises(InputError, match="flops must be a positive number"):
         compute_optimal(fitted, math.nan)
+
+
+@pytest.mark.parametrize("term", ["params", "tokens"])
+def test_a_loss_without_a_term_has_no_optimum(term: str) -> None:
+    """If size or tokens do not lower the loss, there is no optimal size, and predictions say what is not determined."""
+    generator = print_seed()
+    sizes, tokens = np.meshgrid(*(np.geomspace(1, 30, 4) * 10 ** generator.uniform(7, 9) for _ in range(2)))
+    law = dataclasses.replace(CHINCHILLA, **{"A" if term == "params" else "B": 0.0})
+    # Raised a little, so that rounding does not look like a term.
+    raised = 0.01 * np.log(sizes if term == "params" else tokens)
+    table = table_of(params=sizes.ravel(), tokens=tokens.ravel(), loss=(law.loss(sizes, tokens) + raised).ravel())
+    fitted = fit_loss(table, counting="total", bootstrap=3)
+    assert fitted.law.size_exponent is None
+    assert fitted.to_json()["size_exponent"] is None
+    assert "size_exponent" not in fitted.intervals()
+    warnings = " ".join(predict_loss(fitted, sizes[0, 0], tokens[0, 0])["warnings"])
+    assert f"The exponent {'a' if term == 'params' else 'b'}" in warnings
+    with pytest.raises(InputError, match="no optimum"):
+        compute_optimal(fitted, 1e20)
+    rows = [line for line in loss_text(fitted).splitlines() if line.split()[:1] in (["vpnls"], ["approach3"])]
+    assert [row.endswith(" -") for row in rows] == [True, True]
+
+
+def test_intervals_without_noise_bring_no_warnings() -> None:
+    """Laws of noiseless runs differ in the last digits only: nothing has moved, whichever runs are left out."""
+    fitted = fit_loss(draw_runs(print_seed(), noise=0.0, sizes=5), counting="total", bootstrap=5, checks=False)
+    assert fitted.warnings == ()
 
 
 def test_runs_that_cannot_determine_the_law_are_refused() -> None:

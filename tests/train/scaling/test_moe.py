@@ -12,7 +12,7 @@ from qwen_jax.errors import InputError
 from tests.helpers.runs import print_seed
 from train.scaling.moe import MoeForm, fit_moe, leverages, moe_runs, percentiles
 from train.scaling.moe_equivalent import dense_equivalent, equal_to_dense
-from train.scaling.moe_law import equivalents, fit_table, predict, predict_text, read_law, table_runs
+from train.scaling.moe_law import equivalents, fit_table, picture, predict, predict_text, read_law, table_runs
 from train.scaling.runs import RunTable
 
 PUBLIC = os.environ.get("QWEN_JAX_RUN_TABLES")
@@ -170,6 +170,10 @@ def test_unusable_runs_are_named() -> None:
         moe_runs(values[1], values[0], values[2], values[3])
     with pytest.raises(InputError, match="of one length"):
         moe_runs(values[0], values[1], values[2], bad[:3])
+    with pytest.raises(InputError, match="same loss, 3"):
+        fit_moe(dataclasses.replace(runs, loss=np.full(len(runs), 3.0)), "leverage")
+    with pytest.raises(InputError, match="at least 9 MoE runs for the form granularity, got 0"):
+        fit_moe(runs.take(runs.dense), "granularity")
     with pytest.raises(InputError, match="at least 9 runs"):
         fit_moe(runs.take(np.arange(5)), "leverage")
     with pytest.raises(InputError, match="several values of active"):
@@ -184,6 +188,7 @@ def test_unusable_runs_are_named() -> None:
     fine, _ = measured("granularity", generator, 1e-3)
     law = fit_moe(fine.take(~fine.dense), "granularity", samples=0)
     assert "dense equivalent is not known" in " ".join(law.warnings)
+    assert picture(law, fine.take(~fine.dense)).startswith(b"\x89PNG")
     with pytest.raises(InputError, match="without enough dense runs"):
         dense_equivalent(law, 1e8, 8e9, total=16e8)
     assert "No dense runs" in fit_moe(runs.take(~runs.dense), "leverage", samples=0).warnings[0]

@@ -408,15 +408,20 @@ def test_learning_rates_and_lengths_share_programs_and_train_as_a_run_alone(tmp_
         base=base(tmp_path / "m"), sizes={"one": MODEL}, tokens=(640, 1280), learning_rates=(1e-3, 4e-3), batches=(64,)
     )
     compiled = []
+    lines = []
     compilation()
 
     def say(line: str) -> None:
         compiled.append(compilation().programs)
+        lines.append(line)
 
     before = compilation().programs
     outcome = run_sweep(asked, tmp_path / "sweep", say=say)
     assert compiled[0] > before
     assert compiled == [compiled[0]] * 4
+    # Each line says how far the sweep is, by runs and by work: the shorter runs are a third of it.
+    shares = [re.search(r"\((\d) of 4 runs, (\d+)% of their FLOPs\)", line) for line in lines]
+    assert [one and one.groups() for one in shares] == [("1", "17"), ("2", "33"), ("3", "67"), ("4", "100")]
     run = outcome.plan.runs[-1]
     pretrain(dataclasses.replace(run.config, output=str(tmp_path / "alone")))
     alone, shared = (

@@ -5,6 +5,7 @@ import datetime
 import email.utils
 import itertools
 import json
+import re
 import socket
 import traceback
 from collections.abc import Callable
@@ -225,7 +226,7 @@ def test_retry_after_is_honoured() -> None:
 
 
 @pytest.mark.parametrize("headers", [{}, {"Retry-After": "9" * 400}])
-def test_a_server_that_answers_nothing_is_given_up(headers: dict[str, str]) -> None:
+def test_a_server_that_answers_nothing_is_given_up(headers: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     with (
         scripted_server(lambda _: Fault(503, headers, body=f"no {KEY}".encode())) as server,
@@ -233,6 +234,9 @@ def test_a_server_that_answers_nothing_is_given_up(headers: dict[str, str]) -> N
     ):
         ask(server, *map(request, range(3)), clock=clock)
     assert 700 <= clock.now <= 701
+    # One line says what is waited for, long before.
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"does not answer \(.*503: no \[key\]\); it is asked again for up to \d+ s", line)
     assert KEY not in "".join(traceback.format_exception(error.value))
 
 
