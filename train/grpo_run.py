@@ -214,16 +214,15 @@ class _Run:
         of_launch = config, [stage], step, self.console, self.clock, "\n".join(shown), changes
         adapter = config.step.lora is not None
         self.report = Report(*of_launch, exported=config.export_folder, adapter=adapter, unit="a response")
-        if jax.process_index() == 0:
-            assert self.rollouts is not None
-            of_experts, of_rollouts = self.report.arrays, self.rollouts.take
+        assert self.rollouts is not None
+        of_experts, of_rollouts = self.report.arrays, self.rollouts.take
 
-            def arrays(step: int, name: str, value: np.ndarray) -> None:
-                of_rollouts(step, name, value)
-                if of_experts is not None:
-                    of_experts(step, name, value)
+        def arrays(step: int, name: str, value: np.ndarray) -> None:
+            of_rollouts(step, name, value)
+            if of_experts is not None:
+                of_experts(step, name, value)
 
-            self.report.arrays = arrays
+        self.report.arrays = arrays
         return self.report
 
     def write_scores(self, path: Path) -> None:

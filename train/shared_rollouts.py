@@ -25,6 +25,9 @@ class SharedRollouts:
 
     What it returns is the same everywhere, and does not depend on the number of processes. No device takes part in the
     exchange, so a thread may call it while the devices train.
+
+    Attributes:
+      exchange: of the thread that calls it.
     """
 
     def __init__(self, judge: Judge) -> None:
@@ -32,7 +35,7 @@ class SharedRollouts:
         Args:
           judge: of the run.
         """
-        self._judge, self._exchange = judge, Exchange()
+        self._judge, self.exchange = judge, Exchange()
 
     def episode(
         self, number: int, prompts: Sequence[Prompt], sampler: Sampler, version: int, progress: Progress
@@ -58,12 +61,12 @@ class SharedRollouts:
         # Prompts are dealt out in turn.
         groups: list[Any] = [None] * len(prompts)
         counts: list[SampleCounts] = []
-        for i, message in enumerate(self._exchange.share("Sampling rollouts", sample)):
+        for i, message in enumerate(self.exchange.share("Sampling rollouts", sample)):
             groups[i::step], some = _of_message(message, version)
             counts.append(some)
         sampled = time.perf_counter()
         judge = self._judge
-        judged = self._exchange.share(
+        judged = self.exchange.share(
             "Judging rollouts", lambda: (None, list(judge.judge(prompts, groups)) if first == 0 else [])
         )
         scores, rewards = judged[0][1]
@@ -75,11 +78,6 @@ class SharedRollouts:
             "rollouts/preemptions": float(sum(one.preemptions for one in counts)),
             "rollouts/empty": float(sum(one.empty for one in counts)),
         }
-
-    def from_process_0(self, what: str, work: Callable[[], bool]) -> bool:
-        """What some work in process 0 returns, in all processes; as `Exchange.share`."""
-        found = self._exchange.share(what, lambda: (bool(work()) if jax.process_index() == 0 else None, []))
-        return bool(found[0][0])
 
 
 def _message(groups: Sequence[Sequence[Sample]], counts: SampleCounts) -> Message:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,13 @@ from qwen_jax.quantization import Quantization, Scheme
 from qwen_jax.tokenizer import load_tokenizer, train_bpe
 from tests.helpers.processes import run
 from tests.helpers.quantized import random_quantized
-from tests.helpers.runs import losses, print_seed, stop_after
+from tests.helpers.runs import losses, print_seed, saved_steps, stop_after
 from train import grpo_command, grpo_data
-from train.episodes import Episode, read_episode, write_episode
+from train.episodes import read_episode, write_episode
 from train.grpo_config import GrpoRunConfig, RewardUse
 from train.grpo_run import train_grpo
 from train.judge import Judge
-from train.observe.metrics import read_log
+from train.observe.metrics import MetricsLog, read_log
 
 SMALL = [
     "step.dtype=float32", "queries=4", "sampling.group_size=4", "sampling.max_new_tokens=6", "prompt_length=160",
@@ -225,21 +226,47 @@ def stopped_and_resumed(files: Path, output: Path, *changes: str) -> None:
     assert not train_grpo(configuration(files, output, *changes), _Formats())
 
 
-def failed_and_resumed(files: Path, output: Path, *changes: str) -> None:
+def failed_and_resumed(
+    files: Path, output: Path, *changes: str, what: str = "rollouts", fails: Callable[..., bool], saved: int
+) -> None:
     """In one of several processes: an error of process 0 that no other has ends all, after they have saved a step."""
+    write, log = write_episode, MetricsLog.write
 
-    def fail(path: Path, episode: Episode) -> None:
-        if episode.number:
-            raise OSError("the disk is full")
-        write_episode(path, episode)
+    def failing(write: Callable[..., None]) -> Callable[..., None]:
+        def write_or_fail(at: Any, content: Any) -> None:
+            if fails(content):
+                (output / "failed").touch()
+                raise OSError("the disk is full")
+            write(at, content)
 
-    own, message = (InputError, "Writing rollouts failed in process 0") if jax.process_index() else (OSError, "is full")
+        return write_or_fail
+
+    own, message = (InputError, f"Writing {what} failed in process 0") if jax.process_index() else (OSError, "is full")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo_data, "write_episode", fail)
+        if what == "rollouts":
+            patch.setattr(grpo_data, "write_episode", failing(write))
+        else:
+            patch.setattr(MetricsLog, "write", failing(log))
         with pytest.raises(own, match=message):
             train_grpo(configuration(files, output, *changes), _Formats())
-    assert (output / "checkpoints" / "1").is_dir()
+    # Nobody waits for the others for long.
+    assert time.time() - (output / "failed").stat().st_mtime < 60
+    assert saved_steps(output) == [saved]
     assert not train_grpo(configuration(files, output, *changes), _Formats())
+
+
+def failed_in_a_table(*args: Any) -> None:
+    failed_and_resumed(*args, fails=lambda episode: episode.number == 1, saved=1)
+
+
+def failed_in_gaps(*args: Any) -> None:
+    """The gaps of a step are written after the next step has begun; that one is saved, too."""
+    failed_and_resumed(*args, fails=lambda episode: np.isfinite(episode.gaps).any(), saved=2)
+
+
+def failed_in_the_log(*args: Any) -> None:
+    """The numbers of an episode."""
+    failed_and_resumed(*args, what="the log", fails=lambda x: x["step"] == 2 and "staleness" in x, saved=1)
 
 
 @pytest.mark.draw(1)
@@ -248,9 +275,11 @@ def failed_and_resumed(files: Path, output: Path, *changes: str) -> None:
     [
         (stopped_and_resumed, 1, ("updates=2", "objective.old=trainer", "queries=4")),
         (stopped_and_resumed, 2, ("engine.devices=2", "objective.importance_cap=2.0", "queries=3")),
-        (failed_and_resumed, 1, ("queries=3",)),
+        (failed_in_a_table, 1, ("queries=3",)),
+        (failed_in_gaps, 2, ("engine.devices=2", "objective.importance_cap=2.0", "queries=3")),
+        (failed_in_the_log, 1, ("queries=3",)),
     ],
-    ids=["in turn", "apart", "failed"],
+    ids=["in turn", "apart", "failed in a table", "failed in gaps", "failed in the log"],
 )
 def test_two_processes_are_one(
     ended: Callable[..., None], devices: int, changes: tuple[str, ...], files: Path, tmp_path: Path
