@@ -34,7 +34,7 @@ from train.handover import Handover, make_handover
 from train.judge import Judge
 from train.loop import failing_together
 from train.policy import GrpoConfig
-from train.sampler import Prompt, Sampler
+from train.sampler import Prompt, Sample, Sampler
 from train.shared_rollouts import SharedRollouts
 from train.state import TrainState
 from train.step import EvalStep
@@ -220,28 +220,31 @@ class Rollouts:
     # --- an episode ---
 
     def _obtain(self, number: int, step: int, state: TrainState) -> Sampled:
-        """The episode of a step: one that was sampled ahead, one that an earlier launch wrote, or a new one."""
+        """The episode of a step: one that was sampled ahead, one that an earlier launch wrote, or a new one.
+
+        Of an episode that an earlier launch has sampled and not judged, only the rewards are computed.
+        """
         if self._next is not None:
             ahead, self._next = self._next, None
             return ahead.result()
         written = self._written(number, step)
-        if written is not None:
+        if written is not None and written.has_signal:
             return written, {}
         begin = time.perf_counter()
         self._hand(state)
         seconds = time.perf_counter() - begin
-        episode, times = self._sample(number, step)
+        episode, times = self._sample(number, step, written)
         return episode, {**times, "seconds/hand_over": seconds}
 
     def _ahead(self, number: int, step: int, state: TrainState) -> concurrent.futures.Future[Sampled]:
         """The next episode, which the engines sample in another thread."""
         written = self._written(number, step)
-        if written is not None:
+        if written is not None and written.has_signal:
             found: concurrent.futures.Future[Sampled] = concurrent.futures.Future()
             found.set_result((written, {}))
             return found
         self._hand(state)
-        return self._thread.submit(self._sample, number, step)
+        return self._thread.submit(self._sample, number, step, written)
 
     def _written(self, number: int, step: int) -> Episode | None:
         """An episode that an earlier launch has sampled with earlier weights than those of this step."""
@@ -253,11 +256,21 @@ class Rollouts:
         return written if written.number == number and written.version < step else None
 
     @failing_together()
-    def _sample(self, number: int, version: int) -> Sampled:
-        """Samples and judges an episode, and writes its table."""
+    def _sample(self, number: int, version: int, unjudged: Episode | None = None) -> Sampled:
+        """Samples an episode, unless that is done, judges it, and writes its table."""
         run, order = self._run, self._run.order
         places = order.places(number)
-        episode, times = self._round(number, [run.prompts.prompts[place] for place in places], version)
+        prompts = [run.prompts.prompts[place] for place in places]
+        if unjudged is None:
+            groups, times = self._groups(number, prompts, version)
+            if version < number * self._config.updates:
+                # Sampled ahead: a launch that has to judge it will have newer weights.
+                ahead = Episode.unjudged(number, prompts, groups, run.judge.names)
+                self._shared.exchange.from_process_0("Writing rollouts", lambda: self._write(number, ahead))
+        else:
+            groups, times = unjudged.groups, {}
+        episode, more = self._shared.judge(number, prompts, groups)
+        times = {**times, **more}
         # Prompts whose responses all have the same reward are replaced, as often as the run allows.
         others = order.others(number, set(places))
         replaced = 0
@@ -266,9 +279,10 @@ class Rollouts:
             fresh = [run.prompts.prompts[place] for _, place in zip(flat, others, strict=False)]
             if not fresh:
                 break
-            new, more = self._round(number, fresh, version)
+            groups, sampled = self._groups(number, fresh, version)
+            new, judged = self._shared.judge(number, fresh, groups)
             episode = _with_groups(episode, flat[: len(fresh)], new, self._config.objective)
-            times = {name: times[name] + more[name] for name in times}
+            times = {name: times.get(name, 0.0) + more for name, more in (sampled | judged).items()}
             replaced += len(fresh)
         episode.check_signal()
         self._shared.exchange.from_process_0("Writing rollouts", lambda: self._write(number, episode))
@@ -278,10 +292,12 @@ class Rollouts:
         write_episode(self._path(number), episode)
         (self._folder / f"{number - self._config.keep_rollouts:08d}.parquet").unlink(missing_ok=True)
 
-    def _round(self, number: int, prompts: Sequence[Prompt], version: int) -> Sampled:
+    def _groups(
+        self, number: int, prompts: Sequence[Prompt], version: int
+    ) -> tuple[Sequence[Sequence[Sample]], dict[str, float]]:
         assert self._sampler is not None
         with self._run.progress(f"episode {number + 1}") as advance:
-            return self._shared.episode(number, prompts, self._sampler, version, advance)
+            return self._shared.sample(prompts, self._sampler, version, advance)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:08d}.parquet"

@@ -26,7 +26,7 @@ from qwen_jax.params import init_params
 from qwen_jax.published import published
 from qwen_jax.quantization import Quantization, Scheme
 from qwen_jax.tokenizer import load_tokenizer, train_bpe
-from tests.helpers.processes import run
+from tests.helpers.processes import ProcessError, run
 from tests.helpers.quantized import random_quantized
 from tests.helpers.runs import losses, print_seed, saved_steps, stop_after
 from train import grpo_command, grpo_data
@@ -216,6 +216,59 @@ def letters(completions):
     fails.unlink()
     launch("broken")
     assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
+
+
+SLOW_REWARD = """
+import os, signal, time
+
+calls = []
+
+def letters(completions):
+    calls.append(0)
+    if os.path.exists({fails!r}) and len(calls) == {call}:
+        # Of an episode that is sampled ahead, while the step before it is taken and saved.
+        while not os.path.isdir({saved!r}):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGKILL) if {killed} else completions.pop()
+    return [text.count("r") / max(len(text), 1) for text in completions]
+"""
+
+
+def launch_with_slow_reward(files: Path, output: Path, reward: Path, *changes: str) -> None:
+    config = configuration(files, output, *changes)
+    train_grpo(dataclasses.replace(config, rewards=(RewardUse(f"{reward}:letters"),)), _Formats())
+
+
+@pytest.mark.draw(1)
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "failed"])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_what_was_sampled_ahead_is_only_judged_again(updates: int, killed: bool, files: Path, tmp_path: Path) -> None:
+    """A run whose process is killed in a reward, or whose reward fails, goes on bit for bit."""
+    changes = ("engine.devices=2", "objective.importance_cap=2.0", "checkpoints.every=1", f"updates={updates}")
+    changes += ("objective.old=trainer",) if updates > 1 else ()
+    reward, fails, broken = tmp_path / "reward.py", tmp_path / "fails", tmp_path / "broken"
+    # The third episode is sampled with the weights after the first step of the second, and judged after one more.
+    saved = broken / "checkpoints" / str(updates + 1)
+    reward.write_text(SLOW_REWARD.format(fails=str(fails), call=3, saved=str(saved), killed=killed))
+    launch_with_slow_reward(files, tmp_path / "straight", reward, *changes)
+    fails.touch()
+    if killed:
+        with pytest.raises(ProcessError, match="-9"):
+            run(launch_with_slow_reward, files, broken, reward, *changes, processes=1, devices=jax.device_count())
+    else:
+        with pytest.raises(InputError, match="letters returned 15 values"):
+            launch_with_slow_reward(files, broken, reward, *changes)
+    assert saved_steps(broken)[-1] in ((updates + 1, 2 * updates) if killed else (2 * updates,))
+    assert not read_episode(broken / "rollouts" / "00000002.parquet").has_signal
+    for options in ([], ["--html", str(tmp_path / "page.html")]):
+        assert main(["data", "rollouts", str(broken), *options]) == 0
+    fails.unlink()
+    launch_with_slow_reward(files, broken, reward, *changes)
+    assert losses(tmp_path / "straight") == losses(broken)
+    for table in sorted((tmp_path / "straight" / "rollouts").glob("*.parquet")):
+        assert table.read_bytes() == (broken / "rollouts" / table.name).read_bytes()
+    a, b = ((folder / "model" / "model.safetensors").read_bytes() for folder in (tmp_path / "straight", broken))
+    assert a == b
 
 
 def stopped_and_resumed(files: Path, output: Path, *changes: str) -> None:
