@@ -4,8 +4,11 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
+import pickle
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from tests.helpers.processes import ProcessError, run
 from tests.helpers.quantized import random_quantized
 from tests.helpers.runs import losses, print_seed, saved_steps, stop_after
 from train import grpo_command, grpo_data
+from train.data.prompts import order_by_variance, read_scores
 from train.episodes import read_episode, write_episode
 from train.grpo_config import GrpoRunConfig, RewardUse
 from train.grpo_run import train_grpo
@@ -365,16 +369,83 @@ def test_the_mesh_does_not_change_rollouts(files: Path, tmp_path: Path) -> None:
 
 
 def test_prompts_are_ordered_by_the_variance_of_their_scores(files: Path, tmp_path: Path) -> None:
-    scores = tmp_path / "scores.jsonl"
-    assert main(["train", "grpo", *arguments(files, tmp_path / "a"), "--write-scores", str(scores)]) == 0
+    """Scores are the rewards that a run would begin with, and those of its configuration file are the same."""
+    scores, again = tmp_path / "scores" / "one.jsonl", tmp_path / "two.jsonl"
+    given = ["--model", str(files / "model"), "--prompts", str(files / "prompts.jsonl")]
+    given += ["--reward", f"{files / 'reward.py'}:letters", "--samples", "5", "--set", *SMALL]
+    assert main(["score", *given, "--output", str(scores)]) == 0
+    assert os.listdir(scores.parent) == [scores.name]
     written = [json.loads(line) for line in scores.read_text().splitlines()]
     assert [row["number"] for row in written] == list(range(10))
-    assert all(len(row["scores"]) == 4 for row in written)
-    variances = {row["number"]: np.var(row["scores"]) for row in written}
-    ordered = dataclasses.replace(configuration(files, tmp_path / "run", "episodes=1"), order=str(scores))
-    train_grpo(ordered, _Formats())
+    assert all(len(row["scores"]) == 5 for row in written)
+    run = configuration(files, tmp_path / "run", "episodes=1", "sampling.group_size=5")
+    ordered = dataclasses.replace(run, order=str(scores), held_out={"none": str(tmp_path / "missing.jsonl")})
+    (tmp_path / "config.py").write_text(
+        f"import pickle\ndef config():\n    return pickle.loads({pickle.dumps(ordered)!r})\n"
+    )
+    assert main(["score", "--config", str(tmp_path / "config.py"), "--output", str(again)]) == 0
+    assert again.read_bytes() == scores.read_bytes()
+    assert not (tmp_path / "run").exists()
+    train_grpo(dataclasses.replace(ordered, held_out={}), _Formats())
     episode = read_episode(tmp_path / "run" / "rollouts" / "00000000.parquet")
-    assert [p.number for p in episode.prompts] == sorted(variances, key=lambda n: (-variances[n], n))[:4]
+    assert [p.number for p in episode.prompts] == order_by_variance({r["number"]: r["scores"] for r in written})[:4]
+    for prompt, rewards in zip(episode.prompts, episode.grouped_rewards, strict=True):
+        assert rewards.tolist() == written[prompt.number]["scores"]
+
+
+def test_the_order_is_a_pure_function_of_the_scores(tmp_path: Path) -> None:
+    """It has the highest exact variance first, ties by number, whatever the order of lines and of scores in them."""
+    rng = print_seed()
+    count, size, shift = int(rng.integers(2, 40)), int(rng.integers(1, 9)), float(rng.random())
+    # Few values, so that there are many ties; and a prompt may have the scores of another one in another order.
+    values = rng.integers(0, 3, (count, size)) / int(rng.integers(1, 11)) + shift
+    values[count // 2 :] = rng.permuted(values[: count - count // 2], axis=1)
+    scores = {n: [None if rng.random() < 0.1 else float(x) for x in row] for n, row in enumerate(values)}
+
+    def variance(row: list[float | None]) -> Fraction:
+        known = [Fraction(x) for x in row if x is not None]
+        mean = sum(known) / max(len(known), 1)
+        return sum((x - mean) ** 2 for x in known) / max(len(known), 1)
+
+    # Variances that are the same as floats are ties, too.
+    expected = sorted(scores, key=lambda n: (-float(variance(scores[n])), n))
+    assert order_by_variance(scores) == expected
+    for _ in range(3):
+        lines = [json.dumps({"number": n, "scores": rng.permutation(np.array(scores[n])).tolist()}) for n in scores]
+        rng.shuffle(lines)
+        (tmp_path / "scores.jsonl").write_text("\n".join(lines) + "\n")
+        assert order_by_variance(read_scores(tmp_path / "scores.jsonl")) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--reward": None}, "--reward is missing. Give --model, --prompts and --reward, or --config"),
+        ({"--prompts": None}, "--prompts is missing"),
+        ({"--output": None}, "--output is missing"),
+        ({"--samples": "1"}, "--samples must be at least 2, got 1"),
+        ({"--input": "talks.jsonl"}, "--input has conversations that a reward model scores, --prompts belongs to"),
+        ({"--config": "file.py"}, "--config has the whole run. Leave out --model, --prompts, --reward"),
+        ({"--output": "."}, "is a folder"),
+        ({"--prompts": "missing.jsonl"}, "missing.jsonl"),
+    ],
+)
+def test_mistakes_in_scoring(
+    changes: dict[str, str | None], message: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"--prompts": str(files / "prompts.jsonl"), "--reward": "length", "--model": str(files / "model")}
+    options = {**given, "--output": str(tmp_path / "scores.jsonl"), **changes}
+    assert main(["score", *(x for name, value in options.items() if value is not None for x in (name, value))]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_both_uses_of_scoring(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, named in (([], ["--input", "--prompts", "--reward"]), (["--prompts", "x"], ["--samples", "--order"])):
+        with pytest.raises(SystemExit, match="0"):
+            main(["score", *options, "--help"])
+        told = capsys.readouterr().out
+        assert all(name in told for name in named)
 
 
 def test_adapters_learn_beside_frozen_weights(files: Path, tmp_path: Path) -> None:
