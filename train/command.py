@@ -15,14 +15,24 @@ def add_run_arguments(parser: argparse.ArgumentParser, what_to_set: str) -> None
       parser: of the command.
       what_to_set: help of --set.
     """
-    add_list(parser, "--set", "PATH=VALUE", what_to_set, default=[])
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the resulting configuration as JSON, and stop"
-    )
     parser.add_argument(
         "--profile",
         metavar="FIRST:LAST",
         help="trace these steps for xprof, into OUTPUT/profile; 10:13 are four steps",
+    )
+    add_job_arguments(parser, what_to_set)
+
+
+def add_job_arguments(parser: argparse.ArgumentParser, what_to_set: str) -> None:
+    """Adds the options that change a configuration, and that join the other processes of a job.
+
+    Args:
+      parser: of the command.
+      what_to_set: help of --set.
+    """
+    add_list(parser, "--set", "PATH=VALUE", what_to_set, default=[])
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resulting configuration as JSON, and stop"
     )
     parser.add_argument(
         "--distributed", action="store_true", help="first join the other processes of a SLURM, GKE, MPI or TPU job"
@@ -96,7 +106,7 @@ def join_if_asked(options: argparse.Namespace) -> None:
     """Joins the other processes of the job if the options say that there are any.
 
     Args:
-      options: of `add_run_arguments`.
+      options: of `add_job_arguments`.
 
     Raises:
       InputError: the other processes did not join.

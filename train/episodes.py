@@ -67,6 +67,15 @@ class Episode:
         gaps = np.full(len(rewards), np.nan, np.float32)
         return cls(number, prompts, groups, scores, rewards, names, advantages, gaps)
 
+    @classmethod
+    def unjudged(
+        cls, number: int, prompts: Sequence[Prompt], groups: Sequence[Sequence[Sample]], names: tuple[str, ...]
+    ) -> "Episode":
+        """An episode whose rewards are not computed yet: they are NaN."""
+        count = sum(map(len, groups))
+        scores, unknown = np.full((count, len(names)), np.nan, np.float32), np.full(count, np.nan, np.float32)
+        return cls(number, prompts, groups, scores, unknown, names, np.zeros(count, np.float32), unknown)
+
     @property
     def rollouts(self) -> list[Sample]:
         """All rollouts, group after group."""
@@ -87,9 +96,14 @@ class Episode:
         rewards = self.grouped_rewards
         return np.ones(len(rewards), bool) if rewards.shape[1] < 2 else ~varied_groups(rewards)
 
+    @property
+    def has_signal(self) -> bool:
+        """Whether any rollout has a reward; none has before the rewards are computed."""
+        return not np.isnan(self.rewards).all()
+
     def check_signal(self) -> None:
         """Raises InputError if no rollout has a reward."""
-        if np.isnan(self.rewards).all():
+        if not self.has_signal:
             raise InputError(
                 f"Episode {self.number}: no reward function gave a signal for any of {len(self.rewards)} responses. "
                 f"The first failure: {self.rollouts[0].failure or 'the functions returned None'}. Check the reward."

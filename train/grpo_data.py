@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from qwen_jax.inference import ContinuousEngine
+from qwen_jax.parallel.broadcast import Exchange
 from qwen_jax.parallel.multihost import in_step
 from qwen_jax.parallel.placing import read
 from qwen_jax.parallel.sharding import Sharding
@@ -31,9 +32,9 @@ from train.grpo import Grpo, make_log_prob_pass
 from train.grpo_config import GrpoRunConfig
 from train.handover import Handover, make_handover
 from train.judge import Judge
-from train.loop import SharedError
+from train.loop import failing_together
 from train.policy import GrpoConfig
-from train.sampler import Prompt, Sampler
+from train.sampler import Prompt, Sample, Sampler
 from train.shared_rollouts import SharedRollouts
 from train.state import TrainState
 from train.step import EvalStep
@@ -120,15 +121,6 @@ def make_engines(run: OpenedRun) -> list[ContinuousEngine]:
     return engines
 
 
-@contextlib.contextmanager
-def _failing_together() -> Iterator[None]:
-    """What `SharedRollouts` does: where it fails in one process, by an error of any kind, it fails in all of them."""
-    try:
-        yield
-    except Exception as error:
-        raise SharedError(str(error)) from error
-
-
 class Rollouts:
     """The batches of a GRPO run: `train.loop.Data` that samples with the weights of the state.
 
@@ -140,11 +132,12 @@ class Rollouts:
         Args:
           run: whose prompts, rewards and meshes are open.
           objective: of the training.
-          log: gets the numbers of each episode.
+          log: gets the numbers of each episode, in process 0.
         """
         self._run, self._config, self._write_log = run, run.config, log
         self._folder = Path(run.config.output).absolute() / "rollouts"
-        self._shared = SharedRollouts(run.judge)
+        # The first is of the thread that samples, the second of the loop's.
+        self._shared, self._exchange = SharedRollouts(run.judge), Exchange()
         self._sampler: Sampler | None = None
         self._engines: list[ContinuousEngine] = []
         self._hand_over: Handover | None = None
@@ -152,7 +145,7 @@ class Rollouts:
         self._next: concurrent.futures.Future[Sampled] | None = None
         self._episode: Episode | None = None
         self._batches: list[RolloutBatch] = []
-        # Of the steps whose metrics are not there yet, in process 0.
+        # Of the steps whose metrics are not there yet.
         self._stepped: dict[int, Episode] = {}
         self._reference: Callable[[RolloutBatch], jax.Array] | None = None
         self._log_probs = make_log_prob_pass(objective, run.config.step, run.mesh)
@@ -167,17 +160,19 @@ class Rollouts:
                 self._next = self._ahead(number + 1, step, state)
             self._batches = self._packed(self._episode, part, state)
             self._log(step, self._episode, times)
-        if jax.process_index() == 0:
-            self._stepped[step + 1] = self._episode
+        self._stepped[step + 1] = self._episode
         return self._batches[part]
 
     def take(self, step: int, name: str, value: np.ndarray) -> None:
-        """Adds the gaps of a step to the table of its episode; a hook for `Monitor.arrays`.
+        """Adds the gaps of a step to the table of its episode; a hook for `Monitor.arrays` of every process.
 
         Args:
           step: its number.
           name: of a metric; all but `rollout_gaps` are ignored.
           value: of the metric, [rollouts of the step].
+
+        Raises:
+          SharedError: process 0 cannot write the table.
         """
         if name != "rollout_gaps":
             return
@@ -187,7 +182,8 @@ class Rollouts:
         counted = ~np.isnan(episode.rewards[begin : begin + config.samples])
         for i in packed_places(rollouts, counted, config.objective):
             episode.gaps[begin + i] = value[i] / rollouts[i].trained.sum()
-        self._write(episode.number, episode)
+        with failing_together():
+            self._exchange.from_process_0("Writing rollouts", lambda: self._write(episode.number, episode))
 
     def evaluate(self, state: TrainState, eval_step: EvalStep[RolloutBatch]) -> dict[str, float]:
         """Mean rewards of one response to each held-out prompt, sampled with the same seeds in every evaluation.
@@ -203,7 +199,7 @@ class Rollouts:
         sampler = Sampler(self._engines, sampling, run.environment)
         rewards: list[np.ndarray] = []
         for name, held_out in run.held_out.items():
-            with _failing_together(), run.progress(f"held out, {name}") as advance:
+            with failing_together(), run.progress(f"held out, {name}") as advance:
                 episode, _ = self._shared.episode(0, held_out.prompts, sampler, 0, advance)
             metrics = episode.metrics()
             kept = ["reward/mean", "reward/missing", "response/tokens", "response/unfinished"]
@@ -224,44 +220,57 @@ class Rollouts:
     # --- an episode ---
 
     def _obtain(self, number: int, step: int, state: TrainState) -> Sampled:
-        """The episode of a step: one that was sampled ahead, one that an earlier launch wrote, or a new one."""
+        """The episode of a step: one that was sampled ahead, one that an earlier launch wrote, or a new one.
+
+        Of an episode that an earlier launch has sampled and not judged, only the rewards are computed.
+        """
         if self._next is not None:
             ahead, self._next = self._next, None
             return ahead.result()
         written = self._written(number, step)
-        if written is not None:
+        if written is not None and written.has_signal:
             return written, {}
         begin = time.perf_counter()
         self._hand(state)
         seconds = time.perf_counter() - begin
-        episode, times = self._sample(number, step)
+        episode, times = self._sample(number, step, written)
         return episode, {**times, "seconds/hand_over": seconds}
 
     def _ahead(self, number: int, step: int, state: TrainState) -> concurrent.futures.Future[Sampled]:
         """The next episode, which the engines sample in another thread."""
         written = self._written(number, step)
-        if written is not None:
+        if written is not None and written.has_signal:
             found: concurrent.futures.Future[Sampled] = concurrent.futures.Future()
             found.set_result((written, {}))
             return found
         self._hand(state)
-        return self._thread.submit(self._sample, number, step)
+        return self._thread.submit(self._sample, number, step, written)
 
     def _written(self, number: int, step: int) -> Episode | None:
         """An episode that an earlier launch has sampled with earlier weights than those of this step."""
         path = self._path(number)
-        if not self._shared.from_process_0(f"Looking for {path}", path.exists):
+        if not self._shared.exchange.from_process_0(f"Looking for {path}", path.exists):
             return None
         # Rollouts of the weights of this very step are sampled again, in case the run has changed.
         written = read_episode(path)
         return written if written.number == number and written.version < step else None
 
-    @_failing_together()
-    def _sample(self, number: int, version: int) -> Sampled:
-        """Samples and judges an episode, and writes its table."""
+    @failing_together()
+    def _sample(self, number: int, version: int, unjudged: Episode | None = None) -> Sampled:
+        """Samples an episode, unless that is done, judges it, and writes its table."""
         run, order = self._run, self._run.order
         places = order.places(number)
-        episode, times = self._round(number, [run.prompts.prompts[place] for place in places], version)
+        prompts = [run.prompts.prompts[place] for place in places]
+        if unjudged is None:
+            groups, times = self._groups(number, prompts, version)
+            if version < number * self._config.updates:
+                # Sampled ahead: a launch that has to judge it will have newer weights.
+                ahead = Episode.unjudged(number, prompts, groups, run.judge.names)
+                self._shared.exchange.from_process_0("Writing rollouts", lambda: self._write(number, ahead))
+        else:
+            groups, times = unjudged.groups, {}
+        episode, more = self._shared.judge(number, prompts, groups)
+        times = {**times, **more}
         # Prompts whose responses all have the same reward are replaced, as often as the run allows.
         others = order.others(number, set(places))
         replaced = 0
@@ -270,23 +279,25 @@ class Rollouts:
             fresh = [run.prompts.prompts[place] for _, place in zip(flat, others, strict=False)]
             if not fresh:
                 break
-            new, more = self._round(number, fresh, version)
+            groups, sampled = self._groups(number, fresh, version)
+            new, judged = self._shared.judge(number, fresh, groups)
             episode = _with_groups(episode, flat[: len(fresh)], new, self._config.objective)
-            times = {name: times[name] + more[name] for name in times}
+            times = {name: times.get(name, 0.0) + more for name, more in (sampled | judged).items()}
             replaced += len(fresh)
         episode.check_signal()
-        self._shared.from_process_0("Writing rollouts", lambda: self._write(number, episode))
+        self._shared.exchange.from_process_0("Writing rollouts", lambda: self._write(number, episode))
         return episode, {**times, "groups/replaced": float(replaced)}
 
-    def _write(self, number: int, episode: Episode) -> bool:
+    def _write(self, number: int, episode: Episode) -> None:
         write_episode(self._path(number), episode)
         (self._folder / f"{number - self._config.keep_rollouts:08d}.parquet").unlink(missing_ok=True)
-        return True
 
-    def _round(self, number: int, prompts: Sequence[Prompt], version: int) -> Sampled:
+    def _groups(
+        self, number: int, prompts: Sequence[Prompt], version: int
+    ) -> tuple[Sequence[Sequence[Sample]], dict[str, float]]:
         assert self._sampler is not None
         with self._run.progress(f"episode {number + 1}") as advance:
-            return self._shared.episode(number, prompts, self._sampler, version, advance)
+            return self._shared.sample(prompts, self._sampler, version, advance)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:08d}.parquet"
@@ -352,7 +363,7 @@ class Rollouts:
         if len(batches) > 1:
             content = io.BytesIO()
             arrays: dict[str, Any] = {f"part_{i}": read(x) for i, x in enumerate(found)}
-            with in_step(f"Writing {path}"):
+            with failing_together(), in_step(f"Writing {path}"):
                 if jax.process_index() == 0:
                     np.savez(content, **arrays)
                     write_file(path, content.getvalue())
@@ -363,7 +374,9 @@ class Rollouts:
         metrics = {**episode.metrics(), **times, "staleness": float(step - episode.version)}
         if (seconds := times.get("seconds/rollouts")) and seconds > 0:
             metrics["rollouts/tokens_per_second"] = times["rollouts/tokens"] / seconds
-        self._write_log({"step": step + 1, **metrics})
+        with failing_together():
+            record = {"step": step + 1, **metrics}
+            self._exchange.from_process_0("Writing the log", lambda: self._write_log(record))
         self._run.console.print(
             f"episode {episode.number + 1}: reward {metrics['reward/mean']:.3f} ± {metrics['reward/std']:.3f}, "
             f"{metrics['response/tokens']:.0f} tokens a response, {metrics['response/unfinished']:.0%} cut, "

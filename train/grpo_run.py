@@ -1,10 +1,10 @@
-"""GRPO runs: from a configuration to a job, which `train.launch` takes to its end."""
+"""GRPO runs: from a configuration to a job, which `train.launch` takes to its end, or to scores of its prompts."""
 
 import collections
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +43,13 @@ from train.start import Started, begin
 from train.tuned import Formats, TunedModel, check_reference
 
 
-def train_grpo(
-    config: GrpoRunConfig, formats: Formats, console: Console | None = None, write_scores: Path | None = None
-) -> int:
+def train_grpo(config: GrpoRunConfig, formats: Formats, console: Console | None = None) -> int:
     """Trains a policy from the newest checkpoint of the run's folder, or from the beginning, to the end of the run.
 
     Args:
       config: of the run.
       formats: reads and writes models.
       console: for progress; standard error by default.
-      write_scores: instead of training, sample a group for each prompt with the weights that the run begins with, and
-        write their rewards to this file, for `GrpoRunConfig.order`.
 
     Returns:
       The number of the signal that stopped the run early, with everything saved; 0 if it has ended.
@@ -62,6 +58,42 @@ def train_grpo(
       InputError: prompts, rewards, model and folder that do not fit each other or the run in the folder; a quantised
         model; a folder in use; a reward that fails; or an episode without any reward.
     """
+    with _opened(config, formats, console) as run:
+        return run.begun.launch(config.output, run.job)
+
+
+def score_prompts(config: GrpoRunConfig, formats: Formats, output: Path, console: Console | None = None) -> None:
+    """Samples a group for each prompt with the weights that a run begins with, and writes their rewards to a file.
+
+    The file is one for `GrpoRunConfig.order`. Nothing else is written.
+
+    Args:
+      config: of the run; only its model, prompts, rewards, tools and how it samples are used.
+      formats: reads models.
+      output: the file.
+      console: for progress; standard error by default.
+
+    Raises:
+      InputError: prompts, rewards and model that do not fit each other; a folder in the place of the file; a reward
+        that fails; or no reward at all.
+    """
+    if output.is_dir():
+        raise InputError(f"{output} is a folder. Give the file that scores are written to.")
+    rewards = tuple(
+        dataclasses.replace(use, settings={"verdicts": None, **use.settings}) if use.spec == "code" else use
+        for use in config.rewards
+    )
+    unused: dict[str, Any] = {"held_out": {}, "tasks": None, "order": None, "updates": 1, "wandb_project": None}
+    engine = dataclasses.replace(config.engine, devices=0)
+    config = dataclasses.replace(config, output=str(output), rewards=rewards, engine=engine, **unused)
+    with _opened(config, formats, console, one_episode=True) as run:
+        run.write_scores(output)
+
+
+@contextlib.contextmanager
+def _opened(
+    config: GrpoRunConfig, formats: Formats, console: Console | None, one_episode: bool = False
+) -> Iterator["_Run"]:
     begun = begin(config, console)
     model, tokenizer, origin = formats.describe(config.model)
     if model.score is not None:
@@ -70,15 +102,14 @@ def train_grpo(
     if config.reference is not None:
         check_reference(config.reference, config.model, tokenizer, formats)
     with contextlib.ExitStack() as stack:
-        run = _Run(config, formats, model, tokenizer, origin, begun, stack)
-        if write_scores is not None:
-            run.write_scores(write_scores)
-            return 0
-        return begun.launch(config.output, run.job)
+        yield _Run(config, formats, model, tokenizer, origin, begun, stack, one_episode)
 
 
 class _Run:
-    """A run that is opened, and its job. What must be closed at the end is put on the stack."""
+    """A run that is opened, and its job. What must be closed at the end is put on the stack.
+
+    `one_episode` has all prompts, instead of `queries`.
+    """
 
     def __init__(
         self,
@@ -89,8 +120,9 @@ class _Run:
         origin: Path,
         begun: Started,
         stack: contextlib.ExitStack,
+        one_episode: bool,
     ):
-        self.config, self.console, self.clock, self._stack = config, begun.console, begun.clock, stack
+        self.begun, self.console, self.clock, self._stack = begun, begun.console, begun.clock, stack
         self.changes = changed_tuning(config)
         self.report: Report | None = None
         self.rollouts: Rollouts | None = None
@@ -99,11 +131,14 @@ class _Run:
         mesh, engine_meshes = _meshes(config)
         # Prompts and rewards: everything that can be wrong with them is found before weights are read.
         optional_library("pyarrow", "Tables of rollouts")
-        environment = self._open_environment()
+        environment = self._open_environment(config)
         tools = getattr(environment, "schemas", None) or None
         read = functools.partial(read_prompts, tokenizer=tokenizer, max_tokens=config.prompt_length, tools=tools)
         prompts = read(list(config.prompts.values()))
         held_out = {name: read([path]) for name, path in config.held_out.items()}
+        if one_episode:
+            config = dataclasses.replace(config, queries=len(prompts.prompts))
+        self.config = config
         fixed = None if config.order is None else _fixed_order(Path(config.order), prompts)
         order = PromptOrder(len(prompts.prompts), config.queries, config.seed, fixed)
         judge = self._stack.enter_context(contextlib.closing(Judge(config, formats, engine_meshes[0], tokenizer)))
@@ -116,9 +151,8 @@ class _Run:
         self.opened = OpenedRun(config, formats, tuned, mesh, engine_meshes, *data, begun.console)
         self.steps = self.opened.episodes * config.updates
 
-    def _open_environment(self) -> Environment | None:
+    def _open_environment(self, config: GrpoRunConfig) -> Environment | None:
         """What answers the policy's turns; None for rollouts of one turn."""
-        config = self.config
         if config.environment is not None:
             found: Any = call(config.environment)
             if not callable(getattr(found, "step", None)) or not callable(getattr(found, "reset", None)):
@@ -214,16 +248,15 @@ class _Run:
         of_launch = config, [stage], step, self.console, self.clock, "\n".join(shown), changes
         adapter = config.step.lora is not None
         self.report = Report(*of_launch, exported=config.export_folder, adapter=adapter, unit="a response")
-        if jax.process_index() == 0:
-            assert self.rollouts is not None
-            of_experts, of_rollouts = self.report.arrays, self.rollouts.take
+        assert self.rollouts is not None
+        of_experts, of_rollouts = self.report.arrays, self.rollouts.take
 
-            def arrays(step: int, name: str, value: np.ndarray) -> None:
-                of_rollouts(step, name, value)
-                if of_experts is not None:
-                    of_experts(step, name, value)
+        def arrays(step: int, name: str, value: np.ndarray) -> None:
+            of_rollouts(step, name, value)
+            if of_experts is not None:
+                of_experts(step, name, value)
 
-            self.report.arrays = arrays
+        self.report.arrays = arrays
         return self.report
 
     def write_scores(self, path: Path) -> None:
@@ -244,6 +277,7 @@ class _Run:
             lines.append(to_json({"number": prompt.number, "scores": scores}))
         with in_step(f"Writing {path}"):
             if jax.process_index() == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 write_file(path, ("\n".join(lines) + "\n").encode())
         self.console.print(f"scores of {len(lines):,} prompts: {path}", highlight=False, markup=False, soft_wrap=True)
 
@@ -281,6 +315,6 @@ def _fixed_order(path: Path, prompts: PromptSet) -> list[int]:
     if missing := sorted(set(places) - set(scores)):
         raise InputError(
             f"{path} has no scores of prompt {missing[0]} and {len(missing) - 1} others. Write it for these prompts "
-            "(--write-scores)."
+            "(qwen-jax score --prompts)."
         )
     return [places[number] for number in order_by_variance(scores) if number in places]

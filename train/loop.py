@@ -36,6 +36,15 @@ class SharedError(Exception):
     """
 
 
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """A block that fails in all processes where it fails in one; an error of any kind becomes a `SharedError`."""
+    try:
+        yield
+    except Exception as error:
+        raise SharedError(str(error)) from error
+
+
 class Data(Protocol[Produced]):
     """Where the loop gets its batches."""
 
@@ -145,7 +154,7 @@ class Monitor:
       clock: of the run; with it, the log gets a record of where the time went every minute and at each checkpoint.
       mfu: model FLOPs utilisation at a rate in tokens per second, for the log.
       profile: steps to trace.
-      arrays: gets the metrics that are arrays rather than scalars: step, name and value.
+      arrays: gets the metrics that are arrays rather than scalars: step, name and value; may raise `SharedError`.
     """
 
     log: Log | None = None
@@ -229,7 +238,7 @@ def fit(
     Raises:
       InputError: too many steps in a row were skipped, or the last steps were and the weights are ruined. Complete
         checkpoints are kept.
-      Exception: the cause of a `SharedError` of the data or of the evaluation, once the state is saved.
+      Exception: the cause of a `SharedError` of the data, the evaluation or the monitor, once the state is saved.
     """
     first = saved = int(state.step)
     reader = _Reader(monitor or Monitor(), diagnosis or Diagnosis())
@@ -238,8 +247,9 @@ def fit(
     postponed = False  # A checkpoint is due, and waits for a step that is accepted.
     clock.lap("initialisation")
 
-    def report() -> None:
-        reader.read()
+    def report(step: int, following: tuple[int, Metrics, B] | None = None) -> None:
+        with saving(step):
+            reader.read(following)
         if reader.skipped == config.max_skipped:
             raise InputError(reader.why_to_give_up(state, checkpoints))
 
@@ -284,7 +294,8 @@ def fit(
         except SharedError as error:
             cause = error.__cause__ or error
         if cause is not None:
-            report()
+            with contextlib.suppress(SharedError):  # The first failure is the one to report.
+                reader.read()
             if checkpoints is not None and saved < step:
                 save(step, final=True)
             raise cause
@@ -295,7 +306,7 @@ def fit(
         step = index + 1
         # A trace begins with an idle device.
         if monitor.profile and step == monitor.profile.first:
-            report()
+            report(index)
             monitor.profile.begin()
             clock.lap("profile")
         # Input. Time counts as waiting for data only if the device has finished the step before.
@@ -309,8 +320,7 @@ def fit(
             state, metrics = train_step(state, batch)
         if index > first and compilation().programs > programs:
             reader.say(f"step {step} was compiled again: its batch or its state has another shape, type or sharding")
-        report()
-        reader.expect(step, metrics, batch)
+        report(step, following=(step, metrics, batch))
         # Where something else follows, read the metrics of this step at once.
         stopped = stop is not None and stop(step)
         last = stopped or step == steps
@@ -319,9 +329,9 @@ def fit(
         )
         evaluates = _due(step, config.evaluate_every) or (measurement is not None and _due(step, measurement.every))
         if last or save_due or evaluates:
-            report()
+            report(step)
         if monitor.profile and step == monitor.profile.last:
-            report()
+            report(step)
             if monitor.profile.end():
                 trace = f"steps {monitor.profile.first} to {step} are traced"
                 reader.say(f"{trace}: pip install xprof; xprof --logdir {monitor.profile.folder}")
@@ -365,10 +375,6 @@ class _Reader(Generic[B]):
         elif jax.process_index() == 0:
             _log.warning("%s", text)
 
-    def expect(self, step: int, metrics: Metrics, batch: B) -> None:
-        """Takes the metrics of a step that was enqueued; `read` reads them."""
-        self._waiting = step, metrics, batch
-
     def busy(self) -> bool:
         """Whether the device is still computing the step that was enqueued last."""
         if self._waiting is None:
@@ -376,11 +382,16 @@ class _Reader(Generic[B]):
         arrays = [value for value in self._waiting[1].values() if isinstance(value, jax.Array)]
         return not all(array.is_ready() for array in arrays)  # type: ignore[attr-defined]
 
-    def read(self) -> None:
-        """Waits for the step that was enqueued last and reports it, unless that was done already."""
-        if self._waiting is None:
+    def read(self, following: tuple[int, Metrics, B] | None = None) -> None:
+        """Waits for the step that was enqueued last and reports it, unless that was done already.
+
+        Args:
+          following: number, metrics and batch of a step that was enqueued after it, for the next call.
+        """
+        waiting, self._waiting = self._waiting, following
+        if waiting is None:
             return
-        (step, metrics, batch), self._waiting = self._waiting, None
+        step, metrics, batch = waiting
         found = jax.device_get(metrics)
         arrays = {name: value for name, value in found.items() if np.ndim(value)}
         numbers = {name: float(value) for name, value in found.items() if name not in arrays}
@@ -398,19 +409,20 @@ class _Reader(Generic[B]):
             monitor.log.write({"step": step, **numbers, **speed})
             if monitor.clock and self.clock.due:
                 monitor.log.write(self.clock.record(step))
-        if monitor.arrays:
-            for name, value in arrays.items():
-                monitor.arrays(step, name, value)
         if monitor.display:
             monitor.display.step(step, numbers["loss"], tokens, seconds)
         # Skipped steps.
         self._step, self._numbers = step, numbers
-        if not numbers.get("skipped"):
+        if numbers.get("skipped"):
+            self.skipped += 1
+            loss, norm = numbers["loss"], numbers["grad_norm"]
+            self.say(f"step {step} was skipped: loss {loss:.3f}, gradient norm {norm:.3g}.{self._explanation()}")
+        else:
             self.skipped, self._accepted = 0, (step, batch)
-            return
-        self.skipped += 1
-        loss, norm = numbers["loss"], numbers["grad_norm"]
-        self.say(f"step {step} was skipped: loss {loss:.3f}, gradient norm {norm:.3g}.{self._explanation()}")
+        # Last, because a hook may raise.
+        if monitor.arrays:
+            for name, value in arrays.items():
+                monitor.arrays(step, name, value)
 
     def evaluated(self, step: int, numbers: Mapping[str, float], seconds: float) -> None:
         """Passes held-out metrics on."""

@@ -14,12 +14,14 @@ from jax.sharding import Mesh
 from qwen_jax.config import ModelConfig
 from qwen_jax.inference import Engine, SamplingParams
 from qwen_jax.lora import LoRA, merged
+from qwen_jax.parallel.multihost import in_step
 from qwen_jax.parallel.sharding import on_mesh, without_context
 from qwen_jax.params import Params
 from qwen_jax.stack import unstack
 from qwen_jax.tokenizer import Tokenizer
 from train.data.examples import Example
 from train.files import append_record
+from train.loop import failing_together
 
 SAMPLES = "samples.jsonl"
 
@@ -78,6 +80,9 @@ def write_samples(
 
     Returns:
       The texts.
+
+    Raises:
+      SharedError: process 0 cannot write them.
     """
     mesh = without_context(mesh)
     params = on_mesh(params, mesh)
@@ -86,16 +91,17 @@ def write_samples(
     engine = Engine(model, copied, mesh, tokenizer=tokenizer, dtype=dtype, eos_token_ids=list(end_ids))
     found = engine.generate([p.ids for p in prompts], SamplingParams(temperature=0), max_new_tokens=max_new_tokens)
     texts = [completion.text or "" for completion in found]
-    for prompt, completion, text in zip(prompts, found, texts, strict=True):
-        record: dict[str, Any] = {
-            "step": step,
-            "prompt": tokenizer.decode(prompt.ids),
-            "text": text,
-            "finish_reason": completion.finish_reason,
-            "answer": tokenizer.decode(prompt.answer),
-        }
-        if jax.process_index() == 0:
-            append_record(folder / SAMPLES, record)
+    with failing_together(), in_step(f"Writing {folder / SAMPLES}"):
+        for prompt, completion, text in zip(prompts, found, texts, strict=True):
+            record: dict[str, Any] = {
+                "step": step,
+                "prompt": tokenizer.decode(prompt.ids),
+                "text": text,
+                "finish_reason": completion.finish_reason,
+                "answer": tokenizer.decode(prompt.answer),
+            }
+            if jax.process_index() == 0:
+                append_record(folder / SAMPLES, record)
     return texts
 
 

@@ -25,6 +25,9 @@ class SharedRollouts:
 
     What it returns is the same everywhere, and does not depend on the number of processes. No device takes part in the
     exchange, so a thread may call it while the devices train.
+
+    Attributes:
+      exchange: of the thread that calls it.
     """
 
     def __init__(self, judge: Judge) -> None:
@@ -32,54 +35,68 @@ class SharedRollouts:
         Args:
           judge: of the run.
         """
-        self._judge, self._exchange = judge, Exchange()
+        self._judge, self.exchange = judge, Exchange()
 
     def episode(
         self, number: int, prompts: Sequence[Prompt], sampler: Sampler, version: int, progress: Progress
     ) -> tuple[Episode, dict[str, float]]:
-        """An episode, and numbers of how it was sampled.
+        """An episode, sampled and judged, and numbers of how it was made; see `sample` and `judge`."""
+        groups, sampled = self.sample(prompts, sampler, version, progress)
+        episode, judged = self.judge(number, prompts, groups)
+        return episode, {**sampled, **judged}
+
+    def sample(
+        self, prompts: Sequence[Prompt], sampler: Sampler, version: int, progress: Progress
+    ) -> tuple[list[list[Sample]], dict[str, float]]:
+        """A group of rollouts for each prompt, and numbers of how they were sampled.
 
         Args:
-          number: of the episode.
           prompts: all of them.
           sampler: with the engines of this process.
           version: of the weights.
           progress: of this process.
 
         Raises:
-          InputError: sampling or a reward failed here, or in another process.
+          InputError: sampling failed here, or in another process.
         """
         begin = time.perf_counter()
         first, step = jax.process_index(), jax.process_count()
 
-        def sample() -> Message:
+        def work() -> Message:
             return _message(sampler.sample(prompts[first::step], version, progress), sampler.counts)
 
         # Prompts are dealt out in turn.
         groups: list[Any] = [None] * len(prompts)
         counts: list[SampleCounts] = []
-        for i, message in enumerate(self._exchange.share("Sampling rollouts", sample)):
+        for i, message in enumerate(self.exchange.share("Sampling rollouts", work)):
             groups[i::step], some = _of_message(message, version)
             counts.append(some)
-        sampled = time.perf_counter()
-        judge = self._judge
-        judged = self._exchange.share(
-            "Judging rollouts", lambda: (None, list(judge.judge(prompts, groups)) if first == 0 else [])
-        )
-        scores, rewards = judged[0][1]
-        episode = judge.episode(number, prompts, groups, scores, rewards)
-        return episode, {
-            "seconds/rollouts": sampled - begin,
-            "seconds/rewards": time.perf_counter() - sampled,
+        return groups, {
+            "seconds/rollouts": time.perf_counter() - begin,
             "rollouts/tokens": float(sum(one.sampled_tokens for one in counts)),
             "rollouts/preemptions": float(sum(one.preemptions for one in counts)),
             "rollouts/empty": float(sum(one.empty for one in counts)),
         }
 
-    def from_process_0(self, what: str, work: Callable[[], bool]) -> bool:
-        """What some work in process 0 returns, in all processes; as `Exchange.share`."""
-        found = self._exchange.share(what, lambda: (bool(work()) if jax.process_index() == 0 else None, []))
-        return bool(found[0][0])
+    def judge(
+        self, number: int, prompts: Sequence[Prompt], groups: Sequence[Sequence[Sample]]
+    ) -> tuple[Episode, dict[str, float]]:
+        """An episode of rollouts, with the rewards that process 0 computes, and the seconds that they took.
+
+        Args:
+          number: of the episode.
+          prompts: one for each group.
+          groups: of rollouts.
+
+        Raises:
+          InputError: a reward failed here, or in another process.
+        """
+        begin, judge = time.perf_counter(), self._judge
+        judged = self.exchange.share(
+            "Judging rollouts", lambda: (None, list(judge.judge(prompts, groups)) if jax.process_index() == 0 else [])
+        )
+        episode = judge.episode(number, prompts, groups, *judged[0][1])
+        return episode, {"seconds/rewards": time.perf_counter() - begin}
 
 
 def _message(groups: Sequence[Sequence[Sample]], counts: SampleCounts) -> Message:

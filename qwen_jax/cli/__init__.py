@@ -28,7 +28,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "generate": ("generate", "Generate", "complete prompts"),
     "chat": ("generate", "Chat", "talk to a model"),
     "serve": ("serve", "Serve", "serve a model over HTTP: OpenAI's API, metrics and a chat page"),
-    "score": ("score", "Score", "score conversations with a reward model"),
+    "score": ("score", "score", "score conversations with a reward model, or a model's answers to prompts"),
     "tokenize": ("tokenize", "Tokenize", "turn text into token ids, and back"),
     "eval": ("evaluate", "Evaluate", "run benchmarks on a checkpoint or a server"),
     "eval list": ("evaluate", "List", "show the benchmarks, and whether their data is there"),

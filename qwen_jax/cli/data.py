@@ -170,8 +170,11 @@ class Rollouts:
             if self.json:
                 print(json.dumps({"episode": episode.number + 1, "version": episode.version, **metrics}))
             else:
+                reward = "no reward"
+                if episode.has_signal:
+                    reward = f"reward {metrics['reward/mean']:.3f} ± {metrics['reward/std']:.3f}"
                 print(
-                    f"episode {episode.number + 1}: reward {metrics['reward/mean']:.3f} ± {metrics['reward/std']:.3f}, "
+                    f"episode {episode.number + 1}: {reward}, "
                     f"{metrics['response/tokens']:.0f} tokens a response, {metrics['response/unfinished']:.0%} cut"
                 )
         return 0

@@ -1,15 +1,16 @@
-"""`qwen-jax score`: scores conversations with a reward model."""
+"""`qwen-jax score`: scores conversations with a reward model, or a model's answers to prompts with reward functions."""
 
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from qwen_jax.cli.common import DType, ModelOption, ModelPosition, model_name, sibling
+from qwen_jax.cli.common import DType, ModelOption, ModelPosition, model_name, parse, sibling
+from qwen_jax.cli.formats import CheckpointFormats
 from qwen_jax.cli.lines import read_lines
 from qwen_jax.errors import InputError
 
@@ -20,6 +21,21 @@ if TYPE_CHECKING:
 _FORMS = ("messages",), ("prompt", "completion"), ("text",)
 # Lines that are scored before their results are printed.
 _GROUP = 1024
+# Options that only the scoring of a model's own answers has.
+_OF_ANSWERS = {"--prompts", "--reward", "--samples", "--config"}
+
+
+def score(argv: Sequence[str]) -> int:
+    """Runs `Score`; or `train.grpo_command`, where the options are its own."""
+    names = {argument.partition("=")[0] for argument in argv}
+    if not names & _OF_ANSWERS:
+        return int(parse(Score, "score", argv).run())
+    if "--input" in names:
+        raise InputError(
+            f"--input has conversations that a reward model scores, {min(names & _OF_ANSWERS)} belongs to prompts that "
+            "a model answers. Leave one of them out."
+        )
+    return int(sibling("train.grpo_command").score(argv, CheckpointFormats()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +45,10 @@ class Score:
     Each line of the input is a JSON object: {"messages": [...]}, perhaps with "tools"; {"prompt": ..., "completion":
     ...}, both texts or both messages; or {"text": ...}. Messages are rendered with the chat template, without an
     opening for a further answer. A plain completion is scored at the end-of-text token, a plain text at its last token.
+
+    With --prompts, a language model answers, and reward functions score its answers, for the order of prompts in GRPO:
+    qwen-jax score --model DIR --prompts FILE --reward NAME --samples 8 --output FILE. For the options of this use:
+    qwen-jax score --prompts FILE --help.
 
     Args:
         folder: Checkpoint folder of a reward model, or Hub id.

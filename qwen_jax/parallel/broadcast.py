@@ -144,6 +144,10 @@ class Exchange:
             raise InputError(f"{what} failed in process {found.index(_FAILED)}; its message says why.")
         return [_unpacked(one) for one in found]
 
+    def from_process_0(self, what: str, work: Callable[[], Any]) -> Any:
+        """What some work in process 0 returns, a JSON value, in all processes; as `share`."""
+        return self.share(what, lambda: (work() if jax.process_index() == 0 else None, []))[0][0]
+
 
 def _difference(x: np.ndarray, before: np.ndarray | None, column: int | None) -> tuple[str, list[np.ndarray]]:
     """How an array is sent: whole, or the places and values that differ from the rows of an earlier one."""

@@ -4,7 +4,11 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
+import pickle
+import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +29,16 @@ from qwen_jax.params import init_params
 from qwen_jax.published import published
 from qwen_jax.quantization import Quantization, Scheme
 from qwen_jax.tokenizer import load_tokenizer, train_bpe
-from tests.helpers.processes import run
+from tests.helpers.processes import ProcessError, run
 from tests.helpers.quantized import random_quantized
-from tests.helpers.runs import losses, print_seed, stop_after
+from tests.helpers.runs import losses, print_seed, saved_steps, stop_after
 from train import grpo_command, grpo_data
-from train.episodes import Episode, read_episode, write_episode
+from train.data.prompts import order_by_variance, read_scores
+from train.episodes import read_episode, write_episode
 from train.grpo_config import GrpoRunConfig, RewardUse
 from train.grpo_run import train_grpo
 from train.judge import Judge
-from train.observe.metrics import read_log
+from train.observe.metrics import MetricsLog, read_log
 
 SMALL = [
     "step.dtype=float32", "queries=4", "sampling.group_size=4", "sampling.max_new_tokens=6", "prompt_length=160",
@@ -217,6 +222,59 @@ def letters(completions):
     assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
 
 
+SLOW_REWARD = """
+import os, signal, time
+
+calls = []
+
+def letters(completions):
+    calls.append(0)
+    if os.path.exists({fails!r}) and len(calls) == {call}:
+        # Of an episode that is sampled ahead, while the step before it is taken and saved.
+        while not os.path.isdir({saved!r}):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGKILL) if {killed} else completions.pop()
+    return [text.count("r") / max(len(text), 1) for text in completions]
+"""
+
+
+def launch_with_slow_reward(files: Path, output: Path, reward: Path, *changes: str) -> None:
+    config = configuration(files, output, *changes)
+    train_grpo(dataclasses.replace(config, rewards=(RewardUse(f"{reward}:letters"),)), _Formats())
+
+
+@pytest.mark.draw(1)
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "failed"])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_what_was_sampled_ahead_is_only_judged_again(updates: int, killed: bool, files: Path, tmp_path: Path) -> None:
+    """A run whose process is killed in a reward, or whose reward fails, goes on bit for bit."""
+    changes = ("engine.devices=2", "objective.importance_cap=2.0", "checkpoints.every=1", f"updates={updates}")
+    changes += ("objective.old=trainer",) if updates > 1 else ()
+    reward, fails, broken = tmp_path / "reward.py", tmp_path / "fails", tmp_path / "broken"
+    # The third episode is sampled with the weights after the first step of the second, and judged after one more.
+    saved = broken / "checkpoints" / str(updates + 1)
+    reward.write_text(SLOW_REWARD.format(fails=str(fails), call=3, saved=str(saved), killed=killed))
+    launch_with_slow_reward(files, tmp_path / "straight", reward, *changes)
+    fails.touch()
+    if killed:
+        with pytest.raises(ProcessError, match="-9"):
+            run(launch_with_slow_reward, files, broken, reward, *changes, processes=1, devices=jax.device_count())
+    else:
+        with pytest.raises(InputError, match="letters returned 15 values"):
+            launch_with_slow_reward(files, broken, reward, *changes)
+    assert saved_steps(broken)[-1] in ((updates + 1, 2 * updates) if killed else (2 * updates,))
+    assert not read_episode(broken / "rollouts" / "00000002.parquet").has_signal
+    for options in ([], ["--html", str(tmp_path / "page.html")]):
+        assert main(["data", "rollouts", str(broken), *options]) == 0
+    fails.unlink()
+    launch_with_slow_reward(files, broken, reward, *changes)
+    assert losses(tmp_path / "straight") == losses(broken)
+    for table in sorted((tmp_path / "straight" / "rollouts").glob("*.parquet")):
+        assert table.read_bytes() == (broken / "rollouts" / table.name).read_bytes()
+    a, b = ((folder / "model" / "model.safetensors").read_bytes() for folder in (tmp_path / "straight", broken))
+    assert a == b
+
+
 def stopped_and_resumed(files: Path, output: Path, *changes: str) -> None:
     """In one of several processes: a run that is stopped after a step, and goes on."""
     with pytest.MonkeyPatch.context() as patch:
@@ -225,21 +283,47 @@ def stopped_and_resumed(files: Path, output: Path, *changes: str) -> None:
     assert not train_grpo(configuration(files, output, *changes), _Formats())
 
 
-def failed_and_resumed(files: Path, output: Path, *changes: str) -> None:
+def failed_and_resumed(
+    files: Path, output: Path, *changes: str, what: str = "rollouts", fails: Callable[..., bool], saved: int
+) -> None:
     """In one of several processes: an error of process 0 that no other has ends all, after they have saved a step."""
+    write, log = write_episode, MetricsLog.write
 
-    def fail(path: Path, episode: Episode) -> None:
-        if episode.number:
-            raise OSError("the disk is full")
-        write_episode(path, episode)
+    def failing(write: Callable[..., None]) -> Callable[..., None]:
+        def write_or_fail(at: Any, content: Any) -> None:
+            if fails(content):
+                (output / "failed").touch()
+                raise OSError("the disk is full")
+            write(at, content)
 
-    own, message = (InputError, "Writing rollouts failed in process 0") if jax.process_index() else (OSError, "is full")
+        return write_or_fail
+
+    own, message = (InputError, f"Writing {what} failed in process 0") if jax.process_index() else (OSError, "is full")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo_data, "write_episode", fail)
+        if what == "rollouts":
+            patch.setattr(grpo_data, "write_episode", failing(write))
+        else:
+            patch.setattr(MetricsLog, "write", failing(log))
         with pytest.raises(own, match=message):
             train_grpo(configuration(files, output, *changes), _Formats())
-    assert (output / "checkpoints" / "1").is_dir()
+    # Nobody waits for the others for long.
+    assert time.time() - (output / "failed").stat().st_mtime < 60
+    assert saved_steps(output) == [saved]
     assert not train_grpo(configuration(files, output, *changes), _Formats())
+
+
+def failed_in_a_table(*args: Any) -> None:
+    failed_and_resumed(*args, fails=lambda episode: episode.number == 1, saved=1)
+
+
+def failed_in_gaps(*args: Any) -> None:
+    """The gaps of a step are written after the next step has begun; that one is saved, too."""
+    failed_and_resumed(*args, fails=lambda episode: np.isfinite(episode.gaps).any(), saved=2)
+
+
+def failed_in_the_log(*args: Any) -> None:
+    """The numbers of an episode."""
+    failed_and_resumed(*args, what="the log", fails=lambda x: x["step"] == 2 and "staleness" in x, saved=1)
 
 
 @pytest.mark.draw(1)
@@ -248,9 +332,11 @@ def failed_and_resumed(files: Path, output: Path, *changes: str) -> None:
     [
         (stopped_and_resumed, 1, ("updates=2", "objective.old=trainer", "queries=4")),
         (stopped_and_resumed, 2, ("engine.devices=2", "objective.importance_cap=2.0", "queries=3")),
-        (failed_and_resumed, 1, ("queries=3",)),
+        (failed_in_a_table, 1, ("queries=3",)),
+        (failed_in_gaps, 2, ("engine.devices=2", "objective.importance_cap=2.0", "queries=3")),
+        (failed_in_the_log, 1, ("queries=3",)),
     ],
-    ids=["in turn", "apart", "failed"],
+    ids=["in turn", "apart", "failed in a table", "failed in gaps", "failed in the log"],
 )
 def test_two_processes_are_one(
     ended: Callable[..., None], devices: int, changes: tuple[str, ...], files: Path, tmp_path: Path
@@ -283,16 +369,83 @@ def test_the_mesh_does_not_change_rollouts(files: Path, tmp_path: Path) -> None:
 
 
 def test_prompts_are_ordered_by_the_variance_of_their_scores(files: Path, tmp_path: Path) -> None:
-    scores = tmp_path / "scores.jsonl"
-    assert main(["train", "grpo", *arguments(files, tmp_path / "a"), "--write-scores", str(scores)]) == 0
+    """Scores are the rewards that a run would begin with, and those of its configuration file are the same."""
+    scores, again = tmp_path / "scores" / "one.jsonl", tmp_path / "two.jsonl"
+    given = ["--model", str(files / "model"), "--prompts", str(files / "prompts.jsonl")]
+    given += ["--reward", f"{files / 'reward.py'}:letters", "--samples", "5", "--set", *SMALL]
+    assert main(["score", *given, "--output", str(scores)]) == 0
+    assert os.listdir(scores.parent) == [scores.name]
     written = [json.loads(line) for line in scores.read_text().splitlines()]
     assert [row["number"] for row in written] == list(range(10))
-    assert all(len(row["scores"]) == 4 for row in written)
-    variances = {row["number"]: np.var(row["scores"]) for row in written}
-    ordered = dataclasses.replace(configuration(files, tmp_path / "run", "episodes=1"), order=str(scores))
-    train_grpo(ordered, _Formats())
+    assert all(len(row["scores"]) == 5 for row in written)
+    run = configuration(files, tmp_path / "run", "episodes=1", "sampling.group_size=5")
+    ordered = dataclasses.replace(run, order=str(scores), held_out={"none": str(tmp_path / "missing.jsonl")})
+    (tmp_path / "config.py").write_text(
+        f"import pickle\ndef config():\n    return pickle.loads({pickle.dumps(ordered)!r})\n"
+    )
+    assert main(["score", "--config", str(tmp_path / "config.py"), "--output", str(again)]) == 0
+    assert again.read_bytes() == scores.read_bytes()
+    assert not (tmp_path / "run").exists()
+    train_grpo(dataclasses.replace(ordered, held_out={}), _Formats())
     episode = read_episode(tmp_path / "run" / "rollouts" / "00000000.parquet")
-    assert [p.number for p in episode.prompts] == sorted(variances, key=lambda n: (-variances[n], n))[:4]
+    assert [p.number for p in episode.prompts] == order_by_variance({r["number"]: r["scores"] for r in written})[:4]
+    for prompt, rewards in zip(episode.prompts, episode.grouped_rewards, strict=True):
+        assert rewards.tolist() == written[prompt.number]["scores"]
+
+
+def test_the_order_is_a_pure_function_of_the_scores(tmp_path: Path) -> None:
+    """It has the highest exact variance first, ties by number, whatever the order of lines and of scores in them."""
+    rng = print_seed()
+    count, size, shift = int(rng.integers(2, 40)), int(rng.integers(1, 9)), float(rng.random())
+    # Few values, so that there are many ties; and a prompt may have the scores of another one in another order.
+    values = rng.integers(0, 3, (count, size)) / int(rng.integers(1, 11)) + shift
+    values[count // 2 :] = rng.permuted(values[: count - count // 2], axis=1)
+    scores = {n: [None if rng.random() < 0.1 else float(x) for x in row] for n, row in enumerate(values)}
+
+    def variance(row: list[float | None]) -> Fraction:
+        known = [Fraction(x) for x in row if x is not None]
+        mean = sum(known) / max(len(known), 1)
+        return sum((x - mean) ** 2 for x in known) / max(len(known), 1)
+
+    # Variances that are the same as floats are ties, too.
+    expected = sorted(scores, key=lambda n: (-float(variance(scores[n])), n))
+    assert order_by_variance(scores) == expected
+    for _ in range(3):
+        lines = [json.dumps({"number": n, "scores": rng.permutation(np.array(scores[n])).tolist()}) for n in scores]
+        rng.shuffle(lines)
+        (tmp_path / "scores.jsonl").write_text("\n".join(lines) + "\n")
+        assert order_by_variance(read_scores(tmp_path / "scores.jsonl")) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--reward": None}, "--reward is missing. Give --model, --prompts and --reward, or --config"),
+        ({"--prompts": None}, "--prompts is missing"),
+        ({"--output": None}, "--output is missing"),
+        ({"--samples": "1"}, "--samples must be at least 2, got 1"),
+        ({"--input": "talks.jsonl"}, "--input has conversations that a reward model scores, --prompts belongs to"),
+        ({"--config": "file.py"}, "--config has the whole run. Leave out --model, --prompts, --reward"),
+        ({"--output": "."}, "is a folder"),
+        ({"--prompts": "missing.jsonl"}, "missing.jsonl"),
+    ],
+)
+def test_mistakes_in_scoring(
+    changes: dict[str, str | None], message: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"--prompts": str(files / "prompts.jsonl"), "--reward": "length", "--model": str(files / "model")}
+    options = {**given, "--output": str(tmp_path / "scores.jsonl"), **changes}
+    assert main(["score", *(x for name, value in options.items() if value is not None for x in (name, value))]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_both_uses_of_scoring(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, named in (([], ["--input", "--prompts", "--reward"]), (["--prompts", "x"], ["--samples", "--order"])):
+        with pytest.raises(SystemExit, match="0"):
+            main(["score", *options, "--help"])
+        told = capsys.readouterr().out
+        assert all(name in told for name in named)
 
 
 def test_adapters_learn_beside_frozen_weights(files: Path, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from qwen_jax.errors import InputError
 from qwen_jax.parallel.sharding import make_mesh
+from tests.helpers.runs import print_seed
 from train.data.batch import Batch
-from train.loop import ByStep, Diagnosis, LoopConfig, Monitor, fit
+from train.loop import ByStep, Diagnosis, LoopConfig, Monitor, failing_together, fit
 from train.state import Guard, TrainState
 
 # What a step may do: be accepted, be skipped because it is not finite, or because its gradient spikes.
@@ -135,3 +136,40 @@ def test_metrics_that_are_arrays_go_to_their_hook() -> None:
     with jax.set_mesh(mesh):
         fit(2, state, step, ByStep([ROWS] * 2), mesh=mesh, monitor=monitor)  # type: ignore[arg-type]
     assert seen == [(1, "load", [0, 1, 2]), (2, "load", [1, 2, 3])]
+
+
+def test_a_hook_that_fails_in_all_processes_loses_no_step() -> None:
+    """Metrics are read a step late: that step is saved too, and logged, though the hook fails again."""
+    rng = print_seed()
+    steps, every = int(rng.integers(2, 9)), int(rng.integers(1, 5))
+    bad = int(rng.integers(1, steps + 1))
+    mesh, checkpoints, logged = make_mesh({}, jax.devices()[:1]), Checkpoints(every), list[float]()
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, object]]:
+        return dataclasses.replace(state, step=state.step + 1), {"loss": 1.0, "load": np.arange(3)}
+
+    def hook(step: int, name: str, value: np.ndarray) -> None:
+        if step >= bad:
+            with failing_together():
+                raise OSError(f"no room at step {step}")
+
+    class Log:
+        def write(self, record: Mapping[str, float]) -> None:
+            logged.append(record["step"])
+
+        def flush(self) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    state = TrainState(step=0, params={}, opt_state=(), guard=Guard(0.0, 0, 0))  # type: ignore[arg-type]
+    with jax.set_mesh(mesh), pytest.raises(OSError, match=f"no room at step {bad}$"):
+        fit(
+            steps, state, step, ByStep([ROWS] * steps), mesh=mesh, checkpoints=checkpoints,
+            monitor=Monitor(log=Log(), arrays=hook),
+        )  # type: ignore[arg-type]  # fmt: skip
+    # Where a checkpoint is due, and at the end, the loop reads the metrics of a step before it goes on.
+    last = bad if bad % every == 0 or bad == steps else bad + 1
+    assert checkpoints.saved[-1] == last
+    assert logged == list(range(1, last + 1))

@@ -244,6 +244,31 @@ def test_a_lost_process_ends_the_others_with_a_message(material: Path, tmp_path:
     assert saved_steps(output)
 
 
+@pytest.mark.parametrize("what", ["MetricsLog", "TensorBoardLog"])
+@pytest.mark.draw(1)
+def test_a_log_that_process_0_cannot_write_ends_all_with_a_message(material: Path, tmp_path: Path, what: str) -> None:
+    """The others wait for it in a collective, until it has ended."""
+    file, output = config_file(tmp_path / "config.py", material, tmp_path / "run"), tmp_path / "run"
+    with file.open("a") as added:
+        added.write(
+            f"import errno, pathlib\nfrom train.observe import report\nwrite = report.{what}.write\n"
+            "def full(log, record):\n    if record['step'] > 20:\n"
+            f"        pathlib.Path({str(tmp_path)!r}, 'failed').touch()\n"
+            "        raise OSError(errno.ENOSPC, 'No space left on device', 'a log')\n"
+            f"    write(log, record)\nreport.{what}.write = full\n"
+        )
+    with train(file, *LONG, "checkpoints.every=10", processes=2) as job:
+        assert wait_for(job, (tmp_path / "failed").exists) or (tmp_path / "failed").exists(), job
+        statuses = job.wait(30)
+        assert statuses[0] == 1, job
+        assert statuses[1] not in (0, 143), job
+        assert "No space left on device for a log. Make room" in job.output(0), job
+        told = job.output(1)
+        assert "Another process of the job has ended" in told or "another task died" in told, job
+        assert all("Traceback" not in job.output(i) for i in range(2)), job
+    assert 20 in saved_steps(output)
+
+
 # Damage
 
 

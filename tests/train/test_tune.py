@@ -28,9 +28,17 @@ from qwen_jax.quantization import Quantization, Scheme
 from qwen_jax.tokenizer import train_bpe
 from tests.helpers.processes import run as run_processes
 from tests.helpers.quantized import random_quantized
-from tests.helpers.runs import assert_same_weights, final_weights, launches, losses, print_seed, stop_after
+from tests.helpers.runs import (
+    assert_same_weights,
+    final_weights,
+    launches,
+    losses,
+    print_seed,
+    saved_steps,
+    stop_after,
+)
 from tests.helpers.small_tasks import Written, measured, write_lines
-from train import tune, tune_command
+from train import samples, tune, tune_command
 from train.evaluate import registry
 from train.evaluate.in_training import TaskEvaluation
 from train.fields import set_fields
@@ -329,6 +337,29 @@ def test_two_processes_tune_as_one_does(files: Path, tmp_path: Path) -> None:
     assert len(one) == len(two) > 2
     assert one[:2] == two[:2]  # Of the first evaluation, when no step has changed the weights yet.
     assert load_config(tmp_path / "two" / "model") == load_config(tmp_path / "one" / "model")
+
+
+def without_room_for_samples(files: str, output: str) -> None:
+    """SFT in one of two processes, of which the first cannot write its samples after a step."""
+    append = samples.append_record
+
+    def full(path: Path, record: dict[str, Any]) -> None:
+        if record["step"]:
+            raise OSError("the disk is full")
+        append(path, record)
+
+    own, message = (InputError, "samples.jsonl failed in process 0") if jax.process_index() else (OSError, "is full")
+    config = dataclasses.replace(configuration(Path(files), "sft", Path(output)), mesh={"fsdp": 2})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples, "append_record", full)
+        with pytest.raises(own, match=message):
+            tune.tune(config, _Formats())
+    # The step is saved, although no checkpoint was due.
+    assert saved_steps(output) == [config.loop.evaluate_every]
+
+
+def test_samples_that_process_0_cannot_write_end_both(files: Path, tmp_path: Path) -> None:
+    run_processes(without_room_for_samples, str(files), str(tmp_path / "run"), timeout=300)
 
 
 def test_mistakes_are_told_before_anything_is_made(files: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,8 @@ def _prompt(
 def order_by_variance(scores: Mapping[int, Sequence[float | None]]) -> list[int]:
     """Orders prompts by the variance of their responses' scores, the highest first, as the Qwen2.5 report does.
 
-    It is the population variance of the scores that are known. Ties, and prompts with fewer than two scores, which have
-    variance 0, are in the order of their numbers.
+    It is the population variance of the scores that are known, computed exactly: rounding breaks no tie. Ties, and
+    prompts with fewer than two scores, which have variance 0, are in the order of their numbers.
 
     Args:
       scores: of the responses to each prompt, by its number; None for no signal (arXiv:2412.15115, section 4.3).
@@ -124,13 +125,13 @@ def order_by_variance(scores: Mapping[int, Sequence[float | None]]) -> list[int]
 
     def variance(number: int) -> float:
         known = [score for score in scores[number] if score is not None]
-        return float(np.var(np.asarray(known, np.float64))) if len(known) > 1 else 0.0
+        return statistics.pvariance(known) if len(known) > 1 else 0.0
 
     return sorted(scores, key=lambda number: (-variance(number), number))
 
 
 def read_scores(path: Path) -> dict[int, list[float | None]]:
-    """Reads a file of scores, which `write_scores` of a run has written: a JSON object with number and scores a line.
+    """Reads a file of scores, as `qwen-jax score --prompts` writes it: a JSON object with number and scores a line.
 
     Raises:
       InputError: a line that is something else, or a prompt that is there twice.
