@@ -169,10 +169,12 @@ class Serve:
         from qwen_jax.hub import is_hub_id
         from qwen_jax.serving.settings import ServerSettings
 
+        # Of a link its own name: what it points to may change.
+        called = name if is_hub_id(name) else Path(os.path.abspath(name)).name
         keys = [key.strip() for key in os.environ.get(_KEY_VARIABLE, "").split(",")]
         try:
             return ServerSettings(
-                served_names=self.served_model_name or (name if is_hub_id(name) else Path(name).resolve().name,),
+                served_names=self.served_model_name or (called,),
                 api_keys=(*self.api_key, *filter(None, keys)),
                 allowed_origins=self.allowed_origin,
                 pooling=self.pooling,
