@@ -161,6 +161,8 @@ class Serve:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        if self.speculative is None and self.num_speculative_tokens != Serve.num_speculative_tokens:
+            raise InputError("--num-speculative-tokens needs --speculative ngram or --speculative DIR.")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise InputError(f"--gpu-memory-utilization must be in (0, 1], got {self.gpu_memory_utilization}.")
 

@@ -165,6 +165,7 @@ def test_the_model_is_called_by_its_folder(
         ("--request-timeout nan", "--request-timeout must be"),
         ("--shutdown-timeout -1", "--shutdown-timeout must be"),
         ("--log-interval -1", "--log-interval must be"),
+        ("--num-speculative-tokens 8", "needs --speculative"),
         ("--speculative ngrams", "must be ngram, or the folder or Hub id"),
         ("--speculative /no/such/draft", "/no/such/draft"),
         ("--rope-scaling yarn:4 --dual-chunk", "together"),
