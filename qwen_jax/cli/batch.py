@@ -1,15 +1,19 @@
 """Many requests from a file of JSON lines, answered through the scheduler: `qwen-jax generate --input --output`.
 
 A line is a request in the format of OpenAI's batch API, or a plain prompt. Results are appended as they come. A run
-that was interrupted goes on where it stopped: it keeps the results that the output has, and repeats what failed.
+that was interrupted goes on where it stopped: it keeps the results that the output has, and repeats what failed. The
+id of a result begins with a hash of its request and of what else decides it, so that a result of another one is never
+kept.
 """
 
 import codecs
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import queue
+import re
 import threading
 import time
 import uuid
@@ -40,6 +44,7 @@ Complete = Callable[[int, dict[str, Any]], dict[str, Any]]
 
 _PLAIN = ("prompt", "messages", "prompt_token_ids")
 _REQUEST = ("method", "url", "body")
+_ID = re.compile(r"batch_req_([0-9a-f]{16})[0-9a-f]{16}")
 # Requests in a row that fail by a fault of the program: then the engine is gone.
 _FAULTS = 10
 
@@ -166,14 +171,22 @@ class Summary:
 
 
 def run(
-    source: Path, target: Path, answer: Answer, complete: Complete, *, in_flight: int = 256, progress: bool = True
+    source: Path,
+    target: Path,
+    answer: Answer,
+    complete: Complete,
+    *,
+    settings: str = "",
+    in_flight: int = 256,
+    progress: bool = True,
 ) -> int:
     """Runs a file of requests and prints a summary. Returns the exit status: 1 if a request failed.
 
     Args:
-      source, target, answer, complete, in_flight, progress: as for `answer_file`.
+      source, target, answer, complete, settings, in_flight, progress: as for `answer_file`.
     """
-    summary = answer_file(source, target, answer, complete, in_flight=in_flight, progress=progress)
+    how: dict[str, Any] = {"settings": settings, "in_flight": in_flight, "progress": progress}
+    summary = answer_file(source, target, answer, complete, **how)
     print(f"{summary} Results: {target}")
     if summary.failed:
         complain(f"{summary.first_problem} The same command tries the failed requests again.")
@@ -181,7 +194,14 @@ def run(
 
 
 def answer_file(
-    source: Path, target: Path, answer: Answer, complete: Complete, *, in_flight: int = 256, progress: bool = True
+    source: Path,
+    target: Path,
+    answer: Answer,
+    complete: Complete,
+    *,
+    settings: str = "",
+    in_flight: int = 256,
+    progress: bool = True,
 ) -> Summary:
     """Answers the requests of a file that have no result yet, and appends their results to another.
 
@@ -190,12 +210,13 @@ def answer_file(
       target: of results, in the order in which they come. Made if need be.
       answer: of requests.
       complete: of plain prompts.
+      settings: what decides the results beside the requests, such as the model: with others the output is refused.
       in_flight: requests that run at a time.
       progress: whether to show a progress bar on standard error.
 
     Raises:
-      InputError: no such input, a custom id that occurs twice, results of other requests in the output, or an output
-        that cannot be written or that another run is writing.
+      InputError: no such input, a custom id that occurs twice, results of other requests or settings in the output, or
+        an output that cannot be written or that another run is writing.
     """
     if in_flight < 1:
         raise InputError(f"The number of requests in flight must be at least 1, got {in_flight}.")
@@ -205,7 +226,7 @@ def answer_file(
         raise InputError(f"{target} is not a file. Give another output.")
     if target.exists() and source.samefile(target):
         raise InputError(f"{source} is both the input and the output. Give another output.")
-    keys = _check_keys(source)
+    keys = _check_keys(source, settings)
     with _open_output(target) as file:
         known = _repair(file, keys, source, target)
     with _open_output(target) as file:
@@ -215,6 +236,7 @@ def answer_file(
         faults = 0
         with _Bar(summary, enabled=progress) as bar:
             for line, result, fault in _answers(waiting, answer, complete, in_flight):
+                result["id"] = f"batch_req_{keys[line.key]}{uuid.uuid4().hex[:16]}"
                 faults = 0 if fault is None else faults + 1
                 if fault is not None and faults == _FAULTS:
                     raise fault
@@ -284,13 +306,14 @@ def _why_no_request(line: Line, record: Mapping[str, Any]) -> str | None:
     return "stream must be false: a batch has no streams" if record["body"].get("stream") else None
 
 
-def _check_keys(source: Path) -> set[str | int]:
-    """What the results of a file will be known by.
+def _check_keys(source: Path, settings: str) -> dict[str | int, str]:
+    """What the results of a file will be known by, each with a hash of the request and the settings.
 
     Raises:
       InputError: two lines have one custom id, or the file is empty.
     """
     first: dict[str | int, int] = {}
+    keys: dict[str | int, str] = {}
     for line in _lines(source):
         if line.key in first:
             raise InputError(
@@ -298,9 +321,10 @@ def _check_keys(source: Path) -> set[str | int]:
                 "Give each request its own."
             )
         first[line.key] = line.index + 1
+        keys[line.key] = hashlib.sha256(to_json([line.record, settings]).encode()).hexdigest()[:16]
     if not first:
         raise InputError(f"{source} is empty. Expected a JSON object on each line.")
-    return set(first)
+    return keys
 
 
 # --- the output ---
@@ -325,11 +349,11 @@ def _open_output(target: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def _repair(file: BinaryIO, keys: set[str | int], source: Path, target: Path) -> set[str | int]:
+def _repair(file: BinaryIO, keys: Mapping[str | int, str], source: Path, target: Path) -> set[str | int]:
     """Leaves only whole results that are no failures. Returns what they are known by.
 
     Raises:
-      InputError: a result of no request of the input.
+      InputError: a result of no request of the input, or of one that was another then.
     """
     known: set[str | int] = set()
     kept: list[tuple[int, int]] = []
@@ -347,6 +371,12 @@ def _repair(file: BinaryIO, keys: set[str | int], source: Path, target: Path) ->
                     f"{target} has a line that is no result of {source}: {raw[:80]!r}. Give another output."
                 )
             if raw.endswith(b"\n") and key not in known and _problem(result) is None:
+                made = _ID.fullmatch(str(result.get("id")))
+                if made is not None and made[1] != keys[key]:
+                    raise InputError(
+                        f"{target} has a result for {key!r} that was made with another request, model or options than "
+                        "now. Give another output."
+                    )
                 known.add(key)
                 kept.append((start, end))
         size = sum(stop - start for start, stop in kept)
@@ -435,7 +465,7 @@ def _answers(
 
 def _result(line: Line, answer: Answer, complete: Complete) -> tuple[dict[str, Any], Exception | None]:
     """The line of the output for a line of the input, and the fault of the program, if there was one."""
-    head: dict[str, Any] = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id}
+    head: dict[str, Any] = {"id": "", "custom_id": line.custom_id}
     if line.custom_id is None:
         head["line"] = line.index + 1
     empty = {} if line.is_plain else {"response": None}

@@ -366,12 +366,18 @@ def _open_text(
     questions: Mapping[str, Any] | None = None,
 ) -> tuple[Model, Any, dict[str, Any]]:
     """Opens a model and what its prompts are made of; returns them with the settings that decide the results."""
+    served = search.base_url is not None
+    # The server computes; what extends the context decides which lengths fit.
+    extends = ("--rope-scaling", "--dual-chunk", "--trained-length")
+    if served and (unread := [option for option in common.running.given() if option not in extends]):
+        raise InputError(f"Leave out {', '.join(unread)}: with --base-url the server has its own.")
+    if search.served_name is not None and not served:
+        raise InputError("Leave out --served-name: without --base-url nothing reads it.")
     model = common.open_model(task)
     assert model.tokenizer is not None
     encoder = sibling("train.evaluate.text").Encoder(model.tokenizer, search.form)
     source = sibling("train.evaluate.tasks").Source.of(encoder, text, f"The haystack {haystack}", questions)
     hidden_in = None if text is None else _sha256(text)
-    served = search.base_url is not None
     return model, source, _settings(common, model, served, seed=search.seed, form=search.form, haystack=hidden_in)
 
 

@@ -90,6 +90,8 @@ class Evaluate:
             raise InputError("Give either --model DIR or --base-url URL.")
         if self.max_seqs < 1 or self.workers < 1:
             raise InputError("--max-seqs and --workers must be at least 1.")
+        if self.shots is not None and self.shots < 0:
+            raise InputError(f"--shots must be at least 0, got {self.shots}.")
         evaluation, run = sibling("train.evaluate.evaluation"), sibling("train.evaluate.run")
         chosen, chat = self._chosen(evaluation), self.chat
         if chosen is None:
@@ -98,6 +100,7 @@ class Evaluate:
             suite = sibling("train.evaluate.suites").suite(self.tasks[0])
             chat, wanted, shots, left_out = suite.chat, chosen.names, chosen.shots, chosen.left_out
         names = evaluation.sort_names(wanted, shots)
+        self._check_read(of_harness=bool(names.harness) or chosen is not None)
         options = run.RunOptions(self.data_root, self.allow_changed_data, self.limit)
         settings = sibling("train.evaluate.harness").Settings(
             data_root=self.data_root,
@@ -118,6 +121,23 @@ class Evaluate:
             if tools.sandbox is not None:
                 tools.sandbox.close()
         return self._show(summary)
+
+    def _check_read(self, of_harness: bool) -> None:
+        """Raises InputError for an option that nothing would read."""
+        of_lm_eval = self._given("shots", "chat", "include", "hub", "seed")
+        unread = [
+            (self.base_url is not None, self.running.given(), "with --base-url the server has its own"),
+            (self.base_url is None, self._given("served_model"), "without --base-url nothing reads it"),
+            (self.judge_url is None, self._given("judge_model"), "without --judge-url nothing reads it"),
+            (not of_harness, of_lm_eval, "it is for tasks of lm-eval alone"),
+        ]
+        for is_unread, options, why in unread:
+            if is_unread and options:
+                raise InputError(f"Leave out {', '.join(options)}: {why}.")
+
+    def _given(self, *names: str) -> list[str]:
+        """Those of these options that are not as by default."""
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != getattr(Evaluate, name)]
 
     def _chosen(self, evaluation: Any) -> Any:
         """What of a suite can run; None if no suite is asked for."""

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import secrets
 import sys
 import threading
@@ -17,6 +18,8 @@ from qwen_jax.cli.failures import complain, explain
 from qwen_jax.cli.lines import read_lines, read_text
 from qwen_jax.cli.model import IdLists, Model, Running, Sampling, parse_ids
 from qwen_jax.errors import InputError
+from qwen_jax.files import to_json
+from qwen_jax.hub import is_hub_id
 
 if TYPE_CHECKING:
     from qwen_jax.inference import Completion, ContinuousEngine, Document, Engine
@@ -142,9 +145,17 @@ class Generate:
             )
             answer = _OpenAI(engine, model, name)
             try:
-                return batch.run(self.input, self.output, answer, complete, in_flight=self.in_flight)
+                how: dict[str, Any] = {"settings": self._settings(name), "in_flight": self.in_flight}
+                return batch.run(self.input, self.output, answer, complete, **how)
             finally:
                 answer.close()
+
+    def _settings(self, name: str) -> str:
+        """What decides the answers to a file of requests: all but where and how fast the model runs."""
+        model = name if is_hub_id(name) else os.path.realpath(name)
+        of_model = ("dtype", "adapter", "kv_dtype", "w8a8", "rope_scaling", "dual_chunk", "trained_length")
+        running = [getattr(self.running, field) for field in of_model]
+        return to_json([model, running, dataclasses.asdict(self.sampling), self.logprobs])
 
     def _prompts(self) -> list[str | list[int]]:
         if sum(map(bool, (self.prompt, self.prompt_file, self.prompt_ids))) != 1:

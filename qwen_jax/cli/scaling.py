@@ -160,8 +160,9 @@ class Predict:
             run, size = runs.run_of_law(value, self.config, self.params, self.tokens)
             runs.write_run_config(self.write, run, f"A run by the law {self.law}.")
             return dataclasses.replace(self, params=size, config=None, write=None).run()
-        of_moe = ("total_params", "experts", "granularity", "equal_to")
-        if value["law"] != "moe" and (given := [name for name in of_moe if getattr(self, name) is not None]):
+        of_moe = ("total_params", "experts", "granularity", "equal_to", "ratios")
+        given = [name for name in of_moe if getattr(self, name) != getattr(Predict, name)]
+        if value["law"] != "moe" and given:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise InputError(
                 f"{self.law} is a {value['law']} law, which does not read {options}. Give a law of MoE models."

@@ -90,6 +90,16 @@ def predict_moe(law: Mapping[str, Any], options: "Predict") -> tuple[dict[str, A
             "An MoE law needs either --params (active parameters, with --total-params or --experts) or --equal-to "
             "(size of a dense model)."
         )
+    # Options that the form, or the question, does not read.
+    form = str(law.get("form"))
+    unread = {"total_params", "experts"} if options.equal_to is not None else {"ratios"}
+    unread |= {"total_params"} if form in ("bilinear", "saturated") else {"experts"}
+    unread |= set() if form in ("leverage", "granularity") else {"granularity"}
+    default = type(options)
+    if given := [name for name in sorted(unread) if getattr(options, name) != getattr(default, name)]:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        what = "--equal-to" if options.equal_to is not None else "--params"
+        raise InputError(f"A law of the form {form} does not read {names} with {what}. Leave it out.")
     if options.equal_to is not None:
         rows = module.equivalents(law, options.equal_to, options.tokens, options.ratios, options.granularity)
     else:

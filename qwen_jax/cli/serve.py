@@ -161,6 +161,8 @@ class Serve:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        if self.speculative is None and self.num_speculative_tokens != Serve.num_speculative_tokens:
+            raise InputError("--num-speculative-tokens needs --speculative ngram or --speculative DIR.")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise InputError(f"--gpu-memory-utilization must be in (0, 1], got {self.gpu_memory_utilization}.")
 
@@ -169,10 +171,12 @@ class Serve:
         from qwen_jax.hub import is_hub_id
         from qwen_jax.serving.settings import ServerSettings
 
+        # Of a link its own name: what it points to may change.
+        called = name if is_hub_id(name) else Path(os.path.abspath(name)).name
         keys = [key.strip() for key in os.environ.get(_KEY_VARIABLE, "").split(",")]
         try:
             return ServerSettings(
-                served_names=self.served_model_name or (name if is_hub_id(name) else Path(name).resolve().name,),
+                served_names=self.served_model_name or (called,),
                 api_keys=(*self.api_key, *filter(None, keys)),
                 allowed_origins=self.allowed_origin,
                 pooling=self.pooling,

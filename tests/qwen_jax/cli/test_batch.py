@@ -409,6 +409,27 @@ def test_results_of_other_requests_are_not_mixed_in_nor_overwritten(tmp_path: Pa
     assert target.read_text() == line + "\n"
 
 
+@pytest.mark.parametrize("plain_prompt", [True, False])
+def test_results_of_a_request_that_has_changed_are_refused(tmp_path: Path, plain_prompt: bool) -> None:
+    """Also those of other settings. The output stays as it was, and what is the same goes on."""
+
+    def records(*prompts: str) -> list[dict[str, Any]]:
+        return [{"prompt": one} if plain_prompt else request(str(i), one) for i, one in enumerate(prompts)]
+
+    source, target = write(tmp_path / "in", *records("a", "b")), tmp_path / "out"
+    go(source, target, settings="one model")
+    before = target.read_bytes()
+    with pytest.raises(InputError, match="another request, model or options"):
+        go(source, target, settings="another model")
+    write(source, *records("a", "c"))
+    with pytest.raises(InputError, match="another request, model or options"):
+        go(source, target, settings="one model")
+    assert target.read_bytes() == before
+    write(source, *records("a", "b", "c"))
+    assert go(source, target, settings="one model").before == 2
+    assert target.read_bytes().startswith(before)
+
+
 def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
     source, target = write(tmp_path / "in", request("a")), tmp_path / "out"
     with target.open("ab") as held:

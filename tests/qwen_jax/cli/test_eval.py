@@ -169,6 +169,11 @@ def test_a_server_answers_prompts_of_token_ids(
     summary = json.loads(printed)
     assert summary["lengths"]["passkey"] == {"300": 1.0, "500": None}
     assert summary["settings"]["server"]["model"] == "scripted"
+    # Options that nothing would read.
+    status, _, err = run(capsys, *command, "--dtype", "bfloat16", "--output", tmp_path / "other")
+    assert (status, "Leave out --dtype: with --base-url the server has its own" in err) == (1, True)
+    status, _, err = run(capsys, "passkey", model, "--served-name", "x", "--output", tmp_path / "other")
+    assert (status, "Leave out --served-name: without --base-url" in err) == (1, True)
 
 
 def test_token_ids_need_no_tokenizer(capsys: Capture, bare: Path, tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ def test_bad_input_is_found_before_the_weights_are_loaded(
 ) -> None:
     monkeypatch.setattr("qwen_jax.cli.model.Model.loaded", no_weights)
     out = ("--output", tmp_path / "out")
+    ours = ("--model", model, "--tasks", "mmlu", "--data-root", data, *out)
+    served = ("--base-url", "http://127.0.0.1:1/v1", *ours[2:])
     for argv, words in (
         ((*out, "--tasks", "mmlu"), "either --model DIR or --base-url URL"),
         (("--model", model, *out), "Expected names of tasks"),
@@ -101,6 +103,13 @@ def test_bad_input_is_found_before_the_weights_are_loaded(
         (("--model", model, "--tasks", "mmlu", "--data-root", data, "--limit", 0, *out), "--limit must be"),
         (("--model", model, "--tasks", "mmul", "--data-root", data, *out), "mmul"),
         (("compare", tmp_path, tmp_path), "holds no summary.json"),
+        (("--model", model, "--tasks", "tiny_choice", "--shots", -1, *out), "--shots must be at least 0, got -1"),
+        # Options that nothing would read.
+        ((*ours, "--shots", 3), "Leave out --shots: it is for tasks of lm-eval alone"),
+        ((*ours, "--chat", "--seed", 2), "Leave out --chat, --seed: it is for"),
+        ((*ours, "--served-model", "x"), "Leave out --served-model: without --base-url"),
+        ((*ours, "--judge-model", "x"), "Leave out --judge-model: without --judge-url"),
+        ((*served, "--adapter", "x", "--mesh", "tensor=2"), "Leave out --mesh, --adapter: with --base-url the server"),
     ):
         status, _, err = run(capsys, *argv)
         assert status == 1, argv

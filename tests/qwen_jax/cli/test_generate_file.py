@@ -47,6 +47,12 @@ def test_a_file_of_requests(model: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert isinstance(failed, dict)
     assert failed["status_code"] == 400
 
+    # The same command goes on, wherever it is given; other options have another output.
+    assert main([*command, "--mesh", ""]) == 1
+    assert "(5 had a result before)" in capsys.readouterr().out
+    assert main([*command, "--top-k", "3"]) == 1
+    assert "another request, model or options" in capsys.readouterr().err
+
 
 @pytest.mark.parametrize(
     ("options", "words"),

@@ -133,9 +133,16 @@ def test_rounded_activations_reach_the_model(
     assert not served
 
 
-def test_the_model_is_called_by_its_folder(served: dict[str, Any], model: Path) -> None:
+def test_the_model_is_called_by_its_folder(
+    served: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["serve", "--model", str(model), "--port", "0"]) == 0
     assert served["app"].state.context.settings.served_names == (model.name,)
+    # A link has its own name, whatever it points to.
+    (tmp_path / "current").symlink_to(model)
+    monkeypatch.chdir(tmp_path)
+    assert main(["serve", "./current/"]) == 0
+    assert served["app"].state.context.settings.served_names == ("current",)
     assert served["host"] == "127.0.0.1"
     assert "adapters" not in served["options"]
     assert served["options"]["max_length"] is None
@@ -158,6 +165,7 @@ def test_the_model_is_called_by_its_folder(served: dict[str, Any], model: Path) 
         ("--request-timeout nan", "--request-timeout must be"),
         ("--shutdown-timeout -1", "--shutdown-timeout must be"),
         ("--log-interval -1", "--log-interval must be"),
+        ("--num-speculative-tokens 8", "needs --speculative"),
         ("--speculative ngrams", "must be ngram, or the folder or Hub id"),
         ("--speculative /no/such/draft", "/no/such/draft"),
         ("--rope-scaling yarn:4 --dual-chunk", "together"),

@@ -94,6 +94,13 @@ def test_moe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "positive number for granularity" in capsys.readouterr().err
     assert main(predict) == 1
     assert "either --params" in capsys.readouterr().err
+    for more, words in (
+        ([*sizes, "--experts", "8"], "does not read --experts with --params"),
+        ([*sizes, "--ratios", "4"], "does not read --ratios with --params"),
+        (["--equal-to", "3e8", "--total-params", "9e8"], "does not read --total-params with --equal-to"),
+    ):
+        assert main([*predict, *more]) == 1
+        assert words in " ".join(capsys.readouterr().err.split())
     assert main([*arguments, "--moe-form", "bilinear"]) == 1
     assert "needs a column of experts" in capsys.readouterr().err
 
