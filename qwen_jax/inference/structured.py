@@ -7,9 +7,11 @@ A token is allowed if some valid text goes on with it, however that text is spli
 
 import collections
 import functools
+import itertools
 import json
 import re
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +19,7 @@ import numpy as np
 
 from qwen_jax.errors import InputError
 from qwen_jax.inference.grammar_check import Checker
-from qwen_jax.inference.matching import Matcher, Work, llguidance_module, readable
+from qwen_jax.inference.matching import Matcher, Work, lexer_count, llguidance_module, readable
 from qwen_jax.tokenizer import Tokenizer
 
 MAX_TEXT = 256 * 1024
@@ -33,6 +35,8 @@ _LIMITS = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_ma
 _LIMITS |= {"max_items_in_row": 5_000, "max_lexer_states": 250_000, "max_grammar_size": 500_000}
 # llguidance would else allow only the usual tokens of a text that is certain.
 _OPTIONS = '%llguidance {"no_forcing": true}'
+# A grammar is compiled again, for one more lexer, until this time has passed. Usual schemas take 1 ms each time.
+_LEXER_SECONDS = 0.02
 # Compiled grammars that are kept.
 _KEPT, _KEPT_TEXT = 256, 2 << 20
 
@@ -182,15 +186,17 @@ class Grammars:
         for name, tag in named:
             token = vocabulary.control.get(tag)
             lark += f"\n{name}: {_terminal(tag) if token is None else f'<[{token}]>'}"
-        # The options are at the end, so that line numbers in errors are the user's.
-        matcher = vocabulary.matcher(f"{lark}\n{_OPTIONS}\n")
-        allowed_W = vocabulary.allowed(tags)
-        try:
-            # Finds that nothing matches, and makes the states that every copy begins with.
-            Matcher(matcher, allowed_W, work=Work(limited=False)).fill(np.zeros_like(allowed_W))
-        except InputError:
-            return readable(matcher.get_error() or "no text matches it")
-        return Grammar(matcher, allowed_W, self._end_ids)
+        allowed_W, matchers, end = vocabulary.allowed(tags), list[Any](), time.perf_counter() + _LEXER_SECONDS
+        while not matchers or (len(matchers) < lexer_count() and time.perf_counter() < end):
+            # The options are at the end, so that line numbers in errors are the user's.
+            matcher = vocabulary.matcher(f"{lark}\n{_OPTIONS}\n")
+            try:
+                # Finds that nothing matches, and makes the states that every copy begins with.
+                Matcher(matcher, allowed_W, work=Work(limited=False)).fill(np.zeros_like(allowed_W))
+            except InputError:
+                return readable(matcher.get_error() or "no text matches it")
+            matchers.append(matcher)
+        return Grammar(matchers, allowed_W, self._end_ids)
 
     def _forget(self) -> None:
         """Drops what was used longest ago, beyond the numbers to keep."""
@@ -201,15 +207,23 @@ class Grammars:
 
 
 class Grammar:
-    """What a text must match. Requests share it; each has a matcher of its own."""
+    """What a text must match. Requests share it; each has a matcher of its own.
 
-    def __init__(self, matcher: Any = None, allowed_W: np.ndarray | None = None, end_ids: tuple[int, ...] = ()) -> None:
-        self._matcher, self._allowed_W, self._end_ids = matcher, allowed_W, end_ids
+    Copies of a matcher of llguidance share a lexer, which one of them locks while it makes a mask or takes a token. So
+    there are several that were compiled apart, which are copied in turns: texts of different ones go on at the same
+    time.
+    """
+
+    def __init__(
+        self, matchers: Sequence[Any] = (), allowed_W: np.ndarray | None = None, end_ids: tuple[int, ...] = ()
+    ) -> None:
+        self._matchers, self._allowed_W, self._end_ids = itertools.cycle(matchers), allowed_W, end_ids
 
     def matcher(self) -> Matcher:
         """A matcher at the beginning of a text."""
         assert self._allowed_W is not None
-        return Matcher(self._matcher.deep_copy(), self._allowed_W, self._end_ids)
+        compiled = next(self._matchers)
+        return Matcher(compiled.deep_copy(), self._allowed_W, self._end_ids, lexer=id(compiled))
 
 
 class _Vocabulary:
