@@ -1,7 +1,6 @@
 """Bit masks of the tokens that a text may have next: by its grammar, and without end ids while it is too short."""
 
 import functools
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +8,7 @@ import numpy as np
 
 from qwen_jax.errors import InputError
 from qwen_jax.inference.active import Active
-from qwen_jax.inference.matching import Matcher, Together
+from qwen_jax.inference.matching import Matcher, Together, thread_count
 from qwen_jax.inference.runner_types import Masks
 
 # Masks that took longer in the step before are made in threads; for less, waking a thread costs as much.
@@ -99,8 +98,8 @@ def _fill_alone(rows: Sequence[Active | None], masks_MW: np.ndarray, steps: Sequ
     seconds = [_last_seconds(active) for active in rows]
     if len(rows) > 1 and sum(seconds) > _WORTH_THREADS:
         # The largest first, so that each thread gets about as much. llguidance works without Python's lock.
-        order, threads = sorted(range(len(rows)), key=seconds.__getitem__, reverse=True), _threads()
-        list(threads.map(fill, [order[k :: _count()] for k in range(_count())]))
+        order, count = sorted(range(len(rows)), key=seconds.__getitem__, reverse=True), thread_count()
+        list(_threads().map(fill, [order[k::count] for k in range(count)]))
     else:
         fill(range(len(rows)))
 
@@ -132,17 +131,12 @@ def _last_seconds(active: Active | None) -> float:
 
 @functools.cache
 def _together() -> Together:
-    return Together(_count())
-
-
-@functools.cache
-def _count() -> int:
-    return min(8, len(os.sched_getaffinity(0)))
+    return Together(thread_count())
 
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_count(), "qwen_jax-masks")
+    return ThreadPoolExecutor(thread_count(), "qwen_jax-masks")
 
 
 def speculated_masks(rows: Sequence[Active], proposals: np.ndarray, words: int) -> Masks | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,20 @@ _TIMED = 8
 _SAMPLED = 16
 # With two threads llguidance takes 0.9 ms for 64 masks at once, and 0.8 ms for one after the other.
 _WORTH_EXECUTOR = 4
+# Of the pool that makes masks.
+_MOST_THREADS = 8
 _PLACE = re.compile(r"(?:at \d+\(\d+\): )?")
+
+
+@functools.cache
+def thread_count() -> int:
+    """How many threads make masks."""
+    return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+
+
+def lexer_count() -> int:
+    """How many lexers of a grammar are worth it: one for each thread that makes masks."""
+    return thread_count() if thread_count() >= _WORTH_EXECUTOR else 1
 
 
 class Work:
@@ -69,12 +83,18 @@ class Matcher:
     Attributes:
       end_ids: allowed where the text may end.
       last_seconds: processor time of the last mask.
+      lexer: a number of what llguidance locks while the matcher works: matchers with the same one wait for one another.
     """
 
     def __init__(
-        self, matcher: Any, allowed_W: np.ndarray, end_ids: tuple[int, ...] = (), work: Work | None = None
+        self,
+        matcher: Any,
+        allowed_W: np.ndarray,
+        end_ids: tuple[int, ...] = (),
+        work: Work | None = None,
+        lexer: int = 0,
     ) -> None:
-        self._matcher, self._allowed_W, self._work = matcher, allowed_W, work or Work()
+        self._matcher, self._allowed_W, self._work, self.lexer = matcher, allowed_W, work or Work(), lexer
         self.end_ids, self.last_seconds = end_ids, 0.0
 
     def fill(self, mask_W: np.ndarray) -> None:
@@ -140,7 +160,7 @@ class Matcher:
 
     def copy(self) -> "Matcher":
         """A matcher at the same place, which goes on by itself."""
-        return Matcher(self._matcher.deep_copy(), self._allowed_W, self.end_ids, self._work)
+        return Matcher(self._matcher.deep_copy(), self._allowed_W, self.end_ids, self._work, self.lexer)
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -150,7 +170,7 @@ class Matcher:
 class Together:
     """Matchers of many texts that make their masks, or go on, in one call of llguidance, in threads of its own.
 
-    With few threads, one after the other, which takes less than waking them.
+    One after the other with few threads, or if all wait for the same lexer: that takes less than waking threads.
 
     No text's time is known then. None takes longer than all: if the call took less than half of `TOKEN_SECONDS`, mask
     and token of each text are within what a token adds to its budget. Otherwise all texts of the call must go on by
@@ -168,6 +188,16 @@ class Together:
     def _executor(self) -> Any:
         return llguidance_module().LLExecutor(self._threads)
 
+    def _in_threads(self, matchers: Sequence[Matcher]) -> list[int] | None:
+        """The order in which threads take the matchers, or None if they are not worth it."""
+        if self._threads < _WORTH_EXECUTOR:
+            return None
+        lexers = [matcher.lexer for matcher in matchers]
+        if len(set(lexers)) == 1:
+            return None
+        # Each thread begins with a part of the list: those with the same lexer are together.
+        return sorted(range(len(lexers)), key=lexers.__getitem__)
+
     def fill(self, matchers: Sequence[Matcher], masks_MW: np.ndarray) -> list[InputError | None]:
         """Writes which ids may come next in each text, and returns what `Matcher.fill` raises, in order.
 
@@ -180,13 +210,13 @@ class Together:
             raise ValueError(f"Expected an int32 mask for each of {len(matchers)} texts, got {masks_MW.shape}.")
         if not (masks_MW.flags.c_contiguous and masks_MW.flags.writeable):
             raise ValueError("The masks must be contiguous and writeable.")
-        places = [(matcher._matcher, i) for i, matcher in enumerate(matchers)]
-        address, size = masks_MW.ctypes.data, masks_MW[0].nbytes
+        order, address, size = self._in_threads(matchers), masks_MW.ctypes.data, masks_MW[0].nbytes
         with _timing(matchers):
-            if self._threads < _WORTH_EXECUTOR:
-                for one, i in places:
-                    one.unsafe_compute_mask_ptr(address + i * size, size)
+            if order is None:
+                for i, matcher in enumerate(matchers):
+                    matcher._matcher.unsafe_compute_mask_ptr(address + i * size, size)
             else:
+                places = [(matchers[i]._matcher, i) for i in order]
                 self._executor.unsafe_compute_mask_ptr(places, address, size, len(masks_MW))
         if all(matcher._allowed_W is allowed_W for matcher in matchers):
             np.bitwise_and(masks_MW, allowed_W, out=masks_MW)
@@ -210,13 +240,18 @@ class Together:
         """
         for matcher in matchers:
             matcher._work.tokens += 1
+        order = self._in_threads(matchers)
+        pairs = [(matchers[i]._matcher, tokens[i]) for i in order or range(len(matchers))]
         with _timing(matchers):
-            pairs = [(matcher._matcher, token) for matcher, token in zip(matchers, tokens, strict=True)]
-            if self._threads < _WORTH_EXECUTOR:
+            if order is None:
                 accepted = [one.consume_token(token) for one, token in pairs]
             else:
                 accepted = self._executor.consume_token_par(pairs)
-        return [None if ok else _error(m._check) for m, ok in zip(matchers, accepted, strict=True)]
+        errors: list[InputError | None] = [None] * len(matchers)
+        for i, ok in zip(order or range(len(matchers)), accepted, strict=True):
+            if not ok:
+                errors[i] = _error(matchers[i]._check)
+        return errors
 
 
 @contextlib.contextmanager

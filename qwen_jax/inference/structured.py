@@ -7,17 +7,19 @@ A token is allowed if some valid text goes on with it, however that text is spli
 
 import collections
 import functools
+import itertools
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from qwen_jax.errors import InputError
 from qwen_jax.inference.grammar_check import Checker
-from qwen_jax.inference.matching import Matcher, Work, llguidance_module, readable
+from qwen_jax.inference.matching import Matcher, Work, lexer_count, llguidance_module, readable
 from qwen_jax.tokenizer import Tokenizer
 
 MAX_TEXT = 256 * 1024
@@ -33,6 +35,8 @@ _LIMITS = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_ma
 _LIMITS |= {"max_items_in_row": 5_000, "max_lexer_states": 250_000, "max_grammar_size": 500_000}
 # llguidance would else allow only the usual tokens of a text that is certain.
 _OPTIONS = '%llguidance {"no_forcing": true}'
+# What further lexers of a grammar may take to compile, while texts that run wait. Usual schemas take 1 ms for each.
+_LEXER_SECONDS = 0.02
 # Compiled grammars that are kept.
 _KEPT, _KEPT_TEXT = 256, 2 << 20
 
@@ -182,15 +186,22 @@ class Grammars:
         for name, tag in named:
             token = vocabulary.control.get(tag)
             lark += f"\n{name}: {_terminal(tag) if token is None else f'<[{token}]>'}"
-        # The options are at the end, so that line numbers in errors are the user's.
-        matcher = vocabulary.matcher(f"{lark}\n{_OPTIONS}\n")
         allowed_W = vocabulary.allowed(tags)
+
+        def compiled() -> Any:
+            # The options are at the end, so that line numbers in errors are the user's.
+            matcher = vocabulary.matcher(f"{lark}\n{_OPTIONS}\n")
+            try:
+                # Finds that nothing matches, and makes the states that every copy begins with.
+                Matcher(matcher, allowed_W, work=Work(limited=False)).fill(np.zeros_like(allowed_W))
+            except InputError:
+                raise InputError(readable(matcher.get_error() or "no text matches it")) from None
+            return matcher
+
         try:
-            # Finds that nothing matches, and makes the states that every copy begins with.
-            Matcher(matcher, allowed_W, work=Work(limited=False)).fill(np.zeros_like(allowed_W))
-        except InputError:
-            return readable(matcher.get_error() or "no text matches it")
-        return Grammar(matcher, allowed_W, self._end_ids)
+            return Grammar(compiled, allowed_W, self._end_ids)
+        except InputError as error:
+            return str(error)
 
     def _forget(self) -> None:
         """Drops what was used longest ago, beyond the numbers to keep."""
@@ -201,15 +212,29 @@ class Grammars:
 
 
 class Grammar:
-    """What a text must match. Requests share it; each has a matcher of its own."""
+    """What a text must match. Requests share it; each has a matcher of its own.
 
-    def __init__(self, matcher: Any = None, allowed_W: np.ndarray | None = None, end_ids: tuple[int, ...] = ()) -> None:
-        self._matcher, self._allowed_W, self._end_ids = matcher, allowed_W, end_ids
+    Copies of a matcher of llguidance share a lexer, which is locked while one of them makes a mask or takes a token. So
+    the first texts have lexers of their own, which later ones share in turns.
+
+    Args:
+      compiled: makes a matcher of llguidance at the beginning of a text, with a lexer of its own.
+      allowed_W, end_ids: as for `Matcher`.
+    """
+
+    def __init__(self, compiled: Callable[[], Any], allowed_W: np.ndarray, end_ids: tuple[int, ...] = ()) -> None:
+        self._compiled, self._allowed_W, self._end_ids = compiled, allowed_W, end_ids
+        start = time.thread_time()
+        self._matchers, self._texts = [compiled()], itertools.count()
+        self._most = min(lexer_count(), 1 + int(_LEXER_SECONDS / max(time.thread_time() - start, 1e-9)))
 
     def matcher(self) -> Matcher:
         """A matcher at the beginning of a text."""
-        assert self._allowed_W is not None
-        return Matcher(self._matcher.deep_copy(), self._allowed_W, self._end_ids)
+        text = next(self._texts)
+        if 0 < text < self._most:
+            self._matchers.append(self._compiled())
+        chosen = self._matchers[text % len(self._matchers)]
+        return Matcher(chosen.deep_copy(), self._allowed_W, self._end_ids, lexer=id(chosen))
 
 
 class _Vocabulary:

@@ -4,7 +4,9 @@ import importlib.util
 import json
 import random
 import re
+import statistics
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.errors import InputError
-from qwen_jax.inference import matching
+from qwen_jax.inference import matching, structured
 from qwen_jax.inference.matching import Together
 from qwen_jax.inference.structured import Grammars
 from qwen_jax.tokenizer import Tokenizer, load_tokenizer, parse_tool_calls
@@ -250,12 +252,14 @@ def test_rows_and_copies_do_not_share_memory() -> None:
                 alone[row].append(token)
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_texts_go_on_together_as_each_does_alone(threads: int) -> None:
+@pytest.mark.parametrize(("threads", "lexers"), [(1, 1), (4, 1), (4, 3)])
+def test_texts_go_on_together_as_each_does_alone(threads: int, lexers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks and errors of texts with several grammars, one of which gets a token that it does not allow."""
-    rng = random.Random(threads)
-    both = [grammars().json_schema(random_schema(rng)) for _ in range(3)] + [grammars().regex("[ab]{600}")]
-    both.append(grammars().tool_calls(TOOLS, None, True))
+    monkeypatch.setattr(structured, "lexer_count", lambda: lexers)
+    monkeypatch.setattr(structured, "_LEXER_SECONDS", 60.0)
+    rng, made = random.Random(threads + lexers), Grammars(small(), VOCAB, ends())
+    both = [made.json_schema(random_schema(rng)) for _ in range(3)] + [made.regex("[ab]{600}")]
+    both += rng.sample([made.tool_calls(TOOLS, None, True), *both, *both], 9)
     together, alone, other = Together(threads), [g.matcher() for g in both], [g.matcher() for g in both]
     masks = np.zeros((len(both) + 1, -(-VOCAB // 32)), np.int32)
     for step in range(30):
@@ -278,6 +282,31 @@ def test_texts_go_on_together_as_each_does_alone(threads: int) -> None:
             assert str(error) == str(problem_alone)
             assert (error is not None) == ((step, i) == (29, 3))
             assert error is not None or other[i].ended == alone[i].ended
+
+
+def test_a_text_that_takes_long_does_not_hold_up_others_of_its_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of a text with another lexer are made meanwhile; with one lexer each waits for one that takes long."""
+    monkeypatch.setattr(structured, "lexer_count", lambda: 2)
+    monkeypatch.setattr(structured, "_LEXER_SECONDS", 60.0)
+    grammar = Grammars(small(), VOCAB, ends()).ebnf('start: e\ne: e e e | e e | "a"')
+    slow, quick = grammar.matcher(), grammar.matcher()
+    masks, token = np.zeros((2, -(-VOCAB // 32)), np.int32), small().encode("a")[0]
+    for _ in range(200):
+        slow.accept(token)
+    quick.accept(token)
+    alone, beside = [], []
+    for _ in range(5):
+        start = time.perf_counter()
+        slow.copy().fill(masks[0])
+        alone.append(time.perf_counter() - start)
+        thread = threading.Thread(target=slow.copy().fill, args=(masks[0],))
+        thread.start()
+        time.sleep(0.003)
+        start = time.perf_counter()
+        quick.copy().fill(masks[1])
+        beside.append(time.perf_counter() - start)
+        thread.join()
+    assert statistics.median(beside) < statistics.median(alone) / 3
 
 
 def test_texts_that_take_long_together_are_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
