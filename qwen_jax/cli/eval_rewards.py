@@ -123,15 +123,15 @@ class Rewards:
             started=started,
         )
         self._show(summary, runner.SUMMARY, runner.TABLE_FILE)
-        # What was asked for by name and is not there is an error.
+        # What was asked for by name and is not there is an error, and so are items without a result.
         parts = [*(of["missing"] for of in summary["benchmarks"].values()), *summary["missing"].values()]
         missing = [line for lines in parts for line in lines]
         for line in missing:
-            if self.benchmarks:
-                complain(f"not found: {line}")
-            elif not self.json:
-                print(f"not found: {line}")
-        return int(bool(self.benchmarks and missing))
+            complain(f"not found: {line}", "error" if self.benchmarks else "warning")
+        too_long = {name: found["too_long"] for name, found in summary["benchmarks"].items() if found["too_long"]}
+        for name, count in too_long.items():
+            complain(f"{count:,} items of {name} are longer than the model's context: no result.")
+        return int(bool(too_long) or bool(self.benchmarks and missing))
 
     def _show(self, summary: Mapping[str, Any], summary_name: str, table_name: str) -> None:
         if self.json:
@@ -155,9 +155,6 @@ class Rewards:
                 table.add_row(name + mark, f"{100 * figure['value']:.2f}", interval)
             Console(file=sys.stdout).print(table)
             print(f"{found['items']:,} items, {found['ties']:,} ties of {found['pairs']:,} pairs (not right)")
-            if found["too_long"]:
-                text = f"{found['too_long']:,} items of {benchmark} are longer than the model's context: no result."
-                complain(text, "warning")
             if any(figure["incomplete"] for figure in found["figures"].values()):
                 print("* not the published set: summary.json says what is missing")
         print(f"all numbers: {self.output / summary_name}; the report's table: {self.output / table_name}")

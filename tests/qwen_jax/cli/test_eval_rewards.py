@@ -64,9 +64,10 @@ def test_scores_are_those_of_the_score_command(
         raise AssertionError("the weights were loaded")
 
     monkeypatch.setattr("convert.load", no_weights)
-    status, printed, _ = run(capsys, *command)
+    status, printed, err = run(capsys, *command)
     assert status == 0
-    assert all(words in printed for words in ("boxes", "not found", "table.md"))
+    assert all(words in printed for words in ("boxes", "table.md"))
+    assert "warning: not found: " in err
 
 
 def test_bad_input_is_found_before_the_weights_are_loaded(
@@ -94,8 +95,22 @@ def test_what_is_asked_for_by_name_and_is_missing_gives_status_1(
         asked = ("--benchmarks", *names) if names else ()
         found, printed, err = run(capsys, *command, *asked, "--output", tmp_path / f"out-{len(names)}", "--json")
         assert found == status
-        assert ("error: not found: " in err, "rmb/BoN_set" in err) == (("rmb" in names),) * 2
+        # What was not asked for by name is a warning, where nothing was asked for.
+        assert ("error: not found: " in err, "warning: not found: " in err) == ("rmb" in names, not names)
         assert json.loads(printed)["benchmarks"]["preference"]["items"] == 2
+
+
+@pytest.mark.parametrize("how", [(), ("--json",)], ids=str)
+def test_an_item_longer_than_the_context_gives_status_1(
+    capsys: Capture, model: Path, data: Path, tmp_path: Path, how: tuple[str, ...]
+) -> None:
+    context = json.loads((model / "config.json").read_text())["max_position_embeddings"]
+    pair = {"prompt": "Why?", "chosen": "a b " * context, "rejected": "x"}
+    with open(data / "preference/boxes.jsonl", "a") as file:
+        file.write(json.dumps(pair) + "\n")
+    status, _, err = run(capsys, "eval", "rewards", model, "--data-root", data, "--output", tmp_path / "out", *how)
+    assert status == 1
+    assert "error: 1 items of preference are longer than the model's context" in err
 
 
 def test_a_model_is_known_by_its_content_and_not_by_its_path(
