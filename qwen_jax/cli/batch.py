@@ -193,6 +193,32 @@ def run(
     return int(bool(summary.failed))
 
 
+def check_files(source: Path, target: Path) -> None:
+    """Makes the folder of the results, and looks whether both files can be used.
+
+    Args:
+      source, target: as for `answer_file`.
+
+    Raises:
+      InputError: an input that cannot be read, or an output that cannot be written or that another run is writing.
+    """
+    if problem := why_unusable(source):
+        raise InputError(problem)
+    if target.exists() and not target.is_file():
+        raise InputError(f"{target} is not a file. Give another output.")
+    if target.exists() and source.samefile(target):
+        raise InputError(f"{source} is both the input and the output. Give another output.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"Cannot make {target.parent}: {error.strerror}. Give another output.") from None
+    if target.exists():
+        with _open_output(target):
+            pass
+    elif not os.access(target.parent, os.W_OK):
+        raise InputError(f"Cannot write into {target.parent}. Give another output.")
+
+
 def answer_file(
     source: Path,
     target: Path,
@@ -220,12 +246,7 @@ def answer_file(
     """
     if in_flight < 1:
         raise InputError(f"The number of requests in flight must be at least 1, got {in_flight}.")
-    if problem := why_unusable(source):
-        raise InputError(problem)
-    if target.exists() and not target.is_file():
-        raise InputError(f"{target} is not a file. Give another output.")
-    if target.exists() and source.samefile(target):
-        raise InputError(f"{source} is both the input and the output. Give another output.")
+    check_files(source, target)
     keys = _check_keys(source, settings)
     with _open_output(target) as file:
         known = _repair(file, keys, source, target)

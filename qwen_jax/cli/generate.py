@@ -130,8 +130,7 @@ class Generate:
             raise InputError(f"--in-flight must be at least 1, got {self.in_flight}.")
         if self.running.attention != "dense":
             raise InputError("--input runs with dense attention.")
-        if not self.input.is_file():
-            raise InputError(f"The input file {self.input} does not exist.")
+        batch.check_files(self.input, self.output)
         model = Model(name, self.sampling, self.running, need_tokenizer=False)
         with model.continuous_engine(self.in_flight) as engine:
             complete = batch.PlainPrompts(

@@ -387,7 +387,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         (write(tmp_path / "blank", "", " "), out, "is empty"),
         (write(tmp_path / "twice", request("a"), request("b"), request("a")), out, "lines 1 and 3 both have"),
         (good, good, "both the input and the output"),
-        (good, tmp_path / "no" / "out", "Cannot write"),
+        (good, good / "out", "Cannot make"),
         (good, tmp_path, "is not a file"),
         (good, Path("/dev/null"), "is not a file"),
     ]
@@ -397,6 +397,8 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     assert not out.exists()
     with pytest.raises(InputError, match="in flight"):
         go(good, out, in_flight=0)
+    go(good, tmp_path / "new" / "folder" / "out")
+    assert set(read(tmp_path / "new" / "folder" / "out")) == {"a"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,3 +68,21 @@ def test_a_file_of_requests(model: Path, tmp_path: Path, capsys: pytest.CaptureF
 def test_wrong_options(model: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str) -> None:
     assert main(["generate", str(model), *options]) == 1
     assert words in capsys.readouterr().err
+
+
+def test_files_are_looked_at_before_a_model_is_loaded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_model(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("qwen_jax.cli.generate.Model", no_model)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+    for source, target, words in (
+        ("missing.jsonl", "out.jsonl", "does not exist"),
+        ("in.jsonl", "in.jsonl", "both the input and the output"),
+        ("in.jsonl", "in.jsonl/out.jsonl", "Cannot make"),
+    ):
+        files = "--input", str(tmp_path / source), "--output", str(tmp_path / target)
+        assert main(["generate", str(model), *files]) == 1
+        assert words in capsys.readouterr().err
