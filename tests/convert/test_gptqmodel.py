@@ -1,0 +1,55 @@
+"""GPTQModel loads what `qwen-jax quantize` writes. It is not among the packages of the tests: it pins a torch."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import convert
+from qwen_jax.cli import main
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import make_mesh
+from qwen_jax.tokenizer import train_bpe
+from tests.helpers.forward import logits
+from tests.helpers.hf import make_hf_checkpoint
+
+gptqmodel = pytest.importorskip("gptqmodel")
+torch = pytest.importorskip("torch")
+
+# Of logits, in bfloat16; rounding the weights themselves to 4 bits moves them by 0.2.
+_ROUNDING = 0.02
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose projections have several groups of 128."""
+    folder = tmp_path_factory.mktemp("base")
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    make_hf_checkpoint(folder, tie=False, vocab_size=512, **sizes)
+    train_bpe([Path(__file__).read_text()] * 3, 400).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--method", "gptq"),
+        ("--method", "gptq", "--desc-act"),
+        ("--method", "gptq", "--asym"),
+        ("--method", "gptq", "--bits", "8"),
+        ("--method", "awq"),
+    ],
+    ids=" ".join,
+)
+def test_logits_are_those_of_our_model(base: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    folder = tmp_path / "quantised"
+    calibration = "--calibration", __file__, "--calibration-length", "64", "--calibration-rows", "8"
+    assert main(["quantize", str(base), str(folder), *options, *calibration]) == 0
+    mesh, ids = make_mesh({}), np.random.default_rng().integers(0, 512, (1, 48))
+    config, params = convert.load(folder, mesh, "float32")
+    ours = logits(config, params, mesh, ids, Options(stacked=False))[0]
+    how = {"device": "cpu", "backend": gptqmodel.BACKEND(f"{options[1]}_torch"), "dtype": torch.bfloat16}
+    model = gptqmodel.GPTQModel.load(str(folder), **how)
+    with torch.no_grad():
+        theirs = model.model(torch.from_numpy(ids)).logits[0].float().numpy()
+    assert np.linalg.norm(theirs - ours) < _ROUNDING * np.linalg.norm(ours)
