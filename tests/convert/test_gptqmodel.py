@@ -20,12 +20,13 @@ torch = pytest.importorskip("torch")
 _ROUNDING = 0.02
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[False, True], ids=["dense", "moe"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose projections have several groups of 128."""
     folder = tmp_path_factory.mktemp("base")
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
-    make_hf_checkpoint(folder, tie=False, vocab_size=512, **sizes)
+    of_experts = {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 256} if request.param else {}
+    make_hf_checkpoint(folder, tie=False, vocab_size=512, moe=request.param, **sizes, **of_experts)
     train_bpe([Path(__file__).read_text()] * 3, 400).save(folder)
     return folder
 
@@ -52,4 +53,6 @@ def test_logits_are_those_of_our_model(base: Path, tmp_path: Path, options: tupl
     model = gptqmodel.GPTQModel.load(str(folder), **how)
     with torch.no_grad():
         theirs = model.model(torch.from_numpy(ids)).logits[0].float().numpy()
-    assert np.linalg.norm(theirs - ours) < _ROUNDING * np.linalg.norm(ours)
+    # In bfloat16 a token near a tie may be sent to another expert.
+    apart = np.linalg.norm(theirs - ours, axis=-1) / np.linalg.norm(ours, axis=-1)
+    assert np.median(apart) < _ROUNDING
