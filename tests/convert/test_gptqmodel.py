@@ -1,6 +1,8 @@
-"""GPTQModel loads what `qwen-jax quantize` writes. It is not among the packages of the tests: it pins a torch."""
+"""GPTQModel and we read what the other writes. It is not among the packages of the tests: it pins a torch."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from qwen_jax.tokenizer import train_bpe
 from tests.helpers.forward import logits
 from tests.helpers.hf import make_hf_checkpoint
 
+# By default it has one for each core, and wants two.
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "4")
 gptqmodel = pytest.importorskip("gptqmodel")
 torch = pytest.importorskip("torch")
 
@@ -46,10 +50,25 @@ def test_logits_are_those_of_our_model(base: Path, tmp_path: Path, options: tupl
     folder = tmp_path / "quantised"
     calibration = "--calibration", __file__, "--calibration-length", "64", "--calibration-rows", "8"
     assert main(["quantize", str(base), str(folder), *options, *calibration]) == 0
+    check_same_logits(folder, f"{options[1]}_torch")
+
+
+@pytest.mark.parametrize("options", [{}, {"desc_act": True}, {"sym": False}], ids=str)
+def test_what_it_writes_is_read(base: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    settings = gptqmodel.QuantizeConfig(**{"bits": 4, "group_size": 128, "desc_act": False, **options}, device="cpu")
+    model = gptqmodel.GPTQModel.load(str(base), settings)
+    text = Path(__file__).read_text()
+    model.quantize([text[i : i + 300] for i in range(0, 2400, 300)], batch_size=1)
+    model.save(str(tmp_path / "quantised"))
+    check_same_logits(tmp_path / "quantised", "gptq_torch")
+
+
+def check_same_logits(folder: Path, backend: str) -> None:
+    """GPTQModel and our model, whose weights are those of the folder, have the same logits but for rounding."""
     mesh, ids = make_mesh({}), np.random.default_rng().integers(0, 512, (1, 48))
     config, params = convert.load(folder, mesh, "float32")
     ours = logits(config, params, mesh, ids, Options(stacked=False))[0]
-    how = {"device": "cpu", "backend": gptqmodel.BACKEND(f"{options[1]}_torch"), "dtype": torch.bfloat16}
+    how = {"device": "cpu", "backend": gptqmodel.BACKEND(backend), "dtype": torch.bfloat16}
     model = gptqmodel.GPTQModel.load(str(folder), **how)
     with torch.no_grad():
         theirs = model.model(torch.from_numpy(ids)).logits[0].float().numpy()
