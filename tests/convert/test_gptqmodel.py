@@ -54,7 +54,10 @@ def test_logits_are_those_of_our_model(base: Path, tmp_path: Path, options: tupl
 
 
 @pytest.mark.parametrize("options", [{}, {"desc_act": True}, {"sym": False}], ids=str)
-def test_what_it_writes_is_read(base: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_what_it_writes_is_read(
+    base: Path, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # Where it writes logs.
     settings = gptqmodel.QuantizeConfig(**{"bits": 4, "group_size": 128, "desc_act": False, **options}, device="cpu")
     model = gptqmodel.GPTQModel.load(str(base), settings)
     text = Path(__file__).read_text()
