@@ -170,23 +170,8 @@ class Summary:
         )
 
 
-def run(
-    source: Path,
-    target: Path,
-    answer: Answer,
-    complete: Complete,
-    *,
-    settings: str = "",
-    in_flight: int = 256,
-    progress: bool = True,
-) -> int:
-    """Runs a file of requests and prints a summary. Returns the exit status: 1 if a request failed.
-
-    Args:
-      source, target, answer, complete, settings, in_flight, progress: as for `answer_file`.
-    """
-    how: dict[str, Any] = {"settings": settings, "in_flight": in_flight, "progress": progress}
-    summary = answer_file(source, target, answer, complete, **how)
+def report(summary: Summary, target: Path) -> int:
+    """Prints a summary of `answer_file`. Returns the exit status: 1 if a request failed."""
     print(f"{summary} Results: {target}")
     if summary.failed:
         complain(f"{summary.first_problem} The same command tries the failed requests again.")

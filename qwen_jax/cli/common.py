@@ -1,5 +1,6 @@
 """Shared by the subcommands: types of options, parsing, printing sizes, and importing `train` and `convert`."""
 
+import dataclasses
 import importlib
 import importlib.util
 import sys
@@ -39,6 +40,18 @@ def _seed(text: str) -> int:
     if not text.isdecimal():
         raise ValueError(f"expected a whole number of at least 0, got {text!r}")
     return int(text)
+
+
+def given(options: Any, *names: str) -> list[str]:
+    """Which options are not as by default, such as --dtype.
+
+    Args:
+      options: a dataclass of options.
+      names: of fields to look at, in this order; by default all.
+    """
+    names = names or tuple(field.name for field in dataclasses.fields(options))
+    default = type(options)
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != getattr(default, name)]
 
 
 def parse(options: type[Any], name: str, argv: Sequence[str]) -> Any:

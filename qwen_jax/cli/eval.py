@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from qwen_jax.cli.common import Count, ModelOption, ModelPosition, Seed, check_apart, model_name, sibling
+from qwen_jax.cli.common import Count, ModelOption, ModelPosition, Seed, check_apart, given, model_name, sibling
 from qwen_jax.cli.failures import complain
 from qwen_jax.cli.lines import read_text
 from qwen_jax.cli.model import Model, Running, Sampling
@@ -369,7 +369,7 @@ def _open_text(
     served = search.base_url is not None
     # The server computes; what extends the context decides which lengths fit.
     extends = ("--rope-scaling", "--dual-chunk", "--trained-length")
-    if served and (unread := [option for option in common.running.given() if option not in extends]):
+    if served and (unread := [option for option in given(common.running) if option not in extends]):
         raise InputError(f"Leave out {', '.join(unread)}: with --base-url the server has its own.")
     if search.served_name is not None and not served:
         raise InputError("Leave out --served-name: without --base-url nothing reads it.")

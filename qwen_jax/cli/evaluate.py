@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from qwen_jax.cli.common import ModelOption, Seed, Texts, check_apart, sibling
+from qwen_jax.cli.common import ModelOption, Seed, Texts, check_apart, given, sibling
 from qwen_jax.cli.failures import complain
 from qwen_jax.cli.model import Model, Running, Sampling
 from qwen_jax.errors import InputError
@@ -124,20 +124,16 @@ class Evaluate:
 
     def _check_read(self, of_harness: bool) -> None:
         """Raises InputError for an option that nothing would read."""
-        of_lm_eval = self._given("shots", "chat", "include", "hub", "seed")
+        of_lm_eval = given(self, "shots", "chat", "include", "hub", "seed")
         unread = [
-            (self.base_url is not None, self.running.given(), "with --base-url the server has its own"),
-            (self.base_url is None, self._given("served_model"), "without --base-url nothing reads it"),
-            (self.judge_url is None, self._given("judge_model"), "without --judge-url nothing reads it"),
+            (self.base_url is not None, given(self.running), "with --base-url the server has its own"),
+            (self.base_url is None, given(self, "served_model"), "without --base-url nothing reads it"),
+            (self.judge_url is None, given(self, "judge_model"), "without --judge-url nothing reads it"),
             (not of_harness, of_lm_eval, "it is for tasks of lm-eval alone"),
         ]
         for is_unread, options, why in unread:
             if is_unread and options:
                 raise InputError(f"Leave out {', '.join(options)}: {why}.")
-
-    def _given(self, *names: str) -> list[str]:
-        """Those of these options that are not as by default."""
-        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != getattr(Evaluate, name)]
 
     def _chosen(self, evaluation: Any) -> Any:
         """What of a suite can run; None if no suite is asked for."""

@@ -145,7 +145,7 @@ class Generate:
             answer = _OpenAI(engine, model, name)
             try:
                 how: dict[str, Any] = {"settings": self._settings(name), "in_flight": self.in_flight}
-                return batch.run(self.input, self.output, answer, complete, **how)
+                return batch.report(batch.answer_file(self.input, self.output, answer, complete, **how), self.output)
             finally:
                 answer.close()
 

@@ -117,11 +117,6 @@ class Running:
     trained_length: Count = None
     prefill_chunk: Annotated[int, tyro.conf.arg(metavar="N")] = 32768
 
-    def given(self) -> list[str]:
-        """The options that are not as by default, such as --dtype."""
-        changed = (field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default)
-        return [f"--{name.replace('_', '-')}" for name in changed]
-
     def extended(self, config: "ModelConfig") -> "ModelConfig":
         """The model's config with the context extension asked for. Raises InputError where it is not defined."""
         if self.rope_scaling is not None:

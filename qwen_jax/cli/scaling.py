@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from qwen_jax.cli.common import Seed, sibling
+from qwen_jax.cli.common import Seed, given, sibling
 from qwen_jax.cli.scaling_laws import Fitted, fit_hyperparameters, fit_moe, predict_hyperparameters, predict_moe
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
@@ -73,7 +73,7 @@ class Fit:
 
     def run(self) -> int:
         for law, names in _READ_BY.items():
-            unread = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != getattr(Fit, name)]
+            unread = given(self, *names)
             if law != self.law and unread:
                 raise InputError(
                     f"--law {self.law} does not read {', '.join(unread)}. Leave it out, or give --law {law}."
@@ -160,10 +160,9 @@ class Predict:
             run, size = runs.run_of_law(value, self.config, self.params, self.tokens)
             runs.write_run_config(self.write, run, f"A run by the law {self.law}.")
             return dataclasses.replace(self, params=size, config=None, write=None).run()
-        of_moe = ("total_params", "experts", "granularity", "equal_to", "ratios")
-        given = [name for name in of_moe if getattr(self, name) != getattr(Predict, name)]
-        if value["law"] != "moe" and given:
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        of_moe = given(self, "total_params", "experts", "granularity", "equal_to", "ratios")
+        if value["law"] != "moe" and of_moe:
+            options = ", ".join(of_moe)
             raise InputError(
                 f"{self.law} is a {value['law']} law, which does not read {options}. Give a law of MoE models."
             )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from qwen_jax.cli.common import sibling
+from qwen_jax.cli.common import given, sibling
 from qwen_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -95,11 +95,9 @@ def predict_moe(law: Mapping[str, Any], options: "Predict") -> tuple[dict[str, A
     unread = {"total_params", "experts"} if options.equal_to is not None else {"ratios"}
     unread |= {"total_params"} if form in ("bilinear", "saturated") else {"experts"}
     unread |= set() if form in ("leverage", "granularity") else {"granularity"}
-    default = type(options)
-    if given := [name for name in sorted(unread) if getattr(options, name) != getattr(default, name)]:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    if names := given(options, *sorted(unread)):
         what = "--equal-to" if options.equal_to is not None else "--params"
-        raise InputError(f"A law of the form {form} does not read {names} with {what}. Leave it out.")
+        raise InputError(f"A law of the form {form} does not read {', '.join(names)} with {what}. Leave it out.")
     if options.equal_to is not None:
         rows = module.equivalents(law, options.equal_to, options.tokens, options.ratios, options.granularity)
     else:

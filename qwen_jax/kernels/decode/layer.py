@@ -32,18 +32,15 @@ def supports(config: ModelConfig, shards: int = 1) -> bool:
         return _supports_shards(config, shards)
     from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe
 
-    heads = config.num_heads * config.head_dim
-    qkv = heads + 2 * config.num_kv_heads * config.head_dim
-    sizes = heads, qkv, config.vocab_size
+    D, F, *sizes = _sizes_of_shard(config, 1)
     all_sparse = len(config.sparse_layers) == config.num_layers
     needs = {
-        "dense layers whose sizes are multiples of 128": all_sparse
-        or layer_gpu.supports(config.hidden_size, config.intermediate_size, *sizes),
+        "dense layers whose sizes are multiples of 128": all_sparse or layer_gpu.supports(D, F, *sizes),
         "MoE layers with fewer than 256 experts whose sizes are multiples of 128": config.moe is None
-        or layer_gpu_moe.supports(config.hidden_size, config.moe, *sizes),
+        or layer_gpu_moe.supports(D, config.moe, *sizes),
     }
     fused, separate = Candidate("two kernels per layer", unmet(needs)), Candidate("many kernels per layer")
-    arguments = f"hidden size {config.hidden_size}, {config.num_layers} layers"
+    arguments = f"hidden size {D}, {config.num_layers} layers"
     return select([fused, separate], "auto", "decoding of one row", arguments) == fused.name
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from qwen_jax.cli import batch
-from qwen_jax.cli.batch import PlainPrompts, answer_file, run
+from qwen_jax.cli.batch import PlainPrompts, answer_file, report
 from qwen_jax.errors import InputError
 from qwen_jax.inference import SamplingParams
 from qwen_jax.inference.outputs import Finished, Step, TokenInfo
@@ -203,7 +203,7 @@ def test_a_line_that_fails_fails_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
 ) -> None:
     source, target = write(tmp_path / "in", {"prompt": "a"}, line, request("last")), tmp_path / "out"
-    assert run(source, target, answer, plain(ScriptedEngine()), progress=False) == 1
+    assert report(go(source, target), target) == 1
     out, err = capsys.readouterr()
     assert "3 requests: 2 answered, 1 failed" in out
     assert f"{source}, line 2: " in err
@@ -225,7 +225,7 @@ def test_lines_that_are_not_utf8_blank_lines_and_byte_order_marks(tmp_path: Path
 
 def test_all_good_is_status_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "in", *({"prompt": "a"} for _ in range(5)))
-    assert run(source, tmp_path / "out", answer, plain(ScriptedEngine())) == 0
+    assert report(answer_file(source, tmp_path / "out", answer, plain(ScriptedEngine())), tmp_path / "out") == 0
     out, err = capsys.readouterr()
     assert "5 requests: 5 answered, 0 failed; 10 new tokens" in out
     assert "error" not in err
