@@ -153,6 +153,17 @@ def test_the_estimate_gives_the_times_that_it_is_made_of() -> None:
         assert math.isclose(seconds, record[phase]["seconds"], rel_tol=1e-9)
 
 
+@pytest.mark.parametrize(("name", "regret"), [("small_sweep", 0.0276), ("small_sweep_second", 0.0042)])
+def test_recorded_regrets_are_those_of_the_recorded_losses(name: str, regret: float) -> None:
+    """What small_sweep.md says of each pick follows from the runs in its record."""
+    record = json.loads(Path(small_sweep.__file__).with_name(f"{name}.json").read_text())
+    runs, said = record["rows"]["target"], record["prediction"]
+    (pick,) = (r for r in runs if all(r[key] == said[key] for key in ("learning_rate", "batch_tokens")))
+    found = pick["loss"] / min(r["loss"] for r in runs if r["status"] == "ok") - 1
+    assert math.isclose(found, record["regret"], rel_tol=1e-9)
+    assert abs(found - regret) < 5e-5
+
+
 def test_time_that_is_up_ends_what_is_done_inside_and_no_more() -> None:
     begin = time.perf_counter()
     with small_sweep.within(0.05):
