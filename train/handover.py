@@ -81,7 +81,10 @@ class InferenceLayout:
         self._source = _automatic(mesh, dict(mesh.shape))
         arranged = _arranged(mesh, targets[0])
         self._arranged = arranged is not None
-        out = jax.tree.map(lambda spec: NamedSharding(arranged or self._source, spec if arranged else P()), self._specs)
+        # A single target of the trainer's devices gets the results as they are.
+        self._whole = arranged is not None and len(targets) == 1 and [*targets[0].devices.flat] == [*mesh.devices.flat]
+        results = targets[0] if self._whole else arranged
+        out = jax.tree.map(lambda spec: NamedSharding(results or self._source, spec if results else P()), self._specs)
         specs = param_specs(model, source, Options(stacked=False))
         # The compiler moves parts between two splits of an axis if one is a multiple of the other by whole mesh axes.
         # Otherwise each weight is gathered first, as it would do with a warning.
@@ -106,7 +109,7 @@ class InferenceLayout:
         """
         with jax.set_mesh(self._source):
             found = self.program(*self.arguments(params, frozen))
-        return [self._place(found, target) for target in self.targets]
+        return [found] if self._whole else [self._place(found, target) for target in self.targets]
 
     def arguments(self, params: Params, frozen: Params | None = None) -> tuple[Params, Params | None]:
         """The arguments of `program`: the same buffers, on a mesh whose axes are automatic."""
@@ -122,9 +125,9 @@ class InferenceLayout:
             # One device has everything, and cuts it into the parts that others need.
             placed = jax.device_put([x.addressable_shards[0].data for x in leaves], shardings)
             return jax.tree.unflatten(treedef, placed)
-        # For each device of the target its part: where it is now, and where it belongs.
-        now: list[jax.Array] = []
-        then: list[SingleDeviceSharding] = []
+        # For each device of the target its part, and of those that are elsewhere the places in this list.
+        taken: list[jax.Array] = []
+        elsewhere: dict[int, SingleDeviceSharding] = {}
         for x, sharding in zip(leaves, shardings, strict=True):
             parts = defaultdict[str, dict[jax.Device, jax.Array]](dict)
             for shard in x.addressable_shards:
@@ -137,12 +140,16 @@ class InferenceLayout:
                         f"an engine of {target.size} devices. Choose engine.tensor and engine.expert whose product "
                         "divides their number in each process."
                     )
-                now.append(have.get(device, next(iter(have.values()))))
-                then.append(SingleDeviceSharding(device))
-        moved = iter(jax.device_put(now, then))
+                if device not in have:
+                    elsewhere[len(taken)] = SingleDeviceSharding(device)
+                taken.append(have.get(device, next(iter(have.values()))))
+        moved = jax.device_put([taken[i] for i in elsewhere], list(elsewhere.values()))
+        for i, part in zip(elsewhere, moved, strict=True):
+            taken[i] = part
+        parts_in_order = iter(taken)
         placed = [
             jax.make_array_from_single_device_arrays(
-                x.shape, sharding, [next(moved) for _ in sharding.addressable_devices]
+                x.shape, sharding, [next(parts_in_order) for _ in sharding.addressable_devices]
             )
             for x, sharding in zip(leaves, shardings, strict=True)
         ]

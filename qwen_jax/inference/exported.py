@@ -8,6 +8,7 @@ milliseconds.
 
 import functools
 import hashlib
+import importlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,9 @@ def load_or_export(
         except (ValueError, NotImplementedError, OSError) as error:
             _log.warning("A lowered program is not kept for the next start: %s", error)
             return function
+    elif mesh.devices.flat[0].platform == "gpu":
+        # Tells XLA where the library is that it links kernels with. Tracing a kernel would have done that.
+        importlib.import_module("jax.experimental.mosaic.gpu")
 
     def call(*args: Any) -> Any:
         return exported.call(*jax.tree.leaves(args))

@@ -200,12 +200,14 @@ class RunnerState:
         Raises:
           ValueError: they differ.
         """
-        old, new = jax.tree.leaves_with_path(self.params), jax.tree.leaves_with_path(params)
-        if [path for path, _ in old] != [path for path, _ in new]:
+        old, new = jax.tree.leaves(self.params), jax.tree.leaves(params)
+        if jax.tree.structure(self.params) != jax.tree.structure(params):
             raise ValueError("The new parameters have another structure than the old ones.")
-        for (path, was), (_, now) in zip(old, new, strict=True):
+        for number, (was, now) in enumerate(zip(old, new, strict=True)):
             same = was.shape == now.shape and was.dtype == now.dtype
-            if not same or not was.sharding.is_equivalent_to(now.sharding, was.ndim):
+            # Whether shardings are equal is known sooner than whether they are equivalent.
+            if not same or not (was.sharding == now.sharding or was.sharding.is_equivalent_to(now.sharding, was.ndim)):
+                path, _ = jax.tree.leaves_with_path(self.params)[number]
                 raise ValueError(
                     f"Expected {jax.tree_util.keystr(path)} as {was.dtype} {was.shape} with {was.sharding}; got "
                     f"{now.dtype} {now.shape} with {now.sharding}."

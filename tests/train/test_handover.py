@@ -44,8 +44,12 @@ def forbid_host_copies(patch: pytest.MonkeyPatch) -> None:
         (EXPERTS, {"expert": 2, "tensor": 2}, lambda _: [make_mesh({"expert": 2}, jax.devices()[4:])], "float32"),
         (UNTIED, {}, lambda _: [make_mesh({"tensor": 2}, jax.devices()[3:])], "float32"),
         (PADDED, {"fsdp": 2, "tensor": 2}, lambda mesh: split_mesh(mesh, tensor=2), "float32"),
+        (EXPERTS, {"fsdp": 4}, lambda mesh: split_mesh(mesh, tensor=2, expert=2), "bfloat16"),
     ],
-    ids=["one device", "two replicas", "parts of another axis", "other devices", "more devices", "padded width"],
+    ids=[
+        "one device", "two replicas", "parts of another axis", "other devices", "more devices", "padded width",
+        "one engine of all devices",
+    ],  # fmt: skip
 )
 def test_the_layout_is_that_of_fuse(
     model: Any, axes: dict[str, int], targets: Any, dtype: str, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -197,3 +199,31 @@ def test_programs_of_cpus_and_of_remote_caches_are_not_kept(monkeypatch: pytest.
             patch.setattr(jax, "default_backend", lambda default=default: default)
             patch.setattr(exported.jax, "config", SimpleNamespace(jax_compilation_cache_dir=place))
             assert exported.folder(accelerator) == kept
+
+
+_LOAD_FOR_A_GPU = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from qwen_jax.inference import exported
+from qwen_jax.parallel.sharding import make_mesh
+
+gpu = SimpleNamespace(platform="gpu", device_kind="a card", client=SimpleNamespace(platform_version="1"))
+mesh = SimpleNamespace(devices=np.array([gpu]), axis_names=("data",), axis_types=())
+x = jax.ShapeDtypeStruct((4,), "float32", sharding=NamedSharding(make_mesh({}), PartitionSpec(None)))
+exported.load_or_export(Path(sys.argv[1]), lambda x: 2 * x, (x,), (), mesh)
+print("jax.experimental.mosaic.gpu" in sys.modules)
+"""
+
+
+def test_a_program_from_a_file_finds_the_library_of_its_kernels(tmp_path: Path) -> None:
+    """XLA links kernels of a GPU with a library whose place is told by this module of JAX, which nothing else imports
+    where no kernel is traced."""
+    for imported in ("False", "True"):
+        command = [sys.executable, "-c", _LOAD_FOR_A_GPU, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [imported], done.stderr
+    assert len(list(tmp_path.iterdir())) == 1
