@@ -13,6 +13,7 @@ from experiments.post.qwen2_5 import grpo
 from experiments.post.tasks import prompt_of
 from experiments.train.benchmark import architecture
 from qwen_jax.errors import InputError
+from qwen_jax.tokenizer.control import TURN_END
 from tests.helpers.runs import print_seed
 from train.observe.metrics import read_log
 from train.rewards import close_rewards, load_reward
@@ -198,7 +199,18 @@ def test_a_kind_is_measured(kind, folder, capsys):
     else:
         phases = line["rollouts_s"] + line["rewards_s"] + line["update_and_handover_s"]
         np.testing.assert_allclose(phases, line["step_s"], rtol=5e-3)
+        assert line["update_and_handover_s"] > 0
         assert 0 < line["sampled_tokens"] <= 16 * args.new
+
+
+def test_texts_of_all_kinds_end_with_the_same_ids(folder):
+    """A run ends texts with the turn end and the end of text, whatever else the model's configuration says."""
+    args = parsed(folder)
+    with benchmark.make_engine(args) as engine:
+        tokenizer = engine.tokenizer
+        assert set(engine.eos_token_ids) == {tokenizer.control_ids[TURN_END], tokenizer.eos_id}
+    written = json.loads((args.folder / "model" / "config.json").read_text())
+    assert set(written["eos_token_id"]) == set(engine.eos_token_ids)
 
 
 def test_comparisons_have_targets():

@@ -10,8 +10,8 @@ measurement is a process of its own. Every line of output is a JSON object: firs
 with their targets; at the end a Markdown table.
 
 * `episode`: `train.grpo_run.train_grpo` for some episodes of `--queries` prompts x `--group` responses, at a learning
-  rate that changes nothing, so that all episodes have texts alike. A whole step is the time between the ends of two
-  rollouts; the first one, with the compilation of the update, is left out.
+  rate that changes nothing, so that all episodes have texts alike. A whole step is an update and the next episode; the
+  first one, with the start of the engine and the compilation of the update, is left out.
 * `engine`: the same number of prompts, responses and rows in the same engine, without anything else: the first pass
   warms up, the second is measured.
 * `handover`: `train.handover.make_handover` from float32 masters; and a program that only reads the same float32
@@ -46,7 +46,8 @@ from qwen_jax.cli.train import _Formats
 from qwen_jax.config import ModelConfig
 from qwen_jax.inference import ContinuousEngine, Ending, Request, SamplingParams
 from qwen_jax.parallel.sharding import make_mesh
-from qwen_jax.tokenizer import load_tokenizer, train_bpe
+from qwen_jax.tokenizer import CONTROL_TOKENS, load_tokenizer, train_bpe
+from qwen_jax.tokenizer.control import END_OF_TEXT, TURN_END
 from train.data.batch import place
 from train.data.packing import best_fit
 from train.data.prompts import read_prompts
@@ -69,8 +70,11 @@ _FROZEN_RATE = 1e-30
 
 
 def shape(args: argparse.Namespace) -> ModelConfig:
-    """The architecture that is measured; one id ends a text."""
-    return dataclasses.replace(architecture(args), bos_token_id=None, eos_token_ids=(IDS - 1,))
+    """The architecture that is measured. Texts end with the ids that end them in a run, and with no others, so that all
+    kinds have responses of the same lengths."""
+    control = [token.content for token in CONTROL_TOKENS]
+    ends = tuple(IDS - len(control) + control.index(token) for token in (TURN_END, END_OF_TEXT))
+    return dataclasses.replace(architecture(args), bos_token_id=None, eos_token_ids=ends)
 
 
 def make_folder(args: argparse.Namespace) -> None:
@@ -119,15 +123,16 @@ def episode(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each phase of a run, medians of the episodes that compile nothing."""
     config = run_config(args)
     train_grpo(config, _Formats())
-    folder = Path(config.output)
-    # The tables of rollouts are written when an episode is sampled and judged.
-    ends = [(folder / "rollouts" / f"{i:08d}.parquet").stat().st_mtime for i in range(args.episodes)]
-    records = [r for r in read_log(folder / "metrics.jsonl") if "seconds/rollouts" in r][2:]
+    log = read_log(Path(config.output) / "metrics.jsonl")
+    records = [record for record in log if "seconds/rollouts" in record][2:]
+    # The first step has the engine's start and the compilation of the update in it, and after the last no episode is
+    # sampled.
+    steps = sorted((record["step"], record["seconds"]) for record in log if "seconds" in record)[1:-1]
 
     def median(name: str) -> float:
         return float(np.median([record[name] for record in records]))
 
-    whole = float(np.median(np.diff(ends)[1:]))
+    whole = float(np.median([seconds for _, seconds in steps]))
     rollouts, judged = median("seconds/rollouts"), median("seconds/rewards")
     return {
         "step_s": whole,
@@ -181,7 +186,13 @@ def engine(args: argparse.Namespace) -> dict[str, Any]:
             begin = time.perf_counter()
             tokens = sum(timing.tokens for timing in drive(made, requests, incremental=False))
             seconds = time.perf_counter() - begin
-            found = {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds, "compile_s": compile_s}
+            found = {
+                "tokens": tokens,
+                "mean_response": tokens / len(requests),
+                "seconds": seconds,
+                "tokens_per_s": tokens / seconds,
+                "compile_s": compile_s,
+            }
     return found
 
 
