@@ -295,9 +295,6 @@ def constrained(case: Case) -> None:
             prompts = random_prompts(engine, [64 // case.size.shrink] * concurrency)
             kinds = {
                 "free": load.make_requests(prompts, [new] * concurrency),
-                "free, with the program of masks": [
-                    dataclasses.replace(r, top_logprobs=1) for r in load.make_requests(prompts, [new] * concurrency)
-                ],
                 "JSON schema": load.make_requests(prompts, [new] * concurrency, grammar=grammar),
             }
             for requests in kinds.values():

@@ -1,6 +1,7 @@
 """Where the engine's thread spends its time, measured by wrapping methods from outside."""
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,14 +22,16 @@ PARTS = {
     "take": "a request gets its new tokens",
     "give": "its reader gets them",
     "end": "a request ends",
+    "masks": "masks are made, where a text has a grammar in a second thread, while the first one starts the model",
+    "join": "the engine's thread waits for the second one",
     "rest": "what the runner needs to know of each row is put together, and the loop of a step",
 }
 """What the parts of the thread's time are. Each is without the parts that it calls."""
-WAITING = ("wait_for_work", "wait")
+WAITING = ("wait_for_work", "wait", "join")
 
 
 class HostTimes:
-    """Seconds of the engine's thread by part, and counts of decode steps and their rows.
+    """Seconds of the engine's threads by part, and counts of decode steps and their rows.
 
     Attributes:
       seconds: by the names of `PARTS`.
@@ -46,14 +49,15 @@ class HostTimes:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.calls = dict.fromkeys(PARTS, 0)
         self.decode_rows = self.decode_steps = self.prefill_tokens = 0
-        self._open: list[float] = []
+        self._of_thread = threading.local()
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, whose time counts for a part, without the time of other parts that it calls."""
-        seconds, calls, open_parts, clock = self.seconds, self.calls, self._open, self._clock
+        seconds, calls, of_thread, clock = self.seconds, self.calls, self._of_thread, self._clock
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
+            open_parts: list[float] = of_thread.__dict__.setdefault("open", [])
             begin = clock()
             open_parts.append(0.0)
             try:
@@ -68,10 +72,10 @@ class HostTimes:
         return run
 
     def _counted_decode(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(rows: Any, *args: Any) -> Any:
+        def run(rows: Any, *args: Any, **kwargs: Any) -> Any:
             self.decode_rows += len(rows)
             self.decode_steps += 1
-            return function(rows, *args)
+            return function(rows, *args, **kwargs)
 
         return run
 
@@ -102,6 +106,8 @@ class HostTimes:
             wrap(steps, "run", "rest")
             wrap(steps, "_read", "read")
             wrap(steps, "_end", "end")
+            wrap(steps, "_next_masks", "masks")
+            wrap(steps, "_join", "join")
             wrap(scheduler, "plan", "plan")
             wrap(runner, "prefill", "prefill", self._counted_prefill)
             for name in ("decode_slots", "verify"):
@@ -140,6 +146,8 @@ class HostTimes:
 
     def record(self) -> dict[str, Any]:
         """For a line of JSON. `host_ms`: of a step, without waiting; `wait_ms`: for the device. All in ms a step.
+
+        With grammars, two threads work, and their times are added.
 
         The host hides behind the device while `wait_ms` is well above 0: a step that the host is late for waits for
         nothing.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from qwen_jax.attention.quantized_cache import KVDtype, check_kv_dtype
 from qwen_jax.errors import InputError
+from qwen_jax.inference.row_sampling import WITH_TOP, Variant
 
 _FIRST_SLOTS, _FIRST_TOKENS, _STEP = 1024, 128, 4
 # Below so many prompt tokens a step takes as long as reading the weights.
@@ -118,13 +119,16 @@ class Buckets:
                 return size
         raise ValueError(f"No prefill program takes {chunks} chunks of {tokens} tokens; there are {self.prefill}.")
 
-    def masks_of(self, rows: int) -> tuple[int, ...]:
-        """How many masks the sampling programs of so many rows take: one for each row, and one for a quarter of them.
+    def masks_of(self, rows: int, variant: Variant) -> tuple[int, ...]:
+        """How many masks the sampling programs of so many rows take: one for each row, or one for a quarter of them.
+
+        Those that also return the most likely tokens are rarely used with masks: they take one for each row only.
 
         Args:
           rows: of the programs.
+          variant: of the programs, one with masks.
         """
-        few = [size for size in self.rows if 4 * size <= rows]
+        few = [size for size in self.rows if 4 * size <= rows and variant not in WITH_TOP]
         return (*few[-1:], rows)
 
     def prefill_slots_of(self, tokens: int) -> tuple[int, ...]:

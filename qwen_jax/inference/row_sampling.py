@@ -4,18 +4,20 @@ The rules change the logits in this order: repetition penalty (prompt and text),
 alone), bias, mask. Then each row samples by its own method, with the functions and the random numbers of `sampling`:
 the seed and the number of tokens sampled before determine a row's token, whatever runs beside it.
 
-There are six programs for each number of rows, from the cheapest on. A step takes the first that can serve all its
+There are eight programs for each number of rows, from the cheapest on. A step takes the first that can serve all its
 rows. A row gives the same token in each that can serve it. "Open" is the whole vocabulary without top-k, top-p and
 min-p, as reinforcement learning samples: it searches for no thresholds.
 
-| variant | methods          | rules          | mask | top log-probabilities |
-|---------|------------------|----------------|------|-----------------------|
-| plain   | greedy           | no             | no   | no                    |
-| open    | greedy, open     | no             | no   | no                    |
-| listed  | greedy, top-k    | no             | no   | no                    |
-| ruled   | greedy, top-k    | yes            | no   | no                    |
-| masked  | greedy, top-k    | yes            | yes  | yes                   |
-| all     | all              | yes            | yes  | yes                   |
+| variant  | methods             | mask | rules          | top log-probabilities |
+|----------|---------------------|------|----------------|-----------------------|
+| plain    | greedy              | no   | no             | no                    |
+| open     | greedy, open        | no   | no             | no                    |
+| listed   | greedy, top-k       | no   | no             | no                    |
+| masked   | greedy              | yes  | no             | no                    |
+| drawn    | greedy, open, top-k | yes  | no             | no                    |
+| ruled    | greedy, top-k       | no   | yes            | no                    |
+| detailed | greedy, top-k       | yes  | yes            | yes                   |
+| all      | all                 | yes  | yes            | yes                   |
 """
 
 import dataclasses
@@ -42,21 +44,23 @@ from qwen_jax.inference.sampling import (
 )
 from qwen_jax.inference.vocabulary import Vocabulary
 
-Variant = Literal["plain", "open", "listed", "ruled", "masked", "all"]
-VARIANTS: tuple[Variant, ...] = ("plain", "open", "listed", "ruled", "masked", "all")
-WITH_RULES: tuple[Variant, ...] = ("ruled", "masked", "all")
-WITH_MASKS: tuple[Variant, ...] = ("masked", "all")
-"""Those that take masks and return the most likely tokens."""
+Variant = Literal["plain", "open", "listed", "masked", "drawn", "ruled", "detailed", "all"]
 # What a row may need, as bits, and what each variant has.
-_OPEN, _LIST, _RULES, _TOP, _FILTERS = (1 << i for i in range(5))
+_OPEN, _LIST, _MASK, _RULES, _TOP, _FILTERS = (1 << i for i in range(6))
 _HAS: dict[Variant, int] = {
     "plain": 0,
     "open": _OPEN,
     "listed": _LIST,
+    "masked": _MASK,
+    "drawn": _OPEN | _LIST | _MASK,
     "ruled": _LIST | _RULES,
-    "masked": _LIST | _RULES | _TOP,
-    "all": _OPEN | _LIST | _RULES | _TOP | _FILTERS,
+    "detailed": _LIST | _MASK | _RULES | _TOP,
+    "all": _OPEN | _LIST | _MASK | _RULES | _TOP | _FILTERS,
 }
+VARIANTS: tuple[Variant, ...] = tuple(_HAS)
+WITH_RULES, WITH_MASKS, WITH_TOP = (
+    tuple(variant for variant in VARIANTS if _HAS[variant] & bit) for bit in (_RULES, _MASK, _TOP)
+)
 _METHODS = ("greedy", "top_k", "full")
 _INTS, _FLOATS = 7, 7
 FIELDS = _INTS + _FLOATS
@@ -116,7 +120,7 @@ def variant_of(rows: Sequence[SampleRow | None]) -> Variant:
 
 def with_mask(variant: Variant) -> Variant:
     """The first variant that can serve what a variant can, and masks of allowed tokens."""
-    return variant_with(_HAS[variant] | _TOP)
+    return variant_with(_HAS[variant] | _MASK)
 
 
 def pack(rows: Sequence[SampleRow | None], padded: int, dummy: int) -> np.ndarray:
@@ -202,7 +206,7 @@ class SampledRows(NamedTuple):
       next_B: int32, an id in every row, to continue with.
       logprob_B: float32, log-probability of the token under the model at the row's `logprob_temperature`, without
         filters and rules.
-      top_ids_BN, top_logprobs_BN: the most likely tokens under the model; None for variants without masks.
+      top_ids_BN, top_logprobs_BN: the most likely tokens under the model; None for variants without them.
     """
 
     token_B: jax.Array
@@ -265,30 +269,32 @@ def sample_rows(
       top: how many of the most likely tokens are returned.
       vocabulary: which part of it the device has. The tokens do not depend on it.
     """
-    raw_BV = logits_BV
+    raw_BV, has = logits_BV, _HAS[variant]
     limited_BV = logits_BV = comparable(raw_BV, vocab_limit, vocabulary)
-    if variant in WITH_RULES:
-        allowed_BW = allowed_BW if variant in WITH_MASKS else None
-        logits_BV = apply_rules(logits_BV, rows, rules, allowed_BW, vocabulary)
+    if not has & _RULES:
+        rules = None
+    if not has & _MASK:
+        allowed_BW = None
+    logits_BV = apply_rules(logits_BV, rows, rules, allowed_BW, vocabulary)
     # Each method samples every row, and a row takes the token of its own.
     token_B = vocabulary.argmax(logits_BV)
-    if variant != "plain":
+    if has & (_OPEN | _LIST):
         keys_B = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(rows.seed_B), rows.step_B)
         scaled_BV = logits_BV / rows.values.temperature
-        if variant == "open":
-            token_B = jnp.where(rows.method_B == 2, sample_unfiltered(scaled_BV, keys_B, vocabulary), token_B)
-        else:
-            listed_B = sample_top_k(scaled_BV, keys_B, rows.values, vocabulary)
-            token_B = jnp.where(rows.method_B == 1, listed_B, token_B)
-        if variant == "all":
-            token_B = jnp.where(rows.method_B == 2, sample_all(scaled_BV, keys_B, rows.values, vocabulary), token_B)
+    if has & _LIST:
+        listed_B = sample_top_k(scaled_BV, keys_B, rows.values, vocabulary)
+        token_B = jnp.where(rows.method_B == 1, listed_B, token_B)
+    if has & _FILTERS:
+        token_B = jnp.where(rows.method_B == 2, sample_all(scaled_BV, keys_B, rows.values, vocabulary), token_B)
+    elif has & _OPEN:
+        token_B = jnp.where(rows.method_B == 2, sample_unfiltered(scaled_BV, keys_B, vocabulary), token_B)
     # Log-probabilities, and with them the check that the whole row is finite.
     model_BV = raw_BV / rows.logprob_temperature_B1
     total_B = vocabulary.logsumexp(model_BV)
     of_model_B, logit_B = vocabulary.at(token_B, model_BV, logits_BV)
     logprob_B = of_model_B - total_B
     marked_B = jnp.where(jnp.isfinite(logprob_B) & jnp.isfinite(logit_B), token_B, NOT_FINITE)
-    if variant not in WITH_MASKS:
+    if not has & _TOP:
         return SampledRows(marked_B, token_B, logprob_B, None, None)
     largest_BN, ids_BN = vocabulary.top_k(limited_BV, top)
     top_BN = largest_BN / rows.logprob_temperature_B1 - total_B[:, None]

@@ -5,7 +5,7 @@ call returns before the device is done; only `Sampled.read` waits.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import jax
@@ -147,17 +147,25 @@ class Runner(RunnerState):
             raise ValueError(f"Expected proposals {(len(rows), self.settings.speculate)}, got {proposals.shape}.")
         return self._decode("verify", rows, proposals)
 
-    def decode_slots(self, slots: Sequence[int], lengths: Sequence[int], pages: Sequence[Sequence[int]]) -> jax.Array:
+    def decode_slots(
+        self,
+        slots: Sequence[int],
+        lengths: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        packed: Callable[[], None] = lambda: None,
+    ) -> jax.Array:
         """As `decode`, for sequences that are in `slots`: with many rows it takes a fraction of the time.
 
         Args:
           slots: of different sequences.
           lengths: tokens of each that are in the cache.
           pages: of each, with room for a new token: those that it was placed with, and perhaps more.
+          packed: called when the arguments are not needed any more, before the program is started.
         """
-        program, packed = self._rows("decode", len(slots), max(lengths), 1)
-        adapters = self.slots.pack_rows(packed[: len(slots)], slots, lengths, pages)
-        return self._forward(program, packed, adapters)
+        program, rows = self._rows("decode", len(slots), max(lengths), 1)
+        adapters = self.slots.pack_rows(rows[: len(slots)], slots, lengths, pages)
+        packed()
+        return self._forward(program, rows, adapters)
 
     def _decode(self, kind: str, rows: Sequence[RowInput], proposals: np.ndarray) -> jax.Array:
         new = 1 + proposals.shape[1]
@@ -259,7 +267,8 @@ class Runner(RunnerState):
         if masks is not None:
             variant = with_mask(variant)
         if variant in WITH_MASKS:
-            count = smallest(self.buckets.masks_of(len(logits)), 0 if masks is None else len(masks.rows), "masks")
+            needed = 0 if masks is None else len(masks.rows)
+            count = smallest(self.buckets.masks_of(len(logits), variant), needed, "masks")
         if masks is not None:
             packed[masks.rows, MASKED] = np.arange(1, 1 + len(masks.rows))
             arrays.append(_padded(masks.allowed, count))

@@ -87,8 +87,11 @@ def sampling_programs(kind: str, rows: int, buckets: Buckets) -> list[Program]:
       rows: of the programs.
       buckets: the sizes of a runner's programs.
     """
-    masks = {variant: buckets.masks_of(rows) if variant in WITH_MASKS else (0,) for variant in VARIANTS}
-    return [Program(kind, rows, variant=variant, masks=m) for variant in VARIANTS for m in masks[variant]]
+    found = []
+    for variant in VARIANTS:
+        sizes = buckets.masks_of(rows, variant) if variant in WITH_MASKS else (0,)
+        found += [Program(kind, rows, variant=variant, masks=size) for size in sizes]
+    return found
 
 
 def abstract_state(static: StaticArgs, mesh: Mesh) -> tuple[Pages, State]:

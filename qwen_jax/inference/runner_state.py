@@ -1,6 +1,7 @@
 """The parameters and the state of all sequences on the device, and the programs that change them."""
 
 import dataclasses
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -78,6 +79,7 @@ class RunnerState:
         self.static = StaticArgs(config, Sharding.for_inference(config, mesh), options, vocab_limit, settings)
         self.on_program: Callable[[Program, Sequence[np.ndarray]], AbstractContextManager[None]] | None = None
         self._programs = Programs(self.static, self.buckets, mesh)
+        self._one_at_a_time = threading.Lock()
         self._everywhere = NamedSharding(mesh, P())
         # For steps of variants with masks in which no row has one, by shape.
         self._no_masks: dict[tuple[int, ...], jax.Array] = {}
@@ -116,7 +118,7 @@ class RunnerState:
         self._programs.compile(self.params, report)
 
     def apply(self, program: Program, *arrays: np.ndarray, read: jax.Array | None = None) -> Any:
-        """Runs a program on the parameters, the state and arrays of the host.
+        """Runs a program on the parameters, the state and arrays of the host. Safe for several threads.
 
         Args:
           program: which one.
@@ -127,10 +129,11 @@ class RunnerState:
         Returns:
           What it gives beside the new state.
         """
-        if self.on_program is None:
-            return self._apply(program, arrays, read)
-        with self.on_program(program, arrays):
-            return self._apply(program, arrays, read)
+        with self._one_at_a_time:
+            if self.on_program is None:
+                return self._apply(program, arrays, read)
+            with self.on_program(program, arrays):
+                return self._apply(program, arrays, read)
 
     def _apply(self, program: Program, arrays: Sequence[np.ndarray], read: jax.Array | None) -> Any:
         placed = [self._place(x) for x in arrays]
@@ -200,8 +203,8 @@ class RunnerState:
         Raises:
           ValueError: they differ.
         """
-        old, new = jax.tree.leaves(self.params), jax.tree.leaves(params)
-        if jax.tree.structure(self.params) != jax.tree.structure(params):
+        (old, before), (new, after) = jax.tree.flatten(self.params), jax.tree.flatten(params)
+        if before != after:  # type: ignore[operator]
             raise ValueError("The new parameters have another structure than the old ones.")
         for number, (was, now) in enumerate(zip(old, new, strict=True)):
             same = was.shape == now.shape and was.dtype == now.dtype

@@ -1,6 +1,7 @@
 """The engine's steps: what the scheduler plans is started on the device, and its results are read one step later."""
 
 import collections
+import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -35,8 +36,8 @@ class Steps:
 
     A step is started before the one before it is read, so that the device never waits for the host: the newest tokens
     stay on the device. A request that turns out to have ended has run for one step too many, which is thrown away. Two
-    kinds of steps need to know the tokens before them: those with a grammar read them while the model runs, before
-    sampling; those with proposals read them first.
+    kinds of steps need to know the tokens before them: those with a grammar read them before sampling, in a second
+    thread while the first one starts the model; those with proposals read them first.
 
     Attributes:
       active: requests that wait or run, by number.
@@ -64,6 +65,8 @@ class Steps:
         self._pool, self._words = pool, runner.static.words
         most = max([*runner.buckets.rows, *(chunks for chunks, _ in runner.buckets.prefill)])
         self._masks = NextMasks(most, self._words)
+        # Its thread starts with the first text that has a grammar.
+        self._second = concurrent.futures.ThreadPoolExecutor(1, "qwen_jax-reader")
         self._max_length = runner.settings.max_length
         self._proposer = proposer
         self._in_flight: collections.deque[_InFlight] = collections.deque()
@@ -180,8 +183,22 @@ class Steps:
             return
         # `written` counts the slots that this step writes.
         slots, lengths = [a.slot for a in rows], [scheduled.written - 1 for scheduled in plan.rows]
-        logits = self._runner.decode_slots(slots, lengths, [scheduled.pages for scheduled in plan.rows])
-        self._sample(logits, rows, [_sampled_before(scheduled) for scheduled in plan.rows])
+        pages, steps = [scheduled.pages for scheduled in plan.rows], [_sampled_before(s) for s in plan.rows]
+        if not any(active.matcher is not None for active in rows):
+            self._sample(self._runner.decode_slots(slots, lengths, pages), rows, steps)
+            return
+        # Starting a program with many kernels takes about as long as reading tokens and making masks, and holds no lock
+        # of Python. What the program needs is packed before the tokens change anything.
+        masked: list[concurrent.futures.Future[Any]] = []
+
+        def begin() -> None:
+            masked.append(self._second.submit(self._next_masks, rows, steps))
+
+        try:
+            logits = self._runner.decode_slots(slots, lengths, pages, packed=begin)
+        finally:
+            self._join(masked)
+        self._sample_masked(logits, steps, *masked[0].result())
 
     def _verify(self, rows: Sequence[Active], extra: int, proposer: Proposer) -> None:
         """Checks proposed tokens. There are few rows."""
@@ -199,13 +216,31 @@ class Steps:
         """Samples one token for each row that is there. `steps`: tokens that were sampled before, by row."""
         masks: Masks | None = None
         if self._constrained:
-            if any(active is not None and active.matcher is not None for active in rows):
-                # A mask depends on the token before it. The model runs while the host reads it and makes the mask.
-                self.read_all()
-                rows = _going_on(rows)
-            masks = self._masks.make(rows, steps)
-            self._end_those_that_ended(rows)
+            rows, masks = self._next_masks(rows, steps)
+        self._sample_masked(logits, steps, rows, masks)
+
+    @staticmethod
+    def _join(futures: Sequence[concurrent.futures.Future[Any]]) -> None:
+        """Waits for the second thread."""
+        concurrent.futures.wait(futures)
+
+    def _next_masks(
+        self, rows: Sequence[Active | None], steps: Sequence[int]
+    ) -> tuple[Sequence[Active | None], Masks | None]:
+        """The rows that go on, and the masks of their next tokens.
+
+        A mask depends on the token before it, which is read here for rows with a grammar.
+        """
+        if any(active is not None and active.matcher is not None for active in rows):
+            self.read_all()
             rows = _going_on(rows)
+        masks = self._masks.make(rows, steps)
+        self._end_those_that_ended(rows)
+        return _going_on(rows), masks
+
+    def _sample_masked(
+        self, logits: jax.Array, steps: Sequence[int], rows: Sequence[Active | None], masks: Masks | None
+    ) -> None:
         slots = [None if active is None else active.slot for active in rows]
         sampled = self._runner.sample_slots(logits, slots, steps, masks)
         self._in_flight.append(_InFlight(rows, sampled, proposed=False))

@@ -47,9 +47,14 @@ def forbid_host_copies(patch: pytest.MonkeyPatch) -> None:
         (EXPERTS, {"fsdp": 4}, lambda mesh: split_mesh(mesh, tensor=2, expert=2), "bfloat16"),
     ],
     ids=[
-        "one device", "two replicas", "parts of another axis", "other devices", "more devices", "padded width",
+        "one device",
+        "two replicas",
+        "parts of another axis",
+        "other devices",
+        "more devices",
+        "padded width",
         "one engine of all devices",
-    ],  # fmt: skip
+    ],
 )
 def test_the_layout_is_that_of_fuse(
     model: Any, axes: dict[str, int], targets: Any, dtype: str, monkeypatch: pytest.MonkeyPatch

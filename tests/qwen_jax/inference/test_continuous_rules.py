@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -267,3 +268,76 @@ def test_a_grammar_that_fails_in_the_middle_ends_its_request_alone(
         assert engine.generate([request])[0].finish_reason == "length"
         engine.call(engine._scheduler.check)
         assert engine.stats().running == 0
+
+
+def test_masks_are_made_while_the_model_is_started(
+    checkpoint: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decode program that is started only when the masks of its step have been made is started, and changes no text.
+
+    Without masks, a step does not begin with reading the one before it."""
+    pytest.importorskip("llguidance")
+    rng = print_seed()
+    ending = dataclasses.replace(NO_END, max_new_tokens=24)
+    with make_engine(checkpoint, tokenizer) as engine:
+        assert engine.grammars is not None
+        grammar = engine.grammars.regex("[a-z]{40}")
+        of_grammar = [Request(prompt, ending, grammar=grammar) for prompt in prompts(rng, 3)]
+        free = [Request(prompt, ending) for prompt in prompts(rng, 2)]
+        want = [finished.token_ids for finished in engine.generate([*of_grammar, *free])]
+
+        made, waited = threading.Event(), 0
+        make: Any = engine._steps._masks.make
+        decode: Any = engine._runner.decode_slots
+
+        def make_and_tell(*args: Any) -> Any:
+            found = make(*args)
+            made.set()
+            return found
+
+        def decode_after_masks(*args: Any, packed: Any = None) -> Any:
+            def begin_and_wait() -> None:
+                nonlocal waited
+                made.clear()
+                packed()
+                assert made.wait(60)
+                waited += 1
+
+            return decode(*args) if packed is None else decode(*args, packed=begin_and_wait)
+
+        monkeypatch.setattr(engine._steps._masks, "make", make_and_tell)
+        monkeypatch.setattr(engine._runner, "decode_slots", decode_after_masks)
+        assert [finished.token_ids for finished in engine.generate([*of_grammar, *free])] == want
+        assert waited >= 20
+        before = waited
+        assert [finished.token_ids for finished in engine.generate(free)] == want[3:]
+        assert waited == before
+
+
+@pytest.mark.parametrize("where", ["masks", "model"])
+def test_a_failure_in_either_thread_ends_all_requests_with_it(
+    checkpoint: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    pytest.importorskip("llguidance")
+    rng = print_seed()
+    ending = dataclasses.replace(NO_END, max_new_tokens=24)
+    engine = make_engine(checkpoint, tokenizer)
+    assert engine.grammars is not None
+    request = Request(prompts(rng, 1)[0], ending, grammar=engine.grammars.regex("[a-z]{40}"))
+    owner: Any = engine._steps._masks if where == "masks" else engine._runner
+    name = "make" if where == "masks" else "_forward"
+    original, left = getattr(owner, name), int(rng.integers(1, 10))
+
+    def broken(*args: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise MemoryError("out of memory")
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, broken)
+    streams = [engine.submit(one) for one in (request, Request(prompts(rng, 1)[0], ending))]
+    for stream in streams:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            stream.result()
+    engine.close()

@@ -119,7 +119,7 @@ def test_variants_agree(rng: np.random.Generator) -> None:
         rows = [dataclasses.replace(row, rules=i > 1) for i, row in enumerate(rows)]
         everything = np.full((4, -(-V // 32)), -1, np.int32)
         cases: list[tuple[Variant, np.ndarray | None]] = [(v, None) for v in row_sampling.WITH_RULES]
-        cases += [(variant, everything) for variant in row_sampling.WITH_MASKS]
+        cases += [(variant, everything) for variant in row_sampling.WITH_MASKS if variant in row_sampling.WITH_RULES]
         tokens = [sample(logits, rows, rules, variant, mask).token_B.tolist() for variant, mask in cases]
         assert all(other == tokens[0] for other in tokens)
         # Without rules.
@@ -128,6 +128,13 @@ def test_variants_agree(rng: np.random.Generator) -> None:
             sample(logits, rows, rules, variant).token_B.tolist() for variant in ("listed", *row_sampling.WITH_RULES)
         ]
         assert all(other == tokens[0] for other in tokens)
+        # With masks, of the methods that draw from all tokens, too.
+        rows = random_rows(rng, [*LISTS[:2], GREEDY[0], FULL[0]])
+        mask = rng.integers(-(2**31), 2**31, everything.shape).astype(np.int32) | 1
+        tokens = [sample(logits, rows, rules, variant, mask).token_B.tolist() for variant in ("drawn", "all")]
+        assert tokens[0] == tokens[1]
+        masked, detailed = (sample(logits, rows, rules, variant, mask).token_B for variant in ("masked", "detailed"))
+        assert masked[2] == detailed[2] == tokens[0][2]
 
 
 def test_rows_without_filters_get_the_tokens_of_the_search_for_thresholds(rng: np.random.Generator) -> None:
@@ -157,16 +164,16 @@ def test_the_smallest_variant_is_chosen() -> None:
         ([greedy, listed], "listed"),
         ([dataclasses.replace(greedy, rules=True)], "ruled"),
         ([full, None, greedy], "open"),
-        ([listed, full], "all"),
+        ([listed, full], "drawn"),
         ([full, filtered], "all"),
         ([full, smallest_p], "all"),
         ([dataclasses.replace(full, top=True)], "all"),
         ([dataclasses.replace(full, rules=True)], "all"),
-        ([dataclasses.replace(greedy, top=True), listed], "masked"),
+        ([dataclasses.replace(greedy, top=True), listed], "detailed"),
     ):
         assert row_sampling.variant_of(rows) == want
-        with_mask = row_sampling.with_mask(row_sampling.variant_of(rows))
-        assert with_mask == ("all" if want in ("open", "all") else "masked")
+        with_mask = {"plain": "masked", "listed": "drawn", "open": "drawn", "ruled": "detailed"}
+        assert row_sampling.with_mask(row_sampling.variant_of(rows)) == with_mask.get(want, want)
         # By slot, as the steps of many rows are packed.
         slots = Slots(4, 1, 16)
         for i, row in enumerate(rows):

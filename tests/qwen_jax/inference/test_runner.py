@@ -290,10 +290,16 @@ def test_a_mask_at_each_place_binds_that_place(dense: tuple[Engine, Runner], rng
     assert runner.sample(logits, rows, Masks([1], masks[:1, 0])).read().token_ids.tolist() == [free[0], only[0, 0]]
 
 
-def test_only_masks_of_masked_rows_are_sent(dense: tuple[Engine, Runner], rng: np.random.Generator) -> None:
-    """Bytes that go to the device for a step grow with its masked rows: programs take 1 and 4 of them here."""
+@pytest.mark.parametrize(
+    ("sampling", "of_one"), [(SamplingParams(), 1), (SamplingParams(temperature=0.8, seed=5), 1), (FULL, 4)]
+)
+def test_only_masks_of_masked_rows_are_sent(
+    dense: tuple[Engine, Runner], rng: np.random.Generator, sampling: SamplingParams, of_one: int
+) -> None:
+    """Bytes that go to the device for a step grow with its masked rows: programs take 1 and 4 of them here, and those
+    of rarely used variants 4."""
     _, runner = dense
-    rows, mask_bytes = [SampleRow(i, FULL, 3) for i in range(4)], V // 32 * 4
+    rows, mask_bytes = [SampleRow(i, sampling, 3) for i in range(4)], V // 32 * 4
     logits = runner.decode([RowInput(i, 1, [i]) for i in range(4)])
     sent: list[int] = []
     place = runner._place
@@ -306,7 +312,7 @@ def test_only_masks_of_masked_rows_are_sent(dense: tuple[Engine, Runner], rng: n
 
     try:
         free, without = sampled([], np.zeros((0, V // 32), np.int32))
-        for count, sent_masks in ((1, 1), (2, 4), (4, 4)):
+        for count, sent_masks in ((1, of_one), (2, 4), (4, 4)):
             masked = sorted(rng.permutation(4)[:count].tolist())
             only, allowed = rng.integers(0, V, count), np.zeros((count, V // 32), np.int32)
             for mask_W, token in zip(allowed, only.tolist(), strict=True):
