@@ -99,7 +99,7 @@ class Bubblewrap:
             "version": version,
             "users": f"{FIRST_UID}-{FIRST_UID + 2 * workers - 1}" if self._root else str(os.geteuid()),
             "seccomp": seccomp,
-            "memory": "cgroup" if self._cgroup is not None else "watched from outside",
+            "memory": f"cgroup of version {self._cgroup.version}" if self._cgroup else "watched from outside",
             "folders": self._folders,
         }
 
@@ -235,17 +235,18 @@ class Bubblewrap:
             stream.close()
         # Serve it until it ends.
         first = functools.partial(_first_process, status)
+        look = watcher(
+            lambda: Path(f"/proc/{pid}/root") if (pid := first()) is not None else None,
+            job.limits.memory_bytes if group is None else None,
+            job.limits.files,
+        )
         ended = supervise(
             process,
             stdin=job.stdin,
             seconds=job.limits.seconds,
             output_bytes=job.limits.output_bytes,
             kill=lambda: _kill(process, first),
-            watch=watcher(
-                lambda: Path(f"/proc/{pid}/root") if (pid := first()) is not None else None,
-                job.limits.memory_bytes if group is None else None,
-                job.limits.files,
-            ),
+            watch=lambda: "memory" if group is not None and group.out_of_memory() else look(),
             stop=stop,
         )
         exit_status = _field(status, "exit-code")

@@ -21,7 +21,7 @@ from qwen_jax.errors import InputError
 from train.sandbox import LANGUAGES, Job, Language, Limits, Outcome, Run, Sandbox, Test, Toolchain
 from train.sandbox import probe as probes
 from train.sandbox.bubblewrap import Bubblewrap, limited, to_run
-from train.sandbox.cgroup import Group, find_parent
+from train.sandbox.cgroup import Group, Parent, find_parent
 from train.sandbox.sandbox import static_problem
 from train.sandbox.seccomp import _CLONE, _DENIED, _MACHINES, _SOCKET, filter_bytes
 from train.sandbox.supervise import Ended, supervise
@@ -428,52 +428,108 @@ def test_a_failing_start_without_isolation_is_an_error() -> None:
 # --- control groups
 
 
-def test_control_groups(tmp_path: Path) -> None:
-    """A group is found where controllers are passed on, gets its limits, and is left by nothing."""
-    own = tmp_path / "cgroup"
-    own.write_text("12:pids:/x\n0::/jobs/mine\n")
+def _hierarchy(folder: Path, *groups: str, **files: str) -> None:
+    """A folder like the mount of a hierarchy, with groups that have some files."""
+    for group in groups:
+        (folder / group).mkdir(parents=True, exist_ok=True)
+        for name, content in {"cgroup.procs": "", **files}.items():
+            (folder / group / name.replace("__", ".")).write_text(content)
+
+
+def test_groups_of_version_2_are_found(tmp_path: Path) -> None:
+    """The group of this process or the one above it, whichever passes both controllers on; not above the mount."""
     mount = tmp_path / "mount"
     mine = mount / "jobs" / "mine"
-    mine.mkdir(parents=True)
-    assert find_parent(mount, own) is None
-    (mine / "cgroup.subtree_control").write_text("cpu memory\n")
-    assert find_parent(mount, own) is None
-    (mine.parent / "cgroup.subtree_control").write_text("cpu memory pids\n")
-    (mine.parent / "cgroup.procs").write_text("")
-    assert find_parent(mount, own) == mine.parent
-    (mine / "cgroup.subtree_control").write_text("memory pids\n")
-    (mine / "cgroup.procs").write_text("")
-    assert find_parent(mount, own) == mine
-    own.write_text("12:pids:/x\n")
-    assert find_parent(mount, own) is None
+    (tmp_path / "cgroup").write_text("12:pids:/x\n0::/jobs/mine\n")
+    (tmp_path / "mountinfo").write_text(f"41 31 0:38 / {mount} rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n")
+    assert find_parent(tmp_path / "absent") is None
+    assert find_parent(tmp_path) is None
+    _hierarchy(mount, "jobs/mine", cgroup__subtree_control="cpu memory\n")
+    assert find_parent(tmp_path) is None
+    _hierarchy(mount, "jobs", cgroup__subtree_control="cpu memory pids\n")
+    assert find_parent(tmp_path) == (2, mine.parent, mine.parent)
+    _hierarchy(mount, "jobs/mine", cgroup__subtree_control="memory pids\n")
+    assert find_parent(tmp_path) == (2, mine, mine)
+    (tmp_path / "cgroup").write_text("0::/\n")
+    _hierarchy(tmp_path, ".", cgroup__subtree_control="memory pids\n")
+    assert find_parent(tmp_path) is None
+    (tmp_path / "cgroup").write_text("12:pids:/x\n")
+    assert find_parent(tmp_path) is None
     # A folder that is no control group has no files to write.
-    with pytest.raises(FileNotFoundError):
-        Group(mine, "run", 1 << 20, 10)
-    assert not (mine / "run").exists()
+    for version in (1, 2):
+        with pytest.raises(FileNotFoundError):
+            Group(Parent(version, mine, mount), "run", 1 << 20, 10)
+        assert not any(folder.joinpath("run").exists() for folder in (mine, mount))
 
 
-def test_a_group_is_limited_and_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("memory.max", "memory.swap.max", "memory.oom.group", "pids.max", "cgroup.procs", "cgroup.kill")
+def test_groups_of_version_1_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both hierarchies, by their controllers, at the mount that shows this process's group, and only if writable."""
+    mount = tmp_path / "with space"
+    escaped = str(mount).replace(" ", r"\040")
+    (tmp_path / "cgroup").write_text("9:name=memory:/no\n8:cpu,pids:/a:b\n4:memory:/box/mine\n0::/\n")
+    mounts = [
+        f"30 1 0:27 / {escaped}/unified rw - cgroup2 cgroup2 rw",
+        f"31 1 0:28 / {escaped}/named rw - cgroup cgroup rw,name=memory",
+        f"32 1 0:29 / {escaped}/pids rw,relatime shared:3 master:1 - cgroup cgroup rw,cpu,pids",
+        f"33 1 0:30 /other {escaped}/other rw - cgroup cgroup rw,memory",
+        f"34 1 0:30 /box {escaped}/memory rw - cgroup cgroup rw,memory",
+    ]
+    _hierarchy(mount, "unified", "named/no", "named/box/mine", "pids/a:b", "other/mine", "memory/mine")
+    for count in range(len(mounts) + 1):
+        (tmp_path / "mountinfo").write_text("\n".join(mounts[:count]))
+        expected = (1, mount / "memory/mine", mount / "pids/a:b") if count == len(mounts) else None
+        assert find_parent(tmp_path) == expected, count
+    # Version 2 comes first.
+    _hierarchy(mount, "unified", cgroup__subtree_control="memory pids")
+    assert find_parent(tmp_path) == (2, mount / "unified", mount / "unified")
+    for folder in ("pids/a:b", "memory/mine"):
+        closed = [mount / "unified", mount / folder]
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "access", lambda path, mode, closed=closed: path not in closed)
+            assert find_parent(tmp_path) is None
+
+
+_FILES = {
+    2: {"memory.max": "123456", "memory.swap.max": "0", "memory.oom.group": "1", "pids.max": "78"},
+    1: {"memory.limit_in_bytes": "123456", "memory.memsw.limit_in_bytes": "123456", "pids.max": "78"},
+}
+
+
+@pytest.mark.parametrize("version", _FILES)
+@pytest.mark.parametrize("together", [True, False])
+def test_a_group_is_limited_and_joined(
+    version: int, together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each limit is written, all hierarchies are entered, a kill for memory is seen, and all folders are removed."""
+    entry, events = {2: ("cgroup.procs", "memory.events"), 1: ("tasks", "memory.oom_control")}[version]
     real = Path.mkdir
 
     def mkdir(path: Path, *args: Any, **kwargs: Any) -> None:
         # As the kernel does.
         real(path, *args, **kwargs)
-        for name in names:
+        for name in (*_FILES[version], entry):
             (path / name).write_text("")
 
+    folders = [tmp_path / "it's memory", tmp_path / "it's memory" if together else tmp_path / "pids"]
+    for folder in set(folders):
+        folder.mkdir()
     monkeypatch.setattr(Path, "mkdir", mkdir)
-    group = Group(tmp_path, "run", 123456, 78)
-    assert [(group.path / name).read_text() for name in names[:4]] == ["123456", "0", "1", "78"]
+    group = Group(Parent(version, *folders), "run", 123456, 78)
+    memory, pids = (folder / "run" for folder in folders)
+    for name, value in _FILES[version].items():
+        assert (pids if name == "pids.max" else memory).joinpath(name).read_text() == value, name
     done = subprocess.run(group.joined(["echo", "a b", "$c"]), capture_output=True, text=True)
-    assert (done.stdout, (group.path / "cgroup.procs").read_text()) == ("a b $c\n", "0\n")
+    assert done.stdout == "a b $c\n"
+    assert [(folder / entry).read_text() for folder in (memory, pids)] == ["0\n", "0\n"]
     assert not group.out_of_memory()
-    (group.path / "memory.events").write_text("low 0\noom 1\noom_kill 1\n")
-    assert group.out_of_memory()
-    for file in group.path.iterdir():
+    for count in (0, 1, 2):
+        (memory / events).write_text(f"oom_kill_disable 0\nunder_oom 1\noom 1\noom_kill {count}\n")
+        assert group.out_of_memory() is (count > 0)
+    for file in {*memory.iterdir(), *pids.iterdir()}:
         file.unlink()
     group.close()
-    assert not group.path.exists()
+    assert not memory.exists()
+    assert not pids.exists()
 
 
 # --- the judgement of the probe

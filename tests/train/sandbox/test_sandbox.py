@@ -1,5 +1,6 @@
 """Programs in several languages, verdicts by output, compilers, infrastructure errors, and what is left behind."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from tests.helpers.runs import print_seed
 from tests.helpers.sandboxes import LIMITS, ROOT, needs_bwrap, processes_with
 from train.sandbox import LANGUAGES, Job, Limits, Outcome, Run, Sandbox, Test
 from train.sandbox.bubblewrap import FIRST_UID, Bubblewrap
+from train.sandbox.cgroup import Group, find_parent
 from train.sandbox.probe import probe
 from train.sandbox.unconfined import Unconfined
 
@@ -300,6 +303,67 @@ def test_a_killed_supervisor_takes_its_programs_with_it() -> None:
     until = time.monotonic() + 5
     while processes_with(mark) and time.monotonic() < until:
         time.sleep(0.02)
+    assert processes_with(mark) == []
+
+
+# --- control groups of this machine
+
+needs_groups = pytest.mark.skipif(find_parent() is None, reason="needs control groups that this user may write")
+
+
+def _groups() -> list[Path]:
+    """The control groups of this process's runs that exist."""
+    parent = find_parent()
+    assert parent is not None
+    return [child for folder in parent[1:] for child in folder.glob(f"qwen-jax-sandbox-{os.getpid()}-*")]
+
+
+@needs_groups
+def test_control_groups_end_runs_and_are_removed() -> None:
+    """Memory, also that of files, ends the whole run whichever process is killed; 50 runs leave no group behind."""
+    hold = "x = bytearray(os.urandom(1 << 20) * 50)"
+    programs = {
+        f"import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n        {hold}\n        time.sleep(60)\n"
+        "time.sleep(60)": ("memory",),
+        # Only the child is large, and its parent does not mind.
+        f"import os, time\npid = os.fork()\nif pid == 0:\n    for _ in range(3):\n        os.fork()\n    {hold}\n"
+        "    time.sleep(60)\nos.waitpid(pid, 0)\nprint('well')": ("memory",),
+        "for name in 'abcd':\n    open(name, 'wb').write(bytes(80 << 20))": ("memory",),
+        "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass": ("time", "cpu"),
+        "import time\ntime.sleep(60)": ("time",),
+    }
+    small = "print(1)"
+    limits = dataclasses.replace(LIMITS, file_bytes=LIMITS.memory_bytes, disk_bytes=2 * LIMITS.memory_bytes)
+    with Sandbox(limits, workers=2) as box, ThreadPoolExecutor(2) as threads:
+        assert str(box.description["memory"]).startswith("cgroup")
+        sources = [*programs, *[small] * (50 - len(programs))]
+        for source, run in zip(sources, threads.map(lambda source: box.run("python", source), sources), strict=True):
+            if source == small:
+                assert (run.outcome, run.stdout) == (Outcome.PASS, b"1\n"), run
+            else:
+                assert (run.outcome, run.killed_by in programs[source]) == (Outcome.FAIL, True), (source, run)
+                assert run.killed_by != "memory" or run.seconds < limits.seconds, run
+    assert _groups() == []
+
+
+@needs_groups
+def test_closing_a_group_ends_a_fork_bomb() -> None:
+    """The group alone bounds the number of processes, and removing it kills those that go on forking."""
+    parent = find_parent()
+    assert parent is not None
+    mark, most = uuid.uuid4().hex, 30
+    group = Group(parent, f"qwen-jax-sandbox-{os.getpid()}-{mark}", 200 << 20, most)
+    bomb = "import os, sys\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
+    try:
+        process = subprocess.Popen(group.joined([sys.executable, "-S", "-c", bomb, mark]))
+        until = time.monotonic() + 5
+        while len(processes_with(mark)) < most and time.monotonic() < until:
+            time.sleep(0.02)
+        assert len(processes_with(mark)) == most
+    finally:
+        group.close()
+    assert process.wait(5) == -signal.SIGKILL
+    assert _groups() == []
     assert processes_with(mark) == []
 
 
