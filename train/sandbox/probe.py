@@ -165,8 +165,10 @@ def _judge(run: Run, secret: str, connected: threading.Event) -> list[Check]:
     few = first("processes").isdigit() and int(first("processes")) < 10
     alone = few and first("killed") == "no"
     check("other processes are invisible", alone, f"{first('processes')} processes visible")
-    memory = first("small") == "yes" and first("memory") == "no"
-    check("the memory of a process is limited", memory, f"128 MiB at a limit of 64: {first('memory')}")
+    # A process that is killed at the limit of all processes has none of its own.
+    large = "ended at the limit of all" if run.killed_by == "memory" else first("memory")
+    memory = first("small") == "yes" and large == "no"
+    check("the memory of a process is limited", memory, f"128 MiB at a limit of 64: {large}")
     disks = {place: first(f"disk.{place}") for place in ("/tmp", "/dev/shm")}
     small = all(value.isdigit() and int(value) <= LIMITS.disk_bytes for value in disks.values())
     check("files are limited", small, ", ".join(f"{place} {value} bytes" for place, value in disks.items()))

@@ -96,6 +96,8 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Bubblewrap:
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     done = subprocess.CompletedProcess([], 0, "bubblewrap 0.8.0\n", "")
     monkeypatch.setattr("train.sandbox.bubblewrap.subprocess.run", lambda *args, **kwargs: done)
+    # Whether or not this machine has control groups.
+    monkeypatch.setattr("train.sandbox.bubblewrap.find_parent", lambda: None)
     return Bubblewrap(workers=3)
 
 
@@ -561,17 +563,18 @@ _GOOD = "\n".join(
 )
 
 
-def judged(text: str, connected: bool = False) -> list[str]:
+def judged(text: str, connected: bool = False, killed_by: str | None = None) -> list[str]:
     event = threading.Event()
     if connected:
         event.set()
-    run = Run(Outcome.FAIL, 2, text.encode(), b"", 0.1, None, "")
+    run = Run(Outcome.FAIL, 2, text.encode(), b"", 0.1, killed_by, "")
     return [check.name for check in probes._judge(run, "secret", event) if not check.holds]
 
 
 def test_a_good_probe_passes() -> None:
     assert judged(_GOOD) == []
     assert judged(_GOOD, connected=True) == ["the network is unreachable"]
+    assert judged(_GOOD, killed_by="memory") == ["the memory of a process is limited"]
 
 
 @pytest.mark.parametrize("line", _GOOD.splitlines()[:-2])
