@@ -39,8 +39,8 @@ class Run:
     """Limit of the memory of all processes, in MiB."""
     folder: _Folders = ()
     """A folder with a tool chain outside /usr, such as /opt/go, that the program may read."""
-    isolation: Literal["bubblewrap", "none"] = "bubblewrap"
-    """none: run the program with your rights. Only for programs that you trust."""
+    isolation: Literal["bubblewrap", "runc", "none"] = "bubblewrap"
+    """runc: in a container, for root. none: run the program with your rights. Only for programs that you trust."""
     json: bool = False
     """Print one JSON object for each run instead; outputs are in base64 where they are not UTF-8."""
 
@@ -83,12 +83,14 @@ class Check:
 
     folder: _Folders = ()
     """A folder with a tool chain outside /usr."""
+    isolation: Literal["bubblewrap", "runc"] = "bubblewrap"
+    """runc: containers, for root."""
     json: bool = False
     """Print one JSON object."""
 
     def run(self) -> int:
         sandbox, probe = sibling("train.sandbox"), sibling("train.sandbox.probe")
-        runner = sibling("train.sandbox.bubblewrap").Bubblewrap(folders=self.folder)
+        runner = sibling("train.sandbox.sandbox").make_runner(self.isolation, 8, self.folder)
         checks = probe.probe(runner)
         holds = all(check.holds for check in checks)
         versions: dict[str, str | None] = {}

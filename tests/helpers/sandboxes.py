@@ -33,6 +33,10 @@ LIMITS = Limits(
 # The user as which the sandbox is tried where the tests run as root.
 OTHER = 61_990
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap: apt-get install bubblewrap")
+needs_runc = pytest.mark.skipif(
+    shutil.which("runc") is None or os.geteuid() != 0, reason="containers need root and runc: apt-get install runc"
+)
+ISOLATIONS = ("bubblewrap", pytest.param("runc", marks=needs_runc))
 
 _DRIVER = """
 import base64, dataclasses, json, sys
@@ -122,11 +126,12 @@ class OtherUser:
 
 
 def box_of(who: str) -> Iterator[Any]:
-    """Yields a sandbox of this process, as whoever the tests run, or of a user without rights."""
-    if who == "this user":
-        with Sandbox(LIMITS, workers=2) as box:
-            box.supervisor = os.getpid()  # type: ignore[attr-defined]
-            yield box
+    """Yields a sandbox of this process, as whoever the tests run, with bubblewrap or in containers; or of a user
+    without rights."""
+    if who in ("this user", "in containers"):
+        with Sandbox(LIMITS, workers=2, isolation="bubblewrap" if who == "this user" else "runc") as here:
+            here.supervisor = os.getpid()  # type: ignore[attr-defined]
+            yield here
         return
     if os.geteuid() != 0:
         pytest.skip("only root can become another user; the tests run as a user already")

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from qwen_jax.errors import InputError
 from train.sandbox import assertions
@@ -15,8 +15,12 @@ from train.sandbox.bubblewrap import Bubblewrap
 from train.sandbox.job import Job, Limits, Outcome, Run, Runner
 from train.sandbox.languages import LANGUAGES, Language, Toolchain
 from train.sandbox.probe import probe
+from train.sandbox.runc import Runc
 from train.sandbox.unconfined import Unconfined
 from train.sandbox.verdict import difference
+
+Isolation = Literal["bubblewrap", "runc", "none"]
+"""What runs programs on this machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,13 @@ class _Program:
     archive: bytes | None
 
 
+def make_runner(isolation: Isolation, workers: int, folders: Sequence[str | Path] = ()) -> Runner:
+    """What runs jobs on this machine; see `Sandbox` for the arguments and errors."""
+    if isolation == "none":
+        return Unconfined()
+    return Runc(workers, folders) if isolation == "runc" else Bubblewrap(workers, folders)
+
+
 class _MachineError(Exception):
     """The machine failed before there was a program to run."""
 
@@ -67,10 +78,11 @@ class Sandbox:
     Args:
       limits: of each program.
       workers: programs at one time.
-      isolation: "bubblewrap", or "none" to run programs with the rights of this process. `description` records it.
+      isolation: "bubblewrap"; "runc", containers, for root alone; or "none" to run programs with the rights of this
+        process. `description` records it.
       folders: folders of the machine with tool chains outside /usr, such as /opt/go, which programs may read.
       languages: the table of languages.
-      runner: runs the jobs instead of bubblewrap: a container, gVisor, a cluster. It is probed like bubblewrap.
+      runner: runs the jobs instead of bubblewrap: gVisor, a cluster. It is probed like bubblewrap.
 
     Raises:
       InputError: a program is missing, or the probe finds that something of the isolation does not hold here.
@@ -80,23 +92,21 @@ class Sandbox:
         self,
         limits: Limits = Limits(),  # noqa: B008
         workers: int = 8,
-        isolation: Literal["bubblewrap", "none"] = "bubblewrap",
+        isolation: Isolation = "bubblewrap",
         *,
         folders: Sequence[str | Path] = (),
         languages: Mapping[str, Language] = LANGUAGES,
         runner: Runner | None = None,
     ):
-        if isolation not in ("bubblewrap", "none"):
-            raise InputError(f"isolation must be 'bubblewrap' or 'none', not {isolation!r}.")
+        if isolation not in get_args(Isolation):
+            raise InputError(f"isolation must be one of {', '.join(get_args(Isolation))}, not {isolation!r}.")
         self.limits = limits
         self.workers = workers
         self._languages = languages
         if runner is not None:
             self._runner = runner
-        elif isolation == "none":
-            self._runner = Unconfined()
         else:
-            self._runner = Bubblewrap(workers, folders)
+            self._runner = make_runner(isolation, workers, folders)
         self._isolated = runner is not None or isolation != "none"
         if self._isolated:
             failed = [check for check in probe(self._runner) if not check.holds]

@@ -8,6 +8,7 @@ netlink, crypto), tracing of other processes, new namespaces, key rings, BPF, io
 import errno
 import platform
 import struct
+from typing import Any
 
 from qwen_jax.errors import InputError
 
@@ -19,6 +20,8 @@ _NR, _ARCH, _ARG0 = 0, 4, 16
 # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET. (NEWTIME is for clone3 and unshare only.)
 _NEW_NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
 _AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
+# Above all families that have a number.
+_AF_LAST = 64
 
 # Machine -> (AUDIT_ARCH, column of the numbers below).
 _MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
@@ -131,3 +134,28 @@ def filter_bytes(name: str) -> bytes:
         (_RETURN, 0, 0, _ERRNO | errno.EAFNOSUPPORT),
     ]
     return b"".join(struct.pack("<HBBI", *instruction) for instruction in program)
+
+
+def filter_of_oci(name: str) -> dict[str, Any]:
+    """The same filter as `linux.seccomp` of the OCI runtime specification, by the names of system calls.
+
+    Args:
+      name: architecture, as for `filter_bytes`.
+    """
+
+    def rule(names: list[str], error: int, *args: dict[str, Any]) -> dict[str, Any]:
+        return {"names": names, "action": "SCMP_ACT_ERRNO", "errnoRet": error, "args": list(args)}
+
+    def first(operator: str, value: int, other: int = 0) -> dict[str, Any]:
+        return {"index": 0, "value": value, "valueTwo": other, "op": f"SCMP_CMP_{operator}"}
+
+    errors = {error for *_, error in _DENIED.values()}
+    rules = [rule([call for call, (*_, own) in _DENIED.items() if own == error], error) for error in sorted(errors)]
+    # A rule may look at an argument once: new namespaces bit by bit, and each family that is not allowed.
+    bits = [1 << bit for bit in range(32) if _NEW_NAMESPACES >> bit & 1]
+    rules += [rule(["clone"], errno.EPERM, first("MASKED_EQ", bit, bit)) for bit in bits]
+    others = [family for family in range(_AF_LAST) if family not in (_AF_UNIX, _AF_INET, _AF_INET6)]
+    rules += [rule(["socket"], errno.EAFNOSUPPORT, first("EQ", family)) for family in others]
+    rules.append(rule(["socket"], errno.EAFNOSUPPORT, first("GE", _AF_LAST)))
+    architecture = f"SCMP_ARCH_{name.upper()}"
+    return {"defaultAction": "SCMP_ACT_ALLOW", "architectures": [architecture], "syscalls": rules}

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.sandbox.bubblewrap import ENVIRONMENT, Streams, converse, failed, limited, to_run
 from train.sandbox.job import ARCHIVE, WORK, Job, Run
+from train.sandbox.local import ENVIRONMENT, Streams, converse, failed, limited, to_run
 from train.sandbox.supervise import supervise
 
 

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.sandboxes import LIMITS, box_of, needs_bwrap
+from tests.helpers.sandboxes import LIMITS, box_of, needs_bwrap, needs_runc
 from train.sandbox import Job, Limits, Outcome, Run, Sandbox, Test
 from train.sandbox.assertions import judge
 
 NONCE = "0123456789abcdef" * 4
 
 
-@pytest.fixture(scope="module", params=["this user", "another user"])
+@pytest.fixture(scope="module", params=["this user", "another user", pytest.param("in containers", marks=needs_runc)])
 def box(request: pytest.FixtureRequest) -> Iterator[Any]:
     yield from box_of(request.param)
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.sandboxes import LIMITS, box_of, needs_bwrap, processes_with
+from tests.helpers.sandboxes import LIMITS, box_of, needs_bwrap, needs_runc, processes_with
 from train.sandbox import Outcome, Run
 
 pytestmark = needs_bwrap
 _SECRET = "SANDBOX_TEST_SECRET"
 
 
-@pytest.fixture(scope="module", params=["this user", "another user"])
+@pytest.fixture(scope="module", params=["this user", "another user", pytest.param("in containers", marks=needs_runc)])
 def box(request: pytest.FixtureRequest) -> Iterator[Any]:
     os.environ[_SECRET] = uuid.uuid4().hex
     yield from box_of(request.param)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qwen_jax.cli import main
-from tests.helpers.sandboxes import needs_bwrap
+from tests.helpers.sandboxes import ISOLATIONS, needs_bwrap
 from train.sandbox import LANGUAGES
 
 
@@ -44,14 +44,16 @@ def test_run_tests(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @needs_bwrap
-def test_check(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["sandbox", "check", "--json"]) == 0
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_check(isolation: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["sandbox", "check", "--isolation", isolation, "--json"]) == 0
     record = json.loads(capfd.readouterr().out)
+    assert record["runner"]["isolation"] == isolation
     assert record["holds"]
     assert all(check["holds"] for check in record["checks"])
     assert record["languages"].keys() == LANGUAGES.keys()
     assert record["languages"]["bash"]
-    assert main(["sandbox", "check"]) == 0
+    assert main(["sandbox", "check", "--isolation", isolation]) == 0
     out = capfd.readouterr().out
     for name in LANGUAGES:
         assert f"\n{name} " in out

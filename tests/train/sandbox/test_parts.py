@@ -4,12 +4,14 @@ import dataclasses
 import errno
 import os
 import platform
+import random
 import re
 import struct
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ from hypothesis import strategies as st
 from qwen_jax.errors import InputError
 from train.sandbox import LANGUAGES, Job, Language, Limits, Outcome, Run, Sandbox, Test, Toolchain
 from train.sandbox import probe as probes
-from train.sandbox.bubblewrap import Bubblewrap, limited, to_run
+from train.sandbox.bubblewrap import Bubblewrap
 from train.sandbox.cgroup import Group, Parent, find_parent
+from train.sandbox.local import limited, to_run
 from train.sandbox.sandbox import static_problem
-from train.sandbox.seccomp import _CLONE, _DENIED, _MACHINES, _SOCKET, filter_bytes
+from train.sandbox.seccomp import _CLONE, _DENIED, _MACHINES, _SOCKET, filter_bytes, filter_of_oci
 from train.sandbox.supervise import Ended, supervise
 from train.sandbox.unconfined import Unconfined
 from train.sandbox.verdict import difference
@@ -80,6 +83,44 @@ def test_filter_looks_at_arguments(machine: str) -> None:
         assert decide(program, _SOCKET[column], architecture, family) == expected
 
 
+def refused(rules: Sequence[Mapping[str, Any]], name: str, first: int) -> int:
+    """The error with which rules of the OCI specification refuse a system call; 0 where they allow it."""
+    truths = {
+        "SCMP_CMP_EQ": lambda x, value, _: x == value,
+        "SCMP_CMP_GE": lambda x, value, _: x >= value,
+        "SCMP_CMP_MASKED_EQ": lambda x, mask, value: x & mask == value,
+    }
+    for rule in rules:
+        assert rule["action"] == "SCMP_ACT_ERRNO"
+        assert len(rule["args"]) <= 1, "a rule may look at an argument once"
+        holds = [truths[arg["op"]](first, arg["value"], arg["valueTwo"]) for arg in rule["args"]]
+        if name in rule["names"] and all(holds):
+            return int(rule["errnoRet"])
+    return 0
+
+
+@pytest.mark.parametrize("machine", _MACHINES)
+def test_filter_of_containers_is_the_same(machine: str) -> None:
+    """For each call that is named, and for random first arguments of those whose argument matters."""
+    rng = random.Random(seed := random.randrange(2**32))
+    print("seed", seed)
+    program, (architecture, column) = filter_bytes(machine), _MACHINES[machine]
+    found = filter_of_oci(machine)
+    assert found["defaultAction"] == "SCMP_ACT_ALLOW"
+    assert found["architectures"] == [f"SCMP_ARCH_{machine.upper()}"]
+    numbers = {name: row[column] for name, row in _DENIED.items()} | {
+        "clone": _CLONE[column],
+        "socket": _SOCKET[column],
+    }
+    for name, number in numbers.items():
+        if number is None:
+            continue
+        firsts = [*range(80), *(1 << bit for bit in range(32)), *(rng.randrange(2**32) for _ in range(200))]
+        for first in firsts:
+            want = decide(program, number, architecture, first)
+            assert refused(found["syscalls"], name, first) == (0 if want == _ALLOW else want & 0xFFFF), (name, first)
+
+
 def test_another_architecture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from train.sandbox.seccomp import machine
 
@@ -97,7 +138,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Bubblewrap:
     done = subprocess.CompletedProcess([], 0, "bubblewrap 0.8.0\n", "")
     monkeypatch.setattr("train.sandbox.bubblewrap.subprocess.run", lambda *args, **kwargs: done)
     # Whether or not this machine has control groups.
-    monkeypatch.setattr("train.sandbox.bubblewrap.find_parent", lambda: None)
+    monkeypatch.setattr("train.sandbox.local.find_parent", lambda: None)
     return Bubblewrap(workers=3)
 
 

@@ -18,11 +18,13 @@ import pytest
 
 from qwen_jax.errors import InputError
 from tests.helpers.runs import print_seed
-from tests.helpers.sandboxes import LIMITS, ROOT, needs_bwrap, processes_with
+from tests.helpers.sandboxes import ISOLATIONS, LIMITS, ROOT, needs_bwrap, processes_with
 from train.sandbox import LANGUAGES, Job, Limits, Outcome, Run, Sandbox, Test
-from train.sandbox.bubblewrap import FIRST_UID, Bubblewrap
+from train.sandbox.bubblewrap import Bubblewrap
 from train.sandbox.cgroup import Group, find_parent
+from train.sandbox.local import FIRST_UID
 from train.sandbox.probe import probe
+from train.sandbox.sandbox import Isolation
 from train.sandbox.unconfined import Unconfined
 
 pytestmark = needs_bwrap
@@ -234,12 +236,17 @@ def _state() -> dict[str, object]:
     return {
         "descriptors": len(os.listdir("/proc/self/fd")),
         "mounts": Path("/proc/self/mountinfo").read_text(),
-        "groups": _groups(os.getpid()),
+        "groups": _groups_of(os.getpid()),
         "temporary": os.listdir(tempfile.gettempdir()),
         "processes": len(users),
         "children": Path(f"/proc/self/task/{os.getpid()}/children").read_text(),
         "threads": {thread.name for thread in threading.enumerate() if "sandbox" in thread.name},
     }
+
+
+def _groups() -> set[Path]:
+    """The control groups of containers; other tests may have some, too."""
+    return set(Path("/sys/fs/cgroup").glob("**/qwen-jax-runc-*"))
 
 
 def _owner(path: Path) -> int:
@@ -249,11 +256,23 @@ def _owner(path: Path) -> int:
         return -1
 
 
-def test_200_programs_in_8_workers_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder for temporary files that other users can enter, as containers need it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+
+
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_200_programs_in_8_workers_leave_nothing(
+    isolation: Isolation, open_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Good programs, floods, daemons, forks, and such as are killed: each gets its own verdict, and nothing stays."""
-    monkeypatch.setattr("train.sandbox.bubblewrap.FIRST_UID", _USERS.start)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    before = _state()
+    monkeypatch.setattr(f"train.sandbox.{isolation}.FIRST_UID", _USERS.start)
+    monkeypatch.setattr(tempfile, "tempdir", str(open_folder))
+    before, groups = _state(), _groups()
     mark = str(uuid.uuid4().int % 10**12)
     kinds = {
         "print(input()[::-1])": Outcome.PASS,
@@ -268,7 +287,7 @@ def test_200_programs_in_8_workers_leave_nothing(tmp_path: Path, monkeypatch: py
     sources = [list(kinds)[i % len(kinds)] for i in range(200)]
     got: dict[int, Run] = {}
 
-    with Sandbox(Limits(seconds=20, memory_bytes=300 << 20), workers=8) as box:
+    with Sandbox(Limits(seconds=20, memory_bytes=300 << 20), workers=8, isolation=isolation) as box:
 
         def work(numbers: range) -> None:
             for i in numbers:
@@ -283,21 +302,24 @@ def test_200_programs_in_8_workers_leave_nothing(tmp_path: Path, monkeypatch: py
     assert not wrong, wrong[:3]
     assert processes_with(mark) == []
     assert _state() == before
+    assert _groups() <= groups
 
 
-def _groups(supervisor: int) -> list[Path]:
+def _groups_of(supervisor: int) -> list[Path]:
     """The control groups of a supervisor's runs that exist."""
     parent = find_parent()
     return [found for folder in (parent or [])[1:] for found in folder.glob(f"qwen-jax-sandbox-{supervisor}-*")]
 
 
-def test_a_killed_supervisor_takes_its_programs_with_it() -> None:
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_a_killed_supervisor_takes_its_programs_with_it(isolation: Isolation) -> None:
     mark = str(uuid.uuid4().int % 10**12)
     program = (
         "import os, signal\nfor n in (1, 2, 15): signal.signal(n, signal.SIG_IGN)\n"
         f"if os.fork() == 0: os.setsid()\nos.execvp('sleep', ['sleep', '61', '0.{mark}'])"
     )
-    code = f"from train.sandbox import *\nSandbox(Limits(seconds=60), workers=1).run('python', {program!r})"
+    sandbox = f"Sandbox(Limits(seconds=60), 1, {isolation!r})"
+    code = f"from train.sandbox import *\n{sandbox}.run('python', {program!r})"
     supervisor = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     until = time.monotonic() + 20
     # The supervisor's own command line has the mark too.
@@ -311,7 +333,7 @@ def test_a_killed_supervisor_takes_its_programs_with_it() -> None:
         time.sleep(0.02)
     assert processes_with(mark) == []
     # Its groups are left, but nothing is in them.
-    for folder in _groups(supervisor.pid):
+    for folder in _groups_of(supervisor.pid):
         folder.rmdir()
 
 
@@ -345,7 +367,7 @@ def test_control_groups_end_runs_and_are_removed() -> None:
             else:
                 assert (run.outcome, run.killed_by in programs[source]) == (Outcome.FAIL, True), (source, run)
                 assert run.killed_by != "memory" or run.seconds < limits.seconds, run
-    assert _groups(os.getpid()) == []
+    assert _groups_of(os.getpid()) == []
 
 
 @needs_groups
@@ -377,22 +399,23 @@ while time.monotonic() < end:
     finally:
         group.close()
     assert process.wait(5) == -signal.SIGKILL
-    assert _groups(os.getpid()) == []
+    assert _groups_of(os.getpid()) == []
     assert processes_with(mark) == []
 
 
 # --- the machine fails
 
 
-def test_a_sandbox_killed_from_outside_is_an_error() -> None:
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_a_sandbox_killed_from_outside_is_an_error(isolation: Isolation) -> None:
     """As by the kernel when the machine is out of memory: no verdict."""
-    mark = str(uuid.uuid4().int % 10**12)
-    with Sandbox(workers=1) as box:
+    mark, groups = str(uuid.uuid4().int % 10**12), _groups()
+    with Sandbox(workers=1, isolation=isolation) as box:
         runs: list[Run] = []
         source = f"import os\nos.execvp('sleep', ['sleep', '5', '0.{mark}'])"
         thread = threading.Thread(target=lambda: runs.append(box.run("python", source)))
         thread.start()
-        # The program, process 1 of the sandbox, bwrap.
+        # The program, process 1 of the sandbox, bwrap or runc.
         while not (program := [pid for pid in processes_with(mark) if b"sleep" in _name(pid)]):
             time.sleep(0.02)
         if os.geteuid() == 0:
@@ -402,6 +425,7 @@ def test_a_sandbox_killed_from_outside_is_an_error() -> None:
         assert runs[0].outcome is Outcome.ERROR, runs
         assert processes_with(mark) == []
         assert box.run("python", "print(1)").outcome is Outcome.PASS
+    assert _groups() <= groups
 
 
 def _name(pid: int) -> bytes:
