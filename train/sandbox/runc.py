@@ -140,7 +140,7 @@ class Runc(LocalRunner):
         stop: threading.Event | None,
         held: contextlib.ExitStack,
     ) -> Run:
-        bundle = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="qwen-jax-runc-")))
+        bundle = Path(held.enter_context(tempfile.TemporaryDirectory(prefix=f"qwen-jax-runc-{os.getpid()}-")))
         # runc mounts as the container's root, which owns nothing here.
         bundle.chmod(0o755)
         (bundle / "root").mkdir()

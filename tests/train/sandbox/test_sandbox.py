@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -244,9 +245,9 @@ def _state() -> dict[str, object]:
     }
 
 
-def _groups() -> set[Path]:
-    """The control groups of containers; other tests may have some, too."""
-    return set(Path("/sys/fs/cgroup").glob("**/qwen-jax-runc-*"))
+def _containers(supervisor: int) -> list[Path]:
+    """The control groups of a supervisor's containers; other tests may run some at the same time."""
+    return list(Path("/sys/fs/cgroup").glob(f"**/qwen-jax-runc-{supervisor}-*"))
 
 
 def _owner(path: Path) -> int:
@@ -272,7 +273,7 @@ def test_200_programs_in_8_workers_leave_nothing(
     """Good programs, floods, daemons, forks, and such as are killed: each gets its own verdict, and nothing stays."""
     monkeypatch.setattr(f"train.sandbox.{isolation}.FIRST_UID", _USERS.start)
     monkeypatch.setattr(tempfile, "tempdir", str(open_folder))
-    before, groups = _state(), _groups()
+    before = _state()
     mark = str(uuid.uuid4().int % 10**12)
     kinds = {
         "print(input()[::-1])": Outcome.PASS,
@@ -302,7 +303,7 @@ def test_200_programs_in_8_workers_leave_nothing(
     assert not wrong, wrong[:3]
     assert processes_with(mark) == []
     assert _state() == before
-    assert _groups() <= groups
+    assert not _containers(os.getpid())
 
 
 def _groups_of(supervisor: int) -> list[Path]:
@@ -333,8 +334,10 @@ def test_a_killed_supervisor_takes_its_programs_with_it(isolation: Isolation) ->
         time.sleep(0.02)
     assert processes_with(mark) == []
     # Its groups are left, but nothing is in them.
-    for folder in _groups_of(supervisor.pid):
+    for folder in (*_groups_of(supervisor.pid), *_containers(supervisor.pid)):
         folder.rmdir()
+    for folder in Path(tempfile.gettempdir()).glob(f"qwen-jax-runc-{supervisor.pid}-*"):
+        shutil.rmtree(folder)
 
 
 # --- control groups of this machine
@@ -409,7 +412,7 @@ while time.monotonic() < end:
 @pytest.mark.parametrize("isolation", ISOLATIONS)
 def test_a_sandbox_killed_from_outside_is_an_error(isolation: Isolation) -> None:
     """As by the kernel when the machine is out of memory: no verdict."""
-    mark, groups = str(uuid.uuid4().int % 10**12), _groups()
+    mark = str(uuid.uuid4().int % 10**12)
     with Sandbox(workers=1, isolation=isolation) as box:
         runs: list[Run] = []
         source = f"import os\nos.execvp('sleep', ['sleep', '5', '0.{mark}'])"
@@ -425,7 +428,7 @@ def test_a_sandbox_killed_from_outside_is_an_error(isolation: Isolation) -> None
         assert runs[0].outcome is Outcome.ERROR, runs
         assert processes_with(mark) == []
         assert box.run("python", "print(1)").outcome is Outcome.PASS
-    assert _groups() <= groups
+    assert not _containers(os.getpid())
 
 
 def _name(pid: int) -> bytes:
