@@ -15,7 +15,7 @@ min-p, as reinforcement learning samples: it searches for no thresholds.
 | listed   | greedy, top-k       | no   | no             | no                    |
 | masked   | greedy              | yes  | no             | no                    |
 | drawn    | greedy, open, top-k | yes  | no             | no                    |
-| ruled    | greedy, top-k       | no   | yes            | no                    |
+| ruled    | greedy, top-k       | yes  | yes            | no                    |
 | detailed | greedy, top-k       | yes  | yes            | yes                   |
 | all      | all                 | yes  | yes            | yes                   |
 """
@@ -53,7 +53,7 @@ _HAS: dict[Variant, int] = {
     "listed": _LIST,
     "masked": _MASK,
     "drawn": _OPEN | _LIST | _MASK,
-    "ruled": _LIST | _RULES,
+    "ruled": _LIST | _MASK | _RULES,
     "detailed": _LIST | _MASK | _RULES | _TOP,
     "all": _OPEN | _LIST | _MASK | _RULES | _TOP | _FILTERS,
 }

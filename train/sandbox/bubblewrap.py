@@ -13,10 +13,8 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from train.sandbox.local import (
     SHARED_MEMORY_BYTES,
     LocalRunner,
     Streams,
+    kill_first,
     limited,
     to_run,
 )
@@ -170,7 +169,7 @@ class Bubblewrap(LocalRunner):
             stdin=job.stdin,
             seconds=job.limits.seconds,
             output_bytes=job.limits.output_bytes,
-            kill=lambda: _kill(process, first),
+            kill=lambda: kill_first(process, first),
             watch=lambda: "memory" if group is not None and group.out_of_memory() else look(),
             stop=stop,
         )
@@ -182,20 +181,6 @@ def _as_user(uid: int) -> list[str]:
     """The prefix that gives up root for a user without groups and capabilities."""
     ids = [f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
     return ["setpriv", *ids, "--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--"]
-
-
-def _kill(process: "subprocess.Popen[bytes]", first: "functools.partial[int | None]") -> None:
-    """Kills a sandbox by its process 1, with which the kernel kills all of its namespace. bwrap then ends by itself."""
-    # bwrap asks for the signal of its parent's death early, but not at once: wait until it has forked.
-    until = time.monotonic() + 1
-    while (pid := first()) is None and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.001)
-    if pid is None:
-        process.kill()
-    elif process.poll() is None:
-        # While bwrap lives the id is not given to another process, for bwrap has not waited for it.
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def _first_process(status: int) -> int | None:

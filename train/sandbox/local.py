@@ -5,6 +5,7 @@ import itertools
 import os
 import queue
 import signal
+import subprocess
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -262,3 +263,22 @@ def _exceeded(killed_by: str, job: Job) -> str:
         "output": f"{limits.output_bytes} bytes of output",
     }
     return f"used more than {most[killed_by]}" if killed_by in most else "was stopped"
+
+
+def kill_first(process: "subprocess.Popen[bytes]", first: Callable[[], int | None]) -> None:
+    """Kills a sandbox by its process 1, with which the kernel kills all of its namespace.
+
+    Args:
+      process: has started it, waits for it and then ends by itself.
+      first: the id, outside, of its process 1, once it is known.
+    """
+    # The process asks for the signal of its parent's death early, but not at once: wait until it has forked.
+    until = time.monotonic() + 1
+    while (pid := first()) is None and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.001)
+    if pid is None:
+        process.kill()
+    elif process.poll() is None:
+        # While the process lives the id is not given to another one, for it has not waited for it.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

@@ -1,7 +1,7 @@
 """Runs jobs in containers of runc, the runtime of Docker: the same layers as bubblewrap's, set up by an OCI runtime.
 
 A container is a bundle, a folder with a description (`config.json`, OCI runtime specification 1.0) and a root file
-system, which here has mount points alone. runc and gVisor's runsc take bundles of the same form; they have not been
+system, which here has mount points alone. crun and gVisor's runsc take bundles of the same form; they have not been
 tried.
 """
 
@@ -12,12 +12,10 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import tarfile
 import tempfile
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from train.sandbox.local import (
     SHARED_MEMORY_BYTES,
     LocalRunner,
     Streams,
+    kill_first,
     limited,
     to_run,
 )
@@ -95,7 +94,7 @@ class Runc(LocalRunner):
           user: number of the user that runs it.
         """
         bound = {"/usr": "/usr", "/etc/passwd": f"{bundle}/passwd", _INPUT: f"{bundle}/input.tar"}
-        for path in (*_roots(os.path.isdir), *ETC, *itertools.chain.from_iterable(map(glob.glob, job.folders))):
+        for path in (*_beside_usr()[1], *ETC, *itertools.chain.from_iterable(map(glob.glob, job.folders))):
             if os.path.exists(path):
                 bound[path] = path
         in_memory = {"/dev": (65536, "755"), "/dev/shm": (SHARED_MEMORY_BYTES, "1777")}
@@ -144,9 +143,12 @@ class Runc(LocalRunner):
         # runc mounts as the container's root, which owns nothing here.
         bundle.chmod(0o755)
         (bundle / "root").mkdir()
-        for link in _roots(os.path.islink):
+        for link in _beside_usr()[0]:
             (bundle / f"root{link}").symlink_to(os.readlink(link).lstrip("/"))
+        # Nobody else may read what goes in.
+        (bundle / "input.tar").touch(0o400)
         (bundle / "input.tar").write_bytes(_archived(job))
+        os.chown(bundle / "input.tar", FIRST_UID + user, FIRST_UID + user)
         (bundle / "passwd").write_bytes(PASSWD)
         config = self.config(job, bundle, user)
         for mount in config["mounts"]:
@@ -175,17 +177,6 @@ class Runc(LocalRunner):
                 return int(pid_file.read_text())
             return None
 
-        def kill() -> None:
-            until = time.monotonic() + 1
-            while (pid := first()) is None and process.poll() is None and time.monotonic() < until:
-                time.sleep(0.001)
-            if pid is None:
-                process.kill()
-            elif process.poll() is None:
-                # While runc lives the id is not given to another process, for runc has not waited for it.
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-
         def clean() -> None:
             # A runc that was killed has left the container's control groups.
             if (bundle / "state" / bundle.name).exists():
@@ -198,7 +189,7 @@ class Runc(LocalRunner):
             stdin=job.stdin,
             seconds=job.limits.seconds,
             output_bytes=job.limits.output_bytes,
-            kill=kill,
+            kill=lambda: kill_first(process, first),
             watch=watcher(
                 lambda: Path(f"/proc/{pid}/root") if (pid := first()) is not None else None,
                 job.limits.memory_bytes,
@@ -217,10 +208,10 @@ class Runc(LocalRunner):
         )
 
 
-def _roots(kind: Any) -> list[str]:
-    """The folders of programs and libraries beside /usr that are of a kind: folders, or links into /usr."""
-    found = [path for path in ("/bin", "/sbin", "/lib", "/lib64", "/lib32") if kind(path)]
-    return found if kind is os.path.islink else [path for path in found if not os.path.islink(path)]
+def _beside_usr() -> tuple[list[str], list[str]]:
+    """The folders of programs and libraries beside /usr: those that are links into it, and the others."""
+    there = [path for path in ("/bin", "/sbin", "/lib", "/lib64", "/lib32") if os.path.isdir(path)]
+    return [path for path in there if os.path.islink(path)], [path for path in there if not os.path.islink(path)]
 
 
 def _make_mount_point(root: Path, mount: Mapping[str, Any]) -> None:
