@@ -7,7 +7,6 @@ of limited size; limits of resources (`prlimit`); seccomp. The supervisor stays 
 
 import contextlib
 import functools
-import glob
 import itertools
 import json
 import os
@@ -20,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import InputError
-from train.sandbox.job import ARCHIVE, WORK, Job, Run
+from train.sandbox.cgroup import Group, find_parent
+from train.sandbox.job import WORK, Job, Run
 from train.sandbox.local import (
-    ETC,
     FIRST_UID,
     INSIDE,
     PASSWD,
@@ -30,13 +29,13 @@ from train.sandbox.local import (
     SHARED_MEMORY_BYTES,
     LocalRunner,
     Streams,
-    kill_first,
+    beside_usr,
+    contents,
     limited,
+    readable,
     to_run,
 )
 from train.sandbox.seccomp import filter_bytes, machine
-from train.sandbox.supervise import supervise
-from train.sandbox.watch import watcher
 
 _INSTALL = "Install it (Debian, Ubuntu: apt-get install bubblewrap)"
 
@@ -62,6 +61,8 @@ class Bubblewrap(LocalRunner):
             raise InputError(f"bubblewrap (bwrap) is needed to run untrusted programs and not installed. {_INSTALL}.")
         self._bwrap = bwrap
         self._filter = filter_bytes(machine()) if seccomp else None
+        self._cgroup = find_parent()
+        self._count = itertools.count()
         version = subprocess.run([bwrap, "--version"], capture_output=True, text=True).stdout.strip()
         self.description: Mapping[str, Any] = {
             "isolation": "bubblewrap",
@@ -87,12 +88,12 @@ class Bubblewrap(LocalRunner):
         command += ["--uid", str(INSIDE), "--gid", str(INSIDE), "--json-status-fd", str(status)]
         # Files to read. Where /bin and /lib are links into /usr, they are links inside too.
         command += ["--ro-bind", "/usr", "/usr"]
-        for path in ("/bin", "/sbin", "/lib", "/lib64", "/lib32"):
-            if os.path.islink(path):
-                command += ["--symlink", os.readlink(path).lstrip("/"), path]
-            elif os.path.isdir(path):
-                command += ["--ro-bind", path, path]
-        for path in (*ETC, *itertools.chain.from_iterable(glob.glob(name) for name in job.folders)):
+        links, folders = beside_usr()
+        for path in links:
+            command += ["--symlink", os.readlink(path).lstrip("/"), path]
+        for path in folders:
+            command += ["--ro-bind", path, path]
+        for path in readable(job):
             command += ["--ro-bind-try", path, path]
         # Files to write, in memory. The folders of bwrap's own have no limit of size, so they become read-only.
         command += ["--proc", "/proc", "--dev", "/dev"]
@@ -130,11 +131,7 @@ class Bubblewrap(LocalRunner):
 
         # Everything that goes in, as files in memory whose descriptors bwrap inherits.
         status = memory_file("status", b"")
-        contents = {f"{WORK}/{name}": content for name, content in job.files.items()}
-        contents |= {"/etc/passwd": PASSWD}
-        if job.archive is not None:
-            contents[ARCHIVE] = job.archive
-        data = {path: memory_file("data", content) for path, content in contents.items()}
+        data = {path: memory_file("data", x) for path, x in {**contents(job), "/etc/passwd": PASSWD}.items()}
         seccomp = memory_file("seccomp", self._filter) if self._filter is not None else None
         # The layers around it.
         command = self.command(job, status, seccomp, data)
@@ -143,49 +140,34 @@ class Bubblewrap(LocalRunner):
         group = self._group(job, held)
         if group is not None:
             command = group.joined(command)
-        process = subprocess.Popen(
+        ended = self._serve(
             command,
-            stdin=subprocess.PIPE if streams is None else streams[0],
-            stdout=subprocess.PIPE if streams is None else streams[1],
-            stderr=subprocess.PIPE,
+            job,
+            functools.partial(_field, status, "child-pid"),
+            streams,
+            stop,
             # bwrap's own environment can be read inside, as that of process 1.
-            env={},
-            cwd="/",
-            pass_fds=[status, *data.values(), *([] if seccomp is None else [seccomp])],
-            start_new_session=True,
-        )
-        # Each end of a conversation's pipes is now in one process only, so that its end is seen.
-        for stream in streams or ():
-            stream.close()
-        # Serve it until it ends.
-        first = functools.partial(_first_process, status)
-        look = watcher(
-            lambda: Path(f"/proc/{pid}/root") if (pid := first()) is not None else None,
-            job.limits.memory_bytes if group is None else None,
-            job.limits.files,
-        )
-        ended = supervise(
-            process,
-            stdin=job.stdin,
-            seconds=job.limits.seconds,
-            output_bytes=job.limits.output_bytes,
-            kill=lambda: kill_first(process, first),
-            watch=lambda: "memory" if group is not None and group.out_of_memory() else look(),
-            stop=stop,
+            environment={},
+            descriptors=[status, *data.values(), *([] if seccomp is None else [seccomp])],
+            group=group,
         )
         exit_status = _field(status, "exit-code")
         return to_run(job, ended, exit_status, group is not None and group.out_of_memory())
+
+    def _group(self, job: Job, held: contextlib.ExitStack) -> Group | None:
+        """A control group for a job, which `held` removes; None where there are none."""
+        if self._cgroup is None:
+            return None
+        name = f"qwen-jax-sandbox-{os.getpid()}-{id(self):x}-{next(self._count)}"
+        group = Group(self._cgroup, name, job.limits.memory_bytes, job.limits.processes + 8)
+        held.callback(group.close)
+        return group
 
 
 def _as_user(uid: int) -> list[str]:
     """The prefix that gives up root for a user without groups and capabilities."""
     ids = [f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
     return ["setpriv", *ids, "--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--"]
-
-
-def _first_process(status: int) -> int | None:
-    """The id, outside, of the sandbox's process 1."""
-    return _field(status, "child-pid")
 
 
 def _field(status: int, name: str) -> int | None:

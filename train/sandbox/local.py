@@ -1,6 +1,7 @@
 """What runs jobs on this machine: slots for jobs, programs that they can start, and what the end of a job means."""
 
 import contextlib
+import glob
 import itertools
 import os
 import queue
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import IO
 
 from qwen_jax.errors import InputError
-from train.sandbox.cgroup import Group, find_parent
-from train.sandbox.job import WORK, Job, Outcome, Run
-from train.sandbox.supervise import GRACE, Ended
+from train.sandbox.cgroup import Group
+from train.sandbox.job import ARCHIVE, WORK, Job, Outcome, Run
+from train.sandbox.supervise import GRACE, Ended, supervise
+from train.sandbox.watch import watcher
 
 # The user and group of the programs, as they see themselves.
 INSIDE = 1000
@@ -25,7 +27,7 @@ FIRST_UID = 60_600
 MAX_WORKERS = 256
 _SEARCH_PATH = ("/usr/local/bin", "/usr/bin", "/bin", "/usr/local/go/bin")
 # What dynamically linked programs and Debian's links to compilers need of /etc; nothing else of it is visible.
-ETC = ("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives")
+_ETC = ("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives")
 SHARED_MEMORY_BYTES = 16 << 20
 _STACK_BYTES = 8 << 20
 PASSWD = f"sandbox:x:{INSIDE}:{INSIDE}::{WORK}:/bin/sh\n".encode()
@@ -69,8 +71,6 @@ class LocalRunner(ABC):
             if not Path(folder).is_dir():
                 raise InputError(f"The folder of tool chains {folder} does not exist.")
         self._path = [*(f"{folder}/bin" for folder in self._folders), *_SEARCH_PATH]
-        self._cgroup = find_parent()
-        self._count = itertools.count()
         # A conversation takes one slot and two users.
         self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(workers):
@@ -137,14 +137,56 @@ class LocalRunner(ABC):
           held: is closed when the job has ended.
         """
 
-    def _group(self, job: Job, held: contextlib.ExitStack) -> Group | None:
-        """A control group for a job, which `held` removes; None where there are none."""
-        if self._cgroup is None:
-            return None
-        name = f"qwen-jax-sandbox-{os.getpid()}-{id(self):x}-{next(self._count)}"
-        group = Group(self._cgroup, name, job.limits.memory_bytes, job.limits.processes + 8)
-        held.callback(group.close)
-        return group
+    def _serve(
+        self,
+        command: Sequence[str],
+        job: Job,
+        first: Callable[[], int | None],
+        streams: Streams | None,
+        stop: threading.Event | None,
+        *,
+        environment: Mapping[str, str],
+        descriptors: Sequence[int] = (),
+        group: Group | None = None,
+    ) -> Ended:
+        """Starts a sandbox and serves it until it ends.
+
+        Args:
+          command: starts it, waits for its process 1 and then ends by itself.
+          job: that it runs.
+          first: the id, outside, of its process 1, once it is known.
+          streams, stop: as for `_attempt`.
+          environment: of the command.
+          descriptors: that the command inherits.
+          group: that limits its memory; without one, memory is watched from outside.
+        """
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE if streams is None else streams[0],
+            stdout=subprocess.PIPE if streams is None else streams[1],
+            stderr=subprocess.PIPE,
+            env=environment,
+            cwd="/",
+            pass_fds=descriptors,
+            start_new_session=True,
+        )
+        # Each end of a conversation's pipes is now in one process only, so that its end is seen.
+        for stream in streams or ():
+            stream.close()
+        look = watcher(
+            lambda: Path(f"/proc/{pid}/root") if (pid := first()) is not None else None,
+            job.limits.memory_bytes if group is None else None,
+            job.limits.files,
+        )
+        return supervise(
+            process,
+            stdin=job.stdin,
+            seconds=job.limits.seconds,
+            output_bytes=job.limits.output_bytes,
+            kill=lambda: _kill(process, first),
+            watch=lambda: "memory" if group is not None and group.out_of_memory() else look(),
+            stop=stop,
+        )
 
     def _environment(self, job: Job) -> Mapping[str, str]:
         """The variables of a job's processes."""
@@ -188,6 +230,23 @@ def _pipe() -> tuple[IO[bytes], IO[bytes]]:
     """The reading and the writing end of a new pipe."""
     read, write = os.pipe()
     return open(read, "rb", buffering=0), open(write, "wb", buffering=0)
+
+
+def beside_usr() -> tuple[list[str], list[str]]:
+    """The folders of programs and libraries beside /usr: those that are links into it, and the others."""
+    there = [path for path in ("/bin", "/sbin", "/lib", "/lib64", "/lib32") if os.path.isdir(path)]
+    return [path for path in there if os.path.islink(path)], [path for path in there if not os.path.islink(path)]
+
+
+def readable(job: Job) -> list[str]:
+    """What a job may read besides the folders of programs and libraries; some of it may not exist."""
+    return [*_ETC, *itertools.chain.from_iterable(map(glob.glob, job.folders))]
+
+
+def contents(job: Job) -> dict[str, bytes]:
+    """The files that a job finds, by their paths inside."""
+    files = {f"{WORK}/{name}": content for name, content in job.files.items()}
+    return files if job.archive is None else {**files, ARCHIVE: job.archive}
 
 
 def limited(job: Job) -> list[str]:
@@ -265,7 +324,7 @@ def _exceeded(killed_by: str, job: Job) -> str:
     return f"used more than {most[killed_by]}" if killed_by in most else "was stopped"
 
 
-def kill_first(process: "subprocess.Popen[bytes]", first: Callable[[], int | None]) -> None:
+def _kill(process: "subprocess.Popen[bytes]", first: Callable[[], int | None]) -> None:
     """Kills a sandbox by its process 1, with which the kernel kills all of its namespace.
 
     Args:

@@ -6,9 +6,7 @@ tried.
 """
 
 import contextlib
-import glob
 import io
-import itertools
 import json
 import os
 import shutil
@@ -21,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import InputError
-from train.sandbox.job import ARCHIVE, WORK, Job, Run
+from train.sandbox.job import WORK, Job, Run
 from train.sandbox.local import (
-    ETC,
     FIRST_UID,
     INSIDE,
     MAX_WORKERS,
@@ -32,13 +29,14 @@ from train.sandbox.local import (
     SHARED_MEMORY_BYTES,
     LocalRunner,
     Streams,
-    kill_first,
+    beside_usr,
+    contents,
     limited,
+    readable,
     to_run,
 )
 from train.sandbox.seccomp import filter_of_oci, machine
-from train.sandbox.supervise import GRACE, supervise
-from train.sandbox.watch import watcher
+from train.sandbox.supervise import GRACE
 
 _INPUT = "/input.tar"
 # Process 1 ends with runc, and runc with this process. What goes in is unpacked inside, where it can do no harm.
@@ -94,7 +92,7 @@ class Runc(LocalRunner):
           user: number of the user that runs it.
         """
         bound = {"/usr": "/usr", "/etc/passwd": f"{bundle}/passwd", _INPUT: f"{bundle}/input.tar"}
-        for path in (*_beside_usr()[1], *ETC, *itertools.chain.from_iterable(map(glob.glob, job.folders))):
+        for path in (*beside_usr()[1], *readable(job)):
             if os.path.exists(path):
                 bound[path] = path
         in_memory = {"/dev": (65536, "755"), "/dev/shm": (SHARED_MEMORY_BYTES, "1777")}
@@ -143,7 +141,7 @@ class Runc(LocalRunner):
         # runc mounts as the container's root, which owns nothing here.
         bundle.chmod(0o755)
         (bundle / "root").mkdir()
-        for link in _beside_usr()[0]:
+        for link in beside_usr()[0]:
             (bundle / f"root{link}").symlink_to(os.readlink(link).lstrip("/"))
         # Nobody else may read what goes in.
         (bundle / "input.tar").touch(0o400)
@@ -158,18 +156,6 @@ class Runc(LocalRunner):
         of_runc = [self._runc, f"--root={bundle}/state", f"--log={log}"]
         command = ["setpriv", "--pdeathsig", "KILL", "--", *of_runc]
         command += ["run", f"--bundle={bundle}", f"--pid-file={pid_file}", bundle.name]
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE if streams is None else streams[0],
-            stdout=subprocess.PIPE if streams is None else streams[1],
-            stderr=subprocess.PIPE,
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
-            cwd="/",
-            start_new_session=True,
-        )
-        # Each end of a conversation's pipes is now in one process only, so that its end is seen.
-        for stream in streams or ():
-            stream.close()
 
         def first() -> int | None:
             """The id, outside, of the container's process 1."""
@@ -184,19 +170,8 @@ class Runc(LocalRunner):
                     subprocess.run([*of_runc, "delete", "--force", bundle.name], capture_output=True, timeout=GRACE)
 
         held.callback(clean)
-        ended = supervise(
-            process,
-            stdin=job.stdin,
-            seconds=job.limits.seconds,
-            output_bytes=job.limits.output_bytes,
-            kill=lambda: kill_first(process, first),
-            watch=watcher(
-                lambda: Path(f"/proc/{pid}/root") if (pid := first()) is not None else None,
-                job.limits.memory_bytes,
-                job.limits.files,
-            ),
-            stop=stop,
-        )
+        environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+        ended = self._serve(command, job, first, streams, stop, environment=environment)
         began = first() is not None
         return to_run(
             job,
@@ -206,12 +181,6 @@ class Runc(LocalRunner):
             out_of_memory=False,
             said=log.read_text(errors="replace") if log.exists() else "",
         )
-
-
-def _beside_usr() -> tuple[list[str], list[str]]:
-    """The folders of programs and libraries beside /usr: those that are links into it, and the others."""
-    there = [path for path in ("/bin", "/sbin", "/lib", "/lib64", "/lib32") if os.path.isdir(path)]
-    return [path for path in there if os.path.islink(path)], [path for path in there if not os.path.islink(path)]
 
 
 def _make_mount_point(root: Path, mount: Mapping[str, Any]) -> None:
@@ -231,14 +200,11 @@ def _make_mount_point(root: Path, mount: Mapping[str, Any]) -> None:
 def _archived(job: Job) -> bytes:
     """What goes into a container's /tmp, as a tar archive."""
     file = io.BytesIO()
-    contents = {f"{WORK}/{name}": content for name, content in job.files.items()}
-    if job.archive is not None:
-        contents[ARCHIVE] = job.archive
     with tarfile.open(fileobj=file, mode="w") as archive:
         folder = tarfile.TarInfo(os.path.relpath(WORK, "/tmp"))
         folder.type, folder.mode = tarfile.DIRTYPE, 0o755
         archive.addfile(folder)
-        for path, content in contents.items():
+        for path, content in contents(job).items():
             member = tarfile.TarInfo(os.path.relpath(path, "/tmp"))
             member.size, member.mode = len(content), 0o644
             archive.addfile(member, io.BytesIO(content))

@@ -138,7 +138,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Bubblewrap:
     done = subprocess.CompletedProcess([], 0, "bubblewrap 0.8.0\n", "")
     monkeypatch.setattr("train.sandbox.bubblewrap.subprocess.run", lambda *args, **kwargs: done)
     # Whether or not this machine has control groups.
-    monkeypatch.setattr("train.sandbox.local.find_parent", lambda: None)
+    monkeypatch.setattr("train.sandbox.bubblewrap.find_parent", lambda: None)
     return Bubblewrap(workers=3)
 
 
@@ -180,10 +180,10 @@ def test_missing_bubblewrap(monkeypatch: pytest.MonkeyPatch) -> None:
 def _effects(runner: Bubblewrap, limits: Limits, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """All that limits decide: command lines, supervision and watching of a run and of a compiler, and static checks."""
     seen: list[Any] = []
-    monkeypatch.setattr("train.sandbox.bubblewrap.watcher", lambda root, *args: seen.append(args))
+    monkeypatch.setattr("train.sandbox.local.watcher", lambda root, *args: seen.append(args))
     names = ("seconds", "output_bytes")
     monkeypatch.setattr(
-        "train.sandbox.bubblewrap.supervise",
+        "train.sandbox.local.supervise",
         lambda process, **kwargs: seen.append([kwargs[name] for name in names]) or Ended(0, b"", b"", 0.1, None, False),
     )
     monkeypatch.setattr("train.sandbox.bubblewrap.subprocess.Popen", lambda command, **kwargs: seen.append(command))

@@ -1,5 +1,6 @@
 """Programs in several languages, verdicts by output, compilers, infrastructure errors, and what is left behind."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -247,7 +248,9 @@ def _state() -> dict[str, object]:
 
 def _containers(supervisor: int) -> list[Path]:
     """The control groups of a supervisor's containers; other tests may run some at the same time."""
-    return list(Path("/sys/fs/cgroup").glob(f"**/qwen-jax-runc-{supervisor}-*"))
+    # Groups of other tests may disappear meanwhile, which `os.walk` does not mind.
+    prefix = f"qwen-jax-runc-{supervisor}-"
+    return [Path(top) / x for top, names, _ in os.walk("/sys/fs/cgroup") for x in names if x.startswith(prefix)]
 
 
 def _owner(path: Path) -> int:
@@ -333,9 +336,14 @@ def test_a_killed_supervisor_takes_its_programs_with_it(isolation: Isolation) ->
     while processes_with(mark) and time.monotonic() < until:
         time.sleep(0.02)
     assert processes_with(mark) == []
-    # Its groups are left, but nothing is in them.
+    # Its groups are left, and empty once the kernel has taken down what was killed: only then can they be removed.
+    until = time.monotonic() + 5
     for folder in (*_groups_of(supervisor.pid), *_containers(supervisor.pid)):
-        folder.rmdir()
+        while folder.exists() and time.monotonic() < until:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+            time.sleep(0.01)
+        assert not folder.exists()
     for folder in Path(tempfile.gettempdir()).glob(f"qwen-jax-runc-{supervisor.pid}-*"):
         shutil.rmtree(folder)
 
