@@ -59,7 +59,7 @@ class Runc(LocalRunner):
     """
 
     def __init__(self, workers: int = 8, folders: Sequence[str | Path] = ()):
-        super().__init__(workers, folders, ["setpriv"])
+        super().__init__(workers, folders, ["setpriv", "unshare"])
         runc = shutil.which("runc")
         if runc is None:
             raise InputError("runc is needed for containers and not installed (Debian, Ubuntu: apt-get install runc).")
@@ -154,7 +154,8 @@ class Runc(LocalRunner):
         (bundle / "config.json").write_text(json.dumps(config))
         pid_file, log = bundle / "pid", bundle / "log"
         of_runc = [self._runc, f"--root={bundle}/state", f"--log={log}"]
-        command = ["setpriv", "--pdeathsig", "KILL", "--", *of_runc]
+        # What runc mounts for a moment outside of the container, its own program, is not seen or left on the machine.
+        command = ["setpriv", "--pdeathsig", "KILL", "--", "unshare", "--mount", "--", *of_runc]
         command += ["run", f"--bundle={bundle}", f"--pid-file={pid_file}", bundle.name]
 
         def first() -> int | None:

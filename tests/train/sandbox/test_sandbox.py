@@ -228,13 +228,13 @@ def test_unknown_and_missing_languages(small: Sandbox) -> None:
 # --- many, and what is left
 
 
-# Users of one test only: other tests may run sandboxes at the same time.
-_USERS = range(61_000, 61_016)
+# Users of one case of one test only: others may run sandboxes at the same time.
+_USERS = {"bubblewrap": range(61_000, 61_016), "runc": range(61_016, 61_032)}
 
 
-def _state() -> dict[str, object]:
+def _state(isolation: Isolation) -> dict[str, object]:
     """What a sandbox could leave behind: in this process, on this machine, zombies of its users included."""
-    users = [path for path in Path("/proc").iterdir() if path.name.isdigit() and _owner(path) in _USERS]
+    users = [path for path in Path("/proc").iterdir() if path.name.isdigit() and _owner(path) in _USERS[isolation]]
     return {
         "descriptors": len(os.listdir("/proc/self/fd")),
         "mounts": Path("/proc/self/mountinfo").read_text(),
@@ -274,9 +274,9 @@ def test_200_programs_in_8_workers_leave_nothing(
     isolation: Isolation, open_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Good programs, floods, daemons, forks, and such as are killed: each gets its own verdict, and nothing stays."""
-    monkeypatch.setattr(f"train.sandbox.{isolation}.FIRST_UID", _USERS.start)
+    monkeypatch.setattr(f"train.sandbox.{isolation}.FIRST_UID", _USERS[isolation].start)
     monkeypatch.setattr(tempfile, "tempdir", str(open_folder))
-    before = _state()
+    before = _state(isolation)
     mark = str(uuid.uuid4().int % 10**12)
     kinds = {
         "print(input()[::-1])": Outcome.PASS,
@@ -305,7 +305,7 @@ def test_200_programs_in_8_workers_leave_nothing(
     wrong = [(sources[i], got[i]) for i in range(200) if got[i].outcome is not kinds[sources[i]]]
     assert not wrong, wrong[:3]
     assert processes_with(mark) == []
-    assert _state() == before
+    assert _state(isolation) == before
     assert not _containers(os.getpid())
 
 
@@ -368,7 +368,10 @@ def test_control_groups_end_runs_and_are_removed() -> None:
         "import time\ntime.sleep(60)": ("time",),
     }
     small = "print(1)"
-    limits = dataclasses.replace(LIMITS, file_bytes=LIMITS.memory_bytes, disk_bytes=2 * LIMITS.memory_bytes)
+    # Time enough for a busy machine: memory is to end a run before time does.
+    limits = dataclasses.replace(
+        LIMITS, seconds=5.0, cpu_seconds=4, file_bytes=LIMITS.memory_bytes, disk_bytes=2 * LIMITS.memory_bytes
+    )
     with Sandbox(limits, workers=1) as box:
         assert str(box.description["memory"]).startswith("cgroup")
         for source in [*programs, *[small] * (50 - len(programs))]:
