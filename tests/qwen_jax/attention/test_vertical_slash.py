@@ -180,9 +180,10 @@ def test_line_scores(monkeypatch: pytest.MonkeyPatch, few_bytes: bool, parts: in
     diagonals = np.zeros((B, H, S + R - 1))
     for r in range(R):
         diagonals[:, :, R - 1 - r : R - 1 - r + S] += weights[:, :, r]
-    vertical, slash = jax.jit(functools.partial(vertical_slash.line_scores, scale=scale))(
-        list(queries), masks, lse.astype(np.float32), k
-    )
+    with jax.default_matmul_precision("highest"):  # GPUs round float32 to TF32 otherwise
+        vertical, slash = jax.jit(functools.partial(vertical_slash.line_scores, scale=scale))(
+            list(queries), masks, lse.astype(np.float32), k
+        )
     np.testing.assert_allclose(vertical, weights.sum(2), atol=2e-5)
     np.testing.assert_allclose(slash, diagonals, atol=2e-5)
 
