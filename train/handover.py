@@ -194,12 +194,23 @@ def make_handover(
             freed.wait()
             return found[number]
 
+        def update(number: int) -> None:
+            try:
+                engines[number].update_weights(functools.partial(take, number))
+            except BaseException:
+                # The others need not wait for this one.
+                freed.abort()
+                raise
+
+        errors: list[BaseException] = []
+        # The first engine is served here: most often it is the only one.
         with concurrent.futures.ThreadPoolExecutor(len(engines)) as pool:
-            updates = [
-                pool.submit(other.update_weights, functools.partial(take, number))
-                for number, other in enumerate(engines)
-            ]
-        errors = [error for update in updates if (error := update.exception()) is not None]
+            others = [pool.submit(update, number) for number in range(1, len(engines))]
+            try:
+                update(0)
+            except Exception as failure:
+                errors.append(failure)
+        errors += filter(None, (other.exception() for other in others))
         # Those that waited for the one that failed have nothing to tell.
         for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
             raise error

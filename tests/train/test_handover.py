@@ -1,6 +1,9 @@
 """The hand-over of weights: the inference layout of every mesh, and no drift between sampler and trainer."""
 
 import dataclasses
+import functools
+import threading
+import time
 from typing import Any
 
 import jax
@@ -189,6 +192,26 @@ def test_a_failed_hand_over_is_told_and_can_be_repeated(mesh: Any) -> None:
             hand_over({name: value for name, value in params.items() if name != "norm"})
         hand_over(params)
         same(sampler.sample(prompts, 0)[0][0], want[0][0])
+
+
+@pytest.mark.parametrize("ended", [0, 1])
+def test_no_engine_waits_for_one_that_has_ended(ended: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hand-over fails with what that engine says, before a wait would be given up."""
+    limit = 60
+    monkeypatch.setattr("train.handover.threading.Barrier", functools.partial(threading.Barrier, timeout=limit))
+    mesh = make_mesh({"data": 2}, jax.devices()[:2])
+    engines = [engine_of(weights(DENSE, one), DENSE, one, one) for one in split_mesh(mesh)]
+    try:
+        hand_over, params = make_handover(DENSE, FLOAT32, mesh, engines), weights(DENSE, mesh)
+        engines[ended].close()
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"closed|stopped") as raised:
+            hand_over(params)
+        assert not isinstance(raised.value, threading.BrokenBarrierError)
+        assert time.monotonic() - began < limit
+    finally:
+        for engine in engines:
+            engine.close()
 
 
 def test_what_does_not_fit_is_refused(mesh: Any) -> None:

@@ -123,11 +123,11 @@ class Setup:
     held_out: int = 512
     queries: int = 64
     group_size: int = 8
-    code_queries: int = 16
+    code_queries: int = 32
     episodes: int = 200
-    code_episodes: int = 60
+    code_episodes: int = 80
     rate: float = 1e-5
-    code_rate: float = 3e-5
+    code_rate: float = 2e-5
     warmup: float = 0.1
     max_new_tokens: int = 112
     evaluate_every: int = 20
