@@ -118,7 +118,7 @@ class Generate:
 
     def _run_file(self, name: str) -> int:
         """Answers the requests of a file."""
-        from qwen_jax.cli import batch
+        from qwen_jax.cli import batch, batch_files
 
         if self.input is None or self.output is None:
             raise InputError("Give both --input and --output.")
@@ -130,7 +130,7 @@ class Generate:
             raise InputError(f"--in-flight must be at least 1, got {self.in_flight}.")
         if self.running.attention != "dense":
             raise InputError("--input runs with dense attention.")
-        batch.check_files(self.input, self.output)
+        batch_files.check_files(self.input, self.output)
         model = Model(name, self.sampling, self.running, need_tokenizer=False)
         with model.continuous_engine(self.in_flight) as engine:
             complete = batch.PlainPrompts(

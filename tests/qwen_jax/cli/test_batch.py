@@ -444,7 +444,7 @@ def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
 def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line explains the error (`failures.explain`); the run after it goes on."""
     source, target = write(tmp_path / "in", *(request(str(i)) for i in range(9))), tmp_path / "out"
-    append, written = batch._append, []
+    append, written = batch.append, []
 
     def full(file: Any, result: Any) -> None:
         if len(written) == 5:
@@ -453,7 +453,7 @@ def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.
         written.append(result)
         append(file, result)
 
-    monkeypatch.setattr(batch, "_append", full)
+    monkeypatch.setattr(batch, "append", full)
     with pytest.raises(OSError, match="No space"):
         go(source, target)
     monkeypatch.undo()
