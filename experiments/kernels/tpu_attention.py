@@ -44,20 +44,28 @@ def ours(T: int, H: int, d: int, gradient: bool = False) -> tuple[Callable[..., 
     return both if gradient else attention, [q, k, k, ends, ends]
 
 
-def ours_decoding(B: int, S: int, H: int, K: int, d: int, page: int = 0) -> tuple[Callable[..., Any], list[Any]]:
-    """`flash_decode_tpu`, one token a row; with `page` over a paged cache."""
+def ours_decoding(
+    B: int, S: int, H: int, K: int, d: int, page: int = 0, held: str = "bfloat16"
+) -> tuple[Callable[..., Any], list[Any]]:
+    """`flash_decode_tpu`, one token a row, over a cache of the dtype `held`; with `page` over a paged cache."""
     import jax
     import jax.numpy as jnp
 
     from qwen_jax.kernels.decode import flash_decode_tpu
 
     q, ends = jax.ShapeDtypeStruct((B, 1, H, d), jnp.bfloat16), jax.ShapeDtypeStruct((B, 1), jnp.int32)
+    scales = [] if held == "bfloat16" else [jax.ShapeDtypeStruct((B, K, S), jnp.float32)]
     if page:
-        cache = jax.ShapeDtypeStruct((B * S // page, K, page, d), jnp.bfloat16)
+        cache = jax.ShapeDtypeStruct((B * S // page, K, page, d), held)
         table = jax.ShapeDtypeStruct((B, S // page), jnp.int32)
-        return functools.partial(flash_decode_tpu.paged_attention, scale=d**-0.5), [q, cache, cache, table, ends, ends]
-    cache = jax.ShapeDtypeStruct((B, K, S, d), jnp.bfloat16)
-    return functools.partial(flash_decode_tpu.attention, scale=d**-0.5), [q, cache, cache, ends, ends]
+
+        def paged(q: Any, k: Any, v: Any, table: Any, start: Any, end: Any, *scales: Any) -> Any:
+            return flash_decode_tpu.paged_attention(q, k, v, table, start, end, d**-0.5, scales)
+
+        return paged, [q, cache, cache, table, ends, ends, *scales * 2]
+    kernel = flash_decode_tpu.quantized_attention if scales else flash_decode_tpu.attention
+    cache = jax.ShapeDtypeStruct((B, K, S, d), held)
+    return functools.partial(kernel, scale=d**-0.5), [q, *[cache, *scales] * 2, ends, ends]
 
 
 def splash(
@@ -272,13 +280,13 @@ def ours_rows(chip: str, d: int, T: int, gradient: bool) -> dict[str, Any]:
     return row
 
 
-def decoding_row(chip: str, B: int, S: int, page: int) -> dict[str, Any]:
-    """An estimate of decoding with the shapes of 7B, all S slots in use."""
+def decoding_row(chip: str, B: int, S: int, page: int, held: str) -> dict[str, Any]:
+    """An estimate of decoding with the shapes of 7B, all S slots in use, from a cache of the dtype `held`."""
     H, K, d = 28, 4, 128
-    kwargs = {"B": B, "S": S, "H": H, "K": K, "d": d, "page": page}
+    kwargs = {"B": B, "S": S, "H": H, "K": K, "d": d, "page": page, "held": held}
     [kernel] = compile_kernels(f"{_MODULE}:ours_decoding", TOPOLOGIES[chip], kwargs)
     core = CORES[chip]
-    # A tile belongs to one head, or it has some pages of all heads.
+    # A tile belongs to one head, or it has some pages of all heads. It has as many slots in 8 bits as in bfloat16.
     tiles = B * K * S * d * 4 // cache_tile_bytes(CHIPS[chip].hbm_bandwidth / core.devices / core.cores)
     if page:
         # The loop with the products runs over tiles; the loops inside and before it start and await copies of pages.
@@ -290,8 +298,9 @@ def decoding_row(chip: str, B: int, S: int, page: int) -> dict[str, Any]:
         runs |= {"step": float(B)} if main not in ("grid", "step") else {}
     else:
         runs = {"step": float(tiles)}
-    result = estimate(kernel, runs, 4.0 * B * K * S * d)
-    row: dict[str, Any] = {"chip": chip, "cache": f"pages of {page}" if page else "one array", "batch": B, "slots": S}
+    result = estimate(kernel, runs, 2.0 * B * K * S * (2 * d if held == "bfloat16" else d + 4))
+    row: dict[str, Any] = {"chip": chip, "cache": f"pages of {page}" if page else "one array", "dtype": held}
+    row |= {"batch": B, "slots": S}
     row |= {"vmem_MiB": round(kernel.vmem / MiB, 1), "schedule us": round(result.schedule * 1e6, 1)}
     return row | {"HBM us": round(result.hbm * 1e6, 1), "schedule/HBM": round(result.schedule / result.hbm, 2)}
 
@@ -333,7 +342,13 @@ def main() -> None:
         ]
     else:
         every = [(chip, d, T, g) for chip in args.chips for g in (False, True) for d in (64, 128) for T in LENGTHS]
-        decoding = [(chip, B, 32768, page) for chip in args.chips for page in (0, 128) for B in (1, 64)]
+        decoding = [
+            (chip, B, 32768, page, held)
+            for chip in args.chips
+            for page in (0, 128)
+            for B in (1, 64)
+            for held in ("bfloat16", "int8", "float8_e4m3fn")
+        ]
         jobs = [
             [functools.partial(ours_rows, *x) for x in every],
             [functools.partial(decoding_row, *x) for x in decoding],

@@ -53,7 +53,7 @@ class Serve:
         max_num_batched_tokens: Tokens of prompts that are read between two steps of the running requests.
         gpu_memory_utilization: Part of the device's memory to use.
         kv_dtype: int8 and fp8 hold keys and values in 8 bits: twice the tokens in the same memory, and slower steps
-            except on Hopper GPUs, or with int8 on TPUs; auto holds them in the dtype to compute in.
+            except on Hopper GPUs and TPUs; auto holds them in the dtype to compute in.
         w8a8: Round activations to the int8 or float8 of the weights in steps of 64 tokens or more, one scale a token. A
             text may then differ with the requests that run beside it.
         no_prefix_caching: Do not share keys and values of equal beginnings of prompts.

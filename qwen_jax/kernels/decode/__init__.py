@@ -93,9 +93,9 @@ def quantized_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """`decode_attention` over a head-major cache in 8 bits.
 
-    A kernel reads the 8 bits for few query rows; on TPUs only int8. Otherwise, such as for a chunk of a prompt, keys
-    and values of this layer are converted to the dtype of q first: 2 GiB for one layer of a 7B model with a million
-    tokens, while the chunk's attention takes much longer than that copy.
+    A kernel reads the 8 bits for few query rows. Otherwise, such as for a chunk of a prompt, keys and values of this
+    layer are converted to the dtype of q first: 2 GiB for one layer of a 7B model with a million tokens, while the
+    chunk's attention takes much longer than that copy.
 
     Args:
       q_BTHd: queries.
@@ -128,14 +128,14 @@ def quantized_attention(
     if chosen == "gpu":
         from qwen_jax.kernels.decode import flash_decode_int8_gpu
 
-        if _reads_8_bits(flash_decode_int8_gpu.supports(q_BTHd.dtype, T, H, K, d, S), True, T, sizes):
+        if _reads_8_bits(flash_decode_int8_gpu.supports(q_BTHd.dtype, T, H, K, d, S), T, sizes):
             kernel = functools.partial(flash_decode_int8_gpu.attention, disjoint=mask.is_disjoint)
             return _run(kernel, args, scale)
     if chosen == "tpu":
         from qwen_jax.kernels.decode import flash_decode_tpu
 
-        if _reads_8_bits(flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d), dtype == jnp.int8, T, sizes):
-            return _run(flash_decode_tpu.int8_attention, args, scale)
+        if _reads_8_bits(flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d), T, sizes):
+            return _run(flash_decode_tpu.quantized_attention, args, scale)
     wide = keys.dequantized(q_BTHd.dtype), values.dequantized(q_BTHd.dtype)
     return decode_attention(q_BTHd, *wide, mask, scale=scale, implementation=_named(chosen))
 
@@ -145,16 +145,15 @@ def _arrays(keys: QuantizedRows, values: QuantizedRows) -> tuple[jax.Array, ...]
     return keys.values_BKSd, keys.scales_BKS, values.values_BKSd, values.scales_BKS
 
 
-def _reads_8_bits(supported: bool, known: bool, tokens: int, sizes: str) -> bool:
+def _reads_8_bits(supported: bool, tokens: int, sizes: str) -> bool:
     """Whether a kernel reads the 8 bits, and not a converted copy of the cache.
 
     Args:
-      supported: whether the kernel supports the call in int8.
-      known: whether it reads the cache's dtype.
+      supported: whether the kernel supports the call.
       tokens: new tokens per row.
       sizes: dtype, heads and slots, for messages.
     """
-    needs = {"int8": known, "few query rows and a cache of whole tiles": supported}
+    needs = {"few query rows and a cache of whole tiles": supported}
     direct, copied = Candidate("8 bits", unmet(needs)), Candidate("converted copy", slow=tokens == 1)
     what = "attention over an 8-bit cache"
     return select([direct, copied], "auto", what, f"{tokens} new tokens, {sizes}") == direct.name
@@ -180,9 +179,9 @@ def paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """`decode_attention` over a paged cache: slot j of row b is slot j % P of page pages[b, j // P].
 
-    The kernels read pages for few query rows: in the compute dtype, of a multiple of 16 slots, and in 8 bits (on TPUs
-    int8), of a multiple of 32 slots. Otherwise the pages are gathered into a contiguous cache first, which costs a copy
-    of all pages in the table; pages in 8 bits are copied as they are, for some rows at a time.
+    The kernels read pages for few query rows: in the compute dtype, of a multiple of 16 slots, and in 8 bits, of a
+    multiple of 32 slots. Otherwise the pages are gathered into a contiguous cache first, which costs a copy of all
+    pages in the table; pages in 8 bits are copied as they are, for some rows at a time.
 
     Args:
       q_BTHd: queries.
@@ -223,7 +222,7 @@ def paged_attention(
 
         kernel: Any = flash_decode_int8_gpu if quantized else flash_decode_gpu
         supported = kernel.supports(q_BTHd.dtype, T, H, K, d, M * P, P)
-        if _reads_pages(supported, True, kernel.PAGE, T, sizes):
+        if _reads_pages(supported, kernel.PAGE, T, sizes):
             if quantized:
                 args = _times_channels(q_BTHd, keys.channels_Kd), *_arrays(keys, values), *table
             return _run(kernel.paged_attention, args, scale)
@@ -231,16 +230,16 @@ def paged_attention(
         from qwen_jax.kernels.decode import flash_decode_tpu
 
         supported = flash_decode_tpu.supports(q_BTHd.dtype, T, H, K, d, P, pages_BM.size)
-        if quantized and _reads_pages(supported and P % 32 == 0, keys.dtype == jnp.int8, 32, T, sizes):
+        if quantized and _reads_pages(supported and P % 32 == 0, 32, T, sizes):
             scales = tuple(_gathered(x.scales_BKS, pages_BM) for x in (keys, values))
             q = _times_channels(q_BTHd, keys.channels_Kd)
 
-            def paged_int8(*args: Any) -> tuple[jax.Array, jax.Array]:
+            def paged_8_bits(*args: Any) -> tuple[jax.Array, jax.Array]:
                 q, k, v, pages, start, end, k_scales, v_scales, scale = args
                 return flash_decode_tpu.paged_attention(q, k, v, pages, start, end, scale, (k_scales, v_scales))
 
-            return _run(paged_int8, (q, keys.values_BKSd, values.values_BKSd, *table, *scales), scale)
-        if not quantized and _reads_pages(supported, True, 16, T, sizes):
+            return _run(paged_8_bits, (q, keys.values_BKSd, values.values_BKSd, *table, *scales), scale)
+        if not quantized and _reads_pages(supported, 16, T, sizes):
             return _run(flash_decode_tpu.paged_attention, args, scale)
     how: Any = {"scale": scale, "implementation": _named(chosen)}
     if not quantized:
@@ -272,20 +271,16 @@ def _gathered_rows(pages: QuantizedRows, pages_BM: jax.Array) -> QuantizedRows:
     return QuantizedRows(values, scales, pages.channels_Kd)
 
 
-def _reads_pages(supported: bool, known: bool, multiple: int, tokens: int, sizes: str) -> bool:
+def _reads_pages(supported: bool, multiple: int, tokens: int, sizes: str) -> bool:
     """Whether a kernel reads the pages where they are, and not a gathered copy of them.
 
     Args:
       supported: whether the kernel supports the sizes.
-      known: whether it reads the dtype of the pages.
       multiple: what the slots of a page must be a multiple of.
       tokens: new tokens per row.
       sizes: dtype, heads and pages, for messages.
     """
-    needs = {
-        "pages in the compute dtype or in int8": known,
-        f"few query rows and pages of a multiple of {multiple} slots": supported,
-    }
+    needs = {f"few query rows and pages of a multiple of {multiple} slots": supported}
     direct, copied = Candidate("pages", unmet(needs)), Candidate("gathered copy", slow=tokens == 1)
     return select([direct, copied], "auto", "paged attention", f"{tokens} new tokens, {sizes}") == direct.name
 

@@ -24,7 +24,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.kernels.padding import pad_to_multiple
 from qwen_jax.kernels.softmax import LOG2E, LOW, LOWEST
 from qwen_jax.kernels.tpu.device import LANES, PACKED_ROWS, cache_tile_bytes, cores
-from qwen_jax.kernels.tpu.tiles import product
+from qwen_jax.kernels.tpu.tiles import product, widened
 from qwen_jax.kernels.types import Ref
 
 _TABLE_BYTES = 768 << 10
@@ -84,7 +84,7 @@ def attention(
     return _attention(q_BTHd, k_BKSd, v_BKSd, None, start_BT, end_BT, scale)
 
 
-def int8_attention(
+def quantized_attention(
     q_BTHd: jax.Array,
     k_BKSd: jax.Array,
     k_scales_BKS: jax.Array,
@@ -94,11 +94,11 @@ def int8_attention(
     end_BT: jax.Array,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """`attention` over a cache in 8 bits. Tiles are copied as int8 and converted to the dtype of q, which is exact.
+    """`attention` over a cache in 8 bits. Tiles are copied as they are and converted to the dtype of q, exactly.
 
     Args:
       q_BTHd: queries, bfloat16 or float32.
-      k_BKSd, v_BKSd: int8 cache.
+      k_BKSd, v_BKSd: the cache, both int8 or both float8_e4m3fn. All slots must be finite.
       k_scales_BKS, v_scales_BKS: float32, one scale for each key and each value; finite. Those of the keys multiply the
         logits, those of the values the probabilities.
       start_BT, end_BT: int32 intervals over the slots.
@@ -149,7 +149,7 @@ def _attention(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=4 * cache_tile_bytes() + (8 << 20),
         ),
-        name="decode_attention_int8" if scales else "decode_attention",
+        name="decode_attention_8_bits" if scales else "decode_attention",
     )(live, rows, k_BKSd, v_BKSd, ends, *in_rows)
     return _merged(out, lse, q_BTHd)
 
@@ -168,11 +168,11 @@ def paged_attention(
 
     Args:
       q_BTHd: queries, bfloat16 or float32.
-      k_NKPd, v_NKPd: pages. P is a multiple of 16, or of 32 for int8; all slots of visited tiles must be finite.
+      k_NKPd, v_NKPd: pages. P is a multiple of 16, or of 32 for 8 bits; all slots of visited tiles must be finite.
       pages_BM: int32 page table. Entries for slots that no row sees may have any value; they are clipped.
       start_BT, end_BT: int32 intervals over the M P slots.
       scale: multiplies the logits.
-      scales: of int8 keys and values, float32 [B, K, M P] in the order of the slots; as for `int8_attention`.
+      scales: of keys and values in 8 bits, float32 [B, K, M P] in the order of the slots; as for `quantized_attention`.
 
     Returns:
       As `attention`.
@@ -219,7 +219,7 @@ def paged_attention(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=4 * cache_tile_bytes() + (8 << 20)
         ),
-        name="paged_decode_attention_int8" if scales else "paged_decode_attention",
+        name="paged_decode_attention_8_bits" if scales else "paged_decode_attention",
     )(live, pages, rows, k_NKPd, v_NKPd, ends, *in_rows)
     return _merged(out, lse, q_BTHd)
 
@@ -301,13 +301,19 @@ def _begin(softmax: _Softmax) -> None:
 
 
 class _Tile(NamedTuple):
-    """Queries [R, d], and keys and values [keys, d] of their dtype; scales [1, keys] of those that were int8."""
+    """Queries [R, d], and keys and values [keys, d] of their dtype; scales [1, keys] of those that were in 8 bits."""
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
     k_scales: jax.Array | None = None
     v_scales: jax.Array | None = None
+
+
+def _tile_of(q: jax.Array, k: jax.Array, v: jax.Array, scales: Sequence[jax.Array]) -> _Tile:
+    """A tile of keys and values that may be in 8 bits, with their scales."""
+    (k, unit), (v, _) = (widened(x, q.dtype) for x in (k, v))
+    return _Tile(q, k, v, *(unit * x for x in scales))
 
 
 def _add(
@@ -371,7 +377,7 @@ class _Refs(NamedTuple):
 
 
 def _refs(*refs: Ref) -> _Refs:
-    """The references in the order of the call; the scales of keys and values are there for int8 only."""
+    """The references in the order of the call; the scales of keys and values are there for 8 bits only."""
     live, q, k, v, ends, *scales, out, lse, acc, top, total = refs
     return _Refs(live, q, k, v, ends, tuple(scales), out, lse, acc, top, total)
 
@@ -384,17 +390,13 @@ def _contiguous(refs: _Refs, *, factor: float, splits: int, slots: int) -> None:
     pl.when(i == 0)(lambda: _begin(softmax))
 
     def add(ends: bool) -> None:
-        q, k, v, scales = refs.q[...], k_ref[...], refs.v[...], [x[...] for x in refs.scales]
-        if ends:
-            # What lies beyond the cache is undefined, and zero times NaN is not zero. int8 numbers are never NaN.
-            left = slots - (first + i) * keys
-            if scales:
-                scales = [jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 1) < left, x, 0.0) for x in scales]
-            else:
-                v = jnp.where(lax.broadcasted_iota(jnp.int32, v.shape, 0) < left, v, jnp.zeros_like(v))
-        if scales:
-            k, v = k.astype(q.dtype), v.astype(q.dtype)
-        _add([_Tile(q, k, v, *scales)], refs.ends[...], (first + i) * keys, [softmax], factor)
+        def defined(x: jax.Array, axis: int) -> jax.Array:
+            # What lies beyond the cache is undefined, and zero times NaN is not zero.
+            inside = lax.broadcasted_iota(jnp.int32, x.shape, axis) < slots - (first + i) * keys
+            return jnp.where(inside, x, jnp.zeros_like(x)) if ends else x
+
+        tile = _tile_of(refs.q[...], k_ref[...], refs.v[...], [defined(x[...], 1) for x in refs.scales])
+        _add([tile._replace(v=defined(tile.v, 0))], refs.ends[...], (first + i) * keys, [softmax], factor)
 
     # The last tile may extend beyond the cache.
     extends = ((first + i + 1) * keys > slots) if slots % keys else False
@@ -412,7 +414,7 @@ class _PagedRefs(NamedTuple):
       k_buffers, v_buffers: two tiles of pages each.
       arrived: semaphores of the copies, for keys and values (and their scales) and each of the two tiles.
       acc, top, total: the running softmax of all heads.
-      scales, scale_buffers: of keys and values in int8, in HBM and for two tiles each; otherwise empty.
+      scales, scale_buffers: of keys and values in 8 bits, in HBM and for two tiles each; otherwise empty.
     """
 
     live: Ref
@@ -469,13 +471,11 @@ def _paged(refs: _PagedRefs, *, factor: float, splits: int) -> None:
         copies(i, True)
         slot = lax.rem(i, 2)
 
-        def of_head(buffers: Ref, h: int) -> jax.Array:
-            return buffers[slot, :, h].reshape(count * P, d).astype(refs.q.dtype)
+        def of_head(h: int) -> _Tile:
+            k, v = (x[slot, :, h].reshape(count * P, d) for x in (k_buffers, refs.v_buffers))
+            return _tile_of(refs.q[h], k, v, [x[slot, h] for x in refs.scale_buffers])
 
-        def scales(h: int) -> list[jax.Array]:
-            return [x[slot, h] for x in refs.scale_buffers]
-
-        tiles = [_Tile(refs.q[h], of_head(k_buffers, h), of_head(refs.v_buffers, h), *scales(h)) for h in range(K)]
+        tiles = [of_head(h) for h in range(K)]
         state = [_Softmax(*(x.at[h] for x in softmax)) for h in range(K)]
         _add(tiles, refs.ends[...], i * count * P, state, factor)
 

@@ -43,6 +43,12 @@ def cores() -> int:
     return pltpu.get_tpu_info().num_cores if _is_tpu() else 1
 
 
+def unpacks_e4m3b11() -> bool:
+    """Whether the core unpacks float8_e4m3b11fnuz, but not float8_e4m3fn, by one instruction: v5 and v6. 7x unpacks
+    both, and v4 neither. Without a TPU it is that of a v5p."""
+    return not _is_tpu() or pltpu.get_tpu_info().generation in (5, 6)
+
+
 def cache_tile_bytes(bandwidth: float | None = None) -> int:
     """Bytes of a cache that a kernel fetches at once: a power of two near what a core reads in 1.3 us.
 

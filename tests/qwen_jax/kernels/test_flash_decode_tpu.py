@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax import kernels
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.decode import flash_decode_tpu
 from qwen_jax.kernels.decode.quantized import QuantizedRows
+from qwen_jax.kernels.tpu import device, tiles
 from tests.helpers import exact
 from tests.helpers.masks import MASKS, anything, window
 from tests.helpers.platforms import as_if_on
@@ -71,10 +73,35 @@ def test_numerics_of_contiguous_and_paged_caches(monkeypatch, mask, T, H, K, d, 
     check(parts, args, scale)
 
 
+@pytest.fixture(params=["int8", "float8_e4m3fn", "float8_e4m3fn as e4m3b11"])
+def narrow(request, monkeypatch):
+    """A dtype of 8 bits; float8_e4m3fn is converted in one way on v5 and v6, and in another one on v4 and 7x."""
+    name, _, unpacked = request.param.partition(" as ")
+    monkeypatch.setattr(device, "unpacks_e4m3b11", lambda: bool(unpacked))
+    return jnp.dtype(name)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_each_number_of_8_bits_becomes_itself(narrow, dtype) -> None:
+    """Zeros, subnormal numbers and the largest ones, in any order. Only NaN may become another number."""
+    codes = np.random.default_rng().permutation(np.arange(32 * 128).astype(np.uint8))
+    x = jnp.asarray(codes.reshape(32, 128).view(narrow))
+
+    def program(x_ref, out_ref):
+        wide, factor = tiles.widened(x_ref[...], dtype)
+        out_ref[...] = wide * factor
+
+    with pltpu.force_tpu_interpret_mode():
+        got = pl.pallas_call(program, out_shape=jax.ShapeDtypeStruct(x.shape, dtype))(x)
+    want = np.asarray(x).astype(np.float64)
+    assert np.unique(codes).size == 256
+    np.testing.assert_array_equal(np.asarray(got, np.float64)[np.isfinite(want)], want[np.isfinite(want)])
+
+
 @pytest.mark.parametrize(
     ("T", "H", "K", "d", "dtype", "splits"), [(1, 4, 2, 64, "float32", 1), (3, 14, 2, 128, "bfloat16", 2)]
 )
-def test_numerics_of_a_cache_in_8_bits(monkeypatch, T, H, K, d, dtype, splits) -> None:
+def test_numerics_of_a_cache_in_8_bits(monkeypatch, narrow, T, H, K, d, dtype, splits) -> None:
     """Parity with float64 over the dequantised cache; intervals that begin and end anywhere."""
     monkeypatch.setattr(flash_decode_tpu, "cache_tile_bytes", lambda: 1 << 18)
     monkeypatch.setattr(flash_decode_tpu, "_splits", lambda _: splits)
@@ -82,11 +109,11 @@ def test_numerics_of_a_cache_in_8_bits(monkeypatch, T, H, K, d, dtype, splits) -
     q, k, v, start, end = drawn(numbers, anything, 2, T, 1000, H, K, d, dtype)
     held, wide = [], []
     for x in (k, v):
-        rows = QuantizedRows(jnp.zeros(x.shape, jnp.int8), jnp.zeros(x.shape[:-1])).quantized(x)
+        rows = QuantizedRows(jnp.zeros(x.shape, narrow), jnp.zeros(x.shape[:-1])).quantized(x)
         held += [rows.values_BKSd, rows.scales_BKS]
         wide.append(rows.dequantized(jnp.float32))
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
-        run = jax.jit(functools.partial(flash_decode_tpu.int8_attention, scale=scale))
+        run = jax.jit(functools.partial(flash_decode_tpu.quantized_attention, scale=scale))
         got = jax.block_until_ready(run(q, *held, start, end))
         # The same in pages of 32 slots, in random order; a tile has whole registers of scales.
         k_pages, v_pages, table = paged(numbers, held[0], held[2], 32)
@@ -123,7 +150,7 @@ def test_copies_of_pages_are_waited_for(monkeypatch, when, bits) -> None:
 
 
 def test_pages_in_8_bits_are_read_where_they_are() -> None:
-    """Of int8 and a multiple of 32 slots, also with factors of channels; others are gathered first."""
+    """Of a multiple of 32 slots, also with factors of channels; others are gathered first."""
     numbers, (N, K, P, d) = np.random.default_rng(), (9, 2, 32, 64)
     q = jnp.asarray(numbers.standard_normal((2, 1, 4, d)), jnp.float32)
     table = jnp.asarray(numbers.permutation(N)[:8].reshape(2, 4), jnp.int32)
@@ -136,15 +163,16 @@ def test_pages_in_8_bits_are_read_where_they_are() -> None:
         return [QuantizedRows(*zeros, c).quantized(y) for c, y in zip((channels, None), x, strict=True)]
 
     run = functools.partial(kernels.paged_attention, scale=0.125)
-    held = pages_of(jnp.int8, P)
-    with as_if_on("TPU"):
-        got = jax.block_until_ready(run(q, *held, table, mask))
-        for dtype, size in ((jnp.int8, P), (jnp.float8_e4m3fn, P), (jnp.int8, 16)):
-            text = str(jax.make_jaxpr(run)(q, *pages_of(dtype, size), table, mask))
-            assert ("paged_decode_attention_int8" in text) == (dtype == jnp.int8 and size == P)
-    want = run(q, *held, table, mask, implementation="reference")
-    for one, other in zip(got, want, strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    for dtype in (jnp.int8, jnp.float8_e4m3fn):
+        held = pages_of(dtype, P)
+        with as_if_on("TPU"):
+            got = jax.block_until_ready(run(q, *held, table, mask))
+            for size in (P, 16):
+                text = str(jax.make_jaxpr(run)(q, *pages_of(dtype, size), table, mask))
+                assert ("paged_decode_attention_8_bits" in text) == (size == P)
+        want = run(q, *held, table, mask, implementation="reference")
+        for one, other in zip(got, want, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
 def test_splits_share_the_used_tiles() -> None:
@@ -166,31 +194,31 @@ def test_compiles(chip, B, T, H, K, d) -> None:
     q, i = jax.ShapeDtypeStruct((B, T, H, d), jnp.bfloat16), jax.ShapeDtypeStruct((B, T), jnp.int32)
     cache, pages = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((B, K, 32768, d), (512, K, 64, d)))
     table = jax.ShapeDtypeStruct((B, 300), jnp.int32)
-    narrow, scales = jax.ShapeDtypeStruct(cache.shape, jnp.int8), jax.ShapeDtypeStruct(cache.shape[:-1], jnp.float32)
-    args = q, narrow, scales, narrow, scales, i, i
-    run = compile_for(chip, lambda *x: flash_decode_tpu.int8_attention(*x, 0.1), *args)
-    assert "decode_attention_int8" in run.as_text()
     run = compile_for(chip, lambda *x: flash_decode_tpu.attention(*x, 0.1), q, cache, cache, i, i)
     assert "decode_attention" in run.as_text()
     run = compile_for(chip, lambda *x: flash_decode_tpu.paged_attention(*x, 0.1), q, pages, pages, table, i, i)
     assert "paged_decode_attention" in run.as_text()
-    pages, scales = jax.ShapeDtypeStruct(pages.shape, jnp.int8), jax.ShapeDtypeStruct((B, K, 300 * 64), jnp.float32)
-    arguments = q, pages, pages, table, i, i, scales, scales
-    run = compile_for(chip, lambda *x: flash_decode_tpu.paged_attention(*x[:6], 0.1, x[6:]), *arguments)
-    assert "paged_decode_attention_int8" in run.as_text()
+    for dtype in (jnp.int8, jnp.float8_e4m3fn):
+        narrow, scales = (jax.ShapeDtypeStruct(cache.shape[:n], x) for n, x in ((4, dtype), (3, jnp.float32)))
+        args = q, narrow, scales, narrow, scales, i, i
+        run = compile_for(chip, lambda *x: flash_decode_tpu.quantized_attention(*x, 0.1), *args)
+        assert "decode_attention_8_bits" in run.as_text()
+        narrow, scales = (jax.ShapeDtypeStruct(*x) for x in ((pages.shape, dtype), ((B, K, 300 * 64), jnp.float32)))
+        args = q, narrow, narrow, table, i, i, scales, scales
+        run = compile_for(chip, lambda *x: flash_decode_tpu.paged_attention(*x[:6], 0.1, x[6:]), *args)
+        assert "paged_decode_attention_8_bits" in run.as_text()
 
 
 @needs_libtpu
-@pytest.mark.parametrize("bits", [8, 16])
-def test_a_cache_that_is_not_whole_tiles_is_not_copied(bits) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
+def test_a_cache_that_is_not_whole_tiles_is_not_copied(dtype) -> None:
     """A million slots: the compiled program has no array of the cache's size beside the cache."""
     B, H, K, S, d = 1, 28, 4, 1_000_064, 128
     q, i = jax.ShapeDtypeStruct((B, 3, H, d), jnp.bfloat16), jax.ShapeDtypeStruct((B, 3), jnp.int32)
-    held = [jax.ShapeDtypeStruct((B, K, S, d), jnp.bfloat16)]
-    run = flash_decode_tpu.attention
-    if bits == 8:
-        held = [jax.ShapeDtypeStruct((B, K, S, d), jnp.int8), jax.ShapeDtypeStruct((B, K, S), jnp.float32)]
-        run = flash_decode_tpu.int8_attention
+    held, run = [jax.ShapeDtypeStruct((B, K, S, d), dtype)], flash_decode_tpu.attention
+    if dtype != "bfloat16":
+        held.append(jax.ShapeDtypeStruct((B, K, S), jnp.float32))
+        run = flash_decode_tpu.quantized_attention
     memory = compile_for("v5p", lambda *x: run(*x, 0.1), q, *held, *held, i, i).memory_analysis()
     assert memory.temp_size_in_bytes < 0.05 * memory.argument_size_in_bytes
 
