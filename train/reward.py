@@ -35,7 +35,7 @@ class RewardConfig:
     """
 
     centering: float = 0.0
-    max_segments: int = 64
+    max_segments: int = 128
     head: Score = "linear"
     moe: MoETraining = MoETraining()
 
