@@ -427,9 +427,10 @@ def adapter_problem(folder: Path) -> str | None:
         return None
     settings = {} if why_unusable(file) else read_json(file)
     kind, base = settings.get("peft_type") or "PEFT", settings.get("base_model_name_or_path")
+    scores = settings.get("task_type") == "SEQ_CLS"  # What scores takes no adapter.
     return (
         f"{folder} holds a {kind} adapter (adapter_config.json), not a model"
         + (f"; its base model is {base}" if base else "")
-        + f". Give the base model and --adapter {folder}; or merge the two first, with qwen-jax convert "
-        f"--merge-adapter {folder} MODEL OUT, or PEFT's merge_and_unload()."
+        + (". Merge" if scores else f". Give the base model and --adapter {folder}; or merge")
+        + f" the two first, with qwen-jax convert --merge-adapter {folder} MODEL OUT, or PEFT's merge_and_unload()."
     )

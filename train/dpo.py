@@ -58,7 +58,7 @@ class DpoConfig:
     label_smoothing: float = 0.0
     length_normalised: bool = False
     nll_weight: float = 0.0
-    max_segments: int = 64
+    max_segments: int = 128
     loss_chunk: int = 2048
     moe: MoETraining = MoETraining()
 

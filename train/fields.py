@@ -110,6 +110,9 @@ def _replaced(value: Any, kind: Any, path: Sequence[str], text: str, change: str
             raise InputError(f"{change!r}: no entry {name!r}; {near(name, value or {})}")
         entry = typing.get_args(_mapping(kind))[1] if _mapping(kind) else Any
         return {**(value or {}), name: _replaced((value or {}).get(name), entry, rest, text, change)}
+    if value is None:
+        part = ".".join(change.partition("=")[0].split(".")[: -len(path)])
+        raise InputError(f"{change!r}: {part} is null. Set the whole part, as in {part}='{{\"{name}\": ...}}'.")
     raise InputError(f"{change!r}: a {type(value).__name__} has no field {name!r}.")
 
 

@@ -40,7 +40,7 @@ from train.sampler import Sampler
 from train.sandbox import Sandbox
 from train.shared_rollouts import SharedRollouts
 from train.start import Started, begin
-from train.tuned import Formats, TunedModel, check_reference
+from train.tuned import Formats, TunedModel, check_beside
 
 
 def train_grpo(config: GrpoRunConfig, formats: Formats, console: Console | None = None) -> int:
@@ -100,7 +100,7 @@ def _opened(
         raise InputError(f"{config.model} is a reward model, which writes no text. Give a language model.")
     check_handover(model)
     if config.reference is not None:
-        check_reference(config.reference, config.model, tokenizer, formats)
+        check_beside("reference", config.reference, config.model, tokenizer, formats)
     with contextlib.ExitStack() as stack:
         yield _Run(config, formats, model, tokenizer, origin, begun, stack, one_episode)
 

@@ -35,7 +35,7 @@ class RewardConfig:
     """
 
     centering: float = 0.0
-    max_segments: int = 64
+    max_segments: int = 128
     head: Score = "linear"
     moe: MoETraining = MoETraining()
 
@@ -90,8 +90,8 @@ class Reward(RoutedObjective[PairBatch, RewardStats]):
         if self.model.score != self.config.head:
             has = "no score head" if self.model.score is None else f"the score head {self.model.score!r}"
             raise InputError(
-                f"The model has {has}, and the objective expects {self.config.head!r}. Set head to that of the model, "
-                "or start from a language model with qwen_jax.params.with_fresh_score_head."
+                f"The model has {has}, and the objective expects {self.config.head!r}. Set head (objective.head) to "
+                "that of the model, or start from a language model with qwen_jax.params.with_fresh_score_head."
             )
 
     @property

@@ -38,8 +38,8 @@ from train.samples import Prompt, write_samples
 from train.start import Started, begin, stage_meshes
 from train.state import TrainState
 from train.step import EvalStep
-from train.tune_config import MAX_SEGMENTS, TuneConfig
-from train.tuned import Formats, TunedModel, check_reference
+from train.tune_config import TuneConfig
+from train.tuned import Formats, TunedModel, check_beside
 
 
 def tune(config: TuneConfig, formats: Formats, console: Console | None = None) -> int:
@@ -60,8 +60,9 @@ def tune(config: TuneConfig, formats: Formats, console: Console | None = None) -
     with in_step("Preparing the run"):
         model, tokenizer, origin = formats.describe(config.model)
         meshes = stage_meshes(config, model)
-        if config.reference is not None:
-            check_reference(config.reference, config.model, tokenizer, formats)
+        for field, path in (("reference", config.reference), ("base", config.base)):
+            if path is not None:
+                check_beside(field, path, config.model, tokenizer, formats)
         tasks = None if config.tasks is None else OpenedTasks(config.tasks, tokenizer)
     opened = model, tokenizer, origin, meshes, tasks, begun
     with contextlib.nullcontext() if tasks is None else contextlib.closing(tasks):
@@ -145,8 +146,7 @@ class _Run:
                 store = opened()
             if config.method == "reward":
                 self._tell_padding(store)
-            most = MAX_SEGMENTS if config.kind == "pairs" else None
-            rows = RowConfig(stage.length, stage.batch_size, config.seed, epochs, config.too_long, most)
+            rows = RowConfig(stage.length, stage.batch_size, config.seed, epochs, config.too_long, config.max_segments)
             return (PackedPairs if config.kind == "pairs" else PackedSequences)(store, rows)
 
     def _tell_padding(self, store: ExampleStore) -> None:

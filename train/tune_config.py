@@ -27,9 +27,6 @@ Method = Literal["sft", "reward", "dpo"]
 
 ObjectiveConfig = PretrainConfig | RewardConfig | DpoConfig
 
-MAX_SEGMENTS = 128
-"""Segments of a row of pairs, at most; two for each pair."""
-
 
 @dataclasses.dataclass(frozen=True)
 class TuneStage:
@@ -183,6 +180,11 @@ class TuneConfig:
         return "sft" if self.method == "sft" else "pairs"
 
     @property
+    def max_segments(self) -> int | None:
+        """Most segments of a row, two for each pair; None for examples that are no pairs."""
+        return None if isinstance(self.objective, PretrainConfig) else self.objective.max_segments
+
+    @property
     def export_folder(self) -> Path | None:
         """Where the tuned model is written; None for nowhere."""
         if self.export == "":
@@ -195,15 +197,17 @@ class TuneConfig:
         names = exact_shares(stage.mixture) if stage.mixture else stage.data or tuple(self.data)
         return {name: self.data[name] for name in names}
 
-    def objective_of(self, index: int, model: ModelConfig, max_segments: int) -> Objective[Any, Any, Any]:
+    def objective_of(self, index: int, model: ModelConfig, max_segments: int | None = None) -> Objective[Any, Any, Any]:
         """The objective of a stage.
 
         Args:
           index: of the stage, from 0.
           model: the architecture.
-          max_segments: most segments of a row of pairs.
+          max_segments: most segments that a row of pairs has; by default the most that it may have.
         """
         stage, config = self.stages[index], self.objective
+        if max_segments is not None and not isinstance(config, PretrainConfig):
+            config = dataclasses.replace(config, max_segments=max_segments)
         model = dataclasses.replace(
             model,
             rope_theta=model.rope_theta if stage.rope_theta is None else stage.rope_theta,
@@ -212,8 +216,8 @@ class TuneConfig:
         if isinstance(config, PretrainConfig):
             return Sft(model, dataclasses.replace(config, compact_loss=True))
         if isinstance(config, DpoConfig):
-            return Dpo(model, dataclasses.replace(config, max_segments=max_segments))
-        return Reward(model, dataclasses.replace(config, max_segments=max_segments))
+            return Dpo(model, config)
+        return Reward(model, config)
 
     def trained_model(self, model: ModelConfig) -> ModelConfig:
         """The architecture that is trained: that of the checkpoint, with a score head if it is a reward model.

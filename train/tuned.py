@@ -50,22 +50,25 @@ class Formats(Protocol):
         ...
 
 
-def check_reference(reference: str, model: str, tokenizer: Tokenizer, formats: Formats) -> None:
-    """Checks that a reference has the tokenizer of the model that is bound to it.
+def check_beside(field: str, path: str, model: str, tokenizer: Tokenizer, formats: Formats) -> None:
+    """Checks that another checkpoint of a run is a language model with the tokenizer of the model that is tuned.
 
     Args:
-      reference, model: checkpoints.
+      field: of the configuration that names it, such as "reference".
+      path, model: checkpoints.
       tokenizer: of the model.
-      formats: reads the reference's.
+      formats: reads the other's.
 
     Raises:
-      InputError: it has another one.
+      InputError: it is a reward model, or has another tokenizer.
     """
-    _, theirs, _ = formats.describe(reference)
+    config, theirs, _ = formats.describe(path)
+    if config.score is not None:
+        raise InputError(f"The {field} {path} is a reward model, which has no output head. Give a language model.")
     if theirs.fingerprint() != tokenizer.fingerprint():
         raise InputError(
-            f"The reference {reference} has another tokenizer than the model {model}, so that its "
-            "log-probabilities are of other tokens. Give a reference with the same tokenizer."
+            f"The {field} {path} has another tokenizer than the model {model}, so that the same token ids mean other "
+            f"texts to it. Give a {field} with the same tokenizer."
         )
 
 

@@ -36,8 +36,10 @@ class Plan:
     """Number of such slices, connected by the data-centre network."""
     mesh: str | None = None
     """Such as fsdp=16,tensor=4; by default the mesh of the config or, if it has none, FSDP over each slice."""
-    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH=VALUE")] = ()
-    """Change a field of the config."""
+    set: Annotated[
+        tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH=VALUE [PATH=VALUE ...]")
+    ] = ()
+    """Change fields of the config."""
     search: bool = False
     """Try meshes (without --mesh), remat policies and micro-batches, and rank them. Each try is a compilation."""
     json: bool = False
@@ -76,7 +78,7 @@ class Plan:
 
     def _config(self, runs: ModuleType) -> tuple[Any, "ModelConfig | None"]:
         """The configuration, and for tuning the architecture of the checkpoint, of which only config.json is read."""
-        config = runs.load(self.config, self.set)
+        config = runs.load(self.config, [change for changes in self.set for change in changes])
         if not isinstance(config, runs.TuneConfig):
             if self.model is not None:
                 raise InputError("--model is for tuning runs. A run of pre-training has its model in the config.")

@@ -279,9 +279,12 @@ def _plain(value: Any, where: str) -> Any:
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     """Raise InputError, naming the message by its index, unless the messages have the form `ChatTemplate` renders."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise InputError(f"expected a list of messages, got {type(messages).__name__}")
+        raise InputError(
+            f"expected a list of messages, got {type(messages).__name__}. Give each of them as an object with role and "
+            "content."
+        )
     if not messages:
-        raise InputError("expected at least one message, got an empty list")
+        raise InputError("expected at least one message, got an empty list. Give a message with role and content.")
     for i, message in enumerate(messages):
         where = f"message {i}"
         if not isinstance(message, Mapping):

@@ -73,8 +73,9 @@ def render_example(
     a content begins with line ends, encoding the whole text at once would merge them with the line end of
     `<|im_start|>assistant`; elsewhere both give the same ids.
 
-    Where the template marks assistant text by `{% generation %}`, that is trained. With any other template, the turn
-    begins where the prompt made of the messages before it ends, and ends with the last control token of its message.
+    Where the template marks assistant text by `{% generation %}`, that is trained; a control token that ends it must be
+    marked too. With any other template, the turn begins where the prompt made of the messages before it ends, and ends
+    with the last control token of its message.
 
     Args:
         tokenizer: with a chat template.
@@ -86,7 +87,7 @@ def render_example(
 
     Raises:
         InputError: malformed messages or tools, no assistant's turn to train, a `<tool_call>` in an assistant's content
-            that is not closed, or a template that does not tell what the assistant wrote.
+            that is not closed, or a template that does not tell what the assistant wrote or marks it without its end.
     """
     parts = chat_parts(
         tokenizer, messages, tools, trained=trained, newline=newline, first=first, parse_special=parse_special
@@ -127,6 +128,7 @@ def chat_parts(
     if marked:
         opening, closing = hidden.marks
         text, spans = conversation.generated((opening, closing))
+        _check_ends_marked(text, spans, _turn_ends(tokenizer))
         if first or trained == "last":
             spans = _of_turns(spans, messages, turns, trained)
     else:
@@ -316,6 +318,19 @@ def _check_tool_calls_closed(content: str, index: int) -> None:
             f"message {index} (assistant): the content has a <tool_call> without its </tool_call>, or the reverse. "
             "Correct it, or give the calls as 'tool_calls'."
         )
+
+
+def _check_ends_marked(text: str, spans: Sequence[Span], ends: tuple[str, ...]) -> None:
+    """Raise InputError where the template marks an assistant's text without the control token that ends it."""
+    for start, end in spans:
+        rest = text[end:].lstrip()
+        left = max((token for token in ends if rest.startswith(token)), key=len, default=None)
+        marked = any(a <= len(text) - len(rest) < b for a, b in spans) or text[start:end].rstrip().endswith(ends)
+        if left is not None and not marked:
+            raise InputError(
+                f"the chat template marks {text[start:end][-20:]!r} by {{% generation %}} without the {left} after it, "
+                f"so a model would not learn to stop. Put {{% endgeneration %}} after {left}."
+            )
 
 
 def _of_turns(

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import convert
 from convert.adapter import adapter_params, load_factors, read_adapter, write_adapter
+from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
 from qwen_jax.inference.scorer import Scorer
 from qwen_jax.lora import LoRA
@@ -159,6 +160,9 @@ def test_a_reward_model_s_adapter_goes_both_ways(bases: dict[str, Path], tmp_pat
     config, params = convert.load(base, mesh, "float32", adapter=tmp_path / "b")
     got = Scorer(config, params, mesh, dtype="float32").score(texts)
     assert_same(got, theirs(peft.PeftModel.from_pretrained(classifier(), tmp_path / "b").eval()), without)
+    # Scoring has no --adapter: the folder itself is no model, and only merging is advised.
+    with pytest.raises(InputError, match=r"not a model; its base model is .*\. Merge the two first"):
+        load_config(tmp_path / "b")
 
 
 VARIANTS: dict[str, tuple[str, peft.PeftConfig | dict[str, Any], str]] = {

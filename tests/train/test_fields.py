@@ -98,6 +98,7 @@ def test_what_is_not_null_stays_text() -> None:
         ("verify_data=yes", "expected true or false, got 'yes'"),
         ("optimizer.beta2=high", "expected a number, got 'high'"),
         ("mesh=4", "expected a JSON object"),
+        ("step.lora.rank=8", r"step.lora is null. Set the whole part, as in step.lora='\{\"rank\": ...\}'"),
         ("output=", "output is empty"),
         ("tokenizer=", "tokenizer is empty"),
         ("export=", "export is empty"),

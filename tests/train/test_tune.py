@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.params import init_params
 from qwen_jax.published import published
 from qwen_jax.quantization import Quantization, Scheme
-from qwen_jax.tokenizer import train_bpe
+from qwen_jax.tokenizer import load_tokenizer, train_bpe
 from tests.helpers.processes import run as run_processes
 from tests.helpers.quantized import random_quantized
 from tests.helpers.runs import (
@@ -190,6 +191,45 @@ def test_a_reference_is_computed_again_with_other_products(
             tune.tune(set_fields(config, f"step.products={products}"), _Formats())
     # Of the held-out pairs, and of those that are trained on.
     assert used == ["bfloat16"] * 2 + ["fp8"] * 2
+
+
+@pytest.mark.parametrize("field", ["reference", "base"])
+def test_a_checkpoint_beside_the_model_is_a_language_model_with_its_tokenizer(
+    field: str, files: Path, tmp_path: Path
+) -> None:
+    mesh = make_mesh({}, jax.devices()[:1])
+    model = load_config(files / "model")
+    scores = dataclasses.replace(model, score="linear")
+    with jax.set_mesh(mesh):
+        export(init_params(scores, jax.random.key(0), mesh), scores, tmp_path / "scores")
+    shutil.copytree(files / "base", tmp_path / "other")
+    load_tokenizer(files / "model").save(tmp_path / "scores")
+    train_bpe(["zebra quartz jigsaw\n" * 9], 300).save(tmp_path / "other")
+    run = configuration(files, "dpo", tmp_path / "run")
+    for name, message in (("scores", "is a reward model"), ("other", "has another tokenizer than the model")):
+        merging = Merging() if field == "base" else None
+        changed = dataclasses.replace(run, **{field: str(tmp_path / name)}, merging=merging)
+        with pytest.raises(InputError, match=f"The {field} .*{name} {message}"):
+            tune.tune(changed, _Formats())
+
+
+def test_rows_have_as_many_segments_as_asked(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class EndError(Exception):
+        """Nothing is trained."""
+
+    jobs = []
+
+    def end(**job: Any) -> None:
+        jobs.append(job)
+        raise EndError
+
+    monkeypatch.setattr(tune, "Job", end)
+    asked = 2 * int(print_seed().integers(1, 3))
+    config = set_fields(configuration(files, "reward", tmp_path / "run"), f"objective.max_segments={asked}")
+    with pytest.raises(EndError):
+        tune.tune(set_fields(config, "stages.0.length=1024"), _Formats())
+    assert jobs[0]["data_record"]["stages"][0]["max_segments"] == asked
+    assert jobs[0]["phases"][0].objective.config.max_segments == asked
 
 
 def test_pairs_that_end_with_padding_are_told(

@@ -216,7 +216,7 @@ def _format(values: Mapping[str, Any], kind: Kind | None) -> str:
         expected = "; ".join(n for n, (of, _) in _FORMATS.items() if kind in (None, of))
         raise InputError(
             f"found the columns {shown}, expected one of: {expected} (with tools or margin if need be). Rename the "
-            "columns; plain documents are for `qwen-jax data build`."
+            "columns, and give each message a role and content; plain documents are for `qwen-jax data build`."
         )
     if len(found) > 1:
         raise InputError(

@@ -49,7 +49,8 @@ def find_tables(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
       paths: as for `train.data.text.find_files`.
 
     Raises:
-      InputError: nothing is found, a file has another format, or a folder has several splits.
+      InputError: nothing is found, also in one of the folders; a file has another format, or a folder has several
+        splits.
     """
     found: dict[Path, None] = {}
     for given in paths:
@@ -65,11 +66,12 @@ def find_tables(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
                 folder / str(entry.get("filename")) for entry in read_json(folder / "state.json").get("_data_files", [])
             ]
             if not files:
-                raise InputError(f"{folder / 'state.json'} lists no files. Save the data set again.")
+                raise InputError(f"{folder} has no examples: its state.json lists no files. Give another data set.")
         else:
-            files = find_files(
-                [given], "files of examples (JSONL, Parquet), folders or patterns such as 'chats/*.jsonl'"
-            )
+            expected = "files of examples (JSONL, Parquet), folders or patterns such as 'chats/*.jsonl'"
+            files = find_files([given], expected)
+            if not files:
+                raise InputError(f"{given} has no files that are not hidden. Give {expected}.")
         found.update(dict.fromkeys(files))
     for path in found:
         problem = why_unusable(path)
@@ -112,7 +114,7 @@ def read_rows(path: Path, advance: Callable[[int], None] = lambda count: None) -
     except reading_errors() as error:
         why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error).strip().partition("\n")[0]
         raise InputError(
-            f"{path} cannot be read beyond record {number}: {why}. Fetch it again, or leave it out."
+            f"{path} cannot be read beyond record {number}: {why.rstrip('.')}. Fetch it again, or leave it out."
         ) from None
 
 
@@ -156,7 +158,10 @@ def _parse(content: bytes, place: str) -> Any:
 
 def _object(value: Any, place: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise InputError(f"{place}: expected a JSON object with columns, got {type(value).__name__}.")
+        raise InputError(
+            f"{place}: expected a JSON object with columns, got {type(value).__name__}. Give an object for each "
+            "example."
+        )
     return value
 
 

@@ -21,7 +21,7 @@ from train.fields import call, set_fields
 from train.objective import Objective
 from train.optimizer import OptimizerConfig
 from train.step import StepConfig
-from train.tune_config import MAX_SEGMENTS, TuneConfig, TuneStage
+from train.tune_config import TuneConfig, TuneStage
 
 # Steps of a stage of tuning, which follow from data that a plan does not read. They change only the learning rate.
 _STEPS = 1000
@@ -110,7 +110,7 @@ def stages_of(config: RunConfig | TuneConfig, model: ModelConfig | None = None) 
         if model is None:
             raise ValueError("A plan of tuning needs the architecture of its checkpoint.")
         trained, lora = config.trained_model(model), config.step.lora
-        objectives = [config.objective_of(index, trained, MAX_SEGMENTS) for index in indices]
+        objectives = [config.objective_of(index, trained) for index in indices]
         optimizer, pairs = config.optimizer_config([_STEPS] * len(config.stages)), config.kind == "pairs"
         # A new head is trained in any case.
         new_head = ("score",) if trained.score != model.score else ()

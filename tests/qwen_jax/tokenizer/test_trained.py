@@ -47,6 +47,7 @@ MARKED = """{%- for message in messages %}
 {%- else %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+MARKED_END = " + '<|im_end|>' }}\n{%- endgeneration %}"
 # Drops thoughts from earlier turns, so that a prefix renders differently from the whole.
 FORGETFUL = """{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' }}
 {%- if loop.last %}{{- message.content }}{%- else %}{{- message.content.split('</think>')[-1] }}{%- endif %}
@@ -186,6 +187,14 @@ def test_generation_tag_hides_control_tokens_too() -> None:
         assert starts == len(messages) == example.ids.count(tokenizer.control_ids["<|im_end|>"])
 
 
+def test_a_block_of_its_own_may_mark_the_end() -> None:
+    apart = MARKED.replace(MARKED_END, " }}{% endgeneration %}{% generation %}{{- '<|im_end|>' }}{% endgeneration %}")
+    assert apart != MARKED
+    for messages, _ in conversations(20, tools=False):
+        examples = [render_example(with_template(source), messages) for source in (MARKED, apart)]
+        assert examples[0] == examples[1]
+
+
 def test_turns_before_first_are_not_trained(tokenizer: Tokenizer) -> None:
     messages = [USER, REPLY, USER, {"role": "assistant", "content": "Second."}, USER, REPLY]
     for first in range(5):
@@ -301,6 +310,11 @@ BAD: list[tuple[str, str, list[dict[str, Any]]]] = [
     (
         MARKED.replace("{%- endgeneration", "{% generation %}{% endgeneration %}{%- endgeneration"),
         "inside",
+        [USER, REPLY],
+    ),
+    (
+        MARKED.replace(MARKED_END, " }}{% endgeneration %}{{- '<|im_end|>' }}"),
+        r"'Hi\.' by .*without the <\|im_end\|> after it.*would not learn to stop",
         [USER, REPLY],
     ),
 ]

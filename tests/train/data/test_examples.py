@@ -248,6 +248,10 @@ def test_bad_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
     check("table.csv", b"a,b", "expected one of .jsonl")
     with pytest.raises(InputError, match="No such file"):
         find_tables([tmp_path / "missing.jsonl"])
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing" / ".hidden.jsonl").write_text("{}")
+    with pytest.raises(InputError, match=r"nothing has no files that are not hidden\. Give files of examples"):
+        find_tables([tmp_path / "empty.jsonl", tmp_path / "nothing"])
     (tmp_path / "splits").mkdir()
     (tmp_path / "splits" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     with pytest.raises(InputError, match=r"has the splits train, test\. Give the folder of one"):

@@ -62,7 +62,8 @@ def test_a_batch_that_does_not_divide_is_one_sentence(tmp_path: Path) -> None:
     """The sentence of training, and nothing else: the TPU compiler does not complain of a machine without TPUs."""
     (tmp_path / "run.py").write_text(_CONFIG)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TPU")}
-    arguments = ["--config", f"{tmp_path}/run.py", "--topology", "v5e:2x2", "--set", "stages.0.batch_size=12"]
+    arguments = ["--config", f"{tmp_path}/run.py", "--topology", "v5e:2x2"]
+    arguments += ["--set", "stages.0.batch_size=12", "stages.0.accumulation=3"]
     code = "import sys; from qwen_jax.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "plan", *arguments, "--set", "stages.0.accumulation=2"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3], env=environment)
