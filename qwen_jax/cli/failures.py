@@ -24,9 +24,9 @@ _SURELY_LOST = re.compile(
     re.IGNORECASE,
 )
 _REMEDIES = (
-    "What reduces it, where the command has the option: a smaller --batch-size, shorter prompts, fewer "
-    "--max-new-tokens, --dtype bfloat16, more devices (--mesh tensor=2). Otherwise use a smaller model or "
-    "a larger machine."
+    "What reduces it, where the command has the option: a smaller --batch-size or --prefill-chunk, "
+    "shorter prompts, fewer --max-new-tokens, --dtype bfloat16, more devices (--mesh tensor=2). Otherwise use a "
+    "smaller model or a larger machine."
 )
 
 
@@ -83,8 +83,11 @@ def _lacking_memory(error: BaseException) -> str | None:
     if jax is None or not isinstance(error, jax.errors.JaxRuntimeError):
         return None
     text = str(error)
-    # Running out of on-chip memory is a bug of a kernel. Other limits (message sizes) have the same status code.
-    if "RESOURCE_EXHAUSTED" not in text or re.search(r"\bvmem\b|\bsmem\b|shared memory", text, re.IGNORECASE):
+    # Running out of on-chip memory is a bug of a kernel. Other limits (message sizes) have the same status code. CPUs
+    # have another one.
+    if not re.search("RESOURCE_EXHAUSTED|Out of memory allocating", text) or re.search(
+        r"\bvmem\b|\bsmem\b|shared memory", text, re.IGNORECASE
+    ):
         return None
     found = re.search(r"[^.\n:]*(?:out of memory|allocat)[^\n]*", text, re.IGNORECASE)
     if found is None:

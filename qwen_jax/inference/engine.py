@@ -249,7 +249,7 @@ class Engine:
         self, document: Document, ids: list[int], length: int, sampling: SamplingParams, max_new_tokens: int
     ) -> Chunks:
         static, values = self._static(sampling.mode, document.slots), SamplingValues.of(sampling)
-        chunk = min(_bucket(len(ids), smallest=64), self.prefill_chunk)
+        chunk = self._chunk_of(len(ids))
         with jax.set_mesh(self.mesh):
             state = chunked_prefill.resume(document.take(), document.tokens, static=static)
         lengths_B = np.asarray([length], np.int32)
@@ -341,18 +341,19 @@ class Engine:
 
     def _read_chunks(self, prompts: Sequence[Sequence[int]], lengths_B: np.ndarray, static: StaticArgs) -> PrefillState:
         """Reads whole prompts in chunks."""
-        sparsity = self.sparsity if self._is_sparse(int(lengths_B.max())) else None
+        longest = int(lengths_B.max())
+        sparsity = self.sparsity if self._is_sparse(longest) else None
         state, self.skipped = chunked_prefill.read(
             self.params,
             self._empty(lengths_B, static),
-            *(prompts, lengths_B, self.prefill_chunk, self.mesh, static, self.on_chunk, sparsity),
+            *(prompts, lengths_B, self._chunk_of(longest), self.mesh, static, self.on_chunk, sparsity),
         )
         if self.skipped:
             recall_LH, density, cut = summarise(self.skipped)
             _log.log(
                 logging.WARNING if cut else logging.INFO,
                 "sparse prefill of %d tokens: density %.2f%%, recall %.4f, lowest head %.4f; %d pieces or columns cut",
-                *(int(lengths_B.max()), 100 * density, recall_LH.mean(), recall_LH.min(), cut),
+                *(longest, 100 * density, recall_LH.mean(), recall_LH.min(), cut),
             )
         return state
 
@@ -406,9 +407,14 @@ class Engine:
         shards = self.sharding.batch_shards
         return -(-(1 << (size - 1).bit_length()) // shards) * shards
 
+    def _chunk_of(self, tokens: int) -> int:
+        """How many of a prompt's tokens are read at a time: no more than it has, but for whole tiles."""
+        return min(_bucket(tokens, smallest=_SPARSE_TILE), self.prefill_chunk)
+
     def _slots_for_chunks(self, longest: int, room: int) -> int:
         """Length of the cache for prompts that are read in chunks and `room` tokens after them."""
-        whole = -(-longest // self.prefill_chunk) * self.prefill_chunk
+        chunk = self._chunk_of(longest)
+        whole = -(-longest // chunk) * chunk
         # What follows a document is read in chunks, too.
         return _bucket(max(whole, longest + _bucket(room, smallest=64)), smallest=256)
 

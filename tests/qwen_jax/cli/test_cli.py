@@ -209,6 +209,10 @@ def test_too_little_memory_is_one_message(
             "of 15.75G hbm. Exceeded hbm capacity by 2.70G.\n\nTotal hbm usage >= 18.97G:",
             "Used 18.45G of 15.75G hbm",
         ),
+        (
+            "INTERNAL: Error dispatching computation: Out of memory allocating 34369372160 bytes.",
+            "allocating 32.01 GiB. What",
+        ),
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 130M of 128M vmem.", None),
         ("RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 300000, available 232448", None),
         ("INVALID_ARGUMENT: out of memory lane", None),

@@ -6,6 +6,7 @@ import gc
 import types
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -152,6 +153,21 @@ def test_a_document_is_read_once(make_engine: MakeEngine, rng: np.random.Generat
     both = engine.generate(questions[:2], sampling, max_new_tokens=5, document=document)
     assert [c.token_ids for c in both] == [c.token_ids for c in want[:2]]
     assert not reads, "the document was read again"
+
+
+def test_a_short_document_is_read_by_a_short_chunk(make_engine: MakeEngine, rng: np.random.Generator) -> None:
+    """A chunk of 32,768 tokens takes no more than the document: in its cache, and in the program that reads it."""
+    engine = make_engine(CONFIGS["dense"], prefill_chunk=32_768)
+    length = int(rng.integers(1, 90))
+    (text,), (question,) = prompts_of(rng, length), prompts_of(rng, 9)
+    with mock.patch.object(chunked_prefill, "prefill_chunk", wraps=chunked_prefill.prefill_chunk) as calls:
+        document = engine.read(text, room=16)
+        (got,) = engine.generate([question], GREEDY, max_new_tokens=5, document=document)
+    assert document.slots <= 256
+    assert [call.args[2].shape[1] for call in calls.call_args_list] == [128, 128]
+    (want,) = engine.generate([text + question], GREEDY, max_new_tokens=5)
+    np.testing.assert_allclose(got.logprobs, want.logprobs, rtol=0, atol=1e-4)
+    assert got.token_ids == want.token_ids
 
 
 def test_what_does_not_fit_is_said_before_anything_runs(make_engine: MakeEngine, rng: np.random.Generator) -> None:
