@@ -24,7 +24,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.kernels.padding import pad_to_multiple
 from qwen_jax.kernels.softmax import LOG2E, LOW, LOWEST
 from qwen_jax.kernels.tpu.device import LANES, PACKED_ROWS, cache_tile_bytes, cores
-from qwen_jax.kernels.tpu.tiles import product, widened
+from qwen_jax.kernels.tpu.tiles import product, unit, widened
 from qwen_jax.kernels.types import Ref
 
 _TABLE_BYTES = 768 << 10
@@ -312,8 +312,7 @@ class _Tile(NamedTuple):
 
 def _tile_of(q: jax.Array, k: jax.Array, v: jax.Array, scales: Sequence[jax.Array]) -> _Tile:
     """A tile of keys and values that may be in 8 bits, with their scales."""
-    (k, unit), (v, _) = (widened(x, q.dtype) for x in (k, v))
-    return _Tile(q, k, v, *(unit * x for x in scales))
+    return _Tile(q, widened(k, q.dtype), widened(v, q.dtype), *(unit(k.dtype) * x for x in scales))
 
 
 def _add(

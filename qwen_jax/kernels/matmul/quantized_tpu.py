@@ -21,7 +21,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.kernels.padding import pad_to_multiple
 from qwen_jax.kernels.tpu import device
 from qwen_jax.kernels.tpu.device import LANES, PACKED_ROWS, Core, cache_tile_bytes
-from qwen_jax.kernels.tpu.tiles import NT, product
+from qwen_jax.kernels.tpu.tiles import NT, product, unit, widened
 from qwen_jax.kernels.types import Ref
 
 CODES = tuple(map(jnp.dtype, (jnp.int4, jnp.int8, jnp.float8_e4m3fn)))
@@ -155,7 +155,7 @@ def matmul(
 
     Args:
       x_MK: bfloat16.
-      weight_NK: codes.
+      weight_NK: codes; NaN of float8_e4m3fn count as 480 on v5 and v6.
       scales_NG: of the groups of inputs.
       zeros_NG: zero points in the dtype of the codes.
       mins_NG: float32, subtracted after scaling.
@@ -263,7 +263,7 @@ def few_program(*refs: Ref, K: int, G: int, tiles: Tiling) -> None:
 
     def dot(c: jax.Array | int, size: int = chunk) -> jax.Array:
         start = c * chunk if isinstance(c, int) else pl.multiple_of(c * chunk, LANES)
-        codes = w_ref[:, pl.ds(start, size)].astype(jnp.bfloat16)
+        codes = widened(w_ref[:, pl.ds(start, size)], jnp.bfloat16)
         return lax.dot_general(x_ref[c][:, :size], codes, NT, preferred_element_type=jnp.float32)
 
     def scaled(sums: jax.Array, g: jax.Array | int, count: int = several) -> jax.Array:
@@ -298,6 +298,7 @@ def few_program(*refs: Ref, K: int, G: int, tiles: Tiling) -> None:
         total = total + (sums if G == 1 else scaled(sums, whole * several, rest * G // K))
     if G == 1:
         total = total * scales_ref[...]
+    total = total * unit(w_ref.dtype)
     if offset_refs:
         sums_ref, offsets_ref = offset_refs
         total = total - product(sums_ref[...], offsets_ref[...])
@@ -377,7 +378,7 @@ def _many_program(refs: _Many, *, K: int, G: int, chunk: int) -> None:
             wide = [jnp.broadcast_to(x, (size // count, x.shape[1])) for x in of_groups]
             return (wide[0] if count == 1 else jnp.concatenate(wide)).T
 
-        values = refs.w[:, at].astype(jnp.float32)
+        values = unit(refs.w.dtype) * widened(refs.w[:, at], jnp.float32)
         if refs.zeros is not None:
             values = values - spread(refs.zeros)
         values = values * spread(refs.scales)

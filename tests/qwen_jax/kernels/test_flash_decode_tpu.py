@@ -88,8 +88,7 @@ def test_each_number_of_8_bits_becomes_itself(narrow, dtype) -> None:
     x = jnp.asarray(codes.reshape(32, 128).view(narrow))
 
     def program(x_ref, out_ref):
-        wide, factor = tiles.widened(x_ref[...], dtype)
-        out_ref[...] = wide * factor
+        out_ref[...] = tiles.widened(x_ref[...], dtype) * tiles.unit(x_ref.dtype)
 
     with pltpu.force_tpu_interpret_mode():
         got = pl.pallas_call(program, out_shape=jax.ShapeDtypeStruct(x.shape, dtype))(x)
