@@ -140,6 +140,8 @@ class Running:
         """Raises InputError for values that are wrong for any checkpoint."""
         if self.prefill_chunk < 1:
             raise InputError(f"--prefill-chunk must be at least 1, got {self.prefill_chunk}.")
+        if self.sparse_from < 0:
+            raise InputError(f"--sparse-from must be at least 0, got {self.sparse_from}.")
         if self.rope_scaling is not None and self.dual_chunk:
             raise InputError("--rope-scaling and --dual-chunk together are not defined. Give one of them.")
         if self.sparsity_file is not None and self.attention != "vertical-slash":
