@@ -1,6 +1,7 @@
 """Grouped products of rounded rows: parity with float64, invariances, selection, and the TPU compiler."""
 
 import logging
+import re
 from typing import Any
 
 import jax
@@ -238,4 +239,6 @@ def test_compiles_for_tpus(chip: str) -> None:
             (kernel,) = (line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line)
             assert f"{code}[{M},{K}]" in kernel
             assert f"{code}[{G},{N},{K}]" in kernel
+            # No codes are stored in bfloat16.
             assert f"bf16[{G},{N},{K}]" not in text
+            assert not re.search(rf"= bf16\[{M},{K}\]\S* (fusion|convert)\(", text[text.index("ENTRY") :])
