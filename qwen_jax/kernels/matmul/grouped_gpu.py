@@ -97,9 +97,8 @@ def product(
 
     Returns:
       bfloat16 [M, N], or with `transposed` [M, K]: sums in float32, rounded once. Sums of products of int8 are int32,
-      so exact; of products of float8 Hopper's tensor cores keep some 14 bits (arXiv:2412.19437, section 3.3.2). Both
-      are scaled in float32. Rows that belong to no group are
-      zero, whatever x holds there.
+      so exact; in those of float8 the tensor cores keep some 14 bits (arXiv:2412.19437, section 3.3.2). Both are scaled
+      in float32. Rows that belong to no group are zero, whatever x holds there.
 
     Raises:
       InputError: shapes or dtypes that are not supported.
@@ -114,6 +113,7 @@ def product(
     _check(N, K, sizes_G, x_MK, w_GNK, codes=scales is not None)
     M, x = x_MK.shape[0], _pad_rows(x_MK)
     columns, chunk = min(COLUMNS, width), CHUNK * 2 // x.dtype.itemsize
+    w_tile = (chunk, columns) if transposed else (columns, chunk)
     stages = _stages(columns, 2 * ZERO_ROWS * columns)
     of_both: tuple[jax.Array, ...] = ()
     if scales is not None:
@@ -123,11 +123,8 @@ def product(
                 f"{[(a.dtype, a.shape) for a in scales]}."
             )
         # Scales of tiles that reach beyond the rows or the outputs are read.
-        rows, outputs = (
-            jnp.pad(scales[0][:, 0], (0, x.shape[0] - M + ROWS)),
-            jnp.pad(scales[1], ((0, 0), (0, -N % columns))),
-        )
-        of_both = rows, outputs
+        of_rows = jnp.pad(scales[0][:, 0], (0, x.shape[0] - M + ROWS))
+        of_both = of_rows, jnp.pad(scales[1], ((0, 0), (0, -N % columns)))
     table, counts = row_tiles(sizes_G, x.shape[0])
 
     def block(*refs: Ref, **scratch: Ref) -> None:
@@ -140,9 +137,7 @@ def product(
         {"block": MULTIPROCESSORS},
         WARPGROUPS + 1,
         x_smem=tiled((stages, TILE_ROWS, chunk), x.dtype, chunk),
-        w_smem=tiled((stages, chunk, columns), x.dtype)
-        if transposed
-        else tiled((stages, columns, chunk), x.dtype, chunk),
+        w_smem=tiled((stages, *w_tile), x.dtype, chunk),
         out_smem=tiled((WARPGROUPS, PIECES, ROWS, PIECE_BYTES // ROWS // 2), jnp.bfloat16),
         zeros_smem=plgpu.SMEM((ZERO_ROWS, columns), jnp.bfloat16),
         ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),

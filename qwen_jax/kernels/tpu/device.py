@@ -51,10 +51,12 @@ def unpacks_e4m3b11() -> bool:
 
 
 def multiplies_codes(dtype: jax.typing.DTypeLike) -> bool:
-    """Whether the matrix unit multiplies numbers of 8 bits faster than bfloat16: int8 from v5e to v6e, float8 on 7x."""
-    info, integer = pltpu.get_tpu_info() if _is_tpu() else None, jnp.issubdtype(dtype, jnp.integer)
-    if info is None:
+    """Whether the matrix unit multiplies codes faster than bfloat16: int8 from v5e to v6e, float8 from 7x on."""
+    integer = jnp.issubdtype(dtype, jnp.integer)
+    if not _is_tpu():
+        # As on a v5p; see `core`.
         return integer
+    info = pltpu.get_tpu_info()
     return (info.int8_ops_per_second if integer else info.fp8_ops_per_second) > info.bf16_ops_per_second
 
 
