@@ -2,13 +2,15 @@
 
     python -m experiments.kernels.grouped
     python -m experiments.kernels.grouped --shapes 64x5120x3584 --rows 65536 --routing exact zipf --others
+    python -m experiments.kernels.grouped --codes int8 float8_e4m3fn
 
 FLOPs are those of the rows that have a group: 2 rows N K. A number is the median of five timings, each of as many calls
 as take a tenth of a second, with normal random inputs. "of dense" is the ratio to `jnp.einsum` of [rows, K] with one
 [N, K] (or of [rows, N] with it, or of [rows, N] with [rows, K]), measured just before. Routing: `exact`, the same
 number of rows for each group; `even`, random with equal probabilities; `zipf`, the n-th most popular group is 1/n as
-likely as the first. `--others` adds `jax.lax.ragged_dot` where that does not take too long, and tokamax's kernel if it
-is installed.
+likely as the first. `--codes` measures products of codes of 8 bits with scales (W8A8), without the rounding of the
+rows, beside those of bfloat16; "of dense" is the ratio to the dense product of bfloat16. `--others` adds
+`jax.lax.ragged_dot` where that does not take too long, and tokamax's kernel if it is installed.
 """
 
 import argparse
@@ -60,7 +62,15 @@ def others(
     yield "tokamax", "gradient", lambda: gradient(dy, x, sizes_G)
 
 
-def measure(group_shape: str, rows: int, routings: list[str], with_others: bool) -> None:
+def of_codes(dtype: str, rows: int, G: int, N: int, K: int) -> tuple[jax.Array, ...]:
+    """Random codes of rows and of matrices, and the scales of both."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, w = (jax.random.normal(key, s, jnp.bfloat16) * 32 for key, s in zip(keys, ((rows, K), (G, N, K)), strict=False))
+    scales = (jax.random.uniform(key, s) for key, s in zip(keys[2:], ((rows, 1), (G, N)), strict=True))
+    return x.astype(dtype), w.astype(dtype), *scales
+
+
+def measure(group_shape: str, rows: int, routings: list[str], with_others: bool, codes: list[str]) -> None:
     """Prints the rows of one shape."""
     G, N, K = map(int, group_shape.split("x"))
     x, dy, w = (
@@ -91,6 +101,11 @@ def measure(group_shape: str, rows: int, routings: list[str], with_others: bool)
         s = jnp.asarray(sizes(routing, G, rows))
         there = int(s.sum())
         report(routing, "ours", "product", functools.partial(product, x, w, s), there)
+        for dtype in codes:
+            x8, w8, *scales = of_codes(dtype, rows, G, N, K)
+            report(routing, "ours", f"product of {dtype}", lambda: product(x8, w8, s, scales=tuple(scales)), there)  # noqa: B023
+        if codes:
+            continue
         report(routing, "ours", "transposed", functools.partial(product, dy, w, s, transposed=True), there)
         for what, dtype in (("gradient", jnp.bfloat16), ("gradient in float32", jnp.float32)):
             report(routing, "ours", what, functools.partial(weights_gradient, dy, x, s, dtype=dtype), there)
@@ -106,13 +121,14 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="GxNxK", help="groups, and size of a matrix")
     parser.add_argument("--rows", nargs="+", type=int, default=[65536, 8192], help="rows of all groups together")
     parser.add_argument("--routing", nargs="+", default=["exact", "even", "zipf"], choices=["exact", "even", "zipf"])
+    parser.add_argument("--codes", nargs="+", default=[], choices=["int8", "float8_e4m3fn"], help="products of codes")
     parser.add_argument("--others", action="store_true", help="also measure other kernels")
     args = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {time.strftime('%Y-%m-%d')}\n")
     print("| G x N x K | rows | routing | | | ms | TFLOP/s | of dense |\n" + "|---" * 8 + "|")
     for shape in args.shapes:
         for rows in args.rows:
-            measure(shape, rows, args.routing, args.others)
+            measure(shape, rows, args.routing, args.others, args.codes)
 
 
 if __name__ == "__main__":

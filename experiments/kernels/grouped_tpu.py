@@ -1,6 +1,8 @@
 """Estimates of grouped products on TPUs without a TPU: ours, megablox and ragged_dot. Results: tpu_grouped.md.
 
     python -m experiments.kernels.grouped_tpu ours       # our kernels
+    python -m experiments.kernels.grouped_tpu ours --passes forward int8 --chips v5e v5p v6e    # W8A8
+    python -m experiments.kernels.grouped_tpu ours --passes forward float8_e4m3fn --chips 7x
     python -m experiments.kernels.grouped_tpu megablox   # jax.experimental.pallas.ops.tpu.megablox
     python -m experiments.kernels.grouped_tpu ragged     # jax.lax.ragged_dot_general, and what XLA does around it
 
@@ -26,6 +28,8 @@ from train.plan.topology import CHIPS
 
 _MODULE = "experiments.kernels.grouped_tpu"
 OPERATIONS = ("forward", "input gradient", "weights gradient")
+CODES = ("int8", "float8_e4m3fn")
+"""Further passes of our kernels: the forward pass of codes with scales."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +66,15 @@ def ours(
     operation: str, M: int, G: int, N: int, K: int, dtype: str = "bfloat16"
 ) -> tuple[Callable[..., Any], list[Any]]:
     """`qwen_jax.kernels.matmul.grouped_tpu`; `dtype` is that of the gradient of the weights."""
+    import jax
     import jax.numpy as jnp
 
+    if operation in CODES:
+        shapes: tuple[tuple[tuple[int, ...], str], ...] = (
+            ((M, K), operation), ((G, N, K), operation), ((G,), "int32"), ((M, 1), "float32"), ((G, N), "float32")
+        )  # fmt: skip
+        arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+        return lambda x, w, sizes, *scales: grouped_tpu.product(x, w, sizes, scales=scales), arguments
     function: Callable[..., Any] = functools.partial(grouped_tpu.product, transposed=operation == "input gradient")
     if operation == "weights gradient":
         function = functools.partial(grouped_tpu.weights_gradient, dtype=jnp.dtype(dtype))
@@ -153,7 +164,9 @@ def ours_estimate(
         parts = -(-out // tiles.columns)
         [block] = kernel.products
         runs = {block: sum(_blocks(*v, tiles.block) for v in visits)}
-        numbers = 2 * (parts * M * inner + sum(size > 0 for size in sizes) * N * K + M * out)
+        # The scale of a row of codes takes a row of a register.
+        size, scale = (1, 4 * 128) if operation in CODES else (2, 0)
+        numbers = size * (parts * M * inner + sum(n > 0 for n in sizes) * N * K) + parts * M * scale + 2 * M * out
     runs |= {"step": every} | dict.fromkeys(_zeroing(kernel), 0)
     # Loops around blocks are counted once per visit, whatever the number of their blocks.
     runs |= {r.name: every for r in kernel.regions if r.kind == "loop" and r.parent and r.name not in (*runs, "grid")}
@@ -167,7 +180,7 @@ def ours_tiles(chip: str, operation: str, case: Case) -> grouped_tpu.Tiling:
     if operation == "weights gradient":
         return grouped_tpu.gradient_tiling(case.N, case.K, *kind)
     inner, out = (case.N, case.K) if operation == "input gradient" else (case.K, case.N)
-    return grouped_tpu.product_tiling(inner, out, *kind)
+    return grouped_tpu.product_tiling(inner, out, *kind, itemsize=1 if operation in CODES else 2)
 
 
 def _peak(chip: str) -> float:
@@ -204,17 +217,20 @@ def times_row(chip: str, case: Case, M: int, G: int, passes: Sequence[str], dtyp
         kernel, tiles = _compiled(chip, operation, case, dtype), ours_tiles(chip, operation, case)
         itemsize = 4 if operation == "weights gradient" and dtype == "float32" else 2
         even, random = (ours_estimate(kernel, tiles, operation, case, routed(M, G, x), itemsize) for x in (True, False))
-        times = _times(chip, case, M, G, even, random, itemsize)
+        times = _times(chip, case, M, G, even, random, itemsize, operation in CODES)
         by_bytes = " HBM" if even.hbm > even.schedule else ""
         row[operation] = f"{times['ms']}{by_bytes}, {times['of the bound']:.2f} / {times['random: of the bound']:.2f}"
     return row | {"bound ms": times["bound ms"]}
 
 
 def _times(
-    chip: str, case: Case, M: int, G: int, even: Estimate, random: Estimate, itemsize: int = 2
+    chip: str, case: Case, M: int, G: int, even: Estimate, random: Estimate, itemsize: int = 2, codes: bool = False
 ) -> dict[str, Any]:
     work = 2 * M * case.N * case.K / _peak(chip)
     moved = 2 * M * (case.N + case.K) + itemsize * G * case.N * case.K
+    if codes:
+        # They are multiplied twice as fast.
+        work, moved = work / 2, M * (2 * case.N + case.K) + G * case.N * case.K
     # The lower bound of any kernel: full matrix units, or each array read or written once.
     bound = max(work, moved * CORES[chip].devices / CHIPS[chip].hbm_bandwidth)
     times = {"ms": even.seconds, "schedule ms": even.schedule, "HBM ms": even.hbm}
@@ -325,7 +341,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="ours", choices=("ours", "megablox", "ragged"))
     parser.add_argument("--chips", nargs="+", default=["v5p", "v6e", "7x"], choices=list(CORES))
-    parser.add_argument("--passes", nargs="+", default=list(OPERATIONS), choices=OPERATIONS)
+    parser.add_argument("--passes", nargs="+", default=list(OPERATIONS), choices=OPERATIONS + CODES)
     parser.add_argument("--cases", nargs="+", type=int, default=list(range(len(CASES))), help="indices of CASES")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of our weights gradient")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each row")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.kernels.einsum import einsum_f32
-from qwen_jax.moe.dispatch import Dispatched
+from qwen_jax.moe.dispatch import Dispatched, times_scales
 from qwen_jax.moe.exchange import AXIS
 from qwen_jax.moe.experts import Matrices, as_array
 from qwen_jax.moe.router import MoEContext, RouterOutput
@@ -32,9 +32,12 @@ class CapacityInfo:
     token_S: jax.Array
     num_tokens: int = dataclasses.field(metadata={"static": True})
 
-    def multiply(self, context: MoEContext, rows: jax.Array, matrices: Matrices) -> jax.Array:
+    def multiply(
+        self, context: MoEContext, rows: jax.Array, matrices: Matrices, scales: jax.Array | None = None
+    ) -> jax.Array:
         """Batched product of the slots of each expert here, [experts, slots, width]."""
-        return einsum_f32("eck,enk->ecn", rows, as_array(matrices, rows.dtype)).astype(rows.dtype)
+        y = einsum_f32("eck,enk->ecn", rows, as_array(matrices, rows.dtype)).astype(rows.dtype)
+        return times_scales(y, scales)
 
     def combine(self, context: MoEContext, rows: jax.Array) -> jax.Array:
         """Returns the slots to their tokens and sums those of each token. Empty slots are dropped."""

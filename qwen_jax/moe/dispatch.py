@@ -8,7 +8,7 @@ returns the rows, and an info object that multiplies them with the experts' matr
 import dataclasses
 import functools
 import math
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax import lax
 from qwen_jax.kernels.einsum import einsum_f32
 from qwen_jax.kernels.matmul import quantized_grouped
 from qwen_jax.kernels.matmul.grouped import grouped_matmul
+from qwen_jax.kernels.matmul.grouped_codes import grouped_code_matmul, select_grouped_codes
 from qwen_jax.kernels.matmul.quantized import rounded_rows
 from qwen_jax.kernels.matmul.quantized_grouped import (
     QuantizedMatrices,
@@ -40,13 +41,16 @@ _FEW_ROWS = 16
 class DispatchInfo(Protocol):
     """What dispatch did with the rows; it computes the experts' products and combines their results."""
 
-    def multiply(self, context: MoEContext, rows: jax.Array, matrices: Matrices) -> jax.Array:
+    def multiply(
+        self, context: MoEContext, rows: jax.Array, matrices: Matrices, scales: jax.Array | None = None
+    ) -> jax.Array:
         """Multiplies each row with the transposed matrix of its expert.
 
         Args:
           context: static settings.
           rows: as dispatched, or the result of an earlier product; K wide.
           matrices: [N, K], one for each expert of this device.
+          scales: float32, of rows that were rounded and hold codes, one for each; their products are multiplied by it.
 
         Returns:
           Rows in the same layout, N wide, in the dtype of `rows`.
@@ -112,9 +116,12 @@ def _multiply(
     if activations == "none":
         return info.multiply(context, rows, matrices)
     codes, scales = rounded_rows(rows, activations, axis)
-    y = info.multiply(context, codes, matrices)
-    # A row of dispatch may give several rows of the result, which follow each other.
-    return (y * jnp.repeat(scales, y.shape[0] // scales.shape[0], axis=0)).astype(y.dtype)
+    return info.multiply(context, codes, matrices, scales)
+
+
+def times_scales(y: jax.Array, scales: jax.Array | None) -> jax.Array:
+    """Products of rows times the scales of the rows, in float32, rounded to the dtype of the products."""
+    return y if scales is None else (y * scales).astype(y.dtype)
 
 
 class Dispatched(NamedTuple):
@@ -213,7 +220,13 @@ def own_experts(context: MoEContext, expert_A: jax.Array) -> jax.Array:
 
 
 def multiply_sorted(
-    context: MoEContext, rows: jax.Array, matrices: Matrices, sizes_e: jax.Array, expected: int, fill: bool
+    context: MoEContext,
+    rows: jax.Array,
+    matrices: Matrices,
+    sizes_e: jax.Array,
+    expected: int,
+    fill: bool,
+    scales: jax.Array | None = None,
 ) -> jax.Array:
     """Grouped product of rows sorted by expert. What follows the last expert's rows is never read.
 
@@ -224,12 +237,22 @@ def multiply_sorted(
       sizes_e: int32, number of rows for each expert of this device.
       expected: about how many rows there will be.
       fill: the results of the rows after the last expert's are zero; otherwise they are undefined.
+      scales: as for `DispatchInfo.multiply`.
     """
     if isinstance(matrices, QuantizedMatrices):
+        if scales is not None:
+            # Products of codes have no gradient.
+            asked = "wide" if context.quantized == "plain" else "auto"
+            chosen = select_grouped_codes(asked, rows.shape[0], rows.dtype, matrices)
+            if chosen != "wide":
+                how: Any = {"dtype": rows.dtype, "implementation": chosen, "expected": expected, "fill": fill}
+                return grouped_code_matmul(rows, scales, matrices, sizes_e, **how)
         if rows.shape[0] <= quantized_grouped.MAX_ROWS:
-            return grouped_quantized_matmul(rows, matrices, sizes_e, implementation=context.quantized)
+            y = grouped_quantized_matmul(rows, matrices, sizes_e, implementation=context.quantized)
+            return times_scales(y, scales)
         matrices = matrices.values(rows.dtype)
-    return grouped_matmul(rows, matrices, sizes_e, expected=expected, fill=fill, implementation=context.grouped)
+    y = grouped_matmul(rows, matrices, sizes_e, expected=expected, fill=fill, implementation=context.grouped)
+    return times_scales(y, scales)
 
 
 @jax.tree_util.register_dataclass
@@ -249,10 +272,13 @@ class DroplessInfo:
     plan: ExchangePlan | None
     ids_Nk: jax.Array
 
-    def multiply(self, context: MoEContext, rows: jax.Array, matrices: Matrices) -> jax.Array:
+    def multiply(
+        self, context: MoEContext, rows: jax.Array, matrices: Matrices, scales: jax.Array | None = None
+    ) -> jax.Array:
         """Grouped product of rows sorted by expert. What follows the last expert's rows is never read."""
         # Without an exchange, padding and the rows of experts on other devices come last; their results must be zero.
-        return multiply_sorted(context, rows, matrices, self.sizes_e, self.ids_Nk.size, fill=self.plan is None)
+        expected, fill = self.ids_Nk.size, self.plan is None
+        return multiply_sorted(context, rows, matrices, self.sizes_e, expected, fill, scales)
 
     def combine(self, context: MoEContext, rows: jax.Array) -> jax.Array:
         """Returns the rows and sums those of each token. Rows that are left to further rounds count as zero."""
@@ -295,14 +321,19 @@ class FewRowsInfo:
 
     ids_A: jax.Array
 
-    def multiply(self, context: MoEContext, rows: jax.Array, matrices: Matrices) -> jax.Array:
+    def multiply(
+        self, context: MoEContext, rows: jax.Array, matrices: Matrices, scales: jax.Array | None = None
+    ) -> jax.Array:
         """Products of single rows: one row per token in the first product, one per assignment in the second."""
         A = self.ids_A.shape[0]
+        if scales is not None:
+            scales = jnp.repeat(scales, A // scales.shape[0], axis=0)
         if isinstance(matrices, QuantizedMatrices):
             rows = jnp.repeat(rows, A // rows.shape[0], axis=0)
-            return selected_quantized_matmul(rows, matrices, self.ids_A, implementation=context.quantized)
+            y = selected_quantized_matmul(rows, matrices, self.ids_A, implementation=context.quantized)
+            return times_scales(y, scales)
         products = [_multiply_row(matrices, self.ids_A[a], rows[a * rows.shape[0] // A]) for a in range(A)]
-        return jnp.stack(products)
+        return times_scales(jnp.stack(products), scales)
 
     def combine(self, context: MoEContext, rows: jax.Array) -> jax.Array:
         """Sums the rows of each token; they are still in the tokens' order."""

@@ -85,12 +85,14 @@ class GatheredInfo:
     begin: jax.Array
     ids_Nk: jax.Array
 
-    def multiply(self, context: MoEContext, rows: jax.Array, matrices: Matrices) -> jax.Array:
+    def multiply(
+        self, context: MoEContext, rows: jax.Array, matrices: Matrices, scales: jax.Array | None = None
+    ) -> jax.Array:
         """Grouped product of the rows of this round. What follows the last expert's rows is never read."""
         ends_e = jnp.cumsum(self.sizes_e, dtype=jnp.int32)
         begin, end = self.begin, self.begin + rows.shape[0]
         sizes_e = jnp.clip(ends_e, begin, end) - jnp.clip(ends_e - self.sizes_e, begin, end)
-        return multiply_sorted(context, rows, matrices, sizes_e, self.ids_Nk.size, fill=False)
+        return multiply_sorted(context, rows, matrices, sizes_e, self.ids_Nk.size, False, scales)
 
     def combine(self, context: MoEContext, rows: jax.Array) -> jax.Array:
         """Sums the rows of each token here, exchanges these sums and adds them; rows of other rounds count as zero."""

@@ -101,7 +101,7 @@ def grouped_matmul(
 def _grouped(implementation: str, expected: int, fill: bool, *args: jax.Array) -> jax.Array:
     # Only the TPU kernels state their cost, and can leave rows undefined.
     options = {"expected": expected, "fill": fill} if implementation == "tpu" else {}
-    result: jax.Array = _module(implementation).product(*args, **options)
+    result: jax.Array = module_of(implementation).product(*args, **options)
     return result
 
 
@@ -113,7 +113,7 @@ def _backward(
     implementation: str, expected: int, fill: bool, residuals: tuple[jax.Array, jax.Array, jax.Array], dout: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     x, w, sizes = residuals
-    module, options = _module(implementation), {"expected": expected} if implementation == "tpu" else {}
+    module, options = module_of(implementation), {"expected": expected} if implementation == "tpu" else {}
     dw = module.weights_gradient(dout, x, sizes, dtype=w.dtype, **options)
     if implementation == "tpu":
         options["fill"] = fill
@@ -123,7 +123,7 @@ def _backward(
 _grouped.defvjp(_forward, _backward)
 
 
-def _module(implementation: str) -> ModuleType:
+def module_of(implementation: str) -> ModuleType:
     """The module with `product` and `weights_gradient` of an implementation."""
     if implementation == "gpu":
         from qwen_jax.kernels.matmul import grouped_gpu

@@ -9,6 +9,9 @@ Only rows that exist cost anything. A tile of `product` has rows of one group. I
 before them, because the copy engine works in units of 8 rows; the few rows of the previous group are multiplied but not
 written. Units of 64 rows without a row of the group are skipped. Zeros after the last group are written between copies.
 
+Rows and matrices are bfloat16; those of `product` may also be codes of 8 bits, which the tensor cores multiply twice as
+fast, with scales that are applied to the sums.
+
 In `weights_gradient` the rows are summed over, and rows of another group must not count, whatever they hold: the
 copying warpgroup overwrites them with zeros in shared memory before the tensor cores may read them.
 """
@@ -37,9 +40,10 @@ from qwen_jax.kernels.matmul.grouped_gpu_tiles import (
 from qwen_jax.kernels.types import Ref
 
 
-def supports(dtype: jax.typing.DTypeLike, outputs: int, inputs: int) -> bool:
-    """Whether the kernels support groups whose matrices are [outputs, inputs]."""
-    return jnp.dtype(dtype) == jnp.bfloat16 and not any(n < 64 or n % 64 for n in (outputs, inputs))
+def supports(dtype: jax.typing.DTypeLike, outputs: int, inputs: int, codes: bool = False) -> bool:
+    """Whether the kernels support groups whose matrices are [outputs, inputs], or those of codes do."""
+    dtypes, length = ((jnp.int8, jnp.float8_e4m3fn), 2 * CHUNK) if codes else ((jnp.bfloat16,), CHUNK)
+    return jnp.dtype(dtype) in dtypes and not any(n < m or n % m for n, m in ((outputs, 64), (inputs, length)))
 
 
 def row_tiles(sizes_G: jax.Array, rows: int, warpgroups: int = WARPGROUPS) -> tuple[jax.Array, jax.Array]:
@@ -73,7 +77,14 @@ def row_tiles(sizes_G: jax.Array, rows: int, warpgroups: int = WARPGROUPS) -> tu
 
 # Jitted, as the gradient is, so that a model of many layers lowers it once.
 @functools.partial(jax.jit, static_argnames="transposed")
-def product(x_MK: jax.Array, w_GNK: jax.Array, sizes_G: jax.Array, *, transposed: bool = False) -> jax.Array:
+def product(
+    x_MK: jax.Array,
+    w_GNK: jax.Array,
+    sizes_G: jax.Array,
+    *,
+    transposed: bool = False,
+    scales: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
     """Each row times the matrix of its group: x W_g^T, or x W_g. Runs on local arrays.
 
     Args:
@@ -81,10 +92,13 @@ def product(x_MK: jax.Array, w_GNK: jax.Array, sizes_G: jax.Array, *, transposed
       w_GNK: bfloat16; N and K are multiples of 64. Multiples of 256 waste nothing.
       sizes_G: int32, how many rows each group has; any may be 0. Together at most M.
       transposed: multiply by W_g instead of its transpose, as the gradient with respect to x needs.
+      scales: float32 [M, 1] of the rows and [G, N] of the outputs, where x and w hold codes, both int8 or both
+        float8_e4m3fn; K is then a multiple of 128. Not with `transposed`.
 
     Returns:
-      bfloat16 [M, N], or with `transposed` [M, K]: sums in float32, rounded once. Rows that belong to no group are
-      zero, whatever x holds there.
+      bfloat16 [M, N], or with `transposed` [M, K]: sums in float32, rounded once. Sums of products of int8 are int32,
+      so exact; in those of float8 the tensor cores keep some 14 bits (arXiv:2412.19437, section 3.3.2). Both are scaled
+      in float32. Rows that belong to no group are zero, whatever x holds there.
 
     Raises:
       InputError: shapes or dtypes that are not supported.
@@ -96,10 +110,21 @@ def product(x_MK: jax.Array, w_GNK: jax.Array, sizes_G: jax.Array, *, transposed
             f"A grouped product needs x [M, {'N' if transposed else 'K'}], w [G, N, K] and sizes [G]; got "
             f"{x_MK.shape}, {w_GNK.shape} and {sizes_G.shape}."
         )
-    _check(N, K, sizes_G, x_MK, w_GNK)
+    _check(N, K, sizes_G, x_MK, w_GNK, codes=scales is not None)
     M, x = x_MK.shape[0], _pad_rows(x_MK)
-    columns = min(COLUMNS, width)
+    columns, chunk = min(COLUMNS, width), CHUNK * 2 // x.dtype.itemsize
+    w_tile = (chunk, columns) if transposed else (columns, chunk)
     stages = _stages(columns, 2 * ZERO_ROWS * columns)
+    of_both: tuple[jax.Array, ...] = ()
+    if scales is not None:
+        if transposed or [a.shape for a in scales] != [(M, 1), (G, N)] or any(a.dtype != jnp.float32 for a in scales):
+            raise InputError(
+                f"A grouped product of codes, not transposed, needs float32 scales {(M, 1)} and {(G, N)}; got "
+                f"{[(a.dtype, a.shape) for a in scales]}."
+            )
+        # Scales of tiles that reach beyond the rows or the outputs are read.
+        of_rows = jnp.pad(scales[0][:, 0], (0, x.shape[0] - M + ROWS))
+        of_both = of_rows, jnp.pad(scales[1], ((0, 0), (0, -N % columns)))
     table, counts = row_tiles(sizes_G, x.shape[0])
 
     def block(*refs: Ref, **scratch: Ref) -> None:
@@ -108,18 +133,18 @@ def product(x_MK: jax.Array, w_GNK: jax.Array, sizes_G: jax.Array, *, transposed
     launch = kernel(
         "grouped_product",
         block,
-        (jax.ShapeDtypeStruct((x.shape[0], width), x.dtype),),
+        (jax.ShapeDtypeStruct((x.shape[0], width), jnp.bfloat16),),
         {"block": MULTIPROCESSORS},
         WARPGROUPS + 1,
-        x_smem=tiled((stages, TILE_ROWS, CHUNK), x.dtype),
-        w_smem=tiled((stages, CHUNK, columns) if transposed else (stages, columns, CHUNK), x.dtype),
-        out_smem=tiled((WARPGROUPS, PIECES, ROWS, PIECE_BYTES // ROWS // 2), x.dtype),
-        zeros_smem=plgpu.SMEM((ZERO_ROWS, columns), x.dtype),
+        x_smem=tiled((stages, TILE_ROWS, chunk), x.dtype, chunk),
+        w_smem=tiled((stages, *w_tile), x.dtype, chunk),
+        out_smem=tiled((WARPGROUPS, PIECES, ROWS, PIECE_BYTES // ROWS // 2), jnp.bfloat16),
+        zeros_smem=plgpu.SMEM((ZERO_ROWS, columns), jnp.bfloat16),
         ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
         **queue_scratch(WARPGROUPS),
     )
-    out: jax.Array = launch(table, jnp.append(counts, 0), x, w_GNK)[0]
+    out: jax.Array = launch(table, jnp.append(counts, 0), x, w_GNK, *of_both)[0]
     return out[:M]
 
 
@@ -180,10 +205,12 @@ def weights_gradient(
     return out
 
 
-def _check(N: int, K: int, sizes_G: jax.Array, *arrays: jax.Array) -> None:
-    if sizes_G.dtype != jnp.int32 or not all(supports(x.dtype, N, K) for x in arrays):
+def _check(N: int, K: int, sizes_G: jax.Array, *arrays: jax.Array, codes: bool = False) -> None:
+    alike = len({x.dtype for x in arrays}) == 1 or not codes
+    if sizes_G.dtype != jnp.int32 or not alike or not all(supports(x.dtype, N, K, codes) for x in arrays):
+        needed = "int8 or float8_e4m3fn, K a multiple of 128" if codes else "bfloat16"
         raise InputError(
-            f"Grouped products on Hopper need bfloat16, matrices [N, K] whose N and K are multiples of 64, and int32 "
+            f"Grouped products on Hopper need {needed}, matrices [N, K] whose N and K are multiples of 64, and int32 "
             f"sizes; got {' and '.join(str(x.dtype) for x in arrays)}, [{N}, {K}] and {sizes_G.dtype}. Pad the "
             "matrices with zeros, convert, or use another implementation."
         )

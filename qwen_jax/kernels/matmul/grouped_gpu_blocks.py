@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.kernels.gpu.hopper import EIGHT_ROWS, keep_unswizzled, load, store_rows
-from qwen_jax.kernels.gpu.tiles import PER_ROW, ROWS, rem
+from qwen_jax.kernels.gpu.tiles import PER_COLUMN, PER_ROW, ROWS, across, rem
 from qwen_jax.kernels.matmul.grouped_gpu_schedule import TileQueue, claim_tiles, receive_tile
 from qwen_jax.kernels.matmul.grouped_gpu_tiles import (
     CHUNK,
@@ -56,14 +56,17 @@ class _Tile(NamedTuple):
 
 
 def product_block(
-    memory: ProductMemory, table_ref: Ref, counts_ref: Ref, x_ref: Ref, w_ref: Ref, out_ref: Ref, *, transposed: bool
+    memory: ProductMemory, table_ref: Ref, counts_ref: Ref, x_ref: Ref, w_ref: Ref, *refs: Ref, transposed: bool
 ) -> None:
-    """The program of a thread block."""
+    """The program of a thread block; `refs` are the result and, if x and w are codes, before it the scales of both."""
+    *scales, out_ref = refs
     x_smem, w_smem, out_smem, zeros_smem, ready, free, queue = memory
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     stages, (M, width), length = free.shape[0], out_ref.shape, x_ref.shape[1]
     columns = w_smem.shape[2 if transposed else 1]
-    wide, steps = -(-width // columns), length // CHUNK
+    chunk = x_smem.shape[2]
+    wide, steps = -(-width // columns), length // chunk
+    sums = jnp.int32 if jnp.issubdtype(x_ref.dtype, jnp.integer) else jnp.float32
     tiles, rows = counts_ref[0], counts_ref[1]
 
     def tile(n: jax.Array) -> _Tile:
@@ -75,7 +78,7 @@ def product_block(
         """The program of a warpgroup that multiplies: one turn for each tile of the block."""
 
         def turn(state: tuple[jax.Array, _Tile]) -> tuple[jax.Array, _Tile]:
-            i, (_, _, begin, first, end, column) = state
+            i, (_, group, begin, first, end, column) = state
             before = i * steps
             begin += warpgroup * ROWS
             low, high = jnp.maximum(first - begin, 0), jnp.minimum(end - begin, ROWS)
@@ -86,10 +89,15 @@ def product_block(
                     own = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
                     return x_smem.at[slot, own], w if transposed else w.T
 
-                y = accumulate((ROWS, columns), before, steps, operands, ready, free).astype(out_ref.dtype)
+                here = pl.ds(pl.multiple_of(begin, 8), ROWS)
+                of_rows = [load(x.at[here], PER_ROW) for x in scales[:1]]
+                y = accumulate((ROWS, columns), before, steps, operands, ready, free, sums)
+                if scales:
+                    of_columns = load(scales[1].at[group, pl.ds(pl.multiple_of(column, 64), columns)], PER_COLUMN)
+                    y = y.astype(jnp.float32) * across(of_rows[0], y.shape) * across(of_columns, y.shape, 1)
+                y = y.astype(out_ref.dtype)
                 # Receive the next tile while this one is written.
                 after = tile(receive_tile(i + 1, queue))
-                here = pl.ds(pl.multiple_of(begin, 8), ROWS)
 
                 def whole() -> None:
                     write_rows(y, out_smem.at[warpgroup], out_ref.at[here], column)
@@ -142,7 +150,7 @@ def product_block(
             few = [(u * ROWS, units == u) for u in range(1, WARPGROUPS + 1)]
 
             def step(j: jax.Array, written: jax.Array) -> jax.Array:
-                slot, part = rem(before + j, stages), pl.ds(j * CHUNK, CHUNK)
+                slot, part = rem(before + j, stages), pl.ds(j * chunk, chunk)
                 pl.when(before + j >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                 here = (part, pl.ds(column, columns)) if transposed else (pl.ds(column, columns), part)
                 plgpu.copy_gmem_to_smem(w_ref.at[group, *here], w_smem.at[slot], ready.at[slot])

@@ -13,7 +13,7 @@ from qwen_jax.kernels.gpu.tiles import ROWS, compute_registers, rem
 from qwen_jax.kernels.types import Ref
 
 CHUNK, COLUMNS = 64, 256
-"""Length of the sum in one step, and columns of a tile, the maximum of wgmma."""
+"""Length of the sum in one step (twice as long for codes of 8 bits), and columns of a tile, the maximum of wgmma."""
 WARPGROUPS = 2
 """Warpgroups that multiply; each has 64 rows of a tile."""
 TILE_ROWS = WARPGROUPS * ROWS
@@ -69,6 +69,7 @@ def accumulate(
     operands: Callable[[jax.Array], tuple[Ref, Ref]],
     ready: Ref,
     free: Ref,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
     """Accumulates the products of some steps of the ring.
 
@@ -78,6 +79,7 @@ def accumulate(
       steps: number of steps.
       operands: from the slot of a step, its two operands.
       ready, free: barriers of the slots.
+      dtype: of the sums.
     """
     stages = free.shape[0]
 
@@ -95,7 +97,7 @@ def accumulate(
         pl.when(steps > 0)(lambda: plgpu.barrier_arrive(free.at[rem(before + steps - 1, stages)]))
         return acc[...]
 
-    result: jax.Array = pl.run_scoped(walk, plgpu.ACC(shape, jnp.float32))
+    result: jax.Array = pl.run_scoped(walk, plgpu.ACC(shape, jnp.dtype(dtype)))
     return result
 
 

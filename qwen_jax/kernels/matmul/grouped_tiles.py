@@ -12,20 +12,39 @@ from qwen_jax.kernels.einsum import einsum_f32
 _TILE = 64
 
 
-def product(x_MK: jax.Array, w_GNK: jax.Array, sizes_G: jax.Array, *, transposed: bool = False) -> jax.Array:
-    """Each row times the transposed matrix of its group, or times the matrix itself where `transposed`."""
+def product(
+    x_MK: jax.Array,
+    w_GNK: jax.Array,
+    sizes_G: jax.Array,
+    *,
+    transposed: bool = False,
+    scales: tuple[jax.Array, jax.Array] | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """Each row times the transposed matrix of its group, or times the matrix itself where `transposed`.
+
+    Args:
+      x_MK, w_GNK, sizes_G, transposed: as for `qwen_jax.kernels.matmul.grouped.grouped_matmul`.
+      scales: float32 [M, 1] of the rows and [G, N] of the outputs, where x and w hold codes.
+      dtype: of the result; by default that of x.
+    """
+    dtype = x_MK.dtype if dtype is None else dtype
     group_T, rows_TR, used_TR = _tiles(sizes_G, x_MK.shape[0])
     subscripts = "rn,nk->rk" if transposed else "rk,nk->rn"
 
     def one(tile: tuple[jax.Array, ...]) -> jax.Array:
         group, rows_R, used_R = tile
         x = jnp.where(used_R[:, None], x_MK[rows_R], 0)
-        return einsum_f32(subscripts, x, w_GNK[group]).astype(x_MK.dtype)
+        if scales is None:
+            return einsum_f32(subscripts, x, w_GNK[group]).astype(dtype)
+        wide = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
+        y = jnp.einsum(subscripts, x, w_GNK[group], preferred_element_type=wide).astype(jnp.float32)
+        return (y * scales[0][rows_R] * scales[1][group]).astype(dtype)
 
     y_TRN = lax.map(one, (group_T, rows_TR, used_TR))
     # Unused rows of a tile get an index beyond the end, which drops them.
     places = jnp.where(used_TR, rows_TR, x_MK.shape[0])
-    zeros = jnp.zeros((x_MK.shape[0], y_TRN.shape[-1]), x_MK.dtype)
+    zeros = jnp.zeros((x_MK.shape[0], y_TRN.shape[-1]), dtype)
     return zeros.at[places].set(y_TRN, mode="drop")
 
 

@@ -5,6 +5,8 @@ are multiplied that hold rows of the group, so a group that begins inside a tile
 tile; one that begins at a multiple of a block (256 rows; 128 up to v5p) costs nothing more. The sum of a product is
 never split. Rows that belong to no group are never multiplied.
 
+Rows and weights are bfloat16; those of `product` may also be codes of 8 bits with scales, which chips multiply faster.
+
 `product` holds as many columns of the weights of a group in VMEM as fit, so that rows are read few times, and copies
 those of the next group during the visits of this one. `weights_gradient` holds a piece of the gradient of a group in
 float32. experiments/kernels/tpu_grouped.md measures both beside `jax.lax.ragged_dot` and megablox.
@@ -25,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.padding import pad_to_multiple
 from qwen_jax.kernels.tpu import device
-from qwen_jax.kernels.tpu.device import LANES, PACKED_ROWS, Core
+from qwen_jax.kernels.tpu.device import LANES, PACKED_ROWS, SUBLANES, Core
 from qwen_jax.kernels.tpu.tiles import NN, NT, TN
 from qwen_jax.kernels.types import Ref
 
@@ -56,7 +58,7 @@ class Tiling:
     vmem_bytes: int
 
 
-def product_tiling(inner: int, columns: int, core: Core, cores: int = 1) -> Tiling:
+def product_tiling(inner: int, columns: int, core: Core, cores: int = 1, itemsize: int = 2) -> Tiling:
     """Sizes for [M, inner] times [inner, columns] of each group.
 
     Weights, rows and results have two buffers, because the next ones are copied meanwhile; the sums of one block are in
@@ -69,6 +71,7 @@ def product_tiling(inner: int, columns: int, core: Core, cores: int = 1) -> Tili
       columns: of the result.
       core: that runs the kernel.
       cores: cores of the chip that share a kernel.
+      itemsize: bytes of a number of the rows and weights; codes of one byte have scales beside them.
 
     Raises:
       InputError: a sum too long for VMEM.
@@ -77,7 +80,10 @@ def product_tiling(inner: int, columns: int, core: Core, cores: int = 1) -> Tili
     found = []
     for share, rows in itertools.product({cores, 1}, (512, 256)):
         for width, parts in _parts(columns, share, block):
-            need = 4 * (width * inner + rows * (inner + width)) + 4 * block * width + _reserve(vmem)
+            need = 2 * itemsize * inner * (width + rows) + 4 * width * (rows + block) + _reserve(vmem)
+            if itemsize == 1:
+                # A register row for each row's scale, and a register column for those of the columns.
+                need += 8 * (rows * LANES + width * SUBLANES)
             if need <= vmem * 3 // 4:
                 work = parts * (width + _READ)
                 found.append(((-share, -rows, work), Tiling(rows, block, width, inner, share, need)))
@@ -147,6 +153,7 @@ def product(
     transposed: bool = False,
     expected: int | None = None,
     fill: bool = True,
+    scales: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Each row times the weights of its group, w x, or w^T x where `transposed`. Runs on local arrays.
 
@@ -158,26 +165,36 @@ def product(
       expected: about how many rows there will be, for the cost estimate; by default M.
       fill: write zeros into the rows after the last group. Without it these rows are undefined, and are neither read
         nor written, except those in a tile with other rows.
+      scales: float32 [M, 1] of the rows and [G, N] of the outputs, where x and w hold codes, both int8 or both
+        float8_e4m3fn. Not with `transposed`.
 
     Returns:
-      [M, N] bfloat16, or [M, K] where `transposed`; sums are float32. It does not depend on the rows of x after the
-      last group.
+      [M, N] bfloat16, or [M, K] where `transposed`; sums are float32. Sums of products of int8 are int32, so exact, and
+      are scaled in float32 before they are rounded. It does not depend on the rows of x after the last group.
 
     Raises:
       InputError: another dtype, shapes that do not match, dimensions that are not multiples of 128, or a sum that does
         not fit in VMEM.
     """
-    G, N, K = _weights_shape(w_GNK)
+    dtype = jnp.dtype(jnp.bfloat16) if scales is None else w_GNK.dtype
+    G, N, K = _weights_shape(w_GNK, dtype)
     inner, columns = (N, K) if transposed else (K, N)
-    _check(x_MK, sizes_G, G, "x", inner)
+    _check(x_MK, sizes_G, G, "x", inner, dtype)
     M = x_MK.shape[0]
-    tiles = product_tiling(inner, columns, device.core(), device.cores())
-    # An array smaller than a tile is padded. The pipeline clips the last tile of a larger one.
-    x = pad_to_multiple(x_MK, 0, tiles.rows) if tiles.rows > M else x_MK
+    if scales is not None:
+        _check_scales(dtype, scales, M, G, N, transposed)
+    tiles = product_tiling(inner, columns, device.core(), device.cores(), dtype.itemsize)
+
+    def whole(rows: jax.Array) -> jax.Array:
+        # An array smaller than a tile is padded. The pipeline clips the last tile of a larger one.
+        return pad_to_multiple(rows, 0, tiles.rows) if tiles.rows > M else rows
+
+    of_both = () if scales is None else (whole(scales[0]), scales[1][:, None])
     with jax.named_scope("grouped_product"):
         visits = _visits(sizes_G, M, tiles.rows, "rest" if fill else "nothing")
         rows = M if expected is None else min(expected, M)
-        return _run_product(x, w_GNK, visits, transposed=transposed, tiles=tiles, expected=rows, fill=fill)[:M]
+        how = {"transposed": transposed, "tiles": tiles, "expected": rows, "fill": fill}
+        return _run_product(whole(x_MK), w_GNK, visits, *of_both, **how)[:M]
 
 
 def weights_gradient(
@@ -220,23 +237,35 @@ def weights_gradient(
         return _run_gradient(dy, x, visits, groups=sizes_G.size, dtype=jnp.dtype(dtype), tiles=tiles, expected=rows)
 
 
-def _weights_shape(w: jax.Array) -> tuple[int, int, int]:
-    if w.ndim != 3 or w.dtype != jnp.bfloat16 or w.shape[1] % LANES or w.shape[2] % LANES:
+def _weights_shape(w: jax.Array, dtype: jnp.dtype) -> tuple[int, int, int]:
+    if w.ndim != 3 or w.dtype != dtype or w.shape[1] % LANES or w.shape[2] % LANES:
         raise InputError(
-            f"Expected bfloat16 weights [groups, outputs, inputs], both multiples of {LANES}; got {w.dtype} {w.shape}. "
+            f"Expected {dtype} weights [groups, outputs, inputs], both multiples of {LANES}; got {w.dtype} {w.shape}. "
             "Pad them with zeros."
         )
     G, N, K = w.shape
     return G, N, K
 
 
-def _check(x: jax.Array, sizes: jax.Array, groups: int, name: str, width: int) -> None:
-    if x.ndim != 2 or x.dtype != jnp.bfloat16 or x.shape[1] != width or width % LANES or not len(x):
+def _check(
+    x: jax.Array, sizes: jax.Array, groups: int, name: str, width: int, dtype: jax.typing.DTypeLike = jnp.bfloat16
+) -> None:
+    if x.ndim != 2 or x.dtype != dtype or x.shape[1] != width or width % LANES or not len(x):
         raise InputError(
-            f"Expected {name} to be bfloat16 [rows, {width}], a multiple of {LANES}; got {x.dtype} {x.shape}."
+            f"Expected {name} to be {jnp.dtype(dtype)} [rows, {width}], a multiple of {LANES}; got {x.dtype} {x.shape}."
         )
     if sizes.shape != (groups,) or sizes.dtype != jnp.int32 or not groups:
         raise InputError(f"Expected int32 sizes of {groups} groups; got {sizes.dtype} {sizes.shape}.")
+
+
+def _check_scales(
+    dtype: jnp.dtype, scales: tuple[jax.Array, jax.Array], M: int, G: int, N: int, transposed: bool
+) -> None:
+    if dtype not in (jnp.int8, jnp.float8_e4m3fn) or transposed:
+        raise InputError(f"Expected int8 or float8_e4m3fn codes beside scales, not transposed; got {dtype}.")
+    shapes = [(M, 1), (G, N)]
+    if [x.shape for x in scales] != shapes or any(x.dtype != jnp.float32 for x in scales):
+        raise InputError(f"Expected float32 scales {shapes}; got {[(x.dtype, x.shape) for x in scales]}.")
 
 
 def _visits(sizes: jax.Array, M: int, rows: int, extra: Literal["rest", "empty", "nothing"]) -> jax.Array:
@@ -280,18 +309,22 @@ def _visits(sizes: jax.Array, M: int, rows: int, extra: Literal["rest", "empty",
 
 
 def _over_blocks(
-    low: jax.Array, high: jax.Array, tiles: Tiling, step: Callable[[slice | pl.Slice, jax.Array, jax.Array], None]
+    low: jax.Array,
+    high: jax.Array,
+    tiles: Tiling,
+    step: Callable[[slice | pl.Slice, jax.Array, jax.Array], None],
+    packed: int = PACKED_ROWS,
 ) -> None:
     """Calls `step(rows, mask, i)` for the blocks of a tile that together hold the rows from `low` to before `high`.
 
-    `rows` is a slice. At the end of the tile a block may overlap the previous one; `mask`, of one column, is true for
-    the rows in the range that were not in a previous block.
+    `rows` is a slice that begins at a multiple of `packed`, the rows of a register. At the end of the tile a block may
+    overlap the previous one; `mask`, of one column, is true for the rows in the range that no previous block had.
     """
-    begin = lax.div(low, PACKED_ROWS) * PACKED_ROWS
+    begin = lax.div(low, packed) * packed
 
     def one(i: jax.Array, _: None) -> None:
         wanted = begin + i * tiles.block
-        at = pl.multiple_of(jnp.minimum(wanted, tiles.rows - tiles.block), PACKED_ROWS)
+        at = pl.multiple_of(jnp.minimum(wanted, tiles.rows - tiles.block), packed)
         row = lax.broadcasted_iota(jnp.int32, (tiles.block, 1), 0) + at
         step(pl.ds(at, tiles.block), (row >= jnp.maximum(low, wanted)) & (row < high), i)
 
@@ -307,16 +340,32 @@ def _where_rows(mask: jax.Array, x: jax.Array, other: jax.Array | float) -> jax.
 
 @functools.partial(jax.jit, static_argnames=("transposed", "tiles", "expected", "fill"))
 def _run_product(
-    x: jax.Array, w: jax.Array, visits: jax.Array, *, transposed: bool, tiles: Tiling, expected: int, fill: bool
+    x: jax.Array,
+    w: jax.Array,
+    visits: jax.Array,
+    *scales: jax.Array,
+    transposed: bool,
+    tiles: Tiling,
+    expected: int,
+    fill: bool,
 ) -> jax.Array:
-    """`product` of at least one whole tile."""
+    """`product` of at least one whole tile; `scales` are [M, 1] and [G, 1, N], or none."""
     M, (G, N, K), columns = x.shape[0], w.shape, tiles.columns
     out = K if transposed else N
     parts = -(-out // columns)
     turns = parts // tiles.cores
+    of_scales = [
+        pl.BlockSpec((tiles.rows, 1), lambda c, j, i, v: (v[_TILE, i], 0)),
+        pl.BlockSpec((None, 1, columns), lambda c, j, i, v: (jnp.minimum(v[_GROUP, i], G - 1), 0, c * turns + j)),
+    ]
     return pl.pallas_call(
-        lambda *refs: _product_program(
-            _ProductRefs(*refs), transposed=transposed, groups=G, size=out, turns=turns, tiles=tiles
+        lambda visits, x, w, *refs: _product_program(
+            _ProductRefs(visits, x, w, refs[:-3], *refs[-3:]),
+            transposed=transposed,
+            groups=G,
+            size=out,
+            turns=turns,
+            tiles=tiles,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -324,6 +373,7 @@ def _run_product(
             in_specs=[
                 pl.BlockSpec((tiles.rows, tiles.inner), lambda c, j, i, v: (v[_TILE, i], 0)),
                 pl.BlockSpec(memory_space=pl.ANY),
+                *of_scales[: len(scales)],
             ],
             out_specs=pl.BlockSpec((tiles.rows, columns), lambda c, j, i, v: (v[_TILE, i], c * turns + j)),
             scratch_shapes=[
@@ -331,17 +381,18 @@ def _run_product(
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((M, out), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((M, out), jnp.bfloat16),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=tiles.vmem_bytes
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * expected * N * K,
             transcendentals=0,
-            bytes_accessed=2 * (parts * expected * tiles.inner + w.size + (M if fill else expected) * out),
+            bytes_accessed=w.dtype.itemsize * (parts * expected * tiles.inner + w.size)
+            + 2 * (M if fill else expected) * out,
         ),
         name="grouped_product",
-    )(visits, x, w)
+    )(visits, x, w, *scales)
 
 
 class _ProductRefs(NamedTuple):
@@ -349,7 +400,9 @@ class _ProductRefs(NamedTuple):
 
     Attributes:
       visits: the table of visits.
-      x, w, out: rows, weights in HBM, and the result.
+      x, w: rows, and weights in HBM.
+      scales: of the rows and of the columns of the result, or none.
+      out: the result.
       weights: buffers for the weights of two groups.
       arrived: semaphores of their copies.
     """
@@ -357,6 +410,7 @@ class _ProductRefs(NamedTuple):
     visits: Ref
     x: Ref
     w: Ref
+    scales: tuple[Ref, ...]
     out: Ref
     weights: Ref
     arrived: Ref
@@ -375,7 +429,8 @@ def _product_program(
       turns: parts of the columns of each core.
       tiles: sizes.
     """
-    visits_ref, x_ref, w_ref, out_ref, weights, arrived = refs
+    visits_ref, x_ref, w_ref, scales, out_ref, weights, arrived = refs
+    wide = jnp.int32 if jnp.issubdtype(w_ref.dtype, jnp.integer) else jnp.float32
     turn, i, columns = pl.program_id(1), pl.program_id(2), tiles.columns
     part = pl.program_id(0) * turns + turn
     low, high, group = (visits_ref[n, i] for n in (_LOW, _HIGH, _GROUP))
@@ -416,12 +471,14 @@ def _product_program(
 
     def multiply(rows: slice | pl.Slice, mask: jax.Array, _: jax.Array) -> None:
         dims = NN if transposed else NT
-        y = lax.dot_general(x_ref[rows, :], weights[slot], dims, preferred_element_type=jnp.float32)
+        y = lax.dot_general(x_ref[rows, :], weights[slot], dims, preferred_element_type=wide).astype(jnp.float32)
+        if scales:
+            y = y * scales[0][rows, :] * scales[1][...]
         out_ref[rows, :] = _where_rows(mask, y, out_ref[rows, :]).astype(out_ref.dtype)
 
     @pl.when(group < groups)
     def run() -> None:
-        _over_blocks(low, high, tiles, multiply)
+        _over_blocks(low, high, tiles, multiply, PACKED_ROWS * 2 // x_ref.dtype.itemsize)
 
     @pl.when((group == groups) & (low < high))
     def zero() -> None:

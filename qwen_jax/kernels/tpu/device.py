@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 LANES, SUBLANES = 128, 8
@@ -47,6 +48,16 @@ def unpacks_e4m3b11() -> bool:
     """Whether the core unpacks float8_e4m3b11fnuz, but not float8_e4m3fn, by one instruction: v5 and v6. 7x unpacks
     both, and v4 neither. Without a TPU it is that of a v5p."""
     return not _is_tpu() or pltpu.get_tpu_info().generation in (5, 6)
+
+
+def multiplies_codes(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether the matrix unit multiplies codes faster than bfloat16: int8 from v5e to v6e, float8 from 7x on."""
+    integer = jnp.issubdtype(dtype, jnp.integer)
+    if not _is_tpu():
+        # As on a v5p; see `core`.
+        return integer
+    info = pltpu.get_tpu_info()
+    return (info.int8_ops_per_second if integer else info.fp8_ops_per_second) > info.bf16_ops_per_second
 
 
 def cache_tile_bytes(bandwidth: float | None = None) -> int:

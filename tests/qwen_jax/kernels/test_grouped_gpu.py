@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,21 @@ def test_lowers_to_one_kernel_each_without_copies_of_the_matrices(N: int, K: int
         assert N < 128 or "stablehlo.pad" not in text
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(("N", "K"), [(2816, 2048), (2048, 1408), (64, 128)])
+def test_products_of_codes_lower_to_one_kernel_without_copies_of_the_matrices(N: int, K: int, dtype: str) -> None:
+    G, M = 60, 1000
+    shapes = ((M, K), dtype), ((G, N, K), dtype), ((G,), "int32"), ((M, 1), "float32"), ((G, N), "float32")
+    program = jax.jit(lambda x, w, sizes, *scales: product(x, w, sizes, scales=scales))
+    traced = program.trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == 1
+    assert not any(op in text for op in ("stablehlo.transpose", "stablehlo.dot"))
+    # Scales alone are padded.
+    code = "i8" if dtype == "int8" else "f8E4M3FN"
+    assert not re.search(rf"stablehlo.(pad|convert) .*tensor<{G}x{N}x{K}x{code}>", text)
+
+
 @pytest.mark.parametrize("rematerialise", [True, False])
 def test_lowers_in_a_scan_that_is_differentiated(rematerialise: bool) -> None:
     """As in training: a loop over layers, with recomputation or without."""
@@ -110,6 +126,11 @@ def test_lowers_in_a_scan_that_is_differentiated(rematerialise: bool) -> None:
 def test_supports_multiples_of_64_in_bfloat16() -> None:
     assert supports(jnp.bfloat16, 64, 4096)
     assert not any(supports(*x) for x in ((jnp.float32, 64, 64), (jnp.bfloat16, 96, 64), (jnp.bfloat16, 64, 0)))
+
+
+def test_supports_codes_with_inputs_of_multiples_of_128() -> None:
+    assert all(supports(dtype, 64, 128, codes=True) for dtype in ("int8", "float8_e4m3fn"))
+    assert not any(supports(*x, codes=True) for x in (("int8", 64, 64), ("bfloat16", 64, 128), ("int4", 64, 128)))
 
 
 @pytest.mark.parametrize(
@@ -138,6 +159,20 @@ def test_unsupported_dtypes_are_refused() -> None:
         weights_gradient(rows, rows, sizes, dtype=jnp.float16)
     with pytest.raises(InputError, match="dy \\[M, N\\]"):
         weights_gradient(rows, rows[:4], sizes, dtype=jnp.float32)
+
+
+def test_codes_and_scales_that_do_not_match_are_refused() -> None:
+    x, w, sizes = jnp.ones((8, 128), jnp.int8), jnp.ones((2, 64, 128), jnp.int8), jnp.ones(2, jnp.int32)
+    rows, outputs = jnp.ones((8, 1)), jnp.ones((2, 64))
+    with pytest.raises(InputError, match="int8 or float8_e4m3fn, K a multiple of 128"):
+        product(x, w.astype(jnp.float8_e4m3fn), sizes, scales=(rows, outputs))
+    with pytest.raises(InputError, match="int8 or float8_e4m3fn, K a multiple of 128"):
+        product(x[:, :64], w[:, :, :64], sizes, scales=(rows, outputs))
+    with pytest.raises(InputError, match="need bfloat16"):
+        product(x, w, sizes)
+    for wrong in ((rows[:, 0], outputs), (rows, outputs[:1]), (rows.astype(jnp.bfloat16), outputs)):
+        with pytest.raises(InputError, match="needs float32 scales"):
+            product(x, w, sizes, scales=wrong)
 
 
 # Numerics, in the interpreter or on a GPU.
@@ -195,6 +230,40 @@ def check(sizes, rows: int, N: int, K: int) -> None:
         assert error < (2e-5 if name == "gradient" else 1.02), (name, error)
 
 
+def check_codes(sizes, rows: int, N: int, K: int, dtype: str) -> None:
+    """Products of codes against float64.
+
+    Sums of int8 are exact, and the result is rounded once to bfloat16. Of sums of float8, Hopper's tensor cores may
+    lose 2^-13 in each step of 32 (they keep 14 bits). Scales of rows beyond the groups are NaN.
+    """
+    numbers, total, G = np.random.default_rng(), int(np.sum(sizes)), len(sizes)
+
+    def drawn(*shape: int) -> jax.Array:
+        x = numbers.integers(-127, 128, shape) if dtype == "int8" else numbers.standard_normal(shape).clip(-4, 4) * 100
+        return jnp.asarray(x, jnp.float32).astype(dtype)
+
+    x, w = drawn(rows, K), drawn(G, N, K)
+    of_rows = jnp.asarray(numbers.lognormal(size=(rows, 1)), jnp.float32).at[total:].set(jnp.nan)
+    of_outputs = jnp.asarray(numbers.uniform(0.5, 1.5, (G, N)) / 127**2, jnp.float32)
+    x64, w64, a64, b64 = (np.asarray(z.astype(jnp.float32), np.float64) for z in (x, w, of_rows, of_outputs))
+    want = np.zeros((rows, N))
+    for g, end in enumerate(np.cumsum(sizes)):
+        own = slice(end - sizes[g], end)
+        want[own] = x64[own] @ w64[g].T * a64[own] * b64[g]
+    run = functools.partial(product, x, w, jnp.asarray(sizes, jnp.int32), scales=(of_rows, of_outputs))
+    got = run()
+    for _ in range(3 * _ON_HOPPER):
+        np.testing.assert_array_equal(np.asarray(got).view(np.uint8), np.asarray(run()).view(np.uint8))
+    got64 = np.asarray(got, np.float64)
+    assert got.shape == want.shape
+    assert (got64[total:] == 0).all()
+    rounding = np.linalg.norm(np.asarray(jnp.asarray(want, jnp.bfloat16), np.float64) - want)
+    lost = 0 if dtype == "int8" else K / 32 * 2**-13 * np.linalg.norm(want)
+    error = np.linalg.norm(got64 - want)
+    print(dtype, N, K, "error in units of the rounding to bfloat16:", error / max(rounding, 1e-30))
+    assert error <= 1.02 * rounding + lost
+
+
 if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
     from jax._src.pallas.mosaic_gpu.interpret import params as interpret_params
@@ -214,6 +283,24 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
         taken_smem[turn % 2] = n
         return n
 
+    @contextlib.contextmanager
+    def interpreted(blocks: int):
+        """Memory starts as NaN, and races are an error; on a device with few multiprocessors."""
+        how = interpret_params.InterpretGPUParams(
+            out_of_bounds_reads="uninitialized", inline_mgpu="ignore", detect_races=True
+        )
+        with contextlib.ExitStack() as stack:
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            patch.setattr(grouped_gpu, "MULTIPROCESSORS", blocks)
+            patch.setattr(grouped_gpu_blocks, "store_rows", store_one_by_one)
+            patch.setattr(grouped_gpu_schedule, "_claim", claim_in_order)
+            for f in (product, weights_gradient):
+                f.clear_cache()
+                stack.callback(f.clear_cache)
+            stack.enter_context(interpret_params.force_gpu_interpret_mode(how))
+            yield
+            assert not gpu_callbacks.get_races().races_found
+
     # (blocks, sizes, rows, N, K): empty groups, single rows, ends anywhere, parts of a tile, small matrices.
     @pytest.mark.slow
     @pytest.mark.parametrize(
@@ -226,21 +313,19 @@ if jax.__version_info__ >= (0, 11) and jax.default_backend() == "cpu":
             (4, [300], 300, 320, 128),
         ],
     )
-    def test_numerics_and_races_in_the_interpreter(blocks, sizes, rows, N, K, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Equal to float64 with memory that starts as NaN, without races, on a device with few multiprocessors."""
-        monkeypatch.setattr(grouped_gpu, "MULTIPROCESSORS", blocks)
-        monkeypatch.setattr(grouped_gpu_blocks, "store_rows", store_one_by_one)
-        monkeypatch.setattr(grouped_gpu_schedule, "_claim", claim_in_order)
-        how = interpret_params.InterpretGPUParams(
-            out_of_bounds_reads="uninitialized", inline_mgpu="ignore", detect_races=True
-        )
-        with contextlib.ExitStack() as stack:
-            for f in (product, weights_gradient):
-                f.clear_cache()
-                stack.callback(f.clear_cache)
-            stack.enter_context(interpret_params.force_gpu_interpret_mode(how))
+    def test_numerics_and_races_in_the_interpreter(blocks, sizes, rows, N, K) -> None:
+        with interpreted(blocks):
             check(sizes, rows, N, K)
-            assert not gpu_callbacks.get_races().races_found
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+    @pytest.mark.parametrize(
+        ("blocks", "sizes", "rows", "N", "K"),
+        [(3, [70, 0, 1, 60, 13], 200, 192, 384), (1, [0, 133, 3, 0, 4], 140, 64, 128), (4, [300], 300, 320, 128)],
+    )
+    def test_numerics_and_races_of_codes_in_the_interpreter(blocks, sizes, rows, N, K, dtype) -> None:
+        with interpreted(blocks):
+            check_codes(np.asarray(sizes), rows, N, K, dtype)
 
 
 if _ON_HOPPER:
@@ -262,6 +347,13 @@ if _ON_HOPPER:
     @pytest.mark.parametrize(("N", "K"), [(512, 768), (192, 320), (64, 64), (1408, 2048)])
     def test_numerics_on_the_gpu(routing: str, N: int, K: int) -> None:
         check(*_ROUTINGS[routing], N, K)
+
+    @pytest.mark.parametrize("routing", _ROUTINGS)
+    @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+    @pytest.mark.parametrize(("N", "K"), [(512, 768), (192, 384), (64, 128), (2816, 2048), (2048, 1408)])
+    def test_numerics_of_codes_on_the_gpu(routing: str, N: int, K: int, dtype: str) -> None:
+        sizes, rows = _ROUTINGS[routing]
+        check_codes(np.asarray(sizes), rows, N, K, dtype)
 
     @pytest.mark.parametrize("known", [False, True])
     def test_kernels_that_share_a_counter_leave_it_at_zero(known: bool) -> None:

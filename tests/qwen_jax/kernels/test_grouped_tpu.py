@@ -208,6 +208,13 @@ def test_unsupported_arguments_are_refused() -> None:
         grouped_tpu.product(x.astype(jnp.float32), w, sizes)
     with pytest.raises(InputError, match=r"x to be bfloat16 \[rows, 128\]"):
         grouped_tpu.product(x, w, sizes, transposed=True)
+    (x8, w8), of_codes = (a.astype(jnp.int8) for a in (x, w)), (jnp.ones((64, 1)), jnp.ones((2, 128)))
+    with pytest.raises(InputError, match=r"float32 scales \[\(64, 1\), \(2, 128\)\]"):
+        grouped_tpu.product(x8, w8, sizes, scales=(of_codes[0], of_codes[1][:1]))
+    with pytest.raises(InputError, match="x to be int8"):
+        grouped_tpu.product(x, w8, sizes, scales=of_codes)
+    with pytest.raises(InputError, match="codes beside scales, not transposed; got bfloat16"):
+        grouped_tpu.product(x, w, sizes, scales=of_codes)
     with pytest.raises(InputError, match="sizes of 2 groups"):
         grouped_tpu.product(x, w, jnp.ones(3, jnp.int32))
     with pytest.raises(InputError, match="as many rows"):
