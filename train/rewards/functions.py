@@ -52,8 +52,7 @@ def score(
         with a finite number or None for each completion; or arguments of different lengths.
     """
     # What functions may ask for, with one entry for each completion.
-    if taken := [name for name in columns if name in _OURS]:
-        raise InputError(f"The prompt file has the column {taken[0]}, which rewards get from the run. Rename it.")
+    check_columns({}, list(columns))
     given = {"prompts": prompts, "completions": completions, "finished": finished, **columns}
     if completion_ids is not None:
         given["completion_ids"] = completion_ids
@@ -78,6 +77,23 @@ def score(
             ) from error
         scores[:, column] = _checked(name, found, len(completions))
     return scores
+
+
+def check_columns(functions: Mapping[str, RewardFunction], columns: Sequence[str]) -> None:
+    """Checks that functions could be called by `score`, without calling them.
+
+    Args:
+      functions: by name.
+      columns: names of the columns of the prompt file.
+
+    Raises:
+      InputError: a column has the name of what rewards get from a run, or a function asks for a column that is not
+        there.
+    """
+    if taken := [name for name in columns if name in _OURS]:
+        raise InputError(f"The prompt file has the column {taken[0]}, which rewards get from the run. Rename it.")
+    for name, function in functions.items():
+        _asked(name, function, (*_OURS, *columns))
 
 
 def combine(
