@@ -472,6 +472,8 @@ def test_tools_are_described_to_the_policy(files: Path, tmp_path: Path) -> None:
     (prompt, *_) = read_episode(tmp_path / "a" / "rollouts" / "00000000.parquet").prompts
     text = load_tokenizer(files / "model").decode(prompt.ids)
     assert '"name": "search"' in text
+    # Rewards know them too.
+    assert prompt.columns["tools"][0]["function"]["name"] == "search"
     own = dataclasses.replace(configuration(files, tmp_path / "b", *changes), environment=f"{tmp_path}/own.py:echo")
     train_grpo(own, _Formats())
     with pytest.raises(InputError, match="with reset and step, got int"):
