@@ -20,8 +20,8 @@ class RewardModelReward:
     """The score of a conversation under a reward model, in its last token, as `qwen-jax score` computes it.
 
     Messages are rendered with the chat template of the reward model, with the tools in the column `tools`; a plain
-    prompt and its completion are scored at the end-of-text token. A response that was cut has no end that could be scored, and gives no signal by default, nor
-    does a conversation that is longer than the context of the reward model.
+    prompt and its completion are scored at the end-of-text token. A response that was cut has no end that could be
+    scored, and gives no signal by default, nor does a conversation that is longer than the context of the reward model.
 
     Every process that has devices of the mesh must call it with the same texts.
     """
