@@ -146,7 +146,7 @@ class ToolEnvironment:
             answer = tool(json.loads(call.arguments))
         except InputError:
             raise  # The tool itself is set up wrongly.
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             answer = f"Error: {error}"
         return shortened(answer, self.max_characters)
 

@@ -107,4 +107,5 @@ def conversation_ids(
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt)
         return [*ids, *tokenizer.encode(completion, add_special_tokens=False), tokenizer.eos_id]
-    return render_example(tokenizer, [*prompt, {"role": "assistant", "content": completion}], tools or None).ids
+    messages = [*prompt, {"role": "assistant", "content": completion}]
+    return render_example(tokenizer, messages, tools or None, open_calls=True).ids

@@ -59,6 +59,9 @@ def test_scores_are_those_of_the_command(folder: Path, mesh: Mesh, tmp_path: Pat
     found = score({"rm": reward}, [*prompts, "x"], [*completions, "y" * 3000], [True, False, *[True] * 4], {})
     assert np.isnan(found[[1, 5], 0]).all()
     np.testing.assert_allclose(found[[0, 2, 3, 4], 0], np.delete(expected, 1), atol=1e-5)
+    # A policy may write a call that it does not close.
+    found = score({"rm": reward}, prompts[:2], ["<tool_call>{", "a</tool_call>"], [True] * 2, {})
+    assert np.isfinite(found).all()
     assert made(folder, mesh, unfinished=-2.0)(prompts[:1], ["a"], [False]) == [-2.0]
 
 
