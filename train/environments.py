@@ -32,10 +32,17 @@ class Observation:
       texts: one for each message, such as what each tool returned. They are plain text: control tokens that they spell
         are not read as such.
       role: of the messages, as the chat template knows it.
+
+    Raises:
+      InputError: texts that are one text, or something else.
     """
 
     texts: tuple[str, ...]
     role: str = "tool"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.texts, str) or not all(isinstance(text, str) for text in self.texts):
+            raise InputError(f"An observation has a tuple of texts, one for each message; got {self.texts!r:.200}.")
 
 
 class ToolUnavailableError(Exception):
@@ -139,7 +146,7 @@ class ToolEnvironment:
             answer = tool(json.loads(call.arguments))
         except InputError:
             raise  # The tool itself is set up wrongly.
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             answer = f"Error: {error}"
         return shortened(answer, self.max_characters)
 

@@ -172,6 +172,7 @@ def write_episode(path: Path, episode: Episode) -> None:
         "prompt_number": [prompt.number for prompt in prompts],
         "prompt": [_text(prompt.text_or_messages) for prompt in prompts],
         "is_messages": [not isinstance(prompt.text_or_messages, str) for prompt in prompts],
+        "earlier_turns": [rollout.earlier for rollout in rollouts],
         "completion": [rollout.text for rollout in rollouts],
         "reward": pyarrow.array(episode.rewards, pyarrow.float32()),
         **{f"reward_{name}": pyarrow.array(episode.scores[:, i]) for i, name in enumerate(episode.names)},
@@ -224,6 +225,7 @@ def read_episode(path: Path) -> Episode:
             text=row["completion"],
             turns=row["turns"],
             failure=row["failure"],
+            earlier=row.get("earlier_turns", ""),
         )
         for row in rows
     ]

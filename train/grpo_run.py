@@ -142,6 +142,9 @@ class _Run:
         fixed = None if config.order is None else _fixed_order(Path(config.order), prompts)
         order = PromptOrder(len(prompts.prompts), config.queries, config.seed, fixed)
         judge = self._stack.enter_context(contextlib.closing(Judge(config, formats, engine_meshes[0], tokenizer)))
+        judge.check(prompts.prompts)
+        for name, some in held_out.items():
+            judge.check(some.prompts, f"held out, {name}: ")
         tuned = TunedModel(config, formats, self.model, tokenizer, origin)
         self.measurement: Measurement | None = None
         if config.tasks is not None:

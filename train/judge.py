@@ -1,17 +1,18 @@
 """The rewards of a run: its functions, how they are combined, and the episodes that they judge."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from qwen_jax.errors import InputError
 from qwen_jax.parallel.multihost import in_step
 from qwen_jax.tokenizer import Tokenizer
 from train.episodes import Episode, with_penalties
 from train.grpo_config import GrpoRunConfig
-from train.rewards import RewardFunction, close_rewards, combine, load_reward, score
+from train.rewards import BUILT_IN, RewardFunction, check_columns, close_rewards, combine, load_reward, score
 from train.sampler import Prompt, Sample
 from train.tuned import Formats
 
@@ -61,6 +62,29 @@ class Judge:
     def close(self) -> None:
         """Ends the processes of reward functions."""
         close_rewards(self.functions.values())
+
+    def check(self, prompts: Iterable[Prompt], where: str = "") -> None:
+        """Checks that the functions can judge prompts, before there are responses. All processes call it.
+
+        Built-in functions read the columns of each prompt, beside a response that was cut; others are not called.
+
+        Args:
+          prompts: all that are to be judged.
+          where: what messages begin with.
+
+        Raises:
+          InputError: a column that a function asks for is missing, or a built-in function cannot use what is in it.
+        """
+        specs = {use.name: use.spec for use in self._config.rewards}
+        built_in = {name: function for name, function in self.functions.items() if specs[name] in BUILT_IN}
+        with in_step("Checking the prompts"):
+            for prompt in prompts if jax.process_index() == 0 else ():
+                try:
+                    check_columns(self.functions, list(prompt.columns))
+                    columns = {name: [value] for name, value in prompt.columns.items()}
+                    score(built_in, [prompt.text_or_messages], [""], [False], columns, completion_ids=[[]])
+                except InputError as error:
+                    raise InputError(f"{where}Prompt {prompt.number}: {error}") from error
 
     def judge(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[Sample]]) -> tuple[np.ndarray, np.ndarray]:
         """The scores and rewards of rollouts; see `Episode`. Process 0 calls it.

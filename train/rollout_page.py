@@ -131,7 +131,7 @@ def _shown(episode: Episode) -> dict[str, Any]:
             {
                 "number": prompt.number,
                 "prompt": _as_text(prompt.text_or_messages),
-                "completion": rollout.text or "",
+                "completion": rollout.earlier + (rollout.text or ""),
                 "reward": _number(episode.rewards[i]),
                 "advantage": float(episode.advantages[i]),
                 "gap": _number(episode.gaps[i]),

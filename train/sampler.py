@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import queue
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -86,12 +87,14 @@ class Sample(Rollout):
       turns: of the policy.
       failure: why the environment failed, which is not the policy's fault: such a rollout must get no reward. None if
         it did not.
+      earlier: the turns before the last one and what the environment answered, as text with special tokens.
     """
 
     prompt_length: int
     text: str | None
     turns: int = 1
     failure: str | None = None
+    earlier: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +139,7 @@ class _Conversation:
     text: str | None = None
     finished: bool = False
     failure: str | None = None
+    earlier: str = ""
     cached_tokens: int = 0
 
     def sample(self, version: int) -> Sample:
@@ -149,6 +153,7 @@ class _Conversation:
             text=self.text,
             turns=self.turns,
             failure=self.failure,
+            earlier=self.earlier,
         )
 
     def add(self, ids: Sequence[int], log_probs: Sequence[float] | None) -> None:
@@ -342,14 +347,19 @@ class Sampler:
         events: "queue.SimpleQueue[_Event]",
     ) -> bool:
         """Takes what the environment answers; returns whether another turn has begun."""
-        try:
-            with _environment_of(conversation):
+        with _environment_of(conversation):
+            try:
                 observation = answer.result()
-        except ToolUnavailableError as failure:
-            conversation.finished, conversation.failure = False, str(failure)
-            return False
-        if observation is None:
-            return False
+            except ToolUnavailableError as failure:
+                conversation.finished, conversation.failure = False, str(failure)
+                return False
+            if observation is None:
+                return False
+        if not isinstance(observation, Observation):
+            raise InputError(
+                f"Prompt {conversation.prompt.number}: `step` of the environment returned {observation!r:.200}; "
+                "expected an Observation, or None for the end."
+            )
         tokenizer = self._engines[0].tokenizer
         assert tokenizer is not None
         ids = observation_ids(tokenizer, observation, conversation.ids[-1])
@@ -358,6 +368,7 @@ class Sampler:
             conversation.finished = False
             return False
         conversation.add(ids, None)
+        conversation.earlier = tokenizer.decode(conversation.ids[len(conversation.prompt.ids) :])
         self._start_turn(conversation, version, events)
         return True
 
@@ -367,12 +378,14 @@ def _environment_of(conversation: _Conversation) -> Iterator[None]:
     """What a user's environment raises becomes an InputError, for which a run saves its state."""
     try:
         yield
-    except (InputError, ToolUnavailableError):
+    except InputError:
         raise
     except (Exception, SystemExit) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{frame.filename}, line {frame.lineno}"
         raise InputError(
-            f"Prompt {conversation.prompt.number}: the environment raised {type(error).__name__}: {error}. Correct it; "
-            "it may raise ToolUnavailableError for a rollout that must get no reward."
+            f"Prompt {conversation.prompt.number}: the environment raised {type(error).__name__} ({where}): {error}. "
+            "Correct it; its `step` may raise ToolUnavailableError for a rollout that must get no reward."
         ) from error
 
 

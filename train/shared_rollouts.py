@@ -104,7 +104,7 @@ def _message(groups: Sequence[Sequence[Sample]], counts: SampleCounts) -> Messag
     about = {
         "groups": len(groups),
         "counts": dataclasses.asdict(counts),
-        "samples": [[s.finished, s.prompt_length, s.text, s.turns, s.failure, len(s.ids)] for s in samples],
+        "samples": [[len(s.ids), s.finished, s.prompt_length, s.text, s.turns, s.failure, s.earlier] for s in samples],
     }
     ids, trained, log_probs = [np.zeros(0, np.int32)], [np.zeros(0, bool)], [np.zeros(0, np.float32)]
     for s in samples:
@@ -117,10 +117,10 @@ def _message(groups: Sequence[Sequence[Sample]], counts: SampleCounts) -> Messag
 def _of_message(message: Message, version: int) -> tuple[list[list[Sample]], SampleCounts]:
     about, (ids, trained, log_probs) = message
     samples, at = [], 0
-    for finished, prompt_length, text, turns, failure, length in about["samples"]:
+    for length, finished, *others in about["samples"]:
         part = slice(at, at + length)
         numbers = ids[part].tolist(), trained[part], log_probs[part]
-        samples.append(Sample(*numbers, finished, version, prompt_length, text, turns, failure))
+        samples.append(Sample(*numbers, finished, version, *others))
         at += length
     count = about["groups"]
     size = len(samples) // max(count, 1)

@@ -61,6 +61,7 @@ def render_example(
     newline: bool = False,
     first: int = 0,
     parse_special: bool = False,
+    open_calls: bool = False,
 ) -> TrainedIds:
     """Turn a conversation into token ids and the mask of those that are trained.
 
@@ -84,13 +85,21 @@ def render_example(
         newline: also train a line end that follows the control token.
         first: turns before the message of this index are not trained.
         parse_special: read control tokens that are typed into messages or tools as such; by default they are text.
+        open_calls: allow a `<tool_call>` in a content that is not closed, such as a policy may write.
 
     Raises:
         InputError: malformed messages or tools, no assistant's turn to train, a `<tool_call>` in an assistant's content
             that is not closed, or a template that does not tell what the assistant wrote or marks it without its end.
     """
     parts = chat_parts(
-        tokenizer, messages, tools, trained=trained, newline=newline, first=first, parse_special=parse_special
+        tokenizer,
+        messages,
+        tools,
+        trained=trained,
+        newline=newline,
+        first=first,
+        parse_special=parse_special,
+        open_calls=open_calls,
     )
     return encode_parts(tokenizer, [parts])[0]
 
@@ -104,6 +113,7 @@ def chat_parts(
     newline: bool = False,
     first: int = 0,
     parse_special: bool = False,
+    open_calls: bool = False,
 ) -> list[Part]:
     """Return the text of `render_example` in parts, before they are encoded. Arguments and errors are the same."""
     if trained not in ("all", "last"):
@@ -115,7 +125,7 @@ def chat_parts(
             f"expected an assistant's turn to train{f' from message {first} on' if first else ''}, got the roles "
             f"{', '.join(message['role'] for message in messages)}. Leave the example out, or add the answer."
         )
-    for i in turns:
+    for i in turns if not open_calls else ():
         _check_tool_calls_closed(messages[i].get("content") or "", i)
     # Hide control tokens that are typed into messages and tools: replace their first characters.
     template, source = tokenizer.chat_template, tokenizer.chat_template.source(tools)

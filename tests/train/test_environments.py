@@ -135,6 +135,8 @@ def test_wrong_calls_are_told_to_the_policy() -> None:
     assert texts[0] == "Error: there is no tool pyhton; the tools are python."
     assert texts[1] == "Error: the argument code must be a text."
     assert texts[2] == "Error: a turn may have 2 calls."
+    (nested,) = step(environment, call("python", '{"code": ' + '{"a": ' * 5000 + "1" + "}" * 5001))
+    assert nested.startswith("Error: ")
 
 
 def test_a_tool_that_is_set_up_wrongly_ends_the_run() -> None:

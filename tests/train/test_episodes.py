@@ -1,6 +1,7 @@
 """Episodes: their numbers for the log, and the file that keeps them."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tests.helpers.runs import print_seed
 from train.data.documents import optional_library
 from train.episodes import Episode, read_episode, write_episode
 from train.policy import GrpoConfig
+from train.rollout_page import to_html
 from train.sampler import Prompt, Sample
 
 QUERIES, GROUP = 3, 4
@@ -27,6 +29,7 @@ def drawn(rng: np.random.Generator) -> Episode:
             text=f"text {i}",
             turns=1 + i % 2,
             failure="no room" if i == 5 else None,
+            earlier="a call<|im_end|>" * (i % 2),
         )
         for i, r in enumerate(rollouts)
     ]
@@ -83,10 +86,18 @@ def test_a_table_has_everything_exactly(tmp_path: Path) -> None:
         np.testing.assert_array_equal(getattr(again, name), getattr(episode, name))
     assert [p.number for p in again.prompts] == [p.number for p in episode.prompts]
     for a, b in zip(again.rollouts, episode.rollouts, strict=True):
-        assert (a.ids, a.finished, a.version, a.text, a.turns) == (b.ids, b.finished, b.version, b.text, b.turns)
+        for name in ("ids", "finished", "version", "text", "turns", "failure", "earlier"):
+            assert getattr(a, name) == getattr(b, name)
         np.testing.assert_array_equal(a.log_probs, b.log_probs)
         np.testing.assert_array_equal(a.trained, b.trained)
     parquet = optional_library("pyarrow.parquet", "Tables of rollouts")
     table = parquet.read_table(tmp_path / "a.parquet")
     parquet.write_table(table.drop_columns(["gap"]), tmp_path / "b.parquet")
     assert np.isnan(read_episode(tmp_path / "b.parquet").gaps).all()
+
+
+def test_the_page_shows_all_turns() -> None:
+    episode = drawn(print_seed())
+    shown = json.loads(to_html([episode]).partition('id="data">')[2].partition("</script>")[0])
+    for row, rollout in zip(shown[0]["rollouts"], episode.rollouts, strict=True):
+        assert row["completion"] == rollout.earlier + str(rollout.text)

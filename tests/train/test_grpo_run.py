@@ -39,6 +39,7 @@ from train.grpo_config import GrpoRunConfig, RewardUse
 from train.grpo_run import train_grpo
 from train.judge import Judge
 from train.observe.metrics import MetricsLog, read_log
+from train.rewards import BUILT_IN
 
 SMALL = [
     "step.dtype=float32", "queries=4", "sampling.group_size=4", "sampling.max_new_tokens=6", "prompt_length=160",
@@ -182,7 +183,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
     ("responses", "call", "failure", "message"),
     [
         (16, 3, "values.pop()", "letters returned 15 values; expected a list of 16"),
-        (3, 2, "raise SystemExit(7)", "letters raised SystemExit: 7"),
+        (3, 2, "raise SystemExit(7)", r"letters raised SystemExit \(.*reward.py, line 10\): 7"),
     ],
     ids=["an episode", "an evaluation"],
 )
@@ -471,6 +472,8 @@ def test_tools_are_described_to_the_policy(files: Path, tmp_path: Path) -> None:
     (prompt, *_) = read_episode(tmp_path / "a" / "rollouts" / "00000000.parquet").prompts
     text = load_tokenizer(files / "model").decode(prompt.ids)
     assert '"name": "search"' in text
+    # Rewards know them too.
+    assert prompt.columns["tools"][0]["function"]["name"] == "search"
     own = dataclasses.replace(configuration(files, tmp_path / "b", *changes), environment=f"{tmp_path}/own.py:echo")
     train_grpo(own, _Formats())
     with pytest.raises(InputError, match="with reset and step, got int"):
@@ -520,7 +523,7 @@ def test_a_program_has_one_verdict_also_over_a_resume(files: Path, tmp_path: Pat
     ("changes", "reward", "message"),
     [
         ((), "never", "no reward function gave a signal for any of 16 responses"),
-        ((), "broken", "broken raised ZeroDivisionError: here"),
+        ((), "broken", r"broken raised ZeroDivisionError \(.*reward.py, line 14\): here"),
         ((), "missing", "has no function missing"),
         (("prompt_length=3",), "letters", "have more than 3 tokens"),
         (("engine.num_pages=1",), "letters", "pages of the cache, which has 1"),
@@ -561,6 +564,37 @@ def test_prompts_that_cannot_be_read(files: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             run(good, row)
+
+
+@pytest.mark.parametrize(
+    ("reward", "columns", "message"),
+    [
+        ("letters", {}, "Prompt 0: The reward letters asks for wanted"),
+        ("broken", {"finished": True}, "Prompt 0: The prompt file has the column finished"),
+        ("math", {}, "Prompt 0: The reward math: expected the right answers in the column answer"),
+        ("instructions", {"instruction_id_list": ["no:such"], "kwargs": [{}]}, "Prompt 1: The reward instructions: "),
+        ("json_schema", {"schema": '{"type": 3}'}, "Prompt 1: The reward json_schema: "),
+    ],
+)
+@pytest.mark.parametrize("held_out", [False, True])
+def test_columns_are_checked_before_anything_is_sampled(
+    reward: str, columns: dict[str, Any], message: str, held_out: bool, files: Path, tmp_path: Path
+) -> None:
+    """Of all prompts, also of those to evaluate on. The first prompt of a file can be judged in the later cases."""
+    rows: list[dict[str, Any]] = [{"prompt": "which colour", **columns}]
+    if "Prompt 1" in message:
+        rows.insert(0, {"prompt": "which", **dict.fromkeys(columns)})
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = configuration(files, tmp_path / "run", "queries=1", reward=reward)
+    spec = reward if reward in BUILT_IN else config.rewards[0].spec
+    good = {"prompt": "which", "wanted": "r", "answer": "1", **dict.fromkeys(columns.keys() - {"finished"})}
+    (tmp_path / "good.jsonl").write_text(json.dumps(good) + "\n")
+    bad = {"bad": str(tmp_path / "bad.jsonl")}
+    prompts = {"prompts": {"good": str(tmp_path / "good.jsonl")}, "held_out": bad} if held_out else {"prompts": bad}
+    message = ("held out, bad: " if held_out else "^") + message
+    with pytest.raises(InputError, match=message):
+        train_grpo(dataclasses.replace(config, rewards=(RewardUse(spec),), **prompts), _Formats())
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_quantised_base_is_refused_before_anything_is_sampled(files: Path, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Rollouts depend on nothing but weights, prompt and seed; their log-probabilities are those of the trainer."""
 
 import dataclasses
+import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -257,6 +258,9 @@ def test_turns_are_tokens_in_and_tokens_out(
         left = len(sample.ids) - len(ids)
         assert sample.ids == ids + rest[len(rest) - left :]
         assert sample.trained.tolist() == trained + [True] * left
+        # The text before the last turn.
+        last = sample.prompt_length if sample.turns == 1 else len(ids) if left else len(ids) - len(state[-1][1])
+        assert sample.earlier == tokenizer.decode(sample.ids[sample.prompt_length : last])
         assert len(sample.ids) <= sample.prompt_length + config.max_new_tokens
         assert sample.finished == (sample.turns == 3 and len(state) == 3)
         several += sample.turns > 1
@@ -312,10 +316,30 @@ def test_an_error_in_the_environment_ends_the_call_and_the_engine_goes_on(
 
     environment = Talking(2)
     setattr(environment, method, broken)
-    with pytest.raises(InputError, match=f"Prompt 5: the environment raised {type(error).__name__}: .*oops"):
+    where = rf"{re.escape(__file__)}, line {broken.__code__.co_firstlineno + 1}"
+    with pytest.raises(
+        InputError, match=rf"Prompt 5: the environment raised {type(error).__name__} \({where}\): .*oops"
+    ):
         Sampler(engine, SamplingConfig(group_size=16, max_new_tokens=64), environment).sample([Prompt(5, [1])], 0)
     assert len(Sampler(engine, CONFIG).sample([Prompt(0, [1])], 0)[0]) == 4
     assert engine.stats().running == 0
+
+
+def test_answers_that_are_no_observations_are_told(engine: ContinuousEngine) -> None:
+    def raises(*_: Any) -> None:
+        raise ToolUnavailableError("down")
+
+    cases: list[tuple[str, Callable[..., Any], str]] = [
+        ("step", lambda *_: "hello", "Prompt 5: `step` .* returned 'hello'; expected an Observation"),
+        ("step", lambda *_: Observation("hello"), "tuple of texts, one for each message; got 'hello'"),  # type: ignore[arg-type]
+        ("step", lambda *_: Observation((3,)), r"got \(3,\)"),  # type: ignore[arg-type]
+        ("reset", raises, "Prompt 5: the environment raised ToolUnavailableError .*: down"),
+    ]
+    for method, function, message in cases:
+        environment = Talking(2)
+        setattr(environment, method, function)
+        with pytest.raises(InputError, match=message):
+            Sampler(engine, SamplingConfig(group_size=16, max_new_tokens=64), environment).sample([Prompt(5, [1])], 0)
 
 
 def test_an_environment_needs_a_tokenizer(params: Params, mesh: Mesh) -> None:

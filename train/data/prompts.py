@@ -47,7 +47,8 @@ def read_prompts(
       paths: JSONL, Parquet or `datasets` folders; patterns and folders of files too.
       tokenizer: of the policy.
       max_tokens: of a prompt; longer ones are left out and counted.
-      tools: descriptions for the chat template, where a row has no `tools` of its own.
+      tools: descriptions for the chat template, where a row has no `tools` of its own. Rewards get those of the row as
+        its column `tools`.
 
     Raises:
       InputError: no such file; a row without a usable prompt; columns that differ between rows; or no prompt that is
@@ -60,10 +61,11 @@ def read_prompts(
                 prompt = _prompt(count, row.values, tokenizer, tools)
             except InputError as error:
                 raise InputError(f"{row.where}: {error}") from None
+            names = set(prompt.columns) - {"tools"}
             if columns is None:
-                columns = set(prompt.columns)
-            elif columns != set(prompt.columns):
-                other = sorted(columns ^ set(prompt.columns))[0]
+                columns = names
+            elif columns != names:
+                other = sorted(columns ^ names)[0]
                 raise InputError(
                     f"{row.where}: the column {other!r} is in some rows only, so that rewards cannot read it. Give "
                     "every row the same columns; null stands for nothing in JSON lines."
@@ -110,6 +112,8 @@ def _prompt(
         raise InputError(f"Expected a column 'prompt' with a text or a list of messages, got {kind}.")
     if not ids:
         raise InputError("The prompt is empty. Leave the row out.")
+    if own or tools:
+        columns["tools"] = own or tools
     return Prompt(number, ids, given, columns)
 
 

@@ -1,5 +1,6 @@
 """The reward of code that passes tests, run in the sandbox."""
 
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -26,8 +27,8 @@ class CodeReward:
     Nothing else of the response is run, and a response without a closed block gets 0. A test that the sandbox could not
     run gives no signal, unless another test has failed already.
 
-    Equal programs with equal tests are run once, as long as their verdict is remembered. A program that met a limit of
-    the sandbox, or that the machine failed to run, is run again at the next call.
+    Equal programs with equal tests and limits are run once, as long as their verdict is remembered. A program that met
+    a limit of the sandbox, or that the machine failed to run, is run again at the next call.
 
     The prompt file has a list of tests for each prompt, or its JSON text: {"stdin": ..., "expected_stdout": ...}, or
     {"code": ...} with assertions. See `train.sandbox`.
@@ -89,8 +90,8 @@ class CodeReward:
                 found[i] = 0.0
                 continue
             program = languages[i], block[1], tests[i]
-            # The same program is worth something else if a part of the tests counts.
-            text = to_json([*program, self._partial])
+            # The same program is worth something else if a part of the tests counts, or under other limits.
+            text = to_json([*program, self._partial, dataclasses.asdict(self._sandbox.limits)])
             key = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
             places.setdefault(key, []).append(i)
             programs[key] = program

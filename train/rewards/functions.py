@@ -1,8 +1,10 @@
 """Calls reward functions, checks what they return, and combines their rewards."""
 
+import contextlib
 import inspect
 import math
 import numbers
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -50,8 +52,7 @@ def score(
         with a finite number or None for each completion; or arguments of different lengths.
     """
     # What functions may ask for, with one entry for each completion.
-    if taken := [name for name in columns if name in _OURS]:
-        raise InputError(f"The prompt file has the column {taken[0]}, which rewards get from the run. Rename it.")
+    check_columns({}, list(columns))
     given = {"prompts": prompts, "completions": completions, "finished": finished, **columns}
     if completion_ids is not None:
         given["completion_ids"] = completion_ids
@@ -71,11 +72,28 @@ def score(
             raise InputError(f"The reward {name}: {error}") from error
         except (Exception, SystemExit) as error:
             raise InputError(
-                f"The reward {name} raised {type(error).__name__}: {error}. Correct it; it may return None for a text "
-                "that it cannot judge."
+                f"The reward {name} raised {type(error).__name__}{_place(error)}: {error}. Correct it; it may return "
+                "None for a text that it cannot judge."
             ) from error
         scores[:, column] = _checked(name, found, len(completions))
     return scores
+
+
+def check_columns(functions: Mapping[str, RewardFunction], columns: Sequence[str]) -> None:
+    """Checks that functions could be called by `score`, without calling them.
+
+    Args:
+      functions: by name.
+      columns: names of the columns of the prompt file.
+
+    Raises:
+      InputError: a column has the name of what rewards get from a run, or a function asks for a column that is not
+        there.
+    """
+    if taken := [name for name in columns if name in _OURS]:
+        raise InputError(f"The prompt file has the column {taken[0]}, which rewards get from the run. Rename it.")
+    for name, function in functions.items():
+        _asked(name, function, (*_OURS, *columns))
 
 
 def combine(
@@ -156,9 +174,18 @@ def _asked(name: str, function: RewardFunction, given: Sequence[str]) -> list[st
     return asked
 
 
+def _place(error: BaseException) -> str:
+    """The file and the line of a function, called from here, at which an error left it; empty where it has no lines."""
+    _, *frames = traceback.extract_tb(error.__traceback__)
+    inside = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f" ({inside[-1].filename}, line {inside[-1].lineno})" if inside else ""
+
+
 def _checked(name: str, found: Any, count: int) -> list[float]:
     """The values of a function as floats, NaN for None."""
-    if not isinstance(found, (list, tuple, np.ndarray)) or np.ndim(found) > 1 or len(found) != count:
+    if isinstance(found, np.ndarray):
+        found = found.tolist()
+    if not isinstance(found, (list, tuple)) or len(found) != count:
         what = f"{len(found)} values" if isinstance(found, (list, tuple)) else f"a {type(found).__name__}"
         raise InputError(
             f"The reward {name} returned {what}; expected a list of {count} numbers, one a completion, with None for "
@@ -169,11 +196,14 @@ def _checked(name: str, found: Any, count: int) -> list[float]:
         if value is None:
             values.append(math.nan)
             continue
-        is_number = isinstance(value, (numbers.Real, np.bool_))
-        if not is_number or not abs(float(value)) <= _LARGEST:
+        number = math.nan
+        if isinstance(value, (numbers.Real, np.bool_)):
+            with contextlib.suppress(OverflowError):  # An integer or a fraction may exceed every float.
+                number = float(value)
+        if not abs(number) <= _LARGEST:
             raise InputError(
-                f"The reward {name} returned {value!r} for completion {i}; expected a finite number, or None for no "
-                "signal."
+                f"The reward {name} returned {value!r:.200} for completion {i}; expected a finite number, or None for "
+                "no signal."
             )
-        values.append(float(value))
+        values.append(number)
     return values

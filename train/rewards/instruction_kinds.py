@@ -107,6 +107,8 @@ def _response_language(response: str, language: str) -> bool:
 _ABBREVIATIONS = frozenset(
     "mr mrs ms dr prof sr jr st vs etc e.g i.e cf no vol fig approx inc ltd co u.s u.k a.m p.m".split()
 )
+# The beginning of a line, and what is no word in it. It stays in the line: otherwise empty lines take quadratic time.
+_BEGIN = r"^(?:[^\w\n]|_)*"
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]*_]*(?=\s|$)|[。！？]+[」』”’）]*")  # noqa: RUF001
 
 
@@ -172,7 +174,7 @@ def _postscript(response: str, postscript_marker: str) -> bool:
     """A line that begins with the marker, with or without spaces and the last full stop, and says something."""
     letters = [re.escape(part) for part in postscript_marker.strip().rstrip(".").split(".") if part.strip()]
     marker = r"\.\s?".join(letters)
-    return bool(re.search(rf"^[\W_]*{marker}(?!\w|\.\s?\w\.)\W*\w", response, re.IGNORECASE | re.MULTILINE))
+    return bool(re.search(rf"{_BEGIN}{marker}(?!\w|\.\s?\w\.)\W*\w", response, re.IGNORECASE | re.MULTILINE))
 
 
 # Detectable format.
@@ -196,7 +198,7 @@ def _number_highlighted_sections(response: str, num_highlights: int) -> bool:
 
 def _multiple_sections(response: str, section_spliter: str, num_sections: int) -> bool:
     """Sections begin with a line such as `Section 1`; each number counts once."""
-    heading = rf"^[\W_]*{re.escape(section_spliter.strip())}\s*(\d+)"
+    heading = rf"{_BEGIN}{re.escape(section_spliter.strip())}\s*(\d+)"
     return len(set(re.findall(heading, response, re.MULTILINE | re.IGNORECASE))) >= num_sections
 
 

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 class RewardModelReward:
     """The score of a conversation under a reward model, in its last token, as `qwen-jax score` computes it.
 
-    Messages are rendered with the chat template of the reward model; a plain prompt and its completion are scored at
-    the end-of-text token. A response that was cut has no end that could be scored, and gives no signal by default, nor
-    does a conversation that is longer than the context of the reward model.
+    Messages are rendered with the chat template of the reward model, with the tools in the column `tools`; a plain
+    prompt and its completion are scored at the end-of-text token. A response that was cut has no end that could be
+    scored, and gives no signal by default, nor does a conversation that is longer than the context of the reward model.
 
-    Every process of a run must call it with the same texts.
+    Every process that has devices of the mesh must call it with the same texts.
     """
 
     def __init__(
@@ -35,7 +35,6 @@ class RewardModelReward:
         dtype: str | None = None,
         tokens_per_batch: int = 16_384,
         unfinished: float | None = None,
-        tools_column: str | None = None,
     ):
         """
         Args:
@@ -46,7 +45,6 @@ class RewardModelReward:
           dtype: to compute in; by default the checkpoint's own on a GPU or TPU, float32 on a CPU.
           tokens_per_batch: tokens that are run at a time.
           unfinished: the reward of a response that was cut; None for no signal.
-          tools_column: of the prompt file, with the tools of each conversation.
 
         Raises:
           InputError: a language model, a reward model of another tokenizer, or one that does not fit the mesh.
@@ -59,14 +57,14 @@ class RewardModelReward:
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else config.dtype)
         params = formats.load(model, config, mesh, dtype, stacked=False)
         self._config: ModelConfig = config
-        self._tokenizer, self._unfinished, self._tools_column = tokenizer, unfinished, tools_column
+        self._tokenizer, self._unfinished = tokenizer, unfinished
         self._scorer = Scorer(config, params, mesh, dtype=dtype, tokens_per_batch=tokens_per_batch)
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[str], finished: Sequence[bool], **columns: Any
     ) -> list[float | None]:
         """The scores, or None for no signal."""
-        tools = columns[self._tools_column] if self._tools_column in columns else [None] * len(prompts)
+        tools = columns.get("tools", [None] * len(prompts))
         rewards: list[float | None] = [self._unfinished] * len(prompts)
         scored, texts = [], []
         for i, ended in enumerate(finished):
@@ -109,4 +107,5 @@ def conversation_ids(
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt)
         return [*ids, *tokenizer.encode(completion, add_special_tokens=False), tokenizer.eos_id]
-    return render_example(tokenizer, [*prompt, {"role": "assistant", "content": completion}], tools or None).ids
+    messages = [*prompt, {"role": "assistant", "content": completion}]
+    return render_example(tokenizer, messages, tools or None, open_calls=True).ids

@@ -125,7 +125,7 @@ def column_of(columns: Mapping[str, Sequence[Any]], name: str, what: str) -> Seq
     """A column of the prompt file.
 
     Args:
-      columns: that there are.
+      columns: that there are, and what rewards get from the run beside them.
       name: of the wanted one.
       what: it holds, for the message.
 
@@ -133,8 +133,9 @@ def column_of(columns: Mapping[str, Sequence[Any]], name: str, what: str) -> Seq
       InputError: there is no such column.
     """
     if name not in columns:
+        there = ", ".join(sorted(columns.keys() - {"prompts", "completion_ids"})) or "none"
         raise InputError(
-            f"expected {what} in the column {name} of the prompt file, which has: {', '.join(sorted(columns))}. Add "
-            "it, or set `column` to the one that holds it."
+            f"expected {what} in the column {name} of the prompt file, whose columns are: {there}. Add it, or set "
+            "`column` to the one that holds it."
         )
     return columns[name]

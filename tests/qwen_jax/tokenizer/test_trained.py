@@ -327,6 +327,13 @@ def test_bad_conversations(template: str, message: str, messages: list[dict[str,
         render_example(tokenizer, messages)
 
 
+@pytest.mark.parametrize("content", ["<tool_call>{}", "a</tool_call>"])
+def test_calls_that_are_not_closed_are_text_where_they_are_allowed(content: str) -> None:
+    tokenizer = with_template(TEMPLATES["instruct"])
+    example = render_example(tokenizer, [USER, {"role": "assistant", "content": content}], open_calls=True)
+    assert decoded(tokenizer, example)[1] == (f"{content}<|im_end|>", True)
+
+
 def test_a_saved_tokenizer_gives_the_same_examples(tokenizer: Tokenizer, tmp_path: Any) -> None:
     tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path)

@@ -114,12 +114,13 @@ def test_equal_programs_with_equal_tests_are_run_once() -> None:
 
 
 def test_verdicts_are_kept_for_a_later_process(tmp_path: Path) -> None:
-    """With a file that was cut by a crash, too; and a share of the tests is another verdict than all of them."""
+    """With a file that was cut by a crash, too; under other limits the verdict may be another, and a share of the
+    tests is another verdict than all of them."""
     file, programs = tmp_path / "run" / "verdicts.jsonl", ["a", "b", "c"]
     tests = [prints("a", "a"), prints("b", "x"), prints("machine")]
 
-    def rewards(**settings: Any) -> tuple[list[float | None], list[str]]:
-        box = Sandbox()
+    def rewards(seconds: float = 1.0, **settings: Any) -> tuple[list[float | None], list[str]]:
+        box = Sandbox(Limits(seconds))
         reward = load_reward("code", sandbox=box, verdicts=str(file), **settings)
         found = reward([f"```\n{text}\n```" for text in programs], [True] * 3, tests=tests)
         return found, sorted(source.strip() for _, source in box.seen)
@@ -127,6 +128,7 @@ def test_verdicts_are_kept_for_a_later_process(tmp_path: Path) -> None:
     assert rewards() == ([1.0, 0.0, None], ["a", "b", "c"])
     # What is uncertain is run again.
     assert rewards() == ([1.0, 0.0, None], ["c"])
+    assert rewards(seconds=2.0) == ([1.0, 0.0, None], ["a", "b", "c"])
     assert rewards(partial=True) == ([1.0, 0.5, None], ["a", "b", "c"])
     assert rewards(partial=True) == ([1.0, 0.5, None], ["c"])
     whole = file.read_bytes()

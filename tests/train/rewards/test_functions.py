@@ -60,7 +60,7 @@ def ends(completions: Any) -> list[float]:
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (raises, ["bad", "KeyError", "lost"]),
+        (raises, ["bad", "KeyError", "lost", __file__, f"line {raises.__code__.co_firstlineno + 1}"]),
         (ends, ["bad", "SystemExit", "3"]),
         (lambda completions: [1.0, 2.0], ["bad", "2 values", "3"]),
         (lambda completions: [1.0, math.nan, 2.0], ["bad", "nan", "completion 1"]),
@@ -71,7 +71,10 @@ def ends(completions: Any) -> list[float]:
         (lambda completions: 1.0, ["bad", "float", "list of 3"]),
         (lambda completions: "abc", ["bad", "a str"]),
         (lambda completions: None, ["bad", "NoneType"]),
-        (lambda completions: np.zeros((3, 1)), ["bad", "ndarray"]),
+        (lambda completions: np.zeros((3, 1)), ["bad", "[0.0]", "completion 0"]),
+        (lambda completions: np.zeros(()), ["bad", "float", "list of 3"]),
+        (lambda completions: [1.0, [1.0], [1.0, 2.0]], ["bad", "[1.0]", "completion 1"]),
+        (lambda completions: [1.0, 2.0, 10**400], ["bad", "1000", "completion 2"]),
         (lambda completions, solution: [0.0] * 3, ["bad", "solution", "answer"]),
         (lambda completions, /: [0.0] * 3, ["bad", "completions", "by name"]),
         (lambda *texts: [0.0] * 3, ["bad", "texts"]),

@@ -4,6 +4,7 @@
 
 import json
 import string
+import time
 from typing import Any
 
 import pytest
@@ -128,6 +129,18 @@ def test_kinds(kind: str, arguments: dict[str, Any], right: list[str], wrong: li
         assert check_instruction(kind, arguments, text, loose=True), text
     for text in [*wrong, "", " \n"]:
         assert not check_instruction(kind, arguments, text), text
+
+
+def test_long_hostile_texts_take_no_time() -> None:
+    """No kind is quadratic in what a policy may write; the longest of these took a minute when one was."""
+    reward: Any = load_reward("instructions", loose=True)
+    texts = ["\n" * 40_000, "* " * 20_000, "[" * 40_000, "<<" * 20_000, "P.S. " * 8_000, ".\n" * 20_000]
+    begin = time.perf_counter()
+    for kind, arguments in {case[0]: case[1] for case in CASES}.items():
+        ids, given = [[kind]] * len(texts), [[arguments]] * len(texts)
+        prompts = [[{"role": "user", "content": "x"}]] * len(texts)
+        reward(completions=texts, finished=[True] * len(texts), prompts=prompts, instruction_id_list=ids, kwargs=given)
+    assert time.perf_counter() - begin < 20
 
 
 def test_texts_that_follow_by_construction() -> None:

@@ -21,7 +21,7 @@ from train.rewards import load_reward, score
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reward") / "model"
-    make_reward_checkpoint(folder, "linear", vocab_size=320, eos_token_id=256, max_position_embeddings=256)
+    make_reward_checkpoint(folder, "linear", vocab_size=320, eos_token_id=256, max_position_embeddings=2048)
     train_bpe(["abc"], 278).save(folder)
     return folder
 
@@ -34,27 +34,34 @@ def made(folder: Path, mesh: Mesh, tokenizer: Tokenizer | None = None, **setting
 
 
 def test_scores_are_those_of_the_command(folder: Path, mesh: Mesh, tmp_path: Path) -> None:
-    """Messages and plain texts; not those that were cut, nor those beyond the context."""
+    """Messages, also with tools, and plain texts; not those that were cut, nor those beyond the context."""
     rng = print_seed()
+    schema = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
     prompts: list[Any] = [[{"role": "user", "content": "abc" * int(n)}] for n in rng.integers(1, 9, 3)]
     prompts += ["plain " * int(n) for n in rng.integers(1, 9, 2)]
     completions = ["ok", "", "no no", "a b c", "d <|im_end|> e"]
     file, scores = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    tools = [None, [schema], None, None, None]
     records = [
-        {"prompt": p, "completion": c if isinstance(p, str) else [{"role": "assistant", "content": c}]}
-        for p, c in zip(prompts, completions, strict=True)
+        {"prompt": p, "completion": c if isinstance(p, str) else [{"role": "assistant", "content": c}], "tools": t}
+        for p, c, t in zip(prompts, completions, tools, strict=True)
     ]
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert main(["score", str(folder), "--input", str(file), "--output", str(scores)]) == 0
     expected = [json.loads(line)["score"] for line in scores.read_text().splitlines()]
 
     reward = made(folder, mesh)
-    found = score({"rm": reward}, prompts, completions, [True] * 5, {})
+    found = score({"rm": reward}, prompts, completions, [True] * 5, {"tools": tools})
     np.testing.assert_allclose(found[:, 0], expected, atol=1e-5)
+    without = score({"rm": reward}, prompts, completions, [True] * 5, {})
+    np.testing.assert_array_equal(abs(without - found)[:, 0] > 1e-5, [False, True, False, False, False])
     # One that was cut, and one that is too long, get no signal and change no other.
-    found = score({"rm": reward}, [*prompts, "x"], [*completions, "y" * 300], [True, False, *[True] * 4], {})
+    found = score({"rm": reward}, [*prompts, "x"], [*completions, "y" * 3000], [True, False, *[True] * 4], {})
     assert np.isnan(found[[1, 5], 0]).all()
     np.testing.assert_allclose(found[[0, 2, 3, 4], 0], np.delete(expected, 1), atol=1e-5)
+    # A policy may write a call that it does not close.
+    found = score({"rm": reward}, prompts[:2], ["<tool_call>{", "a</tool_call>"], [True] * 2, {})
+    assert np.isfinite(found).all()
     assert made(folder, mesh, unfinished=-2.0)(prompts[:1], ["a"], [False]) == [-2.0]
 
 

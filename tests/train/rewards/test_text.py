@@ -117,5 +117,5 @@ def test_long_hostile_texts_take_no_time() -> None:
 
 
 def test_a_missing_column_is_named() -> None:
-    with pytest.raises(InputError, match=r"answers in the column answer .* has: question"):
-        column_of({"question": []}, "answer", "answers")
+    with pytest.raises(InputError, match=r"answers in the column answer .* are: question\. Add"):
+        column_of({"question": [], "prompts": [], "completion_ids": []}, "answer", "answers")
