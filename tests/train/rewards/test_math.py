@@ -119,7 +119,7 @@ def test_bad_input(reward: MathReward, monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ([1], True, {"a": 1}):
         with pytest.raises(InputError, match=r"column answer has .* for completion 0"):
             reward([r"\boxed{1}"], [True], answer=[value])
-    with pytest.raises(InputError, match="has: question"):
+    with pytest.raises(InputError, match="columns are: question"):
         reward([r"\boxed{1}"], [True], question=["?"])
     for settings in ({"workers": 0}, {"seconds": 0.0}, {"markers": ("",)}, {"recycle": 0}, {"longest": 0}):
         with pytest.raises(InputError):
