@@ -21,6 +21,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.inference import ContinuousEngine, Ending, Request, SamplingParams
 from qwen_jax.inference.outputs import Finished
 from qwen_jax.inference.stream import Stream
+from qwen_jax.tokenizer import Tokenizer
 from train.data.rollouts import Rollout
 from train.environments import Environment, Observation, ToolUnavailableError, observation_ids
 from train.fields import at_least
@@ -139,10 +140,12 @@ class _Conversation:
     text: str | None = None
     finished: bool = False
     failure: str | None = None
-    earlier: str = ""
+    turn_begin: int = 0
+    """Where the last turn begins among `ids`."""
     cached_tokens: int = 0
 
-    def sample(self, version: int) -> Sample:
+    def sample(self, version: int, tokenizer: Tokenizer | None) -> Sample:
+        earlier = self.ids[len(self.prompt.ids) : self.turn_begin]
         return Sample(
             ids=self.ids,
             trained=np.asarray(self.trained, bool),
@@ -153,7 +156,7 @@ class _Conversation:
             text=self.text,
             turns=self.turns,
             failure=self.failure,
-            earlier=self.earlier,
+            earlier="" if tokenizer is None or not earlier else tokenizer.decode(earlier),
         )
 
     def add(self, ids: Sequence[int], log_probs: Sequence[float] | None) -> None:
@@ -227,7 +230,7 @@ class Sampler:
         for conversation in conversations:
             conversation.log_probs = [0.0] * len(conversation.ids)
         self._run(conversations, version, on_done)
-        samples = [conversation.sample(version) for conversation in conversations]
+        samples = [conversation.sample(version, self._engines[0].tokenizer) for conversation in conversations]
         self.counts = SampleCounts(
             rollouts=len(samples),
             unfinished=sum(not s.finished and s.failure is None for s in samples),
@@ -328,6 +331,7 @@ class Sampler:
             raise InputError(f"Prompt {conversation.prompt.number}, rollout {member}: {found.error}")
         if found.finish_reason == "abort":
             raise RuntimeError("The engine was closed while it sampled.")
+        conversation.turn_begin = len(conversation.ids)
         conversation.add(found.token_ids, [token.logprob for token in found.tokens])
         conversation.turns += 1
         conversation.text = found.text
@@ -368,7 +372,6 @@ class Sampler:
             conversation.finished = False
             return False
         conversation.add(ids, None)
-        conversation.earlier = tokenizer.decode(conversation.ids[len(conversation.prompt.ids) :])
         self._start_turn(conversation, version, events)
         return True
 

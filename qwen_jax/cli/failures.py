@@ -83,11 +83,11 @@ def _lacking_memory(error: BaseException) -> str | None:
     if jax is None or not isinstance(error, jax.errors.JaxRuntimeError):
         return None
     text = str(error)
-    # Running out of on-chip memory is a bug of a kernel. Other limits (message sizes) have the same status code. CPUs
-    # have another one.
-    if not re.search("RESOURCE_EXHAUSTED|Out of memory allocating", text) or re.search(
-        r"\bvmem\b|\bsmem\b|shared memory", text, re.IGNORECASE
-    ):
+    # CPUs have another status code.
+    if not re.search("RESOURCE_EXHAUSTED|Out of memory allocating", text):
+        return None
+    # Running out of on-chip memory is a bug of a kernel. Other limits (message sizes) have the same status code.
+    if re.search(r"\bvmem\b|\bsmem\b|shared memory", text, re.IGNORECASE):
         return None
     found = re.search(r"[^.\n:]*(?:out of memory|allocat)[^\n]*", text, re.IGNORECASE)
     if found is None:

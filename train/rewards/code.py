@@ -82,6 +82,8 @@ class CodeReward:
         # The places of each program with its tests.
         places = dict[str, list[int]]()
         programs = dict[str, tuple[str, str, list[dict[str, str]]]]()
+        # The same program is worth something else if a part of the tests counts, or under other limits.
+        settings = self._partial, dataclasses.asdict(self._sandbox.limits)
         for i, (text, ended) in enumerate(zip(completions, finished, strict=True)):
             block = last_code_block(text) if ended else None
             if not tests[i]:
@@ -90,8 +92,7 @@ class CodeReward:
                 found[i] = 0.0
                 continue
             program = languages[i], block[1], tests[i]
-            # The same program is worth something else if a part of the tests counts, or under other limits.
-            text = to_json([*program, self._partial, dataclasses.asdict(self._sandbox.limits)])
+            text = to_json([*program, *settings])
             key = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
             places.setdefault(key, []).append(i)
             programs[key] = program
