@@ -43,6 +43,16 @@ def width(rows: int) -> int:
     return -(-rows // 8) * 8
 
 
+def numbers_of_a_step(chunk: int, at_once: int) -> int:
+    """Scales of a step of all warpgroups.
+
+    Args:
+      chunk: inputs of a step for one warpgroup.
+      at_once: inputs that share a scale.
+    """
+    return WARPGROUPS * ROWS * chunk // at_once
+
+
 def _parts(tiles: int, steps: int, share: int) -> int:
     """The most blocks that share a tile."""
     return max((t * steps + steps - 1) // share - t * steps // share + 1 for t in range(min(tiles, share)))
@@ -73,8 +83,7 @@ def choose_tiling(
       bundles: of a grouped product the fewest that there may be; 0 for one matrix. If there are more, shares are
         longer. Then they are whole tiles if the least share is, and otherwise no tile has more parts than `parts`.
       whole: that there are no partial results.
-      in_digits: that x comes as digits. Then steps beyond the end of a row count like others: the tensor cores take as
-        long for them.
+      in_digits: that x comes as digits.
     """
     columns, matrices = width(rows), max(bundles, 1)
     weights = matrices * n * k * code_bits // 8
@@ -83,6 +92,8 @@ def choose_tiling(
         wide = WARPGROUPS // high
         tiles, steps = -(-n // (ROWS * high)) * matrices, -(-k // (chunk * wide))
         stage = ROWS * high * chunk * wide * code_bits // 8 + columns * chunk * wide * (1 if in_digits else 2)
+        # With zero points or minima, float32 like the scales.
+        stage += 2 * 4 * numbers_of_a_step(chunk, at_once)
         stages = min(_MAX_STAGES, (TILE_SHARED_BYTES - (wide - 1) * high * ROWS * columns * 4) // stage)
         # Longer steps, and sums of more warpgroups, need more registers.
         if stages < 2 or (chunk == 256 and (columns > 16 or at_once < TILE)) or (wide == 4 and columns > 32):
@@ -97,7 +108,9 @@ def choose_tiling(
                 parts = 1 if share % steps == 0 else -(-(steps - 1) // share) + 1
             else:
                 parts = _parts(tiles, steps, share)
-            step = ROWS * high * chunk * wide * code_bits / 8 if in_digits else weights / total
+            # The tensor cores take as long for inputs beyond the end of a row. With int8 codes that is what bounds them.
+            padded = in_digits and code_bits == 8
+            step = ROWS * high * chunk * wide * code_bits / 8 if padded else weights / total
             longest = step * share * MULTIPROCESSORS * (_SHORT_STEPS if chunk == 128 else 1)
             x_bytes = tiles * rows * k * 2
             cost = max(longest, 0.4 * (weights + x_bytes)) + _PARTS_BYTES * (parts > 1)
