@@ -2,13 +2,18 @@
 
     python -m experiments.decode.benchmark decode --model qwen2.5-7b --batch 1
     python -m experiments.decode.benchmark decode --model qwen2.5-7b --batch 1 --transformers
+    python -m experiments.decode.benchmark decode --model qwen2.5-72b --codes int4 --kv-dtype fp8 --prompt 32768
+    python -m experiments.decode.benchmark decode --model qwen2.5-7b --codes int4 --transformers    # with torchao
     python -m experiments.decode.benchmark prefill --model qwen2.5-7b --length 8192
+    python -m experiments.decode.benchmark prefill --model qwen2.5-7b --codes fp8 --w8a8
     python -m experiments.decode.benchmark start --model qwen2.5-0.5b
 
 `decode` times the engine's own compiled programs (greedy, and with the sampling that Qwen2.5 recommends: temperature
 0.7, top-k 20, top-p 0.8, repetition penalty 1.05) and the plain loop of `plain_loop.py`, which knows no experts, after
 a 512-token prompt, and prints the bytes floor beside them: weights and live cache, read once a step, at the copy
-bandwidth measured in the same process. `--transformers` adds transformers' generate with a static cache. `start` writes
+bandwidth measured in the same process. `--transformers` times transformers' generate with a static cache instead.
+`--codes` quantises the projections of the layers: int4 (with zero points) and int8 in groups of 128 inputs, fp8 with
+one scale for each output; those of transformers by torchao's weight-only int4 in groups of 128 and int8. `start` writes
 a checkpoint and times a fresh process from its start to the first token, without and with a warm compilation cache.
 Every line of output is JSON.
 """
@@ -17,6 +22,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -31,7 +37,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.decode import plain_loop
+from qwen_jax.attention.quantized_cache import KVDtype, cache_dtype, kv_bytes_per_token
 from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
 from qwen_jax.inference import Engine, SamplingParams
 from qwen_jax.inference.programs import StaticArgs, decoder, prefill
 from qwen_jax.inference.sampling import SamplingValues
@@ -39,6 +47,7 @@ from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.params import Params, abstract_params, param_specs
 from qwen_jax.published import published
+from qwen_jax.quantization import Quantization, Scheme
 
 RECOMMENDED = SamplingParams(temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.05)
 REPEATS = 5
@@ -60,19 +69,59 @@ def median_seconds(run: Callable[[], Any]) -> float:
     return float(np.median(times))
 
 
+SCHEMES = {
+    "int4": Scheme("int4", 128, offset="zero"),
+    "int4-symmetric": Scheme("int4", 128),
+    "int8": Scheme("int8", 128),
+    "int8-rows": Scheme("int8"),
+    "fp8": Scheme("float8_e4m3fn"),
+}
+"""What `--codes` names: groups of 128 inputs, or one scale for each output."""
+
+
+def with_codes(config: ModelConfig, codes: str | None) -> ModelConfig:
+    """The architecture with projections that are quantised as a name in `SCHEMES` says, if there is one."""
+    return config if codes is None else dataclasses.replace(config, quantization=Quantization(SCHEMES[codes]))
+
+
 def random_params(config: ModelConfig, mesh: jax.sharding.Mesh, sharding: Sharding | None = None) -> Params:
-    """Unstacked bfloat16 weights on the device, normal with deviation 0.02; sharded for inference by default."""
+    """Unstacked bfloat16 or quantised weights, made where they lie: normal with deviation 0.02, or random codes.
+
+    Args:
+      config: the architecture.
+      mesh: of the devices.
+      sharding: by default that of inference.
+    """
     options = Options(stacked=False)
     sharding = sharding or Sharding.for_inference(config, mesh)
     shapes, specs = abstract_params(config, sharding, options, jnp.bfloat16), param_specs(config, sharding, options)
 
-    @functools.partial(jax.jit, static_argnames=("shape", "spec"))
-    def normal(i: jax.Array, shape: tuple[int, ...], spec: jax.P) -> jax.Array:
-        return jax.reshard(0.02 * jax.random.normal(jax.random.key(i), shape, jnp.bfloat16), spec)
+    @functools.partial(jax.jit, static_argnames=("name", "shape", "dtype", "spec"))
+    def random(i: jax.Array, name: str, shape: tuple[int, ...], dtype: Any, spec: jax.P) -> jax.Array:
+        key, where = jax.random.key(i), {"out_sharding": spec}
+        if jnp.issubdtype(dtype, jnp.integer):
+            return jax.random.randint(key, shape, -8, 8, jnp.int8, **where).astype(dtype)
+        wide = 1.0 if jnp.dtype(dtype).itemsize == 1 else 0.005 if name == "scales" else 0.02
+        return (wide * jax.random.normal(key, shape, jnp.bfloat16, **where)).astype(dtype)
 
     count = iter(range(10**6))
+
+    def draw(path: Any, shape: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array:
+        return random(next(count), str(getattr(path[-1], "key", path[-1])), shape.shape, shape.dtype, spec)
+
     with jax.set_mesh(mesh):
-        return jax.tree.map(lambda shape, spec: normal(next(count), shape.shape, spec), shapes, specs)
+        return jax.tree_util.tree_map_with_path(draw, shapes, specs)
+
+
+def abstract_weights(config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
+    """Shapes and shardings of `random_params`."""
+    options, sharding = Options(stacked=False), Sharding.for_inference(config, mesh)
+
+    def placed(shape: jax.ShapeDtypeStruct, spec: jax.P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    shapes = abstract_params(config, sharding, options, jnp.bfloat16)
+    return jax.tree.map(placed, shapes, param_specs(config, sharding, options))
 
 
 def copy_bandwidth() -> float:
@@ -97,34 +146,48 @@ def matmul_rate() -> float:
     return 16 * 2 * 8192**3 / median_seconds(lambda: run(x, y))
 
 
-def step_bytes(config: ModelConfig, batch: int, live: int) -> int:
-    """What a decode step cannot help reading: every weight but the embedding table, and the live cache.
+def step_bytes(
+    params: Params, config: ModelConfig, sharding: Sharding, batch: int, live: int, kv_dtype: KVDtype = "auto"
+) -> float:
+    """What one device reads in a decode step: its part of the weights but the embedding table, and of the live cache.
 
     Of experts, as many as rows that choose evenly and independently take on average.
+
+    Args:
+      params: on their devices, or from `abstract_weights`.
+      config: the architecture.
+      sharding: of the mesh. Key/value heads that are repeated count on each device.
+      batch: rows.
+      live: tokens of each row that are in the cache.
+      kv_dtype: of the cache; "auto" is bfloat16.
     """
-    params, moe = config.num_params(), config.moe
-    head = params["lm_head"] or params["embedding"]
-    weights = params["layers"] + params["norm"] + head
+    read = params if config.tie_word_embeddings else {k: x for k, x in params.items() if k != "embed"}
+    moe, used, weights = config.moe, 1.0, 0.0
     if moe is not None:
-        expert = 3 * config.hidden_size * moe.intermediate_size
-        idle = moe.num_experts * (1 - moe.num_experts_per_tok / moe.num_experts) ** batch
-        weights -= round(len(config.sparse_layers) * idle * expert)
-    return 2 * weights + batch * live * config.kv_bytes_per_token()
+        used = 1 - (1 - moe.num_experts_per_tok / moe.num_experts) ** batch
+    for path, x in jax.tree_util.tree_leaves_with_path(read):
+        bits = 4 if x.dtype == jnp.int4 else 8 * x.dtype.itemsize
+        share = used if any(getattr(key, "key", None) == "experts" for key in path) else 1.0
+        weights += share * math.prod(x.sharding.shard_shape(x.shape)) * bits / 8
+    heads = sharding.kv_heads / config.num_kv_heads / sharding.tensor
+    return weights + batch * live * kv_bytes_per_token(config, cache_dtype(kv_dtype, "bfloat16")) * heads
 
 
 def run_decode(args: argparse.Namespace) -> None:
-    config, B, prompt, steps = published(args.model), args.batch, args.prompt, args.steps
+    config, B, prompt, steps = with_codes(published(args.model), args.codes), args.batch, args.prompt, args.steps
     slots = -(-(prompt + steps) // 128) * 128
     mesh = make_mesh({}, jax.devices()[:1])
     bandwidth = copy_bandwidth()
-    floor = step_bytes(config, B, prompt + steps // 2) / bandwidth
-    common = {"model": args.model, "batch": B, "prompt": prompt, "steps": steps}
+    weights, sharding = abstract_weights(config, mesh), Sharding.for_inference(config, mesh)
+    floor = step_bytes(weights, config, sharding, B, prompt + steps // 2, args.kv_dtype) / bandwidth
+    common = {"model": args.model, "codes": args.codes, "kv_dtype": args.kv_dtype, "batch": B, "prompt": prompt}
+    common["steps"] = steps
     say(**common, copy_tb_per_s=bandwidth / 1e12, floor_ms=floor * 1e3, floor_tokens_per_s=B / floor)
 
     def report(what: str, seconds: float, **more: Any) -> None:
         say(**common, what=what, step_ms=seconds * 1e3, tokens_per_s=B / seconds, of_floor=floor / seconds, **more)
 
-    if not args.no_plain and config.moe is None:
+    if not args.no_plain and config.moe is None and config.quantization is None:
         params = plain_loop.random_params(config, jax.random.key(0))
         shape = (B, config.num_kv_heads, slots, config.head_dim)
         cache = [tuple(jnp.zeros(shape, jnp.bfloat16) for _ in range(2)) for _ in range(config.num_layers)]
@@ -139,14 +202,16 @@ def run_decode(args: argparse.Namespace) -> None:
         report("plain loop", median_seconds(plain) / steps)
         del params, cache
 
-    engine = Engine(config, random_params(config, mesh), mesh)
+    engine = Engine(config, random_params(config, mesh), mesh, kv_dtype=args.kv_dtype)
     tokens = np.random.default_rng(0).integers(0, engine.vocab_limit, (B, prompt), dtype=np.int32)
     rows = jax.NamedSharding(mesh, engine.sharding.rows)
     with jax.set_mesh(mesh):
         tokens_BT = jax.device_put(tokens, jax.NamedSharding(mesh, engine.sharding.tokens))
         lengths, seeds = jax.device_put((np.full(B, prompt, np.int32), np.arange(B, dtype=np.uint32)), rows)
-        for name, sampling in (("greedy", SamplingParams()), ("sampled", RECOMMENDED)):
-            static = StaticArgs(config, engine.sharding, engine.options, sampling.mode, slots, engine.vocab_limit)
+        for name in args.sampling:
+            sampling = RECOMMENDED if name == "sampled" else SamplingParams()
+            sizes = (sampling.mode, slots, engine.vocab_limit, engine.kv_dtype)
+            static = StaticArgs(config, engine.sharding, engine.options, *sizes)
             loop = Loop(engine, static, SamplingValues.of(sampling), (tokens_BT, lengths, seeds), prompt, steps)
             report(f"qwen_jax {name}", median_seconds(loop) / steps, **loop.compile_seconds)
 
@@ -183,7 +248,8 @@ class Loop:
 
 
 def run_prefill(args: argparse.Namespace) -> None:
-    config, mesh = published(args.model), make_mesh({}, jax.devices()[:1])
+    config, mesh = with_codes(published(args.model), args.codes), make_mesh({}, jax.devices()[:1])
+    config = config.with_w8a8() if args.w8a8 else config
     rate = matmul_rate()
     engine = Engine(config, random_params(config, mesh), mesh)
     B, T = args.batch, args.length
@@ -203,6 +269,8 @@ def run_prefill(args: argparse.Namespace) -> None:
         seconds = median_seconds(lambda: run()[1])
     say(
         model=args.model,
+        codes=args.codes,
+        w8a8=args.w8a8,
         batch=B,
         length=T,
         what="prefill",
@@ -215,7 +283,11 @@ def run_prefill(args: argparse.Namespace) -> None:
 
 
 def run_transformers(args: argparse.Namespace) -> None:
-    """transformers' generate with a static cache (which compiles the decode step), greedy."""
+    """transformers' generate with a static cache (which compiles the decode step), greedy.
+
+    Raises:
+      InputError: codes that torchao is not asked for here.
+    """
     import torch
     import transformers
 
@@ -227,6 +299,8 @@ def run_transformers(args: argparse.Namespace) -> None:
         else:  # Experts by PyTorch's grouped products.
             settings = transformers.Qwen2MoeConfig(**config.to_hf(), experts_implementation="grouped_mm")
             model = transformers.Qwen2MoeForCausalLM(settings).eval()
+    if args.codes:
+        _quantise_by_torchao(model, args.codes)
     model.generation_config.eos_token_id = None
     ids = torch.randint(0, 150_000, (B, args.prompt), device="cuda")
 
@@ -254,12 +328,30 @@ def run_transformers(args: argparse.Namespace) -> None:
     ) / args.steps
     say(
         model=args.model,
+        codes=args.codes,
         batch=B,
         prompt=args.prompt,
         steps=args.steps,
         what=f"transformers {transformers.__version__} static cache, torch {torch.__version__}",
         step_ms=float(step) * 1e3,
         tokens_per_s=float(B / step),
+    )
+
+
+def _quantise_by_torchao(model: Any, codes: str) -> None:
+    """Replaces the projections of the layers by torchao's weight-only ones."""
+    import torch
+    from torchao import quantization
+
+    if codes == "int4":
+        # The format whose product is PyTorch's own, tuned for few rows.
+        settings = quantization.Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")
+    elif codes in ("int8", "int8-rows"):
+        settings = quantization.Int8WeightOnlyConfig()
+    else:
+        raise InputError(f"Expected codes int4 or int8 for transformers with torchao; got {codes}.")
+    quantization.quantize_(
+        model, settings, filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and "lm_head" not in name
     )
 
 
@@ -318,13 +410,18 @@ def main() -> None:
         command = commands.add_parser(name)
         command.add_argument("--model", default="qwen2.5-7b")
         command.add_argument("--batch", type=int, default=1)
+        if name != "start":
+            command.add_argument("--codes", choices=sorted(SCHEMES), help="quantise the projections")
         if name == "decode":
             command.add_argument("--prompt", type=int, default=512)
             command.add_argument("--steps", type=int, default=128)
+            command.add_argument("--kv-dtype", choices=("auto", "int8", "fp8"), default="auto", help="of the cache")
+            command.add_argument("--sampling", nargs="+", choices=("greedy", "sampled"), default=["greedy", "sampled"])
             command.add_argument("--no-plain", action="store_true")
             command.add_argument("--transformers", action="store_true", help="time transformers instead")
         if name == "prefill":
             command.add_argument("--length", type=int, default=8192)
+            command.add_argument("--w8a8", action="store_true", help="round activations, too")
         if name == "start":
             command.add_argument("--disk", default=None, help="folder for the checkpoint")
     args = parser.parse_args()

@@ -17,37 +17,31 @@ bfloat16 and not multiplied as integers (`converted`), or by the model's general
 
 import argparse
 import dataclasses
-import functools
 import json
-import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from experiments.decode.benchmark import RECOMMENDED, Loop, copy_bandwidth, median_seconds
+from experiments.decode.benchmark import (
+    RECOMMENDED,
+    SCHEMES,
+    Loop,
+    copy_bandwidth,
+    median_seconds,
+    random_params,
+    step_bytes,
+    with_codes,
+)
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference import Engine, SamplingParams, one_row
 from qwen_jax.inference.programs import StaticArgs
 from qwen_jax.inference.sampling import SamplingValues
 from qwen_jax.kernels.matmul import quantized_gpu_digits
-from qwen_jax.options import Options
-from qwen_jax.parallel.sharding import Sharding, make_mesh
-from qwen_jax.params import Params, abstract_params, param_specs
+from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.published import published
-from qwen_jax.quantization import Quantization, Scheme
 from train.plan.programs import collectives
-
-SCHEMES = {
-    "int4": Scheme("int4", 128, offset="zero"),
-    "int4-symmetric": Scheme("int4", 128),
-    "int8": Scheme("int8", 128),
-    "fp8": Scheme("float8_e4m3fn"),
-}
-"""What `--codes` names: groups of 128 inputs, or one scale for each output in fp8."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,47 +70,6 @@ class Result:
     collectives: float
 
 
-def random_params(config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
-    """Unstacked bfloat16 or quantised weights of a magnitude of 0.02, made where they lie."""
-    options, sharding = Options(stacked=False), Sharding.for_inference(config, mesh)
-    shapes, specs = abstract_params(config, sharding, options, jnp.bfloat16), param_specs(config, sharding, options)
-
-    @functools.partial(jax.jit, static_argnames=("name", "shape", "dtype", "spec"))
-    def random(i: jax.Array, name: str, shape: tuple[int, ...], dtype: Any, spec: jax.P) -> jax.Array:
-        key, where = jax.random.key(i), {"out_sharding": spec}
-        if jnp.issubdtype(dtype, jnp.integer):
-            return jax.random.randint(key, shape, -8, 8, jnp.int8, **where).astype(dtype)
-        wide = 1.0 if jnp.dtype(dtype).itemsize == 1 else 0.005 if name == "scales" else 0.02
-        return (wide * jax.random.normal(key, shape, jnp.bfloat16, **where)).astype(dtype)
-
-    count = iter(range(10**6))
-
-    def draw(path: Any, shape: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array:
-        return random(next(count), str(getattr(path[-1], "key", path[-1])), shape.shape, shape.dtype, spec)
-
-    with jax.set_mesh(mesh):
-        return jax.tree_util.tree_map_with_path(draw, shapes, specs)
-
-
-def bytes_of_a_step(params: Params, config: ModelConfig, sharding: Sharding, batch: int, live: int) -> float:
-    """What one device reads in a decode step: its part of the weights but the embedding table, and of the live cache.
-
-    Args:
-      params: on their devices.
-      config: the architecture, dense.
-      sharding: of the mesh. Key/value heads that are repeated count on each device.
-      batch: rows.
-      live: tokens of each row that are in the cache.
-    """
-    read = params if config.tie_word_embeddings else {k: x for k, x in params.items() if k != "embed"}
-    weights = 0.0
-    for x in jax.tree.leaves(read):
-        bits = 4 if x.dtype == jnp.int4 else 8 * x.dtype.itemsize
-        weights += math.prod(x.sharding.shard_shape(x.shape)) * bits / 8
-    heads = sharding.kv_heads / config.num_kv_heads / sharding.tensor
-    return weights + batch * live * config.kv_bytes_per_token() * heads
-
-
 def measure(
     config: ModelConfig, name: str, devices: int, batches: list[int], prompt: int, steps: int, bandwidth: float
 ) -> Iterator[Result]:
@@ -135,7 +88,7 @@ def measure(
     engine = Engine(config, random_params(config, mesh), mesh, dtype="bfloat16")
     slots = -(-(prompt + steps) // 128) * 128
     for batch in batches:
-        floor = bytes_of_a_step(engine.params, config, engine.sharding, batch, prompt + steps // 2) / bandwidth
+        floor = step_bytes(engine.params, config, engine.sharding, batch, prompt + steps // 2) / bandwidth
         tokens = np.random.default_rng(0).integers(0, engine.vocab_limit, (batch, prompt), dtype=np.int32)
         with jax.set_mesh(mesh):
             rows = jax.NamedSharding(mesh, engine.sharding.rows)
@@ -183,8 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         quantized_gpu_digits.ENABLED = False
     elif args.one_row == "general":
         one_row.supports = lambda *_: False
-    if args.codes:
-        config = dataclasses.replace(config, quantization=Quantization(SCHEMES[args.codes]))
+    config = with_codes(config, args.codes)
     bandwidth = 1e12 * args.bandwidth if args.bandwidth else copy_bandwidth()
     name = " ".join([args.model, *filter(None, [args.codes, args.one_row if args.one_row != "overlap" else None])])
     if not args.json:

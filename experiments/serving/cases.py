@@ -193,7 +193,7 @@ def fixed_loop(case: Case) -> None:
         output_tokens_per_s=rows / step,
         floor_tokens_per_s=rows / floor,
         of_floor=floor / step,
-        step_gb=step_bytes(case.config, rows, prompt + steps // 2) / 1e9,
+        step_gb=step_bytes(engine.params, case.config, engine.sharding, rows, prompt + steps // 2) / 1e9,
         **loop.compile_seconds,
         peak_gb=peak_gb(),
     )

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from experiments.decode.tensor import SCHEMES
+from experiments.decode.benchmark import SCHEMES, with_codes
 from experiments.kernels.operand_starts import slices_off
 from experiments.train.fp8_products import described_mesh
 from qwen_jax.config import ModelConfig
@@ -32,7 +32,6 @@ from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import abstract_params, param_specs
 from qwen_jax.published import published
-from qwen_jax.quantization import Quantization
 
 PAGE = 32
 
@@ -74,9 +73,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=1, help="that are compiled")
     parser.add_argument("--programs", nargs="+", choices=("decode", "prefill"), default=("decode", "prefill"))
     args = parser.parse_args()
-    whole = published(args.model)
-    if args.codes:
-        whole = dataclasses.replace(whole, quantization=Quantization(SCHEMES[args.codes]))
+    whole = with_codes(published(args.model), args.codes)
     few = dataclasses.replace(whole, num_layers=args.layers, max_window_layers=args.layers)
     mesh = described_mesh(tensor=args.tensor)
     settings = RunnerConfig(

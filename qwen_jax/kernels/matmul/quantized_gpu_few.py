@@ -359,9 +359,9 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling, early: 
                     acc = acc + y * across(numbers(0, j), shape)
                     if operands.x_sums is not None:
                         # Inputs beyond the end belong to no group.
-                        first = (step * p.wide + side) * p.chunk + j * at_once
-                        x_sum = operands.x_sums.at[jnp.minimum(lax.div(first, group), G - 1), x_rows(place)]
-                        x_sum = load(x_sum, PER_COLUMN) * (first < K).astype(jnp.float32)
+                        own_input = (step * p.wide + side) * p.chunk + j * at_once
+                        x_sum = operands.x_sums.at[jnp.minimum(lax.div(own_input, group), G - 1), x_rows(place)]
+                        x_sum = load(x_sum, PER_COLUMN) * (own_input < K).astype(jnp.float32)
                         minima = numbers(memory.numbers_smem.shape[1] - 1, j)
                         acc = acc - across(minima, shape) * across(x_sum, shape, 1)
             plgpu.barrier_arrive(memory.free.at[slot])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.decode.benchmark import step_bytes
+from experiments.decode.benchmark import abstract_weights, step_bytes
 from experiments.kernels import layer
 from experiments.kernels.layer import program
 from experiments.kernels.layer import shapes as shapes_and_bytes
@@ -126,9 +126,10 @@ def test_lowers_for_hopper_to_one_kernel_without_copies_of_weights(name: str, he
 
 @pytest.mark.parametrize("name", layer.MODELS)
 def test_the_benchmark_counts_the_bytes_of_a_decode_step(name: str) -> None:
-    config = published(name)
+    config, mesh = published(name), make_mesh({}, jax.devices()[:1])
     matrices = shapes_and_bytes(config)[1] * config.num_layers + 2 * config.vocab_size * config.hidden_size
-    assert step_bytes(config, 1, 0) == pytest.approx(matrices, rel=2e-4)  # biases and norms
+    read = step_bytes(abstract_weights(config, mesh), config, Sharding.for_inference(config, mesh), 1, 0)
+    assert read == pytest.approx(matrices, rel=2e-4)  # biases and norms
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-0.5b", *_MODELS])
