@@ -83,11 +83,9 @@ def interpreted(multiprocessors: int, columns: int = 64) -> Iterator[None]:
         patch.setattr(digits, "store", store_digits)
         for module in (quantized_gpu_few, quantized_gpu_many):
             patch.setattr(module, "operand", operand)
+            patch.setattr(module, "load_column", lambda ref, row, group: ref[pl.ds(row, 64), group])
+            patch.setattr(module, "as_float32", lambda column, *_: column.astype(jnp.float32))
             patch.setattr(module, "store_transposed", store_transposed)
-        patch.setattr(quantized_gpu_many, "load_column", lambda ref, row, group: ref[pl.ds(row, 64), group])
-        patch.setattr(quantized_gpu_many, "column_as_float32", lambda column, *_: column.astype(jnp.float32))
-        patch.setattr(quantized_gpu_few, "load_at", lambda ref, places, _: ref[...].reshape(-1)[places])
-        patch.setattr(quantized_gpu_few, "as_float32", lambda numbers, *_: numbers.astype(jnp.float32))
         for module in (quantized_gpu_few, layer_gpu_quantized):
             patch.setattr(module, "wait_for_previous_kernel", lambda: None)
             patch.setattr(module, "allow_next_kernel", lambda: None)

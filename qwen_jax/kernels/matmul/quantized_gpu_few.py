@@ -7,9 +7,7 @@ The sum over a group of inputs is exact products added in float32. It is scaled 
 groups. This is more exact than "plain", which rounds every dequantised weight to bfloat16. Zero points are subtracted
 from the codes, which is exact; minima multiply the sum of x over the group.
 
-Four warpgroups multiply and one copies: codes and x by the copy engine, scales, zero points and minima through its
-registers, as float32. The multiplying warpgroups read shared memory alone, so that none waits for global memory between
-two products. Of the four, some have different outputs and some different inputs, whose sums
+Four warpgroups multiply and one copies. Of the four, some have different outputs and some different inputs, whose sums
 are added through shared memory. The steps of all tiles of outputs form one list, of which each thread block takes an
 equal share, wherever that begins and ends. A tile that several blocks share has several partial results; XLA fuses
 their sum into what follows.
@@ -33,8 +31,8 @@ from jax import lax
 
 from qwen_jax.kernels.gpu.hopper import allow_next_kernel, load, tiled, wait_for_previous_kernel
 from qwen_jax.kernels.gpu.tiles import (
+    FEEDER_REGISTERS,
     PER_COLUMN,
-    PER_ROW,
     ROWS,
     WGMMA,
     across,
@@ -50,15 +48,14 @@ from qwen_jax.kernels.matmul.quantized_gpu_tiles import (
     as_float32,
     bits,
     inputs_at_once,
-    load_at,
     load_codes,
+    load_column,
     operand,
     store_transposed,
 )
-from qwen_jax.kernels.matmul.quantized_gpu_tiling import WARPGROUPS, Tiling, choose_tiling, numbers_of_a_step, width
+from qwen_jax.kernels.matmul.quantized_gpu_tiling import WARPGROUPS, Tiling, choose_tiling, width
 from qwen_jax.kernels.types import Ref
 
-_FEEDER_REGISTERS = 32  # More than a warpgroup needs that copies by the copy engine alone.
 _SUM_COLUMNS = 64  # Columns of sums that are not scaled yet, together.
 
 
@@ -67,7 +64,6 @@ class _Memory(NamedTuple):
 
     Attributes:
       w_smem, x_smem: rings of codes and of x.
-      numbers_smem: ring of scales, zero points and minima, float32 [stages, kinds, groups * rows] of a step.
       sums_smem: the sums of all warpgroups but the first with the same outputs, [wide - 1, high, 64, columns].
       full, free: a place of the rings has been filled, or read.
       given, taken: the sums have been written, or read.
@@ -75,7 +71,6 @@ class _Memory(NamedTuple):
 
     w_smem: Ref
     x_smem: Ref
-    numbers_smem: Ref
     full: Ref
     free: Ref
     sums_smem: Ref | None = None
@@ -112,7 +107,6 @@ def product(
     N = outputs or N
     in_digits = operands.x_factors is not None
     p = choose_tiling(rows, N, K, bits(operands.codes.dtype), inputs_at_once(K, G), bundles, whole, in_digits)
-    kinds = sum(x is not None for x in _numbers(operands))
     leaves, treedef = jax.tree.flatten(operands)
 
     def block(*refs: Ref, **scratch: Ref) -> None:
@@ -136,14 +130,13 @@ def product(
         ),
         {"block": p.blocks},
         WARPGROUPS + 1,
-        numbers_smem=plgpu.SMEM((p.stages, kinds, numbers_of_a_step(p.chunk, inputs_at_once(K, G))), jnp.float32),
         w_smem=tiled((p.stages, ROWS * p.high, p.chunk * p.wide), operands.codes.dtype, math.gcd(K, TILE)),
         x_smem=tiled(
             (p.stages, columns, p.chunk * p.wide),
             operands.x.dtype,
             min(inputs_at_once(K, G), TILE if in_digits else 64),
         ),
-        full=plgpu.Barrier(num_arrivals=3, num_barriers=p.stages),
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=p.stages),
         free=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=p.stages),
         **sums,
     )
@@ -167,12 +160,15 @@ class _Place(NamedTuple):
     first_row: jax.Array | None = None
 
 
-def _numbers(operands: Operands) -> tuple[Any, Any, Any]:
-    """Scales, zero points and minima: the kinds of numbers, of which some may be missing."""
-    return operands.scales, operands.zeros, operands.mins
+class _Step(NamedTuple):
+    """Per-row numbers of a step, read one step ahead: for each group, scales, zero points and minima as they are."""
+
+    scales: tuple[jax.Array, ...]
+    zeros: tuple[jax.Array, ...] = ()
+    mins: tuple[jax.Array, ...] = ()
 
 
-_Carry = tuple[jax.Array, _Place]
+_Carry = tuple[jax.Array, _Place, _Step]
 
 
 def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling, early: bool) -> None:
@@ -181,9 +177,6 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling, early: 
     N, K, G, bundles = out_ref.shape[2], operands.codes.shape[1], operands.scales.shape[1], operands.bundles
     columns, stages, group = memory.x_smem.shape[1], memory.full.shape[0], K // G
     at_once, in_digits = inputs_at_once(K, G), operands.x_factors is not None
-    # Int4 codes as integers come 16 times as large.
-    unit = 16 if in_digits and bits(operands.codes.dtype) == 4 else 1
-    high_rows, columns_of_numbers = ROWS * p.high, p.chunk // at_once
     # Products that run at the same time, as many as there are registers for their sums.
     together = 1 if in_digits and operands.zeros is not None else max(1, _SUM_COLUMNS // columns)
     tiles, steps = -(-N // (ROWS * p.high)), -(-K // (p.chunk * p.wide))
@@ -248,43 +241,20 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling, early: 
             plgpu.copy_gmem_to_smem(x, memory.x_smem.at[slot], memory.full.at[slot])
             return following(place)
 
-        def fetch_numbers(i: jax.Array, place: _Place) -> _Place:
-            slot, number = rem(i, stages), memory.numbers_smem.shape[2]
-            layout = plgpu.Layout.WG_STRIDED((number,), 1)
-            at = plgpu.broadcasted_iota(jnp.int32, (number,), 0, layout=layout)
-            of_step, own_row = lax.div(at, high_rows), lax.rem(at, high_rows)
-            # What lies beyond the end of a matrix is multiplied by zeros, or not used.
-            inputs = place.step * (p.chunk * p.wide) + of_step * at_once
-            own_group = jnp.minimum(lax.div(inputs, group), G - 1)
-            row = jnp.minimum(place.tile * high_rows + own_row, N - 1)
-            places = (row if place.first_row is None else row + place.first_row) * G + own_group
-            arrays = [x for x in _numbers(operands) if x is not None]
-            found = [as_float32(load_at(x, places, layout), x.dtype, places) for x in arrays]
-            if in_digits:
-                of_x = jnp.minimum(lax.div(inputs, TILE), K // TILE - 1)
-                found[0] = found[0] * load_at(operands.x_factors, of_x, layout) * (1 / unit)
-                found[1:] = [x * unit for x in found[1:]]
-            for kind, x in enumerate(found):
-                memory.numbers_smem[slot, kind] = x
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(memory.full.at[slot])
-            return following(place)
-
         def fetch(i: jax.Array, place: _Place) -> _Place:
-            plgpu.barrier_wait(memory.free.at[rem(i, stages)])
+            pl.when(i >= stages)(lambda: plgpu.barrier_wait(memory.free.at[rem(i, stages)]))
             fetch_codes(i, place)
-            fetch_x(i, place)
-            return fetch_numbers(i, place)
+            return fetch_x(i, place)
 
-        # Codes for all places of the ring; the rest once the kernel before has written it. Nothing else depends on that
-        # kernel: results are written after x has arrived.
-        begin_place, ahead = first_place(), jnp.minimum(count, stages)
-        lax.fori_loop(0, ahead, fetch_codes, begin_place)
+        place, ahead = first_place(), jnp.int32(0)
         if early:
+            # Codes for all places of the ring; x, once the kernel before has written it. Nothing else depends on that
+            # kernel: results are written after x has arrived.
+            ahead = jnp.minimum(count, stages)
+            lax.fori_loop(0, ahead, fetch_codes, place)
             wait_for_previous_kernel()
             allow_next_kernel()
-        lax.fori_loop(0, ahead, fetch_x, begin_place)
-        place = lax.fori_loop(0, ahead, fetch_numbers, begin_place)
+            place = lax.fori_loop(0, ahead, fetch_x, place)
         lax.fori_loop(ahead, count, fetch, place)
         # No barrier may be left that was not waited for.
         last = jnp.maximum(count - stages, 0)
@@ -303,17 +273,37 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling, early: 
             # The last tile may have fewer rows: then some warpgroups have none, and write nothing.
             return pl.multiple_of(jnp.minimum((tile * p.high + level) * ROWS, N - ROWS), ROWS)
 
+        def matrix_row_of(place: _Place, row: jax.Array) -> jax.Array:
+            """The place of a row of a matrix among those of all matrices."""
+            return row if place.first_row is None else pl.multiple_of(row + place.first_row, ROWS)
+
+        def group_of(step: jax.Array, j: int) -> jax.Array:
+            return jnp.minimum(lax.div((step * p.wide + side) * p.chunk + j * at_once, jnp.int32(group)), G - 1)
+
+        def per_row(place: _Place) -> _Step:
+            """Scales, zero points and minima of a step."""
+            tile = place.tile if place.bundle is not None else jnp.minimum(place.tile, tiles - 1)
+            row = matrix_row_of(place, row_of(tile))
+
+            def of(ref: Ref | None) -> tuple[jax.Array, ...]:
+                if ref is None:
+                    return ()
+                return tuple(load_column(ref, row, group_of(place.step, j)) for j in range(p.chunk // at_once))
+
+            return _Step(of(operands.scales), of(operands.zeros), of(operands.mins))
+
         def one(i: jax.Array, carry: _Carry) -> _Carry:
-            acc, place = carry
-            step, slot, has_zeros = place.step, rem(i, stages), operands.zeros is not None
+            acc, place, numbers = carry
+            step, slot = place.step, rem(i, stages)
+            row, after = matrix_row_of(place, row_of(place.tile)), following(place)
             plgpu.barrier_wait(memory.full.at[slot])
             tile = memory.w_smem.at[slot, own_rows, own_inputs]
             codes = None if in_digits and bits(tile.dtype) == 8 else load_codes(tile)
+            # Read one step ahead; the numbers arrive while this step is computed.
+            ahead = per_row(after)
 
-            def numbers(kind: int, j: int) -> jax.Array:
-                """The scales, zero points or minima of the warpgroup's rows."""
-                first = (side * columns_of_numbers + j) * high_rows + level * ROWS
-                return load(memory.numbers_smem.at[slot, kind, pl.ds(pl.multiple_of(first, ROWS), ROWS)], PER_ROW)
+            def now(columns: tuple[jax.Array, ...], ref: Ref, j: int) -> jax.Array:
+                return as_float32(columns[j], ref, row, group_of(step, j))
 
             def x_of(j: int) -> Ref:
                 inputs = pl.ds(pl.multiple_of(side * p.chunk + j * at_once, at_once), at_once)
@@ -322,28 +312,35 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling, early: 
             def sums(first: int, *accs: Ref) -> tuple[jax.Array, ...]:
                 assert codes is not None
                 for j, acc in enumerate(accs, first):
-                    z = numbers(1, j) if has_zeros else None
+                    z = now(numbers.zeros, operands.zeros, j) if numbers.zeros else None
                     plgpu.wgmma(acc, operand(codes, j * at_once, at_once, z), x_of(j))
                 plgpu.wgmma_wait(0)
                 return tuple(acc[...] for acc in accs)
 
             def integer_sums(first: int, *accs: Ref) -> tuple[jax.Array, ...]:
                 """Sums of codes, or of 16 times int4 codes, times digits, minus the zero points'."""
+                unit = 1 if codes is None else 16
                 of_codes, of_x = accs[:number], accs[number:]
+                factors = [x_factor(j) / unit for j in range(first, first + number)]
                 for j, acc in enumerate(of_codes, first):
                     here = tile.at[:, pl.ds(j * at_once, at_once)]
                     plgpu.wgmma(acc, here if codes is None else digits.operand(codes, j * at_once), x_of(j))
-                    if has_zeros:
+                    if numbers.zeros:
                         # A matrix of ones gives each thread the sums of the digits.
                         plgpu.wgmma(of_x[j - first], ones, x_of(j))
                 plgpu.wgmma_wait(0)
                 found = []
                 for j, acc in enumerate(of_codes, first):
                     y = acc[...].astype(jnp.float32)
-                    if has_zeros:
-                        y = y - across(numbers(1, j), shape) * of_x[j - first][...].astype(jnp.float32)
-                    found.append(y)
+                    if numbers.zeros:
+                        z = now(numbers.zeros, operands.zeros, j) * unit
+                        y = y - across(z, shape) * of_x[j - first][...].astype(jnp.float32)
+                    found.append(y * factors[j - first])
                 return tuple(found)
+
+            def x_factor(j: int) -> jax.Array:
+                at = (step * p.wide + side) * (p.chunk // at_once) + j
+                return operands.x_factors[jnp.minimum(at, K // at_once - 1)]
 
             shape = (ROWS, columns)
             # A tile begins with zeros.
@@ -352,21 +349,20 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling, early: 
             for first in range(0, p.chunk // at_once, together):
                 accs = [plgpu.ACC(shape, jnp.int32 if in_digits else jnp.float32)] * number
                 if in_digits:
-                    found = pl.run_scoped(functools.partial(integer_sums, first), *accs * (2 if has_zeros else 1))
+                    found = pl.run_scoped(functools.partial(integer_sums, first), *accs * (2 if numbers.zeros else 1))
                 else:
                     found = pl.run_scoped(functools.partial(sums, first), *accs)
                 for j, y in enumerate(found, first):
-                    acc = acc + y * across(numbers(0, j), shape)
+                    acc = acc + y * across(now(numbers.scales, operands.scales, j), shape)
                     if operands.x_sums is not None:
                         # Inputs beyond the end belong to no group.
-                        own_input = (step * p.wide + side) * p.chunk + j * at_once
-                        x_sum = operands.x_sums.at[jnp.minimum(lax.div(own_input, group), G - 1), x_rows(place)]
-                        x_sum = load(x_sum, PER_COLUMN) * (own_input < K).astype(jnp.float32)
-                        minima = numbers(memory.numbers_smem.shape[1] - 1, j)
-                        acc = acc - across(minima, shape) * across(x_sum, shape, 1)
+                        there = ((step * p.wide + side) * p.chunk + j * at_once < K).astype(jnp.float32)
+                        x_sum = operands.x_sums.at[group_of(step, j), x_rows(place)]
+                        x_sum = load(x_sum, PER_COLUMN) * there
+                        acc = acc - across(numbers.mins[j], shape) * across(x_sum, shape, 1)
             plgpu.barrier_arrive(memory.free.at[slot])
             pl.when((step == steps - 1) | (i == count - 1))(lambda: write(acc, place))
-            return acc, following(place)
+            return acc, after, ahead
 
         def write(acc: jax.Array, place: _Place) -> None:
             """Adds the sums of the warpgroups with the same outputs, and writes the part of this block."""
@@ -414,14 +410,18 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref, p: Tiling, early: 
 
                     lax.fori_loop(part + 1, jnp.where(step == steps - 1, p.parts, part + 1), clear, None)
 
-        lax.fori_loop(0, count, one, (zeros((ROWS, columns), WGMMA), first_place()))
+        place = first_place()
+        numbers = per_row(place)
+        if early and in_digits:
+            wait_for_previous_kernel()  # It writes the factors.
+        lax.fori_loop(0, count, one, (zeros((ROWS, columns), WGMMA), place, numbers))
 
     @pl.when(warpgroup < WARPGROUPS)
     def run_multiply() -> None:
-        plgpu.set_max_registers(compute_registers(WARPGROUPS, 1, _FEEDER_REGISTERS), action="increase")
+        plgpu.set_max_registers(compute_registers(WARPGROUPS), action="increase")
         multiply()
 
     @pl.when(warpgroup == WARPGROUPS)
     def run_feed() -> None:
-        plgpu.set_max_registers(_FEEDER_REGISTERS, action="decrease")
+        plgpu.set_max_registers(FEEDER_REGISTERS, action="decrease")
         feed()

@@ -20,8 +20,8 @@ from qwen_jax.kernels.gpu.tiles import ROWS, across, kernel, rem
 from qwen_jax.kernels.matmul.grouped_gpu_tiles import WARPGROUPS, place, run_roles
 from qwen_jax.kernels.matmul.quantized_gpu_tiles import (
     Operands,
+    as_float32,
     bits,
-    column_as_float32,
     inputs_at_once,
     load_codes,
     load_column,
@@ -145,7 +145,7 @@ def _block(memory: _Memory, operands: Operands, out_ref: Ref) -> None:
                     slot = rem(t * steps + i, stages)
 
                     def now(columns: tuple[jax.Array, ...], ref: Ref, j: int) -> jax.Array:
-                        return column_as_float32(columns[j], ref, row, group_of(i, j))
+                        return as_float32(columns[j], ref, row, group_of(i, j))
 
                     plgpu.barrier_wait(memory.ready.at[slot])
                     codes = load_codes(memory.w_smem.at[slot, own_rows])

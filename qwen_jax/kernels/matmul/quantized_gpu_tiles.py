@@ -19,7 +19,7 @@ from jax import lax
 
 from qwen_jax.kernels.gpu.hopper import load
 from qwen_jax.kernels.gpu.tiles import PER_ROW, ROWS, WGMMA
-from qwen_jax.kernels.types import Layout, Ref
+from qwen_jax.kernels.types import Ref
 
 CODES = tuple(map(jnp.dtype, (jnp.int4, jnp.int8, jnp.float8_e4m3fn)))
 """Dtypes of codes that the kernels read."""
@@ -216,7 +216,7 @@ def as_bfloat16(codes: jax.Array) -> jax.Array:
 
 
 def load_column(ref: Ref, row: jax.Array, group: jax.Array) -> jax.Array:
-    """Reads one number of each of 64 rows of a matrix in global memory, for `column_as_float32`.
+    """Reads one number of each of 64 rows of a matrix in global memory, for `as_float32`.
 
     Args:
       ref: scales, zero points or minima, [N, G].
@@ -224,79 +224,48 @@ def load_column(ref: Ref, row: jax.Array, group: jax.Array) -> jax.Array:
       group: the column.
 
     Returns:
-      [64] as from `load_at`.
+      [64] in the dtype of the matrix; of int4 the bytes that hold the numbers, as int32.
     """
     if jnp.dtype(ref.dtype) != jnp.int4:
         return load(ref.at[pl.ds(row, ROWS), group], PER_ROW)
-    return load_at(ref, _places(ref, row, group), PER_ROW)
 
+    # No load of Pallas reads single numbers of 4 bits.
+    bytes_type = plgpu.ShapeDtypeStruct((ROWS,), jnp.int32, layout=PER_ROW)
 
-def column_as_float32(column: jax.Array, ref: Ref, row: jax.Array, group: jax.Array) -> jax.Array:
-    """What `load_column` has read, as float32. The arguments are those of `load_column`, which may be a step ago."""
-    if jnp.dtype(ref.dtype) != jnp.int4:
-        return column.astype(jnp.float32)
-    return as_float32(column, ref.dtype, _places(ref, row, group))
-
-
-def _places(ref: Ref, row: jax.Array, group: jax.Array) -> jax.Array:
-    """The places of the numbers of `load_column`."""
-    return (plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW) + row) * ref.shape[1] + group
-
-
-def load_at(ref: Ref, places: jax.Array, layout: Layout) -> jax.Array:
-    """Reads single numbers of global memory.
-
-    Args:
-      ref: contiguous.
-      places: int32, the places of the numbers in memory, counted in numbers.
-      layout: of the registers of places and result.
-
-    Returns:
-      The numbers in the dtype of the memory; of int4 the bytes that hold them, as int32. See `as_float32`.
-    """
-    four = jnp.dtype(ref.dtype) == jnp.int4
-    result = plgpu.ShapeDtypeStruct(places.shape, jnp.int32 if four else ref.dtype, layout=layout)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout), return_type=result)
-    def read(_: Any, ref: Any, places: Any) -> Any:
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), PER_ROW), return_type=bytes_type)
+    def load_bytes(_: Any, ref: Any, places: Any) -> Any:
         import numpy as np
         from jax._src.lib.mlir import ir
         from jax._src.lib.mlir.dialects import llvm, vector
         from jax.experimental.mosaic.gpu import fragmented_array, utils
 
-        i32, begin, kind = ir.IntegerType.get_signless(32), utils.memref_ptr(ref), ir.MemRefType(ref.type).element_type
+        i32, begin = ir.IntegerType.get_signless(32), utils.memref_ptr(ref)
         code = "{ .reg .u64 at; cvt.u64.u32 at, $2; add.u64 at, at, $1; ld.global.u8 $0, [at]; }"
         registers = np.empty_like(places.registers)
         for at, place in np.ndenumerate(places.registers):
             in_vector = isinstance(place.type, ir.VectorType)
             place = vector.extract(place, [], [0]) if in_vector else place
-            if four:
-                # As a side effect it is not moved to where the byte is used, a step later.
-                number: Any = llvm.inline_asm(i32, [begin, place], code, "=r,l,r", has_side_effects=True)
-            else:
-                number = llvm.load(kind, utils.getelementptr(begin, [place], kind))
-            registers[at] = vector.broadcast(ir.VectorType.get((1,), number.type), number) if in_vector else number
-        signed = True if jnp.issubdtype(result.dtype, jnp.integer) else None
-        return fragmented_array.FragmentedArray(_registers=registers, _layout=places.layout, _is_signed=signed)
+            # As a side effect it is not moved to where the byte is used, a step later.
+            byte: Any = llvm.inline_asm(i32, [begin, place], code, "=r,l,r", has_side_effects=True)
+            registers[at] = vector.broadcast(ir.VectorType.get((1,), i32), byte) if in_vector else byte
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=places.layout, _is_signed=True)
 
-    # Two numbers of 4 bits are in one byte.
-    out: jax.Array = read(ref, lax.shift_right_logical(places, jnp.int32(1)) if four else places)
+    out: jax.Array = load_bytes(ref, lax.shift_right_logical(_places(ref, row, group), jnp.int32(1)))
     return out
 
 
-def as_float32(numbers: jax.Array, dtype: jax.typing.DTypeLike, places: jax.Array) -> jax.Array:
-    """What `load_at` has read, as float32.
-
-    Args:
-      numbers: from `load_at`.
-      dtype: of the memory.
-      places: as they were given.
-    """
-    if jnp.dtype(dtype) != jnp.int4:
-        return numbers.astype(jnp.float32)
+def as_float32(column: jax.Array, ref: Ref, row: jax.Array, group: jax.Array) -> jax.Array:
+    """What `load_column` has read, as float32. The arguments are those of `load_column`, which may be a step ago."""
+    if jnp.dtype(ref.dtype) != jnp.int4:
+        return column.astype(jnp.float32)
     # Even places are in the lower half of a byte.
-    shift = 28 - (places & 1) * 4
-    return lax.shift_right_arithmetic(lax.shift_left(numbers, shift), jnp.full_like(numbers, 28)).astype(jnp.float32)
+    shift = 28 - (_places(ref, row, group) & 1) * 4
+    return lax.shift_right_arithmetic(lax.shift_left(column, shift), jnp.full_like(column, 28)).astype(jnp.float32)
+
+
+def _places(ref: Ref, row: jax.Array, group: jax.Array) -> jax.Array:
+    """The places of the numbers of `load_column` in memory."""
+    return (plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW) + row) * ref.shape[1] + group
 
 
 def _to_bfloat16(dtype: jax.typing.DTypeLike, pair: int, subtract: bool) -> str:

@@ -44,16 +44,6 @@ def width(rows: int) -> int:
     return -(-rows // 8) * 8
 
 
-def numbers_of_a_step(chunk: int, at_once: int) -> int:
-    """Scales of a step of all warpgroups.
-
-    Args:
-      chunk: inputs of a step for one warpgroup.
-      at_once: inputs that share a scale.
-    """
-    return WARPGROUPS * ROWS * chunk // at_once
-
-
 def _parts(tiles: int, steps: int, share: int) -> int:
     """The most blocks that share a tile."""
     return max((t * steps + steps - 1) // share - t * steps // share + 1 for t in range(min(tiles, share)))
@@ -93,8 +83,6 @@ def choose_tiling(
         wide = WARPGROUPS // high
         tiles, steps = -(-n // (ROWS * high)) * matrices, -(-k // (chunk * wide))
         stage = ROWS * high * chunk * wide * code_bits // 8 + columns * chunk * wide * (1 if in_digits else 2)
-        # With zero points or minima, float32 like the scales.
-        stage += 2 * 4 * numbers_of_a_step(chunk, at_once)
         stages = min(_MAX_STAGES, (TILE_SHARED_BYTES - (wide - 1) * high * ROWS * columns * 4) // stage)
         # Longer steps, and sums of more warpgroups, need more registers.
         if stages < 2 or (chunk == 256 and (columns > 16 or at_once < TILE)) or (wide == 4 and columns > 32):
