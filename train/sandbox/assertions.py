@@ -23,8 +23,8 @@ for name in sys.argv[1:]:
     with open(name + ".pyc", "rb") as file:
         print(file.read().hex())
 """
-# What Python says of bytecode that another version has made.
-_OTHER_VERSION = b"RuntimeError: Bad magic number"
+# How Python ends at bytecode that another version has made: its status, and all that it says.
+_OTHER_VERSION = 1, b"RuntimeError: Bad magic number in .pyc file"
 
 
 class Assertions:
@@ -135,7 +135,7 @@ def judge(nonce: str, asked: Run, answered: Run) -> Run:
     said, _, rest = lines[-1].partition(" ")
     kind, _, why = rest.partition(" ")
     if not secrets.compare_digest(said.encode(), nonce.encode()):
-        if asked.stderr.startswith(_OTHER_VERSION):
+        if (asked.exit_status, asked.stderr.strip()) == _OTHER_VERSION:
             return result(Outcome.ERROR, "the interpreter is not the one that has compiled the scripts of a test")
         return result(Outcome.FAIL, f"the test ended without a verdict: {asked.reason or 'status 0'}")
     outcome = {"PASS": Outcome.PASS, "FAIL": Outcome.FAIL}.get(kind, Outcome.ERROR)

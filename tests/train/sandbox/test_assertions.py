@@ -365,6 +365,8 @@ def _run(
         (f"{NONCE[::-1]} PASS\n", Outcome.FAIL),
         (" PASS\n", Outcome.FAIL),
         ("PASS\n", Outcome.FAIL),
+        # What a test may print for a program, with status 0.
+        ("RuntimeError: Bad magic number in .pyc file\n", Outcome.FAIL),
         ("", Outcome.FAIL),
     ],
 )
