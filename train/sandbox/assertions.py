@@ -7,55 +7,103 @@ them. The test's last word is a nonce, new each time, that the program's sandbox
 
 import dataclasses
 import secrets
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from train.sandbox.job import Job, Limits, Outcome, Run, Runner
 
 _INSIDE = Path(__file__).parent / "inside"
+_WIRE, _ASKING, _ANSWERING = _SCRIPTS = ("sandbox_wire", "sandbox_asking", "sandbox_answering")
+# Prints the bytecode of scripts, a line each.
+_COMPILE = """
+import py_compile, sys
+for name in sys.argv[1:]:
+    py_compile.compile(name + ".py", name + ".pyc", doraise=True)
+    with open(name + ".pyc", "rb") as file:
+        print(file.read().hex())
+"""
+# How Python ends at bytecode that another version has made: its status, and all that it says.
+_OTHER_VERSION = 1, b"RuntimeError: Bad magic number in .pyc file"
 
 
-def _script(name: str) -> bytes:
-    return (_INSIDE / name).read_bytes()
+class Assertions:
+    """Checks assertions about Python programs.
 
-
-def check(runner: Runner, program: Job, code: str, python: str) -> Run:
-    """Runs assertions about a program.
+    The scripts that run inside are compiled once, by the interpreter that will run them, in a sandbox without any
+    program. Their bytecode is kept here, where no program can change it.
 
     Args:
-      runner: runs both.
-      program: the job that would run the program `main.py`.
-      code: Python source that raises an exception if the program is wrong. It sees the names that the program defines.
-      python: the interpreter.
-
-    Returns:
-      PASS, FAIL, or ERROR also where the test itself is at fault: it does not compile, or passes to the program what
-      cannot be sent. The standard error is that of the program.
+      runner: runs the programs and the assertions.
     """
-    nonce = secrets.token_hex(32)
-    limits = program.limits
-    wire = {"sandbox_wire.py": _script("sandbox_wire.py")}
-    answering = dataclasses.replace(
-        program,
-        command=(python, "-B", "sandbox_answering.py"),
-        files={**program.files, **wire, "sandbox_answering.py": _script("sandbox_answering.py")},
-    )
-    asking = Job(
-        command=(python, "-I", "-B", "-c", _ASKING),
-        limits=_for_tests(limits),
-        files={
-            **wire,
-            "sandbox_asking.py": _script("sandbox_asking.py"),
-            "test.py": code.encode(),
-            "nonce": nonce.encode(),
-        },
-        address_space=program.address_space,
-    )
-    asked, answered = runner.converse(asking, answering)
-    return judge(nonce, asked, answered)
 
+    def __init__(self, runner: Runner):
+        self._runner = runner
+        self._compiled: dict[str, Mapping[str, bytes]] = {}
+        self._lock = threading.Lock()
 
-# Isolated from the environment and from packages of the user, but with its own folder on the path.
-_ASKING = "import sys; sys.path.insert(0, '.'); exec(open('sandbox_asking.py').read())"
+    def check(self, program: Job, code: str, python: str) -> Run:
+        """Runs assertions about a program.
+
+        Args:
+          program: the job that would run the program `main.py`.
+          code: Python source that raises an exception if the program is wrong. It sees the names that the program
+            defines.
+          python: the interpreter.
+
+        Returns:
+          PASS, FAIL, or ERROR also where the test itself is at fault: it does not compile, or passes to the program
+          what cannot be sent. The standard error is that of the program.
+        """
+        with self._lock:
+            if python not in self._compiled:
+                compiled = self._compile(python, program.limits)
+                if isinstance(compiled, Run):
+                    return compiled
+                self._compiled[python] = compiled
+        return self._converse(self._compiled[python], program, code, python)
+
+    def _compile(self, python: str, limits: Limits) -> Mapping[str, bytes] | Run:
+        """The bytecode of the scripts by their names, or the run of the machine that has failed to make it."""
+        sources = {f"{name}.py": (_INSIDE / f"{name}.py").read_bytes() for name in _SCRIPTS}
+        limits = _for_tests(limits.of_compiler())
+        command = (python, "-I", "-S", "-B", "-c", _COMPILE, *_SCRIPTS)
+        run = self._runner.execute(Job(command, limits, sources))
+        if run.outcome is Outcome.PASS:
+            try:
+                lines = map(bytes.fromhex, run.stdout.decode().splitlines())
+                compiled = dict(zip(_SCRIPTS, lines, strict=True))
+            except ValueError:
+                run = dataclasses.replace(run, reason="what it printed is no bytecode")
+            else:
+                # A right program passes.
+                trial = Job((), limits, {"main.py": b"def f(x): return [x]"})
+                run = self._converse(compiled, trial, "assert f(1) == [1]", python)
+                if run.outcome is Outcome.PASS:
+                    return compiled
+        reason = f"{python} cannot run tests with assertions: {run.reason}"
+        return dataclasses.replace(run, outcome=Outcome.ERROR, killed_by=None, reason=reason)
+
+    def _converse(self, compiled: Mapping[str, bytes], program: Job, code: str, python: str) -> Run:
+        nonce = secrets.token_hex(32)
+
+        def scripts(*names: str) -> dict[str, bytes]:
+            return {f"{name}.pyc": compiled[name] for name in names}
+
+        answering = dataclasses.replace(
+            program,
+            command=(python, "-B", f"{_ANSWERING}.pyc"),
+            files={**program.files, **scripts(_WIRE, _ANSWERING)},
+        )
+        asking = Job(
+            # Isolated from the environment and from packages of the user.
+            command=(python, "-I", "-B", f"{_ASKING}.pyc"),
+            limits=_for_tests(program.limits),
+            files={**scripts(_WIRE, _ASKING), "test.py": code.encode(), "nonce": nonce.encode()},
+            address_space=program.address_space,
+        )
+        asked, answered = self._runner.converse(asking, answering)
+        return judge(nonce, asked, answered)
 
 
 def _for_tests(limits: Limits) -> Limits:
@@ -87,6 +135,8 @@ def judge(nonce: str, asked: Run, answered: Run) -> Run:
     said, _, rest = lines[-1].partition(" ")
     kind, _, why = rest.partition(" ")
     if not secrets.compare_digest(said.encode(), nonce.encode()):
+        if (asked.exit_status, asked.stderr.strip()) == _OTHER_VERSION:
+            return result(Outcome.ERROR, "the interpreter is not the one that has compiled the scripts of a test")
         return result(Outcome.FAIL, f"the test ended without a verdict: {asked.reason or 'status 0'}")
     outcome = {"PASS": Outcome.PASS, "FAIL": Outcome.FAIL}.get(kind, Outcome.ERROR)
     return result(outcome, why if outcome is not Outcome.PASS else "")

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 from qwen_jax.errors import InputError
-from train.sandbox import assertions
+from train.sandbox.assertions import Assertions
 from train.sandbox.bubblewrap import Bubblewrap
 from train.sandbox.job import Job, Limits, Outcome, Run, Runner
 from train.sandbox.languages import LANGUAGES, Language, Toolchain
@@ -107,6 +107,7 @@ class Sandbox:
             self._runner = runner
         else:
             self._runner = make_runner(isolation, workers, folders)
+        self._assertions = Assertions(self._runner)
         self._isolated = runner is not None or isolation != "none"
         if self._isolated:
             failed = [check for check in probe(self._runner) if not check.holds]
@@ -238,11 +239,17 @@ class Sandbox:
             )
         if not tests:
             return []
-        program = self._submit(lambda: self._build(row, toolchain, source, files)).result()
+        # A single test with assertions compiles the program as the check of its syntax does, and before it runs
+        # anything of it. The check is then needed only to say why a program has not come to its end.
+        late = len(tests) == 1 and tests[0].code is not None
+        program = self._submit(lambda: self._build(row, toolchain, source, files, check=not late)).result()
         if isinstance(program, Run):
             return [program] * len(tests)
         futures = [self._submit(functools.partial(self._test, program, test)) for test in tests]
-        return [future.result() for future in futures]
+        runs = [future.result() for future in futures]
+        if late and runs[0].outcome is not Outcome.PASS and runs[0].exit_status != 0:
+            program = self._submit(lambda: self._build(row, toolchain, source, files)).result()
+        return [program] if isinstance(program, Run) else runs
 
     def _submit(self, work: "Callable[[], Any]") -> "concurrent.futures.Future[Any]":
         try:
@@ -269,9 +276,19 @@ class Sandbox:
         return row, toolchain, files
 
     def _build(
-        self, language: Language, toolchain: Toolchain, source: str, files: Mapping[str, bytes]
+        self,
+        language: Language,
+        toolchain: Toolchain,
+        source: str,
+        files: Mapping[str, bytes],
+        check: bool = True,
     ) -> "_Program | Run":
-        """Checks and compiles a program. Returns a Run that has not passed if it cannot be run."""
+        """Checks and compiles a program. Returns a Run that has not passed if it cannot be run.
+
+        Args:
+          language, toolchain, source, files: the program.
+          check: whether the syntax of a program that is not compiled is checked.
+        """
         problem = static_problem(source, self.limits)
         if problem is not None:
             return Run(Outcome.FAIL, None, b"", b"", 0.0, None, problem)
@@ -279,7 +296,7 @@ class Sandbox:
         limits = self.limits.of_compiler()
         command, what = toolchain.compile, "compilation"
         if command is None:
-            command, what = toolchain.check, "the check of the syntax"
+            command, what = toolchain.check if check else None, "the check of the syntax"
         if command is None:
             return _Program(toolchain, files, None)
         command = toolchain.filled(command, limits)
@@ -319,7 +336,7 @@ class Sandbox:
     def _test(self, program: _Program, test: Test) -> Run:
         if test.code is not None:
             python = program.toolchain.run[0]
-            return assertions.check(self._runner, self._job(program, b""), test.code, python)
+            return self._assertions.check(self._job(program, b""), test.code, python)
         stdin, expected = (
             text.encode() if isinstance(text, str) else text for text in (test.stdin, test.expected_stdout or b"")
         )

@@ -61,7 +61,7 @@ def supervise(
       stop: is set by another thread to have the process killed.
       patience: seconds to wait, after its end, for those that hold its pipes.
     """
-    began = time.monotonic()
+    began = looked = time.monotonic()
     read: dict[IO[bytes], bytearray] = {pipe: bytearray() for pipe in (process.stdout, process.stderr) if pipe}
     feed = memoryview(stdin)
     killed_by: str | None = None
@@ -80,7 +80,7 @@ def supervise(
             while True:
                 # Move what can be moved.
                 over = False
-                for key, _ in selector.select(_TICK):
+                for key, _ in selector.select(max(0.0, looked + _TICK - time.monotonic())):
                     if key.fileobj is process.stdin:
                         feed = _write(process.stdin, feed, selector)
                     elif key.fileobj in read:
@@ -100,8 +100,12 @@ def supervise(
                     if over:
                         killed_by = "output"
                     elif not ended:
-                        late = "time" if now - began > seconds else None
-                        killed_by = late or ("stop" if stop is not None and stop.is_set() else watch())
+                        if now - began > seconds:
+                            killed_by = "time"
+                        elif stop is not None and stop.is_set():
+                            killed_by = "stop"
+                        elif now - looked >= _TICK:
+                            killed_by, looked = watch(), now
                     if killed_by is not None:
                         kill()
                         give_up = now + patience

@@ -1,13 +1,23 @@
 """Tests with assertions: what right programs may do, and that wrong ones cannot make their tests pass."""
 
+import glob
+import json
+import os
+import random
+import re
+import runpy
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers.sandboxes import LIMITS, box_of, needs_bwrap, needs_runc
 from train.sandbox import Job, Limits, Outcome, Run, Sandbox, Test
-from train.sandbox.assertions import judge
+from train.sandbox import assertions as assertions_module
+from train.sandbox.assertions import Assertions, judge
+from train.sandbox.unconfined import Unconfined
 
 NONCE = "0123456789abcdef" * 4
 
@@ -331,8 +341,14 @@ def test_limits_are_those_of_the_program(one: Sandbox) -> None:
 # --- the verdict, without bubblewrap
 
 
-def _run(outcome: Outcome = Outcome.PASS, stderr: bytes = b"", killed_by: str | None = None, reason: str = "") -> Run:
-    return Run(outcome, 0, b"", stderr, 0.1, killed_by, reason)
+def _run(
+    outcome: Outcome = Outcome.PASS,
+    stderr: bytes = b"",
+    killed_by: str | None = None,
+    reason: str = "",
+    stdout: bytes = b"",
+) -> Run:
+    return Run(outcome, 0, stdout, stderr, 0.1, killed_by, reason)
 
 
 @pytest.mark.parametrize(
@@ -349,6 +365,8 @@ def _run(outcome: Outcome = Outcome.PASS, stderr: bytes = b"", killed_by: str | 
         (f"{NONCE[::-1]} PASS\n", Outcome.FAIL),
         (" PASS\n", Outcome.FAIL),
         ("PASS\n", Outcome.FAIL),
+        # What a test may print for a program, with status 0.
+        ("RuntimeError: Bad magic number in .pyc file\n", Outcome.FAIL),
         ("", Outcome.FAIL),
     ],
 )
@@ -368,18 +386,19 @@ def test_a_verdict_needs_both_sandboxes() -> None:
 
 
 class Recorder:
-    """A runner that keeps the jobs of conversations."""
+    """A runner that keeps the jobs of conversations, in which every test passes. What it compiles is random bytes."""
 
     def __init__(self) -> None:
         self.description: dict[str, Any] = {}
         self.jobs: list[tuple[Job, Job]] = []
+        self.compiled = [random.randbytes(9) for _ in range(3)]
 
     def converse(self, asking: Job, answering: Job) -> tuple[Run, Run]:
         self.jobs.append((asking, answering))
-        return _run(), _run()
+        return _run(stderr=asking.files["nonce"] + b" PASS"), _run()
 
     def execute(self, job: Job) -> Run:
-        raise AssertionError("not used")
+        return _run(stdout="\n".join(code.hex() for code in self.compiled).encode())
 
     def find(self, program: str) -> str | None:
         raise AssertionError("not used")
@@ -387,19 +406,201 @@ class Recorder:
 
 def test_the_program_is_given_neither_nonce_nor_test() -> None:
     """What the program's sandbox contains does not depend on the test, and the nonce is new each time."""
-    from train.sandbox.assertions import check
-
     recorder = Recorder()
+    assertions = Assertions(recorder)
     program = Job(("python3", "main.py"), Limits(), {"main.py": b"def f(): pass"})
     for code in ("assert f() == 41", "assert f() == 41", "assert f() == 42"):
-        check(recorder, program, code, "python3")
-    first, second, third = recorder.jobs
+        assertions.check(program, code, "python3")
+    trial, first, second, third = recorder.jobs
     assert first[1] == second[1] == third[1]
     nonces = {asking.files["nonce"] for asking, _ in recorder.jobs}
-    assert len(nonces) == 3
-    for asking, answering in recorder.jobs:
+    assert len(nonces) == 4
+    for asking, answering in (first, second, third):
         assert asking.files["test.py"].startswith(b"assert f()")
         assert "main.py" not in asking.files
         everything = b"".join(answering.files.values()) + repr(answering).encode()
         assert asking.files["nonce"] not in everything
         assert b"41" not in b"".join(content for name, content in answering.files.items() if name == "main.py")
+        # All get the same scripts.
+        for here, there in ((asking, trial[0]), (answering, trial[1])):
+            assert {n: x for n, x in here.files.items() if n.endswith(".pyc")} == {
+                n: x for n, x in there.files.items() if n.endswith(".pyc")
+            }
+
+
+# --- the scripts inside
+
+
+@needs_bwrap
+def test_scripts_are_compiled_by_the_interpreter_that_runs_them(one: Sandbox) -> None:
+    """The bytecode has the magic number of the interpreter inside, whatever that of this process is."""
+    source = "import importlib.util; print(importlib.util.MAGIC_NUMBER.hex())"
+    magic = bytes.fromhex(one.run("python", source).stdout.decode())
+    assert one.run_tests("python", "x = 1", [Test(code="assert x == 1")])[0].outcome is Outcome.PASS
+    (compiled,) = one._assertions._compiled.values()
+    assert sorted(compiled) == ["sandbox_answering", "sandbox_asking", "sandbox_wire"]
+    assert all(code.startswith(magic) for code in compiled.values())
+
+
+# What overwrites the scripts that it finds, in every place where Python looks for them.
+_VANDAL = """
+import glob, os, sys
+for name in ("sandbox_wire", "sandbox_asking", "sandbox_answering"):
+    for file in (f"{name}.py", f"{name}.pyc", f"__pycache__/{name}.{sys.implementation.cache_tag}.pyc"):
+        os.makedirs("__pycache__", exist_ok=True)
+        with open(file, "wb") as opened: opened.write(b"import os; os._exit(0)")
+for name in list(sys.modules["sandbox_wire"].__dict__): delattr(sys.modules["sandbox_wire"], name)
+"""
+
+
+@needs_bwrap
+def test_a_program_cannot_change_the_scripts_of_the_next(one: Sandbox) -> None:
+    right, wrong = "def f(x): return x", "def f(x): return 0"
+    test = [Test(code=f"assert f({random.randrange(1, 100)}) > 0")]
+    before = {}
+    for _ in range(2):
+        assert one.run_tests("python", right, test)[0].outcome is Outcome.PASS
+        before = before or dict(one._assertions._compiled)
+        assert one.run_tests("python", wrong, test)[0].outcome is Outcome.FAIL
+        assert one.run_tests("python", _VANDAL + right, test)[0].outcome is not Outcome.ERROR
+        assert one._assertions._compiled == before
+
+
+# Version 3.7 is the first that has `from __future__ import annotations`.
+_PYTHONS = sorted(
+    {
+        os.path.realpath(path)
+        for folder in ("/usr/bin", "/usr/local/bin", f"{Path.home()}/.pyenv/versions/*/bin")
+        for path in [sys.executable, *glob.glob(f"{folder}/python3.*")]
+        if re.search(r"python3\.([7-9]|\d\d)$", os.path.realpath(path))
+    }
+)
+
+
+@pytest.mark.parametrize("python", _PYTHONS)
+def test_scripts_run_on_each_python_that_is_here(python: str) -> None:
+    """Both sides of a conversation, all tags of values, wrong programs and bad tests, from Python 3.7 on."""
+    assertions = Assertions(Unconfined())
+    job = Job((python, "main.py"), Limits(), {"main.py": _PROGRAM.encode()})
+    # What is in the standard library is known from 3.10 on.
+    tests = "\n".join(line for line in _TESTS.splitlines() if "math." not in line)
+    run = assertions.check(job, tests, python)
+    assert run.outcome is Outcome.PASS, run
+    for code, outcome in (
+        ("assert add(1, 2) == 4", Outcome.FAIL),
+        ("assert add(1, 2) ==", Outcome.ERROR),
+        ("add(eval)", Outcome.ERROR),
+        ("fail()", Outcome.FAIL),
+    ):
+        assert assertions.check(job, code, python).outcome is outcome
+
+
+@needs_bwrap
+def test_bytecode_of_another_version_is_an_error() -> None:
+    """If the interpreter changes while the supervisor lives, no verdict is given."""
+    with Sandbox(LIMITS, workers=1) as box:
+        test = [Test(code="assert x == 1")]
+        assert box.run_tests("python", "x = 1", test)[0].outcome is Outcome.PASS
+        compiled = box._assertions._compiled
+        for python, scripts in compiled.items():
+            compiled[python] = {name: bytes([code[0] ^ 1]) + code[1:] for name, code in scripts.items()}
+        run = box.run_tests("python", "x = 1", test)[0]
+        assert (run.outcome, "interpreter" in run.reason) == (Outcome.ERROR, True)
+
+
+@pytest.mark.parametrize("what", ["status", "output", "lines", "trial", "machine"])
+def test_scripts_that_cannot_be_compiled_are_an_error(what: str) -> None:
+    """Whatever keeps the scripts from running on an interpreter is the machine's error, and is tried anew each time."""
+
+    class Broken(Recorder):
+        broken = True
+
+        def execute(self, job: Job) -> Run:
+            if self.broken and what in ("status", "machine"):
+                return _run(Outcome.FAIL if what == "status" else Outcome.ERROR, reason="why")
+            if self.broken and what == "output":
+                return _run(stdout=b"no bytecode\n" * 3)
+            if self.broken and what == "lines":
+                return _run(stdout=b"00\n00\n")
+            return super().execute(job)
+
+        def converse(self, asking: Job, answering: Job) -> tuple[Run, Run]:
+            return (_run(), _run()) if self.broken and what == "trial" else super().converse(asking, answering)
+
+    runner = Broken()
+    assertions = Assertions(runner)
+    program = Job(("python3", "main.py"), Limits(), {"main.py": b"x = 1"})
+    for _ in range(2):
+        assert assertions.check(program, "assert x == 1", "python3").outcome is Outcome.ERROR
+    runner.broken = False
+    assert assertions.check(program, "assert x == 1", "python3").outcome is Outcome.PASS
+
+
+_WIRE_SCRIPT = Path(assertions_module.__file__).parent / "inside" / "sandbox_wire.py"
+
+
+def _message(depth: int) -> Any:
+    kinds = [
+        lambda: random.random() < 0.5,
+        lambda: random.getrandbits(random.randrange(1, 80)) - 5,
+        lambda: "".join(chr(random.randrange(0x110000)) for _ in range(random.randrange(4))),
+        lambda: None,
+    ]
+    if depth:
+        kinds += [
+            lambda: [_message(depth - 1) for _ in range(random.randrange(4))],
+            lambda: {str(random.random()): _message(depth - 1) for _ in range(random.randrange(4))},
+        ]
+    return random.choice(kinds)()
+
+
+def test_the_wire_is_json() -> None:
+    """Messages are written and read as `json` does it, and what `json` refuses is refused."""
+    wire = runpy.run_path(str(_WIRE_SCRIPT))
+    for _ in range(300):
+        message = [_message(4)]
+        text = wire["dumps"](message)
+        assert text == json.dumps(message)
+        assert wire["loads"](text.encode() + b"\n") == message
+        # One character more, less or another.
+        place = random.randrange(len(text))
+        bad = text[:place] + random.choice(["", *'[]{}",:1ntx\\']) + text[place + random.randrange(2) :]
+        try:
+            expected = json.loads(bad)
+        except ValueError:
+            with pytest.raises(ValueError):  # noqa: PT011
+                wire["loads"](bad.encode() + b"\n")
+        else:
+            assert repr(wire["loads"](bad.encode() + b"\n")) == repr(expected)
+
+
+# --- the check of the syntax
+
+
+@needs_bwrap
+def test_one_test_has_the_verdict_of_two(one: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single test is run before the check of the syntax, two after it: verdict, reason and limit are the same."""
+    checks: list[Job] = []
+    execute = one._runner.execute
+    monkeypatch.setattr(one._runner, "execute", lambda job: checks.append(job) or execute(job))
+    right, number = "def f(x): return x", random.randrange(2, 100)
+    programs = [
+        right,
+        "def f(x): return 1",
+        "def f(x) return x",
+        "x = 1 / 0",
+        "import sys; sys.exit(0)",
+        "def f(x):\n    while True: pass",
+    ]
+    for program in programs:
+        for code in (f"assert f({number}) == {number}", "assert True", "assert f("):
+            (first,) = one.run_tests("python", program, [Test(code=code)])
+            second, third = one.run_tests("python", program, [Test(code=code)] * 2)
+            for other in (second, third):
+                assert (first.outcome, first.killed_by) == (other.outcome, other.killed_by)
+                # How the end of the pipe was noticed depends on the moment.
+                assert first.reason.split(": [Errno")[0] == other.reason.split(": [Errno")[0]
+    # A program that passes needs no check.
+    checks.clear()
+    assert one.run_tests("python", right, [Test(code=f"assert f({number}) == {number}")])[0].outcome is Outcome.PASS
+    assert not checks

@@ -5,22 +5,23 @@ The last line of standard error is the verdict, after a nonce that only this pro
 
 from __future__ import annotations
 
-import ast
 import builtins
-import importlib
 import os
 import sys
 import types
-from typing import Any
 
+sys.path.insert(0, ".")
 from sandbox_wire import Broken, CannotSend, Peer, Remote  # type: ignore[import-not-found]
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def verdict(peer: Any, source: str) -> tuple[str, str]:
     """Whether the tests pass: "PASS", "FAIL" or "ERROR", and why."""
     try:
         code = compile(source, "test.py", "exec", dont_inherit=True)
-        tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return "ERROR", f"the test does not compile: {error}"
     try:
@@ -34,7 +35,7 @@ def verdict(peer: Any, source: str) -> tuple[str, str]:
         module.__dict__.update(public, __all__=list(used))
         sys.modules["solution"] = sys.modules["main"] = module
         # Nor its own `math`: where the test uses a module of the standard library, it is that one.
-        used.update(_standard_modules(tree, used))
+        used.update(_standard_modules(source, used))
         space = {"__name__": "__main__", **used}
         exec(code, space)
         _call_functions(space, used)
@@ -51,11 +52,22 @@ def verdict(peer: Any, source: str) -> tuple[str, str]:
     return "PASS", ""
 
 
-def _standard_modules(tree: ast.AST, names: dict[str, Any]) -> dict[str, types.ModuleType]:
+def _standard_modules(source: str, names: dict[str, Any]) -> dict[str, types.ModuleType]:
     """The modules of the standard library that a test uses by names of the program, as in `math.isclose`."""
-    used = {n.value.id for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
-    standard = getattr(sys, "stdlib_module_names", ())
-    return {name: importlib.import_module(name) for name in sorted(used & set(names)) if name in standard}
+    standard = set(names).intersection(getattr(sys, "stdlib_module_names", ()))
+    if not standard:
+        return {}
+    import _ast  # Not `ast`, which is slow to import.
+
+    used: set[str] = set()
+    nodes: list[Any] = [compile(source, "test.py", "exec", _ast.PyCF_ONLY_AST, dont_inherit=True)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, _ast.Attribute) and isinstance(node.value, _ast.Name):
+            used.add(node.value.id)
+        for value in (getattr(node, field, None) for field in node._fields):
+            nodes += [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, _ast.AST)]
+    return {name: __import__(name) for name in sorted(standard & used)}
 
 
 def _call_functions(space: dict[str, Any], used: dict[str, Any]) -> None:
