@@ -2,7 +2,7 @@
 
 | implementation | where      | codes                                       | sizes of a matrix                        |
 |----------------|------------|---------------------------------------------|------------------------------------------|
-| gpu            | Hopper GPU | int8, float8; asked for by name             | outputs: multiples of 64, inputs: of 128 |
+| gpu            | Hopper GPU | int8, float8                                | outputs: multiples of 64, inputs: of 128 |
 | tpu            | TPU        | int8 from v5e to v6e, float8 on 7x; as many | multiples of 128                         |
 | tiles          | anywhere   | int8, float8; "auto" selects it on CPUs     | any                                      |
 | wide           | anywhere   | any; they are multiplied in the rows' dtype | any                                      |
@@ -57,8 +57,7 @@ def select_grouped_codes(
         tpu[f"a TPU that multiplies {codes}"] = multiplies_codes(codes)
     many = rows > MAX_ROWS
     candidates = [
-        # Not by itself before its numbers have been checked on a card.
-        Candidate("gpu", unmet(gpu | narrow | scaled), automatic=False),
+        Candidate("gpu", unmet(gpu | narrow | scaled), automatic=many),
         Candidate("tpu", unmet(tpu | narrow | scaled), automatic=many),
         Candidate("tiles", unmet(scaled), automatic=on == "cpu"),
         Candidate("wide"),

@@ -8,7 +8,8 @@
 | plain          | anywhere   | dequantises in float32 and rounds once to the dtype of x, before the product |
 
 "auto" selects the first that supports the call; see `qwen_jax.kernels.select`. It selects w8a8 only where rows are to
-be rounded (`qwen_jax.quantization.Quantization`).
+be rounded (`qwen_jax.quantization.Quantization`). The products of w8a8 are XLA's, but those of many bfloat16 rows on
+Hopper GPUs are by `grouped_codes`, with one group.
 """
 
 import functools
@@ -185,9 +186,20 @@ def row_scaled_matmul(
       axis: as for `quantize_rows`.
 
     Returns:
-      float32 [M, N].
+      float32 [M, N]; by the kernel, which adds no shards of K, rounded to bfloat16.
     """
     codes, x_scales_M1 = quantize_rows(x_MK, weight_NK.dtype, axis)
+    if axis is None:
+        from qwen_jax.kernels.matmul.grouped_codes import grouped_code_matmul, select_grouped_codes
+        from qwen_jax.kernels.matmul.quantized_grouped import QuantizedMatrices
+
+        M, matrices = len(x_MK), QuantizedMatrices(weight_NK[None], scales_N1[None])
+        if select_grouped_codes("auto", M, x_MK.dtype, matrices) == "gpu":
+            # XLA would write the sums in 32 bits, and scale them in a kernel of its own.
+            y_MN = grouped_code_matmul(
+                codes, x_scales_M1, matrices, jnp.full(1, M, jnp.int32), dtype=x_MK.dtype, implementation="gpu"
+            )
+            return y_MN.astype(jnp.float32)
     wide = jnp.int32 if jnp.issubdtype(weight_NK.dtype, jnp.integer) else jnp.float32
     y = jnp.einsum("MK,NK->MN", codes, weight_NK, preferred_element_type=wide).astype(jnp.float32)
     return y * x_scales_M1 * scales_N1[:, 0].astype(jnp.float32)

@@ -253,6 +253,41 @@ def test_rows_are_rounded_where_that_is_asked_for() -> None:
         quantized.select_quantized("w8a8", x, w, groups, False)
 
 
+@pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
+def test_many_rounded_rows_are_multiplied_by_the_kernel_of_codes(dtype: Any) -> None:
+    """On Hopper, where no sums are to be added over shards of the inputs, and rows are in bfloat16."""
+
+    def kernels(rows: int, dtype_of_rows: Any, K: int = 256) -> int:
+        x, w = jax.ShapeDtypeStruct((rows, K), dtype_of_rows), jax.ShapeDtypeStruct((192, K), dtype)
+        run = jax.jit(quantized.row_scaled_matmul).trace(x, w, jax.ShapeDtypeStruct((192, 1), jnp.float16))
+        return int(run.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2"))
+
+    with as_if_on("Hopper GPU"):
+        assert kernels(1500, jnp.bfloat16) == 1
+        assert kernels(1500, jnp.float32) == kernels(1024, jnp.bfloat16) == kernels(1500, jnp.bfloat16, 192) == 0
+        # A shard of the inputs.
+        x, w = jax.ShapeDtypeStruct((8, 1500, 256), jnp.bfloat16), jax.ShapeDtypeStruct((8, 192, 256), dtype)
+        run = jax.vmap(lambda *a: quantized.row_scaled_matmul(*a, "shard"), axis_name="shard")
+        text = jax.jit(run).trace(x, w, jax.ShapeDtypeStruct((8, 192, 1), jnp.float16))
+        assert "@mosaic_gpu_v2" not in text.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
+def test_many_rounded_rows_are_the_products_of_their_codes(dtype: Any) -> None:
+    """Up to one rounding to bfloat16; on a Hopper GPU by the kernel, whose sums of float8 have 14 bits."""
+    rng = print_seed()
+    M, N, K = (int(x) for x in rng.integers([1025, 1, 1], [1300, 4, 4]) * [1, 64, 128])
+    x = jnp.asarray(rng.normal(size=(M, K)), jnp.bfloat16)
+    w = jnp.asarray(rng.integers(-127, 128, (N, K)), dtype)
+    scales = jnp.asarray(rng.uniform(0.5, 2, (N, 1)), jnp.float16)
+    codes, of_rows = (np.asarray(a, np.float64) for a in quantized.quantize_rows(x, dtype))
+    factors = of_rows * np.asarray(scales, np.float64).T
+    want = codes @ np.asarray(w, np.float64).T * factors
+    terms = np.abs(codes) @ np.abs(np.asarray(w, np.float64)).T * factors
+    got = np.asarray(quantized.row_scaled_matmul(x, w, scales), np.float64)
+    assert (np.abs(got - want) <= 2.0**-8 * np.abs(want) + (2.0**-10 if dtype == FLOAT8 else 2.0**-23) * terms).all()
+
+
 @pytest.mark.parametrize(
     ("case", "change", "says"),
     [
