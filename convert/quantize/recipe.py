@@ -96,15 +96,16 @@ class Recipe:
         """The grid of the weights.
 
         Args:
-          stored: dtype of the checkpoint. Scales of groups in compressed-tensors files have it, where it is bfloat16 or
-            float16: vLLM rounds them to it. One scale an output is float32 there. Those of GPTQ and AWQ are float16.
+          stored: dtype of the checkpoint. Scales of packed integers in compressed-tensors files have it, where it is
+            bfloat16 or float16: vLLM rounds them to it. With W8A8 they are float32, in GPTQ and AWQ files float16.
         """
         assert self.group is not None
         assert self.symmetric is not None
         if self.format != "compressed-tensors":
             scales = "float16"
         else:
-            scales = stored if self.group and stored in ("bfloat16", "float16") else "float32"
+            packed = self.group or self.method not in ("fp8", "int8")
+            scales = stored if packed and stored in ("bfloat16", "float16") else "float32"
         if self.method == "fp8":
             return fp8_grid(scales)
         if self.method == "int8":

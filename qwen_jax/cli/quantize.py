@@ -46,10 +46,10 @@ class Quantize:
         calibration_rows: Rows of tokens.
         calibration_length: Tokens of a row.
         desc_act: gptq rounds the largest inputs first. Loses less, most of all with large groups; some kernels are
-            slower with it.
+            slower with it, and vLLM since 0.30 reads it only with --group 0.
         sym: No zero points: the default except for awq.
         asym: Zero points: the codes of a group span its smallest to its largest weight. As GPTQ files these are of
-            the version gptq_v2, which fewer programs read.
+            the version gptq_v2, which fewer programs read (vLLM does not).
         format: Of the files.
         damping: Of GPTQ, as a part of the mean diagonal of the Hessian. More is safer and corrects less.
         clip: awq searches how much of the range of a group is kept.

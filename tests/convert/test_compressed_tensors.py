@@ -9,9 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from convert import open_source
-from convert.dequantize import DequantizedSource
-from convert.names import leaves
 from convert.quantized.compressed_config import Compressed
 from convert.quantized.export import export
 from convert.source import TreeSource
@@ -19,7 +16,7 @@ from qwen_jax.config import load_config
 from qwen_jax.files import read_json
 from qwen_jax.quantization import Quantization, Scheme
 from tests.helpers.hf import make_hf_checkpoint
-from tests.helpers.quantized import random_quantized
+from tests.helpers.quantized import random_quantized, weights_of
 from tests.helpers.runs import print_seed
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors comes with the extra dev")
@@ -66,17 +63,6 @@ def projections(model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def values(folder: Path) -> dict[str, np.ndarray]:
-    """The weights of a quantised folder as we read them, float32 [outputs, inputs]."""
-    source = DequantizedSource(open_source(folder))
-    found = {}
-    for leaf in leaves(source.config):
-        if leaf.path[-1] == "weight" and len(leaf.hf_shape) == 2:
-            read = source.read(leaf, slice(0, len(leaf.names)), slice(0, leaf.shape[0]))
-            found |= {n: x.astype(np.float32).reshape(leaf.hf_shape) for n, x in zip(leaf.names, read, strict=True)}
-    return found
-
-
 def assert_same(theirs: dict[str, torch.Tensor], ours: dict[str, np.ndarray]) -> None:
     """The package computes in the dtype of the scales, in which a value of ours is rounded once."""
     assert len(theirs) == 7 * 2
@@ -102,7 +88,7 @@ def test_the_package_reads_what_is_written(name: Name, tmp_path: Path) -> None:
     for module in modules:
         own = {name.rpartition(".")[2]: x for name, x in tensors.items() if name.rpartition(".")[0] == module}
         found[module] = compressor.decompress(own, group)["weight"]
-    assert_same(found, values(tmp_path / "out"))
+    assert_same(found, weights_of(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("name", READ)
@@ -133,4 +119,4 @@ def test_what_the_package_writes_is_read(name: Name, tmp_path: Path) -> None:
     compressor.update_config(tmp_path / "out")
     compressor.decompress_model(model)
     theirs = {name: module.weight.detach() for name, module in projections(model).items()}
-    assert_same(theirs, values(tmp_path / "out"))
+    assert_same(theirs, weights_of(tmp_path / "out"))

@@ -1,6 +1,7 @@
 """Random quantised models, and the same weights in full precision."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from convert import open_source
 from convert.dequantize import DequantizedSource
+from convert.names import leaves
 from convert.placement import place
 from convert.source import TreeSource
 from qwen_jax.config import ModelConfig
@@ -50,6 +53,17 @@ def dequantized(params: Params, config: ModelConfig, mesh: Mesh, stacked: bool =
     """The model with the values of the codes as its weights, on a mesh."""
     source = DequantizedSource(TreeSource(params, config))
     return source.config, place(source, mesh, config.dtype, Options(stacked=stacked))
+
+
+def weights_of(folder: Path) -> dict[str, np.ndarray]:
+    """The matrices of a quantised folder as we read them, by their names in it: float32 [outputs, inputs]."""
+    source = DequantizedSource(open_source(folder))
+    found = {}
+    for leaf in leaves(source.config):
+        if len(leaf.hf_shape) == 2:
+            read = source.read(leaf, slice(0, len(leaf.names)), slice(0, leaf.shape[0]))
+            found |= {n: x.astype(np.float32).reshape(leaf.hf_shape) for n, x in zip(leaf.names, read, strict=True)}
+    return found
 
 
 def with_quantization(config: ModelConfig, quantization: Any) -> ModelConfig:

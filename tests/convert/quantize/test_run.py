@@ -143,6 +143,7 @@ def test_the_folder_has_every_tensor_and_says_how_well_it_was_rounded(model: Pat
     [
         Recipe("rtn", group=16, symmetric=False),
         Recipe("rtn", bits=8, group=0, format="compressed-tensors"),
+        Recipe("rtn", group=32, format="compressed-tensors"),
         Recipe("rtn", group=32, format="awq", symmetric=False),
         Recipe("fp8"),
         Recipe("int8"),
@@ -151,11 +152,15 @@ def test_the_folder_has_every_tensor_and_says_how_well_it_was_rounded(model: Pat
     ids=lambda recipe: f"{recipe.method}-{recipe.format}-{recipe.group}",
 )
 def test_without_a_text_weights_are_rounded_to_nearest(recipe: Recipe, model: Path, tmp_path: Path) -> None:
-    """The file holds what the report says: the norm of the change of each matrix."""
+    """The file holds what the report says: the norm of the change of each matrix. vLLM rounds none of its scales."""
     report, source = quantize(model, tmp_path / "new", recipe), open_source(model)
     written = read_matrices(tmp_path / "new", source)
     errors = {outcome.module: outcome.error for outcome in report.outcomes}
     assert errors.keys() == written.keys()
+    scales = {"gptq": "float16", "awq": "float16"}.get(recipe.format or "", "bfloat16")
+    if recipe.info().activations != "none":
+        scales = "float32"
+    assert {codes.scales.dtype.name for codes in written.values()} == {scales}
     for number in range(source.config.num_layers):
         layer = Layer(source, number)
         for matrix in layer.matrices:
