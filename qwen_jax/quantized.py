@@ -75,6 +75,7 @@ class QuantizedLinear(Linear):
             jax.ShapeDtypeStruct((N, self.scales.shape[-1] // shards), self.scales.dtype),
             self.scheme.offset != "none",
             rounded,
+            self.sharded_inputs,
         )
         how: Any = {"implementation": chosen, "axis": "tensor" if self.sharded_inputs else None}
 
@@ -87,7 +88,7 @@ class QuantizedLinear(Linear):
             y = quantized.quantized_matmul(x_MK, weight_NK, scales_NG, *offsets, **how)
             return y.reshape(*x.shape[:2], *gathered.shape[:outputs])
 
-        return LocalProduct(operands, specs, multiply, chosen in ("gpu", "tpu"))
+        return LocalProduct(operands, specs, multiply, chosen in ("codes", "gpu", "tpu"))
 
     def _in_order(self, x: jax.Array, order_I: jax.Array | None) -> jax.Array:
         """One device's activations [B, T, inputs] in the order of the codes."""

@@ -2,14 +2,14 @@
 
 | implementation | where      | what                                                                         |
 |----------------|------------|------------------------------------------------------------------------------|
+| codes          | Hopper GPU | as w8a8, by the kernel of `grouped_codes`; many bfloat16 rows                |
 | w8a8           | anywhere   | rounds the rows; int8 or float8 weights with one scale for each output       |
 | gpu            | Hopper GPU | bfloat16 rows; outputs and inputs are multiples of 64, groups of 32          |
 | tpu            | TPU        | bfloat16 rows; outputs, inputs: multiples of 16 ("auto": inputs of 128)     |
 | plain          | anywhere   | dequantises in float32 and rounds once to the dtype of x, before the product |
 
-"auto" selects the first that supports the call; see `qwen_jax.kernels.select`. It selects w8a8 only where rows are to
-be rounded (`qwen_jax.quantization.Quantization`). The products of w8a8 are XLA's, but those of many bfloat16 rows on
-Hopper GPUs are by `grouped_codes`, with one group.
+"auto" selects the first that supports the call; see `qwen_jax.kernels.select`. It selects codes and w8a8 only where
+rows are to be rounded (`qwen_jax.quantization.Quantization`).
 """
 
 import functools
@@ -28,6 +28,7 @@ Abstract = jax.Array | jax.ShapeDtypeStruct
 # XLA's kernels are the best. An H200 is faster that way from 1,300 (int8) to 3,000 (int4) rows on, by measurements at 1
 # and 8,192 rows.
 _MAX_GPU_ROWS = 1024
+_NO_GRADIENT = "Quantised products by {} have no gradient. Use implementation='plain'."
 
 
 def dequantize(
@@ -57,7 +58,13 @@ def dequantize(
 
 
 def select_quantized(
-    implementation: str, x: Abstract, weight: Abstract, scales: Abstract, offset: bool, rounded: bool = False
+    implementation: str,
+    x: Abstract,
+    weight: Abstract,
+    scales: Abstract,
+    offset: bool,
+    rounded: bool = False,
+    sharded: bool = False,
 ) -> str:
     """Returns the name of the implementation that runs; see `select`.
 
@@ -68,6 +75,7 @@ def select_quantized(
       scales: [N, G].
       offset: whether there are zero points or minima.
       rounded: whether "auto" may round the rows.
+      sharded: whether the inputs are those of a shard, so that results are added over a mesh axis.
 
     Raises:
       InputError: the implementation asked for does not support the call.
@@ -78,6 +86,14 @@ def select_quantized(
         "no zero points or minima": not offset,
     }
     w8a8 = Candidate("w8a8", unmet(needs), automatic=rounded)
+    N, K = weight.shape
+    needs |= {
+        "a Hopper GPU": platform.on_hopper(),
+        "bfloat16 rows": jnp.dtype(x.dtype) == jnp.bfloat16,
+        "outputs that are multiples of 64, inputs of 128": N % 64 == 0 and K % 128 == 0,
+        "inputs that are not sharded": not sharded,
+    }
+    codes = Candidate("codes", unmet(needs), automatic=rounded and x.shape[0] > _MAX_GPU_ROWS)
     needs = {"a Hopper GPU": platform.on_hopper()}
     if platform.on_hopper():
         from qwen_jax.kernels.matmul import quantized_gpu
@@ -91,7 +107,7 @@ def select_quantized(
         needs |= quantized_tpu.needs(x, weight, scales)
     # XLA may hold other matrices with outputs as lanes, and would copy them for the kernel.
     tpu = Candidate("tpu", unmet(needs), automatic=weight.shape[1] % 128 == 0)
-    candidates = [w8a8, gpu, tpu, Candidate("plain")]
+    candidates = [codes, w8a8, gpu, tpu, Candidate("plain")]
     what = f"{x.shape[0]} rows, matrix {list(weight.shape)} of {weight.dtype}, {scales.shape[1]} groups"
     what += " with offsets" if offset else ""
     return select(candidates, implementation, "quantised product", what)
@@ -115,14 +131,16 @@ def quantized_matmul(
       scales_NG, zeros_NG, mins_NG: as for `dequantize`.
       implementation: see the table above; "auto" rounds no rows. Only "plain" and "w8a8" have a gradient, with respect
         to x.
-      axis: of the mesh, over which K is sharded, for "w8a8"; None if it is not.
+      axis: of the mesh, over which K is sharded; None if it is not.
 
     Returns:
       float32 [M, N]. "plain" rounds the weight to the dtype of x, as the kernels do for more than 64 rows; for fewer,
       they do not round it.
     """
     offset = zeros_NG is not None or mins_NG is not None
-    chosen = select_quantized(implementation, x_MK, weight_NK, scales_NG, offset)
+    chosen = select_quantized(implementation, x_MK, weight_NK, scales_NG, offset, sharded=axis is not None)
+    if chosen == "codes":
+        return without_gradient(_by_codes, (x_MK, weight_NK, scales_NG), _NO_GRADIENT.format(chosen))
     if chosen == "w8a8":
         return row_scaled_matmul(x_MK, weight_NK, scales_NG, axis)
     if chosen == "plain":
@@ -131,8 +149,17 @@ def quantized_matmul(
         from qwen_jax.kernels.matmul.quantized_gpu import matmul
     else:
         from qwen_jax.kernels.matmul.quantized_tpu import matmul
-    message = f"Quantised products by {chosen} have no gradient. Use implementation='plain'."
-    return without_gradient(matmul, (x_MK, weight_NK, scales_NG, zeros_NG, mins_NG), message)
+    arguments = x_MK, weight_NK, scales_NG, zeros_NG, mins_NG
+    return without_gradient(matmul, arguments, _NO_GRADIENT.format(chosen))
+
+
+def _by_codes(x_MK: jax.Array, weight_NK: jax.Array, scales_N1: jax.Array) -> jax.Array:
+    """`row_scaled_matmul`, rounded to bfloat16. XLA would write sums in 32 bits, and scale them in another kernel."""
+    from qwen_jax.kernels.matmul.grouped_gpu import product
+
+    codes, x_scales_M1 = quantize_rows(x_MK, weight_NK.dtype)
+    sizes, scales = jnp.full(1, len(x_MK), jnp.int32), (x_scales_M1, scales_N1.reshape(1, -1).astype(jnp.float32))
+    return product(codes, weight_NK[None], sizes, scales=scales).astype(jnp.float32)
 
 
 @jax.checkpoint
@@ -186,20 +213,9 @@ def row_scaled_matmul(
       axis: as for `quantize_rows`.
 
     Returns:
-      float32 [M, N]; by the kernel, which adds no shards of K, rounded to bfloat16.
+      float32 [M, N].
     """
     codes, x_scales_M1 = quantize_rows(x_MK, weight_NK.dtype, axis)
-    if axis is None:
-        from qwen_jax.kernels.matmul.grouped_codes import grouped_code_matmul, select_grouped_codes
-        from qwen_jax.kernels.matmul.quantized_grouped import QuantizedMatrices
-
-        M, matrices = len(x_MK), QuantizedMatrices(weight_NK[None], scales_N1[None])
-        if select_grouped_codes("auto", M, x_MK.dtype, matrices) == "gpu":
-            # XLA would write the sums in 32 bits, and scale them in a kernel of its own.
-            y_MN = grouped_code_matmul(
-                codes, x_scales_M1, matrices, jnp.full(1, M, jnp.int32), dtype=x_MK.dtype, implementation="gpu"
-            )
-            return y_MN.astype(jnp.float32)
     wide = jnp.int32 if jnp.issubdtype(weight_NK.dtype, jnp.integer) else jnp.float32
     y = jnp.einsum("MK,NK->MN", codes, weight_NK, preferred_element_type=wide).astype(jnp.float32)
     return y * x_scales_M1 * scales_N1[:, 0].astype(jnp.float32)

@@ -1,5 +1,7 @@
 """Quantised products on Hopper: conversion, tiling and lowering anywhere, numerics in the interpreter or on a GPU."""
 
+import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -9,9 +11,15 @@ import numpy as np
 import pytest
 
 from qwen_jax.errors import InputError
+from qwen_jax.kernels import causal_mask
 from qwen_jax.kernels.matmul import quantized, quantized_gpu
 from qwen_jax.kernels.matmul.quantized_gpu_tiles import CODES, _to_bfloat16, bits, permuted
 from qwen_jax.kernels.matmul.quantized_gpu_tiling import MAX_ROWS, WARPGROUPS, choose_tiling, width
+from qwen_jax.options import Options
+from qwen_jax.parallel.sharding import Sharding, make_mesh
+from qwen_jax.params import abstract_params, bind, param_specs
+from qwen_jax.published import published
+from qwen_jax.quantization import Quantization, Scheme
 from tests.helpers.gpu_quantized import CAN_INTERPRET, interpreted, run_ptx
 from tests.helpers.platforms import as_if_on
 from tests.qwen_jax.kernels.test_few_rows_gpu import SHAPES, SHARDS
@@ -259,17 +267,42 @@ def test_many_rounded_rows_are_multiplied_by_the_kernel_of_codes(dtype: Any) -> 
 
     def kernels(rows: int, dtype_of_rows: Any, K: int = 256) -> int:
         x, w = jax.ShapeDtypeStruct((rows, K), dtype_of_rows), jax.ShapeDtypeStruct((192, K), dtype)
-        run = jax.jit(quantized.row_scaled_matmul).trace(x, w, jax.ShapeDtypeStruct((192, 1), jnp.float16))
+        scales = jax.ShapeDtypeStruct((192, 1), jnp.float16)
+        chosen = quantized.select_quantized("auto", x, w, scales, False, True)
+        assert quantized.select_quantized("auto", x, w, scales, False, True, sharded=True) == "w8a8"
+        run = jax.jit(functools.partial(quantized.quantized_matmul, implementation=chosen)).trace(x, w, scales)
         return int(run.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2"))
 
     with as_if_on("Hopper GPU"):
         assert kernels(1500, jnp.bfloat16) == 1
         assert kernels(1500, jnp.float32) == kernels(1024, jnp.bfloat16) == kernels(1500, jnp.bfloat16, 192) == 0
-        # A shard of the inputs.
-        x, w = jax.ShapeDtypeStruct((8, 1500, 256), jnp.bfloat16), jax.ShapeDtypeStruct((8, 192, 256), dtype)
-        run = jax.vmap(lambda *a: quantized.row_scaled_matmul(*a, "shard"), axis_name="shard")
-        text = jax.jit(run).trace(x, w, jax.ShapeDtypeStruct((8, 192, 1), jnp.float16))
-        assert "@mosaic_gpu_v2" not in text.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "float8_e4m3fn"])
+def test_a_models_many_rounded_rows_lower_to_the_kernel_of_codes(scheme: Any) -> None:
+    """The projections of a layer, on a mesh of one device: within a `shard_map`, as the model calls them."""
+    config = dataclasses.replace(
+        published("tiny"), num_layers=1, max_window_layers=1, hidden_size=256, intermediate_size=512, head_dim=64,
+        quantization=Quantization(Scheme(scheme), activations=scheme),
+    )  # fmt: skip
+    mesh, options = make_mesh({}, jax.devices()[:1]), Options(stacked=False, fused=True, dtype="bfloat16")
+    sharding = Sharding.for_inference(config, mesh)
+    params = jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec)),
+        abstract_params(config, sharding, options, jnp.bfloat16),
+        param_specs(config, sharding, options),
+    )
+    tokens = jax.ShapeDtypeStruct((1, 2048), jnp.int32, sharding=jax.NamedSharding(mesh, sharding.tokens))
+
+    def run(params: Any, tokens: jax.Array) -> jax.Array:
+        model = bind(config, params, sharding, options)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        return model(tokens, positions, causal_mask(*tokens.shape)).hidden
+
+    with as_if_on("Hopper GPU"), jax.set_mesh(mesh):
+        text = jax.jit(run).trace(params, tokens)
+        kernels = text.lower(lowering_platforms=("cuda",)).as_text().count("grouped_product")
+    assert kernels >= 4, kernels
 
 
 @pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
@@ -284,7 +317,8 @@ def test_many_rounded_rows_are_the_products_of_their_codes(dtype: Any) -> None:
     factors = of_rows * np.asarray(scales, np.float64).T
     want = codes @ np.asarray(w, np.float64).T * factors
     terms = np.abs(codes) @ np.abs(np.asarray(w, np.float64)).T * factors
-    got = np.asarray(quantized.row_scaled_matmul(x, w, scales), np.float64)
+    chosen = quantized.select_quantized("auto", x, w, scales, False, True)
+    got = np.asarray(quantized.quantized_matmul(x, w, scales, implementation=chosen), np.float64)
     assert (np.abs(got - want) <= 2.0**-8 * np.abs(want) + (2.0**-10 if dtype == FLOAT8 else 2.0**-23) * terms).all()
 
 
