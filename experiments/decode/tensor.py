@@ -10,9 +10,9 @@ Weights are random and made on the devices. Each case times the engine's own com
 sampling that Qwen2.5 recommends (temperature 0.7, top-k 20, top-p 0.8, repetition penalty 1.05). The floor is what one
 device cannot help reading in a step, at the copy bandwidth of one device, measured in the same process: its part of
 every weight but the embedding table, and of the live cache. Bytes of collectives are those that one device sends in a
-step, from the compiled program. `--one-row` says how one row on one device is decoded: by kernels that are launched
-one by one and overlap, by the same kernels in CUDA graphs, by these kernels with integer codes that are converted to
-bfloat16 and not multiplied as integers (`converted`), or by the model's general path.
+step, from the compiled program. `--one-row` says how one row on one device is decoded: by itself (`auto`), by kernels
+that are launched one by one and overlap, by the same kernels in CUDA graphs, by these kernels with integer codes that
+are converted to bfloat16 and not multiplied as integers (`converted`), or by the model's general path.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
     parser.add_argument("--steps", type=int, default=128, help="tokens that are decoded")
     parser.add_argument("--codes", choices=sorted(SCHEMES), help="quantise the projections")
-    parser.add_argument("--one-row", choices=("overlap", "graphs", "converted", "general"), default="overlap")
+    parser.add_argument("--one-row", choices=("auto", "overlap", "graphs", "converted", "general"), default="auto")
     parser.add_argument("--bandwidth", type=float, help="TB/s that a device reads; by default it is measured")
     parser.add_argument("--json", action="store_true", help="one JSON object for each case")
     args = parser.parse_args(argv)
@@ -130,15 +130,16 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(
             f"{args.model} has experts; the floor of bytes here is that of dense models. Choose a dense one."
         )
-    if args.one_row == "graphs":
-        one_row.compiler_options = lambda sharding: None
+    if args.one_row in ("graphs", "overlap"):
+        options = one_row.COMPILER_OPTIONS if args.one_row == "overlap" else None
+        one_row.compiler_options = lambda *_: options
     elif args.one_row == "converted":
         quantized_gpu_digits.ENABLED = False
     elif args.one_row == "general":
         one_row.supports = lambda *_: False
     config = with_codes(config, args.codes)
     bandwidth = 1e12 * args.bandwidth if args.bandwidth else copy_bandwidth()
-    name = " ".join([args.model, *filter(None, [args.codes, args.one_row if args.one_row != "overlap" else None])])
+    name = " ".join([args.model, *filter(None, [args.codes, args.one_row if args.one_row != "auto" else None])])
     if not args.json:
         print(f"{jax.devices()[0].device_kind}, {bandwidth / 1e12:.3g} TB/s, jax {jax.__version__}\n")
         heads = ["model", "devices", "batch", "sampling", "step, ms", "tokens/s", "floor, ms", "of the floor"]

@@ -211,7 +211,7 @@ def decoder(static: StaticArgs, state: DecodeState) -> Any:
     """
     rows = state.token_B.shape[0]
     supported = one_row.supports(static.config, static.sharding, static.options, rows, state.cache)
-    return _decode_one_row if supported and one_row.compiler_options(static.sharding) else decode
+    return _decode_one_row if supported and one_row.compiler_options(static.config, static.sharding) else decode
 
 
 def _sample(

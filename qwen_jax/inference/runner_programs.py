@@ -140,7 +140,7 @@ def decode_options(static: StaticArgs, pages: Pages, rows: int, slots: int) -> d
     table = int32(rows, -(-slots // static.settings.page_size))
     cache = PagedCache(pages.keys, pages.values, table, int32(rows), int32(rows))
     used = one_row.supports(static.config, static.sharding, static.options, rows, cache)
-    return one_row.compiler_options(static.sharding) if used else None
+    return one_row.compiler_options(static.config, static.sharding) if used else None
 
 
 def prefill(

@@ -14,7 +14,7 @@ from qwen_jax.inference import one_row, runner_lowering
 from qwen_jax.inference.buckets import RunnerConfig
 from qwen_jax.inference.runner_lowering import Program
 from qwen_jax.inference.runner_programs import Pages, StaticArgs, decode, decode_options
-from qwen_jax.parallel.sharding import make_mesh
+from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.published import published
 from qwen_jax.quantization import Quantization, Scheme
 from tests.helpers import decode_cases
@@ -158,3 +158,21 @@ def test_one_row_by_two_kernels_a_layer_equals_the_model(name: str, monkeypatch:
         used.clear()
         runner_lowering.prepare(program, static, make_mesh({}, jax.devices()[:1]), params)
         assert used[0] == (one_row.COMPILER_OPTIONS if program.rows == 1 and program.kind == "decode" else None)
+
+
+@pytest.mark.parametrize(
+    ("model", "codes", "shards", "one_by_one"),
+    [
+        ("qwen2.5-0.5b", None, 1, True),
+        ("qwen2.5-0.5b", "int4", 1, False),
+        ("qwen2.5-7b", "int4", 1, True),
+        ("qwen2.5-7b", "int8", 2, False),
+    ],
+)
+def test_small_quantised_layers_run_in_cuda_graphs(model: str, codes: Any, shards: int, one_by_one: bool) -> None:
+    """Others are launched one by one on one device."""
+    config, mesh = published(model), make_mesh({"tensor": shards}, jax.devices()[:shards])
+    if codes is not None:
+        config = dataclasses.replace(config, quantization=Quantization(Scheme(codes, 128)))
+    options = one_row.compiler_options(config, Sharding.for_inference(config, mesh))
+    assert options == (one_row.COMPILER_OPTIONS if one_by_one else None)
