@@ -1,6 +1,7 @@
 """A decode step of one sequence on Hopper GPUs, with two kernels a layer, or nine where weights are quantised.
 
-The cache is contiguous or in pages.
+The cache is contiguous or in pages, in bfloat16 or in 8 bits. To a cache in 8 bits, the new key and value are written
+by XLA's kernels, before a kernel that attends: more kernels a layer, for half the bytes.
 
 On a tensor axis each device runs its heads and its part of the feed-forward layer, with four kernels and two float32
 all-reduces of [D] a layer: attention, the output projection, all-reduce, the feed-forward layer, all-reduce, and the
@@ -23,9 +24,9 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import kernels
 from qwen_jax.attention import dual_chunk
-from qwen_jax.attention.cache import ContiguousCache
-from qwen_jax.attention.paged_cache import PagedCache
-from qwen_jax.attention.rope import rope_table
+from qwen_jax.attention.cache import ContiguousCache, ContiguousLayer
+from qwen_jax.attention.paged_cache import PagedCache, PagedLayer
+from qwen_jax.attention.rope import Table, rope_table, rotate
 from qwen_jax.config import ModelConfig
 from qwen_jax.inference.vocabulary import Vocabulary
 from qwen_jax.kernels.decode import layer as layer_kernels
@@ -66,7 +67,11 @@ def supports(
     heads = config.num_heads // tensor, sharding.kv_heads // tensor
     dtype = jnp.dtype(options.dtype)
     table = cache.pages_BM if isinstance(cache, PagedCache) else None
-    if not kernels.supports_decode_step(options.attention, dtype, 1, *heads, cache.keys[0], table):
+    if isinstance(cache.keys[0], kernels.QuantizedRows):
+        attends = kernels.supports_quantized_step(options.attention, dtype, *heads, cache.keys[0], table)
+    else:
+        attends = kernels.supports_decode_step(options.attention, dtype, 1, *heads, cache.keys[0], table)
+    if not attends:
         return False
     return layer_kernels.supports(config, tensor)
 
@@ -135,17 +140,29 @@ def step(
     run = jax.shard_map(
         functools.partial(_step, config, sharding),
         in_specs=tuple(map(specs, args)),
-        # Keys and values alone: whatever else leaves the shard_map would be copied in every step.
-        out_specs=(P(None, "tensor"), specs((cache.keys, cache.values)), P()),
+        # What is written alone: whatever else leaves the shard_map would be copied in every step.
+        out_specs=(P(None, "tensor"), specs(_written(cache)), P()),
         check_vma=False,
     )
     logits, (keys, values), counter = run(*args)
+    if isinstance(keys[0], kernels.QuantizedRows):
+        channels = [old.channels_Kd for old in cache.keys]
+        keys = tuple(dataclasses.replace(new, channels_Kd=x) for new, x in zip(keys, channels, strict=True))
     return logits, dataclasses.replace(cache, keys=keys, values=values), counter
+
+
+def _written(cache: ContiguousCache | PagedCache) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The keys and values of a cache, without the factors of channels, which stay as they are."""
+
+    def without(buffer: Any) -> Any:
+        return dataclasses.replace(buffer, channels_Kd=None) if isinstance(buffer, kernels.QuantizedRows) else buffer
+
+    return tuple(map(without, cache.keys)), tuple(map(without, cache.values))
 
 
 def _step(
     config: ModelConfig, sharding: Sharding, params: Params, token: jax.Array, cache: _Cache, counter: jax.Array
-) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]], jax.Array]:
+) -> tuple[jax.Array, tuple[tuple[Any, ...], tuple[Any, ...]], jax.Array]:
     """`step` on each device; of the cache, the new keys and values."""
     from qwen_jax.kernels.decode import layer_gpu, layer_gpu_moe, layer_gpu_quantized
     from qwen_jax.kernels.gpu.device import multiprocessors
@@ -165,7 +182,7 @@ def _step(
     with jax.named_scope("embed"):
         place = vocabulary.places(token[0], len(table))
         x_D = vocabulary.sum(table.at[place].get(mode="fill", fill_value=0))
-    cos, sin = (t[:, 0, 0] for t in rope_table(config, cache.positions(1), jnp.dtype(dtype)))
+    rope = rope_table(config, cache.positions(1), jnp.dtype(dtype))
     layers, cache_layers, written = params["layers"], cache.layers, []
     head = table if config.tie_word_embeddings else params["lm_head"]["weight"]
     quantized = config.quantization is not None
@@ -186,8 +203,8 @@ def _step(
         with jax.named_scope(f"layer{i}"):
             attention, moe = layer["attention"], layer.get("moe")
             bias = attention["qkv"]["bias"][0]
-            # Bias, RoPE, cache and attention in one kernel.
-            out, kv = cache_layers[i].step(qkv.reshape(1, -1, d), bias, (cos, sin), cache.start_B, scale=d**-0.5)
+            # Bias, RoPE, cache and attention.
+            out, kv = _attended(cache_layers[i], qkv.reshape(1, -1, d), bias, rope, cache)
             written.append(kv)
             heads_I, goes_on = out.reshape(-1), i + 1 < len(layers)
             if quantized:
@@ -219,8 +236,34 @@ def _step(
     if quantized:
         with jax.named_scope("logits"):
             qkv = layer_gpu.norm_product(x_D, *following[-1], eps=eps, out_dtype=jnp.float32, blocks=blocks)
-    new = cache.with_layers(written)
-    return qkv[None], (new.keys, new.values), counter
+    return qkv[None], _written(cache.with_layers(written)), counter
+
+
+def _attended(
+    layer: ContiguousLayer | PagedLayer, qkv_1Rd: jax.Array, bias_Rd: jax.Array, rope: Table, cache: _Cache
+) -> tuple[jax.Array, Any]:
+    """Attention of the new token: the heads' output [1, H, d], and the layer of the cache with its key and value.
+
+    Args:
+      layer: of the cache.
+      qkv_1Rd: the raw queries, keys and values of a device's heads.
+      bias_Rd: to be added to them.
+      rope: cosines and sines of the token's position.
+      cache: with the lengths of all layers.
+    """
+    scale = qkv_1Rd.shape[-1] ** -0.5
+    if not isinstance(cache.keys[0], kernels.QuantizedRows):
+        result: tuple[jax.Array, Any] = layer.step(
+            qkv_1Rd, bias_Rd, (rope[0][:, 0, 0], rope[1][:, 0, 0]), cache.start_B, scale=scale
+        )
+        return result
+    kv_heads = cache.keys[0].shape[1]
+    heads = len(bias_Rd) - 2 * kv_heads
+    qkv_1TRd = (qkv_1Rd + bias_Rd.astype(qkv_1Rd.dtype))[:, None]
+    q, k, v = jnp.split(qkv_1TRd, [heads, heads + kv_heads], axis=2)
+    written = layer.write(rotate(k, rope), v)
+    out, _ = written.attend(rotate(q, rope), cache.mask(1), scale=scale, implementation="auto")
+    return out[:, 0], written
 
 
 def _sharded_tail(

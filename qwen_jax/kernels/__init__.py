@@ -39,6 +39,7 @@ from qwen_jax.kernels.decode import (
     paged_decode_step,
     quantized_attention,
     supports_decode_step,
+    supports_quantized_step,
 )
 from qwen_jax.kernels.decode.quantized import QuantizedRows
 from qwen_jax.kernels.mask import Mask, cache_mask, causal_mask, packed_mask
@@ -69,4 +70,5 @@ __all__ = [
     "select_attention",
     "sparse_attention",
     "supports_decode_step",
+    "supports_quantized_step",
 ]

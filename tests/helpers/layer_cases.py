@@ -9,6 +9,7 @@ import pytest
 
 from qwen_jax import kernels
 from qwen_jax.attention.cache import ContiguousCache
+from qwen_jax.attention.quantized_cache import KVDtype, cache_dtype
 from qwen_jax.config import ModelConfig, MoE
 from qwen_jax.inference import one_row
 from qwen_jax.inference.programs import StaticArgs, decoder, prefill
@@ -155,16 +156,18 @@ def drawn(config: ModelConfig, mesh: Any, rng: np.random.Generator) -> tuple[Opt
         return options, sharding, jax.tree_util.tree_map_with_path(draw, shapes, specs)
 
 
-def generate(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+def generate(config: ModelConfig, kv_dtype: KVDtype = "auto") -> tuple[np.ndarray, np.ndarray]:
     """16 greedy tokens after a prompt, and their log-probabilities.
 
     Args:
       config: the architecture; weights are random, the same every time.
+      kv_dtype: of the cache.
     """
     mesh, sampling, rng = make_mesh({}, jax.devices()[:1]), SamplingParams(logprobs=True), np.random.default_rng(0)
     options, sharding, params = drawn(config, mesh, rng)
     with jax.set_mesh(mesh):
-        static = StaticArgs(config, sharding, options, sampling.mode, slots=64, vocab_limit=config.vocab_size)
+        sizes: dict[str, Any] = {"slots": 64, "vocab_limit": config.vocab_size, "kv_dtype": kv_dtype}
+        static = StaticArgs(config, sharding, options, sampling.mode, **sizes)
         tokens = jax.device_put(
             rng.integers(0, config.vocab_size, (1, 16), np.int32), jax.NamedSharding(mesh, sharding.tokens)
         )
@@ -191,12 +194,30 @@ def check_texts(got: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, 
     np.testing.assert_allclose(got[1][:until], expected[1][:until], atol=0.05)
 
 
-def logits_of_both(config: ModelConfig, count: int = 12) -> tuple[np.ndarray, np.ndarray]:
+def in_dtype(x: jax.Array, kv_dtype: KVDtype, key: bool, rng: np.random.Generator) -> Any:
+    """Random keys or values [B, K, S, d] as a cache holds them; keys in 8 bits have factors of channels.
+
+    Args:
+      x: bfloat16, where the cache is.
+      kv_dtype: of the cache.
+      key: whether they are keys.
+      rng: of the factors.
+    """
+    if kv_dtype == "auto":
+        return x
+    (_, K, _, d), where = x.shape, jax.NamedSharding(x.sharding.mesh, jax.P(x.sharding.spec[1], None))
+    factors = jax.device_put(np.float32(2) ** rng.integers(0, 3, (K, d)), where) if key else None
+    codes = jnp.zeros_like(x, cache_dtype(kv_dtype, "bfloat16"))
+    return kernels.QuantizedRows(codes, jnp.zeros_like(x[..., 0], jnp.float32), factors).quantized(x)
+
+
+def logits_of_both(config: ModelConfig, count: int = 12, kv_dtype: KVDtype = "auto") -> tuple[np.ndarray, np.ndarray]:
     """Float32 logits [count, V] after the same tokens and caches, from the kernels of a decode step and from the model.
 
     Args:
       config: the architecture; weights and caches are random, the same every time.
       count: tokens, each decoded by itself.
+      kv_dtype: of the caches.
     """
     mesh, slots, rng = make_mesh({}, jax.devices()[:1]), 128, np.random.default_rng(0)
     options, sharding, params = drawn(config, mesh, rng)
@@ -215,10 +236,10 @@ def logits_of_both(config: ModelConfig, count: int = 12) -> tuple[np.ndarray, np
         where = jax.NamedSharding(mesh, sharding.cache)
         keys_values = [
             tuple(
-                jax.device_put(jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16), where)
+                in_dtype(jax.device_put(jnp.bfloat16(rng.standard_normal(shape)), where), kv_dtype, key, rng)
                 for _ in range(config.num_layers)
             )
-            for _ in range(2)
+            for key in (True, False)
         ]
         rows = jax.NamedSharding(mesh, sharding.rows)
         start = jax.device_put(np.array([3], np.int32), rows)

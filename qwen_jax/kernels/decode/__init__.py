@@ -329,6 +329,28 @@ def supports_decode_step(
     return select([fused, separate], asked, "attention step of decoding", sizes) == fused.name
 
 
+def supports_quantized_step(
+    implementation: Implementation,
+    dtype: jax.typing.DTypeLike,
+    num_heads: int,
+    num_kv_heads: int,
+    cache: QuantizedRows,
+    pages_BM: jax.Array | None = None,
+) -> bool:
+    """Whether a kernel for Hopper GPUs attends to a cache in 8 bits as it is, for one new token a row.
+
+    Args:
+      implementation, dtype, num_heads, num_kv_heads, cache, pages_BM: as for `supports_decode_step`.
+    """
+    if implementation != "auto" or not platform.on_hopper():
+        return False
+    from qwen_jax.kernels.decode import flash_decode_int8_gpu
+
+    size, d = cache.shape[2:]
+    slots, page = (size, 0) if pages_BM is None else (size * pages_BM.shape[1], size)
+    return flash_decode_int8_gpu.supports(dtype, 1, num_heads, num_kv_heads, d, slots, page)
+
+
 def decode_step(*args: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Bias, RoPE, cache update and attention of one new token per row; see `step_gpu.decode_step`."""
     from qwen_jax.kernels.decode import step_gpu

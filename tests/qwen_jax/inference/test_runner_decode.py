@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import kernels
+from qwen_jax.attention.quantized_cache import KVDtype
 from qwen_jax.config import ModelConfig
 from qwen_jax.inference import one_row, runner_lowering
 from qwen_jax.inference.buckets import RunnerConfig
@@ -18,13 +19,18 @@ from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.published import published
 from qwen_jax.quantization import Quantization, Scheme
 from tests.helpers import decode_cases
-from tests.helpers.layer_cases import drawn, error, plain_kernels
+from tests.helpers.layer_cases import drawn, error, in_dtype, logits_of_both, plain_kernels
 
 SETTINGS = RunnerConfig(max_seqs=4, max_length=64, page_size=16, num_pages=20, max_batched_tokens=16)
 
 
 def decoded(
-    config: ModelConfig, rows: int, seed: int, axes: dict[str, int] | None = None, padding: int = 0
+    config: ModelConfig,
+    rows: int,
+    seed: int,
+    axes: dict[str, int] | None = None,
+    padding: int = 0,
+    kv_dtype: KVDtype = "auto",
 ) -> tuple[np.ndarray, Pages, StaticArgs, Any]:
     """Logits and pages after a decode step of rows with random texts, of which the last one of several is padding.
 
@@ -43,8 +49,11 @@ def decoded(
         shape = SETTINGS.num_pages, sharding.kv_heads, SETTINGS.page_size, config.head_dim
         where = jax.NamedSharding(mesh, sharding.cache)
         pages = Pages(*(
-            tuple(jax.device_put(jnp.asarray(rng.standard_normal(shape), jnp.bfloat16), where) for _ in range(2))
-            for _ in range(2)
+            tuple(
+                in_dtype(jax.device_put(jnp.bfloat16(rng.standard_normal(shape)), where), kv_dtype, key, rng)
+                for _ in range(2)
+            )
+            for key in (True, False)
         ))  # fmt: skip
         tokens = jnp.asarray(rng.integers(0, config.vocab_size, SETTINGS.max_seqs + 1), jnp.int32)
         run = jax.jit(lambda *args: decode(static, *args, proposed=0))
@@ -158,6 +167,32 @@ def test_one_row_by_two_kernels_a_layer_equals_the_model(name: str, monkeypatch:
         used.clear()
         runner_lowering.prepare(program, static, make_mesh({}, jax.devices()[:1]), params)
         assert used[0] == (one_row.COMPILER_OPTIONS if program.rows == 1 and program.kind == "decode" else None)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the kernels themselves run there")
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("scheme", [None, Scheme("int4", 16, "bfloat16", "zero")], ids=str)
+def test_one_row_with_a_cache_in_8_bits_equals_the_model(
+    scheme: Scheme | None, kv_dtype: KVDtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With pages and without: the logits, the new token's codes and scales, and nothing else that has changed."""
+    quantization = None if scheme is None else Quantization(scheme)
+    config = dataclasses.replace(published("tiny"), num_layers=2, vocab_size=160, quantization=quantization)
+    seed = int(np.random.SeedSequence().entropy % 2**32)  # type: ignore[operator]
+    print("seed", seed)
+    want = decoded(config, 1, seed, kv_dtype=kv_dtype)
+    calls = plain_kernels(monkeypatch)
+    got = decoded(config, 1, seed, kv_dtype=kv_dtype)
+    assert calls == (["first", "tail", "tail"] if scheme is None else ["quantised first", *["quantised"] * 2, "first"])
+    assert error(got[0], want[0]) < 2e-2
+    for mine, models in zip((*got[1].keys, *got[1].values), (*want[1].keys, *want[1].values), strict=True):
+        x, y = (np.asarray(rows.dequantized(jnp.float32)) for rows in (mine, models))
+        assert error(x, y) < 2e-2
+        assert (np.asarray(mine.scales_BKS) != np.asarray(models.scales_BKS)).any(axis=1).sum() <= 1
+        assert (x != y).any(axis=(1, 3)).sum() <= 1
+        np.testing.assert_array_equal(mine.channels_Kd, models.channels_Kd) if mine.channels_Kd is not None else None
+    by_kernels, by_model = logits_of_both(config, count=3, kv_dtype=kv_dtype)
+    assert error(by_kernels, by_model) < 2e-2
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwen_jax.attention.quantized_cache import KVDtype
 from qwen_jax.errors import InputError
 from qwen_jax.inference import one_row
 from qwen_jax.kernels.decode import layer, layer_gpu
@@ -242,11 +243,12 @@ if ON_HOPPER:
         for a, b in zip(got, expected, strict=True):
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
-    def test_decoding_with_the_kernels_equals_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8"])
+    def test_decoding_with_the_kernels_equals_the_model(kv_dtype: KVDtype, monkeypatch: pytest.MonkeyPatch) -> None:
         """The whole loop, with overlapping launches, compared with the code for larger batches."""
         config = dataclasses.replace(published("qwen2.5-0.5b"), num_layers=3, vocab_size=4096)
-        got = generate(config)
-        np.testing.assert_array_equal(got, generate(config))
+        got = generate(config, kv_dtype)
+        np.testing.assert_array_equal(got, generate(config, kv_dtype))
         jax.clear_caches()
         monkeypatch.setattr(one_row, "supports", lambda *_: False)
-        check_texts(got, generate(config), 4)
+        check_texts(got, generate(config, kv_dtype), 4)

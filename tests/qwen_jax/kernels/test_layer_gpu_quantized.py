@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from qwen_jax.attention.quantized_cache import KVDtype
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.inference import one_row
@@ -315,12 +316,15 @@ if ON_HOPPER:
 
     @pytest.mark.usefixtures("multiplied")
     @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-    def test_decoding_with_the_kernels_equals_the_model(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+    def test_decoding_with_the_kernels_equals_the_model(
+        kv_dtype: KVDtype, scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """The whole loop, with overlapping launches, compared with the code for larger batches."""
         base = published("qwen2.5-0.5b")
         config = dataclasses.replace(base, num_layers=3, vocab_size=4096, quantization=Quantization(scheme))
-        got = generate(config)
-        np.testing.assert_array_equal(generate(config), got)
+        got = generate(config, kv_dtype)
+        np.testing.assert_array_equal(generate(config, kv_dtype), got)
         jax.clear_caches()
         monkeypatch.setattr(one_row, "supports", lambda *_: False)
-        check_texts(got, generate(config), 16)
+        check_texts(got, generate(config, kv_dtype), 16)
