@@ -12,7 +12,6 @@ MAX_ROWS = 64
 WARPGROUPS = 4
 _MAX_STAGES = 16
 _PARTS_BYTES = 200_000  # The cost of partial results beyond their own bytes.
-_SHORT_RING = 1.1  # The time with two steps in flight, relative to more.
 _SHORT_STEPS = 1.05  # The time of steps of 128 inputs, relative to 256: there is more to do besides converting codes.
 
 
@@ -102,7 +101,6 @@ def choose_tiling(
             step = ROWS * high * chunk * wide * code_bits / 8 if padded else weights / total
             longest = step * share * MULTIPROCESSORS * (_SHORT_STEPS if chunk == 128 else 1)
             x_bytes = tiles * rows * k * 2
-            longest *= _SHORT_RING if stages == 2 else 1
             cost = max(longest, 0.4 * (weights + x_bytes)) + _PARTS_BYTES * (parts > 1)
             cost += parts * matrices * rows * n * 4
             if best is None or cost < best[0]:
