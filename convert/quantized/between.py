@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from convert.names import leaves
 from convert.quantized.awq import Awq
-from convert.quantized.compressed_config import Compressed
+from convert.quantized.compressed_config import NOT_PROJECTIONS, Compressed
 from convert.quantized.fp8 import Fp8
 from convert.quantized.gptq import Gptq
 from convert.quantized.info import FormatInfo
@@ -47,12 +47,9 @@ def format_of(method: Method, config: ModelConfig) -> FormatInfo:
         "fp8": not integers and whole,
     }
     if scheme.offset == "min" or not holds[method]:
-        what = f"{scheme.codes} in groups of {scheme.group}" if scheme.group else f"{scheme.codes} by whole rows"
-        what += ", ordered by activations" if scheme.ordered else ""
-        what += ", with minima" if scheme.offset == "min" else ""
         possible = [name for name, possible in holds.items() if possible and scheme.offset != "min"]
         raise InputError(
-            f"{method} files do not hold codes of this model ({what}). "
+            f"{method} files do not hold codes of this model ({scheme}). "
             + (f"Give {' or '.join(possible)}, or" if possible else "Give")
             + " --dtype bfloat16 to dequantise them."
         )
@@ -73,7 +70,7 @@ def format_of(method: Method, config: ModelConfig) -> FormatInfo:
         format=packed,  # type: ignore[arg-type]
         strategy="channel" if whole else "group",
         act_order=scheme.ordered,
-        ignore=("lm_head", *skipped),
+        ignore=(*NOT_PROJECTIONS, *skipped),
     )
 
 
