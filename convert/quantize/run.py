@@ -26,6 +26,8 @@ from convert.quantize.layer import Layer, matrices
 from convert.quantize.quantizer import Outcome, Quantizer
 from convert.quantize.recipe import Recipe
 from convert.quantize.work import Work, open_work
+from convert.quantized.awq import Awq
+from convert.quantized.between import routers
 from convert.quantized.export import add_config
 from convert.quantized.formats import QUANTIZE_CONFIG, tensor_names
 from convert.safetensors import Writer
@@ -257,7 +259,10 @@ def _assemble(source: Source, work: Work, dst: Path, recipe: Recipe, calibration
                     size = math.prod(entry.shape) * entry.dtype.itemsize
                     Span(entry.file, entry.offset, size).copy_to(*writer.place(name))
         write_side_files(source.config, None, source.folder, temporary, both_dialects=True)
-        add_config(recipe.info(), temporary)
+        info = recipe.info()
+        if isinstance(info, Awq):
+            info = dataclasses.replace(info, skipped=routers(config))
+        add_config(info, temporary)
         text = to_json(_as_json(report, recipe, calibration), indent=2)
         (temporary / REPORT).write_text(text + "\n", encoding="utf-8")
     return report

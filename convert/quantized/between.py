@@ -59,10 +59,12 @@ def format_of(method: Method, config: ModelConfig) -> FormatInfo:
         version: Literal["gptq", "gptq_v2"] = "gptq" if scheme.offset == "none" else "gptq_v2"
         return Gptq(**common, desc_act=scheme.ordered, version=version, dynamic=rules)
     if method == "awq":
-        return Awq(**common, skipped=skipped)
+        return Awq(**common, skipped=(*routers(config), *skipped))
     activations = quantization.activations
     if method == "fp8":
-        return Fp8(codes=scheme.codes, strategy="channel", activations=activations, skipped=skipped)
+        return Fp8(
+            codes=scheme.codes, strategy="channel", activations=activations, skipped=(*routers(config), *skipped)
+        )
     packed = "float-quantized" if not integers else "int-quantized" if activations != "none" else "pack-quantized"
     return Compressed(
         **common,
@@ -72,6 +74,16 @@ def format_of(method: Method, config: ModelConfig) -> FormatInfo:
         act_order=scheme.ordered,
         ignore=(*NOT_PROJECTIONS, *skipped),
     )
+
+
+def routers(config: ModelConfig) -> tuple[str, ...]:
+    """Hugging Face's routers and gates of shared experts, which awq and fp8 files name as not quantised.
+
+    Whole names: some programs look for names in others, and "mlp.gate" is in "mlp.gate_proj".
+    """
+    paths = ("moe", "router", "weight"), ("moe", "shared_gate", "weight")
+    found = [name for leaf in leaves(config) if leaf.path[1:] in paths for name in leaf.names]
+    return tuple(name.removesuffix(".weight") for name in found)
 
 
 def _hf_modules(config: ModelConfig, paths: set[str]) -> tuple[str, ...]:

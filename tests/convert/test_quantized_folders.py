@@ -21,7 +21,7 @@ from convert.quantized.compressed_config import Compressed
 from convert.quantized.export import export
 from convert.quantized.fp8 import Fp8
 from convert.quantized.gptq import Gptq
-from convert.quantized.info import FormatInfo
+from convert.quantized.info import FormatInfo, is_listed
 from convert.source import TreeSource
 from qwen_jax.cli import main
 from qwen_jax.config import ModelConfig, load_config
@@ -246,9 +246,9 @@ def test_tensors_are_checked_before_weights_are_read(tmp_path: Path, name: str) 
             open_source(tmp_path / "good")
 
 
-@pytest.mark.parametrize("method", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("method", ["compressed-tensors", "gptq", "awq"])
 def test_the_configuration_of_a_repacked_model_is_that_of_a_quantised_one(tmp_path: Path, method: str) -> None:
-    """compressed-tensors name the routers as left out, which other programs would take for quantised layers."""
+    """All but those of gptq name the routers as left out, which other programs would take for quantised layers."""
     make_hf_checkpoint(tmp_path / "original", tie=False, moe=True, dtype="bfloat16")
     quantize(tmp_path / "original", tmp_path / "first", Recipe("rtn", group=16, format=method))  # type: ignore[arg-type]
     convert(tmp_path / "first", tmp_path / "second", quantization=method)
@@ -256,3 +256,14 @@ def test_the_configuration_of_a_repacked_model_is_that_of_a_quantised_one(tmp_pa
     assert names == {path.name for path in (tmp_path / "first").iterdir()} - {REPORT}
     for name in names:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+    settings = json.loads((tmp_path / "second/config.json").read_text())["quantization_config"]
+    names = settings.get("ignore") or settings.get("modules_to_not_convert") or ()
+    for name, tensor in load_file(tmp_path / "second/model.safetensors").items():
+        module = name.removesuffix(".weight")
+        if (
+            method != "gptq"
+            and module != name
+            and tensor.ndim == 2
+            and not module.endswith(("embed_tokens", "lm_head"))
+        ):
+            assert is_listed(module, names), module
